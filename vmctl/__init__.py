@@ -1,0 +1,1 @@
+"""The command: OpenBSD's vmctl(8) on Linux."""

@@ -1,0 +1,1 @@
+"""The daemon: OpenBSD's vmd(8) on Linux."""

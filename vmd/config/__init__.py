@@ -1,0 +1,1 @@
+"""vm.conf(5): its model and its parser."""

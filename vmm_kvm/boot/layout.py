@@ -1,0 +1,85 @@
+"""Every guest-physical address, I/O port and interrupt of the machine, in one place.
+
+Memory:
+
+    0x0000_0000  RAM up to the size of the VM, at most 3 GiB; within it, for direct boots:
+      0x0000_0500  GDT, then the scratch of one boot path (page tables, start info, arguments)
+      0x0009_fc00  end of conventional memory (E820 type 1 ends here)
+      0x000e_0000  ACPI tables of direct boots (E820 type 2 up to 1 MiB); firmware lies here instead
+      0x0010_0000  kernels
+    0xc000_0000  PCI memory BARs, 32-bit
+    0xe000_0000  PCI ECAM, one bus
+    0xfec0_0000  IOAPIC
+    0xfee0_0000  local APICs
+    0xfeff_c000  KVM's identity-map page and the three TSS pages behind it
+    0xff00_0000  firmware ROM, ending at 4 GiB
+    4 GiB        the rest of RAM, then PCI memory BARs, 64-bit
+
+OpenBSD's vmd lets RAM reach 0xf0000000; here the hole begins at 3 GiB, which leaves room for BARs
+of a useful size (17.1 of its behaviour has 254 MiB) and costs the guest nothing.
+"""
+
+from vmm_kvm.bits import GIB, KIB, MIB
+
+# Memory
+PCI_HOLE_START = 3 * GIB
+PCI_HOLE_END = 4 * GIB
+PCI_MMIO32_START = PCI_HOLE_START
+PCI_MMIO32_SIZE = 512 * MIB
+ECAM_START = 0xE000_0000
+ECAM_BUSES = 1
+ECAM_SIZE = ECAM_BUSES * MIB
+IOAPIC_ADDRESS = 0xFEC0_0000
+LOCAL_APIC_ADDRESS = 0xFEE0_0000
+IDENTITY_MAP_ADDRESS = 0xFEFF_C000
+TSS_ADDRESS = 0xFEFF_D000
+FIRMWARE_END = 4 * GIB
+FIRMWARE_MAX = 16 * MIB
+LOW_FIRMWARE_END = MIB
+LOW_FIRMWARE_MAX = 128 * KIB
+PCI_MMIO64_SIZE = 64 * GIB
+MEMORY_MIN = MIB
+MEMORY_MAX = 128 * GIB
+"""vmctl(8) accepts this much; KVM and the host decide what really fits."""
+
+EBDA_START = 0x9_FC00
+BIOS_AREA_START = 0xE_0000
+HIGH_MEMORY_START = MIB
+
+# I/O ports
+PORT_DEBUG_EXIT = 0xF4
+PORT_I8042_DATA = 0x60
+PORT_I8042_COMMAND = 0x64
+PORT_RTC = 0x70
+PORT_COM1 = 0x3F8
+PORT_DEBUGCON = 0x402
+PORT_PVPANIC = 0x505
+PORT_FW_CFG = 0x510
+PORT_FW_CFG_SIZE = 12
+PORT_PM1A_EVENT = 0x600
+PORT_PM1A_CONTROL = 0x604
+PORT_PM_TIMER = 0x608
+PORT_PCI_CONFIG = 0xCF8
+PORT_RESET = 0xCF9
+"""Reset control register: bit 2 rising resets; inside the range of PCI configuration."""
+PCI_IO_START = 0x1000
+PCI_IO_SIZE = 0xF000
+
+# Interrupts: GSI numbers; below 16 also PIC inputs
+GSI_COM1 = 4
+GSI_RTC = 8
+GSI_SCI = 9
+GSI_PCI_INTX = (16, 17, 18, 19)
+PIC_PCI_INTX = (5, 10, 11, 5)
+
+
+def ram_ranges(size: int) -> tuple[tuple[int, int], ...]:
+    """Return the (guest-physical address, bytes) pairs that `size` bytes of RAM occupy.
+
+    `size` is a multiple of 4096. RAM is contiguous from 0 to the PCI hole; what is left lies
+    from 4 GiB up.
+    """
+    low = min(size, PCI_HOLE_START)
+    if size == low:
+        return ((0, low),)
+    return ((0, low), (PCI_HOLE_END, size - low))

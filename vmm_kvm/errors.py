@@ -1,0 +1,64 @@
+"""The exceptions of this package, sorted by what the caller does about them.
+
+VmmError
+├── KvmError          a KVM operation failed (also an OSError): the host's fault
+├── SpecError         the caller asked for a machine that cannot be built
+├── BusError          two devices claim one address: wiring is wrong
+├── BootError         the boot image cannot be loaded: the image's fault
+└── GuestError        the guest did something invalid: its device goes into an error state
+    ├── GuestMemoryError   an access outside guest RAM
+    └── PciError           an invalid configuration of a PCI function
+"""
+
+import os
+
+
+class VmmError(Exception):
+    """Anything that this package raises on purpose."""
+
+
+class KvmError(VmmError, OSError):
+    """A KVM operation failed.
+
+    `str()` is one line that says what and why: `KVM_CREATE_VM: Device or resource busy`.
+    """
+
+    def __init__(self, operation: str, errno: int, hint: str = "") -> None:
+        """Remember `operation` (an ioctl's or system call's name), errno, and advice to the user."""
+        OSError.__init__(self, errno, os.strerror(errno))
+        self.operation = operation
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.operation}: {self.strerror}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class SpecError(VmmError):
+    """A machine specification is out of range or contradicts itself."""
+
+
+class BusError(VmmError):
+    """A range on a bus is empty, out of bounds or already claimed."""
+
+
+class BootError(VmmError):
+    """A boot image is missing, truncated, oversized, of another architecture, or garbage."""
+
+
+class GuestError(VmmError):
+    """The guest did something invalid; its device stops, the host goes on."""
+
+
+class GuestMemoryError(GuestError):
+    """The guest named memory that it does not have."""
+
+    def __init__(self, gpa: int, size: int) -> None:
+        """Remember the access: `gpa` is a guest-physical address, `size` is in bytes."""
+        super().__init__(f"guest memory {gpa:#x}+{size:#x}: outside RAM")
+        self.gpa = gpa
+        self.size = size
+
+
+class PciError(GuestError):
+    """The guest configured a PCI function invalidly."""

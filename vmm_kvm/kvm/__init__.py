@@ -1,0 +1,1 @@
+"""/dev/kvm: the only code that talks to it."""

@@ -1,0 +1,120 @@
+"""Guest-physical memory: one shared memfd, mapped once, seen by guest-physical address.
+
+RAM lies around the PCI hole: from 0 up to the hole, and from 4 GiB up for the rest. What the
+firmware, E820 or ACPI say about it is not known here.
+"""
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from vmm_kvm.bits import PAGE_SIZE
+from vmm_kvm.errors import GuestMemoryError, SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A contiguous piece of guest RAM."""
+
+    gpa: int
+    """Guest-physical address of its first byte, a multiple of 4096."""
+    size: int
+    """Bytes, a multiple of 4096."""
+    offset: int
+    """Where it begins in the memfd, bytes."""
+
+    @property
+    def end(self) -> int:
+        """The first guest-physical address behind the region."""
+        return self.gpa + self.size
+
+
+class GuestMemory:
+    """The RAM of one VM; a context manager that owns its memfd and mapping.
+
+    Reads and writes are plain memory accesses and may come from any thread. Every access is
+    checked: one outside RAM, or across a hole, raises GuestMemoryError.
+    """
+
+    __slots__ = ("__weakref__", "_finalizer", "_view", "fd", "hva", "regions", "size")
+
+    def __init__(self, ranges: Sequence[tuple[int, int]], name: str = "guest") -> None:
+        """Allocate RAM for `ranges`, pairs of (guest-physical address, bytes), ascending.
+
+        Raises:
+            SpecError: the ranges are not aligned, empty, ascending or disjoint.
+            OSError: the host has no memory or descriptors left.
+        """
+        regions = []
+        offset = end = 0
+        for gpa, size in ranges:
+            if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0 or gpa < end:
+                raise SpecError(f"memory range {gpa:#x}+{size:#x}: not aligned, empty or overlapping")
+            regions.append(Region(gpa, size, offset))
+            offset += size
+            end = gpa + size
+        if not regions:
+            raise SpecError("no memory ranges")
+        self.regions = tuple(regions)
+        self.size = offset
+        self.fd = os.memfd_create(f"vmm:{name}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, offset)
+            mapping = mmap.mmap(self.fd, offset)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._view = memoryview(mapping)
+        self.hva = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        # The mapping goes when its last view does: a thread may still hold one after close().
+        self._finalizer = weakref.finalize(self, os.close, self.fd)
+
+    def close(self) -> None:
+        """Close the memfd and drop the mapping; idempotent."""
+        self._finalizer()
+        self._view = memoryview(b"")
+        self.regions = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Return a writable view of `size` bytes of guest RAM at `gpa`, without copying.
+
+        The guest can change the bytes at any time: copy first, then check, then use.
+
+        Raises:
+            GuestMemoryError: the range is not inside one region.
+        """
+        for region in self.regions:
+            if region.gpa <= gpa and gpa + size <= region.end and size >= 0:
+                start = gpa - region.gpa + region.offset
+                return self._view[start : start + size]
+        raise GuestMemoryError(gpa, size)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Copy `size` bytes out of guest RAM at `gpa`.
+
+        Raises:
+            GuestMemoryError: the range is not inside one region.
+        """
+        return bytes(self.view(gpa, size))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` into guest RAM at `gpa`.
+
+        Raises:
+            GuestMemoryError: the range is not inside one region.
+        """
+        self.view(gpa, len(data))[:] = data
+
+    def contains(self, gpa: int, size: int) -> bool:
+        """Tell whether `size` bytes at `gpa` lie inside one region."""
+        return any(r.gpa <= gpa and gpa + size <= r.end for r in self.regions)
