@@ -1,0 +1,278 @@
+"""What the guest tests boot: Debian's kernels, a busybox initramfs, memtest86+, SeaBIOS.
+
+Kernel packages are downloaded with apt and unpacked into a cache, never installed. The cache is
+`$VMM_CACHE`, else `~/.cache/vmm-kvm-tests`; a kernel that is there once is not asked for again,
+so that later runs need no network and compare with the same guest. Run as a module
+(`python -m tests.artifacts [kernel ...]`) it fills the cache.
+
+Concurrent callers are serialised by a lock file in the cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.rig import initramfs
+
+
+class ArtifactError(Exception):
+    """Something that a guest test boots is missing; the text says what to install."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An unpacked kernel package.
+
+    `tree` holds `boot/` and `lib/modules/`, as `dpkg -x` leaves them and with depmod's tables.
+    """
+
+    name: str
+    release: str
+    tree: Path
+
+    @property
+    def vmlinuz(self) -> Path:
+        """The kernel image, a bzImage."""
+        return self.tree / "boot" / f"vmlinuz-{self.release}"
+
+    def modules(self, names: Sequence[str]) -> tuple[Path, ...]:
+        """Return the files of the modules and of what they depend on, in load order.
+
+        A module that is built into this kernel contributes no file.
+
+        Raises:
+            ArtifactError: this kernel has no such module.
+        """
+        found: dict[Path, None] = {}
+        for name in names:
+            shown = subprocess.run(
+                [
+                    *("modprobe", "-d", self.tree, "-S", self.release),
+                    *("--show-depends", "--ignore-install", name),
+                ],
+                check=False,
+                capture_output=True,
+                text=True,
+                env=_tool_environment(),
+            )
+            if shown.returncode != 0:
+                raise ArtifactError(f"{name}: no such module in {self.name}")
+            for line in shown.stdout.splitlines():
+                verb, _, path = line.strip().partition(" ")
+                if verb == "insmod":
+                    found[Path(path.strip())] = None
+        return tuple(found)
+
+
+# Name to (upstream series, metapackage that depends on the newest kernel of its suite).
+KERNELS = {
+    "6.1-cloud": ("6.1", "linux-image-cloud-amd64"),
+    "6.1": ("6.1", "linux-image-amd64"),
+    "6.12-cloud": ("6.12", "linux-image-cloud-amd64"),
+    "6.12": ("6.12", "linux-image-amd64"),
+}
+
+# What a guest loads before it reports: the power button, its event device, the panic device.
+GUEST_MODULES = ("button", "evdev", "pvpanic-mmio")
+
+_MEMTEST = Path("/boot/memtest86+x64.bin")
+_SEABIOS = (Path("/usr/share/seabios/bios-256k.bin"), Path("/usr/share/qemu/bios-256k.bin"))
+
+
+def cache_dir() -> Path:
+    """Return the cache directory, created if need be."""
+    configured = os.environ.get("VMM_CACHE")
+    path = Path(configured) if configured else Path.home() / ".cache" / "vmm-kvm-tests"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def kernel(name: str) -> Kernel:
+    """Return a kernel of `KERNELS`, downloaded and unpacked at the first call.
+
+    Raises:
+        ArtifactError: the package lists know no such kernel, or it cannot be downloaded.
+    """
+    series, metapackage = KERNELS[name]
+    place = cache_dir() / "kernels" / name
+    if not _is_unpacked(place):
+        with _locked():
+            if not _is_unpacked(place):
+                _download(series, metapackage, place)
+    (release,) = (path.name for path in (place / "lib" / "modules").iterdir())
+    return Kernel(name, release, place)
+
+
+def guest_initramfs(of: Kernel) -> Path:
+    """Return the initramfs that the guest tests boot with this kernel, built at the first call.
+
+    It holds busybox, `GUEST_MODULES` and `initramfs.GUEST_INIT`; about 1 MiB.
+
+    Raises:
+        ArtifactError: static busybox or zstd is not installed.
+    """
+    return _initramfs(f"guest-{of.release}", of.modules(GUEST_MODULES), initramfs.GUEST_INIT)
+
+
+def plain_initramfs() -> Path:
+    """Return an initramfs without modules, which any kernel can boot.
+
+    Raises:
+        ArtifactError: static busybox or zstd is not installed.
+    """
+    return _initramfs("guest-plain", (), initramfs.GUEST_INIT)
+
+
+def rig_initramfs(of: Kernel) -> Path:
+    """Return the initramfs that starts the rig with this kernel, built at the first call.
+
+    Raises:
+        ArtifactError: static busybox or zstd is not installed.
+    """
+    return _initramfs(f"rig-{of.release}", of.modules(initramfs.RIG_MODULES), initramfs.RIG_INIT)
+
+
+def memtest() -> Path:
+    """Return Debian's memtest86+ image, a bzImage for x86-64.
+
+    Raises:
+        ArtifactError: it is not installed.
+    """
+    if not _MEMTEST.exists():
+        raise ArtifactError(f"{_MEMTEST}: not found; install the package memtest86+")
+    return _MEMTEST
+
+
+def seabios() -> Path:
+    """Return SeaBIOS's 256 KiB image.
+
+    Raises:
+        ArtifactError: it is not installed.
+    """
+    for path in _SEABIOS:
+        if path.exists():
+            return path
+    raise ArtifactError(f"{_SEABIOS[0]}: not found; install the package seabios")
+
+
+def _is_unpacked(place: Path) -> bool:
+    return (place / "lib" / "modules").is_dir()
+
+
+def _tool_environment() -> dict[str, str]:
+    # modprobe, depmod and dpkg-deb live in sbin, which an unprivileged PATH leaves out.
+    path = os.environ.get("PATH", "/usr/bin:/bin")
+    return {**os.environ, "LC_ALL": "C", "PATH": f"{path}:/usr/sbin:/sbin"}
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    with (cache_dir() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def candidates(shown: str, series: str) -> list[str]:
+    """Return the kernel packages that a metapackage's versions depend on, newest first.
+
+    Args:
+        shown: what `apt-cache show METAPACKAGE` prints: a paragraph per known version.
+        series: upstream series, such as "6.1"; versions of others are left out.
+    """
+    found: list[tuple[tuple[int, ...], str]] = []
+    for paragraph in shown.split("\n\n"):
+        version = re.search(r"^Version: (?:\d+:)?(\S+)$", paragraph, re.MULTILINE)
+        depends = re.search(r"^Depends: (linux-image-\S+)", paragraph, re.MULTILINE)
+        if version and depends and version[1].startswith(f"{series}."):
+            key = tuple(int(number) for number in re.findall(r"\d+", version[1]))
+            found.append((key, depends[1]))
+    return list(dict.fromkeys(package for _, package in sorted(found, reverse=True)))
+
+
+def _download(series: str, metapackage: str, place: Path) -> None:
+    # An index may name a version that the archive has replaced since: fall back to an older one.
+    shown = subprocess.run(
+        ["apt-cache", "show", metapackage],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=_tool_environment(),
+    ).stdout
+    packages = candidates(shown, series)
+    if not packages:
+        raise ArtifactError(
+            f"{metapackage}: apt knows no version of series {series}; run make setup as root"
+        )
+    errors = []
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="download-") as scratch:
+        for package in packages:
+            fetched = subprocess.run(
+                ["apt-get", "-q", "-o", "Acquire::Retries=3", "download", package],
+                check=False,
+                capture_output=True,
+                text=True,
+                cwd=scratch,
+                env=_tool_environment(),
+            )
+            archives = list(Path(scratch).glob("*.deb"))
+            if fetched.returncode == 0 and archives:
+                _unpack(archives[0], Path(scratch) / "tree", place)
+                return
+            errors.append(f"{package}: {fetched.stderr.strip().splitlines()[-1:]}")
+    raise ArtifactError(f"{metapackage}: cannot download: {'; '.join(errors)}")
+
+
+def _unpack(archive: Path, tree: Path, place: Path) -> None:
+    environment = _tool_environment()
+    subprocess.run(["dpkg", "-x", archive, tree], check=True, env=environment)
+    (release,) = (path.name for path in (tree / "lib" / "modules").iterdir())
+    subprocess.run(["depmod", "-b", tree, release], check=True, env=environment)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    tree.rename(place)
+
+
+def _initramfs(stem: str, modules: Sequence[Path], init: str) -> Path:
+    busybox = shutil.which("busybox", path=_tool_environment()["PATH"])
+    if busybox is None or shutil.which("zstd") is None:
+        raise ArtifactError("busybox or zstd: not found; install busybox-static and zstd")
+    recipe = initramfs.recipe(Path(busybox), modules, init)
+    image = cache_dir() / f"initramfs-{stem}-{recipe}.img"
+    if not image.exists():
+        with _locked():
+            scratch = image.with_suffix(".part")
+            scratch.write_bytes(initramfs.build(Path(busybox), modules, init))
+            scratch.rename(image)
+    return image
+
+
+def main(names: Sequence[str]) -> int:
+    """Fill the cache with the named kernels and their initramfs images, by default all."""
+    unknown = set(names) - set(KERNELS)
+    if unknown:
+        print(f"artifacts: known kernels are {', '.join(KERNELS)}", file=sys.stderr)
+        return 2
+    try:
+        for name in names or KERNELS:
+            unpacked = kernel(name)
+            size = guest_initramfs(unpacked).stat().st_size
+            print(f"{name}: {unpacked.release}, initramfs {size >> 10} KiB")
+        rig_initramfs(kernel("6.1"))
+        plain_initramfs()
+    except ArtifactError as error:
+        print(f"artifacts: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

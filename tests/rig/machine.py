@@ -1,0 +1,202 @@
+"""The rig: a full KVM host on any machine, by emulation.
+
+Many machines (CI runners, cloud guests) have no usable hardware virtualisation, or a /dev/kvm
+that emulates guest kernels one instruction at a time. The rig boots a distribution kernel under
+QEMU's software emulation of an AMD processor with SVM. Inside it kvm_amd, vhost, tun, bridge,
+nftables and the rest of the kernel are the real ones, so that an unmodified Linux guest boots
+under the code being tested.
+
+QEMU has to be 10.0 or newer: 7.2 loses interrupts under nested SVM and hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import artifacts
+
+EXIT_TIMEOUT = 124
+EXIT_NOT_UP = 125
+
+# The first process after the switch to the shared root. Stages are unpacked in the order given,
+# so that one may lie inside another. sysrq-o powers off without asking any process.
+_MAIN = """#!/bin/bash
+exec >/dev/console 2>&1 </dev/null
+. /run/rig/env
+export RIG=1 RIG_OUT=/run/rig/out
+export PATH="$PATH:/usr/sbin:/sbin"
+ip link set lo up
+for stage in $(ls -d /run/rig/stage-* 2>/dev/null | sort -V); do
+    place=$(cat "$stage/place")
+    if [ -e "$stage/tar" ]; then
+        mkdir -p "$place"
+        mount -t tmpfs -o size=90% tmpfs "$place" && tar -x -f "$stage/tar" -C "$place"
+    else
+        copy=/dev/shm/${{stage##*/}}
+        cp -p "$stage/file" "$copy" && mount --bind "$copy" "$place"
+    fi
+done
+cd {directory}
+echo "rig: up"
+setsid -w {command}
+echo $? > /run/rig/status
+sync
+echo o > /proc/sysrq-trigger
+sleep 30
+"""
+
+# What a run of the project's own tests never reads.
+_REPOSITORY_LEAVES = (".git", ".venv", ".cache", ".*_cache", "__pycache__", "build", "dist", "out")
+_VENV_LEAVES = ("bin/ruff", "bin/uv*", "mypy", "mypyc", "pip", "setuptools", "share", "include")
+_STDLIB_LEAVES = (
+    *("test", "tests", "idlelib", "turtledemo", "ensurepip", "lib2to3", "tkinter"),
+    *("site-packages", "dist-packages", "config-*", "*.opt-?.pyc"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A path whose content is copied into the rig's memory before the command starts.
+
+    A directory is hidden by a copy of it without what the `tar --exclude` patterns match; a file
+    by a copy of itself.
+    """
+
+    path: Path
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Stage:
+        """Read `PATH[:PATTERN,...]`."""
+        path, _, patterns = text.partition(":")
+        return cls(Path(path), tuple(part for part in patterns.split(",") if part))
+
+    def save(self, place: Path) -> None:
+        """Write what the rig unpacks into the directory `place`, which is created."""
+        place.mkdir()
+        source = self.path.resolve()
+        (place / "place").write_text(str(source))
+        if source.is_dir():
+            excludes = [f"--exclude={pattern}" for pattern in self.exclude]
+            subprocess.run(
+                ["tar", "-c", "-f", place / "tar", *excludes, "-C", source, "."], check=True
+            )
+        else:
+            shutil.copy(source, place / "file")
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """What to run and in which machine.
+
+    `memory` is in bytes; `timeout_s` counts from the start of the rig; `is_counted` gives it one
+    processor whose clock counts instructions; `out`, if set, receives what the command left in
+    the directory `$RIG_OUT`.
+    """
+
+    command: tuple[str, ...]
+    cpus: int = 2
+    memory: int = 6 << 30
+    timeout_s: float = 900
+    is_counted: bool = False
+    stages: tuple[Stage, ...] = ()
+    out: Path | None = None
+
+    def run(self) -> int:
+        """Boot, run the command with its output on our stdout, and power off.
+
+        Returns:
+            the command's exit status, 124 after a time-out, 125 if the rig did not come up.
+
+        Raises:
+            tests.artifacts.ArtifactError: there is no kernel, or the initramfs cannot be built.
+        """
+        kernel = artifacts.kernel("6.1")
+        image = artifacts.rig_initramfs(kernel)
+        with tempfile.TemporaryDirectory(prefix="rig-") as scratch:
+            share = Path(scratch)
+            (share / "out").mkdir()
+            for number, stage in enumerate(self.stages):
+                stage.save(share / f"stage-{number}")
+            (share / "env").write_text(environment_script(os.environ))
+            main = share / "main"
+            main.write_text(main_script(Path.cwd(), self.command))
+            main.chmod(0o755)
+            process = subprocess.Popen(
+                qemu_arguments(self, kernel.vmlinuz, image, share), stdin=subprocess.DEVNULL
+            )
+            try:
+                process.wait(self.timeout_s)
+            except subprocess.TimeoutExpired:
+                return EXIT_TIMEOUT
+            finally:
+                process.kill()
+                process.wait()
+            if self.out is not None:
+                shutil.copytree(share / "out", self.out, dirs_exist_ok=True)
+            status = share / "status"
+            return int(status.read_text()) if status.exists() else EXIT_NOT_UP
+
+
+def main_script(directory: Path, command: Sequence[str]) -> str:
+    """Return the script that runs the command in the rig, in that working directory."""
+    return _MAIN.format(directory=shlex.quote(str(directory)), command=shlex.join(command))
+
+
+def environment_script(environment: Mapping[str, str]) -> str:
+    """Return shell lines that set the environment; names that no shell knows are left out."""
+    skipped = {"_", "SHLVL", "PWD", "OLDPWD"}
+    return "".join(
+        f"export {name}={shlex.quote(value)}\n"
+        for name, value in environment.items()
+        if name not in skipped and name.isidentifier()
+    )
+
+
+def qemu_arguments(rig: Rig, vmlinuz: Path, image: Path, share: Path) -> list[str]:
+    """Return QEMU's command line.
+
+    `sleep=off` makes the counted clock skip idle time instead of waiting for it.
+    """
+    if rig.is_counted:
+        clock = ["-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=1,sleep=off"]
+    else:
+        clock = ["-accel", "tcg,thread=multi", "-smp", str(rig.cpus)]
+    return [
+        *("qemu-system-x86_64", "-M", "q35", "-cpu", "max"),
+        *clock,
+        *("-m", f"{rig.memory >> 20}M"),
+        *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"),
+        *("-kernel", str(vmlinuz), "-initrd", str(image)),
+        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
+        "-virtfs",
+        "local,path=/,security_model=none,mount_tag=root,readonly=on,multidevs=remap",
+        "-virtfs",
+        f"local,path={share},security_model=none,mount_tag=out",
+        *("-device", "virtio-rng-pci"),
+    ]
+
+
+def project_stages(root: Path) -> tuple[Stage, ...]:
+    """Return the stages that keep a run of this project's Python code off 9p.
+
+    The repository, its virtual environment, and the interpreter with its standard library: a
+    failed look-up of an import over 9p costs more than reading the module.
+    """
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    interpreter = Path(sys.executable).resolve()
+    return (
+        Stage(root, _REPOSITORY_LEAVES),
+        Stage(root / ".venv", _VENV_LEAVES),
+        Stage(stdlib, _STDLIB_LEAVES),
+        Stage(interpreter),
+    )
