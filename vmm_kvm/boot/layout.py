@@ -70,7 +70,7 @@ GSI_COM1 = 4
 GSI_RTC = 8
 GSI_SCI = 9
 GSI_PCI_INTX = (16, 17, 18, 19)
-PIC_PCI_INTX = (5, 10, 11, 5)
+PIC_PCI_INTX = (5, 10, 11, 12)
 
 
 def ram_ranges(size: int) -> tuple[tuple[int, int], ...]:

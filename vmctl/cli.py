@@ -1,0 +1,140 @@
+"""The command line: every verb and option, declared; what they do is in the module of the verb.
+
+Verbs may be shortened to any unique prefix. Modules are imported in the body of a command, so that
+no command pays for another's.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+from typer._click import Command, Context  # what get_command is declared with
+from typer.core import TyperGroup
+
+_USAGE = "usage:\tvmctl [-v] command [arg ...]"
+
+
+class PrefixGroup(TyperGroup):
+    """A command group whose commands can be named by any unique prefix.
+
+    Source: OpenBSD vmctl(8); section 3.1 of its behaviour.
+    """
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        """Find the command that `cmd_name` abbreviates, or leave with OpenBSD's text."""
+        matches = [name for name in self.list_commands(ctx) if name.startswith(cmd_name)]
+        if len(matches) == 1:
+            return super().get_command(ctx, matches[0])
+        problem = "ambiguous" if matches else "unknown"
+        print(f"{problem} argument: {cmd_name}\n{_USAGE}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    name="vmctl",
+    cls=PrefixGroup,
+    help="Control virtual machines.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False},
+)
+
+
+@app.callback(invoke_without_command=True)
+def main_options(
+    ctx: typer.Context,
+    verbose: Annotated[bool, typer.Option("-v", help="Log what happens, in detail.")] = False,
+) -> None:
+    """Control virtual machines."""
+    if ctx.invoked_subcommand is None:
+        print(_USAGE, file=sys.stderr)
+        raise typer.Exit(1)
+    ctx.obj = verbose
+
+
+@app.command("run")
+def run_command(
+    ctx: typer.Context,
+    boot: Annotated[
+        str | None,
+        typer.Option("-b", metavar="path", help="Kernel or firmware image to boot."),
+    ] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Boot the self-test guest that comes along.")
+    ] = False,
+    memory: Annotated[
+        str, typer.Option("-m", metavar="size", help="Memory, such as 256M or 4G.")
+    ] = "512M",
+    cpus: Annotated[
+        str, typer.Option("-p", metavar="count", help="Number of vCPUs, 1 to 64.")
+    ] = "1",
+    initrd: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--initrd",
+            metavar="path",
+            help="Initial RAM disk; for a Multiboot kernel a module, and may be repeated.",
+        ),
+    ] = None,
+    append: Annotated[
+        str | None, typer.Option("--append", metavar="string", help="Kernel command line.")
+    ] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option("--timeout", metavar="seconds", help="Kill the VM after this time; status 124."),
+    ] = None,
+    no_reboot: Annotated[
+        bool, typer.Option("--no-reboot", help="End when the guest reboots, instead of booting again.")
+    ] = False,
+    attach: Annotated[
+        bool, typer.Option("-c", help="Attach the console; always so for run.", hidden=True)
+    ] = False,
+    name: Annotated[str, typer.Argument(metavar="[name]", show_default=False)] = "",
+) -> None:
+    """Run a VM in the foreground, its console on this terminal, without a daemon."""
+    del attach
+    from vmctl.run import RunOptions, run  # noqa: PLC0415 - no other verb needs the hypervisor
+
+    raise typer.Exit(
+        run(
+            RunOptions(
+                boot=boot,
+                selftest=selftest,
+                memory=memory,
+                cpus=cpus,
+                initrd=tuple(initrd or ()),
+                append=append,
+                timeout=timeout,
+                reboot=not no_reboot,
+                name=name,
+                verbose=bool(ctx.obj),
+            )
+        )
+    )
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell whether this host can run VMs, how fast, and what is missing."""
+    from vmctl.doctor import doctor  # noqa: PLC0415 - no other verb needs the checks
+
+    raise typer.Exit(doctor(as_json=as_json))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or what the command says, or 1 for misuse."""
+    try:
+        status = typer.main.get_command(app).main(
+            arguments, prog_name="vmctl", standalone_mode=False
+        )
+    except typer.Abort:
+        return 1
+    except typer.TyperException as err:
+        text = err.format_message()
+        print(f"vmctl: {text[:1].lower()}{text[1:].rstrip('.')}\n{_USAGE}", file=sys.stderr)
+        return 1
+    return int(status or 0)

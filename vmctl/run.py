@@ -1,0 +1,257 @@
+"""`vmctl run`: a VM in the foreground, without a daemon.
+
+Exit status: 0 the guest powered off (or rebooted, with --no-reboot); 1 an error or a crash of the
+guest; 124 time-out; 143 killed by a second SIGTERM; and the status that the guest chose, an odd
+number, when it wrote to isa-debug-exit. Reboot restarts the guest in the same process.
+"""
+
+import logging
+import math
+import signal
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from vmctl.stdio import Stdio
+from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+from vmm_kvm.boot.image import open_image
+from vmm_kvm.boot.layout import MEMORY_MAX, MEMORY_MIN
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.errors import SpecError, VmmError
+from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.loop import EventLoop
+from vmm_kvm.machine import (
+    Crash,
+    DebugExitStatus,
+    Machine,
+    MachineSpec,
+    Outcome,
+    PowerOff,
+    Reboot,
+    TripleFault,
+    selftest_path,
+)
+
+EXIT_ERROR = 1
+EXIT_TIMEOUT = 124
+EXIT_KILLED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The command line of `vmctl run`, as typed."""
+
+    boot: str | None
+    selftest: bool
+    memory: str
+    cpus: str
+    initrd: tuple[str, ...]
+    append: str | None
+    timeout: str | None
+    reboot: bool
+    name: str
+    verbose: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The VM ended by what happened around it, not by what the guest did."""
+
+    status: int
+    message: str | None = None
+    discard_output: bool = False
+
+
+def run(options: RunOptions) -> int:
+    """Run one VM until it ends; returns the exit status. Errors are one line on stderr."""
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.WARNING, format="vmctl: %(message)s"
+    )
+    try:
+        spec = _spec(options)
+        timeout_s = _timeout(options.timeout)
+        install_kick_signal()
+        with Kvm() as kvm, EventLoop() as loop:
+            status, message = Foreground(kvm, loop, spec, options.reboot, timeout_s).run()
+    except (VmmError, OSError) as err:
+        status, message = EXIT_ERROR, str(err)
+    if message:
+        print(f"vmctl: {message}", file=sys.stderr)
+    return status
+
+
+def _spec(options: RunOptions) -> MachineSpec:
+    path = options.boot
+    if options.selftest:
+        if path is not None:
+            raise SpecError("--selftest and -b name two boot images: use one")
+        path = str(selftest_path())
+    if path is None:
+        raise SpecError("no kernel or firmware: use -b path, or --selftest")
+    return MachineSpec(
+        image=open_image(path),
+        memory_size=_memory(options.memory),
+        cpus=_cpus(options.cpus),
+        name=options.name or Path(path).name,
+        command_line=options.append,
+        initrd=options.initrd,
+    )
+
+
+def _memory(text: str) -> int:
+    try:
+        size = scan_scaled(text)
+    except SizeError as err:
+        raise SpecError(f"invalid memory size: {text}: {err}") from err
+    # vmctl(8) rounds down to whole megabytes.
+    size -= size % MEMORY_MIN
+    if not MEMORY_MIN <= size <= MEMORY_MAX:
+        raise SpecError(
+            f"invalid memory size: {text}: "
+            f"not between {fmt_scaled(MEMORY_MIN)} and {fmt_scaled(MEMORY_MAX)}"
+        )
+    return size
+
+
+def _cpus(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        raise SpecError(f"cpu count is invalid: {text}") from None
+    if not 1 <= count <= 64:
+        raise SpecError(f"cpu count is too {'small' if count < 1 else 'large'}: {text}")
+    return count
+
+
+def _timeout(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SpecError(f"invalid time-out: {text}: not a number of seconds")
+    return seconds
+
+
+class Foreground:
+    """One VM on this process's standard input and output, over any number of reboots.
+
+    Everything but `_ended` runs on the loop's thread.
+    """
+
+    def __init__(
+        self, kvm: Kvm, loop: EventLoop, spec: MachineSpec, reboot: bool, timeout_s: float | None
+    ) -> None:
+        """Prepare; nothing is made before `run`."""
+        self._kvm = kvm
+        self._loop = loop
+        self._spec = spec
+        self._reboot = reboot
+        self._timeout_s = timeout_s
+        self._machine: Machine | None = None
+        self._outcome: Outcome | Ended | None = None
+        self._terminations = 0
+        self._stdio = Stdio(loop, self)
+
+    def run(self) -> tuple[int, str | None]:
+        """Run the VM; returns the exit status and a message for stderr."""
+        with ExitStack() as stack:
+            machine = stack.enter_context(self._new_machine())
+            # From here on the terminal is raw: whatever happens has to give it back.
+            stack.callback(self._stdio.finish, discard=False)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                stack.callback(signal.signal, number, signal.signal(number, self._terminate))
+            if self._timeout_s is not None:
+                timer = self._loop.timer(self._time_out)
+                timer.arm(self._loop.monotonic_ns() + int(self._timeout_s * NANOSECONDS))
+            self._stdio.start()
+            while True:
+                machine.start()
+                self._loop.run()
+                machine.close()
+                outcome = self._outcome
+                if not self._reboot or not isinstance(outcome, Reboot | TripleFault):
+                    break
+                self._outcome = None
+                machine = stack.enter_context(self._new_machine())
+            self._stdio.finish(discard=isinstance(outcome, Ended) and outcome.discard_output)
+        return _status(self._outcome)
+
+    def _new_machine(self) -> Machine:
+        self._machine = Machine(
+            self._spec,
+            self._kvm,
+            self._loop,
+            transmit=self._stdio.transmit,
+            on_receive_room=lambda: self._loop.call_soon(self._stdio.feed),
+            on_outcome=self._ended,
+        )
+        return self._machine
+
+    # Ways to end
+
+    def _ended(self, outcome: Outcome) -> None:
+        """Note what the guest did; called on any thread."""
+        self._loop.call_soon(lambda: self._finish(outcome))
+
+    def _finish(self, outcome: Outcome | Ended) -> None:
+        if self._outcome is None:
+            self._outcome = outcome
+        self._loop.stop()
+
+    def _time_out(self) -> None:
+        self._finish(Ended(EXIT_TIMEOUT, f"timed out after {self._timeout_s:g} s"))
+
+    def _terminate(self, _number: int, _frame: FrameType | None) -> None:
+        """Press the power button at the first signal, kill at the second; a signal handler."""
+        self._terminations += 1
+        if self._terminations == 1:
+            self._loop.call_soon(self._press_power_button)
+        else:
+            ended = Ended(EXIT_KILLED, "killed by a second signal", discard_output=True)
+            self._loop.call_soon(lambda: self._finish(ended))
+
+    def _press_power_button(self) -> None:
+        if self._machine:
+            self._machine.press_power_button()
+
+    # What the console asks (vmctl.stdio.Guest)
+
+    def receive(self, data: bytes) -> int:
+        """Give typed bytes to the serial port; returns how many it took."""
+        return self._machine.uart.receive(data) if self._machine else 0
+
+    def receive_break(self) -> None:
+        """Send a BREAK to the serial port."""
+        if self._machine:
+            self._machine.uart.receive_break()
+
+    def throttle(self, hold: bool) -> None:
+        """Hold the vCPUs while output waits for its reader, or release them."""
+        if self._machine:
+            self._machine.throttle(hold)
+
+    def quit(self, reason: str | None) -> None:
+        """End the VM: a person typed `~.`, or the console went away."""
+        self._finish(Ended(0 if reason is None else EXIT_ERROR, reason))
+
+
+def _status(outcome: Outcome | Ended | None) -> tuple[int, str | None]:
+    match outcome:
+        case Ended(status, message):
+            return status, message
+        case DebugExitStatus(value):
+            return (value << 1 | 1) & 0xFF, None
+        case Crash(message):
+            return EXIT_ERROR, message
+        case TripleFault(message):
+            return EXIT_ERROR, message
+        case PowerOff() | Reboot():
+            return 0, None
+        case None:
+            raise AssertionError("the event loop stopped by itself")
