@@ -1,0 +1,181 @@
+#!/bin/sh
+# Install what the project's tests, demo and benchmarks need: Debian packages, then .venv.
+#
+# Does nothing, without the network, where everything is there. Packages need root; without it the
+# script names those that are missing. Kernels for guests are not installed: tests/artifacts.py
+# downloads them into a cache.
+set -eu
+cd "$(dirname "$0")/.."
+
+# What each package is for stands beside it.
+packages='
+    acpica-tools        iasl checks our ACPI tables
+    binutils            assembles the self-test guest again and compares
+    busybox-static      user space of guests and of the rig
+    bzip2               unpacks a kind of kernel payload that the boot tests make
+    ca-certificates     pip fetches over TLS
+    dpkg-dev            dpkg and its tools unpack kernel packages
+    gcc                 compares our structures with <linux/kvm.h>
+    git                 the tests ask which files belong to the tree
+    iproute2            ip brings up the loopback interface in the rig
+    kmod                modprobe and depmod find kernel modules in load order
+    libc6-dev           gcc needs it
+    linux-libc-dev      <linux/kvm.h>
+    lz4                 makes kernel payloads for the boot tests
+    make                runs the targets
+    mandoc              checks the manual pages
+    memtest86+          a guest
+    procps              free, in the demo
+    python3             runs everything
+    python3-venv        makes .venv
+    seabios             firmware
+    xz-utils            makes kernel payloads for the boot tests
+    zstd                packs initramfs images
+'
+qemu_package=qemu-system-x86
+qemu_minimum=1:10.0  # 7.2 loses interrupts under nested SVM and hangs
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+qemu_is_new() {
+    dpkg --compare-versions "$(dpkg-query -W -f '${Version}' $qemu_package 2>/dev/null || echo 0)" \
+        ge $qemu_minimum
+}
+
+# The URI, component-less, of the entry that brings this release's own suite, and its keyring:
+# "URI<TAB>KEYRING". Reads both formats that apt knows. See sources.list(5).
+debian_source() {
+    codename=$1
+    for file in /etc/apt/sources.list.d/*.sources; do
+        [ -e "$file" ] || continue
+        awk -v want="$codename" '
+            function flush() {
+                if (uri != "" && found && enabled) {
+                    print uri "\t" key; printed = 1
+                }
+                uri = ""; key = ""; found = 0; enabled = 1
+            }
+            BEGIN { enabled = 1 }
+            /^#/ { next }
+            /^[ \t]*$/ { flush(); next }
+            tolower($1) == "uris:" { uri = $2 }
+            tolower($1) == "signed-by:" { key = $2 }
+            tolower($1) == "enabled:" { enabled = tolower($2) != "no" }
+            tolower($1) == "suites:" { for (i = 2; i <= NF; i++) if ($i == want) found = 1 }
+            END { flush() }
+        ' "$file"
+    done
+    for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
+        [ -e "$file" ] || continue
+        awk -v want="$codename" '
+            $1 == "deb" {
+                key = ""; i = 2
+                if ($2 ~ /^\[/) {
+                    while (i <= NF) {
+                        field = $i; gsub(/[][]/, "", field)
+                        if (field ~ /^signed-by=/) key = substr(field, 11)
+                        if ($i ~ /\]$/) { i++; break }
+                        i++
+                    }
+                }
+                if ($(i + 1) == want) print $i "\t" key
+            }
+        ' "$file"
+    done
+}
+
+add_backports() {
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    suite=$codename-backports
+    if [ -n "$(debian_source "$suite")" ]; then return; fi
+    source=$(debian_source "$codename" | head -n 1)
+    [ -n "$source" ] || { say "no apt source for $codename found: add $suite by hand"; exit 1; }
+    uri=${source%%"	"*}
+    key=${source#*"	"}
+    say "adding the suite $suite"
+    {
+        printf 'Types: deb\nURIs: %s\nSuites: %s\nComponents: main\n' "$uri" "$suite"
+        [ -z "$key" ] || printf 'Signed-By: %s\n' "$key"
+    } > "/etc/apt/sources.list.d/$suite.sources"
+}
+
+# Kernels of both suites are in the cache, or apt knows them.
+kernels_are_known() {
+    cache=${VMM_CACHE:-$HOME/.cache/vmm-kvm-tests}/kernels
+    missing=
+    for kernel in 6.1 6.1-cloud 6.12 6.12-cloud; do
+        [ -d "$cache/$kernel/lib/modules" ] || missing=1
+    done
+    [ -n "$missing" ] || return 0
+    apt-cache show linux-image-cloud-amd64 2>/dev/null | grep -q '^Version: 6\.1\.' &&
+        apt-cache show linux-image-cloud-amd64 2>/dev/null | grep -q '^Version: 6\.12\.'
+}
+
+apt_get() {
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Acquire::Retries=3 \
+        -o DPkg::Lock::Timeout=300 --no-install-recommends "$@" </dev/null
+}
+
+missing=
+for package in $(printf '%s\n' "$packages" | awk 'NF { print $1 }'); do
+    installed "$package" || missing="$missing $package"
+done
+wanted_qemu=
+qemu_is_new || wanted_qemu=$qemu_package
+known=yes
+kernels_are_known || known=
+if [ -n "$missing$wanted_qemu" ] || [ -z "$known" ]; then
+    if [ "$(id -u)" != 0 ]; then
+        [ -z "$missing" ] || say "install as root:$missing"
+        [ -z "$wanted_qemu" ] || say "install as root: $qemu_package, 10.0 or newer (backports)"
+        [ -n "$known" ] || say "run as root once: the package lists lack a kernel for guests"
+        exit 1
+    fi
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    [ "$codename" != bookworm ] || add_backports
+    apt_get update
+    # shellcheck disable=SC2086 # a list of names
+    [ -z "$missing" ] || apt_get install $missing
+    if [ -n "$wanted_qemu" ]; then
+        if [ "$codename" = bookworm ]; then
+            apt_get install -t "$codename-backports" $qemu_package
+        else
+            apt_get install $qemu_package
+        fi
+        qemu_is_new || { say "$qemu_package is still older than $qemu_minimum"; exit 1; }
+    fi
+fi
+
+# The virtual environment: pinned and hashed wheels, then this tree in place, without dependencies.
+# (Its build back end is fetched by pip for this one step.)
+python=
+for candidate in python3 /usr/bin/python3 python3.11 python3.12 python3.13; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+        2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+[ -n "$python" ] || { say "no python3 of version 3.11 or newer"; exit 1; }
+venv=.venv
+stamp=$venv/.installed
+locked=$(sha256sum requirements.lock)
+project=$(pwd; sha256sum pyproject.toml)
+if [ ! -x $venv/bin/python ] || ! $venv/bin/python -c '' 2>/dev/null; then
+    say "making $venv"
+    "$python" -m venv --clear $venv
+fi
+pip() { $venv/bin/python -m pip --disable-pip-version-check -q "$@" </dev/null; }
+if [ "$(cat $stamp.lock 2>/dev/null)" != "$locked" ]; then
+    say "installing the locked dependencies"
+    pip install --require-hashes --no-deps -r requirements.lock
+    echo "$locked" > $stamp.lock
+fi
+if [ "$(cat $stamp.project 2>/dev/null)" != "$project" ] ||
+    [ ! -x $venv/bin/vmctl ] || [ ! -x $venv/bin/vmd ]; then
+    say "installing the commands"
+    pip install --no-deps --editable .
+    echo "$project" > $stamp.project
+fi
