@@ -1,0 +1,48 @@
+"""The debug console: one port that firmware writes its log to, byte by byte."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmm_kvm.bits import all_ones
+
+READBACK = 0xE9
+"""What the port reads as, which is how firmware detects it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DebugconState:
+    """A Debugcon has no state."""
+
+
+class Debugcon:
+    """A debug console; a BusDevice of one port.
+
+    `transmit` takes what the guest writes, with the lock held, on a vCPU thread; it must not wait.
+    """
+
+    __slots__ = ("_transmit", "lock")
+
+    def __init__(self, transmit: Callable[[bytes], None]) -> None:
+        self.lock = threading.Lock()
+        self._transmit = transmit
+
+    def read(self, offset: int, size: int) -> int:
+        """Return the mark in the first byte; nothing drives the others."""
+        ones = all_ones(size)
+        return ones if offset else ones & ~0xFF | READBACK
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Transmit the byte written to the port."""
+        if offset == 0 and size:
+            self._transmit(bytes((value & 0xFF,)))
+
+    def reset(self) -> None:
+        """Do nothing: there is no state."""
+
+    def state(self) -> DebugconState:
+        """Return a snapshot."""
+        return DebugconState()
+
+    def restore(self, state: DebugconState) -> None:
+        """Continue from a snapshot."""
