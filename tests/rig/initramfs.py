@@ -30,6 +30,12 @@ report() {
     echo "report: nproc $(nproc)"
     echo "report: memory $(free -k | awk '/^Mem:/ { print $2 }')"
     echo "report: release $(uname -r)"
+    ram=0
+    for range in /sys/firmware/memmap/*; do
+        [ "$(cat $range/type)" = "System RAM" ] || continue
+        ram=$((ram + $(cat $range/end) - $(cat $range/start) + 1))
+    done
+    echo "report: ram $ram"
     dmesg -r | grep '^<[0-4]>' | sed 's/^/report: dmesg /'
     echo "report: end"
 }

@@ -1,0 +1,88 @@
+"""Debian guests under test, and the same guests under QEMU to compare with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests import artifacts
+from tests.vmctl_driver import ConsoleProcess, vmctl_run
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# A panic ends at once (QEMU has no triple fault to wait for); `quiet` saves emulated serial time.
+COMMAND_LINE = "console=ttyS0 quiet panic=-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a guest said about itself.
+
+    `memory` is what `free` calls total and `ram` the sum of the firmware's RAM ranges, both in
+    bytes; `complaints` are the kernel's messages of levels 0 to 4, numbers and times made equal.
+    """
+
+    release: str
+    nproc: int
+    memory: int
+    ram: int
+    complaints: frozenset[str]
+
+    @classmethod
+    def parse(cls, console: str) -> Report:
+        """Read the lines that the guest's /init prints for `test=report`."""
+        lines = re.findall(r"^report: (\w+) ?(.*?)\r*$", console, re.MULTILINE)
+        fields = dict(lines)
+        return cls(
+            release=fields["release"],
+            nproc=int(fields["nproc"]),
+            memory=int(fields["memory"]) << 10,
+            ram=int(fields["ram"]),
+            complaints=frozenset(complaint(text) for kind, text in lines if kind == "dmesg"),
+        )
+
+
+def complaint(raw: str) -> str:
+    """Return a line of `dmesg -r` without what differs between two runs.
+
+    Goes: the time stamp, and the value of each number, but not its presence.
+    """
+    text = re.sub(r"^(<\d>)\[ *\d+\.\d+\] ", r"\1", raw.strip())
+    return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{8,16}\b|\b\d+\b", "N", text)
+
+
+def ours(
+    kernel: artifacts.Kernel,
+    test: str,
+    *,
+    cpus: int = 1,
+    memory: int = 256 * MIB,
+    options: Sequence[str] = (),
+) -> ConsoleProcess:
+    """Start `vmctl run` with a guest whose /init does `test`; `memory` in bytes."""
+    return ConsoleProcess(
+        vmctl_run(
+            *("-m", str(memory), "-p", str(cpus)),
+            *("-b", kernel.vmlinuz, "--initrd", artifacts.guest_initramfs(kernel)),
+            *("--append", f"{COMMAND_LINE} test={test}"),
+            *options,
+        )
+    )
+
+
+def qemus(
+    kernel: artifacts.Kernel, test: str, *, machine: str = "pc", cpus: int = 1, memory: int
+) -> ConsoleProcess:
+    """Start QEMU with the same guest on the same KVM; `memory` in bytes, a multiple of 1 MiB."""
+    image = artifacts.guest_initramfs(kernel)
+    return ConsoleProcess(
+        [
+            *("qemu-system-x86_64", "-M", machine, "-accel", "kvm", "-cpu", "host"),
+            *("-m", f"{memory // MIB}M", "-smp", str(cpus)),
+            *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"),
+            *("-device", "pvpanic", "-kernel", str(kernel.vmlinuz), "-initrd", str(image)),
+            *("-append", f"{COMMAND_LINE} test={test}"),
+        ]
+    )

@@ -1,0 +1,114 @@
+"""Unmodified Debian kernels under `vmctl run`: what they see, and how they end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from tests import artifacts
+from tests.guest.linux_guest import GIB, MIB, Report, ours
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+
+QemuReport = Callable[[artifacts.Kernel, int, int], Report]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory"), [(1, 128 * MIB), (2, 256 * MIB), (4, 5 * GIB)], ids=["1", "2", "4"]
+)
+def test_a_kernel_sees_the_machine_that_was_asked_for(
+    kernel: artifacts.Kernel, cpus: int, memory: int, qemu_report: QemuReport
+) -> None:
+    """The guest counts the vCPUs and the memory, complains no more than QEMU's, powers off."""
+    with ours(kernel, "report", cpus=cpus, memory=memory) as guest:
+        guest.expect("report: end")
+        status = guest.wait()
+    report = Report.parse(guest.output.decode("latin-1"))
+    theirs = qemu_report(kernel, cpus, memory)
+    assert status == 0, guest.errors
+    assert guest.errors == b""
+    assert report.release == kernel.release
+    assert report.nproc == cpus
+    # The ranges leave out what lies between 640 KiB and 1 MiB, and tables.
+    assert memory - MIB <= report.ram <= memory
+    assert 0.98 * theirs.memory <= report.memory <= memory
+    assert report.complaints - theirs.complaints == frozenset()
+
+
+def test_power_off_exits_with_0(cloud_kernel: artifacts.Kernel) -> None:
+    """A guest that powers off by ACPI ends the command with 0 and no word."""
+    with ours(cloud_kernel, "poweroff") as guest:
+        assert guest.wait() == 0, guest.errors
+    assert guest.errors == b""
+    assert b"init: up" in guest.output
+
+
+@pytest.mark.parametrize("way", ["a", "k", "t", "p"])
+def test_each_way_to_reboot_is_one(cloud_kernel: artifacts.Kernel, way: str) -> None:
+    """ACPI, the keyboard controller, a triple fault and 0xcf9 all end a run with --no-reboot.
+
+    A triple fault is how some kernels reboot, but nothing tells it from a crash: status 1.
+    """
+    with ours(cloud_kernel, f"reboot reboot={way}", options=["--no-reboot"]) as guest:
+        guest.expect("init: up")
+        status = guest.wait()
+    assert status == (1 if way == "t" else 0), guest.errors
+
+
+def test_a_reboot_stays_in_the_process(kernel: artifacts.Kernel) -> None:
+    """A guest that reboots boots again, in the same process, and can then power off."""
+    with ours(kernel, "shell") as guest:
+        guest.expect("# ")
+        guest.send("reboot -f\n")
+        guest.expect("init: up")
+        guest.expect("# ")
+        guest.send("poweroff -f\n")
+        assert guest.wait() == 0, guest.errors
+    assert guest.output.count(b"init: up") == 2
+
+
+def test_sigterm_presses_the_power_button(kernel: artifacts.Kernel) -> None:
+    """SIGTERM reaches the guest as its ACPI power button; a guest that obeys it ends with 0."""
+    with ours(kernel, "button", cpus=2) as guest:
+        guest.expect("init: waiting for the button")
+        guest.signal(signal.SIGTERM)
+        assert guest.wait() == 0, guest.errors
+    assert b"init: power button" in guest.output
+
+
+def test_a_panic_is_a_crash(kernel: artifacts.Kernel) -> None:
+    """A guest whose kernel panics, as pvpanic tells, ends with 1 and one line that says so."""
+    with ours(kernel, "panic") as guest:
+        assert guest.wait() == 1
+    assert b"init: up" in guest.output
+    (line,) = guest.errors.decode().splitlines()
+    assert line.startswith("vmctl: ")
+    assert "panic" in line
+
+
+def test_a_guest_that_does_not_end_times_out(cloud_kernel: artifacts.Kernel) -> None:
+    """--timeout ends a running guest with 124."""
+    with ours(cloud_kernel, "idle", options=["--timeout", "25"]) as guest:
+        guest.expect("init: idle")
+        assert guest.wait() == 124
+
+
+def test_a_second_sigterm_kills(cloud_kernel: artifacts.Kernel) -> None:
+    """A guest that ignores the power button is killed by a second SIGTERM."""
+    with ours(cloud_kernel, "idle") as guest:
+        guest.expect("init: idle")
+        guest.signal(signal.SIGTERM)
+        guest.signal(signal.SIGTERM)
+        assert guest.wait() == 143
+
+
+def test_the_console_takes_input(cloud_kernel: artifacts.Kernel) -> None:
+    """What is piped in reaches the guest's shell, whose every byte of output comes back."""
+    with ours(cloud_kernel, "shell") as guest:
+        guest.expect("# ")
+        guest.send("stty -onlcr; seq 1 2000; poweroff -f\n")
+        assert guest.wait() == 0, guest.errors
+    expected = "".join(f"{number}\n" for number in range(1, 2001))
+    assert expected in guest.output.decode("latin-1")
