@@ -6,7 +6,10 @@
         .include "machine.inc"
         .include "boot.inc"
 
+        .set    TAMED_MAP, 0x14000      # a bit for each 8 ports: some of them are tamed
+        .set    TAMED_MAP_SIZE, 0x400
         .set    STRING_BUFFER, 0x18000  # random bytes, source of string output
+        .set    STRING_BUFFER_SIZE, 0x100
         .set    STRING_INPUT, 0x19000
         .set    DESCRIPTOR, 0x1f000     # fw_cfg DMA descriptor, at any of 256 offsets
         .set    SANDBOX, 0x20000        # to 0x7ffff: where DMA may land
@@ -16,7 +19,21 @@
         .set    DOT_MASK, 0xffff        # a dot after as many accesses
         .set    LINE_MASK, 0x3fffff     # a new line after 64 dots
 
-# r13: accesses done; r14: accesses to do; r15: state of the generator.
+# Draw 64 random bits to rax: the high and the low half of a product, added by exclusive or, of a
+# counter with large steps. Changes rdx.
+.macro  draw
+        add     %r12, %r15
+        mov     %r15, %rax
+        xor     %r11, %rax
+        mul     %r15
+        xor     %rdx, %rax
+.endm
+
+# Where every instruction costs most of a microsecond, this loop is what a run takes: few
+# instructions for each access.
+#
+# rbp: when something is to be done, in accesses; r13: accesses done; r14: accesses to do; r15: state
+# of the generator; r11, r12: its constants.
 main:
         call    console_init
         lidt    idt_pointer(%rip)       # interrupts stay off; exceptions are reported
@@ -24,12 +41,8 @@ main:
         mov     $seed_name_end - seed_name, %ecx
         call    fw_cfg_number
         mov     $DEFAULT_SEED, %r15
-        cmovc   %r15, %rax
-        mov     %rax, %r15
-        test    %rax, %rax
-        jnz     1f
-        inc     %r15                    # the generator stands still at 0
-1:      lea     count_name(%rip), %rsi
+        cmovnc  %rax, %r15
+        lea     count_name(%rip), %rsi
         mov     $count_name_end - count_name, %ecx
         call    fw_cfg_number
         mov     $DEFAULT_COUNT, %r14
@@ -42,34 +55,49 @@ main:
         mov     $16, %ecx
         call    print_hex
         say     "\n"
+        movabs  $0x9e3779b97f4a7c15, %r12
+        movabs  $0xd1b54a32d192ed03, %r11
         call    map_everything
+        call    map_tamed
         mov     $STRING_BUFFER, %ebx
-2:      call    random
+1:      draw
         mov     %rax, (%rbx)
         add     $8, %ebx
-        cmp     $STRING_BUFFER + 0x100, %ebx
-        jb      2b
+        cmp     $STRING_BUFFER + STRING_BUFFER_SIZE, %ebx
+        jb      1b
         xor     %r13d, %r13d
+        xor     %ebp, %ebp
+        jmp     3f
 
+# An operation adds to r13 the accesses that it made beyond the first.
+#
+# Bits of rax and ebx: 0 write; 1 to 4 the operation; 5 and up are its decisions; from 16 on
+# addresses and values.
 next:
-        cmp     %r14, %r13
-        jae     done
-        call    random
-        mov     %eax, %ebx              # decisions
-        and     $0x1e, %eax             # a twin of entries: bit 0 is read or write
-        movzwl  operations(%rax), %eax
-        lea     text_start(%rax), %rax
-        call    *%rax
+        draw
+        mov     %eax, %ebx
+        mov     %eax, %ecx
+        and     $0x1e, %ecx
+        movzwl  operations(%rcx), %ecx
+        lea     text_start(%rcx), %rcx
+        call    *%rcx
         inc     %r13
-        test    $DOT_MASK, %r13d
-        jnz     next
+        cmp     %rbp, %r13
+        jb      next
+        test    $DOT_MASK, %ebp
+        jnz     3f
         call    console_registers
         mov     $'.', %al
         call    print_character
         call    flush
-        test    $LINE_MASK, %r13d
-        jnz     next
+        test    $LINE_MASK, %ebp
+        jnz     3f
         say     "\n"
+3:      cmp     %r14, %r13
+        jae     done
+        add     $DOT_MASK + 1, %rbp     # the next dot, or the end
+        cmp     %r14, %rbp
+        cmova   %r14, %rbp
         jmp     next
 
 done:
@@ -84,22 +112,6 @@ operations:
 .irp    operation, port, port, port, port, port, port_string, port_string, mmio, mmio, mmio, mmio, mmio_string, mmio_modify, pci, fw_cfg, fw_cfg_dma
         .word   \operation - text_start
 .endr
-
-# Return 64 random bits in rax (xorshift64*). Keeps all other registers.
-random:
-        mov     %r15, %rax
-        shr     $12, %rax
-        xor     %rax, %r15
-        mov     %r15, %rax
-        shl     $25, %rax
-        xor     %rax, %r15
-        mov     %r15, %rax
-        shr     $27, %rax
-        xor     %rax, %r15
-        mov     $0x2545f4914f6cdd1d, %rax
-        imul    %r15, %rax
-        bswap   %rax                    # the high bits are the better ones
-        ret
 
 # Return the little-endian number in the fw_cfg file named by rsi and ecx in rax; CF set: no such
 # file, or not 8 bytes.
