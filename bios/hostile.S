@@ -32,8 +32,8 @@
 # Where every instruction costs most of a microsecond, this loop is what a run takes: few
 # instructions for each access.
 #
-# rbp: when something is to be done, in accesses; r13: accesses done; r14: accesses to do; r15: state
-# of the generator; r11, r12: its constants.
+# rbp: when something is to be done, in accesses; r13: accesses done; r14: accesses to do;
+# r15: state of the generator; r11, r12: its constants.
 main:
         call    console_init
         lidt    idt_pointer(%rip)       # interrupts stay off; exceptions are reported
@@ -108,10 +108,20 @@ done:
         hlt
         jmp     1b
 
-operations:
-.irp    operation, port, port, port, port, port, port_string, port_string, mmio, mmio, mmio, mmio, mmio_string, mmio_modify, pci, fw_cfg, fw_cfg_dma
-        .word   \operation - text_start
-.endr
+.macro  operation name, times
+        .rept   \times
+        .word   \name - text_start
+        .endr
+.endm
+operations:                             # sixteen, equally likely
+        operation port, 5
+        operation port_string, 2
+        operation mmio, 4
+        operation mmio_string, 1
+        operation mmio_modify, 1
+        operation pci, 1
+        operation fw_cfg, 1
+        operation fw_cfg_dma, 1
 
 # Return the little-endian number in the fw_cfg file named by rsi and ecx in rax; CF set: no such
 # file, or not 8 bytes.

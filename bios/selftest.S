@@ -2,9 +2,11 @@
 # what it found on COM1 and then obeys single keys. README.md has the keys and the lines.
 #
 # selftest.S      start-up, the keys
-# report.inc      what is printed: processors, memory, PCI functions, time
-# checks.inc      PIT, RTC and UART
-# machine.inc boot.inc console.inc fwcfg.inc interrupts.inc   shared with the hostile guest
+# report.inc      what is printed: processors, memory, PCI functions
+# rtc.inc         the time of day
+# checks.inc      interrupts of PIT, RTC and UART
+#
+# Shared with the hostile guest: machine.inc boot.inc console.inc fwcfg.inc interrupts.inc power.inc
 
         .include "machine.inc"
         .include "boot.inc"
@@ -18,7 +20,7 @@ main:
         out     %ax, %dx
         call    report
 
-# ---- Wait for a key, a second or the power button -------------------------------------------------
+# ---- Wait for a key, a second or the power button -----------------------------------------------
 wait:
         cmpl    $0, power_button
         jne     on_power_button
@@ -207,6 +209,7 @@ no_idt: .word   0
 
         .include "power.inc"
         .include "report.inc"
+        .include "rtc.inc"
         .include "checks.inc"
         .include "interrupts.inc"
         .include "console.inc"
