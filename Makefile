@@ -1,0 +1,51 @@
+# `make help` lists the targets. SEED and COUNT are for the campaigns.
+SEED ?= 1
+COUNT ?=
+PYTHON = .venv/bin/python
+PYTEST = .venv/bin/pytest
+
+.DEFAULT_GOAL = help
+.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz bench clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: ## Install what everything below needs (packages as root, then .venv)
+	@scripts/setup.sh
+
+lint: setup ## ruff and mypy
+	@scripts/test.sh lint
+
+format: setup ## Format the code in place
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+test: setup ## Everything that is checked before a change is merged
+	@scripts/test.sh lint unit kvm guest
+
+test-unit: setup ## Tests that need nothing
+	@scripts/test.sh unit
+
+test-kvm: setup ## Tests that need any /dev/kvm
+	@scripts/test.sh kvm
+
+test-guest: setup ## Tests with distribution kernels: on this machine's KVM, or in the rig
+	@scripts/test.sh guest
+
+demo: setup ## Boot the self-test guest and a Debian kernel, visibly
+	@$(PYTHON) scripts/demo.py
+
+soak: setup ## Kill COUNT (200) self-test guests at random moments; SEED repeats a run
+	$(PYTHON) tests/campaigns/kill_selftest.py --count $(or $(COUNT),200) --seed $(SEED)
+
+fuzz: setup ## COUNT (1000) corruptions of each kind of image; a hostile guest; SEED repeats a run
+	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \
+	    --timeout 3600 tests/unit/boot
+	$(PYTHON) tests/campaigns/hostile_guest.py --seed $(SEED)
+
+bench: setup ## Measure the start of a guest in the rig, against QEMU
+	$(PYTHON) bench/boot.py
+
+clean: ## Remove what the targets made in this directory
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+#!/bin/bash
+# Run groups of checks, each in its own process, and end with one summary line per group.
+#
+#     scripts/test.sh lint unit kvm guest
+#
+# Every group runs even if an earlier one failed; the exit status is 1 if any did. A level that
+# this machine can run may not be skipped. The guest group runs on the host's KVM where that runs
+# a distribution kernel, else all of it in one boot of the rig.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+summary=()
+failed=0
+
+# group NAME COMMAND...: run it visibly, remember its outcome and what pytest counted.
+group() {
+    local name=$1 log=$logs/$1 start=$SECONDS verdict=ok counted
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" </dev/null 2>&1 | tee "$log" || { verdict=FAILED; failed=1; }
+    counted=$(tr -d '\r' <"$log" | grep -aE '^=*.*[0-9]+ (passed|failed|error|skipped).* in [0-9.]+s' |
+        tail -n 1 | sed 's/^=* *//; s/ *=*$//')
+    [ -z "$counted" ] || counted=": $counted"
+    summary+=("$name: $verdict after $((SECONDS - start)) s$counted")
+}
+
+lint() {
+    local status=0
+    .venv/bin/ruff check || status=1
+    .venv/bin/ruff format --check || status=1
+    .venv/bin/mypy || status=1
+    return $status
+}
+
+guest() {
+    $python -m tests.artifacts || return 1
+    if [ "$($python -m tests.host)" = yes ]; then
+        echo "guests run on this machine's KVM"
+        VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m guest tests/guest
+    else
+        echo "this machine's KVM runs no distribution kernel: guests run in the rig"
+        VMD_REQUIRE=kvm,guest tests/rig/rig run --timeout 1500 --project -- \
+            .venv/bin/pytest -q -p no:cacheprovider -m guest tests/guest
+    fi
+}
+
+# What this machine has is required: a skip would hide that a test did not run.
+required=$($python -c '
+from tests import host
+print(",".join(name for name, missing in (("kvm", host.missing_kvm()), ("root", host.missing_root()))
+               if missing is None))')
+export VMD_REQUIRE=$required
+
+for name; do
+    case $name in
+        lint) group lint lint ;;
+        unit) group unit .venv/bin/pytest -q -m 'not kvm and not guest' ;;
+        kvm) group kvm .venv/bin/pytest -q -m 'kvm and not guest' ;;
+        guest) group guest guest ;;
+        *) echo "test.sh: unknown group: $name" >&2; exit 2 ;;
+    esac
+done
+
+printf '\n== summary\n'
+printf '%s\n' "${summary[@]}"
+exit $failed
