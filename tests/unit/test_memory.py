@@ -1,0 +1,125 @@
+"""Guest memory: what is allocated, and that nothing outside it can be reached."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmm_kvm.bits import GIB, KIB, PAGE_SIZE
+from vmm_kvm.errors import GuestMemoryError, SpecError
+from vmm_kvm.memory import GuestMemory, Region
+
+RANGES = ((0, 64 * KIB), (0x10_0000, 64 * KIB))
+
+
+def test_regions_follow_each_other_in_the_memfd() -> None:
+    """Regions keep their guest addresses; in the memfd they are contiguous."""
+    with GuestMemory(RANGES) as memory:
+        assert memory.size == 128 * KIB
+        assert memory.regions == (
+            Region(0, 64 * KIB, 0),
+            Region(0x10_0000, 64 * KIB, 64 * KIB),
+        )
+        assert memory.regions[1].end == 0x11_0000
+        assert os.fstat(memory.fd).st_size == 128 * KIB
+
+
+def test_writes_are_read_back() -> None:
+    """What is written at an address is read there, and lies in the memfd where the region says."""
+    with GuestMemory(RANGES) as memory:
+        memory.write(0x10_0010, b"guest")
+        assert memory.read(0x10_0010, 5) == b"guest"
+        assert os.pread(memory.fd, 5, 64 * KIB + 0x10) == b"guest"
+
+
+def test_views_are_the_memory_itself() -> None:
+    """A view sees later writes and writes through."""
+    with GuestMemory(RANGES) as memory:
+        view = memory.view(0x100, 4)
+        memory.write(0x101, b"\x07")
+        view[2] = 9
+        assert memory.read(0x100, 4) == b"\x00\x07\x09\x00"
+
+
+def test_large_memory_is_sparse() -> None:
+    """Allocating RAM costs address space, not memory; above 4 GiB too."""
+    with GuestMemory(((0, GIB), (4 * GIB, GIB))) as memory:
+        memory.write(5 * GIB - 1, b"\x01")
+        assert os.fstat(memory.fd).st_blocks * 512 <= 2 * 1024 * KIB
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size"),
+    [
+        (64 * KIB - 1, 2),  # leaves the first region
+        (64 * KIB, 1),  # in the hole
+        (0x10_0000 - 1, 2),  # enters the second region
+        (0, 0x11_0000),  # spans the hole
+        (0x11_0000, 1),
+        (-1, 1),
+        (-1, 2),
+        (0, -1),
+        ((1 << 64) - 1, 1),
+        (1 << 64, 16),
+        (0, 1 << 64),
+    ],
+)
+def test_accesses_outside_ram_are_refused(gpa: int, size: int) -> None:
+    """An access that is not inside one region raises, with the access in the error."""
+    with GuestMemory(RANGES) as memory:
+        with pytest.raises(GuestMemoryError) as caught:
+            memory.read(gpa, size)
+        assert (caught.value.gpa, caught.value.size) == (gpa, size)
+        assert not memory.contains(gpa, size) or size < 0
+
+
+def test_a_refused_write_changes_nothing() -> None:
+    """A write that begins in RAM but leaves it is not done in part."""
+    with GuestMemory(RANGES) as memory:
+        with pytest.raises(GuestMemoryError):
+            memory.write(64 * KIB - 2, b"abcd")
+        assert memory.read(64 * KIB - 2, 2) == b"\0\0"
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        (),
+        ((1, PAGE_SIZE),),
+        ((0, PAGE_SIZE + 1),),
+        ((0, 0),),
+        ((0, -PAGE_SIZE),),
+        ((0, 2 * PAGE_SIZE), (PAGE_SIZE, PAGE_SIZE)),
+        ((PAGE_SIZE, PAGE_SIZE), (0, PAGE_SIZE)),
+    ],
+)
+def test_impossible_ranges_are_refused(ranges: tuple[tuple[int, int], ...]) -> None:
+    """Ranges have to be aligned, not empty, ascending and disjoint."""
+    with pytest.raises(SpecError):
+        GuestMemory(ranges)
+
+
+def test_closing_twice() -> None:
+    """Closing is idempotent and leaves no descriptor; afterwards there is no RAM."""
+    memory = GuestMemory(RANGES)
+    fd = memory.fd
+    memory.close()
+    memory.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    with pytest.raises(GuestMemoryError):
+        memory.read(0, 1)
+
+
+@given(st.integers(-PAGE_SIZE, 0x12_0000), st.integers(0, 0x12_0000))
+def test_an_access_is_inside_one_region_or_refused(gpa: int, size: int) -> None:
+    """`contains` and `view` agree, and views are as long as asked."""
+    with GuestMemory(RANGES) as memory:
+        inside = any(base <= gpa and gpa + size <= base + length for base, length in RANGES)
+        assert inside == memory.contains(gpa, size)
+        if inside:
+            assert len(memory.view(gpa, size)) == size
+        else:
+            with pytest.raises(GuestMemoryError):
+                memory.view(gpa, size)
