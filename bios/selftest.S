@@ -142,7 +142,7 @@ triple_fault:
         say     "t: triple fault\n"
         cli
         lidt    no_idt(%rip)
-        int3
+        ud2                             # int3 is not for every KVM that emulates its guests
 
 spin:
         say     "s: spin with interrupts off\n"
