@@ -1,0 +1,137 @@
+"""ioctl(2) for KVM: request numbers, the call, and errno turned into KvmError.
+
+The only caller of libc in this package. Not `fcntl.ioctl`: on Python 3.11 it refuses by-value
+arguments above INT_MAX, such as the address of KVM_SET_TSS_ADDR.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from errno import EAGAIN, EINTR, ESRCH
+
+from vmm_kvm.errors import KvmError
+
+_IOC_NRSHIFT = 0
+_IOC_TYPESHIFT = 8
+_IOC_SIZESHIFT = 16
+_IOC_DIRSHIFT = 30
+_IOC_NONE = 0
+_IOC_WRITE = 1
+_IOC_READ = 2
+
+type_of_data = type[ctypes.Structure] | type[ctypes.c_uint64]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_ioctl = _libc.ioctl
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_ioctl.restype = ctypes.c_int
+_syscall = _libc.syscall
+_syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int)
+_syscall.restype = ctypes.c_long
+_SYS_TGKILL = 234
+
+OPERATIONS: dict[int, str] = {}
+"""The C name of each request, for error messages; the table of requests fills it in."""
+
+
+def _ioc(direction: int, kind: int, number: int, size: int) -> int:
+    return (
+        direction << _IOC_DIRSHIFT
+        | size << _IOC_SIZESHIFT
+        | kind << _IOC_TYPESHIFT
+        | number << _IOC_NRSHIFT
+    )
+
+
+def _IO(kind: int, number: int) -> int:  # noqa: N802 - the C macro's name
+    """Return the request whose argument, if any, is a plain number."""
+    return _ioc(_IOC_NONE, kind, number, 0)
+
+
+def _IOR(kind: int, number: int, data: type_of_data) -> int:  # noqa: N802 - same
+    """Return the request that reads `data` from the kernel."""
+    return _ioc(_IOC_READ, kind, number, ctypes.sizeof(data))
+
+
+def _IOW(kind: int, number: int, data: type_of_data) -> int:  # noqa: N802 - same
+    """Return the request that hands `data` to the kernel."""
+    return _ioc(_IOC_WRITE, kind, number, ctypes.sizeof(data))
+
+
+def _IOWR(kind: int, number: int, data: type_of_data) -> int:  # noqa: N802 - same
+    """Return the request that hands `data` to the kernel and gets it back changed."""
+    return _ioc(_IOC_READ | _IOC_WRITE, kind, number, ctypes.sizeof(data))
+
+
+def operation(request: int) -> str:
+    """Return the C name of `request`, or its number when it has none here."""
+    return OPERATIONS.get(request, f"ioctl {request:#x}")
+
+
+def ioctl(fd: int, request: int, argument: int | ctypes.Structure | ctypes.c_uint64 = 0) -> int:
+    """Perform `request` on `fd` and return what the kernel returned, 0 or more.
+
+    `argument` is passed by value if it is an int, else by reference; the kernel may change it.
+    EINTR is an error like any other here.
+
+    Raises:
+        KvmError: the kernel refused; `errno` says why.
+    """
+    passed = argument if isinstance(argument, int) else ctypes.byref(argument)
+    result: int = _ioctl(fd, request, passed)
+    if result < 0:
+        raise KvmError(operation(request), ctypes.get_errno())
+    return result
+
+
+def retried_ioctl(fd: int, request: int, argument: int = 0) -> int:
+    """Perform `request` like `ioctl`, again as long as a signal interrupts it.
+
+    Raises:
+        KvmError: the kernel refused for another reason than EINTR.
+    """
+    while True:
+        try:
+            return ioctl(fd, request, argument)
+        except KvmError as err:
+            if err.errno != EINTR:
+                raise
+
+
+def prebound() -> Callable[[int, int, int], int]:
+    """Return ioctl(2) itself, for the one call whose speed matters: KVM_RUN.
+
+    It returns -1 instead of raising; `was_interrupted` then tells why.
+    """
+    call: Callable[[int, int, int], int] = _ioctl
+    return call
+
+
+def was_interrupted(request: int) -> bool:
+    """Tell why the last prebound call on this thread failed: True for EINTR, False for EAGAIN.
+
+    Raises:
+        KvmError: it failed for another reason.
+    """
+    errno = ctypes.get_errno()
+    if errno == EINTR:
+        return True
+    if errno == EAGAIN:
+        return False
+    raise KvmError(operation(request), errno)
+
+
+def signal_thread(native_id: int, signal: int) -> None:
+    """Send `signal` to the thread `native_id` of this process; nothing happens if it has ended.
+
+    Unlike pthread_kill(3), which is undefined for a thread that has ended.
+
+    Raises:
+        KvmError: the signal number is invalid.
+
+    Source: tgkill(2).
+    """
+    if _syscall(_SYS_TGKILL, os.getpid(), native_id, signal) < 0:
+        errno = ctypes.get_errno()
+        if errno != ESRCH:
+            raise KvmError("tgkill", errno)

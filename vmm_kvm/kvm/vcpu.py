@@ -1,0 +1,207 @@
+"""A vCPU: running it, and bringing it out of the guest.
+
+Kicking. A vCPU runs on whichever thread calls `run()`, one at a time. `kick()` may come from any
+thread and ends the current or the next `run()`, which returns Interrupted: it first sets
+`immediate_exit`, which the kernel looks at when KVM_RUN begins, then signals the thread that ran
+the vCPU last, which ends a KVM_RUN that has looked already. `run()` notes its thread before it
+enters the kernel, so whatever moment the kick falls into, one of the two works. A signal that
+comes late finds the thread outside KVM_RUN and does nothing, because its handler does nothing.
+The vCPU's thread clears `immediate_exit` before it looks at what the kicker wants: what is asked
+before that is seen, and what is asked later kicks again.
+
+The one lock, that of the coalesced ring, belongs to the VM, whose vCPUs share the ring. A device's
+lock may be taken while it is held, never the other way round.
+"""
+
+import ctypes
+import mmap
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Self, TypeAlias
+
+from vmm_kvm.bits import PAGE_SIZE
+from vmm_kvm.errors import VmmError
+from vmm_kvm.kvm import abi
+from vmm_kvm.kvm.exits import Exit, Exits
+from vmm_kvm.kvm.ioctl import prebound, signal_thread, was_interrupted
+from vmm_kvm.kvm.vcpu_state import VcpuState
+
+KICK_SIGNAL = signal.SIGRTMIN
+
+_RING_HEADER = ctypes.sizeof(abi.kvm_coalesced_mmio_ring)
+_RING_ENTRIES = (PAGE_SIZE - _RING_HEADER) // ctypes.sizeof(abi.kvm_coalesced_mmio)
+
+CoalescedEntry: TypeAlias = tuple[bool, int, int, int]
+"""A write that needed no exit: (is it to a port, address, bytes, value)."""
+
+_NO_ENTRIES: tuple[CoalescedEntry, ...] = ()
+_RUN = abi.KVM_RUN
+_kvm_run = prebound()
+_get_ident = threading.get_ident
+
+
+def install_kick_signal() -> None:
+    """Give SIGRTMIN a handler that does nothing, so that it only interrupts; idempotent.
+
+    Called once per process, on its main thread, before any `kick()`.
+
+    Raises:
+        ValueError: this is not the main thread.
+    """
+    signal.signal(KICK_SIGNAL, _ignore)
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    pass
+
+
+class Vcpu(VcpuState):
+    """One vCPU; a context manager that owns its file descriptor and mapping.
+
+    All methods but `kick` belong to the thread that runs the vCPU, or to any single thread while
+    none does.
+    """
+
+    __slots__ = (
+        "_exits",
+        "_interrupted",
+        "_native_id",
+        "_reason",
+        "_ring",
+        "_ring_ends",
+        "_ring_lock",
+        "_thread",
+        "index",
+        "kvm_run",
+    )
+
+    def __init__(
+        self,
+        fd: int,
+        index: int,
+        mmap_size: int,
+        *,
+        ring_page: int,
+        ring_lock: threading.Lock,
+        xsave_size: int,
+    ) -> None:
+        """Use `fd`, a new vCPU; takes ownership of it. `Vm.create_vcpu` calls this.
+
+        `mmap_size` is in bytes; `ring_page` is where the coalesced ring lies in the mapping, in
+        pages, or 0 for nowhere; `xsave_size` is KVM_CAP_XSAVE2's value, bytes.
+
+        Raises:
+            OSError: the mapping failed; `fd` is closed.
+        """
+        super().__init__(fd, xsave_size)
+        self.index = index
+        try:
+            page = memoryview(mmap.mmap(fd, mmap_size))
+        except BaseException:
+            os.close(fd)
+            raise
+        self._ring_lock = ring_lock
+        self._thread = 0  # of the latest run(), as threading.get_ident() names it
+        self._native_id = 0  # the same as the kernel names it
+        start = ring_page * PAGE_SIZE
+        has_ring = 0 < start <= mmap_size - PAGE_SIZE
+        self._lay_out(page, page[start : start + PAGE_SIZE] if has_ring else None)
+
+    def _lay_out(self, page: memoryview, ring: memoryview | None) -> None:
+        self.kvm_run = abi.kvm_run.from_buffer(page)
+        exits = Exits(page)
+        self._exits = exits.by_reason
+        self._interrupted = exits.interrupted
+        reason = abi.kvm_run.exit_reason
+        self._reason = page[reason.offset : reason.offset + reason.size].cast("I")
+        if ring is None:
+            ring = memoryview(bytearray(PAGE_SIZE))
+        self._ring_ends = ring[:_RING_HEADER].cast("I")
+        self._ring = abi.with_entries(
+            abi.kvm_coalesced_mmio_ring, abi.kvm_coalesced_mmio, _RING_ENTRIES
+        ).from_buffer(ring)
+
+    def close(self) -> None:
+        """Close the file descriptor and drop the mapping; idempotent. No thread may be in `run()`.
+
+        An exit object that is still held keeps the mapping, and with it the VM in the kernel.
+        """
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+            self._lay_out(memoryview(bytearray(2 * PAGE_SIZE)), None)  # so that kick() stays safe
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Running
+
+    def run(self) -> Exit:
+        """Run the guest until it needs help, and return why.
+
+        The object returned is valid until the next call. An access that the last exit described is
+        completed first, so its answer must be in place.
+
+        Raises:
+            KvmError: KVM_RUN failed for another reason than a signal.
+
+        Source: KVM API §4.10, §5.
+        """
+        if self._thread != _get_ident():
+            self._native_id = threading.get_native_id()
+            self._thread = _get_ident()
+        while _kvm_run(self.fd, _RUN, 0):
+            if was_interrupted(_RUN):
+                return self._interrupted
+        return self._exits[self._reason[0]]
+
+    def kick(self) -> None:
+        """End the current `run()`, or the next one if none is under way; any thread.
+
+        Every `run()` returns Interrupted until `clear_immediate_exit()`. Needs
+        `install_kick_signal()`; without it the signal would end the process.
+
+        Raises:
+            VmmError: no handler is installed.
+        """
+        if signal.getsignal(KICK_SIGNAL) is signal.SIG_DFL:
+            raise VmmError("kick: install_kick_signal() has not been called")
+        self.kvm_run.immediate_exit = 1
+        native_id = self._native_id
+        if native_id and self.fd >= 0:
+            signal_thread(native_id, KICK_SIGNAL)
+
+    def clear_immediate_exit(self) -> None:
+        """Let the next `run()` enter the guest again; on the thread that runs the vCPU."""
+        self.kvm_run.immediate_exit = 0
+
+    def set_immediate_exit(self) -> None:
+        """Let the next `run()` only complete the last exit's access, then return Interrupted."""
+        self.kvm_run.immediate_exit = 1
+
+    def coalesced_entries(self) -> Iterable[CoalescedEntry]:
+        """Return the writes that KVM collected for this VM, oldest first, and empty its ring.
+
+        The ring is the VM's: any vCPU drains it for all. Go through the result at once, in one
+        loop: the VM's lock is held meanwhile, so that the writes take effect in their order.
+        """
+        ends = self._ring_ends
+        return _NO_ENTRIES if ends[0] == ends[1] else self._drain()
+
+    def _drain(self) -> Iterator[CoalescedEntry]:
+        ends = self._ring_ends
+        with self._ring_lock:
+            last = ends[1]  # what other vCPUs add meanwhile is for the next call: a bounded loop
+            while (first := ends[0]) != last:
+                entry = self._ring.coalesced_mmio[first]
+                size = min(entry.len, 8)
+                value = int.from_bytes(bytes(entry.data)[:size], "little")
+                try:
+                    yield bool(entry.pio), entry.phys_addr, size, value
+                finally:
+                    ends[0] = (first + 1) % _RING_ENTRIES  # the kernel may use the place again
