@@ -1,0 +1,175 @@
+"""`vmctl doctor`: can this host run VMs, how fast, and what is missing?
+
+Exit status: 0 when VMs can run, 1 when they cannot.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from vmm_kvm.errors import VmmError
+from vmm_kvm.kvm import abi
+from vmm_kvm.kvm.speed import guest_speed
+from vmm_kvm.kvm.system import Kvm
+
+# A guest in hardware executes the loop at one instruction a cycle or so; emulation takes hundreds.
+_HARDWARE_SPEED = 100_000_000
+
+
+class Status(StrEnum):
+    """How much a finding matters."""
+
+    OK = "ok"
+    LIMITED = "limited"
+    """VMs run, but something is slow or cannot be used."""
+    MISSING = "missing"
+    """No VM runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    check: str
+    status: Status
+    detail: str
+    hint: str = ""
+
+
+_CAPABILITIES = {
+    "irqchip": (abi.KVM_CAP_IRQCHIP, "interrupt controllers in the kernel"),
+    "pit2": (abi.KVM_CAP_PIT2, "timer in the kernel"),
+    "user-memory": (abi.KVM_CAP_USER_MEMORY, "guest RAM in user memory"),
+    "readonly-mem": (abi.KVM_CAP_READONLY_MEM, "read-only memory slots, for firmware"),
+    "immediate-exit": (abi.KVM_CAP_IMMEDIATE_EXIT, "pause without a race"),
+    "irqfd": (abi.KVM_CAP_IRQFD, "interrupts from other processes"),
+    "ioeventfd": (abi.KVM_CAP_IOEVENTFD, "notifications without an exit"),
+    "coalesced-pio": (abi.KVM_CAP_COALESCED_PIO, "fewer exits for console output"),
+    "signal-msi": (abi.KVM_CAP_SIGNAL_MSI, "message-signalled interrupts"),
+    "tsc-deadline": (abi.KVM_CAP_TSC_DEADLINE_TIMER, "the guest's precise timer"),
+    "xsave2": (abi.KVM_CAP_XSAVE2, "saving large vector state"),
+}
+_REQUIRED = {"irqchip", "pit2", "user-memory", "readonly-mem", "immediate-exit"}
+
+_DEVICES = {
+    "tun": ("/dev/net/tun", "networks with taps", "modprobe tun"),
+    "vhost-net": ("/dev/vhost-net", "networks at the kernel's speed", "modprobe vhost_net"),
+    "vhost-vsock": ("/dev/vhost-vsock", "sockets between host and guest", "modprobe vhost_vsock"),
+}
+
+_FIRMWARE = {
+    "seabios": (
+        ("/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/bios.bin"),
+        "boot from disks and CD-ROMs",
+        "apt install seabios",
+    ),
+    "ovmf": (
+        ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"),
+        "boot UEFI guests",
+        "apt install ovmf",
+    ),
+}
+
+
+def doctor(*, as_json: bool) -> int:
+    """Print the report; returns the exit status."""
+    findings = list(_kvm())
+    findings.append(_nested())
+    findings += [_device(name, *what) for name, what in _DEVICES.items()]
+    findings += [_firmware(name, *what) for name, what in _FIRMWARE.items()]
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    elif sys.stdout.isatty():
+        _print_table(findings)
+    else:
+        for finding in findings:
+            hint = f" ({finding.hint})" if finding.hint else ""
+            print(f"{finding.check:16} {finding.status:8} {finding.detail}{hint}")
+    return 1 if any(f.status is Status.MISSING for f in findings) else 0
+
+
+def _print_table(findings: list[Finding]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - only a terminal gets a table
+    from rich.table import Table  # noqa: PLC0415 - same
+
+    colours = {Status.OK: "green", Status.LIMITED: "yellow", Status.MISSING: "red"}
+    table = Table("check", "status", "detail", "hint", box=None, pad_edge=False)
+    for finding in findings:
+        colour = colours[finding.status]
+        table.add_row(
+            finding.check, f"[{colour}]{finding.status}[/]", finding.detail, finding.hint
+        )
+    Console().print(table)
+
+
+def _kvm() -> Iterator[Finding]:
+    with ExitStack() as stack:
+        try:
+            kvm = stack.enter_context(Kvm())
+        except VmmError as err:
+            what, _, hint = str(err).partition(" (")
+            yield Finding("kvm", Status.MISSING, what, hint.rstrip(")"))
+            return
+        vcpus = kvm.check_extension(abi.KVM_CAP_MAX_VCPUS)
+        yield Finding("kvm", Status.OK, f"/dev/kvm, API {kvm.api_version}, up to {vcpus} vCPUs")
+        yield _speed(kvm)
+        for name, (capability, use) in _CAPABILITIES.items():
+            if kvm.check_extension(capability):
+                yield Finding(name, Status.OK, use)
+            else:
+                missing = Status.MISSING if name in _REQUIRED else Status.LIMITED
+                yield Finding(name, missing, f"{use}: not offered", "a newer kernel has it")
+
+
+def _speed(kvm: Kvm) -> Finding:
+    try:
+        speed = guest_speed(kvm)
+    except VmmError as err:
+        return Finding("guests", Status.MISSING, f"cannot run one: {err}", "see the kernel's log")
+    text = f"{speed / 1e6:.1f} million instructions a second"
+    if speed >= _HARDWARE_SPEED:
+        return Finding("guests", Status.OK, f"run in hardware, {text}")
+    return Finding(
+        "guests",
+        Status.LIMITED,
+        f"emulated, {text}",
+        "enough for the self-test guest; Linux needs hardware virtualisation or the rig",
+    )
+
+
+def _nested() -> Finding:
+    flags = _read(Path("/proc/cpuinfo"))
+    if "hypervisor" not in flags.split():
+        return Finding("nested", Status.OK, "no: this host is a real machine")
+    for module in ("kvm_amd", "kvm_intel"):
+        allowed = _read(Path(f"/sys/module/{module}/parameters/nested"))
+        if allowed.strip() in {"1", "Y"}:
+            return Finding("nested", Status.OK, f"yes: a VM itself; {module} nests further")
+    return Finding("nested", Status.OK, "yes: this host is a VM itself")
+
+
+def _device(name: str, path: str, use: str, remedy: str) -> Finding:
+    try:
+        with Path(path).open("rb+", buffering=0):
+            return Finding(name, Status.OK, f"{path}: {use}")
+    except OSError as err:
+        hint = remedy if isinstance(err, FileNotFoundError) else "run as root, or join its group"
+        return Finding(name, Status.LIMITED, f"{path}: {err.strerror}; needed for {use}", hint)
+
+
+def _firmware(name: str, paths: tuple[str, ...], use: str, remedy: str) -> Finding:
+    for path in paths:
+        if Path(path).is_file():
+            return Finding(name, Status.OK, f"{path}: {use}")
+    return Finding(name, Status.LIMITED, f"not found; needed to {use}", remedy)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

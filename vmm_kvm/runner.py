@@ -1,0 +1,200 @@
+"""vCPU threads: run, dispatch exits, pause, resume, stop.
+
+Each vCPU has one thread, in KVM_RUN for nearly all of its life. Exits for devices are dispatched
+here, on that thread, under the device's own lock; exits that end the VM go to `on_exit`.
+
+Protocol: another thread changes `_mode` under `_condition` and kicks every vCPU. A kicked vCPU
+returns from KVM_RUN as `Interrupted`, with any device access of its last exit completed, and looks
+at the mode after it has cleared the kick: a change can be seen early but never missed.
+"""
+
+import enum
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from vmm_kvm.bus import Bus
+from vmm_kvm.errors import KvmError
+from vmm_kvm.kvm.exits import Exit, Interrupted, IoExit, MmioExit
+from vmm_kvm.kvm.vcpu import Vcpu
+
+log = logging.getLogger(__name__)
+
+
+class Mode(enum.Enum):
+    """What all vCPU threads of a VM are to do."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    STOP = "stop"
+
+
+class Runner:
+    """The vCPU threads of one VM.
+
+    `drain`, if any, writes the accesses that KVM has collected and returns whether there may be
+    more; see `dispatch`. `on_exit(vcpu, exit)` is called on the vCPU's thread for every exit that is not a device
+    access, and returns whether the vCPU goes on; `on_failure` for an exception, a bug of ours,
+    that ended a thread. Both may call `request_stop`, neither may wait for vCPU threads.
+    """
+
+    def __init__(
+        self,
+        vcpus: Sequence[Vcpu],
+        pio: Bus,
+        mmio: Bus,
+        *,
+        drain: Callable[[Vcpu], bool] | None,
+        on_exit: Callable[[Vcpu, Exit], bool],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        """Prepare one thread per vCPU; none runs before `start`."""
+        self._vcpus = vcpus
+        self._pio = pio
+        self._mmio = mmio
+        self._drain = drain
+        self._on_exit = on_exit
+        self._on_failure = on_failure
+        self._mode = Mode.RUN
+        self._condition = threading.Condition()
+        self._running = 0
+        self._threads = [
+            threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}")
+            for vcpu in vcpus
+        ]
+
+    def start(self) -> None:
+        """Start every vCPU; called once, on the thread that made this object."""
+        self._running = len(self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    def request_pause(self) -> None:
+        """Ask every vCPU to stand still, without waiting for it."""
+        self._change(Mode.PAUSE)
+
+    def pause(self) -> None:
+        """Let every vCPU stand still; returns when all do. Not for vCPU threads."""
+        self._change(Mode.PAUSE)
+        with self._condition:
+            self._condition.wait_for(lambda: self._running == 0)
+
+    def resume(self) -> None:
+        """Let vCPUs that stand still go on; nothing happens once they were told to stop."""
+        self._change(Mode.RUN)
+
+    def request_stop(self) -> None:
+        """Ask every vCPU to end, without waiting for it; any thread."""
+        self._change(Mode.STOP)
+
+    def stop(self) -> None:
+        """End every vCPU thread and wait for it; idempotent. Not for vCPU threads."""
+        self._change(Mode.STOP)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _change(self, mode: Mode) -> None:
+        with self._condition:
+            if Mode.STOP in {self._mode, mode}:
+                mode = Mode.STOP
+            self._mode = mode
+            self._condition.notify_all()
+        if mode is not Mode.RUN:
+            for vcpu in self._vcpus:
+                vcpu.kick()
+
+    def _goes_on(self) -> bool:
+        """Stand still while the VM is paused; False when the thread has to end."""
+        with self._condition:
+            if self._mode is Mode.PAUSE:
+                self._running -= 1
+                self._condition.notify_all()
+                self._condition.wait_for(lambda: self._mode is not Mode.PAUSE)
+                self._running += 1
+            return self._mode is Mode.RUN
+
+    def _run(self, vcpu: Vcpu) -> None:
+        try:
+            dispatch(vcpu, self._pio, self._mmio, self._leave, self._drain)
+        except KvmError as err:
+            self._on_failure(err)
+        except Exception as err:
+            log.exception("vcpu%d", vcpu.index)
+            self._on_failure(err)
+        finally:
+            with self._condition:
+                self._running -= 1
+                self._condition.notify_all()
+
+    def _leave(self, vcpu: Vcpu, reason: Exit) -> bool:
+        if isinstance(reason, Interrupted):
+            vcpu.clear_immediate_exit()
+            return self._goes_on()
+        return self._on_exit(vcpu, reason)
+
+
+def dispatch(
+    vcpu: Vcpu,
+    pio: Bus,
+    mmio: Bus,
+    leave: Callable[[Vcpu, Exit], bool],
+    drain: Callable[[Vcpu], bool] | None = None,
+) -> None:
+    """Run `vcpu` and serve its device accesses until `leave` returns False for another exit.
+
+    The hot path of the whole machine: nearly all exits are single port accesses, so they come
+    first, and nothing is allocated for them. Called on the vCPU's thread. `drain` is called before
+    every exit is served, as long as it returns True: for accesses that KVM has collected.
+
+    Raises:
+        KvmError: KVM_RUN failed.
+    """
+    run = vcpu.run
+    read, write = pio.read, pio.write
+    while True:
+        reason = run()
+        if drain and not drain(vcpu):
+            drain = None
+        if isinstance(reason, IoExit):
+            size = reason.size
+            items = reason.views[size]
+            if reason.count != 1:
+                _string_io(reason, pio)
+            elif reason.direction:
+                write(reason.port, size, items[0])
+            else:
+                items[0] = read(reason.port, size)
+        elif isinstance(reason, MmioExit):
+            if reason.len in _BUS_SIZES:
+                if reason.is_write:
+                    mmio.write(reason.phys_addr, reason.len, reason.value)
+                else:
+                    reason.value = mmio.read(reason.phys_addr, reason.len)
+            else:
+                _split_mmio(reason, mmio)
+        elif not leave(vcpu, reason):
+            return
+
+
+_BUS_SIZES = frozenset({1, 2, 4, 8})
+
+
+def _string_io(reason: IoExit, pio: Bus) -> None:
+    """Unroll INS or OUTS: devices see one access at a time."""
+    items = reason.views[reason.size]
+    for i in range(reason.count):
+        if reason.direction:
+            pio.write(reason.port, reason.size, items[i])
+        else:
+            items[i] = pio.read(reason.port, reason.size)
+
+
+def _split_mmio(reason: MmioExit, mmio: Bus) -> None:
+    """Serve an access of odd size, part of one that crosses a page, byte by byte."""
+    data = reason.data
+    for i in range(reason.len):
+        if reason.is_write:
+            mmio.write(reason.phys_addr + i, 1, data[i])
+        else:
+            data[i] = mmio.read(reason.phys_addr + i, 1)
