@@ -42,6 +42,19 @@ MEMORY_MIN = MIB
 MEMORY_MAX = 128 * GIB
 """vmctl(8) accepts this much; KVM and the host decide what really fits."""
 
+# Low memory of direct boots; OpenBSD kernels have a layout of their own
+BOOT_GDT = 0x500
+BOOT_PAGE_TABLES = 0x1000
+"""A PML4, a PDPT and four page directories, which map 4 GiB."""
+BOOT_INFO = 0x7000
+"""boot_params of Linux, start info of PVH, or Multiboot information: one page."""
+BOOT_SETUP_DATA = 0x8000
+"""Further blocks that the page above points to: one page."""
+BOOT_COMMAND_LINE = 0x9000
+COMMAND_LINE_MAX = 64 * KIB
+"""Bytes, without the NUL."""
+BOOT_MODULES = 0x1_A000
+"""The list of modules and their command lines."""
 EBDA_START = 0x9_FC00
 BIOS_AREA_START = 0xE_0000
 HIGH_MEMORY_START = MIB
@@ -71,6 +84,8 @@ GSI_RTC = 8
 GSI_SCI = 9
 GSI_PCI_INTX = (16, 17, 18, 19)
 PIC_PCI_INTX = (5, 10, 11, 12)
+ACPI_S5_SLEEP_TYPE = 5
+"""What \\_S5 tells the guest to write to SLP_TYPa."""
 
 
 def ram_ranges(size: int) -> tuple[tuple[int, int], ...]:

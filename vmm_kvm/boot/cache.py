@@ -1,0 +1,194 @@
+"""Unpacked kernels, kept between starts.
+
+`<directory>/<digest>` is what an image with a payload of that SHA-256 unpacks to, followed by the
+SHA-256 of the file itself. The content is the key: an image that is copied, touched or downloaded
+again finds its kernel. Hashing a payload costs more than all else of a start, so a second kind of
+file, `<directory>/<stamp>.stamp`, remembers that the image file in the state `stamp` (device,
+inode, size, modification and change time) had this digest, and which state the unpacked file was in
+when its own digest was last checked. While both states are the same, nothing is hashed.
+
+What that trusts: a file whose change time stands still was not written. No program can set the
+change time, and a stamp is only kept once the image has been left alone for longer than time stamps
+are coarse. When either state differs, the digests decide, and a damaged file is thrown away. The
+directory must belong to the user and be writable by nobody else: this guards against accidents and
+other users, not against the user, who can boot what they like anyhow.
+
+Files appear by rename, so readers and other starts see all of one or nothing. Whatever goes wrong
+with the cache, the kernel is unpacked again.
+"""
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.errors import BootError
+
+log = logging.getLogger(__name__)
+
+DIGEST_SIZE = 32
+_KEPT = 8
+"""Kernels; the least recently used go first."""
+_STAMPS_KEPT = 32
+_TICK_NS = 100_000_000
+"""Linux takes the time of a file from a clock that moves every 1 to 10 ms."""
+_COARSE_NS = 2_000_000_000
+"""The coarsest time stamps of file systems in use (FAT) are two seconds apart."""
+_ABANDONED_S = 3600
+_STAMP_SUFFIX = ".stamp"
+
+
+def default_directory() -> str | None:
+    """Return where this user's cache is, or None if there is no home directory.
+
+    Source: XDG base directory specification.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not base.startswith("/"):
+        home = os.environ.get("HOME", "")
+        if not home.startswith("/"):
+            return None
+        base = f"{home}/.cache"
+    return f"{base}/vmm-kvm/kernels"
+
+
+class KernelCache:
+    """The cache in one directory, which is made when something is to be kept."""
+
+    __slots__ = ("_directory",)
+
+    def __init__(self, directory: str) -> None:
+        self._directory = Path(directory)
+
+    def find(self, image: FileSource) -> FileSource | None:
+        """Return the unpacked kernel of `image` if both are known to be unchanged."""
+        try:
+            self._check_directory()
+            stamp = self._directory / f"{image.stamp}{_STAMP_SUFFIX}"
+            digest, expected = stamp.read_text("ascii").split()
+            kernel = FileSource.open(str(self._path(digest)))
+        except (OSError, ValueError, BootError) as err:
+            log.debug("%s: no stamp in the kernel cache: %s", image.name, err)
+            return None
+        if kernel.stamp != expected:
+            kernel.close()
+            return None
+        kernel.size -= DIGEST_SIZE
+        kernel.name = image.name  # for errors
+        self._touch(stamp)
+        return kernel
+
+    def find_digest(self, image: FileSource, digest: str) -> FileSource | None:
+        """Return the unpacked kernel of the payload with SHA-256 `digest`, after checking it."""
+        import hashlib  # noqa: PLC0415 - not needed by a start that finds a stamp
+
+        path = self._path(digest)
+        try:
+            self._check_directory()
+            kernel = FileSource.open(str(path))
+        except (OSError, BootError) as err:
+            log.debug("%s: not in the kernel cache: %s", image.name, err)
+            return None
+        try:
+            size = kernel.size - DIGEST_SIZE
+            expected = kernel.read(size, DIGEST_SIZE)
+            if hashlib.sha256(kernel.read(0, size)).digest() == expected:
+                kernel.size = size
+                kernel.name = image.name  # for errors
+                self._keep_stamp(image, digest, kernel.stamp)
+                return kernel
+        except BootError as err:
+            log.debug("%s", err)
+        log.debug("%s: damaged in the kernel cache: %s", image.name, path)
+        kernel.close()
+        path.unlink(missing_ok=True)
+        return None
+
+    def keep(self, image: FileSource, digest: str, kernel: Sequence[bytes | memoryview]) -> None:
+        """Keep what the payload of `image`, with the SHA-256 `digest`, unpacks to."""
+        import hashlib  # noqa: PLC0415 - not needed by a start that finds a stamp
+
+        checksum = hashlib.sha256()
+        for piece in kernel:
+            checksum.update(piece)
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_directory()
+            path = self._path(digest)
+            self._write(path, (*kernel, checksum.digest()), durable=True)
+            self._keep_stamp(image, digest, stamp_of(path.stat()))
+            self._prune()
+        except (OSError, ValueError) as err:
+            log.debug("%s: not kept in the kernel cache: %s", image.name, err)
+
+    def _path(self, digest: str) -> Path:
+        if len(digest) != 2 * DIGEST_SIZE or not digest.isalnum():
+            raise ValueError(f"not a digest: {digest!r}")
+        return self._directory / digest
+
+    def _check_directory(self) -> None:
+        status = self._directory.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{self._directory}: others can write there")
+
+    def _keep_stamp(self, image: FileSource, digest: str, state: Stamp) -> None:
+        """Remember the state of the image and of the unpacked file, unless the image is too new."""
+        try:
+            status = os.fstat(image.fd)
+            age_ns = time.time_ns() - max(status.st_ctime_ns, status.st_mtime_ns)
+            margin_ns = _TICK_NS if status.st_ctime_ns % NANOSECONDS else _COARSE_NS
+            if stamp_of(status) != image.stamp or age_ns < margin_ns:
+                return
+            path = self._directory / f"{image.stamp}{_STAMP_SUFFIX}"
+            self._write(path, (f"{digest} {state}\n".encode("ascii"),), durable=False)
+        except OSError as err:
+            log.debug("%s: no stamp kept: %s", image.name, err)
+
+    def _write(self, path: Path, pieces: Sequence[bytes | memoryview], *, durable: bool) -> None:
+        """Make a file that is complete as soon as it can be seen."""
+        temporary = self._directory / f".{os.getpid():x}-{os.urandom(8).hex()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
+            if durable:
+                os.fsync(fd)
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+    def _touch(self, stamp: Path) -> None:
+        """Note the use of a kernel: in the stamp's time, as the kernel's own must stand still."""
+        try:
+            os.utime(stamp)
+        except OSError as err:
+            log.debug("%s: %s", stamp, err)
+
+    def _prune(self) -> None:
+        """Remove the kernels and stamps that were not used for longest, and abandoned files."""
+        used: dict[str, int] = {}
+        stamps: list[tuple[int, Path]] = []
+        for path in self._directory.iterdir():
+            status = path.lstat()
+            if path.name.startswith("."):
+                if status.st_mtime + _ABANDONED_S < time.time():
+                    path.unlink(missing_ok=True)
+            elif path.suffix == _STAMP_SUFFIX:
+                stamps.append((status.st_mtime_ns, path))
+                digest = path.read_text("ascii", errors="replace").partition(" ")[0]
+                used[digest] = max(used.get(digest, 0), status.st_mtime_ns)
+            else:
+                used[path.name] = max(used.get(path.name, 0), status.st_mtime_ns)
+        for digest in sorted(used, key=lambda name: used[name], reverse=True)[_KEPT:]:
+            self._path(digest).unlink(missing_ok=True)
+        for _, path in sorted(stamps, reverse=True)[_STAMPS_KEPT:]:
+            path.unlink(missing_ok=True)
