@@ -116,6 +116,7 @@ _LSR_CLEARED_BY_READ = _LSR_ERRORS | _FIFO_ERROR
 _OUT2 = int(Mcr.OUT2)
 _LOOP = int(Mcr.LOOP)
 _DLAB = int(Lcr.DLAB)
+_FIFO_ENABLE = int(Fcr.ENABLE)
 
 _IER_WRITABLE = 0x0F
 _MCR_WRITABLE = 0x1F
@@ -317,7 +318,7 @@ class Uart16550:
         if cause == _THRE_CAUSE:
             self._is_thre_pending = False
             self._update_irq()
-        return cause | _FIFOS_ENABLED if self._fcr & Fcr.ENABLE else cause
+        return cause | _FIFOS_ENABLED if self._fcr & _FIFO_ENABLE else cause
 
     def _write_ier(self, value: int) -> None:
         changes = self._ier ^ value
@@ -329,8 +330,8 @@ class Uart16550:
         self._update_irq()
 
     def _write_fcr(self, value: int) -> None:
-        was_enabled = self._fcr & Fcr.ENABLE
-        is_enabled = value & Fcr.ENABLE
+        was_enabled = self._fcr & _FIFO_ENABLE
+        is_enabled = value & _FIFO_ENABLE
         # Without the enable bit, the others are not programmed.
         self._set_fcr(value if is_enabled else 0)
         if was_enabled != is_enabled or (is_enabled and value & Fcr.CLEAR_RECEIVE):
@@ -375,7 +376,7 @@ class Uart16550:
             self._push(character)
         else:
             self._lsr |= _OE
-            if not self._fcr & Fcr.ENABLE:
+            if not self._fcr & _FIFO_ENABLE:
                 self._received.clear()
                 self._push(character)
         self._raise_thre()
@@ -483,7 +484,7 @@ class Uart16550:
         self._is_break_waiting = False
 
     def _room(self) -> int:
-        return (FIFO_DEPTH if self._fcr & Fcr.ENABLE else 1) - len(self._received)
+        return (FIFO_DEPTH if self._fcr & _FIFO_ENABLE else 1) - len(self._received)
 
     def _push(self, character: int) -> None:
         self._received.append(character)
@@ -494,7 +495,7 @@ class Uart16550:
                 self._lsr |= character >> 8
 
     def _fifo_error(self) -> int:
-        return _FIFO_ERROR if self._fcr & Fcr.ENABLE else 0
+        return _FIFO_ERROR if self._fcr & _FIFO_ENABLE else 0
 
     def _drop_received(self) -> None:
         had_received = bool(self._received)
