@@ -1,0 +1,110 @@
+"""The one-port devices: debug console, debug exit, pvpanic."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes import Operation, exercise
+from vmm_kvm.devices.debug_exit import DebugExit
+from vmm_kvm.devices.debugcon import Debugcon
+from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
+
+
+def test_debugcon_transmits_bytes() -> None:
+    """Each write is one byte of the log."""
+    log = bytearray()
+    debugcon = Debugcon(log.extend)
+    for byte in b"SeaBIOS":
+        debugcon.write(0, 1, byte)
+    debugcon.write(0, 1, 0x141)
+    assert log == b"SeaBIOSA"
+
+
+def test_debugcon_is_detected() -> None:
+    """Firmware recognizes the port by what it reads."""
+    assert Debugcon(bytearray().extend).read(0, 1) == 0xE9
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "reported"),
+    [(1, 0x31, 0x31), (1, 0x1FF, 0xFF), (2, 0x12345, 0x2345), (4, 0xDEADBEEF, 0xDEADBEEF)],
+)
+def test_debug_exit_reports_the_value(size: int, value: int, reported: int) -> None:
+    """The value is reported as wide as it was written."""
+    values: list[int] = []
+    DebugExit(values.append).write(0, size, value)
+    assert values == [reported]
+
+
+def test_debug_exit_is_its_first_port() -> None:
+    """Writes beside the first port do not exit; reads are harmless."""
+    values: list[int] = []
+    device = DebugExit(values.append)
+    device.write(1, 1, 1)
+    assert device.read(0, 1) == 0
+    assert values == []
+
+
+@pytest.mark.parametrize(
+    ("value", "events"),
+    [
+        (1, [PanicEvent.PANICKED]),
+        (2, [PanicEvent.CRASH_LOADED]),
+        (3, [PanicEvent.PANICKED | PanicEvent.CRASH_LOADED]),
+        (0xFD, [PanicEvent.PANICKED]),
+        (0xFC, []),
+        (0, []),
+    ],
+)
+def test_pvpanic_reports_supported_events(value: int, events: list[PanicEvent]) -> None:
+    """Known events are reported, other bits are not."""
+    reported: list[PanicEvent] = []
+    Pvpanic(reported.append).write(0, 1, value)
+    assert events == reported
+
+
+def test_pvpanic_announces_its_events() -> None:
+    """Reading tells the driver which events may be sent."""
+    assert Pvpanic([].append).read(0, 1) == PanicEvent.PANICKED | PanicEvent.CRASH_LOADED
+
+
+def ignore(_: object) -> None:
+    """Take a report."""
+
+
+@pytest.mark.parametrize("make", [Debugcon, DebugExit, Pvpanic])
+def test_there_is_no_state(make: Callable[..., Debugcon | DebugExit | Pvpanic]) -> None:
+    """Reset changes nothing; all snapshots are equal."""
+    device = make(ignore)
+    before = device.state()
+    device.write(0, 1, 1)
+    device.reset()
+    assert before == device.state()
+
+
+def test_snapshots_are_restored() -> None:
+    """A snapshot is accepted by a device of its kind."""
+    debugcon, debug_exit, pvpanic = Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)
+    debugcon.restore(debugcon.state())
+    debug_exit.restore(debug_exit.state())
+    pvpanic.restore(pvpanic.state())
+    assert pvpanic.read(0, 1) == 3
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.booleans(),
+            st.integers(0, 3),
+            st.sampled_from((1, 2, 4, 8)),
+            st.integers(0, (1 << 64) - 1),
+        ),
+        max_size=40,
+    )
+)
+def test_any_access_is_survived(operations: list[Operation]) -> None:
+    """Whatever is read and written, nothing raises."""
+    for device in (Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)):
+        exercise(device, operations)
