@@ -83,10 +83,13 @@ def run_command(
     ] = None,
     timeout: Annotated[
         str | None,
-        typer.Option("--timeout", metavar="seconds", help="Kill the VM after this time; status 124."),
+        typer.Option(
+            "--timeout", metavar="seconds", help="Kill the VM after this time; status 124."
+        ),
     ] = None,
     no_reboot: Annotated[
-        bool, typer.Option("--no-reboot", help="End when the guest reboots, instead of booting again.")
+        bool,
+        typer.Option("--no-reboot", help="End when the guest reboots, instead of booting again."),
     ] = False,
     attach: Annotated[
         bool, typer.Option("-c", help="Attach the console; always so for run.", hidden=True)

@@ -11,9 +11,7 @@ import tty
 from collections.abc import Iterator
 from typing import Self
 
-ESCAPES = (
-    "~.  power off and leave\n~#  send a BREAK\n~^Z suspend\n~~  send one ~\n~?  this list\n"
-)
+ESCAPES = "~.  power off and leave\n~#  send a BREAK\n~^Z suspend\n~~  send one ~\n~?  this list\n"
 
 
 class Escape(enum.Enum):

@@ -100,9 +100,7 @@ def _print_table(findings: list[Finding]) -> None:
     table = Table("check", "status", "detail", "hint", box=None, pad_edge=False)
     for finding in findings:
         colour = colours[finding.status]
-        table.add_row(
-            finding.check, f"[{colour}]{finding.status}[/]", finding.detail, finding.hint
-        )
+        table.add_row(finding.check, f"[{colour}]{finding.status}[/]", finding.detail, finding.hint)
     Console().print(table)
 
 

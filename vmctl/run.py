@@ -39,6 +39,10 @@ EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
 EXIT_KILLED = 128 + signal.SIGTERM
 
+# As vmd(8) limits restarts: the third in a row so soon after its start is the last.
+_EARLY_NS = 6 * NANOSECONDS
+_EARLY_CRASHES = 3
+
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
@@ -170,12 +174,18 @@ class Foreground:
                 timer = self._loop.timer(self._time_out)
                 timer.arm(self._loop.monotonic_ns() + int(self._timeout_s * NANOSECONDS))
             self._stdio.start()
+            crashes = 0
             while True:
+                started_ns = self._loop.monotonic_ns()
                 machine.start()
                 self._loop.run()
                 machine.close()
                 outcome = self._outcome
                 if not self._reboot or not isinstance(outcome, Reboot | TripleFault):
+                    break
+                is_early = self._loop.monotonic_ns() - started_ns < _EARLY_NS
+                crashes = crashes + 1 if is_early and isinstance(outcome, TripleFault) else 0
+                if crashes == _EARLY_CRASHES:
                     break
                 self._outcome = None
                 machine = stack.enter_context(self._new_machine())

@@ -9,7 +9,6 @@ import os
 import stat
 import sys
 from collections import deque
-
 from typing import Protocol
 
 from vmctl.console import ESCAPES, Escape, EscapeParser, RawTerminal
@@ -187,5 +186,3 @@ class Stdio:
                     self._terminal.suspend()
             case Escape.HELP:
                 sys.stderr.write("\r\n" + ESCAPES.replace("\n", "\r\n"))
-
-

@@ -27,7 +27,7 @@ from vmm_kvm.devices.acpi_pm import AcpiPm
 from vmm_kvm.devices.debug_exit import DebugExit
 from vmm_kvm.devices.debugcon import Debugcon
 from vmm_kvm.devices.fw_cfg import FwCfg
-from vmm_kvm.devices.i8042 import I8042DataPort, I8042Reset
+from vmm_kvm.devices.i8042 import I8042Reset
 from vmm_kvm.devices.mc146818 import Mc146818
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.uart16550 import Uart16550
@@ -154,7 +154,9 @@ class Machine:
             self.memory = stack.enter_context(
                 GuestMemory(layout.ram_ranges(spec.memory_size), spec.name)
             )
-            tables = build_tables(AcpiConfig(cpus=spec.cpus, memory_end=self.memory.regions[-1].end))
+            tables = build_tables(
+                AcpiConfig(cpus=spec.cpus, memory_end=self.memory.regions[-1].end)
+            )
             entry = load(
                 spec.image,
                 self.memory,
@@ -247,7 +249,10 @@ class Machine:
         )
         self.acpi_pm = AcpiPm(KvmIrqLine(vm, layout.GSI_SCI), clock, self._sleep)
         self.rtc = Mc146818(
-            KvmIrqLine(vm, layout.GSI_RTC), clock, memory_size=spec.memory_size, vcpu_count=spec.cpus
+            KvmIrqLine(vm, layout.GSI_RTC),
+            clock,
+            memory_size=spec.memory_size,
+            vcpu_count=spec.cpus,
         )
         self.fw_cfg = FwCfg(self.memory)
         self.fw_cfg.add_item(_FW_CFG_RAM_SIZE, spec.memory_size.to_bytes(8, "little"))

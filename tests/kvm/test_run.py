@@ -1,0 +1,305 @@
+"""`vmctl run` with the self-test guest: how it ends, what the console does, what is refused."""
+
+import fcntl
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
+
+pytestmark = pytest.mark.kvm
+
+READY_S = 30.0
+
+
+def selftest(*arguments: str, is_tty: bool = False) -> ConsoleProcess:
+    """Start the self-test guest; it is killed after a minute whatever happens."""
+    return ConsoleProcess(
+        vmctl_run("--selftest", "--timeout", "60", *arguments), is_tty=is_tty
+    )
+
+
+def refused(*arguments: str) -> str:
+    """Run a command that must fail with status 1, one line and no output; returns the line."""
+    done = subprocess.run(
+        [VMCTL, "run", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (1, "") == (done.returncode, done.stdout)
+    assert done.stderr.count("\n") == 1
+    return done.stderr.rstrip("\n")
+
+
+def test_power_off() -> None:
+    """ACPI S5 ends the VM with status 0, after the guest's last line."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send("p")
+        assert vm.wait() == 0
+        assert vm.output.rstrip().endswith(b"p: power off by ACPI S5")
+        assert vm.errors == b""
+
+
+@pytest.mark.parametrize("key", ["r", "k"])
+def test_no_reboot_ends(key: str) -> None:
+    """With --no-reboot the reset register, and the i8042's reset, end the VM with status 0."""
+    with selftest("--no-reboot") as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send(key)
+        assert vm.wait() == 0
+
+
+@pytest.mark.parametrize("key", ["r", "k", "t"])
+def test_reboot_in_the_same_process(key: str) -> None:
+    """The reset register, the i8042 and a triple fault start the guest again in this process."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send(key)
+        vm.expect("self-test guest", READY_S)
+        vm.expect("selftest: ready", READY_S)
+        vm.send("p")
+        assert vm.wait() == 0
+
+
+def test_triple_fault_without_reboot() -> None:
+    """With --no-reboot a triple fault is status 1 and one line with the registers that matter."""
+    with selftest("--no-reboot") as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send("t")
+        assert vm.wait() == 1
+        line = vm.errors.decode()
+        assert line.startswith("vmctl: selftest.bin: triple fault: vcpu0 rip=0x")
+        assert line.count("\n") == 1
+        assert "cr3=" in line
+
+
+def test_triple_faults_in_a_row() -> None:
+    """A guest that does nothing but triple fault is not started for ever."""
+    with selftest() as vm:
+        for _ in range(3):
+            vm.expect("selftest: ready", READY_S)
+            vm.send("t")
+        assert vm.wait() == 1
+        assert b"triple fault" in vm.errors
+        assert vm.output.count(b"selftest: ready") == 3
+
+
+def test_panic() -> None:
+    """A panic that the guest reports through pvpanic is status 1 and says so."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send("c")
+        assert vm.wait() == 1
+        assert vm.errors == b"vmctl: selftest.bin: the guest panicked\n"
+
+
+@pytest.mark.parametrize(("value", "status"), [(0, 1), (1, 3), (0x2A, 85), (0xFF, 255)])
+def test_debug_exit(value: int, status: int) -> None:
+    """A write to isa-debug-exit ends the VM with (value << 1) | 1."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send(b"x" + bytes([value]))
+        assert vm.wait() == status
+        assert vm.errors == b""
+
+
+@pytest.mark.parametrize("key", ["s", "h", "n"])
+def test_timeout(key: str) -> None:
+    """--timeout ends a VM with status 124, also one that spins or halts with interrupts off."""
+    with ConsoleProcess(vmctl_run("--selftest", "--timeout", "4")) as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send(key)
+        assert vm.wait() == 124
+        assert vm.errors == b"vmctl: timed out after 4 s\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_presses_the_power_button(number: signal.Signals) -> None:
+    """The guest hears the power button and powers off: status 0."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.signal(number)
+        assert vm.wait() == 0
+
+
+def test_second_signal_kills() -> None:
+    """A guest that spins does not hear the power button; the second signal ends it: status 143."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send("s")
+        vm.expect("spin", READY_S)
+        vm.signal(signal.SIGTERM)
+        with pytest.raises(AssertionError):
+            vm.wait(1)
+        vm.signal(signal.SIGTERM)
+        assert vm.wait() == 143
+        assert vm.errors == b"vmctl: killed by a second signal\n"
+
+
+def test_several_vcpus() -> None:
+    """All vCPUs start, each with its own APIC id."""
+    with selftest("-p", "4") as vm:
+        vm.expect("cpus: 4 of 4 running", READY_S)
+        vm.expect("selftest: ready", READY_S)
+        vm.send("p")
+        assert vm.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "kib"), [("1M", 1024), ("3M", 3072), ("64M", 65536), ("5G", 5 << 20)]
+)
+def test_memory_sizes(size: str, kib: int) -> None:
+    """The guest sees the memory that was asked for, from 1 MiB to more than 4 GiB."""
+    with selftest("-m", size) as vm:
+        vm.expect(f"memory: {kib} KiB usable", READY_S)
+        vm.expect("selftest: ready", READY_S)
+        vm.send("p")
+        assert vm.wait() == 0
+
+
+def test_end_of_input_is_not_the_end() -> None:
+    """What was typed before standard input ended still reaches the guest, which goes on."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send("n")
+        vm.close_input()
+        vm.expect("^2", READY_S)
+        vm.signal(signal.SIGTERM)
+        assert vm.wait() == 0
+
+
+def test_closed_output_is_the_end() -> None:
+    """When nobody reads standard output any more the VM ends with status 1, also a silent one."""
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.close_output()
+        assert vm.wait() == 1
+        assert vm.errors.startswith(b"vmctl: standard output: ")
+
+
+def test_long_input_is_not_lost() -> None:
+    """More input than any buffer holds is echoed in full: the guest's speed holds the sender."""
+    text = bytes(33 + i % 10 for i in range(3000))
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        start = len(vm.output)
+        vm.send(text)
+        vm.send("\np")
+        assert vm.wait() == 0
+        assert text in vm.output[start:].replace(b"\r", b"").replace(b"\n", b"")
+
+
+def test_input_from_a_file(tmp_path: Path) -> None:
+    """A regular file as standard input works, and its end is not the end of the VM."""
+    commands = tmp_path / "commands"
+    commands.write_bytes(b"hello")
+    with commands.open("rb") as stdin:
+        done = subprocess.run(
+            [VMCTL, "run", "--selftest", "--timeout", "4"],
+            stdin=stdin,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 124
+    assert b"selftest: ready" in done.stdout
+
+
+def test_output_to_a_file(tmp_path: Path) -> None:
+    """A regular file as standard output gets everything."""
+    log = tmp_path / "log"
+    with log.open("wb") as stdout:
+        status = subprocess.run(
+            [VMCTL, "run", "--selftest", "--timeout", "3"],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            timeout=60,
+            check=False,
+        ).returncode
+    assert status == 124
+    assert b"selftest: ready" in log.read_bytes()
+
+
+def test_slow_reader_holds_the_guest() -> None:
+    """A reader that is slower than the guest loses nothing."""
+    read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
+    with subprocess.Popen(
+        [VMCTL, "run", "--selftest", "--timeout", "60"],
+        stdin=subprocess.PIPE,
+        stdout=write_fd,
+        stderr=subprocess.PIPE,
+    ) as process:
+        os.close(write_fd)
+        assert process.stdin
+        output = b""
+        while b"selftest: ready" not in output:
+            output += os.read(read_fd, 4096)
+        process.stdin.write(b"i" * 16)
+        process.stdin.write(b"p")
+        process.stdin.flush()
+        while data := os.read(read_fd, 512):
+            output += data
+        assert process.wait() == 0
+        process.stdin.close()
+    os.close(read_fd)
+    assert output.count(b"selftest: ready") == 17
+
+
+def test_terminal_escapes() -> None:
+    """On a terminal ~. powers off; a ~ elsewhere on the line is the guest's."""
+    with selftest(is_tty=True) as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send("a~.")
+        vm.expect(r"a~\.", READY_S)
+        vm.send("\r~?")
+        vm.expect_errors("send a BREAK", READY_S)
+        vm.send("~.")
+        assert vm.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((), "vmctl: no kernel or firmware: use -b path, or --selftest"),
+        (("-b", "/nonexistent"), "vmctl: /nonexistent: No such file or directory"),
+        (("-b", "/"), "vmctl: /: is a directory"),
+        (("--selftest", "-b", "x"), "vmctl: --selftest and -b name two boot images: use one"),
+        (("--selftest", "-m", "0"), "vmctl: invalid memory size: 0: not between 1.0M and 128G"),
+        (("--selftest", "-m", "1X"), "vmctl: invalid memory size: 1X: Invalid argument"),
+        (("--selftest", "-m", "1T"), "vmctl: invalid memory size: 1T: not between 1.0M and 128G"),
+        (("--selftest", "-p", "0"), "vmctl: cpu count is too small: 0"),
+        (("--selftest", "-p", "65"), "vmctl: cpu count is too large: 65"),
+        (("--selftest", "-p", "two"), "vmctl: cpu count is invalid: two"),
+        (("--selftest", "--timeout", "-1"), "vmctl: invalid time-out: -1: not a number of seconds"),
+        (("--selftest", "--timeout", "x"), "vmctl: invalid time-out: x: not a number of seconds"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], error: str) -> None:
+    """What cannot be is refused in one line, before anything is made."""
+    assert error == refused(*arguments)
+
+
+def test_options_that_firmware_cannot_use() -> None:
+    """An option that the image has no use for is an error that names both."""
+    line = refused("--selftest", "--append", "quiet")
+    assert "selftest.bin" in line
+    assert "command line" in line
+
+
+def test_leaves_nothing_behind() -> None:
+    """No process, and no file in the temporary directory, is left by a VM that was killed."""
+    before = set(Path("/dev/shm").iterdir()) | set(Path("/tmp").iterdir())
+    with selftest() as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.signal(signal.SIGKILL)
+        assert vm.wait() == -signal.SIGKILL
+    after = set(Path("/dev/shm").iterdir()) | set(Path("/tmp").iterdir())
+    assert not {path for path in after - before if "vmm" in path.name}
