@@ -1,7 +1,5 @@
 """The one-port devices: debug console, debug exit, pvpanic."""
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,17 +65,16 @@ def test_pvpanic_reports_supported_events(value: int, events: list[PanicEvent]) 
 
 def test_pvpanic_announces_its_events() -> None:
     """Reading tells the driver which events may be sent."""
-    assert Pvpanic([].append).read(0, 1) == PanicEvent.PANICKED | PanicEvent.CRASH_LOADED
+    assert Pvpanic(ignore).read(0, 1) == PanicEvent.PANICKED | PanicEvent.CRASH_LOADED
 
 
 def ignore(_: object) -> None:
     """Take a report."""
 
 
-@pytest.mark.parametrize("make", [Debugcon, DebugExit, Pvpanic])
-def test_there_is_no_state(make: Callable[..., Debugcon | DebugExit | Pvpanic]) -> None:
+@pytest.mark.parametrize("device", [Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)])
+def test_there_is_no_state(device: Debugcon | DebugExit | Pvpanic) -> None:
     """Reset changes nothing; all snapshots are equal."""
-    device = make(ignore)
     before = device.state()
     device.write(0, 1, 1)
     device.reset()

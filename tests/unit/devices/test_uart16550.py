@@ -348,11 +348,10 @@ def test_out2_gates_the_line(rig: Rig) -> None:
     rig.write(Register.IER, Ier.RDI)
     rig.uart.receive(b"a")
     assert rig.read(Register.IIR_FCR) == Iir.RDA
-    assert not rig.irq.level
+    assert rig.irq.levels == []
     rig.write(Register.MCR, Mcr.OUT2)
-    assert rig.irq.level
     rig.write(Register.MCR, 0)
-    assert not rig.irq.level
+    assert rig.irq.levels == [True, False]
 
 
 # BREAK and line errors
