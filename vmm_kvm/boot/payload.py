@@ -8,6 +8,7 @@ loaded when it is needed, so that a start that finds its kernel in the cache loa
 
 import struct
 from collections.abc import Callable
+from typing import Protocol
 
 from vmm_kvm.errors import BootError
 
@@ -24,26 +25,39 @@ class CodecMissingError(Exception):
     """The library that unpacks this format is not installed."""
 
 
+class _Decoder(Protocol):
+    """What the decoders of the standard library have in common."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the end of the packed data was seen, and the check sum there was right."""
+
+    def decompress(self, data: bytes, max_length: int = ...) -> bytes:
+        """Return at most `max_length` bytes."""
+
+
+def _decode(decoder: _Decoder, data: bytes, size: int) -> bytes:
+    # Asking for one byte more makes the decoder go on to the check sum at the end.
+    unpacked = decoder.decompress(data, size + 1)
+    if len(unpacked) <= size and not decoder.eof:
+        raise ValueError("truncated")
+    return unpacked
+
+
 def _gunzip(data: bytes, size: int) -> bytes:
     import zlib  # noqa: PLC0415 - see the module's docstring
 
     try:
-        decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        # One byte more than is asked for shows that there is more.
-        unpacked = decoder.decompress(data, size + 1)
+        return _decode(zlib.decompressobj(zlib.MAX_WBITS | 16), data, size)
     except zlib.error as err:
         raise ValueError(str(err)) from err
-    if not decoder.eof and len(unpacked) <= size:
-        raise ValueError("truncated")
-    return unpacked
 
 
 def _unxz(data: bytes, size: int) -> bytes:
     import lzma  # noqa: PLC0415 - see the module's docstring
 
     try:
-        decoder = lzma.LZMADecompressor(memlimit=_LZMA_MEMORY_MAX)
-        return decoder.decompress(data, size + 1)
+        return _decode(lzma.LZMADecompressor(memlimit=_LZMA_MEMORY_MAX), data, size)
     except lzma.LZMAError as err:
         raise ValueError(str(err)) from err
 
@@ -52,7 +66,7 @@ def _bunzip2(data: bytes, size: int) -> bytes:
     import bz2  # noqa: PLC0415 - see the module's docstring
 
     try:
-        return bz2.BZ2Decompressor().decompress(data, size + 1)
+        return _decode(bz2.BZ2Decompressor(), data, size)
     except OSError as err:
         raise ValueError(str(err)) from err
 
