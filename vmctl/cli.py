@@ -55,7 +55,7 @@ def main_options(
 
 
 @app.command("run")
-def run_command(
+def run_command(  # noqa: PLR0917 - typer passes them by name
     ctx: typer.Context,
     boot: Annotated[
         str | None,

@@ -24,7 +24,7 @@ class KvmError(VmmError, OSError):
     """
 
     def __init__(self, operation: str, errno: int, hint: str = "") -> None:
-        """Remember `operation` (an ioctl's or system call's name), errno, and advice to the user."""
+        """Remember `operation` (the name of an ioctl or system call), errno, and advice."""
         OSError.__init__(self, errno, os.strerror(errno))
         self.operation = operation
         self.hint = hint

@@ -115,11 +115,11 @@ class EventLoop:
     # Descriptors; on the loop's thread only
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> bool:
-        """Call `callback` while `fd` is readable; False when it is a file that cannot be waited for."""
+        """Call `callback` while `fd` is readable; False for a file that cannot be waited for."""
         return self._watch(fd, self._readers, callback)
 
     def add_writer(self, fd: int, callback: Callable[[], None]) -> bool:
-        """Call `callback` while `fd` is writable; False when it is a file that cannot be waited for."""
+        """Call `callback` while `fd` is writable; False for a file that cannot be waited for."""
         return self._watch(fd, self._writers, callback)
 
     def remove_reader(self, fd: int) -> None:

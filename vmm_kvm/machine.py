@@ -317,7 +317,7 @@ class Machine:
         return is_collecting
 
     def _poll_output(self) -> None:
-        """Find what a guest wrote before it went idle; less and less often while there is nothing."""
+        """Find what a guest wrote before it went idle; ever less often while that is nothing."""
         self._poll_ns = min(2 * self._poll_ns, _POLL_MAX_NS)
         if self._drain(self.vcpus[0]) and self._poll_timer:
             self._poll_timer.arm(self._clock.monotonic_ns() + self._poll_ns)

@@ -53,7 +53,7 @@ class GuestMemory:
         offset = end = 0
         for gpa, size in ranges:
             if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0 or gpa < end:
-                raise SpecError(f"memory range {gpa:#x}+{size:#x}: not aligned, empty or overlapping")
+                raise SpecError(f"memory {gpa:#x}+{size:#x}: not aligned, empty or overlapping")
             regions.append(Region(gpa, size, offset))
             offset += size
             end = gpa + size

@@ -17,9 +17,7 @@ READY_S = 30.0
 
 def selftest(*arguments: str, is_tty: bool = False) -> ConsoleProcess:
     """Start the self-test guest; it is killed after a minute whatever happens."""
-    return ConsoleProcess(
-        vmctl_run("--selftest", "--timeout", "60", *arguments), is_tty=is_tty
-    )
+    return ConsoleProcess(vmctl_run("--selftest", "--timeout", "60", *arguments), is_tty=is_tty)
 
 
 def refused(*arguments: str) -> str:
@@ -32,7 +30,8 @@ def refused(*arguments: str) -> str:
         check=False,
         stdin=subprocess.DEVNULL,
     )
-    assert (1, "") == (done.returncode, done.stdout)
+    assert done.returncode == 1
+    assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     return done.stderr.rstrip("\n")
 

@@ -1,4 +1,4 @@
-"""The console of a foreground VM over real pipes, files and terminals, with a guest that records."""
+"""The console of a foreground VM over real pipes, files and terminals."""
 
 import os
 import pty
