@@ -14,8 +14,10 @@ def test_timers_fire_in_order() -> None:
     fired: list[str] = []
     with EventLoop() as loop:
         now = loop.monotonic_ns()
-        late = loop.timer(lambda: (fired.append("late"), loop.stop())[0])
+        late = loop.timer(lambda: fired.append("late"))
+        end = loop.timer(loop.stop)
         early = loop.timer(lambda: fired.append("early"))
+        end.arm(now + 3 * MS)
         late.arm(now + 2 * MS)
         early.arm(now + MS)
         loop.run()

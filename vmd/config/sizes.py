@@ -42,7 +42,7 @@ def scan_scaled(text: str) -> int:
     power = _UNITS.find(rest[0].upper())
     if power < 0 or rest[1:2].isalnum():
         raise SizeError(_INVALID)
-    factor = 1024**power
+    factor = 1 << (10 * power)
     fraction = fraction[:_MAX_FRACTION_DIGITS]
     part = int(fraction or "0") * factor // 10 ** len(fraction)
     value = int(whole or "0") * factor + part
