@@ -24,6 +24,7 @@ from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine import (
+    VCPUS_MAX,
     Crash,
     DebugExitStatus,
     Machine,
@@ -125,7 +126,7 @@ def _cpus(text: str) -> int:
         count = int(text)
     except ValueError:
         raise SpecError(f"cpu count is invalid: {text}") from None
-    if not 1 <= count <= 64:
+    if not 1 <= count <= VCPUS_MAX:
         raise SpecError(f"cpu count is too {'small' if count < 1 else 'large'}: {text}")
     return count
 

@@ -46,6 +46,9 @@ from vmm_kvm.runner import Runner
 
 log = logging.getLogger(__name__)
 
+VCPUS_MAX = 64
+"""As vmm(4) has it."""
+
 _SLP_TYP_S5 = 5
 _ISA_IRQS = 16
 _CASCADE_IRQ = 2
@@ -139,10 +142,13 @@ class Machine:
         """Build the machine and load its image; no vCPU runs yet.
 
         Raises:
-            SpecError: KVM does not allow so many vCPUs.
+            SpecError: more vCPUs than KVM or this package allows, or an impossible memory size.
             BootError: the image, initrd or command line does not fit.
             KvmError, OSError: the host refused something.
         """
+        limit = min(VCPUS_MAX, kvm.check_extension(abi.KVM_CAP_MAX_VCPUS))
+        if not 1 <= spec.cpus <= limit:
+            raise SpecError(f"{spec.cpus} vCPUs: 1 to {limit} are possible here")
         self.spec = spec
         self._transmit = transmit
         self._on_outcome = on_outcome
@@ -277,9 +283,6 @@ class Machine:
         self.pci.assign_bars()
 
     def _make_vcpus(self, kvm: Kvm, stack: ExitStack) -> None:
-        limit = kvm.check_extension(abi.KVM_CAP_MAX_VCPUS)
-        if self.spec.cpus > limit:
-            raise SpecError(f"{self.spec.cpus} vCPUs: KVM here allows {limit}")
         supported = kvm.supported_cpuid()
         self.vcpus = []
         for index in range(self.spec.cpus):

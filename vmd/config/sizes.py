@@ -44,7 +44,8 @@ def scan_scaled(text: str) -> int:
         raise SizeError(_INVALID)
     factor = 1 << (10 * power)
     fraction = fraction[:_MAX_FRACTION_DIGITS]
-    part = int(fraction or "0") * factor // 10 ** len(fraction)
+    tenths: int = 10 ** len(fraction)
+    part = int(fraction or "0") * factor // tenths
     value = int(whole or "0") * factor + part
     if value > _INT64_MAX:
         raise SizeError(_TOO_LARGE)

@@ -1,0 +1,137 @@
+"""A machine with the self-test guest: pause and resume, outcomes, output that KVM collects."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from vmm_kvm.bits import MIB
+from vmm_kvm.boot.image import open_image
+from vmm_kvm.errors import SpecError
+from vmm_kvm.kvm import abi
+from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.loop import EventLoop
+from vmm_kvm.machine import VCPUS_MAX, Crash, Machine, MachineSpec, Outcome, PowerOff, selftest_path
+
+pytestmark = pytest.mark.kvm
+
+NANOSECONDS = 1_000_000_000
+DEADLINE_S = 30
+
+
+@dataclass
+class Bench:
+    """A machine on a bench: its loop, what it printed, how it ended."""
+
+    kvm: Kvm
+    loop: EventLoop
+    output: bytearray = field(default_factory=bytearray)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def machine(self, cpus: int = 1, memory_size: int = 16 * MIB) -> Machine:
+        """Build the machine; nothing runs yet."""
+        return Machine(
+            MachineSpec(open_image(str(selftest_path())), memory_size, cpus, "bench"),
+            self.kvm,
+            self.loop,
+            transmit=self.output.extend,
+            on_receive_room=lambda: None,
+            on_outcome=self.outcomes.append,
+        )
+
+    def run_until(self, condition: Callable[[], bool], seconds: float = DEADLINE_S) -> bool:
+        """Run the loop until `condition` holds; False if it does not in time."""
+        end_ns = self.loop.monotonic_ns() + int(seconds * NANOSECONDS)
+
+        def look() -> None:
+            if condition() or self.loop.monotonic_ns() >= end_ns:
+                self.loop.stop()
+            else:
+                timer.arm(self.loop.monotonic_ns() + 5_000_000)
+
+        timer = self.loop.timer(look)
+        timer.arm(0)
+        self.loop.run()
+        return condition()
+
+    def says(self, text: bytes, seconds: float = DEADLINE_S) -> bool:
+        """Run the loop until the guest has printed `text`."""
+        return self.run_until(lambda: text in self.output, seconds)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """A bench whose loop and /dev/kvm are closed afterwards."""
+    install_kick_signal()
+    with Kvm() as kvm, EventLoop() as loop:
+        yield Bench(kvm, loop)
+
+
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_pause_and_resume(bench: Bench, cpus: int) -> None:
+    """While paused no vCPU runs and nothing is printed; afterwards the guest goes on."""
+    with bench.machine(cpus) as machine:
+        machine.start()
+        assert bench.says(b"selftest: ready")
+        machine.uart.receive(b"n")
+        assert bench.says(b"\n1")
+        machine.runner.pause()
+        printed = bytes(bench.output)
+        assert not bench.run_until(lambda: bytes(bench.output) != printed, 1.5)
+        machine.runner.resume()
+        assert bench.says(b"\n3")
+        machine.uart.receive(b"xp")
+        machine.runner.pause()
+        machine.runner.resume()
+        bench.run_until(lambda: bool(bench.outcomes), 5)
+
+
+def test_pause_a_spinning_guest(bench: Bench) -> None:
+    """A guest that spins with interrupts off can be paused, resumed and ended."""
+    with bench.machine() as machine:
+        machine.start()
+        assert bench.says(b"selftest: ready")
+        machine.uart.receive(b"s")
+        assert bench.says(b"spin")
+        for _ in range(20):
+            machine.runner.pause()
+            machine.runner.resume()
+    assert bench.outcomes == []
+
+
+def test_power_button(bench: Bench) -> None:
+    """The guest powers itself off when the button is pressed."""
+    with bench.machine() as machine:
+        machine.start()
+        assert bench.says(b"selftest: ready")
+        machine.press_power_button()
+        assert bench.run_until(lambda: bool(bench.outcomes))
+    assert bench.outcomes == [PowerOff()]
+
+
+def test_only_the_first_outcome_counts(bench: Bench) -> None:
+    """A machine ends once, and its threads end with it."""
+    with bench.machine(cpus=2) as machine:
+        machine.start()
+        assert bench.says(b"selftest: ready")
+        machine.uart.receive(b"c")
+        assert bench.run_until(lambda: bool(bench.outcomes))
+        machine.press_power_button()
+    assert bench.outcomes == [Crash("bench: the guest panicked")]
+    assert [t.name for t in threading.enumerate() if t.name.startswith("vcpu")] == []
+
+
+def test_a_machine_that_never_starts(bench: Bench) -> None:
+    """A machine can be built and closed without ever running."""
+    with bench.machine() as machine:
+        machine.close()
+        machine.close()
+
+
+def test_more_vcpus_than_kvm_allows(bench: Bench) -> None:
+    """The error says how many there may be."""
+    limit = min(VCPUS_MAX, bench.kvm.check_extension(abi.KVM_CAP_MAX_VCPUS))
+    with pytest.raises(SpecError, match=rf"^{limit + 1} vCPUs: 1 to {limit} are possible here$"):
+        bench.machine(cpus=limit + 1)
