@@ -1,0 +1,283 @@
+"""Start of a guest: from the program's start to the first line of the guest's /init.
+
+Ours (`vmctl run`) against QEMU's machines, and kvmtool where it is installed: the same kernel,
+initramfs, command line and memory, one vCPU. It runs in the rig with the clock that counts
+instructions, so that ratios repeat to about one per cent on a busy machine; everything that is
+read is staged into the rig's memory and run once before it is measured. `--here` measures on this
+machine's KVM with its own clock instead.
+
+Also the memory that an idle guest costs besides its RAM: private, and proportional (PSS). The
+program that measures memory is a shell, which shares no interpreter with `vmctl`.
+
+Prints a table with ratios to QEMU's `-M pc` and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import artifacts  # noqa: E402 - found by the line above
+from tests.rig.machine import Rig, Stage, project_stages  # noqa: E402
+from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
+
+MEMORY = 256 << 20
+COMMAND_LINE = "console=ttyS0 reboot=k panic=-1"
+MARKER = "init: up"
+BASELINE = "QEMU -M pc"
+_TIMEOUT_S = 300.0
+_MIB = 1 << 20
+_RAM_NAMES = ("/memfd:", "/dev/shm/", "[anon")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a process maps besides the guest's RAM, in bytes."""
+
+    private: int
+    proportional: int
+    resident: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One program's figures: seconds to init, by round, and the memory of an idle guest."""
+
+    name: str
+    starts_s: tuple[float, ...]
+    memory: Memory | None
+
+    @property
+    def start_s(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.starts_s)
+
+
+def competitors(test: str, only: str) -> dict[str, list[str]]:
+    """Return the command line of each program that is installed, by its name in the table.
+
+    Args:
+        test: what the guest's /init does after its first line.
+        only: text that the names have to contain.
+    """
+    kernel, image = artifacts.kernel("6.1-cloud").vmlinuz, artifacts.plain_initramfs()
+    command_line = f"{COMMAND_LINE} test={test}"
+    found = {
+        "vmctl run": vmctl_run(
+            *("-m", str(MEMORY), "--no-reboot", "-b", kernel, "--initrd", image),
+            *("--append", command_line),
+        )
+    }
+    if shutil.which("qemu-system-x86_64") is not None:
+        for machine in ("pc", "q35", "microvm"):
+            found[f"QEMU -M {machine}"] = [
+                *("qemu-system-x86_64", "-M", machine, "-accel", "kvm", "-cpu", "host"),
+                *("-m", f"{MEMORY // _MIB}M", "-nodefaults", "-no-user-config", "-nographic"),
+                *("-no-reboot", "-serial", "stdio", "-kernel", str(kernel)),
+                *("-initrd", str(image), "-append", command_line),
+            ]
+    for tool in ("lkvm", "kvmtool"):
+        if shutil.which(tool) is not None:
+            found["kvmtool"] = [
+                *(tool, "run", "-k", str(kernel), "-i", str(image), "-c", "1"),
+                *("-m", str(MEMORY // _MIB), "--console", "serial", "-p", command_line),
+            ]
+            break
+    return {name: arguments for name, arguments in found.items() if only in name}
+
+
+def time_start(arguments: Sequence[str]) -> float:
+    """Run a program until its guest's /init speaks; return the seconds that it took."""
+    begun = time.perf_counter()
+    with ConsoleProcess(arguments) as guest:
+        guest.expect(MARKER, _TIMEOUT_S)
+        taken = time.perf_counter() - begun
+        guest.wait(_TIMEOUT_S)
+    return taken
+
+
+def memory_besides_ram(smaps: str, ram: int) -> Memory:
+    """Sum the mappings of one or more processes, without those that are the guest's RAM.
+
+    Args:
+        smaps: contents of /proc/PID/smaps, one after the other.
+        ram: the guest's memory, bytes; an anonymous or memfd mapping of at least half of it is RAM.
+
+    Source: proc_pid_smaps(5).
+    """
+    totals = dict.fromkeys(("Private_Clean", "Private_Dirty", "Pss", "Rss"), 0)
+    is_ram = False
+    for line in smaps.splitlines():
+        mapping = re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)", line)
+        if mapping:
+            size = int(mapping[2], 16) - int(mapping[1], 16)
+            name = mapping[3]
+            is_ram = size >= ram // 2 and (not name or name.startswith(_RAM_NAMES))
+            continue
+        field, _, value = line.partition(":")
+        if field in totals and not is_ram:
+            totals[field] += int(value.split()[0]) << 10
+    return Memory(
+        private=totals["Private_Clean"] + totals["Private_Dirty"],
+        proportional=totals["Pss"],
+        resident=totals["Rss"],
+    )
+
+
+def memory_script(programs: dict[str, list[str]], out: str) -> str:
+    """Return a shell script that saves the smaps of each program's idle guest as `out`/N.smaps.
+
+    A program's children count with it.
+    """
+    lines = []
+    for number, arguments in enumerate(programs.values()):
+        lines += [
+            f"mkfifo {out}/in; sleep 1000000 > {out}/in & holder=$!",
+            f"{shlex.join(arguments)} < {out}/in > {out}/console 2>&1 & program=$!",
+            f'until grep -q "init: idle" {out}/console; do',
+            "kill -0 $program || break; sleep 0.2; done",
+            "sleep 2",
+            r'children=$(grep -lE "^PPid:\s$program$" /proc/[0-9]*/status | tr -dc "0-9\n")',
+            f"for pid in $program $children; do cat /proc/$pid/smaps >> {out}/{number}.smaps; done",
+            "kill -9 $program $holder; wait",
+            f"rm {out}/in {out}/console",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def qemu_stages() -> list[Stage]:
+    """Return what QEMU reads: its binary, libraries, and firmware."""
+    binary = shutil.which("qemu-system-x86_64")
+    if binary is None:
+        return []
+    listed = subprocess.run(["ldd", binary], check=True, capture_output=True, text=True).stdout
+    libraries = {Path(path).resolve() for path in re.findall(r"(/\S+) \(0x", listed)}
+    # The C library and the loader are in use by every process, the staging ones included.
+    libraries = {path for path in libraries if not re.match(r"ld-linux|libc\.so", path.name)}
+    folders = [Path("/usr/share/qemu"), Path("/usr/share/seabios")]
+    modules = next(iter(Path("/usr/lib").glob("*/qemu")), None)
+    if modules is not None:
+        folders.append(modules)
+    return [
+        *(Stage(folder, ("*.fd", "u-boot*", "opensbi*", "*.dtb")) for folder in folders),
+        Stage(Path(binary)),
+        *(Stage(path) for path in sorted(libraries)),
+    ]
+
+
+def measure(rounds: int, only: str, out: Path) -> None:
+    """Time each program `rounds` times after one run that does not count; write `out`.
+
+    The programs take turns, so that what drifts drifts for all of them.
+    """
+    programs = competitors("poweroff", only)
+    starts: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(rounds + 1):
+        for name, arguments in programs.items():
+            taken = time_start(arguments)
+            print(f"{name}: {taken:.3f} s{'' if number else ' (not counted)'}", flush=True)
+            if number:
+                starts[name].append(taken)
+    out.write_text(json.dumps(starts))
+
+
+def results(folder: Path) -> list[Result]:
+    """Read what `measure` and the memory script left in a directory."""
+    starts: dict[str, list[float]] = json.loads((folder / "starts.json").read_text())
+    found = []
+    for number, (name, times) in enumerate(starts.items()):
+        smaps = folder / f"{number}.smaps"
+        memory = memory_besides_ram(smaps.read_text(), MEMORY) if smaps.exists() else None
+        found.append(Result(name, tuple(times), memory))
+    return found
+
+
+def table(found: Sequence[Result]) -> str:
+    """Return the figures as text, a line per program."""
+    base = next((result.start_s for result in found if result.name == BASELINE), None)
+    lines = [f"{'':16}{'start':>9}{'ratio':>8}{'spread':>8}{'private':>12}{'proportional':>14}"]
+    for result in found:
+        ratio = f"{result.start_s / base:8.3f}" if base else f"{'-':>8}"
+        spread = (max(result.starts_s) - min(result.starts_s)) / result.start_s
+        line = f"{result.name:16}{result.start_s:7.3f} s{ratio}{spread:8.1%}"
+        if result.memory:
+            line += f"{result.memory.private / _MIB:8.1f} MiB"
+            line += f"{result.memory.proportional / _MIB:10.1f} MiB"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _inner(folder: Path, rounds: int, only: str) -> str:
+    """Return the shell command that measures everything; its script is kept in `folder`."""
+    programs = competitors("idle", only)
+    script = folder / "memory.sh"
+    script.write_text(memory_script(programs, "$RIG_OUT"))
+    run = [sys.executable, __file__, "--measure", str(rounds), "--only", only]
+    return f". {shlex.quote(str(script))}; exec {shlex.join(run)}"
+
+
+def main() -> int:
+    """Measure, print the table, and write the JSON file."""
+    parser = argparse.ArgumentParser(
+        prog="bench/boot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", metavar="TEXT", help="programs with this in the name")
+    parser.add_argument("--json", type=Path, default=ROOT / "out" / "boot.json")
+    parser.add_argument("--here", action="store_true", help="on this machine, by its own clock")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        measure(given.measure, given.only, Path(os.environ["RIG_OUT"]) / "starts.json")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        folder = Path(scratch)
+        command = ("sh", "-c", _inner(folder, given.rounds, given.only))
+        if given.here:
+            environment = {**os.environ, "RIG_OUT": scratch}
+            status = subprocess.run(command, check=False, env=environment).returncode
+        else:
+            status = _rig(command, folder).run()
+        if status != 0:
+            print(f"bench/boot: measuring failed with status {status}", file=sys.stderr)
+            return 1
+        found = results(folder)
+    clock = "this machine's clock" if given.here else "counted clock (rig --icount)"
+    print(f"\nStart to the first line of init, {clock}:\n{table(found)}")
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    figures = [{**asdict(result), "start_s": result.start_s} for result in found]
+    given.json.write_text(json.dumps({"clock": clock, "results": figures}, indent=2) + "\n")
+    print(f"written: {given.json}")
+    return 0
+
+
+def _rig(command: tuple[str, ...], out: Path) -> Rig:
+    kernel = artifacts.kernel("6.1-cloud").vmlinuz
+    read = (kernel, artifacts.plain_initramfs(), Path(shutil.which("busybox") or "/bin/busybox"))
+    return Rig(
+        command=command,
+        memory=8 << 30,
+        timeout_s=3600,
+        is_counted=True,
+        stages=(*project_stages(ROOT), *qemu_stages(), *(Stage(path) for path in read)),
+        out=out,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
