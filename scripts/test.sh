@@ -41,7 +41,7 @@ guest() {
         VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m guest tests/guest
     else
         echo "this machine's KVM runs no distribution kernel: guests run in the rig"
-        VMD_REQUIRE=kvm,guest tests/rig/rig run --timeout 1500 --project -- \
+        VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 1500 --project -- \
             .venv/bin/pytest -q -p no:cacheprovider -m guest tests/guest
     fi
 }
