@@ -36,7 +36,8 @@ TSS_ADDRESS = 0xFEFF_D000
 FIRMWARE_END = 4 * GIB
 FIRMWARE_MAX = 16 * MIB
 LOW_FIRMWARE_END = MIB
-LOW_FIRMWARE_MAX = 128 * KIB
+LOW_FIRMWARE_MAX = 256 * KIB
+"""SeaBIOS of 256 KiB runs from here and copies nothing by itself on an unknown host bridge."""
 PCI_MMIO64_SIZE = 64 * GIB
 MEMORY_MIN = MIB
 MEMORY_MAX = 128 * GIB
