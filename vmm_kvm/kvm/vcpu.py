@@ -1,13 +1,13 @@
 """A vCPU: running it, and bringing it out of the guest.
 
-Kicking. A vCPU runs on whichever thread calls `run()`, one at a time. `kick()` may come from any
-thread and ends the current or the next `run()`, which returns Interrupted: it first sets
-`immediate_exit`, which the kernel looks at when KVM_RUN begins, then signals the thread that ran
-the vCPU last, which ends a KVM_RUN that has looked already. `run()` notes its thread before it
-enters the kernel, so whatever moment the kick falls into, one of the two works. A signal that
-comes late finds the thread outside KVM_RUN and does nothing, because its handler does nothing.
-The vCPU's thread clears `immediate_exit` before it looks at what the kicker wants: what is asked
-before that is seen, and what is asked later kicks again.
+Kicking. A vCPU runs on one thread, that of its first `run()` until another one calls
+`bind_thread()`. `kick()` may come from any thread and ends the current or the next `run()`, which
+returns Interrupted: it first sets `immediate_exit`, which the kernel looks at when KVM_RUN begins,
+then signals the vCPU's thread, which ends a KVM_RUN that has looked already. The thread is known
+before it first enters the kernel, so whatever moment the kick falls into, one of the two works. A
+signal that comes late finds the thread outside KVM_RUN and does nothing, because its handler does
+nothing. The vCPU's thread clears `immediate_exit` before it looks at what the kicker wants: what
+is asked before that is seen, and what is asked later kicks again.
 
 The one lock, that of the coalesced ring, belongs to the VM, whose vCPUs share the ring. A device's
 lock may be taken while it is held, never the other way round.
@@ -19,13 +19,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from errno import EAGAIN, EINTR, EIO
 from typing import Self, TypeAlias
 
 from vmm_kvm.bits import PAGE_SIZE
-from vmm_kvm.errors import VmmError
+from vmm_kvm.errors import KvmError, VmmError
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.exits import Exit, Exits
-from vmm_kvm.kvm.ioctl import prebound, signal_thread, was_interrupted
+from vmm_kvm.kvm.ioctl import enter, operation, signal_thread
 from vmm_kvm.kvm.vcpu_state import VcpuState
 
 KICK_SIGNAL = signal.SIGRTMIN
@@ -38,8 +39,6 @@ CoalescedEntry: TypeAlias = tuple[bool, int, int, int]
 
 _NO_ENTRIES: tuple[CoalescedEntry, ...] = ()
 _RUN = abi.KVM_RUN
-_kvm_run = prebound()
-_get_ident = threading.get_ident
 
 
 def install_kick_signal() -> None:
@@ -72,7 +71,6 @@ class Vcpu(VcpuState):
         "_ring",
         "_ring_ends",
         "_ring_lock",
-        "_thread",
         "index",
         "kvm_run",
     )
@@ -103,8 +101,9 @@ class Vcpu(VcpuState):
             os.close(fd)
             raise
         self._ring_lock = ring_lock
-        self._thread = 0  # of the latest run(), as threading.get_ident() names it
-        self._native_id = 0  # the same as the kernel names it
+        self._native_id = (
+            0  # the kernel's name of the thread that runs the vCPU, 0 before the first
+        )
         start = ring_page * PAGE_SIZE
         has_ring = 0 < start <= mmap_size - PAGE_SIZE
         self._lay_out(page, page[start : start + PAGE_SIZE] if has_ring else None)
@@ -152,13 +151,32 @@ class Vcpu(VcpuState):
 
         Source: KVM API §4.10, §5.
         """
-        if self._thread != _get_ident():
-            self._native_id = threading.get_native_id()
-            self._thread = _get_ident()
-        while _kvm_run(self.fd, _RUN, 0):
-            if was_interrupted(_RUN):
-                return self._interrupted
+        if not self._native_id:
+            self.bind_thread()
+        try:
+            enter(self.fd, _RUN)
+        except OSError as err:
+            return self._not_entered(err)
         return self._exits[self._reason[0]]
+
+    def bind_thread(self) -> None:
+        """Make the calling thread the one that `kick()` interrupts.
+
+        The first `run()` does that; afterwards it is for a thread that takes the vCPU over.
+        """
+        self._native_id = threading.get_native_id()
+
+    def _not_entered(self, err: OSError) -> Exit:
+        while err.errno == EAGAIN:  # a start-up IPI has just come: now there is something to run
+            try:
+                enter(self.fd, _RUN)
+            except OSError as another:
+                err = another
+            else:
+                return self._exits[self._reason[0]]
+        if err.errno == EINTR:
+            return self._interrupted
+        raise KvmError(operation(_RUN), err.errno or EIO) from err
 
     def kick(self) -> None:
         """End the current `run()`, or the next one if none is under way; any thread.

@@ -271,7 +271,7 @@ class VcpuState:
         Raises:
             KvmError: the kernel refused.
 
-        Source: KVM API §4.46, KVM_GET_CPUID2.
+        Source: Linux arch/x86/kvm/cpuid.c, KVM_GET_CPUID2.
         """
         table = abi.with_entries(abi.kvm_cpuid2, abi.kvm_cpuid_entry2, _MOST_CPUID_ENTRIES)(
             nent=_MOST_CPUID_ENTRIES
@@ -288,7 +288,7 @@ class VcpuState:
         Raises:
             KvmError: too many entries, or the vCPU has run.
 
-        Source: KVM API §4.21.
+        Source: KVM API §4.20.
         """
         table = abi.with_entries(abi.kvm_cpuid2, abi.kvm_cpuid_entry2, len(entries))(
             nent=len(entries)
@@ -325,7 +325,7 @@ class VcpuState:
         Raises:
             KvmError: the guest has not set kvmclock up (EINVAL).
 
-        Source: KVM API §4.67.
+        Source: KVM API §4.70.
         """
         ioctl(self.fd, abi.KVM_KVMCLOCK_CTRL)
 
@@ -386,7 +386,7 @@ class VcpuState:
         Raises:
             KvmError: the kernel refused.
 
-        Source: KVM API §4.21, KVM_SET_SIGNAL_MASK.
+        Source: KVM API §4.21.
         """
         if blocked is None:
             ioctl(self.fd, abi.KVM_SET_SIGNAL_MASK)

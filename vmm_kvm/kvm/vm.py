@@ -125,7 +125,7 @@ class Vm:
         Raises:
             KvmError: a vCPU exists already.
 
-        Source: KVM API §4.42.
+        Source: KVM API §4.41.
         """
         ioctl(self.fd, abi.KVM_SET_BOOT_CPU_ID, index)
 
@@ -224,7 +224,7 @@ class Vm:
         Raises:
             KvmError: a vCPU exists already.
 
-        Source: KVM API §4.41.
+        Source: KVM API §4.40.
         """
         ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(gpa))
 
@@ -267,7 +267,7 @@ class Vm:
         Raises:
             KvmError: there is no timer.
 
-        Source: KVM API §4.108.
+        Source: Linux arch/x86/kvm/x86.c, KVM_REINJECT_CONTROL.
         """
         ioctl(self.fd, abi.KVM_REINJECT_CONTROL, abi.kvm_reinject_control(pit_reinject=int(is_on)))
 
@@ -301,7 +301,7 @@ class Vm:
         Raises:
             KvmError: there is no local APIC.
 
-        Source: KVM API §4.70.
+        Source: KVM API §4.71.
         """
         msi = abi.kvm_msi(
             address_lo=address & 0xFFFF_FFFF,
