@@ -96,7 +96,10 @@ def trim(elf: Elf, data: bytes) -> list[bytes | memoryview]:
     """
     segments: list[ElfSegment] = []
     for segment in elf.loads:
-        extents = list(_extents(data, segment.offset, segment.file_size)) or [(0, 0)]
+        extents = list(_extents(data, segment.offset, segment.file_size))
+        if not extents or extents[0][0] > 0:
+            # The first page stays, so that the segment still begins where it began.
+            extents.insert(0, (0, min(PAGE_SIZE, segment.file_size)))
         for index, (start, size) in enumerate(extents):
             is_last = index == len(extents) - 1
             segments.append(

@@ -1,0 +1,110 @@
+"""Firmware: where a flat image lies, and what is not taken for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit.boot.images import firmware
+from vmm_kvm.bits import GIB, KIB, MIB
+from vmm_kvm.boot.acpi import AcpiConfig, build_tables
+from vmm_kvm.boot.entry import RESET_VECTOR
+from vmm_kvm.boot.image import BootConfig, BootImage, FirmwareImage, load, open_image
+from vmm_kvm.boot.layout import ram_ranges
+from vmm_kvm.errors import BootError
+from vmm_kvm.memory import GuestMemory
+
+Open = Callable[[bytes], BootImage]
+
+
+def _open(open_bytes: Open, data: bytes) -> FirmwareImage:
+    image = open_bytes(data)
+    assert isinstance(image, FirmwareImage)
+    return image
+
+
+@pytest.mark.parametrize("size", [16, 4095, 4096, 4097, 64 * KIB, 256 * KIB, 16 * MIB])
+def test_ends_at_4_gib(open_bytes: Open, size: int) -> None:
+    """An image of any size ends at 4 GiB, padded in front to whole pages as erased flash."""
+    data = firmware(size)
+    image = _open(open_bytes, data)
+    padding = -size % 4096
+    assert (b"\xff" * padding + data, 4 * GIB - size - padding) == (image.rom, image.rom_base)
+
+
+@pytest.mark.parametrize(("size", "low"), [(100, 100), (64 * KIB,) * 2, (MIB, 256 * KIB)])
+def test_copy_below_1_mib(open_bytes: Open, memory: GuestMemory, size: int, low: int) -> None:
+    """The end of the image, at most 256 KiB, also ends at 1 MiB; nothing is in front of it."""
+    data = firmware(size)
+    entry = load(_open(open_bytes, data), memory, BootConfig())
+    assert entry == RESET_VECTOR
+    assert bytes(16) + data[-low:] == memory.read(MIB - low - 16, low + 16)
+
+
+def test_acpi_tables_are_left_to_firmware(open_bytes: Open, memory: GuestMemory) -> None:
+    """Firmware installs the tables itself, so that they are not in its way."""
+    load(_open(open_bytes, firmware()), memory, BootConfig(acpi=build_tables(AcpiConfig())))
+    assert bytes(64) == memory.read(0xE_0000, 64)
+
+
+def test_smallest_machine(open_bytes: Open) -> None:
+    """1 MiB of RAM is enough."""
+    with GuestMemory(ram_ranges(MIB)) as memory:
+        assert load(_open(open_bytes, firmware()), memory, BootConfig()) == RESET_VECTOR
+
+
+def test_too_large(open_bytes: Open) -> None:
+    """More than 16 MiB would cover what else lies below 4 GiB."""
+    with pytest.raises(BootError) as caught:
+        open_bytes(firmware(16 * MIB + 1))
+    assert str(caught.value).endswith(
+        "image: firmware: 0x1000001 bytes, at most 16 MiB are possible"
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"x",
+        b"\xea" * 15,
+        bytes(4096),
+        b"\xff" * 4096,
+        b"#!/bin/sh\n" * 100,
+        b"\x0f\x0b" * 100,
+    ],
+)
+def test_anything_else(open_bytes: Open, data: bytes) -> None:
+    """What has no code at the reset vector is nothing that boots."""
+    with pytest.raises(BootError) as caught:
+        open_bytes(data)
+    assert str(caught.value).endswith("image: not a kernel or firmware image")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BootConfig(command_line="quiet"), "image: firmware takes no command line: 'quiet'"),
+        (BootConfig(initrd=("rd", "more")), "image: firmware takes no initrd: rd"),
+        (BootConfig(modules=(("m", ""),)), "image: firmware takes no modules: m"),
+    ],
+)
+def test_options_of_no_use(
+    open_bytes: Open, memory: GuestMemory, config: BootConfig, message: str
+) -> None:
+    """What firmware cannot use is refused, naming both."""
+    with pytest.raises(BootError) as caught:
+        load(open_bytes(firmware()), memory, config)
+    assert str(caught.value).endswith(message)
+
+
+def test_empty_command_line(open_bytes: Open, memory: GuestMemory) -> None:
+    """An empty command line asks for nothing."""
+    assert load(open_bytes(firmware()), memory, BootConfig(command_line="")) == RESET_VECTOR
+
+
+def test_selftest_image() -> None:
+    """The self-test guest of this project is firmware."""
+    path = Path(__file__).parents[3] / "bios" / "selftest.bin"
+    assert isinstance(open_image(str(path)), FirmwareImage)
