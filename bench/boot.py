@@ -87,8 +87,8 @@ def competitors(test: str, only: str) -> dict[str, list[str]]:
         for machine in ("pc", "q35", "microvm"):
             found[f"QEMU -M {machine}"] = [
                 *("qemu-system-x86_64", "-M", machine, "-accel", "kvm", "-cpu", "host"),
-                *("-m", f"{MEMORY // _MIB}M", "-nodefaults", "-no-user-config", "-nographic"),
-                *("-no-reboot", "-serial", "stdio", "-kernel", str(kernel)),
+                *("-m", f"{MEMORY // _MIB}M", "-nodefaults", "-no-user-config"),
+                *("-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(kernel)),
                 *("-initrd", str(image), "-append", command_line),
             ]
     for tool in ("lkvm", "kvmtool"):

@@ -42,7 +42,7 @@ guest() {
     else
         echo "this machine's KVM runs no distribution kernel: guests run in the rig"
         VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 1500 --project -- \
-            .venv/bin/pytest -q -p no:cacheprovider -m guest tests/guest
+            .venv/bin/pytest -q --color=no -p no:cacheprovider -m guest tests/guest
     fi
 }
 

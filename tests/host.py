@@ -61,7 +61,7 @@ def _linux_boots() -> bool:
     kernel = artifacts.kernel("6.1-cloud")
     arguments = [
         *("qemu-system-x86_64", "-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", "256M"),
-        *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(artifacts.plain_initramfs())),
         *("-append", "console=ttyS0 quiet reboot=t panic=-1 test=reboot"),
     ]

@@ -47,8 +47,13 @@ class ConsoleProcess:
         *,
         is_tty: bool = False,
         environment: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> None:
-        """Start the program, with `environment` added to this process's own."""
+        """Start the program, with `environment` added to this process's own.
+
+        `on_output` is handed what the console shows, as it is read.
+        """
+        self._on_output = on_output
         self.output = b""
         self.errors = b""
         self._seen = 0
@@ -199,6 +204,8 @@ class ConsoleProcess:
                 data = b""
             if fd == self._output:
                 self.output += data
+                if self._on_output:
+                    self._on_output(data)
                 if not data:
                     self.close_output()
             else:

@@ -81,7 +81,15 @@ def qemus(
         [
             *("qemu-system-x86_64", "-M", machine, "-accel", "kvm", "-cpu", "host"),
             *("-m", f"{memory // MIB}M", "-smp", str(cpus)),
-            *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"),
+            *(
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-serial",
+                "stdio",
+            ),
             *("-device", "pvpanic", "-kernel", str(kernel.vmlinuz), "-initrd", str(image)),
             *("-append", f"{COMMAND_LINE} test={test}"),
         ]

@@ -35,6 +35,8 @@ exec >/dev/console 2>&1 </dev/null
 export RIG=1 RIG_OUT=/run/rig/out
 export PATH="$PATH:/usr/sbin:/sbin"
 ip link set lo up
+# The host's KVM tells of every odd register that a guest touches; the command's output is wanted.
+echo 3 > /proc/sys/kernel/printk
 for stage in $(ls -d /run/rig/stage-* 2>/dev/null | sort -V); do
     place=$(cat "$stage/place")
     if [ -e "$stage/tar" ]; then
@@ -175,7 +177,7 @@ def qemu_arguments(rig: Rig, vmlinuz: Path, image: Path, share: Path) -> list[st
         *("qemu-system-x86_64", "-M", "q35", "-cpu", "max"),
         *clock,
         *("-m", f"{rig.memory >> 20}M"),
-        *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
         *("-kernel", str(vmlinuz), "-initrd", str(image)),
         *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
         "-virtfs",

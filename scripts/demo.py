@@ -1,0 +1,119 @@
+"""Show what the project does: a self-test guest, then a Debian kernel to a shell, visibly.
+
+The self-test guest runs on this machine's own /dev/kvm. The Debian kernel does too if this
+machine's KVM runs distribution kernels; where it only emulates guest kernels, the demo says so
+and boots it in the rig, a full KVM host under QEMU's software emulation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import artifacts, host  # noqa: E402 - found by the line above
+from tests.rig.machine import Rig, project_stages  # noqa: E402
+from tests.vmctl_driver import ConsoleProcess, ConsoleTimeoutError, vmctl_run  # noqa: E402
+
+# The shell may ask where the cursor is.
+PROMPT = r"^/ # (\x1b\[6n)?$"
+COMMANDS = (
+    "uname -a",
+    "nproc",
+    "free",
+    "cat /proc/cpuinfo | head",
+    "dmesg | tail",
+)
+
+
+def say(text: str) -> None:
+    """Print a heading."""
+    print(f"\n\033[1m== {text}\033[0m", flush=True)
+
+
+def show(data: bytes) -> None:
+    """Pass on what a guest's console shows."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def start(*arguments: str | Path) -> ConsoleProcess:
+    """Start `vmctl run` with these arguments on a terminal of its own, shown on ours."""
+    words = vmctl_run(*arguments)
+    said = [f'"{word}"' if " " in word else word for word in ("vmctl", *words[1:])]
+    say(f"$ {' '.join(said)}")
+    return ConsoleProcess(words, is_tty=True, on_output=show)
+
+
+def ended(guest: ConsoleProcess) -> int:
+    """Wait for a guest to end; show and return its exit status."""
+    status = guest.wait()
+    show(guest.errors)
+    say(f"exit status {status}")
+    return status
+
+
+def selftest() -> int:
+    """Run the self-test guest: let it count, reboot it, press its power key."""
+    with start("-m", "64M", "-p", "2", "--selftest") as guest:
+        guest.expect("selftest: ready")
+        guest.send("n")
+        guest.expect(r"^3\b")
+        guest.send("r")
+        guest.expect("selftest: ready")
+        guest.send("p")
+        return ended(guest)
+
+
+def linux() -> int:
+    """Boot Debian's cloud kernel to a shell and run a few commands in it."""
+    kernel = artifacts.kernel("6.1-cloud")
+    image = artifacts.guest_initramfs(kernel)
+    with start(
+        *("-m", "256M", "-p", "2", "-b", kernel.vmlinuz, "--initrd", image),
+        *("--append", "console=ttyS0 quiet"),
+    ) as guest:
+        for command in (*COMMANDS, "poweroff -f"):
+            guest.expect(PROMPT)
+            guest.send(f"{command}\n")
+        return ended(guest)
+
+
+def demo() -> int:
+    """Run both guests where they can run; return an exit status."""
+    say("The self-test guest, on this machine's /dev/kvm")
+    missing = host.missing_kvm()
+    if missing is not None:
+        print(f"{missing}: left out")
+    elif selftest() != 0:
+        return 1
+    say("A Debian cloud kernel with a busybox initramfs")
+    missing = host.missing_guest_kvm()
+    if missing is None:
+        return linux()
+    print(
+        "This machine's KVM does not run a distribution kernel (it emulates guest kernels, or is\n"
+        "absent). So a machine is emulated whose KVM does, and the guest runs inside it: the rig."
+    )
+    artifacts.guest_initramfs(artifacts.kernel("6.1-cloud"))
+    inside = (sys.executable, __file__, "--linux")
+    return Rig(inside, stages=project_stages(ROOT), timeout_s=600).run()
+
+
+def main() -> int:
+    """Run the demo; errors are one line."""
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__)
+    parser.add_argument("--linux", action="store_true", help="only the Debian kernel, and here")
+    given = parser.parse_args()
+    try:
+        return linux() if given.linux else demo()
+    except (artifacts.ArtifactError, ConsoleTimeoutError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
