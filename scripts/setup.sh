@@ -14,6 +14,7 @@ packages='
     busybox-static      user space of guests and of the rig
     bzip2               unpacks a kind of kernel payload that the boot tests make
     ca-certificates     pip fetches over TLS
+    cpio                reads the initramfs archives that we write
     dpkg-dev            dpkg and its tools unpack kernel packages
     gcc                 compares our structures with <linux/kvm.h>
     git                 the tests ask which files belong to the tree

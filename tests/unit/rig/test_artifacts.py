@@ -1,0 +1,40 @@
+"""Kernel packages: which one a metapackage's paragraphs name."""
+
+from __future__ import annotations
+
+from tests.artifacts import candidates
+
+SHOWN = """\
+Package: linux-image-cloud-amd64
+Version: 6.12.95-1~bpo12+1
+Depends: linux-image-6.12.95+deb12-cloud-amd64 (= 6.12.95-1~bpo12+1)
+
+Package: linux-image-cloud-amd64
+Version: 6.1.99-1
+Depends: linux-image-6.1.0-23-cloud-amd64 (= 6.1.99-1)
+
+Package: linux-image-cloud-amd64
+Version: 6.1.192-2
+Depends: linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)
+Description: x
+
+"""
+
+
+def test_the_newest_of_a_series_comes_first() -> None:
+    """Versions compare by number, not as text; older ones follow as a way out."""
+    assert candidates(SHOWN, "6.1") == [
+        "linux-image-6.1.0-56-cloud-amd64",
+        "linux-image-6.1.0-23-cloud-amd64",
+    ]
+
+
+def test_a_series_is_not_a_prefix() -> None:
+    """6.12 is not a version of 6.1."""
+    assert candidates(SHOWN, "6.12") == ["linux-image-6.12.95+deb12-cloud-amd64"]
+
+
+def test_an_unknown_series_has_no_candidates() -> None:
+    """Nothing is chosen in place of what was asked for."""
+    assert candidates(SHOWN, "6.18") == []
+    assert candidates("", "6.1") == []
