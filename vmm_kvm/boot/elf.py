@@ -258,11 +258,16 @@ def section_name(names: bytes, section: ElfSection) -> bytes:
 
 
 def check_loads(name: str, loads: Sequence[ElfSegment], memory: GuestMemory) -> None:
-    """Check that all segments can be placed in RAM.
+    """Check that all segments can be placed in RAM, and do not cover each other many times over.
 
     Raises:
-        BootError: one cannot.
+        BootError: they cannot, or do.
     """
+    total = sum(segment.file_size for segment in loads)
+    if total > memory.size:
+        raise BootError(
+            f"{name}: segments: {total:#x} bytes do not fit in {memory.size >> 20} MiB of memory"
+        )
     for segment in loads:
         if not memory.contains(segment.paddr, segment.memory_size):
             raise BootError(

@@ -154,3 +154,10 @@ def test_too_large_for_memory(memory: GuestMemory) -> None:
         str(caught.value) == "k: segment at 0x4000000: 0x27d8 bytes do not fit in 64 MiB of memory"
     )
     assert bytes(16) == memory.read(0x20_0000, 16)
+
+
+def test_segments_that_cover_each_other(memory: GuestMemory) -> None:
+    """Copying a large file many times over itself is refused before it begins."""
+    spec = replace(SPEC, segments=(Segment(bytes(1 << 20)),) * 65)
+    with pytest.raises(BootError, match="k: segments: 0x4100000 bytes do not fit in 64 MiB"):
+        place_loads(read_elf(BytesSource("k", spec.build())), memory)
