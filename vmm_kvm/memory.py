@@ -9,15 +9,13 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, SpecError
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A contiguous piece of guest RAM."""
 
     gpa: int

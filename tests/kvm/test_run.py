@@ -302,3 +302,14 @@ def test_leaves_nothing_behind() -> None:
         assert vm.wait() == -signal.SIGKILL
     after = set(Path("/dev/shm").iterdir()) | set(Path("/tmp").iterdir())
     assert not {path for path in after - before if "vmm" in path.name}
+
+
+@pytest.mark.parametrize("name", ["bios-256k.bin", "bios.bin"])
+def test_seabios_finds_nothing_to_boot(name: str) -> None:
+    """SeaBIOS, on its serial console, gets as far as to say that there is no bootable device."""
+    firmware = Path("/usr/share/seabios") / name
+    if not firmware.exists():
+        pytest.skip(f"{firmware} is missing: install seabios")
+    with ConsoleProcess(vmctl_run("-b", firmware, "-m", "64M", "--timeout", "60")) as vm:
+        vm.expect(r"SeaBIOS \(version", READY_S)
+        vm.expect("No bootable device", READY_S)

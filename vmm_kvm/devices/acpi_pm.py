@@ -8,8 +8,8 @@ and no RTC wake-up: their bits can be set and cleared but never come by themselv
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
@@ -72,8 +72,7 @@ _CONTROL_STORED = int(Pm1Control.BM_RLD) | SLP_TYP_MASK << SLP_TYP_SHIFT
 _CARRY_TICKS = 1 << (TIMER_BITS - 1)  # TMR_STS is set when the highest bit changes either way
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiPmState:
+class AcpiPmState(NamedTuple):
     """Everything that a guest can observe of an AcpiPm."""
 
     status: int

@@ -2,13 +2,12 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import all_ones
 
 
-@dataclass(frozen=True, slots=True)
-class DebugExitState:
+class DebugExitState(NamedTuple):
     """A DebugExit has no state."""
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import all_ones
 
@@ -10,8 +10,7 @@ READBACK = 0xE9
 """What the port reads as, which is how firmware detects it."""
 
 
-@dataclass(frozen=True, slots=True)
-class DebugconState:
+class DebugconState(NamedTuple):
     """A Debugcon has no state."""
 
 

@@ -7,8 +7,8 @@ write through DMA is an error and a write to the data port is lost.
 import logging
 import struct
 import threading
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import GuestMemoryError, SpecError
@@ -68,8 +68,7 @@ _DIRECTORY_ENTRY = struct.Struct(f">IHH{FILE_NAME_SIZE}s")  # size, selector, re
 _CHUNK = 1 << 18
 
 
-@dataclass(frozen=True, slots=True)
-class FwCfgState:
+class FwCfgState(NamedTuple):
     """Everything that a guest can observe of a FwCfg besides the items."""
 
     key: int

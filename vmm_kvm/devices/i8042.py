@@ -8,8 +8,8 @@ and its self-test fails, which ends the probing of drivers at once.
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from vmm_kvm.bits import all_ones
 
@@ -42,8 +42,7 @@ SELF_TEST_FAILED = 0xFC
 _OUTPUT_PORT = int(OutputPort.RESET_N | OutputPort.A20)
 
 
-@dataclass(frozen=True, slots=True)
-class I8042State:
+class I8042State(NamedTuple):
     """Everything that a guest can observe of an I8042Reset."""
 
     output: int | None

@@ -11,8 +11,8 @@ other frequencies than the divider setting says.
 """
 
 import threading
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from vmm_kvm.bits import KIB, MIB, all_ones
 from vmm_kvm.boot.layout import PCI_HOLE_END, ram_ranges
@@ -112,11 +112,10 @@ _ABOVE_4G = 0x5B  # 64 KiB units above 4 GiB, three bytes
 _EXTRA_CPUS = 0x5F
 
 
-@dataclass(frozen=True, slots=True)
-class Mc146818State:
+class Mc146818State(NamedTuple):
     """Everything that a guest can observe of a Mc146818."""
 
-    index: int
+    selected: int
     memory: bytes
     """All 128 bytes; those of the time count only while updates are held."""
     flags: int
@@ -445,7 +444,7 @@ class Mc146818:
         """Return a snapshot; any thread."""
         with self.lock:
             return Mc146818State(
-                index=self._index,
+                selected=self._index,
                 memory=bytes(self._memory),
                 flags=self._flags,
                 offset_ns=self._offset_ns,
@@ -458,7 +457,7 @@ class Mc146818:
     def restore(self, state: Mc146818State) -> None:
         """Continue from a snapshot; guest time keeps its distance from real time."""
         with self.lock:
-            self._index = state.index
+            self._index = state.selected
             self._memory[:] = state.memory
             self._flags = state.flags
             self._offset_ns = state.offset_ns

@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntFlag
+from typing import NamedTuple
 
 from vmm_kvm.bits import all_ones
 
@@ -18,8 +18,7 @@ class PanicEvent(IntFlag):
 SUPPORTED_EVENTS = PanicEvent.PANICKED | PanicEvent.CRASH_LOADED
 
 
-@dataclass(frozen=True, slots=True)
-class PvpanicState:
+class PvpanicState(NamedTuple):
     """A Pvpanic has no state."""
 
 

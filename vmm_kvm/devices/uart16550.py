@@ -10,8 +10,8 @@ carrier, DSR and CTS.
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from vmm_kvm.irq import IrqLine
 
@@ -130,8 +130,7 @@ _BYTES = tuple(bytes((value,)) for value in range(256))
 _BREAK = _BI << 8  # a received character: its LSR bits above its eight data bits
 
 
-@dataclass(frozen=True, slots=True)
-class Uart16550State:
+class Uart16550State(NamedTuple):
     """Everything that a guest can observe of a Uart16550, in register terms."""
 
     ier: int

@@ -11,6 +11,7 @@ import enum
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import align_up, all_ones
 from vmm_kvm.bus import BusDevice
@@ -62,8 +63,7 @@ class Bar:
         return 0b11 if self.kind is BarKind.IO else 0b1111
 
 
-@dataclass(frozen=True, slots=True)
-class Capability:
+class Capability(NamedTuple):
     """A capability: where it lies, and who wants to know when the guest uses it."""
 
     offset: int
@@ -73,8 +73,7 @@ class Capability:
     on_write: Callable[[int, int], None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class PciFunctionState:
+class PciFunctionState(NamedTuple):
     """Everything that a guest can observe of a function's configuration space."""
 
     config: bytes

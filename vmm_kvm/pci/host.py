@@ -12,8 +12,8 @@ lead back here.
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, PAGE_SIZE, align_up, all_ones
 from vmm_kvm.boot import layout
@@ -58,8 +58,7 @@ _RESET_CONTROL_STORED = sum(map(int, ResetControl))
 _HIGH_MEMORY = 4 * GIB  # what only 64-bit BARs reach
 
 
-@dataclass(frozen=True, slots=True)
-class PciHostState:
+class PciHostState(NamedTuple):
     """Everything that a guest can observe of a PciHost and its functions' configuration."""
 
     address: int
@@ -68,8 +67,7 @@ class PciHostState:
     """By slot."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Decoded:
+class _Decoded(NamedTuple):
     """A BAR's range on a bus."""
 
     bus: Bus

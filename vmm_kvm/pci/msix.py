@@ -8,7 +8,7 @@ host when the guest writes the capability; `send` and `on_route_change` run unde
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import PAGE_SIZE, all_ones
 from vmm_kvm.errors import SpecError
@@ -30,16 +30,14 @@ _ADDRESS_RESERVED = 0b11  # messages are dwords
 _RESET_ENTRY = bytes(_VECTOR_CONTROL_OFFSET) + bytes((VECTOR_MASKED, 0, 0, 0))
 
 
-@dataclass(frozen=True, slots=True)
-class MsixMessage:
+class MsixMessage(NamedTuple):
     """What a vector writes to interrupt: 32 bits of `data` at the 64-bit `address`."""
 
     address: int
     data: int
 
 
-@dataclass(frozen=True, slots=True)
-class MsixState:
+class MsixState(NamedTuple):
     """Everything that a guest can observe of an Msix besides its capability."""
 
     table: bytes

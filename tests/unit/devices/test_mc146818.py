@@ -589,4 +589,4 @@ def test_any_access_is_survived(steps: list[tuple[Operation, int, int]]) -> None
         rig.clock.advance(passed_ns)
         rig.clock.step_realtime(stepped_ns)
     assert len(rig.time) == 8
-    assert rig.rtc.state().index < 0x80
+    assert rig.rtc.state().selected < 0x80
