@@ -152,32 +152,31 @@ def dispatch(
     """
     run = vcpu.run
     read, write = pio.read, pio.write
+    io, views = vcpu.io_exit, vcpu.io_exit.views
+    head8, head16, head32 = io.head8, io.head16, io.head32
     while True:
         reason = run()
         if drain and not drain(vcpu):
             drain = None
-        if isinstance(reason, IoExit):
-            size = reason.size
-            items = reason.views[size]
-            if reason.count != 1:
-                _string_io(reason, pio)
-            elif reason.direction:
-                write(reason.port, size, items[0])
+        if reason is io:
+            size = head8[1]
+            if head32[1] != 1:
+                _string_io(io, pio)
+            elif head8[0]:
+                write(head16[1], size, views[size][0])
             else:
-                items[0] = read(reason.port, size)
+                views[size][0] = read(head16[1], size)
         elif isinstance(reason, MmioExit):
-            if reason.len in _BUS_SIZES:
-                if reason.is_write:
-                    mmio.write(reason.phys_addr, reason.len, reason.value)
-                else:
-                    reason.value = mmio.read(reason.phys_addr, reason.len)
-            else:
+            size = reason.len
+            view = reason.views.get(size)
+            if view is None:
                 _split_mmio(reason, mmio)
+            elif reason.is_write:
+                mmio.write(reason.phys_addr, size, view[0])
+            else:
+                view[0] = mmio.read(reason.phys_addr, size)
         elif not leave(vcpu, reason):
             return
-
-
-_BUS_SIZES = frozenset({1, 2, 4, 8})
 
 
 def _string_io(reason: IoExit, pio: Bus) -> None:

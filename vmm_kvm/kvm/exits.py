@@ -23,6 +23,12 @@ class IoExit(abi.kvm_run.Io):
     port: int
     count: int
     data_offset: int
+    head8: memoryview
+    """`direction` and `size`, then more, as bytes; quicker than the attributes, as the next two."""
+    head16: memoryview
+    """`port` at index 1."""
+    head32: memoryview
+    """`count` at index 1."""
     views: dict[int, memoryview]
     """The data page as unsigned integers of 1, 2 or 4 bytes, by that size.
 
@@ -222,7 +228,7 @@ _MMIO_BYTES = 8
 class Exits:
     """A vCPU's exit objects; those without a class of their own are Unknown."""
 
-    __slots__ = ("by_reason", "interrupted", "unknown")
+    __slots__ = ("by_reason", "interrupted", "io", "unknown")
 
     def __init__(self, page: memoryview) -> None:
         """Lay the objects over `page`: the vCPU's kvm_run and the data pages behind it."""
@@ -231,7 +237,9 @@ class Exits:
         union: int = ctypes.addressof(run.io) - base
         self.unknown = Unknown.from_buffer(page, union)
         self.interrupted = Interrupted()
-        io = IoExit.from_buffer(page, union)
+        self.io = io = IoExit.from_buffer(page, union)
+        head = _views(page, union, abi.kvm_run.Io.data_offset.offset)
+        io.head8, io.head16, io.head32 = head[1], head[2], head[4]
         io.views = _views(page, abi.KVM_PIO_PAGE_OFFSET * PAGE_SIZE, PAGE_SIZE)
         mmio = MmioExit.from_buffer(page, union)
         mmio.views = _views(page, ctypes.addressof(run.mmio.data) - base, _MMIO_BYTES)

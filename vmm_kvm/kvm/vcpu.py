@@ -59,6 +59,9 @@ def _ignore(_number: int, _frame: object) -> None:
 class Vcpu(VcpuState):
     """One vCPU; a context manager that owns its file descriptor and mapping.
 
+    `kvm_run` is the mapped page itself, for the fields that have no method here; `io_exit` is the
+    object that `run()` returns for port accesses.
+
     All methods but `kick` belong to the thread that runs the vCPU, or to any single thread while
     none does.
     """
@@ -72,6 +75,7 @@ class Vcpu(VcpuState):
         "_ring_ends",
         "_ring_lock",
         "index",
+        "io_exit",
         "kvm_run",
     )
 
@@ -113,6 +117,7 @@ class Vcpu(VcpuState):
         exits = Exits(page)
         self._exits = exits.by_reason
         self._interrupted = exits.interrupted
+        self.io_exit = exits.io
         reason = abi.kvm_run.exit_reason
         self._reason = page[reason.offset : reason.offset + reason.size].cast("I")
         if ring is None:
