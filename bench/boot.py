@@ -142,20 +142,22 @@ def memory_besides_ram(smaps: str, ram: int) -> Memory:
 def memory_script(programs: dict[str, list[str]], out: str) -> str:
     """Return a shell script that saves the smaps of each program's idle guest as `out`/N.smaps.
 
-    A program's children count with it.
+    A program's children count with it. Console and input are kept in memory: under the counted
+    clock every wait for a shared file system is a jump.
     """
-    lines = []
+    lines = ["scratch=$(mktemp -d)"]
     for number, arguments in enumerate(programs.values()):
         lines += [
-            f"mkfifo {out}/in; sleep 1000000 > {out}/in & holder=$!",
-            f"{shlex.join(arguments)} < {out}/in > {out}/console 2>&1 & program=$!",
-            f'until grep -q "init: idle" {out}/console; do',
-            "kill -0 $program || break; sleep 0.2; done",
-            "sleep 2",
+            "mkfifo $scratch/in; sleep 1000000 > $scratch/in & holder=$!",
+            f"{shlex.join(arguments)} < $scratch/in > $scratch/console 2>&1 & program=$!",
+            'until grep -q "init: idle" $scratch/console; do',
+            "kill -0 $program || break; sleep 1; done",
+            "sleep 1",
             r'children=$(grep -lE "^PPid:\s$program$" /proc/[0-9]*/status | tr -dc "0-9\n")',
-            f"for pid in $program $children; do cat /proc/$pid/smaps >> {out}/{number}.smaps; done",
+            f"for pid in $program $children; do cat /proc/$pid/smaps; done > {out}/{number}.smaps",
             "kill -9 $program $holder; wait",
-            f"rm {out}/in {out}/console",
+            "rm $scratch/in $scratch/console",
+            f"echo memory of program {number}: measured",
         ]
     return "\n".join(lines) + "\n"
 
