@@ -7,7 +7,7 @@ Source: ACPI 6.5 chapter 5; PCI Firmware 3.3 §4.1.2 (MCFG).
 """
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, align_up
 from vmm_kvm.boot.dsdt import dsdt_body
@@ -84,8 +84,7 @@ _RSDP_ALIGNMENT = 16
 _TABLES_ALIGNMENT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiConfig:
+class AcpiConfig(NamedTuple):
     """What differs between machines."""
 
     cpus: int = 1
@@ -99,8 +98,7 @@ class AcpiConfig:
         return align_up(max(self.memory_end, PCI_HOLE_END), GIB)
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiTables:
+class AcpiTables(NamedTuple):
     """All tables as they are in guest memory."""
 
     base: int

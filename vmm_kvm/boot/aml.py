@@ -76,7 +76,12 @@ def buffer(data: bytes) -> bytes:
 
 def package(*items: bytes) -> bytes:
     """Return a package of up to 255 elements."""
-    return b"\x12" + _package_length(bytes((len(items),)) + b"".join(items))
+    return encoded_package(len(items), b"".join(items))
+
+
+def encoded_package(count: int, items: bytes) -> bytes:
+    """Return a package of `count` elements whose encodings follow each other in `items`."""
+    return b"\x12" + _package_length(bytes((count,)) + items)
 
 
 def name(path: str, value: bytes) -> bytes:

@@ -5,7 +5,7 @@ first MiB, in RAM, where real-mode code expects itself and may write. Images of 
 accepted, as OpenBSD's vmd does, with a limit of 16 MiB instead of 1 MiB.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import MIB, PAGE_SIZE, align_up
 from vmm_kvm.boot.config import BootConfig, refuse
@@ -25,8 +25,7 @@ _FIRST_INSTRUCTIONS = (
 _ERASED = b"\xff"
 
 
-@dataclass(frozen=True, slots=True)
-class FirmwareImage:
+class FirmwareImage(NamedTuple):
     """A firmware image as the processor sees it below 4 GiB."""
 
     name: str

@@ -3,7 +3,7 @@
 Source: the Linux/x86 boot protocol, versions 2.06 to 2.15.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, PAGE_SIZE
 from vmm_kvm.boot.layout import COMMAND_LINE_MAX, HIGH_MEMORY_START
@@ -54,8 +54,7 @@ _INIT_SIZE = 0x260
 _HEADER_ENDS = ((0x206, 0x23C), (_VERSION_PAYLOAD, 0x250), (_VERSION_INIT_SIZE, 0x264))
 
 
-@dataclass(frozen=True, slots=True)
-class SetupHeader:
+class SetupHeader(NamedTuple):
     """What the loader needs of the header; offsets are in the file, all checked."""
 
     raw: bytes

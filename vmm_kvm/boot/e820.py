@@ -2,8 +2,8 @@
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from vmm_kvm.bits import KIB, PAGE_SIZE
 from vmm_kvm.boot.layout import (
@@ -28,8 +28,7 @@ class E820Type(IntEnum):
     RESERVED = 2
 
 
-@dataclass(frozen=True, slots=True)
-class E820Entry:
+class E820Entry(NamedTuple):
     """A range of guest-physical addresses."""
 
     address: int

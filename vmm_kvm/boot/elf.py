@@ -6,7 +6,7 @@ count comes from an untrusted file: all are checked before use, and loops over t
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.boot.layout import HIGH_MEMORY_START
 from vmm_kvm.boot.source import Source
@@ -55,8 +55,7 @@ _ARCHITECTURES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ElfSegment:
+class ElfSegment(NamedTuple):
     """A program header."""
 
     type: int
@@ -71,8 +70,7 @@ class ElfSegment:
     align: int
 
 
-@dataclass(frozen=True, slots=True)
-class ElfSection:
+class ElfSection(NamedTuple):
     """A section header; whether its contents are there is for the user to check."""
 
     name: int
@@ -87,8 +85,7 @@ class ElfSection:
     entry_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """A note: who defines it, what it is, and its contents."""
 
     owner: bytes
@@ -96,8 +93,7 @@ class Note:
     description: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Elf:
+class Elf(NamedTuple):
     """The headers of an executable."""
 
     source: Source

@@ -1,6 +1,7 @@
 """The state in which the first vCPU starts: what every boot path produces."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 CR0_PE = 1 << 0
 CR0_ET = 1 << 4
@@ -14,8 +15,7 @@ EFER_LMA = 1 << 10
 RFLAGS_RESERVED = 1 << 1
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A segment register with its hidden part, as Intel SDM vol. 3 §3.4.3 describes it."""
 
     selector: int

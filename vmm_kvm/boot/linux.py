@@ -16,7 +16,8 @@ Source: the Linux/x86 boot protocol 2.15, §1.12 and §1.13; arch/x86/kernel/hea
 
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, MIB, PAGE_SIZE, align_down, align_up
 from vmm_kvm.boot.bzimage import (
@@ -59,10 +60,10 @@ from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 
 # The protocol names these selectors.
-BOOT_CODE64 = replace(FLAT_CODE64, selector=0x10)
-BOOT_CODE32 = replace(FLAT_CODE32, selector=0x10)
-BOOT_DATA = replace(FLAT_DATA, selector=0x18)
-BOOT_TASK = replace(TASK64, selector=0x20)
+BOOT_CODE64 = FLAT_CODE64._replace(selector=0x10)
+BOOT_CODE32 = FLAT_CODE32._replace(selector=0x10)
+BOOT_DATA = FLAT_DATA._replace(selector=0x18)
+BOOT_TASK = TASK64._replace(selector=0x20)
 
 # struct boot_params
 _ACPI_RSDP_ADDR = 0x070
@@ -85,16 +86,14 @@ _IDENTITY_MAP_SIZE = 4 * GIB
 _INITRD_ALIGNMENT = 4
 
 
-@dataclass(frozen=True, slots=True)
-class LinuxImage:
+class LinuxImage(NamedTuple):
     """A bzImage whose header has been checked; keeps its file open."""
 
     source: FileSource
     header: SetupHeader
 
 
-@dataclass(frozen=True, slots=True)
-class ElfImage:
+class ElfImage(NamedTuple):
     """A 64-bit vmlinux that is entered like an unpacked bzImage."""
 
     elf: Elf

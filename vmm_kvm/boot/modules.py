@@ -1,7 +1,7 @@
 """Boot modules of PVH and Multiboot kernels: files in memory, each with a command line."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import PAGE_SIZE, align_up
 from vmm_kvm.boot.layout import EBDA_START
@@ -10,8 +10,7 @@ from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedModule:
+class PlacedModule(NamedTuple):
     """Where a module is."""
 
     address: int

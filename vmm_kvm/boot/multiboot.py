@@ -7,7 +7,7 @@ Source: Multiboot specification 0.6.96, chapter 3.
 """
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import KIB
 from vmm_kvm.boot.config import (
@@ -65,8 +65,7 @@ _LOADER_NAME = b"vmm_kvm\0"
 _MODULES_MAX = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """One piece of a file and where it goes."""
 
     address: int
@@ -75,8 +74,7 @@ class Load:
     memory_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class MultibootImage:
+class MultibootImage(NamedTuple):
     """A Multiboot kernel; `elf` is None if its header says where to load it."""
 
     source: Source

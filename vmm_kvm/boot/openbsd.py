@@ -10,7 +10,7 @@ Source: OpenBSD vmd/loadfile_elf.c, sys/arch/amd64/include/biosvar.h.
 import os
 import struct
 from array import array
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, MIB, align_up
 from vmm_kvm.boot.config import BootConfig, BootDevice, memory_map, place_acpi, refuse
@@ -80,8 +80,7 @@ _RANDOM_MAX = MIB
 _NAMES_MAX = MIB
 
 
-@dataclass(frozen=True, slots=True)
-class OpenbsdImage:
+class OpenbsdImage(NamedTuple):
     """An OpenBSD kernel, 32-bit or 64-bit."""
 
     elf: Elf

@@ -7,7 +7,7 @@ Source: Xen docs/misc/pvh.pandoc, public/arch-x86/hvm/start_info.h, public/elfno
 """
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.boot.config import (
     BootConfig,
@@ -42,8 +42,7 @@ _MEMORY_MAP_ENTRY = struct.Struct("<QQII")
 _MODULES_MAX = 64
 
 
-@dataclass(frozen=True, slots=True)
-class PvhImage:
+class PvhImage(NamedTuple):
     """A kernel with its PVH entry point."""
 
     elf: Elf

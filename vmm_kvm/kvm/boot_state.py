@@ -1,7 +1,5 @@
 """From a boot path's Entry to KVM's registers."""
 
-from dataclasses import fields
-
 from vmm_kvm.boot.entry import Entry, Segment
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.vcpu import Vcpu
@@ -30,4 +28,4 @@ def load_entry(vcpu: Vcpu, entry: Entry) -> None:
 
 
 def _segment(segment: Segment) -> abi.kvm_segment:
-    return abi.kvm_segment(**{f.name: getattr(segment, f.name) for f in fields(Segment)})
+    return abi.kvm_segment(**segment._asdict())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -242,7 +241,7 @@ def test_needs_room_for_symbols(open_bytes: Open) -> None:
     """Symbols that do not fit behind the kernel are an error of their own."""
     image = open_bytes(openbsd_kernel())
     assert isinstance(image, OpenbsdImage)
-    segment = replace(image.elf.segments[0], memory_size=2 * MIB - 64)
-    tight = replace(image, elf=replace(image.elf, segments=(segment,)))
+    segment = image.elf.segments[0]._replace(memory_size=2 * MIB - 64)
+    tight = image._replace(elf=image.elf._replace(segments=(segment,)))
     with GuestMemory(ram_ranges(4 * MIB)) as memory, pytest.raises(BootError, match="symbols at"):
         load(tight, memory, BootConfig())
