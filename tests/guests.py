@@ -138,7 +138,7 @@ SET_UP_PIC = b"".join(
     (
         bytes.fromhex("b011"),  # mov $0x11, %al
         bytes.fromhex("e620"),  # out %al, $0x20: edge-triggered, cascaded, ICW4 follows
-        bytes.fromhex("b020"),  # mov $INTERRUPT_VECTOR - 4 + 4, %al
+        bytes.fromhex("b020"),  # mov $INTERRUPT_VECTOR, %al
         bytes.fromhex("e621"),  # out %al, $0x21: IRQ 0 is vector 0x20
         bytes.fromhex("b004"),  # mov $4, %al
         bytes.fromhex("e621"),  # out %al, $0x21: the slave is at input 2
@@ -146,6 +146,7 @@ SET_UP_PIC = b"".join(
         bytes.fromhex("e621"),  # out %al, $0x21: 8086 mode
         bytes.fromhex("b0fe"),  # mov $0xfe, %al
         bytes.fromhex("e621"),  # out %al, $0x21: only IRQ 0
+        bytes.fromhex("e6f4"),  # out %al, $PORT: ready
     )
 )
 """Lets the master PIC deliver GSI 0 as INTERRUPT_VECTOR; goes before another guest's code."""
