@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests import guests
 from vmm_kvm.bus import Bus
-from vmm_kvm.runner import dispatch
+from vmm_kvm.kvm.dispatch import dispatch
 
 BUDGET_NS = 2000
 _SOURCE = Path(__file__).with_suffix(".c")

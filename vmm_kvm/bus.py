@@ -12,12 +12,12 @@ but never into another device.
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import BusError
 
-# A guest may touch any number of addresses: forget what was looked up when it has touched many.
+# A guest may touch any number of addresses: forget what was found when it has touched many.
 _CACHED_ADDRESSES = 4096
 
 
@@ -33,29 +33,40 @@ class BusDevice(Protocol):
         """Take the low `size` (1, 2, 4 or 8) bytes of `value` at `offset`."""
 
 
-# What an access needs, looked up once per address: the hot path of every exit. Offset and bytes
-# up to the end of the range; then the methods themselves, because `with` and two attribute
-# look-ups cost half a microsecond after an exit.
-_Claim = tuple[
-    int,
-    int,
-    Callable[[], bool],
-    Callable[[], None],
-    Callable[[int, int], int],
-    Callable[[int, int, int], None],
-]
+class Claim(NamedTuple):
+    """What an access needs, found once per address.
+
+    The methods themselves: `with` and two attribute look-ups cost half a microsecond after an exit,
+    whose world is cold.
+    """
+
+    base: int
+    end: int
+    acquire: Callable[[], bool]
+    release: Callable[[], None]
+    read: Callable[[int, int], int]
+    write: Callable[[int, int, int], None]
+
+    @classmethod
+    def of(cls, base: int, end: int, device: BusDevice) -> Self:
+        """Return the claim of `device` on the addresses from `base` up to `end`."""
+        lock = device.lock
+        return cls(base, end, lock.acquire, lock.release, device.read, device.write)
 
 
-def _nobody_reads(_offset: int, size: int) -> int:
-    return all_ones(size)
+class _Undriven:
+    """Stands where no device is, with an empty range: no access reaches it."""
+
+    lock = threading.Lock()
+
+    def read(self, _offset: int, size: int) -> int:
+        return all_ones(size)
+
+    def write(self, _offset: int, _size: int, _value: int) -> None:
+        pass
 
 
-def _nobody_writes(_offset: int, _size: int, _value: int) -> None:
-    pass
-
-
-_NO_LOCK = threading.Lock()  # never taken: nothing fits into no room
-_UNCLAIMED: _Claim = (0, 0, _NO_LOCK.acquire, _NO_LOCK.release, _nobody_reads, _nobody_writes)
+_UNCLAIMED = Claim.of(0, 0, _Undriven())
 
 
 class Bus:
@@ -65,15 +76,17 @@ class Bus:
     accesses that straddle the end of a range. Ranges may change while vCPUs run.
     """
 
-    __slots__ = ("_bases", "_cache", "_lock", "_ranges", "size")
+    __slots__ = ("_bases", "_claims", "_lock", "_ranges", "size", "version")
 
     def __init__(self, size: int) -> None:
         """Make an empty bus of `size` addresses."""
         self.size = size
-        self._lock = threading.Lock()  # guards _bases and _ranges; the cache is only replaced
+        self.version = 0
+        """Changes whenever a range does: what was learnt from `find` before is stale then."""
+        self._lock = threading.Lock()  # guards all below; vCPUs look into _claims without it
         self._bases: list[int] = []
         self._ranges: list[tuple[int, int, BusDevice]] = []
-        self._cache: dict[int, _Claim] = {}
+        self._claims: dict[int, Claim] = {}  # by address
 
     def insert(self, base: int, size: int, device: BusDevice) -> None:
         """Let `device` claim `size` addresses from `base`.
@@ -91,7 +104,7 @@ class Bus:
                 raise BusError(f"range {base:#x}+{size:#x}: overlaps {self._bases[at]:#x}")
             self._bases.insert(at, base)
             self._ranges.insert(at, (base, base + size, device))
-            self._cache = {}
+            self._forget()
 
     def remove(self, base: int) -> None:
         """Withdraw the range that starts at `base`.
@@ -104,52 +117,49 @@ class Bus:
             if at < 0 or self._bases[at] != base:
                 raise BusError(f"range {base:#x}: not on this bus")
             del self._bases[at], self._ranges[at]
-            self._cache = {}
+            self._forget()
 
     def read(self, address: int, size: int) -> int:
         """Read `size` (1, 2, 4 or 8) bytes; called on a vCPU thread."""
         try:
-            offset, room, acquire, release, read, _ = self._cache[address]
+            base, end, acquire, release, read, _ = self._claims[address]
         except KeyError:
-            offset, room, acquire, release, read, _ = self._find(address)
-        if size > room:
+            base, end, acquire, release, read, _ = self.find(address)
+        if address + size > end:
             return all_ones(size)
         acquire()
         try:
-            return read(offset, size)
+            return read(address - base, size)
         finally:
             release()
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write `size` (1, 2, 4 or 8) bytes; called on a vCPU thread."""
         try:
-            offset, room, acquire, release, _, write = self._cache[address]
+            base, end, acquire, release, _, write = self._claims[address]
         except KeyError:
-            offset, room, acquire, release, _, write = self._find(address)
-        if size > room:
+            base, end, acquire, release, _, write = self.find(address)
+        if address + size > end:
             return
         acquire()
         try:
-            write(offset, size, value)
+            write(address - base, size, value)
         finally:
             release()
 
-    def _find(self, address: int) -> _Claim:
+    def find(self, address: int) -> Claim:
+        """Return who claims `address`; the range is empty if nobody does."""
         with self._lock:
-            if len(self._cache) >= _CACHED_ADDRESSES:
-                self._cache = {}
             at = bisect_right(self._bases, address) - 1
-            claim = _UNCLAIMED
             if at >= 0 and address < self._ranges[at][1]:
-                base, end, device = self._ranges[at]
-                lock = device.lock
-                claim = (
-                    address - base,
-                    end - address,
-                    lock.acquire,
-                    lock.release,
-                    device.read,
-                    device.write,
-                )
-            self._cache[address] = claim
+                claim = Claim.of(*self._ranges[at])
+            else:
+                claim = _UNCLAIMED
+            if len(self._claims) >= _CACHED_ADDRESSES:
+                self._claims = {}
+            self._claims[address] = claim
             return claim
+
+    def _forget(self) -> None:
+        self._claims = {}
+        self.version += 1

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 from vmm_kvm.bus import Bus
 from vmm_kvm.errors import KvmError
-from vmm_kvm.kvm.exits import Exit, Interrupted, IoExit, MmioExit
+from vmm_kvm.kvm.dispatch import dispatch
+from vmm_kvm.kvm.exits import Exit, Interrupted
 from vmm_kvm.kvm.vcpu import Vcpu
 
 log = logging.getLogger(__name__)
@@ -132,68 +133,3 @@ class Runner:
             vcpu.clear_immediate_exit()
             return self._goes_on()
         return self._on_exit(vcpu, reason)
-
-
-def dispatch(
-    vcpu: Vcpu,
-    pio: Bus,
-    mmio: Bus,
-    leave: Callable[[Vcpu, Exit], bool],
-    drain: Callable[[Vcpu], bool] | None = None,
-) -> None:
-    """Run `vcpu` and serve its device accesses until `leave` returns False for another exit.
-
-    The hot path of the whole machine: nearly all exits are single port accesses, so they come
-    first, and nothing is allocated for them. Called on the vCPU's thread. `drain` is called before
-    every exit is served, as long as it returns True: for accesses that KVM has collected.
-
-    Raises:
-        KvmError: KVM_RUN failed.
-    """
-    run = vcpu.run
-    read, write = pio.read, pio.write
-    io, views = vcpu.io_exit, vcpu.io_exit.views
-    head8, head16, head32 = io.head8, io.head16, io.head32
-    while True:
-        reason = run()
-        if drain and not drain(vcpu):
-            drain = None
-        if reason is io:
-            size = head8[1]
-            if head32[1] != 1:
-                _string_io(io, pio)
-            elif head8[0]:
-                write(head16[1], size, views[size][0])
-            else:
-                views[size][0] = read(head16[1], size)
-        elif isinstance(reason, MmioExit):
-            size = reason.len
-            view = reason.views.get(size)
-            if view is None:
-                _split_mmio(reason, mmio)
-            elif reason.is_write:
-                mmio.write(reason.phys_addr, size, view[0])
-            else:
-                view[0] = mmio.read(reason.phys_addr, size)
-        elif not leave(vcpu, reason):
-            return
-
-
-def _string_io(reason: IoExit, pio: Bus) -> None:
-    """Unroll INS or OUTS: devices see one access at a time."""
-    items = reason.views[reason.size]
-    for i in range(reason.count):
-        if reason.direction:
-            pio.write(reason.port, reason.size, items[i])
-        else:
-            items[i] = pio.read(reason.port, reason.size)
-
-
-def _split_mmio(reason: MmioExit, mmio: Bus) -> None:
-    """Serve an access of odd size, part of one that crosses a page, byte by byte."""
-    data = reason.data
-    for i in range(reason.len):
-        if reason.is_write:
-            mmio.write(reason.phys_addr + i, 1, data[i])
-        else:
-            data[i] = mmio.read(reason.phys_addr + i, 1)

@@ -114,7 +114,7 @@ def test_memory_of_lookups_is_bounded() -> None:
     bus.insert(0, 1 << 19, RecordingDevice())
     for address in range(20_000):
         bus.read(address, 1)
-    assert len(bus._cache) <= 4096
+    assert len(bus._claims) <= 4096
 
 
 @given(

@@ -23,12 +23,8 @@ class IoExit(abi.kvm_run.Io):
     port: int
     count: int
     data_offset: int
-    head8: memoryview
-    """`direction` and `size`, then more, as bytes; quicker than the attributes, as the next two."""
-    head16: memoryview
-    """`port` at index 1."""
-    head32: memoryview
-    """`count` at index 1."""
+    words: memoryview
+    """The same in numbers of 64 bits: all but `data_offset` in the first. Quicker to look at."""
     views: dict[int, memoryview]
     """The data page as unsigned integers of 1, 2 or 4 bytes, by that size.
 
@@ -66,6 +62,8 @@ class MmioExit(abi.kvm_run.Mmio):
     len: int
     is_write: int
     """Whether the guest writes, 0 or 1."""
+    words: memoryview
+    """The same in numbers of 64 bits: `phys_addr`, the data, and MMIO_ACCESS bits of the rest."""
     views: dict[int, memoryview]
     """The eight data bytes as unsigned integers of 1, 2, 4 or 8 bytes, by that size."""
 
@@ -223,27 +221,29 @@ Exit: TypeAlias = (
 
 _REASONS = 64  # more than KVM has
 _MMIO_BYTES = 8
+MMIO_ACCESS = 0xFF_FFFF_FFFF
+"""`len` and `is_write` in the last of MmioExit's `words`; the bits above are not defined."""
 
 
 class Exits:
     """A vCPU's exit objects; those without a class of their own are Unknown."""
 
-    __slots__ = ("by_reason", "interrupted", "io", "unknown")
+    __slots__ = ("_page", "_union", "by_reason", "interrupted", "io", "mmio")
 
     def __init__(self, page: memoryview) -> None:
         """Lay the objects over `page`: the vCPU's kvm_run and the data pages behind it."""
         run = abi.kvm_run.from_buffer(page)
         base = ctypes.addressof(run)
         union: int = ctypes.addressof(run.io) - base
-        self.unknown = Unknown.from_buffer(page, union)
+        self._page, self._union = page, union
         self.interrupted = Interrupted()
         self.io = io = IoExit.from_buffer(page, union)
-        head = _views(page, union, abi.kvm_run.Io.data_offset.offset)
-        io.head8, io.head16, io.head32 = head[1], head[2], head[4]
+        io.words = page[union : union + ctypes.sizeof(abi.kvm_run.Io)].cast("Q")
         io.views = _views(page, abi.KVM_PIO_PAGE_OFFSET * PAGE_SIZE, PAGE_SIZE)
-        mmio = MmioExit.from_buffer(page, union)
+        self.mmio = mmio = MmioExit.from_buffer(page, union)
+        mmio.words = page[union : union + ctypes.sizeof(abi.kvm_run.Mmio)].cast("Q")
         mmio.views = _views(page, ctypes.addressof(run.mmio.data) - base, _MMIO_BYTES)
-        by_reason: list[Exit] = [self.unknown] * _REASONS
+        by_reason: list[Exit] = [self._unknown(reason) for reason in range(_REASONS)]
         by_reason[abi.KVM_EXIT_IO] = io
         by_reason[abi.KVM_EXIT_MMIO] = mmio
         by_reason[abi.KVM_EXIT_HLT] = Hlt()
@@ -259,6 +259,15 @@ class Exits:
         by_reason[abi.KVM_EXIT_X86_WRMSR] = by_reason[abi.KVM_EXIT_X86_RDMSR]
         by_reason[abi.KVM_EXIT_INTR] = self.interrupted
         self.by_reason = by_reason
+
+    def find(self, reason: int) -> Exit:
+        """Return the object for `reason`, also if it is beyond the list."""
+        return self.by_reason[reason] if reason < _REASONS else self._unknown(reason)
+
+    def _unknown(self, reason: int) -> Unknown:
+        unknown = Unknown.from_buffer(self._page, self._union)
+        unknown.reason = reason
+        return unknown
 
 
 def _views(page: memoryview, start: int, length: int) -> dict[int, memoryview]:

@@ -1,15 +1,16 @@
-"""ioctl(2) for KVM: request numbers, the call, and errno turned into KvmError.
+"""System calls that Python lacks: ioctl(2) for KVM with its request numbers, tgkill, mincore.
 
-The only caller of libc in this package. Not `fcntl.ioctl`, save for KVM_RUN, which takes no
-argument: on Python 3.11 it refuses by-value arguments above INT_MAX, such as the address of
-KVM_SET_TSS_ADDR.
+The only caller of libc in this package; errno becomes KvmError. Not `fcntl.ioctl`, save for
+KVM_RUN, which takes no argument: on Python 3.11 it refuses by-value arguments above INT_MAX, such
+as the address of KVM_SET_TSS_ADDR.
 """
 
 import ctypes
 import fcntl
 import os
-from errno import EINTR, ESRCH
+from errno import EINTR, ENOMEM, ESRCH
 
+from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import KvmError
 
 _IOC_NRSHIFT = 0
@@ -30,6 +31,10 @@ _syscall = _libc.syscall
 _syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int)
 _syscall.restype = ctypes.c_long
 _SYS_TGKILL = 234
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_mincore.restype = ctypes.c_int
+_MINCORE_BYTES = 1 << 30  # per call, which needs a byte for each page
 
 OPERATIONS: dict[int, str] = {}
 """The C name of each request, for error messages; the table of requests fills it in."""
@@ -121,3 +126,25 @@ def signal_thread(native_id: int, signal: int) -> None:
         errno = ctypes.get_errno()
         if errno != ESRCH:
             raise KvmError("tgkill", errno)
+
+
+def resident_bytes(address: int, size: int) -> int:
+    """Return how many of `size` bytes of this process's memory at `address` are in RAM.
+
+    Both are multiples of 4096. A piece of 1 GiB that is not mapped throughout counts as not
+    resident.
+
+    Raises:
+        KvmError: they are not multiples of 4096.
+
+    Source: mincore(2).
+    """
+    resident = 0
+    for start in range(address, address + size, _MINCORE_BYTES):
+        length = min(_MINCORE_BYTES, address + size - start)
+        pages = (ctypes.c_uint8 * (length // PAGE_SIZE))()
+        if _mincore(start, length, pages) == 0:
+            resident += bytes(pages).count(1)
+        elif ctypes.get_errno() != ENOMEM:
+            raise KvmError("mincore", ctypes.get_errno())
+    return resident * PAGE_SIZE

@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from errno import EAGAIN, EINTR, EIO
+from errno import EAGAIN, EBADF, EINTR, EIO
 from typing import Self, TypeAlias
 
 from vmm_kvm.bits import PAGE_SIZE
@@ -59,16 +59,16 @@ def _ignore(_number: int, _frame: object) -> None:
 class Vcpu(VcpuState):
     """One vCPU; a context manager that owns its file descriptor and mapping.
 
-    `kvm_run` is the mapped page itself, for the fields that have no method here; `io_exit` is the
-    object that `run()` returns for port accesses.
+    `kvm_run` is the mapped page itself, for the fields that have no method here; `io_exit` and
+    `mmio_exit` are the objects that `run()` returns for accesses.
 
     All methods but `kick` belong to the thread that runs the vCPU, or to any single thread while
     none does.
     """
 
     __slots__ = (
+        "_by_reason",
         "_exits",
-        "_interrupted",
         "_native_id",
         "_reason",
         "_ring",
@@ -77,6 +77,7 @@ class Vcpu(VcpuState):
         "index",
         "io_exit",
         "kvm_run",
+        "mmio_exit",
     )
 
     def __init__(
@@ -105,19 +106,17 @@ class Vcpu(VcpuState):
             os.close(fd)
             raise
         self._ring_lock = ring_lock
-        self._native_id = (
-            0  # the kernel's name of the thread that runs the vCPU, 0 before the first
-        )
+        self._native_id = 0  # of the thread that runs the vCPU; 0 before the first `run()`
         start = ring_page * PAGE_SIZE
         has_ring = 0 < start <= mmap_size - PAGE_SIZE
         self._lay_out(page, page[start : start + PAGE_SIZE] if has_ring else None)
 
     def _lay_out(self, page: memoryview, ring: memoryview | None) -> None:
         self.kvm_run = abi.kvm_run.from_buffer(page)
-        exits = Exits(page)
-        self._exits = exits.by_reason
-        self._interrupted = exits.interrupted
-        self.io_exit = exits.io
+        self._exits = Exits(page)
+        self._by_reason = self._exits.by_reason
+        self.io_exit = self._exits.io
+        self.mmio_exit = self._exits.mmio
         reason = abi.kvm_run.exit_reason
         self._reason = page[reason.offset : reason.offset + reason.size].cast("I")
         if ring is None:
@@ -162,7 +161,16 @@ class Vcpu(VcpuState):
             enter(self.fd, _RUN)
         except OSError as err:
             return self._not_entered(err)
-        return self._exits[self._reason[0]]
+        except ValueError as err:  # a closed vCPU's descriptor is -1
+            raise KvmError(operation(_RUN), EBADF) from err
+        try:
+            return self._by_reason[self._reason[0]]
+        except IndexError:
+            return self._exits.find(self._reason[0])
+
+    def latest_exit(self) -> Exit:
+        """Return why the guest came out last; for callers that enter it without `run()`."""
+        return self._exits.find(self._reason[0])
 
     def bind_thread(self) -> None:
         """Make the calling thread the one that `kick()` interrupts.
@@ -178,9 +186,9 @@ class Vcpu(VcpuState):
             except OSError as another:
                 err = another
             else:
-                return self._exits[self._reason[0]]
+                return self._exits.find(self._reason[0])
         if err.errno == EINTR:
-            return self._interrupted
+            return self._exits.interrupted
         raise KvmError(operation(_RUN), err.errno or EIO) from err
 
     def kick(self) -> None:
