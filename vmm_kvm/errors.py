@@ -2,6 +2,7 @@
 
 VmmError
 ├── KvmError          a KVM operation failed (also an OSError): the host's fault
+├── RefusedError      one of vmm(4)'s operations does not accept its arguments, or not now
 ├── SpecError         the caller asked for a machine that cannot be built
 ├── BusError          two devices claim one address: wiring is wrong
 ├── BootError         the boot image cannot be loaded: the image's fault
@@ -10,6 +11,7 @@ VmmError
     └── PciError           an invalid configuration of a PCI function
 """
 
+import enum
 import os
 
 
@@ -32,6 +34,26 @@ class KvmError(VmmError, OSError):
     def __str__(self) -> str:
         text = f"{self.operation}: {self.strerror}"
         return f"{text} ({self.hint})" if self.hint else text
+
+
+class Refusal(enum.Enum):
+    """Why an operation of vmm(4) is refused; the names are OpenBSD's."""
+
+    EINVAL = "an argument is out of range"
+    ENOENT = "no such VM or vCPU"
+    EBUSY = "the vCPU is not stopped"
+    ENOMEM = "the host has no room for it"
+    EPERM = "another process owns it"
+    EIO = "the processor does not take the state"
+
+
+class RefusedError(VmmError):
+    """An operation of vmm(4) is refused; nothing has changed."""
+
+    def __init__(self, refusal: Refusal, message: str) -> None:
+        """Remember why, for the caller, and `message`, for the user."""
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class SpecError(VmmError):
