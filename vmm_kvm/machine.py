@@ -32,14 +32,13 @@ from vmm_kvm.devices.mc146818 import Mc146818
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.uart16550 import Uart16550
 from vmm_kvm.errors import SpecError
-from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.boot_state import load_entry
 from vmm_kvm.kvm.cpuid import guest_cpuid
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.irqline import KvmIrqLine
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
-from vmm_kvm.kvm.vm import IrqchipRoute
+from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.runner import Runner
@@ -146,7 +145,7 @@ class Machine:
             BootError: the image, initrd or command line does not fit.
             KvmError, OSError: the host refused something.
         """
-        limit = min(VCPUS_MAX, kvm.check_extension(abi.KVM_CAP_MAX_VCPUS))
+        limit = min(VCPUS_MAX, kvm.max_vcpus)
         if not 1 <= spec.cpus <= limit:
             raise SpecError(f"{spec.cpus} vCPUs: 1 to {limit} are possible here")
         self.spec = spec
@@ -294,7 +293,7 @@ class Machine:
     # driver that uses the THR interrupt waits for it, so then every byte has to be seen at once.
 
     def _collect_output(self, kvm: Kvm, clock: Clock) -> None:
-        self._is_collecting = kvm.check_extension(abi.KVM_CAP_COALESCED_PIO) > 0
+        self._is_collecting = kvm.can_coalesce_ports
         if self._is_collecting:
             self.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
             self._clock = clock
@@ -379,14 +378,14 @@ def _routes() -> Iterator[IrqchipRoute]:
         yield _pic_route(gsi, gsi)
         if gsi != _CASCADE_IRQ:
             pin = _TIMER_PIN if gsi == 0 else gsi
-            yield IrqchipRoute(gsi, abi.KVM_IRQCHIP_IOAPIC, pin)
+            yield IrqchipRoute(gsi, Irqchip.IOAPIC, pin)
     for gsi, irq in zip(layout.GSI_PCI_INTX, layout.PIC_PCI_INTX, strict=True):
         yield _pic_route(gsi, irq)
-        yield IrqchipRoute(gsi, abi.KVM_IRQCHIP_IOAPIC, gsi)
+        yield IrqchipRoute(gsi, Irqchip.IOAPIC, gsi)
 
 
 def _pic_route(gsi: int, irq: int) -> IrqchipRoute:
-    chip = abi.KVM_IRQCHIP_PIC_SLAVE if irq >= 8 else abi.KVM_IRQCHIP_PIC_MASTER
+    chip = Irqchip.PIC_SLAVE if irq >= 8 else Irqchip.PIC_MASTER
     return IrqchipRoute(gsi, chip, irq % 8)
 
 

@@ -25,11 +25,9 @@ from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 from typing import Self
 
 from vmm_kvm.errors import KvmError, Refusal, RefusedError
-from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.cpuid import CpuidEntry, guest_cpuid
 from vmm_kvm.kvm.exits import Exit, Interrupted
-from vmm_kvm.kvm.host import host_vms
-from vmm_kvm.kvm.ioctl import resident_bytes
+from vmm_kvm.kvm.host import host_vms, resident_bytes
 from vmm_kvm.kvm.registers import (
     ALL_GROUPS,
     RegisterGroup,
@@ -152,7 +150,7 @@ class _Vm:
     resources: ExitStack
     holds: int = 0
     """While positive no vCPU of the VM enters the guest."""
-    paused_clock: abi.kvm_clock_data | None = None
+    paused_clock_ns: int | None = None
     """Paused since kvmclock said this."""
     is_ending: bool = False
 
@@ -203,7 +201,7 @@ def create(vmm: Vmm, params: CreateParams) -> int:
     Source: OpenBSD vmm(4), VMM_IOC_CREATE.
     """
     _check_owner(vmm)
-    check_params(params, vmm.kvm.check_extension(abi.KVM_CAP_MAX_VCPUS))
+    check_params(params, vmm.kvm.max_vcpus)
     with vmm.changed:
         vcpus = sum(len(vm.vcpus) for vm in vmm.vms.values())
         if vcpus + params.ncpus > MAX_VCPUS:
@@ -302,7 +300,7 @@ def terminate(vmm: Vmm, vm_id: int) -> None:
         vmm.changed.wait_for(
             lambda: (
                 all(slot.state is VcpuState.TERMINATED for slot in vm.vcpus)
-                and vm.holds == (vm.paused_clock is not None)
+                and vm.holds == (vm.paused_clock_ns is not None)
             )
         )
     vm.resources.close()
@@ -428,11 +426,11 @@ def pause(vmm: Vmm, vm_id: int) -> None:
     _check_owner(vmm)
     with vmm.changed:
         vm = _find_vm(vmm, vm_id)
-        if vm.paused_clock is not None:
+        if vm.paused_clock_ns is not None:
             return
         with _held(vmm, vm):
-            if vm.paused_clock is None:
-                vm.paused_clock = vm.vm.get_clock()
+            if vm.paused_clock_ns is None:
+                vm.paused_clock_ns = vm.vm.clock_ns()
                 vm.holds += 1
 
 
@@ -445,13 +443,13 @@ def unpause(vmm: Vmm, vm_id: int) -> None:
     _check_owner(vmm)
     with vmm.changed:
         vm = _find_vm(vmm, vm_id)
-        if vm.paused_clock is None:
+        if vm.paused_clock_ns is None:
             return
-        vm.vm.set_clock(abi.kvm_clock_data(clock=vm.paused_clock.clock))
+        vm.vm.set_clock_ns(vm.paused_clock_ns)
         for slot in vm.vcpus:
             with suppress(KvmError):  # the guest has not set kvmclock up
                 slot.vcpu.kvmclock_ctrl()
-        vm.paused_clock = None
+        vm.paused_clock_ns = None
         vm.holds -= 1
         vmm.changed.notify_all()
 

@@ -20,14 +20,14 @@ from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.exits import Hlt, Interrupted, IoExit, MmioExit
 from vmm_kvm.kvm.irqline import KvmIrqLine
 from vmm_kvm.kvm.system import Kvm
-from vmm_kvm.kvm.vm import IrqchipRoute, MsiRoute, Vm
+from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute, MsiRoute, Vm
 
 pytestmark = pytest.mark.kvm
 
 PAGE = 4096
 LAPIC_IRR = 0x200
 MSI_ADDRESS = 0xFEE0_0000
-IOAPIC_ROUTES = [IrqchipRoute(pin, abi.KVM_IRQCHIP_IOAPIC, pin) for pin in range(24)]
+IOAPIC_ROUTES = [IrqchipRoute(pin, Irqchip.IOAPIC, pin) for pin in range(24)]
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_kvm_irq_line_tells_changes_only(chipped: Vm) -> None:
     """The kernel hears a level once; a closed VM is noticed only by a change."""
     line: IrqLine = KvmIrqLine(chipped, 4)
     line.set(True)
-    assert chipped.get_irqchip(abi.KVM_IRQCHIP_PIC_MASTER).chip.pic.irr & 1 << 4
+    assert chipped.get_irqchip(Irqchip.PIC_MASTER).chip.pic.irr & 1 << 4
     chipped.irq_line(4, 0)
     line.set(True)
     chipped.close()
@@ -264,7 +264,7 @@ def test_gsi_routing() -> None:
 def test_impossible_route_is_refused(chipped: Vm) -> None:
     """A pin beyond the IOAPIC's 24 cannot be routed to; no routes at all are possible."""
     with pytest.raises(KvmError) as caught:
-        chipped.set_gsi_routing([IrqchipRoute(0, abi.KVM_IRQCHIP_IOAPIC, 24)])
+        chipped.set_gsi_routing([IrqchipRoute(0, Irqchip.IOAPIC, 24)])
     assert _errno(caught) == EINVAL
     chipped.set_gsi_routing([])
 
@@ -327,7 +327,7 @@ def test_split_irqchip() -> None:
             vcpu.set_lapic(lapic)
             assert made.signal_msi(MSI_ADDRESS, 0x71)
             with pytest.raises(KvmError):
-                made.get_irqchip(abi.KVM_IRQCHIP_PIC_MASTER)
+                made.get_irqchip(Irqchip.PIC_MASTER)
         with pytest.raises(KvmError) as caught:
             made.create_irqchip()
         assert _errno(caught) == EEXIST
@@ -451,14 +451,12 @@ def test_ring_is_left_tidy_when_a_write_fails() -> None:
 # Device state
 
 
-@pytest.mark.parametrize(
-    "chip", [abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC]
-)
-def test_irqchip_state(chipped: Vm, chip: int) -> None:
+@pytest.mark.parametrize("chip", [Irqchip.PIC_MASTER, Irqchip.PIC_SLAVE, Irqchip.IOAPIC])
+def test_irqchip_state(chipped: Vm, chip: Irqchip) -> None:
     """The state of both PICs and of the IOAPIC survives a round trip with a change."""
     state = chipped.get_irqchip(chip)
     assert state.chip_id == chip
-    if chip == abi.KVM_IRQCHIP_IOAPIC:
+    if chip == Irqchip.IOAPIC:
         state.chip.ioapic.redirtbl[5] = 0x1_0000 | 0x35
     else:
         state.chip.pic.imr = 0xA5

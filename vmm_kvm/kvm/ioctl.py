@@ -34,7 +34,6 @@ _SYS_TGKILL = 234
 _mincore = _libc.mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _mincore.restype = ctypes.c_int
-_MINCORE_BYTES = 1 << 30  # per call, which needs a byte for each page
 
 OPERATIONS: dict[int, str] = {}
 """The C name of each request, for error messages; the table of requests fills it in."""
@@ -128,23 +127,20 @@ def signal_thread(native_id: int, signal: int) -> None:
             raise KvmError("tgkill", errno)
 
 
-def resident_bytes(address: int, size: int) -> int:
-    """Return how many of `size` bytes of this process's memory at `address` are in RAM.
+def mincore(address: int, size: int) -> bytes | None:
+    """Return a byte for each page of this process's memory: 1 if it is in RAM, else 0.
 
-    Both are multiples of 4096. A piece of 1 GiB that is not mapped throughout counts as not
-    resident.
+    `address` and `size`, bytes, are multiples of 4096. None if not all of it is mapped.
 
     Raises:
         KvmError: they are not multiples of 4096.
 
     Source: mincore(2).
     """
-    resident = 0
-    for start in range(address, address + size, _MINCORE_BYTES):
-        length = min(_MINCORE_BYTES, address + size - start)
-        pages = (ctypes.c_uint8 * (length // PAGE_SIZE))()
-        if _mincore(start, length, pages) == 0:
-            resident += bytes(pages).count(1)
-        elif ctypes.get_errno() != ENOMEM:
-            raise KvmError("mincore", ctypes.get_errno())
-    return resident * PAGE_SIZE
+    pages = (ctypes.c_uint8 * (size // PAGE_SIZE))()
+    if _mincore(address, size, pages) == 0:
+        return bytes(pages)
+    errno = ctypes.get_errno()
+    if errno == ENOMEM:
+        return None
+    raise KvmError("mincore", errno)

@@ -91,6 +91,22 @@ class Kvm:
         """
         return ioctl(self.fd, abi.KVM_CHECK_EXTENSION, capability)
 
+    @property
+    def max_vcpus(self) -> int:
+        """How many vCPUs a VM may have.
+
+        Source: KVM API §4.7.
+        """
+        return self.check_extension(abi.KVM_CAP_MAX_VCPUS)
+
+    @property
+    def can_coalesce_ports(self) -> bool:
+        """Whether `Vm.register_coalesced` takes ports.
+
+        Source: KVM API §4.116.
+        """
+        return self.check_extension(abi.KVM_CAP_COALESCED_PIO) > 0
+
     def supported_cpuid(self) -> list[CpuidEntry]:
         """Return every CPUID leaf that KVM can give to a guest on this host.
 
