@@ -100,16 +100,16 @@ class Vcpu(VcpuState):
         """
         super().__init__(fd, xsave_size)
         self.index = index
-        try:
-            page = memoryview(mmap.mmap(fd, mmap_size))
-        except BaseException:
-            os.close(fd)
-            raise
         self._ring_lock = ring_lock
         self._native_id = 0  # of the thread that runs the vCPU; 0 before the first `run()`
         start = ring_page * PAGE_SIZE
         has_ring = 0 < start <= mmap_size - PAGE_SIZE
-        self._lay_out(page, page[start : start + PAGE_SIZE] if has_ring else None)
+        try:
+            page = memoryview(mmap.mmap(fd, mmap_size))
+            self._lay_out(page, page[start : start + PAGE_SIZE] if has_ring else None)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _lay_out(self, page: memoryview, ring: memoryview | None) -> None:
         self.kvm_run = abi.kvm_run.from_buffer(page)
