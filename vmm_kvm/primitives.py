@@ -137,8 +137,6 @@ class _Vcpu:
     """A `run` waits until nothing holds the VM any more."""
     has_intr: bool = False
     """The level of the INTR line."""
-    thread: int = 0
-    """That of the latest `run`."""
 
 
 @dataclass(slots=True)
@@ -254,9 +252,7 @@ def run(
             _inject(slot.vcpu, inject)
         slot.vcpu.kvm_run.request_interrupt_window = int(intr_pending or slot.has_intr)
         slot.vcpu.clear_immediate_exit()
-        if slot.thread != threading.get_ident():
-            slot.thread = threading.get_ident()
-            slot.vcpu.bind_thread()
+        slot.vcpu.bind_thread()
         slot.state = VcpuState.RUNNING
     try:
         reason = slot.vcpu.run()

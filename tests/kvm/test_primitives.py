@@ -428,6 +428,16 @@ def test_intr_line(vmm: Vmm) -> None:
     assert isinstance(runner.join().exit, Terminated)
 
 
+def test_every_thread_can_be_brought_out(vmm: Vmm) -> None:
+    """A vCPU may change its thread with each run, also to one that got an ended one's identity."""
+    vm_id, _ = create(vmm, WAIT)
+    for _ in range(20):
+        runner = Runner(vmm, vm_id)
+        primitives.interrupt(vmm, vm_id, 0, level=True)
+        assert isinstance(runner.join().exit, IrqWindowOpen)
+        primitives.interrupt(vmm, vm_id, 0, level=False)
+
+
 # Registers
 
 
