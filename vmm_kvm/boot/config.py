@@ -39,6 +39,9 @@ class BootConfig:
     boot_device: BootDevice = BootDevice.AUTO
     mac: bytes | None = None
     """Six bytes: the first NIC's address, which OpenBSD learns when it boots from `NET`."""
+    seed: bool = True
+    """Give Linux 32 random bytes, which matter where the processor has no RDRAND. The kernel then
+    prints its memory map twice, 0.8 kB on a console."""
     unpack: bool = True
     """Unpack Linux on the host where possible; else the kernel's own decompressor runs."""
     cache_directory: str | None = field(default_factory=default_directory)

@@ -139,7 +139,7 @@ def load_linux(image: LinuxImage, memory: GuestMemory, config: BootConfig) -> En
         entry = start + header.entry_offset
     params = _boot_params(bytes(raw), start)
     _place_initrd(params, memory, config, kernel_end, header.initrd_max)
-    if header.version >= _VERSION_SETUP_DATA:
+    if config.seed and header.version >= _VERSION_SETUP_DATA:
         _place_seed(params, memory)
     return _enter(params, memory, config, command_line, entry, is_64=header.is_64)
 
@@ -161,7 +161,8 @@ def load_vmlinux(image: ElfImage, memory: GuestMemory, config: BootConfig) -> En
     struct.pack_into("<I", raw, 0x230 - HEADER_OFFSET, _VMLINUX_ALIGNMENT)
     params = _boot_params(bytes(raw), elf.entry)
     _place_initrd(params, memory, config, kernel_end, _VMLINUX_INITRD_MAX)
-    _place_seed(params, memory)
+    if config.seed:
+        _place_seed(params, memory)
     return _enter(params, memory, config, command_line, elf.entry, is_64=True)
 
 

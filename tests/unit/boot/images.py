@@ -143,10 +143,10 @@ def vmlinux(code: bytes = CODE, bss: int = 0x5000) -> bytes:
     ).build()
 
 
-def pvh_kernel(entry: int = KERNEL_ADDRESS + 8) -> bytes:
+def pvh_kernel(entry: int = KERNEL_ADDRESS + 8, code: bytes = CODE) -> bytes:
     """Return a kernel with a PVH note."""
     return ElfSpec(
-        segments=(Segment(CODE), note_segment(note(b"Xen", 18, entry.to_bytes(8, "little"))))
+        segments=(Segment(code), note_segment(note(b"Xen", 18, entry.to_bytes(8, "little"))))
     ).build()
 
 
@@ -158,9 +158,10 @@ def multiboot_header(flags: int = 3, addresses: Sequence[int] = ()) -> bytes:
     )
 
 
-def multiboot_elf(*, is_64: bool = False, flags: int = 3) -> bytes:
+def multiboot_elf(*, is_64: bool = False, flags: int = 3, code: bytes = CODE) -> bytes:
     """Return a Multiboot kernel that is an ELF."""
     return ElfSpec(
+        segments=(Segment(code),),
         is_64=is_64,
         machine=EM_X86_64 if is_64 else EM_386,
         prefix=multiboot_header(flags),
@@ -174,7 +175,7 @@ def multiboot_flat(size: int = 0x3000) -> bytes:
     return (bytes(16) + header).ljust(size, b"\xcc")
 
 
-def openbsd_kernel(*, is_64: bool = True, symbols: bool = True) -> bytes:
+def openbsd_kernel(*, is_64: bool = True, symbols: bool = True, code: bytes = CODE) -> bytes:
     """Return an OpenBSD kernel; it is entered at a virtual address."""
     base = 0xFFFF_FFFF_8000_0000 if is_64 else 0xD000_0000
     sections = [Section(b".text", 1, b""), Section(b".strtab", 3, b"\0start\0end\0")]
@@ -191,7 +192,7 @@ def openbsd_kernel(*, is_64: bool = True, symbols: bool = True) -> bytes:
         machine=EM_X86_64 if is_64 else EM_386,
         entry=base + address + 0x10,
         segments=(
-            Segment(CODE, paddr=address, vaddr=base + address, memory_size=len(CODE) + 0x123),
+            Segment(code, paddr=address, vaddr=base + address, memory_size=len(code) + 0x123),
             Segment(
                 bytes(64), paddr=address + 64, vaddr=base + address + 64, type=PT_OPENBSD_RANDOMIZE
             ),
@@ -234,6 +235,10 @@ class BzImage:
 
     payload: bytes = b""
     setup_sects: int = 3
+    entry32: bytes = b"\xfc\xfa"
+    """Code at the start of the protected-mode part, at most 512 bytes."""
+    entry64: bytes = b"\xfa\xf4"
+    """Code behind it, at most 256 bytes."""
     fields: Mapping[str, int] = field(default_factory=dict)
 
     def but(self, **fields: int) -> BzImage:
@@ -243,7 +248,7 @@ class BzImage:
     def build(self) -> bytes:
         """Return the file."""
         setup_size = (self.setup_sects + 1) * 512
-        stub = b"\xfc\xfa".ljust(0x200, b"\x90") + b"\xfa\xf4".ljust(0x100, b"\x90")
+        stub = self.entry32.ljust(0x200, b"\x90") + self.entry64.ljust(0x100, b"\x90")
         kernel = stub + self.payload
         kernel = kernel.ljust(align_up(len(kernel), 16), b"\0")
         image = bytearray(setup_size) + kernel

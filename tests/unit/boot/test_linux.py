@@ -143,6 +143,12 @@ def test_random_seed(open_bytes: Open, memory: GuestMemory) -> None:
     assert len(seeds) == 2
 
 
+def test_no_random_seed(open_bytes: Open, memory: GuestMemory) -> None:
+    """Without a seed there is no list of further data."""
+    load(open_bytes(PACKED.build()), memory, BootConfig(seed=False))
+    assert _u64(memory, 0x250) == 0
+
+
 @pytest.mark.parametrize(
     ("command_line", "flags"),
     [(None, 3), ("quiet nokaslr", 1), ("nokaslr=1 xnokaslr", 3)],
@@ -337,7 +343,7 @@ def test_broken_fields(open_bytes: Open, fields: dict[str, int], message: str) -
 def test_odd_fields(open_bytes: Open, memory: GuestMemory, fields: dict[str, int]) -> None:
     """Odd values that mean something, or that this version does not have, are no error."""
     setup = 4 if "setup_sects" in fields else 3
-    image = open_bytes(BzImage(PACKED.payload, setup, fields).build())
+    image = open_bytes(BzImage(PACKED.payload, setup, fields=fields).build())
     assert isinstance(image, LinuxImage)
     assert load(image, memory, BootConfig()).rip >= MIB
 
