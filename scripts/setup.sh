@@ -105,11 +105,8 @@ add_backports() {
 # Kernels of both suites are in the cache, or apt knows them.
 kernels_are_known() {
     cache=${VMM_CACHE:-$HOME/.cache/vmm-kvm-tests}/kernels
-    missing=
-    for kernel in 6.1 6.1-cloud 6.12 6.12-cloud; do
-        [ -d "$cache/$kernel/lib/modules" ] || missing=1
-    done
-    [ -n "$missing" ] || return 0
+    [ -d "$cache/6.1/lib/modules" ] && [ -d "$cache/6.1-cloud/lib/modules" ] &&
+        [ -d "$cache/6.12/lib/modules" ] && [ -d "$cache/6.12-cloud/lib/modules" ] && return
     apt-cache show linux-image-cloud-amd64 2>/dev/null | grep -q '^Version: 6\.1\.' &&
         apt-cache show linux-image-cloud-amd64 2>/dev/null | grep -q '^Version: 6\.12\.'
 }
