@@ -153,7 +153,8 @@ class Machine:
         self._on_outcome = on_outcome
         self._outcome_lock = threading.Lock()
         self._has_ended = False
-        self._is_collecting = False
+        self._clock = clock
+        self._poll_ns = _POLL_MIN_NS
         self._poll_timer: Timer | None = None
         with ExitStack() as stack:
             self.memory = stack.enter_context(
@@ -179,13 +180,12 @@ class Machine:
             for name, data in loader_files(tables).items():
                 self.fw_cfg.add_file(name, data)
             self._make_vcpus(kvm, stack)
-            self._collect_output(kvm, clock)
             load_entry(self.vcpus[0], entry)
             self.runner = Runner(
                 self.vcpus,
                 self.pio,
                 self.mmio,
-                drain=self._drain if self._is_collecting else None,
+                drain=self._drain if self._poll_timer else None,
                 on_exit=self._exit,
                 on_failure=lambda err: self._end(Crash(f"{spec.name}: {err}")),
             )
@@ -208,7 +208,7 @@ class Machine:
     def start(self) -> None:
         """Let every vCPU run; once."""
         self.runner.start()
-        if self._is_collecting:
+        if self._poll_timer:
             self._poll_output()
 
     def throttle(self, hold: bool) -> None:
@@ -240,6 +240,9 @@ class Machine:
             self.vm.set_memory_region(
                 len(regions), image.rom_base, len(image.rom), hva, readonly=True
             )
+        if kvm.can_coalesce_ports:
+            self.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
+            self._poll_timer = self._clock.timer(self._poll_output)
         self.vm.create_irqchip()
         self.vm.create_pit2()
         self.vm.set_gsi_routing(_routes())
@@ -250,7 +253,7 @@ class Machine:
             KvmIrqLine(vm, layout.GSI_COM1),
             self._transmit,
             on_receive_room=on_receive_room,
-            on_transmit_interrupt=self._transmit_interrupt,
+            on_transmit_interrupt=lambda _is_enabled: None,
         )
         self.acpi_pm = AcpiPm(KvmIrqLine(vm, layout.GSI_SCI), clock, self._sleep)
         self.rtc = Mc146818(
@@ -289,39 +292,30 @@ class Machine:
             vcpu.set_cpuid(guest_cpuid(supported, index, self.spec.cpus))
             self.vcpus.append(vcpu)
 
-    # Console output that KVM collects, so that a byte costs the guest one exit instead of two. A
-    # driver that uses the THR interrupt waits for it, so then every byte has to be seen at once.
-
-    def _collect_output(self, kvm: Kvm, clock: Clock) -> None:
-        self._is_collecting = kvm.can_coalesce_ports
-        if self._is_collecting:
-            self.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
-            self._clock = clock
-            self._poll_timer = clock.timer(self._poll_output)
-            self._poll_ns = _POLL_MIN_NS
+    # Console output that KVM collects, so that a byte costs the guest one exit instead of two. Any
+    # other exit drains it, and nearly every driver looks at the port again after it has written.
+    # For those that do not, a timer does: often after output, ever less often while there is none.
+    # (To stop collecting instead would make KVM wait for a grace period in the guest's start.)
 
     def _finish_output(self) -> None:
         self._drain(self.vcpus[0])
         if self._poll_timer:
             self._poll_timer.cancel()
 
-    def _transmit_interrupt(self, is_enabled: bool) -> None:
-        if is_enabled and self._is_collecting:
-            self._is_collecting = False
-            self.vm.unregister_coalesced(layout.PORT_COM1, 1, pio=True)
-
-    def _drain(self, vcpu: Vcpu) -> bool:
-        """Write what KVM collected; returns whether there will be more."""
-        is_collecting = self._is_collecting
+    def _drain(self, vcpu: Vcpu) -> None:
+        """Write what KVM collected; on a vCPU's thread or, for an idle guest, the clock's."""
+        is_new = False
         for _, address, size, value in vcpu.coalesced_entries():
             self.pio.write(address, size, value)
+            is_new = True
+        if is_new and self._poll_timer and self._poll_ns > _POLL_MIN_NS:
             self._poll_ns = _POLL_MIN_NS
-        return is_collecting
+            self._poll_timer.arm(self._clock.monotonic_ns() + _POLL_MIN_NS)
 
     def _poll_output(self) -> None:
-        """Find what a guest wrote before it went idle; ever less often while that is nothing."""
         self._poll_ns = min(2 * self._poll_ns, _POLL_MAX_NS)
-        if self._drain(self.vcpus[0]) and self._poll_timer:
+        self._drain(self.vcpus[0])
+        if self._poll_timer and self._poll_ns > _POLL_MIN_NS:
             self._poll_timer.arm(self._clock.monotonic_ns() + self._poll_ns)
 
     # What the guest does to the machine; on a vCPU thread

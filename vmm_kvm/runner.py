@@ -33,10 +33,10 @@ class Mode(enum.Enum):
 class Runner:
     """The vCPU threads of one VM.
 
-    `drain`, if any, writes the accesses that KVM has collected and returns whether there may be
-    more; see `dispatch`. `on_exit(vcpu, exit)` is called on the vCPU's thread for every exit that
-    is not a device access, and returns whether the vCPU goes on; `on_failure` for an exception, a
-    bug of ours, that ended a thread. Both may call `request_stop`, neither may wait for threads.
+    `drain`, if any, writes the accesses that KVM has collected; see `dispatch`.
+    `on_exit(vcpu, exit)` is called on the vCPU's thread for every exit that is not a device
+    access, and returns whether the vCPU goes on; `on_failure` for an exception, a bug of ours,
+    that ended a thread. Both may call `request_stop`, neither may wait for threads.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Runner:
         pio: Bus,
         mmio: Bus,
         *,
-        drain: Callable[[Vcpu], bool] | None,
+        drain: Callable[[Vcpu], None] | None,
         on_exit: Callable[[Vcpu, Exit], bool],
         on_failure: Callable[[Exception], None],
     ) -> None:

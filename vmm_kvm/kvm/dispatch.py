@@ -35,12 +35,12 @@ def dispatch(
     pio: Bus,
     mmio: Bus,
     leave: Callable[[Vcpu, Exit], bool],
-    drain: Callable[[Vcpu], bool] | None = None,
+    drain: Callable[[Vcpu], None] | None = None,
 ) -> None:
     """Run `vcpu` and serve its accesses until `leave` returns False for another exit.
 
-    Called on the vCPU's thread. `drain` is called before every exit is served, as long as it
-    returns True: for accesses that KVM has collected.
+    Called on the vCPU's thread. `drain` is called before every exit is served, for accesses that
+    KVM has collected.
 
     Raises:
         KvmError: KVM_RUN failed.
@@ -68,8 +68,8 @@ def dispatch(
                 if not leave(vcpu, reason):
                     return
                 continue
-        if drain and not drain(vcpu):
-            drain = None
+        if drain:
+            drain(vcpu)
         kind = reasons[0]
         if kind == io_reason:
             if version != pio.version:
