@@ -35,7 +35,6 @@ lint() {
 }
 
 guest() {
-    $python -m tests.artifacts || return 1
     if [ "$($python -m tests.host)" = yes ]; then
         echo "guests run on this machine's KVM"
         VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m guest tests/guest
@@ -45,6 +44,11 @@ guest() {
             .venv/bin/pytest -q --color=no -p no:cacheprovider -m guest tests/guest
     fi
 }
+
+# Kernels are parsed by unit tests too. What cannot be fetched is said again by the tests.
+case " $* " in
+    *" unit "* | *" guest "*) $python -m tests.artifacts || failed=1 ;;
+esac
 
 # What this machine has is required: a skip would hide that a test did not run.
 required=$($python -c '
