@@ -6,8 +6,10 @@ VmmError
 ├── SpecError         the caller asked for a machine that cannot be built
 ├── BusError          two devices claim one address: wiring is wrong
 ├── BootError         the boot image cannot be loaded: the image's fault
+├── ImageError        a disk image cannot be opened, or is corrupt: the image's fault
 └── GuestError        the guest did something invalid: its device goes into an error state
     ├── GuestMemoryError   an access outside guest RAM
+    ├── VirtqueueError     a malformed virtqueue, descriptor chain or request
     └── PciError           an invalid configuration of a PCI function
 """
 
@@ -68,6 +70,10 @@ class BootError(VmmError):
     """A boot image is missing, truncated, oversized, of another architecture, or garbage."""
 
 
+class ImageError(VmmError):
+    """A disk image is missing, in use, corrupt, or of a kind that is not supported."""
+
+
 class GuestError(VmmError):
     """The guest did something invalid; its device stops, the host goes on."""
 
@@ -80,6 +86,10 @@ class GuestMemoryError(GuestError):
         super().__init__(f"guest memory {gpa:#x}+{size:#x}: outside RAM")
         self.gpa = gpa
         self.size = size
+
+
+class VirtqueueError(GuestError):
+    """The guest built a virtqueue, a descriptor chain or a request that cannot be."""
 
 
 class PciError(GuestError):

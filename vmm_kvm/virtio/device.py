@@ -1,0 +1,144 @@
+"""What the parts of a virtio device are to each other.
+
+A `Backend` is a device type: it knows requests and nothing of rings, interrupts or processes. A
+`Dataplane` serves the queues of one device: `worker.Worker` does so with a Backend in a thread of
+this process, a vhost-user frontend has another process do it. A `Transport` shows the device to
+the driver and tells the dataplane what the driver did.
+
+    driver ── Transport (pci) ── Dataplane ┬ Worker ── Backend
+                                           └ vhost-user ── (process) ── Worker's like ── Backend
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from vmm_kvm.virtio.queue import Ring, Virtqueue
+
+
+class Backend(Protocol):
+    """A device type; the same class serves in this process and by vhost-user.
+
+    `start`, `process` and `reset` are called on the device's own thread; `config` and
+    `write_config` on any, so they touch only what needs no lock; `close` when nothing runs.
+    """
+
+    device_id: int
+    """Which device type (VIRTIO_ID_*)."""
+    features: int
+    """Offered feature bits of the device type, a mask: bits 0 to 23 and 50 to 63."""
+    queue_sizes: tuple[int, ...]
+    """Of each queue the largest size, a power of two."""
+
+    def config(self) -> bytes:
+        """Return the configuration space as it is now."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take what the driver wrote; it may be outside the configuration space: then ignore it."""
+
+    def start(self, features: int) -> None:
+        """Begin with the negotiated features, a mask: the driver is ready (DRIVER_OK)."""
+
+    def process(self, index: int, queue: Virtqueue) -> None:
+        """Serve everything that is available in queue `index`.
+
+        Chains may be kept, to be pushed in a later call for the same queue; see `Transport.notify`.
+
+        Raises:
+            GuestError: the driver broke the rules; the device stops until it is reset.
+        """
+
+    def reset(self) -> None:
+        """Forget every request; `process` is not called before the next `start`."""
+
+    def close(self) -> None:
+        """Release what the backend owns; idempotent."""
+
+
+class Transport(Protocol):
+    """What a backend that acts by itself may ask for; any thread, also with locks held."""
+
+    def notify(self, index: int) -> None:
+        """Have `process(index, ...)` called soon, as if the driver had notified.
+
+        For input that has arrived or requests that are complete. Lost while the device is not
+        started, or the queue is not enabled.
+        """
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has changed."""
+
+
+class Frontend(Protocol):
+    """What a dataplane tells its transport; any thread."""
+
+    def interrupt(self, index: int) -> None:
+        """Tell the driver that queue `index` has used chains that it wants to hear of."""
+
+    def interrupt_fd(self, index: int) -> int | None:
+        """Return an eventfd that does the same when written; None where `interrupt` has to.
+
+        It is the transport's, and valid from `start` until `stop` of the dataplane.
+        """
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has changed."""
+
+    def fail(self, reason: str) -> None:
+        """Stop the device until the driver resets it; `reason` is for the log, one line."""
+
+
+class Dataplane(Protocol):
+    """Who serves the queues of a device.
+
+    The transport calls these on vCPU threads, one at a time, with its lock held: none may call a
+    `Frontend` method that waits for a vCPU, and all return soon.
+    """
+
+    device_id: int
+    features: int
+    """Offered feature bits, a mask, with those of the queues (INDIRECT_DESC, EVENT_IDX)."""
+    queue_sizes: tuple[int, ...]
+
+    def attach(self, frontend: Frontend) -> None:
+        """Learn whom to tell; called once, before everything else."""
+
+    def config(self) -> bytes:
+        """Return the configuration space as it is now."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take what the driver wrote to the configuration space."""
+
+    def start(self, features: int, rings: Mapping[int, Ring]) -> None:
+        """Serve the enabled queues from now on, with the negotiated features (DRIVER_OK).
+
+        Raises:
+            GuestError: a ring is impossible; nothing is served.
+        """
+
+    def start_queue(self, index: int, ring: Ring) -> None:
+        """Serve one more queue, between `start` and `stop`.
+
+        Raises:
+            GuestError: the ring is impossible; the others go on.
+        """
+
+    def stop_queue(self, index: int) -> None:
+        """Serve one queue less; its memory is not touched any more when this returns."""
+
+    def stop(self) -> None:
+        """Forget every request; guest memory is not touched any more when this returns.
+
+        Idempotent, and allowed before `start`.
+        """
+
+    def kick(self, index: int) -> None:
+        """Look at queue `index`: the driver notified; any thread."""
+
+    def kick_fd(self, index: int) -> int:
+        """Return the eventfd that does the same when written; valid from `start` until `stop`.
+
+        It is the dataplane's. Several queues may share one.
+        """
+
+    def close(self) -> None:
+        """Stop, and release everything; idempotent."""
