@@ -38,7 +38,7 @@ class GuestMemory:
     checked: one outside RAM, or across a hole, raises GuestMemoryError.
     """
 
-    __slots__ = ("__weakref__", "_finalizer", "_view", "fd", "hva", "regions", "size")
+    __slots__ = ("__weakref__", "_finalizer", "_low_end", "_view", "fd", "hva", "regions", "size")
 
     def __init__(self, ranges: Sequence[tuple[int, int]], name: str = "guest") -> None:
         """Allocate RAM for `ranges`, pairs of (guest-physical address, bytes), ascending.
@@ -59,6 +59,8 @@ class GuestMemory:
             raise SpecError("no memory ranges")
         self.regions = tuple(regions)
         self.size = offset
+        # Nearly every access is to the region at 0, if there is one: it is looked at first.
+        self._low_end = regions[0].end if regions[0].gpa == 0 else 0
         self.fd = os.memfd_create(f"vmm:{name}", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, offset)
@@ -75,6 +77,7 @@ class GuestMemory:
         """Close the memfd and drop the mapping; idempotent."""
         self._finalizer()
         self._view = memoryview(b"")
+        self._low_end = 0
         self.regions = ()
 
     def __enter__(self) -> Self:
@@ -91,8 +94,11 @@ class GuestMemory:
         Raises:
             GuestMemoryError: the range is not inside one region.
         """
+        end = gpa + size
+        if 0 <= gpa <= end <= self._low_end:
+            return self._view[gpa:end]
         for region in self.regions:
-            if region.gpa <= gpa and gpa + size <= region.end and size >= 0:
+            if region.gpa <= gpa <= end <= region.end:
                 start = gpa - region.gpa + region.offset
                 return self._view[start : start + size]
         raise GuestMemoryError(gpa, size)
