@@ -25,6 +25,7 @@ VMD_LIBRARIES = {"msgspec", "pyroute2"}
 PURE = (
     *("vmm_kvm.bits", "vmm_kvm.irq", "vmm_kvm.bus", "vmm_kvm.boot.e820"),
     *("vmm_kvm.boot.layout", "vmm_kvm.boot.entry", "vmd.config.sizes", "vmd.lifecycle"),
+    *("vmm_kvm.scsi.spc", "vmm_kvm.scsi.mmc", "vmm_kvm.scsi.cdrom"),
     *("vmd.registry", "vmd.policy", "vmd.addressing"),
 )
 IMPURE = {"os", "socket", "time", "asyncio", "logging", "threading"}

@@ -1,0 +1,1 @@
+"""SCSI targets: from a command descriptor block to what the device answers, in bytes."""
