@@ -187,8 +187,6 @@ class EventLoop:
                 writer = self._writers.get(fd)
                 if writer and (events & select.EPOLLOUT or failed):
                     writer()
-                if failed and not (reader or writer):
-                    self._epoll.unregister(fd)
             self._run_timers()
             for _ in range(len(self._posted)):
                 self._posted.popleft()()

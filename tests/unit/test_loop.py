@@ -2,6 +2,7 @@
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 from vmm_kvm.loop import EventLoop
@@ -78,6 +79,26 @@ def test_readers_and_writers() -> None:
     os.close(read_fd)
     os.close(write_fd)
     assert got == [b"x"]
+
+
+def test_a_callback_may_remove_another_descriptor() -> None:
+    """An event for a descriptor that an earlier callback of the same round removed is dropped."""
+    pipes = [os.pipe(), os.pipe()]
+    called: list[int] = []
+
+    def read(fd: int) -> None:
+        called.append(fd)
+        for read_fd, _ in pipes:
+            loop.remove_reader(read_fd)
+            os.close(read_fd)
+        loop.stop()
+
+    with EventLoop() as loop:
+        for read_fd, write_fd in pipes:
+            os.close(write_fd)  # a hang-up, which shows in every round
+            loop.add_reader(read_fd, partial(read, read_fd))
+        loop.run()
+    assert len(called) == 1
 
 
 def test_regular_files_cannot_be_watched(tmp_path: Path) -> None:
