@@ -1,0 +1,1 @@
+"""Disk images: what a virtual disk's contents are kept in."""

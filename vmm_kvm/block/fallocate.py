@@ -1,0 +1,38 @@
+"""fallocate(2) with its modes, which Python's `os` lacks. Loaded when a disk first needs it."""
+
+import ctypes
+import os
+from errno import EINTR
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_FALLOC_FL_ZERO_RANGE = 0x10
+
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """Give the blocks of a range back to the file system; it then reads as zero.
+
+    Raises:
+        OSError: EOPNOTSUPP where the file system cannot, or an I/O fault.
+    """
+    _call(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size)
+
+
+def zero_range(fd: int, offset: int, size: int) -> None:
+    """Make a range read as zero and keep blocks allocated for it.
+
+    Raises:
+        OSError: EOPNOTSUPP where the file system cannot, ENOSPC, or an I/O fault.
+    """
+    _call(fd, _FALLOC_FL_ZERO_RANGE | _FALLOC_FL_KEEP_SIZE, offset, size)
+
+
+def _call(fd: int, mode: int, offset: int, size: int) -> None:
+    while _fallocate(fd, mode, offset, size) != 0:
+        number = ctypes.get_errno()
+        if number != EINTR:
+            raise OSError(number, os.strerror(number))

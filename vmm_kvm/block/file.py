@@ -1,0 +1,152 @@
+"""The file that an image lies in: whole vectored transfers, durability, holes."""
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+
+from vmm_kvm.block.vectors import cut, fill_zeros, total, zeros
+
+log = logging.getLogger(__name__)
+
+_IOV_MAX = 1024  # Linux: buffers in one preadv or pwritev
+_NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
+
+
+class HostFile:
+    """A regular file or block device at an open descriptor, which it owns.
+
+    Faults are OSError with the kernel's errno. Not thread-safe.
+    """
+
+    __slots__ = (
+        "_can_punch",
+        "_can_zero",
+        "_is_sync_lost",
+        "_is_written",
+        "end",
+        "fd",
+        "is_read_only",
+        "name",
+    )
+
+    def __init__(self, fd: int, name: str, *, is_read_only: bool) -> None:
+        """Take ownership of `fd`; `name` is for messages."""
+        self.fd = fd
+        self.name = name
+        self.is_read_only = is_read_only
+        self._can_punch = self._can_zero = True
+        self._is_sync_lost = False
+        # What another process wrote before may not be durable yet.
+        self._is_written = True
+        self.end = self.size()
+        """From here on, in bytes, nobody has ever written: the file reads as zero."""
+
+    def close(self) -> None:
+        """Close the descriptor, and with it go its locks; idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def size(self) -> int:
+        """Return the size of the file or block device as it is now, in bytes."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill all of `buffers` from `offset`; what lies beyond the end of the file is zero."""
+        size = total(buffers)
+        if len(buffers) <= _IOV_MAX:
+            done = os.preadv(self.fd, buffers, offset)
+            if done == size:
+                return
+        else:
+            done = 0
+        while done < size:
+            rest = cut(buffers, done, size - done)
+            count = os.preadv(self.fd, rest[:_IOV_MAX], offset + done)
+            if not count:
+                fill_zeros(rest)
+                return
+            done += count
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write all of `buffers` at `offset`; on a fault some of them may have been written."""
+        size = total(buffers)
+        self._is_written = True
+        self.end = max(self.end, offset + size)
+        if len(buffers) <= _IOV_MAX:
+            done = os.pwritev(self.fd, buffers, offset)
+            if done == size:
+                return
+        else:
+            done = 0
+        while done < size:
+            rest = cut(buffers, done, size - done)
+            count = os.pwritev(self.fd, rest[:_IOV_MAX], offset + done)
+            if not count:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done += count
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """Return `size` bytes from `offset`; what lies beyond the end of the file is zero."""
+        data = bytearray(size)
+        self.readv(offset, [memoryview(data)])
+        return data
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of `data` at `offset`."""
+        self.writev(offset, [memoryview(data)])
+
+    def sync(self) -> None:
+        """Make everything written so far durable.
+
+        Once this has failed it fails for ever: the kernel reports a lost write once and then
+        forgets it, so no later success would mean anything for what was written before.
+        """
+        if self._is_sync_lost:
+            raise OSError(errno.EIO, "an earlier flush failed")
+        if not self._is_written:
+            return
+        try:
+            os.fdatasync(self.fd)
+        except OSError as err:
+            self._is_sync_lost = True
+            log.warning("%s: flush: %s", self.name, err.strerror)
+            raise
+        self._is_written = False
+
+    def truncate(self, size: int) -> None:
+        """Set the size of the file, in bytes."""
+        os.ftruncate(self.fd, size)
+
+    def punch(self, offset: int, size: int) -> bool:
+        """Free the blocks of a range, which then reads as zero; False where that cannot be."""
+        if not self._can_punch:
+            return False
+        from vmm_kvm.block import fallocate  # noqa: PLC0415 - ctypes, for those who discard
+
+        self._is_written = True
+        try:
+            fallocate.punch_hole(self.fd, offset, size)
+        except OSError as err:
+            if err.errno not in _NOT_SUPPORTED:
+                raise
+            self._can_punch = False
+            return False
+        return True
+
+    def zero(self, offset: int, size: int) -> None:
+        """Make a range read as zero, by the file system's own means if it has any."""
+        if self._can_zero:
+            from vmm_kvm.block import fallocate  # noqa: PLC0415 - same
+
+            self._is_written = True
+            try:
+                fallocate.zero_range(self.fd, offset, size)
+            except OSError as err:
+                if err.errno not in _NOT_SUPPORTED:
+                    raise
+                self._can_zero = False
+            else:
+                return
+        self.writev(offset, zeros(size))

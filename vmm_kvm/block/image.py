@@ -1,0 +1,225 @@
+"""Disk images of every format: the interface, which format a file has, and opening one.
+
+An overlay is opened with its whole chain of bases, each read-only. Whoever may not open files by
+name is handed their descriptors instead: the files that an image needs are told by
+`image_chain`, and `open_image` takes them as `bases`.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import ExitStack
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.locks import lock
+from vmm_kvm.block.raw import RawImage
+from vmm_kvm.errors import ImageError
+
+if TYPE_CHECKING:
+    from vmm_kvm.block.qcow2.header import Header
+
+CHAIN_MAX = 4
+"""Files in one chain: an image and at most three bases. Source: section 1 of OpenBSD's limits."""
+
+_QCOW2_MAGIC = b"QFI\xfb"
+
+
+class Format(StrEnum):
+    """How a file holds a disk."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class Image(Protocol):
+    """A virtual disk. Not thread-safe: its user serialises.
+
+    Faults are OSError with an errno: EIO, ENOSPC, EROFS; EINVAL beyond the end of the disk. After
+    one the image is sound and can be used further.
+    """
+
+    size: int
+    """Bytes, a multiple of 512."""
+    is_read_only: bool
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill all of `buffers` from byte `offset`; what lies beyond the end is zero."""
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write all of `buffers`; durable after the next flush."""
+
+    def flush(self) -> None:
+        """Make all that was written durable, data and metadata."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give up a range: afterwards it reads as zero or as before, and may use no space."""
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool) -> None:
+        """Make a range read as zero; with `may_unmap` it need keep no space."""
+
+    def close(self) -> None:
+        """Write metadata back and drop the file and its locks; idempotent.
+
+        The file is closed even when this raises OSError: what was not flushed may be lost.
+        """
+
+
+class Layer(NamedTuple):
+    """One file of a chain."""
+
+    source: str | int
+    """A path, or a descriptor, which is taken over."""
+    disk_format: Format | None
+    """None: to be probed."""
+
+
+def probe(data: bytes) -> Format:
+    """Tell the format of a file by its first four bytes.
+
+    Only where nobody has said the format: the guest of a raw disk can write any signature.
+
+    Source: section 2.5 of OpenBSD's behaviour.
+    """
+    return Format.QCOW2 if data[:4] == _QCOW2_MAGIC else Format.RAW
+
+
+def open_image(
+    source: str | int,
+    disk_format: Format | None,
+    read_only: bool,
+    *,
+    name: str | None = None,
+    bases: Sequence[Layer] | None = None,
+) -> Image:
+    """Open a disk image and, read-only, its bases; each is locked as QEMU locks it.
+
+    Takes ownership of `source`, and of those in `bases`, if they are descriptors, whatever
+    happens. `name` is for messages, by default the path. Without `bases` they are found by the
+    paths and formats in the images; with them, no path is followed.
+
+    Raises:
+        ImageError: a file is missing, in use, of a wrong or unsupported kind, or corrupt.
+    """
+    with ExitStack() as stack:
+        for descriptor in (source, *(base.source for base in bases or ())):
+            if isinstance(descriptor, int):
+                stack.callback(os.close, descriptor)
+        handed = None if bases is None else list(bases)
+        layer = Layer(source, disk_format)
+        files: list[tuple[HostFile, Header | None]] = []
+        while True:
+            file = _open_file(layer.source, name, stack, writes=not (read_only or files))
+            header = _header(file, layer.disk_format)
+            files.append((file, header))
+            base = _base(layer.source, header)
+            if base is None:
+                break
+            if len(files) == CHAIN_MAX:
+                raise ImageError(f"{files[0][0].name}: more than {CHAIN_MAX - 1} base images")
+            if handed is not None:
+                if not handed:
+                    raise ImageError(f"{file.name}: its base image is missing")
+                base = handed.pop(0)
+            name = None
+            layer = base
+        if handed:
+            raise ImageError(f"{files[0][0].name}: more base images than it refers to")
+        image: Image | None = None
+        while files:
+            image = _make(*files.pop(), image)
+        assert image is not None
+        stack.pop_all()
+        return image
+
+
+def image_chain(path: str, disk_format: Format | None) -> list[Layer]:
+    """Return the files that the image at `path` needs: itself, then its bases, all by path.
+
+    Nothing is locked. Every layer's format is known in the result.
+
+    Raises:
+        ImageError: a file is missing, of an unsupported kind, or its header is corrupt.
+    """
+    chain: list[Layer] = []
+    layer: Layer | None = Layer(path, disk_format)
+    while layer is not None:
+        if len(chain) == CHAIN_MAX:
+            raise ImageError(f"{path}: more than {CHAIN_MAX - 1} base images")
+        with ExitStack() as stack:
+            file = _open_file(layer.source, None, stack, writes=False, locks=False)
+            header = _header(file, layer.disk_format)
+        chain.append(Layer(layer.source, Format.QCOW2 if header else Format.RAW))
+        layer = _base(layer.source, header)
+    return chain
+
+
+def _open_file(
+    source: str | int, name: str | None, stack: ExitStack, *, writes: bool, locks: bool = True
+) -> HostFile:
+    if isinstance(source, int):
+        descriptor = source
+        name = name or f"descriptor {source}"
+    else:
+        name = name or source
+        # Not to wait for a writer if the path turns out to be a FIFO.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            descriptor = os.open(source, flags | (os.O_RDWR if writes else os.O_RDONLY))
+        except OSError as err:
+            raise ImageError(f"{name}: {err.strerror}") from err
+        except ValueError as err:  # a null character
+            raise ImageError(f"{name!r}: {err}") from err
+        stack.callback(os.close, descriptor)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ImageError(f"{name}: neither a regular file nor a block device")
+    if locks:
+        lock(descriptor, name, writes=writes)
+    return HostFile(descriptor, name, is_read_only=not writes)
+
+
+def _header(file: HostFile, disk_format: Format | None) -> "Header | None":
+    """Return the header of a qcow2 image, None for a raw one."""
+    try:
+        if disk_format is None:
+            disk_format = probe(bytes(file.read(0, len(_QCOW2_MAGIC))))
+        if disk_format is Format.RAW:
+            return None
+        # A raw disk needs nothing of the other format.
+        from vmm_kvm.block.qcow2.header import read_header  # noqa: PLC0415
+
+        return read_header(file)
+    except OSError as err:
+        raise ImageError(f"{file.name}: {err.strerror}") from err
+
+
+def _base(source: str | int, header: "Header | None") -> Layer | None:
+    """Return where the base of an image is said to be, if it has one."""
+    if header is None or header.backing is None:
+        return None
+    path = header.backing.path
+    if ":" in path.partition("/")[0]:  # a protocol, or QEMU's options in JSON
+        raise ImageError(f"base image {path}: not a path")
+    if not path.startswith("/"):
+        if isinstance(source, int):
+            raise ImageError(f"base image {path}: a relative path, and no directory to begin at")
+        path = os.path.join(os.path.dirname(source), path)  # noqa: PTH118, PTH120 - bytes as they are
+    named = header.backing.disk_format
+    if named is None:
+        return Layer(path, None)
+    try:
+        return Layer(path, Format(named))
+    except ValueError:
+        raise ImageError(f"base image {path}: format {named} is not supported") from None
+
+
+def _make(file: HostFile, header: "Header | None", base: Image | None) -> Image:
+    try:
+        if header is None:
+            return RawImage(file)
+        assert base is None
+        raise ImageError(f"{file.name}: qcow2 images cannot be opened yet")
+    except OSError as err:
+        raise ImageError(f"{file.name}: {err.strerror}") from err

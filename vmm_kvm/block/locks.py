@@ -1,0 +1,77 @@
+"""Locks on image files that this program, and QEMU, take and respect: one writer, or readers.
+
+QEMU's convention, which is stable because its processes of different versions meet on one file:
+open-file-description locks of single bytes, all of them shared. Byte 100 + p says "I use
+permission p", byte 200 + p says "I let nobody else use permission p". Whoever has taken its bytes
+then looks whether another holds an opposite one, and gives way; of two that come at once at least
+one sees the other. (Seen in /proc/locks beside qemu-io 10.0: a writer has 100, 101, 103, 201 and
+203, a reader 100, 201 and 203.)
+
+A lock belongs to the open file description: it goes when the last descriptor of it is closed, in
+whatever process that is, so a descriptor can be locked here and handed to another process.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from enum import IntEnum
+
+from vmm_kvm.errors import ImageError
+
+_USED = 100
+_NOT_SHARED = 200
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: type, whence, start, length, pid
+
+
+class Permission(IntEnum):
+    """What a user of an image does with it; QEMU's numbers."""
+
+    CONSISTENT_READ = 0
+    WRITE = 1
+    RESIZE = 3
+
+
+_READER = (Permission.CONSISTENT_READ,)
+_WRITER = (Permission.CONSISTENT_READ, Permission.WRITE, Permission.RESIZE)
+_EXCLUSIVE = (Permission.WRITE, Permission.RESIZE)
+
+
+def lock(fd: int, name: str, *, writes: bool) -> None:
+    """Lock the image open at `fd` as its writer, or as one of its readers, who exclude writers.
+
+    On failure the locks taken go with the descriptor, which the caller closes. A file system
+    without locks is no reason to refuse an image: there, nothing is locked.
+
+    Raises:
+        ImageError: another process uses the image; `name` is what the message calls it.
+    """
+    used = _WRITER if writes else _READER
+    try:
+        for permission in used:
+            _set(fd, _USED + permission)
+        for permission in _EXCLUSIVE:
+            _set(fd, _NOT_SHARED + permission)
+        for permission in used:
+            if _is_held(fd, _NOT_SHARED + permission):
+                raise ImageError(f"{name}: in use by another process")
+        for permission in _EXCLUSIVE:
+            if _is_held(fd, _USED + permission):
+                raise ImageError(f"{name}: another process writes to it")
+    except OSError as err:
+        if err.errno in {errno.EAGAIN, errno.EACCES}:
+            raise ImageError(f"{name}: locked by another process") from err
+        if err.errno not in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}:
+            raise ImageError(f"{name}: {err.strerror}") from err
+
+
+def _set(fd: int, byte: int) -> None:
+    record = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, record)
+
+
+def _is_held(fd: int, byte: int) -> bool:
+    """Tell whether another open file description has a lock on `byte`."""
+    record = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    kind: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, record))[0]
+    return kind != fcntl.F_UNLCK

@@ -1,0 +1,66 @@
+"""Raw images: the file, or the block device, is the disk."""
+
+import errno
+import os
+from collections.abc import Sequence
+
+from vmm_kvm.bits import align_up
+from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.vectors import cut, fill_zeros, total
+
+SECTOR_SIZE = 512
+
+
+class RawImage:
+    """A raw image; owns its file. See `vmm_kvm.block.image.Image`."""
+
+    __slots__ = ("_file", "is_read_only", "size")
+
+    def __init__(self, file: HostFile) -> None:
+        """Take ownership of `file`; its size now, rounded up to sectors, is the disk's."""
+        self._file = file
+        self.is_read_only = file.is_read_only
+        self.size = align_up(file.size(), SECTOR_SIZE)
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill all of `buffers`; what lies beyond the end of the disk is zero."""
+        over = offset + total(buffers) - self.size
+        if over > 0:  # never what somebody else appended to the file
+            inside = max(total(buffers) - over, 0)
+            fill_zeros(cut(buffers, inside, over))
+            buffers = cut(buffers, 0, inside)
+            if not inside:
+                return
+        self._file.readv(offset, buffers)
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write all of `buffers`."""
+        self._check(offset, total(buffers))
+        self._file.writev(offset, buffers)
+
+    def flush(self) -> None:
+        """Make everything written so far durable."""
+        if not self.is_read_only:
+            self._file.sync()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Free the blocks of a range, where the file system can."""
+        self._check(offset, length)
+        if length:
+            self._file.punch(offset, length)
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool) -> None:
+        """Make a range read as zero; with `may_unmap` its blocks are freed."""
+        self._check(offset, length)
+        if length and not (may_unmap and self._file.punch(offset, length)):
+            self._file.zero(offset, length)
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+
+    def _check(self, offset: int, length: int) -> None:
+        if self.is_read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OSError(errno.EINVAL, "beyond the end of the disk")
