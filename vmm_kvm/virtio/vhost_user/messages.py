@@ -1,0 +1,252 @@
+"""The messages of vhost-user: numbers, flags and payloads, from bytes and to bytes.
+
+A message is a header of three 32-bit fields (request, flags, bytes of payload) and a payload, all
+little-endian on x86. Pure: descriptors and sockets are in `channel`. Left out, because nothing here
+offers their features: dirty logging, IOTLB, in-flight tracking, postcopy, in-band notifications.
+
+Source: QEMU docs/interop/vhost-user, "Message Specification".
+"""
+
+import enum
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+from vmm_kvm.errors import VmmError
+
+HEADER_SIZE = 12
+PAYLOAD_MAX = 1024
+"""Bytes; the largest payload defined, 8 memory regions or 256 bytes of configuration, is 268."""
+CONFIG_MAX = 256
+"""Bytes of configuration space that can be accessed; QEMU's VHOST_USER_MAX_CONFIG_SIZE."""
+REGIONS_MAX = 8
+"""Regions, each with its descriptor, in one memory table."""
+FDS_MAX = 8
+QUEUES_MAX = 256
+"""Queue indices are 8 bits wide in the messages that carry a descriptor."""
+
+FEATURE_PROTOCOL_FEATURES = 1 << 30
+"""The virtio feature bit by which a server says that it has protocol features."""
+
+VERSION = 1
+VERSION_MASK = 0x3
+FLAG_REPLY = 1 << 2
+FLAG_NEED_REPLY = 1 << 3
+
+VRING_INDEX_MASK = 0xFF
+VRING_NO_FD = 1 << 8
+"""In SET_VRING_KICK, _CALL and _ERR: no descriptor comes along, so the ring is polled."""
+
+_HEADER = struct.Struct("<III")
+_U64 = struct.Struct("<Q")
+_VRING_STATE = struct.Struct("<II")
+_VRING_ADDRESS = struct.Struct("<IIQQQQ")
+_REGION_COUNT = struct.Struct("<II")
+_REGION = struct.Struct("<QQQQ")
+_SINGLE_REGION = struct.Struct("<QQQQQ")
+_CONFIG = struct.Struct("<III")
+
+
+class VhostUserError(VmmError):
+    """The peer broke the protocol or went away; the connection is of no more use."""
+
+
+class Request(enum.IntEnum):
+    """What a front-end asks; the names are the specification's without VHOST_USER_."""
+
+    GET_FEATURES = 1
+    SET_FEATURES = 2
+    SET_OWNER = 3
+    RESET_OWNER = 4
+    SET_MEM_TABLE = 5
+    SET_VRING_NUM = 8
+    SET_VRING_ADDR = 9
+    SET_VRING_BASE = 10
+    GET_VRING_BASE = 11
+    SET_VRING_KICK = 12
+    SET_VRING_CALL = 13
+    SET_VRING_ERR = 14
+    GET_PROTOCOL_FEATURES = 15
+    SET_PROTOCOL_FEATURES = 16
+    GET_QUEUE_NUM = 17
+    SET_VRING_ENABLE = 18
+    GET_CONFIG = 24
+    SET_CONFIG = 25
+    RESET_DEVICE = 34
+    GET_MAX_MEM_SLOTS = 36
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
+    SET_STATUS = 39
+    GET_STATUS = 40
+
+
+class ProtocolFeature(enum.IntFlag):
+    """What both sides can agree on; the names are the specification's."""
+
+    MQ = 1 << 0
+    REPLY_ACK = 1 << 3
+    CONFIG = 1 << 9
+    RESET_DEVICE = 1 << 13
+    CONFIGURE_MEM_SLOTS = 1 << 15
+    STATUS = 1 << 16
+
+
+class Header(NamedTuple):
+    """The first 12 bytes of every message."""
+
+    request: int
+    flags: int
+    size: int
+    """Bytes of payload that follow."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Decode and check a header; whether the request is known is the caller's question.
+
+        Raises:
+            VhostUserError: another version, or a payload that no message has.
+        """
+        header = cls._make(_HEADER.unpack(data))
+        if header.flags & VERSION_MASK != VERSION:
+            raise VhostUserError(f"protocol version {header.flags & VERSION_MASK}, not {VERSION}")
+        if header.size > PAYLOAD_MAX:
+            raise VhostUserError(f"{request_name(header.request)}: payload of {header.size} bytes")
+        return header
+
+    def pack(self) -> bytes:
+        """Encode the header."""
+        return _HEADER.pack(*self)
+
+
+class VringState(NamedTuple):
+    """A number that belongs to a ring: its size, its base, whether it is enabled."""
+
+    ring: int
+    """The ring's index."""
+    num: int
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """Decode; raises VhostUserError for another size."""
+        return cls._make(_unpack(_VRING_STATE, payload))
+
+    def pack(self) -> bytes:
+        """Encode."""
+        return _VRING_STATE.pack(*self)
+
+
+class VringAddress(NamedTuple):
+    """Where the parts of a ring lie, as addresses in the front-end's process."""
+
+    ring: int
+    """The ring's index."""
+    flags: int
+    descriptor: int
+    used: int
+    available: int
+    log: int
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """Decode; raises VhostUserError for another size."""
+        return cls._make(_unpack(_VRING_ADDRESS, payload))
+
+    def pack(self) -> bytes:
+        """Encode."""
+        return _VRING_ADDRESS.pack(*self)
+
+
+class MemoryRegion(NamedTuple):
+    """A piece of guest memory that the descriptor beside it maps."""
+
+    guest_address: int
+    size: int
+    user_address: int
+    """The address of its first byte in the front-end's process, which ring addresses refer to."""
+    mmap_offset: int
+    """Where it begins in the descriptor's file, bytes."""
+
+
+class ConfigAccess(NamedTuple):
+    """A piece of the device's configuration space."""
+
+    offset: int
+    flags: int
+    data: bytes
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """Decode and check.
+
+        Raises:
+            VhostUserError: the sizes disagree, or the piece ends behind 256 bytes.
+        """
+        if len(payload) < _CONFIG.size:
+            raise VhostUserError(f"payload of {len(payload)} bytes, not {_CONFIG.size} or more")
+        offset, size, flags = _CONFIG.unpack_from(payload)
+        if size != len(payload) - _CONFIG.size or offset + size > CONFIG_MAX:
+            raise VhostUserError(f"configuration space {offset:#x}+{size:#x}: out of range")
+        return cls(offset, flags, payload[_CONFIG.size :])
+
+    def pack(self) -> bytes:
+        """Encode."""
+        return _CONFIG.pack(self.offset, len(self.data), self.flags) + self.data
+
+
+def pack_u64(value: int) -> bytes:
+    """Encode a payload of one 64-bit number."""
+    return _U64.pack(value)
+
+
+def unpack_u64(payload: bytes) -> int:
+    """Decode a payload of one 64-bit number; raises VhostUserError for another size."""
+    return _unpack(_U64, payload)[0]
+
+
+def pack_regions(regions: Sequence[MemoryRegion]) -> bytes:
+    """Encode a memory table of at most `REGIONS_MAX` regions."""
+    return _REGION_COUNT.pack(len(regions), 0) + b"".join(_REGION.pack(*one) for one in regions)
+
+
+def unpack_regions(payload: bytes) -> list[MemoryRegion]:
+    """Decode a memory table.
+
+    Regions may be followed by unused ones, which some front-ends send along.
+
+    Raises:
+        VhostUserError: more than `REGIONS_MAX` regions, or fewer than it says.
+    """
+    if len(payload) < _REGION_COUNT.size:
+        raise VhostUserError(f"payload of {len(payload)} bytes, not {_REGION_COUNT.size} or more")
+    count, _ = _REGION_COUNT.unpack_from(payload)
+    room = (len(payload) - _REGION_COUNT.size) // _REGION.size
+    if count > min(room, REGIONS_MAX):
+        raise VhostUserError(f"{count} memory regions in a payload of {len(payload)} bytes")
+    end = _REGION_COUNT.size + count * _REGION.size
+    return [
+        MemoryRegion._make(one) for one in _REGION.iter_unpack(payload[_REGION_COUNT.size : end])
+    ]
+
+
+def pack_region(region: MemoryRegion) -> bytes:
+    """Encode the single region of ADD_MEM_REG and REM_MEM_REG."""
+    return _SINGLE_REGION.pack(0, *region)
+
+
+def unpack_region(payload: bytes) -> MemoryRegion:
+    """Decode the single region of ADD_MEM_REG and REM_MEM_REG; raises VhostUserError."""
+    return MemoryRegion._make(_unpack(_SINGLE_REGION, payload)[1:])
+
+
+def request_name(request: int) -> str:
+    """Return the specification's name of a request, or its number when it has none here."""
+    try:
+        return Request(request).name
+    except ValueError:
+        return f"request {request}"
+
+
+def _unpack(layout: struct.Struct, payload: bytes) -> tuple[int, ...]:
+    if len(payload) != layout.size:
+        raise VhostUserError(f"payload of {len(payload)} bytes, not {layout.size}")
+    return layout.unpack(payload)

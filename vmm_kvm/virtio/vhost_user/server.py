@@ -1,0 +1,144 @@
+"""A vhost-user server: one backend, one socket, one front-end at a time.
+
+While a front-end is connected, others wait in the socket's backlog.
+"""
+
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from vmm_kvm.errors import SpecError
+from vmm_kvm.loop import EventLoop
+from vmm_kvm.virtio.device import Backend
+from vmm_kvm.virtio.vhost_user.channel import Channel
+from vmm_kvm.virtio.vhost_user.session import Session
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 4
+_OWNER_ONLY = 0o177
+
+
+class Server:
+    """Serves `backend` on the event loop's thread; `close` ends it. The backend stays the caller's.
+
+    `on_end` is called, on the loop's thread, when there is nothing more to serve: the connection
+    has ended, and there is no listening socket, or it is for one front-end only.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        backend: Backend,
+        loop: EventLoop,
+        *,
+        is_one_shot: bool = False,
+        on_end: Callable[[], None],
+    ) -> None:
+        """Take ownership of `sock`: a UNIX stream socket that listens, or that is connected."""
+        self._socket: socket.socket | None = None
+        self._backend = backend
+        self._loop = loop
+        self._is_one_shot = is_one_shot
+        self._on_end = on_end
+        self._session: Session | None = None
+        sock.setblocking(False)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self._socket = sock
+            loop.add_reader(sock.fileno(), self._accept)
+        else:
+            self._begin(sock)
+
+    def close(self) -> None:
+        """End the connection and stop listening; idempotent."""
+        if self._session:
+            self._session.close()
+            self._session = None
+        if self._socket:
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+
+    def _accept(self) -> None:
+        assert self._socket is not None
+        try:
+            connection, _ = self._socket.accept()
+        except OSError as err:  # it went away again, or there are no descriptors left
+            log.debug("accept: %s", err)
+            return
+        connection.setblocking(False)
+        self._loop.remove_reader(self._socket.fileno())
+        self._begin(connection)
+
+    def _begin(self, connection: socket.socket) -> None:
+        self._session = Session(Channel(connection), self._backend, self._loop, self._ended)
+
+    def _ended(self, reason: str | None) -> None:
+        self._session = None
+        if reason is not None:
+            log.warning("%s", reason)
+        if self._socket is None or self._is_one_shot:
+            self._on_end()
+        else:
+            self._loop.add_reader(self._socket.fileno(), self._accept)
+
+
+def listen(path: str) -> socket.socket:
+    """Make a listening UNIX socket at `path` that only this user may connect to.
+
+    One that nobody listens to any more is replaced.
+
+    Raises:
+        SpecError: somebody listens there, or something else is there.
+        OSError: it cannot be made.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(_OWNER_ONLY)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as err:
+            if err.errno != errno.EADDRINUSE:
+                raise
+            _remove_stale(path)
+            sock.bind(path)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.umask(before)
+    return sock
+
+
+def inherited(fd: int) -> socket.socket:
+    """Take ownership of `fd`, a UNIX stream socket that whoever started this process left open.
+
+    Raises:
+        SpecError: it is none.
+    """
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as err:
+        raise SpecError(f"descriptor {fd}: {err.strerror}") from err
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        sock.detach()
+        raise SpecError(f"descriptor {fd}: not a UNIX stream socket")
+    os.set_inheritable(fd, False)
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise SpecError(f"{path}: is there, and no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink()
+            return
+    raise SpecError(f"{path}: another process serves it")
