@@ -113,6 +113,8 @@ class Channel:
         """
         if self._header is None:
             if not self._fill(HEADER_SIZE):
+                if self._data:
+                    raise VhostUserError("the connection ended in a message")
                 return None
             self._header = Header.unpack(self._data)
             self._data = b""
@@ -144,7 +146,7 @@ class Channel:
             raise VhostUserError("the peer does not read")
 
     def _fill(self, size: int) -> bool:
-        """Read until `size` bytes of data are there; False for the end before the first byte."""
+        """Read until `size` bytes of data are there; False if the connection ends before."""
         while len(self._data) < size:
             # Not socket.recv_fds, which ignores its flags (python/cpython#107898).
             data, ancillary, flags, _ = self.socket.recvmsg(
@@ -157,8 +159,6 @@ class Channel:
             if flags & socket.MSG_CTRUNC or len(self._fds) > FDS_MAX:
                 raise VhostUserError(f"more than {FDS_MAX} descriptors")
             if not data:
-                if self._data:
-                    raise VhostUserError("the connection ended in a message")
                 return False
             self._data += data
         return True

@@ -428,5 +428,5 @@ class Session:
         """Give up a ring that the driver broke; the front-end learns by its error descriptor."""
         self._failures += 1
         if self._failures <= _FAILURES_LOGGED:
-            log.warning("ring %d: %s", ring.index, err)
+            log.warning("ring %d: %s", ring.index, str(err))
         ring.fail()
