@@ -46,6 +46,8 @@ class Bar:
     size: int
     """Bytes or ports, a power of two."""
     device: BusDevice
+    on_decode: Callable[[int | None], None] | None = None
+    """Called with the address from which on it is decoded, or None when it is not any more."""
 
     @property
     def register(self) -> int:
@@ -153,6 +155,7 @@ class PciFunction:
         device: BusDevice,
         *,
         is_prefetchable: bool = False,
+        on_decode: Callable[[int | None], None] | None = None,
     ) -> None:
         """Put `device` behind BAR `index`.
 
@@ -162,11 +165,13 @@ class PciFunction:
             size: a power of two: 4 to 256 ports, or 16 bytes to 2 GiB (64-bit: any).
             device: what is read and written, at offsets into the BAR.
             is_prefetchable: for memory without side effects of reads.
+            on_decode: told where on the bus it is decoded, and with None that it is not any more;
+                called with the host's lock held.
 
         Raises:
             SpecError: the index is out of range or taken, or the size is impossible.
         """
-        bar = Bar(index, kind, size, device)
+        bar = Bar(index, kind, size, device, on_decode)
         taken = {i for b in self._bars for i in range(b.index, b.index + b.width // 4)}
         wanted = set(range(index, index + bar.width // 4))
         if index < 0 or max(wanted) >= BARS or wanted & taken:

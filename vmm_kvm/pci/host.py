@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, PAGE_SIZE, align_up, all_ones
 from vmm_kvm.boot import layout
-from vmm_kvm.bus import Bus, BusDevice
+from vmm_kvm.bus import Bus
 from vmm_kvm.errors import BusError, SpecError
 from vmm_kvm.pci.config import Bar, BarKind, PciFunction, PciFunctionState
 from vmm_kvm.pci.ids import (
@@ -72,8 +72,7 @@ class _Decoded(NamedTuple):
 
     bus: Bus
     base: int
-    size: int
-    device: BusDevice
+    bar: Bar
 
 
 class PciHost:
@@ -247,15 +246,19 @@ class PciHost:
             if wanted.get(key) != decoded:
                 decoded.bus.remove(decoded.base)
                 del self._decoded[key]
+                if decoded.bar.on_decode:
+                    decoded.bar.on_decode(None)
         for key, decoded in wanted.items():
             if key in self._decoded:
                 continue
             try:
-                decoded.bus.insert(decoded.base, decoded.size, decoded.device)
+                decoded.bus.insert(decoded.base, decoded.bar.size, decoded.bar.device)
             except BusError as err:
                 log.debug("pci 00:%02x.0 BAR %d: %s", *key, err)
             else:
                 self._decoded[key] = decoded
+                if decoded.bar.on_decode:
+                    decoded.bar.on_decode(decoded.base)
 
     def _wanted(self) -> Iterator[tuple[tuple[int, int], _Decoded]]:
         for slot, function in self._functions.items():
@@ -265,7 +268,7 @@ class PciHost:
                 base = function.bar_address(bar)
                 if self._is_in_window(bar, base):
                     bus = self._pio if bar.kind is BarKind.IO else self._mmio
-                    yield (slot, bar.index), _Decoded(bus, base, bar.size, bar.device)
+                    yield (slot, bar.index), _Decoded(bus, base, bar)
                 else:
                     log.debug("pci 00:%02x.0 BAR %d: %#x is in no window", slot, bar.index, base)
 

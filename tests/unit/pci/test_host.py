@@ -245,6 +245,20 @@ def test_bars_move(rig: Rig) -> None:
     assert rig.mmio.read(MEMORY_BASE + MIB, 4) == 0x1234_5678
 
 
+def test_who_answers_learns_where(rig: Rig) -> None:
+    """A BAR's listener is told each address from which on it is decoded, and when it is not."""
+    heard: list[int | None] = []
+    function = PciFunction(vendor_id=1, device_id=2, class_code=0)
+    device = RecordingDevice()
+    function.add_bar(0, BarKind.MEMORY32, 0x1000, device, on_decode=heard.append)
+    slot = rig.host.add(function)
+    rig.write(slot, Register.BAR0, 0xC000_0000)
+    rig.write(slot, Register.COMMAND, Command.MEMORY_SPACE, 2)
+    rig.write(slot, Register.BAR0, 0xC000_2000)
+    rig.write(slot, Register.COMMAND, 0, 2)
+    assert heard == [0xC000_0000, None, 0xC000_2000, None]
+
+
 def test_sizing_while_decoded(rig: Rig) -> None:
     """A guest may size a BAR without disabling it first; it returns where it was."""
     slot, _ = rig.add((BarKind.MEMORY32, 4 * KIB), (BarKind.IO, 16))

@@ -1,0 +1,200 @@
+"""A dataplane in this process: one thread that serves all queues of a device.
+
+The thread lives from `start` to `stop`, so a device that no driver uses costs nothing. It waits
+for one eventfd, which every queue of the device shares: to look at a queue in vain costs less than
+to wait for several descriptors.
+
+Locks: none. `start`, `stop` and what changes a queue come from one thread at a time, under the
+transport's lock; they talk with the worker through `_orders`. The worker never takes that lock, so
+it can be waited for with the lock held.
+"""
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from vmm_kvm.errors import GuestError
+from vmm_kvm.virtio.abi import (
+    VIRTIO_F_RING_RESET,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+)
+from vmm_kvm.virtio.device import Backend, Frontend
+from vmm_kvm.virtio.queue import Memory, Ring, Virtqueue
+
+log = logging.getLogger(__name__)
+
+QUEUE_FEATURES = (
+    1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_F_RING_RESET
+)
+"""What our queues and our workers can do, whatever the device type."""
+
+
+class Worker:
+    """A `Dataplane` for a backend in this process, and the `Transport` that the backend asks.
+
+    Owns the backend and an eventfd.
+    """
+
+    def __init__(self, backend: Backend, memory: Memory, name: str) -> None:
+        """Serve `backend` with queues in `memory`; `name` is for the thread and the log.
+
+        Raises:
+            OSError: the host has no descriptors left.
+        """
+        self.device_id = backend.device_id
+        self.features = backend.features | QUEUE_FEATURES
+        self.queue_sizes = backend.queue_sizes
+        self._backend = backend
+        self._memory = memory
+        self._name = name
+        self._frontend: Frontend | None = None
+        self._kick_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread: threading.Thread | None = None
+        self._queues: dict[int, Virtqueue] = {}
+        self._features = 0
+        self._is_stopping = False
+        self._orders: deque[tuple[Callable[[], None], threading.Event]] = deque()
+
+    # The transport's side
+
+    def attach(self, frontend: Frontend) -> None:
+        """Learn whom to tell; called once, before everything else."""
+        self._frontend = frontend
+
+    def config(self) -> bytes:
+        """Return the configuration space as it is now."""
+        return self._backend.config()
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take what the driver wrote to the configuration space."""
+        self._backend.write_config(offset, data)
+
+    def start(self, features: int, rings: Mapping[int, Ring]) -> None:
+        """Serve the enabled queues from now on, with the negotiated features.
+
+        Raises:
+            GuestError: a ring is impossible; nothing is served.
+        """
+        self.stop()
+        self._features = features
+        self._queues = {index: self._queue(ring) for index, ring in rings.items()}
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name=self._name)
+        self._thread.start()
+        os.eventfd_write(self._kick_fd, 1)  # what was available before the driver was ready
+
+    def start_queue(self, index: int, ring: Ring) -> None:
+        """Serve one more queue, between `start` and `stop`.
+
+        Raises:
+            GuestError: the ring is impossible; the others go on.
+        """
+        queue = self._queue(ring)
+        self._order(lambda: self._queues.update({index: queue}))
+
+    def stop_queue(self, index: int) -> None:
+        """Serve one queue less; its memory is not touched any more when this returns."""
+        queue = self._queues.get(index)
+        if queue:
+            queue.stop()
+            self._order(lambda: self._forget(index))
+
+    def stop(self) -> None:
+        """Forget every request; guest memory is not touched any more when this returns."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._is_stopping = True
+        for queue in self._queues.values():
+            queue.stop()
+        os.eventfd_write(self._kick_fd, 1)
+        thread.join()
+        self._queues = {}
+
+    def kick(self, _index: int) -> None:
+        """Look at the queues; any thread, also when nothing is served, or never again."""
+        fd = self._kick_fd
+        if fd >= 0:
+            os.eventfd_write(fd, 1)
+
+    def kick_fd(self, _index: int) -> int:
+        """Return the eventfd that does the same when written."""
+        return self._kick_fd
+
+    def close(self) -> None:
+        """Stop, and close the backend and the eventfd; idempotent."""
+        self.stop()
+        fd, self._kick_fd = self._kick_fd, -1
+        if fd >= 0:
+            self._backend.close()
+            os.close(fd)
+
+    def _queue(self, ring: Ring) -> Virtqueue:
+        return Virtqueue(self._memory, ring, self._features)
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Have the worker do something between two rounds, and wait for it."""
+        if self._thread is None:
+            return
+        done = threading.Event()
+        self._orders.append((order, done))
+        os.eventfd_write(self._kick_fd, 1)
+        done.wait()
+
+    # The backend's side
+
+    def notify(self, index: int) -> None:
+        """Have the backend process queue `index` soon; any thread."""
+        self.kick(index)
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has changed; any thread."""
+        if self._frontend:
+            self._frontend.config_changed()
+
+    # The worker
+
+    def _run(self) -> None:
+        backend, frontend = self._backend, self._frontend
+        assert frontend is not None, "attach() comes first"
+        is_started, is_serving = False, True
+        while not self._is_stopping:
+            os.eventfd_read(self._kick_fd)
+            while self._orders:
+                order, done = self._orders.popleft()
+                order()
+                done.set()
+            if not is_serving:
+                continue
+            try:
+                if not is_started:
+                    is_started = True
+                    backend.start(self._features)
+                for index, queue in self._queues.items():
+                    self._serve(backend, frontend, index, queue)
+            except GuestError as err:
+                is_serving = False
+                frontend.fail(str(err))
+            except Exception:
+                is_serving = False
+                log.exception("%s", self._name)
+                frontend.fail("internal error")
+        if is_started:
+            backend.reset()
+
+    @staticmethod
+    def _serve(backend: Backend, frontend: Frontend, index: int, queue: Virtqueue) -> None:
+        """Serve a queue until it is empty; a look at an empty one is cheap."""
+        queue.disable_kicks()
+        while True:
+            backend.process(index, queue)
+            if queue.needs_interrupt():
+                frontend.interrupt(index)
+            if not queue.enable_kicks():
+                return
+
+    def _forget(self, index: int) -> None:
+        self._queues.pop(index, None)
