@@ -1,0 +1,239 @@
+"""virtio-blk: a disk image as a block device.
+
+Requests are served one after the other on the device's thread, and data go between the image and
+guest memory without a copy. A fault of the image is an error of the request (VIRTIO_BLK_S_IOERR),
+also when the host's disk is full; the device goes on. A request that is no request at all stops
+the device.
+
+Source: virtio 1.2 §5.2
+"""
+
+import logging
+import struct
+from collections.abc import Sequence
+
+from vmm_kvm.block.image import Image
+from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.virtio import abi
+from vmm_kvm.virtio.buffers import gather, scatter, split, total
+from vmm_kvm.virtio.queue import Chain, Virtqueue
+
+log = logging.getLogger(__name__)
+
+QUEUE_SIZE = 256
+QUEUES_MAX = 64
+SECTOR_SIZE = 512
+"""Of the protocol, whatever the image's and the guest's blocks are."""
+
+_HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+_HEADER_SIZE = _HEADER.size
+_SEGMENT = struct.Struct("<QII")  # sector, sectors, flags; of discard and write zeroes
+_SEGMENTS_MAX = 16
+_SEGMENT_SECTORS_MAX = (1 << 31) // SECTOR_SIZE
+# capacity, size_max, seg_max, geometry, blk_size, topology (exponent, offset, minimum, optimum),
+# writeback, unused, num_queues, discard (sectors, segments, alignment), write zeroes (sectors,
+# segments, may unmap), unused.
+_CONFIG = struct.Struct("<QIIIIBBHIBBHIIIIIB3s")
+_PHYSICAL_BLOCK_EXPONENT = 3  # 4 KiB: what the host's file systems and partitioning tools like
+_PHYSICAL_BLOCK_SECTORS = 1 << _PHYSICAL_BLOCK_EXPONENT
+
+_OK, _IOERR, _UNSUPP = (
+    abi.VIRTIO_BLK_S_OK,
+    abi.VIRTIO_BLK_S_IOERR,
+    abi.VIRTIO_BLK_S_UNSUPP,
+)
+_IN, _OUT = abi.VIRTIO_BLK_T_IN, abi.VIRTIO_BLK_T_OUT
+_WRITES = frozenset({_OUT, abi.VIRTIO_BLK_T_DISCARD, abi.VIRTIO_BLK_T_WRITE_ZEROES})
+_FEATURES = (
+    1 << abi.VIRTIO_BLK_F_SEG_MAX
+    | 1 << abi.VIRTIO_BLK_F_BLK_SIZE
+    | 1 << abi.VIRTIO_BLK_F_FLUSH
+    | 1 << abi.VIRTIO_BLK_F_TOPOLOGY
+)
+_WRITE_FEATURES = 1 << abi.VIRTIO_BLK_F_DISCARD | 1 << abi.VIRTIO_BLK_F_WRITE_ZEROES
+
+
+class VirtioBlk:
+    """A block device; a `virtio.device.Backend` that owns its image."""
+
+    __slots__ = (
+        "_capacity",
+        "_faults",
+        "_image",
+        "_is_write_through",
+        "_name",
+        "_serial",
+        "device_id",
+        "features",
+        "queue_sizes",
+    )
+
+    def __init__(self, image: Image, *, name: str, serial: str = "", queues: int = 1) -> None:
+        """Make a disk of `image`, which it takes over.
+
+        Args:
+            image: the contents.
+            name: for the log.
+            serial: what the guest reads as the disk's identity; of it the first 20 bytes.
+            queues: 1 to 64; all are served in turn, so more than one spares the guest locks only.
+        """
+        assert 1 <= queues <= QUEUES_MAX
+        self.device_id = abi.VIRTIO_ID_BLOCK
+        self.features = _FEATURES
+        if image.is_read_only:
+            self.features |= 1 << abi.VIRTIO_BLK_F_RO
+        else:
+            self.features |= _WRITE_FEATURES
+        if queues > 1:
+            self.features |= 1 << abi.VIRTIO_BLK_F_MQ
+        self.queue_sizes = (QUEUE_SIZE,) * queues
+        self._image = image
+        self._capacity = image.size
+        self._name = name
+        encoded = serial.encode(errors="replace")
+        self._serial = encoded[: abi.VIRTIO_BLK_ID_BYTES].ljust(abi.VIRTIO_BLK_ID_BYTES, b"\0")
+        self._is_write_through = False
+        self._faults: set[tuple[int, int | None]] = set()
+
+    def config(self) -> bytes:
+        """Return the configuration space (struct virtio_blk_config)."""
+        limits = (
+            (_SEGMENT_SECTORS_MAX, _SEGMENTS_MAX) if self.features & _WRITE_FEATURES else (0, 0)
+        )
+        return _CONFIG.pack(
+            self._capacity // SECTOR_SIZE,
+            0,
+            QUEUE_SIZE - 2,  # header and status
+            0,
+            SECTOR_SIZE,
+            _PHYSICAL_BLOCK_EXPONENT,
+            0,
+            _PHYSICAL_BLOCK_SECTORS,
+            0,
+            1,
+            0,
+            len(self.queue_sizes),
+            *limits,
+            _PHYSICAL_BLOCK_SECTORS,
+            *limits,
+            1,
+            bytes(3),
+        )
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Ignore it: nothing there can be written."""
+
+    def start(self, features: int) -> None:
+        """Begin; a driver that does not know FLUSH gets a write-through cache."""
+        self._is_write_through = not features >> abi.VIRTIO_BLK_F_FLUSH & 1
+
+    def process(self, _index: int, queue: Virtqueue) -> None:
+        """Serve every available request.
+
+        Raises:
+            GuestError: one has no room for header or status, or the queue is malformed.
+        """
+        while chain := queue.pop():
+            queue.push(chain, self._serve(chain))
+
+    def reset(self) -> None:
+        """Forget nothing: no request outlives `process`."""
+
+    def close(self) -> None:
+        """Close the image; a fault of it is logged."""
+        try:
+            self._image.close()
+        except OSError as err:
+            log.warning("%s: close: %s", self._name, err)
+
+    def _serve(self, chain: Chain) -> int:
+        """Do what a request asks for and write its status; returns the number of bytes written."""
+        readable, writable = chain.readable, chain.writable
+        if readable and len(readable[0]) == _HEADER_SIZE:  # as every driver has it
+            kind, _, sector = _HEADER.unpack(readable.pop(0))
+        else:
+            kind, _, sector = self._unpack_header(readable)
+            _, readable = split(readable, _HEADER_SIZE)
+        if not writable:
+            raise VirtqueueError(f"{self._name}: a request without room for its status")
+        if len(writable[-1]) == 1:
+            status = writable.pop()
+        else:
+            writable, (status,) = split(writable, total(writable) - 1)
+        size = 0
+        try:
+            if kind == _IN:
+                size = total(writable)
+                status[0] = self._read(sector, writable, size)
+            elif kind in _WRITES:
+                status[0] = self._write(kind, sector, readable)
+            elif kind == abi.VIRTIO_BLK_T_FLUSH:
+                self._image.flush()
+                status[0] = _OK
+            elif kind == abi.VIRTIO_BLK_T_GET_ID:
+                size = scatter(writable, self._serial)
+                status[0] = _OK
+            else:
+                status[0] = _UNSUPP
+        except OSError as err:
+            self._note_fault(kind, sector, err)
+            status[0] = _IOERR
+        return size + 1
+
+    def _unpack_header(self, readable: Sequence[memoryview]) -> tuple[int, int, int]:
+        header = gather(readable, _HEADER_SIZE)
+        if len(header) < _HEADER_SIZE:
+            raise VirtqueueError(f"{self._name}: a request header of {len(header)} bytes")
+        kind, reserved, sector = _HEADER.unpack(header)
+        return kind, reserved, sector
+
+    def _read(self, sector: int, buffers: Sequence[memoryview], size: int) -> int:
+        offset = sector * SECTOR_SIZE
+        if size % SECTOR_SIZE or offset + size > self._capacity:
+            return _IOERR
+        self._image.readv(offset, buffers)
+        return _OK
+
+    def _write(self, kind: int, sector: int, buffers: Sequence[memoryview]) -> int:
+        if self._image.is_read_only:
+            return _IOERR
+        if kind == _OUT:
+            size, offset = total(buffers), sector * SECTOR_SIZE
+            if size % SECTOR_SIZE or offset + size > self._capacity:
+                return _IOERR
+            self._image.writev(offset, buffers)
+        else:
+            result = self._write_segments(kind, buffers)
+            if result != _OK:
+                return result
+        if self._is_write_through:
+            self._image.flush()
+        return _OK
+
+    def _write_segments(self, kind: int, buffers: Sequence[memoryview]) -> int:
+        """Discard or zero ranges; none of them if one is impossible."""
+        size = total(buffers)
+        if size % _SEGMENT.size or not 0 < size <= _SEGMENTS_MAX * _SEGMENT.size:
+            return _IOERR
+        segments = list(_SEGMENT.iter_unpack(gather(buffers, size)))
+        unmap = abi.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+        known = unmap if kind == abi.VIRTIO_BLK_T_WRITE_ZEROES else 0
+        for sector, sectors, flags in segments:
+            if flags & ~known:
+                return _UNSUPP
+            if sectors > _SEGMENT_SECTORS_MAX or (sector + sectors) * SECTOR_SIZE > self._capacity:
+                return _IOERR
+        for sector, sectors, flags in segments:
+            offset, length = sector * SECTOR_SIZE, sectors * SECTOR_SIZE
+            if kind == abi.VIRTIO_BLK_T_DISCARD:
+                self._image.discard(offset, length)
+            else:
+                self._image.write_zeroes(offset, length, may_unmap=bool(flags & unmap))
+        return _OK
+
+    def _note_fault(self, kind: int, sector: int, err: OSError) -> None:
+        """Log a fault, but each kind of it only once: a guest can ask as often as it likes."""
+        fault = kind, err.errno
+        if fault not in self._faults:
+            self._faults.add(fault)
+            log.warning("%s: request %d at sector %d: %s", self._name, kind, sector, err)
