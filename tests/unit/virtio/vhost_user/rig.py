@@ -11,8 +11,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vmm_kvm.errors import GuestMemoryError
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.virtio.queue import Virtqueue
+from vmm_kvm.memory import Region
+from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VringAddress
 from vmm_kvm.virtio.vhost_user.server import Server
@@ -129,9 +131,11 @@ class Driver:
         self.fd = os.memfd_create("driver", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, MEMORY_SIZE)
         self.memory = mmap.mmap(self.fd, MEMORY_SIZE)
+        self.regions: tuple[Region, ...] = (Region(GPA, MEMORY_SIZE, 0),)
         self.kick = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
         self.call = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
         self.error = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+        self.notifiers = self.kick
         self.available = [0, 0]
 
     def close(self) -> None:
@@ -139,6 +143,12 @@ class Driver:
         self.memory.close()
         for fd in (self.fd, *self.kick, *self.call, *self.error):
             os.close(fd)
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Return a view of the memory, as GuestMemory does."""
+        if not GPA <= gpa <= gpa + size <= GPA + MEMORY_SIZE:
+            raise GuestMemoryError(gpa, size)
+        return memoryview(self.memory)[gpa - GPA : gpa - GPA + size]
 
     @property
     def region(self) -> MemoryRegion:
@@ -149,6 +159,11 @@ class Driver:
         """Return where a ring lies, in user addresses."""
         base = USER + ring * _RING_STRIDE
         return VringAddress(ring, 0, base, base + 0x2000, base + 0x1000, 0)
+
+    def ring(self, ring: int) -> Ring:
+        """Return where a ring lies, in guest-physical addresses."""
+        base = GPA + ring * _RING_STRIDE
+        return Ring(QUEUE_SIZE, base, base + 0x1000, base + 0x2000)
 
     def set_up(self, client: Client, ring: int, base: int = 0) -> None:
         """Describe a ring to the server and start it."""
@@ -190,8 +205,8 @@ class Driver:
         return slot
 
     def notify(self, ring: int = 0) -> None:
-        """Write the kick descriptor."""
-        os.eventfd_write(self.kick[ring], 1)
+        """Write the descriptor that notifies the device: by default our own."""
+        os.eventfd_write(self.notifiers[ring], 1)
 
     def used(self, ring: int = 0) -> int:
         """Return the index of the used ring."""

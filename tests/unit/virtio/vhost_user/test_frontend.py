@@ -1,0 +1,269 @@
+"""The dataplane in another process: what the server is told, and what happens when it goes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.unit.virtio.vhost_user.rig import (
+    BACKEND_FEATURE,
+    EVENT_IDX,
+    GPA,
+    MEMORY_SIZE,
+    VERSION_1,
+    Driver,
+    EchoBackend,
+    driver,
+    is_set,
+    serving,
+)
+from vmm_kvm.errors import GuestError
+from vmm_kvm.virtio.vhost_user.client import Client
+from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUserBlk, connect
+from vmm_kvm.virtio.vhost_user.messages import VhostUserError
+from vmm_kvm.virtio.vhost_user.server import listen
+
+MQ = 1 << 12
+RING_RESET = 1 << 40
+
+
+class BlkBackend(EchoBackend):
+    """A backend with two queues in the place where a block device's configuration has them."""
+
+    features = BACKEND_FEATURE | MQ
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space = bytearray(60)
+        self.space[34] = 2
+
+
+class RecordingTransport:
+    """A Frontend that interrupts by the driver's own eventfds, or not at all."""
+
+    def __init__(self, guest: Driver, *, has_fds: bool) -> None:
+        self.guest = guest
+        self.has_fds = has_fds
+        self.failures: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def interrupt(self, index: int) -> None:
+        """Do by hand what the eventfd would have done."""
+        assert not self.has_fds
+        os.eventfd_write(self.guest.call[index], 1)
+
+    def interrupt_fd(self, index: int) -> int | None:
+        """Return the driver's call eventfd."""
+        return self.guest.call[index] if self.has_fds else None
+
+    def config_changed(self) -> None:
+        """Never called by this dataplane."""
+        raise AssertionError
+
+    def fail(self, reason: str) -> None:
+        """Remember why."""
+        self.failures.put(reason)
+
+
+@contextmanager
+def dataplane(
+    backend: EchoBackend, *, has_fds: bool = True
+) -> Iterator[tuple[VhostUserBlk, Driver, RecordingTransport]]:
+    """Yield a dataplane whose server runs in a thread, its driver and its transport."""
+    ours, theirs = socket.socketpair()
+    with serving(theirs, backend), driver() as guest:
+        device = VhostUserBlk(Client(ours), guest, "disk0")
+        transport = RecordingTransport(guest, has_fds=has_fds)
+        device.attach(transport)
+        guest.notifiers = [device.kick_fd(index) for index in range(len(device.queue_sizes))]
+        try:
+            yield device, guest, transport
+        finally:
+            device.close()
+
+
+def test_what_the_driver_is_offered() -> None:
+    """Features of the device and of queues; queues as the configuration says; RING_RESET."""
+    with dataplane(BlkBackend()) as (device, _, _):
+        assert device.device_id == 2
+        assert device.queue_sizes == (QUEUE_SIZE,) * 2
+        assert device.features == BACKEND_FEATURE | MQ | EVENT_IDX | 1 << 28 | RING_RESET
+        assert len(device.config()) == 60
+
+
+@pytest.mark.parametrize("has_fds", [True, False])
+def test_requests_are_served(has_fds: bool) -> None:
+    """Notifications and interrupts take their ways, with MSI-X or by hand."""
+    with dataplane(BlkBackend(), has_fds=has_fds) as (device, guest, _):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        for number in range(20):
+            text = f"request {number}".encode()
+            assert guest.request(text) == text.upper()
+        device.start_queue(1, guest.ring(1))
+        assert guest.request(b"more", 1) == b"MORE"
+
+
+def test_what_is_available_before_the_start_is_served() -> None:
+    """The first notification may come before the driver is ready."""
+    with dataplane(BlkBackend()) as (device, guest, _):
+        slot = guest.offer(b"early")
+        device.start(VERSION_1, {0: guest.ring(0)})
+        guest.wait(used=1)
+        assert guest.answer(slot, 5) == b"EARLY"
+
+
+def test_a_reset_and_another_start() -> None:
+    """After a stop the server leaves the rings alone; after a start they begin anew."""
+    backend = BlkBackend()
+    with dataplane(backend) as (device, guest, _):
+        for _ in range(2):
+            guest.memory[:0x6000] = bytes(0x6000)
+            guest.available = [0, 0]
+            device.start(VERSION_1 | RING_RESET | EVENT_IDX, {0: guest.ring(0), 1: guest.ring(1)})
+            assert guest.request(b"one") == b"ONE"
+            assert guest.request(b"two", 1) == b"TWO"
+            device.stop()
+            guest.offer(b"lost")
+            device.kick(0)
+            device.stop()
+            assert guest.used() == 1
+        started = f"start {VERSION_1 | EVENT_IDX:#x}"
+        assert backend.calls == [started, "reset", started, "reset"]
+
+
+def test_one_queue_stops() -> None:
+    """The other goes on, and the stopped one can be started again from its beginning."""
+    with dataplane(BlkBackend()) as (device, guest, _):
+        device.start(VERSION_1 | RING_RESET, {0: guest.ring(0), 1: guest.ring(1)})
+        assert guest.request(b"one") == b"ONE"
+        device.stop_queue(0)
+        device.stop_queue(0)
+        assert guest.request(b"two", 1) == b"TWO"
+        guest.memory[:0x3000] = bytes(0x3000)
+        guest.available[0] = 0
+        device.start_queue(0, guest.ring(0))
+        assert guest.request(b"again") == b"AGAIN"
+
+
+def test_configuration_writes_reach_the_server() -> None:
+    """What the driver writes shows in the configuration that it reads; outside it is ignored."""
+    backend = BlkBackend()
+    with dataplane(backend) as (device, _, _):
+        device.write_config(32, b"\x01")
+        assert device.config()[32] == 1
+        device.write_config(59, b"\x01\x02")
+        assert device.config()[59] == 0
+
+
+def test_impossible_rings_are_the_drivers_fault() -> None:
+    """The server does not even hear of a ring outside guest memory, or misaligned."""
+    backend = BlkBackend()
+    with dataplane(backend) as (device, guest, transport):
+        for part in (2**64 - 16, GPA + MEMORY_SIZE, GPA + 1):
+            with pytest.raises(GuestError):
+                device.start(VERSION_1, {0: guest.ring(0)._replace(descriptors=part)})
+        assert transport.failures.empty()
+        device.start(VERSION_1, {0: guest.ring(0)})
+        with pytest.raises(GuestError):
+            device.start_queue(1, guest.ring(1)._replace(used=0))
+        assert guest.request(b"fine") == b"FINE"
+
+
+def test_a_broken_ring_fails_the_device() -> None:
+    """The server's error descriptor ends in DEVICE_NEEDS_RESET."""
+    with dataplane(BlkBackend()) as (device, guest, transport):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        guest.offer(b"bad", gpa=1)
+        guest.notify()
+        reason = transport.failures.get(timeout=10)
+        assert reason == "vhost-user: the server gave up a ring"
+        device.stop()
+
+
+def test_a_server_that_goes_away() -> None:
+    """The device fails once, with one line; everything else does nothing; a start fails again."""
+    ours, theirs = socket.socketpair()
+    with driver() as guest:
+        with serving(theirs, BlkBackend()):
+            device = VhostUserBlk(Client(ours), guest, "disk0")
+            transport = RecordingTransport(guest, has_fds=True)
+            device.attach(transport)
+            device.start(VERSION_1, {0: guest.ring(0)})
+        gone = "vhost-user: the server closed the connection"
+        assert transport.failures.get(timeout=10) == gone
+        device.kick(0)
+        device.write_config(32, b"\x01")
+        device.stop_queue(0)
+        device.stop()
+        assert transport.failures.empty()
+        device.start(VERSION_1, {0: guest.ring(0)})
+        assert transport.failures.get(timeout=10) == gone
+        device.start_queue(1, guest.ring(1))
+        device.stop()
+        device.close()
+        device.close()
+        assert transport.failures.empty()
+
+
+def test_a_server_that_is_gone_at_the_start() -> None:
+    """Nobody watches before the driver is ready: the first request to the server shows it."""
+    ours, theirs = socket.socketpair()
+    with driver() as guest:
+        with serving(theirs, BlkBackend()):
+            device = VhostUserBlk(Client(ours), guest, "disk0")
+            transport = RecordingTransport(guest, has_fds=True)
+            device.attach(transport)
+        device.start(VERSION_1, {0: guest.ring(0)})
+        assert transport.failures.get(timeout=10).startswith("vhost-user: SET_FEATURES: ")
+        device.close()
+
+
+def test_servers_that_will_not_do() -> None:
+    """A server without modern virtio, or with a number of queues that cannot be, is refused."""
+
+    class NoQueues(BlkBackend):
+        def __init__(self) -> None:
+            super().__init__()
+            self.space[34] = 0
+
+    ours, theirs = socket.socketpair()
+    with (
+        serving(theirs, NoQueues()),
+        driver() as guest,
+        pytest.raises(VhostUserError, match="the server has 0 queues, not 1 to 64"),
+    ):
+        VhostUserBlk(Client(ours), guest, "disk0")
+    ours, theirs = socket.socketpair()
+    with serving(theirs, BlkBackend()), driver() as guest:
+        client = Client(ours)
+        client.features &= ~VERSION_1
+        with pytest.raises(VhostUserError, match="the server offers legacy virtio only"):
+            VhostUserBlk(client, guest, "disk0")
+
+
+def test_connecting(tmp_path: Path) -> None:
+    """A path without a server is named in the error."""
+    path = str(tmp_path / "disk.sock")
+    with pytest.raises(VhostUserError, match=rf"{path}: No such file or directory"):
+        connect(path)
+    with pytest.raises(VhostUserError, match="path too long"):
+        connect("x" * 200)
+    with serving(listen(path), BlkBackend()), connect(path) as client:
+        assert client.queue_count() == 2
+    with pytest.raises(VhostUserError, match=rf"{path}: Connection refused"):
+        connect(path)
+
+
+def test_the_drivers_events_are_its_own() -> None:
+    """Closing the dataplane closes neither the transport's eventfds nor guest memory."""
+    with dataplane(BlkBackend()) as (device, guest, _):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        device.close()
+        os.eventfd_write(guest.call[0], 1)
+        assert is_set(guest.call[0])
+        os.fstat(guest.fd)

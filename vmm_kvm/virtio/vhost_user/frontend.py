@@ -1,0 +1,332 @@
+"""A dataplane in another process: a device whose queues a vhost-user server serves.
+
+The server maps guest memory, takes notifications from the guest's eventfds and interrupts the guest
+by writing others, so that nothing passes through here while the guest does I/O. Between `start` and
+`stop` a thread waits for what else may happen: the server goes away, a ring breaks, or interrupts
+need a hand because the guest has no MSI-X.
+
+When the server is gone the device fails and stays failed; the VM goes on.
+
+Locks: `_lost_lock`, innermost, decides who reports that the server is gone. The transport calls one
+method at a time, and what the thread watches does not change while it runs.
+"""
+
+import logging
+import os
+import select
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from vmm_kvm.memory import Region
+from vmm_kvm.virtio.abi import (
+    VIRTIO_BLK_F_MQ,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_F_VERSION_1,
+    VIRTIO_ID_BLOCK,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+)
+from vmm_kvm.virtio.device import Frontend
+from vmm_kvm.virtio.queue import Ring, Virtqueue
+from vmm_kvm.virtio.vhost_user.client import Client
+from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VhostUserError, VringAddress
+
+log = logging.getLogger(__name__)
+
+QUEUE_SIZE = 256
+"""Largest size offered; servers do not tell theirs, and all take this."""
+QUEUES_MAX = 64
+
+USER_BASE = 1 << 44
+"""What we call the user address of guest-physical address 0; no address means a real one."""
+
+_RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
+_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+# virtio 1.2 §5.2.4: of the configuration of a block device, what ends before secure erase, and
+# the features that say something about that part.
+_BLK_CONFIG_SIZE = 60
+_BLK_NUM_QUEUES = slice(34, 36)
+_BLK_FEATURES = (1 << 15) - 1
+
+
+class SharedMemory(Protocol):
+    """Guest memory that another process can map; GuestMemory is one."""
+
+    fd: int
+    regions: tuple[Region, ...]
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Return a view of `size` bytes at `gpa`; raises GuestMemoryError."""
+
+
+class _Watched(NamedTuple):
+    """What the thread of one start watches; fixed while it runs."""
+
+    connection: int
+    error: int
+    stop: int
+    calls: dict[int, int]
+    """Eventfd to the index of the queue that is interrupted by hand."""
+
+
+class VhostUserBlk:
+    """The `Dataplane` of a block device that a vhost-user server has; owns its connection."""
+
+    device_id = VIRTIO_ID_BLOCK
+
+    def __init__(self, client: Client, memory: SharedMemory, name: str) -> None:
+        """Take ownership of `client`; `name` is for the thread and the log.
+
+        Raises:
+            VhostUserError: the server has no modern block device, or the connection failed.
+            OSError: the host has no descriptors left.
+        """
+        self._client = client
+        self._memory = memory
+        self._name = name
+        self._frontend: Frontend | None = None
+        self._thread: threading.Thread | None = None
+        self._started: set[int] = set()
+        self._lost: str | None = None
+        self._lost_lock = threading.Lock()
+        self._fds: list[int] = []
+        self._call_fds: dict[int, int] = {}
+        try:
+            self.features = _offered(client.features)
+            self._config = client.config(_BLK_CONFIG_SIZE)
+            queues = _queue_count(self.features, self._config)
+            self.queue_sizes = (QUEUE_SIZE,) * queues
+            self._error_fd = self._eventfd()
+            self._stop_fd = self._eventfd()
+            self._kick_fds = [self._eventfd() for _ in range(queues)]
+        except BaseException:
+            self.close()
+            raise
+
+    # The transport's side
+
+    def attach(self, frontend: Frontend) -> None:
+        """Learn whom to tell; called once, before everything else."""
+        self._frontend = frontend
+
+    def config(self) -> bytes:
+        """Return the configuration space as it was at its last change."""
+        return self._config
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Hand on what the driver wrote; what the server made of it is in `config` then."""
+        if self._lost is not None or offset + len(data) > len(self._config):
+            return
+        try:
+            self._client.write_config(offset, data)
+            self._config = self._client.config(len(self._config))
+        except VhostUserError as err:
+            self._lose(err)
+
+    def start(self, features: int, rings: Mapping[int, Ring]) -> None:
+        """Have the enabled queues served from now on, with the negotiated features.
+
+        Raises:
+            GuestError: a ring is impossible; nothing is served.
+        """
+        self.stop()
+        for ring in rings.values():
+            self._check(ring)
+        if self._lost is not None:
+            self._fail(self._lost)
+            return
+        try:
+            self._client.set_features(features & ~(1 << VIRTIO_F_RING_RESET))
+            table = _region_table(self._memory.regions)
+            self._client.set_memory(table, [self._memory.fd] * len(table))
+            for index, ring in rings.items():
+                self._start_ring(index, ring)
+        except VhostUserError as err:
+            self._lose(err)
+            return
+        self._watch()
+
+    def start_queue(self, index: int, ring: Ring) -> None:
+        """Have one more queue served, between `start` and `stop`.
+
+        Raises:
+            GuestError: the ring is impossible; the others go on.
+        """
+        self._check(ring)
+        if self._lost is not None:
+            return
+        self._unwatch()
+        try:
+            self._start_ring(index, ring)
+        except VhostUserError as err:
+            self._lose(err)
+            return
+        self._watch()
+
+    def stop_queue(self, index: int) -> None:
+        """Have one queue served less; its memory is not touched any more when this returns."""
+        if index not in self._started:
+            return
+        self._started.discard(index)
+        if self._lost is None:
+            try:
+                self._client.enable(index, False)
+                self._client.stop(index)
+            except VhostUserError as err:
+                self._lose(err)
+
+    def stop(self) -> None:
+        """Have every request finished; guest memory is not touched any more when this returns."""
+        self._unwatch()
+        for index in sorted(self._started):
+            self.stop_queue(index)
+
+    def kick(self, index: int) -> None:
+        """Look at queue `index`; any thread."""
+        os.eventfd_write(self._kick_fds[index], 1)
+
+    def kick_fd(self, index: int) -> int:
+        """Return the eventfd that does the same when written."""
+        return self._kick_fds[index]
+
+    def close(self) -> None:
+        """Stop, and close the connection; idempotent."""
+        self.stop()
+        self._client.close()
+        self._lost = "closed"
+        while self._fds:
+            os.close(self._fds.pop())
+
+    # Rings
+
+    def _check(self, ring: Ring) -> None:
+        """Raise GuestError for a ring that no server can serve: it would be lost over it."""
+        Virtqueue(self._memory, ring, 0)
+
+    def _start_ring(self, index: int, ring: Ring) -> None:
+        client, frontend = self._client, self._frontend
+        assert frontend is not None, "attach() comes first"
+        call_fd = frontend.interrupt_fd(index)
+        if call_fd is None:
+            call_fd = self._call_fds.get(index)
+            if call_fd is None:
+                call_fd = self._call_fds[index] = self._eventfd()
+        client.set_size(index, ring.size)
+        client.set_base(index, 0)
+        client.set_address(
+            VringAddress(
+                *(index, 0, USER_BASE + ring.descriptors),
+                *(USER_BASE + ring.used, USER_BASE + ring.available, 0),
+            )
+        )
+        client.set_error(index, self._error_fd)
+        client.set_call(index, call_fd)
+        self._started.add(index)
+        client.set_kick(index, self._kick_fds[index])
+        client.enable(index, True)
+        # Requests may be there already, and older servers wait for the first notification.
+        self.kick(index)
+
+    def _eventfd(self) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._fds.append(fd)
+        return fd
+
+    # What goes wrong
+
+    def _lose(self, err: VhostUserError) -> None:
+        """Give the server up, once: nothing it might still say is of any use."""
+        with self._lost_lock:
+            if self._lost is not None:
+                return
+            self._lost = str(err)
+        self._client.shut_down()
+        self._fail(self._lost)
+
+    def _fail(self, reason: str) -> None:
+        if self._frontend:
+            self._frontend.fail(f"vhost-user: {reason}")
+        else:
+            log.warning("%s: vhost-user: %s", self._name, reason)
+
+    # The thread
+
+    def _watch(self) -> None:
+        watched = _Watched(
+            self._client.fileno(),
+            self._error_fd,
+            self._stop_fd,
+            {fd: index for index, fd in self._call_fds.items()},
+        )
+        self._thread = threading.Thread(target=self._run, args=(watched,), name=self._name)
+        self._thread.start()
+
+    def _unwatch(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            os.eventfd_write(self._stop_fd, 1)
+            thread.join()
+            os.eventfd_read(self._stop_fd)
+
+    def _run(self, watched: _Watched) -> None:
+        frontend = self._frontend
+        assert frontend is not None, "attach() comes first"
+        poll = select.poll()
+        poll.register(watched.connection, select.POLLRDHUP)
+        for fd in (watched.error, watched.stop, *watched.calls):
+            poll.register(fd, select.POLLIN)
+        while True:
+            for fd, events in poll.poll():
+                if fd == watched.stop:
+                    return
+                if fd == watched.connection:
+                    if events & _GONE:
+                        poll.unregister(fd)
+                        self._lose(VhostUserError("the server closed the connection"))
+                    continue
+                os.eventfd_read(fd)
+                if fd == watched.error:
+                    frontend.fail("vhost-user: the server gave up a ring")
+                else:
+                    frontend.interrupt(watched.calls[fd])
+
+
+def connect(path: str) -> Client:
+    """Connect to the server that listens at `path`.
+
+    Raises:
+        VhostUserError: nobody does, or it does not speak vhost-user.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(path)
+    except (OSError, ValueError) as err:
+        sock.close()
+        reason = err.strerror if isinstance(err, OSError) and err.strerror else err
+        raise VhostUserError(f"{path}: {reason}") from err
+    return Client(sock)
+
+
+def _offered(features: int) -> int:
+    """Return what of a server's features the driver is offered; VERSION_1 is the transport's."""
+    if not features >> VIRTIO_F_VERSION_1 & 1:
+        raise VhostUserError("the server offers legacy virtio only")
+    # To stop one queue takes no feature of the server's.
+    return features & (_BLK_FEATURES | _RING_FEATURES) | 1 << VIRTIO_F_RING_RESET
+
+
+def _queue_count(features: int, config: bytes) -> int:
+    count = 1
+    if features >> VIRTIO_BLK_F_MQ & 1:
+        count = int.from_bytes(config[_BLK_NUM_QUEUES], "little")
+    if not 0 < count <= QUEUES_MAX:
+        raise VhostUserError(f"the server has {count} queues, not 1 to {QUEUES_MAX}")
+    return count
+
+
+def _region_table(regions: Sequence[Region]) -> list[MemoryRegion]:
+    """Return the regions of guest memory as a server is told them."""
+    return [MemoryRegion(one.gpa, one.size, USER_BASE + one.gpa, one.offset) for one in regions]
