@@ -15,6 +15,7 @@ packages='
     bzip2               unpacks a kind of kernel payload that the boot tests make
     ca-certificates     pip fetches over TLS
     cpio                reads the initramfs archives that we write
+    dmidecode           reads our SMBIOS tables
     dpkg-dev            dpkg and its tools unpack kernel packages
     gcc                 compares our structures with <linux/kvm.h>
     git                 the tests ask which files belong to the tree

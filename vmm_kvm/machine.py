@@ -21,6 +21,7 @@ from vmm_kvm.boot import layout
 from vmm_kvm.boot.acpi import AcpiConfig, build_tables, loader_files
 from vmm_kvm.boot.e820 import encode, firmware_e820_map
 from vmm_kvm.boot.image import BootConfig, BootImage, FirmwareImage, load
+from vmm_kvm.boot.smbios import build_smbios, name_uuid
 from vmm_kvm.bus import Bus
 from vmm_kvm.clock import Clock, Timer
 from vmm_kvm.devices.acpi_pm import AcpiPm
@@ -78,6 +79,10 @@ class MachineSpec:
     command_line: str | None = None
     initrd: tuple[str, ...] = ()
     """Paths; more than one only for Multiboot kernels."""
+    uuid: bytes | None = None
+    """Of the system, sixteen bytes; None makes one of the name."""
+    serial: str = ""
+    """Serial number of the system; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,14 @@ class Machine:
             tables = build_tables(
                 AcpiConfig(cpus=spec.cpus, memory_end=self.memory.regions[-1].end)
             )
+            is_firmware = isinstance(spec.image, FirmwareImage)
+            smbios = build_smbios(
+                spec.uuid or name_uuid(spec.name),
+                spec.serial,
+                spec.cpus,
+                [(region.gpa, region.size) for region in self.memory.regions],
+                None if is_firmware else layout.SMBIOS_START,
+            )
             entry = load(
                 spec.image,
                 self.memory,
@@ -170,6 +183,7 @@ class Machine:
                     command_line=spec.command_line,
                     initrd=spec.initrd,
                     acpi=tables,
+                    smbios=smbios,
                 ),
             )
             self._make_vm(kvm, stack)
@@ -179,6 +193,9 @@ class Machine:
             self.fw_cfg.add_file("etc/e820", encode(firmware_e820_map(self.memory.regions)))
             for name, data in loader_files(tables).items():
                 self.fw_cfg.add_file(name, data)
+            if is_firmware:
+                self.fw_cfg.add_file("etc/smbios/smbios-anchor", smbios.anchor)
+                self.fw_cfg.add_file("etc/smbios/smbios-tables", smbios.tables)
             self._make_vcpus(kvm, stack)
             load_entry(self.vcpus[0], entry)
             self.runner = Runner(

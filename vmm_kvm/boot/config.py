@@ -6,6 +6,8 @@ from enum import Enum
 from vmm_kvm.boot.acpi import AcpiTables
 from vmm_kvm.boot.cache import default_directory
 from vmm_kvm.boot.e820 import E820Entry, e820_map
+from vmm_kvm.boot.layout import SMBIOS_START
+from vmm_kvm.boot.smbios import SmbiosTables
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
@@ -34,6 +36,8 @@ class BootConfig:
     """(path, command line) of each further boot module."""
     acpi: AcpiTables | None = None
     """Written into guest memory, except for firmware, which fetches them through fw_cfg."""
+    smbios: SmbiosTables | None = None
+    """Built for `layout.SMBIOS_START`; likewise."""
     e820: tuple[E820Entry, ...] = ()
     """The memory map for the kernel; when empty, the one that `e820_map` makes of its memory."""
     boot_device: BootDevice = BootDevice.AUTO
@@ -109,6 +113,12 @@ def memory_map(memory: GuestMemory, config: BootConfig) -> tuple[E820Entry, ...]
     if len(entries) > _E820_MAX:
         raise BootError(f"memory map: {len(entries)} entries, at most {_E820_MAX} are possible")
     return entries
+
+
+def place_smbios(memory: GuestMemory, config: BootConfig) -> None:
+    """Write the SMBIOS tables, if any, where kernels look for them."""
+    if config.smbios is not None:
+        memory.write(SMBIOS_START, config.smbios.blob)
 
 
 def place_acpi(memory: GuestMemory, config: BootConfig) -> int:

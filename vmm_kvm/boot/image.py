@@ -18,7 +18,7 @@ from typing import assert_never
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot.bios import FirmwareImage, load_firmware, probe_firmware
 from vmm_kvm.boot.bzimage import is_bzimage
-from vmm_kvm.boot.config import BootConfig, BootDevice
+from vmm_kvm.boot.config import BootConfig, BootDevice, place_smbios
 from vmm_kvm.boot.elf import EM_X86_64, MAGIC, Elf, read_elf, read_notes
 from vmm_kvm.boot.entry import Entry
 from vmm_kvm.boot.linux import ElfImage, LinuxImage, load_linux, load_vmlinux, probe_linux
@@ -118,6 +118,8 @@ def load(image: BootImage, memory: GuestMemory, config: BootConfig) -> Entry:
     Raises:
         BootError: something does not fit, cannot be read, or is of no use to this kind of image.
     """
+    if not isinstance(image, FirmwareImage):
+        place_smbios(memory, config)
     match image:
         case LinuxImage():
             return load_linux(image, memory, config)

@@ -6,6 +6,7 @@ Memory:
       0x0000_0500  GDT, then the scratch of one boot path (page tables, start info, arguments)
       0x0009_fc00  end of conventional memory (E820 type 1 ends here)
       0x000e_0000  ACPI tables of direct boots (E820 type 2 up to 1 MiB); firmware lies here instead
+      0x000f_0000  SMBIOS tables of direct boots
       0x0010_0000  kernels
     0xc000_0000  PCI memory BARs, 32-bit
     0xe000_0000  PCI ECAM, one bus
@@ -58,6 +59,8 @@ BOOT_MODULES = 0x1_A000
 """The list of modules and their command lines."""
 EBDA_START = 0x9_FC00
 BIOS_AREA_START = 0xE_0000
+SMBIOS_START = 0xF_0000
+"""Where kernels begin to look for the anchor."""
 HIGH_MEMORY_START = MIB
 
 # I/O ports
