@@ -54,7 +54,7 @@ _WRITE_FEATURES = 1 << abi.VIRTIO_BLK_F_DISCARD | 1 << abi.VIRTIO_BLK_F_WRITE_ZE
 
 
 class VirtioBlk:
-    """A block device; a `virtio.device.Backend` that owns its image."""
+    """A block device; a `virtio.device.Backend`. The image stays its maker's."""
 
     __slots__ = (
         "_capacity",
@@ -69,7 +69,7 @@ class VirtioBlk:
     )
 
     def __init__(self, image: Image, *, name: str, serial: str = "", queues: int = 1) -> None:
-        """Make a disk of `image`, which it takes over.
+        """Make a disk of `image`, which nobody else uses while the device exists.
 
         Args:
             image: the contents.
@@ -140,11 +140,7 @@ class VirtioBlk:
         """Forget nothing: no request outlives `process`."""
 
     def close(self) -> None:
-        """Close the image; a fault of it is logged."""
-        try:
-            self._image.close()
-        except OSError as err:
-            log.warning("%s: close: %s", self._name, err)
+        """Do nothing: the image outlives the device."""
 
     def _serve(self, chain: Chain) -> int:
         """Do what a request asks for and write its status; returns the number of bytes written."""

@@ -1,0 +1,67 @@
+"""Disks on a command line: kinds, options, commas, refusals."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("disk.img", DiskOption(DiskKind.PROBE, "disk.img")),
+        ("raw:disk.img", DiskOption(DiskKind.RAW, "disk.img")),
+        ("qcow2:/a/b.qcow2", DiskOption(DiskKind.QCOW2, "/a/b.qcow2")),
+        ("vhost-user:/run/s", DiskOption(DiskKind.VHOST_USER, "/run/s")),
+        ("pmem:d,private", DiskOption(DiskKind.PMEM, "d", is_private=True)),
+        ("./raw:d", DiskOption(DiskKind.PROBE, "./raw:d")),
+        (":d", DiskOption(DiskKind.PROBE, ":d")),
+        ("c:d", DiskOption(DiskKind.PROBE, "c:d")),
+        ("RAW:d", DiskOption(DiskKind.PROBE, "RAW:d")),
+        ("a,,b,ro", DiskOption(DiskKind.PROBE, "a,b", is_read_only=True)),
+        (
+            "raw:d,queues=64,serial=abc=d,process",
+            DiskOption(DiskKind.RAW, "d", serial="abc=d", queues=64, is_process=True),
+        ),
+    ],
+)
+def test_disks(text: str, expected: DiskOption) -> None:
+    """The kind is what stands before the first colon, if it is one; options follow commas."""
+    assert parse_disk(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "invalid disk: : no path"),
+        ("raw:", "invalid disk: raw:: no path"),
+        (",ro", "invalid disk: ,ro: no path"),
+        ("d,rw", "invalid disk: d,rw: unknown option 'rw'"),
+        ("d,", "invalid disk: d,: unknown option ''"),
+        ("d,ro=1", "invalid disk: d,ro=1: unknown option 'ro=1'"),
+        ("d,serial", "invalid disk: d,serial: unknown option 'serial'"),
+        ("d,queues=0", "invalid disk: d,queues=0: queues are 1 to 64"),
+        ("d,queues=x", "invalid disk: d,queues=x: queues are 1 to 64"),
+        ("d,queues=²", "invalid disk: d,queues=²: queues are 1 to 64"),
+        (
+            "d,serial=123456789012345678901",
+            "invalid disk: d,serial=123456789012345678901: serial of more than 20 bytes",
+        ),
+        ("raw:d,private", "invalid disk: raw:d,private: private is not for raw: disks"),
+        ("vhost-user:s,ro", "invalid disk: vhost-user:s,ro: ro is not for vhost-user: disks"),
+    ],
+)
+def test_disks_that_are_refused(text: str, message: str) -> None:
+    """One line says which disk and what is wrong with it."""
+    with pytest.raises(DiskError) as caught:
+        parse_disk(text)
+    assert str(caught.value) == message
+
+
+@given(st.text(min_size=1))
+def test_any_path_can_be_written(path: str) -> None:
+    """With `./` in front and commas doubled, every path comes out as it is."""
+    assert parse_disk("./" + path.replace(",", ",,")).path == "./" + path

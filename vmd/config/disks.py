@@ -1,0 +1,123 @@
+"""Disks as a user writes them on a command line.
+
+    [kind:]path[,option]...
+
+Kinds:
+
+    (none)       an image file; its format is found out
+    raw:         an image file, every byte of which is the disk's
+    qcow2:       a qcow2 image
+    vhost-user:  the socket of a server that has the disk
+    pmem:        an image file that is memory of the guest
+
+Options, of which a comma in the path is told apart by writing it twice:
+
+    ro           read-only
+    serial=TEXT  identity that the guest reads, at most 20 bytes
+    queues=N     request queues, 1 to 64
+    process      serve it by a process of its own
+    private      (pmem) what the guest writes vanishes when it powers off
+
+A path that begins like a kind is written with `./` in front.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+SERIAL_MAX = 20
+QUEUES_MAX = 64
+
+
+class DiskKind(StrEnum):
+    """What stands in front of the colon."""
+
+    PROBE = ""
+    RAW = "raw"
+    QCOW2 = "qcow2"
+    VHOST_USER = "vhost-user"
+    PMEM = "pmem"
+
+
+class DiskError(ValueError):
+    """A disk that cannot be understood; the message is one line."""
+
+
+class DiskOption(NamedTuple):
+    """One disk, as it was asked for."""
+
+    kind: DiskKind
+    path: str
+    is_read_only: bool = False
+    serial: str = ""
+    queues: int = 1
+    is_process: bool = False
+    is_private: bool = False
+
+
+_IMAGES = frozenset({DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2})
+# Which kinds each option makes sense for.
+_OPTIONS = {
+    "ro": _IMAGES | {DiskKind.PMEM},
+    "serial": _IMAGES,
+    "queues": _IMAGES | {DiskKind.VHOST_USER},
+    "process": _IMAGES,
+    "private": frozenset({DiskKind.PMEM}),
+}
+_COMMA = ",,"
+
+
+def parse_disk(text: str) -> DiskOption:
+    """Read a disk.
+
+    Raises:
+        DiskError: the path is missing, an option is unknown or does not fit, or a value is wrong.
+    """
+    prefix, colon, rest = text.partition(":")
+    kind = DiskKind(prefix) if colon and prefix and prefix in set(DiskKind) else DiskKind.PROBE
+    path, *options = _split(rest if kind is not DiskKind.PROBE else text)
+    if not path:
+        raise DiskError(f"invalid disk: {text}: no path")
+    disk = DiskOption(kind, path)
+    for option in options:
+        disk = _with_option(disk, option, text)
+    return disk
+
+
+def _split(text: str) -> list[str]:
+    """Divide at single commas; two in a row are one of the text."""
+    parts = [""]
+    at = 0
+    while at < len(text):
+        if text.startswith(_COMMA, at):
+            parts[-1] += ","
+            at += 2
+        elif text[at] == ",":
+            parts.append("")
+            at += 1
+        else:
+            parts[-1] += text[at]
+            at += 1
+    return parts
+
+
+def _with_option(disk: DiskOption, option: str, text: str) -> DiskOption:
+    word, equals, value = option.partition("=")
+    if word not in _OPTIONS or bool(equals) != (word in {"serial", "queues"}):
+        raise DiskError(f"invalid disk: {text}: unknown option {option!r}")
+    if disk.kind not in _OPTIONS[word]:
+        raise DiskError(f"invalid disk: {text}: {word} is not for {disk.kind}: disks")
+    match word:
+        case "ro":
+            return disk._replace(is_read_only=True)
+        case "process":
+            return disk._replace(is_process=True)
+        case "private":
+            return disk._replace(is_private=True)
+        case "serial":
+            if len(value.encode(errors="surrogateescape")) > SERIAL_MAX:
+                raise DiskError(f"invalid disk: {text}: serial of more than {SERIAL_MAX} bytes")
+            return disk._replace(serial=value)
+        case _:
+            if not value.isdecimal() or not 1 <= int(value) <= QUEUES_MAX:
+                raise DiskError(f"invalid disk: {text}: queues are 1 to {QUEUES_MAX}")
+            return disk._replace(queues=int(value))

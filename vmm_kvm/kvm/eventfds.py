@@ -1,0 +1,141 @@
+"""Event fds between a guest and its devices: notifications in, message-signalled interrupts out.
+
+With them neither a vCPU's thread nor an exit is on the way of a request. Any thread.
+
+Locks: `_lock` guards the routing table; a line's route is changed by one thread at a time.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from typing import Self
+
+from vmm_kvm.errors import KvmError
+from vmm_kvm.kvm.vm import MsiRoute, Route, Vm
+
+log = logging.getLogger(__name__)
+
+_ANY_SIZE = 0
+_EDGE = 1
+
+
+class KvmMsiLine:
+    """A message into the guest, sent by writing an eventfd.
+
+    While it has no message, what is written is counted; the next message is sent once for it.
+    """
+
+    __slots__ = ("_eventfds", "_is_bound", "_message", "fd", "gsi")
+
+    def __init__(self, eventfds: "EventFds", fd: int, gsi: int) -> None:
+        """Use `fd`, an eventfd, and `gsi`; `EventFds.msi_line` calls this."""
+        self.fd = fd
+        self.gsi = gsi
+        self._eventfds = eventfds
+        self._message: tuple[int, int] | None = None
+        self._is_bound = False
+
+    def route(self, message: tuple[int, int] | None) -> None:
+        """Send `message`, an address and data, from now on; None holds back what comes.
+
+        Raises:
+            KvmError: the VM is closed, or has no more routes.
+        """
+        vm = self._eventfds.vm
+        if message is None:
+            if self._is_bound:
+                self._is_bound = False
+                vm.remove_irqfd(self.fd, self.gsi)
+            return
+        if message != self._message:
+            self._message = message
+            self._eventfds.set_route(MsiRoute(self.gsi, *message))
+        if not self._is_bound:
+            vm.irqfd(self.fd, self.gsi)
+            self._is_bound = True
+
+    def signal(self) -> None:
+        """Write the eventfd."""
+        os.eventfd_write(self.fd, _EDGE)
+
+
+class EventFds:
+    """The event fds of a VM and the routes of its interrupts; a context manager.
+
+    Owns the eventfds of its lines; the VM stays the caller's, and has to outlive it.
+    """
+
+    def __init__(self, vm: Vm, routes: Iterable[Route], first_gsi: int) -> None:
+        """Set `routes`, and use GSIs from `first_gsi` up for lines.
+
+        Raises:
+            KvmError: there is no irqchip, or a route is impossible.
+        """
+        self.vm = vm
+        self._lock = threading.Lock()
+        self._fixed = tuple(routes)
+        self._messages: dict[int, MsiRoute] = {}
+        self._next_gsi = first_gsi
+        self._fds: list[int] = []
+        vm.set_gsi_routing(self._fixed)
+
+    def close(self) -> None:
+        """Close the lines' eventfds; KVM forgets them. Idempotent."""
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def msi_line(self) -> KvmMsiLine:
+        """Make a line without a message.
+
+        Raises:
+            OSError: the host has no descriptors left.
+        """
+        with self._lock:
+            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._fds.append(fd)
+            gsi = self._next_gsi
+            self._next_gsi += 1
+            return KvmMsiLine(self, fd, gsi)
+
+    def set_route(self, route: MsiRoute) -> None:
+        """Let a line's GSI send another message; called by the line.
+
+        Raises:
+            KvmError: there are no more routes.
+        """
+        with self._lock:
+            self._messages[route.gsi] = route
+            self.vm.set_gsi_routing((*self._fixed, *self._messages.values()))
+
+    def send_msi(self, address: int, data: int) -> None:
+        """Send a message now, without a line.
+
+        Raises:
+            KvmError: the VM is closed.
+        """
+        self.vm.signal_msi(address, data)
+
+    def bind_notification(self, fd: int, gpa: int) -> None:
+        """Let guest writes of any size at `gpa` signal the eventfd `fd`, instead of an exit.
+
+        Where KVM cannot, they stay exits.
+        """
+        try:
+            self.vm.ioeventfd(fd, gpa, _ANY_SIZE)
+        except KvmError as err:
+            log.debug("notifications at %#x: %s", gpa, err)
+
+    def unbind_notification(self, fd: int, gpa: int) -> None:
+        """Undo `bind_notification`, called with the same arguments."""
+        try:
+            self.vm.remove_ioeventfd(fd, gpa, _ANY_SIZE)
+        except KvmError as err:
+            log.debug("notifications at %#x: %s", gpa, err)

@@ -1,0 +1,100 @@
+"""The machine's PCI devices: from what a user asks for to functions in slots.
+
+Slots are given in the order of the calls. Every device has a worker thread of its own while its
+driver is there, and shares one of four interrupt lines where the driver does not use MSI-X.
+"""
+
+from typing import NamedTuple, Self
+
+from vmm_kvm.block.image import Image
+from vmm_kvm.kvm.eventfds import EventFds
+from vmm_kvm.memory import GuestMemory
+from vmm_kvm.pci.host import PciHost
+from vmm_kvm.pci.ids import CLASS_MASS_STORAGE_SCSI
+from vmm_kvm.pci.intx import IntxLines
+from vmm_kvm.virtio.blk import VirtioBlk
+from vmm_kvm.virtio.device import Backend, Dataplane
+from vmm_kvm.virtio.pci import VirtioPci
+from vmm_kvm.virtio.worker import Worker
+
+_PIN_INTA = 1
+
+
+class Disk(NamedTuple):
+    """A disk whose image is open; it stays the caller's, and may serve one machine after another.
+
+    No two machines may have it at once.
+    """
+
+    image: Image
+    name: str
+    """For the log."""
+    serial: str = ""
+    """The identity that the guest reads, at most 20 bytes; empty for none."""
+    queues: int = 1
+    """1 to 64."""
+
+
+class PciDevices:
+    """Puts functions into the slots of a host bridge, and closes them; a context manager."""
+
+    def __init__(
+        self, host: PciHost, memory: GuestMemory, eventfds: EventFds, intx: IntxLines
+    ) -> None:
+        """Use what belongs to the machine; all of it has to outlive the devices."""
+        self._host = host
+        self._memory = memory
+        self._eventfds = eventfds
+        self._intx = intx
+        self._functions: list[VirtioPci] = []
+
+    def close(self) -> None:
+        """Stop and close every device; when no vCPU runs. Idempotent."""
+        while self._functions:
+            self._functions.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def add_disk(self, disk: Disk) -> int:
+        """Add a virtio-blk device; returns its slot.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        backend = VirtioBlk(disk.image, name=disk.name, serial=disk.serial, queues=disk.queues)
+        slot, _ = self.add_backend(backend, CLASS_MASS_STORAGE_SCSI, disk.name)
+        return slot
+
+    def add_backend(self, backend: Backend, class_code: int, name: str) -> tuple[int, Worker]:
+        """Add a virtio device that a thread of this process serves; takes over `backend`.
+
+        Returns the slot and the worker, which is the `Transport` of a backend that wants one.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        worker = Worker(backend, self._memory, name)
+        return self.add_dataplane(worker, class_code, name), worker
+
+    def add_dataplane(self, dataplane: Dataplane, class_code: int, name: str) -> int:
+        """Add a virtio device with the dataplane that serves it; takes over `dataplane`.
+
+        Returns the slot.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        slot = self._host.next_slot
+        function = VirtioPci(
+            dataplane,
+            self._eventfds,
+            self._intx.input(slot, _PIN_INTA),
+            class_code=class_code,
+            name=name,
+        )
+        self._functions.append(function)
+        return self._host.add(function.function)
