@@ -1,0 +1,1 @@
+"""The processes of the daemon, and those that can be started by themselves: a module each."""
