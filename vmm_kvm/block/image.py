@@ -219,7 +219,9 @@ def _make(file: HostFile, header: "Header | None", base: Image | None) -> Image:
     try:
         if header is None:
             return RawImage(file)
-        assert base is None
-        raise ImageError(f"{file.name}: qcow2 images cannot be opened yet")
+        # A raw disk needs nothing of the other format.
+        from vmm_kvm.block.qcow2.image import Qcow2Image  # noqa: PLC0415
+
+        return Qcow2Image(file, header, base)
     except OSError as err:
         raise ImageError(f"{file.name}: {err.strerror}") from err

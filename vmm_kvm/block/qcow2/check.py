@@ -1,0 +1,126 @@
+"""Is an image sound? Its reference counts against what it refers to."""
+
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.qcow2.counts import width
+from vmm_kvm.block.qcow2.faults import Faults
+from vmm_kvm.block.qcow2.header import Header
+from vmm_kvm.block.qcow2.mapping import COMPRESSED
+from vmm_kvm.block.qcow2.refcounts import Refcounts
+from vmm_kvm.block.qcow2.references import CHUNK, References
+from vmm_kvm.block.qcow2.tables import COPIED, OFFSET_MASK, read_words
+
+_TYPE_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+class Report(NamedTuple):
+    """What a check has found."""
+
+    errors: tuple[str, ...]
+    """The first hundred, a line each."""
+    error_count: int
+    """What can lose data: clusters in use that are not counted as often, invalid offsets."""
+    leaked_clusters: int
+    """Clusters that are counted more often than they are in use: they cost space."""
+    data_clusters: int
+    compressed_clusters: int
+
+
+class Difference(NamedTuple):
+    """A cluster whose count is wrong."""
+
+    cluster: int
+    counted: int
+    references: int
+
+
+def check(file: HostFile, header: Header) -> Report:
+    """Check the image in `file`, which nobody may write to meanwhile. Nothing is changed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    references = References(file, header)
+    refcounts = Refcounts(file, header, Faults(file, header))
+    leaked = 0
+    for cluster, counted, wanted in differences(references, refcounts):
+        if counted < wanted:
+            references.error(f"cluster {cluster}: {wanted} references, counted as {counted}")
+        else:
+            leaked += 1
+    _check_flags(file, header, references, refcounts)
+    return Report(
+        errors=tuple(references.errors),
+        error_count=references.error_count,
+        leaked_clusters=leaked,
+        data_clusters=references.data_clusters,
+        compressed_clusters=references.compressed_clusters,
+    )
+
+
+def differences(references: References, refcounts: Refcounts) -> Iterator[Difference]:
+    """Yield the clusters whose counts are not what they should be, block by block.
+
+    A block that cannot be read is an error of `references`, and holds zeros.
+    """
+    per_block = refcounts.per_block
+    indices = {
+        chunk * CHUNK // per_block + n for chunk in references.chunks for n in _blocks(per_block)
+    }
+    indices |= {index for index, entry in enumerate(refcounts.table) if entry}
+    size = width(refcounts.bits)
+    part = min(per_block, CHUNK)
+    for index in sorted(indices):
+        try:
+            counts = refcounts.counts(index)
+        except OSError as err:
+            references.error(str(err.strerror))
+            counts = None
+        for start in range(0, per_block, part):
+            first = index * per_block + start
+            chunk = references.chunks.get(first // CHUNK)
+            at = first % CHUNK
+            wanted = chunk[at : at + part] if chunk else array("I", bytes(part * 4))
+            if counts is None:
+                actual = array("Q", bytes(part * 8))
+            else:
+                actual = array(
+                    _TYPE_CODES[size], bytes(counts[start * size : (start + part) * size])
+                )
+                actual.byteswap()
+            if actual.tolist() != wanted.tolist():
+                for number in range(part):
+                    if actual[number] != wanted[number]:
+                        yield Difference(first + number, actual[number], wanted[number])
+
+
+def _blocks(per_block: int) -> range:
+    """Return which blocks a chunk spans, from the one that it begins in."""
+    return range(max(1, CHUNK // per_block))
+
+
+def _check_flags(
+    file: HostFile, header: Header, references: References, refcounts: Refcounts
+) -> None:
+    """Tables must say of each cluster in use whether it is referred to once, and be right."""
+    l1 = read_words(file, header.l1_offset, header.l1_size)
+    step = 2 if header.has_subclusters else 1
+    for index, offset in references.active_tables.items():
+        if bool(l1[index] & COPIED) != (_count(refcounts, offset >> header.cluster_bits) == 1):
+            references.error(f"L2 table {index}: its flag contradicts its count")
+        for entry in read_words(file, offset, header.cluster_size >> 3)[::step]:
+            host = entry & OFFSET_MASK
+            if not host or entry & COMPRESSED or host & (header.cluster_size - 1):
+                continue
+            if bool(entry & COPIED) != (_count(refcounts, host >> header.cluster_bits) == 1):
+                references.error(f"cluster at {host:#x}: its flag contradicts its count")
+
+
+def _count(refcounts: Refcounts, cluster: int) -> int:
+    try:
+        return refcounts.get(cluster)
+    except OSError:
+        return 0  # what is wrong with the block has been told

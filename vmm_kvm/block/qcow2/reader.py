@@ -1,0 +1,68 @@
+"""Reading a disk: from the image, its compressed clusters, and its base."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.qcow2.compressed import CompressedClusters
+from vmm_kvm.block.qcow2.header import Header
+from vmm_kvm.block.qcow2.mapping import Extent, Kind, Mapping
+from vmm_kvm.block.vectors import cut, fill, fill_zeros
+
+if TYPE_CHECKING:
+    from vmm_kvm.block.image import Image
+
+
+class Reader:
+    """Reads ranges of one disk."""
+
+    def __init__(
+        self,
+        file: HostFile,
+        header: Header,
+        mapping: Mapping,
+        base: "Image | None",
+    ) -> None:
+        """Read from `file` by `mapping`, and from `base` where nothing is allocated."""
+        self._file = file
+        self._mapping = mapping
+        self._base = base
+        self._cluster_mask = header.cluster_size - 1
+        self.compressed = CompressedClusters(file, header)
+
+    def read(self, offset: int, buffers: Sequence[memoryview], size: int) -> None:
+        """Fill `buffers`, `size` bytes together, from `offset`.
+
+        Raises:
+            OSError: the file or a table cannot be read, or is corrupt.
+        """
+        extents = self._mapping.extents(offset, size)
+        if len(extents) == 1:
+            self._read_extent(extents[0], offset, buffers)
+            return
+        done = 0
+        for extent in extents:
+            self._read_extent(extent, offset + done, cut(buffers, done, extent.size))
+            done += extent.size
+
+    def _read_extent(self, extent: Extent, offset: int, buffers: Sequence[memoryview]) -> None:
+        kind, host, size = extent
+        if kind in {Kind.DATA, Kind.SHARED}:
+            self._file.readv(host, buffers)
+        elif kind is Kind.COMPRESSED:
+            start = offset & self._cluster_mask
+            fill(buffers, memoryview(self.compressed.read(host))[start : start + size])
+        elif kind is Kind.HOLE and self._base is not None:
+            self._base.readv(offset, buffers)
+        else:
+            fill_zeros(buffers)
+
+    def reads_zero(self, offset: int, size: int) -> bool:
+        """Tell whether a range reads as zero by what the tables say, without reading it."""
+        return all(
+            extent.kind is Kind.ZERO or (extent.kind is Kind.HOLE and not self._is_based(offset))
+            for extent in self._mapping.extents(offset, size)
+        )
+
+    def _is_based(self, offset: int) -> bool:
+        return self._base is not None and offset < self._base.size
