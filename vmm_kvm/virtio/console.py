@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 
 from vmm_kvm.virtio import abi
+from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import scatter
 from vmm_kvm.virtio.device import Transport
 from vmm_kvm.virtio.queue import Chain, Virtqueue
@@ -39,11 +40,13 @@ class VirtioConsole:
         "_is_held",
         "_is_started",
         "_lock",
+        "_offered",
         "_on_receive_room",
         "_output",
         "_size",
         "_transmit",
         "_transport",
+        "_written",
         "device_id",
         "features",
         "queue_sizes",
@@ -68,6 +71,9 @@ class VirtioConsole:
         self._input = bytearray()
         self._is_started = False
         self._is_held = False
+        self._offered = Backlog()  # room for input
+        self._written = Backlog()  # output
+        # The oldest chain of them, and what is left of it, last buffer first.
         self._output: tuple[Chain, list[memoryview]] | None = None
 
     def attach(self, transport: Transport) -> None:
@@ -103,38 +109,37 @@ class VirtioConsole:
         with self._lock:
             self._is_started = False
             self._input.clear()
+        self._offered.clear()
+        self._written.clear()
         self._output = None
 
     def close(self) -> None:
         """Do nothing: it owns nothing."""
 
     def _fill(self, queue: Virtqueue) -> None:
-        moved = 0
-        while True:
-            with self._lock:
-                data = bytes(self._input)
-            chain = queue.pop() if data else None
-            if chain is None:
-                break
-            count = scatter(chain.writable, data)
+        waiting = self._offered.collect(queue)
+        with self._lock:
+            data = bytes(self._input)
+        at = 0
+        while waiting and at < len(data):
+            chain = waiting.popleft()
+            count = scatter(chain.writable, data[at:])
             queue.push(chain, count)
+            at += count
+        if at:
             with self._lock:
-                del self._input[:count]
-            moved += count
-        if moved:
+                del self._input[:at]
             self._on_receive_room()
 
     def _drain(self, queue: Virtqueue) -> None:
-        while not self._is_held:
-            if self._output is None:
-                chain = queue.pop()
-                if chain is None:
-                    return
-                self._output = chain, chain.readable[::-1]
-            chain, left = self._output
+        waiting = self._written.collect(queue)
+        while waiting and not self._is_held:
+            if self._output is None or self._output[0] is not waiting[0]:
+                self._output = waiting[0], waiting[0].readable[::-1]
+            left = self._output[1]
             if not left:
                 self._output = None
-                queue.push(chain, 0)
+                queue.push(waiting.popleft(), 0)
                 continue
             buffer = left.pop()
             if len(buffer) > _PIECE:

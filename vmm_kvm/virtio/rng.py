@@ -1,7 +1,7 @@
 """virtio-rng: random bytes for the guest, no more per second than a token bucket holds.
 
-A guest that asks for more waits: what it asked for stays in its queue until a timer says that there
-are tokens again. Nothing here waits, and no request is kept.
+A guest that asks for more waits: its requests are kept until a timer says that there are tokens
+again. No thread waits.
 
 Source: virtio 1.2 §5.4; OpenBSD vmd/virtio.c
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from vmm_kvm.bits import KIB, MIB
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.virtio import abi
+from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import scatter, total
 from vmm_kvm.virtio.device import Transport
 from vmm_kvm.virtio.queue import Virtqueue
@@ -63,6 +64,7 @@ class VirtioRng:
     """
 
     __slots__ = (
+        "_backlog",
         "_bucket",
         "_clock",
         "_random",
@@ -89,6 +91,7 @@ class VirtioRng:
         self._random = random
         self._bucket = TokenBucket(rate, burst, clock.monotonic_ns())
         self._timer = clock.timer(self._refilled)
+        self._backlog = Backlog()
         self._transport: Transport | None = None
 
     def attach(self, transport: Transport) -> None:
@@ -108,20 +111,20 @@ class VirtioRng:
     def process(self, index: int, queue: Virtqueue) -> None:
         """Fill buffers while there are tokens; `index` is 0."""
         assert index == 0, "there is one queue"
-        while True:
+        waiting = self._backlog.collect(queue)
+        while waiting:
             tokens = self._bucket.level(self._clock.monotonic_ns())
             if tokens < _GRAIN:
                 self._timer.arm(self._bucket.due_ns(_GRAIN))
                 return
-            chain = queue.pop()
-            if chain is None:
-                return
+            chain = waiting.popleft()
             size = min(total(chain.writable), tokens, BURST)
             queue.push(chain, scatter(chain.writable, self._random(size)))
             self._bucket.take(size)
 
     def reset(self) -> None:
-        """Forget that somebody waits; the bucket stays as it is."""
+        """Forget who waits; the bucket stays as it is."""
+        self._backlog.clear()
         self._timer.cancel()
 
     def close(self) -> None:

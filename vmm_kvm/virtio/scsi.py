@@ -128,6 +128,8 @@ class VirtioScsi:
             VirtqueueError: a request is too short for what it says it is.
         """
         if index == EVENT_QUEUE:
+            while queue.pop() is not None:
+                pass
             return
         serve = self._control if index == CONTROL_QUEUE else self._command
         while (chain := queue.pop()) is not None:

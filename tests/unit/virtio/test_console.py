@@ -132,6 +132,19 @@ def test_a_hold_within_a_chain() -> None:
     assert rig.queues[TRANSMIT_QUEUE].used() == [(0, 0)]
 
 
+def test_a_queue_that_was_reset_begins_anew() -> None:
+    """What was under way in the old queue is neither finished nor given back in the new one."""
+    rig = Rig()
+    rig.device.throttle(hold=True)
+    rig.write(b"old")
+    rig.queues[TRANSMIT_QUEUE] = DriverQueue(rig.memory, base=0x3000)
+    rig.sides[TRANSMIT_QUEUE] = rig.queues[TRANSMIT_QUEUE].device(rig.memory)
+    rig.device.throttle(hold=False)
+    rig.write(b"new")
+    assert rig.output == b"new"
+    assert rig.queues[TRANSMIT_QUEUE].used() == [(0, 0)]
+
+
 def test_emergency_output_needs_no_queue() -> None:
     """A byte written to the configuration is output, before any driver is ready."""
     rig = Rig(is_started=False)

@@ -79,10 +79,11 @@ def test_a_chain_without_room_comes_back() -> None:
 
 
 def test_who_asks_for_more_waits() -> None:
-    """Behind the burst, requests stay in the queue until the timer says there are tokens."""
+    """Behind the burst, requests wait until the timer says that there are tokens."""
     rig = Rig(rate=1024, burst=512)
     assert rig.ask((DATA, 512, True)) == [512]
     assert rig.ask((DATA, 256, True)) == []
+    assert not rig.side.enable_kicks()
     rig.clock.advance(NANOSECONDS // 4 - 1)
     assert rig.used() == []
     rig.clock.advance(1)

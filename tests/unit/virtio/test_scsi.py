@@ -301,10 +301,11 @@ def test_a_malformed_control_request_stops_the_device(rig: Rig, request_: bytes)
 
 
 def test_event_buffers_stay(rig: Rig) -> None:
-    """The device keeps what it may report events in."""
+    """The device takes what it may report events in, and gives nothing back."""
     rig.queues[EVENT_QUEUE].add((DATA, 16, True))
     rig.device.process(EVENT_QUEUE, rig.sides[EVENT_QUEUE])
     assert rig.queues[EVENT_QUEUE].used() == []
+    assert not rig.sides[EVENT_QUEUE].enable_kicks()
 
 
 def test_closing_closes_the_image() -> None:
