@@ -70,6 +70,18 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
     cpus: Annotated[
         str, typer.Option("-p", metavar="count", help="Number of vCPUs, 1 to 64.")
     ] = "1",
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-d",
+            metavar="[format:]disk[,option...]",
+            help="Disk image; may be repeated. Options: ro, serial=text, queues=count.",
+        ),
+    ] = None,
+    boot_device: Annotated[
+        str | None,
+        typer.Option("-B", metavar="device", help="What firmware boots from: disk, cdrom or net."),
+    ] = None,
     initrd: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,6 +119,8 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
                 selftest=selftest,
                 memory=memory,
                 cpus=cpus,
+                disks=tuple(disk or ()),
+                boot_device=boot_device,
                 initrd=tuple(initrd or ()),
                 append=append,
                 timeout=timeout,

@@ -15,7 +15,11 @@ from pathlib import Path
 from types import FrameType
 
 from vmctl.stdio import Stdio
+from vmd.config.disks import DiskError, DiskKind, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+from vmm_kvm.block.image import Format, Image
+from vmm_kvm.block.image import open_image as open_disk_image
+from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.image import open_image
 from vmm_kvm.boot.layout import MEMORY_MAX, MEMORY_MIN
 from vmm_kvm.clock import NANOSECONDS
@@ -35,6 +39,7 @@ from vmm_kvm.machine import (
     TripleFault,
     selftest_path,
 )
+from vmm_kvm.pci_devices import Disk
 
 EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
@@ -53,6 +58,8 @@ class RunOptions:
     selftest: bool
     memory: str
     cpus: str
+    disks: tuple[str, ...]
+    boot_device: str | None
     initrd: tuple[str, ...]
     append: str | None
     timeout: str | None
@@ -76,10 +83,11 @@ def run(options: RunOptions) -> int:
         level=logging.DEBUG if options.verbose else logging.WARNING, format="vmctl: %(message)s"
     )
     try:
-        spec = _spec(options)
-        timeout_s = _timeout(options.timeout)
-        install_kick_signal()
-        with Kvm() as kvm, EventLoop() as loop:
+        with ExitStack() as stack:
+            spec = _spec(options, stack)
+            timeout_s = _timeout(options.timeout)
+            install_kick_signal()
+            kvm, loop = stack.enter_context(Kvm()), stack.enter_context(EventLoop())
             status, message = Foreground(kvm, loop, spec, options.reboot, timeout_s).run()
     except (VmmError, OSError) as err:
         status, message = EXIT_ERROR, str(err)
@@ -88,7 +96,8 @@ def run(options: RunOptions) -> int:
     return status
 
 
-def _spec(options: RunOptions) -> MachineSpec:
+def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
+    """Check the options and open what they name; `stack` closes it."""
     path = options.boot
     if options.selftest:
         if path is not None:
@@ -100,6 +109,8 @@ def _spec(options: RunOptions) -> MachineSpec:
         image=open_image(path),
         memory_size=_memory(options.memory),
         cpus=_cpus(options.cpus),
+        disks=tuple(_disk(text, index, stack) for index, text in enumerate(options.disks)),
+        boot_device=_boot_device(options.boot_device),
         name=options.name or Path(path).name,
         command_line=options.append,
         initrd=options.initrd,
@@ -129,6 +140,33 @@ def _cpus(text: str) -> int:
     if not 1 <= count <= VCPUS_MAX:
         raise SpecError(f"cpu count is too {'small' if count < 1 else 'large'}: {text}")
     return count
+
+
+def _disk(text: str, index: int, stack: ExitStack) -> Disk:
+    try:
+        option = parse_disk(text)
+    except DiskError as err:
+        raise SpecError(str(err)) from None
+    disk_format = None if option.kind is DiskKind.PROBE else Format(option.kind)
+    image = open_disk_image(option.path, disk_format, option.is_read_only)
+    stack.callback(_close, image, option.path)
+    return Disk(image, f"disk{index}", option.serial, option.queues)
+
+
+def _close(image: Image, path: str) -> None:
+    """Close an image at the very end; that it could not be written back changes no status."""
+    try:
+        image.close()
+    except OSError as err:
+        print(f"vmctl: {path}: {err.strerror}", file=sys.stderr)
+
+
+def _boot_device(text: str | None) -> BootDevice:
+    if text is None:
+        return BootDevice.AUTO
+    if text == BootDevice.AUTO.value or text not in {device.value for device in BootDevice}:
+        raise SpecError(f"unknown boot device {text}")
+    return BootDevice(text)
 
 
 def _timeout(text: str | None) -> float | None:

@@ -19,6 +19,7 @@ from typing import Self
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot import layout
 from vmm_kvm.boot.acpi import AcpiConfig, build_tables, loader_files
+from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.e820 import encode, firmware_e820_map
 from vmm_kvm.boot.image import BootConfig, BootImage, FirmwareImage, load
 from vmm_kvm.boot.smbios import build_smbios, name_uuid
@@ -35,6 +36,7 @@ from vmm_kvm.devices.uart16550 import Uart16550
 from vmm_kvm.errors import SpecError
 from vmm_kvm.kvm.boot_state import load_entry
 from vmm_kvm.kvm.cpuid import guest_cpuid
+from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.irqline import KvmIrqLine
 from vmm_kvm.kvm.system import Kvm
@@ -42,6 +44,8 @@ from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
+from vmm_kvm.pci.intx import IntxLines
+from vmm_kvm.pci_devices import Disk, PciDevices, boot_order
 from vmm_kvm.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -79,6 +83,9 @@ class MachineSpec:
     command_line: str | None = None
     initrd: tuple[str, ...] = ()
     """Paths; more than one only for Multiboot kernels."""
+    disks: tuple[Disk, ...] = ()
+    boot_device: BootDevice = BootDevice.AUTO
+    """What firmware boots from, and what an OpenBSD kernel takes for its root."""
     uuid: bytes | None = None
     """Of the system, sixteen bytes; None makes one of the name."""
     serial: str = ""
@@ -182,6 +189,7 @@ class Machine:
                 BootConfig(
                     command_line=spec.command_line,
                     initrd=spec.initrd,
+                    boot_device=spec.boot_device,
                     acpi=tables,
                     smbios=smbios,
                 ),
@@ -190,6 +198,7 @@ class Machine:
             self.pio = Bus(_PIO_SIZE)
             self.mmio = Bus(_MMIO_SIZE)
             self._make_devices(clock, on_receive_room)
+            self._make_pci_devices(stack)
             self.fw_cfg.add_file("etc/e820", encode(firmware_e820_map(self.memory.regions)))
             for name, data in loader_files(tables).items():
                 self.fw_cfg.add_file(name, data)
@@ -262,7 +271,7 @@ class Machine:
             self._poll_timer = self._clock.timer(self._poll_output)
         self.vm.create_irqchip()
         self.vm.create_pit2()
-        self.vm.set_gsi_routing(_routes())
+        self._eventfds = stack.enter_context(EventFds(self.vm, _routes(), layout.GSI_MSI))
 
     def _make_devices(self, clock: Clock, on_receive_room: Callable[[], None]) -> None:
         spec, vm, pio = self.spec, self.vm, self.pio
@@ -285,6 +294,7 @@ class Machine:
         self.fw_cfg.add_item(_FW_CFG_NB_CPUS, spec.cpus.to_bytes(2, "little"))
         self.fw_cfg.add_item(_FW_CFG_MAX_CPUS, spec.cpus.to_bytes(2, "little"))
         self.fw_cfg.add_file("etc/screen-and-debug", bytes(4))
+        self.fw_cfg.add_file("etc/show-boot-menu", bytes(2))  # nobody is waited for
         self.fw_cfg.add_file("etc/sercon-port", layout.PORT_COM1.to_bytes(2, "little"))
         self.pci = PciHost(pio, self.mmio, on_reset=self._reset)
         pio.insert(layout.PORT_COM1, 8, self.uart)
@@ -299,7 +309,15 @@ class Machine:
         pio.insert(layout.PORT_PVPANIC, 1, Pvpanic(self._panic))
         pio.insert(layout.PORT_DEBUGCON, 1, Debugcon(_DebugLog(spec.name).write))
         self.mmio.insert(layout.ECAM_START, layout.ECAM_SIZE, EcamWindow(self.pci))
+
+    def _make_pci_devices(self, stack: ExitStack) -> None:
+        intx = IntxLines([KvmIrqLine(self.vm, gsi) for gsi in layout.GSI_PCI_INTX])
+        devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
+        slots = [devices.add_disk(disk) for disk in self.spec.disks]
         self.pci.assign_bars()
+        order = boot_order(self.spec.boot_device, disk=slots[0] if slots else None)
+        if order is not None:
+            self.fw_cfg.add_file("bootorder", order)
 
     def _make_vcpus(self, kvm: Kvm, stack: ExitStack) -> None:
         supported = kvm.supported_cpuid()

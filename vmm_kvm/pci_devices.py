@@ -7,6 +7,7 @@ driver is there, and shares one of four interrupt lines where the driver does no
 from typing import NamedTuple, Self
 
 from vmm_kvm.block.image import Image
+from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import PciHost
@@ -33,6 +34,26 @@ class Disk(NamedTuple):
     """The identity that the guest reads, at most 20 bytes; empty for none."""
     queues: int = 1
     """1 to 64."""
+
+
+def boot_order(device: BootDevice, disk: int | None, cdrom: int | None = None) -> bytes | None:
+    """Return fw_cfg's `bootorder` for firmware, or None to leave it the choice.
+
+    `disk` and `cdrom` are the slots of the first disk and of the CD-ROM drive. As in OpenBSD, a
+    device that is not there leaves the choice too.
+
+    Source: SeaBIOS docs/Runtime_config.md; OpenBSD vmd/fw_cfg.c
+    """
+    match device:
+        case BootDevice.DISK if disk is not None:
+            order = f"/pci@i0cf8/*@{disk:x}\nHALT"
+        case BootDevice.CDROM if cdrom is not None:
+            order = f"/pci@i0cf8/*@{cdrom:x}/*@0/*@0,40000100\nHALT"
+        case BootDevice.NET:
+            order = "HALT"
+        case _:
+            return None
+    return order.encode() + b"\0"
 
 
 class PciDevices:
@@ -65,7 +86,13 @@ class PciDevices:
         Raises:
             SpecError: all slots are taken.
         """
-        backend = VirtioBlk(disk.image, name=disk.name, serial=disk.serial, queues=disk.queues)
+        backend = VirtioBlk(
+            disk.image,
+            name=disk.name,
+            serial=disk.serial,
+            queues=disk.queues,
+            owns_image=False,
+        )
         slot, _ = self.add_backend(backend, CLASS_MASS_STORAGE_SCSI, disk.name)
         return slot
 

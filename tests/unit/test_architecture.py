@@ -18,6 +18,7 @@ CODECS = {"zstandard", "lz4"}
 VMCTL_MAY_IMPORT = (
     "vmd.messages",
     "vmd.channel",
+    "vmd.config.disks",
     "vmd.config.sizes",
     "vmm_kvm.block",
     "vmm_kvm.errors",

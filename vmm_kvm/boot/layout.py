@@ -10,6 +10,7 @@ Memory:
       0x0010_0000  kernels
     0xc000_0000  PCI memory BARs, 32-bit
     0xe000_0000  PCI ECAM, one bus
+    0xe010_0000  PCI memory BARs, 32-bit, that firmware places
     0xfec0_0000  IOAPIC
     0xfee0_0000  local APICs
     0xfeff_c000  KVM's identity-map page and the three TSS pages behind it
@@ -27,10 +28,14 @@ PCI_HOLE_START = 3 * GIB
 PCI_HOLE_END = 4 * GIB
 PCI_MMIO32_START = PCI_HOLE_START
 PCI_MMIO32_SIZE = 512 * MIB
+"""Where BARs are assigned that no firmware has assigned."""
 ECAM_START = 0xE000_0000
 ECAM_BUSES = 1
 ECAM_SIZE = ECAM_BUSES * MIB
 IOAPIC_ADDRESS = 0xFEC0_0000
+PCI_MMIO32_HIGH_START = ECAM_START + ECAM_SIZE
+"""Firmware assigns BARs downward from the IOAPIC: here."""
+PCI_MMIO32_HIGH_SIZE = IOAPIC_ADDRESS - PCI_MMIO32_HIGH_START
 LOCAL_APIC_ADDRESS = 0xFEE0_0000
 IDENTITY_MAP_ADDRESS = 0xFEFF_C000
 TSS_ADDRESS = 0xFEFF_D000
@@ -87,6 +92,8 @@ GSI_COM1 = 4
 GSI_RTC = 8
 GSI_SCI = 9
 GSI_PCI_INTX = (16, 17, 18, 19)
+GSI_MSI = 24
+"""From here on GSIs are messages; the IOAPIC's pins end before."""
 PIC_PCI_INTX = (5, 10, 11, 12)
 ACPI_S5_SLEEP_TYPE = 5
 """What \\_S5 tells the guest to write to SLP_TYPa."""

@@ -54,7 +54,7 @@ _WRITE_FEATURES = 1 << abi.VIRTIO_BLK_F_DISCARD | 1 << abi.VIRTIO_BLK_F_WRITE_ZE
 
 
 class VirtioBlk:
-    """A block device; a `virtio.device.Backend`. The image stays its maker's."""
+    """A block device; a `virtio.device.Backend`."""
 
     __slots__ = (
         "_capacity",
@@ -62,13 +62,22 @@ class VirtioBlk:
         "_image",
         "_is_write_through",
         "_name",
+        "_owns_image",
         "_serial",
         "device_id",
         "features",
         "queue_sizes",
     )
 
-    def __init__(self, image: Image, *, name: str, serial: str = "", queues: int = 1) -> None:
+    def __init__(
+        self,
+        image: Image,
+        *,
+        name: str,
+        serial: str = "",
+        queues: int = 1,
+        owns_image: bool = True,
+    ) -> None:
         """Make a disk of `image`, which nobody else uses while the device exists.
 
         Args:
@@ -76,6 +85,7 @@ class VirtioBlk:
             name: for the log.
             serial: what the guest reads as the disk's identity; of it the first 20 bytes.
             queues: 1 to 64; all are served in turn, so more than one spares the guest locks only.
+            owns_image: whether closing the device closes the image.
         """
         assert 1 <= queues <= QUEUES_MAX
         self.device_id = abi.VIRTIO_ID_BLOCK
@@ -90,6 +100,7 @@ class VirtioBlk:
         self._image = image
         self._capacity = image.size
         self._name = name
+        self._owns_image = owns_image
         encoded = serial.encode(errors="replace")
         self._serial = encoded[: abi.VIRTIO_BLK_ID_BYTES].ljust(abi.VIRTIO_BLK_ID_BYTES, b"\0")
         self._is_write_through = False
@@ -140,7 +151,13 @@ class VirtioBlk:
         """Forget nothing: no request outlives `process`."""
 
     def close(self) -> None:
-        """Do nothing: the image outlives the device."""
+        """Close the image, if it is the device's; a fault of it is logged."""
+        if not self._owns_image:
+            return
+        try:
+            self._image.close()
+        except OSError as err:
+            log.warning("%s: close: %s", self._name, err)
 
     def _serve(self, chain: Chain) -> int:
         """Do what a request asks for and write its status; returns the number of bytes written."""

@@ -288,9 +288,17 @@ def test_several_queues_are_a_feature(bench: Bench) -> None:
     assert several.queue_sizes == (QUEUE_SIZE, QUEUE_SIZE)
 
 
-def test_the_image_outlives_the_device(bench: Bench) -> None:
-    """Closing the device leaves the image open: a reboot makes another device of it."""
+def test_close(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Closing the device closes its image; one that cannot be closed cleanly says so."""
+    bench.image.fault = errno.EIO
     bench.disk.close()
+    assert bench.image.calls == ["close"]
+    assert caplog.messages == [f"disk0: close: [Errno {errno.EIO}] fault"]
+
+
+def test_a_borrowed_image_outlives_the_device(bench: Bench) -> None:
+    """An image that is not the device's stays open: a reboot makes another device of it."""
+    VirtioBlk(bench.image, name="disk0", owns_image=False).close()
     assert bench.image.calls == []
 
 
