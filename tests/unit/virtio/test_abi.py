@@ -1,0 +1,34 @@
+"""The numbers of virtio agree with the installed kernel headers."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from vmm_kvm.virtio import abi
+
+HEADERS = ("ids", "config", "ring", "pci", "blk", "scsi", "console", "pmem")
+
+
+def test_numbers(tmp_path: Path) -> None:
+    """Every constant has the value that the header of its name gives it."""
+    constants = {
+        name: value
+        for name, value in vars(abi).items()
+        if isinstance(value, int) and name.isupper()
+    }
+    lines = ["#include <stdio.h>"]
+    lines += [f"#include <linux/virtio_{header}.h>" for header in HEADERS]
+    lines.append("int main(void) {")
+    for name in constants:
+        lines += [
+            f"#ifdef {name}",
+            f'printf("{name} %llu\\n", (unsigned long long)({name}));',
+            "#endif",
+        ]
+    source, program = tmp_path / "abi.c", tmp_path / "abi"
+    source.write_text("\n".join([*lines, "return 0; }", ""]))
+    subprocess.run(["gcc", "-o", str(program), str(source)], check=True, capture_output=True)
+    printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    known = {name: int(value) for name, value in map(str.split, printed.splitlines())}
+    assert known == constants

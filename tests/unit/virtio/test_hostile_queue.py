@@ -1,0 +1,105 @@
+"""Virtqueues against drivers that write anything: in-bounds buffers, or an error, and an end."""
+
+from __future__ import annotations
+
+import struct
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
+from vmm_kvm.errors import GuestError
+from vmm_kvm.virtio.queue import INDIRECT_MAX, Chain, Virtqueue
+
+SIZE = 8
+MEMORY_SIZE = 0x8000
+POPS = 3 * SIZE
+FEATURES = st.sampled_from([0, INDIRECT, EVENT_IDX, INDIRECT | EVENT_IDX])
+# Addresses that matter: the queue itself, the end of memory, none at all.
+ADDRESSES = st.one_of(
+    st.integers(0, MEMORY_SIZE + 0x100),
+    st.sampled_from([0x1000, MEMORY_SIZE - 1, MEMORY_SIZE, (1 << 64) - 1]),
+)
+LENGTHS = st.one_of(st.integers(0, 64), st.sampled_from([0, 16, 128, 1 << 31, (1 << 32) - 1]))
+DESCRIPTORS = st.tuples(ADDRESSES, LENGTHS, st.integers(0, 15), st.integers(0, SIZE + 1))
+TABLES = st.lists(DESCRIPTORS, min_size=SIZE, max_size=SIZE)
+
+
+def hostile(
+    features: int, table: list[tuple[int, int, int, int]], heads: list[int], index: int
+) -> tuple[PlainMemory, DriverQueue, Virtqueue]:
+    """Return a queue whose table, ring and index are as given."""
+    memory = PlainMemory(MEMORY_SIZE)
+    driver = DriverQueue(memory, SIZE)
+    for number, descriptor in enumerate(table):
+        driver.describe(number, descriptor)
+    for at, head in enumerate(heads):
+        driver.put(driver.ring.available + 4 + 2 * at, "H", head)
+    driver.put(driver.ring.available + 2, "H", index)
+    return memory, driver, driver.device(memory, features)
+
+
+def check(chain: Chain) -> None:
+    """A chain has a bounded number of buffers, none of them empty."""
+    buffers = chain.readable + chain.writable
+    assert 0 < len(buffers) <= SIZE + INDIRECT_MAX
+    assert all(0 < len(buffer) <= MEMORY_SIZE for buffer in buffers)
+
+
+@given(
+    FEATURES,
+    TABLES,
+    st.lists(st.integers(0, SIZE), min_size=SIZE, max_size=SIZE),
+    st.one_of(st.integers(0, SIZE + 1), st.integers(0, 0xFFFF)),
+)
+def test_any_ring(
+    features: int, table: list[tuple[int, int, int, int]], heads: list[int], index: int
+) -> None:
+    """Whatever the ring holds, what comes out is in bounds, and it comes to an end."""
+    _, _, queue = hostile(features, table, heads, index)
+    try:
+        for _ in range(POPS):
+            chain = queue.pop()
+            if chain is None:
+                break
+            check(chain)
+            queue.push(chain, 0)
+            queue.needs_interrupt()
+        else:
+            raise AssertionError("more chains than the driver made available")
+        queue.enable_kicks()
+    except GuestError:
+        return
+
+
+@given(FEATURES, st.binary(min_size=512, max_size=512), st.data())
+def test_rings_that_change(features: int, noise: bytes, data: st.DataObject) -> None:
+    """A driver that rewrites its ring between two looks gets in-bounds buffers or an error."""
+    memory, driver, queue = hostile(features, [(0x4000, 16, 0, 0)] * SIZE, [0] * SIZE, 1)
+    for _ in range(POPS):
+        offset = data.draw(st.integers(0, 256))
+        start = driver.ring.descriptors + offset
+        memory.bytes[start : start + 256] = noise[offset : offset + 256]
+        try:
+            chain = queue.pop()
+        except GuestError:
+            return
+        if chain is not None:
+            check(chain)
+            queue.push(chain, 1)
+        queue.enable_kicks()
+
+
+@given(TABLES, st.binary(min_size=16 * 16, max_size=16 * 16))
+def test_any_indirect_table(table: list[tuple[int, int, int, int]], noise: bytes) -> None:
+    """A table of random bytes is no worse than a table of random descriptors."""
+    memory, driver, queue = hostile(INDIRECT, table, [0] * SIZE, 1)
+    memory.bytes[0x4000 : 0x4000 + len(noise)] = noise
+    driver.describe(0, (0x4000, len(noise), 4, 0))
+    try:
+        chain = queue.pop()
+    except GuestError:
+        return
+    assert chain is not None
+    check(chain)
+    assert struct.unpack_from("<Q", noise)[0] < MEMORY_SIZE
