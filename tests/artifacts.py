@@ -84,6 +84,8 @@ KERNELS = {
 
 # What a guest loads before it reports: the power button, its event device, the panic device.
 GUEST_MODULES = ("button", "evdev", "pvpanic-mmio")
+# What a guest loads that has disks; built into some kernels.
+DISK_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 
 _MEMTEST = Path("/boot/memtest86+x64.bin")
 _SEABIOS = (Path("/usr/share/seabios/bios-256k.bin"), Path("/usr/share/qemu/bios-256k.bin"))
@@ -122,6 +124,16 @@ def guest_initramfs(of: Kernel) -> Path:
         ArtifactError: static busybox or zstd is not installed.
     """
     return _initramfs(f"guest-{of.release}", of.modules(GUEST_MODULES), initramfs.GUEST_INIT)
+
+
+def disk_initramfs(of: Kernel) -> Path:
+    """Return the same with `DISK_MODULES`.
+
+    Raises:
+        ArtifactError: static busybox or zstd is not installed.
+    """
+    modules = of.modules((*GUEST_MODULES, *DISK_MODULES))
+    return _initramfs(f"disk-{of.release}", modules, initramfs.GUEST_INIT)
 
 
 def plain_initramfs() -> Path:
