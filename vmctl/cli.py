@@ -142,6 +142,65 @@ def doctor_command(
     raise typer.Exit(doctor(as_json=as_json))
 
 
+@app.command("create")
+def create_command(
+    ctx: typer.Context,
+    disk: Annotated[list[str] | None, typer.Argument(metavar="disk", show_default=False)] = None,
+    base: Annotated[
+        str | None, typer.Option("-b", metavar="base", help="Make an overlay on this qcow2 image.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("-i", metavar="disk", help="Copy this disk into the new image.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("-s", metavar="size", help="Size of the disk, such as 10G.")
+    ] = None,
+) -> None:
+    """Create a disk image: empty, as an overlay, or as a copy of another disk."""
+    from vmctl import images  # noqa: PLC0415 - no other verb needs them
+
+    if not disk or len(disk) > 1:
+        raise typer.Exit(images.create_usage())
+    images.set_up_logging(verbose=bool(ctx.obj))
+    raise typer.Exit(images.create(disk[0], size, base, source))
+
+
+image_app = typer.Typer(
+    name="image",
+    cls=PrefixGroup,
+    help="Tell about disk images.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False},
+)
+app.add_typer(image_app)
+
+
+@image_app.command("info")
+def image_info_command(
+    ctx: typer.Context,
+    disk: Annotated[str, typer.Argument(metavar="disk", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what a disk image is: format, sizes, bases, snapshots."""
+    from vmctl import images  # noqa: PLC0415 - no other verb needs them
+
+    images.set_up_logging(verbose=bool(ctx.obj))
+    raise typer.Exit(images.info(disk, as_json=as_json))
+
+
+@image_app.command("check")
+def image_check_command(
+    ctx: typer.Context,
+    disk: Annotated[str, typer.Argument(metavar="disk", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell whether a disk image is sound; exit status 1 if it is not."""
+    from vmctl import images  # noqa: PLC0415 - no other verb needs them
+
+    images.set_up_logging(verbose=bool(ctx.obj))
+    raise typer.Exit(images.check_image(disk, as_json=as_json))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or what the command says, or 1 for misuse."""
     try:

@@ -87,6 +87,13 @@ class HostFile:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             done += count
 
+    def is_hole(self, offset: int, size: int) -> bool:
+        """Tell whether the file system knows that a range has no data; it then reads as zero."""
+        try:
+            return os.lseek(self.fd, offset, os.SEEK_DATA) >= offset + size
+        except OSError as err:
+            return err.errno == errno.ENXIO  # no data up to the end; else: it does not know
+
     def read(self, offset: int, size: int) -> bytearray:
         """Return `size` bytes from `offset`; what lies beyond the end of the file is zero."""
         data = bytearray(size)

@@ -66,6 +66,13 @@ class Image(Protocol):
         """
 
 
+class StoredImage(Image, Protocol):
+    """An image that is kept in a file."""
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Tell whether a range is known to read as zero, without reading it."""
+
+
 class Layer(NamedTuple):
     """One file of a chain."""
 
@@ -92,7 +99,7 @@ def open_image(
     *,
     name: str | None = None,
     bases: Sequence[Layer] | None = None,
-) -> Image:
+) -> StoredImage:
     """Open a disk image and, read-only, its bases; each is locked as QEMU locks it.
 
     Takes ownership of `source`, and of those in `bases`, if they are descriptors, whatever
@@ -126,7 +133,7 @@ def open_image(
             layer = base
         if handed:
             raise ImageError(f"{files[0][0].name}: more base images than it refers to")
-        image: Image | None = None
+        image: StoredImage | None = None
         while files:
             image = _make(*files.pop(), image)
         assert image is not None
@@ -215,7 +222,7 @@ def _base(source: str | int, header: "Header | None") -> Layer | None:
         raise ImageError(f"base image {path}: format {named} is not supported") from None
 
 
-def _make(file: HostFile, header: "Header | None", base: Image | None) -> Image:
+def _make(file: HostFile, header: "Header | None", base: StoredImage | None) -> StoredImage:
     try:
         if header is None:
             return RawImage(file)

@@ -33,6 +33,10 @@ class RawImage:
                 return
         self._file.readv(offset, buffers)
 
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Tell whether a range is a hole in the file."""
+        return self._file.is_hole(offset, length)
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers`."""
         self._check(offset, total(buffers))

@@ -16,7 +16,7 @@ from vmm_kvm.block.qcow2.writer import Writer
 from vmm_kvm.block.vectors import zeros
 
 if TYPE_CHECKING:
-    from vmm_kvm.block.image import Image
+    from vmm_kvm.block.image import StoredImage
 
 _PIECE = 1 << 20
 
@@ -30,7 +30,7 @@ class Eraser:
         reader: Reader,
         writer: Writer,
         metadata: Metadata,
-        base: "Image | None",
+        base: "StoredImage | None",
     ) -> None:
         """Change `metadata`; what cannot be erased there is overwritten by `writer`."""
         self._reader = reader

@@ -21,11 +21,11 @@ _SUBCLUSTER_BITS = 5  # 32 subclusters with extended L2 entries
 _EXTENDED_CLUSTER_BITS_MIN = 14
 _OFFSET_MAX = (1 << 63) - 1
 
-_VERSION_2 = struct.Struct(">IIQIIQIIQQIIQ")
-_VERSION_3 = struct.Struct(">QQQII")
-_EXTENSION = struct.Struct(">II")
+VERSION_2 = struct.Struct(">IIQIIQIIQQIIQ")
+VERSION_3 = struct.Struct(">QQQII")
+EXTENSION = struct.Struct(">II")
 _BITMAPS = struct.Struct(">IIQQ")
-_EXTENSION_BACKING_FORMAT = 0xE2792ACA
+EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_FEATURE_NAMES = 0x6803F857
 _EXTENSION_BITMAPS = 0x23852875
 _FEATURE_NAME_LENGTH = 48
@@ -156,8 +156,8 @@ def read_header(file: HostFile) -> Header:
     """
     size = min(file.size(), 1 << CLUSTER_BITS_MIN)
     data = bytes(file.read(0, size))
-    if len(data) >= _VERSION_2.size:
-        cluster_bits = _VERSION_2.unpack_from(data)[4]
+    if len(data) >= VERSION_2.size:
+        cluster_bits = VERSION_2.unpack_from(data)[4]
         if CLUSTER_BITS_MIN < cluster_bits <= CLUSTER_BITS_MAX:
             data = bytes(file.read(0, min(file.size(), 1 << cluster_bits)))
     try:
@@ -172,9 +172,9 @@ def parse_header(data: bytes) -> Header:
     Raises:
         ImageError: see `read_header`; the message does not name the file.
     """
-    if len(data) < _VERSION_2.size:
+    if len(data) < VERSION_2.size:
         raise ImageError("short read on header")
-    fields = _VERSION_2.unpack_from(data)
+    fields = VERSION_2.unpack_from(data)
     magic, version, backing_offset, backing_size, cluster_bits, size, encryption = fields[:7]
     l1_size, l1_offset, table_offset, table_clusters, snapshot_count, snapshots_offset = fields[7:]
     if magic != MAGIC:
@@ -189,10 +189,10 @@ def parse_header(data: bytes) -> Header:
         method = _ENCRYPTION.get(encryption, f"method {encryption}")
         raise ImageError(f"encrypted ({method}): not supported")
     incompatible = compatible = autoclear = 0
-    refcount_order, length = 4, _VERSION_2.size
+    refcount_order, length = 4, VERSION_2.size
     if version == 3:
-        incompatible, compatible, autoclear, refcount_order, length = _VERSION_3.unpack_from(
-            data, _VERSION_2.size
+        incompatible, compatible, autoclear, refcount_order, length = VERSION_3.unpack_from(
+            data, VERSION_2.size
         )
         if length < VERSION_3_LENGTH or length % 8 or length > cluster_size:
             raise ImageError(f"header of {length} bytes")
@@ -250,11 +250,11 @@ def _check_tables(header: Header) -> None:
 def _extensions(data: bytes, offset: int, end: int) -> dict[int, bytes]:
     """Return the header extensions by type; `end` is where the backing path or cluster begins."""
     found: dict[int, bytes] = {}
-    while offset + _EXTENSION.size <= min(end, len(data)):
-        kind, size = _EXTENSION.unpack_from(data, offset)
+    while offset + EXTENSION.size <= min(end, len(data)):
+        kind, size = EXTENSION.unpack_from(data, offset)
         if kind == 0:
             break
-        offset += _EXTENSION.size
+        offset += EXTENSION.size
         if offset + size > min(end, len(data)):
             raise ImageError(f"header extension {kind:#x} too large")
         found[kind] = data[offset : offset + size]
@@ -296,7 +296,7 @@ def _backing(data: bytes, offset: int, size: int, extensions: dict[int, bytes]) 
         raise ImageError("could not read path of the base image")
     if not size:
         return None
-    named = extensions.get(_EXTENSION_BACKING_FORMAT)
+    named = extensions.get(EXTENSION_BACKING_FORMAT)
     path = data[offset : offset + size]
     if b"\0" in path:
         raise ImageError("path of the base image has a null character")

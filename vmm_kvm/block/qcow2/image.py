@@ -18,7 +18,7 @@ from vmm_kvm.block.vectors import cut, fill_zeros, total
 from vmm_kvm.errors import ImageError
 
 if TYPE_CHECKING:
-    from vmm_kvm.block.image import Image
+    from vmm_kvm.block.image import StoredImage
 
 
 class Changes:
@@ -38,7 +38,7 @@ class Qcow2Image:
 
     __slots__ = ("_base", "_changes", "_file", "_reader", "header", "is_read_only", "size")
 
-    def __init__(self, file: HostFile, header: Header, base: "Image | None") -> None:
+    def __init__(self, file: HostFile, header: Header, base: "StoredImage | None") -> None:
         """Open the image in `file`; takes ownership of it and of `base`, if this succeeds.
 
         An image that was not closed, and says that its reference counts may be wrong, is repaired
@@ -82,6 +82,10 @@ class Qcow2Image:
             size = inside
         if size:
             self._reader.read(offset, buffers, size)
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Tell whether a range is known to read as zero, without reading it."""
+        return self._reader.reads_zero(offset, length)
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers`."""

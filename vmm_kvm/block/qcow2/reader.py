@@ -10,7 +10,7 @@ from vmm_kvm.block.qcow2.mapping import Extent, Kind, Mapping
 from vmm_kvm.block.vectors import cut, fill, fill_zeros
 
 if TYPE_CHECKING:
-    from vmm_kvm.block.image import Image
+    from vmm_kvm.block.image import StoredImage
 
 
 class Reader:
@@ -21,7 +21,7 @@ class Reader:
         file: HostFile,
         header: Header,
         mapping: Mapping,
-        base: "Image | None",
+        base: "StoredImage | None",
     ) -> None:
         """Read from `file` by `mapping`, and from `base` where nothing is allocated."""
         self._file = file
@@ -59,10 +59,12 @@ class Reader:
 
     def reads_zero(self, offset: int, size: int) -> bool:
         """Tell whether a range reads as zero by what the tables say, without reading it."""
-        return all(
-            extent.kind is Kind.ZERO or (extent.kind is Kind.HOLE and not self._is_based(offset))
-            for extent in self._mapping.extents(offset, size)
-        )
-
-    def _is_based(self, offset: int) -> bool:
-        return self._base is not None and offset < self._base.size
+        for extent in self._mapping.extents(offset, size):
+            if extent.kind > Kind.ZERO:
+                return False
+            if extent.kind is Kind.HOLE and self._base is not None:
+                shared = min(extent.size, self._base.size - offset)
+                if shared > 0 and not self._base.reads_zero(offset, shared):
+                    return False
+            offset += extent.size
+        return True

@@ -1,0 +1,278 @@
+"""`vmctl create` and `vmctl image`: files, messages, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vmctl.cli import main
+from vmctl.images import DiskFile, parse_disk
+from vmm_kvm.block.create import create_qcow2
+from vmm_kvm.block.image import Format, open_image
+
+USAGE = "usage:\tvmctl [-v] create [-b base | -i disk] [-s size] disk\n"
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: str, disk_format: Format, offset: int, data: bytes) -> None:
+    """Write to an image."""
+    image = open_image(path, disk_format, False)
+    image.writev(offset, [memoryview(data)])
+    image.close()
+
+
+def read(path: str, disk_format: Format, offset: int, size: int) -> bytes:
+    """Read from an image."""
+    image = open_image(path, disk_format, True)
+    data = bytearray(size)
+    image.readv(offset, [memoryview(data)])
+    image.close()
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("argument", "contents", "found"),
+    [
+        ("qcow2:a.raw", b"", DiskFile("a.raw", Format.QCOW2)),
+        ("raw:a.qcow2", b"QFI\xfb", DiskFile("a.qcow2", Format.RAW)),
+        ("a.raw", b"QFI\xfb", DiskFile("a.raw", Format.QCOW2)),
+        ("a.QCOW2", None, DiskFile("a.QCOW2", Format.QCOW2)),
+        ("a.qcow2", b"text", DiskFile("a.qcow2", Format.QCOW2)),
+        ("a.Raw", None, DiskFile("a.Raw", Format.RAW)),
+        ("a.img", None, DiskFile("a.img", Format.RAW)),
+        ("QCOW2:a", None, DiskFile("QCOW2:a", Format.RAW)),
+        ("qcow2", None, DiskFile("qcow2", Format.QCOW2)),
+        (".", None, DiskFile(".", Format.RAW)),
+    ],
+)
+def test_format(argument: str, contents: bytes | None, found: DiskFile) -> None:
+    """The format is the prefix's, the first bytes', the extension's, or raw, in this order."""
+    if contents is not None:
+        Path(found.path).write_bytes(contents)
+    assert parse_disk(argument) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "errors"),
+    [
+        (["-s", "10M", "a.raw"], 0, "vmctl: raw imagefile created\n"),
+        (["-s", "10M", "a.qcow2"], 0, "vmctl: qcow2 imagefile created\n"),
+        (["-s", "10M", "qcow2:a"], 0, "vmctl: qcow2 imagefile created\n"),
+        ([], 1, USAGE),
+        (["-s", "10M"], 1, USAGE),
+        (["-s", "10M", "a", "b"], 1, USAGE),
+        (["a"], 1, "could not create a: missing size argument\n" + USAGE),
+        (["-s", "1", "a"], 1, "vmctl: disk size must be at least 1MB\n"),
+        (["-s", "-5G", "a"], 1, "vmctl: disk size must be at least 1MB\n"),
+        (["-s", "x", "a"], 1, "vmctl: invalid disk size: x: Invalid argument\n"),
+        (["-s", "9E", "a"], 1, "vmctl: invalid disk size: 9E: Result too large\n"),
+        (
+            ["-s", "2.3M", "a"],
+            0,
+            "vmctl: disk size rounded to 2.0M\nvmctl: raw imagefile created\n",
+        ),
+        (["-b", "x", "-i", "y", "a.qcow2"], 1, "vmctl: conflicting -b and -i arguments\n"),
+        (["-b", "x", "a.raw"], 1, "vmctl: base images require qcow2 disk format\n"),
+        (
+            ["-s", "1M", "old"],
+            1,
+            "vmctl: create imagefile operation failed: File exists\n",
+        ),
+        (
+            ["-s", "1M", "no/where"],
+            1,
+            "vmctl: create imagefile operation failed: No such file or directory\n",
+        ),
+        (
+            ["-s", "7E", "a.qcow2"],
+            1,
+            "vmctl: create imagefile operation failed: Numerical result out of range\n",
+        ),
+        (
+            ["-b", "missing", "a.qcow2"],
+            1,
+            "vmctl: failure to read base image header: No such file or directory\n",
+        ),
+        (["-b", "empty", "a.qcow2"], 1, "vmctl: failure to read base image header\n"),
+        (["-b", "old", "a.qcow2"], 1, "vmctl: base image is not a qcow2 file\n"),
+        (
+            ["-b", "base.qcow2", "-s", "5M", "a.qcow2"],
+            1,
+            "vmctl: base size does not match requested size\n",
+        ),
+        (["-b", "zero.qcow2", "a.qcow2"], 1, "vmctl: missing disk size\n"),
+        (["-b", "base.qcow2", "a.qcow2"], 0, "vmctl: qcow2 imagefile created\n"),
+        (["-b", "base.qcow2", "-s", "4M", "a.qcow2"], 0, "vmctl: qcow2 imagefile created\n"),
+        (
+            ["-i", "missing", "a.raw"],
+            1,
+            "vmctl: missing: No such file or directory\nvmctl: failed to open source image file\n",
+        ),
+        (
+            ["-i", "qcow2:old", "a.raw"],
+            1,
+            "vmctl: old: short read on header\nvmctl: failed to open source image file\n",
+        ),
+        (
+            ["-i", "base.qcow2", "-s", "3M", "a.raw"],
+            1,
+            "vmctl: size cannot be smaller than input disk size\n",
+        ),
+        (
+            ["-i", "base.qcow2", "old"],
+            1,
+            "vmctl: old: File exists\nvmctl: failed to create destination image file\n",
+        ),
+        (["-i", "base.qcow2", "a.raw"], 0, "vmctl: raw imagefile created\n"),
+        (["-i", "base.qcow2", "-s", "8M", "a.raw"], 0, "vmctl: raw imagefile created\n"),
+        (
+            ["-i", "old", "a.qcow2"],
+            0,
+            "vmctl: destination size rounded to 1 megabytes\nvmctl: qcow2 imagefile created\n",
+        ),
+    ],
+)
+def test_create(
+    arguments: list[str], status: int, errors: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is made or refused is said in OpenBSD's words; a refusal leaves nothing behind."""
+    Path("old").write_bytes(b"text")
+    Path("empty").write_bytes(b"")
+    create_qcow2("base.qcow2", 4 * MIB)
+    create_qcow2("zero.qcow2", 0)
+    before = set(Path().iterdir())
+    assert main(["create", *arguments]) == status
+    assert tuple(capsys.readouterr()) == ("", errors)
+    assert len(set(Path().iterdir()) - before) == (1 if status == 0 else 0)
+
+
+def test_a_raw_image_is_sparse_and_private() -> None:
+    """A raw image is a hole of the requested length, for its owner alone."""
+    main(["create", "-s", "1G", "a.raw"])
+    status = Path("a.raw").stat()
+    assert (status.st_size, status.st_blocks) == (1 << 30, 0)
+    assert stat.S_IMODE(status.st_mode) == 0o600
+
+
+@pytest.mark.usefixtures("qemu_img")
+@pytest.mark.parametrize(
+    "size", [0, 1, 512 * MIB, 512 * MIB + 1, 1 << 44, (1 << 44) + MIB, 1 << 50]
+)
+def test_qemu_takes_what_is_created(size: int) -> None:
+    """QEMU finds a new image clean, of the right size."""
+    create_qcow2("a.qcow2", size)
+    told = subprocess.run(
+        ["qemu-img", "info", "--output=json", "a.qcow2"], check=True, capture_output=True
+    )
+    assert json.loads(told.stdout)["virtual-size"] == size - size % 512
+    subprocess.run(["qemu-img", "check", "-q", "a.qcow2"], check=True)
+    assert main(["image", "check", "a.qcow2"]) == 0
+
+
+def test_an_overlay_reads_its_base(directory: Path) -> None:
+    """A relative base begins at the new image's directory; what is written stays in the overlay."""
+    (directory / "sub").mkdir()
+    create_qcow2("sub/base.qcow2", 4 * MIB)
+    write("sub/base.qcow2", Format.QCOW2, MIB, b"base")
+    assert main(["create", "-b", "base.qcow2", "sub/top.qcow2"]) == 0
+    write("sub/top.qcow2", Format.QCOW2, MIB + 1, b"A")
+    assert read("sub/top.qcow2", Format.QCOW2, MIB, 5) == b"bAse\0"
+    assert read("sub/base.qcow2", Format.QCOW2, MIB, 5) == b"base\0"
+
+
+def test_a_copy_is_whole_and_sparse() -> None:
+    """A copy holds what the chain holds; zeros use no space in it."""
+    create_qcow2("base.qcow2", 64 * MIB)
+    write("base.qcow2", Format.QCOW2, 5 * MIB + 7, b"hello")
+    write("base.qcow2", Format.QCOW2, 9 * MIB, bytes(MIB))
+    create_qcow2("top.qcow2", 64 * MIB, "base.qcow2")
+    write("top.qcow2", Format.QCOW2, 64 * MIB - 3, b"end")
+    assert main(["create", "-i", "top.qcow2", "copy.raw"]) == 0
+    assert main(["create", "-i", "copy.raw", "back.qcow2"]) == 0
+    for path, disk_format in (("copy.raw", Format.RAW), ("back.qcow2", Format.QCOW2)):
+        assert read(path, disk_format, 5 * MIB, 16) == bytes(7) + b"hello" + bytes(4)
+        assert read(path, disk_format, 64 * MIB - 3, 4) == b"end\0"
+        assert Path(path).stat().st_blocks * 512 <= MIB
+
+
+def test_a_copy_that_fails_is_removed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A source that cannot be read leaves no half copy."""
+    create_qcow2("a.qcow2", 4 * MIB)
+    write("a.qcow2", Format.QCOW2, 0, b"x")
+    with Path("a.qcow2").open("r+b") as file:  # the L1 entry of its only table
+        file.seek(65536)
+        file.write((0x8000000000040200).to_bytes(8, "big"))
+    assert main(["create", "-i", "a.qcow2", "copy.raw"]) == 1
+    assert capsys.readouterr().err.endswith("vmctl: failed to read from source\n")
+    assert not Path("copy.raw").exists()
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    """The facts about an image, also as JSON, and while it is in use."""
+    create_qcow2("base.qcow2", 4 * MIB)
+    create_qcow2("top.qcow2", 4 * MIB, "base.qcow2")
+    image = open_image("top.qcow2", Format.QCOW2, False)
+    assert main(["image", "info", "--json", "top.qcow2"]) == 0
+    image.close()
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["format"], facts["virtual_size"], facts["cluster_size"]) == (
+        *("qcow2", 4 * MIB, 65536),
+    )
+    assert (facts["base"], facts["base_format"]) == ("base.qcow2", "qcow2")
+    assert facts["bases"] == ["qcow2:base.qcow2"]
+    assert main(["im", "inf", "top.qcow2"]) == 0
+    assert "virtual size:        4.0M (4194304 bytes)\n" in capsys.readouterr().out
+    Path("base.qcow2").unlink()
+    assert main(["image", "info", "top.qcow2"]) == 0
+    told = capsys.readouterr().out
+    assert "base error:          base.qcow2: No such file or directory\n" in told
+
+
+def test_check(capsys: pytest.CaptureFixture[str]) -> None:
+    """A count that is too low is an error, one that is too high a leak."""
+    create_qcow2("a.qcow2", 4 * MIB)
+    with Path("a.qcow2").open("r+b") as file:
+        file.truncate(6 * 65536)
+        file.seek(3 * 65536)
+        file.write(bytes([0, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0, 2]))
+    assert main(["image", "check", "--json", "a.qcow2"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["errors"], report["leaked_clusters"]) == (1, 2)
+    assert report["findings"] == ["cluster 1: 1 references, counted as 0"]
+    assert main(["image", "check", "a.qcow2"]) == 1
+    assert "error: cluster 1: 1 references, counted as 0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["info", "check"])
+def test_no_image(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no image is one line of error."""
+    assert main(["image", verb, "missing.qcow2"]) == 1
+    Path("text.qcow2").write_bytes(b"text" * 200)
+    assert main(["image", verb, "text.qcow2"]) == 1
+    assert tuple(capsys.readouterr()) == (
+        "",
+        (
+            "vmctl: missing.qcow2: No such file or directory\n"
+            "vmctl: text.qcow2: invalid magic numbers\n"
+        ),
+    )
+
+
+def test_check_wants_the_image_unused(capsys: pytest.CaptureFixture[str]) -> None:
+    """An image that somebody writes to cannot be checked."""
+    create_qcow2("a.qcow2", 4 * MIB)
+    image = open_image("a.qcow2", Format.QCOW2, False)
+    assert main(["image", "check", "a.qcow2"]) == 1
+    image.close()
+    assert capsys.readouterr().err == "vmctl: a.qcow2: another process writes to it\n"
