@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from vmm_kvm.bits import MIB
+from vmm_kvm.block.image import Image
 from vmm_kvm.boot import layout
 from vmm_kvm.boot.acpi import AcpiConfig, build_tables, loader_files
 from vmm_kvm.boot.config import BootDevice
@@ -47,6 +48,7 @@ from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.pci_devices import Disk, PciDevices, boot_order
 from vmm_kvm.runner import Runner
+from vmm_kvm.virtio.vmmci import Command
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class MachineSpec:
     initrd: tuple[str, ...] = ()
     """Paths; more than one only for Multiboot kernels."""
     disks: tuple[Disk, ...] = ()
+    cdrom: Image | None = None
+    """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
     boot_device: BootDevice = BootDevice.AUTO
     """What firmware boots from, and what an OpenBSD kernel takes for its root."""
     uuid: bytes | None = None
@@ -245,8 +249,9 @@ class Machine:
             self.runner.resume()
 
     def press_power_button(self) -> None:
-        """Ask the guest to power itself off, through ACPI."""
-        self.acpi_pm.press_power_button()
+        """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI."""
+        if not self.vmmci.request(Command.SHUTDOWN):
+            self.acpi_pm.press_power_button()
 
     # Wiring
 
@@ -313,9 +318,13 @@ class Machine:
     def _make_pci_devices(self, stack: ExitStack) -> None:
         intx = IntxLines([KvmIrqLine(self.vm, gsi) for gsi in layout.GSI_PCI_INTX])
         devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
+        # In OpenBSD's order: unit numbers in a guest follow it.
+        devices.add_rng(self._clock)
         slots = [devices.add_disk(disk) for disk in self.spec.disks]
+        cdrom = devices.add_cdrom(self.spec.cdrom) if self.spec.cdrom else None
+        self.vmmci = devices.add_vmmci(self._clock, lambda _command: self._end(PowerOff()))
         self.pci.assign_bars()
-        order = boot_order(self.spec.boot_device, disk=slots[0] if slots else None)
+        order = boot_order(self.spec.boot_device, slots[0] if slots else None, cdrom)
         if order is not None:
             self.fw_cfg.add_file("bootorder", order)
 

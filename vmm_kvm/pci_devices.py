@@ -4,18 +4,24 @@ Slots are given in the order of the calls. Every device has a worker thread of i
 driver is there, and shares one of four interrupt lines where the driver does not use MSI-X.
 """
 
+import os
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.boot.config import BootDevice
+from vmm_kvm.clock import Clock
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import PciHost
-from vmm_kvm.pci.ids import CLASS_MASS_STORAGE_SCSI
+from vmm_kvm.pci.ids import CLASS_MASS_STORAGE_SCSI, CLASS_SYSTEM_OTHER
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.device import Backend, Dataplane
 from vmm_kvm.virtio.pci import VirtioPci
+from vmm_kvm.virtio.rng import VirtioRng
+from vmm_kvm.virtio.scsi import VirtioScsi
+from vmm_kvm.virtio.vmmci import Command, Vmmci
 from vmm_kvm.virtio.worker import Worker
 
 _PIN_INTA = 1
@@ -67,7 +73,7 @@ class PciDevices:
         self._memory = memory
         self._eventfds = eventfds
         self._intx = intx
-        self._functions: list[VirtioPci] = []
+        self._functions: list[VirtioPci | Vmmci] = []
 
     def close(self) -> None:
         """Stop and close every device; when no vCPU runs. Idempotent."""
@@ -95,6 +101,38 @@ class PciDevices:
         )
         slot, _ = self.add_backend(backend, CLASS_MASS_STORAGE_SCSI, disk.name)
         return slot
+
+    def add_rng(self, clock: Clock) -> int:
+        """Add a source of entropy; returns its slot.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        backend = VirtioRng(clock, os.urandom)
+        slot, worker = self.add_backend(backend, CLASS_SYSTEM_OTHER, "rng")
+        backend.attach(worker)
+        return slot
+
+    def add_cdrom(self, image: Image | None) -> int:
+        """Add a CD-ROM drive with a medium, which stays the caller's, or None; returns its slot.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        backend = VirtioScsi(image, owns_image=False)
+        return self.add_backend(backend, CLASS_MASS_STORAGE_SCSI, "cdrom")[0]
+
+    def add_vmmci(self, clock: Clock, on_expired: Callable[[Command], None]) -> Vmmci:
+        """Add what asks an OpenBSD guest to shut down; see `Vmmci` for `on_expired`.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        line = self._intx.input(self._host.next_slot, _PIN_INTA)
+        vmmci = Vmmci(clock, line, on_expired, pin=_PIN_INTA)
+        self._functions.append(vmmci)
+        self._host.add(vmmci.function)
+        return vmmci
 
     def add_backend(self, backend: Backend, class_code: int, name: str) -> tuple[int, Worker]:
         """Add a virtio device that a thread of this process serves; takes over `backend`.

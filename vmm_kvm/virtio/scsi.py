@@ -77,18 +77,23 @@ class VirtioScsi:
         "_cdb_size",
         "_drive",
         "_image",
+        "_owns_image",
         "_sense_size",
         "device_id",
         "features",
         "queue_sizes",
     )
 
-    def __init__(self, image: Image | None) -> None:
-        """Make an adapter whose drive holds `image`, which it owns; None leaves it empty."""
+    def __init__(self, image: Image | None, *, owns_image: bool = True) -> None:
+        """Make an adapter whose drive holds `image`; None leaves it empty.
+
+        With `owns_image` the image is closed with the device.
+        """
         self.device_id = abi.VIRTIO_ID_SCSI
         self.features = 0
         self.queue_sizes: tuple[int, ...] = (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE)
         self._image = image
+        self._owns_image = owns_image
         self._drive = CdRom(image.size if image else None)
         self._sense_size = abi.VIRTIO_SCSI_SENSE_DEFAULT_SIZE
         self._cdb_size = abi.VIRTIO_SCSI_CDB_DEFAULT_SIZE
@@ -141,8 +146,8 @@ class VirtioScsi:
         self._cdb_size = abi.VIRTIO_SCSI_CDB_DEFAULT_SIZE
 
     def close(self) -> None:
-        """Close the image; idempotent."""
-        if self._image:
+        """Close the image, if it is owned; idempotent."""
+        if self._image and self._owns_image:
             self._image.close()
 
     # Commands

@@ -309,10 +309,12 @@ def test_event_buffers_stay(rig: Rig) -> None:
 
 
 def test_closing_closes_the_image() -> None:
-    """The device owns the image."""
-    disc = Disc(1)
-    VirtioScsi(disc).close()
-    assert disc.is_closed
+    """The device owns the image, unless it was told otherwise."""
+    mine, yours = Disc(1), Disc(1)
+    VirtioScsi(mine).close()
+    VirtioScsi(yours, owns_image=False).close()
+    assert mine.is_closed
+    assert not yours.is_closed
 
 
 BUFFERS = st.lists(
