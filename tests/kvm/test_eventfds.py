@@ -1,0 +1,103 @@
+"""Event fds on real KVM: notifications that need no exit, messages that need no thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests import guests
+from tests.guests import Guest, guest
+from vmm_kvm.kvm.eventfds import EventFds
+from vmm_kvm.kvm.exits import MmioExit
+
+pytestmark = pytest.mark.kvm
+
+MSI_ADDRESS = 0xFEE0_0000
+FIRST_GSI = 24
+LAPIC_SVR, LAPIC_IRR = 0xF0, 0x200
+SVR_ENABLED = 1 << 8
+
+
+@pytest.fixture
+def halted() -> Iterator[Guest]:
+    """A guest whose local APIC takes messages."""
+    with guest(guests.HALT, irqchip=True) as made:
+        lapic = made.vcpu.get_lapic()
+        lapic.regs[LAPIC_SVR + 1] |= SVR_ENABLED >> 8
+        made.vcpu.set_lapic(lapic)
+        yield made
+
+
+def pending(of: Guest) -> set[int]:
+    """Return the vectors that wait in the local APIC."""
+    regs = bytes(byte & 0xFF for byte in of.vcpu.get_lapic().regs)
+    return {
+        vector
+        for vector in range(256)
+        if regs[LAPIC_IRR + vector // 32 * 16 + vector % 32 // 8] >> vector % 8 & 1
+    }
+
+
+def test_lines_send_their_messages(halted: Guest) -> None:
+    """Each line has a message of its own, and sends it when its eventfd is written."""
+    with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
+        first, second = eventfds.msi_line(), eventfds.msi_line()
+        first.route((MSI_ADDRESS, 0x41))
+        second.route((MSI_ADDRESS, 0x42))
+        second.signal()
+        assert pending(halted) == {0x42}
+        os.eventfd_write(first.fd, 1)
+        assert pending(halted) == {0x41, 0x42}
+
+
+def test_a_line_without_a_message_waits(halted: Guest) -> None:
+    """What is signalled before there is a message, or while it is held back, is sent with it."""
+    with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
+        line = eventfds.msi_line()
+        line.signal()
+        assert pending(halted) == set()
+        line.route((MSI_ADDRESS, 0x51))
+        assert pending(halted) == {0x51}
+        line.route(None)
+        line.route(None)
+        line.signal()
+        line.signal()
+        line.route((MSI_ADDRESS, 0x52))
+        assert pending(halted) == {0x51, 0x52}
+        line.route((MSI_ADDRESS, 0x53))
+        line.signal()
+        assert pending(halted) == {0x51, 0x52, 0x53}
+
+
+def test_a_message_without_a_line(halted: Guest) -> None:
+    """A message can be sent directly."""
+    with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
+        eventfds.send_msi(MSI_ADDRESS, 0x61)
+        assert pending(halted) == {0x61}
+
+
+def test_notifications() -> None:
+    """A guest's write of any size signals the eventfd and makes no exit, until it is unbound."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    address = guests.MMIO + 0x10
+    try:
+        with (
+            guest(guests.ACCESS_MMIO, irqchip=True) as made,
+            EventFds(made.vm, (), FIRST_GSI) as eventfds,
+        ):
+            eventfds.bind_notification(fd, address)
+            eventfds.bind_notification(fd, address)  # refused by KVM, which does no harm
+            reason = made.vcpu.run()
+            assert isinstance(reason, MmioExit)
+            assert reason.address == guests.MMIO + 0x14
+            assert os.eventfd_read(fd) == 1
+            eventfds.unbind_notification(fd, address)
+            eventfds.unbind_notification(fd, address)
+            guests.start(made.vcpu)
+            reason = made.vcpu.run()
+            assert isinstance(reason, MmioExit)
+            assert reason.address == address
+    finally:
+        os.close(fd)
