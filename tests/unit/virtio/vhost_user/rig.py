@@ -31,6 +31,7 @@ USER = 0x7F00_0000_0000
 # Each ring has a page for its descriptors and one for each ring; buffers come behind all rings.
 _RING_STRIDE = 0x3000
 _BUFFERS = 0x2_0000
+_SLOT_HALF = 0x2000
 _WRITE = 2
 _NEXT = 1
 EVENT_TIMEOUT_MS = 10_000
@@ -181,11 +182,15 @@ class Driver:
         client.set_memory([self.region], [self.fd])
         self.set_up(client, 0)
 
-    def offer(self, data: bytes, ring: int = 0, *, gpa: int | None = None) -> int:
-        """Make a request available without notifying; returns its slot."""
+    def offer(self, data: bytes, ring: int = 0, *, room: int = 64, gpa: int | None = None) -> int:
+        """Make a request available without notifying; returns its slot.
+
+        `data`, and an answer of at most `room` bytes, up to 8 KiB each. The request lies at `gpa`
+        instead of in its slot, if that is given.
+        """
         slot = self.available[ring] % (QUEUE_SIZE // 2)
         head = 2 * slot
-        place = _BUFFERS + (ring * QUEUE_SIZE + head) * 64
+        place = self._slot(ring, slot)
         self.memory[place : place + len(data)] = data
         table = ring * _RING_STRIDE
         address = GPA + place if gpa is None else gpa
@@ -193,7 +198,7 @@ class Driver:
             "<QIHHQIHH",
             *(self.memory, table + 16 * head),
             *(address, len(data), _NEXT, head + 1),
-            *(GPA + place + 64, 64, _WRITE, 0),
+            *(GPA + place + _SLOT_HALF, room, _WRITE, 0),
         )
         entries = table + 0x1000
         at = self.available[ring] % QUEUE_SIZE
@@ -215,20 +220,25 @@ class Driver:
 
     def answer(self, slot: int, size: int, ring: int = 0) -> bytes:
         """Return what the device wrote for the request in `slot`."""
-        place = _BUFFERS + (ring * QUEUE_SIZE + 2 * slot + 1) * 64
+        place = self._slot(ring, slot) + _SLOT_HALF
         return self.memory[place : place + size]
+
+    @staticmethod
+    def _slot(ring: int, slot: int) -> int:
+        return _BUFFERS + (ring * QUEUE_SIZE + 2 * slot) * _SLOT_HALF
 
     def wait(self, ring: int = 0, *, used: int) -> None:
         """Wait for interrupts until the used index has the value `used`."""
         while self.used(ring) != used:
             wait_for(self.call[ring])
 
-    def request(self, data: bytes, ring: int = 0) -> bytes:
-        """Send one request and return its answer."""
-        slot = self.offer(data, ring)
+    def request(self, data: bytes, ring: int = 0, *, size: int | None = None) -> bytes:
+        """Send one request and return its answer of `size` bytes, by default that of `data`."""
+        size = len(data) if size is None else size
+        slot = self.offer(data, ring, room=size)
         self.notify(ring)
         self.wait(ring, used=self.available[ring])
-        return self.answer(slot, len(data), ring)
+        return self.answer(slot, size, ring)
 
 
 @contextmanager

@@ -1,0 +1,90 @@
+"""Guests of QEMU that use a disk by vhost-user: a boot sector, and a Debian kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests import artifacts
+
+SECTOR = 512
+BOOT_MESSAGE = b"booted from vhost-user\r\n"
+
+_BOOT_CODE = b"".join(
+    (
+        bytes.fromhex("31c0"),  # xor %ax, %ax
+        bytes.fromhex("8ed8"),  # mov %ax, %ds
+        bytes.fromhex("8ec0"),  # mov %ax, %es
+        bytes.fromhex("fc"),  # cld
+        bytes.fromhex("b80102"),  # mov $0x0201, %ax: read one sector
+        bytes.fromhex("b90200"),  # mov $2, %cx: the second
+        bytes.fromhex("b600"),  # mov $0, %dh; the BIOS has put the drive into %dl
+        bytes.fromhex("bb007e"),  # mov $0x7e00, %bx
+        bytes.fromhex("cd13"),  # int $0x13
+        bytes.fromhex("be007e"),  # mov $0x7e00, %si
+        bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+        bytes.fromhex("ac"),  # 1: lodsb
+        bytes.fromhex("84c0"),  # test %al, %al
+        bytes.fromhex("7403"),  # jz 2f
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("ebf8"),  # jmp 1b
+        bytes.fromhex("e6f4"),  # 2: out %al, $0xf4: isa-debug-exit, status 1
+        bytes.fromhex("f4"),  # hlt
+    )
+)
+BOOT_STATUS = 1
+_BOOT_DISK_SIZE = 1 << 20  # the BIOS wants a cylinder at least
+
+
+def boot_disk() -> bytes:
+    """Return a disk whose boot sector prints the text of the second sector and ends QEMU."""
+    first = _BOOT_CODE.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
+    return (first + BOOT_MESSAGE).ljust(_BOOT_DISK_SIZE, b"\0")
+
+
+# What it prints is what the tests expect, in this order. The disk is 16 MiB or larger.
+_DISK_INIT = """#!/bin/busybox sh
+echo "init: up"
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+for module in /modules/*.ko; do
+    insmod "$module" || echo "init: cannot load $module"
+done
+waited=0
+while [ ! -b /dev/vda ] && [ $waited -lt 100 ]; do
+    sleep 0.1
+    waited=$((waited + 1))
+done
+cd /sys/block/vda
+echo "disk: size $(cat size) ro $(cat ro) serial $(cat serial) queues $(ls mq | wc -l)"
+cd /
+sum() { dd if=$1 bs=64k count=64 $2 2>/dev/null | md5sum | cut -d ' ' -f 1; }
+echo "disk: first $(dd if=/dev/vda bs=16 count=1 2>/dev/null)"
+if [ "$(cat /sys/block/vda/ro)" = 0 ]; then
+    dd if=/dev/urandom of=/random bs=64k count=64 2>/dev/null
+    dd if=/random of=/dev/vda bs=64k seek=64 oflag=direct conv=fsync 2>/dev/null
+    echo "disk: same $([ $(sum /dev/vda 'skip=64 iflag=direct') = $(sum /random) ] && echo yes)"
+    # Many requests at once, from several processes, through the page cache.
+    for part in 0 1 2 3; do
+        dd if=/random of=/dev/vda bs=16k seek=$((512 + 64 * part)) skip=$((64 * part)) \\
+            count=64 conv=notrunc 2>/dev/null &
+    done
+    wait
+    sync
+    echo 3 > /proc/sys/vm/drop_caches
+    echo "disk: same $([ $(sum /dev/vda skip=128) = $(sum /random) ] && echo yes)"
+    blkdiscard -z -o 4194304 -l 65536 /dev/vda || blkdiscard -o 4194304 -l 65536 /dev/vda
+    echo "disk: zeroes $(dd if=/dev/vda bs=64k skip=64 count=1 2>/dev/null | tr -d '\\0' | wc -c)"
+else
+    dd if=/dev/zero of=/dev/vda bs=512 count=1 2>/dev/null || echo "disk: refused"
+fi
+dmesg -r | grep '^<[0-3]>' | sed 's/^/disk: dmesg /'
+echo "disk: end"
+poweroff -f
+"""
+
+
+def disk_initramfs(kernel: artifacts.Kernel) -> Path:
+    """Return an initramfs whose /init exercises /dev/vda and prints what it found."""
+    modules = kernel.modules(("virtio_pci", "virtio_blk"))
+    return artifacts._initramfs(f"vhost-user-{kernel.release}", modules, _DISK_INIT)
