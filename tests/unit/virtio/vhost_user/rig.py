@@ -182,6 +182,11 @@ class Driver:
         client.set_memory([self.region], [self.fd])
         self.set_up(client, 0)
 
+    def forget(self) -> None:
+        """Make the rings as they are after a reset of the device."""
+        self.memory[: 2 * _RING_STRIDE] = bytes(2 * _RING_STRIDE)
+        self.available = [0, 0]
+
     def offer(self, data: bytes, ring: int = 0, *, room: int = 64, gpa: int | None = None) -> int:
         """Make a request available without notifying; returns its slot.
 

@@ -122,8 +122,7 @@ def test_a_reset_and_another_start() -> None:
     backend = BlkBackend()
     with dataplane(backend) as (device, guest, _):
         for _ in range(2):
-            guest.memory[:0x6000] = bytes(0x6000)
-            guest.available = [0, 0]
+            guest.forget()
             device.start(VERSION_1 | RING_RESET | EVENT_IDX, {0: guest.ring(0), 1: guest.ring(1)})
             assert guest.request(b"one") == b"ONE"
             assert guest.request(b"two", 1) == b"TWO"
