@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from vmctl.disks import open_disk
 from vmctl.stdio import Stdio
-from vmd.config.disks import DiskError, DiskKind, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
-from vmm_kvm.block.image import Format, Image
-from vmm_kvm.block.image import open_image as open_disk_image
 from vmm_kvm.boot.config import BootDevice
+from vmm_kvm.boot.firmware import BIOS, find_firmware
 from vmm_kvm.boot.image import open_image
 from vmm_kvm.boot.layout import MEMORY_MAX, MEMORY_MIN
 from vmm_kvm.clock import NANOSECONDS
@@ -39,7 +38,6 @@ from vmm_kvm.machine import (
     TripleFault,
     selftest_path,
 )
-from vmm_kvm.pci_devices import Disk
 
 EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
@@ -59,7 +57,9 @@ class RunOptions:
     memory: str
     cpus: str
     disks: tuple[str, ...]
+    cdrom: str | None
     boot_device: str | None
+    firmware: str | None
     initrd: tuple[str, ...]
     append: str | None
     timeout: str | None
@@ -98,23 +98,39 @@ def run(options: RunOptions) -> int:
 
 def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
     """Check the options and open what they name; `stack` closes it."""
-    path = options.boot
-    if options.selftest:
-        if path is not None:
-            raise SpecError("--selftest and -b name two boot images: use one")
-        path = str(selftest_path())
-    if path is None:
-        raise SpecError("no kernel or firmware: use -b path, or --selftest")
+    path = _boot_path(options)
     return MachineSpec(
         image=open_image(path),
         memory_size=_memory(options.memory),
         cpus=_cpus(options.cpus),
-        disks=tuple(_disk(text, index, stack) for index, text in enumerate(options.disks)),
+        disks=tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks)),
         boot_device=_boot_device(options.boot_device),
         name=options.name or Path(path).name,
         command_line=options.append,
         initrd=options.initrd,
     )
+
+
+def _boot_path(options: RunOptions) -> str:
+    """Return what to boot: the one image that is named, or firmware if there are media."""
+    named = [
+        name
+        for name, is_named in (
+            ("--selftest", options.selftest),
+            ("-b", options.boot is not None),
+            ("--firmware", options.firmware is not None),
+        )
+        if is_named
+    ]
+    if len(named) > 1:
+        raise SpecError(f"{named[0]} and {named[1]} name two boot images: use one")
+    if options.selftest:
+        return str(selftest_path())
+    if options.boot is not None:
+        return options.boot
+    if options.firmware is None and not options.disks and options.cdrom is None:
+        raise SpecError("no kernel or disk/cdrom specified: use -b, -d, -r or --selftest")
+    return find_firmware(options.firmware or BIOS).code
 
 
 def _memory(text: str) -> int:
@@ -140,25 +156,6 @@ def _cpus(text: str) -> int:
     if not 1 <= count <= VCPUS_MAX:
         raise SpecError(f"cpu count is too {'small' if count < 1 else 'large'}: {text}")
     return count
-
-
-def _disk(text: str, index: int, stack: ExitStack) -> Disk:
-    try:
-        option = parse_disk(text)
-    except DiskError as err:
-        raise SpecError(str(err)) from None
-    disk_format = None if option.kind is DiskKind.PROBE else Format(option.kind)
-    image = open_disk_image(option.path, disk_format, option.is_read_only)
-    stack.callback(_close, image, option.path)
-    return Disk(image, f"disk{index}", option.serial, option.queues)
-
-
-def _close(image: Image, path: str) -> None:
-    """Close an image at the very end; that it could not be written back changes no status."""
-    try:
-        image.close()
-    except OSError as err:
-        print(f"vmctl: {path}: {err.strerror}", file=sys.stderr)
 
 
 def _boot_device(text: str | None) -> BootDevice:

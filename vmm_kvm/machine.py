@@ -7,7 +7,6 @@ Memory slots are set before the interrupt controllers are made: 0.07 ms against 
 """
 
 import ctypes
-import logging
 import mmap
 import threading
 from collections.abc import Callable, Iterator
@@ -43,14 +42,15 @@ from vmm_kvm.kvm.irqline import KvmIrqLine
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
+from vmm_kvm.log import Log
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
-from vmm_kvm.pci_devices import Disk, PciDevices, boot_order
+from vmm_kvm.pci_devices import Disk, PciDevices, RemoteDisk, boot_order
 from vmm_kvm.runner import Runner
 from vmm_kvm.virtio.vmmci import Command
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 VCPUS_MAX = 64
 """As vmm(4) has it."""
@@ -85,7 +85,7 @@ class MachineSpec:
     command_line: str | None = None
     initrd: tuple[str, ...] = ()
     """Paths; more than one only for Multiboot kernels."""
-    disks: tuple[Disk, ...] = ()
+    disks: tuple[Disk | RemoteDisk, ...] = ()
     cdrom: Image | None = None
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
     boot_device: BootDevice = BootDevice.AUTO

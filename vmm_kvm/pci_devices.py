@@ -6,7 +6,7 @@ driver is there, and shares one of four interrupt lines where the driver does no
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.boot.config import BootDevice
@@ -24,6 +24,9 @@ from vmm_kvm.virtio.scsi import VirtioScsi
 from vmm_kvm.virtio.vmmci import Command, Vmmci
 from vmm_kvm.virtio.worker import Worker
 
+if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseconds to load
+    import socket
+
 _PIN_INTA = 1
 
 
@@ -40,6 +43,15 @@ class Disk(NamedTuple):
     """The identity that the guest reads, at most 20 bytes; empty for none."""
     queues: int = 1
     """1 to 64."""
+
+
+class RemoteDisk(NamedTuple):
+    """A disk that another process serves, by vhost-user."""
+
+    connect: "Callable[[], socket.socket]"
+    """Returns a connection to it, for one machine, which owns it."""
+    name: str
+    """For the log."""
 
 
 def boot_order(device: BootDevice, disk: int | None, cdrom: int | None = None) -> bytes | None:
@@ -86,12 +98,20 @@ class PciDevices:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def add_disk(self, disk: Disk) -> int:
+    def add_disk(self, disk: Disk | RemoteDisk) -> int:
         """Add a virtio-blk device; returns its slot.
 
         Raises:
             SpecError: all slots are taken.
+            VmmError, OSError: a remote disk cannot be connected to, or is no disk.
         """
+        if isinstance(disk, RemoteDisk):
+            # Here, because most disks are served by this process.
+            from vmm_kvm.virtio.vhost_user.client import Client  # noqa: PLC0415
+            from vmm_kvm.virtio.vhost_user.frontend import VhostUserBlk  # noqa: PLC0415
+
+            remote = VhostUserBlk(Client(disk.connect()), self._memory, disk.name)
+            return self.add_dataplane(remote, CLASS_MASS_STORAGE_SCSI, disk.name)
         backend = VirtioBlk(
             disk.image,
             name=disk.name,

@@ -75,17 +75,19 @@ def run(*arguments: str) -> tuple[int, bytes]:
     return done.returncode, done.stderr
 
 
-def test_firmware_boots_from_a_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",process"])
+def test_firmware_boots_from_a_disk(tmp_path: Path, options: str) -> None:
     """SeaBIOS finds the disk, boots its first sector, and reads the next for it."""
     image = disk(tmp_path / "disk.img", boot_sector(0x42, 1), bytes((GOOD,)) * 512)
-    assert run("-d", f"raw:{image}") == (STATUS, b"")
+    assert run("-d", f"raw:{image}{options}") == (STATUS, b"")
 
 
-def test_firmware_writes_to_a_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",process"])
+def test_firmware_writes_to_a_disk(tmp_path: Path, options: str) -> None:
     """What the BIOS writes is in the file when the command ends."""
     sector = boot_sector(0x43, 2)
     image = disk(tmp_path / "disk.img", sector)
-    assert run("-d", f"raw:{image}") == (STATUS, b"")
+    assert run("-d", f"raw:{image}{options}") == (STATUS, b"")
     assert image.read_bytes()[1024:1536] == sector
 
 
@@ -117,6 +119,8 @@ def test_no_device_to_boot_from(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("-d", "nowhere.img"), "nowhere.img: No such file or directory"),
+        (("-d", "nowhere.img,process"), "nowhere.img: No such file or directory"),
+        (("-d", "vhost-user:nowhere"), "vhost-user:nowhere: No such file or directory"),
         (("-d", "raw:"), "invalid disk: raw:: no path"),
         (("-d", "x,size=1"), "invalid disk: x,size=1: unknown option 'size=1'"),
         (("-B", "floppy"), "unknown boot device floppy"),

@@ -24,7 +24,7 @@ VMCTL_MAY_IMPORT = (
     "vmm_kvm.errors",
 )
 # Commands that run a VM in this very process, without a daemon.
-VMCTL_WITH_HYPERVISOR = {"vmctl.run", "vmctl.doctor", "vmctl.stdio"}
+VMCTL_WITH_HYPERVISOR = {"vmctl.run", "vmctl.disks", "vmctl.doctor", "vmctl.stdio"}
 VMCTL_LIBRARIES = {"typer", "rich", "msgspec"}
 VMD_LIBRARIES = {"msgspec", "pyroute2"}
 

@@ -59,7 +59,7 @@ _IMAGES = frozenset({DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2})
 _OPTIONS = {
     "ro": _IMAGES | {DiskKind.PMEM},
     "serial": _IMAGES,
-    "queues": _IMAGES | {DiskKind.VHOST_USER},
+    "queues": _IMAGES,
     "process": _IMAGES,
     "private": frozenset({DiskKind.PMEM}),
 }

@@ -1,0 +1,98 @@
+"""The disks of `vmctl run`: from what is typed to what a machine takes.
+
+Images are opened once and outlive reboots. A disk of another process is connected to anew for each
+machine: what that process knows of the guest's memory is then the new machine's.
+"""
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
+from vmm_kvm.block.image import Format, Image, open_image
+from vmm_kvm.errors import SpecError
+from vmm_kvm.pci_devices import Disk, RemoteDisk
+from vmm_kvm.virtio.blk import VirtioBlk
+
+if TYPE_CHECKING:  # loaded where a disk is in another process
+    import socket
+
+
+def open_disk(text: str, index: int, stack: ExitStack) -> Disk | RemoteDisk:
+    """Open disk number `index`, given as `-d` takes it; `stack` closes it.
+
+    Raises:
+        SpecError: it cannot be understood.
+        ImageError: the image cannot be opened.
+    """
+    try:
+        option = parse_disk(text)
+    except DiskError as err:
+        raise SpecError(str(err)) from None
+    name = f"disk{index}"
+    if option.kind is DiskKind.VHOST_USER:
+        return RemoteDisk(lambda: _connect(option.path), name)
+    if option.is_process:
+        process = _ProcessDisk(option, name)
+        stack.callback(process.close)
+        return RemoteDisk(process.connect, name)
+    image = _open(option)
+    stack.callback(_close, image, option.path)
+    return Disk(image, name, option.serial, option.queues)
+
+
+def _open(option: DiskOption) -> Image:
+    disk_format = None if option.kind is DiskKind.PROBE else Format(option.kind)
+    return open_image(option.path, disk_format, option.is_read_only)
+
+
+def _close(image: Image, path: str) -> None:
+    """Close an image at the very end; that it could not be written back changes no status."""
+    try:
+        image.close()
+    except OSError as err:
+        print(f"vmctl: {path}: {err.strerror}", file=sys.stderr)
+
+
+def _connect(path: str) -> "socket.socket":
+    import socket  # noqa: PLC0415 - see above
+
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(path)
+    except OSError as err:
+        connection.close()
+        raise SpecError(f"vhost-user:{path}: {err.strerror or err}") from err
+    return connection
+
+
+class _ProcessDisk:
+    """A disk with a process of its own for each machine."""
+
+    def __init__(self, option: DiskOption, name: str) -> None:
+        self._option = option
+        self._name = name
+        self._close = ExitStack()
+
+    def connect(self) -> "socket.socket":
+        """Start the process, when the one before has ended: the image has one writer.
+
+        Raises:
+            VmmError: it cannot open the image.
+        """
+        from vmm_kvm.virtio.vhost_user.process import (  # noqa: PLC0415 - as sockets are
+            spawn_device_process,
+        )
+
+        self.close()
+        process = self._close.enter_context(spawn_device_process(self._backend, self._name))
+        return process.connection
+
+    def close(self) -> None:
+        """Wait for the process to end; its connection is closed."""
+        self._close.close()
+
+    def _backend(self) -> VirtioBlk:
+        """Make the device; in its process."""
+        option = self._option
+        return VirtioBlk(_open(option), name=self._name, serial=option.serial, queues=option.queues)
