@@ -9,7 +9,6 @@ at the mode after it has cleared the kick: a change can be seen early but never 
 """
 
 import enum
-import logging
 import threading
 from collections.abc import Callable, Sequence
 
@@ -18,8 +17,9 @@ from vmm_kvm.errors import KvmError
 from vmm_kvm.kvm.dispatch import dispatch
 from vmm_kvm.kvm.exits import Exit, Interrupted
 from vmm_kvm.kvm.vcpu import Vcpu
+from vmm_kvm.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Mode(enum.Enum):

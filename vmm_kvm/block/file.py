@@ -1,13 +1,13 @@
 """The file that an image lies in: whole vectored transfers, durability, holes."""
 
 import errno
-import logging
 import os
 from collections.abc import Sequence
 
 from vmm_kvm.block.vectors import cut, fill_zeros, total, zeros
+from vmm_kvm.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _IOV_MAX = 1024  # Linux: buffers in one preadv or pwritev
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}

@@ -17,7 +17,6 @@ Files appear by rename, so readers and other starts see all of one or nothing. W
 with the cache, the kernel is unpacked again.
 """
 
-import logging
 import os
 import stat
 import time
@@ -27,8 +26,9 @@ from pathlib import Path
 from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import BootError
+from vmm_kvm.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 DIGEST_SIZE = 32
 _KEPT = 8

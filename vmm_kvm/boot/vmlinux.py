@@ -6,7 +6,6 @@ cache is the same executable without its headers, symbols and pages of zeros: a 
 into guest memory on each start.
 """
 
-import logging
 import struct
 from collections.abc import Iterator
 
@@ -24,8 +23,9 @@ from vmm_kvm.boot.elf import (
 from vmm_kvm.boot.payload import MAGIC_SIZE, CodecMissingError, payload_format, unpack
 from vmm_kvm.boot.source import BytesSource, FileSource
 from vmm_kvm.errors import BootError
+from vmm_kvm.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _GAP = 16 * PAGE_SIZE
 """Shorter runs of zeros are copied: one more segment costs more."""

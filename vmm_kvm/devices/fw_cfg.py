@@ -4,7 +4,6 @@ Both interfaces are there: byte by byte through the data port, and DMA. Nothing 
 write through DMA is an error and a write to the data port is lost.
 """
 
-import logging
 import struct
 import threading
 from enum import IntEnum, IntFlag
@@ -12,9 +11,10 @@ from typing import NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import GuestMemoryError, SpecError
+from vmm_kvm.log import Log
 from vmm_kvm.memory import GuestMemory
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 SIZE = 12
 """I/O ports."""

@@ -10,13 +10,14 @@ register clears its ready bit too, by which OVMF tells flash from ROM.
 Source: Intel 28FxxxJ3 datasheet §9 to §11; JEDEC JESD68.01 (CFI); QEMU hw/block/pflash_cfi01.c
 """
 
-import logging
 import threading
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-log = logging.getLogger(__name__)
+from vmm_kvm.log import Log
+
+log = Log(__name__)
 
 BLOCK_SIZE = 4096
 """Bytes that are erased together."""

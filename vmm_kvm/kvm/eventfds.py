@@ -5,7 +5,6 @@ With them neither a vCPU's thread nor an exit is on the way of a request. Any th
 Locks: `_lock` guards the routing table; a line's route is changed by one thread at a time.
 """
 
-import logging
 import os
 import threading
 from collections.abc import Iterable
@@ -13,8 +12,9 @@ from typing import Self
 
 from vmm_kvm.errors import KvmError
 from vmm_kvm.kvm.vm import MsiRoute, Route, Vm
+from vmm_kvm.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _ANY_SIZE = 0
 _EDGE = 1

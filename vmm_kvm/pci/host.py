@@ -9,7 +9,6 @@ only a Bus's own lock and those of a function's parts (INTx, MSI-X) are taken, w
 lead back here.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from enum import IntEnum, IntFlag
@@ -19,6 +18,7 @@ from vmm_kvm.bits import GIB, PAGE_SIZE, align_up, all_ones
 from vmm_kvm.boot import layout
 from vmm_kvm.bus import Bus
 from vmm_kvm.errors import BusError, SpecError
+from vmm_kvm.log import Log
 from vmm_kvm.pci.config import Bar, BarKind, PciFunction, PciFunctionState
 from vmm_kvm.pci.ids import (
     CLASS_HOST_BRIDGE,
@@ -30,7 +30,7 @@ from vmm_kvm.pci.ids import (
 )
 from vmm_kvm.pci.intx import line_index
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 SIZE = 8
 """I/O ports of configuration mechanism 1."""

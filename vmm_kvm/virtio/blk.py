@@ -8,17 +8,17 @@ the device.
 Source: virtio 1.2 §5.2
 """
 
-import logging
 import struct
 from collections.abc import Sequence
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.log import Log
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split, total
 from vmm_kvm.virtio.queue import Chain, Virtqueue
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 QUEUE_SIZE = 256
 QUEUES_MAX = 64

@@ -13,7 +13,6 @@ for, so the dataplane's threads never take it: what they call (`interrupt`, `con
 Source: virtio 1.2 §4.1
 """
 
-import logging
 import struct
 import threading
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Protocol
 from vmm_kvm.bits import PAGE_SIZE, all_ones
 from vmm_kvm.errors import GuestError
 from vmm_kvm.irq import IrqLine
+from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import VENDOR_OPENBSD, VENDOR_QUMRANET, CapabilityId
 from vmm_kvm.pci.msix import Msix, MsixMessage
@@ -30,7 +30,7 @@ from vmm_kvm.virtio.common_cfg import CommonCfg
 from vmm_kvm.virtio.device import Dataplane
 from vmm_kvm.virtio.queue import Ring
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 DEVICE_ID_BASE = 0x1040
 """Plus the device type: the PCI device ID (virtio 1.2 §4.1.2.1)."""

@@ -6,19 +6,19 @@ are no events to report: the event queue's buffers stay with the device.
 Source: virtio 1.2 §5.6; OpenBSD vmd/vioscsi.c
 """
 
-import logging
 import struct
 from typing import NamedTuple
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.log import Log
 from vmm_kvm.scsi.cdrom import CdRom
 from vmm_kvm.scsi.spc import UNRECOVERED_READ_ERROR, Check, Data, Extent, Sense
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split, total
 from vmm_kvm.virtio.queue import Chain, Virtqueue
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 CONTROL_QUEUE, EVENT_QUEUE, REQUEST_QUEUE = 0, 1, 2
 QUEUE_SIZE = 128

@@ -9,7 +9,6 @@ Locks: `lock`, taken by the bus and by every public method; the interrupt pin is
 Source: OpenBSD vmd/virtio.c, sys/dev/pv/vmmci.c; virtio 1.2 §4.1.4.8 (legacy interface)
 """
 
-import logging
 import struct
 import threading
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from typing import NamedTuple
 from vmm_kvm.bits import all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.irq import IrqLine
+from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import CLASS_COMMUNICATIONS_OTHER, DEVICE_OPENBSD_VMMCI, VENDOR_OPENBSD
 from vmm_kvm.virtio import abi
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 SIZE = 64
 """I/O ports."""

@@ -9,13 +9,13 @@ transport's lock; they talk with the worker through `_orders`. The worker never 
 it can be waited for with the lock held.
 """
 
-import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 
 from vmm_kvm.errors import GuestError
+from vmm_kvm.log import Log
 from vmm_kvm.virtio.abi import (
     VIRTIO_F_RING_RESET,
     VIRTIO_RING_F_EVENT_IDX,
@@ -24,7 +24,7 @@ from vmm_kvm.virtio.abi import (
 from vmm_kvm.virtio.device import Backend, Frontend
 from vmm_kvm.virtio.queue import Memory, Ring, Virtqueue
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 QUEUE_FEATURES = (
     1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_F_RING_RESET

@@ -1,12 +1,12 @@
 """What happens when an image that is in use turns out to be corrupt."""
 
 import errno
-import logging
 
 from vmm_kvm.block.file import HostFile
 from vmm_kvm.block.qcow2.header import INCOMPATIBLE_OFFSET, Header, Incompatible
+from vmm_kvm.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Faults:

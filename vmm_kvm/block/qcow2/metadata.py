@@ -17,15 +17,15 @@ A step that fails is done again by the next commit: nothing is forgotten before 
 """
 
 import errno
-import logging
 
 from vmm_kvm.block.file import HostFile
 from vmm_kvm.block.qcow2.faults import Faults
 from vmm_kvm.block.qcow2.header import AUTOCLEAR_OFFSET, INCOMPATIBLE_OFFSET, Header, Incompatible
 from vmm_kvm.block.qcow2.refcounts import Refcounts
 from vmm_kvm.block.qcow2.tables import OFFSET_MASK, Tables
+from vmm_kvm.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Metadata:

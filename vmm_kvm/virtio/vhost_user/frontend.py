@@ -11,7 +11,6 @@ Locks: `_lost_lock`, innermost, decides who reports that the server is gone. The
 method at a time, and what the thread watches does not change while it runs.
 """
 
-import logging
 import os
 import select
 import socket
@@ -19,6 +18,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from vmm_kvm.log import Log
 from vmm_kvm.memory import Region
 from vmm_kvm.virtio.abi import (
     VIRTIO_BLK_F_MQ,
@@ -33,7 +33,7 @@ from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VhostUserError, VringAddress
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 QUEUE_SIZE = 256
 """Largest size offered; servers do not tell theirs, and all take this."""

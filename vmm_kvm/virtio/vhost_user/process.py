@@ -6,7 +6,6 @@ ends; and when it crashes, the VM's side of the connection notices and only the 
 """
 
 import gc
-import logging
 import os
 import select
 import signal
@@ -20,11 +19,12 @@ from types import FrameType
 from typing import NoReturn, Self
 
 from vmm_kvm.errors import VmmError
+from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.vhost_user.server import Server
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 EXIT_TIMEOUT_S = 30.0
 """How long a device process may take to write back what it holds when its connection ends."""

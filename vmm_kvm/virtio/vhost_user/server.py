@@ -4,7 +4,6 @@ While a front-end is connected, others wait in the socket's backlog.
 """
 
 import errno
-import logging
 import os
 import socket
 import stat
@@ -12,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmm_kvm.errors import SpecError
+from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.vhost_user.channel import Channel
 from vmm_kvm.virtio.vhost_user.session import Session
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _BACKLOG = 4
 _OWNER_ONLY = 0o177

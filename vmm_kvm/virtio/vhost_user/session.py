@@ -11,10 +11,10 @@ harm.
 Source: QEMU docs/interop/vhost-user.
 """
 
-import logging
 from collections.abc import Callable
 
 from vmm_kvm.errors import GuestError
+from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.abi import (
     VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -46,7 +46,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
 from vmm_kvm.virtio.vhost_user.regions import SLOTS_MAX, Regions
 from vmm_kvm.virtio.vhost_user.vring import Vring
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
