@@ -78,6 +78,17 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
             help="Disk image; may be repeated. Options: ro, serial=text, queues=count.",
         ),
     ] = None,
+    cdrom: Annotated[
+        str | None, typer.Option("-r", metavar="path", help="ISO image in the CD-ROM drive.")
+    ] = None,
+    firmware: Annotated[
+        str | None,
+        typer.Option(
+            "--firmware",
+            metavar="bios|path",
+            help="Boot firmware; bios is the default where there are disks or an ISO image.",
+        ),
+    ] = None,
     boot_device: Annotated[
         str | None,
         typer.Option("-B", metavar="device", help="What firmware boots from: disk, cdrom or net."),
@@ -120,7 +131,9 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
                 memory=memory,
                 cpus=cpus,
                 disks=tuple(disk or ()),
+                cdrom=cdrom,
                 boot_device=boot_device,
+                firmware=firmware,
                 initrd=tuple(initrd or ()),
                 append=append,
                 timeout=timeout,

@@ -41,6 +41,19 @@ def open_disk(text: str, index: int, stack: ExitStack) -> Disk | RemoteDisk:
     return Disk(image, name, option.serial, option.queues)
 
 
+def open_cdrom(path: str | None, stack: ExitStack) -> Image | None:
+    """Open what is in the CD-ROM drive, always raw and never written; `stack` closes it.
+
+    Raises:
+        ImageError: the image cannot be opened.
+    """
+    if path is None:
+        return None
+    image = open_image(path, Format.RAW, read_only=True)
+    stack.callback(_close, image, path)
+    return image
+
+
 def _open(option: DiskOption) -> Image:
     disk_format = None if option.kind is DiskKind.PROBE else Format(option.kind)
     return open_image(option.path, disk_format, option.is_read_only)

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from vmm_kvm.errors import VmmError
+from vmm_kvm.boot.firmware import BIOS, UEFI, find_firmware
+from vmm_kvm.errors import BootError, VmmError
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.speed import guest_speed
 from vmm_kvm.kvm.system import Kvm
@@ -63,12 +64,12 @@ _DEVICES = {
 
 _FIRMWARE = {
     "seabios": (
-        ("/usr/share/seabios/bios-256k.bin", "/usr/share/seabios/bios.bin"),
+        BIOS,
         "boot from disks and CD-ROMs",
         "apt install seabios",
     ),
     "ovmf": (
-        ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"),
+        UEFI,
         "boot UEFI guests",
         "apt install ovmf",
     ),
@@ -159,11 +160,12 @@ def _device(name: str, path: str, use: str, remedy: str) -> Finding:
         return Finding(name, Status.LIMITED, f"{path}: {err.strerror}; needed for {use}", hint)
 
 
-def _firmware(name: str, paths: tuple[str, ...], use: str, remedy: str) -> Finding:
-    for path in paths:
-        if Path(path).is_file():
-            return Finding(name, Status.OK, f"{path}: {use}")
-    return Finding(name, Status.LIMITED, f"not found; needed to {use}", remedy)
+def _firmware(name: str, wanted: str, use: str, remedy: str) -> Finding:
+    try:
+        path = find_firmware(wanted).code
+    except BootError:
+        return Finding(name, Status.LIMITED, f"not found; needed to {use}", remedy)
+    return Finding(name, Status.OK, f"{path}: {use}")
 
 
 def _read(path: Path) -> str:

@@ -5,18 +5,18 @@ guest; 124 time-out; 143 killed by a second SIGTERM; and the status that the gue
 number, when it wrote to isa-debug-exit. Reboot restarts the guest in the same process.
 """
 
-import logging
 import math
+import os
 import signal
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
-from vmctl.disks import open_disk
+from vmctl.disks import open_cdrom, open_disk
 from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+from vmm_kvm import log
 from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.firmware import BIOS, find_firmware
 from vmm_kvm.boot.image import open_image
@@ -30,11 +30,10 @@ from vmm_kvm.machine import (
     VCPUS_MAX,
     Crash,
     DebugExitStatus,
+    Ending,
     Machine,
     MachineSpec,
     Outcome,
-    PowerOff,
-    Reboot,
     TripleFault,
     selftest_path,
 )
@@ -48,8 +47,7 @@ _EARLY_NS = 6 * NANOSECONDS
 _EARLY_CRASHES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
+class RunOptions(NamedTuple):
     """The command line of `vmctl run`, as typed."""
 
     boot: str | None
@@ -68,8 +66,7 @@ class RunOptions:
     verbose: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """The VM ended by what happened around it, not by what the guest did."""
 
     status: int
@@ -79,9 +76,10 @@ class Ended:
 
 def run(options: RunOptions) -> int:
     """Run one VM until it ends; returns the exit status. Errors are one line on stderr."""
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.WARNING, format="vmctl: %(message)s"
-    )
+    if options.verbose:
+        _set_up_logging(verbose=True)
+    else:
+        log.set_up_with(lambda: _set_up_logging(verbose=False))
     try:
         with ExitStack() as stack:
             spec = _spec(options, stack)
@@ -96,6 +94,13 @@ def run(options: RunOptions) -> int:
     return status
 
 
+def _set_up_logging(*, verbose: bool) -> None:
+    import logging  # noqa: PLC0415 - most runs log nothing
+
+    level = logging.DEBUG if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="vmctl: %(message)s")
+
+
 def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
     """Check the options and open what they name; `stack` closes it."""
     path = _boot_path(options)
@@ -104,8 +109,9 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
         memory_size=_memory(options.memory),
         cpus=_cpus(options.cpus),
         disks=tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks)),
+        cdrom=open_cdrom(options.cdrom, stack),
         boot_device=_boot_device(options.boot_device),
-        name=options.name or Path(path).name,
+        name=options.name or os.path.basename(path),
         command_line=options.append,
         initrd=options.initrd,
     )
@@ -217,7 +223,8 @@ class Foreground:
                 self._loop.run()
                 machine.close()
                 outcome = self._outcome
-                if not self._reboot or not isinstance(outcome, Reboot | TripleFault):
+                is_reset = outcome is Ending.REBOOT or isinstance(outcome, TripleFault)
+                if not self._reboot or not is_reset:
                     break
                 is_early = self._loop.monotonic_ns() - started_ns < _EARLY_NS
                 crashes = crashes + 1 if is_early and isinstance(outcome, TripleFault) else 0
@@ -297,7 +304,7 @@ def _status(outcome: Outcome | Ended | None) -> tuple[int, str | None]:
             return EXIT_ERROR, message
         case TripleFault(message):
             return EXIT_ERROR, message
-        case PowerOff() | Reboot():
+        case Ending():
             return 0, None
         case None:
             raise AssertionError("the event loop stopped by itself")

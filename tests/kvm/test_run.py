@@ -267,7 +267,13 @@ def test_terminal_escapes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "vmctl: no kernel or firmware: use -b path, or --selftest"),
+        ((), "vmctl: no kernel or disk/cdrom specified: use -b, -d, -r or --selftest"),
+        (
+            ("-b", "x", "--firmware", "bios"),
+            "vmctl: -b and --firmware name two boot images: use one",
+        ),
+        (("-r", "/nonexistent.iso"), "vmctl: /nonexistent.iso: No such file or directory"),
+        (("--firmware", "/nonexistent"), "vmctl: /nonexistent: No such file or directory"),
         (("-b", "/nonexistent"), "vmctl: /nonexistent: No such file or directory"),
         (("-b", "/"), "vmctl: /: is a directory"),
         (("--selftest", "-b", "x"), "vmctl: --selftest and -b name two boot images: use one"),
