@@ -18,7 +18,7 @@ from vmm_kvm.block.raw import RawImage
 from vmm_kvm.errors import ImageError
 
 if TYPE_CHECKING:
-    from vmm_kvm.block.qcow2.header import Header
+    from vmm_kvm.block.qcow2.header import Backing, Header
 
 CHAIN_MAX = 4
 """Files in one chain: an image and at most three bases. Source: section 1 of OpenBSD's limits."""
@@ -120,17 +120,17 @@ def open_image(
             file = _open_file(layer.source, name, stack, writes=not (read_only or files))
             header = _header(file, layer.disk_format)
             files.append((file, header))
-            base = _base(layer.source, header)
-            if base is None:
+            if header is None or header.backing is None:
                 break
             if len(files) == CHAIN_MAX:
                 raise ImageError(f"{files[0][0].name}: more than {CHAIN_MAX - 1} base images")
-            if handed is not None:
-                if not handed:
-                    raise ImageError(f"{file.name}: its base image is missing")
-                base = handed.pop(0)
+            if handed is None:
+                layer = _base(layer.source, header.backing)
+            elif handed:
+                layer = handed.pop(0)
+            else:
+                raise ImageError(f"{file.name}: its base image is missing")
             name = None
-            layer = base
         if handed:
             raise ImageError(f"{files[0][0].name}: more base images than it refers to")
         image: StoredImage | None = None
@@ -158,7 +158,7 @@ def image_chain(path: str, disk_format: Format | None) -> list[Layer]:
             file = _open_file(layer.source, None, stack, writes=False, locks=False)
             header = _header(file, layer.disk_format)
         chain.append(Layer(layer.source, Format.QCOW2 if header else Format.RAW))
-        layer = _base(layer.source, header)
+        layer = _base(layer.source, header.backing) if header and header.backing else None
     return chain
 
 
@@ -202,18 +202,16 @@ def _header(file: HostFile, disk_format: Format | None) -> "Header | None":
         raise ImageError(f"{file.name}: {err.strerror}") from err
 
 
-def _base(source: str | int, header: "Header | None") -> Layer | None:
-    """Return where the base of an image is said to be, if it has one."""
-    if header is None or header.backing is None:
-        return None
-    path = header.backing.path
+def _base(source: str | int, backing: "Backing") -> Layer:
+    """Return where the base of the image at `source` is said to be."""
+    path = backing.path
     if ":" in path.partition("/")[0]:  # a protocol, or QEMU's options in JSON
         raise ImageError(f"base image {path}: not a path")
     if not path.startswith("/"):
         if isinstance(source, int):
             raise ImageError(f"base image {path}: a relative path, and no directory to begin at")
         path = os.path.join(os.path.dirname(source), path)  # noqa: PTH118, PTH120 - bytes as they are
-    named = header.backing.disk_format
+    named = backing.disk_format
     if named is None:
         return Layer(path, None)
     try:

@@ -46,7 +46,7 @@ class Incompatible(IntFlag):
     EXTENDED_L2 = 1 << 4
 
 
-_SUPPORTED = (
+_SUPPORTED = int(
     Incompatible.DIRTY
     | Incompatible.CORRUPT
     | Incompatible.COMPRESSION_TYPE
@@ -161,9 +161,18 @@ def read_header(file: HostFile) -> Header:
         if CLUSTER_BITS_MIN < cluster_bits <= CLUSTER_BITS_MAX:
             data = bytes(file.read(0, min(file.size(), 1 << cluster_bits)))
     try:
-        return parse_header(data)
+        header = parse_header(data)
+        _check_fits(header, file.size())
     except ImageError as err:
         raise ImageError(f"{file.name}: {err}") from err
+    return header
+
+
+def _check_fits(header: Header, file_size: int) -> None:
+    if header.l1_offset + header.l1_size * 8 > file_size:
+        raise ImageError("unable to read qcow2 L1 table: past the end of the file")
+    if header.refcount_table_offset >= file_size:
+        raise ImageError("refcount table past the end of the file")
 
 
 def parse_header(data: bytes) -> Header:
