@@ -25,6 +25,8 @@ from vmm_kvm.bits import GIB, KIB, MIB
 
 # Memory
 PCI_HOLE_START = 3 * GIB
+UEFI_HOLE_START = 2 * GIB
+"""For guests of UEFI firmware: OVMF takes all from there on for devices."""
 PCI_HOLE_END = 4 * GIB
 PCI_MMIO32_START = PCI_HOLE_START
 PCI_MMIO32_SIZE = 512 * MIB
@@ -99,13 +101,13 @@ ACPI_S5_SLEEP_TYPE = 5
 """What \\_S5 tells the guest to write to SLP_TYPa."""
 
 
-def ram_ranges(size: int) -> tuple[tuple[int, int], ...]:
+def ram_ranges(size: int, hole_start: int = PCI_HOLE_START) -> tuple[tuple[int, int], ...]:
     """Return the (guest-physical address, bytes) pairs that `size` bytes of RAM occupy.
 
     `size` is a multiple of 4096. RAM is contiguous from 0 to the PCI hole; what is left lies
     from 4 GiB up.
     """
-    low = min(size, PCI_HOLE_START)
+    low = min(size, hole_start)
     if size == low:
         return ((0, low),)
     return ((0, low), (PCI_HOLE_END, size - low))

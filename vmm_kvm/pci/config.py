@@ -70,7 +70,7 @@ class Capability(NamedTuple):
 
     offset: int
     size: int
-    """Bytes, with its two-byte header."""
+    """Bytes, with a capability's two-byte header."""
     on_read: Callable[[int, int], None] | None
     on_write: Callable[[int, int], None] | None
 
@@ -138,6 +138,7 @@ class PciFunction:
         self._bars: list[Bar] = []
         self._capabilities: list[Capability] = []
         self._capabilities_end = int(Register.END)
+        self._capability_link = int(Register.CAPABILITIES)  # where the next one's offset goes
         self._intx = intx
         self._intx_lock = threading.Lock()
         self._is_intx_asserted = False
@@ -219,8 +220,8 @@ class PciFunction:
         size = 2 + len(body)
         if offset + size > CONFIG_SIZE:
             raise SpecError(f"PCI capability {capability_id:#x}: configuration space is full")
-        link = self._capabilities[-1].offset + 1 if self._capabilities else Register.CAPABILITIES
-        self._put(link, 1, offset)
+        self._put(self._capability_link, 1, offset)
+        self._capability_link = offset + 1
         self._config[offset : offset + size] = bytes((capability_id, 0)) + body
         self._allow(offset + 2, writable[: len(body)])
         status = int.from_bytes(self._config[Register.STATUS : Register.STATUS + 2], "little")
@@ -229,6 +230,34 @@ class PciFunction:
         self._capabilities_end = align_up(offset + size, 4)
         self._reset_config = bytes(self._config)
         return offset
+
+    def add_registers(
+        self,
+        offset: int,
+        data: bytes,
+        *,
+        writable: bytes = b"",
+        on_write: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Put registers of the device's own at `offset`; capabilities go behind them.
+
+        Args:
+            offset: behind the header and what was added before.
+            data: their contents after a reset.
+            writable: as of a capability.
+            on_write: as of a capability.
+
+        Raises:
+            SpecError: the place is taken, or outside configuration space.
+        """
+        end = offset + len(data)
+        if not self._capabilities_end <= offset <= end <= CONFIG_SIZE:
+            raise SpecError(f"PCI registers at {offset:#x}: the place is taken")
+        self._config[offset:end] = data
+        self._allow(offset, writable[: len(data)])
+        self._capabilities.append(Capability(offset, len(data), None, on_write))
+        self._capabilities_end = align_up(end, 4)
+        self._reset_config = bytes(self._config)
 
     def _put(self, offset: int, size: int, value: int) -> None:
         self._config[offset : offset + size] = value.to_bytes(size, "little")

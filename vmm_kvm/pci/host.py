@@ -81,6 +81,9 @@ class PciHost:
     `pio` and `mmio` are where BARs appear. `on_reset` is called when the guest sets the reset bit
     of the reset control register, with the lock held, on a vCPU thread; it must not wait.
 
+    `bridge` is the function in slot 0, by default OpenBSD's; `hole_start` is where RAM below 4 GiB
+    ends at most.
+
     Source: PCI LB 3.0 §3.2.2.3.2; OpenBSD vmd/pci.c
     """
 
@@ -88,6 +91,7 @@ class PciHost:
         "_address",
         "_decoded",
         "_functions",
+        "_hole_start",
         "_mmio",
         "_on_reset",
         "_pio",
@@ -95,17 +99,27 @@ class PciHost:
         "lock",
     )
 
-    def __init__(self, pio: Bus, mmio: Bus, *, on_reset: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pio: Bus,
+        mmio: Bus,
+        *,
+        on_reset: Callable[[], None],
+        bridge: PciFunction | None = None,
+        hole_start: int = layout.PCI_HOLE_START,
+    ) -> None:
         self.lock = threading.Lock()
         self._pio = pio
         self._mmio = mmio
         self._on_reset = on_reset
+        self._hole_start = hole_start
         self._address = 0
         self._reset_control = 0
         self._functions: dict[int, PciFunction] = {}
         self._decoded: dict[tuple[int, int], _Decoded] = {}
         self.add(
-            PciFunction(
+            bridge
+            or PciFunction(
                 vendor_id=VENDOR_OPENBSD,
                 device_id=DEVICE_OPENBSD_PCHB,
                 class_code=CLASS_HOST_BRIDGE,
@@ -120,16 +134,19 @@ class PciHost:
         """The slot, 1 to 31, that `add` will use; 32 when the bus is full."""
         return next(slot for slot in range(SLOTS + 1) if slot not in self._functions)
 
-    def add(self, function: PciFunction) -> int:
-        """Put `function` into the next slot and return that slot.
+    def add(self, function: PciFunction, slot: int | None = None) -> int:
+        """Put `function` into the next slot, or into `slot`, 1 to 31, and return that slot.
 
         Raises:
-            SpecError: all 32 slots are taken.
+            SpecError: all 32 slots are taken, or this one is.
         """
         with self.lock:
-            slot = self.next_slot
+            if slot is None:
+                slot = self.next_slot
             if slot >= SLOTS:
                 raise SpecError(f"more than {SLOTS - 1} PCI devices")
+            if slot in self._functions:
+                raise SpecError(f"PCI slot {slot} is taken")
             self._functions[slot] = function
             self._route_interrupt(slot, function)
             self._decode()
@@ -277,7 +294,7 @@ class PciHost:
         if bar.kind is BarKind.IO:
             return base >= layout.PCI_IO_START and end <= layout.PCI_IO_START + layout.PCI_IO_SIZE
         # Firmware allocates downward from the IOAPIC, above the window that ours starts with.
-        return (base >= layout.PCI_HOLE_START and end <= layout.IOAPIC_ADDRESS) or (
+        return (base >= self._hole_start and end <= layout.IOAPIC_ADDRESS) or (
             base >= _HIGH_MEMORY and end <= self._mmio.size
         )
 
