@@ -43,8 +43,10 @@ button() {
     for event in /dev/input/event*; do
         name=$(cat "/sys/class/input/${event##*/}/device/name")
         [ "$name" = "Power Button" ] || continue
+        # Only who has it open gets an event: open it before anyone is told to press.
+        exec 3<"$event"
         {
-            dd if="$event" of=/dev/null bs=24 count=1 2>/dev/null
+            dd of=/dev/null bs=24 count=1 2>/dev/null <&3
             echo "init: power button"
             poweroff -f
         } &
