@@ -1,0 +1,146 @@
+"""Disks under unmodified Debian kernels: data, features, interrupts of every kind, reboots."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import artifacts
+from tests.guest.linux_guest import COMMAND_LINE, MIB
+from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(400)]
+
+SIZE = 16 * MIB
+COMMAND_S = 120.0
+
+
+class Shell:
+    """The shell of a guest that has disks."""
+
+    def __init__(self, console: ConsoleProcess) -> None:
+        self.console = console
+        self._count = 0
+
+    def run(self, command: str) -> str:
+        """Run a command, which has to succeed; returns what it printed."""
+        self._count += 1
+        begin, end = f"begin-{self._count}", f"end-{self._count}="
+        seen = len(self.console.output)
+        # The marks are put together by the shell, so that their echo is not taken for them.
+        quoted = [mark.replace("-", "''-") for mark in (begin, end)]
+        self.console.send(f"echo {quoted[0]}; {command}; echo {quoted[1]}$?\n")
+        self.console.expect(f"{end}0", COMMAND_S)
+        shown = self.console.output[seen:].decode("latin-1").replace("\r", "")
+        return shown.partition(f"{begin}\n")[2].partition(end)[0].strip()
+
+    def power_off(self) -> None:
+        """Power off; the command has to end well."""
+        self.console.send("poweroff -f\n")
+        assert self.console.wait() == 0, self.console.errors
+        assert self.console.errors == b""
+
+
+@contextmanager
+def booted(
+    disks: Sequence[str], *, kernel: str = "6.1-cloud", cpus: int = 1, append: str = ""
+) -> Iterator[Shell]:
+    """Boot a guest to its shell, with `disks` as `-d` takes them."""
+    booted_kernel = artifacts.kernel(kernel)
+    arguments: tuple[str | Path, ...] = (
+        *("-m", "256M", "-p", str(cpus), "-b", booted_kernel.vmlinuz),
+        *("--initrd", artifacts.disk_initramfs(booted_kernel)),
+        *("--append", f"{COMMAND_LINE} {append} test=shell"),
+        *(word for disk in disks for word in ("-d", disk)),
+    )
+    with ConsoleProcess(vmctl_run(*arguments)) as console:
+        console.expect("# ")
+        yield Shell(console)
+
+
+def make_disk(path: Path, seed: int = 0, size: int = SIZE) -> Path:
+    """Write a disk whose sectors all differ, and differ from other seeds'."""
+    sector = b"".join(i.to_bytes(8, "little") + bytes((seed,)) * 504 for i in range(size // 512))
+    path.write_bytes(sector)
+    return path
+
+
+def digest(path: Path) -> str:
+    """Return the MD5 of a file, as the guest's md5sum prints it."""
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kernel", ["6.1-cloud", "6.12"])
+def test_a_guest_reads_and_writes(kernel: str, tmp_path: Path) -> None:
+    """What the guest reads is what the file holds, and the other way about, for disks of all kinds.
+
+    Each of two processors has a queue of the first disk; the second is read-only, the third a
+    qcow2 image, the fourth served by a process of its own.
+    """
+    files = [make_disk(tmp_path / f"{i}.img", seed=i, size=SIZE >> i) for i in range(4)]
+    qcow2 = tmp_path / "2.qcow2"
+    subprocess.run([VMCTL, "create", "-i", files[2], qcow2], check=True, capture_output=True)
+    disks = [f"raw:{path}" for path in files]
+    disks[0] += ",serial=first-disk,queues=2"
+    disks[1] += ",ro"
+    disks[2] = f"qcow2:{qcow2}"
+    disks[3] += ",process"
+    with booted(disks, kernel=kernel, cpus=2) as shell:
+        sizes = [shell.run(f"cat /sys/block/vd{name}/size") for name in "abcd"]
+        assert sizes == [str((SIZE >> i) // 512) for i in range(4)]
+        assert shell.run("cat /sys/block/vda/serial") == "first-disk"
+        assert shell.run("cat /sys/block/vda/queue/physical_block_size") == "4096"
+        assert shell.run("cat /sys/block/vda/queue/write_cache") == "write back"
+        assert shell.run("ls /sys/block/vda/mq | wc -l") == "2"
+        assert len(re.findall(r"PCI-MSI.*-req\.", shell.run("cat /proc/interrupts"))) == 5
+        for cpu in range(2):
+            reading = f"taskset {1 << cpu} dd if=/dev/vda bs=64k iflag=direct 2>/dev/null"
+            assert shell.run(f"{reading} | md5sum").split()[0] == digest(files[0])
+        for name, path in zip("bcd", files[1:], strict=True):
+            assert shell.run(f"md5sum </dev/vd{name}").split()[0] == digest(path)
+        assert shell.run("cat /sys/block/vdb/ro") == "1"
+        shell.run("! dd if=/dev/zero of=/dev/vdb bs=4k count=1 2>/dev/null")
+        written = []
+        for name in "acd":
+            shell.run(f"dd if=/dev/urandom of=/dev/vd{name} bs=64k count=20 seek=10 2>/dev/null")
+            shell.run("sync; echo 3 >/proc/sys/vm/drop_caches")
+            written.append(shell.run(f"md5sum </dev/vd{name}").split()[0])
+        shell.power_off()
+    subprocess.run(["qemu-img", "check", "-q", qcow2], check=True)
+    subprocess.run(["qemu-img", "convert", "-O", "raw", qcow2, files[2]], check=True)
+    assert [digest(files[i]) for i in (0, 2, 3)] == written
+
+
+def test_a_file_system_survives_a_reboot(tmp_path: Path) -> None:
+    """Files are there after the guest has rebooted in the same process, and discards work."""
+    disk = make_disk(tmp_path / "disk.img", size=2 * SIZE)
+    with booted([f"raw:{disk}"]) as shell:
+        shell.run("mke2fs -F /dev/vda >/dev/null 2>&1 && mkdir /mnt && mount /dev/vda /mnt")
+        shell.run("seq 1 200000 >/mnt/numbers && umount /mnt")
+        expected = shell.run("seq 1 200000 | md5sum")
+        shell.console.send("reboot -f\n")
+        shell.console.expect("init: up")
+        shell.console.expect("# ")
+        shell.run("mkdir /mnt && mount /dev/vda /mnt")
+        assert shell.run("md5sum </mnt/numbers") == expected
+        shell.run("rm /mnt/numbers && fstrim /mnt && umount /mnt && blkdiscard /dev/vda")
+        shell.power_off()
+    assert not disk.read_bytes().strip(b"\0")
+
+
+@pytest.mark.parametrize("append", ["", "pci=nomsi"], ids=["msix", "intx"])
+def test_more_disks_than_interrupt_pins(append: str, tmp_path: Path) -> None:
+    """A dozen disks work at once, each with messages or all on the four shared lines."""
+    disks = [make_disk(tmp_path / f"{i}.img", seed=i, size=MIB) for i in range(12)]
+    with booted([f"raw:{disk}" for disk in disks], append=append) as shell:
+        names = [f"vd{chr(ord('a') + i)}" for i in range(12)]
+        shown = shell.run(f"for d in {' '.join(names)}; do md5sum </dev/$d & done; wait")
+        assert sorted(re.findall(r"\b[0-9a-f]{32}\b", shown)) == sorted(map(digest, disks))
+        assert ("PCI-MSI" in shell.run("cat /proc/interrupts")) is not bool(append)
+        shell.power_off()
