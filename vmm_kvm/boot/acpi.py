@@ -91,6 +91,8 @@ class AcpiConfig(NamedTuple):
     """1 to 64; local APIC IDs count from 0."""
     memory_end: int = 0
     """The first guest-physical address behind RAM: 64-bit BARs go above it."""
+    is_q35: bool = False
+    """Whether UEFI firmware arranges devices: BARs from 2 GiB on, ECAM where nobody knows yet."""
 
     @property
     def mmio64_start(self) -> int:
@@ -121,11 +123,13 @@ def build_tables(config: AcpiConfig, base: int = BIOS_AREA_START) -> AcpiTables:
     layout = _Layout(base)
     layout.skip(_TABLES_AT)  # the RSDP is written last
     facs = layout.add(_facs(), alignment=_FACS_ALIGNMENT)
-    dsdt = layout.add_table(b"DSDT", 2, dsdt_body(config.cpus, config.mmio64_start))
+    body = dsdt_body(config.cpus, config.mmio64_start, is_q35=config.is_q35)
+    dsdt = layout.add_table(b"DSDT", 2, body)
     fadt = layout.add_table(b"FACP", 6, _fadt(facs, dsdt), pointers=((36, 4), (40, 4), (140, 8)))
     madt = layout.add_table(b"APIC", 5, _madt(config.cpus))
-    mcfg = layout.add_table(b"MCFG", 1, _mcfg())
-    tables = (fadt, madt, mcfg)
+    tables = [fadt, madt]
+    if not config.is_q35:
+        tables.append(layout.add_table(b"MCFG", 1, _mcfg()))
     rsdt = layout.add_table(
         b"RSDT",
         1,

@@ -19,6 +19,7 @@ from vmm_kvm.boot.layout import (
     GSI_COM1,
     GSI_PCI_INTX,
     GSI_RTC,
+    IOAPIC_ADDRESS,
     PCI_IO_SIZE,
     PCI_IO_START,
     PCI_MMIO32_HIGH_SIZE,
@@ -34,9 +35,16 @@ from vmm_kvm.boot.layout import (
     PORT_PM1A_EVENT,
     PORT_PVPANIC,
     PORT_RTC,
+    UEFI_HOLE_START,
 )
 from vmm_kvm.pci.intx import PINS, line_index
 
+# Where 32-bit BARs may be: (address, size).
+_WINDOWS = (
+    (PCI_MMIO32_START, PCI_MMIO32_SIZE),
+    (PCI_MMIO32_HIGH_START, PCI_MMIO32_HIGH_SIZE),
+)
+_Q35_WINDOWS = ((UEFI_HOLE_START, IOAPIC_ADDRESS - UEFI_HOLE_START),)
 _PCI_SLOTS = 32
 _ANY_FUNCTION = 0xFFFF
 _PM_SIZE = 16
@@ -45,10 +53,11 @@ _OSC_UNKNOWN_UUID = 1 << 2
 _PRESENT = 0x0F  # present, enabled, shown, working
 
 
-def dsdt_body(cpus: int, mmio64_start: int) -> bytes:
+def dsdt_body(cpus: int, mmio64_start: int, *, is_q35: bool = False) -> bytes:
     """Return the AML of the DSDT, without the table's header.
 
-    `cpus` is 1 to 64; `mmio64_start` is where 64-bit BARs may go, above all RAM.
+    `cpus` is 1 to 64; `mmio64_start` is where 64-bit BARs may go, above all RAM. With `is_q35`
+    UEFI firmware has placed BARs from 2 GiB on, and ECAM somewhere.
     """
     zero = aml.integer(0)
     return b"".join(
@@ -59,8 +68,8 @@ def dsdt_body(cpus: int, mmio64_start: int) -> bytes:
             aml.scope(
                 "\\_SB",
                 *(_processor(index) for index in range(cpus)),
-                _pci_host(mmio64_start),
-                _board(),
+                _pci_host(mmio64_start, _Q35_WINDOWS if is_q35 else _WINDOWS),
+                _board(has_ecam=not is_q35),
                 _isa_device("COM1", "PNP0501", aml.io_ports(PORT_COM1, 8), aml.isa_irq(GSI_COM1)),
                 _isa_device("RTC", "PNP0B00", aml.io_ports(PORT_RTC, 2), aml.isa_irq(GSI_RTC)),
                 _emulated("FWCF", "QEMU0002", aml.io_ports(PORT_FW_CFG, PORT_FW_CFG_SIZE)),
@@ -78,7 +87,7 @@ def _processor(index: int) -> bytes:
     )
 
 
-def _pci_host(mmio64_start: int) -> bytes:
+def _pci_host(mmio64_start: int, windows: Sequence[tuple[int, int]]) -> bytes:
     return aml.device(
         "PCI0",
         aml.name("_HID", aml.eisa_id("PNP0A08")),
@@ -92,8 +101,7 @@ def _pci_host(mmio64_start: int) -> bytes:
                 aml.bus_numbers(0, ECAM_BUSES - 1),
                 aml.io_ports(PORT_PCI_CONFIG, 8),
                 aml.io_window(PCI_IO_START, PCI_IO_SIZE),
-                aml.memory_window32(PCI_MMIO32_START, PCI_MMIO32_SIZE),
-                aml.memory_window32(PCI_MMIO32_HIGH_START, PCI_MMIO32_HIGH_SIZE),
+                *(aml.memory_window32(start, size) for start, size in windows),
                 aml.memory_window64(mmio64_start, PCI_MMIO64_SIZE),
             ),
         ),
@@ -137,16 +145,15 @@ def _routing(lines: Sequence[int]) -> bytes:
     return aml.package(*entries)
 
 
-def _board() -> bytes:
+def _board(*, has_ecam: bool) -> bytes:
+    ecam = (aml.fixed_memory(ECAM_START, ECAM_SIZE),) if has_ecam else ()
     return aml.device(
         "MBRD",
         aml.name("_HID", aml.eisa_id("PNP0C02")),
         aml.name("_UID", aml.integer(0)),
         aml.name(
             "_CRS",
-            aml.resources(
-                aml.fixed_memory(ECAM_START, ECAM_SIZE), aml.io_ports(PORT_PM1A_EVENT, _PM_SIZE)
-            ),
+            aml.resources(*ecam, aml.io_ports(PORT_PM1A_EVENT, _PM_SIZE)),
         ),
     )
 

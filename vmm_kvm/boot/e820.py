@@ -58,13 +58,16 @@ def e820_map(regions: Sequence[Region]) -> tuple[E820Entry, ...]:
     return tuple(sorted((*entries, *_reserved()), key=lambda entry: entry.address))
 
 
-def firmware_e820_map(regions: Sequence[Region]) -> tuple[E820Entry, ...]:
+def firmware_e820_map(regions: Sequence[Region], *, has_ecam: bool = True) -> tuple[E820Entry, ...]:
     """Return the map for firmware: it divides the first MiB itself.
+
+    Without `has_ecam` it is firmware that places ECAM.
 
     Source: OpenBSD vmd/fw_cfg.c; SeaBIOS src/fw/paravirt.c.
     """
     ram = [E820Entry(region.gpa, region.size, E820Type.RAM) for region in regions]
-    return tuple(sorted((*ram, *_reserved()), key=lambda entry: entry.address))
+    reserved = _reserved() if has_ecam else _reserved()[1:]
+    return tuple(sorted((*ram, *reserved), key=lambda entry: entry.address))
 
 
 def encode(entries: Iterable[E820Entry]) -> bytes:

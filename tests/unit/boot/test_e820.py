@@ -52,6 +52,13 @@ def test_firmware_divides_low_memory_itself() -> None:
     assert E820Entry(0, 256 * MIB, RAM) == firmware_e820_map(_regions(256 * MIB))[0]
 
 
+def test_firmware_that_places_ecam() -> None:
+    """Then nothing is reserved for it; KVM's own pages are."""
+    usual = firmware_e820_map(_regions(256 * MIB))
+    (gone,) = set(usual) - set(firmware_e820_map(_regions(256 * MIB), has_ecam=False))
+    assert gone.address == ECAM_START
+
+
 def test_encoding() -> None:
     """An entry takes 20 bytes: address, size, type."""
     entry = E820Entry(0x1234, 0x5678, RESERVED)
