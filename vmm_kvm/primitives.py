@@ -20,7 +20,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 from typing import Self
 
@@ -496,7 +496,7 @@ def _without_apic(entry: CpuidEntry) -> CpuidEntry:
     if entry.function != 1:
         return entry
     hidden = _ECX1_X2APIC | _ECX1_TSC_DEADLINE
-    return replace(entry, ecx=entry.ecx & ~hidden, edx=entry.edx & ~_EDX1_APIC)
+    return entry._replace(ecx=entry.ecx & ~hidden, edx=entry.edx & ~_EDX1_APIC)
 
 
 def _inject(vcpu: Vcpu, inject: Inject) -> None:

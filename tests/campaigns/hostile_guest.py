@@ -39,7 +39,7 @@ def machine(count: int, seed: int) -> int:
     from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415
     from vmm_kvm.kvm.vcpu import install_kick_signal  # noqa: PLC0415
     from vmm_kvm.loop import EventLoop  # noqa: PLC0415
-    from vmm_kvm.machine import Machine, MachineSpec, Outcome, PowerOff  # noqa: PLC0415
+    from vmm_kvm.machine import Ending, Machine, MachineSpec, Outcome  # noqa: PLC0415
 
     outcomes: list[Outcome] = []
     install_kick_signal()
@@ -63,7 +63,7 @@ def machine(count: int, seed: int) -> int:
             guest.start()
             loop.run()
     wrong = []
-    if [type(outcome) for outcome in outcomes] != [PowerOff]:
+    if outcomes != [Ending.POWER_OFF]:
         wrong.append(f"the guest ended by {outcomes}")
     leaked = set(Path("/proc/self/fd").iterdir()) - before
     if leaked:

@@ -211,9 +211,9 @@ def test_mp_state(vcpu: Vcpu, state: int) -> None:
 def test_cpuid(vcpu: Vcpu) -> None:
     """Topology and signature as they were set; KVM keeps other bits up to date, drops zeros."""
     with Kvm() as kvm:
-        entries = {(e.function, e.index): e for e in guest_cpuid(kvm.supported_cpuid(), 0, 4)}
+        entries = {(e.function, e.subleaf): e for e in guest_cpuid(kvm.supported_cpuid(), 0, 4)}
     vcpu.set_cpuid(list(entries.values()))
-    after = {(e.function, e.index): e for e in vcpu.get_cpuid()}
+    after = {(e.function, e.subleaf): e for e in vcpu.get_cpuid()}
     assert set(after) <= set(entries)
     assert entries[1, 0].ebx == after[1, 0].ebx
     for key in ((0, 0), (0xB, 0), (0xB, 1), (KVM_CPUID_SIGNATURE, 0)):

@@ -13,7 +13,7 @@ from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine import VCPUS_MAX, Crash, Machine, MachineSpec, Outcome, PowerOff, selftest_path
+from vmm_kvm.machine import VCPUS_MAX, Crash, Ending, Machine, MachineSpec, Outcome, selftest_path
 
 pytestmark = pytest.mark.kvm
 
@@ -108,7 +108,7 @@ def test_power_button(bench: Bench) -> None:
         assert bench.says(b"selftest: ready")
         machine.press_power_button()
         assert bench.run_until(lambda: bool(bench.outcomes))
-    assert bench.outcomes == [PowerOff()]
+    assert bench.outcomes == [Ending.POWER_OFF]
 
 
 def test_only_the_first_outcome_counts(bench: Bench) -> None:

@@ -65,7 +65,7 @@ AMD = (
 
 
 def _find(entries: list[CpuidEntry], function: int, index: int = 0) -> CpuidEntry:
-    found = [e for e in entries if e.function == function and e.index == index]
+    found = [e for e in entries if e.function == function and e.subleaf == index]
     assert len(found) == 1
     return found[0]
 
@@ -197,5 +197,5 @@ def test_tsc_leaf_is_made_up_when_invariant() -> None:
 @pytest.mark.parametrize("table", [INTEL, AMD])
 def test_entries_are_unique_and_sorted(table: tuple[CpuidEntry, ...]) -> None:
     """No leaf is told twice, and they come in order."""
-    keys = [(e.function, e.index) for e in guest_cpuid(table, 1, 4)]
+    keys = [(e.function, e.subleaf) for e in guest_cpuid(table, 1, 4)]
     assert sorted(set(keys)) == keys

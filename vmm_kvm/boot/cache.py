@@ -21,7 +21,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
 from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
 from vmm_kvm.clock import NANOSECONDS
@@ -62,15 +62,16 @@ class KernelCache:
     __slots__ = ("_directory",)
 
     def __init__(self, directory: str) -> None:
-        self._directory = Path(directory)
+        self._directory = directory
 
     def find(self, image: FileSource) -> FileSource | None:
         """Return the unpacked kernel of `image` if both are known to be unchanged."""
         try:
             self._check_directory()
-            stamp = self._directory / f"{image.stamp}{_STAMP_SUFFIX}"
-            digest, expected = stamp.read_text("ascii").split()
-            kernel = FileSource.open(str(self._path(digest)))
+            stamp = self._stamp_path(image)
+            with open(stamp, encoding="ascii") as file:
+                digest, expected = file.read().split()
+            kernel = FileSource.open(self._path(digest))
         except (OSError, ValueError, BootError) as err:
             log.debug("%s: no stamp in the kernel cache: %s", image.name, err)
             return None
@@ -89,7 +90,7 @@ class KernelCache:
         path = self._path(digest)
         try:
             self._check_directory()
-            kernel = FileSource.open(str(path))
+            kernel = FileSource.open(path)
         except (OSError, BootError) as err:
             log.debug("%s: not in the kernel cache: %s", image.name, err)
             return None
@@ -105,7 +106,7 @@ class KernelCache:
             log.debug("%s", err)
         log.debug("%s: damaged in the kernel cache: %s", image.name, path)
         kernel.close()
-        path.unlink(missing_ok=True)
+        _remove(path)
         return None
 
     def keep(self, image: FileSource, digest: str, kernel: Sequence[bytes | memoryview]) -> None:
@@ -116,22 +117,25 @@ class KernelCache:
         for piece in kernel:
             checksum.update(piece)
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.makedirs(self._directory, mode=0o700, exist_ok=True)
             self._check_directory()
             path = self._path(digest)
             self._write(path, (*kernel, checksum.digest()), durable=True)
-            self._keep_stamp(image, digest, stamp_of(path.stat()))
+            self._keep_stamp(image, digest, stamp_of(os.stat(path)))
             self._prune()
         except (OSError, ValueError) as err:
             log.debug("%s: not kept in the kernel cache: %s", image.name, err)
 
-    def _path(self, digest: str) -> Path:
+    def _path(self, digest: str) -> str:
         if len(digest) != 2 * DIGEST_SIZE or not digest.isalnum():
             raise ValueError(f"not a digest: {digest!r}")
-        return self._directory / digest
+        return f"{self._directory}/{digest}"
+
+    def _stamp_path(self, image: FileSource) -> str:
+        return f"{self._directory}/{image.stamp}{_STAMP_SUFFIX}"
 
     def _check_directory(self) -> None:
-        status = self._directory.stat()
+        status = os.stat(self._directory)
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(f"{self._directory}: others can write there")
 
@@ -143,14 +147,14 @@ class KernelCache:
             margin_ns = _TICK_NS if status.st_ctime_ns % NANOSECONDS else _COARSE_NS
             if stamp_of(status) != image.stamp or age_ns < margin_ns:
                 return
-            path = self._directory / f"{image.stamp}{_STAMP_SUFFIX}"
-            self._write(path, (f"{digest} {state}\n".encode("ascii"),), durable=False)
+            line = (f"{digest} {state}\n".encode("ascii"),)
+            self._write(self._stamp_path(image), line, durable=False)
         except OSError as err:
             log.debug("%s: no stamp kept: %s", image.name, err)
 
-    def _write(self, path: Path, pieces: Sequence[bytes | memoryview], *, durable: bool) -> None:
+    def _write(self, path: str, pieces: Sequence[bytes | memoryview], *, durable: bool) -> None:
         """Make a file that is complete as soon as it can be seen."""
-        temporary = self._directory / f".{os.getpid():x}-{os.urandom(8).hex()}"
+        temporary = f"{self._directory}/.{os.getpid():x}-{os.urandom(8).hex()}"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             for piece in pieces:
@@ -159,14 +163,14 @@ class KernelCache:
                     view = view[os.write(fd, view) :]
             if durable:
                 os.fsync(fd)
-            temporary.rename(path)
+            os.rename(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise
         finally:
             os.close(fd)
 
-    def _touch(self, stamp: Path) -> None:
+    def _touch(self, stamp: str) -> None:
         """Note the use of a kernel: in the stamp's time, as the kernel's own must stand still."""
         try:
             os.utime(stamp)
@@ -176,19 +180,26 @@ class KernelCache:
     def _prune(self) -> None:
         """Remove the kernels and stamps that were not used for longest, and abandoned files."""
         used: dict[str, int] = {}
-        stamps: list[tuple[int, Path]] = []
-        for path in self._directory.iterdir():
-            status = path.lstat()
-            if path.name.startswith("."):
+        stamps: list[tuple[int, str]] = []
+        for name in os.listdir(self._directory):
+            path = f"{self._directory}/{name}"
+            status = os.lstat(path)
+            if name.startswith("."):
                 if status.st_mtime + _ABANDONED_S < time.time():
-                    path.unlink(missing_ok=True)
-            elif path.suffix == _STAMP_SUFFIX:
+                    _remove(path)
+            elif name.endswith(_STAMP_SUFFIX):
                 stamps.append((status.st_mtime_ns, path))
-                digest = path.read_text("ascii", errors="replace").partition(" ")[0]
+                with open(path, encoding="ascii", errors="replace") as file:
+                    digest = file.read().partition(" ")[0]
                 used[digest] = max(used.get(digest, 0), status.st_mtime_ns)
             else:
-                used[path.name] = max(used.get(path.name, 0), status.st_mtime_ns)
+                used[name] = max(used.get(name, 0), status.st_mtime_ns)
         for digest in sorted(used, key=lambda name: used[name], reverse=True)[_KEPT:]:
-            self._path(digest).unlink(missing_ok=True)
+            _remove(self._path(digest))
         for _, path in sorted(stamps, reverse=True)[_STAMPS_KEPT:]:
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,10 +1,9 @@
 """What the user asks of a boot, besides the image itself."""
 
-from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from vmm_kvm.boot.acpi import AcpiTables
-from vmm_kvm.boot.cache import default_directory
 from vmm_kvm.boot.e820 import E820Entry, e820_map
 from vmm_kvm.boot.layout import SMBIOS_START
 from vmm_kvm.boot.smbios import SmbiosTables
@@ -24,8 +23,7 @@ class BootDevice(Enum):
     NET = "net"
 
 
-@dataclass(frozen=True, slots=True)
-class BootConfig:
+class BootConfig(NamedTuple):
     """The options of one boot."""
 
     command_line: str | None = None
@@ -48,8 +46,8 @@ class BootConfig:
     prints its memory map twice, 0.8 kB on a console."""
     unpack: bool = True
     """Unpack Linux on the host where possible; else the kernel's own decompressor runs."""
-    cache_directory: str | None = field(default_factory=default_directory)
-    """Where unpacked kernels are kept; None keeps none."""
+    cache_directory: str | None = None
+    """Where unpacked kernels are kept, such as `cache.default_directory()`; None keeps none."""
 
 
 def command_line_bytes(name: str, config: BootConfig, limit: int) -> bytes:

@@ -1,6 +1,7 @@
 """The state in which the first vCPU starts: what every boot path produces."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 CR0_PE = 1 << 0
@@ -42,8 +43,7 @@ REAL_TASK = Segment(0, 0, 0xFFFF, 11, s=0)
 RESET_CODE = Segment(0xF000, 0xFFFF_0000, 0xFFFF, 11)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Registers of the boot vCPU at its first instruction; all others are zero."""
 
     rip: int
@@ -59,7 +59,7 @@ class Entry:
     gdt_base: int = 0
     gdt_limit: int = 0
     idt_limit: int = 0
-    registers: dict[str, int] = field(default_factory=dict)
+    registers: Mapping[str, int] = MappingProxyType({})
     """General registers by their KVM name: rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8 to r15."""
 
 

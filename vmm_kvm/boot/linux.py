@@ -16,7 +16,6 @@ Source: the Linux/x86 boot protocol 2.15, §1.12 and §1.13; arch/x86/kernel/hea
 
 import os
 import struct
-from dataclasses import replace
 from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, MIB, PAGE_SIZE, align_down, align_up
@@ -283,8 +282,7 @@ def _enter(
     if not is_64:
         return state
     write_identity_map(memory, BOOT_PAGE_TABLES, _IDENTITY_MAP_SIZE)
-    return replace(
-        state,
+    return state._replace(
         cr0=CR0_PE | CR0_ET | CR0_PG,
         cr3=BOOT_PAGE_TABLES,
         cr4=CR4_PAE,

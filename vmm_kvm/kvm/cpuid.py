@@ -6,7 +6,7 @@ OpenBSD the guest sees OpenBSDVMM58 and far fewer features; here it sees KVM and
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 SIGNIFICANT_INDEX = 1 << 0
 
@@ -32,12 +32,11 @@ _CACHE_LEVEL_SHARED = 3  # the last level is the socket's, the others are each c
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 
 
-@dataclass(frozen=True, slots=True)
-class CpuidEntry:
+class CpuidEntry(NamedTuple):
     """What CPUID answers for one leaf, or one subleaf if `flags` has SIGNIFICANT_INDEX."""
 
     function: int
-    index: int
+    subleaf: int
     flags: int
     eax: int
     ebx: int
@@ -66,7 +65,7 @@ def guest_cpuid(
     entries += _kvm_leaves(supported)
     if basic >= _LEAF_TSC:
         entries += _tsc_leaf(supported, tsc_khz)
-    return sorted(entries, key=lambda e: (e.function, e.index))
+    return sorted(entries, key=lambda e: (e.function, e.subleaf))
 
 
 _LEAF_TOPOLOGY = 0x0B
@@ -95,18 +94,17 @@ def _vendor(supported: Sequence[CpuidEntry]) -> bytes:
     return b""
 
 
-@dataclass(frozen=True, slots=True)
-class _Topology:
-    """One socket of `count` cores, seen from the core whose APIC id is `apic_id`."""
+class _Topology(NamedTuple):
+    """One socket of `vcpus` cores, seen from the core whose APIC id is `apic_id`."""
 
     apic_id: int
-    count: int
+    vcpus: int
     is_amd: bool
 
     @property
     def width(self) -> int:
         """How many bits of an APIC id tell the core."""
-        return (self.count - 1).bit_length()
+        return (self.vcpus - 1).bit_length()
 
     def adjust(self, entry: CpuidEntry) -> CpuidEntry:
         """Return `entry` with the host's topology replaced by this one."""
@@ -116,24 +114,24 @@ class _Topology:
             case 0x4:
                 return self._intel_cache(entry)
             case 0x16 if entry.eax == 0:  # no base frequency: then the others mean nothing
-                return replace(entry, eax=0, ebx=0, ecx=0)
+                return entry._replace(eax=0, ebx=0, ecx=0)
             case 0x8000_0001 if self.is_amd:
-                legacy = _ECX_AMD1_CMP_LEGACY if self.count > 1 else 0
-                return replace(entry, ecx=entry.ecx & ~_ECX_AMD1_CMP_LEGACY | legacy)
+                legacy = _ECX_AMD1_CMP_LEGACY if self.vcpus > 1 else 0
+                return entry._replace(ecx=entry.ecx & ~_ECX_AMD1_CMP_LEGACY | legacy)
             case 0x8000_0008:
-                cores = self.width << 12 | min(self.count - 1, 0xFF) if self.is_amd else 0
-                return replace(entry, ecx=cores)
+                cores = self.width << 12 | min(self.vcpus - 1, 0xFF) if self.is_amd else 0
+                return entry._replace(ecx=cores)
             case 0x8000_001D:
                 return self._amd_cache(entry)
             case 0x8000_001E:
-                return replace(entry, eax=self.apic_id, ebx=self.apic_id & 0xFF, ecx=0)
+                return entry._replace(eax=self.apic_id, ebx=self.apic_id & 0xFF, ecx=0)
         return entry
 
     def leaf(self, function: int) -> Iterator[CpuidEntry]:
         """Yield the subleaves of leaf 0x0b or 0x1f: threads, cores, end."""
         levels = (
             (0, 1, _LEVEL_SMT),
-            (self.width, self.count, _LEVEL_CORE),
+            (self.width, self.vcpus, _LEVEL_CORE),
             (0, 0, 0),
         )
         for index, (shift, processors, level) in enumerate(levels):
@@ -148,11 +146,11 @@ class _Topology:
             )
 
     def _features(self, entry: CpuidEntry) -> CpuidEntry:
-        ebx = entry.ebx & 0xFFFF | min(self.count, 0xFF) << 16 | (self.apic_id & 0xFF) << 24
+        ebx = entry.ebx & 0xFFFF | min(self.vcpus, 0xFF) << 16 | (self.apic_id & 0xFF) << 24
         # OSXSAVE follows the guest's CR4, by KVM's hand.
         ecx = entry.ecx & ~_ECX1_OSXSAVE | _ECX1_HYPERVISOR | _ECX1_X2APIC
-        edx = entry.edx & ~_EDX1_HTT | (_EDX1_HTT if self.count > 1 else 0)
-        return replace(entry, ebx=ebx, ecx=ecx, edx=edx)
+        edx = entry.edx & ~_EDX1_HTT | (_EDX1_HTT if self.vcpus > 1 else 0)
+        return entry._replace(ebx=ebx, ecx=ecx, edx=edx)
 
     def _intel_cache(self, entry: CpuidEntry) -> CpuidEntry:
         if entry.eax & 0x1F == 0:  # no more caches
@@ -160,13 +158,13 @@ class _Topology:
         ids = (1 << self.width) - 1
         sharing = ids if entry.eax >> 5 & 0x7 >= _CACHE_LEVEL_SHARED else 0
         eax = entry.eax & 0x3FFF | min(sharing, 0xFFF) << 14 | min(ids, 0x3F) << 26
-        return replace(entry, eax=eax)
+        return entry._replace(eax=eax)
 
     def _amd_cache(self, entry: CpuidEntry) -> CpuidEntry:
         if entry.eax & 0x1F == 0:
             return entry
-        sharing = self.count - 1 if entry.eax >> 5 & 0x7 >= _CACHE_LEVEL_SHARED else 0
-        return replace(entry, eax=entry.eax & ~(0xFFF << 14) | min(sharing, 0xFFF) << 14)
+        sharing = self.vcpus - 1 if entry.eax >> 5 & 0x7 >= _CACHE_LEVEL_SHARED else 0
+        return entry._replace(eax=entry.eax & ~(0xFFF << 14) | min(sharing, 0xFFF) << 14)
 
 
 def _kvm_leaves(supported: Sequence[CpuidEntry]) -> Iterator[CpuidEntry]:

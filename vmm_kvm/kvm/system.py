@@ -18,7 +18,6 @@ from errno import (
     ENXIO,
     EPERM,
 )
-from pathlib import Path
 from typing import Self
 
 from vmm_kvm.errors import KvmError
@@ -232,7 +231,7 @@ def open_hint(path: str, errno: int | None) -> str:
 
 def _permission_hint(path: str) -> str:
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except OSError:
         return "run as root"
     wanted = stat.S_IRGRP | stat.S_IWGRP

@@ -294,7 +294,7 @@ class VcpuState:
             nent=len(entries)
         )
         table.entries[:] = [
-            abi.kvm_cpuid_entry2(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
+            abi.kvm_cpuid_entry2(e.function, e.subleaf, e.flags, e.eax, e.ebx, e.ecx, e.edx)
             for e in entries
         ]
         ioctl(self.fd, abi.KVM_SET_CPUID2, table)

@@ -11,8 +11,7 @@ import enum
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmm_kvm.bits import PAGE_SIZE, align_up
 from vmm_kvm.kvm import abi
@@ -33,8 +32,7 @@ class Irqchip(enum.IntEnum):
     IOAPIC = abi.KVM_IRQCHIP_IOAPIC
 
 
-@dataclass(frozen=True, slots=True)
-class IrqchipRoute:
+class IrqchipRoute(NamedTuple):
     """A GSI that drives a pin of an interrupt controller."""
 
     gsi: int
@@ -43,8 +41,7 @@ class IrqchipRoute:
     """0 to 7 for a PIC, 0 to 23 for the IOAPIC."""
 
 
-@dataclass(frozen=True, slots=True)
-class MsiRoute:
+class MsiRoute(NamedTuple):
     """A GSI that sends a message-signalled interrupt."""
 
     gsi: int

@@ -10,7 +10,6 @@ Locks: the configuration space is guarded by the lock of the host that the funct
 import enum
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vmm_kvm.bits import align_up, all_ones
@@ -36,11 +35,10 @@ class BarKind(enum.Enum):
     MEMORY64 = "memory64"
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
+class Bar(NamedTuple):
     """A base address register and what answers behind it."""
 
-    index: int
+    number: int
     """0 to 5; a 64-bit BAR occupies the next one too."""
     kind: BarKind
     size: int
@@ -52,7 +50,7 @@ class Bar:
     @property
     def register(self) -> int:
         """Its offset in configuration space."""
-        return Register.BAR0 + 4 * self.index
+        return Register.BAR0 + 4 * self.number
 
     @property
     def width(self) -> int:
@@ -66,7 +64,7 @@ class Bar:
 
 
 class Capability(NamedTuple):
-    """A capability: where it lies, and who wants to know when the guest uses it."""
+    """A capability, or registers outside of the list: where, and who wants to know of accesses."""
 
     offset: int
     size: int
@@ -173,7 +171,7 @@ class PciFunction:
             SpecError: the index is out of range or taken, or the size is impossible.
         """
         bar = Bar(index, kind, size, device, on_decode)
-        taken = {i for b in self._bars for i in range(b.index, b.index + b.width // 4)}
+        taken = {i for b in self._bars for i in range(b.number, b.number + b.width // 4)}
         wanted = set(range(index, index + bar.width // 4))
         if index < 0 or max(wanted) >= BARS or wanted & taken:
             raise SpecError(f"BAR {index}: out of range or taken")

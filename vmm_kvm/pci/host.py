@@ -285,9 +285,9 @@ class PciHost:
                 base = function.bar_address(bar)
                 if self._is_in_window(bar, base):
                     bus = self._pio if bar.kind is BarKind.IO else self._mmio
-                    yield (slot, bar.index), _Decoded(bus, base, bar)
+                    yield (slot, bar.number), _Decoded(bus, base, bar)
                 else:
-                    log.debug("pci 00:%02x.0 BAR %d: %#x is in no window", slot, bar.index, base)
+                    log.debug("pci 00:%02x.0 BAR %d: %#x is in no window", slot, bar.number, base)
 
     def _is_in_window(self, bar: Bar, base: int) -> bool:
         end = base + bar.size

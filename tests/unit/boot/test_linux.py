@@ -70,11 +70,12 @@ def test_enters_the_unpacked_kernel(open_bytes: Open, memory: GuestMemory, kind:
 def test_second_start_takes_the_kernel_from_the_cache(open_bytes: Open, tmp_path: Path) -> None:
     """The unpacked kernel is kept, and what is loaded from there is the same."""
     image = open_bytes(PACKED.build())
+    config = BootConfig(cache_directory=str(tmp_path / "kernels"))
     for _ in range(2):
         with GuestMemory(ram_ranges(64 * MIB)) as memory:
-            assert load(image, memory, BootConfig()).rip == KERNEL_ADDRESS
+            assert load(image, memory, config).rip == KERNEL_ADDRESS
             assert _is_vmlinux_there(memory)
-    assert len([p for p in (tmp_path / "cache/vmm-kvm/kernels").iterdir() if not p.suffix]) == 1
+    assert len([p for p in (tmp_path / "kernels").iterdir() if not p.suffix]) == 1
 
 
 def test_processor_state(open_bytes: Open, memory: GuestMemory) -> None:

@@ -82,7 +82,7 @@ def test_capability() -> None:
     assert rig.function.read_config(rig.capability + 2, 2) == VECTORS - 1
     assert rig.function.read_config(rig.capability + 4, 4) == 4
     assert rig.function.read_config(rig.capability + 8, 4) == rig.msix.pba_offset | 4
-    assert [(bar.index, bar.size) for bar in rig.function.bars] == [(4, 2 * PAGE_SIZE)]
+    assert [(bar.number, bar.size) for bar in rig.function.bars] == [(4, 2 * PAGE_SIZE)]
 
 
 def test_message_control_keeps_its_two_bits() -> None:
