@@ -20,6 +20,7 @@ _BOOT_CODE = b"".join(
         bytes.fromhex("b600"),  # mov $0, %dh; the BIOS has put the drive into %dl
         bytes.fromhex("bb007e"),  # mov $0x7e00, %bx
         bytes.fromhex("cd13"),  # int $0x13
+        bytes.fromhex("fa"),  # cli: the BIOS would take what is typed
         bytes.fromhex("be007e"),  # mov $0x7e00, %si
         bytes.fromhex("baf803"),  # mov $0x3f8, %dx
         bytes.fromhex("ac"),  # 1: lodsb
@@ -27,17 +28,39 @@ _BOOT_CODE = b"".join(
         bytes.fromhex("7403"),  # jz 2f
         bytes.fromhex("ee"),  # out %al, %dx
         bytes.fromhex("ebf8"),  # jmp 1b
-        bytes.fromhex("e6f4"),  # 2: out %al, $0xf4: isa-debug-exit, status 1
+    )  # 2:
+)
+_ECHO_CODE = b"".join(
+    (
+        bytes.fromhex("bafd03"),  # 1: mov $0x3fd, %dx
+        bytes.fromhex("ec"),  # in %dx, %al
+        bytes.fromhex("a801"),  # test $1, %al
+        bytes.fromhex("74f8"),  # jz 1b
+        bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+        bytes.fromhex("ec"),  # in %dx, %al
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("3c71"),  # cmp $'q', %al
+        bytes.fromhex("75ef"),  # jne 1b
+    )
+)
+_END_CODE = b"".join(
+    (
+        bytes.fromhex("b010"),  # mov $0x10, %al
+        bytes.fromhex("e6f4"),  # out %al, $0xf4: isa-debug-exit
         bytes.fromhex("f4"),  # hlt
     )
 )
-BOOT_STATUS = 1
+BOOT_STATUS = 0x10 << 1 | 1
 _BOOT_DISK_SIZE = 1 << 20  # the BIOS wants a cylinder at least
 
 
-def boot_disk() -> bytes:
-    """Return a disk whose boot sector prints the text of the second sector and ends QEMU."""
-    first = _BOOT_CODE.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
+def boot_disk(*, waits: bool = False) -> bytes:
+    """Return a disk whose boot sector prints the text of the second sector, and ends the VM.
+
+    With `waits` it first echoes what is typed, until that is the letter q.
+    """
+    code = _BOOT_CODE + (_ECHO_CODE if waits else b"") + _END_CODE
+    first = code.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
     return (first + BOOT_MESSAGE).ljust(_BOOT_DISK_SIZE, b"\0")
 
 
