@@ -265,9 +265,16 @@ class Server:
 
     def __enter__(self) -> Self:
         deadline = time.monotonic() + TIMEOUT_S
-        while not self.path.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return self
+        while True:
+            try:
+                self.connect().close()
+            except OSError:
+                if time.monotonic() > deadline:
+                    self.__exit__()
+                    raise
+                time.sleep(0.02)
+            else:
+                return self
 
     def __exit__(self, *exc: object) -> None:
         self.process.kill()

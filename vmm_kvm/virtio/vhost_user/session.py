@@ -44,7 +44,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     unpack_u64,
 )
 from vmm_kvm.virtio.vhost_user.regions import SLOTS_MAX, Regions
-from vmm_kvm.virtio.vhost_user.vring import Vring
+from vmm_kvm.virtio.vhost_user.vring import Vring, prepare_event
 
 log = Log(__name__)
 
@@ -329,7 +329,11 @@ class Session:
         if value & ~(VRING_INDEX_MASK | VRING_NO_FD):
             raise VhostUserError(f"{value:#x}")
         ring = self._ring(value & VRING_INDEX_MASK)
-        return ring, None if value & VRING_NO_FD else fds.take()
+        if value & VRING_NO_FD:
+            return ring, None
+        for fd in fds:
+            prepare_event(fd)
+        return ring, fds.take()
 
     def _set_kick(self, ring: Vring, fd: int | None) -> None:
         """Start a ring."""

@@ -4,6 +4,7 @@ Source: QEMU docs/interop/vhost-user, "Ring states".
 """
 
 import os
+import stat
 import struct
 
 from vmm_kvm.virtio.queue import SIZE_MAX, Memory, Ring, Virtqueue
@@ -202,16 +203,23 @@ class Vring:
             raise VhostUserError(f"ring {self.index}: {name} descriptor: {err.strerror}") from err
 
 
+def prepare_event(fd: int) -> None:
+    """Let a received descriptor not block, if it is an eventfd or a pipe; it stays the caller's.
+
+    A socket could be the other end of the connection itself, which would then never end.
+
+    Raises:
+        VhostUserError: it is something else.
+    """
+    # An eventfd has an inode of no type.
+    if stat.S_IFMT(os.fstat(fd).st_mode) not in {0, stat.S_IFIFO}:
+        raise VhostUserError("a descriptor that is neither an eventfd nor a pipe")
+    os.set_blocking(fd, False)
+
+
 def _replaced(fd: int | None, successor: int | None) -> int | None:
-    """Close `fd`; return its successor, which does not block from now on."""
     if fd is not None:
         os.close(fd)
-    if successor is not None:
-        try:
-            os.set_blocking(successor, False)
-        except OSError as err:
-            os.close(successor)
-            raise VhostUserError(f"a descriptor for events: {err.strerror}") from err
     return successor
 
 

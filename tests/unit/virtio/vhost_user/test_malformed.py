@@ -74,12 +74,13 @@ CASES: list[tuple[int, bytes, int, str]] = [
     (R.SET_VRING_ADDR, bytes(39), 0, "SET_VRING_ADDR: payload of 39 bytes, not 40"),
     (R.SET_VRING_ENABLE, VringState(0, 2).pack(), 0, "SET_VRING_ENABLE: ring 0: 2, not 0 or 1"),
     (R.SET_VRING_KICK, pack_u64(0), 0, "SET_VRING_KICK: a descriptor is missing"),
-    (R.SET_VRING_KICK, pack_u64(0), 1, "SET_VRING_KICK: ring 0: kick descriptor: "),
+    (R.SET_VRING_KICK, pack_u64(0), 1, "SET_VRING_KICK: a descriptor that is neither an eventfd"),
+    (R.SET_VRING_CALL, pack_u64(0), 1, "SET_VRING_CALL: a descriptor that is neither an eventfd"),
+    (R.SET_VRING_ERR, pack_u64(0), 1, "SET_VRING_ERR: a descriptor that is neither an eventfd"),
     (R.SET_VRING_KICK, pack_u64(1 << 9), 1, "SET_VRING_KICK: 0x200"),
     (R.SET_VRING_KICK, pack_u64(9), 1, "SET_VRING_KICK: ring 9: there are 2"),
     (R.SET_VRING_KICK, pack_u64(1 | 1 << 8), 1, "SET_VRING_KICK: "),
     (R.SET_VRING_CALL, pack_u64(1 << 63), 0, "SET_VRING_CALL: 0x8000000000000000"),
-    (R.SET_VRING_CALL, pack_u64(0), 2, "SET_VRING_CALL: descriptors that do not belong to it"),
     (R.SET_VRING_ERR, b"", 1, "SET_VRING_ERR: payload of 0 bytes, not 8"),
     (R.SET_MEM_TABLE, pack_regions([REGION]), 0, "SET_MEM_TABLE: 0 descriptors for 1 regions"),
     (R.SET_MEM_TABLE, pack_regions([REGION]), 2, "SET_MEM_TABLE: 2 descriptors for 1 regions"),
@@ -155,6 +156,30 @@ def test_bytes_that_are_no_message(
         ours.shutdown(socket.SHUT_WR)
         assert server.ended.wait(10)
     assert caplog.messages == [line]
+
+
+def test_a_front_end_cannot_keep_its_own_connection_open(
+    guest: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection's other end among our own descriptors would never let it end."""
+    ours, theirs = socket.socketpair()
+    with serving(theirs, EchoBackend()) as server:
+        with Client(ours) as client:
+            guest.start(client)
+            request = R.SET_VRING_CALL
+            client._channel.send(request, pack_u64(0), fds=[client.fileno()])
+        assert server.ended.wait(10)
+    assert caplog.messages == ["SET_VRING_CALL: a descriptor that is neither an eventfd nor a pipe"]
+
+
+def test_descriptors_for_events_come_one_by_one(
+    guest: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second one has no meaning."""
+    with connection(EchoBackend()) as client:
+        client._channel.send(R.SET_VRING_CALL, pack_u64(0), fds=guest.call)
+        end_of(client)
+    assert caplog.messages == ["SET_VRING_CALL: descriptors that do not belong to it"]
 
 
 def test_a_kick_pipe_that_closes_ends_the_connection(
