@@ -1,4 +1,4 @@
-"""fallocate(2) with its modes, which Python's `os` lacks. Loaded when a disk first needs it."""
+"""fallocate(2) with its modes, which Python's `os` lacks."""
 
 import ctypes
 import os

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Sequence
 
+from vmm_kvm.block import fallocate
 from vmm_kvm.block.vectors import cut, fill_zeros, total, zeros
 from vmm_kvm.log import Log
 
@@ -122,16 +123,10 @@ class HostFile:
             raise
         self._is_written = False
 
-    def truncate(self, size: int) -> None:
-        """Set the size of the file, in bytes."""
-        os.ftruncate(self.fd, size)
-
     def punch(self, offset: int, size: int) -> bool:
         """Free the blocks of a range, which then reads as zero; False where that cannot be."""
         if not self._can_punch:
             return False
-        from vmm_kvm.block import fallocate  # noqa: PLC0415 - ctypes, for those who discard
-
         self._is_written = True
         try:
             fallocate.punch_hole(self.fd, offset, size)
@@ -145,8 +140,6 @@ class HostFile:
     def zero(self, offset: int, size: int) -> None:
         """Make a range read as zero, by the file system's own means if it has any."""
         if self._can_zero:
-            from vmm_kvm.block import fallocate  # noqa: PLC0415 - same
-
             self._is_written = True
             try:
                 fallocate.zero_range(self.fd, offset, size)

@@ -68,38 +68,50 @@ def differences(references: References, refcounts: Refcounts) -> Iterator[Differ
     """
     per_block = refcounts.per_block
     indices = {
-        chunk * CHUNK // per_block + n for chunk in references.chunks for n in _blocks(per_block)
+        chunk * CHUNK // per_block + number
+        for chunk in references.chunks
+        for number in range(max(1, CHUNK // per_block))
     }
     indices |= {index for index, entry in enumerate(refcounts.table) if entry}
+    seen: set[int] = set()
     size = width(refcounts.bits)
     part = min(per_block, CHUNK)
     for index in sorted(indices):
-        try:
-            counts = refcounts.counts(index)
-        except OSError as err:
-            references.error(str(err.strerror))
-            counts = None
+        counts = None
+        entry = refcounts.table[index] if index < len(refcounts.table) else 0
+        if entry in seen:
+            references.error(f"refcount block {index} is another one as well")
+        elif entry:
+            seen.add(entry)
+            try:
+                counts = refcounts.counts(index)
+            except OSError as err:
+                references.error(err.strerror or str(err))
         for start in range(0, per_block, part):
             first = index * per_block + start
             chunk = references.chunks.get(first // CHUNK)
+            if chunk is None and counts is None:
+                continue
             at = first % CHUNK
             wanted = chunk[at : at + part] if chunk else array("I", bytes(part * 4))
-            if counts is None:
-                actual = array("Q", bytes(part * 8))
-            else:
-                actual = array(
-                    _TYPE_CODES[size], bytes(counts[start * size : (start + part) * size])
-                )
-                actual.byteswap()
-            if actual.tolist() != wanted.tolist():
-                for number in range(part):
-                    if actual[number] != wanted[number]:
-                        yield Difference(first + number, actual[number], wanted[number])
+            held = counts[start * size : (start + part) * size] if counts else bytes(part * size)
+            if held == _encoded(wanted, size):
+                continue
+            actual = array(_TYPE_CODES[size], bytes(held))
+            actual.byteswap()
+            for number in range(part):
+                if actual[number] != wanted[number]:
+                    yield Difference(first + number, actual[number], wanted[number])
 
 
-def _blocks(per_block: int) -> range:
-    """Return which blocks a chunk spans, from the one that it begins in."""
-    return range(max(1, CHUNK // per_block))
+def _encoded(counts: "array[int]", size: int) -> bytes | None:
+    """Return counts of `size` bytes as they are in memory; None if they do not fit."""
+    try:
+        numbers = array(_TYPE_CODES[size], counts)
+    except OverflowError:
+        return None
+    numbers.byteswap()
+    return numbers.tobytes()
 
 
 def _check_flags(

@@ -36,6 +36,10 @@ class Reader:
         Raises:
             OSError: the file or a table cannot be read, or is corrupt.
         """
+        host = self._mapping.find(offset, size)
+        if host:
+            self._file.readv(host, buffers)
+            return
         extents = self._mapping.extents(offset, size)
         if len(extents) == 1:
             self._read_extent(extents[0], offset, buffers)

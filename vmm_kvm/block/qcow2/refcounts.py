@@ -121,7 +121,7 @@ class Refcounts:
         if block is not None:
             return block
         offset = self.table[index] & _TABLE_OFFSET_MASK
-        if offset & ((1 << self._cluster_bits) - 1) or not offset:
+        if offset & ((1 << self._cluster_bits) - 1) or not 0 < offset < _OFFSET_END:
             raise self._faults.corrupt(f"refcount block {index} at invalid offset {offset:#x}")
         data = self._file.read(offset, 1 << self._cluster_bits)
         if len(self._blocks) >= self._blocks_max:

@@ -135,7 +135,7 @@ class References:
         mask = header.cluster_size - 1
         for place in range(0, len(words), step):
             entry = words[place]
-            if not entry:
+            if not entry and (step == 1 or not words[place + 1]):
                 continue
             if entry & COMPRESSED:
                 self.add(*self._compressed.clusters(entry), times, "compressed cluster")
@@ -161,7 +161,9 @@ class References:
         """Count persistent bitmaps: their directory, and each one's table and data."""
         bitmaps = self._header.bitmaps
         assert bitmaps is not None
-        if bitmaps.size > _BITMAPS_MAX * 1024 or bitmaps.offset % self._header.cluster_size:
+        end = bitmaps.offset + bitmaps.size
+        is_there = end <= self._clusters << self._bits
+        if not is_there or bitmaps.offset % self._header.cluster_size:
             self.error("bitmap directory at invalid offset, or too large")
             return
         self._add_bytes(bitmaps.offset, bitmaps.size, "bitmap directory")
@@ -170,10 +172,12 @@ class References:
             fields = _BITMAP_ENTRY.unpack(self._file.read(position, _BITMAP_ENTRY.size))
             table_offset, table_size, name_size, extra_size = *fields[:2], *fields[5:7]
             position += (_BITMAP_ENTRY.size + name_size + extra_size + 7) & ~7
-            if table_size * 8 > L1_BYTES_MAX or position > bitmaps.offset + bitmaps.size:
+            if table_size * 8 > L1_BYTES_MAX or position > end:
                 self.error("bitmap directory is corrupt")
                 return
             self._add_bytes(table_offset, table_size * 8, "bitmap table")
+            if table_offset + table_size * 8 > self._clusters << self._bits:
+                continue
             for entry in read_words(self._file, table_offset, table_size):
                 if entry & OFFSET_MASK:
                     self.add((entry & OFFSET_MASK) >> self._bits, 1, 1, "bitmap")

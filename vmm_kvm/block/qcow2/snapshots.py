@@ -39,7 +39,11 @@ def read_snapshots(file: HostFile, header: Header) -> tuple[list[Snapshot], int]
         fields = _ENTRY.unpack(file.read(position, _ENTRY.size))
         l1_offset, l1_size, identifier_size, name_size, seconds = fields[:5]
         extra_size = fields[8]
-        if l1_offset % header.cluster_size or l1_size * 8 > L1_BYTES_MAX:
+        if (
+            l1_offset % header.cluster_size
+            or l1_size * 8 > L1_BYTES_MAX
+            or l1_offset + l1_size * 8 > file.size()
+        ):
             raise ImageError(f"snapshot {number} has an invalid L1 table")
         names = position + _ENTRY.size + extra_size
         end = names + identifier_size + name_size

@@ -70,6 +70,10 @@ class Writer:
             OSError: part of it may be written; the image is sound, and the rest is as before.
         """
         self._metadata.relieve()
+        host = self._mapping.find(offset, size)
+        if host:
+            self._file.writev(host, buffers)
+            return
         extents = self._mapping.extents(offset, size)
         if len(extents) == 1 and extents[0].kind is Kind.DATA:
             self._file.writev(extents[0].host, buffers)

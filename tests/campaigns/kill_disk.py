@@ -1,0 +1,200 @@
+"""Campaign: a process that writes to a qcow2 image, killed at random moments.
+
+Each round a child opens the image and writes, discards and flushes at random, telling what it is
+about to do and what is done through a pipe; SIGKILL ends it. Afterwards the image is checked, by us
+and by `qemu-img check`: nothing but leaks. Each sector holds what was last flushed or what was
+written later. The image goes on to the next round: what one kill leaves is what the next one meets.
+
+Any deviation is printed, and the exit status is 1. The same --seed gives the same writes; when
+the kill comes is up to the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.campaigns.qcow2_oracle import our_check  # noqa: E402
+from vmm_kvm.block.image import Format, open_image  # noqa: E402
+
+SIZE = 64 << 20
+SECTOR = 512
+LENGTHS = (512, 4096, 65536, 1 << 20)
+OPTIONS = (
+    "cluster_size=65536",
+    "cluster_size=4096",
+    "cluster_size=65536,extended_l2=on",
+    "cluster_size=512",
+    "cluster_size=65536,lazy_refcounts=on",
+    "cluster_size=2M,refcount_bits=64",
+)
+DELAY_S = 0.4
+_RECORD = struct.Struct("<BIQQ")  # what, round and number of the operation, offset, size
+WRITE, ZERO, DISCARD, FLUSH, FLUSHED = range(5)
+
+
+def stamp(number: int, sector: int) -> bytes:
+    """Return the sector that operation `number` writes at `sector`: nothing else looks like it."""
+    return struct.pack("<QQ", number, sector) * (SECTOR // 16)
+
+
+def load(path: str, pipe: int, chance: random.Random, number: int) -> None:
+    """Write to the image until killed; `number` is that of the first operation."""
+    image = open_image(path, Format.QCOW2, False)
+    while True:
+        what = chance.choices((WRITE, ZERO, DISCARD, FLUSH), (12, 2, 3, 3))[0]
+        offset = chance.randrange(SIZE // SECTOR) * SECTOR
+        size = min(chance.choice(LENGTHS), SIZE - offset)
+        os.write(pipe, _RECORD.pack(what, number, offset, size))
+        match what:
+            case 0:
+                first = offset // SECTOR
+                data = b"".join(stamp(number, first + n) for n in range(size // SECTOR))
+                image.writev(offset, [memoryview(data)])
+            case 1:
+                image.write_zeroes(offset, size, may_unmap=bool(number % 2))
+            case 2:
+                image.discard(offset, size)
+            case _:
+                image.flush()
+                os.write(pipe, _RECORD.pack(FLUSHED, number, 0, 0))
+        number += 1
+
+
+class Disk:
+    """What each sector may hold: numbers of operations, 0 for zeros."""
+
+    def __init__(self) -> None:
+        """Begin with an empty disk."""
+        self._versions: dict[int, list[int]] = {}
+
+    def note(self, what: int, number: int, offset: int, size: int) -> None:
+        """Note an operation that has begun, or (FLUSHED) one that is done."""
+        if what == FLUSHED:
+            for sector, versions in self._versions.items():
+                self._versions[sector] = versions[self._durable(versions) :]
+            return
+        if what == FLUSH:
+            return
+        for sector in range(offset // SECTOR, (offset + size) // SECTOR):
+            versions = self._versions.setdefault(sector, [0])
+            # A discarded sector reads as before, or as zero; a later flush does not say which.
+            versions.append({WRITE: number, ZERO: 0, DISCARD: -1}[what])
+
+    def _durable(self, versions: list[int]) -> int:
+        last = len(versions) - 1
+        while last and versions[last] == -1:
+            last -= 1
+        return last
+
+    def settle(self, found: bytes) -> list[str]:
+        """Compare with what the disk holds, which is what it holds from now on."""
+        wrong = []
+        for sector, versions in self._versions.items():
+            data = found[sector * SECTOR : (sector + 1) * SECTOR]
+            if not any(data):
+                number = 0
+                is_right = 0 in versions or -1 in versions
+            else:
+                number = struct.unpack_from("<Q", data)[0]
+                is_right = number in versions and data == stamp(number, sector)
+            if not is_right:
+                wrong.append(f"sector {sector} holds {number}, not one of {versions}")
+            self._versions[sector] = [number]
+        return wrong
+
+
+def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tuple[int, list[str]]:
+    """Let a child write and kill it; return the next operation's number, and what is wrong."""
+    read_end, write_end = os.pipe()
+    seed = chance.random()
+    delay_s = chance.uniform(0.02, DELAY_S)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read_end)
+            load(path, write_end, random.Random(seed), number)
+        finally:
+            os._exit(1)
+    os.close(write_end)
+    told = bytearray()
+    deadline = time.monotonic() + delay_s
+    is_killed = False
+    while True:
+        wait_s = max(deadline - time.monotonic(), 0)
+        if not is_killed and not wait_s:
+            os.kill(child, signal.SIGKILL)
+            is_killed = True
+        if select.select([read_end], [], [], None if is_killed else wait_s)[0]:
+            part = os.read(read_end, 1 << 16)
+            if not part:
+                break
+            told += part
+    os.close(read_end)
+    _, status = os.waitpid(child, 0)
+    wrong = []
+    if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+        wrong.append(f"the child ended by itself: {status:#x}")
+    whole = len(told) // _RECORD.size * _RECORD.size
+    for what, operation, offset, size in _RECORD.iter_unpack(told[:whole]):
+        disk.note(what, operation, offset, size)
+        number = operation + 1
+    report = our_check(path)
+    wrong += report.errors
+    done = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True, text=True
+    )
+    if done.returncode not in {0, 3}:
+        wrong.append(f"qemu-img check: {done.returncode}: {done.stdout}{done.stderr}")
+    image = open_image(path, Format.QCOW2, True)
+    found = bytearray(SIZE)
+    image.readv(0, [memoryview(found)])
+    image.close()
+    return number, wrong + disk.settle(bytes(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign; returns the exit status."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=300, help="how many kills")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    chance = random.Random(options.seed)
+    deviations = operations = 0
+    per_image = max(options.count // len(OPTIONS), 1)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kill-disk-") as directory:
+        for number in range(options.count):
+            if number % per_image == 0:
+                path = f"{directory}/disk{number}.qcow2"
+                features = OPTIONS[number // per_image % len(OPTIONS)]
+                command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, path)
+                subprocess.run([*command, str(SIZE)], check=True)
+                disk, next_operation = Disk(), 1
+            first = next_operation
+            next_operation, wrong = run_round(path, disk, chance, next_operation)
+            operations += next_operation - first
+            if wrong:
+                deviations += 1
+                print(f"round {number}, {features}:", *wrong[:5], sep="\n  ")
+    took = time.monotonic() - started
+    print(f"{options.count} kills, {operations} operations, {took:.0f} s, {deviations} deviations")
+    return 1 if deviations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Slices of the campaigns of corrupted images and of killed writers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SEED = os.environ.get("VMM_FUZZ_SEED", "1")
+COUNT = os.environ.get("VMM_FUZZ_COUNT", "60")
+
+
+def campaign(name: str, count: str) -> str:
+    """Run a campaign in a process of its own; return what it says."""
+    done = subprocess.run(
+        [sys.executable, f"tests/campaigns/{name}.py", "--count", count, "--seed", SEED],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("qemu_img")
+def test_corrupted_images() -> None:
+    """Whatever is wrong with an image, it is used, or refused in one line."""
+    assert campaign("corrupt_images", COUNT).endswith(" 0 deviations\n")
+
+
+@pytest.mark.usefixtures("qemu_img")
+def test_killed_writers() -> None:
+    """A writer that is killed leaves a sound image with all that was flushed."""
+    assert campaign("kill_disk", "4").endswith(" 0 deviations\n")
