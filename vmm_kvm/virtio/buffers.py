@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 def total(buffers: Sequence[memoryview]) -> int:
     """Return how many bytes the buffers hold together."""
-    return sum(map(len, buffers))
+    return len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
 
 
 def gather(buffers: Sequence[memoryview], size: int) -> bytes:

@@ -14,7 +14,7 @@ import struct
 import threading
 from typing import NamedTuple, Protocol
 
-from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.errors import GuestMemoryError, VirtqueueError
 from vmm_kvm.virtio.abi import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
@@ -35,6 +35,7 @@ _DESCRIPTOR_ALIGNMENT, _AVAILABLE_ALIGNMENT, _USED_ALIGNMENT = 16, 2, 4
 _USED_HEADER, _USED_ELEMENT_SIZE = 4, 8
 _unpack_descriptor = struct.Struct("<QIHH").unpack_from  # address, length, flags, next
 _INDEX_MASK = 0xFFFF
+_ADDRESS_BITS = 47  # no more is mapped below 128 TiB
 # Positions in the rings, in 16-bit words.
 _FLAGS, _INDEX, _RING = 0, 1, 2
 
@@ -90,6 +91,8 @@ class Virtqueue:
         "_has_event_idx",
         "_has_indirect",
         "_is_stopped",
+        "_low",
+        "_low_end",
         "_mask",
         "_next_available",
         "_next_used",
@@ -134,6 +137,9 @@ class Virtqueue:
         self.size = size
         self._mask = size - 1
         self._view = memory.view
+        # Nearly every buffer is there: a slice of it takes half the time of a call.
+        self._low = _from_zero(memory)
+        self._low_end = len(self._low)
         self._descriptors = memory.view(ring.descriptors, _DESCRIPTOR_SIZE * size)
         self._available = memory.view(ring.available, 2 * (_RING + size + 1)).cast("H")
         elements_end = _USED_HEADER + _USED_ELEMENT_SIZE * size
@@ -191,24 +197,27 @@ class Virtqueue:
             raise VirtqueueError(f"descriptor {head} of {limit}")
         readable: list[memoryview] = []
         writable: list[memoryview] = []
-        view, table, link = self._view, self._descriptors, head
+        low, low_end, view = self._low, self._low_end, self._view
+        table, link, is_indirect = self._descriptors, head, False
         while True:
             address, length, flags, following = _unpack_descriptor(table, link << 4)
             if flags & VRING_DESC_F_INDIRECT:
-                if table is not self._descriptors:
+                if is_indirect:
                     raise VirtqueueError(f"descriptor {head}: an indirect table in another")
                 table = self._indirect_table(address, length, flags)
                 limit = left = length // _DESCRIPTOR_SIZE
-                link = 0
+                link, is_indirect = 0, True
                 continue
             if not length:
                 raise VirtqueueError(f"descriptor {head}: an empty buffer")
+            end = address + length
+            buffer = low[address:end] if end <= low_end else view(address, length)
             if flags & VRING_DESC_F_WRITE:
-                writable.append(view(address, length))
+                writable.append(buffer)
             elif writable:
                 raise VirtqueueError(f"descriptor {head}: a readable buffer after a writable one")
             else:
-                readable.append(view(address, length))
+                readable.append(buffer)
             if not flags & VRING_DESC_F_NEXT:
                 return Chain(head, readable, writable)
             left -= 1
@@ -288,3 +297,15 @@ class Virtqueue:
         """
         self._fence.acquire()
         self._fence.release()
+
+
+def _from_zero(memory: Memory) -> memoryview:
+    """Return the longest view of `memory` from address 0: the RAM below the PCI hole."""
+    size = 0
+    for bit in reversed(range(_ADDRESS_BITS)):
+        try:
+            memory.view(0, size | 1 << bit)
+        except GuestMemoryError:
+            continue
+        size |= 1 << bit
+    return memory.view(0, size) if size else memoryview(b"")

@@ -345,3 +345,50 @@ def test_an_index_that_leaps_is_refused(memory: PlainMemory, driver: DriverQueue
         VirtqueueError, match=r"^available index 9 after 0: more than the queue has$"
     ):
         queue.pop()
+
+
+class HolyMemory(PlainMemory):
+    """Memory with a hole from HOLE to HOLE_END."""
+
+    HOLE, HOLE_END = 0x2_3000, 0x4_0000
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Return a view of a range that does not touch the hole."""
+        if gpa < self.HOLE_END and gpa + size > self.HOLE:
+            raise GuestMemoryError(gpa, size)
+        return super().view(gpa, size)
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "is_ram"),
+    [
+        (0, 0x2_3000, True),
+        (0x2_2FFF, 1, True),
+        (0x2_2FFF, 2, False),
+        (0x3_0000, 16, False),
+        (0x3_FFFF, 2, False),
+        (0x4_0000, 16, True),
+        (0, 0x4_0000, False),
+    ],
+)
+def test_memory_with_a_hole(address: int, length: int, is_ram: bool) -> None:
+    """Buffers may lie on either side of a hole, but not in it or across."""
+    memory = HolyMemory()
+    driver = DriverQueue(memory)
+    queue = driver.device(memory)
+    driver.add((address, length, True))
+    if is_ram:
+        assert sizes(pop(queue)) == ([], [length])
+    else:
+        with pytest.raises(GuestMemoryError):
+            queue.pop()
+
+
+def test_memory_without_address_zero() -> None:
+    """No region needs to begin at 0."""
+    memory = HolyMemory()
+    memory.HOLE = 0
+    driver = DriverQueue(memory, base=0x5_0000)
+    queue = driver.device(memory)
+    driver.add((0x6_0000, 5, False))
+    assert sizes(pop(queue)) == ([5], [])
