@@ -2,11 +2,20 @@
 
 import sys
 
-from vmctl.cli import main as run_command_line
-
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    if sys.argv[1:2] == ["run"]:
+        # The imports of each way to read a command line are its cost.
+        from vmctl.run_options import read_plainly  # noqa: PLC0415
+
+        options = read_plainly(sys.argv[2:])
+        if options is not None:
+            from vmctl.run import run  # noqa: PLC0415
+
+            sys.exit(run(options))
+    from vmctl.cli import main as run_command_line  # noqa: PLC0415
+
     sys.exit(run_command_line())
 
 
