@@ -11,6 +11,8 @@ import typer
 from typer._click import Command, Context  # what get_command is declared with
 from typer.core import TyperGroup
 
+from vmctl.run_options import RunOptions
+
 _USAGE = "usage:\tvmctl [-v] command [arg ...]"
 
 
@@ -85,8 +87,16 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
         str | None,
         typer.Option(
             "--firmware",
-            metavar="bios|path",
+            metavar="bios|uefi|path",
             help="Boot firmware; bios is the default where there are disks or an ISO image.",
+        ),
+    ] = None,
+    nvram: Annotated[
+        str | None,
+        typer.Option(
+            "--nvram",
+            metavar="path",
+            help="File that keeps the variables of UEFI firmware; made if it is missing.",
         ),
     ] = None,
     boot_device: Annotated[
@@ -121,7 +131,7 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
 ) -> None:
     """Run a VM in the foreground, its console on this terminal, without a daemon."""
     del attach
-    from vmctl.run import RunOptions, run  # noqa: PLC0415 - no other verb needs the hypervisor
+    from vmctl.run import run  # noqa: PLC0415 - no other verb needs the hypervisor
 
     raise typer.Exit(
         run(
@@ -134,6 +144,7 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
                 cdrom=cdrom,
                 boot_device=boot_device,
                 firmware=firmware,
+                nvram=nvram,
                 initrd=tuple(initrd or ()),
                 append=append,
                 timeout=timeout,

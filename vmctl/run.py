@@ -14,11 +14,11 @@ from types import FrameType
 from typing import NamedTuple
 
 from vmctl.disks import open_cdrom, open_disk
+from vmctl.run_options import RunOptions
 from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm import log
 from vmm_kvm.boot.config import BootDevice
-from vmm_kvm.boot.firmware import BIOS, find_firmware
 from vmm_kvm.boot.image import open_image
 from vmm_kvm.boot.layout import MEMORY_MAX, MEMORY_MIN
 from vmm_kvm.clock import NANOSECONDS
@@ -45,25 +45,6 @@ EXIT_KILLED = 128 + signal.SIGTERM
 # As vmd(8) limits restarts: the third in a row so soon after its start is the last.
 _EARLY_NS = 6 * NANOSECONDS
 _EARLY_CRASHES = 3
-
-
-class RunOptions(NamedTuple):
-    """The command line of `vmctl run`, as typed."""
-
-    boot: str | None
-    selftest: bool
-    memory: str
-    cpus: str
-    disks: tuple[str, ...]
-    cdrom: str | None
-    boot_device: str | None
-    firmware: str | None
-    initrd: tuple[str, ...]
-    append: str | None
-    timeout: str | None
-    reboot: bool
-    name: str
-    verbose: bool
 
 
 class Ended(NamedTuple):
@@ -103,9 +84,17 @@ def _set_up_logging(*, verbose: bool) -> None:
 
 def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
     """Check the options and open what they name; `stack` closes it."""
-    path = _boot_path(options)
+    path, template = _boot_paths(options)
+    if options.nvram is not None and template is None:
+        raise SpecError(f"--nvram is for UEFI firmware, not for {path}")
+    variables = None
+    if template is not None:
+        from vmm_kvm.boot.nvram import open_variables  # noqa: PLC0415 - for UEFI guests only
+
+        variables = stack.enter_context(open_variables(template, options.nvram))
     return MachineSpec(
         image=open_image(path),
+        variables=variables,
         memory_size=_memory(options.memory),
         cpus=_cpus(options.cpus),
         disks=tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks)),
@@ -117,8 +106,11 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
     )
 
 
-def _boot_path(options: RunOptions) -> str:
-    """Return what to boot: the one image that is named, or firmware if there are media."""
+def _boot_paths(options: RunOptions) -> tuple[str, str | None]:
+    """Return what to boot: the one image that is named, or firmware if there are media.
+
+    The second path is where the variables of UEFI firmware begin.
+    """
     named = [
         name
         for name, is_named in (
@@ -131,12 +123,14 @@ def _boot_path(options: RunOptions) -> str:
     if len(named) > 1:
         raise SpecError(f"{named[0]} and {named[1]} name two boot images: use one")
     if options.selftest:
-        return str(selftest_path())
+        return selftest_path(), None
     if options.boot is not None:
-        return options.boot
+        return options.boot, None
     if options.firmware is None and not options.disks and options.cdrom is None:
         raise SpecError("no kernel or disk/cdrom specified: use -b, -d, -r or --selftest")
-    return find_firmware(options.firmware or BIOS).code
+    from vmm_kvm.boot.firmware import BIOS, find_firmware  # noqa: PLC0415 - not for kernels
+
+    return find_firmware(options.firmware or BIOS)
 
 
 def _memory(text: str) -> int:

@@ -7,18 +7,19 @@ Memory slots are set before the interrupt controllers are made: 0.07 ms against 
 """
 
 import ctypes
+import enum
 import mmap
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Image
 from vmm_kvm.boot import layout
 from vmm_kvm.boot.acpi import AcpiConfig, build_tables, loader_files
+from vmm_kvm.boot.cache import default_directory
 from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.e820 import encode, firmware_e820_map
 from vmm_kvm.boot.image import BootConfig, BootImage, FirmwareImage, load
@@ -50,6 +51,9 @@ from vmm_kvm.pci_devices import Disk, PciDevices, RemoteDisk, boot_order
 from vmm_kvm.runner import Runner
 from vmm_kvm.virtio.vmmci import Command
 
+if TYPE_CHECKING:  # loaded only for UEFI guests
+    from vmm_kvm.boot.nvram import Variables
+
 log = Log(__name__)
 
 VCPUS_MAX = 64
@@ -72,8 +76,7 @@ _FW_CFG_NB_CPUS = 0x05
 _FW_CFG_MAX_CPUS = 0x0F
 
 
-@dataclass(frozen=True, slots=True)
-class MachineSpec:
+class MachineSpec(NamedTuple):
     """What machine to build."""
 
     image: BootImage
@@ -88,6 +91,8 @@ class MachineSpec:
     disks: tuple[Disk | RemoteDisk, ...] = ()
     cdrom: Image | None = None
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
+    variables: "Variables | None" = None
+    """What UEFI firmware keeps in flash memory below its own image; stays the caller's."""
     boot_device: BootDevice = BootDevice.AUTO
     """What firmware boots from, and what an OpenBSD kernel takes for its root."""
     uuid: bytes | None = None
@@ -96,44 +101,41 @@ class MachineSpec:
     """Serial number of the system; empty for none."""
 
 
-@dataclass(frozen=True, slots=True)
-class PowerOff:
-    """The guest entered S5."""
+class Ending(enum.Enum):
+    """How a guest ends the machine in an orderly way."""
+
+    POWER_OFF = "power off"
+    """It entered S5."""
+    REBOOT = "reboot"
+    """It reset the machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reboot:
-    """The guest reset the machine."""
-
-
-@dataclass(frozen=True, slots=True)
-class TripleFault:
+class TripleFault(NamedTuple):
     """The guest shut its processor down, which resets a real machine."""
 
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class DebugExitStatus:
+class DebugExitStatus(NamedTuple):
     """The guest wrote `value` to isa-debug-exit."""
 
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Crash:
+class Crash(NamedTuple):
     """The guest panicked, or KVM cannot go on; `message` is one line."""
 
     message: str
 
 
-Outcome = PowerOff | Reboot | TripleFault | DebugExitStatus | Crash
+Outcome = Ending | TripleFault | DebugExitStatus | Crash
 
 
-def selftest_path() -> Path:
+def selftest_path() -> str:
     """Return where the self-test guest's image lies: in the package, or in a source tree."""
-    packaged = Path(__file__).parent / "bios" / "selftest.bin"
-    return packaged if packaged.exists() else Path(__file__).parents[1] / "bios" / "selftest.bin"
+    package = os.path.dirname(os.path.abspath(__file__))
+    packaged = f"{package}/bios/selftest.bin"
+    return packaged if os.path.exists(packaged) else f"{package}/../bios/selftest.bin"
 
 
 class Machine:
@@ -172,14 +174,20 @@ class Machine:
         self._clock = clock
         self._poll_ns = _POLL_MIN_NS
         self._poll_timer: Timer | None = None
+        is_firmware = isinstance(spec.image, FirmwareImage)
+        self._is_q35 = isinstance(spec.image, FirmwareImage) and spec.image.is_uefi
+        hole_start = layout.UEFI_HOLE_START if self._is_q35 else layout.PCI_HOLE_START
         with ExitStack() as stack:
             self.memory = stack.enter_context(
-                GuestMemory(layout.ram_ranges(spec.memory_size), spec.name)
+                GuestMemory(layout.ram_ranges(spec.memory_size, hole_start), spec.name)
             )
             tables = build_tables(
-                AcpiConfig(cpus=spec.cpus, memory_end=self.memory.regions[-1].end)
+                AcpiConfig(
+                    cpus=spec.cpus,
+                    memory_end=self.memory.regions[-1].end,
+                    is_q35=self._is_q35,
+                )
             )
-            is_firmware = isinstance(spec.image, FirmwareImage)
             smbios = build_smbios(
                 spec.uuid or name_uuid(spec.name),
                 spec.serial,
@@ -191,6 +199,7 @@ class Machine:
                 spec.image,
                 self.memory,
                 BootConfig(
+                    cache_directory=default_directory(),
                     command_line=spec.command_line,
                     initrd=spec.initrd,
                     boot_device=spec.boot_device,
@@ -202,8 +211,11 @@ class Machine:
             self.pio = Bus(_PIO_SIZE)
             self.mmio = Bus(_MMIO_SIZE)
             self._make_devices(clock, on_receive_room)
+            self._make_pci_host(hole_start)
             self._make_pci_devices(stack)
-            self.fw_cfg.add_file("etc/e820", encode(firmware_e820_map(self.memory.regions)))
+            self._make_flash(stack)
+            ranges = firmware_e820_map(self.memory.regions, has_ecam=not self._is_q35)
+            self.fw_cfg.add_file("etc/e820", encode(ranges))
             for name, data in loader_files(tables).items():
                 self.fw_cfg.add_file(name, data)
             if is_firmware:
@@ -301,7 +313,6 @@ class Machine:
         self.fw_cfg.add_file("etc/screen-and-debug", bytes(4))
         self.fw_cfg.add_file("etc/show-boot-menu", bytes(2))  # nobody is waited for
         self.fw_cfg.add_file("etc/sercon-port", layout.PORT_COM1.to_bytes(2, "little"))
-        self.pci = PciHost(pio, self.mmio, on_reset=self._reset)
         pio.insert(layout.PORT_COM1, 8, self.uart)
         pio.insert(layout.PORT_RTC, 2, self.rtc)
         i8042 = I8042Reset(self._reset)
@@ -309,11 +320,53 @@ class Machine:
         pio.insert(layout.PORT_I8042_COMMAND, 1, i8042)
         pio.insert(layout.PORT_FW_CFG, layout.PORT_FW_CFG_SIZE, self.fw_cfg)
         pio.insert(layout.PORT_PM1A_EVENT, 12, self.acpi_pm)
-        pio.insert(layout.PORT_PCI_CONFIG, 8, self.pci)
         pio.insert(layout.PORT_DEBUG_EXIT, 4, DebugExit(self._debug_exit))
         pio.insert(layout.PORT_PVPANIC, 1, Pvpanic(self._panic))
         pio.insert(layout.PORT_DEBUGCON, 1, Debugcon(_DebugLog(spec.name).write))
-        self.mmio.insert(layout.ECAM_START, layout.ECAM_SIZE, EcamWindow(self.pci))
+
+    def _make_pci_host(self, hole_start: int) -> None:
+        if self._is_q35:
+            self.pci = self._q35_host(hole_start)
+        else:
+            self.pci = PciHost(self.pio, self.mmio, on_reset=self._reset)
+            self.mmio.insert(layout.ECAM_START, layout.ECAM_SIZE, EcamWindow(self.pci))
+        self.pio.insert(layout.PORT_PCI_CONFIG, 8, self.pci)
+
+    def _q35_host(self, hole_start: int) -> PciHost:
+        from vmm_kvm.pci import q35  # noqa: PLC0415 - for UEFI guests only
+
+        window = q35.MovableWindow(self.mmio, layout.ECAM_SIZE)
+        host = PciHost(
+            self.pio,
+            self.mmio,
+            on_reset=self._reset,
+            bridge=q35.host_bridge(window.move),
+            hole_start=hole_start,
+        )
+        window.device = EcamWindow(host)
+        host.add(q35.isa_bridge(), q35.LPC_SLOT)
+        return host
+
+    def _make_flash(self, stack: ExitStack) -> None:
+        """Put the variables right below the firmware: memory to read, a device to write."""
+        image, variables = self.spec.image, self.spec.variables
+        if not isinstance(image, FirmwareImage) or variables is None:
+            return
+        from vmm_kvm.devices.pflash import Pflash  # noqa: PLC0415 - for UEFI guests only
+
+        slot, base = len(self.memory.regions) + 1, image.rom_base - variables.size
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(variables.array))
+
+        def set_mapped(is_mapped: bool) -> None:
+            if is_mapped:
+                self.vm.set_memory_region(slot, base, variables.size, hva, readonly=True)
+            else:
+                self.vm.delete_memory_region(slot)
+
+        set_mapped(True)
+        flash = Pflash(memoryview(variables.array), set_mapped=set_mapped, store=variables.store)
+        stack.callback(flash.close)
+        self.mmio.insert(base, variables.size, flash)
 
     def _make_pci_devices(self, stack: ExitStack) -> None:
         intx = IntxLines([KvmIrqLine(self.vm, gsi) for gsi in layout.GSI_PCI_INTX])
@@ -322,7 +375,7 @@ class Machine:
         devices.add_rng(self._clock)
         slots = [devices.add_disk(disk) for disk in self.spec.disks]
         cdrom = devices.add_cdrom(self.spec.cdrom) if self.spec.cdrom else None
-        self.vmmci = devices.add_vmmci(self._clock, lambda _command: self._end(PowerOff()))
+        self.vmmci = devices.add_vmmci(self._clock, lambda _command: self._end(Ending.POWER_OFF))
         self.pci.assign_bars()
         order = boot_order(self.spec.boot_device, slots[0] if slots else None, cdrom)
         if order is not None:
@@ -374,10 +427,10 @@ class Machine:
 
     def _sleep(self, sleep_type: int) -> None:
         if sleep_type == _SLP_TYP_S5:
-            self._end(PowerOff())
+            self._end(Ending.POWER_OFF)
 
     def _reset(self) -> None:
-        self._end(Reboot())
+        self._end(Ending.REBOOT)
 
     def _debug_exit(self, value: int) -> None:
         self._end(DebugExitStatus(value))

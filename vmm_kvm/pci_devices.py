@@ -20,7 +20,6 @@ from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.device import Backend, Dataplane
 from vmm_kvm.virtio.pci import VirtioPci
 from vmm_kvm.virtio.rng import VirtioRng
-from vmm_kvm.virtio.scsi import VirtioScsi
 from vmm_kvm.virtio.vmmci import Command, Vmmci
 from vmm_kvm.virtio.worker import Worker
 
@@ -58,15 +57,16 @@ def boot_order(device: BootDevice, disk: int | None, cdrom: int | None = None) -
     """Return fw_cfg's `bootorder` for firmware, or None to leave it the choice.
 
     `disk` and `cdrom` are the slots of the first disk and of the CD-ROM drive. As in OpenBSD, a
-    device that is not there leaves the choice too.
+    device that is not there leaves the choice too. The paths are those that QEMU gives, which
+    SeaBIOS and OVMF both understand.
 
     Source: SeaBIOS docs/Runtime_config.md; OpenBSD vmd/fw_cfg.c
     """
     match device:
         case BootDevice.DISK if disk is not None:
-            order = f"/pci@i0cf8/*@{disk:x}\nHALT"
+            order = f"/pci@i0cf8/scsi@{disk:x}/disk@0,0\nHALT"
         case BootDevice.CDROM if cdrom is not None:
-            order = f"/pci@i0cf8/*@{cdrom:x}/*@0/*@0,40000100\nHALT"
+            order = f"/pci@i0cf8/scsi@{cdrom:x}/channel@0/disk@0,0\nHALT"
         case BootDevice.NET:
             order = "HALT"
         case _:
@@ -139,6 +139,8 @@ class PciDevices:
         Raises:
             SpecError: all slots are taken.
         """
+        from vmm_kvm.virtio.scsi import VirtioScsi  # noqa: PLC0415 - few machines have a drive
+
         backend = VirtioScsi(image, owns_image=False)
         return self.add_backend(backend, CLASS_MASS_STORAGE_SCSI, "cdrom")[0]
 

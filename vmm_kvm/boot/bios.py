@@ -23,6 +23,7 @@ _FIRST_INSTRUCTIONS = (
     b"\x0f\x08",
 )  # fmt: skip
 _ERASED = b"\xff"
+_VOLUME_SIGNATURE, _VOLUME_SIGNATURE_AT = b"_FVH", 40
 
 
 class FirmwareImage(NamedTuple):
@@ -33,6 +34,12 @@ class FirmwareImage(NamedTuple):
     """Its contents: whole pages, padded in front with 0xff as flash memory is."""
     size: int
     """Bytes of it that come from the file; they end at 4 GiB."""
+
+    @property
+    def is_uefi(self) -> bool:
+        """Whether it is UEFI firmware: it begins with a firmware volume (UEFI PI 1.8 §3.2.1)."""
+        start = len(self.rom) - self.size + _VOLUME_SIGNATURE_AT
+        return self.rom[start : start + len(_VOLUME_SIGNATURE)] == _VOLUME_SIGNATURE
 
     @property
     def rom_base(self) -> int:

@@ -37,13 +37,14 @@ _ACPI_ENABLE = 1 << 7
 class MovableWindow:
     """A device on a bus whose place the guest chooses, or that is nowhere."""
 
-    __slots__ = ("_base", "_bus", "_device", "_size")
+    __slots__ = ("_base", "_bus", "_size", "device")
 
-    def __init__(self, bus: Bus, device: BusDevice, size: int) -> None:
+    def __init__(self, bus: Bus, size: int) -> None:
         """Begin nowhere; `size` is in addresses."""
         self._bus = bus
-        self._device = device
         self._size = size
+        self.device: BusDevice | None = None
+        """Set it before the guest runs."""
         self._base: int | None = None
 
     def move(self, base: int | None) -> None:
@@ -53,10 +54,10 @@ class MovableWindow:
         if self._base is not None:
             self._bus.remove(self._base)
             self._base = None
-        if base is None:
+        if base is None or self.device is None:
             return
         try:
-            self._bus.insert(base, self._size, self._device)
+            self._bus.insert(base, self._size, self.device)
         except BusError as err:
             log.debug("q35: ECAM: %s", err)
         else:

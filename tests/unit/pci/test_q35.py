@@ -27,19 +27,17 @@ class Rig:
 
     def __init__(self) -> None:
         self.pio, self.mmio = Bus(0x10000), Bus(1 << 40)
+        window = MovableWindow(self.mmio, layout.ECAM_SIZE)
         self.host = PciHost(
             self.pio,
             self.mmio,
             on_reset=lambda: None,
-            bridge=host_bridge(self._move),
+            bridge=host_bridge(window.move),
             hole_start=layout.UEFI_HOLE_START,
         )
-        self.window = MovableWindow(self.mmio, EcamWindow(self.host), layout.ECAM_SIZE)
+        window.device = EcamWindow(self.host)
         self.host.add(isa_bridge(), LPC_SLOT)
         self.pio.insert(layout.PORT_PCI_CONFIG, 8, self.host)
-
-    def _move(self, base: int | None) -> None:
-        self.window.move(base)
 
     def read(self, slot: int, register: int, size: int = 4) -> int:
         """Read configuration space through the ports."""
