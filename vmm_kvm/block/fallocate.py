@@ -13,6 +13,15 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _fallocate.restype = ctypes.c_int
 
 
+def allocate(fd: int, offset: int, size: int) -> None:
+    """Give a range its blocks, so that a later write needs none; what it reads as stays.
+
+    Raises:
+        OSError: EOPNOTSUPP where the file system cannot, ENOSPC, or an I/O fault.
+    """
+    _call(fd, _FALLOC_FL_KEEP_SIZE, offset, size)
+
+
 def punch_hole(fd: int, offset: int, size: int) -> None:
     """Give the blocks of a range back to the file system; it then reads as zero.
 

@@ -21,6 +21,7 @@ class HostFile:
     """
 
     __slots__ = (
+        "_can_allocate",
         "_can_punch",
         "_can_zero",
         "_is_sync_lost",
@@ -36,7 +37,7 @@ class HostFile:
         self.fd = fd
         self.name = name
         self.is_read_only = is_read_only
-        self._can_punch = self._can_zero = True
+        self._can_allocate = self._can_punch = self._can_zero = True
         self._is_sync_lost = False
         # What another process wrote before may not be durable yet.
         self._is_written = True
@@ -122,6 +123,24 @@ class HostFile:
             log.warning("%s: flush: %s", self.name, err.strerror)
             raise
         self._is_written = False
+
+    def reserve(self, offset: int, size: int) -> None:
+        """Have room for a range that will be written as a whole; what it reads as is not said.
+
+        Raises:
+            OSError: ENOSPC, or an I/O fault.
+        """
+        if self._can_allocate:
+            self._is_written = True
+            try:
+                fallocate.allocate(self.fd, offset, size)
+            except OSError as err:
+                if err.errno not in _NOT_SUPPORTED:
+                    raise
+                self._can_allocate = False
+            else:
+                return
+        self.writev(offset, zeros(size))
 
     def punch(self, offset: int, size: int) -> bool:
         """Free the blocks of a range, which then reads as zero; False where that cannot be."""

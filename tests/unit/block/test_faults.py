@@ -45,6 +45,12 @@ class FaultyFile(HostFile):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         super().writev(offset, buffers)
 
+    def reserve(self, offset: int, size: int) -> None:
+        """Reserve, or fail."""
+        if self.is_full and self._fails():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().reserve(offset, size)
+
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Read, or fail."""
         if self.is_unreadable and self._fails():

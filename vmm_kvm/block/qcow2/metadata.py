@@ -13,7 +13,9 @@ that are counted and not used (a leak, which costs only space), never the revers
     -- durable
     4. releases: counts drop, and the blocks go back to the file system
 
-A step that fails is done again by the next commit: nothing is forgotten before it is written.
+A step that fails is done again by the next commit: nothing is forgotten before it is written. New
+tables and blocks have their room in the file from the start, so that a full disk does not keep a
+commit from giving space back.
 """
 
 import errno
@@ -95,10 +97,11 @@ class Metadata:
         self._file.sync()
         if refcounts.released and not self.faults.is_corrupt:
             for first, count in refcounts.apply_releases():
-                self._punch(first << self._cluster_bits, count << self._cluster_bits)
+                self.give_back(first, count)
 
-    def _punch(self, offset: int, size: int) -> None:
+    def give_back(self, first: int, count: int) -> None:
+        """Give the space of some clusters that are free back to the file system."""
         try:
-            self._file.punch(offset, size)
+            self._file.punch(first << self._cluster_bits, count << self._cluster_bits)
         except OSError as err:  # it costs space, nothing else
             log.debug("%s: punch hole: %s", self._file.name, err.strerror)

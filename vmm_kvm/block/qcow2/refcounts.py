@@ -251,6 +251,7 @@ class Refcounts:
         if not used:
             return 0
         self._check_free(base, used)
+        self._file.reserve(base << self._cluster_bits, used << self._cluster_bits)
         if table_clusters:
             self._move_table(base + len(missing), table_clusters)
         for place, index in enumerate(sorted(missing)):

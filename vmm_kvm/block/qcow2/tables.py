@@ -95,6 +95,11 @@ class Tables:
         words = table.words[:] if table else array("Q", bytes(self._cluster_size))
         cluster, _ = refcounts.allocate(1)
         copy = L2Table(words, cluster << self._cluster_bits, is_new=True)
+        try:
+            self._file.reserve(copy.offset, self._cluster_size)
+        except BaseException:
+            refcounts.cancel(cluster, 1)
+            raise
         if table is not None:
             refcounts.release(table.offset >> self._cluster_bits)
         self._insert(index, copy)

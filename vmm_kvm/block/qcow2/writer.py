@@ -171,6 +171,7 @@ class Writer:
             )
         except BaseException:
             self._refcounts.cancel(host, count)
+            self._metadata.give_back(host, count)
             raise
         for segment in segments:
             self._link(segment, host << self._cluster_bits, start, stop)
