@@ -162,6 +162,19 @@ def test_a_signal_ends_it(tmp_path: Path, image: Path, number: signal.Signals) -
         assert not path.exists()
 
 
+def test_many_signals_end_it_once(tmp_path: Path, image: Path) -> None:
+    """A second signal neither hurries it, so that the image is closed well, nor is an error."""
+    path = tmp_path / "disk.sock"
+    with serving(path, "--socket", path, image) as server, connect(str(path)):
+        for _ in range(50):
+            server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGTERM)
+        # One that comes when everything is closed may still end the interpreter.
+        assert server.end(None) in {0, -signal.SIGTERM}
+        assert server.errors == ""
+        assert not path.exists()
+
+
 def test_requests(tmp_path: Path, image: Path) -> None:
     """Sectors are read and written; the image holds what the driver wrote."""
     path = tmp_path / "disk.sock"

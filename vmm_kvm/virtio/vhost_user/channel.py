@@ -10,6 +10,7 @@ Source: unix(7), "SCM_RIGHTS"; QEMU docs/interop/vhost-user.
 import array
 import os
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
@@ -108,7 +109,7 @@ class Channel:
 
         Raises:
             BlockingIOError: the message has not arrived fully, and the socket does not block.
-            VhostUserError: what arrived is no message, or it is cut short.
+            VhostUserError: what arrived is no message, it is cut short, or has a socket with it.
             OSError: the connection is broken, or a socket that blocks timed out.
         """
         if self._header is None:
@@ -156,9 +157,20 @@ class Channel:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     whole = len(block) - len(block) % _INT_SIZE
                     self._fds.add(array.array("i", block[:whole]))
+                    _refuse_sockets(self._fds)
             if flags & socket.MSG_CTRUNC or len(self._fds) > FDS_MAX:
                 raise VhostUserError(f"more than {FDS_MAX} descriptors")
             if not data:
                 return False
             self._data += data
         return True
+
+
+def _refuse_sockets(fds: Fds) -> None:
+    """Raise VhostUserError if there is a socket among the descriptors: no message has one.
+
+    It could be the other end of the connection itself, which would then never end.
+    """
+    for fd in fds:
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise VhostUserError("a socket among the descriptors")

@@ -131,20 +131,28 @@ def serve(
 ) -> None:
     """Serve `backend` on `sock` until there is nothing more to serve, or one of `signals` comes.
 
-    Takes ownership of both. On the main thread, whose handlers of these signals it replaces.
+    Takes ownership of both. On the main thread, whose handlers of `signals` it replaces for good: a
+    second one changes nothing, so that the backend is closed in order.
     """
+    is_ending = False
     with EventLoop() as loop:
 
         def terminate(_number: int, _frame: FrameType | None) -> None:
-            loop.call_soon(loop.stop)
+            nonlocal is_ending
+            if not is_ending:
+                is_ending = True
+                loop.call_soon(loop.stop)
 
         for number in signals:
             signal.signal(number, terminate)
-        server = Server(sock, backend, loop, is_one_shot=is_one_shot, on_end=loop.stop)
         try:
-            loop.run()
+            server = Server(sock, backend, loop, is_one_shot=is_one_shot, on_end=loop.stop)
+            try:
+                loop.run()
+            finally:
+                is_ending = True
+                server.close()
         finally:
-            server.close()
             backend.close()
 
 

@@ -206,8 +206,6 @@ class Vring:
 def prepare_event(fd: int) -> None:
     """Let a received descriptor not block, if it is an eventfd or a pipe; it stays the caller's.
 
-    A socket could be the other end of the connection itself, which would then never end.
-
     Raises:
         VhostUserError: it is something else.
     """

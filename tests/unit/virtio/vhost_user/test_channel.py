@@ -29,6 +29,14 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
         right.close()
 
 
+@pytest.fixture
+def null() -> Iterator[int]:
+    """A descriptor that may be passed on."""
+    fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
 def _with_fds(fds: list[int]) -> list[tuple[int, int, array.array[int]]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
 
@@ -50,11 +58,11 @@ def test_a_message_arrives_with_its_descriptors() -> None:
             os.close(fd)
 
 
-def test_descriptors_belong_to_their_message() -> None:
+def test_descriptors_belong_to_their_message(null: int) -> None:
     """Messages that wait in the socket together keep their descriptors apart."""
     with channels() as (left, right):
         left.send(1)
-        left.send(2, fds=[left.fileno()])
+        left.send(2, fds=[null])
         left.send(3)
         counts = []
         for _ in range(3):
@@ -65,14 +73,14 @@ def test_descriptors_belong_to_their_message() -> None:
         assert counts == [(1, 0), (2, 1), (3, 0)]
 
 
-def test_a_message_may_arrive_byte_by_byte() -> None:
+def test_a_message_may_arrive_byte_by_byte(null: int) -> None:
     """Reception goes on where it was interrupted; descriptors may come with any part."""
     data = Header(5, 1, 8).pack() + pack_u64(7)
     with channels() as (left, right):
         for number, byte in enumerate(data):
             with pytest.raises(BlockingIOError):
                 right.receive()
-            fds = _with_fds([left.fileno()]) if number in {0, 15} else []
+            fds = _with_fds([null]) if number in {0, 15} else []
             left.socket.sendmsg([bytes([byte])], fds)
         message = right.receive()
         assert message is not None
@@ -101,29 +109,29 @@ def test_the_end_within_a_message_is_an_error(size: int) -> None:
             right.receive()
 
 
-def test_too_many_descriptors_are_refused_and_closed() -> None:
+def test_too_many_descriptors_are_refused_and_closed(null: int) -> None:
     """Nine descriptors are an error; those that were installed are closed with the channel."""
     with channels() as (left, right):
-        fds = _with_fds([left.fileno()] * 9)
+        fds = _with_fds([null] * 9)
         left.socket.sendmsg([Header(5, 1, 0).pack()], fds)
         with pytest.raises(VhostUserError, match="more than 8 descriptors"):
             right.receive()
 
 
-def test_descriptors_in_pieces_are_counted_together() -> None:
+def test_descriptors_in_pieces_are_counted_together(null: int) -> None:
     """A message in pieces cannot carry more descriptors than one in whole."""
     with channels() as (left, right):
         data = Header(5, 1, 8).pack() + pack_u64(7)
         for byte in data:
-            left.socket.sendmsg([bytes([byte])], _with_fds([left.fileno()] * 4))
+            left.socket.sendmsg([bytes([byte])], _with_fds([null] * 4))
         with pytest.raises(VhostUserError, match="more than 8 descriptors"):
             right.receive()
 
 
-def test_unclaimed_descriptors_of_an_unfinished_message_are_closed() -> None:
+def test_unclaimed_descriptors_of_an_unfinished_message_are_closed(null: int) -> None:
     """Closing the channel closes what arrived with half a message."""
     with channels() as (left, right):
-        left.socket.sendmsg([b"\x05"], _with_fds([left.fileno()]))
+        left.socket.sendmsg([b"\x05"], _with_fds([null]))
         with pytest.raises(BlockingIOError):
             right.receive()
 
@@ -137,6 +145,14 @@ def test_a_peer_that_does_not_read_is_an_error() -> None:
 
     with channels() as (left, _), pytest.raises(VhostUserError, match="does not read"):
         flood(left)
+
+
+def test_a_socket_is_refused() -> None:
+    """It could be the connection's own other end, and keep it open for ever."""
+    with channels() as (left, right):
+        left.send(5, fds=[left.fileno()])
+        with pytest.raises(VhostUserError, match="a socket among the descriptors"):
+            right.receive()
 
 
 def test_taking_a_missing_descriptor_is_an_error() -> None:
