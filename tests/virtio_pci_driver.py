@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tests.fakes import RecordingIrqLine
 from tests.virtio_driver import DriverQueue
+from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.boot import layout
 from vmm_kvm.bus import Bus
 from vmm_kvm.pci.host import PciHost
@@ -26,6 +27,7 @@ READY = (
     | abi.VIRTIO_CONFIG_S_DRIVER_OK
 )
 MMIO_SIZE = 1 << 40
+_ENABLED = Command.IO_SPACE | Command.MEMORY_SPACE | Command.BUS_MASTER
 
 
 class FakeLine:
@@ -72,18 +74,18 @@ class FakeHost:
     """A `Host` that remembers; `delivered` counts interrupt messages for whoever waits."""
 
     bound: dict[int, int] = field(default_factory=dict)
-    """Eventfd by guest-physical address."""
+    """Eventfd by port."""
     messages: list[MsixMessage] = field(default_factory=list)
     delivered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def bind_notification(self, fd: int, gpa: int) -> None:
+    def bind_notification(self, fd: int, port: int) -> None:
         """Remember."""
-        assert gpa not in self.bound
-        self.bound[gpa] = fd
+        assert port not in self.bound
+        self.bound[port] = fd
 
-    def unbind_notification(self, fd: int, gpa: int) -> None:
+    def unbind_notification(self, fd: int, port: int) -> None:
         """Forget what has to be there."""
-        assert self.bound.pop(gpa) == fd
+        assert self.bound.pop(port) == fd
 
     def msi_line(self) -> FakeLine:
         """Make a line."""
@@ -116,7 +118,7 @@ class PciDriver:
         assert self.pci.add(self.device.function) == self.SLOT
         self.pci.assign_bars()
         self.structures = self._find_structures()
-        self.notify_multiplier = self.config_read(self.notify_capability + 16)
+        self.notify_multiplier = self.config_read(self.notify_capabilities[0] + 16)
 
     # Configuration space
 
@@ -132,7 +134,8 @@ class PciDriver:
 
     def bar(self, index: int) -> int:
         """Return where a BAR is."""
-        return self.config_read(Register.BAR0 + 4 * index) & ~0xF
+        value = self.config_read(Register.BAR0 + 4 * index)
+        return value & ~(0x3 if value & 1 else 0xF)
 
     def capabilities(self, wanted: int) -> list[int]:
         """Return where the capabilities of one ID are."""
@@ -144,15 +147,19 @@ class PciDriver:
         return found
 
     def _find_structures(self) -> Mapping[int, int]:
-        """Return where each structure lies on the memory bus, by its type."""
+        """Return where each structure lies, by its type: on the memory bus.
+
+        Notification addresses are ports as well, and that capability comes first.
+        """
         structures = {}
+        self.notify_capabilities = []
         for at in self.capabilities(CapabilityId.VENDOR_SPECIFIC):
             kind = self.config_read(at + 3, 1)
             if kind == abi.VIRTIO_PCI_CAP_PCI_CFG:
                 self.window = at
                 continue
             if kind == abi.VIRTIO_PCI_CAP_NOTIFY_CFG:
-                self.notify_capability = at
+                self.notify_capabilities.append(at)
             structures[kind] = self.bar(self.config_read(at + 4, 1)) + self.config_read(at + 8)
         return structures
 
@@ -217,7 +224,7 @@ class PciDriver:
         self, queues: Mapping[int, DriverQueue], *, features: int | None = None, msix: bool = True
     ) -> None:
         """Reset, negotiate, place the queues with a vector each, set DRIVER_OK."""
-        self.config_write(Register.COMMAND, Command.MEMORY_SPACE | Command.BUS_MASTER, 2)
+        self.config_write(Register.COMMAND, _ENABLED, 2)
         self.status = 0
         self.status = abi.VIRTIO_CONFIG_S_ACKNOWLEDGE | abi.VIRTIO_CONFIG_S_DRIVER
         self.accept(self.offered() if features is None else features)
@@ -246,18 +253,23 @@ class PciDriver:
         self.mmio.write(entry + 8, 4, vector)
         self.mmio.write(entry + 12, 4, int(is_masked))
 
+    def notify_port(self, index: int) -> int:
+        """Return the port to which a write notifies queue `index`."""
+        ports = self.config_read(self.notify_capabilities[0] + 4, 1)
+        return self.bar(ports) + self.notify_address(index) % PAGE_SIZE
+
     def notify_address(self, index: int) -> int:
-        """Return where a write notifies queue `index`."""
+        """Return where in memory a write notifies queue `index`."""
         self.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, index)
         offset = self.read(abi.VIRTIO_PCI_COMMON_Q_NOFF, 2)
         return self.structures[abi.VIRTIO_PCI_CAP_NOTIFY_CFG] + offset * self.notify_multiplier
 
     def notify(self, index: int) -> None:
         """Notify as the machine's kernel would: by the eventfd where one is bound."""
-        address = self.notify_address(index)
-        fd = self.host.bound.get(address)
+        port = self.notify_port(index)
+        fd = self.host.bound.get(port)
         if fd is None:
-            self.mmio.write(address, 2, index)
+            self.pio.write(port, 2, index)
         else:
             os.eventfd_write(fd, 1)
 

@@ -123,19 +123,19 @@ class EventFds:
         """
         self.vm.signal_msi(address, data)
 
-    def bind_notification(self, fd: int, gpa: int) -> None:
-        """Let guest writes of any size at `gpa` signal the eventfd `fd`, instead of an exit.
+    def bind_notification(self, fd: int, port: int) -> None:
+        """Let guest writes of any size to `port` signal the eventfd `fd`, instead of an exit.
 
         Where KVM cannot, they stay exits.
         """
         try:
-            self.vm.ioeventfd(fd, gpa, _ANY_SIZE)
+            self.vm.ioeventfd(fd, port, _ANY_SIZE, pio=True)
         except KvmError as err:
-            log.debug("notifications at %#x: %s", gpa, err)
+            log.debug("notifications by port %#x: %s", port, err)
 
-    def unbind_notification(self, fd: int, gpa: int) -> None:
+    def unbind_notification(self, fd: int, port: int) -> None:
         """Undo `bind_notification`, called with the same arguments."""
         try:
-            self.vm.remove_ioeventfd(fd, gpa, _ANY_SIZE)
+            self.vm.remove_ioeventfd(fd, port, _ANY_SIZE, pio=True)
         except KvmError as err:
-            log.debug("notifications at %#x: %s", gpa, err)
+            log.debug("notifications by port %#x: %s", port, err)

@@ -1,14 +1,16 @@
 """virtio over PCI: one function that shows a dataplane's device to its driver.
 
 Modern only (VERSION_1), as QEMU's `disable-legacy=on`. BAR 4 holds the structures, a page each;
-BAR 1 the MSI-X table. Notifications go from the guest straight to the dataplane's eventfd and
-interrupts straight from an eventfd to the guest, wherever the machine can arrange that; each has
-a way through this module as well, for the rest.
+BAR 1 the MSI-X table; BAR 2 the notification addresses once more, as ports: KVM understands a port
+access without decoding the guest's instruction, so that capability comes first. Notifications go
+from the guest straight to the dataplane's eventfd and interrupts straight from an eventfd to the
+guest, wherever the machine can arrange that; each has a way through this module as well, for the
+rest.
 
-Locks: `lock` is taken by the bus for accesses to BAR 4, and within the PCI host's lock when BAR 4
-moves or the guest reaches it through configuration space. With it held the dataplane may be waited
-for, so the dataplane's threads never take it: what they call (`interrupt`, `config_changed`,
-`fail`) takes only `_isr_lock` and the MSI-X lock, which are innermost.
+Locks: `lock` is taken by the bus for accesses to BARs 2 and 4, and within the PCI host's lock when
+BAR 2 moves or the guest reaches BAR 4 through configuration space. With it held the dataplane may
+be waited for, so the dataplane's threads never take it: what they call (`interrupt`,
+`config_changed`, `fail`) takes only `_isr_lock` and the MSI-X lock, which are innermost.
 
 Source: virtio 1.2 §4.1
 """
@@ -34,12 +36,14 @@ log = Log(__name__)
 
 DEVICE_ID_BASE = 0x1040
 """Plus the device type: the PCI device ID (virtio 1.2 §4.1.2.1)."""
-BAR_MSIX, BAR_STRUCTURES = 1, 4
+BAR_MSIX, BAR_NOTIFY, BAR_STRUCTURES = 1, 2, 4
 COMMON, ISR, DEVICE, NOTIFY = (page * PAGE_SIZE for page in range(4))
 """Where the structures lie in the BAR."""
 BAR_SIZE = 4 * PAGE_SIZE
 NOTIFY_MULTIPLIER = 4
-"""Bytes between the notification addresses of two queues."""
+"""Bytes, or ports, between the notification addresses of two queues."""
+NOTIFY_PORTS = 256
+QUEUES_MAX = NOTIFY_PORTS // NOTIFY_MULTIPLIER
 
 _ISR_QUEUE = 1 << 0
 _REVISION = 1
@@ -66,13 +70,13 @@ class MsiLine(Protocol):
 class Host(Protocol):
     """What a function needs of the machine. None of it may wait or call back."""
 
-    def bind_notification(self, fd: int, gpa: int) -> None:
-        """Let guest writes of any size at `gpa` signal the eventfd `fd`, instead of an access.
+    def bind_notification(self, fd: int, port: int) -> None:
+        """Let guest writes of any size to `port` signal the eventfd `fd`, instead of an access.
 
         Where that is impossible, writes stay accesses.
         """
 
-    def unbind_notification(self, fd: int, gpa: int) -> None:
+    def unbind_notification(self, fd: int, port: int) -> None:
         """Undo it; the arguments are the same."""
 
     def msi_line(self) -> MsiLine:
@@ -95,7 +99,7 @@ class VirtioPci:
         """Make the function of `dataplane`.
 
         Args:
-            dataplane: who serves the queues.
+            dataplane: who serves the queues, at most 64.
             host: the machine.
             intx: where INTA of the function's slot leads.
             class_code: 24 bits, as for PciFunction.
@@ -106,6 +110,7 @@ class VirtioPci:
         self._dataplane = dataplane
         self._host = host
         queues = len(dataplane.queue_sizes)
+        assert queues <= QUEUES_MAX
         self._msix = Msix(queues + 1, host.send_msi, on_route_change=self._route)
         self._lines: list[MsiLine | None] = [None] * (queues + 1)
         self._routed = [False] * (queues + 1)
@@ -144,16 +149,22 @@ class VirtioPci:
         )
         self._msix.attach(function, BAR_MSIX)
         function.add_bar(
-            BAR_STRUCTURES, BarKind.MEMORY32, BAR_SIZE, self, on_decode=self._on_decode
+            BAR_NOTIFY,
+            BarKind.IO,
+            NOTIFY_PORTS,
+            _NotifyPorts(self),
+            on_decode=self._on_decode,
         )
+        function.add_bar(BAR_STRUCTURES, BarKind.MEMORY32, BAR_SIZE, self)
         multiplier = NOTIFY_MULTIPLIER.to_bytes(4, "little")
-        for kind, offset, extra in (
-            (abi.VIRTIO_PCI_CAP_COMMON_CFG, COMMON, b""),
-            (abi.VIRTIO_PCI_CAP_ISR_CFG, ISR, b""),
-            (abi.VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE, b""),
-            (abi.VIRTIO_PCI_CAP_NOTIFY_CFG, NOTIFY, multiplier),
+        for kind, bar, offset, size, extra in (
+            (abi.VIRTIO_PCI_CAP_COMMON_CFG, BAR_STRUCTURES, COMMON, PAGE_SIZE, b""),
+            (abi.VIRTIO_PCI_CAP_ISR_CFG, BAR_STRUCTURES, ISR, PAGE_SIZE, b""),
+            (abi.VIRTIO_PCI_CAP_DEVICE_CFG, BAR_STRUCTURES, DEVICE, PAGE_SIZE, b""),
+            (abi.VIRTIO_PCI_CAP_NOTIFY_CFG, BAR_NOTIFY, 0, NOTIFY_PORTS, multiplier),
+            (abi.VIRTIO_PCI_CAP_NOTIFY_CFG, BAR_STRUCTURES, NOTIFY, PAGE_SIZE, multiplier),
         ):
-            body = _capability(kind, BAR_STRUCTURES, offset, PAGE_SIZE, extra)
+            body = _capability(kind, bar, offset, size, extra)
             function.add_capability(CapabilityId.VENDOR_SPECIFIC, body)
         writable = bytearray(_CAPABILITY.size + 4)
         writable[_WINDOW_BAR - 2] = 0xFF
@@ -184,14 +195,17 @@ class VirtioPci:
         """Write to one of the structures."""
         page, at = offset & -PAGE_SIZE, offset % PAGE_SIZE
         if page == NOTIFY:
-            index = at // NOTIFY_MULTIPLIER
-            if index in self._serving:
-                self._dataplane.kick(index)
+            self.notify(at // NOTIFY_MULTIPLIER)
         elif page == COMMON:
             self._registers.write(at, size, value)
         elif page == DEVICE:
             data = (value & all_ones(size)).to_bytes(size, "little")
             self._dataplane.write_config(at, data)
+
+    def notify(self, index: int) -> None:
+        """Hand on a notification that came as an access; nothing for queues that are not served."""
+        if index in self._serving:
+            self._dataplane.kick(index)
 
     def _current_config(self) -> bytes:
         config = self._dataplane.config()
@@ -281,9 +295,9 @@ class VirtioPci:
             return
         for index in self._serving - self._bound.keys():
             fd = self._dataplane.kick_fd(index)
-            gpa = self._base + NOTIFY + index * NOTIFY_MULTIPLIER
-            self._host.bind_notification(fd, gpa)
-            self._bound[index] = fd, gpa
+            port = self._base + index * NOTIFY_MULTIPLIER
+            self._host.bind_notification(fd, port)
+            self._bound[index] = fd, port
 
     def _unbind(self, *, everything: bool = False) -> None:
         for index in list(self._bound):
@@ -358,6 +372,24 @@ class VirtioPci:
         if line is None:
             line = self._lines[vector] = self._host.msi_line()
         return line
+
+
+class _NotifyPorts:
+    """The BusDevice of BAR 2, for notifications that the machine could not bind."""
+
+    __slots__ = ("_owner", "lock")
+
+    def __init__(self, owner: VirtioPci) -> None:
+        self.lock = owner.lock
+        self._owner = owner
+
+    def read(self, _offset: int, _size: int) -> int:
+        """Read nothing."""
+        return 0
+
+    def write(self, offset: int, _size: int, _value: int) -> None:
+        """Notify."""
+        self._owner.notify(offset // NOTIFY_MULTIPLIER)
 
 
 def _capability(kind: int, bar: int, offset: int, length: int, extra: bytes) -> bytes:

@@ -15,7 +15,7 @@ from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
 from tests.virtio_pci_driver import READY, PciDriver
 from vmm_kvm.pci.ids import Command, Register
 from vmm_kvm.virtio import abi
-from vmm_kvm.virtio.pci import BAR_SIZE, BAR_STRUCTURES, COMMON, DEVICE, NOTIFY
+from vmm_kvm.virtio.pci import BAR_NOTIFY, BAR_SIZE, BAR_STRUCTURES, COMMON, DEVICE
 from vmm_kvm.virtio.worker import Worker
 
 VERSION_1 = 1 << abi.VIRTIO_F_VERSION_1
@@ -110,26 +110,31 @@ def test_nothing_happens_before_the_driver_is_ready(bench: Bench) -> None:
     assert bench.driver.host.bound == {}
 
 
-def test_notifications_by_access(bench: Bench) -> None:
-    """A notification that is an access after all works the same."""
+@pytest.mark.parametrize("by_port", [False, True])
+def test_notifications_by_access(bench: Bench, by_port: bool) -> None:
+    """A notification that is an access after all works the same, to a port or in memory."""
     bench.start()
     head = bench.queues[0].add(*ask(bench.memory, b"hello"))
-    bench.driver.mmio.write(bench.driver.notify_address(0), 2, 0)
+    driver = bench.driver
+    if by_port:
+        driver.pio.write(driver.notify_port(0), 2, 0)
+    else:
+        driver.mmio.write(driver.notify_address(0), 2, 0)
     assert bench.driver.interrupted() == 1
     assert bench.queues[0].used() == [(head, 5)]
 
 
 def test_notifications_follow_the_bar(bench: Bench) -> None:
-    """Eventfds are bound where the BAR is decoded, for queues that are served."""
+    """Eventfds are bound to ports where the BAR is decoded, for queues that are served."""
     driver = bench.driver
     bench.start()
-    base = driver.bar(BAR_STRUCTURES)
-    assert sorted(driver.host.bound) == [base + NOTIFY, base + NOTIFY + 4]
-    driver.config_write(Register.BAR0 + 4 * BAR_STRUCTURES, 0xD000_0000)
-    assert sorted(driver.host.bound) == [0xD000_0000 + NOTIFY, 0xD000_0000 + NOTIFY + 4]
-    driver.config_write(Register.COMMAND, 0, 2)
-    assert driver.host.bound == {}
+    base = driver.bar(BAR_NOTIFY)
+    assert sorted(driver.host.bound) == [base, base + 4]
+    driver.config_write(Register.BAR0 + 4 * BAR_NOTIFY, 0xC000)
+    assert sorted(driver.host.bound) == [0xC000, 0xC004]
     driver.config_write(Register.COMMAND, Command.MEMORY_SPACE, 2)
+    assert driver.host.bound == {}
+    driver.config_write(Register.COMMAND, Command.IO_SPACE, 2)
     assert len(driver.host.bound) == 2
     driver.device.write(COMMON + abi.VIRTIO_PCI_COMMON_STATUS, 1, 0)
     assert driver.host.bound == {}
