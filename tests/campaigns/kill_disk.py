@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.campaigns.qcow2_oracle import our_check  # noqa: E402
+from tests.unit.block.crash import checked  # noqa: E402
 from vmm_kvm.block.image import Format, open_image  # noqa: E402
 
 SIZE = 64 << 20
@@ -152,7 +152,7 @@ def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tupl
     for what, operation, offset, size in _RECORD.iter_unpack(told[:whole]):
         disk.note(what, operation, offset, size)
         number = operation + 1
-    report = our_check(path)
+    report = checked(path)
     wrong += report.errors
     done = subprocess.run(
         ["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True, text=True

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vmm_kvm.block import fallocate
 from vmm_kvm.block.vectors import cut, fill_zeros, total, zeros
@@ -21,11 +21,9 @@ class HostFile:
     """
 
     __slots__ = (
-        "_can_allocate",
-        "_can_punch",
-        "_can_zero",
         "_is_sync_lost",
         "_is_written",
+        "_unsupported",
         "end",
         "fd",
         "is_read_only",
@@ -37,7 +35,7 @@ class HostFile:
         self.fd = fd
         self.name = name
         self.is_read_only = is_read_only
-        self._can_allocate = self._can_punch = self._can_zero = True
+        self._unsupported: set[Callable[[int, int, int], None]] = set()
         self._is_sync_lost = False
         # What another process wrote before may not be durable yet.
         self._is_written = True
@@ -130,42 +128,30 @@ class HostFile:
         Raises:
             OSError: ENOSPC, or an I/O fault.
         """
-        if self._can_allocate:
-            self._is_written = True
-            try:
-                fallocate.allocate(self.fd, offset, size)
-            except OSError as err:
-                if err.errno not in _NOT_SUPPORTED:
-                    raise
-                self._can_allocate = False
-            else:
-                return
-        self.writev(offset, zeros(size))
+        if not self._allocation(fallocate.allocate, offset, size):
+            self.writev(offset, zeros(size))
 
     def punch(self, offset: int, size: int) -> bool:
         """Free the blocks of a range, which then reads as zero; False where that cannot be."""
-        if not self._can_punch:
-            return False
-        self._is_written = True
-        try:
-            fallocate.punch_hole(self.fd, offset, size)
-        except OSError as err:
-            if err.errno not in _NOT_SUPPORTED:
-                raise
-            self._can_punch = False
-            return False
-        return True
+        return self._allocation(fallocate.punch_hole, offset, size)
 
     def zero(self, offset: int, size: int) -> None:
         """Make a range read as zero, by the file system's own means if it has any."""
-        if self._can_zero:
-            self._is_written = True
-            try:
-                fallocate.zero_range(self.fd, offset, size)
-            except OSError as err:
-                if err.errno not in _NOT_SUPPORTED:
-                    raise
-                self._can_zero = False
-            else:
-                return
-        self.writev(offset, zeros(size))
+        if not self._allocation(fallocate.zero_range, offset, size):
+            self.writev(offset, zeros(size))
+
+    def _allocation(
+        self, operation: Callable[[int, int, int], None], offset: int, size: int
+    ) -> bool:
+        """Change which blocks a range has; False where the file system cannot."""
+        if operation in self._unsupported:
+            return False
+        self._is_written = True
+        try:
+            operation(self.fd, offset, size)
+        except OSError as err:
+            if err.errno not in _NOT_SUPPORTED:
+                raise
+            self._unsupported.add(operation)
+            return False
+        return True

@@ -60,12 +60,14 @@ class Metadata:
         """
         if self._header.version < 3:
             return
+        is_dirty = self._header.incompatible & Incompatible.DIRTY
         if self._header.autoclear:
             self._file.write(AUTOCLEAR_OFFSET, bytes(8))
-        if self._header.incompatible & Incompatible.DIRTY:
+        if is_dirty:
             features = self._header.incompatible & ~Incompatible.DIRTY
             self._file.write(INCOMPATIBLE_OFFSET, features.to_bytes(8, "big"))
-        self._file.sync()
+        if self._header.autoclear or is_dirty:
+            self._file.sync()
 
     def relieve(self) -> None:
         """Commit if much has collected; called before each change.
