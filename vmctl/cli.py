@@ -181,12 +181,11 @@ def create_command(
     ] = None,
 ) -> None:
     """Create a disk image: empty, as an overlay, or as a copy of another disk."""
-    from vmctl import images  # noqa: PLC0415 - no other verb needs them
+    from vmctl.create import create, create_usage  # noqa: PLC0415 - no other verb needs it
 
     if not disk or len(disk) > 1:
-        raise typer.Exit(images.create_usage())
-    images.set_up_logging(verbose=bool(ctx.obj))
-    raise typer.Exit(images.create(disk[0], size, base, source))
+        raise typer.Exit(create_usage())
+    raise typer.Exit(create(disk[0], size, base, source, verbose=bool(ctx.obj)))
 
 
 image_app = typer.Typer(
@@ -206,10 +205,9 @@ def image_info_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what a disk image is: format, sizes, bases, snapshots."""
-    from vmctl import images  # noqa: PLC0415 - no other verb needs them
+    from vmctl.images import info  # noqa: PLC0415 - no other verb needs it
 
-    images.set_up_logging(verbose=bool(ctx.obj))
-    raise typer.Exit(images.info(disk, as_json=as_json))
+    raise typer.Exit(info(disk, as_json=as_json, verbose=bool(ctx.obj)))
 
 
 @image_app.command("check")
@@ -219,10 +217,9 @@ def image_check_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell whether a disk image is sound; exit status 1 if it is not."""
-    from vmctl import images  # noqa: PLC0415 - no other verb needs them
+    from vmctl.images import check_image  # noqa: PLC0415 - no other verb needs it
 
-    images.set_up_logging(verbose=bool(ctx.obj))
-    raise typer.Exit(images.check_image(disk, as_json=as_json))
+    raise typer.Exit(check_image(disk, as_json=as_json, verbose=bool(ctx.obj)))
 
 
 def main(arguments: list[str] | None = None) -> int:
