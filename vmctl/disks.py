@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
 from vmm_kvm.block.image import Format, Image, open_image
 from vmm_kvm.errors import SpecError
-from vmm_kvm.pci_devices import Disk, RemoteDisk
+from vmm_kvm.pci_devices import AnyDisk, Disk, PmemDisk, RemoteDisk
 from vmm_kvm.virtio.blk import VirtioBlk
 
 if TYPE_CHECKING:  # loaded where a disk is in another process
     import socket
 
 
-def open_disk(text: str, index: int, stack: ExitStack) -> Disk | RemoteDisk:
+def open_disk(text: str, index: int, stack: ExitStack) -> AnyDisk:
     """Open disk number `index`, given as `-d` takes it; `stack` closes it.
 
     Raises:
@@ -32,6 +32,11 @@ def open_disk(text: str, index: int, stack: ExitStack) -> Disk | RemoteDisk:
     name = f"disk{index}"
     if option.kind is DiskKind.VHOST_USER:
         return RemoteDisk(lambda: _connect(option.path), name)
+    if option.kind is DiskKind.PMEM:
+        from vmm_kvm.block.mapped import MappedImage  # noqa: PLC0415 - few disks are memory
+
+        mapped = MappedImage(option.path, is_private=option.is_private)
+        return PmemDisk(stack.enter_context(mapped), name)
     if option.is_process:
         process = _ProcessDisk(option, name)
         stack.callback(process.close)

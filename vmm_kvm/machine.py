@@ -47,7 +47,7 @@ from vmm_kvm.log import Log
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
-from vmm_kvm.pci_devices import Disk, PciDevices, RemoteDisk, boot_order
+from vmm_kvm.pci_devices import AnyDisk, PciDevices, PmemDisk, boot_order, place_pmem
 from vmm_kvm.runner import Runner
 from vmm_kvm.virtio.vmmci import Command
 
@@ -66,6 +66,7 @@ _TIMER_PIN = 2  # of the IOAPIC, as the MADT's override says
 _POLL_MIN_NS = 10_000_000
 _POLL_MAX_NS = 1_000_000_000
 _DEBUG_LINE_MAX = 1024
+_PMEM_SLOT = 16  # memory slots below are RAM's and the firmware's
 _PIO_SIZE = 1 << 16
 _MMIO_SIZE = 1 << 64
 
@@ -88,7 +89,7 @@ class MachineSpec(NamedTuple):
     command_line: str | None = None
     initrd: tuple[str, ...] = ()
     """Paths; more than one only for Multiboot kernels."""
-    disks: tuple[Disk | RemoteDisk, ...] = ()
+    disks: tuple[AnyDisk, ...] = ()
     cdrom: Image | None = None
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
     variables: "Variables | None" = None
@@ -181,10 +182,11 @@ class Machine:
             self.memory = stack.enter_context(
                 GuestMemory(layout.ram_ranges(spec.memory_size, hole_start), spec.name)
             )
+            self._pmem, memory_end = place_pmem(spec.disks, self.memory.regions[-1].end)
             tables = build_tables(
                 AcpiConfig(
                     cpus=spec.cpus,
-                    memory_end=self.memory.regions[-1].end,
+                    memory_end=memory_end,
                     is_q35=self._is_q35,
                 )
             )
@@ -275,6 +277,9 @@ class Machine:
         for slot, region in enumerate(regions):
             hva = self.memory.hva + region.offset
             self.vm.set_memory_region(slot, region.gpa, region.size, hva)
+        for slot, (disk, gpa) in enumerate(self._pmem.items(), _PMEM_SLOT):
+            self.vm.set_memory_region(slot, gpa, disk.image.size, disk.image.hva)
+            self.memory.attach(gpa, disk.image.view)
         image = self.spec.image
         if isinstance(image, FirmwareImage):
             self._rom = mmap.mmap(-1, len(image.rom))  # lives as long as the slot that maps it
@@ -373,7 +378,12 @@ class Machine:
         devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
         # In OpenBSD's order: unit numbers in a guest follow it.
         devices.add_rng(self._clock)
-        slots = [devices.add_disk(disk) for disk in self.spec.disks]
+        slots = [
+            devices.add_pmem(disk, self._pmem[disk])
+            if isinstance(disk, PmemDisk)
+            else devices.add_disk(disk)
+            for disk in self.spec.disks
+        ]
         cdrom = devices.add_cdrom(self.spec.cdrom) if self.spec.cdrom else None
         self.vmmci = devices.add_vmmci(self._clock, lambda _command: self._end(Ending.POWER_OFF))
         self.pci.assign_bars()

@@ -38,7 +38,17 @@ class GuestMemory:
     checked: one outside RAM, or across a hole, raises GuestMemoryError.
     """
 
-    __slots__ = ("__weakref__", "_finalizer", "_low_end", "_view", "fd", "hva", "regions", "size")
+    __slots__ = (
+        "__weakref__",
+        "_attached",
+        "_finalizer",
+        "_low_end",
+        "_view",
+        "fd",
+        "hva",
+        "regions",
+        "size",
+    )
 
     def __init__(self, ranges: Sequence[tuple[int, int]], name: str = "guest") -> None:
         """Allocate RAM for `ranges`, pairs of (guest-physical address, bytes), ascending.
@@ -59,6 +69,7 @@ class GuestMemory:
             raise SpecError("no memory ranges")
         self.regions = tuple(regions)
         self.size = offset
+        self._attached: list[tuple[int, memoryview]] = []
         # Nearly every access is to the region at 0, if there is one: it is looked at first.
         self._low_end = regions[0].end if regions[0].gpa == 0 else 0
         self.fd = os.memfd_create(f"vmm:{name}", os.MFD_CLOEXEC)
@@ -78,6 +89,7 @@ class GuestMemory:
         self._finalizer()
         self._view = memoryview(b"")
         self._low_end = 0
+        self._attached = []
         self.regions = ()
 
     def __enter__(self) -> Self:
@@ -85,6 +97,13 @@ class GuestMemory:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def attach(self, gpa: int, view: memoryview) -> None:
+        """Let devices of this process reach other memory of the guest, at `gpa`, until `close`.
+
+        It is in no region: not RAM, and unknown to device processes.
+        """
+        self._attached.append((gpa, view))
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a writable view of `size` bytes of guest RAM at `gpa`, without copying.
@@ -101,6 +120,9 @@ class GuestMemory:
             if region.gpa <= gpa <= end <= region.end:
                 start = gpa - region.gpa + region.offset
                 return self._view[start : start + size]
+        for start, attached in self._attached:
+            if start <= gpa <= end <= start + len(attached):
+                return attached[gpa - start : end - start]
         raise GuestMemoryError(gpa, size)
 
     def read(self, gpa: int, size: int) -> bytes:

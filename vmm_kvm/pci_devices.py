@@ -5,16 +5,18 @@ driver is there, and shares one of four interrupt lines where the driver does no
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from vmm_kvm.bits import GIB, align_up
 from vmm_kvm.block.image import Image
 from vmm_kvm.boot.config import BootDevice
+from vmm_kvm.boot.layout import PCI_HOLE_END
 from vmm_kvm.clock import Clock
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import PciHost
-from vmm_kvm.pci.ids import CLASS_MASS_STORAGE_SCSI, CLASS_SYSTEM_OTHER
+from vmm_kvm.pci.ids import CLASS_MASS_STORAGE_SCSI, CLASS_OTHER, CLASS_SYSTEM_OTHER
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.device import Backend, Dataplane
@@ -25,6 +27,8 @@ from vmm_kvm.virtio.worker import Worker
 
 if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseconds to load
     import socket
+
+    from vmm_kvm.block.mapped import MappedImage
 
 _PIN_INTA = 1
 
@@ -51,6 +55,31 @@ class RemoteDisk(NamedTuple):
     """Returns a connection to it, for one machine, which owns it."""
     name: str
     """For the log."""
+
+
+class PmemDisk(NamedTuple):
+    """A disk that is memory of the guest; the image stays the caller's, as a Disk's does."""
+
+    image: "MappedImage"
+    name: str
+    """For the log."""
+
+
+AnyDisk = Disk | RemoteDisk | PmemDisk
+
+
+def place_pmem(disks: Iterable[AnyDisk], memory_end: int) -> tuple[dict[PmemDisk, int], int]:
+    """Return where in guest-physical memory each pmem disk goes, and where the last one ends.
+
+    They lie above all RAM, which ends at `memory_end`, and above 4 GiB.
+    """
+    places = {}
+    for disk in disks:
+        if isinstance(disk, PmemDisk):
+            gpa = align_up(max(memory_end, PCI_HOLE_END), GIB)
+            places[disk] = gpa
+            memory_end = gpa + disk.image.size
+    return places, memory_end
 
 
 def boot_order(device: BootDevice, disk: int | None, cdrom: int | None = None) -> bytes | None:
@@ -121,6 +150,17 @@ class PciDevices:
         )
         slot, _ = self.add_backend(backend, CLASS_MASS_STORAGE_SCSI, disk.name)
         return slot
+
+    def add_pmem(self, disk: PmemDisk, gpa: int) -> int:
+        """Add a virtio-pmem device whose memory is at `gpa` already; returns its slot.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        from vmm_kvm.virtio.pmem import VirtioPmem  # noqa: PLC0415 - few machines have it
+
+        backend = VirtioPmem(gpa, disk.image.size, disk.image.flush, name=disk.name)
+        return self.add_backend(backend, CLASS_OTHER, disk.name)[0]
 
     def add_rng(self, clock: Clock) -> int:
         """Add a source of entropy; returns its slot.

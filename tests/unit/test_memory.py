@@ -123,3 +123,18 @@ def test_an_access_is_inside_one_region_or_refused(gpa: int, size: int) -> None:
         else:
             with pytest.raises(GuestMemoryError):
                 memory.view(gpa, size)
+
+
+def test_other_memory_can_be_attached() -> None:
+    """Attached memory is reached at its address, is in no region, and is let go at the end."""
+    other = bytearray(PAGE_SIZE)
+    with GuestMemory(RANGES) as memory:
+        memory.attach(4 * GIB, memoryview(other))
+        memory.write(4 * GIB + 8, b"guest")
+        assert other[8:13] == b"guest"
+        assert len(memory.regions) == len(RANGES)
+        for gpa, size in ((4 * GIB - 1, 2), (4 * GIB + PAGE_SIZE - 1, 2), (4 * GIB, PAGE_SIZE + 1)):
+            with pytest.raises(GuestMemoryError):
+                memory.view(gpa, size)
+    with pytest.raises(GuestMemoryError):
+        memory.view(4 * GIB, 1)

@@ -57,7 +57,7 @@ class DiskOption(NamedTuple):
 _IMAGES = frozenset({DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2})
 # Which kinds each option makes sense for.
 _OPTIONS = {
-    "ro": _IMAGES | {DiskKind.PMEM},
+    "ro": _IMAGES,
     "serial": _IMAGES,
     "queues": _IMAGES,
     "process": _IMAGES,
