@@ -1,0 +1,168 @@
+"""What a vm.conf says, as values: the product of the parser, and all that the daemon knows of it.
+
+Nothing here has been checked against the host, save that paths of disks, kernels and firmware are
+absolute and were there, and that users and groups exist. A field is None, or empty, where the file
+says nothing: the default is then the reader's, or a template's.
+
+Every record is a NamedTuple of plain values, so that a message can carry it.
+
+Source: vm.conf(5); section 4 of OpenBSD's behaviour.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+from vmd.config.disks import DiskOption
+
+NAME_MAX = 63
+"""Bytes of the name of a VM or switch."""
+INTERFACE_NAME_MAX = 15
+DISKS_MAX = 4
+INTERFACES_MAX = 4
+CPUS_MAX = 64
+RDOMAIN_MAX = 255
+PATH_BYTES_MAX = 1023
+MEMORY_MIN = 1 << 20
+MEMORY_MAX = 128 << 30
+MEMORY_DEFAULT = 512 << 20
+DEFAULT_PATH = "/etc/vm.conf"
+AGENTX_PATH = "/var/agentx/master"
+
+
+class BootDevice(StrEnum):
+    """What firmware boots from."""
+
+    AUTO = "auto"
+    DISK = "disk"
+    CDROM = "cdrom"
+    NET = "net"
+
+
+class Right(StrEnum):
+    """What of a template its instances may have of their own: words of `allow instance`.
+
+    CPUS is never granted by a file. Source: section 9.2 of OpenBSD's behaviour.
+    """
+
+    BOOT = "boot"
+    CDROM = "cdrom"
+    CPUS = "cpus"
+    DISK = "disk"
+    INSTANCE = "instance"
+    INTERFACE = "interface"
+    MEMORY = "memory"
+
+
+class Owner(NamedTuple):
+    """Who something belongs to. A uid of None is the user that runs the daemon, mostly root."""
+
+    uid: int | None = None
+    gid: int | None = None
+
+
+class Prefix(NamedTuple):
+    """A network: `address` is its first, a number of 32 or 128 bits; `bits` are the mask's ones."""
+
+    address: int
+    bits: int
+
+
+class Staggered(NamedTuple):
+    """How VMs start: `parallelism` at once, every `delay_s` seconds."""
+
+    parallelism: int
+    delay_s: int
+
+
+class Agentx(NamedTuple):
+    """The SNMP sub-agent: its context, if any, and the socket of the master agent."""
+
+    context: str = ""
+    path: str = AGENTX_PATH
+
+
+class SwitchConfig(NamedTuple):
+    """A switch: a bridge of the host, and what the interfaces on it inherit."""
+
+    name: str
+    interface: str
+    is_enabled: bool = True
+    group: str | None = None
+    is_locked: bool = False
+    """Members drop frames whose source is not their lladdr."""
+    rdomain: int | None = None
+    is_up: bool = True
+
+
+class InterfaceConfig(NamedTuple):
+    """A network interface of a VM."""
+
+    is_local: bool = False
+    """It is not on a switch: it has an address of the local prefix, given by DHCP."""
+    tap: str | None = None
+    """The host's side, such as `tap3`; None for any that is free."""
+    switch: str | None = None
+    group: str | None = None
+    lladdr: str | None = None
+    """Such as `fe:e1:bb:d1:00:01`; None for a random one."""
+    is_locked: bool = False
+    rdomain: int | None = None
+    is_up: bool = True
+
+
+class VmConfig(NamedTuple):
+    """A VM."""
+
+    name: str
+    parent: str | None = None
+    """The template, of which this is an instance."""
+    is_enabled: bool = True
+    memory: int | None = None
+    """Bytes, a multiple of 1 MiB."""
+    cpus: int | None = None
+    boot: str | None = None
+    """Absolute path of a kernel or firmware image."""
+    initrd: tuple[str, ...] = ()
+    """Absolute paths; more than one only for Multiboot kernels."""
+    append: str | None = None
+    """The kernel's command line."""
+    firmware: str | None = None
+    """`bios`, `uefi`, or an absolute path."""
+    boot_device: BootDevice = BootDevice.AUTO
+    disks: tuple[DiskOption, ...] = ()
+    """With absolute paths."""
+    cdrom: str | None = None
+    """Path as written; it is looked for when the VM starts."""
+    interfaces: tuple[InterfaceConfig, ...] = ()
+    owner: Owner = Owner()
+    allow_instance: frozenset[Right] = frozenset()
+    instance_owner: Owner | None = None
+    """Who may make instances of it, besides root."""
+    given: frozenset[Right] = frozenset()
+    """What the block speaks of, and an instance hence claims; INSTANCE if it is one."""
+    is_sev: bool = False
+    is_sev_es: bool = False
+    where: str = ""
+    """`file:line` of the end of its block, for a complaint when it is registered."""
+
+
+class Config(NamedTuple):
+    """All that a vm.conf says, in the order in which it says it.
+
+    Of VMs and switches of the same name the first counts.
+    """
+
+    vms: tuple[VmConfig, ...] = ()
+    switches: tuple[SwitchConfig, ...] = ()
+    """Disabled ones too."""
+    socket_owner: Owner | None = None
+    local_prefix: Prefix | None = None
+    """IPv4."""
+    is_local_inet6: bool = False
+    """Local interfaces have IPv6 addresses."""
+    local_prefix6: Prefix | None = None
+    """None for a random one, if there is IPv6 at all."""
+    staggered: Staggered | None = None
+    agentx: Agentx | None = None
+    warnings: tuple[str, ...] = ()
+    """Lines for the operator, of what is not an error."""
