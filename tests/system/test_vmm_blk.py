@@ -9,8 +9,9 @@ import select
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ from vmm_kvm.virtio.vhost_user.frontend import connect
 PYTHON = str(ROOT / ".venv" / "bin" / "python")
 MIB = 1 << 20
 TIMEOUT_S = 20
+GUEST_S = 180
+"""What a Linux guest may take where everything is emulated, and the machine is busy."""
 READ, WRITE = 0, 1
 
 
@@ -249,14 +252,15 @@ def test_a_bad_front_end_costs_one_line(tmp_path: Path, image: Path) -> None:
 # Guests of QEMU
 
 
-def qemu(path: Path, *arguments: str) -> list[str]:
+def qemu(path: Path, *arguments: str, reconnects: bool = False) -> list[str]:
     """Return the argument vector of a QEMU whose disk is served at `path`."""
+    again = ",reconnect-ms=100" if reconnects else ""
     return [
         *("qemu-system-x86_64", "-accel", "tcg", "-m", "256M"),
         *("-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
         *("-machine", "q35,memory-backend=ram", "-nodefaults", "-no-user-config"),
         *("-display", "none", "-no-reboot", "-serial", "stdio"),
-        *("-chardev", f"socket,id=disk,path={path}"),
+        *("-chardev", f"socket,id=disk,path={path}{again}"),
         *("-device", "isa-debug-exit,iobase=0xf4,iosize=4", *arguments),
     ]
 
@@ -265,6 +269,7 @@ DEVICE = "vhost-user-blk-pci,chardev=disk"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_seabios_boots(tmp_path: Path) -> None:
     """SeaBIOS, a driver without interrupts, reads the boot sector and a guest the next one."""
     path, image = tmp_path / "disk.sock", tmp_path / "disk.img"
@@ -283,7 +288,7 @@ def _report(path: Path, device: str, *, cpus: int = 1) -> tuple[dict[str, list[s
     boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
     boot += ["-append", "console=ttyS0 quiet", "-smp", str(cpus), "-device", device]
     with ConsoleProcess(qemu(path, *boot)) as guest:
-        guest.expect("disk: end", 100)
+        guest.expect("disk: end", GUEST_S)
         assert guest.wait() == 0
         found: dict[str, list[str]] = {}
         text = guest.output.decode(errors="replace")
@@ -293,6 +298,7 @@ def _report(path: Path, device: str, *, cpus: int = 1) -> tuple[dict[str, list[s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
 def test_linux_uses_the_disk(tmp_path: Path, disk_format: str) -> None:
     """A Debian kernel under QEMU reads, writes, flushes, zeroes and discards."""
@@ -324,6 +330,7 @@ def qemu_io(image: Path, disk_format: str, order: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_linux_sees_a_read_only_disk_with_several_queues(tmp_path: Path, image: Path) -> None:
     """QEMU uses as many queues as it has vCPUs, and no write gets through."""
     path = tmp_path / "disk.sock"
@@ -335,3 +342,38 @@ def test_linux_sees_a_read_only_disk_with_several_queues(tmp_path: Path, image: 
     assert found["size"] == ["2048 ro 1 serial  queues 2"]
     assert found["first"] == ["first sector...."]
     assert image.read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_successor_goes_on_after_a_crash(tmp_path: Path) -> None:
+    """A server is killed under load, another one started: QEMU connects to it, nothing is lost."""
+    path, image = tmp_path / "disk.sock", tmp_path / "disk.img"
+    image.write_bytes(bytes(16 * MIB))
+    kernel = artifacts.kernel("6.1-cloud")
+    boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
+    boot += ["-append", "console=ttyS0 quiet test=crash", "-device", DEVICE]
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(path, "--socket", path, image))
+        guest = stack.enter_context(ConsoleProcess(qemu(path, *boot, reconnects=True)))
+        guest.expect("disk: writing", GUEST_S)
+        for _ in range(3):
+            before = written(server)
+            while written(server) < before + 2 * MIB:
+                assert server.process.poll() is None
+                time.sleep(0.01)
+            server.process.kill()
+            server.process.wait()
+            server = stack.enter_context(serving(path, "--socket", path, image))
+        guest.expect("disk: end", GUEST_S)
+        assert guest.wait() == 0
+        assert guest.output.count(b"disk: same yes") == 3
+        assert server.end() == 0
+
+
+def written(server: Running) -> int:
+    """Return how many bytes a server has written."""
+    counts = Path(f"/proc/{server.process.pid}/io").read_text()
+    found = re.search(r"^wchar: (\d+)$", counts, re.MULTILINE)
+    assert found is not None
+    return int(found[1])

@@ -81,6 +81,18 @@ done
 cd /sys/block/vda
 echo "disk: size $(cat size) ro $(cat ro) serial $(cat serial) queues $(ls mq | wc -l)"
 cd /
+if [ "$test" = crash ]; then
+    dd if=/dev/urandom of=/random bs=64k count=64 2>/dev/null
+    echo "disk: writing"
+    for part in 0 1 2 3; do
+        dd if=/random of=/dev/vda bs=4k seek=$((1024 * (part % 3))) oflag=direct 2>/dev/null
+    done
+    for part in 0 1 2; do
+        cmp -n 4194304 /random /dev/vda 0 $((4194304 * part)) && echo "disk: same yes"
+    done
+    echo "disk: end"
+    poweroff -f
+fi
 sum() { dd if=$1 bs=64k count=64 $2 2>/dev/null | md5sum | cut -d ' ' -f 1; }
 echo "disk: first $(dd if=/dev/vda bs=16 count=1 2>/dev/null)"
 if [ "$(cat /sys/block/vda/ro)" = 0 ]; then
