@@ -39,7 +39,7 @@ from vmm_kvm.kvm.boot_state import load_entry
 from vmm_kvm.kvm.cpuid import guest_cpuid
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
-from vmm_kvm.kvm.irqline import KvmIrqLine
+from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
@@ -293,6 +293,7 @@ class Machine:
             self._poll_timer = self._clock.timer(self._poll_output)
         self.vm.create_irqchip()
         self.vm.create_pit2()
+        set_level_triggered(self.vm, layout.PIC_PCI_INTX)
         self._eventfds = stack.enter_context(EventFds(self.vm, _routes(), layout.GSI_MSI))
 
     def _make_devices(self, clock: Clock, on_receive_room: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from vmm_kvm.errors import KvmError
 from vmm_kvm.irq import IrqLine
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.exits import Hlt, Interrupted, IoExit, MmioExit
-from vmm_kvm.kvm.irqline import KvmIrqLine
+from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute, MsiRoute, Vm
 
@@ -224,6 +224,13 @@ def test_kvm_irq_line_tells_changes_only(chipped: Vm) -> None:
     with pytest.raises(KvmError) as caught:
         line.set(False)
     assert _errno(caught) == EBADF
+
+
+def test_level_triggered_inputs(chipped: Vm) -> None:
+    """The PICs remember which inputs count by level; the timer's and the cascade cannot."""
+    set_level_triggered(chipped, (0, 2, 5, 10, 11, 12))
+    chips = [chipped.get_irqchip(chip).chip.pic for chip in (Irqchip.PIC_MASTER, Irqchip.PIC_SLAVE)]
+    assert [chip.elcr for chip in chips] == [1 << 5, 1 << 2 | 1 << 3 | 1 << 4]
 
 
 def test_irq_line_status(chipped: Vm) -> None:

@@ -1,8 +1,27 @@
 """Interrupt lines that lead into KVM's interrupt controllers."""
 
 import threading
+from collections.abc import Iterable
 
-from vmm_kvm.kvm.vm import Vm
+from vmm_kvm.kvm.vm import Irqchip, Vm
+
+_PIC_INPUTS = 8
+
+
+def set_level_triggered(vm: Vm, irqs: Iterable[int]) -> None:
+    """Let the PICs take `irqs`, numbers from 0 to 15, by level: lines that devices share.
+
+    As firmware does it by the ELCR ports; without it a second device on a line is not heard while
+    the first still asks.
+
+    Raises:
+        KvmError: there is no irqchip.
+    """
+    levels = sum(1 << irq for irq in irqs)
+    for chip, shift in ((Irqchip.PIC_MASTER, 0), (Irqchip.PIC_SLAVE, _PIC_INPUTS)):
+        state = vm.get_irqchip(chip)
+        state.chip.pic.elcr = levels >> shift & state.chip.pic.elcr_mask
+        vm.set_irqchip(state)
 
 
 class KvmIrqLine:
