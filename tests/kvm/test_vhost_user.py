@@ -85,6 +85,33 @@ def test_the_device_process_is_killed(image: Path) -> None:
         assert console.errors.decode() == f"{GONE}\n{killed}\n"
 
 
+def test_a_reboot_gets_another_device_process(image: Path) -> None:
+    """The machine is made anew, and the process of its disk with it; the image has one writer."""
+    with run(f"{image},process") as console:
+        console.expect(BOOTED)
+        before = children(console.pid)
+        console.send("r")
+        console.expect(BOOTED)
+        after = children(console.pid)
+        assert (len(before), len(after)) == (1, 1)
+        assert before != after
+        leave(console)
+        assert console.errors == b""
+
+
+def test_a_reboot_connects_again(tmp_path: Path, image: Path) -> None:
+    """A server sees a front-end leave and another come."""
+    path = tmp_path / "disk.sock"
+    with serving(path, "--socket", path, image) as server, run(f"vhost-user:{path}") as console:
+        console.expect(BOOTED)
+        console.send("r")
+        console.expect(BOOTED)
+        leave(console)
+        assert console.errors == b""
+        assert server.end() == 0
+    assert server.errors == ""
+
+
 def test_no_device_process_outlives_its_vm(image: Path) -> None:
     """When the VM is killed, its disk's process ends by itself, and lets go of the image."""
     with run(f"{image},process") as console:

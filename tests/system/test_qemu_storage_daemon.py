@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.virtio.vhost_user.rig import EVENT_IDX, VERSION_1, Driver, driver
+from tests.unit.virtio.vhost_user.rig import EVENT_IDX, VERSION_1, Driver, connect, driver
 from tests.unit.virtio.vhost_user.test_frontend import RecordingTransport
-from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUserBlk, connect
+from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUserBlk
 
 MIB = 1 << 20
 TIMEOUT_S = 20

@@ -23,10 +23,9 @@ from tests.system.vhost_user_guests import (
     boot_disk,
     disk_initramfs,
 )
-from tests.unit.virtio.vhost_user.rig import VERSION_1, driver
+from tests.unit.virtio.vhost_user.rig import VERSION_1, connect, driver
 from tests.vmctl_driver import ROOT, ConsoleProcess
 from vmm_kvm.virtio.vhost_user.client import Client
-from vmm_kvm.virtio.vhost_user.frontend import connect
 
 PYTHON = str(ROOT / ".venv" / "bin" / "python")
 MIB = 1 << 20

@@ -39,8 +39,12 @@ _ECHO_CODE = b"".join(
         bytes.fromhex("baf803"),  # mov $0x3f8, %dx
         bytes.fromhex("ec"),  # in %dx, %al
         bytes.fromhex("ee"),  # out %al, %dx
-        bytes.fromhex("3c71"),  # cmp $'q', %al
-        bytes.fromhex("75ef"),  # jne 1b
+        bytes.fromhex("3c72"),  # cmp $'r', %al
+        bytes.fromhex("7504"),  # jne 2f
+        bytes.fromhex("b0fe"),  # mov $0xfe, %al
+        bytes.fromhex("e664"),  # out %al, $0x64: reset
+        bytes.fromhex("3c71"),  # 2: cmp $'q', %al
+        bytes.fromhex("75e7"),  # jne 1b
     )
 )
 _END_CODE = b"".join(
@@ -57,7 +61,7 @@ _BOOT_DISK_SIZE = 1 << 20  # the BIOS wants a cylinder at least
 def boot_disk(*, waits: bool = False) -> bytes:
     """Return a disk whose boot sector prints the text of the second sector, and ends the VM.
 
-    With `waits` it first echoes what is typed, until that is the letter q.
+    With `waits` it first echoes what is typed; the letter q ends the VM, and r reboots it.
     """
     code = _BOOT_CODE + (_ECHO_CODE if waits else b"") + _END_CODE
     first = code.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"

@@ -13,7 +13,6 @@ method at a time, and what the thread watches does not change while it runs.
 
 import os
 import select
-import socket
 import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -292,22 +291,6 @@ class VhostUserBlk:
                     frontend.fail("vhost-user: the server gave up a ring")
                 else:
                     frontend.interrupt(watched.calls[fd])
-
-
-def connect(path: str) -> Client:
-    """Connect to the server that listens at `path`.
-
-    Raises:
-        VhostUserError: nobody does, or it does not speak vhost-user.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(path)
-    except (OSError, ValueError) as err:
-        sock.close()
-        reason = err.strerror if isinstance(err, OSError) and err.strerror else err
-        raise VhostUserError(f"{path}: {reason}") from err
-    return Client(sock)
 
 
 def _offered(features: int) -> int:

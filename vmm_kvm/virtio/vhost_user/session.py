@@ -188,6 +188,8 @@ class Session:
                 reply = self._config(ConfigAccess.unpack(payload)).pack()
             case Request.SET_CONFIG:
                 access = ConfigAccess.unpack(payload)
+                if access.flags > 1:  # 1: on migration
+                    raise VhostUserError(f"flags {access.flags:#x}")
                 self._backend.write_config(access.offset, access.data)
             case Request.GET_STATUS:
                 is_failed = any(ring.is_failed for ring in self._rings)

@@ -117,6 +117,17 @@ def serving(
         server.close()
 
 
+def connect(path: str) -> Client:
+    """Connect to the server that listens at `path`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return Client(sock)
+
+
 @contextmanager
 def connection(backend: EchoBackend) -> Iterator[Client]:
     """Serve `backend` in a thread; yield the front-end's side of a connection to it."""

@@ -7,7 +7,6 @@ import queue
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -25,9 +24,8 @@ from tests.unit.virtio.vhost_user.rig import (
 )
 from vmm_kvm.errors import GuestError
 from vmm_kvm.virtio.vhost_user.client import Client
-from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUserBlk, connect
+from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUserBlk
 from vmm_kvm.virtio.vhost_user.messages import VhostUserError
-from vmm_kvm.virtio.vhost_user.server import listen
 
 MQ = 1 << 12
 RING_RESET = 1 << 40
@@ -243,19 +241,6 @@ def test_servers_that_will_not_do() -> None:
         client.features &= ~VERSION_1
         with pytest.raises(VhostUserError, match="the server offers legacy virtio only"):
             VhostUserBlk(client, guest, "disk0")
-
-
-def test_connecting(tmp_path: Path) -> None:
-    """A path without a server is named in the error."""
-    path = str(tmp_path / "disk.sock")
-    with pytest.raises(VhostUserError, match=rf"{path}: No such file or directory"):
-        connect(path)
-    with pytest.raises(VhostUserError, match="path too long"):
-        connect("x" * 200)
-    with serving(listen(path), BlkBackend()), connect(path) as client:
-        assert client.queue_count() == 2
-    with pytest.raises(VhostUserError, match=rf"{path}: Connection refused"):
-        connect(path)
 
 
 def test_the_drivers_events_are_its_own() -> None:

@@ -91,6 +91,7 @@ CASES: list[tuple[int, bytes, int, str]] = [
     (R.REM_MEM_REG, pack_region(REGION._replace(size=1)), 0, "REM_MEM_REG: memory region"),
     (R.GET_CONFIG, ConfigAccess(250, 0, bytes(7)).pack(), 0, "GET_CONFIG: configuration space"),
     (R.SET_CONFIG, bytes(3), 0, "SET_CONFIG: payload of 3 bytes, not 12 or more"),
+    (R.SET_CONFIG, ConfigAccess(0, 2, b"x").pack(), 0, "SET_CONFIG: flags 0x2"),
     (R.SET_STATUS, pack_u64(0x100), 0, "SET_STATUS: 0x100"),
     (6, pack_u64(0), 0, "request 6: is not supported"),
     (0, b"", 0, "request 0: is not supported"),

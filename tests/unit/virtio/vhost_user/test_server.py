@@ -16,6 +16,7 @@ from tests.unit.virtio.vhost_user.rig import (
     USER,
     VERSION_1,
     EchoBackend,
+    connect,
     connection,
     driver,
     is_set,
@@ -287,25 +288,19 @@ def test_front_ends_come_one_after_another(tmp_path: Path) -> None:
     backend = EchoBackend()
     with serving(listen(path), backend) as server:
         for _ in range(3):
-            with driver() as guest, Client(connected(path)) as client:
+            with driver() as guest, connect(path) as client:
                 guest.start(client)
                 assert guest.request(b"hello") == b"HELLO"
         assert not server.ended.is_set()
     assert backend.calls == [f"start {VERSION_1:#x}", "reset"] * 3
 
 
-def connected(path: str) -> socket.socket:
-    """Return a socket connected to `path`."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(path)
-    return sock
-
-
 def test_a_second_front_end_waits(tmp_path: Path) -> None:
     """Only one front-end at a time is served; the next is when the first leaves."""
     path = str(tmp_path / "disk.sock")
-    with serving(listen(path), EchoBackend()), Client(connected(path)) as first:
-        second = connected(path)
+    with serving(listen(path), EchoBackend()), connect(path) as first:
+        second = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        second.connect(path)
         assert first.queue_count() == 2
         second.settimeout(0)
         with pytest.raises(BlockingIOError):
@@ -319,7 +314,7 @@ def test_one_shot(tmp_path: Path) -> None:
     """A one-shot server, and one with a connected socket, is done when its front-end leaves."""
     path = str(tmp_path / "disk.sock")
     with serving(listen(path), EchoBackend(), is_one_shot=True) as server:
-        Client(connected(path)).close()
+        connect(path).close()
         assert server.ended.wait(10)
     ours, theirs = socket.socketpair()
     with serving(theirs, EchoBackend()) as server:
