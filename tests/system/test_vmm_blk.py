@@ -345,6 +345,25 @@ def test_linux_sees_a_read_only_disk_with_several_queues(tmp_path: Path, image: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_a_guest_reboots(tmp_path: Path, image: Path) -> None:
+    """QEMU resets the device and sets it up again over the same connection."""
+    path = tmp_path / "disk.sock"
+    kernel = artifacts.kernel("6.1-cloud")
+    boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
+    boot += ["-append", "console=ttyS0 quiet reboot=k test=again", "-device", DEVICE]
+    arguments = [word for word in qemu(path, *boot) if word != "-no-reboot"]
+    with serving(path, "--socket", path, image) as server:
+        with ConsoleProcess(arguments) as guest:
+            guest.expect("disk: end", GUEST_S)
+            assert guest.wait() == 0
+            assert guest.output.count(b"init: up") == 2
+        assert server.end() == 0
+    assert server.errors == ""
+    assert image.read_bytes()[:6] == b"again\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_successor_goes_on_after_a_crash(tmp_path: Path) -> None:
     """A server is killed under load, another one started: QEMU connects to it, nothing is lost."""
     path, image = tmp_path / "disk.sock", tmp_path / "disk.img"

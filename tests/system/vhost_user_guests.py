@@ -85,6 +85,14 @@ done
 cd /sys/block/vda
 echo "disk: size $(cat size) ro $(cat ro) serial $(cat serial) queues $(ls mq | wc -l)"
 cd /
+if [ "$test" = again ]; then
+    if [ "$(dd if=/dev/vda bs=5 count=1 2>/dev/null)" = again ]; then
+        echo "disk: end"
+        poweroff -f
+    fi
+    echo again | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null
+    reboot -f
+fi
 if [ "$test" = crash ]; then
     dd if=/dev/urandom of=/random bs=64k count=64 2>/dev/null
     echo "disk: writing"
