@@ -1,0 +1,317 @@
+"""Channels: messages whole and in order, descriptors owned by somebody, hostile peers cut off."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd import channel as channels
+from vmd.channel import (
+    FDS_MAX,
+    MESSAGE_MAX,
+    Channel,
+    ChannelClosedError,
+    ChannelError,
+    Fds,
+    MalformedError,
+    channel_pair,
+    peer_credentials,
+)
+from vmd.messages import (
+    CLIENT_TO_DAEMON,
+    DAEMON_TO_CLIENT,
+    AnyAnswer,
+    AnyRequest,
+    Done,
+    ErrorCode,
+    Failed,
+    Load,
+    Reload,
+    Start,
+    Status,
+)
+from vmm_kvm.loop import EventLoop
+
+Client = Channel[AnyRequest, AnyAnswer]
+Daemon = Channel[AnyAnswer, AnyRequest]
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Client, Daemon]]:
+    """A client's channel and the daemon's; every descriptor is closed afterwards."""
+    before = _open_fds()
+    client, daemon = channel_pair(CLIENT_TO_DAEMON, DAEMON_TO_CLIENT)
+    with client, daemon:
+        yield client, daemon
+    assert _open_fds() == before
+
+
+@pytest.fixture
+def raw() -> Iterator[tuple[socket.socket, Daemon]]:
+    """A client that says what it wants, and the daemon's channel."""
+    before = _open_fds()
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, Channel(right, DAEMON_TO_CLIENT) as daemon:
+        yield left, daemon
+    assert _open_fds() == before
+
+
+def _open_fds() -> set[str]:
+    with os.scandir("/proc/self/fd") as entries:
+        return {entry.name for entry in entries}
+
+
+def _pipe_end() -> int:
+    reader, writer = os.pipe()
+    os.close(writer)
+    return reader
+
+
+def test_messages_arrive_whole_and_in_order(pair: tuple[Client, Daemon]) -> None:
+    """Each packet is one message; there is nothing more when all have been received."""
+    client, daemon = pair
+    client.send(Status(serial=1))
+    client.send(Start(serial=2, name="web"))
+    assert daemon.receive().message == Status(serial=1)
+    assert daemon.receive().message == Start(serial=2, name="web")
+    with pytest.raises(BlockingIOError):
+        daemon.receive()
+    daemon.send(Done(serial=2, id=7))
+    assert client.receive().message == Done(serial=2, id=7)
+
+
+def test_descriptors_come_along(pair: tuple[Client, Daemon]) -> None:
+    """A descriptor that is sent is the channel's; what arrives is another for the same file."""
+    client, daemon = pair
+    reader, writer = os.pipe()
+    client.send(Start(name="web", kernel=0), [reader])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(reader)
+    with daemon.receive().fds as fds:
+        received = fds.take(0)
+        with pytest.raises(MalformedError, match="descriptor 0 of 1 is missing"):
+            fds.take(0)
+        with pytest.raises(MalformedError, match="descriptor 1 of 1 is missing"):
+            fds.take(1)
+    assert not os.get_inheritable(received)
+    os.write(writer, b"x")
+    assert os.read(received, 1) == b"x"
+    os.close(received)
+    os.close(writer)
+
+
+def test_descriptors_that_nobody_took_are_closed(pair: tuple[Client, Daemon]) -> None:
+    """The fixture finds no descriptor left of a message that was received and ignored."""
+    client, daemon = pair
+    client.send(Reload(), [_pipe_end(), _pipe_end()])
+    with daemon.receive().fds as fds:
+        assert len(fds) == 2
+
+
+def test_the_end_is_told(pair: tuple[Client, Daemon]) -> None:
+    """A peer that has closed can neither be read nor written."""
+    client, daemon = pair
+    client.close()
+    client.close()
+    with pytest.raises(ChannelClosedError):
+        daemon.receive()
+    with pytest.raises(ChannelClosedError):
+        daemon.send(Done(), [_pipe_end()])
+    with pytest.raises(ChannelClosedError, match="the channel is closed"):
+        client.send(Status())
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"{", "not a message: Input data was truncated"),
+        (b"\xff\xfe", "not a message: JSON is malformed: invalid character (byte 0)"),
+        (b'{"type":"start","nme":"x"}', "not a message: Object contains unknown field `nme`"),
+        (b'{"type":"done"}', "not a message: Invalid value 'done' - at `$.type`"),
+        (b'{"type":"log"}', "not a message: Object missing required field `level`"),
+        (b'{"type":"log","level":3}', "not a message: Expected `int` <= 2 - at `$.level`"),
+        (b"[" * 100_000, "not a message: Expected `object`, got `array`"),
+        (b" " * (MESSAGE_MAX + 1), f"a message of more than {MESSAGE_MAX} bytes"),
+    ],
+)
+def test_malformed_messages_are_refused(
+    raw: tuple[socket.socket, Daemon], data: bytes, why: str
+) -> None:
+    """What is no request ends in MalformedError with one line, and its descriptors are closed."""
+    peer, daemon = raw
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MESSAGE_MAX)
+    fd = _pipe_end()
+    socket.send_fds(peer, [data], [fd])
+    os.close(fd)
+    with pytest.raises(MalformedError) as caught:
+        daemon.receive()
+    assert str(caught.value) == why
+
+
+def test_a_bomb_of_descriptors_is_refused(raw: tuple[socket.socket, Daemon]) -> None:
+    """More descriptors than a message may have are closed, those that arrived among them."""
+    peer, daemon = raw
+    fd = _pipe_end()
+    socket.send_fds(peer, [b'{"type":"status"}'], [fd] * (FDS_MAX + 1))
+    os.close(fd)
+    with pytest.raises(MalformedError, match=f"more than {FDS_MAX} descriptors"):
+        daemon.receive()
+
+
+def test_a_packet_of_nothing_is_the_end(raw: tuple[socket.socket, Daemon]) -> None:
+    """An empty packet cannot be told from the end, and is no message either."""
+    peer, daemon = raw
+    peer.sendmsg([b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [peer.fileno()]))])
+    with pytest.raises(ChannelClosedError):
+        daemon.receive()
+
+
+@given(data=st.binary(min_size=1, max_size=200) | st.text(min_size=1).map(str.encode))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    """Whatever a client sends is a request, or refused."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, Channel(right, DAEMON_TO_CLIENT) as daemon:
+        left.send(data)
+        with pytest.raises(MalformedError):
+            daemon.receive()
+
+
+def test_what_the_peer_has_no_room_for_goes_out_later(pair: tuple[Client, Daemon]) -> None:
+    """Messages wait in order, with their descriptors, and go out when the peer has read."""
+    client, daemon = pair
+    sent = 0
+    while client.backlog_size < 3 * 50_000:
+        client.send(Load(serial=sent, path="x" * 4000), [_pipe_end()])
+        sent += 1
+    assert not client.flush()
+    received = 0
+    while received < sent:
+        try:
+            message, fds = daemon.receive()
+        except BlockingIOError:
+            client.flush()
+            continue
+        with fds:
+            assert message == Load(serial=received, path="x" * 4000)
+            os.close(fds.take(0))
+        received += 1
+    assert client.flush()
+    assert client.backlog_size == 0
+
+
+def test_a_peer_that_never_reads_is_cut_off(
+    pair: tuple[Client, Daemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is a limit to what waits for a peer; what waited is closed with the channel."""
+    monkeypatch.setattr(channels, "BACKLOG_MAX", 100_000)
+    _, daemon = pair
+
+    def send_many() -> None:
+        for number in range(10_000):
+            daemon.send(Done(serial=number), [_pipe_end()])
+
+    with pytest.raises(ChannelError, match="the peer does not read"):
+        send_many()
+
+
+def test_a_message_of_ours_that_is_too_large_is_refused(pair: tuple[Client, Daemon]) -> None:
+    """The largest message goes through; a larger one is an error at its sender."""
+    client, daemon = pair
+    room = MESSAGE_MAX - len(DAEMON_TO_CLIENT.encode(Failed(code=ErrorCode.EIO, message="")))
+    daemon.send(Failed(code=ErrorCode.EIO, message="m" * room))
+    message = client.receive().message
+    assert isinstance(message, Failed)
+    assert len(message.message) == room
+    with pytest.raises(ChannelError, match=f"a message of {MESSAGE_MAX + 1} bytes"):
+        daemon.send(Failed(code=ErrorCode.EIO, message="m" * (room + 1)))
+    with pytest.raises(ChannelError, match="65 descriptors"):
+        daemon.send(Done(), [_pipe_end() for _ in range(FDS_MAX + 1)])
+
+
+def test_an_event_loop_receives_and_sends(pair: tuple[Client, Daemon]) -> None:
+    """The loop calls back for each message, sends what waited, and tells of the end once."""
+    client, daemon = pair
+    answers: list[AnyAnswer] = []
+    ends: list[ChannelError] = []
+    count = 2000
+    with EventLoop() as loop:
+
+        def answer(received: tuple[AnyRequest, Fds]) -> None:
+            message, fds = received
+            fds.close()
+            for number in range(count):
+                daemon.send(Failed(serial=number, code=ErrorCode.EIO, message="m" * 500))
+            assert daemon.backlog_size > 0
+            daemon.close_when_sent()
+            assert message == Status(serial=5)
+
+        def ended(err: ChannelError) -> None:
+            ends.append(err)
+            loop.stop()
+
+        daemon.watch(loop, answer, ends.append)
+        client.watch(loop, lambda received: answers.append(received.message), ended)
+        client.send(Status(serial=5))
+        client.send(Status(serial=6))
+        loop.run()
+    assert [one.serial for one in answers] == list(range(count))
+    assert len(ends) == 1
+    assert daemon.is_closed
+    assert not client.is_closed
+
+
+def test_a_channel_may_be_closed_by_its_own_callback(pair: tuple[Client, Daemon]) -> None:
+    """After a callback that closes the channel nothing more is received."""
+    client, daemon = pair
+    taken = []
+    with EventLoop() as loop:
+
+        def close(received: tuple[AnyRequest, Fds]) -> None:
+            taken.append(received[0].serial)
+            daemon.close()
+            loop.stop()
+
+        daemon.watch(loop, close, lambda _: None)
+        client.send(Status(serial=1))
+        client.send(Status(serial=2))
+        loop.run()
+    assert taken == [1]
+
+
+def test_a_malformed_message_ends_the_watch_only(raw: tuple[socket.socket, Daemon]) -> None:
+    """The reader is gone, but an answer that says why can still be sent."""
+    peer, daemon = raw
+    with EventLoop() as loop:
+
+        def ended(err: ChannelError) -> None:
+            daemon.send(Failed(code=ErrorCode.EINVAL, message=str(err)))
+            daemon.close_when_sent()
+            loop.stop()
+
+        daemon.watch(loop, lambda _: None, ended)
+        peer.send(b"nonsense")
+        loop.run()
+    assert b'"code":"EINVAL"' in peer.recv(1000)
+    assert peer.recv(1000) == b""
+
+
+def test_peers_are_known(tmp_path: Path) -> None:
+    """The kernel says who connects."""
+    path = str(tmp_path / "socket")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
+    ):
+        listener.bind(path)
+        listener.listen()
+        client.connect(path)
+        server, _ = listener.accept()
+        with server:
+            assert peer_credentials(server) == (os.getpid(), os.getuid(), os.getgid())

@@ -1,0 +1,359 @@
+"""Messages with descriptors over a UNIX SOCK_SEQPACKET socket: one packet is one message.
+
+Every descriptor has one owner at each moment. Those that are sent are the channel's from the call
+of `send` on; those that arrive are the `Fds` of their message, which closes what nobody took.
+A peer that sends what is no message, or does not read what it is sent, is cut off.
+
+Source: unix(7), "SCM_RIGHTS".
+"""
+
+import array
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+
+from vmd.wire import Wire, WireError
+
+Sent = TypeVar("Sent")
+Taken = TypeVar("Taken")
+
+MESSAGE_MAX = 256 << 10
+"""Bytes of one message."""
+FDS_MAX = 64
+"""Descriptors with one message."""
+BACKLOG_MAX = 4 << 20
+"""Bytes that wait for a peer that does not read; beyond them it is cut off."""
+
+_BURST = 32  # messages of one peer in a row, while others wait
+_INT_SIZE = array.array("i").itemsize
+_ANCILLARY_SIZE = socket.CMSG_SPACE(FDS_MAX * _INT_SIZE)
+_UCRED = struct.Struct("=iII")
+
+
+class ChannelError(Exception):
+    """The channel is of no further use; `str()` is one line."""
+
+
+class ChannelClosedError(ChannelError):
+    """The peer has closed its end, or its process is gone."""
+
+
+class MalformedError(ChannelError):
+    """The peer sent what is no message for this end."""
+
+
+class Loop(Protocol):
+    """What a channel needs of an event loop."""
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> bool:
+        """Call `callback` while `fd` is readable."""
+
+    def add_writer(self, fd: int, callback: Callable[[], None]) -> bool:
+        """Call `callback` while `fd` is writable."""
+
+    def remove_reader(self, fd: int) -> None:
+        """Forget the reader of `fd`, if there is one."""
+
+    def remove_writer(self, fd: int) -> None:
+        """Forget the writer of `fd`, if there is one."""
+
+
+class Credentials(NamedTuple):
+    """Who was at the other end when the connection was made."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_credentials(connection: socket.socket) -> Credentials:
+    """Return who is at the other end of a connected UNIX socket.
+
+    Source: unix(7), "SO_PEERCRED".
+    """
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return Credentials(*_UCRED.unpack(data))
+
+
+class Fds:
+    """Descriptors that came with a message; a context manager that closes those nobody took."""
+
+    __slots__ = ("_fds",)
+
+    def __init__(self, fds: Sequence[int] = ()) -> None:
+        """Take ownership of `fds`."""
+        self._fds: list[int | None] = list(fds)
+
+    def __len__(self) -> int:
+        """Return how many came, taken or not."""
+        return len(self._fds)
+
+    def take(self, index: int) -> int:
+        """Hand a descriptor over to the caller, who closes it.
+
+        Raises:
+            MalformedError: there is none of that index, or it has been taken: the message that
+                names it is wrong.
+        """
+        fd = self._fds[index] if 0 <= index < len(self._fds) else None
+        if fd is None:
+            raise MalformedError(f"descriptor {index} of {len(self._fds)} is missing")
+        self._fds[index] = None
+        return fd
+
+    @property
+    def left(self) -> list[int]:
+        """Those that have not been taken, in order; they stay this object's."""
+        return [fd for fd in self._fds if fd is not None]
+
+    def take_all(self) -> list[int]:
+        """Hand over, in order, all that have not been taken."""
+        left = self.left
+        self._fds = [None] * len(self._fds)
+        return left
+
+    def close(self) -> None:
+        """Close what is left; idempotent."""
+        for fd in self.take_all():
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Received(NamedTuple, Generic[Taken]):
+    """A message; whoever receives it closes `fds`, by using them as a context manager."""
+
+    message: Taken
+    fds: Fds
+
+
+class Channel(Generic[Sent, Taken]):
+    """One end of a connection; owns its socket, which does not block. For one thread.
+
+    Where a loop is watched by `watch`, what the peer has no room for goes out when it has.
+    """
+
+    def __init__(self, connection: socket.socket, wire: Wire[Sent, Taken]) -> None:
+        """Take ownership of `connection`, a connected UNIX SOCK_SEQPACKET socket."""
+        connection.setblocking(False)
+        # The kernel refuses a packet that is larger than what may be under way.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_MAX)
+        self._socket = connection
+        self._wire = wire
+        self._backlog: deque[tuple[bytes, Fds]] = deque()
+        self._backlog_size = 0
+        self._loop: Loop | None = None
+        self._closes_when_sent = False
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to wait for; -1 once closed."""
+        return self._socket.fileno()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._socket.fileno() < 0
+
+    @property
+    def backlog_size(self) -> int:
+        """Bytes that wait for the peer to read."""
+        return self._backlog_size
+
+    def close(self) -> None:
+        """Leave the loop, close the socket, forget what has not gone out; idempotent."""
+        if self.is_closed:
+            return
+        if self._loop:
+            self._loop.remove_reader(self.fileno())
+            self._loop.remove_writer(self.fileno())
+            self._loop = None
+        for _, fds in self._backlog:
+            fds.close()
+        self._backlog.clear()
+        self._backlog_size = 0
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Sending
+
+    def send(self, message: Sent, fds: Sequence[int] = ()) -> None:
+        """Send a message, now or as soon as the peer has room; takes ownership of `fds`.
+
+        Raises:
+            ChannelError: the message is too large, or the peer does not read.
+            ChannelClosedError: the peer is gone.
+        """
+        with ExitStack() as stack:
+            owned = stack.enter_context(Fds(fds))
+            data = self._wire.encode(message)
+            if self.is_closed:
+                raise ChannelClosedError("the channel is closed")
+            if len(data) > MESSAGE_MAX or len(fds) > FDS_MAX:
+                raise ChannelError(f"a message of {len(data)} bytes, {len(fds)} descriptors")
+            if not self._backlog and self._transmit(data, fds):
+                return
+            if self._backlog_size + len(data) > BACKLOG_MAX:
+                raise ChannelError("the peer does not read")
+            stack.pop_all()
+            self._backlog.append((data, owned))
+            self._backlog_size += len(data)
+            if self._loop and len(self._backlog) == 1:
+                self._loop.add_writer(self.fileno(), self._send_backlog)
+
+    def flush(self) -> bool:
+        """Send what waits, as far as the peer has room; returns whether nothing is left.
+
+        Raises:
+            ChannelError: the peer is gone, or cannot be sent to.
+        """
+        while self._backlog:
+            data, fds = self._backlog[0]
+            if not self._transmit(data, fds.left):
+                return False
+            self._backlog.popleft()
+            self._backlog_size -= len(data)
+            fds.close()
+        return True
+
+    def close_when_sent(self) -> None:
+        """Close as soon as everything has gone out; what still arrives is not read."""
+        self._closes_when_sent = True
+        if not self._backlog:
+            self.close()
+        elif self._loop:
+            self._loop.remove_reader(self.fileno())
+
+    def _send_backlog(self) -> None:
+        try:
+            if not self.flush():
+                return
+        except ChannelError:
+            # Whoever reads from this channel finds its end there.
+            self._forget_backlog()
+        if self._loop:
+            self._loop.remove_writer(self.fileno())
+        if self._closes_when_sent:
+            self.close()
+
+    def _forget_backlog(self) -> None:
+        for _, fds in self._backlog:
+            fds.close()
+        self._backlog.clear()
+        self._backlog_size = 0
+
+    def _transmit(self, data: bytes, fds: Sequence[int]) -> bool:
+        """Send one packet; False if the peer has no room for it now."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except ConnectionError as err:
+            raise ChannelClosedError(f"cannot send: {err.strerror}") from err
+        except OSError as err:
+            raise ChannelError(f"cannot send: {err.strerror}") from err
+        return True
+
+    # Receiving
+
+    def receive(self) -> Received[Taken]:
+        """Return the next message.
+
+        Raises:
+            BlockingIOError: there is none yet.
+            MalformedError: what came is no message for this end; what came with it is closed.
+            ChannelClosedError: the peer is gone.
+        """
+        try:
+            data, ancillary, flags = self._receive_packet()
+        except BlockingIOError:
+            raise
+        except OSError as err:
+            raise ChannelClosedError(f"cannot receive: {err.strerror}") from err
+        with ExitStack() as stack:
+            fds = stack.enter_context(Fds(_descriptors(ancillary)))
+            if not data:  # the end; or a packet of nothing, which is no message either
+                raise ChannelClosedError("the peer has closed the connection")
+            if flags & socket.MSG_TRUNC:
+                raise MalformedError(f"a message of more than {MESSAGE_MAX} bytes")
+            if flags & socket.MSG_CTRUNC:
+                raise MalformedError(f"more than {FDS_MAX} descriptors, or than this process has")
+            try:
+                message = self._wire.decode(data)
+            except WireError as err:
+                raise MalformedError(f"not a message: {err}") from err
+            stack.pop_all()
+        return Received(message, fds)
+
+    def _receive_packet(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+        size = MESSAGE_MAX, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
+        try:
+            # Not socket.recv_fds, which ignores its flags (python/cpython#107898).
+            return self._socket.recvmsg(*size)[:3]
+        except ConnectionResetError:
+            # The peer closed without reading all that it was sent; what it sent is still there.
+            return self._socket.recvmsg(*size)[:3]
+
+    def watch(
+        self,
+        loop: Loop,
+        on_message: Callable[[Received[Taken]], None],
+        on_end: Callable[[ChannelError], None],
+    ) -> None:
+        """Let `loop` call `on_message` for each message, and `on_end` once when there is no more.
+
+        `on_message` owns the message's descriptors. Before `on_end`, the channel leaves the loop;
+        it is not closed: an answer to a malformed message may still be sent.
+        """
+        self._loop = loop
+        loop.add_reader(self.fileno(), lambda: self._receive_some(on_message, on_end))
+        if self._backlog:
+            loop.add_writer(self.fileno(), self._send_backlog)
+
+    def _receive_some(
+        self,
+        on_message: Callable[[Received[Taken]], None],
+        on_end: Callable[[ChannelError], None],
+    ) -> None:
+        for _ in range(_BURST):
+            if self.is_closed or self._closes_when_sent:  # by what the last message did
+                return
+            try:
+                received = self.receive()
+            except BlockingIOError:
+                return
+            except ChannelError as err:
+                if self._loop:
+                    self._loop.remove_reader(self.fileno())
+                on_end(err)
+                return
+            on_message(received)
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, block in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(block[: len(block) - len(block) % _INT_SIZE])
+    return fds.tolist()
+
+
+def channel_pair(
+    one: Wire[Sent, Taken], other: Wire[Taken, Sent]
+) -> tuple[Channel[Sent, Taken], Channel[Taken, Sent]]:
+    """Make two connected channels; the caller closes both."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Channel(left, one), Channel(right, other)
