@@ -11,7 +11,9 @@ from enum import StrEnum
 
 import msgspec
 
-from vmd.messages import AnyAnswer, AnyRequest, BootFrom, ErrorCode, Part, Statistics
+from vmd.config.disks import DiskOption
+from vmd.config.model import BootDevice
+from vmd.messages import AnyAnswer, AnyRequest, ErrorCode, Part, Statistics
 from vmd.wire import Wire, WireEncoding
 
 
@@ -69,24 +71,13 @@ ParentToControl = ClientAnswer | CloseClient | SetVerbosity
 # parent ↔ vmm ↔ vm
 
 
-class DiskFormat(StrEnum):
-    """How a disk image is laid out."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
-
-
 class DiskSpec(Part, frozen=True, kw_only=True):
     """A disk, open."""
 
+    option: DiskOption
+    """As it is configured; its path is for messages."""
     chain: tuple[int, ...]
-    """Indices of descriptors: the image, then its bases."""
-    format: DiskFormat | None = None
-    path: str
-    """For messages."""
-    is_read_only: bool = False
-    serial: str = ""
-    queues: int = 1
+    """Indices of descriptors: the image, then its bases; a server's connection alone."""
 
 
 class NicSpec(Part, frozen=True, kw_only=True):
@@ -120,7 +111,11 @@ class VmSpec(Part, frozen=True, kw_only=True):
     interfaces: tuple[NicSpec, ...] = ()
     tty: int
     """Index of the descriptor of the pty's master side."""
-    boot_device: BootFrom = BootFrom.AUTO
+    tty_watch: int
+    """Index of an inotify descriptor that tells when the slave side is opened or closed."""
+    ring: int
+    """Index of the memory that holds what the console has shown; see `ring`."""
+    boot_device: BootDevice = BootDevice.AUTO
 
 
 class Launch(Internal, frozen=True, kw_only=True):
