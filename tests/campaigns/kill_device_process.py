@@ -1,0 +1,192 @@
+"""Campaign: a disk's device process, killed at random moments while a driver writes.
+
+Each round a device process serves a qcow2 image, and a driver in this process has it write, zero,
+discard and flush, up to four requests at a time. SIGKILL ends the device process. Afterwards the
+image opens, is checked by us and by `qemu-img check`: nothing but leaks; and each sector holds what
+was there at the last acknowledged flush, or what was written later. The image goes on to the next
+round.
+
+Any deviation is printed, and the exit status is 1. The same --seed gives the same requests; when
+the kill comes is up to the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.campaigns.kill_disk import (  # noqa: E402
+    DISCARD,
+    FLUSH,
+    FLUSHED,
+    OPTIONS,
+    SECTOR,
+    SIZE,
+    WRITE,
+    ZERO,
+    Disk,
+    stamp,
+)
+from tests.unit.block.crash import checked  # noqa: E402
+from tests.unit.virtio.vhost_user.rig import VERSION_1, Driver, driver  # noqa: E402
+from vmm_kvm.block.image import Format, open_image  # noqa: E402
+from vmm_kvm.virtio.blk import VirtioBlk  # noqa: E402
+from vmm_kvm.virtio.vhost_user.client import Client  # noqa: E402
+from vmm_kvm.virtio.vhost_user.process import DeviceProcess, spawn_device_process  # noqa: E402
+
+FEATURES = VERSION_1 | 1 << 9 | 1 << 13 | 1 << 14  # FLUSH, DISCARD, WRITE_ZEROES
+DEPTH = 4
+DELAY_S = 0.4
+# What fits a slot of the driver's memory, and what a range may be.
+LENGTHS = (512, 1024, 4096, 7680)
+RANGES = (512, 4096, 65536, 1 << 20)
+_TYPES = {WRITE: 1, FLUSH: 4, DISCARD: 11, ZERO: 13}
+
+
+class Load:
+    """A driver that keeps a device process busy until that is killed."""
+
+    def __init__(self, guest: Driver, disk: Disk, chance: random.Random, number: int) -> None:
+        """Begin with operation `number`; `disk` is told what begins and what is durable."""
+        self._guest = guest
+        self._disk = disk
+        self._chance = chance
+        self.number = number
+        self.wrong: list[str] = []
+
+    def run(self, process: DeviceProcess, delay_s: float) -> None:
+        """Have the device process write, and kill it after `delay_s` seconds."""
+        chance = self._chance
+        pid = process._pid
+        assert pid is not None
+        deadline = time.monotonic() + delay_s
+        while time.monotonic() < deadline:
+            slots = [self._offer(self._pick()) for _ in range(chance.randint(1, DEPTH))]
+            if not self._finish(slots, deadline):
+                break
+            if chance.random() < 0.3:
+                flush = self.number
+                slots = [self._offer(FLUSH)]
+                if not self._finish(slots, deadline):
+                    break
+                self._disk.note(FLUSHED, flush, 0, 0)
+        os.kill(pid, signal.SIGKILL)
+
+    def _pick(self) -> int:
+        return self._chance.choices((WRITE, ZERO, DISCARD), (12, 2, 3))[0]
+
+    def _offer(self, what: int) -> int:
+        """Make a request available, and note that it has begun."""
+        chance, number = self._chance, self.number
+        self.number += 1
+        sector = chance.randrange(SIZE // SECTOR)
+        offset = sector * SECTOR
+        size = min(chance.choice(LENGTHS if what == WRITE else RANGES), SIZE - offset)
+        self._disk.note(what, number, offset, size)
+        data = b""
+        if what == WRITE:
+            data = b"".join(stamp(number, sector + n) for n in range(size // SECTOR))
+        elif what != FLUSH:
+            unmaps = number % 2 if what == ZERO else 0
+            data = struct.pack("<QII", sector, size // SECTOR, unmaps)
+        header = struct.pack("<IIQ", _TYPES[what], 0, sector if what == WRITE else 0)
+        return self._guest.offer(header + data, room=1)
+
+    def _finish(self, slots: Sequence[int], deadline: float) -> bool:
+        """Notify, and wait until all is done; False if the time is over before."""
+        guest = self._guest
+        guest.notify()
+        while guest.used() != guest.available[0]:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not select.select([guest.call[0]], [], [], left_s)[0]:
+                return False
+            os.eventfd_read(guest.call[0])
+        failed = [slot for slot in slots if guest.answer(slot, 1) != b"\0"]
+        if failed:
+            self.wrong.append(f"requests before {self.number} failed")
+        return True
+
+
+def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tuple[int, list[str]]:
+    """Kill one device process; return the next operation's number, and what is wrong."""
+
+    def backend() -> VirtioBlk:
+        return VirtioBlk(open_image(path, Format.QCOW2, False), name="disk")
+
+    with (
+        driver() as guest,
+        spawn_device_process(backend, "disk") as process,
+        Client(process.connection) as client,
+    ):
+        guest.start(client, FEATURES)
+        load = Load(guest, disk, chance, number)
+        load.run(process, chance.uniform(0.005, DELAY_S))
+    wrong = [*load.wrong, *checked(path).errors]
+    done = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True, text=True
+    )
+    if done.returncode not in {0, 3}:  # 3: leaks
+        wrong.append(f"qemu-img check: {done.returncode}: {done.stdout}{done.stderr}")
+    image = open_image(path, Format.QCOW2, True)
+    found = bytearray(SIZE)
+    image.readv(0, [memoryview(found)])
+    image.close()
+    return load.number, wrong + disk.settle(bytes(found))
+
+
+def campaign(count: int, seed: int) -> tuple[int, list[str]]:
+    """Kill `count` device processes; return how many requests there were, and what deviated."""
+    chance = random.Random(seed)
+    deviations: list[str] = []
+    operations = 0
+    per_image = max(count // len(OPTIONS), 1)
+    logging.getLogger("vmm_kvm.virtio.vhost_user.process").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="kill-device-process-") as directory:
+        for number in range(count):
+            if number % per_image == 0:
+                path = f"{directory}/disk{number}.qcow2"
+                features = OPTIONS[number // per_image % len(OPTIONS)]
+                command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, path)
+                subprocess.run([*command, str(SIZE)], check=True)
+                disk, following = Disk(), 1
+            first = following
+            following, wrong = run_round(path, disk, chance, following)
+            operations += following - first
+            deviations += [f"round {number}, {features}: {line}" for line in wrong[:5]]
+    return operations, deviations
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign and print its summary."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=300, help="how many kills")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    begun = time.monotonic()
+    operations, deviations = campaign(options.count, options.seed)
+    for line in deviations:
+        print(line)
+    taken = time.monotonic() - begun
+    print(
+        f"{options.count} kills, {operations} requests, {taken:.0f} s: {len(deviations)} deviations"
+    )
+    return 1 if deviations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
