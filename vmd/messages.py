@@ -18,6 +18,7 @@ from typing import Annotated
 
 import msgspec
 
+from vmd.config.model import BootDevice
 from vmd.wire import Wire, WireEncoding
 
 PROTOCOL_VERSION = 1
@@ -85,15 +86,6 @@ class State(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     STOPPING = "stopping"
-
-
-class BootFrom(StrEnum):
-    """What firmware boots from."""
-
-    AUTO = "auto"
-    DISK = "disk"
-    CDROM = "cdrom"
-    NET = "net"
 
 
 class ResetMode(StrEnum):
@@ -189,8 +181,8 @@ class Start(VmRequest, frozen=True, kw_only=True):
     """Index of the descriptor of a kernel or firmware image, for this start only."""
     kernel_path: Path = ""
     """Where it is, for messages."""
-    initrd: Index | None = None
-    """Index of the descriptor of an initial RAM disk."""
+    initrd: Annotated[tuple[Index, ...], msgspec.Meta(max_length=32)] = ()
+    """Indices of the descriptors of initial RAM disks; more than one only for Multiboot."""
     append: Path | None = None
     """Kernel command line."""
     firmware: Path = ""
@@ -199,7 +191,7 @@ class Start(VmRequest, frozen=True, kw_only=True):
     interfaces: Annotated[tuple[InterfaceRequest, ...], msgspec.Meta(max_length=64)] = ()
     cdrom: Path = ""
     """Absolute path."""
-    boot_device: BootFrom = BootFrom.AUTO
+    boot_device: BootDevice = BootDevice.AUTO
 
 
 class Stop(VmRequest, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmd import internal, messages
+from vmd.config.disks import DiskKind, DiskOption
 from vmd.wire import Wire, WireEncoding, WireError
 
 UNIONS = {
@@ -48,6 +49,8 @@ def _example_of(wanted: object) -> object:
         return _example_of(arguments[0])
     if isinstance(wanted, type) and issubclass(wanted, msgspec.Struct):
         return _example(wanted)
+    if wanted is DiskOption:
+        return DiskOption(DiskKind.RAW, "/disk", queues=2)
     if isinstance(wanted, type) and hasattr(wanted, "__members__"):
         return list(wanted)[-1]  # type: ignore[call-overload] # an enumeration
     return {int: 1, str: "text", bool: True, float: 1.5}[wanted]  # type: ignore[index] # a type
