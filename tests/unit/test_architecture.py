@@ -34,6 +34,8 @@ PURE = (
     *("vmm_kvm.boot.layout", "vmm_kvm.boot.entry", "vmd.config.sizes", "vmd.lifecycle"),
     *("vmm_kvm.scsi.spc", "vmm_kvm.scsi.mmc", "vmm_kvm.scsi.cdrom"),
     *("vmd.registry", "vmd.policy", "vmd.addressing"),
+    *("vmd.config.model", "vmd.config.lexer", "vmd.config.grammar", "vmd.config.values"),
+    *("vmd.config.interfaces", "vmd.config.vms", "vmd.config.parser", "vmd.config.check"),
 )
 IMPURE = {"os", "socket", "time", "asyncio", "logging", "threading"}
 # Locks on files are fcntl's as well.

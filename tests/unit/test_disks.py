@@ -50,8 +50,8 @@ def test_disks(text: str, expected: DiskOption) -> None:
             "d,serial=123456789012345678901",
             "invalid disk: d,serial=123456789012345678901: serial of more than 20 bytes",
         ),
-        ("raw:d,private", "invalid disk: raw:d,private: private is not for raw: disks"),
-        ("vhost-user:s,ro", "invalid disk: vhost-user:s,ro: ro is not for vhost-user: disks"),
+        ("raw:d,private", "invalid disk: raw:d,private: private is not for raw disks"),
+        ("vhost-user:s,ro", "invalid disk: vhost-user:s,ro: ro is not for vhost-user disks"),
     ],
 )
 def test_disks_that_are_refused(text: str, message: str) -> None:

@@ -56,13 +56,16 @@ class DiskOption(NamedTuple):
 
 _IMAGES = frozenset({DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2})
 # Which kinds each option makes sense for.
-_OPTIONS = {
+_KINDS = {
     "ro": _IMAGES,
     "serial": _IMAGES,
     "queues": _IMAGES,
     "process": _IMAGES,
     "private": frozenset({DiskKind.PMEM}),
 }
+OPTIONS = frozenset(_KINDS)
+"""Words of the options."""
+OPTIONS_WITH_VALUE = frozenset({"serial", "queues"})
 _COMMA = ",,"
 
 
@@ -79,7 +82,13 @@ def parse_disk(text: str) -> DiskOption:
         raise DiskError(f"invalid disk: {text}: no path")
     disk = DiskOption(kind, path)
     for option in options:
-        disk = _with_option(disk, option, text)
+        word, equals, value = option.partition("=")
+        if word not in OPTIONS or bool(equals) != (word in OPTIONS_WITH_VALUE):
+            raise DiskError(f"invalid disk: {text}: unknown option {option!r}")
+        try:
+            disk = with_option(disk, word, value)
+        except DiskError as err:
+            raise DiskError(f"invalid disk: {text}: {err}") from None
     return disk
 
 
@@ -100,12 +109,15 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _with_option(disk: DiskOption, option: str, text: str) -> DiskOption:
-    word, equals, value = option.partition("=")
-    if word not in _OPTIONS or bool(equals) != (word in {"serial", "queues"}):
-        raise DiskError(f"invalid disk: {text}: unknown option {option!r}")
-    if disk.kind not in _OPTIONS[word]:
-        raise DiskError(f"invalid disk: {text}: {word} is not for {disk.kind}: disks")
+def with_option(disk: DiskOption, word: str, value: str = "") -> DiskOption:
+    """Add an option, one of OPTIONS, to a disk.
+
+    Raises:
+        DiskError: the option does not fit this kind of disk, or its value is wrong.
+    """
+    if disk.kind not in _KINDS[word]:
+        of = f"{disk.kind} " if disk.kind is not DiskKind.PROBE else ""
+        raise DiskError(f"{word} is not for {of}disks")
     match word:
         case "ro":
             return disk._replace(is_read_only=True)
@@ -115,9 +127,11 @@ def _with_option(disk: DiskOption, option: str, text: str) -> DiskOption:
             return disk._replace(is_private=True)
         case "serial":
             if len(value.encode(errors="surrogateescape")) > SERIAL_MAX:
-                raise DiskError(f"invalid disk: {text}: serial of more than {SERIAL_MAX} bytes")
+                raise DiskError(f"serial of more than {SERIAL_MAX} bytes")
             return disk._replace(serial=value)
         case _:
-            if not value.isdecimal() or not 1 <= int(value) <= QUEUES_MAX:
-                raise DiskError(f"invalid disk: {text}: queues are 1 to {QUEUES_MAX}")
+            # No more digits than int() takes.
+            is_number = value.isdecimal() and len(value) <= len(str(QUEUES_MAX))
+            if not is_number or not 1 <= int(value) <= QUEUES_MAX:
+                raise DiskError(f"queues are 1 to {QUEUES_MAX}")
             return disk._replace(queues=int(value))

@@ -1,0 +1,187 @@
+"""What the rules of vm.conf's grammar are made of: tokens ahead, complaints, going on after one.
+
+A rule is a function that takes the tokens it describes. When something is wrong it is reported, and
+StatementError unwinds to the start of a statement: the rest of the line is skipped there, and what
+follows is read as statements again. So that one mistake within a block gives one complaint, a
+syntax error is kept silent until three tokens in a row have been right.
+
+Source: section 4.6 of OpenBSD's behaviour.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from vmd.config.host import Host
+from vmd.config.lexer import Kind, Lexer, Macros, Token
+from vmd.config.model import Owner
+from vmd.config.values import ValueRefusedError
+
+_Value = TypeVar("_Value")
+
+_RIGHT_TOKENS = 3
+_UID_MAX = (1 << 32) - 2
+
+
+class StatementError(Exception):
+    """A statement that is wrong, of which the operator has been told."""
+
+
+class Tokens:
+    """The tokens of a vm.conf, taken one by one, and the lines about what is wrong with it."""
+
+    def __init__(self, name: str, data: bytes, macros: Macros) -> None:
+        self.complaints: list[str] = []
+        self._lexer = Lexer(name, data, macros, self.report)
+        self._ahead: Token | None = None
+        self._silent = 0
+
+    @property
+    def where(self) -> str:
+        """`file:line` of the token that was read last."""
+        return self._lexer.where
+
+    @property
+    def depth(self) -> int:
+        """How many files are open."""
+        return self._lexer.depth
+
+    def include(self, name: str, data: bytes) -> None:
+        """Go on in another file. The last token taken ends a line, and none is known ahead."""
+        assert self._ahead is None
+        self._lexer.include(name, data)
+
+    def report(self, message: str) -> None:
+        """Complain of what was read last."""
+        self.complaints.append(f"{self.where}: {message}")
+
+    def refuse(self, message: str) -> NoReturn:
+        """Complain of a statement that means nothing."""
+        self.report(message)
+        raise StatementError
+
+    def refuse_value(self, detail: str, message: str) -> NoReturn:
+        """Complain of a value: first what is wrong with it, which is a line by itself."""
+        self.complaints.append(detail)
+        self.refuse(message)
+
+    def syntax_error(self) -> NoReturn:
+        """Complain of a token that does not belong there, unless that may be an earlier fault's."""
+        if not self._silent:
+            self.report("syntax error")
+        raise StatementError
+
+    def recover(self) -> bool:
+        """Skip what is left of a line; returns False at the end of the file."""
+        self._silent = _RIGHT_TOKENS
+        while (token := self.peek()).kind is not Kind.END:
+            if token.kind is Kind.NEWLINE:
+                self.take()
+                return True
+            self._ahead = None
+        return False
+
+    def peek(self) -> Token:
+        """Return the next token, without taking it."""
+        if self._ahead is None:
+            self._ahead = self._lexer.next()
+        return self._ahead
+
+    def take(self) -> Token:
+        """Take the next token."""
+        token = self.peek()
+        self._ahead = None
+        self._silent = max(self._silent - 1, 0)
+        return token
+
+    def is_at(self, text: str) -> bool:
+        """Tell whether a keyword, a symbol or a newline is next."""
+        token = self.peek()
+        return token.text == text and token.kind in {Kind.KEYWORD, Kind.SYMBOL, Kind.NEWLINE}
+
+    def is_at_own(self, word: str) -> bool:
+        """Tell whether a keyword that only this vmd has is next: where OpenBSD takes no string."""
+        token = self.peek()
+        return token.kind is Kind.WORD and token.text == word
+
+    def accept(self, text: str) -> bool:
+        """Take a keyword, symbol or newline if it is next."""
+        if not self.is_at(text):
+            return False
+        self.take()
+        return True
+
+    def expect(self, text: str) -> None:
+        """Take a keyword, symbol or newline, which has to be next."""
+        if not self.accept(text):
+            self.syntax_error()
+
+    def newlines(self) -> None:
+        """Take any number of newlines."""
+        while self.accept("\n"):
+            pass
+
+    def one_string(self) -> str:
+        """Take one string."""
+        if not self.peek().is_string:
+            self.syntax_error()
+        return self.take().text
+
+    def string(self) -> str:
+        """Take one or more strings, which are one: `string = STRING { STRING }`."""
+        found = self.one_string()
+        while self.peek().is_string:
+            found += self.take().text
+        return found
+
+    def number(self) -> int:
+        """Take a number."""
+        if self.peek().kind is not Kind.NUMBER:
+            self.syntax_error()
+        return self.take().number
+
+    def block(self, option: Callable[[], None]) -> None:
+        """Take a block: `"{" {NL} option {NL} { option NL {NL} } "}"`."""
+        self.expect("{")
+        self.newlines()
+        option()
+        self.newlines()
+        while not self.accept("}"):
+            option()
+            self.expect("\n")
+            self.newlines()
+
+    def loose_block(self, option: Callable[[], None]) -> None:
+        """Take a block whose options may share a line.
+
+        block = "{" {NL} option {NL} { option {NL} } "}"
+        """
+        self.expect("{")
+        self.newlines()
+        option()
+        self.newlines()
+        while not self.accept("}"):
+            option()
+            self.newlines()
+
+    def checked(self, check: Callable[[str], _Value], text: str, what: str = "") -> _Value:
+        """Return what `check` makes of a value, or complain of it in its words, after `what`."""
+        try:
+            return check(text)
+        except ValueRefusedError as err:
+            self.refuse(f"{what}{err}")
+
+    def owner(self, host: Host) -> Owner:
+        """Take `owner = NUMBER | STRING`: a uid, or `user`, `user:group`, `user:`, `:group`."""
+        if self.peek().kind is Kind.NUMBER:
+            uid = self.take().number
+            if not 0 <= uid <= _UID_MAX:
+                self.refuse(f"failed to get user: {uid}")
+            return Owner(uid)
+        user_name, _, group_name = self.one_string().partition(":")
+        user = host.find_user(user_name) if user_name else None
+        if user_name and user is None:
+            self.refuse(f"failed to get user: {user_name}")
+        group = host.find_group(group_name) if group_name else None
+        if group_name and group is None:
+            self.refuse(f"failed to get group: {group_name}")
+        return Owner(user, group)

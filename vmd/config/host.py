@@ -1,0 +1,84 @@
+"""What reading a vm.conf needs of the host: files, paths, users and groups."""
+
+import grp
+import os
+import pwd
+import stat
+from errno import EFBIG, EISDIR, ENOENT
+from typing import NamedTuple, Protocol
+
+SIZE_MAX = 4 << 20
+"""Bytes of a file; more is not a vm.conf."""
+
+
+class FileText(NamedTuple):
+    """What is in a file, and what is wrong with who may write there."""
+
+    data: bytes
+    complaint: str | None = None
+
+
+class Host(Protocol):
+    """Where a configuration is read. OSError says what cannot be had, and why."""
+
+    def read_file(self, path: str) -> FileText:
+        """Read a file; raises OSError."""
+
+    def resolve(self, path: str) -> str:
+        """Return the absolute path, without links, of what is there; raises OSError."""
+
+    def find_user(self, name: str) -> int | None:
+        """Return the uid of a user; None if there is none."""
+
+    def find_group(self, name: str) -> int | None:
+        """Return the gid of a group; None if there is none."""
+
+
+class SystemHost:
+    """This host."""
+
+    def read_file(self, path: str) -> FileText:
+        """Read a file, at most SIZE_MAX bytes; raises OSError."""
+        with open(path, "rb") as file:  # noqa: PTH123 - the plainest way
+            status = os.fstat(file.fileno())
+            if stat.S_ISDIR(status.st_mode):
+                raise OSError(EISDIR, os.strerror(EISDIR), path)
+            data = file.read(SIZE_MAX + 1)
+        if len(data) > SIZE_MAX:
+            raise OSError(EFBIG, os.strerror(EFBIG), path)
+        return FileText(data, secrecy_complaint(status, os.getuid()))
+
+    def resolve(self, path: str) -> str:
+        """Return the absolute path, without links, of what is there; raises OSError."""
+        if not path:
+            raise OSError(ENOENT, os.strerror(ENOENT), path)
+        return os.path.realpath(path, strict=True)
+
+    def find_user(self, name: str) -> int | None:
+        """Return the uid of a user; None if there is none."""
+        try:
+            return pwd.getpwnam(name).pw_uid
+        except KeyError:
+            return None
+
+    def find_group(self, name: str) -> int | None:
+        """Return the gid of a group; None if there is none."""
+        try:
+            return grp.getgrnam(name).gr_gid
+        except KeyError:
+            return None
+
+
+def secrecy_complaint(status: os.stat_result, uid: int) -> str | None:
+    """Say what is wrong if others than root and user `uid` can change a regular file.
+
+    Such a file is read nevertheless, and the operator is told. OpenBSD's vmd has this check, but
+    does not apply it to vm.conf, which holds no secret: it may be read by everyone.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if status.st_uid not in {0, uid}:
+        return "owner not root or current user"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "group writable or world writable"
+    return None

@@ -1,0 +1,240 @@
+"""The parser of vm.conf: a file, and those that it includes, to a Config.
+
+Rules: statements here, switches and interfaces in `interfaces`, VMs in `vms`; each has its part of
+the grammar in its docstring.
+
+    file = { [ include | macro | global | switch | vm ] NL }
+
+Source: vm.conf(5); section 4 of OpenBSD's behaviour.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from vmd.config.grammar import StatementError, Tokens
+from vmd.config.host import Host, SystemHost
+from vmd.config.interfaces import SwitchRule
+from vmd.config.lexer import Kind, Macros
+from vmd.config.model import AGENTX_PATH, Agentx, Config, Staggered
+from vmd.config.values import byte_length, prefix4_of, prefix6_of
+from vmd.config.vms import VmRule
+
+_AGENTX_CONTEXT_MAX = 32
+_SOCKET_PATH_MAX = 107
+# More is a file that includes itself.
+_DEPTH_MAX = 16
+_INCLUDES_MAX = 256
+
+
+class ConfigErrors(Exception):  # noqa: N818 - it is several
+    """A vm.conf that cannot be used; `lines` are for the operator, `file:line: text` mostly."""
+
+    def __init__(self, lines: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+        self.warnings = warnings
+
+
+class Reading(NamedTuple):
+    """What came of reading a vm.conf."""
+
+    config: Config = Config()
+    """What it says, as far as it could be understood."""
+    errors: tuple[str, ...] = ()
+    """Lines; if there are any, the file is not to be used."""
+    notes: tuple[str, ...] = ()
+    """Lines about the files themselves, which keep nothing from being used."""
+    unused: tuple[str, ...] = ()
+    """Names of macros that a file defines for nothing."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines for the operator about what is not an error."""
+        return self.notes + tuple(f"warning: macro '{name}' not used" for name in self.unused)
+
+
+def parse_config(
+    path: str,
+    macros: Mapping[str, str],
+    *,
+    is_optional: bool = False,
+    host: Host | None = None,
+) -> Config:
+    """Read a vm.conf. A file that is not there is empty, with a warning unless it is optional.
+
+    Args:
+        path: the file; other paths in it are relative to the working directory too.
+        macros: of the command line; no definition in a file changes them.
+        is_optional: whether it is the default file, which need not be there.
+        host: where files, users and groups are looked up; this host if None.
+
+    Raises:
+        ConfigErrors: the file cannot be read, or anything in it is wrong.
+    """
+    reading = read_config(path, macros, is_optional=is_optional, host=host)
+    if reading.errors:
+        raise ConfigErrors(reading.errors, reading.warnings)
+    return reading.config._replace(warnings=reading.warnings)
+
+
+def read_config(
+    path: str,
+    macros: Mapping[str, str],
+    *,
+    is_optional: bool = False,
+    host: Host | None = None,
+) -> Reading:
+    """Read a vm.conf as `parse_config` does, and return what came of it, errors included."""
+    host = host or SystemHost()
+    try:
+        file = host.read_file(path)
+    except OSError as err:
+        line = _printable(f"failed to open {path}: {err.strerror}")
+        if not isinstance(err, FileNotFoundError):
+            return Reading(errors=(line,))
+        return Reading(notes=() if is_optional else (line,))
+    known = Macros(macros)
+    parser = _Parser(Tokens(path, file.data, known), known, host)
+    if file.complaint is not None:
+        parser.notes.append(f"{path}: {file.complaint}")
+    parser.parse()
+    return Reading(
+        parser.config,
+        tuple(map(_printable, parser.tokens.complaints)),
+        tuple(map(_printable, parser.notes)),
+        tuple(map(_printable, known.unused())),
+    )
+
+
+def _printable(line: str) -> str:
+    r"""Write what a terminal or a log would not show as it is as `\x1b`."""
+    return "".join(
+        char
+        if char.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
+        for char in line
+    )
+
+
+class _Parser:
+    """Statements, from the first to the last."""
+
+    def __init__(self, tokens: Tokens, macros: Macros, host: Host) -> None:
+        self.tokens = tokens
+        self.config = Config()
+        self.notes: list[str] = []
+        self._macros = macros
+        self._host = host
+        self._includes = 0
+
+    def parse(self) -> None:
+        """Take all statements."""
+        while True:
+            try:
+                if self.tokens.peek().kind is Kind.END:
+                    return
+                if self.tokens.accept("include"):
+                    self._include()
+                else:
+                    self._statement()
+                    self.tokens.expect("\n")
+            except StatementError:
+                if not self.tokens.recover():
+                    return
+
+    def _statement(self) -> None:
+        tokens = self.tokens
+        if tokens.is_at("\n"):
+            return
+        if tokens.peek().is_string:
+            self._macro()
+        elif tokens.is_at("switch"):
+            switch = SwitchRule(tokens).parse()
+            self.config = self.config._replace(switches=(*self.config.switches, switch))
+        elif tokens.is_at("vm"):
+            vm = VmRule(tokens, self._host).parse()
+            self.config = self.config._replace(vms=(*self.config.vms, vm))
+        elif tokens.accept("local"):
+            self._local()
+        elif tokens.accept("socket"):
+            tokens.expect("owner")
+            self.config = self.config._replace(socket_owner=tokens.owner(self._host))
+        elif tokens.accept("agentx"):
+            self._agentx()
+        elif tokens.accept("staggered"):
+            self._staggered()
+        else:
+            tokens.syntax_error()
+
+    def _include(self) -> None:
+        """Take `"include" string NL`; what the file says stands in place of the line."""
+        tokens = self.tokens
+        path = tokens.string()
+        if not tokens.is_at("\n"):
+            tokens.syntax_error()
+        self._includes += 1
+        if tokens.depth >= _DEPTH_MAX or self._includes > _INCLUDES_MAX:
+            tokens.refuse(f"failed to include file {path}")
+        try:
+            file = self._host.read_file(path)
+        except OSError:
+            tokens.refuse(f"failed to include file {path}")
+        if file.complaint is not None:
+            self.notes.append(f"{path}: {file.complaint}")
+        tokens.take()
+        tokens.include(path, file.data)
+
+    def _macro(self) -> None:
+        """Take `macro = STRING "=" STRING`."""
+        tokens = self.tokens
+        name = tokens.one_string()
+        tokens.expect("=")
+        value = tokens.one_string()
+        if any(char in name for char in " \t\n\v\f\r"):
+            tokens.refuse("macro name cannot contain whitespace")
+        self._macros.define(name, value)
+
+    def _local(self) -> None:
+        """Take `"local" ( "prefix" STRING | "inet6" [ "prefix" STRING ] )`."""
+        tokens = self.tokens
+        if tokens.accept("prefix"):
+            text = tokens.one_string()
+            prefix = tokens.checked(prefix4_of, text, "invalid local prefix: ")
+            self.config = self.config._replace(local_prefix=prefix)
+            return
+        tokens.expect("inet6")
+        self.config = self.config._replace(is_local_inet6=True)
+        if tokens.accept("prefix"):
+            text = tokens.one_string()
+            prefix = tokens.checked(prefix6_of, text, "invalid local inet6 prefix: ")
+            self.config = self.config._replace(local_prefix6=prefix)
+
+    def _agentx(self) -> None:
+        """Take `"agentx" { "context" STRING | "path" STRING }`."""
+        tokens, context, path = self.tokens, "", AGENTX_PATH
+        while True:
+            if tokens.accept("context"):
+                context = tokens.one_string()
+                if byte_length(context) > _AGENTX_CONTEXT_MAX:
+                    tokens.refuse("agentx context too large")
+            elif tokens.accept("path"):
+                path = tokens.one_string()
+                if byte_length(path) > _SOCKET_PATH_MAX:
+                    tokens.refuse("agentx path too large")
+                if not path.startswith("/"):
+                    tokens.refuse("agentx path is not absolute")
+            else:
+                break
+        self.config = self.config._replace(agentx=Agentx(context, path))
+
+    def _staggered(self) -> None:
+        """Take `"staggered" "start" "parallel" NUMBER "delay" NUMBER`."""
+        tokens = self.tokens
+        tokens.expect("start")
+        tokens.expect("parallel")
+        parallelism = tokens.number()
+        tokens.expect("delay")
+        delay_s = tokens.number()
+        if parallelism < 1 or delay_s < 0:
+            tokens.refuse(f"invalid staggered start: parallel {parallelism} delay {delay_s}")
+        self.config = self.config._replace(staggered=Staggered(parallelism, delay_s))

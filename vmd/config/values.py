@@ -1,0 +1,166 @@
+"""Values in a vm.conf: what is right, and what is said of what is wrong.
+
+Source: sections 4.3 to 4.5 of OpenBSD's behaviour.
+"""
+
+import re
+
+from vmd.config.model import (
+    INTERFACE_NAME_MAX,
+    MEMORY_MAX,
+    MEMORY_MIN,
+    Prefix,
+)
+from vmd.config.sizes import SizeError, scan_scaled
+
+_MIB = 1 << 20
+_TAP_UNIT_MAX = (1 << 32) - 1
+_PREFIX4_BITS_MAX = 16
+_PREFIX4_BITS_DEFAULT = 16
+_PREFIX6_BITS_MAX = 64
+_PREFIX6_BITS_DEFAULT = 64
+_NOT_NUMERIC = "name or service is not known"
+_ADDRESS = re.compile(r"[0-9a-fA-F]{1,2}(?::[0-9a-fA-F]{1,2}){5}")
+_OCTETS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){0,3}")
+_INTERFACE = re.compile(r"[^\s/:]+")
+_NUMBER = re.compile(r"[-+]?[0-9]+")
+_TAP = re.compile(r"tap[0-9]+")
+
+
+class ValueRefusedError(ValueError):
+    """A value that is wrong; the message is part of a line."""
+
+
+def byte_length(text: str) -> int:
+    """Return how many bytes a text has, as a file has them."""
+    return len(text.encode("utf-8", "surrogateescape"))
+
+
+def memory_of(size: int | str) -> int:
+    """Return the bytes of RAM, a multiple of 1 MiB, for a number of bytes or a scaled size.
+
+    Raises:
+        ValueRefusedError: not a size, less than 1 MiB, or more than 128 GiB.
+    """
+    try:
+        count = scan_scaled(size) if isinstance(size, str) else size
+    except SizeError as err:
+        raise ValueRefusedError(f"invalid memory size: {size}: {err}") from None
+    if count < MEMORY_MIN:
+        raise ValueRefusedError("memory size must be at least 1MB")
+    if count > MEMORY_MAX:
+        raise ValueRefusedError("memory size too large (limit is 128G)")
+    return count // _MIB * _MIB
+
+
+def lladdr_of(text: str) -> str | None:
+    """Return an Ethernet address with two digits in each part; None for all zero, a random one.
+
+    Raises:
+        ValueRefusedError: not an address.
+    """
+    if not _ADDRESS.fullmatch(text):
+        raise ValueRefusedError(f"invalid address: {text}")
+    address = ":".join(f"{int(part, 16):02x}" for part in text.split(":"))
+    return address if address.strip("0:") else None
+
+
+def tap_of(name: str) -> str | None:
+    """Return the host's side of an interface; None for any.
+
+    Raises:
+        ValueRefusedError: neither `tap` nor `tap` and a number.
+    """
+    if name == "tap":
+        return None
+    if not _TAP.fullmatch(name) or _is_more(name[3:], _TAP_UNIT_MAX):
+        raise ValueRefusedError(f"invalid interface: {name}")
+    if len(name) > INTERFACE_NAME_MAX:
+        raise ValueRefusedError(f"interface name too long: {name}")
+    return name
+
+
+def bridge_of(name: str) -> str:
+    """Return the interface of a switch, which is whatever Linux takes for a name of one.
+
+    OpenBSD wants `bridge` or `veb` and a number; bridges of Linux have any name.
+
+    Raises:
+        ValueRefusedError: it cannot be the name of an interface.
+    """
+    if not _INTERFACE.fullmatch(name) or name in {".", ".."} or not name.isprintable():
+        raise ValueRefusedError(f"invalid switch interface: {name}")
+    if byte_length(name) > INTERFACE_NAME_MAX:
+        raise ValueRefusedError(f"switch interface too long: {name}")
+    return name
+
+
+def group_of(name: str) -> str | None:
+    """Return an interface group; None for an empty name.
+
+    Raises:
+        ValueRefusedError: more than fifteen bytes, or a digit at the end.
+    """
+    if byte_length(name) > INTERFACE_NAME_MAX or name[-1:] in set("0123456789"):
+        raise ValueRefusedError(f"invalid group name: {name}")
+    return name or None
+
+
+def prefix4_of(text: str) -> Prefix:
+    """Read an IPv4 prefix, `100.64.0.0/10` or shorter, such as `10/8`; 16 bits if none are said.
+
+    Raises:
+        ValueRefusedError: not a prefix, of more than 16 bits, or with bits beyond the mask.
+    """
+    address, slash, mask = text.rpartition("/")
+    bits = _bits(mask, 1, _PREFIX4_BITS_MAX) if slash else _PREFIX4_BITS_DEFAULT
+    octets = (address if slash else text).split(".")
+    if not _OCTETS.fullmatch(".".join(octets)) or any(int(octet) > 255 for octet in octets):
+        raise ValueRefusedError("invalid format")
+    number = int.from_bytes(bytes(map(int, octets)).ljust(4, b"\0"), "big")
+    return _checked(Prefix(number, bits), 32)
+
+
+def prefix6_of(text: str) -> Prefix:
+    """Read an IPv6 prefix, such as `fd00:1::/64`; 64 bits if none are said.
+
+    Raises:
+        ValueRefusedError: not a prefix, of more than 64 bits, or with bits beyond the mask.
+    """
+    from ipaddress import IPv6Address  # noqa: PLC0415 - hardly any file has such a prefix
+
+    address, slash, mask = text.rpartition("/")
+    bits = _bits(mask, 0, _PREFIX6_BITS_MAX) if slash else _PREFIX6_BITS_DEFAULT
+    try:
+        found = IPv6Address(address if slash else text)
+    except ValueError:
+        raise ValueRefusedError(_NOT_NUMERIC) from None
+    if found.scope_id is not None:
+        raise ValueRefusedError(_NOT_NUMERIC)
+    return _checked(Prefix(int(found), bits), 128)
+
+
+def _checked(prefix: Prefix, width: int) -> Prefix:
+    if prefix.address & ((1 << (width - prefix.bits)) - 1):
+        raise ValueRefusedError("bad mask")
+    return prefix
+
+
+def _bits(text: str, low: int, high: int) -> int:
+    """Read a number as strtonum(3) does, with its three words for what is wrong."""
+    if not _NUMBER.fullmatch(text):
+        raise ValueRefusedError("invalid")
+    if text.startswith("-") and text.strip("-0"):
+        raise ValueRefusedError("too small")
+    if _is_more(text.lstrip("+-"), high):
+        raise ValueRefusedError("too large")
+    number = int(text.lstrip("+-0") or "0")
+    if number < low:
+        raise ValueRefusedError("too small")
+    return number
+
+
+def _is_more(text: str, high: int) -> bool:
+    """Tell whether a number, of however many decimal digits, is above `high`."""
+    significant = text.lstrip("0")
+    return len(significant) > len(str(high)) or int(significant or "0") > high

@@ -1,0 +1,312 @@
+"""Rules for a VM and its options. Those that OpenBSD does not have say so.
+
+The words that OpenBSD does not have are no keywords elsewhere: a vm.conf of OpenBSD that uses them
+as a name means what it means there.
+
+Source: sections 4.2 and 4.5 of OpenBSD's behaviour.
+"""
+
+from vmd.config.disks import OPTIONS_WITH_VALUE, DiskError, DiskKind, DiskOption, with_option
+from vmd.config.grammar import Tokens
+from vmd.config.host import Host
+from vmd.config.interfaces import InterfaceRule
+from vmd.config.model import (
+    CPUS_MAX,
+    DISKS_MAX,
+    INTERFACES_MAX,
+    NAME_MAX,
+    PATH_BYTES_MAX,
+    BootDevice,
+    InterfaceConfig,
+    Right,
+    VmConfig,
+)
+from vmd.config.values import ValueRefusedError, byte_length, memory_of
+
+FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"))
+"""Formats of disks. The first two are OpenBSD's."""
+DISK_OPTIONS = ("ro", "serial", "queues", "private")
+"""Words of the block of a disk, which OpenBSD does not have."""
+OWN_OPTIONS = ("cpus", "initrd", "append", "firmware")
+"""Options of a VM that OpenBSD does not have."""
+_FIRMWARE_NAMES = ("bios", "uefi")
+_RIGHTS = (
+    *(Right.BOOT, Right.MEMORY, Right.INTERFACE, Right.DISK, Right.CDROM),
+    Right.INSTANCE,
+)
+_BOOT_DEVICES = (BootDevice.CDROM, BootDevice.DISK, BootDevice.NET)
+
+
+class VmRule:
+    """`vm = "vm" string [ "instance" string ] block of vmopt`."""
+
+    def __init__(self, tokens: Tokens, host: Host) -> None:
+        self._tokens = tokens
+        self._host = host
+        self._vm = VmConfig("")
+        self._interface_count = 0
+
+    def parse(self) -> VmConfig:
+        """Take a VM."""
+        tokens = self._tokens
+        tokens.expect("vm")
+        name, parent = tokens.string(), None
+        if tokens.accept("instance"):
+            name, parent = tokens.string(), name
+            if byte_length(parent) > NAME_MAX:
+                tokens.refuse(f"vm {parent} name too long")
+        if byte_length(name) > NAME_MAX:
+            tokens.refuse("vm name too long")
+        self._vm = VmConfig(name, parent)
+        if parent is not None:
+            self._give(Right.INSTANCE)
+        tokens.block(self._option)
+        vm = self._vm
+        missing = self._interface_count - len(vm.interfaces)
+        return vm._replace(
+            interfaces=vm.interfaces + (InterfaceConfig(),) * missing, where=tokens.where
+        )
+
+    def _give(self, right: Right) -> None:
+        self._vm = self._vm._replace(given=self._vm.given | {right})
+
+    def _option(self) -> None:
+        """Take an option of a VM.
+
+        vmopt = "enable" | "disable" | "sev" | "seves" | disk | [ "local" ] "interface" ... | boot
+              | "cdrom" string | "interfaces" NUMBER | memory | "owner" owner | allow
+              | "cpus" NUMBER | "initrd" string | "append" string | "firmware" string
+        """
+        tokens = self._tokens
+        if tokens.accept("enable"):
+            self._vm = self._vm._replace(is_enabled=True)
+        elif tokens.accept("disable"):
+            self._vm = self._vm._replace(is_enabled=False)
+        elif tokens.accept("sev"):
+            self._vm = self._vm._replace(is_sev=True)
+        elif tokens.accept("seves"):
+            self._vm = self._vm._replace(is_sev=True, is_sev_es=True)
+        elif tokens.accept("disk"):
+            self._disk()
+        elif tokens.is_at("local") or tokens.is_at("interface"):
+            self._interface()
+        elif tokens.accept("boot"):
+            self._boot()
+        elif tokens.accept("cdrom"):
+            self._cdrom()
+        elif tokens.accept("interfaces"):
+            self._interfaces()
+        elif tokens.accept("memory"):
+            self._memory()
+        elif tokens.accept("owner"):
+            self._vm = self._vm._replace(owner=tokens.owner(self._host))
+        elif tokens.accept("allow"):
+            self._allow()
+        else:
+            self._own_option()
+
+    def _own_option(self) -> None:
+        tokens = self._tokens
+        word = next((each for each in OWN_OPTIONS if tokens.is_at_own(each)), None)
+        if word is None:
+            tokens.syntax_error()
+        tokens.take()
+        match word:
+            case "cpus":
+                self._cpus()
+            case "initrd":
+                path = self._resolved(tokens.string(), "initrd")
+                self._vm = self._vm._replace(initrd=(*self._vm.initrd, path))
+                self._give(Right.BOOT)
+            case "append":
+                text = tokens.string()
+                if self._vm.append is not None:
+                    tokens.refuse("append specified more than once")
+                self._vm = self._vm._replace(append=text)
+                self._give(Right.BOOT)
+            case _:
+                self._firmware()
+
+    def _disk(self) -> None:
+        """Take a disk: `"disk" string [ "format" string ] [ loose block of diskopt ]`."""
+        tokens = self._tokens
+        path, kind = tokens.string(), DiskKind.PROBE
+        if tokens.accept("format"):
+            word = tokens.string()
+            kind = _kind_of(word)
+            if kind is DiskKind.PROBE:
+                tokens.refuse(f"unrecognized disk format {word}")
+        try:
+            disk = DiskOption(kind, self._resolved_disk(path))
+        except ValueRefusedError as err:
+            tokens.refuse_value(str(err), f"failed to parse disks: {path}")
+        if tokens.is_at("{"):
+            disk = self._disk_block(disk, path)
+        self._vm = self._vm._replace(disks=(*self._vm.disks, disk))
+        self._give(Right.DISK)
+
+    def _resolved_disk(self, path: str) -> str:
+        if len(self._vm.disks) >= DISKS_MAX:
+            raise ValueRefusedError("too many disks")
+        try:
+            resolved = self._host.resolve(path)
+        except OSError as err:
+            raise ValueRefusedError(f"disk {path}: {err.strerror}") from None
+        if byte_length(resolved) > PATH_BYTES_MAX:
+            raise ValueRefusedError("disk path too long")
+        return resolved
+
+    def _disk_block(self, disk: DiskOption, path: str) -> DiskOption:
+        """Take options of a disk.
+
+        diskopt = "ro" | "serial" STRING | "queues" NUMBER | "private"
+        """
+        tokens = self._tokens
+
+        def option() -> None:
+            nonlocal disk
+            word = next((each for each in DISK_OPTIONS if tokens.is_at_own(each)), None)
+            if word is None:
+                tokens.syntax_error()
+            tokens.take()
+            value = ""
+            if word in OPTIONS_WITH_VALUE:
+                value = tokens.one_string() if word == "serial" else str(tokens.number())
+            try:
+                disk = with_option(disk, word, value)
+            except DiskError as err:
+                tokens.refuse_value(str(err), f"failed to parse disks: {path}")
+
+        tokens.loose_block(option)
+        return disk
+
+    def _interface(self) -> None:
+        rule = InterfaceRule(self._tokens)
+        rule.parse()
+        count = len(self._vm.interfaces) + 1
+        if count > INTERFACES_MAX:
+            self._tokens.refuse(f"too many interfaces: {count}")
+        self._vm = self._vm._replace(interfaces=(*self._vm.interfaces, rule.named()))
+        self._give(Right.INTERFACE)
+
+    def _interfaces(self) -> None:
+        number = self._tokens.number()
+        if self._interface_count:
+            self._tokens.refuse("interfaces specified more than once")
+        if not 0 <= number <= INTERFACES_MAX:
+            self._tokens.refuse(f"too many interfaces: {number}")
+        self._interface_count = number
+        self._give(Right.INTERFACE)
+
+    def _boot(self) -> None:
+        """Take `"boot" string | "boot" "device" ( "cdrom" | "disk" | "net" )`."""
+        tokens = self._tokens
+        if tokens.accept("device"):
+            device = next((each for each in _BOOT_DEVICES if tokens.accept(each)), None)
+            if device is None:
+                tokens.syntax_error()
+            self._vm = self._vm._replace(boot_device=device)
+            return
+        path = tokens.string()
+        if self._vm.boot is not None:
+            tokens.refuse("kernel specified more than once")
+        if self._vm.firmware is not None:
+            tokens.refuse("boot and firmware specified")
+        self._vm = self._vm._replace(boot=self._resolved(path, "kernel"))
+        self._give(Right.BOOT)
+
+    def _firmware(self) -> None:
+        tokens = self._tokens
+        name = tokens.string()
+        if self._vm.firmware is not None:
+            tokens.refuse("firmware specified more than once")
+        if self._vm.boot is not None:
+            tokens.refuse("boot and firmware specified")
+        if name not in _FIRMWARE_NAMES:
+            name = self._resolved(name, "firmware")
+        self._vm = self._vm._replace(firmware=name)
+        self._give(Right.BOOT)
+
+    def _resolved(self, path: str, what: str) -> str:
+        try:
+            resolved = self._host.resolve(path)
+        except OSError as err:
+            self._tokens.refuse(f"{what} path not found: {err.strerror}")
+        if byte_length(resolved) > PATH_BYTES_MAX:
+            self._tokens.refuse(f"{what} name too long")
+        return resolved
+
+    def _cdrom(self) -> None:
+        tokens = self._tokens
+        path = tokens.string()
+        if self._vm.cdrom is not None:
+            tokens.refuse("cdrom specified more than once")
+        if byte_length(path) > PATH_BYTES_MAX:
+            tokens.refuse("cdrom name too long")
+        self._vm = self._vm._replace(cdrom=path or None)
+        self._give(Right.CDROM)
+
+    def _memory(self) -> None:
+        """Take `"memory" ( NUMBER | STRING )`."""
+        tokens = self._tokens
+        size: int | str
+        if tokens.peek().is_string:
+            size, what = tokens.one_string(), "argument"
+        else:
+            size, what = tokens.number(), "memory"
+        if self._vm.memory is not None:
+            tokens.refuse(f"{what} specified more than once")
+        try:
+            memory = memory_of(size)
+        except ValueRefusedError as err:
+            tokens.refuse_value(str(err), f"failed to parse size: {size}")
+        self._vm = self._vm._replace(memory=memory)
+        self._give(Right.MEMORY)
+
+    def _cpus(self) -> None:
+        tokens = self._tokens
+        count = tokens.number()
+        if self._vm.cpus is not None:
+            tokens.refuse("cpus specified more than once")
+        if not 1 <= count <= CPUS_MAX:
+            tokens.refuse(f"cpu count is too {'small' if count < 1 else 'large'}: {count}")
+        self._vm = self._vm._replace(cpus=count)
+        self._give(Right.CPUS)
+
+    def _allow(self) -> None:
+        """Take what instances may have of their own.
+
+        allow    = "allow" "instance" ( insflag | "{" {NL} insflags "}" )
+        insflags = insflag { sep insflag } {NL}         sep = "," {NL} | NL {NL}
+        """
+        tokens = self._tokens
+        tokens.expect("instance")
+        if not tokens.accept("{"):
+            self._right()
+            return
+        tokens.newlines()
+        self._right()
+        while not tokens.accept("}"):
+            if not tokens.accept(","):
+                tokens.expect("\n")
+                tokens.newlines()
+                if tokens.accept("}"):
+                    return
+            tokens.newlines()
+            self._right()
+
+    def _right(self) -> None:
+        """Take `insflag = "boot" | "memory" | ... | "owner" owner`."""
+        tokens = self._tokens
+        if tokens.accept("owner"):
+            self._vm = self._vm._replace(instance_owner=tokens.owner(self._host))
+            return
+        right = next((each for each in _RIGHTS if tokens.accept(each)), None)
+        if right is None:
+            tokens.syntax_error()
+        self._vm = self._vm._replace(allow_instance=self._vm.allow_instance | {right})
+
+
+def _kind_of(word: str) -> DiskKind:
+    """Return the kind of disk that a format names, in any case of letters; PROBE if none."""
+    return next((each for each in FORMATS if each == word.lower()), DiskKind.PROBE)
