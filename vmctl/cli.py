@@ -99,6 +99,13 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
             help="File that keeps the variables of UEFI firmware; made if it is missing.",
         ),
     ] = None,
+    virtio_console: Annotated[
+        bool,
+        typer.Option(
+            "--virtio-console",
+            help="Add a virtio console, hvc0, which takes the input once its driver is ready.",
+        ),
+    ] = False,
     boot_device: Annotated[
         str | None,
         typer.Option("-B", metavar="device", help="What firmware boots from: disk, cdrom or net."),
@@ -145,6 +152,7 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
                 boot_device=boot_device,
                 firmware=firmware,
                 nvram=nvram,
+                virtio_console=virtio_console,
                 initrd=tuple(initrd or ()),
                 append=append,
                 timeout=timeout,

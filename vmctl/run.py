@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import NamedTuple
 
@@ -95,6 +95,7 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
     return MachineSpec(
         image=open_image(path),
         variables=variables,
+        has_console=options.virtio_console,
         memory_size=_memory(options.memory),
         cpus=_cpus(options.cpus),
         disks=tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks)),
@@ -206,6 +207,9 @@ class Foreground:
             stack.callback(self._stdio.finish, discard=False)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 stack.callback(signal.signal, number, signal.signal(number, self._terminate))
+            if self._spec.has_console:
+                resized = signal.signal(signal.SIGWINCH, self._resize)
+                stack.callback(signal.signal, signal.SIGWINCH, resized)
             if self._timeout_s is not None:
                 timer = self._loop.timer(self._time_out)
                 timer.arm(self._loop.monotonic_ns() + int(self._timeout_s * NANOSECONDS))
@@ -229,6 +233,15 @@ class Foreground:
             self._stdio.finish(discard=isinstance(outcome, Ended) and outcome.discard_output)
         return _status(self._outcome)
 
+    def _resize(self, _number: int, _frame: FrameType | None) -> None:
+        """Tell the guest of the terminal's new size; a signal handler."""
+        self._loop.call_soon(self._tell_size)
+
+    def _tell_size(self) -> None:
+        if self._machine:
+            with suppress(OSError):  # not a terminal
+                self._machine.resize_console(*os.get_terminal_size(0))
+
     def _new_machine(self) -> Machine:
         self._machine = Machine(
             self._spec,
@@ -238,6 +251,7 @@ class Foreground:
             on_receive_room=lambda: self._loop.call_soon(self._stdio.feed),
             on_outcome=self._ended,
         )
+        self._tell_size()
         return self._machine
 
     # Ways to end
@@ -270,8 +284,8 @@ class Foreground:
     # What the console asks (vmctl.stdio.Guest)
 
     def receive(self, data: bytes) -> int:
-        """Give typed bytes to the serial port; returns how many it took."""
-        return self._machine.uart.receive(data) if self._machine else 0
+        """Give typed bytes to the guest's console; returns how many it took."""
+        return self._machine.receive(data) if self._machine else 0
 
     def receive_break(self) -> None:
         """Send a BREAK to the serial port."""

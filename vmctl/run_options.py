@@ -21,6 +21,7 @@ class RunOptions(NamedTuple):
     boot_device: str | None = None
     firmware: str | None = None
     nvram: str | None = None
+    virtio_console: bool = False
     initrd: tuple[str, ...] = ()
     append: str | None = None
     timeout: str | None = None
@@ -41,7 +42,12 @@ _VALUES = {
     "--timeout": "timeout",
 }
 _LISTS = {"-d": "disks", "--initrd": "initrd"}
-_FLAGS = {"--selftest": {"selftest": True}, "--no-reboot": {"reboot": False}, "-c": {}}
+_FLAGS = {
+    "--selftest": {"selftest": True},
+    "--virtio-console": {"virtio_console": True},
+    "--no-reboot": {"reboot": False},
+    "-c": {},
+}
 
 
 def read_plainly(arguments: Sequence[str]) -> RunOptions | None:

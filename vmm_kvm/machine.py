@@ -94,6 +94,8 @@ class MachineSpec(NamedTuple):
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
     variables: "Variables | None" = None
     """What UEFI firmware keeps in flash memory below its own image; stays the caller's."""
+    has_console: bool = False
+    """Whether there is a virtio console, hvc0, besides the serial port."""
     boot_device: BootDevice = BootDevice.AUTO
     """What firmware boots from, and what an OpenBSD kernel takes for its root."""
     uuid: bytes | None = None
@@ -214,7 +216,7 @@ class Machine:
             self.mmio = Bus(_MMIO_SIZE)
             self._make_devices(clock, on_receive_room)
             self._make_pci_host(hole_start)
-            self._make_pci_devices(stack)
+            self._make_pci_devices(stack, on_receive_room)
             self._make_flash(stack)
             ranges = firmware_e820_map(self.memory.regions, has_ecam=not self._is_q35)
             self.fw_cfg.add_file("etc/e820", encode(ranges))
@@ -257,10 +259,27 @@ class Machine:
 
     def throttle(self, hold: bool) -> None:
         """Ask the vCPUs to stand still, without waiting for it, or let them go on."""
+        if self.console:
+            self.console.throttle(hold)
         if hold:
             self.runner.request_pause()
         else:
             self.runner.resume()
+
+    def receive(self, data: bytes) -> int:
+        """Offer input to hvc0 once its driver is ready, else to the serial port.
+
+        Returns how many bytes were taken, from the first; `on_receive_room` says when to offer
+        the rest.
+        """
+        if self.console and self.console.is_started:
+            return self.console.receive(data)
+        return self.uart.receive(data)
+
+    def resize_console(self, columns: int, rows: int) -> None:
+        """Tell the guest how large the screen behind hvc0 is; each up to 65535."""
+        if self.console:
+            self.console.resize(columns, rows)
 
     def press_power_button(self) -> None:
         """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI."""
@@ -374,7 +393,7 @@ class Machine:
         stack.callback(flash.close)
         self.mmio.insert(base, variables.size, flash)
 
-    def _make_pci_devices(self, stack: ExitStack) -> None:
+    def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
         intx = IntxLines([KvmIrqLine(self.vm, gsi) for gsi in layout.GSI_PCI_INTX])
         devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
         # In OpenBSD's order: unit numbers in a guest follow it.
@@ -386,6 +405,9 @@ class Machine:
             for disk in self.spec.disks
         ]
         cdrom = devices.add_cdrom(self.spec.cdrom) if self.spec.cdrom else None
+        self.console = (
+            devices.add_console(self._transmit, on_receive_room) if self.spec.has_console else None
+        )
         self.vmmci = devices.add_vmmci(self._clock, lambda _command: self._end(Ending.POWER_OFF))
         self.pci.assign_bars()
         order = boot_order(self.spec.boot_device, slots[0] if slots else None, cdrom)

@@ -16,7 +16,12 @@ from vmm_kvm.clock import Clock
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import PciHost
-from vmm_kvm.pci.ids import CLASS_MASS_STORAGE_SCSI, CLASS_OTHER, CLASS_SYSTEM_OTHER
+from vmm_kvm.pci.ids import (
+    CLASS_COMMUNICATIONS_OTHER,
+    CLASS_MASS_STORAGE_SCSI,
+    CLASS_OTHER,
+    CLASS_SYSTEM_OTHER,
+)
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.device import Backend, Dataplane
@@ -29,6 +34,7 @@ if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseco
     import socket
 
     from vmm_kvm.block.mapped import MappedImage
+    from vmm_kvm.virtio.console import VirtioConsole
 
 _PIN_INTA = 1
 
@@ -183,6 +189,21 @@ class PciDevices:
 
         backend = VirtioScsi(image, owns_image=False)
         return self.add_backend(backend, CLASS_MASS_STORAGE_SCSI, "cdrom")[0]
+
+    def add_console(
+        self, transmit: Callable[[bytes], None], on_receive_room: Callable[[], None]
+    ) -> "VirtioConsole":
+        """Add a console, which the guest knows as hvc0; see `VirtioConsole` for the callbacks.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        from vmm_kvm.virtio.console import VirtioConsole  # noqa: PLC0415 - few machines have one
+
+        backend = VirtioConsole(transmit, on_receive_room=on_receive_room)
+        _, worker = self.add_backend(backend, CLASS_COMMUNICATIONS_OTHER, "console")
+        backend.attach(worker)
+        return backend
 
     def add_vmmci(self, clock: Clock, on_expired: Callable[[Command], None]) -> Vmmci:
         """Add what asks an OpenBSD guest to shut down; see `Vmmci` for `on_expired`.

@@ -13,7 +13,16 @@ _WORDS = st.sampled_from(
     (
         *("-b", "-m", "-p", "-d", "-r", "-B", "-c", "-h", "-x", "-", "--", "", "web", "256M"),
         *("--initrd", "--append", "--timeout", "--selftest", "--no-reboot", "--firmware"),
-        *("--nvram", "--help", "--append=a=b", "--initrd=", "--no-reboot=1", "-m256M", "-m=1"),
+        *(
+            "--nvram",
+            "--virtio-console",
+            "--help",
+            "--append=a=b",
+            "--initrd=",
+            "--no-reboot=1",
+            "-m256M",
+            "-m=1",
+        ),
         *("--init", "console=ttyS0 quiet", "disk.qcow2,ro", "ümlaut", "-1"),
     )
 )
@@ -56,7 +65,8 @@ def test_every_option_is_read_plainly() -> None:
             "cd.iso",
         ),
         *("-B", "cdrom", "--firmware", "uefi", "--nvram", "vars", "--initrd", "1", "--initrd=2"),
-        *("--append", "console=ttyS0", "--timeout", "5", "--selftest", "--no-reboot", "-c", "web"),
+        *("--append", "console=ttyS0", "--timeout", "5", "--selftest", "--no-reboot", "-c"),
+        *("--virtio-console", "web"),
     ]
     options = read_plainly(line)
     assert options is not None

@@ -148,6 +148,11 @@ class VirtioConsole:
 
     # The outside; any thread
 
+    @property
+    def is_started(self) -> bool:
+        """Whether a driver is ready to take input."""
+        return self._is_started
+
     def receive(self, data: bytes) -> int:
         """Offer input to the guest; returns how many bytes were taken, from the first.
 
