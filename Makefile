@@ -35,13 +35,18 @@ test-guest: setup ## Tests with distribution kernels: on this machine's KVM, or 
 demo: setup ## Boot the self-test guest and a Debian kernel, visibly
 	@$(PYTHON) scripts/demo.py
 
-soak: setup ## Kill COUNT (200) self-test guests at random moments; SEED repeats a run
+soak: setup ## Kill COUNT (200) guests, and 300 writers and device processes; SEED repeats a run
 	$(PYTHON) tests/campaigns/kill_selftest.py --count $(or $(COUNT),200) --seed $(SEED)
+	$(PYTHON) tests/campaigns/kill_disk.py --count $(or $(COUNT),300) --seed $(SEED)
+	$(PYTHON) tests/campaigns/kill_device_process.py --count $(or $(COUNT),300) --seed $(SEED)
 
-fuzz: setup ## COUNT (1000) corruptions of each kind of image; a hostile guest; SEED repeats a run
+fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \
 	    --timeout 3600 tests/unit/boot
 	$(PYTHON) tests/campaigns/hostile_guest.py --seed $(SEED)
+	$(PYTHON) tests/campaigns/qcow2_oracle.py --count $(or $(COUNT),1000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/corrupt_images.py --count $(or $(COUNT),10000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/fuzz_vhost_user.py --count $(or $(COUNT),10000) --seed $(SEED)
 
 bench: setup ## Measure the start of a guest in the rig, against QEMU
 	$(PYTHON) bench/boot.py
