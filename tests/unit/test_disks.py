@@ -52,6 +52,7 @@ def test_disks(text: str, expected: DiskOption) -> None:
         ),
         ("raw:d,private", "invalid disk: raw:d,private: private is not for raw disks"),
         ("vhost-user:s,ro", "invalid disk: vhost-user:s,ro: ro is not for vhost-user disks"),
+        ("pmem:d,ro", "invalid disk: pmem:d,ro: ro is not for pmem disks"),
     ],
 )
 def test_disks_that_are_refused(text: str, message: str) -> None:
