@@ -23,10 +23,11 @@ SECTOR = 512
 
 
 class Write(NamedTuple):
-    """One transfer to the file; a hole is one of zeros."""
+    """One transfer to the file; a hole is one of zeros, and makes no file longer."""
 
     offset: int
     data: bytes
+    is_hole: bool = False
 
 
 class Journal(HostFile):
@@ -50,13 +51,13 @@ class Journal(HostFile):
         """Punch, and note it."""
         done = super().punch(offset, size)
         if done:
-            self.events.append(Write(offset, bytes(size)))
+            self.events.append(Write(offset, bytes(size), is_hole=True))
         return done
 
     def zero(self, offset: int, size: int) -> None:
         """Clear, and note it."""
         super().zero(offset, size)
-        self.events.append(Write(offset, bytes(size)))
+        self.events.append(Write(offset, bytes(size), is_hole=True))
 
     def sync(self) -> None:
         """Synchronise, and note it."""
@@ -92,16 +93,16 @@ def after_power_loss(
         for start in range(0, len(event.data), SECTOR):
             if chance.random() < share:
                 piece = event.data[start : start + SECTOR]
-                _apply(data, Write(event.offset + start, piece))
+                _apply(data, Write(event.offset + start, piece, event.is_hole))
     return data
 
 
 def _apply(data: bytearray, write: Write) -> None:
-    if not any(write.data) and write.offset >= len(data):
-        return
-    if len(data) < write.offset:
-        data.extend(bytes(write.offset - len(data)))
-    data[write.offset : write.offset + len(write.data)] = write.data
+    end = write.offset + len(write.data)
+    if len(data) < end and not write.is_hole:
+        data.extend(bytes(end - len(data)))
+    piece = data[write.offset : end]
+    data[write.offset : end] = write.data[: len(piece)]
 
 
 def checked(path: str) -> Report:
