@@ -1,0 +1,420 @@
+"""The lifecycle, in every state and at every event."""
+
+from __future__ import annotations
+
+import typing
+
+import pytest
+
+from tests.unit.vmd.lifecycle_told import ASKER, STARTER, WAITER, a_vm, outcome, told
+from vmd.internal import EndReason
+from vmd.lifecycle import EARLY_MAX, EARLY_S, shown_state, step
+from vmd.messages import ErrorCode, State
+from vmd.vm_state import (
+    ClientLeft,
+    Discard,
+    Enqueue,
+    Event,
+    Exited,
+    Launched,
+    LaunchFailed,
+    Pause,
+    Paused,
+    Phase,
+    Running,
+    Start,
+    Stop,
+    Unpause,
+    Unpaused,
+    VmState,
+    Wait,
+)
+
+EVENTS: dict[str, Event] = {
+    "start": Start(ASKER),
+    "its turn": Start(),
+    "stop": Stop(ASKER),
+    "stop -w": Stop(ASKER, wait=True),
+    "stop -f": Stop(ASKER, force=True),
+    "stop -fw": Stop(ASKER, force=True, wait=True),
+    "wait": Wait(ASKER),
+    "pause": Pause(ASKER),
+    "unpause": Unpause(ASKER),
+    "enqueue": Enqueue(),
+    "discard": Discard(),
+    "client left": ClientLeft(99),
+    "launched": Launched(701, "/dev/pts/7"),
+    "launch failed": LaunchFailed(ErrorCode.DISK_MISSING, "disk.img: in use"),
+    "running": Running(),
+    "paused": Paused(),
+    "unpaused": Unpaused(),
+    "power off": Exited(EndReason.POWER_OFF),
+    "reboot": Exited(EndReason.REBOOT),
+    "stopped": Exited(EndReason.STOPPED),
+    "crashed": Exited(EndReason.CRASHED),
+    "failed": Exited(EndReason.FAILED, ErrorCode.ENOMEM),
+    "killed": Exited(None),
+}
+
+# What each event leads to: the phase afterwards, and what is done. In each phase everybody waits
+# who can: a starter while it starts, a waiter while it lives, a pauser, an unpauser.
+TABLE = {
+    "start": {
+        "stopped": "starting: +starting launch",
+        "waiting": "starting: +starting launch",
+        "starting": "starting: asker!EALREADY",
+        "running": "running: asker!EALREADY",
+        "pausing": "pausing: asker!EALREADY",
+        "paused": "paused: asker!EALREADY",
+        "unpausing": "unpausing: asker!EALREADY",
+        "stopping": "stopping: asker!EALREADY",
+    },
+    "its turn": {
+        "stopped": "stopped:",
+        "waiting": "starting: +starting launch",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
+    "stop": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "stopping: asker=done +stopping starter!EINTR stop",
+        "running": "stopping: asker=done +stopping stop",
+        "pausing": "stopping: asker=done +stopping pauser!EINTR unpause stop",
+        "paused": "stopping: asker=done +stopping unpause stop",
+        "unpausing": "stopping: asker=done +stopping unpauser!EINTR stop",
+        "stopping": "stopping: asker!EALREADY",
+    },
+    "stop -w": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "stopping: +stopping starter!EINTR stop",
+        "running": "stopping: +stopping stop",
+        "pausing": "stopping: +stopping pauser!EINTR unpause stop",
+        "paused": "stopping: +stopping unpause stop",
+        "unpausing": "stopping: +stopping unpauser!EINTR stop",
+        "stopping": "stopping: asker!EALREADY",
+    },
+    "stop -f": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "stopping: asker=done +stopping starter!EINTR kill",
+        "running": "stopping: asker=done +stopping kill",
+        "pausing": "stopping: asker=done +stopping pauser!EINTR kill",
+        "paused": "stopping: asker=done +stopping kill",
+        "unpausing": "stopping: asker=done +stopping unpauser!EINTR kill",
+        "stopping": "stopping: asker=done kill",
+    },
+    "stop -fw": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "stopping: +stopping starter!EINTR kill",
+        "running": "stopping: +stopping kill",
+        "pausing": "stopping: +stopping pauser!EINTR kill",
+        "paused": "stopping: +stopping kill",
+        "unpausing": "stopping: +stopping unpauser!EINTR kill",
+        "stopping": "stopping: kill",
+    },
+    "wait": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
+    "pause": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "starting: asker!EAGAIN",
+        "running": "pausing: pause",
+        "pausing": "pausing:",
+        "paused": "paused: asker=done",
+        "unpausing": "unpausing:",
+        "stopping": "stopping: asker!not-running",
+    },
+    "unpause": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "starting: asker!EAGAIN",
+        "running": "running: asker=done",
+        "pausing": "pausing:",
+        "paused": "unpausing: unpause",
+        "unpausing": "unpausing:",
+        "stopping": "stopping: asker!not-running",
+    },
+    "enqueue": {
+        "stopped": "waiting: +waiting",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
+    "discard": {
+        "stopped": "stopped: +removed forget",
+        "waiting": "stopped: +removed forget",
+        "starting": "stopping: +stopping starter!EINTR kill",
+        "running": "stopping: +stopping kill",
+        "pausing": "stopping: +stopping pauser!EINTR kill",
+        "paused": "stopping: +stopping kill",
+        "unpausing": "stopping: +stopping unpauser!EINTR kill",
+        "stopping": "stopping: kill",
+    },
+    "client left": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
+    "launched": {
+        "stopped": "stopped: kill",
+        "waiting": "waiting: kill",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
+    "launch failed": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopped: release starter!disk-missing waiter=terminated +failed",
+        "running": "stopped: release waiter=terminated +failed",
+        "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
+        "paused": "stopped: release waiter=terminated +failed",
+        "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "stopping": "stopped: release waiter=terminated +stopped",
+    },
+    "running": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "running: starter=started +started",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
+    "paused": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "paused: pauser=done +paused",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
+    "unpaused": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "running: unpauser=done +unpaused",
+        "stopping": "stopping:",
+    },
+    "power off": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopped: release starter!EIO waiter=terminated +stopped",
+        "running": "stopped: release waiter=terminated +stopped",
+        "pausing": "stopped: release pauser!EINTR waiter=terminated +stopped",
+        "paused": "stopped: release waiter=terminated +stopped",
+        "unpausing": "stopped: release unpauser!EINTR waiter=terminated +stopped",
+        "stopping": "stopped: release waiter=terminated +stopped",
+    },
+    "reboot": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting: keep-tty starter!EIO waiter=terminated +rebooted relaunch",
+        "running": "starting: keep-tty waiter=terminated +rebooted relaunch",
+        "pausing": "starting: keep-tty pauser!EINTR waiter=terminated +rebooted relaunch",
+        "paused": "starting: keep-tty waiter=terminated +rebooted relaunch",
+        "unpausing": "starting: keep-tty unpauser!EINTR waiter=terminated +rebooted relaunch",
+        "stopping": "stopped: release waiter=terminated +stopped",
+    },
+    "stopped": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopped: release starter!EIO waiter=terminated +stopped",
+        "running": "stopped: release waiter=terminated +stopped",
+        "pausing": "stopped: release pauser!EINTR waiter=terminated +stopped",
+        "paused": "stopped: release waiter=terminated +stopped",
+        "unpausing": "stopped: release unpauser!EINTR waiter=terminated +stopped",
+        "stopping": "stopped: release waiter=terminated +stopped",
+    },
+    "crashed": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopped: release starter!EIO waiter=terminated +failed",
+        "running": "stopped: release waiter=terminated +failed",
+        "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
+        "paused": "stopped: release waiter=terminated +failed",
+        "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "stopping": "stopped: release waiter=terminated +stopped",
+    },
+    "failed": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopped: release starter!ENOMEM waiter=terminated +failed",
+        "running": "stopped: release waiter=terminated +failed",
+        "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
+        "paused": "stopped: release waiter=terminated +failed",
+        "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "stopping": "stopped: release waiter=terminated +stopped",
+    },
+    "killed": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopped: release starter!EIO waiter=terminated +failed",
+        "running": "stopped: release waiter=terminated +failed",
+        "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
+        "paused": "stopped: release waiter=terminated +failed",
+        "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "stopping": "stopped: release waiter=terminated +stopped",
+    },
+}
+
+
+@pytest.mark.parametrize("phase", Phase, ids=lambda phase: phase.value)
+@pytest.mark.parametrize("event", EVENTS)
+def test_every_event_in_every_phase(event: str, phase: Phase) -> None:
+    """The table says what happens, cell by cell."""
+    assert outcome(a_vm(phase), EVENTS[event]) == TABLE[event][phase.value]
+
+
+def test_the_table_has_every_event() -> None:
+    """A new kind of event is not forgotten."""
+    assert {type(event) for event in EVENTS.values()} == set(typing.get_args(Event))
+
+
+def test_states_have_openbsds_names() -> None:
+    """Eight phases are five words to a user."""
+    assert {phase.value: shown_state(a_vm(phase)) for phase in Phase} == {
+        "stopped": State.STOPPED,
+        "waiting": State.WAITING,
+        "starting": State.RUNNING,
+        "running": State.RUNNING,
+        "pausing": State.RUNNING,
+        "paused": State.PAUSED,
+        "unpausing": State.PAUSED,
+        "stopping": State.STOPPING,
+    }
+
+
+def test_a_vm_without_configuration_vanishes() -> None:
+    """What was made by vmctl is forgotten when it ends, or cannot start."""
+    ad_hoc = a_vm(Phase.RUNNING)._replace(is_from_config=False)
+    assert outcome(ad_hoc, EVENTS["power off"]) == (
+        "stopped: release waiter=terminated +stopped +removed forget"
+    )
+    ad_hoc = a_vm(Phase.STARTING)._replace(is_from_config=False)
+    assert outcome(ad_hoc, EVENTS["launch failed"]) == (
+        "stopped: release starter!disk-missing waiter=terminated +failed +removed forget"
+    )
+
+
+def test_a_discarded_vm_vanishes_when_it_has_ended() -> None:
+    """A configured VM that is discarded is killed, and forgotten when its process is gone."""
+    doomed, _ = step(a_vm(Phase.RUNNING), Discard(), 100.0)
+    assert outcome(doomed, EVENTS["reboot"]) == (
+        "stopped: release waiter=terminated +stopped +removed forget"
+    )
+
+
+def test_a_vm_with_a_boot_device_stops_instead_of_rebooting() -> None:
+    """As OpenBSD's do: an installer that reboots does not begin again."""
+    vm = a_vm(Phase.RUNNING)._replace(stops_at_reboot=True)
+    assert outcome(vm, EVENTS["reboot"]) == "stopped: release waiter=terminated +stopped"
+
+
+def test_a_reboot_keeps_identity_and_console() -> None:
+    """Id and terminal stay; the process, and what waits for it, does not."""
+    rebooted, _ = step(a_vm(Phase.RUNNING), Exited(EndReason.REBOOT), 100.0)
+    assert (rebooted.id, rebooted.tty, rebooted.pid) == (7, "/dev/pts/7", None)
+    again, _ = step(rebooted, Launched(702, "/dev/pts/7"), 100.0)
+    assert (again.pid, again.tty) == (702, "/dev/pts/7")
+    assert outcome(again, Running()) == "running: +started"
+
+
+def _start_and_end(vm: VmState, now: float) -> tuple[VmState, list[str]]:
+    vm, effects = step(vm, Start(ASKER), now)
+    vm, _ = step(vm, Exited(EndReason.POWER_OFF), now)
+    return vm, [told(effect) for effect in effects]
+
+
+def test_starts_in_quick_succession_are_refused() -> None:
+    """The third start in a row that is early is refused, and the next one until time has passed."""
+    vm = a_vm(Phase.STOPPED)
+    for number in range(EARLY_MAX):
+        vm, effects = _start_and_end(vm, number * 1.0)
+        assert effects == ["+starting", "launch"]
+    for _ in range(2):
+        vm, effects = _start_and_end(vm, EARLY_MAX * 1.0)
+        assert effects == ["asker!EPERM", "+failed"]
+    _, effects = _start_and_end(vm, EARLY_MAX - 1 + EARLY_S)
+    assert effects == ["+starting", "launch"]
+
+
+def test_starts_at_leisure_are_not_refused() -> None:
+    """A start that is not early forgets those that were."""
+    vm = a_vm(Phase.STOPPED)
+    for number in range(20):
+        vm, effects = _start_and_end(vm, number * EARLY_S)
+        assert effects == ["+starting", "launch"]
+
+
+def test_a_guest_that_reboots_in_a_loop_ends() -> None:
+    """Reboots count as starts: the third early one in a row is the end."""
+    vm, _ = step(a_vm(Phase.STOPPED), Start(ASKER), 0.0)
+    outcomes = []
+    for number in range(1, EARLY_MAX + 1):
+        outcomes.append(outcome(vm, Exited(EndReason.REBOOT), number * 1.0))
+        vm, _ = step(vm, Exited(EndReason.REBOOT), number * 1.0)
+    assert outcomes == [
+        "starting: keep-tty asker!EIO +rebooted relaunch",
+        "starting: keep-tty +rebooted relaunch",
+        "stopped: release +failed",
+    ]
+
+
+def test_any_number_may_wait() -> None:
+    """Two waiters, and one who stopped it, are all told once."""
+    vm, _ = step(a_vm(Phase.RUNNING), Wait(ASKER), 1.0)
+    vm, _ = step(vm, Stop(STARTER, wait=True), 2.0)
+    assert outcome(vm, Exited(EndReason.STOPPED)) == (
+        "stopped: release waiter=terminated asker=terminated starter=terminated +stopped"
+    )
+
+
+def test_who_left_is_not_answered() -> None:
+    """A connection that has ended takes its requests along, and nobody else's."""
+    vm, _ = step(a_vm(Phase.STARTING), Wait(ASKER), 1.0)
+    vm, _ = step(vm, ClientLeft(STARTER.client), 2.0)
+    vm, _ = step(vm, ClientLeft(WAITER.client), 2.0)
+    assert outcome(vm, Exited(None)) == "stopped: release asker=terminated +failed"
+
+
+def test_pausing_and_unpausing_cross() -> None:
+    """What is asked while the VM is still at something else is done afterwards, in turn."""
+    vm, _ = step(a_vm(Phase.PAUSING), Unpause(ASKER), 1.0)
+    assert outcome(vm, Paused()) == "unpausing: pauser=done +paused unpause"
+    vm, _ = step(vm, Paused(), 1.0)
+    vm, _ = step(vm, Pause(STARTER), 1.0)
+    assert outcome(vm, Unpaused()) == "pausing: asker=done +unpaused pause"
