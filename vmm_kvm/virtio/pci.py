@@ -318,7 +318,8 @@ class VirtioPci:
         vector = self._registers.queues[index].vector
         if not self._msix.is_enabled or vector == abi.VIRTIO_MSI_NO_VECTOR:
             return None
-        return self._line(vector).fd
+        with self._msix.lock:  # against a guest that unmasks the vector at this moment
+            return self._line(vector).fd
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed."""
