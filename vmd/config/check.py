@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from vmd.config.host import Host
 from vmd.config.parser import read_config
+from vmd.config.text import config_lines
 
 
 def check(
@@ -11,12 +12,13 @@ def check(
     macros: Mapping[str, str],
     *,
     is_optional: bool = False,
+    is_verbose: bool = False,
     host: Host | None = None,
 ) -> tuple[list[str], int]:
     """Return the lines of `vmd -n`, for standard error, and its exit status.
 
-    Arguments are those of `parse_config`. Disks, kernels and firmware have to be there; names,
-    permissions and interfaces are not looked at.
+    Arguments are those of `parse_config`; `is_verbose` adds what was read. Disks, kernels and
+    firmware have to be there; names, permissions and interfaces are not looked at.
 
     Source: section 4.6 of OpenBSD's behaviour.
     """
@@ -24,6 +26,8 @@ def check(
     lines = [f"vmd: {line}" for line in (*reading.notes, *reading.errors)]
     lines += reading.warnings[len(reading.notes) :]
     if not reading.errors:
+        if is_verbose:
+            lines += config_lines(reading.config)
         lines.append("configuration OK")
     return lines, 1 if reading.errors else 0
 

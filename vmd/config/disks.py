@@ -116,8 +116,7 @@ def with_option(disk: DiskOption, word: str, value: str = "") -> DiskOption:
         DiskError: the option does not fit this kind of disk, or its value is wrong.
     """
     if disk.kind not in _KINDS[word]:
-        of = f"{disk.kind} " if disk.kind is not DiskKind.PROBE else ""
-        raise DiskError(f"{word} is not for {of}disks")
+        raise DiskError(f"{word} is not for {disk.kind or 'image'} disks")
     match word:
         case "ro":
             return disk._replace(is_read_only=True)

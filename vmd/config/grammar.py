@@ -19,7 +19,7 @@ from vmd.config.values import ValueRefusedError
 _Value = TypeVar("_Value")
 
 _RIGHT_TOKENS = 3
-_UID_MAX = (1 << 32) - 2
+_ID_MAX = (1 << 32) - 2
 
 
 class StatementError(Exception):
@@ -174,14 +174,23 @@ class Tokens:
         """Take `owner = NUMBER | STRING`: a uid, or `user`, `user:group`, `user:`, `:group`."""
         if self.peek().kind is Kind.NUMBER:
             uid = self.take().number
-            if not 0 <= uid <= _UID_MAX:
+            if not 0 <= uid <= _ID_MAX:
                 self.refuse(f"failed to get user: {uid}")
             return Owner(uid)
         user_name, _, group_name = self.one_string().partition(":")
-        user = host.find_user(user_name) if user_name else None
+        user = _found(host.find_user, user_name)
         if user_name and user is None:
             self.refuse(f"failed to get user: {user_name}")
-        group = host.find_group(group_name) if group_name else None
+        group = _found(host.find_group, group_name)
         if group_name and group is None:
             self.refuse(f"failed to get group: {group_name}")
         return Owner(user, group)
+
+
+def _found(find: Callable[[str], int | None], name: str) -> int | None:
+    """Look a name up; one that is not there may be the number itself, as for chown(1)."""
+    found = find(name) if name else None
+    if found is not None or not (name.isascii() and name.isdecimal()):
+        return found
+    number = int(name) if len(name) <= len(str(_ID_MAX)) else _ID_MAX + 1
+    return number if number <= _ID_MAX else None

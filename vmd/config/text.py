@@ -1,0 +1,159 @@
+"""A vm.conf written out of what was read: what `vmd -nv` shows, one option a line, without macros.
+
+Reading it again gives the same Config, save where each VM stands. Owners are numbers.
+"""
+
+from collections.abc import Iterator
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import (
+    BootDevice,
+    Config,
+    InterfaceConfig,
+    Owner,
+    Prefix,
+    Right,
+    SwitchConfig,
+    VmConfig,
+)
+
+_MIB = 1 << 20
+
+
+def config_lines(config: Config) -> list[str]:
+    """Return the lines of a vm.conf that says what `config` does."""
+    return [
+        *_globals(config),
+        *(line for switch in config.switches for line in _switch(switch)),
+        *(line for vm in config.vms for line in _vm(vm)),
+    ]
+
+
+def quoted(text: str) -> str:
+    """Write a string in quotes.
+
+    A line break, a NUL or a backslash at the end cannot be written so that they are read again.
+    """
+    found = ""
+    for char in text:
+        if char == '"' or (char in " \t" and found.endswith("\\")):
+            found += "\\"
+        found += char
+    return f'"{found}"'
+
+
+def _globals(config: Config) -> Iterator[str]:
+    if config.local_prefix is not None:
+        yield f"local prefix {quoted(_prefix4(config.local_prefix))}"
+    if config.local_prefix6 is not None:
+        yield f"local inet6 prefix {quoted(_prefix6(config.local_prefix6))}"
+    elif config.is_local_inet6:
+        yield "local inet6"
+    if config.socket_owner is not None:
+        yield f"socket owner {_owner(config.socket_owner)}"
+    if config.agentx is not None:
+        context = f" context {quoted(config.agentx.context)}" if config.agentx.context else ""
+        yield f"agentx{context} path {quoted(config.agentx.path)}"
+    if config.staggered is not None:
+        parallelism, delay_s = config.staggered
+        yield f"staggered start parallel {parallelism} delay {delay_s}"
+
+
+def _prefix4(prefix: Prefix) -> str:
+    return ".".join(map(str, prefix.address.to_bytes(4, "big"))) + f"/{prefix.bits}"
+
+
+def _prefix6(prefix: Prefix) -> str:
+    from ipaddress import IPv6Address  # noqa: PLC0415 - hardly any file has such a prefix
+
+    return f"{IPv6Address(prefix.address)}/{prefix.bits}"
+
+
+def _owner(owner: Owner) -> str:
+    if owner.gid is None:
+        return '""' if owner.uid is None else str(owner.uid)
+    return quoted(f"{'' if owner.uid is None else owner.uid}:{owner.gid}")
+
+
+def _switch(switch: SwitchConfig) -> Iterator[str]:
+    yield f"switch {quoted(switch.name)} {{"
+    yield "\tenable" if switch.is_enabled else "\tdisable"
+    yield f"\tinterface {quoted(switch.interface)}"
+    if switch.group is not None:
+        yield f"\tgroup {quoted(switch.group)}"
+    if switch.is_locked:
+        yield "\tlocked lladdr"
+    if switch.rdomain is not None:
+        yield f"\trdomain {switch.rdomain}"
+    yield "\tup" if switch.is_up else "\tdown"
+    yield "}"
+
+
+def _vm(vm: VmConfig) -> Iterator[str]:
+    template = "" if vm.parent is None else f"{quoted(vm.parent)} instance "
+    yield f"vm {template}{quoted(vm.name)} {{"
+    yield "\tenable" if vm.is_enabled else "\tdisable"
+    if vm.memory is not None:
+        yield f"\tmemory {vm.memory // _MIB}M"
+    if vm.cpus is not None:
+        yield f"\tcpus {vm.cpus}"
+    if vm.is_sev:
+        yield "\tseves" if vm.is_sev_es else "\tsev"
+    for word, path in (("boot", vm.boot), ("firmware", vm.firmware)):
+        if path is not None:
+            yield f"\t{word} {quoted(path)}"
+    for path in vm.initrd:
+        yield f"\tinitrd {quoted(path)}"
+    if vm.append is not None:
+        yield f"\tappend {quoted(vm.append)}"
+    if vm.boot_device is not BootDevice.AUTO:
+        yield f"\tboot device {vm.boot_device}"
+    for disk in vm.disks:
+        yield f"\t{_disk(disk)}"
+    if Right.CDROM in vm.given:
+        yield f"\tcdrom {quoted(vm.cdrom or '')}"
+    if Right.INTERFACE in vm.given and not vm.interfaces:
+        yield "\tinterfaces 0"
+    for interface in vm.interfaces:
+        yield f"\t{_interface(interface)}"
+    if vm.owner != Owner():
+        yield f"\towner {_owner(vm.owner)}"
+    rights: list[str] = sorted(vm.allow_instance)
+    if vm.instance_owner is not None:
+        rights.append(f"owner {_owner(vm.instance_owner)}")
+    if rights:
+        yield f"\tallow instance {{ {', '.join(rights)} }}"
+    yield "}"
+
+
+def _disk(disk: DiskOption) -> str:
+    found = f"disk {quoted(disk.path)}"
+    if disk.kind is not DiskKind.PROBE:
+        found += f" format {quoted(disk.kind)}"
+    options = []
+    if disk.is_read_only:
+        options.append("ro")
+    if disk.serial:
+        options.append(f"serial {quoted(disk.serial)}")
+    if disk.queues != 1:
+        options.append(f"queues {disk.queues}")
+    if disk.is_private:
+        options.append("private")
+    return f"{found} {{ {' '.join(options)} }}" if options else found
+
+
+def _interface(interface: InterfaceConfig) -> str:
+    found = "local interface" if interface.is_local else "interface"
+    if interface.tap is not None:
+        found += f" {quoted(interface.tap)}"
+    options = ["up" if interface.is_up else "down"]
+    if interface.switch is not None:
+        options.append(f"switch {quoted(interface.switch)}")
+    if interface.group is not None:
+        options.append(f"group {quoted(interface.group)}")
+    if interface.is_locked or interface.lladdr is not None:
+        address = "" if interface.lladdr is None else f" {quoted(interface.lladdr)}"
+        options.append(f"{'locked ' if interface.is_locked else ''}lladdr{address}")
+    if interface.rdomain is not None:
+        options.append(f"rdomain {interface.rdomain}")
+    return f"{found} {{ {' '.join(options)} }}"
