@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmm_kvm.bits import MIB
@@ -24,6 +24,7 @@ from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.e820 import encode, firmware_e820_map
 from vmm_kvm.boot.image import BootConfig, BootImage, FirmwareImage, load
 from vmm_kvm.boot.smbios import build_smbios, name_uuid
+from vmm_kvm.boot.source import FileSource
 from vmm_kvm.bus import Bus
 from vmm_kvm.clock import Clock, Timer
 from vmm_kvm.devices.acpi_pm import AcpiPm
@@ -34,7 +35,7 @@ from vmm_kvm.devices.i8042 import I8042Reset
 from vmm_kvm.devices.mc146818 import Mc146818
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.uart16550 import Uart16550
-from vmm_kvm.errors import SpecError
+from vmm_kvm.errors import KvmError, SpecError
 from vmm_kvm.kvm.boot_state import load_entry
 from vmm_kvm.kvm.cpuid import guest_cpuid
 from vmm_kvm.kvm.eventfds import EventFds
@@ -87,8 +88,8 @@ class MachineSpec(NamedTuple):
     """vCPUs, 1 to 64 and no more than KVM allows."""
     name: str = "vm"
     command_line: str | None = None
-    initrd: tuple[str, ...] = ()
-    """Paths; more than one only for Multiboot kernels."""
+    initrd: tuple[str | FileSource, ...] = ()
+    """Open, or by path; more than one only for Multiboot kernels."""
     disks: tuple[AnyDisk, ...] = ()
     cdrom: Image | None = None
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
@@ -281,10 +282,34 @@ class Machine:
         if self.console:
             self.console.resize(columns, rows)
 
-    def press_power_button(self) -> None:
-        """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI."""
-        if not self.vmmci.request(Command.SHUTDOWN):
-            self.acpi_pm.press_power_button()
+    def pause(self) -> None:
+        """Let the machine stand still; returns when no vCPU runs and no device works."""
+        self.runner.pause()
+        self._devices.settle()
+
+    def resume(self) -> None:
+        """Let a paused machine go on; the guest's clocks tell that time has passed."""
+        for vcpu in self.vcpus:
+            # Only a guest that has a kvmclock has an alarm for standing still.
+            with suppress(KvmError):
+                vcpu.kvmclock_ctrl()
+        self.vmmci.sync_rtc()
+        self.runner.resume()
+
+    def press_power_button(self) -> bool:
+        """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI.
+
+        Returns False if it listens to neither.
+        """
+        return self.vmmci.request(Command.SHUTDOWN) or self.acpi_pm.press_power_button()
+
+    def has_noticed_power_button(self) -> bool:
+        """Tell whether the guest has taken the interrupt, or has been asked by vmmci.
+
+        vmmci itself ends a guest that does not take its interrupt.
+        """
+        asked = self.vmmci.state().command is Command.SHUTDOWN
+        return asked or not self.acpi_pm.is_button_pressed()
 
     # Wiring
 
@@ -396,6 +421,7 @@ class Machine:
     def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
         intx = IntxLines([KvmIrqLine(self.vm, gsi) for gsi in layout.GSI_PCI_INTX])
         devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
+        self._devices = devices
         # In OpenBSD's order: unit numbers in a guest follow it.
         devices.add_rng(self._clock)
         slots = [

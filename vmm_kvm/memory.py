@@ -14,6 +14,8 @@ from typing import NamedTuple, Self
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, SpecError
 
+_BLOCK_SIZE = 512  # of st_blocks, always
+
 
 class Region(NamedTuple):
     """A contiguous piece of guest RAM."""
@@ -140,6 +142,10 @@ class GuestMemory:
             GuestMemoryError: the range is not inside one region.
         """
         self.view(gpa, len(data))[:] = data
+
+    def resident_size(self) -> int:
+        """Return how many bytes of the host's memory hold guest RAM; pages never touched do not."""
+        return os.fstat(self.fd).st_blocks * _BLOCK_SIZE
 
     def contains(self, gpa: int, size: int) -> bool:
         """Tell whether `size` bytes at `gpa` lie inside one region."""

@@ -127,6 +127,12 @@ class PciDevices:
         while self._functions:
             self._functions.pop().close()
 
+    def settle(self) -> None:
+        """Return when every device has done what the guest asked for; when no vCPU runs."""
+        for function in self._functions:
+            if isinstance(function, VirtioPci):
+                function.settle()
+
     def __enter__(self) -> Self:
         return self
 

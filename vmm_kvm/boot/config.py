@@ -28,8 +28,8 @@ class BootConfig(NamedTuple):
 
     command_line: str | None = None
     """For kernels that take one; None leaves it empty."""
-    initrd: tuple[str, ...] = ()
-    """Paths of initial RAM disks, which Linux sees as one; for other kernels they are modules."""
+    initrd: tuple[str | FileSource, ...] = ()
+    """Initial RAM disks, open or by path: Linux sees them as one, for others they are modules."""
     modules: tuple[tuple[str, str], ...] = ()
     """(path, command line) of each further boot module."""
     acpi: AcpiTables | None = None
@@ -93,11 +93,11 @@ def open_modules(config: BootConfig) -> list[tuple[FileSource, bytes]]:
         BootError: a file cannot be read, or a command line contains a NUL.
     """
     opened = []
-    for path, text in (*((path, "") for path in config.initrd), *config.modules):
+    for file, text in (*((file, "") for file in config.initrd), *config.modules):
         line = text.encode(errors="surrogateescape")
         if b"\0" in line:
-            raise BootError(f"{path}: command line: contains a NUL character")
-        opened.append((FileSource.open(path), line + b"\0"))
+            raise BootError(f"{file}: command line: contains a NUL character")
+        opened.append((FileSource.of(file), line + b"\0"))
     return opened
 
 

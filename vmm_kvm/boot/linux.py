@@ -225,7 +225,7 @@ def _place_initrd(
     Raises:
         BootError: it does not fit above the kernel, or cannot be read.
     """
-    files = [FileSource.open(path) for path in config.initrd]
+    files = [FileSource.of(file) for file in config.initrd]
     if not files:
         return
     size = sum(align_up(file.size, _INITRD_ALIGNMENT) for file in files)

@@ -113,9 +113,21 @@ class FileSource:
             raise BootError(f"{path!r}: {err}") from err
         return cls(fd, path)
 
+    @classmethod
+    def of(cls, file: "str | FileSource") -> "FileSource":
+        """Return a file that is open already, or open the one at a path.
+
+        Raises:
+            BootError: as `open` does.
+        """
+        return file if isinstance(file, FileSource) else cls.open(file)
+
     def close(self) -> None:
         """Close the descriptor; idempotent."""
         self._finalizer()
+
+    def __str__(self) -> str:
+        return self.name
 
     def read(self, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes from `offset`.

@@ -178,11 +178,17 @@ class AcpiPm:
             self._collect()
             self._update()
 
-    def press_power_button(self) -> None:
-        """Set PWRBTN_STS, which interrupts if the guest enabled it. Any thread."""
+    def press_power_button(self) -> bool:
+        """Set PWRBTN_STS; returns whether that interrupts the guest. Any thread."""
         with self.lock:
             self._status |= int(Pm1Status.PWRBTN)
             self._update()
+            return bool(self._enable & Pm1Enable.PWRBTN)
+
+    def is_button_pressed(self) -> bool:
+        """Tell whether the guest has yet to notice the power button. Any thread."""
+        with self.lock:
+            return bool(self._status & Pm1Status.PWRBTN)
 
     def wake(self) -> None:
         """Set WAK_STS: the machine returned from a sleeping state. Any thread."""

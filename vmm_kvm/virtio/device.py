@@ -131,6 +131,9 @@ class Dataplane(Protocol):
         Idempotent, and allowed before `start`.
         """
 
+    def settle(self) -> None:
+        """Return when nothing is under way that the driver asked for before; no vCPU runs."""
+
     def kick(self, index: int) -> None:
         """Look at queue `index`: the driver notified; any thread."""
 

@@ -132,6 +132,11 @@ class VirtioPci:
         self.function = self._function(dataplane.device_id, class_code, intx)
         dataplane.attach(self)
 
+    def settle(self) -> None:
+        """Return when the device has done what the driver asked for; when no vCPU runs."""
+        with self.lock:
+            self._dataplane.settle()
+
     def close(self) -> None:
         """Stop the device and close its dataplane; when no vCPU runs."""
         self._dataplane.close()

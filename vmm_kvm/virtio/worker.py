@@ -114,6 +114,13 @@ class Worker:
         thread.join()
         self._queues = {}
 
+    def settle(self) -> None:
+        """Return when all queues were empty; no vCPU runs."""
+        # A round begins with the orders and ends with empty queues: the second order comes after
+        # one that saw everything.
+        self._order(lambda: None)
+        self._order(lambda: None)
+
     def kick(self, _index: int) -> None:
         """Look at the queues; any thread, also when nothing is served, or never again."""
         fd = self._kick_fd
