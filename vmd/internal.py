@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
-from vmd.config.disks import DiskOption
+from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice
 from vmd.messages import AnyAnswer, AnyRequest, ErrorCode, Part, Statistics
 from vmd.wire import Wire, WireEncoding
@@ -78,6 +78,8 @@ class DiskSpec(Part, frozen=True, kw_only=True):
     """As it is configured; its path is for messages."""
     chain: tuple[int, ...]
     """Indices of descriptors: the image, then its bases; a server's connection alone."""
+    formats: tuple[DiskKind, ...] = ()
+    """Of each image, raw or qcow2."""
 
 
 class NicSpec(Part, frozen=True, kw_only=True):

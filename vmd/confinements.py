@@ -1,0 +1,169 @@
+"""What each kind of process may still do, each allowance with its reason.
+
+A call that is not listed ends the process. A few that libraries try and can do without fail
+instead, see `_REFUSED`.
+
+The filter of a process also binds those forked from it, so vmm's holds what VM and device processes
+need; theirs then leave out what only vmm needs. The parent has no filter: it starts processes of
+every kind, and opens files for all of them.
+"""
+
+import errno
+import resource
+from enum import StrEnum
+
+from vmd.sandbox import Confinement
+from vmd.seccomp import Allow, Argument, Filter, Refuse
+
+CAP_NET_ADMIN = 12
+
+_AT_EMPTY_PATH = 0x1000
+_CLONE_THREAD = 0x00010000
+_KVM_TYPE = 0xAE00  # _IO(KVMIO, 0)
+_TYPE_MASK = 0xFF00
+_TCGETS = 0x5401
+_FIONBIO = 0x5421
+_F_DUPFD_CLOEXEC = 1030
+_F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+_PROT_EXEC = 4
+
+
+class Kind(StrEnum):
+    """The kinds of processes, by the names that they have in the log."""
+
+    CONTROL = "control"
+    PRIV = "priv"
+    VMM = "vmm"
+    VM = "vm"
+    DEVICE = "device"
+
+
+def _all(reason: str, *names: str) -> tuple[Allow, ...]:
+    return tuple(Allow(name, reason) for name in names)
+
+
+def _with(name: str, index: int, values: dict[int, str]) -> tuple[Allow, ...]:
+    """Allow a call with certain values of one argument, each for a reason."""
+    return tuple(Allow(name, why, (Argument(index, value),)) for value, why in values.items())
+
+
+# What an interpreter with one thread, an event loop and a socket does.
+_BASE = (
+    *_all("memory of the interpreter", "brk", "munmap", "mremap", "madvise"),
+    # No memory becomes code: nothing here loads or makes any.
+    Allow("mmap", "memory of the interpreter", (Argument(2, 0, _PROT_EXEC),)),
+    Allow("mprotect", "stacks of threads, guard pages", (Argument(2, 0, _PROT_EXEC),)),
+    *_all("sockets, event descriptors and the log", "read", "write", "close"),
+    *_all("messages with descriptors", "sendmsg", "recvmsg"),
+    *_all("what a received descriptor is", "getsockname", "getsockopt", "fstat", "lseek"),
+    Allow("newfstatat", "fstat, as newer C libraries do it", (Argument(3, _AT_EMPTY_PATH),)),
+    *_with(
+        "fcntl",
+        1,
+        {
+            _F_GETFD: "whether a descriptor is inherited",
+            _F_SETFD: "not to let it be",
+            _F_GETFL: "whether it blocks",
+            _F_SETFL: "not to let it",
+            _F_DUPFD_CLOEXEC: "a descriptor of one's own",
+        },
+    ),
+    *_with("ioctl", 1, {_FIONBIO: "sockets that do not block", _TCGETS: "is this a terminal?"}),
+    *_all("the event loop", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "eventfd2"),
+    *_all("waiting for one descriptor", "poll"),
+    *_all("locks and conditions", "futex", "sched_yield"),
+    *_all("signal handlers", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack"),
+    *_all("calls that a signal has interrupted", "restart_syscall"),
+    *_all("clocks, where the kernel does not map them", "clock_gettime", "gettimeofday"),
+    *_all("time-outs", "clock_nanosleep"),
+    *_all("hash seeds, names, entropy of the guest", "getrandom"),
+    *_all("who one is, for the log and for abort", "getpid", "gettid", "getppid", "getuid"),
+    *_all("an assertion of the C library ends the process", "tgkill"),
+    *_all("the end", "exit", "exit_group"),
+)
+# Calls that fail, because libraries live well without them.
+_REFUSED = (
+    Refuse("openat", errno.EACCES, "late imports, and the source lines of a traceback"),
+    Refuse("open", errno.EACCES, "the same, by older C libraries"),
+    Refuse("newfstatat", errno.EACCES, "the same"),
+    Refuse("stat", errno.EACCES, "the same"),
+    Refuse("readlink", errno.EACCES, "the C library looks for its own directory"),
+    Refuse("clone3", errno.ENOSYS, "arguments in memory cannot be checked: clone does"),
+    Refuse("ioctl", errno.ENOTTY, "a terminal is asked what only a terminal knows"),
+    Refuse("prctl", errno.EINVAL, "names of threads, names of mappings"),
+    Refuse("getcwd", errno.EACCES, "an import looks at where one is"),
+)
+_THREADS = (
+    Allow("clone", "a thread; never a process", (Argument(0, _CLONE_THREAD, _CLONE_THREAD),)),
+    *_all("what the C library sets up in a thread", "set_robust_list", "rseq", "sched_getaffinity"),
+)
+_IMAGES = (
+    *_all("disk images", "preadv", "pwritev", "pread64", "pwrite64", "readv", "writev"),
+    *_all("flushes", "fdatasync", "fsync", "sync_file_range"),
+    *_all("discards and zeroes", "fallocate", "ftruncate"),
+    *_with(
+        "fcntl", 1, {_F_OFD_SETLK: "locks on images", _F_OFD_GETLK: "who else has an image open"}
+    ),
+)
+_DEVICE = (
+    *_IMAGES,
+    *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
+)
+_VM = (
+    *_IMAGES,
+    *_THREADS,
+    Allow("ioctl", "KVM", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
+    *_all("guest memory", "memfd_create"),
+    *_all("images into guest memory", "sendfile"),
+    *_all("flushes of what the guest has mapped", "msync"),
+    *_all("connections to device processes", "sendto", "recvfrom", "shutdown"),
+)
+_VMM = (
+    *_VM,
+    *_DEVICE,
+    Allow("clone", "VM and device processes", (Argument(0, 0, _CLONE_THREAD),)),
+    *_all("VM and device processes", "fork", "set_tid_address"),
+    *_all("their ends", "wait4", "waitid", "pidfd_open"),
+    *_all("ending them", "kill", "pidfd_send_signal"),
+    *_all("their sessions", "setsid"),
+    *_all("their connections", "socketpair", "pipe2"),
+    *_all("descriptors that they are not to have", "close_range"),
+    *_all("limits of theirs", "prlimit64"),
+    *_all("filters of theirs", "seccomp", "prctl"),
+    *_all("no files for them", "landlock_create_ruleset", "landlock_restrict_self"),
+)
+_CONTROL = (
+    *_all("clients", "accept4"),
+    *_all("who a client is", "getpeername"),
+    *_all("closing connections", "shutdown"),
+)
+_PRIV = (*_all("interfaces, by netlink", "socket", "bind", "sendto", "recvfrom", "setsockopt"),)
+
+_NO_CORE = ((resource.RLIMIT_CORE, 0),)
+"""A core dump would hold the memory of guests, or what clients say."""
+
+CONFINEMENTS = {
+    Kind.CONTROL: Confinement(
+        Filter((*_BASE, *_CONTROL), _REFUSED),
+        # As many clients as the control process takes, and some for itself.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 2048), (resource.RLIMIT_FSIZE, 0)),
+    ),
+    Kind.PRIV: Confinement(
+        Filter((*_BASE, *_PRIV), _REFUSED),
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_FSIZE, 0)),
+        capabilities=frozenset({CAP_NET_ADMIN}),
+        changes_user=False,
+        is_isolated=False,
+    ),
+    Kind.VMM: Confinement(
+        Filter((*_BASE, *_VMM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 65536))
+    ),
+    # Both are forked from vmm, whose user and namespaces they have.
+    Kind.VM: Confinement(
+        Filter((*_BASE, *_VM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
+    ),
+    Kind.DEVICE: Confinement(
+        Filter((*_BASE, *_DEVICE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
+    ),
+}

@@ -1,0 +1,317 @@
+"""A VM's process: the machine, its console, and the channel to vmm; nothing else.
+
+It is forked from vmm, confines itself, builds the machine from open descriptors, and runs it until
+the guest ends, somebody stops it, or vmm is gone. A reboot ends it too: the parent starts another,
+with the same console.
+
+A guest is asked to stop by vmmci, or by the ACPI power button. One that does not react within 3 s,
+or is not gone 120 s after it did, is ended; so is one with neither.
+
+Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
+"""
+
+import os
+import signal
+import socket
+from contextlib import ExitStack
+from typing import assert_never
+
+from vmd import log as logging
+from vmd.channel import Channel, ChannelError, Fds, Received
+from vmd.confinements import CONFINEMENTS, Kind
+from vmd.console import Console
+from vmd.internal import (
+    AskStatistics,
+    AttachConsole,
+    EndReason,
+    PauseVm,
+    SetVerbosity,
+    StopVm,
+    UnpauseVm,
+    VmCommand,
+    VmEnding,
+    VmPaused,
+    VmReport,
+    VmSpec,
+    VmStarted,
+    VmStatistics,
+    VmUnpaused,
+)
+from vmd.messages import ErrorCode, Statistics
+from vmd.sandbox import confine, die_with, set_title
+from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.boot.config import BootDevice
+from vmm_kvm.boot.image import probe_image
+from vmm_kvm.boot.nvram import Variables
+from vmm_kvm.boot.source import FileSource
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.errors import BootError, ImageError, VmmError
+from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop
+from vmm_kvm.machine import (
+    Crash,
+    DebugExitStatus,
+    Ending,
+    Machine,
+    MachineSpec,
+    Outcome,
+    TripleFault,
+)
+from vmm_kvm.pci_devices import RemoteDisk
+
+log = Log(__name__)
+
+REACTION_NS = 3 * NANOSECONDS
+"""How long a guest may take to notice that it is asked to stop."""
+SHUTDOWN_NS = 120 * NANOSECONDS
+"""How long it may take after it has."""
+_LOOK_NS = NANOSECONDS // 4
+
+_READY = b"\0"
+_STATUS_MAX = 4096
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def run(
+    spec: VmSpec,
+    fds: Fds,
+    channel: Channel[VmReport, VmCommand],
+    kvm_fd: int,
+    disks: tuple[tuple[int, int], ...],
+) -> int:
+    """Be the process of one VM; returns the exit status.
+
+    Takes over all descriptors; `disks` are pairs of a socket and a pipe, see `vmm`.
+    """
+    for number in _IGNORED:  # vmm ends us
+        signal.signal(number, signal.SIG_IGN)
+    install_kick_signal()
+    set_title(f"vm/{spec.name}")
+    confine(CONFINEMENTS[Kind.VM], None)
+    die_with_vmm()
+    with ExitStack() as stack:
+        loop = stack.enter_context(EventLoop())
+        console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.tty_watch, spec.ring)))
+        stack.callback(console.close)
+        stack.callback(channel.close)
+        try:
+            kvm = stack.enter_context(Kvm.from_fd(kvm_fd))
+            process = VmProcess(loop, channel, console, kvm, _machine_spec(spec, fds, disks, stack))
+        except (VmmError, OSError) as err:
+            log.warning("%s", err)
+            _tell(
+                channel, VmEnding(reason=EndReason.FAILED, code=_error_code(err), message=str(err))
+            )
+            return 0
+        process.run()
+    return 0
+
+
+def die_with_vmm() -> None:
+    """Be killed when vmm is: nobody could stop us any more."""
+    die_with(os.getppid())
+
+
+def _machine_spec(
+    spec: VmSpec, fds: Fds, disks: tuple[tuple[int, int], ...], stack: ExitStack
+) -> MachineSpec:
+    image = probe_image(FileSource(fds.take(spec.boot), spec.boot_path))
+    variables = None
+    if spec.variables is not None:
+        template = FileSource(fds.take(spec.variables), "UEFI variables")
+        variables = stack.enter_context(Variables(template.read(0, template.size), None))
+    cdrom = None
+    if spec.cdrom is not None:
+        cdrom = open_image(fds.take(spec.cdrom), Format.RAW, read_only=True, name="cdrom")
+        stack.callback(cdrom.close)
+    return MachineSpec(
+        image=image,
+        variables=variables,
+        memory_size=spec.memory,
+        cpus=spec.cpus,
+        disks=tuple(
+            RemoteDisk(_Connection(connection, disk.option.path).connect, disk.option.path)
+            for connection, disk in zip(disks, spec.disks, strict=True)
+        ),
+        cdrom=cdrom,
+        boot_device=BootDevice(spec.boot_device.value),
+        name=spec.name,
+        command_line=spec.append,
+        initrd=tuple(FileSource(fds.take(at), "initrd") for at in spec.initrd),
+    )
+
+
+class _Connection:
+    """A disk's connection, for the one machine that this process makes."""
+
+    def __init__(self, connection: tuple[int, int], path: str) -> None:
+        self._socket, self._status = connection
+        self._path = path
+
+    def connect(self) -> socket.socket:
+        """Wait until the disk's process is ready.
+
+        Raises:
+            ImageError: it cannot open the image; the text is its own.
+        """
+        with open(self._status, "rb", buffering=0) as status:  # noqa: PTH123 - a descriptor
+            told = status.read(_STATUS_MAX)
+        if told != _READY:
+            text = told.decode(errors="replace")
+            raise ImageError(text or f"{self._path}: its process has crashed")
+        return socket.socket(fileno=self._socket)
+
+
+def _error_code(err: Exception) -> ErrorCode:
+    match err:
+        case ImageError():
+            return ErrorCode.DISK_MISSING
+        case BootError():
+            return ErrorCode.EINVAL
+        case MemoryError():
+            return ErrorCode.ENOMEM
+    return ErrorCode.EIO
+
+
+def _tell(channel: Channel[VmReport, VmCommand], report: VmReport) -> None:
+    try:
+        channel.send(report)
+        channel.flush()
+    except ChannelError as err:  # vmm is gone, and so shall we
+        log.debug("vmm: %s", err)
+
+
+class VmProcess:
+    """A VM from its first instruction to its end, on the event loop's thread."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        channel: Channel[VmReport, VmCommand],
+        console: Console,
+        kvm: Kvm,
+        spec: MachineSpec,
+    ) -> None:
+        """Build the machine; everything else stays the caller's.
+
+        Raises:
+            VmmError, OSError: it cannot be made.
+        """
+        self._loop = loop
+        self._channel = channel
+        self._outcome: Outcome | None = None
+        self._is_stopping = False
+        self._is_paused = False
+        self._deadline_ns = 0
+        self._timer = loop.timer(self._look)
+        self._machine = Machine(
+            spec,
+            kvm,
+            loop,
+            transmit=console.transmit,
+            on_receive_room=lambda: loop.call_soon(console.feed),
+            on_outcome=lambda outcome: loop.call_soon(lambda: self._ended(outcome)),
+        )
+        self._console = console
+        console.port = self._machine.uart
+
+    def run(self) -> None:
+        """Run the guest to its end, and tell vmm how it ended."""
+        self._channel.watch(self._loop, self._take, lambda _: self._loop.stop())
+        self._machine.start()
+        _tell(self._channel, VmStarted())
+        self._loop.run()
+        self._machine.close()
+        self._console.port = None
+        if self._outcome or self._is_stopping:
+            _tell(self._channel, _ending(self._outcome, self._is_stopping))
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._loop.stop()
+
+    # What vmm says
+
+    def _take(self, received: Received[VmCommand]) -> None:
+        with received.fds as fds:
+            match received.message:
+                case PauseVm():
+                    self._pause()
+                case UnpauseVm():
+                    self._unpause()
+                case StopVm():
+                    self._stop()
+                case AttachConsole():
+                    self._console.attach(socket.socket(fileno=fds.take(0)))
+                case AskStatistics(serial=serial):
+                    _tell(self._channel, self._statistics(serial))
+                case SetVerbosity(level=level):
+                    logging.set_verbosity(level)
+                case _:
+                    assert_never(received.message)
+
+    def _pause(self) -> None:
+        if not self._is_paused:
+            self._is_paused = True
+            self._machine.pause()
+        _tell(self._channel, VmPaused())
+
+    def _unpause(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            self._machine.resume()
+        _tell(self._channel, VmUnpaused())
+
+    def _statistics(self, serial: int) -> VmStatistics:
+        usage = os.times()
+        return VmStatistics(
+            serial=serial,
+            statistics=Statistics(cpu_ns=int((usage.user + usage.system) * NANOSECONDS)),
+            memory_used=self._machine.memory.resident_size(),
+        )
+
+    # Stopping
+
+    def _stop(self) -> None:
+        """Ask the guest, once; end it if there is nobody to ask."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if not self._machine.press_power_button():
+            self._loop.stop()
+            return
+        self._deadline_ns = self._loop.monotonic_ns() + REACTION_NS
+        self._look()
+
+    def _look(self) -> None:
+        """See whether the guest has reacted to the power button; its time is over at some point."""
+        now = self._loop.monotonic_ns()
+        if now >= self._deadline_ns:
+            log.info("the guest did not stop: ended")
+            self._loop.stop()
+        elif self._machine.has_noticed_power_button():
+            self._deadline_ns = now + SHUTDOWN_NS
+            self._timer = self._loop.timer(self._loop.stop)
+            self._timer.arm(self._deadline_ns)
+        else:
+            self._timer.arm(min(now + _LOOK_NS, self._deadline_ns))
+
+
+def _ending(outcome: Outcome | None, is_stopping: bool) -> VmEnding:
+    if is_stopping:
+        return VmEnding(reason=EndReason.STOPPED)
+    match outcome:
+        case Ending.REBOOT:
+            return VmEnding(reason=EndReason.REBOOT)
+        case TripleFault(message):
+            return VmEnding(reason=EndReason.REBOOT, message=message)
+        case Crash(message):
+            return VmEnding(reason=EndReason.CRASHED, message=message)
+        case DebugExitStatus(value):
+            return VmEnding(reason=EndReason.POWER_OFF, message=f"debug exit {value:#x}")
+        case Ending.POWER_OFF | None:
+            return VmEnding(reason=EndReason.POWER_OFF)
+        case _:
+            assert_never(outcome)

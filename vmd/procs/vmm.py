@@ -1,0 +1,353 @@
+"""The vmm process: a zygote that forks VM and device processes, and knows when they are gone.
+
+It has no privileges, one thread, and the descriptor of /dev/kvm; everything that a VM process may
+import is imported before it starts. It starts one process per VM and one per disk of it, passes on
+what the parent and a VM say to each other, and tells of a VM's end when all its processes are
+reaped. It decides nothing.
+
+Source: sections 5.3, 7.6 and 8.4 of OpenBSD's behaviour.
+"""
+
+import array
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from types import FrameType
+from typing import NamedTuple, assert_never
+
+from vmd import log as logging
+from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received, channel_pair
+from vmd.internal import (
+    VM_AND_VMM,
+    VMM_AND_VM,
+    DiskSpec,
+    EndReason,
+    Exited,
+    FromVm,
+    Kill,
+    Launch,
+    Launched,
+    LaunchFailed,
+    ParentToVmm,
+    SetVerbosity,
+    ToVm,
+    VmCommand,
+    VmEnding,
+    VmmToParent,
+    VmReport,
+    VmSpec,
+)
+from vmd.messages import ErrorCode
+from vmm_kvm.errors import VmmError
+from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop, LoopTimer
+
+log = Log(__name__)
+
+_DEVICE_GRACE_NS = 30_000_000_000
+"""How long a device process may write back what it holds, once its VM is gone."""
+_STANDARD_FDS = 3
+
+
+class DiskConnection(NamedTuple):
+    """The VM's side of a disk: both descriptors belong to whoever holds this."""
+
+    socket: int
+    """To the device process, by vhost-user."""
+    status: int
+    """Reads a byte 0 when the device process is ready, or else why it cannot be."""
+
+
+class Bodies(NamedTuple):
+    """What the processes do that are forked here; each returns the exit status."""
+
+    vm: Callable[[VmSpec, Fds, Channel[VmReport, VmCommand], int, tuple[DiskConnection, ...]], int]
+    """With the descriptor of /dev/kvm, which it owns as all others."""
+    disk: Callable[[DiskSpec, str, Fds, DiskConnection], int]
+    """With the VM's name; of the connection it has the other ends."""
+
+
+class _Vm:
+    """What vmm knows of one VM until all its processes are reaped."""
+
+    __slots__ = ("channel", "devices", "ending", "is_killed", "name", "pid", "status", "timer")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pid = 0
+        self.channel: Channel[VmCommand, VmReport] | None = None
+        self.devices: dict[int, str] = {}  # processes that live, and what to call them
+        self.ending: VmEnding | None = None
+        self.status: int | None = None
+        self.is_killed = False
+        self.timer: LoopTimer | None = None
+
+
+class Vmm:
+    """The vmm process's work, on the event loop's thread."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        parent: Channel[VmmToParent, ParentToVmm],
+        kvm_fd: int,
+        bodies: Bodies,
+    ) -> None:
+        """Serve `parent` until it is gone; takes ownership of the descriptors."""
+        self._loop = loop
+        self._parent = parent
+        self._kvm_fd = kvm_fd
+        self._bodies = bodies
+        self._vms: dict[int, _Vm] = {}
+        signal.signal(signal.SIGCHLD, self._child_ended)
+        parent.watch(loop, self._take, lambda _: self._parent_left())
+
+    def _parent_left(self) -> None:
+        """End: VM processes notice that their channel has closed."""
+        for vm in self._vms.values():
+            if vm.channel:
+                vm.channel.close()
+        self._loop.stop()
+
+    def _tell(self, message: VmmToParent) -> None:
+        try:
+            self._parent.send(message)
+        except ChannelError as err:
+            log.debug("parent: %s", err)
+            self._parent_left()
+
+    # What the parent says
+
+    def _take(self, received: Received[ParentToVmm]) -> None:
+        with received.fds as fds:
+            match received.message:
+                case Launch(spec=spec):
+                    self._launch(spec, fds)
+                case Kill(id=number):
+                    self._kill(number)
+                case ToVm(id=number, command=command):
+                    self._pass_on(number, command, fds)
+                case SetVerbosity(level=level):
+                    logging.set_verbosity(level)
+                    for number in self._vms:
+                        self._pass_on(number, received.message, fds)
+                case _:
+                    assert_never(received.message)
+
+    def _pass_on(self, number: int, command: VmCommand, fds: Fds) -> None:
+        vm = self._vms.get(number)
+        if vm is None or vm.channel is None:
+            return  # it has ended; the parent is being told
+        try:
+            vm.channel.send(command, fds.take_all())
+        except ChannelError as err:
+            log.debug("vm/%s: %s", vm.name, err)
+
+    def _kill(self, number: int) -> None:
+        vm = self._vms.get(number)
+        if vm and vm.status is None:
+            vm.is_killed = True
+            os.kill(vm.pid, signal.SIGKILL)
+
+    # Starting
+
+    def _launch(self, spec: VmSpec, fds: Fds) -> None:
+        if spec.id in self._vms:
+            self._fail(spec, ErrorCode.EALREADY, "there is a process for it already")
+            return
+        vm = _Vm(spec.name)
+        self._vms[spec.id] = vm
+        try:
+            self._fork_all(vm, spec, fds)
+        except (OSError, MalformedError) as err:
+            code = ErrorCode.EINVAL if isinstance(err, MalformedError) else ErrorCode.EAGAIN
+            self._fail(spec, code, f"cannot start its processes: {err}")
+            if not vm.devices:
+                del self._vms[spec.id]
+            return
+        self._tell(Launched(id=spec.id, pid=vm.pid))
+
+    def _fail(self, spec: VmSpec, code: ErrorCode, message: str) -> None:
+        self._tell(LaunchFailed(id=spec.id, code=code, message=message))
+
+    def _fork_all(self, vm: _Vm, spec: VmSpec, fds: Fds) -> None:
+        """Start the device processes, then the VM's; what they share is closed here."""
+        with ExitStack() as stack:
+            connections = []
+            for index, disk in enumerate(spec.disks):
+                chain = stack.enter_context(Fds([fds.take(at) for at in disk.chain]))
+                ours, theirs = self._connection(stack)
+                name = f"disk{index}"
+                pid = self._fork(
+                    f"vm/{spec.name}/{name}",
+                    partial(self._bodies.disk, disk, spec.name, chain, theirs),
+                    (*chain.left, *theirs),
+                )
+                vm.devices[pid] = name
+                connections.append(ours)
+            here, there = channel_pair(VMM_AND_VM, VM_AND_VMM)
+            stack.callback(there.close)
+            try:
+                vm.pid = self._fork(
+                    f"vm/{spec.name}",
+                    partial(self._bodies.vm, spec, fds, there, self._kvm_fd, tuple(connections)),
+                    (
+                        *fds.left,
+                        *(fd for pair in connections for fd in pair),
+                        there.fileno(),
+                        self._kvm_fd,
+                    ),
+                )
+            except OSError:
+                here.close()
+                raise
+        vm.channel = here
+        here.watch(
+            self._loop,
+            lambda received: self._report(spec.id, received),
+            lambda err: self._vm_silent(spec.id, err),
+        )
+
+    @staticmethod
+    def _connection(stack: ExitStack) -> tuple[DiskConnection, DiskConnection]:
+        """Make a disk's connection: the VM's ends and the device process's; `stack` closes all."""
+        one, other = socket.socketpair()
+        read_fd, write_fd = -1, -1
+        ours = theirs = -1
+        ours, theirs = one.detach(), other.detach()
+        stack.callback(os.close, ours)
+        stack.callback(os.close, theirs)
+        read_fd, write_fd = os.pipe()
+        stack.callback(os.close, read_fd)
+        stack.callback(os.close, write_fd)
+        return DiskConnection(ours, read_fd), DiskConnection(theirs, write_fd)
+
+    def _fork(self, title: str, body: Callable[[], int], kept: tuple[int, ...]) -> int:
+        """Fork a process that has no descriptors but `kept`, the log's, and the standard ones."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._live(title, body, kept)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return pid
+
+    @staticmethod
+    def _live(title: str, body: Callable[[], int], kept: tuple[int, ...]) -> None:
+        """Be the new process; never returns."""
+        status = 1
+        try:
+            logging.set_title(title)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _close_all_but({*kept, logging.log_fd()})
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            status = body()
+        except (VmmError, OSError) as err:
+            log.warning("%s", err)
+        except BaseException:
+            log.exception("bug")
+        finally:
+            os._exit(status)
+
+    # What VM processes say
+
+    def _report(self, number: int, received: Received[VmReport]) -> None:
+        received.fds.close()  # a VM process has none to give
+        vm = self._vms[number]
+        if isinstance(received.message, VmEnding):
+            vm.ending = vm.ending or received.message
+        else:
+            self._tell(FromVm(id=number, report=received.message))
+
+    def _vm_silent(self, number: int, err: ChannelError) -> None:
+        """A VM's channel has ended: so will its process."""
+        vm = self._vms[number]
+        if isinstance(err, MalformedError):
+            log.warning("vm/%s: %s: killed", vm.name, err)
+            self._kill(number)
+
+    # Ends
+
+    def _child_ended(self, _number: int, _frame: FrameType | None) -> None:
+        self._loop.call_soon(self._reap)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, waited = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            status = os.waitstatus_to_exitcode(waited)
+            for number, vm in tuple(self._vms.items()):
+                if pid == vm.pid and vm.status is None:
+                    self._vm_ended(vm, status)
+                elif pid in vm.devices:
+                    self._device_ended(number, vm, vm.devices.pop(pid), status)
+                else:
+                    continue
+                if not vm.devices and (vm.status is not None or not vm.pid):
+                    self._forget(number, vm)
+
+    def _vm_ended(self, vm: _Vm, status: int) -> None:
+        vm.status = status
+        if vm.channel:
+            self._drain(vm.channel, vm)
+            vm.channel.close()
+            vm.channel = None
+        if vm.devices:
+            vm.timer = self._loop.timer(lambda: self._kill_devices(vm))
+            vm.timer.arm(self._loop.monotonic_ns() + _DEVICE_GRACE_NS)
+
+    @staticmethod
+    def _drain(channel: Channel[VmCommand, VmReport], vm: _Vm) -> None:
+        """Read what a VM process said just before it ended, for its last word."""
+        try:
+            while True:
+                received = channel.receive()
+                received.fds.close()
+                if isinstance(received.message, VmEnding):
+                    vm.ending = vm.ending or received.message
+        except (BlockingIOError, ChannelError):
+            return
+
+    def _device_ended(self, number: int, vm: _Vm, device: str, status: int) -> None:
+        if status == 0:
+            return
+        how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
+        log.warning("vm/%s/%s: its process %s", vm.name, device, how)
+        if vm.pid and vm.status is None:
+            # A guest without its disk is of no use, and must not believe that it wrote.
+            vm.ending = vm.ending or VmEnding(
+                reason=EndReason.CRASHED, message=f"{device}: its process {how}"
+            )
+            self._kill(number)
+
+    @staticmethod
+    def _kill_devices(vm: _Vm) -> None:
+        for pid, device in vm.devices.items():
+            log.warning("vm/%s/%s: its process does not end: killed", vm.name, device)
+            os.kill(pid, signal.SIGKILL)
+
+    def _forget(self, number: int, vm: _Vm) -> None:
+        del self._vms[number]
+        if vm.timer:
+            vm.timer.cancel()
+        if vm.pid:
+            assert vm.status is not None
+            self._tell(Exited(id=number, pid=vm.pid, status=vm.status, ending=vm.ending))
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """Close every descriptor from 3 on that is not in `kept`."""
+    start = _STANDARD_FDS
+    for fd in sorted(fd for fd in kept if fd >= _STANDARD_FDS):
+        os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, (1 << (8 * array.array("i").itemsize - 1)) - 1)

@@ -1,0 +1,77 @@
+"""What a VM's console has shown lately, in memory that outlives its process.
+
+The parent makes a memfd for each VM that runs and hands it to one VM process after another, so that
+a console shows what was written before a reboot. Only the VM process reads or writes it.
+
+Layout: how many bytes were ever written, 8 bytes little-endian; then a ring of `CAPACITY` bytes.
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+
+CAPACITY = 256 * 1024
+"""Bytes that a slow reader may be behind before it misses some."""
+REPLAY = 64 * 1024
+"""Bytes that are shown to whoever comes late."""
+
+_TOTAL = struct.Struct("<Q")
+_SIZE = _TOTAL.size + CAPACITY
+
+
+def make_ring(name: str) -> int:
+    """Return the descriptor of an empty ring whose size nobody can change; the caller owns it."""
+    fd = os.memfd_create(f"console:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, _SIZE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class OutputRing:
+    """A ring, mapped. Positions count bytes from the first that was ever written."""
+
+    __slots__ = ("_data", "_map", "total")
+
+    def __init__(self, fd: int) -> None:
+        """Map the ring at `fd`, which stays the caller's."""
+        self._map = mmap.mmap(fd, _SIZE)
+        self._data = memoryview(self._map)[_TOTAL.size :]
+        self.total: int = _TOTAL.unpack_from(self._map)[0]
+        """Where the next byte goes."""
+
+    def append(self, data: bytes | bytearray) -> None:
+        """Write behind what is there; the oldest makes room."""
+        position = self.total + max(0, len(data) - CAPACITY)
+        kept = memoryview(data)[-CAPACITY:]
+        while kept:
+            at = position % CAPACITY
+            part = kept[: CAPACITY - at]
+            self._data[at : at + len(part)] = part
+            position += len(part)
+            kept = kept[len(part) :]
+        self.total = position
+        _TOTAL.pack_into(self._map, 0, position)
+
+    def late(self) -> int:
+        """Return the position at which somebody who comes late begins to read."""
+        return max(0, self.total - REPLAY)
+
+    def read(self, position: int, size: int) -> tuple[int, bytes]:
+        """Return up to `size` bytes from `position`, or from the oldest if those are gone.
+
+        Also returns the position behind them.
+        """
+        position = min(max(position, self.total - CAPACITY), self.total)
+        at = position % CAPACITY
+        size = min(size, self.total - position, CAPACITY - at)
+        return position + size, bytes(self._data[at : at + size])
+
+    def close(self) -> None:
+        """Drop the mapping; idempotent."""
+        self._data.release()
+        self._map.close()
