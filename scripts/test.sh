@@ -45,15 +45,12 @@ guest() {
         VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m guest tests/guest
     else
         echo "this machine's KVM runs no distribution kernel: guests run in the rig"
-        # QEMU can lose an interrupt of the nested KVM, and a guest then stands still: what failed is
-        # run again, twice at most, in a rig of its own, and counts as failed if it fails each time.
+        # What failed is run once more, in a rig of its own: a test that sends two SIGTERMs at once
+        # sees one in five pairs become one signal, and its guest then runs on.
         in_rig -o cache_dir=/run/rig/out/cache && return
-        for _ in 1 2; do
-            [ -s "$logs/rig/cache/v/cache/lastfailed" ] || return 1
-            echo "guest: again, what failed: $(tr -d '\n' <"$logs/rig/cache/v/cache/lastfailed")"
-            in_rig -o "cache_dir=$logs/rig/cache" --last-failed && return
-        done
-        return 1
+        [ -s "$logs/rig/cache/v/cache/lastfailed" ] || return 1
+        echo "guest: again, what failed: $(tr -d '\n' <"$logs/rig/cache/v/cache/lastfailed")"
+        in_rig -o "cache_dir=$logs/rig/cache" --last-failed
     fi
 }
 
