@@ -89,6 +89,23 @@ def test_a_message_without_a_line(halted: Guest) -> None:
         assert pending(halted) == {0x61}
 
 
+@pytest.mark.parametrize(
+    "message", [(0, 0), ((1 << 64) - 1, (1 << 32) - 1), (MSI_ADDRESS, 0x700), (0xFEE7_F000, 0x41)]
+)
+def test_messages_that_cannot_be(halted: Guest, message: tuple[int, int]) -> None:
+    """A guest may name any address: nothing arrives, nothing fails, and the line still works."""
+    with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
+        eventfds.send_msi(*message)
+        line = eventfds.msi_line()
+        line.signal()
+        line.route(message)
+        line.signal()
+        line.route(None)
+        line.route((MSI_ADDRESS, 0x71))
+        line.signal()
+        assert arrives(halted, 0x71)
+
+
 def test_notifications() -> None:
     """A guest's write of any size signals the eventfd and makes no exit, until it is unbound."""
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

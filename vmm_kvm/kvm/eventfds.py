@@ -5,6 +5,7 @@ With them neither a vCPU's thread nor an exit is on the way of a request. Any th
 Locks: `_lock` guards the routing table; a line's route is changed by one thread at a time.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Iterable
@@ -15,6 +16,9 @@ from vmm_kvm.kvm.vm import MsiRoute, Route, Vm
 from vmm_kvm.log import Log
 
 log = Log(__name__)
+
+# What KVM says of a message with an impossible address (EPERM is a bare -1 of its own code).
+_GUEST_ERRORS = {errno.EPERM, errno.EINVAL}
 
 _ANY_SIZE = 0
 _EDGE = 1
@@ -39,6 +43,8 @@ class KvmMsiLine:
     def route(self, message: tuple[int, int] | None) -> None:
         """Send `message`, an address and data, from now on; None holds back what comes.
 
+        A message that cannot be is the guest's loss.
+
         Raises:
             KvmError: the VM is closed, or has no more routes.
         """
@@ -49,8 +55,11 @@ class KvmMsiLine:
                 vm.remove_irqfd(self.fd, self.gsi)
             return
         if message != self._message:
+            try:
+                self._eventfds.set_route(MsiRoute(self.gsi, *message))
+            except KvmError as err:
+                _dismiss(err, *message)
             self._message = message
-            self._eventfds.set_route(MsiRoute(self.gsi, *message))
         if not self._is_bound:
             vm.irqfd(self.fd, self.gsi)
             self._is_bound = True
@@ -112,16 +121,20 @@ class EventFds:
             KvmError: there are no more routes.
         """
         with self._lock:
-            self._messages[route.gsi] = route
-            self.vm.set_gsi_routing((*self._fixed, *self._messages.values()))
+            routes = {**self._messages, route.gsi: route}
+            self.vm.set_gsi_routing((*self._fixed, *routes.values()))
+            self._messages = routes
 
     def send_msi(self, address: int, data: int) -> None:
-        """Send a message now, without a line.
+        """Send a message now, without a line; one that cannot be is the guest's loss.
 
         Raises:
             KvmError: the VM is closed.
         """
-        self.vm.signal_msi(address, data)
+        try:
+            self.vm.signal_msi(address, data)
+        except KvmError as err:
+            _dismiss(err, address, data)
 
     def bind_notification(self, fd: int, port: int) -> None:
         """Let guest writes of any size to `port` signal the eventfd `fd`, instead of an exit.
@@ -139,3 +152,10 @@ class EventFds:
             self.vm.remove_ioeventfd(fd, port, _ANY_SIZE, pio=True)
         except KvmError as err:
             log.debug("notifications by port %#x: %s", port, err)
+
+
+def _dismiss(err: KvmError, address: int, data: int) -> None:
+    """Pass over an error that is the guest's fault: it may name any address."""
+    if err.errno not in _GUEST_ERRORS:
+        raise err
+    log.debug("MSI %#x to %#x: %s", data, address, err)
