@@ -120,9 +120,13 @@ def _check_flags(
     """Tables must say of each cluster in use whether it is referred to once, and be right."""
     l1 = read_words(file, header.l1_offset, header.l1_size)
     step = 2 if header.has_subclusters else 1
+    seen: set[int] = set()
     for index, offset in references.active_tables.items():
         if bool(l1[index] & COPIED) != (_count(refcounts, offset >> header.cluster_bits) == 1):
             references.error(f"L2 table {index}: its flag contradicts its count")
+        if offset in seen:
+            continue
+        seen.add(offset)
         for entry in read_words(file, offset, header.cluster_size >> 3)[::step]:
             host = entry & OFFSET_MASK
             if not host or entry & COMPRESSED or host & (header.cluster_size - 1):
