@@ -115,6 +115,19 @@ def test_what_is_available_before_the_start_is_served() -> None:
         assert guest.answer(slot, 5) == b"EARLY"
 
 
+def test_settling() -> None:
+    """When it returns, what the driver had asked for is done; without a start there is nothing."""
+    with dataplane(BlkBackend()) as (device, guest, _):
+        device.settle()
+        device.start(VERSION_1, {0: guest.ring(0), 1: guest.ring(1)})
+        for number in range(20):
+            ring = number % 2
+            guest.offer(b"request", ring)
+            guest.notify(ring)
+            device.settle()
+            assert guest.used(ring) == guest.available[ring]
+
+
 def test_a_reset_and_another_start() -> None:
     """After a stop the server leaves the rings alone; after a start they begin anew."""
     backend = BlkBackend()
