@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from vmd.config.host import Host
-from vmd.config.parser import read_config
+from vmd.config.parser import printable, read_config
 from vmd.config.text import config_lines
 
 
@@ -27,7 +27,8 @@ def check(
     lines += reading.warnings[len(reading.notes) :]
     if not reading.errors:
         if is_verbose:
-            lines += config_lines(reading.config)
+            text = config_lines(reading.config)
+            lines += (printable(part) for line in text for part in line.split("\n"))
         lines.append("configuration OK")
     return lines, 1 if reading.errors else 0
 

@@ -89,7 +89,7 @@ def read_config(
     try:
         file = host.read_file(path)
     except OSError as err:
-        line = _printable(f"failed to open {path}: {err.strerror}")
+        line = printable(f"failed to open {path}: {err.strerror}")
         if not isinstance(err, FileNotFoundError):
             return Reading(errors=(line,))
         return Reading(notes=() if is_optional else (line,))
@@ -100,17 +100,17 @@ def read_config(
     parser.parse()
     return Reading(
         parser.config,
-        tuple(map(_printable, parser.tokens.complaints)),
-        tuple(map(_printable, parser.notes)),
-        tuple(map(_printable, known.unused())),
+        tuple(map(printable, parser.tokens.complaints)),
+        tuple(map(printable, parser.notes)),
+        tuple(map(printable, known.unused())),
     )
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
     r"""Write what a terminal or a log would not show as it is as `\x1b`."""
     return "".join(
         char
-        if char.isprintable()
+        if char.isprintable() or char == "\t"
         else "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
         for char in line
     )

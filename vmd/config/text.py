@@ -30,15 +30,18 @@ def config_lines(config: Config) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """Write a string in quotes.
+    """Write a string in quotes; one with a line break or a NUL does not come from a file.
 
-    A line break, a NUL or a backslash at the end cannot be written so that they are read again.
+    A backslash in front of a quote, space or tab, or at the end, takes one more. At the end that
+    one has to have a line break after it, which is dropped when the string is read.
     """
     found = ""
     for char in text:
         if char == '"' or (char in " \t" and found.endswith("\\")):
             found += "\\"
         found += char
+    if found.endswith("\\"):
+        found += "\\\n"
     return f'"{found}"'
 
 

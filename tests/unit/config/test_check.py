@@ -1,0 +1,89 @@
+"""`vmd -n`, and the campaign of mutated files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.unit.config.fake_host import FakeHost
+from vmd.config.check import check, parse_macro
+
+SEED = os.environ.get("VMM_FUZZ_SEED", "1")
+COUNT = os.environ.get("VMM_FUZZ_COUNT", "300")
+
+
+def test_a_file_that_is_right() -> None:
+    """It is said to be."""
+    assert check("f", {}, host=FakeHost({"f": b"vm x { disable }"})) == (["configuration OK"], 0)
+
+
+def test_a_file_that_is_wrong() -> None:
+    """Lines about errors have the daemon's name; those about macros do not."""
+    host = FakeHost({"f": b'a = b\nvm x { disk "none" }'})
+    assert check("f", {}, host=host) == (
+        [
+            "vmd: disk none: No such file or directory",
+            "vmd: f:2: failed to parse disks: none",
+            "warning: macro 'a' not used",
+        ],
+        1,
+    )
+
+
+def test_a_missing_file() -> None:
+    """It is no error; nothing is said of the default one."""
+    line = "vmd: failed to open none: No such file or directory"
+    assert check("none", {}, host=FakeHost({})) == ([line, "configuration OK"], 0)
+    optional = check("none", {}, is_optional=True, host=FakeHost({}))
+    assert optional == (["configuration OK"], 0)
+
+
+def test_macros_of_the_command_line() -> None:
+    """They stand above those of the file, and it is no matter whether they are used."""
+    host = FakeHost({"f": b"m = wrong\nvm $m { disable }"})
+    lines, _ = check("f", {"m": "right", "unused": "x"}, is_verbose=True, host=host)
+    assert lines == ['vm "right" {', "\tdisable", "}", "configuration OK"]
+
+
+def test_what_was_read_can_be_shown() -> None:
+    """No control character reaches a terminal, not even by a name."""
+    host = FakeHost({"f": b'vm "\x1b[2J\\\\\n" { disable }'})
+    lines, status = check("f", {}, is_verbose=True, host=host)
+    assert (lines, status) == (
+        ['vm "\\x1b[2J\\\\', '" {', "\tdisable", "}", "configuration OK"],
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "macro"),
+    [
+        ("a=b", ("a", "b")),
+        ("a=b=c", ("a=b", "c")),
+        ("a=", ("a", "")),
+        ("=b", ("", "b")),
+        ("a", None),
+        ("", None),
+    ],
+)
+def test_definitions_of_macros(text: str, macro: tuple[str, str] | None) -> None:
+    """They are divided at the last equals sign."""
+    assert parse_macro(text) == macro
+
+
+def test_mutated_files() -> None:
+    """Whatever is wrong with a file, there are lines about it; what is right reads again."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "tests/campaigns/mutate_configs.py"),
+            *("--count", COUNT, "--seed", SEED),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout + done.stderr).endswith(" 0 deviations\n")
+    assert done.returncode == 0

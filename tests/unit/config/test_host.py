@@ -1,0 +1,117 @@
+"""What reading a vm.conf asks of this very host."""
+
+from __future__ import annotations
+
+import os
+from errno import EFBIG, EISDIR, ELOOP, ENOENT
+from pathlib import Path
+
+import pytest
+
+from vmd.config.check import check
+from vmd.config.host import SIZE_MAX, SystemHost, secrecy_complaint
+from vmd.config.parser import parse_config
+
+HOST = SystemHost()
+
+
+def write(path: Path, data: bytes = b"", mode: int = 0o600) -> Path:
+    """Make a file."""
+    path.write_bytes(data)
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "complaint"),
+    [
+        (0o600, None),
+        (0o644, None),
+        (0o664, "group writable or world writable"),
+        (0o646, "group writable or world writable"),
+    ],
+)
+def test_files_that_others_can_write(tmp_path: Path, mode: int, complaint: str | None) -> None:
+    """They are read, and told of; that everyone can read a file is no matter."""
+    path = write(tmp_path / "f", b"data", mode)
+    assert HOST.read_file(str(path)) == (b"data", complaint)
+
+
+@pytest.mark.parametrize(
+    ("uid", "complaint"),
+    [(0, None), (1000, None), (1001, "owner not root or current user")],
+)
+def test_files_of_others(tmp_path: Path, uid: int, complaint: str | None) -> None:
+    """A file is root's or the user's own."""
+    fields = list(write(tmp_path / "f").stat())
+    fields[4] = uid
+    assert secrecy_complaint(os.stat_result(fields), 1000) == complaint
+
+
+def test_a_device_is_nobodys_matter() -> None:
+    """Who may write to a device or pipe says nothing about what is read from it."""
+    assert HOST.read_file("/dev/null") == (b"", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("none", ENOENT), (".", EISDIR), ("large", EFBIG), ("loop", ELOOP)]
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, number: int) -> None:
+    """A directory, a loop of links, or a file too large to be one, says so."""
+    with write(tmp_path / "large").open("wb") as file:
+        file.truncate(SIZE_MAX + 1)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"\[Errno") as caught:
+        HOST.read_file(str(tmp_path / name))
+    assert caught.value.errno == number
+
+
+def test_an_endless_file_is_not_read_for_ever() -> None:
+    """Nothing is read beyond what a vm.conf can have."""
+    lines, status = check("/dev/zero", {})
+    assert (lines, status) == (["vmd: failed to open /dev/zero: File too large"], 1)
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is made absolute, from the working directory, and links are followed."""
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "disk")
+    (tmp_path / "link").symlink_to("disk")
+    assert [
+        HOST.resolve(each) for each in ("disk", "./link", f"{tmp_path}/../{tmp_path.name}/disk")
+    ] == [str(path.resolve())] * 3
+
+
+@pytest.mark.parametrize("path", ["", "none", "none/x", "link", "\udcff"])
+def test_paths_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """What is not there, not even an empty name, has no path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("none")
+    with pytest.raises(OSError, match="No such file or directory") as caught:
+        HOST.resolve(path)
+    assert caught.value.errno == ENOENT
+
+
+def test_users_and_groups() -> None:
+    """Names are the host's."""
+    assert (HOST.find_user("root"), HOST.find_group("root")) == (0, 0)
+    name = "no-such-name-\udcff"
+    assert (HOST.find_user(name), HOST.find_group(name)) == (None, None)
+
+
+def test_a_file_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All together: includes, disks and owners are found."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "disk.img")
+    write(tmp_path / "part.conf", b"owner = root\n")
+    write(
+        tmp_path / "vm.conf",
+        b'who = root\ninclude "more.conf"\nvm x { disk "disk.img"\n\towner $who\n}\n',
+    )
+    write(tmp_path / "more.conf", b"local inet6\n", 0o622)
+    config = parse_config("vm.conf", {})
+    assert config.vms[0].disks[0].path == str((tmp_path / "disk.img").resolve())
+    assert config.vms[0].owner.uid == 0
+    assert config.warnings == ("more.conf: group writable or world writable",)
+    lines, status = check("vm.conf", {})
+    assert (lines, status) == ([f"vmd: {config.warnings[0]}", "configuration OK"], 0)

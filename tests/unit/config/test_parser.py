@@ -1,0 +1,309 @@
+"""The parser of vm.conf: what a file means. What it says of mistakes is in the golden files."""
+
+from __future__ import annotations
+
+import sys
+from subprocess import run
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.config.fake_host import FakeHost
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.host import FileText
+from vmd.config.model import (
+    Agentx,
+    BootDevice,
+    Config,
+    InterfaceConfig,
+    Owner,
+    Prefix,
+    Right,
+    Staggered,
+    SwitchConfig,
+    VmConfig,
+)
+from vmd.config.parser import ConfigErrors, parse_config, read_config
+
+
+class CountingHost(FakeHost):
+    """A host that counts how often a file is read."""
+
+    reads = 0
+
+    def read_file(self, path: str) -> FileText:
+        """Read a file, and count that."""
+        self.reads += 1
+        return super().read_file(path)
+
+
+def parse(text: str, **files: str) -> Config:
+    """Parse a text that is right; includes are found among the files, by name and `.conf`."""
+    contents = {f"{name}.conf": inner.encode() for name, inner in files.items()}
+    return parse_config("f", {}, host=FakeHost({"f": text.encode(), **contents}))
+
+
+def vm_of(options: str) -> VmConfig:
+    """Return a VM with these options, without where it stands."""
+    (vm,) = parse(f'vm "x" {{\n{options}\n}}').vms
+    return vm._replace(where="")
+
+
+def test_an_empty_file() -> None:
+    """What a file does not say is not said: its reader has the defaults."""
+    assert parse("") == Config()
+    assert vm_of("enable") == VmConfig("x")
+
+
+def test_globals() -> None:
+    """Each global statement fills its field."""
+    config = parse(
+        "local prefix 10.64.0.0/10\nlocal inet6 prefix 'fd00::/16'\nsocket owner alice:staff\n"
+        "agentx context c\nstaggered start parallel 2 delay 7\n"
+    )
+    assert config == Config(
+        local_prefix=Prefix(0x0A40_0000, 10),
+        is_local_inet6=True,
+        local_prefix6=Prefix(0xFD00 << 112, 16),
+        socket_owner=Owner(1000, 50),
+        agentx=Agentx("c", "/var/agentx/master"),
+        staggered=Staggered(2, 7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix"),
+    [
+        ('"10/8"', Prefix(10 << 24, 8)),
+        ('"10"', Prefix(10 << 24, 16)),
+        ('"10.1"', Prefix(0x0A01 << 16, 16)),
+        ("0.0.0.0/1", Prefix(0, 1)),
+        ("10.0.0.0/08", Prefix(10 << 24, 8)),
+    ],
+)
+def test_short_prefixes(text: str, prefix: Prefix) -> None:
+    """What is left out of an address is zero; of a mask, sixteen bits."""
+    assert parse(f"local prefix {text}").local_prefix == prefix
+
+
+def test_switches() -> None:
+    """A switch has what its options say; the last of a kind counts."""
+    text = """
+        switch "a" { disable
+            group g
+            interface br0
+            locked lladdr
+            rdomain 7
+            down
+        }
+        switch b { interface "virbr0" }
+        """
+    assert parse(text).switches == (
+        SwitchConfig("a", "br0", False, "g", True, 7, False),
+        SwitchConfig("b", "virbr0"),
+    )
+
+
+def test_a_vm_with_everything() -> None:
+    """Each option of a VM fills its field, and says what an instance would claim."""
+    vm = vm_of(
+        "disable\nmemory 1.5G\ncpus 3\nboot bsd.rd\ninitrd initrd.img\nappend 'a b'\n"
+        "boot device net\ncdrom x.iso\nowner alice\nsev\n"
+        "allow instance { boot, owner :staff, disk }\ndisk disk0.img format raw { ro queues 2 }"
+    )
+    assert vm == VmConfig(
+        "x",
+        is_enabled=False,
+        memory=3 << 29,
+        cpus=3,
+        boot="/vm/bsd.rd",
+        initrd=("/vm/initrd.img",),
+        append="a b",
+        boot_device=BootDevice.NET,
+        disks=(DiskOption(DiskKind.RAW, "/vm/disk0.img", is_read_only=True, queues=2),),
+        cdrom="x.iso",
+        owner=Owner(1000),
+        allow_instance=frozenset({Right.BOOT, Right.DISK}),
+        instance_owner=Owner(None, 50),
+        given=frozenset({Right.BOOT, Right.CDROM, Right.CPUS, Right.DISK, Right.MEMORY}),
+        is_sev=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("memory 64M", {Right.MEMORY}),
+        ("memory 67108864", {Right.MEMORY}),
+        ("cpus 1", {Right.CPUS}),
+        ("interface", {Right.INTERFACE}),
+        ("interfaces 0", {Right.INTERFACE}),
+        ("disk disk0.img", {Right.DISK}),
+        ("cdrom a", {Right.CDROM}),
+        ('cdrom ""', {Right.CDROM}),
+        ("boot bsd.rd", {Right.BOOT}),
+        ("firmware uefi", {Right.BOOT}),
+        ("initrd initrd.img", {Right.BOOT}),
+        ("append a", {Right.BOOT}),
+        ("boot device disk", set()),
+        ("owner alice", set()),
+        ("allow instance boot", set()),
+        ("disable", set()),
+        ("seves", set()),
+    ],
+)
+def test_what_a_block_speaks_of(option: str, given: set[Right]) -> None:
+    """An option says that the VM has something of its own, be it none."""
+    assert vm_of(option).given == given
+
+
+def test_instances() -> None:
+    """The first name is the template's; an instance says that it is one."""
+    (vm,) = parse("vm a b instance c {\n\tdisable\n}").vms
+    assert vm == VmConfig(
+        "c", parent="ab", is_enabled=False, given=frozenset({Right.INSTANCE}), where="f:3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "interfaces"),
+    [
+        ("interfaces 2", (InterfaceConfig(),) * 2),
+        ("interface\ninterfaces 2", (InterfaceConfig(),) * 2),
+        (
+            "interfaces 1\ninterface tap1\ninterface",
+            (InterfaceConfig(tap="tap1"), InterfaceConfig()),
+        ),
+        ("interface tap", (InterfaceConfig(),)),
+        ("local interface switch s", (InterfaceConfig(is_local=True, switch="s"),)),
+        (
+            "interface tap0 { locked lladdr 0:1:2:3:4:f }",
+            (InterfaceConfig(tap="tap0", is_locked=True, lladdr="00:01:02:03:04:0f"),),
+        ),
+        ("interface { lladdr 0:0:0:0:0:0 }", (InterfaceConfig(),)),
+        (
+            'interface { switch "" group "" rdomain 3 down }',
+            (InterfaceConfig(rdomain=3, is_up=False),),
+        ),
+    ],
+)
+def test_interfaces(options: str, interfaces: tuple[InterfaceConfig, ...]) -> None:
+    """There are as many as are described, or as are asked for, if that is more."""
+    assert vm_of(options).interfaces == interfaces
+
+
+def test_settings_of_an_interface_do_not_reach_the_next() -> None:
+    """Each interface begins anew."""
+    vm = vm_of("interface tap1 { down }\ninterface")
+    assert vm.interfaces == (InterfaceConfig(tap="tap1", is_up=False), InterfaceConfig())
+
+
+def test_where_a_vm_stands() -> None:
+    """A VM knows file and line of the end of its block, in an included file too."""
+    config = parse('vm a { disable }\ninclude "p.conf"\n', p="\nvm b {\n\tdisable\n}\n")
+    assert [vm.where for vm in config.vms] == ["f:1", "p.conf:4"]
+
+
+def test_macros_are_the_same_in_included_files() -> None:
+    """A file defines macros for those that include it and that it includes."""
+    config = parse('a = x\ninclude "p.conf"\nvm $b { disable }', p="b = y\nvm $a { disable }")
+    assert [vm.name for vm in config.vms] == ["x", "y"]
+
+
+def test_errors_are_all_told() -> None:
+    """Every line about what is wrong is in the exception, warnings apart, and nothing is used."""
+    host = FakeHost({"f": b'a = b\nvm "x" { memory 1 }\n\n\nvm "y" { bogus }\n'})
+    with pytest.raises(ConfigErrors) as caught:
+        parse_config("f", {}, host=host)
+    assert caught.value.lines == (
+        "memory size must be at least 1MB",
+        "f:2: failed to parse size: 1",
+        "f:5: syntax error",
+    )
+    assert caught.value.warnings == ("warning: macro 'a' not used",)
+    assert str(caught.value) == "\n".join(caught.value.lines)
+
+
+def test_warnings_go_with_what_is_read() -> None:
+    """What is no error is in the configuration, files that others can write to first."""
+    config = parse_config(
+        "f", {}, host=FakeHost({"f": b'a = b\ninclude "open.conf"\n', "open.conf": b""})
+    )
+    warnings = ("open.conf: group writable", "warning: macro 'a' not used")
+    assert config == Config(warnings=warnings)
+
+
+def test_a_missing_file() -> None:
+    """It is as good as an empty one, but told unless it is the default one."""
+    host = FakeHost({})
+    assert parse_config("none", {}, host=host, is_optional=True) == Config()
+    warnings = ("failed to open none: No such file or directory",)
+    assert parse_config("none", {}, host=host) == Config(warnings=warnings)
+
+
+def test_a_file_that_cannot_be_read() -> None:
+    """Any other reason is an error, of the default file as well."""
+    with pytest.raises(ConfigErrors, match=r"^failed to open unreadable\.conf: Permission"):
+        parse_config("unreadable.conf", {}, host=FakeHost({}), is_optional=True)
+
+
+def test_included_files_are_limited() -> None:
+    """Files that include one another end, also where each includes two."""
+    text = b'include "a.conf"\ninclude "a.conf"\n'
+    host = CountingHost({"f": text, "a.conf": text})
+    reading = read_config("f", {}, host=host)
+    assert reading.errors[0] == "a.conf:1: failed to include file a.conf"
+    assert reading.errors[-1] == "f:2: failed to include file a.conf"
+    assert 16 < host.reads <= 257
+
+
+def test_what_is_told_can_be_shown() -> None:
+    """Control characters and bytes that are no text are written as numbers."""
+    reading = read_config("f\x1b", {}, host=FakeHost({"f\x1b": b'local prefix "\x1b\xff\xc2\x9b"'}))
+    assert reading.errors == ("f\\x1b:1: invalid local prefix: invalid format",)
+    reading = read_config("f", {}, host=FakeHost({"f": b'socket owner "\x1b[2J\xff\xc2\x9b"'}))
+    assert reading.errors == ("f:1: failed to get user: \\x1b[2J\\xff\\xc2\\x9b",)
+
+
+def test_lengths_are_of_bytes() -> None:
+    """A name of 63 bytes is as long as can be, however few letters those are."""
+    assert parse(f'vm "{"é" * 31}x" {{ disable }}').vms[0].name == "é" * 31 + "x"
+    with pytest.raises(ConfigErrors, match=r"^f:1: vm name too long$"):
+        parse(f'vm "{"é" * 32}" {{ disable }}')
+
+
+def test_our_words_are_no_keywords_elsewhere() -> None:
+    """A file of OpenBSD's may use them as names, without quotes."""
+    config = parse("cpus = append\nvm cpus { cdrom $cpus }\nswitch queues { interface initrd }")
+    assert (config.vms[0].name, config.vms[0].cdrom) == ("cpus", "append")
+    assert (config.switches[0].name, config.switches[0].interface) == ("queues", "initrd")
+
+
+WORDS = st.sampled_from(
+    [
+        *("vm", "switch", "x", '"y"', "{", "}", "\n", "=", ",", "interface", "memory", "64M", "7"),
+        *("disk", "disk0.img", "format", "raw", "boot", "bsd.rd", "allow", "instance", "owner"),
+        *("local", "lladdr", "prefix", "$m", "include", '"p.conf"', "disable", "up", "cpus", "'"),
+    ]
+)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=400) | st.lists(WORDS).map(lambda words: " ".join(words).encode()))
+def test_any_file_is_read_or_refused(data: bytes) -> None:
+    """Whatever a file holds, there is a configuration, or lines about what is wrong."""
+    files = {"f": data, "p.conf": b"vm p { disable }", "g": data + b"\nbogus bogus bogus"}
+    reading = read_config("f", {"m": "x { up"}, host=FakeHost(files))
+    for line in (*reading.errors, *reading.warnings):
+        assert line
+        assert line.replace("\t", "").isprintable()
+    assert read_config("g", {"m": "x"}, host=FakeHost(files)).errors
+
+
+def test_reading_imports_little() -> None:
+    """`vmd -n` and every start of the daemon read a file: nothing large is imported for that."""
+    code = "import sys, vmd.config.check; print(' '.join(sys.modules))"
+    done = run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    large = {"asyncio", "dataclasses", "inspect", "ipaddress", "logging", "msgspec", "socket"}
+    assert large & set(done.stdout.split()) == set()
