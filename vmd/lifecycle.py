@@ -110,7 +110,7 @@ def step(vm: VmState, event: Event, now: float) -> Step:
         case LaunchFailed(code, message):
             return _end(vm, now, EndReason.FAILED, code, message)
         case Running():
-            return _running(vm, now)
+            return _running(vm)
         case Paused():
             return _paused(vm)
         case Unpaused():
@@ -222,14 +222,14 @@ def _without(vm: VmState, client: int) -> VmState:
 # What has happened
 
 
-def _running(vm: VmState, now: float) -> Step:
+def _running(vm: VmState) -> Step:
     if vm.phase is not Phase.STARTING:  # it is stopping already: whoever started it hears of that
         return vm, ()
     reply: tuple[Effect, ...] = ()
     if vm.starter:
         started = Started(serial=vm.starter.serial, id=vm.id, pid=vm.pid or 0, tty=vm.tty)
         reply = (Reply(vm.starter, started),)
-    vm = vm._replace(phase=Phase.RUNNING, starter=None, started_at=now)
+    vm = vm._replace(phase=Phase.RUNNING, starter=None)
     return vm, (*reply, Publish(EventKind.STARTED))
 
 
@@ -265,7 +265,7 @@ def _end(vm: VmState, now: float, reason: EndReason | None, code: ErrorCode, mes
         # As OpenBSD has it, a reboot ends the wait too.
         *(Reply(ticket, Terminated(serial=ticket.serial, id=vm.id)) for ticket in vm.waiters),
     ]
-    vm = vm._replace(pid=None, started_at=None, starter=None, waiters=(), pausers=(), unpausers=())
+    vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=())
     if reason is EndReason.REBOOT and vm.phase is not Phase.STOPPING and not vm.stops_at_reboot:
         vm, is_allowed = _count_start(vm, now)
         if is_allowed:

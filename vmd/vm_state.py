@@ -51,8 +51,6 @@ class VmState(NamedTuple):
     """Of the VM process, if there is one."""
     tty: str = ""
     """Path of the console, if there is one."""
-    started_at: float | None = None
-    """When the guest began to run; the clock of `step`'s `now`."""
     starter: Ticket | None = None
     """Who is told when it runs."""
     waiters: tuple[Ticket, ...] = ()

@@ -1,0 +1,491 @@
+"""The table of VMs: ids, owners, starting in turn, configurations that come and go."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.vmd.registry_host import ALICE, BOB, CAROL, ROOT, STAFF, Host, code
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import BootDevice, InterfaceConfig, Owner, Right, Staggered, VmConfig
+from vmd.internal import EndReason
+from vmd.messages import (
+    AnyRequest,
+    Console,
+    ConsoleOpened,
+    DiskRequest,
+    Done,
+    ErrorCode,
+    EventKind,
+    Events,
+    InterfaceRequest,
+    Load,
+    Log,
+    Pause,
+    Reload,
+    Reset,
+    Start,
+    Started,
+    State,
+    Status,
+    Stop,
+    Terminated,
+    Unpause,
+    Vms,
+    Wait,
+)
+from vmd.registry import Registry
+from vmd.vm_state import Exited, LaunchFailed, Paused, Running
+
+DISKS = (DiskRequest(path="/disk"),)
+POWER_OFF = Exited(EndReason.POWER_OFF)
+REBOOT = Exited(EndReason.REBOOT)
+
+
+def a_config(name: str, *, disk: str = "", enabled: bool = False, **more: object) -> VmConfig:
+    """Return a VM with one disk."""
+    config = VmConfig(
+        name,
+        is_enabled=enabled,
+        disks=(DiskOption(DiskKind.RAW, disk or f"/{name}.img"),),
+        given=frozenset({Right.DISK}),
+        where="vm.conf:3",
+    )
+    return config._replace(**more)  # type: ignore[arg-type] # fields by name
+
+
+@pytest.fixture
+def host() -> Host:
+    """A host without VMs."""
+    return Host()
+
+
+def load(host: Host, *configs: VmConfig) -> list[str]:
+    """Let the registry have a configuration; returns complaints."""
+    actions, complaints = host.registry.load(configs)
+    host.run(actions)
+    return complaints
+
+
+def start(host: Host, name: str, uid: int = ROOT) -> int:
+    """Start an existing VM, until it runs."""
+    key = host.begin(Start(name=name), uid)
+    host.report(host.launch(name), Running())
+    answer = host.answers[key]
+    assert isinstance(answer, Started)
+    return answer.id
+
+
+# Ids
+
+
+def test_ids_stick_to_name_and_user(host: Host) -> None:
+    """A name has the same id again with the same user, after it was forgotten too."""
+    ids: dict[str, int] = {}
+    for name in ("a", "b", "a", "c", "b"):
+        key = host.begin(Start(name=name, disks=DISKS))
+        host.report(host.launch(name), Running())
+        answer = host.answers[key]
+        assert isinstance(answer, Started)
+        assert ids.setdefault(name, answer.id) == answer.id
+        host.end(answer.id, POWER_OFF)
+        host.clock.now += 10
+    assert ids == {"a": 1, "b": 2, "c": 3}
+    assert host.registry.vms == ()
+
+
+def test_another_user_gets_another_id(host: Host) -> None:
+    """The same name is another VM when somebody else makes it."""
+    everyone = Owner(None, STAFF)
+    load(
+        host,
+        a_config(
+            "base",
+            allow_instance=frozenset({Right.DISK}),
+            instance_owner=everyone._replace(uid=ALICE),
+        ),
+    )
+    ids = []
+    for uid in (ALICE, BOB, ALICE, ROOT):
+        host.begin(Start(name="x", instance="base", disks=DISKS), uid)
+        vm = host.launch("x")
+        host.report(vm, Running())
+        ids.append(vm.id)
+        host.end(vm, POWER_OFF)
+        host.clock.now += 10
+    assert ids == [2, 3, 2, 4]
+
+
+def test_a_reset_forgets_ids(host: Host) -> None:
+    """After it, numbers begin at one; it is answered when all is gone."""
+    load(host, a_config("a"), a_config("b", enabled=True))
+    vm = host.launch("b")
+    host.report(vm, Running())
+    host.operations.clear()
+    reset = host.begin(Reset())
+    (operation,) = host.operations
+    host.run(host.registry.remove_all(operation.ticket))
+    assert host.states() == {"b": State.STOPPING}
+    assert host.told[vm.id] == ["Kill"]
+    assert code(host.ask(Start(name="c", disks=DISKS))) == ErrorCode.EAGAIN
+    assert code(host.ask(Reload())) == ErrorCode.EAGAIN
+    assert reset not in host.answers
+    host.end(vm, Exited(None))
+    assert host.answers[reset] == Done(serial=reset[1])
+    load(host, a_config("z"))
+    assert host.vm("z").id == 1
+
+
+def test_a_reset_without_vms_is_answered_at_once(host: Host) -> None:
+    """There is nothing to wait for; the one who asked may also have left."""
+    reset = host.begin(Reset())
+    host.run(host.registry.remove_all(host.operations[0].ticket))
+    assert host.answers[reset] == Done(serial=reset[1])
+    load(host, a_config("a", enabled=True))
+    host.launch("a")
+    host.begin(Reset(), client=2)
+    host.run(host.registry.remove_all(host.operations[1].ticket))
+    host.leave(2)
+    host.end(host.vm("a"), Exited(None))
+    assert not host.registry.is_emptying
+
+
+# Starting, stopping
+
+
+def test_the_life_of_a_vm_of_a_configuration(host: Host) -> None:
+    """Started, paused, unpaused, stopped: it is still there, and stopped."""
+    load(host, a_config("web"))
+    assert start(host, "web") == 1
+    pausing = host.begin(Pause(name="web"))
+    assert pausing not in host.answers
+    host.report(1, Paused())
+    assert host.answers[pausing] == Done(serial=pausing[1], id=1)
+    assert host.states() == {"web": State.PAUSED}
+    waiter = host.begin(Wait(id=1), client=2)
+    stop = host.ask(Stop(id=1))
+    assert isinstance(stop, Done)
+    assert host.told[1] == ["SendPause", "SendUnpause", "SendStop"]
+    host.end(1, Exited(EndReason.STOPPED))
+    assert isinstance(host.answers[waiter], Terminated)
+    assert host.states() == {"web": State.STOPPED}
+
+
+def test_a_vm_of_vmctl_vanishes(host: Host) -> None:
+    """What only a command has made is forgotten when it ends; its defaults are OpenBSD's."""
+    host.begin(Start(name="web", disks=DISKS, interfaces=(InterfaceRequest(is_local=True),)))
+    vm = host.launch("web")
+    assert (vm.config.memory, vm.config.cpus) == (512 << 20, 1)
+    assert vm.config.interfaces == (InterfaceConfig(is_local=True, lladdr="fe:e1:bb:d1:00:01"),)
+    host.end(vm, POWER_OFF)
+    assert host.registry.vms == ()
+
+
+def test_a_reboot_keeps_id_terminal_and_addresses(host: Host) -> None:
+    """A reboot is a new process of the same VM; who waited for its end is told."""
+    load(host, a_config("web", interfaces=(InterfaceConfig(), InterfaceConfig())))
+    start(host, "web")
+    before = host.vm("web").config.interfaces
+    waiters = [host.begin(Wait(name="web"), client=client) for client in (2, 3)]
+    host.clock.now += 60
+    host.end(1, REBOOT)
+    assert [type(host.answers[key]) for key in waiters] == [Terminated, Terminated]
+    vm = host.launch("web")
+    host.report(vm, Running())
+    assert (vm.id, vm.state.tty, vm.config.interfaces) == (1, "/dev/pts/1", before)
+    assert [one.lladdr for one in before] == ["fe:e1:bb:d1:00:01", "fe:e1:bb:d2:00:01"]
+
+
+def test_an_explicit_boot_device_stops_at_reboot(host: Host) -> None:
+    """As OpenBSD's."""
+    load(host, a_config("web", boot_device=BootDevice.CDROM))
+    start(host, "web")
+    host.end(1, REBOOT)
+    assert host.states() == {"web": State.STOPPED}
+
+
+def test_resources_that_cannot_be_opened_fail_the_start(host: Host) -> None:
+    """The one who started it hears why."""
+    load(host, a_config("web"))
+    host.failing.add(1)
+    assert code(host.ask(Start(name="web"))) == ErrorCode.DISK_MISSING
+    assert host.states() == {"web": State.STOPPED}
+
+
+def test_a_start_may_be_stopped(host: Host) -> None:
+    """Who started hears that it was interrupted, who stopped when it is over."""
+    load(host, a_config("web"))
+    starter = host.begin(Start(name="web"))
+    stopper = host.begin(Stop(name="web", force=True, wait=True), client=2)
+    assert code(host.answers[starter]) == ErrorCode.EINTR
+    host.launches.remove(1)
+    host.report(1, LaunchFailed(ErrorCode.ENOMEM))
+    assert isinstance(host.answers[stopper], Terminated)
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (Start(name="web"), ErrorCode.EALREADY),
+        (Start(id=1), ErrorCode.EALREADY),
+        (Start(id=9), ErrorCode.ENOENT),
+        (Start(name="none"), ErrorCode.ENOENT),
+        (Start(name="idle", memory=1 << 30), ErrorCode.EALREADY),
+        (Start(name="idle", append="single"), ErrorCode.EALREADY),
+        (Start(name="-x", disks=DISKS), ErrorCode.EINVAL),
+        (Start(name="x" * 64, disks=DISKS), ErrorCode.EINVAL),
+        (Start(name="", disks=DISKS), ErrorCode.EINVAL),
+        (Start(name="x", memory=1 << 30), ErrorCode.EINVAL),
+        (Start(name="x", disks=DISKS * 5), ErrorCode.EINVAL),
+        (Start(name="x", disks=DISKS, cpus=65), ErrorCode.EINVAL),
+        (Start(name="x", disks=(DiskRequest(path="/x", format="vmdk"),)), ErrorCode.EINVAL),
+        (Start(name="x", instance="none", disks=DISKS), ErrorCode.TEMPLATE_INVALID),
+        (Start(name="idle", instance="web", disks=DISKS), ErrorCode.EPROCLIM),
+        (Stop(name="idle"), ErrorCode.NOT_RUNNING),
+        (Wait(name="idle"), ErrorCode.NOT_RUNNING),
+        (Pause(id=2), ErrorCode.NOT_RUNNING),
+        (Unpause(id=2), ErrorCode.NOT_RUNNING),
+        (Console(name="idle"), ErrorCode.NOT_RUNNING),
+        *((kind(name="none"), ErrorCode.ENOENT) for kind in (Stop, Wait, Pause, Unpause, Console)),
+        (Stop(), ErrorCode.ENOENT),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_is_refused(host: Host, request_: AnyRequest, expected: ErrorCode) -> None:
+    """With web running and idle stopped, root hears why not."""
+    load(host, a_config("web"), a_config("idle"))
+    start(host, "web")
+    assert code(host.ask(request_)) == expected
+    assert host.states() == {"web": State.RUNNING, "idle": State.STOPPED}
+
+
+# What to boot instead
+
+
+def test_a_kernel_for_one_boot(host: Host) -> None:
+    """A configured VM boots another kernel once: not after a reboot, nor when started again."""
+    load(host, a_config("web"))
+    host.begin(Start(name="web", kernel=0), with_kernel=True)
+    (kernel,) = host.boots
+    host.report(host.launch("web"), Running())
+    host.clock.now += 60
+    host.end(1, REBOOT)
+    assert host.booted == [(1, kernel), (1, None)]
+    assert host.boots == set()
+
+
+def test_a_kernel_of_a_vm_of_vmctl_is_its_own(host: Host) -> None:
+    """A VM made with a kernel boots it every time."""
+    host.begin(Start(name="web", kernel=0), with_kernel=True)
+    (kernel,) = host.boots
+    host.report(host.launch("web"), Running())
+    host.clock.now += 60
+    host.end(1, REBOOT)
+    assert host.booted == [(1, kernel), (1, kernel)]
+    host.launch("web")
+    host.end(1, POWER_OFF)
+    assert host.boots == set()
+
+
+def test_a_kernel_that_is_not_booted_is_closed(host: Host) -> None:
+    """A refused start keeps no descriptor."""
+    load(host, a_config("web"))
+    start(host, "web")
+    host.ask(Start(name="web", kernel=0), with_kernel=True)
+    host.ask(Start(name="web", kernel=0), CAROL, with_kernel=True)
+    host.ask(Stop(name="web"), with_kernel=True)
+    host.end(1, POWER_OFF)
+    for _ in range(4):  # until it is refused as too quick
+        host.ask(Start(name="web", kernel=0), with_kernel=True)
+        if host.launches:
+            host.launch("web")
+            host.end(1, POWER_OFF)
+    assert host.boots == set()
+
+
+# Who may
+
+
+def test_only_owners_command_a_vm(host: Host) -> None:
+    """Its user, its group, and root; everybody sees it."""
+    load(host, a_config("web", owner=Owner(ALICE, STAFF)))
+    for uid, may in ((ALICE, True), (BOB, True), (CAROL, False), (ROOT, True)):
+        answer = host.ask(Status(), uid)
+        assert isinstance(answer, Vms)
+        assert len(answer.vms) == 1
+        key = host.begin(Start(name="web"), uid)
+        if not may:
+            assert code(host.answers[key]) == ErrorCode.EPERM
+            continue
+        host.report(host.launch("web"), Running())
+        assert isinstance(host.ask(Console(name="web"), uid), ConsoleOpened)
+        for kind in (Pause, Unpause, Wait, Stop, Console):
+            assert code(host.ask(kind(name="web"), CAROL)) == ErrorCode.EPERM
+        host.end(1, POWER_OFF)
+        host.clock.now += 10
+
+
+@pytest.mark.parametrize("request_", [Load(path="/x"), Reload(), Reset(), Log(level=2)])
+def test_only_root_commands_the_daemon(host: Host, request_: Load | Reload | Reset | Log) -> None:
+    """Others are refused; root's requests are for the parent process to do."""
+    assert code(host.ask(request_, ALICE)) == ErrorCode.EPERM
+    assert host.ask(request_) is None
+    assert type(host.operations[0].request) is type(request_)
+
+
+def test_ordinary_users_make_no_vms(host: Host) -> None:
+    """They start what is theirs, or instances that they may have."""
+    assert code(host.ask(Start(name="x", disks=DISKS), ALICE)) == ErrorCode.EPERM
+    assert code(host.ask(Start(name="x"), ALICE)) == ErrorCode.EPERM
+
+
+def test_an_instance_is_its_makers(host: Host) -> None:
+    """Alice makes an instance, which is hers, and whose disk is opened with her rights."""
+    load(
+        host,
+        a_config(
+            "base",
+            memory=1 << 30,
+            allow_instance=frozenset({Right.DISK}),
+            instance_owner=Owner(ALICE),
+        ),
+    )
+    host.begin(Start(name="hers", instance="base", disks=DISKS), ALICE)
+    vm = host.launch("hers")
+    assert vm.config.owner == Owner(ALICE)
+    assert vm.config.memory == 1 << 30
+    assert vm.checked == {Right.DISK}
+    assert vm.requester == ALICE
+    assert host.vm("base").checked == frozenset()
+    denied = host.ask(Start(name="more", instance="base", memory=2 << 30), ALICE)
+    assert code(denied) == ErrorCode.EPERM
+
+
+# In turn
+
+
+def test_vms_start_in_turn(host: Host) -> None:
+    """A few at once, in order, the next after a while; disabled ones never."""
+    host.registry.staggered = Staggered(2, 30)
+    load(host, *(a_config(name, enabled=name != "c") for name in "abcdef"))
+    waiting, running, stopped = State.WAITING, State.RUNNING, State.STOPPED
+    assert list(host.states().values()) == [running, running, stopped, *[waiting] * 3]
+    assert host.turn_at == host.clock.now + 30
+    host.wait_for_turn()
+    assert list(host.states().values()) == [running, running, stopped, running, running, waiting]
+    host.wait_for_turn()
+    assert [host.turn_at] == [None]
+    assert host.launches == [1, 2, 4, 5, 6]
+
+
+def test_a_manual_start_ends_the_waiting(host: Host) -> None:
+    """It does not start again when it would have been its turn, nor if it was stopped since."""
+    host.registry.staggered = Staggered(1, 30)
+    load(host, *(a_config(name, enabled=True) for name in "abc"))
+    start(host, "c")
+    host.end(host.vm("c"), POWER_OFF)
+    host.wait_for_turn()
+    assert host.launches == [1, 2]
+    assert host.states()["c"] is State.STOPPED
+    assert host.turn_at is None
+
+
+def test_a_failed_start_does_not_hold_up_the_others(host: Host) -> None:
+    """Each VM stands for itself; a parallelism of none is one."""
+    host.registry.staggered = Staggered(0, 5)
+    host.failing.add(1)
+    load(host, *(a_config(name, enabled=True) for name in "ab"))
+    assert host.states() == {"a": State.STOPPED, "b": State.WAITING}
+    host.wait_for_turn()
+    assert host.launches == [2]
+
+
+# Configurations
+
+
+def test_a_reload_leaves_running_vms_alone(host: Host) -> None:
+    """Those that run keep what they have; the others are as the file says now, with their ids."""
+    load(host, a_config("a"), a_config("b"), a_config("c"))
+    start(host, "b")
+    host.run(host.registry.forget_idle())
+    assert host.states() == {"b": State.RUNNING}
+    load(host, a_config("c", disk="/new.img"), a_config("b", disk="/new.img"), a_config("d"))
+    assert [(vm.id, vm.name) for vm in host.registry.vms] == [(2, "b"), (3, "c"), (4, "d")]
+    assert host.vm("b").config.disks[0].path == "/b.img"
+    assert host.vm("c").config.disks[0].path == "/new.img"
+    host.end(host.vm("b"), POWER_OFF)
+    assert host.states()["b"] is State.STOPPED
+
+
+def test_a_configuration_is_complained_about(host: Host) -> None:
+    """What cannot be registered is told, with where it is written; the rest is."""
+    complaints = load(
+        host,
+        a_config("_bad"),
+        a_config("good"),
+        a_config("good"),
+        a_config("i", parent="none"),
+        VmConfig("nothing", where="vm.conf:9"),
+    )
+    assert complaints == [
+        'vm.conf:3: vm "_bad" failed: invalid VM name',
+        'vm.conf:3: vm "i" failed: no VM "none"',
+        'vm.conf:9: vm "nothing" failed: invalid configuration, no devices',
+    ]
+    assert host.states() == {"good": State.STOPPED}
+
+
+def test_instances_of_a_configuration(host: Host) -> None:
+    """An instance in the file takes what it does not say from a VM above it."""
+    load(
+        host,
+        a_config("base", memory=1 << 30, boot="/bsd", owner=Owner(ALICE, STAFF)),
+        a_config("one", parent="base", given=frozenset({Right.INSTANCE, Right.DISK})),
+    )
+    config = host.vm("one").config
+    assert (config.memory, config.boot, config.owner) == (1 << 30, "/bsd", Owner(ALICE, STAFF))
+
+
+# Telling
+
+
+def test_vms_are_listed_in_openbsds_order(host: Host) -> None:
+    """Running ones first, the latest foremost; then the others as they came."""
+    load(host, *(a_config(name) for name in "abcd"))
+    for name in "bd":
+        start(host, name)
+        host.clock.now += 1
+    answer = host.ask(Status())
+    assert isinstance(answer, Vms)
+    assert [vm.name for vm in answer.vms] == ["d", "b", "a", "c"]
+    assert [vm.pid for vm in answer.vms] == [102, 101, None, None]
+    assert [vm.started_at for vm in answer.vms] == [1e9 + 1001, 1e9 + 1000, None, None]
+    for request in (Status(name="c"), Status(id=3)):
+        answer = host.ask(request)
+        assert isinstance(answer, Vms)
+        assert [vm.name for vm in answer.vms] == ["c"]
+    none = host.ask(Status(name="none"))
+    assert isinstance(none, Vms)
+    assert none.vms == ()
+
+
+def test_events_are_told_to_those_who_asked(host: Host) -> None:
+    """In order, until they leave."""
+    assert isinstance(host.ask(Events(), ALICE, client=5), Done)
+    load(host, a_config("web"))
+    start(host, "web")
+    host.end(1, Exited(EndReason.CRASHED, message="the guest panicked"))
+    assert [(one.kind, one.name, one.message) for one in host.events] == [
+        (EventKind.REGISTERED, "web", ""),
+        (EventKind.STARTING, "web", ""),
+        (EventKind.STARTED, "web", ""),
+        (EventKind.FAILED, "web", "the guest panicked"),
+    ]
+    host.leave(5)
+    start(host, "web")
+    assert len(host.events) == 4
+
+
+def test_reports_about_unknown_vms_are_nothing() -> None:
+    """A process may be told of when its VM has been forgotten."""
+    registry: Registry = Host().registry
+    assert registry.report(77, Exited(None)) == []

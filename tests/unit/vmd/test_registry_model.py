@@ -1,0 +1,256 @@
+"""The registry under any sequence of requests and events: promises are kept, state by state.
+
+`registry_host.Host` checks them as it goes; this makes up what happens.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.unit.vmd.registry_host import ALICE, BOB, CAROL, ROOT, STAFF, Host
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import Owner, Right, VmConfig
+from vmd.internal import EndReason
+from vmd.messages import (
+    Console,
+    DiskRequest,
+    ErrorCode,
+    Events,
+    Pause,
+    Reset,
+    Start,
+    Status,
+    Stop,
+    Unpause,
+    Wait,
+)
+from vmd.vm_state import IDLE, Exited, LaunchFailed, Paused, Phase, Running, Unpaused
+
+NAMES = ("a", "b", "c", "x", "y")
+CONFIGS = tuple(
+    VmConfig(
+        name,
+        is_enabled=name != "c",
+        owner=Owner(ALICE, STAFF),
+        disks=(DiskOption(DiskKind.RAW, f"/{name}.img"),),
+        given=frozenset({Right.DISK}),
+        allow_instance=frozenset({Right.DISK}),
+        instance_owner=Owner(BOB),
+    )
+    for name in "abc"
+)
+_SHORT = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Users ask, processes live and die, time passes."""
+
+    users = st.sampled_from([ROOT, ROOT, ALICE, BOB, CAROL])
+    clients = st.sampled_from([1, 2, 3])
+    names = st.sampled_from(NAMES)
+    choices = st.integers(min_value=0, max_value=1 << 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = Host(parallelism=1, delay_s=7)
+        self.next_client = 4
+        self.live = [1, 2, 3]
+        self.ids: dict[tuple[str, int], int] = {}
+
+    # What users do
+
+    @rule(user=users, client=choices, name=names, with_kernel=st.booleans())
+    def start(self, user: int, client: int, name: str, with_kernel: bool) -> None:
+        """Start what there is, maybe with another kernel."""
+        self._ask(Start(name=name, kernel=0 if with_kernel else None), user, client, with_kernel)
+
+    @rule(user=users, client=choices, name=names, instance=st.sampled_from(["", "", "a", "x"]))
+    def create(self, user: int, client: int, name: str, instance: str) -> None:
+        """Make a VM or an instance."""
+        disks = (DiskRequest(path="/disk"),)
+        self._ask(Start(name=name, instance=instance, disks=disks), user, client)
+
+    @rule(user=users, client=choices, name=names, force=st.booleans(), wait=st.booleans())
+    def stop(self, user: int, client: int, name: str, force: bool, wait: bool) -> None:
+        """Stop, in one of four ways."""
+        self._ask(Stop(name=name, force=force, wait=wait), user, client)
+
+    @rule(
+        user=users,
+        client=choices,
+        name=names,
+        kind=st.sampled_from([Wait, Pause, Unpause, Console, Status]),
+    )
+    def command(
+        self,
+        user: int,
+        client: int,
+        name: str,
+        kind: type[Wait | Pause | Unpause | Console | Status],
+    ) -> None:
+        """Ask something else of a VM."""
+        self._ask(kind(name=name), user, client)
+
+    @rule(client=choices)
+    def listen(self, client: int) -> None:
+        """Ask for events."""
+        self._ask(Events(), ROOT, client)
+
+    @rule(client=choices)
+    def leave(self, client: int) -> None:
+        """Disconnect; another client comes."""
+        left = self.live.pop(client % len(self.live))
+        self.host.leave(left)
+        self.live.append(self.next_client)
+        self.next_client += 1
+
+    # What root does
+
+    @precondition(lambda self: not self.host.registry.is_emptying)
+    @rule()
+    def load(self) -> None:
+        """Load the configuration."""
+        actions, complaints = self.host.registry.load(CONFIGS)
+        self.host.run(actions)
+        assert complaints == []
+        assert {vm.name for vm in self.host.registry.vms} >= {"a", "b", "c"}
+
+    @precondition(lambda self: not self.host.registry.is_emptying)
+    @rule()
+    def reload(self) -> None:
+        """Forget what does not run, and load again."""
+        self.host.run(self.host.registry.forget_idle())
+        assert all(vm.state.phase not in IDLE for vm in self.host.registry.vms)
+        self.load()
+
+    @rule(client=choices)
+    def reset(self, client: int) -> None:
+        """Remove everything."""
+        before = len(self.host.operations)
+        self._ask(Reset(), ROOT, client)
+        for operation in self.host.operations[before:]:
+            self.host.run(self.host.registry.remove_all(operation.ticket))
+        if not self.host.registry.is_emptying:
+            self.ids.clear()
+
+    # What happens
+
+    @precondition(lambda self: self.host.turn_at is not None)
+    @rule()
+    def take_turns(self) -> None:
+        """Let the next ones start."""
+        self.host.wait_for_turn()
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 20.0]))
+    def wait(self, seconds: float) -> None:
+        """Let time pass."""
+        self.host.clock.now += seconds
+
+    @rule(name=names)
+    def break_or_mend(self, name: str) -> None:
+        """Let a VM's files be missing, or be back."""
+        vm = self.host.registry.find(0, name)
+        if vm:
+            self.host.failing ^= {vm.id}
+
+    @precondition(lambda self: self.host.launches)
+    @rule(choice=choices, does_run=st.booleans())
+    def launch(self, choice: int, does_run: bool) -> None:
+        """Let a process come to be, or not."""
+        launches = self.host.launches
+        vm_id = launches[choice % len(launches)]
+        (vm,) = [vm for vm in self.host.registry.vms if vm.id == vm_id]
+        if does_run:
+            self.host.launch(vm.name)
+            return
+        launches.remove(vm_id)
+        was_emptying = self.host.registry.is_emptying
+        self.host.report(vm_id, LaunchFailed(ErrorCode.ENOMEM))
+        self._note_emptied(was_emptying)
+
+    @precondition(lambda self: self.host.processes)
+    @rule(choice=choices, event=st.sampled_from([Running(), Paused(), Unpaused()]))
+    def say(self, choice: int, event: Running | Paused | Unpaused) -> None:
+        """Let a process say something, expected or not."""
+        self.host.report(self._process(choice), event)
+
+    @precondition(lambda self: self.host.processes)
+    @rule(choice=choices, reason=st.sampled_from([*EndReason, None]))
+    def end(self, choice: int, reason: EndReason | None) -> None:
+        """Let a process end."""
+        was_emptying = self.host.registry.is_emptying
+        self.host.end(self._process(choice), Exited(reason, ErrorCode.EIO, "it ended"))
+        self._note_emptied(was_emptying)
+
+    # What is always so
+
+    @invariant()
+    def books_are_right(self) -> None:
+        """Hold the table against the books."""
+        self.host.check()
+
+    @invariant()
+    def ids_stick(self) -> None:
+        """A name has one id with a user, and no two have the same."""
+        for vm in self.host.registry.vms:
+            key = (vm.name, vm.requester)
+            assert self.ids.setdefault(key, vm.id) == vm.id
+        assert len(set(self.ids.values())) == len(self.ids)
+
+    @invariant()
+    def who_is_unanswered_is_waited_for(self) -> None:
+        """Each request without an answer is known to wait, and nobody else."""
+        waiting = {
+            tuple(ticket)
+            for vm in self.host.registry.vms
+            for ticket in (
+                *([vm.state.starter] if vm.state.starter else []),
+                *vm.state.waiters,
+                *vm.state.pausers,
+                *vm.state.unpausers,
+            )
+        }
+        resets = {tuple(one.ticket) for one in self.host.operations} & self.host.pending
+        assert self.host.pending == waiting | resets
+        assert not resets or self.host.registry.is_emptying
+
+    @invariant()
+    def every_turn_comes(self) -> None:
+        """Whoever waits for its turn has one coming."""
+        waiting = [vm for vm in self.host.registry.vms if vm.state.phase is Phase.WAITING]
+        assert not waiting or self.host.turn_at is not None
+
+    def teardown(self) -> None:
+        """End every process: then nobody waits, and nothing is left."""
+        self.host.run(self.host.registry.remove_all())
+        for vm_id in list(self.host.launches):
+            self.host.launches.remove(vm_id)
+            self.host.report(vm_id, LaunchFailed(ErrorCode.EIO))
+        for vm_id in list(self.host.processes):
+            self.host.end(vm_id, Exited(None))
+        assert self.host.pending == set()
+        assert self.host.registry.vms == ()
+        assert (self.host.consoles, self.host.boots) == (set(), set())
+        assert not self.host.registry.is_emptying
+
+    def _ask(
+        self,
+        request: Start | Stop | Wait | Pause | Unpause | Console | Status | Events | Reset,
+        user: int,
+        client: int,
+        with_kernel: bool = False,
+    ) -> None:
+        self.host.begin(request, user, self.live[client % len(self.live)], with_kernel=with_kernel)
+
+    def _process(self, choice: int) -> int:
+        return list(self.host.processes)[choice % len(self.host.processes)]
+
+    def _note_emptied(self, was_emptying: bool) -> None:
+        if was_emptying and not self.host.registry.is_emptying:
+            self.ids.clear()
+
+
+TestRegistry = RegistryMachine.TestCase
+TestRegistry.settings = _SHORT
