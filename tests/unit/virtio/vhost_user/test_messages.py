@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm_kvm.virtio.vhost_user.messages import (
@@ -36,18 +36,21 @@ U64 = st.integers(0, 2**64 - 1)
 REGION = st.builds(MemoryRegion, U64, U64, U64, U64)
 
 
+@settings(deadline=None)
 @given(U32, U32)
 def test_a_ring_state_survives_the_wire(index: int, num: int) -> None:
     """A ring state is decoded to what was encoded."""
     assert VringState.unpack(VringState(index, num).pack()) == VringState(index, num)
 
 
+@settings(deadline=None)
 @given(st.builds(VringAddress, U32, U32, U64, U64, U64, U64))
 def test_ring_addresses_survive_the_wire(address: VringAddress) -> None:
     """Ring addresses are decoded to what was encoded."""
     assert VringAddress.unpack(address.pack()) == address
 
 
+@settings(deadline=None)
 @given(st.lists(REGION, max_size=REGIONS_MAX))
 def test_a_memory_table_survives_the_wire(regions: list[MemoryRegion]) -> None:
     """A memory table is decoded to what was encoded, also with unused regions behind it."""
@@ -55,6 +58,7 @@ def test_a_memory_table_survives_the_wire(regions: list[MemoryRegion]) -> None:
     assert unpack_regions(pack_regions(regions) + bytes(32 * (8 - len(regions)))) == regions
 
 
+@settings(deadline=None)
 @given(REGION)
 def test_a_single_region_survives_the_wire(region: MemoryRegion) -> None:
     """The region of ADD_MEM_REG has 8 bytes of padding before it."""
@@ -62,12 +66,14 @@ def test_a_single_region_survives_the_wire(region: MemoryRegion) -> None:
     assert unpack_region(pack_region(region)) == region
 
 
+@settings(deadline=None)
 @given(U64)
 def test_a_number_survives_the_wire(value: int) -> None:
     """A 64-bit number is decoded to what was encoded."""
     assert unpack_u64(pack_u64(value)) == value
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), U32, st.binary(max_size=56))
 def test_a_config_access_survives_the_wire(offset: int, flags: int, data: bytes) -> None:
     """A piece of configuration space is decoded to what was encoded."""
