@@ -158,10 +158,11 @@ class Rig:
 def _wait(process: subprocess.Popen[bytes], timeout_s: float, qmp: Path | None) -> bool:
     """Wait for QEMU's end; False if it still runs after that time.
 
-    QEMU's SVM now and then loses the interrupt of the rig's timer while a nested guest runs: a
-    bit in a word that two threads update (10.0, target/i386/tcg/system/svm_helper.c:
-    `cs->interrupt_request &= ~CPU_INTERRUPT_VIRQ`, outside the lock that the timer holds). The
-    timer is not armed again before its interrupt is served, so the rig would stand still for ever.
+    QEMU's SVM can lose the interrupt of the rig's timer while a nested guest waits for one: the
+    entry into the guest sets a bit in a word without the lock that the timer holds when it sets
+    another (10.0, target/i386/tcg/system/svm_helper.c, helper_vmrun:
+    `cs->interrupt_request |= CPU_INTERRUPT_VIRQ`). The timer is not armed again before its
+    interrupt is served, so the rig would stand still for ever.
     Any other interrupt makes QEMU look again: a key, pressed through `qmp` once a second.
     """
     deadline = time.monotonic() + timeout_s
