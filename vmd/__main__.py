@@ -2,10 +2,49 @@
 
 import sys
 
+from vmd.options import USAGE, Options, UsageError, parse_options
+
 
 def main() -> None:
-    """Say that this release has no daemon."""
-    sys.exit("vmd: this release has no daemon yet: use 'vmctl run' for a VM in the foreground")
+    """Run the daemon, or check a configuration with -n; exits with its status."""
+    try:
+        options = parse_options(sys.argv[1:])
+    except UsageError:
+        sys.exit(USAGE)
+    if options.is_check:
+        sys.exit(_check(options))
+    from vmd.daemon import StartError, run  # noqa: PLC0415 - a check needs none of it
+
+    try:
+        status = run(options)
+    except StartError as err:
+        sys.exit(f"vmd: {err}")
+    sys.exit(status)
+
+
+def _check(options: Options) -> int:
+    """Say what is wrong with the configuration file, or that it is fine."""
+    import os  # noqa: PLC0415 - as above
+
+    from vmd.config.check import check, parse_macro  # noqa: PLC0415 - as above
+    from vmd.paths import SYSTEM_CONFIG, user_config  # noqa: PLC0415 - as above
+
+    macros = {}
+    for text in options.macros:
+        macro = parse_macro(text)
+        if macro is None:
+            sys.stderr.write(f"vmd: could not parse macro definition {text}\n")
+        else:
+            macros[macro[0]] = macro[1]
+    default = user_config(os.environ) if options.is_user else SYSTEM_CONFIG
+    lines, status = check(
+        options.config or default or os.devnull,
+        macros,
+        is_optional=options.config is None,
+        is_verbose=options.verbosity > 0,
+    )
+    sys.stderr.writelines(f"{line}\n" for line in lines)
+    return status
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ _F_DUPFD_CLOEXEC = 1030
 _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _PROT_EXEC = 4
+_SO_SNDBUF = 7
 
 
 class Kind(StrEnum):
@@ -56,6 +57,7 @@ _BASE = (
     Allow("mprotect", "stacks of threads, guard pages", (Argument(2, 0, _PROT_EXEC),)),
     *_all("sockets, event descriptors and the log", "read", "write", "close"),
     *_all("messages with descriptors", "sendmsg", "recvmsg"),
+    *_with("setsockopt", 2, {_SO_SNDBUF: "room for large messages"}),
     *_all("what a received descriptor is", "getsockname", "getsockopt", "fstat", "lseek"),
     Allow("newfstatat", "fstat, as newer C libraries do it", (Argument(3, _AT_EMPTY_PATH),)),
     *_with(

@@ -13,6 +13,7 @@ Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
 import os
 import signal
 import socket
+import time
 from contextlib import ExitStack
 from typing import assert_never
 
@@ -89,8 +90,8 @@ def run(
         signal.signal(number, signal.SIG_IGN)
     install_kick_signal()
     set_title(f"vm/{spec.name}")
+    die_with(os.getppid())  # nobody could stop us without vmm
     confine(CONFINEMENTS[Kind.VM], None)
-    die_with_vmm()
     with ExitStack() as stack:
         loop = stack.enter_context(EventLoop())
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.tty_watch, spec.ring)))
@@ -107,11 +108,6 @@ def run(
             return 0
         process.run()
     return 0
-
-
-def die_with_vmm() -> None:
-    """Be killed when vmm is: nobody could stop us any more."""
-    die_with(os.getppid())
 
 
 def _machine_spec(
@@ -265,10 +261,9 @@ class VmProcess:
         _tell(self._channel, VmUnpaused())
 
     def _statistics(self, serial: int) -> VmStatistics:
-        usage = os.times()
         return VmStatistics(
             serial=serial,
-            statistics=Statistics(cpu_ns=int((usage.user + usage.system) * NANOSECONDS)),
+            statistics=Statistics(cpu_ns=time.process_time_ns()),
             memory_used=self._machine.memory.resident_size(),
         )
 

@@ -1,0 +1,74 @@
+"""What each child of the parent does: import what it needs, confine itself, serve.
+
+Only here do the daemon's processes meet, so that none of them imports another.
+"""
+
+import os
+import socket
+
+from vmd.channel import Channel
+from vmd.confinements import CONFINEMENTS, Kind
+from vmd.internal import CONTROL_AND_PARENT, VMM_AND_PARENT
+from vmd.privsep import Plan
+from vmd.sandbox import Identity, confine
+from vmm_kvm.loop import EventLoop
+
+# What VM and device processes import only in some cases: afterwards there is no file to read.
+_LATE_MODULES = (
+    *("bz2", "hashlib", "lzma", "zlib", "traceback", "lz4.block", "zstandard"),
+    *("encodings.latin_1", "encodings.ascii", "encodings.utf_16_le", "encodings.idna"),
+    *("vmm_kvm.block.qcow2.header", "vmm_kvm.block.qcow2.image", "vmm_kvm.block.qcow2.repair"),
+    *("vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash", "vmm_kvm.pci.q35"),
+    *("vmm_kvm.virtio.scsi", "vmm_kvm.virtio.vhost_user.client"),
+    "vmm_kvm.virtio.vhost_user.frontend",
+)
+
+
+def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
+    """Return how to make a control process for clients of `listener`, which stays the caller's."""
+
+    def body(connection: socket.socket) -> None:
+        from vmd.procs.control import Control  # noqa: PLC0415 - see the module's docstring
+
+        confine(CONFINEMENTS[Kind.CONTROL], identity)
+        with EventLoop() as loop:
+            Control(loop, Channel(connection, CONTROL_AND_PARENT), listener)
+            loop.run()
+
+    return Plan(Kind.CONTROL, body, (listener.fileno(),))
+
+
+def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
+    """Return how to make a vmm process; `kvm_fd`, an open /dev/kvm, stays the caller's."""
+
+    def body(connection: socket.socket) -> None:
+        import gc  # noqa: PLC0415 - see the module's docstring
+        from importlib import import_module  # noqa: PLC0415 - likewise
+
+        from vmd.procs import disk, vm, vmm  # noqa: PLC0415 - likewise
+
+        for name in _LATE_MODULES:
+            import_module(name)
+        # A guest's kernel cache would be a file.
+        os.environ.clear()
+        gc.collect()
+        gc.freeze()
+        confine(CONFINEMENTS[Kind.VMM], identity)
+        with EventLoop() as loop:
+            parent = Channel(connection, VMM_AND_PARENT)
+            vmm.Vmm(loop, parent, kvm_fd, vmm.Bodies(vm.run, disk.run))
+            loop.run()
+
+    return Plan(Kind.VMM, body, (kvm_fd,))
+
+
+def priv_plan(identity: Identity | None) -> Plan:
+    """Return how to make a priv process: it has CAP_NET_ADMIN, and nothing to do with it yet."""
+
+    def body(connection: socket.socket) -> None:
+        from vmd.procs.priv import serve  # noqa: PLC0415 - see the module's docstring
+
+        confine(CONFINEMENTS[Kind.PRIV], identity)
+        serve(connection)
+
+    return Plan(Kind.PRIV, body)

@@ -1,0 +1,353 @@
+"""The daemon from its start to its end: what is checked, which processes run, and what signals do.
+
+Source: sections 5.2 and 8.9 of OpenBSD's behaviour.
+"""
+
+import ctypes
+import grp
+import os
+import pwd
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from vmd import log as logging
+from vmd.channel import Channel
+from vmd.children import control_plan, priv_plan, vmm_plan
+from vmd.config.check import parse_macro
+from vmd.config.model import Owner
+from vmd.confinements import Kind
+from vmd.internal import PARENT_AND_CONTROL, PARENT_AND_VMM
+from vmd.listener import ListenerError, listen, set_owner
+from vmd.options import Options
+from vmd.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, user_config, user_socket
+from vmd.policy import Users
+from vmd.privsep import Plan, Restarts, orphans, spawn, wait_for
+from vmd.procs.parent import Parent, Settings
+from vmd.sandbox import Identity, SandboxError, find_identity
+from vmd.service import Notifier, ServiceError, inherited_socket
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop
+
+log = Log(__name__)
+
+_SHUTDOWN_NS = 40 * NANOSECONDS
+"""How long the processes of VMs may take to end; disks may have much to write back."""
+_ORPHANS_NS = 30 * NANOSECONDS
+_PR_SET_CHILD_SUBREAPER = 36
+_READY = b"\0"
+_KVM = "/dev/kvm"
+
+
+class StartError(Exception):
+    """The daemon cannot start; `str()` is one line."""
+
+
+class Setting(NamedTuple):
+    """What the daemon runs with; owns the descriptors."""
+
+    settings: Settings
+    listener: socket.socket
+    socket_path: str | None
+    """Of a socket that is the daemon's to remove."""
+    kvm_fd: int
+    identity: Identity | None
+
+
+def prepare(options: Options, stack: ExitStack) -> Setting:
+    """Check what can be checked, and open the control socket and /dev/kvm; `stack` closes them.
+
+    Raises:
+        StartError: something is missing; the message says what.
+    """
+    if not options.is_user and os.geteuid() != 0:
+        raise StartError("need root privileges")
+    try:
+        identity = None if options.is_user else find_identity()
+        kvm_fd = _open_kvm()
+        stack.callback(os.close, kvm_fd)
+        listener = inherited_socket(os.environ)
+        path = None
+        if listener is None:
+            path = _socket_path(options)
+            listener = listen(path)
+            stack.callback(_remove, path)
+        stack.callback(listener.close)
+    except (SandboxError, ServiceError, ListenerError) as err:
+        raise StartError(str(err)) from err
+    set_socket_owner: Callable[[Owner | None], None] = lambda _owner: None  # noqa: E731 - a default
+    if path is not None and not options.is_user:
+        socket_path = path
+
+        def set_socket_owner(owner: Owner | None) -> None:
+            try:
+                set_owner(socket_path, owner)
+            except ListenerError as err:
+                log.warning("%s", err)
+
+    config = options.config or (user_config(os.environ) if options.is_user else SYSTEM_CONFIG)
+    settings = Settings(
+        path=config or os.devnull,
+        macros=_macros(options.macros),
+        is_optional=options.config is None,
+        users=Users(frozenset({os.getuid()}), is_member),
+        uid=os.getuid(),
+        set_socket_owner=set_socket_owner,
+    )
+    return Setting(settings, listener, path, kvm_fd, identity)
+
+
+def is_member(uid: int, gid: int) -> bool:
+    """Tell whether a user is in a group, its own included; an unknown user is in none."""
+    try:
+        user = pwd.getpwuid(uid)
+        return user.pw_gid == gid or user.pw_name in grp.getgrgid(gid).gr_mem
+    except KeyError:
+        return False
+
+
+def _macros(definitions: tuple[str, ...]) -> dict[str, str]:
+    macros = {}
+    for text in definitions:
+        macro = parse_macro(text)
+        if macro is None:
+            log.warning("could not parse macro definition %s", text)
+        else:
+            macros[macro[0]] = macro[1]
+    return macros
+
+
+def _open_kvm() -> int:
+    try:
+        return os.open(_KVM, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as err:
+        from vmm_kvm.kvm.system import open_hint  # noqa: PLC0415 - when there is none only
+
+        hint = open_hint(_KVM, err.errno)
+        advice = f" ({hint})" if hint else ""
+        raise StartError(f"{_KVM}: {err.strerror}{advice}") from err
+
+
+def _socket_path(options: Options) -> str:
+    if options.socket is not None:
+        return options.socket
+    path = user_socket(os.environ) if options.is_user else SYSTEM_SOCKET
+    if path is None:
+        raise StartError("XDG_RUNTIME_DIR is not set: use --socket")
+    return path
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        Path(path).unlink()
+
+
+class Daemon:
+    """The parent process: starts the others, restarts them, and ends with them."""
+
+    def __init__(self, loop: EventLoop, setting: Setting, verbosity: int) -> None:
+        """Prepare; nothing is started before `run`."""
+        self._loop = loop
+        self._notifier = Notifier(os.environ)
+        self._parent = Parent(loop, setting.settings)
+        self._verbosity = verbosity
+        self._plans: dict[Kind, Plan] = {
+            Kind.CONTROL: control_plan(setting.listener, setting.identity),
+            Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity),
+        }
+        if setting.identity is not None:  # an ordinary user has no networks
+            self._plans[Kind.PRIV] = priv_plan(setting.identity)
+        self._pids: dict[int, Kind] = {}
+        self._priv: socket.socket | None = None
+        self._restarts = Restarts(loop)
+        self._lost_vmm = False
+        self._orphans_timer = loop.timer(self._kill_orphans)
+        self._is_ending = False
+        self._status = 0
+
+    def run(self, on_ready: Callable[[], None]) -> int:
+        """Serve until a signal or a fatal error; returns the exit status.
+
+        `on_ready` is called when clients are served and the first VMs are starting.
+        """
+        # Processes of a vmm that crashed become ours: then we see when the last is gone.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        for number, handler in (
+            (signal.SIGCHLD, self._reap),
+            (signal.SIGHUP, self._reload),
+            (signal.SIGTERM, self._terminate),
+            (signal.SIGINT, self._terminate),
+            (signal.SIGUSR1, lambda: log.info("SIGUSR1 ignored")),
+            (signal.SIGPIPE, lambda: log.info("SIGPIPE ignored")),
+        ):
+            self._on_signal(number, handler)
+        log.info("startup")
+        for kind in self._plans:
+            self._spawn(kind)
+        self._parent.set_verbosity(self._verbosity)
+        if self._parent.configure():
+            self._notifier.notify("READY=1\nSTATUS=Running")
+            self._notifier.keep_alive(self._loop)
+            on_ready()
+        else:
+            self._end(1)
+        self._loop.run()
+        self._notifier.notify("STOPPING=1")
+        self._parent.control_ended()
+        self._parent.close_vmm()
+        if self._priv:
+            self._priv.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        wait_for(set(self._pids))
+        log.info("terminating")
+        return self._status
+
+    def _on_signal(self, number: signal.Signals, handler: Callable[[], None]) -> None:
+        def handle(_number: int, _frame: FrameType | None) -> None:
+            self._loop.call_soon(handler)
+
+        signal.signal(number, handle)
+
+    # Signals
+
+    def _reload(self) -> None:
+        if self._is_ending:
+            return
+        log.info("reload requested with SIGHUP")
+        self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={self._loop.monotonic_ns() // 1000}")
+        self._parent.reload()
+        self._notifier.notify("READY=1")
+
+    def _terminate(self) -> None:
+        if self._is_ending:  # a second time: do not wait for VMs
+            self._loop.stop()
+        else:
+            self._end(0)
+
+    def _end(self, status: int) -> None:
+        self._is_ending = True
+        self._status = status
+        timer = self._loop.timer(self._loop.stop)
+        timer.arm(self._loop.monotonic_ns() + _SHUTDOWN_NS)
+        self._parent.shut_down(self._loop.stop)
+
+    # Processes
+
+    def _spawn(self, kind: Kind) -> None:
+        try:
+            child = spawn(self._plans[kind])
+        except OSError as err:
+            log.error("%s: cannot start: %s", kind, err.strerror)  # noqa: TRY400 - the host's doing
+            self._end(1)
+            return
+        self._pids[child.pid] = kind
+        match kind:
+            case Kind.CONTROL:
+                self._parent.control_started(Channel(child.connection, PARENT_AND_CONTROL))
+            case Kind.VMM:
+                self._parent.vmm_started(Channel(child.connection, PARENT_AND_VMM))
+            case _:
+                self._priv = child.connection
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, waited = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            kind = self._pids.pop(pid, None)
+            if kind is not None:
+                self._lost(kind, pid, os.waitstatus_to_exitcode(waited))
+        if self._lost_vmm and not orphans(set(self._pids)):
+            self._lost_vmm = False
+            self._orphans_timer.cancel()
+            self._parent.vmm_ended()
+            self._restart(Kind.VMM)
+
+    def _lost(self, kind: Kind, pid: int, status: int) -> None:
+        how = f"terminated; signal {-status}" if status < 0 else "exited abnormally"
+        log.warning("lost child: %s: pid %d %s", kind, pid, how)
+        match kind:
+            case Kind.CONTROL:
+                self._parent.control_ended()
+                self._restart(kind)
+            case Kind.VMM:
+                # Its VMs are being killed by the kernel, and their disks write back.
+                self._lost_vmm = True
+                self._orphans_timer.arm(self._loop.monotonic_ns() + _ORPHANS_NS)
+            case _:
+                if self._priv:
+                    self._priv.close()
+                    self._priv = None
+                self._restart(kind)
+
+    def _restart(self, kind: Kind) -> None:
+        if self._is_ending:
+            return
+        if self._restarts.count(kind):
+            self._spawn(kind)
+        else:
+            log.error("%s ends too often", kind)
+            self._end(1)
+
+    def _kill_orphans(self) -> None:
+        for pid in orphans(set(self._pids)):
+            log.warning("pid %d of the vmm process that ended does not end: killed", pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def run(options: Options) -> int:
+    """Be the daemon; returns the exit status.
+
+    Raises:
+        StartError: it cannot start.
+    """
+    logging.open_log(is_foreground=True)
+    logging.set_verbosity(options.verbosity)
+    with ExitStack() as stack:
+        setting = prepare(options, stack)
+        ready: Callable[[], None] = lambda: None  # noqa: E731 - a default
+        if not options.is_foreground:
+            ready = _detach()
+        loop = stack.enter_context(EventLoop())
+        return Daemon(loop, setting, options.verbosity).run(ready)
+
+
+def _detach() -> Callable[[], None]:
+    """Go on in a process of its own session; what is returned lets the first one exit with 0.
+
+    If that never happens, because the start fails, the first one exits with 1, and the log says
+    why: syslog, or standard error where there is none.
+    """
+    read_fd, write_fd = os.pipe()
+    if os.fork():
+        os.close(write_fd)
+        is_ready = os.read(read_fd, 1) == _READY
+        os._exit(0 if is_ready else 1)
+    os.close(read_fd)
+    os.setsid()
+    os.chdir("/")
+    replaced = [0, 1]
+    try:
+        logging.open_log(is_foreground=False)
+        replaced.append(2)
+    except OSError as err:
+        log.warning("/dev/log: %s: messages go to standard error", err.strerror)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in replaced:
+        os.dup2(null, fd)
+    os.close(null)
+
+    def ready() -> None:
+        os.write(write_fd, _READY)
+        os.close(write_fd)
+
+    return ready

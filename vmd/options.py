@@ -1,0 +1,63 @@
+"""The command line of vmd.
+
+Source: section 5.1 of OpenBSD's behaviour; what has two dashes is ours.
+"""
+
+import getopt
+from collections.abc import Sequence
+from typing import NamedTuple
+
+USAGE = "usage: vmd [-dnv] [-D macro=value] [-f file] [--socket path] [--user]"
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood."""
+
+
+class Options(NamedTuple):
+    """What the command line asks for."""
+
+    is_foreground: bool = False
+    """-d"""
+    is_check: bool = False
+    """-n"""
+    verbosity: int = 0
+    """How many -v."""
+    macros: tuple[str, ...] = ()
+    """Arguments of -D, as they are."""
+    config: str | None = None
+    """-f"""
+    socket: str | None = None
+    is_user: bool = False
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Read the arguments behind the program's name.
+
+    Raises:
+        UsageError: one is unknown, or there are operands.
+    """
+    try:
+        found, operands = getopt.getopt(list(arguments), "dnvD:f:", ["socket=", "user"])
+    except getopt.GetoptError as err:
+        raise UsageError(str(err)) from err
+    if operands:
+        raise UsageError(operands[0])
+    options = Options()
+    for name, value in found:
+        match name:
+            case "-d":
+                options = options._replace(is_foreground=True)
+            case "-n":
+                options = options._replace(is_check=True)
+            case "-v":
+                options = options._replace(verbosity=options.verbosity + 1)
+            case "-D":
+                options = options._replace(macros=(*options.macros, value))
+            case "-f":
+                options = options._replace(config=value)
+            case "--socket":
+                options = options._replace(socket=value)
+            case _:
+                options = options._replace(is_user=True)
+    return options

@@ -1,0 +1,28 @@
+"""Where the daemon's socket and configuration are; nothing is opened here."""
+
+from collections.abc import Mapping
+
+SYSTEM_SOCKET = "/run/vmd.sock"
+"""OpenBSD's is /var/run/vmd.sock, which is the same place on Linux."""
+SYSTEM_CONFIG = "/etc/vm.conf"
+_SOCKET_NAME = "vmd.sock"
+
+
+def user_socket(environ: Mapping[str, str]) -> str | None:
+    """Return the socket of `vmd --user`, None without a directory for it.
+
+    Source: XDG base directory specification.
+    """
+    directory = environ.get("XDG_RUNTIME_DIR", "")
+    return f"{directory}/{_SOCKET_NAME}" if directory.startswith("/") else None
+
+
+def user_config(environ: Mapping[str, str]) -> str | None:
+    """Return the configuration file of `vmd --user`, None without a home directory."""
+    base = environ.get("XDG_CONFIG_HOME", "")
+    if not base.startswith("/"):
+        home = environ.get("HOME", "")
+        if not home.startswith("/"):
+            return None
+        base = f"{home}/.config"
+    return f"{base}/vm.conf"

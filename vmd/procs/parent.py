@@ -1,0 +1,515 @@
+"""The parent: configuration, the table of VMs, every file that is opened, and the other processes.
+
+It decides nothing about a VM's life itself: requests and reports go to the registry, and what that
+returns is carried out here. With root's rights, it reads nothing but the configuration, messages of
+the other processes, and the headers of disk images.
+
+Source: sections 5.2, 7 and 8 of OpenBSD's behaviour.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import NamedTuple, assert_never
+
+from vmd import log as logging
+from vmd import vm_state
+from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received
+from vmd.config.model import Config, Owner, Staggered
+from vmd.config.parser import ConfigErrors, parse_config
+from vmd.internal import (
+    AskStatistics,
+    AttachConsole,
+    ClientAnswer,
+    ClientGone,
+    ClientRequest,
+    ControlToParent,
+    Exited,
+    FromVm,
+    Kill,
+    Launch,
+    Launched,
+    LaunchFailed,
+    ParentToControl,
+    ParentToVmm,
+    PauseVm,
+    SetVerbosity,
+    StopVm,
+    ToVm,
+    UnpauseVm,
+    VmCommand,
+    VmmToParent,
+    VmPaused,
+    VmReport,
+    VmStarted,
+    VmStatistics,
+    VmUnpaused,
+)
+from vmd.messages import (
+    AnyAnswer,
+    AnyRequest,
+    ConsoleOpened,
+    Done,
+    ErrorCode,
+    Failed,
+    Load,
+    Log,
+    Reload,
+    Reset,
+    ResetMode,
+    Start,
+)
+from vmd.policy import Users
+from vmd.pty import Pty, open_pty
+from vmd.registry import (
+    Action,
+    Answer,
+    ArmTurn,
+    Drop,
+    List,
+    OpenConsole,
+    Operate,
+    Perform,
+    Registry,
+)
+from vmd.resources import ResourceError, open_resources
+from vmd.status import StatusQuestion
+from vmd.vm import PassedBoot, Vm
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.log import Log as Logger
+from vmm_kvm.loop import EventLoop
+
+log = Logger(__name__)
+
+STAGGER_DELAY_S = 30
+"""Between two batches of starting VMs, unless the configuration says otherwise."""
+
+
+class Settings(NamedTuple):
+    """What the command line says, for every reading of the configuration."""
+
+    path: str
+    macros: Mapping[str, str]
+    is_optional: bool
+    """The configuration file need not be there."""
+    users: Users
+    uid: int
+    """Who the configuration file speaks for."""
+    set_socket_owner: Callable[[Owner | None], None]
+
+
+class _SystemClock:
+    """The registry's clock."""
+
+    def monotonic_s(self) -> float:
+        """Return seconds on a clock that does not jump."""
+        return time.monotonic()
+
+    def realtime_s(self) -> float:
+        """Return seconds since 1970-01-01 UTC."""
+        return time.time()
+
+
+class Parent:
+    """The parent's work, on the event loop's thread.
+
+    `control` and `vmm` are None while there is no such process.
+    """
+
+    def __init__(self, loop: EventLoop, settings: Settings) -> None:
+        """Begin without VMs and processes."""
+        self._loop = loop
+        self._settings = settings
+        self._control: Channel[ParentToControl, ControlToParent] | None = None
+        self._vmm: Channel[ParentToVmm, VmmToParent] | None = None
+        staggered = Staggered(os.cpu_count() or 1, STAGGER_DELAY_S)
+        self._registry = Registry(settings.users, _SystemClock(), staggered, os.urandom)
+        self._default_staggered = staggered
+        self._turn_timer = loop.timer(self._turn)
+        self._ptys: dict[int, Pty] = {}
+        self._launched: set[int] = set()  # ids of VMs that vmm knows
+        self._clients: set[int] = set()
+        self._questions: dict[int, StatusQuestion] = {}
+        self._next_question = 1
+        self._verbosity = 0
+        self._on_idle: Callable[[], None] | None = None
+
+    # Processes
+
+    def control_started(self, channel: Channel[ParentToControl, ControlToParent]) -> None:
+        """Serve clients by a new control process; takes over the channel."""
+        self._control = channel
+        channel.watch(self._loop, self._from_control, lambda err: self._cut(channel, err))
+        self._send_control(SetVerbosity(level=self._verbosity))
+
+    def control_ended(self) -> None:
+        """Forget the clients: their connections went with the control process."""
+        if self._control:
+            self._control.close()
+            self._control = None
+        for client in self._clients:
+            self._registry.client_left(client)
+        self._clients.clear()
+
+    def vmm_started(self, channel: Channel[ParentToVmm, VmmToParent]) -> None:
+        """Run VMs by a new vmm process; takes over the channel."""
+        self._vmm = channel
+        channel.watch(self._loop, self._from_vmm, lambda err: self._cut(channel, err))
+        self._send_vmm(SetVerbosity(level=self._verbosity))
+
+    def vmm_ended(self) -> None:
+        """Account for all VMs: none of their processes is left."""
+        self.close_vmm()
+        for vm_id in sorted(self._launched):
+            self._launched.discard(vm_id)
+            self._happened(vm_id, vm_state.Exited(None, message="the vmm process has ended"))
+
+    def close_vmm(self) -> None:
+        """Let the vmm process end."""
+        if self._vmm:
+            self._vmm.close()
+            self._vmm = None
+
+    @staticmethod
+    def _cut(
+        channel: Channel[ParentToControl, ControlToParent] | Channel[ParentToVmm, VmmToParent],
+        err: ChannelError,
+    ) -> None:
+        """A channel has ended; so has the process, or it will: what it said was no message."""
+        if isinstance(err, MalformedError):
+            log.error("%s", err)
+            channel.close()
+
+    def _send_control(
+        self, message: ParentToControl, fds: list[int] | tuple[int, ...] = ()
+    ) -> None:
+        if self._control is None:
+            Fds(fds).close()
+            return
+        try:
+            self._control.send(message, fds)
+        except ChannelError as err:
+            log.warning("control: %s", err)
+
+    def _send_vmm(self, message: ParentToVmm, fds: list[int] | tuple[int, ...] = ()) -> bool:
+        if self._vmm is None:
+            Fds(fds).close()
+            return False
+        try:
+            self._vmm.send(message, fds)
+        except ChannelError as err:
+            log.warning("vmm: %s", err)
+            return False
+        return True
+
+    def _tell_vm(
+        self, vm_id: int, command: VmCommand, fds: list[int] | tuple[int, ...] = ()
+    ) -> None:
+        self._send_vmm(ToVm(id=vm_id, command=command), fds)
+
+    # Configuration
+
+    def configure(self) -> bool:
+        """Read the configuration, and start what it says is to start; False if it has errors."""
+        config = self._read(self._settings.path, is_optional=self._settings.is_optional)
+        if config is None:
+            return False
+        self._settings.set_socket_owner(config.socket_owner)
+        self._registry.staggered = config.staggered or self._default_staggered
+        self._register(config)
+        return True
+
+    def _read(self, path: str, *, is_optional: bool) -> Config | None:
+        try:
+            config = parse_config(path, self._settings.macros, is_optional=is_optional)
+        except ConfigErrors as err:
+            for line in (*err.warnings, *err.lines):
+                log.warning("%s", line)
+            return None
+        for line in config.warnings:
+            log.warning("%s", line)
+        return config
+
+    def _register(self, config: Config) -> None:
+        actions, complaints = self._registry.load(config.vms, self._settings.uid)
+        for line in complaints:
+            log.warning("%s", line)
+        self._run(actions)
+
+    def reload(self) -> bool:
+        """Forget VMs that do not run, and read the configuration again; False on errors."""
+        self._run(self._registry.forget_idle())
+        return self.configure()
+
+    def set_verbosity(self, level: int) -> None:
+        """Log more or less, in every process."""
+        self._verbosity = level
+        logging.set_verbosity(level)
+        self._send_control(SetVerbosity(level=level))
+        self._send_vmm(SetVerbosity(level=level))
+
+    def shut_down(self, on_idle: Callable[[], None]) -> None:
+        """End all VMs; `on_idle` is called once, when none is left."""
+        self._on_idle = on_idle
+        self._turn_timer.cancel()
+        self._run(self._registry.remove_all())
+        self._look_if_idle()
+
+    def _look_if_idle(self) -> None:
+        if self._on_idle and self._registry.is_idle and not self._launched:
+            on_idle, self._on_idle = self._on_idle, None
+            on_idle()
+
+    # What clients ask
+
+    def _from_control(self, received: Received[ControlToParent]) -> None:
+        with received.fds as fds:
+            match received.message:
+                case ClientRequest(client=client, uid=uid, request=request):
+                    self._clients.add(client)
+                    self._ask(client, uid, request, fds)
+                case ClientGone(client=client):
+                    self._clients.discard(client)
+                    self._registry.client_left(client)
+                    for serial, question in tuple(self._questions.items()):
+                        if question.ticket.client == client:
+                            del self._questions[serial]
+                            question.cancel()
+                case _:
+                    assert_never(received.message)
+
+    def _ask(self, client: int, uid: int, request: AnyRequest, fds: Fds) -> None:
+        boot = None
+        if isinstance(request, Start):
+            try:
+                boot = _passed_boot(request, fds)
+            except MalformedError as err:
+                failed = Failed(serial=request.serial, code=ErrorCode.EINVAL, message=str(err))
+                self._answer(client, failed)
+                return
+        self._run(self._registry.request(client, uid, request, boot))
+
+    def _answer(
+        self, client: int, answer: AnyAnswer, fds: list[int] | tuple[int, ...] = ()
+    ) -> None:
+        self._send_control(ClientAnswer(client=client, answer=answer), fds)
+
+    # What is to be done
+
+    def _run(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Answer(client, answer):
+                    self._answer(client, answer)
+                case Perform(vm, effect):
+                    self._perform(vm, effect)
+                case Operate(ticket, request):
+                    self._operate(ticket, request)
+                case List():
+                    self._list(action)
+                case OpenConsole(ticket, vm):
+                    self._open_console(ticket, vm)
+                case Drop(boot):
+                    Fds((boot.kernel, *boot.initrd)).close()
+                case ArmTurn(delay_s):
+                    self._turn_timer.arm(self._loop.monotonic_ns() + delay_s * NANOSECONDS)
+                case _:
+                    assert_never(action)
+
+    def _turn(self) -> None:
+        self._run(self._registry.turn())
+
+    def _happened(self, vm_id: int, event: vm_state.Event) -> None:
+        self._run(self._registry.report(vm_id, event))
+        self._look_if_idle()
+
+    def _perform(
+        self,
+        vm: Vm,
+        effect: vm_state.Launch
+        | vm_state.Release
+        | vm_state.Kill
+        | vm_state.SendStop
+        | vm_state.SendPause
+        | vm_state.SendUnpause,
+    ) -> None:
+        match effect:
+            case vm_state.Launch():
+                # What comes of it is for a registry that has finished this step.
+                self._loop.call_soon(lambda: self._launch(vm))
+            case vm_state.Release(keeps_tty=keeps_tty):
+                if not keeps_tty:
+                    self._close_pty(vm.id)
+            case vm_state.Kill():
+                self._send_vmm(Kill(id=vm.id))
+            case vm_state.SendStop():
+                self._tell_vm(vm.id, StopVm())
+            case vm_state.SendPause():
+                self._tell_vm(vm.id, PauseVm())
+            case vm_state.SendUnpause():
+                self._tell_vm(vm.id, UnpauseVm())
+            case _:
+                assert_never(effect)
+
+    def _launch(self, vm: Vm) -> None:
+        """Open what a VM needs, and have vmm start its processes."""
+        try:
+            pty = self._pty(vm)
+            spec, fds = open_resources(vm, self._settings.users, pty)
+        except ResourceError as err:
+            self._launch_failed(vm, err.code, str(err))
+            return
+        except OSError as err:
+            self._launch_failed(vm, ErrorCode.EIO, err.strerror or str(err))
+            return
+        if vm.config.interfaces:
+            log.warning("vm/%s: started without its interfaces: no networks yet", vm.name)
+        self._launched.add(vm.id)
+        if not self._send_vmm(Launch(spec=spec), fds):
+            self._launched.discard(vm.id)
+            self._launch_failed(vm, ErrorCode.EAGAIN, "there is no vmm process")
+
+    def _launch_failed(self, vm: Vm, code: ErrorCode, message: str) -> None:
+        log.warning("%s: failed to start vm: %s", vm.name, message)
+        self._happened(vm.id, vm_state.LaunchFailed(code, message))
+
+    def _pty(self, vm: Vm) -> Pty:
+        pty = self._ptys.get(vm.id)
+        if pty is None:
+            owner = vm.config.owner
+            pty = open_pty(vm.name, owner.uid or 0, owner.gid)
+            self._ptys[vm.id] = pty
+        return pty
+
+    def _close_pty(self, vm_id: int) -> None:
+        pty = self._ptys.pop(vm_id, None)
+        if pty:
+            pty.close()
+
+    def _open_console(self, ticket: vm_state.Ticket, vm: Vm) -> None:
+        theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._tell_vm(vm.id, AttachConsole(), (ours.detach(),))
+        opened = ConsoleOpened(serial=ticket.serial, id=vm.id, tty=vm.state.tty)
+        self._answer(ticket.client, opened, (theirs.detach(),))
+
+    def _operate(self, ticket: vm_state.Ticket, request: Load | Reload | Reset | Log) -> None:
+        is_done = True
+        match request:
+            case Load(path=""):
+                is_done = self.reload()
+            case Load(path=path):
+                config = self._read(path, is_optional=False)
+                is_done = config is not None
+                if config is not None:
+                    self._register(config)
+            case Reload():
+                is_done = self.reload()
+            case Reset(mode=ResetMode.SWITCHES):
+                pass  # there are none yet
+            case Reset():
+                self._run(self._registry.remove_all(ticket))
+                return
+            case Log(level=level):
+                self.set_verbosity(level)
+            case _:
+                assert_never(request)
+        answer: AnyAnswer = Done(serial=ticket.serial)
+        if not is_done:
+            text = "the configuration has errors"
+            answer = Failed(serial=ticket.serial, code=ErrorCode.COMMAND_FAILED, message=text)
+        self._answer(ticket.client, answer)
+
+    def _list(self, question: List) -> None:
+        """Ask the processes of running VMs, and answer when they have, or soon."""
+        serial = self._next_question
+        self._next_question += 1
+
+        def answer(parts: list[AnyAnswer]) -> None:
+            self._questions.pop(serial, None)
+            for part in parts:
+                self._answer(question.ticket.client, part)
+
+        asked = StatusQuestion(self._loop, question, self._launched, answer)
+        if not asked.is_over:
+            self._questions[serial] = asked
+            for vm_id in asked.missing:
+                self._tell_vm(vm_id, AskStatistics(serial=serial))
+
+    # What vmm says
+
+    def _from_vmm(self, received: Received[VmmToParent]) -> None:
+        received.fds.close()  # it has none to give
+        message = received.message
+        if message.id not in self._launched:
+            log.warning("vmm: speaks of vm %d, which does not run", message.id)
+            return
+        match message:
+            case Launched(id=vm_id, pid=pid):
+                self._happened(vm_id, vm_state.Launched(pid, self._ptys[vm_id].name))
+            case LaunchFailed(id=vm_id, code=code, message=text):
+                self._launched.discard(vm_id)
+                self._happened(vm_id, vm_state.LaunchFailed(code, text))
+            case FromVm(id=vm_id, report=report):
+                self._reported(vm_id, report)
+            case Exited():
+                self._exited(message)
+            case _:
+                assert_never(message)
+
+    def _reported(self, vm_id: int, report: VmReport) -> None:
+        match report:
+            case VmStarted():
+                self._happened(vm_id, vm_state.Running())
+                vm = self._registry.find(vm_id, "")
+                if vm:
+                    log.info(
+                        "started %s (vm %d) successfully, tty %s", vm.name, vm_id, vm.state.tty
+                    )
+            case VmPaused():
+                self._happened(vm_id, vm_state.Paused())
+            case VmUnpaused():
+                self._happened(vm_id, vm_state.Unpaused())
+            case VmStatistics(serial=serial):
+                question = self._questions.get(serial)
+                if question:
+                    question.told(vm_id, report)
+            case _:
+                log.debug("vm %d: %s", vm_id, report)
+
+    def _exited(self, message: Exited) -> None:
+        self._launched.discard(message.id)
+        ending = message.ending
+        vm = self._registry.find(message.id, "")
+        if ending is None:
+            how = (
+                f"was killed by signal {-message.status}"
+                if message.status < 0
+                else f"exited with status {message.status}"
+            )
+            event = vm_state.Exited(None, message=f"the VM process {how}")
+        else:
+            event = vm_state.Exited(ending.reason, ending.code, ending.message)
+        if vm and event.message:
+            is_wanted = vm.state.phase is vm_state.Phase.STOPPING
+            tell = log.debug if is_wanted else log.warning
+            tell("vm/%s: %s", vm.name, event.message)
+        self._happened(message.id, event)
+
+
+def _passed_boot(request: Start, fds: Fds) -> PassedBoot | None:
+    """Take what a client has opened; all or nothing.
+
+    Raises:
+        MalformedError: it names descriptors that did not come along.
+    """
+    if request.kernel is None:
+        return None
+    with ExitStack() as stack:
+        taken = []
+        for index in (request.kernel, *request.initrd):
+            taken.append(fds.take(index))
+            stack.callback(os.close, taken[-1])
+        stack.pop_all()
+    return PassedBoot(taken[0], tuple(taken[1:]), request.append, request.kernel_path or "kernel")

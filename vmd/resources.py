@@ -1,0 +1,212 @@
+"""What a VM needs of the host, opened by the parent with the rights of whom it is for.
+
+Each file is opened first and judged by its descriptor, so that no change of a path in between makes
+a difference. The VM's processes get descriptors, never paths.
+
+Source: sections 2.5, 7.5 and 9.3 of OpenBSD's behaviour.
+"""
+
+import os
+import socket
+import stat
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import MEMORY_DEFAULT, Right
+from vmd.internal import DiskSpec, VmSpec
+from vmd.messages import ErrorCode
+from vmd.policy import Users
+from vmd.pty import Pty
+from vmd.vm import Vm
+from vmm_kvm.block.image import Format, image_chain
+from vmm_kvm.block.locks import lock
+from vmm_kvm.boot.firmware import BIOS, find_firmware
+from vmm_kvm.errors import BootError, ImageError
+
+_SERVER_TIMEOUT_S = 1.0
+
+
+class ResourceError(Exception):
+    """Something that the VM needs cannot be had; `str()` is one line."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Resources(NamedTuple):
+    """A VM's specification, and the descriptors that it names; whoever holds them owns them."""
+
+    spec: VmSpec
+    fds: list[int]
+
+
+def may_access(status: os.stat_result, uid: int, users: Users, *, writes: bool) -> bool:
+    """Tell whether a user may read, or read and write, a regular file.
+
+    In OpenBSD's order: what others may, then what the owner may, then what the group may.
+
+    Source: section 9.3 of OpenBSD's behaviour.
+    """
+    if uid in users.administrators:
+        return True
+    wanted = 0o6 if writes else 0o4
+    mode = status.st_mode
+    if mode & wanted == wanted:
+        return True
+    if status.st_uid == uid and mode >> 6 & wanted == wanted:
+        return True
+    return mode >> 3 & wanted == wanted and users.is_member(uid, status.st_gid)
+
+
+def open_resources(vm: Vm, users: Users, pty: Pty) -> Resources:
+    """Open all that a VM's processes need; `pty` stays the caller's.
+
+    Raises:
+        ResourceError: a file is missing, in use, not for this user, or of a wrong kind.
+        OSError: the host has no descriptors left.
+    """
+    with ExitStack() as stack:
+        opener = _Opener(vm, users, stack)
+        boot, boot_path, variables, initrd, append = opener.boot()
+        # In OpenBSD's order, which shows in what is complained of first.
+        cdrom = opener.cdrom()
+        disks = tuple(opener.disk(option) for option in vm.config.disks)
+        tty, tty_watch, ring = (opener.keep(os.dup(fd)) for fd in pty[1:])
+        spec = VmSpec(
+            id=vm.id,
+            name=vm.name,
+            memory=vm.config.memory or MEMORY_DEFAULT,
+            cpus=vm.config.cpus or 1,
+            boot=boot,
+            boot_path=boot_path,
+            variables=variables,
+            initrd=initrd,
+            append=append,
+            disks=disks,
+            cdrom=cdrom,
+            tty=tty,
+            tty_watch=tty_watch,
+            ring=ring,
+            boot_device=vm.config.boot_device,
+        )
+        stack.pop_all()
+    return Resources(spec, opener.fds)
+
+
+class _Opener:
+    """Collects descriptors; `stack` closes them until somebody takes over."""
+
+    def __init__(self, vm: Vm, users: Users, stack: ExitStack) -> None:
+        self._vm = vm
+        self._users = users
+        self._stack = stack
+        self.fds: list[int] = []
+
+    def keep(self, fd: int) -> int:
+        """Take ownership of a descriptor; returns its index."""
+        self._stack.callback(os.close, fd)
+        self.fds.append(fd)
+        return len(self.fds) - 1
+
+    def boot(self) -> tuple[int, str, int | None, tuple[int, ...], str | None]:
+        """Open what to boot: what a client passed, a kernel, or firmware.
+
+        Returns the index and path of the image, the index of its variables, those of RAM disks, and
+        a command line.
+        """
+        config, passed = self._vm.config, self._vm.boot
+        if passed is not None:
+            image = self.keep(os.dup(passed.kernel))
+            initrd = tuple(self.keep(os.dup(fd)) for fd in passed.initrd)
+            return image, passed.path, None, initrd, passed.append
+        initrd = tuple(
+            self._open(path, Right.BOOT, ErrorCode.EINVAL, "initrd") for path in config.initrd
+        )
+        if config.boot is not None:
+            image = self._open(config.boot, Right.BOOT, ErrorCode.ENOENT, "boot image")
+            return image, config.boot, None, initrd, config.append
+        try:
+            firmware = find_firmware(config.firmware or BIOS)
+        except BootError as err:
+            raise ResourceError(ErrorCode.BIOS_MISSING, str(err)) from err
+        image = self._open(firmware.code, Right.BOOT, ErrorCode.BIOS_MISSING, "firmware")
+        variables = None
+        if firmware.variables is not None:
+            variables = self._open(
+                firmware.variables, Right.BOOT, ErrorCode.BIOS_MISSING, "firmware"
+            )
+        return image, firmware.code, variables, initrd, config.append
+
+    def cdrom(self) -> int | None:
+        """Open the ISO image, if there is one."""
+        path = self._vm.config.cdrom
+        if path is None:
+            return None
+        index = self._open(path, Right.CDROM, ErrorCode.CDROM_MISSING, "cdrom")
+        if not stat.S_ISREG(os.fstat(self.fds[index]).st_mode):
+            raise ResourceError(ErrorCode.CDROM_INVALID, f"{path}: not a regular file")
+        return index
+
+    def disk(self, option: DiskOption) -> DiskSpec:
+        """Open a disk's image, locked, and its bases, read-only; or connect to its server."""
+        match option.kind:
+            case DiskKind.VHOST_USER:
+                return DiskSpec(option=option, chain=(self._connect(option.path),))
+            case DiskKind.PMEM:
+                text = f"{option.path}: disks that are memory are for vmctl run alone"
+                raise ResourceError(ErrorCode.EINVAL, text)
+            case DiskKind.PROBE:
+                disk_format = None
+            case DiskKind.RAW | DiskKind.QCOW2:
+                disk_format = Format(option.kind)
+        writes = not option.is_read_only
+        code = ErrorCode.DISK_MISSING
+        chain = [self._open(option.path, Right.DISK, code, "disk", writes=writes)]
+        try:
+            lock(self.fds[chain[0]], option.path, writes=writes)
+            layers = image_chain(option.path, disk_format)
+        except ImageError as err:
+            raise ResourceError(code, str(err)) from err
+        chain += [
+            self._open(str(layer.source), Right.DISK, code, "base image") for layer in layers[1:]
+        ]
+        formats = tuple(DiskKind(layer.disk_format or Format.RAW) for layer in layers)
+        return DiskSpec(option=option, chain=tuple(chain), formats=formats)
+
+    def _open(
+        self, path: str, right: Right, code: ErrorCode, what: str, *, writes: bool = False
+    ) -> int:
+        """Open a file, for the requester if the VM claims `right`; returns its index."""
+        vm = self._vm
+        # Not to wait for a writer if the path turns out to be a FIFO.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            fd = os.open(path, flags | (os.O_RDWR if writes else os.O_RDONLY))
+        except OSError as err:
+            raise ResourceError(code, f"{what} {path}: {err.strerror}") from err
+        except ValueError as err:  # a null character
+            raise ResourceError(code, f"{what} {path!r}: {err}") from err
+        index = self.keep(fd)
+        status = os.fstat(fd)
+        is_block = stat.S_ISBLK(status.st_mode) and right is Right.DISK
+        if not stat.S_ISREG(status.st_mode) and not (is_block and right not in vm.checked):
+            raise ResourceError(ErrorCode.EPERM, f"{what} {path}: not a regular file")
+        if right in vm.checked and not may_access(status, vm.requester, self._users, writes=writes):
+            raise ResourceError(ErrorCode.EPERM, f"{what} {path}: permission denied")
+        return index
+
+    def _connect(self, path: str) -> int:
+        if Right.DISK in self._vm.checked and self._vm.requester not in self._users.administrators:
+            raise ResourceError(ErrorCode.EPERM, f"vhost-user:{path}: permission denied")
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(_SERVER_TIMEOUT_S)
+        try:
+            connection.connect(path)
+        except OSError as err:
+            connection.close()
+            text = f"vhost-user:{path}: {err.strerror or err}"
+            raise ResourceError(ErrorCode.DISK_MISSING, text) from err
+        connection.setblocking(True)
+        return self.keep(connection.detach())

@@ -1,0 +1,79 @@
+"""A client's question for the status of VMs, while the processes of those are asked."""
+
+from collections.abc import Callable, Collection
+
+from msgspec.structs import replace
+
+from vmd.internal import VmStatistics
+from vmd.messages import VMS_PER_PART, AnyAnswer, VmInfo, Vms
+from vmd.registry import List, info
+from vmm_kvm.loop import EventLoop
+
+PATIENCE_NS = 300_000_000
+"""How long a VM process may take to answer; then the others' answers are shown without it."""
+
+
+class StatusQuestion:
+    """One question; `answer` is called once, with all that goes to the client."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        question: List,
+        running: Collection[int],
+        answer: Callable[[list[AnyAnswer]], None],
+    ) -> None:
+        """Answer at once if no VM that is asked for is among those `running`, ids."""
+        self.ticket = question.ticket
+        self._vms = question.vms
+        self._wants_statistics = question.request.statistics
+        self._answer = answer
+        self._told: dict[int, VmStatistics] = {}
+        self.missing = {
+            vm.id for vm in question.vms if vm.id in running and vm.state.pid is not None
+        }
+        """Ids of VMs that have not said anything yet."""
+        self.is_over = False
+        self._timer = loop.timer(self._finish)
+        if self.missing:
+            self._timer.arm(loop.monotonic_ns() + PATIENCE_NS)
+        else:
+            self._finish()
+
+    def told(self, vm_id: int, statistics: VmStatistics) -> None:
+        """Take what a VM process said."""
+        self._told[vm_id] = statistics
+        self.missing.discard(vm_id)
+        if not self.missing:
+            self._finish()
+
+    def cancel(self) -> None:
+        """Forget it: nobody waits for the answer."""
+        self.is_over = True
+        self._timer.cancel()
+
+    def _finish(self) -> None:
+        if self.is_over:
+            return
+        self.cancel()
+        shown = [self._shown(info(vm)) for vm in self._vms]
+        serial = self.ticket.serial
+        parts: list[AnyAnswer] = [
+            Vms(
+                serial=serial,
+                vms=tuple(shown[at : at + VMS_PER_PART]),
+                has_more=at + VMS_PER_PART < len(shown),
+            )
+            for at in range(0, len(shown), VMS_PER_PART)
+        ]
+        self._answer(parts or [Vms(serial=serial, vms=())])
+
+    def _shown(self, vm: VmInfo) -> VmInfo:
+        told = self._told.get(vm.id)
+        if told is None:
+            return vm
+        return replace(
+            vm,
+            memory_used=told.memory_used,
+            statistics=told.statistics if self._wants_statistics else None,
+        )
