@@ -140,7 +140,7 @@ def run_case(files: Mapping[str, bytes], seed: int) -> tuple[str, str | None]:
     """Run one case; return what came of it, and what deviates, if anything does."""
     chance = random.Random(seed)
     seeds = [files[name] for name in sorted(files) if name.endswith(".conf")]
-    sound = [files[name] for name in sorted(files) if name.startswith("pass-")]
+    sound = [files[name] for name in sorted(files) if re.fullmatch(r"pass-.*\.conf", name)]
     case = {**files, NAME: mutated(seeds, sound, chance)}
     old = signal.signal(signal.SIGALRM, _hang)
     signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S)

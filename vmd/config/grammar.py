@@ -131,7 +131,8 @@ class Tokens:
         found = self.one_string()
         while self.peek().is_string:
             found += self.take().text
-        return found
+        # Bytes that are text only together become it here.
+        return found.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
     def number(self) -> int:
         """Take a number."""

@@ -18,6 +18,7 @@ from vmd.config.model import (
 )
 
 _MIB = 1 << 20
+_STRING_MAX = 2000  # characters, of up to four bytes
 
 
 def config_lines(config: Config) -> list[str]:
@@ -30,11 +31,14 @@ def config_lines(config: Config) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """Write a string in quotes; one with a line break or a NUL does not come from a file.
+    """Write a string in quotes, or in several that are one if it is very long.
 
-    A backslash in front of a quote, space or tab, or at the end, takes one more. At the end that
-    one has to have a line break after it, which is dropped when the string is read.
+    One with a line break or a NUL does not come from a file. A backslash in front of a quote, space
+    or tab, or at the end, takes one more. At the end that one has to have a line break after it,
+    which is dropped when the string is read.
     """
+    if len(text) > _STRING_MAX:
+        return f"{quoted(text[:_STRING_MAX])} {quoted(text[_STRING_MAX:])}"
     found = ""
     for char in text:
         if char == '"' or (char in " \t" and found.endswith("\\")):

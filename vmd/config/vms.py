@@ -29,7 +29,7 @@ DISK_OPTIONS = ("ro", "serial", "queues", "private")
 """Words of the block of a disk, which OpenBSD does not have."""
 OWN_OPTIONS = ("cpus", "initrd", "append", "firmware")
 """Options of a VM that OpenBSD does not have."""
-_FIRMWARE_NAMES = ("bios", "uefi")
+FIRMWARE_NAMES = ("bios", "uefi")
 _RIGHTS = (
     *(Right.BOOT, Right.MEMORY, Right.INTERFACE, Right.DISK, Right.CDROM),
     Right.INSTANCE,
@@ -222,7 +222,7 @@ class VmRule:
             tokens.refuse("firmware specified more than once")
         if self._vm.boot is not None:
             tokens.refuse("boot and firmware specified")
-        if name not in _FIRMWARE_NAMES:
+        if name not in FIRMWARE_NAMES:
             name = self._resolved(name, "firmware")
         self._vm = self._vm._replace(firmware=name)
         self._give(Right.BOOT)

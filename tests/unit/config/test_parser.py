@@ -199,6 +199,12 @@ def test_settings_of_an_interface_do_not_reach_the_next() -> None:
     assert vm.interfaces == (InterfaceConfig(tap="tap1", is_up=False), InterfaceConfig())
 
 
+def test_bytes_of_a_character_in_two_strings() -> None:
+    """Strings in a row are one string of bytes, and text if that is."""
+    host = FakeHost({"f": b'vm "\xc3" "\xa9" { disable }'})
+    assert parse_config("f", {}, host=host).vms[0].name == "é"
+
+
 def test_where_a_vm_stands() -> None:
     """A VM knows file and line of the end of its block, in an included file too."""
     config = parse('vm a { disable }\ninclude "p.conf"\n', p="\nvm b {\n\tdisable\n}\n")

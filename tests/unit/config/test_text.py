@@ -161,6 +161,12 @@ def test_a_string_reads_again(text: str) -> None:
     assert read_again(Config(vms=(VmConfig("x", append=text, given=BOOT),))).vms[0].append == text
 
 
+def test_a_very_long_string_reads_again() -> None:
+    """Strings that are one are written as several where one would be too long."""
+    text = "é\U0001f600\\" * 5000
+    assert read_again(Config(vms=(VmConfig("x", append=text, given=BOOT),))).vms[0].append == text
+
+
 BOOT = frozenset({Right.BOOT})
 
 
@@ -174,6 +180,7 @@ BOOT = frozenset({Right.BOOT})
         ("a\\ b", r'"a\\ b"'),
         ('a\\"b', r'"a\\"b"'),
         ("a\\", '"a\\\\\n"'),
+        ("a" * 2000 + "b", f'"{"a" * 2000}" "b"'),
     ],
 )
 def test_quotes(text: str, expected: str) -> None:

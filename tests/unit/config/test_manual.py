@@ -1,0 +1,108 @@
+"""The manual page of vm.conf, and the examples, against the parser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.unit.config.fake_host import FakeHost
+from vmd.config.check import check
+from vmd.config.disks import DiskKind
+from vmd.config.host import FileText
+from vmd.config.lexer import RESERVED
+from vmd.config.vms import DISK_OPTIONS, FIRMWARE_NAMES, FORMATS, OWN_OPTIONS
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "man" / "vm.conf.5"
+EXAMPLES = sorted((ROOT / "examples").glob("*.conf"))
+
+WITHOUT_MEANING = {"add", "id", "size"}
+"""Words that are reserved and that no statement has."""
+KEYWORD_MACROS = {"Ic", "Cm"}
+OTHER_MACROS = {"Ar", "Oo", "Oc", "Op", "Ns", "No", "Sy", "Li", "Pa", "It", "D1", "Fl"}
+VALUES = {"tap", *FIRMWARE_NAMES, *FORMATS}
+"""Words that are values, not keywords."""
+
+
+def documented(text: str) -> set[str]:
+    """Return the words that a page marks as keywords."""
+    found = set()
+    for line in text.splitlines():
+        if not line.startswith("."):
+            continue
+        is_keyword = False
+        for word in line.removeprefix(".").split():
+            if word in KEYWORD_MACROS | OTHER_MACROS:
+                is_keyword = word in KEYWORD_MACROS or (is_keyword and word == "Ns")
+            elif is_keyword and re.fullmatch(r"[\w-]+", word):
+                found.add(word)
+    return found
+
+
+def test_every_keyword_is_documented() -> None:
+    """The page has the keywords and values that the parser knows, and no other."""
+    known = (RESERVED - WITHOUT_MEANING) | {*OWN_OPTIONS, *DISK_OPTIONS} | VALUES
+    assert documented(PAGE.read_text()) == known
+
+
+def test_every_kind_of_disk_has_a_format() -> None:
+    """What `vmctl run -d` can name as a kind of disk, vm.conf can as a format."""
+    assert set(FORMATS) == set(DiskKind) - {DiskKind.PROBE}
+
+
+@pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")
+def test_the_page_is_well_formed() -> None:
+    """Mandoc finds nothing to complain of, but pages that are not installed."""
+    done = subprocess.run(
+        ["mandoc", "-T", "lint", PAGE], check=False, capture_output=True, text=True
+    )
+    lines = (done.stdout + done.stderr).splitlines()
+    assert [line for line in lines if "referenced manual not found" not in line] == []
+
+
+class AnyHost(FakeHost):
+    """A host that has every file, user and group an example speaks of."""
+
+    def read_file(self, path: str) -> FileText:
+        """Read one of the files of the test, by the name at the end of its path."""
+        return super().read_file(Path(path).name)
+
+    def resolve(self, path: str) -> str:
+        """Find anything."""
+        return path
+
+    def find_user(self, name: str) -> int | None:
+        """Find anyone."""
+        return len(name)
+
+    find_group = find_user
+
+
+def examples_of(page: str) -> list[str]:
+    """Return what the page shows as it is."""
+    return re.findall(r"\.Bd -literal.*?\n(.*?)\n\.Ed", page, re.DOTALL)
+
+
+@pytest.mark.parametrize("text", examples_of(PAGE.read_text()))
+def test_what_the_page_shows_is_right(text: str) -> None:
+    """Each piece of a file in the page is one that is accepted."""
+    lines, status = check("f", {}, host=AnyHost({"f": text.encode()}))
+    assert (lines, status) == (["configuration OK"], 0)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_right(path: Path) -> None:
+    """Each example is accepted, without a warning."""
+    files = {each.name: each.read_bytes() for each in EXAMPLES}
+    lines, status = check(path.name, {}, host=AnyHost(files))
+    assert (lines, status) == (["configuration OK"], 0)
+
+
+def test_there_are_examples() -> None:
+    """The parametrised tests above compare something."""
+    assert len(EXAMPLES) >= 2
+    assert len(examples_of(PAGE.read_text())) >= 3
