@@ -19,7 +19,12 @@ packages='
     dpkg-dev            dpkg and its tools unpack kernel packages
     gcc                 compares our structures with <linux/kvm.h>
     git                 the tests ask which files belong to the tree
+    grub-common         grub-mkrescue makes bootable discs
+    grub-efi-amd64-bin  GRUB for UEFI
+    grub-pc-bin         GRUB for BIOS
     iproute2            ip brings up the loopback interface in the rig
+    ipxe                a guest, on a disc
+    isolinux            boots a disc
     kmod                modprobe and depmod find kernel modules in load order
     libc6-dev           gcc needs it
     linux-libc-dev      <linux/kvm.h>
@@ -27,10 +32,14 @@ packages='
     make                runs the targets
     mandoc              checks the manual pages
     memtest86+          a guest
+    mtools              grub-mkrescue needs it
+    ovmf                UEFI firmware
     procps              free, in the demo
     python3             runs everything
     python3-venv        makes .venv
     seabios             firmware
+    syslinux-common     isolinux needs it
+    xorriso             makes CD-ROM images
     xz-utils            makes kernel payloads for the boot tests
     zstd                packs initramfs images
 '
