@@ -37,6 +37,7 @@ packages='
     procps              free, in the demo
     python3             runs everything
     python3-venv        makes .venv
+    qemu-utils          qemu-img and qemu-io judge our disk images; a storage daemon
     seabios             firmware
     syslinux-common     isolinux needs it
     xorriso             makes CD-ROM images
@@ -157,9 +158,10 @@ if [ -n "$missing$wanted_qemu" ] || [ -z "$known" ]; then
 fi
 
 # The virtual environment: pinned and hashed wheels, then this tree in place, without dependencies.
-# (Its build back end is fetched by pip for this one step.)
+# (Its build back end is fetched by pip for this one step.) The distribution's interpreter comes
+# first: it is built with profiles, and serves an exit in two thirds of the time of a plain build.
 python=
-for candidate in python3 /usr/bin/python3 python3.11 python3.12 python3.13; do
+for candidate in /usr/bin/python3 python3 python3.11 python3.12 python3.13; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
         2>/dev/null; then
         python=$candidate

@@ -7,6 +7,7 @@ VmmError
 ├── BusError          two devices claim one address: wiring is wrong
 ├── BootError         the boot image cannot be loaded: the image's fault
 ├── ImageError        a disk image cannot be opened, or is corrupt: the image's fault
+├── VhostUserError    the peer broke the vhost-user protocol (in `virtio.vhost_user.messages`)
 └── GuestError        the guest did something invalid: its device goes into an error state
     ├── GuestMemoryError   an access outside guest RAM
     ├── VirtqueueError     a malformed virtqueue, descriptor chain or request
