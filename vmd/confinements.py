@@ -101,7 +101,8 @@ _THREADS = (
     *_all("what the C library sets up in a thread", "set_robust_list", "rseq", "sched_getaffinity"),
 )
 _IMAGES = (
-    *_all("disk images", "preadv", "pwritev", "pread64", "pwrite64", "readv", "writev"),
+    *_all("disk images", "preadv", "pwritev", "preadv2", "pwritev2", "pread64"),
+    *_all("their metadata", "pwrite64", "readv", "writev"),
     *_all("flushes", "fdatasync", "fsync", "sync_file_range"),
     *_all("discards and zeroes", "fallocate", "ftruncate"),
     *_with(
@@ -149,11 +150,11 @@ CONFINEMENTS = {
     Kind.CONTROL: Confinement(
         Filter((*_BASE, *_CONTROL), _REFUSED),
         # As many clients as the control process takes, and some for itself.
-        (*_NO_CORE, (resource.RLIMIT_NOFILE, 2048), (resource.RLIMIT_FSIZE, 0)),
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 2048)),
     ),
     Kind.PRIV: Confinement(
         Filter((*_BASE, *_PRIV), _REFUSED),
-        (*_NO_CORE, (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_FSIZE, 0)),
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 256)),
         capabilities=frozenset({CAP_NET_ADMIN}),
         changes_user=False,
         is_isolated=False,

@@ -22,6 +22,7 @@ log = Log(__name__)
 
 STREAMS_MAX = 64
 _BATCH_NS = 3_000_000  # how long a byte may wait for others to be shown with
+_SETTLING_NS = 100_000_000  # until whoever opened a terminal has set it up, and discarded what came
 _PACKET_MAX = 16 * 1024
 _TERMINAL_WRITE = 4096
 _INPUT_MAX = 4096
@@ -207,14 +208,16 @@ class _Terminal:
         self._ring = ring
         self._position = 0
         self._is_open = False
+        self._is_shown = False
         self._is_waiting = False
         self._is_listening = False
+        self._timer = loop.timer(self._begin)
         loop.add_reader(watch, self._changed)
         self._look()
 
     def show(self) -> None:
         """Write what it has not seen yet, until the terminal takes no more."""
-        if not self._is_open:
+        if not self._is_shown:
             return
         try:
             while self._position < self._ring.total:
@@ -244,6 +247,7 @@ class _Terminal:
 
     def close(self) -> None:
         """Close the descriptors."""
+        self._timer.cancel()
         self._loop.remove_reader(self._watch)
         self._loop.remove_reader(self._master)
         self._loop.remove_writer(self._master)
@@ -266,11 +270,17 @@ class _Terminal:
             return
         self._is_open = is_open
         if is_open:
-            self._position = self._ring.late()
-        elif self._is_waiting:
-            self._is_waiting = False
+            self._timer.arm(self._loop.monotonic_ns() + _SETTLING_NS)
+        else:
+            self._timer.cancel()
+            self._is_shown = self._is_waiting = False
             self._loop.remove_writer(self._master)
         self.listen()
+
+    def _begin(self) -> None:
+        """Show what there is to somebody who has come late."""
+        self._is_shown = True
+        self._position = self._ring.late()
         self.show()
 
     def _read(self) -> None:

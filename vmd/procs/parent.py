@@ -355,6 +355,9 @@ class Parent:
 
     def _launch(self, vm: Vm) -> None:
         """Open what a VM needs, and have vmm start its processes."""
+        if vm.state.phase is not vm_state.Phase.STARTING:  # somebody has thought better of it
+            self._happened(vm.id, vm_state.LaunchFailed(ErrorCode.EINTR, "it was stopped"))
+            return
         try:
             pty = self._pty(vm)
             spec, fds = open_resources(vm, self._settings.users, pty)

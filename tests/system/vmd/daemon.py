@@ -1,0 +1,233 @@
+"""Run vmd in a test, and speak to it as any client would: sockets and JSON, nothing of ours."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).resolve().parents[3]
+SELFTEST = ROOT / "bios" / "selftest.bin"
+READY = b"selftest: ready"
+TIMEOUT_S = 60.0
+_PACKET_MAX = 1 << 20
+
+Answer = dict[str, object]
+
+
+def vm_block(name: str, *lines: str, enabled: bool = False, boot: Path = SELFTEST) -> str:
+    """Return a vm.conf block of a small VM that boots the self-test guest."""
+    body = ["memory 64M", f'boot "{boot}"', "enable" if enabled else "disable", *lines]
+    return "\n".join([f'vm "{name}" {{', *(f"\t{line}" for line in body), "}", ""])
+
+
+class Client:
+    """A connection to the control socket; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Connect."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(TIMEOUT_S)
+        self._socket.connect(str(path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+
+    def send(self, kind: str, fds: tuple[int, ...] = (), **fields: object) -> None:
+        """Send a request."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._socket.sendmsg([json.dumps({"type": kind, **fields}).encode()], rights)
+
+    def receive(self) -> tuple[Answer, list[int]]:
+        """Return the next answer, and the descriptors that came along."""
+        data, ancillary, _, _ = self._socket.recvmsg(_PACKET_MAX, 1024, socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            raise ConnectionError("the daemon closed the connection")
+        fds = array.array("i")
+        for _level, _type, block in ancillary:
+            fds.frombytes(block)
+        return json.loads(data), list(fds)
+
+    def ask(self, kind: str, fds: tuple[int, ...] = (), **fields: object) -> Answer:
+        """Send a request and return its answer, which has no descriptors."""
+        self.send(kind, fds, **fields)
+        answer, received = self.receive()
+        assert received == []
+        return answer
+
+    def vm(self, name: str) -> Answer:
+        """Return the status of one VM."""
+        vms = self.ask("status", name=name)["vms"]
+        assert isinstance(vms, list)
+        assert len(vms) == 1, f"no VM {name}"
+        found: Answer = vms[0]
+        return found
+
+    def wait_for_state(self, name: str, state: str) -> Answer:
+        """Ask until a VM is in a state; returns its status."""
+        deadline = time.monotonic() + TIMEOUT_S
+        # A VM whose process is not there yet is shown as running.
+        while (vm := self.vm(name))["state"] != state or (state == "running" and not vm["pid"]):
+            assert time.monotonic() < deadline, f"{name} is {vm['state']}, not {state}"
+            time.sleep(0.02)
+        return vm
+
+    def console(self, name: str) -> Stream:
+        """Attach to a VM's console."""
+        self.send("console", name=name)
+        answer, fds = self.receive()
+        assert answer["type"] == "console-opened", answer
+        return Stream(fds[0])
+
+
+class Stream:
+    """A console's stream; a context manager."""
+
+    def __init__(self, fd: int) -> None:
+        """Take ownership of `fd`."""
+        self._socket = socket.socket(fileno=fd)
+        self._socket.settimeout(TIMEOUT_S)
+        self.output = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+
+    def expect(self, text: bytes, count: int = 1) -> None:
+        """Read until `text` was there so many times."""
+        while self.output.count(text) < count:
+            data = self._socket.recv(_PACKET_MAX)
+            assert data, f"the console ended: {self.output!r}"
+            self.output += data
+
+    def type(self, data: bytes) -> None:
+        """Type something."""
+        self._socket.send(b"\0" + data)
+
+    def read_to_end(self) -> None:
+        """Read until the VM ends."""
+        while data := self._socket.recv(_PACKET_MAX):
+            self.output += data
+
+
+class Daemon:
+    """A vmd in the foreground; a context manager, which waits until it is ready and ends it."""
+
+    def __init__(
+        self, directory: Path, config: str, *, is_user: bool = True, wait: bool = True
+    ) -> None:
+        """Start it in `directory`, with the text of a vm.conf."""
+        self.socket = directory / "vmd.sock"
+        self.config = directory / "vm.conf"
+        self.config.write_text(config)
+        self.log = directory / "log"
+        notify = directory / "notify"
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications,
+            self.log.open("wb") as log,
+        ):
+            notifications.bind(str(notify))
+            notifications.settimeout(0.1)
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "vmd", "-d", "-v"),
+                    *(["--user"] if is_user else []),
+                    *("--socket", str(self.socket), "-f", str(self.config)),
+                ],
+                cwd=ROOT,
+                env={**os.environ, "NOTIFY_SOCKET": str(notify)},
+                stdout=log,
+                stderr=log,
+            )
+            if wait:
+                self._wait(notifications)
+
+    def _wait(self, notifications: socket.socket) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                if b"READY=1" in notifications.recv(4096):
+                    return
+            except TimeoutError:
+                if self.process.poll() is not None:
+                    break
+        self.process.kill()
+        self.process.wait()
+        raise AssertionError(f"vmd did not start: {self.log.read_text()}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def client(self) -> Client:
+        """Connect to it."""
+        return Client(self.socket)
+
+    def stop(self) -> int:
+        """End it by SIGTERM; returns the exit status, and fails if it leaves a process."""
+        if self.process.returncode is None:
+            pids = descendants(self.process.pid)
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                raise
+            left = [pid for pid in pids if is_alive(pid)]
+            assert left == [], f"processes left behind: {left}: {self.log.read_text()}"
+        return self.process.returncode
+
+    def child(self, title: str) -> int:
+        """Return the pid of the process of this title, such as `vmd: vmm` or `vm/alpine`."""
+        found = [pid for pid in descendants(self.process.pid) if process_title(pid) == title[:15]]
+        assert len(found) == 1, f"{title}: {found}"
+        return found[0]
+
+    def wait_for_log(self, text: str) -> None:
+        """Wait until a text is in the log."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while text not in self.log.read_text():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+
+def process_title(pid: int) -> str:
+    """Return what the kernel calls a process; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether there is such a process, zombies not counted."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the pids of all processes below one."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    children = [int(word) for word in text.split()]
+    return [*children, *(below for child in children for below in descendants(child))]

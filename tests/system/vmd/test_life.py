@@ -1,0 +1,252 @@
+"""VMs under a real daemon, from start to end, with the self-test guest."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+import tty
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.vmd.daemon import READY, SELFTEST, Daemon, is_alive, vm_block
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+
+
+def test_enabled_vms_start_and_others_do_not(start_vmd: Start) -> None:
+    """A VM of vm.conf runs when the daemon is ready, unless it is disabled; it can use its tty."""
+    config = vm_block("one", enabled=True) + vm_block("two")
+    with start_vmd(config) as vmd, vmd.client() as client:
+        one = client.wait_for_state("one", "running")
+        assert client.vm("two")["state"] == "stopped"
+        assert isinstance(one["pid"], int)
+        assert is_alive(one["pid"])
+        assert str(one["tty"]).startswith("/dev/pts/")
+        assert vmd.stop() == 0
+        assert not is_alive(one["pid"])
+
+
+def test_start_and_stop_by_hand(start_vmd: Start) -> None:
+    """A start is answered when the guest runs; a stop that waits, when its process is gone."""
+    with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
+        started = client.ask("start", name="one", serial=7)
+        assert (started["type"], started["serial"], started["id"]) == ("started", 7, 1)
+        pid = started["pid"]
+        assert isinstance(pid, int)
+        assert client.ask("start", name="one")["code"] == "EALREADY"
+        assert client.ask("stop", name="one", wait=True)["type"] == "terminated"
+        assert not is_alive(pid)
+        assert client.ask("stop", name="one")["code"] == "not-running"
+        again = client.ask("start", name="one")
+        assert (again["type"], again["id"]) == ("started", 1)
+
+
+def test_every_waiter_is_answered(start_vmd: Start) -> None:
+    """Two clients that wait for a VM, and one that stops it by force, all hear of its end."""
+    with (
+        start_vmd(vm_block("one", enabled=True)) as vmd,
+        vmd.client() as first,
+        vmd.client() as second,
+        vmd.client() as third,
+    ):
+        first.wait_for_state("one", "running")
+        first.send("wait", name="one")
+        second.send("wait", name="one")
+        # A round trip each: control reads clients in any order.
+        second.send("status", name="one", serial=1)
+        assert second.receive()[0]["serial"] == 1
+        third.send("status", name="one", serial=1)
+        assert third.receive()[0]["serial"] == 1
+        assert third.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert first.receive()[0]["type"] == "terminated"
+        assert second.receive()[0]["type"] == "terminated"
+
+
+def test_pause_and_unpause(start_vmd: Start) -> None:
+    """A paused guest does not run: what is typed has no echo until it goes on."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        with client.console("one") as console:
+            console.expect(READY)
+            assert client.ask("pause", name="one")["type"] == "done"
+            assert client.vm("one")["state"] == "paused"
+            pid = client.vm("one")["pid"]
+            before = _cpu_ticks(pid)
+            time.sleep(0.3)
+            assert _cpu_ticks(pid) - before <= 1
+            assert client.ask("pause", name="one")["type"] == "done"
+            assert client.ask("unpause", name="one")["type"] == "done"
+            assert client.vm("one")["state"] == "running"
+            console.type(b"r")  # reboots the guest, which hence runs
+            console.read_to_end()
+
+
+def _cpu_ticks(pid: object) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_a_reboot_keeps_id_and_terminal_and_what_was_shown(start_vmd: Start) -> None:
+    """A guest that reboots has another process, the same name of its tty, and all its output."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        before = client.vm("one")
+        with client.console("one") as console:
+            console.expect(READY)
+            console.type(b"r")
+            console.read_to_end()
+        after = client.wait_for_state("one", "running")
+        assert (after["id"], after["tty"]) == (before["id"], before["tty"])
+        with client.console("one") as console:
+            console.expect(READY, count=2)
+        assert client.vm("one")["pid"] != before["pid"]
+
+
+def test_a_wait_ends_with_a_reboot(start_vmd: Start) -> None:
+    """As in OpenBSD, whoever waits for a VM is answered when its guest reboots."""
+    with (
+        start_vmd(vm_block("one", enabled=True)) as vmd,
+        vmd.client() as client,
+        vmd.client() as other,
+    ):
+        client.wait_for_state("one", "running")
+        with client.console("one") as console:
+            console.expect(READY)
+            other.send("wait", name="one")
+            other.send("status", serial=1)
+            assert other.receive()[0]["serial"] == 1
+            console.type(b"r")
+            assert other.receive()[0]["type"] == "terminated"
+
+
+def test_a_guest_that_powers_off_is_stopped(start_vmd: Start) -> None:
+    """The VM of a guest that powers off stays known, and stops."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        with client.console("one") as console:
+            console.expect(READY)
+            console.type(b"p")
+            console.read_to_end()
+        stopped = client.wait_for_state("one", "stopped")
+        assert (stopped["pid"], stopped["tty"]) == (None, "")
+
+
+def test_the_console_of_a_late_client_and_of_a_terminal(start_vmd: Start) -> None:
+    """Output from before anybody was there is shown to streams and to the terminal, to each."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        with client.console("one") as first, client.console("one") as second:
+            first.expect(READY)
+            second.expect(READY)
+            path = str(client.vm("one")["tty"])
+            terminal = os.open(path, os.O_RDWR | os.O_NOCTTY)
+            try:
+                tty.setraw(terminal)
+                shown = b""
+                while READY not in shown:
+                    assert select.select([terminal], [], [], 30)[0], shown
+                    shown += os.read(terminal, 4096)
+                # What is typed at the terminal reaches the guest too.
+                os.write(terminal, b"p")
+                first.read_to_end()
+            finally:
+                os.close(terminal)
+
+
+def test_an_image_that_another_vm_uses(
+    start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The second VM with a disk cannot start while the first runs, and can afterwards."""
+    image = tmp_path_factory.mktemp("disk") / "disk.raw"
+    image.write_bytes(bytes(1 << 20))
+    config = vm_block("one", f'disk "{image}"', enabled=True) + vm_block("two", f'disk "{image}"')
+    with start_vmd(config) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        failed = client.ask("start", name="two")
+        assert failed["code"] == "disk-missing"
+        assert str(image) in str(failed["message"])
+        assert client.vm("two")["state"] == "stopped"
+        client.ask("stop", name="one", wait=True)
+        assert client.ask("start", name="two")["type"] == "started"
+
+
+def test_files_that_are_gone(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A kernel or disk that vanished after the configuration was read: the start says which."""
+    directory = tmp_path_factory.mktemp("gone")
+    kernel, disk = directory / "kernel", directory / "disk"
+    kernel.write_bytes(SELFTEST.read_bytes())
+    disk.write_bytes(bytes(1 << 20))
+    config = vm_block("one", boot=kernel) + vm_block("two", f'disk "{disk}"')
+    with start_vmd(config) as vmd, vmd.client() as client:
+        kernel.unlink()
+        disk.unlink()
+        for name, code, path in (("one", "ENOENT", kernel), ("two", "disk-missing", disk)):
+            failed = client.ask("start", name=name)
+            assert (failed["type"], failed["code"]) == ("failed", code)
+            assert f"{path}: No such file or directory" in str(failed["message"])
+            assert client.vm(name)["state"] == "stopped"
+
+
+def test_a_boot_image_that_is_nothing(
+    start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What the VM's process finds wrong with an image reaches whoever started the VM."""
+    kernel = tmp_path_factory.mktemp("kernel") / "kernel"
+    kernel.write_bytes(b"no kernel")
+    with start_vmd(vm_block("one", boot=kernel)) as vmd, vmd.client() as client:
+        failed = client.ask("start", name="one")
+        assert (failed["type"], failed["code"]) == ("failed", "EINVAL")
+        assert str(kernel) in str(failed["message"])
+        assert client.vm("one")["state"] == "stopped"
+
+
+def test_reload_keeps_vms_that_run(start_vmd: Start) -> None:
+    """SIGHUP forgets what does not run, reads the file again, and leaves running VMs alone."""
+    with start_vmd(vm_block("one", enabled=True) + vm_block("two")) as vmd, vmd.client() as client:
+        pid = client.wait_for_state("one", "running")["pid"]
+        vmd.config.write_text(vm_block("one", enabled=True) + vm_block("three"))
+        for _ in range(5):
+            vmd.process.send_signal(signal.SIGHUP)
+        vmd.wait_for_log("reload requested with SIGHUP")
+        assert client.wait_for_state("three", "stopped")["is_from_config"] is True
+        assert client.ask("status", name="two")["vms"] == []
+        assert client.vm("one")["pid"] == pid
+        vmd.config.write_text("nonsense\n")
+        failed = client.ask("reload")
+        assert (failed["type"], failed["code"]) == ("failed", "command-failed")
+        assert client.vm("one")["pid"] == pid
+
+
+def test_reset_ends_all_vms(start_vmd: Start) -> None:
+    """Reset is answered when no VM is left; ids begin anew."""
+    config = vm_block("one", enabled=True) + vm_block("two", enabled=True)
+    with start_vmd(config) as vmd, vmd.client() as client:
+        pids = [client.wait_for_state(name, "running")["pid"] for name in ("one", "two")]
+        assert client.ask("reset", mode="vms")["type"] == "done"
+        assert client.ask("status")["vms"] == []
+        assert not any(is_alive(pid) for pid in pids if isinstance(pid, int))
+        assert client.ask("load", path=str(vmd.config))["type"] == "done"
+        assert client.wait_for_state("one", "running")["id"] == 1
+
+
+def test_a_kernel_that_the_client_opened(start_vmd: Start) -> None:
+    """A VM that a client makes boots the descriptor that came along, and vanishes at its end."""
+    with start_vmd("") as vmd, vmd.client() as client, SELFTEST.open("rb") as kernel:
+        started = client.ask(
+            *("start", (kernel.fileno(),)),
+            name="ad-hoc",
+            memory=64 << 20,
+            kernel=0,
+            kernel_path=str(SELFTEST),
+        )
+        assert started["type"] == "started", started
+        with client.console("ad-hoc") as console:
+            console.expect(READY)
+        assert client.ask("stop", name="ad-hoc", wait=True)["type"] == "terminated"
+        assert client.ask("status")["vms"] == []
