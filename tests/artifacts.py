@@ -85,7 +85,10 @@ KERNELS = {
 # What a guest loads before it reports: the power button, its event device, the panic device.
 GUEST_MODULES = ("button", "evdev", "pvpanic-mmio")
 # What a guest loads that has disks; built into some kernels.
-DISK_MODULES = ("virtio_pci", "virtio_blk", "ext4")
+DISK_MODULES = ("virtio_pci", "virtio_blk", "ext4", "nd_pmem", "virtio_pmem")
+
+# What a guest loads that has everything else of ours.
+MEDIA_MODULES = ("virtio_pci", "virtio_scsi", "sr_mod", "isofs", "virtio_rng", "virtio_console")
 
 _MEMTEST = Path("/boot/memtest86+x64.bin")
 _SEABIOS = (Path("/usr/share/seabios/bios-256k.bin"), Path("/usr/share/qemu/bios-256k.bin"))
@@ -134,6 +137,16 @@ def disk_initramfs(of: Kernel) -> Path:
     """
     modules = of.modules((*GUEST_MODULES, *DISK_MODULES))
     return _initramfs(f"disk-{of.release}", modules, initramfs.GUEST_INIT)
+
+
+def media_initramfs(of: Kernel) -> Path:
+    """Return the same with `MEDIA_MODULES`.
+
+    Raises:
+        ArtifactError: static busybox or zstd is not installed.
+    """
+    modules = of.modules((*GUEST_MODULES, *MEDIA_MODULES))
+    return _initramfs(f"media-{of.release}", modules, initramfs.GUEST_INIT)
 
 
 def plain_initramfs() -> Path:

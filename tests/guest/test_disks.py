@@ -17,7 +17,7 @@ from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(400)]
 
-SIZE = 16 * MIB
+SIZE = 8 * MIB
 COMMAND_S = 120.0
 
 
@@ -108,7 +108,7 @@ def test_a_guest_reads_and_writes(kernel: str, tmp_path: Path) -> None:
         shell.run("! dd if=/dev/zero of=/dev/vdb bs=4k count=1 2>/dev/null")
         written = []
         for name in "acd":
-            shell.run(f"dd if=/dev/urandom of=/dev/vd{name} bs=64k count=20 seek=10 2>/dev/null")
+            shell.run(f"dd if=/dev/urandom of=/dev/vd{name} bs=16k count=20 seek=10 2>/dev/null")
             shell.run("sync; echo 3 >/proc/sys/vm/drop_caches")
             written.append(shell.run(f"md5sum </dev/vd{name}").split()[0])
         shell.power_off()
@@ -144,3 +144,21 @@ def test_more_disks_than_interrupt_pins(append: str, tmp_path: Path) -> None:
         assert sorted(re.findall(r"\b[0-9a-f]{32}\b", shown)) == sorted(map(digest, disks))
         assert ("PCI-MSI" in shell.run("cat /proc/interrupts")) is not bool(append)
         shell.power_off()
+
+
+def test_a_disk_that_is_memory(tmp_path: Path) -> None:
+    """The guest reads and writes the file as memory; of a private one the file stays as it was."""
+    shared = make_disk(tmp_path / "shared.img", seed=1)
+    private = make_disk(tmp_path / "private.img", seed=2)
+    before = digest(private)
+    plain = make_disk(tmp_path / "plain.img", seed=3)
+    disks = [f"pmem:{shared}", f"pmem:{private},private", f"raw:{plain}"]
+    with booted(disks) as shell:
+        assert shell.run("md5sum </dev/pmem0").split()[0] == digest(shared)
+        assert shell.run("md5sum </dev/pmem1").split()[0] == before
+        shell.run("mke2fs -F /dev/pmem1 >/dev/null 2>&1 && mkdir /mnt && mount /dev/pmem1 /mnt")
+        shell.run("seq 1 100000 >/mnt/numbers && umount /mnt")
+        shell.run("dd if=/dev/vda of=/dev/pmem0 bs=1M oflag=direct 2>/dev/null && sync")
+        shell.power_off()
+    assert digest(shared) == digest(plain)
+    assert digest(private) == before
