@@ -2,7 +2,8 @@
 
 - A test marked `kvm`, `guest` or `root` is skipped, with the reason, where that is missing.
   `VMD_REQUIRE=kvm,guest,root` turns each such skip into a failure.
-- No test leaves a file descriptor, a child process or a thread behind.
+- No test leaves a file descriptor, a child process, a thread or a logger's level behind.
+- Property tests have no deadline: a busy machine is no defect.
 - The end of the run counts the tests of each level.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import threading
 from collections import Counter
@@ -17,8 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import host
+
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 LEVELS = ("unit", "kvm", "guest", "system")
 _OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
@@ -125,3 +133,14 @@ def leak_check() -> Iterator[None]:
         leaked = _leaks(files, children, threads)
         if leaked:
             pytest.fail(f"left behind: {'; '.join(leaked)}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """Put the level of every logger back: what a program sets up is for its own process."""
+    known = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    before = {logger: logger.level for logger in known}
+    yield
+    for name in (None, *logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        logger.setLevel(before.get(logger, logging.NOTSET))
