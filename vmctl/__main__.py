@@ -14,6 +14,13 @@ def main() -> None:
             from vmctl.run import run  # noqa: PLC0415
 
             sys.exit(run(options))
+    else:
+        from vmctl.verbs import perform, read_verb  # noqa: PLC0415
+
+        read = read_verb(sys.argv[1:])
+        status = perform(*read) if read else None
+        if status is not None:
+            sys.exit(status)
     from vmctl.cli import main as run_command_line  # noqa: PLC0415
 
     sys.exit(run_command_line())

@@ -12,6 +12,8 @@ from typer._click import Command, Context  # what get_command is declared with
 from typer.core import TyperGroup
 
 from vmctl.run_options import RunOptions
+from vmctl.verbs import VERBS, usage
+from vmctl.vm_commands import add_vm_commands
 
 _USAGE = "usage:\tvmctl [-v] command [arg ...]"
 
@@ -230,6 +232,9 @@ def image_check_command(
     raise typer.Exit(check_image(disk, as_json=as_json, verbose=bool(ctx.obj)))
 
 
+add_vm_commands(app)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or what the command says, or 1 for misuse."""
     try:
@@ -240,6 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except typer.TyperException as err:
         text = err.format_message()
-        print(f"vmctl: {text[:1].lower()}{text[1:].rstrip('.')}\n{_USAGE}", file=sys.stderr)
+        context: Context | None = getattr(err, "ctx", None)
+        verb = context.command.name if context else None
+        explanation = usage(verb) if verb in VERBS else _USAGE
+        print(f"vmctl: {text[:1].lower()}{text[1:].rstrip('.')}\n{explanation}", file=sys.stderr)
         return 1
     return int(status or 0)

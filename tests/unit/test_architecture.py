@@ -20,6 +20,7 @@ VMCTL_MAY_IMPORT = (
     "vmd.channel",
     "vmd.config.disks",
     "vmd.config.sizes",
+    "vmd.paths",
     "vmm_kvm.block",
     "vmm_kvm.errors",
 )

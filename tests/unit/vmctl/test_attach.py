@@ -1,0 +1,129 @@
+"""The console: both directions, escapes on a terminal, and reboots that are not noticed."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vmctl.conftest import Serve
+from tests.unit.vmctl.fake_daemon import Answers
+from tests.vmctl_driver import VMCTL, ConsoleProcess
+from vmctl.attach import without_seen
+from vmd.messages import AnyRequest, ConsoleOpened, ErrorCode, Failed, Started
+
+LEAVE = b"\r~."
+
+
+@pytest.mark.parametrize(
+    ("seen", "repeated", "new"),
+    [
+        (b"", b"", b""),
+        (b"", b"hello", b"hello"),
+        (b"hello", b"hello", b""),
+        (b"hello", b"hello again", b" again"),
+        (b"one two three", b"two three four", b" four"),
+        (b"abc", b"xyz", b"xyz"),
+        (b"aaaa", b"aaab", b"b"),
+        (b"x" * 65536, b"x" * 65535 + b"y", b"y"),
+    ],
+)
+def test_what_was_seen_is_not_shown_again(seen: bytes, repeated: bytes, new: bytes) -> None:
+    """A repetition begins somewhere in what was seen, and goes on beyond it."""
+    assert without_seen(seen, repeated) == new
+
+
+class Vm:
+    """The far end of a console: what it has shown, and the stream of the moment."""
+
+    def __init__(self) -> None:
+        self.history = b""
+        self.streams: list[socket.socket] = []
+        self.is_running = True
+
+    def answer(self, request: AnyRequest) -> Answers:
+        """Open a console: what was shown comes first."""
+        if not self.is_running:
+            return [Failed(code=ErrorCode.NOT_RUNNING)]
+        if type(request).__name__ == "Start":
+            return [Started(id=7, pid=700, tty="/dev/pts/7")]
+        theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(20)
+        if self.history:
+            ours.send(self.history)
+        self.streams.append(ours)
+        return [(ConsoleOpened(id=7, tty="/dev/pts/7"), [theirs.detach()])]
+
+    def show(self, data: bytes) -> None:
+        """Say something."""
+        self.history += data
+        self.streams[-1].send(data)
+
+    def end(self, missed: bytes = b"") -> None:
+        """Let the process end; the next one has said `missed` before anybody looked."""
+        self.history += missed
+        self.streams[-1].close()
+
+    def close(self) -> None:
+        """Close every stream."""
+        for stream in self.streams:
+            stream.close()
+
+
+def attach(*arguments: str, is_tty: bool = True) -> ConsoleProcess:
+    """Start `vmctl` with these arguments; VMD_SOCKET says where the daemon is."""
+    return ConsoleProcess([str(VMCTL), *arguments], is_tty=is_tty)
+
+
+def test_a_console_on_a_terminal(serve: Serve) -> None:
+    """What was shown is shown, what is typed arrives, escapes stay here."""
+    vm = Vm()
+    vm.history = b"login: "
+    serve(vm.answer)
+    with attach("console", "web") as console:
+        console.expect("login: ")
+        console.send(b"root\r")
+        typed = vm.streams[0].recv(100)
+        while len(typed) < len(b"\x00root\r"):
+            typed += vm.streams[0].recv(100)[1:]
+        assert typed == b"\x00root\r"
+        console.send(b"~#")
+        assert vm.streams[0].recv(100) == b"\x01"
+        vm.show(b"Password:")
+        console.expect("Password:")
+        console.send(LEAVE)
+        assert console.wait() == 0
+    vm.close()
+
+
+def test_a_console_survives_reboots(serve: Serve) -> None:
+    """The stream ends, another begins, and nothing is lost or shown twice."""
+    vm = Vm()
+    serve(vm.answer)
+    with attach("console", "web", is_tty=False) as console:
+        console.expect_errors("Connected to /dev/pts/7")
+        vm.show(b"first boot\n")
+        console.expect("first boot\n")
+        vm.end(missed=b"second boot\n")
+        console.expect("second boot\n")
+        vm.show(b"more\n")
+        console.expect("more\n")
+        vm.is_running = False
+        vm.end()
+        assert console.wait() == 0
+        assert console.output == b"first boot\nsecond boot\nmore\n"
+    vm.close()
+
+
+def test_start_attaches(serve: Serve, tmp_path: Path) -> None:
+    """With -c the console of what was started follows."""
+    del tmp_path
+    vm = Vm()
+    vm.history = b"booting"
+    serve(vm.answer)
+    with attach("start", "-c", "web") as console:
+        console.expect("booting")
+        console.send(LEAVE)
+        assert console.wait() == 0
+    vm.close()

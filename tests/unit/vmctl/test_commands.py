@@ -1,0 +1,581 @@
+"""The commands: what each asks of the daemon, and what it says of the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vmctl.conftest import Serve
+from vmctl.cli import main
+from vmctl.verbs import perform, read_verb
+from vmd.channel import ChannelError
+from vmd.config.model import BootDevice
+from vmd.messages import (
+    AnyAnswer,
+    AnyRequest,
+    Console,
+    DiskRequest,
+    Done,
+    ErrorCode,
+    Event,
+    EventKind,
+    Events,
+    Failed,
+    InterfaceRequest,
+    Load,
+    Log,
+    Pause,
+    Reload,
+    Reset,
+    ResetMode,
+    Start,
+    Started,
+    State,
+    Statistics,
+    Status,
+    Stop,
+    Terminated,
+    Unpause,
+    VmInfo,
+    Vms,
+    Wait,
+)
+
+HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
+WEB = VmInfo(
+    id=1,
+    name="web",
+    state=State.RUNNING,
+    cpus=2,
+    memory=1 << 30,
+    memory_used=270 << 20,
+    pid=71234,
+    tty="/dev/pts/2",
+)
+DB = VmInfo(
+    id=2,
+    name="db",
+    state=State.WAITING,
+    cpus=1,
+    memory=512 << 20,
+    uid=4_000_000_001,
+    gid=4_000_000_002,
+)
+WEB_LINE = "    1 71234     2    1.0G    270M   pts/2         root  running web\n"
+DB_LINE = "    2     -     1    512M       -       - 4000000001:4000  waiting db\n"
+STARTED = Started(id=7, pid=700, tty="/dev/pts/7")
+
+
+def failed(code: ErrorCode, message: str = "") -> Failed:
+    """Return an answer that something failed."""
+    return Failed(code=code, message=message)
+
+
+def vmctl(arguments: list[str]) -> int:
+    """Run a command as `vmctl` does: plainly where that is possible."""
+    read = read_verb(arguments)
+    status = perform(*read) if read else None
+    return main(arguments) if status is None else status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_", "answer", "errors", "status"),
+    [
+        (
+            "stop web",
+            Stop(name="web"),
+            Done(id=1),
+            "stopping vm web: requested to shutdown vm 1",
+            0,
+        ),
+        ("stop 1", Stop(id=1), Done(id=1), "stopping vm: requested to shutdown vm 1", 0),
+        (
+            "stop -f web",
+            Stop(name="web", force=True),
+            Done(id=1),
+            "stopping vm web: requested to shutdown vm 1",
+            0,
+        ),
+        (
+            "stop -fw web",
+            Stop(name="web", force=True, wait=True),
+            Terminated(id=1),
+            "stopping vm web: terminated vm 1",
+            0,
+        ),
+        (
+            "sto -w -f web",
+            Stop(name="web", force=True, wait=True),
+            Terminated(id=1),
+            "stopping vm web: terminated vm 1",
+            0,
+        ),
+        (
+            "stop web",
+            Stop(name="web"),
+            failed(ErrorCode.NOT_RUNNING, "the VM is not running"),
+            "stopping vm web: cannot stop vm that is not running",
+            1,
+        ),
+        (
+            "stop web",
+            Stop(name="web"),
+            failed(ErrorCode.ENOENT),
+            "stopping vm web: vm not found",
+            1,
+        ),
+        (
+            "stop web",
+            Stop(name="web"),
+            failed(ErrorCode.EPERM),
+            "stopping vm web: failed: Operation not permitted",
+            1,
+        ),
+        ("wait web", Wait(name="web"), Terminated(id=1), "waiting for vm web: terminated vm 1", 0),
+        (
+            "wait --timeout 60 web",
+            Wait(name="web"),
+            Terminated(id=1),
+            "waiting for vm web: terminated vm 1",
+            0,
+        ),
+        (
+            "w 3",
+            Wait(id=3),
+            failed(ErrorCode.EINTR),
+            "waiting for vm: interrupted call",
+            1,
+        ),
+        ("pause web", Pause(name="web"), Done(id=1), "vmctl: paused vm 1 successfully", 0),
+        ("u web", Unpause(name="web"), Done(id=1), "vmctl: unpaused vm 1 successfully", 0),
+        (
+            "pause web",
+            Pause(name="web"),
+            failed(ErrorCode.EPERM, "the VM is not yours"),
+            "vmctl: pause vm command failed: Operation not permitted\nvmctl: the VM is not yours",
+            1,
+        ),
+        ("load /etc/more", Load(path="/etc/more"), Done(), "", 0),
+        (
+            "load /etc/more",
+            Load(path="/etc/more"),
+            failed(ErrorCode.COMMAND_FAILED),
+            "vmctl: command failed",
+            1,
+        ),
+        ("reload", Reload(), Done(), "", 0),
+        (
+            "reload",
+            Reload(),
+            failed(ErrorCode.EPERM),
+            "vmctl: command failed: Operation not permitted",
+            1,
+        ),
+        ("reset", Reset(), Done(), "", 0),
+        ("reset VMs", Reset(mode=ResetMode.VMS), Done(), "", 0),
+        ("reset switches", Reset(mode=ResetMode.SWITCHES), Done(), "", 0),
+        ("log b", Log(level=0), Done(), "", 0),
+        ("log Verb", Log(level=2), Done(), "", 0),
+        (
+            "start web",
+            Start(name="web"),
+            STARTED,
+            "vmctl: started vm 7 successfully, tty /dev/pts/7",
+            0,
+        ),
+        ("start 7", Start(id=7), STARTED, "vmctl: started vm 7 successfully, tty /dev/pts/7", 0),
+        *(
+            ("start web", Start(name="web"), failed(code), f"vmctl: {text}", 1)
+            for code, text in (
+                (ErrorCode.BIOS_MISSING, "vmm bios firmware file not found."),
+                (ErrorCode.DISK_MISSING, "could not open disk image(s)"),
+                (ErrorCode.CDROM_MISSING, "could not find specified iso image"),
+                (ErrorCode.CDROM_INVALID, "specified iso image is not a regular file"),
+                (ErrorCode.TEMPLATE_INVALID, "invalid template"),
+                (ErrorCode.EALREADY, "start vm command failed: Operation already in progress"),
+                (ErrorCode.EPROCLIM, "start vm command failed: Too many processes"),
+            )
+        ),
+        (
+            "console web",
+            Console(name="web"),
+            failed(ErrorCode.NOT_RUNNING),
+            "vmctl: console not found",
+            1,
+        ),
+        (
+            "console web",
+            Console(name="web"),
+            failed(ErrorCode.EPERM),
+            "vmctl: failed to open the console: Operation not permitted",
+            1,
+        ),
+    ],
+)
+def test_requests_and_texts(  # noqa: PLR0917 - fixtures come by name
+    arguments: str,
+    request_: AnyRequest,
+    answer: AnyAnswer,
+    errors: str,
+    status: int,
+    serve: Serve,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One request, as the daemon understands it; OpenBSD's text and exit status for the answer."""
+    daemon = serve(lambda _: [answer])
+    assert vmctl(arguments.split()) == status
+    assert daemon.requests == [request_]
+    assert capsys.readouterr() == ("", f"{errors}\n" if errors else "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], HEADER + WEB_LINE + DB_LINE),
+        (["-r"], HEADER + WEB_LINE),
+        (["web"], HEADER + WEB_LINE),
+        (["2"], HEADER + DB_LINE),
+        (["0"], HEADER + WEB_LINE + DB_LINE),
+        (["none"], HEADER),
+        (["-r", "db"], HEADER),
+    ],
+)
+def test_status(
+    arguments: list[str], expected: str, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OpenBSD's columns; what the VM is called picks rows, and never makes it fail."""
+    serve(lambda _: [Vms(vms=(WEB,), has_more=True), Vms(vms=(DB,))])
+    for verb in ("status", "show", "stat"):
+        assert vmctl([verb, *arguments]) == 0
+        assert capsys.readouterr() == (expected, "")
+
+
+@pytest.mark.parametrize(("arguments", "vms"), [([], ()), (["-r"], (DB,))])
+def test_status_of_nothing(
+    arguments: list[str],
+    vms: tuple[VmInfo, ...],
+    serve: Serve,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where there is no VM at all, or none that runs, the exit status is 1."""
+    serve(lambda _: [Vms(vms=vms)])
+    assert vmctl(["status", *arguments]) == 1
+    assert capsys.readouterr() == (HEADER, "")
+
+
+def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fields are the protocol's."""
+    serve(lambda _: [Vms(vms=(WEB, DB))])
+    assert vmctl(["status", "--json", "db"]) == 0
+    (vm,) = json.loads(capsys.readouterr().out)
+    assert vm == {
+        "id": 2,
+        "name": "db",
+        "state": "waiting",
+        "cpus": 1,
+        "memory": 512 << 20,
+        "memory_used": None,
+        "pid": None,
+        "tty": "",
+        "uid": 4_000_000_001,
+        "gid": 4_000_000_002,
+        "is_from_config": False,
+        "started_at": None,
+        "statistics": None,
+    }
+
+
+def test_stop_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each that runs, by name, one after the other; a failure does not show in the status."""
+    other = VmInfo(id=3, name="x", state=State.PAUSED, cpus=1, memory=1 << 29, pid=3)
+
+    def answer(request: AnyRequest) -> list[AnyAnswer]:
+        if isinstance(request, Status):
+            return [Vms(vms=(WEB, other, DB))]
+        return [failed(ErrorCode.EPERM) if request == Stop(serial=2, name="web") else Done(id=3)]
+
+    daemon = serve(answer)
+    assert vmctl(["stop", "-a"]) == 0
+    assert daemon.requests == [Status(), Stop(name="web"), Stop(name="x")]
+    assert capsys.readouterr().err == (
+        "stopping vm web: failed: Operation not permitted\n"
+        "stopping vm x: requested to shutdown vm 3\n"
+    )
+
+
+def test_start_with_everything(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every option has its place in the request; paths are absolute, files are sent open."""
+    (tmp_path / "link.img").symlink_to("disk.img")
+    for name in ("disk.img", "kernel", "ramdisk", "cd.iso"):
+        (tmp_path / name).write_bytes(b"x")
+    daemon = serve(lambda _: [STARTED])
+    here = str(tmp_path)
+    arguments = [
+        *("start", "-B", "cdrom", "-b", f"{here}/kernel", "-d", f"{here}/link.img"),
+        *("-d", f"qcow2:{here}/../{tmp_path.name}/disk.img,ro,serial=x", "-i", "3", "-L", "-n"),
+        *("uplink", "-m", "1.5G", "-p", "4", "-r", f"{here}/cd.iso", "-t", "base"),
+        *("--append", "quiet", "--initrd", f"{here}/ramdisk", "new"),
+    ]
+    for command in (vmctl, main):
+        assert command(arguments) == 0
+    wanted = Start(
+        name="new",
+        instance="base",
+        memory=3 << 29,
+        cpus=4,
+        kernel=0,
+        kernel_path=f"{here}/kernel",
+        initrd=(1,),
+        append="quiet",
+        disks=(
+            DiskRequest(path=f"{here}/disk.img"),
+            DiskRequest(path=f"{here}/disk.img", format="qcow2", is_read_only=True, serial="x"),
+        ),
+        interfaces=(
+            InterfaceRequest(is_local=True),
+            InterfaceRequest(switch="uplink"),
+            InterfaceRequest(),
+        ),
+        cdrom=f"{here}/cd.iso",
+        boot_device=BootDevice.CDROM,
+    )
+    assert daemon.requests == [wanted, wanted]
+    assert daemon.fd_counts == [2, 2]
+    assert capsys.readouterr().err == "vmctl: started vm 7 successfully, tty /dev/pts/7\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "errors"),
+    [
+        ("-m 1G", "starting without disks\nno kernel or disk/cdrom specified"),
+        ("-m 1GB -b /dev/null", "invalid memory size: 1GB: Invalid argument"),
+        ("-m 1000 -b /dev/null", "memory size must be at least 1MB"),
+        ("-m 129G", "memory size too large (limit is 128G)"),
+        ("-m 1G -m 2G", "memory specified multiple times"),
+        ("-p 0", "cpu count is too small: 0"),
+        ("-p 65", "cpu count is too large: 65"),
+        ("-p x", "cpu count is invalid: x"),
+        ("-i 0", "count is too small: 0\ninvalid interface count: 0"),
+        ("-i 5", "too many network interfaces"),
+        ("-LLLLL", "too many network interfaces"),
+        ("-B tape", "unknown boot device tape"),
+        ("-B net -B net", "boot device specified multiple times"),
+        ("-b /dev/null", "kernel must be a regular file"),
+        ("-b /none", "invalid boot image path: /none: No such file or directory"),
+        ("-b /none -b /none", "boot image specified multiple times"),
+        ("-r /none", "invalid iso image path: /none: No such file or directory"),
+        ("-d /none", "invalid disk path: /none: No such file or directory"),
+        ("-d raw:", "invalid disk: raw:: no path"),
+        ("-d pmem:/x", "invalid disk: pmem:/x: only for 'vmctl run' and vm.conf"),
+        (f"{'-d /etc/passwd ' * 5}", "too many disks"),
+        (f"-n {'x' * 64}", "interface name too long"),
+        (f"-t {'x' * 64}", f"instance vm name too long\ninvalid name: {'x' * 64}"),
+    ],
+)
+def test_what_start_refuses_itself(
+    options: str, errors: str, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong options are told in OpenBSD's words, and nothing is asked of the daemon."""
+    daemon = serve(lambda _: [STARTED])
+    assert vmctl(["start", *options.split(), "web"]) == 1
+    assert daemon.requests == []
+    expected = "".join(f"vmctl: {line}\n" for line in errors.split("\n"))
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_start_warns(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a VM will lack, or how much memory it really gets, is said; it starts."""
+    serve(lambda _: [STARTED])
+    assert vmctl(["start", "-m", "1025K", "-d", "/etc/passwd", "web"]) == 0
+    assert capsys.readouterr().err == (
+        "vmctl: memory size rounded to 1.0M\nvmctl: starting without network interfaces\n"
+        "vmctl: started vm 7 successfully, tty /dev/pts/7\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "errors"),
+    [
+        ("", "missing vmid argument\ninvalid id: "),
+        ("x" * 64, f"name too long\ninvalid id: {'x' * 64}"),
+    ],
+)
+def test_ids(word: str, errors: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can be neither id nor name is refused by every command alike."""
+    for verb in ("start", "stop", "pause", "unpause", "wait", "console", "status"):
+        assert vmctl([verb, word]) == 1
+        assert capsys.readouterr().err == "".join(f"vmctl: {one}\n" for one in errors.split("\n"))
+
+
+def test_large_numbers_are_names(serve: Serve) -> None:
+    """A number that no id can be is a name."""
+    daemon = serve(lambda _: [Done(id=1)])
+    assert vmctl(["pause", "4294967295"]) == 0
+    assert vmctl(["pause", "4294967296"]) == 0
+    assert daemon.requests == [Pause(id=4294967295), Pause(name="4294967296")]
+
+
+def test_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nobody listens, every command says where it has looked."""
+    monkeypatch.setenv("VMD_SOCKET", str(tmp_path / "none"))
+    for arguments in (["status"], ["stop", "x"], ["reload"], ["events"], ["top"], ["console", "x"]):
+        assert vmctl(arguments) == 1
+        text = f"vmctl: connect: {tmp_path}/none: No such file or directory\n"
+        assert capsys.readouterr() == ("", text)
+
+
+def test_a_daemon_that_goes_away(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """An answer that never comes is an error, not a hang or a traceback."""
+
+    def leave(_: AnyRequest) -> list[AnyAnswer]:
+        raise ChannelError("gone")
+
+    serve(leave)
+    assert vmctl(["pause", "web"]) == 1
+    assert vmctl(["stop", "web"]) == 1
+    assert capsys.readouterr().err == "vmctl: pipe closed\nstopping vm web: \nvmctl: pipe closed\n"
+
+
+def test_another_version(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """A daemon that speaks another version says so."""
+    serve(lambda _: [failed(ErrorCode.VERSION, "this daemon speaks version 2")])
+    assert vmctl(["pause", "web"]) == 1
+    assert capsys.readouterr().err == (
+        "vmctl: pause vm command failed: vmd speaks another version of the protocol\n"
+        "vmctl: this daemon speaks version 2\n"
+    )
+
+
+def test_send_and_receive_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """They exist, and say that they cannot do it yet."""
+    assert vmctl(["send", "web"]) == 1
+    assert vmctl(["rec", "web"]) == 1
+    assert capsys.readouterr().err == (
+        "vmctl: send: not supported yet\nvmctl: receive: not supported yet\n"
+    )
+
+
+def an_event(kind: EventKind, message: str = "") -> Event:
+    """Return an event of web."""
+    return Event(kind=kind, id=1, name="web", at=1e9, message=message)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_events(as_json: bool, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each event, until the daemon ends."""
+    daemon = serve(
+        lambda _: [
+            Done(),
+            an_event(EventKind.STARTED),
+            an_event(EventKind.FAILED, "the guest panicked"),
+            failed(ErrorCode.EINTR),
+        ]
+    )
+    assert vmctl(["events", *(["--json"] if as_json else [])]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert daemon.requests == [Events()]
+    if as_json:
+        assert [json.loads(line)["kind"] for line in lines] == ["started", "failed"]
+        assert json.loads(lines[1]) == {
+            "at": 1e9,
+            "id": 1,
+            "name": "web",
+            "kind": "failed",
+            "message": "the guest panicked",
+        }
+    else:
+        assert [line.split(" ", 1)[1] for line in lines] == [
+            "1 web started",
+            "1 web failed: the guest panicked",
+        ]
+
+
+def test_wait_for_a_state(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """It looks again after each event, and ends when the state is there."""
+    states = iter([State.WAITING, State.WAITING, State.RUNNING])
+
+    def answer(request: AnyRequest) -> list[AnyAnswer]:
+        if isinstance(request, Events):
+            return [Done(), *[an_event(EventKind.STARTING)] * 5]
+        return [Vms(vms=(VmInfo(id=1, name="web", state=next(states), cpus=1, memory=1),))]
+
+    serve(answer)
+    assert vmctl(["wait", "--for", "running", "web"]) == 0
+    assert capsys.readouterr().err == "waiting for vm web: running\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "errors"),
+    [
+        (["--for", "running", "--timeout", "0"], "waiting for vm web: timed out\n"),
+        (["--timeout", "0"], "waiting for vm web: timed out\n"),
+        (["--for", "walking"], "vmctl: invalid condition: walking\n"),
+        (["--timeout", "x"], "vmctl: invalid time-out: x\n"),
+        (["--timeout", "-1"], "vmctl: invalid time-out: -1\n"),
+    ],
+)
+def test_wait_ends(
+    options: list[str], errors: str, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A time-out and a condition that makes no sense are failures."""
+
+    def answer(request: AnyRequest) -> list[AnyAnswer]:
+        if isinstance(request, Wait):
+            return []
+        if isinstance(request, Events):
+            return [Done()]
+        return [Vms(vms=(DB, VmInfo(id=1, name="web", state=State.PAUSED, cpus=1, memory=1)))]
+
+    serve(answer)
+    assert vmctl(["wait", *options, "web"]) == 1
+    assert capsys.readouterr().err == errors
+
+
+def test_wait_for_a_vm_that_is_not_there(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """What does not exist is stopped, and will not run."""
+    serve(lambda request: [Done() if isinstance(request, Events) else Vms(vms=())])
+    assert vmctl(["wait", "--for", "stopped", "web"]) == 0
+    assert vmctl(["wait", "--for", "running", "web"]) == 1
+    assert capsys.readouterr().err == (
+        "waiting for vm web: stopped\nwaiting for vm web: \nvmctl: vm not found\n"
+    )
+
+
+def test_top(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rates are differences by time; nothing is known of a VM at its first sight."""
+    samples = iter(range(1, 10))
+
+    def answer(_: AnyRequest) -> list[AnyAnswer]:
+        number = next(samples)
+        used = Statistics(cpu_ns=number * 1_000_000_000, disk_read=number << 30)
+        return [
+            Vms(
+                vms=(
+                    *((DB,) if number == 1 else ()),
+                    VmInfo(
+                        **{name: getattr(WEB, name) for name in WEB.__struct_fields__[:-1]},
+                        statistics=used,
+                    ),
+                )
+            )
+        ]
+
+    serve(answer)
+    assert vmctl(["top", "--json", "-d", "0.1", "-n", "2"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        (row,) = json.loads(line)
+        assert row["name"] == "web"
+        assert 0 < row["cpu"] <= 10
+        assert row["disk_read"] == pytest.approx(row["cpu"] * (1 << 30), rel=0.01)
+        assert row["net_sent"] == 0
+    assert vmctl(["top", "-d", "0.1", "-n", "1"]) == 0
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["ID", "PID", "CPU"]
+    assert line.split()[-2:] == ["running", "web"]
+    assert vmctl(["top", "-n", "0"]) == 1

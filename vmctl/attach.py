@@ -1,0 +1,190 @@
+"""`vmctl console`: a VM's console on this terminal, with cu's escapes and no other program.
+
+What the VM has shown of late comes first. A reboot is not the end: the console is attached anew,
+and what is repeated then is not shown twice.
+
+Source: section 3.4 of OpenBSD's behaviour; cu(1).
+"""
+
+import errno
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+
+from vmctl.client import Client, CommandError, RefusedError, Target, fail, parse_target
+from vmctl.console import ESCAPES, Escape, EscapeParser, RawTerminal
+
+_INPUT = b"\x00"
+_BREAK = b"\x01"
+_PACKET_MAX = 64 << 10
+_TYPED_MAX = 4096
+_HISTORY_MAX = 64 << 10
+_REBOOT_S = 0.05  # for the daemon to learn of the end
+_QUIET_MS = 100  # after which a repetition is over
+
+
+class _LeftError(Exception):
+    """The person wants to leave."""
+
+
+def console(words: Sequence[str]) -> int:
+    """Attach to a VM's console until it ends or the person leaves; returns the exit status."""
+    try:
+        target = parse_target(words[0])
+        stream, tty, vm_id = _open(target)
+    except RefusedError as err:
+        if err.code in {"ENOENT", "not-running"}:
+            return fail("console not found")
+        return fail(f"failed to open the console: {err}")
+    except CommandError as err:
+        return fail(err)
+    attached = Attached(stream, vm_id)
+    print(f"Connected to {tty} (~. leaves, ~? lists more)", file=sys.stderr, flush=True)
+    with ExitStack() as stack:
+        if os.isatty(0):
+            terminal = stack.enter_context(RawTerminal(0))
+            attached.terminal = terminal
+        try:
+            attached.run()
+        except _LeftError:
+            pass
+        except BrokenPipeError:  # nobody reads what the console shows
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        finally:
+            attached.close()
+    print("[EOT]" if not os.isatty(0) else "\r\n[EOT]", file=sys.stderr)
+    return 0
+
+
+def _open(target: Target) -> tuple[socket.socket, str, int]:
+    with Client() as client:
+        client.send("console", target.fields())
+        answer, fds = client.receive()
+    if not fds:
+        raise CommandError("console not found")
+    return socket.socket(fileno=fds[0]), answer["tty"], answer["id"]
+
+
+class Attached:
+    """A console's stream between standard input and output, over any number of reboots."""
+
+    def __init__(self, stream: socket.socket, vm_id: int) -> None:
+        """Take ownership of `stream`."""
+        self._stream = stream
+        self._id = vm_id
+        self._history = b""
+        self._parser = EscapeParser()
+        self._reads_input = True
+        self.terminal: RawTerminal | None = None
+        """The person's, in raw mode; without one nothing typed is an escape."""
+
+    def close(self) -> None:
+        """Close the stream."""
+        self._stream.close()
+
+    def run(self) -> None:
+        """Pass on what comes, until the VM has ended.
+
+        Raises:
+            _LeftError: the person has left.
+        """
+        while True:
+            self._pass_on()
+            time.sleep(_REBOOT_S)
+            try:
+                stream, _, _ = _open(Target(id=self._id))
+            except CommandError:
+                return
+            self._stream.close()
+            self._stream = stream
+            self._show(without_seen(self._history, self._repeated()))
+
+    def _pass_on(self) -> None:
+        """Serve one stream to its end."""
+        poll = select.poll()
+        poll.register(self._stream, select.POLLIN)
+        if self._reads_input:
+            poll.register(0, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == 0:
+                    self._read_input()
+                    if not self._reads_input:
+                        poll.unregister(0)
+                    continue
+                data = self._receive()
+                if not data:
+                    return
+                self._show(data)
+
+    def _repeated(self) -> bytes:
+        """Return what a new stream says first."""
+        data = b""
+        poll = select.poll()
+        poll.register(self._stream, select.POLLIN)
+        while len(data) < _HISTORY_MAX and poll.poll(_QUIET_MS):
+            more = self._receive()
+            if not more:
+                break
+            data += more
+        return data
+
+    def _receive(self) -> bytes:
+        try:
+            return self._stream.recv(_PACKET_MAX)
+        except ConnectionError:
+            return b""
+
+    def _show(self, data: bytes) -> None:
+        self._history = (self._history + data)[-_HISTORY_MAX:]
+        view = memoryview(data)
+        while view:
+            view = view[os.write(1, view) :]
+
+    def _read_input(self) -> None:
+        try:
+            data = os.read(0, _TYPED_MAX)
+        except OSError as err:
+            if err.errno != errno.EIO:  # a terminal that hung up
+                raise
+            data = b""
+        if not data:
+            self._reads_input = False
+            if self.terminal:
+                raise _LeftError
+            return
+        for part in self._parser.feed(data) if self.terminal else (data,):
+            if isinstance(part, Escape):
+                self._escape(part)
+            else:
+                self._send(_INPUT + part)
+
+    def _send(self, packet: bytes) -> None:
+        with suppress(ConnectionError):  # its end is found when it is read
+            self._stream.send(packet)
+
+    def _escape(self, escape: Escape) -> None:
+        match escape:
+            case Escape.POWER_OFF:
+                raise _LeftError
+            case Escape.BREAK:
+                self._send(_BREAK)
+            case Escape.SUSPEND:
+                if self.terminal:
+                    self.terminal.suspend()
+            case Escape.HELP:
+                text = ESCAPES.replace("power off and leave", "leave")
+                sys.stderr.write("\r\n" + text.replace("\n", "\r\n"))
+
+
+def without_seen(seen: bytes, repeated: bytes) -> bytes:
+    """Return what of `repeated` is new: it begins with an end of `seen`, of whatever length."""
+    for size in range(min(len(seen), len(repeated)), 0, -1):
+        if seen[-size] == repeated[0] and repeated.startswith(seen[-size:]):
+            return repeated[size:]
+    return repeated

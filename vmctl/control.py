@@ -1,0 +1,170 @@
+"""The short commands: stop, pause, unpause, load, reload, reset, log, events, send, receive.
+
+Each returns the exit status. Texts are OpenBSD's.
+
+Source: sections 3.7, 3.8, 3.10 and 3.11 of OpenBSD's behaviour.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from vmctl.client import (
+    Client,
+    CommandError,
+    Fields,
+    RefusedError,
+    Target,
+    fail,
+    parse_target,
+    text_of,
+)
+
+_RESET_MODES = ("all", "vms", "switches")
+_LOG_LEVELS = (("brief", 0), ("verbose", 2))
+
+
+def stop(
+    words: Sequence[str] = (), *, force: bool = False, wait: bool = False, every: bool = False
+) -> int:
+    """Stop a VM, or with `every` each one that runs, one after the other."""
+    try:
+        target = None if every else parse_target(words[0])
+        with Client() as client:
+            if target:
+                return _stop(client, target, force=force, wait=wait)
+            for vm in client.vms():
+                if vm["pid"] is not None:
+                    _stop(client, Target(name=vm["name"]), force=force, wait=wait)
+            return 0
+    except CommandError as err:
+        return fail(err)
+
+
+def _stop(client: Client, target: Target, *, force: bool, wait: bool) -> int:
+    _begin_line("stopping", target)
+    return complete(client, "stop", target, force=force, wait=wait)
+
+
+def _begin_line(doing: str, target: Target) -> None:
+    name = f" {target.name}" if target.name else ""
+    print(f"{doing} vm{name}: ", end="", file=sys.stderr, flush=True)
+
+
+def complete(client: Client, kind: str, target: Target, **fields: object) -> int:
+    """Ask to stop or to wait, and end the line that says so with what has become of it."""
+    try:
+        answer = client.ask(kind, {**target.fields(), **fields})
+    except RefusedError as err:
+        text = {
+            "not-running": "cannot stop vm that is not running",
+            "ENOENT": "vm not found",
+            "EINTR": "interrupted call",
+        }.get(err.code, f"failed: {text_of(err.code)}")
+        print(text, file=sys.stderr)
+        return 1
+    except CommandError:
+        print(file=sys.stderr)
+        raise
+    if answer["type"] == "terminated":
+        print(f"terminated vm {answer['id']}", file=sys.stderr)
+    else:
+        print(f"requested to shutdown vm {answer['id']}", file=sys.stderr)
+    return 0
+
+
+def pause(words: Sequence[str]) -> int:
+    """Pause a VM."""
+    return _named("pause", words[0])
+
+
+def unpause(words: Sequence[str]) -> int:
+    """Let a paused VM go on."""
+    return _named("unpause", words[0])
+
+
+def _named(kind: str, word: str) -> int:
+    try:
+        target = parse_target(word)
+        with Client() as client:
+            answer = client.ask(kind, target.fields())
+    except RefusedError as err:
+        return fail(f"{kind} vm command failed: {err}")
+    except CommandError as err:
+        return fail(err)
+    print(f"vmctl: {kind}d vm {answer['id']} successfully", file=sys.stderr)
+    return 0
+
+
+def load(words: Sequence[str]) -> int:
+    """Let the daemon read another configuration file."""
+    # Unlike OpenBSD's: a relative path begins where the user is, not where the daemon is.
+    return _plain("load", path=os.path.abspath(words[0]))
+
+
+def reload(_words: Sequence[str] = ()) -> int:
+    """Let the daemon read its configuration again."""
+    return _plain("reload")
+
+
+def reset(words: Sequence[str] = ()) -> int | None:
+    """End VMs, forget switches, or both; None if the word is none of these."""
+    mode = words[0].lower() if words else "all"
+    return _plain("reset", mode=mode) if mode in _RESET_MODES else None
+
+
+def log(words: Sequence[str]) -> int | None:
+    """Set how much the daemon logs; None if the word is no level."""
+    for name, level in _LOG_LEVELS:
+        if words[0] and name.startswith(words[0].lower()):
+            return _plain("log", level=level)
+    return None
+
+
+def _plain(kind: str, **fields: object) -> int:
+    try:
+        with Client() as client:
+            client.ask(kind, fields)
+    except RefusedError as err:
+        why = "" if err.code == "command-failed" else f": {text_of(err.code)}"
+        return fail(f"command failed{why}\n{err.detail}")
+    except CommandError as err:
+        return fail(err)
+    return 0
+
+
+def events(*, as_json: bool = False) -> int:
+    """Print what happens to VMs, a line each, until interrupted."""
+    import json  # noqa: PLC0415 - loaded by the client anyway
+    import time  # noqa: PLC0415 - for this command alone
+
+    def line(event: Fields) -> str:
+        if as_json:
+            return json.dumps({name: event[name] for name in _EVENT_FIELDS})
+        at = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(event["at"]))
+        why = f": {event['message']}" if event["message"] else ""
+        return f"{at} {event['id']} {event['name']} {event['kind']}{why}"
+
+    try:
+        with Client() as client:
+            client.ask("events")
+            while True:
+                event, _ = client.receive()
+                print(line(event), flush=True)
+    except CommandError as err:
+        return fail(err)
+    except KeyboardInterrupt:
+        return 0
+
+
+_EVENT_FIELDS = ("at", "id", "name", "kind", "message")
+
+
+def send(_words: Sequence[str]) -> int:
+    """Say that a VM cannot be sent yet."""
+    return fail("send: not supported yet")
+
+
+def receive(_words: Sequence[str]) -> int:
+    """Say that a VM cannot be received yet."""
+    return fail("receive: not supported yet")

@@ -1,0 +1,222 @@
+"""`vmctl start`: from its options to a request, and from the answer to OpenBSD's texts.
+
+What the user names is looked for here, with the user's rights; a kernel is opened here too, and
+its descriptor sent. The daemon opens disks itself, once it knows whose VM it is.
+
+Source: section 3.6 of OpenBSD's behaviour.
+"""
+
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmctl.client import Client, CommandError, Fields, RefusedError, fail, parse_target, text_of
+from vmd.config.disks import DiskError, DiskKind, parse_disk
+from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+
+_MIB = 1 << 20
+_MEMORY_MAX = 128 << 30
+_CPUS_MAX = 64
+_DISKS_MAX = 4
+_INTERFACES_MAX = 4
+_INT_MAX = (1 << 31) - 1
+_NAME_MAX = 63
+_BOOT_DEVICES = ("disk", "cdrom", "net")
+_OWN_TEXTS = {"bios-missing", "disk-missing", "cdrom-missing", "cdrom-invalid", "template-invalid"}
+
+
+class StartOptions(NamedTuple):
+    """The command line of `vmctl start`, as typed; options that may come once are lists too."""
+
+    boot: tuple[str, ...] = ()
+    boot_device: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
+    """-i"""
+    local: int = 0
+    """How many -L."""
+    memory: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
+    cpus: tuple[str, ...] = ()
+    cdrom: tuple[str, ...] = ()
+    template: tuple[str, ...] = ()
+    initrd: tuple[str, ...] = ()
+    append: tuple[str, ...] = ()
+    firmware: tuple[str, ...] = ()
+    console: bool = False
+
+
+def start(options: StartOptions, words: Sequence[str]) -> int:
+    """Start a VM; returns the exit status."""
+    fds: list[int] = []
+    try:
+        target = parse_target(words[0])
+        fields = {**target.fields(), **_request(options, fds)}
+        with Client() as client:
+            answer = client.ask("start", fields, fds)
+    except RefusedError as err:
+        text = text_of(err.code)
+        known = text if err.code in _OWN_TEXTS else f"start vm command failed: {text}"
+        return fail(f"{known}\n{err.detail}")
+    except CommandError as err:
+        return fail(err)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    if options.console:
+        from vmctl.attach import console  # noqa: PLC0415 - only with -c
+
+        return console([str(answer["id"])])
+    text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
+    print(f"vmctl: {text}", file=sys.stderr)
+    return 0
+
+
+def _request(options: StartOptions, fds: list[int]) -> Fields:
+    """Return the request's fields; descriptors that they name are added to `fds`."""
+    fields: Fields = {}
+    boot = _once(options.boot, "boot image")
+    device = _once(options.boot_device, "boot device")
+    memory = _once(options.memory, "memory")
+    cpus = _once(options.cpus, "cpus")
+    cdrom = _once(options.cdrom, "iso image")
+    count = _once(options.interfaces, "interfaces")
+    if device is not None:
+        if device not in _BOOT_DEVICES:
+            raise CommandError(f"unknown boot device {device}")
+        fields["boot_device"] = device
+    if memory is not None:
+        fields["memory"] = _memory(memory)
+    if cpus is not None:
+        fields["cpus"] = _number(cpus, "cpu count", _CPUS_MAX)
+    if options.disks:
+        fields["disks"] = [_disk(text) for text in options.disks]
+    if cdrom is not None:
+        fields["cdrom"] = _path(cdrom, "iso image")
+    interfaces = _interfaces(options, count)
+    if interfaces:
+        fields["interfaces"] = interfaces
+    if options.template:
+        fields["instance"] = options.template[-1]
+        if len(fields["instance"]) > _NAME_MAX:
+            raise CommandError(f"instance vm name too long\ninvalid name: {fields['instance']}")
+    firmware = _once(options.firmware, "firmware")
+    if firmware is not None:
+        fields["firmware"] = firmware
+    append = _once(options.append, "append")
+    if append is not None:
+        fields["append"] = append
+    _check(fields, has_kernel=boot is not None)
+    if boot is not None:
+        fields["kernel_path"] = _path(boot, "boot image")
+        fields["kernel"] = _open(fields["kernel_path"], "kernel", fds)
+    if options.initrd:
+        paths = [_path(each, "initrd") for each in options.initrd]
+        fields["initrd"] = [_open(path, "initrd", fds) for path in paths]
+    return fields
+
+
+def _once(given: Sequence[str], what: str) -> str | None:
+    if len(given) > 1:
+        raise CommandError(f"{what} specified multiple times")
+    return given[0] if given else None
+
+
+def _check(fields: Fields, *, has_kernel: bool) -> None:
+    """Refuse, or warn of, what a new VM would lack; an instance takes it from its template."""
+    disks, interfaces = fields.get("disks", ()), fields.get("interfaces", ())
+    if len(disks) > _DISKS_MAX:
+        raise CommandError("too many disks")
+    if len(interfaces) > _INTERFACES_MAX:
+        raise CommandError("too many network interfaces")
+    says_something = fields.keys() - {"boot_device", "append", "instance"}
+    if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
+        return
+    if not disks:
+        fail("starting without disks")
+        if "cdrom" not in fields:
+            raise CommandError("no kernel or disk/cdrom specified")
+    if not interfaces:
+        fail("starting without network interfaces")
+
+
+def _memory(text: str) -> int:
+    try:
+        size = scan_scaled(text)
+    except SizeError as err:
+        raise CommandError(f"invalid memory size: {text}: {err}") from err
+    if size < _MIB:
+        raise CommandError("memory size must be at least 1MB")
+    if size > _MEMORY_MAX:
+        raise CommandError(f"memory size too large (limit is {_MEMORY_MAX >> 30}G)")
+    rounded = size - size % _MIB
+    if rounded != size:
+        fail(f"memory size rounded to {fmt_scaled(rounded)}")
+    return rounded
+
+
+def _number(text: str, what: str, largest: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise CommandError(f"{what} is invalid: {text}") from None
+    if not 1 <= value <= largest:
+        raise CommandError(f"{what} is too {'small' if value < 1 else 'large'}: {text}")
+    return value
+
+
+def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
+    # The order among -L and -n is not told by those who read command lines: local ones are first.
+    interfaces: list[Fields] = [{"is_local": True} for _ in range(options.local)]
+    for switch in options.switches:
+        if not switch:
+            raise CommandError(f"invalid network: {switch}")
+        if len(switch) > _NAME_MAX:
+            raise CommandError("interface name too long")
+        interfaces.append({"switch": switch})
+    if count is not None:
+        try:
+            wanted = _number(count, "count", _INT_MAX)
+        except CommandError as err:
+            raise CommandError(f"{err}\ninvalid interface count: {count}") from None
+        if wanted > _INTERFACES_MAX:
+            raise CommandError("too many network interfaces")
+        interfaces += [{}] * (wanted - len(interfaces))
+    return interfaces
+
+
+def _disk(text: str) -> Fields:
+    try:
+        disk = parse_disk(text)
+    except DiskError as err:
+        raise CommandError(str(err)) from None
+    if disk.kind not in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}:
+        raise CommandError(f"invalid disk: {text}: only for 'vmctl run' and vm.conf")
+    return {
+        "path": _path(disk.path, "disk"),
+        "format": str(disk.kind),
+        "is_read_only": disk.is_read_only,
+        "serial": disk.serial,
+        "queues": disk.queues,
+    }
+
+
+def _path(path: str, what: str) -> str:
+    try:
+        return os.path.realpath(path, strict=True)
+    except OSError as err:
+        raise CommandError(f"invalid {what} path: {path}: {err.strerror}") from err
+
+
+def _open(path: str, what: str, fds: list[int]) -> int:
+    """Open a file for the daemon; returns its index among `fds`."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as err:
+        raise CommandError(f"cannot open {what} '{path}': {err.strerror}") from err
+    fds.append(fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise CommandError(f"{what} must be a regular file")
+    return len(fds) - 1

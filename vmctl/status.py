@@ -1,0 +1,86 @@
+"""`vmctl status` and `vmctl show`: the table of VMs.
+
+On a pipe OpenBSD's columns, to the letter; on a terminal a table; JSON with `--json`.
+
+Source: section 3.3 of OpenBSD's behaviour.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from vmctl.client import Client, CommandError, Fields, fail, parse_target
+from vmd.config.sizes import fmt_scaled
+
+HEADER = ("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", "NAME")
+_FORMAT = "%5s %5s %5s %7s %7s %7s %12s %8s %s"
+_OWNER_MAX = 15
+
+
+def status(words: Sequence[str] = (), *, running: bool = False, as_json: bool = False) -> int:
+    """List all VMs, or the one that `words` names; returns the exit status.
+
+    That is 1 where there is no VM at all, or none that runs with `running`.
+    """
+    try:
+        target = parse_target(words[0]) if words else None
+        with Client() as client:
+            vms = client.vms()
+    except CommandError as err:
+        return fail(err)
+    known = [vm for vm in vms if vm["pid"] is not None or not running]
+    everything = target is None or target == (0, "")
+    shown = [vm for vm in known if everything or (target and target.is_named_by(vm))]
+    if as_json:
+        print(json.dumps(shown, indent=2))
+    elif sys.stdout.isatty():
+        from vmctl.render import show_table  # noqa: PLC0415 - only people see it
+
+        show_table(HEADER, [columns(vm) for vm in shown])
+    else:
+        print(_FORMAT % HEADER)
+        for vm in shown:
+            print(_FORMAT % columns(vm))
+    return 0 if known else 1
+
+
+def columns(vm: Fields) -> tuple[str, ...]:
+    """Return a VM's row."""
+    used = vm["memory_used"]
+    return (
+        str(vm["id"]),
+        "-" if vm["pid"] is None else str(vm["pid"]),
+        str(vm["cpus"]),
+        fmt_scaled(vm["memory"]),
+        "-" if used is None else fmt_scaled(used),
+        vm["tty"].removeprefix("/dev/") or "-",
+        owner(vm),
+        vm["state"],
+        vm["name"],
+    )
+
+
+def owner(vm: Fields) -> str:
+    """Return who a VM belongs to: `user` or `user:group`, numbers where there are no names."""
+    uid, gid = vm["uid"], vm["gid"]
+    return (_user(uid) if gid is None else f"{_user(uid)}:{_group(gid)}")[:_OWNER_MAX]
+
+
+def _user(uid: int) -> str:
+    if uid == 0:
+        return "root"
+    import pwd  # noqa: PLC0415 - most VMs are root's
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _group(gid: int) -> str:
+    import grp  # noqa: PLC0415 - most VMs have none
+
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

@@ -1,0 +1,123 @@
+"""`vmctl wait`: until a VM ends, or is in a state, or shows a text on its console.
+
+Source: section 3.9 of OpenBSD's behaviour, for the plain form; the others are ours.
+"""
+
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+from vmctl.client import Client, CommandError, Fields, Target, fail, parse_target
+from vmctl.control import complete
+
+_STATES = ("running", "stopped")
+_CONSOLE = "console="
+_PACKET_MAX = 64 << 10
+
+
+class _ExpiredError(Exception):
+    """The time is over."""
+
+
+def wait(words: Sequence[str], *, until: str | None = None, timeout: str | None = None) -> int:
+    """Wait for a VM; returns the exit status, which is 1 when `timeout` seconds are over first."""
+    try:
+        target = parse_target(words[0])
+        deadline = _deadline(timeout)
+        name = f" {target.name}" if target.name else ""
+        _check(until)
+        with Client() as client:
+            print(f"waiting for vm{name}: ", end="", file=sys.stderr, flush=True)
+            return _wait(client, target, until, deadline)
+    except CommandError as err:
+        return fail(err)
+
+
+def _wait(client: Client, target: Target, until: str | None, deadline: float | None) -> int:
+    try:
+        if until is None and deadline is None:
+            return complete(client, "wait", target)
+        if until is None:
+            client.send("wait", target.fields())
+            _await(client.fileno(), deadline)
+            answer, _ = client.receive()
+            text = f"terminated vm {answer['id']}"
+        elif until in _STATES:
+            text = _wait_for_state(client, target, until, deadline)
+        else:
+            text = _wait_for_text(client, target, until.removeprefix(_CONSOLE), deadline)
+    except _ExpiredError:
+        print("timed out", file=sys.stderr)
+        return 1
+    except CommandError:
+        print(file=sys.stderr)
+        raise
+    print(text, file=sys.stderr)
+    return 0
+
+
+def _check(until: str | None) -> None:
+    if until is not None and until not in _STATES and not until.startswith(_CONSOLE):
+        raise CommandError(f"invalid condition: {until}")
+
+
+def _deadline(timeout: str | None) -> float | None:
+    if timeout is None:
+        return None
+    try:
+        seconds = float(timeout)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise CommandError(f"invalid time-out: {timeout}")
+    return time.monotonic() + seconds
+
+
+def _await(fd: int, deadline: float | None) -> None:
+    """Wait until there is something to read.
+
+    Raises:
+        _ExpiredError: there was nothing in time.
+    """
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    if not select.select([fd], [], [], left)[0]:
+        raise _ExpiredError
+
+
+def _wait_for_state(client: Client, target: Target, state: str, deadline: float | None) -> str:
+    """Look after every event: what happens between them is of no interest."""
+    client.ask("events")
+    while True:
+        # Events may be in front of the answer: another connection has none.
+        with Client() as other:
+            vm = _find(other.vms(), target)
+        if vm is None and state != "stopped":
+            raise CommandError("vm not found")
+        if vm is None or vm["state"] == state:
+            return state
+        _await(client.fileno(), deadline)
+        client.receive()
+
+
+def _find(vms: list[Fields], target: Target) -> Fields | None:
+    return next((vm for vm in vms if target.is_named_by(vm)), None)
+
+
+def _wait_for_text(client: Client, target: Target, text: str, deadline: float | None) -> str:
+    """Read the console, from 64 KiB back, until `text` appears."""
+    wanted = os.fsencode(text)
+    client.send("console", target.fields())
+    _await(client.fileno(), deadline)
+    _, fds = client.receive()
+    seen = b""
+    with socket.socket(fileno=fds[0]) as stream:
+        while wanted not in seen:
+            _await(stream.fileno(), deadline)
+            data = stream.recv(_PACKET_MAX)
+            if not data:
+                raise CommandError("the console has ended")
+            seen = seen[-len(wanted) :] + data
+    return "found"
