@@ -1,0 +1,140 @@
+"""What is left when a process of the daemon dies: kill -9 of each kind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.vmd.daemon import READY, Daemon, descendants, is_alive, vm_block
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+ROUNDS = 3
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_vm_process(start_vmd: Start) -> None:
+    """Its VM is stopped and its waiter answered; the other VM and the daemon go on."""
+    config = vm_block("one", enabled=True) + vm_block("two", enabled=True)
+    with start_vmd(config) as vmd, vmd.client() as client, vmd.client() as waiter:
+        other = client.wait_for_state("two", "running")["pid"]
+        client.wait_for_state("one", "running")
+        waiter.send("wait", name="one")
+        waiter.send("status", serial=1)
+        assert waiter.receive()[0]["serial"] == 1
+        _kill(vmd.child("vm/one"))
+        assert waiter.receive()[0]["type"] == "terminated"
+        assert client.vm("one")["state"] == "stopped"
+        assert client.vm("two")["pid"] == other
+        assert client.ask("start", name="one")["type"] == "started"
+
+
+def test_a_device_process(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A VM that has lost its disk ends, and no other does; it can be started again."""
+    image = tmp_path_factory.mktemp("disk") / "disk.raw"
+    image.write_bytes(bytes(1 << 20))
+    config = vm_block("one", f'disk "{image}"', enabled=True) + vm_block("two", enabled=True)
+    with start_vmd(config) as vmd, vmd.client() as client:
+        other = client.wait_for_state("two", "running")["pid"]
+        client.wait_for_state("one", "running")
+        _kill(vmd.child("disk/one"))
+        client.wait_for_state("one", "stopped")
+        assert client.vm("two")["pid"] == other
+        vmd.wait_for_log("vm/one: disk0: its process was killed by signal 9")
+        assert client.ask("start", name="one")["type"] == "started"
+
+
+def test_control(start_vmd: Start) -> None:
+    """Clients lose their connections; VMs go on, and new clients are served."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd:
+        with vmd.client() as client:
+            pid = client.wait_for_state("one", "running")["pid"]
+        for _ in range(ROUNDS):
+            with vmd.client() as client:
+                client.ask("status")
+                _kill(vmd.child("vmd: control"))
+                with pytest.raises(OSError):  # noqa: PT011 - the end, or a reset
+                    client.receive()
+        with vmd.client() as client:
+            assert client.vm("one")["pid"] == pid
+
+
+def test_vmm(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All its VMs end, with their processes, and are accounted for; they can be started again."""
+    image = tmp_path_factory.mktemp("disk") / "disk.raw"
+    image.write_bytes(bytes(1 << 20))
+    config = vm_block("one", f'disk "{image}"', enabled=True) + vm_block("two", enabled=True)
+    with start_vmd(config) as vmd, vmd.client() as client, vmd.client() as waiter:
+        for name in ("one", "two"):
+            client.wait_for_state(name, "running")
+        waiter.send("wait", name="two")
+        waiter.send("status", serial=1)
+        assert waiter.receive()[0]["serial"] == 1
+        vmm = vmd.child("vmd: vmm")
+        below = descendants(vmm)
+        assert len(below) == 3
+        _kill(vmm)
+        assert waiter.receive()[0]["type"] == "terminated"
+        for name in ("one", "two"):
+            client.wait_for_state(name, "stopped")
+        assert [pid for pid in below if is_alive(pid)] == []
+        for name in ("one", "two"):
+            assert client.ask("start", name=name)["type"] == "started"
+
+
+def test_the_parent(start_vmd: Start) -> None:
+    """Without it nothing is left, and the next daemon takes the socket over."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd:
+        with vmd.client() as client:
+            client.wait_for_state("one", "running")
+        below = descendants(vmd.process.pid)
+        vmd.process.kill()
+        vmd.process.wait()
+        deadline = time.monotonic() + 30
+        while any(is_alive(pid) for pid in below):
+            assert time.monotonic() < deadline, [Path(f"/proc/{pid}/comm") for pid in below]
+            time.sleep(0.05)
+        assert vmd.socket.exists()
+
+
+def test_a_process_that_dies_again_and_again(start_vmd: Start) -> None:
+    """A kind of process that cannot live ends the daemon, with an error."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd:
+        with vmd.client() as client:
+            client.wait_for_state("one", "running")
+        deadline = time.monotonic() + 30
+        while vmd.process.poll() is None:
+            assert time.monotonic() < deadline
+            found = [pid for pid in descendants(vmd.process.pid) if _is_control(pid)]
+            for pid in found:
+                _kill(pid)
+            time.sleep(0.05)
+        assert vmd.process.returncode == 1
+        assert "control ends too often" in vmd.log.read_text()
+
+
+def _is_control(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text() == "vmd: control\n"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_guest_is_not_disturbed(start_vmd: Start) -> None:
+    """A console that is attached stays so when control dies: its stream leads to the VM."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        with client.console("one") as console:
+            console.expect(READY)
+            _kill(vmd.child("vmd: control"))
+            console.type(b"i")
+            console.expect(READY, 2)
