@@ -143,7 +143,9 @@ class VmRequest(Request, frozen=True, kw_only=True):
     """A request about one VM, named by its id, or by its name where the id is 0."""
 
     id: VmId = 0
+    """The VM's; 0 where it is named."""
     name: Word = ""
+    """The VM's; of no meaning where there is an id."""
 
 
 class DiskRequest(Part, frozen=True, kw_only=True):
@@ -163,7 +165,9 @@ class InterfaceRequest(Part, frozen=True, kw_only=True):
     """A network interface of a VM to be started."""
 
     is_local: bool = False
+    """It has an address of the local prefix, by DHCP."""
     switch: Word = ""
+    """Name of the switch that it is on."""
 
 
 class Start(VmRequest, frozen=True, kw_only=True):
@@ -177,6 +181,7 @@ class Start(VmRequest, frozen=True, kw_only=True):
     memory: Size | None = None
     """Bytes."""
     cpus: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)] | None = None
+    """How many, 1 to 64."""
     kernel: Index | None = None
     """Index of the descriptor of a kernel or firmware image, for this start only."""
     kernel_path: Path = ""
@@ -338,6 +343,7 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     gid: int | None = None
     """Of the owning group, if there is one."""
     is_from_config: bool = False
+    """It stays when it is stopped; others vanish."""
     started_at: float | None = None
     """Seconds since 1970-01-01 UTC."""
     statistics: Statistics | None = None

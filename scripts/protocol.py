@@ -1,0 +1,171 @@
+"""Make docs/protocol.md from the message types of vmd/messages.py.
+
+Without arguments it is printed; --write puts it in its place. A test compares.
+"""
+
+import ast
+import enum
+import sys
+import typing
+from pathlib import Path
+from types import UnionType
+
+import msgspec
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vmd import messages  # noqa: E402 - found by the line above
+from vmd.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
+from vmd.config.model import BootDevice  # noqa: E402 - same
+
+PAGE = ROOT / "docs" / "protocol.md"
+_SIMPLE = {int: "integer", str: "string", bool: "boolean", float: "number", type(None): "null"}
+_INTRODUCTION = """\
+# The control protocol
+
+<!-- Made by scripts/protocol.py from vmd/messages.py: change that, and run it with --write. -->
+
+Version {version}. `vmctl` speaks it with `vmd`, and anybody else may: `examples/client.c` does so
+in C.
+
+- **The socket** is `/run/vmd.sock`, or `$XDG_RUNTIME_DIR/vmd.sock` of `vmd --user`: a UNIX socket
+  of type `SOCK_SEQPACKET`. Each packet is one message: a JSON object in UTF-8 of at most
+  {size} KiB, with at most {fds} descriptors beside it (`SCM_RIGHTS`).
+- **Who a client is** the daemon learns from the kernel (`SO_PEERCRED`).
+- **`type`** names the message. A request may have a `serial`, any number, which its answer repeats:
+  several requests may be under way at a time. A field with a default may be left out. The daemon
+  refuses fields that it does not know; a client ignores them.
+- **Every request gets exactly one answer**, `failed` if it fails. A list of VMs may come in parts:
+  as long as `has_more` is true, another `vms` follows. After the answer to `events` come `event`s,
+  until the client closes the connection.
+- **What is no request** is answered with `failed`, and the connection is closed.
+- **`version`** in a request is the version of the protocol that the client means. A daemon that
+  does not speak it answers `failed` with the code `version`. Within a version, fields are only
+  added.
+
+```
+→ {{"type": "start", "serial": 1, "name": "web"}}
+← {{"type": "started", "serial": 1, "id": 3, "pid": 4711, "tty": "/dev/pts/5"}}
+```
+"""
+
+
+def page() -> str:
+    """Return the whole page."""
+    documentation = _attribute_documentation(Path(messages.__file__).read_text())
+    parts = [
+        _INTRODUCTION.format(version=messages.PROTOCOL_VERSION, size=MESSAGE_MAX >> 10, fds=FDS_MAX)
+    ]
+    parts.append("## Requests\n")
+    parts += [_message(each, documentation) for each in typing.get_args(messages.AnyRequest)]
+    parts.append("## Answers\n")
+    parts += [_message(each, documentation) for each in typing.get_args(messages.AnyAnswer)]
+    parts.append("## Parts of messages\n")
+    structs = (
+        *(messages.DiskRequest, messages.InterfaceRequest),
+        *(messages.VmInfo, messages.Statistics),
+    )
+    parts += [_message(each, documentation) for each in structs]
+    parts.append("## Words\n")
+    words = (
+        *(messages.ErrorCode, messages.State, messages.EventKind),
+        *(messages.ResetMode, BootDevice),
+    )
+    parts += [_words(each, documentation) for each in words]
+    return "\n".join(parts)
+
+
+def _message(kind: type[msgspec.Struct], documentation: dict[tuple[str, str], str]) -> str:
+    tag = kind.__struct_config__.tag
+    title = f"`{tag}`" if tag is not None else kind.__name__
+    lines = [f"### {title}\n", _paragraphs(kind), ""]
+    fields = [
+        field
+        for field in msgspec.structs.fields(kind)
+        if field.name not in {"serial", "version"} or tag is None
+    ]
+    if fields:
+        lines += ["| Field | Type | Default | Meaning |", "|---|---|---|---|"]
+    for field in fields:
+        default = "required" if field.required else f"`{_json(field.default)}`"
+        meaning = next(
+            (
+                documentation[base.__name__, field.name]
+                for base in kind.__mro__
+                if (base.__name__, field.name) in documentation
+            ),
+            "",
+        )
+        lines.append(f"| `{field.encode_name}` | {_type(field.type)} | {default} | {meaning} |")
+    return "\n".join(lines) + ("\n" if fields else "")
+
+
+def _words(kind: type[enum.StrEnum], documentation: dict[tuple[str, str], str]) -> str:
+    lines = [f"### {kind.__name__}\n", _paragraphs(kind), ""]
+    for member in kind:
+        meaning = documentation.get((kind.__name__, member.name), "")
+        lines.append(f"- `{member.value}`{': ' + meaning if meaning else ''}")
+    return "\n".join(lines) + "\n"
+
+
+def _paragraphs(kind: type) -> str:
+    text = " ".join((kind.__doc__ or "").replace("\n\n", "\0").split())
+    return text.replace("\0", "\n\n").partition(" Source:")[0].replace("\n\n ", "\n\n").strip()
+
+
+def _type(wanted: object) -> str:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Annotated:
+        return _type(arguments[0]) + _bounds(arguments[1:])
+    if origin is tuple:
+        return f"array of {_type(arguments[0])}"
+    if origin in {typing.Union, UnionType}:
+        return " or ".join(map(_type, arguments))
+    if isinstance(wanted, type) and wanted in _SIMPLE:
+        return _SIMPLE[wanted]
+    assert isinstance(wanted, type), wanted
+    return wanted.__name__
+
+
+def _bounds(metas: tuple[object, ...]) -> str:
+    told = []
+    for meta in metas:
+        assert isinstance(meta, msgspec.Meta)
+        if meta.le is not None and meta.le < 1 << 62:
+            told.append(f"{meta.ge} to {meta.le}")
+        if meta.max_length is not None:
+            told.append(f"at most {meta.max_length}")
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _attribute_documentation(source: str) -> dict[tuple[str, str], str]:
+    """Return the text behind each attribute, by class and name."""
+    found = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for statement, behind in zip(node.body, node.body[1:], strict=False):
+            match statement, behind:
+                case (
+                    (ast.AnnAssign(target=ast.Name(name)) | ast.Assign(targets=[ast.Name(name)])),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    found[node.name, name] = " ".join(text.split())
+    return found
+
+
+def main() -> None:
+    """Print the page, or write it."""
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page())
+    else:
+        print(page(), end="")
+
+
+if __name__ == "__main__":
+    main()
