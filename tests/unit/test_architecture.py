@@ -37,6 +37,7 @@ PURE = (
     *("vmd.registry", "vmd.policy", "vmd.addressing"),
     *("vmd.config.model", "vmd.config.lexer", "vmd.config.grammar", "vmd.config.values"),
     *("vmd.config.interfaces", "vmd.config.vms", "vmd.config.parser", "vmd.config.check"),
+    "vmd.config.text",
 )
 IMPURE = {"os", "socket", "time", "asyncio", "logging", "threading"}
 # Locks on files are fcntl's as well.

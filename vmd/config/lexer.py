@@ -25,6 +25,7 @@ RESERVED = frozenset(
 """Words that are keywords wherever they stand without quotes."""
 
 _TOKEN_MAX = 8095
+_EXPANSION_MAX = 4 << 20  # characters of all macros, where they are used
 _NUMBER_MIN, _NUMBER_MAX = -(1 << 63), (1 << 63) - 1
 _NUMBER_DIGITS_MAX = 19
 
@@ -120,6 +121,7 @@ class Lexer:
         self._macros = macros
         self._report = report
         self._is_expanding = False
+        self._expanded = 0
         self._line = 1
 
     @property
@@ -240,6 +242,10 @@ class Lexer:
         value = self._macros.value(name)
         if value is None:
             self._report(f"macro '{name}' not defined")
+            return False
+        self._expanded += len(value)
+        if self._expanded > _EXPANSION_MAX:
+            self._report("string too long")
             return False
         back = self._files[-1].back
         back.append(_MACRO_ENDS)

@@ -15,7 +15,7 @@ from vmd.config.grammar import StatementError, Tokens
 from vmd.config.host import Host, SystemHost
 from vmd.config.interfaces import SwitchRule
 from vmd.config.lexer import Kind, Macros
-from vmd.config.model import AGENTX_PATH, Agentx, Config, Staggered
+from vmd.config.model import AGENTX_PATH, Agentx, Config, Staggered, SwitchConfig, VmConfig
 from vmd.config.values import byte_length, prefix4_of, prefix6_of
 from vmd.config.vms import VmRule
 
@@ -97,9 +97,9 @@ def read_config(
     parser = _Parser(Tokens(path, file.data, known), known, host)
     if file.complaint is not None:
         parser.notes.append(f"{path}: {file.complaint}")
-    parser.parse()
+    config = parser.parse()
     return Reading(
-        parser.config,
+        config,
         tuple(map(printable, parser.tokens.complaints)),
         tuple(map(printable, parser.notes)),
         tuple(map(printable, known.unused())),
@@ -121,14 +121,20 @@ class _Parser:
 
     def __init__(self, tokens: Tokens, macros: Macros, host: Host) -> None:
         self.tokens = tokens
-        self.config = Config()
+        self._config = Config()
+        self._vms: list[VmConfig] = []
+        self._switches: list[SwitchConfig] = []
         self.notes: list[str] = []
         self._macros = macros
         self._host = host
         self._includes = 0
 
-    def parse(self) -> None:
-        """Take all statements."""
+    def parse(self) -> Config:
+        """Take all statements; return what those that are right say."""
+        self._statements()
+        return self._config._replace(vms=tuple(self._vms), switches=tuple(self._switches))
+
+    def _statements(self) -> None:
         while True:
             try:
                 if self.tokens.peek().kind is Kind.END:
@@ -149,16 +155,14 @@ class _Parser:
         if tokens.peek().is_string:
             self._macro()
         elif tokens.is_at("switch"):
-            switch = SwitchRule(tokens).parse()
-            self.config = self.config._replace(switches=(*self.config.switches, switch))
+            self._switches.append(SwitchRule(tokens).parse())
         elif tokens.is_at("vm"):
-            vm = VmRule(tokens, self._host).parse()
-            self.config = self.config._replace(vms=(*self.config.vms, vm))
+            self._vms.append(VmRule(tokens, self._host).parse())
         elif tokens.accept("local"):
             self._local()
         elif tokens.accept("socket"):
             tokens.expect("owner")
-            self.config = self.config._replace(socket_owner=tokens.owner(self._host))
+            self._config = self._config._replace(socket_owner=tokens.owner(self._host))
         elif tokens.accept("agentx"):
             self._agentx()
         elif tokens.accept("staggered"):
@@ -200,14 +204,14 @@ class _Parser:
         if tokens.accept("prefix"):
             text = tokens.one_string()
             prefix = tokens.checked(prefix4_of, text, "invalid local prefix: ")
-            self.config = self.config._replace(local_prefix=prefix)
+            self._config = self._config._replace(local_prefix=prefix)
             return
         tokens.expect("inet6")
-        self.config = self.config._replace(is_local_inet6=True)
+        self._config = self._config._replace(is_local_inet6=True)
         if tokens.accept("prefix"):
             text = tokens.one_string()
             prefix = tokens.checked(prefix6_of, text, "invalid local inet6 prefix: ")
-            self.config = self.config._replace(local_prefix6=prefix)
+            self._config = self._config._replace(local_prefix6=prefix)
 
     def _agentx(self) -> None:
         """Take `"agentx" { "context" STRING | "path" STRING }`."""
@@ -225,7 +229,7 @@ class _Parser:
                     tokens.refuse("agentx path is not absolute")
             else:
                 break
-        self.config = self.config._replace(agentx=Agentx(context, path))
+        self._config = self._config._replace(agentx=Agentx(context, path))
 
     def _staggered(self) -> None:
         """Take `"staggered" "start" "parallel" NUMBER "delay" NUMBER`."""
@@ -237,4 +241,4 @@ class _Parser:
         delay_s = tokens.number()
         if parallelism < 1 or delay_s < 0:
             tokens.refuse(f"invalid staggered start: parallel {parallelism} delay {delay_s}")
-        self.config = self.config._replace(staggered=Staggered(parallelism, delay_s))
+        self._config = self._config._replace(staggered=Staggered(parallelism, delay_s))

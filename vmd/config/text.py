@@ -37,8 +37,11 @@ def quoted(text: str) -> str:
     or tab, or at the end, takes one more. At the end that one has to have a line break after it,
     which is dropped when the string is read.
     """
-    if len(text) > _STRING_MAX:
-        return f"{quoted(text[:_STRING_MAX])} {quoted(text[_STRING_MAX:])}"
+    pieces = range(0, len(text) or 1, _STRING_MAX)
+    return " ".join(_quoted(text[start : start + _STRING_MAX]) for start in pieces)
+
+
+def _quoted(text: str) -> str:
     found = ""
     for char in text:
         if char == '"' or (char in " \t" and found.endswith("\\")):

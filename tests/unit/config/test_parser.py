@@ -264,6 +264,14 @@ def test_included_files_are_limited() -> None:
     assert 16 < host.reads <= 257
 
 
+def test_macros_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short file cannot stand for one without end."""
+    monkeypatch.setattr("vmd.config.lexer._EXPANSION_MAX", 100_000)
+    data = b"m = " + b"a" * 8000 + b"\nvm x { append " + b"$m " * 13 + b"}\n"
+    reading = read_config("f", {}, host=FakeHost({"f": data}))
+    assert reading.errors == ("f:2: string too long", "f:2: syntax error")
+
+
 def test_what_is_told_can_be_shown() -> None:
     """Control characters and bytes that are no text are written as numbers."""
     reading = read_config("f\x1b", {}, host=FakeHost({"f\x1b": b'local prefix "\x1b\xff\xc2\x9b"'}))

@@ -163,6 +163,7 @@ def test_a_string_reads_again(text: str) -> None:
 
 def test_a_very_long_string_reads_again() -> None:
     """Strings that are one are written as several where one would be too long."""
+    assert quoted("a" * 4_000_000).count('" "') == 1999
     text = "é\U0001f600\\" * 5000
     assert read_again(Config(vms=(VmConfig("x", append=text, given=BOOT),))).vms[0].append == text
 
