@@ -1,0 +1,152 @@
+"""CD-ROMs, firmware, and the smaller devices, with what distributions boot and drive them by."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import artifacts, media
+from tests.guest.linux_guest import COMMAND_LINE
+from tests.guest.test_disks import Shell
+from tests.vmctl_driver import ConsoleProcess, vmctl_run
+from vmm_kvm.boot.smbios import name_uuid
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(400)]
+
+FIRMWARE_S = 200.0
+
+# QEMU's emulation of SVM aborts when a guest writes CR8 while an interrupt waits, as OVMF does.
+needs_cr8 = pytest.mark.skipif(
+    "RIG" in os.environ,
+    reason="the rig's QEMU aborts on what UEFI firmware does to CR8; needs a real KVM",
+)
+
+
+@contextmanager
+def linux(*options: str | Path, append: str = "") -> Iterator[Shell]:
+    """Boot a kernel that knows all our devices to its shell."""
+    kernel = artifacts.kernel("6.1-cloud")
+    arguments = vmctl_run(
+        *("-m", "256M", "-b", kernel.vmlinuz, "--initrd", artifacts.media_initramfs(kernel)),
+        *("--append", f"{COMMAND_LINE} {append} test=shell"),
+        *options,
+    )
+    with ConsoleProcess(arguments) as console:
+        console.expect("# ")
+        yield Shell(console)
+
+
+def test_linux_reads_a_disc(tmp_path: Path) -> None:
+    """The drive is sr0; its device and a file on it read as what is on the host, to the end."""
+    content = random.Random(1).randbytes(3_000_001)
+    disc = media.data_iso(tmp_path / "data.iso", {"folder/content": content})
+    with linux("-r", disc) as shell:
+        assert shell.run("cat /sys/block/sr0/device/vendor") == "OpenBSD"
+        assert shell.run("cat /sys/block/sr0/device/model") == "VMM CD-ROM"
+        size = int(shell.run("cat /sys/block/sr0/size")) * 512
+        assert size == disc.stat().st_size
+        whole = hashlib.md5(disc.read_bytes()).hexdigest()
+        assert shell.run("md5sum </dev/sr0").split()[0] == whole
+        shell.run("mkdir /mnt && mount -t iso9660 -o ro /dev/sr0 /mnt")
+        inside = hashlib.md5(content).hexdigest()
+        assert shell.run("md5sum </mnt/folder/content").split()[0] == inside
+        shell.run("umount /mnt")
+        shell.run("! dd if=/dev/zero of=/dev/sr0 count=1 2>/dev/null")
+        assert shell.run("dmesg | grep -i -E 'sr0.*(error|fail|sense)' | wc -l") == "0"
+        shell.power_off()
+
+
+def test_linux_knows_entropy_and_identity() -> None:
+    """The source of entropy is ours and does not run dry; SMBIOS names the machine."""
+    with linux("guest") as shell:
+        assert shell.run("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0"
+        taken = "dd if=/dev/hwrng bs=4k count=64 iflag=fullblock 2>/dev/null"
+        first, second = (shell.run(f"{taken} | md5sum") for _ in range(2))
+        assert first != second
+        assert shell.run(f"{taken} | wc -c") == str(64 * 4096)
+        for name, expected in {
+            "sys_vendor": "OpenBSD",
+            "product_name": "VMM",
+            "bios_vendor": "OpenBSD",
+            "product_uuid": str(uuid.UUID(bytes=name_uuid("guest"))),
+        }.items():
+            assert shell.run(f"cat /sys/class/dmi/id/{name}") == expected
+        shell.power_off()
+
+
+def test_linux_talks_on_hvc0() -> None:
+    """With the virtio console, the shell is there, and nothing is lost in either direction.
+
+    (Few bytes: Linux writes 16 at a time there, and spins until the device has taken them, which
+    is slow where all threads share one emulated processor.)
+    """
+    with linux("--virtio-console", append="console=hvc0") as shell:
+        assert shell.run("cat /sys/class/tty/console/active").split()[-1] == "hvc0"
+        lines = shell.run("seq 1 200").split()
+        assert lines == [str(number) for number in range(1, 201)]
+        shell.power_off()
+
+
+@pytest.mark.parametrize("option", ["-r", "-d"])
+def test_grub_starts(option: str, tmp_path: Path) -> None:
+    """A GRUB rescue image boots as a CD-ROM and as a disk, and reads its own configuration."""
+    image = media.grub_iso(tmp_path / "grub.iso", "echo grub-is-up\nls")
+    medium = image if option == "-r" else f"raw:{image},ro"
+    with ConsoleProcess(vmctl_run("-m", "128M", option, medium)) as guest:
+        guest.expect("grub-is-up", FIRMWARE_S)
+        guest.expect(r"\(cd" if option == "-r" else r"\(hd0", FIRMWARE_S)
+        guest.expect("grub>", FIRMWARE_S)
+
+
+def test_isolinux_starts(tmp_path: Path) -> None:
+    """ISOLINUX finds its configuration on the disc and prompts."""
+    image = media.isolinux_iso(tmp_path / "isolinux.iso", "prompt 1\ntimeout 600\nsay it-is-up")
+    with ConsoleProcess(vmctl_run("-m", "128M", "-r", image)) as guest:
+        guest.expect("it-is-up", FIRMWARE_S)
+        guest.expect("boot:", FIRMWARE_S)
+
+
+def test_memtest_starts_from_a_disc(tmp_path: Path) -> None:
+    """memtest86+, loaded by ISOLINUX, shows the progress of its first test."""
+    image = media.isolinux_iso(
+        tmp_path / "memtest.iso",
+        "default memtest\nlabel memtest\nkernel /memtest\nappend console=ttyS0,115200",
+        {"memtest": artifacts.memtest().read_bytes()},
+    )
+    with ConsoleProcess(vmctl_run("-m", "64M", "-r", image)) as guest:
+        guest.expect("Memtest86", FIRMWARE_S)
+        guest.expect(r"Test|Pass", FIRMWARE_S)
+        guest.expect("#", FIRMWARE_S)
+
+
+def test_ipxe_starts() -> None:
+    """The disc of iPXE says who it is, and that there is no network to boot from."""
+    with ConsoleProcess(vmctl_run("-m", "128M", "-r", media.ipxe_iso())) as guest:
+        guest.expect("iPXE", FIRMWARE_S)
+        guest.expect("No more network devices", FIRMWARE_S)
+
+
+@needs_cr8
+def test_uefi_boots_a_disc_and_keeps_variables(tmp_path: Path) -> None:
+    """UEFI firmware boots GRUB from a CD-ROM; its variables are there at the next start."""
+    image = media.grub_iso(tmp_path / "grub.iso", "echo grub-is-up", firmware="uefi")
+    nvram = tmp_path / "guest.nvram"
+    template = Path("/usr/share/OVMF/OVMF_VARS_4M.fd").read_bytes()
+    contents = []
+    for _ in range(2):
+        arguments = vmctl_run(
+            *("-m", "256M", "--firmware", "uefi", "--nvram", nvram, "-r", image, "-B", "cdrom")
+        )
+        with ConsoleProcess(arguments) as guest:
+            guest.expect("grub-is-up", FIRMWARE_S)
+            guest.expect("grub>", FIRMWARE_S)
+        contents.append(nvram.read_bytes())
+    assert len(contents[0]) == len(template)
+    assert contents[0] != template

@@ -1,0 +1,108 @@
+"""Bootable CD-ROM images with boot loaders of distributions: GRUB, ISOLINUX, iPXE.
+
+Each is made anew, in less than a second; what it is made of comes from packages.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.artifacts import ArtifactError
+
+_ISOLINUX = (
+    Path("/usr/lib/ISOLINUX/isolinux.bin"),
+    Path("/usr/lib/syslinux/modules/bios/ldlinux.c32"),
+)
+_IPXE = Path("/usr/lib/ipxe/ipxe.iso")
+_GRUB_MODULES = (
+    *("serial", "terminal", "iso9660", "ls", "echo", "normal", "minicmd", "configfile"),
+    *("search", "part_msdos", "part_gpt", "linux", "halt", "reboot", "cat"),
+)
+_GRUB_PLATFORMS = {"bios": "i386-pc", "uefi": "x86_64-efi"}
+
+
+def data_iso(path: Path, files: Mapping[str, bytes], *options: str) -> Path:
+    """Write an ISO 9660 image that holds `files`; `options` are mkisofs's.
+
+    Raises:
+        ArtifactError: xorriso is not installed.
+    """
+    tree = path.with_suffix(".tree")
+    for name, data in files.items():
+        place = tree / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+    _run("xorriso", "-as", "mkisofs", "-quiet", "-rock", "-o", path, *options, tree)
+    shutil.rmtree(tree)
+    return path
+
+
+def isolinux_iso(path: Path, configuration: str, files: Mapping[str, bytes] | None = None) -> Path:
+    """Write a disc that boots ISOLINUX on the BIOS's console.
+
+    (With a serial line in its configuration every character would come twice: SeaBIOS has its
+    console there too.)
+
+    Raises:
+        ArtifactError: xorriso, isolinux or syslinux-common is not installed.
+    """
+    content = {"isolinux/isolinux.cfg": f"{configuration}\n".encode(), **(files or {})}
+    for part in _ISOLINUX:
+        if not part.exists():
+            raise ArtifactError(f"{part}: not found; install isolinux and syslinux-common")
+        content[f"isolinux/{part.name}"] = part.read_bytes()
+    return data_iso(
+        path,
+        content,
+        *("-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat"),
+        *("-no-emul-boot", "-boot-load-size", "4", "-boot-info-table"),
+    )
+
+
+def grub_iso(path: Path, commands: str, *, firmware: str = "bios") -> Path:
+    """Write a disc that boots GRUB, which also boots as a disk.
+
+    `firmware` is bios or uefi; with bios, GRUB is on the serial port, with uefi where the firmware
+    has its console.
+
+    Raises:
+        ArtifactError: grub-common, its modules, xorriso or mtools are not installed.
+    """
+    serial = "serial --unit=0 --speed=115200\nterminal_input serial\nterminal_output serial\n"
+    tree = path.with_suffix(".tree")
+    (tree / "boot" / "grub").mkdir(parents=True)
+    text = f"{serial if firmware == 'bios' else ''}{commands}\n"
+    (tree / "boot" / "grub" / "grub.cfg").write_text(text)
+    modules = Path("/usr/lib/grub") / _GRUB_PLATFORMS[firmware]
+    if not modules.exists():
+        raise ArtifactError(f"{modules}: not found; install grub-pc-bin and grub-efi-amd64-bin")
+    _run(
+        *("grub-mkrescue", "-o", path, "-d", modules, "--locales=", "--themes=", "--fonts="),
+        f"--install-modules={' '.join(_GRUB_MODULES)}",
+        tree,
+    )
+    shutil.rmtree(tree)
+    return path
+
+
+def ipxe_iso() -> Path:
+    """Return Debian's iPXE disc.
+
+    Raises:
+        ArtifactError: it is not installed.
+    """
+    if not _IPXE.exists():
+        raise ArtifactError(f"{_IPXE}: not found; install the package ipxe")
+    return _IPXE
+
+
+def _run(*command: str | Path) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError as err:
+        raise ArtifactError(f"{command[0]}: not found; install grub-common and xorriso") from err
+    except subprocess.CalledProcessError as err:
+        raise ArtifactError(f"{command[0]}: {err.stderr.strip()}") from err
