@@ -46,6 +46,7 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/hostile_guest.py --seed $(SEED)
 	$(PYTHON) tests/campaigns/qcow2_oracle.py --count $(or $(COUNT),1000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/corrupt_images.py --count $(or $(COUNT),10000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/mutate_configs.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_vhost_user.py --count $(or $(COUNT),10000) --seed $(SEED)
 
 bench: setup ## Measure the start of a guest in the rig, against QEMU
