@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 _RIGHT = {"ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "CPU", "READ/S", "WRITE/S", "IN/S", "OUT/S"}
 _STYLES = {
@@ -25,10 +26,8 @@ def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
         )
     state = header.index("STATE")
     for row in rows:
-        cells = list(row)
-        style = _STYLES.get(row[state], "")
-        if style:
-            cells[state] = f"[{style}]{row[state]}[/{style}]"
+        cells = [Text(cell) for cell in row]
+        cells[state].stylize(_STYLES.get(row[state], ""))
         table.add_row(*cells)
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -11,7 +12,16 @@ from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
 from tests.vmctl_driver import VMCTL, ConsoleProcess
 from vmctl.attach import without_seen
-from vmd.messages import AnyRequest, ConsoleOpened, ErrorCode, Failed, Started
+from vmd.messages import (
+    AnyRequest,
+    ConsoleOpened,
+    ErrorCode,
+    Failed,
+    Started,
+    State,
+    VmInfo,
+    Vms,
+)
 
 LEAVE = b"\r~."
 
@@ -127,3 +137,19 @@ def test_start_attaches(serve: Serve, tmp_path: Path) -> None:
         console.send(LEAVE)
         assert console.wait() == 0
     vm.close()
+
+
+def test_status_on_a_terminal(serve: Serve) -> None:
+    """People get a table with colours, of the same cells."""
+    vm = VmInfo(id=1, name="web[1]", state=State.RUNNING, cpus=2, memory=1 << 30, pid=71234)
+    serve(lambda _: [Vms(vms=(vm,))])
+    with ConsoleProcess(
+        [str(VMCTL), "status"], is_tty=True, environment={"TERM": "xterm", "COLUMNS": "100"}
+    ) as status:
+        assert status.wait() == 0
+    lines = re.sub(rb"\x1b\[[0-9;]*m", b"", status.output).split(b"\r\n")
+    assert [line.split() for line in lines[:2]] == [
+        b"ID PID VCPUS MAXMEM CURMEM TTY OWNER STATE NAME".split(),
+        b"1 71234 2 1.0G - - root running web[1]".split(),
+    ]
+    assert b"\x1b[32mrunning" in status.output
