@@ -116,7 +116,7 @@ _DEVICE = (
 _VM = (
     *_IMAGES,
     *_THREADS,
-    Allow("ioctl", "KVM", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
+    Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
     *_all("guest memory", "memfd_create"),
     *_all("images into guest memory", "sendfile"),
     *_all("flushes of what the guest has mapped", "msync"),

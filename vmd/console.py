@@ -11,6 +11,7 @@ import os
 import select
 import socket
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 from vmd.messages import CONSOLE_BREAK, CONSOLE_INPUT
@@ -275,6 +276,7 @@ class _Terminal:
             self._timer.cancel()
             self._is_shown = self._is_waiting = False
             self._loop.remove_writer(self._master)
+            self._read_rest()
         self.listen()
 
     def _begin(self) -> None:
@@ -282,6 +284,12 @@ class _Terminal:
         self._is_shown = True
         self._position = self._ring.late()
         self.show()
+
+    def _read_rest(self) -> None:
+        """Take what was typed just before the slave side was closed; a terminal holds few KiB."""
+        with suppress(OSError):
+            while data := os.read(self._master, _INPUT_MAX):
+                self._console.typed(data)
 
     def _read(self) -> None:
         try:

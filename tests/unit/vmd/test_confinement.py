@@ -1,0 +1,267 @@
+"""What a confined process can and cannot do: each kind, in a child of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vmd.confinements import CONFINEMENTS, Kind
+from vmd.sandbox import SandboxError, confine, find_identity
+from vmd.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
+from vmd.syscalls import SYSCALLS
+
+KINDS = list(Kind)
+# Calls that none of the processes has any business with.
+FORBIDDEN = (
+    *("execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev"),
+    *("mount", "umount2", "pivot_root", "unshare", "setns", "chroot", "reboot"),
+    *("setuid", "setresuid", "setgroups", "capset", "keyctl", "bpf", "personality"),
+    *("connect", "listen", "unlink", "rename", "mkdirat", "truncate", "chmod", "chown"),
+    *("pidfd_getfd", "openat2"),
+)
+# What one kind may and others may not.
+OF_VMM = ("fork", "wait4", "kill", "socketpair", "seccomp")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _call(name: str, *arguments: int) -> int:
+    """Make a system call with numbers for arguments; returns its result, or minus the errno."""
+    padded = [ctypes.c_long(value) for value in (*arguments, *[0] * (6 - len(arguments)))]
+    result = int(_libc.syscall(SYSCALLS[name], *padded))
+    return -ctypes.get_errno() if result == -1 else result
+
+
+def _calling(name: str) -> Callable[[], None]:
+    def body() -> None:
+        _call(name, -1, -1, -1)
+
+    return body
+
+
+def _end_of(body: Callable[[], None]) -> int:
+    """Run `body` in a child; returns how that ended: an exit status, or minus a signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            body()
+            os._exit(0)
+        except BaseException as err:  # noqa: BLE001 - nothing may go up from here
+            os.write(2, f"{type(err).__name__}: {err}\n".encode())
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _confined(kind: Kind, body: Callable[[], None]) -> int:
+    def child() -> None:
+        confine(CONFINEMENTS[kind], None)
+        body()
+
+    return _end_of(child)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forbidden_call_ends_the_process(kind: Kind) -> None:
+    """Each call that no process needs is the last one that a process of any kind makes."""
+    survived = {
+        name: status
+        for name in FORBIDDEN
+        if (status := _confined(kind, _calling(name))) != -signal.SIGSYS
+    }
+    assert survived == {}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Kind.VMM])
+def test_only_vmm_has_children(kind: Kind) -> None:
+    """To start, end or look after a process is for vmm alone."""
+    for name in OF_VMM:
+        assert _confined(kind, _calling(name)) == -signal.SIGSYS, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sockets_are_for_priv_alone(kind: Kind) -> None:
+    """No process makes a socket of its own, but the one that speaks netlink."""
+    status = _confined(kind, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close())
+    assert status == (0 if kind is Kind.PRIV else -signal.SIGSYS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_cannot_be_opened(kind: Kind) -> None:
+    """No process opens a file; it survives the attempt, which libraries make."""
+
+    def body() -> None:
+        try:
+            os.open("/etc/passwd", os.O_RDONLY)
+        except PermissionError:
+            return
+        raise AssertionError("it opened a file")
+
+    assert _confined(kind, body) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_never_becomes_code(kind: Kind) -> None:
+    """A mapping that can be executed is refused by the process's end."""
+    prot_exec, private_anonymous = 4, 0x22
+
+    def body() -> None:
+        _call("mmap", 0, 4096, prot_exec, private_anonymous, -1, 0)
+
+    assert _confined(kind, body) == -signal.SIGSYS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_every_process_does_is_allowed(kind: Kind) -> None:
+    """Memory, locks, the log, messages, clocks and a traceback do no harm to any kind."""
+
+    def body() -> None:
+        import time  # noqa: PLC0415 - loaded already
+        import traceback  # noqa: PLC0415 - likewise
+
+        data = bytearray(64 << 20)
+        del data
+        lock = threading.Lock()
+        with lock:
+            time.monotonic()
+        os.urandom(16)
+        ours.sendmsg([b"x"])
+        assert theirs.recvmsg(1)[0] == b"x"
+        try:
+            int("a bug")
+        except ValueError:
+            traceback.format_exc()
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        assert _confined(kind, body) == 0
+
+
+def test_a_vm_process_has_threads() -> None:
+    """A vCPU is a thread, which a VM process may start, and a device process may not."""
+
+    def body() -> None:
+        threads = [threading.Thread(target=list) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert _confined(Kind.VM, body) == 0
+    assert _confined(Kind.DEVICE, body) != 0
+
+
+def _fork() -> None:
+    _call("fork")
+
+
+def test_vmm_starts_processes_that_are_confined_further() -> None:
+    """The zygote forks; what it forks can take more from itself, and does."""
+
+    def child_of_vmm() -> None:
+        status = _confined(Kind.DEVICE, lambda: None)
+        assert status == 0
+        status = _confined(Kind.DEVICE, _fork)
+        assert status == -signal.SIGSYS
+
+    assert _confined(Kind.VMM, child_of_vmm) == 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.VMM])
+def test_root_becomes_nobody_in_particular(kind: Kind) -> None:
+    """A process without privileges has another user, no groups, no files and no capabilities."""
+    try:
+        identity = find_identity()
+    except SandboxError as err:
+        pytest.skip(str(err))
+
+    def body() -> None:
+        with Path("/proc/self/status").open() as status:
+            confine(CONFINEMENTS[kind], identity)
+            lines = dict(line.split(":", 1) for line in status.read().splitlines())
+        assert lines["Uid"].split() == [str(identity.uid)] * 4
+        assert lines["Gid"].split() == [str(identity.gid)] * 4
+        assert lines["Groups"].split() == []
+        assert {lines[name].strip() for name in ("CapEff", "CapPrm", "CapBnd")} == {"0" * 16}
+
+    assert _end_of(body) == 0
+
+
+@pytest.mark.root
+def test_an_isolated_process_sees_nothing() -> None:
+    """The root directory is empty and read-only, and there is no interface but a dead loopback."""
+    from vmd.namespaces import leave_everything  # noqa: PLC0415 - for this test alone
+
+    def body() -> None:
+        leave_everything()
+        assert list(Path("/").iterdir()) == []
+        with pytest.raises(OSError, match="Read-only file system"):
+            Path("/x").mkdir()
+        assert [name for _, name in socket.if_nameindex()] == ["lo"]
+
+    assert _end_of(body) == 0
+
+
+@pytest.mark.root
+def test_priv_keeps_one_capability() -> None:
+    """The priv process is root without root's powers, save those over the network."""
+
+    def body() -> None:
+        from vmd.sandbox import Identity  # noqa: PLC0415 - for this test alone
+
+        with Path("/proc/self/status").open() as status:
+            confine(CONFINEMENTS[Kind.PRIV], Identity(65534, 65534))
+            lines = dict(line.split(":", 1) for line in status.read().splitlines())
+        assert int(lines["CapEff"], 16) == int(lines["CapPrm"], 16) == 1 << 12
+        assert int(lines["CapBnd"], 16) == 1 << 12
+        assert lines["NoNewPrivs"].strip() == "1"
+        assert lines["Seccomp"].strip() == "2"
+
+    assert _end_of(body) == 0
+
+
+def test_arguments_are_compared_under_their_mask() -> None:
+    """A call with conditions is allowed when one of its cases fits as a whole, else it ends us."""
+    table = Filter(
+        (
+            *(Allow(name, "the end") for name in ("exit_group", "write", "rt_sigprocmask")),
+            Allow("getpriority", "a", (Argument(0, 1), Argument(1, 0x10, 0xF0))),
+            Allow("getpriority", "b", (Argument(0, 7),)),
+        ),
+        (Refuse("getppid", errno.EPERM, "to see it refused"),),
+    )
+    program = compile_filter(table)
+
+    def run(*arguments: int) -> int:
+        def body() -> None:
+            install(program)
+            _call("getpriority", *arguments)
+            os._exit(0)
+
+        return _end_of(body)
+
+    assert [run(1, 0x1F), run(1, 0x10), run(7, 0x20)] == [0, 0, 0]
+    assert [run(1, 0x20), run(2, 0x10)] == [-signal.SIGSYS] * 2
+
+    def refused() -> None:
+        install(program)
+        os._exit(3 if _call("getppid") == -errno.EPERM else 4)
+
+    assert _end_of(refused) == 3
+
+
+def test_each_allowance_has_a_reason() -> None:
+    """No call is allowed, and none refused, without a word why."""
+    for kind, confinement in CONFINEMENTS.items():
+        table = confinement.filter
+        reasons = [one.reason for one in table.allowed] + [one.reason for one in table.refused]
+        assert min(map(len, reasons)) >= 3, kind
