@@ -1,4 +1,4 @@
-"""Show what the project does: a self-test guest, then a Debian kernel to a shell, visibly.
+"""Show what the project does: a self-test guest, a daemon with several, then a Debian kernel.
 
 The self-test guest runs on this machine's own /dev/kvm. The Debian kernel does too if this
 machine's KVM runs distribution kernels; where it only emulates guest kernels, the demo says so
@@ -8,7 +8,11 @@ and boots it in the rig, a full KVM host under QEMU's software emulation.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +31,33 @@ COMMANDS = (
     "cat /proc/cpuinfo | head",
     "dmesg | tail",
 )
+VMCTL = vmctl_run()[0]
+
+
+# The second and third VM start two seconds after the one before; the last by hand.
+VM_CONF = """\
+staggered start parallel 1 delay 2
+selftest = "{selftest}"
+
+vm "web" {{
+	memory 64M
+	boot $selftest
+}}
+vm "mail" {{
+	memory 64M
+	boot $selftest
+}}
+vm "build" {{
+	memory 64M
+	cpus 2
+	boot $selftest
+}}
+vm "spare" {{
+	disable
+	memory 64M
+	boot $selftest
+}}
+"""
 
 
 def say(text: str) -> None:
@@ -68,6 +99,93 @@ def selftest() -> int:
         return ended(guest)
 
 
+def vmctl(*words: str) -> None:
+    """Run a command of vmctl, shown with its output.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    say(f"$ vmctl {' '.join(words)}")
+    subprocess.run((VMCTL, *words), check=True, timeout=60)
+
+
+def running(count: int) -> None:
+    """Wait until so many VMs run, showing `vmctl status` whenever it changes.
+
+    Raises:
+        ConsoleTimeoutError: they do not within a minute.
+    """
+    shown = ""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        command = (VMCTL, "status")
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        states = [line.split()[-2] for line in told.splitlines()[1:]]
+        if str(states) != shown:
+            shown = str(states)
+            say("$ vmctl status")
+            print(told, end="", flush=True)
+        if states.count("running") >= count:
+            return
+        time.sleep(0.2)
+    raise ConsoleTimeoutError(f"{count} VMs do not run after a minute")
+
+
+def daemon() -> int:
+    """Run vmd as a user does: VMs that start staggered, a console, pause, stop, and its end."""
+    with tempfile.TemporaryDirectory(prefix="vmd-demo-") as scratch:
+        folder = Path(scratch)
+        config = folder / "vm.conf"
+        config.write_text(VM_CONF.format(selftest=ROOT / "bios" / "selftest.bin"))
+        os.environ |= {"XDG_RUNTIME_DIR": scratch, "VMD_SOCKET": f"{scratch}/vmd.sock"}
+        say("$ cat vm.conf")
+        print(config.read_text(), end="")
+        vmd = [str(Path(VMCTL).with_name("vmd")), "--user", "-d", "-f", str(config)]
+        say(f"$ vmd {' '.join(vmd[1:])} &")
+        with subprocess.Popen(vmd, stdin=subprocess.DEVNULL) as process:
+            try:
+                _wait_for(folder / "vmd.sock")
+                running(3)
+                vmctl("start", "spare")
+                console()
+                vmctl("pause", "mail")
+                vmctl("status", "mail")
+                vmctl("unpause", "mail")
+                vmctl("stop", "-w", "mail")
+                say("$ vmctl wait build &")
+                with subprocess.Popen((VMCTL, "wait", "build")) as waiter:
+                    time.sleep(1)  # so that it waits before the VM stops
+                    vmctl("stop", "-f", "build")
+                    waiter.wait(60)
+                vmctl("status")
+            finally:
+                say("$ kill %1")
+                process.terminate()
+            status = process.wait()
+        left = sorted(path.name for path in folder.iterdir() if path != config)
+        say(f"vmd's exit status {status}; left behind: {', '.join(left) or 'nothing'}")
+        return status or len(left)
+
+
+def console() -> None:
+    """Attach to a VM's console, let the guest count, and detach."""
+    say("$ vmctl console web")
+    with ConsoleProcess((VMCTL, "console", "web"), is_tty=True, on_output=show) as terminal:
+        terminal.expect("selftest: ready")
+        terminal.send("n")
+        terminal.expect(r"^3\b")
+        terminal.send("\r~.")
+        ended(terminal)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ConsoleTimeoutError(f"{path.name} does not appear")
+        time.sleep(0.05)
+
+
 def linux() -> int:
     """Boot Debian's cloud kernel to a shell and run a few commands in it."""
     kernel = artifacts.kernel("6.1-cloud")
@@ -88,8 +206,12 @@ def demo() -> int:
     missing = host.missing_kvm()
     if missing is not None:
         print(f"{missing}: left out")
-    elif selftest() != 0:
-        return 1
+    else:
+        if selftest() != 0:
+            return 1
+        say("The daemon, as a user's, with four self-test guests")
+        if daemon() != 0:
+            return 1
     say("A Debian cloud kernel with a busybox initramfs")
     missing = host.missing_guest_kvm()
     if missing is None:
@@ -110,7 +232,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         return linux() if given.linux else demo()
-    except (artifacts.ArtifactError, ConsoleTimeoutError) as error:
+    except (artifacts.ArtifactError, ConsoleTimeoutError, subprocess.SubprocessError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
 
