@@ -1,29 +1,43 @@
 """Entry point of `vmctl` and `python -m vmctl`."""
 
+import os
 import sys
+from collections.abc import Sequence
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    if sys.argv[1:2] == ["run"]:
-        # The imports of each way to read a command line are its cost.
+    try:
+        status = _perform(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads, as with `vmctl status | head -1`; nor what is flushed at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1  # as typer has it
+    sys.exit(status)
+
+
+def _perform(arguments: Sequence[str]) -> int:
+    """Read the arguments by the cheapest way that can, and do what they say."""
+    # The imports of each way to read a command line are its cost.
+    if arguments[:1] == ["run"]:
         from vmctl.run_options import read_plainly  # noqa: PLC0415
 
-        options = read_plainly(sys.argv[2:])
+        options = read_plainly(arguments[1:])
         if options is not None:
             from vmctl.run import run  # noqa: PLC0415
 
-            sys.exit(run(options))
+            return run(options)
     else:
         from vmctl.verbs import perform, read_verb  # noqa: PLC0415
 
-        read = read_verb(sys.argv[1:])
+        read = read_verb(arguments)
         status = perform(*read) if read else None
         if status is not None:
-            sys.exit(status)
+            return status
     from vmctl.cli import main as run_command_line  # noqa: PLC0415
 
-    sys.exit(run_command_line())
+    return run_command_line()
 
 
 if __name__ == "__main__":

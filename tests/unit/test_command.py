@@ -78,3 +78,17 @@ def test_run_is_light() -> None:
     assert "vmm_kvm.machine" in modules
     heavy = {"rich", "asyncio", "zstandard", "lz4", "pyroute2", "msgspec", "json"}
     assert not {name for name in modules if name.split(".")[0] in heavy}
+
+
+def test_a_reader_that_goes_away_is_no_error_of_ours() -> None:
+    """What `vmctl ... | head -0` leaves unread ends quietly, by any way to read words."""
+    program = (
+        "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
+        "import vmctl.__main__ as command\n{patch}\ncommand.main()"
+    )
+    by_typer = "sys.argv = ['vmctl', 'doctor', '--json']"
+    plainly = "command._perform = lambda _arguments: print('text') or 0"
+    for patch in (by_typer, plainly):
+        words = [sys.executable, "-c", program.format(patch=patch)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (1, "")
