@@ -148,7 +148,8 @@ class VirtioPci:
             class_code=class_code,
             revision_id=_REVISION,
             subsystem_vendor_id=VENDOR_OPENBSD,
-            subsystem_id=device_id,
+            # OpenBSD's vmd has the type alone here; below 0x40 OVMF takes no modern device.
+            subsystem_id=DEVICE_ID_BASE + device_id,
             interrupt_pin=_PIN_INTA,
             intx=intx,
         )

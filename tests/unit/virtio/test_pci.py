@@ -63,7 +63,7 @@ def test_identity(bench: Bench) -> None:
     assert driver.config_read(Register.DEVICE_ID, 2) == 0x1040 + 42
     assert driver.config_read(Register.REVISION_ID, 1) == 1
     assert driver.config_read(Register.SUBSYSTEM_VENDOR_ID, 2) == 0x0B5D
-    assert driver.config_read(Register.SUBSYSTEM_ID, 2) == 42
+    assert driver.config_read(Register.SUBSYSTEM_ID, 2) == 0x1040 + 42
     assert driver.config_read(Register.INTERRUPT_PIN, 1) == 1
 
 
