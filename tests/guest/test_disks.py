@@ -15,9 +15,10 @@ from tests import artifacts
 from tests.guest.linux_guest import COMMAND_LINE, MIB
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SIZE = 8 * MIB
+BOOT_S = 300.0
 COMMAND_S = 120.0
 
 
@@ -60,7 +61,7 @@ def booted(
         *(word for disk in disks for word in ("-d", disk)),
     )
     with ConsoleProcess(vmctl_run(*arguments)) as console:
-        console.expect("# ")
+        console.expect("# ", BOOT_S)
         yield Shell(console)
 
 
