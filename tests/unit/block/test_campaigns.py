@@ -23,12 +23,16 @@ def campaign(name: str, count: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("qemu_img")
 def test_corrupted_images() -> None:
     """Whatever is wrong with an image, it is used, or refused in one line."""
     assert campaign("corrupt_images", COUNT).endswith(" 0 deviations\n")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("qemu_img")
 def test_killed_writers() -> None:
     """A writer that is killed leaves a sound image with all that was flushed."""
