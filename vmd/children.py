@@ -32,8 +32,9 @@ def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
 
         confine(CONFINEMENTS[Kind.CONTROL], identity)
         with EventLoop() as loop:
-            Control(loop, Channel(connection, CONTROL_AND_PARENT), listener)
+            control = Control(loop, Channel(connection, CONTROL_AND_PARENT), listener)
             loop.run()
+            control.close()
 
     return Plan(Kind.CONTROL, body, (listener.fileno(),))
 

@@ -94,6 +94,13 @@ class Control:
         loop.add_reader(listener.fileno(), self._accept)
         parent.watch(loop, self._take, lambda _: loop.stop())
 
+    def close(self) -> None:
+        """End all connections and stop listening; the listening socket stays the caller's."""
+        self._loop.remove_reader(self._listener.fileno())
+        for client in self._clients.values():
+            client.channel.close()
+        self._clients.clear()
+
     # Clients
 
     def _accept(self) -> None:

@@ -14,7 +14,8 @@ from tests.system.vmd.daemon import Daemon
 Start = Callable[[str], Daemon]
 
 
-def _missing_separation() -> str | None:
+def missing_separation() -> str | None:
+    """Return why a daemon with separated processes cannot run here."""
     if os.geteuid() != 0:
         return "separated processes need root"
     try:
@@ -28,7 +29,7 @@ def _missing_separation() -> str | None:
 def start_vmd(request: pytest.FixtureRequest, tmp_path: Path) -> Start:
     """Return how to start a vmd with a configuration, the way that the test is run for."""
     is_user = request.param == "user"
-    reason = None if is_user else _missing_separation()
+    reason = None if is_user else missing_separation()
     if reason:
         if "root" in os.environ.get("VMD_REQUIRE", "").split(","):
             pytest.fail(reason, pytrace=False)

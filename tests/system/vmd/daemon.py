@@ -34,8 +34,12 @@ class Client:
     def __init__(self, path: Path) -> None:
         """Connect."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.connect(str(path))
+        except OSError:
+            self._socket.close()
+            raise
         self._socket.settimeout(TIMEOUT_S)
-        self._socket.connect(str(path))
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,193 @@
+"""The control process: what clients may send, and that none gets in another's way."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vmd.channel import Channel, Received, channel_pair
+from vmd.internal import (
+    CONTROL_AND_PARENT,
+    PARENT_AND_CONTROL,
+    ClientAnswer,
+    ClientGone,
+    ClientRequest,
+    ControlToParent,
+    ParentToControl,
+)
+from vmd.messages import Done, Status
+from vmd.procs.control import Control
+from vmm_kvm.loop import EventLoop
+
+_PATIENCE_NS = 5_000_000_000
+
+
+class Rig:
+    """A control process's work in an event loop, with a parent that remembers."""
+
+    def __init__(self, path: str) -> None:
+        """Listen at `path`."""
+        self.loop = EventLoop()
+        self.path = path
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(path)
+        self.listener.listen(64)
+        self.heard: list[ControlToParent] = []
+        self.fd_counts: list[int] = []
+        self.parent: Channel[ParentToControl, ControlToParent]
+        self.parent, self._ours = channel_pair(PARENT_AND_CONTROL, CONTROL_AND_PARENT)
+        self.parent.watch(self.loop, self._hear, lambda _: None)
+        self._control = Control(self.loop, self._ours, self.listener)
+
+    def _hear(self, received: Received[ControlToParent]) -> None:
+        with received.fds as fds:
+            self.heard.append(received.message)
+            self.fd_counts.append(len(fds))
+
+    def connect(self) -> socket.socket:
+        """Return a client's connection."""
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        client.connect(self.path)
+        client.setblocking(False)
+        return client
+
+    def run_until(self, is_so: Callable[[], bool]) -> None:
+        """Run the loop until `is_so`, at most some seconds."""
+        deadline = self.loop.monotonic_ns() + _PATIENCE_NS
+
+        def look() -> None:
+            if is_so() or self.loop.monotonic_ns() > deadline:
+                self.loop.stop()
+            else:
+                timer.arm(self.loop.monotonic_ns() + 1_000_000)
+
+        timer = self.loop.timer(look)
+        self.loop.call_soon(look)
+        self.loop.run()
+        assert is_so()
+
+    def packet(self, client: socket.socket) -> bytes:
+        """Run until a client has a packet; empty at the end of its connection."""
+        found: list[bytes] = []
+
+        def is_there() -> bool:
+            try:
+                found.append(client.recv(1 << 16))
+            except BlockingIOError:
+                return bool(found)
+            except ConnectionResetError:
+                found.append(b"")
+            return True
+
+        self.run_until(is_there)
+        return found[0]
+
+    def close(self) -> None:
+        """Close everything."""
+        self._control.close()
+        self.parent.close()
+        self._ours.close()
+        self.listener.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """Return a control process's work."""
+    made = Rig(str(tmp_path_factory.mktemp("control") / "s"))
+    yield made
+    made.close()
+
+
+def _status(serial: int) -> bytes:
+    return json.dumps({"type": "status", "serial": serial}).encode()
+
+
+def test_requests_and_answers_find_their_way(rig: Rig) -> None:
+    """A request goes to the parent with who asks; its answer, and no other's, comes back."""
+    with rig.connect() as one, rig.connect() as two:
+        one.send(_status(1))
+        two.send(_status(2))
+        rig.run_until(lambda: len(rig.heard) == 2)
+        for message in rig.heard:
+            assert isinstance(message, ClientRequest)
+            assert (message.uid, message.pid) == (os.geteuid(), os.getpid())
+            assert isinstance(message.request, Status)
+            answer = Done(serial=message.request.serial)
+            rig.parent.send(ClientAnswer(client=message.client, answer=answer))
+        assert json.loads(rig.packet(one))["serial"] == 1
+        assert json.loads(rig.packet(two))["serial"] == 2
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [b"{", b"\xff\xfe", b"[]", b'{"type":"none"}', b'{"type":"status","id":-1}', b"x" * 200_000],
+)
+def test_what_is_no_message_ends_its_connection(rig: Rig, packet: bytes) -> None:
+    """Its sender is told why and cut off; the parent hears only that somebody is gone."""
+    with rig.connect() as bad, rig.connect() as good:
+        bad.send(packet)
+        assert json.loads(rig.packet(bad))["type"] == "failed"
+        assert rig.packet(bad) == b""
+        good.send(_status(1))
+        rig.run_until(lambda: any(isinstance(each, ClientRequest) for each in rig.heard))
+        assert isinstance(rig.heard[0], ClientGone)
+
+
+def test_another_version_is_refused(rig: Rig) -> None:
+    """A client of another version is told so, and may go on with ours."""
+    with rig.connect() as client:
+        client.send(b'{"type":"status","serial":4,"version":99}')
+        answer = json.loads(rig.packet(client))
+        assert (answer["code"], answer["serial"]) == ("version", 4)
+        client.send(_status(5))
+        rig.run_until(lambda: len(rig.heard) == 1)
+
+
+def test_a_client_that_asks_without_end(rig: Rig) -> None:
+    """One that has many requests unanswered is not read on; another one is."""
+    with rig.connect() as greedy, rig.connect() as modest:
+        for serial in range(100):
+            try:
+                greedy.send(_status(serial))
+            except BlockingIOError:
+                break
+        rig.run_until(lambda: len(rig.heard) == 32)
+        modest.send(_status(1000))
+        rig.run_until(lambda: len(rig.heard) == 33)
+        first, last = rig.heard[0], rig.heard[-1]
+        assert isinstance(first, ClientRequest)
+        assert isinstance(last, ClientRequest)
+        assert first.client != last.client
+        for _ in range(10):
+            rig.parent.send(ClientAnswer(client=first.client, answer=Done()))
+        rig.run_until(lambda: len(rig.heard) >= 43)
+        # What is read at a go may pass the limit, but no more than that.
+        assert len(rig.heard) <= 33 + 10 + 32
+
+
+def test_a_client_that_goes_is_reported_once(rig: Rig) -> None:
+    """The parent is told, and an answer that comes too late hurts nobody."""
+    client = rig.connect()
+    client.send(_status(1))
+    rig.run_until(lambda: len(rig.heard) == 1)
+    client.close()
+    rig.run_until(lambda: len(rig.heard) == 2)
+    assert isinstance(rig.heard[0], ClientRequest)
+    assert rig.heard[1] == ClientGone(client=rig.heard[0].client)
+    rig.parent.send(ClientAnswer(client=rig.heard[0].client, answer=Done()))
+    with rig.connect() as other:
+        other.send(_status(2))
+        rig.run_until(lambda: len(rig.heard) == 3)
+
+
+def test_descriptors_are_passed_on(rig: Rig) -> None:
+    """What a client opened reaches the parent with its request."""
+    with rig.connect() as client:
+        socket.send_fds(client, [_status(1)], [0, 1, 2])
+        rig.run_until(lambda: len(rig.heard) == 1)
+        assert rig.fd_counts == [3]
