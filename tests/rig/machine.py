@@ -31,6 +31,10 @@ _QMP = "qmp"
 _KEY = b'{"execute": "send-key", "arguments": {"keys": [{"type": "qcode", "data": "shift"}]}}\n'
 _KEY_INTERVAL_S = 1.0
 
+# On a busy machine the kernel takes delays of emulation for a wrong TSC. It then reads the HPET,
+# a device, for every look at the clock, and KVM moves the TSC of guests at every switch of threads.
+_COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
+
 EXIT_TIMEOUT = 124
 EXIT_NOT_UP = 125
 
@@ -224,7 +228,7 @@ def qemu_arguments(rig: Rig, vmlinuz: Path, image: Path, share: Path) -> list[st
         *("-m", f"{rig.memory >> 20}M"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
         *("-kernel", str(vmlinuz), "-initrd", str(image)),
-        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off"),
+        *("-append", _COMMAND_LINE),
         "-virtfs",
         "local,path=/,security_model=none,mount_tag=root,readonly=on,multidevs=remap",
         "-virtfs",
