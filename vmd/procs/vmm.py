@@ -8,7 +8,6 @@ reaped. It decides nothing.
 Source: sections 5.3, 7.6 and 8.4 of OpenBSD's behaviour.
 """
 
-import array
 import os
 import signal
 import socket
@@ -41,6 +40,7 @@ from vmd.internal import (
     VmSpec,
 )
 from vmd.messages import ErrorCode
+from vmd.privsep import close_all_but
 from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop, LoopTimer
@@ -49,7 +49,6 @@ log = Log(__name__)
 
 _DEVICE_GRACE_NS = 30_000_000_000
 """How long a device process may write back what it holds, once its VM is gone."""
-_STANDARD_FDS = 3
 
 
 class DiskConnection(NamedTuple):
@@ -215,8 +214,6 @@ class Vmm:
     def _connection(stack: ExitStack) -> tuple[DiskConnection, DiskConnection]:
         """Make a disk's connection: the VM's ends and the device process's; `stack` closes all."""
         one, other = socket.socketpair()
-        read_fd, write_fd = -1, -1
-        ours = theirs = -1
         ours, theirs = one.detach(), other.detach()
         stack.callback(os.close, ours)
         stack.callback(os.close, theirs)
@@ -244,7 +241,7 @@ class Vmm:
             logging.set_title(title)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _close_all_but({*kept, logging.log_fd()})
+            close_all_but(set(kept))
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             status = body()
         except (VmmError, OSError) as err:
@@ -342,12 +339,3 @@ class Vmm:
         if vm.pid:
             assert vm.status is not None
             self._tell(Exited(id=number, pid=vm.pid, status=vm.status, ending=vm.ending))
-
-
-def _close_all_but(kept: set[int]) -> None:
-    """Close every descriptor from 3 on that is not in `kept`."""
-    start = _STANDARD_FDS
-    for fd in sorted(fd for fd in kept if fd >= _STANDARD_FDS):
-        os.closerange(start, fd)
-        start = fd + 1
-    os.closerange(start, (1 << (8 * array.array("i").itemsize - 1)) - 1)

@@ -1,0 +1,105 @@
+"""What vmd looks at before it starts: command line, service manager, socket, rights."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from vmd.listener import ListenerError, listen
+from vmd.options import Options, UsageError, parse_options
+from vmd.paths import user_config, user_socket
+from vmd.policy import Users
+from vmd.resources import may_access
+from vmd.service import Notifier, inherited_socket
+
+
+def test_options() -> None:
+    """Flags may be joined, -v and -D come more than once."""
+    options = parse_options(["-dvv", "-D", "a=b", "-Dc=d", "-f", "x", "--user", "--socket", "s"])
+    assert options == Options(
+        is_foreground=True,
+        verbosity=2,
+        macros=("a=b", "c=d"),
+        config="x",
+        socket="s",
+        is_user=True,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["-x"], ["operand"], ["-f"], ["--socket"], ["--nothing"]])
+def test_what_is_no_option(arguments: list[str]) -> None:
+    """Anything else is answered with the usage."""
+    with pytest.raises(UsageError):
+        parse_options(arguments)
+
+
+def test_where_an_ordinary_users_files_are() -> None:
+    """They follow the XDG directories, and are nowhere without any."""
+    assert user_socket({"XDG_RUNTIME_DIR": "/run/user/1"}) == "/run/user/1/vmd.sock"
+    assert user_socket({}) is None
+    assert user_config({"HOME": "/home/u"}) == "/home/u/.config/vm.conf"
+    assert user_config({"HOME": "/home/u", "XDG_CONFIG_HOME": "/c"}) == "/c/vm.conf"
+    assert user_config({}) is None
+
+
+def test_the_service_manager_is_told(tmp_path: Path) -> None:
+    """States go to the socket that the environment names; without one nothing happens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}).notify("READY=1")
+        assert manager.recv(100) == b"READY=1"
+    Notifier({}).notify("READY=1")
+
+
+def test_sockets_for_others_are_not_taken() -> None:
+    """Descriptors that were meant for another process are left alone."""
+    assert inherited_socket({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) is None
+    assert inherited_socket({}) is None
+
+
+def test_a_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
+    """One that a daemon serves is not, nor is any other file."""
+    path = tmp_path / "s"
+    listen(str(path)).close()
+    with listen(str(path)):
+        assert path.stat().st_mode & 0o777 == 0o660
+        with pytest.raises(ListenerError, match="another vmd serves it"):
+            listen(str(path))
+    path.unlink()
+    path.write_text("")
+    with pytest.raises(ListenerError, match="is there, and no socket"):
+        listen(str(path))
+
+
+@pytest.mark.parametrize(
+    ("uid", "mode", "may_read", "may_write"),
+    [
+        (0, 0o000, True, True),
+        (1, 0o400, True, False),
+        (1, 0o600, True, True),
+        (1, 0o044, True, False),
+        (2, 0o640, True, False),
+        (2, 0o600, False, False),
+        (3, 0o660, False, False),
+        (3, 0o004, True, False),
+        (3, 0o006, True, True),
+    ],
+)
+def test_access_to_files(
+    tmp_path: Path, uid: int, mode: int, may_read: bool, may_write: bool
+) -> None:
+    """Others' bits, then the owner's, then the group's decide; user 0 is never refused.
+
+    User 1 owns the file, user 2 is in its group, user 3 neither.
+    """
+    users = Users(frozenset({0}), lambda uid, gid: (uid, gid) == (2, 7))
+    path = tmp_path / "file"
+    path.write_text("")
+    fields = list(os.stat_result(path.stat()))
+    fields[0], fields[4], fields[5] = 0o100000 | mode, 1, 7
+    status = os.stat_result(fields)
+    assert may_access(status, uid, users, writes=False) is may_read
+    assert may_access(status, uid, users, writes=True) is may_write
