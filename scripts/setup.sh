@@ -37,14 +37,14 @@ packages='
     procps              free, in the demo
     python3             runs everything
     python3-venv        makes .venv
-    qemu-utils          qemu-img and qemu-io judge our disk images; a storage daemon
     seabios             firmware
     syslinux-common     isolinux needs it
     xorriso             makes CD-ROM images
     xz-utils            makes kernel payloads for the boot tests
     zstd                packs initramfs images
 '
-qemu_package=qemu-system-x86
+# The rig, and what judges our disk images and serves others.
+qemu_packages='qemu-system-x86 qemu-utils'
 qemu_minimum=1:10.0  # 7.2 loses interrupts under nested SVM and hangs
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -52,8 +52,11 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 qemu_is_new() {
-    dpkg --compare-versions "$(dpkg-query -W -f '${Version}' $qemu_package 2>/dev/null || echo 0)" \
-        ge $qemu_minimum
+    for package in $qemu_packages; do
+        installed "$package" || return 1
+        dpkg --compare-versions "$(dpkg-query -W -f '${Version}' "$package")" ge $qemu_minimum ||
+            return 1
+    done
 }
 
 # The URI, component-less, of the entry that brings this release's own suite, and its keyring:
@@ -132,13 +135,13 @@ for package in $(printf '%s\n' "$packages" | awk 'NF { print $1 }'); do
     installed "$package" || missing="$missing $package"
 done
 wanted_qemu=
-qemu_is_new || wanted_qemu=$qemu_package
+qemu_is_new || wanted_qemu=$qemu_packages
 known=yes
 kernels_are_known || known=
 if [ -n "$missing$wanted_qemu" ] || [ -z "$known" ]; then
     if [ "$(id -u)" != 0 ]; then
         [ -z "$missing" ] || say "install as root:$missing"
-        [ -z "$wanted_qemu" ] || say "install as root: $qemu_package, 10.0 or newer (backports)"
+        [ -z "$wanted_qemu" ] || say "install as root: $qemu_packages, 10.0 or newer (backports)"
         [ -n "$known" ] || say "run as root once: the package lists lack a kernel for guests"
         exit 1
     fi
@@ -148,12 +151,13 @@ if [ -n "$missing$wanted_qemu" ] || [ -z "$known" ]; then
     # shellcheck disable=SC2086 # a list of names
     [ -z "$missing" ] || apt_get install $missing
     if [ -n "$wanted_qemu" ]; then
+        # shellcheck disable=SC2086 # a list of names
         if [ "$codename" = bookworm ]; then
-            apt_get install -t "$codename-backports" $qemu_package
+            apt_get install -t "$codename-backports" $qemu_packages
         else
-            apt_get install $qemu_package
+            apt_get install $qemu_packages
         fi
-        qemu_is_new || { say "$qemu_package is still older than $qemu_minimum"; exit 1; }
+        qemu_is_new || { say "$qemu_packages: still older than $qemu_minimum"; exit 1; }
     fi
 fi
 
