@@ -34,6 +34,7 @@ packages='
     memtest86+          a guest
     mtools              grub-mkrescue needs it
     ovmf                UEFI firmware
+    passwd              adds the daemon's user
     procps              free, in the demo
     python3             runs everything
     python3-venv        makes .venv
@@ -159,6 +160,14 @@ if [ -n "$missing$wanted_qemu" ] || [ -z "$known" ]; then
         fi
         qemu_is_new || { say "$qemu_packages: still older than $qemu_minimum"; exit 1; }
     fi
+fi
+
+# What the daemon's processes run as; a package would have systemd-sysusers make it.
+if ! getent passwd _vmd >/dev/null; then
+    [ "$(id -u)" = 0 ] || { say "add the user _vmd as root: useradd --system _vmd"; exit 1; }
+    say "adding the user _vmd"
+    useradd --system --user-group --no-create-home --home-dir /nonexistent \
+        --shell /usr/sbin/nologin _vmd
 fi
 
 # The virtual environment: pinned and hashed wheels, then this tree in place, without dependencies.
