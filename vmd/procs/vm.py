@@ -69,6 +69,7 @@ REACTION_NS = 3 * NANOSECONDS
 SHUTDOWN_NS = 120 * NANOSECONDS
 """How long it may take after it has."""
 _LOOK_NS = NANOSECONDS // 4
+_AGAIN_NS = 10 * NANOSECONDS  # a guest that is shutting down passes over a press
 
 _READY = b"\0"
 _STATUS_MAX = 4096
@@ -288,10 +289,24 @@ class VmProcess:
             self._loop.stop()
         elif self._machine.has_noticed_power_button():
             self._deadline_ns = now + SHUTDOWN_NS
-            self._timer = self._loop.timer(self._loop.stop)
-            self._timer.arm(self._deadline_ns)
+            self._timer = self._loop.timer(self._press_again)
+            self._timer.arm(now + _AGAIN_NS)
         else:
             self._timer.arm(min(now + _LOOK_NS, self._deadline_ns))
+
+    def _press_again(self) -> None:
+        """Press once more, or end the guest when its time is over.
+
+        A guest that was just about to listen threw the first press away: whoever enables the
+        button clears its status first.
+        """
+        now = self._loop.monotonic_ns()
+        if now >= self._deadline_ns:
+            log.info("the guest did not stop: ended")
+            self._loop.stop()
+        else:
+            self._machine.press_power_button()
+            self._timer.arm(min(now + _AGAIN_NS, self._deadline_ns))
 
 
 def _ending(outcome: Outcome | None, is_stopping: bool) -> VmEnding:
