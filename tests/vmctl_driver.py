@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VMCTL = ROOT / ".venv" / "bin" / "vmctl"
 
 # What a guest needs to reach user space where everything is emulated and the machine is busy.
-BOOT_TIMEOUT_S = 120.0
+BOOT_TIMEOUT_S = 240.0
 _CHUNK = 65536
 
 

@@ -11,7 +11,7 @@ from tests import artifacts
 from tests.guest.linux_guest import GIB, MIB, Report, ours
 from tests.vmctl_driver import ConsoleTimeoutError
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
 
 QemuReport = Callable[[artifacts.Kernel], Report]
 
