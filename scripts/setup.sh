@@ -34,7 +34,7 @@ packages='
     memtest86+          a guest
     mtools              grub-mkrescue needs it
     ovmf                UEFI firmware
-    passwd              adds the daemon's user
+    passwd              adds the user that the daemon runs as
     procps              free, in the demo
     python3             runs everything
     python3-venv        makes .venv
