@@ -31,8 +31,8 @@ _QMP = "qmp"
 _KEY = b'{"execute": "send-key", "arguments": {"keys": [{"type": "qcode", "data": "shift"}]}}\n'
 _KEY_INTERVAL_S = 1.0
 
-# On a busy machine the kernel was seen to take delays of emulation for a wrong TSC, to read the HPET
-# instead, and to move the TSC of guests. Boots were not measurably faster or safer for trusting it.
+# On a busy machine the kernel was seen to take delays of emulation for a wrong TSC, to read the
+# HPET instead, and to move the TSC of guests. That boots are faster or safer so is not shown.
 _COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
 
 EXIT_TIMEOUT = 124
