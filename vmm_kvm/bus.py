@@ -11,7 +11,8 @@ but never into another device.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, Self
 
 from vmm_kvm.bits import all_ones
@@ -31,6 +32,13 @@ class BusDevice(Protocol):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take the low `size` (1, 2, 4 or 8) bytes of `value` at `offset`."""
+
+
+class Clearable(Protocol):
+    """A table of what was learnt from a bus."""
+
+    def clear(self) -> None:
+        """Forget everything."""
 
 
 class Claim(NamedTuple):
@@ -76,13 +84,14 @@ class Bus:
     accesses that straddle the end of a range. Ranges may change while vCPUs run.
     """
 
-    __slots__ = ("_bases", "_claims", "_lock", "_ranges", "size", "version")
+    __slots__ = ("_bases", "_claims", "_lock", "_ranges", "_watched", "size", "version")
 
     def __init__(self, size: int) -> None:
         """Make an empty bus of `size` addresses."""
         self.size = size
         self.version = 0
         """Changes whenever a range does: what was learnt from `find` before is stale then."""
+        self._watched: list[Clearable] = []
         self._lock = threading.Lock()  # guards all below; vCPUs look into _claims without it
         self._bases: list[int] = []
         self._ranges: list[tuple[int, int, BusDevice]] = []
@@ -160,6 +169,19 @@ class Bus:
             self._claims[address] = claim
             return claim
 
+    @contextmanager
+    def watched(self, table: Clearable) -> Iterator[None]:
+        """Empty `table`, of what was learnt from `find`, whenever a range changes in this block."""
+        with self._lock:
+            self._watched.append(table)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watched = [other for other in self._watched if other is not table]
+
     def _forget(self) -> None:
         self._claims = {}
-        self.version += 1
+        self.version += 1  # first: who stores something stale meanwhile sees the change, and clears
+        for table in self._watched:
+            table.clear()

@@ -99,6 +99,21 @@ def test_insertion_takes_effect_at_once() -> None:
     assert bus.read(0x11, 1) == 0
 
 
+def test_a_watched_table_is_emptied_by_every_change() -> None:
+    """What a vCPU learnt is forgotten when a range comes or goes, and kept afterwards."""
+    bus = Bus(0x100)
+    table = {1: "learnt"}
+    with bus.watched(table):
+        bus.insert(0x10, 4, RecordingDevice())
+        assert table == {}
+        table[2] = "learnt"
+        bus.remove(0x10)
+        assert table == {}
+    table[3] = "learnt"
+    bus.insert(0x10, 4, RecordingDevice())
+    assert table == {3: "learnt"}
+
+
 @pytest.mark.parametrize("base", [0x0F, 0x11, 0x20])
 def test_removing_what_is_not_there(base: int) -> None:
     """Only the base of a range names it."""

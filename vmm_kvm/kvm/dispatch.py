@@ -1,8 +1,9 @@
 """The hot path of the whole machine: enter the guest, serve the access it came out for, again.
 
 After an exit the processor's caches and predictions are cold, so what counts is how little is
-touched: a port access takes one look at the reason, one at the whole description of the access,
-and one in a table that leads to the device's method. Nothing is allocated.
+touched: an access takes one look at the reason, one at its description, and one in a table that
+leads to the device's method. Nothing is allocated. The buses empty those tables when their ranges
+change.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from vmm_kvm.kvm.exits import MMIO_ACCESS, Exit, IoExit, MmioExit
 from vmm_kvm.kvm.ioctl import enter
 from vmm_kvm.kvm.vcpu import Vcpu
 
-# What a port access needs: the device's lock and methods, the offset, the size in bytes, where the
-# data lie, and whether it is a write.
+# What an access needs: the device's lock and methods, the offset, the size in bytes, where the data
+# lie, and whether it is a write.
 _Access = tuple[
     Callable[[], bool],
     Callable[[], None],
@@ -26,7 +27,10 @@ _Access = tuple[
     bool,
 ]
 
-# A guest may use any of 65536 ports in many ways: forget what was learnt when it has used many.
+# By the first word of a port access; by the address of an MMIO access.
+_Known = dict[int, _Access]
+
+# A guest may use any number of addresses in many ways: forget what was learnt after many.
 _KNOWN_ACCESSES = 4096
 
 
@@ -55,32 +59,41 @@ def dispatch(
     io, io_words = vcpu.io_exit, vcpu.io_exit.words
     mmio_exit, mmio_words = vcpu.mmio_exit, vcpu.mmio_exit.words
     io_reason, mmio_reason = abi.KVM_EXIT_IO, abi.KVM_EXIT_MMIO
-    known: dict[int, _Access] = {}
-    widths: dict[int, tuple[int, memoryview, bool]] = {}
-    version = pio.version
-    while True:
-        try:
-            enter(fd, request)
-        except OSError:
-            # A kick, a start-up IPI or a failure; all of them persist until run() tells which.
-            reason = vcpu.run()
-            if reason is not io and reason is not mmio_exit:
-                if not leave(vcpu, reason):
-                    return
-                continue
-        if drain:
-            drain(vcpu)
-        kind = reasons[0]
-        if kind == io_reason:
-            if version != pio.version:
-                version = pio.version
-                known.clear()
+    ports: _Known = {}
+    addresses: dict[int, _Known] = {}  # by the size and direction of the access
+    with pio.watched(ports), mmio.watched(addresses):
+        while True:
             try:
-                acquire, release, read, write, offset, size, items, is_write = known[io_words[0]]
-            except KeyError:
-                _learn(io, pio, known)
-                _serve_io(io, pio)
+                enter(fd, request)
+            except OSError:
+                # A kick, a start-up IPI or a failure; all of them persist until run() tells which.
+                reason = vcpu.run()
+                if reason is not io and reason is not mmio_exit:
+                    if not leave(vcpu, reason):
+                        return
+                    continue
+            if drain:
+                drain(vcpu)
+            kind = reasons[0]
+            if kind == io_reason:
+                try:
+                    access = ports[io_words[0]]
+                except KeyError:
+                    _learn_io(io, pio, ports)
+                    _serve_io(io, pio)
+                    continue
+            elif kind == mmio_reason:
+                try:
+                    access = addresses[mmio_words[2] & MMIO_ACCESS][mmio_words[0]]
+                except KeyError:
+                    _learn_mmio(mmio_exit, mmio, addresses)
+                    _serve_mmio(mmio_exit, mmio)
+                    continue
+            elif leave(vcpu, vcpu.latest_exit()):
                 continue
+            else:
+                return
+            acquire, release, read, write, offset, size, items, is_write = access
             acquire()
             try:
                 if is_write:
@@ -89,34 +102,34 @@ def dispatch(
                     items[0] = read(offset, size)
             finally:
                 release()
-        elif kind == mmio_reason:
-            try:
-                size, items, is_write = widths[mmio_words[2] & MMIO_ACCESS]
-            except KeyError:
-                if mmio_exit.len not in mmio_exit.views:
-                    _serve_split_mmio(mmio_exit, mmio)
-                    continue
-                size, items = mmio_exit.len, mmio_exit.views[mmio_exit.len]
-                is_write = mmio_exit.is_write != 0
-                widths[mmio_words[2] & MMIO_ACCESS] = size, items, is_write
-            if is_write:
-                mmio.write(mmio_words[0], size, items[0])
-            else:
-                items[0] = mmio.read(mmio_words[0], size)
-        elif not leave(vcpu, vcpu.latest_exit()):
-            return
 
 
-def _learn(io: IoExit, pio: Bus, table: dict[int, _Access]) -> None:
+def _learn_io(io: IoExit, pio: Bus, known: _Known) -> None:
     """Note how to serve the next access like this one, if it is a single one to one device."""
-    claim = pio.find(io.port)
-    if io.count != 1 or io.port + io.size > claim.end:
+    if io.count == 1:
+        _learn(pio, io.port, io.size, io.views[io.size], io.is_write, known, io.words[0])
+
+
+def _learn_mmio(exit_: MmioExit, mmio: Bus, addresses: dict[int, _Known]) -> None:
+    """Note how to serve the next access like this one, if it is of a usual size."""
+    if exit_.len in exit_.views:
+        known = addresses.setdefault(exit_.words[2] & MMIO_ACCESS, {})
+        address, items = exit_.phys_addr, exit_.views[exit_.len]
+        _learn(mmio, address, exit_.len, items, exit_.is_write != 0, known, address)
+
+
+def _learn(  # noqa: PLR0917 - one access, whole
+    bus: Bus, address: int, size: int, items: memoryview, is_write: bool, known: _Known, key: int
+) -> None:
+    version = bus.version
+    base, end, acquire, release, read, write = bus.find(address)
+    if address + size > end:
         return
-    if len(table) >= _KNOWN_ACCESSES:
-        table.clear()
-    base, _, acquire, release, read, write = claim
-    offset, size = io.port - base, io.size
-    table[io.words[0]] = acquire, release, read, write, offset, size, io.views[size], io.is_write
+    if len(known) >= _KNOWN_ACCESSES:
+        known.clear()
+    known[key] = acquire, release, read, write, address - base, size, items, is_write
+    if bus.version != version:  # it changed meanwhile, and may have emptied the table too early
+        known.clear()
 
 
 def _serve_io(io: IoExit, pio: Bus) -> None:
@@ -129,11 +142,12 @@ def _serve_io(io: IoExit, pio: Bus) -> None:
             items[i] = pio.read(io.port, io.size)
 
 
-def _serve_split_mmio(reason: MmioExit, mmio: Bus) -> None:
-    """Serve an access of odd size, part of one that crosses a page, byte by byte."""
-    data = reason.data
-    for i in range(reason.len):
-        if reason.is_write:
-            mmio.write(reason.phys_addr + i, 1, data[i])
+def _serve_mmio(exit_: MmioExit, mmio: Bus) -> None:
+    """Serve a memory access of any size; one of odd size crosses a page, and goes byte by byte."""
+    size = exit_.len if exit_.len in exit_.views else 1
+    items = exit_.views[size]
+    for i in range(exit_.len // size):
+        if exit_.is_write:
+            mmio.write(exit_.phys_addr + i * size, size, items[i])
         else:
-            data[i] = mmio.read(reason.phys_addr + i, 1)
+            items[i] = mmio.read(exit_.phys_addr + i * size, size)
