@@ -83,13 +83,24 @@ class DiskSpec(Part, frozen=True, kw_only=True):
 
 
 class NicSpec(Part, frozen=True, kw_only=True):
-    """A network interface."""
+    """A network interface, open; see `vmm_kvm.net.nic` for what the descriptors are.
 
-    tap: int | None = None
-    """Index of the tap's descriptor."""
-    lladdr: str = ""
+    With `vhosts` the kernel moves its frames, with taps alone a device process of ours, with
+    neither an external vhost-user-net server.
+    """
+
+    name: str
+    """Of its tap, for messages."""
+    lladdr: str
+    """As `fe:e1:bb:d1:23:45`."""
+    taps: tuple[int, ...] = ()
+    """Indices of the descriptors of the tap's queues."""
+    vhosts: tuple[int, ...] = ()
+    """Indices of as many descriptors of /dev/vhost-net, or none."""
+    server: int | None = None
+    """Index of a connection to an external server."""
+    mtu: int = 1500
     is_locked: bool = False
-    is_local: bool = False
 
 
 class VmSpec(Part, frozen=True, kw_only=True):

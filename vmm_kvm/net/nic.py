@@ -1,0 +1,76 @@
+"""What a network interface of a guest is made of: an address, and who moves its frames.
+
+Everything is open already: whoever made taps and opened /dev/vhost-net hands descriptors on, so
+that a VM needs no privilege to have a network.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseconds to load
+    import socket
+
+MTU_MIN, MTU_DEFAULT, MTU_MAX = 68, 1500, 65535
+QUEUE_PAIRS_MAX = 16
+MAC_SIZE = 6
+
+
+class VhostPath(NamedTuple):
+    """The kernel moves frames between the guest and taps (vhost-net); no process sees them.
+
+    Who may send from which address has to be enforced on the tap.
+    """
+
+    taps: tuple[int, ...]
+    """A tap's queues, 1 to 16: descriptors of /dev/net/tun, each attached by TUNSETIFF with
+    IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and with IFF_MULTI_QUEUE where there are several."""
+    vhosts: tuple[int, ...]
+    """As many descriptors of /dev/vhost-net, each opened for this interface and not used yet."""
+
+
+class TapPath(NamedTuple):
+    """A thread of the process that has the machine moves frames between the guest and a tap."""
+
+    taps: tuple[int, ...]
+    """As VhostPath has them."""
+
+
+class StreamPath(NamedTuple):
+    """The same, with frames on a stream socket, each after its length in 32 bits, big-endian.
+
+    passt(1) and QEMU's `-netdev stream` speak so.
+    """
+
+    fd: int
+
+
+class RemotePath(NamedTuple):
+    """A vhost-user-net server moves them: a device process of ours, or a program such as passt."""
+
+    connect: "Callable[[], socket.socket]"
+    """Returns a connection to it, for one machine, which owns it."""
+    is_ours: bool
+    """Whether the server is our own, which also serves the control queue and knows the address."""
+
+
+Path = VhostPath | TapPath | StreamPath | RemotePath
+
+
+class NicParams(NamedTuple):
+    """One network interface; its descriptors stay the caller's, for one machine after another.
+
+    No two machines may have them at once.
+    """
+
+    mac: bytes
+    """The address that the guest reads: six bytes, not a multicast one."""
+    path: Path
+    name: str
+    """For the log."""
+    mtu: int = MTU_DEFAULT
+    """Bytes of the largest packet without its Ethernet header, 68 to 65535."""
+    is_locked: bool = False
+    """Whether frames from another address, or to one, are dropped (`locked lladdr`).
+
+    TapPath and StreamPath see to it; for the others, it has to be where their frames are.
+    """
