@@ -22,7 +22,7 @@ packages='
     grub-common         grub-mkrescue makes bootable discs
     grub-efi-amd64-bin  GRUB for UEFI
     grub-pc-bin         GRUB for BIOS
-    iproute2            ip brings up the loopback interface in the rig
+    iproute2            ip shows the tests what the daemon has made of interfaces
     ipxe                a guest, on a disc
     isolinux            boots a disc
     kmod                modprobe and depmod find kernel modules in load order
@@ -33,6 +33,7 @@ packages='
     mandoc              checks the manual pages
     memtest86+          a guest
     mtools              grub-mkrescue needs it
+    nftables            NAT, forwarded ports and locked lladdrs of the daemon
     ovmf                UEFI firmware
     passwd              adds the user that the daemon runs as
     procps              free, in the demo

@@ -8,10 +8,18 @@ import socket
 
 from vmd.channel import Channel
 from vmd.confinements import CONFINEMENTS, Kind
-from vmd.internal import CONTROL_AND_PARENT, VMM_AND_PARENT
+from vmd.internal import (
+    CONTROL_AND_PARENT,
+    LOCAL_AND_PARENT,
+    PRIV_AND_PARENT,
+    VMM_AND_PARENT,
+)
 from vmd.privsep import Plan
 from vmd.sandbox import Identity, confine
+from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
+
+log = Log(__name__)
 
 # What VM and device processes import only in some cases: afterwards there is no file to read.
 _LATE_MODULES = (
@@ -64,12 +72,41 @@ def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
 
 
 def priv_plan(identity: Identity | None) -> Plan:
-    """Return how to make a priv process: it has CAP_NET_ADMIN, and nothing to do with it yet."""
+    """Return how to make a priv process, which changes the host's network."""
 
     def body(connection: socket.socket) -> None:
-        from vmd.procs.priv import serve  # noqa: PLC0415 - see the module's docstring
+        from vmd.nftables import Nftables, NftablesError  # noqa: PLC0415 - see the module's docstring
+        from vmd.procs.priv import Priv  # noqa: PLC0415 - likewise
+        from vmd.rtnetlink import Rtnetlink  # noqa: PLC0415 - likewise
 
+        netlink = Rtnetlink()
+        try:
+            nftables: Nftables | None = Nftables()
+        except NftablesError as err:
+            log.info("%s", err)
+            nftables = None
         confine(CONFINEMENTS[Kind.PRIV], identity)
-        serve(connection)
+        with EventLoop() as loop:
+            parent = Channel(connection, PRIV_AND_PARENT)
+            priv = Priv(loop, parent, netlink, nftables)
+            parent.watch(loop, priv.take, lambda _: priv.parent_left())
+            loop.run()
 
     return Plan(Kind.PRIV, body)
+
+
+def local_plan(identity: Identity | None) -> Plan:
+    """Return how to make a local process, which answers guests on local interfaces."""
+
+    def body(connection: socket.socket) -> None:
+        from vmd.procs.local import Local  # noqa: PLC0415 - see the module's docstring
+
+        confine(CONFINEMENTS[Kind.LOCAL], identity)
+        with EventLoop() as loop:
+            parent = Channel(connection, LOCAL_AND_PARENT)
+            local = Local(loop)
+            parent.watch(loop, local.take, lambda _: loop.stop())
+            loop.run()
+            local.close()
+
+    return Plan(Kind.LOCAL, body)

@@ -28,6 +28,9 @@ _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _PROT_EXEC = 4
 _SO_SNDBUF = 7
+_TUNSETIFF = 0x400454CA
+_AF_INET, _AF_INET6 = 2, 10
+_SETTINGS = "/proc/sys/net"
 
 
 class Kind(StrEnum):
@@ -35,6 +38,7 @@ class Kind(StrEnum):
 
     CONTROL = "control"
     PRIV = "priv"
+    LOCAL = "local"
     VMM = "vmm"
     VM = "vm"
     DEVICE = "device"
@@ -141,7 +145,17 @@ _CONTROL = (
     *_all("who a client is", "getpeername"),
     *_all("closing connections", "shutdown"),
 )
-_PRIV = (*_all("interfaces, by netlink", "socket", "bind", "sendto", "recvfrom", "setsockopt"),)
+_PRIV = (
+    *_all("rtnetlink and nftables", "socket", "bind", "sendto", "recvfrom", "setsockopt"),
+    *_all("waiting for nftables", "select", "pselect6"),
+    *_with("ioctl", 1, {_TUNSETIFF: "taps"}),
+    *_all("settings of the network, where Landlock allows no other files", "openat"),
+)
+_LOCAL = (
+    *_with("socket", 0, {_AF_INET: "DNS questions", _AF_INET6: "the same"}),
+    *_all("to the host's DNS server", "connect"),
+    *_all("questions, answers and frames", "sendto", "recvfrom"),
+)
 
 _NO_CORE = ((resource.RLIMIT_CORE, 0),)
 """A core dump would hold the memory of guests, or what clients say."""
@@ -157,6 +171,13 @@ CONFINEMENTS = {
         (*_NO_CORE, (resource.RLIMIT_NOFILE, 256)),
         capabilities=frozenset({CAP_NET_ADMIN}),
         changes_user=False,
+        is_isolated=False,
+        writable=(_SETTINGS,),
+    ),
+    Kind.LOCAL: Confinement(
+        Filter((*_BASE, *_LOCAL), _REFUSED),
+        # The sockets of many interfaces, and their questions.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 16384)),
         is_isolated=False,
     ),
     Kind.VMM: Confinement(

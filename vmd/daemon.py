@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 from vmd import log as logging
 from vmd.channel import Channel
-from vmd.children import control_plan, priv_plan, vmm_plan
+from vmd.children import control_plan, local_plan, priv_plan, vmm_plan
 from vmd.config.check import parse_macro
 from vmd.config.model import Owner
 from vmd.confinements import Kind
-from vmd.internal import PARENT_AND_CONTROL, PARENT_AND_VMM
+from vmd.internal import PARENT_AND_CONTROL, PARENT_AND_LOCAL, PARENT_AND_PRIV, PARENT_AND_VMM
 from vmd.listener import ListenerError, listen, set_owner
+from vmd.networks import Networks
 from vmd.options import Options
 from vmd.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, user_config, user_socket
 from vmd.policy import Users
@@ -154,16 +155,18 @@ class Daemon:
         """Prepare; nothing is started before `run`."""
         self._loop = loop
         self._notifier = Notifier(os.environ)
-        self._parent = Parent(loop, setting.settings)
+        has_networks = setting.identity is not None  # an ordinary user has none
+        self._networks = Networks(loop, setting.socket_path, is_possible=has_networks)
+        self._parent = Parent(loop, setting.settings, self._networks)
         self._verbosity = verbosity
         self._plans: dict[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.identity),
             Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity),
         }
-        if setting.identity is not None:  # an ordinary user has no networks
+        if has_networks:
             self._plans[Kind.PRIV] = priv_plan(setting.identity)
+            self._plans[Kind.LOCAL] = local_plan(setting.identity)
         self._pids: dict[int, Kind] = {}
-        self._priv: socket.socket | None = None
         self._restarts = Restarts(loop)
         self._lost_vmm = False
         self._orphans_timer = loop.timer(self._kill_orphans)
@@ -200,8 +203,8 @@ class Daemon:
         self._notifier.notify("STOPPING=1")
         self._parent.control_ended()
         self._parent.close_vmm()
-        if self._priv:
-            self._priv.close()
+        self._networks.priv_ended()
+        self._networks.local_ended()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         wait_for(set(self._pids))
         log.info("terminating")
@@ -251,8 +254,12 @@ class Daemon:
                 self._parent.control_started(Channel(child.connection, PARENT_AND_CONTROL))
             case Kind.VMM:
                 self._parent.vmm_started(Channel(child.connection, PARENT_AND_VMM))
+            case Kind.PRIV:
+                self._networks.priv_started(Channel(child.connection, PARENT_AND_PRIV))
+            case Kind.LOCAL:
+                self._networks.local_started(Channel(child.connection, PARENT_AND_LOCAL))
             case _:
-                self._priv = child.connection
+                raise AssertionError(kind)
 
     def _reap(self) -> None:
         while True:
@@ -282,11 +289,14 @@ class Daemon:
                 # Its VMs are being killed by the kernel, and their disks write back.
                 self._lost_vmm = True
                 self._orphans_timer.arm(self._loop.monotonic_ns() + _ORPHANS_NS)
-            case _:
-                if self._priv:
-                    self._priv.close()
-                    self._priv = None
+            case Kind.PRIV:
+                self._networks.priv_ended()
                 self._restart(kind)
+            case Kind.LOCAL:
+                self._networks.local_ended()
+                self._restart(kind)
+            case _:
+                raise AssertionError(kind)
 
     def _restart(self, kind: Kind) -> None:
         if self._is_ending:

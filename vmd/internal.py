@@ -1,6 +1,8 @@
 """What the daemon's processes say to each other: one union per direction.
 
 parent ↔ control: what clients ask, with who they are, and what they are answered.
+parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
+parent ↔ local:   which guests are answered by DHCP and the like.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
 vmm ↔ vm:         vmm passes it on, and adds what only the parent of a process knows: how it ended.
 
@@ -66,6 +68,173 @@ class CloseClient(Internal, frozen=True, kw_only=True):
 
 ControlToParent = ClientRequest | ClientGone
 ParentToControl = ClientAnswer | CloseClient | SetVerbosity
+
+
+# parent ↔ priv
+
+
+class SwitchSpec(Part, frozen=True, kw_only=True):
+    """A switch: a bridge of the host, or one that priv makes."""
+
+    name: str
+    interface: str
+    is_ours: bool = False
+    """It is made, and removed when it is in no configuration any more."""
+    address: str = ""
+    """The host's on a bridge that is made, such as `10.0.0.1/24`."""
+    rdomain: int | None = None
+    is_up: bool = True
+
+
+class ForwardSpec(Part, frozen=True, kw_only=True):
+    """A port of the host that leads to one of a guest."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    port: int
+    to_port: int
+
+
+class LocalSpec(Part, frozen=True, kw_only=True):
+    """Addresses of a local interface."""
+
+    host4: str
+    guest4: str
+    host_lladdr: str
+    host6: str = ""
+    """Empty without IPv6, as the next one."""
+    guest6: str = ""
+    """The address that the guest makes for itself."""
+
+
+class TapSpec(Part, frozen=True, kw_only=True):
+    """The host's side of a VM's network interface."""
+
+    name: str
+    """`tap3`; empty for any that is free."""
+    lladdr: str
+    """The guest's."""
+    queues: tuple[int, ...] = ()
+    """Indices of open descriptors of /dev/net/tun; none if the interface is there already."""
+    alias: str
+    bridge: str = ""
+    """The interface of its switch, if it is on one."""
+    group: int = 0
+    rdomain: int | None = None
+    is_up: bool = True
+    is_locked: bool = False
+    mtu: int = 1500
+    local: LocalSpec | None = None
+    forwards: tuple[ForwardSpec, ...] = ()
+
+
+class Configure(Internal, frozen=True, kw_only=True):
+    """What the host's network is to be, apart from the interfaces of VMs; answered by `Configured`.
+
+    Whatever else priv has made, now or before it was killed, is removed.
+    """
+
+    mark: str
+    """What names this daemon; what priv makes bears it."""
+    table: str
+    """Name of the packet filter's tables."""
+    switches: tuple[SwitchSpec, ...] = ()
+    nat4: str = ""
+    """Network whose addresses are hidden from the rest of the world; empty for none."""
+    nat6: str = ""
+    is_partial: bool = False
+    """Interfaces that are there already follow, and then this again: nothing is removed yet."""
+
+
+class Attach(Internal, frozen=True, kw_only=True):
+    """Make the interfaces of a VM; answered by `Attached` or `AttachFailed`.
+
+    Each exists as long as the descriptors do that come along.
+    """
+
+    id: int
+    taps: tuple[TapSpec, ...]
+
+
+class Detach(Internal, frozen=True, kw_only=True):
+    """Forget a VM's interfaces, which are about to go; answered by `Detached`."""
+
+    id: int
+
+
+class AttachedTap(Part, frozen=True, kw_only=True):
+    """An interface that there is."""
+
+    name: str
+    index: int
+    """The kernel's number for it."""
+
+
+class Configured(Internal, frozen=True, kw_only=True):
+    """It is done, as far as it can be; the log says what cannot."""
+
+
+class Attached(Internal, frozen=True, kw_only=True):
+    """A VM's interfaces are there."""
+
+    id: int
+    taps: tuple[AttachedTap, ...]
+    is_filtered: bool
+    """Frames with a wrong lladdr are dropped where they are to be, whoever moves them."""
+
+
+class AttachFailed(Internal, frozen=True, kw_only=True):
+    """A VM has no interfaces; the message is one line."""
+
+    id: int
+    message: str
+
+
+class Detached(Internal, frozen=True, kw_only=True):
+    """Nothing refers to a VM's interfaces any more."""
+
+    id: int
+
+
+ParentToPriv = Configure | Attach | Detach | SetVerbosity
+PrivToParent = Configured | Attached | AttachFailed | Detached
+
+
+# parent ↔ local
+
+
+class ServeLocal(Internal, frozen=True, kw_only=True):
+    """Answer the guest on a local interface: DHCP, router solicitations, DNS."""
+
+    id: int
+    """The VM's."""
+    interface: str
+    """For messages."""
+    lladdr: str
+    """The guest's."""
+    addresses: LocalSpec
+    host_name: str = ""
+    """What the guest is to be called; empty for nothing."""
+    boots_from_net: bool = False
+    frames: int = 0
+    """Index of a packet socket, bound to the interface."""
+    dns: tuple[int, ...] = ()
+    """Indices of UDP sockets, bound to port 53 of the host's addresses there."""
+    resolver: str = ""
+    """The host's own DNS server; empty for none."""
+
+
+class ForgetLocal(Internal, frozen=True, kw_only=True):
+    """Serve none of a VM's interfaces any more."""
+
+    id: int
+
+
+ParentToLocal = ServeLocal | ForgetLocal | SetVerbosity
+
+
+class LocalToParent(Internal, frozen=True, kw_only=True):
+    """Nothing that the local process could say: it only listens."""
 
 
 # parent ↔ vmm ↔ vm
@@ -263,6 +432,10 @@ PARENT_AND_CONTROL: Wire[ParentToControl, ControlToParent] = Wire(
 CONTROL_AND_PARENT: Wire[ControlToParent, ParentToControl] = Wire(
     ParentToControl, WireEncoding.MSGPACK
 )
+PARENT_AND_PRIV: Wire[ParentToPriv, PrivToParent] = Wire(PrivToParent, WireEncoding.MSGPACK)
+PRIV_AND_PARENT: Wire[PrivToParent, ParentToPriv] = Wire(ParentToPriv, WireEncoding.MSGPACK)
+PARENT_AND_LOCAL: Wire[ParentToLocal, LocalToParent] = Wire(LocalToParent, WireEncoding.MSGPACK)
+LOCAL_AND_PARENT: Wire[LocalToParent, ParentToLocal] = Wire(ParentToLocal, WireEncoding.MSGPACK)
 PARENT_AND_VMM: Wire[ParentToVmm, VmmToParent] = Wire(VmmToParent, WireEncoding.MSGPACK)
 VMM_AND_PARENT: Wire[VmmToParent, ParentToVmm] = Wire(ParentToVmm, WireEncoding.MSGPACK)
 VMM_AND_VM: Wire[VmCommand, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)

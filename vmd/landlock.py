@@ -1,5 +1,7 @@
 """Landlock: no files, no TCP, no signals to others and no abstract sockets for this process.
 
+One that needs some files is given the directories that they are in.
+
 Descriptors that are open already stay usable. Whatever the running kernel knows to restrict is
 restricted; one without Landlock restricts nothing, which the caller is told.
 
@@ -9,6 +11,7 @@ Source: Linux include/uapi/linux/landlock.h; landlock(7)
 import ctypes
 import errno
 import os
+from collections.abc import Sequence
 
 from vmd.syscalls import SYSCALLS
 
@@ -19,6 +22,8 @@ _TCP_SINCE = 4
 _SCOPES_SINCE = 6
 _TCP_RIGHTS = 0b11  # bind, connect
 _SCOPES = 0b11  # abstract UNIX sockets, signals
+_RULE_PATH_BENEATH = 1
+_WRITE_AND_READ_FILE = 0b110
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -34,6 +39,13 @@ class _LandlockRulesetAttr(ctypes.Structure):
     )
 
 
+class _LandlockPathBeneathAttr(ctypes.Structure):
+    """struct landlock_path_beneath_attr."""
+
+    _pack_ = 1
+    _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
+
+
 def version() -> int:
     """Return the version of the kernel's interface, 0 if it has none or it is switched off."""
     found = _libc.syscall(
@@ -42,8 +54,11 @@ def version() -> int:
     return max(0, int(found))
 
 
-def restrict() -> bool:
+def restrict(writable: Sequence[str] = ()) -> bool:
     """Take all of the above from this thread and what it makes; needs no_new_privs.
+
+    Files below the directories of `writable` can still be opened, to be read and written; one that
+    is not there is passed over.
 
     Returns False where the kernel has no Landlock.
 
@@ -61,10 +76,24 @@ def restrict() -> bool:
     # An older kernel takes a larger structure as long as what it does not know is zero.
     fd = _call("landlock_create_ruleset", ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)))
     try:
+        for path in writable:
+            _allow(fd, path)
         _call("landlock_restrict_self", fd)
     finally:
         os.close(fd)
     return True
+
+
+def _allow(ruleset_fd: int, path: str) -> None:
+    try:
+        directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        attr = _LandlockPathBeneathAttr(_WRITE_AND_READ_FILE, directory)
+        _call("landlock_add_rule", ruleset_fd, _RULE_PATH_BENEATH, ctypes.byref(attr))
+    finally:
+        os.close(directory)
 
 
 def _call(name: str, *arguments: object) -> int:

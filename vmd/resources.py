@@ -9,13 +9,15 @@ Source: sections 2.5, 7.5 and 9.3 of OpenBSD's behaviour.
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import MEMORY_DEFAULT, Right
-from vmd.internal import DiskSpec, VmSpec
+from vmd.internal import DiskSpec, NicSpec, VmSpec
 from vmd.messages import ErrorCode
+from vmd.network import Network, open_vhosts
 from vmd.policy import Users
 from vmd.pty import Pty
 from vmd.vm import Vm
@@ -60,8 +62,8 @@ def may_access(status: os.stat_result, uid: int, users: Users, *, writes: bool) 
     return mode >> 3 & wanted == wanted and users.is_member(uid, status.st_gid)
 
 
-def open_resources(vm: Vm, users: Users, pty: Pty) -> Resources:
-    """Open all that a VM's processes need; `pty` stays the caller's.
+def open_resources(vm: Vm, users: Users, pty: Pty, networks: Sequence[Network] = ()) -> Resources:
+    """Open all that a VM's processes need; `pty` and `networks` stay the caller's.
 
     Raises:
         ResourceError: a file is missing, in use, not for this user, or of a wrong kind.
@@ -86,6 +88,7 @@ def open_resources(vm: Vm, users: Users, pty: Pty) -> Resources:
             append=append,
             disks=disks,
             cdrom=cdrom,
+            interfaces=tuple(opener.interface(network) for network in networks),
             tty=tty,
             tty_watch=tty_watch,
             ring=ring,
@@ -148,6 +151,19 @@ class _Opener:
         if not stat.S_ISREG(os.fstat(self.fds[index]).st_mode):
             raise ResourceError(ErrorCode.CDROM_INVALID, f"{path}: not a regular file")
         return index
+
+    def interface(self, network: Network) -> NicSpec:
+        """Take a network interface that there is, and open vhost-net for it if it may be used."""
+        taps = tuple(self.keep(os.dup(fd)) for fd in network.queues)
+        vhosts = open_vhosts(len(taps)) if network.may_vhost else []
+        return NicSpec(
+            name=network.tap.name,
+            lladdr=network.spec.lladdr,
+            taps=taps,
+            vhosts=tuple(map(self.keep, vhosts)),
+            mtu=network.spec.mtu,
+            is_locked=network.spec.is_locked,
+        )
 
     def disk(self, option: DiskOption) -> DiskSpec:
         """Open a disk's image, locked, and its bases, read-only; or connect to its server."""

@@ -59,6 +59,8 @@ class Confinement(NamedTuple):
     """Whether a process of root moves into empty namespaces."""
     has_files: bool = False
     """Whether it goes without Landlock, because it opens files."""
+    writable: tuple[str, ...] = ()
+    """Directories below which it may open files, to read and write them; in no other."""
 
 
 class _CapHeader(ctypes.Structure):
@@ -121,7 +123,7 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
         _prctl(_PR_SET_DUMPABLE, 0)
         seccomp.no_new_privileges()
         if not confinement.has_files:
-            landlock.restrict()
+            landlock.restrict(confinement.writable)
         seccomp.install(seccomp.compile_filter(confinement.filter))
     except OSError as err:
         raise SandboxError(err.strerror or str(err)) from err

@@ -153,6 +153,7 @@ SYSCALLS = {
     "readlinkat": 267,
     "fchmodat": 268,
     "faccessat": 269,
+    "pselect6": 270,
     "unshare": 272,
     "set_robust_list": 273,
     "sync_file_range": 277,

@@ -4,10 +4,25 @@ Source: sections 4.2, 4.4 and 4.5 of OpenBSD's behaviour.
 """
 
 from vmd.config.grammar import Tokens
-from vmd.config.model import NAME_MAX, RDOMAIN_MAX, InterfaceConfig, SwitchConfig
-from vmd.config.values import bridge_of, byte_length, group_of, lladdr_of, tap_of
+from vmd.config.model import (
+    FORWARDS_MAX,
+    MTU_MAX,
+    MTU_MIN,
+    NAME_MAX,
+    PORT_MAX,
+    RDOMAIN_MAX,
+    ForwardConfig,
+    InterfaceConfig,
+    SwitchConfig,
+)
+from vmd.config.values import address_of, bridge_of, byte_length, group_of, lladdr_of, tap_of
 
 _OPTIONS = ("switch", "group", "locked", "lladdr", "rdomain", "up", "down")
+INTERFACE_OWN_OPTIONS = ("forward", "mtu")
+"""Options of an interface that OpenBSD does not have."""
+SWITCH_OWN_OPTIONS = ("create", "address")
+"""Options of a switch that OpenBSD does not have."""
+_PROTOCOLS = ("tcp", "udp")
 
 
 class SwitchRule:
@@ -24,15 +39,20 @@ class SwitchRule:
         name = tokens.string()
         self._switch = SwitchConfig(name, interface="")
         tokens.block(self._option)
-        if not self._switch.interface:
+        switch = self._switch
+        if switch.is_created and not switch.interface:
+            switch = switch._replace(interface=tokens.checked(bridge_of, name))
+        if not switch.interface:
             tokens.refuse(f'switch "{name}" is missing interface name')
-        return self._switch
+        if switch.address is not None and not switch.is_created:
+            tokens.refuse(f'switch "{name}": address without create')
+        return switch
 
     def _option(self) -> None:
         """Take an option of a switch.
 
         swopt = "enable" | "disable" | "group" string | "interface" string | "locked" "lladdr"
-              | "rdomain" NUMBER | "up" | "down"
+              | "rdomain" NUMBER | "up" | "down" | "create" | "address" string
         """
         tokens, switch = self._tokens, self._switch
         if tokens.accept("enable"):
@@ -52,6 +72,12 @@ class SwitchRule:
             switch = switch._replace(is_up=True)
         elif tokens.accept("down"):
             switch = switch._replace(is_up=False)
+        elif tokens.is_at_own("create"):
+            tokens.take()
+            switch = switch._replace(is_created=True)
+        elif tokens.is_at_own("address"):
+            tokens.take()
+            switch = switch._replace(address=tokens.checked(address_of, tokens.string()))
         else:
             tokens.syntax_error()
         self._switch = switch
@@ -95,13 +121,17 @@ class InterfaceRule:
             self._tokens.accept(",")
 
     def _is_at_option(self) -> bool:
-        return any(self._tokens.is_at(word) for word in _OPTIONS)
+        tokens = self._tokens
+        return any(tokens.is_at(word) for word in _OPTIONS) or any(
+            tokens.is_at_own(word) for word in INTERFACE_OWN_OPTIONS
+        )
 
     def _option(self) -> None:
         """Take an option of an interface.
 
         ifopt = "switch" string | "group" string | [ "locked" ] "lladdr" [ STRING ]
               | "rdomain" NUMBER | "up" | "down"
+              | "forward" ( "tcp" | "udp" ) NUMBER "to" NUMBER | "mtu" NUMBER
         """
         tokens, interface = self._tokens, self._interface
         if tokens.accept("switch"):
@@ -123,13 +153,44 @@ class InterfaceRule:
             interface = interface._replace(is_up=True)
         elif tokens.accept("down"):
             interface = interface._replace(is_up=False)
+        elif tokens.is_at_own("forward"):
+            interface = self._forward(interface)
+        elif tokens.is_at_own("mtu"):
+            tokens.take()
+            mtu = _number(tokens, "mtu", MTU_MIN, MTU_MAX)
+            interface = interface._replace(mtu=mtu)
         else:
             tokens.syntax_error()
         self._interface = interface
 
+    def _forward(self, interface: InterfaceConfig) -> InterfaceConfig:
+        tokens = self._tokens
+        tokens.take()
+        protocol = next((word for word in _PROTOCOLS if tokens.is_at_own(word)), None)
+        if protocol is None:
+            tokens.syntax_error()
+        tokens.take()
+        port = _number(tokens, "port", 1, PORT_MAX)
+        if not tokens.is_at_own("to"):
+            tokens.syntax_error()
+        tokens.take()
+        to_port = _number(tokens, "port", 1, PORT_MAX)
+        if not interface.is_local:
+            tokens.refuse("forward is for local interfaces")
+        if any((protocol, port) == each[:2] for each in interface.forwards):
+            tokens.refuse(f"forward {protocol} {port} specified more than once")
+        if len(interface.forwards) >= FORWARDS_MAX:
+            tokens.refuse("too many forwards")
+        forward = ForwardConfig(protocol, port, to_port)
+        return interface._replace(forwards=(*interface.forwards, forward))
+
 
 def _rdomain(tokens: Tokens) -> int:
+    return _number(tokens, "rdomain", 0, RDOMAIN_MAX)
+
+
+def _number(tokens: Tokens, what: str, least: int, most: int) -> int:
     number = tokens.number()
-    if not 0 <= number <= RDOMAIN_MAX:
-        tokens.refuse(f"invalid rdomain: {number}")
+    if not least <= number <= most:
+        tokens.refuse(f"invalid {what}: {number}")
     return number

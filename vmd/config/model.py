@@ -21,6 +21,11 @@ DISKS_MAX = 4
 INTERFACES_MAX = 4
 CPUS_MAX = 64
 RDOMAIN_MAX = 255
+MTU_MIN, MTU_MAX = 68, 65521
+"""Linux's least for IPv4, and the largest that a tap takes."""
+PORT_MAX = 65535
+FORWARDS_MAX = 64
+"""Of one interface."""
 PATH_BYTES_MAX = 1023
 MEMORY_MIN = 1 << 20
 MEMORY_MAX = 128 << 30
@@ -81,6 +86,15 @@ class Agentx(NamedTuple):
     path: str = AGENTX_PATH
 
 
+class ForwardConfig(NamedTuple):
+    """A port of the host that leads to one of a guest."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    port: int
+    to_port: int
+
+
 class SwitchConfig(NamedTuple):
     """A switch: a bridge of the host, and what the interfaces on it inherit."""
 
@@ -92,6 +106,10 @@ class SwitchConfig(NamedTuple):
     """Members drop frames whose source is not their lladdr."""
     rdomain: int | None = None
     is_up: bool = True
+    is_created: bool = False
+    """The bridge is made by vmd, and removed by it."""
+    address: str | None = None
+    """The host's on a bridge that is made, such as `10.0.0.1/24`."""
 
 
 class InterfaceConfig(NamedTuple):
@@ -108,6 +126,9 @@ class InterfaceConfig(NamedTuple):
     is_locked: bool = False
     rdomain: int | None = None
     is_up: bool = True
+    mtu: int | None = None
+    """Bytes, without the Ethernet header; None for 1500."""
+    forwards: tuple[ForwardConfig, ...] = ()
 
 
 class VmConfig(NamedTuple):
@@ -158,6 +179,8 @@ class Config(NamedTuple):
     socket_owner: Owner | None = None
     local_prefix: Prefix | None = None
     """IPv4."""
+    is_nat: bool = False
+    """Local interfaces reach the world under the host's addresses."""
     is_local_inet6: bool = False
     """Local interfaces have IPv6 addresses."""
     local_prefix6: Prefix | None = None

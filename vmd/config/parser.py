@@ -199,12 +199,15 @@ class _Parser:
         self._macros.define(name, value)
 
     def _local(self) -> None:
-        """Take `"local" ( "prefix" STRING | "inet6" [ "prefix" STRING ] )`."""
+        """Take `"local" ( "prefix" STRING [ "nat" ] | "inet6" [ "prefix" STRING ] )`."""
         tokens = self.tokens
         if tokens.accept("prefix"):
             text = tokens.one_string()
             prefix = tokens.checked(prefix4_of, text, "invalid local prefix: ")
-            self._config = self._config._replace(local_prefix=prefix)
+            is_nat = tokens.is_at_own("nat")
+            if is_nat:
+                tokens.take()
+            self._config = self._config._replace(local_prefix=prefix, is_nat=is_nat)
             return
         tokens.expect("inet6")
         self._config = self._config._replace(is_local_inet6=True)

@@ -54,7 +54,8 @@ def _quoted(text: str) -> str:
 
 def _globals(config: Config) -> Iterator[str]:
     if config.local_prefix is not None:
-        yield f"local prefix {quoted(_prefix4(config.local_prefix))}"
+        nat = " nat" if config.is_nat else ""
+        yield f"local prefix {quoted(_prefix4(config.local_prefix))}{nat}"
     if config.local_prefix6 is not None:
         yield f"local inet6 prefix {quoted(_prefix6(config.local_prefix6))}"
     elif config.is_local_inet6:
@@ -96,6 +97,10 @@ def _switch(switch: SwitchConfig) -> Iterator[str]:
     if switch.rdomain is not None:
         yield f"\trdomain {switch.rdomain}"
     yield "\tup" if switch.is_up else "\tdown"
+    if switch.is_created:
+        yield "\tcreate"
+    if switch.address is not None:
+        yield f"\taddress {quoted(switch.address)}"
     yield "}"
 
 
@@ -157,6 +162,12 @@ def _interface(interface: InterfaceConfig) -> str:
     if interface.tap is not None:
         found += f" {quoted(interface.tap)}"
     options = ["up" if interface.is_up else "down"]
+    # Words that OpenBSD does not have would be part of a string before them.
+    if interface.mtu is not None:
+        options.append(f"mtu {interface.mtu}")
+    options += (
+        f"forward {each.protocol} {each.port} to {each.to_port}" for each in interface.forwards
+    )
     if interface.switch is not None:
         options.append(f"switch {quoted(interface.switch)}")
     if interface.group is not None:

@@ -95,6 +95,24 @@ def bridge_of(name: str) -> str:
     return name
 
 
+def address_of(text: str) -> str:
+    """Return an IPv4 or IPv6 address and the bits of its network, such as `10.0.0.1/24`.
+
+    Raises:
+        ValueRefusedError: it is none that a host can have.
+    """
+    from ipaddress import ip_interface  # noqa: PLC0415 - hardly any file has such an address
+
+    try:
+        found = ip_interface(text)
+    except ValueError:
+        raise ValueRefusedError(f"invalid address: {text}") from None
+    is_whole = "/" in text and "%" not in text
+    if not is_whole or found.ip.is_multicast or found.ip.is_unspecified:
+        raise ValueRefusedError(f"invalid address: {text}")
+    return str(found)
+
+
 def group_of(name: str) -> str | None:
     """Return an interface group; None for an empty name.
 

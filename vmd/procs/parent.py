@@ -61,6 +61,8 @@ from vmd.messages import (
     ResetMode,
     Start,
 )
+from vmd.network import Network
+from vmd.networks import Networks
 from vmd.policy import Users
 from vmd.pty import Pty, open_pty
 from vmd.registry import (
@@ -118,9 +120,10 @@ class Parent:
     `control` and `vmm` are None while there is no such process.
     """
 
-    def __init__(self, loop: EventLoop, settings: Settings) -> None:
+    def __init__(self, loop: EventLoop, settings: Settings, networks: Networks) -> None:
         """Begin without VMs and processes."""
         self._loop = loop
+        self._networks = networks
         self._settings = settings
         self._control: Channel[ParentToControl, ControlToParent] | None = None
         self._vmm: Channel[ParentToVmm, VmmToParent] | None = None
@@ -218,6 +221,7 @@ class Parent:
             return False
         self._settings.set_socket_owner(config.socket_owner)
         self._registry.staggered = config.staggered or self._default_staggered
+        self._networks.configure(config)
         self._register(config)
         return True
 
@@ -249,6 +253,7 @@ class Parent:
         logging.set_verbosity(level)
         self._send_control(SetVerbosity(level=level))
         self._send_vmm(SetVerbosity(level=level))
+        self._networks.set_verbosity(level)
 
     def shut_down(self, on_idle: Callable[[], None]) -> None:
         """End all VMs; `on_idle` is called once, when none is left."""
@@ -342,6 +347,7 @@ class Parent:
             case vm_state.Release(keeps_tty=keeps_tty):
                 if not keeps_tty:
                     self._close_pty(vm.id)
+                    self._networks.release(vm.id)
             case vm_state.Kill():
                 self._send_vmm(Kill(id=vm.id))
             case vm_state.SendStop():
@@ -354,21 +360,29 @@ class Parent:
                 assert_never(effect)
 
     def _launch(self, vm: Vm) -> None:
-        """Open what a VM needs, and have vmm start its processes."""
+        """Make a VM's interfaces; then go on."""
+        if vm.state.phase is not vm_state.Phase.STARTING:  # somebody has thought better of it
+            self._happened(vm.id, vm_state.LaunchFailed(ErrorCode.EINTR, "it was stopped"))
+            return
+        self._networks.attach(vm, lambda found: self._launch_with(vm, found))
+
+    def _launch_with(self, vm: Vm, networks: tuple[Network, ...] | ResourceError) -> None:
+        """Open what else a VM needs, and have vmm start its processes."""
+        if isinstance(networks, ResourceError):
+            self._launch_failed(vm, networks.code, str(networks))
+            return
         if vm.state.phase is not vm_state.Phase.STARTING:  # somebody has thought better of it
             self._happened(vm.id, vm_state.LaunchFailed(ErrorCode.EINTR, "it was stopped"))
             return
         try:
             pty = self._pty(vm)
-            spec, fds = open_resources(vm, self._settings.users, pty)
+            spec, fds = open_resources(vm, self._settings.users, pty, networks)
         except ResourceError as err:
             self._launch_failed(vm, err.code, str(err))
             return
         except OSError as err:
             self._launch_failed(vm, ErrorCode.EIO, err.strerror or str(err))
             return
-        if vm.config.interfaces:
-            log.warning("vm/%s: started without its interfaces: no networks yet", vm.name)
         self._launched.add(vm.id)
         if not self._send_vmm(Launch(spec=spec), fds):
             self._launched.discard(vm.id)
@@ -406,12 +420,15 @@ class Parent:
                 config = self._read(path, is_optional=False)
                 is_done = config is not None
                 if config is not None:
+                    self._networks.add(config)
                     self._register(config)
             case Reload():
                 is_done = self.reload()
             case Reset(mode=ResetMode.SWITCHES):
-                pass  # there are none yet
-            case Reset():
+                self._networks.forget_switches()
+            case Reset(mode=mode):
+                if mode is ResetMode.ALL:
+                    self._networks.forget_switches()
                 self._run(self._registry.remove_all(ticket))
                 return
             case Log(level=level):

@@ -18,8 +18,8 @@ def tokens_of(data: bytes, macros: dict[str, str] | None = None) -> tuple[list[T
     found = []
     while (token := lexer.next()).kind is not Kind.END:
         found.append(token)
-    # There is none after a quote that does not end.
-    assert reports or found[-1].kind is Kind.NEWLINE
+    # There is none after a quote that does not end, or where a line goes on and then does not.
+    assert reports or not found or found[-1].kind is Kind.NEWLINE
     return found[:-1], reports
 
 

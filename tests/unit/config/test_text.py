@@ -12,6 +12,7 @@ from vmd.config.model import (
     Agentx,
     BootDevice,
     Config,
+    ForwardConfig,
     InterfaceConfig,
     Owner,
     Prefix,
@@ -52,10 +53,38 @@ SWITCHES = st.builds(
     is_locked=st.booleans(),
     rdomain=RDOMAINS,
     is_up=st.booleans(),
+    is_created=st.just(False),
+    address=st.none(),
+) | st.builds(
+    SwitchConfig,
+    name=TEXTS,
+    interface=st.just("br0"),
+    group=st.none(),
+    rdomain=st.none(),
+    is_created=st.just(True),
+    address=st.sampled_from([None, "10.0.0.1/24", "fd00::1/64"]),
 )
+PORTS = st.integers(1, 65535)
+FORWARDS = st.lists(
+    st.builds(ForwardConfig, st.sampled_from(["tcp", "udp"]), PORTS, PORTS),
+    max_size=3,
+    unique_by=lambda forward: forward[:2],
+).map(tuple)
 INTERFACES = st.builds(
     InterfaceConfig,
+    is_local=st.just(True),
+    tap=st.none(),
+    switch=st.none() | NAMES.filter(bool),
+    group=GROUPS,
+    lladdr=st.none() | ADDRESSES,
+    rdomain=RDOMAINS,
+    mtu=st.none() | st.integers(68, 65521),
+    forwards=FORWARDS,
+) | st.builds(
+    InterfaceConfig,
     is_local=st.booleans(),
+    mtu=st.none() | st.integers(68, 65521),
+    forwards=st.just(()),
     tap=st.none() | st.integers(0, 99_999_999).map("tap{}".format),
     switch=st.none() | NAMES.filter(bool),
     group=GROUPS,
@@ -129,11 +158,13 @@ def configs(draw: st.DrawFn) -> Config:
     prefix = Prefix(draw(st.integers(0, (1 << bits) - 1)) << (32 - bits), bits)
     prefix6 = Prefix(draw(st.integers(0, (1 << bits6) - 1)) << (128 - bits6), bits6)
     is_inet6 = draw(st.booleans())
+    local_prefix = draw(st.none() | st.just(prefix))
     return Config(
         vms=tuple(draw(st.lists(vms(), max_size=3))),
         switches=tuple(draw(st.lists(SWITCHES, max_size=3))),
         socket_owner=draw(st.none() | OWNERS),
-        local_prefix=draw(st.none() | st.just(prefix)),
+        local_prefix=local_prefix,
+        is_nat=local_prefix is not None and draw(st.booleans()),
         is_local_inet6=is_inet6,
         local_prefix6=draw(st.none() | st.just(prefix6)) if is_inet6 else None,
         staggered=draw(

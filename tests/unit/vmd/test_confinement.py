@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vmd import landlock
 from vmd.confinements import CONFINEMENTS, Kind
 from vmd.sandbox import SandboxError, confine, find_identity
 from vmd.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
@@ -27,6 +28,8 @@ FORBIDDEN = (
     *("connect", "listen", "unlink", "rename", "mkdirat", "truncate", "chmod", "chown"),
     *("pidfd_getfd", "openat2"),
 )
+# The local process asks the host's DNS server.
+EXEMPT = {Kind.LOCAL: {"connect"}}
 # What one kind may and others may not.
 OF_VMM = ("fork", "wait4", "kill", "socketpair", "seccomp")
 
@@ -75,7 +78,8 @@ def test_a_forbidden_call_ends_the_process(kind: Kind) -> None:
     survived = {
         name: status
         for name in FORBIDDEN
-        if (status := _confined(kind, _calling(name))) != -signal.SIGSYS
+        if name not in EXEMPT.get(kind, set())
+        and (status := _confined(kind, _calling(name))) != -signal.SIGSYS
     }
     assert survived == {}
 
@@ -88,9 +92,11 @@ def test_only_vmm_has_children(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sockets_are_for_priv_alone(kind: Kind) -> None:
-    """No process makes a socket of its own, but the one that speaks netlink."""
+def test_sockets_are_for_networks_alone(kind: Kind) -> None:
+    """No process makes a socket of its own, but those that speak netlink, and DNS."""
     status = _confined(kind, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close())
+    assert status == (0 if kind in {Kind.PRIV, Kind.LOCAL} else -signal.SIGSYS)
+    status = _confined(kind, lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).close())
     assert status == (0 if kind is Kind.PRIV else -signal.SIGSYS)
 
 
@@ -106,6 +112,21 @@ def test_files_cannot_be_opened(kind: Kind) -> None:
         raise AssertionError("it opened a file")
 
     assert _confined(kind, body) == 0
+
+
+@pytest.mark.skipif(landlock.version() == 0, reason="this kernel has no Landlock")
+def test_priv_opens_settings_of_the_network() -> None:
+    """Below /proc/sys/net, priv reads and writes; its neighbours there are closed to it."""
+
+    def body() -> None:
+        os.close(os.open("/proc/sys/net/ipv4/ip_forward", os.O_RDONLY))
+        for path in ("/proc/sys/kernel/ostype", "/proc/self/status", "/etc/passwd"):
+            with pytest.raises(PermissionError):
+                os.open(path, os.O_RDONLY)
+        with pytest.raises(PermissionError):
+            os.open("/proc/sys/net/ipv4", os.O_RDONLY | os.O_DIRECTORY)
+
+    assert _confined(Kind.PRIV, body) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +197,7 @@ def test_vmm_starts_processes_that_are_confined_further() -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.VMM])
+@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.VMM, Kind.LOCAL])
 def test_root_becomes_nobody_in_particular(kind: Kind) -> None:
     """A process without privileges has another user, no groups, no files and no capabilities."""
     try:

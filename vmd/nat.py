@@ -1,0 +1,102 @@
+"""The packet filter's rules, as text: NAT, forwarded ports, and locked lladdrs.
+
+All of it is in two tables of our own, which each text replaces as a whole: a table for addresses,
+and one for the frames of each locked interface. Rules of others are not looked at.
+
+Source: nft(8); sections 12.6 and 12.7 of OpenBSD's behaviour.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_MULTICAST = "01:00:00:00:00:00"
+
+
+class Forward(NamedTuple):
+    """A port of the host's addresses that leads to a guest's."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    port: int
+    to_port: int
+    guest4: str
+    guest6: str = ""
+    """Empty without IPv6."""
+
+
+class Rules(NamedTuple):
+    """What there are to be rules for."""
+
+    nat4: str = ""
+    """A network such as `100.64.0.0/10`, whose addresses the world does not see; or none."""
+    nat6: str = ""
+    forwards: tuple[Forward, ...] = ()
+    locked: tuple[tuple[str, str], ...] = ()
+    """Interfaces, and the lladdr of the guest that each is for."""
+
+
+def clearing(table: str) -> str:
+    """Return the commands that remove our tables, whether they are there or not."""
+    return "".join(
+        f"table {family} {table}\ndelete table {family} {table}\n" for family in ("inet", "netdev")
+    )
+
+
+def ruleset(table: str, rules: Rules) -> str:
+    """Return the commands that make our tables, both of the name `table`, what `rules` says."""
+    text = clearing(table)
+    chains = [*_address_chains(rules)]
+    if chains:
+        text += f"table inet {table} {{\n{''.join(chains)}}}\n"
+    if rules.locked:
+        chains = [chain for name, lladdr in rules.locked for chain in _locked(name, lladdr)]
+        text += f"table netdev {table} {{\n{''.join(chains)}}}\n"
+    return text
+
+
+def _chain(name: str, hook: str, lines: Iterable[str]) -> str:
+    body = "".join(f"\t\t{line}\n" for line in (hook, *lines))
+    return f"\tchain {name} {{\n{body}\t}}\n"
+
+
+def _address_chains(rules: Rules) -> Iterable[str]:
+    forwards = [line for forward in rules.forwards for line in _forward(forward)]
+    if forwards:
+        yield _chain(
+            "prerouting", "type nat hook prerouting priority dstnat; policy accept;", forwards
+        )
+        # What the host itself sends to its own addresses; 127.0.0.1 and ::1 cannot be left.
+        exempt = ["ip daddr 127.0.0.0/8 return", "ip6 daddr ::1 return"]
+        yield _chain(
+            "output", "type nat hook output priority -100; policy accept;", [*exempt, *forwards]
+        )
+    hidden = [
+        f"{family} saddr {network} {family} daddr != {network} masquerade"
+        for family, network in (("ip", rules.nat4), ("ip6", rules.nat6))
+        if network
+    ]
+    if hidden:
+        yield _chain(
+            "postrouting", "type nat hook postrouting priority srcnat; policy accept;", hidden
+        )
+
+
+def _forward(forward: Forward) -> Iterable[str]:
+    to = f"fib daddr type local {forward.protocol} dport {forward.port} dnat"
+    yield f"{to} ip to {forward.guest4}:{forward.to_port}"
+    if forward.guest6:
+        yield f"{to} ip6 to [{forward.guest6}]:{forward.to_port}"
+
+
+def _locked(name: str, lladdr: str) -> Iterable[str]:
+    """What the guest sends comes in there, what it receives goes out."""
+    yield _chain(
+        f"from_{name}",
+        f'type filter hook ingress device "{name}" priority 0; policy accept;',
+        [f"ether saddr != {lladdr} drop"],
+    )
+    yield _chain(
+        f"to_{name}",
+        f'type filter hook egress device "{name}" priority 0; policy accept;',
+        [f"ether daddr & {_MULTICAST} != {_MULTICAST} ether daddr != {lladdr} drop"],
+    )
