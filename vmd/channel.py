@@ -105,6 +105,22 @@ class Fds:
         self._fds[index] = None
         return fd
 
+    def spread(self, places: Sequence[int]) -> None:
+        """Let each be taken by its index in `places` instead, which are all others' no longer.
+
+        Raises:
+            MalformedError: there are not as many places, or one is no index of a descriptor.
+        """
+        if len(self) != len(places) or not all(0 <= place < FDS_MAX for place in places):
+            raise MalformedError(f"{len(self)} descriptors for {len(places)} places")
+        found = dict(zip(places, self.take_all(), strict=True))
+        self._fds = [found.get(place) for place in range(FDS_MAX)]
+
+    @property
+    def places(self) -> list[int]:
+        """The indices of those that have not been taken."""
+        return [index for index, fd in enumerate(self._fds) if fd is not None]
+
     @property
     def left(self) -> list[int]:
         """Those that have not been taken, in order; they stay this object's."""

@@ -60,6 +60,7 @@ def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
             import_module(name)
         # A guest's kernel cache would be a file.
         os.environ.clear()
+        vm.prepare(kvm_fd)
         gc.collect()
         gc.freeze()
         confine(CONFINEMENTS[Kind.VMM], identity)

@@ -27,6 +27,7 @@ _F_DUPFD_CLOEXEC = 1030
 _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _PROT_EXEC = 4
+_PR_SET_NAME = 15
 _SO_SNDBUF = 7
 _TUNSETIFF = 0x400454CA
 _AF_INET, _AF_INET6 = 2, 10
@@ -122,6 +123,7 @@ _VM = (
     *_THREADS,
     Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
     *_all("guest memory", "memfd_create"),
+    *_with("prctl", 0, {_PR_SET_NAME: "what VM it is, which it is told when it is confined"}),
     *_all("images into guest memory", "sendfile"),
     *_all("flushes of what the guest has mapped", "msync"),
     *_all("connections to device processes", "sendto", "recvfrom", "shutdown"),

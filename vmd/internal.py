@@ -4,7 +4,8 @@ parent ↔ control: what clients ask, with who they are, and what they are answe
 parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
 parent ↔ local:   which guests are answered by DHCP and the like.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
-vmm ↔ vm:         vmm passes it on, and adds what only the parent of a process knows: how it ended.
+vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and adds what only
+                  the parent of a process knows: how it ended.
 
 A process decodes only the union that is meant for it, so that no other can make it do more.
 """
@@ -334,7 +335,21 @@ class AskStatistics(Internal, frozen=True, kw_only=True):
     serial: int
 
 
+class Begin(Internal, frozen=True, kw_only=True):
+    """Be the process of this VM: the first command, and the only one that vmm itself gives.
+
+    Descriptors come along: some of those that `spec` names, then a socket and a pipe per disk.
+    """
+
+    spec: VmSpec
+    places: tuple[int, ...]
+    """The index in `spec` of each of the first descriptors."""
+
+
 VmCommand = PauseVm | UnpauseVm | StopVm | AttachConsole | AskStatistics | SetVerbosity
+
+
+VmmToVm = Begin | VmCommand
 
 
 class VmStarted(Internal, frozen=True, kw_only=True):
@@ -438,5 +453,5 @@ PARENT_AND_LOCAL: Wire[ParentToLocal, LocalToParent] = Wire(LocalToParent, WireE
 LOCAL_AND_PARENT: Wire[LocalToParent, ParentToLocal] = Wire(ParentToLocal, WireEncoding.MSGPACK)
 PARENT_AND_VMM: Wire[ParentToVmm, VmmToParent] = Wire(VmmToParent, WireEncoding.MSGPACK)
 VMM_AND_PARENT: Wire[VmmToParent, ParentToVmm] = Wire(ParentToVmm, WireEncoding.MSGPACK)
-VMM_AND_VM: Wire[VmCommand, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)
-VM_AND_VMM: Wire[VmReport, VmCommand] = Wire(VmCommand, WireEncoding.MSGPACK)
+VMM_AND_VM: Wire[VmmToVm, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)
+VM_AND_VMM: Wire[VmReport, VmmToVm] = Wire(VmmToVm, WireEncoding.MSGPACK)

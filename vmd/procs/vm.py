@@ -1,8 +1,8 @@
 """A VM's process: the machine, its console, and the channel to vmm; nothing else.
 
-It is forked from vmm, confines itself, builds the machine from open descriptors, and runs it until
-the guest ends, somebody stops it, or vmm is gone. A reboot ends it too: the parent starts another,
-with the same console.
+It is forked from vmm, confines itself, and waits to be told what VM it is. Then it builds the
+machine from open descriptors, and runs it until the guest ends, somebody stops it, or vmm is gone.
+A reboot ends it too: the parent starts another, with the same console.
 
 A guest is asked to stop by vmmci, or by the ACPI power button. One that does not react within 3 s,
 or is not gone 120 s after it did, is ended; so is one with neither.
@@ -11,6 +11,7 @@ Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
 """
 
 import os
+import select
 import signal
 import socket
 import time
@@ -24,13 +25,14 @@ from vmd.console import Console
 from vmd.internal import (
     AskStatistics,
     AttachConsole,
+    Begin,
     EndReason,
     PauseVm,
     SetVerbosity,
     StopVm,
     UnpauseVm,
-    VmCommand,
     VmEnding,
+    VmmToVm,
     VmPaused,
     VmReport,
     VmSpec,
@@ -40,7 +42,9 @@ from vmd.internal import (
 )
 from vmd.messages import ErrorCode, Statistics
 from vmd.sandbox import confine, die_with, set_title
+from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.boot.bios import FirmwareImage
 from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.image import probe_image
 from vmm_kvm.boot.nvram import Variables
@@ -73,33 +77,41 @@ _AGAIN_NS = 10 * NANOSECONDS  # a guest that is shutting down passes over a pres
 
 _READY = b"\0"
 _STATUS_MAX = 4096
+_REHEARSALS = 3
+_REHEARSAL_ROM = 4096  # bytes of firmware that never runs
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run(
-    spec: VmSpec,
-    fds: Fds,
-    channel: Channel[VmReport, VmCommand],
-    kvm_fd: int,
-    disks: tuple[tuple[int, int], ...],
-) -> int:
-    """Be the process of one VM; returns the exit status.
+def run(channel: Channel[VmReport, VmmToVm], kvm_fd: int, rehearses: bool) -> int:
+    """Be the process of one VM; returns the exit status. Takes over what it is given.
 
-    Takes over all descriptors; `disks` are pairs of a socket and a pipe, see `vmm`.
+    One that `rehearses` has the time to make and forget a machine while it waits: afterwards, few
+    of the pages that it needs are still vmm's.
     """
     for number in _IGNORED:  # vmm ends us
         signal.signal(number, signal.SIG_IGN)
     install_kick_signal()
-    set_title(f"vm/{spec.name}")
+    set_title("vm")
     die_with(os.getppid())  # nobody could stop us without vmm
     confine(CONFINEMENTS[Kind.VM], None)
     with ExitStack() as stack:
-        loop = stack.enter_context(EventLoop())
-        console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.tty_watch, spec.ring)))
-        stack.callback(console.close)
         stack.callback(channel.close)
         try:
             kvm = stack.enter_context(Kvm.from_fd(kvm_fd))
+            if rehearses:
+                rehearse(kvm)
+        except (VmmError, OSError) as err:
+            log.debug("rehearsal: %s", err)  # the start of a VM will tell
+        begun = _wait(channel)
+        if begun is None:
+            return 0
+        spec, fds, disks = begun
+        logging.set_title(f"vm/{spec.name}")
+        set_title(f"vm/{spec.name}")
+        loop = stack.enter_context(EventLoop())
+        console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.tty_watch, spec.ring)))
+        stack.callback(console.close)
+        try:
             process = VmProcess(loop, channel, console, kvm, _machine_spec(spec, fds, disks, stack))
         except (VmmError, OSError) as err:
             log.warning("%s", err)
@@ -109,6 +121,66 @@ def run(
             return 0
         process.run()
     return 0
+
+
+def prepare(kvm_fd: int) -> None:
+    """Make machines and forget them in a process that VM processes are to be forked from.
+
+    Their code is specialised by then, which each process would else do in pages of its own. The
+    descriptor of /dev/kvm stays the caller's.
+    """
+    try:
+        with Kvm.from_fd(os.dup(kvm_fd)) as kvm:
+            for _ in range(_REHEARSALS):
+                rehearse(kvm)
+    except (VmmError, OSError) as err:
+        log.debug("rehearsal: %s", err)  # the start of a VM will tell
+
+
+def rehearse(kvm: Kvm) -> None:
+    """Make a small machine and forget it, so that what that needs is at hand the next time.
+
+    Raises:
+        VmmError, OSError: it cannot be made.
+    """
+    spec = MachineSpec(
+        image=FirmwareImage("rehearsal", bytes(_REHEARSAL_ROM), _REHEARSAL_ROM), memory_size=MIB
+    )
+    with EventLoop() as loop:
+        Machine(
+            spec,
+            kvm,
+            loop,
+            transmit=lambda _data: None,
+            on_receive_room=lambda: None,
+            on_outcome=lambda _outcome: None,
+        ).close()
+
+
+def _wait(
+    channel: Channel[VmReport, VmmToVm],
+) -> tuple[VmSpec, Fds, tuple[tuple[int, int], ...]] | None:
+    """Return what VM this is to be, its descriptors, and the socket and pipe of each disk.
+
+    None if nobody needs this process any more.
+    """
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    try:
+        poll.poll()
+        message, fds = channel.receive()
+    except ChannelError as err:
+        log.debug("vmm: %s", err)
+        return None
+    if not isinstance(message, Begin):
+        log.error("%s for no VM", type(message).__name__)
+        fds.close()
+        return None
+    passed = fds.take_all()
+    count = len(message.places)
+    named, pairs = Fds(passed[:count]), passed[count:]
+    named.spread(message.places)
+    return message.spec, named, tuple(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 def _machine_spec(
@@ -172,7 +244,7 @@ def _error_code(err: Exception) -> ErrorCode:
     return ErrorCode.EIO
 
 
-def _tell(channel: Channel[VmReport, VmCommand], report: VmReport) -> None:
+def _tell(channel: Channel[VmReport, VmmToVm], report: VmReport) -> None:
     try:
         channel.send(report)
         channel.flush()
@@ -186,7 +258,7 @@ class VmProcess:
     def __init__(
         self,
         loop: EventLoop,
-        channel: Channel[VmReport, VmCommand],
+        channel: Channel[VmReport, VmmToVm],
         console: Console,
         kvm: Kvm,
         spec: MachineSpec,
@@ -231,7 +303,7 @@ class VmProcess:
 
     # What vmm says
 
-    def _take(self, received: Received[VmCommand]) -> None:
+    def _take(self, received: Received[VmmToVm]) -> None:
         with received.fds as fds:
             match received.message:
                 case PauseVm():
@@ -246,6 +318,8 @@ class VmProcess:
                     _tell(self._channel, self._statistics(serial))
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
+                case Begin():
+                    log.error("told again what VM this is")
                 case _:
                     assert_never(received.message)
 

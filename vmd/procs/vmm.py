@@ -5,6 +5,9 @@ import is imported before it starts. It starts one process per VM and one per di
 what the parent and a VM say to each other, and tells of a VM's end when all its processes are
 reaped. It decides nothing.
 
+While nothing starts, it keeps one VM process ready, confined and rehearsed, which is told by a
+message what VM it is: what a fork, its page faults and the sandbox cost is spent before a start.
+
 Source: sections 5.3, 7.6 and 8.4 of OpenBSD's behaviour.
 """
 
@@ -22,6 +25,7 @@ from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received, ch
 from vmd.internal import (
     VM_AND_VMM,
     VMM_AND_VM,
+    Begin,
     DiskSpec,
     EndReason,
     Exited,
@@ -36,6 +40,7 @@ from vmd.internal import (
     VmCommand,
     VmEnding,
     VmmToParent,
+    VmmToVm,
     VmReport,
     VmSpec,
 )
@@ -49,6 +54,8 @@ log = Log(__name__)
 
 _DEVICE_GRACE_NS = 30_000_000_000
 """How long a device process may write back what it holds, once its VM is gone."""
+_SPARE_DELAY_NS = 100_000_000
+"""How long nothing has to start until a VM process is made ready: a burst needs the processors."""
 
 
 class DiskConnection(NamedTuple):
@@ -63,10 +70,17 @@ class DiskConnection(NamedTuple):
 class Bodies(NamedTuple):
     """What the processes do that are forked here; each returns the exit status."""
 
-    vm: Callable[[VmSpec, Fds, Channel[VmReport, VmCommand], int, tuple[DiskConnection, ...]], int]
-    """With the descriptor of /dev/kvm, which it owns as all others."""
+    vm: Callable[[Channel[VmReport, VmmToVm], int, bool], int]
+    """With the descriptor of /dev/kvm, which it owns, and whether it has the time to rehearse."""
     disk: Callable[[DiskSpec, str, Fds, DiskConnection], int]
     """With the VM's name; of the connection it has the other ends."""
+
+
+class _VmProcess(NamedTuple):
+    """A process that is a VM, or will be; whoever holds this owns the channel."""
+
+    pid: int
+    channel: Channel[VmmToVm, VmReport]
 
 
 class _Vm:
@@ -77,7 +91,7 @@ class _Vm:
     def __init__(self, name: str) -> None:
         self.name = name
         self.pid = 0
-        self.channel: Channel[VmCommand, VmReport] | None = None
+        self.channel: Channel[VmmToVm, VmReport] | None = None
         self.devices: dict[int, str] = {}  # processes that live, and what to call them
         self.ending: VmEnding | None = None
         self.status: int | None = None
@@ -101,6 +115,9 @@ class Vmm:
         self._kvm_fd = kvm_fd
         self._bodies = bodies
         self._vms: dict[int, _Vm] = {}
+        self._spare: _VmProcess | None = None
+        self._spare_timer = loop.timer(self._make_spare)
+        self._plan_spare()
         signal.signal(signal.SIGCHLD, self._child_ended)
         parent.watch(loop, self._take, lambda _: self._parent_left())
 
@@ -109,6 +126,7 @@ class Vmm:
         for vm in self._vms.values():
             if vm.channel:
                 vm.channel.close()
+        self._drop_spare()
         self._loop.stop()
 
     def _tell(self, message: VmmToParent) -> None:
@@ -131,6 +149,9 @@ class Vmm:
                     self._pass_on(number, command, fds)
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
+                    if self._spare:
+                        self._drop_spare()
+                        self._plan_spare()
                     for number in self._vms:
                         self._pass_on(number, received.message, fds)
                 case _:
@@ -161,12 +182,13 @@ class Vmm:
         self._vms[spec.id] = vm
         try:
             self._fork_all(vm, spec, fds)
-        except (OSError, MalformedError) as err:
+        except (OSError, ChannelError) as err:
             code = ErrorCode.EINVAL if isinstance(err, MalformedError) else ErrorCode.EAGAIN
             self._fail(spec, code, f"cannot start its processes: {err}")
             if not vm.devices:
                 del self._vms[spec.id]
             return
+        self._plan_spare()
         self._tell(Launched(id=spec.id, pid=vm.pid))
 
     def _fail(self, spec: VmSpec, code: ErrorCode, message: str) -> None:
@@ -187,28 +209,51 @@ class Vmm:
                 )
                 vm.devices[pid] = name
                 connections.append(ours)
-            here, there = channel_pair(VMM_AND_VM, VM_AND_VMM)
-            stack.callback(there.close)
-            try:
-                vm.pid = self._fork(
-                    f"vm/{spec.name}",
-                    partial(self._bodies.vm, spec, fds, there, self._kvm_fd, tuple(connections)),
-                    (
-                        *fds.left,
-                        *(fd for pair in connections for fd in pair),
-                        there.fileno(),
-                        self._kvm_fd,
-                    ),
-                )
-            except OSError:
-                here.close()
-                raise
-        vm.channel = here
-        here.watch(
+            vm.pid, vm.channel = self._vm_process()
+            begin = Begin(spec=spec, places=tuple(fds.places))
+            passed = [os.dup(fd) for pair in connections for fd in pair]
+            vm.channel.send(begin, [*fds.take_all(), *passed])
+        vm.channel.watch(
             self._loop,
             lambda received: self._report(spec.id, received),
             lambda err: self._vm_silent(spec.id, err),
         )
+
+    def _vm_process(self) -> _VmProcess:
+        """Return a process that waits for its `Begin`: the one that is ready, or a new one."""
+        spare, self._spare = self._spare, None
+        return spare or self._fork_vm(rehearses=False)
+
+    def _fork_vm(self, *, rehearses: bool) -> _VmProcess:
+        here, there = channel_pair(VMM_AND_VM, VM_AND_VMM)
+        with there:
+            try:
+                pid = self._fork(
+                    "vm",
+                    partial(self._bodies.vm, there, self._kvm_fd, rehearses),
+                    (there.fileno(), self._kvm_fd),
+                )
+            except OSError:
+                here.close()
+                raise
+        return _VmProcess(pid, here)
+
+    def _plan_spare(self) -> None:
+        if self._spare is None:
+            self._spare_timer.arm(self._loop.monotonic_ns() + _SPARE_DELAY_NS)
+
+    def _make_spare(self) -> None:
+        try:
+            self._spare = self._fork_vm(rehearses=True)
+        except OSError as err:
+            log.debug("no VM process ready: %s", err.strerror)
+
+    def _drop_spare(self) -> None:
+        """Let the process that is ready end, as it does without its channel."""
+        self._spare_timer.cancel()
+        if self._spare:
+            self._spare.channel.close()
+            self._spare = None
 
     @staticmethod
     def _connection(stack: ExitStack) -> tuple[DiskConnection, DiskConnection]:
@@ -282,6 +327,9 @@ class Vmm:
             if pid == 0:
                 return
             status = os.waitstatus_to_exitcode(waited)
+            if self._spare and pid == self._spare.pid:
+                log.warning("the VM process that was ready has ended, status %d", status)
+                self._drop_spare()
             for number, vm in tuple(self._vms.items()):
                 if pid == vm.pid and vm.status is None:
                     self._vm_ended(vm, status)
@@ -303,7 +351,7 @@ class Vmm:
             vm.timer.arm(self._loop.monotonic_ns() + _DEVICE_GRACE_NS)
 
     @staticmethod
-    def _drain(channel: Channel[VmCommand, VmReport], vm: _Vm) -> None:
+    def _drain(channel: Channel[VmmToVm, VmReport], vm: _Vm) -> None:
         """Read what a VM process said just before it ended, for its last word."""
         try:
             while True:

@@ -202,6 +202,16 @@ class Daemon:
         assert len(found) == 1, f"{title}: {found}"
         return found[0]
 
+    def wait_for_child(self, title: str) -> int:
+        """Wait until there is a process of this title; returns its pid."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            for pid in descendants(self.process.pid):
+                if process_title(pid) == title:
+                    return pid
+            assert time.monotonic() < deadline, f"no process {title}"
+            time.sleep(0.02)
+
     def wait_for_log(self, text: str) -> None:
         """Wait until a text is in the log."""
         deadline = time.monotonic() + TIMEOUT_S

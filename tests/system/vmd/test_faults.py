@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.daemon import READY, Daemon, descendants, is_alive, vm_block
+from tests.system.vmd.daemon import READY, Daemon, descendants, is_alive, process_title, vm_block
 
 pytestmark = pytest.mark.kvm
 
@@ -81,7 +81,8 @@ def test_vmm(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None
         assert waiter.receive()[0]["serial"] == 1
         vmm = vmd.child("vmd: vmm")
         below = descendants(vmm)
-        assert len(below) == 3
+        titles = {process_title(pid) for pid in below}
+        assert {"vm/one", "vm/two", "disk/one"} <= titles
         _kill(vmm)
         assert waiter.receive()[0]["type"] == "terminated"
         for name in ("one", "two"):
@@ -89,6 +90,18 @@ def test_vmm(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None
         assert [pid for pid in below if is_alive(pid)] == []
         for name in ("one", "two"):
             assert client.ask("start", name=name)["type"] == "started"
+
+
+def test_the_process_that_is_ready(start_vmd: Start) -> None:
+    """When the process that waits to be a VM is killed, the next start makes one of its own."""
+    with start_vmd(vm_block("one") + vm_block("two")) as vmd, vmd.client() as client:
+        ready = vmd.wait_for_child("vm")
+        _kill(ready)
+        vmd.wait_for_log("the VM process that was ready has ended, status -9")
+        assert client.ask("start", name="one")["type"] == "started"
+        ready = vmd.wait_for_child("vm")
+        assert client.ask("start", name="two")["pid"] == ready
+        assert vmd.child("vm/two") == ready
 
 
 def test_the_parent(start_vmd: Start) -> None:

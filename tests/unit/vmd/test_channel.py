@@ -115,6 +115,30 @@ def test_descriptors_that_nobody_took_are_closed(pair: tuple[Client, Daemon]) ->
         assert len(fds) == 2
 
 
+def test_descriptors_keep_their_places_when_they_are_passed_on() -> None:
+    """What is left of a message's descriptors can be sent on and taken by the same indices."""
+    ends = [_pipe_end() for _ in range(3)]
+    first = Fds(ends)
+    os.close(first.take(1))
+    places = first.places
+    with Fds(first.take_all()) as second:
+        second.spread(places)
+        assert second.places == [0, 2]
+        os.close(second.take(2))
+        with pytest.raises(MalformedError, match="descriptor 1"):
+            second.take(1)
+    for end in ends:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(end)
+
+
+@pytest.mark.parametrize("places", [(), (0, 1), (-1,), (FDS_MAX,)])
+def test_places_that_do_not_fit_are_refused(places: tuple[int, ...]) -> None:
+    """There are as many places as descriptors, and each is one that a message can have."""
+    with Fds([_pipe_end()]) as fds, pytest.raises(MalformedError, match="1 descriptors for"):
+        fds.spread(places)
+
+
 def test_the_end_is_told(pair: tuple[Client, Daemon]) -> None:
     """A peer that has closed can neither be read nor written."""
     client, daemon = pair
