@@ -22,6 +22,7 @@ packages='
     grub-common         grub-mkrescue makes bootable discs
     grub-efi-amd64-bin  GRUB for UEFI
     grub-pc-bin         GRUB for BIOS
+    iperf3              the network benchmark
     iproute2            ip shows the tests what the daemon has made of interfaces
     ipxe                a guest, on a disc
     isolinux            boots a disc
@@ -35,6 +36,7 @@ packages='
     mtools              grub-mkrescue needs it
     nftables            NAT, forwarded ports and locked lladdrs of the daemon
     ovmf                UEFI firmware
+    passt               user-mode networking of guests
     passwd              adds the user that the daemon runs as
     procps              free, in the demo
     python3             runs everything

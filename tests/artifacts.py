@@ -90,6 +90,9 @@ DISK_MODULES = ("virtio_pci", "virtio_blk", "ext4", "nd_pmem", "virtio_pmem")
 # What a guest loads that has everything else of ours.
 MEDIA_MODULES = ("virtio_pci", "virtio_scsi", "sr_mod", "isofs", "virtio_rng", "virtio_console")
 
+# What a guest loads that has a network.
+NET_MODULES = ("virtio_pci", "virtio_net", "af_packet", "ipv6")
+
 _MEMTEST = Path("/boot/memtest86+x64.bin")
 _SEABIOS = (Path("/usr/share/seabios/bios-256k.bin"), Path("/usr/share/qemu/bios-256k.bin"))
 
@@ -147,6 +150,16 @@ def media_initramfs(of: Kernel) -> Path:
     """
     modules = of.modules((*GUEST_MODULES, *MEDIA_MODULES))
     return _initramfs(f"media-{of.release}", modules, initramfs.GUEST_INIT)
+
+
+def net_initramfs(of: Kernel) -> Path:
+    """Return the same with `NET_MODULES`.
+
+    Raises:
+        ArtifactError: static busybox or zstd is not installed.
+    """
+    modules = of.modules((*GUEST_MODULES, *NET_MODULES))
+    return _initramfs(f"net-{of.release}", modules, initramfs.GUEST_INIT)
 
 
 def plain_initramfs() -> Path:

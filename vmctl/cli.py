@@ -82,6 +82,17 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
             help="Disk image; may be repeated. Options: ro, serial=text, queues=count.",
         ),
     ] = None,
+    interface: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-i",
+            metavar="count|kind[:name][,option...]",
+            help="Network interface, or how many; may be repeated.",
+        ),
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("-L", help="Add an interface with user-mode networking by passt.")
+    ] = False,
     cdrom: Annotated[
         str | None, typer.Option("-r", metavar="path", help="ISO image in the CD-ROM drive.")
     ] = None,
@@ -150,6 +161,8 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
                 memory=memory,
                 cpus=cpus,
                 disks=tuple(disk or ()),
+                interfaces=tuple(interface or ()),
+                local=local,
                 cdrom=cdrom,
                 boot_device=boot_device,
                 firmware=firmware,

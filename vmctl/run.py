@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import ExitStack, suppress
 from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmctl.disks import open_cdrom, open_disk
 from vmctl.run_options import RunOptions
@@ -37,6 +37,9 @@ from vmm_kvm.machine import (
     TripleFault,
     selftest_path,
 )
+
+if TYPE_CHECKING:  # loaded where there is an interface
+    from vmm_kvm.net.nic import NicParams
 
 EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
@@ -98,6 +101,7 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
         has_console=options.virtio_console,
         memory_size=_memory(options.memory),
         cpus=_cpus(options.cpus),
+        nics=_nics(options, options.name or os.path.basename(path), stack),
         disks=tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks)),
         cdrom=open_cdrom(options.cdrom, stack),
         boot_device=_boot_device(options.boot_device),
@@ -105,6 +109,17 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
         command_line=options.append,
         initrd=options.initrd,
     )
+
+
+def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NicParams, ...]":
+    """Open what -i and -L ask for; a number is how many interfaces there are at least."""
+    if not options.interfaces and not options.local:
+        return ()
+    from vmctl.nic_options import read_nics  # noqa: PLC0415 - not every VM has a network
+    from vmctl.nics import open_nic  # noqa: PLC0415 - the same
+
+    wanted = read_nics(options.interfaces, is_local=options.local)
+    return tuple(open_nic(nic, index, vm, stack) for index, nic in enumerate(wanted))
 
 
 def _boot_paths(options: RunOptions) -> tuple[str, str | None]:

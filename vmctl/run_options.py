@@ -17,6 +17,8 @@ class RunOptions(NamedTuple):
     memory: str = "512M"
     cpus: str = "1"
     disks: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
+    local: bool = False
     cdrom: str | None = None
     boot_device: str | None = None
     firmware: str | None = None
@@ -41,12 +43,13 @@ _VALUES = {
     "--append": "append",
     "--timeout": "timeout",
 }
-_LISTS = {"-d": "disks", "--initrd": "initrd"}
+_LISTS = {"-d": "disks", "-i": "interfaces", "--initrd": "initrd"}
 _FLAGS = {
     "--selftest": {"selftest": True},
     "--virtio-console": {"virtio_console": True},
     "--no-reboot": {"reboot": False},
     "-c": {},
+    "-L": {"local": True},
 }
 
 

@@ -28,7 +28,7 @@ _LATE_MODULES = (
     *("vmm_kvm.block.qcow2.header", "vmm_kvm.block.qcow2.image", "vmm_kvm.block.qcow2.repair"),
     *("vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash", "vmm_kvm.pci.q35"),
     *("vmm_kvm.virtio.scsi", "vmm_kvm.virtio.vhost_user.client"),
-    "vmm_kvm.virtio.vhost_user.frontend",
+    *("vmm_kvm.virtio.vhost_user.frontend", "vmm_kvm.virtio.nic"),
 )
 
 
@@ -54,7 +54,7 @@ def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         import gc  # noqa: PLC0415 - see the module's docstring
         from importlib import import_module  # noqa: PLC0415 - likewise
 
-        from vmd.procs import disk, vm, vmm  # noqa: PLC0415 - likewise
+        from vmd.procs import disk, nic, vm, vmm  # noqa: PLC0415 - likewise
 
         for name in _LATE_MODULES:
             import_module(name)
@@ -66,7 +66,7 @@ def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         confine(CONFINEMENTS[Kind.VMM], identity)
         with EventLoop() as loop:
             parent = Channel(connection, VMM_AND_PARENT)
-            vmm.Vmm(loop, parent, kvm_fd, vmm.Bodies(vm.run, disk.run))
+            vmm.Vmm(loop, parent, kvm_fd, vmm.Bodies(vm.run, disk.run, nic.run))
             loop.run()
 
     return Plan(Kind.VMM, body, (kvm_fd,))

@@ -20,6 +20,9 @@ CAP_NET_ADMIN = 12
 _AT_EMPTY_PATH = 0x1000
 _CLONE_THREAD = 0x00010000
 _KVM_TYPE = 0xAE00  # _IO(KVMIO, 0)
+_VHOST_TYPE = 0xAF00  # _IO(VHOST_VIRTIO, 0)
+_TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETOFFLOAD = 0x800454D2, 0x400454D8, 0x400454D0
+_TUNSETTXFILTER, _TUNSETQUEUE = 0x400454D1, 0x400454D9
 _TYPE_MASK = 0xFF00
 _TCGETS = 0x5401
 _FIONBIO = 0x5421
@@ -43,6 +46,7 @@ class Kind(StrEnum):
     VMM = "vmm"
     VM = "vm"
     DEVICE = "device"
+    NIC = "nic"
 
 
 def _all(reason: str, *names: str) -> tuple[Allow, ...]:
@@ -118,7 +122,25 @@ _DEVICE = (
     *_IMAGES,
     *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
 )
+_TAP = _with(
+    "ioctl",
+    1,
+    {
+        _TUNGETIFF: "whether a descriptor is a tap's",
+        _TUNSETVNETHDRSZ: "headers in front of frames",
+        _TUNSETOFFLOAD: "checksums and segments that the guest takes unfinished",
+        _TUNSETTXFILTER: "which frames the guest wants",
+        _TUNSETQUEUE: "how many queues the guest uses",
+    },
+)
+_NIC = (
+    *_TAP,
+    *_all("frames", "readv", "writev"),
+    *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
+)
 _VM = (
+    *_TAP,
+    Allow("ioctl", "all that vhost-net does", (Argument(1, _VHOST_TYPE, _TYPE_MASK),)),
     *_IMAGES,
     *_THREADS,
     Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
@@ -131,6 +153,7 @@ _VM = (
 _VMM = (
     *_VM,
     *_DEVICE,
+    *_NIC,
     Allow("clone", "VM and device processes", (Argument(0, 0, _CLONE_THREAD),)),
     *_all("VM and device processes", "fork", "set_tid_address"),
     *_all("their ends", "wait4", "waitid", "pidfd_open"),
@@ -185,11 +208,14 @@ CONFINEMENTS = {
     Kind.VMM: Confinement(
         Filter((*_BASE, *_VMM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 65536))
     ),
-    # Both are forked from vmm, whose user and namespaces they have.
+    # These are forked from vmm, whose user and namespaces they have.
     Kind.VM: Confinement(
         Filter((*_BASE, *_VM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
     ),
     Kind.DEVICE: Confinement(
         Filter((*_BASE, *_DEVICE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
+    ),
+    Kind.NIC: Confinement(
+        Filter((*_BASE, *_NIC), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
     ),
 }

@@ -272,6 +272,11 @@ class NicSpec(Part, frozen=True, kw_only=True):
     mtu: int = 1500
     is_locked: bool = False
 
+    @property
+    def has_process(self) -> bool:
+        """Whether a device process of ours moves its frames."""
+        return bool(self.taps) and not self.vhosts
+
 
 class VmSpec(Part, frozen=True, kw_only=True):
     """All that a VM process needs: numbers, names, and indices of descriptors."""
@@ -338,7 +343,8 @@ class AskStatistics(Internal, frozen=True, kw_only=True):
 class Begin(Internal, frozen=True, kw_only=True):
     """Be the process of this VM: the first command, and the only one that vmm itself gives.
 
-    Descriptors come along: some of those that `spec` names, then a socket and a pipe per disk.
+    Descriptors come along: some of those that `spec` names, then a socket and a pipe per disk,
+    then the same per interface that has a process.
     """
 
     spec: VmSpec

@@ -58,6 +58,7 @@ class EventLoop:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
+        self._arrivals: set[int] = set()
         self._posted: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[int, int, LoopTimer]] = []
         self._order = count()
@@ -118,6 +119,15 @@ class EventLoop:
         """Call `callback` while `fd` is readable; False for a file that cannot be waited for."""
         return self._watch(fd, self._readers, callback)
 
+    def add_arrival_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` once whenever something arrives at `fd`, or it has room again.
+
+        What it leaves there is not told of again. Undone by `remove_reader`; no writer besides.
+        """
+        self._readers[fd] = callback
+        self._arrivals.add(fd)
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+
     def add_writer(self, fd: int, callback: Callable[[], None]) -> bool:
         """Call `callback` while `fd` is writable; False for a file that cannot be waited for."""
         return self._watch(fd, self._writers, callback)
@@ -125,6 +135,7 @@ class EventLoop:
     def remove_reader(self, fd: int) -> None:
         """Stop calling the reader of `fd`, if it has one."""
         if self._readers.pop(fd, None):
+            self._arrivals.discard(fd)
             self._update(fd)
 
     def remove_writer(self, fd: int) -> None:
@@ -182,7 +193,7 @@ class EventLoop:
                 # An error or a hang-up shows at the next read or write.
                 failed = events & (select.EPOLLERR | select.EPOLLHUP)
                 reader = self._readers.get(fd)
-                if reader and (events & select.EPOLLIN or failed):
+                if reader and (events & select.EPOLLIN or failed or fd in self._arrivals):
                     reader()
                 writer = self._writers.get(fd)
                 if writer and (events & select.EPOLLOUT or failed):

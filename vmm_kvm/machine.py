@@ -54,6 +54,7 @@ from vmm_kvm.virtio.vmmci import Command
 
 if TYPE_CHECKING:  # loaded only for UEFI guests
     from vmm_kvm.boot.nvram import Variables
+    from vmm_kvm.net.nic import NicParams
 
 log = Log(__name__)
 
@@ -90,6 +91,7 @@ class MachineSpec(NamedTuple):
     command_line: str | None = None
     initrd: tuple[str | FileSource, ...] = ()
     """Open, or by path; more than one only for Multiboot kernels."""
+    nics: "tuple[NicParams, ...]" = ()
     disks: tuple[AnyDisk, ...] = ()
     cdrom: Image | None = None
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
@@ -424,6 +426,8 @@ class Machine:
         self._devices = devices
         # In OpenBSD's order: unit numbers in a guest follow it.
         devices.add_rng(self._clock)
+        for nic in self.spec.nics:
+            devices.add_nic(nic)
         slots = [
             devices.add_pmem(disk, self._pmem[disk])
             if isinstance(disk, PmemDisk)

@@ -19,6 +19,7 @@ from vmm_kvm.pci.host import PciHost
 from vmm_kvm.pci.ids import (
     CLASS_COMMUNICATIONS_OTHER,
     CLASS_MASS_STORAGE_SCSI,
+    CLASS_NETWORK_ETHERNET,
     CLASS_OTHER,
     CLASS_SYSTEM_OTHER,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseco
     import socket
 
     from vmm_kvm.block.mapped import MappedImage
+    from vmm_kvm.net.nic import NicParams
     from vmm_kvm.virtio.console import VirtioConsole
 
 _PIN_INTA = 1
@@ -149,9 +151,9 @@ class PciDevices:
         if isinstance(disk, RemoteDisk):
             # Here, because most disks are served by this process.
             from vmm_kvm.virtio.vhost_user.client import Client  # noqa: PLC0415
-            from vmm_kvm.virtio.vhost_user.frontend import VhostUserBlk  # noqa: PLC0415
+            from vmm_kvm.virtio.vhost_user.frontend import VhostUser  # noqa: PLC0415
 
-            remote = VhostUserBlk(Client(disk.connect()), self._memory, disk.name)
+            remote = VhostUser(Client(disk.connect()), self._memory, disk.name)
             return self.add_dataplane(remote, CLASS_MASS_STORAGE_SCSI, disk.name)
         backend = VirtioBlk(
             disk.image,
@@ -173,6 +175,17 @@ class PciDevices:
 
         backend = VirtioPmem(gpa, disk.image.size, disk.image.flush, name=disk.name)
         return self.add_backend(backend, CLASS_OTHER, disk.name)[0]
+
+    def add_nic(self, nic: "NicParams") -> int:
+        """Add a virtio-net device; returns its slot.
+
+        Raises:
+            SpecError: all slots are taken, or a descriptor is not what it has to be.
+            VmmError, OSError: a remote one cannot be connected to, or is no interface.
+        """
+        from vmm_kvm.virtio.nic import make_nic  # noqa: PLC0415 - not every machine has one
+
+        return self.add_dataplane(make_nic(nic, self._memory), CLASS_NETWORK_ETHERNET, nic.name)
 
     def add_rng(self, clock: Clock) -> int:
         """Add a source of entropy; returns its slot.

@@ -15,6 +15,8 @@ GIB = 1 << 30
 # A panic ends at once (QEMU has no triple fault to wait for); `quiet` saves emulated serial time.
 COMMAND_LINE = "console=ttyS0 quiet panic=-1"
 
+COMMAND_S = 120.0
+
 # Said by any guest, QEMU's too, whose host was busy in the wrong moment: it says nothing of ours.
 _OF_THE_HOSTS_LOAD = "hrtimer: interrupt took"
 
@@ -101,3 +103,29 @@ def qemus(
             *("-append", f"{COMMAND_LINE} test={test}"),
         ]
     )
+
+
+class Shell:
+    """The shell of a guest."""
+
+    def __init__(self, console: ConsoleProcess) -> None:
+        self.console = console
+        self._count = 0
+
+    def run(self, command: str) -> str:
+        """Run a command, which has to succeed; returns what it printed."""
+        self._count += 1
+        begin, end = f"begin-{self._count}", f"end-{self._count}="
+        seen = len(self.console.output)
+        # The marks are put together by the shell, so that their echo is not taken for them.
+        quoted = [mark.replace("-", "''-") for mark in (begin, end)]
+        self.console.send(f"echo {quoted[0]}; {command}; echo {quoted[1]}$?\n")
+        self.console.expect(f"{end}0", COMMAND_S)
+        shown = self.console.output[seen:].decode("latin-1").replace("\r", "")
+        return shown.partition(f"{begin}\n")[2].partition(end)[0].strip()
+
+    def power_off(self) -> None:
+        """Power off; the command has to end well."""
+        self.console.send("poweroff -f\n")
+        assert self.console.wait() == 0, self.console.errors
+        assert self.console.errors == b""

@@ -12,40 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts
-from tests.guest.linux_guest import COMMAND_LINE, MIB
+from tests.guest.linux_guest import COMMAND_LINE, MIB, Shell
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SIZE = 8 * MIB
 BOOT_S = 300.0
-COMMAND_S = 120.0
-
-
-class Shell:
-    """The shell of a guest that has disks."""
-
-    def __init__(self, console: ConsoleProcess) -> None:
-        self.console = console
-        self._count = 0
-
-    def run(self, command: str) -> str:
-        """Run a command, which has to succeed; returns what it printed."""
-        self._count += 1
-        begin, end = f"begin-{self._count}", f"end-{self._count}="
-        seen = len(self.console.output)
-        # The marks are put together by the shell, so that their echo is not taken for them.
-        quoted = [mark.replace("-", "''-") for mark in (begin, end)]
-        self.console.send(f"echo {quoted[0]}; {command}; echo {quoted[1]}$?\n")
-        self.console.expect(f"{end}0", COMMAND_S)
-        shown = self.console.output[seen:].decode("latin-1").replace("\r", "")
-        return shown.partition(f"{begin}\n")[2].partition(end)[0].strip()
-
-    def power_off(self) -> None:
-        """Power off; the command has to end well."""
-        self.console.send("poweroff -f\n")
-        assert self.console.wait() == 0, self.console.errors
-        assert self.console.errors == b""
 
 
 @contextmanager

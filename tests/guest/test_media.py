@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts, media
-from tests.guest.linux_guest import COMMAND_LINE
-from tests.guest.test_disks import Shell
+from tests.guest.linux_guest import COMMAND_LINE, Shell
 from tests.vmctl_driver import ConsoleProcess, vmctl_run
 from vmm_kvm.boot.smbios import name_uuid
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.virtio.vhost_user.rig import EVENT_IDX, VERSION_1, Driver, connect, driver
 from tests.unit.virtio.vhost_user.test_frontend import RecordingTransport
-from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUserBlk
+from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUser
 
 MIB = 1 << 20
 TIMEOUT_S = 20
@@ -64,10 +64,10 @@ def daemon(image: Path, *, writable: bool = True) -> Iterator[tuple[Path, subpro
 @contextmanager
 def device(
     path: Path, *, has_fds: bool = True
-) -> Iterator[tuple[VhostUserBlk, Driver, RecordingTransport]]:
+) -> Iterator[tuple[VhostUser, Driver, RecordingTransport]]:
     """Yield a dataplane that is connected to the daemon, its driver and its transport."""
     with driver() as guest:
-        disk = VhostUserBlk(connect(str(path)), guest, "disk0")
+        disk = VhostUser(connect(str(path)), guest, "disk0")
         transport = RecordingTransport(guest, has_fds=has_fds)
         disk.attach(transport)
         guest.notifiers = [disk.kick_fd(index) for index in range(2)]

@@ -27,6 +27,7 @@ from vmd.internal import (
     AttachConsole,
     Begin,
     EndReason,
+    NicSpec,
     PauseVm,
     SetVerbosity,
     StopVm,
@@ -42,6 +43,7 @@ from vmd.internal import (
 )
 from vmd.messages import ErrorCode, Statistics
 from vmd.sandbox import confine, die_with, set_title
+from vmd.vm_devices import Connections, DeviceConnection
 from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Format, open_image
 from vmm_kvm.boot.bios import FirmwareImage
@@ -50,7 +52,7 @@ from vmm_kvm.boot.image import probe_image
 from vmm_kvm.boot.nvram import Variables
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.clock import NANOSECONDS
-from vmm_kvm.errors import BootError, ImageError, VmmError
+from vmm_kvm.errors import BootError, ImageError, SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.log import Log
@@ -64,6 +66,7 @@ from vmm_kvm.machine import (
     Outcome,
     TripleFault,
 )
+from vmm_kvm.net.nic import NicParams, Path, RemotePath, VhostPath
 from vmm_kvm.pci_devices import RemoteDisk
 
 log = Log(__name__)
@@ -105,14 +108,15 @@ def run(channel: Channel[VmReport, VmmToVm], kvm_fd: int, rehearses: bool) -> in
         begun = _wait(channel)
         if begun is None:
             return 0
-        spec, fds, disks = begun
+        spec, fds, connections = begun
         logging.set_title(f"vm/{spec.name}")
         set_title(f"vm/{spec.name}")
         loop = stack.enter_context(EventLoop())
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.tty_watch, spec.ring)))
         stack.callback(console.close)
         try:
-            process = VmProcess(loop, channel, console, kvm, _machine_spec(spec, fds, disks, stack))
+            machine = _machine_spec(spec, fds, connections, stack)
+            process = VmProcess(loop, channel, console, kvm, machine)
         except (VmmError, OSError) as err:
             log.warning("%s", err)
             _tell(
@@ -159,8 +163,8 @@ def rehearse(kvm: Kvm) -> None:
 
 def _wait(
     channel: Channel[VmReport, VmmToVm],
-) -> tuple[VmSpec, Fds, tuple[tuple[int, int], ...]] | None:
-    """Return what VM this is to be, its descriptors, and the socket and pipe of each disk.
+) -> tuple[VmSpec, Fds, Connections] | None:
+    """Return what VM this is to be, its descriptors, and its connections to device processes.
 
     None if nobody needs this process any more.
     """
@@ -178,13 +182,13 @@ def _wait(
         return None
     passed = fds.take_all()
     count = len(message.places)
-    named, pairs = Fds(passed[:count]), passed[count:]
+    named = Fds(passed[:count])
     named.spread(message.places)
-    return message.spec, named, tuple(zip(pairs[::2], pairs[1::2], strict=True))
+    return message.spec, named, Connections.from_fds(message.spec, passed[count:])
 
 
 def _machine_spec(
-    spec: VmSpec, fds: Fds, disks: tuple[tuple[int, int], ...], stack: ExitStack
+    spec: VmSpec, fds: Fds, connections: Connections, stack: ExitStack
 ) -> MachineSpec:
     image = probe_image(FileSource(fds.take(spec.boot), spec.boot_path))
     variables = None
@@ -202,7 +206,17 @@ def _machine_spec(
         cpus=spec.cpus,
         disks=tuple(
             RemoteDisk(_Connection(connection, disk.option.path).connect, disk.option.path)
-            for connection, disk in zip(disks, spec.disks, strict=True)
+            for connection, disk in zip(connections.disks, spec.disks, strict=True)
+        ),
+        nics=tuple(
+            NicParams(
+                bytes.fromhex(nic.lladdr.replace(":", "")),
+                _path(nic, fds, connection),
+                nic.name,
+                nic.mtu,
+                nic.is_locked,
+            )
+            for connection, nic in zip(connections.nics, spec.interfaces, strict=True)
         ),
         cdrom=cdrom,
         boot_device=BootDevice(spec.boot_device.value),
@@ -212,18 +226,31 @@ def _machine_spec(
     )
 
 
-class _Connection:
-    """A disk's connection, for the one machine that this process makes."""
+def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
+    """Return who moves the frames of an interface; the process owns the descriptors to its end."""
+    if connection is not None:
+        return RemotePath(_Connection(connection, nic.name).connect, is_ours=True)
+    taps = tuple(fds.take(at) for at in nic.taps)
+    if nic.vhosts:
+        return VhostPath(taps, tuple(fds.take(at) for at in nic.vhosts))
+    if nic.server is None:
+        raise SpecError(f"{nic.name}: an interface without tap and server")
+    server = fds.take(nic.server)
+    return RemotePath(lambda: socket.socket(fileno=server), is_ours=False)
 
-    def __init__(self, connection: tuple[int, int], path: str) -> None:
-        self._socket, self._status = connection
+
+class _Connection:
+    """A device process's connection, for the one machine that this process makes."""
+
+    def __init__(self, connection: DeviceConnection, path: str) -> None:
+        self._socket, self._status = connection.socket, connection.status
         self._path = path
 
     def connect(self) -> socket.socket:
-        """Wait until the disk's process is ready.
+        """Wait until the device process is ready.
 
         Raises:
-            ImageError: it cannot open the image; the text is its own.
+            ImageError: it cannot open what it serves; the text is its own.
         """
         with open(self._status, "rb", buffering=0) as status:  # noqa: PTH123 - a descriptor
             told = status.read(_STATUS_MAX)

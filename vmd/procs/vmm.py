@@ -1,9 +1,9 @@
 """The vmm process: a zygote that forks VM and device processes, and knows when they are gone.
 
 It has no privileges, one thread, and the descriptor of /dev/kvm; everything that a VM process may
-import is imported before it starts. It starts one process per VM and one per disk of it, passes on
-what the parent and a VM say to each other, and tells of a VM's end when all its processes are
-reaped. It decides nothing.
+import is imported before it starts. It starts one process per VM, one per disk of it, and one per
+interface that vhost-net does not serve; passes on what the parent and a VM say to each other; and
+tells of a VM's end when all its processes are reaped. It decides nothing.
 
 While nothing starts, it keeps one VM process ready, confined and rehearsed, which is told by a
 message what VM it is: what a fork, its page faults and the sandbox cost is spent before a start.
@@ -34,6 +34,7 @@ from vmd.internal import (
     Launch,
     Launched,
     LaunchFailed,
+    NicSpec,
     ParentToVmm,
     SetVerbosity,
     ToVm,
@@ -46,6 +47,7 @@ from vmd.internal import (
 )
 from vmd.messages import ErrorCode
 from vmd.privsep import close_all_but
+from vmd.vm_devices import DeviceConnection, flattened
 from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop, LoopTimer
@@ -58,22 +60,15 @@ _SPARE_DELAY_NS = 100_000_000
 """How long nothing has to start until a VM process is made ready: a burst needs the processors."""
 
 
-class DiskConnection(NamedTuple):
-    """The VM's side of a disk: both descriptors belong to whoever holds this."""
-
-    socket: int
-    """To the device process, by vhost-user."""
-    status: int
-    """Reads a byte 0 when the device process is ready, or else why it cannot be."""
-
-
 class Bodies(NamedTuple):
     """What the processes do that are forked here; each returns the exit status."""
 
     vm: Callable[[Channel[VmReport, VmmToVm], int, bool], int]
     """With the descriptor of /dev/kvm, which it owns, and whether it has the time to rehearse."""
-    disk: Callable[[DiskSpec, str, Fds, DiskConnection], int]
+    disk: Callable[[DiskSpec, str, Fds, DeviceConnection], int]
     """With the VM's name; of the connection it has the other ends."""
+    nic: Callable[[NicSpec, str, Fds, DeviceConnection], int]
+    """The same."""
 
 
 class _VmProcess(NamedTuple):
@@ -200,18 +195,16 @@ class Vmm:
             connections = []
             for index, disk in enumerate(spec.disks):
                 chain = stack.enter_context(Fds([fds.take(at) for at in disk.chain]))
-                ours, theirs = self._connection(stack)
-                name = f"disk{index}"
-                pid = self._fork(
-                    f"vm/{spec.name}/{name}",
-                    partial(self._bodies.disk, disk, spec.name, chain, theirs),
-                    (*chain.left, *theirs),
-                )
-                vm.devices[pid] = name
-                connections.append(ours)
+                body = partial(self._bodies.disk, disk, spec.name, chain)
+                connections.append(self._start_device(vm, f"disk{index}", chain, body, stack))
+            for index, nic in enumerate(spec.interfaces):
+                if nic.has_process:
+                    taps = stack.enter_context(Fds([fds.take(at) for at in nic.taps]))
+                    serve = partial(self._bodies.nic, nic, spec.name, taps)
+                    connections.append(self._start_device(vm, f"nic{index}", taps, serve, stack))
             vm.pid, vm.channel = self._vm_process()
             begin = Begin(spec=spec, places=tuple(fds.places))
-            passed = [os.dup(fd) for pair in connections for fd in pair]
+            passed = [os.dup(fd) for fd in flattened(connections)]
             vm.channel.send(begin, [*fds.take_all(), *passed])
         vm.channel.watch(
             self._loop,
@@ -255,9 +248,23 @@ class Vmm:
             self._spare.channel.close()
             self._spare = None
 
+    def _start_device(
+        self,
+        vm: _Vm,
+        name: str,
+        fds: Fds,
+        body: Callable[[DeviceConnection], int],
+        stack: ExitStack,
+    ) -> DeviceConnection:
+        """Start a device process that has `fds`; returns the VM's ends of its connection."""
+        ours, theirs = self._connection(stack)
+        pid = self._fork(f"vm/{vm.name}/{name}", partial(body, theirs), (*fds.left, *theirs))
+        vm.devices[pid] = name
+        return ours
+
     @staticmethod
-    def _connection(stack: ExitStack) -> tuple[DiskConnection, DiskConnection]:
-        """Make a disk's connection: the VM's ends and the device process's; `stack` closes all."""
+    def _connection(stack: ExitStack) -> tuple[DeviceConnection, DeviceConnection]:
+        """Make a device's connection: the VM's ends and the other ones; `stack` closes all."""
         one, other = socket.socketpair()
         ours, theirs = one.detach(), other.detach()
         stack.callback(os.close, ours)
@@ -265,7 +272,7 @@ class Vmm:
         read_fd, write_fd = os.pipe()
         stack.callback(os.close, read_fd)
         stack.callback(os.close, write_fd)
-        return DiskConnection(ours, read_fd), DiskConnection(theirs, write_fd)
+        return DeviceConnection(ours, read_fd), DeviceConnection(theirs, write_fd)
 
     def _fork(self, title: str, body: Callable[[], int], kept: tuple[int, ...]) -> int:
         """Fork a process that has no descriptors but `kept`, the log's, and the standard ones."""

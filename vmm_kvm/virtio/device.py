@@ -10,7 +10,7 @@ the driver and tells the dataplane what the driver did.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 
@@ -66,6 +66,27 @@ class Transport(Protocol):
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed."""
+
+
+class InputTransport(Transport, Protocol):
+    """What a backend may ask for whose input comes from descriptors; on the device's own thread."""
+
+    def watch(self, fd: int, index: int) -> None:
+        """Have `process(index, ...)` called whenever input arrives at `fd`, once for each arrival.
+
+        A backend that leaves input there is not called again for it. Until `unwatch`.
+        """
+
+    def unwatch(self, fd: int) -> None:
+        """Stop it; nothing happens if `fd` is not watched."""
+
+
+@runtime_checkable
+class ActiveBackend(Protocol):
+    """A backend that acts by itself, besides being a Backend."""
+
+    def attach(self, transport: InputTransport) -> None:
+        """Learn whom to ask; before `start`, anew for each connection of a vhost-user server."""
 
 
 class Frontend(Protocol):

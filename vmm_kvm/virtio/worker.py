@@ -2,7 +2,8 @@
 
 The thread lives from `start` to `stop`, so a device that no driver uses costs nothing. It waits
 for one eventfd, which every queue of the device shares: to look at a queue in vain costs less than
-to wait for several descriptors.
+to wait for several descriptors. Only a backend whose input comes from descriptors has it wait for
+those as well.
 
 Locks: none. `start`, `stop` and what changes a queue come from one thread at a time, under the
 transport's lock; they talk with the worker through `_orders`. The worker never takes that lock, so
@@ -10,6 +11,7 @@ it can be waited for with the lock held.
 """
 
 import os
+import select
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,10 +32,12 @@ QUEUE_FEATURES = (
     1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_F_RING_RESET
 )
 """What our queues and our workers can do, whatever the device type."""
+ROUNDS_MAX = 8
+"""Rounds of service for one queue before others have their turn."""
 
 
 class Worker:
-    """A `Dataplane` for a backend in this process, and the `Transport` that the backend asks.
+    """A `Dataplane` for a backend in this process, and the `InputTransport` that the backend asks.
 
     Owns the backend and an eventfd.
     """
@@ -57,6 +61,8 @@ class Worker:
         self._features = 0
         self._is_stopping = False
         self._orders: deque[tuple[Callable[[], None], threading.Event]] = deque()
+        self._epoll: select.epoll | None = None  # while a descriptor is watched
+        self._watched: set[int] = set()
 
     # The transport's side
 
@@ -162,14 +168,41 @@ class Worker:
         if self._frontend:
             self._frontend.config_changed()
 
+    def watch(self, fd: int, index: int) -> None:  # noqa: ARG002 - all queues are looked at
+        """Have the queues looked at whenever input arrives at `fd`; on the worker's thread."""
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            self._epoll.register(self._kick_fd, select.EPOLLIN)
+        self._watched.add(fd)
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop it; on the worker's thread."""
+        if self._epoll is None or fd not in self._watched:
+            return
+        self._watched.discard(fd)
+        self._epoll.unregister(fd)
+        if not self._watched:
+            self._epoll.close()
+            self._epoll = None
+
     # The worker
+
+    def _wait(self) -> None:
+        """Return when there may be something to do."""
+        if self._epoll is None:
+            os.eventfd_read(self._kick_fd)
+            return
+        for fd, _ in self._epoll.poll():
+            if fd == self._kick_fd:
+                os.eventfd_read(fd)
 
     def _run(self) -> None:
         backend, frontend = self._backend, self._frontend
         assert frontend is not None, "attach() comes first"
         is_started, is_serving = False, True
         while not self._is_stopping:
-            os.eventfd_read(self._kick_fd)
+            self._wait()
             while self._orders:
                 order, done = self._orders.popleft()
                 order()
@@ -192,16 +225,16 @@ class Worker:
         if is_started:
             backend.reset()
 
-    @staticmethod
-    def _serve(backend: Backend, frontend: Frontend, index: int, queue: Virtqueue) -> None:
-        """Serve a queue until it is empty; a look at an empty one is cheap."""
+    def _serve(self, backend: Backend, frontend: Frontend, index: int, queue: Virtqueue) -> None:
+        """Serve a queue until it is empty, or others have waited long enough."""
         queue.disable_kicks()
-        while True:
+        for _ in range(ROUNDS_MAX):
             backend.process(index, queue)
             if queue.needs_interrupt():
                 frontend.interrupt(index)
             if not queue.enable_kicks():
                 return
+        self.kick(index)
 
     def _forget(self, index: int) -> None:
         self._queues.pop(index, None)

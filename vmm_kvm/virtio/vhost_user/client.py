@@ -107,6 +107,10 @@ class Client:
         """Write to the configuration space, as the driver did."""
         self._order(Request.SET_CONFIG, ConfigAccess(offset, 0, data).pack())
 
+    def ping(self) -> None:
+        """Return when the server has come to look at its connection."""
+        self._query(Request.GET_FEATURES)
+
     def set_features(self, features: int) -> None:
         """Tell which virtio features the driver accepted."""
         if self._has_protocol_features:

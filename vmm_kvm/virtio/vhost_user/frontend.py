@@ -14,7 +14,7 @@ method at a time, and what the thread watches does not change while it runs.
 import os
 import select
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from vmm_kvm.log import Log
@@ -24,6 +24,15 @@ from vmm_kvm.virtio.abi import (
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
     VIRTIO_ID_BLOCK,
+    VIRTIO_ID_NET,
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
@@ -42,6 +51,7 @@ USER_BASE = 1 << 44
 """What we call the user address of guest-physical address 0; no address means a real one."""
 
 _RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
+_VERSION_1 = 1 << VIRTIO_F_VERSION_1
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 # virtio 1.2 §5.2.4: of the configuration of a block device, what ends before secure erase, and
@@ -49,6 +59,16 @@ _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 _BLK_CONFIG_SIZE = 60
 _BLK_NUM_QUEUES = slice(34, 36)
 _BLK_FEATURES = (1 << 15) - 1
+# virtio 1.2 §5.1.4: up to the MTU.
+_NET_CONFIG_SIZE = 12
+_NET_PAIRS = slice(8, 10)
+_NET_OFFLOADS = (
+    0b11 << VIRTIO_NET_F_CSUM
+    | 0b1111 << VIRTIO_NET_F_GUEST_TSO4
+    | 0b1111 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 0b111 << VIRTIO_NET_F_GUEST_USO4
+)
 
 
 class SharedMemory(Protocol):
@@ -71,18 +91,56 @@ class _Watched(NamedTuple):
     """Eventfd to the index of the queue that is interrupted by hand."""
 
 
-class VhostUserBlk:
-    """The `Dataplane` of a block device that a vhost-user server has; owns its connection."""
+def _blk_queues(features: int, config: bytes) -> int:
+    if features >> VIRTIO_BLK_F_MQ & 1:
+        return int.from_bytes(config[_BLK_NUM_QUEUES], "little")
+    return 1
 
-    device_id = VIRTIO_ID_BLOCK
 
-    def __init__(self, client: Client, memory: SharedMemory, name: str) -> None:
+def _net_queues(features: int, config: bytes) -> int:
+    pairs = 1
+    if features >> VIRTIO_NET_F_MQ & 1:
+        pairs = int.from_bytes(config[_NET_PAIRS], "little")
+    return 2 * pairs + (features >> VIRTIO_NET_F_CTRL_VQ & 1)
+
+
+class DeviceKind(NamedTuple):
+    """What has to be known of a device type."""
+
+    device_id: int
+    features: int
+    """Those that the driver may be offered, a mask: they say nothing of what is not here."""
+    config_size: int
+    """Bytes of configuration space that the server has."""
+    queues: Callable[[int, bytes], int]
+    """How many queues there are, from features and configuration space."""
+
+
+BLOCK = DeviceKind(VIRTIO_ID_BLOCK, _BLK_FEATURES, _BLK_CONFIG_SIZE, _blk_queues)
+NET = DeviceKind(
+    VIRTIO_ID_NET,
+    (1 << VIRTIO_NET_F_CTRL_MAC_ADDR + 1) - 1 | _NET_OFFLOADS,
+    _NET_CONFIG_SIZE,
+    _net_queues,
+)
+"""An interface whose server has everything, the control queue too: our own."""
+NET_DATA = DeviceKind(VIRTIO_ID_NET, _NET_OFFLOADS, 0, lambda *_: 2)
+"""An interface of which the server has a queue pair, the rest being somewhere else."""
+
+
+class VhostUser:
+    """The `Dataplane` of a device that a vhost-user server has; owns its connection."""
+
+    def __init__(
+        self, client: Client, memory: SharedMemory, name: str, kind: DeviceKind = BLOCK
+    ) -> None:
         """Take ownership of `client`; `name` is for the thread and the log.
 
         Raises:
-            VhostUserError: the server has no modern block device, or the connection failed.
+            VhostUserError: the server has no modern device of this kind, or the connection failed.
             OSError: the host has no descriptors left.
         """
+        self.device_id = kind.device_id
         self._client = client
         self._memory = memory
         self._name = name
@@ -94,9 +152,11 @@ class VhostUserBlk:
         self._fds: list[int] = []
         self._call_fds: dict[int, int] = {}
         try:
-            self.features = _offered(client.features)
-            self._config = client.config(_BLK_CONFIG_SIZE)
-            queues = _queue_count(self.features, self._config)
+            self.features = _offered(client.features, kind)
+            self._config = client.config(kind.config_size) if kind.config_size else b""
+            # What another part of the device offers besides is not the server's business.
+            self._features_known = self.features & ~(1 << VIRTIO_F_RING_RESET) | _VERSION_1
+            queues = _queue_count(kind, self.features, self._config)
             self.queue_sizes = (QUEUE_SIZE,) * queues
             self._error_fd = self._eventfd()
             self._stop_fd = self._eventfd()
@@ -138,7 +198,7 @@ class VhostUserBlk:
             self._fail(self._lost)
             return
         try:
-            self._client.set_features(features & ~(1 << VIRTIO_F_RING_RESET))
+            self._client.set_features(features & self._features_known)
             table = _region_table(self._memory.regions)
             self._client.set_memory(table, [self._memory.fd] * len(table))
             for index, ring in rings.items():
@@ -193,7 +253,7 @@ class VhostUserBlk:
             return
         try:
             for _ in range(2):
-                self._client.config(len(self._config))
+                self._client.ping()
         except VhostUserError as err:
             self._lose(err)
 
@@ -307,18 +367,16 @@ class VhostUserBlk:
                     frontend.interrupt(watched.calls[fd])
 
 
-def _offered(features: int) -> int:
+def _offered(features: int, kind: DeviceKind) -> int:
     """Return what of a server's features the driver is offered; VERSION_1 is the transport's."""
     if not features >> VIRTIO_F_VERSION_1 & 1:
         raise VhostUserError("the server offers legacy virtio only")
     # To stop one queue takes no feature of the server's.
-    return features & (_BLK_FEATURES | _RING_FEATURES) | 1 << VIRTIO_F_RING_RESET
+    return features & (kind.features | _RING_FEATURES) | 1 << VIRTIO_F_RING_RESET
 
 
-def _queue_count(features: int, config: bytes) -> int:
-    count = 1
-    if features >> VIRTIO_BLK_F_MQ & 1:
-        count = int.from_bytes(config[_BLK_NUM_QUEUES], "little")
+def _queue_count(kind: DeviceKind, features: int, config: bytes) -> int:
+    count = kind.queues(features, config)
     if not 0 < count <= QUEUES_MAX:
         raise VhostUserError(f"the server has {count} queues, not 1 to {QUEUES_MAX}")
     return count

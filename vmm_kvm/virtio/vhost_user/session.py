@@ -22,7 +22,7 @@ from vmm_kvm.virtio.abi import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
-from vmm_kvm.virtio.device import Backend
+from vmm_kvm.virtio.device import ActiveBackend, Backend
 from vmm_kvm.virtio.vhost_user.channel import Channel, Fds, Message
 from vmm_kvm.virtio.vhost_user.messages import (
     CONFIG_MAX,
@@ -100,6 +100,8 @@ class Session:
         self._regions = Regions()
         self._rings = [Vring(index) for index in range(len(backend.queue_sizes))]
         self._poll_timer = loop.timer(self._poll)
+        if isinstance(backend, ActiveBackend):
+            backend.attach(self)
         loop.add_reader(channel.fileno(), self._receive)
 
     def close(self) -> None:
@@ -120,6 +122,23 @@ class Session:
         if self._is_open:
             self.close()
             self._on_end(reason)
+
+    # What the backend may ask for (InputTransport)
+
+    def notify(self, index: int) -> None:
+        """Have the backend process ring `index` soon; any thread."""
+        self._loop.call_soon(lambda: self._serve_again(self._rings[index]))
+
+    def config_changed(self) -> None:
+        """Do nothing: the front-end is not told, and finds out when it asks."""
+
+    def watch(self, fd: int, index: int) -> None:
+        """Have the backend process ring `index` whenever input arrives at `fd`."""
+        self._loop.add_arrival_reader(fd, lambda: self._serve_again(self._rings[index]))
+
+    def unwatch(self, fd: int) -> None:
+        """Stop it."""
+        self._loop.remove_reader(fd)
 
     # Requests
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.unit.virtio.vhost_user.rig import Driver, driver
 from vmm_kvm.virtio.vhost_user import client as client_module
 from vmm_kvm.virtio.vhost_user.client import Client
-from vmm_kvm.virtio.vhost_user.frontend import VhostUserBlk
+from vmm_kvm.virtio.vhost_user.frontend import VhostUser
 from vmm_kvm.virtio.vhost_user.messages import (
     FEATURE_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
@@ -176,7 +176,7 @@ def test_any_device(config: bytes, features: int) -> None:
         connection = stack.enter_context(answered(*answers))
         guest = stack.enter_context(driver())
         with suppress(VhostUserError):
-            device = VhostUserBlk(Client(connection), guest, "disk0")
+            device = VhostUser(Client(connection), guest, "disk0")
             stack.callback(device.close)
             assert 1 <= len(device.queue_sizes) <= 64
             assert not device.features & ~(0x7FFF | 3 << 28 | 1 << 40)

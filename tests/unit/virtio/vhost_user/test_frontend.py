@@ -24,7 +24,7 @@ from tests.unit.virtio.vhost_user.rig import (
 )
 from vmm_kvm.errors import GuestError
 from vmm_kvm.virtio.vhost_user.client import Client
-from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUserBlk
+from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUser
 from vmm_kvm.virtio.vhost_user.messages import VhostUserError
 
 MQ = 1 << 12
@@ -71,11 +71,11 @@ class RecordingTransport:
 @contextmanager
 def dataplane(
     backend: EchoBackend, *, has_fds: bool = True
-) -> Iterator[tuple[VhostUserBlk, Driver, RecordingTransport]]:
+) -> Iterator[tuple[VhostUser, Driver, RecordingTransport]]:
     """Yield a dataplane whose server runs in a thread, its driver and its transport."""
     ours, theirs = socket.socketpair()
     with serving(theirs, backend), driver() as guest:
-        device = VhostUserBlk(Client(ours), guest, "disk0")
+        device = VhostUser(Client(ours), guest, "disk0")
         transport = RecordingTransport(guest, has_fds=has_fds)
         device.attach(transport)
         guest.notifiers = [device.kick_fd(index) for index in range(len(device.queue_sizes))]
@@ -200,7 +200,7 @@ def test_a_server_that_goes_away() -> None:
     ours, theirs = socket.socketpair()
     with driver() as guest:
         with serving(theirs, BlkBackend()):
-            device = VhostUserBlk(Client(ours), guest, "disk0")
+            device = VhostUser(Client(ours), guest, "disk0")
             transport = RecordingTransport(guest, has_fds=True)
             device.attach(transport)
             device.start(VERSION_1, {0: guest.ring(0)})
@@ -225,7 +225,7 @@ def test_a_server_that_is_gone_at_the_start() -> None:
     ours, theirs = socket.socketpair()
     with driver() as guest:
         with serving(theirs, BlkBackend()):
-            device = VhostUserBlk(Client(ours), guest, "disk0")
+            device = VhostUser(Client(ours), guest, "disk0")
             transport = RecordingTransport(guest, has_fds=True)
             device.attach(transport)
         device.start(VERSION_1, {0: guest.ring(0)})
@@ -247,13 +247,13 @@ def test_servers_that_will_not_do() -> None:
         driver() as guest,
         pytest.raises(VhostUserError, match="the server has 0 queues, not 1 to 64"),
     ):
-        VhostUserBlk(Client(ours), guest, "disk0")
+        VhostUser(Client(ours), guest, "disk0")
     ours, theirs = socket.socketpair()
     with serving(theirs, BlkBackend()), driver() as guest:
         client = Client(ours)
         client.features &= ~VERSION_1
         with pytest.raises(VhostUserError, match="the server offers legacy virtio only"):
-            VhostUserBlk(client, guest, "disk0")
+            VhostUser(client, guest, "disk0")
 
 
 def test_the_drivers_events_are_its_own() -> None:

@@ -1,0 +1,86 @@
+"""Interfaces of `vmctl run`, as they are typed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmctl.nic_options import Forward, NicKind, NicOption, parse_nic, read_nics
+from vmm_kvm.errors import SpecError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("none", NicOption(NicKind.NONE)),
+        ("passt", NicOption(NicKind.PASST)),
+        ("tap:tap0", NicOption(NicKind.TAP, "tap0")),
+        ("stream:/run/x", NicOption(NicKind.STREAM, "/run/x")),
+        ("vhost-user:a:b", NicOption(NicKind.VHOST_USER, "a:b")),
+        (
+            "tap:t,queues=4,mtu=9000,locked,user,lladdr=fe:e1:bb:00:00:01",
+            NicOption(NicKind.TAP, "t", bytes.fromhex("fee1bb000001"), True, 9000, 4, True),
+        ),
+        ("tap:t,process", NicOption(NicKind.TAP, "t", is_process=True)),
+        (
+            "passt,forward=tcp:8080:80,forward=udp:53",
+            NicOption(NicKind.PASST, forwards=(Forward("tcp", 8080, 80), Forward("udp", 53, 53))),
+        ),
+    ],
+)
+def test_interfaces(text: str, expected: NicOption) -> None:
+    """Kinds and options mean what their names say."""
+    assert parse_nic(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "unknown kind ''"),
+        ("bridge:x", "unknown kind 'bridge'"),
+        ("tap", "tap has no name"),
+        ("passt:x", "passt takes no name"),
+        ("tap:t,fast", "unknown option 'fast'"),
+        ("tap:t,locked=1", "unknown option 'locked=1'"),
+        ("tap:t,queues", "unknown option 'queues'"),
+        ("tap:t,queues=17", "queues: not 1 to 16"),
+        ("tap:t,mtu=67", "mtu: not 68 to 65535"),
+        ("tap:t,mtu=" + "9" * 5000, "mtu: not 68 to 65535"),
+        ("passt,queues=2", "queues is not for passt"),
+        ("tap:t,forward=tcp:1", "forward is not for tap"),
+        ("passt,forward=sctp:1", "not tcp:PORT[:PORT] or udp:PORT[:PORT]"),
+        ("passt,forward=tcp:0", "port: not 1 to 65535"),
+        ("passt,forward=tcp:1:2:3", "not tcp:PORT[:PORT] or udp:PORT[:PORT]"),
+        ("none,lladdr=01:00:5e:00:00:01", "not an address: 01:00:5e:00:00:01"),
+        ("none,lladdr=fee1bb000001", "not an address: fee1bb000001"),
+        ("tap:t,user,process", "user and process exclude each other"),
+    ],
+)
+def test_what_is_refused(text: str, problem: str) -> None:
+    """The message names the interface and says what is wrong with it."""
+    with pytest.raises(SpecError) as raised:
+        parse_nic(text)
+    assert str(raised.value).startswith("invalid interface: ")
+    assert problem in str(raised.value)
+
+
+def test_counts() -> None:
+    """A count adds interfaces without a cable, after those that are described."""
+    none, local = NicOption(NicKind.NONE), NicOption(NicKind.PASST)
+    assert read_nics([], is_local=False) == []
+    assert read_nics(["2"], is_local=True) == [local, none]
+    assert read_nics(["tap:t", "1"], is_local=False) == [parse_nic("tap:t")]
+    with pytest.raises(SpecError, match="17: count: not 0 to 16"):
+        read_nics(["17"], is_local=False)
+    with pytest.raises(SpecError, match="17 interfaces: 16 are possible"):
+        read_nics(["none"] * 17, is_local=False)
+
+
+@given(st.text())
+def test_nothing_else_is_raised(text: str) -> None:
+    """Whatever is typed is an interface, or is refused."""
+    try:
+        read_nics([text, f"tap:{text}", f"tap:t,{text}", f"passt,forward={text}"], is_local=False)
+    except SpecError:
+        return

@@ -1,0 +1,175 @@
+"""Network interfaces of `vmctl run`, as a user writes them.
+
+    kind[:what][,option...]
+
+Kinds:
+
+    tap:NAME         a tap of the host that exists, or that this user may make
+    passt            user-mode networking by passt(1), without privileges
+    stream:PATH      the socket of a program that speaks as passt does
+    vhost-user:PATH  the socket of a vhost-user-net server
+    none             no cable
+
+Options:
+
+    lladdr=ADDRESS   the guest's address; as a rule one that follows from the VM's name
+    locked           drop frames from another address, and to one
+    mtu=BYTES        the largest packet, 68 to 65535
+    queues=N         (tap) queue pairs, 1 to 16; the tap has to have been made for several
+    user             (tap) move frames in this process, where vhost-net could
+    process          (tap) move them in a process of their own
+    forward=PROTOCOL:PORT[:PORT]
+                     (passt) let connections to a port of the host reach one of the guest's
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+from vmm_kvm.errors import SpecError
+from vmm_kvm.net.ethernet import ADDRESS_SIZE, is_group
+from vmm_kvm.net.nic import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
+
+PORT_MAX = 65535
+NICS_MAX = 16
+
+
+class NicKind(StrEnum):
+    """What stands in front of the colon."""
+
+    TAP = "tap"
+    PASST = "passt"
+    STREAM = "stream"
+    VHOST_USER = "vhost-user"
+    NONE = "none"
+
+
+class Forward(NamedTuple):
+    """A port of the host that leads to one of the guest's."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    host: int
+    guest: int
+
+
+class NicOption(NamedTuple):
+    """One interface, as it was asked for."""
+
+    kind: NicKind
+    what: str = ""
+    """The tap's name, or the path of a socket."""
+    lladdr: bytes | None = None
+    is_locked: bool = False
+    mtu: int = MTU_DEFAULT
+    queues: int = 1
+    is_user: bool = False
+    is_process: bool = False
+    forwards: tuple[Forward, ...] = ()
+
+
+_NAMED = frozenset({NicKind.TAP, NicKind.STREAM, NicKind.VHOST_USER})
+_ALL = frozenset(NicKind)
+_KINDS = {
+    "lladdr": _ALL,
+    "locked": _ALL - {NicKind.VHOST_USER},
+    "mtu": _ALL,
+    "queues": frozenset({NicKind.TAP}),
+    "user": frozenset({NicKind.TAP}),
+    "process": frozenset({NicKind.TAP}),
+    "forward": frozenset({NicKind.PASST}),
+}
+_WITH_VALUE = frozenset({"lladdr", "mtu", "queues", "forward"})
+
+
+def read_nics(texts: Sequence[str], *, is_local: bool) -> list[NicOption]:
+    """Return the interfaces that `-i`, each an interface or a count, and `-L` ask for.
+
+    A count adds interfaces without a cable to those that are described, up to so many.
+
+    Raises:
+        SpecError: one cannot be understood, or there are too many.
+    """
+    nics, least = [], 0
+    for text in texts:
+        if text.isdecimal():
+            least = _number(text, 0, NICS_MAX, f"{text}: count")
+        else:
+            nics.append(parse_nic(text))
+    if is_local:
+        nics.append(NicOption(NicKind.PASST))
+    nics += [NicOption(NicKind.NONE)] * (least - len(nics))
+    if len(nics) > NICS_MAX:
+        raise SpecError(f"{len(nics)} interfaces: {NICS_MAX} are possible")
+    return nics
+
+
+def parse_nic(text: str) -> NicOption:
+    """Read an interface.
+
+    Raises:
+        SpecError: the kind is unknown, an option does not fit, or a value is wrong.
+    """
+    head, *options = text.split(",")
+    word, _, what = head.partition(":")
+    if word not in set(NicKind):
+        raise SpecError(f"invalid interface: {text}: unknown kind {word!r}")
+    nic = NicOption(NicKind(word), what)
+    if bool(what) != (nic.kind in _NAMED):
+        problem = "has no name" if not what else "takes no name"
+        raise SpecError(f"invalid interface: {text}: {word} {problem}")
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in _KINDS or bool(equals) != (name in _WITH_VALUE):
+            raise SpecError(f"invalid interface: {text}: unknown option {option!r}")
+        if nic.kind not in _KINDS[name]:
+            raise SpecError(f"invalid interface: {text}: {name} is not for {nic.kind}")
+        nic = _with_option(nic, name, value, text)
+    if nic.is_user and nic.is_process:
+        raise SpecError(f"invalid interface: {text}: user and process exclude each other")
+    return nic
+
+
+def _with_option(nic: NicOption, name: str, value: str, text: str) -> NicOption:
+    match name:
+        case "lladdr":
+            return nic._replace(lladdr=_address(value, text))
+        case "locked":
+            return nic._replace(is_locked=True)
+        case "mtu":
+            return nic._replace(mtu=_number(value, MTU_MIN, MTU_MAX, f"{text}: mtu"))
+        case "queues":
+            queues = _number(value, 1, QUEUE_PAIRS_MAX, f"{text}: queues")
+            return nic._replace(queues=queues)
+        case "user":
+            return nic._replace(is_user=True)
+        case "process":
+            return nic._replace(is_process=True)
+        case _:
+            return nic._replace(forwards=(*nic.forwards, _forward(value, text)))
+
+
+def _number(value: str, least: int, most: int, what: str) -> int:
+    is_number = value.isdecimal() and len(value) <= len(str(most))
+    if not is_number or not least <= int(value) <= most:
+        raise SpecError(f"invalid interface: {what}: not {least} to {most}")
+    return int(value)
+
+
+def _address(value: str, text: str) -> bytes:
+    try:
+        address = bytes.fromhex(value.replace(":", ""))
+    except ValueError:
+        address = b""
+    is_written_well = value.count(":") == ADDRESS_SIZE - 1 and len(address) == ADDRESS_SIZE
+    if not is_written_well or is_group(address) or not any(address):
+        raise SpecError(f"invalid interface: {text}: not an address: {value}")
+    return address
+
+
+def _forward(value: str, text: str) -> Forward:
+    protocol, *ports = value.split(":")
+    if protocol not in {"tcp", "udp"} or not 1 <= len(ports) <= 2:
+        raise SpecError(f"invalid interface: {text}: not tcp:PORT[:PORT] or udp:PORT[:PORT]")
+    host, *guest = (_number(port, 1, PORT_MAX, f"{text}: port") for port in ports)
+    return Forward(protocol, host, guest[0] if guest else host)

@@ -1,0 +1,176 @@
+"""The network interfaces of `vmctl run`: from what is typed to what a machine takes.
+
+Taps and connections are opened once and outlive reboots.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+from contextlib import ExitStack
+from typing import Final
+
+from vmctl.nic_options import Forward, NicKind, NicOption
+from vmm_kvm.errors import SpecError
+from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, TapPath, VhostPath
+from vmm_kvm.net.tap import Tap, open_tap
+from vmm_kvm.virtio.net import VirtioNet
+
+OPENBSD_PREFIX: Final = b"\xfe\xe1\xbb"
+"""The first half of an address that nobody chose, as vmd(8) has it."""
+
+_VHOST = "/dev/vhost-net"
+_ADDRESS_REST = 3
+_PASST_TIMEOUT_S = 5.0
+_SOCKET_BUFFER = 4 << 20
+
+
+def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicParams:
+    """Open interface number `index` of the machine named `vm`; `stack` closes it.
+
+    Raises:
+        SpecError: the tap or the socket cannot be opened, or passt is not there.
+    """
+    nic = NicParams(
+        option.lladdr or _address(vm, index),
+        StreamPath(-1),
+        f"nic{index}",
+        option.mtu,
+        option.is_locked,
+    )
+    return nic._replace(path=_path(option, nic, stack))
+
+
+def _path(option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
+    match option.kind:
+        case NicKind.TAP:
+            return _tap(option, nic, stack)
+        case NicKind.PASST:
+            return StreamPath(_passt(option.forwards, stack))
+        case NicKind.STREAM:
+            connection = stack.enter_context(_connect(option.what))
+            return StreamPath(connection.fileno())
+        case NicKind.VHOST_USER:
+            return RemotePath(lambda: _connect(option.what), is_ours=False)
+        case NicKind.NONE:
+            ours, theirs = socket.socketpair()
+            theirs.close()
+            return StreamPath(stack.enter_context(ours).fileno())
+
+
+def _address(vm: str, index: int) -> bytes:
+    """Return an address that is the same at every start of a VM of this name."""
+    digest = hashlib.sha256(f"{vm}/{index}".encode(errors="surrogateescape")).digest()
+    return OPENBSD_PREFIX + digest[:_ADDRESS_REST]
+
+
+def _tap(option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
+    taps = open_tap(option.what, option.queues)
+    for fd in taps:
+        stack.callback(os.close, fd)
+    if option.is_process:
+        process = _ProcessNic(nic, taps)
+        stack.callback(process.close)
+        return RemotePath(process.connect, is_ours=True)
+    vhosts: list[int] = []
+    if not option.is_user:
+        for _ in taps:
+            try:
+                fd = os.open(_VHOST, os.O_RDWR | os.O_CLOEXEC)
+            except OSError:  # none here, or not for us: we can do without
+                return TapPath(tuple(taps))
+            stack.callback(os.close, fd)
+            vhosts.append(fd)
+    return VhostPath(tuple(taps), tuple(vhosts)) if vhosts else TapPath(tuple(taps))
+
+
+def _connect(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(path)
+    except OSError as err:
+        connection.close()
+        raise SpecError(f"{path}: {err.strerror or err}") from err
+    return connection
+
+
+def _passt(forwards: tuple[Forward, ...], stack: ExitStack) -> int:
+    """Start passt; returns our end of its connection. It ends when that is closed."""
+    program = shutil.which("passt")
+    if program is None:
+        raise SpecError("passt: not found (install the package passt, or use -i tap:NAME)")
+    ours, theirs = socket.socketpair()
+    stack.enter_context(ours)
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+    for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
+        ports = [f"{one.host}:{one.guest}" for one in forwards if one.protocol == protocol]
+        if ports:
+            arguments += [letter, ",".join(ports)]
+    try:
+        process = subprocess.Popen(
+            arguments,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+    except OSError as err:
+        raise SpecError(f"{program}: {err.strerror}") from err
+    finally:
+        theirs.close()
+    stack.callback(_end, process, ours)
+    return ours.fileno()
+
+
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    """Let passt go: it ends with its connection, and if not, it is made to."""
+    connection.close()
+    try:
+        process.wait(_PASST_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class _ProcessNic:
+    """An interface with a process of its own for each machine."""
+
+    def __init__(self, nic: NicParams, taps: list[int]) -> None:
+        self._nic = nic
+        self._taps = taps
+        self._close = ExitStack()
+
+    def connect(self) -> socket.socket:
+        """Start the process, when the one before has ended.
+
+        Raises:
+            VmmError: it cannot use the tap.
+        """
+        from vmm_kvm.virtio.vhost_user.process import (  # noqa: PLC0415 - few have it
+            spawn_device_process,
+        )
+
+        self.close()
+        process = self._close.enter_context(
+            spawn_device_process(self._backend, self._nic.name, self._taps)
+        )
+        return process.connection
+
+    def close(self) -> None:
+        """Wait for the process to end; its connection is closed."""
+        self._close.close()
+
+    def _backend(self) -> VirtioNet:
+        """Make the device; in its process."""
+        nic = self._nic
+        return VirtioNet(
+            Tap(self._taps, nic.name),
+            nic.mac,
+            name=nic.name,
+            mtu=nic.mtu,
+            is_locked=nic.is_locked,
+        )

@@ -1,0 +1,286 @@
+"""virtio-net's configuration space and control queue: what a driver says about its interface.
+
+The same whoever moves the frames. What the driver asks for reaches the frames' port: which frames
+it wants, which offloads, how many queue pairs. A command that is not understood, or not allowed, is
+answered with an error; one that is no command at all stops the device.
+
+Source: virtio 1.2 §5.1.4, §5.1.6.5
+"""
+
+import struct
+from typing import Protocol
+
+from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.log import Log
+from vmm_kvm.net.ethernet import ADDRESS_SIZE, Filter, is_group, locked_filter, text
+from vmm_kvm.net.nic import MTU_DEFAULT, QUEUE_PAIRS_MAX
+from vmm_kvm.virtio import abi
+from vmm_kvm.virtio.buffers import gather, total
+from vmm_kvm.virtio.queue import Virtqueue
+
+log = Log(__name__)
+
+CONTROL_QUEUE_SIZE = 64
+TABLE_MAX = 64
+"""Addresses of each kind that are told apart; a driver that has more gets everything."""
+
+_CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
+_COMMAND_SIZE = 2
+_COUNT_SIZE = 4
+_DATA_MAX = 2 * (_COUNT_SIZE + 4096 * ADDRESS_SIZE)
+_OK, _ERR = abi.VIRTIO_NET_OK, abi.VIRTIO_NET_ERR
+_VLANS = 4096
+
+GUEST_OFFLOADS = (
+    1 << abi.VIRTIO_NET_F_GUEST_CSUM
+    | 1 << abi.VIRTIO_NET_F_GUEST_TSO4
+    | 1 << abi.VIRTIO_NET_F_GUEST_TSO6
+    | 1 << abi.VIRTIO_NET_F_GUEST_ECN
+    | 1 << abi.VIRTIO_NET_F_GUEST_UFO
+    | 1 << abi.VIRTIO_NET_F_GUEST_USO4
+    | 1 << abi.VIRTIO_NET_F_GUEST_USO6
+)
+"""Features that say which frames the driver takes."""
+
+_BASE_FEATURES = (
+    1 << abi.VIRTIO_NET_F_MAC
+    | 1 << abi.VIRTIO_NET_F_MTU
+    | 1 << abi.VIRTIO_NET_F_STATUS
+    | 1 << abi.VIRTIO_NET_F_MRG_RXBUF
+    | 1 << abi.VIRTIO_NET_F_CTRL_VQ
+    | 1 << abi.VIRTIO_NET_F_CTRL_RX
+    | 1 << abi.VIRTIO_NET_F_CTRL_RX_EXTRA
+    | 1 << abi.VIRTIO_NET_F_CTRL_VLAN
+    | 1 << abi.VIRTIO_NET_F_GUEST_ANNOUNCE
+)
+
+
+class Port(Protocol):
+    """What of a port the control queue sets; raises OSError where its interface is gone."""
+
+    def set_guest_offloads(self, features: int) -> None:
+        """Send the driver such frames as these features (VIRTIO_NET_F_GUEST_*) say."""
+
+    def set_pairs(self, count: int) -> None:
+        """Use the first `count` queue pairs for frames to the driver."""
+
+    def set_filter(self, wanted: Filter) -> None:
+        """Send the driver what it wants, as far as possible."""
+
+
+class NetControl:
+    """The state that driver and device share; everything but `config` on the device's thread.
+
+    `set_link` and `announce` may come from any: they change single attributes.
+    """
+
+    def __init__(
+        self,
+        mac: bytes,
+        port: Port,
+        *,
+        name: str,
+        pairs: int = 1,
+        mtu: int = MTU_DEFAULT,
+        is_locked: bool = False,
+    ) -> None:
+        """Begin with the link up; `name` is for the log."""
+        assert len(mac) == ADDRESS_SIZE
+        assert not is_group(mac)
+        assert 1 <= pairs <= QUEUE_PAIRS_MAX
+        self.features = _BASE_FEATURES
+        """What is offered because of the control queue and configuration."""
+        if pairs > 1:
+            self.features |= 1 << abi.VIRTIO_NET_F_MQ
+        if not is_locked:
+            self.features |= 1 << abi.VIRTIO_NET_F_CTRL_MAC_ADDR
+        self.filter = locked_filter(mac) if is_locked else Filter(mac)
+        """Which frames the driver is to get."""
+        self._own_mac = mac
+        self._is_locked = is_locked
+        self._port = port
+        self._name = name
+        self._pairs = pairs
+        self._mtu = mtu
+        self._negotiated = 0
+        self._is_up = True
+        self._is_announcing = False
+        self._vlans: set[int] = set()
+
+    @property
+    def mac(self) -> bytes:
+        """The driver's address at the moment."""
+        return self.filter.mac
+
+    def config(self) -> bytes:
+        """Return the configuration space; any thread."""
+        status = abi.VIRTIO_NET_S_LINK_UP if self._is_up else 0
+        if self._is_announcing:
+            status |= abi.VIRTIO_NET_S_ANNOUNCE
+        return _CONFIG.pack(self.filter.mac, status, self._pairs, self._mtu)
+
+    def set_link(self, is_up: bool) -> None:
+        """Plug the cable in or out; the transport has to tell the driver."""
+        self._is_up = is_up
+
+    def announce(self) -> None:
+        """Ask the driver to make itself known to the network; the transport has to tell it."""
+        self._is_announcing = True
+
+    def control_queue(self, features: int) -> int | None:
+        """Return which queue commands come in, or None.
+
+        Source: virtio 1.2 §5.1.2
+        """
+        if not features >> abi.VIRTIO_NET_F_CTRL_VQ & 1:
+            return None
+        return 2 * self._pairs if features >> abi.VIRTIO_NET_F_MQ & 1 else 2
+
+    def start(self, features: int) -> None:
+        """Begin with the negotiated features: everything is wanted, by the first pair."""
+        self._negotiated = features
+        self._set_filter(Filter(self.mac))
+        self._try(lambda: self._port.set_guest_offloads(features & GUEST_OFFLOADS))
+        self._try(lambda: self._port.set_pairs(1))
+
+    def reset(self) -> None:
+        """Forget what the driver said, its own address too."""
+        self._negotiated = 0
+        self._is_announcing = False
+        self._vlans.clear()
+        self.filter = self.filter._replace(mac=self._own_mac)
+
+    def process(self, queue: Virtqueue) -> None:
+        """Obey every command that is available.
+
+        Raises:
+            VirtqueueError: one has no place for its answer, or is no command.
+        """
+        while chain := queue.pop():
+            command = gather(chain.readable, _COMMAND_SIZE + _DATA_MAX)
+            if len(command) < _COMMAND_SIZE or not chain.writable:
+                raise VirtqueueError(
+                    f"{self._name}: a command without code, or room for its answer"
+                )
+            is_done = total(chain.readable) == len(command) and self._obey(
+                command[0], command[1], command[_COMMAND_SIZE:]
+            )
+            chain.writable[0][0] = _OK if is_done else _ERR
+            queue.push(chain, 1)
+
+    def _obey(self, kind: int, code: int, data: bytes) -> bool:
+        """Do what one command says; returns whether it could be done."""
+        negotiated = self._negotiated
+        match kind:
+            case abi.VIRTIO_NET_CTRL_RX:
+                return self._receive_mode(code, data)
+            case abi.VIRTIO_NET_CTRL_MAC if code == abi.VIRTIO_NET_CTRL_MAC_TABLE_SET:
+                return self._set_table(data)
+            case abi.VIRTIO_NET_CTRL_MAC if code == abi.VIRTIO_NET_CTRL_MAC_ADDR_SET:
+                return self._set_mac(data)
+            case abi.VIRTIO_NET_CTRL_VLAN:
+                return self._set_vlan(code, data)
+            case abi.VIRTIO_NET_CTRL_ANNOUNCE if code == abi.VIRTIO_NET_CTRL_ANNOUNCE_ACK:
+                self._is_announcing = False
+                return True
+            case abi.VIRTIO_NET_CTRL_MQ if code == abi.VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET:
+                count = int.from_bytes(data, "little")
+                if len(data) != 2 or not 1 <= count <= self._pairs:
+                    return False
+                return self._try(lambda: self._port.set_pairs(count))
+            case abi.VIRTIO_NET_CTRL_GUEST_OFFLOADS:
+                offloads = int.from_bytes(data, "little")
+                allowed = negotiated & GUEST_OFFLOADS
+                if code != abi.VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET or len(data) != 8:
+                    return False
+                if offloads & ~allowed:
+                    return False
+                return self._try(lambda: self._port.set_guest_offloads(offloads))
+        return False
+
+    def _receive_mode(self, code: int, data: bytes) -> bool:
+        if len(data) != 1:
+            return False
+        is_on = bool(data[0])
+        match code:
+            case abi.VIRTIO_NET_CTRL_RX_PROMISC:
+                changed = self.filter._replace(is_promiscuous=is_on)
+            case abi.VIRTIO_NET_CTRL_RX_ALLMULTI:
+                changed = self.filter._replace(has_all_group=is_on)
+            case abi.VIRTIO_NET_CTRL_RX_ALLUNI:
+                changed = self.filter._replace(has_all_unicast=is_on)
+            case abi.VIRTIO_NET_CTRL_RX_NOMULTI:
+                changed = self.filter._replace(has_no_group=is_on)
+            case abi.VIRTIO_NET_CTRL_RX_NOUNI:
+                changed = self.filter._replace(has_no_unicast=is_on)
+            case abi.VIRTIO_NET_CTRL_RX_NOBCAST:
+                changed = self.filter._replace(has_no_broadcast=is_on)
+            case _:
+                return False
+        return self._set_filter(changed)
+
+    def _set_table(self, data: bytes) -> bool:
+        """Take the list of further unicast addresses, then the one of multicast addresses."""
+        tables = []
+        for _ in range(2):
+            count = int.from_bytes(data[:_COUNT_SIZE], "little")
+            end = _COUNT_SIZE + count * ADDRESS_SIZE
+            if len(data) < end:
+                return False
+            tables.append(
+                [data[at : at + ADDRESS_SIZE] for at in range(_COUNT_SIZE, end, ADDRESS_SIZE)]
+            )
+            data = data[end:]
+        unicast, group = tables
+        changed = self.filter._replace(
+            unicast=frozenset(unicast[:TABLE_MAX]),
+            group=frozenset(group[:TABLE_MAX]),
+            has_all_unicast=len(unicast) > TABLE_MAX,
+            has_all_group=len(group) > TABLE_MAX,
+        )
+        return self._set_filter(changed)
+
+    def _set_mac(self, data: bytes) -> bool:
+        if self._is_locked or len(data) != ADDRESS_SIZE or is_group(data):
+            log.info("%s: the guest may not take the address %s", self._name, text(data[:8]))
+            return False
+        return self._set_filter(self.filter._replace(mac=data))
+
+    def _set_vlan(self, code: int, data: bytes) -> bool:
+        vlan = int.from_bytes(data, "little")
+        if len(data) != 2 or vlan >= _VLANS:
+            return False
+        match code:
+            case abi.VIRTIO_NET_CTRL_VLAN_ADD:
+                self._vlans.add(vlan)
+            case abi.VIRTIO_NET_CTRL_VLAN_DEL:
+                self._vlans.discard(vlan)
+            case _:
+                return False
+        return self._set_filter(self.filter)
+
+    def _set_filter(self, wanted: Filter) -> bool:
+        """Have it so, within what a locked address allows."""
+        if self._negotiated >> abi.VIRTIO_NET_F_CTRL_VLAN & 1:
+            wanted = wanted._replace(vlans=frozenset(self._vlans))
+        else:
+            wanted = wanted._replace(vlans=None)
+        if self._is_locked:
+            wanted = locked_filter(self._own_mac)
+        self.filter = wanted
+        return self._try(lambda: self._port.set_filter(wanted))
+
+    def _try(self, change: "Change") -> bool:
+        try:
+            change()
+        except OSError as err:
+            log.warning("%s: %s", self._name, err)
+            return False
+        return True
+
+
+class Change(Protocol):
+    """Something that the host may refuse."""
+
+    def __call__(self) -> None:
+        """Do it; raises OSError."""
