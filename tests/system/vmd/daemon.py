@@ -22,24 +22,27 @@ _PACKET_MAX = 1 << 20
 Answer = dict[str, object]
 
 
-def vm_block(name: str, *lines: str, enabled: bool = False, boot: Path = SELFTEST) -> str:
-    """Return a vm.conf block of a small VM that boots the self-test guest."""
-    body = ["memory 64M", f'boot "{boot}"', "enable" if enabled else "disable", *lines]
+def vm_block(
+    name: str, *lines: str, enabled: bool = False, boot: Path = SELFTEST, memory: str = "64M"
+) -> str:
+    """Return a vm.conf block of a small VM that boots the self-test guest, or something else."""
+    body = [f"memory {memory}", f'boot "{boot}"', "enable" if enabled else "disable", *lines]
     return "\n".join([f'vm "{name}" {{', *(f"\t{line}" for line in body), "}", ""])
 
 
 class Client:
     """A connection to the control socket; a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        """Connect."""
+    def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
+        """Connect; nothing may take longer than `timeout_s`."""
+        self._timeout_s = timeout_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.connect(str(path))
         except OSError:
             self._socket.close()
             raise
-        self._socket.settimeout(TIMEOUT_S)
+        self._socket.settimeout(timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +82,7 @@ class Client:
 
     def wait_for_state(self, name: str, state: str) -> Answer:
         """Ask until a VM is in a state; returns its status."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + self._timeout_s
         # A VM whose process is not there yet is shown as running.
         while (vm := self.vm(name))["state"] != state or (state == "running" and not vm["pid"]):
             assert time.monotonic() < deadline, f"{name} is {vm['state']}, not {state}"
@@ -91,16 +94,16 @@ class Client:
         self.send("console", name=name)
         answer, fds = self.receive()
         assert answer["type"] == "console-opened", answer
-        return Stream(fds[0])
+        return Stream(fds[0], self._timeout_s)
 
 
 class Stream:
     """A console's stream; a context manager."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, timeout_s: float = TIMEOUT_S) -> None:
         """Take ownership of `fd`."""
         self._socket = socket.socket(fileno=fd)
-        self._socket.settimeout(TIMEOUT_S)
+        self._socket.settimeout(timeout_s)
         self.output = b""
 
     def __enter__(self) -> Self:
@@ -177,9 +180,9 @@ class Daemon:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def client(self) -> Client:
+    def client(self, timeout_s: float = TIMEOUT_S) -> Client:
         """Connect to it."""
-        return Client(self.socket)
+        return Client(self.socket, timeout_s)
 
     def stop(self) -> int:
         """End it by SIGTERM; returns the exit status, and fails if it leaves a process."""
