@@ -9,8 +9,6 @@ Source: nft(8); sections 12.6 and 12.7 of OpenBSD's behaviour.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_MULTICAST = "01:00:00:00:00:00"
-
 
 class Forward(NamedTuple):
     """A port of the host's addresses that leads to a guest's."""
@@ -89,14 +87,19 @@ def _forward(forward: Forward) -> Iterable[str]:
 
 
 def _locked(name: str, lladdr: str) -> Iterable[str]:
-    """What the guest sends comes in there, what it receives goes out."""
+    """What the guest sends comes in there, what it receives goes out.
+
+    Bytes of the frame, not nft's own words for them: those look first where a frame came from, and
+    one that the host itself sends has come from nowhere. Bit 7 says that it is for several.
+    """
+    number = f"0x{lladdr.replace(':', '')}"
     yield _chain(
         f"from_{name}",
         f'type filter hook ingress device "{name}" priority 0; policy accept;',
-        [f"ether saddr != {lladdr} drop"],
+        [f"@ll,48,48 != {number} drop"],
     )
     yield _chain(
         f"to_{name}",
         f'type filter hook egress device "{name}" priority 0; policy accept;',
-        [f"ether daddr & {_MULTICAST} != {_MULTICAST} ether daddr != {lladdr} drop"],
+        [f"@ll,7,1 0 @ll,0,48 != {number} drop"],
     )

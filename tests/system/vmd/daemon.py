@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -133,14 +134,21 @@ class Daemon:
     """A vmd in the foreground; a context manager, which waits until it is ready and ends it."""
 
     def __init__(
-        self, directory: Path, config: str, *, is_user: bool = True, wait: bool = True
+        self,
+        directory: Path,
+        config: str,
+        *,
+        is_user: bool = True,
+        wait: bool = True,
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Start it in `directory`, with the text of a vm.conf."""
+        """Start it in `directory`, with the text of a vm.conf; `prefix` are words before it."""
         self.socket = directory / "vmd.sock"
         self.config = directory / "vm.conf"
         self.config.write_text(config)
         self.log = directory / "log"
         notify = directory / "notify"
+        notify.unlink(missing_ok=True)
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications,
             self.log.open("wb") as log,
@@ -149,6 +157,7 @@ class Daemon:
             notifications.settimeout(0.1)
             self.process = subprocess.Popen(
                 [
+                    *prefix,
                     *(sys.executable, "-m", "vmd", "-d", "-v"),
                     *(["--user"] if is_user else []),
                     *("--socket", str(self.socket), "-f", str(self.config)),

@@ -1,0 +1,499 @@
+"""Networks of a real daemon, in network namespaces: what there is, what passes, what is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from scapy.layers.dhcp import BOOTP, DHCP
+from scapy.layers.dns import DNS, DNSQR, DNSRR
+from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6ND_RS, IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet, Raw
+
+from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.daemon import READY, Client, Daemon, vm_block
+from tests.system.vmd.netns import Namespace, TapGuest, udp_server
+
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.root,
+    pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed"),
+    pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="there is no /dev/net/tun"),
+]
+
+GUEST = "fe:e1:bb:d1:00:01"
+HOST = "fe:e1:bb:d1:00:02"
+LOCKED = "locked lladdr"
+BRIDGE = "52:54:00:00:00:07"
+GUEST_ADDRESS, HOST_ADDRESS = "100.64.1.3", "100.64.1.2"
+
+
+class Start(Protocol):
+    """How to start a daemon."""
+
+    def __call__(self, config: str, *, prefix: tuple[str, ...] = ()) -> Daemon:
+        """Start one in the test's namespace, with the text of a vm.conf."""
+
+
+def local_vm(*options: str, name: str = "web", enabled: bool = True) -> str:
+    """Return a VM with one local interface."""
+    lladdr = f"lladdr {GUEST}"
+    if LOCKED in options:
+        options, lladdr = tuple(each for each in options if each != LOCKED), f"{LOCKED} {GUEST}"
+    lines = "\n".join(("local interface {", lladdr, *options, "}"))
+    return vm_block(name, lines, enabled=enabled)
+
+
+@pytest.fixture
+def space() -> Iterator[Namespace]:
+    """Make a namespace to run a daemon in."""
+    reason = missing_separation()
+    if reason:
+        pytest.skip(reason)
+    with Namespace() as found:
+        yield found
+
+
+@pytest.fixture
+def world(space: Namespace) -> Iterator[Namespace]:
+    """Make another namespace, 192.0.2.2, which knows the daemon's as 192.0.2.1 and no other."""
+    with Namespace() as found:
+        space.connect(found, "192.0.2.1/24", "192.0.2.2/24")
+        yield found
+
+
+@pytest.fixture
+def start(space: Namespace, tmp_path: Path) -> Start:
+    """Return how to start a daemon there."""
+
+    def started(config: str, *, prefix: tuple[str, ...] = ()) -> Daemon:
+        words = [*space.prefix, *prefix]
+        return Daemon(tmp_path, config, is_user=False, prefix=words)
+
+    return started
+
+
+def guest_of(vmd: Daemon, tap: str = "tap0", address: str = GUEST_ADDRESS) -> TapGuest:
+    """Be the guest behind a tap of the daemon's."""
+    return TapGuest(vmd.process.pid, tap, GUEST, address)
+
+
+def running(client: Client, *names: str) -> None:
+    """Wait until VMs run."""
+    for name in names:
+        client.wait_for_state(name, "running")
+
+
+def kill(vmd: Daemon) -> None:
+    """End a daemon without a chance to tidy up."""
+    vmd.process.kill()
+    vmd.process.wait()
+
+
+# What there is
+
+
+def test_interfaces_of_a_vm(space: Namespace, start: Start) -> None:
+    """Each has its tap, named, described, grouped and sized as vm.conf says, on its bridge."""
+    space.run("ip", "link", "add", "br7", "address", BRIDGE, "type", "bridge")
+    before = space.links()
+    config = (
+        'switch "uplink" { interface br7 }\n'
+        + vm_block("web", "local interface", 'interface tap9 { mtu 9000\nswitch "uplink"\n}')
+        + vm_block("other", "interface { down }", 'interface { switch "none" }')
+    )
+    with start(config) as vmd, vmd.client() as client:
+        assert client.ask("start", name="web")["type"] == "started"
+        assert client.ask("start", name="other")["type"] == "started"
+        shown = {name: space.run("ip", "-d", "addr", "show", name) for name in space.links()}
+        assert shown.keys() == before | {"tap0", "tap1", "tap2", "tap9"}
+        assert "alias vm1-if0-web" in shown["tap0"]
+        assert "inet 100.64.1.2/31" in shown["tap0"]
+        assert "alias vm1-if1-web" in shown["tap9"]
+        assert "master br7" in shown["tap9"]
+        assert "mtu 9000" in shown["tap9"]
+        assert "inet" not in shown["tap9"]
+        assert "UP" in shown["br7"]
+        assert "UP" not in shown["tap1"]
+        vmd.wait_for_log('vm/other: switch "none" not found')
+        assert client.ask("stop", name="web", force=True, wait=True)["type"] == "terminated"
+        space.wait_for_links(before | {"tap1", "tap2"})
+        assert vmd.stop() == 0
+        assert space.links() == before
+
+
+def test_a_switch_of_our_own(space: Namespace, start: Start) -> None:
+    """It is made with its address, and goes with the daemon; a bridge of others stays."""
+    space.run("ip", "link", "add", "br7", "address", BRIDGE, "type", "bridge")
+    before = space.state()
+    config = (
+        'switch "own" {\ncreate\naddress "10.0.0.1/24"\n}\n'
+        'switch "theirs" {\ninterface br7\ndown\n}\n'
+        + vm_block("web", 'interface { switch "own" }', enabled=True)
+    )
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "web")
+        assert "inet 10.0.0.1/24" in space.run("ip", "addr", "show", "own")
+        assert "master own" in space.run("ip", "link", "show", "tap0")
+        assert vmd.stop() == 0
+    assert space.state() == before
+
+
+def test_reset_and_reload_of_switches(space: Namespace, start: Start) -> None:
+    """Switches that are in the configuration no more are removed, and made again when they are."""
+    before = space.links()
+    with start('switch "one" { create }\nswitch "two" { create }\n') as vmd, vmd.client() as client:
+        space.wait_for_links(before | {"one", "two"})
+        vmd.config.write_text('switch "two" { create }\nswitch "three" { create }\n')
+        assert client.ask("reload")["type"] == "done"
+        space.wait_for_links(before | {"two", "three"})
+        assert client.ask("reset", mode="switches")["type"] == "done"
+        space.wait_for_links(before)
+
+
+@pytest.mark.parametrize("victims", [["vmd"], ["vmd", "vmd: priv"]], ids=" and ".join)
+def test_nothing_is_left_of_a_daemon_that_was_killed(
+    space: Namespace, start: Start, victims: list[str]
+) -> None:
+    """By priv, when the daemon dies; by the next daemon, when both have."""
+    before = space.state()
+    config = (
+        'local prefix 100.64.0.0/10 nat\nswitch "own" { create }\n'
+        + local_vm(LOCKED)
+        + vm_block("two", 'interface { switch "own" }', enabled=True)
+    )
+    vmd = start(config)
+    with vmd.client() as client:
+        running(client, "web", "two")
+    assert {"tap0", "tap1", "own"} < space.links()
+    priv = vmd.child("vmd: priv")
+    if len(victims) > 1:
+        os.kill(priv, signal.SIGSTOP)  # it must not notice
+    kill(vmd)
+    if len(victims) > 1:
+        os.kill(priv, signal.SIGKILL)
+        space.wait_for_links({"lo", "own"})
+        with start("") as again, again.client() as client:
+            client.ask("status")
+            space.wait_for_links({"lo"})
+    space.wait_for_links({"lo"})
+    _eventually(lambda: space.state() == before)
+
+
+def _eventually(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_reboot_keeps_the_interface(space: Namespace, start: Start) -> None:
+    """A guest that reboots finds the tap that it had."""
+    with start(local_vm()) as vmd, vmd.client() as client:
+        pid = client.wait_for_state("web", "running")["pid"]
+        before = space.run("ip", "-o", "link", "show", "tap0").split(":")[0]
+        with client.console("web") as console:
+            console.expect(READY)
+            console.type(b"r")
+            console.read_to_end()
+        _eventually(lambda: client.vm("web")["pid"] not in {pid, None})
+        assert space.run("ip", "-o", "link", "show", "tap0").split(":")[0] == before
+
+
+def test_what_cannot_be_had(space: Namespace, start: Start) -> None:
+    """A missing bridge is told of; a tap that is in use keeps the VM from starting."""
+    config = (
+        'switch "gone" { interface br7 }\n'
+        + vm_block("one", 'interface tap5 { switch "gone" }', enabled=True)
+        + vm_block("two", "interface tap5")
+    )
+    with start(config) as vmd, vmd.client() as client:
+        vmd.wait_for_log('switch "gone": bridge "br7" does not exist')
+        running(client, "one")
+        vmd.wait_for_log('vm1-if0-one: bridge "br7" does not exist')
+        answer = client.ask("start", name="two")
+        assert (answer["type"], answer["message"]) == ("failed", "tap5: Device or resource busy")
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert client.ask("start", name="two")["type"] == "started"
+        assert space.links() == {"lo", "tap5"}
+
+
+def test_an_address_beyond_the_prefix(start: Start) -> None:
+    """A VM whose id does not fit into the local prefix does not start."""
+    config = "local prefix 10.0.0.0/16\n" + "".join(
+        local_vm(name=f"vm{number}", enabled=False) for number in range(1, 258)
+    )
+    with start(config) as vmd, vmd.client() as client:
+        answer = client.ask("start", name="vm256")
+        expected = "dhcp address range exceeded, vm id 256 interface 0"
+        assert (answer["type"], answer["message"]) == ("failed", expected)
+
+
+def test_one_port_leads_to_one_guest(start: Start) -> None:
+    """A forward that another VM has keeps a VM from starting, until that one is gone."""
+    forward = "forward tcp 8080 to 80"
+    config = local_vm(forward, name="one") + local_vm(forward, name="two", enabled=False)
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "one")
+        answer = client.ask("start", name="two")
+        expected = 'forward tcp 8080: vm "one" has it'
+        assert (answer["code"], answer["message"]) == ("EBUSY", expected)
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert client.ask("start", name="two")["type"] == "started"
+
+
+def test_rdomains(space: Namespace, start: Start) -> None:
+    """An interface is in the VRF of its rdomain, or stays down where the kernel has none."""
+    with start(local_vm("rdomain 5")) as vmd, vmd.client() as client:
+        running(client, "web")
+        shown = space.run("ip", "link", "show", "tap0")
+        if "rdomain5" in space.links():
+            assert "master rdomain5" in shown
+            assert client.ask("stop", name="web", force=True, wait=True)["type"] == "terminated"
+            space.wait_for_links({"lo"})
+        else:
+            vmd.wait_for_log("rdomain5: ")
+            assert ",UP" not in shown
+
+
+# What passes
+
+
+def _options(packet: Packet) -> dict[str, object]:
+    return {each[0]: each[1] for each in packet[DHCP].options if isinstance(each, tuple)}
+
+
+def _dhcp(guest: TapGuest, kind: str) -> Packet:
+    request = (
+        Ether(src=GUEST, dst="ff:ff:ff:ff:ff:ff")
+        / IP(src="0.0.0.0", dst="255.255.255.255")
+        / UDP(sport=68, dport=67)
+        / BOOTP(chaddr=bytes.fromhex(GUEST.replace(":", "")), xid=7, flags="B")
+        / DHCP(options=[("message-type", kind), ("requested_addr", GUEST_ADDRESS), "end"])
+    )
+    return guest.ask(request, lambda frame: BOOTP in frame and frame[BOOTP].op == 2)
+
+
+def test_dhcp(start: Start) -> None:
+    """A guest is told its address, its router and its name, also by a server that has crashed."""
+    with start(local_vm(LOCKED)) as vmd, vmd.client() as client:
+        running(client, "web")
+        with guest_of(vmd) as guest:
+            offer = _dhcp(guest, "discover")
+            assert (offer.src, offer[BOOTP].yiaddr) == (HOST, GUEST_ADDRESS)
+            acknowledged = _options(_dhcp(guest, "request"))
+            assert acknowledged["message-type"] == 5
+            assert acknowledged["router"] == acknowledged["name_server"] == HOST_ADDRESS
+            assert acknowledged["hostname"] == b"web"
+            os.kill(vmd.child("vmd: local"), signal.SIGKILL)
+            vmd.wait_for_log("lost child: local")
+            assert _options(_dhcp(guest, "request"))["message-type"] == 5
+
+
+def test_a_flood_is_passed_over(start: Start) -> None:
+    """A guest that asks without end is answered again later, and others meanwhile."""
+    with start(local_vm() + vm_block("two", "local interface", enabled=True)) as vmd:
+        with vmd.client() as client:
+            running(client, "web", "two")
+        with guest_of(vmd) as guest:
+            frame = Ether(src=GUEST, dst="33:33:00:00:00:02") / IP(src="0.0.0.0") / UDP(dport=67)
+            data = guest.frame(frame / Raw(bytes(300)))
+            for _ in range(5000):
+                guest.write(data)
+            assert _options(_dhcp(guest, "request"))["message-type"] == 5
+
+
+def test_nat(world: Namespace, start: Start) -> None:
+    """The world sees the host's address, and its answers reach the guest; without nat it does not.
+
+    The world knows no way to the guest.
+    """
+    server = world.within(lambda: udp_server("192.0.2.2", 7))
+    with server, start("local prefix 100.64.0.0/10 nat\n" + local_vm()) as vmd:
+        with vmd.client() as client:
+            running(client, "web")
+        with guest_of(vmd) as guest:
+            router = guest.find(HOST_ADDRESS)
+            assert router == HOST
+            guest.send(guest.to(router, "192.0.2.2") / UDP(sport=1234, dport=7) / Raw(b"question"))
+            data, peer = server.recvfrom(100)
+            assert (data, peer[0]) == (b"question", "192.0.2.1")
+            server.sendto(b"answer", peer)
+            reply = guest.receive(lambda frame: UDP in frame)
+            assert reply is not None
+            assert (reply[IP].src, reply[UDP].dport) == ("192.0.2.2", 1234)
+            assert bytes(reply[UDP].payload) == b"answer"
+        assert vmd.stop() == 0
+
+
+@pytest.mark.parametrize("origin", ["world", "host"])
+def test_forwarded_ports(space: Namespace, world: Namespace, start: Start, origin: str) -> None:
+    """A port of the host's address leads to the guest's; from the host itself too."""
+    config = "local prefix 100.64.0.0/10 nat\n" + local_vm("forward udp 8053 to 53")
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "web")
+        place = world if origin == "world" else space
+        sender = place.within(lambda: udp_server("0.0.0.0", 999))
+        with guest_of(vmd) as guest, sender:
+            guest.find(HOST_ADDRESS)
+            sender.sendto(b"question", ("192.0.2.1", 8053))
+            found = guest.receive(lambda frame: UDP in frame)
+            assert found is not None
+            assert (found[UDP].dport, bytes(found[UDP].payload)) == (53, b"question")
+            back = guest.to(found.src, found[IP].src) / UDP(sport=53, dport=found[UDP].sport)
+            guest.send(back / Raw(b"answer"))
+            data, peer = sender.recvfrom(100)
+            assert (data, peer) == (b"answer", ("192.0.2.1", 8053))
+
+
+def test_locked_lladdr(space: Namespace, start: Start) -> None:
+    """Frames from another address, and to one, are dropped; others and broadcasts pass."""
+    with start(local_vm(LOCKED)) as vmd, vmd.client() as client:
+        running(client, "web")
+        ping = IP(src=GUEST_ADDRESS, dst=HOST_ADDRESS) / ICMP()
+        with guest_of(vmd) as guest:
+            guest.find(HOST_ADDRESS)
+            reply = guest.ask(Ether(src=GUEST, dst=HOST) / ping, lambda frame: ICMP in frame)
+            assert reply.dst == GUEST
+            guest.send(Ether(src="fe:e1:bb:d1:00:09", dst=HOST) / ping)
+            assert guest.receive(lambda frame: ICMP in frame, 0.5) is None
+            # The host sends to a wrong address if it is told to.
+            wrong = ("lladdr", "fe:e1:bb:d1:00:09", "dev", "tap0")
+            space.run("ip", "neigh", "replace", GUEST_ADDRESS, *wrong)
+            server = space.within(lambda: udp_server(HOST_ADDRESS, 999))
+            with server:
+                server.sendto(b"to another", (GUEST_ADDRESS, 1))
+                assert guest.receive(lambda frame: UDP in frame, 0.5) is None
+                right = ("lladdr", GUEST, "dev", "tap0")
+                space.run("ip", "neigh", "replace", GUEST_ADDRESS, *right)
+                server.sendto(b"to it", (GUEST_ADDRESS, 1))
+                assert guest.receive(lambda frame: UDP in frame) is not None
+
+
+def test_the_host_heeds_no_router_behind_a_tap(space: Namespace, start: Start) -> None:
+    """A guest that says it is a router changes nothing on the host."""
+    config = "local inet6 prefix fd12:3456:789a:bcde::/64\n" + local_vm()
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "web")
+        before = space.run("ip", "-6", "route")
+        with guest_of(vmd) as guest:
+            fake = IPv6(src="fe80::1", dst="ff02::1", hlim=255) / ICMPv6ND_RA(routerlifetime=1800)
+            guest.send(Ether(src=GUEST, dst="33:33:00:00:00:01") / fake)
+            guest.find(HOST_ADDRESS)
+        assert space.run("ip", "-6", "route") == before
+
+
+def test_ipv6(space: Namespace, start: Start) -> None:
+    """The host advertises itself; the address that the guest makes of that leads to it."""
+    config = "local inet6 prefix fd12:3456:789a:bcde::/64\n" + local_vm()
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "web")
+        assert "fd12:3456:789a:bcde:6440:103:0:1/96" in space.run("ip", "addr", "show", "tap0")
+        with guest_of(vmd) as guest:
+            question = Ether(src=GUEST, dst="33:33:00:00:00:02") / IPv6(
+                src="::", dst="ff02::2", hlim=255
+            )
+            told = guest.ask(question / ICMPv6ND_RS(), lambda frame: ICMPv6ND_RA in frame)
+            assert (told.src, told[IPv6].src) == (HOST, "fe80::fce1:bbff:fed1:2")
+        route = space.run("ip", "-6", "route", "get", "fd12:3456:789a:bcde:fce1:bbff:fed1:1")
+        assert "dev tap0" in route
+
+
+def test_dns(space: Namespace, start: Start, tmp_path: Path) -> None:
+    """Questions to the host's address there go to its own server, and the answers come back."""
+    own = tmp_path / "resolv.conf"
+    own.write_text("# ours\nsearch example\nnameserver 127.0.0.9\n")
+    replaced = f'mount --bind {own} /etc/resolv.conf && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", replaced, "sh")
+    server = space.within(lambda: udp_server("127.0.0.9", 53))
+    with server, start(local_vm(), prefix=prefix) as vmd, vmd.client() as client:
+        running(client, "web")
+        with guest_of(vmd) as guest:
+            guest.find(HOST_ADDRESS)
+            question = DNS(id=99, qd=DNSQR(qname="example.org"))
+            guest.send(guest.to(HOST, HOST_ADDRESS) / UDP(sport=4321, dport=53) / question)
+            data, peer = server.recvfrom(1000)
+            asked = DNS(data)
+            assert asked.qd[0].qname == b"example.org."
+            record = DNSRR(rrname="example.org", rdata="192.0.2.80")
+            server.sendto(bytes(DNS(id=99, qr=1, qd=asked.qd, an=record)), peer)
+            reply = guest.receive(lambda frame: DNS in frame and frame[DNS].qr == 1)
+            assert reply is not None
+            assert (reply[IP].src, reply[UDP].dport) == (HOST_ADDRESS, 4321)
+            assert reply[DNS].an[0].rdata == "192.0.2.80"
+
+
+# When processes die
+
+
+def test_priv_can_be_killed(space: Namespace, start: Start) -> None:
+    """VMs keep their interfaces and rules; another priv makes new ones, and tidies up."""
+    before = space.state()
+    config = (
+        'local prefix 100.64.0.0/10 nat\nswitch "own" { create }\n'
+        + local_vm(LOCKED, "forward tcp 8080 to 80")
+        + vm_block("two", 'interface { switch "own" }', "local interface")
+    )
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "web")
+        rules = space.rules()
+        assert "masquerade" in rules
+        assert "dport 8080" in rules
+        for _ in range(2):
+            os.kill(vmd.child("vmd: priv"), signal.SIGKILL)
+            _eventually(lambda: bool(re.search("lost child: priv", vmd.log.read_text())))
+            assert client.ask("start", name="two")["type"] == "started"
+            assert space.rules() == rules
+            assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
+            space.wait_for_links({"lo", "own", "tap0"})
+        assert client.ask("stop", name="web", force=True, wait=True)["type"] == "terminated"
+        _eventually(lambda: "netdev" not in space.rules() and "8080" not in space.rules())
+        assert vmd.stop() == 0
+    assert space.state() == before
+
+
+def test_two_daemons_leave_each_other_alone(space: Namespace, tmp_path: Path) -> None:
+    """What one makes and removes is not the other's."""
+    config = 'local prefix {}.0.0.0/8 nat\nswitch "own{}" {{ create }}\n'
+    with ExitStack() as stack:
+        daemons = []
+        for number in (10, 11):
+            directory = tmp_path / str(number)
+            directory.mkdir()
+            text = config.format(number, number)
+            daemon = Daemon(directory, text, is_user=False, prefix=space.prefix)
+            daemons.append(stack.enter_context(daemon))
+        space.wait_for_links({"lo", "own10", "own11"})
+        _eventually(lambda: space.rules().count("masquerade") == 2)
+        assert daemons[0].stop() == 0
+        assert space.links() == {"lo", "own11"}
+        assert "ip saddr 11.0.0.0/8" in space.rules()
+        assert "ip saddr 10.0.0.0/8" not in space.rules()
+
+
+def test_rules_of_others_are_not_touched(space: Namespace, start: Start) -> None:
+    """Tables, bridges and addresses that were there stay as they were, through all of it."""
+    theirs = "table inet mine {\nchain c {\ntype filter hook forward priority 0;\n}\n}"
+    space.run("nft", theirs)
+    space.run("ip", "link", "add", "br7", "address", BRIDGE, "type", "bridge")
+    space.run("ip", "addr", "add", "10.9.9.9/24", "dev", "br7")
+    before = space.state()
+    config = (
+        'local prefix 100.64.0.0/10 nat\nswitch "theirs" { interface br7\ndown\n}\n'
+        + local_vm("forward tcp 1 to 1")
+        + vm_block("two", 'interface { switch "theirs" }', enabled=True)
+    )
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "web", "two")
+        assert vmd.stop() == 0
+    assert space.state() == before

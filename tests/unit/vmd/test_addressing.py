@@ -1,0 +1,120 @@
+"""Addresses of local interfaces, against the table of OpenBSD's behaviour, section 12.4."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd.addressing import (
+    DEFAULT_PREFIX,
+    RangeError,
+    host_lladdr,
+    is_host_name,
+    local_addresses,
+    random_prefix6,
+    subnet4,
+    subnet6,
+)
+from vmd.config.values import prefix4_of, prefix6_of
+
+LLADDR = "fe:e1:bb:d1:23:45"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "vm_id", "index", "host", "guest"),
+    [
+        ("100.64.0.0/10", 1, 0, "100.64.1.2", "100.64.1.3"),
+        ("100.64.0.0/10", 1, 1, "100.64.1.4", "100.64.1.5"),
+        ("100.64.0.0/10", 1, 126, "100.64.1.254", "100.64.1.255"),
+        ("100.64.0.0/10", 256, 0, "100.65.0.2", "100.65.0.3"),
+        ("100.64.0.0/10", 16383, 3, "100.127.255.8", "100.127.255.9"),
+        ("10.1.0.0/16", 255, 0, "10.1.255.2", "10.1.255.3"),
+        ("10.0.0.0/8", 65535, 0, "10.255.255.2", "10.255.255.3"),
+        ("128.0.0.0/1", 1, 0, "128.0.1.2", "128.0.1.3"),
+    ],
+)
+def test_ipv4(prefix: str, vm_id: int, index: int, host: str, guest: str) -> None:
+    """The VM's id and the interface's place make the address; two are a network."""
+    found = local_addresses(prefix4_of(prefix), None, vm_id, index, LLADDR)
+    assert (str(found.host4), str(found.guest4)) == (host, guest)
+    assert found.host6 is found.guest6 is found.autoconf6 is None
+
+
+@pytest.mark.parametrize(
+    ("prefix", "vm_id", "index"),
+    [
+        ("100.64.0.0/10", 16384, 0),
+        ("10.1.0.0/16", 256, 0),
+        ("10.1.0.0/16", 1, 127),
+        ("10.1.0.0/16", 1, -1),
+        ("10.1.0.0/16", 1 << 24, 0),
+    ],
+)
+def test_what_does_not_fit(prefix: str, vm_id: int, index: int) -> None:
+    """An id beyond the prefix, or one interface too many, has no address."""
+    text = f"dhcp address range exceeded, vm id {vm_id} interface {index}"
+    with pytest.raises(RangeError, match=f"^{text}$"):
+        local_addresses(prefix4_of(prefix), None, vm_id, index, LLADDR)
+
+
+def test_ipv6() -> None:
+    """The IPv4 address of the guest is a part of the network; the guest makes its own address."""
+    found = local_addresses(DEFAULT_PREFIX, prefix6_of("fd12:3456:789a:bcde::/64"), 1, 0, LLADDR)
+    assert found.host6 == IPv6Address("fd12:3456:789a:bcde:6440:103::1")
+    assert found.guest6 == IPv6Address("fd12:3456:789a:bcde:6440:103::2")
+    assert found.autoconf6 == IPv6Address("fd12:3456:789a:bcde:fce1:bbff:fed1:2345")
+
+
+def test_a_random_prefix_is_a_unique_local_one() -> None:
+    """The first byte is fd, the rest of 64 bits is as random as what it is made of."""
+    prefix = random_prefix6(bytes(range(1, 8)))
+    assert subnet6(prefix) == "fd01:203:405:607::/64"
+
+
+@given(st.integers(1, 16383), st.integers(0, 126), st.integers(1, 16383), st.integers(0, 126))
+def test_no_two_interfaces_share_a_network(one: int, first: int, other: int, second: int) -> None:
+    """Two interfaces have no address in common, and both lie within the prefix."""
+    prefix6 = prefix6_of("fd00::/64")
+    a = local_addresses(DEFAULT_PREFIX, prefix6, one, first, LLADDR)
+    b = local_addresses(DEFAULT_PREFIX, prefix6, other, second, LLADDR)
+    assert a.host4 in IPv4Network(subnet4(DEFAULT_PREFIX))
+    assert IPv4Network((int(a.host4), 31)).network_address == a.host4
+    assert a.host6 in IPv6Network(subnet6(prefix6))
+    if (one, first) != (other, second):
+        assert not {a.host4, a.guest4} & {b.host4, b.guest4}
+        assert IPv6Network((int(a.host6 or 0) - 1, 96)) != IPv6Network((int(b.host6 or 0) - 1, 96))
+
+
+def test_the_prefix_itself_is_no_address() -> None:
+    """VM ids begin with 1 and indices with 0: the network's own address is never given away."""
+    found = local_addresses(prefix4_of("10.1.0.0/16"), None, 1, 0, LLADDR)
+    assert found.host4 > IPv4Address("10.1.0.0")
+
+
+def test_the_host_is_next_to_the_guest() -> None:
+    """The host's Ethernet address is the guest's with one more in its last byte, which may wrap."""
+    assert host_lladdr("fe:e1:bb:d1:23:45") == "fe:e1:bb:d1:23:46"
+    assert host_lladdr("fe:e1:bb:d1:23:ff") == "fe:e1:bb:d1:23:00"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("web", True),
+        ("web-1.example", True),
+        ("a", False),
+        ("", False),
+        ("-web", False),
+        ("web-", False),
+        ("web_1", False),
+        ("web..a", False),
+        ("wéb", False),
+        ("a" * 64, False),
+    ],
+)
+def test_host_names(name: str, expected: bool) -> None:
+    """Not every name of a VM is one that a host can have."""
+    assert is_host_name(name) == expected
