@@ -78,7 +78,7 @@ table netdev vmd {
 def test_nft_takes_it() -> None:
     """In a namespace of its own, the text takes effect, twice, and is removed without a trace."""
     script = """
-        ip link add tap0 type dummy && ip link add tap10 type dummy
+        ip tuntap add tap0 mode tap && ip tuntap add tap10 mode tap
         nft list ruleset > /dev/null && nft -f - <<END && nft -f - <<END && nft list ruleset
 {rules}END
 {rules}END
