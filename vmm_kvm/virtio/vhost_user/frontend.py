@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 from vmm_kvm.log import Log
 from vmm_kvm.memory import Region
 from vmm_kvm.virtio.abi import (
+    VIRTIO_BLK_F_CONFIG_WCE,
     VIRTIO_BLK_F_MQ,
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
@@ -58,7 +59,9 @@ _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 # the features that say something about that part.
 _BLK_CONFIG_SIZE = 60
 _BLK_NUM_QUEUES = slice(34, 36)
-_BLK_FEATURES = (1 << 15) - 1
+# A cache mode in the configuration (CONFIG_WCE) is not among them: qemu-storage-daemon 10.0 says
+# write-through there and does not flush, so a driver would never ask it to.
+_BLK_FEATURES = ((1 << 15) - 1) & ~(1 << VIRTIO_BLK_F_CONFIG_WCE)
 # virtio 1.2 §5.1.4: up to the MTU.
 _NET_CONFIG_SIZE = 12
 _NET_PAIRS = slice(8, 10)

@@ -27,7 +27,7 @@ from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUser
 from vmm_kvm.virtio.vhost_user.messages import VhostUserError
 
-MQ = 1 << 12
+FLUSH, CONFIG_WCE, MQ = 1 << 9, 1 << 11, 1 << 12
 RING_RESET = 1 << 40
 
 
@@ -92,6 +92,14 @@ def test_what_the_driver_is_offered() -> None:
         assert device.queue_sizes == (QUEUE_SIZE,) * 2
         assert device.features == BACKEND_FEATURE | MQ | EVENT_IDX | 1 << 28 | RING_RESET
         assert len(device.config()) == 60
+
+
+def test_the_cache_mode_is_left_to_flushes() -> None:
+    """A server's word that it writes through is not handed on: FLUSH alone says what is durable."""
+    backend = BlkBackend()
+    backend.features |= CONFIG_WCE | FLUSH
+    with dataplane(backend) as (device, _, _):
+        assert device.features & (CONFIG_WCE | FLUSH) == FLUSH
 
 
 @pytest.mark.parametrize("has_fds", [True, False])
