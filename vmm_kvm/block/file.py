@@ -54,38 +54,17 @@ class HostFile:
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill all of `buffers` from `offset`; what lies beyond the end of the file is zero."""
-        size = total(buffers)
-        if len(buffers) <= _IOV_MAX:
-            done = os.preadv(self.fd, buffers, offset)
-            if done == size:
-                return
-        else:
-            done = 0
-        while done < size:
-            rest = cut(buffers, done, size - done)
-            count = os.preadv(self.fd, rest[:_IOV_MAX], offset + done)
-            if not count:
-                fill_zeros(rest)
-                return
-            done += count
+        left = _transferred(os.preadv, self.fd, buffers, offset, total(buffers))
+        if left:
+            fill_zeros(left)
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers` at `offset`; on a fault some of them may have been written."""
         size = total(buffers)
         self._is_written = True
         self.end = max(self.end, offset + size)
-        if len(buffers) <= _IOV_MAX:
-            done = os.pwritev(self.fd, buffers, offset)
-            if done == size:
-                return
-        else:
-            done = 0
-        while done < size:
-            rest = cut(buffers, done, size - done)
-            count = os.pwritev(self.fd, rest[:_IOV_MAX], offset + done)
-            if not count:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            done += count
+        if _transferred(os.pwritev, self.fd, buffers, offset, size):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def is_hole(self, offset: int, size: int) -> bool:
         """Tell whether the file system knows that a range has no data; it then reads as zero."""
@@ -155,3 +134,26 @@ class HostFile:
             self._unsupported.add(operation)
             return False
         return True
+
+
+def _transferred(
+    transfer: Callable[[int, Sequence[memoryview], int], int],
+    fd: int,
+    buffers: Sequence[memoryview],
+    offset: int,
+    size: int,
+) -> Sequence[memoryview]:
+    """Read or write buffers of `size` bytes, by several calls if need be; return what is left.
+
+    Something is left where the file ends.
+    """
+    done = 0
+    rest = buffers
+    while done < size:
+        count = transfer(fd, rest if len(rest) <= _IOV_MAX else rest[:_IOV_MAX], offset + done)
+        if not count:
+            return rest
+        done += count
+        if done < size:
+            rest = cut(buffers, done, size - done)
+    return ()
