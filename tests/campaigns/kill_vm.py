@@ -1,0 +1,222 @@
+"""Campaign: a whole VM, killed at random moments while its guest writes to a disk.
+
+The guest is a boot sector, which any /dev/kvm runs: by SeaBIOS it writes 4 KiB of its own number at
+one place after the other, and says a dot for each write that the BIOS calls done. SeaBIOS knows no
+flush, so each of them has to be durable by then. SIGKILL ends `vmctl run`; its device process, in
+every other round, goes with it. Afterwards the image is checked by us and by `qemu-img check`:
+nothing but leaks; and each sector holds what was acknowledged last, or a later write. The image
+goes on to the next round.
+
+Any deviation is printed, and the exit status is 1. The same --seed gives the same writes; when
+the kill comes is up to the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests import artifacts  # noqa: E402 - found by the line above
+from tests.campaigns.kill_disk import OPTIONS  # noqa: E402
+from tests.unit.block.crash import checked  # noqa: E402
+from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
+from vmm_kvm.block.image import Format, Image, open_image  # noqa: E402
+
+SECTOR = 512
+WRITE_SECTORS = 8
+FIRST_SECTOR = 64
+PLACES = 1 << 14
+SIZE = 16 << 20
+DELAY_S = 1.5
+LATER = 1 << 14
+"""How many writes a guest may be ahead of what its console has said."""
+_START_S = 180.0
+_END_S = 20.0
+
+_CODE = b"".join(
+    (
+        bytes.fromhex("fa"),  # cli
+        bytes.fromhex("31c0"),  # xor %ax, %ax
+        bytes.fromhex("8ed8"),  # mov %ax, %ds
+        bytes.fromhex("8ec0"),  # mov %ax, %es
+        bytes.fromhex("8ed0"),  # mov %ax, %ss
+        bytes.fromhex("bc007c"),  # mov $0x7c00, %sp
+        bytes.fromhex("fb"),  # sti
+        bytes.fromhex("fc"),  # cld
+        bytes.fromhex("8816f47d"),  # mov %dl, drive
+        bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+        bytes.fromhex("b001"),  # mov $1, %al
+        bytes.fromhex("ee"),  # out %al, %dx: it begins
+        bytes.fromhex("66ff06f07d"),  # next: incl number
+        bytes.fromhex("66a1f07d"),  # mov number, %eax
+        bytes.fromhex("bf0080"),  # mov $0x8000, %di
+        bytes.fromhex("b90004"),  # mov $1024, %cx
+        bytes.fromhex("66f3ab"),  # rep stosl
+        bytes.fromhex("a1f67d"),  # mov place, %ax
+        bytes.fromhex("69c05562"),  # imul $25173, %ax
+        bytes.fromhex("051936"),  # add $13849, %ax
+        bytes.fromhex("a3f67d"),  # mov %ax, place
+        bytes.fromhex("25ff3f"),  # and $0x3fff, %ax
+        bytes.fromhex("83c040"),  # add $64, %ax
+        bytes.fromhex("a3e87d"),  # mov %ax, packet + 8
+        bytes.fromhex("bee07d"),  # mov $packet, %si
+        bytes.fromhex("8a16f47d"),  # mov drive, %dl
+        bytes.fromhex("b80043"),  # mov $0x4300, %ax: extended write
+        bytes.fromhex("cd13"),  # int $0x13
+        bytes.fromhex("b021"),  # mov $'!', %al
+        bytes.fromhex("7202"),  # jc tell
+        bytes.fromhex("b02e"),  # mov $'.', %al
+        bytes.fromhex("baf803"),  # tell: mov $0x3f8, %dx
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("ebc0"),  # jmp next
+    )
+)
+_PACKET = struct.Struct("<BBHIQIBBH")  # INT 13h's packet at 0x7de0; number; drive, unused, place
+_PACKET_AT = 0x1E0
+_BEGINS = b"\x01"
+
+
+def boot_sector(number: int, place: int) -> bytes:
+    """Return the guest that goes on after write `number`, at the place that follows `place`."""
+    variables = _PACKET.pack(16, 0, WRITE_SECTORS, 0x8000, 0, number, 0, 0, place)
+    return (_CODE.ljust(_PACKET_AT, b"\0") + variables).ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
+
+
+def places(place: int) -> Iterator[int]:
+    """Yield the state of the guest's generator for each write, from the one after `place`."""
+    while True:
+        place = (place * 25173 + 13849) & 0xFFFF
+        yield place
+
+
+class Disk:
+    """What each sector has to hold: the number of the write, 0 for none."""
+
+    def __init__(self) -> None:
+        """Begin with an empty disk."""
+        self.number = 0
+        self.place = 1
+        self._durable: dict[int, int] = {}
+
+    def settle(self, acknowledged: int, found: bytes) -> list[str]:
+        """Compare with a disk on which so many more writes were done, at least."""
+        wrong = []
+        later: dict[int, set[int]] = {}
+        last = self.number
+        for count, state in zip(range(1, acknowledged + LATER), places(self.place), strict=False):
+            number = self.number + count
+            first = FIRST_SECTOR + state % PLACES
+            for sector in range(first, first + WRITE_SECTORS):
+                if count <= acknowledged:
+                    self._durable[sector] = number
+                else:
+                    later.setdefault(sector, set()).add(number)
+        for sector in range(FIRST_SECTOR, FIRST_SECTOR + PLACES + WRITE_SECTORS):
+            data = found[sector * SECTOR : (sector + 1) * SECTOR]
+            number = int.from_bytes(data[:4], "little")
+            durable = self._durable.get(sector, 0)
+            is_whole = data == number.to_bytes(4, "little") * (SECTOR // 4)
+            if not is_whole or number not in {durable, *later.get(sector, ())}:
+                wrong.append(f"sector {sector} holds {number}, not {durable} or a later one")
+            self._durable[sector] = number
+            last = max(last, number)
+        # What was done without a word is behind us too.
+        last = max(last, self.number + acknowledged)
+        for _, state in zip(range(last - self.number), places(self.place), strict=False):
+            self.place = state
+        self.number = last
+        return wrong
+
+
+def opened(path: str) -> Image:
+    """Open the image for writing once the processes of a dead VM have let go of it."""
+    deadline = time.monotonic() + _END_S
+    while True:
+        try:
+            return open_image(path, Format.QCOW2, False)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def run_round(path: str, disk: Disk, option: str, delay_s: float) -> tuple[int, list[str]]:
+    """Kill one VM; return how many writes it acknowledged, and what is wrong."""
+    image = opened(path)
+    image.writev(0, [memoryview(boot_sector(disk.number, disk.place))])
+    image.close()
+    arguments = vmctl_run("-m", "64M", "-b", artifacts.seabios(), "-d", f"qcow2:{path}{option}")
+    with ConsoleProcess(arguments) as guest:
+        guest.expect(_BEGINS.decode(), _START_S)
+        time.sleep(delay_s)
+        guest.signal(signal.SIGKILL)
+        guest.wait(_END_S)
+        said = guest.output.partition(_BEGINS)[2]
+    acknowledged = said.count(b".")
+    wrong = ["the BIOS reported an error"] if b"!" in said else []
+    opened(path).close()  # as soon as nobody has it open any more
+    wrong += checked(path).errors
+    done = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True, text=True
+    )
+    if done.returncode not in {0, 3}:  # 3: leaks
+        wrong.append(f"qemu-img check: {done.returncode}: {done.stdout}{done.stderr}")
+    image = open_image(path, Format.QCOW2, True)
+    found = bytearray(SIZE)
+    image.readv(0, [memoryview(found)])
+    image.close()
+    return acknowledged, wrong + disk.settle(acknowledged, bytes(found))
+
+
+def campaign(count: int, seed: int) -> tuple[int, list[str]]:
+    """Kill `count` VMs; return how many writes were acknowledged, and what deviated."""
+    chance = random.Random(seed)
+    deviations: list[str] = []
+    writes = 0
+    per_image = max(count // len(OPTIONS), 1)
+    with tempfile.TemporaryDirectory(prefix="kill-vm-") as directory:
+        for number in range(count):
+            if number % per_image == 0:
+                path = f"{directory}/disk{number}.qcow2"
+                features = OPTIONS[number // per_image % len(OPTIONS)]
+                command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, path)
+                subprocess.run([*command, str(SIZE)], check=True)
+                disk = Disk()
+            option = ",process" if number % 2 else ""
+            acknowledged, wrong = run_round(path, disk, option, chance.uniform(0, DELAY_S))
+            writes += acknowledged
+            deviations += [f"round {number}, {features}{option}: {line}" for line in wrong[:5]]
+    return writes, deviations
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign and print its summary."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=300, help="how many kills")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    begun = time.monotonic()
+    writes, deviations = campaign(options.count, options.seed)
+    for line in deviations:
+        print(line)
+    taken = time.monotonic() - begun
+    print(
+        f"{options.count} VMs killed, {writes} writes, {taken:.0f} s: {len(deviations)} deviations"
+    )
+    return 1 if deviations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
