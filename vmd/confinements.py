@@ -28,6 +28,7 @@ _TCGETS = 0x5401
 _FIONBIO = 0x5421
 _F_DUPFD_CLOEXEC = 1030
 _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
+_F_ADD_SEALS = 1033
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _PROT_EXEC = 4
 _PR_SET_NAME = 15
@@ -145,6 +146,7 @@ _VM = (
     *_THREADS,
     Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
     *_all("guest memory", "memfd_create"),
+    *_with("fcntl", 1, {_F_ADD_SEALS: "an unpacked kernel that nobody can change"}),
     *_with("prctl", 0, {_PR_SET_NAME: "what VM it is, which it is told when it is confined"}),
     *_all("images into guest memory", "sendfile"),
     *_all("flushes of what the guest has mapped", "msync"),

@@ -290,6 +290,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     """Index of the boot image's descriptor."""
     boot_path: str
     """For messages."""
+    kernel: int | None = None
+    """Index of the descriptor of what the boot image unpacks to, where that is known."""
     variables: int | None = None
     """Index of the descriptor of UEFI variables, where the boot image is UEFI firmware."""
     initrd: tuple[int, ...] = ()
@@ -362,6 +364,10 @@ class VmStarted(Internal, frozen=True, kw_only=True):
     """The machine is made and its image loaded; the guest runs."""
 
 
+class VmUnpacked(Internal, frozen=True, kw_only=True):
+    """The boot image is unpacked; what it unpacks to comes along, in sealed memory."""
+
+
 class VmPaused(Internal, frozen=True, kw_only=True):
     """No vCPU runs and no device works."""
 
@@ -401,7 +407,7 @@ class VmEnding(Internal, frozen=True, kw_only=True):
     message: str = ""
 
 
-VmReport = VmStarted | VmPaused | VmUnpaused | VmStatistics | VmEnding
+VmReport = VmStarted | VmUnpacked | VmPaused | VmUnpaused | VmStatistics | VmEnding
 
 
 class ToVm(Internal, frozen=True, kw_only=True):

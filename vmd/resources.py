@@ -16,6 +16,7 @@ from typing import NamedTuple
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import MEMORY_DEFAULT, Right
 from vmd.internal import DiskSpec, NicSpec, VmSpec
+from vmd.kernels import KernelStore
 from vmd.messages import ErrorCode
 from vmd.network import Network, open_vhosts
 from vmd.policy import Users
@@ -62,8 +63,10 @@ def may_access(status: os.stat_result, uid: int, users: Users, *, writes: bool) 
     return mode >> 3 & wanted == wanted and users.is_member(uid, status.st_gid)
 
 
-def open_resources(vm: Vm, users: Users, pty: Pty, networks: Sequence[Network] = ()) -> Resources:
-    """Open all that a VM's processes need; `pty` and `networks` stay the caller's.
+def open_resources(
+    vm: Vm, users: Users, pty: Pty, kernels: KernelStore, networks: Sequence[Network] = ()
+) -> Resources:
+    """Open all that a VM's processes need; `pty`, `kernels`, `networks` stay the caller's.
 
     Raises:
         ResourceError: a file is missing, in use, not for this user, or of a wrong kind.
@@ -72,6 +75,8 @@ def open_resources(vm: Vm, users: Users, pty: Pty, networks: Sequence[Network] =
     with ExitStack() as stack:
         opener = _Opener(vm, users, stack)
         boot, boot_path, variables, initrd, append = opener.boot()
+        known = kernels.find(opener.fds[boot])
+        kernel = None if known is None else opener.keep(known)
         # In OpenBSD's order, which shows in what is complained of first.
         cdrom = opener.cdrom()
         disks = tuple(opener.disk(option) for option in vm.config.disks)
@@ -83,6 +88,7 @@ def open_resources(vm: Vm, users: Users, pty: Pty, networks: Sequence[Network] =
             cpus=vm.config.cpus or 1,
             boot=boot,
             boot_path=boot_path,
+            kernel=kernel,
             variables=variables,
             initrd=initrd,
             append=append,

@@ -52,7 +52,8 @@ from vmm_kvm.pci_devices import AnyDisk, PciDevices, PmemDisk, boot_order, place
 from vmm_kvm.runner import Runner
 from vmm_kvm.virtio.vmmci import Command
 
-if TYPE_CHECKING:  # loaded only for UEFI guests
+if TYPE_CHECKING:  # the variables are loaded only for UEFI guests
+    from vmm_kvm.boot.cache import Kernels
     from vmm_kvm.boot.nvram import Variables
     from vmm_kvm.net.nic import NicParams
 
@@ -97,6 +98,8 @@ class MachineSpec(NamedTuple):
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
     variables: "Variables | None" = None
     """What UEFI firmware keeps in flash memory below its own image; stays the caller's."""
+    kernels: "Kernels | None" = None
+    """Where unpacked kernels are kept; None for this user's cache."""
     has_console: bool = False
     """Whether there is a virtio console, hvc0, besides the serial port."""
     boot_device: BootDevice = BootDevice.AUTO
@@ -207,6 +210,7 @@ class Machine:
                 self.memory,
                 BootConfig(
                     cache_directory=default_directory(),
+                    kernels=spec.kernels,
                     command_line=spec.command_line,
                     initrd=spec.initrd,
                     boot_device=spec.boot_device,

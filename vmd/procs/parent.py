@@ -45,8 +45,10 @@ from vmd.internal import (
     VmReport,
     VmStarted,
     VmStatistics,
+    VmUnpacked,
     VmUnpaused,
 )
+from vmd.kernels import KernelStore
 from vmd.messages import (
     AnyAnswer,
     AnyRequest,
@@ -133,6 +135,7 @@ class Parent:
         self._turn_timer = loop.timer(self._turn)
         self._ptys: dict[int, Pty] = {}
         self._launched: set[int] = set()  # ids of VMs that vmm knows
+        self._kernels = KernelStore()
         self._clients: set[int] = set()
         self._questions: dict[int, StatusQuestion] = {}
         self._next_question = 1
@@ -376,7 +379,7 @@ class Parent:
             return
         try:
             pty = self._pty(vm)
-            spec, fds = open_resources(vm, self._settings.users, pty, networks)
+            spec, fds = open_resources(vm, self._settings.users, pty, self._kernels, networks)
         except ResourceError as err:
             self._launch_failed(vm, err.code, str(err))
             return
@@ -384,6 +387,10 @@ class Parent:
             self._launch_failed(vm, ErrorCode.EIO, err.strerror or str(err))
             return
         self._launched.add(vm.id)
+        if spec.kernel is None:
+            self._kernels.expect(vm.id, fds[spec.boot])
+        else:
+            log.debug("vm %d: unpacked kernel lent", vm.id)
         if not self._send_vmm(Launch(spec=spec), fds):
             self._launched.discard(vm.id)
             self._launch_failed(vm, ErrorCode.EAGAIN, "there is no vmm process")
@@ -460,8 +467,10 @@ class Parent:
     # What vmm says
 
     def _from_vmm(self, received: Received[VmmToParent]) -> None:
-        received.fds.close()  # it has none to give
-        message = received.message
+        with received.fds as fds:
+            self._take_from_vmm(received.message, fds)
+
+    def _take_from_vmm(self, message: VmmToParent, fds: Fds) -> None:
         if message.id not in self._launched:
             log.warning("vmm: speaks of vm %d, which does not run", message.id)
             return
@@ -472,15 +481,20 @@ class Parent:
                 self._launched.discard(vm_id)
                 self._happened(vm_id, vm_state.LaunchFailed(code, text))
             case FromVm(id=vm_id, report=report):
-                self._reported(vm_id, report)
+                self._reported(vm_id, report, fds)
             case Exited():
                 self._exited(message)
             case _:
                 assert_never(message)
 
-    def _reported(self, vm_id: int, report: VmReport) -> None:
+    def _reported(self, vm_id: int, report: VmReport, fds: Fds) -> None:
         match report:
+            case VmUnpacked():
+                for kernel in fds.take_all():
+                    is_kept = self._kernels.keep(vm_id, kernel)
+                    log.debug("vm %d: unpacked kernel %s", vm_id, "kept" if is_kept else "refused")
             case VmStarted():
+                self._kernels.expect_no_more(vm_id)
                 self._happened(vm_id, vm_state.Running())
                 vm = self._registry.find(vm_id, "")
                 if vm:
@@ -500,6 +514,7 @@ class Parent:
 
     def _exited(self, message: Exited) -> None:
         self._launched.discard(message.id)
+        self._kernels.expect_no_more(message.id)
         ending = message.ending
         vm = self._registry.find(message.id, "")
         if ending is None:

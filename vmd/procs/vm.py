@@ -39,8 +39,10 @@ from vmd.internal import (
     VmSpec,
     VmStarted,
     VmStatistics,
+    VmUnpacked,
     VmUnpaused,
 )
+from vmd.kernels import LentKernel
 from vmd.messages import ErrorCode, Statistics
 from vmd.sandbox import confine, die_with, set_title
 from vmd.vm_devices import Connections, DeviceConnection
@@ -112,10 +114,11 @@ def run(channel: Channel[VmReport, VmmToVm], kvm_fd: int, rehearses: bool) -> in
         logging.set_title(f"vm/{spec.name}")
         set_title(f"vm/{spec.name}")
         loop = stack.enter_context(EventLoop())
+        stack.callback(channel.close)  # before the loop, which it leaves
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.tty_watch, spec.ring)))
         stack.callback(console.close)
         try:
-            machine = _machine_spec(spec, fds, connections, stack)
+            machine = _machine_spec(spec, fds, connections, channel, stack)
             process = VmProcess(loop, channel, console, kvm, machine)
         except (VmmError, OSError) as err:
             log.warning("%s", err)
@@ -188,8 +191,13 @@ def _wait(
 
 
 def _machine_spec(
-    spec: VmSpec, fds: Fds, connections: Connections, stack: ExitStack
+    spec: VmSpec,
+    fds: Fds,
+    connections: Connections,
+    channel: Channel[VmReport, VmmToVm],
+    stack: ExitStack,
 ) -> MachineSpec:
+    kernel = None if spec.kernel is None else FileSource(fds.take(spec.kernel), spec.boot_path)
     image = probe_image(FileSource(fds.take(spec.boot), spec.boot_path))
     variables = None
     if spec.variables is not None:
@@ -201,6 +209,7 @@ def _machine_spec(
         stack.callback(cdrom.close)
     return MachineSpec(
         image=image,
+        kernels=LentKernel(kernel, lambda fd: _tell(channel, VmUnpacked(), fd)),
         variables=variables,
         memory_size=spec.memory,
         cpus=spec.cpus,
@@ -271,9 +280,9 @@ def _error_code(err: Exception) -> ErrorCode:
     return ErrorCode.EIO
 
 
-def _tell(channel: Channel[VmReport, VmmToVm], report: VmReport) -> None:
+def _tell(channel: Channel[VmReport, VmmToVm], report: VmReport, *fds: int) -> None:
     try:
-        channel.send(report)
+        channel.send(report, fds)
         channel.flush()
     except ChannelError as err:  # vmm is gone, and so shall we
         log.debug("vmm: %s", err)

@@ -14,7 +14,7 @@ Source: sections 5.3, 7.6 and 8.4 of OpenBSD's behaviour.
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import FrameType
@@ -124,9 +124,9 @@ class Vmm:
         self._drop_spare()
         self._loop.stop()
 
-    def _tell(self, message: VmmToParent) -> None:
+    def _tell(self, message: VmmToParent, fds: Sequence[int] = ()) -> None:
         try:
-            self._parent.send(message)
+            self._parent.send(message, fds)
         except ChannelError as err:
             log.debug("parent: %s", err)
             self._parent_left()
@@ -242,8 +242,14 @@ class Vmm:
             log.debug("no VM process ready: %s", err.strerror)
 
     def _drop_spare(self) -> None:
-        """Let the process that is ready end, as it does without its channel."""
+        """End the process that is ready, which has nothing to lose."""
         self._spare_timer.cancel()
+        if self._spare:
+            os.kill(self._spare.pid, signal.SIGKILL)
+            os.waitpid(self._spare.pid, 0)
+            self._forget_spare()
+
+    def _forget_spare(self) -> None:
         if self._spare:
             self._spare.channel.close()
             self._spare = None
@@ -306,12 +312,12 @@ class Vmm:
     # What VM processes say
 
     def _report(self, number: int, received: Received[VmReport]) -> None:
-        received.fds.close()  # a VM process has none to give
         vm = self._vms[number]
-        if isinstance(received.message, VmEnding):
-            vm.ending = vm.ending or received.message
-        else:
-            self._tell(FromVm(id=number, report=received.message))
+        with received.fds as fds:
+            if isinstance(received.message, VmEnding):
+                vm.ending = vm.ending or received.message
+            else:
+                self._tell(FromVm(id=number, report=received.message), fds.take_all())
 
     def _vm_silent(self, number: int, err: ChannelError) -> None:
         """A VM's channel has ended: so will its process."""
@@ -336,7 +342,7 @@ class Vmm:
             status = os.waitstatus_to_exitcode(waited)
             if self._spare and pid == self._spare.pid:
                 log.warning("the VM process that was ready has ended, status %d", status)
-                self._drop_spare()
+                self._forget_spare()
             for number, vm in tuple(self._vms.items()):
                 if pid == vm.pid and vm.status is None:
                     self._vm_ended(vm, status)

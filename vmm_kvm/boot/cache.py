@@ -22,6 +22,7 @@ import stat
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
 from vmm_kvm.clock import NANOSECONDS
@@ -54,6 +55,28 @@ def default_directory() -> str | None:
             return None
         base = f"{home}/.cache"
     return f"{base}/vmm-kvm/kernels"
+
+
+class Kernels(Protocol):
+    """Where unpacked kernels are kept: the cache, or somebody who has access to one."""
+
+    def find(self, image: FileSource) -> FileSource | None:
+        """Return the unpacked kernel of `image` if both are known to be unchanged."""
+
+    def find_digest(self, image: FileSource, digest: str) -> FileSource | None:
+        """Return the unpacked kernel of the payload with SHA-256 `digest`."""
+
+    def keep(self, image: FileSource, digest: str, kernel: Sequence[bytes | memoryview]) -> None:
+        """Keep what the payload of `image`, with the SHA-256 `digest`, unpacks to."""
+
+
+def has_settled(status: os.stat_result) -> bool:
+    """Tell whether a file was left alone for longer than its time stamps are coarse.
+
+    Only then does a change from now on show in its stamp.
+    """
+    age_ns = time.time_ns() - max(status.st_ctime_ns, status.st_mtime_ns)
+    return age_ns >= (_TICK_NS if status.st_ctime_ns % NANOSECONDS else _COARSE_NS)
 
 
 class KernelCache:
@@ -143,9 +166,7 @@ class KernelCache:
         """Remember the state of the image and of the unpacked file, unless the image is too new."""
         try:
             status = os.fstat(image.fd)
-            age_ns = time.time_ns() - max(status.st_ctime_ns, status.st_mtime_ns)
-            margin_ns = _TICK_NS if status.st_ctime_ns % NANOSECONDS else _COARSE_NS
-            if stamp_of(status) != image.stamp or age_ns < margin_ns:
+            if stamp_of(status) != image.stamp or not has_settled(status):
                 return
             line = (f"{digest} {state}\n".encode("ascii"),)
             self._write(self._stamp_path(image), line, durable=False)

@@ -1,7 +1,7 @@
 """What the user asks of a boot, besides the image itself."""
 
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmm_kvm.boot.acpi import AcpiTables
 from vmm_kvm.boot.e820 import E820Entry, e820_map
@@ -10,6 +10,9 @@ from vmm_kvm.boot.smbios import SmbiosTables
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from vmm_kvm.boot.cache import Kernels
 
 _E820_MAX = 128
 
@@ -48,6 +51,8 @@ class BootConfig(NamedTuple):
     """Unpack Linux on the host where possible; else the kernel's own decompressor runs."""
     cache_directory: str | None = None
     """Where unpacked kernels are kept, such as `cache.default_directory()`; None keeps none."""
+    kernels: "Kernels | None" = None
+    """Where they are kept instead."""
 
 
 def command_line_bytes(name: str, config: BootConfig, limit: int) -> bytes:

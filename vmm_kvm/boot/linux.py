@@ -170,7 +170,9 @@ def _unpacked(image: LinuxImage, config: BootConfig) -> Elf | None:
     header = image.header
     if not (config.unpack and header.is_64):
         return None
-    cache = KernelCache(config.cache_directory) if config.cache_directory is not None else None
+    cache = config.kernels
+    if cache is None and config.cache_directory is not None:
+        cache = KernelCache(config.cache_directory)
     elf = find_vmlinux(
         image.source, header.payload_offset, header.payload_size, header.init_size, cache
     )

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 
 from vmm_kvm.bits import MIB, PAGE_SIZE, align_up
-from vmm_kvm.boot.cache import KernelCache
+from vmm_kvm.boot.cache import Kernels
 from vmm_kvm.boot.elf import (
     EM_X86_64,
     ET_EXEC,
@@ -35,7 +35,7 @@ _IDENT64 = MAGIC + b"\x02\x01\x01" + bytes(9)
 
 
 def find_vmlinux(
-    image: FileSource, offset: int, size: int, limit: int, cache: KernelCache | None
+    image: FileSource, offset: int, size: int, limit: int, cache: Kernels | None
 ) -> Elf | None:
     """Return the executable that the payload, `size` bytes at `offset` of `image`, unpacks to.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import artifacts
 from tests.system.vmd.daemon import READY, SELFTEST, Daemon, is_alive, vm_block
 
 pytestmark = pytest.mark.kvm
@@ -45,6 +46,18 @@ def test_start_and_stop_by_hand(start_vmd: Start) -> None:
         assert client.ask("stop", name="one")["code"] == "not-running"
         again = client.ask("start", name="one")
         assert (again["type"], again["id"]) == ("started", 1)
+
+
+def test_a_kernel_is_unpacked_once(start_vmd: Start) -> None:
+    """A VM process gets what another has unpacked of the same kernel, and boots it."""
+    kernel = artifacts.kernel("6.1-cloud").vmlinuz
+    with start_vmd(vm_block("one", boot=kernel, memory="128M")) as vmd, vmd.client() as client:
+        client.ask("log", level=2)
+        for what in ("kept", "lent"):
+            assert client.ask("start", name="one")["type"] == "started"
+            vmd.wait_for_log(f"vm 1: unpacked kernel {what}")
+            stopped = client.ask("stop", name="one", force=True, wait=True)
+            assert stopped["type"] == "terminated"
 
 
 def test_every_waiter_is_answered(start_vmd: Start) -> None:

@@ -1,0 +1,134 @@
+"""The store of unpacked kernels: who may put something there, and what is found."""
+
+from __future__ import annotations
+
+import ast
+import enum
+import fcntl
+import heapq
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmd.kernels import KERNELS_MAX, KernelStore, LentKernel
+from vmm_kvm.boot.source import FileSource
+
+CONTENTS = b"an unpacked kernel"
+VM = 7
+# The interpreter's own files: nobody writes them while tests run.
+LEFT_ALONE = [str(module.__file__) for module in (ast, enum, heapq, json, os, stat)]
+
+
+@pytest.fixture
+def store() -> Iterator[KernelStore]:
+    """An empty store."""
+    store = KernelStore()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def image() -> Iterator[int]:
+    """The descriptor of a file that has been left alone for a while, for a boot image."""
+    fd = os.open(LEFT_ALONE[0], os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def _unpacked(image: int, contents: bytes = CONTENTS) -> int:
+    """Return what a VM process hands over that has unpacked `image`."""
+    handed: list[int] = []
+    source = FileSource(os.dup(image), "vmlinuz")
+    LentKernel(None, handed.append).keep(source, "", [contents[:3], contents[3:]])
+    source.close()
+    (fd,) = handed
+    return fd
+
+
+def _read(fd: int | None) -> bytes | None:
+    if fd is None:
+        return None
+    try:
+        return os.read(fd, 1 << 16)
+    finally:
+        os.close(fd)
+
+
+def test_a_kernel_is_found_for_the_same_file(store: KernelStore, image: int) -> None:
+    """What a VM process unpacked is lent to the next one, which reads it from the start."""
+    assert store.find(image) is None
+    store.expect(VM, image)
+    assert store.keep(VM, _unpacked(image))
+    assert _read(store.find(image)) == CONTENTS
+    assert _read(store.find(image)) == CONTENTS
+
+
+def test_another_file_has_another_kernel(store: KernelStore, image: int) -> None:
+    """A boot image of which nothing is known is unpacked."""
+    store.expect(VM, image)
+    assert store.keep(VM, _unpacked(image))
+    other = os.open(LEFT_ALONE[1], os.O_RDONLY)
+    assert store.find(other) is None
+    os.close(other)
+
+
+def test_a_file_that_was_written_just_now_is_not_remembered(
+    store: KernelStore, tmp_path: Path
+) -> None:
+    """Its next change might not show in its time stamps."""
+    path = tmp_path / "new"
+    path.write_bytes(b"a boot image")
+    fd = os.open(path, os.O_RDONLY)
+    os.utime(path, ns=(0, time.time_ns() + 10**9))
+    store.expect(VM, fd)
+    assert not store.keep(VM, _unpacked(fd))
+    os.close(fd)
+
+
+def test_what_nobody_expects_is_refused(store: KernelStore, image: int) -> None:
+    """Not from another VM, not twice, and not when the guest runs already."""
+    assert not store.keep(VM, _unpacked(image))
+    store.expect(VM, image)
+    assert not store.keep(VM + 1, _unpacked(image))
+    store.expect_no_more(VM)
+    assert not store.keep(VM, _unpacked(image))
+    store.expect(VM, image)
+    assert store.keep(VM, _unpacked(image))
+    assert not store.keep(VM, _unpacked(image, b"something else"))
+    assert _read(store.find(image)) == CONTENTS
+
+
+def test_memory_that_can_be_changed_is_refused(store: KernelStore, image: int) -> None:
+    """Only memory with every seal is kept: no file, and nothing with a seal too few."""
+    for seals in (
+        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
+    ):
+        fd = os.memfd_create("kernel", os.MFD_ALLOW_SEALING)
+        os.write(fd, CONTENTS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        store.expect(VM, image)
+        assert not store.keep(VM, fd)
+    store.expect(VM, image)
+    assert not store.keep(VM, os.dup(image))
+    assert store.find(image) is None
+
+
+def test_the_least_recently_used_go_first(store: KernelStore) -> None:
+    """There is a limit to how many are kept."""
+    images = [os.open(path, os.O_RDONLY) for path in LEFT_ALONE[: KERNELS_MAX + 1]]
+    for number, image in enumerate(images[:-1]):
+        store.expect(number, image)
+        assert store.keep(number, _unpacked(image))
+    assert _read(store.find(images[0])) == CONTENTS
+    store.expect(VM, images[-1])
+    assert store.keep(VM, _unpacked(images[-1]))
+    found = [_read(store.find(image)) is not None for image in images]
+    assert found == [True, False, *[True] * (KERNELS_MAX - 1)]
+    for image in images:
+        os.close(image)

@@ -1,0 +1,131 @@
+"""Unpacked Linux kernels, kept by the parent and lent to VM processes, which have no files.
+
+A VM process that finds no kernel unpacks its boot image and hands the result over, in memory that
+nobody can change any more. The parent keeps it for later starts of the same file, by the state in
+which it has seen the file itself. What a file unpacks to is hence told by nothing but the file: the
+parent takes it only from a process whose guest does not run yet.
+
+Source: memfd_create(2), fcntl(2) "File Sealing".
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+
+from vmm_kvm.boot.cache import has_settled
+from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+KERNELS_MAX = 4
+"""Kernels that are kept; one takes 30 to 60 MiB. The least recently used go first."""
+KERNEL_SIZE_MAX = 256 << 20
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class KernelStore:
+    """The kernels that the parent keeps; owns their descriptors."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._kernels: dict[Stamp, int] = {}  # in the order of their last use
+        self._expected: dict[int, Stamp] = {}  # boot images of VMs whose guests do not run yet
+
+    def find(self, image: int) -> int | None:
+        """Return what the boot image at a descriptor unpacks to, if that is known.
+
+        The descriptor that is returned is the caller's, and opened anew for reading: its file
+        offset is nobody else's.
+        """
+        stamp = stamp_of(os.fstat(image))
+        kernel = self._kernels.pop(stamp, None)
+        if kernel is None:
+            return None
+        self._kernels[stamp] = kernel
+        return os.open(f"/proc/self/fd/{kernel}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def expect(self, vm_id: int, image: int) -> None:
+        """Take from a VM's process what it says that the file at a descriptor unpacks to, once.
+
+        Not where a change of the file from now on might not show in its state.
+        """
+        status = os.fstat(image)
+        if has_settled(status):
+            self._expected[vm_id] = stamp_of(status)
+
+    def expect_no_more(self, vm_id: int) -> None:
+        """Take nothing from a VM's process any more: its guest runs, and may speak for it."""
+        self._expected.pop(vm_id, None)
+
+    def keep(self, vm_id: int, kernel: int) -> bool:
+        """Keep what a VM's process has unpacked; takes ownership of `kernel`.
+
+        Returns whether it is kept: it must be expected, and nobody may be able to change it.
+        """
+        stamp = self._expected.pop(vm_id, None)
+        if stamp is None or stamp in self._kernels or not _is_sealed(kernel):
+            os.close(kernel)
+            return False
+        self._kernels[stamp] = kernel
+        if len(self._kernels) > KERNELS_MAX:
+            os.close(self._kernels.pop(next(iter(self._kernels))))
+        return True
+
+    def close(self) -> None:
+        """Forget all kernels."""
+        for kernel in self._kernels.values():
+            os.close(kernel)
+        self._kernels.clear()
+
+
+def _is_sealed(kernel: int) -> bool:
+    try:
+        is_sealed = fcntl.fcntl(kernel, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:  # it is no such memory
+        return False
+    return is_sealed and 0 < os.fstat(kernel).st_size <= KERNEL_SIZE_MAX
+
+
+class LentKernel:
+    """A VM process's access to the store: what it was lent, and where it hands a kernel over."""
+
+    def __init__(self, kernel: FileSource | None, hand_over: Callable[[int], None]) -> None:
+        """Use `kernel`, if there is one; `hand_over` takes ownership of a descriptor."""
+        self._kernel = kernel
+        self._hand_over = hand_over
+
+    def find(self, image: FileSource) -> FileSource | None:
+        """Return the unpacked kernel, if one was lent."""
+        if self._kernel:
+            self._kernel.name = image.name  # for errors
+        return self._kernel
+
+    def find_digest(self, _image: FileSource, _digest: str) -> FileSource | None:
+        """Return None: kernels are not known by their contents."""
+        return None
+
+    def keep(self, image: FileSource, _digest: str, kernel: Sequence[bytes | memoryview]) -> None:
+        """Hand over what `image` unpacks to."""
+        try:
+            fd = _sealed(kernel)
+        except OSError as err:  # a start needs no store
+            log.debug("%s: not kept: %s", image.name, err.strerror)
+        else:
+            self._hand_over(fd)
+
+
+def _sealed(pieces: Sequence[bytes | memoryview]) -> int:
+    """Return the descriptor of memory with these contents, which nobody can change."""
+    fd = os.memfd_create("kernel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
