@@ -162,6 +162,16 @@ def net_initramfs(of: Kernel) -> Path:
     return _initramfs(f"net-{of.release}", modules, initramfs.GUEST_INIT)
 
 
+def initramfs_with(of: Kernel, names: Sequence[str], stem: str) -> Path:
+    """Return the same with other modules; `stem` is for the file's name.
+
+    Raises:
+        ArtifactError: this kernel has no such module, or static busybox or zstd is missing.
+    """
+    modules = of.modules((*GUEST_MODULES, *names))
+    return _initramfs(f"{stem}-{of.release}", modules, initramfs.GUEST_INIT)
+
+
 def plain_initramfs() -> Path:
     """Return an initramfs without modules, which any kernel can boot.
 
