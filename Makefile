@@ -48,6 +48,7 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/corrupt_images.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/mutate_configs.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_vhost_user.py --count $(or $(COUNT),10000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/fuzz_net.py --count $(or $(COUNT),10000) --seed $(SEED)
 
 bench: setup ## Measure the daemon here, and the start of a guest in the rig, against QEMU
 	$(PYTHON) -m bench.daemon

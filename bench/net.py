@@ -154,9 +154,13 @@ def running(
             console = stack.enter_context(ConsoleProcess(command))
             console.expect("# ", _BOOT_S)
             shell = Shell(console)
-            shell.run("dmesg -n 1; ip link set lo up; tar -x -f /dev/vda -C / 2>/dev/null; true")
+            shell.run(
+                "dmesg -n 1; ip link set lo up; mkdir -p /tmp;"
+                " tar -x -f /dev/vda -C / 2>/dev/null; true"
+            )
             shell.run(f"ip addr add {net}.2/24 dev eth0 && ip link set eth0 up")
             shell.run(f"ping -c 3 {net}.1")
+            print(f"{guest.name}: up", flush=True)
             found.append(Running(guest, shell, where, f"{net}.1"))
         yield found
 

@@ -8,9 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-TAP = "tap0"
-HOST, GUEST = "10.99.0.1", "10.99.0.2"
-HOST6, GUEST6 = "fd99::1", "fd99::2"
+
+def host(number: int = 0) -> str:
+    """Return the host's address in the network of a tap."""
+    return f"10.99.{number}.1"
+
+
+def guest(number: int = 0) -> str:
+    """Return the guest's."""
+    return f"10.99.{number}.2"
+
+
+def host6(number: int = 0) -> str:
+    """Return the host's IPv6 address."""
+    return f"fd99:{number}::1"
+
+
+def guest6(number: int = 0) -> str:
+    """Return the guest's."""
+    return f"fd99:{number}::2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +65,14 @@ def namespace(suffix: str = "") -> Iterator[Namespace]:
 
 
 @contextmanager
-def network(*, queues: int = 1, mtu: int = 1500) -> Iterator[Namespace]:
-    """Make a namespace in which `TAP` has the addresses of the host."""
+def network(count: int = 1, *, queues: int = 1, mtu: int = 1500) -> Iterator[Namespace]:
+    """Make a namespace with taps, each with the host's addresses in a network of its own."""
     with namespace() as made:
         several = ["multi_queue"] if queues > 1 else []
-        made.ip("tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr", *several)
-        made.ip("link", "set", TAP, "mtu", str(mtu), "up")
-        made.ip("addr", "add", f"{HOST}/24", "dev", TAP)
-        made.ip("addr", "add", f"{HOST6}/64", "dev", TAP, "nodad")
+        for number in range(count):
+            tap = f"tap{number}"
+            made.ip("tuntap", "add", "dev", tap, "mode", "tap", "vnet_hdr", *several)
+            made.ip("link", "set", tap, "mtu", str(mtu), "up")
+            made.ip("addr", "add", f"{host(number)}/24", "dev", tap)
+            made.ip("addr", "add", f"{host6(number)}/64", "dev", tap, "nodad")
         yield made

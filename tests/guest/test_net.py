@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +16,17 @@ import pytest
 
 from tests import artifacts
 from tests.guest.linux_guest import COMMAND_LINE, MIB, Shell
-from tests.guest.networks import GUEST, GUEST6, HOST, HOST6, TAP, Namespace, network
-from tests.vmctl_driver import ConsoleProcess, vmctl_run
+from tests.guest.networks import (
+    Namespace,
+    guest,
+    guest6,
+    host,
+    host6,
+    namespace,
+    network,
+)
+from tests.vmctl_driver import ROOT, ConsoleProcess, vmctl_run
+from vmm_kvm.virtio import abi
 
 pytestmark = [
     *(pytest.mark.guest, pytest.mark.root, pytest.mark.slow),
@@ -30,28 +41,41 @@ PATHS = {"vhost": "", "thread": ",user", "process": ",process"}
 
 @contextmanager
 def booted(
-    where: Namespace, nic: str, *, kernel: str = "6.1-cloud", cpus: int = 1, append: str = ""
+    where: Namespace, *nics: str, kernel: str = "6.1-cloud", cpus: int = 1, append: str = ""
 ) -> Iterator[Shell]:
-    """Boot a guest to its shell in a namespace; its interface has an address then."""
+    """Boot a guest to its shell in a namespace."""
     booted_kernel = artifacts.kernel(kernel)
     arguments = vmctl_run(
-        *("-m", "256M", "-p", str(cpus), "-b", booted_kernel.vmlinuz, "-i", nic),
+        *("-m", "256M", "-p", str(cpus), "-b", booted_kernel.vmlinuz),
+        *(word for nic in nics for word in ("-i", nic)),
         *("--initrd", artifacts.net_initramfs(booted_kernel)),
         *("--append", f"{COMMAND_LINE} {append} test=shell"),
     )
     with ConsoleProcess(where.command(*arguments)) as console:
         console.expect("# ", BOOT_S)
-        shell = Shell(console)
-        shell.run("dmesg -n 1; ip link set lo up")
-        shell.run("echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad")
-        shell.run(f"ip addr add {GUEST}/24 dev eth0 && ip addr add {GUEST6}/64 dev eth0")
-        shell.run("ip link set eth0 up")
-        yield shell
+        yield Shell(console)
 
 
-def features(shell: Shell) -> set[int]:
+def configure(shell: Shell, count: int = 1) -> None:
+    """Give the guest's interfaces their addresses."""
+    shell.run("dmesg -n 1; ip link set lo up")
+    for number in range(count):
+        name = f"eth{number}"
+        shell.run(f"echo 0 >/proc/sys/net/ipv6/conf/{name}/accept_dad")
+        shell.run(f"ip addr add {guest(number)}/24 dev {name}")
+        shell.run(f"ip addr add {guest6(number)}/64 dev {name}")
+        shell.run(f"ip link set {name} up")
+
+
+def answers(shell: Shell, number: int = 0, *, size: int = 56) -> bool:
+    """Tell whether the host answers every ping of the guest."""
+    shown = shell.run(f"ping -c 5 -i 0.2 -W 2 -s {size} {host(number)}; true")
+    return " 0% packet loss" in shown
+
+
+def features(shell: Shell, number: int = 0) -> set[int]:
     """Return the bits that the driver and the device agreed on."""
-    shown = shell.run("cat /sys/class/net/eth0/device/features")
+    shown = shell.run(f"cat /sys/class/net/eth{number}/device/features")
     return {number for number, bit in enumerate(shown) if bit == "1"}
 
 
@@ -69,11 +93,24 @@ with connection.makefile("rb") as received:
 """
 
 
+# Connect again until somebody is there; tell what he says.
+_CLIENT = """
+import socket, time
+for _ in range(100):
+    with socket.create_connection(("127.0.0.1", 8080)) as connection:
+        said = connection.makefile("rb").read()
+    if said:
+        break
+    time.sleep(0.3)
+print(said.decode())
+"""
+
+
 @contextmanager
-def peer(where: Namespace, *arguments: str) -> Iterator[IO[bytes]]:
+def peer(where: Namespace, *arguments: str, address: str = "0.0.0.0") -> Iterator[IO[bytes]]:
     """Run the other end of a connection on the host's side; what it prints is yielded."""
     with subprocess.Popen(
-        where.command(sys.executable, "-c", _PEER, HOST, str(PORT), *arguments),
+        where.command(sys.executable, "-c", _PEER, address, str(PORT), *arguments),
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
@@ -88,21 +125,115 @@ def transfer(where: Namespace, shell: Shell, tmp_path: Path) -> None:
     source.write_bytes(data)
     expected = hashlib.md5(data).hexdigest()
     with peer(where, str(source)):
-        shell.run(f"nc {HOST} {PORT} </dev/null >/data")
+        shell.run(f"nc {host()} {PORT} </dev/null >/data")
     assert shell.run("md5sum </data").split()[0] == expected
     with peer(where) as told:
-        shell.run(f"nc {HOST} {PORT} </data")
+        shell.run(f"nc {host()} {PORT} </data")
         assert told.read().decode().strip() == expected
 
 
 @pytest.mark.parametrize("path", list(PATHS))
 def test_a_guest_and_its_host_talk(path: str, tmp_path: Path) -> None:
     """Ping by IPv4 and IPv6 loses nothing, and TCP brings files over whole, on every data path."""
-    with network() as where, booted(where, f"tap:{TAP},mtu=1500{PATHS[path]}") as shell:
-        for target in (HOST, HOST6):
+    with network() as where, booted(where, f"tap:tap0{PATHS[path]}") as shell:
+        configure(shell)
+        for target in (host(), host6()):
             assert " 0% packet loss" in shell.run(f"ping -c 5 -i 0.2 {target}")
-        for target in (GUEST, GUEST6):
+        for target in (guest(), guest6()):
             shown = where.run("busybox", "ping", "-c", "5", "-i", "0.2", target)
             assert " 0% packet loss" in shown
         transfer(where, shell, tmp_path)
         shell.power_off()
+
+
+def test_a_server_of_another_program(tmp_path: Path) -> None:
+    """A vhost-user-net server that knows of a queue pair only moves the frames just as well."""
+    path = tmp_path / "socket"
+    with network() as where:
+        command = where.command(
+            sys.executable, "-m", "vmd.procs.net_device", "--socket", str(path), "tap0"
+        )
+        with subprocess.Popen(command, cwd=ROOT) as server:
+            try:
+                while not path.exists():
+                    assert server.poll() is None
+                    time.sleep(0.1)
+                with booted(where, f"vhost-user:{path}") as shell:
+                    configure(shell)
+                    assert answers(shell)
+                    transfer(where, shell, tmp_path)
+                    shell.power_off()
+            finally:
+                server.terminate()
+
+
+def test_queues_sizes_and_locks(tmp_path: Path) -> None:
+    """Two queue pairs, packets of 9000 bytes, and a locked address, also after a reboot.
+
+    The first interface is vhost-net's, the second is moved by the VM's process.
+    """
+    nics = ("tap:tap0,queues=2,mtu=9000", "tap:tap1,queues=2,mtu=9000,locked,user")
+    with network(2, queues=2, mtu=9000) as where, booted(where, *nics, cpus=2) as shell:
+        for is_first in (True, False):
+            configure(shell, 2)
+            for number in range(2):
+                assert abi.VIRTIO_NET_F_MQ in features(shell, number)
+                assert shell.run(f"cat /sys/class/net/eth{number}/mtu") == "9000"
+                assert answers(shell, number, size=8972)
+            assert shell.run("grep ^Ip: /proc/net/snmp | tail -n 1").split()[-1] == "0"
+            transfer(where, shell, tmp_path)
+            mine = shell.run("cat /sys/class/net/eth1/address")
+            shell.run("ip link set eth1 address 02:00:00:00:00:01")
+            assert not answers(shell, 1)
+            shell.run(f"ip link set eth1 address {mine}")
+            assert answers(shell, 1)
+            if is_first:
+                shell.console.send("reboot -f\n")
+                shell.console.expect("init: up", BOOT_S)
+                shell.console.expect("# ", BOOT_S)
+        shell.console.send("poweroff -f\n")
+        assert shell.console.wait() == 0
+        assert b"bad source address 02:00:00:00:00:01" in shell.console.errors
+
+
+def test_without_messages() -> None:
+    """Interrupts by the shared lines work on every data path, with another kernel, too."""
+    nics = [f"tap:tap{number}{option}" for number, option in enumerate(PATHS.values())]
+    with (
+        network(len(nics)) as where,
+        booted(where, *nics, kernel="6.12", append="pci=nomsi") as shell,
+    ):
+        configure(shell, len(nics))
+        assert [answers(shell, number) for number in range(len(nics))] == [True] * len(nics)
+        shell.power_off()
+
+
+_LEASE = """#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip addr add $ip/$mask dev $interface && ip route add default via $router
+"""
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_without_privileges() -> None:
+    """With passt there is an address by DHCP, a way out, and a way in by a port of the host."""
+    with namespace("-passt") as where:
+        where.ip("link", "add", "out0", "type", "veth", "peer", "name", "out1")
+        where.ip("link", "set", "out0", "up")
+        where.ip("link", "set", "out1", "up")
+        where.ip("addr", "add", "192.0.2.10/24", "dev", "out0")
+        where.ip("route", "add", "default", "via", "192.0.2.1")
+        with booted(where, "passt,forward=tcp:8080:80") as shell:
+            shell.run("ip link set eth0 up")
+            lines = "".join(f"echo '{line}';" for line in _LEASE.splitlines())
+            shell.run(f"({lines}) >/lease && chmod +x /lease")
+            assert "192.0.2.10" in shell.run("udhcpc -i eth0 -n -q -s /lease 2>&1")
+            with peer(where, "/proc/version", address="127.0.0.1"):
+                # The guest has the host's own address; the router's leads to the host.
+                shown = shell.run(f"nc 192.0.2.1 {PORT} </dev/null; true")
+                assert shown == Path("/proc/version").read_text().strip()
+            shell.console.send("echo served | nc -l -p 80; echo done=$?\n")
+            got = where.run(sys.executable, "-c", _CLIENT)
+            assert got.strip() == "served"
+            shell.console.expect("done=0")
+            shell.power_off()

@@ -9,19 +9,25 @@ import ctypes
 import os
 import select
 import socket
+import struct
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.unit.virtio.vhost_user.rig import serving
+from tests.unit.virtio.vhost_user.rig import connect, serving
 from tests.virtio_driver import DriverQueue, PlainMemory
+from tests.vmctl_driver import ROOT
 from vmm_kvm.errors import SpecError
+from vmm_kvm.memory import GuestMemory
 from vmm_kvm.net.ethernet import Filter, locked_filter
 from vmm_kvm.net.tap import HEADER_SIZE, Tap, open_tap
 from vmm_kvm.virtio import abi
+from vmm_kvm.virtio.device import Dataplane
 from vmm_kvm.virtio.net import VirtioNet
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.frontend import NET, VhostUser
@@ -183,42 +189,124 @@ def wait(fd: int) -> None:
     os.eventfd_read(fd)
 
 
+class SharedMemory(PlainMemory):
+    """Guest memory that a device process could map."""
+
+    def __init__(self, guest: GuestMemory) -> None:
+        self._view = guest.view(0, guest.size)
+        self.bytes = self._view  # type: ignore[assignment]  # slices are as good
+
+
+@contextmanager
+def dataplane(kind: str, backend: VirtioNet, memory: GuestMemory) -> Iterator[Dataplane]:
+    """Serve a device by a thread of ours, or as a device process does."""
+    if kind == "worker":
+        worker = Worker(backend, memory, NAME)
+        backend.attach(worker)
+        yield worker
+        worker.close()
+        return
+    ours, theirs = socket.socketpair()
+    with serving(theirs, backend):
+        device = VhostUser(Client(ours), memory, NAME, NET)
+        assert device.config() == backend.config()
+        yield device
+        device.close()
+    backend.close()
+
+
 @pytest.mark.parametrize("is_locked", [False, True])
-def test_a_device_on_a_tap(is_locked: bool) -> None:
+@pytest.mark.parametrize("kind", ["worker", "vhost-user"])
+def test_a_device_on_a_tap(kind: str, is_locked: bool) -> None:
     """Frames reach the driver's buffers and leave them; each arrival wakes the device's thread."""
-    memory = PlainMemory()
-    queues = [DriverQueue(memory, 8, base) for base in (0x1000, 0x2000)]
-    calls = [os.eventfd(0, os.EFD_CLOEXEC) for _ in queues]
+    calls = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(3)]
     frontend = RecordingFrontend(calls)
-    features = 1 << abi.VIRTIO_NET_F_MRG_RXBUF
+    features = 1 << abi.VIRTIO_F_VERSION_1 | 1 << abi.VIRTIO_NET_F_MRG_RXBUF
     try:
-        with tap() as (port, outside):
+        with GuestMemory([(0, 1 << 20)]) as guest, tap() as (port, outside):
+            memory = SharedMemory(guest)
             backend = VirtioNet(port, MAC, name=NAME, is_locked=is_locked)
-            worker = Worker(backend, memory, NAME)
-            backend.attach(worker)
-            worker.attach(frontend)
-            for _ in range(2):  # a driver may come back
-                worker.start(features, {at: queue.ring for at, queue in enumerate(queues)})
-                for number in range(20):
-                    at = 0x10000 + 0x1000 * (number % 8)
-                    queues[0].add((at, 1500, True))
-                    worker.kick(0)
-                    outside.send(frame(MAC, size=60 + number))
-                    wait(calls[0])
-                    ((_, written),) = queues[0].used()
-                    received = bytes(memory.bytes[at + HEADER_SIZE : at + written])
-                    assert received == frame(MAC, size=60 + number)
-                    memory.bytes[at : at + 72] = HEADER + frame(OTHER, MAC)
-                    queues[1].add((at, 72, False))
-                    worker.kick(1)
-                    wait(calls[1])
-                    assert outside.recv(2000) == frame(OTHER, MAC)
-                    assert len(queues[1].used()) == 1
-                worker.stop()
-                queues = [DriverQueue(memory, 8, base) for base in (0x1000, 0x2000)]
-                memory.bytes[:0x4000] = bytes(0x4000)
-            worker.close()
+            with dataplane(kind, backend, guest) as device:
+                assert len(device.queue_sizes) == 3
+                device.attach(frontend)
+                for _ in range(2):  # a driver may come back
+                    guest.view(0, 0x4000)[:] = bytes(0x4000)
+                    queues = [DriverQueue(memory, 8, base) for base in (0x1000, 0x2000)]
+                    device.start(features, {at: queue.ring for at, queue in enumerate(queues)})
+                    for number in range(20):
+                        exchange(device, queues, outside, calls, number)
+                    device.stop()
+            del memory, queues
     finally:
         for fd in calls:
             os.close(fd)
     assert frontend.failures == []
+
+
+def exchange(
+    device: Dataplane,
+    queues: list[DriverQueue],
+    outside: socket.socket,
+    calls: list[int],
+    number: int,
+) -> None:
+    """Let one frame pass each way."""
+    memory, at = queues[0].memory, 0x10000 + 0x1000 * (number % 8)
+    queues[0].add((at, 1500, True))
+    device.kick(0)
+    outside.send(frame(MAC, size=60 + number))
+    used: list[tuple[int, int]] = []
+    while not used:  # an interrupt may be one of the start
+        wait(calls[0])
+        used = queues[0].used()
+    received = bytes(memory[at + HEADER_SIZE : at + used[0][1]])
+    assert received == frame(MAC, size=60 + number)
+    memory[at : at + 72] = HEADER + frame(OTHER, MAC)
+    queues[1].add((at, 72, False))
+    device.kick(1)
+    assert outside.recv(2000) == frame(OTHER, MAC)
+    while not queues[1].used():
+        wait(calls[1])
+
+
+def test_vmm_net(tmp_path: Path) -> None:
+    """The command serves a tap to whoever connects, and ends in order at a signal."""
+    path = tmp_path / "socket"
+    command = [sys.executable, "-m", "vmd.procs.net_device", "--socket", str(path)]
+    options = ["--lladdr", "fe:e1:bb:00:00:01", "--mtu", "9000", "--queues", "2", NAME]
+    with subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE) as process:
+        try:
+            while not path.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            with GuestMemory([(0, 1 << 20)]) as guest:
+                device = VhostUser(connect(str(path)), guest, NAME, NET)
+                assert device.config() == MAC + struct.pack("<HHH", 1, 2, 9000)
+                assert len(device.queue_sizes) == 5
+                device.close()
+        finally:
+            process.terminate()
+        assert process.wait(WAIT_S) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--fd", "0", "x" * 16], f"vmm-net: {'x' * 16}: not the name of an interface\n"),
+        (["--fd", "77", NAME], "vmm-net: descriptor 77: Bad file descriptor\n"),
+    ],
+)
+def test_vmm_net_fails_with_one_line(options: list[str], error: str) -> None:
+    """What cannot be opened is told, and why."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmd.procs.net_device", *options],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=WAIT_S,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", error)

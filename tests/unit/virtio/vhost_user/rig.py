@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from vmm_kvm.errors import GuestMemoryError
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.memory import Region
+from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VringAddress
@@ -85,7 +86,7 @@ class EchoBackend:
 class ServerThread:
     """An event loop with a Server in a thread of its own; `ended` is set when it has ended."""
 
-    def __init__(self, sock: socket.socket, backend: EchoBackend, *, is_one_shot: bool) -> None:
+    def __init__(self, sock: socket.socket, backend: Backend, *, is_one_shot: bool) -> None:
         self.ended = threading.Event()
         self._loop = EventLoop()
         self._server = Server(
@@ -107,7 +108,7 @@ class ServerThread:
 
 @contextmanager
 def serving(
-    sock: socket.socket, backend: EchoBackend, *, is_one_shot: bool = False
+    sock: socket.socket, backend: Backend, *, is_one_shot: bool = False
 ) -> Iterator[ServerThread]:
     """Serve `backend` on `sock` in a thread."""
     server = ServerThread(sock, backend, is_one_shot=is_one_shot)
