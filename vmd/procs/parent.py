@@ -158,6 +158,10 @@ class Parent:
         for client in self._clients:
             self._registry.client_left(client)
         self._clients.clear()
+        # The next control process counts its clients from the first number again.
+        for question in self._questions.values():
+            question.cancel()
+        self._questions.clear()
 
     def vmm_started(self, channel: Channel[ParentToVmm, VmmToParent]) -> None:
         """Run VMs by a new vmm process; takes over the channel."""

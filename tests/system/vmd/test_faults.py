@@ -68,6 +68,22 @@ def test_control(start_vmd: Start) -> None:
             assert client.vm("one")["pid"] == pid
 
 
+def test_an_answer_for_a_client_that_control_took_along(start_vmd: Start) -> None:
+    """What a client of the last control process asked is not answered to one of the next."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd:
+        with vmd.client() as client:
+            pid = client.wait_for_state("one", "running")["pid"]
+            assert isinstance(pid, int)
+            os.kill(pid, signal.SIGSTOP)  # its silence holds up whoever asks for its status
+            client.send("status", serial=7)
+            assert client.ask("log", level=1, serial=8)["serial"] == 8
+            _kill(vmd.child("vmd: control"))
+        with vmd.client() as client:
+            assert client.ask("log", level=1, serial=1)["serial"] == 1
+            assert client.ask("status", serial=2)["serial"] == 2
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_vmm(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
     """All its VMs end, with their processes, and are accounted for; they can be started again."""
     image = tmp_path_factory.mktemp("disk") / "disk.raw"
