@@ -39,6 +39,8 @@ soak: setup ## Kill COUNT (200) guests, and 300 writers and device processes; SE
 	$(PYTHON) tests/campaigns/kill_selftest.py --count $(or $(COUNT),200) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_disk.py --count $(or $(COUNT),300) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_device_process.py --count $(or $(COUNT),300) --seed $(SEED)
+	$(PYTHON) tests/campaigns/kill_daemon.py --count $(or $(COUNT),50) --seed $(SEED)
+	$(PYTHON) tests/campaigns/reload_storm.py --count $(or $(COUNT),100)
 
 fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \
@@ -49,6 +51,7 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/mutate_configs.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_vhost_user.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_net.py --count $(or $(COUNT),10000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/hostile_clients.py --count $(or $(COUNT),100000) --seed $(SEED)
 
 bench: setup ## Measure the daemon here, and the start of a guest in the rig, against QEMU
 	$(PYTHON) -m bench.daemon

@@ -210,7 +210,9 @@ class Daemon:
 
     def child(self, title: str) -> int:
         """Return the pid of the process of this title, such as `vmd: vmm` or `vm/alpine`."""
-        found = [pid for pid in descendants(self.process.pid) if process_title(pid) == title[:15]]
+        # What vmm forks has vmm's title for a moment.
+        below = children if title.startswith("vmd: ") else descendants
+        found = [pid for pid in below(self.process.pid) if process_title(pid) == title[:15]]
         assert len(found) == 1, f"{title}: {found}"
         return found[0]
 
@@ -249,11 +251,16 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
-def descendants(pid: int) -> list[int]:
-    """Return the pids of all processes below one."""
+def children(pid: int) -> list[int]:
+    """Return the pids of a process's children."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return []
-    children = [int(word) for word in text.split()]
-    return [*children, *(below for child in children for below in descendants(child))]
+    return [int(word) for word in text.split()]
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the pids of all processes below one."""
+    found = children(pid)
+    return [*found, *(below for child in found for below in descendants(child))]

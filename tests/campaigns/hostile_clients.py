@@ -1,0 +1,303 @@
+"""Campaign: clients that mean ill, against a daemon that has a VM to look after.
+
+Packets of random bytes, damaged requests, requests cut short, packets that are too large, floods
+of requests, descriptors by the dozen, connections that say nothing, that end half, that never read;
+and in the end as many connections as one user gets. As root, all come from a user without rights.
+
+Meanwhile another client asks for the status. It is answered within a second, each time; memory does
+not grow, no descriptor is left, the VM runs on, and so do all of the daemon's processes.
+
+Any deviation is printed, and the exit status is 1. The same --seed gives the same packets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import json
+import os
+import random
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.system.vmd.daemon import Daemon, descendants, process_title, vm_block  # noqa: E402
+
+NOBODY = 65534
+CONNECTIONS = 1000
+STATUS_MAX_S = 1.0
+GROWTH_MAX = 8 << 20
+"""Bytes that all of the daemon's processes may have grown, once each has seen everything."""
+_PER_CONNECTION = 20
+_STATUS_EVERY = 200
+_WARM_UP = 2000
+_PACKET_MAX = 300 << 10
+_FDS = 100
+
+_REQUESTS: tuple[dict[str, object], ...] = (
+    {"type": "status", "serial": 1},
+    {"type": "start", "serial": 2, "name": "one", "kernel": 0, "memory": 1 << 26},
+    {"type": "start", "name": "x" * 64, "disks": [{"path": "/etc/shadow"}]},
+    {"type": "stop", "name": "one", "force": True, "wait": True},
+    {"type": "wait", "name": "one"},
+    {"type": "console", "id": 1},
+    {"type": "pause", "id": 1},
+    {"type": "load", "path": "/etc/passwd"},
+    {"type": "reset", "mode": "all"},
+    {"type": "log", "level": 2},
+    {"type": "events"},
+)
+
+
+class Failure(Exception):  # noqa: N818 - of the daemon, not of this program
+    """The daemon is not as it should be; `str()` says how."""
+
+
+@contextmanager
+def _as_nobody() -> Iterator[None]:
+    """Be a user without rights, if that is possible; connections tell who made them."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+class Attacker:
+    """Makes connections and abuses them."""
+
+    def __init__(self, path: Path, seed: int, requests: tuple[dict[str, object], ...]) -> None:
+        self._path = path
+        self._requests = requests
+        self._random = random.Random(seed)
+        self._held: list[socket.socket] = []
+        self.sent = self.connections = 0
+        self._null = os.open(os.devnull, os.O_RDONLY)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for held in self._held:
+            held.close()
+        self._held.clear()
+        os.close(self._null)
+
+    def connect(self) -> socket.socket:
+        """Make a connection that does not block."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with _as_nobody():
+                connection.connect(str(self._path))
+        except OSError:
+            connection.close()
+            raise
+        connection.setblocking(False)
+        self.connections += 1
+        return connection
+
+    def attack(self) -> None:
+        """Use one connection until it ends or has had its share."""
+        connection = self.connect()
+        way: Callable[[], bytes] = self._random.choice(
+            (self._noise, self._damaged, self._cut, self._large, self._request, self._request)
+        )
+        # What is no request ends its connection: the daemon sees one or two of those.
+        share = _PER_CONNECTION if way == self._request else 2
+        try:
+            for _ in range(share):
+                fds = [self._null] * self._random.choice((0, 0, 0, 1, 3, 64, _FDS))
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+                self.sent += 1
+                connection.sendmsg([way()], [rights] if fds else [])
+                if self._random.random() < 0.5:
+                    with suppress(BlockingIOError):
+                        connection.recv(1 << 16)
+        except OSError:  # it has thrown us out, or does not read any more
+            pass
+        self._leave(connection)
+
+    def _leave(self, connection: socket.socket) -> None:
+        """Close it, or keep it half open, or say nothing from now on."""
+        fate = self._random.random()
+        if fate < 0.1:
+            with suppress(OSError):
+                connection.shutdown(self._random.choice((socket.SHUT_WR, socket.SHUT_RD)))
+        if fate > 0.2:
+            connection.close()
+            return
+        self._held.append(connection)
+        if len(self._held) > 30:
+            self._held.pop(self._random.randrange(30)).close()
+
+    def _noise(self) -> bytes:
+        return self._random.randbytes(self._random.randrange(1, 400))
+
+    def _request(self) -> bytes:
+        return json.dumps(self._random.choice(self._requests)).encode()
+
+    def _damaged(self) -> bytes:
+        data = bytearray(self._request())
+        for _ in range(self._random.randrange(1, 4)):
+            data[self._random.randrange(len(data))] = self._random.randrange(256)
+        return bytes(data)
+
+    def _cut(self) -> bytes:
+        data = self._request()
+        return data[: self._random.randrange(1, len(data))]
+
+    def _large(self) -> bytes:
+        size = self._random.choice((1 << 10, 1 << 16, 1 << 17, _PACKET_MAX))
+        return b'{"type":"status","name":"' + b"n" * size + b'"}'
+
+
+class Watch:
+    """What must not change while the daemon is attacked."""
+
+    def __init__(self, vmd: Daemon) -> None:
+        self._vmd = vmd
+        self.slowest_s = 0.0
+        self._processes = self._titles()
+        self._memory = 0
+        self._fds = 0
+
+    def ask(self) -> None:
+        """Ask for the status as an honest client does."""
+        begun = time.monotonic()
+        with self._vmd.client() as client:
+            state = client.vm("one")["state"]
+        taken = time.monotonic() - begun
+        self.slowest_s = max(self.slowest_s, taken)
+        if state != "running":
+            raise Failure(f"the VM is {state}")
+        if taken > STATUS_MAX_S:
+            raise Failure(f"a status took {taken:.2f} s")
+
+    def remember(self) -> None:
+        """Note what there is, before."""
+        self._memory, self._fds = self.memory(), self._open_fds()
+
+    def look(self) -> None:
+        """Compare; once all hostile connections are closed."""
+        if (titles := self._titles()) != self._processes:
+            raise Failure(f"processes were {self._processes}, are {titles}")
+        if (grown := self.memory() - self._memory) > GROWTH_MAX:
+            raise Failure(f"memory has grown by {grown >> 10} KiB")
+        deadline = time.monotonic() + 10
+        while self._open_fds() > self._fds:
+            if time.monotonic() > deadline:
+                raise Failure(f"{self._open_fds() - self._fds} descriptors are left")
+            time.sleep(0.05)
+
+    def memory(self) -> int:
+        """Return the resident memory of the processes that clients reach, bytes."""
+        pages = [
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            for pid in (self._vmd.process.pid, self._vmd.child("vmd: control"))
+        ]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def _open_fds(self) -> int:
+        return sum(
+            len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            for pid in (self._vmd.process.pid, self._vmd.child("vmd: control"))
+        )
+
+    def _titles(self) -> dict[int, str]:
+        """Return the processes by pid, but for the one that is ready to be a VM."""
+        vmm = self._vmd.child("vmd: vmm")
+        below = set(descendants(vmm))
+        found = {pid: process_title(pid) for pid in descendants(self._vmd.process.pid)}
+        return {
+            pid: title
+            for pid, title in found.items()
+            if pid not in below or title.startswith("vm/")
+        }
+
+
+def run(directory: Path, count: int, seed: int) -> str:
+    """Send `count` packets, and crowd the socket; returns what to tell.
+
+    Raises:
+        Failure: something is not as it should be.
+    """
+    is_user = os.geteuid() != 0
+    directory.chmod(0o711)
+    config = f"socket owner {NOBODY}\n" if not is_user else ""
+    with Daemon(directory, config + vm_block("one", enabled=True), is_user=is_user) as vmd:
+        with vmd.client() as client:
+            client.wait_for_state("one", "running")
+        watch = Watch(vmd)
+        # Where an ordinary user runs it, whoever gets to the socket has every right.
+        attacker = Attacker(vmd.socket, seed, _REQUESTS[:1] if is_user else _REQUESTS)
+        try:
+            _attack(attacker, watch, min(count, _WARM_UP))
+            watch.remember()
+            _attack(attacker, watch, count)
+            crowd = _crowd(attacker, watch)
+        except BaseException:
+            print(vmd.log.read_text()[-3000:], file=sys.stderr)
+            raise
+        finally:
+            attacker.close()
+        watch.look()
+        watch.ask()
+    return (
+        f"{attacker.sent} packets on {attacker.connections} connections, {crowd} at once; "
+        f"slowest status {watch.slowest_s * 1e3:.0f} ms"
+    )
+
+
+def _attack(attacker: Attacker, watch: Watch, until: int) -> None:
+    asked = attacker.sent
+    while attacker.sent < until:
+        attacker.attack()
+        if attacker.sent - asked >= _STATUS_EVERY:
+            asked = attacker.sent
+            watch.ask()
+
+
+def _crowd(attacker: Attacker, watch: Watch) -> int:
+    """Connect as often as it takes, and ask for the status in between; returns how often."""
+    crowd = []
+    try:
+        for number in range(CONNECTIONS):
+            crowd.append(attacker.connect())
+            if number % 100 == 0:
+                watch.ask()
+        watch.ask()
+        return len(crowd)
+    finally:
+        for connection in crowd:
+            connection.close()
+
+
+def main() -> int:
+    """Run the campaign; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100_000, help="packets")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="hostile-") as directory:
+        try:
+            told = run(Path(directory), given.count, given.seed)
+        except (Failure, OSError, AssertionError) as err:
+            print(f"hostile_clients: seed {given.seed}: {err}", file=sys.stderr)
+            return 1
+    print(f"{told}; {time.monotonic() - begun:.0f} s: answered throughout, nothing left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Campaign: a hundred VMs that start staggered, and SIGHUP without end.
+
+Every VM of the configuration starts in its turn, and all run at once. Then the daemon is told again
+and again to read its configuration: no VM ends, none is started twice, every request in between is
+answered, and in the end the daemon leaves nothing behind.
+
+Any deviation is printed, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.system.vmd.daemon import READY, Answer, Client, Daemon, vm_block  # noqa: E402
+
+PARALLEL = 4
+DELAY_S = 1
+_TIMEOUT_S = 60.0
+_ASK_EVERY = 10
+
+
+class Failure(Exception):  # noqa: N818 - of the daemon, not of this program
+    """The daemon is not as it should be; `str()` says how."""
+
+
+def _vms(client: Client) -> list[Answer]:
+    """Return the status of all VMs, which may come in parts."""
+    client.send("status")
+    found: list[Answer] = []
+    while True:
+        answer, _ = client.receive()
+        vms = answer["vms"]
+        assert isinstance(vms, list)
+        found += vms
+        if not answer["has_more"]:
+            return found
+
+
+def _start_all(client: Client, count: int) -> float:
+    """Wait until all VMs run and have spoken; returns after how long the last one ran."""
+    begun = time.monotonic()
+    limit = _TIMEOUT_S + count / PARALLEL * DELAY_S * 4
+    while waiting := [
+        vm["name"] for vm in _vms(client) if vm["state"] != "running" or not vm["pid"]
+    ]:
+        if time.monotonic() - begun > limit:
+            raise Failure(f"not running after {limit:.0f} s: {waiting}")
+        time.sleep(0.2)
+    taken = time.monotonic() - begun
+    for number in range(count):
+        with client.console(f"v{number}") as console:
+            console.expect(READY)
+    return taken
+
+
+def run(directory: Path, storms: int, count: int = 8) -> str:
+    """Start `count` VMs and send SIGHUP `storms` times; returns what to tell.
+
+    Raises:
+        Failure: something is not as it should be.
+    """
+    config = f"staggered start parallel {PARALLEL} delay {DELAY_S}\n" + "".join(
+        vm_block(f"v{number}", enabled=True) for number in range(count)
+    )
+    with (
+        Daemon(directory, config, is_user=os.geteuid() != 0) as vmd,
+        vmd.client(_TIMEOUT_S) as client,
+    ):
+        taken = _start_all(client, count)
+        before = {vm["name"]: vm["pid"] for vm in _vms(client)}
+        slowest = 0.0
+        for number in range(storms):
+            vmd.process.send_signal(signal.SIGHUP)
+            if number % _ASK_EVERY == 0:
+                begun = time.monotonic()
+                _vms(client)
+                slowest = max(slowest, time.monotonic() - begun)
+        after = {vm["name"]: vm["pid"] for vm in _vms(client)}
+        if after != before:
+            raise Failure(f"VMs were {before}, are {after}")
+        reloads = vmd.log.read_text().count("reload requested with SIGHUP")
+        if not 0 < reloads <= storms:
+            raise Failure(f"{reloads} reloads by {storms} signals")
+    return (
+        f"{count} VMs ran after {taken:.0f} s, {PARALLEL} every {DELAY_S} s; {storms} SIGHUP made "
+        f"{reloads} reloads, slowest status {slowest * 1e3:.0f} ms"
+    )
+
+
+def main() -> int:
+    """Run the campaign; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100, help="VMs")
+    parser.add_argument("--storms", type=int, default=2000, help="signals")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="reload-storm-") as directory:
+        try:
+            told = run(Path(directory), given.storms, given.count)
+        except (Failure, OSError, AssertionError) as err:
+            print(f"reload_storm: {err}", file=sys.stderr)
+            return 1
+    print(f"{told}: none lost, nothing left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Slices of the campaigns against the daemon; all of them is in tests/campaigns."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.campaigns import hostile_clients, kill_daemon, reload_storm
+
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
+
+SEED = 11
+
+
+def test_killed_processes(tmp_path: Path) -> None:
+    """One process of each kind, killed under load, takes along what it has to and no more."""
+    killed = kill_daemon.run(tmp_path, 1, SEED)
+    kinds = set(kill_daemon.KINDS) - (set() if os.geteuid() == 0 else {"priv"})
+    assert killed == dict.fromkeys(kinds, 1)
+
+
+def test_hostile_clients(tmp_path: Path) -> None:
+    """Clients that mean ill neither slow nor grow the daemon, and leave nothing."""
+    for directory in tmp_path.parents[:3]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    assert "packets" in hostile_clients.run(tmp_path, 3000, SEED)
+
+
+def test_storms_of_signals(tmp_path: Path) -> None:
+    """Reloading without end loses no VM."""
+    assert "SIGHUP" in reload_storm.run(tmp_path, 200)
