@@ -56,6 +56,7 @@ log = Log(__name__)
 
 _DEVICE_GRACE_NS = 30_000_000_000
 """How long a device process may write back what it holds, once its VM is gone."""
+_NIC = "nic"  # begins the names of interfaces: a guest lives on without
 _SPARE_DELAY_NS = 100_000_000
 """How long nothing has to start until a VM process is made ready: a burst needs the processors."""
 
@@ -201,7 +202,7 @@ class Vmm:
                 if nic.has_process:
                     taps = stack.enter_context(Fds([fds.take(at) for at in nic.taps]))
                     serve = partial(self._bodies.nic, nic, spec.name, taps)
-                    connections.append(self._start_device(vm, f"nic{index}", taps, serve, stack))
+                    connections.append(self._start_device(vm, f"{_NIC}{index}", taps, serve, stack))
             vm.pid, vm.channel = self._vm_process()
             begin = Begin(spec=spec, places=tuple(fds.places))
             passed = [os.dup(fd) for fd in flattened(connections)]
@@ -380,7 +381,7 @@ class Vmm:
             return
         how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
         log.warning("vm/%s/%s: its process %s", vm.name, device, how)
-        if vm.pid and vm.status is None:
+        if vm.pid and vm.status is None and not device.startswith(_NIC):
             # A guest without its disk is of no use, and must not believe that it wrote.
             vm.ending = vm.ending or VmEnding(
                 reason=EndReason.CRASHED, message=f"{device}: its process {how}"
