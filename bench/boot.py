@@ -1,7 +1,8 @@
 """Start of a guest: from the program's start to the first line of the guest's /init.
 
-Ours (`vmctl run`) against QEMU's machines, and kvmtool where it is installed: the same kernel,
-initramfs, command line and memory, one vCPU. It runs in the rig with the clock that counts
+Ours (`vmctl run`, and as root `vmctl start` with a daemon that runs already) against QEMU's
+machines, and kvmtool where it is installed: the same kernel, initramfs, command line and memory,
+one vCPU. It runs in the rig with the clock that counts
 instructions, so that ratios repeat to about one per cent on a busy machine; everything that is
 read is staged into the rig's memory and run once before it is measured. `--here` measures on this
 machine's KVM with its own clock instead.
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests import artifacts  # noqa: E402 - found by the line above
 from tests.rig.machine import Rig, Stage, project_stages  # noqa: E402
-from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
+from tests.system.vmd.daemon import Daemon  # noqa: E402
+from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run  # noqa: E402
 
 MEMORY = 256 << 20
 # `quiet`, because under nested emulation many interrupts of the serial port are now and then too
@@ -42,6 +45,8 @@ MEMORY = 256 << 20
 COMMAND_LINE = "console=ttyS0 quiet reboot=k panic=-1"
 MARKER = "init: up"
 BASELINE = "QEMU -M pc"
+_WITH_DAEMON = "vmctl start"
+_PAUSE_S = 1.0
 _TIMEOUT_S = 300.0
 _PACKAGES = [str(ROOT / name) for name in ("vmctl", "vmd", "vmm_kvm")]
 _MIB = 1 << 20
@@ -71,12 +76,13 @@ class Result:
         return statistics.median(self.starts_s)
 
 
-def competitors(test: str, only: str) -> dict[str, list[str]]:
+def competitors(test: str, only: str, *, with_daemon: bool) -> dict[str, list[str]]:
     """Return the command line of each program that is installed, by its name in the table.
 
     Args:
         test: what the guest's /init does after its first line.
         only: a regular expression that is found in each name.
+        with_daemon: also what needs a daemon; it comes last.
     """
     kernel, image = artifacts.kernel("6.1-cloud").vmlinuz, artifacts.plain_initramfs()
     command_line = f"{COMMAND_LINE} test={test}"
@@ -101,6 +107,13 @@ def competitors(test: str, only: str) -> dict[str, list[str]]:
                 *("-m", str(MEMORY // _MIB), "--console", "serial", "-p", command_line),
             ]
             break
+    if with_daemon:
+        start = [
+            *(str(VMCTL), "start", "-c", "-m", f"{MEMORY // _MIB}M", "-b", str(kernel)),
+            *("--initrd", str(image), "--append", command_line),
+        ]
+        # Each start is a VM of its own.
+        found[_WITH_DAEMON] = ["sh", "-c", f"exec {shlex.join(start)} bench$$"]
     return {name: arguments for name, arguments in found.items() if re.search(only, name)}
 
 
@@ -190,14 +203,21 @@ def measure(rounds: int, only: str, out: Path) -> None:
 
     The programs take turns, so that what drifts drifts for all of them.
     """
-    programs = competitors("poweroff", only)
+    programs = competitors("poweroff", only, with_daemon=os.geteuid() == 0)
     starts: dict[str, list[float]] = {name: [] for name in programs}
-    for number in range(rounds + 1):
-        for name, arguments in programs.items():
-            taken = time_start(arguments)
-            print(f"{name}: {taken:.3f} s{'' if number else ' (not counted)'}", flush=True)
-            if number:
-                starts[name].append(taken)
+    with ExitStack() as stack:
+        if _WITH_DAEMON in programs:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+            vmd = stack.enter_context(Daemon(Path(scratch), "", is_user=False))
+            os.environ["VMD_SOCKET"] = str(vmd.socket)
+        for number in range(rounds + 1):
+            for name, arguments in programs.items():
+                if name == _WITH_DAEMON:
+                    time.sleep(_PAUSE_S)  # in which the daemon makes itself ready
+                taken = time_start(arguments)
+                print(f"{name}: {taken:.3f} s{'' if number else ' (not counted)'}", flush=True)
+                if number:
+                    starts[name].append(taken)
     out.write_text(json.dumps(starts))
 
 
@@ -229,7 +249,7 @@ def table(found: Sequence[Result]) -> str:
 
 def _inner(folder: Path, rounds: int, only: str) -> str:
     """Return the shell command that measures everything; its script is kept in `folder`."""
-    programs = competitors("idle", only)
+    programs = competitors("idle", only, with_daemon=False)
     script = folder / "memory.sh"
     script.write_text(memory_script(programs, "$RIG_OUT"))
     run = [sys.executable, __file__, "--measure", str(rounds), "--only", only]
