@@ -176,9 +176,9 @@ class Client:
             raise RefusedError(answer["code"], answer["message"])
         return answer, fds.tolist()
 
-    def vms(self, *, statistics: bool = False) -> list[Fields]:
-        """Return all VMs, in the daemon's order; with `statistics` what they have used too."""
-        answer = self.ask("status", {"statistics": statistics})
+    def vms(self, **wanted: bool) -> list[Fields]:
+        """Return all VMs, in the daemon's order; `wanted` are fields of the request."""
+        answer = self.ask("status", wanted)
         vms: list[Fields] = answer["vms"]
         while answer["has_more"]:
             answer, _ = self.receive()

@@ -1,4 +1,4 @@
-"""`vmctl status` and `vmctl show`: the table of VMs.
+"""`vmctl status` and `vmctl show`: the table of VMs, and the network interfaces of one.
 
 On a pipe OpenBSD's columns, to the letter; on a terminal a table; JSON with `--json`.
 
@@ -17,15 +17,24 @@ _FORMAT = "%5s %5s %5s %7s %7s %7s %12s %8s %s"
 _OWNER_MAX = 15
 
 
+def show(words: Sequence[str] = (), *, running: bool = False, as_json: bool = False) -> int:
+    """List VMs as `status` does, and the interfaces of the one that `words` names."""
+    return _list(words, running=running, as_json=as_json, interfaces=bool(words))
+
+
 def status(words: Sequence[str] = (), *, running: bool = False, as_json: bool = False) -> int:
     """List all VMs, or the one that `words` names; returns the exit status.
 
     That is 1 where there is no VM at all, or none that runs with `running`.
     """
+    return _list(words, running=running, as_json=as_json, interfaces=False)
+
+
+def _list(words: Sequence[str], *, running: bool, as_json: bool, interfaces: bool) -> int:
     try:
         target = parse_target(words[0]) if words else None
         with Client() as client:
-            vms = client.vms()
+            vms = client.vms(**{"interfaces": True} if interfaces else {})
     except CommandError as err:
         return fail(err)
     known = [vm for vm in vms if vm["pid"] is not None or not running]
@@ -41,6 +50,10 @@ def status(words: Sequence[str] = (), *, running: bool = False, as_json: bool = 
         print(_FORMAT % HEADER)
         for vm in shown:
             print(_FORMAT % columns(vm))
+    if interfaces and not as_json:
+        for vm in shown:
+            for index, interface in enumerate(vm["interfaces"]):
+                print("\n".join(interface_lines(index, interface)))
     return 0 if known else 1
 
 
@@ -58,6 +71,31 @@ def columns(vm: Fields) -> tuple[str, ...]:
         vm["state"],
         vm["name"],
     )
+
+
+def interface_lines(index: int, interface: Fields) -> list[str]:
+    """Return what is printed of a network interface of a VM."""
+    words = [f"interface {index}:", interface["tap"] or "-", f"lladdr {interface['lladdr']}"]
+    if interface["is_locked"]:
+        words.append("locked")
+    if interface["is_local"]:
+        words.append("local")
+    told = {name: interface[name] for name in ("switch", "group", "rdomain")}
+    words += [f"{name} {value}" for name, value in told.items() if value not in {None, ""}]
+    words += [f"mtu {interface['mtu']}", "up" if interface["is_up"] else "down"]
+    lines = [" ".join(words)]
+    for host, guest in zip(interface["host_addresses"], interface["guest_addresses"], strict=False):
+        lines.append(f"\thost {host} guest {guest}")
+    for forward in interface["forwards"]:
+        protocol, port, to_port = forward["protocol"], forward["port"], forward["to_port"]
+        lines.append(f"\tforward {protocol} {port} to {to_port}")
+    if interface["tap"]:
+        lines.append(
+            f"\treceived {interface['received']} bytes, {interface['received_packets']} packets,"
+            f" {interface['dropped']} dropped"
+        )
+        lines.append(f"\tsent {interface['sent']} bytes, {interface['sent_packets']} packets")
+    return lines
 
 
 def owner(vm: Fields) -> str:

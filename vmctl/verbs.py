@@ -134,7 +134,7 @@ def perform(name: str, values: Values, words: Sequence[str]) -> int | None:
     elif VERBS[name].words == (0, 0) and name != "reload":
         status = getattr(module, name)(**values)
     else:
-        status = getattr(module, "status" if name == "show" else name)(words, **values)
+        status = getattr(module, name)(words, **values)
     return status
 
 

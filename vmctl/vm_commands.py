@@ -89,7 +89,7 @@ def _send(words: _Words = None) -> None:
 
 
 def _show(words: _Words = None, running: _Running = False, as_json: _Json = False) -> None:
-    """List VMs, as status does."""
+    """List VMs, as status does, and the network interfaces of one."""
     _do("show", words, {"running": running, "as_json": as_json})
 
 

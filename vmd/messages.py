@@ -229,6 +229,8 @@ class Status(VmRequest, frozen=True, kw_only=True):
 
     statistics: bool = False
     """With counters of what running VMs have used."""
+    interfaces: bool = False
+    """With the network interfaces of each."""
 
 
 class Events(Request, frozen=True, kw_only=True):
@@ -324,6 +326,46 @@ class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, o
     net_sent: int = 0
 
 
+class ForwardInfo(
+    Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False
+):
+    """A port of the host's addresses that leads to a guest."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    port: int
+    to_port: int
+
+
+class InterfaceInfo(
+    Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False
+):
+    """A network interface of a VM: as it is configured, and what there is of it while it runs."""
+
+    lladdr: str
+    tap: str = ""
+    """The host's side, if there is one now."""
+    switch: str = ""
+    is_local: bool = False
+    is_locked: bool = False
+    is_up: bool = True
+    mtu: int = 1500
+    group: str = ""
+    rdomain: int | None = None
+    host_addresses: tuple[str, ...] = ()
+    """The host's addresses on it, with the bits of their networks: of a local interface."""
+    guest_addresses: tuple[str, ...] = ()
+    """What the guest is given, or makes of what is advertised."""
+    forwards: tuple[ForwardInfo, ...] = ()
+    received: int = 0
+    """Bytes that the guest has received since the host's side was made, as the next ones."""
+    received_packets: int = 0
+    sent: int = 0
+    sent_packets: int = 0
+    dropped: int = 0
+    """Frames that the guest had no room for."""
+
+
 class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
     """A VM as `vmctl status` shows it."""
 
@@ -347,6 +389,8 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     started_at: float | None = None
     """Seconds since 1970-01-01 UTC."""
     statistics: Statistics | None = None
+    interfaces: tuple[InterfaceInfo, ...] = ()
+    """If they are asked for."""
 
 
 class Vms(Answer, frozen=True, kw_only=True):

@@ -53,8 +53,8 @@ from vmd.internal import (
     TapSpec,
 )
 from vmd.local_sockets import open_dns, open_frames, resolver
-from vmd.messages import ErrorCode
-from vmd.network import Network
+from vmd.messages import ErrorCode, InterfaceInfo
+from vmd.network import Network, interface_infos
 from vmd.paths import SYSTEM_SOCKET
 from vmd.resources import ResourceError
 from vmd.vm import Vm
@@ -440,10 +440,11 @@ class Networks:
 
     # Looking
 
-    def of(self, vm_id: int) -> tuple[Network, ...]:
-        """Return a VM's interfaces, if they are there."""
-        held = self._held.get(vm_id)
-        return held.networks() if held is not None and held.attached else ()
+    def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
+        """Return what there is to tell of a VM's interfaces."""
+        held = self._held.get(vm.id)
+        networks = held.networks() if held is not None and held.attached else ()
+        return interface_infos(vm.config.interfaces, networks)
 
 
 def _cut(channel: Channel[ParentToPriv, PrivToParent], err: ChannelError) -> None:

@@ -99,9 +99,10 @@ def make_instance(
 
     `has_kernel`: a boot image comes along that `wanted` does not name.
 
-    Disks are never lent: two VMs would write them. Nor are a tap's name and an lladdr, which only
-    one can have. Unlike OpenBSD's, an instance takes its template's kernel and may belong to
-    another group.
+    Disks are never lent: two VMs would write them. Nor are a tap's name, an lladdr and forwarded
+    ports, which only one can have. Interfaces that lead elsewhere than the template's are a right
+    of their own; OpenBSD looks at their number alone. Unlike OpenBSD's, an instance takes its
+    template's kernel and may belong to another group.
 
     Source: sections 9.2 and 9.4 of OpenBSD's behaviour.
     """
@@ -116,7 +117,7 @@ def make_instance(
         (
             Right.INTERFACE,
             "interfaces",
-            bool(wanted.interfaces) and len(wanted.interfaces) != len(template.interfaces),
+            bool(wanted.interfaces) and _leads_elsewhere(wanted, template),
         ),
         (Right.BOOT, "boot image", Right.BOOT in wanted.given),
         (Right.CDROM, "cdrom", wanted.cdrom is not None),
@@ -156,7 +157,7 @@ def make_instance(
 
 
 def _lend(interface: InterfaceConfig) -> InterfaceConfig:
-    return interface._replace(tap=None, lladdr=None)
+    return interface._replace(tap=None, lladdr=None, forwards=())
 
 
 def _reuse(template: VmConfig, wanted: VmConfig) -> str | None:
@@ -173,6 +174,19 @@ def _reuse(template: VmConfig, wanted: VmConfig) -> str | None:
         if interface.lladdr in addresses:
             return "lladdr"
     return None
+
+
+def _leads_elsewhere(wanted: VmConfig, template: VmConfig) -> bool:
+    """Tell whether there are more or fewer interfaces, or one leads where the template's do not.
+
+    One that leads nowhere does no harm.
+    """
+    if len(wanted.interfaces) != len(template.interfaces):
+        return True
+    return any(
+        (own.is_local or own.switch) and (own.is_local, own.switch) != (lent.is_local, lent.switch)
+        for own, lent in zip(wanted.interfaces, template.interfaces, strict=True)
+    )
 
 
 def _cpus(config: VmConfig) -> int:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Collection
 from msgspec.structs import replace
 
 from vmd.internal import VmStatistics
-from vmd.messages import VMS_PER_PART, AnyAnswer, VmInfo, Vms
+from vmd.messages import VMS_PER_PART, AnyAnswer, InterfaceInfo, VmInfo, Vms
 from vmd.registry import List, info
+from vmd.vm import Vm
 from vmm_kvm.loop import EventLoop
 
 PATIENCE_NS = 300_000_000
@@ -22,11 +23,16 @@ class StatusQuestion:
         question: List,
         running: Collection[int],
         answer: Callable[[list[AnyAnswer]], None],
+        interfaces: Callable[[Vm], tuple[InterfaceInfo, ...]],
     ) -> None:
-        """Answer at once if no VM that is asked for is among those `running`, ids."""
+        """Answer at once if no VM that is asked for is among those `running`, ids.
+
+        `interfaces` is asked for a VM's if the client wants to know.
+        """
         self.ticket = question.ticket
         self._vms = question.vms
         self._wants_statistics = question.request.statistics
+        self._interfaces = interfaces if question.request.interfaces else None
         self._answer = answer
         self._told: dict[int, VmStatistics] = {}
         self.missing = {
@@ -56,7 +62,7 @@ class StatusQuestion:
         if self.is_over:
             return
         self.cancel()
-        shown = [self._shown(info(vm)) for vm in self._vms]
+        shown = [self._shown(vm) for vm in self._vms]
         serial = self.ticket.serial
         parts: list[AnyAnswer] = [
             Vms(
@@ -68,12 +74,14 @@ class StatusQuestion:
         ]
         self._answer(parts or [Vms(serial=serial, vms=())])
 
-    def _shown(self, vm: VmInfo) -> VmInfo:
-        told = self._told.get(vm.id)
+    def _shown(self, vm: Vm) -> VmInfo:
+        told, shown = self._told.get(vm.id), info(vm)
+        if self._interfaces:
+            shown = replace(shown, interfaces=self._interfaces(vm))
         if told is None:
-            return vm
+            return shown
         return replace(
-            vm,
+            shown,
             memory_used=told.memory_used,
             statistics=told.statistics if self._wants_statistics else None,
         )

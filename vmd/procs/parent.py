@@ -462,7 +462,7 @@ class Parent:
             for part in parts:
                 self._answer(question.ticket.client, part)
 
-        asked = StatusQuestion(self._loop, question, self._launched, answer)
+        asked = StatusQuestion(self._loop, question, self._launched, answer, self._networks.told)
         if not asked.is_over:
             self._questions[serial] = asked
             for vm_id in asked.missing:

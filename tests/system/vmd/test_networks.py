@@ -21,7 +21,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import READY, Client, Daemon, vm_block
+from tests.system.vmd.daemon import READY, Answer, Client, Daemon, vm_block
 from tests.system.vmd.netns import Namespace, TapGuest, udp_server
 
 pytestmark = [
@@ -250,6 +250,32 @@ def test_one_port_leads_to_one_guest(start: Start) -> None:
         assert (answer["code"], answer["message"]) == ("EBUSY", expected)
         assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
         assert client.ask("start", name="two")["type"] == "started"
+
+
+def _told(answer: Answer) -> dict[str, object]:
+    """Return the only interface in an answer."""
+    assert isinstance(answer["vms"], list)
+    (vm,) = answer["vms"]
+    (interface,) = vm["interfaces"]
+    assert isinstance(interface, dict)
+    return interface
+
+
+def test_what_is_told_of_interfaces(start: Start) -> None:
+    """A status with interfaces has their addresses, and counts what went through."""
+    with start(local_vm("forward tcp 80 to 8080")) as vmd, vmd.client() as client:
+        running(client, "web")
+        with guest_of(vmd) as guest:
+            guest.find(HOST_ADDRESS)
+        client.send("status", name="web", interfaces=True)
+        interface = _told(client.receive()[0])
+        assert (interface["tap"], interface["lladdr"]) == ("tap0", GUEST)
+        assert interface["host_addresses"] == [f"{HOST_ADDRESS}/31"]
+        assert interface["guest_addresses"] == [f"{GUEST_ADDRESS}/31"]
+        assert interface["forwards"] == [{"protocol": "tcp", "port": 80, "to_port": 8080}]
+        assert interface["sent_packets"]
+        assert interface["received_packets"]
+        assert client.vm("web")["interfaces"] == []
 
 
 def test_rdomains(space: Namespace, start: Start) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.unit.vmctl.conftest import Serve
 from vmctl.cli import main
@@ -23,6 +24,8 @@ from vmd.messages import (
     EventKind,
     Events,
     Failed,
+    ForwardInfo,
+    InterfaceInfo,
     InterfaceRequest,
     Load,
     Log,
@@ -284,7 +287,48 @@ def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Non
         "is_from_config": False,
         "started_at": None,
         "statistics": None,
+        "interfaces": [],
     }
+
+
+INTERFACE = InterfaceInfo(
+    lladdr="fe:e1:bb:d1:00:01",
+    tap="tap3",
+    is_local=True,
+    is_locked=True,
+    host_addresses=("100.64.1.2/31", "fd00::1/96"),
+    guest_addresses=("100.64.1.3/31", "fd00::2/64"),
+    forwards=(ForwardInfo(protocol="tcp", port=8080, to_port=80),),
+    received=100,
+    received_packets=2,
+    sent=50,
+    sent_packets=1,
+)
+
+
+def test_show(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a name, the interfaces follow the row; without one, nothing does."""
+    stopped = InterfaceInfo(lladdr="fe:e1:bb:d2:00:01", switch="uplink", rdomain=0, is_up=False)
+    web = replace(WEB, interfaces=(INTERFACE, stopped))
+    daemon = serve(lambda _: [Vms(vms=(web, DB))])
+    expected = """\
+interface 0: tap3 lladdr fe:e1:bb:d1:00:01 locked local mtu 1500 up
+	host 100.64.1.2/31 guest 100.64.1.3/31
+	host fd00::1/96 guest fd00::2/64
+	forward tcp 8080 to 80
+	received 100 bytes, 2 packets, 0 dropped
+	sent 50 bytes, 1 packets
+interface 1: - lladdr fe:e1:bb:d2:00:01 switch uplink rdomain 0 mtu 1500 down
+"""
+    assert vmctl(["show", "web"]) == 0
+    assert capsys.readouterr() == (HEADER + WEB_LINE + expected, "")
+    assert vmctl(["show"]) == vmctl(["status", "web"]) == 0
+    assert capsys.readouterr().out == HEADER + WEB_LINE + DB_LINE + HEADER + WEB_LINE
+    assert daemon.requests == [Status(interfaces=True), Status(), Status()]
+    assert vmctl(["show", "--json", "web"]) == 0
+    (vm,) = json.loads(capsys.readouterr().out)
+    assert vm["interfaces"][0]["forwards"] == [{"protocol": "tcp", "port": 8080, "to_port": 80}]
+    assert vm["interfaces"][1]["switch"] == "uplink"
 
 
 def test_stop_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
@@ -558,10 +602,7 @@ def test_top(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
             Vms(
                 vms=(
                     *((DB,) if number == 1 else ()),
-                    VmInfo(
-                        **{name: getattr(WEB, name) for name in WEB.__struct_fields__[:-1]},
-                        statistics=used,
-                    ),
+                    replace(WEB, statistics=used),
                 )
             )
         ]

@@ -128,6 +128,16 @@ def test_an_instance_of_nobody_is_its_templates_owners() -> None:
         (VmConfig("i", cpus=4), Right.CPUS, "cpus"),
         (VmConfig("i", disks=(DISK,)), Right.DISK, "disks"),
         (VmConfig("i", interfaces=(InterfaceConfig(),)), Right.INTERFACE, "interfaces"),
+        (
+            VmConfig("i", interfaces=(InterfaceConfig(switch="other"), InterfaceConfig())),
+            Right.INTERFACE,
+            "interfaces",
+        ),
+        (
+            VmConfig("i", interfaces=(InterfaceConfig(is_local=True), InterfaceConfig())),
+            Right.INTERFACE,
+            "interfaces",
+        ),
         (VmConfig("i", boot="/x", given=frozenset({Right.BOOT})), Right.BOOT, "boot image"),
         (VmConfig("i", cdrom="/x"), Right.CDROM, "cdrom"),
     ],

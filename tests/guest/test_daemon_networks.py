@@ -1,0 +1,182 @@
+"""Networks of vmd under unmodified Debian kernels: addresses, the way out, and the way in."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests import artifacts
+from tests.guest.linux_guest import COMMAND_LINE
+from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.daemon import Daemon, Stream, vm_block
+from tests.system.vmd.netns import Namespace
+from tests.vmctl_driver import BOOT_TIMEOUT_S
+
+pytestmark = [
+    *(pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)),
+    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed"),
+]
+
+WORLD, HOST = "192.0.2.2", "192.0.2.1"
+WORLD6, HOST6 = "2001:db8::2", "2001:db8::1"
+PROMPT = b"# "
+DATA = bytes(range(256)) * 4096
+
+# udhcpc hands what it was told to a script.
+_CONFIGURE = (
+    "printf '%s\\n' '#!/bin/busybox sh' '[ \"$1\" = bound ] || exit 0'"
+    " 'ip addr add $ip/$mask dev eth0' 'ip route add $router dev eth0'"
+    " 'ip route add default via $router' 'hostname $hostname' >/dhcp; chmod 755 /dhcp"
+)
+
+
+@pytest.fixture
+def space() -> Iterator[Namespace]:
+    """Make a namespace to run the daemon in."""
+    with Namespace() as found:
+        yield found
+
+
+@pytest.fixture
+def world(space: Namespace) -> Iterator[Namespace]:
+    """Make another beyond it, which knows no way to its guests."""
+    with Namespace() as found:
+        space.connect(found, f"{HOST}/24", f"{WORLD}/24")
+        space.run("sysctl", "-q", "net.ipv6.conf.all.forwarding=1")
+        for place, address in ((space, HOST6), (found, WORLD6)):
+            (link,) = place.links() - {"lo"}
+            place.run("ip", "addr", "add", f"{address}/64", "dev", link, "nodad")
+        yield found
+
+
+def linux(name: str, kernel: artifacts.Kernel, *interfaces: str) -> str:
+    """Return a VM with a shell on its console."""
+    lines = (
+        f'initrd "{artifacts.net_initramfs(kernel)}"',
+        f'append "{COMMAND_LINE} test=shell"',
+    )
+    return vm_block(name, *lines, *interfaces, boot=kernel.vmlinuz, memory="128M", enabled=True)
+
+
+class Shell:
+    """A guest's shell on its console."""
+
+    def __init__(self, console: Stream) -> None:
+        """Wait for its first prompt."""
+        self._console = console
+        self._count = 0
+        console.expect(PROMPT)
+        self.run("dmesg -n 1; ip link set lo up; ip link set eth0 up")
+
+    def run(self, command: str) -> str:
+        """Run a command; returns what it printed."""
+        self._count += 1
+        console, mark = self._console, f"<{self._count}>".encode()
+        start = len(console.output)
+        # The echo of what is typed has quotes in the middle of the mark.
+        console.type(f"{command}; echo '<'{self._count}'>'\n".encode())
+        console.expect(mark, console.output.count(mark) + 1)
+        end = console.output.rindex(mark)
+        while PROMPT not in console.output[end:]:
+            console.expect(PROMPT, console.output.count(PROMPT) + 1)
+        return console.output[start:end].decode(errors="replace").replace("\r", "")
+
+
+def _tcp_server(address: str, port: int) -> socket.socket:
+    server = socket.create_server(
+        (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET
+    )
+    server.settimeout(BOOT_TIMEOUT_S)
+    return server
+
+
+def _digest(data: bytes) -> str:
+    import hashlib  # noqa: PLC0415 - for this alone
+
+    return hashlib.md5(data).hexdigest()
+
+
+def test_a_local_interface(
+    space: Namespace, world: Namespace, cloud_kernel: artifacts.Kernel, tmp_path: Path
+) -> None:
+    """A guest has an address by DHCP, reaches host and world, and is reached by a port of the host.
+
+    By IPv4 and by IPv6, whose address the guest makes by itself.
+    """
+    config = (
+        "local prefix 100.64.0.0/10 nat\nlocal inet6 prefix fd12:3456:789a:bcde::/64\n"
+        + linux(
+            "linux",
+            cloud_kernel,
+            "local interface {\nforward tcp 8080 to 80\nlocked lladdr fe:e1:bb:d1:00:01\n}",
+        )
+    )
+    with ExitStack() as stack:
+        vmd = stack.enter_context(Daemon(tmp_path, config, is_user=False, prefix=space.prefix))
+        client = stack.enter_context(vmd.client(BOOT_TIMEOUT_S))
+        client.wait_for_state("linux", "running")
+        shell = Shell(stack.enter_context(client.console("linux")))
+        shell.run(_CONFIGURE)
+        shown = shell.run("udhcpc -i eth0 -n -q -t 10 -s /dhcp")
+        assert "lease of 100.64.1.3 obtained from 100.64.1.2" in shown
+        assert shell.run("hostname").splitlines()[-1] == "linux"
+        assert " 0% packet loss" in shell.run("ping -c 3 100.64.1.2")
+        assert " 0% packet loss" in shell.run(f"ping -c 3 {WORLD}")
+        shell.run("for i in 1 2 3 4 5 6 7 8 9; do ip -6 route | grep -q default || sleep 1; done")
+        assert "fd12:3456:789a:bcde:fce1:bbff:fed1:1/64" in shell.run("ip addr show eth0")
+        assert " 0% packet loss" in shell.run("ping -c 3 fd12:3456:789a:bcde:6440:103:0:1")
+        assert " 0% packet loss" in shell.run(f"ping -c 3 {WORLD6}")
+        for address, peer in ((WORLD, HOST), (WORLD6, HOST6)):
+            server = stack.enter_context(world.within(partial(_tcp_server, address, 7)))
+            shell.run(f"(sleep 1; nc {address} 7 </dev/null | md5sum >/sum) &")
+            connection, seen = server.accept()
+            with connection:
+                assert seen[0] == peer
+                connection.sendall(DATA)
+            assert _digest(DATA) in shell.run("wait; cat /sum")
+        for address in (HOST, HOST6):
+            shell.run("(nc -l -p 80 </dev/null | md5sum >/sum) &")
+            shell.run("sleep 1")
+            with world.within(partial(socket.create_connection, (address, 8080), 60)) as to:
+                to.sendall(DATA)
+            assert _digest(DATA) in shell.run("wait; cat /sum")
+        assert client.ask("stop", name="linux", force=True, wait=True)["type"] == "terminated"
+        space.wait_for_links({name for name in space.links() if not name.startswith("tap")})
+
+
+def test_two_guests_on_a_switch(
+    space: Namespace, cloud_kernel: artifacts.Kernel, tmp_path: Path
+) -> None:
+    """They reach each other and the host; with a locked lladdr, not from any other address."""
+    config = (
+        'switch "lan" {\ncreate\naddress "10.0.0.1/24"\nlocked lladdr\n}\n'
+        + linux("one", cloud_kernel, 'interface {\nmtu 9000\nswitch "lan"\n}')
+        + linux("two", cloud_kernel, 'interface {\nmtu 9000\nswitch "lan"\n}')
+    )
+    with ExitStack() as stack:
+        vmd = stack.enter_context(Daemon(tmp_path, config, is_user=False, prefix=space.prefix))
+        client = stack.enter_context(vmd.client(BOOT_TIMEOUT_S))
+        shells = []
+        for number, name in enumerate(("one", "two"), 2):
+            client.wait_for_state(name, "running")
+            shell = Shell(stack.enter_context(client.console(name)))
+            shell.run(f"ip addr add 10.0.0.{number}/24 dev eth0")
+            shells.append(shell)
+        one, two = shells
+        assert " 0% packet loss" in one.run("ping -c 3 10.0.0.1")
+        assert " 0% packet loss" in one.run("ping -c 3 10.0.0.3")
+        assert " 0% packet loss" in one.run("ping -c 3 -s 8000 10.0.0.3")
+        two.run("(nc -l -p 7 </dev/null | md5sum >/sum) &")
+        one.run("head -c 1000000 /dev/urandom >/data; sleep 1; nc 10.0.0.3 7 </data")
+        digest = re.findall(r"\b[0-9a-f]{32}\b", one.run("md5sum </data"))[0]
+        assert digest in two.run("wait; cat /sum")
+        one.run("ip link set eth0 address fe:e1:bb:d1:00:99; ip neigh flush dev eth0")
+        assert " 100% packet loss" in one.run("ping -c 2 -W 1 10.0.0.3")
