@@ -16,6 +16,7 @@ import pytest
 
 from tests.unit.config.fake_host import FakeHost, directory
 from vmd.config.check import check, parse_macro
+from vmd.config.interfaces import INTERFACE_OWN_OPTIONS, SWITCH_OWN_OPTIONS
 from vmd.config.lexer import RESERVED
 from vmd.config.vms import DISK_OPTIONS, FORMATS, OWN_OPTIONS
 
@@ -62,7 +63,8 @@ def test_every_keyword_is_in_an_accepted_file() -> None:
     text = "".join(path.read_text() for path in sorted(DIRECTORY.glob("p*.conf")))
     words = set(re.findall(r"[\w-]+", text))
     assert RESERVED - {"add", "id", "size"} - words == set()
-    assert {*OWN_OPTIONS, *DISK_OPTIONS, *FORMATS} - words == set()
+    own = {*OWN_OPTIONS, *DISK_OPTIONS, *INTERFACE_OWN_OPTIONS, *SWITCH_OWN_OPTIONS}
+    assert {*own, *FORMATS} - words == set()
 
 
 def test_every_text_is_in_a_golden_file() -> None:

@@ -13,6 +13,7 @@ from tests.unit.config.fake_host import FakeHost
 from vmd.config.check import check
 from vmd.config.disks import DiskKind
 from vmd.config.host import FileText
+from vmd.config.interfaces import INTERFACE_OWN_OPTIONS, SWITCH_OWN_OPTIONS
 from vmd.config.lexer import RESERVED
 from vmd.config.vms import DISK_OPTIONS, FIRMWARE_NAMES, FORMATS, OWN_OPTIONS
 
@@ -24,7 +25,9 @@ WITHOUT_MEANING = {"add", "id", "size"}
 """Words that are reserved and that no statement has."""
 KEYWORD_MACROS = {"Ic", "Cm"}
 OTHER_MACROS = {"Ar", "Oo", "Oc", "Op", "Ns", "No", "Sy", "Li", "Pa", "It", "D1", "Fl"}
-VALUES = {"tap", *FIRMWARE_NAMES, *FORMATS}
+OTHER_OWN = {"nat", "to"}
+"""Words of ours within other statements."""
+VALUES = {"tap", "tcp", "udp", *FIRMWARE_NAMES, *FORMATS}
 """Words that are values, not keywords."""
 
 
@@ -45,7 +48,8 @@ def documented(text: str) -> set[str]:
 
 def test_every_keyword_is_documented() -> None:
     """The page has the keywords and values that the parser knows, and no other."""
-    known = (RESERVED - WITHOUT_MEANING) | {*OWN_OPTIONS, *DISK_OPTIONS} | VALUES
+    own = {*OWN_OPTIONS, *DISK_OPTIONS, *INTERFACE_OWN_OPTIONS, *SWITCH_OWN_OPTIONS, *OTHER_OWN}
+    known = (RESERVED - WITHOUT_MEANING) | own | VALUES
     assert documented(PAGE.read_text()) == known
 
 
