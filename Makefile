@@ -41,6 +41,7 @@ soak: setup ## Kill COUNT (200) guests, and 300 writers and device processes; SE
 	$(PYTHON) tests/campaigns/kill_device_process.py --count $(or $(COUNT),300) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_daemon.py --count $(or $(COUNT),50) --seed $(SEED)
 	$(PYTHON) tests/campaigns/reload_storm.py --count $(or $(COUNT),100)
+	$(PYTHON) tests/campaigns/kill_networks.py --count $(or $(COUNT),2200) --seed $(SEED)
 
 fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \

@@ -1,0 +1,192 @@
+"""Campaign: VMs with four interfaces each, started, stopped and killed, and the daemon with them.
+
+Each round starts a VM in a network namespace of its own, or stops it, by force or by kill -9 of its
+process; now and then priv, local, vmm or the whole daemon is killed, while VMs start. After each
+round a VM that is stopped has no tap left, and one that runs has all four. At the end, interfaces,
+addresses, rules and namespaces are what they were before.
+
+Any deviation is printed, and the exit status is 1. The same --seed does the same; when a kill meets
+what is under way is up to the clock. Needs root, nft and /dev/kvm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
+from tests.system.vmd.netns import Namespace  # noqa: E402
+
+# One that starts three times within 6 s of the time before is refused, so there are many.
+VMS = tuple(f"vm{number}" for number in range(1, 41))
+RUNNING_MAX = 6
+WAIT_S = 30.0
+# More than five ends of one kind within 10 s end the daemon, as they should.
+BETWEEN_KILLS_S = 2.5
+CHANCE_OF_KILL = 0.05
+_PROCESSES = ("vmd: priv", "vmd: local", "vmd: vmm", "vmd")
+
+
+def config() -> str:
+    """Return a vm.conf whose VMs have every kind of interface."""
+    text = (
+        "local prefix 100.64.0.0/10 nat\nlocal inet6 prefix fd12::/64\n"
+        'switch "own" {\ncreate\naddress "10.0.0.1/24"\nlocked lladdr\n}\n'
+        'switch "theirs" { interface br7 }\n'
+    )
+    for number, name in enumerate(VMS):
+        text += vm_block(
+            name,
+            f"local interface {{\nforward tcp {8080 + number} to 80\nlocked lladdr\n}}",
+            "local interface",
+            'interface {\nmtu 9000\nswitch "own"\n}',
+            'interface {\nswitch "theirs"\ngroup "guests"\n}',
+        )
+    return text
+
+
+class Campaign:
+    """One run of it."""
+
+    def __init__(self, space: Namespace, directory: Path, seed: int) -> None:
+        self.space = space
+        self.directory = directory
+        self.chance = random.Random(seed)
+        self.daemon = self._daemon()
+        self.counts: Counter[str] = Counter()
+        self.last_kill = time.monotonic()
+
+    def _daemon(self) -> Daemon:
+        return Daemon(self.directory, config(), is_user=False, prefix=self.space.prefix)
+
+    def round(self) -> list[str]:
+        """Do something to a VM, and perhaps to the daemon; returns what is wrong afterwards."""
+        with self.daemon.client() as client:
+            running = [name for name in VMS if client.vm(name)["pid"] is not None]
+            name = self.chance.choice(running if len(running) >= RUNNING_MAX else VMS)
+            pid = client.vm(name)["pid"]
+            if pid is None:
+                client.send("start", name=name)
+                self.counts["starts"] += 1
+                if not self._kill_something():
+                    answer = client.receive()[0]
+                    if answer["type"] != "started" and "too quickly" not in str(answer):
+                        return [f"start of {name}: {answer}"]
+            elif self.chance.random() < 0.5:
+                client.send("stop", name=name, force=True, wait=True)
+                self.counts["stops"] += 1
+                if not self._kill_something():
+                    client.receive()
+            else:
+                assert isinstance(pid, int)
+                os.kill(pid, signal.SIGKILL)
+                self.counts["VM processes killed"] += 1
+        return self.check()
+
+    def _kill_something(self) -> bool:
+        """Perhaps kill a process of the daemon; True if a client's answer may not come."""
+        is_early = time.monotonic() - self.last_kill < BETWEEN_KILLS_S
+        if is_early or self.chance.random() > CHANCE_OF_KILL:
+            return False
+        title = self.chance.choice(_PROCESSES)
+        time.sleep(self.chance.random() * 0.1)
+        self.counts[f"{title} killed"] += 1
+        if title == "vmd":
+            self.daemon.process.kill()
+            self.daemon.process.wait()
+            self.daemon = self._daemon()
+        else:
+            os.kill(self.daemon.child(title), signal.SIGKILL)
+        self.last_kill = time.monotonic()
+        return True
+
+    def check(self) -> list[str]:
+        """Wait until the taps are those of VMs that run; return what is wrong if they never are."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            wrong = self._wrong()
+            if not wrong or time.monotonic() > deadline:
+                return wrong
+            time.sleep(0.05)
+
+    def _wrong(self) -> list[str]:
+        aliases = self._aliases()
+        with self.daemon.client() as client:
+            expected = {
+                f"vm{vm['id']}-if{index}-{name}"
+                for name in VMS
+                if (vm := client.vm(name))["pid"] is not None
+                for index in range(4)
+            }
+        wrong = [f"left behind: {alias}" for alias in sorted(aliases - expected)]
+        wrong += [f"missing: {alias}" for alias in sorted(expected - aliases)]
+        locked = self.space.rules().count("hook ingress")
+        if locked != len(expected) // 2:
+            wrong.append(f"{locked} locked interfaces, not {len(expected) // 2}")
+        return wrong
+
+    def _aliases(self) -> set[str]:
+        shown = self.space.run("ip", "-o", "link")
+        words = [line.partition("alias ")[2].strip() for line in shown.splitlines()]
+        return {word for word in words if word.startswith("vm") and ":" not in word}
+
+
+def run(count: int, seed: int, *, is_quiet: bool = False) -> int:
+    """Run so many rounds; returns the exit status."""
+    namespaces = subprocess.run(["ip", "netns"], check=True, capture_output=True).stdout
+    problems: list[str] = []
+    with Namespace() as space, tempfile.TemporaryDirectory(prefix="vmd-networks-") as directory:
+        space.run("ip", "link", "add", "br7", "address", "52:54:00:00:00:07", "type", "bridge")
+        space.run("ip", "link", "set", "br7", "addrgenmode", "none", "up")
+        before = space.state()
+        campaign = Campaign(space, Path(directory), seed)
+        begin = time.monotonic()
+        for number in range(count):
+            wrong = campaign.round()
+            problems += (f"round {number}: {text}" for text in wrong)
+            if len(problems) > 20:
+                break
+        elapsed = time.monotonic() - begin
+        if campaign.daemon.stop() != 0:
+            problems.append("the daemon failed")
+        log = campaign.daemon.log.read_text()
+        if "Traceback" in log:
+            problems.append(log[log.index("Traceback") - 200 :][:3000])
+        deadline = time.monotonic() + WAIT_S
+        while (after := space.state()) != before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if after != before:
+            problems.append(f"before: {before}\nafter: {after}")
+    if subprocess.run(["ip", "netns"], check=True, capture_output=True).stdout != namespaces:
+        problems.append("namespaces are left")
+    told = ", ".join(f"{value} {name}" for name, value in sorted(campaign.counts.items()))
+    if not is_quiet or problems:
+        print(f"seed {seed}: {count} rounds in {elapsed:.0f} s: {told}; {len(problems)} problems")
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=2000, help="rounds (2000)")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args(arguments)
+    return run(given.count, given.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
