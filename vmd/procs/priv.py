@@ -131,6 +131,10 @@ class Priv:
                 self._switch(switch)
             except (LinkError, OSError) as err:
                 log.warning('switch "%s": %s', switch.name, err)
+        for taps in self._taps.values():  # of a bridge that is made anew, or is there at last
+            for tap in taps:
+                if tap.spec.bridge:
+                    self._join(tap.spec, tap.link)
         if wanted.nat4 or wanted.nat6:
             _forward_packets(wanted)
         self._filter()
@@ -282,8 +286,8 @@ class Priv:
         bridge = self._netlink.find(spec.bridge)
         if bridge is None or bridge.kind != "bridge":
             _missing(spec.alias, spec.bridge)
-        elif link.master != bridge.ifindex:
-            self._try(self._netlink.set_master, link, bridge)
+        else:
+            self._try(self._netlink.set_master, link, bridge)  # which it may be in already
 
     def _set_addresses(self, spec: TapSpec, local: LocalSpec, link: Link) -> None:
         self._netlink.set_address(link, local.host4, BITS4)

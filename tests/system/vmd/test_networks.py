@@ -21,7 +21,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import READY, Answer, Client, Daemon, vm_block
+from tests.system.vmd.daemon import READY, SELFTEST, Answer, Client, Daemon, vm_block
 from tests.system.vmd.netns import Namespace, TapGuest, udp_server
 
 pytestmark = [
@@ -152,13 +152,57 @@ def test_a_switch_of_our_own(space: Namespace, start: Start) -> None:
 def test_reset_and_reload_of_switches(space: Namespace, start: Start) -> None:
     """Switches that are in the configuration no more are removed, and made again when they are."""
     before = space.links()
-    with start('switch "one" { create }\nswitch "two" { create }\n') as vmd, vmd.client() as client:
+    vm = vm_block("web", 'interface { switch "two" }')
+    config = 'switch "one" { create }\nswitch "two" { create }\n' + vm
+    with start(config) as vmd, vmd.client() as client:
         space.wait_for_links(before | {"one", "two"})
-        vmd.config.write_text('switch "two" { create }\nswitch "three" { create }\n')
+        assert client.ask("start", name="web")["type"] == "started"
+        vmd.config.write_text('switch "two" { create }\nswitch "three" { create }\n' + vm)
         assert client.ask("reload")["type"] == "done"
-        space.wait_for_links(before | {"two", "three"})
+        space.wait_for_links(before | {"two", "three", "tap0"})
         assert client.ask("reset", mode="switches")["type"] == "done"
-        space.wait_for_links(before)
+        space.wait_for_links(before | {"tap0"})
+        assert client.ask("reload")["type"] == "done"
+        space.wait_for_links(before | {"two", "three", "tap0"})
+        _eventually(lambda: "master two" in space.run("ip", "link", "show", "tap0"))
+
+
+def test_start_with_interfaces(space: Namespace, start: Start) -> None:
+    """What `vmctl start -L -n lan -i 3` asks for: local, on a switch, and with no cable."""
+    kernel = os.open(SELFTEST, os.O_RDONLY)
+    with start('switch "lan" { create }\n') as vmd, vmd.client() as client:
+        wanted = [{"is_local": True}, {"switch": "lan"}, {}]
+        try:
+            answer = client.ask("start", (kernel,), name="x", kernel=0, interfaces=wanted)
+        finally:
+            os.close(kernel)
+        assert answer["type"] == "started"
+        assert space.links() == {"lo", "lan", "tap0", "tap1", "tap2"}
+        assert f"inet {HOST_ADDRESS}/31" in space.run("ip", "addr", "show", "tap0")
+        assert "master lan" in space.run("ip", "link", "show", "tap1")
+        assert "master" not in space.run("ip", "link", "show", "tap2")
+
+
+def test_thirty_at_once(space: Namespace, start: Start) -> None:
+    """Thirty VMs that are started together all have their interfaces, and leave none."""
+    names = [f"vm{number}" for number in range(30)]
+    interfaces = ("local interface { locked lladdr }", 'interface { switch "lan" }')
+    config = 'local prefix 100.64.0.0/10 nat\nswitch "lan" { create }\n'
+    config += "".join(vm_block(name, *interfaces) for name in names)
+    with start(config) as vmd, ExitStack() as stack:
+        clients = [stack.enter_context(vmd.client()) for _ in names]
+        for client, name in zip(clients, names, strict=True):
+            client.send("start", name=name)
+        assert [client.receive()[0]["type"] for client in clients] == ["started"] * 30
+        assert len(space.links()) == 2 + 60
+        assert space.rules().count("hook egress") == 30
+        assert len(re.findall("inet 100.64", space.run("ip", "addr"))) == 30
+        for client, name in zip(clients, names, strict=True):
+            client.send("stop", name=name, force=True, wait=True)
+        for client in clients:
+            client.receive()
+        space.wait_for_links({"lo", "lan"})
+        assert "netdev" not in space.rules()
 
 
 @pytest.mark.parametrize("victims", [["vmd"], ["vmd", "vmd: priv"]], ids=" and ".join)
