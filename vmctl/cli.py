@@ -90,6 +90,10 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
             help="Network interface, or how many; may be repeated.",
         ),
     ] = None,
+    switch: Annotated[
+        list[str] | None,
+        typer.Option("-n", metavar="bridge", help="Add an interface on a bridge of this host."),
+    ] = None,
     local: Annotated[
         bool, typer.Option("-L", help="Add an interface with user-mode networking by passt.")
     ] = False,
@@ -162,6 +166,7 @@ def run_command(  # noqa: PLR0917 - typer passes them by name
                 cpus=cpus,
                 disks=tuple(disk or ()),
                 interfaces=tuple(interface or ()),
+                switches=tuple(switch or ()),
                 local=local,
                 cdrom=cdrom,
                 boot_device=boot_device,

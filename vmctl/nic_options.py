@@ -5,6 +5,7 @@
 Kinds:
 
     tap:NAME         a tap of the host that exists, or that this user may make
+    bridge:NAME      a tap of its own on a bridge of the host; as a rule for root alone
     passt            user-mode networking by passt(1), without privileges
     stream:PATH      the socket of a program that speaks as passt does
     vhost-user:PATH  the socket of a vhost-user-net server
@@ -15,9 +16,9 @@ Options:
     lladdr=ADDRESS   the guest's address; as a rule one that follows from the VM's name
     locked           drop frames from another address, and to one
     mtu=BYTES        the largest packet, 68 to 65535
-    queues=N         (tap) queue pairs, 1 to 16; the tap has to have been made for several
-    user             (tap) move frames in this process, where vhost-net could
-    process          (tap) move them in a process of their own
+    queues=N         (tap, bridge) queue pairs, 1 to 16; the tap has to have been made for several
+    user             (tap, bridge) move frames in this process, where vhost-net could
+    process          (tap, bridge) move them in a process of their own
     forward=PROTOCOL:PORT[:PORT]
                      (passt) let connections to a port of the host reach one of the guest's
 """
@@ -38,6 +39,7 @@ class NicKind(StrEnum):
     """What stands in front of the colon."""
 
     TAP = "tap"
+    BRIDGE = "bridge"
     PASST = "passt"
     STREAM = "stream"
     VHOST_USER = "vhost-user"
@@ -58,7 +60,7 @@ class NicOption(NamedTuple):
 
     kind: NicKind
     what: str = ""
-    """The tap's name, or the path of a socket."""
+    """The name of a tap or bridge, or the path of a socket."""
     lladdr: bytes | None = None
     is_locked: bool = False
     mtu: int = MTU_DEFAULT
@@ -68,22 +70,25 @@ class NicOption(NamedTuple):
     forwards: tuple[Forward, ...] = ()
 
 
-_NAMED = frozenset({NicKind.TAP, NicKind.STREAM, NicKind.VHOST_USER})
+_TAPS = frozenset({NicKind.TAP, NicKind.BRIDGE})
+_NAMED = _TAPS | {NicKind.STREAM, NicKind.VHOST_USER}
 _ALL = frozenset(NicKind)
 _KINDS = {
     "lladdr": _ALL,
     "locked": _ALL - {NicKind.VHOST_USER},
     "mtu": _ALL,
-    "queues": frozenset({NicKind.TAP}),
-    "user": frozenset({NicKind.TAP}),
-    "process": frozenset({NicKind.TAP}),
+    "queues": _TAPS,
+    "user": _TAPS,
+    "process": _TAPS,
     "forward": frozenset({NicKind.PASST}),
 }
 _WITH_VALUE = frozenset({"lladdr", "mtu", "queues", "forward"})
 
 
-def read_nics(texts: Sequence[str], *, is_local: bool) -> list[NicOption]:
-    """Return the interfaces that `-i`, each an interface or a count, and `-L` ask for.
+def read_nics(
+    texts: Sequence[str], bridges: Sequence[str] = (), *, is_local: bool
+) -> list[NicOption]:
+    """Return the interfaces that `-i`, each an interface or a count, `-n` and `-L` ask for.
 
     A count adds interfaces without a cable to those that are described, up to so many.
 
@@ -96,6 +101,7 @@ def read_nics(texts: Sequence[str], *, is_local: bool) -> list[NicOption]:
             least = _number(text, 0, NICS_MAX, f"{text}: count")
         else:
             nics.append(parse_nic(text))
+    nics += [NicOption(NicKind.BRIDGE, bridge) for bridge in bridges]
     if is_local:
         nics.append(NicOption(NicKind.PASST))
     nics += [NicOption(NicKind.NONE)] * (least - len(nics))

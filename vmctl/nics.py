@@ -13,6 +13,7 @@ from typing import Final
 
 from vmctl.nic_options import Forward, NicKind, NicOption
 from vmm_kvm.errors import SpecError
+from vmm_kvm.net.bridge import tap_on_bridge
 from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, TapPath, VhostPath
 from vmm_kvm.net.tap import Tap, open_tap
 from vmm_kvm.virtio.net import VirtioNet
@@ -45,7 +46,10 @@ def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicPar
 def _path(option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
     match option.kind:
         case NicKind.TAP:
-            return _tap(option, nic, stack)
+            return _tap(open_tap(option.what, option.queues), option, nic, stack)
+        case NicKind.BRIDGE:
+            taps = tap_on_bridge(option.what, option.queues, option.mtu)
+            return _tap(taps, option, nic, stack)
         case NicKind.PASST:
             return StreamPath(_passt(option.forwards, stack))
         case NicKind.STREAM:
@@ -65,8 +69,7 @@ def _address(vm: str, index: int) -> bytes:
     return OPENBSD_PREFIX + digest[:_ADDRESS_REST]
 
 
-def _tap(option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
-    taps = open_tap(option.what, option.queues)
+def _tap(taps: list[int], option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
     for fd in taps:
         stack.callback(os.close, fd)
     if option.is_process:

@@ -112,13 +112,13 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
 
 
 def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NicParams, ...]":
-    """Open what -i and -L ask for; a number is how many interfaces there are at least."""
-    if not options.interfaces and not options.local:
+    """Open what -i, -n and -L ask for."""
+    if not (options.interfaces or options.switches or options.local):
         return ()
     from vmctl.nic_options import read_nics  # noqa: PLC0415 - not every VM has a network
     from vmctl.nics import open_nic  # noqa: PLC0415 - the same
 
-    wanted = read_nics(options.interfaces, is_local=options.local)
+    wanted = read_nics(options.interfaces, options.switches, is_local=options.local)
     return tuple(open_nic(nic, index, vm, stack) for index, nic in enumerate(wanted))
 
 

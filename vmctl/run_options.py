@@ -18,6 +18,7 @@ class RunOptions(NamedTuple):
     cpus: str = "1"
     disks: tuple[str, ...] = ()
     interfaces: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
     local: bool = False
     cdrom: str | None = None
     boot_device: str | None = None
@@ -43,7 +44,7 @@ _VALUES = {
     "--append": "append",
     "--timeout": "timeout",
 }
-_LISTS = {"-d": "disks", "-i": "interfaces", "--initrd": "initrd"}
+_LISTS = {"-d": "disks", "-i": "interfaces", "-n": "switches", "--initrd": "initrd"}
 _FLAGS = {
     "--selftest": {"selftest": True},
     "--virtio-console": {"virtio_console": True},

@@ -24,8 +24,9 @@ from tests.virtio_driver import DriverQueue, PlainMemory
 from tests.vmctl_driver import ROOT
 from vmm_kvm.errors import SpecError
 from vmm_kvm.memory import GuestMemory
+from vmm_kvm.net.bridge import tap_on_bridge
 from vmm_kvm.net.ethernet import Filter, locked_filter
-from vmm_kvm.net.tap import HEADER_SIZE, Tap, open_tap
+from vmm_kvm.net.tap import HEADER_SIZE, Tap, open_tap, tap_name
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.device import Dataplane
 from vmm_kvm.virtio.net import VirtioNet
@@ -157,6 +158,25 @@ def test_what_is_no_tap() -> None:
         open_tap("x" * 16)
     with tap(), pytest.raises(SpecError, match=f"{NAME}: "):
         open_tap(NAME)
+
+
+def test_a_tap_on_a_bridge() -> None:
+    """It is made, up, as large as asked for, and gone when its descriptor is closed."""
+    subprocess.run(["ip", "link", "add", "br0", "type", "bridge"], check=True)
+    with pytest.raises(SpecError, match="nobr: no such bridge"):
+        tap_on_bridge("nobr", 1, 1500)
+    with pytest.raises(SpecError, match="lo: "):
+        tap_on_bridge("lo", 1, 1500)
+    fds = [*tap_on_bridge("br0", 1, 9000), *tap_on_bridge("br0", 2, 1500)]
+    assert [tap_name(fd) for fd in fds] == ["vmm0", "vmm1", "vmm1"]
+    shown = subprocess.run(
+        ["ip", "link", "show", "vmm0"], check=True, capture_output=True, text=True
+    ).stdout
+    for expected in (",UP", " mtu 9000 ", " master br0 "):
+        assert expected in shown
+    for fd in fds:
+        os.close(fd)
+    assert {name for _, name in socket.if_nameindex()} == {"lo", "br0"}
 
 
 class RecordingFrontend:

@@ -45,7 +45,7 @@ IMPURE = {"os", "socket", "time", "asyncio", "logging", "threading"}
 # Locks on files are fcntl's as well.
 FCNTL_FOR_LOCKS = {("vmm_kvm.block.locks", "fcntl")}
 # Taps and vhost-net are devices of the host with ioctls of their own.
-FCNTL_FOR_NETWORKS = {("vmm_kvm.net.tap", "fcntl"), ("vmm_kvm.net.vhost", "fcntl")}
+FCNTL_FOR_NETWORKS = {(f"vmm_kvm.net.{name}", "fcntl") for name in ("bridge", "tap", "vhost")}
 # A bus holds one lock per device, which its docstring describes.
 PURE_WITH_LOCK = {"vmm_kvm.bus"}
 

@@ -66,7 +66,7 @@ def test_every_option_is_read_plainly() -> None:
         ),
         *("-B", "cdrom", "--firmware", "uefi", "--nvram", "vars", "--initrd", "1", "--initrd=2"),
         *("--append", "console=ttyS0", "--timeout", "5", "--selftest", "--no-reboot", "-c"),
-        *("--virtio-console", "-L", "-i", "2", "-i", "tap:tap0", "web"),
+        *("--virtio-console", "-L", "-n", "bridge0", "-i", "2", "-i", "tap:tap0", "web"),
     ]
     options = read_plainly(line)
     assert options is not None

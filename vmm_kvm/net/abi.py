@@ -1,8 +1,8 @@
-"""Numbers and structures of /dev/net/tun and /dev/vhost-net, by the names of the kernel's headers.
+"""Numbers and structures of taps, bridges and vhost-net, by the names of the kernel's headers.
 
 A test compares the numbers with the headers.
 
-Source: Linux include/uapi/linux/{if_tun,vhost,vhost_types}.h
+Source: Linux include/uapi/linux/{if,if_tun,sockios,vhost,vhost_types}.h
 """
 
 import struct
@@ -28,6 +28,13 @@ TUN_F_UFO = 0x10
 TUN_F_USO4 = 0x20
 TUN_F_USO6 = 0x40
 TUN_FLT_ALLMULTI = 0x0001
+
+# linux/sockios.h, linux/if.h
+SIOCGIFFLAGS = 0x8913
+SIOCSIFFLAGS = 0x8914
+SIOCSIFMTU = 0x8922
+SIOCBRADDIF = 0x89A2
+IFF_UP = 0x1
 
 # linux/vhost.h
 VHOST_GET_FEATURES = 0x8008AF00

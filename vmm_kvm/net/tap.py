@@ -116,6 +116,8 @@ class Tap:
 def open_tap(name: str, queues: int = 1) -> list[int]:
     """Open the queues of a tap that exists, or make one, where that is allowed; returns them.
 
+    `%d` in the name of a new one becomes the first number that is free.
+
     Raises:
         SpecError: there is no such tap, it is busy, or not ours; or this host has no taps.
     """
@@ -127,13 +129,21 @@ def open_tap(name: str, queues: int = 1) -> list[int]:
     try:
         for _ in range(queues):
             fds.append(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
-            fcntl.ioctl(fds[-1], abi.TUNSETIFF, abi.ifreq.pack(encoded, flags))
+            request = abi.ifreq.pack(encoded, flags)
+            encoded = abi.ifreq.unpack(fcntl.ioctl(fds[-1], abi.TUNSETIFF, request))[0]
     except OSError as err:
         for fd in fds:
             os.close(fd)
         what = name if fds else _DEVICE
         raise SpecError(f"{what}: {err.strerror}") from err
     return fds
+
+
+def tap_name(fd: int) -> str:
+    """Return the name of the interface that a tap's queue belongs to; raises OSError."""
+    found = fcntl.ioctl(fd, abi.TUNGETIFF, bytes(abi.ifreq.size))
+    name: bytes = abi.ifreq.unpack(found)[0]
+    return name.rstrip(b"\0").decode()
 
 
 def pack_filter(wanted: Filter | None) -> bytes:

@@ -28,7 +28,7 @@ def test_numbers_and_sizes(tmp_path: Path) -> None:
         if isinstance(value, int) and name.isupper()
     }
     lines = ["#include <stdio.h>", "#include <net/if.h>"]
-    lines += [f"#include <linux/{name}.h>" for name in ("if_tun", "vhost")]
+    lines += [f"#include <linux/{name}.h>" for name in ("if_tun", "sockios", "vhost")]
     lines.append("int main(void) {")
     for name in numbers:
         lines += [f"#ifdef {name}", f'printf("{name}=%llu\\n", (unsigned long long){name});']

@@ -22,6 +22,7 @@ from vmm_kvm.errors import SpecError
             "tap:t,queues=4,mtu=9000,locked,user,lladdr=fe:e1:bb:00:00:01",
             NicOption(NicKind.TAP, "t", bytes.fromhex("fee1bb000001"), True, 9000, 4, True),
         ),
+        ("bridge:b,queues=2", NicOption(NicKind.BRIDGE, "b", queues=2)),
         ("tap:t,process", NicOption(NicKind.TAP, "t", is_process=True)),
         (
             "passt,forward=tcp:8080:80,forward=udp:53",
@@ -38,7 +39,7 @@ def test_interfaces(text: str, expected: NicOption) -> None:
     ("text", "problem"),
     [
         ("", "unknown kind ''"),
-        ("bridge:x", "unknown kind 'bridge'"),
+        ("hub:x", "unknown kind 'hub'"),
         ("tap", "tap has no name"),
         ("passt:x", "passt takes no name"),
         ("tap:t,fast", "unknown option 'fast'"),
@@ -70,6 +71,7 @@ def test_counts() -> None:
     none, local = NicOption(NicKind.NONE), NicOption(NicKind.PASST)
     assert read_nics([], is_local=False) == []
     assert read_nics(["2"], is_local=True) == [local, none]
+    assert read_nics(["3"], ["b"], is_local=True) == [parse_nic("bridge:b"), local, none]
     assert read_nics(["tap:t", "1"], is_local=False) == [parse_nic("tap:t")]
     with pytest.raises(SpecError, match="17: count: not 0 to 16"):
         read_nics(["17"], is_local=False)

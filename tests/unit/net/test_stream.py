@@ -1,0 +1,155 @@
+"""Frames on a stream socket: whole ones, however the stream is cut."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.virtio_driver import DriverQueue, PlainMemory
+from vmm_kvm.net.stream import FRAME_MAX, Stream
+from vmm_kvm.virtio.net import VirtioNet
+from vmm_kvm.virtio.worker import Worker
+
+MAC = bytes.fromhex("fee1bb000001")
+OTHER = bytes.fromhex("fee1bb000002")
+HEADER = bytes(12)
+WAIT_S = 10.0
+
+
+def packed(frame: bytes) -> bytes:
+    """Return a frame as it is on the stream."""
+    return len(frame).to_bytes(4, "big") + frame
+
+
+@pytest.fixture
+def wire() -> Iterator[tuple[Stream, socket.socket]]:
+    """Return a stream and the socket at its other end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(WAIT_S)
+        yield Stream(ours.fileno(), "nic0"), theirs
+
+
+def arrived(stream: Stream) -> list[bytes]:
+    """Return the frames that are there, without their headers."""
+    buffer = memoryview(bytearray(FRAME_MAX + 12))
+    found = []
+    while size := stream.receive(0, [buffer]):
+        found.append(bytes(buffer[12:size]))
+    return found
+
+
+def test_frames_pass_both_ways(wire: tuple[Stream, socket.socket]) -> None:
+    """The length stands in front of a frame; the header is ours alone."""
+    stream, other = wire
+    other.sendall(packed(b"one") + packed(b"two"))
+    assert arrived(stream) == [b"one", b"two"]
+    assert stream.send(0, [HEADER, b"th", b"ree"])
+    assert other.recv(100) == packed(b"three")
+
+
+@given(frames=st.lists(st.binary(min_size=1, max_size=40), max_size=5), data=st.data())
+def test_frames_in_pieces(frames: list[bytes], data: st.DataObject) -> None:
+    """Where the stream is cut makes no difference."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        stream = Stream(ours.fileno(), "nic0")
+        rest, found = b"".join(map(packed, frames)), []
+        while rest:
+            size = data.draw(st.integers(1, len(rest)))
+            theirs.sendall(rest[:size])
+            rest = rest[size:]
+            found += arrived(stream)
+        assert found == frames
+
+
+def test_a_length_that_is_none(wire: tuple[Stream, socket.socket]) -> None:
+    """What cannot be a frame ends the reading, and takes no memory."""
+    stream, other = wire
+    other.sendall(b"\xff" * 1000)
+    assert arrived(stream) == []
+
+
+def test_a_reader_that_is_slow(wire: tuple[Stream, socket.socket]) -> None:
+    """Frames are lost then, but never a part of one."""
+    stream, other = wire
+    frames = [bytes((number % 256,)) * 9000 for number in range(200)]
+    sent = [frame for frame in frames if stream.send(0, [HEADER, frame])]
+    assert 0 < len(sent) < len(frames)
+    got = bytearray()
+    while len(got) < sum(map(len, sent)) + 4 * len(sent):
+        got += other.recv(1 << 20)
+        stream.receive(0, [])  # which sends what is left of the last
+    assert bytes(got) == b"".join(map(packed, sent))
+
+
+def test_an_end(wire: tuple[Stream, socket.socket]) -> None:
+    """A peer that is gone is a cable that leads nowhere."""
+    stream, other = wire
+    other.close()
+    assert arrived(stream) == []
+    assert not stream.send(0, [HEADER, b"frame"])
+
+
+class Calls:
+    """A Frontend that writes an eventfd."""
+
+    def __init__(self) -> None:
+        self.fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2)]
+
+    def interrupt(self, index: int) -> None:
+        """Write what the test waits for."""
+        os.eventfd_write(self.fds[index], 1)
+
+    def interrupt_fd(self, _index: int) -> int | None:
+        """Have it done by hand."""
+        return None
+
+    def config_changed(self) -> None:
+        """Ignore it."""
+
+    def fail(self, reason: str) -> None:
+        """It never should."""
+        raise AssertionError(reason)
+
+
+def test_a_device_on_a_stream(wire: tuple[Stream, socket.socket]) -> None:
+    """Each frame that arrives wakes the device, also when several come at once, or late."""
+    stream, other = wire
+    memory, calls = PlainMemory(), Calls()
+    queues = [DriverQueue(memory, 8, base) for base in (0x1000, 0x2000)]
+    backend = VirtioNet(stream, MAC, name="nic0")
+    worker = Worker(backend, memory, "nic0")
+    backend.attach(worker)
+    worker.attach(calls)
+    worker.start(0, {at: queue.ring for at, queue in enumerate(queues)})
+    try:
+        got = 0
+        for number in range(30):
+            frame = (MAC + OTHER).ljust(60 + number, b"x")
+            other.sendall(packed(frame) * 2)
+            for slot in range(2):
+                queues[0].add((0x10000 + 0x1000 * slot, 1500, True))
+            worker.kick(0)
+            used: list[tuple[int, int]] = []
+            while len(used) < 2:
+                assert select.select([calls.fds[0]], [], [], WAIT_S)[0], "no interrupt"
+                os.eventfd_read(calls.fds[0])
+                used += queues[0].used()
+            assert [size for _, size in used] == [len(frame) + 12] * 2
+            got += 2
+            memory.bytes[0x20000 : 0x20000 + 72] = HEADER + (OTHER + MAC).ljust(60, b"y")
+            queues[1].add((0x20000, 72, False))
+            worker.kick(1)
+            assert other.recv(100) == packed((OTHER + MAC).ljust(60, b"y"))
+        assert backend.counters.received == got
+    finally:
+        worker.close()
+        for fd in calls.fds:
+            os.close(fd)
