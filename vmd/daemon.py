@@ -300,6 +300,8 @@ class Daemon:
 
     def _restart(self, kind: Kind) -> None:
         if self._is_ending:
+            if kind is Kind.PRIV:
+                self._networks.give_up()
             return
         if self._restarts.count(kind):
             self._spawn(kind)

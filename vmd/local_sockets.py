@@ -11,6 +11,7 @@ import struct
 _RESOLV_CONF = "/etc/resolv.conf"
 _DNS_PORT = 53
 _RECEIVE_BUFFER = 64 << 10  # bytes; a guest that floods fills no more
+_ETH_P_IP = 0x0800
 _ETH_P_ALL = 3
 _SOL_PACKET = 263
 _PACKET_AUXDATA = 8
@@ -56,8 +57,10 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def open_frames(interface: str) -> int:
+def open_frames(interface: str, *, has_ipv6: bool) -> int:
     """Return a packet socket that reads what guests ask for on an interface, and sends answers.
+
+    Without IPv6 the kernel looks at no other frames than IPv4's that have come in.
 
     Raises:
         OSError: the interface is gone, or there is no right to it.
@@ -69,7 +72,7 @@ def open_frames(interface: str) -> int:
         frames.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
         frames.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
         # Nothing arrives before this, hence nothing that the filter has not seen.
-        frames.bind((interface, _ETH_P_ALL))
+        frames.bind((interface, _ETH_P_ALL if has_ipv6 else _ETH_P_IP))
         return frames.detach()
 
 

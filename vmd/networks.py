@@ -158,6 +158,15 @@ class Networks:
         for vm_id in tuple(self._leaving):
             self._left(vm_id)
 
+    def give_up(self) -> None:
+        """Fail whatever waits for a priv process: there will be no other."""
+        waiting, self._waiting = self._waiting, []
+        for _, then in waiting:
+            then(ResourceError(ErrorCode.EAGAIN, "there is no priv process"))
+        for vm_id, held in tuple(self._held.items()):
+            if not held.attached:
+                self._fail(vm_id, held, "there is no priv process")
+
     def local_started(self, channel: Channel[ParentToLocal, LocalToParent]) -> None:
         """Let a new local process answer guests; takes over `channel`."""
         self._local = channel
@@ -414,7 +423,7 @@ class Networks:
             if spec.local is None:
                 continue
             try:
-                fds = [open_frames(tap.name)]
+                fds = [open_frames(tap.name, has_ipv6=bool(spec.local.host6))]
             except OSError as err:
                 log.warning("%s: no DHCP: %s", spec.alias, err.strerror)
                 continue

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
+from tests.system.vmd.daemon import Daemon, descendants, process_title, vm_block  # noqa: E402
 from tests.system.vmd.netns import Namespace  # noqa: E402
 
 # One that starts three times within 6 s of the time before is refused, so there are many.
@@ -108,9 +108,14 @@ class Campaign:
             self.daemon.process.wait()
             self.daemon = self._daemon()
         else:
-            os.kill(self.daemon.child(title), signal.SIGKILL)
+            os.kill(self._oldest(title), signal.SIGKILL)
         self.last_kill = time.monotonic()
         return True
+
+    def _oldest(self, title: str) -> int:
+        """Return the process of this title; those that it has just forked have it too."""
+        pids = descendants(self.daemon.process.pid)
+        return min(pid for pid in pids if process_title(pid) == title)
 
     def check(self) -> list[str]:
         """Wait until the taps are those of VMs that run; return what is wrong if they never are."""

@@ -136,14 +136,14 @@ def test_a_local_interface(
         assert " 0% packet loss" in shell.run(f"ping -c 3 {WORLD6}")
         for address, peer in ((WORLD, HOST), (WORLD6, HOST6)):
             server = stack.enter_context(world.within(partial(_tcp_server, address, 7)))
-            shell.run(f"(sleep 1; nc {address} 7 </dev/null | md5sum >/sum) &")
+            shell.run(f"(sleep 1; nc {address} 7 </dev/null | md5sum >/sum) & true")
             connection, seen = server.accept()
             with connection:
                 assert seen[0] == peer
                 connection.sendall(DATA)
             assert _digest(DATA) in shell.run("wait; cat /sum")
         for address in (HOST, HOST6):
-            shell.run("(nc -l -p 80 </dev/null | md5sum >/sum) &")
+            shell.run("(nc -l -p 80 </dev/null | md5sum >/sum) & true")
             shell.run("sleep 1")
             with world.within(partial(socket.create_connection, (address, 8080), 60)) as to:
                 to.sendall(DATA)
@@ -174,7 +174,7 @@ def test_two_guests_on_a_switch(
         assert " 0% packet loss" in one.run("ping -c 3 10.0.0.1")
         assert " 0% packet loss" in one.run("ping -c 3 10.0.0.3")
         assert " 0% packet loss" in one.run("ping -c 3 -s 8000 10.0.0.3")
-        two.run("(nc -l -p 7 </dev/null | md5sum >/sum) &")
+        two.run("(nc -l -p 7 </dev/null | md5sum >/sum) & true")
         one.run("head -c 1000000 /dev/urandom >/data; sleep 1; nc 10.0.0.3 7 </data")
         digest = re.findall(r"\b[0-9a-f]{32}\b", one.run("md5sum </data"))[0]
         assert digest in two.run("wait; cat /sum")

@@ -532,6 +532,22 @@ def test_priv_can_be_killed(space: Namespace, start: Start) -> None:
     assert space.state() == before
 
 
+def test_an_end_without_priv(space: Namespace, start: Start) -> None:
+    """A daemon that ends while a VM waits for a priv process that is gone does not wait for it."""
+    with start(vm_block("web", "local interface")) as vmd, vmd.client() as client:
+        priv = vmd.child("vmd: priv")
+        os.kill(priv, signal.SIGSTOP)
+        client.send("start", name="web")
+        client.send("status", serial=1)
+        assert client.receive()[0]["serial"] == 1
+        vmd.process.send_signal(signal.SIGTERM)
+        with vmd.client() as other:
+            _eventually(lambda: other.ask("start", name="none")["code"] == "EAGAIN")
+        os.kill(priv, signal.SIGKILL)
+        assert vmd.process.wait(20) == 0
+    space.wait_for_links({"lo"})
+
+
 def test_two_daemons_leave_each_other_alone(space: Namespace, tmp_path: Path) -> None:
     """What one makes and removes is not the other's."""
     config = 'local prefix {}.0.0.0/8 nat\nswitch "own{}" {{ create }}\n'
