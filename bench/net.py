@@ -62,7 +62,7 @@ class Guest(NamedTuple):
 GUESTS = (
     Guest("vhost, ours", True, "", "vhost, QEMU"),
     Guest("vhost, QEMU", False, ",vhost=on", None),
-    Guest("user, ours", True, ",user", "user, QEMU"),
+    Guest("user, ours", True, ",process", "user, QEMU"),
     Guest("user, QEMU", False, ",vhost=off", None),
 )
 

@@ -25,6 +25,8 @@ _VHOST = "/dev/vhost-net"
 _ADDRESS_REST = 3
 _PASST_TIMEOUT_S = 5.0
 _SOCKET_BUFFER = 4 << 20
+_ANYONE_WRITES = 0o622
+_PID_SIZE = 16
 
 
 def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicParams:
@@ -107,26 +109,45 @@ def _passt(forwards: tuple[Forward, ...], stack: ExitStack) -> int:
     stack.enter_context(ours)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-    arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
-    for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
-        ports = [f"{one.host}:{one.guest}" for one in forwards if one.protocol == protocol]
-        if ports:
-            arguments += [letter, ",".join(ports)]
-    try:
-        process = subprocess.Popen(
-            arguments,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-        )
-    except OSError as err:
-        raise SpecError(f"{program}: {err.strerror}") from err
-    finally:
+    # It says its pid when it is ready, and what is wrong on standard error.
+    ready = os.pipe()
+    with (
+        theirs,
+        os.fdopen(ready[0], "rb", buffering=0) as told,
+        os.fdopen(ready[1], "wb") as pid,
+        os.fdopen(os.memfd_create("passt"), "w+b") as errors,
+    ):
+        os.fchmod(pid.fileno(), _ANYONE_WRITES)  # as root, it becomes another user before
+        arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+        arguments += ["--pid", f"/dev/fd/{pid.fileno()}"]
+        for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
+            ports = [f"{one.host}:{one.guest}" for one in forwards if one.protocol == protocol]
+            if ports:
+                arguments += [letter, ",".join(ports)]
+        try:
+            process = subprocess.Popen(
+                arguments,
+                pass_fds=[theirs.fileno(), pid.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                process_group=0,
+            )
+        except OSError as err:
+            raise SpecError(f"{program}: {err.strerror}") from err
+        stack.callback(_end, process, ours)
+        pid.close()
         theirs.close()
-    stack.callback(_end, process, ours)
+        if not told.read(_PID_SIZE):  # the end: it is gone
+            errors.seek(0)
+            raise SpecError(f"passt: {_reason(errors.read().decode(errors='replace'))}")
     return ours.fileno()
+
+
+def _reason(said: str) -> str:
+    """Return the last line of what passt said, without what it says of syslog."""
+    lines = [line for line in said.splitlines() if line and "to syslog" not in line]
+    return lines[-1].strip() if lines else "it ended, and says nothing"
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:

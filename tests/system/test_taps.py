@@ -8,24 +8,32 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from scapy.layers.dhcp import BOOTP, DHCP
+from scapy.layers.inet import IP, UDP
+from scapy.layers.l2 import Ether
 
 from tests.unit.virtio.vhost_user.rig import connect, serving
 from tests.virtio_driver import DriverQueue, PlainMemory
 from tests.vmctl_driver import ROOT
+from vmctl.nic_options import parse_nic
+from vmctl.nics import open_nic
 from vmm_kvm.errors import SpecError
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.net.bridge import tap_on_bridge
 from vmm_kvm.net.ethernet import Filter, locked_filter
+from vmm_kvm.net.nic import StreamPath
+from vmm_kvm.net.stream import Stream
 from vmm_kvm.net.tap import HEADER_SIZE, Tap, open_tap, tap_name
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.device import Dataplane
@@ -330,3 +338,45 @@ def test_vmm_net_fails_with_one_line(options: list[str], error: str) -> None:
         timeout=WAIT_S,
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_passt() -> None:
+    """It is there when its connection is, answers DHCP, and ends with it."""
+    commands = (
+        "link add out0 type veth peer name out1",
+        "link set out0 up",
+        "link set out1 up",
+        "addr add 192.0.2.10/24 dev out0",
+        "route add default via 192.0.2.1",
+    )
+    for command in commands:
+        subprocess.run(["ip", *command.split()], check=True)
+    with ExitStack() as stack:
+        nic = open_nic(parse_nic("passt,forward=tcp:8080:80"), 0, "web", stack)
+        assert isinstance(nic.path, StreamPath)
+        stream = Stream(nic.path.fd, nic.name)
+        source = nic.mac.hex(":")
+        question = (
+            Ether(src=source, dst="ff:ff:ff:ff:ff:ff")
+            / IP(src="0.0.0.0", dst="255.255.255.255")
+            / UDP(sport=68, dport=67)
+            / BOOTP(chaddr=nic.mac, xid=7)
+            / DHCP(options=[("message-type", "discover"), "end"])
+        )
+        assert stream.send(0, [HEADER, bytes(question)])
+        buffer = memoryview(bytearray(70000))
+        addresses: list[str] = []
+        while not addresses:
+            assert select.select([nic.path.fd], [], [], WAIT_S)[0]
+            while size := stream.receive(0, [buffer]):
+                frame = Ether(bytes(buffer[HEADER_SIZE:size]))
+                addresses += [frame[BOOTP].yiaddr] if BOOTP in frame else []
+        assert addresses == ["192.0.2.10"]
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_passt_without_a_way_out() -> None:
+    """What passt does not like is told in one line."""
+    with ExitStack() as stack, pytest.raises(SpecError, match="passt: External interface not"):
+        open_nic(parse_nic("passt"), 0, "web", stack)
