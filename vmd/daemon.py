@@ -25,7 +25,7 @@ from vmd.internal import PARENT_AND_CONTROL, PARENT_AND_LOCAL, PARENT_AND_PRIV, 
 from vmd.listener import ListenerError, listen, set_owner
 from vmd.networks import Networks
 from vmd.options import Options
-from vmd.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, user_config, user_socket
+from vmd.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
 from vmd.policy import Users
 from vmd.privsep import Plan, Restarts, orphans, spawn, wait_for
 from vmd.procs.parent import Parent, Settings
@@ -99,6 +99,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         users=Users(frozenset({os.getuid()}), is_member),
         uid=os.getuid(),
         set_socket_owner=set_socket_owner,
+        state=state_directory(os.environ, is_user=options.is_user),
     )
     return Setting(settings, listener, path, kvm_fd, identity)
 

@@ -251,6 +251,11 @@ class DiskSpec(Part, frozen=True, kw_only=True):
     formats: tuple[DiskKind, ...] = ()
     """Of each image, raw or qcow2."""
 
+    @property
+    def has_process(self) -> bool:
+        """Whether a device process of ours serves it."""
+        return self.option.kind not in {DiskKind.VHOST_USER, DiskKind.PMEM}
+
 
 class NicSpec(Part, frozen=True, kw_only=True):
     """A network interface, open; see `vmm_kvm.net.nic` for what the descriptors are.
@@ -293,7 +298,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     kernel: int | None = None
     """Index of the descriptor of what the boot image unpacks to, where that is known."""
     variables: int | None = None
-    """Index of the descriptor of UEFI variables, where the boot image is UEFI firmware."""
+    """Index of the descriptor of UEFI variables, where the boot image is UEFI firmware: a file of
+    the VM's own, where what the guest changes is kept."""
     initrd: tuple[int, ...] = ()
     append: str | None = None
     disks: tuple[DiskSpec, ...] = ()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 SYSTEM_SOCKET = "/run/vmd.sock"
 """OpenBSD's is /var/run/vmd.sock, which is the same place on Linux."""
 SYSTEM_CONFIG = "/etc/vm.conf"
+SYSTEM_STATE = "/var/lib/vmd"
 _SOCKET_NAME = "vmd.sock"
 
 
@@ -26,3 +27,22 @@ def user_config(environ: Mapping[str, str]) -> str | None:
             return None
         base = f"{home}/.config"
     return f"{base}/vm.conf"
+
+
+def state_directory(environ: Mapping[str, str], *, is_user: bool) -> str | None:
+    """Return where VMs keep what is theirs, None without a home directory.
+
+    Source: systemd.exec(5), STATE_DIRECTORY; XDG base directory specification.
+    """
+    given = environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    if given.startswith("/"):
+        return given
+    if not is_user:
+        return SYSTEM_STATE
+    base = environ.get("XDG_STATE_HOME", "")
+    if not base.startswith("/"):
+        home = environ.get("HOME", "")
+        if not home.startswith("/"):
+            return None
+        base = f"{home}/.local/state"
+    return f"{base}/vmd"

@@ -25,6 +25,7 @@ from vmd.vm import Vm
 from vmm_kvm.block.image import Format, image_chain
 from vmm_kvm.block.locks import lock
 from vmm_kvm.boot.firmware import BIOS, find_firmware
+from vmm_kvm.boot.nvram import open_copy
 from vmm_kvm.errors import BootError, ImageError
 
 _SERVER_TIMEOUT_S = 1.0
@@ -45,6 +46,15 @@ class Resources(NamedTuple):
     fds: list[int]
 
 
+class Host(NamedTuple):
+    """What this host has for all VMs."""
+
+    users: Users
+    kernels: KernelStore
+    state: str | None
+    """Directory of what VMs keep; None if there is none."""
+
+
 def may_access(status: os.stat_result, uid: int, users: Users, *, writes: bool) -> bool:
     """Tell whether a user may read, or read and write, a regular file.
 
@@ -63,19 +73,20 @@ def may_access(status: os.stat_result, uid: int, users: Users, *, writes: bool) 
     return mode >> 3 & wanted == wanted and users.is_member(uid, status.st_gid)
 
 
-def open_resources(
-    vm: Vm, users: Users, pty: Pty, kernels: KernelStore, networks: Sequence[Network] = ()
-) -> Resources:
-    """Open all that a VM's processes need; `pty`, `kernels`, `networks` stay the caller's.
+def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = ()) -> Resources:
+    """Open all that a VM's processes need; `pty` and `networks` stay the caller's.
 
     Raises:
         ResourceError: a file is missing, in use, not for this user, or of a wrong kind.
         OSError: the host has no descriptors left.
     """
+    if vm.config.is_sev:
+        text = "its memory cannot be encrypted: this vmd does not support AMD SEV"
+        raise ResourceError(ErrorCode.EINVAL, text)
     with ExitStack() as stack:
-        opener = _Opener(vm, users, stack)
+        opener = _Opener(vm, host, stack)
         boot, boot_path, variables, initrd, append = opener.boot()
-        known = kernels.find(opener.fds[boot])
+        known = host.kernels.find(opener.fds[boot])
         kernel = None if known is None else opener.keep(known)
         # In OpenBSD's order, which shows in what is complained of first.
         cdrom = opener.cdrom()
@@ -107,9 +118,10 @@ def open_resources(
 class _Opener:
     """Collects descriptors; `stack` closes them until somebody takes over."""
 
-    def __init__(self, vm: Vm, users: Users, stack: ExitStack) -> None:
+    def __init__(self, vm: Vm, host: Host, stack: ExitStack) -> None:
         self._vm = vm
-        self._users = users
+        self._users = host.users
+        self._state = host.state
         self._stack = stack
         self.fds: list[int] = []
 
@@ -143,9 +155,10 @@ class _Opener:
         image = self._open(firmware.code, Right.BOOT, ErrorCode.BIOS_MISSING, "firmware")
         variables = None
         if firmware.variables is not None:
-            variables = self._open(
+            template = self._open(
                 firmware.variables, Right.BOOT, ErrorCode.BIOS_MISSING, "firmware"
             )
+            variables = self._variables(template)
         return image, firmware.code, variables, initrd, config.append
 
     def cdrom(self) -> int | None:
@@ -177,8 +190,7 @@ class _Opener:
             case DiskKind.VHOST_USER:
                 return DiskSpec(option=option, chain=(self._connect(option.path),))
             case DiskKind.PMEM:
-                text = f"{option.path}: disks that are memory are for vmctl run alone"
-                raise ResourceError(ErrorCode.EINVAL, text)
+                return DiskSpec(option=option, chain=(self._memory(option),))
             case DiskKind.PROBE:
                 disk_format = None
             case DiskKind.RAW | DiskKind.QCOW2:
@@ -196,6 +208,33 @@ class _Opener:
         ]
         formats = tuple(DiskKind(layer.disk_format or Format.RAW) for layer in layers)
         return DiskSpec(option=option, chain=tuple(chain), formats=formats)
+
+    def _memory(self, option: DiskOption) -> int:
+        """Open and lock the image of a disk that is memory; returns its index."""
+        writes, code = not option.is_private, ErrorCode.DISK_MISSING
+        index = self._open(option.path, Right.DISK, code, "disk", writes=writes)
+        try:
+            lock(self.fds[index], option.path, writes=writes)
+        except ImageError as err:
+            raise ResourceError(code, str(err)) from err
+        return index
+
+    def _variables(self, template: int) -> int:
+        """Open the file that keeps the VM's UEFI variables; returns its index.
+
+        It begins as a copy of the firmware's template, whose index is given.
+        """
+        if self._state is None:
+            raise ResourceError(ErrorCode.EIO, "no directory for UEFI variables: HOME is not set")
+        path = f"{self._state}/{self._vm.name}-{self._vm.config.owner.uid or 0}.nvram"
+        try:
+            index = self.keep(open_copy(path, self.fds[template]))
+            lock(self.fds[index], path, writes=True)
+        except OSError as err:
+            raise ResourceError(ErrorCode.EIO, f"UEFI variables {path}: {err.strerror}") from err
+        except (ImageError, BootError) as err:
+            raise ResourceError(ErrorCode.EIO, f"UEFI variables: {err}") from err
+        return index
 
     def _open(
         self, path: str, right: Right, code: ErrorCode, what: str, *, writes: bool = False

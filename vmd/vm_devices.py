@@ -18,19 +18,18 @@ class DeviceConnection(NamedTuple):
 class Connections(NamedTuple):
     """A VM's connections to its device processes, in the order of its devices."""
 
-    disks: tuple[DeviceConnection, ...]
+    disks: tuple[DeviceConnection | None, ...]
+    """None where no process of ours serves the disk."""
     nics: tuple[DeviceConnection | None, ...]
     """None where no process of ours moves the frames."""
 
     @classmethod
     def from_fds(cls, spec: VmSpec, fds: Sequence[int]) -> Self:
         """Return what `flattened` made the descriptors of; as many as there are processes."""
-        pairs = [DeviceConnection(*pair) for pair in zip(fds[::2], fds[1::2], strict=True)]
-        disks = len(spec.disks)
-        rest = iter(pairs[disks:])
+        pairs = iter([DeviceConnection(*pair) for pair in zip(fds[::2], fds[1::2], strict=True)])
         return cls(
-            tuple(pairs[:disks]),
-            tuple(next(rest) if nic.has_process else None for nic in spec.interfaces),
+            tuple(next(pairs) if disk.has_process else None for disk in spec.disks),
+            tuple(next(pairs) if nic.has_process else None for nic in spec.interfaces),
         )
 
 

@@ -78,7 +78,7 @@ from vmd.registry import (
     Perform,
     Registry,
 )
-from vmd.resources import ResourceError, open_resources
+from vmd.resources import Host, ResourceError, open_resources
 from vmd.status import StatusQuestion
 from vmd.vm import PassedBoot, Vm
 from vmm_kvm.clock import NANOSECONDS
@@ -102,6 +102,8 @@ class Settings(NamedTuple):
     uid: int
     """Who the configuration file speaks for."""
     set_socket_owner: Callable[[Owner | None], None]
+    state: str | None = None
+    """Directory of what VMs keep."""
 
 
 class _SystemClock:
@@ -136,6 +138,7 @@ class Parent:
         self._ptys: dict[int, Pty] = {}
         self._launched: set[int] = set()  # ids of VMs that vmm knows
         self._kernels = KernelStore()
+        self._host = Host(settings.users, self._kernels, settings.state)
         self._clients: set[int] = set()
         self._questions: dict[int, StatusQuestion] = {}
         self._next_question = 1
@@ -383,7 +386,7 @@ class Parent:
             return
         try:
             pty = self._pty(vm)
-            spec, fds = open_resources(vm, self._settings.users, pty, self._kernels, networks)
+            spec, fds = open_resources(vm, self._host, pty, networks)
         except ResourceError as err:
             self._launch_failed(vm, err.code, str(err))
             return

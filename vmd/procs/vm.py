@@ -20,12 +20,14 @@ from typing import assert_never
 
 from vmd import log as logging
 from vmd.channel import Channel, ChannelError, Fds, Received
+from vmd.config.disks import DiskKind
 from vmd.confinements import CONFINEMENTS, Kind
 from vmd.console import Console
 from vmd.internal import (
     AskStatistics,
     AttachConsole,
     Begin,
+    DiskSpec,
     EndReason,
     NicSpec,
     PauseVm,
@@ -48,6 +50,7 @@ from vmd.sandbox import confine, die_with, set_title
 from vmd.vm_devices import Connections, DeviceConnection
 from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.mapped import MappedImage
 from vmm_kvm.boot.bios import FirmwareImage
 from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.image import probe_image
@@ -69,7 +72,7 @@ from vmm_kvm.machine import (
     TripleFault,
 )
 from vmm_kvm.net.nic import NicParams, Path, RemotePath, VhostPath
-from vmm_kvm.pci_devices import RemoteDisk
+from vmm_kvm.pci_devices import PmemDisk, RemoteDisk
 
 log = Log(__name__)
 
@@ -201,8 +204,8 @@ def _machine_spec(
     image = probe_image(FileSource(fds.take(spec.boot), spec.boot_path))
     variables = None
     if spec.variables is not None:
-        template = FileSource(fds.take(spec.variables), "UEFI variables")
-        variables = stack.enter_context(Variables(template.read(0, template.size), None))
+        file = open_image(fds.take(spec.variables), Format.RAW, read_only=False, name="nvram")
+        variables = stack.enter_context(Variables.of(file))
     cdrom = None
     if spec.cdrom is not None:
         cdrom = open_image(fds.take(spec.cdrom), Format.RAW, read_only=True, name="cdrom")
@@ -214,7 +217,7 @@ def _machine_spec(
         memory_size=spec.memory,
         cpus=spec.cpus,
         disks=tuple(
-            RemoteDisk(_Connection(connection, disk.option.path).connect, disk.option.path)
+            _disk(disk, fds, connection, stack)
             for connection, disk in zip(connections.disks, spec.disks, strict=True)
         ),
         nics=tuple(
@@ -233,6 +236,20 @@ def _machine_spec(
         command_line=spec.append,
         initrd=tuple(FileSource(fds.take(at), "initrd") for at in spec.initrd),
     )
+
+
+def _disk(
+    disk: DiskSpec, fds: Fds, connection: DeviceConnection | None, stack: ExitStack
+) -> RemoteDisk | PmemDisk:
+    """Return who serves a disk: a process of ours, somebody else's, or this one's memory."""
+    path = disk.option.path
+    if connection is not None:
+        return RemoteDisk(_Connection(connection, path).connect, path)
+    fd = fds.take(disk.chain[0])
+    if disk.option.kind is DiskKind.PMEM:
+        image = MappedImage(path, is_private=disk.option.is_private, fd=fd)
+        return PmemDisk(stack.enter_context(image), path)
+    return RemoteDisk(lambda: socket.socket(fileno=fd), path)
 
 
 def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:

@@ -195,6 +195,8 @@ class Vmm:
         with ExitStack() as stack:
             connections = []
             for index, disk in enumerate(spec.disks):
+                if not disk.has_process:
+                    continue
                 chain = stack.enter_context(Fds([fds.take(at) for at in disk.chain]))
                 body = partial(self._bodies.disk, disk, spec.name, chain)
                 connections.append(self._start_device(vm, f"disk{index}", chain, body, stack))

@@ -28,23 +28,22 @@ class MappedImage:
 
     __slots__ = ("_fd", "_is_private", "hva", "name", "size", "view")
 
-    def __init__(self, path: str, *, is_private: bool = False) -> None:
+    def __init__(self, path: str, *, is_private: bool = False, fd: int | None = None) -> None:
         """Open and map `path`, locked as every image is.
+
+        Or map `fd`, which is open, for writing too unless `is_private`, and locked already; it is
+        taken over, also when this fails, and `path` is for messages.
 
         Raises:
             ImageError: it is missing, in use, no regular file, empty, or no multiple of 2 MiB.
         """
         self.name = path
         self._is_private = is_private
-        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        try:
-            self._fd = os.open(path, flags | (os.O_RDONLY if is_private else os.O_RDWR))
-        except (OSError, ValueError) as err:
-            text = err.strerror if isinstance(err, OSError) else str(err)
-            raise ImageError(f"{path}: {text}") from err
+        self._fd = _open(path, is_private=is_private) if fd is None else fd
         try:
             self.size = self._checked_size()
-            lock(self._fd, path, writes=not is_private)
+            if fd is None:
+                lock(self._fd, path, writes=not is_private)
             mapping = mmap.mmap(
                 self._fd, self.size, mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED
             )
@@ -91,3 +90,12 @@ class MappedImage:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _open(path: str, *, is_private: bool) -> int:
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return os.open(path, flags | (os.O_RDONLY if is_private else os.O_RDWR))
+    except (OSError, ValueError) as err:
+        text = err.strerror if isinstance(err, OSError) else str(err)
+        raise ImageError(f"{path}: {text}") from err

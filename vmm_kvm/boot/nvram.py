@@ -7,6 +7,7 @@ maps the file: one that somebody truncates would end the VM.
 
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +31,23 @@ class Variables:
         self.array = mmap.mmap(-1, self.size)
         self.array[:] = contents
         self._image = image
+
+    @classmethod
+    def of(cls, image: Image) -> Self:
+        """Begin with what `image` holds, and keep changes there; takes it over.
+
+        Raises:
+            BootError: it is no whole number of pages, or larger than firmware can be.
+            OSError, ImageError: it cannot be read.
+        """
+        try:
+            _check_size("UEFI variables", image.size)
+            contents = bytearray(image.size)
+            image.readv(0, [memoryview(contents)])
+        except BaseException:
+            image.close()
+            raise
+        return cls(bytes(contents), image)
 
     def store(self, offset: int, data: memoryview) -> None:
         """Keep what the guest changed at `offset`.
@@ -62,8 +80,7 @@ def open_variables(template: str, path: str | None) -> Variables:
         ImageError: the file cannot be opened, or another VM uses it.
     """
     initial = _read(template)
-    if not 0 < len(initial) <= FIRMWARE_MAX or len(initial) % PAGE_SIZE:
-        raise BootError(f"{template}: not the contents of a flash memory")
+    _check_size(template, len(initial))
     if path is None:
         return Variables(initial, None)
     if not Path(path).exists():
@@ -75,6 +92,32 @@ def open_variables(template: str, path: str | None) -> Variables:
         image.close()
         raise
     return Variables(contents, image)
+
+
+def open_copy(path: str, template: int) -> int:
+    """Return the descriptor of the variables at `path`, for reading and writing; the caller's.
+
+    They are made if need be, as a copy of the file at the descriptor `template`; their directory
+    too, for this user alone.
+
+    Raises:
+        BootError: the template is no contents of a flash memory.
+        OSError: something else failed.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    with suppress(FileNotFoundError):
+        return os.open(path, flags)
+    contents = os.pread(template, FIRMWARE_MAX + 1, 0)
+    _check_size("template", len(contents))
+    directory = Path(path).parent
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _create(path, contents)
+    return os.open(path, flags)
+
+
+def _check_size(name: str, size: int) -> None:
+    if not 0 < size <= FIRMWARE_MAX or size % PAGE_SIZE:
+        raise BootError(f"{name}: not the contents of a flash memory")
 
 
 def _read_image(image: Image, path: str, size: int) -> bytes:
@@ -97,6 +140,7 @@ def _create(path: str, contents: bytes) -> None:
     """Make the file, all of it or nothing."""
     scratch = Path(f"{path}.{os.getpid()}.part")
     try:
+        scratch.touch(mode=0o600)
         scratch.write_bytes(contents)
         scratch.rename(path)
     except OSError as err:

@@ -163,7 +163,11 @@ class Daemon:
                     *("--socket", str(self.socket), "-f", str(self.config)),
                 ],
                 cwd=ROOT,
-                env={**os.environ, "NOTIFY_SOCKET": str(notify)},
+                env={
+                    **os.environ,
+                    "NOTIFY_SOCKET": str(notify),
+                    "STATE_DIRECTORY": str(directory / "state"),
+                },
                 stdout=log,
                 stderr=log,
             )

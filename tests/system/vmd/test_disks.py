@@ -1,0 +1,141 @@
+"""Disks of kinds that need no device process, and what firmware keeps, under a real daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.test_vmm_blk import wait_for_socket
+from tests.system.vmd.daemon import READY, ROOT, Daemon, descendants, process_title, vm_block
+from vmm_kvm.boot.firmware import find_firmware
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+_PMEM_SIZE = 2 << 20
+MARK = b"M"
+
+
+def _image(folder: Path, size: int = _PMEM_SIZE) -> Path:
+    image = folder / "disk.raw"
+    image.write_bytes(bytes(size))
+    return image
+
+
+def _mappings(pid: object) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_disk_that_is_memory(
+    start_vmd: Start, tmp_path_factory: pytest.TempPathFactory, private: bool
+) -> None:
+    """The VM's own process maps the image, shared or privately; nobody else serves it."""
+    image = _image(tmp_path_factory.mktemp("pmem"))
+    options = " { private }" if private else ""
+    with (
+        start_vmd(vm_block("one", f'disk "{image}" format pmem{options}')) as vmd,
+        vmd.client() as client,
+    ):
+        started = client.ask("start", name="one")
+        assert started["type"] == "started", started
+        with client.console("one") as console:
+            console.expect(READY)
+            assert b"1af4:105b" in console.output  # virtio-pmem, PCI ID 0x1040 + 27
+        titles = {process_title(pid) for pid in descendants(vmd.process.pid)}
+        assert "disk/one" not in titles
+        (mapping,) = (line for line in _mappings(started["pid"]).splitlines() if str(image) in line)
+        assert mapping.split()[1] == ("rw-p" if private else "rw-s")
+
+
+def test_a_disk_that_is_memory_is_locked(
+    start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two VMs cannot both write the same memory."""
+    image = _image(tmp_path_factory.mktemp("pmem"))
+    lines = f'disk "{image}" format pmem'
+    with (
+        start_vmd(vm_block("one", lines) + vm_block("two", lines)) as vmd,
+        vmd.client() as client,
+    ):
+        assert client.ask("start", name="one")["type"] == "started"
+        refused = client.ask("start", name="two")
+        assert (refused["type"], refused["code"]) == ("failed", "disk-missing")
+
+
+def test_a_disk_of_a_wrong_size_is_no_memory(
+    start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The complaint is the VM process's, in one line."""
+    image = _image(tmp_path_factory.mktemp("pmem"), 4096)
+    with (
+        start_vmd(vm_block("one", f'disk "{image}" format pmem')) as vmd,
+        vmd.client() as client,
+    ):
+        refused = client.ask("start", name="one")
+        assert refused["type"] == "failed"
+        assert refused["message"] == f"{image}: 4096 bytes, not a multiple of 2 MiB"
+
+
+def test_a_disk_that_somebody_else_serves(
+    start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A vhost-user server that runs already has the disk; the VM stops without it."""
+    folder = tmp_path_factory.mktemp("server")
+    image, path = _image(folder), folder / "socket"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vmd.procs.device", "--socket", str(path), str(image)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for_socket(path, server)
+        config = vm_block("one", f'disk "{path}" format vhost-user')
+        with start_vmd(config) as vmd, vmd.client() as client:
+            started = client.ask("start", name="one")
+            assert started["type"] == "started", started
+            with client.console("one") as console:
+                console.expect(READY)
+                assert b"1af4:1042" in console.output  # virtio-blk
+            assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+            assert client.ask("start", name="one")["type"] == "started"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate()
+
+
+def test_memory_that_is_to_be_encrypted(start_vmd: Start) -> None:
+    """A VM that asks for AMD SEV is not started without it."""
+    with start_vmd(vm_block("one", "sev")) as vmd, vmd.client() as client:
+        refused = client.ask("start", name="one")
+        assert (refused["type"], refused["code"]) == ("failed", "EINVAL")
+        assert "does not support AMD SEV" in str(refused["message"])
+        assert client.vm("one")["state"] == "stopped"
+
+
+def test_variables_of_uefi_are_kept(start_vmd: Start, tmp_path: Path) -> None:
+    """A VM with UEFI firmware has a file of variables, which begins as the firmware's template."""
+    config = 'vm "one" {\n\tmemory 128M\n\tfirmware "uefi"\n\tdisable\n}\n'
+    path = tmp_path / "state" / f"one-{os.geteuid()}.nvram"
+    with start_vmd(config) as vmd, vmd.client() as client:
+        for _ in range(2):
+            started = client.ask("start", name="one")
+            assert started["type"] == "started", started
+            assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+            before = path.read_bytes()
+            template = find_firmware("uefi").variables
+            assert template is not None
+            assert len(before) == Path(template).stat().st_size
+            if before[-1:] != MARK:  # what a guest would write there
+                with path.open("r+b") as file:
+                    file.seek(-1, os.SEEK_END)
+                    file.write(MARK)
+        assert path.read_bytes()[-1:] == MARK
+        assert path.stat().st_mode & 0o777 == 0o600
