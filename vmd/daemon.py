@@ -25,6 +25,7 @@ from vmd.internal import PARENT_AND_CONTROL, PARENT_AND_LOCAL, PARENT_AND_PRIV, 
 from vmd.listener import ListenerError, listen, set_owner
 from vmd.networks import Networks
 from vmd.options import Options
+from vmd.passt import PasstNetworks
 from vmd.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
 from vmd.policy import Users
 from vmd.privsep import Plan, Restarts, orphans, spawn, wait_for
@@ -156,15 +157,16 @@ class Daemon:
         """Prepare; nothing is started before `run`."""
         self._loop = loop
         self._notifier = Notifier(os.environ)
-        has_networks = setting.identity is not None  # an ordinary user has none
-        self._networks = Networks(loop, setting.socket_path, is_possible=has_networks)
+        self._passt = PasstNetworks()
+        is_user = setting.identity is None
+        self._networks = Networks(loop, setting.socket_path, self._passt if is_user else None)
         self._parent = Parent(loop, setting.settings, self._networks)
         self._verbosity = verbosity
         self._plans: dict[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.identity),
             Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity),
         }
-        if has_networks:
+        if not is_user:
             self._plans[Kind.PRIV] = priv_plan(setting.identity)
             self._plans[Kind.LOCAL] = local_plan(setting.identity)
         self._pids: dict[int, Kind] = {}
@@ -206,8 +208,9 @@ class Daemon:
         self._parent.close_vmm()
         self._networks.priv_ended()
         self._networks.local_ended()
+        self._passt.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        wait_for(set(self._pids))
+        wait_for(set(self._pids) | self._passt.pids)
         log.info("terminating")
         return self._status
 
@@ -271,9 +274,10 @@ class Daemon:
             if pid == 0:
                 break
             kind = self._pids.pop(pid, None)
+            self._passt.ended(pid)
             if kind is not None:
                 self._lost(kind, pid, os.waitstatus_to_exitcode(waited))
-        if self._lost_vmm and not orphans(set(self._pids)):
+        if self._lost_vmm and not orphans(set(self._pids) | self._passt.pids):
             self._lost_vmm = False
             self._orphans_timer.cancel()
             self._parent.vmm_ended()
@@ -311,7 +315,7 @@ class Daemon:
             self._end(1)
 
     def _kill_orphans(self) -> None:
-        for pid in orphans(set(self._pids)):
+        for pid in orphans(set(self._pids) | self._passt.pids):
             log.warning("pid %d of the vmm process that ended does not end: killed", pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

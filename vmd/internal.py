@@ -261,7 +261,7 @@ class NicSpec(Part, frozen=True, kw_only=True):
     """A network interface, open; see `vmm_kvm.net.nic` for what the descriptors are.
 
     With `vhosts` the kernel moves its frames, with taps alone a device process of ours, with
-    neither an external vhost-user-net server.
+    neither whoever is behind a stream, or an external vhost-user-net server.
     """
 
     name: str
@@ -274,6 +274,8 @@ class NicSpec(Part, frozen=True, kw_only=True):
     """Indices of as many descriptors of /dev/vhost-net, or none."""
     server: int | None = None
     """Index of a connection to an external server."""
+    stream: int | None = None
+    """Index of a stream of frames, as passt(1) speaks it."""
     mtu: int = 1500
     is_locked: bool = False
 

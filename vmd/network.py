@@ -28,6 +28,8 @@ class Network(NamedTuple):
     """Descriptors of the tap."""
     may_vhost: bool
     """The kernel may move its frames."""
+    stream: int | None = None
+    """Descriptor of a stream of frames, where there is no tap."""
 
 
 def open_vhosts(count: int) -> list[int]:

@@ -55,6 +55,7 @@ from vmd.internal import (
 from vmd.local_sockets import open_dns, open_frames, resolver
 from vmd.messages import ErrorCode, InterfaceInfo
 from vmd.network import Network, interface_infos
+from vmd.passt import PasstNetworks
 from vmd.paths import SYSTEM_SOCKET
 from vmd.resources import ResourceError
 from vmd.vm import Vm
@@ -108,13 +109,15 @@ Then = Callable[[tuple[Network, ...] | ResourceError], None]
 class Networks:
     """Networks of all VMs, on the event loop's thread."""
 
-    def __init__(self, loop: EventLoop, socket_path: str | None, *, is_possible: bool) -> None:
-        """Begin with none; `is_possible`: there are privileges for it.
+    def __init__(
+        self, loop: EventLoop, socket_path: str | None, passt: PasstNetworks | None
+    ) -> None:
+        """Begin with none; with `passt`, make do without privileges.
 
         `socket_path` tells this daemon's things from those of others on the same host.
         """
         self._loop = loop
-        self._is_possible = is_possible
+        self._passt = passt
         name = socket_path or SYSTEM_SOCKET
         self._mark = f"vmd {name}"
         self._table = "vmd" if name == SYSTEM_SOCKET else f"vmd_{crc32(name.encode()):08x}"
@@ -217,7 +220,7 @@ class Networks:
             self._prefix6 = config.local_prefix6 or self._random6
         self._is_nat = config.is_nat
         self._is_configured = True
-        if not self._is_possible and self._switches:
+        if self._passt is not None and self._switches:
             log.warning("no switches: they need root")
         self._send(self._configuration())
 
@@ -252,9 +255,13 @@ class Networks:
             then(())
         elif held is not None and held.then is None:
             then(held.networks())
-        elif not self._is_possible:
-            log.warning("vm/%s: started without its interfaces: they need root", vm.name)
-            then(())
+        elif self._passt is not None:
+            try:
+                networks = self._passt.attach(vm)
+            except OSError as err:
+                then(ResourceError(ErrorCode.EIO, f"passt: {err.strerror}"))
+            else:
+                then(networks)
         elif not _has_taps():
             log.warning("vm/%s: started without its interfaces: %s is missing", vm.name, _TUN)
             then(())
@@ -295,6 +302,8 @@ class Networks:
 
     def release(self, vm_id: int) -> None:
         """Remove a VM's interfaces, if it has any."""
+        if self._passt is not None:
+            self._passt.release(vm_id)
         self._waiting = [one for one in self._waiting if one[0].id != vm_id]
         held = self._held.pop(vm_id, None)
         if held is None:

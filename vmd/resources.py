@@ -176,10 +176,11 @@ class _Opener:
         taps = tuple(self.keep(os.dup(fd)) for fd in network.queues)
         vhosts = open_vhosts(len(taps)) if network.may_vhost else []
         return NicSpec(
-            name=network.tap.name,
+            name=network.tap.name or network.spec.alias,
             lladdr=network.spec.lladdr,
             taps=taps,
             vhosts=tuple(map(self.keep, vhosts)),
+            stream=None if network.stream is None else self.keep(os.dup(network.stream)),
             mtu=network.spec.mtu,
             is_locked=network.spec.is_locked,
         )

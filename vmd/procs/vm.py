@@ -71,7 +71,7 @@ from vmm_kvm.machine import (
     Outcome,
     TripleFault,
 )
-from vmm_kvm.net.nic import NicParams, Path, RemotePath, VhostPath
+from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, VhostPath
 from vmm_kvm.pci_devices import PmemDisk, RemoteDisk
 
 log = Log(__name__)
@@ -259,6 +259,8 @@ def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
     taps = tuple(fds.take(at) for at in nic.taps)
     if nic.vhosts:
         return VhostPath(taps, tuple(fds.take(at) for at in nic.vhosts))
+    if nic.stream is not None:
+        return StreamPath(fds.take(nic.stream))
     if nic.server is None:
         raise SpecError(f"{nic.name}: an interface without tap and server")
     server = fds.take(nic.server)

@@ -1,0 +1,128 @@
+"""Networks without privileges: each local interface has a passt(1), as `vmctl run -L` has.
+
+The guest's addresses are those that passt gives it; ports of the host lead to it as they do with
+privileges. A switch needs these: an interface on one, or on nothing, has no cable.
+
+passt speaks through a stream socket, and ends when that is closed. It stays from a VM's start to
+its end, over reboots.
+
+Source: passt(1)
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from vmd.config.model import ForwardConfig
+from vmd.internal import AttachedTap, TapSpec
+from vmd.network import Network
+from vmd.vm import Vm
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+_SOCKET_BUFFER = 4 << 20
+_MTU_DEFAULT = 1500
+
+
+class PasstNetworks:
+    """The interfaces of all VMs of an ordinary user; for one thread."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._streams: dict[int, list[int]] = {}
+        self.pids: set[int] = set()
+        """Processes that have not been reaped yet; whoever does says so by `ended`."""
+
+    def attach(self, vm: Vm) -> tuple[Network, ...]:
+        """Return a VM's interfaces, new ones or those from before its reboot.
+
+        Raises:
+            OSError: the host has no descriptors or processes left.
+        """
+        streams = self._streams.get(vm.id)
+        if streams is None:
+            with ExitStack() as stack:
+                streams = []
+                for index, interface in enumerate(vm.config.interfaces):
+                    name = f"vm/{vm.name}: interface {index}"
+                    stream = self._stream(name, interface.forwards, is_local=interface.is_local)
+                    stack.callback(os.close, stream)
+                    streams.append(stream)
+                stack.pop_all()
+            self._streams[vm.id] = streams
+        return tuple(
+            Network(
+                TapSpec(
+                    name="",
+                    lladdr=interface.lladdr or "",
+                    alias=f"nic{index}",
+                    is_locked=interface.is_locked,
+                    mtu=interface.mtu or _MTU_DEFAULT,
+                    rdomain=interface.rdomain,
+                ),
+                AttachedTap(name="", index=0),
+                queues=(),
+                may_vhost=False,
+                stream=stream,
+            )
+            for index, (interface, stream) in enumerate(
+                zip(vm.config.interfaces, streams, strict=True)
+            )
+        )
+
+    def release(self, vm_id: int) -> None:
+        """Remove a VM's interfaces; their processes end."""
+        for stream in self._streams.pop(vm_id, ()):
+            os.close(stream)
+
+    def close(self) -> None:
+        """Remove all interfaces."""
+        for vm_id in tuple(self._streams):
+            self.release(vm_id)
+
+    def ended(self, pid: int) -> None:
+        """Note that a child of this process has been reaped."""
+        self.pids.discard(pid)
+
+    def _stream(self, name: str, forwards: Sequence[ForwardConfig], *, is_local: bool) -> int:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            program = shutil.which("passt") if is_local else None
+            if program is not None:
+                for end in (ours, theirs):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+                self.pids.add(_spawn(program, theirs.fileno(), forwards))
+            elif is_local:
+                log.warning("%s: no network: passt is not installed", name)
+            else:
+                log.warning("%s: no network: switches need root", name)
+            return ours.detach()
+
+
+def _spawn(program: str, stream: int, forwards: Sequence[ForwardConfig]) -> int:
+    """Start passt with one end of a socket; returns its pid."""
+    # The duplicate is open in the new process, as the original is not.
+    fd = os.dup(stream)
+    os.set_inheritable(fd, True)
+    arguments = [program, "--foreground", "--quiet", "--fd", str(fd)]
+    for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
+        ports = [f"{one.port}:{one.to_port}" for one in forwards if one.protocol == protocol]
+        if ports:
+            arguments += [letter, ",".join(ports)]
+    try:
+        return os.posix_spawn(
+            program,
+            arguments,
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)
+            ],
+            # What is typed at a terminal is for the daemon alone.
+            setpgroup=0,
+            setsigmask=(),
+        )
+    finally:
+        os.close(fd)
