@@ -3,9 +3,10 @@ SEED ?= 1
 COUNT ?=
 PYTHON = .venv/bin/python
 PYTEST = .venv/bin/pytest
+RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz bench clean
+.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz installed bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,13 +36,14 @@ test-guest: setup ## Tests with distribution kernels: on this machine's KVM, or 
 demo: setup ## Boot the self-test guest and a Debian kernel, visibly
 	@$(PYTHON) scripts/demo.py
 
-soak: setup ## Kill COUNT (200) guests, and 300 writers and device processes; SEED repeats a run
+soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs; SEED repeats a run
 	$(PYTHON) tests/campaigns/kill_selftest.py --count $(or $(COUNT),200) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_disk.py --count $(or $(COUNT),300) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_device_process.py --count $(or $(COUNT),300) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_daemon.py --count $(or $(COUNT),50) --seed $(SEED)
 	$(PYTHON) tests/campaigns/reload_storm.py --count $(or $(COUNT),100)
 	$(PYTHON) tests/campaigns/kill_networks.py --count $(or $(COUNT),2200) --seed $(SEED)
+	$(PYTHON) tests/campaigns/kill_vm.py --count $(or $(COUNT),300) --seed $(SEED)
 
 fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \
@@ -55,9 +57,15 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/fuzz_net.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/hostile_clients.py --count $(or $(COUNT),100000) --seed $(SEED)
 
-bench: setup ## Measure the daemon here, and the start of a guest in the rig, against QEMU
+installed: setup ## Boot Debian from disks of every kind, and have fio verify them; in rigs
+	$(PYTHON) -m tests.debian
+	$(RIG) --cpus 1 --timeout 3000 -- $(PYTHON) tests/campaigns/installed.py boot fio
+	$(RIG) --icount --timeout 6000 -- $(PYTHON) tests/campaigns/installed.py uefi
+
+bench: setup ## Measure the daemon here, and the start of a guest and disks in the rig, against QEMU
 	$(PYTHON) -m bench.daemon
 	$(PYTHON) bench/boot.py
+	$(PYTHON) bench/disk.py
 
 clean: ## Remove what the targets made in this directory
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out

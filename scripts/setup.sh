@@ -17,6 +17,8 @@ packages='
     cpio                reads the initramfs archives that we write
     dmidecode           reads our SMBIOS tables
     dpkg-dev            dpkg and its tools unpack kernel packages
+    e2fsprogs           makes and checks file systems of guests
+    fdisk               sfdisk partitions disks of guests
     gcc                 compares our structures with <linux/kvm.h>
     git                 the tests ask which files belong to the tree
     grub-common         grub-mkrescue makes bootable discs
@@ -33,7 +35,9 @@ packages='
     make                runs the targets
     mandoc              checks the manual pages
     memtest86+          a guest
-    mtools              grub-mkrescue needs it
+    mmdebstrap          makes Debian for guests
+    mount               a small file system that gets full
+    mtools              grub-mkrescue needs it; makes an EFI system partition
     nftables            NAT, forwarded ports and locked lladdrs of the daemon
     ovmf                UEFI firmware
     passt               user-mode networking of guests

@@ -38,9 +38,12 @@ lint() {
     return $status
 }
 
-# in_rig TEST...: run guest tests in a rig of their own.
+# in_rig OPTIONS... -- PYTEST'S...: run guest tests in a rig of their own.
 in_rig() {
-    VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 1500 --project -- \
+    local options=()
+    while [ "$1" != -- ]; do options+=("$1"); shift; done
+    shift
+    VMD_REQUIRE=kvm,guest tests/rig/rig run "${options[@]}" --cpus 1 --timeout 1500 --project -- \
         .venv/bin/pytest -q --color=no --timeout 300 -p no:cacheprovider -m guest "$@"
 }
 
@@ -52,9 +55,9 @@ guest() {
         # One after the other: side by side, emulated machines are slower than in turn.
         echo "this machine's KVM runs no distribution kernel: guests run in rigs"
         local linux=tests/guest/test_linux.py status=0
-        in_rig $linux || status=1
+        in_rig -- $linux || status=1
         # shellcheck disable=SC2046 # a list of names
-        in_rig $(find tests/guest -name 'test_*.py' ! -path $linux | sort) || status=1
+        in_rig -- $(find tests/guest -name 'test_*.py' ! -path $linux | sort) || status=1
         return $status
     fi
 }
@@ -76,6 +79,9 @@ finish_guest() {
 # Kernels are parsed by unit tests too. What cannot be fetched is said again by the tests.
 case " $* " in
     *" unit "* | *" guest "*) $python -m tests.artifacts || failed=1 ;;
+esac
+case " $* " in
+    *" guest "*) $python -m tests.debian >/dev/null || failed=1 ;;
 esac
 
 # What this machine has is required: a skip would hide that a test did not run.

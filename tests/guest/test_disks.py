@@ -136,3 +136,43 @@ def test_a_disk_that_is_memory(tmp_path: Path) -> None:
         shell.power_off()
     assert digest(shared) == digest(plain)
     assert digest(private) == before
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_full_host_disk(form: str, tmp_path: Path) -> None:
+    """The guest gets EIO, the image stays sound, and with room again everything goes on."""
+    host = tmp_path / "host"
+    host.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", host], check=True)
+    try:
+        ballast, image = host / "ballast", host / "disk"
+        ballast.write_bytes(bytes(6 * MIB))
+        subprocess.run([VMCTL, "create", "-s", "16M", f"{form}:{image}"], check=True)
+        with booted([f"{form}:{image}"]) as shell:
+            writing = "dd if=/dev/zero bs=64k oflag=direct conv=notrunc"
+            fill = r"tr '\0' x </dev/zero | dd iflag=fullblock bs=64k oflag=direct conv=notrunc"
+            shell.run(f"{fill} of=/dev/vda count=32 2>/dev/null && sync")
+            shown = shell.run(f"{fill} of=/dev/vda seek=32 count=160 2>&1 | grep -i error; true")
+            assert "I/O error" in shown
+            before = "dd if=/dev/vda bs=64k count=32 iflag=direct 2>/dev/null | md5sum"
+            kept = shell.run(before)
+            ballast.unlink()
+            shell.run(f"{fill} of=/dev/vda seek=64 count=64 2>/dev/null && sync")
+            assert shell.run(before) == kept
+            assert shell.run("tr -d x </dev/vda | dd bs=1 count=1 2>/dev/null | wc -c") == "1"
+            shell.run(f"{writing} of=/dev/vda count=8 2>/dev/null && sync")
+            shell.console.send("poweroff -f\n")
+            assert shell.console.wait() == 0
+            assert "No space left on device" in shell.console.errors.decode()
+        if form == "qcow2":
+            subprocess.run(["qemu-img", "check", "-q", "-f", form, image], check=True)
+        converted = tmp_path / "converted"
+        convert = ("qemu-img", "convert", "-f", form, "-O", "raw")
+        subprocess.run([*convert, image, converted], check=True)
+        data = converted.read_bytes()
+        assert data[: MIB // 2] == bytes(MIB // 2)
+        assert data[MIB // 2 : 2 * MIB] == b"x" * (3 * MIB // 2)
+        assert data[4 * MIB : 8 * MIB] == b"x" * (4 * MIB)
+    finally:
+        subprocess.run(["umount", host], check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import uuid
 from collections.abc import Iterator
@@ -13,19 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts, media
-from tests.guest.linux_guest import COMMAND_LINE, Shell
+from tests.guest.linux_guest import COMMAND_LINE, Shell, needs_cr8
 from tests.vmctl_driver import ConsoleProcess, vmctl_run
 from vmm_kvm.boot.smbios import name_uuid
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(400)]
 
 FIRMWARE_S = 200.0
-
-# QEMU's emulation of SVM aborts when a guest writes CR8 while an interrupt waits, as OVMF does.
-needs_cr8 = pytest.mark.skipif(
-    "RIG" in os.environ,
-    reason="the rig's QEMU aborts on what UEFI firmware does to CR8; needs a real KVM",
-)
 
 
 @contextmanager

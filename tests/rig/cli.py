@@ -1,7 +1,8 @@
 """`rig run`: run a command under a full KVM host, on any machine.
 
 The rig sees this machine's whole file system read-only with a scratch layer on top; what the
-command writes under $RIG_OUT comes back in --out DIR, everything else is lost. $RIG is 1 in it.
+command writes under $RIG_OUT comes back in --out DIR, everything else is lost. $RIG is plain or
+counted in it, as its clock is.
 The exit status is the command's; 124 is a time-out, 125 a rig that did not come up.
 
 --icount runs one processor whose clock counts instructions instead of time. Two runs of the same

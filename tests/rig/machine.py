@@ -43,7 +43,7 @@ EXIT_NOT_UP = 125
 _MAIN = """#!/bin/bash
 exec >/dev/console 2>&1 </dev/null
 . /run/rig/env
-export RIG=1 RIG_OUT=/run/rig/out
+export RIG={clock} RIG_OUT=/run/rig/out
 export PATH="$PATH:/usr/sbin:/sbin"
 ip link set lo up
 # The host's KVM tells of every odd register that a guest touches; the command's output is wanted.
@@ -142,7 +142,7 @@ class Rig:
                 stage.save(share / f"stage-{number}")
             (share / "env").write_text(environment_script(os.environ))
             main = share / "main"
-            main.write_text(main_script(Path.cwd(), self.command))
+            main.write_text(main_script(Path.cwd(), self.command, is_counted=self.is_counted))
             main.chmod(0o755)
             process = subprocess.Popen(
                 qemu_arguments(self, kernel.vmlinuz, image, share), stdin=subprocess.DEVNULL
@@ -198,9 +198,13 @@ def _press_key(control: socket.socket) -> None:
         control.send(_KEY)
 
 
-def main_script(directory: Path, command: Sequence[str]) -> str:
+def main_script(directory: Path, command: Sequence[str], *, is_counted: bool = False) -> str:
     """Return the script that runs the command in the rig, in that working directory."""
-    return _MAIN.format(directory=shlex.quote(str(directory)), command=shlex.join(command))
+    return _MAIN.format(
+        directory=shlex.quote(str(directory)),
+        command=shlex.join(command),
+        clock="counted" if is_counted else "plain",
+    )
 
 
 def environment_script(environment: Mapping[str, str]) -> str:

@@ -92,6 +92,13 @@ def test_the_main_script_parses_and_quotes() -> None:
     assert """setsid -w echo 'it'"'"'s' '$x'\n""" in script
 
 
+@pytest.mark.parametrize(("is_counted", "clock"), [(False, "plain"), (True, "counted")])
+def test_a_command_is_told_the_clock(is_counted: bool, clock: str) -> None:
+    """$RIG says that it is the rig, and which clock the rig has."""
+    script = main_script(Path("/"), ["true"], is_counted=is_counted)
+    assert f"export RIG={clock} RIG_OUT=" in script
+
+
 def test_a_folder_is_staged_without_what_is_left_out(tmp_path: Path) -> None:
     """A stage's archive holds the folder but not what matches its patterns."""
     folder = tmp_path / "folder"
