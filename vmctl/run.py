@@ -40,6 +40,7 @@ from vmm_kvm.machine import (
 
 if TYPE_CHECKING:  # loaded where there is an interface
     from vmm_kvm.net.nic import NicParams
+from vmm_kvm.pci_devices import has_servers
 
 EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
@@ -95,14 +96,17 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
         from vmm_kvm.boot.nvram import open_variables  # noqa: PLC0415 - for UEFI guests only
 
         variables = stack.enter_context(open_variables(template, options.nvram))
+    nics = _nics(options, options.name or os.path.basename(path), stack)
+    disks = tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks))
     return MachineSpec(
         image=open_image(path),
         variables=variables,
         has_console=options.virtio_console,
         memory_size=_memory(options.memory),
+        is_memory_private=not has_servers(nics, disks),
         cpus=_cpus(options.cpus),
-        nics=_nics(options, options.name or os.path.basename(path), stack),
-        disks=tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks)),
+        nics=nics,
+        disks=disks,
         cdrom=open_cdrom(options.cdrom, stack),
         boot_device=_boot_device(options.boot_device),
         name=options.name or os.path.basename(path),

@@ -1,4 +1,8 @@
-"""Guest-physical memory: one shared memfd, mapped once, seen by guest-physical address.
+"""Guest-physical memory: mapped once, seen by guest-physical address.
+
+It is one shared memfd, which device processes map too; or, where this process does all there is to
+do, private memory in huge pages, which a host gives to nearly everyone: a guest that boots then
+leaves for a fifth of the exits. A memfd gets them only where the operator said so.
 
 RAM lies around the PCI hole: from 0 up to the hole, and from 4 GiB up for the rest. What the
 firmware, E820 or ACPI say about it is not known here.
@@ -9,12 +13,14 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, SpecError
 
 _BLOCK_SIZE = 512  # of st_blocks, always
+_HUGE = 2 << 20
 
 
 class Region(NamedTuple):
@@ -25,7 +31,7 @@ class Region(NamedTuple):
     size: int
     """Bytes, a multiple of 4096."""
     offset: int
-    """Where it begins in the memfd, bytes."""
+    """Where it begins in the memfd or mapping, bytes."""
 
     @property
     def end(self) -> int:
@@ -34,7 +40,7 @@ class Region(NamedTuple):
 
 
 class GuestMemory:
-    """The RAM of one VM; a context manager that owns its memfd and mapping.
+    """The RAM of one VM; a context manager that owns its memory and mapping.
 
     Reads and writes are plain memory accesses and may come from any thread. Every access is
     checked: one outside RAM, or across a hole, raises GuestMemoryError.
@@ -52,8 +58,16 @@ class GuestMemory:
         "size",
     )
 
-    def __init__(self, ranges: Sequence[tuple[int, int]], name: str = "guest") -> None:
+    def __init__(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        name: str = "guest",
+        *,
+        is_private: bool = False,
+    ) -> None:
         """Allocate RAM for `ranges`, pairs of (guest-physical address, bytes), ascending.
+
+        With `is_private` there is no memfd: no other process can map it.
 
         Raises:
             SpecError: the ranges are not aligned, empty, ascending or disjoint.
@@ -74,21 +88,29 @@ class GuestMemory:
         self._attached: list[tuple[int, memoryview]] = []
         # Nearly every access is to the region at 0, if there is one: it is looked at first.
         self._low_end = regions[0].end if regions[0].gpa == 0 else 0
-        self.fd = os.memfd_create(f"vmm:{name}", os.MFD_CLOEXEC)
-        try:
+        self.fd = -1
+        """The memfd; -1 for private memory."""
+        self._finalizer: weakref.finalize[[int], GuestMemory] | None = None
+        if is_private:
+            # A huge page of the guest is one of the host if their addresses agree: leave room.
+            mapping = mmap.mmap(-1, offset + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self.fd = os.memfd_create(f"vmm:{name}", os.MFD_CLOEXEC)
+            # The mapping goes when its last view does: a thread may still hold one after close().
+            self._finalizer = weakref.finalize(self, os.close, self.fd)
             os.ftruncate(self.fd, offset)
             mapping = mmap.mmap(self.fd, offset)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self._view = memoryview(mapping)
-        self.hva = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        # The mapping goes when its last view does: a thread may still hold one after close().
-        self._finalizer = weakref.finalize(self, os.close, self.fd)
+        with suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        skipped = -address % _HUGE if is_private else 0
+        self.hva = address + skipped
+        self._view = memoryview(mapping)[skipped : skipped + offset]
 
     def close(self) -> None:
         """Close the memfd and drop the mapping; idempotent."""
-        self._finalizer()
+        if self._finalizer:
+            self._finalizer()
         self._view = memoryview(b"")
         self._low_end = 0
         self._attached = []
@@ -144,7 +166,11 @@ class GuestMemory:
         self.view(gpa, len(data))[:] = data
 
     def resident_size(self) -> int:
-        """Return how many bytes of the host's memory hold guest RAM; pages never touched do not."""
+        """Return how many bytes of the host's memory hold guest RAM; pages never touched do not.
+
+        Shared memory only.
+        """
+        assert self.fd >= 0
         return os.fstat(self.fd).st_blocks * _BLOCK_SIZE
 
     def contains(self, gpa: int, size: int) -> bool:

@@ -5,7 +5,7 @@ driver is there, and shares one of four interrupt lines where the driver does no
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmm_kvm.bits import GIB, align_up
@@ -74,6 +74,17 @@ class PmemDisk(NamedTuple):
 
 
 AnyDisk = Disk | RemoteDisk | PmemDisk
+
+
+def has_servers(nics: "Sequence[NicParams]", disks: Iterable[AnyDisk]) -> bool:
+    """Tell whether another process serves any of these, which needs the guest's memory for it."""
+    if any(isinstance(disk, RemoteDisk) for disk in disks):
+        return True
+    if not nics:
+        return False
+    from vmm_kvm.net.nic import RemotePath  # noqa: PLC0415 - not every VM has a network
+
+    return any(isinstance(nic.path, RemotePath) for nic in nics)
 
 
 def place_pmem(disks: Iterable[AnyDisk], memory_end: int) -> tuple[dict[PmemDisk, int], int]:

@@ -1,5 +1,6 @@
 """Guest memory: what is allocated, and that nothing outside it can be reached."""
 
+import ctypes
 import os
 
 import pytest
@@ -31,6 +32,16 @@ def test_writes_are_read_back() -> None:
         memory.write(0x10_0010, b"guest")
         assert memory.read(0x10_0010, 5) == b"guest"
         assert os.pread(memory.fd, 5, 64 * KIB + 0x10) == b"guest"
+
+
+def test_private_memory_is_nobody_elses() -> None:
+    """Private memory has no memfd, and begins where a huge page of the host does."""
+    with GuestMemory(RANGES, is_private=True) as memory:
+        memory.write(0x10_0000 + 64 * KIB - 5, b"guest")
+        assert memory.read(0x10_0000 + 64 * KIB - 5, 5) == b"guest"
+        assert memory.fd == -1
+        assert memory.hva % (2 << 20) == 0
+        assert ctypes.string_at(memory.hva + 128 * KIB - 5, 5) == b"guest"
 
 
 def test_views_are_the_memory_itself() -> None:

@@ -150,8 +150,8 @@ class FileSource:
     def place(self, memory: GuestMemory, gpa: int, offset: int, size: int) -> None:
         """Copy `size` bytes from `offset` to the guest-physical address `gpa`.
 
-        The bytes go from the page cache to guest memory without a mapping of either: no page is
-        cleared before it is filled, and none faults. Moves the file offset of `memory.fd`.
+        To a memfd the bytes go from the page cache without a mapping of either: no page is cleared
+        before it is filled, and none faults. Moves the file offset of `memory.fd`.
 
         Raises:
             BootError: they are not all there, or the host cannot read them.
@@ -159,6 +159,9 @@ class FileSource:
         """
         _check(self, offset, size)
         view = memory.view(gpa, size)
+        if memory.fd < 0:
+            self._read_into(view, offset)
+            return
         region = next(r for r in memory.regions if r.gpa <= gpa < r.end or size == 0)
         done = 0
         try:
@@ -172,7 +175,18 @@ class FileSource:
             if err.errno not in (errno.EINVAL, errno.ENOSYS):
                 raise BootError(f"{self.name}: {err.strerror}") from err
             # A file system without splice, or guest memory that only a mapping can fill.
-            view[done:] = self.read(offset + done, size - done)
+            self._read_into(view[done:], offset + done)
+
+    def _read_into(self, view: memoryview, offset: int) -> None:
+        done = 0
+        try:
+            while done < len(view):
+                got = os.preadv(self.fd, [view[done:]], offset + done)
+                if got == 0:
+                    raise BootError(f"{self.name}: truncated while it was read")
+                done += got
+        except OSError as err:
+            raise BootError(f"{self.name}: {err.strerror}") from err
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
