@@ -65,6 +65,7 @@ installed: setup ## Boot Debian from disks of every kind, and have fio verify th
 bench: setup ## Measure the daemon here, and the start of a guest and disks in the rig, against QEMU
 	$(PYTHON) -m bench.daemon
 	$(PYTHON) bench/boot.py
+	$(PYTHON) bench/net.py
 	$(PYTHON) bench/disk.py
 
 clean: ## Remove what the targets made in this directory
