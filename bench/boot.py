@@ -46,7 +46,7 @@ COMMAND_LINE = "console=ttyS0 quiet reboot=k panic=-1"
 MARKER = "init: up"
 BASELINE = "QEMU -M pc"
 _WITH_DAEMON = "vmctl start"
-_PAUSE_S = 1.0
+_PAUSE_S = 2.0
 _TIMEOUT_S = 300.0
 _PACKAGES = [str(ROOT / name) for name in ("vmctl", "vmd", "vmm_kvm")]
 _MIB = 1 << 20

@@ -34,7 +34,7 @@ from tests.system.vmd.daemon import READY, Client, Daemon, descendants, process_
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 _MIB = 1 << 20
-_PAUSE_S = 0.5  # in which the daemon makes itself ready for the next start
+_PAUSE_S = 1.5  # in which the daemon makes itself ready for the next start
 _SETTLING_S = 3.0
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _STATUS_RUNS = 20

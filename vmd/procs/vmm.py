@@ -57,8 +57,9 @@ log = Log(__name__)
 _DEVICE_GRACE_NS = 30_000_000_000
 """How long a device process may write back what it holds, once its VM is gone."""
 _NIC = "nic"  # begins the names of interfaces: a guest lives on without
-_SPARE_DELAY_NS = 100_000_000
-"""How long nothing has to start until a VM process is made ready: a burst needs the processors."""
+_SPARE_DELAY_NS = 1_000_000_000
+"""How long nothing has to start until a VM process is made ready: guests that boot need the
+processors more."""
 
 
 class Bodies(NamedTuple):
