@@ -4,9 +4,6 @@ It is forked from vmm, confines itself, and waits to be told what VM it is. Then
 machine from open descriptors, and runs it until the guest ends, somebody stops it, or vmm is gone.
 A reboot ends it too: the parent starts another, with the same console.
 
-A guest is asked to stop by vmmci, or by the ACPI power button. One that does not react within 3 s,
-or is not gone 120 s after it did, is ended; so is one with neither.
-
 Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
 """
 
@@ -47,6 +44,7 @@ from vmd.internal import (
 from vmd.kernels import LentKernel
 from vmd.messages import ErrorCode, Statistics
 from vmd.sandbox import confine, die_with, set_title
+from vmd.shutdown import Shutdown
 from vmd.vm_devices import Connections, DeviceConnection
 from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Format, open_image
@@ -56,7 +54,6 @@ from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.image import probe_image
 from vmm_kvm.boot.nvram import Variables
 from vmm_kvm.boot.source import FileSource
-from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import BootError, ImageError, SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
@@ -75,13 +72,6 @@ from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, VhostPath
 from vmm_kvm.pci_devices import PmemDisk, RemoteDisk
 
 log = Log(__name__)
-
-REACTION_NS = 3 * NANOSECONDS
-"""How long a guest may take to notice that it is asked to stop."""
-SHUTDOWN_NS = 120 * NANOSECONDS
-"""How long it may take after it has."""
-_LOOK_NS = NANOSECONDS // 4
-_AGAIN_NS = 10 * NANOSECONDS  # a guest that is shutting down passes over a press
 
 _READY = b"\0"
 _STATUS_MAX = 4096
@@ -326,10 +316,7 @@ class VmProcess:
         self._loop = loop
         self._channel = channel
         self._outcome: Outcome | None = None
-        self._is_stopping = False
         self._is_paused = False
-        self._deadline_ns = 0
-        self._timer = loop.timer(self._look)
         self._machine = Machine(
             spec,
             kvm,
@@ -338,6 +325,7 @@ class VmProcess:
             on_receive_room=lambda: loop.call_soon(console.feed),
             on_outcome=lambda outcome: loop.call_soon(lambda: self._ended(outcome)),
         )
+        self._shutdown = Shutdown(self._machine, loop, loop.stop)
         self._console = console
         console.port = self._machine.uart
 
@@ -349,8 +337,8 @@ class VmProcess:
         self._loop.run()
         self._machine.close()
         self._console.port = None
-        if self._outcome or self._is_stopping:
-            _tell(self._channel, _ending(self._outcome, self._is_stopping))
+        if self._outcome or self._shutdown.has_begun:
+            _tell(self._channel, _ending(self._outcome, self._shutdown.has_begun))
 
     def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -366,7 +354,7 @@ class VmProcess:
                 case UnpauseVm():
                     self._unpause()
                 case StopVm():
-                    self._stop()
+                    self._shutdown.begin()
                 case AttachConsole():
                     self._console.attach(socket.socket(fileno=fds.take(0)))
                 case AskStatistics(serial=serial):
@@ -396,46 +384,6 @@ class VmProcess:
             statistics=Statistics(cpu_ns=time.process_time_ns()),
             memory_used=self._machine.memory.resident_size(),
         )
-
-    # Stopping
-
-    def _stop(self) -> None:
-        """Ask the guest, once; end it if there is nobody to ask."""
-        if self._is_stopping:
-            return
-        self._is_stopping = True
-        if not self._machine.press_power_button():
-            self._loop.stop()
-            return
-        self._deadline_ns = self._loop.monotonic_ns() + REACTION_NS
-        self._look()
-
-    def _look(self) -> None:
-        """See whether the guest has reacted to the power button; its time is over at some point."""
-        now = self._loop.monotonic_ns()
-        if now >= self._deadline_ns:
-            log.info("the guest did not stop: ended")
-            self._loop.stop()
-        elif self._machine.has_noticed_power_button():
-            self._deadline_ns = now + SHUTDOWN_NS
-            self._timer = self._loop.timer(self._press_again)
-            self._timer.arm(now + _AGAIN_NS)
-        else:
-            self._timer.arm(min(now + _LOOK_NS, self._deadline_ns))
-
-    def _press_again(self) -> None:
-        """Press once more, or end the guest when its time is over.
-
-        A guest that was just about to listen threw the first press away: whoever enables the
-        button clears its status first.
-        """
-        now = self._loop.monotonic_ns()
-        if now >= self._deadline_ns:
-            log.info("the guest did not stop: ended")
-            self._loop.stop()
-        else:
-            self._machine.press_power_button()
-            self._timer.arm(min(now + _AGAIN_NS, self._deadline_ns))
 
 
 def _ending(outcome: Outcome | None, is_stopping: bool) -> VmEnding:

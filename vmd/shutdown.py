@@ -1,0 +1,80 @@
+"""Asking a guest to stop: by vmmci or the power button, with OpenBSD's patience.
+
+A guest that does not react within 3 s, or is not gone 120 s after it did, is ended; so is one that
+nobody can ask. While it stops the button is pressed again now and then: a guest that was just about
+to listen threw the first press away, because whoever enables the button clears its status first.
+
+Source: section 8.3 of OpenBSD's behaviour.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from vmm_kvm.clock import NANOSECONDS, Clock
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+REACTION_NS = 3 * NANOSECONDS
+"""How long a guest may take to notice that it is asked to stop."""
+SHUTDOWN_NS = 120 * NANOSECONDS
+"""How long it may take after it has."""
+LOOK_NS = NANOSECONDS // 4
+"""Between two looks whether it has noticed."""
+AGAIN_NS = 10 * NANOSECONDS
+"""Between two presses."""
+
+
+class Button(Protocol):
+    """The machine, as far as it can be asked to stop."""
+
+    def press_power_button(self) -> bool:
+        """Ask the guest; False if nobody listens."""
+
+    def has_noticed_power_button(self) -> bool:
+        """Tell whether the guest has reacted."""
+
+
+class Shutdown:
+    """One attempt to stop a guest, on the clock's thread."""
+
+    def __init__(self, machine: Button, clock: Clock, on_over: Callable[[], None]) -> None:
+        """Prepare; `on_over` is called once, when the guest's time is over."""
+        self._machine = machine
+        self._clock = clock
+        self._on_over = on_over
+        self._deadline_ns: int | None = None
+        self._has_noticed = False
+        self._timer = clock.timer(self._look)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the guest has been asked."""
+        return self._deadline_ns is not None
+
+    def begin(self) -> None:
+        """Ask the guest, once; without anybody to ask its time is over at once."""
+        if self.has_begun:
+            return
+        now = self._clock.monotonic_ns()
+        self._deadline_ns = now
+        if self._machine.press_power_button():
+            self._deadline_ns = now + REACTION_NS
+            self._timer.arm(now + LOOK_NS)
+        else:
+            self._on_over()
+
+    def _look(self) -> None:
+        now = self._clock.monotonic_ns()
+        is_again = self._has_noticed
+        if not is_again and self._machine.has_noticed_power_button():
+            self._has_noticed = True
+            self._deadline_ns = now + SHUTDOWN_NS
+        deadline = self._deadline_ns or now
+        if now >= deadline:
+            log.info("the guest did not stop: ended")
+            self._on_over()
+            return
+        if is_again:
+            self._machine.press_power_button()
+        self._timer.arm(min(now + (AGAIN_NS if self._has_noticed else LOOK_NS), deadline))
