@@ -108,14 +108,20 @@ print(said.decode())
 
 @contextmanager
 def peer(where: Namespace, *arguments: str, address: str = "0.0.0.0") -> Iterator[IO[bytes]]:
-    """Run the other end of a connection on the host's side; what it prints is yielded."""
+    """Run the other end of a connection on the host's side; what it prints is yielded.
+
+    It is over at the end: somebody between may not tell it that the guest has closed.
+    """
     with subprocess.Popen(
         where.command(sys.executable, "-c", _PEER, address, str(PORT), *arguments),
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        yield process.stdout
+        try:
+            yield process.stdout
+        finally:
+            process.kill()
 
 
 def transfer(where: Namespace, shell: Shell, tmp_path: Path) -> None:

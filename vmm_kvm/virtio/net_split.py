@@ -13,7 +13,7 @@ from vmm_kvm.virtio.abi import VIRTIO_ID_NET
 from vmm_kvm.virtio.device import Dataplane, Frontend
 from vmm_kvm.virtio.net_control import CONTROL_QUEUE_SIZE, NetControl
 from vmm_kvm.virtio.queue import Memory, Ring, Virtqueue
-from vmm_kvm.virtio.worker import QUEUE_FEATURES, Worker
+from vmm_kvm.virtio.worker import Worker
 
 
 class _ControlBackend:
@@ -56,7 +56,7 @@ class SplitNet:
         Raises:
             OSError: the host has no descriptors left.
         """
-        self.features = data.features | control.features | QUEUE_FEATURES & data.features
+        self.features = data.features | control.features
         self.queue_sizes = (*data.queue_sizes, CONTROL_QUEUE_SIZE)
         self._data = data
         self._control = control

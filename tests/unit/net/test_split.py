@@ -1,0 +1,209 @@
+"""An interface whose frames somebody else moves: who is told what."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.virtio_driver import DriverQueue, PlainMemory
+from vmm_kvm.errors import SpecError, VirtqueueError
+from vmm_kvm.net.ethernet import Filter
+from vmm_kvm.net.vhost import VhostNet
+from vmm_kvm.virtio import abi
+from vmm_kvm.virtio.device import Frontend
+from vmm_kvm.virtio.net_control import NetControl
+from vmm_kvm.virtio.net_split import SplitNet
+from vmm_kvm.virtio.queue import Ring
+
+MAC = bytes.fromhex("fee1bb000001")
+PAIRS = 2
+COMMANDS, MQ = 1 << abi.VIRTIO_NET_F_CTRL_VQ, 1 << abi.VIRTIO_NET_F_MQ
+COMMAND, ANSWER = 0x10000, 0x10100
+WAIT_S = 10.0
+
+
+class DataQueues:
+    """A dataplane that notes what it is told."""
+
+    device_id = abi.VIRTIO_ID_NET
+    features = 1 << abi.VIRTIO_NET_F_CSUM | 1 << abi.VIRTIO_RING_F_EVENT_IDX
+    queue_sizes: tuple[int, ...] = (1024,) * (2 * PAIRS)
+
+    def __init__(self) -> None:
+        self.served: set[int] = set()
+        self.kicked: list[int] = []
+        self.is_refusing = False
+        self.is_closed = False
+
+    def attach(self, frontend: Frontend) -> None:
+        """Ignore it."""
+
+    def config(self) -> bytes:
+        """Have none."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Ignore it."""
+
+    def start(self, _features: int, rings: Mapping[int, Ring]) -> None:
+        """Note it, or refuse."""
+        if self.is_refusing:
+            raise VirtqueueError("no")
+        self.served = set(rings)
+
+    def start_queue(self, index: int, _ring: Ring) -> None:
+        """Note it."""
+        self.served.add(index)
+
+    def stop_queue(self, index: int) -> None:
+        """Note it."""
+        self.served.discard(index)
+
+    def stop(self) -> None:
+        """Note it."""
+        self.served.clear()
+
+    def settle(self) -> None:
+        """Ignore it."""
+
+    def kick(self, index: int) -> None:
+        """Note it."""
+        self.kicked.append(index)
+
+    def kick_fd(self, index: int) -> int:
+        """Return a number that shows which queue it is of."""
+        return -100 - index
+
+    def close(self) -> None:
+        """Note it."""
+        self.stop()
+        self.is_closed = True
+
+
+class Port:
+    """A port that remembers how many pairs are in use."""
+
+    pairs = 0
+
+    def set_guest_offloads(self, features: int) -> None:
+        """Ignore it."""
+
+    def set_pairs(self, count: int) -> None:
+        """Remember it."""
+        self.pairs = count
+
+    def set_filter(self, wanted: Filter) -> None:
+        """Ignore it."""
+
+
+class Calls:
+    """A Frontend that writes an eventfd."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self.changes = 0
+
+    def interrupt(self, _index: int) -> None:
+        """Write what the test waits for."""
+        os.eventfd_write(self.fd, 1)
+
+    def interrupt_fd(self, _index: int) -> int | None:
+        """Have it done by hand."""
+        return None
+
+    def config_changed(self) -> None:
+        """Count it."""
+        self.changes += 1
+
+    def fail(self, reason: str) -> None:
+        """It never should."""
+        raise AssertionError(reason)
+
+
+class Rig:
+    """A device with the queue of its commands."""
+
+    def __init__(self) -> None:
+        self.data, self.port, self.calls = DataQueues(), Port(), Calls()
+        self.memory = PlainMemory()
+        control = NetControl(MAC, self.port, name="nic0", pairs=PAIRS)
+        self.device = SplitNet(self.data, control, self.memory, "nic0")
+        self.device.attach(self.calls)
+        self.queue = DriverQueue(self.memory)
+
+    def close(self) -> None:
+        """Close the device."""
+        self.device.close()
+        os.close(self.calls.fd)
+
+    def command(self, index: int, *data: int) -> int:
+        """Give a command on queue `index`; returns the answer."""
+        self.memory.bytes[COMMAND : COMMAND + len(data)] = bytes(data)
+        self.queue.add((COMMAND, len(data), False), (ANSWER, 1, True))
+        self.device.kick(index)
+        assert select.select([self.calls.fd], [], [], WAIT_S)[0], "no answer"
+        os.eventfd_read(self.calls.fd)
+        return self.memory.bytes[ANSWER]
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """Return a device that is closed afterwards."""
+    made = Rig()
+    yield made
+    made.close()
+    assert made.data.is_closed
+
+
+def test_what_it_is(rig: Rig) -> None:
+    """It offers what either part offers, and no queue feature that one of them lacks."""
+    offered = {number for number in range(64) if rig.device.features >> number & 1}
+    assert {abi.VIRTIO_NET_F_CSUM, abi.VIRTIO_NET_F_MQ, abi.VIRTIO_NET_F_CTRL_VQ} <= offered
+    assert abi.VIRTIO_RING_F_EVENT_IDX in offered
+    assert abi.VIRTIO_RING_F_INDIRECT_DESC not in offered
+    assert rig.device.queue_sizes == (1024,) * 4 + (64,)
+    assert rig.device.config()[:6] == MAC
+
+
+@pytest.mark.parametrize(("features", "index"), [(COMMANDS | MQ, 4), (COMMANDS, 2)])
+def test_commands_are_obeyed_here(rig: Rig, features: int, index: int) -> None:
+    """The queue of commands is behind all pairs, or behind the first; the others are the data's."""
+    rings = dict.fromkeys((0, 1, index), rig.queue.ring)
+    rig.device.start(features, rings)
+    assert rig.data.served == {0, 1}
+    pairs = (abi.VIRTIO_NET_CTRL_MQ, abi.VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, PAIRS, 0)
+    assert rig.command(index, *pairs) == abi.VIRTIO_NET_OK
+    assert rig.port.pairs == PAIRS
+    rig.device.kick(1)
+    assert (rig.data.kicked, rig.device.kick_fd(1)) == ([1], -101)
+    assert rig.device.kick_fd(index) >= 0
+    rig.device.stop_queue(1)
+    rig.device.start_queue(0, rig.queue.ring)
+    rig.device.stop_queue(index)
+    assert rig.data.served == {0}
+
+
+def test_a_start_that_fails(rig: Rig) -> None:
+    """Neither part serves anything then."""
+    rig.data.is_refusing = True
+    with pytest.raises(VirtqueueError):
+        rig.device.start(COMMANDS | MQ, {4: rig.queue.ring})
+    rig.data.is_refusing = False
+    rig.device.start(COMMANDS | MQ, {4: rig.queue.ring})
+    assert rig.command(4, 9, 9) == abi.VIRTIO_NET_ERR
+
+
+def test_the_link(rig: Rig) -> None:
+    """A cable that is pulled out shows in the configuration space, and the driver is told."""
+    rig.device.set_link(False)
+    assert (rig.device.config()[6], rig.calls.changes) == (0, 1)
+
+
+def test_what_is_no_vhost_net() -> None:
+    """Another descriptor is refused with one line."""
+    with Path("/dev/null").open("rb") as file, pytest.raises(SpecError, match="not of /dev/vhost"):
+        VhostNet(file.fileno())
