@@ -3,13 +3,11 @@
 While a front-end is connected, others wait in the socket's backlog.
 """
 
-import errno
 import os
 import socket
-import stat
 from collections.abc import Callable
-from pathlib import Path
 
+from vmm_kvm import listening
 from vmm_kvm.errors import SpecError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -20,7 +18,7 @@ from vmm_kvm.virtio.vhost_user.session import Session
 log = Log(__name__)
 
 _BACKLOG = 4
-_OWNER_ONLY = 0o177
+_OWNER_ONLY = 0o600
 
 
 class Server:
@@ -96,23 +94,9 @@ def listen(path: str) -> socket.socket:
         SpecError: somebody listens there, or something else is there.
         OSError: it cannot be made.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(_OWNER_ONLY)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as err:
-            if err.errno != errno.EADDRINUSE:
-                raise
-            _remove_stale(path)
-            sock.bind(path)
-        sock.listen(_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.umask(before)
-    return sock
+    return listening.listen(
+        path, socket.SOCK_STREAM, mode=_OWNER_ONLY, backlog=_BACKLOG, server="process"
+    )
 
 
 def inherited(fd: int) -> socket.socket:
@@ -130,15 +114,3 @@ def inherited(fd: int) -> socket.socket:
         raise SpecError(f"descriptor {fd}: not a UNIX stream socket")
     os.set_inheritable(fd, False)
     return sock
-
-
-def _remove_stale(path: str) -> None:
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise SpecError(f"{path}: is there, and no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            Path(path).unlink()
-            return
-    raise SpecError(f"{path}: another process serves it")
