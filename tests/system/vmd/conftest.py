@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,13 +26,32 @@ def missing_separation() -> str | None:
     return None
 
 
-@pytest.fixture(params=["user", "root"])
-def start_vmd(request: pytest.FixtureRequest, tmp_path: Path) -> Start:
-    """Return how to start a vmd with a configuration, the way that the test is run for."""
-    is_user = request.param == "user"
-    reason = None if is_user else missing_separation()
+def missing_networks() -> str | None:
+    """Return why a daemon cannot have networks here."""
+    if shutil.which("nft") is None:
+        return "nft is not installed"
+    if not Path("/dev/net/tun").exists():
+        return "there is no /dev/net/tun"
+    return missing_separation()
+
+
+def _skip(reason: str | None) -> None:
+    """Skip the test if there is a reason, or fail it if root is required."""
     if reason:
         if "root" in os.environ.get("VMD_REQUIRE", "").split(","):
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.fixture
+def networks() -> None:
+    """Skip a test where there can be no networks."""
+    _skip(missing_networks())
+
+
+@pytest.fixture(params=["user", "root"])
+def start_vmd(request: pytest.FixtureRequest, tmp_path: Path) -> Start:
+    """Return how to start a vmd with a configuration, the way that the test is run for."""
+    is_user = request.param == "user"
+    _skip(None if is_user else missing_separation())
     return lambda config: Daemon(tmp_path, config, is_user=is_user)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 
 from tests.campaigns.kill_networks import run
-from tests.system.vmd.conftest import missing_separation
 
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.root,
-    pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed"),
-    pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="there is no /dev/net/tun"),
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    pytest.mark.usefixtures("networks"),
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,16 +19,10 @@ from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6ND_RS, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
-from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import READY, SELFTEST, Answer, Client, Daemon, vm_block
 from tests.system.vmd.netns import Namespace, TapGuest, udp_server
 
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.root,
-    pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed"),
-    pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="there is no /dev/net/tun"),
-]
+pytestmark = [pytest.mark.kvm, pytest.mark.root]
 
 GUEST = "fe:e1:bb:d1:00:01"
 HOST = "fe:e1:bb:d1:00:02"
@@ -55,11 +48,8 @@ def local_vm(*options: str, name: str = "web", enabled: bool = True) -> str:
 
 
 @pytest.fixture
-def space() -> Iterator[Namespace]:
+def space(networks: None) -> Iterator[Namespace]:  # noqa: ARG001 - skips
     """Make a namespace to run a daemon in."""
-    reason = missing_separation()
-    if reason:
-        pytest.skip(reason)
     with Namespace() as found:
         yield found
 
