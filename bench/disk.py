@@ -1,0 +1,297 @@
+"""Disks: requests per second and the host's CPU time for each, ours against QEMU's virtio-blk.
+
+One guest for each way to serve a disk: in the VM's process, by a device process, by
+qemu-storage-daemon, as memory (pmem), and QEMU with aio=threads and aio=io_uring, without an
+iothread. All have a raw image of the same size and contents, in memory. The guests run side by
+side, idle but for the one that is measured, and take turns: a round measures each load on each
+disk. The figures are medians of the rounds.
+
+It runs in the rig on its plain clock, with one processor, so that what a request costs the guest,
+KVM and the device decides how many there are in a second. `--here` measures on this machine's KVM.
+
+The CPU time of a request is what all processes of a VM used besides running their guest. The kernel
+tells the latter by samples, so that small figures are uncertain.
+
+On a machine that does other work too medians mean little: look at the spread, and at the ratio of
+the best rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.boot import qemu_stages  # noqa: E402 - found by the line above
+from tests import artifacts  # noqa: E402
+from tests.rig.initramfs import newc_entry  # noqa: E402
+from tests.rig.machine import Rig, Stage, project_stages  # noqa: E402
+from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
+
+_MIB = 1 << 20
+SIZE = 128 * _MIB
+_MEMORY = "192M"
+_COMMAND_LINE = "console=ttyS0 quiet panic=-1 test=shell"
+_DAEMON = "qemu-storage-daemon"
+_TIMEOUT_S = 120.0
+BASELINES = ("QEMU threads", "QEMU io_uring")
+
+
+class Load(NamedTuple):
+    """A kind of load, as bench/disk.c takes it."""
+
+    verb: str
+    size: int
+    depth: int
+    order: str
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        size = f"{self.size >> 20} MiB" if self.size >= _MIB else f"{self.size >> 10} KiB"
+        return f"{size} {self.order} {self.verb}, depth {self.depth}"
+
+
+LOADS = (
+    *(
+        Load(verb, size, 4, "sequential")
+        for size in (_MIB, _MIB // 8)
+        for verb in ("read", "write")
+    ),
+    *(Load(verb, 4096, depth, "random") for depth in (1, 32) for verb in ("read", "write")),
+)
+
+
+class Figure(NamedTuple):
+    """What one measurement gave."""
+
+    per_second: float
+    cpu_us: float
+    """Of the host, for each request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A guest that runs, with one disk that is measured."""
+
+    console: ConsoleProcess
+    device: str
+    pids: tuple[int, ...]
+
+    def measure(self) -> Iterator[Figure]:
+        """Put each of `LOADS` on the disk, and yield what it gave."""
+        self.console.send(f"/loads {self.device}\n")
+        self.console.expect("loads: begin", _TIMEOUT_S)
+        before = _cpu_seconds(self.pids)
+        for _ in LOADS:
+            found = self.console.expect(r"load: (\d+) (\d+)\s", _TIMEOUT_S)
+            used = _cpu_seconds(self.pids) - before
+            before += used
+            count, nanoseconds = map(int, found.groups())
+            yield Figure(count * 1e9 / nanoseconds, used * 1e6 / count)
+        self.console.expect("# ", _TIMEOUT_S)
+
+
+def _cpu_seconds(pids: Sequence[int]) -> float:
+    """Return the CPU time that processes and their children used, without that of guests.
+
+    Source: proc_pid_stat(5): fields 14, 15 and 43.
+    """
+    ticks = 0
+    for pid in _with_children(pids):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12]) - int(fields[40])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _with_children(pids: Sequence[int]) -> list[int]:
+    found = list(pids)
+    for pid in found:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def disks(stack: ExitStack, folder: Path, only: str) -> dict[str, Disk]:
+    """Boot a guest for each way whose name contains `only`; `stack` ends them."""
+    found: dict[str, Disk] = {}
+    image = folder / "image.raw"
+    block = b"".join(number.to_bytes(8, "little") * 64 for number in range(2048))
+    image.write_bytes(block * (SIZE // len(block)))
+    for name in ("in-process", "device process", _DAEMON, "pmem", *BASELINES):
+        if only not in name:
+            continue
+        path = folder / f"{len(found)}.raw"
+        shutil.copy(image, path)
+        pids: tuple[int, ...] = ()
+        if name == _DAEMON:
+            socket = folder / "daemon.sock"
+            daemon = stack.enter_context(subprocess.Popen(_daemon(path, socket)))
+            stack.callback(daemon.terminate)
+            pids = (daemon.pid,)
+            while not socket.exists():
+                time.sleep(0.1)
+            arguments = _ours(folder, f"vhost-user:{socket}")
+        elif name in BASELINES:
+            arguments = _qemu(folder, path, name.removeprefix("QEMU "))
+        elif name == "pmem":
+            arguments = _ours(folder, f"pmem:{path}")
+        else:
+            suffix = ",process" if name == "device process" else ""
+            arguments = _ours(folder, f"raw:{path}{suffix}")
+        console = stack.enter_context(ConsoleProcess(arguments))
+        console.expect("# ")
+        device = "/dev/pmem0" if name == "pmem" else "/dev/vda"
+        found[name] = Disk(console, device, (*pids, console.pid))
+        print(f"{name}: booted", flush=True)
+    return found
+
+
+def _ours(folder: Path, disk: str) -> list[str]:
+    kernel = artifacts.kernel("6.1-cloud")
+    return vmctl_run(
+        *("-m", _MEMORY, "-b", kernel.vmlinuz, "--initrd", folder / "initrd"),
+        *("--append", _COMMAND_LINE, "-d", disk),
+    )
+
+
+def _qemu(folder: Path, image: Path, aio: str) -> list[str]:
+    kernel = artifacts.kernel("6.1-cloud")
+    return [
+        *("qemu-system-x86_64", "-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", _MEMORY),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
+        *("-kernel", str(kernel.vmlinuz), "-initrd", str(folder / "initrd")),
+        *("-append", _COMMAND_LINE),
+        *("-drive", f"if=none,id=disk,format=raw,aio={aio},file={image}"),
+        *("-device", "virtio-blk-pci,drive=disk"),
+    ]
+
+
+def _daemon(image: Path, socket: Path) -> list[str]:
+    return [
+        *(_DAEMON, "--blockdev", f"file,node-name=disk,filename={image}", "--export"),
+        f"vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={socket}",
+    ]
+
+
+def initrd(load: Path, milliseconds: int) -> bytes:
+    """Return an initramfs of a guest with disks, with the program and a script of `LOADS`."""
+    image = artifacts.disk_initramfs(artifacts.kernel("6.1-cloud")).read_bytes()
+    lines = [
+        f'/load "$1" {one.verb} {one.size} {one.depth} {one.order} {milliseconds}' for one in LOADS
+    ]
+    script = "\n".join(["#!/bin/sh", "echo loads: begin", *lines])
+    entries = [
+        newc_entry(1, "load", 0o100755, load.read_bytes()),
+        newc_entry(2, "loads", 0o100755, f"{script}\n".encode()),
+        newc_entry(0, "TRAILER!!!", 0, b""),
+    ]
+    # Archives follow one another at multiples of four bytes.
+    return image + bytes(-len(image) % 4) + b"".join(entries)
+
+
+def measure(folder: Path, rounds: int, milliseconds: int, only: str) -> None:
+    """Measure everything and write `figures.json` into `folder`."""
+    scratch = Path(tempfile.mkdtemp(prefix="bench-", dir="/dev/shm"))
+    figures: dict[str, dict[str, list[Figure]]] = {}
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch)
+        (scratch / "initrd").write_bytes(initrd(folder / "load", milliseconds))
+        running = disks(stack, scratch, only)
+        for number in range(rounds + 1):
+            for name, disk in running.items():
+                for load, figure in zip(LOADS, disk.measure(), strict=True):
+                    if number:  # the first is not counted
+                        figures.setdefault(load.name, {}).setdefault(name, []).append(figure)
+            print(f"round {number} of {rounds}", flush=True)
+            (Path(os.environ["RIG_OUT"]) / "figures.json").write_text(json.dumps(figures))
+
+
+def table(figures: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
+    """Return the figures as text: medians, and the best rounds, each beside QEMU's better one."""
+    lines = []
+    for load, found in figures.items():
+        lines.append(load)
+        rates = {name: [one[0] for one in rounds] for name, rounds in found.items()}
+        baselines = [rates[name] for name in BASELINES if name in rates]
+        for name, rounds in rates.items():
+            median = statistics.median(rounds)
+            line = f"  {name:20}{median:10.0f}/s"
+            medians = [statistics.median(one) for one in baselines]
+            for own, theirs in ((median, medians), (max(rounds), [max(one) for one in baselines])):
+                line += f"{own / max(theirs):9.2f}" if theirs else f"{'-':>9}"
+            spread = (max(rounds) - min(rounds)) / median
+            cpu = statistics.median(one[1] for one in found[name])
+            lines.append(f"{line}{spread:9.0%}{cpu:9.0f} us")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print the table, and write the JSON file."""
+    parser = argparse.ArgumentParser(
+        prog="bench/disk", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--milliseconds", type=int, default=800, help="of each measurement")
+    parser.add_argument("--only", default="", metavar="TEXT", help="disks with this in the name")
+    parser.add_argument("--json", type=Path, default=ROOT / "out" / "disk.json")
+    parser.add_argument("--here", action="store_true", help="on this machine")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        measure(given.measure, given.rounds, given.milliseconds, given.only)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        folder = Path(scratch)
+        source = ROOT / "bench" / "disk.c"
+        subprocess.run(["gcc", "-O2", "-static", "-o", folder / "load", source], check=True)
+        command = (
+            *(sys.executable, __file__, "--measure", scratch, "--rounds", str(given.rounds)),
+            *("--milliseconds", str(given.milliseconds), "--only", given.only),
+        )
+        if given.here:
+            environment = {**os.environ, "RIG_OUT": scratch}
+            status = subprocess.run(command, check=False, env=environment).returncode
+        else:
+            status = _rig(command, folder).run()
+        if status != 0:
+            print(f"bench/disk: measuring failed with status {status}", file=sys.stderr)
+            return 1
+        figures = json.loads((folder / "figures.json").read_text())
+    header = f"{'':22}{'requests':>10}  {'ratio':>9}{'of best':>9}{'spread':>9}{'CPU each':>12}"
+    print(f"\n{header}\n{table(figures)}")
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"written: {given.json}")
+    return 0
+
+
+def _rig(command: tuple[str, ...], out: Path) -> Rig:
+    kernel = artifacts.kernel("6.1-cloud").vmlinuz
+    return Rig(
+        command=command,
+        cpus=1,
+        memory=8 << 30,
+        timeout_s=3600,
+        stages=(*project_stages(ROOT), *qemu_stages(), Stage(kernel)),
+        out=out,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
