@@ -119,7 +119,7 @@ def _passt(forwards: tuple[Forward, ...], stack: ExitStack) -> int:
     ):
         os.fchmod(pid.fileno(), _ANYONE_WRITES)  # as root, it becomes another user before
         arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
-        arguments += ["--pid", f"/dev/fd/{pid.fileno()}"]
+        arguments += ["--pid", f"/proc/self/fd/{pid.fileno()}"]
         for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
             ports = [f"{one.host}:{one.guest}" for one in forwards if one.protocol == protocol]
             if ports:
