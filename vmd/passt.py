@@ -10,7 +10,6 @@ Source: passt(1)
 """
 
 import os
-import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -88,9 +87,11 @@ class PasstNetworks:
         self.pids.discard(pid)
 
     def _stream(self, name: str, forwards: Sequence[ForwardConfig], *, is_local: bool) -> int:
+        from shutil import which  # noqa: PLC0415 - every child would inherit all that it imports
+
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            program = shutil.which("passt") if is_local else None
+            program = which("passt") if is_local else None
             if program is not None:
                 for end in (ours, theirs):
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
