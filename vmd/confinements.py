@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from vmd.sandbox import Confinement
 from vmd.seccomp import Allow, Argument, Filter, Refuse
+from vmm_kvm.net.abi import TUNSETIFF
 
 CAP_NET_ADMIN = 12
 
@@ -33,7 +34,6 @@ _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _PROT_EXEC = 4
 _PR_SET_NAME = 15
 _SO_SNDBUF = 7
-_TUNSETIFF = 0x400454CA
 _AF_INET, _AF_INET6 = 2, 10
 _SETTINGS = "/proc/sys/net"
 
@@ -175,7 +175,7 @@ _CONTROL = (
 _PRIV = (
     *_all("rtnetlink and nftables", "socket", "bind", "sendto", "recvfrom", "setsockopt"),
     *_all("waiting for nftables", "select", "pselect6"),
-    *_with("ioctl", 1, {_TUNSETIFF: "taps"}),
+    *_with("ioctl", 1, {TUNSETIFF: "taps"}),
     *_all("settings of the network, where Landlock allows no other files", "openat"),
 )
 _LOCAL = (

@@ -8,19 +8,13 @@ Source: rtnetlink(7); Linux include/uapi/linux/if_link.h
 
 import fcntl
 import os
-import struct
 from typing import NamedTuple, Protocol
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-_TUNSETIFF = 0x400454CA
-_IFREQ = struct.Struct("=16sH22x")
-_IFF_UP = 0x0001
-_IFF_TAP = 0x0002
-_IFF_NO_PI = 0x1000
-_IFF_VNET_HDR = 0x4000
-_IFF_MULTI_QUEUE = 0x0100
+from vmm_kvm.net import abi
+
 _ANY_TAP = "tap%d"
 _ALIAS_MAX = 255
 _FOREVER = 0xFFFF_FFFF
@@ -61,14 +55,15 @@ def attach_tap(fd: int, name: str, *, is_multi_queue: bool) -> str:
 
     Source: Linux Documentation/networking/tuntap.rst
     """
-    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+    flags = abi.IFF_TAP | abi.IFF_NO_PI | abi.IFF_VNET_HDR
     if is_multi_queue:
-        flags |= _IFF_MULTI_QUEUE
+        flags |= abi.IFF_MULTI_QUEUE
     try:
-        answer = fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack((name or _ANY_TAP).encode(), flags))
+        request = abi.ifreq.pack((name or _ANY_TAP).encode(), flags)
+        answer = fcntl.ioctl(fd, abi.TUNSETIFF, request)
     except OSError as err:
         raise LinkError(name or "tap", err.errno or 0) from err
-    found: bytes = _IFREQ.unpack(answer)[0]
+    found: bytes = abi.ifreq.unpack(answer)[0]
     return found.rstrip(b"\0").decode()
 
 
@@ -196,5 +191,5 @@ def _link(message: _Message) -> Link:
         kind=message.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or "",
         alias=str(message.get_attr("IFLA_IFALIAS") or ""),
         master=int(message.get_attr("IFLA_MASTER") or 0),
-        is_up=bool(message["flags"] & _IFF_UP),
+        is_up=bool(message["flags"] & abi.IFF_UP),
     )
