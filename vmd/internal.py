@@ -353,8 +353,8 @@ class AskStatistics(Internal, frozen=True, kw_only=True):
 class Begin(Internal, frozen=True, kw_only=True):
     """Be the process of this VM: the first command, and the only one that vmm itself gives.
 
-    Descriptors come along: some of those that `spec` names, then a socket and a pipe per disk,
-    then the same per interface that has a process.
+    Descriptors come along: some of those that `spec` names, then a socket, a pipe and
+    counters per disk, then the same per interface that has a process.
     """
 
     spec: VmSpec

@@ -7,12 +7,14 @@ from vmd.internal import VmSpec
 
 
 class DeviceConnection(NamedTuple):
-    """The VM's side of a device process: both descriptors belong to whoever holds this."""
+    """The VM's side of a device process: the descriptors belong to whoever holds this."""
 
     socket: int
     """To the device process, by vhost-user."""
     status: int
     """Reads a byte 0 when the device process is ready, or else why it cannot be."""
+    counters: int
+    """Memory where it counts what it moves; see `counters`."""
 
 
 class Connections(NamedTuple):
@@ -26,13 +28,14 @@ class Connections(NamedTuple):
     @classmethod
     def from_fds(cls, spec: VmSpec, fds: Sequence[int]) -> Self:
         """Return what `flattened` made the descriptors of; as many as there are processes."""
-        pairs = iter([DeviceConnection(*pair) for pair in zip(fds[::2], fds[1::2], strict=True)])
+        triples = zip(fds[::3], fds[1::3], fds[2::3], strict=True)
+        each = iter([DeviceConnection(*triple) for triple in triples])
         return cls(
-            tuple(next(pairs) if disk.has_process else None for disk in spec.disks),
-            tuple(next(pairs) if nic.has_process else None for nic in spec.interfaces),
+            tuple(next(each) if disk.has_process else None for disk in spec.disks),
+            tuple(next(each) if nic.has_process else None for nic in spec.interfaces),
         )
 
 
 def flattened(connections: Iterable[DeviceConnection]) -> list[int]:
     """Return the descriptors of connections, disks before interfaces."""
-    return [fd for pair in connections for fd in pair]
+    return [fd for one in connections for fd in one]

@@ -28,16 +28,18 @@ STATUS_MAX = 4096
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run(nic: NicSpec, vm: str, taps: Fds, connection: tuple[int, int]) -> int:
+def run(nic: NicSpec, vm: str, taps: Fds, connection: tuple[int, int, int]) -> int:
     """Serve until the connection ends; returns the exit status.
 
-    `taps` are the tap's queues, `connection` are a socket and a pipe; all are taken over.
+    `taps` are the tap's queues, `connection` are a socket, a pipe and counters; all are
+    taken over.
     """
     for number in _IGNORED:  # it ends with the VM
         signal.signal(number, signal.SIG_IGN)
     set_title(f"nic/{vm}")
     confine(CONFINEMENTS[Kind.NIC], None)
-    sock, status_fd = connection
+    sock, status_fd, counters = connection
+    os.close(counters)  # nothing here counts yet
     try:
         backend = VirtioNet(
             Tap(taps.take_all(), nic.name),

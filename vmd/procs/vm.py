@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import assert_never
 
@@ -20,6 +21,7 @@ from vmd.channel import Channel, ChannelError, Fds, Received
 from vmd.config.disks import DiskKind
 from vmd.confinements import CONFINEMENTS, Kind
 from vmd.console import Console
+from vmd.counters import Counters
 from vmd.internal import (
     AskStatistics,
     AttachConsole,
@@ -112,7 +114,8 @@ def run(channel: Channel[VmReport, VmmToVm], kvm_fd: int, rehearses: bool) -> in
         stack.callback(console.close)
         try:
             machine = _machine_spec(spec, fds, connections, channel, stack)
-            process = VmProcess(loop, channel, console, kvm, machine)
+            disks = [Counters(each.counters) for each in connections.disks if each]
+            process = VmProcess(loop, channel, console, kvm, machine, disks=disks)
         except (VmmError, OSError) as err:
             log.warning("%s", err)
             _tell(
@@ -307,6 +310,8 @@ class VmProcess:
         console: Console,
         kvm: Kvm,
         spec: MachineSpec,
+        *,
+        disks: Sequence[Counters],
     ) -> None:
         """Build the machine; everything else stays the caller's.
 
@@ -315,6 +320,7 @@ class VmProcess:
         """
         self._loop = loop
         self._channel = channel
+        self._disks = disks
         self._outcome: Outcome | None = None
         self._is_paused = False
         self._machine = Machine(
@@ -381,7 +387,11 @@ class VmProcess:
     def _statistics(self, serial: int) -> VmStatistics:
         return VmStatistics(
             serial=serial,
-            statistics=Statistics(cpu_ns=time.process_time_ns()),
+            statistics=Statistics(
+                cpu_ns=time.process_time_ns(),
+                disk_read=sum(disk.read for disk in self._disks),
+                disk_written=sum(disk.written for disk in self._disks),
+            ),
             memory_used=self._machine.memory.resident_size(),
         )
 

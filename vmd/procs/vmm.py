@@ -22,6 +22,7 @@ from typing import NamedTuple, assert_never
 
 from vmd import log as logging
 from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received, channel_pair
+from vmd.counters import make_counters
 from vmd.internal import (
     VM_AND_VMM,
     VMM_AND_VM,
@@ -282,7 +283,12 @@ class Vmm:
         read_fd, write_fd = os.pipe()
         stack.callback(os.close, read_fd)
         stack.callback(os.close, write_fd)
-        return DeviceConnection(ours, read_fd), DeviceConnection(theirs, write_fd)
+        counters = make_counters()
+        stack.callback(os.close, counters)
+        return (
+            DeviceConnection(ours, read_fd, counters),
+            DeviceConnection(theirs, write_fd, counters),
+        )
 
     def _fork(self, title: str, body: Callable[[], int], kept: tuple[int, ...]) -> int:
         """Fork a process that has no descriptors but `kept`, the log's, and the standard ones."""

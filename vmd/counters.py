@@ -1,0 +1,77 @@
+"""How much a device has moved, in memory that its process writes and the VM's reads.
+
+Two numbers of eight bytes in the host's order, in and out; each has one writer. What the other
+process makes of them is a number, whatever it is.
+"""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+
+from vmm_kvm.block.image import Image
+
+_SIZE = mmap.PAGESIZE
+_READ, _WRITTEN = 0, 1
+
+
+def make_counters() -> int:
+    """Return the descriptor of counters that stand at 0; the caller owns it.
+
+    Raises:
+        OSError: the host has no memory or descriptors left.
+    """
+    fd = os.memfd_create("counters", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, _SIZE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Counters:
+    """The counters of one device, mapped until they are collected."""
+
+    def __init__(self, fd: int) -> None:
+        """Map the counters at `fd`, which is closed."""
+        try:
+            self.values = memoryview(mmap.mmap(fd, _SIZE)).cast("Q")
+        finally:
+            os.close(fd)
+
+    @property
+    def read(self) -> int:
+        """Bytes that the guest has read."""
+        return self.values[_READ]
+
+    @property
+    def written(self) -> int:
+        """Bytes that the guest has written."""
+        return self.values[_WRITTEN]
+
+
+class CountedImage:
+    """A disk image whose transfers are counted; owns the image, and is used as that is."""
+
+    def __init__(self, image: Image, counters: Counters) -> None:
+        """Count what is read from and written to `image`."""
+        self._image = image
+        self._values = counters.values
+        self.size = image.size
+        self.is_read_only = image.is_read_only
+        self.flush = image.flush
+        self.discard = image.discard
+        self.write_zeroes = image.write_zeroes
+        self.close = image.close
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill all of `buffers` from byte `offset`."""
+        self._image.readv(offset, buffers)
+        self._values[_READ] += sum(map(len, buffers))
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Write all of `buffers`."""
+        self._image.writev(offset, buffers)
+        self._values[_WRITTEN] += sum(map(len, buffers))
