@@ -39,6 +39,8 @@ class Link(NamedTuple):
     kind: str
     """`bridge`, `vrf`, `tun`; empty for hardware."""
     alias: str
+    lladdr: str
+    """Its Ethernet address, such as `fe:e1:ba:12:34:56`."""
     master: int
     """The index of the bridge or VRF that it belongs to; 0 for none."""
     is_up: bool
@@ -93,14 +95,15 @@ class Rtnetlink:
             return None
         return _link(found[0]) if found else None
 
-    def make_bridge(self, name: str) -> Link:
+    def make_bridge(self, name: str, lladdr: str) -> Link:
         """Make a bridge that forwards at once, and knows no spanning tree."""
-        self._ask(name, "add", ifname=name, kind="bridge", br_stp_state=0, br_forward_delay=0)
+        options = {"kind": "bridge", "br_stp_state": 0, "br_forward_delay": 0}
+        self._ask(name, "add", ifname=name, address=lladdr, **options)
         return self._made(name)
 
-    def make_vrf(self, name: str, table: int) -> Link:
+    def make_vrf(self, name: str, lladdr: str, table: int) -> Link:
         """Make a VRF with a routing table of its own."""
-        self._ask(name, "add", ifname=name, kind="vrf", vrf_table=table)
+        self._ask(name, "add", ifname=name, address=lladdr, kind="vrf", vrf_table=table)
         return self._made(name)
 
     def _made(self, name: str) -> Link:
@@ -190,6 +193,7 @@ def _link(message: _Message) -> Link:
         name=str(message.get_attr("IFLA_IFNAME")),
         kind=message.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or "",
         alias=str(message.get_attr("IFLA_IFALIAS") or ""),
+        lladdr=str(message.get_attr("IFLA_ADDRESS") or ""),
         master=int(message.get_attr("IFLA_MASTER") or 0),
         is_up=bool(message["flags"] & abi.IFF_UP),
     )

@@ -48,7 +48,7 @@ SETTINGS = "/proc/sys/net"
 """Where the kernel keeps what rtnetlink cannot change."""
 VRF_TABLE = 0x7644_0000
 """Routing table of rdomain 0; the others follow. Nobody else's count so high."""
-_LLADDR_OF_SWITCH = "fe:e1:ba:"
+_LLADDR = "fe:e1:ba:"
 _ENODEV = 19
 
 
@@ -143,6 +143,16 @@ class Priv:
         assert self._wanted is not None
         return f"{self._wanted.mark}: {what}"
 
+    def _own_lladdr(self, name: str) -> str:
+        """Return the address that an interface of ours has from its first moment."""
+        return _LLADDR + crc32(self._mark(name).encode()).to_bytes(4, "big")[:3].hex(":")
+
+    def _is_ours(self, link: Link) -> bool:
+        """Tell whether an interface bears our mark, or would if we had not been killed before."""
+        if link.alias:
+            return link.alias.startswith(self._mark(""))
+        return link.kind in {"bridge", "vrf"} and link.lladdr == self._own_lladdr(link.name)
+
     def _switch(self, switch: SwitchSpec) -> None:
         netlink = self._netlink
         link = netlink.find(switch.interface)
@@ -150,14 +160,13 @@ class Priv:
             if not switch.is_ours:
                 _missing(f'switch "{switch.name}"', switch.interface)
                 return
-            link = netlink.make_bridge(switch.interface)
-            # Or else it changes with the interfaces that join and leave.
-            netlink.set_lladdr(link, _LLADDR_OF_SWITCH + _hashed(switch.interface))
-            netlink.set_alias(link, self._mark(f"switch {switch.name}"))
-            _set(link, "ipv6", "accept_ra", 0)  # guests do not tell the host its routers
+            link = netlink.make_bridge(switch.interface, self._own_lladdr(switch.interface))
         elif link.kind != "bridge":
             log.warning('switch "%s": "%s" is not a bridge', switch.name, switch.interface)
             return
+        if switch.is_ours and self._is_ours(link):
+            netlink.set_alias(link, self._mark(f"switch {switch.name}"))
+            _set(link, "ipv6", "accept_ra", 0)  # guests do not tell the host its routers
         if switch.rdomain is not None:
             vrf = self._vrf(switch.rdomain)
             if link.master != vrf.ifindex:
@@ -172,7 +181,8 @@ class Priv:
         name = f"rdomain{rdomain}"
         link = self._netlink.find(name)
         if link is None:
-            link = self._netlink.make_vrf(name, VRF_TABLE + rdomain)
+            link = self._netlink.make_vrf(name, self._own_lladdr(name), VRF_TABLE + rdomain)
+        if self._is_ours(link):
             self._netlink.set_alias(link, self._mark(name))
             self._netlink.set_up(link, is_up=True)
         return link
@@ -188,7 +198,7 @@ class Priv:
         wanted.update(f"rdomain{number}" for number in rdomains if number is not None)
         try:
             for link in self._netlink.links():
-                if link.alias.startswith(self._mark("")) and link.name not in wanted:
+                if self._is_ours(link) and link.name not in wanted:
                     self._netlink.delete(link)
         except LinkError as err:
             log.warning("cannot remove an interface: %s", err)
@@ -303,10 +313,6 @@ class Priv:
             operation(link, value)
         except LinkError as err:
             log.warning("%s", err)
-
-
-def _hashed(name: str) -> str:
-    return crc32(name.encode()).to_bytes(4, "big")[:3].hex(":")
 
 
 def _missing(what: str, bridge: str) -> None:

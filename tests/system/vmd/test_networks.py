@@ -224,6 +224,21 @@ def test_nothing_is_left_of_a_daemon_that_was_killed(
     _eventually(lambda: space.state() == before)
 
 
+def test_a_bridge_that_was_about_to_be_marked(space: Namespace, start: Start) -> None:
+    """A priv that is killed between making a bridge and describing it leaves none behind."""
+    vmd = start('switch "own" { create }\n')
+    space.wait_for_links({"lo", "own"})
+    _eventually(lambda: "alias vmd" in space.run("ip", "link", "show", "own"))
+    os.kill(priv := vmd.child("vmd: priv"), signal.SIGSTOP)
+    kill(vmd)
+    os.kill(priv, signal.SIGKILL)
+    space.run("ip", "link", "set", "own", "alias", "")
+    with start('switch "own" { create }\n') as again:
+        _eventually(lambda: "alias vmd" in space.run("ip", "link", "show", "own"))
+        assert again.stop() == 0
+    assert space.links() == {"lo"}
+
+
 def _eventually(is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not is_so():
@@ -525,7 +540,7 @@ def test_priv_can_be_killed(space: Namespace, start: Start) -> None:
 def test_an_end_without_priv(space: Namespace, start: Start) -> None:
     """A daemon that ends while a VM waits for a priv process that is gone does not wait for it."""
     with start(vm_block("web", "local interface")) as vmd, vmd.client() as client:
-        priv = vmd.child("vmd: priv")
+        priv = vmd.wait_for_child("vmd: priv")
         os.kill(priv, signal.SIGSTOP)
         client.send("start", name="web")
         client.send("status", serial=1)
