@@ -23,7 +23,7 @@ COMMAND_S = 120.0
 # QEMU's emulation of SVM aborts when a guest writes CR8 while KVM waits to give it an interrupt
 # (10.0, target/i386/tcg/system/misc_helper.c, helper_write_crN: cpu_interrupt without the lock that
 # it needs). UEFI firmware does so at the end of each tick of its timer, when the next is due
-# already. By the counted clock, ticks are far enough apart.
+# already. By the counted clock ticks are further apart.
 needs_cr8 = pytest.mark.skipif(
     os.environ.get("RIG") == "plain",
     reason="the rig's QEMU aborts on what UEFI firmware does to CR8, but by the counted clock",
