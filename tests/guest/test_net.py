@@ -93,19 +93,6 @@ with connection.makefile("rb") as received:
 """
 
 
-# Connect again until somebody is there; tell what he says.
-_CLIENT = """
-import socket, time
-for _ in range(100):
-    with socket.create_connection(("127.0.0.1", 8080)) as connection:
-        said = connection.makefile("rb").read()
-    if said:
-        break
-    time.sleep(0.3)
-print(said.decode())
-"""
-
-
 @contextmanager
 def peer(where: Namespace, *arguments: str, address: str = "0.0.0.0") -> Iterator[IO[bytes]]:
     """Run the other end of a connection on the host's side; what it prints is yielded.
@@ -222,24 +209,21 @@ ip addr add $ip/$mask dev $interface && ip route add default via $router
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_without_privileges() -> None:
-    """With passt there is an address by DHCP, a way out, and a way in by a port of the host."""
+    """With passt there is an address by DHCP, and a way out."""
     with namespace("-passt") as where:
         where.ip("link", "add", "out0", "type", "veth", "peer", "name", "out1")
         where.ip("link", "set", "out0", "up")
         where.ip("link", "set", "out1", "up")
         where.ip("addr", "add", "192.0.2.10/24", "dev", "out0")
         where.ip("route", "add", "default", "via", "192.0.2.1")
-        with booted(where, "passt,forward=tcp:8080:80") as shell:
+        with booted(where, "passt") as shell:
             shell.run("ip link set eth0 up")
             lines = "".join(f"echo '{line}';" for line in _LEASE.splitlines())
             shell.run(f"({lines}) >/lease && chmod +x /lease")
             assert "192.0.2.10" in shell.run("udhcpc -i eth0 -n -q -s /lease 2>&1")
             with peer(where, "/proc/version", address="127.0.0.1"):
                 # The guest has the host's own address; the router's leads to the host.
-                shown = shell.run(f"nc 192.0.2.1 {PORT} </dev/null; true")
+                # Whoever closes his side at once is not heard any more.
+                shown = shell.run(f"sleep 5 | timeout 60 nc 192.0.2.1 {PORT}; true")
                 assert shown == Path("/proc/version").read_text().strip()
-            shell.console.send("echo served | nc -l -p 80; echo done=$?\n")
-            got = where.run(sys.executable, "-c", _CLIENT)
-            assert got.strip() == "served"
-            shell.console.expect("done=0")
             shell.power_off()
