@@ -20,6 +20,7 @@ _MIB = 1 << 20
 # Reads, writes, discards and flushes that were done. Source: Linux Documentation/block/stat.rst.
 _STAT_FIELDS = (0, 4, 11, 15)
 FIRMWARE_S = 300.0
+_MARKS, _MARK_LINES = "/var/boots", 20_000  # what each boot adds to a file of the guest
 LOGIN_S = 300.0
 FIO_S = 600.0
 VMM_BLK = VMCTL.with_name("vmm-blk")
@@ -50,7 +51,7 @@ def boot_to_login(disk: str, *options: str | Path, firmware: str = "pc") -> None
         shell = Shell(console)
         assert shell.run("findmnt -n -o OPTIONS /").startswith("rw,")
         assert shell.run("systemctl --failed --plain --no-legend") == ""
-        shell.run("seq 1 20000 >> /root/boots && sync")
+        shell.run(f"seq 1 {_MARK_LINES} >> {_MARKS} && sync")
         console.send("systemctl poweroff\n")
         assert console.wait() == 0, console.errors
         assert console.errors == b""
@@ -58,8 +59,8 @@ def boot_to_login(disk: str, *options: str | Path, firmware: str = "pc") -> None
 
 def boots(raw: Path) -> int:
     """Return how many boots left their mark on a raw image of the system."""
-    shown = run("debugfs", "-R", "cat /root/boots", f"{raw}?offset={root_offset()}")
-    return shown.count("\n") // 20000
+    shown = run("debugfs", "-R", f"cat {_MARKS}", f"{raw}?offset={root_offset()}")
+    return shown.count("\n") // _MARK_LINES
 
 
 def check_file_system(raw: Path) -> None:
