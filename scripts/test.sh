@@ -43,7 +43,7 @@ in_rig() {
     local options=()
     while [ "$1" != -- ]; do options+=("$1"); shift; done
     shift
-    VMD_REQUIRE=kvm,guest tests/rig/rig run "${options[@]}" --cpus 1 --timeout 1500 --project -- \
+    VMD_REQUIRE=kvm,guest tests/rig/rig run "${options[@]}" --cpus 1 --timeout 2400 --project -- \
         .venv/bin/pytest -q --color=no --timeout 300 -p no:cacheprovider -m guest "$@"
 }
 

@@ -11,6 +11,7 @@ Concurrent callers are serialised by a lock file in the cache.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.rig import initramfs
+from tests.rig import initramfs, kvm_amd
 
 
 class ArtifactError(Exception):
@@ -185,9 +186,30 @@ def rig_initramfs(of: Kernel) -> Path:
     """Return the initramfs that starts the rig with this kernel, built at the first call.
 
     Raises:
-        ArtifactError: static busybox or zstd is not installed.
+        ArtifactError: static busybox or zstd is not installed, or its KVM is not as expected.
     """
-    return _initramfs(f"rig-{of.release}", of.modules(initramfs.RIG_MODULES), initramfs.RIG_INIT)
+    modules = [
+        _rig_kvm(of, module) if module.name.startswith("kvm-amd.ko") else module
+        for module in of.modules(initramfs.RIG_MODULES)
+    ]
+    return _initramfs(f"rig-{of.release}", modules, initramfs.RIG_INIT)
+
+
+def _rig_kvm(of: Kernel, module: Path) -> Path:
+    """Return the kernel's module as the rig loads it, made at the first call."""
+    code = hashlib.sha256(Path(kvm_amd.__file__).read_bytes()).hexdigest()[:12]
+    place = cache_dir() / f"rig-{of.release}-{code}" / "kvm-amd.ko"
+    if not place.exists():
+        try:
+            changed = kvm_amd.with_cr8_intercepted(initramfs.module_data(module))
+        except kvm_amd.ModuleError as error:
+            raise ArtifactError(f"{module}: {error}") from error
+        with _locked():
+            place.parent.mkdir(exist_ok=True)
+            scratch = place.with_suffix(".part")
+            scratch.write_bytes(changed)
+            scratch.rename(place)
+    return place
 
 
 def memtest() -> Path:

@@ -57,6 +57,11 @@ def boot_to_login(disk: str, *options: str | Path, firmware: str = "pc") -> None
         assert console.errors == b""
 
 
+def firmware_options(firmware: str, nvram: Path) -> tuple[str | Path, ...]:
+    """Return the options of `vmctl run` for a firmware as `boot_to_login` calls it."""
+    return ("--firmware", "uefi", "--nvram", nvram) if firmware == "efi" else ()
+
+
 def boots(raw: Path) -> int:
     """Return how many boots left their mark on a raw image of the system."""
     shown = run("debugfs", "-R", f"cat {_MARKS}", f"{raw}?offset={root_offset()}")

@@ -16,6 +16,8 @@ _ISOLINUX = (
     Path("/usr/lib/ISOLINUX/isolinux.bin"),
     Path("/usr/lib/syslinux/modules/bios/ldlinux.c32"),
 )
+# Code for the first sector, with which the same image boots as a disk.
+_ISOLINUX_MBR = Path("/usr/lib/ISOLINUX/isohdpfx.bin")
 _IPXE = Path("/usr/lib/ipxe/ipxe.iso")
 _GRUB_MODULES = (
     *("serial", "terminal", "iso9660", "ls", "echo", "normal", "minicmd", "configfile"),
@@ -41,7 +43,7 @@ def data_iso(path: Path, files: Mapping[str, bytes], *options: str) -> Path:
 
 
 def isolinux_iso(path: Path, configuration: str, files: Mapping[str, bytes] | None = None) -> Path:
-    """Write a disc that boots ISOLINUX on the BIOS's console.
+    """Write a disc that boots ISOLINUX on the BIOS's console, which also boots as a disk.
 
     (With a serial line in its configuration every character would come twice: SeaBIOS has its
     console there too.)
@@ -50,15 +52,17 @@ def isolinux_iso(path: Path, configuration: str, files: Mapping[str, bytes] | No
         ArtifactError: xorriso, isolinux or syslinux-common is not installed.
     """
     content = {"isolinux/isolinux.cfg": f"{configuration}\n".encode(), **(files or {})}
-    for part in _ISOLINUX:
+    for part in (*_ISOLINUX, _ISOLINUX_MBR):
         if not part.exists():
             raise ArtifactError(f"{part}: not found; install isolinux and syslinux-common")
+    for part in _ISOLINUX:
         content[f"isolinux/{part.name}"] = part.read_bytes()
     return data_iso(
         path,
         content,
         *("-b", "isolinux/isolinux.bin", "-c", "isolinux/boot.cat"),
         *("-no-emul-boot", "-boot-load-size", "4", "-boot-info-table"),
+        *("-isohybrid-mbr", str(_ISOLINUX_MBR)),
     )
 
 
@@ -89,7 +93,7 @@ def grub_iso(path: Path, commands: str, *, firmware: str = "bios") -> Path:
 
 
 def ipxe_iso() -> Path:
-    """Return Debian's iPXE disc.
+    """Return Debian's iPXE disc, which also boots as a disk.
 
     Raises:
         ArtifactError: it is not installed.

@@ -6,7 +6,7 @@ seconds that it took:
 - `boot`: a qcow2 image made by `vmctl create` boots twice through SeaBIOS and GRUB to its login
   prompt; so do a raw image, an overlay on a read-only base, and a disk with a device process.
   After each, e2fsck and `qemu-img check` find nothing.
-- `uefi`: the same image through OVMF. In the rig it needs the counted clock (rig run --icount).
+- `uefi`: the same image twice through OVMF.
 - `fio`: random writes, trims and flushes, verified by checksums, on raw, qcow2, overlays of plain
   and compressed bases, a device process, qemu-storage-daemon's server; and by QEMU, on its own
   disks and on one of vmm-blk's. `qemu-img compare` finds our images equal to QEMU's.
@@ -58,7 +58,7 @@ def uefi(system: debian.Debian, folder: Path) -> None:
     """Boot through OVMF and GRUB."""
     image, raw = folder / "disk.qcow2", folder / "disk.raw"
     installed.create("-i", system.disk, image)
-    options = ("--firmware", "uefi", "--nvram", folder / "nvram")
+    options = installed.firmware_options("efi", folder / "nvram")
     for number in (1, 2):
         _timed(
             f"boot {number} by UEFI",
@@ -84,14 +84,14 @@ def _timed(what: str, action: Callable[[], None]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts that are named, by default boot and fio."""
+    """Run the parts that are named, by default all."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args(arguments)
     system = debian.debian()
     memory = Path("/dev/shm")
-    for part in options.parts or ("boot", "fio"):
+    for part in options.parts or PARTS:
         with tempfile.TemporaryDirectory(prefix="installed-", dir=memory) as directory:
             try:
                 PARTS[part](system, Path(directory))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import pytest
 
 from tests import artifacts
 from tests.vmctl_driver import ConsoleProcess, vmctl_run
@@ -19,15 +16,6 @@ GIB = 1 << 30
 COMMAND_LINE = "console=ttyS0 quiet panic=-1"
 
 COMMAND_S = 120.0
-
-# QEMU's emulation of SVM aborts when a guest writes CR8 while KVM waits to give it an interrupt
-# (10.0, target/i386/tcg/system/misc_helper.c, helper_write_crN: cpu_interrupt without the lock that
-# it needs). UEFI firmware does so at the end of each tick of its timer, when the next is due
-# already. By the counted clock ticks are further apart.
-needs_cr8 = pytest.mark.skipif(
-    os.environ.get("RIG") == "plain",
-    reason="the rig's QEMU aborts on what UEFI firmware does to CR8, but by the counted clock",
-)
 
 # Said by any guest, QEMU's too, whose host was busy in the wrong moment: it says nothing of ours.
 _OF_THE_HOSTS_LOAD = "hrtimer: interrupt took"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts, media
-from tests.guest.linux_guest import COMMAND_LINE, Shell, needs_cr8
+from tests.guest.linux_guest import COMMAND_LINE, Shell
 from tests.vmctl_driver import ConsoleProcess, vmctl_run
 from vmm_kvm.boot.smbios import name_uuid
 
@@ -86,46 +86,58 @@ def test_linux_talks_on_hvc0() -> None:
         shell.power_off()
 
 
-@pytest.mark.parametrize("option", ["-r", "-d"])
+@contextmanager
+def booted(option: str, image: Path, memory: str = "128M") -> Iterator[ConsoleProcess]:
+    """Boot an image as a CD-ROM (-r) or as a disk (-d)."""
+    medium = image if option == "-r" else f"raw:{image},ro"
+    with ConsoleProcess(vmctl_run("-m", memory, option, medium)) as guest:
+        yield guest
+
+
+as_disc_and_disk = pytest.mark.parametrize("option", ["-r", "-d"])
+
+
+@as_disc_and_disk
 def test_grub_starts(option: str, tmp_path: Path) -> None:
     """A GRUB rescue image boots as a CD-ROM and as a disk, and reads its own configuration."""
     image = media.grub_iso(tmp_path / "grub.iso", "echo grub-is-up\nls")
-    medium = image if option == "-r" else f"raw:{image},ro"
-    with ConsoleProcess(vmctl_run("-m", "128M", option, medium)) as guest:
+    with booted(option, image) as guest:
         guest.expect("grub-is-up", FIRMWARE_S)
         guest.expect(r"\(cd" if option == "-r" else r"\(hd0", FIRMWARE_S)
         guest.expect("grub>", FIRMWARE_S)
 
 
-def test_isolinux_starts(tmp_path: Path) -> None:
-    """ISOLINUX finds its configuration on the disc and prompts."""
+@as_disc_and_disk
+def test_isolinux_starts(option: str, tmp_path: Path) -> None:
+    """ISOLINUX finds its configuration on the medium and prompts."""
     image = media.isolinux_iso(tmp_path / "isolinux.iso", "prompt 1\ntimeout 600\nsay it-is-up")
-    with ConsoleProcess(vmctl_run("-m", "128M", "-r", image)) as guest:
+    with booted(option, image) as guest:
         guest.expect("it-is-up", FIRMWARE_S)
         guest.expect("boot:", FIRMWARE_S)
 
 
-def test_memtest_starts_from_a_disc(tmp_path: Path) -> None:
+@as_disc_and_disk
+def test_memtest_starts_from_a_medium(option: str, tmp_path: Path) -> None:
     """memtest86+, loaded by ISOLINUX, shows the progress of its first test."""
     image = media.isolinux_iso(
         tmp_path / "memtest.iso",
         "default memtest\nlabel memtest\nkernel /memtest\nappend console=ttyS0,115200",
         {"memtest": artifacts.memtest().read_bytes()},
     )
-    with ConsoleProcess(vmctl_run("-m", "64M", "-r", image)) as guest:
+    with booted(option, image, "64M") as guest:
         guest.expect("Memtest86", FIRMWARE_S)
         guest.expect(r"Test|Pass", FIRMWARE_S)
         guest.expect("#", FIRMWARE_S)
 
 
-def test_ipxe_starts() -> None:
-    """The disc of iPXE says who it is, and that there is no network to boot from."""
-    with ConsoleProcess(vmctl_run("-m", "128M", "-r", media.ipxe_iso())) as guest:
+@as_disc_and_disk
+def test_ipxe_starts(option: str) -> None:
+    """The image of iPXE says who it is, and that there is no network to boot from."""
+    with booted(option, media.ipxe_iso()) as guest:
         guest.expect("iPXE", FIRMWARE_S)
         guest.expect("No more network devices", FIRMWARE_S)
 
 
-@needs_cr8
 def test_uefi_boots_a_disc_and_keeps_variables(tmp_path: Path) -> None:
     """UEFI firmware boots GRUB from a CD-ROM; its variables are there at the next start."""
     image = media.grub_iso(tmp_path / "grub.iso", "echo grub-is-up", firmware="uefi")

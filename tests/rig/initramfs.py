@@ -143,12 +143,16 @@ def archive(busybox: Path, applets: Sequence[str], modules: Sequence[Path], init
     ]
     for number, module in enumerate(modules):
         name = module.name.removesuffix(".xz")
-        data = module.read_bytes()
-        if module.suffix == ".xz":
-            data = lzma.decompress(data)
+        data = module_data(module)
         members.append((f"modules/{number:03}-{name}", stat.S_IFREG | 0o644, data))
     entries = [newc_entry(number, *member) for number, member in enumerate(members, start=1)]
     return b"".join(entries) + newc_entry(0, "TRAILER!!!", 0, b"")
+
+
+def module_data(module: Path) -> bytes:
+    """Return a module's bytes; `.ko.xz` is unpacked."""
+    data = module.read_bytes()
+    return lzma.decompress(data) if module.suffix == ".xz" else data
 
 
 def build(busybox: Path, modules: Sequence[Path], init: str) -> bytes:
