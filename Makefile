@@ -6,7 +6,7 @@ PYTEST = .venv/bin/pytest
 RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz installed bench clean
+.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz installed installer bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -60,6 +60,10 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 installed: setup ## Boot Debian from disks of every kind, and have fio verify them; in the rig
 	$(PYTHON) -m tests.debian
 	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/installed.py
+
+installer: setup ## Have Debian's installer partition a disk, with a network and a mirror of ours; in the rig
+	$(PYTHON) -m tests.installer
+	$(RIG) --cpus 1 --timeout 1800 -- $(PYTHON) tests/campaigns/installer.py
 
 bench: setup ## Measure the daemon here, and the start of a guest and disks in the rig, against QEMU
 	$(PYTHON) -m bench.daemon

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -90,19 +90,25 @@ class Client:
             time.sleep(0.02)
         return vm
 
-    def console(self, name: str) -> Stream:
-        """Attach to a VM's console."""
+    def console(self, name: str, on_output: Callable[[bytes], None] | None = None) -> Stream:
+        """Attach to a VM's console; `on_output` is handed what it shows, as it is read."""
         self.send("console", name=name)
         answer, fds = self.receive()
         assert answer["type"] == "console-opened", answer
-        return Stream(fds[0], self._timeout_s)
+        return Stream(fds[0], self._timeout_s, on_output)
 
 
 class Stream:
     """A console's stream; a context manager."""
 
-    def __init__(self, fd: int, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        fd: int,
+        timeout_s: float = TIMEOUT_S,
+        on_output: Callable[[bytes], None] | None = None,
+    ) -> None:
         """Take ownership of `fd`."""
+        self._on_output = on_output
         self._socket = socket.socket(fileno=fd)
         self._socket.settimeout(timeout_s)
         self.output = b""
@@ -116,9 +122,7 @@ class Stream:
     def expect(self, text: bytes, count: int = 1) -> None:
         """Read until `text` was there so many times."""
         while self.output.count(text) < count:
-            data = self._socket.recv(_PACKET_MAX)
-            assert data, f"the console ended: {self.output!r}"
-            self.output += data
+            assert self._read(), f"the console ended: {self.output!r}"
 
     def type(self, data: bytes) -> None:
         """Type something."""
@@ -126,8 +130,15 @@ class Stream:
 
     def read_to_end(self) -> None:
         """Read until the VM ends."""
-        while data := self._socket.recv(_PACKET_MAX):
-            self.output += data
+        while self._read():
+            pass
+
+    def _read(self) -> bytes:
+        data = self._socket.recv(_PACKET_MAX)
+        self.output += data
+        if self._on_output:
+            self._on_output(data)
+        return data
 
 
 class Daemon:
