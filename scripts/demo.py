@@ -22,7 +22,8 @@ from tests import artifacts, host  # noqa: E402 - found by the line above
 from tests.rig.machine import Rig, project_stages  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, ConsoleTimeoutError, vmctl_run  # noqa: E402
 
-# The shell may ask where the cursor is.
+# The shell may ask where the cursor is; a terminal's answer would be typed into the next program.
+CURSOR_QUERY = b"\x1b[6n"
 PROMPT = r"^/ # (\x1b\[6n)?$"
 COMMANDS = (
     "uname -a",
@@ -66,8 +67,8 @@ def say(text: str) -> None:
 
 
 def show(data: bytes) -> None:
-    """Pass on what a guest's console shows."""
-    sys.stdout.buffer.write(data)
+    """Pass on what a guest's console shows, without its questions to a terminal."""
+    sys.stdout.buffer.write(data.replace(CURSOR_QUERY, b""))
     sys.stdout.buffer.flush()
 
 
@@ -82,7 +83,6 @@ def start(*arguments: str | Path) -> ConsoleProcess:
 def ended(guest: ConsoleProcess) -> int:
     """Wait for a guest to end; show and return its exit status."""
     status = guest.wait()
-    show(guest.errors)
     say(f"exit status {status}")
     return status
 
@@ -152,11 +152,7 @@ def daemon() -> int:
                 vmctl("status", "mail")
                 vmctl("unpause", "mail")
                 vmctl("stop", "-w", "mail")
-                say("$ vmctl wait build &")
-                with subprocess.Popen((VMCTL, "wait", "build")) as waiter:
-                    time.sleep(1)  # so that it waits before the VM stops
-                    vmctl("stop", "-f", "build")
-                    waiter.wait(60)
+                wait_for_end("build")
                 vmctl("status")
             finally:
                 say("$ kill %1")
@@ -176,6 +172,18 @@ def console() -> None:
         terminal.expect(r"^3\b")
         terminal.send("\r~.")
         ended(terminal)
+
+
+def wait_for_end(name: str) -> None:
+    """Have one command wait for a VM's end while another stops it."""
+    command = (VMCTL, "wait", name)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as waiter:
+        assert waiter.stdout is not None
+        told = waiter.stdout.read(1)  # so that it waits before the VM stops
+        vmctl("stop", "-f", name)
+        told += waiter.stdout.read()
+    say(f"$ vmctl wait {name}    # since before it was stopped")
+    show(told)
 
 
 def _wait_for(path: Path) -> None:

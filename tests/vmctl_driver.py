@@ -51,7 +51,7 @@ class ConsoleProcess:
     ) -> None:
         """Start the program, with `environment` added to this process's own.
 
-        `on_output` is handed what the console shows, as it is read.
+        `on_output` is handed what the program writes, standard error included, as it is read.
         """
         self._on_output = on_output
         self.output = b""
@@ -202,10 +202,10 @@ class ConsoleProcess:
                 data = os.read(fd, _CHUNK)
             except OSError:  # a pseudo-terminal's way to say that its other side is gone
                 data = b""
+            if self._on_output:
+                self._on_output(data)
             if fd == self._output:
                 self.output += data
-                if self._on_output:
-                    self._on_output(data)
                 if not data:
                     self.close_output()
             else:

@@ -71,10 +71,15 @@ def test_leaving_kills_what_still_runs() -> None:
 
 
 def test_output_is_passed_on_as_it_comes() -> None:
-    """A listener sees every byte in order."""
+    """A listener sees every byte in order, and what is said on standard error."""
     heard: list[bytes] = []
     script = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 1024)"
     with ConsoleProcess([sys.executable, "-c", script], on_output=heard.append) as program:
         assert program.wait() == 0
         assert program.output == bytes(range(256)) * 1024
     assert b"".join(heard) == bytes(range(256)) * 1024
+    heard.clear()
+    script = "import sys; sys.stderr.write('no')"
+    with ConsoleProcess([sys.executable, "-c", script], on_output=heard.append) as program:
+        assert program.wait() == 0
+    assert b"".join(heard) == b"no"
