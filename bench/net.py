@@ -6,23 +6,24 @@ measured in turn, A B C D A B C D, and the medians of the rounds are compared, e
 QEMU's of the same path.
 
 Runs in the rig on its plain clock, as root in a namespace of its own; `--here` measures on this
-machine's KVM. Processor time is that of the whole machine, guest included, per GiB of TCP.
+machine's KVM. Processor time is that of the whole machine, guest included, per GiB of TCP. Round
+trips do not overlap: a ping is sent when the one before has long been answered.
 
-Prints a table and writes JSON.
+Prints a table and writes JSON. `--path` measures one path and QEMU's, in half of the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,20 +33,21 @@ sys.path.insert(0, str(ROOT))
 from tests import artifacts  # noqa: E402 - found by the line above
 from tests.guest.linux_guest import COMMAND_LINE, Shell  # noqa: E402
 from tests.guest.networks import Namespace, namespace  # noqa: E402
+from tests.guest.tools import MODULES, UNPACK, tools_disk  # noqa: E402
 from tests.rig.machine import Rig, project_stages  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
 
-MODULES = ("virtio_pci", "virtio_net", "virtio_blk")
 MEMORY_MIB = 256
 SMALL = 64
 """Bytes of payload of a small packet."""
 GIB = 1 << 30
 _BOOT_S = 400.0
-_PINGS = 200
+_PINGS, _PING_INTERVAL_S = 30, 0.1
 _RIG_TIMEOUT_S = 3000
 _RIG_MIB = 4096
 _TICKS = 100  # per second, of /proc/stat
 _IDLE, _IOWAIT = 3, 4
+_FIGURES = "net.json"
 
 
 class Guest(NamedTuple):
@@ -97,19 +99,6 @@ def busy_s() -> float:
     return sum(value for at, value in enumerate(fields) if at not in {_IDLE, _IOWAIT}) / _TICKS
 
 
-def tools(place: Path) -> Path:
-    """Write a disk that holds iperf3 and its libraries, as a tar archive."""
-    program = "/usr/bin/iperf3"
-    shown = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
-    files = [word for line in shown.splitlines() for word in line.split() if word.startswith("/")]
-    with tarfile.open(place, "w") as archive:
-        for name in [program, *files]:
-            archive.add(Path(name).resolve(), arcname=name.removeprefix("/"))
-    with place.open("ab") as file:
-        file.truncate(-(-file.tell() // (1 << 20)) << 20)
-    return place
-
-
 def arguments(
     guest: Guest, kernel: artifacts.Kernel, initramfs: Path, tap: str, disk: Path
 ) -> list[str]:
@@ -142,7 +131,7 @@ def running(
 ) -> Iterator[list[Running]]:
     """Boot all guests, each on its own tap."""
     initramfs = artifacts.initramfs_with(kernel, MODULES, "bench-net")
-    disk = tools(folder / "tools.img")
+    disk = tools_disk(folder / "tools.img", "iperf3")
     with ExitStack() as stack:
         found = []
         for number, guest in enumerate(guests):
@@ -154,10 +143,7 @@ def running(
             console = stack.enter_context(ConsoleProcess(command))
             console.expect("# ", _BOOT_S)
             shell = Shell(console)
-            shell.run(
-                "dmesg -n 1; ip link set lo up; mkdir -p /tmp;"
-                " tar -x -f /dev/vda -C / 2>/dev/null; true"
-            )
+            shell.run(f"dmesg -n 1; ip link set lo up; {UNPACK}")
             shell.run(f"ip addr add {net}.2/24 dev eth0 && ip link set eth0 up")
             shell.run(f"ping -c 3 {net}.1")
             print(f"{guest.name}: up", flush=True)
@@ -204,7 +190,7 @@ def measure(run: Running, seconds: int) -> Sample:
     down, down_s = iperf(run, *time, "-R")
     small_up, _ = iperf(run, *time, *small)
     small_down, _ = iperf(run, *time, *small, "-R")
-    shown = run.shell.run(f"ping -q -c {_PINGS} -i 0.01 {run.host}")
+    shown = run.shell.run(f"ping -q -c {_PINGS} -i {_PING_INTERVAL_S} {run.host}")
     average_ms = float(shown.splitlines()[-1].split("=")[1].split("/")[1])
     return Sample(
         up["receiver"],
@@ -228,33 +214,39 @@ COLUMNS: tuple[tuple[str, Callable[[Sample], float], float, bool], ...] = (
 )
 
 
-def table(samples: dict[str, list[Sample]], guests: Sequence[Guest]) -> list[str]:
-    """Return the medians, and beside ours the ratio to QEMU's; above 1 is better than it."""
-    medians = {
-        name: [statistics.median(map(get, found)) for _, get, _, _ in COLUMNS]
-        for name, found in samples.items()
+def table(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
+    """Return medians, their ratio to QEMU's where it is measured too, and the spread of rounds.
+
+    Above 1 a ratio is in our favour. The spread is the largest deviation from the median.
+    """
+    guests = [guest for guest in GUESTS if samples.get(guest.name)]
+    values = {
+        guest.name: [[get(one) for one in samples[guest.name]] for _, get, _, _ in COLUMNS]
+        for guest in guests
     }
     width = max(len(name) for name, *_ in COLUMNS) + 2
-    lines = [" " * width + "".join(f"{guest.name:>20}" for guest in guests)]
+    lines = [" " * width + "".join(f"{guest.name:>24}" for guest in guests)]
     for at, (name, _, scale, is_more_better) in enumerate(COLUMNS):
         line = f"{name:<{width}}"
         for guest in guests:
-            value = medians[guest.name][at]
-            shown = f"{value * scale:.1f}"
-            if guest.peer in medians:
-                other = medians[guest.peer][at]
+            rounds = values[guest.name][at]
+            value = statistics.median(rounds)
+            spread = max(abs(one - value) for one in rounds) / value
+            shown = f"{value * scale:.1f} ±{spread:.0%}"
+            if guest.peer in values:
+                other = statistics.median(values[guest.peer][at])
                 ratio = value / other if is_more_better else other / value
                 shown += f" ({ratio:.2f})"
-            line += f"{shown:>20}"
+            line += f"{shown:>24}"
         lines.append(line)
     return lines
 
 
-def bench(rounds: int, seconds: int, names: Sequence[str], out: Path | None) -> int:
-    """Measure, print, and write what was measured; returns the exit status."""
-    guests = [guest for guest in GUESTS if not names or guest.name.split(",")[0] in names]
+def measure_all(rounds: int, seconds: int, path: str | None, out: Path) -> None:
+    """Measure guests of one path, or all, in turn, and write what was measured to `out`."""
+    guests = [guest for guest in GUESTS if path in {None, guest.name.partition(",")[0]}]
     kernel = artifacts.kernel("6.1-cloud")
-    samples: dict[str, list[Sample]] = {guest.name: [] for guest in guests}
+    samples: dict[str, list[dict[str, float]]] = {guest.name: [] for guest in guests}
     with (
         tempfile.TemporaryDirectory() as folder,
         namespace("-bench") as where,
@@ -262,24 +254,13 @@ def bench(rounds: int, seconds: int, names: Sequence[str], out: Path | None) -> 
     ):
         for number in range(rounds):
             for run in found:
-                samples[run.guest.name].append(measure(run, seconds))
-                print(
-                    f"round {number + 1}: {run.guest.name}: {samples[run.guest.name][-1]}",
-                    flush=True,
-                )
+                sample = measure(run, seconds)
+                samples[run.guest.name].append(asdict(sample))
+                print(f"round {number + 1}: {run.guest.name}: {sample}", flush=True)
         for run in found:
             run.shell.console.send("poweroff -f\n")
             run.shell.console.wait()
-    print("\n".join(table(samples, guests)))
-    if out is not None:
-        shown = {name: [vars_of(one) for one in found] for name, found in samples.items()}
-        out.write_text(json.dumps(shown, indent=1))
-    return 0
-
-
-def vars_of(sample: Sample) -> dict[str, float]:
-    """Return a sample's fields."""
-    return {name: getattr(sample, name) for name in Sample.__slots__}
+    out.write_text(json.dumps(samples, indent=1))
 
 
 def main() -> int:
@@ -290,25 +271,44 @@ def main() -> int:
     parser.add_argument("--here", action="store_true", help="measure on this machine's KVM")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each transfer")
-    parser.add_argument("--path", action="append", default=[], choices=["vhost", "user"])
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--path", choices=["vhost", "user"], help="this alone")
+    parser.add_argument("--json", type=Path, default=ROOT / "out" / "net.json")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.here:
-        return bench(given.rounds, given.seconds, given.path, given.out)
+    if given.measure:
+        out = Path(os.environ["RIG_OUT"]) / _FIGURES
+        measure_all(given.rounds, given.seconds, given.path, out)
+        return 0
     artifacts.initramfs_with(artifacts.kernel("6.1-cloud"), MODULES, "bench-net")
-    command = [
-        *(str(ROOT / ".venv/bin/python"), str(ROOT / "bench/net.py"), "--here"),
+    command = (
+        *(str(ROOT / ".venv/bin/python"), str(ROOT / "bench/net.py"), "--measure"),
         *("--rounds", str(given.rounds), "--seconds", str(given.seconds)),
-        *(word for path in given.path for word in ("--path", path)),
-    ]
-    rig = Rig(
-        command=tuple(command),
-        cpus=1,
-        memory=_RIG_MIB << 20,
-        timeout_s=_RIG_TIMEOUT_S,
-        stages=project_stages(ROOT),
+        *(("--path", given.path) if given.path else ()),
     )
-    return rig.run()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        if given.here:
+            environment = {**os.environ, "RIG_OUT": folder}
+            status = subprocess.run(command, check=False, env=environment).returncode
+        else:
+            status = Rig(
+                command=command,
+                cpus=1,
+                memory=_RIG_MIB << 20,
+                timeout_s=_RIG_TIMEOUT_S,
+                stages=project_stages(ROOT),
+                out=Path(folder),
+            ).run()
+        figures = Path(folder) / _FIGURES
+        if status != 0 or not figures.exists():
+            print(f"bench/net: measuring failed with status {status}", file=sys.stderr)
+            return 1
+        text = figures.read_text()
+    samples = {name: [Sample(**one) for one in found] for name, found in json.loads(text).items()}
+    print("\n".join(table(samples)))
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(text + "\n")
+    print(f"written: {given.json}")
+    return 0
 
 
 if __name__ == "__main__":

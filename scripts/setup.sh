@@ -18,13 +18,14 @@ packages='
     dmidecode           reads our SMBIOS tables
     dpkg-dev            dpkg and its tools unpack kernel packages
     e2fsprogs           makes and checks file systems of guests
+    ethtool             checksums and segments left to hardware, or not, in tests of networks
     fdisk               sfdisk partitions disks of guests
     gcc                 compares our structures with <linux/kvm.h>
     git                 the tests ask which files belong to the tree
     grub-common         grub-mkrescue makes bootable discs
     grub-efi-amd64-bin  GRUB for UEFI
     grub-pc-bin         GRUB for BIOS
-    iperf3              the network benchmark
+    iperf3              tests of networks, and their benchmark
     iproute2            ip shows the tests what the daemon has made of interfaces
     ipxe                a guest, on a disc
     isolinux            boots a disc
@@ -47,6 +48,7 @@ packages='
     python3-venv        makes .venv
     seabios             firmware
     syslinux-common     isolinux needs it
+    tcpdump             captures inside guests and outside, which are compared
     xorriso             makes CD-ROM images
     xz-utils            makes kernel payloads for the boot tests
     zstd                packs initramfs images

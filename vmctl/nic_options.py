@@ -14,9 +14,10 @@ Kinds:
 Options:
 
     lladdr=ADDRESS   the guest's address; as a rule one that follows from the VM's name
-    locked           drop frames from another address, and to one
+    locked           drop frames from another address, and to one; without vhost-net
     mtu=BYTES        the largest packet, 68 to 65535
-    queues=N         (tap, bridge) queue pairs, 1 to 16; the tap has to have been made for several
+    queues=N         (tap, bridge, vhost-user) queue pairs, 1 to 16; the tap, or the server, has to
+                     have been made for several
     user             (tap, bridge) move frames in this process, where vhost-net could
     process          (tap, bridge) move them in a process of their own
     forward=PROTOCOL:PORT[:PORT]
@@ -77,7 +78,7 @@ _KINDS = {
     "lladdr": _ALL,
     "locked": _ALL - {NicKind.VHOST_USER},
     "mtu": _ALL,
-    "queues": _TAPS,
+    "queues": _TAPS | {NicKind.VHOST_USER},
     "user": _TAPS,
     "process": _TAPS,
     "forward": frozenset({NicKind.PASST}),

@@ -41,6 +41,7 @@ def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicPar
         f"nic{index}",
         option.mtu,
         option.is_locked,
+        is_up=option.kind is not NicKind.NONE,
     )
     return nic._replace(path=_path(option, nic, stack))
 
@@ -58,7 +59,7 @@ def _path(option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
             connection = stack.enter_context(_connect(option.what))
             return StreamPath(connection.fileno())
         case NicKind.VHOST_USER:
-            return RemotePath(lambda: _connect(option.what), is_ours=False)
+            return RemotePath(lambda: _connect(option.what), is_ours=False, pairs=option.queues)
         case NicKind.NONE:
             ours, theirs = socket.socketpair()
             theirs.close()
@@ -79,7 +80,8 @@ def _tap(taps: list[int], option: NicOption, nic: NicParams, stack: ExitStack) -
         stack.callback(process.close)
         return RemotePath(process.connect, is_ours=True)
     vhosts: list[int] = []
-    if not option.is_user:
+    # Whoever locks an address wants every frame looked at: vhost-net's pass nobody here.
+    if not (option.is_user or option.is_locked):
         for _ in taps:
             try:
                 fd = os.open(_VHOST, os.O_RDWR | os.O_CLOEXEC)

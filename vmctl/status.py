@@ -82,6 +82,8 @@ def interface_lines(index: int, interface: Fields) -> list[str]:
         words.append("local")
     told = {name: interface[name] for name in ("switch", "group", "rdomain")}
     words += [f"{name} {value}" for name, value in told.items() if value not in {None, ""}]
+    if interface["queues"] > 1:
+        words.append(f"queues {interface['queues']}")
     words += [f"mtu {interface['mtu']}", "up" if interface["is_up"] else "down"]
     lines = [" ".join(words)]
     for host, guest in zip(interface["host_addresses"], interface["guest_addresses"], strict=False):

@@ -278,6 +278,8 @@ class NicSpec(Part, frozen=True, kw_only=True):
     """Index of a stream of frames, as passt(1) speaks it."""
     mtu: int = 1500
     is_locked: bool = False
+    is_up: bool = True
+    """Whether the guest finds its cable plugged in."""
 
     @property
     def has_process(self) -> bool:
@@ -344,6 +346,13 @@ class AttachConsole(Internal, frozen=True, kw_only=True):
     """Serve the console on the stream whose descriptor comes along, the last 64 KiB first."""
 
 
+class SetLinks(Internal, frozen=True, kw_only=True):
+    """Plug the cables of the network interfaces in or out."""
+
+    are_up: tuple[bool, ...]
+    """Of each, in their order."""
+
+
 class AskStatistics(Internal, frozen=True, kw_only=True):
     """Say `VmStatistics`."""
 
@@ -362,7 +371,7 @@ class Begin(Internal, frozen=True, kw_only=True):
     """The index in `spec` of each of the first descriptors."""
 
 
-VmCommand = PauseVm | UnpauseVm | StopVm | AttachConsole | AskStatistics | SetVerbosity
+VmCommand = PauseVm | UnpauseVm | StopVm | AttachConsole | SetLinks | AskStatistics | SetVerbosity
 
 
 VmmToVm = Begin | VmCommand

@@ -349,7 +349,10 @@ class InterfaceInfo(
     is_local: bool = False
     is_locked: bool = False
     is_up: bool = True
+    """The guest finds its cable plugged in, if the VM runs; else what is configured."""
     mtu: int = 1500
+    queues: int = 1
+    """Pairs of queues."""
     group: str = ""
     rdomain: int | None = None
     host_addresses: tuple[str, ...] = ()

@@ -19,6 +19,10 @@ _COLUMNS = 16
 _USED = (0, 1, 8, 9, 11)  # of those: what Counters has
 
 
+Links = tuple[bool, ...]
+"""Whether the guest finds the cable of each interface plugged in."""
+
+
 class Network(NamedTuple):
     """An interface of a VM that there is; descriptors stay whose they are."""
 
@@ -30,6 +34,8 @@ class Network(NamedTuple):
     """The kernel may move its frames."""
     stream: int | None = None
     """Descriptor of a stream of frames, where there is no tap."""
+    has_link: bool = True
+    """The guest finds its cable plugged in."""
 
 
 def open_vhosts(count: int) -> list[int]:
@@ -87,6 +93,7 @@ def _configured(config: InterfaceConfig) -> InterfaceInfo:
         is_locked=config.is_locked,
         is_up=config.is_up,
         mtu=config.mtu or _MTU_DEFAULT,
+        queues=config.queues or 1,
         group=config.group or "",
         rdomain=config.rdomain,
         forwards=tuple(
@@ -112,6 +119,7 @@ def _there(
     return replace(
         _configured(config),
         tap=name,
+        is_up=network.has_link,
         is_locked=spec.is_locked,
         rdomain=spec.rdomain,
         host_addresses=tuple(host),

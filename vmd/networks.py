@@ -13,6 +13,7 @@ Source: section 12 of OpenBSD's behaviour, with the advice of its section 21.
 
 import os
 from collections.abc import Callable
+from itertools import count, islice
 from typing import assert_never
 from zlib import crc32
 
@@ -54,7 +55,7 @@ from vmd.internal import (
 )
 from vmd.local_sockets import open_dns, open_frames, resolver
 from vmd.messages import ErrorCode, InterfaceInfo
-from vmd.network import Network, interface_infos
+from vmd.network import Links, Network, interface_infos
 from vmd.passt import PasstNetworks
 from vmd.paths import SYSTEM_SOCKET
 from vmd.resources import ResourceError
@@ -75,11 +76,12 @@ _PREFIX6_ENTROPY = 7
 class _Held:
     """What there is of one VM's network; owns the descriptors of its taps."""
 
-    __slots__ = ("attached", "fds", "is_filtered", "specs", "then", "vm")
+    __slots__ = ("attached", "fds", "is_filtered", "links", "specs", "then", "vm")
 
-    def __init__(self, vm: Vm, specs: tuple[TapSpec, ...], then: "Then") -> None:
+    def __init__(self, vm: Vm, specs: tuple[TapSpec, ...], links: Links, then: "Then") -> None:
         self.vm = vm
         self.specs = specs
+        self.links = links
         self.fds: list[int] = []
         self.then: Then | None = then
         self.attached: tuple[AttachedTap, ...] = ()
@@ -97,8 +99,9 @@ class _Held:
                 tap,
                 tuple(self.fds[at] for at in spec.queues),
                 self.is_filtered or not spec.is_locked,
+                has_link=has_link,
             )
-            for spec, tap in zip(self.specs, self.attached, strict=True)
+            for spec, tap, has_link in zip(self.specs, self.attached, self.links, strict=True)
         )
 
 
@@ -273,7 +276,7 @@ class Networks:
 
     def _begin(self, vm: Vm, then: Then) -> None:
         try:
-            held = _Held(vm, self._specs(vm), then)
+            held = _Held(vm, self._specs(vm), self._links(vm), then)
         except ResourceError as err:
             then(err)
             return
@@ -299,6 +302,28 @@ class Networks:
             self._fail(vm_id, held, f"{_TUN}: {err.strerror}")
             return
         self._send(Attach(id=vm_id, taps=held.specs), fds)
+
+    def refresh(self) -> dict[int, Links]:
+        """Bring interfaces up and down as VMs and switches are configured now.
+
+        Returns the links of the VMs, by their ids, for whose guests that changes something.
+        """
+        if self._passt is not None:
+            return self._passt.refresh()
+        changed = {}
+        for vm_id, held in self._held.items():
+            states = [interface.is_up for interface in held.vm.config.interfaces]
+            specs = tuple(
+                replace(spec, is_up=is_up) for spec, is_up in zip(held.specs, states, strict=True)
+            )
+            links = self._links(held.vm)
+            if links != held.links:
+                held.links = changed[vm_id] = links
+            if specs != held.specs:
+                held.specs = specs
+                if held.attached:
+                    self._attach(vm_id, held)
+        return changed
 
     def release(self, vm_id: int) -> None:
         """Remove a VM's interfaces, if it has any."""
@@ -360,8 +385,12 @@ class Networks:
     # What is to be made
 
     def _specs(self, vm: Vm) -> tuple[TapSpec, ...]:
+        places = count()
         specs = tuple(
-            replace(self._spec(vm, index, interface), queues=(index,))
+            replace(
+                self._spec(vm, index, interface),
+                queues=tuple(islice(places, interface.queues or 1)),
+            )
             for index, interface in enumerate(vm.config.interfaces)
         )
         wanted = [each[:2] for one in vm.config.interfaces for each in one.forwards]
@@ -370,6 +399,14 @@ class Networks:
                 text = f"forward {protocol} {port}: two interfaces want it"
                 raise ResourceError(ErrorCode.EINVAL, text)
         return specs
+
+    def _links(self, vm: Vm) -> Links:
+        """Return whether frames can get through each interface: no cable leads to a dead switch."""
+        switches = [self._switches.get(one.switch or "") for one in vm.config.interfaces]
+        return tuple(
+            interface.is_up and (switch is None or switch.is_up)
+            for interface, switch in zip(vm.config.interfaces, switches, strict=True)
+        )
 
     def _spec(self, vm: Vm, index: int, interface: InterfaceConfig) -> TapSpec:
         switch = None

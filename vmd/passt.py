@@ -13,10 +13,11 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from vmd.config.model import ForwardConfig
 from vmd.internal import AttachedTap, TapSpec
-from vmd.network import Network
+from vmd.network import Links, Network
 from vmd.vm import Vm
 from vmm_kvm.log import Log
 
@@ -26,12 +27,36 @@ _SOCKET_BUFFER = 4 << 20
 _MTU_DEFAULT = 1500
 
 
+class _Stream(NamedTuple):
+    """One end of a stream of frames; whoever holds it owns the descriptor."""
+
+    fd: int
+    is_connected: bool
+    """There is somebody at the other end."""
+
+
+class _Held:
+    """What there is of one VM's network."""
+
+    __slots__ = ("links", "streams", "vm")
+
+    def __init__(self, vm: Vm, streams: Sequence[_Stream]) -> None:
+        self.vm = vm
+        self.streams = streams
+        self.links = self.links_now()
+
+    def links_now(self) -> Links:
+        """Return whether each cable leads somewhere, and is to be plugged in."""
+        pairs = zip(self.vm.config.interfaces, self.streams, strict=True)
+        return tuple(interface.is_up and stream.is_connected for interface, stream in pairs)
+
+
 class PasstNetworks:
     """The interfaces of all VMs of an ordinary user; for one thread."""
 
     def __init__(self) -> None:
         """Begin with none."""
-        self._streams: dict[int, list[int]] = {}
+        self._held: dict[int, _Held] = {}
         self.pids: set[int] = set()
         """Processes that have not been reaped yet; whoever does says so by `ended`."""
 
@@ -41,17 +66,17 @@ class PasstNetworks:
         Raises:
             OSError: the host has no descriptors or processes left.
         """
-        streams = self._streams.get(vm.id)
-        if streams is None:
+        held = self._held.get(vm.id)
+        if held is None:
             with ExitStack() as stack:
                 streams = []
                 for index, interface in enumerate(vm.config.interfaces):
                     name = f"vm/{vm.name}: interface {index}"
                     stream = self._stream(name, interface.forwards, is_local=interface.is_local)
-                    stack.callback(os.close, stream)
+                    stack.callback(os.close, stream.fd)
                     streams.append(stream)
                 stack.pop_all()
-            self._streams[vm.id] = streams
+            held = self._held[vm.id] = _Held(vm, streams)
         return tuple(
             Network(
                 TapSpec(
@@ -65,28 +90,40 @@ class PasstNetworks:
                 AttachedTap(name="", index=0),
                 queues=(),
                 may_vhost=False,
-                stream=stream,
+                stream=stream.fd,
+                has_link=has_link,
             )
-            for index, (interface, stream) in enumerate(
-                zip(vm.config.interfaces, streams, strict=True)
+            for index, (interface, stream, has_link) in enumerate(
+                zip(vm.config.interfaces, held.streams, held.links, strict=True)
             )
         )
 
+    def refresh(self) -> dict[int, Links]:
+        """Plug cables in and out as VMs are configured now; see `Networks.refresh`."""
+        changed = {}
+        for vm_id, held in self._held.items():
+            before, held.links = held.links, held.links_now()
+            if held.links != before:
+                changed[vm_id] = held.links
+        return changed
+
     def release(self, vm_id: int) -> None:
         """Remove a VM's interfaces; their processes end."""
-        for stream in self._streams.pop(vm_id, ()):
-            os.close(stream)
+        held = self._held.pop(vm_id, None)
+        if held is not None:
+            for stream in held.streams:
+                os.close(stream.fd)
 
     def close(self) -> None:
         """Remove all interfaces."""
-        for vm_id in tuple(self._streams):
+        for vm_id in tuple(self._held):
             self.release(vm_id)
 
     def ended(self, pid: int) -> None:
         """Note that a child of this process has been reaped."""
         self.pids.discard(pid)
 
-    def _stream(self, name: str, forwards: Sequence[ForwardConfig], *, is_local: bool) -> int:
+    def _stream(self, name: str, forwards: Sequence[ForwardConfig], *, is_local: bool) -> _Stream:
         from shutil import which  # noqa: PLC0415 - every child would inherit all that it imports
 
         ours, theirs = socket.socketpair()
@@ -100,7 +137,7 @@ class PasstNetworks:
                 log.warning("%s: no network: passt is not installed", name)
             else:
                 log.warning("%s: no network: switches need root", name)
-            return ours.detach()
+            return _Stream(ours.detach(), is_connected=program is not None)
 
 
 def _spawn(program: str, stream: int, forwards: Sequence[ForwardConfig]) -> int:

@@ -35,7 +35,7 @@ from vmd.messages import (
     Wait,
 )
 from vmd.policy import Denied, Users, check_vm, make_instance, needs_administrator
-from vmd.vm import PassedBoot, Vm, config_of
+from vmd.vm import PassedBoot, Vm, config_of, with_states
 from vmd.vm_state import IDLE, Phase, Ticket, VmState
 
 _LLADDR = "fe:e1:bb:d{index:x}:{first:02x}:{second:02x}"
@@ -357,7 +357,8 @@ class Registry:
     def load(self, configs: Iterable[VmConfig], uid: int = 0) -> tuple[list[Action], list[str]]:
         """Register what a configuration has; returns complaints too, as lines for the log.
 
-        VMs that exist stay as they are. `uid` is whom the file speaks for.
+        VMs that exist stay as they are, but that their interfaces go up and down as the file says.
+        `uid` is whom the file speaks for.
         """
         actions: list[Action] = []
         complaints: list[str] = []
@@ -365,6 +366,7 @@ class Registry:
             existing = self.find(0, config.name)
             if existing:
                 existing.state = existing.state._replace(is_from_config=True)
+                existing.config = with_states(existing.config, config)
                 continue
             registered = self._register(config, uid, is_from_config=True)
             if isinstance(registered, Denied):

@@ -183,6 +183,7 @@ class _Opener:
             stream=None if network.stream is None else self.keep(os.dup(network.stream)),
             mtu=network.spec.mtu,
             is_locked=network.spec.is_locked,
+            is_up=network.has_link,
         )
 
     def disk(self, option: DiskOption) -> DiskSpec:

@@ -51,6 +51,19 @@ class Vm:
         return self.config.name
 
 
+def with_states(config: VmConfig, told: VmConfig) -> VmConfig:
+    """Return a configuration whose interfaces are up or down as those of `told` are.
+
+    As they are, where `told` has not as many.
+    """
+    if len(config.interfaces) != len(told.interfaces):
+        return config
+    interfaces = zip(config.interfaces, told.interfaces, strict=True)
+    return config._replace(
+        interfaces=tuple(one._replace(is_up=other.is_up) for one, other in interfaces)
+    )
+
+
 _KINDS = {"": DiskKind.PROBE, "raw": DiskKind.RAW, "qcow2": DiskKind.QCOW2}
 
 

@@ -294,6 +294,10 @@ class Machine:
         if self.console:
             self.console.resize(columns, rows)
 
+    def set_link(self, index: int, *, is_up: bool) -> None:
+        """Plug the cable of network interface `index` in or out; any thread."""
+        self._devices.set_link(index, is_up=is_up)
+
     def pause(self) -> None:
         """Let the machine stand still; returns when no vCPU runs and no device works."""
         self.runner.pause()

@@ -134,6 +134,7 @@ class PciDevices:
         self._eventfds = eventfds
         self._intx = intx
         self._functions: list[VirtioPci | Vmmci] = []
+        self._set_links: list[Callable[[bool], None]] = []
 
     def close(self) -> None:
         """Stop and close every device; when no vCPU runs. Idempotent."""
@@ -196,7 +197,13 @@ class PciDevices:
         """
         from vmm_kvm.virtio.nic import make_nic  # noqa: PLC0415 - not every machine has one
 
-        return self.add_dataplane(make_nic(nic, self._memory), CLASS_NETWORK_ETHERNET, nic.name)
+        made = make_nic(nic, self._memory)
+        self._set_links.append(made.set_link)
+        return self.add_dataplane(made.dataplane, CLASS_NETWORK_ETHERNET, nic.name)
+
+    def set_link(self, index: int, *, is_up: bool) -> None:
+        """Plug the cable of network interface `index` in or out, in the order of `add_nic`."""
+        self._set_links[index](is_up)
 
     def add_rng(self, clock: Clock) -> int:
         """Add a source of entropy; returns its slot.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -12,17 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from tests import artifacts
+from tests import artifacts, installed
+from tests.debian import LOGIN, debian
 from tests.guest.linux_guest import COMMAND_LINE
+from tests.guest.tools import MODULES, UNPACK, missing, tools_disk
 from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import Daemon, Stream, vm_block
 from tests.system.vmd.netns import Namespace
 from tests.vmctl_driver import BOOT_TIMEOUT_S
 
+PROGRAMS = ("nft", "iperf3")
+
 pytestmark = [
     *(pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)),
     pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
-    pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed"),
+    pytest.mark.skipif(bool(missing(PROGRAMS)), reason=missing(PROGRAMS)),
 ]
 
 WORLD, HOST = "192.0.2.2", "192.0.2.1"
@@ -57,13 +62,13 @@ def world(space: Namespace) -> Iterator[Namespace]:
         yield found
 
 
-def linux(name: str, kernel: artifacts.Kernel, *interfaces: str) -> str:
+def linux(name: str, kernel: artifacts.Kernel, *lines: str) -> str:
     """Return a VM with a shell on its console."""
-    lines = (
-        f'initrd "{artifacts.net_initramfs(kernel)}"',
+    boot = (
+        f'initrd "{artifacts.initramfs_with(kernel, MODULES, "tools")}"',
         f'append "{COMMAND_LINE} test=shell"',
     )
-    return vm_block(name, *lines, *interfaces, boot=kernel.vmlinuz, memory="128M", enabled=True)
+    return vm_block(name, *boot, *lines, boot=kernel.vmlinuz, memory="128M", enabled=True)
 
 
 class Shell:
@@ -157,15 +162,24 @@ def _digest_in(shown: str) -> str:
     return str(found)
 
 
+def _moved(shown: str) -> float:
+    """Return how many bytes arrived, as iperf3's report says."""
+    report = json.loads(shown[shown.index("{") : shown.rindex("}") + 1])
+    return float(report["end"]["sum_received"]["bytes"])
+
+
 def test_two_guests_on_a_switch(
     space: Namespace, cloud_kernel: artifacts.Kernel, tmp_path: Path
 ) -> None:
-    """They reach each other and the host; with a locked lladdr, not from any other address."""
-    config = (
-        'switch "lan" {\ncreate\naddress "10.0.0.1/24"\nlocked lladdr\n}\n'
-        + linux("one", cloud_kernel, 'interface {\nmtu 9000\nswitch "lan"\n}')
-        + linux("two", cloud_kernel, 'interface {\nmtu 9000\nswitch "lan"\n}')
-    )
+    """They reach each other and the host, also by iperf3, and their cables follow the switch.
+
+    With a locked lladdr, they reach nobody from any other address.
+    """
+    disk = f'disk "{tools_disk(tmp_path / "tools", "iperf3")}" {{ ro }}'
+    own = 'interface {\nmtu 9000\nswitch "lan"\nqueues 2\n}'
+    vms = linux("one", cloud_kernel, disk, own) + linux("two", cloud_kernel, disk, own)
+    switch = 'switch "lan" {{\ncreate\naddress "10.0.0.1/24"\nlocked lladdr\n{}\n}}\n'
+    config = switch.format("up") + vms
     with ExitStack() as stack:
         vmd = stack.enter_context(Daemon(tmp_path, config, is_user=False, prefix=space.prefix))
         client = stack.enter_context(vmd.client(BOOT_TIMEOUT_S))
@@ -182,5 +196,55 @@ def test_two_guests_on_a_switch(
         two.run("mkdir /www; head -c 1000000 /dev/urandom >/www/data; httpd -h /www")
         one.run("wget -q -O /data http://10.0.0.3/data")
         assert _digest_in(one.run("md5sum </data")) == _digest_in(two.run("md5sum </www/data"))
+        for shell in shells:
+            shell.run(UNPACK)
+        two.run("iperf3 -s -D")
+        assert _moved(one.run("iperf3 -c 10.0.0.3 -t 2 -J")) > 1 << 20
+        assert _moved(one.run("iperf3 -c 10.0.0.3 -t 2 -R -J")) > 1 << 20
+        with subprocess.Popen([*space.prefix, "iperf3", "-s", "-B", "10.0.0.1"]) as server:
+            assert _moved(one.run("sleep 1; iperf3 -c 10.0.0.1 -t 2 -J")) > 1 << 20
+            server.terminate()
+        for state, carrier in (("down", "0"), ("up", "1")):
+            vmd.config.write_text(switch.format(state) + vms)
+            assert client.ask("reload")["type"] == "done"
+            shown = two.run("sleep 2; cat /sys/class/net/eth0/carrier")
+            assert shown.splitlines()[-1] == carrier
+        assert " 0% packet loss" in one.run("sleep 3; ping -c 3 10.0.0.3")
         one.run("ip link set eth0 address fe:e1:bb:d1:00:99; ip neigh flush dev eth0")
         assert " 100% packet loss" in one.run("ping -c 2 -W 1 10.0.0.3")
+
+
+def test_systemd_networkd(space: Namespace, tmp_path: Path) -> None:
+    """An installed Debian has its address, its router and its name by systemd's own DHCP client."""
+    system, image = debian(), tmp_path / "disk.qcow2"
+    installed.create("-b", system.disk, image)
+    config = vm_block(
+        "networkd",
+        f'disk "{image}"',
+        f'initrd "{system.initrd}"',
+        f'append "root=/dev/vda3 rw {COMMAND_LINE}"',
+        "local interface { lladdr fe:e1:bb:d1:00:01 }",
+        boot=system.vmlinuz,
+        memory="384M",
+        enabled=True,
+    )
+    with ExitStack() as stack:
+        vmd = stack.enter_context(Daemon(tmp_path, config, is_user=False, prefix=space.prefix))
+        client = stack.enter_context(vmd.client(installed.LOGIN_S))
+        console = stack.enter_context(client.console("networkd"))
+        console.expect(LOGIN.encode())
+        console.type(b"root\n")
+        console.expect(b"debian:~# ")
+        console.type(
+            b"printf '[Match]\\nName=e*\\n[Network]\\nDHCP=ipv4\\n[DHCPv4]\\nUseHostname=yes\\n'"
+            b" >/etc/systemd/network/e.network; systemctl start systemd-networkd;"
+            b" /lib/systemd/systemd-networkd-wait-online --timeout=60; networkctl status 'e*';"
+            b" ip route; echo end''ed\n"
+        )
+        console.expect(b"ended")
+        shown = console.output.decode(errors="replace")
+        assert re.search(r"Address: 100\.64\.1\.3 \(DHCP4 via 100\.64\.1\.2\)", shown), shown
+        assert "default via 100.64.1.2" in shown
+        pinged = space.run("busybox", "ping", "-c", "3", "100.64.1.3")
+        assert " 0% packet loss" in pinged
+        assert client.ask("stop", name="networkd", force=True, wait=True)["type"] == "terminated"

@@ -10,6 +10,7 @@ from vmd.config.model import (
     MTU_MIN,
     NAME_MAX,
     PORT_MAX,
+    QUEUE_PAIRS_MAX,
     RDOMAIN_MAX,
     ForwardConfig,
     InterfaceConfig,
@@ -18,7 +19,7 @@ from vmd.config.model import (
 from vmd.config.values import address_of, bridge_of, byte_length, group_of, lladdr_of, tap_of
 
 _OPTIONS = ("switch", "group", "locked", "lladdr", "rdomain", "up", "down")
-INTERFACE_OWN_OPTIONS = ("forward", "mtu")
+INTERFACE_OWN_OPTIONS = ("forward", "mtu", "queues")
 """Options of an interface that OpenBSD does not have."""
 SWITCH_OWN_OPTIONS = ("create", "address")
 """Options of a switch that OpenBSD does not have."""
@@ -132,6 +133,7 @@ class InterfaceRule:
         ifopt = "switch" string | "group" string | [ "locked" ] "lladdr" [ STRING ]
               | "rdomain" NUMBER | "up" | "down"
               | "forward" ( "tcp" | "udp" ) NUMBER "to" NUMBER | "mtu" NUMBER
+              | "queues" NUMBER
         """
         tokens, interface = self._tokens, self._interface
         if tokens.accept("switch"):
@@ -159,6 +161,10 @@ class InterfaceRule:
             tokens.take()
             mtu = _number(tokens, "mtu", MTU_MIN, MTU_MAX)
             interface = interface._replace(mtu=mtu)
+        elif tokens.is_at_own("queues"):
+            tokens.take()
+            queues = _number(tokens, "queues", 1, QUEUE_PAIRS_MAX)
+            interface = interface._replace(queues=queues)
         else:
             tokens.syntax_error()
         self._interface = interface

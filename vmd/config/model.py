@@ -23,6 +23,7 @@ CPUS_MAX = 64
 RDOMAIN_MAX = 255
 MTU_MIN, MTU_MAX = 68, 65521
 """Linux's least for IPv4, and the largest that a tap takes."""
+QUEUE_PAIRS_MAX = 16
 PORT_MAX = 65535
 FORWARDS_MAX = 64
 """Of one interface."""
@@ -128,6 +129,8 @@ class InterfaceConfig(NamedTuple):
     is_up: bool = True
     mtu: int | None = None
     """Bytes, without the Ethernet header; None for 1500."""
+    queues: int | None = None
+    """Pairs of queues; None for one."""
     forwards: tuple[ForwardConfig, ...] = ()
 
 

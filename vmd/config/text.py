@@ -165,6 +165,8 @@ def _interface(interface: InterfaceConfig) -> str:
     # Words that OpenBSD does not have would be part of a string before them.
     if interface.mtu is not None:
         options.append(f"mtu {interface.mtu}")
+    if interface.queues is not None:
+        options.append(f"queues {interface.queues}")
     options += (
         f"forward {each.protocol} {each.port} to {each.to_port}" for each in interface.forwards
     )

@@ -35,6 +35,7 @@ from vmd.internal import (
     ParentToControl,
     ParentToVmm,
     PauseVm,
+    SetLinks,
     SetVerbosity,
     StopVm,
     ToVm,
@@ -250,6 +251,9 @@ class Parent:
         actions, complaints = self._registry.load(config.vms, self._settings.uid)
         for line in complaints:
             log.warning("%s", line)
+        for vm_id, links in self._networks.refresh().items():
+            if vm_id in self._launched:
+                self._tell_vm(vm_id, SetLinks(are_up=links))
         self._run(actions)
 
     def reload(self) -> bool:

@@ -287,8 +287,7 @@ class Priv:
         elif spec.rdomain is not None:
             # Out of its rdomain, it would be where it must not be.
             netlink.set_master(link, self._vrf(spec.rdomain))
-        if spec.is_up:
-            netlink.set_up(link, is_up=True)
+        netlink.set_up(link, is_up=spec.is_up)
         if spec.local is not None:
             self._set_addresses(spec, spec.local, link)
 

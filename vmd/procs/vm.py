@@ -30,6 +30,7 @@ from vmd.internal import (
     EndReason,
     NicSpec,
     PauseVm,
+    SetLinks,
     SetVerbosity,
     StopVm,
     UnpauseVm,
@@ -220,6 +221,7 @@ def _machine_spec(
                 nic.name,
                 nic.mtu,
                 nic.is_locked,
+                nic.is_up,
             )
             for connection, nic in zip(connections.nics, spec.interfaces, strict=True)
         ),
@@ -363,6 +365,9 @@ class VmProcess:
                     self._shutdown.begin()
                 case AttachConsole():
                     self._console.attach(socket.socket(fileno=fds.take(0)))
+                case SetLinks(are_up=are_up):
+                    for index, is_up in enumerate(are_up):
+                        self._machine.set_link(index, is_up=is_up)
                 case AskStatistics(serial=serial):
                     _tell(self._channel, self._statistics(serial))
                 case SetVerbosity(level=level):

@@ -51,6 +51,8 @@ class RemotePath(NamedTuple):
     """Returns a connection to it, for one machine, which owns it."""
     is_ours: bool
     """Whether the server is our own, which also serves the control queue and knows the address."""
+    pairs: int = 1
+    """Queue pairs that a server which is not ours has to have, 1 to 16."""
 
 
 Path = VhostPath | TapPath | StreamPath | RemotePath
@@ -74,3 +76,5 @@ class NicParams(NamedTuple):
 
     TapPath and StreamPath see to it; for the others, it has to be where their frames are.
     """
+    is_up: bool = True
+    """Whether the guest finds the cable plugged in; see `Machine.set_link`."""

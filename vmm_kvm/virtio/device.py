@@ -9,7 +9,7 @@ the driver and tells the dataplane what the driver did.
                                            └ vhost-user ── (process) ── Worker's like ── Backend
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol, runtime_checkable
 
 from vmm_kvm.virtio.queue import Ring, Virtqueue
@@ -87,6 +87,17 @@ class ActiveBackend(Protocol):
 
     def attach(self, transport: InputTransport) -> None:
         """Learn whom to ask; before `start`, anew for each connection of a vhost-user server."""
+
+
+@runtime_checkable
+class PairedBackend(Protocol):
+    """A backend that has to know which queues are served, besides being a Backend."""
+
+    def serving(self, queues: Collection[int]) -> None:
+        """Learn which queues a front-end has enabled, by their indices; on the device's thread.
+
+        After `start`, and at each change until `reset`.
+        """
 
 
 class Frontend(Protocol):

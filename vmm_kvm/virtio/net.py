@@ -12,7 +12,7 @@ Source: virtio 1.2 §5.1
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -188,6 +188,12 @@ class VirtioNet:
         if self._transport:
             for pair, fd in enumerate(self._port.fds):
                 self._transport.watch(fd, 2 * pair)
+
+    def serving(self, queues: Collection[int]) -> None:
+        """Send frames to the pairs that a front-end has enabled, where no commands say which."""
+        if self._control_queue is None:
+            pairs = sum(2 * pair in queues for pair in range(len(self._offered)))
+            self.control.set_pairs(max(pairs, 1))
 
     def process(self, index: int, queue: Virtqueue) -> None:
         """Move frames, or obey commands.

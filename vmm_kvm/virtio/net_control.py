@@ -24,6 +24,8 @@ CONTROL_QUEUE_SIZE = 64
 TABLE_MAX = 64
 """Addresses of each kind that are told apart; a driver that has more gets everything."""
 
+STATUS_OFFSET = ADDRESS_SIZE
+"""Of the status, 16 bits, in the configuration space."""
 _CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
 _COMMAND_SIZE = 2
 _COUNT_SIZE = 4
@@ -66,6 +68,11 @@ class Port(Protocol):
 
     def set_filter(self, wanted: Filter) -> None:
         """Send the driver what it wants, as far as possible."""
+
+
+def link_status(*, is_up: bool) -> bytes:
+    """Return the status field of an interface whose link is up, or down."""
+    return (abi.VIRTIO_NET_S_LINK_UP if is_up else 0).to_bytes(2, "little")
 
 
 class NetControl:
@@ -141,7 +148,11 @@ class NetControl:
         self._negotiated = features
         self._set_filter(Filter(self.mac))
         self._try(lambda: self._port.set_guest_offloads(features & GUEST_OFFLOADS))
-        self._try(lambda: self._port.set_pairs(1))
+        self.set_pairs(1)
+
+    def set_pairs(self, count: int) -> bool:
+        """Use the first `count` queue pairs; returns whether that could be done."""
+        return self._try(lambda: self._port.set_pairs(count))
 
     def reset(self) -> None:
         """Forget what the driver said, its own address too."""
@@ -187,7 +198,7 @@ class NetControl:
                 count = int.from_bytes(data, "little")
                 if len(data) != 2 or not 1 <= count <= self._pairs:
                     return False
-                return self._try(lambda: self._port.set_pairs(count))
+                return self.set_pairs(count)
             case abi.VIRTIO_NET_CTRL_GUEST_OFFLOADS:
                 offloads = int.from_bytes(data, "little")
                 allowed = negotiated & GUEST_OFFLOADS

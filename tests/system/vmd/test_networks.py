@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -155,6 +156,39 @@ def test_reset_and_reload_of_switches(space: Namespace, start: Start) -> None:
         assert client.ask("reload")["type"] == "done"
         space.wait_for_links(before | {"two", "three", "tap0"})
         _eventually(lambda: "master two" in space.run("ip", "link", "show", "tap0"))
+
+
+def test_up_and_down(space: Namespace, start: Start) -> None:
+    """A reload brings taps of VMs that run up and down, and cables of those on a dead switch.
+
+    Both ends have the same queues, as many as vm.conf says.
+    """
+
+    def config(switch: str, interface: str) -> str:
+        own = f'interface {{ switch "own"\nqueues 3\n{interface} }}'
+        return f'switch "own" {{\ncreate\n{switch}\n}}\n' + vm_block("web", own, "local interface")
+
+    def links(client: Client) -> list[bool]:
+        vms = client.ask("status", name="web", interfaces=True)["vms"]
+        assert isinstance(vms, list)
+        return [one["is_up"] for one in vms[0]["interfaces"]]
+
+    def is_up(name: str, *, is_so: bool = True) -> bool:
+        return (",UP" in space.run("ip", "link", "show", name)) is is_so
+
+    with start(config("up", "down")) as vmd, vmd.client() as client:
+        assert client.ask("start", name="web")["type"] == "started"
+        assert "numqueues 3" in space.run("ip", "-d", "link", "show", "tap0")
+        for switch, interface, expected in (
+            *(("up", "down", False), ("up", "up", True), ("down", "up", False)),
+            *(("down", "down", False), ("up", "up", True)),
+        ):
+            vmd.config.write_text(config(switch, interface))
+            assert client.ask("reload")["type"] == "done"
+            _eventually(partial(is_up, "tap0", is_so=interface == "up"))
+            assert links(client) == [expected, True]
+            assert is_up("tap1")
+        vmd.wait_for_log("started web")
 
 
 def test_start_with_interfaces(space: Namespace, start: Start) -> None:

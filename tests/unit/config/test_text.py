@@ -79,11 +79,13 @@ INTERFACES = st.builds(
     lladdr=st.none() | ADDRESSES,
     rdomain=RDOMAINS,
     mtu=st.none() | st.integers(68, 65521),
+    queues=st.none() | st.integers(1, 16),
     forwards=FORWARDS,
 ) | st.builds(
     InterfaceConfig,
     is_local=st.booleans(),
     mtu=st.none() | st.integers(68, 65521),
+    queues=st.none() | st.integers(1, 16),
     forwards=st.just(()),
     tap=st.none() | st.integers(0, 99_999_999).map("tap{}".format),
     switch=st.none() | NAMES.filter(bool),

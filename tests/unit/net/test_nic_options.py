@@ -22,6 +22,7 @@ from vmm_kvm.errors import SpecError
             "tap:t,queues=4,mtu=9000,locked,user,lladdr=fe:e1:bb:00:00:01",
             NicOption(NicKind.TAP, "t", bytes.fromhex("fee1bb000001"), True, 9000, 4, True),
         ),
+        ("vhost-user:s,queues=3", NicOption(NicKind.VHOST_USER, "s", queues=3)),
         ("bridge:b,queues=2", NicOption(NicKind.BRIDGE, "b", queues=2)),
         ("tap:t,process", NicOption(NicKind.TAP, "t", is_process=True)),
         (
@@ -49,6 +50,7 @@ def test_interfaces(text: str, expected: NicOption) -> None:
         ("tap:t,mtu=67", "mtu: not 68 to 65535"),
         ("tap:t,mtu=" + "9" * 5000, "mtu: not 68 to 65535"),
         ("passt,queues=2", "queues is not for passt"),
+        ("vhost-user:s,locked", "locked is not for vhost-user"),
         ("tap:t,forward=tcp:1", "forward is not for tap"),
         ("passt,forward=sctp:1", "not tcp:PORT[:PORT] or udp:PORT[:PORT]"),
         ("passt,forward=tcp:0", "port: not 1 to 65535"),

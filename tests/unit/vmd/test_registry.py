@@ -416,6 +416,18 @@ def test_a_reload_leaves_running_vms_alone(host: Host) -> None:
     assert host.states()["b"] is State.STOPPED
 
 
+def test_a_reload_brings_interfaces_up_and_down(host: Host) -> None:
+    """Of a VM that runs that much follows the file; nothing if it has another number of them."""
+    up, down = InterfaceConfig(mtu=1400), InterfaceConfig(mtu=9000, is_up=False)
+    load(host, a_config("a", interfaces=(up, up)))
+    start(host, "a")
+    load(host, a_config("a", interfaces=(down, up)))
+    found = host.vm("a").config.interfaces
+    assert [(one.is_up, one.mtu) for one in found] == [(False, 1400), (True, 1400)]
+    load(host, a_config("a", interfaces=(up,)))
+    assert host.vm("a").config.interfaces == found
+
+
 def test_a_configuration_is_complained_about(host: Host) -> None:
     """What cannot be registered is told, with where it is written; the rest is."""
     complaints = load(

@@ -7,8 +7,9 @@ need a hand because the guest has no MSI-X.
 
 When the server is gone the device fails and stays failed; the VM goes on.
 
-Locks: `_lost_lock`, innermost, decides who reports that the server is gone. The transport calls one
-method at a time, and what the thread watches does not change while it runs.
+Locks: `_lock` is held while the server is asked for something about a ring; within it `_lost_lock`,
+innermost, decides who reports that the server is gone. The transport calls one method at a time,
+and what the thread watches does not change while it runs.
 """
 
 import os
@@ -117,6 +118,8 @@ class DeviceKind(NamedTuple):
     """Bytes of configuration space that the server has."""
     queues: Callable[[int, bytes], int]
     """How many queues there are, from features and configuration space."""
+    pairs: int = 1
+    """What the server has to have at least, as it counts queues itself."""
 
 
 BLOCK = DeviceKind(VIRTIO_ID_BLOCK, _BLK_FEATURES, _BLK_CONFIG_SIZE, _blk_queues)
@@ -127,8 +130,11 @@ NET = DeviceKind(
     _net_queues,
 )
 """An interface whose server has everything, the control queue too: our own."""
-NET_DATA = DeviceKind(VIRTIO_ID_NET, _NET_OFFLOADS, 0, lambda *_: 2)
-"""An interface of which the server has a queue pair, the rest being somewhere else."""
+
+
+def net_data(pairs: int) -> DeviceKind:
+    """Return an interface of which the server has queue pairs, the rest being somewhere else."""
+    return DeviceKind(VIRTIO_ID_NET, _NET_OFFLOADS, 0, lambda *_: 2 * pairs, pairs)
 
 
 class VhostUser:
@@ -150,8 +156,11 @@ class VhostUser:
         self._frontend: Frontend | None = None
         self._thread: threading.Thread | None = None
         self._started: set[int] = set()
+        self._served = QUEUES_MAX
+        self._lock = threading.Lock()
         self._lost: str | None = None
         self._lost_lock = threading.Lock()
+        self._override = 0, b""
         self._fds: list[int] = []
         self._call_fds: dict[int, int] = {}
         try:
@@ -160,6 +169,7 @@ class VhostUser:
             # What another part of the device offers besides is not the server's business.
             self._features_known = self.features & ~(1 << VIRTIO_F_RING_RESET) | _VERSION_1
             queues = _queue_count(kind, self.features, self._config)
+            _check_pairs(kind, client)
             self.queue_sizes = (QUEUE_SIZE,) * queues
             self._error_fd = self._eventfd()
             self._stop_fd = self._eventfd()
@@ -176,17 +186,42 @@ class VhostUser:
 
     def config(self) -> bytes:
         """Return the configuration space as it was at its last change."""
-        return self._config
+        offset, data = self._override
+        return self._config[:offset] + data + self._config[offset + len(data) :]
+
+    def override(self, offset: int, data: bytes) -> None:
+        """Show the driver `data` at `offset` from now on, whatever the server has there.
+
+        For what is decided on this side. The driver is told if that changes anything; any thread.
+        """
+        before = self.config()
+        self._override = offset, data
+        if self._frontend and self.config() != before:
+            self._frontend.config_changed()
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Hand on what the driver wrote; what the server made of it is in `config` then."""
         if self._lost is not None or offset + len(data) > len(self._config):
             return
-        try:
-            self._client.write_config(offset, data)
-            self._config = self._client.config(len(self._config))
-        except VhostUserError as err:
-            self._lose(err)
+        with self._lock:
+            try:
+                self._client.write_config(offset, data)
+                self._config = self._client.config(len(self._config))
+            except VhostUserError as err:
+                self._lose(err)
+
+    def serve_first(self, count: int) -> None:
+        """Have no queues served but the first `count`, as far as they are started; any thread."""
+        with self._lock:
+            before, self._served = self._served, count
+            if self._lost is not None:
+                return
+            try:
+                for index in sorted(self._started):
+                    if (index < before) != (index < count):
+                        self._client.enable(index, index < count)
+            except VhostUserError as err:
+                self._lose(err)
 
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
         """Have the enabled queues served from now on, with the negotiated features.
@@ -200,15 +235,16 @@ class VhostUser:
         if self._lost is not None:
             self._fail(self._lost)
             return
-        try:
-            self._client.set_features(features & self._features_known)
-            table = _region_table(self._memory.regions)
-            self._client.set_memory(table, [self._memory.fd] * len(table))
-            for index, ring in rings.items():
-                self._start_ring(index, ring)
-        except VhostUserError as err:
-            self._lose(err)
-            return
+        with self._lock:
+            try:
+                self._client.set_features(features & self._features_known)
+                table = _region_table(self._memory.regions)
+                self._client.set_memory(table, [self._memory.fd] * len(table))
+                for index, ring in rings.items():
+                    self._start_ring(index, ring)
+            except VhostUserError as err:
+                self._lose(err)
+                return
         self._watch()
 
     def start_queue(self, index: int, ring: Ring) -> None:
@@ -221,24 +257,26 @@ class VhostUser:
         if self._lost is not None:
             return
         self._unwatch()
-        try:
-            self._start_ring(index, ring)
-        except VhostUserError as err:
-            self._lose(err)
-            return
+        with self._lock:
+            try:
+                self._start_ring(index, ring)
+            except VhostUserError as err:
+                self._lose(err)
+                return
         self._watch()
 
     def stop_queue(self, index: int) -> None:
         """Have one queue served less; its memory is not touched any more when this returns."""
-        if index not in self._started:
-            return
-        self._started.discard(index)
-        if self._lost is None:
-            try:
-                self._client.enable(index, False)
-                self._client.stop(index)
-            except VhostUserError as err:
-                self._lose(err)
+        with self._lock:
+            if index not in self._started:
+                return
+            self._started.discard(index)
+            if self._lost is None:
+                try:
+                    self._client.enable(index, False)
+                    self._client.stop(index)
+                except VhostUserError as err:
+                    self._lose(err)
 
     def stop(self) -> None:
         """Have every request finished; guest memory is not touched any more when this returns."""
@@ -252,13 +290,14 @@ class VhostUser:
         A server with one thread has looked at every notification from before the first question
         when it answers the second; ours has.
         """
-        if self._lost is not None or not self._started:
-            return
-        try:
-            for _ in range(2):
-                self._client.ping()
-        except VhostUserError as err:
-            self._lose(err)
+        with self._lock:
+            if self._lost is not None or not self._started:
+                return
+            try:
+                for _ in range(2):
+                    self._client.ping()
+            except VhostUserError as err:
+                self._lose(err)
 
     def kick(self, index: int) -> None:
         """Look at queue `index`; any thread."""
@@ -302,7 +341,7 @@ class VhostUser:
         client.set_call(index, call_fd)
         self._started.add(index)
         client.set_kick(index, self._kick_fds[index])
-        client.enable(index, True)
+        client.enable(index, index < self._served)
         # Requests may be there already, and older servers wait for the first notification.
         self.kick(index)
 
@@ -383,6 +422,11 @@ def _queue_count(kind: DeviceKind, features: int, config: bytes) -> int:
     if not 0 < count <= QUEUES_MAX:
         raise VhostUserError(f"the server has {count} queues, not 1 to {QUEUES_MAX}")
     return count
+
+
+def _check_pairs(kind: DeviceKind, client: Client) -> None:
+    if kind.pairs > 1 and (count := client.queue_count()) < kind.pairs:
+        raise VhostUserError(f"the server has {count} of {kind.pairs} queue pairs")
 
 
 def _region_table(regions: Sequence[Region]) -> list[MemoryRegion]:

@@ -19,10 +19,11 @@ from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.abi import (
     VIRTIO_CONFIG_S_NEEDS_RESET,
     VIRTIO_F_VERSION_1,
+    VIRTIO_ID_NET,
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
-from vmm_kvm.virtio.device import ActiveBackend, Backend
+from vmm_kvm.virtio.device import ActiveBackend, Backend, PairedBackend
 from vmm_kvm.virtio.vhost_user.channel import Channel, Fds, Message
 from vmm_kvm.virtio.vhost_user.messages import (
     CONFIG_MAX,
@@ -202,7 +203,9 @@ class Session:
             case Request.RESET_OWNER | Request.RESET_DEVICE:
                 self._reset()
             case Request.GET_QUEUE_NUM:
-                reply = pack_u64(len(self._rings))
+                # QEMU and DPDK count an interface's queues in pairs.
+                is_net = self._backend.device_id == VIRTIO_ID_NET
+                reply = pack_u64(len(self._rings) // 2 if is_net else len(self._rings))
             case Request.GET_CONFIG:
                 reply = self._config(ConfigAccess.unpack(payload)).pack()
             case Request.SET_CONFIG:
@@ -376,6 +379,11 @@ class Session:
             self._go_on(ring)
         else:
             ring.suspend()
+        self._tell_serving()
+
+    def _tell_serving(self) -> None:
+        if self._is_running and isinstance(self._backend, PairedBackend):
+            self._backend.serving([ring.index for ring in self._rings if ring.is_enabled])
 
     def _unwatch(self, ring: Vring) -> None:
         if ring.kick_fd is not None:
@@ -397,6 +405,7 @@ class Session:
         if not self._is_running:
             self._is_running = True
             self._backend.start(self._features)
+            self._tell_serving()
         # What a predecessor gave back without telling the driver would be lost.
         ring.interrupt()
         self._serve(ring)

@@ -24,6 +24,7 @@ VERSION_1 = 1 << 32
 EVENT_IDX = 1 << 29
 BACKEND_FEATURE = 1 << 5
 QUEUE_SIZE = 8
+RINGS = 4
 MEMORY_SIZE = 0x4_0000
 GPA = 0x10_0000
 """Where the driver's memory lies in guest-physical addresses."""
@@ -145,11 +146,11 @@ class Driver:
         os.ftruncate(self.fd, MEMORY_SIZE)
         self.memory = mmap.mmap(self.fd, MEMORY_SIZE)
         self.regions: tuple[Region, ...] = (Region(GPA, MEMORY_SIZE, 0),)
-        self.kick = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-        self.call = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-        self.error = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+        self.kick = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(RINGS)]
+        self.call = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(RINGS)]
+        self.error = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(RINGS)]
         self.notifiers = self.kick
-        self.available = [0, 0]
+        self.available = [0] * RINGS
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -196,8 +197,8 @@ class Driver:
 
     def forget(self) -> None:
         """Make the rings as they are after a reset of the device."""
-        self.memory[: 2 * _RING_STRIDE] = bytes(2 * _RING_STRIDE)
-        self.available = [0, 0]
+        self.memory[: RINGS * _RING_STRIDE] = bytes(RINGS * _RING_STRIDE)
+        self.available = [0] * RINGS
 
     def offer(self, data: bytes, ring: int = 0, *, room: int = 64, gpa: int | None = None) -> int:
         """Make a request available without notifying; returns its slot.

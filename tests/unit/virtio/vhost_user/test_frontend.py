@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +15,7 @@ from tests.unit.virtio.vhost_user.rig import (
     EVENT_IDX,
     GPA,
     MEMORY_SIZE,
+    RINGS,
     VERSION_1,
     Driver,
     EchoBackend,
@@ -23,8 +24,9 @@ from tests.unit.virtio.vhost_user.rig import (
     serving,
 )
 from vmm_kvm.errors import GuestError
+from vmm_kvm.virtio.abi import VIRTIO_ID_NET, VIRTIO_NET_F_CSUM
 from vmm_kvm.virtio.vhost_user.client import Client
-from vmm_kvm.virtio.vhost_user.frontend import QUEUE_SIZE, VhostUser
+from vmm_kvm.virtio.vhost_user.frontend import BLOCK, QUEUE_SIZE, DeviceKind, VhostUser, net_data
 from vmm_kvm.virtio.vhost_user.messages import VhostUserError
 
 FLUSH, CONFIG_WCE, MQ = 1 << 9, 1 << 11, 1 << 12
@@ -48,6 +50,7 @@ class RecordingTransport:
     def __init__(self, guest: Driver, *, has_fds: bool) -> None:
         self.guest = guest
         self.has_fds = has_fds
+        self.changes = 0
         self.failures: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def interrupt(self, index: int) -> None:
@@ -60,8 +63,8 @@ class RecordingTransport:
         return self.guest.call[index] if self.has_fds else None
 
     def config_changed(self) -> None:
-        """Never called by this dataplane."""
-        raise AssertionError
+        """Count it."""
+        self.changes += 1
 
     def fail(self, reason: str) -> None:
         """Remember why."""
@@ -70,12 +73,12 @@ class RecordingTransport:
 
 @contextmanager
 def dataplane(
-    backend: EchoBackend, *, has_fds: bool = True
+    backend: EchoBackend, *, has_fds: bool = True, kind: DeviceKind = BLOCK
 ) -> Iterator[tuple[VhostUser, Driver, RecordingTransport]]:
     """Yield a dataplane whose server runs in a thread, its driver and its transport."""
     ours, theirs = socket.socketpair()
     with serving(theirs, backend), driver() as guest:
-        device = VhostUser(Client(ours), guest, "disk0")
+        device = VhostUser(Client(ours), guest, "disk0", kind)
         transport = RecordingTransport(guest, has_fds=has_fds)
         device.attach(transport)
         guest.notifiers = [device.kick_fd(index) for index in range(len(device.queue_sizes))]
@@ -92,6 +95,59 @@ def test_what_the_driver_is_offered() -> None:
         assert device.queue_sizes == (QUEUE_SIZE,) * 2
         assert device.features == BACKEND_FEATURE | MQ | EVENT_IDX | 1 << 28 | RING_RESET
         assert len(device.config()) == 60
+
+
+def test_what_is_decided_here() -> None:
+    """A piece of the configuration space can be this side's; the driver is told of changes."""
+    with dataplane(BlkBackend()) as (device, guest, transport):
+        theirs = device.config()
+        for data, changes in ((b"\x05\x06", 1), (b"\x05\x06", 1), (bytes(2), 2)):
+            device.override(6, data)
+            assert device.config() == theirs[:6] + data + theirs[8:]
+            assert transport.changes == changes
+        device.start(VERSION_1, {0: guest.ring(0)})
+        device.write_config(8, b"x")
+        assert device.config()[6:9] == b"\0\0x"
+
+
+class NetBackend(EchoBackend):
+    """A backend with two pairs of queues, as those of an interface are counted."""
+
+    device_id = VIRTIO_ID_NET
+    features = 1 << VIRTIO_NET_F_CSUM
+    queue_sizes = (8,) * RINGS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+
+    def serving(self, queues: Collection[int]) -> None:
+        """Note it."""
+        self.told.put(sorted(queues))
+
+
+def test_pairs_of_queues() -> None:
+    """A server of an interface is told which pairs are in use, whenever that is decided."""
+    backend = NetBackend()
+    with dataplane(backend, kind=net_data(2)) as (device, guest, _):
+        assert device.queue_sizes == (QUEUE_SIZE,) * 4
+        device.serve_first(2)
+        device.start(VERSION_1, {index: guest.ring(index) for index in range(4)})
+        device.settle()
+        assert [backend.told.get() for _ in range(backend.told.qsize())][-1] == [0, 1]
+        device.serve_first(4)
+        device.settle()
+        assert [backend.told.get() for _ in range(2)] == [[0, 1, 2], [0, 1, 2, 3]]
+        device.serve_first(2)
+        device.settle()
+        assert [backend.told.get() for _ in range(2)] == [[0, 1, 3], [0, 1]]
+
+
+def test_too_few_pairs() -> None:
+    """A server that has not so many is not used."""
+    expected = "the server has 2 of 3 queue pairs"
+    with pytest.raises(VhostUserError, match=expected), dataplane(NetBackend(), kind=net_data(3)):
+        pass
 
 
 def test_the_cache_mode_is_left_to_flushes() -> None:

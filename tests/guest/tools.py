@@ -1,0 +1,44 @@
+"""Programs for a guest that has busybox alone: a disk with them and their libraries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests import artifacts
+
+MODULES = (*artifacts.NET_MODULES, "virtio_blk")
+"""What the guest has to load."""
+UNPACK = "mkdir -p /tmp; tar -x -f /dev/vda -C / 2>/dev/null; true"
+"""What the guest's shell has to run; the disk is its first."""
+_BLOCK = 1 << 20
+
+
+def tools_disk(place: Path, *programs: str) -> Path:
+    """Write a disk image, a tar archive, that holds programs of this host; returns its path."""
+    with tarfile.open(place, "w") as archive:
+        for name in sorted({file for program in programs for file in _files(program)}):
+            archive.add(Path(name).resolve(), arcname=name.removeprefix("/"))
+    with place.open("ab") as image:
+        image.truncate(-(-image.tell() // _BLOCK) * _BLOCK)
+    return place
+
+
+def missing(programs: Sequence[str]) -> str:
+    """Return which of these programs this host has not, in words; empty if it has all."""
+    absent = [name for name in programs if _found(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def _files(program: str) -> list[str]:
+    path = _found(program)
+    assert path is not None, program
+    shown = subprocess.run(["ldd", path], check=True, capture_output=True, text=True).stdout
+    return [path, *(word for line in shown.splitlines() for word in line.split() if word[0] == "/")]
+
+
+def _found(program: str) -> str | None:
+    return shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")
