@@ -6,7 +6,7 @@ PYTEST = .venv/bin/pytest
 RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz installed installer bench clean
+.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz installed installer captures bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -65,10 +65,14 @@ installer: setup ## Have Debian's installer partition a disk, with a network and
 	$(PYTHON) -m tests.installer
 	$(RIG) --cpus 1 --timeout 1800 -- $(PYTHON) tests/campaigns/installer.py
 
+captures: setup ## Compare captures of guests' traffic inside and outside, 1 GiB on each path; in the rig
+	$(RIG) --cpus 1 --mem 4096 --timeout 6000 -- $(PYTHON) tests/campaigns/captures.py
+
 bench: setup ## Measure the daemon here, and the start of a guest and disks in the rig, against QEMU
 	$(PYTHON) -m bench.daemon
 	$(PYTHON) bench/boot.py
 	$(PYTHON) bench/net.py
+	$(PYTHON) bench/flood.py
 	$(PYTHON) bench/disk.py
 
 clean: ## Remove what the targets made in this directory

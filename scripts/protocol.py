@@ -64,7 +64,7 @@ def page() -> str:
     parts.append("## Parts of messages\n")
     structs = (
         *(messages.DiskRequest, messages.InterfaceRequest),
-        *(messages.VmInfo, messages.Statistics),
+        *(messages.VmInfo, messages.InterfaceInfo, messages.ForwardInfo, messages.Statistics),
     )
     parts += [_message(each, documentation) for each in structs]
     parts.append("## Words\n")

@@ -497,6 +497,8 @@ class Networks:
 
     def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
         """Return what there is to tell of a VM's interfaces."""
+        if self._passt is not None:
+            return self._passt.told(vm)
         held = self._held.get(vm.id)
         networks = held.networks() if held is not None and held.attached else ()
         return interface_infos(vm.config.interfaces, networks)

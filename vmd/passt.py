@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from vmd.config.model import ForwardConfig
 from vmd.internal import AttachedTap, TapSpec
-from vmd.network import Links, Network
+from vmd.messages import InterfaceInfo
+from vmd.network import Links, Network, interface_infos
 from vmd.vm import Vm
 from vmm_kvm.log import Log
 
@@ -106,6 +109,16 @@ class PasstNetworks:
             if held.links != before:
                 changed[vm_id] = held.links
         return changed
+
+    def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
+        """Return what there is to tell of a VM's interfaces."""
+        infos = interface_infos(vm.config.interfaces, ())
+        held = self._held.get(vm.id)
+        if held is None:
+            return infos
+        return tuple(
+            replace(info, is_up=has_link) for info, has_link in zip(infos, held.links, strict=True)
+        )
 
     def release(self, vm_id: int) -> None:
         """Remove a VM's interfaces; their processes end."""

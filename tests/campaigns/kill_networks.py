@@ -1,7 +1,8 @@
 """Campaign: VMs with four interfaces each, started, stopped and killed, and the daemon with them.
 
 Each round starts a VM in a network namespace of its own, or stops it, by force or by kill -9 of its
-process; now and then priv, local, vmm or the whole daemon is killed, while VMs start. After each
+process, or kills one of the processes that move its frames; now and then priv, local, vmm or the
+whole daemon is killed, while VMs start. All the while frames go to every interface. After each
 round a VM that is stopped has no tap left, and one that runs has all four. At the end, interfaces,
 addresses, rules and namespaces are what they were before.
 
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,21 @@ sys.path.insert(0, str(ROOT))
 from tests.system.vmd.daemon import Daemon, descendants, process_title, vm_block  # noqa: E402
 from tests.system.vmd.netns import Namespace  # noqa: E402
 
+# Broadcasts to every interface that there is, as fast as a busy network has them.
+TRAFFIC = """
+import socket, time
+frame = b"\\xff" * 6 + bytes.fromhex("525400000099") + b"\\x88\\xb5" + bytes(1000)
+while True:
+    for _, name in socket.if_nameindex():
+        try:
+            with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
+                out.bind((name, 0))
+                for _ in range(20):
+                    out.send(frame)
+        except OSError:
+            continue
+    time.sleep(0.01)
+"""
 # One that starts three times within 6 s of the time before is refused, so there are many.
 VMS = tuple(f"vm{number}" for number in range(1, 41))
 RUNNING_MAX = 6
@@ -36,6 +53,7 @@ WAIT_S = 30.0
 # More than five ends of one kind within 10 s end the daemon, as they should.
 BETWEEN_KILLS_S = 2.5
 CHANCE_OF_KILL = 0.05
+CHANCE_OF_STOP, CHANCE_OF_MOVER = 0.4, 0.25  # of a VM that runs; else it is killed
 _PROCESSES = ("vmd: priv", "vmd: local", "vmd: vmm", "vmd")
 
 
@@ -84,16 +102,27 @@ class Campaign:
                     answer = client.receive()[0]
                     if answer["type"] != "started" and "too quickly" not in str(answer):
                         return [f"start of {name}: {answer}"]
-            elif self.chance.random() < 0.5:
+            elif (deed := self.chance.random()) < CHANCE_OF_STOP:
                 client.send("stop", name=name, force=True, wait=True)
                 self.counts["stops"] += 1
                 if not self._kill_something():
                     client.receive()
+            elif deed < CHANCE_OF_STOP + CHANCE_OF_MOVER:
+                self._kill_mover(name)
             else:
                 assert isinstance(pid, int)
                 os.kill(pid, signal.SIGKILL)
                 self.counts["VM processes killed"] += 1
         return self.check()
+
+    def _kill_mover(self, name: str) -> None:
+        """Kill a process that moves a VM's frames, if it has one; the VM goes on without."""
+        pids = descendants(self.daemon.process.pid)
+        movers = [pid for pid in pids if process_title(pid) == f"nic/{name}"]
+        if movers:
+            with suppress(ProcessLookupError):
+                os.kill(self.chance.choice(movers), signal.SIGKILL)
+            self.counts["device processes killed"] += 1
 
     def _kill_something(self) -> bool:
         """Perhaps kill a process of the daemon; True if a client's answer may not come."""
@@ -158,11 +187,15 @@ def run(count: int, seed: int, *, is_quiet: bool = False) -> int:
         before = space.state()
         campaign = Campaign(space, Path(directory), seed)
         begin = time.monotonic()
-        for number in range(count):
-            wrong = campaign.round()
-            problems += (f"round {number}: {text}" for text in wrong)
-            if len(problems) > 20:
-                break
+        with subprocess.Popen([*space.prefix, sys.executable, "-c", TRAFFIC]) as traffic:
+            try:
+                for number in range(count):
+                    wrong = campaign.round()
+                    problems += (f"round {number}: {text}" for text in wrong)
+                    if len(problems) > 20:
+                        break
+            finally:
+                traffic.kill()
         elapsed = time.monotonic() - begin
         if campaign.daemon.stop() != 0:
             problems.append("the daemon failed")

@@ -20,7 +20,16 @@ from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6ND_RS, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
-from tests.system.vmd.daemon import READY, SELFTEST, Answer, Client, Daemon, vm_block
+from tests.system.vmd.daemon import (
+    READY,
+    SELFTEST,
+    Answer,
+    Client,
+    Daemon,
+    descendants,
+    process_title,
+    vm_block,
+)
 from tests.system.vmd.netns import Namespace, TapGuest, udp_server
 
 pytestmark = [pytest.mark.kvm, pytest.mark.root]
@@ -309,6 +318,37 @@ def test_what_cannot_be_had(space: Namespace, start: Start) -> None:
         assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
         assert client.ask("start", name="two")["type"] == "started"
         assert space.links() == {"lo", "tap5"}
+
+
+_WITHOUT = {
+    "nftables": (
+        'mount --bind /dev/null "$(readlink -f /usr/lib/*/libnftables.so.1)"',
+        "no nftables: no NAT, no forwarded ports",
+        {"lo", "tap0"},
+    ),
+    "taps": (
+        "mount -t tmpfs tmpfs /dev/net",
+        "vm/web: started without its interfaces: /dev/net/tun is missing",
+        {"lo"},
+    ),
+}
+
+
+@pytest.mark.parametrize("missing", list(_WITHOUT))
+def test_a_host_that_lacks_something(space: Namespace, start: Start, missing: str) -> None:
+    """One line says what there is not; VMs run with what there is, and a lock still holds."""
+    hide, line, links = _WITHOUT[missing]
+    prefix = ("unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh")
+    config = "local prefix 100.64.0.0/10 nat\n" + local_vm(LOCKED, "forward tcp 8080 to 80")
+    with start(config, prefix=prefix) as vmd, vmd.client() as client:
+        running(client, "web")
+        vmd.wait_for_log(line)
+        assert vmd.log.read_text().count(line) == 1
+        assert space.links() == links
+        # Where no rule locks the address, a process of ours does, and not vhost-net.
+        movers = [pid for pid in descendants(vmd.process.pid) if process_title(pid) == "nic/web"]
+        assert len(movers) == (missing == "nftables")
+        assert vmd.stop() == 0
 
 
 def test_an_address_beyond_the_prefix(start: Start) -> None:

@@ -28,12 +28,22 @@ def test_each_local_interface_has_a_passt(tmp_path: Path) -> None:
         "local interface {\nforward tcp 58080 to 80\n}",
         'interface { switch "lan" }',
     )
+
+    def links() -> list[bool]:
+        vms = client.ask("status", name="web", interfaces=True)["vms"]
+        assert isinstance(vms, list)
+        return [one["is_up"] for one in vms[0]["interfaces"]]
+
     with Daemon(tmp_path, config) as vmd, vmd.client() as client:
         vmd.wait_for_log("no switches: they need root")
         started = client.ask("start", name="web")
         assert started["type"] == "started"
         passts = _passts(vmd)
         assert len(passts) == 2
+        assert links() == [True, True, False]
+        vmd.config.write_text(config.replace("local interface\n", "local interface down\n", 1))
+        assert client.ask("reload")["type"] == "done"
+        assert links() == [False, True, False]
         with client.console("web") as console:
             console.expect(READY)
             console.type(b"r")
@@ -60,3 +70,6 @@ def test_without_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert client.ask("start", name="web")["type"] == "started"
         vmd.wait_for_log("vm/web: interface 0: no network: passt is not installed")
         vmd.wait_for_log("vm/web: interface 1: no network: switches need root")
+        vms = client.ask("status", name="web", interfaces=True)["vms"]
+        assert isinstance(vms, list)
+        assert [one["is_up"] for one in vms[0]["interfaces"]] == [False, False]
