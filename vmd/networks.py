@@ -76,11 +76,11 @@ _PREFIX6_ENTROPY = 7
 class _Held:
     """What there is of one VM's network; owns the descriptors of its taps."""
 
-    __slots__ = ("attached", "fds", "is_filtered", "links", "specs", "then", "vm")
+    __slots__ = ("attached", "fds", "is_filtered", "links", "sent", "specs", "then", "vm")
 
     def __init__(self, vm: Vm, specs: tuple[TapSpec, ...], links: Links, then: "Then") -> None:
         self.vm = vm
-        self.specs = specs
+        self.specs = self.sent = specs
         self.links = links
         self.fds: list[int] = []
         self.then: Then | None = then
@@ -287,6 +287,7 @@ class Networks:
         """Ask priv for interfaces, or tell a new one of those that there are already."""
         if self._priv is None:
             return  # it is told when there is one
+        held.sent = held.specs
         if held.attached:
             specs = zip(held.specs, held.attached, strict=True)
             there = tuple(replace(spec, name=tap.name, queues=()) for spec, tap in specs)
@@ -380,6 +381,8 @@ class Networks:
         if then is not None:  # else it was told to a new priv process
             held.attached, held.is_filtered = taps, is_filtered
             self._serve(held)
+            if held.sent != held.specs:  # they have changed meanwhile
+                self._attach(held.vm.id, held)
             then(held.networks())
 
     # What is to be made

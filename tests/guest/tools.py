@@ -12,8 +12,11 @@ from tests import artifacts
 
 MODULES = (*artifacts.NET_MODULES, "virtio_blk")
 """What the guest has to load."""
-UNPACK = "mkdir -p /tmp; tar -x -f /dev/vda -C / 2>/dev/null; true"
-"""What the guest's shell has to run; the disk is its first."""
+UNPACK = (
+    "mkdir -p /tmp /etc; echo root:x:0:0::/:/bin/sh >/etc/passwd;"
+    " tar -x -f /dev/vda -C / 2>/dev/null; true"
+)
+"""What the guest's shell has to run; the disk is its first. tcpdump wants to know who root is."""
 _BLOCK = 1 << 20
 
 
