@@ -11,18 +11,13 @@ The images and udebs are downloaded once, with apt, into the cache of `tests.art
 from __future__ import annotations
 
 import hashlib
-import http.server
 import re
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from tests.artifacts import ArtifactError, cache_dir
@@ -151,52 +146,6 @@ def make_mirror(found: Installer, root: Path) -> None:
         f"Origin: test\nSuite: {SUITE}\nCodename: {SUITE}\nComponents: main\n"
         f"Architectures: amd64\nSHA256:\n {_sha256(packages)} {len(packages)} {name}\n"
     )
-
-
-@contextmanager
-def served(server: http.server.ThreadingHTTPServer) -> Iterator[None]:
-    """Answer requests in a thread while the context lasts."""
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked of the mirror, by whom, and the status that it got."""
-
-    client: str
-    path: str
-    status: int
-
-
-class Mirror(http.server.ThreadingHTTPServer):
-    """A web server on every address of the calling thread's network, which notes its requests."""
-
-    def __init__(self, root: Path, port: int = 80) -> None:
-        """Serve the files below `root`."""
-        self.requests: list[Request] = []
-        super().__init__(("0.0.0.0", port), partial(_Handler, directory=str(root)))
-
-
-class _Handler(http.server.SimpleHTTPRequestHandler):
-    server: Mirror
-
-    def log_request(
-        self,
-        code: int | str = "-",
-        size: int | str = "-",  # noqa: ARG002 - the base class's
-    ) -> None:
-        """Note a request."""
-        self.server.requests.append(Request(self.client_address[0], self.path, int(code)))
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Say nothing."""
 
 
 def _download(scratch: Path) -> Path:

@@ -19,6 +19,7 @@ _ISOLINUX = (
 # Code for the first sector, with which the same image boots as a disk.
 _ISOLINUX_MBR = Path("/usr/lib/ISOLINUX/isohdpfx.bin")
 _IPXE = Path("/usr/lib/ipxe/ipxe.iso")
+_IPXE_KERNEL = Path("/usr/lib/ipxe/ipxe.lkrn")
 _GRUB_MODULES = (
     *("serial", "terminal", "iso9660", "ls", "echo", "normal", "minicmd", "configfile"),
     *("search", "part_msdos", "part_gpt", "linux", "halt", "reboot", "cat"),
@@ -101,6 +102,21 @@ def ipxe_iso() -> Path:
     if not _IPXE.exists():
         raise ArtifactError(f"{_IPXE}: not found; install the package ipxe")
     return _IPXE
+
+
+def ipxe_script_iso(path: Path, commands: str) -> Path:
+    """Write a disc that boots iPXE, which runs these commands.
+
+    Raises:
+        ArtifactError: ipxe, or something that `isolinux_iso` needs, is not installed.
+    """
+    if not _IPXE_KERNEL.exists():
+        raise ArtifactError(f"{_IPXE_KERNEL}: not found; install the package ipxe")
+    return isolinux_iso(
+        path,
+        "default ipxe\nlabel ipxe\nkernel /ipxe\ninitrd /script",
+        {"ipxe": _IPXE_KERNEL.read_bytes(), "script": f"#!ipxe\n{commands}\n".encode()},
+    )
 
 
 def _run(*command: str | Path) -> None:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from tests import installed, installer  # noqa: E402 - found by the line above
 from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
 from tests.system.vmd.netns import Namespace  # noqa: E402
+from tests.webserver import WebServer  # noqa: E402
 
 NAME = "installer"
 HOST, GUEST = "100.64.1.2", "100.64.1.3"
@@ -50,8 +51,8 @@ def install(folder: Path) -> None:
     )
     with ExitStack() as stack:
         space = stack.enter_context(Namespace())
-        mirror = space.within(lambda: installer.Mirror(folder / "mirror"))
-        stack.enter_context(installer.served(mirror))
+        mirror = space.within(lambda: WebServer(folder / "mirror"))
+        stack.enter_context(mirror.serving())
         vmd = stack.enter_context(Daemon(folder, config, is_user=False, prefix=space.prefix))
         client = stack.enter_context(vmd.client(SILENCE_S))
         begun = time.monotonic()
@@ -80,7 +81,7 @@ def show(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def check_requests(mirror: installer.Mirror) -> None:
+def check_requests(mirror: WebServer) -> None:
     """Compare what was asked of the mirror with what an installer has to ask."""
     assert {request.client for request in mirror.requests} == {GUEST}
     got = {request.path for request in mirror.requests if request.status == 200}

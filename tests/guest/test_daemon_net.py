@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import artifacts
+from tests import artifacts, media
 from tests.guest.linux_guest import COMMAND_LINE
 from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import Daemon, Stream, vm_block
 from tests.system.vmd.netns import Namespace
 from tests.vmctl_driver import BOOT_TIMEOUT_S
+from tests.webserver import Request, WebServer
 
 pytestmark = [
     *(pytest.mark.guest, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)),
@@ -89,6 +91,39 @@ def test_a_local_interface(
         assert client.vm("linux")["state"] == "running"
         assert vmd.stop() == 0
         assert space.links() == {"lo"}
+
+
+def test_ipxe_boots_a_kernel_of_the_hosts(
+    space: Namespace, tmp_path: Path, cloud_kernel: artifacts.Kernel
+) -> None:
+    """A boot loader gets its address from the daemon, and files from a server of the host's."""
+    files = tmp_path / "files"
+    files.mkdir()
+    shutil.copy(cloud_kernel.vmlinuz, files / "linux")
+    shutil.copy(artifacts.guest_initramfs(cloud_kernel), files / "initrd")
+    disc = media.ipxe_script_iso(
+        tmp_path / "ipxe.iso",
+        f"dhcp\nkernel http://{HOST}/linux {COMMAND_LINE} test=report\n"
+        f"initrd http://{HOST}/initrd\nboot",
+    )
+    config = vm_block(
+        "netboot", "local interface", f'cdrom "{disc}"', boot=artifacts.seabios(), memory="256M"
+    )
+    server = space.within(lambda: WebServer(files))
+    with (
+        server.serving(),
+        Daemon(tmp_path, config, is_user=False, prefix=space.prefix) as vmd,
+        vmd.client(BOOT_TIMEOUT_S) as client,
+    ):
+        assert client.ask("start", name="netboot")["type"] == "started"
+        with client.console("netboot") as console:
+            console.expect(b"iPXE")
+            console.expect(b"init: up")
+            console.expect(f"report: release {cloud_kernel.release}".encode())
+            console.read_to_end()
+        client.wait_for_state("netboot", "stopped")
+        assert vmd.stop() == 0
+    assert server.requests == [Request(GUEST, "/linux", 200), Request(GUEST, "/initrd", 200)]
 
 
 def without_vhost(tmp_path: Path) -> list[str]:
