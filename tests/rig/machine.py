@@ -2,9 +2,9 @@
 
 Many machines (CI runners, cloud guests) have no usable hardware virtualisation, or a /dev/kvm
 that emulates guest kernels one instruction at a time. The rig boots a distribution kernel under
-QEMU's software emulation of an AMD processor with SVM. Inside it kvm_amd, vhost, tun, bridge,
-nftables and the rest of the kernel are the real ones, so that an unmodified Linux guest boots
-under the code being tested.
+QEMU's software emulation of an AMD processor with SVM. Inside it kvm_amd (less one function:
+kvm_amd.py), vhost, tun, bridge, nftables and the rest of the kernel are the real ones, so that an
+unmodified Linux guest boots under the code being tested.
 
 QEMU has to be 10.0 or newer: 7.2 loses interrupts under nested SVM and hangs.
 """
