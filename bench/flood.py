@@ -49,11 +49,12 @@ def ping_ms(run: Running) -> float:
 def beside(pinger: Running, other: Running, doing: str) -> float:
     """Return the pinger's round trip while the other guest does something."""
     nobody = f"{other.host.rpartition('.')[0]}.{_NOBODY}"
-    other.shell.run(f"(exec setsid sh -c '{doing.format(nobody=nobody)}') >/dev/null 2>&1 &")
+    # An interactive shell gives each job a group of its own.
+    other.shell.run(f"sh -c '{doing.format(nobody=nobody)}' >/dev/null 2>&1 & echo $! >/job")
     try:
         return ping_ms(pinger)
     finally:
-        other.shell.run("killall -q nc sleep; kill $(pgrep -f 'sh -c') 2>/dev/null; true")
+        other.shell.run("kill -- -$(cat /job); sleep 1")
 
 
 def measure(path: str, rounds: int, folder: Path) -> dict[str, list[float]]:
@@ -64,7 +65,7 @@ def measure(path: str, rounds: int, folder: Path) -> dict[str, list[float]]:
     with namespace("-flood") as where, running(where, guests, kernel, folder) as (pinger, other):
         lladdr = where.run("cat", "/sys/class/net/tap1/address").strip()
         nobody = f"{other.host.rpartition('.')[0]}.{_NOBODY}"
-        other.shell.run(f"ip neigh add {nobody} lladdr {lladdr} dev eth0")
+        other.shell.run(f"arp -i eth0 -s {nobody} {lladdr}")
         for _ in range(rounds):
             for name, doing in DOING.items():
                 found[name].append(beside(pinger, other, doing))

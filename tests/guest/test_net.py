@@ -192,14 +192,21 @@ def test_queues_sizes_and_locks(tmp_path: Path) -> None:
 
 
 def test_without_messages() -> None:
-    """Interrupts by the shared lines work on every data path, with another kernel, too."""
+    """Interrupts by the shared lines work on every data path, with another kernel, too.
+
+    An interface without a cable has no carrier.
+    """
     nics = [f"tap:tap{number}{option}" for number, option in enumerate(PATHS.values())]
+    count = len(nics)
     with (
-        network(len(nics)) as where,
-        booted(where, *nics, kernel="6.12", append="pci=nomsi") as shell,
+        network(count) as where,
+        booted(where, *nics, "none", kernel="6.12", append="pci=nomsi") as shell,
     ):
-        configure(shell, len(nics))
-        assert [answers(shell, number) for number in range(len(nics))] == [True] * len(nics)
+        configure(shell, count)
+        assert [answers(shell, number) for number in range(count)] == [True] * count
+        shell.run(f"ip link set eth{count} up")
+        shown = shell.run("cat /sys/class/net/eth*/carrier")
+        assert shown.split() == [*["1"] * count, "0"]
         shell.power_off()
 
 
