@@ -23,16 +23,15 @@ def test_frames_of_a_capture(tmp_path: Path) -> None:
 
 def test_the_same_frames() -> None:
     """Frames of two senders may pass each other; what the tap has dropped may be missing."""
-    assert differences(SENT, SENT, 0) == []
-    assert differences([SENT[1], SENT[0], *SENT[2:]], SENT, 0) == []
-    assert differences([SENT[0], SENT[1], SENT[3]], SENT, 1) == []
+    assert differences(SENT, SENT, 2) == ([], 0)
+    assert differences([SENT[1], SENT[0], *SENT[2:]], SENT, 0) == ([], 0)
+    assert differences([SENT[0], SENT[1], SENT[3]], SENT, 1) == ([], 1)
 
 
 @pytest.mark.parametrize(
     ("inside", "dropped", "expected"),
     [
         ([SENT[0], SENT[2], SENT[1]], 0, "1 frames are missing inside, 0 were dropped"),
-        (SENT, 1, "0 frames are missing inside, 1 were dropped"),
         ([SENT[2], SENT[1], SENT[0], SENT[3]], 0, "of 61:61:61:61:61:61 3 frames inside"),
         ([*SENT[:3], (100, A + b"x")], 0, "inside 2: 100 bytes: "),
         ([*SENT[:3], (101, A + b"3")], 0, "inside 2: 101 bytes: "),
@@ -41,7 +40,7 @@ def test_the_same_frames() -> None:
 )
 def test_other_frames(inside: list[Frame], dropped: int, expected: str) -> None:
     """What is missing, changed, out of order or there twice is told."""
-    assert any(expected in line for line in differences(inside, SENT, dropped))
+    assert any(expected in line for line in differences(inside, SENT, dropped)[0])
 
 
 def test_wrong_checksums() -> None:
