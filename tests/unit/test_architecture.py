@@ -52,7 +52,7 @@ PURE_WITH_LOCK = {"vmm_kvm.bus"}
 # The protocol between a VM and a device process is made of sockets and descriptors.
 BETWEEN_PROCESSES = "vmm_kvm.virtio.vhost_user."
 # Threads of devices wait for eventfds.
-DEVICE_THREADS = {("vmm_kvm.virtio.worker", "os"), ("vmm_kvm.virtio.vhost", "os")}
+DEVICE_THREADS = {("vmm_kvm.virtio.worker", "os"), ("vmm_kvm.virtio.ring_events", "os")}
 
 
 @dataclass(frozen=True, slots=True)

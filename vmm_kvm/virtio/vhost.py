@@ -1,18 +1,10 @@
 """A dataplane in the kernel: queue pairs that vhost-net serves.
 
-Notifications of the guest reach the kernel's thread by eventfd and its interrupts the guest by
-another, so that no process of ours has a part in it. Between `start` and `stop` a thread of ours
-waits for what else may happen: a ring breaks, or interrupts need a hand because the guest has no
-MSI-X. It sleeps otherwise.
-
-The transport calls one method at a time; what the thread watches does not change while it runs.
+Frames go between guest memory and the tap in the kernel's thread, so that no process of ours has a
+part in it; `ring_events` has the rest. The transport calls one method at a time.
 """
 
-import os
-import select
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from vmm_kvm.errors import VirtqueueError
@@ -28,6 +20,7 @@ from vmm_kvm.virtio.abi import (
 )
 from vmm_kvm.virtio.device import Frontend
 from vmm_kvm.virtio.queue import Ring, Virtqueue
+from vmm_kvm.virtio.ring_events import RingEvents
 
 QUEUE_SIZE = 1024
 """Largest size offered."""
@@ -59,7 +52,7 @@ class Queues(Protocol):
 
 
 class Vhost:
-    """The `Dataplane` of queue pairs that the kernel serves; owns eventfds and the tap's state."""
+    """The `Dataplane` of queue pairs that the kernel serves; owns events and the tap's state."""
 
     device_id = VIRTIO_ID_NET
 
@@ -89,18 +82,13 @@ class Vhost:
         self._vhosts = tuple(vhosts)
         self._tap = tap
         self._memory = memory
-        self._name = name
         self._frontend: Frontend | None = None
-        self._thread: threading.Thread | None = None
         self._started: set[int] = set()
-        self._fds: list[int] = []
-        self._call_fds: dict[int, int] = {}
         try:
-            self._stop_fd = self._eventfd()
-            self._kick_fds = [self._eventfd() for _ in self.queue_sizes]
-            self._error_fds = [self._eventfd() for _ in self.queue_sizes]
+            rings = len(self.queue_sizes)
+            self._events = RingEvents(rings, name, "vhost: the kernel gave up a ring")
         except BaseException:
-            self.close()
+            tap.close()
             raise
 
     def attach(self, frontend: Frontend) -> None:
@@ -135,7 +123,7 @@ class Vhost:
         except OSError as err:
             self._stop_rings()
             raise VirtqueueError(f"vhost: {err.strerror}") from err
-        self._watch()
+        self._events.watch(self._attached())
 
     def start_queue(self, index: int, ring: Ring) -> None:
         """Serve one more queue, between `start` and `stop`.
@@ -144,13 +132,13 @@ class Vhost:
             GuestError: the ring is impossible; the others go on.
         """
         self._check(ring)
-        self._unwatch()
+        self._events.unwatch()
         try:
             self._start_ring(index, ring)
         except OSError as err:
             raise VirtqueueError(f"vhost: {err.strerror}") from err
         finally:
-            self._watch()
+            self._events.watch(self._attached())
 
     def stop_queue(self, index: int) -> None:
         """Serve one queue less; its memory is not touched any more when this returns."""
@@ -160,7 +148,7 @@ class Vhost:
 
     def stop(self) -> None:
         """Serve nothing; guest memory is not touched any more when this returns."""
-        self._unwatch()
+        self._events.unwatch()
         self._stop_rings()
 
     def settle(self) -> None:
@@ -168,34 +156,30 @@ class Vhost:
 
     def kick(self, index: int) -> None:
         """Look at queue `index`; any thread."""
-        os.eventfd_write(self._kick_fds[index], 1)
+        self._events.kick(index)
 
     def kick_fd(self, index: int) -> int:
         """Return the eventfd that does the same when written."""
-        return self._kick_fds[index]
+        return self._events.kick_fd(index)
 
     def close(self) -> None:
         """Stop, close the eventfds, and leave the tap as it was; idempotent."""
         self.stop()
-        if self._fds:
-            self._tap.close()
-        while self._fds:
-            os.close(self._fds.pop())
+        self._events.close()
+        self._tap.close()
 
     # Rings
+
+    def _attached(self) -> Frontend:
+        assert self._frontend is not None, "attach() comes first"
+        return self._frontend
 
     def _check(self, ring: Ring) -> None:
         """Raise GuestError for a ring that nobody can serve."""
         Virtqueue(self._memory, ring, 0)
 
     def _start_ring(self, index: int, ring: Ring) -> None:
-        frontend = self._frontend
-        assert frontend is not None, "attach() comes first"
-        call_fd = frontend.interrupt_fd(index)
-        if call_fd is None:
-            call_fd = self._call_fds.get(index)
-            if call_fd is None:
-                call_fd = self._call_fds[index] = self._eventfd()
+        call_fd = self._events.call_fd(self._attached(), index)
         vhost = self._vhosts[index >> 1]
         self._started.add(index)
         vhost.start(
@@ -205,9 +189,9 @@ class Vhost:
                 self._hva(ring.descriptors),
                 self._hva(ring.available),
                 self._hva(ring.used),
-                self._kick_fds[index],
+                self._events.kick_fd(index),
                 call_fd,
-                self._error_fds[index],
+                self._events.error_fd,
             ),
             self._tap.fds[index >> 1],
         )
@@ -222,39 +206,3 @@ class Vhost:
             if region.gpa <= gpa < region.end:
                 return self._memory.hva + region.offset + gpa - region.gpa
         raise VirtqueueError(f"vhost: a ring at {gpa:#x}, which is not in RAM")
-
-    def _eventfd(self) -> int:
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._fds.append(fd)
-        return fd
-
-    # The thread
-
-    def _watch(self) -> None:
-        frontend = self._frontend
-        assert frontend is not None, "attach() comes first"
-        watched: dict[int, Callable[[], None]] = {
-            fd: partial(frontend.interrupt, index) for index, fd in self._call_fds.items()
-        }
-        for fd in self._error_fds:
-            watched[fd] = lambda: frontend.fail("vhost: the kernel gave up a ring")
-        self._thread = threading.Thread(target=self._run, args=(watched,), name=self._name)
-        self._thread.start()
-
-    def _unwatch(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            os.eventfd_write(self._stop_fd, 1)
-            thread.join()
-            os.eventfd_read(self._stop_fd)
-
-    def _run(self, watched: Mapping[int, Callable[[], None]]) -> None:
-        poll = select.poll()
-        for fd in (self._stop_fd, *watched):
-            poll.register(fd, select.POLLIN)
-        while True:
-            for fd, _ in poll.poll():
-                if fd == self._stop_fd:
-                    return
-                os.eventfd_read(fd)
-                watched[fd]()

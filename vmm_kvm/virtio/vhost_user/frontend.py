@@ -1,19 +1,15 @@
 """A dataplane in another process: a device whose queues a vhost-user server serves.
 
 The server maps guest memory, takes notifications from the guest's eventfds and interrupts the guest
-by writing others, so that nothing passes through here while the guest does I/O. Between `start` and
-`stop` a thread waits for what else may happen: the server goes away, a ring breaks, or interrupts
-need a hand because the guest has no MSI-X.
+by writing others, so that nothing passes through here while the guest does I/O; `ring_events` has
+what else may happen.
 
 When the server is gone the device fails and stays failed; the VM goes on.
 
 Locks: `_lock` is held while the server is asked for something about a ring; within it `_lost_lock`,
-innermost, decides who reports that the server is gone. The transport calls one method at a time,
-and what the thread watches does not change while it runs.
+innermost, decides who reports that the server is gone. The transport calls one method at a time.
 """
 
-import os
-import select
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -40,6 +36,7 @@ from vmm_kvm.virtio.abi import (
 )
 from vmm_kvm.virtio.device import Frontend
 from vmm_kvm.virtio.queue import Ring, Virtqueue
+from vmm_kvm.virtio.ring_events import RingEvents
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VhostUserError, VringAddress
 
@@ -54,7 +51,6 @@ USER_BASE = 1 << 44
 
 _RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
 _VERSION_1 = 1 << VIRTIO_F_VERSION_1
-_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 # virtio 1.2 §5.2.4: of the configuration of a block device, what ends before secure erase, and
 # the features that say something about that part.
@@ -83,16 +79,6 @@ class SharedMemory(Protocol):
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a view of `size` bytes at `gpa`; raises GuestMemoryError."""
-
-
-class _Watched(NamedTuple):
-    """What the thread of one start watches; fixed while it runs."""
-
-    connection: int
-    error: int
-    stop: int
-    calls: dict[int, int]
-    """Eventfd to the index of the queue that is interrupted by hand."""
 
 
 def _blk_queues(features: int, config: bytes) -> int:
@@ -154,15 +140,12 @@ class VhostUser:
         self._memory = memory
         self._name = name
         self._frontend: Frontend | None = None
-        self._thread: threading.Thread | None = None
         self._started: set[int] = set()
         self._served = QUEUES_MAX
         self._lock = threading.Lock()
         self._lost: str | None = None
         self._lost_lock = threading.Lock()
         self._override = 0, b""
-        self._fds: list[int] = []
-        self._call_fds: dict[int, int] = {}
         try:
             self.features = _offered(client.features, kind)
             self._config = client.config(kind.config_size) if kind.config_size else b""
@@ -171,11 +154,9 @@ class VhostUser:
             queues = _queue_count(kind, self.features, self._config)
             _check_pairs(kind, client)
             self.queue_sizes = (QUEUE_SIZE,) * queues
-            self._error_fd = self._eventfd()
-            self._stop_fd = self._eventfd()
-            self._kick_fds = [self._eventfd() for _ in range(queues)]
+            self._events = RingEvents(queues, name, "vhost-user: the server gave up a ring")
         except BaseException:
-            self.close()
+            client.close()
             raise
 
     # The transport's side
@@ -256,7 +237,7 @@ class VhostUser:
         self._check(ring)
         if self._lost is not None:
             return
-        self._unwatch()
+        self._events.unwatch()
         with self._lock:
             try:
                 self._start_ring(index, ring)
@@ -280,7 +261,7 @@ class VhostUser:
 
     def stop(self) -> None:
         """Have every request finished; guest memory is not touched any more when this returns."""
-        self._unwatch()
+        self._events.unwatch()
         for index in sorted(self._started):
             self.stop_queue(index)
 
@@ -301,34 +282,31 @@ class VhostUser:
 
     def kick(self, index: int) -> None:
         """Look at queue `index`; any thread."""
-        os.eventfd_write(self._kick_fds[index], 1)
+        self._events.kick(index)
 
     def kick_fd(self, index: int) -> int:
         """Return the eventfd that does the same when written."""
-        return self._kick_fds[index]
+        return self._events.kick_fd(index)
 
     def close(self) -> None:
         """Stop, and close the connection; idempotent."""
         self.stop()
         self._client.close()
         self._lost = "closed"
-        while self._fds:
-            os.close(self._fds.pop())
+        self._events.close()
 
     # Rings
+
+    def _attached(self) -> Frontend:
+        assert self._frontend is not None, "attach() comes first"
+        return self._frontend
 
     def _check(self, ring: Ring) -> None:
         """Raise GuestError for a ring that no server can serve: it would be lost over it."""
         Virtqueue(self._memory, ring, 0)
 
     def _start_ring(self, index: int, ring: Ring) -> None:
-        client, frontend = self._client, self._frontend
-        assert frontend is not None, "attach() comes first"
-        call_fd = frontend.interrupt_fd(index)
-        if call_fd is None:
-            call_fd = self._call_fds.get(index)
-            if call_fd is None:
-                call_fd = self._call_fds[index] = self._eventfd()
+        client, events = self._client, self._events
         client.set_size(index, ring.size)
         client.set_base(index, 0)
         client.set_address(
@@ -337,20 +315,22 @@ class VhostUser:
                 *(USER_BASE + ring.used, USER_BASE + ring.available, 0),
             )
         )
-        client.set_error(index, self._error_fd)
-        client.set_call(index, call_fd)
+        client.set_error(index, events.error_fd)
+        client.set_call(index, events.call_fd(self._attached(), index))
         self._started.add(index)
-        client.set_kick(index, self._kick_fds[index])
+        client.set_kick(index, events.kick_fd(index))
         client.enable(index, index < self._served)
         # Requests may be there already, and older servers wait for the first notification.
         self.kick(index)
 
-    def _eventfd(self) -> int:
-        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._fds.append(fd)
-        return fd
-
     # What goes wrong
+
+    def _watch(self) -> None:
+        self._events.watch(
+            self._attached(),
+            self._client.fileno(),
+            lambda: self._lose(VhostUserError("the server closed the connection")),
+        )
 
     def _lose(self, err: VhostUserError) -> None:
         """Give the server up, once: nothing it might still say is of any use."""
@@ -366,47 +346,6 @@ class VhostUser:
             self._frontend.fail(f"vhost-user: {reason}")
         else:
             log.warning("%s: vhost-user: %s", self._name, reason)
-
-    # The thread
-
-    def _watch(self) -> None:
-        watched = _Watched(
-            self._client.fileno(),
-            self._error_fd,
-            self._stop_fd,
-            {fd: index for index, fd in self._call_fds.items()},
-        )
-        self._thread = threading.Thread(target=self._run, args=(watched,), name=self._name)
-        self._thread.start()
-
-    def _unwatch(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            os.eventfd_write(self._stop_fd, 1)
-            thread.join()
-            os.eventfd_read(self._stop_fd)
-
-    def _run(self, watched: _Watched) -> None:
-        frontend = self._frontend
-        assert frontend is not None, "attach() comes first"
-        poll = select.poll()
-        poll.register(watched.connection, select.POLLRDHUP)
-        for fd in (watched.error, watched.stop, *watched.calls):
-            poll.register(fd, select.POLLIN)
-        while True:
-            for fd, events in poll.poll():
-                if fd == watched.stop:
-                    return
-                if fd == watched.connection:
-                    if events & _GONE:
-                        poll.unregister(fd)
-                        self._lose(VhostUserError("the server closed the connection"))
-                    continue
-                os.eventfd_read(fd)
-                if fd == watched.error:
-                    frontend.fail("vhost-user: the server gave up a ring")
-                else:
-                    frontend.interrupt(watched.calls[fd])
 
 
 def _offered(features: int, kind: DeviceKind) -> int:
