@@ -12,16 +12,13 @@ the kill comes is up to the clock.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import random
 import select
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,19 +26,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.campaigns.image_rounds import (  # noqa: E402 - found by the line above
+    SECTOR,
+    Round,
+    examine,
+    run_campaign,
+    run_rounds,
+)
 from tests.campaigns.kill_disk import (  # noqa: E402
     DISCARD,
     FLUSH,
     FLUSHED,
-    OPTIONS,
-    SECTOR,
     SIZE,
     WRITE,
     ZERO,
     Disk,
     stamp,
 )
-from tests.unit.block.crash import checked  # noqa: E402
 from tests.unit.virtio.vhost_user.rig import VERSION_1, Driver, driver  # noqa: E402
 from vmm_kvm.block.image import Format, open_image  # noqa: E402
 from vmm_kvm.virtio.blk import VirtioBlk  # noqa: E402
@@ -60,12 +61,11 @@ _TYPES = {WRITE: 1, FLUSH: 4, DISCARD: 11, ZERO: 13}
 class Load:
     """A driver that keeps a device process busy until that is killed."""
 
-    def __init__(self, guest: Driver, disk: Disk, chance: random.Random, number: int) -> None:
-        """Begin with operation `number`; `disk` is told what begins and what is durable."""
+    def __init__(self, guest: Driver, disk: Disk, chance: random.Random) -> None:
+        """Begin with the disk's next operation; `disk` is told what begins and what is durable."""
         self._guest = guest
         self._disk = disk
         self._chance = chance
-        self.number = number
         self.wrong: list[str] = []
 
     def run(self, process: DeviceProcess, delay_s: float) -> None:
@@ -79,7 +79,7 @@ class Load:
             if not self._finish(slots, deadline):
                 break
             if chance.random() < 0.3:
-                flush = self.number
+                flush = self._disk.number
                 slots = [self._offer(FLUSH)]
                 if not self._finish(slots, deadline):
                     break
@@ -91,8 +91,8 @@ class Load:
 
     def _offer(self, what: int) -> int:
         """Make a request available, and note that it has begun."""
-        chance, number = self._chance, self.number
-        self.number += 1
+        chance, number = self._chance, self._disk.number
+        self._disk.number += 1
         sector = chance.randrange(SIZE // SECTOR)
         offset = sector * SECTOR
         size = min(chance.choice(LENGTHS if what == WRITE else RANGES), SIZE - offset)
@@ -117,12 +117,13 @@ class Load:
             os.eventfd_read(guest.call[0])
         failed = [slot for slot in slots if guest.answer(slot, 1) != b"\0"]
         if failed:
-            self.wrong.append(f"requests before {self.number} failed")
+            self.wrong.append(f"requests before {self._disk.number} failed")
         return True
 
 
-def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tuple[int, list[str]]:
-    """Kill one device process; return the next operation's number, and what is wrong."""
+def run_round(path: str, disk: Disk, chance: random.Random, _number: int) -> Round:
+    """Kill one device process."""
+    first = disk.number
 
     def backend() -> VirtioBlk:
         return VirtioBlk(open_image(path, Format.QCOW2, False), name="disk")
@@ -133,59 +134,22 @@ def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tupl
         Client(process.connection) as client,
     ):
         guest.start(client, FEATURES)
-        load = Load(guest, disk, chance, number)
+        load = Load(guest, disk, chance)
         load.run(process, chance.uniform(0.005, DELAY_S))
-    wrong = [*load.wrong, *checked(path).errors]
-    done = subprocess.run(
-        ["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True, text=True
-    )
-    if done.returncode not in {0, 3}:  # 3: leaks
-        wrong.append(f"qemu-img check: {done.returncode}: {done.stdout}{done.stderr}")
-    image = open_image(path, Format.QCOW2, True)
-    found = bytearray(SIZE)
-    image.readv(0, [memoryview(found)])
-    image.close()
-    return load.number, wrong + disk.settle(bytes(found))
+    found, unsound = examine(path, SIZE)
+    return Round(disk.number - first, [*load.wrong, *unsound, *disk.settle(found)])
 
 
 def campaign(count: int, seed: int) -> tuple[int, list[str]]:
     """Kill `count` device processes; return how many requests there were, and what deviated."""
-    chance = random.Random(seed)
-    deviations: list[str] = []
-    operations = 0
-    per_image = max(count // len(OPTIONS), 1)
     logging.getLogger("vmm_kvm.virtio.vhost_user.process").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="kill-device-process-") as directory:
-        for number in range(count):
-            if number % per_image == 0:
-                path = f"{directory}/disk{number}.qcow2"
-                features = OPTIONS[number // per_image % len(OPTIONS)]
-                command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, path)
-                subprocess.run([*command, str(SIZE)], check=True)
-                disk, following = Disk(), 1
-            first = following
-            following, wrong = run_round(path, disk, chance, following)
-            operations += following - first
-            deviations += [f"round {number}, {features}: {line}" for line in wrong[:5]]
-    return operations, deviations
+    return run_rounds(count, seed, SIZE, Disk, run_round)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its summary."""
+    """Run the campaign; returns the exit status."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=300, help="how many kills")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(arguments)
-    begun = time.monotonic()
-    operations, deviations = campaign(options.count, options.seed)
-    for line in deviations:
-        print(line)
-    taken = time.monotonic() - begun
-    print(
-        f"{options.count} kills, {operations} requests, {taken:.0f} s: {len(deviations)} deviations"
-    )
-    return 1 if deviations else 0
+    return run_campaign(__doc__, "requests", campaign, arguments)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,12 @@ the kill comes is up to the clock.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import select
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,20 +24,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.unit.block.crash import checked  # noqa: E402
+from tests.campaigns.image_rounds import (  # noqa: E402 - found by the line above
+    SECTOR,
+    Round,
+    examine,
+    run_campaign,
+    run_rounds,
+)
 from vmm_kvm.block.image import Format, open_image  # noqa: E402
 
 SIZE = 64 << 20
-SECTOR = 512
 LENGTHS = (512, 4096, 65536, 1 << 20)
-OPTIONS = (
-    "cluster_size=65536",
-    "cluster_size=4096",
-    "cluster_size=65536,extended_l2=on",
-    "cluster_size=512",
-    "cluster_size=65536,lazy_refcounts=on",
-    "cluster_size=2M,refcount_bits=64",
-)
 DELAY_S = 0.4
 _RECORD = struct.Struct("<BIQQ")  # what, round and number of the operation, offset, size
 WRITE, ZERO, DISCARD, FLUSH, FLUSHED = range(5)
@@ -79,6 +73,8 @@ class Disk:
 
     def __init__(self) -> None:
         """Begin with an empty disk."""
+        self.number = 1
+        """Of the next operation."""
         self._versions: dict[int, list[int]] = {}
 
     def note(self, what: int, number: int, offset: int, size: int) -> None:
@@ -117,8 +113,9 @@ class Disk:
         return wrong
 
 
-def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tuple[int, list[str]]:
-    """Let a child write and kill it; return the next operation's number, and what is wrong."""
+def run_round(path: str, disk: Disk, chance: random.Random, _number: int) -> Round:
+    """Let a child write, and kill it."""
+    first = disk.number
     read_end, write_end = os.pipe()
     seed = chance.random()
     delay_s = chance.uniform(0.02, DELAY_S)
@@ -126,7 +123,7 @@ def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tupl
     if child == 0:
         try:
             os.close(read_end)
-            load(path, write_end, random.Random(seed), number)
+            load(path, write_end, random.Random(seed), first)
         finally:
             os._exit(1)
     os.close(write_end)
@@ -151,49 +148,20 @@ def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> tupl
     whole = len(told) // _RECORD.size * _RECORD.size
     for what, operation, offset, size in _RECORD.iter_unpack(told[:whole]):
         disk.note(what, operation, offset, size)
-        number = operation + 1
-    report = checked(path)
-    wrong += report.errors
-    done = subprocess.run(
-        ["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True, text=True
-    )
-    if done.returncode not in {0, 3}:
-        wrong.append(f"qemu-img check: {done.returncode}: {done.stdout}{done.stderr}")
-    image = open_image(path, Format.QCOW2, True)
-    found = bytearray(SIZE)
-    image.readv(0, [memoryview(found)])
-    image.close()
-    return number, wrong + disk.settle(bytes(found))
+        disk.number = operation + 1
+    found, unsound = examine(path, SIZE)
+    return Round(disk.number - first, [*wrong, *unsound, *disk.settle(found)])
+
+
+def campaign(count: int, seed: int) -> tuple[int, list[str]]:
+    """Kill `count` writers; return how many operations there were, and what deviated."""
+    return run_rounds(count, seed, SIZE, Disk, run_round)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; returns the exit status."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=300, help="how many kills")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)
-    deviations = operations = 0
-    per_image = max(options.count // len(OPTIONS), 1)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-disk-") as directory:
-        for number in range(options.count):
-            if number % per_image == 0:
-                path = f"{directory}/disk{number}.qcow2"
-                features = OPTIONS[number // per_image % len(OPTIONS)]
-                command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, path)
-                subprocess.run([*command, str(SIZE)], check=True)
-                disk, next_operation = Disk(), 1
-            first = next_operation
-            next_operation, wrong = run_round(path, disk, chance, next_operation)
-            operations += next_operation - first
-            if wrong:
-                deviations += 1
-                print(f"round {number}, {features}:", *wrong[:5], sep="\n  ")
-    took = time.monotonic() - started
-    print(f"{options.count} kills, {operations} operations, {took:.0f} s, {deviations} deviations")
-    return 1 if deviations else 0
+    return run_campaign(__doc__, "operations", campaign, arguments)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,10 @@ the kill comes is up to the clock.
 
 from __future__ import annotations
 
-import argparse
 import random
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,12 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests import artifacts  # noqa: E402 - found by the line above
-from tests.campaigns.kill_disk import OPTIONS  # noqa: E402
-from tests.unit.block.crash import checked  # noqa: E402
+from tests.campaigns.image_rounds import (  # noqa: E402
+    SECTOR,
+    Round,
+    examine,
+    run_campaign,
+    run_rounds,
+)
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
 from vmm_kvm.block.image import Format, Image, open_image  # noqa: E402
 
-SECTOR = 512
 WRITE_SECTORS = 8
 FIRST_SECTOR = 64
 PLACES = 1 << 14
@@ -153,71 +154,35 @@ def opened(path: str) -> Image:
             time.sleep(0.01)
 
 
-def run_round(path: str, disk: Disk, option: str, delay_s: float) -> tuple[int, list[str]]:
-    """Kill one VM; return how many writes it acknowledged, and what is wrong."""
+def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> Round:
+    """Kill one VM; every other one has a device process."""
+    option = ",process" if number % 2 else ""
     image = opened(path)
     image.writev(0, [memoryview(boot_sector(disk.number, disk.place))])
     image.close()
     arguments = vmctl_run("-m", "64M", "-b", artifacts.seabios(), "-d", f"qcow2:{path}{option}")
     with ConsoleProcess(arguments) as guest:
         guest.expect(_BEGINS.decode(), _START_S)
-        time.sleep(delay_s)
+        time.sleep(chance.uniform(0, DELAY_S))
         guest.signal(signal.SIGKILL)
         guest.wait(_END_S)
         said = guest.output.partition(_BEGINS)[2]
     acknowledged = said.count(_DONE)
     wrong = ["the BIOS reported an error"] if _FAILED in said else []
     opened(path).close()  # as soon as nobody has it open any more
-    wrong += checked(path).errors
-    done = subprocess.run(
-        ["qemu-img", "check", "-f", "qcow2", path], check=False, capture_output=True, text=True
-    )
-    if done.returncode not in {0, 3}:  # 3: leaks
-        wrong.append(f"qemu-img check: {done.returncode}: {done.stdout}{done.stderr}")
-    image = open_image(path, Format.QCOW2, True)
-    found = bytearray(SIZE)
-    image.readv(0, [memoryview(found)])
-    image.close()
-    return acknowledged, wrong + disk.settle(acknowledged, bytes(found))
+    found, unsound = examine(path, SIZE)
+    return Round(acknowledged, [*wrong, *unsound, *disk.settle(acknowledged, found)])
 
 
 def campaign(count: int, seed: int) -> tuple[int, list[str]]:
     """Kill `count` VMs; return how many writes were acknowledged, and what deviated."""
-    chance = random.Random(seed)
-    deviations: list[str] = []
-    writes = 0
-    per_image = max(count // len(OPTIONS), 1)
-    with tempfile.TemporaryDirectory(prefix="kill-vm-") as directory:
-        for number in range(count):
-            if number % per_image == 0:
-                path = f"{directory}/disk{number}.qcow2"
-                features = OPTIONS[number // per_image % len(OPTIONS)]
-                command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, path)
-                subprocess.run([*command, str(SIZE)], check=True)
-                disk = Disk()
-            option = ",process" if number % 2 else ""
-            acknowledged, wrong = run_round(path, disk, option, chance.uniform(0, DELAY_S))
-            writes += acknowledged
-            deviations += [f"round {number}, {features}{option}: {line}" for line in wrong[:5]]
-    return writes, deviations
+    return run_rounds(count, seed, SIZE, Disk, run_round)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign and print its summary."""
+    """Run the campaign; returns the exit status."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=300, help="how many kills")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(arguments)
-    begun = time.monotonic()
-    writes, deviations = campaign(options.count, options.seed)
-    for line in deviations:
-        print(line)
-    taken = time.monotonic() - begun
-    print(
-        f"{options.count} VMs killed, {writes} writes, {taken:.0f} s: {len(deviations)} deviations"
-    )
-    return 1 if deviations else 0
+    return run_campaign(__doc__, "writes", campaign, arguments)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tests.campaigns.image_rounds import OPTIONS
 from tests.campaigns.kill_device_process import campaign
-from tests.campaigns.kill_disk import OPTIONS
 
 
 def test_flushed_data_survive() -> None:
