@@ -2,18 +2,24 @@
 
 One guest for each way to serve a disk: in the VM's process, by a device process, by
 qemu-storage-daemon, as memory (pmem), and QEMU with aio=threads and aio=io_uring, without an
-iothread. All have a raw image of the same size and contents, in memory. The guests run side by
-side, idle but for the one that is measured, and take turns: a round measures each load on each
-disk. The figures are medians of the rounds.
+iothread; and QEMU with qemu-storage-daemon, to tell what of the third is the daemon's. All have a
+raw image of the same size and contents, in memory. All guests are there from the beginning and
+take turns: a round measures each load on each disk. While one is measured the others are stopped:
+seven idle guests would use half of the processor. The figures are medians of the rounds.
+
+`--only` and `--loads` measure a part, in a few minutes: loads that are left out stay in the JSON
+file as they were, so that parts add up to the whole. `--show` prints what is in it.
 
 It runs in the rig on its plain clock, with one processor, so that what a request costs the guest,
-KVM and the device decides how many there are in a second. `--here` measures on this machine's KVM.
+KVM and the device decides how many there are in a second. A second is one that the rig's processor
+ran: what this machine gave to others meanwhile does not count. `--here` measures on this machine's
+KVM, by the clock.
 
 The CPU time of a request is what all processes of a VM used besides running their guest. The kernel
 tells the latter by samples, so that small figures are uncertain.
 
-On a machine that does other work too medians mean little: look at the spread, and at the ratio of
-the best rounds.
+Other work on the machine still costs caches, and some of the ratio: look at the spread, and at the
+ratio of the best rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +27,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 from bench.boot import qemu_stages  # noqa: E402 - found by the line above
 from tests import artifacts  # noqa: E402
 from tests.rig.initramfs import newc_entry  # noqa: E402
-from tests.rig.machine import Rig, Stage, project_stages  # noqa: E402
+from tests.rig.machine import THREADS, Rig, Stage, project_stages  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
 
 _MIB = 1 << 20
@@ -47,7 +55,9 @@ SIZE = 128 * _MIB
 _MEMORY = "192M"
 _COMMAND_LINE = "console=ttyS0 quiet panic=-1 test=shell"
 _DAEMON = "qemu-storage-daemon"
+_QEMU_DAEMON = f"QEMU, {_DAEMON}"
 _TIMEOUT_S = 120.0
+_SETTLE_S = 0.3
 BASELINES = ("QEMU threads", "QEMU io_uring")
 
 
@@ -92,18 +102,34 @@ class Disk:
     device: str
     pids: tuple[int, ...]
 
-    def measure(self) -> Iterator[Figure]:
-        """Put each of `LOADS` on the disk, and yield what it gave."""
-        self.console.send(f"/loads {self.device}\n")
-        self.console.expect("loads: begin", _TIMEOUT_S)
-        before = _cpu_seconds(self.pids)
-        for _ in LOADS:
+    def measure(self, loads: Sequence[Load], milliseconds: int) -> Iterator[Figure]:
+        """Put each load on the disk, and yield what it gave."""
+        self.signal(signal.SIGCONT)
+        time.sleep(_SETTLE_S)
+        for load in loads:
+            before, ran, begun = _cpu_seconds(self.pids), _processor_ns(), time.monotonic_ns()
+            words = f"{self.device} {load.verb} {load.size} {load.depth} {load.order}"
+            self.console.send(f"/load {words} {milliseconds}\n")
             found = self.console.expect(r"load: (\d+) (\d+)\s", _TIMEOUT_S)
             used = _cpu_seconds(self.pids) - before
-            before += used
+            share = (_processor_ns() - ran) / (time.monotonic_ns() - begun)
             count, nanoseconds = map(int, found.groups())
-            yield Figure(count * 1e9 / nanoseconds, used * 1e6 / count)
-        self.console.expect("# ", _TIMEOUT_S)
+            self.console.expect("# ", _TIMEOUT_S)
+            yield Figure(count * 1e9 / (nanoseconds * share), used * 1e6 / count)
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every process that has to do with it."""
+        for pid in _with_children(self.pids):
+            os.kill(pid, number)
+
+
+def _processor_ns() -> int:
+    """Return how long the rig's processor has run; outside of it the clock, in nanoseconds."""
+    for thread in THREADS.glob("*/comm"):
+        if thread.read_text().startswith("CPU "):
+            return int(thread.with_name("schedstat").read_text().split()[0])
+    return time.monotonic_ns()
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:
@@ -128,27 +154,41 @@ def _with_children(pids: Sequence[int]) -> list[int]:
 
 
 def disks(stack: ExitStack, folder: Path, only: str) -> dict[str, Disk]:
-    """Boot a guest for each way whose name contains `only`; `stack` ends them."""
+    """Boot a guest for each way in whose name `only` is found; `stack` ends them."""
     found: dict[str, Disk] = {}
     image = folder / "image.raw"
     block = b"".join(number.to_bytes(8, "little") * 64 for number in range(2048))
     image.write_bytes(block * (SIZE // len(block)))
-    for name in ("in-process", "device process", _DAEMON, "pmem", *BASELINES):
-        if only not in name:
+    for name in ("in-process", "device process", _DAEMON, "pmem", *BASELINES, _QEMU_DAEMON):
+        if not re.search(only, name):
             continue
         path = folder / f"{len(found)}.raw"
         shutil.copy(image, path)
         pids: tuple[int, ...] = ()
-        if name == _DAEMON:
-            socket = folder / "daemon.sock"
+        if name in (_DAEMON, _QEMU_DAEMON):
+            socket = path.with_suffix(".sock")
             daemon = stack.enter_context(subprocess.Popen(_daemon(path, socket)))
             stack.callback(daemon.terminate)
             pids = (daemon.pid,)
             while not socket.exists():
                 time.sleep(0.1)
-            arguments = _ours(folder, f"vhost-user:{socket}")
+            if name == _DAEMON:
+                arguments = _ours(folder, f"vhost-user:{socket}")
+            else:
+                arguments = _qemu(
+                    folder,
+                    *("-object", f"memory-backend-memfd,id=ram,size={_MEMORY},share=on"),
+                    *(
+                        "-machine",
+                        "memory-backend=ram",
+                        "-chardev",
+                        f"socket,id=disk,path={socket}",
+                    ),
+                    *("-device", "vhost-user-blk-pci,chardev=disk"),
+                )
         elif name in BASELINES:
-            arguments = _qemu(folder, path, name.removeprefix("QEMU "))
+            drive = f"if=none,id=disk,format=raw,file={path},aio={name.removeprefix('QEMU ')}"
+            arguments = _qemu(folder, "-drive", drive, "-device", "virtio-blk-pci,drive=disk")
         elif name == "pmem":
             arguments = _ours(folder, f"pmem:{path}")
         else:
@@ -158,6 +198,8 @@ def disks(stack: ExitStack, folder: Path, only: str) -> dict[str, Disk]:
         console.expect("# ")
         device = "/dev/pmem0" if name == "pmem" else "/dev/vda"
         found[name] = Disk(console, device, (*pids, console.pid))
+        found[name].signal(signal.SIGSTOP)
+        stack.callback(found[name].signal, signal.SIGCONT)
         print(f"{name}: booted", flush=True)
     return found
 
@@ -170,15 +212,14 @@ def _ours(folder: Path, disk: str) -> list[str]:
     )
 
 
-def _qemu(folder: Path, image: Path, aio: str) -> list[str]:
+def _qemu(folder: Path, *disk: str) -> list[str]:
     kernel = artifacts.kernel("6.1-cloud")
     return [
         *("qemu-system-x86_64", "-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", _MEMORY),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(folder / "initrd")),
         *("-append", _COMMAND_LINE),
-        *("-drive", f"if=none,id=disk,format=raw,aio={aio},file={image}"),
-        *("-device", "virtio-blk-pci,drive=disk"),
+        *disk,
     ]
 
 
@@ -189,49 +230,49 @@ def _daemon(image: Path, socket: Path) -> list[str]:
     ]
 
 
-def initrd(load: Path, milliseconds: int) -> bytes:
-    """Return an initramfs of a guest with disks, with the program and a script of `LOADS`."""
+def initrd(load: Path) -> bytes:
+    """Return an initramfs of a guest with disks, and with the program that loads them."""
     image = artifacts.disk_initramfs(artifacts.kernel("6.1-cloud")).read_bytes()
-    lines = [
-        f'/load "$1" {one.verb} {one.size} {one.depth} {one.order} {milliseconds}' for one in LOADS
-    ]
-    script = "\n".join(["#!/bin/sh", "echo loads: begin", *lines])
-    entries = [
-        newc_entry(1, "load", 0o100755, load.read_bytes()),
-        newc_entry(2, "loads", 0o100755, f"{script}\n".encode()),
-        newc_entry(0, "TRAILER!!!", 0, b""),
-    ]
+    entries = newc_entry(1, "load", 0o100755, load.read_bytes()) + newc_entry(
+        0, "TRAILER!!!", 0, b""
+    )
     # Archives follow one another at multiples of four bytes.
-    return image + bytes(-len(image) % 4) + b"".join(entries)
+    return image + bytes(-len(image) % 4) + entries
 
 
-def measure(folder: Path, rounds: int, milliseconds: int, only: str) -> None:
-    """Measure everything and write `figures.json` into `folder`."""
+def measure(folder: Path, given: argparse.Namespace) -> None:
+    """Measure what the arguments ask for and write `figures.json` into `$RIG_OUT`."""
+    deadline = time.monotonic() + given.seconds
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir="/dev/shm"))
     figures: dict[str, dict[str, list[Figure]]] = {}
+    chosen = [load for load in LOADS if re.search(given.loads, load.name)]
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch)
-        (scratch / "initrd").write_bytes(initrd(folder / "load", milliseconds))
-        running = disks(stack, scratch, only)
-        for number in range(rounds + 1):
+        (scratch / "initrd").write_bytes(initrd(folder / "load"))
+        running = disks(stack, scratch, given.only)
+        for number in range(given.rounds + 1):
             for name, disk in running.items():
-                for load, figure in zip(LOADS, disk.measure(), strict=True):
+                for load, figure in zip(
+                    chosen, disk.measure(chosen, given.milliseconds), strict=True
+                ):
                     if number:  # the first is not counted
                         figures.setdefault(load.name, {}).setdefault(name, []).append(figure)
-            print(f"round {number} of {rounds}", flush=True)
+            print(f"round {number} of {given.rounds}", flush=True)
             (Path(os.environ["RIG_OUT"]) / "figures.json").write_text(json.dumps(figures))
+            if time.monotonic() > deadline:
+                break
 
 
 def table(figures: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
     """Return the figures as text: medians, and the best rounds, each beside QEMU's better one."""
-    lines = []
+    lines = [f"{'':32}{'requests':>10}  {'ratio':>9}{'of best':>9}{'spread':>9}{'CPU each':>12}"]
     for load, found in figures.items():
         lines.append(load)
         rates = {name: [one[0] for one in rounds] for name, rounds in found.items()}
         baselines = [rates[name] for name in BASELINES if name in rates]
         for name, rounds in rates.items():
             median = statistics.median(rounds)
-            line = f"  {name:20}{median:10.0f}/s"
+            line = f"  {name:30}{median:10.0f}/s"
             medians = [statistics.median(one) for one in baselines]
             for own, theirs in ((median, medians), (max(rounds), [max(one) for one in baselines])):
                 line += f"{own / max(theirs):9.2f}" if theirs else f"{'-':>9}"
@@ -248,22 +289,26 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--milliseconds", type=int, default=800, help="of each measurement")
-    parser.add_argument("--only", default="", metavar="TEXT", help="disks with this in the name")
+    parser.add_argument("--only", default="", metavar="REGEX", help="disks with this in the name")
+    parser.add_argument("--loads", default="", metavar="REGEX", help="loads with this in the name")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin no round after that")
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "disk.json")
     parser.add_argument("--here", action="store_true", help="on this machine")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        measure(given.measure, given.rounds, given.milliseconds, given.only)
+        measure(given.measure, given)
+        return 0
+    known = json.loads(given.json.read_text()) if given.json.exists() else {}
+    if given.show:
+        print(table(known))
         return 0
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         folder = Path(scratch)
         source = ROOT / "bench" / "disk.c"
         subprocess.run(["gcc", "-O2", "-static", "-o", folder / "load", source], check=True)
-        command = (
-            *(sys.executable, __file__, "--measure", scratch, "--rounds", str(given.rounds)),
-            *("--milliseconds", str(given.milliseconds), "--only", given.only),
-        )
+        command = (sys.executable, __file__, "--measure", scratch, *sys.argv[1:])
         if given.here:
             environment = {**os.environ, "RIG_OUT": scratch}
             status = subprocess.run(command, check=False, env=environment).returncode
@@ -273,10 +318,9 @@ def main() -> int:
             print(f"bench/disk: measuring failed with status {status}", file=sys.stderr)
             return 1
         figures = json.loads((folder / "figures.json").read_text())
-    header = f"{'':22}{'requests':>10}  {'ratio':>9}{'of best':>9}{'spread':>9}{'CPU each':>12}"
-    print(f"\n{header}\n{table(figures)}")
+    print(f"\n{table(figures)}")
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(figures, indent=2) + "\n")
+    given.json.write_text(json.dumps({**known, **figures}, indent=2) + "\n")
     print(f"written: {given.json}")
     return 0
 

@@ -81,11 +81,12 @@ mkdir -p /rw/upper /rw/work
 mount -t overlay -o lowerdir=/ro,upperdir=/rw/upper,workdir=/rw/work overlay /new
 for folder in dev proc sys; do mount --move /$folder /new/$folder; done
 mount -t tmpfs tmpfs /new/run
-mkdir -p /new/run/rig /new/dev/pts /new/dev/shm
+mkdir -p /new/run/rig /new/run/threads /new/dev/pts /new/dev/shm
 mount -t devpts devpts /new/dev/pts
 mount -t tmpfs -o size=90% tmpfs /new/dev/shm
 mount -t cgroup2 cgroup2 /new/sys/fs/cgroup 2>/dev/null
 mount -t 9p -o $options,cache=none out /new/run/rig
+mount -t 9p -o $options,cache=none,ro threads /new/run/threads
 exec switch_root /new /run/rig/main
 """
 

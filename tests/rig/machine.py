@@ -35,6 +35,9 @@ _KEY_INTERVAL_S = 1.0
 # HPET instead, and to move the TSC of guests. That boots are faster or safer so is not shown.
 _COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
 
+THREADS = Path("/run/threads")
+"""In the rig: this machine's /proc/PID/task of the QEMU that the rig is."""
+
 EXIT_TIMEOUT = 124
 EXIT_NOT_UP = 125
 
@@ -227,7 +230,7 @@ def qemu_arguments(rig: Rig, vmlinuz: Path, image: Path, share: Path) -> list[st
     else:
         clock = ["-accel", "tcg,thread=multi", "-smp", str(rig.cpus)]
     return [
-        *("qemu-system-x86_64", "-M", "q35", "-cpu", "max"),
+        *("qemu-system-x86_64", "-M", "q35", "-cpu", "max", "-name", "rig,debug-threads=on"),
         *clock,
         *("-m", f"{rig.memory >> 20}M"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
@@ -237,6 +240,8 @@ def qemu_arguments(rig: Rig, vmlinuz: Path, image: Path, share: Path) -> list[st
         "local,path=/,security_model=none,mount_tag=root,readonly=on,multidevs=remap",
         "-virtfs",
         f"local,path={share},security_model=none,mount_tag=out",
+        "-virtfs",
+        "local,path=/proc/self/task,security_model=none,mount_tag=threads,readonly=on",
         *("-device", "virtio-rng-pci", "-qmp", f"unix:{share / _QMP},server=on,wait=off"),
     ]
 

@@ -66,6 +66,7 @@ def test_the_root_is_shared_read_only() -> None:
     assert [("path=/," in share, "readonly=on" in share) for share in shares] == [
         (True, True),
         (False, False),
+        (False, True),
     ]
 
 
