@@ -1,11 +1,12 @@
 """Disks: requests per second and the host's CPU time for each, ours against QEMU's virtio-blk.
 
 One guest for each way to serve a disk: in the VM's process, by a device process, by
-qemu-storage-daemon, as memory (pmem), and QEMU with aio=threads and aio=io_uring, without an
-iothread; and QEMU with qemu-storage-daemon, to tell what of the third is the daemon's. All have a
-raw image of the same size and contents, in memory. All guests are there from the beginning and
-take turns: a round measures each load on each disk. While one is measured the others are stopped:
-seven idle guests would use half of the processor. The figures are medians of the rounds.
+qemu-storage-daemon with io_uring, as memory (pmem), and QEMU with aio=threads and aio=io_uring,
+without an iothread; and QEMU with qemu-storage-daemon, to tell what of the third is the daemon's.
+All have a raw image of the same size and contents, in memory. All guests are there from the
+beginning and take turns: a round measures each load on each disk. While one is measured the others
+are stopped: seven idle guests would use half of the processor. The figures are medians of the
+rounds.
 
 `--only` and `--loads` measure a part, in a few minutes: loads that are left out stay in the JSON
 file as they were, so that parts add up to the whole. `--show` prints what is in it.
@@ -225,7 +226,7 @@ def _qemu(folder: Path, *disk: str) -> list[str]:
 
 def _daemon(image: Path, socket: Path) -> list[str]:
     return [
-        *(_DAEMON, "--blockdev", f"file,node-name=disk,filename={image}", "--export"),
+        *(_DAEMON, "--blockdev", f"file,node-name=disk,filename={image},aio=io_uring", "--export"),
         f"vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={socket}",
     ]
 
