@@ -1,0 +1,102 @@
+"""Events of rings that somebody else serves: who is told what, and until when."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+
+import pytest
+
+from vmm_kvm.virtio.ring_events import RingEvents
+
+BROKEN = "the server gave up a ring"
+_WAIT_S = 20.0
+
+
+class Transport:
+    """A Frontend that has an eventfd for ring 0 alone, and remembers what it is told."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.told: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def interrupt(self, index: int) -> None:
+        """Remember which."""
+        self.told.put(index)
+
+    def interrupt_fd(self, index: int) -> int | None:
+        """Return the eventfd of ring 0."""
+        return None if index else self.fd
+
+    def config_changed(self) -> None:
+        """Never called by a server's events."""
+        raise AssertionError
+
+    def fail(self, reason: str) -> None:
+        """Remember why."""
+        self.told.put(reason)
+
+
+@pytest.fixture
+def events() -> RingEvents:
+    """Events of two rings; the test closes them."""
+    return RingEvents(2, "disk0", BROKEN)
+
+
+def test_a_notification_reaches_its_own_ring(events: RingEvents) -> None:
+    """To kick a ring writes the eventfd that its server has, and no other."""
+    events.kick(1)
+    assert os.eventfd_read(events.kick_fd(1)) == 1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(events.kick_fd(0))
+    events.close()
+
+
+def test_interrupts_take_the_shortest_way(events: RingEvents) -> None:
+    """A ring whose interrupt has an eventfd of the transport's needs no hand; others have one."""
+    transport = Transport(os.eventfd(0))
+    assert events.call_fd(transport, 0) == transport.fd
+    own = events.call_fd(transport, 1)
+    assert own == events.call_fd(transport, 1)
+    events.watch(transport)
+    os.eventfd_write(own, 1)
+    assert transport.told.get(timeout=_WAIT_S) == 1
+    events.close()
+    os.close(transport.fd)
+
+
+def test_a_broken_ring_fails_the_device(events: RingEvents) -> None:
+    """What the server writes to the error descriptor becomes a failure with the given reason."""
+    transport = Transport(-1)
+    events.watch(transport)
+    os.eventfd_write(events.error_fd, 1)
+    assert transport.told.get(timeout=_WAIT_S) == BROKEN
+    events.close()
+
+
+def test_the_end_of_the_connection_is_told_once(events: RingEvents) -> None:
+    """A server that goes away is noticed once, and the rest is watched further."""
+    transport = Transport(-1)
+    ours, theirs = socket.socketpair()
+    events.watch(transport, ours.fileno(), lambda: transport.told.put("gone"))
+    theirs.close()
+    assert transport.told.get(timeout=_WAIT_S) == "gone"
+    os.eventfd_write(events.error_fd, 1)
+    assert transport.told.get(timeout=_WAIT_S) == BROKEN
+    events.close()
+    assert transport.told.empty()
+    ours.close()
+
+
+def test_nobody_is_told_after_unwatch(events: RingEvents) -> None:
+    """What happens between two watches is told by the second."""
+    transport = Transport(-1)
+    events.watch(transport)
+    events.unwatch()
+    os.eventfd_write(events.error_fd, 1)
+    assert transport.told.empty()
+    events.watch(transport)
+    assert transport.told.get(timeout=_WAIT_S) == BROKEN
+    events.close()
+    events.close()
