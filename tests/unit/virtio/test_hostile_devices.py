@@ -1,0 +1,131 @@
+"""Every device type against drivers that make any ring available: answers, or the device stops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes import FakeClock
+from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
+from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.raw import RawImage
+from vmm_kvm.errors import GuestError
+from vmm_kvm.virtio.blk import VirtioBlk
+from vmm_kvm.virtio.console import VirtioConsole
+from vmm_kvm.virtio.device import Backend
+from vmm_kvm.virtio.pmem import VirtioPmem
+from vmm_kvm.virtio.rng import VirtioRng
+from vmm_kvm.virtio.scsi import VirtioScsi
+
+SIZE = 8
+MEMORY_SIZE = 0x8000
+DATA, DATA_SIZE = 0x4000, 0x400
+IMAGE_SIZE = 64 << 10
+FEATURES = st.sampled_from([0, INDIRECT, EVENT_IDX, INDIRECT | EVENT_IDX])
+# Requests are small numbers, and most buffers are the size that some part of one has.
+BYTES = st.lists(st.sampled_from([0, 1, 2, 4, 8, 11, 13, 0x12, 0x28, 0x43, 0xFF]), max_size=64)
+LENGTHS = st.sampled_from([0, 1, 4, 5, 8, 16, 24, 51, 108, 512, 4096, MEMORY_SIZE, (1 << 32) - 1])
+DESCRIPTORS = st.tuples(
+    st.one_of(st.integers(DATA, DATA + DATA_SIZE), st.integers(0, MEMORY_SIZE + 0x100)),
+    LENGTHS,
+    st.integers(0, 7),
+    st.integers(0, SIZE),
+)
+
+
+class Transport:
+    """What a device may ask for: here nothing comes of it."""
+
+    def notify(self, index: int) -> None:
+        """Ignore it."""
+
+    def config_changed(self) -> None:
+        """Ignore it."""
+
+    def watch(self, fd: int, index: int) -> None:
+        """Ignore it."""
+
+    def unwatch(self, fd: int) -> None:
+        """Ignore it."""
+
+
+def image() -> RawImage:
+    """Return an empty disk in memory; whoever has it closes it."""
+    fd = os.memfd_create("disk")
+    os.ftruncate(fd, IMAGE_SIZE)
+    return RawImage(HostFile(fd, "disk", is_read_only=False))
+
+
+def rng() -> Backend:
+    """Return an entropy source whose bucket never fills again."""
+    device = VirtioRng(FakeClock(), bytes)
+    device.attach(Transport())
+    return device
+
+
+def console() -> Backend:
+    """Return a console that loses what is written, with some input waiting."""
+    device = VirtioConsole(lambda _: None, on_receive_room=lambda: None)
+    device.attach(Transport())
+    device.receive(bytes(100))
+    return device
+
+
+DEVICES: dict[str, Callable[[], Backend]] = {
+    "blk": lambda: VirtioBlk(image(), name="disk0", queues=2),
+    "scsi": lambda: VirtioScsi(image()),
+    "scsi without a disc": lambda: VirtioScsi(None),
+    "rng": rng,
+    "console": console,
+    "pmem": lambda: VirtioPmem(0, IMAGE_SIZE, lambda: None, name="pmem0"),
+}
+
+
+@contextmanager
+def started(make: Callable[[], Backend], features: int) -> Iterator[Backend]:
+    """Yield a device whose driver is ready."""
+    device = make()
+    try:
+        device.start(device.features | features)
+        yield device
+        device.reset()
+    finally:
+        device.close()
+
+
+@pytest.mark.parametrize("make", DEVICES.values(), ids=DEVICES)
+@given(
+    FEATURES,
+    st.lists(DESCRIPTORS, min_size=SIZE, max_size=SIZE),
+    st.lists(st.integers(0, SIZE), min_size=SIZE, max_size=SIZE + 1),
+    st.lists(BYTES, min_size=4, max_size=4),
+)
+def test_any_ring(
+    make: Callable[[], Backend],
+    features: int,
+    table: list[tuple[int, int, int, int]],
+    heads: list[int],
+    data: list[list[int]],
+) -> None:
+    """Nothing but a GuestError comes out, and nothing is given back that was not taken."""
+    with started(make, features) as device:
+        for number in range(len(device.queue_sizes)):
+            memory = PlainMemory(MEMORY_SIZE)
+            for at, piece in enumerate(data):
+                start = DATA + at * DATA_SIZE // len(data)
+                memory.bytes[start : start + len(piece)] = bytes(piece)
+            driver = DriverQueue(memory, SIZE)
+            for slot, descriptor in enumerate(table):
+                driver.describe(slot, descriptor)
+            for head in heads:
+                driver.make_available(head)
+            queue = driver.device(memory, features)
+            with suppress(GuestError):
+                device.process(number, queue)
+            # By the device's own count: what it wrote may have hit the rings.
+            assert queue.next_used <= queue.next_available
