@@ -160,7 +160,7 @@ class VirtioBlk:
             log.warning("%s: close: %s", self._name, err)
 
     def _serve(self, chain: Chain) -> int:
-        """Do what a request asks for and write its status; returns the number of bytes written."""
+        """Do what a request asks for and write its status; returns how many bytes are written."""
         readable, writable = chain.readable, chain.writable
         if readable and len(readable[0]) == _HEADER_SIZE:  # as every driver has it
             kind, _, sector = _HEADER.unpack(readable.pop(0))
@@ -173,25 +173,28 @@ class VirtioBlk:
             status = writable.pop()
         else:
             writable, (status,) = split(writable, total(writable) - 1)
+        room = total(writable) if writable else 0
         size = 0
         try:
             if kind == _IN:
-                size = total(writable)
-                status[0] = self._read(sector, writable, size)
+                result = self._read(sector, writable, room)
+                size = room if result == _OK else 0
             elif kind in _WRITES:
-                status[0] = self._write(kind, sector, readable)
+                result = self._write(kind, sector, readable)
             elif kind == abi.VIRTIO_BLK_T_FLUSH:
                 self._image.flush()
-                status[0] = _OK
+                result = _OK
             elif kind == abi.VIRTIO_BLK_T_GET_ID:
                 size = scatter(writable, self._serial)
-                status[0] = _OK
+                result = _OK
             else:
-                status[0] = _UNSUPP
+                result = _UNSUPP
         except OSError as err:
             self._note_fault(kind, sector, err)
-            status[0] = _IOERR
-        return size + 1
+            result = _IOERR
+        status[0] = result
+        # What lies before the status counts only if all of it was written (virtio 1.2 §2.7.8.2).
+        return room + 1 if size == room else size
 
     def _unpack_header(self, readable: Sequence[memoryview]) -> tuple[int, int, int]:
         header = gather(readable, _HEADER_SIZE)
