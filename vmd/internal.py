@@ -260,8 +260,8 @@ class DiskSpec(Part, frozen=True, kw_only=True):
 class NicSpec(Part, frozen=True, kw_only=True):
     """A network interface, open; see `vmm_kvm.net.nic` for what the descriptors are.
 
-    With `vhosts` the kernel moves its frames, with taps alone a device process of ours, with
-    neither whoever is behind a stream, or an external vhost-user-net server.
+    With `vhosts` the kernel moves its frames, with taps alone a device process of ours, without
+    both whoever is behind a stream.
     """
 
     name: str
@@ -272,8 +272,6 @@ class NicSpec(Part, frozen=True, kw_only=True):
     """Indices of the descriptors of the tap's queues."""
     vhosts: tuple[int, ...] = ()
     """Indices of as many descriptors of /dev/vhost-net, or none."""
-    server: int | None = None
-    """Index of a connection to an external server."""
     stream: int | None = None
     """Index of a stream of frames, as passt(1) speaks it."""
     mtu: int = 1500

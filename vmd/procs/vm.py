@@ -254,12 +254,9 @@ def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
     taps = tuple(fds.take(at) for at in nic.taps)
     if nic.vhosts:
         return VhostPath(taps, tuple(fds.take(at) for at in nic.vhosts))
-    if nic.stream is not None:
-        return StreamPath(fds.take(nic.stream))
-    if nic.server is None:
-        raise SpecError(f"{nic.name}: an interface without tap and server")
-    server = fds.take(nic.server)
-    return RemotePath(lambda: socket.socket(fileno=server), is_ours=False)
+    if nic.stream is None:
+        raise SpecError(f"{nic.name}: an interface without tap and stream")
+    return StreamPath(fds.take(nic.stream))
 
 
 class _Connection:
