@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shlex
 import shutil
 import socket
@@ -28,6 +29,7 @@ from pathlib import Path
 from tests import artifacts
 
 _QMP = "qmp"
+_GUARD = "no_pv_eoi.so"
 _KEY = b'{"execute": "send-key", "arguments": {"keys": [{"type": "qcode", "data": "shift"}]}}\n'
 _KEY_INTERVAL_S = 1.0
 
@@ -48,6 +50,7 @@ exec >/dev/console 2>&1 </dev/null
 . /run/rig/env
 export RIG={clock} RIG_OUT=/run/rig/out
 export PATH="$PATH:/usr/sbin:/sbin"
+cp /run/rig/{guard} /dev/shm && export LD_PRELOAD=/dev/shm/{guard}
 ip link set lo up
 # The host's KVM tells of every odd register that a guest touches; the command's output is wanted.
 echo 3 > /proc/sys/kernel/printk
@@ -71,7 +74,7 @@ busybox poweroff -f
 """
 
 # What a run of the project's own tests never reads.
-_REPOSITORY_LEAVES = (".git", ".venv", ".cache", ".*_cache", "__pycache__", "build", "dist", "out")
+_REPOSITORY_LEAVES = (".git", ".venv", ".cache", ".*_cache", "build", "dist", "out")
 _VENV_LEAVES = ("bin/ruff", "bin/uv*", "mypy", "mypyc", "pip", "setuptools", "share", "include")
 _STDLIB_LEAVES = (
     *("test", "tests", "idlelib", "turtledemo", "ensurepip", "lib2to3", "tkinter"),
@@ -116,7 +119,8 @@ class Rig:
 
     `memory` is in bytes; `timeout_s` counts from the start of the rig; `is_counted` gives it one
     processor whose clock counts instructions; `out`, if set, receives what the command left in
-    the directory `$RIG_OUT`.
+    the directory `$RIG_OUT`, also if it ran out of time; `patience_s`, if set, is for how long
+    the rig may print nothing.
     """
 
     command: tuple[str, ...]
@@ -126,6 +130,7 @@ class Rig:
     is_counted: bool = False
     stages: tuple[Stage, ...] = ()
     out: Path | None = None
+    patience_s: float | None = None
 
     def run(self) -> int:
         """Boot, run the command with its output on our stdout, and power off.
@@ -144,26 +149,41 @@ class Rig:
             for number, stage in enumerate(self.stages):
                 stage.save(share / f"stage-{number}")
             (share / "env").write_text(environment_script(os.environ))
+            build_guard(share / _GUARD)
             main = share / "main"
             main.write_text(main_script(Path.cwd(), self.command, is_counted=self.is_counted))
             main.chmod(0o755)
             process = subprocess.Popen(
-                qemu_arguments(self, kernel.vmlinuz, image, share), stdin=subprocess.DEVNULL
+                qemu_arguments(self, kernel.vmlinuz, image, share),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if self.patience_s else None,
             )
             try:
-                if not _wait(process, self.timeout_s, None if self.is_counted else share / _QMP):
-                    return EXIT_TIMEOUT
+                is_over = wait(
+                    process,
+                    self.timeout_s,
+                    self.patience_s or self.timeout_s,
+                    None if self.is_counted else share / _QMP,
+                )
             finally:
                 process.kill()
                 process.wait()
-            if self.out is not None:
-                shutil.copytree(share / "out", self.out, dirs_exist_ok=True)
+                if process.stdout:
+                    process.stdout.close()
+                if self.out is not None:
+                    shutil.copytree(share / "out", self.out, dirs_exist_ok=True)
+            if not is_over:
+                return EXIT_TIMEOUT
             status = share / "status"
             return int(status.read_text()) if status.exists() else EXIT_NOT_UP
 
 
-def _wait(process: subprocess.Popen[bytes], timeout_s: float, qmp: Path | None) -> bool:
-    """Wait for QEMU's end; False if it still runs after that time.
+def wait(
+    process: subprocess.Popen[bytes], timeout_s: float, patience_s: float, qmp: Path | None
+) -> bool:
+    """Wait for QEMU's end; False if it still runs after that time, or is silent for too long.
+
+    What it prints is passed on, if it comes by a pipe.
 
     QEMU's SVM can lose the interrupt of the rig's timer while a nested guest waits for one: the
     entry into the guest sets a bit in a word without the lock that the timer holds when it sets
@@ -173,11 +193,17 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float, qmp: Path | None) 
     Any other interrupt makes QEMU look again: a key, pressed through `qmp` once a second.
     """
     deadline = time.monotonic() + timeout_s
+    silent_until = time.monotonic() + patience_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         is_connected = False
-        while (remaining := deadline - time.monotonic()) > 0:
+        while (remaining := min(deadline, silent_until) - time.monotonic()) > 0:
+            if process.stdout and _pass_on(
+                process.stdout.fileno(), min(remaining, _KEY_INTERVAL_S)
+            ):
+                silent_until = time.monotonic() + patience_s
+                continue
             try:
-                process.wait(min(remaining, _KEY_INTERVAL_S))
+                process.wait(0 if process.stdout else min(remaining, _KEY_INTERVAL_S))
             except subprocess.TimeoutExpired:
                 if qmp is None:
                     continue
@@ -193,6 +219,16 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float, qmp: Path | None) 
     return False
 
 
+def _pass_on(fd: int, timeout_s: float) -> bool:
+    """Print what can be read from a pipe; False if there is nothing in that time, or its end."""
+    if not select.select([fd], [], [], timeout_s)[0]:
+        return False
+    data = os.read(fd, 65536)
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+    return bool(data)
+
+
 def _press_key(control: socket.socket) -> None:
     # Answers are of no interest, but have to be read; an end of QEMU is seen by its exit.
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
@@ -201,12 +237,19 @@ def _press_key(control: socket.socket) -> None:
         control.send(_KEY)
 
 
+def build_guard(target: Path) -> None:
+    """Build what keeps guests from being interrupted twice; its source says how."""
+    source = Path(__file__).with_name("no_pv_eoi.c")
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", target, source], check=True)
+
+
 def main_script(directory: Path, command: Sequence[str], *, is_counted: bool = False) -> str:
     """Return the script that runs the command in the rig, in that working directory."""
     return _MAIN.format(
         directory=shlex.quote(str(directory)),
         command=shlex.join(command),
         clock="counted" if is_counted else "plain",
+        guard=_GUARD,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import tarfile
 from pathlib import Path
@@ -12,11 +13,15 @@ from tests.rig.cli import parse
 from tests.rig.machine import (
     Rig,
     Stage,
+    build_guard,
     environment_script,
     main_script,
     project_stages,
     qemu_arguments,
+    wait,
 )
+from vmm_kvm.kvm import abi
+from vmm_kvm.kvm.cpuid import KVM_CPUID_FEATURES
 
 
 def test_the_command_line_is_read() -> None:
@@ -122,3 +127,30 @@ def test_a_file_is_staged_by_what_it_points_at(tmp_path: Path) -> None:
     Stage(link).save(place)
     assert (place / "place").read_text() == str(target)
     assert (place / "file").read_text() == "text"
+
+
+def test_a_silent_rig_is_given_up(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """What it prints is passed on as it comes; after that long without any it is not waited for."""
+    script = "echo one; sleep 0.3; echo two; exec sleep 60"
+    with subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE) as process:
+        assert not wait(process, timeout_s=60, patience_s=1, qmp=None)
+        process.kill()
+    assert capfdbinary.readouterr().out == b"one\ntwo\n"
+
+
+def test_the_end_of_a_rig_is_seen() -> None:
+    """The end of the process ends the wait, with a pipe and without."""
+    for stdout in (subprocess.PIPE, None):
+        with subprocess.Popen(["/bin/true"], stdout=stdout) as process:
+            assert wait(process, timeout_s=60, patience_s=60, qmp=None)
+
+
+def test_guests_get_no_paravirtual_end_of_interrupt(tmp_path: Path) -> None:
+    """The preloaded ioctl takes the feature, and only that, out of what a vCPU is to be told."""
+    build_guard(tmp_path / "guard.so")
+    guard = ctypes.CDLL(str(tmp_path / "guard.so"))
+    cpuid = abi.with_entries(abi.kvm_cpuid2, abi.kvm_cpuid_entry2, 2)(nent=2)
+    cpuid.entries[0].function, cpuid.entries[0].eax = 0, 0xFFFF_FFFF
+    cpuid.entries[1].function, cpuid.entries[1].eax = KVM_CPUID_FEATURES, 0xFFFF_FFFF
+    guard.ioctl(ctypes.c_int(-1), ctypes.c_ulong(abi.KVM_SET_CPUID2), ctypes.byref(cpuid))
+    assert [hex(entry.eax) for entry in cpuid.entries] == ["0xffffffff", "0xffffffbf"]
