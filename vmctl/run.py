@@ -13,7 +13,6 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmctl.disks import open_cdrom, open_disk
 from vmctl.run_options import RunOptions
 from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
@@ -37,10 +36,12 @@ from vmm_kvm.machine import (
     TripleFault,
     selftest_path,
 )
-
-if TYPE_CHECKING:  # loaded where there is an interface
-    from vmm_kvm.net.nic import NicParams
 from vmm_kvm.pci_devices import has_servers
+
+if TYPE_CHECKING:  # loaded where there is a disk, or an interface
+    from vmm_kvm.block.image import Image
+    from vmm_kvm.net.nic import NicParams
+    from vmm_kvm.pci_devices import AnyDisk
 
 EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
@@ -97,7 +98,7 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
 
         variables = stack.enter_context(open_variables(template, options.nvram))
     nics = _nics(options, options.name or os.path.basename(path), stack)
-    disks = tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks))
+    disks, cdrom = _media(options, stack)
     return MachineSpec(
         image=open_image(path),
         variables=variables,
@@ -107,12 +108,22 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
         cpus=_cpus(options.cpus),
         nics=nics,
         disks=disks,
-        cdrom=open_cdrom(options.cdrom, stack),
+        cdrom=cdrom,
         boot_device=_boot_device(options.boot_device),
         name=options.name or os.path.basename(path),
         command_line=options.append,
         initrd=options.initrd,
     )
+
+
+def _media(options: RunOptions, stack: ExitStack) -> "tuple[tuple[AnyDisk, ...], Image | None]":
+    """Open the disks, and what is in the CD-ROM drive."""
+    if not options.disks and options.cdrom is None:
+        return (), None
+    from vmctl.disks import open_cdrom, open_disk  # noqa: PLC0415 - not every VM has a disk
+
+    disks = tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks))
+    return disks, open_cdrom(options.cdrom, stack)
 
 
 def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NicParams, ...]":

@@ -16,7 +16,6 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmm_kvm.bits import MIB
-from vmm_kvm.block.image import Image
 from vmm_kvm.boot import layout
 from vmm_kvm.boot.acpi import AcpiConfig, build_tables, loader_files
 from vmm_kvm.boot.cache import default_directory
@@ -52,7 +51,8 @@ from vmm_kvm.pci_devices import AnyDisk, PciDevices, PmemDisk, boot_order, place
 from vmm_kvm.runner import Runner
 from vmm_kvm.virtio.vmmci import Command
 
-if TYPE_CHECKING:  # the variables are loaded only for UEFI guests
+if TYPE_CHECKING:  # loaded where there is a disk, an interface, or UEFI firmware
+    from vmm_kvm.block.image import Image
     from vmm_kvm.boot.cache import Kernels
     from vmm_kvm.boot.nvram import Variables
     from vmm_kvm.net.nic import NicParams
@@ -94,7 +94,7 @@ class MachineSpec(NamedTuple):
     """Open, or by path; more than one only for Multiboot kernels."""
     nics: "tuple[NicParams, ...]" = ()
     disks: tuple[AnyDisk, ...] = ()
-    cdrom: Image | None = None
+    cdrom: "Image | None" = None
     """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
     variables: "Variables | None" = None
     """What UEFI firmware keeps in flash memory below its own image; stays the caller's."""

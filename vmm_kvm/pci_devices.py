@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vmm_kvm.bits import GIB, align_up
-from vmm_kvm.block.image import Image
 from vmm_kvm.boot.config import BootDevice
 from vmm_kvm.boot.layout import PCI_HOLE_END
 from vmm_kvm.clock import Clock
@@ -24,7 +23,6 @@ from vmm_kvm.pci.ids import (
     CLASS_SYSTEM_OTHER,
 )
 from vmm_kvm.pci.intx import IntxLines
-from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.device import Backend, Dataplane
 from vmm_kvm.virtio.pci import VirtioPci
 from vmm_kvm.virtio.rng import VirtioRng
@@ -34,6 +32,7 @@ from vmm_kvm.virtio.worker import Worker
 if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseconds to load
     import socket
 
+    from vmm_kvm.block.image import Image
     from vmm_kvm.block.mapped import MappedImage
     from vmm_kvm.net.nic import NicParams
     from vmm_kvm.virtio.console import VirtioConsole
@@ -47,7 +46,7 @@ class Disk(NamedTuple):
     No two machines may have it at once.
     """
 
-    image: Image
+    image: "Image"
     name: str
     """For the log."""
     serial: str = ""
@@ -167,6 +166,8 @@ class PciDevices:
 
             remote = VhostUser(Client(disk.connect()), self._memory, disk.name)
             return self.add_dataplane(remote, CLASS_MASS_STORAGE_SCSI, disk.name)
+        from vmm_kvm.virtio.blk import VirtioBlk  # noqa: PLC0415 - not every machine has a disk
+
         backend = VirtioBlk(
             disk.image,
             name=disk.name,
@@ -216,7 +217,7 @@ class PciDevices:
         backend.attach(worker)
         return slot
 
-    def add_cdrom(self, image: Image | None) -> int:
+    def add_cdrom(self, image: "Image | None") -> int:
         """Add a CD-ROM drive with a medium, which stays the caller's, or None; returns its slot.
 
         Raises:
