@@ -43,8 +43,8 @@ def dispatch(
 ) -> None:
     """Run `vcpu` and serve its accesses until `leave` returns False for another exit.
 
-    Called on the vCPU's thread. `drain` is called before every exit is served, for accesses that
-    KVM has collected.
+    Called on the vCPU's thread. `drain` is called before an exit is served, if KVM has collected
+    writes.
 
     Raises:
         KvmError: KVM_RUN failed.
@@ -59,6 +59,7 @@ def dispatch(
     io, io_words = vcpu.io_exit, vcpu.io_exit.words
     mmio_exit, mmio_words = vcpu.mmio_exit, vcpu.mmio_exit.words
     io_reason, mmio_reason = abi.KVM_EXIT_IO, abi.KVM_EXIT_MMIO
+    ends = vcpu.collected_ends
     ports: _Known = {}
     addresses: dict[int, _Known] = {}  # by the size and direction of the access
     with pio.watched(ports), mmio.watched(addresses):
@@ -72,7 +73,7 @@ def dispatch(
                     if not leave(vcpu, reason):
                         return
                     continue
-            if drain:
+            if drain and ends[0] != ends[1]:
                 drain(vcpu)
             kind = reasons[0]
             if kind == io_reason:

@@ -17,8 +17,9 @@ import ctypes
 import mmap
 import os
 import signal
+import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from errno import EAGAIN, EBADF, EINTR, EIO
 from typing import Self, TypeAlias
 
@@ -33,11 +34,13 @@ KICK_SIGNAL = signal.SIGRTMIN
 
 _RING_HEADER = ctypes.sizeof(abi.kvm_coalesced_mmio_ring)
 _RING_ENTRIES = (PAGE_SIZE - _RING_HEADER) // ctypes.sizeof(abi.kvm_coalesced_mmio)
+_ENTRY = struct.Struct("=QIIQ")  # a kvm_coalesced_mmio, its data as one integer
+assert _ENTRY.size == ctypes.sizeof(abi.kvm_coalesced_mmio)
+_MASKS = tuple((1 << 8 * size) - 1 for size in range(9))
 
-CoalescedEntry: TypeAlias = tuple[bool, int, int, int]
-"""A write that needed no exit: (is it to a port, address, bytes, value)."""
+Write: TypeAlias = Callable[[int, int, int], None]
+"""Takes the address, the size in bytes, and the value."""
 
-_NO_ENTRIES: tuple[CoalescedEntry, ...] = ()
 _RUN = abi.KVM_RUN
 
 
@@ -60,7 +63,8 @@ class Vcpu(VcpuState):
     """One vCPU; a context manager that owns its file descriptor and mapping.
 
     `kvm_run` is the mapped page itself, for the fields that have no method here; `io_exit` and
-    `mmio_exit` are the objects that `run()` returns for accesses.
+    `mmio_exit` are the objects that `run()` returns for accesses; `collected_ends` are the first
+    and the last index of the ring of collected writes, equal while there are none.
 
     All methods but `kick` belong to the thread that runs the vCPU, or to any single thread while
     none does.
@@ -72,8 +76,8 @@ class Vcpu(VcpuState):
         "_native_id",
         "_reason",
         "_ring",
-        "_ring_ends",
         "_ring_lock",
+        "collected_ends",
         "index",
         "io_exit",
         "kvm_run",
@@ -121,10 +125,8 @@ class Vcpu(VcpuState):
         self._reason = page[reason.offset : reason.offset + reason.size].cast("I")
         if ring is None:
             ring = memoryview(bytearray(PAGE_SIZE))
-        self._ring_ends = ring[:_RING_HEADER].cast("I")
-        self._ring = abi.with_entries(
-            abi.kvm_coalesced_mmio_ring, abi.kvm_coalesced_mmio, _RING_ENTRIES
-        ).from_buffer(ring)
+        self.collected_ends = ring[:_RING_HEADER].cast("I")
+        self._ring = ring
 
     def close(self) -> None:
         """Close the file descriptor and drop the mapping; idempotent. No thread may be in `run()`.
@@ -215,24 +217,23 @@ class Vcpu(VcpuState):
         """Let the next `run()` only complete the last exit's access, then return Interrupted."""
         self.kvm_run.immediate_exit = 1
 
-    def coalesced_entries(self) -> Iterable[CoalescedEntry]:
-        """Return the writes that KVM collected for this VM, oldest first, and empty its ring.
+    def write_collected(self, pio: Write, mmio: Write) -> bool:
+        """Do the writes that KVM collected for this VM, oldest first; tells if there were any.
 
-        The ring is the VM's: any vCPU drains it for all. Go through the result at once, in one
-        loop: the VM's lock is held meanwhile, so that the writes take effect in their order.
+        `pio` and `mmio` are given address, size and value. The ring is the VM's: any vCPU empties
+        it for all, under a lock, so that the writes take effect in their order.
         """
-        ends = self._ring_ends
-        return _NO_ENTRIES if ends[0] == ends[1] else self._drain()
-
-    def _drain(self) -> Iterator[CoalescedEntry]:
-        ends = self._ring_ends
+        ends = self.collected_ends
+        if ends[0] == ends[1]:
+            return False
         with self._ring_lock:
             last = ends[1]  # what other vCPUs add meanwhile is for the next call: a bounded loop
             while (first := ends[0]) != last:
-                entry = self._ring.coalesced_mmio[first]
-                size = min(entry.len, 8)
-                value = int.from_bytes(bytes(entry.data)[:size], "little")
+                address, size, is_pio, value = _ENTRY.unpack_from(
+                    self._ring, _RING_HEADER + first * _ENTRY.size
+                )
                 try:
-                    yield bool(entry.pio), entry.phys_addr, size, value
+                    (pio if is_pio else mmio)(address, size, value & _MASKS[size])
                 finally:
                     ends[0] = (first + 1) % _RING_ENTRIES  # the kernel may use the place again
+        return True

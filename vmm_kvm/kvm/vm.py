@@ -408,7 +408,7 @@ class Vm:
     def register_coalesced(self, address: int, size: int, *, pio: bool = False) -> None:
         """Let KVM collect guest writes to `size` bytes at `address` in a ring, without exits.
 
-        `Vcpu.coalesced_entries` drains it. A full ring makes the next write an exit.
+        `Vcpu.write_collected` empties it. A full ring makes the next write an exit.
 
         Raises:
             KvmError: KVM cannot; for ports, it lacks KVM_CAP_COALESCED_PIO.
