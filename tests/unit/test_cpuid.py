@@ -64,7 +64,7 @@ AMD = (
 )
 
 
-def _find(entries: list[CpuidEntry], function: int, index: int = 0) -> CpuidEntry:
+def _find(entries: tuple[CpuidEntry, ...], function: int, index: int = 0) -> CpuidEntry:
     found = [e for e in entries if e.function == function and e.subleaf == index]
     assert len(found) == 1
     return found[0]
@@ -89,7 +89,7 @@ def test_feature_bits(table: tuple[CpuidEntry, ...]) -> None:
     assert leaf.ecx & 1 << 21
     assert not leaf.ecx & 1 << 27
     assert leaf.ecx & 1
-    assert _find(list(table), 7).ebx == _find(guest_cpuid(table, 0, 1), 7).ebx
+    assert _find(table, 7).ebx == _find(guest_cpuid(table, 0, 1), 7).ebx
 
 
 def test_tsc_deadline_is_kept() -> None:
@@ -145,7 +145,7 @@ def test_intel_caches(count: int, ids: int) -> None:
         assert leaf.eax & 0x3FFF == kind
         assert leaf.eax >> 26 == ids
         assert leaf.eax >> 14 & 0xFFF == (ids if kind == _L3 else 0)
-        assert leaf.ebx == _find(list(INTEL), 4, index).ebx
+        assert leaf.ebx == _find(INTEL, 4, index).ebx
     assert _find(entries, 4, 3).eax == 0
 
 
@@ -171,14 +171,14 @@ def test_hosts_topology_is_left_out() -> None:
 def test_frequencies_of_the_host_are_kept() -> None:
     """Leaves 0x15 and 0x16 pass as they are when the host fills them in."""
     entries = guest_cpuid(INTEL, 0, 1, tsc_khz=2_600_000)
-    assert _find(entries, 0x15) == _find(list(INTEL), 0x15)
-    assert _find(entries, 0x16) == _find(list(INTEL), 0x16)
+    assert _find(entries, 0x15) == _find(INTEL, 0x15)
+    assert _find(entries, 0x16) == _find(INTEL, 0x16)
 
 
 def test_half_filled_frequencies_are_left_out() -> None:
     """A TSC leaf without a ratio and a frequency leaf without a base say nothing to the guest."""
-    table = [e for e in INTEL if e.function not in {0x15, 0x16}]
-    table += [_leaf(0x15, 0, 0, 24_000_000), _leaf(0x16, 0, 3500, 100)]
+    kept = [e for e in INTEL if e.function not in {0x15, 0x16}]
+    table = (*kept, _leaf(0x15, 0, 0, 24_000_000), _leaf(0x16, 0, 3500, 100))
     entries = guest_cpuid(table, 0, 1)
     assert 0x15 not in {e.function for e in entries}
     assert _find(entries, 0x16) == _leaf(0x16)
@@ -187,10 +187,10 @@ def test_half_filled_frequencies_are_left_out() -> None:
 def test_tsc_leaf_is_made_up_when_invariant() -> None:
     """With a known rate and an invariant TSC, leaf 0x15 gives that rate; without, it is absent."""
     invariant = [*INTEL, _leaf(0x8000_0007, 0, 0, 0, 1 << 8)]
-    table = [e for e in invariant if e.function != 0x15]
+    table = tuple(e for e in invariant if e.function != 0x15)
     leaf = _find(guest_cpuid(table, 0, 1, tsc_khz=2_600_000), 0x15)
     assert leaf.ecx * leaf.ebx // leaf.eax == 2_600_000_000
-    without = [e for e in table if e.function != 0x8000_0007]
+    without = tuple(e for e in table if e.function != 0x8000_0007)
     assert 0x15 not in {e.function for e in guest_cpuid(without, 0, 1, tsc_khz=2_600_000)}
 
 

@@ -7,6 +7,8 @@ Source: ACPI 6.5 chapter 5; PCI Firmware 3.3 §4.1.2 (MCFG).
 """
 
 import struct
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, align_up
@@ -71,6 +73,7 @@ _RSDP_FILE = "etc/acpi/rsdp"
 _TABLES_FILE = "etc/acpi/tables"
 _SCRIPT_FILE = "etc/table-loader"
 
+_REMEMBERED = 8
 _COMMAND_SIZE = 128
 _ALLOCATE = struct.Struct("<I56sIB")
 _ADD_POINTER = struct.Struct("<I56s56sIB")
@@ -120,15 +123,21 @@ class AcpiTables(NamedTuple):
 
 def build_tables(config: AcpiConfig, base: int = BIOS_AREA_START) -> AcpiTables:
     """Build the tables for guest-physical address `base`, a multiple of 64 below 4 GiB."""
+    return _build(config.cpus, config.mmio64_start, config.is_q35, base)
+
+
+# Processes are forked from one that has made machines, and need not do again what is alike for all.
+@lru_cache(_REMEMBERED)
+def _build(cpus: int, mmio64_start: int, is_q35: bool, base: int) -> AcpiTables:
     layout = _Layout(base)
     layout.skip(_TABLES_AT)  # the RSDP is written last
     facs = layout.add(_facs(), alignment=_FACS_ALIGNMENT)
-    body = dsdt_body(config.cpus, config.mmio64_start, is_q35=config.is_q35)
+    body = dsdt_body(cpus, mmio64_start, is_q35=is_q35)
     dsdt = layout.add_table(b"DSDT", 2, body)
     fadt = layout.add_table(b"FACP", 6, _fadt(facs, dsdt), pointers=((36, 4), (40, 4), (140, 8)))
-    madt = layout.add_table(b"APIC", 5, _madt(config.cpus))
+    madt = layout.add_table(b"APIC", 5, _madt(cpus))
     tables = [fadt, madt]
-    if not config.is_q35:
+    if not is_q35:
         tables.append(layout.add_table(b"MCFG", 1, _mcfg()))
     rsdt = layout.add_table(
         b"RSDT",
@@ -291,7 +300,8 @@ def _mcfg() -> bytes:
     return struct.pack("<8xQHBB4x", ECAM_START, 0, 0, ECAM_BUSES - 1)
 
 
-def loader_files(tables: AcpiTables) -> dict[str, bytes]:
+@lru_cache(_REMEMBERED)
+def loader_files(tables: AcpiTables) -> Mapping[str, bytes]:
     """Return the fw_cfg files, by name, from which firmware installs `tables`.
 
     Firmware allocates memory for each file, adds its address to the pointers that lead to it, which

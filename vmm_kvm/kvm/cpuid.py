@@ -6,6 +6,7 @@ OpenBSD the guest sees OpenBSDVMM58 and far fewer features; here it sees KVM and
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 SIGNIFICANT_INDEX = 1 << 0
@@ -26,6 +27,7 @@ _ECX_AMD1_CMP_LEGACY = 1 << 1
 _ECX_AMD1_TOPOLOGY_EXTENSIONS = 1 << 22
 _EDX_APM_INVARIANT_TSC = 1 << 8
 
+_REMEMBERED = 64  # vCPUs: machines made one after the other in a process are often alike
 _LEVEL_SMT = 1
 _LEVEL_CORE = 2
 _CACHE_LEVEL_SHARED = 3  # the last level is the socket's, the others are each core's
@@ -44,9 +46,10 @@ class CpuidEntry(NamedTuple):
     edx: int
 
 
+@lru_cache(_REMEMBERED)
 def guest_cpuid(
-    supported: Sequence[CpuidEntry], index: int, count: int, *, tsc_khz: int | None = None
-) -> list[CpuidEntry]:
+    supported: tuple[CpuidEntry, ...], index: int, count: int, *, tsc_khz: int | None = None
+) -> tuple[CpuidEntry, ...]:
     """Return the entries for vCPU `index` of `count`, out of what KVM supports.
 
     `supported` is what `Kvm.supported_cpuid` returns. With `tsc_khz`, the rate of the vCPU's TSC,
@@ -65,7 +68,7 @@ def guest_cpuid(
     entries += _kvm_leaves(supported)
     if basic >= _LEAF_TSC:
         entries += _tsc_leaf(supported, tsc_khz)
-    return sorted(entries, key=lambda e: (e.function, e.subleaf))
+    return tuple(sorted(entries, key=lambda e: (e.function, e.subleaf)))
 
 
 _LEAF_TOPOLOGY = 0x0B

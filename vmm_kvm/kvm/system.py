@@ -39,7 +39,7 @@ class Kvm:
     Every method may be called from any thread.
     """
 
-    __slots__ = ("api_version", "fd", "vcpu_mmap_size")
+    __slots__ = ("_cpuid", "api_version", "fd", "vcpu_mmap_size")
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         """Open `path`.
@@ -54,6 +54,7 @@ class Kvm:
             errno = err.errno or ENODEV
             raise KvmError(path, errno, open_hint(path, errno)) from err
         self.fd = fd
+        self._cpuid: tuple[CpuidEntry, ...] = ()
         self.api_version, self.vcpu_mmap_size = _probe(fd, path)
 
     @classmethod
@@ -65,6 +66,7 @@ class Kvm:
         """
         kvm = cls.__new__(cls)
         kvm.fd = fd
+        kvm._cpuid = ()
         kvm.api_version, kvm.vcpu_mmap_size = _probe(fd, f"fd {fd}")
         return kvm
 
@@ -106,8 +108,8 @@ class Kvm:
         """
         return self.check_extension(abi.KVM_CAP_COALESCED_PIO) > 0
 
-    def supported_cpuid(self) -> list[CpuidEntry]:
-        """Return every CPUID leaf that KVM can give to a guest on this host.
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """Return every CPUID leaf that KVM can give to a guest on this host; it is asked once.
 
         The TSC-deadline bit is added where KVM has that timer: the kernel leaves it out because
         it works only with the kernel's own local APICs, which this project always uses.
@@ -117,6 +119,10 @@ class Kvm:
 
         Source: KVM API §4.46.
         """
+        self._cpuid = self._cpuid or self._ask_cpuid()
+        return self._cpuid
+
+    def _ask_cpuid(self) -> tuple[CpuidEntry, ...]:
         count = _FIRST_CPUID_ENTRIES
         while True:
             table = abi.with_entries(abi.kvm_cpuid2, abi.kvm_cpuid_entry2, count)(nent=count)
@@ -129,7 +135,7 @@ class Kvm:
                 continue
             break
         deadline = ECX1_TSC_DEADLINE if self.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER) else 0
-        return [
+        return tuple(
             CpuidEntry(
                 e.function,
                 e.index,
@@ -140,7 +146,7 @@ class Kvm:
                 e.edx,
             )
             for e in table.entries[: table.nent]
-        ]
+        )
 
     def msr_indices(self) -> list[int]:
         """Return the MSRs that hold a guest's state, for `Vcpu.get_msrs` and `set_msrs`.

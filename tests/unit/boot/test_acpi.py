@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -214,7 +214,7 @@ def test_namespace(tmp_path: Path) -> None:
 class Firmware:
     """Firmware that obeys a loader script, as SeaBIOS does."""
 
-    def __init__(self, files: dict[str, bytes], addresses: dict[str, int]) -> None:
+    def __init__(self, files: Mapping[str, bytes], addresses: dict[str, int]) -> None:
         self.files = {name: bytearray(data) for name, data in files.items()}
         self.addresses = addresses
         script = files["etc/table-loader"]
