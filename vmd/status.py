@@ -27,12 +27,13 @@ class StatusQuestion:
     ) -> None:
         """Answer at once if no VM that is asked for is among those `running`, ids.
 
-        `interfaces` is asked for a VM's if the client wants to know.
+        `interfaces` is asked for a VM's if the client wants to know of them, or what they moved.
         """
         self.ticket = question.ticket
         self._vms = question.vms
         self._wants_statistics = question.request.statistics
-        self._interfaces = interfaces if question.request.interfaces else None
+        self._wants_interfaces = question.request.interfaces
+        self._interfaces = interfaces
         self._answer = answer
         self._told: dict[int, VmStatistics] = {}
         self.missing = {
@@ -76,12 +77,21 @@ class StatusQuestion:
 
     def _shown(self, vm: Vm) -> VmInfo:
         told, shown = self._told.get(vm.id), info(vm)
-        if self._interfaces:
-            shown = replace(shown, interfaces=self._interfaces(vm))
+        if not (self._wants_interfaces or self._wants_statistics):
+            return shown if told is None else replace(shown, memory_used=told.memory_used)
+        interfaces = self._interfaces(vm)
+        if self._wants_interfaces:
+            shown = replace(shown, interfaces=interfaces)
         if told is None:
             return shown
+        # The kernel moves frames, and counts them at the host's side of an interface.
+        statistics = replace(
+            told.statistics,
+            net_received=sum(interface.received for interface in interfaces),
+            net_sent=sum(interface.sent for interface in interfaces),
+        )
         return replace(
             shown,
             memory_used=told.memory_used,
-            statistics=told.statistics if self._wants_statistics else None,
+            statistics=statistics if self._wants_statistics else None,
         )

@@ -375,29 +375,32 @@ def test_one_port_leads_to_one_guest(start: Start) -> None:
         assert client.ask("start", name="two")["type"] == "started"
 
 
-def _told(answer: Answer) -> dict[str, object]:
-    """Return the only interface in an answer."""
+def _told(answer: Answer) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the only interface in an answer, and the statistics of its VM."""
     assert isinstance(answer["vms"], list)
     (vm,) = answer["vms"]
     (interface,) = vm["interfaces"]
     assert isinstance(interface, dict)
-    return interface
+    assert isinstance(vm["statistics"], dict)
+    return interface, vm["statistics"]
 
 
 def test_what_is_told_of_interfaces(start: Start) -> None:
-    """A status with interfaces has their addresses, and counts what went through."""
+    """A status with interfaces has their addresses; what went through counts for the VM as well."""
     with start(local_vm("forward tcp 80 to 8080")) as vmd, vmd.client() as client:
         running(client, "web")
         with guest_of(vmd) as guest:
             guest.find(HOST_ADDRESS)
-        client.send("status", name="web", interfaces=True)
-        interface = _told(client.receive()[0])
+        client.send("status", name="web", interfaces=True, statistics=True)
+        interface, statistics = _told(client.receive()[0])
         assert (interface["tap"], interface["lladdr"]) == ("tap0", GUEST)
         assert interface["host_addresses"] == [f"{HOST_ADDRESS}/31"]
         assert interface["guest_addresses"] == [f"{GUEST_ADDRESS}/31"]
         assert interface["forwards"] == [{"protocol": "tcp", "port": 80, "to_port": 8080}]
         assert interface["sent_packets"]
         assert interface["received_packets"]
+        counted = statistics["net_received"], statistics["net_sent"]
+        assert counted == (interface["received"], interface["sent"])
         assert client.vm("web")["interfaces"] == []
 
 
