@@ -9,6 +9,7 @@ Source: unix(7), "SCM_RIGHTS".
 
 import array
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -313,6 +314,21 @@ class Channel(Generic[Sent, Taken]):
                 raise MalformedError(f"not a message: {err}") from err
             stack.pop_all()
         return Received(message, fds)
+
+    def wait(self) -> Received[Taken]:
+        """Return the next message, however long it takes.
+
+        Raises:
+            MalformedError, ChannelClosedError: as `receive` does.
+        """
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        while True:
+            poll.poll()
+            try:
+                return self.receive()
+            except BlockingIOError:  # another process has read it
+                continue
 
     def _receive_packet(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
         size = MESSAGE_MAX, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC

@@ -3,9 +3,12 @@
 Only here do the daemon's processes meet, so that none of them imports another.
 """
 
+import gc
 import os
 import socket
+from functools import partial
 
+from vmd import log as logging
 from vmd.channel import Channel
 from vmd.confinements import CONFINEMENTS, Kind
 from vmd.internal import (
@@ -13,9 +16,12 @@ from vmd.internal import (
     LOCAL_AND_PARENT,
     PRIV_AND_PARENT,
     VMM_AND_PARENT,
+    VMM_AND_ZYGOTE,
+    ZYGOTE_AND_VMM,
 )
-from vmd.privsep import Plan
-from vmd.sandbox import Identity, confine
+from vmd.privsep import Plan, spawn
+from vmd.sandbox import Identity, adopt_orphans, confine, set_title
+from vmd.seccomp import compile_filter
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 
@@ -51,25 +57,57 @@ def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
     """Return how to make a vmm process; `kvm_fd`, an open /dev/kvm, stays the caller's."""
 
     def body(connection: socket.socket) -> None:
-        import gc  # noqa: PLC0415 - see the module's docstring
-        from importlib import import_module  # noqa: PLC0415 - likewise
+        from vmd.blanks import Blanks  # noqa: PLC0415 - see the module's docstring
+        from vmd.internal import Role  # noqa: PLC0415 - likewise
+        from vmd.procs.vmm import Vmm  # noqa: PLC0415 - likewise
 
-        from vmd.procs import disk, nic, vm, vmm  # noqa: PLC0415 - likewise
+        # What the zygote forks by way of another process becomes ours.
+        adopt_orphans()
+        zygote = spawn(_zygote_plan(kvm_fd, identity))
+        os.close(kvm_fd)
+        confine(CONFINEMENTS[Kind.VMM], identity)
+        with EventLoop() as loop:
+            orders = Channel(zygote.connection, VMM_AND_ZYGOTE)
+            blanks = Blanks(loop, orders, (Role.VM, Role.DISK))
+            Vmm(loop, Channel(connection, VMM_AND_PARENT), blanks, zygote.pid)
+            loop.run()
+            blanks.close()
+
+    return Plan(Kind.VMM, body, (kvm_fd,))
+
+
+def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
+    def body(connection: socket.socket) -> None:
+        from importlib import import_module  # noqa: PLC0415 - see the module's docstring
+
+        from vmd.internal import Role  # noqa: PLC0415 - likewise
+        from vmd.packing import fill_holes  # noqa: PLC0415 - likewise
+        from vmd.procs import disk, nic, vm, zygote  # noqa: PLC0415 - likewise
+        from vmd.rehearsal import Rehearsal  # noqa: PLC0415 - likewise
+        from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415 - likewise
 
         for name in _LATE_MODULES:
             import_module(name)
         # A guest's kernel cache would be a file.
         os.environ.clear()
-        vm.prepare(kvm_fd)
-        gc.collect()
+        for kind in (Kind.VM, Kind.DEVICE, Kind.NIC):
+            compile_filter(CONFINEMENTS[kind].filter)
+        kvm = Kvm.from_fd(kvm_fd)
+        with Rehearsal() as rehearsal:
+            confine(CONFINEMENTS[Kind.ZYGOTE], identity)
+            rehearsal.play_often(partial(vm.be_vm, kvm))
+        logging.set_title(Kind.ZYGOTE)
+        set_title(f"vmd: {Kind.ZYGOTE}")
+        fill_holes()
         gc.freeze()
-        confine(CONFINEMENTS[Kind.VMM], identity)
-        with EventLoop() as loop:
-            parent = Channel(connection, VMM_AND_PARENT)
-            vmm.Vmm(loop, parent, kvm_fd, vmm.Bodies(vm.run, disk.run, nic.run))
-            loop.run()
+        bodies = {
+            Role.VM: zygote.Body(partial(vm.run, kvm), (kvm_fd,)),
+            Role.DISK: zygote.Body(disk.run),
+            Role.NIC: zygote.Body(nic.run),
+        }
+        zygote.serve(Channel(connection, ZYGOTE_AND_VMM), bodies)
 
-    return Plan(Kind.VMM, body, (kvm_fd,))
+    return Plan(Kind.ZYGOTE, body, (kvm_fd,))
 
 
 def priv_plan(identity: Identity | None) -> Plan:

@@ -3,9 +3,9 @@
 A call that is not listed ends the process. A few that libraries try and can do without fail
 instead, see `_REFUSED`.
 
-The filter of a process also binds those forked from it, so vmm's holds what VM and device processes
-need; theirs then leave out what only vmm needs. The parent has no filter: it starts processes of
-every kind, and opens files for all of them.
+The filter of a process also binds those forked from it, so the zygote's holds what VM and device
+processes need; theirs then leave out what only the zygote needs. The parent has no filter: it
+starts processes of every kind, and opens files for all of them.
 """
 
 import errno
@@ -45,6 +45,7 @@ class Kind(StrEnum):
     PRIV = "priv"
     LOCAL = "local"
     VMM = "vmm"
+    ZYGOTE = "zygote"
     VM = "vm"
     DEVICE = "device"
     NIC = "nic"
@@ -110,6 +111,7 @@ _THREADS = (
     Allow("clone", "a thread; never a process", (Argument(0, _CLONE_THREAD, _CLONE_THREAD),)),
     *_all("what the C library sets up in a thread", "set_robust_list", "rseq", "sched_getaffinity"),
 )
+_NAMED = _with("prctl", 0, {_PR_SET_NAME: "whose it is, which it is told when it is confined"})
 _IMAGES = (
     *_all("disk images", "preadv", "pwritev", "preadv2", "pwritev2", "pread64"),
     *_all("their metadata", "pwrite64", "readv", "writev"),
@@ -120,6 +122,7 @@ _IMAGES = (
     ),
 )
 _DEVICE = (
+    *_NAMED,
     *_IMAGES,
     *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
 )
@@ -135,6 +138,7 @@ _TAP = _with(
     },
 )
 _NIC = (
+    *_NAMED,
     *_TAP,
     *_all("frames", "readv", "writev"),
     *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
@@ -147,24 +151,34 @@ _VM = (
     Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
     *_all("guest memory", "memfd_create"),
     *_with("fcntl", 1, {_F_ADD_SEALS: "an unpacked kernel that nobody can change"}),
-    *_with("prctl", 0, {_PR_SET_NAME: "what VM it is, which it is told when it is confined"}),
+    *_NAMED,
     *_all("images into guest memory", "sendfile"),
     *_all("flushes of what the guest has mapped", "msync"),
     *_all("connections to device processes", "sendto", "recvfrom", "shutdown"),
 )
+_PROCESSES = (
+    *_all("their ends", "wait4"),
+    *_all("their connections", "pipe2"),
+)
 _VMM = (
+    *_PROCESSES,
+    *_all("the connections of VM and device processes", "socketpair"),
+    *_all("which of them to end", "pidfd_open"),
+    *_all("counters of devices", "memfd_create", "ftruncate"),
+    *_with("fcntl", 1, {_F_ADD_SEALS: "counters whose size nobody can change"}),
+)
+_ZYGOTE = (
     *_VM,
     *_DEVICE,
     *_NIC,
+    *_PROCESSES,
     Allow("clone", "VM and device processes", (Argument(0, 0, _CLONE_THREAD),)),
     *_all("VM and device processes", "fork", "set_tid_address"),
-    *_all("their ends", "wait4", "waitid", "pidfd_open"),
-    *_all("ending them", "kill", "pidfd_send_signal"),
-    *_all("their sessions", "setsid"),
-    *_all("their connections", "socketpair", "pipe2"),
     *_all("descriptors that they are not to have", "close_range"),
+    *_all("ending them", "pidfd_send_signal"),
     *_all("limits of theirs", "prlimit64"),
     *_all("filters of theirs", "seccomp", "prctl"),
+    *_all("rehearsals, and an end to them", "socketpair", "alarm"),
     *_all("no files for them", "landlock_create_ruleset", "landlock_restrict_self"),
 )
 _CONTROL = (
@@ -210,7 +224,10 @@ CONFINEMENTS = {
     Kind.VMM: Confinement(
         Filter((*_BASE, *_VMM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 65536))
     ),
-    # These are forked from vmm, whose user and namespaces they have.
+    Kind.ZYGOTE: Confinement(
+        Filter((*_BASE, *_ZYGOTE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
+    ),
+    # These are forked from the zygote, whose user and namespaces they have.
     Kind.VM: Confinement(
         Filter((*_BASE, *_VM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
     ),

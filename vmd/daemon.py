@@ -3,7 +3,6 @@
 Source: sections 5.2 and 8.9 of OpenBSD's behaviour.
 """
 
-import ctypes
 import grp
 import os
 import pwd
@@ -30,7 +29,7 @@ from vmd.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config
 from vmd.policy import Users
 from vmd.privsep import Plan, Restarts, orphans, spawn, wait_for
 from vmd.procs.parent import Parent, Settings
-from vmd.sandbox import Identity, SandboxError, find_identity
+from vmd.sandbox import Identity, SandboxError, adopt_orphans, find_identity
 from vmd.service import Notifier, ServiceError, inherited_socket
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
@@ -41,7 +40,6 @@ log = Log(__name__)
 _SHUTDOWN_NS = 40 * NANOSECONDS
 """How long the processes of VMs may take to end; disks may have much to write back."""
 _ORPHANS_NS = 30 * NANOSECONDS
-_PR_SET_CHILD_SUBREAPER = 36
 _READY = b"\0"
 _KVM = "/dev/kvm"
 
@@ -182,7 +180,7 @@ class Daemon:
         `on_ready` is called when clients are served and the first VMs are starting.
         """
         # Processes of a vmm that crashed become ours: then we see when the last is gone.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         for number, handler in (
             (signal.SIGCHLD, self._reap),
             (signal.SIGHUP, self._reload),
@@ -211,6 +209,8 @@ class Daemon:
         self._passt.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         wait_for(set(self._pids) | self._passt.pids)
+        while left := orphans(set()):  # the zygote's and those that it made ready
+            wait_for(left)
         log.info("terminating")
         return self._status
 

@@ -4,8 +4,10 @@ parent ↔ control: what clients ask, with who they are, and what they are answe
 parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
 parent ↔ local:   which guests are answered by DHCP and the like.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
+vmm ↔ zygote:     forking.
 vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and adds what only
                   the parent of a process knows: how it ended.
+vmm → device:     what a device process is to serve.
 
 A process decodes only the union that is meant for it, so that no other can make it do more.
 """
@@ -360,13 +362,14 @@ class AskStatistics(Internal, frozen=True, kw_only=True):
 class Begin(Internal, frozen=True, kw_only=True):
     """Be the process of this VM: the first command, and the only one that vmm itself gives.
 
-    Descriptors come along: some of those that `spec` names, then a socket, a pipe and
-    counters per disk, then the same per interface that has a process.
+    Descriptors come along: some of those that `spec` names, then counters, a socket and
+    a pipe per disk, then the same per interface that has a process.
     """
 
     spec: VmSpec
     places: tuple[int, ...]
     """The index in `spec` of each of the first descriptors."""
+    verbosity: int
 
 
 VmCommand = PauseVm | UnpauseVm | StopVm | AttachConsole | SetLinks | AskStatistics | SetVerbosity
@@ -468,6 +471,83 @@ class Exited(Internal, frozen=True, kw_only=True):
 ParentToVmm = Launch | Kill | ToVm | SetVerbosity
 VmmToParent = Launched | LaunchFailed | FromVm | Exited
 
+
+# vmm ↔ zygote
+
+
+class Role(StrEnum):
+    """What a process that the zygote forks is to be."""
+
+    VM = "vm"
+    DISK = "disk"
+    NIC = "nic"
+
+
+class Fork(Internal, frozen=True, kw_only=True):
+    """Fork a process, which has the connection whose descriptor comes along, and waits on it."""
+
+    role: Role
+    rehearses: bool
+    """Whether it has the time to do what it will do, and forget it, before it waits."""
+
+
+class Forked(Internal, frozen=True, kw_only=True):
+    """There is such a process, and it is a child of vmm."""
+
+    pid: int
+
+
+class ForkFailed(Internal, frozen=True, kw_only=True):
+    """There is none; `message` is one line."""
+
+    message: str
+
+
+class EndProcess(Internal, frozen=True, kw_only=True):
+    """Kill the process whose pidfd comes along: only those that forked it have that right."""
+
+
+VmmToZygote = Fork | EndProcess
+ZygoteToVmm = Forked | ForkFailed
+
+
+# vmm → device
+
+
+class BeginDisk(Internal, frozen=True, kw_only=True):
+    """Serve this disk of the VM called `vm`.
+
+    The image and its bases come along, then counters, a socket and a pipe.
+    """
+
+    disk: DiskSpec
+    vm: str
+    verbosity: int
+
+    @property
+    def device(self) -> str:
+        """What messages call it."""
+        return self.disk.option.path
+
+
+class BeginNic(Internal, frozen=True, kw_only=True):
+    """Move the frames of this interface of the VM called `vm`.
+
+    The tap's queues come along, then counters, a socket and a pipe.
+    """
+
+    nic: NicSpec
+    vm: str
+    verbosity: int
+
+    @property
+    def device(self) -> str:
+        """What messages call it."""
+        return self.nic.name
+
+
+VmmToDevice = BeginDisk | BeginNic
+
 PARENT_AND_CONTROL: Wire[ParentToControl, ControlToParent] = Wire(
     ControlToParent, WireEncoding.MSGPACK
 )
@@ -482,3 +562,8 @@ PARENT_AND_VMM: Wire[ParentToVmm, VmmToParent] = Wire(VmmToParent, WireEncoding.
 VMM_AND_PARENT: Wire[VmmToParent, ParentToVmm] = Wire(ParentToVmm, WireEncoding.MSGPACK)
 VMM_AND_VM: Wire[VmmToVm, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)
 VM_AND_VMM: Wire[VmReport, VmmToVm] = Wire(VmmToVm, WireEncoding.MSGPACK)
+VMM_AND_ZYGOTE: Wire[VmmToZygote, ZygoteToVmm] = Wire(ZygoteToVmm, WireEncoding.MSGPACK)
+ZYGOTE_AND_VMM: Wire[ZygoteToVmm, VmmToZygote] = Wire(VmmToZygote, WireEncoding.MSGPACK)
+# A device process has nothing to say to vmm.
+VMM_AND_DEVICE: Wire[VmmToDevice, None] = Wire(None, WireEncoding.MSGPACK)
+DEVICE_AND_VMM: Wire[None, VmmToDevice] = Wire(VmmToDevice, WireEncoding.MSGPACK)

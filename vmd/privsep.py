@@ -19,6 +19,7 @@ from vmd import log as logging
 from vmd.confinements import Kind
 from vmd.sandbox import SandboxError, set_title
 from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 
@@ -86,21 +87,34 @@ def close_all_but(kept: set[int]) -> None:
 
 def _live(plan: Plan, connection: socket.socket) -> NoReturn:
     """Be the child; never returns into what the parent was doing."""
-    status = 1
-    try:
-        for number in _IGNORED:
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # Nothing of the parent's may be finalised here: it would close our descriptors.
-        gc.freeze()
-        close_all_but({connection.fileno(), *plan.fds})
-        logging.set_title(plan.kind)
-        set_title(f"vmd: {plan.kind}")
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Nothing of the parent's may be finalised here: it would close our descriptors.
+    gc.freeze()
+    set_title(f"vmd: {plan.kind}")
+
+    def body() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         plan.body(connection)
         log.info("%s exiting, pid %d", plan.kind, os.getpid())
-        status = 0
-    except SandboxError as err:
+        return 0
+
+    live(plan.kind, {connection.fileno(), *plan.fds}, body)
+
+
+def live(title: str, kept: set[int], body: Callable[[], int]) -> NoReturn:
+    """Be a process that was just forked, and exit with the status that `body` returns.
+
+    Of the descriptors, it has those in `kept`, the standard ones and the log's; `title` is for its
+    messages. Never returns into what the forking process was doing.
+    """
+    status = 1
+    try:
+        close_all_but(kept)
+        logging.set_title(title)
+        status = body()
+    except (SandboxError, VmmError) as err:
         log.error("%s", err)  # noqa: TRY400 - the host's doing, no bug of ours
     except BaseException:
         log.exception("bug")
@@ -146,7 +160,7 @@ def _ends_within(pidfd: int, seconds: float) -> bool:
 
 
 def orphans(known: set[int]) -> set[int]:
-    """Return our children that nobody here started: of a vmm that crashed, inherited by us.
+    """Return our children but those `known`: what a vmm that has ended had, inherited by us.
 
     Source: prctl(2), PR_SET_CHILD_SUBREAPER; proc(5), "children".
     """

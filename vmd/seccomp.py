@@ -13,6 +13,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 from vmd.syscalls import SYSCALLS
@@ -89,8 +90,9 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
+@cache
 def compile_filter(table: Filter) -> bytes:
-    """Return the BPF program, an array of struct sock_filter.
+    """Return the BPF program, an array of struct sock_filter; it is made once for each table.
 
     Calls whose arguments are looked at come first: they are the frequent ones, and the kernel knows
     by itself which calls are always allowed.

@@ -9,12 +9,12 @@ from vmd.internal import VmSpec
 class DeviceConnection(NamedTuple):
     """The VM's side of a device process: the descriptors belong to whoever holds this."""
 
+    counters: int
+    """Memory where it counts what it moves; see `counters`."""
     socket: int
     """To the device process, by vhost-user."""
     status: int
     """Reads a byte 0 when the device process is ready, or else why it cannot be."""
-    counters: int
-    """Memory where it counts what it moves; see `counters`."""
 
 
 class Connections(NamedTuple):

@@ -8,7 +8,6 @@ Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
 """
 
 import os
-import select
 import signal
 import socket
 import time
@@ -23,6 +22,7 @@ from vmd.confinements import CONFINEMENTS, Kind
 from vmd.console import Console
 from vmd.counters import Counters
 from vmd.internal import (
+    VM_AND_VMM,
     AskStatistics,
     AttachConsole,
     Begin,
@@ -78,16 +78,15 @@ log = Log(__name__)
 
 _READY = b"\0"
 _STATUS_MAX = 4096
-_REHEARSALS = 3
 _REHEARSAL_ROM = 4096  # bytes of firmware that never runs
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run(channel: Channel[VmReport, VmmToVm], kvm_fd: int, rehearses: bool) -> int:
+def run(kvm: Kvm, connection: socket.socket, rehearses: bool) -> int:
     """Be the process of one VM; returns the exit status. Takes over what it is given.
 
     One that `rehearses` has the time to make and forget a machine while it waits: afterwards, few
-    of the pages that it needs are still vmm's.
+    of the pages that it needs are still the zygote's.
     """
     for number in _IGNORED:  # vmm ends us
         signal.signal(number, signal.SIG_IGN)
@@ -95,17 +94,20 @@ def run(channel: Channel[VmReport, VmmToVm], kvm_fd: int, rehearses: bool) -> in
     set_title("vm")
     die_with(os.getppid())  # nobody could stop us without vmm
     confine(CONFINEMENTS[Kind.VM], None)
+    with Channel(connection, VM_AND_VMM) as channel, kvm:
+        if rehearses:
+            rehearse(kvm)
+        be_vm(kvm, channel)
+    return 0
+
+
+def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
+    """Wait to be told what VM this is, and be it to its end; takes over the channel."""
     with ExitStack() as stack:
         stack.callback(channel.close)
-        try:
-            kvm = stack.enter_context(Kvm.from_fd(kvm_fd))
-            if rehearses:
-                rehearse(kvm)
-        except (VmmError, OSError) as err:
-            log.debug("rehearsal: %s", err)  # the start of a VM will tell
         begun = _wait(channel)
         if begun is None:
-            return 0
+            return
         spec, fds, connections = begun
         logging.set_title(f"vm/{spec.name}")
         set_title(f"vm/{spec.name}")
@@ -122,43 +124,27 @@ def run(channel: Channel[VmReport, VmmToVm], kvm_fd: int, rehearses: bool) -> in
             _tell(
                 channel, VmEnding(reason=EndReason.FAILED, code=_error_code(err), message=str(err))
             )
-            return 0
+            return
         process.run()
-    return 0
-
-
-def prepare(kvm_fd: int) -> None:
-    """Make machines and forget them in a process that VM processes are to be forked from.
-
-    Their code is specialised by then, which each process would else do in pages of its own. The
-    descriptor of /dev/kvm stays the caller's.
-    """
-    try:
-        with Kvm.from_fd(os.dup(kvm_fd)) as kvm:
-            for _ in range(_REHEARSALS):
-                rehearse(kvm)
-    except (VmmError, OSError) as err:
-        log.debug("rehearsal: %s", err)  # the start of a VM will tell
 
 
 def rehearse(kvm: Kvm) -> None:
-    """Make a small machine and forget it, so that what that needs is at hand the next time.
-
-    Raises:
-        VmmError, OSError: it cannot be made.
-    """
+    """Make a small machine and forget it, so that what that needs is at hand the next time."""
     spec = MachineSpec(
         image=FirmwareImage("rehearsal", bytes(_REHEARSAL_ROM), _REHEARSAL_ROM), memory_size=MIB
     )
-    with EventLoop() as loop:
-        Machine(
-            spec,
-            kvm,
-            loop,
-            transmit=lambda _data: None,
-            on_receive_room=lambda: None,
-            on_outcome=lambda _outcome: None,
-        ).close()
+    try:
+        with EventLoop() as loop:
+            Machine(
+                spec,
+                kvm,
+                loop,
+                transmit=lambda _data: None,
+                on_receive_room=lambda: None,
+                on_outcome=lambda _outcome: None,
+            ).close()
+    except (VmmError, OSError) as err:
+        log.warning("no machine can be made: %s", err)
 
 
 def _wait(
@@ -168,11 +154,8 @@ def _wait(
 
     None if nobody needs this process any more.
     """
-    poll = select.poll()
-    poll.register(channel.fileno(), select.POLLIN)
     try:
-        poll.poll()
-        message, fds = channel.receive()
+        message, fds = channel.wait()
     except ChannelError as err:
         log.debug("vmm: %s", err)
         return None
@@ -180,6 +163,7 @@ def _wait(
         log.error("%s for no VM", type(message).__name__)
         fds.close()
         return None
+    logging.set_verbosity(message.verbosity)
     passed = fds.take_all()
     count = len(message.places)
     named = Fds(passed[:count])

@@ -113,11 +113,37 @@ def test_the_process_that_is_ready(start_vmd: Start) -> None:
     with start_vmd(vm_block("one") + vm_block("two")) as vmd, vmd.client() as client:
         ready = vmd.wait_for_child("vm")
         _kill(ready)
-        vmd.wait_for_log("the VM process that was ready has ended, status -9")
+        vmd.wait_for_log("the vm process that was ready has ended, status -9")
         assert client.ask("start", name="one")["type"] == "started"
         ready = vmd.wait_for_child("vm")
         assert client.ask("start", name="two")["pid"] == ready
         assert vmd.child("vm/two") == ready
+
+
+def test_the_disk_process_that_is_ready(start_vmd: Start, tmp_path: Path) -> None:
+    """It serves the next disk; when it is killed, that disk gets a new one."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    with start_vmd(vm_block("one", f'disk "{image}"')) as vmd, vmd.client() as client:
+        ready = vmd.wait_for_child("disk")
+        assert client.ask("start", name="one")["type"] == "started"
+        assert vmd.child("disk/one") == ready
+        _kill(vmd.wait_for_child("disk"))
+        vmd.wait_for_log("the disk process that was ready has ended, status -9")
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert client.ask("start", name="one")["type"] == "started"
+
+
+def test_the_zygote(start_vmd: Start) -> None:
+    """Without it vmm ends as well, its VMs with it; the next of both start them again."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        before = vmd.child("vmd: vmm")
+        _kill(vmd.wait_for_child("vmd: zygote"))
+        client.wait_for_state("one", "stopped")
+        vmd.wait_for_log("the zygote has ended, status -9")
+        assert client.ask("start", name="one")["type"] == "started"
+        assert vmd.child("vmd: vmm") != before
 
 
 def test_the_parent(start_vmd: Start) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from vmd import landlock
 from vmd.confinements import CONFINEMENTS, Kind
-from vmd.sandbox import SandboxError, confine, find_identity
+from vmd.sandbox import SandboxError, confine, find_identity, set_title
 from vmd.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
 from vmd.syscalls import SYSCALLS
 
@@ -30,8 +30,16 @@ FORBIDDEN = (
 )
 # The local process asks the host's DNS server.
 EXEMPT = {Kind.LOCAL: {"connect"}}
-# What one kind may and others may not.
-OF_VMM = ("fork", "wait4", "kill", "socketpair", "seccomp")
+# What some kinds may and others may not.
+OF_FEW = {
+    "fork": {Kind.ZYGOTE},
+    "seccomp": {Kind.ZYGOTE},
+    "pidfd_send_signal": {Kind.ZYGOTE},
+    "pidfd_open": {Kind.VMM},
+    "wait4": {Kind.VMM, Kind.ZYGOTE},
+    "socketpair": {Kind.VMM, Kind.ZYGOTE},
+    "kill": set[Kind](),
+}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -84,11 +92,12 @@ def test_a_forbidden_call_ends_the_process(kind: Kind) -> None:
     assert survived == {}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Kind.VMM])
-def test_only_vmm_has_children(kind: Kind) -> None:
-    """To start, end or look after a process is for vmm alone."""
-    for name in OF_VMM:
-        assert _confined(kind, _calling(name)) == -signal.SIGSYS, name
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_vmm_and_the_zygote_have_children(kind: Kind) -> None:
+    """To start processes and to end them is for the zygote alone, to look after them for vmm."""
+    for name, kinds in OF_FEW.items():
+        if kind not in kinds:
+            assert _confined(kind, _calling(name)) == -signal.SIGSYS, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,24 +189,37 @@ def test_a_vm_process_has_threads() -> None:
     assert _confined(Kind.DEVICE, body) != 0
 
 
+@pytest.mark.parametrize("kind", [Kind.VM, Kind.DEVICE, Kind.NIC])
+def test_blank_processes_name_themselves(kind: Kind) -> None:
+    """A process that is told what it is when it is confined shows that in process lists."""
+
+    def body() -> None:
+        with Path("/proc/self/comm").open() as comm:
+            confine(CONFINEMENTS[kind], None)
+            set_title("vm/alpine")
+            assert comm.read() == "vm/alpine\n"
+
+    assert _end_of(body) == 0
+
+
 def _fork() -> None:
     _call("fork")
 
 
-def test_vmm_starts_processes_that_are_confined_further() -> None:
+def test_the_zygote_starts_processes_that_are_confined_further() -> None:
     """The zygote forks; what it forks can take more from itself, and does."""
 
-    def child_of_vmm() -> None:
+    def child_of_zygote() -> None:
         status = _confined(Kind.DEVICE, lambda: None)
         assert status == 0
         status = _confined(Kind.DEVICE, _fork)
         assert status == -signal.SIGSYS
 
-    assert _confined(Kind.VMM, child_of_vmm) == 0
+    assert _confined(Kind.ZYGOTE, child_of_zygote) == 0
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.VMM, Kind.LOCAL])
+@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.VMM, Kind.ZYGOTE, Kind.LOCAL])
 def test_root_becomes_nobody_in_particular(kind: Kind) -> None:
     """A process without privileges has another user, no groups, no files and no capabilities."""
     try:
