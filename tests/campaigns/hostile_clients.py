@@ -1,8 +1,10 @@
 """Campaign: clients that mean ill, against a daemon that has a VM to look after.
 
-Packets of random bytes, damaged requests, requests cut short, packets that are too large, floods
-of requests, descriptors by the dozen, connections that say nothing, that end half, that never read;
-and in the end as many connections as one user gets. As root, all come from a user without rights.
+Packets of random bytes, damaged requests, requests cut short, packets that are too large, numbers
+and depths beyond measure, descriptors by the dozen, floods of requests, connections that say
+nothing, that say something after a long time, that end half, that never read; and in the end as
+many connections as one user gets. As root, all come from a user without rights. Nine in ten packets
+are no request that the daemon understands.
 
 Meanwhile another client asks for the status. It is answered within a second, each time; memory does
 not grow, no descriptor is left, the VM runs on, and so do all of the daemon's processes.
@@ -19,15 +21,16 @@ import os
 import random
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.campaigns import daemon_campaign  # noqa: E402
+from tests.campaigns.daemon_campaign import Failure  # noqa: E402
 from tests.system.vmd.daemon import Daemon, descendants, process_title, vm_block  # noqa: E402
 
 NOBODY = 65534
@@ -35,11 +38,18 @@ CONNECTIONS = 1000
 STATUS_MAX_S = 1.0
 GROWTH_MAX = 8 << 20
 """Bytes that all of the daemon's processes may have grown, once each has seen everything."""
-_PER_CONNECTION = 20
+_FLOOD = 20
+_HELD_MAX = 60
+_VALID_SHARE_MAX = 0.2
 _STATUS_EVERY = 200
 _WARM_UP = 2000
 _PACKET_MAX = 300 << 10
 _FDS = 100
+_FDS_MAX = 253  # as many as the kernel passes on
+_FDS_REFUSED = 65
+_FLOOD_SHARE = 0.005
+_RESUMED_SHARE = 0.2
+_DEPTH = 5000
 
 _REQUESTS: tuple[dict[str, object], ...] = (
     {"type": "status", "serial": 1},
@@ -54,10 +64,6 @@ _REQUESTS: tuple[dict[str, object], ...] = (
     {"type": "log", "level": 2},
     {"type": "events"},
 )
-
-
-class Failure(Exception):  # noqa: N818 - of the daemon, not of this program
-    """The daemon is not as it should be; `str()` says how."""
 
 
 @contextmanager
@@ -83,7 +89,7 @@ class Attacker:
         self._requests = requests
         self._random = random.Random(seed)
         self._held: list[socket.socket] = []
-        self.sent = self.connections = 0
+        self.sent = self.valid = self.connections = 0
         self._null = os.open(os.devnull, os.O_RDONLY)
 
     def close(self) -> None:
@@ -108,27 +114,37 @@ class Attacker:
 
     def attack(self) -> None:
         """Use one connection until it ends or has had its share."""
-        connection = self.connect()
-        way: Callable[[], bytes] = self._random.choice(
-            (self._noise, self._damaged, self._cut, self._large, self._request, self._request)
-        )
-        # What is no request ends its connection: the daemon sees one or two of those.
-        share = _PER_CONNECTION if way == self._request else 2
+        connection = self._resumed() or self.connect()
         try:
-            for _ in range(share):
-                fds = [self._null] * self._random.choice((0, 0, 0, 1, 3, 64, _FDS))
-                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-                self.sent += 1
-                connection.sendmsg([way()], [rights] if fds else [])
-                if self._random.random() < 0.5:
-                    with suppress(BlockingIOError):
-                        connection.recv(1 << 16)
+            if self._random.random() < _FLOOD_SHARE:
+                for _ in range(_FLOOD):
+                    self._send(connection, self._request(), is_valid=True)
+            else:
+                # What is no request ends its connection: the daemon sees the first of these.
+                ways = (self._noise, self._damaged, self._cut, self._large, self._absurd)
+                self._send(connection, self._random.choice(ways)())
         except OSError:  # it has thrown us out, or does not read any more
             pass
         self._leave(connection)
 
+    def _resumed(self) -> socket.socket | None:
+        """Return a connection that has said nothing, or not enough, for some time."""
+        if self._held and self._random.random() < _RESUMED_SHARE:
+            return self._held.pop(self._random.randrange(len(self._held)))
+        return None
+
+    def _send(self, connection: socket.socket, data: bytes, *, is_valid: bool = False) -> None:
+        fds = [self._null] * self._random.choice((0, 0, 0, 1, 3, 64, _FDS, _FDS_MAX))
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        connection.sendmsg([data], [rights] if fds else [])
+        self.sent += 1
+        self.valid += is_valid and len(fds) < _FDS_REFUSED
+        if self._random.random() < 0.5:
+            with suppress(BlockingIOError):
+                connection.recv(1 << 16)
+
     def _leave(self, connection: socket.socket) -> None:
-        """Close it, or keep it half open, or say nothing from now on."""
+        """Close it, or keep it half open, or say nothing for now."""
         fate = self._random.random()
         if fate < 0.1:
             with suppress(OSError):
@@ -137,8 +153,10 @@ class Attacker:
             connection.close()
             return
         self._held.append(connection)
-        if len(self._held) > 30:
-            self._held.pop(self._random.randrange(30)).close()
+        if len(self._held) > _HELD_MAX:
+            self._held.pop(self._random.randrange(_HELD_MAX)).close()
+        if fate > 0.15:  # another that says nothing yet
+            self._held.append(self.connect())
 
     def _noise(self) -> bytes:
         return self._random.randbytes(self._random.randrange(1, 400))
@@ -159,6 +177,26 @@ class Attacker:
     def _large(self) -> bytes:
         size = self._random.choice((1 << 10, 1 << 16, 1 << 17, _PACKET_MAX))
         return b'{"type":"status","name":"' + b"n" * size + b'"}'
+
+    def _absurd(self) -> bytes:
+        """Return JSON that is none of our requests."""
+        return self._random.choice(
+            (
+                b"[" * _DEPTH,
+                b'{"type":"status","id":' + b"9" * 400 + b"}",
+                b'{"type":"start","name":"x","memory":-1}',
+                b'{"type":"status","serial":1e400}',
+                b'{"type":"wait","name":"\\ud800"}',
+                b'{"type":"stop","name":null}',
+                b'{"type":"stop","name":"one","force":"yes"}',
+                b'{"type":"nothing"}',
+                b'{"type":"status"}{"type":"status"}',
+                b'{"serial":1}',
+                b"null",
+                b"\xff\xfe{\0}\0",
+                b'{"version":99,"type":"status"}x',
+            )
+        )
 
 
 class Watch:
@@ -214,14 +252,14 @@ class Watch:
         )
 
     def _titles(self) -> dict[int, str]:
-        """Return the processes by pid, but for the one that is ready to be a VM."""
+        """Return the processes by pid, but for those that wait to be a VM or to serve a disk."""
         vmm = self._vmd.child("vmd: vmm")
         below = set(descendants(vmm))
         found = {pid: process_title(pid) for pid in descendants(self._vmd.process.pid)}
         return {
             pid: title
             for pid, title in found.items()
-            if pid not in below or title.startswith("vm/")
+            if pid not in below or title.startswith(("vm/", "vmd: "))
         }
 
 
@@ -252,9 +290,11 @@ def run(directory: Path, count: int, seed: int) -> str:
             attacker.close()
         watch.look()
         watch.ask()
+    if attacker.valid > attacker.sent * _VALID_SHARE_MAX:
+        raise Failure(f"{attacker.valid} of {attacker.sent} packets were requests: too tame")
     return (
-        f"{attacker.sent} packets on {attacker.connections} connections, {crowd} at once; "
-        f"slowest status {watch.slowest_s * 1e3:.0f} ms"
+        f"{attacker.sent} packets, {attacker.valid} of them requests, on {attacker.connections} "
+        f"connections, {crowd} at once; slowest status {watch.slowest_s * 1e3:.0f} ms"
     )
 
 
@@ -284,19 +324,12 @@ def _crowd(attacker: Attacker, watch: Watch) -> int:
 
 def main() -> int:
     """Run the campaign; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=100_000, help="packets")
-    parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="hostile-") as directory:
-        try:
-            told = run(Path(directory), given.count, given.seed)
-        except (Failure, OSError, AssertionError) as err:
-            print(f"hostile_clients: seed {given.seed}: {err}", file=sys.stderr)
-            return 1
-    print(f"{told}; {time.monotonic() - begun:.0f} s: answered throughout, nothing left")
-    return 0
+
+    def run_all(directory: Path, given: argparse.Namespace) -> str:
+        return f"{run(directory, given.count, given.seed)}: answered throughout, nothing left"
+
+    options = {"count": (100_000, "packets"), "seed": (1, "of what is sent")}
+    return daemon_campaign.main("hostile_clients", __doc__, options, run_all)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -29,22 +28,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.campaigns import daemon_campaign  # noqa: E402
+from tests.campaigns.daemon_campaign import Failure, vms  # noqa: E402
 from tests.system.vmd.daemon import Client, Daemon, descendants, process_title, vm_block  # noqa: E402
 
-KINDS = ("vm", "disk", "control", "priv", "vmm", "ready")
-"""`ready` is the process that waits to be a VM."""
+KINDS = ("vm", "disk", "control", "priv", "local", "vmm", "zygote", "ready vm", "ready disk")
+"""`ready` are the processes that wait to be a VM, or to serve a disk."""
+OF_ROOT = {"priv", "local"}
 TIMEOUT_S = 60.0
-CYCLE_S = 2.6
-"""So long at least, or the daemon takes the fifth end of one kind within 10 s for a bad sign."""
+CYCLE_S = 5.2
+"""So long at least, or the daemon takes the fifth end of one kind within 10 s for a bad sign; vmm
+ends twice, once with the zygote."""
 _VMS = 6
 _WITH_DISKS = 3
 _LOADS = 2
 _MIB = 1 << 20
-_TITLES = {"control": "vmd: control", "priv": "vmd: priv", "vmm": "vmd: vmm", "ready": "vm"}
-
-
-class Failure(Exception):  # noqa: N818 - of the daemon, not of this program
-    """The daemon is not as it should be; `str()` says how."""
+_TITLES = {
+    **{kind: f"vmd: {kind}" for kind in ("control", "priv", "local", "vmm", "zygote")},
+    "ready vm": "vm",
+    "ready disk": "disk",
+}
 
 
 def _until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
@@ -112,16 +115,22 @@ class Campaign:
     def pids(self) -> dict[str, object]:
         """Return the process of each VM, None for one that does not run."""
         with self.vmd.client() as client:
-            vms = client.ask("status")["vms"]
-        assert isinstance(vms, list)
-        return {vm["name"]: vm["pid"] if vm["state"] != "stopped" else None for vm in vms}
+            return {
+                str(vm["name"]): vm["pid"] if vm["state"] != "stopped" else None
+                for vm in vms(client)
+            }
 
     def kill(self, kind: str) -> None:
         """Kill one process of a kind, and look at what is left."""
         name = self._random.choice(self.names[:_WITH_DISKS] if kind == "disk" else self.names)
         title = _TITLES.get(kind, f"{kind}/{name}")
         before = self.pids()
-        ended = {"vm": {name}, "disk": {name}, "vmm": set(self.names)}.get(kind, set())
+        ended = {
+            "vm": {name},
+            "disk": {name},
+            "vmm": set(self.names),
+            "zygote": set(self.names),
+        }.get(kind, set())
         with self.vmd.client() as first, self.vmd.client() as second:
             waiters = [first, second] if ended else []
             for waiter in waiters:
@@ -138,6 +147,12 @@ class Campaign:
                     raise Failure(f"{title} killed: a waiter is told {answer}")
         self.killed[kind] += 1
         self._look(title, before, ended)
+
+    def _ended_with(self, kind: str, name: str) -> set[str]:
+        """Return the VMs that end when a process of a kind does, which may be `name`'s."""
+        if kind in {"vm", "disk"}:
+            return {name}
+        return set(self.names) if kind in {"vmm", "zygote"} else set()
 
     def _find(self, title: str) -> int:
         found: list[int] = []
@@ -196,7 +211,7 @@ def run(directory: Path, count: int, seed: int) -> Counter[str]:
             lines.append(f'disk "{image}"')
         blocks.append(vm_block(f"v{number}", *lines))
     is_user = os.geteuid() != 0
-    kinds = [kind for kind in KINDS if not (is_user and kind == "priv")]
+    kinds = [kind for kind in KINDS if not (is_user and kind in OF_ROOT)]
     stopping = threading.Event()
     with Daemon(directory, "".join(blocks), is_user=is_user) as vmd:
         campaign = Campaign(vmd, seed)
@@ -228,20 +243,14 @@ def run(directory: Path, count: int, seed: int) -> Counter[str]:
 
 def main() -> int:
     """Run the campaign; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=50, help="kills of each kind")
-    parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-daemon-") as directory:
-        try:
-            killed = run(Path(directory), given.count, given.seed)
-        except (Failure, OSError, AssertionError) as err:
-            print(f"kill_daemon: seed {given.seed}: {err}", file=sys.stderr)
-            return 1
-    told = ", ".join(f"{number} {kind}" for kind, number in killed.items())
-    print(f"killed {told} in {time.monotonic() - begun:.0f} s: nothing lost, no orphan")
-    return 0
+
+    def run_all(directory: Path, given: argparse.Namespace) -> str:
+        killed = run(directory, given.count, given.seed)
+        told = ", ".join(f"{number} {kind}" for kind, number in killed.items())
+        return f"killed {told}: nothing lost, no orphan"
+
+    options = {"count": (50, "kills of each kind"), "seed": (1, "of what is killed when")}
+    return daemon_campaign.main("kill_daemon", __doc__, options, run_all)
 
 
 if __name__ == "__main__":

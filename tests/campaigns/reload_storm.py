@@ -13,14 +13,15 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.system.vmd.daemon import READY, Answer, Client, Daemon, vm_block  # noqa: E402
+from tests.campaigns import daemon_campaign  # noqa: E402
+from tests.campaigns.daemon_campaign import Failure, vms  # noqa: E402
+from tests.system.vmd.daemon import READY, Client, Daemon, vm_block  # noqa: E402
 
 PARALLEL = 4
 DELAY_S = 1
@@ -28,29 +29,12 @@ _TIMEOUT_S = 60.0
 _ASK_EVERY = 10
 
 
-class Failure(Exception):  # noqa: N818 - of the daemon, not of this program
-    """The daemon is not as it should be; `str()` says how."""
-
-
-def _vms(client: Client) -> list[Answer]:
-    """Return the status of all VMs, which may come in parts."""
-    client.send("status")
-    found: list[Answer] = []
-    while True:
-        answer, _ = client.receive()
-        vms = answer["vms"]
-        assert isinstance(vms, list)
-        found += vms
-        if not answer["has_more"]:
-            return found
-
-
 def _start_all(client: Client, count: int) -> float:
     """Wait until all VMs run and have spoken; returns after how long the last one ran."""
     begun = time.monotonic()
     limit = _TIMEOUT_S + count / PARALLEL * DELAY_S * 4
     while waiting := [
-        vm["name"] for vm in _vms(client) if vm["state"] != "running" or not vm["pid"]
+        vm["name"] for vm in vms(client) if vm["state"] != "running" or not vm["pid"]
     ]:
         if time.monotonic() - begun > limit:
             raise Failure(f"not running after {limit:.0f} s: {waiting}")
@@ -76,15 +60,15 @@ def run(directory: Path, storms: int, count: int = 8) -> str:
         vmd.client(_TIMEOUT_S) as client,
     ):
         taken = _start_all(client, count)
-        before = {vm["name"]: vm["pid"] for vm in _vms(client)}
+        before = {vm["name"]: vm["pid"] for vm in vms(client)}
         slowest = 0.0
         for number in range(storms):
             vmd.process.send_signal(signal.SIGHUP)
             if number % _ASK_EVERY == 0:
                 begun = time.monotonic()
-                _vms(client)
+                vms(client)
                 slowest = max(slowest, time.monotonic() - begun)
-        after = {vm["name"]: vm["pid"] for vm in _vms(client)}
+        after = {vm["name"]: vm["pid"] for vm in vms(client)}
         if after != before:
             raise Failure(f"VMs were {before}, are {after}")
         reloads = vmd.log.read_text().count("reload requested with SIGHUP")
@@ -98,18 +82,12 @@ def run(directory: Path, storms: int, count: int = 8) -> str:
 
 def main() -> int:
     """Run the campaign; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=100, help="VMs")
-    parser.add_argument("--storms", type=int, default=2000, help="signals")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="reload-storm-") as directory:
-        try:
-            told = run(Path(directory), given.storms, given.count)
-        except (Failure, OSError, AssertionError) as err:
-            print(f"reload_storm: {err}", file=sys.stderr)
-            return 1
-    print(f"{told}: none lost, nothing left")
-    return 0
+
+    def run_all(directory: Path, given: argparse.Namespace) -> str:
+        return f"{run(directory, given.storms, given.count)}: none lost, nothing left"
+
+    options = {"count": (100, "VMs"), "storms": (2000, "signals")}
+    return daemon_campaign.main("reload_storm", __doc__, options, run_all)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""What the campaigns against the daemon have in common: how they fail, and how they are started."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.system.vmd.daemon import Answer, Client
+
+
+class Failure(Exception):  # noqa: N818 - of the daemon, not of the campaign
+    """The daemon is not as it should be; `str()` says how."""
+
+
+def vms(client: Client) -> list[Answer]:
+    """Return the status of all VMs, which may come in parts."""
+    client.send("status")
+    found: list[Answer] = []
+    while True:
+        answer, _ = client.receive()
+        part = answer["vms"]
+        assert isinstance(part, list)
+        found += part
+        if not answer["has_more"]:
+            return found
+
+
+def main(
+    name: str,
+    description: str | None,
+    options: dict[str, tuple[int, str]],
+    run: Callable[[Path, argparse.Namespace], str],
+) -> int:
+    """Run a campaign in a directory of its own; returns the exit status.
+
+    `options` are numbers by name, each with its default and what it means. `run` returns what to
+    tell, and raises Failure.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    for option, (default, meaning) in options.items():
+        parser.add_argument(f"--{option}", type=int, default=default, help=meaning)
+    given = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as directory:
+        try:
+            told = run(Path(directory), given)
+        except (Failure, OSError, AssertionError) as err:
+            print(f"{name}: {' '.join(sys.argv[1:])}: {err}", file=sys.stderr)
+            return 1
+    print(f"{told}; {time.monotonic() - begun:.0f} s")
+    return 0
