@@ -39,7 +39,7 @@ class Kvm:
     Every method may be called from any thread.
     """
 
-    __slots__ = ("_cpuid", "api_version", "fd", "vcpu_mmap_size")
+    __slots__ = ("api_version", "fd", "known_cpuid", "vcpu_mmap_size")
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         """Open `path`.
@@ -54,7 +54,7 @@ class Kvm:
             errno = err.errno or ENODEV
             raise KvmError(path, errno, open_hint(path, errno)) from err
         self.fd = fd
-        self._cpuid: tuple[CpuidEntry, ...] = ()
+        self.known_cpuid: tuple[CpuidEntry, ...] = ()
         self.api_version, self.vcpu_mmap_size = _probe(fd, path)
 
     @classmethod
@@ -66,7 +66,7 @@ class Kvm:
         """
         kvm = cls.__new__(cls)
         kvm.fd = fd
-        kvm._cpuid = ()
+        kvm.known_cpuid = ()
         kvm.api_version, kvm.vcpu_mmap_size = _probe(fd, f"fd {fd}")
         return kvm
 
@@ -119,8 +119,8 @@ class Kvm:
 
         Source: KVM API §4.46.
         """
-        self._cpuid = self._cpuid or self._ask_cpuid()
-        return self._cpuid
+        self.known_cpuid = self.known_cpuid or self._ask_cpuid()
+        return self.known_cpuid
 
     def _ask_cpuid(self) -> tuple[CpuidEntry, ...]:
         count = _FIRST_CPUID_ENTRIES
