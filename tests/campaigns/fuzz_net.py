@@ -19,16 +19,15 @@ import random
 import struct
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.frame_port import FakePort  # noqa: E402 - found by the line above
 from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory  # noqa: E402
 from vmm_kvm.errors import GuestError  # noqa: E402
-from vmm_kvm.net.ethernet import Filter  # noqa: E402
 from vmm_kvm.virtio import abi  # noqa: E402
 from vmm_kvm.virtio.net import VirtioNet  # noqa: E402
 
@@ -65,36 +64,12 @@ _MERGEABLE = 1 << abi.VIRTIO_NET_F_MRG_RXBUF
 _COMMANDS = 1 << abi.VIRTIO_NET_F_CTRL_VQ | 1 << abi.VIRTIO_NET_F_CTRL_VLAN
 
 
-class Port:
+class Port(FakePort):
     """Frames in, frames out; the driver changes a frame just before it leaves."""
 
     def __init__(self, chance: random.Random, *, has_filter: bool) -> None:
-        self.fds: tuple[int, ...] = (0,)
-        self.offloads = 0x1F
-        self.has_filter = has_filter
-        self.arrived: deque[bytes] = deque()
-        self.sent: list[bytes] = []
+        super().__init__(has_filter=has_filter)
         self._chance = chance
-
-    def set_offloads(self, offloads: int) -> None:
-        """Ignore it."""
-
-    def set_queues(self, count: int) -> None:
-        """Ignore it."""
-
-    def set_filter(self, wanted: Filter | None) -> None:
-        """Ignore it."""
-
-    def receive(self, _queue: int, buffers: Sequence[memoryview]) -> int:
-        """Take the oldest frame; what has no room is lost."""
-        if not self.arrived:
-            return 0
-        data, at = self.arrived.popleft(), 0
-        for buffer in buffers:
-            piece = data[at : at + len(buffer)]
-            buffer[: len(piece)] = piece
-            at += len(piece)
-        return at
 
     def send(self, _queue: int, buffers: Sequence[memoryview | bytes]) -> bool:
         """Keep a frame, after its owner has had a last chance to change it."""
@@ -102,11 +77,8 @@ class Port:
             for buffer in buffers:
                 if isinstance(buffer, memoryview) and not buffer.readonly:
                     buffer[: len(buffer)] = self._chance.randbytes(len(buffer))
-        self.sent.append(b"".join(buffers))
+        super().send(_queue, buffers)
         return self._chance.random() < 0.9
-
-    def close(self) -> None:
-        """Nothing to leave."""
 
 
 class Driver:

@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.frame_port import FakePort
 from tests.virtio_driver import Buffer, DriverQueue, PlainMemory
 from vmm_kvm.errors import GuestError
-from vmm_kvm.net.ethernet import Filter
 from vmm_kvm.virtio import abi
-from vmm_kvm.virtio.net import BUDGET, CSUM, TSO4, VirtioNet
+from vmm_kvm.virtio.net import BUDGET, VirtioNet
 
 MAC = bytes.fromhex("fee1bb000001")
 OTHER = bytes.fromhex("fee1bb000002")
 GROUP = bytes.fromhex("01005e000001")
 MERGEABLE = 1 << abi.VIRTIO_NET_F_MRG_RXBUF
+COMMANDS = 1 << abi.VIRTIO_NET_F_CTRL_VQ
 DATA = 0x10000
 HEADER = bytes(range(10)) + bytes(2)
 RECEIVE, TRANSMIT = 0, 1
-
-
-class FakePort:
-    """Frames in, frames out; headers as they are."""
-
-    def __init__(self, *, has_filter: bool = True) -> None:
-        self.fds: tuple[int, ...] = (77,)
-        self.offloads = CSUM | TSO4
-        self.has_filter = has_filter
-        self.arrived: deque[bytes] = deque()
-        self.sent: list[bytes] = []
-        self.is_full = False
-
-    def set_offloads(self, offloads: int) -> None:
-        """Ignore it."""
-
-    def set_queues(self, count: int) -> None:
-        """Ignore it."""
-
-    def set_filter(self, wanted: Filter | None) -> None:
-        """Ignore it."""
-
-    def receive(self, _queue: int, buffers: Sequence[memoryview]) -> int:
-        """Take the oldest frame; what has no room is lost."""
-        if not self.arrived:
-            return 0
-        data = self.arrived.popleft()
-        at = 0
-        for buffer in buffers:
-            piece = data[at : at + len(buffer)]
-            buffer[: len(piece)] = piece
-            at += len(piece)
-        return at
-
-    def send(self, _queue: int, buffers: Sequence[memoryview | bytes]) -> bool:
-        """Keep a frame."""
-        if self.is_full:
-            return False
-        self.sent.append(b"".join(buffers))
-        return True
-
-    def close(self) -> None:
-        """Nothing to leave."""
 
 
 class Rig:
@@ -317,3 +272,16 @@ def test_hostile_queues(  # noqa: PLR0917 - what is varied
     except GuestError:
         return
     assert queue.used_index <= len(heads)
+
+
+@pytest.mark.parametrize(
+    ("features", "served", "expected"),
+    [(0, {0, 1, 2, 3}, 2), (0, {0, 1}, 1), (0, set(), 1), (COMMANDS, {0, 1, 2, 3}, 1)],
+)
+def test_pairs_that_a_front_end_serves(features: int, served: set[int], expected: int) -> None:
+    """Frames come by the pairs that are served, unless the driver's commands say which."""
+    port = FakePort(pairs=2)
+    device = VirtioNet(port, MAC, name="nic0")
+    device.start(features)
+    device.serving(served)
+    assert port.queues == expected
