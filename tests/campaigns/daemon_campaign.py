@@ -9,24 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.system.vmd.daemon import Answer, Client
-
 
 class Failure(Exception):  # noqa: N818 - of the daemon, not of the campaign
     """The daemon is not as it should be; `str()` says how."""
-
-
-def vms(client: Client) -> list[Answer]:
-    """Return the status of all VMs, which may come in parts."""
-    client.send("status")
-    found: list[Answer] = []
-    while True:
-        answer, _ = client.receive()
-        part = answer["vms"]
-        assert isinstance(part, list)
-        found += part
-        if not answer["has_more"]:
-            return found
 
 
 def main(

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.campaigns import daemon_campaign  # noqa: E402
-from tests.campaigns.daemon_campaign import Failure, vms  # noqa: E402
+from tests.campaigns.daemon_campaign import Failure  # noqa: E402
 from tests.system.vmd.daemon import Client, Daemon, descendants, process_title, vm_block  # noqa: E402
 
 KINDS = ("vm", "disk", "control", "priv", "local", "vmm", "zygote", "ready vm", "ready disk")
@@ -117,7 +117,7 @@ class Campaign:
         with self.vmd.client() as client:
             return {
                 str(vm["name"]): vm["pid"] if vm["state"] != "stopped" else None
-                for vm in vms(client)
+                for vm in client.vms()
             }
 
     def kill(self, kind: str) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.campaigns import daemon_campaign  # noqa: E402
-from tests.campaigns.daemon_campaign import Failure, vms  # noqa: E402
+from tests.campaigns.daemon_campaign import Failure  # noqa: E402
 from tests.system.vmd.daemon import READY, Client, Daemon, vm_block  # noqa: E402
 
 PARALLEL = 4
@@ -34,7 +34,7 @@ def _start_all(client: Client, count: int) -> float:
     begun = time.monotonic()
     limit = _TIMEOUT_S + count / PARALLEL * DELAY_S * 4
     while waiting := [
-        vm["name"] for vm in vms(client) if vm["state"] != "running" or not vm["pid"]
+        vm["name"] for vm in client.vms() if vm["state"] != "running" or not vm["pid"]
     ]:
         if time.monotonic() - begun > limit:
             raise Failure(f"not running after {limit:.0f} s: {waiting}")
@@ -60,15 +60,15 @@ def run(directory: Path, storms: int, count: int = 8) -> str:
         vmd.client(_TIMEOUT_S) as client,
     ):
         taken = _start_all(client, count)
-        before = {vm["name"]: vm["pid"] for vm in vms(client)}
+        before = {vm["name"]: vm["pid"] for vm in client.vms()}
         slowest = 0.0
         for number in range(storms):
             vmd.process.send_signal(signal.SIGHUP)
             if number % _ASK_EVERY == 0:
                 begun = time.monotonic()
-                vms(client)
+                client.vms()
                 slowest = max(slowest, time.monotonic() - begun)
-        after = {vm["name"]: vm["pid"] for vm in vms(client)}
+        after = {vm["name"]: vm["pid"] for vm in client.vms()}
         if after != before:
             raise Failure(f"VMs were {before}, are {after}")
         reloads = vmd.log.read_text().count("reload requested with SIGHUP")

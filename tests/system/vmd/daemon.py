@@ -73,6 +73,18 @@ class Client:
         assert received == []
         return answer
 
+    def vms(self) -> list[Answer]:
+        """Return the status of all VMs, which may come in parts."""
+        self.send("status")
+        found: list[Answer] = []
+        while True:
+            answer, _ = self.receive()
+            part = answer["vms"]
+            assert isinstance(part, list)
+            found += part
+            if not answer["has_more"]:
+                return found
+
     def vm(self, name: str) -> Answer:
         """Return the status of one VM."""
         vms = self.ask("status", name=name)["vms"]
