@@ -42,8 +42,8 @@ class SerialPort(Protocol):
 class Console:
     """One VM's console. Owns the descriptors and the sockets that it is given."""
 
-    def __init__(self, loop: EventLoop, master: int, watch: int, ring: int) -> None:
-        """Serve the terminal at `master`; see `pty.Pty` for the three."""
+    def __init__(self, loop: EventLoop, master: int, ring: int) -> None:
+        """Serve the terminal at `master`; see `pty.Pty` for both."""
         self.port: SerialPort | None = None
         """Where input goes; to be set before the guest runs."""
         self._loop = loop
@@ -53,7 +53,7 @@ class Console:
         self._is_armed = False
         self._timer = loop.timer(self._collect)
         self._typed = bytearray()
-        self._terminal = _Terminal(self, master, watch, loop, self._ring)
+        self._terminal = _Terminal(self, master, loop, self._ring)
         self._streams: set[_Stream] = set()
 
     def close(self) -> None:
@@ -72,6 +72,10 @@ class Console:
             stream.close()
             return
         self._streams.add(_Stream(self, stream, self._loop, self._ring))
+
+    def look_at_terminal(self) -> None:
+        """See whether somebody has opened the terminal, or nobody has it open any more."""
+        self._terminal.look()
 
     # Output
 
@@ -197,14 +201,11 @@ class _Stream:
 
 
 class _Terminal:
-    """The pty. While nobody has its slave side open, it is watched for that alone."""
+    """The pty. While nobody has its slave side open, nothing is read or written."""
 
-    def __init__(
-        self, console: Console, master: int, watch: int, loop: EventLoop, ring: OutputRing
-    ) -> None:
+    def __init__(self, console: Console, master: int, loop: EventLoop, ring: OutputRing) -> None:
         self._console = console
         self._master = master
-        self._watch = watch
         self._loop = loop
         self._ring = ring
         self._position = 0
@@ -213,8 +214,7 @@ class _Terminal:
         self._is_waiting = False
         self._is_listening = False
         self._timer = loop.timer(self._begin)
-        loop.add_reader(watch, self._changed)
-        self._look()
+        self.look()
 
     def show(self) -> None:
         """Write what it has not seen yet, until the terminal takes no more."""
@@ -230,7 +230,7 @@ class _Terminal:
                 self._is_waiting = self._loop.add_writer(self._master, self.show)
             return
         except OSError:
-            self._look()
+            self.look()
             return
         if self._is_waiting:
             self._is_waiting = False
@@ -247,22 +247,13 @@ class _Terminal:
                 self._loop.remove_reader(self._master)
 
     def close(self) -> None:
-        """Close the descriptors."""
+        """Close the descriptor."""
         self._timer.cancel()
-        self._loop.remove_reader(self._watch)
         self._loop.remove_reader(self._master)
         self._loop.remove_writer(self._master)
-        os.close(self._watch)
         os.close(self._master)
 
-    def _changed(self) -> None:
-        try:
-            while os.read(self._watch, 4096):
-                pass
-        except BlockingIOError:
-            self._look()
-
-    def _look(self) -> None:
+    def look(self) -> None:
         """See whether anybody has the slave side open."""
         poll = select.poll()
         poll.register(self._master, select.POLLOUT)
@@ -301,4 +292,4 @@ class _Terminal:
         if data:
             self._console.typed(data)
         else:
-            self._look()
+            self.look()

@@ -6,6 +6,7 @@ Source: sections 5.2 and 8.9 of OpenBSD's behaviour.
 import grp
 import os
 import pwd
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from vmd.privsep import Plan, Restarts, orphans, spawn, wait_for
 from vmd.procs.parent import Parent, Settings
 from vmd.sandbox import Identity, SandboxError, adopt_orphans, find_identity
 from vmd.service import Notifier, ServiceError, inherited_socket
+from vmd.terminal_watch import TerminalWatch
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -40,6 +42,7 @@ log = Log(__name__)
 _SHUTDOWN_NS = 40 * NANOSECONDS
 """How long the processes of VMs may take to end; disks may have much to write back."""
 _ORPHANS_NS = 30 * NANOSECONDS
+_FILES_MAX = 65536
 _READY = b"\0"
 _KVM = "/dev/kvm"
 
@@ -151,14 +154,16 @@ def _remove(path: str) -> None:
 class Daemon:
     """The parent process: starts the others, restarts them, and ends with them."""
 
-    def __init__(self, loop: EventLoop, setting: Setting, verbosity: int) -> None:
+    def __init__(
+        self, loop: EventLoop, setting: Setting, terminals: TerminalWatch, verbosity: int
+    ) -> None:
         """Prepare; nothing is started before `run`."""
         self._loop = loop
         self._notifier = Notifier(os.environ)
         self._passt = PasstNetworks()
         is_user = setting.identity is None
         self._networks = Networks(loop, setting.socket_path, self._passt if is_user else None)
-        self._parent = Parent(loop, setting.settings, self._networks)
+        self._parent = Parent(loop, setting.settings, self._networks, terminals)
         self._verbosity = verbosity
         self._plans: dict[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.identity),
@@ -329,13 +334,21 @@ def run(options: Options) -> int:
     """
     logging.open_log(is_foreground=True)
     logging.set_verbosity(options.verbosity)
+    # Each VM has some descriptors here: more than the usual limit leaves for some hundred.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _FILES_MAX), hard))
     with ExitStack() as stack:
         setting = prepare(options, stack)
         ready: Callable[[], None] = lambda: None  # noqa: E731 - a default
         if not options.is_foreground:
             ready = _detach()
         loop = stack.enter_context(EventLoop())
-        return Daemon(loop, setting, options.verbosity).run(ready)
+        try:
+            terminals = TerminalWatch(loop)
+        except OSError as err:
+            raise StartError(f"inotify: {err.strerror}") from err
+        stack.callback(terminals.close)
+        return Daemon(loop, setting, terminals, options.verbosity).run(ready)
 
 
 def _detach() -> Callable[[], None]:

@@ -311,8 +311,6 @@ class VmSpec(Part, frozen=True, kw_only=True):
     interfaces: tuple[NicSpec, ...] = ()
     tty: int
     """Index of the descriptor of the pty's master side."""
-    tty_watch: int
-    """Index of an inotify descriptor that tells when the slave side is opened or closed."""
     ring: int
     """Index of the memory that holds what the console has shown; see `ring`."""
     boot_device: BootDevice = BootDevice.AUTO
@@ -353,6 +351,10 @@ class SetLinks(Internal, frozen=True, kw_only=True):
     """Of each, in their order."""
 
 
+class LookAtTerminal(Internal, frozen=True, kw_only=True):
+    """Somebody has opened or closed the slave side of the console's terminal."""
+
+
 class AskStatistics(Internal, frozen=True, kw_only=True):
     """Say `VmStatistics`."""
 
@@ -372,7 +374,16 @@ class Begin(Internal, frozen=True, kw_only=True):
     verbosity: int
 
 
-VmCommand = PauseVm | UnpauseVm | StopVm | AttachConsole | SetLinks | AskStatistics | SetVerbosity
+VmCommand = (
+    PauseVm
+    | UnpauseVm
+    | StopVm
+    | AttachConsole
+    | LookAtTerminal
+    | SetLinks
+    | AskStatistics
+    | SetVerbosity
+)
 
 
 VmmToVm = Begin | VmCommand

@@ -1,15 +1,13 @@
 """Consoles of VMs as terminals of the host: what the parent makes and hands to VM processes.
 
 A console's terminal has the same name as long as the VM runs, over reboots. Its slave side is raw,
-so that nothing a guest prints is echoed back to it as typed. Whoever has no file system watches the
-slave side through a descriptor: Linux tells a master in no other way that somebody has opened it.
+so that nothing a guest prints is echoed back to it as typed. See also `terminal_watch`.
 
 A pty carries no BREAK on Linux; the console streams of the control protocol do.
 
-Source: section 11 of OpenBSD's behaviour; pty(7), inotify(7)
+Source: section 11 of OpenBSD's behaviour; pty(7)
 """
 
-import ctypes
 import errno
 import grp
 import os
@@ -23,11 +21,6 @@ from vmd.ring import make_ring
 
 _TERMINAL_GROUP = "tty"
 _READ_ONLY = {errno.EROFS}
-_IN_OPEN = 0x20
-_IN_CLOSE = 0x18
-_IN_CLOEXEC_NONBLOCK = os.O_CLOEXEC | os.O_NONBLOCK
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Pty(NamedTuple):
@@ -36,8 +29,6 @@ class Pty(NamedTuple):
     name: str
     """Path of the slave side."""
     master: int
-    watch: int
-    """An inotify descriptor: readable when the slave side is opened or closed."""
     ring: int
     """See `ring`."""
 
@@ -66,11 +57,9 @@ def open_pty(name: str, uid: int, gid: int | None) -> Pty:
             # The first closing of the slave side makes the master tell whether it is open.
             os.close(slave)
         os.set_blocking(master, False)
-        watch = _watch(path)
-        stack.callback(os.close, watch)
         ring = make_ring(name)
         stack.pop_all()
-    return Pty(path, master, watch, ring)
+    return Pty(path, master, ring)
 
 
 def set_owner(path: str, uid: int, gid: int | None) -> None:
@@ -96,15 +85,3 @@ def set_owner(path: str, uid: int, gid: int | None) -> None:
     except OSError as err:
         if err.errno not in _READ_ONLY:
             raise
-
-
-def _watch(path: str) -> int:
-    fd = int(_libc.inotify_init1(_IN_CLOEXEC_NONBLOCK))
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    if _libc.inotify_add_watch(fd, os.fsencode(path), _IN_OPEN | _IN_CLOSE) < 0:
-        number = ctypes.get_errno()
-        os.close(fd)
-        raise OSError(number, os.strerror(number), path)
-    return fd

@@ -19,6 +19,7 @@ from vmd.internal import (
     AskStatistics,
     AttachConsole,
     Begin,
+    LookAtTerminal,
     PauseVm,
     UnpauseVm,
     VmmToVm,
@@ -98,15 +99,14 @@ class Rehearsal:
             boot=0,
             boot_path=_NAME,
             tty=1,
-            tty_watch=2,
-            ring=3,
+            ring=2,
         )
         here, there = channel_pair(VMM_AND_VM, VM_AND_VMM)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with here, ours:
             fds = map(os.dup, (self._firmware, *self._pty[1:]))
-            here.send(Begin(spec=spec, places=(0, 1, 2, 3), verbosity=0), list(fds))
-            for command in (PauseVm(), UnpauseVm(), AskStatistics(serial=0)):
+            here.send(Begin(spec=spec, places=(0, 1, 2), verbosity=0), list(fds))
+            for command in (PauseVm(), UnpauseVm(), AskStatistics(serial=0), LookAtTerminal()):
                 here.send(command)
             ours.send(CONSOLE_INPUT + b"!")
             here.send(AttachConsole(), [theirs.detach()])

@@ -91,7 +91,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = (
         # In OpenBSD's order, which shows in what is complained of first.
         cdrom = opener.cdrom()
         disks = tuple(opener.disk(option) for option in vm.config.disks)
-        tty, tty_watch, ring = (opener.keep(os.dup(fd)) for fd in pty[1:])
+        tty, ring = (opener.keep(os.dup(fd)) for fd in pty[1:])
         spec = VmSpec(
             id=vm.id,
             name=vm.name,
@@ -107,7 +107,6 @@ def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = (
             cdrom=cdrom,
             interfaces=tuple(opener.interface(network) for network in networks),
             tty=tty,
-            tty_watch=tty_watch,
             ring=ring,
             boot_device=vm.config.boot_device,
         )

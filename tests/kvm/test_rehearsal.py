@@ -53,5 +53,6 @@ def test_a_vm_that_does_not_end_is_given_up(
                 return
 
     rehearsal.play(be_silent)
-    assert said == ["Begin", "PauseVm", "UnpauseVm", "AskStatistics", "AttachConsole"]
+    commands = ["PauseVm", "UnpauseVm", "AskStatistics", "LookAtTerminal", "AttachConsole"]
+    assert said == ["Begin", *commands]
     assert caplog.messages == ["a guest that should end in a moment does not"]

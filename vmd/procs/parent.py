@@ -32,6 +32,7 @@ from vmd.internal import (
     Launch,
     Launched,
     LaunchFailed,
+    LookAtTerminal,
     ParentToControl,
     ParentToVmm,
     PauseVm,
@@ -81,6 +82,7 @@ from vmd.registry import (
 )
 from vmd.resources import Host, ResourceError, open_resources
 from vmd.status import StatusQuestion
+from vmd.terminal_watch import TerminalWatch
 from vmd.vm import PassedBoot, Vm
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log as Logger
@@ -125,7 +127,9 @@ class Parent:
     `control` and `vmm` are None while there is no such process.
     """
 
-    def __init__(self, loop: EventLoop, settings: Settings, networks: Networks) -> None:
+    def __init__(
+        self, loop: EventLoop, settings: Settings, networks: Networks, terminals: TerminalWatch
+    ) -> None:
         """Begin without VMs and processes."""
         self._loop = loop
         self._networks = networks
@@ -137,6 +141,8 @@ class Parent:
         self._default_staggered = staggered
         self._turn_timer = loop.timer(self._turn)
         self._ptys: dict[int, Pty] = {}
+        self._terminals = terminals
+        self._watches: dict[int, int] = {}  # of the terminals, by the VM's id
         self._launched: set[int] = set()  # ids of VMs that vmm knows
         self._kernels = KernelStore()
         self._host = Host(settings.users, self._kernels, settings.state)
@@ -415,12 +421,21 @@ class Parent:
         if pty is None:
             owner = vm.config.owner
             pty = open_pty(vm.name, owner.uid or 0, owner.gid)
-            self._ptys[vm.id] = pty
+            vm_id = vm.id
+            try:
+                watch = self._terminals.add(
+                    pty.name, lambda: self._tell_vm(vm_id, LookAtTerminal())
+                )
+            except OSError:
+                pty.close()
+                raise
+            self._ptys[vm_id], self._watches[vm_id] = pty, watch
         return pty
 
     def _close_pty(self, vm_id: int) -> None:
         pty = self._ptys.pop(vm_id, None)
         if pty:
+            self._terminals.remove(self._watches.pop(vm_id))
             pty.close()
 
     def _open_console(self, ticket: vm_state.Ticket, vm: Vm) -> None:

@@ -28,6 +28,7 @@ from vmd.internal import (
     Begin,
     DiskSpec,
     EndReason,
+    LookAtTerminal,
     NicSpec,
     PauseVm,
     SetLinks,
@@ -113,7 +114,7 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         set_title(f"vm/{spec.name}")
         loop = stack.enter_context(EventLoop())
         stack.callback(channel.close)  # before the loop, which it leaves
-        console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.tty_watch, spec.ring)))
+        console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.ring)))
         stack.callback(console.close)
         try:
             machine = _machine_spec(spec, fds, connections, channel, stack)
@@ -349,6 +350,8 @@ class VmProcess:
                 case SetLinks(are_up=are_up):
                     for index, is_up in enumerate(are_up):
                         self._machine.set_link(index, is_up=is_up)
+                case LookAtTerminal():
+                    self._console.look_at_terminal()
                 case AskStatistics(serial=serial):
                     _tell(self._channel, self._statistics(serial))
                 case SetVerbosity(level=level):

@@ -13,6 +13,7 @@ import pytest
 from vmd.console import STREAMS_MAX, Console
 from vmd.pty import Pty, open_pty
 from vmd.ring import REPLAY
+from vmd.terminal_watch import TerminalWatch
 from vmm_kvm.loop import EventLoop
 
 _PATIENCE_NS = 5_000_000_000
@@ -49,6 +50,8 @@ class Rig:
         self.port = Port()
         self.console = Console(self.loop, *(os.dup(fd) for fd in self.pty[1:]))
         self.console.port = self.port
+        self.terminals = TerminalWatch(self.loop)
+        self.terminals.add(self.pty.name, self.console.look_at_terminal)
         self._streams: list[socket.socket] = []
 
     def attach(self) -> socket.socket:
@@ -97,6 +100,7 @@ class Rig:
 
     def close(self) -> None:
         """Close everything."""
+        self.terminals.close()
         self.console.close()
         for stream in self._streams:
             stream.close()

@@ -1,0 +1,82 @@
+"""Who is told when the slave side of a terminal is opened or closed.
+
+Linux tells a master in no other way that somebody has opened its terminal. A user may have few
+inotify descriptors, 128 by default, so one does for all terminals, in the process that has files.
+
+Source: inotify(7)
+"""
+
+import ctypes
+import os
+import struct
+from collections.abc import Callable
+
+from vmm_kvm.loop import EventLoop
+
+_IN_OPEN = 0x20
+_IN_CLOSE = 0x18
+_IN_CLOEXEC_NONBLOCK = os.O_CLOEXEC | os.O_NONBLOCK
+_EVENT = struct.Struct("=iIII")  # struct inotify_event, without the name
+_LOST_SOME = -1  # whose event says that there were too many
+_READ_SIZE = 64 << 10
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, *path: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), *path)
+    return result
+
+
+class TerminalWatch:
+    """Watches terminals, on the event loop's thread."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        """Watch none yet.
+
+        Raises:
+            OSError: the host has no descriptors of that kind left.
+        """
+        self._loop = loop
+        self._fd = _checked(int(_libc.inotify_init1(_IN_CLOEXEC_NONBLOCK)))
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        loop.add_reader(self._fd, self._read)
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+
+    def add(self, path: str, callback: Callable[[], None]) -> int:
+        """Call `callback` each time that somebody opens or closes `path`; returns what to remove.
+
+        Raises:
+            OSError: there is no such file, or there are too many.
+        """
+        mask = _IN_OPEN | _IN_CLOSE
+        watch = int(_libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
+        self._callbacks[_checked(watch, path)] = callback
+        return watch
+
+    def remove(self, watch: int) -> None:
+        """Forget a file, which may be gone."""
+        self._callbacks.pop(watch, None)
+        _libc.inotify_rm_watch(self._fd, watch)
+
+    def _read(self) -> None:
+        """Call back once for each file, however often it was opened meanwhile."""
+        try:
+            data = os.read(self._fd, _READ_SIZE)
+        except BlockingIOError:
+            return
+        changed = set()
+        at = 0
+        while at < len(data):
+            watch, _mask, _cookie, name_size = _EVENT.unpack_from(data, at)
+            changed.add(watch)
+            at += _EVENT.size + name_size
+        for watch, callback in tuple(self._callbacks.items()):
+            if watch in changed or _LOST_SOME in changed:
+                callback()
