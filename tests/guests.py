@@ -165,6 +165,20 @@ def out_loop(count: int) -> bytes:
     )
 
 
+def out_countdown(count: int) -> bytes:
+    """Return a guest that writes the low byte of `count`, and so down to 1, to PORT; then halts."""
+    return b"".join(
+        (
+            bytes.fromhex("66b9") + _u32(count),  # mov $count, %ecx
+            bytes.fromhex("88c8"),  # 1: mov %cl, %al
+            bytes.fromhex("e6f4"),  # out %al, $PORT
+            bytes.fromhex("6649"),  # dec %ecx
+            bytes.fromhex("75f8"),  # jnz 1b
+            bytes.fromhex("f4"),  # hlt
+        )
+    )
+
+
 def in_loop(count: int) -> bytes:
     """Return a guest that reads a byte from PORT `count` times, then halts."""
     return b"".join(

@@ -478,7 +478,7 @@ class Machine:
 
     def _drain(self, vcpu: Vcpu) -> None:
         """Write what KVM collected; on a vCPU's thread or, for an idle guest, the clock's."""
-        is_new = vcpu.write_collected(self.pio.write, self.mmio.write)
+        is_new = vcpu.write_collected_bytes(self.uart.write_all)
         if is_new and self._poll_timer and self._poll_ns > _POLL_MIN_NS:
             self._poll_ns = _POLL_MIN_NS
             self._poll_timer.arm(self._clock.monotonic_ns() + _POLL_MIN_NS)

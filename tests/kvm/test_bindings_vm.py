@@ -423,6 +423,23 @@ def test_coalesced_port_writes() -> None:
         assert _collected(g.vcpu) == []
 
 
+def test_coalesced_bytes() -> None:
+    """What is collected of one port comes out as bytes, in order, also around the ring's end."""
+    count = 400
+    with guest(guests.out_countdown(count)) as g:
+        if not g.kvm.check_extension(abi.KVM_CAP_COALESCED_PIO):
+            pytest.skip("KVM here cannot collect port writes")
+        g.vm.register_coalesced(guests.PORT, 1, pio=True)
+        seen = bytearray()
+        assert not g.vcpu.write_collected_bytes(seen.extend)
+        while isinstance(reason := g.vcpu.run(), IoExit):
+            g.vcpu.write_collected_bytes(seen.extend)
+            seen.append(reason.views[1][0])  # the ring was full
+        assert isinstance(reason, Hlt)
+        g.vcpu.write_collected_bytes(seen.extend)
+        assert bytes(left & 0xFF for left in range(count, 0, -1)) == seen
+
+
 def test_coalesced_mmio_writes_end() -> None:
     """MMIO writes are collected until the zone is unregistered; then they are exits again."""
     with guest(guests.ACCESS_MMIO) as g:

@@ -239,6 +239,17 @@ class Uart16550:
         for i in range(size):
             self.write(offset + i, 1, value >> (8 * i))
 
+    def write_all(self, data: bytes) -> None:
+        """Write bytes to register 0, one after the other; takes the lock. On a vCPU's thread."""
+        with self.lock:
+            if self._is_thr_direct:
+                self._transmit(data)
+                if self._ier & _THRI:
+                    self._raise_thre()
+            else:
+                for value in data:
+                    self._write_register(0, value)
+
     def _read_register(self, offset: int) -> int:
         match offset:
             case Register.RBR_THR:

@@ -76,6 +76,7 @@ class Vcpu(VcpuState):
         "_native_id",
         "_reason",
         "_ring",
+        "_ring_bytes",
         "_ring_lock",
         "collected_ends",
         "index",
@@ -127,6 +128,8 @@ class Vcpu(VcpuState):
             ring = memoryview(bytearray(PAGE_SIZE))
         self.collected_ends = ring[:_RING_HEADER].cast("I")
         self._ring = ring
+        entries = ring[_RING_HEADER : _RING_HEADER + _RING_ENTRIES * _ENTRY.size]
+        self._ring_bytes = entries[abi.kvm_coalesced_mmio.data.offset :: _ENTRY.size]
 
     def close(self) -> None:
         """Close the file descriptor and drop the mapping; idempotent. No thread may be in `run()`.
@@ -236,4 +239,21 @@ class Vcpu(VcpuState):
                     (pio if is_pio else mmio)(address, size, value & _MASKS[size])
                 finally:
                     ends[0] = (first + 1) % _RING_ENTRIES  # the kernel may use the place again
+        return True
+
+    def write_collected_bytes(self, write: Callable[[bytes], None]) -> bool:
+        """Do the same for a VM that collects nothing but bytes for one address, all at once."""
+        ends = self.collected_ends
+        with self._ring_lock:
+            first, last = ends[0], ends[1]
+            if first == last:
+                return False
+            if first < last:
+                data = bytes(self._ring_bytes[first:last])
+            else:
+                data = bytes(self._ring_bytes[first:]) + bytes(self._ring_bytes[:last])
+            try:
+                write(data)
+            finally:
+                ends[0] = last  # the kernel may use the places again
         return True

@@ -171,6 +171,18 @@ def test_transmitted_bytes_leave_at_once(rig: Rig) -> None:
     assert rig.sent == b"boot>\xff"
 
 
+def test_collected_bytes_leave_together(rig: Rig) -> None:
+    """Bytes that were collected go out at once, with one interrupt for all; in loopback, back."""
+    rig.enable(Ier.THRI)
+    rig.uart.write_all(b"boot>")
+    assert rig.sent == b"boot>"
+    assert rig.irq.levels == [True, False, True]
+    rig.write(Register.MCR, Mcr.LOOP | Mcr.OUT2)
+    rig.uart.write_all(b"ab")
+    assert bytes(rig.read(Register.RBR_THR) for _ in range(2)) == b"ab"
+    assert rig.sent == b"boot>"
+
+
 def test_enabling_the_empty_transmitters_interrupt(rig: Rig) -> None:
     """IER.THRI going up interrupts; reading it from IIR withdraws it."""
     rig.enable(Ier(0))
