@@ -4,7 +4,7 @@
  *     load DEVICE read|write BYTES DEPTH sequential|random MILLISECONDS
  *
  * DEPTH requests of BYTES bytes each are under way at any time, without the page cache. Prints
- * "load: REQUESTS NANOSECONDS".
+ * "load: begin", and at the end "load: REQUESTS NANOSECONDS".
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -84,6 +84,8 @@ int main(int count, char **arguments)
 		list[n] = &blocks[n];
 	}
 
+	puts("load: begin");
+	fflush(stdout);
 	uint64_t begun = now(), done = 0, time = begun;
 	long free_slots = depth, pending = 0;
 	for (;;) {

@@ -108,15 +108,15 @@ class Disk:
         self.signal(signal.SIGCONT)
         time.sleep(_SETTLE_S)
         for load in loads:
-            before, ran, begun = _cpu_seconds(self.pids), _processor_ns(), time.monotonic_ns()
             words = f"{self.device} {load.verb} {load.size} {load.depth} {load.order}"
             self.console.send(f"/load {words} {milliseconds}\n")
-            found = self.console.expect(r"load: (\d+) (\d+)\s", _TIMEOUT_S)
-            used = _cpu_seconds(self.pids) - before
-            share = (_processor_ns() - ran) / (time.monotonic_ns() - begun)
-            count, nanoseconds = map(int, found.groups())
+            self.console.expect("load: begin", _TIMEOUT_S)
+            used, ran = _cpu_seconds(self.pids), _processor_ns()
+            found = self.console.expect(r"load: (\d+) \d+\s", _TIMEOUT_S)
+            ran, used = _processor_ns() - ran, _cpu_seconds(self.pids) - used
+            count = int(found[1])
             self.console.expect("# ", _TIMEOUT_S)
-            yield Figure(count * 1e9 / (nanoseconds * share), used * 1e6 / count)
+            yield Figure(count * 1e9 / ran, used * 1e6 / count)
         self.signal(signal.SIGSTOP)
 
     def signal(self, number: signal.Signals) -> None:
