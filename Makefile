@@ -72,7 +72,6 @@ bench: setup ## Measure the daemon here, and the start of a guest and disks in t
 	$(PYTHON) -m bench.daemon
 	$(PYTHON) bench/boot.py
 	$(PYTHON) bench/net.py
-	$(PYTHON) bench/flood.py
 	$(PYTHON) bench/disk.py
 
 clean: ## Remove what the targets made in this directory
