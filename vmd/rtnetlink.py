@@ -8,6 +8,7 @@ Source: rtnetlink(7); Linux include/uapi/linux/if_link.h
 
 import fcntl
 import os
+from errno import ESRCH
 from typing import NamedTuple, Protocol
 
 from pyroute2 import IPRoute
@@ -20,6 +21,9 @@ _ALIAS_MAX = 255
 _FOREVER = 0xFFFF_FFFF
 _NO_MASTER = 0
 _AF_INET, _AF_INET6 = 2, 10
+_EVERYWHERE = {_AF_INET: "0.0.0.0/0", _AF_INET6: "::/0"}
+_LAST = 0xFF00_2000
+"""The metric of a route that any other goes before, as vrf.rst has it."""
 
 
 class LinkError(Exception):
@@ -170,6 +174,28 @@ class Rtnetlink:
         except NetlinkError as err:
             raise LinkError(f"{link.name}: route to {address}", err.code) from err
 
+    def close_table(self, table: int) -> None:
+        """Let nothing that looks into a routing table, and finds no route, go on to the main one.
+
+        Undone by `open_table`: unlike other routes, these do not go with an interface.
+
+        Source: Linux Documentation/networking/vrf.rst
+        """
+        for family, everywhere in _EVERYWHERE.items():
+            try:
+                self._route.route("replace", **_last_route(family, everywhere, table))
+            except NetlinkError as err:
+                raise LinkError(f"routing table {table:#x}", err.code) from err
+
+    def open_table(self, table: int) -> None:
+        """Undo `close_table`, if that was done."""
+        for family, everywhere in _EVERYWHERE.items():
+            try:
+                self._route.route("del", **_last_route(family, everywhere, table))
+            except NetlinkError as err:
+                if err.code != ESRCH:
+                    raise LinkError(f"routing table {table:#x}", err.code) from err
+
     def _ask(self, what: str, command: str, **options: object) -> "list[_Message]":
         try:
             return list(self._route.link(command, **options))
@@ -185,6 +211,16 @@ class _Message(Protocol):
     def get_attr(self, name: str) -> str | int | None: ...
 
     def get_nested(self, *names: str) -> str | None: ...
+
+
+def _last_route(family: int, everywhere: str, table: int) -> dict[str, object]:
+    return {
+        "family": family,
+        "dst": everywhere,
+        "type": "unreachable",
+        "table": table,
+        "priority": _LAST,
+    }
 
 
 def _link(message: _Message) -> Link:

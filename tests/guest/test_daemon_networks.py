@@ -214,6 +214,48 @@ def test_two_guests_on_a_switch(
         assert " 100% packet loss" in one.run("ping -c 2 -W 1 10.0.0.3")
 
 
+def test_an_rdomain(
+    space: Namespace, world: Namespace, cloud_kernel: artifacts.Kernel, tmp_path: Path
+) -> None:
+    """An interface in one reaches the host within it and nothing else; another of the guest does.
+
+    The rig's kernel has VRFs; without, the interface would be down.
+    """
+    assert world.links()
+    config = "local prefix 100.64.0.0/10 nat\n" + linux(
+        "linux", cloud_kernel, "local interface { rdomain 5 }", "local interface"
+    )
+    inside, outside = "100.64.1.3", "100.64.1.5"
+    with ExitStack() as stack:
+        vmd = stack.enter_context(Daemon(tmp_path, config, is_user=False, prefix=space.prefix))
+        client = stack.enter_context(vmd.client(BOOT_TIMEOUT_S))
+        client.wait_for_state("linux", "running")
+        if "rdomain5" not in space.links():
+            pytest.skip("this kernel has no VRFs")
+        assert "unreachable default" in space.run("ip", "route", "show", "table", "all")
+        shell = Shell(stack.enter_context(client.console("linux")))
+        for name, address in (("eth0", inside), ("eth1", outside)):
+            shell.run(f"ip addr add {address}/31 dev {name}; ip link set {name} up")
+
+        def reaches(target: str, *options: str) -> bool:
+            shown = space.run(
+                "sh", "-c", " ".join(["busybox ping -c 2 -W 2", *options, target, "; true"])
+            )
+            return " 0% packet loss" in shown
+
+        assert reaches(outside)
+        assert not reaches(inside)
+        assert reaches(inside, "-I", "rdomain5")
+        assert not reaches(outside, "-I", "rdomain5")
+        assert " 0% packet loss" in shell.run("ping -c 2 100.64.1.2")
+        for router, answers in (("100.64.1.2", False), ("100.64.1.4", True)):
+            shown = shell.run(f"ip route add default via {router}; ping -c 2 -W 2 {WORLD}")
+            assert (" 0% packet loss" in shown) is answers, shown
+            shell.run("ip route del default")
+    for family in ("-4", "-6"):
+        assert "unreachable default" not in space.run("ip", family, "route", "show", "table", "all")
+
+
 def test_systemd_networkd(space: Namespace, tmp_path: Path) -> None:
     """An installed Debian has its address, its router and its name by systemd's own DHCP client."""
     system, image = debian(), tmp_path / "disk.qcow2"

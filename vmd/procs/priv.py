@@ -184,6 +184,7 @@ class Priv:
             link = self._netlink.make_vrf(name, self._own_lladdr(name), VRF_TABLE + rdomain)
         if self._is_ours(link):
             self._netlink.set_alias(link, self._mark(name))
+            self._netlink.close_table(VRF_TABLE + rdomain)
             self._netlink.set_up(link, is_up=True)
         return link
 
@@ -200,6 +201,9 @@ class Priv:
             for link in self._netlink.links():
                 if self._is_ours(link) and link.name not in wanted:
                     self._netlink.delete(link)
+                    if link.kind == "vrf":
+                        number = int(link.name.removeprefix("rdomain"))
+                        self._netlink.open_table(VRF_TABLE + number)
         except LinkError as err:
             log.warning("cannot remove an interface: %s", err)
 
