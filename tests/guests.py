@@ -179,6 +179,41 @@ def out_countdown(count: int) -> bytes:
     )
 
 
+def print_and_loop_back(count: int) -> bytes:
+    """Return a guest that prints on COM1, then loops a byte back.
+
+    It prints the low byte of `count`, and so down to 1, and reads LSR before each. Then it sends
+    0x5a to itself, writes LSR (high) and RBR (low) to PORT, a word, and halts.
+    """
+    return b"".join(
+        (
+            bytes.fromhex("b9") + _u16(count),  # mov $count, %cx
+            bytes.fromhex("bafd03"),  # 1: mov $0x3fd, %dx
+            bytes.fromhex("ec"),  # in %dx, %al
+            bytes.fromhex("a820"),  # test $0x20, %al
+            bytes.fromhex("74f8"),  # jz 1b
+            bytes.fromhex("88c8"),  # mov %cl, %al
+            bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+            bytes.fromhex("ee"),  # out %al, %dx
+            bytes.fromhex("e2f0"),  # loop 1b
+            bytes.fromhex("bafc03"),  # mov $0x3fc, %dx
+            bytes.fromhex("b010"),  # mov $0x10, %al
+            bytes.fromhex("ee"),  # out %al, %dx
+            bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+            bytes.fromhex("b05a"),  # mov $0x5a, %al
+            bytes.fromhex("ee"),  # out %al, %dx
+            bytes.fromhex("bafd03"),  # mov $0x3fd, %dx
+            bytes.fromhex("ec"),  # in %dx, %al
+            bytes.fromhex("88c4"),  # mov %al, %ah
+            bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+            bytes.fromhex("ec"),  # in %dx, %al
+            bytes.fromhex("baf400"),  # mov $PORT, %dx
+            bytes.fromhex("ef"),  # out %ax, %dx
+            bytes.fromhex("f4"),  # hlt
+        )
+    )
+
+
 def in_loop(count: int) -> bytes:
     """Return a guest that reads a byte from PORT `count` times, then halts."""
     return b"".join(

@@ -25,7 +25,7 @@ from vmm_kvm.boot.image import BootConfig, BootImage, FirmwareImage, load
 from vmm_kvm.boot.smbios import build_smbios, name_uuid
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.bus import Bus
-from vmm_kvm.clock import Clock, Timer
+from vmm_kvm.clock import Clock
 from vmm_kvm.devices.acpi_pm import AcpiPm
 from vmm_kvm.devices.debug_exit import DebugExit
 from vmm_kvm.devices.debugcon import Debugcon
@@ -49,6 +49,7 @@ from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.pci_devices import AnyDisk, PciDevices, PmemDisk, boot_order, place_pmem
 from vmm_kvm.runner import Runner
+from vmm_kvm.serial_output import SerialOutput
 from vmm_kvm.virtio.vmmci import Command
 
 if TYPE_CHECKING:  # loaded where there is a disk, an interface, or UEFI firmware
@@ -66,8 +67,6 @@ _SLP_TYP_S5 = 5
 _ISA_IRQS = 16
 _CASCADE_IRQ = 2
 _TIMER_PIN = 2  # of the IOAPIC, as the MADT's override says
-_POLL_MIN_NS = 10_000_000
-_POLL_MAX_NS = 1_000_000_000
 _DEBUG_LINE_MAX = 1024
 _PMEM_SLOT = 16  # memory slots below are RAM's and the firmware's
 _PIO_SIZE = 1 << 16
@@ -183,8 +182,7 @@ class Machine:
         self._outcome_lock = threading.Lock()
         self._has_ended = False
         self._clock = clock
-        self._poll_ns = _POLL_MIN_NS
-        self._poll_timer: Timer | None = None
+        self._output: SerialOutput | None = None
         is_firmware = isinstance(spec.image, FirmwareImage)
         self._is_q35 = isinstance(spec.image, FirmwareImage) and spec.image.is_uefi
         hole_start = layout.UEFI_HOLE_START if self._is_q35 else layout.PCI_HOLE_START
@@ -239,16 +237,19 @@ class Machine:
                 self.fw_cfg.add_file("etc/smbios/smbios-anchor", smbios.anchor)
                 self.fw_cfg.add_file("etc/smbios/smbios-tables", smbios.tables)
             self._make_vcpus(kvm, stack)
+            if kvm.can_coalesce_ports:
+                self._output = SerialOutput(clock, self.uart, self.vcpus[0])
             load_entry(self.vcpus[0], entry)
             self.runner = Runner(
                 self.vcpus,
                 self.pio,
                 self.mmio,
-                drain=self._drain if self._poll_timer else None,
+                collected=self._output,
                 on_exit=self._exit,
                 on_failure=lambda err: self._end(Crash(f"{spec.name}: {err}")),
             )
-            stack.callback(self._finish_output)  # when no vCPU runs any more
+            if self._output:
+                stack.callback(self._output.stop)  # when no vCPU runs any more
             stack.callback(self.runner.stop)
             self._stack = stack.pop_all()
 
@@ -267,8 +268,8 @@ class Machine:
     def start(self) -> None:
         """Let every vCPU run; once."""
         self.runner.start()
-        if self._poll_timer:
-            self._poll_output()
+        if self._output:
+            self._output.start()
 
     def throttle(self, hold: bool) -> None:
         """Ask the vCPUs to stand still, without waiting for it, or let them go on."""
@@ -302,6 +303,8 @@ class Machine:
         """Let the machine stand still; returns when no vCPU runs and no device works."""
         self.runner.pause()
         self._devices.settle()
+        if self._output:
+            self._output.drain(self.vcpus[0])
 
     def resume(self) -> None:
         """Let a paused machine go on; the guest's clocks tell that time has passed."""
@@ -350,7 +353,6 @@ class Machine:
             )
         if kvm.can_coalesce_ports:
             self.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
-            self._poll_timer = self._clock.timer(self._poll_output)
         self.vm.create_irqchip()
         self.vm.create_pit2()
         set_level_triggered(self.vm, layout.PIC_PCI_INTX)
@@ -362,7 +364,7 @@ class Machine:
             KvmIrqLine(vm, layout.GSI_COM1),
             self._transmit,
             on_receive_room=on_receive_room,
-            on_transmit_interrupt=lambda _is_enabled: None,
+            on_plain=self._note_plain,
         )
         self.acpi_pm = AcpiPm(KvmIrqLine(vm, layout.GSI_SCI), clock, self._sleep)
         self.rtc = Mc146818(
@@ -466,29 +468,6 @@ class Machine:
             vcpu.set_cpuid(guest_cpuid(supported, index, self.spec.cpus))
             self.vcpus.append(vcpu)
 
-    # Console output that KVM collects, so that a byte costs the guest one exit instead of two. Any
-    # other exit drains it, and nearly every driver looks at the port again after it has written.
-    # For those that do not, a timer does: often after output, ever less often while there is none.
-    # (To stop collecting instead would make KVM wait for a grace period in the guest's start.)
-
-    def _finish_output(self) -> None:
-        self._drain(self.vcpus[0])
-        if self._poll_timer:
-            self._poll_timer.cancel()
-
-    def _drain(self, vcpu: Vcpu) -> None:
-        """Write what KVM collected; on a vCPU's thread or, for an idle guest, the clock's."""
-        is_new = vcpu.write_collected_bytes(self.uart.write_all)
-        if is_new and self._poll_timer and self._poll_ns > _POLL_MIN_NS:
-            self._poll_ns = _POLL_MIN_NS
-            self._poll_timer.arm(self._clock.monotonic_ns() + _POLL_MIN_NS)
-
-    def _poll_output(self) -> None:
-        self._poll_ns = min(2 * self._poll_ns, _POLL_MAX_NS)
-        self._drain(self.vcpus[0])
-        if self._poll_timer and self._poll_ns > _POLL_MIN_NS:
-            self._poll_timer.arm(self._clock.monotonic_ns() + self._poll_ns)
-
     # What the guest does to the machine; on a vCPU thread
 
     def _end(self, outcome: Outcome) -> None:
@@ -498,6 +477,10 @@ class Machine:
             self._has_ended = True
         self.runner.request_stop()
         self._on_outcome(outcome)
+
+    def _note_plain(self, is_plain: bool) -> None:
+        if self._output:
+            self._output.note_plain(is_plain)
 
     def _sleep(self, sleep_type: int) -> None:
         if sleep_type == _SLP_TYP_S5:

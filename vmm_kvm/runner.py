@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from vmm_kvm.bus import Bus
 from vmm_kvm.errors import KvmError
-from vmm_kvm.kvm.dispatch import dispatch
+from vmm_kvm.kvm.dispatch import Collected, dispatch
 from vmm_kvm.kvm.exits import Exit, Interrupted
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.log import Log
@@ -33,7 +33,7 @@ class Mode(enum.Enum):
 class Runner:
     """The vCPU threads of one VM.
 
-    `drain`, if any, writes the accesses that KVM has collected; see `dispatch`.
+    `collected`, if any, takes the writes that KVM has collected; see `dispatch`.
     `on_exit(vcpu, exit)` is called on the vCPU's thread for every exit that is not a device
     access, and returns whether the vCPU goes on; `on_failure` for an exception, a bug of ours,
     that ended a thread. Both may call `request_stop`, neither may wait for threads.
@@ -45,7 +45,7 @@ class Runner:
         pio: Bus,
         mmio: Bus,
         *,
-        drain: Callable[[Vcpu], None] | None,
+        collected: Collected | None,
         on_exit: Callable[[Vcpu, Exit], bool],
         on_failure: Callable[[Exception], None],
     ) -> None:
@@ -53,7 +53,7 @@ class Runner:
         self._vcpus = vcpus
         self._pio = pio
         self._mmio = mmio
-        self._drain = drain
+        self._collected = collected
         self._on_exit = on_exit
         self._on_failure = on_failure
         self._mode = Mode.RUN
@@ -117,7 +117,7 @@ class Runner:
 
     def _run(self, vcpu: Vcpu) -> None:
         try:
-            dispatch(vcpu, self._pio, self._mmio, self._leave, self._drain)
+            dispatch(vcpu, self._pio, self._mmio, self._leave, self._collected)
         except KvmError as err:
             self._on_failure(err)
         except Exception as err:

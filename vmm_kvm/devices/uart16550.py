@@ -153,8 +153,9 @@ class Uart16550:
     """A 16550A; a BusDevice of 8 registers.
 
     `transmit` takes bytes that the guest sends, `on_receive_room` says that the receive FIFO ran
-    empty, `on_transmit_interrupt` that IER.THRI changed. All three and `irq` are called with the
-    lock held, usually on a vCPU thread, and must not wait or call back.
+    empty, `on_plain` that a byte written to THR is from now on only sent, as after a reset, or that
+    it is not: it loops back, sets the divisor, or interrupts. All three and `irq` are called with
+    the lock held, usually on a vCPU thread, and must not wait or call back.
 
     The interrupt line is high while an enabled cause is pending and MCR.OUT2 is set, also in
     loopback, where a PC's gate would see OUT2 released but integrated UARTs interrupt.
@@ -169,14 +170,15 @@ class Uart16550:
         "_irq",
         "_is_break_waiting",
         "_is_line_high",
+        "_is_plain",
         "_is_thr_direct",
         "_is_thre_pending",
         "_lcr",
         "_lsr",
         "_mcr",
         "_msr",
+        "_on_plain",
         "_on_receive_room",
-        "_on_transmit_interrupt",
         "_rbr",
         "_received",
         "_scr",
@@ -191,13 +193,13 @@ class Uart16550:
         transmit: Callable[[bytes], None],
         *,
         on_receive_room: Callable[[], None],
-        on_transmit_interrupt: Callable[[bool], None],
+        on_plain: Callable[[bool], None],
     ) -> None:
         self.lock = threading.Lock()
         self._irq = irq
         self._transmit = transmit
         self._on_receive_room = on_receive_room
-        self._on_transmit_interrupt = on_transmit_interrupt
+        self._on_plain = on_plain
         self._is_line_high = False
         self._divisor = _RESET_DIVISOR
         self._scr = 0
@@ -208,7 +210,7 @@ class Uart16550:
         self._lsr = _THRE | _TEMT
         self._msr = _PEER_LINES
         self._received: deque[int] = deque()
-        self._is_thr_direct = True
+        self._is_thr_direct = self._is_plain = True
         self._is_thre_pending = False
         self._is_break_waiting = False
 
@@ -336,7 +338,7 @@ class Uart16550:
         if changes & _THRI:
             # Enabling the interrupt while THR is empty, which it always is, makes it pending.
             self._is_thre_pending = bool(value & _THRI)
-            self._on_transmit_interrupt(self._is_thre_pending)
+            self._note_plain()
         self._update_irq()
 
     def _write_fcr(self, value: int) -> None:
@@ -355,14 +357,14 @@ class Uart16550:
     def _write_lcr(self, value: int) -> None:
         begins_break = value & ~self._lcr & Lcr.SET_BREAK
         self._lcr = value
-        self._is_thr_direct = not (value & _DLAB or self._mcr & _LOOP)
+        self._note_plain()
         if begins_break and self._mcr & _LOOP:
             self._loop_back(_BREAK)
 
     def _write_mcr(self, value: int) -> None:
         leaves_loop = self._mcr & ~value & _LOOP
         self._mcr = value
-        self._is_thr_direct = not (value & _LOOP or self._lcr & _DLAB)
+        self._note_plain()
         self._drive_modem_lines()
         if leaves_loop:
             if self._is_break_waiting and self._room():
@@ -433,12 +435,9 @@ class Uart16550:
         Source: 16550D table 1
         """
         with self.lock:
-            was_enabled = bool(self._ier & _THRI)
             had_received = bool(self._received)
             self._clear()
             self._update_irq()
-            if was_enabled:
-                self._on_transmit_interrupt(False)
             if had_received:
                 self._on_receive_room()
 
@@ -475,8 +474,7 @@ class Uart16550:
             self._received = deque(state.received)
             self._is_thre_pending = state.is_thre_pending
             self._is_break_waiting = state.is_break_waiting
-            self._is_thr_direct = not (self._lcr & _DLAB or self._mcr & _LOOP)
-            self._on_transmit_interrupt(bool(self._ier & _THRI))
+            self._note_plain()
             self._update_irq()
 
     # Parts of both
@@ -489,9 +487,16 @@ class Uart16550:
         self._lsr = _THRE | _TEMT
         self._msr = _PEER_LINES
         self._received.clear()
-        self._is_thr_direct = True
         self._is_thre_pending = False
         self._is_break_waiting = False
+        self._note_plain()
+
+    def _note_plain(self) -> None:
+        self._is_thr_direct = not (self._lcr & _DLAB or self._mcr & _LOOP)
+        is_plain = self._is_thr_direct and not self._ier & _THRI
+        if is_plain != self._is_plain:
+            self._is_plain = is_plain
+            self._on_plain(is_plain)
 
     def _room(self) -> int:
         return (FIFO_DEPTH if self._fcr & _FIFO_ENABLE else 1) - len(self._received)

@@ -7,6 +7,7 @@ change.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from vmm_kvm.bus import Bus
 from vmm_kvm.kvm import abi
@@ -34,17 +35,26 @@ _Known = dict[int, _Access]
 _KNOWN_ACCESSES = 4096
 
 
+class Collected(Protocol):
+    """What becomes of the writes that KVM collects."""
+
+    harmless: list[int]
+    """One number: the first of `IoExit.words` of an access that may be served before them, or 0."""
+
+    def drain(self, vcpu: Vcpu) -> None:
+        """Let all of them take effect; on the thread of `vcpu`."""
+
+
 def dispatch(
     vcpu: Vcpu,
     pio: Bus,
     mmio: Bus,
     leave: Callable[[Vcpu, Exit], bool],
-    drain: Callable[[Vcpu], None] | None = None,
+    collected: Collected | None = None,
 ) -> None:
     """Run `vcpu` and serve its accesses until `leave` returns False for another exit.
 
-    Called on the vCPU's thread. `drain` is called before an exit is served, if KVM has collected
-    writes.
+    Called on the vCPU's thread. What KVM has collected is drained before an exit is served.
 
     Raises:
         KvmError: KVM_RUN failed.
@@ -60,6 +70,7 @@ def dispatch(
     mmio_exit, mmio_words = vcpu.mmio_exit, vcpu.mmio_exit.words
     io_reason, mmio_reason = abi.KVM_EXIT_IO, abi.KVM_EXIT_MMIO
     ends = vcpu.collected_ends
+    drain, harmless = (collected.drain, collected.harmless) if collected else (None, [0])
     ports: _Known = {}
     addresses: dict[int, _Known] = {}  # by the size and direction of the access
     with pio.watched(ports), mmio.watched(addresses):
@@ -73,9 +84,9 @@ def dispatch(
                     if not leave(vcpu, reason):
                         return
                     continue
-            if drain and ends[0] != ends[1]:
-                drain(vcpu)
             kind = reasons[0]
+            if drain and ends[0] != ends[1] and (io_words[0] != harmless[0] or kind != io_reason):
+                drain(vcpu)
             if kind == io_reason:
                 try:
                     access = ports[io_words[0]]

@@ -52,6 +52,11 @@ class IoExit(abi.kvm_run.Io):
         self.views[self.size][0] = value
 
 
+def io_read_word(port: int, size: int) -> int:
+    """Return the first of `IoExit.words` of an IN of `size` bytes from `port`."""
+    return abi.KVM_EXIT_IO_IN | size << 8 | port << 16 | 1 << 32
+
+
 class MmioExit(abi.kvm_run.Mmio):
     """The guest accessed memory that no slot backs.
 

@@ -215,11 +215,19 @@ def test_each_transmission_interrupts_anew(rig: Rig) -> None:
     assert rig.irq.levels == [True, False, True, False, True]
 
 
-def test_transmit_interrupt_is_announced(rig: Rig) -> None:
-    """Whoever batches output hears of every change of IER.THRI, and of nothing else."""
-    for ier in (Ier.RDI, Ier.RDI | Ier.THRI, Ier.THRI, Ier(0), Ier.MSI):
-        rig.write(Register.IER, ier)
-    assert rig.transmit_interrupts == [True, False]
+@pytest.mark.parametrize(
+    ("register", "value"),
+    [(Register.IER, Ier.THRI), (Register.MCR, Mcr.LOOP), (Register.LCR, Lcr.DLAB)],
+)
+def test_plain_output_is_announced(rig: Rig, register: Register, value: int) -> None:
+    """Whoever batches output hears when THR begins to do more than send, and when that ends."""
+    rig.write(Register.IER, Ier.RDI | Ier.MSI)
+    assert rig.plain == []
+    rig.write(register, value)
+    assert rig.plain == [False]
+    rig.write(register, value)
+    rig.write(register, 0)
+    assert rig.plain == [False, True]
 
 
 # Reception
@@ -522,7 +530,7 @@ def test_reset(rig: Rig) -> None:
     rig.uart.receive(b"abc")
     rig.uart.reset()
     assert not rig.irq.level
-    assert rig.transmit_interrupts == [True, False]
+    assert rig.plain == [False, True]
     assert rig.rooms == [True]
     assert [rig.read(register) for register in Register] == [
         0, 0, Iir.NONE, 0, 0, EMPTY, PEER, 0x77,
@@ -540,7 +548,7 @@ def test_snapshot(rig: Rig) -> None:
     other.uart.restore(state)
     assert state == other.uart.state()
     assert other.irq.level
-    assert other.transmit_interrupts == [True]
+    assert other.plain == [False]
     registers = [Register.IIR_FCR, Register.LSR, *[Register.RBR_THR] * 3, Register.LSR]
     assert [rig.read(register) for register in registers] == [
         other.read(register) for register in registers

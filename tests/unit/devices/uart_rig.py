@@ -16,14 +16,14 @@ class Rig:
     irq: RecordingIrqLine = field(default_factory=RecordingIrqLine)
     sent: bytearray = field(default_factory=bytearray)
     rooms: list[bool] = field(default_factory=list)
-    transmit_interrupts: list[bool] = field(default_factory=list)
+    plain: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.uart = Uart16550(
             self.irq,
             self.sent.extend,
             on_receive_room=lambda: self.rooms.append(self.uart.lock.locked()),
-            on_transmit_interrupt=self.transmit_interrupts.append,
+            on_plain=self.plain.append,
         )
 
     def read(self, register: int, size: int = 1) -> int:
