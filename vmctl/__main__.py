@@ -1,5 +1,6 @@
 """Entry point of `vmctl` and `python -m vmctl`."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -25,8 +26,11 @@ def _perform(arguments: Sequence[str]) -> int:
 
         options = read_plainly(arguments[1:])
         if options is not None:
+            gc.disable()  # modules stay: a search among them for garbage finds none
             from vmctl.run import run  # noqa: PLC0415
 
+            gc.freeze()
+            gc.enable()
             return run(options)
     else:
         from vmctl.verbs import perform, read_verb  # noqa: PLC0415
