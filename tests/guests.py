@@ -179,11 +179,10 @@ def out_countdown(count: int) -> bytes:
     )
 
 
-def print_and_loop_back(count: int) -> bytes:
-    """Return a guest that prints on COM1, then loops a byte back.
+def printing(count: int) -> bytes:
+    """Return code that prints the low byte of `count`, and so down to 1, on COM1.
 
-    It prints the low byte of `count`, and so down to 1, and reads LSR before each. Then it sends
-    0x5a to itself, writes LSR (high) and RBR (low) to PORT, a word, and halts.
+    It reads LSR before each; what is to come after it has to follow.
     """
     return b"".join(
         (
@@ -196,22 +195,37 @@ def print_and_loop_back(count: int) -> bytes:
             bytes.fromhex("baf803"),  # mov $0x3f8, %dx
             bytes.fromhex("ee"),  # out %al, %dx
             bytes.fromhex("e2f0"),  # loop 1b
-            bytes.fromhex("bafc03"),  # mov $0x3fc, %dx
-            bytes.fromhex("b010"),  # mov $0x10, %al
-            bytes.fromhex("ee"),  # out %al, %dx
-            bytes.fromhex("baf803"),  # mov $0x3f8, %dx
-            bytes.fromhex("b05a"),  # mov $0x5a, %al
-            bytes.fromhex("ee"),  # out %al, %dx
-            bytes.fromhex("bafd03"),  # mov $0x3fd, %dx
-            bytes.fromhex("ec"),  # in %dx, %al
-            bytes.fromhex("88c4"),  # mov %al, %ah
-            bytes.fromhex("baf803"),  # mov $0x3f8, %dx
-            bytes.fromhex("ec"),  # in %dx, %al
-            bytes.fromhex("baf400"),  # mov $PORT, %dx
-            bytes.fromhex("ef"),  # out %ax, %dx
-            bytes.fromhex("f4"),  # hlt
         )
     )
+
+
+# Sends 0x5a to itself on COM1, writes LSR (high) and RBR (low) to PORT, a word, and halts.
+LOOP_BACK = b"".join(
+    (
+        bytes.fromhex("bafc03"),  # mov $0x3fc, %dx
+        bytes.fromhex("b010"),  # mov $0x10, %al
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+        bytes.fromhex("b05a"),  # mov $0x5a, %al
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("bafd03"),  # mov $0x3fd, %dx
+        bytes.fromhex("ec"),  # in %dx, %al
+        bytes.fromhex("88c4"),  # mov %al, %ah
+        bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+        bytes.fromhex("ec"),  # in %dx, %al
+        bytes.fromhex("baf400"),  # mov $PORT, %dx
+        bytes.fromhex("ef"),  # out %ax, %dx
+        bytes.fromhex("f4"),  # hlt
+    )
+)
+
+
+def firmware(code: bytes) -> bytes:
+    """Return a flat firmware image that runs `code`, which needs no place of its own."""
+    image = bytearray(64 << 10)
+    image[: len(code)] = code
+    image[-16:-11] = bytes.fromhex("ea000000f0")  # ljmp $0xf000, $0
+    return bytes(image)
 
 
 def in_loop(count: int) -> bytes:

@@ -267,9 +267,9 @@ class Machine:
 
     def start(self) -> None:
         """Let every vCPU run; once."""
-        self.runner.start()
         if self._output:
             self._output.start()
+        self.runner.start()
 
     def throttle(self, hold: bool) -> None:
         """Ask the vCPUs to stand still, without waiting for it, or let them go on."""

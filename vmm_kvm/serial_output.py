@@ -38,7 +38,7 @@ class SerialOutput:
         self.harmless = [0]
 
     def start(self) -> None:
-        """Begin to look for output of a guest that now runs."""
+        """Begin to look for output of a guest that is about to run."""
         self._poll()
 
     def stop(self) -> None:

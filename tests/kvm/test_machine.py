@@ -1,19 +1,34 @@
 """A machine with the self-test guest: pause and resume, outcomes, output that KVM collects."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from tests import guests
+from tests.fakes import FakeClock
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot.image import open_image
+from vmm_kvm.clock import Clock
+from vmm_kvm.devices.uart16550 import Lsr
 from vmm_kvm.errors import SpecError
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine import VCPUS_MAX, Crash, Ending, Machine, MachineSpec, Outcome, selftest_path
+from vmm_kvm.machine import (
+    VCPUS_MAX,
+    Crash,
+    DebugExitStatus,
+    Ending,
+    Machine,
+    MachineSpec,
+    Outcome,
+    selftest_path,
+)
 
 pytestmark = pytest.mark.kvm
 
@@ -30,12 +45,18 @@ class Bench:
     output: bytearray = field(default_factory=bytearray)
     outcomes: list[Outcome] = field(default_factory=list)
 
-    def machine(self, cpus: int = 1, memory_size: int = 16 * MIB) -> Machine:
+    def machine(
+        self,
+        cpus: int = 1,
+        memory_size: int = 16 * MIB,
+        clock: Clock | None = None,
+        image: Path | None = None,
+    ) -> Machine:
         """Build the machine; nothing runs yet."""
         return Machine(
-            MachineSpec(open_image(str(selftest_path())), memory_size, cpus, "bench"),
+            MachineSpec(open_image(str(image or selftest_path())), memory_size, cpus, "bench"),
             self.kvm,
-            self.loop,
+            clock or self.loop,
             transmit=self.output.extend,
             on_receive_room=lambda: None,
             on_outcome=self.outcomes.append,
@@ -77,15 +98,40 @@ def test_pause_and_resume(bench: Bench, cpus: int) -> None:
         assert bench.says(b"selftest: ready")
         machine.uart.receive(b"n")
         assert bench.says(b"\n1")
-        machine.runner.pause()
+        machine.pause()
         printed = bytes(bench.output)
         assert not bench.run_until(lambda: bytes(bench.output) != printed, 1.5)
-        machine.runner.resume()
+        machine.resume()
         assert bench.says(b"\n3")
         machine.uart.receive(b"xp")
         machine.runner.pause()
         machine.runner.resume()
         bench.run_until(lambda: bool(bench.outcomes), 5)
+
+
+def test_loopback_after_output(bench: Bench, tmp_path: Path) -> None:
+    """A byte that a guest loops back is there at its next look at LSR, whatever it printed."""
+    image = tmp_path / "firmware.bin"
+    image.write_bytes(guests.firmware(guests.printing(3) + guests.LOOP_BACK))
+    with bench.machine(image=image) as machine:
+        machine.start()
+        assert bench.run_until(lambda: bool(bench.outcomes))
+    lsr = Lsr.THRE | Lsr.TEMT | Lsr.DR
+    assert bench.outcomes == [DebugExitStatus(lsr << 8 | 0x5A)]
+    assert bench.output == b"\3\2\1"
+
+
+def test_a_pause_shows_all_that_was_printed(bench: Bench, tmp_path: Path) -> None:
+    """What KVM has collected waits for no timer when the machine stands still."""
+    image = tmp_path / "firmware.bin"
+    image.write_bytes(guests.firmware(guests.printing(9) + guests.SPIN))
+    clock = FakeClock()  # whose timers do not fire
+    with bench.machine(clock=clock, image=image) as machine:
+        machine.start()
+        time.sleep(0.5)
+        assert len(bench.output) < 9
+        machine.pause()
+        assert bytes(range(9, 0, -1)) == bench.output
 
 
 def test_pause_a_spinning_guest(bench: Bench) -> None:

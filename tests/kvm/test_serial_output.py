@@ -1,12 +1,12 @@
 """Output that KVM collects: in batches while THR only sends, in its order always."""
 
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tests import guests
-from tests.fakes import FakeClock, RecordingIrqLine
-from tests.guests import guest
+from tests.fakes import FakeClock, RecordingDevice, RecordingIrqLine
 from vmm_kvm.boot import layout
 from vmm_kvm.bus import Bus
 from vmm_kvm.devices.uart16550 import Lsr, Register, Uart16550
@@ -19,87 +19,90 @@ pytestmark = pytest.mark.kvm
 
 COUNT = 400
 """More bytes than the ring holds."""
+SOON_NS = 10_000_000
 
 
-class _Port:
-    """Keeps what is written to it."""
+class Rig:
+    """A guest that prints, its UART, what takes its output, and what came out."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.written: list[int] = []
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.clock = FakeClock()
+        self.sent: list[bytes] = []
+        self.uart = Uart16550(
+            RecordingIrqLine(),
+            self.sent.append,
+            on_receive_room=lambda: None,
+            on_plain=self._note_plain,
+        )
+        self.output = SerialOutput(self.clock, self.uart, vcpu)
 
-    def read(self, _offset: int, _size: int) -> int:
-        return 0
+    def _note_plain(self, is_plain: bool) -> None:
+        self.output.note_plain(is_plain)
 
-    def write(self, _offset: int, _size: int, value: int) -> None:
-        self.written.append(value)
+    def look_at_lsr(self) -> None:
+        """Run the guest to its next look at LSR, and answer that THR is empty."""
+        reason = self.vcpu.run()
+        assert isinstance(reason, IoExit)
+        assert reason.port == layout.PORT_COM1 + Register.LSR
+        reason.value = Lsr.THRE | Lsr.TEMT
+
+
+@contextmanager
+def printing(count: int) -> Iterator[Rig]:
+    """Make a guest that prints `count` bytes, which KVM collects."""
+    with guests.guest(guests.printing(count) + guests.LOOP_BACK) as g:
+        if not g.kvm.can_coalesce_ports:
+            pytest.skip("KVM here cannot collect port writes")
+        g.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
+        rig = Rig(g.vcpu)
+        rig.output.start()
+        yield rig
 
 
 def test_bytes_printed_in_a_row_come_in_batches() -> None:
     """A guest that looks at LSR before each byte pays for a few batches; loopback is exact."""
-    sent: list[bytes] = []
-
-    def note_plain(is_plain: bool) -> None:
-        output.note_plain(is_plain)
-
-    with guest(guests.print_and_loop_back(COUNT)) as g:
-        if not g.kvm.can_coalesce_ports:
-            pytest.skip("KVM here cannot collect port writes")
-        g.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
-        pio, port = Bus(1 << 16), _Port()
-        uart = Uart16550(
-            RecordingIrqLine(),
-            sent.append,
-            on_receive_room=lambda: None,
-            on_plain=note_plain,
-        )
-        output = SerialOutput(FakeClock(), uart, g.vcpu)
-        pio.insert(layout.PORT_COM1, 8, uart)
+    pio, port = Bus(1 << 16), RecordingDevice()
+    with printing(COUNT) as rig:
+        pio.insert(layout.PORT_COM1, 8, rig.uart)
         pio.insert(guests.PORT, 4, port)
-        output.start()
-        dispatch(g.vcpu, pio, Bus(1 << 32), lambda _vcpu, _reason: False, output)
-        output.stop()
-    assert bytes(left & 0xFF for left in range(COUNT, 0, -1)) == b"".join(sent)
-    assert len(sent) < COUNT // 20
+        dispatch(rig.vcpu, pio, Bus(1 << 32), lambda _vcpu, _reason: False, rig.output)
+        rig.output.stop()
+    assert bytes(left & 0xFF for left in range(COUNT, 0, -1)) == b"".join(rig.sent)
+    assert len(rig.sent) < COUNT // 20
     lsr = Lsr.THRE | Lsr.TEMT | Lsr.DR
-    assert port.written == [lsr << 8 | 0x5A]
+    assert port.writes == [(0, 2, lsr << 8 | 0x5A)]
 
 
 def test_output_is_looked_for_ever_less_often_in_silence() -> None:
     """Without output the timer comes rarely; a byte brings it back soon, and no byte waits long."""
-    clock, sent = FakeClock(), bytearray()
-    with guest(guests.print_and_loop_back(3)) as g:
-        if not g.kvm.can_coalesce_ports:
-            pytest.skip("KVM here cannot collect port writes")
-        g.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
-        uart = Uart16550(
-            RecordingIrqLine(),
-            sent.extend,
-            on_receive_room=lambda: None,
-            on_plain=lambda _is_plain: None,
-        )
-        output = SerialOutput(clock, uart, g.vcpu)
-        output.start()
-        clock.advance(60 * 1_000_000_000)
-        assert clock.fired < 80
-        assert output.harmless == [0]
-        _look_at_lsr(g.vcpu)
-        _look_at_lsr(g.vcpu)
-        assert not sent
-        output.drain(g.vcpu)
-        assert sent == b"\3"
-        assert output.harmless != [0]
-        _look_at_lsr(g.vcpu)
-        assert sent == b"\3"
-        clock.advance(10_000_000)
-        assert sent == b"\3\2"
-        clock.advance(10_000_000)
-        assert output.harmless == [0]
+    with printing(3) as rig:
+        rig.clock.advance(60 * 1_000_000_000)
+        assert rig.clock.fired < 80
+        assert rig.output.harmless == [0]
+        rig.look_at_lsr()
+        rig.look_at_lsr()
+        assert rig.sent == []
+        rig.output.drain(rig.vcpu)
+        assert rig.sent == [b"\3"]
+        assert rig.output.harmless != [0]
+        rig.look_at_lsr()
+        assert rig.sent == [b"\3"]
+        rig.clock.advance(SOON_NS)
+        assert rig.sent == [b"\3", b"\2"]
+        rig.clock.advance(SOON_NS)
+        assert rig.output.harmless == [0]
 
 
-def _look_at_lsr(vcpu: Vcpu) -> None:
-    """Run the guest to its next look at LSR, and answer that THR is empty."""
-    reason = vcpu.run()
-    assert isinstance(reason, IoExit)
-    assert reason.port == layout.PORT_COM1 + Register.LSR
-    reason.value = Lsr.THRE | Lsr.TEMT
+def test_no_look_is_harmless_while_bytes_do_more_than_leave() -> None:
+    """Neither a drain nor the timer lets LSR be read early while THR loops back or interrupts."""
+    with printing(3) as rig:
+        rig.output.note_plain(False)
+        rig.look_at_lsr()
+        rig.look_at_lsr()
+        rig.output.drain(rig.vcpu)
+        assert rig.output.harmless == [0]
+        rig.look_at_lsr()
+        rig.clock.advance(SOON_NS)
+        assert rig.sent == [b"\3", b"\2"]
+        assert rig.output.harmless == [0]
