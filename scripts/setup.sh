@@ -200,6 +200,10 @@ if [ ! -x $venv/bin/python ] || ! $venv/bin/python -c '' 2>/dev/null; then
     "$python" -m venv --clear $venv
 fi
 pip() { $venv/bin/python -m pip --disable-pip-version-check -q "$@" </dev/null; }
+# Debian's venv brings setuptools, whose hook slows every start of the interpreter.
+if [ -d "$(echo $venv/lib/python3*/site-packages)/setuptools" ]; then
+    pip uninstall -y setuptools
+fi
 if [ "$(cat $stamp.lock 2>/dev/null)" != "$locked" ]; then
     say "installing the locked dependencies"
     pip install --require-hashes --no-deps -r requirements.lock
