@@ -2,15 +2,15 @@
 
 Any exit takes effect after the writes that were collected before it, with one exception: a guest
 that prints without interrupts reads LSR before each byte, which would make each byte a batch of its
-own. While a timer comes for the bytes soon, and THR does nothing but send them, such a read is
-answered at once: what it tells does not depend on them. The timer comes often after output, ever
-less often while there is none. (To stop collecting instead would make KVM wait for a grace period
-in the guest's start.)
+own. While a timer comes for the bytes soon, THR does nothing but send them, and LSR has nothing to
+tell, such a read is answered at once, by the loop that enters the guest. The timer comes often
+after output, ever less often while there is none. (To stop collecting instead would make KVM wait
+for a grace period in the guest's start.)
 """
 
 from vmm_kvm.boot import layout
 from vmm_kvm.clock import Clock
-from vmm_kvm.devices.uart16550 import Register, Uart16550
+from vmm_kvm.devices.uart16550 import PLAIN_LSR, Register, Uart16550
 from vmm_kvm.kvm.exits import io_read_word
 from vmm_kvm.kvm.vcpu import Vcpu
 
@@ -25,7 +25,7 @@ class SerialOutput:
     `drain` and `note_plain` may be called on any thread, `start` and `stop` by the machine's owner.
     """
 
-    __slots__ = ("_clock", "_is_plain", "_poll_ns", "_timer", "_uart", "_vcpu", "harmless")
+    __slots__ = ("_clock", "_is_plain", "_poll_ns", "_timer", "_uart", "_vcpu", "early_read")
 
     def __init__(self, clock: Clock, uart: Uart16550, vcpu: Vcpu) -> None:
         """Carry nothing yet; `vcpu` is any one of the VM, which share what is collected."""
@@ -35,7 +35,7 @@ class SerialOutput:
         self._timer = clock.timer(self._poll)
         self._poll_ns = _POLL_MIN_NS
         self._is_plain = True
-        self.harmless = [0]
+        self.early_read = [0, PLAIN_LSR]
 
     def start(self) -> None:
         """Begin to look for output of a guest that is about to run."""
@@ -47,10 +47,10 @@ class SerialOutput:
         self._timer.cancel()
 
     def note_plain(self, is_plain: bool) -> None:
-        """Take note of whether a byte for THR is only sent; see `Uart16550`."""
+        """Take note of whether the UART does nothing but send; see there."""
         self._is_plain = is_plain
         if not is_plain:
-            self.harmless[0] = 0
+            self.early_read[0] = 0
 
     def drain(self, vcpu: Vcpu) -> None:
         """Carry what was collected; the output that begins with it is looked after by the timer."""
@@ -60,7 +60,7 @@ class SerialOutput:
     def _poll(self) -> None:
         # In this order: a byte that is collected from now on is seen below, or is drained by the
         # read of LSR that follows it.
-        self.harmless[0] = 0
+        self.early_read[0] = 0
         if self._vcpu.write_collected_bytes(self._uart.write_all):
             self._look_soon()
         else:
@@ -70,6 +70,6 @@ class SerialOutput:
     def _look_soon(self) -> None:
         self._poll_ns = _POLL_MIN_NS
         self._timer.arm(self._clock.monotonic_ns() + _POLL_MIN_NS)
-        self.harmless[0] = _LSR_READ
+        self.early_read[0] = _LSR_READ
         if not self._is_plain:  # looked at last: `note_plain` may be under way
-            self.harmless[0] = 0
+            self.early_read[0] = 0

@@ -111,6 +111,8 @@ _RDI, _THRI, _RLSI, _MSI = map(int, Ier)
 _DR, _OE, _, _, _BI, _THRE, _TEMT, _FIFO_ERROR = map(int, Lsr)
 _RLS, _RDA, _CTI, _THRE_CAUSE, _MSI_CAUSE, _NONE, _FIFOS_ENABLED = map(int, Iir)
 _LSR_OFFSET = int(Register.LSR)
+PLAIN_LSR = _THRE | _TEMT
+"""LSR while nothing is received."""
 _LSR_ERRORS = int(Lsr.OE | Lsr.PE | Lsr.FE | Lsr.BI)
 _LSR_CLEARED_BY_READ = _LSR_ERRORS | _FIFO_ERROR
 _OUT2 = int(Mcr.OUT2)
@@ -153,9 +155,10 @@ class Uart16550:
     """A 16550A; a BusDevice of 8 registers.
 
     `transmit` takes bytes that the guest sends, `on_receive_room` says that the receive FIFO ran
-    empty, `on_plain` that a byte written to THR is from now on only sent, as after a reset, or that
-    it is not: it loops back, sets the divisor, or interrupts. All three and `irq` are called with
-    the lock held, usually on a vCPU thread, and must not wait or call back.
+    empty, `on_plain` that from now on, as after a reset, a byte written to THR is only sent and LSR
+    reads `PLAIN_LSR`, or that this is over: a byte loops back, sets the divisor or interrupts, or
+    there are received ones. All three and `irq` are called with the lock held, usually on a vCPU
+    thread, and must not wait or call back.
 
     The interrupt line is high while an enabled cause is pending and MCR.OUT2 is set, also in
     loopback, where a PC's gate would see OUT2 released but integrated UARTs interrupt.
@@ -207,7 +210,7 @@ class Uart16550:
         # From here on, what `_clear` sets
         self._ier = self._fcr = self._lcr = self._mcr = 0
         self._trigger = 1
-        self._lsr = _THRE | _TEMT
+        self._lsr = PLAIN_LSR
         self._msr = _PEER_LINES
         self._received: deque[int] = deque()
         self._is_thr_direct = self._is_plain = True
@@ -311,6 +314,7 @@ class Uart16550:
             else:
                 self._lsr &= ~_DR
                 self._on_receive_room()
+            self._note_plain()
             self._update_irq()
         return self._rbr
 
@@ -322,6 +326,7 @@ class Uart16550:
             self._received[0] &= 0xFF
             if any(character > 0xFF for character in self._received):
                 self._lsr |= self._fifo_error()
+        self._note_plain()
         self._update_irq()
         return lsr
 
@@ -417,6 +422,7 @@ class Uart16550:
             if count:
                 self._received.extend(data[:count])
                 self._lsr |= _DR
+                self._note_plain()
                 self._update_irq()
             return count
 
@@ -484,7 +490,7 @@ class Uart16550:
         self._set_fcr(0)
         self._lcr = 0
         self._mcr = 0
-        self._lsr = _THRE | _TEMT
+        self._lsr = PLAIN_LSR
         self._msr = _PEER_LINES
         self._received.clear()
         self._is_thre_pending = False
@@ -493,7 +499,7 @@ class Uart16550:
 
     def _note_plain(self) -> None:
         self._is_thr_direct = not (self._lcr & _DLAB or self._mcr & _LOOP)
-        is_plain = self._is_thr_direct and not self._ier & _THRI
+        is_plain = self._is_thr_direct and not self._ier & _THRI and self._lsr == PLAIN_LSR
         if is_plain != self._is_plain:
             self._is_plain = is_plain
             self._on_plain(is_plain)
@@ -508,6 +514,7 @@ class Uart16550:
             self._lsr |= self._fifo_error()
             if len(self._received) == 1:
                 self._lsr |= character >> 8
+        self._note_plain()
 
     def _fifo_error(self) -> int:
         return _FIFO_ERROR if self._fcr & _FIFO_ENABLE else 0
@@ -516,6 +523,7 @@ class Uart16550:
         had_received = bool(self._received)
         self._received.clear()
         self._lsr &= ~(_DR | _LSR_CLEARED_BY_READ)
+        self._note_plain()
         if had_received:
             self._on_receive_room()
 

@@ -38,8 +38,8 @@ _KNOWN_ACCESSES = 4096
 class Collected(Protocol):
     """What becomes of the writes that KVM collects."""
 
-    harmless: list[int]
-    """One number: the first of `IoExit.words` of an access that may be served before them, or 0."""
+    early_read: list[int]
+    """The first of `IoExit.words` of a byte's IN that need not wait for them, or 0; its answer."""
 
     def drain(self, vcpu: Vcpu) -> None:
         """Let all of them take effect; on the thread of `vcpu`."""
@@ -54,7 +54,8 @@ def dispatch(
 ) -> None:
     """Run `vcpu` and serve its accesses until `leave` returns False for another exit.
 
-    Called on the vCPU's thread. What KVM has collected is drained before an exit is served.
+    Called on the vCPU's thread. What KVM has collected is drained before an exit is served, but
+    for `Collected.early_read`.
 
     Raises:
         KvmError: KVM_RUN failed.
@@ -70,7 +71,8 @@ def dispatch(
     mmio_exit, mmio_words = vcpu.mmio_exit, vcpu.mmio_exit.words
     io_reason, mmio_reason = abi.KVM_EXIT_IO, abi.KVM_EXIT_MMIO
     ends = vcpu.collected_ends
-    drain, harmless = (collected.drain, collected.harmless) if collected else (None, [0])
+    drain, early_read = (collected.drain, collected.early_read) if collected else (None, [0, 0])
+    early_answer = io.views[1]
     ports: _Known = {}
     addresses: dict[int, _Known] = {}  # by the size and direction of the access
     with pio.watched(ports), mmio.watched(addresses):
@@ -85,7 +87,10 @@ def dispatch(
                         return
                     continue
             kind = reasons[0]
-            if drain and ends[0] != ends[1] and (io_words[0] != harmless[0] or kind != io_reason):
+            if kind == io_reason and io_words[0] == early_read[0]:
+                early_answer[0] = early_read[1]
+                continue
+            if drain and ends[0] != ends[1]:
                 drain(vcpu)
             if kind == io_reason:
                 try:

@@ -230,6 +230,22 @@ def test_plain_output_is_announced(rig: Rig, register: Register, value: int) -> 
     assert rig.plain == [False, True]
 
 
+def test_what_lsr_has_to_tell_ends_plain_output(rig: Rig) -> None:
+    """Whoever answers reads of LSR hears of a byte, an error, and their end."""
+    rig.uart.receive(b"a")
+    assert rig.plain == [False]
+    rig.read(Register.RBR_THR)
+    assert rig.plain == [False, True]
+    rig.uart.receive_break()
+    rig.read(Register.RBR_THR)
+    assert rig.plain == [False, True, False]
+    rig.read(Register.LSR)
+    assert rig.plain == [False, True, False, True]
+    rig.uart.receive(b"a")
+    rig.write(Register.IIR_FCR, Fcr.ENABLE)
+    assert rig.plain == [False, True, False, True, False, True]
+
+
 # Reception
 
 
