@@ -14,7 +14,7 @@ from typing import Final
 from vmctl.nic_options import Forward, NicKind, NicOption
 from vmm_kvm.errors import SpecError
 from vmm_kvm.net.bridge import tap_on_bridge
-from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, TapPath, VhostPath
+from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, TapPath, Traffic, VhostPath
 from vmm_kvm.net.tap import Tap, open_tap
 from vmm_kvm.virtio.net import VirtioNet
 
@@ -37,7 +37,7 @@ def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicPar
     """
     nic = NicParams(
         option.lladdr or _address(vm, index),
-        StreamPath(-1),
+        StreamPath(-1, Traffic()),
         f"nic{index}",
         option.mtu,
         option.is_locked,
@@ -54,16 +54,16 @@ def _path(option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
             taps = tap_on_bridge(option.what, option.queues, option.mtu)
             return _tap(taps, option, nic, stack)
         case NicKind.PASST:
-            return StreamPath(_passt(option.forwards, stack))
+            return StreamPath(_passt(option.forwards, stack), Traffic())
         case NicKind.STREAM:
             connection = stack.enter_context(_connect(option.what))
-            return StreamPath(connection.fileno())
+            return StreamPath(connection.fileno(), Traffic())
         case NicKind.VHOST_USER:
             return RemotePath(lambda: _connect(option.what), is_ours=False, pairs=option.queues)
         case NicKind.NONE:
             ours, theirs = socket.socketpair()
             theirs.close()
-            return StreamPath(stack.enter_context(ours).fileno())
+            return StreamPath(stack.enter_context(ours).fileno(), Traffic())
 
 
 def _address(vm: str, index: int) -> bytes:

@@ -84,11 +84,12 @@ class StatusQuestion:
             shown = replace(shown, interfaces=interfaces)
         if told is None:
             return shown
-        # The kernel moves frames, and counts them at the host's side of an interface.
+        # The kernel counts frames at the host's side of an interface; where that is no tap but a
+        # stream, the VM's process does.
         statistics = replace(
             told.statistics,
-            net_received=sum(interface.received for interface in interfaces),
-            net_sent=sum(interface.sent for interface in interfaces),
+            net_received=told.statistics.net_received + sum(one.received for one in interfaces),
+            net_sent=told.statistics.net_sent + sum(one.sent for one in interfaces),
         )
         return replace(
             shown,

@@ -355,7 +355,7 @@ def test_passt() -> None:
     with ExitStack() as stack:
         nic = open_nic(parse_nic("passt,forward=tcp:8080:80"), 0, "web", stack)
         assert isinstance(nic.path, StreamPath)
-        stream = Stream(nic.path.fd, nic.name)
+        stream = Stream(nic.path.fd, nic.name, nic.path.traffic)
         source = nic.mac.hex(":")
         question = (
             Ether(src=source, dst="ff:ff:ff:ff:ff:ff")
@@ -373,6 +373,8 @@ def test_passt() -> None:
                 frame = Ether(bytes(buffer[HEADER_SIZE:size]))
                 addresses += [frame[BOOTP].yiaddr] if BOOTP in frame else []
         assert addresses == ["192.0.2.10"]
+        assert nic.path.traffic.sent == len(question)
+        assert nic.path.traffic.received > len(question)
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")

@@ -72,7 +72,7 @@ from vmm_kvm.machine import (
     Outcome,
     TripleFault,
 )
-from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, VhostPath
+from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, Traffic, VhostPath
 from vmm_kvm.pci_devices import PmemDisk, RemoteDisk
 
 log = Log(__name__)
@@ -241,7 +241,7 @@ def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
         return VhostPath(taps, tuple(fds.take(at) for at in nic.vhosts))
     if nic.stream is None:
         raise SpecError(f"{nic.name}: an interface without tap and stream")
-    return StreamPath(fds.take(nic.stream))
+    return StreamPath(fds.take(nic.stream), Traffic())
 
 
 class _Connection:
@@ -305,6 +305,8 @@ class VmProcess:
         self._loop = loop
         self._channel = channel
         self._disks = disks
+        paths = (nic.path for nic in spec.nics)
+        self._streams = [path.traffic for path in paths if isinstance(path, StreamPath)]
         self._outcome: Outcome | None = None
         self._is_paused = False
         self._machine = Machine(
@@ -380,6 +382,8 @@ class VmProcess:
                 cpu_ns=time.process_time_ns(),
                 disk_read=sum(disk.read for disk in self._disks),
                 disk_written=sum(disk.written for disk in self._disks),
+                net_received=sum(stream.received for stream in self._streams),
+                net_sent=sum(stream.sent for stream in self._streams),
             ),
             memory_used=self._machine.memory.resident_size(),
         )

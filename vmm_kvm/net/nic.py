@@ -35,6 +35,17 @@ class TapPath(NamedTuple):
     """As VhostPath has them."""
 
 
+class Traffic:
+    """How many bytes of frames have gone through an interface: one writer, any reader."""
+
+    __slots__ = ("received", "sent")
+
+    def __init__(self) -> None:
+        self.received = 0
+        """By the guest."""
+        self.sent = 0
+
+
 class StreamPath(NamedTuple):
     """The same, with frames on a stream socket, each after its length in 32 bits, big-endian.
 
@@ -42,6 +53,8 @@ class StreamPath(NamedTuple):
     """
 
     fd: int
+    traffic: Traffic
+    """Where what goes through is counted, by one machine after another; no kernel does it."""
 
 
 class RemotePath(NamedTuple):

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 
 from vmm_kvm.net.ethernet import Filter
+from vmm_kvm.net.nic import Traffic
 
 FRAME_MAX = 65535 + 18
 """Bytes of a frame, without its length."""
@@ -27,10 +28,11 @@ class Stream:
     """What is not wanted has to be dropped by whoever receives."""
     offloads = 0
 
-    def __init__(self, fd: int, name: str) -> None:
-        """Speak on `fd`, a stream socket; `name` is for messages."""
+    def __init__(self, fd: int, name: str, traffic: Traffic) -> None:
+        """Speak on `fd`, a stream socket; `name` is for messages, `traffic` counts frames."""
         self.fds: tuple[int, ...] = (fd,)
         self.name = name
+        self._traffic = traffic
         self._input = bytearray()
         self._output = b""
         os.set_blocking(fd, False)
@@ -54,6 +56,7 @@ class Stream:
         frame = self._next()
         if frame is None:
             return 0
+        self._traffic.received += len(frame)
         data = memoryview(_HEADER + frame)
         at = 0
         for buffer in buffers:
@@ -72,6 +75,7 @@ class Stream:
         sent = self._write(data)
         if sent:
             self._output = data[sent:]
+            self._traffic.sent += len(frame)
         return bool(sent)
 
     def _next(self) -> bytes | None:

@@ -45,7 +45,7 @@ def make_nic(params: NicParams, memory: NicMemory) -> Nic:
         case TapPath():
             nic = _in_process(params, Tap(path.taps, params.name), memory)
         case StreamPath():
-            nic = _in_process(params, Stream(path.fd, params.name), memory)
+            nic = _in_process(params, Stream(path.fd, params.name, path.traffic), memory)
         case RemotePath():
             nic = _remote(params, path, memory)
     nic.set_link(params.is_up)

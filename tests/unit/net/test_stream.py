@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.virtio_driver import DriverQueue, PlainMemory
+from vmm_kvm.net.nic import Traffic
 from vmm_kvm.net.stream import FRAME_MAX, Stream
 from vmm_kvm.virtio.net import VirtioNet
 from vmm_kvm.virtio.worker import Worker
@@ -33,7 +34,7 @@ def wire() -> Iterator[tuple[Stream, socket.socket]]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.settimeout(WAIT_S)
-        yield Stream(ours.fileno(), "nic0"), theirs
+        yield Stream(ours.fileno(), "nic0", Traffic()), theirs
 
 
 def arrived(stream: Stream) -> list[bytes]:
@@ -54,12 +55,27 @@ def test_frames_pass_both_ways(wire: tuple[Stream, socket.socket]) -> None:
     assert other.recv(100) == packed(b"three")
 
 
+def test_what_goes_through_is_counted() -> None:
+    """Bytes of frames that are given and taken count, those of a lost one do not."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        traffic = Traffic()
+        stream = Stream(ours.fileno(), "nic0", traffic)
+        theirs.sendall(packed(b"one") + packed(b"four"))
+        assert arrived(stream) == [b"one", b"four"]
+        assert stream.send(0, [HEADER, b"three"])
+        assert (traffic.received, traffic.sent) == (7, 5)
+        theirs.close()
+        assert not stream.send(0, [HEADER, b"lost"])
+        assert (traffic.received, traffic.sent) == (7, 5)
+
+
 @given(frames=st.lists(st.binary(min_size=1, max_size=40), max_size=5), data=st.data())
 def test_frames_in_pieces(frames: list[bytes], data: st.DataObject) -> None:
     """Where the stream is cut makes no difference."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        stream = Stream(ours.fileno(), "nic0")
+        stream = Stream(ours.fileno(), "nic0", Traffic())
         rest, found = b"".join(map(packed, frames)), []
         while rest:
             size = data.draw(st.integers(1, len(rest)))
