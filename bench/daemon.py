@@ -7,7 +7,9 @@ All on this machine's KVM with the self-test guest, which any KVM runs:
   VM after another, each after a pause.
 - rate: VMs started one after the other without a pause, until the last has spoken.
 - status: processor time of `vmctl status`, and of a Python that does nothing.
-- memory: PSS of a VM's process, without what its guest maps.
+- memory: PSS of VM processes, without what their guests map, divided by the number of VMs. Page
+  tables and the kernel's own memory are in no PSS. With `--ksm`, as root, once more after the
+  host's kernel has merged equal pages, which is turned on for that long.
 - idle: processor time of the daemon's own processes, and of VMs, over some seconds.
 
 A busy machine shows in the times: as root, `nice -n -10` helps. Prints a table and writes JSON.
@@ -29,7 +31,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from bench.instructions import Instructions
 from tests.system.vmd.daemon import READY, Client, Daemon, descendants, process_title, vm_block
@@ -70,8 +72,11 @@ class Figures:
     status_s: float
     """A `status` of all VMs, by a client that is connected already."""
     pss: float
-    """Of a VM's process, the mean over all."""
+    """Of all processes of VMs, divided by the number of VMs."""
     private: float
+    merged_pss: float | None
+    """The same after the host has merged equal pages; None where it was not asked to."""
+    merged_private: float | None
     daemon_pss: float
     """Of all other processes of the daemon together."""
     idle_cpu: float
@@ -80,7 +85,7 @@ class Figures:
     """Of a VM's process, the mean over all."""
 
 
-def measure(vms: int, rounds: int, idle_s: float) -> Figures:
+def measure(vms: int, rounds: int, idle_s: float, *, merges: bool) -> Figures:
     """Measure everything under one daemon."""
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         config = "".join(vm_block(f"vm{number}") for number in range(max(vms, rounds)))
@@ -106,7 +111,13 @@ def measure(vms: int, rounds: int, idle_s: float) -> Figures:
             busy = {pid: _cpu_s(pid) for pid in pids}
             time.sleep(idle_s)
             busy = {pid: _cpu_s(pid) - before for pid, before in busy.items()}
-            memory = [_memory(pid) for pid in others]
+            pss, private = _memory_per_vm(others, vms)
+            daemon_pss = sum(_memory(pid)[0] for pid in own)
+            merged_pss = merged_private = None
+            if merges:
+                with Merging() as merging:
+                    merging.wait()
+                    merged_pss, merged_private = _memory_per_vm(others, vms)
             return Figures(
                 instructions_s=tuple(filter(None, (start.instruction for start in starts))),
                 answers_s=tuple(start.answer for start in starts),
@@ -116,9 +127,11 @@ def measure(vms: int, rounds: int, idle_s: float) -> Figures:
                 status_cpu_s=_median_of(lambda: _child_cpu_s([str(BIN / "vmctl"), "status"])),
                 python_cpu_s=_median_of(lambda: _child_cpu_s([sys.executable, "-c", ""])),
                 status_s=status_s,
-                pss=statistics.mean(pss for pss, _ in memory),
-                private=statistics.mean(private for _, private in memory),
-                daemon_pss=sum(_memory(pid)[0] for pid in own),
+                pss=pss,
+                private=private,
+                merged_pss=merged_pss,
+                merged_private=merged_private,
+                daemon_pss=daemon_pss,
                 idle_cpu=sum(busy[pid] for pid in own) / idle_s,
                 idle_vm_cpu=statistics.mean(busy[pid] for pid in others) / idle_s,
             )
@@ -190,6 +203,42 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
 
 
+def _memory_per_vm(pids: Sequence[int], vms: int) -> tuple[float, float]:
+    """Return PSS and private memory of all `pids`, divided by the number of VMs; bytes."""
+    pss, private = map(sum, zip(*map(_memory, pids), strict=True))
+    return pss / vms, private / vms
+
+
+class Merging:
+    """Equal pages of this host are merged meanwhile; a context manager. Needs root.
+
+    Source: Linux Documentation/admin-guide/mm/ksm.rst
+    """
+
+    _KSM = Path("/sys/kernel/mm/ksm")
+    _SETTINGS = (("pages_to_scan", "4000"), ("run", "1"))
+    _SCANS = 4  # one to see a page, one to see that it stays, and some for what moved meanwhile
+
+    def __enter__(self) -> Self:
+        self._before = [(name, (self._KSM / name).read_text()) for name, _ in self._SETTINGS]
+        for name, value in self._SETTINGS:
+            (self._KSM / name).write_text(value)
+        return self
+
+    def wait(self) -> None:
+        """Wait until everything has been looked at often enough."""
+        end = self._scans() + self._SCANS
+        while self._scans() < end:
+            time.sleep(0.5)
+
+    def _scans(self) -> int:
+        return int((self._KSM / "full_scans").read_text())
+
+    def __exit__(self, *exc: object) -> None:
+        for name, value in self._before:
+            (self._KSM / name).write_text(value)
+
+
 def _memory(pid: int) -> tuple[int, int]:
     """Return the PSS and the private memory of a process, without what a guest maps; bytes.
 
@@ -220,13 +269,19 @@ def table(found: Figures) -> str:
         ("`vmctl status`, processor time", f"{found.status_cpu_s * 1e3:.1f} ms", "60 ms"),
         ("  a Python that does nothing", f"{found.python_cpu_s * 1e3:.1f} ms", "(10 ms)"),
         (f"status of {found.vms} VMs, answer", f"{found.status_s * 1e3:.1f} ms", ""),
-        ("PSS of a VM besides the guest's", f"{found.pss / _MIB:.2f} MiB", "4 MiB"),
-        ("  private", f"{found.private / _MIB:.2f} MiB", ""),
+        ("PSS of a VM besides the guest's", _mib(found.pss), "4 MiB"),
+        ("  private", _mib(found.private), ""),
+        ("  PSS, equal pages merged", _mib(found.merged_pss), ""),
+        ("  private", _mib(found.merged_private), ""),
         ("PSS of the daemon", f"{found.daemon_pss / _MIB:.1f} MiB", ""),
         ("idle: the daemon", f"{found.idle_cpu:.2%}", "0.0%"),
         ("idle: a VM", f"{found.idle_vm_cpu:.2%}", ""),
     )
     return "\n".join(f"{name:36}{value:>22}{target:>10}" for name, value, target in rows)
+
+
+def _mib(size: float | None) -> str:
+    return "not measured" if size is None else f"{size / _MIB:.2f} MiB"
 
 
 def _median_and_fastest(times_s: Sequence[float]) -> str:
@@ -245,9 +300,12 @@ def main() -> int:
     parser.add_argument("--vms", type=int, default=100, help="that run at once")
     parser.add_argument("--rounds", type=int, default=20, help="starts that are timed")
     parser.add_argument("--idle", type=float, default=10.0, metavar="SECONDS")
+    parser.add_argument(
+        "--ksm", action="store_true", help="also have the host merge equal pages, for a while"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "daemon.json")
     given = parser.parse_args()
-    found = measure(given.vms, given.rounds, given.idle)
+    found = measure(given.vms, given.rounds, given.idle, merges=given.ksm)
     print(table(found))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(asdict(found), indent=2) + "\n")

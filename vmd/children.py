@@ -20,7 +20,7 @@ from vmd.internal import (
     ZYGOTE_AND_VMM,
 )
 from vmd.privsep import Plan, spawn
-from vmd.sandbox import Identity, adopt_orphans, confine, set_title
+from vmd.sandbox import Identity, adopt_orphans, confine, merge_memory, set_title
 from vmd.seccomp import compile_filter
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -86,6 +86,8 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         from vmd.rehearsal import Rehearsal  # noqa: PLC0415 - likewise
         from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415 - likewise
 
+        if not merge_memory():
+            log.debug("equal pages of VM processes are not to be merged")
         for name in _LATE_MODULES:
             import_module(name)
         # A guest's kernel cache would be a file.
