@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts, media
+from tests.guest.daemon_guest import without_vhost
 from tests.guest.linux_guest import COMMAND_LINE
 from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import Daemon, Stream, vm_block
@@ -124,14 +124,6 @@ def test_ipxe_boots_a_kernel_of_the_hosts(
         client.wait_for_state("netboot", "stopped")
         assert vmd.stop() == 0
     assert server.requests == [Request(GUEST, "/linux", 200), Request(GUEST, "/initrd", 200)]
-
-
-def without_vhost(tmp_path: Path) -> list[str]:
-    """Return what runs the following words where nobody can open vhost-net."""
-    node = tmp_path / "vhost-net"
-    subprocess.run(["mknod", node, "c", "511", "0"], check=True)  # of no driver
-    hide = f'[ ! -e /dev/vhost-net ] || mount --bind {node} /dev/vhost-net; exec "$@"'
-    return ["unshare", "--mount", "sh", "-c", hide, "sh"]
 
 
 def nic_processes() -> list[int]:

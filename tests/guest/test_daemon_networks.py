@@ -15,10 +15,11 @@ import pytest
 
 from tests import artifacts, installed
 from tests.debian import LOGIN, debian
+from tests.guest.daemon_guest import Shell, linux
 from tests.guest.linux_guest import COMMAND_LINE
-from tests.guest.tools import MODULES, UNPACK, missing, tools_disk
+from tests.guest.tools import UNPACK, missing, tools_disk
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import Daemon, Stream, vm_block
+from tests.system.vmd.daemon import Daemon, vm_block
 from tests.system.vmd.netns import Namespace
 from tests.vmctl_driver import BOOT_TIMEOUT_S
 
@@ -32,7 +33,6 @@ pytestmark = [
 
 WORLD, HOST = "192.0.2.2", "192.0.2.1"
 WORLD6, HOST6 = "2001:db8::2", "2001:db8::1"
-PROMPT = b"# "
 DATA = bytes(range(256)) * 4096
 
 # udhcpc hands what it was told to a script.
@@ -60,39 +60,6 @@ def world(space: Namespace) -> Iterator[Namespace]:
             (link,) = place.links() - {"lo"}
             place.run("ip", "addr", "add", f"{address}/64", "dev", link, "nodad")
         yield found
-
-
-def linux(name: str, kernel: artifacts.Kernel, *lines: str) -> str:
-    """Return a VM with a shell on its console."""
-    boot = (
-        f'initrd "{artifacts.initramfs_with(kernel, MODULES, "tools")}"',
-        f'append "{COMMAND_LINE} test=shell"',
-    )
-    return vm_block(name, *boot, *lines, boot=kernel.vmlinuz, memory="128M", enabled=True)
-
-
-class Shell:
-    """A guest's shell on its console."""
-
-    def __init__(self, console: Stream) -> None:
-        """Wait for its first prompt."""
-        self._console = console
-        self._count = 0
-        console.expect(PROMPT)
-        self.run("dmesg -n 1; ip link set lo up; ip link set eth0 up")
-
-    def run(self, command: str) -> str:
-        """Run a command; returns what it printed."""
-        self._count += 1
-        console, mark = self._console, f"<{self._count}>".encode()
-        start = len(console.output)
-        # The echo of what is typed has quotes in the middle of the mark.
-        console.type(f"{command}; echo '<'{self._count}'>'\n".encode())
-        console.expect(mark, console.output.count(mark) + 1)
-        end = console.output.rindex(mark)
-        while PROMPT not in console.output[end:]:
-            console.expect(PROMPT, console.output.count(PROMPT) + 1)
-        return console.output[start:end].decode(errors="replace").replace("\r", "")
 
 
 def _tcp_server(address: str, port: int) -> socket.socket:
