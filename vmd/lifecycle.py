@@ -10,8 +10,9 @@ A VM of any state from STARTING on can be gone at any moment; it is then STOPPED
 if the guest has rebooted. STOPPED and WAITING mean that nothing is left: no process, no descriptor,
 nobody who waits for an answer.
 
-Every request gets exactly one answer, at once or later: an effect `Reply` with its ticket. What is
-refused has no other effect. Whoever runs effects feeds what comes of them back as events.
+Every request gets exactly one answer, at once or later: an effect `Reply` with its ticket, or
+`OpenConsole`. What is refused has no other effect. Whoever runs effects feeds what comes of them
+back as events.
 
 Source: sections 7 and 8 of OpenBSD's behaviour, with the advice of its section 21.
 """
@@ -22,6 +23,7 @@ from vmd.internal import EndReason
 from vmd.messages import Done, ErrorCode, EventKind, Failed, Started, State, Terminated
 from vmd.vm_state import (
     IDLE,
+    Attach,
     ClientLeft,
     Discard,
     Effect,
@@ -33,6 +35,7 @@ from vmd.vm_state import (
     Launch,
     Launched,
     LaunchFailed,
+    OpenConsole,
     Pause,
     Paused,
     Phase,
@@ -95,6 +98,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _pause(vm, ticket)
         case Unpause(ticket):
             return _unpause(vm, ticket)
+        case Attach(ticket):
+            return _attach(vm, ticket)
         case Enqueue():
             if vm.phase is not Phase.STOPPED:
                 return vm, ()
@@ -106,7 +111,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
         case Launched(pid, tty):
             if vm.phase in IDLE:
                 return vm, (Kill(),)
-            return vm._replace(pid=pid, tty=tty), ()
+            vm = vm._replace(pid=pid, tty=tty)
+            return vm._replace(watchers=()), tuple(map(OpenConsole, vm.watchers))
         case LaunchFailed(code, message):
             return _end(vm, now, EndReason.FAILED, code, message)
         case Running():
@@ -165,7 +171,7 @@ def _stopping(vm: VmState, *, force: bool) -> Step:
         if not force and vm.phase in {Phase.PAUSING, Phase.PAUSED}:
             effects.append(SendUnpause())  # a guest that stands still cannot do as it is asked
     effects.append(Kill() if force else SendStop())
-    vm = vm._replace(phase=Phase.STOPPING, starter=None, pausers=(), unpausers=())
+    vm = vm._replace(phase=Phase.STOPPING, starter=None, pausers=(), unpausers=(), watchers=())
     return vm, tuple(effects)
 
 
@@ -201,6 +207,14 @@ def _unpause(vm: VmState, ticket: Ticket) -> Step:
             assert_never(vm.phase)
 
 
+def _attach(vm: VmState, ticket: Ticket) -> Step:
+    if vm.pid is not None:
+        return vm, (OpenConsole(ticket),)
+    if vm.phase is Phase.STARTING:
+        return vm._replace(watchers=(*vm.watchers, ticket)), ()
+    return vm, (_not_running(ticket),)
+
+
 def _discard(vm: VmState) -> Step:
     if vm.phase in IDLE:
         return vm._replace(phase=Phase.STOPPED), (Publish(EventKind.REMOVED), Forget())
@@ -216,6 +230,7 @@ def _without(vm: VmState, client: int) -> VmState:
         waiters=others(vm.waiters),
         pausers=others(vm.pausers),
         unpausers=others(vm.unpausers),
+        watchers=others(vm.watchers),
     )
 
 
@@ -265,7 +280,7 @@ def _end(vm: VmState, now: float, reason: EndReason | None, code: ErrorCode, mes
         # As OpenBSD has it, a reboot ends the wait too.
         *(Reply(ticket, Terminated(serial=ticket.serial, id=vm.id)) for ticket in vm.waiters),
     ]
-    vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=())
+    vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=(), watchers=())
     if reason is EndReason.REBOOT and vm.phase is not Phase.STOPPING and not vm.stops_at_reboot:
         vm, is_allowed = _count_start(vm, now)
         if is_allowed:
@@ -307,11 +322,14 @@ def _too_quickly(vm: VmState) -> str:
 
 
 def _interrupt(vm: VmState) -> tuple[Effect, ...]:
-    """Tell those who wait for a pause or its end that it will not come."""
-    return tuple(
-        effect
-        for ticket in (*vm.pausers, *vm.unpausers)
-        for effect in _failed(ticket, ErrorCode.EINTR, "the VM stops")
+    """Tell those who wait for a pause, its end, or a console that it will not come."""
+    return (
+        *(
+            effect
+            for ticket in (*vm.pausers, *vm.unpausers)
+            for effect in _failed(ticket, ErrorCode.EINTR, "the VM stops")
+        ),
+        *map(_not_running, vm.watchers),
     )
 
 

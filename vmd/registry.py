@@ -187,10 +187,6 @@ class Registry:
                 vm = self._authorised(uid, request)
                 if isinstance(vm, Denied):
                     return [_refuse(ticket, vm)]
-        if isinstance(request, Console):
-            if vm.state.phase in IDLE:
-                return [_refuse(ticket, Denied(ErrorCode.NOT_RUNNING, "the VM is not running"))]
-            return [OpenConsole(ticket, vm)]
         event: vm_state.Event
         match request:
             case Stop(force=force, wait=wait):
@@ -201,6 +197,8 @@ class Registry:
                 event = vm_state.Pause(ticket)
             case Unpause():
                 event = vm_state.Unpause(ticket)
+            case Console():
+                event = vm_state.Attach(ticket)
             case _:
                 raise AssertionError(request)
         return list(self._step(vm, event))
@@ -415,6 +413,8 @@ class Registry:
             match effect:
                 case vm_state.Reply(ticket, answer):
                     yield Answer(ticket.client, answer)
+                case vm_state.OpenConsole(ticket):
+                    yield OpenConsole(ticket, vm)
                 case vm_state.Publish(kind, message):
                     if kind is EventKind.STARTED:
                         vm.started_at = self._clock.realtime_s()

@@ -57,6 +57,8 @@ class VmState(NamedTuple):
     """Who is told when it ends."""
     pausers: tuple[Ticket, ...] = ()
     unpausers: tuple[Ticket, ...] = ()
+    watchers: tuple[Ticket, ...] = ()
+    """Who is to have the console as soon as there is a process."""
     is_doomed: bool = False
     """It is to be forgotten as soon as it has ended."""
     last_start: float | None = None
@@ -98,6 +100,12 @@ class Pause(NamedTuple):
 
 class Unpause(NamedTuple):
     """Somebody wants it to go on."""
+
+    ticket: Ticket
+
+
+class Attach(NamedTuple):
+    """Somebody wants to see the console."""
 
     ticket: Ticket
 
@@ -160,6 +168,7 @@ Event = (
     | Wait
     | Pause
     | Unpause
+    | Attach
     | Enqueue
     | Discard
     | ClientLeft
@@ -187,6 +196,12 @@ class Launch(NamedTuple):
 
     keeps_tty: bool
     """The console is still there from before the reboot."""
+
+
+class OpenConsole(NamedTuple):
+    """Connect a client with the console, and answer."""
+
+    ticket: Ticket
 
 
 class SendPause(NamedTuple):
@@ -223,5 +238,16 @@ class Forget(NamedTuple):
     """Take it out of the table; its id stays its name's."""
 
 
-Effect = Reply | Launch | SendPause | SendUnpause | SendStop | Kill | Release | Publish | Forget
+Effect = (
+    Reply
+    | Launch
+    | OpenConsole
+    | SendPause
+    | SendUnpause
+    | SendStop
+    | Kill
+    | Release
+    | Publish
+    | Forget
+)
 Step = tuple[VmState, tuple[Effect, ...]]

@@ -172,6 +172,19 @@ def test_the_console_of_a_late_client_and_of_a_terminal(start_vmd: Start) -> Non
                 os.close(terminal)
 
 
+def test_the_console_of_a_vm_that_is_about_to_start(start_vmd: Start) -> None:
+    """Whoever asks for it before there is a process gets the terminal and all that is shown."""
+    with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
+        client.send("start", name="one")
+        with client.console("one") as console:  # answered before the start is
+            assert client.receive()[0]["type"] == "started"
+            console.expect(READY)
+        client.send("start", name="none", disks=[{"path": "/nowhere"}], memory=64 << 20)
+        client.send("console", name="none")
+        answers = {client.receive()[0]["code"] for _ in range(2)}
+        assert answers == {"disk-missing", "not-running"}
+
+
 def test_an_image_that_another_vm_uses(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -12,6 +12,7 @@ from vmd.vm_state import (
     Forget,
     Kill,
     Launch,
+    OpenConsole,
     Phase,
     Publish,
     Release,
@@ -28,12 +29,14 @@ STARTER = Ticket(2, 20)
 WAITER = Ticket(3, 30)
 PAUSER = Ticket(4, 40)
 UNPAUSER = Ticket(5, 50)
+WATCHER = Ticket(6, 60)
 _WHO = {
     ASKER: "asker",
     STARTER: "starter",
     WAITER: "waiter",
     PAUSER: "pauser",
     UNPAUSER: "unpauser",
+    WATCHER: "watcher",
 }
 
 
@@ -50,6 +53,8 @@ def told(effect: Effect) -> str:
             raise AssertionError(answer)
         case Launch(keeps_tty):
             return "relaunch" if keeps_tty else "launch"
+        case OpenConsole(ticket):
+            return f"{_WHO[ticket]}=console"
         case Release(keeps_tty):
             return "keep-tty" if keeps_tty else "release"
         case Publish(kind):

@@ -189,6 +189,8 @@ class Host:
                     shown: tuple[VmInfo, ...] = tuple(map(info, vms))
                     self._answer(ticket.client, Vms(serial=ticket.serial, vms=shown))
                 case OpenConsole(ticket, vm):
+                    assert vm.id in self.processes  # nobody else could show anything
+                    assert vm.state.tty
                     self._answer(
                         ticket.client,
                         ConsoleOpened(serial=ticket.serial, id=vm.id, tty=vm.state.tty),
@@ -262,9 +264,8 @@ class Host:
             assert vm.id not in self.launches
             assert vm.id not in self.consoles
             state = vm.state
-            assert (state.starter, state.waiters, state.pausers, state.unpausers) == (
-                *(None, (), (), ()),
-            )
+            assert state.starter is None
+            assert (state.waiters, state.pausers, state.unpausers, state.watchers) == ((),) * 4
 
 
 def code(answer: AnyAnswer | None) -> str:

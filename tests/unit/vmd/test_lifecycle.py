@@ -6,11 +6,20 @@ import typing
 
 import pytest
 
-from tests.unit.vmd.lifecycle_told import ASKER, STARTER, WAITER, a_vm, outcome, told
+from tests.unit.vmd.lifecycle_told import (
+    ASKER,
+    STARTER,
+    WAITER,
+    WATCHER,
+    a_vm,
+    outcome,
+    told,
+)
 from vmd.internal import EndReason
 from vmd.lifecycle import EARLY_MAX, EARLY_S, shown_state, step
 from vmd.messages import ErrorCode, State
 from vmd.vm_state import (
+    Attach,
     ClientLeft,
     Discard,
     Enqueue,
@@ -40,6 +49,7 @@ EVENTS: dict[str, Event] = {
     "wait": Wait(ASKER),
     "pause": Pause(ASKER),
     "unpause": Unpause(ASKER),
+    "console": Attach(ASKER),
     "enqueue": Enqueue(),
     "discard": Discard(),
     "client left": ClientLeft(99),
@@ -148,6 +158,16 @@ TABLE = {
         "paused": "unpausing: unpause",
         "unpausing": "unpausing:",
         "stopping": "stopping: asker!not-running",
+    },
+    "console": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "starting: asker=console",
+        "running": "running: asker=console",
+        "pausing": "pausing: asker=console",
+        "paused": "paused: asker=console",
+        "unpausing": "unpausing: asker=console",
+        "stopping": "stopping: asker=console",
     },
     "enqueue": {
         "stopped": "waiting: +waiting",
@@ -351,6 +371,35 @@ def test_a_reboot_keeps_identity_and_console() -> None:
     again, _ = step(rebooted, Launched(702, "/dev/pts/7"), 100.0)
     assert (again.pid, again.tty) == (702, "/dev/pts/7")
     assert outcome(again, Running()) == "running: +started"
+
+
+def _watched() -> VmState:
+    """Return a VM that starts without a process yet, and whose console somebody wants."""
+    vm, _ = step(a_vm(Phase.STOPPED), Start(STARTER), 100.0)
+    assert outcome(vm, Attach(WATCHER)) == "starting:"
+    vm, _ = step(vm, Attach(WATCHER), 100.0)
+    return vm
+
+
+def test_a_console_waits_for_the_process() -> None:
+    """Who wants the console of a VM that starts has it once there is a process, and once only."""
+    assert outcome(_watched(), Launched(702, "/dev/pts/7")) == "starting: watcher=console"
+    launched, _ = step(_watched(), Launched(702, "/dev/pts/7"), 100.0)
+    assert outcome(launched, Running()) == "running: starter=started +started"
+
+
+def test_a_console_that_does_not_come() -> None:
+    """A start that fails or is stopped has no console; a client that left is not told."""
+    assert outcome(_watched(), LaunchFailed(ErrorCode.ENOMEM)) == (
+        "stopped: release starter!ENOMEM watcher!not-running +failed"
+    )
+    assert outcome(_watched(), Stop(ASKER)) == (
+        "stopping: asker=done +stopping starter!EINTR watcher!not-running stop"
+    )
+    stopping, _ = step(_watched(), Stop(ASKER), 100.0)
+    assert outcome(stopping, Attach(WATCHER)) == "stopping: watcher!not-running"
+    left, _ = step(_watched(), ClientLeft(WATCHER.client), 100.0)
+    assert outcome(left, Launched(702, "/dev/pts/7")) == "starting:"
 
 
 def _start_and_end(vm: VmState, now: float) -> tuple[VmState, list[str]]:

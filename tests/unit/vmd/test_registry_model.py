@@ -226,6 +226,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 *vm.state.waiters,
                 *vm.state.pausers,
                 *vm.state.unpausers,
+                *vm.state.watchers,
             )
         }
         resets = {tuple(one.ticket) for one in self.host.operations} & self.host.pending
