@@ -6,7 +6,7 @@ PYTEST = .venv/bin/pytest
 RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak fuzz installed installer captures bench clean
+.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak soak-guests fuzz installed installer captures bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,9 @@ soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs; S
 	$(PYTHON) tests/campaigns/reload_storm.py --count $(or $(COUNT),100)
 	$(PYTHON) tests/campaigns/kill_networks.py --count $(or $(COUNT),2200) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_vm.py --count $(or $(COUNT),300) --seed $(SEED)
+
+soak-guests: setup ## Kill what carries the traffic of Linux guests, COUNT (3) times on each data path; in the rig
+	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/kill_guests.py --count $(or $(COUNT),3)
 
 fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \
