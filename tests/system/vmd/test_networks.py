@@ -404,6 +404,39 @@ def test_what_is_told_of_interfaces(start: Start) -> None:
         assert client.vm("web")["interfaces"] == []
 
 
+def test_what_a_switch_says_of_its_interfaces(start: Start) -> None:
+    """They are locked and in its rdomain, number and all, though it is defined after the VM."""
+    switch = 'switch "later" {\ncreate\nlocked lladdr\nrdomain 5\n}\n'
+    plain = 'interface { switch "later" }'
+    own = 'interface {\nswitch "later"\nrdomain 7\n}'
+    with start(vm_block("web", plain, own) + switch) as vmd, vmd.client() as client:
+        assert client.ask("start", name="web")["type"] == "started"
+        vms = client.ask("status", name="web", interfaces=True)["vms"]
+        assert isinstance(vms, list)
+        told = [(each["is_locked"], each["rdomain"]) for each in vms[0]["interfaces"]]
+        assert told == [(True, 5), (True, 7)]
+
+
+def test_what_a_file_says_no_longer_counts_no_longer(start: Start) -> None:
+    """A reload without local prefixes gives the next start addresses of the default one."""
+
+    def addresses(client: Client) -> list[str]:
+        assert client.ask("start", name="web")["type"] == "started"
+        vms = client.ask("status", name="web", interfaces=True)["vms"]
+        assert isinstance(vms, list)
+        found: list[str] = vms[0]["interfaces"][0]["guest_addresses"]
+        assert client.ask("stop", name="web", force=True, wait=True)["type"] == "terminated"
+        return found
+
+    web = local_vm(enabled=False)
+    said = "local prefix 10.9.0.0/16\nlocal inet6 prefix fd09::/64\n"
+    with start(said + web) as vmd, vmd.client() as client:
+        assert addresses(client) == ["10.9.1.3/31", "fd09::fce1:bbff:fed1:1/64"]
+        vmd.config.write_text(web)
+        assert client.ask("reload")["type"] == "done"
+        assert addresses(client) == [f"{GUEST_ADDRESS}/31"]
+
+
 def test_rdomains(space: Namespace, start: Start) -> None:
     """An interface is in the VRF of its rdomain, or stays down where the kernel has none."""
     with start(local_vm("rdomain 5")) as vmd, vmd.client() as client:
