@@ -307,13 +307,17 @@ class Machine:
             self._output.drain(self.vcpus[0])
 
     def resume(self) -> None:
-        """Let a paused machine go on; the guest's clocks tell that time has passed."""
+        """Let a paused machine go on; the guest's clocks tell that time has passed.
+
+        Switches may have forgotten meanwhile where its network interfaces are; it tells them again.
+        """
         for vcpu in self.vcpus:
             # Only a guest that has a kvmclock has an alarm for standing still.
             with suppress(KvmError):
                 vcpu.kvmclock_ctrl()
         self.vmmci.sync_rtc()
         self.runner.resume()
+        self._devices.announce()
 
     def press_power_button(self) -> bool:
         """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseco
     from vmm_kvm.block.mapped import MappedImage
     from vmm_kvm.net.nic import NicParams
     from vmm_kvm.virtio.console import VirtioConsole
+    from vmm_kvm.virtio.nic import Nic
 
 _PIN_INTA = 1
 
@@ -133,7 +134,7 @@ class PciDevices:
         self._eventfds = eventfds
         self._intx = intx
         self._functions: list[VirtioPci | Vmmci] = []
-        self._set_links: list[Callable[[bool], None]] = []
+        self._nics: list[Nic] = []
 
     def close(self) -> None:
         """Stop and close every device; when no vCPU runs. Idempotent."""
@@ -199,12 +200,17 @@ class PciDevices:
         from vmm_kvm.virtio.nic import make_nic  # noqa: PLC0415 - not every machine has one
 
         made = make_nic(nic, self._memory)
-        self._set_links.append(made.set_link)
+        self._nics.append(made)
         return self.add_dataplane(made.dataplane, CLASS_NETWORK_ETHERNET, nic.name)
 
     def set_link(self, index: int, *, is_up: bool) -> None:
         """Plug the cable of network interface `index` in or out, in the order of `add_nic`."""
-        self._set_links[index](is_up)
+        self._nics[index].set_link(is_up)
+
+    def announce(self) -> None:
+        """Have drivers of network interfaces make themselves known again, as far as they can."""
+        for nic in self._nics:
+            nic.announce()
 
     def add_rng(self, clock: Clock) -> int:
         """Add a source of entropy; returns its slot.

@@ -180,6 +180,11 @@ class VirtioNet:
         if self._transport:
             self._transport.config_changed()
 
+    def announce(self) -> None:
+        """Have the driver make itself known to the network; any thread."""
+        if self.control.announce() and self._transport:
+            self._transport.config_changed()
+
     def start(self, features: int) -> None:
         """Begin with the negotiated features."""
         self._is_mergeable = bool(features >> abi.VIRTIO_NET_F_MRG_RXBUF & 1)

@@ -130,9 +130,16 @@ class NetControl:
         """Plug the cable in or out; the transport has to tell the driver."""
         self._is_up = is_up
 
-    def announce(self) -> None:
-        """Ask the driver to make itself known to the network; the transport has to tell it."""
-        self._is_announcing = True
+    def announce(self) -> bool:
+        """Ask the driver to make itself known to the network, until it says that it has.
+
+        Returns whether it can, and so the transport has to tell it.
+
+        Source: virtio 1.2 §5.1.6.5.4
+        """
+        can = bool(self._negotiated >> abi.VIRTIO_NET_F_GUEST_ANNOUNCE & 1)
+        self._is_announcing = can
+        return can
 
     def control_queue(self, features: int) -> int | None:
         """Return which queue commands come in, or None.

@@ -83,6 +83,11 @@ class SplitNet:
         if self._frontend:
             self._frontend.config_changed()
 
+    def announce(self) -> None:
+        """Have the driver make itself known to the network; any thread."""
+        if self._control.announce() and self._frontend:
+            self._frontend.config_changed()
+
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
         """Serve the enabled queues from now on, with the negotiated features.
 

@@ -29,6 +29,8 @@ class Nic(NamedTuple):
     """Who serves its queues."""
     set_link: Callable[[bool], None]
     """Plugs its cable in or out, which the driver is told; any thread."""
+    announce: Callable[[], None]
+    """Has the driver make itself known to the network, if it can; any thread."""
 
 
 def make_nic(params: NicParams, memory: NicMemory) -> Nic:
@@ -61,7 +63,7 @@ def _in_process(params: NicParams, port: FramePort, memory: NicMemory) -> Nic:
     backend = make_backend(params, port)
     worker = Worker(backend, memory, params.name)
     backend.attach(worker)
-    return Nic(worker, backend.set_link)
+    return Nic(worker, backend.set_link, backend.announce)
 
 
 def _vhost(params: NicParams, path: VhostPath, memory: NicMemory) -> Nic:
@@ -81,15 +83,20 @@ def _vhost(params: NicParams, path: VhostPath, memory: NicMemory) -> Nic:
 
 def _split(data: Dataplane, control: NetControl, memory: NicMemory, name: str) -> Nic:
     net = SplitNet(data, control, memory, name)
-    return Nic(net, net.set_link)
+    return Nic(net, net.set_link, net.announce)
 
 
 def _remote(params: NicParams, path: RemotePath, memory: NicMemory) -> Nic:
     client = Client(path.connect())
     if path.is_ours:
         server = VhostUser(client, memory, params.name, NET)
-        # The cable is no business of the server's, whose frames the host's side stops.
-        return Nic(server, lambda is_up: server.override(STATUS_OFFSET, link_status(is_up=is_up)))
+
+        def set_link(is_up: bool) -> None:
+            server.override(STATUS_OFFSET, link_status(is_up=is_up))
+
+        # The cable is no business of the server's, whose frames the host's side stops. Its driver
+        # is not offered to announce itself: what it answers, the server hears alone.
+        return Nic(server, set_link, lambda: None)
     if params.is_locked:
         client.close()
         raise SpecError(f"{params.name}: locked lladdr is not for a vhost-user server")

@@ -196,9 +196,16 @@ def test_offloads() -> None:
 def test_announcing() -> None:
     """The driver sees that it is to announce itself until it says that it has."""
     rig = Rig()
-    rig.control.announce()
+    assert rig.control.announce()
     assert rig.control.config()[6] == abi.VIRTIO_NET_S_LINK_UP | abi.VIRTIO_NET_S_ANNOUNCE
     assert rig.ask(abi.VIRTIO_NET_CTRL_ANNOUNCE, abi.VIRTIO_NET_CTRL_ANNOUNCE_ACK) == OK
+    assert rig.control.config()[6] == abi.VIRTIO_NET_S_LINK_UP
+
+
+def test_a_driver_that_cannot_announce_itself() -> None:
+    """One that has not negotiated it is not asked to."""
+    rig = Rig(features=1 << abi.VIRTIO_NET_F_CTRL_VQ)
+    assert not rig.control.announce()
     assert rig.control.config()[6] == abi.VIRTIO_NET_S_LINK_UP
 
 

@@ -203,6 +203,16 @@ def test_the_link(rig: Rig) -> None:
     assert (rig.device.config()[6], rig.calls.changes) == (0, 1)
 
 
+def test_announcing(rig: Rig) -> None:
+    """A driver that can announce itself is told to; one that cannot is left alone."""
+    for features, told in ((COMMANDS, 0), (COMMANDS | 1 << abi.VIRTIO_NET_F_GUEST_ANNOUNCE, 1)):
+        rig.device.start(features, {2: rig.queue.ring})
+        assert rig.command(2, 9, 9) == abi.VIRTIO_NET_ERR  # it has begun
+        rig.device.announce()
+        assert (rig.device.config()[6] >> 1 & 1, rig.calls.changes) == (told, told)
+        rig.device.stop()
+
+
 def test_what_is_no_vhost_net() -> None:
     """Another descriptor is refused with one line."""
     with Path("/dev/null").open("rb") as file, pytest.raises(SpecError, match="not of /dev/vhost"):

@@ -26,6 +26,7 @@ from vmm_kvm.virtio.abi import (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_CTRL_MAC_ADDR,
     VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_USO4,
     VIRTIO_NET_F_HOST_TSO4,
@@ -111,11 +112,14 @@ class DeviceKind(NamedTuple):
 BLOCK = DeviceKind(VIRTIO_ID_BLOCK, _BLK_FEATURES, _BLK_CONFIG_SIZE, _blk_queues)
 NET = DeviceKind(
     VIRTIO_ID_NET,
-    (1 << VIRTIO_NET_F_CTRL_MAC_ADDR + 1) - 1 | _NET_OFFLOADS,
+    ((1 << VIRTIO_NET_F_CTRL_MAC_ADDR + 1) - 1 | _NET_OFFLOADS)
+    & ~(1 << VIRTIO_NET_F_GUEST_ANNOUNCE),
     _NET_CONFIG_SIZE,
     _net_queues,
 )
-"""An interface whose server has everything, the control queue too: our own."""
+"""An interface whose server has everything, the control queue too: our own.
+
+But not the status, which may ask the driver to announce itself."""
 
 
 def net_data(pairs: int) -> DeviceKind:
