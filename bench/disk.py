@@ -48,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 from bench.boot import qemu_stages  # noqa: E402 - found by the line above
 from tests import artifacts  # noqa: E402
 from tests.rig.initramfs import newc_entry  # noqa: E402
-from tests.rig.machine import THREADS, Rig, Stage, project_stages  # noqa: E402
+from tests.rig.machine import Rig, Stage, processor_ns, project_stages  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
 
 _MIB = 1 << 20
@@ -111,9 +111,9 @@ class Disk:
             words = f"{self.device} {load.verb} {load.size} {load.depth} {load.order}"
             self.console.send(f"/load {words} {milliseconds}\n")
             self.console.expect("load: begin", _TIMEOUT_S)
-            used, ran = _cpu_seconds(self.pids), _processor_ns()
+            used, ran = _cpu_seconds(self.pids), processor_ns()
             found = self.console.expect(r"load: (\d+) \d+\s", _TIMEOUT_S)
-            ran, used = _processor_ns() - ran, _cpu_seconds(self.pids) - used
+            ran, used = processor_ns() - ran, _cpu_seconds(self.pids) - used
             count = int(found[1])
             self.console.expect("# ", _TIMEOUT_S)
             yield Figure(count * 1e9 / ran, used * 1e6 / count)
@@ -123,14 +123,6 @@ class Disk:
         """Send a signal to every process that has to do with it."""
         for pid in _with_children(self.pids):
             os.kill(pid, number)
-
-
-def _processor_ns() -> int:
-    """Return how long the rig's processor has run; outside of it the clock, in nanoseconds."""
-    for thread in THREADS.glob("*/comm"):
-        if thread.read_text().startswith("CPU "):
-            return int(thread.with_name("schedstat").read_text().split()[0])
-    return time.monotonic_ns()
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:

@@ -2,12 +2,14 @@
 
 Four guests run at once, each with a tap of its own: ours and QEMU's with vhost-net, ours and
 QEMU's with frames moved by the program itself. Same kernel, same initramfs, one vCPU. They are
-measured in turn, A B C D A B C D, and the medians of the rounds are compared, each of ours with
-QEMU's of the same path.
+measured in turn, A B C D A B C D, and in each round ours is compared with QEMU's of the same path.
 
 Runs in the rig on its plain clock, as root in a namespace of its own; `--here` measures on this
-machine's KVM. Processor time is that of the whole machine, guest included, per GiB of TCP. Round
-trips do not overlap: a ping is sent when the one before has long been answered.
+machine's KVM. A second is one that the rig's processor ran, so that other work on the machine
+matters less. What counts is what passes the tap from when a transfer is well under way; guests that
+are not measured stand still. Processor time is that of the whole machine, guest included, per GiB
+of TCP; in the rig, where one processor does it all, that says the same as the rate. Round trips,
+by the clock, do not overlap: a ping is sent when the one before has long been answered.
 
 Prints a table and writes JSON. `--path` measures one path and QEMU's, in half of the time.
 """
@@ -17,10 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -34,15 +39,19 @@ from tests import artifacts  # noqa: E402 - found by the line above
 from tests.guest.linux_guest import COMMAND_LINE, Shell  # noqa: E402
 from tests.guest.networks import Namespace, namespace  # noqa: E402
 from tests.guest.tools import MODULES, UNPACK, tools_disk  # noqa: E402
-from tests.rig.machine import Rig, project_stages  # noqa: E402
+from tests.rig.machine import Rig, processor_ns, project_stages  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
+from vmd.network import parse_counters  # noqa: E402
 
 MEMORY_MIB = 256
 SMALL = 64
 """Bytes of payload of a small packet."""
 GIB = 1 << 30
 _BOOT_S = 400.0
-_PINGS, _PING_INTERVAL_S = 30, 0.1
+_PINGS, _PING_INTERVAL_S = 50, 0.05
+_SETTLE_S = 0.5
+_UNDER_WAY = 100
+"""Frames that have passed when a transfer is under way."""
 _RIG_TIMEOUT_S = 3000
 _RIG_MIB = 4096
 _TICKS = 100  # per second, of /proc/stat
@@ -74,12 +83,13 @@ class Sample:
     """What one round measured."""
 
     to_host: float
-    """TCP, bytes per second."""
+    """TCP, bytes of frames per second."""
     to_guest: float
     small_to_host: float
-    """Packets per second that arrived, of 64 bytes of payload over UDP."""
+    """Frames per second, of 64 bytes of payload over UDP."""
     small_to_guest: float
     round_trip_s: float
+    """The median."""
     cpu_s_per_gib_to_host: float
     cpu_s_per_gib_to_guest: float
 
@@ -90,6 +100,7 @@ class Running(NamedTuple):
     guest: Guest
     shell: Shell
     where: Namespace
+    tap: str
     host: str
 
 
@@ -147,59 +158,67 @@ def running(
             shell.run(f"ip addr add {net}.2/24 dev eth0 && ip link set eth0 up")
             shell.run(f"ping -c 3 {net}.1")
             print(f"{guest.name}: up", flush=True)
-            found.append(Running(guest, shell, where, f"{net}.1"))
+            found.append(Running(guest, shell, where, tap, f"{net}.1"))
         yield found
 
 
-def iperf(run: Running, *options: str) -> tuple[dict[str, float], float]:
-    """Run iperf3 from the guest; returns what arrived, and the machine's busy seconds."""
-    with subprocess.Popen(
-        run.where.command("iperf3", "-s", "-1", "-J", "-B", run.host),
-        stdout=subprocess.PIPE,
-    ) as server:
-        client = f"iperf3 -c {run.host} {' '.join(options)} --connect-timeout 5000"
-        begin = busy_s()
-        run.shell.run(f"sleep 1; {client} >/iperf.log 2>&1 || {{ cat /iperf.log; false; }}")
-        spent = busy_s() - begin
-        assert server.stdout is not None
-        report = json.loads(server.stdout.read())
-    if "-R" in options:
-        shown = run.shell.run("grep receiver /iperf.log")
-        return {"receiver": _receiver(shown, is_udp="-u" in options)}, spent
-    end = report["end"]
-    if "-u" in options:
-        arrived = end["sum"]["packets"] - end["sum"]["lost_packets"]
-        return {"receiver": arrived / end["sum"]["seconds"]}, spent
-    return {"receiver": end["sum_received"]["bits_per_second"] / 8}, spent
+class Rate(NamedTuple):
+    """How much passes in a second, one way."""
+
+    bytes: float
+    frames: float
+    cpu_s_per_gib: float
+    """Seconds of the machine's processors."""
 
 
-def _receiver(shown: str, *, is_udp: bool) -> float:
-    """Return what iperf3's last line says: bytes per second, or packets per second."""
-    words = shown.splitlines()[-1].split()
-    unit = next(at for at, word in enumerate(words) if word.endswith("bits/sec"))
-    scale = {"K": 1e3, "M": 1e6, "G": 1e9}.get(words[unit][0], 1.0)
-    rate = float(words[unit - 1]) * scale / 8
-    return rate / SMALL if is_udp else rate
+def _passed(run: Running, *, is_to_guest: bool) -> tuple[int, int]:
+    """Return how many bytes and frames have passed the tap."""
+    seen = parse_counters(Path(f"/proc/{run.shell.console.pid}/net/dev").read_text())[run.tap]
+    if is_to_guest:
+        return seen.sent, seen.sent_packets
+    return seen.received, seen.received_packets
+
+
+def iperf(run: Running, seconds: int, *options: str) -> Rate:
+    """Run iperf3 from the guest for longer than `seconds`; returns what passes within those."""
+    is_to_guest = "-R" in options
+    client = f"iperf3 -c {run.host} {' '.join(options)} --connect-timeout 5000 -t {seconds + 3}"
+    server = run.where.command("iperf3", "--forceflush", "-s", "-1", "-B", run.host)
+    with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "listening" not in process.stdout.readline():
+            pass
+        _, before = _passed(run, is_to_guest=is_to_guest)
+        run.shell.run(f"{client} >/iperf.log 2>&1 & true")
+        deadline = time.monotonic() + _BOOT_S
+        while _passed(run, is_to_guest=is_to_guest)[1] < before + _UNDER_WAY:
+            assert time.monotonic() < deadline, run.shell.run("cat /iperf.log")
+            time.sleep(0.02)
+        time.sleep(_SETTLE_S)
+        begin, busy, first = processor_ns(), busy_s(), _passed(run, is_to_guest=is_to_guest)
+        time.sleep(seconds)
+        last, busy, end = _passed(run, is_to_guest=is_to_guest), busy_s() - busy, processor_ns()
+        run.shell.run("wait; grep -q receiver /iperf.log || { cat /iperf.log; false; }")
+        process.communicate()
+    ran = (end - begin) / 1e9
+    size, count = (after - before for after, before in zip(last, first, strict=True))
+    spent = ran if "RIG" in os.environ else busy
+    return Rate(size / ran, count / ran, spent / (size / GIB))
 
 
 def measure(run: Running, seconds: int) -> Sample:
-    """Measure one guest once."""
-    time = ("-t", str(seconds))
+    """Measure one guest once; the others stand still."""
     small = ("-u", "-b", "0", "-l", str(SMALL))
-    up, up_s = iperf(run, *time)
-    down, down_s = iperf(run, *time, "-R")
-    small_up, _ = iperf(run, *time, *small)
-    small_down, _ = iperf(run, *time, *small, "-R")
-    shown = run.shell.run(f"ping -q -c {_PINGS} -i {_PING_INTERVAL_S} {run.host}")
-    average_ms = float(shown.splitlines()[-1].split("=")[1].split("/")[1])
+    os.killpg(run.shell.console.pid, signal.SIGCONT)
+    time.sleep(_SETTLE_S)
+    up, down = iperf(run, seconds), iperf(run, seconds, "-R")
+    small_up, small_down = iperf(run, seconds, *small), iperf(run, seconds, *small, "-R")
+    shown = run.shell.run(f"ping -c {_PINGS} -i {_PING_INTERVAL_S} {run.host}")
+    times = [float(found) / 1e3 for found in re.findall(r"time=([\d.]+)", shown)]
+    os.killpg(run.shell.console.pid, signal.SIGSTOP)
     return Sample(
-        up["receiver"],
-        down["receiver"],
-        small_up["receiver"],
-        small_down["receiver"],
-        average_ms / 1e3,
-        up_s / (up["receiver"] * seconds / GIB),
-        down_s / (down["receiver"] * seconds / GIB),
+        *(up.bytes, down.bytes, small_up.frames, small_down.frames, statistics.median(times)),
+        *(up.cpu_s_per_gib, down.cpu_s_per_gib),
     )
 
 
@@ -217,7 +236,8 @@ COLUMNS: tuple[tuple[str, Callable[[Sample], float], float, bool], ...] = (
 def table(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
     """Return medians, their ratio to QEMU's where it is measured too, and the spread of rounds.
 
-    Above 1 a ratio is in our favour. The spread is the largest deviation from the median.
+    The ratio is the median of each round's, whose two halves had the same load of the machine;
+    above 1 it is in our favour. The spread is the largest deviation from the median.
     """
     guests = [guest for guest in GUESTS if samples.get(guest.name)]
     values = {
@@ -234,8 +254,10 @@ def table(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
             spread = max(abs(one - value) for one in rounds) / value
             shown = f"{value * scale:.1f} ±{spread:.0%}"
             if guest.peer in values:
-                other = statistics.median(values[guest.peer][at])
-                ratio = value / other if is_more_better else other / value
+                pairs = zip(rounds, values[guest.peer][at], strict=True)
+                ratio = statistics.median(
+                    ours / theirs if is_more_better else theirs / ours for ours, theirs in pairs
+                )
                 shown += f" ({ratio:.2f})"
             line += f"{shown:>24}"
         lines.append(line)
@@ -252,12 +274,16 @@ def measure_all(rounds: int, seconds: int, path: str | None, out: Path) -> None:
         namespace("-bench") as where,
         running(where, guests, kernel, Path(folder)) as found,
     ):
-        for number in range(rounds):
+        for run in found:
+            os.killpg(run.shell.console.pid, signal.SIGSTOP)
+        for number in range(rounds + 1):
             for run in found:
                 sample = measure(run, seconds)
-                samples[run.guest.name].append(asdict(sample))
-                print(f"round {number + 1}: {run.guest.name}: {sample}", flush=True)
+                if number:  # the first is not counted
+                    samples[run.guest.name].append(asdict(sample))
+                print(f"round {number}: {run.guest.name}: {sample}", flush=True)
         for run in found:
+            os.killpg(run.shell.console.pid, signal.SIGCONT)
             run.shell.console.send("poweroff -f\n")
             run.shell.console.wait()
     out.write_text(json.dumps(samples, indent=1))
