@@ -47,6 +47,7 @@ packages='
     python3             runs everything
     python3-venv        makes .venv
     seabios             firmware
+    systemd             runs the units of vmd
     syslinux-common     isolinux needs it
     tcpdump             captures inside guests and outside, which are compared
     xorriso             makes CD-ROM images

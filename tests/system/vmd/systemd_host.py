@@ -1,0 +1,203 @@
+"""systemd as the init process of a host of a test's own: namespaces, and this system's files.
+
+It sees this machine's root file system below a scratch layer, has devices, a process table, a
+network and a cgroup of its own, and starts nothing but what a test's target asks for. The rest of
+the machine is never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+from tests.system.vmd.daemon import ROOT, SELFTEST, vm_block
+
+INIT = Path("/lib/systemd/systemd")
+_TIMEOUT_S = 60.0
+_TARGET = "vmd-test.target"
+# What an early boot needs here; the other units are for machines.
+_EARLY = ("systemd-sysusers", "systemd-tmpfiles-setup", "systemd-tmpfiles-setup-dev")
+_SETUP = r"""
+scratch=$1 project=$2
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$scratch"
+mkdir "$scratch/upper" "$scratch/work" "$scratch/root"
+mount -t overlay overlay "$scratch/root" \
+    -o "lowerdir=/,upperdir=$scratch/upper,workdir=$scratch/work"
+cd "$scratch/root"
+
+: > etc/fstab
+sed -i '/^_vmd:/d; /^kvm:/d' etc/passwd etc/group etc/shadow etc/gshadow
+rm -rf etc/systemd/system usr/lib/systemd/system/*.target.wants
+units=usr/lib/systemd/system
+mkdir -p etc/systemd/system $units/sysinit.target.wants $units/sockets.target.wants
+for unit in $early; do
+    ln -s ../$unit.service $units/sysinit.target.wants/
+done
+ln -s ../systemd-journald.socket $units/sockets.target.wants/
+printf '[Unit]\nRequires=basic.target\nAfter=basic.target\n' > $units/$target
+
+for name in vmd vmctl; do
+    rm -f usr/bin/$name
+    printf '#!/bin/sh\nexec %s/.venv/bin/%s "$@"\n' "$project" $name > usr/bin/$name
+    chmod 755 usr/bin/$name
+done
+cp "$project"/packaging/vmd.service "$project"/packaging/vmd.socket $units/
+cp "$project"/packaging/vmd.sysusers usr/lib/sysusers.d/vmd.conf
+cp "$project"/packaging/vmd.tmpfiles usr/lib/tmpfiles.d/vmd.conf
+printf '%s' "$configuration" > etc/vm.conf
+
+# Devices have inodes of their own: this host gives them to whom it likes.
+mount -t tmpfs -o mode=755 tmpfs dev
+mkdir dev/net dev/pts dev/shm
+while read -r name major minor; do mknod -m 666 dev/$name c $major $minor; done <<end
+null 1 3
+zero 1 5
+full 1 7
+random 1 8
+urandom 1 9
+tty 5 0
+net/tun 10 200
+kvm 10 $(grep -w kvm /proc/misc | cut -d ' ' -f 1)
+end
+chmod 600 dev/kvm
+mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+
+mount -t proc proc proc
+mount --bind proc/sys/net "$scratch/work"
+mount --bind proc/sys proc/sys
+mount -o remount,bind,ro proc/sys
+mount --move "$scratch/work" proc/sys/net
+mount -t sysfs -o ro sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs run
+mkdir run/old
+pivot_root . run/old
+umount -l run/old
+exec env -i container=vmd-test PATH=/usr/bin:/bin:/usr/sbin:/sbin \
+    /lib/systemd/systemd --unit=$target --log-target=null --show-status=0
+"""
+
+
+def missing_systemd() -> str | None:
+    """Return why there can be no such host here."""
+    if not INIT.exists():
+        return "systemd is not installed"
+    if _cgroups() is None:
+        return "no cgroup2 is mounted"
+    return None
+
+
+def _cgroups() -> Path | None:
+    """Return where the unified cgroup hierarchy is mounted."""
+    found = re.search(r"^\S+ (\S+) cgroup2 ", Path("/proc/mounts").read_text(), re.MULTILINE)
+    return Path(found[1]) if found else None
+
+
+class SystemdHost:
+    """A running systemd; a context manager that ends it and all that it runs.
+
+    vmd's units, users and files are installed, nothing of it runs, and vm.conf has a VM that starts
+    with vmd, `one`, and one that does not, `two`.
+    """
+
+    def __init__(self) -> None:
+        """Start it, and wait until its early boot is over."""
+        cgroups = _cgroups()
+        assert cgroups is not None
+        self._cgroup = Path(tempfile.mkdtemp(prefix="vmd-test-", dir=cgroups))
+        self._scratch = Path(tempfile.mkdtemp(prefix="vmd-test-"))
+        self.configuration = vm_block("one", enabled=True, boot=SELFTEST) + vm_block("two")
+        join = f"echo $$ > {self._cgroup}/cgroup.procs; "
+        unshare = (
+            *("unshare", "--mount", "--uts", "--ipc", "--pid", "--cgroup", "--net"),
+            *("--fork", "--kill-child", "sh", "-euc", _SETUP, "setup"),
+        )
+        self._process = subprocess.Popen(
+            ["sh", "-euc", join + 'exec "$@"', "join", *unshare, str(self._scratch), str(ROOT)],
+            env={
+                **os.environ,
+                "configuration": self.configuration,
+                "early": " ".join(_EARLY),
+                "target": _TARGET,
+            },
+        )
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + _TIMEOUT_S
+        while self.state(_TARGET) != "active":
+            assert self._process.poll() is None, "systemd has ended"
+            assert time.monotonic() < deadline, "systemd does not come up"
+            time.sleep(0.1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pid = self._init()
+        if pid:
+            os.kill(pid, 9)  # with its process namespace, all that is in it
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._scratch)
+        deadline = time.monotonic() + _TIMEOUT_S
+        while "populated 1" in (self._cgroup / "cgroup.events").read_text():
+            assert time.monotonic() < deadline, "what systemd has started does not end"
+            time.sleep(0.05)
+        for folder, _, _ in os.walk(self._cgroup, topdown=False):
+            Path(folder).rmdir()
+
+    def _init(self) -> int:
+        """Return the process id of systemd outside; 0 if there is none."""
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        words = children.read_text().split() if children.exists() else []
+        return int(words[0]) if words else 0
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Run a command there; returns what it said, all of it.
+
+        Raises:
+            AssertionError: it failed, and `check` is true.
+        """
+        namespaces = ("--mount", "--pid", "--ipc", "--uts", "--net", "--cgroup", "--root", "--wd")
+        done = subprocess.run(
+            ["nsenter", f"--target={self._init()}", *namespaces, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}"
+        return done.stdout
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file there."""
+        self.run("sh", "-euc", 'mkdir -p "$(dirname "$1")"; printf %s "$2" > "$1"', "-", path, text)
+
+    def state(self, unit: str) -> str:
+        """Return what systemd says that a unit is."""
+        return self.run("systemctl", "is-active", unit, check=False).strip()
+
+    def shown(self, unit: str, name: str) -> str:
+        """Return a property of a unit."""
+        return self.run("systemctl", "show", "--property", name, "--value", unit).strip()
+
+    def states(self) -> dict[str, str]:
+        """Return what `vmctl status` calls each VM's state."""
+        rows = [line.split() for line in self.run("vmctl", "status").splitlines()[1:]]
+        return {row[-1]: row[-2] for row in rows}
