@@ -52,7 +52,8 @@ _DAEMON_TITLES = (
     "vm",
     "disk",
 )
-# What the guest maps: its RAM, and its firmware.
+_RAM = 64 * _MIB
+# What the guest maps: its RAM, which has no name or this one, and its firmware.
 _GUEST_MAPPINGS = ("/memfd:vmm:", "/dev/zero")
 
 
@@ -88,7 +89,10 @@ class Figures:
 def measure(vms: int, rounds: int, idle_s: float, *, merges: bool) -> Figures:
     """Measure everything under one daemon."""
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        config = "".join(vm_block(f"vm{number}") for number in range(max(vms, rounds)))
+        memory = f"{_RAM // _MIB}M"
+        config = "".join(
+            vm_block(f"vm{number}", memory=memory) for number in range(max(vms, rounds))
+        )
         with (
             Daemon(Path(scratch), config, is_user=os.geteuid() != 0) as vmd,
             vmd.client() as client,
@@ -249,7 +253,9 @@ def _memory(pid: int) -> tuple[int, int]:
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         words = line.split()
         if not words[0].endswith(":"):
-            is_guest = len(words) > 5 and words[5].startswith(_GUEST_MAPPINGS)
+            begin, end = (int(address, 16) for address in words[0].split("-"))
+            name = words[5] if len(words) > 5 else ""
+            is_guest = name.startswith(_GUEST_MAPPINGS) or (not name and end - begin >= _RAM)
         elif is_guest:
             continue
         elif words[0] == "Pss:":

@@ -150,6 +150,7 @@ _VM = (
     *_THREADS,
     Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
     *_all("guest memory", "memfd_create"),
+    *_all("how much of it there is", "mincore"),
     *_with("fcntl", 1, {_F_ADD_SEALS: "an unpacked kernel that nobody can change"}),
     *_NAMED,
     *_all("images into guest memory", "sendfile"),

@@ -153,7 +153,7 @@ def merge_memory() -> bool:
     """Let the host hold equal pages of this process, and of its children, once: private memory.
 
     It does so only where its administrator has turned that on (/sys/kernel/mm/ksm/run). Returns
-    whether the kernel has agreed: Linux 6.4 and newer do, for root.
+    whether the kernel has agreed: Linux 6.4 and newer do, some for root alone.
 
     Source: Linux Documentation/admin-guide/mm/ksm.rst; prctl(2), PR_SET_MEMORY_MERGE
     """

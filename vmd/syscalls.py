@@ -32,6 +32,7 @@ SYSCALLS = {
     "sched_yield": 24,
     "mremap": 25,
     "msync": 26,
+    "mincore": 27,
     "madvise": 28,
     "dup": 32,
     "dup2": 33,

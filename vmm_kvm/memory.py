@@ -21,6 +21,7 @@ from vmm_kvm.errors import GuestMemoryError, SpecError
 
 _BLOCK_SIZE = 512  # of st_blocks, always
 _HUGE = 2 << 20
+_CHUNK = 1 << 30  # of memory that is asked about at a time, bytes
 
 
 class Region(NamedTuple):
@@ -94,6 +95,9 @@ class GuestMemory:
         if is_private:
             # A huge page of the guest is one of the host if their addresses agree: leave room.
             mapping = mmap.mmap(-1, offset + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel that merges nothing
+                # A guest could tell by the time of a write what another one's page holds.
+                mapping.madvise(mmap.MADV_UNMERGEABLE)
         else:
             self.fd = os.memfd_create(f"vmm:{name}", os.MFD_CLOEXEC)
             # The mapping goes when its last view does: a thread may still hold one after close().
@@ -168,10 +172,25 @@ class GuestMemory:
     def resident_size(self) -> int:
         """Return how many bytes of the host's memory hold guest RAM; pages never touched do not.
 
-        Shared memory only.
+        Of private memory, what has been swapped out does not count.
+
+        Raises:
+            OSError: the kernel does not tell.
+
+        Source: mincore(2)
         """
-        assert self.fd >= 0
-        return os.fstat(self.fd).st_blocks * _BLOCK_SIZE
+        if self.fd >= 0:
+            return os.fstat(self.fd).st_blocks * _BLOCK_SIZE
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+        vector = ctypes.create_string_buffer(min(_CHUNK, self.size) // PAGE_SIZE)
+        pages = 0
+        for offset in range(0, self.size, _CHUNK):
+            size = min(_CHUNK, self.size - offset)
+            if mincore(self.hva + offset, size, vector):
+                raise OSError(ctypes.get_errno(), "mincore")
+            pages += vector.raw[: size // PAGE_SIZE].count(1)
+        return pages * PAGE_SIZE
 
     def contains(self, gpa: int, size: int) -> bool:
         """Tell whether `size` bytes at `gpa` lie inside one region."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm_kvm.bits import GIB, KIB, PAGE_SIZE
+from vmm_kvm.bits import GIB, KIB, MIB, PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, SpecError
 from vmm_kvm.memory import GuestMemory, Region
 
@@ -134,6 +134,16 @@ def test_an_access_is_inside_one_region_or_refused(gpa: int, size: int) -> None:
         else:
             with pytest.raises(GuestMemoryError):
                 memory.view(gpa, size)
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_only_what_was_touched_is_there(is_private: bool) -> None:
+    """Pages that were written to count, with whatever the host gives at once; others do not."""
+    with GuestMemory(((0, 64 * MIB),), is_private=is_private) as memory:
+        assert memory.resident_size() == 0
+        memory.write(5, b"guest")
+        memory.write(40 * MIB, b"guest")
+        assert memory.resident_size() in {2 * PAGE_SIZE, 4 * MIB}  # maybe in huge pages
 
 
 def test_other_memory_can_be_attached() -> None:

@@ -73,7 +73,7 @@ from vmm_kvm.machine import (
     TripleFault,
 )
 from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, Traffic, VhostPath
-from vmm_kvm.pci_devices import PmemDisk, RemoteDisk
+from vmm_kvm.pci_devices import PmemDisk, RemoteDisk, has_servers
 
 log = Log(__name__)
 
@@ -189,27 +189,30 @@ def _machine_spec(
     if spec.cdrom is not None:
         cdrom = open_image(fds.take(spec.cdrom), Format.RAW, read_only=True, name="cdrom")
         stack.callback(cdrom.close)
+    disks = tuple(
+        _disk(disk, fds, connection, stack)
+        for connection, disk in zip(connections.disks, spec.disks, strict=True)
+    )
+    nics = tuple(
+        NicParams(
+            bytes.fromhex(nic.lladdr.replace(":", "")),
+            _path(nic, fds, connection),
+            nic.name,
+            nic.mtu,
+            nic.is_locked,
+            nic.is_up,
+        )
+        for connection, nic in zip(connections.nics, spec.interfaces, strict=True)
+    )
     return MachineSpec(
         image=image,
         kernels=LentKernel(kernel, lambda fd: _tell(channel, VmUnpacked(), fd)),
         variables=variables,
         memory_size=spec.memory,
+        is_memory_private=not has_servers(nics, disks),
         cpus=spec.cpus,
-        disks=tuple(
-            _disk(disk, fds, connection, stack)
-            for connection, disk in zip(connections.disks, spec.disks, strict=True)
-        ),
-        nics=tuple(
-            NicParams(
-                bytes.fromhex(nic.lladdr.replace(":", "")),
-                _path(nic, fds, connection),
-                nic.name,
-                nic.mtu,
-                nic.is_locked,
-                nic.is_up,
-            )
-            for connection, nic in zip(connections.nics, spec.interfaces, strict=True)
-        ),
+        disks=disks,
+        nics=nics,
         cdrom=cdrom,
         boot_device=BootDevice(spec.boot_device.value),
         name=spec.name,
