@@ -14,7 +14,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Self, TypeVar
@@ -185,6 +186,38 @@ class TapGuest:
             if found is not None:
                 return found
         raise AssertionError(f"no answer to {packet.summary()}")
+
+    @contextmanager
+    def flooding(self, frame: bytes) -> Iterator[None]:
+        """Send what `frame` returned as fast as can be, meanwhile."""
+        is_over = threading.Event()
+
+        def body() -> None:
+            while not is_over.is_set():
+                os.write(self._fd, frame)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def time_to_answer(self, frame: bytes, mark: bytes, timeout_s: float = TIMEOUT_S) -> float:
+        """Send what `frame` returned; returns after how many seconds a frame with `mark` came."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        time.sleep(0.01)  # questions are to meet every moment of what else goes on
+        begin = time.monotonic()
+        self.write(frame)
+        while poll.poll(timeout_s * 1000):
+            try:
+                if mark in os.read(self._fd, 65536):
+                    return time.monotonic() - begin
+            except BlockingIOError:
+                continue
+        raise AssertionError("no answer")
 
     def to(self, lladdr: str, address: str) -> Packet:
         """Return the beginning of a packet to a neighbour, or by way of it."""
