@@ -4,23 +4,25 @@ One guest for each way to serve a disk: in the VM's process, by a device process
 qemu-storage-daemon with io_uring, as memory (pmem), and QEMU with aio=threads and aio=io_uring,
 without an iothread; and QEMU with qemu-storage-daemon, to tell what of the third is the daemon's.
 All have a raw image of the same size and contents, in memory. All guests are there from the
-beginning and take turns: a round measures each load on each disk. While one is measured the others
-are stopped: seven idle guests would use half of the processor. The figures are medians of the
-rounds.
+beginning and take turns: a round puts each load on one disk after the other. While one is measured
+the others are stopped: seven idle guests would use half of the processor. The figures are medians
+of the rounds; a ratio is of two figures of one round, measured within seconds, so that it cancels
+what else the machine did. QEMU's with which all are compared is the one with the better median.
 
 `--only` and `--loads` measure a part, in a few minutes: loads that are left out stay in the JSON
 file as they were, so that parts add up to the whole. `--show` prints what is in it.
 
 It runs in the rig on its plain clock, with one processor, so that what a request costs the guest,
 KVM and the device decides how many there are in a second. A second is one that the rig's processor
-ran: what this machine gave to others meanwhile does not count. `--here` measures on this machine's
-KVM, by the clock.
+ran: what this machine gave to others meanwhile does not count. That processor has no ERMS and no
+FSRM, for all alike (`rig --copy-words`; docs/testing.md says why). `--here` measures on this
+machine's KVM, by the clock.
 
 The CPU time of a request is what all processes of a VM used besides running their guest. The kernel
 tells the latter by samples, so that small figures are uncertain.
 
-Other work on the machine still costs caches, and some of the ratio: look at the spread, and at the
-ratio of the best rounds.
+Other work on the machine still costs caches, and some of the ratio: look at the least and the
+largest of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,21 +105,20 @@ class Disk:
     device: str
     pids: tuple[int, ...]
 
-    def measure(self, loads: Sequence[Load], milliseconds: int) -> Iterator[Figure]:
-        """Put each load on the disk, and yield what it gave."""
+    def measure(self, load: Load, milliseconds: int) -> Figure:
+        """Put a load on the disk, and return what it gave."""
         self.signal(signal.SIGCONT)
         time.sleep(_SETTLE_S)
-        for load in loads:
-            words = f"{self.device} {load.verb} {load.size} {load.depth} {load.order}"
-            self.console.send(f"/load {words} {milliseconds}\n")
-            self.console.expect("load: begin", _TIMEOUT_S)
-            used, ran = _cpu_seconds(self.pids), processor_ns()
-            found = self.console.expect(r"load: (\d+) \d+\s", _TIMEOUT_S)
-            ran, used = processor_ns() - ran, _cpu_seconds(self.pids) - used
-            count = int(found[1])
-            self.console.expect("# ", _TIMEOUT_S)
-            yield Figure(count * 1e9 / ran, used * 1e6 / count)
+        words = f"{self.device} {load.verb} {load.size} {load.depth} {load.order}"
+        self.console.send(f"/load {words} {milliseconds}\n")
+        self.console.expect("load: begin", _TIMEOUT_S)
+        used, ran = _cpu_seconds(self.pids), processor_ns()
+        found = self.console.expect(r"load: (\d+) \d+\s", _TIMEOUT_S)
+        ran, used = processor_ns() - ran, _cpu_seconds(self.pids) - used
+        count = int(found[1])
+        self.console.expect("# ", _TIMEOUT_S)
         self.signal(signal.SIGSTOP)
+        return Figure(count * 1e9 / ran, used * 1e6 / count)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to every process that has to do with it."""
@@ -244,10 +245,9 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
         (scratch / "initrd").write_bytes(initrd(folder / "load"))
         running = disks(stack, scratch, given.only)
         for number in range(given.rounds + 1):
-            for name, disk in running.items():
-                for load, figure in zip(
-                    chosen, disk.measure(chosen, given.milliseconds), strict=True
-                ):
+            for load in chosen:
+                for name, disk in running.items():
+                    figure = disk.measure(load, given.milliseconds)
                     if number:  # the first is not counted
                         figures.setdefault(load.name, {}).setdefault(name, []).append(figure)
             print(f"round {number} of {given.rounds}", flush=True)
@@ -257,22 +257,36 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
 
 
 def table(figures: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
-    """Return the figures as text: medians, and the best rounds, each beside QEMU's better one."""
-    lines = [f"{'':32}{'requests':>10}  {'ratio':>9}{'of best':>9}{'spread':>9}{'CPU each':>12}"]
+    """Return the figures as text, each way beside QEMU's better one: medians of the rounds.
+
+    A ratio is of two figures of the same round, so that it cancels what a round's time was like.
+    """
+    lines = [
+        f"{'':32}{'requests':>10}  {'ratio':>9}{'rounds':>13}{'same daemon':>13}{'CPU each':>12}"
+    ]
     for load, found in figures.items():
         lines.append(load)
         rates = {name: [one[0] for one in rounds] for name, rounds in found.items()}
-        baselines = [rates[name] for name in BASELINES if name in rates]
+        medians = {name: statistics.median(rounds) for name, rounds in rates.items()}
+        best = max(
+            (name for name in BASELINES if name in rates), key=medians.__getitem__, default=""
+        )
         for name, rounds in rates.items():
-            median = statistics.median(rounds)
-            line = f"  {name:30}{median:10.0f}/s"
-            medians = [statistics.median(one) for one in baselines]
-            for own, theirs in ((median, medians), (max(rounds), [max(one) for one in baselines])):
-                line += f"{own / max(theirs):9.2f}" if theirs else f"{'-':>9}"
-            spread = (max(rounds) - min(rounds)) / median
+            ratios = _ratios(rounds, rates.get(best, ()))
+            line = f"  {name:30}{medians[name]:10.0f}/s{_median(ratios)}"
+            line += f"{f'{min(ratios):.2f}-{max(ratios):.2f}' if ratios else '-':>13}"
+            others = rates.get(_QEMU_DAEMON, ()) if name == _DAEMON else ()
             cpu = statistics.median(one[1] for one in found[name])
-            lines.append(f"{line}{spread:9.0%}{cpu:9.0f} us")
+            lines.append(f"{line}{_median(_ratios(rounds, others)):>13}{cpu:9.0f} us")
     return "\n".join(lines)
+
+
+def _ratios(own: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(own, theirs, strict=False)]
+
+
+def _median(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):9.2f}" if ratios else f"{'-':>9}"
 
 
 def main() -> int:
@@ -325,6 +339,7 @@ def _rig(command: tuple[str, ...], out: Path) -> Rig:
         cpus=1,
         memory=8 << 30,
         timeout_s=3600,
+        copies_words=True,
         stages=(*project_stages(ROOT), *qemu_stages(), Stage(kernel)),
         out=out,
     )

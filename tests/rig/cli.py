@@ -40,6 +40,11 @@ def parse(arguments: Sequence[str]) -> Rig:
         "run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     run.add_argument("--icount", action="store_true", help="instruction-counting clock, one CPU")
+    run.add_argument(
+        "--copy-words",
+        action="store_true",
+        help="processors without ERMS and FSRM, so that copies cost a tenth: for disks",
+    )
     run.add_argument("--cpus", type=int, default=2)
     run.add_argument("--mem", type=int, default=6144, help="MiB")
     run.add_argument("--timeout", type=float, default=900, help="seconds")
@@ -65,6 +70,7 @@ def parse(arguments: Sequence[str]) -> Rig:
         memory=given.mem << 20,
         timeout_s=given.timeout,
         is_counted=given.icount,
+        copies_words=given.copy_words,
         stages=stages,
         out=given.out,
     )

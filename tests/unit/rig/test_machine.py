@@ -64,6 +64,16 @@ def test_the_counted_clock_has_one_processor() -> None:
     assert arguments[arguments.index("-icount") + 1] == "shift=1,sleep=off"
 
 
+def test_copies_by_words_take_a_processor_without_fast_strings() -> None:
+    """With --copy-words, and only then, the processor has neither ERMS nor FSRM."""
+    processors = []
+    for options in ([], ["--copy-words"]):
+        rig = parse(["run", *options, "--", "true"])
+        arguments = qemu_arguments(rig, Path("k"), Path("i"), Path("s"))
+        processors.append(arguments[arguments.index("-cpu") + 1])
+    assert processors == ["max", "max,erms=off,fsrm=off"]
+
+
 def test_the_root_is_shared_read_only() -> None:
     """Nothing in the rig can change this machine's files, save in the shared scratch."""
     arguments = qemu_arguments(Rig(("true",)), Path("k"), Path("i"), Path("/scratch"))
