@@ -66,6 +66,8 @@ def run_rounds(
 ) -> tuple[int, list[str]]:
     """Kill `count` times; return how many operations there were, and what deviated.
 
+    How far it is, is printed with each new image.
+
     Args:
         count: how many rounds; the images take turns within them.
         seed: of the generator that each round is given.
@@ -76,12 +78,15 @@ def run_rounds(
     """
     chance = random.Random(seed)
     operations, deviations = 0, []
+    begun = time.monotonic()
     per_image = max(count // len(OPTIONS), 1)
     with tempfile.TemporaryDirectory(prefix="kill-") as directory:
         for number in range(count):
             if number % per_image == 0:
                 path = f"{directory}/disk{number}.qcow2"
                 features = OPTIONS[number // per_image % len(OPTIONS)]
+                taken = time.monotonic() - begun
+                print(f"round {number} of {count}, after {taken:.0f} s: {features}", flush=True)
                 command = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", features, path)
                 subprocess.run([*command, str(size)], check=True)
                 disk = make_disk()
