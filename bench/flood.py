@@ -6,9 +6,8 @@ Its median round trips are compared between
 
 - quiet: nobody else does anything;
 - spin: our guest, and then QEMU's, computes without an end and sends nothing;
-- host: a process of the host sends, as fast as it can, to the bridge's address;
-- ours, QEMU: a guest sends datagrams of 64 bytes as fast as it can, to the host, to an lladdr
-  that nobody has (the bridge shows such frames to every port), or as broadcasts.
+- ours, QEMU: a guest's kernel (pktgen) sends datagrams of 64 bytes as fast as it can, to the host,
+  to an lladdr that nobody has (the bridge shows such frames to every port), or as broadcasts.
 
 What `ours` costs beyond `QEMU` of the same kind is by our doing; what `spin` and `QEMU` cost is
 the processor, and the bridge, that all share. Prints a table. Runs as root in a network namespace
@@ -21,7 +20,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,12 +35,17 @@ from bench.net import Guest, arguments  # noqa: E402 - found by the line above
 from tests import artifacts  # noqa: E402
 from tests.guest.linux_guest import COMMAND_LINE, Shell  # noqa: E402
 from tests.guest.networks import Namespace, namespace  # noqa: E402
-from tests.guest.tools import MODULES, UNPACK, missing, tools_disk  # noqa: E402
+from tests.guest.tools import MODULES, missing, tools_disk  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
 
 NET = "10.96.0."
-HOST, PINGING, OURS, QEMU, NOBODY, ALL = "1", "2", "3", "4", "99", "255"
-TARGETS = {"the host": HOST, "nobody": NOBODY, "all": ALL}
+HOST, PINGING, OURS, QEMU = "1", "2", "3", "4"
+TARGETS = {
+    "the host": ("02:00:00:00:00:01", HOST),
+    "nobody": ("02:00:00:00:00:99", "99"),
+    "all": ("ff:ff:ff:ff:ff:ff", "255"),
+}
+"""Whom a flood is sent to: lladdr, and the end of the address."""
 PATHS = {
     "vhost": ("", ",vhost=on"),
     "thread": (",user", ",vhost=off"),
@@ -52,9 +55,9 @@ PATHS = {
 _BOOT_S = 400.0
 _INTERVAL_S = 0.1
 _SETTLE_S = 2
-_SIZE = 64
+_FRAME = 64 + 42
+"""Bytes of a frame: headers, and 64 of payload."""
 _PORT = 9
-_NOBODY = "02:00:00:00:00:99"
 
 
 class Round(NamedTuple):
@@ -64,7 +67,7 @@ class Round(NamedTuple):
     guest: float
     lost: int
     rate: float
-    """Frames per second that guests have sent, and the host to itself, pings included."""
+    """Frames per second that guests have sent, pings included."""
 
 
 class Place(NamedTuple):
@@ -75,24 +78,34 @@ class Place(NamedTuple):
     pings: int
 
 
-def sender(number: str) -> str:
-    """Return the program that floods an address of the network; it needs no module."""
-    address = NET.replace(".", ",") + number
-    return (
-        "socket(S,2,2,17);setsockopt(S,1,6,pack(q(i),1));"
-        f"$a=pack(q(S n C4 x8),2,{_PORT},{address});$d=chr(0)x{_SIZE};"
-        "while(1){send(S,$d,0,$a)}"
+def pktgen(lladdr: str, address: str) -> tuple[str, str]:
+    """Return the commands that begin a flood to a neighbour, and end it."""
+    place = "/proc/net/pktgen"
+    settings = (
+        *("count 0", "delay 0", f"pkt_size {_FRAME}", f"dst {NET}{address}", f"dst_mac {lladdr}"),
+        *(f"udp_dst_min {_PORT}", f"udp_dst_max {_PORT}"),
     )
+    begin = (
+        f"echo rem_device_all >{place}/kpktgend_0",
+        f"echo add_device eth0 >{place}/kpktgend_0",
+        *(f"echo '{setting}' >{place}/eth0" for setting in settings),
+        f"(echo start >{place}/pgctrl) & sleep {_SETTLE_S}",
+    )
+    return "; ".join(begin), f"echo stop >{place}/pgctrl; wait; grep Result -A 1 {place}/eth0"
+
+
+SPIN = f"(while :; do :; done) & echo $! >/pid; sleep {_SETTLE_S}", "kill -9 $(cat /pid); sleep 1"
+"""The commands that begin to compute without an end, and end it."""
 
 
 @contextmanager
-def flooding(shell: Shell, command: str) -> Iterator[None]:
-    """Have a guest run a command without an end."""
-    shell.run(f"{command} >/dev/null 2>&1 & echo $! >/pid; sleep {_SETTLE_S}")
+def busy(shell: Shell, begin: str, end: str) -> Iterator[None]:
+    """Have a guest do something meanwhile."""
+    shell.run(begin)
     try:
         yield
     finally:
-        shell.run("kill -9 $(cat /pid); sleep 1")
+        shell.run(end)
 
 
 def ping(place: Place, number: str) -> tuple[float, int]:
@@ -105,9 +118,8 @@ def ping(place: Place, number: str) -> tuple[float, int]:
 
 
 def frames(place: Place) -> int:
-    """Return how many frames guests have sent, and how many datagrams the host's loopback."""
+    """Return how many frames guests have sent."""
     links = [f"/sys/class/net/tap{number}/statistics/rx_packets" for number in place.shells]
-    links.append("/sys/class/net/lo/statistics/rx_packets")
     return sum(int(line) for line in place.where.run("cat", *links).split())
 
 
@@ -124,17 +136,11 @@ def one_round(place: Place) -> Iterator[tuple[str, Round]]:
     who = {"ours": (OURS, QEMU), "QEMU": (QEMU, OURS)}
     yield "quiet", measure(place, QEMU)
     for name, (number, other) in who.items():
-        with flooding(place.shells[number], "sh -c 'while :; do :; done'"):
+        with busy(place.shells[number], *SPIN):
             yield f"spin, {name}", measure(place, other)
-    command = place.where.command("perl", "-e", sender(HOST))
-    with subprocess.Popen(command) as process:
-        try:
-            yield "host", measure(place, QEMU)
-        finally:
-            process.kill()
-    for target, address in TARGETS.items():
+    for target, (lladdr, address) in TARGETS.items():
         for name, (number, other) in who.items():
-            with flooding(place.shells[number], f"perl -e '{sender(address)}'"):
+            with busy(place.shells[number], *pktgen(lladdr, address)):
                 yield f"{name} to {target}", measure(place, other)
 
 
@@ -142,12 +148,12 @@ def one_round(place: Place) -> Iterator[tuple[str, Round]]:
 def running(path: str, pings: int, folder: Path) -> Iterator[Place]:
     """Boot the three guests on one bridge."""
     kernel = artifacts.kernel("6.1-cloud")
-    initramfs = artifacts.initramfs_with(kernel, MODULES, "bench-net")
-    disk = tools_disk(folder / "tools.img", "perl")
+    initramfs = artifacts.initramfs_with(kernel, (*MODULES, "pktgen"), "flood")
+    disk = tools_disk(folder / "tools.img")  # QEMU's guest has one in any case
     options, of_qemu = PATHS[path]
     with ExitStack() as stack:
         where = stack.enter_context(namespace("-flood"))
-        where.ip("link", "add", "br0", "type", "bridge")
+        where.ip("link", "add", "br0", "address", TARGETS["the host"][0], "type", "bridge")
         where.ip("link", "set", "br0", "up")
         where.ip("addr", "add", f"{NET}{HOST}/24", "dev", "br0")
         consoles = {}
@@ -174,9 +180,9 @@ def running(path: str, pings: int, folder: Path) -> Iterator[Place]:
         for number, console in consoles.items():
             console.expect("# ", _BOOT_S)
             shells[number] = shell = Shell(console)
-            shell.run(f"dmesg -n 1; ip link set lo up; {UNPACK}")
+            shell.run("dmesg -n 1; ip link set lo up")
             shell.run(f"ip addr add {NET}{number}/24 dev eth0 && ip link set eth0 up; sleep 1")
-            shell.run(f"arp -s {NET}{NOBODY} {_NOBODY}; ping -c 2 {NET}{HOST}")
+            shell.run(f"ping -c 2 {NET}{HOST}")
         print(f"{path}: guests are up", flush=True)
         yield Place(where, shells, pings)
         for console in consoles.values():
@@ -207,7 +213,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pings", type=int, default=20, help="of each case, to host and guest")
     given = parser.parse_args()
-    if lack := missing(["perl", "qemu-system-x86_64"]):
+    if lack := missing(["qemu-system-x86_64"]):
         print(f"bench/flood: {lack}", file=sys.stderr)
         return 1
     for path in given.path or PATHS:
