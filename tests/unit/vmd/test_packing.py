@@ -44,7 +44,8 @@ def test_threads_are_recorded() -> None:
 
 
 def _pages_of_new_objects() -> int:
-    return len({id(made) >> 12 for made in [bytes(150) for _ in range(50)]})
+    # More than fit into one pool, which may be nearly empty at any time.
+    return len({id(made) >> 12 for made in [bytes(150) for _ in range(200)]})
 
 
 def test_new_objects_lie_side_by_side() -> None:
@@ -52,6 +53,6 @@ def test_new_objects_lie_side_by_side() -> None:
     objects = [bytes(150) for _ in range(40_000)]
     del objects[::40]
     gc.collect()
-    assert _pages_of_new_objects() > 20
+    assert _pages_of_new_objects() > 60
     fill_holes()
-    assert _pages_of_new_objects() < 10
+    assert _pages_of_new_objects() < 20
