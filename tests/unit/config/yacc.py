@@ -10,6 +10,7 @@ Source: POSIX yacc, "Error Handling".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 END = "END"
@@ -32,13 +33,16 @@ class Item(NamedTuple):
     ahead: str
 
 
-class Shift(NamedTuple):
+# No tuples: a shift to state 5 would equal a reduction by rule 5.
+@dataclass(frozen=True, slots=True)
+class Shift:
     """Take the token, and go to a state."""
 
     state: int
 
 
-class Reduce(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reduce:
     """Replace the symbols of a rule by its name."""
 
     rule: int
