@@ -21,6 +21,9 @@ from tests.system.vmd.daemon import ROOT, SELFTEST, vm_block
 INIT = Path("/lib/systemd/systemd")
 _TIMEOUT_S = 60.0
 _TARGET = "vmd-test.target"
+_PLACE = Path("/usr/lib/vmd-test")
+"""Where the project is there."""
+_SELFTEST = _PLACE / SELFTEST.relative_to(ROOT)
 # What an early boot needs here; the other units are for machines.
 _EARLY = ("systemd-sysusers", "systemd-tmpfiles-setup", "systemd-tmpfiles-setup-dev")
 _SETUP = r"""
@@ -45,9 +48,14 @@ printf '[Unit]\nRequires=basic.target\nAfter=basic.target\n' > $units/$target
 
 for name in vmd vmctl; do
     rm -f usr/bin/$name
-    printf '#!/bin/sh\nexec %s/.venv/bin/%s "$@"\n' "$project" $name > usr/bin/$name
+    printf '#!/bin/sh\nPYTHONPATH=%s exec %s/.venv/bin/python -m %s "$@"\n' \
+        $place $place $name > usr/bin/$name
     chmod 755 usr/bin/$name
 done
+# Where it is now may be on another mount, or in /tmp, which an early boot empties.
+mkdir -p .$place
+mount --bind "$project" .$place
+mount -o remount,bind,ro .$place
 cp "$project"/packaging/vmd.service "$project"/packaging/vmd.socket $units/
 cp "$project"/packaging/vmd.sysusers usr/lib/sysusers.d/vmd.conf
 cp "$project"/packaging/vmd.tmpfiles usr/lib/tmpfiles.d/vmd.conf
@@ -102,6 +110,11 @@ def _cgroups() -> Path | None:
     return Path(found[1]) if found else None
 
 
+def block(name: str, *, enabled: bool = False) -> str:
+    """Return a vm.conf block of a VM that boots the self-test guest there."""
+    return vm_block(name, enabled=enabled, boot=_SELFTEST)
+
+
 class SystemdHost:
     """A running systemd; a context manager that ends it and all that it runs.
 
@@ -115,7 +128,7 @@ class SystemdHost:
         assert cgroups is not None
         self._cgroup = Path(tempfile.mkdtemp(prefix="vmd-test-", dir=cgroups))
         self._scratch = Path(tempfile.mkdtemp(prefix="vmd-test-"))
-        self.configuration = vm_block("one", enabled=True, boot=SELFTEST) + vm_block("two")
+        self.configuration = block("one", enabled=True) + block("two")
         join = f"echo $$ > {self._cgroup}/cgroup.procs; "
         unshare = (
             *("unshare", "--mount", "--uts", "--ipc", "--pid", "--cgroup", "--net"),
@@ -127,6 +140,7 @@ class SystemdHost:
                 **os.environ,
                 "configuration": self.configuration,
                 "early": " ".join(_EARLY),
+                "place": str(_PLACE),
                 "target": _TARGET,
             },
         )

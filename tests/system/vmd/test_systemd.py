@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import vm_block
-from tests.system.vmd.systemd_host import SystemdHost, missing_systemd
+from tests.system.vmd.systemd_host import SystemdHost, block, missing_systemd
 
 pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.slow]
 
@@ -64,7 +63,7 @@ def test_from_start_to_stop(host: SystemdHost) -> None:
     host.run("systemctl", "start", SERVICE)
     assert host.states() == {"one": "running", "two": "stopped"}
     host.run("vmctl", "start", "two")
-    host.write("/etc/vm.conf", host.configuration + vm_block("three", enabled=True))
+    host.write("/etc/vm.conf", host.configuration + block("three", enabled=True))
     host.run("systemctl", "reload", SERVICE)
     _eventually(lambda: host.states() == dict.fromkeys(("one", "two", "three"), "running"))
     _eventually(lambda: host.run("vmctl", "status").count(" - ") == 0)  # each has a process
