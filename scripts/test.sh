@@ -40,7 +40,7 @@ lint() {
 
 # in_rig PYTEST'S...: run guest tests in a rig of their own.
 in_rig() {
-    VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 2400 --project -- \
+    VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 3600 --project -- \
         .venv/bin/pytest -q --color=no --timeout 300 -p no:cacheprovider -m guest "$@"
 }
 
