@@ -22,6 +22,8 @@ from vmm_kvm.errors import GuestMemoryError, SpecError
 _BLOCK_SIZE = 512  # of st_blocks, always
 _HUGE = 2 << 20
 _CHUNK = 1 << 30  # of memory that is asked about at a time, bytes
+_mincore = ctypes.CDLL(None, use_errno=True).mincore
+_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 class Region(NamedTuple):
@@ -181,13 +183,11 @@ class GuestMemory:
         """
         if self.fd >= 0:
             return os.fstat(self.fd).st_blocks * _BLOCK_SIZE
-        mincore = ctypes.CDLL(None, use_errno=True).mincore
-        mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
         vector = ctypes.create_string_buffer(min(_CHUNK, self.size) // PAGE_SIZE)
         pages = 0
         for offset in range(0, self.size, _CHUNK):
             size = min(_CHUNK, self.size - offset)
-            if mincore(self.hva + offset, size, vector):
+            if _mincore(self.hva + offset, size, vector):
                 raise OSError(ctypes.get_errno(), "mincore")
             pages += vector.raw[: size // PAGE_SIZE].count(1)
         return pages * PAGE_SIZE
