@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from ctypes import addressof, c_char
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
 from vmm_kvm.errors import GuestError
+from vmm_kvm.virtio.abi import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from vmm_kvm.virtio.queue import INDIRECT_MAX, Chain, Virtqueue
 
+NEXT, WRITE = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 SIZE = 8
+TABLE_AT = 0x4000
 MEMORY_SIZE = 0x8000
 POPS = 3 * SIZE
 FEATURES = st.sampled_from([0, INDIRECT, EVENT_IDX, INDIRECT | EVENT_IDX])
@@ -94,8 +99,8 @@ def test_rings_that_change(features: int, noise: bytes, data: st.DataObject) -> 
 def test_any_indirect_table(table: list[tuple[int, int, int, int]], noise: bytes) -> None:
     """A table of random bytes is no worse than a table of random descriptors."""
     memory, driver, queue = hostile(INDIRECT, table, [0] * SIZE, 1)
-    memory.bytes[0x4000 : 0x4000 + len(noise)] = noise
-    driver.describe(0, (0x4000, len(noise), 4, 0))
+    memory.bytes[TABLE_AT : TABLE_AT + len(noise)] = noise
+    driver.describe(0, (TABLE_AT, len(noise), VRING_DESC_F_INDIRECT, 0))
     try:
         chain = queue.pop()
     except GuestError:
@@ -103,3 +108,54 @@ def test_any_indirect_table(table: list[tuple[int, int, int, int]], noise: bytes
     assert chain is not None
     check(chain)
     assert struct.unpack_from("<Q", noise)[0] < MEMORY_SIZE
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, MEMORY_SIZE - 64), st.integers(1, 64)),
+        min_size=SIZE,
+        max_size=SIZE,
+    ),
+    st.integers(0, SIZE),
+    st.none() | st.tuples(st.integers(0, SIZE - 1), DESCRIPTORS),
+    st.integers(1, SIZE - 1),
+    st.integers(1, SIZE - 1),
+)
+def test_a_table_in_any_order(
+    buffers: list[tuple[int, int]],
+    readable: int,
+    fault: tuple[int, tuple[int, int, int, int]] | None,
+    one: int,
+    other: int,
+) -> None:
+    """Entries that lie one behind the other give what the same entries give in other places."""
+    entries = [
+        (address, length, 0 if number < readable else WRITE)
+        for number, (address, length) in enumerate(buffers)
+    ]
+    if fault:
+        number, (address, length, flags, _) = fault
+        entries[number] = address, length, flags & ~NEXT
+    places = list(range(SIZE))  # a chain begins with the first entry
+    places[one], places[other] = other, one
+    assert _taken(entries, range(SIZE)) == _taken(entries, places)
+
+
+def _taken(entries: list[tuple[int, int, int]], places: Sequence[int]) -> object:
+    """Return offsets and sizes of the buffers of a chain of `entries`, or what is wrong with it."""
+    memory, driver, queue = hostile(INDIRECT, [(0, 0, 0, 0)] * SIZE, [0] * SIZE, 1)
+    driver.describe(0, (TABLE_AT, 16 * SIZE, VRING_DESC_F_INDIRECT, 0))
+    followers = [*places[1:], None]
+    for place, (address, length, flags), following in zip(places, entries, followers, strict=True):
+        link = (flags, 0) if following is None else (flags | NEXT, following)
+        driver.put(TABLE_AT + 16 * place, "QIHH", address, length, *link)
+    try:
+        chain = queue.pop()
+    except GuestError as err:
+        return str(err)
+    assert chain is not None
+    start = addressof(c_char.from_buffer(memory.bytes))
+    return [
+        [(addressof(c_char.from_buffer(one)) - start, len(one)) for one in part]
+        for part in (chain.readable, chain.writable)
+    ]
