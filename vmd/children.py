@@ -19,8 +19,8 @@ from vmd.internal import (
     VMM_AND_ZYGOTE,
     ZYGOTE_AND_VMM,
 )
-from vmd.privsep import Plan, spawn
-from vmd.sandbox import Identity, adopt_orphans, confine, merge_memory, set_title
+from vmd.privsep import Plan, close_all_but, live, spawn
+from vmd.sandbox import Identity, adopt_orphans, confine, die_with, merge_memory, set_title
 from vmd.seccomp import compile_filter
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -97,7 +97,10 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         kvm = Kvm.from_fd(kvm_fd)
         with Rehearsal() as rehearsal:
             confine(CONFINEMENTS[Kind.ZYGOTE], identity)
-            rehearsal.play_often(partial(vm.be_vm, kvm))
+            rehearsal.play_often(
+                partial(vm.be_vm, kvm),
+                (vm.run, vm.rehearse, confine, die_with, live, close_all_but),
+            )
         logging.set_title(Kind.ZYGOTE)
         set_title(f"vmd: {Kind.ZYGOTE}")
         fill_holes()

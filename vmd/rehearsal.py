@@ -8,7 +8,8 @@ figures, and looked at.
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Self
 
@@ -27,7 +28,7 @@ from vmd.internal import (
     VmSpec,
 )
 from vmd.messages import CONSOLE_INPUT
-from vmd.packing import Recorder, fill_holes, gather_code
+from vmd.packing import Recorder, fill_holes, gather_functions
 from vmd.pty import open_pty
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot import layout
@@ -50,6 +51,10 @@ _ITSELF = 1 << 31
 _SERIAL_LINE_STATUS = 5
 _SERIAL_REGISTERS = 7
 _CLOCK_REGISTERS = 16
+# Pairs of register and value: interrupts on and off, no FIFOs, 115200 8N1, modem lines.
+_SERIAL_SETUP = ((1, 2), (1, 0), (2, 0), (3, 0x80), (0, 1), (1, 0), (3, 3), (4, 0xB), (1, 0))
+# An alarm each second, the rate of periodic interrupts, 24 hours; and no alarm any more.
+_CLOCK_SETUP = ((1, 0xFF), (3, 0xFF), (5, 0xFF), (0xA, 0x26), (0xB, 0x62), (0xB, 2))
 
 
 class Rehearsal:
@@ -75,17 +80,20 @@ class Rehearsal:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def play_often(self, be_vm: BeVm) -> None:
+    def play_often(self, be_vm: BeVm, others: Iterable[object] = ()) -> None:
         """Play until all that a VM's process does is done as quickly, and in as few pages, as ever.
 
-        The interpreter specialises code that has run a few times; see also `packing`.
+        The interpreter specialises code that has run a few times; see also `packing`. `others` are
+        functions that VM processes run besides.
         """
         install_kick_signal()
         self.play(be_vm)  # what runs only the first time is of no interest
         with Recorder() as recorder:
             self.play(be_vm)
+        recorder.add(others)
+        recorder.add(vars(threading.Thread).values())  # run before a thread is profiled
         fill_holes()
-        gather_code(recorder)
+        gather_functions(recorder)
         for _ in range(_PLAYS):
             self.play(be_vm)
 
@@ -136,11 +144,14 @@ def _code() -> Iterator[bytes]:
     """Yield the guest, instruction by instruction, for real mode."""
     for register in range(1, _SERIAL_REGISTERS):  # the first would take the byte that is typed
         yield _in(layout.PORT_COM1 + register, 1)
-    for register in (1, 3, 4, 1):
-        yield _out(layout.PORT_COM1 + register, 0, 1)
+    for register, value in _SERIAL_SETUP:
+        yield _out(layout.PORT_COM1 + register, value, 1)
     for register in range(_CLOCK_REGISTERS):
         yield _out(layout.PORT_RTC, register, 1)
         yield _in(layout.PORT_RTC + 1, 1)
+    for register, value in _CLOCK_SETUP:
+        yield _out(layout.PORT_RTC, register, 1)
+        yield _out(layout.PORT_RTC + 1, value, 1)
     for key in (0, 1, 5, 0x19):  # signature, id, processors, directory
         yield _out(layout.PORT_FW_CFG, key, 2)
         yield from [_in(layout.PORT_FW_CFG + 1, 1)] * 4
