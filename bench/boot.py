@@ -11,7 +11,8 @@ measured before counts. `--here` measures on this machine's KVM with its own clo
 Also the memory that an idle guest costs besides its RAM: private, and proportional (PSS). The
 program that measures memory is a shell, which shares no interpreter with `vmctl`.
 
-Prints a table with ratios to QEMU's `-M pc` and writes JSON.
+Prints a table with ratios of starts to that of QEMU's `-M pc`, and to its whole run, to the end
+after its guest's /init has powered off; and writes JSON.
 """
 
 from __future__ import annotations
@@ -72,12 +73,19 @@ class Result:
     log: str
     """Of `LOGS`."""
     starts_s: tuple[float, ...]
+    runs_s: tuple[float, ...]
+    """The whole run, to the program's end after the guest's."""
     memory: Memory | None
 
     @property
     def start_s(self) -> float:
         """The median of the rounds."""
         return statistics.median(self.starts_s)
+
+    @property
+    def run_s(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.runs_s)
 
 
 def competitors(test: str, only: str, *, with_daemon: bool) -> dict[str, list[str]]:
@@ -121,8 +129,8 @@ def competitors(test: str, only: str, *, with_daemon: bool) -> dict[str, list[st
     return {name: arguments for name, arguments in found.items() if re.search(only, name)}
 
 
-def time_start(arguments: Sequence[str]) -> float:
-    """Run a program until its guest's /init speaks; return the seconds that it took.
+def time_start(arguments: Sequence[str]) -> tuple[float, float]:
+    """Run a program to its end; return the seconds to its guest's /init, and those in all.
 
     Whoever reads shares the one processor: each byte is looked at once.
 
@@ -140,10 +148,11 @@ def time_start(arguments: Sequence[str]) -> float:
             if not data:
                 raise RuntimeError(f"{arguments[0]}: ended with {seen!r}")
             seen = seen[-len(MARKER) :] + data
-        taken = time.perf_counter() - begun
+        start = time.perf_counter() - begun
         while os.read(output, 65536):
             pass
-    return taken
+        program.wait()
+        return start, time.perf_counter() - begun
 
 
 def memory_besides_ram(smaps: str, ram: int) -> Memory:
@@ -218,8 +227,8 @@ def qemu_stages() -> list[Stage]:
     ]
 
 
-Starts = dict[str, dict[str, list[float]]]
-"""Seconds by round, by program, by log."""
+Starts = dict[str, dict[str, list[tuple[float, float]]]]
+"""What `time_start` returns, by round, by program, by log."""
 
 
 def measure(rounds: int, only: str, out: Path) -> None:
@@ -250,7 +259,7 @@ def measure(rounds: int, only: str, out: Path) -> None:
                 if name == _WITH_DAEMON:
                     time.sleep(_PAUSE_S)  # in which the daemon makes itself ready
                 taken = time_start(programs[log][name])
-                print(f"{name}, {log}: {taken:.3f} s", flush=True)
+                print(f"{name}, {log}: {taken[0]:.3f} s, {taken[1]:.3f} s", flush=True)
                 if name not in is_warm:
                     is_warm.add(name)  # what it reads is in the rig's memory now
                     continue
@@ -266,19 +275,23 @@ def results(folder: Path) -> list[Result]:
         for number, (name, times) in enumerate(programs.items()):
             smaps = folder / f"{number}.smaps"
             memory = memory_besides_ram(smaps.read_text(), MEMORY) if smaps.exists() else None
-            found.append(Result(name, log, tuple(times), memory))
+            starts_s, runs_s = zip(*times, strict=True)
+            found.append(Result(name, log, starts_s, runs_s, memory))
     return found
 
 
 def table(found: Sequence[Result]) -> str:
     """Return the figures as text, a line per program and log."""
-    lines = [f"{'':26}{'start':>9}{'ratio':>8}{'spread':>8}{'private':>12}{'proportional':>14}"]
+    head = f"{'':26}{'start':>9}{'ratio':>8}{'spread':>8}{'whole run':>11}{'of pc':>7}"
+    lines = [f"{head}{'private':>12}{'proportional':>14}"]
     for result in found:
-        base = next((r.start_s for r in found if (r.name, r.log) == (BASELINE, result.log)), None)
-        ratio = f"{result.start_s / base:8.3f}" if base else f"{'-':>8}"
+        base = next((r for r in found if (r.name, r.log) == (BASELINE, result.log)), None)
+        ratio = f"{result.start_s / base.start_s:8.3f}" if base else f"{'-':>8}"
+        of_run = f"{result.start_s / base.run_s:7.3f}" if base else f"{'-':>7}"
         spread = (max(result.starts_s) - min(result.starts_s)) / result.start_s
         label = f"{result.name}, {result.log}"
         line = f"{label:26}{result.start_s:7.3f} s{ratio}{spread:8.1%}"
+        line += f"{result.run_s:9.3f} s{of_run}"
         if result.memory:
             line += f"{result.memory.private / _MIB:8.1f} MiB"
             line += f"{result.memory.proportional / _MIB:10.1f} MiB"
