@@ -1,29 +1,32 @@
-"""What a guest that floods does to another guest's pings, beside what else uses the processor.
+"""What a guest that floods does to others' pings, ours and QEMU's, beside what else there is.
 
-Three guests are on one bridge: one that pings, one of ours that floods, and QEMU's with the same
-kind of tap, which floods in its turn. The first pings the host and the guest that does not flood.
-Its median round trips are compared between
+Four guests are on one bridge, each with a tap of the same kind: of ours and of QEMU's one that
+pings the host, and one that floods. Those that have no part are stopped. In each case ours pings,
+and then QEMU's:
 
 - quiet: nobody else does anything;
 - spin: our guest, and then QEMU's, computes without an end and sends nothing;
-- ours, QEMU: a guest's kernel (pktgen) sends datagrams of 64 bytes as fast as it can, to the host,
-  to an lladdr that nobody has (the bridge shows such frames to every port), or as broadcasts.
+- ours, QEMU: a guest's kernel (pktgen) sends datagrams of 64 bytes, to the host, to an lladdr that
+  nobody has (the bridge shows such frames to every port), or as broadcasts; as fast as it can, or
+  `--rate` of them a second, so that ours sends no more than QEMU's.
 
-What `ours` costs beyond `QEMU` of the same kind is by our doing; what `spin` and `QEMU` cost is
-the processor, and the bridge, that all share. Prints a table. Runs as root in a network namespace
-of its own, in the rig: `tests/rig/rig run --cpus 1 --mem 4096 --project -- .venv/bin/python
-bench/flood.py`.
+What our pings take longer than QEMU's in the same flood, and pings of either in our flood longer
+than in QEMU's of the same rate, is by our doing; the rest is the processor, and the bridge, that
+all share. Prints a table. Runs as root in a network namespace of its own, in the rig:
+`tests/rig/rig run --cpus 1 --mem 4096 --project -- .venv/bin/python bench/flood.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +42,13 @@ from tests.guest.tools import MODULES, missing, tools_disk  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
 
 NET = "10.96.0."
-HOST, PINGING, OURS, QEMU = "1", "2", "3", "4"
+HOST = "1"
+PINGING = {"ours": "2", "QEMU": "3"}
+FLOODING = {"ours": "4", "QEMU": "5"}
+"""The guests, by the end of their address."""
+LLADDR = "02:00:00:00:00:0"
 TARGETS = {
-    "the host": ("02:00:00:00:00:01", HOST),
+    "the host": (f"{LLADDR}{HOST}", HOST),
     "nobody": ("02:00:00:00:00:99", "99"),
     "all": ("ff:ff:ff:ff:ff:ff", "255"),
 }
@@ -54,20 +61,22 @@ PATHS = {
 """Options of our interface, and of QEMU's that it is compared with."""
 _BOOT_S = 400.0
 _INTERVAL_S = 0.1
-_SETTLE_S = 2
+_SETTLE_S = 5
+"""What it takes a flood to fill every queue that it will fill, and a guest to empty them."""
 _FRAME = 64 + 42
 """Bytes of a frame: headers, and 64 of payload."""
 _PORT = 9
 
 
 class Round(NamedTuple):
-    """Median round trips of the guest that pings, in ms, and how much was sent meanwhile."""
+    """What guests measured that ping the host, in the order of PINGING."""
 
-    host: float
-    guest: float
-    lost: int
+    times: tuple[float, ...]
+    """Median round trips, in ms."""
+    lost: tuple[int, ...]
+    """Pings without an answer."""
     rate: float
-    """Frames per second that guests have sent, pings included."""
+    """Frames per second that guests have sent meanwhile, pings included."""
 
 
 class Place(NamedTuple):
@@ -76,13 +85,17 @@ class Place(NamedTuple):
     where: Namespace
     shells: dict[str, Shell]
     pings: int
+    targets: Sequence[str]
+    rates: Sequence[int]
+    """Frames per second of floods; 0 is as many as there can be."""
 
 
-def pktgen(lladdr: str, address: str) -> tuple[str, str]:
+def pktgen(lladdr: str, address: str, rate: int) -> tuple[str, str]:
     """Return the commands that begin a flood to a neighbour, and end it."""
     place = "/proc/net/pktgen"
     settings = (
-        *("count 0", "delay 0", f"pkt_size {_FRAME}", f"dst {NET}{address}", f"dst_mac {lladdr}"),
+        *("count 0", f"ratep {rate}" if rate else "delay 0", f"pkt_size {_FRAME}"),
+        *(f"dst {NET}{address}", f"dst_mac {lladdr}"),
         *(f"udp_dst_min {_PORT}", f"udp_dst_max {_PORT}"),
     )
     begin = (
@@ -99,22 +112,25 @@ SPIN = f"(while :; do :; done) & echo $! >/pid; sleep {_SETTLE_S}", "kill -9 $(c
 
 
 @contextmanager
-def busy(shell: Shell, begin: str, end: str) -> Iterator[None]:
-    """Have a guest do something meanwhile."""
-    shell.run(begin)
+def awake(shell: Shell) -> Iterator[None]:
+    """Let a guest run that has been stopped, and empty its queues."""
+    os.killpg(shell.console.pid, signal.SIGCONT)
     try:
         yield
     finally:
-        shell.run(end)
+        os.killpg(shell.console.pid, signal.SIGSTOP)
 
 
-def ping(place: Place, number: str) -> tuple[float, int]:
-    """Return the median round trip, in ms, and how many pings had no answer."""
-    shown = place.shells[PINGING].run(
-        f"ping -c {place.pings} -i {_INTERVAL_S} {NET}{number} || true", 300
-    )
-    times = [float(found) for found in re.findall(r"time=([\d.]+)", shown)]
-    return (statistics.median(times) if times else float("inf")), place.pings - len(times)
+@contextmanager
+def busy(shell: Shell, begin: str, end: str) -> Iterator[None]:
+    """Have a guest do something meanwhile."""
+    with awake(shell):
+        time.sleep(_SETTLE_S)
+        shell.run(begin)
+        try:
+            yield
+        finally:
+            shell.run(end)
 
 
 def frames(place: Place) -> int:
@@ -123,30 +139,46 @@ def frames(place: Place) -> int:
     return sum(int(line) for line in place.where.run("cat", *links).split())
 
 
-def measure(place: Place, other: str) -> Round:
-    """Ping the host and another guest."""
+def ping(place: Place, shell: Shell) -> tuple[float, int, float]:
+    """Return the median round trip in ms, how many pings had no answer, and frames per second."""
     begin, before = time.monotonic(), frames(place)
-    (host, lost), (guest, more) = ping(place, HOST), ping(place, other)
+    shown = shell.run(f"ping -c {place.pings} -i {_INTERVAL_S} {NET}{HOST} || true", 300)
     rate = (frames(place) - before) / (time.monotonic() - begin)
-    return Round(host, guest, lost + more, rate)
+    times = [float(found) for found in re.findall(r"time=([\d.]+)", shown)]
+    return statistics.median(times or [float("inf")]), place.pings - len(times), rate
+
+
+def measure(place: Place, flooding: str | None = None, does: tuple[str, str] = ("", "")) -> Round:
+    """Have each guest ping the host, while another does something."""
+    found = []
+    for number in PINGING.values():
+        shell = place.shells[number]
+        with ExitStack() as stack:
+            stack.enter_context(awake(shell))
+            if flooding:
+                stack.enter_context(busy(place.shells[flooding], *does))
+            else:
+                time.sleep(_SETTLE_S)
+            found.append(ping(place, shell))
+    times, lost, rates = zip(*found, strict=True)
+    return Round(times, lost, statistics.mean(rates))
 
 
 def one_round(place: Place) -> Iterator[tuple[str, Round]]:
     """Measure every case once."""
-    who = {"ours": (OURS, QEMU), "QEMU": (QEMU, OURS)}
-    yield "quiet", measure(place, QEMU)
-    for name, (number, other) in who.items():
-        with busy(place.shells[number], *SPIN):
-            yield f"spin, {name}", measure(place, other)
-    for target, (lladdr, address) in TARGETS.items():
-        for name, (number, other) in who.items():
-            with busy(place.shells[number], *pktgen(lladdr, address)):
-                yield f"{name} to {target}", measure(place, other)
+    yield "quiet", measure(place)
+    for name, number in FLOODING.items():
+        yield f"spin, {name}", measure(place, number, SPIN)
+    for target in place.targets:
+        for rate in place.rates:
+            for name, number in FLOODING.items():
+                case = f"{name} to {target}" + (f", {rate}/s" if rate else "")
+                yield case, measure(place, number, pktgen(*TARGETS[target], rate))
 
 
 @contextmanager
-def running(path: str, pings: int, folder: Path) -> Iterator[Place]:
-    """Boot the three guests on one bridge."""
+def running(path: str, folder: Path) -> Iterator[tuple[Namespace, dict[str, Shell]]]:
+    """Boot the four guests on one bridge, and stop them."""
     kernel = artifacts.kernel("6.1-cloud")
     initramfs = artifacts.initramfs_with(kernel, (*MODULES, "pktgen"), "flood")
     disk = tools_disk(folder / "tools.img")  # QEMU's guest has one in any case
@@ -157,21 +189,17 @@ def running(path: str, pings: int, folder: Path) -> Iterator[Place]:
         where.ip("link", "set", "br0", "up")
         where.ip("addr", "add", f"{NET}{HOST}/24", "dev", "br0")
         consoles = {}
-        for number in (PINGING, OURS, QEMU):
+        qemus = (PINGING["QEMU"], FLOODING["QEMU"])
+        for number in (*PINGING.values(), *FLOODING.values()):
             tap = f"tap{number}"
             where.ip("tuntap", "add", "dev", tap, "mode", "tap", "vnet_hdr")
             where.ip("link", "set", tap, "master", "br0", "up")
             command = (
                 arguments(Guest("QEMU", False, of_qemu, None), kernel, initramfs, tap, disk)
-                if number == QEMU
+                if number in qemus
                 else vmctl_run(
                     *("-m", "256M", "-b", kernel.vmlinuz, "--initrd", initramfs),
-                    *(
-                        "-i",
-                        f"tap:{tap},lladdr=fe:e1:bb:96:00:0{number}{options}",
-                        "-d",
-                        f"raw:{disk},ro",
-                    ),
+                    *("-i", f"tap:{tap}{options}", "-d", f"raw:{disk},ro"),
                     *("--append", f"{COMMAND_LINE} test=shell"),
                 )
             )
@@ -181,26 +209,30 @@ def running(path: str, pings: int, folder: Path) -> Iterator[Place]:
             console.expect("# ", _BOOT_S)
             shells[number] = shell = Shell(console)
             shell.run("dmesg -n 1; ip link set lo up")
+            shell.run(f"ip link set eth0 address {LLADDR}{number}")
             shell.run(f"ip addr add {NET}{number}/24 dev eth0 && ip link set eth0 up; sleep 1")
             shell.run(f"ping -c 2 {NET}{HOST}")
         print(f"{path}: guests are up", flush=True)
-        yield Place(where, shells, pings)
         for console in consoles.values():
+            os.killpg(console.pid, signal.SIGSTOP)
+        yield where, shells
+        for console in consoles.values():
+            os.killpg(console.pid, signal.SIGCONT)
             console.send("poweroff -f\n")
             console.wait()
 
 
 def table(found: dict[str, list[Round]]) -> list[str]:
-    """Return medians of rounds, their ratio to the quiet ones, pings lost and frames sent."""
-    lines = [f"{'':24}{'host ms':>18}{'guest ms':>18}{'lost':>8}{'frames/s':>12}"]
-    quiet = found["quiet"]
+    """Return medians of rounds, ours to QEMU's within a round, pings lost and frames sent."""
+    names = "".join(f"{f'{name}, ms':>10}" for name in PINGING)
+    lines = [f"{'':24}{names}{'ratio':>8}{'lost':>10}{'frames/s':>10}"]
     for name, rounds in found.items():
-        line = f"{name:24}"
-        for at in (0, 1):
-            value, usual = (statistics.median(one[at] for one in each) for each in (rounds, quiet))
-            line += f"{f'{value:.2f} (x{value / usual:.1f})':>18}"
-        lost, rate = sum(one.lost for one in rounds), statistics.median(one.rate for one in rounds)
-        lines.append(f"{line}{lost:>8}{rate:>12.0f}")
+        medians = zip(*(one.times for one in rounds), strict=True)
+        times = "".join(f"{statistics.median(each):>10.2f}" for each in medians)
+        ratio = statistics.median(one.times[0] / one.times[1] for one in rounds)
+        lost = ", ".join(str(sum(each)) for each in zip(*(one.lost for one in rounds), strict=True))
+        rate = statistics.median(one.rate for one in rounds)
+        lines.append(f"{name:24}{times}{ratio:>8.2f}{lost:>10}{rate:>10.0f}")
     return lines
 
 
@@ -211,7 +243,9 @@ def main() -> int:
     )
     parser.add_argument("--path", action="append", choices=sorted(PATHS), help="default: all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pings", type=int, default=20, help="of each case, to host and guest")
+    parser.add_argument("--pings", type=int, default=20, help="of each guest in each case")
+    parser.add_argument("--rate", action="append", type=int, help="frames/s; default: all it can")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     given = parser.parse_args()
     if lack := missing(["qemu-system-x86_64"]):
         print(f"bench/flood: {lack}", file=sys.stderr)
@@ -220,8 +254,10 @@ def main() -> int:
         found: dict[str, list[Round]] = {}
         with (
             tempfile.TemporaryDirectory(dir="/dev/shm") as folder,
-            running(path, given.pings, Path(folder)) as place,
+            running(path, Path(folder)) as (where, shells),
         ):
+            rates = given.rate or [0]
+            place = Place(where, shells, given.pings, given.target or list(TARGETS), rates)
             for _ in range(given.rounds):
                 for name, measured in one_round(place):
                     found.setdefault(name, []).append(measured)
