@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +52,23 @@ def booted(
         *(word for nic in nics for word in ("-i", nic)),
         *("--initrd", artifacts.net_initramfs(booted_kernel)),
         *("--append", f"{COMMAND_LINE} {append} test=shell"),
+    )
+    with ConsoleProcess(where.command(*arguments)) as console:
+        console.expect("# ", BOOT_S)
+        yield Shell(console)
+
+
+@contextmanager
+def qemus(where: Namespace, tap: str) -> Iterator[Shell]:
+    """Boot the same guest under QEMU, with vhost-net."""
+    kernel = artifacts.kernel("6.1-cloud")
+    arguments = (
+        *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-nodefaults"),
+        *("-no-user-config", "-display", "none", "-serial", "stdio"),
+        *("-kernel", str(kernel.vmlinuz), "-initrd", str(artifacts.net_initramfs(kernel))),
+        *("-append", f"{COMMAND_LINE} test=shell"),
+        *("-netdev", f"tap,id=n,ifname={tap},script=no,downscript=no,vhost=on"),
+        *("-device", "virtio-net-pci,netdev=n,disable-legacy=on,romfile="),
     )
     with ConsoleProcess(where.command(*arguments)) as console:
         console.expect("# ", BOOT_S)
@@ -189,6 +208,53 @@ def test_queues_sizes_and_locks(tmp_path: Path) -> None:
         shell.console.send("poweroff -f\n")
         assert shell.console.wait() == 0
         assert b"bad source address 02:00:00:00:00:01" in shell.console.errors
+
+
+# Broadcasts, with a pause now and then, in which vhost-net takes what it has buffers for.
+_FLOOD = """
+import socket, sys, time
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
+    out.bind((sys.argv[1], 0))
+    for number in range(int(sys.argv[2])):
+        out.send(bytes.fromhex("ff" * 6 + "00" * 6 + "88b5") + bytes(46))
+        if number % 100 == 0:
+            time.sleep(0.05)
+"""
+
+
+def waiting(where: Namespace, shell: Shell, tap: str) -> int:
+    """Return how many frames wait for a guest, at most, before the next is dropped."""
+    count = 4000
+    dropped = f"/sys/class/net/{tap}/statistics/tx_dropped"
+    shell.run("ip link set eth0 up")
+    os.killpg(shell.console.pid, signal.SIGSTOP)
+    try:
+        before = int(where.run("cat", dropped))
+        where.run(sys.executable, "-c", _FLOOD, tap, str(count))
+        lost = int(where.run("cat", dropped)) - before
+    finally:
+        os.killpg(shell.console.pid, signal.SIGCONT)
+    assert lost > 0
+    return count - lost
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
+def test_no_more_waits_for_a_guest_than_for_qemus() -> None:
+    """A ping to a guest that a flood keeps from its network is behind no more frames than QEMU's.
+
+    They are as many as the guest's ring, vhost-net and the tap's own queue hold.
+    """
+    with (
+        network(2) as where,
+        booted(where, "tap:tap0") as ours,
+        qemus(where, "tap1") as theirs,
+    ):
+        mine, usual = waiting(where, ours, "tap0"), waiting(where, theirs, "tap1")
+        print(f"frames that wait: {mine}, QEMU {usual}")
+        assert mine < usual + 128  # buffers that the driver has not given back yet
+        ours.power_off()
+        theirs.console.send("poweroff -f\n")
+        theirs.console.wait()
 
 
 def test_without_messages() -> None:

@@ -22,8 +22,12 @@ from vmm_kvm.virtio.device import Frontend
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.ring_events import RingEvents
 
-QUEUE_SIZE = 1024
-"""Largest size offered."""
+QUEUE_SIZES = (256, 1024)
+"""Largest sizes offered, to receive and to send.
+
+What a guest receives waits behind all that others have sent it before: so no more of that fits
+than with QEMU's default, and with our other data paths.
+"""
 
 _FEATURES = (
     1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
@@ -78,7 +82,7 @@ class Vhost:
         self._known = known
         # To stop one queue takes no feature of the kernel's.
         self.features = known | features | 1 << VIRTIO_F_RING_RESET
-        self.queue_sizes = (QUEUE_SIZE,) * (2 * len(vhosts))
+        self.queue_sizes = QUEUE_SIZES * len(vhosts)
         self._vhosts = tuple(vhosts)
         self._tap = tap
         self._memory = memory
