@@ -147,10 +147,8 @@ def _replace_functions(owner: ModuleType | type, copies: Mapping[int, FunctionTy
     def copy(value: object) -> object:
         if type(value) is FunctionType:
             return copies.get(id(value), value)
-        if type(value) is staticmethod and id(value.__func__) in copies:
-            return staticmethod(copies[id(value.__func__)])
-        if type(value) is classmethod and id(value.__func__) in copies:
-            return classmethod(copies[id(value.__func__)])
+        if isinstance(value, staticmethod | classmethod) and id(value.__func__) in copies:
+            return type(value)(copies[id(value.__func__)])
         if type(value) is property:
             made = value
             if id(value.fget) in copies:

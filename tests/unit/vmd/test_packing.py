@@ -77,6 +77,7 @@ def test_functions_that_ran_are_replaced_by_copies_that_do_the_same() -> None:
     What holds on to an original may go on with it.
     """
     method, static, prop = (vars(_Kind)[name] for name in ("plain", "fixed", "value"))
+    method.__dict__["note"] = "kept"
     function, bound = _use, _Kind().plain
     with Recorder() as recorder:
         used = [_use(_Kind()), _use(_Derived())]
