@@ -5,8 +5,8 @@
 #
 # Every group runs even if an earlier one failed; the exit status is 1 if any did. A level that
 # this machine can run may not be skipped. The guest group runs on the host's KVM where that runs
-# a distribution kernel, else in the rig, beside the other groups: one emulated processor is one
-# busy core.
+# a distribution kernel, else in two rigs, one of them beside the other groups: one emulated
+# processor is one busy core.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -47,7 +47,8 @@ in_rig() {
 # in_rigs PYTEST'S...: the same, and what failed once more, if it is little: by a fault of QEMU's
 # emulation a guest in the rig can stand still (docs/testing.md). A fault of ours fails again.
 in_rigs() {
-    local log=$logs/rig.log status=0 again
+    local log status=0 again
+    log=$(mktemp -p "$logs")
     in_rig "$@" 2>&1 | tee "$log" || status=1
     mapfile -t again < <(tr -d '\r' <"$log" | sed -n 's/^FAILED \([^ ]*\).*/\1/p')
     [ "${#again[@]}" -ge 1 ] && [ "${#again[@]}" -le 3 ] || return $status
@@ -55,33 +56,46 @@ in_rigs() {
     in_rig "${again[@]}"
 }
 
-guest() {
-    if [ "$($python -m tests.host)" = yes ]; then
+# The files of guest tests for the rig beside the other groups, and for the one after those: about
+# the same time each, that of the other groups included.
+early_files() {
+    printf 'tests/guest/test_%s.py\n' boot_paths daemon daemon_net daemon_networks disks linux
+}
+
+late_files() {
+    find tests/guest -name 'test_*.py' | grep -vxF "$(early_files)" | sort
+}
+
+# The guest group: what runs beside the other groups, and the rest, when its turn comes.
+early_guest() {
+    if [ "$guests_run_here" = yes ]; then
         echo "guests run on this machine's KVM"
         VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m guest tests/guest
     else
-        # One after the other: side by side, emulated machines are slower than in turn.
         echo "this machine's KVM runs no distribution kernel: guests run in rigs"
-        local linux=tests/guest/test_linux.py status=0
-        in_rigs $linux || status=1
         # shellcheck disable=SC2046 # a list of names
-        in_rigs $(find tests/guest -name 'test_*.py' ! -path $linux | sort) || status=1
-        return $status
+        in_rigs $(early_files)
     fi
 }
 
-# The guest group, started before the others and looked at when its turn comes.
 start_guest() {
+    guests_run_here=$($python -m tests.host)
     set -m
-    { guest >"$logs/guest.out" 2>&1 </dev/null; echo $? >"$logs/guest.status"; } &
+    { early_guest >"$logs/guest.out" 2>&1 </dev/null; echo $? >"$logs/guest.status"; } &
     background=$!
     set +m
 }
 
 finish_guest() {
+    local status=0
+    if [ "$guests_run_here" != yes ]; then
+        # shellcheck disable=SC2046 # a list of names
+        in_rigs $(late_files) || status=1
+    fi
     while [ ! -e "$logs/guest.status" ]; do sleep 1; done
     cat "$logs/guest.out"
-    return "$(cat "$logs/guest.status")"
+    [ "$(cat "$logs/guest.status")" = 0 ] || status=1
+    return $status
 }
 
 # Kernels are parsed by unit tests too. What cannot be fetched is said again by the tests.

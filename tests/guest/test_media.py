@@ -89,7 +89,7 @@ def test_linux_talks_on_hvc0() -> None:
 
 def shown(text: str) -> str:
     """Return what matches `text` where SeaBIOS shows it, which moves the cursor anywhere in it."""
-    return r"(?:\x1b\[[0-9;]*[A-Za-z])*".join(map(re.escape, text))
+    return r"(?:\r|\x1b\[[0-9;]*[A-Za-z])*".join(map(re.escape, text))
 
 
 @contextmanager
