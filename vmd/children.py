@@ -6,7 +6,9 @@ Only here do the daemon's processes meet, so that none of them imports another.
 import gc
 import os
 import socket
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 from vmd import log as logging
 from vmd.channel import Channel
@@ -19,11 +21,14 @@ from vmd.internal import (
     VMM_AND_ZYGOTE,
     ZYGOTE_AND_VMM,
 )
-from vmd.privsep import Plan, close_all_but, live, spawn
-from vmd.sandbox import Identity, adopt_orphans, confine, die_with, merge_memory, set_title
+from vmd.privsep import Plan, spawn
+from vmd.sandbox import Identity, adopt_orphans, confine, merge_memory, set_title
 from vmd.seccomp import compile_filter
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
+
+if TYPE_CHECKING:
+    from vmm_kvm.kvm.system import Kvm
 
 log = Log(__name__)
 
@@ -97,10 +102,7 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         kvm = Kvm.from_fd(kvm_fd)
         with Rehearsal() as rehearsal:
             confine(CONFINEMENTS[Kind.ZYGOTE], identity)
-            rehearsal.play_often(
-                partial(vm.be_vm, kvm),
-                (vm.run, vm.rehearse, confine, die_with, live, close_all_but),
-            )
+            rehearsal.play_often(partial(vm.be_vm, kvm), partial(_live_untold, kvm, kvm_fd))
         logging.set_title(Kind.ZYGOTE)
         set_title(f"vmd: {Kind.ZYGOTE}")
         fill_holes()
@@ -113,6 +115,25 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         zygote.serve(Channel(connection, ZYGOTE_AND_VMM), bodies)
 
     return Plan(Kind.ZYGOTE, body, (kvm_fd,))
+
+
+def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None]) -> NoReturn:
+    """Be the process of a VM that nobody needs; `end_fd` is for what is called at its end."""
+    from vmd.internal import Fork, Role  # noqa: PLC0415 - see the module's docstring
+    from vmd.procs import vm, zygote  # noqa: PLC0415 - likewise
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    read_fd, write_fd = os.pipe()
+    os.close(write_fd)
+
+    def run(connection: socket.socket, rehearses: bool) -> int:
+        status = vm.run(kvm, connection, rehearses)
+        at_end()
+        return status
+
+    order = Fork(role=Role.VM, rehearses=True)
+    zygote.begin(order, zygote.Body(run, (kvm_fd, end_fd)), theirs, read_fd)
 
 
 def priv_plan(identity: Identity | None) -> Plan:

@@ -8,12 +8,14 @@ figures, and looked at.
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Self
 
 from vmd.channel import Channel, channel_pair
+from vmd.gathering import Live, Recorder, gather
 from vmd.internal import (
     VM_AND_VMM,
     VMM_AND_VM,
@@ -28,7 +30,7 @@ from vmd.internal import (
     VmSpec,
 )
 from vmd.messages import CONSOLE_INPUT
-from vmd.packing import Recorder, fill_holes, gather_functions
+from vmd.packing import fill_holes
 from vmd.pty import open_pty
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot import layout
@@ -80,21 +82,29 @@ class Rehearsal:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def play_often(self, be_vm: BeVm, others: Iterable[object] = ()) -> None:
+    def play_often(self, be_vm: BeVm, live: Live) -> None:
         """Play until all that a VM's process does is done as quickly, and in as few pages, as ever.
 
-        The interpreter specialises code that has run a few times; see also `packing`. `others` are
-        functions that VM processes run besides.
+        The interpreter specialises code that has run a few times; see also `gathering`.
+        `live` is what a VM's process does that nobody needs.
         """
         install_kick_signal()
         self.play(be_vm)  # what runs only the first time is of no interest
         with Recorder() as recorder:
             self.play(be_vm)
-        recorder.add(others)
+            recorder.follow(live)
         recorder.add(vars(threading.Thread).values())  # run before a thread is profiled
+        self._play(be_vm, _PLAYS)
         fill_holes()
-        gather_functions(recorder)
-        for _ in range(_PLAYS):
+        gather(recorder)
+        self._play(be_vm, _PLAYS)
+        # What attributes were looked up is kept, and the place of one is that of others too: their
+        # names would be written to.
+        sys._clear_type_cache()  # noqa: SLF001 - the only way, and documented
+        self._play(be_vm, 1)
+
+    def _play(self, be_vm: BeVm, times: int) -> None:
+        for _ in range(times):
             self.play(be_vm)
 
     def play(self, be_vm: BeVm) -> None:

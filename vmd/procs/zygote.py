@@ -90,7 +90,7 @@ def _fork_again(
     try:
         pid = os.fork()
         if pid == 0:
-            _begin(order, body, connection, pipe)
+            begin(order, body, connection, pipe)
         vmm.send(Forked(pid=pid))
     except OSError as err:
         vmm.send(ForkFailed(message=err.strerror or str(err)))
@@ -98,8 +98,8 @@ def _fork_again(
         os._exit(0)
 
 
-def _begin(order: Fork, body: Body, connection: socket.socket, pipe: int) -> NoReturn:
-    """Be the process that was asked for, once vmm is its parent."""
+def begin(order: Fork, body: Body, connection: socket.socket, pipe: int) -> NoReturn:
+    """Be the process that was asked for, once `pipe` has no other side: vmm is its parent then."""
 
     def run() -> int:
         os.read(pipe, 1)  # nothing, when the zygote and the one in between have closed it
