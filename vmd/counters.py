@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 
 from vmm_kvm.block.image import Image
+from vmm_kvm.scatter import total
 
 _SIZE = mmap.PAGESIZE
 _READ, _WRITTEN = 0, 1
@@ -69,9 +70,9 @@ class CountedImage:
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill all of `buffers` from byte `offset`."""
         self._image.readv(offset, buffers)
-        self._values[_READ] += sum(map(len, buffers))
+        self._values[_READ] += total(buffers)
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers`."""
         self._image.writev(offset, buffers)
-        self._values[_WRITTEN] += sum(map(len, buffers))
+        self._values[_WRITTEN] += total(buffers)

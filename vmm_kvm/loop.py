@@ -18,6 +18,8 @@ from typing import Self
 
 from vmm_kvm.clock import NANOSECONDS
 
+_EPOLLIN = select.EPOLLIN
+
 
 class LoopTimer:
     """A one-shot timer of an EventLoop; `arm` and `cancel` may be called from any thread."""
@@ -190,17 +192,22 @@ class EventLoop:
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                     continue
+                reader = self._readers.get(fd)
+                if reader and events == _EPOLLIN:  # nearly always
+                    reader()
+                    continue
                 # An error or a hang-up shows at the next read or write.
                 failed = events & (select.EPOLLERR | select.EPOLLHUP)
-                reader = self._readers.get(fd)
                 if reader and (events & select.EPOLLIN or failed or fd in self._arrivals):
                     reader()
                 writer = self._writers.get(fd)
                 if writer and (events & select.EPOLLOUT or failed):
                     writer()
-            self._run_timers()
-            for _ in range(len(self._posted)):
-                self._posted.popleft()()
+            if self._timers:
+                self._run_timers()
+            if self._posted:
+                for _ in range(len(self._posted)):
+                    self._posted.popleft()()
 
     def _wake(self) -> None:
         os.eventfd_write(self._wake_fd, 1)
@@ -208,6 +215,8 @@ class EventLoop:
     def _timeout_s(self) -> float:
         if self._posted:
             return 0
+        if not self._timers:  # who adds the first one wakes us
+            return -1
         with self._lock:
             if self._stopped_at_ns is not None or not self._timers:
                 return -1

@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable, Sequence
 
 from vmm_kvm.block import fallocate
-from vmm_kvm.block.vectors import cut, fill_zeros, total, zeros
+from vmm_kvm.block.vectors import cut, fill_zeros, zeros
 from vmm_kvm.log import Log
+from vmm_kvm.scatter import Scatter, total
 
 log = Log(__name__)
 
@@ -54,16 +55,20 @@ class HostFile:
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill all of `buffers` from `offset`; what lies beyond the end of the file is zero."""
-        left = _transferred(os.preadv, self.fd, buffers, offset, total(buffers))
-        if left:
-            fill_zeros(left)
+        size, done = total(buffers), 0
+        if type(buffers) is Scatter:
+            done = buffers.read_from(self.fd, offset)
+        if done < size:
+            fill_zeros(_transferred(os.preadv, self.fd, buffers, offset, size, done=done))
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers` at `offset`; on a fault some of them may have been written."""
-        size = total(buffers)
+        size, done = total(buffers), 0
         self._is_written = True
         self.end = max(self.end, offset + size)
-        if _transferred(os.pwritev, self.fd, buffers, offset, size):
+        if type(buffers) is Scatter:
+            done = buffers.write_to(self.fd, offset)
+        if done < size and _transferred(os.pwritev, self.fd, buffers, offset, size, done=done):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def is_hole(self, offset: int, size: int) -> bool:
@@ -142,13 +147,14 @@ def _transferred(
     buffers: Sequence[memoryview],
     offset: int,
     size: int,
+    *,
+    done: int,
 ) -> Sequence[memoryview]:
-    """Read or write buffers of `size` bytes, by several calls if need be; return what is left.
+    """Read or write buffers of `size` bytes, of which `done` are; return what is left.
 
-    Something is left where the file ends.
+    It takes several calls if need be. Something is left where the file ends.
     """
-    done = 0
-    rest = buffers
+    rest = cut(buffers, done, size - done) if done else buffers
     while done < size:
         count = transfer(fd, rest if len(rest) <= _IOV_MAX else rest[:_IOV_MAX], offset + done)
         if not count:

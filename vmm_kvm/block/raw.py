@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from vmm_kvm.bits import align_up
 from vmm_kvm.block.file import HostFile
-from vmm_kvm.block.vectors import cut, fill_zeros, total
+from vmm_kvm.block.vectors import cut, fill_zeros
+from vmm_kvm.scatter import total
 
 SECTOR_SIZE = 512
 

@@ -1,13 +1,8 @@
-"""Scatter lists: a request's data as a sequence of memoryviews of bytes."""
+"""Parts and contents of scatter lists."""
 
 from collections.abc import Sequence
 
 _ZEROS = memoryview(bytes(1 << 20))
-
-
-def total(buffers: Sequence[memoryview]) -> int:
-    """Return how many bytes `buffers` hold together."""
-    return sum(map(len, buffers))
 
 
 def cut(buffers: Sequence[memoryview], start: int, size: int) -> list[memoryview]:

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
 from vmm_kvm.log import Log
+from vmm_kvm.scatter import total
 from vmm_kvm.virtio import abi
-from vmm_kvm.virtio.buffers import gather, scatter, split, total
+from vmm_kvm.virtio.buffers import gather, scatter, split
 from vmm_kvm.virtio.queue import Chain, Virtqueue
 
 log = Log(__name__)
@@ -144,7 +145,7 @@ class VirtioBlk:
         Raises:
             GuestError: one has no room for header or status, or the queue is malformed.
         """
-        while chain := queue.pop():
+        while chain := queue.pop(with_pieces=True):
             queue.push(chain, self._serve(chain))
 
     def reset(self) -> None:
@@ -161,7 +162,10 @@ class VirtioBlk:
 
     def _serve(self, chain: Chain) -> int:
         """Do what a request asks for and write its status; returns how many bytes are written."""
-        readable, writable = chain.readable, chain.writable
+        readable, writable, pieces = chain.readable, chain.writable, chain.pieces
+        if pieces is not None and not (len(readable[0]) == _HEADER_SIZE and len(writable[0]) == 1):
+            chain.spread()
+            pieces = None
         if readable and len(readable[0]) == _HEADER_SIZE:  # as every driver has it
             kind, _, sector = _HEADER.unpack(readable.pop(0))
         else:
@@ -173,19 +177,26 @@ class VirtioBlk:
             status = writable.pop()
         else:
             writable, (status,) = split(writable, total(writable) - 1)
-        room = total(writable) if writable else 0
+        source: Sequence[memoryview] = readable
+        target: Sequence[memoryview] = writable
+        if pieces is None:
+            room = total(writable) if writable else 0
+        elif pieces.is_writable:
+            target, room = pieces, pieces.size
+        else:
+            source, room = pieces, 0
         size = 0
         try:
             if kind == _IN:
-                result = self._read(sector, writable, room)
+                result = self._read(sector, target, room)
                 size = room if result == _OK else 0
             elif kind in _WRITES:
-                result = self._write(kind, sector, readable)
+                result = self._write(kind, sector, source)
             elif kind == abi.VIRTIO_BLK_T_FLUSH:
                 self._image.flush()
                 result = _OK
             elif kind == abi.VIRTIO_BLK_T_GET_ID:
-                size = scatter(writable, self._serial)
+                size = scatter(target, self._serial)
                 result = _OK
             else:
                 result = _UNSUPP

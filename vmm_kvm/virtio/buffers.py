@@ -6,11 +6,6 @@ A driver may split a header, or join it with what follows, as it likes (virtio 1
 from collections.abc import Sequence
 
 
-def total(buffers: Sequence[memoryview]) -> int:
-    """Return how many bytes the buffers hold together."""
-    return len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
-
-
 def gather(buffers: Sequence[memoryview], size: int) -> bytes:
     """Copy the first `size` bytes out of the buffers; fewer if they hold fewer."""
     if buffers and len(buffers[0]) >= size:

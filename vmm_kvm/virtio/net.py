@@ -19,9 +19,10 @@ from typing import Protocol
 from vmm_kvm.log import Log
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, HEAD_SIZE, HEADER_SIZE, Filter, text
 from vmm_kvm.net.nic import MTU_DEFAULT
+from vmm_kvm.scatter import total
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
-from vmm_kvm.virtio.buffers import gather, scatter, split, total
+from vmm_kvm.virtio.buffers import gather, scatter, split
 from vmm_kvm.virtio.device import InputTransport
 from vmm_kvm.virtio.net_control import CONTROL_QUEUE_SIZE, GUEST_OFFLOADS, NetControl
 from vmm_kvm.virtio.queue import Chain, Virtqueue

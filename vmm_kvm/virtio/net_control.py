@@ -14,8 +14,9 @@ from vmm_kvm.errors import VirtqueueError
 from vmm_kvm.log import Log
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, Filter, is_group, locked_filter, text
 from vmm_kvm.net.nic import MTU_DEFAULT, QUEUE_PAIRS_MAX
+from vmm_kvm.scatter import total
 from vmm_kvm.virtio import abi
-from vmm_kvm.virtio.buffers import gather, total
+from vmm_kvm.virtio.buffers import gather
 from vmm_kvm.virtio.queue import Virtqueue
 
 log = Log(__name__)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from vmm_kvm.errors import GuestMemoryError, VirtqueueError
+from vmm_kvm.scatter import Scatter
 from vmm_kvm.virtio.abi import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
@@ -25,10 +26,11 @@ from vmm_kvm.virtio.abi import (
     VRING_DESC_F_WRITE,
     VRING_USED_F_NO_NOTIFY,
 )
+from vmm_kvm.virtio.tables import LONG_MAX, LONG_MIN, Span
 
 SIZE_MAX = 32768
 """Of a split virtqueue (virtio 1.2 §2.7)."""
-INDIRECT_MAX = 1024
+INDIRECT_MAX = LONG_MAX
 """Descriptors in an indirect table that we take: as many as preadv(2) takes buffers."""
 
 _DESCRIPTOR_SIZE = 16
@@ -39,6 +41,8 @@ _unpack_descriptor, _unpack_table = _DESCRIPTOR.unpack_from, _DESCRIPTOR.iter_un
 _KNOWN_IN_TABLE = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE
 _INDEX_MASK = 0xFFFF
 _ADDRESS_BITS = 47  # no more is mapped below 128 TiB
+_HIGH_START = 1 << 32
+_LONG = LONG_MIN * _DESCRIPTOR_SIZE
 # Positions in the rings, in 16-bit words.
 _FLAGS, _INDEX, _RING = 0, 1, 2
 
@@ -69,15 +73,32 @@ class Chain:
     The guest can change their contents at any time: copy first, then check, then use.
     """
 
-    __slots__ = ("head", "readable", "writable")
+    __slots__ = ("head", "pieces", "readable", "writable")
 
-    def __init__(self, head: int, readable: list[memoryview], writable: list[memoryview]) -> None:
+    def __init__(
+        self,
+        head: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        pieces: Scatter | None = None,
+    ) -> None:
         self.head = head
         """Number of its first descriptor, which names the chain."""
         self.readable = readable
         """What the driver wrote for the device, in order; none is empty."""
         self.writable = writable
         """Where the device may write, in order; none is empty."""
+        self.pieces = pieces
+        """What is between the first that is readable and the last that is writable, and then they
+        are the only ones; for who asked for it."""
+
+    def spread(self) -> None:
+        """Move `pieces` to where they belong."""
+        pieces, self.pieces = self.pieces, None
+        if pieces and pieces.is_writable:
+            self.writable[:0] = pieces
+        elif pieces:
+            self.readable += pieces
 
 
 class Virtqueue:
@@ -97,14 +118,17 @@ class Virtqueue:
         "_low",
         "_low_end",
         "_mask",
+        "_memory",
         "_next_available",
         "_next_used",
         "_seen_available",
         "_signalled_used",
+        "_spans",
         "_used",
         "_used_elements",
         "_used_event",
         "_view",
+        "is_streaming",
         "size",
     )
 
@@ -139,9 +163,10 @@ class Virtqueue:
             )
         self.size = size
         self._mask = size - 1
+        self._memory = memory
         self._view = memory.view
         # Nearly every buffer is there: a slice of it takes half the time of a call.
-        self._low = _from_zero(memory)
+        self._low = _longest_view(memory, 0)
         self._low_end = len(self._low)
         self._descriptors = memory.view(ring.descriptors, _DESCRIPTOR_SIZE * size)
         self._available = memory.view(ring.available, 2 * (_RING + size + 1)).cast("H")
@@ -156,6 +181,9 @@ class Virtqueue:
         self._next_available = self._seen_available = next_available
         self._next_used = self._signalled_used = next_used
         self._is_stopped = False
+        self._spans: list[Span] = []
+        self.is_streaming = False
+        """Whether pieces were taken since `disable_kicks`: much data, and more to come."""
         self._fence = threading.Lock()
 
     @property
@@ -172,10 +200,11 @@ class Virtqueue:
         """Let `pop` find nothing more, at the latest after one round of the ring; any thread."""
         self._is_stopped = True
 
-    def pop(self) -> Chain | None:
+    def pop(self, *, with_pieces: bool = False) -> Chain | None:
         """Take the next available chain; None when there is none.
 
-        Give it back by `push`, once, in any order.
+        Give it back by `push`, once, in any order. Who asks `with_pieces` gets long ones with
+        those, where that can be.
 
         Raises:
             VirtqueueError: the ring or the chain is malformed.
@@ -209,8 +238,15 @@ class Virtqueue:
                 if is_indirect:
                     raise VirtqueueError(f"descriptor {head}: an indirect table in another")
                 table = self._indirect_table(address, length, flags)
-                if not (readable or writable) and (chain := self._in_order(head, table)):
-                    return chain
+                if not (readable or writable):
+                    if with_pieces and length >= _LONG:
+                        for span in self._spans or self._find_spans():
+                            if parts := span.divide(table):
+                                header, pieces, status = parts
+                                self.is_streaming = True
+                                return Chain(head, [header], [status], pieces)
+                    if chain := self._in_order(head, table):
+                        return chain
                 limit = left = length // _DESCRIPTOR_SIZE
                 link, is_indirect = 0, True
                 continue
@@ -258,6 +294,17 @@ class Virtqueue:
                 return None
         return None
 
+    def _find_spans(self) -> list[Span]:
+        self._spans = [
+            Span(memory, start)
+            for start, memory in (
+                (0, self._low),
+                (_HIGH_START, _longest_view(self._memory, _HIGH_START)),
+            )
+            if memory
+        ]
+        return self._spans
+
     def _indirect_table(self, address: int, length: int, flags: int) -> bytes:
         if not self._has_indirect:
             raise VirtqueueError("an indirect descriptor, which was not negotiated")
@@ -265,7 +312,10 @@ class Virtqueue:
             raise VirtqueueError("an indirect descriptor that has a next one")
         if length % _DESCRIPTOR_SIZE or not 0 < length <= INDIRECT_MAX * _DESCRIPTOR_SIZE:
             raise VirtqueueError(f"an indirect table of {length} bytes")
-        return bytes(self._view(address, length))
+        end = address + length
+        return bytes(
+            self._low[address:end] if end <= self._low_end else self._view(address, length)
+        )
 
     def push(self, chain: Chain, written: int) -> None:
         """Give `chain` back; `written` is how many bytes of `writable` were written.
@@ -313,6 +363,7 @@ class Virtqueue:
 
         Source: virtio 1.2 §2.7.10
         """
+        self.is_streaming = False
         # With EVENT_IDX an index in the past does it: it stays where `enable_kicks` left it.
         if not self._has_event_idx:
             self._used[_FLAGS] = VRING_USED_F_NO_NOTIFY
@@ -344,13 +395,13 @@ class Virtqueue:
         self._fence.release()
 
 
-def _from_zero(memory: Memory) -> memoryview:
-    """Return the longest view of `memory` from address 0: the RAM below the PCI hole."""
+def _longest_view(memory: Memory, start: int) -> memoryview:
+    """Return the longest view of `memory` from an address: RAM lies from 0, and from 4 GiB."""
     size = 0
     for bit in reversed(range(_ADDRESS_BITS)):
         try:
-            memory.view(0, size | 1 << bit)
+            memory.view(start, size | 1 << bit)
         except GuestMemoryError:
             continue
         size |= 1 << bit
-    return memory.view(0, size) if size else memoryview(b"")
+    return memory.view(start, size) if size else memoryview(b"")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from vmm_kvm.bits import KIB, MIB
 from vmm_kvm.clock import NANOSECONDS, Clock
+from vmm_kvm.scatter import total
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
-from vmm_kvm.virtio.buffers import scatter, total
+from vmm_kvm.virtio.buffers import scatter
 from vmm_kvm.virtio.device import Transport
 from vmm_kvm.virtio.queue import Virtqueue
 

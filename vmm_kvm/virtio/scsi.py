@@ -12,10 +12,11 @@ from typing import NamedTuple
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
 from vmm_kvm.log import Log
+from vmm_kvm.scatter import total
 from vmm_kvm.scsi.cdrom import CdRom
 from vmm_kvm.scsi.spc import UNRECOVERED_READ_ERROR, Check, Data, Extent, Sense
 from vmm_kvm.virtio import abi
-from vmm_kvm.virtio.buffers import gather, scatter, split, total
+from vmm_kvm.virtio.buffers import gather, scatter, split
 from vmm_kvm.virtio.queue import Chain, Virtqueue
 
 log = Log(__name__)

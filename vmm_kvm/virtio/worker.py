@@ -232,6 +232,10 @@ class Worker:
             backend.process(index, queue)
             if queue.needs_interrupt():
                 frontend.interrupt(index)
+            if queue.is_streaming:
+                # The guest asks for more now, if it has to share this processor with us: then it
+                # need not notify.
+                os.sched_yield()
             if not queue.enable_kicks():
                 return
         self.kick(index)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.virtio_driver import PlainMemory
 from vmm_kvm.errors import VirtqueueError
-from vmm_kvm.virtio.buffers import gather, scatter, total
+from vmm_kvm.scatter import total
+from vmm_kvm.virtio.buffers import gather, scatter
 from vmm_kvm.virtio.queue import Chain, Virtqueue
 
 FEATURE = 1 << 3

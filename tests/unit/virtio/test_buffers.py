@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm_kvm.virtio.buffers import gather, scatter, split, total
+from vmm_kvm.scatter import total
+from vmm_kvm.virtio.buffers import gather, scatter, split
 
 PARTS = st.lists(st.binary(min_size=1, max_size=20), max_size=8)
 

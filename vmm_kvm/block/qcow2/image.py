@@ -14,8 +14,9 @@ from vmm_kvm.block.qcow2.metadata import Metadata
 from vmm_kvm.block.qcow2.reader import Reader
 from vmm_kvm.block.qcow2.tables import Tables
 from vmm_kvm.block.qcow2.writer import Writer
-from vmm_kvm.block.vectors import cut, fill_zeros, total
+from vmm_kvm.block.vectors import cut, fill_zeros
 from vmm_kvm.errors import ImageError
+from vmm_kvm.scatter import total
 
 if TYPE_CHECKING:
     from vmm_kvm.block.image import StoredImage

@@ -11,6 +11,7 @@ harm.
 Source: QEMU docs/interop/vhost-user.
 """
 
+import os
 from collections.abc import Callable
 
 from vmm_kvm.errors import GuestError
@@ -445,6 +446,8 @@ class Session:
                 self._backend.process(ring.index, queue)
                 if queue.needs_interrupt():
                     ring.interrupt()
+                if queue.is_streaming:
+                    os.sched_yield()  # as a worker in the VM's process does
                 if not queue.enable_kicks():
                     return
         except GuestError as err:
