@@ -243,11 +243,11 @@ class Daemon:
         assert len(found) == 1, f"{title}: {found}"
         return found[0]
 
-    def wait_for_child(self, title: str) -> int:
-        """Wait until there is a process of this title; returns its pid."""
+    def wait_for_child(self, title: str, parent: int | None = None) -> int:
+        """Wait until there is a process of this title, `parent`'s own if given; returns its pid."""
         deadline = time.monotonic() + TIMEOUT_S
         while True:
-            for pid in descendants(self.process.pid):
+            for pid in children(parent) if parent else descendants(self.process.pid):
                 if process_title(pid) == title:
                     return pid
             assert time.monotonic() < deadline, f"no process {title}"

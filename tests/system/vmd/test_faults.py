@@ -111,12 +111,12 @@ def test_vmm(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None
 def test_the_process_that_is_ready(start_vmd: Start) -> None:
     """When the process that waits to be a VM is killed, the next start makes one of its own."""
     with start_vmd(vm_block("one") + vm_block("two")) as vmd, vmd.client() as client:
-        vmd.wait_for_child("vmd: zygote")  # which has one of its own while it gets ready
-        ready = vmd.wait_for_child("vm")
+        vmm = vmd.wait_for_child("vmd: vmm")  # the zygote has one that is for nobody
+        ready = vmd.wait_for_child("vm", vmm)
         _kill(ready)
         vmd.wait_for_log("the vm process that was ready has ended, status -9")
         assert client.ask("start", name="one")["type"] == "started"
-        ready = vmd.wait_for_child("vm")
+        ready = vmd.wait_for_child("vm", vmm)
         assert client.ask("start", name="two")["pid"] == ready
         assert vmd.child("vm/two") == ready
 
