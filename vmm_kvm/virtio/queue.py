@@ -30,7 +30,7 @@ from vmm_kvm.virtio.tables import LONG_MAX, LONG_MIN, Span
 
 SIZE_MAX = 32768
 """Of a split virtqueue (virtio 1.2 §2.7)."""
-INDIRECT_MAX = LONG_MAX
+INDIRECT_MAX = 1024
 """Descriptors in an indirect table that we take: as many as preadv(2) takes buffers."""
 
 _DESCRIPTOR_SIZE = 16
@@ -42,7 +42,7 @@ _KNOWN_IN_TABLE = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE
 _INDEX_MASK = 0xFFFF
 _ADDRESS_BITS = 47  # no more is mapped below 128 TiB
 _HIGH_START = 1 << 32
-_LONG = LONG_MIN * _DESCRIPTOR_SIZE
+_LONG, _TOO_LONG = LONG_MIN * _DESCRIPTOR_SIZE, LONG_MAX * _DESCRIPTOR_SIZE + 1
 # Positions in the rings, in 16-bit words.
 _FLAGS, _INDEX, _RING = 0, 1, 2
 
@@ -181,7 +181,7 @@ class Virtqueue:
         self._next_available = self._seen_available = next_available
         self._next_used = self._signalled_used = next_used
         self._is_stopped = False
-        self._spans: list[Span] = []
+        self._spans: list[Span] | None = None  # not looked for yet
         self.is_streaming = False
         """Whether pieces were taken since `disable_kicks`: much data, and more to come."""
         self._fence = threading.Lock()
@@ -239,8 +239,9 @@ class Virtqueue:
                     raise VirtqueueError(f"descriptor {head}: an indirect table in another")
                 table = self._indirect_table(address, length, flags)
                 if not (readable or writable):
-                    if with_pieces and length >= _LONG:
-                        for span in self._spans or self._find_spans():
+                    if with_pieces and _LONG <= length < _TOO_LONG:
+                        spans = self._find_spans() if self._spans is None else self._spans
+                        for span in spans:
                             if parts := span.divide(table):
                                 header, pieces, status = parts
                                 self.is_streaming = True
@@ -295,13 +296,9 @@ class Virtqueue:
         return None
 
     def _find_spans(self) -> list[Span]:
+        high = _longest_view(self._memory, _HIGH_START)
         self._spans = [
-            Span(memory, start)
-            for start, memory in (
-                (0, self._low),
-                (_HIGH_START, _longest_view(self._memory, _HIGH_START)),
-            )
-            if memory
+            Span(memory, start) for start, memory in ((0, self._low), (_HIGH_START, high)) if memory
         ]
         return self._spans
 

@@ -18,7 +18,9 @@ from vmm_kvm.virtio.abi import VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 
 LONG_MIN = 8
 """Descriptors from which on a table is quicker as a whole; found by measuring."""
-LONG_MAX = 1024
+LONG_MAX = 256
+"""Descriptors up to which it is taken as a whole: more than a disk offers its driver (SEG_MAX), and
+few enough that what a guest can have remembered is at most 3 MiB a queue."""
 
 _SIZE = 16  # bytes of a descriptor: address (64 bits), length (32), flags (16), next (16)
 _LANE = 8 * _SIZE
@@ -32,7 +34,7 @@ _LENGTHS = _EACH * ((1 << 32) - 1)
 # A bit above all addresses, and all sums of an address and a length.
 _BEYOND = 66
 _SUM_OF_LANES = (1 << _LANE) - 1  # a number modulo this is the sum of its digits
-_KINDS_MAX = 256  # of tables, about which something is remembered
+_KINDS_MAX = 64  # of tables, about which something is remembered
 _RECENT_MAX = 64  # tables that are remembered themselves
 
 
@@ -83,7 +85,7 @@ class Span:
         self._recent: dict[int, tuple[bytes, Scatter]] = {}
 
     def divide(self, table: bytes) -> tuple[memoryview, Scatter, memoryview] | None:
-        """Return header, pieces and status of an indirect table of 3 to 1,024 descriptors.
+        """Return header, pieces and status of an indirect table of 3 to 256 descriptors.
 
         The header is readable, the status writable. None for a table that is otherwise, has
         anything empty, or anything elsewhere.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 import tempfile
@@ -100,7 +101,7 @@ def outcome(memory: PlainMemory | HighMemory, table: list[Entry], *, with_pieces
 @given(
     st.lists(PIECES, min_size=LONG_MIN, max_size=40),
     st.booleans(),
-    st.none() | st.tuples(st.integers(0, LONG_MIN), st.integers(0, 3), st.data()),
+    st.none() | st.tuples(st.integers(-2, LONG_MIN), st.integers(0, 3), st.data()),
 )
 def test_a_table_is_what_its_descriptors_are(
     pieces: list[tuple[int, int]],
@@ -165,13 +166,45 @@ def test_usual_requests_are_taken_as_tables(start: int, is_writable: bool) -> No
 
 
 def test_the_longest_table() -> None:
-    """1,024 descriptors are taken, also when no two pieces are of the same size."""
+    """256 descriptors are taken, also when no two pieces are of the same size."""
     memory = PlainMemory(MEMORY_SIZE)
     pieces = [(64 * number, number % 1000 + 1) for number in range(LONG_MAX - 2)]
     found = Span(memory.view(0, MEMORY_SIZE), 0).divide(pack(entries(pieces, is_writable=True)))
     assert found is not None
     assert found[1].size == sum(size for _, size in pieces)
     assert [len(view) for view in found[1]] == [size for _, size in pieces]
+
+
+@pytest.mark.parametrize("number", [0, 3, -1])
+@pytest.mark.parametrize("flags", range(16))
+def test_flags_of_any_descriptor(number: int, flags: int) -> None:
+    """Header, pieces and status are taken for what they are, or the request is none."""
+    table = entries([(0x1000, 0x1000)] * LONG_MIN, is_writable=True)
+    is_right = flags == table[number][2]
+    table[number] = (*table[number][:2], flags, table[number][3])
+    assert (Span(memoryview(bytearray(0x3000)), 0).divide(pack(table)) is not None) == is_right
+
+
+def test_a_wrong_link_is_no_length() -> None:
+    """In memory so large that flags, if they counted, would be a length inside of it."""
+    fd = os.memfd_create("large")
+    os.ftruncate(fd, 12 << 30)
+    span = Span(memoryview(mmap.mmap(fd, 12 << 30)), 0)
+    os.close(fd)
+    table = entries([(0x1000, 0x1000)] * LONG_MIN, is_writable=True)
+    assert span.divide(pack(table)) is not None
+    table[3] = (*table[3][:2], table[3][2] ^ NEXT, table[3][3])
+    assert span.divide(pack(table)) is None
+
+
+@pytest.mark.parametrize("is_writable", [False, True])
+def test_longer_tables_are_followed(is_writable: bool) -> None:
+    """More descriptors than are taken as a whole give the same buffers."""
+    memory = PlainMemory(MEMORY_SIZE)
+    table = entries([(64 * n, n % 64 + 1) for n in range(LONG_MAX - 1)], is_writable=is_writable)
+    chain = pop(memory, table, with_pieces=True)
+    assert chain.pieces is None
+    assert len(chain.readable) + len(chain.writable) == LONG_MAX + 1
 
 
 def test_any_number_of_kinds_of_tables() -> None:
@@ -183,7 +216,7 @@ def test_any_number_of_kinds_of_tables() -> None:
         found = span.divide(pack(entries(pieces, is_writable=False)))
         assert found is not None
         assert found[1].size == size * LONG_MIN
-    assert len(span._kinds) <= 256
+    assert len(span._kinds) <= 64
     assert len(span._recent) <= 64
 
 
