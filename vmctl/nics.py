@@ -13,6 +13,7 @@ from typing import Final
 
 from vmctl.nic_options import Forward, NicKind, NicOption
 from vmm_kvm.errors import SpecError
+from vmm_kvm.memfd import make_scratch
 from vmm_kvm.net.bridge import tap_on_bridge
 from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, TapPath, Traffic, VhostPath
 from vmm_kvm.net.tap import Tap, open_tap
@@ -117,7 +118,7 @@ def _passt(forwards: tuple[Forward, ...], stack: ExitStack) -> int:
         theirs,
         os.fdopen(ready[0], "rb", buffering=0) as told,
         os.fdopen(ready[1], "wb") as pid,
-        os.fdopen(os.memfd_create("passt"), "w+b") as errors,
+        os.fdopen(make_scratch("passt"), "w+b") as errors,
     ):
         os.fchmod(pid.fileno(), _ANYONE_WRITES)  # as root, it becomes another user before
         arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]

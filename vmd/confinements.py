@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from vmd.sandbox import Confinement
 from vmd.seccomp import Allow, Argument, Filter, Refuse
+from vmm_kvm.memfd import MODE
 from vmm_kvm.net.abi import TUNSETIFF
 
 CAP_NET_ADMIN = 12
@@ -150,8 +151,9 @@ _VM = (
     *_THREADS,
     Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
     *_all("guest memory", "memfd_create"),
+    *_with("fchmod", 1, {MODE: "that nobody else may open it"}),
     *_all("how much of it there is", "mincore"),
-    *_with("fcntl", 1, {_F_ADD_SEALS: "an unpacked kernel that nobody can change"}),
+    *_with("fcntl", 1, {_F_ADD_SEALS: "memory whose size, or a kernel that nobody can change"}),
     *_NAMED,
     *_all("images into guest memory", "sendfile"),
     *_all("flushes of what the guest has mapped", "msync"),
@@ -166,6 +168,7 @@ _VMM = (
     *_all("the connections of VM and device processes", "socketpair"),
     *_all("which of them to end", "pidfd_open"),
     *_all("counters of devices", "memfd_create", "ftruncate"),
+    *_with("fchmod", 1, {MODE: "that nobody else may open them"}),
     *_with("fcntl", 1, {_F_ADD_SEALS: "counters whose size nobody can change"}),
 )
 _ZYGOTE = (

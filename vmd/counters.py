@@ -4,12 +4,12 @@ Two numbers of eight bytes in the host's order, in and out; each has one writer.
 process makes of them is a number, whatever it is.
 """
 
-import fcntl
 import mmap
 import os
 from collections.abc import Sequence
 
 from vmm_kvm.block.image import Image
+from vmm_kvm.memfd import make_memory
 from vmm_kvm.scatter import total
 
 _SIZE = mmap.PAGESIZE
@@ -22,14 +22,7 @@ def make_counters() -> int:
     Raises:
         OSError: the host has no memory or descriptors left.
     """
-    fd = os.memfd_create("counters", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, _SIZE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return make_memory("counters", _SIZE)
 
 
 class Counters:

@@ -15,14 +15,13 @@ from collections.abc import Callable, Sequence
 from vmm_kvm.boot.cache import has_settled
 from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
 from vmm_kvm.log import Log
+from vmm_kvm.memfd import ALL_SEALS, make_constant
 
 log = Log(__name__)
 
 KERNELS_MAX = 4
 """Kernels that are kept; one takes 30 to 60 MiB. The least recently used go first."""
 KERNEL_SIZE_MAX = 256 << 20
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 class KernelStore:
@@ -82,7 +81,7 @@ class KernelStore:
 
 def _is_sealed(kernel: int) -> bool:
     try:
-        is_sealed = fcntl.fcntl(kernel, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+        is_sealed = fcntl.fcntl(kernel, fcntl.F_GET_SEALS) & ALL_SEALS == ALL_SEALS
     except OSError:  # it is no such memory
         return False
     return is_sealed and 0 < os.fstat(kernel).st_size <= KERNEL_SIZE_MAX
@@ -109,23 +108,8 @@ class LentKernel:
     def keep(self, image: FileSource, _digest: str, kernel: Sequence[bytes | memoryview]) -> None:
         """Hand over what `image` unpacks to."""
         try:
-            fd = _sealed(kernel)
+            fd = make_constant("kernel", kernel)
         except OSError as err:  # a start needs no store
             log.debug("%s: not kept: %s", image.name, err.strerror)
         else:
             self._hand_over(fd)
-
-
-def _sealed(pieces: Sequence[bytes | memoryview]) -> int:
-    """Return the descriptor of memory with these contents, which nobody can change."""
-    fd = os.memfd_create("kernel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(fd, view) :]
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd

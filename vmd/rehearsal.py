@@ -36,6 +36,7 @@ from vmm_kvm.bits import MIB
 from vmm_kvm.boot import layout
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.log import Log
+from vmm_kvm.memfd import make_constant
 
 log = Log(__name__)
 
@@ -71,9 +72,8 @@ class Rehearsal:
         with ExitStack() as stack:
             self._pty = open_pty(_NAME, os.getuid(), None)
             stack.callback(self._pty.close)
-            self._firmware = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+            self._firmware = make_constant(_NAME, (_rom(),))
             stack.callback(os.close, self._firmware)
-            os.write(self._firmware, _rom())
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

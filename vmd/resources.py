@@ -1,20 +1,20 @@
 """What a VM needs of the host, opened by the parent with the rights of whom it is for.
 
-Each file is opened first and judged by its descriptor, so that no change of a path in between makes
-a difference. The VM's processes get descriptors, never paths.
+See `files` for how a file is opened. The VM's processes get descriptors, never paths.
 
 Source: sections 2.5, 7.5 and 9.3 of OpenBSD's behaviour.
 """
 
+import errno
 import os
 import socket
-import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import MEMORY_DEFAULT, Right
+from vmd.files import FileError, FileKindError, open_file
 from vmd.internal import DiskSpec, NicSpec, VmSpec
 from vmd.kernels import KernelStore
 from vmd.messages import ErrorCode
@@ -53,24 +53,6 @@ class Host(NamedTuple):
     kernels: KernelStore
     state: str | None
     """Directory of what VMs keep; None if there is none."""
-
-
-def may_access(status: os.stat_result, uid: int, users: Users, *, writes: bool) -> bool:
-    """Tell whether a user may read, or read and write, a regular file.
-
-    In OpenBSD's order: what others may, then what the owner may, then what the group may.
-
-    Source: section 9.3 of OpenBSD's behaviour.
-    """
-    if uid in users.administrators:
-        return True
-    wanted = 0o6 if writes else 0o4
-    mode = status.st_mode
-    if mode & wanted == wanted:
-        return True
-    if status.st_uid == uid and mode >> 6 & wanted == wanted:
-        return True
-    return mode >> 3 & wanted == wanted and users.is_member(uid, status.st_gid)
 
 
 def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = ()) -> Resources:
@@ -165,10 +147,7 @@ class _Opener:
         path = self._vm.config.cdrom
         if path is None:
             return None
-        index = self._open(path, Right.CDROM, ErrorCode.CDROM_MISSING, "cdrom")
-        if not stat.S_ISREG(os.fstat(self.fds[index]).st_mode):
-            raise ResourceError(ErrorCode.CDROM_INVALID, f"{path}: not a regular file")
-        return index
+        return self._open(path, Right.CDROM, ErrorCode.CDROM_MISSING, "cdrom")
 
     def interface(self, network: Network) -> NicSpec:
         """Take a network interface that there is, and open vhost-net for it if it may be used."""
@@ -198,15 +177,20 @@ class _Opener:
                 disk_format = Format(option.kind)
         writes = not option.is_read_only
         code = ErrorCode.DISK_MISSING
-        chain = [self._open(option.path, Right.DISK, code, "disk", writes=writes)]
+        chain: list[int] = []
+
+        def open_layer(path: str) -> int:
+            if chain:
+                chain.append(self._open(path, Right.DISK, code, "base image"))
+                return self.fds[chain[-1]]
+            chain.append(self._open(path, Right.DISK, code, "disk", writes=writes))
+            lock(self.fds[chain[0]], path, writes=writes)
+            return self.fds[chain[0]]
+
         try:
-            lock(self.fds[chain[0]], option.path, writes=writes)
-            layers = image_chain(option.path, disk_format)
+            layers = image_chain(option.path, disk_format, open_layer)
         except ImageError as err:
             raise ResourceError(code, str(err)) from err
-        chain += [
-            self._open(str(layer.source), Right.DISK, code, "base image") for layer in layers[1:]
-        ]
         formats = tuple(DiskKind(layer.disk_format or Format.RAW) for layer in layers)
         return DiskSpec(option=option, chain=tuple(chain), formats=formats)
 
@@ -241,23 +225,19 @@ class _Opener:
         self, path: str, right: Right, code: ErrorCode, what: str, *, writes: bool = False
     ) -> int:
         """Open a file, for the requester if the VM claims `right`; returns its index."""
-        vm = self._vm
-        # Not to wait for a writer if the path turns out to be a FIFO.
-        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        is_checked = right in self._vm.checked
+        requester = self._vm.requester
+        user = requester if is_checked and requester not in self._users.administrators else None
+        allows_devices = right is Right.DISK and not is_checked
         try:
-            fd = os.open(path, flags | (os.O_RDWR if writes else os.O_RDONLY))
-        except OSError as err:
-            raise ResourceError(code, f"{what} {path}: {err.strerror}") from err
-        except ValueError as err:  # a null character
-            raise ResourceError(code, f"{what} {path!r}: {err}") from err
-        index = self.keep(fd)
-        status = os.fstat(fd)
-        is_block = stat.S_ISBLK(status.st_mode) and right is Right.DISK
-        if not stat.S_ISREG(status.st_mode) and not (is_block and right not in vm.checked):
-            raise ResourceError(ErrorCode.EPERM, f"{what} {path}: not a regular file")
-        if right in vm.checked and not may_access(status, vm.requester, self._users, writes=writes):
-            raise ResourceError(ErrorCode.EPERM, f"{what} {path}: permission denied")
-        return index
+            fd = open_file(path, user, writes=writes, allows_devices=allows_devices)
+        except FileError as err:
+            if right is Right.CDROM and isinstance(err, FileKindError):
+                code = ErrorCode.CDROM_INVALID
+            elif err.errno in {errno.EACCES, errno.EPERM}:
+                code = ErrorCode.EPERM
+            raise ResourceError(code, f"{what} {path}: {err}") from err
+        return self.keep(fd)
 
     def _connect(self, path: str) -> int:
         if Right.DISK in self._vm.checked and self._vm.requester not in self._users.administrators:

@@ -6,10 +6,10 @@ a console shows what was written before a reboot. Only the VM process reads or w
 Layout: how many bytes were ever written, 8 bytes little-endian; then a ring of `CAPACITY` bytes.
 """
 
-import fcntl
 import mmap
-import os
 import struct
+
+from vmm_kvm.memfd import make_memory
 
 CAPACITY = 256 * 1024
 """Bytes that a slow reader may be behind before it misses some."""
@@ -22,14 +22,7 @@ _SIZE = _TOTAL.size + CAPACITY
 
 def make_ring(name: str) -> int:
     """Return the descriptor of an empty ring whose size nobody can change; the caller owns it."""
-    fd = os.memfd_create(f"console:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, _SIZE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return make_memory(f"console:{name}", _SIZE)
 
 
 class OutputRing:

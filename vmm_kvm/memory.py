@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, SpecError
+from vmm_kvm.memfd import make_memory
 
 _BLOCK_SIZE = 512  # of st_blocks, always
 _HUGE = 2 << 20
@@ -101,10 +102,9 @@ class GuestMemory:
                 # A guest could tell by the time of a write what another one's page holds.
                 mapping.madvise(mmap.MADV_UNMERGEABLE)
         else:
-            self.fd = os.memfd_create(f"vmm:{name}", os.MFD_CLOEXEC)
+            self.fd = make_memory(f"vmm:{name}", offset)
             # The mapping goes when its last view does: a thread may still hold one after close().
             self._finalizer = weakref.finalize(self, os.close, self.fd)
-            os.ftruncate(self.fd, offset)
             mapping = mmap.mmap(self.fd, offset)
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -7,7 +7,7 @@ name is handed their descriptors instead: the files that an image needs are told
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -141,10 +141,14 @@ def open_image(
         return image
 
 
-def image_chain(path: str, disk_format: Format | None) -> list[Layer]:
+def image_chain(
+    path: str, disk_format: Format | None, open_file: Callable[[str], int] | None = None
+) -> list[Layer]:
     """Return the files that the image at `path` needs: itself, then its bases, all by path.
 
-    Nothing is locked. Every layer's format is known in the result.
+    Nothing is locked. Every layer's format is known in the result. With `open_file`, it is called
+    once for each of them in this order, and returns a descriptor for reading, which stays the
+    caller's: what comes of a path is looked at once.
 
     Raises:
         ImageError: a file is missing, of an unsupported kind, or its header is corrupt.
@@ -155,7 +159,8 @@ def image_chain(path: str, disk_format: Format | None) -> list[Layer]:
         if len(chain) == CHAIN_MAX:
             raise ImageError(f"{path}: more than {CHAIN_MAX - 1} base images")
         with ExitStack() as stack:
-            file = _open_file(layer.source, None, stack, writes=False, locks=False)
+            source = layer.source if open_file is None else open_file(str(layer.source))
+            file = _open_file(source, str(layer.source), stack, writes=False, locks=False)
             header = _header(file, layer.disk_format)
         chain.append(Layer(layer.source, Format.QCOW2 if header else Format.RAW))
         layer = _base(layer.source, header.backing) if header and header.backing else None

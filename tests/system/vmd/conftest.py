@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -55,3 +56,12 @@ def start_vmd(request: pytest.FixtureRequest, tmp_path: Path) -> Start:
     is_user = request.param == "user"
     _skip(None if is_user else missing_separation())
     return lambda config: Daemon(tmp_path, config, is_user=is_user)
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """Return a directory that every user can get to; pytest closes those that it makes."""
+    with TemporaryDirectory(prefix="vmd-") as directory:
+        path = Path(directory)
+        path.chmod(0o711)
+        yield path

@@ -3,55 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import SELFTEST, Client, Daemon, vm_block
+from tests.system.vmd.daemon import SELFTEST, Daemon, vm_block
+from tests.system.vmd.users import USER, being, connection
 
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.root,
     pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
 ]
-
-USER = 65534
-"""Any user but root: nobody."""
-
-
-@contextmanager
-def _connection(vmd: Daemon, uid: int) -> Iterator[Client]:
-    """Connect as a user; the kernel notes who it was at that moment."""
-    with _being(uid):
-        client = vmd.client()
-    with client:
-        yield client
-
-
-@contextmanager
-def _being(uid: int) -> Iterator[None]:
-    """Be another user, in no group but the user's own."""
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
-
-
-@pytest.fixture
-def reachable(tmp_path: Path) -> Path:
-    """Return a directory that every user can get to."""
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        directory.chmod(directory.stat().st_mode | 0o011)
-    return tmp_path
 
 
 def test_a_user_without_rights(reachable: Path) -> None:
@@ -60,7 +24,7 @@ def test_a_user_without_rights(reachable: Path) -> None:
     with (
         Daemon(reachable, config, is_user=False) as vmd,
         vmd.client() as root,
-        _connection(vmd, USER) as client,
+        connection(vmd, USER) as client,
     ):
         pid = root.wait_for_state("one", "running")["pid"]
         assert client.vm("one")["pid"] == pid
@@ -79,7 +43,7 @@ def test_a_user_without_rights(reachable: Path) -> None:
 def test_an_owner(reachable: Path) -> None:
     """Whoever owns a VM starts, pauses and stops it, and has its terminal."""
     config = f"socket owner {USER}\n" + vm_block("one", f"owner {USER}")
-    with Daemon(reachable, config, is_user=False) as vmd, _connection(vmd, USER) as client:
+    with Daemon(reachable, config, is_user=False) as vmd, connection(vmd, USER) as client:
         started = client.ask("start", name="one")
         assert started["type"] == "started", started
         assert Path(str(started["tty"])).stat().st_uid == USER
@@ -99,7 +63,7 @@ def test_files_of_an_instance_are_opened_with_its_makers_rights(reachable: Path)
     config = f"socket owner {USER}\n" + vm_block(
         "template", "allow instance { disk, memory }", f"allow instance {{ owner {USER} }}"
     )
-    with Daemon(reachable, config, is_user=False) as vmd, _connection(vmd, USER) as client:
+    with Daemon(reachable, config, is_user=False) as vmd, connection(vmd, USER) as client:
         refused = client.ask(
             "start", name="mine", instance="template", disks=[{"path": str(secret)}]
         )
@@ -113,14 +77,14 @@ def test_nobody_else_gets_to_the_socket(reachable: Path) -> None:
     with Daemon(reachable, "", is_user=False) as vmd:
         status = vmd.socket.stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 0, 0o660)
-        with pytest.raises(PermissionError), _connection(vmd, USER):
+        with pytest.raises(PermissionError), connection(vmd, USER):
             pass
 
 
 def test_one_user_cannot_shut_others_out(reachable: Path) -> None:
     """Connections of one user are limited; root still gets through, and is served."""
     with Daemon(reachable, f"socket owner {USER}\n", is_user=False) as vmd:
-        with _being(USER):
+        with being(USER):
             crowd = [vmd.client() for _ in range(300)]
         try:
             with vmd.client() as root:

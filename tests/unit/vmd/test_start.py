@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 from vmd.listener import ListenerError, listen
 from vmd.options import Options, UsageError, parse_options
 from vmd.paths import user_config, user_socket
-from vmd.policy import Users
-from vmd.resources import may_access
 from vmd.service import Notifier, inherited_socket
 
 
@@ -72,34 +69,3 @@ def test_a_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ListenerError, match="is there, and no socket"):
         listen(str(path))
-
-
-@pytest.mark.parametrize(
-    ("uid", "mode", "may_read", "may_write"),
-    [
-        (0, 0o000, True, True),
-        (1, 0o400, True, False),
-        (1, 0o600, True, True),
-        (1, 0o044, True, False),
-        (2, 0o640, True, False),
-        (2, 0o600, False, False),
-        (3, 0o660, False, False),
-        (3, 0o004, True, False),
-        (3, 0o006, True, True),
-    ],
-)
-def test_access_to_files(
-    tmp_path: Path, uid: int, mode: int, may_read: bool, may_write: bool
-) -> None:
-    """Others' bits, then the owner's, then the group's decide; user 0 is never refused.
-
-    User 1 owns the file, user 2 is in its group, user 3 neither.
-    """
-    users = Users(frozenset({0}), lambda uid, gid: (uid, gid) == (2, 7))
-    path = tmp_path / "file"
-    path.write_text("")
-    fields = list(os.stat_result(path.stat()))
-    fields[0], fields[4], fields[5] = 0o100000 | mode, 1, 7
-    status = os.stat_result(fields)
-    assert may_access(status, uid, users, writes=False) is may_read
-    assert may_access(status, uid, users, writes=True) is may_write
