@@ -77,9 +77,7 @@ def dispatch(
     addresses: dict[int, _Known] = {}  # by the size and direction of the access
     with pio.watched(ports), mmio.watched(addresses):
         while True:
-            try:
-                enter(fd, request)
-            except OSError:
+            if enter(fd, request, 0) < 0:
                 # A kick, a start-up IPI or a failure; all of them persist until run() tells which.
                 reason = vcpu.run()
                 if reason is not io and reason is not mmio_exit:

@@ -20,7 +20,7 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
-from errno import EAGAIN, EBADF, EINTR, EIO
+from errno import EAGAIN, EINTR
 from typing import Self, TypeAlias
 
 from vmm_kvm.bits import PAGE_SIZE
@@ -162,12 +162,8 @@ class Vcpu(VcpuState):
         """
         if not self._native_id:
             self.bind_thread()
-        try:
-            enter(self.fd, _RUN)
-        except OSError as err:
-            return self._not_entered(err)
-        except ValueError as err:  # a closed vCPU's descriptor is -1
-            raise KvmError(operation(_RUN), EBADF) from err
+        if enter(self.fd, _RUN, 0) < 0:
+            return self._not_entered()
         try:
             return self._by_reason[self._reason[0]]
         except IndexError:
@@ -184,17 +180,14 @@ class Vcpu(VcpuState):
         """
         self._native_id = threading.get_native_id()
 
-    def _not_entered(self, err: OSError) -> Exit:
-        while err.errno == EAGAIN:  # a start-up IPI has just come: now there is something to run
-            try:
-                enter(self.fd, _RUN)
-            except OSError as another:
-                err = another
-            else:
+    def _not_entered(self) -> Exit:
+        while (errno := ctypes.get_errno()) == EAGAIN:
+            # A start-up IPI has just come: now there is something to run.
+            if enter(self.fd, _RUN, 0) >= 0:
                 return self._exits.find(self._reason[0])
-        if err.errno == EINTR:
+        if errno == EINTR:
             return self._exits.interrupted
-        raise KvmError(operation(_RUN), err.errno or EIO) from err
+        raise KvmError(operation(_RUN), errno)
 
     def kick(self) -> None:
         """End the current `run()`, or the next one if none is under way; any thread.
