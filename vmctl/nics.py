@@ -5,9 +5,11 @@ Taps and connections are opened once and outlive reboots.
 
 import hashlib
 import os
+import select
 import shutil
 import socket
 import subprocess
+import tempfile
 from contextlib import ExitStack
 from typing import Final
 
@@ -26,8 +28,8 @@ _VHOST = "/dev/vhost-net"
 _ADDRESS_REST = 3
 _PASST_TIMEOUT_S = 5.0
 _SOCKET_BUFFER = 4 << 20
+_ANYONE_SEARCHES = 0o711
 _ANYONE_WRITES = 0o622
-_PID_SIZE = 16
 
 
 def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicParams:
@@ -112,39 +114,63 @@ def _passt(forwards: tuple[Forward, ...], stack: ExitStack) -> int:
     stack.enter_context(ours)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-    # It says its pid when it is ready, and what is wrong on standard error.
-    ready = os.pipe()
+    # passt writes its pid when it is ready, and what is wrong to standard error. New versions close
+    # descriptors that they do not know, so the pid goes to a FIFO with a name.
     with (
         theirs,
-        os.fdopen(ready[0], "rb", buffering=0) as told,
-        os.fdopen(ready[1], "wb") as pid,
+        tempfile.TemporaryDirectory(prefix="vmctl-") as directory,
         os.fdopen(make_scratch("passt"), "w+b") as errors,
     ):
-        os.fchmod(pid.fileno(), _ANYONE_WRITES)  # as root, it becomes another user before
-        arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
-        arguments += ["--pid", f"/proc/self/fd/{pid.fileno()}"]
-        for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
-            ports = [f"{one.host}:{one.guest}" for one in forwards if one.protocol == protocol]
-            if ports:
-                arguments += [letter, ",".join(ports)]
-        try:
-            process = subprocess.Popen(
-                arguments,
-                pass_fds=[theirs.fileno(), pid.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                process_group=0,
-            )
-        except OSError as err:
-            raise SpecError(f"{program}: {err.strerror}") from err
-        stack.callback(_end, process, ours)
-        pid.close()
-        theirs.close()
-        if not told.read(_PID_SIZE):  # the end: it is gone
-            errors.seek(0)
-            raise SpecError(f"passt: {_reason(errors.read().decode(errors='replace'))}")
+        fifo = f"{directory}/pid"
+        told = _make_fifo(fifo)
+        with os.fdopen(told, "rb", buffering=0):
+            arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+            arguments += ["--pid", fifo]
+            for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
+                ports = [f"{one.host}:{one.guest}" for one in forwards if one.protocol == protocol]
+                if ports:
+                    arguments += [letter, ",".join(ports)]
+            try:
+                process = subprocess.Popen(
+                    arguments,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    process_group=0,
+                )
+            except OSError as err:
+                raise SpecError(f"{program}: {err.strerror}") from err
+            stack.callback(_end, process, ours)
+            theirs.close()
+            if not _is_ready(process, told):
+                errors.seek(0)
+                raise SpecError(f"passt: {_reason(errors.read().decode(errors='replace'))}")
     return ours.fileno()
+
+
+def _make_fifo(path: str) -> int:
+    """Make a FIFO that any user may write to; returns its end to read from.
+
+    As root, passt becomes another user, on some versions before it opens the file.
+    """
+    os.chmod(os.path.dirname(path), _ANYONE_SEARCHES)
+    os.mkfifo(path)
+    os.chmod(path, _ANYONE_WRITES)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _is_ready(process: subprocess.Popen[bytes], told: int) -> bool:
+    """Wait until passt has written its pid to `told`; False if it ends or takes too long."""
+    ended = os.pidfd_open(process.pid)
+    try:
+        poll = select.poll()
+        poll.register(told, select.POLLIN)
+        poll.register(ended, select.POLLIN)
+        events = dict(poll.poll(_PASST_TIMEOUT_S * 1000))
+        return bool(events.get(told, 0) & select.POLLIN)
+    finally:
+        os.close(ended)
 
 
 def _reason(said: str) -> str:
