@@ -10,6 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vmm_kvm.standard_streams import run_program
+
 IMAGES = ("selftest", "hostile")
 IMAGE_SIZE = 64 * 1024
 _SOURCES = Path(__file__).resolve().parent
@@ -42,12 +46,13 @@ def build(name: str, output: Path) -> str:
     return hashlib.sha256(image).hexdigest()
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str]) -> int:
     """Rebuild the images `names`, all of them if there are none, in place."""
     for name in names or IMAGES:
         digest = build(name, _SOURCES / f"{name}.bin")
         sys.stdout.write(f"{digest}  {name}.bin\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program("build", lambda: main(sys.argv[1:]))

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from tests import artifacts, host  # noqa: E402 - found by the line above
 from tests.rig.machine import Rig, project_stages  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, ConsoleTimeoutError, vmctl_run  # noqa: E402
+from vmm_kvm.standard_streams import run_program  # noqa: E402
 
 # The shell may ask where the cursor is; a terminal's answer would be typed into the next program.
 CURSOR_QUERY = b"\x1b[6n"
@@ -246,4 +247,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("demo", main)

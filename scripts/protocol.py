@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from vmd import messages  # noqa: E402 - found by the line above
 from vmd.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
 from vmd.config.model import BootDevice  # noqa: E402 - same
+from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
 PAGE = ROOT / "docs" / "protocol.md"
 _SIMPLE = {int: "integer", str: "string", bool: "boolean", float: "number", type(None): "null"}
@@ -159,13 +160,14 @@ def _attribute_documentation(source: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     """Print the page, or write it."""
     if sys.argv[1:] == ["--write"]:
         PAGE.write_text(page())
     else:
         print(page(), end="")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_program("protocol", main)

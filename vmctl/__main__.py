@@ -1,21 +1,15 @@
 """Entry point of `vmctl` and `python -m vmctl`."""
 
 import gc
-import os
 import sys
 from collections.abc import Sequence
+
+from vmm_kvm.standard_streams import run_program
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    try:
-        status = _perform(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads, as with `vmctl status | head -1`; nor what is flushed at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1  # as typer has it
-    sys.exit(status)
+    run_program("vmctl", lambda: _perform(sys.argv[1:]))
 
 
 def _perform(arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import signal
 import termios
 import tty
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Self
 
 ESCAPES = "~.  power off and leave\n~#  send a BREAK\n~^Z suspend\n~~  send one ~\n~?  this list\n"
@@ -72,7 +73,8 @@ class RawTerminal:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)
+        with suppress(termios.error):  # it has hung up: nobody is left to see it
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)
 
     def suspend(self) -> None:
         """Give the terminal back and stop this process group until it is continued."""

@@ -1,8 +1,8 @@
 """The console of a foreground VM: standard input and output, as a terminal or a byte pipe.
 
 Nothing is lost: what the guest wrote is on standard output before the process ends, and a reader
-that is slower than the guest slows the guest down. The end of standard input is not the end of
-the VM; a closed standard output is.
+that is slower than the guest slows the guest down. Neither the end of standard input nor a standard
+output that cannot be written is the end of the VM; that of a terminal is.
 """
 
 import os
@@ -34,7 +34,7 @@ class Guest(Protocol):
         """Hold the vCPUs while output waits for its reader, or release them."""
 
     def quit(self, reason: str | None) -> None:
-        """End the VM at once: a person asked (None), or `reason` went wrong."""
+        """End the VM at once: a person asked (None), or the terminal is gone (`reason`)."""
 
 
 class Stdio:
@@ -96,6 +96,8 @@ class Stdio:
 
     def transmit(self, data: bytes) -> None:
         """Take what the guest wrote; any thread, never blocks."""
+        if self._is_closed:
+            return
         self._written.append(data)
         if not self._is_armed:
             self._is_armed = True
@@ -133,11 +135,23 @@ class Stdio:
         self._close(BrokenPipeError(0, "its reader has gone away"))
 
     def _close(self, err: OSError) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._backlog.clear()
-            self._loop.remove_reader(self._stdout)
-            self._guest.quit(f"standard output: {err.strerror}")
+        """Write no more; the guest goes on without output, unless its terminal is gone."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._written.clear()
+        self._backlog.clear()
+        self._loop.remove_reader(self._stdout)
+        self._loop.remove_writer(self._stdout)
+        self._is_waiting = False
+        if self._is_throttled:
+            self._is_throttled = False
+            self._guest.throttle(False)
+        reason = f"standard output: {err.strerror}"
+        if self._parser:
+            self._guest.quit(reason)
+        else:
+            print(f"vmctl: {reason}", file=sys.stderr)
 
     # Input
 

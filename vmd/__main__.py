@@ -3,23 +3,27 @@
 import sys
 
 from vmd.options import USAGE, Options, UsageError, parse_options
+from vmm_kvm.standard_streams import run_program
 
 
 def main() -> None:
     """Run the daemon, or check a configuration with -n; exits with its status."""
+    run_program("vmd", _run)
+
+
+def _run() -> int:
     try:
         options = parse_options(sys.argv[1:])
     except UsageError:
         sys.exit(USAGE)
     if options.is_check:
-        sys.exit(_check(options))
+        return _check(options)
     from vmd.daemon import StartError, run  # noqa: PLC0415 - a check needs none of it
 
     try:
-        status = run(options)
+        return run(options)
     except StartError as err:
         sys.exit(f"vmd: {err}")
-    sys.exit(status)
 
 
 def _check(options: Options) -> int:

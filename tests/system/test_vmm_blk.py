@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts
+from tests.closed_streams import COMBINATIONS, closing
 from tests.system.vhost_user_guests import (
     BOOT_MESSAGE,
     BOOT_STATUS,
@@ -35,9 +36,10 @@ GUEST_S = 180
 READ, WRITE = 0, 1
 
 
-def command(*arguments: str | Path) -> list[str]:
-    """Return the argument vector of vmm-blk with these arguments."""
-    return [PYTHON, "-m", "vmd.procs.device", *(str(argument) for argument in arguments)]
+def command(*arguments: str | Path, closed: str = "") -> list[str]:
+    """Return the argument vector of vmm-blk with these arguments, started with `closed` closed."""
+    words = [PYTHON, "-m", "vmd.procs.device", *(str(argument) for argument in arguments)]
+    return closing(closed, words) if closed else words
 
 
 def result(*arguments: str | Path) -> tuple[int, str, str]:
@@ -69,10 +71,16 @@ class Running:
 
 
 @contextmanager
-def serving(path: Path, *arguments: str | Path, pass_fds: Sequence[int] = ()) -> Iterator[Running]:
+def serving(
+    path: Path, *arguments: str | Path, pass_fds: Sequence[int] = (), closed: str = ""
+) -> Iterator[Running]:
     """Run vmm-blk and wait until it listens at `path`, if that is among the arguments."""
     with subprocess.Popen(
-        command(*arguments), stderr=subprocess.PIPE, text=True, cwd=ROOT, pass_fds=pass_fds
+        command(*arguments, closed=closed),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        pass_fds=pass_fds,
     ) as process:
         try:
             if path in arguments:
@@ -190,6 +198,25 @@ def test_requests(tmp_path: Path, image: Path) -> None:
             assert guest.request(request(READ, 2047), size=1025)[-1] == 1  # beyond the end
         assert server.end() == 0
     assert image.read_bytes()[3 * 512 : 5 * 512] == data
+
+
+@pytest.mark.parametrize("closed", COMBINATIONS)
+def test_closed_descriptors(closed: str, tmp_path: Path, image: Path) -> None:
+    """Whatever was closed at the start, the image holds what drivers write, and no message."""
+    path = tmp_path / "disk.sock"
+    expected = bytearray(image.read_bytes())
+    expected[3 * 512 : 4 * 512] = b"w" * 512
+    with serving(path, "--socket", path, image, closed=closed) as server:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
+            bad.connect(str(path))
+            bad.sendall(b"GET / HTTP/1.1\r\n\r\n")  # of which it complains
+            with suppress(ConnectionResetError):
+                assert bad.recv(100) == b""
+        with driver() as guest, connect(str(path)) as client:
+            guest.start(client)
+            assert guest.request(request(WRITE, 3, b"w" * 512), size=1) == b"\0"
+        assert server.end() == 0
+    assert image.read_bytes() == bytes(expected)
 
 
 def test_read_only(tmp_path: Path, image: Path) -> None:

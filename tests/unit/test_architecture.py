@@ -24,6 +24,7 @@ VMCTL_MAY_IMPORT = (
     "vmm_kvm.block",
     "vmm_kvm.errors",
     "vmm_kvm.net",
+    "vmm_kvm.standard_streams",
 )
 # Commands that run a VM in this very process, without a daemon.
 VMCTL_WITH_HYPERVISOR = {"vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio"}

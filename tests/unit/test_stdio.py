@@ -132,8 +132,10 @@ def test_end_of_input(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None
     assert guest.quits == []
 
 
-def test_closed_output(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:
-    """A reader that goes away ends the VM at once, also when nothing is written, and once."""
+def test_closed_output(
+    loop: EventLoop, pipes: tuple[int, int, int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reader that goes away is one line, also when nothing is written; the guest goes on."""
     stdin, _, reading, stdout = pipes
     guest = RecordingGuest()
     stdio = Stdio(loop, guest, stdin, stdout)
@@ -143,7 +145,64 @@ def test_closed_output(loop: EventLoop, pipes: tuple[int, int, int, int]) -> Non
     stdio.transmit(b"to nobody")
     spin(loop)
     stdio.finish(discard=False)
-    assert guest.quits == ["standard output: its reader has gone away"]
+    assert guest.quits == []
+    assert capsys.readouterr().err == "vmctl: standard output: its reader has gone away\n"
+
+
+def test_a_guest_that_waits_for_a_reader_goes_on_without_it(
+    loop: EventLoop, pipes: tuple[int, int, int, int]
+) -> None:
+    """A guest that is held because nobody reads is let go when nobody ever will."""
+    stdin, _, reading, stdout = pipes
+    guest = RecordingGuest()
+    stdio = Stdio(loop, guest, stdin, stdout)
+    stdio.start()
+    stdio.transmit(bytes(1 << 20))
+    spin(loop)
+    os.close(reading)
+    spin(loop)
+    stdio.finish(discard=False)
+    assert guest.holds == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("path", "flags", "why"),
+    [
+        ("/dev/full", os.O_WRONLY, "No space left on device"),
+        ("/dev/null", os.O_RDONLY, "Bad file descriptor"),
+    ],
+)
+def test_output_that_cannot_be_written(
+    path: str, flags: int, why: str, loop: EventLoop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is one line however much the guest says, during the run and at its end."""
+    stdin, stdout = os.open("/dev/null", os.O_RDONLY), os.open(path, flags)
+    guest = RecordingGuest()
+    stdio = Stdio(loop, guest, stdin, stdout)
+    stdio.start()
+    for _ in range(3):
+        stdio.transmit(b"x" * 10000)
+        spin(loop)
+    stdio.transmit(b"last words")
+    stdio.finish(discard=False)
+    os.close(stdin)
+    os.close(stdout)
+    assert guest.quits == []
+    assert capsys.readouterr().err == f"vmctl: standard output: {why}\n"
+
+
+def test_a_terminal_that_hangs_up_ends_the_vm(loop: EventLoop) -> None:
+    """Nobody can reach the guest any more: it is ended, and the reason is told."""
+    master, slave = pty.openpty()
+    guest = RecordingGuest()
+    stdio = Stdio(loop, guest, slave, slave)
+    stdio.start()
+    os.close(master)
+    stdio.transmit(b"hello")
+    spin(loop)
+    stdio.finish(discard=False)
+    os.close(slave)
+    assert guest.quits == ["standard output: Input/output error"]
 
 
 def test_input_waits_for_room(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:

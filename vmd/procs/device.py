@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.standard_streams import run_program
 from vmm_kvm.virtio.blk import QUEUES_MAX, VirtioBlk
 from vmm_kvm.virtio.vhost_user.command import Command
 
@@ -62,7 +63,7 @@ def _disk(image: str, given: argparse.Namespace) -> VirtioBlk:
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    sys.exit(run(sys.argv[1:]))
+    run_program("vmm-blk", lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

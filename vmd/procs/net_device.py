@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, is_group
 from vmm_kvm.net.nic import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 from vmm_kvm.net.tap import Tap, open_tap
+from vmm_kvm.standard_streams import run_program
 from vmm_kvm.virtio.net import VirtioNet
 from vmm_kvm.virtio.vhost_user.command import Command
 
@@ -79,7 +80,7 @@ def _interface(given: argparse.Namespace) -> VirtioNet:
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    sys.exit(run(sys.argv[1:]))
+    run_program("vmm-net", lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""Standard input, output and error as our programs have them: open, and honest about what is lost.
+
+A program that is started with one of descriptors 0 to 2 closed (`>&-`) gets it for the first file
+that it opens: a disk image that becomes descriptor 1 is where the console is written. So every
+program begins with `run_program`, before any other code opens a file.
+
+What a program prints on standard output is its result: that it cannot be written is an error, one
+line on standard error and status 1; a reader that has read enough and left is not worth the line.
+What it says on standard error is lost where nobody can read it, and changes nothing.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TextIO
+
+_EXIT_ERROR = 1
+
+
+class OutputError(Exception):
+    """Standard output cannot be written; the cause says why.
+
+    It is no OSError: code that expects one for a file of its own must not take this for it.
+    """
+
+
+def open_standard_descriptors() -> None:
+    """Open /dev/null on each of descriptors 0 to 2 that is closed, and make Python's stream of it.
+
+    Standard input then ends at once. Standard output is opened for reading: what is written to it
+    fails, as it does where the shell has closed it, instead of vanishing. Child processes inherit
+    all three.
+
+    Raises:
+        OSError: there is no /dev/null.
+    """
+    for fd, name, flags, mode in (
+        (0, "stdin", os.O_RDONLY, "r"),
+        (1, "stdout", os.O_RDONLY, "w"),
+        (2, "stderr", os.O_WRONLY, "w"),
+    ):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed: then it is the lowest free one, and the next to be given
+            os.set_inheritable(os.open(os.devnull, flags), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115 - for good
+
+
+class _Written(io.RawIOBase):
+    """A descriptor that is written; after the first failure all else is dropped."""
+
+    def __init__(self, fd: int, *, is_result: bool) -> None:
+        """Write to `fd`, which stays the caller's; only of results a failure is an error."""
+        super().__init__()
+        self._fd = fd
+        self._is_result = is_result
+        self._has_failed = False
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        assert isinstance(data, memoryview)  # which is what a BufferedWriter writes
+        size = data.nbytes
+        if self._has_failed:
+            return size
+        while True:
+            try:
+                return os.write(self._fd, data)
+            except BlockingIOError:  # another program made a shared descriptor non-blocking
+                _wait_for_room(self._fd)
+            except OSError as err:
+                self._has_failed = True
+                if self._is_result:
+                    raise OutputError from err
+                return size
+
+
+def _wait_for_room(fd: int) -> None:
+    import select  # noqa: PLC0415 - hardly ever needed
+
+    select.select((), (fd,), ())
+
+
+def run_program(name: str, body: Callable[[], int]) -> NoReturn:
+    """Be the program `name`: run `body`, and exit with the status that it returns.
+
+    Standard output that cannot be written is status 1, and a line on standard error unless its
+    reader has left.
+    """
+    open_standard_descriptors()
+    sys.stdout = _replaced(sys.stdout, is_result=True)
+    sys.stderr = _replaced(sys.stderr, is_result=False)
+    try:
+        try:
+            status = body()
+        finally:
+            sys.stdout.flush()
+    except OutputError as err:
+        status = _EXIT_ERROR
+        if isinstance(err.__cause__, OSError) and not isinstance(err.__cause__, BrokenPipeError):
+            line = f"{name}: standard output: {err.__cause__.strerror}"
+            print(line, file=sys.stderr)  # noqa: T201 - a program's own line
+    sys.exit(status)
+
+
+def _replaced(stream: TextIO, *, is_result: bool) -> io.TextIOWrapper:
+    """Return a stream like `stream`, one of Python's own, over a `_Written`."""
+    assert isinstance(stream, io.TextIOWrapper)
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Written(stream.fileno(), is_result=is_result)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
