@@ -68,6 +68,42 @@ def boot_disk(*, waits: bool = False) -> bytes:
     return (first + BOOT_MESSAGE).ljust(_BOOT_DISK_SIZE, b"\0")
 
 
+_WRITE_CODE = b"".join(
+    (
+        bytes.fromhex("31c0"),  # xor %ax, %ax
+        bytes.fromhex("8ed8"),  # mov %ax, %ds
+        bytes.fromhex("8ec0"),  # mov %ax, %es
+        bytes.fromhex("b80102"),  # mov $0x0201, %ax: read one sector
+        bytes.fromhex("b90200"),  # mov $2, %cx: the second
+        bytes.fromhex("b600"),  # mov $0, %dh; the BIOS has put the drive into %dl
+        bytes.fromhex("bb007e"),  # mov $0x7e00, %bx
+        bytes.fromhex("cd13"),  # int $0x13
+        bytes.fromhex("b80103"),  # mov $0x0301, %ax: write one sector
+        bytes.fromhex("b90100"),  # mov $1, %cx: the first
+        bytes.fromhex("b600"),  # mov $0, %dh
+        bytes.fromhex("cd13"),  # int $0x13
+        bytes.fromhex("fa"),  # cli
+        bytes.fromhex("baf803"),  # mov $0x3f8, %dx
+        bytes.fromhex("b03d"),  # mov $'=', %al
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("b077"),  # mov $'w', %al
+        bytes.fromhex("7302"),  # jnc 1f
+        bytes.fromhex("b072"),  # mov $'r', %al
+        bytes.fromhex("ee"),  # 1: out %al, %dx
+        bytes.fromhex("b03d"),  # mov $'=', %al
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("f4"),  # hlt
+    )
+)
+HAS_WRITTEN, WAS_REFUSED = b"=w=", b"=r="
+
+
+def overwriting_disk(sector: bytes) -> bytes:
+    """Return a disk whose boot sector writes `sector` over itself, and says what came of it."""
+    first = _WRITE_CODE.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
+    return (first + sector.ljust(SECTOR, b"\0")).ljust(_BOOT_DISK_SIZE, b"\0")
+
+
 # What it prints is what the tests expect, in this order. The disk is 16 MiB or larger.
 _DISK_INIT = """#!/bin/busybox sh
 echo "init: up"

@@ -6,6 +6,7 @@ It ends when the VM's process does, having written back what it holds.
 import socket
 
 from vmd import device_process
+from vmd.config.disks import DiskKind
 from vmd.confinements import Kind
 from vmd.counters import CountedImage, Counters
 from vmd.internal import BeginDisk, VmmToDevice
@@ -24,7 +25,10 @@ def _make(begin: VmmToDevice, fds: list[int]) -> VirtioBlk:
         raise VmmError(f"{begin.device} is no disk")
     disk, option = begin.disk, begin.disk.option
     *chain, counters = fds
-    layers = [Layer(fd, Format(kind)) for fd, kind in zip(chain, disk.formats, strict=True)]
-    image = open_image(*layers[0], option.is_read_only, name=option.path, bases=layers[1:])
+    formats = [Format(kind) for kind in disk.formats]
+    bases = [Layer(*base) for base in zip(chain[1:], formats[1:], strict=True)]
+    # One whose format nobody said is looked at again: its guest must not make it something else.
+    said = None if option.kind is DiskKind.PROBE else formats[0]
+    image = open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)
     counted = CountedImage(image, Counters(counters))
     return VirtioBlk(counted, name=option.path, serial=option.serial, queues=option.queues)

@@ -115,6 +115,7 @@ def open_image(
                 stack.callback(os.close, descriptor)
         handed = None if bases is None else list(bases)
         layer = Layer(source, disk_format)
+        is_probed = disk_format is None
         files: list[tuple[HostFile, Header | None]] = []
         while True:
             file = _open_file(layer.source, name, stack, writes=not (read_only or files))
@@ -135,7 +136,7 @@ def open_image(
             raise ImageError(f"{files[0][0].name}: more base images than it refers to")
         image: StoredImage | None = None
         while files:
-            image = _make(*files.pop(), image)
+            image = _make(*files.pop(), image, is_probed=is_probed)
         assert image is not None
         stack.pop_all()
         return image
@@ -225,10 +226,12 @@ def _base(source: str | int, backing: "Backing") -> Layer:
         raise ImageError(f"base image {path}: format {named} is not supported") from None
 
 
-def _make(file: HostFile, header: "Header | None", base: StoredImage | None) -> StoredImage:
+def _make(
+    file: HostFile, header: "Header | None", base: StoredImage | None, *, is_probed: bool
+) -> StoredImage:
     try:
         if header is None:
-            return RawImage(file)
+            return RawImage(file, is_probed=is_probed)
         # A raw disk needs nothing of the other format.
         from vmm_kvm.block.qcow2.image import Qcow2Image  # noqa: PLC0415
 

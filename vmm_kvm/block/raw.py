@@ -6,20 +6,24 @@ from collections.abc import Sequence
 
 from vmm_kvm.bits import align_up
 from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.headers import SECTOR_SIZE, image_format
 from vmm_kvm.block.vectors import cut, fill_zeros
 from vmm_kvm.scatter import total
-
-SECTOR_SIZE = 512
 
 
 class RawImage:
     """A raw image; owns its file. See `vmm_kvm.block.image.Image`."""
 
-    __slots__ = ("_file", "is_read_only", "size")
+    __slots__ = ("_file", "_is_probed", "is_read_only", "size")
 
-    def __init__(self, file: HostFile) -> None:
-        """Take ownership of `file`; its size now, rounded up to sectors, is the disk's."""
+    def __init__(self, file: HostFile, *, is_probed: bool) -> None:
+        """Take ownership of `file`; its size now, rounded up to sectors, is the disk's.
+
+        With `is_probed` nobody said that the file is raw: what would make it look like an image of
+        another format is not written.
+        """
         self._file = file
+        self._is_probed = is_probed
         self.is_read_only = file.is_read_only
         self.size = align_up(file.size(), SECTOR_SIZE)
 
@@ -39,8 +43,18 @@ class RawImage:
         return self._file.is_hole(offset, length)
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Write all of `buffers`."""
-        self._check(offset, total(buffers))
+        """Write all of `buffers`.
+
+        Raises:
+            OSError: EPERM if the first sector would be another format's header.
+        """
+        size = total(buffers)
+        self._check(offset, size)
+        if self._is_probed and offset < SECTOR_SIZE and size:
+            done = self._write_first(offset, buffers, min(size, SECTOR_SIZE - offset))
+            offset, buffers = offset + done, cut(buffers, done, size - done)
+            if not buffers:
+                return
         self._file.writev(offset, buffers)
 
     def flush(self) -> None:
@@ -63,6 +77,21 @@ class RawImage:
     def close(self) -> None:
         """Close the file; idempotent."""
         self._file.close()
+
+    def _write_first(self, offset: int, buffers: Sequence[memoryview], size: int) -> int:
+        """Write the first `size` bytes of `buffers` into the first sector; returns `size`.
+
+        They are copied before they are looked at: a guest can change its own at any time.
+        """
+        data = b"".join(map(bytes, cut(buffers, 0, size)))
+        sector = self._file.read(0, SECTOR_SIZE)
+        sector[offset : offset + size] = data
+        found = image_format(bytes(sector))
+        if found:
+            text = f"a {found} header, on a disk of which nobody has said that its format is raw"
+            raise OSError(errno.EPERM, text)
+        self._file.write(offset, data)
+        return size
 
     def _check(self, offset: int, length: int) -> None:
         if self.is_read_only:

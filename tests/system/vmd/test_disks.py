@@ -12,8 +12,15 @@ from pathlib import Path
 import pytest
 
 from tests.system.test_vmm_blk import wait_for_socket
-from tests.system.vhost_user_guests import BOOT_MESSAGE, boot_disk
+from tests.system.vhost_user_guests import (
+    BOOT_MESSAGE,
+    HAS_WRITTEN,
+    WAS_REFUSED,
+    boot_disk,
+    overwriting_disk,
+)
 from tests.system.vmd.daemon import READY, ROOT, Daemon, descendants, process_title, vm_block
+from vmm_kvm.block.create import create_qcow2
 from vmm_kvm.boot.firmware import find_firmware
 
 pytestmark = pytest.mark.kvm
@@ -128,6 +135,30 @@ def test_what_a_guest_reads_is_counted(
         statistics = vms[0]["statistics"]
         assert 1024 <= statistics["disk_read"] <= image.stat().st_size
         assert statistics["disk_written"] == 0
+
+
+@pytest.mark.parametrize("is_said", [False, True])
+def test_a_guest_cannot_change_the_format_of_its_disk(
+    start_vmd: Start, tmp_path_factory: pytest.TempPathFactory, is_said: bool
+) -> None:
+    """A header with a base is not written where the format was found out, and is just data else."""
+    folder = tmp_path_factory.mktemp("disk")
+    image, overlay = folder / "disk.raw", folder / "overlay"
+    create_qcow2(str(overlay), 1 << 20, "/etc/passwd")
+    header = overlay.read_bytes()[:512]
+    before = overwriting_disk(header)
+    image.write_bytes(before)
+    said = " format raw" if is_said else ""
+    config = f'vm "one" {{\n\tmemory 64M\n\tdisk "{image}"{said}\n\tdisable\n}}\n'
+    with start_vmd(config) as vmd, vmd.client() as client:
+        assert client.ask("start", name="one")["type"] == "started"
+        with client.console("one") as console:
+            console.expect(HAS_WRITTEN if is_said else WAS_REFUSED)
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        told = "a qcow2 header, on a disk of which nobody has said that its format is raw"
+        assert (told in vmd.log.read_text()) is not is_said
+    expected = header + before[512:] if is_said else before
+    assert image.read_bytes() == expected
 
 
 def test_memory_that_is_to_be_encrypted(start_vmd: Start) -> None:

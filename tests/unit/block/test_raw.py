@@ -179,3 +179,49 @@ def test_probe(path: str) -> None:
     assert read(image, 0, 4) == b"QFI\xfb"
     image.close()
     assert image_chain(path, Format.RAW) == [Layer(path, Format.RAW)]
+
+
+HEADERS = {
+    "qcow2": b"QFI\xfb\0\0\0\3",
+    "QED": b"QED\0",
+    "VMDK": b"KDMV",
+    "VMDK text": b"# Disk DescriptorFile\n\nversion=1\n",
+    "VHDX": b"vhdxfile",
+    "VHD": b"conectix",
+    "VDI": bytes(0x40) + b"\x7f\x10\xda\xbe",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_probed_disk_stays_raw(path: str, header: bytes) -> None:
+    """Where nobody said the format, no guest writes another one's header; all else it may."""
+    image = open_image(path, None, False)
+    sector = header.ljust(512, b"x")
+    before = read(image, 0, 2048)
+    for data in (sector, sector + bytes(512)):
+        with pytest.raises(PermissionError, match="a disk of which nobody has said"):
+            write(image, 0, data)
+    write(image, 0, header[:2])
+    with pytest.raises(PermissionError):  # piece by piece neither
+        write(image, 2, header[2:])
+    write(image, 512, sector)
+    assert read(image, 512, 512) == sector
+    write(image, 0, before)
+    assert read(image, 0, 2048) == before
+    image.close()
+    said = open_image(path, Format.RAW, False)
+    write(said, 0, sector)
+    assert read(said, 0, 512) == sector
+    said.close()
+
+
+def test_a_probed_disk_takes_a_large_write(path: str) -> None:
+    """The first sector is copied and looked at; what follows it is written with it."""
+    image = open_image(path, None, False)
+    data = os.urandom(3 * 4096)
+    image.writev(0, [memoryview(data)[at : at + 100] for at in range(0, len(data), 100)])
+    assert read(image, 0, len(data)) == data
+    boot = b"\xfa" + bytes(509) + b"\x55\xaa"
+    write(image, 0, boot)
+    write(image, 0, b"LUKS\xba\xbe".ljust(512, b"\0"))
+    image.close()

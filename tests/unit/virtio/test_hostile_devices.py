@@ -58,7 +58,7 @@ def image() -> RawImage:
     """Return an empty disk in memory; whoever has it closes it."""
     fd = os.memfd_create("disk")
     os.ftruncate(fd, IMAGE_SIZE)
-    return RawImage(HostFile(fd, "disk", is_read_only=False))
+    return RawImage(HostFile(fd, "disk", is_read_only=False), is_probed=False)
 
 
 def rng() -> Backend:
