@@ -96,7 +96,7 @@ def competitors(test: str, only: str, *, with_daemon: bool) -> dict[str, list[st
         only: a regular expression that is found in each name.
         with_daemon: also what needs a daemon; it comes last.
     """
-    kernel, image = artifacts.kernel("6.1-cloud").vmlinuz, artifacts.plain_initramfs()
+    kernel, image = artifacts.kernel("cloud").vmlinuz, artifacts.plain_initramfs()
     command_line = f"{COMMAND_LINE} test={test}"
     found = {
         "vmctl run": vmctl_run(
@@ -358,7 +358,7 @@ def main() -> int:
 
 
 def _rig(command: tuple[str, ...], out: Path) -> Rig:
-    kernel = artifacts.kernel("6.1-cloud").vmlinuz
+    kernel = artifacts.kernel("cloud").vmlinuz
     read = (kernel, artifacts.plain_initramfs(), Path(shutil.which("busybox") or "/bin/busybox"))
     return Rig(
         command=command,

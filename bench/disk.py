@@ -208,7 +208,7 @@ def disks(stack: ExitStack, folder: Path, only: str) -> dict[str, Disk]:
 
 
 def _ours(folder: Path, disk: str) -> list[str]:
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     return vmctl_run(
         *("-m", _MEMORY, "-b", kernel.vmlinuz, "--initrd", folder / "initrd"),
         *("--append", _COMMAND_LINE, "-d", disk),
@@ -216,7 +216,7 @@ def _ours(folder: Path, disk: str) -> list[str]:
 
 
 def _qemu(folder: Path, *disk: str) -> list[str]:
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     return [
         *("qemu-system-x86_64", "-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", _MEMORY),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),
@@ -235,7 +235,7 @@ def _daemon(image: Path, socket: Path) -> list[str]:
 
 def initrd(load: Path) -> bytes:
     """Return an initramfs of a guest with disks, and with the program that loads them."""
-    image = artifacts.disk_initramfs(artifacts.kernel("6.1-cloud")).read_bytes()
+    image = artifacts.disk_initramfs(artifacts.kernel("cloud")).read_bytes()
     entries = newc_entry(1, "load", 0o100755, load.read_bytes()) + newc_entry(
         0, "TRAILER!!!", 0, b""
     )
@@ -344,7 +344,7 @@ def main() -> int:
 
 
 def _rig(command: tuple[str, ...], out: Path) -> Rig:
-    kernel = artifacts.kernel("6.1-cloud").vmlinuz
+    kernel = artifacts.kernel("cloud").vmlinuz
     return Rig(
         command=command,
         cpus=1,

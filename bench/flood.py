@@ -179,7 +179,7 @@ def one_round(place: Place) -> Iterator[tuple[str, Round]]:
 @contextmanager
 def running(path: str, folder: Path) -> Iterator[tuple[Namespace, dict[str, Shell]]]:
     """Boot the four guests on one bridge, and stop them."""
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     initramfs = artifacts.initramfs_with(kernel, (*MODULES, "pktgen"), "flood")
     disk = tools_disk(folder / "tools.img")  # QEMU's guest has one in any case
     options, of_qemu = PATHS[path]

@@ -271,7 +271,7 @@ def table(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
 def measure_all(rounds: int, seconds: int, path: str | None, out: Path) -> None:
     """Measure guests of one path, or all, in turn, and write what was measured to `out`."""
     guests = [guest for guest in GUESTS if path in {None, guest.name.partition(",")[0]}]
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     samples: dict[str, list[dict[str, float]]] = {guest.name: [] for guest in guests}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -309,7 +309,7 @@ def main() -> int:
         out = Path(os.environ["RIG_OUT"]) / _FIGURES
         measure_all(given.rounds, given.seconds, given.path, out)
         return 0
-    artifacts.initramfs_with(artifacts.kernel("6.1-cloud"), MODULES, "bench-net")
+    artifacts.initramfs_with(artifacts.kernel("cloud"), MODULES, "bench-net")
     command = (
         *(str(ROOT / ".venv/bin/python"), str(ROOT / "bench/net.py"), "--measure"),
         *("--rounds", str(given.rounds), "--seconds", str(given.seconds)),

@@ -197,7 +197,7 @@ def _wait_for(path: Path) -> None:
 
 def linux() -> int:
     """Boot Debian's cloud kernel to a shell and run a few commands in it."""
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     image = artifacts.guest_initramfs(kernel)
     with start(
         *("-m", "256M", "-p", "2", "-b", kernel.vmlinuz, "--initrd", image),
@@ -229,7 +229,7 @@ def demo() -> int:
         "This machine's KVM does not run a distribution kernel (it emulates guest kernels, or is\n"
         "absent). So a machine is emulated whose KVM does, and the guest runs inside it: the rig."
     )
-    artifacts.guest_initramfs(artifacts.kernel("6.1-cloud"))
+    artifacts.guest_initramfs(artifacts.kernel("cloud"))
     inside = (sys.executable, __file__, "--linux")
     return Rig(inside, stages=project_stages(ROOT), timeout_s=600).run()
 

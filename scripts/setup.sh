@@ -58,6 +58,8 @@ packages='
 qemu_packages='qemu-system-x86 qemu-utils'
 qemu_minimum=1:10.0  # 7.2 loses interrupts under nested SVM and hangs
 
+codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+
 say() { printf 'setup: %s\n' "$*" >&2; }
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
@@ -113,7 +115,6 @@ debian_source() {
 }
 
 add_backports() {
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
     suite=$codename-backports
     if [ -n "$(debian_source "$suite")" ]; then return; fi
     source=$(debian_source "$codename" | head -n 1)
@@ -127,13 +128,12 @@ add_backports() {
     } > "/etc/apt/sources.list.d/$suite.sources"
 }
 
-# Kernels of both suites are in the cache, or apt knows them.
+# Kernels for guests are in the cache, or apt knows some; Debian 12 has a second series in backports.
 kernels_are_known() {
     cache=${VMM_CACHE:-$HOME/.cache/vmm-kvm-tests}/kernels
-    [ -d "$cache/6.1/lib/modules" ] && [ -d "$cache/6.1-cloud/lib/modules" ] &&
-        [ -d "$cache/6.12/lib/modules" ] && [ -d "$cache/6.12-cloud/lib/modules" ] && return
-    apt-cache show linux-image-cloud-amd64 2>/dev/null | grep -q '^Version: 6\.1\.' &&
-        apt-cache show linux-image-cloud-amd64 2>/dev/null | grep -q '^Version: 6\.12\.'
+    [ -e "$cache/series" ] && [ -n "$(find "$cache" -maxdepth 1 -name '*-cloud')" ] && return
+    apt-cache show linux-image-cloud-amd64 2>/dev/null | grep -q '^Version:' || return 1
+    [ "$codename" != bookworm ] || [ -n "$(debian_source "$codename-backports")" ]
 }
 
 apt_get() {
@@ -156,7 +156,6 @@ if [ -n "$missing$wanted_qemu" ] || [ -z "$known" ]; then
         [ -n "$known" ] || say "run as root once: the package lists lack a kernel for guests"
         exit 1
     fi
-    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
     [ "$codename" != bookworm ] || add_backports
     apt_get update
     # shellcheck disable=SC2086 # a list of names
@@ -184,7 +183,7 @@ fi
 # (Its build back end is fetched by pip for this one step.) The distribution's interpreter comes
 # first: it is built with profiles, and serves an exit in two thirds of the time of a plain build.
 python=
-for candidate in /usr/bin/python3 python3 python3.11 python3.12 python3.13; do
+for candidate in /usr/bin/python3 python3 python3.11 python3.12 python3.13 python3.14; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
         2>/dev/null; then
         python=$candidate

@@ -75,13 +75,12 @@ class Kernel:
         return tuple(found)
 
 
-# Name to (upstream series, metapackage that depends on the newest kernel of its suite).
-KERNELS = {
-    "6.1-cloud": ("6.1", "linux-image-cloud-amd64"),
-    "6.1": ("6.1", "linux-image-amd64"),
-    "6.12-cloud": ("6.12", "linux-image-cloud-amd64"),
-    "6.12": ("6.12", "linux-image-amd64"),
-}
+# What a kernel is called here: its flavour, and whether it is of the older or the newer of the two
+# upstream series that the host's suites have. Where they have one, both are the same.
+KERNELS = ("cloud", "generic", "newer-cloud", "newer-generic")
+_NEWER = "newer-"
+# Flavour to the metapackage that depends on the newest kernel of its suite.
+_METAPACKAGES = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
 
 # What a guest loads before it reports: the power button, its event device, the panic device.
 GUEST_MODULES = ("button", "evdev", "pvpanic-mmio")
@@ -110,16 +109,86 @@ def kernel(name: str) -> Kernel:
     """Return a kernel of `KERNELS`, downloaded and unpacked at the first call.
 
     Raises:
-        ArtifactError: the package lists know no such kernel, or it cannot be downloaded.
+        ArtifactError: the package lists know no kernel, or it cannot be downloaded.
     """
-    series, metapackage = KERNELS[name]
-    place = cache_dir() / "kernels" / name
+    flavour = name.removeprefix(_NEWER)
+    place = _place(name, flavour)
     if not _is_unpacked(place):
         with _locked():
+            shown = _shown(_METAPACKAGES[flavour])
+            if not candidates(shown, _series_of(place)):
+                # The suite has gone on to another series since the choice was made.
+                _choice().unlink(missing_ok=True)
+            place = _place(name, flavour)
             if not _is_unpacked(place):
-                _download(series, metapackage, place)
+                _download(candidates(shown, _series_of(place)), _METAPACKAGES[flavour], place)
     (release,) = (path.name for path in (place / "lib" / "modules").iterdir())
-    return Kernel(name, release, place)
+    return Kernel(place.name, release, place)
+
+
+def distinct_kernels() -> tuple[str, ...]:
+    """Return the names of `KERNELS` without those that are another one's kernel.
+
+    All of them where the package lists know no kernel: `kernel` then says so.
+    """
+    try:
+        older, newer = _series()
+    except ArtifactError:
+        return KERNELS
+    return KERNELS if older != newer else KERNELS[:2]
+
+
+def known_series(shown: str) -> list[str]:
+    """Return the upstream series of a metapackage's versions, such as "6.1", oldest first.
+
+    Args:
+        shown: what `apt-cache show METAPACKAGE` prints: a paragraph per known version.
+    """
+    found = re.findall(r"^Version: (?:\d+:)?(\d+)\.(\d+)\.", shown, re.MULTILINE)
+    numbers = sorted({(int(major), int(minor)) for major, minor in found})
+    return [f"{major}.{minor}" for major, minor in numbers]
+
+
+def _series() -> tuple[str, str]:
+    """Return the older and the newer series of guests' kernels, chosen once for this cache."""
+    choice = _choice()
+    if not choice.exists():
+        metapackage = _METAPACKAGES["cloud"]
+        known = known_series(_shown(metapackage))
+        if not known:
+            raise ArtifactError(f"{metapackage}: apt knows no version; run make setup as root")
+        choice.parent.mkdir(parents=True, exist_ok=True)
+        scratch = choice.with_suffix(f".{os.getpid()}")
+        scratch.write_text(f"{known[0]} {known[-1]}\n")
+        scratch.rename(choice)
+    older, newer = choice.read_text().split()
+    return older, newer
+
+
+def _choice() -> Path:
+    return cache_dir() / "kernels" / "series"
+
+
+def _place(name: str, flavour: str) -> Path:
+    series = _series()[name.startswith(_NEWER)]
+    return cache_dir() / "kernels" / f"{series}-{flavour}"
+
+
+def _series_of(place: Path) -> str:
+    return place.name.partition("-")[0]
+
+
+def _shown(metapackage: str) -> str:
+    try:
+        return subprocess.run(
+            ["apt-cache", "show", metapackage],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=_tool_environment(),
+        ).stdout
+    except FileNotFoundError as error:
+        raise ArtifactError(f"apt-cache: {error.strerror}: kernels come from Debian") from error
 
 
 def guest_initramfs(of: Kernel) -> Path:
@@ -269,20 +338,8 @@ def candidates(shown: str, series: str) -> list[str]:
     return list(dict.fromkeys(package for _, package in sorted(found, reverse=True)))
 
 
-def _download(series: str, metapackage: str, place: Path) -> None:
+def _download(packages: Sequence[str], metapackage: str, place: Path) -> None:
     # An index may name a version that the archive has replaced since: fall back to an older one.
-    shown = subprocess.run(
-        ["apt-cache", "show", metapackage],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=_tool_environment(),
-    ).stdout
-    packages = candidates(shown, series)
-    if not packages:
-        raise ArtifactError(
-            f"{metapackage}: apt knows no version of series {series}; run make setup as root"
-        )
     errors = []
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="download-") as scratch:
         for package in packages:
@@ -332,11 +389,11 @@ def main(names: Sequence[str]) -> int:
         print(f"artifacts: known kernels are {', '.join(KERNELS)}", file=sys.stderr)
         return 2
     try:
-        for name in names or KERNELS:
+        for name in names or distinct_kernels():
             unpacked = kernel(name)
             size = guest_initramfs(unpacked).stat().st_size
             print(f"{name}: {unpacked.release}, initramfs {size >> 10} KiB")
-        rig_initramfs(kernel("6.1"))
+        rig_initramfs(kernel("generic"))
         plain_initramfs()
     except ArtifactError as error:
         print(f"artifacts: {error}", file=sys.stderr)

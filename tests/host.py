@@ -58,7 +58,7 @@ def missing_guest_kvm() -> str | None:
 
 
 def _linux_boots() -> bool:
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     arguments = [
         *("qemu-system-x86_64", "-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", "256M"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"),

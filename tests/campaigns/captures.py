@@ -312,7 +312,7 @@ def try_detection(place: Place) -> list[str]:
 
 def campaign(path: str, mebibytes: int, *, folder: Path) -> list[str]:
     """Run all phases on one data path; returns what is wrong."""
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     disk = tools_disk(folder / "tools", *PROGRAMS)
     with ExitStack() as stack:
         host, peer = stack.enter_context(networks())

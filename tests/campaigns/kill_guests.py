@@ -145,7 +145,7 @@ def processes(vmd: Daemon, title: str) -> list[int]:
 
 def config(disk: Path) -> str:
     """Return a vm.conf of the three guests."""
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     lines = (
         f'disk "{disk}" {{ ro }}',
         'interface {\nswitch "lan"\nlocked lladdr\n}',

@@ -25,7 +25,7 @@ FIRMWARE_S = 200.0
 @contextmanager
 def linux(*options: str | Path, append: str = "") -> Iterator[Shell]:
     """Boot a kernel that knows all our devices to its shell."""
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     arguments = vmctl_run(
         *("-m", "256M", "-b", kernel.vmlinuz, "--initrd", artifacts.media_initramfs(kernel)),
         *("--append", f"{COMMAND_LINE} {append} test=shell"),

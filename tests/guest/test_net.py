@@ -43,7 +43,7 @@ PATHS = {"vhost": "", "thread": ",user", "process": ",process"}
 
 @contextmanager
 def booted(
-    where: Namespace, *nics: str, kernel: str = "6.1-cloud", cpus: int = 1, append: str = ""
+    where: Namespace, *nics: str, kernel: str = "cloud", cpus: int = 1, append: str = ""
 ) -> Iterator[Shell]:
     """Boot a guest to its shell in a namespace."""
     booted_kernel = artifacts.kernel(kernel)
@@ -61,7 +61,7 @@ def booted(
 @contextmanager
 def qemus(where: Namespace, tap: str) -> Iterator[Shell]:
     """Boot the same guest under QEMU, with vhost-net."""
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     arguments = (
         *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-nodefaults"),
         *("-no-user-config", "-display", "none", "-serial", "stdio"),
@@ -266,7 +266,7 @@ def test_without_messages() -> None:
     count = len(nics)
     with (
         network(count) as where,
-        booted(where, *nics, "none", kernel="6.12", append="pci=nomsi") as shell,
+        booted(where, *nics, "none", kernel="newer-generic", append="pci=nomsi") as shell,
     ):
         configure(shell, count)
         assert [answers(shell, number) for number in range(count)] == [True] * count

@@ -156,7 +156,7 @@ class Rig:
         Raises:
             tests.artifacts.ArtifactError: there is no kernel, or the initramfs cannot be built.
         """
-        kernel = artifacts.kernel("6.1")
+        kernel = artifacts.kernel("generic")
         image = artifacts.rig_initramfs(kernel)
         with tempfile.TemporaryDirectory(prefix="rig-") as scratch:
             share = Path(scratch)

@@ -310,7 +310,7 @@ def test_seabios_boots(tmp_path: Path) -> None:
 
 def _report(path: Path, device: str, *, cpus: int = 1) -> tuple[dict[str, list[str]], str]:
     """Boot a Debian kernel with the disk; return what it said, by first word, and QEMU's errors."""
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
     boot += ["-append", "console=ttyS0 quiet", "-smp", str(cpus), "-device", device]
     with ConsoleProcess(qemu(path, *boot)) as guest:
@@ -375,7 +375,7 @@ def test_linux_sees_a_read_only_disk_with_several_queues(tmp_path: Path, image: 
 def test_a_guest_reboots(tmp_path: Path, image: Path) -> None:
     """QEMU resets the device and sets it up again over the same connection."""
     path = tmp_path / "disk.sock"
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
     boot += ["-append", "console=ttyS0 quiet reboot=k test=again", "-device", DEVICE]
     arguments = [word for word in qemu(path, *boot) if word != "-no-reboot"]
@@ -395,7 +395,7 @@ def test_a_successor_goes_on_after_a_crash(tmp_path: Path) -> None:
     """A server is killed under load, another one started: QEMU connects to it, nothing is lost."""
     path, image = tmp_path / "disk.sock", tmp_path / "disk.img"
     image.write_bytes(bytes(16 * MIB))
-    kernel = artifacts.kernel("6.1-cloud")
+    kernel = artifacts.kernel("cloud")
     boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
     boot += ["-append", "console=ttyS0 quiet test=crash", "-device", DEVICE]
     with ExitStack() as stack:

@@ -50,7 +50,7 @@ def test_start_and_stop_by_hand(start_vmd: Start) -> None:
 
 def test_a_kernel_is_unpacked_once(start_vmd: Start) -> None:
     """A VM process gets what another has unpacked of the same kernel, and boots it."""
-    kernel = artifacts.kernel("6.1-cloud").vmlinuz
+    kernel = artifacts.kernel("cloud").vmlinuz
     with start_vmd(vm_block("one", boot=kernel, memory="128M")) as vmd, vmd.client() as client:
         client.ask("log", level=2)
         for what in ("kept", "lent"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.artifacts import candidates
+from tests.artifacts import candidates, known_series
 
 SHOWN = """\
 Package: linux-image-cloud-amd64
@@ -38,3 +38,10 @@ def test_an_unknown_series_has_no_candidates() -> None:
     """Nothing is chosen in place of what was asked for."""
     assert candidates(SHOWN, "6.18") == []
     assert candidates("", "6.1") == []
+
+
+def test_series_are_told_by_age() -> None:
+    """Series compare by number, each is told once, and none where there is no package."""
+    assert known_series(SHOWN) == ["6.1", "6.12"]
+    assert known_series(SHOWN.replace("6.12.95", "6.1.95")) == ["6.1"]
+    assert known_series("") == []
