@@ -119,6 +119,5 @@ def _replaced(stream: TextIO, *, is_result: bool) -> io.TextIOWrapper:
         io.BufferedWriter(_Written(stream.fileno(), is_result=is_result)),
         encoding=stream.encoding,
         errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        line_buffering=stream.line_buffering or stream.write_through or not is_result,
     )

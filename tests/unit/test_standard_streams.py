@@ -81,6 +81,16 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert errors.endswith("ZeroDivisionError: integer division or modulo by zero\n")
 
 
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_messages_come_at_once(options: list[str]) -> None:
+    """A line on standard error is there when it is said, not when the program ends."""
+    program = (
+        "import os, sys\nfrom vmm_kvm.standard_streams import run_program\n"
+        "run_program('p', lambda: print('said', file=sys.stderr) or os._exit(3))"
+    )
+    assert redirected("", PYTHON, *options, "-c", program) == (3, "", "said\n")
+
+
 def test_a_non_blocking_output_is_waited_for() -> None:
     """A pipe that another program made non-blocking gets everything all the same."""
     program = (
