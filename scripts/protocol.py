@@ -5,6 +5,7 @@ Without arguments it is printed; --write puts it in its place. A test compares.
 
 import ast
 import enum
+import inspect
 import sys
 import typing
 from pathlib import Path
@@ -111,8 +112,11 @@ def _words(kind: type[enum.StrEnum], documentation: dict[tuple[str, str], str]) 
 
 
 def _paragraphs(kind: type) -> str:
-    text = " ".join((kind.__doc__ or "").replace("\n\n", "\0").split())
-    return text.replace("\0", "\n\n").partition(" Source:")[0].replace("\n\n ", "\n\n").strip()
+    """Return the paragraphs of a docstring, each on one line, without its source."""
+    # Python 3.13 removes the indentation of docstrings when it compiles; cleandoc does so for all.
+    paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+    lines = [" ".join(paragraph.split()) for paragraph in paragraphs]
+    return "\n\n".join(line for line in lines if not line.startswith("Source:"))
 
 
 def _type(wanted: object) -> str:

@@ -331,7 +331,7 @@ def candidates(shown: str, series: str) -> list[str]:
     found: list[tuple[tuple[int, ...], str]] = []
     for paragraph in shown.split("\n\n"):
         version = re.search(r"^Version: (?:\d+:)?(\S+)$", paragraph, re.MULTILINE)
-        depends = re.search(r"^Depends: (linux-image-\S+)", paragraph, re.MULTILINE)
+        depends = re.search(r"^Depends: (?:.*, )?(linux-image-\S+)", paragraph, re.MULTILINE)
         if version and depends and version[1].startswith(f"{series}."):
             key = tuple(int(number) for number in re.findall(r"\d+", version[1]))
             found.append((key, depends[1]))
@@ -356,7 +356,8 @@ def _download(packages: Sequence[str], metapackage: str, place: Path) -> None:
                 _unpack(archives[0], Path(scratch) / "tree", place)
                 return
             errors.append(f"{package}: {fetched.stderr.strip().splitlines()[-1:]}")
-    raise ArtifactError(f"{metapackage}: cannot download: {'; '.join(errors)}")
+    why = "; ".join(errors) or "apt knows no kernel that it depends on; run make setup as root"
+    raise ArtifactError(f"{metapackage}: cannot download: {why}")
 
 
 def _unpack(archive: Path, tree: Path, place: Path) -> None:

@@ -43,6 +43,7 @@ class _LandlockPathBeneathAttr(ctypes.Structure):
     """struct landlock_path_beneath_attr."""
 
     _pack_ = 1
+    _layout_ = "ms"  # what `_pack_` implies; Python 3.14 wants it said
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 

@@ -109,8 +109,8 @@ class FileSource:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as err:
             raise BootError(f"{path}: {err.strerror}") from err
-        except ValueError as err:
-            raise BootError(f"{path!r}: {err}") from err
+        except ValueError as err:  # whose words differ between versions of Python
+            raise BootError(f"{path!r}: a path has no NUL") from err
         return cls(fd, path)
 
     @classmethod

@@ -34,6 +34,12 @@ def test_a_series_is_not_a_prefix() -> None:
     assert candidates(SHOWN, "6.12") == ["linux-image-6.12.95+deb12-cloud-amd64"]
 
 
+def test_other_dependencies_come_first() -> None:
+    """The kernel is found among the dependencies, as Debian testing lists them."""
+    shown = SHOWN.replace("Depends: ", "Depends: linux-base-cloud-amd64 (= 6.12.95-1), ")
+    assert candidates(shown, "6.12") == candidates(SHOWN, "6.12")
+
+
 def test_an_unknown_series_has_no_candidates() -> None:
     """Nothing is chosen in place of what was asked for."""
     assert candidates(SHOWN, "6.18") == []
