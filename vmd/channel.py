@@ -47,6 +47,10 @@ class MalformedError(ChannelError):
     """The peer sent what is no message for this end."""
 
 
+class DescriptorsLostError(ChannelError):
+    """A message came without its descriptors; neither its sender nor the channel is to blame."""
+
+
 class Loop(Protocol):
     """What a channel needs of an event loop."""
 
@@ -83,11 +87,14 @@ def peer_credentials(connection: socket.socket) -> Credentials:
 class Fds:
     """Descriptors that came with a message; a context manager that closes those nobody took."""
 
-    __slots__ = ("_fds",)
+    __slots__ = ("_fds", "are_lost")
 
-    def __init__(self, fds: Sequence[int] = ()) -> None:
+    def __init__(self, fds: Sequence[int] = (), *, are_lost: bool = False) -> None:
         """Take ownership of `fds`."""
         self._fds: list[int | None] = list(fds)
+        self.are_lost = are_lost
+        """The message had more than a message may have, or than this process has room for: none of
+        them is here."""
 
     def __len__(self) -> int:
         """Return how many came, taken or not."""
@@ -99,12 +106,24 @@ class Fds:
         Raises:
             MalformedError: there is none of that index, or it has been taken: the message that
                 names it is wrong.
+            DescriptorsLostError: they are lost.
         """
+        self.check()
         fd = self._fds[index] if 0 <= index < len(self._fds) else None
         if fd is None:
             raise MalformedError(f"descriptor {index} of {len(self._fds)} is missing")
         self._fds[index] = None
         return fd
+
+    def check(self) -> None:
+        """Go on, unless they are lost.
+
+        Raises:
+            DescriptorsLostError: they are.
+        """
+        if self.are_lost:
+            text = f"more than {FDS_MAX} descriptors, or this process has none left"
+            raise DescriptorsLostError(text)
 
     def spread(self, places: Sequence[int]) -> None:
         """Let each be taken by its index in `places` instead, which are all others' no longer.
@@ -287,7 +306,7 @@ class Channel(Generic[Sent, Taken]):
     # Receiving
 
     def receive(self) -> Received[Taken]:
-        """Return the next message.
+        """Return the next message; its descriptors may be lost.
 
         Raises:
             BlockingIOError: there is none yet.
@@ -307,7 +326,9 @@ class Channel(Generic[Sent, Taken]):
             if flags & socket.MSG_TRUNC:
                 raise MalformedError(f"a message of more than {MESSAGE_MAX} bytes")
             if flags & socket.MSG_CTRUNC:
-                raise MalformedError(f"more than {FDS_MAX} descriptors, or than this process has")
+                # Which of them have come depends on how many files this process has open.
+                fds.close()
+                fds.are_lost = True
             try:
                 message = self._wire.decode(data)
             except WireError as err:

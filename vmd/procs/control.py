@@ -136,6 +136,10 @@ class Control:
             text = f"this daemon speaks version {PROTOCOL_VERSION}"
             self._refuse(client, request.serial, ErrorCode.VERSION, text)
             return
+        if received.fds.are_lost:
+            text = "too many descriptors, or the daemon has none left"
+            self._refuse(client, request.serial, ErrorCode.EAGAIN, text)
+            return
         if self._parent.backlog_size > _PARENT_BACKLOG_MAX:
             received.fds.close()
             self._refuse(client, request.serial, ErrorCode.EAGAIN, "the daemon is busy")
@@ -189,7 +193,9 @@ class Control:
             match received.message:
                 case ClientAnswer(client=number, answer=answer):
                     client = self._clients.get(number)
-                    if client:
+                    if client and fds.are_lost:
+                        self._answer(client, _without_descriptors(answer), [])
+                    elif client:
                         self._answer(client, answer, fds.take_all())
                 case CloseClient(client=number):
                     client = self._clients.get(number)
@@ -209,3 +215,8 @@ class Control:
         client.unanswered -= 1
         if not client.is_reading and client.unanswered < _UNANSWERED_MAX:
             self._read(client)
+
+
+def _without_descriptors(answer: AnyAnswer) -> AnyAnswer:
+    text = "the daemon has no descriptors left"
+    return Failed(serial=answer.serial, code=ErrorCode.EAGAIN, message=text)

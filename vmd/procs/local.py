@@ -232,6 +232,8 @@ class Local:
         """Do what a message says."""
         with received.fds as fds:
             match received.message:
+                case ServeLocal(id=vm_id, interface=interface) if fds.are_lost:
+                    log.warning("%s: not served: no descriptors left", interface)
                 case ServeLocal(id=vm_id):
                     service = Service(self._loop, received.message, fds)
                     self._services.setdefault(vm_id, []).append(service)

@@ -310,8 +310,10 @@ class Parent:
         if isinstance(request, Start):
             try:
                 boot = _passed_boot(request, fds)
-            except MalformedError as err:
-                failed = Failed(serial=request.serial, code=ErrorCode.EINVAL, message=str(err))
+            except ChannelError as err:
+                is_wrong = isinstance(err, MalformedError)
+                code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN
+                failed = Failed(serial=request.serial, code=code, message=str(err))
                 self._answer(client, failed)
                 return
         self._run(self._registry.request(client, uid, request, boot))
@@ -564,6 +566,7 @@ def _passed_boot(request: Start, fds: Fds) -> PassedBoot | None:
 
     Raises:
         MalformedError: it names descriptors that did not come along.
+        DescriptorsLostError: this process has none left.
     """
     if request.kernel is None:
         return None

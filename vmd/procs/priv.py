@@ -18,7 +18,7 @@ from zlib import crc32
 
 from vmd import log as logging
 from vmd.addressing import BITS4, BITS6
-from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received
+from vmd.channel import Channel, ChannelError, Fds, Received
 from vmd.internal import (
     Attach,
     Attached,
@@ -243,7 +243,7 @@ class Priv:
             return
         try:
             taps = [self._tap(spec, fds) for spec in message.taps]
-        except (LinkError, MalformedError) as err:
+        except (LinkError, ChannelError) as err:
             self._tell(AttachFailed(id=message.id, message=str(err)))
             return
         self._taps[message.id] = tuple(taps)

@@ -351,7 +351,7 @@ class VmProcess:
                 case StopVm():
                     self._shutdown.begin()
                 case AttachConsole():
-                    self._console.attach(socket.socket(fileno=fds.take(0)))
+                    self._attach(fds)
                 case SetLinks(are_up=are_up):
                     for index, is_up in enumerate(are_up):
                         self._machine.set_link(index, is_up=is_up)
@@ -365,6 +365,12 @@ class VmProcess:
                     log.error("told again what VM this is")
                 case _:
                     assert_never(received.message)
+
+    def _attach(self, fds: Fds) -> None:
+        try:
+            self._console.attach(socket.socket(fileno=fds.take(0)))
+        except ChannelError as err:  # who wanted to see the console finds its end
+            log.warning("console: %s", err)
 
     def _pause(self) -> None:
         if not self._is_paused:

@@ -131,9 +131,10 @@ class Vmm:
         if vm is None or vm.channel is None:
             return  # it has ended; the parent is being told
         try:
+            fds.check()
             vm.channel.send(command, fds.take_all())
         except ChannelError as err:
-            log.debug("vm/%s: %s", vm.name, err)
+            log.warning("vm/%s: %s: %s", vm.name, type(command).__name__, err)
 
     def _kill(self, number: int) -> None:
         vm = self._vms.get(number)
@@ -164,6 +165,7 @@ class Vmm:
 
     def _start_all(self, vm: _Vm, spec: VmSpec, fds: Fds) -> None:
         """Start the device processes, then the VM's; what they share is closed here."""
+        fds.check()
         with ExitStack() as stack:
             connections = []
             for index, disk in enumerate(spec.disks):

@@ -42,12 +42,19 @@ def serve(vmm: Channel[ZygoteToVmm, VmmToZygote], bodies: Mapping[Role, Body]) -
             log.debug("vmm: %s", err)
             return
         with fds:
+            try:
+                fd = fds.take(0)
+            except ChannelError as err:
+                log.warning("%s: %s", type(order).__name__, err)
+                if isinstance(order, Fork):
+                    vmm.send(ForkFailed(message=str(err)))
+                continue
             match order:
                 case Fork(role=role):
-                    with socket.socket(fileno=fds.take(0)) as connection:
+                    with socket.socket(fileno=fd) as connection:
                         _fork(vmm, order, bodies[role], connection)
                 case EndProcess():
-                    _kill(fds.take(0))
+                    _kill(fd)
                 case _:
                     assert_never(order)
 

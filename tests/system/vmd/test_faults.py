@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.daemon import READY, Daemon, descendants, is_alive, process_title, vm_block
+from tests.system.vmd.daemon import (
+    READY,
+    SELFTEST,
+    Daemon,
+    descendants,
+    is_alive,
+    process_title,
+    vm_block,
+)
 
 pytestmark = pytest.mark.kvm
 
@@ -194,3 +203,24 @@ def test_the_guest_is_not_disturbed(start_vmd: Start) -> None:
             _kill(vmd.child("vmd: control"))
             console.type(b"i")
             console.expect(READY, 2)
+
+
+def test_a_parent_without_descriptors_refuses(start_vmd: Start) -> None:
+    """Requests with more descriptors than it has room for are refused; nothing ends or restarts."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        before = client.wait_for_state("one", "running")["pid"]
+        control = vmd.child("vmd: control")
+        used = {int(path.name) for path in Path(f"/proc/{vmd.process.pid}/fd").iterdir()}
+        limits = resource.prlimit(vmd.process.pid, resource.RLIMIT_NOFILE)
+        room = [number for number in range(len(used) + 40) if number not in used][39]
+        resource.prlimit(vmd.process.pid, resource.RLIMIT_NOFILE, (room, limits[1]))
+        with SELFTEST.open("rb") as kernel:
+            fds = (kernel.fileno(),) * 60
+            for _ in range(6):
+                refused = client.ask("start", fds, name="two", kernel=0)
+                assert (refused["type"], refused["code"]) == ("failed", "EAGAIN"), refused
+        resource.prlimit(vmd.process.pid, resource.RLIMIT_NOFILE, limits)
+        with SELFTEST.open("rb") as kernel:
+            assert client.ask("start", (kernel.fileno(),), name="two", kernel=0)["pid"]
+        assert vmd.child("vmd: control") == control
+        assert client.vm("one")["pid"] == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from vmd.channel import (
     Channel,
     ChannelClosedError,
     ChannelError,
+    DescriptorsLostError,
     Fds,
     MalformedError,
     channel_pair,
@@ -179,14 +181,43 @@ def test_malformed_messages_are_refused(
     assert str(caught.value) == why
 
 
-def test_a_bomb_of_descriptors_is_refused(raw: tuple[socket.socket, Daemon]) -> None:
+def test_a_bomb_of_descriptors_is_lost(raw: tuple[socket.socket, Daemon]) -> None:
     """More descriptors than a message may have are closed, those that arrived among them."""
     peer, daemon = raw
     fd = _pipe_end()
     socket.send_fds(peer, [b'{"type":"status"}'], [fd] * (FDS_MAX + 1))
     os.close(fd)
-    with pytest.raises(MalformedError, match=f"more than {FDS_MAX} descriptors"):
-        daemon.receive()
+    _expect_lost(daemon)
+
+
+def test_descriptors_that_this_process_has_no_room_for_are_lost(
+    raw: tuple[socket.socket, Daemon],
+) -> None:
+    """The message arrives without any of them, and the channel goes on."""
+    peer, daemon = raw
+    fd = _pipe_end()
+    for count in (40, 0):
+        socket.send_fds(peer, [b'{"type":"status"}'], [fd] * count)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(len(used) + 20) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[19] + 1, limits[1]))
+    try:
+        _expect_lost(daemon)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(fd)
+    received = daemon.receive()
+    assert not received.fds.are_lost
+    received.fds.check()
+
+
+def _expect_lost(daemon: Daemon) -> None:
+    received = daemon.receive()
+    assert (received.message, received.fds.are_lost) == (Status(), True)
+    assert received.fds.left == []
+    with pytest.raises(DescriptorsLostError, match=f"more than {FDS_MAX} descriptors"):
+        received.fds.take(0)
 
 
 def test_a_packet_of_nothing_is_the_end(raw: tuple[socket.socket, Daemon]) -> None:

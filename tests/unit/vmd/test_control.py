@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from vmd.channel import Channel, Received, channel_pair
+from vmd.channel import FDS_MAX, Channel, Received, channel_pair
 from vmd.internal import (
     CONTROL_AND_PARENT,
     PARENT_AND_CONTROL,
@@ -191,3 +191,13 @@ def test_descriptors_are_passed_on(rig: Rig) -> None:
         socket.send_fds(client, [_status(1)], [0, 1, 2])
         rig.run_until(lambda: len(rig.heard) == 1)
         assert rig.fd_counts == [3]
+
+
+def test_descriptors_that_are_lost(rig: Rig) -> None:
+    """A request with more than a message may have is refused with a line; its client may go on."""
+    with rig.connect() as client:
+        socket.send_fds(client, [_status(7)], [0] * (FDS_MAX + 1))
+        answer = json.loads(rig.packet(client))
+        assert (answer["type"], answer["serial"], answer["code"]) == ("failed", 7, "EAGAIN")
+        client.send(_status(8))
+        rig.run_until(lambda: len(rig.heard) == 1)
