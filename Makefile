@@ -36,7 +36,7 @@ test-guest: setup ## Tests with distribution kernels: on this machine's KVM, or 
 demo: setup ## Boot the self-test guest and a Debian kernel, visibly
 	@$(PYTHON) scripts/demo.py
 
-soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs; SEED repeats a run
+soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs, and flood; SEED repeats a run
 	$(PYTHON) tests/campaigns/kill_selftest.py --count $(or $(COUNT),200) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_disk.py --count $(or $(COUNT),300) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_device_process.py --count $(or $(COUNT),300) --seed $(SEED)
@@ -44,6 +44,7 @@ soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs; S
 	$(PYTHON) tests/campaigns/reload_storm.py --count $(or $(COUNT),100)
 	$(PYTHON) tests/campaigns/kill_networks.py --count $(or $(COUNT),2200) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_vm.py --count $(or $(COUNT),300) --seed $(SEED)
+	$(PYTHON) tests/campaigns/valid_floods.py
 
 soak-guests: setup ## Kill what carries the traffic of Linux guests, COUNT (3) times on each data path; in the rig
 	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/kill_guests.py --count $(or $(COUNT),3)

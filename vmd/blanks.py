@@ -71,6 +71,7 @@ class Blanks:
         """Have a process killed that `take` has returned, and that nobody has waited for yet."""
         try:
             self._zygote.send(EndProcess(), [os.pidfd_open(pid)])
+            self._zygote.send_all()
         except (OSError, ChannelError) as err:
             log.warning("pid %d: cannot be killed: %s", pid, err)
 
@@ -103,6 +104,7 @@ class Blanks:
             raise ForkError(err.strerror or str(err)) from err
         try:
             self._zygote.send(Fork(role=role, rehearses=rehearses), [there.detach()])
+            self._zygote.send_all()
             answer = self._zygote.wait()
             answer.fds.close()
         except ChannelError as err:

@@ -2,22 +2,31 @@
 
 Every descriptor has one owner at each moment. Those that are sent are the channel's from the call
 of `send` on; those that arrive are the `Fds` of their message, which closes what nobody took.
-A peer that sends what is no message, or does not read what it is sent, is cut off.
+A peer that sends what is no message is cut off.
+
+`send` never waits and drops nothing: what the peer has no room for waits here. A channel where much
+waits is full, which is no error and no end. It holds its sources, the channels whose messages make
+this end send: nothing is read from a source that is held, until the peer has read most of
+what waits.
 
 Source: unix(7), "SCM_RIGHTS".
 """
 
 import array
+import errno
 import os
 import select
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from weakref import WeakSet
 
 from vmd.wire import Wire, WireError
+from vmm_kvm.clock import NANOSECONDS
 
 Sent = TypeVar("Sent")
 Taken = TypeVar("Taken")
@@ -26,10 +35,17 @@ MESSAGE_MAX = 256 << 10
 """Bytes of one message."""
 FDS_MAX = 64
 """Descriptors with one message."""
-BACKLOG_MAX = 4 << 20
-"""Bytes that wait for a peer that does not read; beyond them it is cut off."""
+HIGH_WATER = 1 << 20
+"""Bytes that wait for a peer from which on a channel is full. What its sources said before they
+were held may still add to them."""
+BURST = 32
+"""Messages of one peer that are read in a row, while others wait."""
+_LOW_WATER_SHARE = 4  # of the high water, which is the low one
+_RETRY_NS = 10_000_000
+_PASSING = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+"""Errors that pass: the host gets memory again, others of our user read what descriptors they were
+sent."""
 
-_BURST = 32  # messages of one peer in a row, while others wait
 _INT_SIZE = array.array("i").itemsize
 _ANCILLARY_SIZE = socket.CMSG_SPACE(FDS_MAX * _INT_SIZE)
 _UCRED = struct.Struct("=iII")
@@ -51,8 +67,38 @@ class DescriptorsLostError(ChannelError):
     """A message came without its descriptors; neither its sender nor the channel is to blame."""
 
 
+class OversizeError(Exception):
+    """A message of ours is too large to be sent; the channel is as good as before. One line."""
+
+
+class Source(Protocol):
+    """Whatever makes a channel's owner send on it."""
+
+    def hold(self, reason: object) -> None:
+        """Go on no more, until `reason`, which is compared by identity, is released."""
+
+    def release(self, reason: object) -> None:
+        """Go on, unless there are other reasons not to; this one may not be among them."""
+
+
+class Timer(Protocol):
+    """Calls back once, some time after it was armed."""
+
+    def arm(self, deadline_ns: int) -> None:
+        """Fire at `deadline_ns` on the loop's clock."""
+
+    def cancel(self) -> None:
+        """Do not fire."""
+
+
 class Loop(Protocol):
     """What a channel needs of an event loop."""
+
+    def monotonic_ns(self) -> int:
+        """Return nanoseconds on the loop's clock."""
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        """Make a timer that is not armed."""
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> bool:
         """Call `callback` while `fd` is readable."""
@@ -177,16 +223,28 @@ class Channel(Generic[Sent, Taken]):
     Where a loop is watched by `watch`, what the peer has no room for goes out when it has.
     """
 
-    def __init__(self, connection: socket.socket, wire: Wire[Sent, Taken]) -> None:
-        """Take ownership of `connection`, a connected UNIX SOCK_SEQPACKET socket."""
+    def __init__(
+        self, connection: socket.socket, wire: Wire[Sent, Taken], *, high_water: int = HIGH_WATER
+    ) -> None:
+        """Take ownership of `connection`, a connected UNIX SOCK_SEQPACKET socket.
+
+        The channel is full from `high_water` bytes on that wait for the peer.
+        """
         connection.setblocking(False)
         # The kernel refuses a packet that is larger than what may be under way.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_MAX)
         self._socket = connection
         self._wire = wire
+        self._high_water = high_water
         self._backlog: deque[tuple[bytes, Fds]] = deque()
         self._backlog_size = 0
+        self._is_full = False
+        self._sources: WeakSet[Source] = WeakSet()
         self._loop: Loop | None = None
+        self._retry: Timer | None = None
+        self._is_short = False
+        self._read: Callable[[], None] | None = None
+        self._holds: list[object] = []
         self._closes_when_sent = False
 
     def fileno(self) -> int:
@@ -207,15 +265,15 @@ class Channel(Generic[Sent, Taken]):
         """Leave the loop, close the socket, forget what has not gone out; idempotent."""
         if self.is_closed:
             return
+        self._read = None
         if self._loop:
             self._loop.remove_reader(self.fileno())
             self._loop.remove_writer(self.fileno())
             self._loop = None
-        for _, fds in self._backlog:
-            fds.close()
-        self._backlog.clear()
-        self._backlog_size = 0
+        if self._retry:
+            self._retry.cancel()
         self._socket.close()
+        self._forget_backlog()
 
     def __enter__(self) -> Self:
         return self
@@ -223,13 +281,54 @@ class Channel(Generic[Sent, Taken]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    # Back-pressure
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits for the peer that nothing more should be made for it."""
+        return self._is_full
+
+    def add_source(self, source: Source) -> None:
+        """Hold `source` whenever this channel is full; it may be this channel itself.
+
+        A source that is closed, or nobody refers to any more, need not be removed.
+        """
+        self._sources.add(source)
+        if self._is_full:
+            source.hold(self)
+
+    def hold(self, reason: object) -> None:
+        """Read no more messages until `reason` is released; the peer's end is not seen either."""
+        if not any(one is reason for one in self._holds):
+            self._holds.append(reason)
+            self._listen()
+
+    def release(self, reason: object) -> None:
+        """Read on, unless there are other reasons not to; this one may not be among them."""
+        self._holds = [one for one in self._holds if one is not reason]
+        self._listen()
+
+    def _look_how_full(self) -> None:
+        if self._is_full:
+            is_full = self._backlog_size > self._high_water // _LOW_WATER_SHARE
+        else:
+            is_full = self._backlog_size >= self._high_water
+        if is_full == self._is_full:
+            return
+        self._is_full = is_full
+        for source in tuple(self._sources):
+            if is_full:
+                source.hold(self)
+            else:
+                source.release(self)
+
     # Sending
 
     def send(self, message: Sent, fds: Sequence[int] = ()) -> None:
         """Send a message, now or as soon as the peer has room; takes ownership of `fds`.
 
         Raises:
-            ChannelError: the message is too large, or the peer does not read.
+            OversizeError: the message is too large; nothing is sent.
             ChannelClosedError: the peer is gone.
         """
         with ExitStack() as stack:
@@ -238,16 +337,15 @@ class Channel(Generic[Sent, Taken]):
             if self.is_closed:
                 raise ChannelClosedError("the channel is closed")
             if len(data) > MESSAGE_MAX or len(fds) > FDS_MAX:
-                raise ChannelError(f"a message of {len(data)} bytes, {len(fds)} descriptors")
+                raise OversizeError(f"a message of {len(data)} bytes, {len(fds)} descriptors")
             if not self._backlog and self._transmit(data, fds):
                 return
-            if self._backlog_size + len(data) > BACKLOG_MAX:
-                raise ChannelError("the peer does not read")
             stack.pop_all()
             self._backlog.append((data, owned))
             self._backlog_size += len(data)
             if self._loop and len(self._backlog) == 1:
                 self._loop.add_writer(self.fileno(), self._send_backlog)
+            self._look_how_full()
 
     def flush(self) -> bool:
         """Send what waits, as far as the peer has room; returns whether nothing is left.
@@ -258,48 +356,77 @@ class Channel(Generic[Sent, Taken]):
         while self._backlog:
             data, fds = self._backlog[0]
             if not self._transmit(data, fds.left):
-                return False
+                break
             self._backlog.popleft()
             self._backlog_size -= len(data)
             fds.close()
-        return True
+        self._look_how_full()
+        return not self._backlog
+
+    def send_all(self) -> None:
+        """Send what waits, however long the peer takes to make room; for a peer that is trusted.
+
+        Raises:
+            ChannelError: the peer is gone, or cannot be sent to.
+        """
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        while not self.flush():
+            if self._is_short:
+                time.sleep(_RETRY_NS / NANOSECONDS)
+            else:
+                poll.poll()
 
     def close_when_sent(self) -> None:
         """Close as soon as everything has gone out; what still arrives is not read."""
         self._closes_when_sent = True
         if not self._backlog:
             self.close()
-        elif self._loop:
-            self._loop.remove_reader(self.fileno())
+        else:
+            self._listen()
 
     def _send_backlog(self) -> None:
+        assert self._loop is not None
         try:
             if not self.flush():
+                if self._is_short:  # the peer has room, and the loop would call back at once
+                    self._loop.remove_writer(self.fileno())
+                    self._retry = self._retry or self._loop.timer(self._retry_backlog)
+                    self._retry.arm(self._loop.monotonic_ns() + _RETRY_NS)
                 return
         except ChannelError:
             # Whoever reads from this channel finds its end there.
             self._forget_backlog()
-        if self._loop:
+        if self._loop is not None:  # a source that was released may have closed it
             self._loop.remove_writer(self.fileno())
         if self._closes_when_sent:
             self.close()
+
+    def _retry_backlog(self) -> None:
+        if self._loop and self._backlog:
+            self._loop.add_writer(self.fileno(), self._send_backlog)
 
     def _forget_backlog(self) -> None:
         for _, fds in self._backlog:
             fds.close()
         self._backlog.clear()
         self._backlog_size = 0
+        self._look_how_full()
 
     def _transmit(self, data: bytes, fds: Sequence[int]) -> bool:
-        """Send one packet; False if the peer has no room for it now."""
+        """Send one packet; False if there is no room for it now, or the host is short of it."""
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
         except BlockingIOError:
+            self._is_short = False
             return False
         except ConnectionError as err:
             raise ChannelClosedError(f"cannot send: {err.strerror}") from err
         except OSError as err:
+            if err.errno in _PASSING:
+                self._is_short = True
+                return False
             raise ChannelError(f"cannot send: {err.strerror}") from err
         return True
 
@@ -365,32 +492,47 @@ class Channel(Generic[Sent, Taken]):
         loop: Loop,
         on_message: Callable[[Received[Taken]], None],
         on_end: Callable[[ChannelError], None],
+        *,
+        burst: int = BURST,
     ) -> None:
         """Let `loop` call `on_message` for each message, and `on_end` once when there is no more.
 
-        `on_message` owns the message's descriptors. Before `on_end`, the channel leaves the loop;
-        it is not closed: an answer to a malformed message may still be sent.
+        At most `burst` messages are taken in a row, while others wait. `on_message` owns the
+        message's descriptors. Before `on_end`, the channel leaves the loop; it is not closed: an
+        answer to a malformed message may still be sent.
         """
         self._loop = loop
-        loop.add_reader(self.fileno(), lambda: self._receive_some(on_message, on_end))
+        self._read = lambda: self._receive_some(on_message, on_end, burst)
+        self._listen()
         if self._backlog:
             loop.add_writer(self.fileno(), self._send_backlog)
+
+    def _listen(self) -> None:
+        """Have the loop call for messages, if they are to be read."""
+        if self._loop is None:
+            return
+        if self._read and not self._holds and not self._closes_when_sent:
+            self._loop.add_reader(self.fileno(), self._read)
+        else:
+            self._loop.remove_reader(self.fileno())
 
     def _receive_some(
         self,
         on_message: Callable[[Received[Taken]], None],
         on_end: Callable[[ChannelError], None],
+        burst: int,
     ) -> None:
-        for _ in range(_BURST):
-            if self.is_closed or self._closes_when_sent:  # by what the last message did
+        for _ in range(burst):
+            # By what the last message did, there may be no more to read, or not now.
+            if self.is_closed or self._closes_when_sent or self._holds:
                 return
             try:
                 received = self.receive()
             except BlockingIOError:
                 return
             except ChannelError as err:
-                if self._loop:
-                    self._loop.remove_reader(self.fileno())
+                self._read = None
+                self._listen()
                 on_end(err)
                 return
             on_message(received)

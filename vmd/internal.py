@@ -13,6 +13,7 @@ A process decodes only the union that is meant for it, so that no other can make
 """
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -20,6 +21,9 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice
 from vmd.messages import AnyAnswer, AnyRequest, ErrorCode, Part, Statistics
 from vmd.wire import Wire, WireEncoding
+
+TEXT_MAX = 16384
+"""Characters of what a VM process says of its end: some paths, and why."""
 
 
 class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -63,14 +67,15 @@ class ClientAnswer(Internal, frozen=True, kw_only=True):
     answer: AnyAnswer
 
 
-class CloseClient(Internal, frozen=True, kw_only=True):
-    """End a connection once what it was sent has gone out."""
+class Considered(Internal, frozen=True, kw_only=True):
+    """The parent has done all that there was to do for one request, and may be given another.
 
-    client: int
+    Said once for each, before or after its answer, which may have to wait for a VM.
+    """
 
 
 ControlToParent = ClientRequest | ClientGone
-ParentToControl = ClientAnswer | CloseClient | SetVerbosity
+ParentToControl = ClientAnswer | Considered | SetVerbosity
 
 
 # parent ↔ priv
@@ -358,8 +363,6 @@ class LookAtTerminal(Internal, frozen=True, kw_only=True):
 class AskStatistics(Internal, frozen=True, kw_only=True):
     """Say `VmStatistics`."""
 
-    serial: int
-
 
 class Begin(Internal, frozen=True, kw_only=True):
     """Be the process of this VM: the first command, and the only one that vmm itself gives.
@@ -408,7 +411,6 @@ class VmUnpaused(Internal, frozen=True, kw_only=True):
 class VmStatistics(Internal, frozen=True, kw_only=True):
     """Counters, as they were asked for."""
 
-    serial: int
     statistics: Statistics
     memory_used: int
 
@@ -433,7 +435,7 @@ class VmEnding(Internal, frozen=True, kw_only=True):
     reason: EndReason
     code: ErrorCode = ErrorCode.EIO
     """Where it could not be made."""
-    message: str = ""
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
 
 
 VmReport = VmStarted | VmUnpacked | VmPaused | VmUnpaused | VmStatistics | VmEnding

@@ -30,7 +30,7 @@ from vmd.addressing import (
     subnet4,
     subnet6,
 )
-from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received
+from vmd.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.config.model import BootDevice, Config, InterfaceConfig, Prefix, SwitchConfig
 from vmd.internal import (
     Attach,
@@ -199,7 +199,7 @@ class Networks:
             return
         try:
             self._priv.send(message, fds)
-        except ChannelError as err:
+        except (ChannelError, OversizeError) as err:
             log.warning("priv: %s", err)
 
     def _tell_local(self, message: ParentToLocal, fds: tuple[int, ...] = ()) -> None:
@@ -208,7 +208,7 @@ class Networks:
             return
         try:
             self._local.send(message, fds)
-        except ChannelError as err:
+        except (ChannelError, OversizeError) as err:
             log.warning("local: %s", err)
 
     # Configuration

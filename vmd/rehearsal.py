@@ -124,7 +124,7 @@ class Rehearsal:
         with here, ours:
             fds = map(os.dup, (self._firmware, *self._pty[1:]))
             here.send(Begin(spec=spec, places=(0, 1, 2), verbosity=0), list(fds))
-            for command in (PauseVm(), UnpauseVm(), AskStatistics(serial=0), LookAtTerminal()):
+            for command in (PauseVm(), UnpauseVm(), AskStatistics(), LookAtTerminal()):
                 here.send(command)
             ours.send(CONSOLE_INPUT + b"!")
             here.send(AttachConsole(), [theirs.detach()])

@@ -1,4 +1,4 @@
-"""A client's question for the status of VMs, while the processes of those are asked."""
+"""Clients' questions for the status of VMs, while the processes of those are asked."""
 
 from collections.abc import Callable, Collection
 
@@ -12,6 +12,47 @@ from vmm_kvm.loop import EventLoop
 
 PATIENCE_NS = 300_000_000
 """How long a VM process may take to answer; then the others' answers are shown without it."""
+FRESH_NS = 100_000_000
+"""For how long an answer of a VM process is everybody's: however many ask, it tells no more often
+than this, and its guest's devices are kept waiting by no one."""
+
+
+class Inquiries:
+    """Asks VM processes for statistics: one question at a time to each, shared by all that ask."""
+
+    def __init__(self, loop: EventLoop, ask: Callable[[int], None]) -> None:
+        """`ask` sends a VM, by its id, the question; what it answers is for `told`."""
+        self._loop = loop
+        self._ask = ask
+        self._waiting: dict[int, dict[StatusQuestion, None]] = {}  # in the order of asking
+        self._told: dict[int, tuple[int, VmStatistics]] = {}
+
+    def join(self, vm_id: int, question: "StatusQuestion") -> None:
+        """Have `question` told what a VM process says, at once if that is known."""
+        at_ns, told = self._told.get(vm_id, (0, None))
+        if told is not None and self._loop.monotonic_ns() - at_ns < FRESH_NS:
+            question.told(vm_id, told)
+            return
+        is_asked = vm_id in self._waiting
+        self._waiting.setdefault(vm_id, {})[question] = None
+        if not is_asked:
+            self._ask(vm_id)
+
+    def leave(self, vm_id: int, question: "StatusQuestion") -> None:
+        """Forget that `question` waits; the VM process is not asked again before it answers."""
+        self._waiting.get(vm_id, {}).pop(question, None)
+
+    def told(self, vm_id: int, statistics: VmStatistics) -> None:
+        """Take what a VM process said."""
+        self._told[vm_id] = self._loop.monotonic_ns(), statistics
+        for question in self._waiting.pop(vm_id, ()):
+            question.told(vm_id, statistics)
+
+    def forget(self, vm_id: int) -> None:
+        """Account for the end of a VM process: those who wait are shown the VM without it."""
+        self._told.pop(vm_id, None)
+        for question in self._waiting.pop(vm_id, ()):
+            question.lost(vm_id)
 
 
 class StatusQuestion:
@@ -21,46 +62,56 @@ class StatusQuestion:
         self,
         loop: EventLoop,
         question: List,
-        running: Collection[int],
+        inquiries: Inquiries,
         answer: Callable[[list[AnyAnswer]], None],
         interfaces: Callable[[Vm], tuple[InterfaceInfo, ...]],
     ) -> None:
-        """Answer at once if no VM that is asked for is among those `running`, ids.
+        """Prepare to ask.
 
         `interfaces` is asked for a VM's if the client wants to know of them, or what they moved.
         """
         self.ticket = question.ticket
+        self._loop = loop
         self._vms = question.vms
         self._wants_statistics = question.request.statistics
         self._wants_interfaces = question.request.interfaces
+        self._inquiries = inquiries
         self._interfaces = interfaces
         self._answer = answer
         self._told: dict[int, VmStatistics] = {}
-        self.missing = {
-            vm.id for vm in question.vms if vm.id in running and vm.state.pid is not None
-        }
-        """Ids of VMs that have not said anything yet."""
-        self.is_over = False
+        self._missing: set[int] = set()
+        self._is_over = False
         self._timer = loop.timer(self._finish)
-        if self.missing:
-            self._timer.arm(loop.monotonic_ns() + PATIENCE_NS)
-        else:
+
+    def ask(self, running: Collection[int]) -> None:
+        """Ask those of the VMs that are among `running`, ids; answer once all have, or soon."""
+        self._missing = {vm.id for vm in self._vms if vm.id in running and vm.state.pid is not None}
+        self._timer.arm(self._loop.monotonic_ns() + PATIENCE_NS)
+        for vm_id in tuple(self._missing):
+            self._inquiries.join(vm_id, self)
+        if not self._missing:
             self._finish()
 
     def told(self, vm_id: int, statistics: VmStatistics) -> None:
         """Take what a VM process said."""
         self._told[vm_id] = statistics
-        self.missing.discard(vm_id)
-        if not self.missing:
+        self.lost(vm_id)
+
+    def lost(self, vm_id: int) -> None:
+        """Wait no more for a VM."""
+        self._missing.discard(vm_id)
+        if not self._missing:
             self._finish()
 
     def cancel(self) -> None:
         """Forget it: nobody waits for the answer."""
-        self.is_over = True
+        self._is_over = True
         self._timer.cancel()
+        for vm_id in self._missing:
+            self._inquiries.leave(vm_id, self)
 
     def _finish(self) -> None:
-        if self.is_over:
+        if self._is_over:
             return
         self.cancel()
         shown = [self._shown(vm) for vm in self._vms]

@@ -67,7 +67,7 @@ _REQUESTS: tuple[dict[str, object], ...] = (
 
 
 @contextmanager
-def _as_nobody() -> Iterator[None]:
+def as_nobody() -> Iterator[None]:
     """Be a user without rights, if that is possible; connections tell who made them."""
     if os.geteuid() != 0:
         yield
@@ -103,7 +103,7 @@ class Attacker:
         """Make a connection that does not block."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with _as_nobody():
+            with as_nobody():
                 connection.connect(str(self._path))
         except OSError:
             connection.close()

@@ -16,7 +16,7 @@ from typing import NamedTuple, assert_never
 
 from vmd import log as logging
 from vmd import vm_state
-from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received
+from vmd.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.config.model import Config, Owner, Staggered
 from vmd.config.parser import ConfigErrors, parse_config
 from vmd.internal import (
@@ -25,6 +25,7 @@ from vmd.internal import (
     ClientAnswer,
     ClientGone,
     ClientRequest,
+    Considered,
     ControlToParent,
     Exited,
     FromVm,
@@ -64,6 +65,7 @@ from vmd.messages import (
     Reset,
     ResetMode,
     Start,
+    Status,
 )
 from vmd.network import Network
 from vmd.networks import Networks
@@ -81,7 +83,7 @@ from vmd.registry import (
     Registry,
 )
 from vmd.resources import Host, ResourceError, open_resources
-from vmd.status import StatusQuestion
+from vmd.status import Inquiries, StatusQuestion
 from vmd.terminal_watch import TerminalWatch
 from vmd.vm import PassedBoot, Vm
 from vmm_kvm.clock import NANOSECONDS
@@ -147,8 +149,8 @@ class Parent:
         self._kernels = KernelStore()
         self._host = Host(settings.users, self._kernels, settings.state)
         self._clients: set[int] = set()
-        self._questions: dict[int, StatusQuestion] = {}
-        self._next_question = 1
+        self._questions: set[StatusQuestion] = set()
+        self._inquiries = Inquiries(loop, lambda vm_id: self._tell_vm(vm_id, AskStatistics()))
         self._verbosity = 0
         self._on_idle: Callable[[], None] | None = None
 
@@ -158,6 +160,7 @@ class Parent:
         """Serve clients by a new control process; takes over the channel."""
         self._control = channel
         channel.watch(self._loop, self._from_control, lambda err: self._cut(channel, err))
+        self._hold_back()
         self._send_control(SetVerbosity(level=self._verbosity))
 
     def control_ended(self) -> None:
@@ -169,7 +172,7 @@ class Parent:
             self._registry.client_left(client)
         self._clients.clear()
         # The next control process counts its clients from the first number again.
-        for question in self._questions.values():
+        for question in self._questions:
             question.cancel()
         self._questions.clear()
 
@@ -177,13 +180,25 @@ class Parent:
         """Run VMs by a new vmm process; takes over the channel."""
         self._vmm = channel
         channel.watch(self._loop, self._from_vmm, lambda err: self._cut(channel, err))
+        self._hold_back()
         self._send_vmm(SetVerbosity(level=self._verbosity))
+
+    def _hold_back(self) -> None:
+        """Take no requests while their answers, or what they have vmm do, cannot go out.
+
+        vmm itself is always listened to: it says no more than it is asked for.
+        """
+        if self._control:
+            self._control.add_source(self._control)
+            if self._vmm:
+                self._vmm.add_source(self._control)
 
     def vmm_ended(self) -> None:
         """Account for all VMs: none of their processes is left."""
         self.close_vmm()
         for vm_id in sorted(self._launched):
             self._launched.discard(vm_id)
+            self._inquiries.forget(vm_id)
             self._happened(vm_id, vm_state.Exited(None, message="the vmm process has ended"))
 
     def close_vmm(self) -> None:
@@ -210,7 +225,7 @@ class Parent:
             return
         try:
             self._control.send(message, fds)
-        except ChannelError as err:
+        except (ChannelError, OversizeError) as err:
             log.warning("control: %s", err)
 
     def _send_vmm(self, message: ParentToVmm, fds: list[int] | tuple[int, ...] = ()) -> bool:
@@ -219,7 +234,7 @@ class Parent:
             return False
         try:
             self._vmm.send(message, fds)
-        except ChannelError as err:
+        except (ChannelError, OversizeError) as err:
             log.warning("vmm: %s", err)
             return False
         return True
@@ -298,25 +313,25 @@ class Parent:
                 case ClientGone(client=client):
                     self._clients.discard(client)
                     self._registry.client_left(client)
-                    for serial, question in tuple(self._questions.items()):
+                    for question in tuple(self._questions):
                         if question.ticket.client == client:
-                            del self._questions[serial]
+                            self._questions.discard(question)
                             question.cancel()
+                            self._send_control(Considered())
                 case _:
                     assert_never(received.message)
 
     def _ask(self, client: int, uid: int, request: AnyRequest, fds: Fds) -> None:
-        boot = None
-        if isinstance(request, Start):
-            try:
-                boot = _passed_boot(request, fds)
-            except ChannelError as err:
-                is_wrong = isinstance(err, MalformedError)
-                code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN
-                failed = Failed(serial=request.serial, code=code, message=str(err))
-                self._answer(client, failed)
-                return
-        self._run(self._registry.request(client, uid, request, boot))
+        try:
+            boot = _passed_boot(request, fds) if isinstance(request, Start) else None
+        except ChannelError as err:
+            is_wrong = isinstance(err, MalformedError)
+            code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN
+            self._answer(client, Failed(serial=request.serial, code=code, message=str(err)))
+        else:
+            self._run(self._registry.request(client, uid, request, boot))
+        if not isinstance(request, Status):  # whose answer takes as much again
+            self._send_control(Considered())
 
     def _answer(
         self, client: int, answer: AnyAnswer, fds: list[int] | tuple[int, ...] = ()
@@ -478,19 +493,17 @@ class Parent:
 
     def _list(self, question: List) -> None:
         """Ask the processes of running VMs, and answer when they have, or soon."""
-        serial = self._next_question
-        self._next_question += 1
+        client = question.ticket.client
 
         def answer(parts: list[AnyAnswer]) -> None:
-            self._questions.pop(serial, None)
+            self._questions.discard(asked)
             for part in parts:
-                self._answer(question.ticket.client, part)
+                self._answer(client, part)
+            self._send_control(Considered())
 
-        asked = StatusQuestion(self._loop, question, self._launched, answer, self._networks.told)
-        if not asked.is_over:
-            self._questions[serial] = asked
-            for vm_id in asked.missing:
-                self._tell_vm(vm_id, AskStatistics(serial=serial))
+        asked = StatusQuestion(self._loop, question, self._inquiries, answer, self._networks.told)
+        self._questions.add(asked)
+        asked.ask(self._launched)
 
     # What vmm says
 
@@ -533,15 +546,14 @@ class Parent:
                 self._happened(vm_id, vm_state.Paused())
             case VmUnpaused():
                 self._happened(vm_id, vm_state.Unpaused())
-            case VmStatistics(serial=serial):
-                question = self._questions.get(serial)
-                if question:
-                    question.told(vm_id, report)
+            case VmStatistics():
+                self._inquiries.told(vm_id, report)
             case _:
                 log.debug("vm %d: %s", vm_id, report)
 
     def _exited(self, message: Exited) -> None:
         self._launched.discard(message.id)
+        self._inquiries.forget(message.id)
         self._kernels.expect_no_more(message.id)
         ending = message.ending
         vm = self._registry.find(message.id, "")

@@ -22,6 +22,7 @@ from vmd.confinements import CONFINEMENTS, Kind
 from vmd.console import Console
 from vmd.counters import Counters
 from vmd.internal import (
+    TEXT_MAX,
     VM_AND_VMM,
     AskStatistics,
     AttachConsole,
@@ -122,9 +123,8 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
             process = VmProcess(loop, channel, console, kvm, machine, disks=disks)
         except (VmmError, OSError) as err:
             log.warning("%s", err)
-            _tell(
-                channel, VmEnding(reason=EndReason.FAILED, code=_error_code(err), message=str(err))
-            )
+            text = str(err)[:TEXT_MAX]
+            _tell(channel, VmEnding(reason=EndReason.FAILED, code=_error_code(err), message=text))
             return
         process.run()
 
@@ -357,8 +357,8 @@ class VmProcess:
                         self._machine.set_link(index, is_up=is_up)
                 case LookAtTerminal():
                     self._console.look_at_terminal()
-                case AskStatistics(serial=serial):
-                    _tell(self._channel, self._statistics(serial))
+                case AskStatistics():
+                    _tell(self._channel, self._statistics())
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
                 case Begin():
@@ -384,9 +384,8 @@ class VmProcess:
             self._machine.resume()
         _tell(self._channel, VmUnpaused())
 
-    def _statistics(self, serial: int) -> VmStatistics:
+    def _statistics(self) -> VmStatistics:
         return VmStatistics(
-            serial=serial,
             statistics=Statistics(
                 cpu_ns=time.process_time_ns(),
                 disk_read=sum(disk.read for disk in self._disks),

@@ -18,11 +18,13 @@ from typing import assert_never
 
 from vmd import log as logging
 from vmd.blanks import Blanks, ForkError
-from vmd.channel import Channel, ChannelError, Fds, MalformedError, Received
+from vmd.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.counters import make_counters
 from vmd.internal import (
     VMM_AND_DEVICE,
     VMM_AND_VM,
+    AskStatistics,
+    AttachConsole,
     Begin,
     BeginDisk,
     BeginNic,
@@ -33,6 +35,7 @@ from vmd.internal import (
     Launch,
     Launched,
     LaunchFailed,
+    LookAtTerminal,
     ParentToVmm,
     Role,
     SetVerbosity,
@@ -54,6 +57,11 @@ log = Log(__name__)
 
 _DEVICE_GRACE_NS = 30_000_000_000
 """How long a device process may write back what it holds, once its VM is gone."""
+_VM_HIGH_WATER = 64 << 10
+"""Bytes that wait for a VM process that does not read."""
+_MAY_BE_LOST = (AskStatistics, AttachConsole, LookAtTerminal)
+"""Commands that a VM process which does not read need not have: whoever asks for statistics has the
+others', and the stream of a console ends."""
 _NIC = "nic"  # begins the names of interfaces: a guest lives on without
 
 
@@ -130,10 +138,13 @@ class Vmm:
         vm = self._vms.get(number)
         if vm is None or vm.channel is None:
             return  # it has ended; the parent is being told
+        if vm.channel.is_full and isinstance(command, _MAY_BE_LOST):
+            log.debug("vm/%s: does not read: %s lost", vm.name, type(command).__name__)
+            return
         try:
             fds.check()
             vm.channel.send(command, fds.take_all())
-        except ChannelError as err:
+        except (ChannelError, OversizeError) as err:
             log.warning("vm/%s: %s: %s", vm.name, type(command).__name__, err)
 
     def _kill(self, number: int) -> None:
@@ -152,7 +163,7 @@ class Vmm:
         self._vms[spec.id] = vm
         try:
             self._start_all(vm, spec, fds)
-        except (OSError, ForkError, ChannelError) as err:
+        except (OSError, ForkError, ChannelError, OversizeError) as err:
             code = ErrorCode.EINVAL if isinstance(err, MalformedError) else ErrorCode.EAGAIN
             self._fail(spec, code, f"cannot start its processes: {err}")
             if not vm.devices:
@@ -179,12 +190,14 @@ class Vmm:
                     own = [fds.take(at) for at in nic.taps]
                     connections.append(self._start_device(vm, f"{_NIC}{index}", move, own, stack))
             blank = self._blanks.take(Role.VM)
-            vm.pid, vm.channel = blank.pid, Channel(blank.connection, VMM_AND_VM)
+            vm.pid = blank.pid
+            vm.channel = Channel(blank.connection, VMM_AND_VM, high_water=_VM_HIGH_WATER)
             passed = [os.dup(fd) for fd in flattened(connections)]
             vm.channel.send(
                 Begin(spec=spec, places=tuple(fds.places), verbosity=self._verbosity),
                 [*fds.take_all(), *passed],
             )
+        self._parent.add_source(vm.channel)
         vm.channel.watch(
             self._loop,
             lambda received: self._report(spec.id, received),

@@ -102,6 +102,14 @@ class Client:
             time.sleep(0.02)
         return vm
 
+    def wait_for_reboot(self, name: str, pid: object) -> Answer:
+        """Ask until a VM runs by another process than `pid`; returns its status."""
+        deadline = time.monotonic() + self._timeout_s
+        while (vm := self.wait_for_state(name, "running"))["pid"] == pid:
+            assert time.monotonic() < deadline, f"{name} has not rebooted"
+            time.sleep(0.02)
+        return vm
+
     def console(self, name: str, on_output: Callable[[bytes], None] | None = None) -> Stream:
         """Attach to a VM's console; `on_output` is handed what it shows, as it is read."""
         self.send("console", name=name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns import hostile_clients, kill_daemon, reload_storm
+from tests.campaigns import hostile_clients, kill_daemon, reload_storm, valid_floods
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
 
@@ -29,3 +29,10 @@ def test_hostile_clients(reachable: Path) -> None:
 def test_storms_of_signals(tmp_path: Path) -> None:
     """Reloading without end loses no VM."""
     assert "SIGHUP" in reload_storm.run(tmp_path, 200)
+
+
+def test_valid_floods(tmp_path: Path) -> None:
+    """Users that ask all the time cost no VM, and keep others waiting for a moment at most."""
+    for directory in tmp_path.parents[:3]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    assert valid_floods.run(tmp_path, 64, 12.0).statuses

@@ -20,6 +20,8 @@ from tests.system.vmd.daemon import (
     process_title,
     vm_block,
 )
+from vmd.status import FRESH_NS
+from vmm_kvm.clock import NANOSECONDS
 
 pytestmark = pytest.mark.kvm
 
@@ -84,6 +86,7 @@ def test_an_answer_for_a_client_that_control_took_along(start_vmd: Start) -> Non
             pid = client.wait_for_state("one", "running")["pid"]
             assert isinstance(pid, int)
             os.kill(pid, signal.SIGSTOP)  # its silence holds up whoever asks for its status
+            time.sleep(2 * FRESH_NS / NANOSECONDS)  # what it has told before is too old then
             client.send("status", serial=7)
             assert client.ask("log", level=1, serial=8)["serial"] == 8
             _kill(vmd.child("vmd: control"))

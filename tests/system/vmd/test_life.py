@@ -114,7 +114,7 @@ def test_a_reboot_keeps_id_and_terminal_and_what_was_shown(start_vmd: Start) -> 
             console.expect(READY)
             console.type(b"r")
             console.read_to_end()
-        after = client.wait_for_state("one", "running")
+        after = client.wait_for_reboot("one", before["pid"])
         assert (after["id"], after["tty"]) == (before["id"], before["tty"])
         with client.console("one") as console:
             console.expect(READY, count=2)

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -16,10 +17,11 @@ from vmd.internal import (
     ClientAnswer,
     ClientGone,
     ClientRequest,
+    Considered,
     ControlToParent,
     ParentToControl,
 )
-from vmd.messages import Done, Status
+from vmd.messages import Done, ErrorCode, Failed, Status
 from vmd.procs.control import Control
 from vmm_kvm.loop import EventLoop
 
@@ -48,6 +50,10 @@ class Rig:
             self.heard.append(received.message)
             self.fd_counts.append(len(fds))
 
+    def requests(self) -> list[ClientRequest]:
+        """Return the requests among what the parent has heard."""
+        return [one for one in self.heard if isinstance(one, ClientRequest)]
+
     def connect(self) -> socket.socket:
         """Return a client's connection."""
         client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -75,10 +81,12 @@ class Rig:
         found: list[bytes] = []
 
         def is_there() -> bool:
+            if found:
+                return True
             try:
                 found.append(client.recv(1 << 16))
             except BlockingIOError:
-                return bool(found)
+                return False
             except ConnectionResetError:
                 found.append(b"")
             return True
@@ -148,26 +156,65 @@ def test_another_version_is_refused(rig: Rig) -> None:
         rig.run_until(lambda: len(rig.heard) == 1)
 
 
+def test_the_parent_is_given_few_requests_at_a_time(rig: Rig) -> None:
+    """Others wait for their turn, connection by connection; each is passed on once."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(rig.connect()) for _ in range(20)]
+        for number, client in enumerate(clients):
+            for serial in range(5):
+                client.send(_status(number * 100 + serial))
+        rig.run_until(lambda: len(rig.heard) == 16)
+        assert len({one.client for one in rig.requests()}) == 16
+        rig.parent.send(Considered())
+        rig.run_until(lambda: len(rig.heard) == 17)
+        for _ in range(20 * 5 - 17):
+            rig.parent.send(Considered())
+        rig.run_until(lambda: len(rig.heard) == 20 * 5)
+        serials = [one.request.serial for one in rig.requests()]
+        assert sorted(serials) == sorted(a * 100 + b for a in range(20) for b in range(5))
+        assert {serial // 100 for serial in serials[:20]} == set(range(20))
+
+
 def test_a_client_that_asks_without_end(rig: Rig) -> None:
-    """One that has many requests unanswered is not read on; another one is."""
+    """One that has many requests unanswered is not read on before some are answered."""
     with rig.connect() as greedy, rig.connect() as modest:
-        for serial in range(100):
-            try:
-                greedy.send(_status(serial))
-            except BlockingIOError:
-                break
-        rig.run_until(lambda: len(rig.heard) == 32)
+        for serial in range(50):
+            greedy.send(_status(serial))
+        while len(rig.heard) < 32:
+            before = len(rig.heard)
+            rig.parent.send(Considered())
+            rig.run_until(lambda: len(rig.heard) > before)  # noqa: B023 - run at once
+        for _ in range(16):
+            rig.parent.send(Considered())
         modest.send(_status(1000))
         rig.run_until(lambda: len(rig.heard) == 33)
-        first, last = rig.heard[0], rig.heard[-1]
-        assert isinstance(first, ClientRequest)
-        assert isinstance(last, ClientRequest)
-        assert first.client != last.client
-        for _ in range(10):
-            rig.parent.send(ClientAnswer(client=first.client, answer=Done()))
-        rig.run_until(lambda: len(rig.heard) >= 43)
-        # What is read at a go may pass the limit, but no more than that.
-        assert len(rig.heard) <= 33 + 10 + 32
+        assert rig.requests()[-1].request.serial == 1000
+        rig.parent.send(ClientAnswer(client=rig.requests()[0].client, answer=Done()))
+        rig.run_until(lambda: len(rig.heard) == 34)
+        assert rig.requests()[-1].request.serial == 32
+
+
+def test_a_client_that_does_not_read_is_not_read(rig: Rig) -> None:
+    """It asks no more before it has read its answers; then it is answered on."""
+    with rig.connect() as client:
+        answer = Failed(code=ErrorCode.EIO, message="m" * 60_000)
+        client.send(_status(0))
+        rig.run_until(lambda: len(rig.heard) == 1)
+        number = rig.requests()[0].client
+        for _ in range(40):
+            rig.parent.send(ClientAnswer(client=number, answer=answer))
+        rig.parent.send(Considered())
+        with rig.connect() as other:
+            other.send(_status(2))
+            rig.run_until(lambda: len(rig.heard) == 2)
+            client.send(_status(1))
+            other.send(_status(3))
+            rig.run_until(lambda: len(rig.heard) == 3)
+            assert rig.requests()[-1].request.serial == 3
+        for _ in range(40):
+            assert json.loads(rig.packet(client))["type"] == "failed"
+        rig.run_until(lambda: len(rig.requests()) == 4)
+        assert rig.requests()[-1].request.serial == 1
 
 
 def test_a_client_that_goes_is_reported_once(rig: Rig) -> None:

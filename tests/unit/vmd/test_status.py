@@ -2,29 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+
 from vmd.config.model import Owner, VmConfig
 from vmd.internal import VmStatistics
 from vmd.messages import AnyAnswer, InterfaceInfo, Statistics, Status, Vms
 from vmd.registry import List
-from vmd.status import StatusQuestion
+from vmd.status import Inquiries, StatusQuestion
 from vmd.vm import Vm
 from vmd.vm_state import Phase, Ticket, VmState
 from vmm_kvm.loop import EventLoop
 
+INTERFACES = (
+    InterfaceInfo(lladdr="", received=100, sent=10),
+    InterfaceInfo(lladdr="", received=200, sent=20),
+)
 
-def test_traffic_of_taps_and_of_streams_is_added() -> None:
-    """The host counts what goes through taps, the VM's process what goes through streams."""
-    vm = Vm(VmConfig(name="web", owner=Owner(0)), VmState(1, phase=Phase.RUNNING, pid=7), 0)
-    question = List(Ticket(1, 1), Status(serial=1, statistics=True), (vm,))
-    interfaces = (
-        InterfaceInfo(lladdr="", received=100, sent=10),
-        InterfaceInfo(lladdr="", received=200, sent=20),
-    )
-    answers: list[AnyAnswer] = []
+
+class Rig:
+    """Questions for the status of VM 1, whose process is the test."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self.loop = loop
+        self.asked: list[int] = []
+        self.inquiries = Inquiries(loop, self.asked.append)
+        self.answers: list[AnyAnswer] = []
+        self._vm = Vm(VmConfig(name="web", owner=Owner(0)), VmState(1, pid=7), 0)
+        self._vm.state = self._vm.state._replace(phase=Phase.RUNNING)
+
+    def ask(self, serial: int = 1) -> StatusQuestion:
+        """Ask a question."""
+        question = List(Ticket(1, serial), Status(serial=serial, statistics=True), (self._vm,))
+        made = StatusQuestion(
+            self.loop, question, self.inquiries, self.answers.extend, lambda _vm: INTERFACES
+        )
+        made.ask({1})
+        return made
+
+    def tell(self, disk_read: int) -> None:
+        """Answer as the VM's process."""
+        told = Statistics(disk_read=disk_read, net_received=1, net_sent=2)
+        self.inquiries.told(1, VmStatistics(statistics=told, memory_used=0))
+
+    def run_for(self, ns: int) -> None:
+        """Let some time pass."""
+        self.loop.timer(self.loop.stop).arm(self.loop.monotonic_ns() + ns)
+        self.loop.run()
+
+    def told(self) -> list[Statistics | None]:
+        """Return what the answers say so far."""
+        return [vm.statistics for one in self.answers if isinstance(one, Vms) for vm in one.vms]
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """Return questions of a loop that does not run."""
     with EventLoop() as loop:
-        asked = StatusQuestion(loop, question, {1}, answers.extend, lambda _vm: interfaces)
-        told = Statistics(disk_read=5, net_received=1, net_sent=2)
-        asked.told(1, VmStatistics(serial=1, statistics=told, memory_used=0))
-    (answer,) = answers
-    assert isinstance(answer, Vms)
-    assert answer.vms[0].statistics == Statistics(disk_read=5, net_received=301, net_sent=32)
+        yield Rig(loop)
+
+
+def test_traffic_of_taps_and_of_streams_is_added(rig: Rig) -> None:
+    """The host counts what goes through taps, the VM's process what goes through streams."""
+    rig.ask()
+    rig.tell(5)
+    assert rig.told() == [Statistics(disk_read=5, net_received=301, net_sent=32)]
+
+
+def test_a_vm_process_is_asked_once_for_all(rig: Rig) -> None:
+    """Questions that come while one is under way share its answer, as those just after it do."""
+    for serial in range(100):
+        rig.ask(serial)
+    assert rig.asked == [1]
+    rig.tell(5)
+    for serial in range(100, 200):
+        rig.ask(serial)
+    assert rig.asked == [1]
+    assert [one.serial for one in rig.answers] == list(range(200))
+
+
+def test_a_vm_process_is_asked_again_after_a_while(rig: Rig) -> None:
+    """An answer is told on for a tenth of a second, and never after the process has ended."""
+    rig.ask()
+    rig.tell(5)
+    rig.run_for(110_000_000)
+    rig.ask(2)
+    assert rig.asked == [1, 1]
+    rig.tell(6)
+    rig.inquiries.forget(1)
+    rig.ask(3)
+    assert rig.asked == [1, 1, 1]
+
+
+def test_a_vm_process_that_does_not_answer_is_not_asked_again(rig: Rig) -> None:
+    """Who asks is answered without it, soon or when it ends; one question stays under way."""
+    rig.ask(1)
+    rig.run_for(400_000_000)
+    assert rig.told() == [None]
+    rig.ask(2)
+    assert rig.asked == [1]
+    rig.inquiries.forget(1)
+    assert rig.told() == [None, None]
+
+
+def test_a_question_that_is_cancelled_is_not_answered(rig: Rig) -> None:
+    """Others who wait for the same answer are."""
+    cancelled = rig.ask(1)
+    rig.ask(2)
+    cancelled.cancel()
+    rig.tell(5)
+    assert [one.serial for one in rig.answers] == [2]

@@ -1,0 +1,219 @@
+"""Campaign: clients that ask without end, and only what they may, against a daemon with VMs.
+
+Many connections of a user without rights send valid requests as fast as they are taken: some read
+their answers at once, some a little at a time, some never. Meanwhile another user asks for the
+status, and stops and starts a VM. No VM is lost, the status comes within a second, a forced stop
+within two, and the memory of control and of the parent stays below a limit.
+
+Any deviation is printed, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.campaigns import daemon_campaign  # noqa: E402
+from tests.campaigns.daemon_campaign import Failure  # noqa: E402
+from tests.campaigns.hostile_clients import NOBODY, as_nobody  # noqa: E402
+from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
+
+STATUS = b'{"type":"status","statistics":true}'
+STATUS_MAX_S = 1.0
+STOP_MAX_S = 2.0
+RSS_MAX = 64 << 20
+"""Bytes, of control and of the parent."""
+_VMS = 20
+_PROBES_S = 0.2
+_SLOW_READS = 4  # packets that a slow reader takes in a round
+_ROUND_S = 0.05
+_PACKET_MAX = 1 << 20
+_READERS = ("fast", "slow", "never")
+
+
+class Figures(NamedTuple):
+    """What was measured."""
+
+    answers: int
+    """That the flood has read."""
+    statuses: int
+    slowest_status_s: float
+    slowest_stop_s: float
+    control_rss: int
+    parent_rss: int
+
+    def __str__(self) -> str:
+        """Return one line."""
+        return (
+            f"{self.answers} answers read; {self.statuses} statuses of another user, the slowest "
+            f"{self.slowest_status_s * 1e3:.0f} ms; slowest stop -f {self.slowest_stop_s * 1e3:.0f}"
+            f" ms; at most {self.control_rss >> 20} MiB in control, {self.parent_rss >> 20} MiB in "
+            "the parent"
+        )
+
+
+class Flood:
+    """Connections that are kept full of requests, on a thread of its own."""
+
+    def __init__(self, path: Path, count: int, packet: bytes) -> None:
+        self._packet = packet
+        self._sockets = []
+        for _ in range(count):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with as_nobody():
+                sock.connect(str(path))
+            sock.setblocking(False)
+            self._sockets.append(sock)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.answers = 0
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; the connections close."""
+        self._is_over.set()
+        self._thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        for at, sock in enumerate(self._sockets):
+            reads = select.POLLIN if _READERS[at % len(_READERS)] == "fast" else 0
+            poll.register(sock, select.POLLOUT | reads)
+        by_fd = {sock.fileno(): (sock, _READERS[at % 3]) for at, sock in enumerate(self._sockets)}
+        slow_at = 0.0
+        while not self._is_over.is_set():
+            for fd, events in poll.poll(_ROUND_S * 1000):
+                sock, _reader = by_fd[fd]
+                if events & select.POLLIN:
+                    self._read(sock, _PACKET_MAX)
+                if events & select.POLLOUT:
+                    self._write(sock)
+            if time.monotonic() > slow_at:
+                slow_at = time.monotonic() + _ROUND_S
+                for sock, reader in by_fd.values():
+                    if reader == "slow":
+                        self._read(sock, _SLOW_READS)
+
+    def _read(self, sock: socket.socket, count: int) -> None:
+        try:
+            for _ in range(count):
+                if not sock.recv(_PACKET_MAX):
+                    return
+                self.answers += 1
+        except OSError:  # no more now, or it has been cut off
+            return
+
+    def _write(self, sock: socket.socket) -> None:
+        try:
+            while True:
+                sock.send(self._packet)
+        except OSError:
+            return
+
+
+@contextmanager
+def flooded(path: Path, count: int, packet: bytes = STATUS) -> Iterator[Flood]:
+    """Have `count` connections send `packet` without end."""
+    flood = Flood(path, count, packet)
+    flood.start()
+    try:
+        yield flood
+    finally:
+        flood.stop()
+
+
+def rss(pid: int) -> int:
+    """Return the resident memory of a process, bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run(directory: Path, connections: int, seconds: float) -> Figures:
+    """Flood a daemon; returns the figures.
+
+    Raises:
+        Failure: something is not as it should be.
+    """
+    is_user = os.geteuid() != 0
+    directory.chmod(0o711)
+    config = "" if is_user else f"socket owner {NOBODY}\n"
+    names = [f"vm{number}" for number in range(_VMS)]
+    config += "".join(vm_block(name, enabled=True, memory="4M") for name in names)
+    config += "staggered start parallel 4 delay 0\n"
+    with Daemon(directory, config, is_user=is_user) as vmd:
+        with vmd.client() as client:
+            pids = {name: client.wait_for_state(name, "running")["pid"] for name in names}
+        try:
+            return _flood(vmd, pids, connections, seconds)
+        except BaseException:
+            print(vmd.log.read_text()[-3000:], file=sys.stderr)
+            raise
+
+
+def _flood(vmd: Daemon, pids: dict[str, object], connections: int, seconds: float) -> Figures:
+    victim, *others = pids
+    control = vmd.child("vmd: control")
+    statuses, slowest, slowest_stop, largest = 0, 0.0, 0.0, [0, 0]
+    with flooded(vmd.socket, connections) as flood:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            with vmd.client() as client:
+                found = {str(vm["name"]): vm["pid"] for vm in client.vms()}
+            slowest = max(slowest, time.monotonic() - begun)
+            statuses += 1
+            if lost := [name for name in others if found.get(name) != pids[name]]:
+                raise Failure(f"lost {lost}")
+            slowest_stop = max(slowest_stop, _stop_and_start(vmd, victim))
+            for at, pid in enumerate((control, vmd.process.pid)):
+                largest[at] = max(largest[at], rss(pid))
+            time.sleep(_PROBES_S)
+        figures = Figures(flood.answers, statuses, slowest, slowest_stop, largest[0], largest[1])
+    if slowest > STATUS_MAX_S or slowest_stop > STOP_MAX_S or max(largest) > RSS_MAX:
+        raise Failure(str(figures))
+    return figures
+
+
+def _stop_and_start(vmd: Daemon, name: str) -> float:
+    """Force a VM to stop, and start it again; returns how long the stop took, seconds."""
+    with vmd.client() as client:
+        begun = time.monotonic()
+        answer = client.ask("stop", name=name, force=True, wait=True)
+        taken = time.monotonic() - begun
+        if answer["type"] != "terminated":
+            raise Failure(f"stop -f: {answer}")
+        time.sleep(6.1)  # starts that follow sooner count as too quick
+        answer = client.ask("start", name=name)
+        if answer["type"] != "started":
+            raise Failure(f"start: {answer}")
+    return taken
+
+
+def main() -> int:
+    """Run the campaign; returns the exit status."""
+
+    def run_all(directory: Path, given: argparse.Namespace) -> str:
+        return f"{run(directory, given.connections, given.seconds)}; no VM lost"
+
+    options = {"connections": (256, "of the flood"), "seconds": (300, "it goes on")}
+    return daemon_campaign.main("valid_floods", __doc__, options, run_all)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
