@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests import guests
+from vmm_kvm.arch.x86.dispatch import dispatch
 from vmm_kvm.bus import Bus
-from vmm_kvm.kvm.dispatch import dispatch
 
 BUDGET_NS = 2000
 _SOURCE = Path(__file__).with_suffix(".c")

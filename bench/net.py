@@ -41,7 +41,7 @@ from tests.guest.networks import Namespace, namespace  # noqa: E402
 from tests.guest.tools import MODULES, UNPACK, tools_disk  # noqa: E402
 from tests.rig.machine import Rig, processor_ns, project_stages  # noqa: E402
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
-from vmd.network import parse_counters  # noqa: E402
+from vmd.parent.interfaces import parse_counters  # noqa: E402
 
 MEMORY_MIB = 256
 SMALL = 64

@@ -1,4 +1,4 @@
-"""Make docs/protocol.md from the message types of vmd/messages.py.
+"""Make docs/protocol.md from the message types of vmd/wire/messages.py.
 
 Without arguments it is printed; --write puts it in its place. A test compares.
 """
@@ -16,9 +16,9 @@ import msgspec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vmd import messages  # noqa: E402 - found by the line above
-from vmd.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
 from vmd.config.model import BootDevice  # noqa: E402 - same
+from vmd.wire import messages  # noqa: E402 - found by the line above
+from vmd.wire.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
 PAGE = ROOT / "docs" / "protocol.md"
@@ -26,7 +26,7 @@ _SIMPLE = {int: "integer", str: "string", bool: "boolean", float: "number", type
 _INTRODUCTION = """\
 # The control protocol
 
-<!-- Made by scripts/protocol.py from vmd/messages.py: change that, and run it with --write. -->
+<!-- Made from vmd/wire/messages.py: change that, and run scripts/protocol.py --write. -->
 
 Version {version}. `vmctl` speaks it with `vmd`, and anybody else may: `examples/client.c` does so
 in C.

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from vmm_kvm.boot.entry import CR0_ET, REAL_DATA, REAL_TASK, Entry, Segment
-from vmm_kvm.kvm.boot_state import load_entry
+from vmm_kvm.arch.x86.entry import CR0_ET, REAL_DATA, REAL_TASK, Entry, Segment
+from vmm_kvm.arch.x86.entry_state import load_entry
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Vm

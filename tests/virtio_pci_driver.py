@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from tests.fakes import RecordingIrqLine
 from tests.virtio_driver import DriverQueue
+from vmm_kvm.arch.x86 import layout
 from vmm_kvm.bits import PAGE_SIZE
-from vmm_kvm.boot import layout
 from vmm_kvm.bus import Bus
 from vmm_kvm.pci.host import PciHost
 from vmm_kvm.pci.ids import CapabilityId, Command, Register

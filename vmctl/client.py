@@ -1,8 +1,8 @@
 """The client's end of the control protocol, without the library that the daemon checks it with.
 
 Requests and answers are dictionaries here: `docs/protocol.md` says what is in them, and tests hold
-every request of the commands against `vmd.messages`. Importing those would cost three times all
-else that a short command does.
+every request of the commands against `vmd.wire.messages`. Importing those would cost three times
+all else that a short command does.
 """
 
 import array
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-from vmd.paths import SYSTEM_SOCKET, user_socket
+from vmd.shared.paths import SYSTEM_SOCKET, user_socket
 
 Fields = dict[str, Any]  # type: ignore[explicit-any] # what JSON holds
 

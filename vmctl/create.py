@@ -14,10 +14,11 @@ from pathlib import Path
 from vmctl.images import DiskFile, fail, parse_disk, set_up_logging, warn
 from vmctl.images import reason as why
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
-from vmm_kvm.block.create import SourceError, copy, create_image, create_qcow2, rounded_up
-from vmm_kvm.block.image import Format, open_image, probe
+from vmm_kvm.block.image import Format
 from vmm_kvm.block.qcow2.header import parse_header
 from vmm_kvm.errors import ImageError, VmmError
+from vmm_kvm.images.create import SourceError, copy, create_image, create_qcow2, rounded_up
+from vmm_kvm.images.opening import open_image, probe
 
 _CREATE_USAGE = "usage:\tvmctl [-v] create [-b base | -i disk] [-s size] disk"
 _MIB = 1 << 20

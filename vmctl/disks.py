@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
-from vmm_kvm.block.image import Format, Image, open_image
+from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import SpecError
-from vmm_kvm.pci_devices import AnyDisk, Disk, PmemDisk, RemoteDisk
+from vmm_kvm.images.opening import open_image
+from vmm_kvm.machine.pci_devices import AnyDisk, Disk, PmemDisk, RemoteDisk
 from vmm_kvm.virtio.blk import VirtioBlk
 
 if TYPE_CHECKING:  # loaded where a disk is in another process

@@ -14,8 +14,8 @@ from pathlib import Path
 from vmm_kvm.boot.firmware import BIOS, UEFI, find_firmware
 from vmm_kvm.errors import BootError, VmmError
 from vmm_kvm.kvm import abi
-from vmm_kvm.kvm.speed import guest_speed
 from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.machine.speed import guest_speed
 
 # A guest in hardware executes the loop at one instruction a cycle or so; emulation takes hundreds.
 _HARDWARE_SPEED = 100_000_000

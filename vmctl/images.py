@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from vmd.config.sizes import fmt_scaled
 from vmm_kvm.block.file import HostFile
-from vmm_kvm.block.image import Format, image_chain, probe
+from vmm_kvm.block.image import Format
 from vmm_kvm.block.locks import lock
 from vmm_kvm.block.qcow2.check import check
 from vmm_kvm.block.qcow2.header import Compatible, Header, Incompatible, read_header
 from vmm_kvm.block.qcow2.snapshots import read_snapshots
 from vmm_kvm.errors import ImageError, VmmError
+from vmm_kvm.images.opening import image_chain, probe
 
 Facts = dict[str, str | int | bool | list[str] | None]
 

@@ -17,15 +17,15 @@ from vmctl.run_options import RunOptions
 from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm import log
-from vmm_kvm.boot.config import BootDevice
-from vmm_kvm.boot.image import open_image
-from vmm_kvm.boot.layout import MEMORY_MAX, MEMORY_MIN
+from vmm_kvm.arch.x86.boot_config import BootDevice
+from vmm_kvm.arch.x86.image import open_image
+from vmm_kvm.arch.x86.layout import MEMORY_MAX, MEMORY_MIN
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine import (
+from vmm_kvm.machine.machine import (
     VCPUS_MAX,
     Crash,
     DebugExitStatus,
@@ -34,14 +34,13 @@ from vmm_kvm.machine import (
     MachineSpec,
     Outcome,
     TripleFault,
-    selftest_path,
 )
-from vmm_kvm.pci_devices import has_servers
+from vmm_kvm.machine.pci_devices import has_servers
 
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
     from vmm_kvm.block.image import Image
+    from vmm_kvm.machine.pci_devices import AnyDisk
     from vmm_kvm.net.nic import NicParams
-    from vmm_kvm.pci_devices import AnyDisk
 
 EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
@@ -153,14 +152,18 @@ def _boot_paths(options: RunOptions) -> tuple[str, str | None]:
     ]
     if len(named) > 1:
         raise SpecError(f"{named[0]} and {named[1]} name two boot images: use one")
-    if options.selftest:
-        return selftest_path(), None
     if options.boot is not None:
         return options.boot, None
+    from vmm_kvm.boot.firmware import (  # noqa: PLC0415 - not for kernels
+        BIOS,
+        find_firmware,
+        selftest_path,
+    )
+
+    if options.selftest:
+        return selftest_path(), None
     if options.firmware is None and not options.disks and options.cdrom is None:
         raise SpecError("no kernel or disk/cdrom specified: use -b, -d, -r or --selftest")
-    from vmm_kvm.boot.firmware import BIOS, find_firmware  # noqa: PLC0415 - not for kernels
-
     return find_firmware(options.firmware or BIOS)
 
 

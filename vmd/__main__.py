@@ -31,7 +31,7 @@ def _check(options: Options) -> int:
     import os  # noqa: PLC0415 - as above
 
     from vmd.config.check import check, parse_macro  # noqa: PLC0415 - as above
-    from vmd.paths import SYSTEM_CONFIG, user_config  # noqa: PLC0415 - as above
+    from vmd.shared.paths import SYSTEM_CONFIG, user_config  # noqa: PLC0415 - as above
 
     macros = {}
     for text in options.macros:

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from vmd import log as logging
-from vmd.channel import Channel
-from vmd.confinements import CONFINEMENTS, Kind
-from vmd.internal import (
+from vmd.confine.confinements import CONFINEMENTS, Kind
+from vmd.confine.sandbox import Identity, adopt_orphans, confine, merge_memory, set_title
+from vmd.confine.seccomp import compile_filter
+from vmd.shared import log as logging
+from vmd.shared.privsep import Plan, spawn
+from vmd.wire.channel import Channel
+from vmd.wire.internal import (
     CONTROL_AND_PARENT,
     LOCAL_AND_PARENT,
     PRIV_AND_PARENT,
@@ -21,9 +24,6 @@ from vmd.internal import (
     VMM_AND_ZYGOTE,
     ZYGOTE_AND_VMM,
 )
-from vmd.privsep import Plan, spawn
-from vmd.sandbox import Identity, adopt_orphans, confine, merge_memory, set_title
-from vmd.seccomp import compile_filter
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 
@@ -39,7 +39,7 @@ _LATE_MODULES = (
     *("vmm_kvm.block.qcow2.header", "vmm_kvm.block.qcow2.image", "vmm_kvm.block.qcow2.repair"),
     *("vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash", "vmm_kvm.pci.q35"),
     *("vmm_kvm.virtio.scsi", "vmm_kvm.virtio.vhost_user.client"),
-    *("vmm_kvm.virtio.vhost_user.frontend", "vmm_kvm.virtio.nic", "vmm_kvm.virtio.pmem"),
+    *("vmm_kvm.virtio.vhost_user.frontend", "vmm_kvm.machine.nics", "vmm_kvm.virtio.pmem"),
 )
 
 
@@ -47,7 +47,7 @@ def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
     """Return how to make a control process for clients of `listener`, which stays the caller's."""
 
     def body(connection: socket.socket) -> None:
-        from vmd.procs.control import Control  # noqa: PLC0415 - see the module's docstring
+        from vmd.control.process import Control  # noqa: PLC0415 - see the module's docstring
 
         confine(CONFINEMENTS[Kind.CONTROL], identity)
         with EventLoop() as loop:
@@ -62,9 +62,9 @@ def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
     """Return how to make a vmm process; `kvm_fd`, an open /dev/kvm, stays the caller's."""
 
     def body(connection: socket.socket) -> None:
-        from vmd.blanks import Blanks  # noqa: PLC0415 - see the module's docstring
-        from vmd.internal import Role  # noqa: PLC0415 - likewise
-        from vmd.procs.vmm import Vmm  # noqa: PLC0415 - likewise
+        from vmd.vmm.blanks import Blanks  # noqa: PLC0415 - see the module's docstring
+        from vmd.vmm.process import Vmm  # noqa: PLC0415 - likewise
+        from vmd.wire.internal import Role  # noqa: PLC0415 - likewise
 
         # What the zygote forks by way of another process becomes ours.
         adopt_orphans()
@@ -85,10 +85,12 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
     def body(connection: socket.socket) -> None:
         from importlib import import_module  # noqa: PLC0415 - see the module's docstring
 
-        from vmd.internal import Role  # noqa: PLC0415 - likewise
-        from vmd.packing import fill_holes  # noqa: PLC0415 - likewise
-        from vmd.procs import disk, nic, vm, zygote  # noqa: PLC0415 - likewise
-        from vmd.rehearsal import Rehearsal  # noqa: PLC0415 - likewise
+        from vmd.device import disk, nic  # noqa: PLC0415 - likewise
+        from vmd.vm import process as vm  # noqa: PLC0415 - likewise
+        from vmd.wire.internal import Role  # noqa: PLC0415 - likewise
+        from vmd.zygote import process as zygote  # noqa: PLC0415 - likewise
+        from vmd.zygote.warm.packing import fill_holes  # noqa: PLC0415 - likewise
+        from vmd.zygote.warm.rehearsal import Rehearsal  # noqa: PLC0415 - likewise
         from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415 - likewise
 
         if not merge_memory():
@@ -119,8 +121,9 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
 
 def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None]) -> NoReturn:
     """Be the process of a VM that nobody needs; `end_fd` is for what is called at its end."""
-    from vmd.internal import Fork, Role  # noqa: PLC0415 - see the module's docstring
-    from vmd.procs import vm, zygote  # noqa: PLC0415 - likewise
+    from vmd.vm import process as vm  # noqa: PLC0415 - likewise
+    from vmd.wire.internal import Fork, Role  # noqa: PLC0415 - see the module's docstring
+    from vmd.zygote import process as zygote  # noqa: PLC0415 - likewise
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.close()
@@ -140,9 +143,9 @@ def priv_plan(identity: Identity | None) -> Plan:
     """Return how to make a priv process, which changes the host's network."""
 
     def body(connection: socket.socket) -> None:
-        from vmd.nftables import Nftables, NftablesError  # noqa: PLC0415 - see the module's docstring
-        from vmd.procs.priv import Priv  # noqa: PLC0415 - likewise
-        from vmd.rtnetlink import Rtnetlink  # noqa: PLC0415 - likewise
+        from vmd.priv.nftables import Nftables, NftablesError  # noqa: PLC0415 - see the module's docstring
+        from vmd.priv.process import Priv  # noqa: PLC0415 - likewise
+        from vmd.priv.rtnetlink import Rtnetlink  # noqa: PLC0415 - likewise
 
         netlink = Rtnetlink()
         try:
@@ -164,7 +167,7 @@ def local_plan(identity: Identity | None) -> Plan:
     """Return how to make a local process, which answers guests on local interfaces."""
 
     def body(connection: socket.socket) -> None:
-        from vmd.procs.local import Local  # noqa: PLC0415 - see the module's docstring
+        from vmd.local.process import Local  # noqa: PLC0415 - see the module's docstring
 
         confine(CONFINEMENTS[Kind.LOCAL], identity)
         with EventLoop() as loop:

@@ -15,24 +15,24 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from vmd import log as logging
-from vmd.channel import Channel
 from vmd.children import control_plan, local_plan, priv_plan, vmm_plan
 from vmd.config.check import parse_macro
 from vmd.config.model import Owner
-from vmd.confinements import Kind
-from vmd.internal import PARENT_AND_CONTROL, PARENT_AND_LOCAL, PARENT_AND_PRIV, PARENT_AND_VMM
-from vmd.listener import ListenerError, listen, set_owner
-from vmd.networks import Networks
+from vmd.confine.confinements import Kind
+from vmd.confine.sandbox import Identity, SandboxError, adopt_orphans, find_identity
 from vmd.options import Options
-from vmd.passt import PasstNetworks
-from vmd.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
-from vmd.policy import Users
-from vmd.privsep import Plan, Restarts, orphans, spawn, wait_for
-from vmd.procs.parent import Parent, Settings
-from vmd.sandbox import Identity, SandboxError, adopt_orphans, find_identity
-from vmd.service import Notifier, ServiceError, inherited_socket
-from vmd.terminal_watch import TerminalWatch
+from vmd.parent.listener import ListenerError, listen, set_owner
+from vmd.parent.networks import Networks
+from vmd.parent.passt import PasstNetworks
+from vmd.parent.process import Parent, Settings
+from vmd.parent.service import Notifier, ServiceError, inherited_socket
+from vmd.parent.terminal_watch import TerminalWatch
+from vmd.rules.policy import Users
+from vmd.shared import log as logging
+from vmd.shared.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
+from vmd.shared.privsep import Plan, Restarts, orphans, spawn, wait_for
+from vmd.wire.channel import Channel
+from vmd.wire.internal import PARENT_AND_CONTROL, PARENT_AND_LOCAL, PARENT_AND_PRIV, PARENT_AND_VMM
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop

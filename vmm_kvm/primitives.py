@@ -24,11 +24,8 @@ from dataclasses import dataclass
 from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 from typing import Self
 
-from vmm_kvm.errors import KvmError, Refusal, RefusedError
-from vmm_kvm.kvm.cpuid import CpuidEntry, guest_cpuid
-from vmm_kvm.kvm.exits import Exit, Interrupted
-from vmm_kvm.kvm.host import host_vms, resident_bytes
-from vmm_kvm.kvm.registers import (
+from vmm_kvm.arch.x86.cpuid import guest_cpuid
+from vmm_kvm.arch.x86.registers import (
     ALL_GROUPS,
     RegisterGroup,
     Registers,
@@ -36,6 +33,10 @@ from vmm_kvm.kvm.registers import (
     reset,
     set_registers,
 )
+from vmm_kvm.errors import KvmError, Refusal, RefusedError
+from vmm_kvm.kvm.cpuid import CpuidEntry
+from vmm_kvm.kvm.exits import Exit, Interrupted
+from vmm_kvm.kvm.host import host_vms, resident_bytes
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Vm

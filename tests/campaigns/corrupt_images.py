@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from vmm_kvm.block.file import HostFile  # noqa: E402
-from vmm_kvm.block.image import Format, Image, image_chain, open_image  # noqa: E402
+from vmm_kvm.block.image import Format, Image  # noqa: E402
 from vmm_kvm.block.qcow2.check import check  # noqa: E402
 from vmm_kvm.block.qcow2.header import read_header  # noqa: E402
 from vmm_kvm.block.qcow2.snapshots import read_snapshots  # noqa: E402
 from vmm_kvm.errors import ImageError  # noqa: E402
+from vmm_kvm.images.opening import image_chain, open_image  # noqa: E402
 
 TIMEOUT_S = 5.0
 """Of processor time: how busy the machine is does not count."""

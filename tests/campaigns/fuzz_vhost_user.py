@@ -260,7 +260,9 @@ class Server:
         arguments = ["--queues", "2", "--format", "raw", "--socket", str(self.path), str(image)]
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vmd.procs.device", *arguments], cwd=ROOT, stderr=errors
+                [sys.executable, "-m", "vmm_kvm.commands.vmm_blk", *arguments],
+                cwd=ROOT,
+                stderr=errors,
             )
 
     def __enter__(self) -> Self:

@@ -35,11 +35,11 @@ SLOWEST_RATE = 5_000
 def machine(count: int, seed: int) -> int:
     """Run one machine in this process; return the exit status, and say on stderr what is wrong."""
     # Of the child process alone: the campaign itself needs no hypervisor.
-    from vmm_kvm.boot.image import open_image  # noqa: PLC0415
+    from vmm_kvm.arch.x86.image import open_image  # noqa: PLC0415
     from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415
     from vmm_kvm.kvm.vcpu import install_kick_signal  # noqa: PLC0415
     from vmm_kvm.loop import EventLoop  # noqa: PLC0415
-    from vmm_kvm.machine import Ending, Machine, MachineSpec, Outcome  # noqa: PLC0415
+    from vmm_kvm.machine.machine import Ending, Machine, MachineSpec, Outcome  # noqa: PLC0415
 
     outcomes: list[Outcome] = []
     install_kick_signal()

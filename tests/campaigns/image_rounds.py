@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from tests.unit.block.crash import checked
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
+from vmm_kvm.images.opening import open_image
 
 SECTOR = 512
 OPTIONS = (

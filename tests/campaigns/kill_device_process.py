@@ -44,7 +44,8 @@ from tests.campaigns.kill_disk import (  # noqa: E402
     stamp,
 )
 from tests.unit.virtio.vhost_user.rig import VERSION_1, Driver, driver  # noqa: E402
-from vmm_kvm.block.image import Format, open_image  # noqa: E402
+from vmm_kvm.block.image import Format  # noqa: E402
+from vmm_kvm.images.opening import open_image  # noqa: E402
 from vmm_kvm.virtio.blk import VirtioBlk  # noqa: E402
 from vmm_kvm.virtio.vhost_user.client import Client  # noqa: E402
 from vmm_kvm.virtio.vhost_user.process import DeviceProcess, spawn_device_process  # noqa: E402

@@ -31,7 +31,8 @@ from tests.campaigns.image_rounds import (  # noqa: E402 - found by the line abo
     run_campaign,
     run_rounds,
 )
-from vmm_kvm.block.image import Format, open_image  # noqa: E402
+from vmm_kvm.block.image import Format  # noqa: E402
+from vmm_kvm.images.opening import open_image  # noqa: E402
 
 SIZE = 64 << 20
 LENGTHS = (512, 4096, 65536, 1 << 20)

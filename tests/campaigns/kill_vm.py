@@ -33,7 +33,8 @@ from tests.campaigns.image_rounds import (  # noqa: E402
     run_rounds,
 )
 from tests.vmctl_driver import ConsoleProcess, vmctl_run  # noqa: E402
-from vmm_kvm.block.image import Format, Image, open_image  # noqa: E402
+from vmm_kvm.block.image import Format, Image  # noqa: E402
+from vmm_kvm.images.opening import open_image  # noqa: E402
 
 WRITE_SECTORS = 8
 FIRST_SECTOR = 64

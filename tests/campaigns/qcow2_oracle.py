@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.unit.block.crash import checked  # noqa: E402
-from vmm_kvm.block.image import Format, Image, open_image  # noqa: E402
+from vmm_kvm.block.image import Format, Image  # noqa: E402
+from vmm_kvm.images.opening import open_image  # noqa: E402
 
 SIZES = (512, 1 << 20, 3 << 20, (8 << 20) + 512 * 7)
 CLUSTER_SIZES = (512, 1024, 4096, 65536, 65536, 1 << 20, 1 << 21)

@@ -15,7 +15,7 @@ import pytest
 from tests import artifacts, media
 from tests.guest.linux_guest import COMMAND_LINE, Shell
 from tests.vmctl_driver import ConsoleProcess, vmctl_run
-from vmm_kvm.boot.smbios import name_uuid
+from vmm_kvm.arch.x86.smbios import name_uuid
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -163,7 +163,7 @@ def test_a_server_of_another_program(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with network(queues=2) as where:
         command = where.command(
-            *(sys.executable, "-m", "vmd.procs.net_device", "--socket", str(path)),
+            *(sys.executable, "-m", "vmm_kvm.commands.vmm_net", "--socket", str(path)),
             *("--queues", "2", "tap0"),
         )
         with subprocess.Popen(command, cwd=ROOT) as server:

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from tests import guests
 from vmm_kvm import primitives
+from vmm_kvm.arch.x86.registers import Registers, SegmentRegister
 from vmm_kvm.errors import KvmError, RefusedError
-from vmm_kvm.kvm.registers import Registers, SegmentRegister
 from vmm_kvm.primitives import NoHelpNeeded, RunResult, VcpuState, Vmm
 from vmm_kvm.vm_params import CreateParams, MemoryRange
 

@@ -18,11 +18,11 @@ import pytest
 
 from tests import guests
 from tests.guests import guest
-from vmm_kvm.boot.entry import RESET_VECTOR
+from vmm_kvm.arch.x86.cpuid import KVM_CPUID_SIGNATURE, guest_cpuid
+from vmm_kvm.arch.x86.entry import RESET_VECTOR
+from vmm_kvm.arch.x86.entry_state import load_entry
 from vmm_kvm.errors import KvmError, VmmError
 from vmm_kvm.kvm import abi
-from vmm_kvm.kvm.boot_state import load_entry
-from vmm_kvm.kvm.cpuid import KVM_CPUID_SIGNATURE, guest_cpuid
 from vmm_kvm.kvm.exits import (
     Debug,
     Exit,

@@ -13,7 +13,7 @@ import pytest
 
 from tests import guests
 from tests.guests import Guest, guest
-from vmm_kvm.boot import layout
+from vmm_kvm.arch.x86 import layout
 from vmm_kvm.errors import KvmError
 from vmm_kvm.irq import IrqLine
 from vmm_kvm.kvm import abi

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests import guests
+from vmm_kvm.arch.x86.dispatch import dispatch
 from vmm_kvm.bus import Bus
-from vmm_kvm.kvm.dispatch import dispatch
 from vmm_kvm.kvm.exits import Exit, Interrupted
 from vmm_kvm.kvm.ioctl import signal_thread
 from vmm_kvm.kvm.vcpu import KICK_SIGNAL, Vcpu, install_kick_signal

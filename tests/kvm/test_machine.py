@@ -10,8 +10,9 @@ import pytest
 
 from tests import guests
 from tests.fakes import FakeClock
+from vmm_kvm.arch.x86.image import open_image
 from vmm_kvm.bits import MIB
-from vmm_kvm.boot.image import open_image
+from vmm_kvm.boot.firmware import selftest_path
 from vmm_kvm.clock import Clock
 from vmm_kvm.devices.uart16550 import Lsr
 from vmm_kvm.errors import SpecError
@@ -19,7 +20,7 @@ from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine import (
+from vmm_kvm.machine.machine import (
     VCPUS_MAX,
     Crash,
     DebugExitStatus,
@@ -27,7 +28,6 @@ from vmm_kvm.machine import (
     Machine,
     MachineSpec,
     Outcome,
-    selftest_path,
 )
 
 pytestmark = pytest.mark.kvm

@@ -17,15 +17,15 @@ import pytest
 from tests import guests
 from tests.kvm.primitive_guests import Ram, Runner, create, entry, mapped, state
 from vmm_kvm import primitives
-from vmm_kvm.errors import Refusal, RefusedError
-from vmm_kvm.kvm.exits import Exit, Hlt, IoExit, IrqWindowOpen, MmioExit, Shutdown
-from vmm_kvm.kvm.registers import (
+from vmm_kvm.arch.x86.registers import (
     ALL_GROUPS,
     MSR_EFER,
     MSR_LSTAR,
     RegisterGroup,
     SegmentRegister,
 )
+from vmm_kvm.errors import Refusal, RefusedError
+from vmm_kvm.kvm.exits import Exit, Hlt, IoExit, IrqWindowOpen, MmioExit, Shutdown
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import KICK_SIGNAL, install_kick_signal
 from vmm_kvm.primitives import (

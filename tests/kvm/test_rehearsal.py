@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from vmd.procs.vm import be_vm
-from vmd.rehearsal import Rehearsal
+from vmd.vm.process import be_vm
+from vmd.zygote.warm.rehearsal import Rehearsal
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 
@@ -36,11 +36,11 @@ def test_a_vm_that_does_not_end_is_given_up(
     rehearsal: Rehearsal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that waits for more to be said learns that nobody is there any more."""
-    monkeypatch.setattr("vmd.rehearsal.PATIENCE_S", 1)
+    monkeypatch.setattr("vmd.zygote.warm.rehearsal.PATIENCE_S", 1)
     said: list[str] = []
 
     def be_silent(channel: object) -> None:
-        from vmd.channel import Channel, ChannelClosedError  # noqa: PLC0415 - for this alone
+        from vmd.wire.channel import Channel, ChannelClosedError  # noqa: PLC0415 - for this alone
 
         assert isinstance(channel, Channel)
         with channel:

@@ -7,13 +7,13 @@ import pytest
 
 from tests import guests
 from tests.fakes import FakeClock, RecordingDevice, RecordingIrqLine
-from vmm_kvm.boot import layout
+from vmm_kvm.arch.x86 import layout
+from vmm_kvm.arch.x86.dispatch import dispatch
 from vmm_kvm.bus import Bus
 from vmm_kvm.devices.uart16550 import Lsr, Register, Uart16550
-from vmm_kvm.kvm.dispatch import dispatch
 from vmm_kvm.kvm.exits import IoExit
 from vmm_kvm.kvm.vcpu import Vcpu
-from vmm_kvm.serial_output import SerialOutput
+from vmm_kvm.machine.serial_output import SerialOutput
 
 pytestmark = pytest.mark.kvm
 

@@ -300,7 +300,7 @@ def exchange(
 def test_vmm_net(tmp_path: Path) -> None:
     """The command serves a tap to whoever connects, and ends in order at a signal."""
     path = tmp_path / "socket"
-    command = [sys.executable, "-m", "vmd.procs.net_device", "--socket", str(path)]
+    command = [sys.executable, "-m", "vmm_kvm.commands.vmm_net", "--socket", str(path)]
     options = ["--lladdr", "fe:e1:bb:00:00:01", "--mtu", "9000", "--queues", "2", NAME]
     with subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE) as process:
         try:
@@ -330,7 +330,7 @@ def test_vmm_net(tmp_path: Path) -> None:
 def test_vmm_net_fails_with_one_line(options: list[str], error: str) -> None:
     """What cannot be opened is told, and why."""
     done = subprocess.run(
-        [sys.executable, "-m", "vmd.procs.net_device", *options],
+        [sys.executable, "-m", "vmm_kvm.commands.vmm_net", *options],
         check=False,
         capture_output=True,
         text=True,

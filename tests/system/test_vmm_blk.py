@@ -38,7 +38,7 @@ READ, WRITE = 0, 1
 
 def command(*arguments: str | Path, closed: str = "") -> list[str]:
     """Return the argument vector of vmm-blk with these arguments, started with `closed` closed."""
-    words = [PYTHON, "-m", "vmd.procs.device", *(str(argument) for argument in arguments)]
+    words = [PYTHON, "-m", "vmm_kvm.commands.vmm_blk", *(str(argument) for argument in arguments)]
     return closing(closed, words) if closed else words
 
 

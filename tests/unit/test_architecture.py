@@ -1,236 +1,180 @@
-"""The layer rules: which package, process and module may import which."""
+"""The layer rules: which folder and module may import which, held against every import."""
 
 from __future__ import annotations
 
-import ast
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("vmm_kvm", "vmd", "vmctl")
+from scripts import structure
+from tests import layers
+from tests.layers import Import, layer_of
+
+FILES = layers.module_files()
+IMPORTS = layers.all_imports()
 
 # Codecs that a compressed kernel or disk cluster needs; loaded there and nowhere else.
-CODECS = {"zstandard", "lz4"}
-VMCTL_MAY_IMPORT = (
-    "vmd.messages",
-    "vmd.channel",
-    "vmd.config.disks",
-    "vmd.config.sizes",
-    "vmd.paths",
-    "vmm_kvm.block",
-    "vmm_kvm.errors",
-    "vmm_kvm.net",
-    "vmm_kvm.standard_streams",
+CODECS = ("zstandard", "lz4")
+# Commands that run a VM in this very process, without a daemon, load the hypervisor.
+VMCTL_WITH_HYPERVISOR = (
+    *("vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio"),
 )
-# Commands that run a VM in this very process, without a daemon.
-VMCTL_WITH_HYPERVISOR = {"vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio"}
-VMCTL_LIBRARIES = {"typer", "rich", "msgspec"}
-VMD_LIBRARIES = {"msgspec", "pyroute2"}
-
 # Pure modules decide; what they decide about, time included, is handed to them.
 PURE = (
-    *("vmm_kvm.bits", "vmm_kvm.irq", "vmm_kvm.bus", "vmm_kvm.boot.e820"),
-    *("vmm_kvm.boot.layout", "vmm_kvm.boot.entry", "vmd.config.sizes", "vmd.lifecycle"),
+    *("vmm_kvm.bits", "vmm_kvm.irq", "vmm_kvm.bus", "vmm_kvm.limits", "vmm_kvm.arch.x86.e820"),
+    *("vmm_kvm.arch.x86.layout", "vmm_kvm.arch.x86.entry", "vmm_kvm.arch.x86.cpuid"),
     *("vmm_kvm.net.ethernet", "vmm_kvm.net.abi"),
     *("vmm_kvm.scsi.spc", "vmm_kvm.scsi.mmc", "vmm_kvm.scsi.cdrom"),
-    *("vmd.registry", "vmd.policy", "vmd.addressing"),
+    "vmd.rules",
     *("vmd.config.model", "vmd.config.lexer", "vmd.config.grammar", "vmd.config.values"),
     *("vmd.config.interfaces", "vmd.config.vms", "vmd.config.parser", "vmd.config.check"),
-    "vmd.config.text",
+    *("vmd.config.text", "vmd.config.sizes"),
 )
 IMPURE = {"os", "socket", "time", "asyncio", "logging", "threading"}
-# Locks on files are fcntl's as well.
-FCNTL_FOR_LOCKS = {("vmm_kvm.block.locks", "fcntl")}
-# So are seals of memory.
-FCNTL_FOR_SEALS = {("vmm_kvm.memfd", "fcntl")}
-# Taps and vhost-net are devices of the host with ioctls of their own.
-FCNTL_FOR_NETWORKS = {(f"vmm_kvm.net.{name}", "fcntl") for name in ("bridge", "tap", "vhost")}
 # A bus holds one lock per device, which its docstring describes.
 PURE_WITH_LOCK = {"vmm_kvm.bus"}
-
+# What touches the host: a device is handed its interrupt line, clock and memory.
+HOST = ("time", "socket", "asyncio", "os", "fcntl")
+CHIPS = ("vmm_kvm.devices", "vmm_kvm.pci", "vmm_kvm.virtio")
 # The protocol between a VM and a device process is made of sockets and descriptors.
-BETWEEN_PROCESSES = "vmm_kvm.virtio.vhost_user."
+BETWEEN_PROCESSES = ("vmm_kvm.virtio.vhost_user", ("os", "socket"))
 # Threads of devices wait for eventfds.
 DEVICE_THREADS = {("vmm_kvm.virtio.worker", "os"), ("vmm_kvm.virtio.ring_events", "os")}
+# Outside the bindings, fcntl is for seals of memory, locks on files, and taps and vhost-net with
+# ioctls of their own.
+FCNTL = {
+    *("vmm_kvm.memfd", "vmm_kvm.block.locks"),
+    *("vmm_kvm.net.bridge", "vmm_kvm.net.tap", "vmm_kvm.net.vhost"),
+}
 
-
-@dataclass(frozen=True, slots=True)
-class Import:
-    """One import statement: who imports what, where, and whether at the top of the module."""
-
-    importer: str
-    imported: str
-    line: int
-    is_top_level: bool
-
-    def __str__(self) -> str:
-        return f"{self.importer}:{self.line} imports {self.imported}"
-
-    def is_of(self, *prefixes: str) -> bool:
-        """Tell whether what is imported is one of these modules or inside one of them."""
-        return any(
-            self.imported == prefix or self.imported.startswith(f"{prefix}.") for prefix in prefixes
-        )
-
-
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
-
-
-def imports_of(path: Path) -> Iterator[Import]:
-    """Yield every import of a file; `from package import module` names the module."""
-    importer = _module_name(path)
-    tree = ast.parse(path.read_text())
-    top_level = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{importer}:{node.lineno}: a relative import"
-            assert node.module is not None
-            names = [
-                full if _is_module(full := f"{node.module}.{alias.name}") else node.module
-                for alias in node.names
-            ]
-        else:
-            continue
-        for name in names:
-            yield Import(importer, name, node.lineno, id(node) in top_level)
-
-
-IMPORTS = tuple(
-    found
-    for package in PACKAGES
-    for path in sorted((ROOT / package).rglob("*.py"))
-    for found in imports_of(path)
+MUTATIONS = (
+    ("vmm_kvm.block.raw", "from vmm_kvm.virtio.queue import Virtqueue"),
+    ("vmm_kvm.boot.elf", "from vmm_kvm.loop import EventLoop"),
+    ("vmm_kvm.devices.uart16550", "from vmm_kvm.virtio.blk import VirtioBlk"),
+    ("vmm_kvm.memory", "from vmm_kvm.kvm.system import Kvm"),
+    ("vmm_kvm.kvm.vm", "from vmm_kvm.machine.machine import Machine"),
+    ("vmd.rules.registry", "from vmd.parent.process import Parent"),
+    ("vmd.config.parser", "from vmd.shared import log"),
+    ("vmd.wire.channel", "import pyroute2"),
+    ("vmd.shared.paths", "from vmd.parent.process import Parent"),
+    ("vmd.parent.process", "from vmd.control.process import Control"),
+    ("vmd.control.process", "from vmd.parent.process import Parent"),
+    ("vmd.priv.process", "from vmd.local.process import Local"),
+    ("vmd.local.process", "from vmd.priv.process import Priv"),
+    ("vmd.vmm.process", "from vmd.zygote.process import serve"),
+    ("vmd.zygote.process", "from vmd.vmm.process import Vmm"),
+    ("vmd.zygote.warm.packing", "from vmd.vm.process import run"),
+    ("vmd.vm.process", "from vmd.device.process import run"),
+    ("vmd.device.process", "from vmd.vm.process import run"),
+    ("vmctl.client", "from vmd.parent.process import Parent"),
+    ("vmctl.status", "import pyroute2"),
 )
-
-
-def _within(package: str) -> list[Import]:
-    return [one for one in IMPORTS if one.importer.split(".")[0] == package]
-
-
-def _foreign(package: str) -> list[Import]:
-    """Imports of a package that are neither its own nor the standard library's."""
-    return [
-        one
-        for one in _within(package)
-        if not one.is_of(package) and one.imported.split(".")[0] not in sys.stdlib_module_names
-    ]
+"""Imports that the table forbids: a module, and a line that it must not have."""
 
 
 def _told(found: list[Import]) -> list[str]:
     return [str(one) for one in found]
 
 
-def test_the_hypervisor_imports_the_standard_library_only() -> None:
-    """vmm_kvm needs no package, save the codecs, which it loads only where they are needed."""
-    assert (
-        _told([one for one in _foreign("vmm_kvm") if not one.is_of(*CODECS) or one.is_top_level])
-        == []
+def test_every_module_has_a_layer() -> None:
+    """The table covers every module of the three packages."""
+    assert [name for name in FILES if layer_of(name) is None] == []
+
+
+def test_no_import_is_forbidden() -> None:
+    """The table has every edge that an import makes."""
+    assert layers.forbidden(IMPORTS) == []
+
+
+def test_no_entry_is_unused() -> None:
+    """Each entry of the table is needed by an import."""
+    assert layers.unused(IMPORTS) == []
+
+
+@pytest.mark.parametrize(("module", "line"), MUTATIONS)
+def test_forbidden_imports_are_found(module: str, line: str) -> None:
+    """One forbidden import in a module is found, at its top or inside a function."""
+    source = FILES[module].read_text()
+    for added in (line, f"def _late() -> None:\n    {line}"):
+        changed = f"{source}\n{added}\n"
+        assert len(layers.forbidden(layers.imports_of(module, changed, FILES))) == 1
+
+
+def test_an_unused_entry_is_found() -> None:
+    """Without the one import that needs an entry, the entry is reported."""
+    kept = [one for one in IMPORTS if one.importer != "vmd.priv.rtnetlink"]
+    assert "vmd.priv -> pyroute2" in layers.unused(
+        [one for one in kept if not (one.importer.startswith("vmd.priv") and one.is_foreign)]
     )
 
 
-def test_the_daemon_imports_the_hypervisor_and_its_libraries_only() -> None:
-    """Vmd knows vmm_kvm, never vmctl."""
-    assert _told([one for one in _foreign("vmd") if not one.is_of("vmm_kvm", *VMD_LIBRARIES)]) == []
+def test_folders_have_no_cycle() -> None:
+    """No folder imports, by whatever detour, one that imports it."""
+    graph: dict[str, set[str]] = {}
+    for one in IMPORTS:
+        if one.imported in FILES:
+            source = layers.folder_of(one.importer, FILES)
+            target = layers.folder_of(one.imported, FILES)
+            if source != target:
+                graph.setdefault(source, set()).add(target)
+    assert layers.cycles(graph) == []
 
 
-def test_the_command_imports_messages_only() -> None:
-    """Vmctl speaks with the daemon; only commands that run a VM themselves load the hypervisor."""
-    wrong = [
-        one
-        for one in _foreign("vmctl")
-        if not one.is_of(*VMCTL_MAY_IMPORT, *VMCTL_LIBRARIES)
-        and not (one.importer in VMCTL_WITH_HYPERVISOR and one.is_of("vmm_kvm"))
-    ]
-    assert _told(wrong) == []
+def test_modules_of_a_folder_have_no_cycle_without_a_reason() -> None:
+    """Modules that import each other are those that the table of cycles names."""
+    graph: dict[str, set[str]] = {}
+    for one in IMPORTS:
+        if one.imported in FILES and one.imported != one.importer:
+            graph.setdefault(one.importer, set()).add(one.imported)
+    assert layers.cycles(graph) == sorted(layers.CYCLES, key=sorted)
+
+
+def test_codecs_are_loaded_where_they_are_needed() -> None:
+    """A codec is imported inside a function, never at the top of a module of the hypervisor."""
+    found = [one for one in IMPORTS if one.importer.startswith("vmm_kvm") and one.is_of(*CODECS)]
+    assert found
+    assert _told([one for one in found if one.is_top_level]) == []
 
 
 def test_only_a_command_body_loads_the_hypervisor() -> None:
     """No other vmctl module imports one that loads the hypervisor, except inside a function."""
     wrong = [
         one
-        for one in _within("vmctl")
-        if one.importer not in VMCTL_WITH_HYPERVISOR
+        for one in IMPORTS
+        if one.importer.startswith("vmctl")
+        and one.importer not in VMCTL_WITH_HYPERVISOR
         and one.is_of(*VMCTL_WITH_HYPERVISOR)
         and one.is_top_level
     ]
     assert _told(wrong) == []
 
 
-@pytest.mark.parametrize("package", ["devices", "pci", "virtio"])
-def test_devices_know_no_kvm_and_no_host(package: str) -> None:
+@pytest.mark.parametrize("folder", CHIPS)
+def test_devices_know_no_host(folder: str) -> None:
     """A device is handed its interrupt line, clock and memory: it opens and waits for nothing."""
-    forbidden = ("vmm_kvm.kvm", "vmm_kvm.machine", "vmm_kvm.runner", "time", "socket", "asyncio")
+    between, allowed = BETWEEN_PROCESSES
     wrong = [
         one
         for one in IMPORTS
-        if one.importer.startswith(f"vmm_kvm.{package}.")
-        and one.is_of(*forbidden, "os", "fcntl")
-        and not (one.importer.startswith(BETWEEN_PROCESSES) and one.is_of("os", "socket"))
+        if one.importer.startswith(f"{folder}.")
+        and one.is_of(*HOST)
+        and not (one.importer.startswith(f"{between}.") and one.is_of(*allowed))
         and (one.importer, one.imported) not in DEVICE_THREADS
     ]
     assert _told(wrong) == []
 
 
 def test_only_the_bindings_talk_to_the_kernel() -> None:
-    """Ioctls are called by vmm_kvm.kvm alone; nothing else in the hypervisor imports its way."""
+    """Ioctls are called by vmm_kvm.kvm alone; nothing else in the hypervisor imports fcntl."""
     wrong = [
         one
-        for one in _within("vmm_kvm")
-        if not one.importer.startswith("vmm_kvm.kvm.")
-        and one.is_of("fcntl", "vmm_kvm.kvm.ioctl", "vmm_kvm.kvm.abi")
-        and (one.importer, one.imported)
-        not in FCNTL_FOR_LOCKS | FCNTL_FOR_SEALS | FCNTL_FOR_NETWORKS
+        for one in IMPORTS
+        if one.importer.startswith("vmm_kvm.")
+        and not one.importer.startswith("vmm_kvm.kvm.")
+        and one.is_of("fcntl")
+        and one.importer not in FCNTL
     ]
     assert _told(wrong) == []
-
-
-def test_wiring_is_imported_by_nobody_below_it() -> None:
-    """Only whoever runs a VM imports machine and runner; no part of a machine does."""
-    wrong = [
-        one
-        for one in _within("vmm_kvm")
-        if one.is_of("vmm_kvm.machine") and one.importer != "vmm_kvm.primitives"
-    ]
-    assert _told(wrong) == []
-
-
-def test_processes_do_not_import_each_other() -> None:
-    """A process of the daemon imports no other; control imports no hypervisor at all."""
-    processes = [one for one in IMPORTS if one.importer.startswith("vmd.procs.")]
-    assert _told([one for one in processes if one.is_of("vmd.procs")]) == []
-    assert (
-        _told(
-            [
-                one
-                for one in processes
-                if one.importer == "vmd.procs.control" and one.is_of("vmm_kvm")
-            ]
-        )
-        == []
-    )
-    assert (
-        _told(
-            [
-                one
-                for one in processes
-                if one.is_of("vmm_kvm.machine") and one.importer != "vmd.procs.vm"
-            ]
-        )
-        == []
-    )
 
 
 def test_pure_modules_touch_nothing() -> None:
@@ -238,17 +182,31 @@ def test_pure_modules_touch_nothing() -> None:
     wrong = [
         one
         for one in IMPORTS
-        if one.importer in PURE
+        if any(one.importer == name or one.importer.startswith(f"{name}.") for name in PURE)
         and one.imported.split(".")[0] in IMPURE
         and not (one.importer in PURE_WITH_LOCK and one.imported == "threading")
     ]
     assert _told(wrong) == []
 
 
-def test_the_rules_see_imports_inside_functions() -> None:
-    """The walk finds an import in a function body and tells it from one at the top."""
-    import wave  # noqa: F401, PLC0415 - what the walk has to find
+def test_pure_modules_exist() -> None:
+    """Each name in the list of pure modules is a module or folder."""
+    assert [name for name in PURE if name not in FILES] == []
 
-    found = list(imports_of(Path(__file__)))
-    assert [one.is_top_level for one in found if one.imported == "wave"] == [False]
-    assert [one.is_top_level for one in found if one.imported == "ast"] == [True]
+
+def test_the_page_has_the_table() -> None:
+    """docs/architecture.md has the table of layers as it is; scripts/structure.py --write does."""
+    page = (layers.ROOT / layers.EXPLAINED).read_text()
+    assert structure.documented(page, structure.table(FILES)) == page
+
+
+def test_the_report_names_every_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script prints a line for each folder, and no cycle between folders."""
+    monkeypatch.setattr(sys, "argv", ["structure.py"])
+    assert structure.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    folders = {layers.folder_of(name, FILES) for name in FILES}
+    assert {line.split()[0] for line in lines[1 : len(folders) + 1]} == folders
+    assert not any(line.startswith("cycle of folders") for line in lines)

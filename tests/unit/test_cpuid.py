@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vmm_kvm.kvm.cpuid import (
-    ECX1_TSC_DEADLINE,
-    KVM_CPUID_FEATURES,
-    KVM_CPUID_SIGNATURE,
-    SIGNIFICANT_INDEX,
-    CpuidEntry,
-    guest_cpuid,
-)
+from vmm_kvm.arch.x86.cpuid import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE, guest_cpuid
+from vmm_kvm.kvm.cpuid import ECX1_TSC_DEADLINE, SIGNIFICANT_INDEX, CpuidEntry
 
 _L1_DATA = 1 | 1 << 5
 _L2 = 3 | 2 << 5

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.bits import GIB, MIB
 from vmm_kvm.block.mapped import MappedImage
-from vmm_kvm.boot.config import BootDevice
-from vmm_kvm.pci_devices import PmemDisk, boot_order, place_pmem
+from vmm_kvm.machine.pci_devices import PmemDisk, boot_order, place_pmem
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,8 @@ def test_create_with_closed_descriptors(
 @pytest.mark.parametrize(
     "arguments",
     [
-        [PYTHON, "-m", "vmd.procs.device", "--print-capabilities"],
-        [PYTHON, "-m", "vmd.procs.net_device", "--help"],
+        [PYTHON, "-m", "vmm_kvm.commands.vmm_blk", "--print-capabilities"],
+        [PYTHON, "-m", "vmm_kvm.commands.vmm_net", "--help"],
         [PYTHON, "scripts/protocol.py"],
         [PYTHON, "scripts/demo.py", "--help"],
     ],

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmm_kvm.boot.layout import HIGH_MEMORY_START
+from vmm_kvm.bits import MIB
 from vmm_kvm.boot.source import Source
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
@@ -192,7 +192,7 @@ def _segment(source: Source, is_64: bool, index: int, values: tuple[int, ...]) -
             raise BootError(f"{source.name}: segment {index}: beyond the end of the file")
         if kind == PT_LOAD and file_size > memory_size:
             raise BootError(f"{source.name}: segment {index}: larger in the file than in memory")
-        if kind == PT_LOAD and memory_size and paddr < HIGH_MEMORY_START:
+        if kind == PT_LOAD and memory_size and paddr < MIB:
             raise BootError(f"{source.name}: segment {index}: at {paddr:#x}, below 1 MiB")
         if paddr + memory_size > 1 << 64 or vaddr + memory_size > 1 << 64:
             raise BootError(f"{source.name}: segment {index}: beyond the end of the address space")

@@ -1,6 +1,6 @@
 """Where a distribution keeps firmware, by the names that users give it.
 
-Nothing is shipped: see bios/README.md.
+Nothing is shipped but the self-test guest: see bios/README.md.
 """
 
 from pathlib import Path
@@ -58,3 +58,10 @@ def find_firmware(wanted: str) -> Firmware:
 
 def _exists(path: str) -> bool:
     return Path(path).is_file()
+
+
+def selftest_path() -> str:
+    """Return where the self-test guest's image lies: in the package, or in a source tree."""
+    package = Path(__file__).parents[1]
+    packaged = package / "bios" / "selftest.bin"
+    return str(packaged if packaged.exists() else package.parent / "bios" / "selftest.bin")

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Self
 
 from vmm_kvm.bits import PAGE_SIZE
-from vmm_kvm.block.image import Format, Image, open_image
-from vmm_kvm.boot.layout import FIRMWARE_MAX
+from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import BootError
+from vmm_kvm.images.opening import open_image
+from vmm_kvm.limits import FIRMWARE_MAX
 
 
 class Variables:

@@ -14,8 +14,8 @@ import threading
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from vmm_kvm.arch.x86.layout import PCI_HOLE_END, ram_ranges
 from vmm_kvm.bits import KIB, MIB, all_ones
-from vmm_kvm.boot.layout import PCI_HOLE_END, ram_ranges
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.errors import SpecError
 from vmm_kvm.irq import IrqLine

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from vmm_kvm.arch.x86 import layout
+from vmm_kvm.arch.x86.layout import line_index
 from vmm_kvm.bits import GIB, PAGE_SIZE, align_up, all_ones
-from vmm_kvm.boot import layout
 from vmm_kvm.bus import Bus
 from vmm_kvm.errors import BusError, SpecError
 from vmm_kvm.log import Log
@@ -28,7 +29,6 @@ from vmm_kvm.pci.ids import (
     Command,
     Register,
 )
-from vmm_kvm.pci.intx import line_index
 
 log = Log(__name__)
 

@@ -3,20 +3,9 @@
 import threading
 from collections.abc import Sequence
 
+from vmm_kvm.arch.x86.layout import PINS, line_index
 from vmm_kvm.errors import SpecError
 from vmm_kvm.irq import IrqLine
-
-PINS = 4
-
-
-def line_index(slot: int, pin: int) -> int:
-    """Return which of the four lines, 0 to 3, pin 1 to 4 of a slot leads to.
-
-    ACPI's _PRT has to say the same.
-
-    Source: PCI LB 3.0 §2.2.6, the usual rotation by slot
-    """
-    return (slot + pin - 1) % PINS
 
 
 class SharedLine:

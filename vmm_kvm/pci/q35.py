@@ -9,7 +9,7 @@ Source: Intel 3 Series datasheet (316966) §5; ICH9 datasheet (316972) §13; EDK
 
 from collections.abc import Callable
 
-from vmm_kvm.boot import layout
+from vmm_kvm.arch.x86 import layout
 from vmm_kvm.bus import Bus, BusDevice
 from vmm_kvm.errors import BusError
 from vmm_kvm.log import Log

@@ -20,8 +20,8 @@ from tests.system.vhost_user_guests import (
     overwriting_disk,
 )
 from tests.system.vmd.daemon import READY, ROOT, Daemon, descendants, process_title, vm_block
-from vmm_kvm.block.create import create_qcow2
 from vmm_kvm.boot.firmware import find_firmware
+from vmm_kvm.images.create import create_qcow2
 
 pytestmark = pytest.mark.kvm
 
@@ -98,7 +98,7 @@ def test_a_disk_that_somebody_else_serves(
     folder = tmp_path_factory.mktemp("server")
     image, path = _image(folder), folder / "socket"
     server = subprocess.Popen(
-        [sys.executable, "-m", "vmd.procs.device", "--socket", str(path), str(image)],
+        [sys.executable, "-m", "vmm_kvm.commands.vmm_blk", "--socket", str(path), str(image)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

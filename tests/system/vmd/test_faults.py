@@ -20,7 +20,7 @@ from tests.system.vmd.daemon import (
     process_title,
     vm_block,
 )
-from vmd.status import FRESH_NS
+from vmd.parent.status import FRESH_NS
 from vmm_kvm.clock import NANOSECONDS
 
 pytestmark = pytest.mark.kvm

@@ -142,7 +142,7 @@ def test_nothing_but_files_is_opened(user: Client, reachable: Path) -> None:
 
 def test_a_base_is_opened_with_the_rights_of_the_user(user: Client, reachable: Path) -> None:
     """An image of the user's leads to no file that the user could not read."""
-    from vmm_kvm.block.create import create_qcow2  # noqa: PLC0415 - of this test alone
+    from vmm_kvm.images.create import create_qcow2  # noqa: PLC0415 - of this test alone
 
     secret, image = reachable / "secret", reachable / "image"
     secret.write_bytes(bytes(1 << 20))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.vmd.daemon import ROOT, TIMEOUT_S, Client, vm_block
-from vmd import log
+from vmd.shared import log
 
 pytestmark = pytest.mark.kvm
 

@@ -18,7 +18,8 @@ from tests.unit.block.crash import (
     open_journal,
     write_file,
 )
-from vmm_kvm.block.image import Format, StoredImage, open_image
+from vmm_kvm.block.image import Format, StoredImage
+from vmm_kvm.images.opening import open_image
 
 SEED = int(os.environ.get("VMM_FUZZ_SEED", "1"))
 COUNT = max(int(os.environ.get("VMM_FUZZ_COUNT", "0")) // 10, 10)

@@ -13,9 +13,10 @@ import pytest
 from tests.unit.block.crash import History, checked, contents
 from tests.unit.block.test_crash import LENGTHS, SEED, SIZE, make
 from vmm_kvm.block.file import HostFile
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
 from vmm_kvm.block.qcow2.header import read_header
 from vmm_kvm.block.qcow2.image import Qcow2Image
+from vmm_kvm.images.opening import open_image
 
 COUNT = max(int(os.environ.get("VMM_FUZZ_COUNT", "0")) // 10, 12)
 

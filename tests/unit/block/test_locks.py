@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vmm_kvm.block.create import create_qcow2
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
 from vmm_kvm.errors import ImageError
+from vmm_kvm.images.create import create_qcow2
+from vmm_kvm.images.opening import open_image
 
 MIB = 1 << 20
 

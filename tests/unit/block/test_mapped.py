@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from vmm_kvm.bits import MIB
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
 from vmm_kvm.block.mapped import MappedImage
 from vmm_kvm.errors import ImageError
+from vmm_kvm.images.opening import open_image
 
 SIZE = 2 * MIB
 

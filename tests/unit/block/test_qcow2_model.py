@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.block.crash import checked
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
+from vmm_kvm.images.opening import open_image
 
 SIZE = 160 << 10
 OPTIONS = (

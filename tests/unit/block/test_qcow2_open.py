@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vmm_kvm.block.create import create_qcow2, create_raw
-from vmm_kvm.block.image import Format, Layer, StoredImage, image_chain, open_image
+from vmm_kvm.block.image import Format, Layer, StoredImage
 from vmm_kvm.errors import ImageError
+from vmm_kvm.images.create import create_qcow2, create_raw
+from vmm_kvm.images.opening import image_chain, open_image
 
 MIB = 1 << 20
 

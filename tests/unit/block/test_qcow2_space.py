@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.unit.block.crash import checked
-from vmm_kvm.block.create import create_qcow2
 from vmm_kvm.block.file import HostFile
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
 from vmm_kvm.block.qcow2.header import read_header
 from vmm_kvm.block.qcow2.image import Qcow2Image
+from vmm_kvm.images.create import create_qcow2
+from vmm_kvm.images.opening import open_image
 
 MIB = 1 << 20
 CLUSTER = 65536

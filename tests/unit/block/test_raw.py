@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vmm_kvm.block.image import Format, Image, Layer, image_chain, open_image, probe
+from vmm_kvm.block.image import Format, Image, Layer
 from vmm_kvm.errors import ImageError
+from vmm_kvm.images.opening import image_chain, open_image, probe
 
 
 def read(image: Image, offset: int, size: int) -> bytes:

@@ -11,8 +11,9 @@ import pytest
 
 from vmctl.cli import main
 from vmctl.images import DiskFile, parse_disk
-from vmm_kvm.block.create import create_qcow2
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
+from vmm_kvm.images.create import create_qcow2
+from vmm_kvm.images.opening import open_image
 
 USAGE = "usage:\tvmctl [-v] create [-b base | -i disk] [-s size] disk\n"
 MIB = 1 << 20

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vmm_kvm.arch.x86.image import BootImage, open_image
+from vmm_kvm.arch.x86.layout import ram_ranges
 from vmm_kvm.bits import MIB
-from vmm_kvm.boot.image import BootImage, open_image
-from vmm_kvm.boot.layout import ram_ranges
 from vmm_kvm.memory import GuestMemory
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vmm_kvm.arch.x86.acpi import AcpiConfig, AcpiTables, build_tables, loader_files
 from vmm_kvm.bits import GIB
-from vmm_kvm.boot.acpi import AcpiConfig, AcpiTables, build_tables, loader_files
 
 CONFIGS = (
     AcpiConfig(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmm_kvm.boot import aml
+from vmm_kvm.arch.x86 import aml
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.boot.images import firmware
+from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables
+from vmm_kvm.arch.x86.entry import RESET_VECTOR
+from vmm_kvm.arch.x86.image import BootConfig, BootImage, FirmwareImage, load, open_image
+from vmm_kvm.arch.x86.layout import ram_ranges
 from vmm_kvm.bits import GIB, KIB, MIB
-from vmm_kvm.boot.acpi import AcpiConfig, build_tables
-from vmm_kvm.boot.entry import RESET_VECTOR
-from vmm_kvm.boot.image import BootConfig, BootImage, FirmwareImage, load, open_image
-from vmm_kvm.boot.layout import ram_ranges
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
+from vmm_kvm.arch.x86.e820 import E820Entry, E820Type, e820_map, encode, firmware_e820_map
+from vmm_kvm.arch.x86.layout import ECAM_SIZE, ECAM_START, ram_ranges
 from vmm_kvm.bits import GIB, MIB
-from vmm_kvm.boot.e820 import E820Entry, E820Type, e820_map, encode, firmware_e820_map
-from vmm_kvm.boot.layout import ECAM_SIZE, ECAM_START, ram_ranges
 from vmm_kvm.memory import Region
 
 RAM, RESERVED = E820Type.RAM, E820Type.RESERVED

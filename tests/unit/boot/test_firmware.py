@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.boot import firmware
-from vmm_kvm.boot.bios import FirmwareImage
 from vmm_kvm.boot.firmware import BIOS, UEFI, Firmware, find_firmware
 from vmm_kvm.boot.nvram import open_variables
 from vmm_kvm.errors import BootError, ImageError

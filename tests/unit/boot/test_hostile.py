@@ -27,9 +27,9 @@ from tests.unit.boot.images import (
     vmlinux,
 )
 from tests.unit.boot.packing import PACKERS
+from vmm_kvm.arch.x86.image import BootConfig, load, open_image
+from vmm_kvm.arch.x86.layout import ram_ranges
 from vmm_kvm.bits import MIB
-from vmm_kvm.boot.image import BootConfig, load, open_image
-from vmm_kvm.boot.layout import ram_ranges
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 

@@ -26,7 +26,7 @@ from tests.unit.boot.images import (
     pvh_kernel,
     vmlinux,
 )
-from vmm_kvm.boot.image import (
+from vmm_kvm.arch.x86.image import (
     BootImage,
     ElfImage,
     FirmwareImage,

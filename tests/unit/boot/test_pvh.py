@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.unit.boot.images import CODE, KERNEL_ADDRESS, pvh_kernel
+from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables
+from vmm_kvm.arch.x86.e820 import e820_map
+from vmm_kvm.arch.x86.entry import CR0_ET, CR0_PE
+from vmm_kvm.arch.x86.image import BootConfig, BootImage, PvhImage, load
+from vmm_kvm.arch.x86.layout import ram_ranges
 from vmm_kvm.bits import MIB
-from vmm_kvm.boot.acpi import AcpiConfig, build_tables
-from vmm_kvm.boot.e820 import e820_map
-from vmm_kvm.boot.entry import CR0_ET, CR0_PE
-from vmm_kvm.boot.image import BootConfig, BootImage, PvhImage, load
-from vmm_kvm.boot.layout import ram_ranges
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmm_kvm.arch.x86 import layout
+from vmm_kvm.arch.x86.smbios import SmbiosTables, build_smbios, name_uuid
 from vmm_kvm.bits import GIB, MIB
-from vmm_kvm.boot import layout
-from vmm_kvm.boot.smbios import SmbiosTables, build_smbios, name_uuid
 
 UUID = bytes(range(16))
 MEMORY = ((0, 3 * GIB), (4 * GIB, GIB))

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from tests.unit.boot.images import KERNEL_ADDRESS, ElfSpec, Segment
+from vmm_kvm.arch.x86.layout import ram_ranges
 from vmm_kvm.bits import KIB, MIB
 from vmm_kvm.boot.elf import place_loads, read_elf
-from vmm_kvm.boot.layout import ram_ranges
 from vmm_kvm.boot.source import BytesSource
 from vmm_kvm.boot.vmlinux import trim
 from vmm_kvm.memory import GuestMemory

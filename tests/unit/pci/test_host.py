@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import Operation, RecordingDevice, RecordingIrqLine, exercise
+from vmm_kvm.arch.x86 import layout
 from vmm_kvm.bits import GIB, KIB, MIB, all_ones
-from vmm_kvm.boot import layout
 from vmm_kvm.bus import Bus
 from vmm_kvm.errors import SpecError
 from vmm_kvm.pci.config import BarKind, PciFunction

@@ -3,8 +3,9 @@
 import pytest
 
 from tests.fakes import RecordingIrqLine
+from vmm_kvm.arch.x86.layout import line_index
 from vmm_kvm.errors import SpecError
-from vmm_kvm.pci.intx import IntxLines, SharedLine, line_index
+from vmm_kvm.pci.intx import IntxLines, SharedLine
 
 
 @pytest.mark.parametrize(

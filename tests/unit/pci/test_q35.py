@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import RecordingDevice
+from vmm_kvm.arch.x86 import layout
 from vmm_kvm.bits import MIB
-from vmm_kvm.boot import layout
 from vmm_kvm.bus import Bus
 from vmm_kvm.errors import SpecError
 from vmm_kvm.pci.config import BarKind, PciFunction

@@ -20,8 +20,8 @@ from tests.rig.machine import (
     qemu_arguments,
     wait,
 )
+from vmm_kvm.arch.x86.cpuid import KVM_CPUID_FEATURES
 from vmm_kvm.kvm import abi
-from vmm_kvm.kvm.cpuid import KVM_CPUID_FEATURES
 
 
 def test_the_command_line_is_read() -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from tests.virtio_driver import INDIRECT, DriverQueue, PlainMemory
 from vmm_kvm.block.file import HostFile
-from vmm_kvm.block.image import Format, open_image
+from vmm_kvm.block.image import Format
 from vmm_kvm.errors import GuestError, GuestMemoryError
+from vmm_kvm.images.opening import open_image
 from vmm_kvm.scatter import Scatter, total
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.abi import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.fake_daemon import Answers, FakeDaemon
-from vmd.messages import AnyRequest
+from vmd.wire.messages import AnyRequest
 
 Serve = Callable[[Callable[[AnyRequest], Answers]], FakeDaemon]
 

@@ -11,8 +11,8 @@ from typing import Self
 
 import msgspec
 
-from vmd.channel import Channel, ChannelError
-from vmd.messages import DAEMON_TO_CLIENT, AnyAnswer, AnyRequest
+from vmd.wire.channel import Channel, ChannelError
+from vmd.wire.messages import DAEMON_TO_CLIENT, AnyAnswer, AnyRequest
 
 Answers = Sequence[AnyAnswer | tuple[AnyAnswer, list[int]]]
 

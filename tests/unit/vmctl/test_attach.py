@@ -12,7 +12,7 @@ from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
 from tests.vmctl_driver import VMCTL, ConsoleProcess
 from vmctl.attach import without_seen
-from vmd.messages import (
+from vmd.wire.messages import (
     AnyRequest,
     ConsoleOpened,
     ErrorCode,

@@ -11,9 +11,9 @@ from msgspec.structs import replace
 from tests.unit.vmctl.conftest import Serve
 from vmctl.cli import main
 from vmctl.verbs import perform, read_verb
-from vmd.channel import ChannelError
 from vmd.config.model import BootDevice
-from vmd.messages import (
+from vmd.wire.channel import ChannelError
+from vmd.wire.messages import (
     AnyAnswer,
     AnyRequest,
     Console,

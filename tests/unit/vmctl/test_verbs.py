@@ -14,7 +14,7 @@ from tests.unit.vmctl.conftest import Serve
 from vmctl import verbs
 from vmctl.cli import app, main
 from vmctl.verbs import OTHERS, VERBS, perform, read_verb
-from vmd.messages import AnyAnswer, AnyRequest, Done, ErrorCode, Failed, Status, Vms
+from vmd.wire.messages import AnyAnswer, AnyRequest, Done, ErrorCode, Failed, Status, Vms
 
 ROOT = Path(__file__).resolve().parents[3]
 USAGE = "usage:\tvmctl [-v] command [arg ...]\n"

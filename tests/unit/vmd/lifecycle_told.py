@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from vmd.lifecycle import step
-from vmd.messages import Done, Failed, Started, Terminated
-from vmd.vm_state import (
+from vmd.rules.lifecycle import step
+from vmd.rules.vm_state import (
     Effect,
     Event,
     Forget,
@@ -23,6 +22,7 @@ from vmd.vm_state import (
     Ticket,
     VmState,
 )
+from vmd.wire.messages import Done, Failed, Started, Terminated
 
 ASKER = Ticket(1, 10)
 STARTER = Ticket(2, 20)

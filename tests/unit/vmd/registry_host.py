@@ -8,22 +8,10 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from vmd import vm_state
 from vmd.config.model import Staggered
-from vmd.messages import (
-    AnyAnswer,
-    AnyRequest,
-    ConsoleOpened,
-    ErrorCode,
-    Event,
-    Events,
-    Failed,
-    State,
-    VmInfo,
-    Vms,
-)
-from vmd.policy import Users
-from vmd.registry import (
+from vmd.rules import vm_state
+from vmd.rules.policy import Users
+from vmd.rules.registry import (
     Action,
     Answer,
     ArmTurn,
@@ -35,8 +23,8 @@ from vmd.registry import (
     Registry,
     info,
 )
-from vmd.vm import PassedBoot, Vm
-from vmd.vm_state import (
+from vmd.rules.vm import PassedBoot, Vm
+from vmd.rules.vm_state import (
     IDLE,
     Kill,
     Launch,
@@ -46,6 +34,18 @@ from vmd.vm_state import (
     SendPause,
     SendStop,
     SendUnpause,
+)
+from vmd.wire.messages import (
+    AnyAnswer,
+    AnyRequest,
+    ConsoleOpened,
+    ErrorCode,
+    Event,
+    Events,
+    Failed,
+    State,
+    VmInfo,
+    Vms,
 )
 
 ROOT = 0

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.addressing import (
+from vmd.config.values import prefix4_of, prefix6_of
+from vmd.rules.addressing import (
     DEFAULT_PREFIX,
     RangeError,
     host_lladdr,
@@ -18,7 +19,6 @@ from vmd.addressing import (
     subnet4,
     subnet6,
 )
-from vmd.config.values import prefix4_of, prefix6_of
 
 LLADDR = "fe:e1:bb:d1:23:45"
 

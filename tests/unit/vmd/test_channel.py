@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.channel import (
+from vmd.wire.channel import (
     FDS_MAX,
     HIGH_WATER,
     MESSAGE_MAX,
@@ -30,7 +30,7 @@ from vmd.channel import (
     channel_pair,
     peer_credentials,
 )
-from vmd.messages import (
+from vmd.wire.messages import (
     CLIENT_TO_DAEMON,
     DAEMON_TO_CLIENT,
     AnyAnswer,

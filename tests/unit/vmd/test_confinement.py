@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from vmd import landlock
-from vmd.confinements import CONFINEMENTS, Kind
-from vmd.sandbox import SandboxError, confine, find_identity, set_title
-from vmd.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
-from vmd.syscalls import SYSCALLS
+from vmd.confine import landlock
+from vmd.confine.confinements import CONFINEMENTS, Kind
+from vmd.confine.sandbox import SandboxError, confine, find_identity, set_title
+from vmd.confine.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
+from vmd.confine.syscalls import SYSCALLS
 
 KINDS = list(Kind)
 # Calls that none of the processes has any business with.
@@ -242,7 +242,7 @@ def test_root_becomes_nobody_in_particular(kind: Kind) -> None:
 @pytest.mark.root
 def test_an_isolated_process_sees_nothing() -> None:
     """The root directory is empty and read-only, and there is no interface but a dead loopback."""
-    from vmd.namespaces import leave_everything  # noqa: PLC0415 - for this test alone
+    from vmd.confine.namespaces import leave_everything  # noqa: PLC0415 - for this test alone
 
     def body() -> None:
         leave_everything()
@@ -259,7 +259,7 @@ def test_priv_keeps_one_capability() -> None:
     """The priv process is root without root's powers, save those over the network."""
 
     def body() -> None:
-        from vmd.sandbox import Identity  # noqa: PLC0415 - for this test alone
+        from vmd.confine.sandbox import Identity  # noqa: PLC0415 - for this test alone
 
         with Path("/proc/self/status").open() as status:
             confine(CONFINEMENTS[Kind.PRIV], Identity(65534, 65534))

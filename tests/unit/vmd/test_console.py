@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 
-from vmd.console import STREAMS_MAX, Console
-from vmd.pty import Pty, open_pty
-from vmd.ring import REPLAY
-from vmd.terminal_watch import TerminalWatch
+from vmd.parent.terminal_watch import TerminalWatch
+from vmd.shared.pty import Pty, open_pty
+from vmd.shared.ring import REPLAY
+from vmd.vm.console import STREAMS_MAX, Console
 from vmm_kvm.loop import EventLoop
 
 _PATIENCE_NS = 5_000_000_000

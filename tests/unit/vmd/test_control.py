@@ -10,8 +10,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from vmd.channel import FDS_MAX, Channel, Received, channel_pair
-from vmd.internal import (
+from vmd.control.process import Control
+from vmd.wire.channel import FDS_MAX, Channel, Received, channel_pair
+from vmd.wire.internal import (
     CONTROL_AND_PARENT,
     PARENT_AND_CONTROL,
     ClientAnswer,
@@ -21,8 +22,7 @@ from vmd.internal import (
     ControlToParent,
     ParentToControl,
 )
-from vmd.messages import Done, ErrorCode, Failed, Status
-from vmd.procs.control import Control
+from vmd.wire.messages import Done, ErrorCode, Failed, Status
 from vmm_kvm.loop import EventLoop
 
 _PATIENCE_NS = 5_000_000_000

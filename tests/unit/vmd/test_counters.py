@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vmd.counters import CountedImage, Counters, make_counters
-from vmm_kvm.block.image import Format, open_image
+from vmd.shared.counters import CountedImage, Counters, make_counters
+from vmm_kvm.block.image import Format
+from vmm_kvm.images.opening import open_image
 
 SIZE = 1 << 16
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from vmd.files import FileError, FileKindError, open_file
+from vmd.parent.files import FileError, FileKindError, open_file
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights need root")

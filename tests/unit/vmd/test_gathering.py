@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import NamedTuple, NoReturn
 
-from vmd.gathering import Recorder, gather
+from vmd.zygote.warm.gathering import Recorder, gather
 
 
 def _outer() -> list[int]:

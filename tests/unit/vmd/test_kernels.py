@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vmd.kernels import KERNELS_MAX, KernelStore, LentKernel
+from vmd.shared.kernels import KERNELS_MAX, KernelStore, LentKernel
 from vmm_kvm.boot.source import FileSource
 
 CONTENTS = b"an unpacked kernel"

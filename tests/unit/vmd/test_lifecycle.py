@@ -15,10 +15,8 @@ from tests.unit.vmd.lifecycle_told import (
     outcome,
     told,
 )
-from vmd.internal import EndReason
-from vmd.lifecycle import EARLY_MAX, EARLY_S, shown_state, step
-from vmd.messages import ErrorCode, State
-from vmd.vm_state import (
+from vmd.rules.lifecycle import EARLY_MAX, EARLY_S, shown_state, step
+from vmd.rules.vm_state import (
     Attach,
     ClientLeft,
     Discard,
@@ -38,6 +36,8 @@ from vmd.vm_state import (
     VmState,
     Wait,
 )
+from vmd.wire.internal import EndReason
+from vmd.wire.messages import ErrorCode, State
 
 EVENTS: dict[str, Event] = {
     "start": Start(ASKER),

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd import internal, messages
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.wire import Wire, WireEncoding, WireError
+from vmd.wire import internal, messages
+from vmd.wire.encoding import Wire, WireEncoding, WireError
 
 UNIONS = {
     "request": (messages.AnyRequest, WireEncoding.JSON),

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from vmd.nat import Forward, Rules, clearing, ruleset
+from vmd.priv.nat import Forward, Rules, clearing, ruleset
 
 WEB = Forward("tcp", 8080, 80, "100.64.1.3", "fd00::3")
 EVERYTHING = Rules(

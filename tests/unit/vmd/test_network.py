@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from vmd.config.model import ForwardConfig, InterfaceConfig
-from vmd.internal import AttachedTap, LocalSpec, TapSpec
-from vmd.messages import ForwardInfo, InterfaceInfo
-from vmd.network import Counters, Network, interface_infos, parse_counters
+from vmd.parent.interfaces import Counters, Network, interface_infos, parse_counters
+from vmd.wire.internal import AttachedTap, LocalSpec, TapSpec
+from vmd.wire.messages import ForwardInfo, InterfaceInfo
 
 LLADDR = "fe:e1:bb:d1:00:01"
 SHOWN = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from vmd.packing import fill_holes
+from vmd.zygote.warm.packing import fill_holes
 
 
 def _pages_of_new_objects() -> int:

@@ -6,8 +6,8 @@ import pytest
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, Owner, Right, VmConfig
-from vmd.messages import ErrorCode
-from vmd.policy import Denied, Users, check_vm, is_name, make_instance
+from vmd.rules.policy import Denied, Users, check_vm, is_name, make_instance
+from vmd.wire.messages import ErrorCode
 
 ROOT, ALICE, BOB, CAROL = 0, 1001, 1002, 1003
 STAFF, WHEEL = 50, 0

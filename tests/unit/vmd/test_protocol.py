@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.fake_daemon import FakeDaemon
-from vmd.messages import AnyAnswer, AnyRequest, ErrorCode, Failed, Start, State, Status, VmInfo, Vms
+from vmd.wire.messages import (
+    AnyAnswer,
+    AnyRequest,
+    ErrorCode,
+    Failed,
+    Start,
+    State,
+    Status,
+    VmInfo,
+    Vms,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 

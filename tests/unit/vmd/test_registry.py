@@ -7,8 +7,10 @@ import pytest
 from tests.unit.vmd.registry_host import ALICE, BOB, CAROL, ROOT, STAFF, Host, code
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice, InterfaceConfig, Owner, Right, Staggered, VmConfig
-from vmd.internal import EndReason
-from vmd.messages import (
+from vmd.rules.registry import Registry
+from vmd.rules.vm_state import Exited, LaunchFailed, Paused, Running
+from vmd.wire.internal import EndReason
+from vmd.wire.messages import (
     AnyRequest,
     Console,
     ConsoleOpened,
@@ -33,8 +35,6 @@ from vmd.messages import (
     Vms,
     Wait,
 )
-from vmd.registry import Registry
-from vmd.vm_state import Exited, LaunchFailed, Paused, Running
 
 DISKS = (DiskRequest(path="/disk"),)
 POWER_OFF = Exited(EndReason.POWER_OFF)

@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.unit.vmd.registry_host import ALICE, BOB, CAROL, ROOT, STAFF, Host
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import Owner, Right, VmConfig
-from vmd.internal import EndReason
-from vmd.messages import (
+from vmd.rules.vm_state import IDLE, Exited, LaunchFailed, Paused, Phase, Running, Unpaused
+from vmd.wire.internal import EndReason
+from vmd.wire.messages import (
     Console,
     DiskRequest,
     ErrorCode,
@@ -26,7 +27,6 @@ from vmd.messages import (
     Unpause,
     Wait,
 )
-from vmd.vm_state import IDLE, Exited, LaunchFailed, Paused, Phase, Running, Unpaused
 
 NAMES = ("a", "b", "x")
 CONFIGS = tuple(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.ring import CAPACITY, REPLAY, OutputRing, make_ring
+from vmd.shared.ring import CAPACITY, REPLAY, OutputRing, make_ring
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes import FakeClock
-from vmd.shutdown import AGAIN_NS, LOOK_NS, REACTION_NS, SHUTDOWN_NS, Shutdown
+from vmd.vm.shutdown import AGAIN_NS, LOOK_NS, REACTION_NS, SHUTDOWN_NS, Shutdown
 
 NOTICED = LOOK_NS
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vmd.listener import ListenerError, listen
 from vmd.options import Options, UsageError, parse_options
-from vmd.paths import user_config, user_socket
-from vmd.service import Notifier, inherited_socket
+from vmd.parent.listener import ListenerError, listen
+from vmd.parent.service import Notifier, inherited_socket
+from vmd.shared.paths import user_config, user_socket
 
 
 def test_options() -> None:

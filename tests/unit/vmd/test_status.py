@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from vmd.config.model import Owner, VmConfig
-from vmd.internal import VmStatistics
-from vmd.messages import AnyAnswer, InterfaceInfo, Statistics, Status, Vms
-from vmd.registry import List
-from vmd.status import Inquiries, StatusQuestion
-from vmd.vm import Vm
-from vmd.vm_state import Phase, Ticket, VmState
+from vmd.parent.status import Inquiries, StatusQuestion
+from vmd.rules.registry import List
+from vmd.rules.vm import Vm
+from vmd.rules.vm_state import Phase, Ticket, VmState
+from vmd.wire.internal import VmStatistics
+from vmd.wire.messages import AnyAnswer, InterfaceInfo, Statistics, Status, Vms
 from vmm_kvm.loop import EventLoop
 
 INTERFACES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from vmd.syscalls import SYSCALLS
+from vmd.confine.syscalls import SYSCALLS
 
 
 def test_numbers_are_the_kernels() -> None:

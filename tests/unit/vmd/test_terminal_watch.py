@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from vmd.pty import open_pty
-from vmd.terminal_watch import TerminalWatch
+from vmd.parent.terminal_watch import TerminalWatch
+from vmd.shared.pty import open_pty
 from vmm_kvm.loop import EventLoop
 
 

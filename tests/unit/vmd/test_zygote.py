@@ -11,11 +11,11 @@ from contextlib import suppress
 
 import pytest
 
-from vmd.blanks import SPARE_DELAY_NS, Blanks, ForkError
-from vmd.channel import Channel
-from vmd.internal import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM, Role
-from vmd.procs import zygote
-from vmd.sandbox import adopt_orphans
+from vmd.confine.sandbox import adopt_orphans
+from vmd.vmm.blanks import SPARE_DELAY_NS, Blanks, ForkError
+from vmd.wire.channel import Channel
+from vmd.wire.internal import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM, Role
+from vmd.zygote import process as zygote
 from vmm_kvm.loop import EventLoop
 
 TIMEOUT_S = 10.0

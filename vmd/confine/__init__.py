@@ -1,0 +1,1 @@
+"""What each process gives up: users, capabilities, namespaces, files, system calls."""

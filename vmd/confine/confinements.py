@@ -1,0 +1,244 @@
+"""What each kind of process may still do, each allowance with its reason.
+
+A call that is not listed ends the process. A few that libraries try and can do without fail
+instead, see `_REFUSED`.
+
+The filter of a process also binds those forked from it, so the zygote's holds what VM and device
+processes need; theirs then leave out what only the zygote needs. The parent has no filter: it
+starts processes of every kind, and opens files for all of them.
+"""
+
+import errno
+import resource
+from enum import StrEnum
+
+from vmd.confine.sandbox import Confinement
+from vmd.confine.seccomp import Allow, Argument, Filter, Refuse
+from vmm_kvm.memfd import MODE
+from vmm_kvm.net.abi import TUNSETIFF
+
+CAP_NET_ADMIN = 12
+
+_AT_EMPTY_PATH = 0x1000
+_CLONE_THREAD = 0x00010000
+_KVM_TYPE = 0xAE00  # _IO(KVMIO, 0)
+_VHOST_TYPE = 0xAF00  # _IO(VHOST_VIRTIO, 0)
+_TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETOFFLOAD = 0x800454D2, 0x400454D8, 0x400454D0
+_TUNSETTXFILTER, _TUNSETQUEUE = 0x400454D1, 0x400454D9
+_TYPE_MASK = 0xFF00
+_TCGETS = 0x5401
+_FIONBIO = 0x5421
+_F_DUPFD_CLOEXEC = 1030
+_F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
+_F_ADD_SEALS = 1033
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+_PROT_EXEC = 4
+_PR_SET_NAME = 15
+_SO_SNDBUF = 7
+_AF_INET, _AF_INET6 = 2, 10
+_SETTINGS = "/proc/sys/net"
+
+
+class Kind(StrEnum):
+    """The kinds of processes, by the names that they have in the log."""
+
+    CONTROL = "control"
+    PRIV = "priv"
+    LOCAL = "local"
+    VMM = "vmm"
+    ZYGOTE = "zygote"
+    VM = "vm"
+    DEVICE = "device"
+    NIC = "nic"
+
+
+def _all(reason: str, *names: str) -> tuple[Allow, ...]:
+    return tuple(Allow(name, reason) for name in names)
+
+
+def _with(name: str, index: int, values: dict[int, str]) -> tuple[Allow, ...]:
+    """Allow a call with certain values of one argument, each for a reason."""
+    return tuple(Allow(name, why, (Argument(index, value),)) for value, why in values.items())
+
+
+# What an interpreter with one thread, an event loop and a socket does.
+_BASE = (
+    *_all("memory of the interpreter", "brk", "munmap", "mremap", "madvise"),
+    # No memory becomes code: nothing here loads or makes any.
+    Allow("mmap", "memory of the interpreter", (Argument(2, 0, _PROT_EXEC),)),
+    Allow("mprotect", "stacks of threads, guard pages", (Argument(2, 0, _PROT_EXEC),)),
+    *_all("sockets, event descriptors and the log", "read", "write", "close"),
+    *_all("messages with descriptors", "sendmsg", "recvmsg"),
+    *_with("setsockopt", 2, {_SO_SNDBUF: "room for large messages"}),
+    *_all("what a received descriptor is", "getsockname", "getsockopt", "fstat", "lseek"),
+    Allow("newfstatat", "fstat, as newer C libraries do it", (Argument(3, _AT_EMPTY_PATH),)),
+    *_with(
+        "fcntl",
+        1,
+        {
+            _F_GETFD: "whether a descriptor is inherited",
+            _F_SETFD: "not to let it be",
+            _F_GETFL: "whether it blocks",
+            _F_SETFL: "not to let it",
+            _F_DUPFD_CLOEXEC: "a descriptor of one's own",
+        },
+    ),
+    *_with("ioctl", 1, {_FIONBIO: "sockets that do not block", _TCGETS: "is this a terminal?"}),
+    *_all("the event loop", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "eventfd2"),
+    *_all("waiting for one descriptor", "poll"),
+    *_all("locks and conditions", "futex", "sched_yield"),
+    *_all("signal handlers", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack"),
+    *_all("calls that a signal has interrupted", "restart_syscall"),
+    *_all("clocks, where the kernel does not map them", "clock_gettime", "gettimeofday"),
+    *_all("time-outs", "clock_nanosleep"),
+    *_all("hash seeds, names, entropy of the guest", "getrandom"),
+    *_all("who one is, for the log and for abort", "getpid", "gettid", "getppid", "getuid"),
+    *_all("an assertion of the C library ends the process", "tgkill"),
+    *_all("the end", "exit", "exit_group"),
+)
+# Calls that fail, because libraries live well without them.
+_REFUSED = (
+    Refuse("openat", errno.EACCES, "late imports, and the source lines of a traceback"),
+    Refuse("open", errno.EACCES, "the same, by older C libraries"),
+    Refuse("newfstatat", errno.EACCES, "the same"),
+    Refuse("stat", errno.EACCES, "the same"),
+    Refuse("readlink", errno.EACCES, "the C library looks for its own directory"),
+    Refuse("clone3", errno.ENOSYS, "arguments in memory cannot be checked: clone does"),
+    Refuse("ioctl", errno.ENOTTY, "a terminal is asked what only a terminal knows"),
+    Refuse("prctl", errno.EINVAL, "names of threads, names of mappings"),
+    Refuse("getcwd", errno.EACCES, "an import looks at where one is"),
+)
+_THREADS = (
+    Allow("clone", "a thread; never a process", (Argument(0, _CLONE_THREAD, _CLONE_THREAD),)),
+    *_all("what the C library sets up in a thread", "set_robust_list", "rseq", "sched_getaffinity"),
+)
+_NAMED = _with("prctl", 0, {_PR_SET_NAME: "whose it is, which it is told when it is confined"})
+_IMAGES = (
+    *_all("disk images", "preadv", "pwritev", "preadv2", "pwritev2", "pread64"),
+    *_all("their metadata", "pwrite64", "readv", "writev"),
+    *_all("flushes", "fdatasync", "fsync", "sync_file_range"),
+    *_all("discards and zeroes", "fallocate", "ftruncate"),
+    *_with(
+        "fcntl", 1, {_F_OFD_SETLK: "locks on images", _F_OFD_GETLK: "who else has an image open"}
+    ),
+)
+_DEVICE = (
+    *_NAMED,
+    *_IMAGES,
+    *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
+)
+_TAP = _with(
+    "ioctl",
+    1,
+    {
+        _TUNGETIFF: "whether a descriptor is a tap's",
+        _TUNSETVNETHDRSZ: "headers in front of frames",
+        _TUNSETOFFLOAD: "checksums and segments that the guest takes unfinished",
+        _TUNSETTXFILTER: "which frames the guest wants",
+        _TUNSETQUEUE: "how many queues the guest uses",
+    },
+)
+_NIC = (
+    *_NAMED,
+    *_TAP,
+    *_all("frames", "readv", "writev"),
+    *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
+)
+_VM = (
+    *_TAP,
+    Allow("ioctl", "all that vhost-net does", (Argument(1, _VHOST_TYPE, _TYPE_MASK),)),
+    *_IMAGES,
+    *_THREADS,
+    Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
+    *_all("guest memory", "memfd_create"),
+    *_with("fchmod", 1, {MODE: "that nobody else may open it"}),
+    *_all("how much of it there is", "mincore"),
+    *_with("fcntl", 1, {_F_ADD_SEALS: "memory whose size, or a kernel that nobody can change"}),
+    *_NAMED,
+    *_all("images into guest memory", "sendfile"),
+    *_all("flushes of what the guest has mapped", "msync"),
+    *_all("connections to device processes", "sendto", "recvfrom", "shutdown"),
+)
+_PROCESSES = (
+    *_all("their ends", "wait4"),
+    *_all("their connections", "pipe2"),
+)
+_VMM = (
+    *_PROCESSES,
+    *_all("the connections of VM and device processes", "socketpair"),
+    *_all("which of them to end", "pidfd_open"),
+    *_all("counters of devices", "memfd_create", "ftruncate"),
+    *_with("fchmod", 1, {MODE: "that nobody else may open them"}),
+    *_with("fcntl", 1, {_F_ADD_SEALS: "counters whose size nobody can change"}),
+)
+_ZYGOTE = (
+    *_VM,
+    *_DEVICE,
+    *_NIC,
+    *_PROCESSES,
+    Allow("clone", "VM and device processes", (Argument(0, 0, _CLONE_THREAD),)),
+    *_all("VM and device processes", "fork", "set_tid_address"),
+    *_all("descriptors that they are not to have", "close_range"),
+    *_all("ending them", "pidfd_send_signal"),
+    *_all("limits of theirs", "prlimit64"),
+    *_all("filters of theirs", "seccomp", "prctl"),
+    *_all("rehearsals, and an end to them", "socketpair", "alarm"),
+    *_all("no files for them", "landlock_create_ruleset", "landlock_restrict_self"),
+)
+_CONTROL = (
+    *_all("clients", "accept4"),
+    *_all("who a client is", "getpeername"),
+    *_all("closing connections", "shutdown"),
+)
+_PRIV = (
+    *_all("rtnetlink and nftables", "socket", "bind", "sendto", "recvfrom", "setsockopt"),
+    *_all("waiting for nftables", "select", "pselect6"),
+    *_with("ioctl", 1, {TUNSETIFF: "taps"}),
+    *_all("settings of the network, where Landlock allows no other files", "openat"),
+)
+_LOCAL = (
+    *_with("socket", 0, {_AF_INET: "DNS questions", _AF_INET6: "the same"}),
+    *_all("to the host's DNS server", "connect"),
+    *_all("questions, answers and frames", "sendto", "recvfrom"),
+)
+
+_NO_CORE = ((resource.RLIMIT_CORE, 0),)
+"""A core dump would hold the memory of guests, or what clients say."""
+
+CONFINEMENTS = {
+    Kind.CONTROL: Confinement(
+        Filter((*_BASE, *_CONTROL), _REFUSED),
+        # As many clients as the control process takes, and some for itself.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 2048)),
+    ),
+    Kind.PRIV: Confinement(
+        Filter((*_BASE, *_PRIV), _REFUSED),
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 256)),
+        capabilities=frozenset({CAP_NET_ADMIN}),
+        changes_user=False,
+        is_isolated=False,
+        writable=(_SETTINGS,),
+    ),
+    Kind.LOCAL: Confinement(
+        Filter((*_BASE, *_LOCAL), _REFUSED),
+        # The sockets of many interfaces, and their questions.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 16384)),
+        is_isolated=False,
+    ),
+    Kind.VMM: Confinement(
+        Filter((*_BASE, *_VMM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 65536))
+    ),
+    Kind.ZYGOTE: Confinement(
+        Filter((*_BASE, *_ZYGOTE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
+    ),
+    # These are forked from the zygote, whose user and namespaces they have.
+    Kind.VM: Confinement(
+        Filter((*_BASE, *_VM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
+    ),
+    Kind.DEVICE: Confinement(
+        Filter((*_BASE, *_DEVICE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
+    ),
+    Kind.NIC: Confinement(
+        Filter((*_BASE, *_NIC), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
+    ),
+}

@@ -1,0 +1,105 @@
+"""Landlock: no files, no TCP, no signals to others and no abstract sockets for this process.
+
+One that needs some files is given the directories that they are in.
+
+Descriptors that are open already stay usable. Whatever the running kernel knows to restrict is
+restricted; one without Landlock restricts nothing, which the caller is told.
+
+Source: Linux include/uapi/linux/landlock.h; landlock(7)
+"""
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+
+from vmd.confine.syscalls import SYSCALLS
+
+_CREATE_RULESET_VERSION = 1
+# How many kinds of file access each version of the interface can restrict, from version 1 on.
+_FILE_RIGHTS = (13, 14, 15, 15, 16)
+_TCP_SINCE = 4
+_SCOPES_SINCE = 6
+_TCP_RIGHTS = 0b11  # bind, connect
+_SCOPES = 0b11  # abstract UNIX sockets, signals
+_RULE_PATH_BENEATH = 1
+_WRITE_AND_READ_FILE = 0b110
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class _LandlockRulesetAttr(ctypes.Structure):
+    """struct landlock_ruleset_attr."""
+
+    _fields_ = (
+        ("handled_access_fs", ctypes.c_uint64),
+        ("handled_access_net", ctypes.c_uint64),
+        ("scoped", ctypes.c_uint64),
+    )
+
+
+class _LandlockPathBeneathAttr(ctypes.Structure):
+    """struct landlock_path_beneath_attr."""
+
+    _pack_ = 1
+    _layout_ = "ms"  # what `_pack_` implies; Python 3.14 wants it said
+    _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
+
+
+def version() -> int:
+    """Return the version of the kernel's interface, 0 if it has none or it is switched off."""
+    found = _libc.syscall(
+        SYSCALLS["landlock_create_ruleset"], None, ctypes.c_size_t(0), _CREATE_RULESET_VERSION
+    )
+    return max(0, int(found))
+
+
+def restrict(writable: Sequence[str] = ()) -> bool:
+    """Take all of the above from this thread and what it makes; needs no_new_privs.
+
+    Files below the directories of `writable` can still be opened, to be read and written; one that
+    is not there is passed over.
+
+    Returns False where the kernel has no Landlock.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    found = version()
+    if not found:
+        return False
+    attr = _LandlockRulesetAttr(
+        handled_access_fs=(1 << _FILE_RIGHTS[min(found, len(_FILE_RIGHTS)) - 1]) - 1,
+        handled_access_net=_TCP_RIGHTS if found >= _TCP_SINCE else 0,
+        scoped=_SCOPES if found >= _SCOPES_SINCE else 0,
+    )
+    # An older kernel takes a larger structure as long as what it does not know is zero.
+    fd = _call("landlock_create_ruleset", ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)))
+    try:
+        for path in writable:
+            _allow(fd, path)
+        _call("landlock_restrict_self", fd)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _allow(ruleset_fd: int, path: str) -> None:
+    try:
+        directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        attr = _LandlockPathBeneathAttr(_WRITE_AND_READ_FILE, directory)
+        _call("landlock_add_rule", ruleset_fd, _RULE_PATH_BENEATH, ctypes.byref(attr))
+    finally:
+        os.close(directory)
+
+
+def _call(name: str, *arguments: object) -> int:
+    result = int(_libc.syscall(SYSCALLS[name], *arguments, 0))
+    if result < 0:
+        number = ctypes.get_errno() or errno.EINVAL
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result

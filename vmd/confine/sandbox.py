@@ -1,0 +1,198 @@
+"""Giving up what a process does not need; for good, and before it reads its first message.
+
+In this order, because each step needs what later ones take away: limits, namespaces, the capability
+bounding set, the user, no_new_privs, Landlock, the system call filter. What each kind of process
+may still do is a `Confinement` in `confinements`.
+
+All of it binds the calling thread, so a process confines itself before it starts another.
+"""
+
+import ctypes
+import errno
+import os
+import pwd
+import resource
+import signal
+from typing import NamedTuple
+
+from vmd.confine import landlock, namespaces, seccomp
+from vmd.confine.seccomp import Filter
+from vmd.confine.syscalls import SYSCALLS
+
+USER = "_vmd"
+"""Whom processes without privileges belong to, if root starts the daemon."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
+_PR_CAPBSET_DROP = 24
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_MEMORY_MERGE = 67
+_CAP_LAST_MAX = 63
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+_libc.syscall.restype = ctypes.c_long
+
+
+class SandboxError(Exception):
+    """A process cannot be confined, so it must not run; the message is one line."""
+
+
+class Identity(NamedTuple):
+    """A user, and the only group that a process of it has."""
+
+    uid: int
+    gid: int
+
+
+class Confinement(NamedTuple):
+    """What is left to one kind of process."""
+
+    filter: Filter
+    limits: tuple[tuple[int, int], ...] = ()
+    """Pairs of a RLIMIT_ constant and the value, which is soft and hard limit."""
+    capabilities: frozenset[int] = frozenset()
+    """What a process of root keeps; one that changes its user keeps none."""
+    changes_user: bool = True
+    """Whether a process of root becomes one of `_vmd`."""
+    is_isolated: bool = True
+    """Whether a process of root moves into empty namespaces."""
+    has_files: bool = False
+    """Whether it goes without Landlock, because it opens files."""
+    writable: tuple[str, ...] = ()
+    """Directories below which it may open files, to read and write them; in no other."""
+
+
+class _CapHeader(ctypes.Structure):
+    """struct __user_cap_header_struct."""
+
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    """struct __user_cap_data_struct."""
+
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+def find_identity() -> Identity:
+    """Return the user of processes without privileges.
+
+    Raises:
+        SandboxError: there is no such user.
+    """
+    try:
+        entry = pwd.getpwnam(USER)
+    except KeyError:
+        raise SandboxError(f"unknown user {USER}") from None
+    return Identity(entry.pw_uid, entry.pw_gid)
+
+
+def confine(confinement: Confinement, identity: Identity | None) -> None:
+    """Take from this process what `confinement` does not leave to it.
+
+    `identity` is None where an ordinary user runs the daemon: then user, namespaces and
+    capabilities are what they are, and all else is the same.
+
+    Raises:
+        SandboxError: a step failed; the process must end.
+    """
+    try:
+        for limit, value in confinement.limits:
+            # An ordinary user's limit may be lower already.
+            hard = resource.getrlimit(limit)[1]
+            if hard != resource.RLIM_INFINITY:
+                value = min(value, hard)  # noqa: PLW2901 - as said
+            resource.setrlimit(limit, (value, value))
+        if identity is not None:
+            if confinement.is_isolated:
+                namespaces.leave_everything()
+            _drop_bounding_set(confinement.capabilities)
+            if confinement.changes_user:
+                os.setgroups([])
+                os.setresgid(identity.gid, identity.gid, identity.gid)
+                os.setresuid(identity.uid, identity.uid, identity.uid)
+            _keep_capabilities(
+                frozenset() if confinement.changes_user else confinement.capabilities
+            )
+        # A change of user resets both: nobody may look into us, and we do not outlive our parent.
+        _prctl(_PR_SET_DUMPABLE, 0)
+        seccomp.no_new_privileges()
+        if not confinement.has_files:
+            landlock.restrict(confinement.writable)
+        seccomp.install(seccomp.compile_filter(confinement.filter))
+    except OSError as err:
+        raise SandboxError(err.strerror or str(err)) from err
+
+
+def die_with(parent: int) -> None:
+    """Be killed when `parent`, the process that forked us, ends; end now if it has already.
+
+    A change of user forgets this, so it is called again after one.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes below us whose own has ended, so that we are told of theirs.
+
+    Source: prctl(2), PR_SET_CHILD_SUBREAPER.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def merge_memory() -> bool:
+    """Let the host hold equal pages of this process, and of its children, once: private memory.
+
+    It does so only where its administrator has turned that on (/sys/kernel/mm/ksm/run). Returns
+    whether the kernel has agreed: Linux 6.4 and newer do, some for root alone.
+
+    Source: Linux Documentation/admin-guide/mm/ksm.rst; prctl(2), PR_SET_MEMORY_MERGE
+    """
+    try:
+        _prctl(_PR_SET_MEMORY_MERGE, 1)
+    except OSError:
+        return False
+    return True
+
+
+def set_title(title: str) -> None:
+    """Name this process in process lists; the kernel keeps 15 bytes."""
+    name = ctypes.create_string_buffer(title.encode()[:15])
+    _prctl(_PR_SET_NAME, ctypes.addressof(name))
+
+
+def _prctl(option: int, argument: int) -> None:
+    if _libc.prctl(option, argument, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl: {os.strerror(number)}")
+
+
+def _drop_bounding_set(kept: frozenset[int]) -> None:
+    for capability in range(_CAP_LAST_MAX + 1):
+        if capability in kept or not _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+            continue
+        number = ctypes.get_errno()
+        if number == errno.EINVAL:  # one that this kernel does not know: there are none above it
+            return
+        raise OSError(number, f"prctl: {os.strerror(number)}")
+
+
+def _keep_capabilities(kept: frozenset[int]) -> None:
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    for capability in kept:
+        word, bit = divmod(capability, 32)
+        data[word].effective |= 1 << bit
+        data[word].permitted |= 1 << bit
+    if _libc.syscall(SYSCALLS["capset"], ctypes.byref(header), ctypes.byref(data)):
+        number = ctypes.get_errno()
+        raise OSError(number, f"capset: {os.strerror(number)}")

@@ -1,0 +1,187 @@
+"""Allow-lists of system calls, compiled to the kernel's classic BPF; nothing of a VM in here.
+
+A filter is a table of `Allow`: a call, the reason for it, and optionally what its arguments have to
+be. Any other call ends the whole process with SIGSYS, save those in `refused`, which return an
+error number instead: calls that libraries try and can do without.
+
+Filters add up: a process that is forked from a confined one can do what both of theirs allow.
+
+Source: seccomp(2); Linux include/uapi/linux/{seccomp,filter,audit}.h
+"""
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+from vmd.confine.syscalls import SYSCALLS
+
+ACTION_ALLOW = 0x7FFF0000
+ACTION_ERRNO = 0x00050000
+ACTION_KILL_PROCESS = 0x80000000
+
+_AUDIT_ARCH_X86_64 = 0xC000003E
+_X32_BIT = 0x40000000
+
+# Instructions.
+_LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS
+_AND = 0x54  # BPF_ALU | BPF_AND | BPF_K
+_JUMP_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+_JUMP_GREATER_OR_EQUAL = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+_RETURN = 0x06  # BPF_RET | BPF_K
+_JUMP_MAX = 255
+
+# struct seccomp_data
+_NUMBER_AT = 0
+_ARCH_AT = 4
+_ARGUMENTS_AT = 16
+
+_PR_SET_NO_NEW_PRIVS = 38
+_SECCOMP_SET_MODE_FILTER = 1
+_INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+_libc.syscall.restype = ctypes.c_long
+
+
+class Argument(NamedTuple):
+    """What an argument has to be: its low 32 bits, masked, equal `value`."""
+
+    number: int
+    """Which one, 0 to 5."""
+    value: int
+    mask: int = 0xFFFFFFFF
+
+
+class Allow(NamedTuple):
+    """One allowance: the call, why, and what its arguments have to be (all of them)."""
+
+    name: str
+    reason: str
+    arguments: tuple[Argument, ...] = ()
+
+
+class Refuse(NamedTuple):
+    """A call that fails with an error number instead of ending the process, and why."""
+
+    name: str
+    errno: int
+    reason: str
+
+
+class Filter(NamedTuple):
+    """What one kind of process may call."""
+
+    allowed: tuple[Allow, ...]
+    refused: tuple[Refuse, ...] = ()
+
+    def extended(self, other: "Filter") -> "Filter":
+        """Return what allows what either does, and refuses what neither allows."""
+        refused = {one.name: one for one in (*self.refused, *other.refused)}
+        return Filter((*self.allowed, *other.allowed), tuple(refused.values()))
+
+
+class _SockFprog(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+@cache
+def compile_filter(table: Filter) -> bytes:
+    """Return the BPF program, an array of struct sock_filter; it is made once for each table.
+
+    Calls whose arguments are looked at come first: they are the frequent ones, and the kernel knows
+    by itself which calls are always allowed.
+
+    Raises:
+        KeyError: a call that is not in `syscalls.SYSCALLS`.
+    """
+    by_number: dict[int, list[tuple[Argument, ...]]] = {}
+    for allow in table.allowed:
+        by_number.setdefault(SYSCALLS[allow.name], []).append(allow.arguments)
+    refused = {
+        number: one.errno
+        for one in table.refused
+        if (number := SYSCALLS[one.name]) not in by_number or all(by_number[number])
+    }
+    program = [
+        _jump_equal(_AUDIT_ARCH_X86_64, load_at=_ARCH_AT),
+        _instruction(_RETURN, ACTION_KILL_PROCESS),
+        _instruction(_LOAD, _NUMBER_AT),
+        _INSTRUCTION.pack(_JUMP_GREATER_OR_EQUAL, 0, 1, _X32_BIT),
+        _instruction(_RETURN, ACTION_KILL_PROCESS),
+    ]
+    for number, cases in sorted(by_number.items(), key=lambda item: not all(item[1])):
+        if not all(cases):
+            block = [_instruction(_RETURN, ACTION_ALLOW)]
+        else:
+            block = _cases(cases)
+            # The number is loaded no longer: what none of the cases fits ends here.
+            errno = refused.pop(number, None)
+            block.append(_instruction(_RETURN, _action(errno)))
+        program += _block(number, block)
+    for number, errno in refused.items():
+        program += _block(number, [_instruction(_RETURN, _action(errno))])
+    program.append(_instruction(_RETURN, ACTION_KILL_PROCESS))
+    return b"".join(program)
+
+
+def install(program: bytes) -> None:
+    """Confine every thread of this process to `program`, for ever, and gain no privileges again.
+
+    Raises:
+        OSError: the kernel has no filters, or refuses this one.
+    """
+    no_new_privileges()
+    fprog = _SockFprog(len(program) // _INSTRUCTION.size, program)
+    if _libc.syscall(SYSCALLS["seccomp"], _SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(fprog)):
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"seccomp: {os.strerror(errno)}")
+
+
+def no_new_privileges() -> None:
+    """Let no program that is executed have more privileges than this process."""
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"prctl: {os.strerror(errno)}")
+
+
+def _cases(cases: Iterable[tuple[Argument, ...]]) -> list[bytes]:
+    block: list[bytes] = []
+    for arguments in cases:
+        tests = [
+            (
+                _instruction(_LOAD, _ARGUMENTS_AT + 8 * one.number),
+                _instruction(_AND, one.mask),
+                one.value,
+            )
+            for one in arguments
+        ]
+        left = 3 * len(tests) + 1  # with the return at the end
+        for load, mask, value in tests:
+            left -= 3
+            block += [load, mask, _INSTRUCTION.pack(_JUMP_EQUAL, 0, left, value)]
+        block.append(_instruction(_RETURN, ACTION_ALLOW))
+    return block
+
+
+def _block(number: int, block: list[bytes]) -> list[bytes]:
+    assert len(block) <= _JUMP_MAX
+    return [_INSTRUCTION.pack(_JUMP_EQUAL, 0, len(block), number), *block]
+
+
+def _jump_equal(value: int, *, load_at: int) -> bytes:
+    """Load a word, and skip the next instruction if it is `value`."""
+    return _instruction(_LOAD, load_at) + _INSTRUCTION.pack(_JUMP_EQUAL, 1, 0, value)
+
+
+def _instruction(code: int, operand: int) -> bytes:
+    return _INSTRUCTION.pack(code, 0, 0, operand)
+
+
+def _action(errno: int | None) -> int:
+    return ACTION_KILL_PROCESS if errno is None else ACTION_ERRNO | errno

@@ -1,0 +1,1 @@
+"""The process of one disk or network interface, by vhost-user."""

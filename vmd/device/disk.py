@@ -1,0 +1,35 @@
+"""A disk's process: it serves one image to one VM, and has nothing else.
+
+It ends when the VM's process does, having written back what it holds.
+"""
+
+import socket
+
+from vmd.config.disks import DiskKind
+from vmd.confine.confinements import Kind
+from vmd.device import process as device_process
+from vmd.shared.counters import CountedImage, Counters
+from vmd.wire.internal import BeginDisk, VmmToDevice
+from vmm_kvm.block.image import Format, Layer
+from vmm_kvm.errors import VmmError
+from vmm_kvm.images.opening import open_image
+from vmm_kvm.virtio.blk import VirtioBlk
+
+
+def run(connection: socket.socket, _rehearses: bool) -> int:
+    """Be told by `connection` which disk to serve, and serve it; returns the exit status."""
+    return device_process.run("disk", Kind.DEVICE, connection, _make)
+
+
+def _make(begin: VmmToDevice, fds: list[int]) -> VirtioBlk:
+    if not isinstance(begin, BeginDisk):
+        raise VmmError(f"{begin.device} is no disk")
+    disk, option = begin.disk, begin.disk.option
+    *chain, counters = fds
+    formats = [Format(kind) for kind in disk.formats]
+    bases = [Layer(*base) for base in zip(chain[1:], formats[1:], strict=True)]
+    # One whose format nobody said is looked at again: its guest must not make it something else.
+    said = None if option.kind is DiskKind.PROBE else formats[0]
+    image = open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)
+    counted = CountedImage(image, Counters(counters))
+    return VirtioBlk(counted, name=option.path, serial=option.serial, queues=option.queues)

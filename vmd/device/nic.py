@@ -1,0 +1,34 @@
+"""An interface's process: it moves frames between one VM and one tap, and has nothing else.
+
+It is there only where vhost-net is not, and ends when the VM's process does.
+"""
+
+import os
+import socket
+
+from vmd.confine.confinements import Kind
+from vmd.device import process as device_process
+from vmd.wire.internal import BeginNic, VmmToDevice
+from vmm_kvm.errors import VmmError
+from vmm_kvm.net.tap import Tap
+from vmm_kvm.virtio.net import VirtioNet
+
+
+def run(connection: socket.socket, _rehearses: bool) -> int:
+    """Be told by `connection` which interface to serve, and serve it; returns the exit status."""
+    return device_process.run("nic", Kind.NIC, connection, _make)
+
+
+def _make(begin: VmmToDevice, fds: list[int]) -> VirtioNet:
+    if not isinstance(begin, BeginNic):
+        raise VmmError(f"{begin.device} is no interface")
+    nic = begin.nic
+    *taps, counters = fds
+    os.close(counters)  # nothing here counts yet
+    return VirtioNet(
+        Tap(taps, nic.name),
+        bytes.fromhex(nic.lladdr.replace(":", "")),
+        name=nic.name,
+        mtu=nic.mtu,
+        is_locked=nic.is_locked,
+    )

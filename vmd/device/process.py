@@ -1,0 +1,65 @@
+"""What the processes of disks and interfaces have in common: from blank to serving one device.
+
+One ends when the VM's process does. Until it can serve, its status pipe says nothing; then a
+byte 0, or why it cannot.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+from vmd.confine.confinements import CONFINEMENTS, Kind
+from vmd.confine.sandbox import confine, set_title
+from vmd.shared import log as logging
+from vmd.wire.channel import Channel, ChannelError
+from vmd.wire.internal import DEVICE_AND_VMM, VmmToDevice
+from vmm_kvm.errors import VmmError
+from vmm_kvm.log import Log
+from vmm_kvm.virtio.device import Backend
+from vmm_kvm.virtio.vhost_user.process import serve
+
+log = Log(__name__)
+
+READY = b"\0"
+"""What the status pipe says when the device can be used."""
+STATUS_MAX = 4096
+"""Bytes of what it says otherwise."""
+
+# Whoever ends the VM wants its last writes on the disk.
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+Make = Callable[[VmmToDevice, list[int]], Backend]
+"""Makes the device from what vmm said and the descriptors that came along, which it owns, all but
+the socket and the pipe.
+
+Raises:
+    VmmError, OSError: it cannot; the VM's process is told the text.
+"""
+
+
+def run(title: str, kind: Kind, connection: socket.socket, make: Make) -> int:
+    """Be told by `connection` what to serve, and serve it; returns the exit status."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    set_title(title)
+    confine(CONFINEMENTS[kind], None)
+    with Channel(connection, DEVICE_AND_VMM) as vmm:
+        try:
+            begin, fds = vmm.wait()
+        except ChannelError as err:  # nobody needs this process any more
+            log.debug("vmm: %s", err)
+            return 0
+    logging.set_verbosity(begin.verbosity)
+    logging.set_title(f"vm/{begin.vm}: {begin.device}")
+    set_title(f"{title}/{begin.vm}")
+    *own, sock, status_fd = fds.take_all()
+    try:
+        backend = make(begin, own)
+    except (VmmError, OSError) as err:
+        os.write(status_fd, str(err).encode()[:STATUS_MAX])
+        return 0  # the VM's process tells
+    os.write(status_fd, READY)
+    os.close(status_fd)
+    serve(socket.socket(fileno=sock), backend)
+    return 0

@@ -1,0 +1,1 @@
+"""The local process: guests' DHCP, DNS and router advertisements; no privileges."""

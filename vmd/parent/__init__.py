@@ -1,0 +1,1 @@
+"""The parent, as root: configuration, lifecycle, every file that is opened, the other processes."""

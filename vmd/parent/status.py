@@ -1,0 +1,149 @@
+"""Clients' questions for the status of VMs, while the processes of those are asked."""
+
+from collections.abc import Callable, Collection
+
+from msgspec.structs import replace
+
+from vmd.rules.registry import List, info
+from vmd.rules.vm import Vm
+from vmd.wire.internal import VmStatistics
+from vmd.wire.messages import VMS_PER_PART, AnyAnswer, InterfaceInfo, VmInfo, Vms
+from vmm_kvm.loop import EventLoop
+
+PATIENCE_NS = 300_000_000
+"""How long a VM process may take to answer; then the others' answers are shown without it."""
+FRESH_NS = 100_000_000
+"""For how long an answer of a VM process is everybody's: however many ask, it tells no more often
+than this, and its guest's devices are kept waiting by no one."""
+
+
+class Inquiries:
+    """Asks VM processes for statistics: one question at a time to each, shared by all that ask."""
+
+    def __init__(self, loop: EventLoop, ask: Callable[[int], None]) -> None:
+        """`ask` sends a VM, by its id, the question; what it answers is for `told`."""
+        self._loop = loop
+        self._ask = ask
+        self._waiting: dict[int, dict[StatusQuestion, None]] = {}  # in the order of asking
+        self._told: dict[int, tuple[int, VmStatistics]] = {}
+
+    def join(self, vm_id: int, question: "StatusQuestion") -> None:
+        """Have `question` told what a VM process says, at once if that is known."""
+        at_ns, told = self._told.get(vm_id, (0, None))
+        if told is not None and self._loop.monotonic_ns() - at_ns < FRESH_NS:
+            question.told(vm_id, told)
+            return
+        is_asked = vm_id in self._waiting
+        self._waiting.setdefault(vm_id, {})[question] = None
+        if not is_asked:
+            self._ask(vm_id)
+
+    def leave(self, vm_id: int, question: "StatusQuestion") -> None:
+        """Forget that `question` waits; the VM process is not asked again before it answers."""
+        self._waiting.get(vm_id, {}).pop(question, None)
+
+    def told(self, vm_id: int, statistics: VmStatistics) -> None:
+        """Take what a VM process said."""
+        self._told[vm_id] = self._loop.monotonic_ns(), statistics
+        for question in self._waiting.pop(vm_id, ()):
+            question.told(vm_id, statistics)
+
+    def forget(self, vm_id: int) -> None:
+        """Account for the end of a VM process: those who wait are shown the VM without it."""
+        self._told.pop(vm_id, None)
+        for question in self._waiting.pop(vm_id, ()):
+            question.lost(vm_id)
+
+
+class StatusQuestion:
+    """One question; `answer` is called once, with all that goes to the client."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        question: List,
+        inquiries: Inquiries,
+        answer: Callable[[list[AnyAnswer]], None],
+        interfaces: Callable[[Vm], tuple[InterfaceInfo, ...]],
+    ) -> None:
+        """Prepare to ask.
+
+        `interfaces` is asked for a VM's if the client wants to know of them, or what they moved.
+        """
+        self.ticket = question.ticket
+        self._loop = loop
+        self._vms = question.vms
+        self._wants_statistics = question.request.statistics
+        self._wants_interfaces = question.request.interfaces
+        self._inquiries = inquiries
+        self._interfaces = interfaces
+        self._answer = answer
+        self._told: dict[int, VmStatistics] = {}
+        self._missing: set[int] = set()
+        self._is_over = False
+        self._timer = loop.timer(self._finish)
+
+    def ask(self, running: Collection[int]) -> None:
+        """Ask those of the VMs that are among `running`, ids; answer once all have, or soon."""
+        self._missing = {vm.id for vm in self._vms if vm.id in running and vm.state.pid is not None}
+        self._timer.arm(self._loop.monotonic_ns() + PATIENCE_NS)
+        for vm_id in tuple(self._missing):
+            self._inquiries.join(vm_id, self)
+        if not self._missing:
+            self._finish()
+
+    def told(self, vm_id: int, statistics: VmStatistics) -> None:
+        """Take what a VM process said."""
+        self._told[vm_id] = statistics
+        self.lost(vm_id)
+
+    def lost(self, vm_id: int) -> None:
+        """Wait no more for a VM."""
+        self._missing.discard(vm_id)
+        if not self._missing:
+            self._finish()
+
+    def cancel(self) -> None:
+        """Forget it: nobody waits for the answer."""
+        self._is_over = True
+        self._timer.cancel()
+        for vm_id in self._missing:
+            self._inquiries.leave(vm_id, self)
+
+    def _finish(self) -> None:
+        if self._is_over:
+            return
+        self.cancel()
+        shown = [self._shown(vm) for vm in self._vms]
+        serial = self.ticket.serial
+        parts: list[AnyAnswer] = [
+            Vms(
+                serial=serial,
+                vms=tuple(shown[at : at + VMS_PER_PART]),
+                has_more=at + VMS_PER_PART < len(shown),
+            )
+            for at in range(0, len(shown), VMS_PER_PART)
+        ]
+        self._answer(parts or [Vms(serial=serial, vms=())])
+
+    def _shown(self, vm: Vm) -> VmInfo:
+        told, shown = self._told.get(vm.id), info(vm)
+        if not (self._wants_interfaces or self._wants_statistics):
+            return shown if told is None else replace(shown, memory_used=told.memory_used)
+        interfaces = self._interfaces(vm)
+        if self._wants_interfaces:
+            shown = replace(shown, interfaces=interfaces)
+        if told is None:
+            return shown
+        # The kernel counts frames at the host's side of an interface; where that is no tap but a
+        # stream, the VM's process does.
+        statistics = replace(
+            told.statistics,
+            net_received=told.statistics.net_received + sum(one.received for one in interfaces),
+            net_sent=told.statistics.net_sent + sum(one.sent for one in interfaces),
+        )
+        return replace(
+            shown,
+            memory_used=told.memory_used,
+            statistics=statistics if self._wants_statistics else None,
+        )

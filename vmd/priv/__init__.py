@@ -1,0 +1,1 @@
+"""The priv process: the host's network; CAP_NET_ADMIN."""

@@ -1,0 +1,371 @@
+"""The priv process: the only one that changes the host's network interfaces and packet filter.
+
+It has CAP_NET_ADMIN, a connection to rtnetlink and one to nftables, and may write the settings
+below /proc/sys/net. It decides nothing: the parent says which interfaces there are to be. What it
+makes and a crash could leave behind bears a mark, and is removed when it is not wanted any more;
+taps go by themselves, with the descriptors that they belong to.
+
+What the host lacks, or the kernel refuses, is logged, and the rest is done. When the parent is
+gone, it removes what it has made, and ends.
+
+Source: sections 5.3, 12.2 and 12.3 of OpenBSD's behaviour.
+"""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar, assert_never
+from zlib import crc32
+
+from vmd.priv.nat import Forward, Rules, clearing, ruleset
+from vmd.priv.nftables import Nftables, NftablesError
+from vmd.priv.rtnetlink import Link, LinkError, Rtnetlink, attach_tap
+from vmd.rules.addressing import BITS4, BITS6
+from vmd.shared import log as logging
+from vmd.wire.channel import Channel, ChannelError, Fds, Received
+from vmd.wire.internal import (
+    Attach,
+    Attached,
+    AttachedTap,
+    AttachFailed,
+    Configure,
+    Configured,
+    Detach,
+    Detached,
+    LocalSpec,
+    ParentToPriv,
+    PrivToParent,
+    SetVerbosity,
+    SwitchSpec,
+    TapSpec,
+)
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+_Value = TypeVar("_Value")
+
+SETTINGS = "/proc/sys/net"
+"""Where the kernel keeps what rtnetlink cannot change."""
+VRF_TABLE = 0x7644_0000
+"""Routing table of rdomain 0; the others follow. Nobody else's count so high."""
+_LLADDR = "fe:e1:ba:"
+_ENODEV = 19
+
+
+class Stopper(Protocol):
+    """An event loop that can be stopped."""
+
+    def stop(self) -> None:
+        """Let it return."""
+
+
+class _Tap(NamedTuple):
+    """An interface of a VM that there is."""
+
+    spec: TapSpec
+    link: Link
+
+
+class Priv:
+    """The priv process's work, on the event loop's thread."""
+
+    def __init__(
+        self,
+        loop: Stopper,
+        parent: Channel[PrivToParent, ParentToPriv],
+        netlink: Rtnetlink,
+        nftables: Nftables | None,
+    ) -> None:
+        """Serve `parent` until it is gone; all stays the caller's."""
+        self._loop = loop
+        self._parent = parent
+        self._netlink = netlink
+        self._nftables = nftables
+        self._wanted: Configure | None = None
+        self._taps: dict[int, tuple[_Tap, ...]] = {}
+        self._rules: str | None = None  # what the kernel has, once that is known
+        self._has_told = False
+
+    # What the parent says
+
+    def take(self, received: Received[ParentToPriv]) -> None:
+        """Do what a message says, and answer it."""
+        with received.fds as fds:
+            match received.message:
+                case Configure():
+                    self._configure(received.message)
+                    self._tell(Configured())
+                case Attach():
+                    self._attach(received.message, fds)
+                case Detach(id=vm_id):
+                    self._taps.pop(vm_id, None)
+                    self._filter()
+                    self._remove_unwanted()
+                    self._tell(Detached(id=vm_id))
+                case SetVerbosity(level=level):
+                    logging.set_verbosity(level)
+                case _:
+                    assert_never(received.message)
+
+    def parent_left(self) -> None:
+        """Leave the host's network as it was before us, and end."""
+        self._taps.clear()
+        if self._wanted:
+            self._configure(Configure(mark=self._wanted.mark, table=self._wanted.table))
+        self._loop.stop()
+
+    def _tell(self, message: PrivToParent) -> None:
+        try:
+            self._parent.send(message)
+        except ChannelError as err:  # its end is on the way
+            log.debug("parent: %s", err)
+
+    # Switches, rdomains, NAT
+
+    def _configure(self, wanted: Configure) -> None:
+        self._wanted = wanted
+        self._has_told = False
+        self._remove_unwanted()
+        for switch in wanted.switches:
+            try:
+                self._switch(switch)
+            except (LinkError, OSError) as err:
+                log.warning('switch "%s": %s', switch.name, err)
+        for taps in self._taps.values():  # of a bridge that is made anew, or is there at last
+            for tap in taps:
+                if tap.spec.bridge:
+                    self._join(tap.spec, tap.link)
+        if wanted.nat4 or wanted.nat6:
+            _forward_packets(wanted)
+        self._filter()
+
+    def _mark(self, what: str) -> str:
+        assert self._wanted is not None
+        return f"{self._wanted.mark}: {what}"
+
+    def _own_lladdr(self, name: str) -> str:
+        """Return the address that an interface of ours has from its first moment."""
+        return _LLADDR + crc32(self._mark(name).encode()).to_bytes(4, "big")[:3].hex(":")
+
+    def _is_ours(self, link: Link) -> bool:
+        """Tell whether an interface bears our mark, or would if we had not been killed before."""
+        if link.alias:
+            return link.alias.startswith(self._mark(""))
+        return link.kind in {"bridge", "vrf"} and link.lladdr == self._own_lladdr(link.name)
+
+    def _switch(self, switch: SwitchSpec) -> None:
+        netlink = self._netlink
+        link = netlink.find(switch.interface)
+        if link is None:
+            if not switch.is_ours:
+                _missing(f'switch "{switch.name}"', switch.interface)
+                return
+            link = netlink.make_bridge(switch.interface, self._own_lladdr(switch.interface))
+        elif link.kind != "bridge":
+            log.warning('switch "%s": "%s" is not a bridge', switch.name, switch.interface)
+            return
+        if switch.is_ours and self._is_ours(link):
+            netlink.set_alias(link, self._mark(f"switch {switch.name}"))
+            _set(link, "ipv6", "accept_ra", 0)  # guests do not tell the host its routers
+        if switch.rdomain is not None:
+            vrf = self._vrf(switch.rdomain)
+            if link.master != vrf.ifindex:
+                netlink.set_master(link, vrf)
+        if link.is_up != switch.is_up:
+            netlink.set_up(link, is_up=switch.is_up)
+        if switch.is_ours and switch.address:
+            address, _, bits = switch.address.partition("/")
+            netlink.set_address(link, address, int(bits))
+
+    def _vrf(self, rdomain: int) -> Link:
+        name = f"rdomain{rdomain}"
+        link = self._netlink.find(name)
+        if link is None:
+            link = self._netlink.make_vrf(name, self._own_lladdr(name), VRF_TABLE + rdomain)
+        if self._is_ours(link):
+            self._netlink.set_alias(link, self._mark(name))
+            self._netlink.close_table(VRF_TABLE + rdomain)
+            self._netlink.set_up(link, is_up=True)
+        return link
+
+    def _remove_unwanted(self) -> None:
+        """Remove what bears our mark and is not wanted any more."""
+        if self._wanted is None or self._wanted.is_partial:
+            return
+        switches = self._wanted.switches
+        wanted = {switch.interface for switch in switches if switch.is_ours}
+        rdomains = {switch.rdomain for switch in switches}
+        rdomains.update(tap.spec.rdomain for taps in self._taps.values() for tap in taps)
+        wanted.update(f"rdomain{number}" for number in rdomains if number is not None)
+        try:
+            for link in self._netlink.links():
+                if self._is_ours(link) and link.name not in wanted:
+                    self._netlink.delete(link)
+                    if link.kind == "vrf":
+                        number = int(link.name.removeprefix("rdomain"))
+                        self._netlink.open_table(VRF_TABLE + number)
+        except LinkError as err:
+            log.warning("cannot remove an interface: %s", err)
+
+    def _filter(self) -> bool:
+        """Make the packet filter's rules what they have to be; False if they are not."""
+        if self._wanted is None or self._wanted.is_partial:
+            return False
+        taps = [tap for taps in self._taps.values() for tap in taps]
+        rules = Rules(
+            nat4=self._wanted.nat4,
+            nat6=self._wanted.nat6,
+            forwards=tuple(forward for tap in taps for forward in _forwards(tap.spec)),
+            locked=tuple((tap.link.name, tap.spec.lladdr) for tap in taps if tap.spec.is_locked),
+        )
+        table = self._wanted.table
+        text = clearing(table) if rules == Rules() else ruleset(table, rules)
+        if text == self._rules:
+            return True
+        if self._nftables is None:
+            if rules != Rules() and not self._has_told:
+                log.warning("no nftables: no NAT, no forwarded ports")
+                self._has_told = True
+            return False
+        try:
+            self._nftables.run(text)
+        except NftablesError as err:
+            log.warning("%s", err)
+            return False
+        self._rules = text
+        return True
+
+    # Interfaces of VMs
+
+    def _attach(self, message: Attach, fds: Fds) -> None:
+        if self._wanted is None:
+            self._tell(AttachFailed(id=message.id, message="nothing is configured"))
+            return
+        try:
+            taps = [self._tap(spec, fds) for spec in message.taps]
+        except (LinkError, ChannelError) as err:
+            self._tell(AttachFailed(id=message.id, message=str(err)))
+            return
+        self._taps[message.id] = tuple(taps)
+        is_filtered = self._filter()  # before the first frame can pass
+        for tap in taps:
+            try:
+                self._set_up(tap)
+            except (LinkError, OSError) as err:
+                log.warning("%s: %s", tap.spec.alias, err)
+        told = (AttachedTap(name=tap.link.name, index=tap.link.ifindex) for tap in taps)
+        self._tell(Attached(id=message.id, taps=tuple(told), is_filtered=is_filtered))
+
+    def _tap(self, spec: TapSpec, fds: Fds) -> _Tap:
+        """Make an interface, or find it again; it carries no frames yet."""
+        name = spec.name
+        with Fds([fds.take(at) for at in spec.queues]) as queues:
+            for fd in queues.left:
+                name = attach_tap(fd, name, is_multi_queue=len(spec.queues) > 1)
+        link = self._netlink.find(name)
+        if link is None:
+            raise LinkError(name, _ENODEV)
+        return _Tap(spec, link)
+
+    def _set_up(self, tap: _Tap) -> None:
+        """Give an interface all that it is to have; what fails is logged, for the rest to follow.
+
+        Raises:
+            LinkError, OSError: it stays down.
+        """
+        spec, link, netlink = tap.spec, tap.link, self._netlink
+        self._try(netlink.set_alias, link, spec.alias)
+        # Nothing behind it tells the host its address and router; the host itself speaks IPv6 there
+        # where it is the router.
+        has_ipv6 = spec.local is not None and bool(spec.local.host6)
+        for name, value in (("accept_ra", 0), ("addr_gen_mode", 0), ("accept_dad", 0)):
+            _set(link, "ipv6", name, value)
+        _set(link, "ipv6", "disable_ipv6", int(not has_ipv6))
+        if spec.local is not None:
+            self._try(netlink.set_lladdr, link, spec.local.host_lladdr)
+        self._try(netlink.set_mtu, link, spec.mtu)
+        if spec.group:
+            self._try(netlink.set_group, link, spec.group)
+        if spec.bridge:
+            self._join(spec, link)
+        elif spec.rdomain is not None:
+            # Out of its rdomain, it would be where it must not be.
+            netlink.set_master(link, self._vrf(spec.rdomain))
+        netlink.set_up(link, is_up=spec.is_up)
+        if spec.local is not None:
+            self._set_addresses(spec, spec.local, link)
+
+    def _join(self, spec: TapSpec, link: Link) -> None:
+        bridge = self._netlink.find(spec.bridge)
+        if bridge is None or bridge.kind != "bridge":
+            _missing(spec.alias, spec.bridge)
+        else:
+            self._try(self._netlink.set_master, link, bridge)  # which it may be in already
+
+    def _set_addresses(self, spec: TapSpec, local: LocalSpec, link: Link) -> None:
+        self._netlink.set_address(link, local.host4, BITS4)
+        if local.host6:
+            self._netlink.set_address(link, local.host6, BITS6)
+            if spec.is_up:
+                table = 0 if spec.rdomain is None else VRF_TABLE + spec.rdomain
+                self._netlink.set_route(link, local.guest6, table)
+
+    @staticmethod
+    def _try(operation: Callable[[Link, _Value], None], link: Link, value: _Value) -> None:
+        try:
+            operation(link, value)
+        except LinkError as err:
+            log.warning("%s", err)
+
+
+def _missing(what: str, bridge: str) -> None:
+    log.warning('%s: bridge "%s" does not exist', what, bridge)
+
+
+def _forwards(spec: TapSpec) -> list[Forward]:
+    if spec.local is None:
+        return []
+    guest4, guest6 = spec.local.guest4, spec.local.guest6
+    return [
+        Forward(each.protocol, each.port, each.to_port, guest4, guest6) for each in spec.forwards
+    ]
+
+
+def _forward_packets(wanted: Configure) -> None:
+    """Let the kernel pass packets between interfaces.
+
+    It stays that way: by the time we end, others may rely on it. IPv6 is left to the operator,
+    because a host that forwards it ignores the routers of its own network.
+    """
+    try:
+        if wanted.nat4 and _get("ipv4/ip_forward") == "0":
+            _write("ipv4/ip_forward", "1")
+            log.info("nat: the host forwards IPv4 from now on")
+        if wanted.nat6 and _get("ipv6/conf/all/forwarding") == "0":
+            log.warning("nat: this host does not forward IPv6: net.ipv6.conf.all.forwarding is 0")
+    except OSError as err:
+        log.warning("nat: %s", err)
+
+
+def _set(link: Link, family: str, name: str, value: int) -> None:
+    """Set something of an interface; a kernel without IPv6 has no such settings."""
+    try:
+        _write(f"{family}/conf/{link.name}/{name}", str(value))
+    except FileNotFoundError:
+        return
+
+
+def _get(name: str) -> str:
+    fd = os.open(f"{SETTINGS}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 64).decode().strip()
+    finally:
+        os.close(fd)
+
+
+def _write(name: str, value: str) -> None:
+    fd = os.open(f"{SETTINGS}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)

@@ -1,0 +1,348 @@
+"""The life of one VM, as a pure function: state and event in, state and effects out.
+
+    STOPPED ──start──▶ STARTING ──it runs──▶ RUNNING ◀──unpause── UNPAUSING
+       ▲  ▲               ▲  │                │ │ ▲                  ▲
+       │  WAITING ──turn──┘  │             pause│ └───────────────┐  │
+       │                     ▼                  ▼                 │  │
+       └──────it is gone── STOPPING ◀──stop── PAUSING ─all quiet▶ PAUSED
+
+A VM of any state from STARTING on can be gone at any moment; it is then STOPPED, or STARTING again
+if the guest has rebooted. STOPPED and WAITING mean that nothing is left: no process, no descriptor,
+nobody who waits for an answer.
+
+Every request gets exactly one answer, at once or later: an effect `Reply` with its ticket, or
+`OpenConsole`. What is refused has no other effect. Whoever runs effects feeds what comes of them
+back as events.
+
+Source: sections 7 and 8 of OpenBSD's behaviour, with the advice of its section 21.
+"""
+
+from typing import assert_never
+
+from vmd.rules.vm_state import (
+    IDLE,
+    Attach,
+    ClientLeft,
+    Discard,
+    Effect,
+    Enqueue,
+    Event,
+    Exited,
+    Forget,
+    Kill,
+    Launch,
+    Launched,
+    LaunchFailed,
+    OpenConsole,
+    Pause,
+    Paused,
+    Phase,
+    Publish,
+    Release,
+    Reply,
+    Running,
+    SendPause,
+    SendStop,
+    SendUnpause,
+    Start,
+    Step,
+    Stop,
+    Ticket,
+    Unpause,
+    Unpaused,
+    VmState,
+    Wait,
+)
+from vmd.wire.internal import EndReason
+from vmd.wire.messages import Done, ErrorCode, EventKind, Failed, Started, State, Terminated
+
+EARLY_S = 6.0
+"""A start so soon after the one before counts as early."""
+EARLY_MAX = 3
+"""How many early starts in a row it takes to be refused."""
+
+
+_ORDERLY = {EndReason.POWER_OFF, EndReason.REBOOT, EndReason.STOPPED}
+_SHOWN = {
+    Phase.STOPPED: State.STOPPED,
+    Phase.WAITING: State.WAITING,
+    Phase.STARTING: State.RUNNING,
+    Phase.RUNNING: State.RUNNING,
+    Phase.PAUSING: State.RUNNING,
+    Phase.PAUSED: State.PAUSED,
+    Phase.UNPAUSING: State.PAUSED,
+    Phase.STOPPING: State.STOPPING,
+}
+
+
+def shown_state(vm: VmState) -> State:
+    """Return what `vmctl status` calls the VM's state."""
+    return _SHOWN[vm.phase]
+
+
+def step(vm: VmState, event: Event, now: float) -> Step:
+    """Return what becomes of a VM by an event, and what is to be done.
+
+    `now` is in seconds, on any clock that does not jump.
+    """
+    match event:
+        case Start(ticket):
+            return _start(vm, ticket, now)
+        case Stop():
+            return _stop(vm, event)
+        case Wait(ticket):
+            if vm.phase in IDLE:
+                return vm, (_not_running(ticket),)
+            return vm._replace(waiters=(*vm.waiters, ticket)), ()
+        case Pause(ticket):
+            return _pause(vm, ticket)
+        case Unpause(ticket):
+            return _unpause(vm, ticket)
+        case Attach(ticket):
+            return _attach(vm, ticket)
+        case Enqueue():
+            if vm.phase is not Phase.STOPPED:
+                return vm, ()
+            return vm._replace(phase=Phase.WAITING), (Publish(EventKind.WAITING),)
+        case Discard():
+            return _discard(vm)
+        case ClientLeft(client):
+            return _without(vm, client), ()
+        case Launched(pid, tty):
+            if vm.phase in IDLE:
+                return vm, (Kill(),)
+            vm = vm._replace(pid=pid, tty=tty)
+            return vm._replace(watchers=()), tuple(map(OpenConsole, vm.watchers))
+        case LaunchFailed(code, message):
+            return _end(vm, now, EndReason.FAILED, code, message)
+        case Running():
+            return _running(vm)
+        case Paused():
+            return _paused(vm)
+        case Unpaused():
+            return _unpaused(vm)
+        case Exited(reason, code, message):
+            return _end(vm, now, reason, code, message)
+        case _:
+            assert_never(event)
+
+
+# Requests
+
+
+def _start(vm: VmState, ticket: Ticket | None, now: float) -> Step:
+    if vm.phase not in IDLE:
+        problem = "the VM is stopping" if vm.phase is Phase.STOPPING else "the VM is running"
+        return vm, _failed(ticket, ErrorCode.EALREADY, problem)
+    if ticket is None and vm.phase is Phase.STOPPED:  # started or stopped by hand meanwhile
+        return vm, ()
+    vm, is_allowed = _count_start(vm, now)
+    if not is_allowed:
+        text = _too_quickly(vm)
+        stopped, effects = _stopped(vm, EventKind.FAILED, text)
+        return stopped, (*_failed(ticket, ErrorCode.EPERM, text), *effects)
+    return (
+        vm._replace(phase=Phase.STARTING, starter=ticket),
+        (Publish(EventKind.STARTING), Launch(keeps_tty=False)),
+    )
+
+
+def _stop(vm: VmState, event: Stop) -> Step:
+    if vm.phase in IDLE:
+        return vm, (_not_running(event.ticket),)
+    if vm.phase is Phase.STOPPING and not event.force:
+        return vm, _failed(event.ticket, ErrorCode.EALREADY, "the VM is stopping")
+    reply: tuple[Effect, ...] = ()
+    if event.wait:
+        vm = vm._replace(waiters=(*vm.waiters, event.ticket))
+    else:
+        reply = (_done(vm, event.ticket),)
+    stopping, effects = _stopping(vm, force=event.force)
+    return stopping, (*reply, *effects)
+
+
+def _stopping(vm: VmState, *, force: bool) -> Step:
+    """Begin to end a VM that is not idle."""
+    effects: list[Effect] = []
+    if vm.phase is not Phase.STOPPING:
+        effects.append(Publish(EventKind.STOPPING))
+        effects += _failed(vm.starter, ErrorCode.EINTR, "the VM stops")
+        effects += _interrupt(vm)
+        if not force and vm.phase in {Phase.PAUSING, Phase.PAUSED}:
+            effects.append(SendUnpause())  # a guest that stands still cannot do as it is asked
+    effects.append(Kill() if force else SendStop())
+    vm = vm._replace(phase=Phase.STOPPING, starter=None, pausers=(), unpausers=(), watchers=())
+    return vm, tuple(effects)
+
+
+def _pause(vm: VmState, ticket: Ticket) -> Step:
+    match vm.phase:
+        case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
+            return vm, (_not_running(ticket),)
+        case Phase.STARTING:
+            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
+        case Phase.RUNNING:
+            return vm._replace(phase=Phase.PAUSING, pausers=(ticket,)), (SendPause(),)
+        case Phase.PAUSING | Phase.UNPAUSING:
+            return vm._replace(pausers=(*vm.pausers, ticket)), ()
+        case Phase.PAUSED:
+            return vm, (_done(vm, ticket),)
+        case _:
+            assert_never(vm.phase)
+
+
+def _unpause(vm: VmState, ticket: Ticket) -> Step:
+    match vm.phase:
+        case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
+            return vm, (_not_running(ticket),)
+        case Phase.STARTING:
+            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
+        case Phase.RUNNING:
+            return vm, (_done(vm, ticket),)
+        case Phase.PAUSING | Phase.UNPAUSING:
+            return vm._replace(unpausers=(*vm.unpausers, ticket)), ()
+        case Phase.PAUSED:
+            return vm._replace(phase=Phase.UNPAUSING, unpausers=(ticket,)), (SendUnpause(),)
+        case _:
+            assert_never(vm.phase)
+
+
+def _attach(vm: VmState, ticket: Ticket) -> Step:
+    if vm.pid is not None:
+        return vm, (OpenConsole(ticket),)
+    if vm.phase is Phase.STARTING:
+        return vm._replace(watchers=(*vm.watchers, ticket)), ()
+    return vm, (_not_running(ticket),)
+
+
+def _discard(vm: VmState) -> Step:
+    if vm.phase in IDLE:
+        return vm._replace(phase=Phase.STOPPED), (Publish(EventKind.REMOVED), Forget())
+    return _stopping(vm._replace(is_doomed=True), force=True)
+
+
+def _without(vm: VmState, client: int) -> VmState:
+    def others(tickets: tuple[Ticket, ...]) -> tuple[Ticket, ...]:
+        return tuple(ticket for ticket in tickets if ticket.client != client)
+
+    return vm._replace(
+        starter=None if vm.starter and vm.starter.client == client else vm.starter,
+        waiters=others(vm.waiters),
+        pausers=others(vm.pausers),
+        unpausers=others(vm.unpausers),
+        watchers=others(vm.watchers),
+    )
+
+
+# What has happened
+
+
+def _running(vm: VmState) -> Step:
+    if vm.phase is not Phase.STARTING:  # it is stopping already: whoever started it hears of that
+        return vm, ()
+    reply: tuple[Effect, ...] = ()
+    if vm.starter:
+        started = Started(serial=vm.starter.serial, id=vm.id, pid=vm.pid or 0, tty=vm.tty)
+        reply = (Reply(vm.starter, started),)
+    vm = vm._replace(phase=Phase.RUNNING, starter=None)
+    return vm, (*reply, Publish(EventKind.STARTED))
+
+
+def _paused(vm: VmState) -> Step:
+    if vm.phase is not Phase.PAUSING:
+        return vm, ()
+    effects: list[Effect] = [_done(vm, ticket) for ticket in vm.pausers]
+    effects.append(Publish(EventKind.PAUSED))
+    vm = vm._replace(pausers=())
+    if vm.unpausers:  # somebody wants it to go on since
+        return vm._replace(phase=Phase.UNPAUSING), (*effects, SendUnpause())
+    return vm._replace(phase=Phase.PAUSED), tuple(effects)
+
+
+def _unpaused(vm: VmState) -> Step:
+    if vm.phase is not Phase.UNPAUSING:
+        return vm, ()
+    effects: list[Effect] = [_done(vm, ticket) for ticket in vm.unpausers]
+    effects.append(Publish(EventKind.UNPAUSED))
+    vm = vm._replace(unpausers=())
+    if vm.pausers:
+        return vm._replace(phase=Phase.PAUSING), (*effects, SendPause())
+    return vm._replace(phase=Phase.RUNNING), tuple(effects)
+
+
+def _end(vm: VmState, now: float, reason: EndReason | None, code: ErrorCode, message: str) -> Step:
+    """Account for a process that is gone, or that there never was."""
+    if vm.phase in IDLE:
+        return vm, ()
+    replies = [
+        *_failed(vm.starter, code, message or "the VM process has ended"),
+        *_interrupt(vm),
+        # As OpenBSD has it, a reboot ends the wait too.
+        *(Reply(ticket, Terminated(serial=ticket.serial, id=vm.id)) for ticket in vm.waiters),
+    ]
+    vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=(), watchers=())
+    if reason is EndReason.REBOOT and vm.phase is not Phase.STOPPING and not vm.stops_at_reboot:
+        vm, is_allowed = _count_start(vm, now)
+        if is_allowed:
+            return vm._replace(phase=Phase.STARTING), (
+                Release(keeps_tty=True),
+                *replies,
+                Publish(EventKind.REBOOTED, message),
+                Launch(keeps_tty=True),
+            )
+        reason, message = None, _too_quickly(vm)
+    is_failure = reason not in _ORDERLY and vm.phase is not Phase.STOPPING
+    kind = EventKind.FAILED if is_failure else EventKind.STOPPED
+    stopped, effects = _stopped(vm, kind, message)
+    return stopped, (Release(keeps_tty=False), *replies, *effects)
+
+
+def _stopped(vm: VmState, kind: EventKind, message: str) -> Step:
+    effects: list[Effect] = [Publish(kind, message)]
+    if vm.is_doomed or not vm.is_from_config:
+        effects += (Publish(EventKind.REMOVED), Forget())
+    return vm._replace(phase=Phase.STOPPED, tty=""), tuple(effects)
+
+
+# Parts of several
+
+
+def _count_start(vm: VmState, now: float) -> tuple[VmState, bool]:
+    """Note that it is to start now; tell whether it may, or has done so too often."""
+    is_early = vm.last_start is not None and now - vm.last_start < EARLY_S
+    early_starts = vm.early_starts + 1 if is_early else 0
+    is_allowed = early_starts < EARLY_MAX
+    # A refused start is none: it is allowed again when the last real one is long enough ago.
+    last_start = now if is_allowed else vm.last_start
+    return vm._replace(last_start=last_start, early_starts=early_starts), is_allowed
+
+
+def _too_quickly(vm: VmState) -> str:
+    return f"vm {vm.id} restarted too quickly"
+
+
+def _interrupt(vm: VmState) -> tuple[Effect, ...]:
+    """Tell those who wait for a pause, its end, or a console that it will not come."""
+    return (
+        *(
+            effect
+            for ticket in (*vm.pausers, *vm.unpausers)
+            for effect in _failed(ticket, ErrorCode.EINTR, "the VM stops")
+        ),
+        *map(_not_running, vm.watchers),
+    )
+
+
+def _done(vm: VmState, ticket: Ticket) -> Effect:
+    return Reply(ticket, Done(serial=ticket.serial, id=vm.id))
+
+
+def _failed(ticket: Ticket | None, code: ErrorCode, message: str) -> tuple[Effect, ...]:
+    if ticket is None:
+        return ()
+    return (Reply(ticket, Failed(serial=ticket.serial, code=code, message=message)),)
+
+
+def _not_running(ticket: Ticket) -> Effect:
+    text = "the VM is not running"
+    return Reply(ticket, Failed(serial=ticket.serial, code=ErrorCode.NOT_RUNNING, message=text))

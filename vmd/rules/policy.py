@@ -1,0 +1,205 @@
+"""Who may do what, and what a VM may be: decisions alone.
+
+An administrator, whom no rule restricts, is root, and with `vmd --user` the user that runs it.
+
+Source: sections 2.3, 6, 7.3 and 9 of OpenBSD's behaviour.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vmd.config.model import (
+    CPUS_MAX,
+    DISKS_MAX,
+    INTERFACES_MAX,
+    MEMORY_DEFAULT,
+    MEMORY_MAX,
+    MEMORY_MIN,
+    NAME_MAX,
+    InterfaceConfig,
+    Owner,
+    Right,
+    VmConfig,
+)
+from vmd.wire.messages import AnyRequest, ErrorCode, Load, Log, Reload, Reset
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+
+
+class Denied(NamedTuple):
+    """Why something is not done."""
+
+    code: ErrorCode
+    message: str
+
+
+class Users(NamedTuple):
+    """Who is who on this host."""
+
+    administrators: frozenset[int]
+    """User ids."""
+    is_member: Callable[[int, int], bool]
+    """Whether a user is in a group, its own included."""
+
+    def may(self, uid: int, owner: Owner | None) -> bool:
+        """Tell whether a user may do as an owner does.
+
+        Source: section 9.1 of OpenBSD's behaviour.
+        """
+        if uid in self.administrators:
+            return True
+        if owner is None:
+            return False
+        if owner.uid == uid:
+            return True
+        return owner.gid is not None and self.is_member(uid, owner.gid)
+
+
+def needs_administrator(request: AnyRequest) -> bool:
+    """Tell whether a request is refused to everybody else.
+
+    Source: section 6 of OpenBSD's behaviour.
+    """
+    return isinstance(request, Load | Reload | Reset | Log)
+
+
+def is_name(text: str) -> bool:
+    """Tell whether `text` can be a VM's name."""
+    return len(text) <= NAME_MAX and _NAME.fullmatch(text) is not None
+
+
+def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
+    """Return why there cannot be such a VM, if so.
+
+    `has_kernel`: a boot image comes along that `config` does not name.
+    """
+    if not is_name(config.name):
+        return _invalid("invalid VM name")
+    if not (config.given - {Right.INSTANCE}):
+        return Denied(ErrorCode.DISK_MISSING, "invalid configuration, no devices")
+    if config.cpus is not None and not 1 <= config.cpus <= CPUS_MAX:
+        return _invalid("invalid number of CPUs")
+    if config.memory is not None and not MEMORY_MIN <= config.memory <= MEMORY_MAX:
+        return _invalid("invalid memory size")
+    if len(config.disks) > DISKS_MAX:
+        return _invalid("invalid number of disks")
+    if len(config.interfaces) > INTERFACES_MAX:
+        return _invalid("invalid number of interfaces")
+    has_boot = has_kernel or config.boot is not None or config.firmware is not None
+    if not has_boot and not config.disks and config.cdrom is None:
+        return _invalid("no kernel or disk/cdrom specified")
+    return None
+
+
+def make_instance(
+    template: VmConfig, wanted: VmConfig, uid: int, users: Users, *, has_kernel: bool = False
+) -> VmConfig | Denied:
+    """Return a VM that `template` lends what `wanted` does not say; `uid` asks for it.
+
+    `has_kernel`: a boot image comes along that `wanted` does not name.
+
+    Disks are never lent: two VMs would write them. Nor are a tap's name, an lladdr and forwarded
+    ports, which only one can have. Interfaces that lead elsewhere than the template's are a right
+    of their own; OpenBSD looks at their number alone. Unlike OpenBSD's, an instance takes its
+    template's kernel and may belong to another group.
+
+    Source: sections 9.2 and 9.4 of OpenBSD's behaviour.
+    """
+    name = wanted.name
+    if not users.may(uid, template.instance_owner):
+        return _forbidden(f'vm "{template.name}" no permission to create vm instance')
+    is_free = uid in users.administrators
+    for right, word, differs in (
+        (Right.CPUS, "cpus", wanted.cpus not in {None, _cpus(template)}),
+        (Right.MEMORY, "memory", wanted.memory not in {None, _memory(template)}),
+        (Right.DISK, "disks", bool(wanted.disks)),
+        (
+            Right.INTERFACE,
+            "interfaces",
+            bool(wanted.interfaces) and _leads_elsewhere(wanted, template),
+        ),
+        (Right.BOOT, "boot image", Right.BOOT in wanted.given),
+        (Right.CDROM, "cdrom", wanted.cdrom is not None),
+    ):
+        if differs and not is_free and right not in template.allow_instance:
+            return _forbidden(f'vm "{name}" no permission to set {word}')
+    problem = _reuse(template, wanted)
+    if problem:
+        return Denied(ErrorCode.EBUSY, f'vm "{name}" {problem} cannot be reused')
+    owner = wanted.owner
+    if owner.uid is not None and owner.uid not in {uid, template.owner.uid}:
+        return _forbidden(f'vm "{name}" user mismatch')
+    if wanted.allow_instance:
+        return _forbidden(f'vm "{name}" cannot change instance permissions')
+    is_parent = Right.INSTANCE in template.allow_instance
+    has_own = has_kernel or wanted.boot is not None or wanted.firmware is not None
+    kernel = wanted if has_own else template
+    return wanted._replace(
+        cpus=wanted.cpus if wanted.cpus is not None else template.cpus,
+        memory=wanted.memory if wanted.memory is not None else template.memory,
+        interfaces=(
+            *wanted.interfaces,
+            *map(_lend, template.interfaces[len(wanted.interfaces) :]),
+        ),
+        cdrom=wanted.cdrom if wanted.cdrom is not None else template.cdrom,
+        owner=Owner(
+            template.owner.uid if owner.uid is None else owner.uid,
+            template.owner.gid if owner.gid is None else owner.gid,
+        ),
+        allow_instance=template.allow_instance if is_parent else frozenset(),
+        instance_owner=template.instance_owner if is_parent else None,
+        boot=kernel.boot,
+        initrd=wanted.initrd or kernel.initrd,
+        append=kernel.append if wanted.append is None else wanted.append,
+        firmware=kernel.firmware,
+    )
+
+
+def _lend(interface: InterfaceConfig) -> InterfaceConfig:
+    return interface._replace(tap=None, lladdr=None, forwards=())
+
+
+def _reuse(template: VmConfig, wanted: VmConfig) -> str | None:
+    """Return what the template has that an instance may not have too."""
+    paths = {disk.path for disk in template.disks}
+    taps = {interface.tap for interface in template.interfaces} - {None}
+    addresses = {interface.lladdr for interface in template.interfaces} - {None}
+    for disk in wanted.disks:
+        if disk.path in paths:
+            return f"disk {disk.path}"
+    for interface in wanted.interfaces:
+        if interface.tap in taps:
+            return f"interface {interface.tap}"
+        if interface.lladdr in addresses:
+            return "lladdr"
+    return None
+
+
+def _leads_elsewhere(wanted: VmConfig, template: VmConfig) -> bool:
+    """Tell whether there are more or fewer interfaces, or one leads where the template's do not.
+
+    One that leads nowhere does no harm.
+    """
+    if len(wanted.interfaces) != len(template.interfaces):
+        return True
+    return any(
+        (own.is_local or own.switch) and (own.is_local, own.switch) != (lent.is_local, lent.switch)
+        for own, lent in zip(wanted.interfaces, template.interfaces, strict=True)
+    )
+
+
+def _cpus(config: VmConfig) -> int:
+    return config.cpus or 1
+
+
+def _memory(config: VmConfig) -> int:
+    return config.memory or MEMORY_DEFAULT
+
+
+def _invalid(message: str) -> Denied:
+    return Denied(ErrorCode.EINVAL, message)
+
+
+def _forbidden(message: str) -> Denied:
+    return Denied(ErrorCode.EPERM, message)

@@ -1,0 +1,478 @@
+"""The table of VMs: ids, names and owners, who asks what of which, and whose turn it is to start.
+
+Decides, and does nothing: what is to be done is returned as actions, in order, and what comes of
+them is reported back. The clock and the users are handed in.
+
+Source: sections 7, 8 and 10 of OpenBSD's behaviour, with the advice of its section 21.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from vmd.config.model import MEMORY_DEFAULT, Owner, Right, Staggered, VmConfig
+from vmd.rules import lifecycle, vm_state
+from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator
+from vmd.rules.vm import PassedBoot, Vm, config_of, with_states
+from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
+from vmd.wire.messages import (
+    AnyAnswer,
+    AnyRequest,
+    Console,
+    Done,
+    ErrorCode,
+    Event,
+    EventKind,
+    Events,
+    Failed,
+    Load,
+    Log,
+    Pause,
+    Reload,
+    Reset,
+    Start,
+    Status,
+    Stop,
+    Unpause,
+    VmInfo,
+    VmRequest,
+    Wait,
+)
+
+_LLADDR = "fe:e1:bb:d{index:x}:{first:02x}:{second:02x}"
+
+
+class Clock(Protocol):
+    """What time it is."""
+
+    def monotonic_s(self) -> float:
+        """Return seconds on a clock that does not jump."""
+
+    def realtime_s(self) -> float:
+        """Return seconds since 1970-01-01 UTC."""
+
+
+# What is to be done
+
+
+class Answer(NamedTuple):
+    """Send this to a client."""
+
+    client: int
+    answer: AnyAnswer
+
+
+class Perform(NamedTuple):
+    """Run this effect of a VM's life."""
+
+    vm: Vm
+    effect: (
+        vm_state.Launch
+        | vm_state.Release
+        | vm_state.Kill
+        | vm_state.SendStop
+        | (vm_state.SendPause | vm_state.SendUnpause)
+    )
+
+
+class Operate(NamedTuple):
+    """Do what an administrator asks of the daemon itself, and answer."""
+
+    ticket: Ticket
+    request: Load | Reload | Reset | Log
+
+
+class List(NamedTuple):
+    """Send these VMs, with what their processes tell, and an end."""
+
+    ticket: Ticket
+    request: Status
+    vms: tuple[Vm, ...]
+
+
+class OpenConsole(NamedTuple):
+    """Connect a client with a VM's console, and answer."""
+
+    ticket: Ticket
+    vm: Vm
+
+
+class Drop(NamedTuple):
+    """Close descriptors that nobody needs any more."""
+
+    boot: PassedBoot
+
+
+class ArmTurn(NamedTuple):
+    """Call `turn` after a while, instead of at an earlier time."""
+
+    delay_s: int
+
+
+Action = Answer | Perform | Operate | List | OpenConsole | Drop | ArmTurn
+
+
+class Registry:
+    """All VMs, those that run and those that could. For one thread."""
+
+    def __init__(
+        self,
+        users: Users,
+        clock: Clock,
+        staggered: Staggered,
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        """Begin without VMs; `random_bytes` returns as many as it is asked for."""
+        self._users = users
+        self._clock = clock
+        self.staggered = staggered
+        """May change with the configuration."""
+        self._random_bytes = random_bytes
+        self._vms: dict[int, Vm] = {}
+        self._ids: dict[tuple[str, int], int] = {}
+        self._listeners: list[Ticket] = []
+        self._emptiers: list[Ticket] = []
+        self.is_emptying = False
+        """All VMs are being removed: none can be registered or started until they are gone."""
+
+    # Looking
+
+    @property
+    def vms(self) -> tuple[Vm, ...]:
+        """All VMs, as they were registered."""
+        return tuple(self._vms.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing of any VM exists but its configuration."""
+        return all(vm.state.phase in IDLE for vm in self._vms.values())
+
+    def find(self, vm_id: int, name: str) -> Vm | None:
+        """Return the VM of this id, or of this name where the id is 0."""
+        if vm_id:
+            return self._vms.get(vm_id)
+        return next((vm for vm in self._vms.values() if vm.name == name), None)
+
+    # What clients ask
+
+    def request(
+        self, client: int, uid: int, request: AnyRequest, boot: PassedBoot | None = None
+    ) -> list[Action]:
+        """Return what is to be done for a request of the user `uid`; takes ownership of `boot`."""
+        actions: list[Action] = []
+        ticket = Ticket(client, request.serial)
+        if needs_administrator(request) and uid not in self._users.administrators:
+            denied = Denied(ErrorCode.EPERM, "only for root")
+            actions.append(_refuse(ticket, denied))
+        elif self.is_emptying and isinstance(request, Start | Load | Reload):
+            denied = Denied(ErrorCode.EAGAIN, "all VMs are being removed")
+            actions.append(_refuse(ticket, denied))
+        elif isinstance(request, Start):
+            return self._start(ticket, uid, request, boot)
+        else:
+            actions += self._dispatch(ticket, uid, request)
+        if boot:
+            actions.append(Drop(boot))
+        return actions
+
+    def _dispatch(self, ticket: Ticket, uid: int, request: AnyRequest) -> list[Action]:
+        match request:
+            case Load() | Reload() | Reset() | Log():
+                return [Operate(ticket, request)]
+            case Events():
+                self._listeners.append(ticket)
+                return [Answer(ticket.client, Done(serial=ticket.serial))]
+            case Status():
+                return [List(ticket, request, self._listed(request))]
+            case VmRequest():
+                vm = self._authorised(uid, request)
+                if isinstance(vm, Denied):
+                    return [_refuse(ticket, vm)]
+        event: vm_state.Event
+        match request:
+            case Stop(force=force, wait=wait):
+                event = vm_state.Stop(ticket, force, wait)
+            case Wait():
+                event = vm_state.Wait(ticket)
+            case Pause():
+                event = vm_state.Pause(ticket)
+            case Unpause():
+                event = vm_state.Unpause(ticket)
+            case Console():
+                event = vm_state.Attach(ticket)
+            case _:
+                raise AssertionError(request)
+        return list(self._step(vm, event))
+
+    def _authorised(self, uid: int, request: VmRequest) -> Vm | Denied:
+        vm = self.find(request.id, request.name)
+        if vm is None:
+            return Denied(ErrorCode.ENOENT, "no such VM")
+        if not self._users.may(uid, vm.config.owner):
+            return Denied(ErrorCode.EPERM, "the VM is not yours")
+        return vm
+
+    def _listed(self, request: Status) -> tuple[Vm, ...]:
+        if request.id or request.name:
+            vm = self.find(request.id, request.name)
+            return (vm,) if vm else ()
+        running = [vm for vm in self._vms.values() if vm.state.pid is not None]
+        running.sort(key=lambda vm: vm.started_at or float("inf"), reverse=True)
+        return (*running, *(vm for vm in self._vms.values() if vm.state.pid is None))
+
+    # Starting
+
+    def _start(
+        self, ticket: Ticket, uid: int, request: Start, boot: PassedBoot | None
+    ) -> list[Action]:
+        started = self._prepared(uid, request, boot)
+        if isinstance(started, Denied):
+            return [_refuse(ticket, started), *_dropped(boot)]
+        vm, actions = started
+        return [*actions, *self._step(vm, vm_state.Start(ticket))]
+
+    def _prepared(
+        self, uid: int, request: Start, boot: PassedBoot | None
+    ) -> tuple[Vm, list[Action]] | Denied:
+        """Return the VM that is to start; it owns `boot` then."""
+        # Root's instances belong to whom their template does.
+        is_lent = bool(request.instance) and uid in self._users.administrators
+        try:
+            wanted = config_of(request, Owner(None if is_lent else uid))
+        except ValueError as err:
+            return Denied(ErrorCode.EINVAL, str(err))
+        vm = self.find(request.id, request.name)
+        if vm is not None and not request.instance:
+            if not self._users.may(uid, vm.config.owner):
+                return Denied(ErrorCode.EPERM, "the VM is not yours")
+            if vm.state.phase not in IDLE:
+                return Denied(ErrorCode.EALREADY, "the VM is running")
+            if wanted.given != ({Right.BOOT} if boot else set()):
+                return Denied(ErrorCode.EALREADY, "there is such a VM, which is as it is")
+            vm.boot, vm.boot_is_lasting = boot, False
+            return vm, []
+        if request.id:
+            return Denied(ErrorCode.ENOENT, "no such VM")
+        if not request.instance and uid in self._users.administrators and not wanted.given:
+            return Denied(ErrorCode.ENOENT, "no such VM")
+        registered = self._register(wanted, uid, has_kernel=boot is not None)
+        if isinstance(registered, Denied):
+            return registered
+        vm, actions = registered
+        vm.boot, vm.boot_is_lasting = boot, True
+        return vm, actions
+
+    def _register(
+        self, wanted: VmConfig, uid: int, *, has_kernel: bool = False, is_from_config: bool = False
+    ) -> tuple[Vm, list[Action]] | Denied:
+        """Make a VM of a configuration that `uid` asks for."""
+        config, checked = wanted, frozenset[Right]()
+        if wanted.parent is not None:
+            template = self.find(0, wanted.parent)
+            if template is None:
+                return Denied(ErrorCode.TEMPLATE_INVALID, f'no VM "{wanted.parent}"')
+            if self.find(0, wanted.name):
+                return Denied(ErrorCode.EPROCLIM, f'there is a VM "{wanted.name}"')
+            instance = make_instance(
+                template.config, wanted, uid, self._users, has_kernel=has_kernel
+            )
+            if isinstance(instance, Denied):
+                return instance
+            config = instance
+            checked = wanted.given & {Right.BOOT, Right.CDROM, Right.DISK}
+        elif uid not in self._users.administrators:
+            return Denied(ErrorCode.EPERM, "permission denied")
+        problem = check_vm(config, has_kernel=has_kernel)
+        if problem:
+            return problem
+        vm_id = self._claim_id(config.name, uid)
+        state = VmState(
+            vm_id,
+            is_from_config=is_from_config,
+            stops_at_reboot=config.boot_device != config.boot_device.AUTO,
+        )
+        vm = Vm(self._completed(config, uid), state, uid)
+        vm.checked = checked
+        self._vms[vm_id] = vm
+        return vm, self._tell(vm, EventKind.REGISTERED, "")
+
+    def _claim_id(self, name: str, uid: int) -> int:
+        """Return the id that this name has with this user, today and ever."""
+        vm_id = self._ids.get((name, uid))
+        if vm_id is None:
+            vm_id = max(self._ids.values(), default=0) + 1
+            self._ids[name, uid] = vm_id
+        return vm_id
+
+    def _completed(self, config: VmConfig, uid: int) -> VmConfig:
+        """Fill in defaults, and make up the lladdrs that are not given."""
+        owner = config.owner
+        return config._replace(
+            memory=config.memory if config.memory is not None else MEMORY_DEFAULT,
+            cpus=config.cpus or 1,
+            owner=owner._replace(uid=uid) if owner.uid is None else owner,
+            interfaces=tuple(
+                interface
+                if interface.lladdr is not None
+                else interface._replace(lladdr=self._lladdr(index))
+                for index, interface in enumerate(config.interfaces)
+            ),
+        )
+
+    def _lladdr(self, index: int) -> str:
+        first, second = self._random_bytes(2)
+        return _LLADDR.format(index=index + 1, first=first, second=second)
+
+    # What has happened
+
+    def report(self, vm_id: int, event: vm_state.Event) -> list[Action]:
+        """Return what is to be done after something has happened to a VM."""
+        vm = self._vms.get(vm_id)
+        return list(self._step(vm, event)) if vm else []
+
+    def client_left(self, client: int) -> None:
+        """Forget all that a client waits for."""
+        self._listeners = [one for one in self._listeners if one.client != client]
+        self._emptiers = [one for one in self._emptiers if one.client != client]
+        for vm in self._vms.values():
+            vm.state, _ = self._next(vm, vm_state.ClientLeft(client))
+
+    def turn(self) -> list[Action]:
+        """Start the VMs whose turn it is.
+
+        Source: section 10 of OpenBSD's behaviour.
+        """
+        waiting = [vm for vm in self._vms.values() if vm.state.phase is Phase.WAITING]
+        count = max(1, self.staggered.parallelism)
+        actions: list[Action] = []
+        for vm in waiting[:count]:
+            actions += self._step(vm, vm_state.Start())
+        if len(waiting) > count:
+            actions.append(ArmTurn(max(0, self.staggered.delay_s)))
+        return actions
+
+    # What administrators do
+
+    def load(self, configs: Iterable[VmConfig], uid: int = 0) -> tuple[list[Action], list[str]]:
+        """Register what a configuration has; returns complaints too, as lines for the log.
+
+        VMs that exist stay as they are, but that their interfaces go up and down as the file says.
+        `uid` is whom the file speaks for.
+        """
+        actions: list[Action] = []
+        complaints: list[str] = []
+        for config in configs:
+            existing = self.find(0, config.name)
+            if existing:
+                existing.state = existing.state._replace(is_from_config=True)
+                existing.config = with_states(existing.config, config)
+                continue
+            registered = self._register(config, uid, is_from_config=True)
+            if isinstance(registered, Denied):
+                where = f"{config.where}: " if config.where else ""
+                complaints.append(f'{where}vm "{config.name}" failed: {registered.message}')
+                continue
+            vm, told = registered
+            actions += told
+            if config.is_enabled:
+                actions += self._step(vm, vm_state.Enqueue())
+        return [*actions, *self.turn()], complaints
+
+    def forget_idle(self) -> list[Action]:
+        """Remove every VM of which nothing exists; their ids stay theirs."""
+        return self._discard(vm for vm in self.vms if vm.state.phase in IDLE)
+
+    def remove_all(self, ticket: Ticket | None = None) -> list[Action]:
+        """End and remove all VMs, and forget their ids; whoever has `ticket` is told when it is so.
+
+        Nothing starts meanwhile.
+        """
+        self.is_emptying = True
+        if ticket:
+            self._emptiers.append(ticket)
+        return [*self._discard(self.vms), *self._emptied()]
+
+    def _discard(self, vms: Iterable[Vm]) -> list[Action]:
+        return [action for vm in vms for action in self._step(vm, vm_state.Discard())]
+
+    def _emptied(self) -> list[Action]:
+        if self._vms or not self.is_emptying:
+            return []
+        self.is_emptying = False
+        self._ids.clear()
+        emptiers, self._emptiers = self._emptiers, []
+        return [Answer(client, Done(serial=serial)) for client, serial in emptiers]
+
+    # Steps
+
+    def _next(self, vm: Vm, event: vm_state.Event) -> vm_state.Step:
+        return lifecycle.step(vm.state, event, self._clock.monotonic_s())
+
+    def _step(self, vm: Vm, event: vm_state.Event) -> Iterator[Action]:
+        vm.state, effects = self._next(vm, event)
+        for effect in effects:
+            match effect:
+                case vm_state.Reply(ticket, answer):
+                    yield Answer(ticket.client, answer)
+                case vm_state.OpenConsole(ticket):
+                    yield OpenConsole(ticket, vm)
+                case vm_state.Publish(kind, message):
+                    if kind is EventKind.STARTED:
+                        vm.started_at = self._clock.realtime_s()
+                    yield from self._tell(vm, kind, message)
+                case vm_state.Forget():
+                    del self._vms[vm.id]
+                    yield from _dropped(vm.boot)
+                    vm.boot = None
+                    yield from self._emptied()
+                case vm_state.Release():
+                    vm.started_at = None
+                    yield Perform(vm, effect)
+                    yield from self._drop_boot(vm)
+                case _:
+                    yield Perform(vm, effect)
+        if vm.state.phase in IDLE:  # it may not have started at all
+            yield from self._drop_boot(vm)
+
+    def _drop_boot(self, vm: Vm) -> list[Action]:
+        """Forget what was to be booted once, and has been."""
+        if vm.boot_is_lasting:
+            return []
+        boot, vm.boot = vm.boot, None
+        return _dropped(boot)
+
+    def _tell(self, vm: Vm, kind: EventKind, message: str) -> list[Action]:
+        at = self._clock.realtime_s()
+        return [
+            Answer(
+                one.client,
+                Event(serial=one.serial, kind=kind, id=vm.id, name=vm.name, at=at, message=message),
+            )
+            for one in self._listeners
+        ]
+
+
+def info(vm: Vm) -> VmInfo:
+    """Return what there is to tell of a VM without asking its process."""
+    config, state = vm.config, vm.state
+    return VmInfo(
+        id=vm.id,
+        name=vm.name,
+        state=lifecycle.shown_state(state),
+        cpus=config.cpus or 1,
+        memory=config.memory or MEMORY_DEFAULT,
+        pid=state.pid,
+        tty=state.tty,
+        uid=config.owner.uid or 0,
+        gid=config.owner.gid,
+        is_from_config=state.is_from_config,
+        started_at=vm.started_at,
+    )
+
+
+def _refuse(ticket: Ticket, denied: Denied) -> Action:
+    answer = Failed(serial=ticket.serial, code=denied.code, message=denied.message)
+    return Answer(ticket.client, answer)
+
+
+def _dropped(boot: PassedBoot | None) -> list[Action]:
+    return [Drop(boot)] if boot else []

@@ -1,0 +1,115 @@
+"""A VM as the daemon knows it: what it is to be, whose it is, where it is in its life."""
+
+from typing import NamedTuple
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import InterfaceConfig, Owner, Right, VmConfig
+from vmd.rules.vm_state import VmState
+from vmd.wire.messages import DiskRequest, Start
+
+
+class PassedBoot(NamedTuple):
+    """What a client has opened for a VM to boot; whoever holds it owns the descriptors."""
+
+    kernel: int
+    initrd: tuple[int, ...] = ()
+    append: str | None = None
+    path: str = ""
+    """Of the kernel, for messages."""
+
+
+class Vm:
+    """One VM, from its registration until it is forgotten; the registry's."""
+
+    __slots__ = (
+        *("boot", "boot_is_lasting", "checked", "config", "requester", "started_at", "state"),
+    )
+
+    def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
+        """Make a VM that `requester`, a user id, has asked for."""
+        self.config = config
+        """With nothing left to inherit, and an lladdr for each interface."""
+        self.state = state
+        self.requester = requester
+        self.checked: frozenset[Right] = frozenset()
+        """Which of BOOT, CDROM and DISK are opened with the requester's rights, not with root's."""
+        self.boot: PassedBoot | None = None
+        """What to boot instead of what `config` says."""
+        self.boot_is_lasting = False
+        """It is for every boot of this VM, not only for the next."""
+        self.started_at: float | None = None
+        """When its guest began to run, in seconds since 1970-01-01 UTC."""
+
+    @property
+    def id(self) -> int:
+        """The id, unique among VMs."""
+        return self.state.id
+
+    @property
+    def name(self) -> str:
+        """The name, unique among VMs."""
+        return self.config.name
+
+
+def with_states(config: VmConfig, told: VmConfig) -> VmConfig:
+    """Return a configuration whose interfaces are up or down as those of `told` are.
+
+    As they are, where `told` has not as many.
+    """
+    if len(config.interfaces) != len(told.interfaces):
+        return config
+    interfaces = zip(config.interfaces, told.interfaces, strict=True)
+    return config._replace(
+        interfaces=tuple(one._replace(is_up=other.is_up) for one, other in interfaces)
+    )
+
+
+_KINDS = {"": DiskKind.PROBE, "raw": DiskKind.RAW, "qcow2": DiskKind.QCOW2}
+
+
+def config_of(request: Start, owner: Owner) -> VmConfig:
+    """Return the configuration that a request to start asks for.
+
+    Raises:
+        ValueError: a disk's format is unknown; `str()` is one line.
+    """
+    given = {
+        Right.BOOT: request.kernel is not None
+        or bool(request.firmware or request.initrd)
+        or request.append is not None,
+        Right.CDROM: bool(request.cdrom),
+        Right.CPUS: request.cpus is not None,
+        Right.DISK: bool(request.disks),
+        Right.INSTANCE: bool(request.instance),
+        Right.INTERFACE: bool(request.interfaces),
+        Right.MEMORY: request.memory is not None,
+    }
+    return VmConfig(
+        name=request.name,
+        parent=request.instance or None,
+        memory=request.memory,
+        cpus=request.cpus,
+        append=request.append,
+        firmware=request.firmware or None,
+        boot_device=request.boot_device,
+        disks=tuple(map(_disk, request.disks)),
+        cdrom=request.cdrom or None,
+        interfaces=tuple(
+            InterfaceConfig(is_local=each.is_local, switch=each.switch or None)
+            for each in request.interfaces
+        ),
+        owner=owner,
+        given=frozenset(right for right, is_given in given.items() if is_given),
+    )
+
+
+def _disk(request: DiskRequest) -> DiskOption:
+    if request.format not in _KINDS:
+        raise ValueError(f"{request.path}: unknown disk format {request.format!r}")
+    return DiskOption(
+        _KINDS[request.format],
+        request.path,
+        is_read_only=request.is_read_only,
+        serial=request.serial,
+        queues=request.queues,
+    )

@@ -1,0 +1,253 @@
+"""The words in which a VM's life is told: its state, what happens to it, and what is to be done.
+
+`lifecycle.step` is the grammar.
+"""
+
+from enum import Enum
+from typing import NamedTuple
+
+from vmd.wire.internal import EndReason
+from vmd.wire.messages import AnyAnswer, ErrorCode, EventKind
+
+
+class Phase(Enum):
+    """What a VM is doing."""
+
+    STOPPED = "stopped"
+    WAITING = "waiting"
+    """For its turn in the staggered start."""
+    STARTING = "starting"
+    """From the request, or the reboot, until the guest runs."""
+    RUNNING = "running"
+    PAUSING = "pausing"
+    """From the request until every vCPU and device is quiet."""
+    PAUSED = "paused"
+    UNPAUSING = "unpausing"
+    STOPPING = "stopping"
+    """From the request to stop, or the order to end, until the process is gone."""
+
+
+IDLE = frozenset({Phase.STOPPED, Phase.WAITING})
+"""Nothing of the VM exists but its configuration."""
+
+
+class Ticket(NamedTuple):
+    """Whom to answer: a client's connection, and its number for the request."""
+
+    client: int
+    serial: int
+
+
+class VmState(NamedTuple):
+    """Where a VM is in its life."""
+
+    id: int
+    is_from_config: bool = False
+    """It stays when it is stopped; others vanish."""
+    stops_at_reboot: bool = False
+    """It was told what to boot from: such a VM ends where others reboot."""
+    phase: Phase = Phase.STOPPED
+    pid: int | None = None
+    """Of the VM process, if there is one."""
+    tty: str = ""
+    """Path of the console, if there is one."""
+    starter: Ticket | None = None
+    """Who is told when it runs."""
+    waiters: tuple[Ticket, ...] = ()
+    """Who is told when it ends."""
+    pausers: tuple[Ticket, ...] = ()
+    unpausers: tuple[Ticket, ...] = ()
+    watchers: tuple[Ticket, ...] = ()
+    """Who is to have the console as soon as there is a process."""
+    is_doomed: bool = False
+    """It is to be forgotten as soon as it has ended."""
+    last_start: float | None = None
+    """When it was last to start; for the limit on restarts."""
+    early_starts: int = 0
+    """How many starts in a row were early."""
+
+
+# Events: requests
+
+
+class Start(NamedTuple):
+    """Somebody wants it to run; no ticket: it is its turn in the staggered start."""
+
+    ticket: Ticket | None = None
+
+
+class Stop(NamedTuple):
+    """Somebody wants it to stop."""
+
+    ticket: Ticket
+    force: bool = False
+    """Without asking the guest."""
+    wait: bool = False
+    """Answer when it has ended."""
+
+
+class Wait(NamedTuple):
+    """Somebody waits for it to end."""
+
+    ticket: Ticket
+
+
+class Pause(NamedTuple):
+    """Somebody wants it to stand still."""
+
+    ticket: Ticket
+
+
+class Unpause(NamedTuple):
+    """Somebody wants it to go on."""
+
+    ticket: Ticket
+
+
+class Attach(NamedTuple):
+    """Somebody wants to see the console."""
+
+    ticket: Ticket
+
+
+class Enqueue(NamedTuple):
+    """It will start in its turn."""
+
+
+class Discard(NamedTuple):
+    """End it, if it runs, and forget it."""
+
+
+class ClientLeft(NamedTuple):
+    """A connection has ended: nobody is there to be answered."""
+
+    client: int
+
+
+# Events: what has happened
+
+
+class Launched(NamedTuple):
+    """Its process exists."""
+
+    pid: int
+    tty: str
+
+
+class LaunchFailed(NamedTuple):
+    """It could not be launched; there is no process."""
+
+    code: ErrorCode
+    message: str = ""
+
+
+class Running(NamedTuple):
+    """Its guest runs."""
+
+
+class Paused(NamedTuple):
+    """All of it is quiet."""
+
+
+class Unpaused(NamedTuple):
+    """Its guest runs again."""
+
+
+class Exited(NamedTuple):
+    """Its process is gone: of its own accord for a reason, or killed without one."""
+
+    reason: EndReason | None
+    code: ErrorCode = ErrorCode.EIO
+    """Why it could not start, if that is so."""
+    message: str = ""
+
+
+Event = (
+    Start
+    | Stop
+    | Wait
+    | Pause
+    | Unpause
+    | Attach
+    | Enqueue
+    | Discard
+    | ClientLeft
+    | Launched
+    | LaunchFailed
+    | Running
+    | Paused
+    | Unpaused
+    | Exited
+)
+
+
+# Effects
+
+
+class Reply(NamedTuple):
+    """Answer a request."""
+
+    ticket: Ticket
+    answer: AnyAnswer
+
+
+class Launch(NamedTuple):
+    """Open what the VM needs and make its process; `Launched` or `LaunchFailed` comes of it."""
+
+    keeps_tty: bool
+    """The console is still there from before the reboot."""
+
+
+class OpenConsole(NamedTuple):
+    """Connect a client with the console, and answer."""
+
+    ticket: Ticket
+
+
+class SendPause(NamedTuple):
+    """Tell the VM process to stand still; `Paused` comes of it."""
+
+
+class SendUnpause(NamedTuple):
+    """Tell the VM process to go on; `Unpaused` comes of it."""
+
+
+class SendStop(NamedTuple):
+    """Tell the VM process to ask its guest to stop; `Exited` comes of it."""
+
+
+class Kill(NamedTuple):
+    """End the VM process at once; `Exited` comes of it, or the `LaunchFailed` under way."""
+
+
+class Release(NamedTuple):
+    """Close every descriptor that was opened for it."""
+
+    keeps_tty: bool
+    """Save the console's."""
+
+
+class Publish(NamedTuple):
+    """Tell whoever listens to events."""
+
+    kind: EventKind
+    message: str = ""
+
+
+class Forget(NamedTuple):
+    """Take it out of the table; its id stays its name's."""
+
+
+Effect = (
+    Reply
+    | Launch
+    | OpenConsole
+    | SendPause
+    | SendUnpause
+    | SendStop
+    | Kill
+    | Release
+    | Publish
+    | Forget
+)
+Step = tuple[VmState, tuple[Effect, ...]]

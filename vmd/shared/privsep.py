@@ -1,0 +1,168 @@
+"""The daemon's processes: how the parent starts, restarts and ends them.
+
+Each child is forked, keeps the one descriptor that leads to its parent and those it is given, and
+confines itself before it reads a message. What a child needs to import it imports after the fork,
+so none has the code of another. One that ends by itself is started again, unless that happens too
+often; the parent's end is the end of all, because their channels close.
+
+Source: section 5.3 of OpenBSD's behaviour.
+"""
+
+import gc
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from vmd.confine.confinements import Kind
+from vmd.confine.sandbox import SandboxError, set_title
+from vmd.shared import log as logging
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.errors import VmmError
+from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop
+
+log = Log(__name__)
+
+RESTARTS_MAX = 5
+"""So many ends of one kind of process within `RESTARTS_S` end the daemon."""
+RESTARTS_S = 10
+_STANDARD_FDS = 3
+_FD_END = 1 << 30
+_EXIT_GRACE_S = 5.0
+# A terminal or a service manager may send these to all processes; the parent decides.
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE)
+
+Body = Callable[[socket.socket], None]
+"""What a child does: confine itself, and serve the connection until it ends."""
+
+
+class Plan(NamedTuple):
+    """How to make one kind of child."""
+
+    kind: Kind
+    body: Body
+    fds: Sequence[int] = ()
+    """Descriptors of the parent that it keeps."""
+
+
+class Child(NamedTuple):
+    """A child that runs; whoever holds it owns the socket."""
+
+    pid: int
+    connection: socket.socket
+
+
+def spawn(plan: Plan) -> Child:
+    """Fork a child. Only for a process with one thread.
+
+    Raises:
+        OSError: the host has no processes or descriptors left.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Until the child has its own handlers, it must not run ours.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _live(plan, theirs)
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+    return Child(pid, ours)
+
+
+def close_all_but(kept: set[int]) -> None:
+    """Close every descriptor that is neither a standard one, nor the log's, nor in `kept`."""
+    start = _STANDARD_FDS
+    for fd in sorted(fd for fd in {*kept, logging.log_fd()} if fd >= _STANDARD_FDS):
+        os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, _FD_END)
+
+
+def _live(plan: Plan, connection: socket.socket) -> NoReturn:
+    """Be the child; never returns into what the parent was doing."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Nothing of the parent's may be finalised here: it would close our descriptors.
+    gc.freeze()
+    set_title(f"vmd: {plan.kind}")
+
+    def body() -> int:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        plan.body(connection)
+        log.info("%s exiting, pid %d", plan.kind, os.getpid())
+        return 0
+
+    live(plan.kind, {connection.fileno(), *plan.fds}, body)
+
+
+def live(title: str, kept: set[int], body: Callable[[], int]) -> NoReturn:
+    """Be a process that was just forked, and exit with the status that `body` returns.
+
+    Of the descriptors, it has those in `kept`, the standard ones and the log's; `title` is for its
+    messages. Never returns into what the forking process was doing.
+    """
+    status = 1
+    try:
+        close_all_but(kept)
+        logging.set_title(title)
+        status = body()
+    except (SandboxError, VmmError) as err:
+        log.error("%s", err)  # noqa: TRY400 - the host's doing, no bug of ours
+    except BaseException:
+        log.exception("bug")
+    finally:
+        os._exit(status)
+
+
+class Restarts:
+    """Whether a kind of process ends too often to be started again."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        """Count by the loop's clock."""
+        self._loop = loop
+        self._ends: dict[Kind, list[int]] = {}
+
+    def count(self, kind: Kind) -> bool:
+        """Note an end; returns whether it may be started again."""
+        now = self._loop.monotonic_ns()
+        recent = [at for at in self._ends.get(kind, []) if now - at < RESTARTS_S * NANOSECONDS]
+        self._ends[kind] = [*recent, now]
+        return len(recent) + 1 < RESTARTS_MAX
+
+
+def wait_for(pids: set[int]) -> None:
+    """Reap children whose channels are closed; those that do not end in time are killed."""
+    for pid in pids:
+        pidfd = os.pidfd_open(pid)
+        try:
+            if not _ends_within(pidfd, _EXIT_GRACE_S):
+                log.warning("pid %d does not end: killed", pid)
+                os.kill(pid, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+        os.waitpid(pid, 0)
+
+
+def _ends_within(pidfd: int, seconds: float) -> bool:
+    import select  # noqa: PLC0415 - at the very end only
+
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def orphans(known: set[int]) -> set[int]:
+    """Return our children but those `known`: what a vmm that has ended had, inherited by us.
+
+    Source: prctl(2), PR_SET_CHILD_SUBREAPER; proc(5), "children".
+    """
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:  # noqa: PTH123
+        return {int(text) for text in file.read().split()} - known

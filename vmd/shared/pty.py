@@ -1,0 +1,87 @@
+"""Consoles of VMs as terminals of the host: what the parent makes and hands to VM processes.
+
+A console's terminal has the same name as long as the VM runs, over reboots. Its slave side is raw,
+so that nothing a guest prints is echoed back to it as typed. See also `terminal_watch`.
+
+A pty carries no BREAK on Linux; the console streams of the control protocol do.
+
+Source: section 11 of OpenBSD's behaviour; pty(7)
+"""
+
+import errno
+import grp
+import os
+import stat
+import tty
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from vmd.shared.ring import make_ring
+
+_TERMINAL_GROUP = "tty"
+_READ_ONLY = {errno.EROFS}
+
+
+class Pty(NamedTuple):
+    """A VM's console; whoever holds it owns the descriptors."""
+
+    name: str
+    """Path of the slave side."""
+    master: int
+    ring: int
+    """See `ring`."""
+
+    def close(self) -> None:
+        """Give the terminal back, and close all descriptors; once."""
+        for fd in self[1:]:
+            os.close(fd)
+
+
+def open_pty(name: str, uid: int, gid: int | None) -> Pty:
+    """Make the console of the VM `name`; its terminal belongs to `uid` and `gid`, or group tty.
+
+    An ordinary user's terminals stay the user's.
+
+    Raises:
+        OSError: the host has no terminals or descriptors left.
+    """
+    with ExitStack() as stack:
+        master, slave = os.openpty()
+        stack.callback(os.close, master)
+        try:
+            tty.setraw(slave)
+            path = os.ttyname(slave)
+            set_owner(path, uid, gid)
+        finally:
+            # The first closing of the slave side makes the master tell whether it is open.
+            os.close(slave)
+        os.set_blocking(master, False)
+        ring = make_ring(name)
+        stack.pop_all()
+    return Pty(path, master, ring)
+
+
+def set_owner(path: str, uid: int, gid: int | None) -> None:
+    """Let the owner use the terminal, and the group if there is one; else `tty` may write to it.
+
+    Raises:
+        OSError: it cannot be changed, on a file system that can be written.
+    """
+    if gid is not None:
+        group, mode = gid, 0o660
+    else:
+        try:
+            group, mode = grp.getgrnam(_TERMINAL_GROUP).gr_gid, 0o620
+        except KeyError:
+            group, mode = 0, 0o600
+    terminal = Path(path)
+    status = terminal.stat()
+    try:
+        if os.geteuid() == 0 and (status.st_uid, status.st_gid) != (uid, group):
+            os.chown(path, uid, group)
+        if stat.S_IMODE(status.st_mode) != mode:
+            terminal.chmod(mode)
+    except OSError as err:
+        if err.errno not in _READ_ONLY:
+            raise

@@ -1,0 +1,1 @@
+"""The process of one VM: vCPU threads, one event loop, the console."""

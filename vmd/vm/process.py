@@ -1,0 +1,416 @@
+"""A VM's process: the machine, its console, and the channel to vmm; nothing else.
+
+It is forked from vmm, confines itself, and waits to be told what VM it is. Then it builds the
+machine from open descriptors, and runs it until the guest ends, somebody stops it, or vmm is gone.
+A reboot ends it too: the parent starts another, with the same console.
+
+Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import assert_never
+
+from vmd.config.disks import DiskKind
+from vmd.confine.confinements import CONFINEMENTS, Kind
+from vmd.confine.sandbox import confine, die_with, set_title
+from vmd.shared import log as logging
+from vmd.shared.counters import Counters
+from vmd.shared.kernels import LentKernel
+from vmd.shared.vm_devices import Connections, DeviceConnection
+from vmd.vm.console import Console
+from vmd.vm.shutdown import Shutdown
+from vmd.wire.channel import Channel, ChannelError, Fds, Received
+from vmd.wire.internal import (
+    TEXT_MAX,
+    VM_AND_VMM,
+    AskStatistics,
+    AttachConsole,
+    Begin,
+    DiskSpec,
+    EndReason,
+    LookAtTerminal,
+    NicSpec,
+    PauseVm,
+    SetLinks,
+    SetVerbosity,
+    StopVm,
+    UnpauseVm,
+    VmEnding,
+    VmmToVm,
+    VmPaused,
+    VmReport,
+    VmSpec,
+    VmStarted,
+    VmStatistics,
+    VmUnpacked,
+    VmUnpaused,
+)
+from vmd.wire.messages import ErrorCode, Statistics
+from vmm_kvm.arch.x86.bios import FirmwareImage
+from vmm_kvm.arch.x86.boot_config import BootDevice
+from vmm_kvm.arch.x86.image import probe_image
+from vmm_kvm.bits import MIB
+from vmm_kvm.block.image import Format
+from vmm_kvm.block.mapped import MappedImage
+from vmm_kvm.boot.nvram import Variables
+from vmm_kvm.boot.source import FileSource
+from vmm_kvm.errors import BootError, ImageError, SpecError, VmmError
+from vmm_kvm.images.opening import open_image
+from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop
+from vmm_kvm.machine.machine import (
+    Crash,
+    DebugExitStatus,
+    Ending,
+    Machine,
+    MachineSpec,
+    Outcome,
+    TripleFault,
+)
+from vmm_kvm.machine.pci_devices import PmemDisk, RemoteDisk, has_servers
+from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, Traffic, VhostPath
+
+log = Log(__name__)
+
+_READY = b"\0"
+_STATUS_MAX = 4096
+_REHEARSAL_ROM = 4096  # bytes of firmware that never runs
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def run(kvm: Kvm, connection: socket.socket, rehearses: bool) -> int:
+    """Be the process of one VM; returns the exit status. Takes over what it is given.
+
+    One that `rehearses` has the time to make and forget a machine while it waits: afterwards, few
+    of the pages that it needs are still the zygote's.
+    """
+    for number in _IGNORED:  # vmm ends us
+        signal.signal(number, signal.SIG_IGN)
+    install_kick_signal()
+    set_title("vm")
+    die_with(os.getppid())  # nobody could stop us without vmm
+    confine(CONFINEMENTS[Kind.VM], None)
+    with Channel(connection, VM_AND_VMM) as channel, kvm:
+        if rehearses:
+            rehearse(kvm)
+        be_vm(kvm, channel)
+    return 0
+
+
+def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
+    """Wait to be told what VM this is, and be it to its end; takes over the channel."""
+    with ExitStack() as stack:
+        stack.callback(channel.close)
+        begun = _wait(channel)
+        if begun is None:
+            return
+        spec, fds, connections = begun
+        logging.set_title(f"vm/{spec.name}")
+        set_title(f"vm/{spec.name}")
+        loop = stack.enter_context(EventLoop())
+        stack.callback(channel.close)  # before the loop, which it leaves
+        console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.ring)))
+        stack.callback(console.close)
+        try:
+            machine = _machine_spec(spec, fds, connections, channel, stack)
+            disks = [Counters(each.counters) for each in connections.disks if each]
+            process = VmProcess(loop, channel, console, kvm, machine, disks=disks)
+        except (VmmError, OSError) as err:
+            log.warning("%s", err)
+            text = str(err)[:TEXT_MAX]
+            _tell(channel, VmEnding(reason=EndReason.FAILED, code=_error_code(err), message=text))
+            return
+        process.run()
+
+
+def rehearse(kvm: Kvm) -> None:
+    """Make a small machine and forget it, so that what that needs is at hand the next time."""
+    spec = MachineSpec(
+        image=FirmwareImage("rehearsal", bytes(_REHEARSAL_ROM), _REHEARSAL_ROM), memory_size=MIB
+    )
+    try:
+        with EventLoop() as loop:
+            Machine(
+                spec,
+                kvm,
+                loop,
+                transmit=lambda _data: None,
+                on_receive_room=lambda: None,
+                on_outcome=lambda _outcome: None,
+            ).close()
+    except (VmmError, OSError) as err:
+        log.warning("no machine can be made: %s", err)
+
+
+def _wait(
+    channel: Channel[VmReport, VmmToVm],
+) -> tuple[VmSpec, Fds, Connections] | None:
+    """Return what VM this is to be, its descriptors, and its connections to device processes.
+
+    None if nobody needs this process any more.
+    """
+    try:
+        message, fds = channel.wait()
+    except ChannelError as err:
+        log.debug("vmm: %s", err)
+        return None
+    if not isinstance(message, Begin):
+        log.error("%s for no VM", type(message).__name__)
+        fds.close()
+        return None
+    logging.set_verbosity(message.verbosity)
+    passed = fds.take_all()
+    count = len(message.places)
+    named = Fds(passed[:count])
+    named.spread(message.places)
+    return message.spec, named, Connections.from_fds(message.spec, passed[count:])
+
+
+def _machine_spec(
+    spec: VmSpec,
+    fds: Fds,
+    connections: Connections,
+    channel: Channel[VmReport, VmmToVm],
+    stack: ExitStack,
+) -> MachineSpec:
+    kernel = None if spec.kernel is None else FileSource(fds.take(spec.kernel), spec.boot_path)
+    image = probe_image(FileSource(fds.take(spec.boot), spec.boot_path))
+    variables = None
+    if spec.variables is not None:
+        file = open_image(fds.take(spec.variables), Format.RAW, read_only=False, name="nvram")
+        variables = stack.enter_context(Variables.of(file))
+    cdrom = None
+    if spec.cdrom is not None:
+        cdrom = open_image(fds.take(spec.cdrom), Format.RAW, read_only=True, name="cdrom")
+        stack.callback(cdrom.close)
+    disks = tuple(
+        _disk(disk, fds, connection, stack)
+        for connection, disk in zip(connections.disks, spec.disks, strict=True)
+    )
+    nics = tuple(
+        NicParams(
+            bytes.fromhex(nic.lladdr.replace(":", "")),
+            _path(nic, fds, connection),
+            nic.name,
+            nic.mtu,
+            nic.is_locked,
+            nic.is_up,
+        )
+        for connection, nic in zip(connections.nics, spec.interfaces, strict=True)
+    )
+    return MachineSpec(
+        image=image,
+        kernels=LentKernel(kernel, lambda fd: _tell(channel, VmUnpacked(), fd)),
+        variables=variables,
+        memory_size=spec.memory,
+        is_memory_private=not has_servers(nics, disks),
+        cpus=spec.cpus,
+        disks=disks,
+        nics=nics,
+        cdrom=cdrom,
+        boot_device=BootDevice(spec.boot_device.value),
+        name=spec.name,
+        command_line=spec.append,
+        initrd=tuple(FileSource(fds.take(at), "initrd") for at in spec.initrd),
+    )
+
+
+def _disk(
+    disk: DiskSpec, fds: Fds, connection: DeviceConnection | None, stack: ExitStack
+) -> RemoteDisk | PmemDisk:
+    """Return who serves a disk: a process of ours, somebody else's, or this one's memory."""
+    path = disk.option.path
+    if connection is not None:
+        return RemoteDisk(_Connection(connection, path).connect, path)
+    fd = fds.take(disk.chain[0])
+    if disk.option.kind is DiskKind.PMEM:
+        image = MappedImage(path, is_private=disk.option.is_private, fd=fd)
+        return PmemDisk(stack.enter_context(image), path)
+    return RemoteDisk(lambda: socket.socket(fileno=fd), path)
+
+
+def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
+    """Return who moves the frames of an interface; the process owns the descriptors to its end."""
+    if connection is not None:
+        return RemotePath(_Connection(connection, nic.name).connect, is_ours=True)
+    taps = tuple(fds.take(at) for at in nic.taps)
+    if nic.vhosts:
+        return VhostPath(taps, tuple(fds.take(at) for at in nic.vhosts))
+    if nic.stream is None:
+        raise SpecError(f"{nic.name}: an interface without tap and stream")
+    return StreamPath(fds.take(nic.stream), Traffic())
+
+
+class _Connection:
+    """A device process's connection, for the one machine that this process makes."""
+
+    def __init__(self, connection: DeviceConnection, path: str) -> None:
+        self._socket, self._status = connection.socket, connection.status
+        self._path = path
+
+    def connect(self) -> socket.socket:
+        """Wait until the device process is ready.
+
+        Raises:
+            ImageError: it cannot open what it serves; the text is its own.
+        """
+        with open(self._status, "rb", buffering=0) as status:  # noqa: PTH123 - a descriptor
+            told = status.read(_STATUS_MAX)
+        if told != _READY:
+            text = told.decode(errors="replace")
+            raise ImageError(text or f"{self._path}: its process has crashed")
+        return socket.socket(fileno=self._socket)
+
+
+def _error_code(err: Exception) -> ErrorCode:
+    match err:
+        case ImageError():
+            return ErrorCode.DISK_MISSING
+        case BootError():
+            return ErrorCode.EINVAL
+        case MemoryError():
+            return ErrorCode.ENOMEM
+    return ErrorCode.EIO
+
+
+def _tell(channel: Channel[VmReport, VmmToVm], report: VmReport, *fds: int) -> None:
+    try:
+        channel.send(report, fds)
+        channel.flush()
+    except ChannelError as err:  # vmm is gone, and so shall we
+        log.debug("vmm: %s", err)
+
+
+class VmProcess:
+    """A VM from its first instruction to its end, on the event loop's thread."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        channel: Channel[VmReport, VmmToVm],
+        console: Console,
+        kvm: Kvm,
+        spec: MachineSpec,
+        *,
+        disks: Sequence[Counters],
+    ) -> None:
+        """Build the machine; everything else stays the caller's.
+
+        Raises:
+            VmmError, OSError: it cannot be made.
+        """
+        self._loop = loop
+        self._channel = channel
+        self._disks = disks
+        paths = (nic.path for nic in spec.nics)
+        self._streams = [path.traffic for path in paths if isinstance(path, StreamPath)]
+        self._outcome: Outcome | None = None
+        self._is_paused = False
+        self._machine = Machine(
+            spec,
+            kvm,
+            loop,
+            transmit=console.transmit,
+            on_receive_room=lambda: loop.call_soon(console.feed),
+            on_outcome=lambda outcome: loop.call_soon(lambda: self._ended(outcome)),
+        )
+        self._shutdown = Shutdown(self._machine, loop, loop.stop)
+        self._console = console
+        console.port = self._machine.uart
+
+    def run(self) -> None:
+        """Run the guest to its end, and tell vmm how it ended."""
+        self._channel.watch(self._loop, self._take, lambda _: self._loop.stop())
+        self._machine.start()
+        _tell(self._channel, VmStarted())
+        self._loop.run()
+        self._machine.close()
+        self._console.port = None
+        if self._outcome or self._shutdown.has_begun:
+            _tell(self._channel, _ending(self._outcome, self._shutdown.has_begun))
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._loop.stop()
+
+    # What vmm says
+
+    def _take(self, received: Received[VmmToVm]) -> None:
+        with received.fds as fds:
+            match received.message:
+                case PauseVm():
+                    self._pause()
+                case UnpauseVm():
+                    self._unpause()
+                case StopVm():
+                    self._shutdown.begin()
+                case AttachConsole():
+                    self._attach(fds)
+                case SetLinks(are_up=are_up):
+                    for index, is_up in enumerate(are_up):
+                        self._machine.set_link(index, is_up=is_up)
+                case LookAtTerminal():
+                    self._console.look_at_terminal()
+                case AskStatistics():
+                    _tell(self._channel, self._statistics())
+                case SetVerbosity(level=level):
+                    logging.set_verbosity(level)
+                case Begin():
+                    log.error("told again what VM this is")
+                case _:
+                    assert_never(received.message)
+
+    def _attach(self, fds: Fds) -> None:
+        try:
+            self._console.attach(socket.socket(fileno=fds.take(0)))
+        except ChannelError as err:  # who wanted to see the console finds its end
+            log.warning("console: %s", err)
+
+    def _pause(self) -> None:
+        if not self._is_paused:
+            self._is_paused = True
+            self._machine.pause()
+        _tell(self._channel, VmPaused())
+
+    def _unpause(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            self._machine.resume()
+        _tell(self._channel, VmUnpaused())
+
+    def _statistics(self) -> VmStatistics:
+        return VmStatistics(
+            statistics=Statistics(
+                cpu_ns=time.process_time_ns(),
+                disk_read=sum(disk.read for disk in self._disks),
+                disk_written=sum(disk.written for disk in self._disks),
+                net_received=sum(stream.received for stream in self._streams),
+                net_sent=sum(stream.sent for stream in self._streams),
+            ),
+            memory_used=self._machine.memory.resident_size(),
+        )
+
+
+def _ending(outcome: Outcome | None, is_stopping: bool) -> VmEnding:
+    if is_stopping:
+        return VmEnding(reason=EndReason.STOPPED)
+    match outcome:
+        case Ending.REBOOT:
+            return VmEnding(reason=EndReason.REBOOT)
+        case TripleFault(message):
+            return VmEnding(reason=EndReason.REBOOT, message=message)
+        case Crash(message):
+            return VmEnding(reason=EndReason.CRASHED, message=message)
+        case DebugExitStatus(value):
+            return VmEnding(reason=EndReason.POWER_OFF, message=f"debug exit {value:#x}")
+        case Ending.POWER_OFF | None:
+            return VmEnding(reason=EndReason.POWER_OFF)
+        case _:
+            assert_never(outcome)

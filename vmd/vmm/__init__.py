@@ -1,0 +1,1 @@
+"""The vmm process: has processes made and reaps them; no privileges."""

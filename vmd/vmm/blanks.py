@@ -1,0 +1,118 @@
+"""Processes that vmm has the zygote fork, and some that wait ready: vmm's side.
+
+A process is blank until it is told what it is to be. While nothing starts, one of each kind that
+most VMs need is made ready: confined, and rehearsed. It knows no VM, and has no descriptor of one.
+"""
+
+import os
+import socket
+from collections.abc import Collection
+from typing import NamedTuple
+
+from vmd.wire.channel import Channel, ChannelError
+from vmd.wire.internal import EndProcess, Fork, Forked, ForkFailed, Role, VmmToZygote, ZygoteToVmm
+from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop
+
+log = Log(__name__)
+
+SPARE_DELAY_NS = 1_000_000_000
+"""How long nothing has to start until processes are made ready: guests that boot need the
+processors more."""
+
+
+class ForkError(Exception):
+    """There is no process; the message is one line."""
+
+
+class Blank(NamedTuple):
+    """A process that waits to be told what it is to be; whoever holds this owns the connection."""
+
+    pid: int
+    connection: socket.socket
+
+
+class Blanks:
+    """Blank processes, for the event loop's thread."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        zygote: Channel[VmmToZygote, ZygoteToVmm],
+        ready: Collection[Role],
+    ) -> None:
+        """Have `zygote` fork them, one of each of `ready` ahead; takes over the channel."""
+        self._loop = loop
+        self._zygote = zygote
+        self._ready = ready
+        self._spares: dict[Role, Blank] = {}
+        self._timer = loop.timer(self._make_spares)
+        self._plan_spares()
+
+    def close(self) -> None:
+        """Let the zygote end, and those that wait ready; vmm reaps them, or its heir does."""
+        self._timer.cancel()
+        for spare in self._spares.values():
+            spare.connection.close()
+        self._spares.clear()
+        self._zygote.close()
+
+    def take(self, role: Role) -> Blank:
+        """Return a process that is to be `role`: the one that is ready, or a new one.
+
+        Raises:
+            ForkError: the host has no processes or descriptors left, or the zygote is gone.
+        """
+        spare = self._spares.pop(role, None) or self._fork(role, rehearses=False)
+        self._plan_spares()
+        return spare
+
+    def kill(self, pid: int) -> None:
+        """Have a process killed that `take` has returned, and that nobody has waited for yet."""
+        try:
+            self._zygote.send(EndProcess(), [os.pidfd_open(pid)])
+            self._zygote.send_all()
+        except (OSError, ChannelError) as err:
+            log.warning("pid %d: cannot be killed: %s", pid, err)
+
+    def ended(self, pid: int) -> Role | None:
+        """Take note that a child of vmm has ended; returns what it was ready to be, if anything."""
+        for role, spare in self._spares.items():
+            if spare.pid == pid:
+                spare.connection.close()
+                del self._spares[role]
+                return role
+        return None
+
+    def _plan_spares(self) -> None:
+        if any(role not in self._spares for role in self._ready):
+            self._timer.arm(self._loop.monotonic_ns() + SPARE_DELAY_NS)
+
+    def _make_spares(self) -> None:
+        for role in self._ready:
+            if role in self._spares:
+                continue
+            try:
+                self._spares[role] = self._fork(role, rehearses=True)
+            except ForkError as err:
+                log.debug("no %s process ready: %s", role, err)
+
+    def _fork(self, role: Role, *, rehearses: bool) -> Blank:
+        try:
+            here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as err:
+            raise ForkError(err.strerror or str(err)) from err
+        try:
+            self._zygote.send(Fork(role=role, rehearses=rehearses), [there.detach()])
+            self._zygote.send_all()
+            answer = self._zygote.wait()
+            answer.fds.close()
+        except ChannelError as err:
+            here.close()
+            raise ForkError(f"the zygote: {err}") from err
+        match answer.message:
+            case Forked(pid=pid):
+                return Blank(pid, here)
+            case ForkFailed(message=message):
+                here.close()
+                raise ForkError(message)

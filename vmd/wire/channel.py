@@ -1,0 +1,554 @@
+"""Messages with descriptors over a UNIX SOCK_SEQPACKET socket: one packet is one message.
+
+Every descriptor has one owner at each moment. Those that are sent are the channel's from the call
+of `send` on; those that arrive are the `Fds` of their message, which closes what nobody took.
+A peer that sends what is no message is cut off.
+
+`send` never waits and drops nothing: what the peer has no room for waits here. A channel where much
+waits is full, which is no error and no end. It holds its sources, the channels whose messages make
+this end send: nothing is read from a source that is held, until the peer has read most of
+what waits.
+
+Source: unix(7), "SCM_RIGHTS".
+"""
+
+import array
+import errno
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from weakref import WeakSet
+
+from vmd.wire.encoding import Wire, WireError
+from vmm_kvm.clock import NANOSECONDS
+
+Sent = TypeVar("Sent")
+Taken = TypeVar("Taken")
+
+MESSAGE_MAX = 256 << 10
+"""Bytes of one message."""
+FDS_MAX = 64
+"""Descriptors with one message."""
+HIGH_WATER = 1 << 20
+"""Bytes that wait for a peer from which on a channel is full. What its sources said before they
+were held may still add to them."""
+BURST = 32
+"""Messages of one peer that are read in a row, while others wait."""
+_LOW_WATER_SHARE = 4  # of the high water, which is the low one
+_RETRY_NS = 10_000_000
+_PASSING = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+"""Errors that pass: the host gets memory again, others of our user read what descriptors they were
+sent."""
+
+_INT_SIZE = array.array("i").itemsize
+_ANCILLARY_SIZE = socket.CMSG_SPACE(FDS_MAX * _INT_SIZE)
+_UCRED = struct.Struct("=iII")
+
+
+class ChannelError(Exception):
+    """The channel is of no further use; `str()` is one line."""
+
+
+class ChannelClosedError(ChannelError):
+    """The peer has closed its end, or its process is gone."""
+
+
+class MalformedError(ChannelError):
+    """The peer sent what is no message for this end."""
+
+
+class DescriptorsLostError(ChannelError):
+    """A message came without its descriptors; neither its sender nor the channel is to blame."""
+
+
+class OversizeError(Exception):
+    """A message of ours is too large to be sent; the channel is as good as before. One line."""
+
+
+class Source(Protocol):
+    """Whatever makes a channel's owner send on it."""
+
+    def hold(self, reason: object) -> None:
+        """Go on no more, until `reason`, which is compared by identity, is released."""
+
+    def release(self, reason: object) -> None:
+        """Go on, unless there are other reasons not to; this one may not be among them."""
+
+
+class Timer(Protocol):
+    """Calls back once, some time after it was armed."""
+
+    def arm(self, deadline_ns: int) -> None:
+        """Fire at `deadline_ns` on the loop's clock."""
+
+    def cancel(self) -> None:
+        """Do not fire."""
+
+
+class Loop(Protocol):
+    """What a channel needs of an event loop."""
+
+    def monotonic_ns(self) -> int:
+        """Return nanoseconds on the loop's clock."""
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        """Make a timer that is not armed."""
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> bool:
+        """Call `callback` while `fd` is readable."""
+
+    def add_writer(self, fd: int, callback: Callable[[], None]) -> bool:
+        """Call `callback` while `fd` is writable."""
+
+    def remove_reader(self, fd: int) -> None:
+        """Forget the reader of `fd`, if there is one."""
+
+    def remove_writer(self, fd: int) -> None:
+        """Forget the writer of `fd`, if there is one."""
+
+
+class Credentials(NamedTuple):
+    """Who was at the other end when the connection was made."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_credentials(connection: socket.socket) -> Credentials:
+    """Return who is at the other end of a connected UNIX socket.
+
+    Source: unix(7), "SO_PEERCRED".
+    """
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return Credentials(*_UCRED.unpack(data))
+
+
+class Fds:
+    """Descriptors that came with a message; a context manager that closes those nobody took."""
+
+    __slots__ = ("_fds", "are_lost")
+
+    def __init__(self, fds: Sequence[int] = (), *, are_lost: bool = False) -> None:
+        """Take ownership of `fds`."""
+        self._fds: list[int | None] = list(fds)
+        self.are_lost = are_lost
+        """The message had more than a message may have, or than this process has room for: none of
+        them is here."""
+
+    def __len__(self) -> int:
+        """Return how many came, taken or not."""
+        return len(self._fds)
+
+    def take(self, index: int) -> int:
+        """Hand a descriptor over to the caller, who closes it.
+
+        Raises:
+            MalformedError: there is none of that index, or it has been taken: the message that
+                names it is wrong.
+            DescriptorsLostError: they are lost.
+        """
+        self.check()
+        fd = self._fds[index] if 0 <= index < len(self._fds) else None
+        if fd is None:
+            raise MalformedError(f"descriptor {index} of {len(self._fds)} is missing")
+        self._fds[index] = None
+        return fd
+
+    def check(self) -> None:
+        """Go on, unless they are lost.
+
+        Raises:
+            DescriptorsLostError: they are.
+        """
+        if self.are_lost:
+            text = f"more than {FDS_MAX} descriptors, or this process has none left"
+            raise DescriptorsLostError(text)
+
+    def spread(self, places: Sequence[int]) -> None:
+        """Let each be taken by its index in `places` instead, which are all others' no longer.
+
+        Raises:
+            MalformedError: there are not as many places, or one is no index of a descriptor.
+        """
+        if len(self) != len(places) or not all(0 <= place < FDS_MAX for place in places):
+            raise MalformedError(f"{len(self)} descriptors for {len(places)} places")
+        found = dict(zip(places, self.take_all(), strict=True))
+        self._fds = [found.get(place) for place in range(FDS_MAX)]
+
+    @property
+    def places(self) -> list[int]:
+        """The indices of those that have not been taken."""
+        return [index for index, fd in enumerate(self._fds) if fd is not None]
+
+    @property
+    def left(self) -> list[int]:
+        """Those that have not been taken, in order; they stay this object's."""
+        return [fd for fd in self._fds if fd is not None]
+
+    def take_all(self) -> list[int]:
+        """Hand over, in order, all that have not been taken."""
+        left = self.left
+        self._fds = [None] * len(self._fds)
+        return left
+
+    def close(self) -> None:
+        """Close what is left; idempotent."""
+        for fd in self.take_all():
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Received(NamedTuple, Generic[Taken]):
+    """A message; whoever receives it closes `fds`, by using them as a context manager."""
+
+    message: Taken
+    fds: Fds
+
+
+class Channel(Generic[Sent, Taken]):
+    """One end of a connection; owns its socket, which does not block. For one thread.
+
+    Where a loop is watched by `watch`, what the peer has no room for goes out when it has.
+    """
+
+    def __init__(
+        self, connection: socket.socket, wire: Wire[Sent, Taken], *, high_water: int = HIGH_WATER
+    ) -> None:
+        """Take ownership of `connection`, a connected UNIX SOCK_SEQPACKET socket.
+
+        The channel is full from `high_water` bytes on that wait for the peer.
+        """
+        connection.setblocking(False)
+        # The kernel refuses a packet that is larger than what may be under way.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_MAX)
+        self._socket = connection
+        self._wire = wire
+        self._high_water = high_water
+        self._backlog: deque[tuple[bytes, Fds]] = deque()
+        self._backlog_size = 0
+        self._is_full = False
+        self._sources: WeakSet[Source] = WeakSet()
+        self._loop: Loop | None = None
+        self._retry: Timer | None = None
+        self._is_short = False
+        self._read: Callable[[], None] | None = None
+        self._holds: list[object] = []
+        self._closes_when_sent = False
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to wait for; -1 once closed."""
+        return self._socket.fileno()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._socket.fileno() < 0
+
+    @property
+    def backlog_size(self) -> int:
+        """Bytes that wait for the peer to read."""
+        return self._backlog_size
+
+    def close(self) -> None:
+        """Leave the loop, close the socket, forget what has not gone out; idempotent."""
+        if self.is_closed:
+            return
+        self._read = None
+        if self._loop:
+            self._loop.remove_reader(self.fileno())
+            self._loop.remove_writer(self.fileno())
+            self._loop = None
+        if self._retry:
+            self._retry.cancel()
+        self._socket.close()
+        self._forget_backlog()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Back-pressure
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits for the peer that nothing more should be made for it."""
+        return self._is_full
+
+    def add_source(self, source: Source) -> None:
+        """Hold `source` whenever this channel is full; it may be this channel itself.
+
+        A source that is closed, or nobody refers to any more, need not be removed.
+        """
+        self._sources.add(source)
+        if self._is_full:
+            source.hold(self)
+
+    def hold(self, reason: object) -> None:
+        """Read no more messages until `reason` is released; the peer's end is not seen either."""
+        if not any(one is reason for one in self._holds):
+            self._holds.append(reason)
+            self._listen()
+
+    def release(self, reason: object) -> None:
+        """Read on, unless there are other reasons not to; this one may not be among them."""
+        self._holds = [one for one in self._holds if one is not reason]
+        self._listen()
+
+    def _look_how_full(self) -> None:
+        if self._is_full:
+            is_full = self._backlog_size > self._high_water // _LOW_WATER_SHARE
+        else:
+            is_full = self._backlog_size >= self._high_water
+        if is_full == self._is_full:
+            return
+        self._is_full = is_full
+        for source in tuple(self._sources):
+            if is_full:
+                source.hold(self)
+            else:
+                source.release(self)
+
+    # Sending
+
+    def send(self, message: Sent, fds: Sequence[int] = ()) -> None:
+        """Send a message, now or as soon as the peer has room; takes ownership of `fds`.
+
+        Raises:
+            OversizeError: the message is too large; nothing is sent.
+            ChannelClosedError: the peer is gone.
+        """
+        with ExitStack() as stack:
+            owned = stack.enter_context(Fds(fds))
+            data = self._wire.encode(message)
+            if self.is_closed:
+                raise ChannelClosedError("the channel is closed")
+            if len(data) > MESSAGE_MAX or len(fds) > FDS_MAX:
+                raise OversizeError(f"a message of {len(data)} bytes, {len(fds)} descriptors")
+            if not self._backlog and self._transmit(data, fds):
+                return
+            stack.pop_all()
+            self._backlog.append((data, owned))
+            self._backlog_size += len(data)
+            if self._loop and len(self._backlog) == 1:
+                self._loop.add_writer(self.fileno(), self._send_backlog)
+            self._look_how_full()
+
+    def flush(self) -> bool:
+        """Send what waits, as far as the peer has room; returns whether nothing is left.
+
+        Raises:
+            ChannelError: the peer is gone, or cannot be sent to.
+        """
+        while self._backlog:
+            data, fds = self._backlog[0]
+            if not self._transmit(data, fds.left):
+                break
+            self._backlog.popleft()
+            self._backlog_size -= len(data)
+            fds.close()
+        self._look_how_full()
+        return not self._backlog
+
+    def send_all(self) -> None:
+        """Send what waits, however long the peer takes to make room; for a peer that is trusted.
+
+        Raises:
+            ChannelError: the peer is gone, or cannot be sent to.
+        """
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        while not self.flush():
+            if self._is_short:
+                time.sleep(_RETRY_NS / NANOSECONDS)
+            else:
+                poll.poll()
+
+    def close_when_sent(self) -> None:
+        """Close as soon as everything has gone out; what still arrives is not read."""
+        self._closes_when_sent = True
+        if not self._backlog:
+            self.close()
+        else:
+            self._listen()
+
+    def _send_backlog(self) -> None:
+        assert self._loop is not None
+        try:
+            if not self.flush():
+                if self._is_short:  # the peer has room, and the loop would call back at once
+                    self._loop.remove_writer(self.fileno())
+                    self._retry = self._retry or self._loop.timer(self._retry_backlog)
+                    self._retry.arm(self._loop.monotonic_ns() + _RETRY_NS)
+                return
+        except ChannelError:
+            # Whoever reads from this channel finds its end there.
+            self._forget_backlog()
+        if self._loop is not None:  # a source that was released may have closed it
+            self._loop.remove_writer(self.fileno())
+        if self._closes_when_sent:
+            self.close()
+
+    def _retry_backlog(self) -> None:
+        if self._loop and self._backlog:
+            self._loop.add_writer(self.fileno(), self._send_backlog)
+
+    def _forget_backlog(self) -> None:
+        for _, fds in self._backlog:
+            fds.close()
+        self._backlog.clear()
+        self._backlog_size = 0
+        self._look_how_full()
+
+    def _transmit(self, data: bytes, fds: Sequence[int]) -> bool:
+        """Send one packet; False if there is no room for it now, or the host is short of it."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            self._is_short = False
+            return False
+        except ConnectionError as err:
+            raise ChannelClosedError(f"cannot send: {err.strerror}") from err
+        except OSError as err:
+            if err.errno in _PASSING:
+                self._is_short = True
+                return False
+            raise ChannelError(f"cannot send: {err.strerror}") from err
+        return True
+
+    # Receiving
+
+    def receive(self) -> Received[Taken]:
+        """Return the next message; its descriptors may be lost.
+
+        Raises:
+            BlockingIOError: there is none yet.
+            MalformedError: what came is no message for this end; what came with it is closed.
+            ChannelClosedError: the peer is gone.
+        """
+        try:
+            data, ancillary, flags = self._receive_packet()
+        except BlockingIOError:
+            raise
+        except OSError as err:
+            raise ChannelClosedError(f"cannot receive: {err.strerror}") from err
+        with ExitStack() as stack:
+            fds = stack.enter_context(Fds(_descriptors(ancillary)))
+            if not data:  # the end; or a packet of nothing, which is no message either
+                raise ChannelClosedError("the peer has closed the connection")
+            if flags & socket.MSG_TRUNC:
+                raise MalformedError(f"a message of more than {MESSAGE_MAX} bytes")
+            if flags & socket.MSG_CTRUNC:
+                # Which of them have come depends on how many files this process has open.
+                fds.close()
+                fds.are_lost = True
+            try:
+                message = self._wire.decode(data)
+            except WireError as err:
+                raise MalformedError(f"not a message: {err}") from err
+            stack.pop_all()
+        return Received(message, fds)
+
+    def wait(self) -> Received[Taken]:
+        """Return the next message, however long it takes.
+
+        Raises:
+            MalformedError, ChannelClosedError: as `receive` does.
+        """
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        while True:
+            poll.poll()
+            try:
+                return self.receive()
+            except BlockingIOError:  # another process has read it
+                continue
+
+    def _receive_packet(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+        size = MESSAGE_MAX, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
+        try:
+            # Not socket.recv_fds, which ignores its flags (python/cpython#107898).
+            return self._socket.recvmsg(*size)[:3]
+        except ConnectionResetError:
+            # The peer closed without reading all that it was sent; what it sent is still there.
+            return self._socket.recvmsg(*size)[:3]
+
+    def watch(
+        self,
+        loop: Loop,
+        on_message: Callable[[Received[Taken]], None],
+        on_end: Callable[[ChannelError], None],
+        *,
+        burst: int = BURST,
+    ) -> None:
+        """Let `loop` call `on_message` for each message, and `on_end` once when there is no more.
+
+        At most `burst` messages are taken in a row, while others wait. `on_message` owns the
+        message's descriptors. Before `on_end`, the channel leaves the loop; it is not closed: an
+        answer to a malformed message may still be sent.
+        """
+        self._loop = loop
+        self._read = lambda: self._receive_some(on_message, on_end, burst)
+        self._listen()
+        if self._backlog:
+            loop.add_writer(self.fileno(), self._send_backlog)
+
+    def _listen(self) -> None:
+        """Have the loop call for messages, if they are to be read."""
+        if self._loop is None:
+            return
+        if self._read and not self._holds and not self._closes_when_sent:
+            self._loop.add_reader(self.fileno(), self._read)
+        else:
+            self._loop.remove_reader(self.fileno())
+
+    def _receive_some(
+        self,
+        on_message: Callable[[Received[Taken]], None],
+        on_end: Callable[[ChannelError], None],
+        burst: int,
+    ) -> None:
+        for _ in range(burst):
+            # By what the last message did, there may be no more to read, or not now.
+            if self.is_closed or self._closes_when_sent or self._holds:
+                return
+            try:
+                received = self.receive()
+            except BlockingIOError:
+                return
+            except ChannelError as err:
+                self._read = None
+                self._listen()
+                on_end(err)
+                return
+            on_message(received)
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, block in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(block[: len(block) - len(block) % _INT_SIZE])
+    return fds.tolist()
+
+
+def channel_pair(
+    one: Wire[Sent, Taken], other: Wire[Taken, Sent]
+) -> tuple[Channel[Sent, Taken], Channel[Taken, Sent]]:
+    """Make two connected channels; the caller closes both."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Channel(left, one), Channel(right, other)

@@ -1,0 +1,582 @@
+"""What the daemon's processes say to each other: one union per direction.
+
+parent ↔ control: what clients ask, with who they are, and what they are answered.
+parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
+parent ↔ local:   which guests are answered by DHCP and the like.
+parent ↔ vmm:     launching, and what is said to and by VM processes.
+vmm ↔ zygote:     forking.
+vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and adds what only
+                  the parent of a process knows: how it ended.
+vmm → device:     what a device process is to serve.
+
+A process decodes only the union that is meant for it, so that no other can make it do more.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import BootDevice
+from vmd.wire.encoding import Wire, WireEncoding
+from vmd.wire.messages import AnyAnswer, AnyRequest, ErrorCode, Part, Statistics
+
+TEXT_MAX = 16384
+"""Characters of what a VM process says of its end: some paths, and why."""
+
+
+class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A message between processes of the daemon."""
+
+
+# What everyone is told
+
+
+class SetVerbosity(Internal, frozen=True, kw_only=True):
+    """Log more or less: 0 brief, 1 as usual, 2 verbose."""
+
+    level: int
+
+
+# parent ↔ control
+
+
+class ClientRequest(Internal, frozen=True, kw_only=True):
+    """A client's request; its descriptors come along."""
+
+    client: int
+    """Control's number for the connection, never used twice."""
+    uid: int
+    """From SO_PEERCRED, as the next ones."""
+    gid: int
+    pid: int
+    request: AnyRequest
+
+
+class ClientGone(Internal, frozen=True, kw_only=True):
+    """A connection has ended: nothing that it asked needs an answer."""
+
+    client: int
+
+
+class ClientAnswer(Internal, frozen=True, kw_only=True):
+    """An answer or event for a client; its descriptors come along."""
+
+    client: int
+    answer: AnyAnswer
+
+
+class Considered(Internal, frozen=True, kw_only=True):
+    """The parent has done all that there was to do for one request, and may be given another.
+
+    Said once for each, before or after its answer, which may have to wait for a VM.
+    """
+
+
+ControlToParent = ClientRequest | ClientGone
+ParentToControl = ClientAnswer | Considered | SetVerbosity
+
+
+# parent ↔ priv
+
+
+class SwitchSpec(Part, frozen=True, kw_only=True):
+    """A switch: a bridge of the host, or one that priv makes."""
+
+    name: str
+    interface: str
+    is_ours: bool = False
+    """It is made, and removed when it is in no configuration any more."""
+    address: str = ""
+    """The host's on a bridge that is made, such as `10.0.0.1/24`."""
+    rdomain: int | None = None
+    is_up: bool = True
+
+
+class ForwardSpec(Part, frozen=True, kw_only=True):
+    """A port of the host that leads to one of a guest."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    port: int
+    to_port: int
+
+
+class LocalSpec(Part, frozen=True, kw_only=True):
+    """Addresses of a local interface."""
+
+    host4: str
+    guest4: str
+    host_lladdr: str
+    host6: str = ""
+    """Empty without IPv6, as the next one."""
+    guest6: str = ""
+    """The address that the guest makes for itself."""
+
+
+class TapSpec(Part, frozen=True, kw_only=True):
+    """The host's side of a VM's network interface."""
+
+    name: str
+    """`tap3`; empty for any that is free."""
+    lladdr: str
+    """The guest's."""
+    queues: tuple[int, ...] = ()
+    """Indices of open descriptors of /dev/net/tun; none if the interface is there already."""
+    alias: str
+    bridge: str = ""
+    """The interface of its switch, if it is on one."""
+    group: int = 0
+    rdomain: int | None = None
+    is_up: bool = True
+    is_locked: bool = False
+    mtu: int = 1500
+    local: LocalSpec | None = None
+    forwards: tuple[ForwardSpec, ...] = ()
+
+
+class Configure(Internal, frozen=True, kw_only=True):
+    """What the host's network is to be, apart from the interfaces of VMs; answered by `Configured`.
+
+    Whatever else priv has made, now or before it was killed, is removed.
+    """
+
+    mark: str
+    """What names this daemon; what priv makes bears it."""
+    table: str
+    """Name of the packet filter's tables."""
+    switches: tuple[SwitchSpec, ...] = ()
+    nat4: str = ""
+    """Network whose addresses are hidden from the rest of the world; empty for none."""
+    nat6: str = ""
+    is_partial: bool = False
+    """Interfaces that are there already follow, and then this again: nothing is removed yet."""
+
+
+class Attach(Internal, frozen=True, kw_only=True):
+    """Make the interfaces of a VM; answered by `Attached` or `AttachFailed`.
+
+    Each exists as long as the descriptors do that come along.
+    """
+
+    id: int
+    taps: tuple[TapSpec, ...]
+
+
+class Detach(Internal, frozen=True, kw_only=True):
+    """Forget a VM's interfaces, which are about to go; answered by `Detached`."""
+
+    id: int
+
+
+class AttachedTap(Part, frozen=True, kw_only=True):
+    """An interface that there is."""
+
+    name: str
+    index: int
+    """The kernel's number for it."""
+
+
+class Configured(Internal, frozen=True, kw_only=True):
+    """It is done, as far as it can be; the log says what cannot."""
+
+
+class Attached(Internal, frozen=True, kw_only=True):
+    """A VM's interfaces are there."""
+
+    id: int
+    taps: tuple[AttachedTap, ...]
+    is_filtered: bool
+    """Frames with a wrong lladdr are dropped where they are to be, whoever moves them."""
+
+
+class AttachFailed(Internal, frozen=True, kw_only=True):
+    """A VM has no interfaces; the message is one line."""
+
+    id: int
+    message: str
+
+
+class Detached(Internal, frozen=True, kw_only=True):
+    """Nothing refers to a VM's interfaces any more."""
+
+    id: int
+
+
+ParentToPriv = Configure | Attach | Detach | SetVerbosity
+PrivToParent = Configured | Attached | AttachFailed | Detached
+
+
+# parent ↔ local
+
+
+class ServeLocal(Internal, frozen=True, kw_only=True):
+    """Answer the guest on a local interface: DHCP, router solicitations, DNS."""
+
+    id: int
+    """The VM's."""
+    interface: str
+    """For messages."""
+    lladdr: str
+    """The guest's."""
+    addresses: LocalSpec
+    host_name: str = ""
+    """What the guest is to be called; empty for nothing."""
+    boots_from_net: bool = False
+    frames: int = 0
+    """Index of a packet socket, bound to the interface."""
+    dns: tuple[int, ...] = ()
+    """Indices of UDP sockets, bound to port 53 of the host's addresses there."""
+    resolver: str = ""
+    """The host's own DNS server; empty for none."""
+
+
+class ForgetLocal(Internal, frozen=True, kw_only=True):
+    """Serve none of a VM's interfaces any more."""
+
+    id: int
+
+
+ParentToLocal = ServeLocal | ForgetLocal | SetVerbosity
+
+
+class LocalToParent(Internal, frozen=True, kw_only=True):
+    """Nothing that the local process could say: it only listens."""
+
+
+# parent ↔ vmm ↔ vm
+
+
+class DiskSpec(Part, frozen=True, kw_only=True):
+    """A disk, open."""
+
+    option: DiskOption
+    """As it is configured; its path is for messages."""
+    chain: tuple[int, ...]
+    """Indices of descriptors: the image, then its bases; a server's connection alone."""
+    formats: tuple[DiskKind, ...] = ()
+    """Of each image, raw or qcow2."""
+
+    @property
+    def has_process(self) -> bool:
+        """Whether a device process of ours serves it."""
+        return self.option.kind not in {DiskKind.VHOST_USER, DiskKind.PMEM}
+
+
+class NicSpec(Part, frozen=True, kw_only=True):
+    """A network interface, open; see `vmm_kvm.net.nic` for what the descriptors are.
+
+    With `vhosts` the kernel moves its frames, with taps alone a device process of ours, without
+    both whoever is behind a stream.
+    """
+
+    name: str
+    """Of its tap, for messages."""
+    lladdr: str
+    """As `fe:e1:bb:d1:23:45`."""
+    taps: tuple[int, ...] = ()
+    """Indices of the descriptors of the tap's queues."""
+    vhosts: tuple[int, ...] = ()
+    """Indices of as many descriptors of /dev/vhost-net, or none."""
+    stream: int | None = None
+    """Index of a stream of frames, as passt(1) speaks it."""
+    mtu: int = 1500
+    is_locked: bool = False
+    is_up: bool = True
+    """Whether the guest finds its cable plugged in."""
+
+    @property
+    def has_process(self) -> bool:
+        """Whether a device process of ours moves its frames."""
+        return bool(self.taps) and not self.vhosts
+
+
+class VmSpec(Part, frozen=True, kw_only=True):
+    """All that a VM process needs: numbers, names, and indices of descriptors."""
+
+    id: int
+    name: str
+    memory: int
+    """Bytes, a multiple of 1 MiB."""
+    cpus: int
+    boot: int
+    """Index of the boot image's descriptor."""
+    boot_path: str
+    """For messages."""
+    kernel: int | None = None
+    """Index of the descriptor of what the boot image unpacks to, where that is known."""
+    variables: int | None = None
+    """Index of the descriptor of UEFI variables, where the boot image is UEFI firmware: a file of
+    the VM's own, where what the guest changes is kept."""
+    initrd: tuple[int, ...] = ()
+    append: str | None = None
+    disks: tuple[DiskSpec, ...] = ()
+    cdrom: int | None = None
+    interfaces: tuple[NicSpec, ...] = ()
+    tty: int
+    """Index of the descriptor of the pty's master side."""
+    ring: int
+    """Index of the memory that holds what the console has shown; see `ring`."""
+    boot_device: BootDevice = BootDevice.AUTO
+
+
+class Launch(Internal, frozen=True, kw_only=True):
+    """Make a VM process; answered by `Launched`, or `LaunchFailed`. All descriptors come along."""
+
+    spec: VmSpec
+
+
+class Kill(Internal, frozen=True, kw_only=True):
+    """End a VM process at once; it is told of by `Exited`."""
+
+    id: int
+
+
+class PauseVm(Internal, frozen=True, kw_only=True):
+    """Stand still, and say `VmPaused`."""
+
+
+class UnpauseVm(Internal, frozen=True, kw_only=True):
+    """Go on, and say `VmUnpaused`."""
+
+
+class StopVm(Internal, frozen=True, kw_only=True):
+    """Ask the guest to stop; end when it does or its time is over."""
+
+
+class AttachConsole(Internal, frozen=True, kw_only=True):
+    """Serve the console on the stream whose descriptor comes along, the last 64 KiB first."""
+
+
+class SetLinks(Internal, frozen=True, kw_only=True):
+    """Plug the cables of the network interfaces in or out."""
+
+    are_up: tuple[bool, ...]
+    """Of each, in their order."""
+
+
+class LookAtTerminal(Internal, frozen=True, kw_only=True):
+    """Somebody has opened or closed the slave side of the console's terminal."""
+
+
+class AskStatistics(Internal, frozen=True, kw_only=True):
+    """Say `VmStatistics`."""
+
+
+class Begin(Internal, frozen=True, kw_only=True):
+    """Be the process of this VM: the first command, and the only one that vmm itself gives.
+
+    Descriptors come along: some of those that `spec` names, then counters, a socket and
+    a pipe per disk, then the same per interface that has a process.
+    """
+
+    spec: VmSpec
+    places: tuple[int, ...]
+    """The index in `spec` of each of the first descriptors."""
+    verbosity: int
+
+
+VmCommand = (
+    PauseVm
+    | UnpauseVm
+    | StopVm
+    | AttachConsole
+    | LookAtTerminal
+    | SetLinks
+    | AskStatistics
+    | SetVerbosity
+)
+
+
+VmmToVm = Begin | VmCommand
+
+
+class VmStarted(Internal, frozen=True, kw_only=True):
+    """The machine is made and its image loaded; the guest runs."""
+
+
+class VmUnpacked(Internal, frozen=True, kw_only=True):
+    """The boot image is unpacked; what it unpacks to comes along, in sealed memory."""
+
+
+class VmPaused(Internal, frozen=True, kw_only=True):
+    """No vCPU runs and no device works."""
+
+
+class VmUnpaused(Internal, frozen=True, kw_only=True):
+    """The guest runs again."""
+
+
+class VmStatistics(Internal, frozen=True, kw_only=True):
+    """Counters, as they were asked for."""
+
+    statistics: Statistics
+    memory_used: int
+
+
+class EndReason(StrEnum):
+    """Why a VM process ends of its own accord."""
+
+    POWER_OFF = "power-off"
+    REBOOT = "reboot"
+    """Also a triple fault."""
+    STOPPED = "stopped"
+    """It was asked to stop, and has, or its time was over."""
+    CRASHED = "crashed"
+    """The guest panicked, or KVM cannot go on."""
+    FAILED = "failed"
+    """The machine could not be made."""
+
+
+class VmEnding(Internal, frozen=True, kw_only=True):
+    """The VM process is about to end; nothing follows but its exit."""
+
+    reason: EndReason
+    code: ErrorCode = ErrorCode.EIO
+    """Where it could not be made."""
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
+
+
+VmReport = VmStarted | VmUnpacked | VmPaused | VmUnpaused | VmStatistics | VmEnding
+
+
+class ToVm(Internal, frozen=True, kw_only=True):
+    """Something for a VM process; descriptors are passed on."""
+
+    id: int
+    command: VmCommand
+
+
+class FromVm(Internal, frozen=True, kw_only=True):
+    """Something that a VM process said."""
+
+    id: int
+    report: VmReport
+
+
+class Launched(Internal, frozen=True, kw_only=True):
+    """The VM process exists; its guest may not run yet."""
+
+    id: int
+    pid: int
+
+
+class LaunchFailed(Internal, frozen=True, kw_only=True):
+    """There is no VM process."""
+
+    id: int
+    code: ErrorCode
+    message: str = ""
+
+
+class Exited(Internal, frozen=True, kw_only=True):
+    """A VM process is gone and reaped."""
+
+    id: int
+    pid: int
+    status: int
+    """As waitpid says it: the exit code, or minus the signal's number."""
+    ending: VmEnding | None = None
+    """What it said last, if it could."""
+
+
+ParentToVmm = Launch | Kill | ToVm | SetVerbosity
+VmmToParent = Launched | LaunchFailed | FromVm | Exited
+
+
+# vmm ↔ zygote
+
+
+class Role(StrEnum):
+    """What a process that the zygote forks is to be."""
+
+    VM = "vm"
+    DISK = "disk"
+    NIC = "nic"
+
+
+class Fork(Internal, frozen=True, kw_only=True):
+    """Fork a process, which has the connection whose descriptor comes along, and waits on it."""
+
+    role: Role
+    rehearses: bool
+    """Whether it has the time to do what it will do, and forget it, before it waits."""
+
+
+class Forked(Internal, frozen=True, kw_only=True):
+    """There is such a process, and it is a child of vmm."""
+
+    pid: int
+
+
+class ForkFailed(Internal, frozen=True, kw_only=True):
+    """There is none; `message` is one line."""
+
+    message: str
+
+
+class EndProcess(Internal, frozen=True, kw_only=True):
+    """Kill the process whose pidfd comes along: only those that forked it have that right."""
+
+
+VmmToZygote = Fork | EndProcess
+ZygoteToVmm = Forked | ForkFailed
+
+
+# vmm → device
+
+
+class BeginDisk(Internal, frozen=True, kw_only=True):
+    """Serve this disk of the VM called `vm`.
+
+    The image and its bases come along, then counters, a socket and a pipe.
+    """
+
+    disk: DiskSpec
+    vm: str
+    verbosity: int
+
+    @property
+    def device(self) -> str:
+        """What messages call it."""
+        return self.disk.option.path
+
+
+class BeginNic(Internal, frozen=True, kw_only=True):
+    """Move the frames of this interface of the VM called `vm`.
+
+    The tap's queues come along, then counters, a socket and a pipe.
+    """
+
+    nic: NicSpec
+    vm: str
+    verbosity: int
+
+    @property
+    def device(self) -> str:
+        """What messages call it."""
+        return self.nic.name
+
+
+VmmToDevice = BeginDisk | BeginNic
+
+PARENT_AND_CONTROL: Wire[ParentToControl, ControlToParent] = Wire(
+    ControlToParent, WireEncoding.MSGPACK
+)
+CONTROL_AND_PARENT: Wire[ControlToParent, ParentToControl] = Wire(
+    ParentToControl, WireEncoding.MSGPACK
+)
+PARENT_AND_PRIV: Wire[ParentToPriv, PrivToParent] = Wire(PrivToParent, WireEncoding.MSGPACK)
+PRIV_AND_PARENT: Wire[PrivToParent, ParentToPriv] = Wire(ParentToPriv, WireEncoding.MSGPACK)
+PARENT_AND_LOCAL: Wire[ParentToLocal, LocalToParent] = Wire(LocalToParent, WireEncoding.MSGPACK)
+LOCAL_AND_PARENT: Wire[LocalToParent, ParentToLocal] = Wire(ParentToLocal, WireEncoding.MSGPACK)
+PARENT_AND_VMM: Wire[ParentToVmm, VmmToParent] = Wire(VmmToParent, WireEncoding.MSGPACK)
+VMM_AND_PARENT: Wire[VmmToParent, ParentToVmm] = Wire(ParentToVmm, WireEncoding.MSGPACK)
+VMM_AND_VM: Wire[VmmToVm, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)
+VM_AND_VMM: Wire[VmReport, VmmToVm] = Wire(VmmToVm, WireEncoding.MSGPACK)
+VMM_AND_ZYGOTE: Wire[VmmToZygote, ZygoteToVmm] = Wire(ZygoteToVmm, WireEncoding.MSGPACK)
+ZYGOTE_AND_VMM: Wire[ZygoteToVmm, VmmToZygote] = Wire(VmmToZygote, WireEncoding.MSGPACK)
+# A device process has nothing to say to vmm.
+VMM_AND_DEVICE: Wire[VmmToDevice, None] = Wire(None, WireEncoding.MSGPACK)
+DEVICE_AND_VMM: Wire[None, VmmToDevice] = Wire(VmmToDevice, WireEncoding.MSGPACK)

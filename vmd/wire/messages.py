@@ -1,0 +1,425 @@
+"""The control protocol: what clients ask of the daemon, and what it answers.
+
+Each message is one packet of a SOCK_SEQPACKET socket: a JSON object whose `type` names it.
+Descriptors travel beside it by SCM_RIGHTS; a field that names one holds its index among them.
+Clients are told apart by SO_PEERCRED, never by what they say.
+
+Every request gets exactly one answer, which carries the request's `serial`: a client may have
+several under way, and an answer may be long in coming. A long list of VMs comes in parts, all but
+the last with `has_more`; after the answer to `events`, every event until the connection ends.
+
+`docs/protocol.md` is made from this module.
+
+Source: section 5.5 of OpenBSD's behaviour, for what is said; not for how.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+from vmd.config.model import BootDevice
+from vmd.wire.encoding import Wire, WireEncoding
+
+PROTOCOL_VERSION = 1
+
+CONSOLE_INPUT = b"\x00"
+"""First byte of a packet to a console's stream: the rest was typed."""
+CONSOLE_BREAK = b"\x01"
+"""The packet to a console's stream that is a BREAK."""
+
+
+VmId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+Word = Annotated[str, msgspec.Meta(max_length=255)]
+"""A name; whether it is a good one is for policy to say."""
+Path = Annotated[str, msgspec.Meta(max_length=4096)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+"""Bytes."""
+Index = Annotated[int, msgspec.Meta(ge=0, le=252)]
+"""Of a descriptor among those that came with the message."""
+
+
+class ErrorCode(StrEnum):
+    """Why a request failed; those with an errno's name mean what it means.
+
+    Source: sections 1.1 and 1.2 of OpenBSD's behaviour.
+    """
+
+    BIOS_MISSING = "bios-missing"
+    """The boot firmware cannot be opened."""
+    DISK_MISSING = "disk-missing"
+    """A disk cannot be opened or is in use, or the VM has no devices at all."""
+    CDROM_MISSING = "cdrom-missing"
+    """The ISO image cannot be opened."""
+    CDROM_INVALID = "cdrom-invalid"
+    """The ISO image is not a regular file."""
+    TEMPLATE_INVALID = "template-invalid"
+    """There is no VM to make an instance of."""
+    NOT_RUNNING = "not-running"
+    """The VM is not running."""
+    EPERM = "EPERM"
+    ENOENT = "ENOENT"
+    EINTR = "EINTR"
+    EIO = "EIO"
+    EAGAIN = "EAGAIN"
+    ENOMEM = "ENOMEM"
+    EBUSY = "EBUSY"
+    EEXIST = "EEXIST"
+    EINVAL = "EINVAL"
+    EALREADY = "EALREADY"
+    ENOSPC = "ENOSPC"
+    ENAMETOOLONG = "ENAMETOOLONG"
+    EPROCLIM = "EPROCLIM"
+    """There is such a VM already. (OpenBSD: too many processes.)"""
+    COMMAND_FAILED = "command-failed"
+    """The configuration has errors, or the daemon could not do it; its log says why."""
+    VERSION = "version"
+    """The daemon does not speak the version that the request names."""
+
+
+class State(StrEnum):
+    """What a VM is doing, in OpenBSD's words."""
+
+    STOPPED = "stopped"
+    WAITING = "waiting"
+    """It will be started, in its turn."""
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+
+
+class ResetMode(StrEnum):
+    """What `reset` forgets."""
+
+    ALL = "all"
+    SWITCHES = "switches"
+    VMS = "vms"
+
+
+class EventKind(StrEnum):
+    """What has happened to a VM."""
+
+    REGISTERED = "registered"
+    WAITING = "waiting"
+    STARTING = "starting"
+    STARTED = "started"
+    PAUSED = "paused"
+    UNPAUSED = "unpaused"
+    STOPPING = "stopping"
+    REBOOTED = "rebooted"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    REMOVED = "removed"
+
+
+class Part(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """A part of a message."""
+
+
+def _tag(name: str) -> str:
+    """`ConsoleOpened` is `console-opened` on the wire."""
+    return "".join(f"-{char.lower()}" if char.isupper() else char for char in name).lstrip("-")
+
+
+class Request(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag=_tag,
+):
+    """What every request has."""
+
+    serial: Size = 0
+    """The client's own number for it, which its answer repeats."""
+    version: Size = PROTOCOL_VERSION
+    """Of the protocol."""
+
+
+class VmRequest(Request, frozen=True, kw_only=True):
+    """A request about one VM, named by its id, or by its name where the id is 0."""
+
+    id: VmId = 0
+    """The VM's; 0 where it is named."""
+    name: Word = ""
+    """The VM's; of no meaning where there is an id."""
+
+
+class DiskRequest(Part, frozen=True, kw_only=True):
+    """A disk of a VM to be started; the daemon opens it with the client's rights."""
+
+    path: Path
+    """Absolute."""
+    format: Word = ""
+    """`raw` or `qcow2`; found out if empty."""
+    is_read_only: bool = False
+    serial: Word = ""
+    """What the guest reads as the disk's identity; at most 20 bytes."""
+    queues: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+
+
+class InterfaceRequest(Part, frozen=True, kw_only=True):
+    """A network interface of a VM to be started."""
+
+    is_local: bool = False
+    """It has an address of the local prefix, by DHCP."""
+    switch: Word = ""
+    """Name of the switch that it is on."""
+
+
+class Start(VmRequest, frozen=True, kw_only=True):
+    """Start a VM that exists, or make one, or make an instance of one; answered by `started`.
+
+    What is left out stays as it is configured. Answered once the VM runs.
+    """
+
+    instance: Word = ""
+    """The VM whose instance to make."""
+    memory: Size | None = None
+    """Bytes."""
+    cpus: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)] | None = None
+    """How many, 1 to 64."""
+    kernel: Index | None = None
+    """Index of the descriptor of a kernel or firmware image, for this start only."""
+    kernel_path: Path = ""
+    """Where it is, for messages."""
+    initrd: Annotated[tuple[Index, ...], msgspec.Meta(max_length=32)] = ()
+    """Indices of the descriptors of initial RAM disks; more than one only for Multiboot."""
+    append: Path | None = None
+    """Kernel command line."""
+    firmware: Path = ""
+    """`bios`, `uefi` or a path."""
+    disks: Annotated[tuple[DiskRequest, ...], msgspec.Meta(max_length=64)] = ()
+    interfaces: Annotated[tuple[InterfaceRequest, ...], msgspec.Meta(max_length=64)] = ()
+    cdrom: Path = ""
+    """Absolute path."""
+    boot_device: BootDevice = BootDevice.AUTO
+
+
+class Stop(VmRequest, frozen=True, kw_only=True):
+    """Stop a VM; answered by `done` when it is asked to, or by `terminated`."""
+
+    force: bool = False
+    """End it at once, without asking the guest."""
+    wait: bool = False
+    """Answer when it has ended."""
+
+
+class Wait(VmRequest, frozen=True, kw_only=True):
+    """Wait until a VM ends or reboots; answered by `terminated`."""
+
+
+class Pause(VmRequest, frozen=True, kw_only=True):
+    """Pause a VM; answered by `done` when all of it stands still."""
+
+
+class Unpause(VmRequest, frozen=True, kw_only=True):
+    """Let a paused VM go on; answered by `done`."""
+
+
+class Console(VmRequest, frozen=True, kw_only=True):
+    """Attach to a VM's console; answered by `console-opened`."""
+
+
+class Status(VmRequest, frozen=True, kw_only=True):
+    """List VMs: one, or all where neither id nor name is given; answered by `vms`."""
+
+    statistics: bool = False
+    """With counters of what running VMs have used."""
+    interfaces: bool = False
+    """With the network interfaces of each."""
+
+
+class Events(Request, frozen=True, kw_only=True):
+    """Tell of every event from now on: `event`s, after `done`."""
+
+
+class Load(Request, frozen=True, kw_only=True):
+    """Read another configuration file in addition; root only. Answered by `done`."""
+
+    path: Path
+
+
+class Reload(Request, frozen=True, kw_only=True):
+    """Forget VMs that are not running and read the configuration again; root only."""
+
+
+class Reset(Request, frozen=True, kw_only=True):
+    """End all VMs, forget switches, or both; root only. Answered by `done`."""
+
+    mode: ResetMode = ResetMode.ALL
+
+
+class Log(Request, frozen=True, kw_only=True):
+    """Set how much the daemon logs: 0 brief, 2 verbose; root only. Answered by `done`."""
+
+    level: Annotated[int, msgspec.Meta(ge=0, le=2)]
+
+
+AnyRequest = (
+    Start | Stop | Wait | Pause | Unpause | Console | Status | Events | Load | Reload | Reset | Log
+)
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=_tag):
+    """What every answer has. A client ignores fields that it does not know."""
+
+    serial: int = 0
+    """The request's."""
+
+
+class Done(Answer, frozen=True, kw_only=True):
+    """It is done, or under way."""
+
+    id: int = 0
+    """The VM's, if the request named one."""
+
+
+class Failed(Answer, frozen=True, kw_only=True):
+    """It is not done, and nothing has changed."""
+
+    code: ErrorCode
+    message: str = ""
+    """What and why, in one line; may be empty."""
+
+
+class Started(Answer, frozen=True, kw_only=True):
+    """The VM runs."""
+
+    id: int
+    pid: int
+    tty: str
+    """Path of its console."""
+
+
+class Terminated(Answer, frozen=True, kw_only=True):
+    """The VM has ended, or has rebooted."""
+
+    id: int
+
+
+class ConsoleOpened(Answer, frozen=True, kw_only=True):
+    """The console's stream: a SOCK_SEQPACKET socket that first repeats the last 64 KiB.
+
+    What it sends are packets of output. What it takes are packets that begin with a byte 0, and
+    then what was typed; or a packet of one byte 1, which is a BREAK. It ends with the VM.
+    """
+
+    id: int
+    tty: str
+    stream: int = 0
+    """Index of the stream's descriptor."""
+
+
+class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """What a VM has used since its process began."""
+
+    cpu_ns: int = 0
+    """Processor time of all its processes, in nanoseconds."""
+    disk_read: int = 0
+    """Bytes."""
+    disk_written: int = 0
+    net_received: int = 0
+    net_sent: int = 0
+
+
+class ForwardInfo(
+    Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False
+):
+    """A port of the host's addresses that leads to a guest."""
+
+    protocol: str
+    """`tcp` or `udp`."""
+    port: int
+    to_port: int
+
+
+class InterfaceInfo(
+    Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False
+):
+    """A network interface of a VM: as it is configured, and what there is of it while it runs."""
+
+    lladdr: str
+    tap: str = ""
+    """The host's side, if there is one now."""
+    switch: str = ""
+    is_local: bool = False
+    is_locked: bool = False
+    is_up: bool = True
+    """The guest finds its cable plugged in, if the VM runs; else what is configured."""
+    mtu: int = 1500
+    queues: int = 1
+    """Pairs of queues."""
+    group: str = ""
+    rdomain: int | None = None
+    host_addresses: tuple[str, ...] = ()
+    """The host's addresses on it, with the bits of their networks: of a local interface."""
+    guest_addresses: tuple[str, ...] = ()
+    """What the guest is given, or makes of what is advertised."""
+    forwards: tuple[ForwardInfo, ...] = ()
+    received: int = 0
+    """Bytes that the guest has received since the host's side was made, as the next ones."""
+    received_packets: int = 0
+    sent: int = 0
+    sent_packets: int = 0
+    dropped: int = 0
+    """Frames that the guest had no room for."""
+
+
+class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """A VM as `vmctl status` shows it."""
+
+    id: int
+    name: str
+    state: State
+    cpus: int
+    memory: int
+    """Bytes that the guest has at most."""
+    memory_used: int | None = None
+    """Bytes of the host's memory that it holds now."""
+    pid: int | None = None
+    tty: str = ""
+    """Path of the console; empty if there is none."""
+    uid: int = 0
+    """Of the owner."""
+    gid: int | None = None
+    """Of the owning group, if there is one."""
+    is_from_config: bool = False
+    """It stays when it is stopped; others vanish."""
+    started_at: float | None = None
+    """Seconds since 1970-01-01 UTC."""
+    statistics: Statistics | None = None
+    interfaces: tuple[InterfaceInfo, ...] = ()
+    """If they are asked for."""
+
+
+class Vms(Answer, frozen=True, kw_only=True):
+    """VMs: those that run first, the latest of them foremost; then the others as they came."""
+
+    vms: tuple[VmInfo, ...]
+    has_more: bool = False
+    """Another part follows."""
+
+
+class Event(Answer, frozen=True, kw_only=True):
+    """Something has happened to a VM."""
+
+    kind: EventKind
+    id: int
+    name: str
+    at: float
+    """Seconds since 1970-01-01 UTC."""
+    message: str = ""
+    """Why, in one line, where there is something to say."""
+
+
+AnyAnswer = Done | Failed | Started | Terminated | ConsoleOpened | Vms | Event
+
+VMS_PER_PART = 128
+"""How many VMs a `vms` holds at most."""
+
+DAEMON_TO_CLIENT: Wire[AnyAnswer, AnyRequest] = Wire(AnyRequest, WireEncoding.JSON)
+CLIENT_TO_DAEMON: Wire[AnyRequest, AnyAnswer] = Wire(AnyAnswer, WireEncoding.JSON)

@@ -1,0 +1,1 @@
+"""The zygote: holds /dev/kvm and forks what vmm asks for."""

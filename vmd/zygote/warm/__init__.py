@@ -1,0 +1,1 @@
+"""What makes forks of the zygote cheap: rehearsal, gathering, packing."""

@@ -1,0 +1,1 @@
+"""Processors, and the machines that are built around them: one folder each."""

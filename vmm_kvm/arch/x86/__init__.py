@@ -1,0 +1,1 @@
+"""The PC and its processor: CPUID, registers, layout, firmware tables, boot protocols."""

@@ -1,0 +1,79 @@
+"""Firmware: a flat image that ends at 4 GiB and runs from the reset vector.
+
+The image is read-only memory there; the machine maps it. Its last part also lies at the end of the
+first MiB, in RAM, where real-mode code expects itself and may write. Images of any size are
+accepted, as OpenBSD's vmd does, with a limit of 16 MiB instead of 1 MiB.
+"""
+
+from typing import NamedTuple
+
+from vmm_kvm.arch.x86.boot_config import BootConfig, refuse
+from vmm_kvm.arch.x86.entry import RESET_VECTOR, Entry
+from vmm_kvm.arch.x86.layout import FIRMWARE_END, LOW_FIRMWARE_END, LOW_FIRMWARE_MAX
+from vmm_kvm.bits import MIB, PAGE_SIZE, align_up
+from vmm_kvm.boot.source import Source
+from vmm_kvm.errors import BootError
+from vmm_kvm.limits import FIRMWARE_MAX
+from vmm_kvm.memory import GuestMemory
+
+_RESET_VECTOR_SIZE = 16
+# What firmware begins with: far, near and short jumps, also with an operand size prefix; nop, cli,
+# cld, wbinvd, invd.
+_FIRST_INSTRUCTIONS = (
+    b"\xea", b"\xe9", b"\xeb", b"\x66\xea", b"\x66\xe9", b"\x90", b"\xfa", b"\xfc", b"\x0f\x09",
+    b"\x0f\x08",
+)  # fmt: skip
+_ERASED = b"\xff"
+_VOLUME_SIGNATURE, _VOLUME_SIGNATURE_AT = b"_FVH", 40
+
+
+class FirmwareImage(NamedTuple):
+    """A firmware image as the processor sees it below 4 GiB."""
+
+    name: str
+    rom: bytes
+    """Its contents: whole pages, padded in front with 0xff as flash memory is."""
+    size: int
+    """Bytes of it that come from the file; they end at 4 GiB."""
+
+    @property
+    def is_uefi(self) -> bool:
+        """Whether it is UEFI firmware: it begins with a firmware volume (UEFI PI 1.8 §3.2.1)."""
+        start = len(self.rom) - self.size + _VOLUME_SIGNATURE_AT
+        return self.rom[start : start + len(_VOLUME_SIGNATURE)] == _VOLUME_SIGNATURE
+
+    @property
+    def rom_base(self) -> int:
+        """Guest-physical address of the ROM."""
+        return FIRMWARE_END - len(self.rom)
+
+
+def probe_firmware(source: Source) -> FirmwareImage:
+    """Read an image that is nothing else; it must have code at the reset vector.
+
+    Raises:
+        BootError: it has not, or is too large.
+    """
+    name, size = source.name, source.size
+    start = source.read(size - _RESET_VECTOR_SIZE, 16) if size >= _RESET_VECTOR_SIZE else b""
+    if not start.startswith(_FIRST_INSTRUCTIONS):
+        raise BootError(f"{name}: not a kernel or firmware image")
+    if size > FIRMWARE_MAX:
+        raise BootError(
+            f"{name}: firmware: {size:#x} bytes, at most {FIRMWARE_MAX // MIB} MiB are possible"
+        )
+    return FirmwareImage(name, source.read(0, size).rjust(align_up(size, PAGE_SIZE), _ERASED), size)
+
+
+def load_firmware(image: FirmwareImage, memory: GuestMemory, config: BootConfig) -> Entry:
+    """Place the copy below 1 MiB; return the processor's reset state.
+
+    Raises:
+        BootError: an option is set that firmware cannot use, or RAM does not reach 1 MiB.
+    """
+    refuse(image.name, "firmware", config, command_line=True, initrd=True, modules=True)
+    size = min(image.size, LOW_FIRMWARE_MAX)
+    if not memory.contains(LOW_FIRMWARE_END - size, size):
+        raise BootError(f"{image.name}: firmware: needs 1 MiB of memory")
+    memory.write(LOW_FIRMWARE_END - size, image.rom[-size:])
+    return RESET_VECTOR

@@ -1,0 +1,137 @@
+"""Boot images: what a file is, and how it gets into guest memory.
+
+`open_image` decides by contents, in this order:
+
+1. gzip data is unpacked, and must be an ELF executable;
+2. an ELF executable is, by the first that it has: a PVH kernel by its note, a Multiboot kernel by
+   its header, Linux or OpenBSD by their marks, and without any of these Linux if it is 64-bit and
+   entered at a physical address within a segment, else OpenBSD;
+3. the signature HdrS makes a Linux bzImage;
+4. a Multiboot header makes a Multiboot kernel that says where to load it;
+5. code at the reset vector makes firmware.
+
+Whatever can be checked without a machine is checked here; `load` checks sizes against its memory.
+"""
+
+from typing import assert_never
+
+from vmm_kvm.arch.x86.bios import FirmwareImage, load_firmware, probe_firmware
+from vmm_kvm.arch.x86.boot_config import BootConfig, BootDevice, place_smbios
+from vmm_kvm.arch.x86.bzimage import is_bzimage
+from vmm_kvm.arch.x86.entry import Entry
+from vmm_kvm.arch.x86.linux import ElfImage, LinuxImage, load_linux, load_vmlinux, probe_linux
+from vmm_kvm.arch.x86.multiboot import SEARCH_SIZE, MultibootImage, load_multiboot, probe_multiboot
+from vmm_kvm.arch.x86.openbsd import OpenbsdImage, is_openbsd, load_openbsd, probe_openbsd
+from vmm_kvm.arch.x86.pvh import PvhImage, load_pvh, pvh_entry
+from vmm_kvm.bits import MIB
+from vmm_kvm.boot.elf import EM_X86_64, MAGIC, Elf, read_elf, read_notes
+from vmm_kvm.boot.payload import payload_format, unpack
+from vmm_kvm.boot.source import BytesSource, FileSource, Source
+from vmm_kvm.errors import BootError
+from vmm_kvm.memory import GuestMemory
+
+__all__ = [
+    "BootConfig",
+    "BootDevice",
+    "BootImage",
+    "ElfImage",
+    "FirmwareImage",
+    "LinuxImage",
+    "MultibootImage",
+    "OpenbsdImage",
+    "PvhImage",
+    "load",
+    "open_image",
+    "probe_image",
+]
+
+BootImage = LinuxImage | PvhImage | ElfImage | MultibootImage | OpenbsdImage | FirmwareImage
+
+_UNPACKED_MAX = 256 * MIB
+"""A gzipped kernel says how large it is; more than this is not believed."""
+_ARM64_MAGIC = b"ARM\x64"
+_ARM64_MAGIC_AT = 56
+_LINUX_NOTE_OWNER = b"Linux"
+
+
+def open_image(path: str) -> BootImage:
+    """Open the file at `path`, find out what it is, and check it.
+
+    The image keeps the file open, save for firmware, until it is collected.
+
+    Raises:
+        BootError: the file cannot be read, or is damaged, or nothing that boots here.
+    """
+    return probe_image(FileSource.open(path))
+
+
+def probe_image(source: FileSource) -> BootImage:
+    """Find out what `source` is, and check it; the image keeps `source`, save for firmware.
+
+    Raises:
+        BootError: it cannot be read, or is damaged, or nothing that boots here.
+    """
+    head = source.read(0, min(source.size, SEARCH_SIZE))
+    if payload_format(head) == "gzip":
+        unpacked = unpack(source.name, source.read(0, source.size), _UNPACKED_MAX)
+        if not unpacked.startswith(MAGIC):
+            raise BootError(f"{source.name}: gzip data, but not an ELF executable inside")
+        return _probe_elf(BytesSource(source.name, unpacked))
+    if head.startswith(MAGIC):
+        return _probe_elf(source)
+    if is_bzimage(head):
+        return probe_linux(source)
+    if (image := probe_multiboot(source, None)) is not None:
+        return image
+    if head[_ARM64_MAGIC_AT : _ARM64_MAGIC_AT + len(_ARM64_MAGIC)] == _ARM64_MAGIC:
+        raise BootError(f"{source.name}: built for AArch64, not x86")
+    return probe_firmware(source)
+
+
+def _probe_elf(source: Source) -> BootImage:
+    elf = read_elf(source)
+    notes = read_notes(elf)
+    if (entry := pvh_entry(elf, notes)) is not None:
+        return PvhImage(elf, entry)
+    if (image := probe_multiboot(source, elf)) is not None:
+        return image
+    if any(note.owner == _LINUX_NOTE_OWNER for note in notes):
+        return _probe_vmlinux(elf)
+    if not is_openbsd(elf, notes) and elf.is_64 and elf.holds_physical(elf.entry):
+        return _probe_vmlinux(elf)
+    return probe_openbsd(elf)
+
+
+def _probe_vmlinux(elf: Elf) -> ElfImage:
+    if not elf.is_64 or elf.machine != EM_X86_64:
+        raise BootError(f"{elf.source.name}: a 32-bit vmlinux without a PVH entry is not supported")
+    if not elf.holds_physical(elf.entry):
+        raise BootError(f"{elf.source.name}: entry {elf.entry:#x}: outside the kernel")
+    return ElfImage(elf)
+
+
+def load(image: BootImage, memory: GuestMemory, config: BootConfig) -> Entry:
+    """Place `image` and all that `config` names into `memory`; return how to enter it.
+
+    `memory` is fresh: all of it is zero. It has to be made anew if this raises.
+
+    Raises:
+        BootError: something does not fit, cannot be read, or is of no use to this kind of image.
+    """
+    if not isinstance(image, FirmwareImage):
+        place_smbios(memory, config)
+    match image:
+        case LinuxImage():
+            return load_linux(image, memory, config)
+        case ElfImage():
+            return load_vmlinux(image, memory, config)
+        case PvhImage():
+            return load_pvh(image, memory, config)
+        case MultibootImage():
+            return load_multiboot(image, memory, config)
+        case OpenbsdImage():
+            return load_openbsd(image, memory, config)
+        case FirmwareImage():
+            return load_firmware(image, memory, config)
+        case _:
+            assert_never(image)

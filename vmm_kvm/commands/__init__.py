@@ -1,0 +1,1 @@
+"""Programs of their own: a device served by vhost-user to any VMM."""

@@ -1,0 +1,184 @@
+"""Opening a disk image: which format a file has, its chain of bases, and who may write.
+
+An overlay is opened with its whole chain of bases, each read-only. Whoever may not open files by
+name is handed their descriptors instead: the files that an image needs are told by
+`image_chain`, and `open_image` takes them as `bases`.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.image import Format, Layer, StoredImage
+from vmm_kvm.block.locks import lock
+from vmm_kvm.block.raw import RawImage
+from vmm_kvm.errors import ImageError
+
+if TYPE_CHECKING:
+    from vmm_kvm.block.qcow2.header import Backing, Header
+
+CHAIN_MAX = 4
+"""Files in one chain: an image and at most three bases. Source: section 1 of OpenBSD's limits."""
+
+_QCOW2_MAGIC = b"QFI\xfb"
+
+
+def probe(data: bytes) -> Format:
+    """Tell the format of a file by its first four bytes.
+
+    Only where nobody has said the format: the guest of a raw disk can write any signature.
+
+    Source: section 2.5 of OpenBSD's behaviour.
+    """
+    return Format.QCOW2 if data[:4] == _QCOW2_MAGIC else Format.RAW
+
+
+def open_image(
+    source: str | int,
+    disk_format: Format | None,
+    read_only: bool,
+    *,
+    name: str | None = None,
+    bases: Sequence[Layer] | None = None,
+) -> StoredImage:
+    """Open a disk image and, read-only, its bases; each is locked as QEMU locks it.
+
+    Takes ownership of `source`, and of those in `bases`, if they are descriptors, whatever
+    happens. `name` is for messages, by default the path. Without `bases` they are found by the
+    paths and formats in the images; with them, no path is followed.
+
+    Raises:
+        ImageError: a file is missing, in use, of a wrong or unsupported kind, or corrupt.
+    """
+    with ExitStack() as stack:
+        for descriptor in (source, *(base.source for base in bases or ())):
+            if isinstance(descriptor, int):
+                stack.callback(os.close, descriptor)
+        handed = None if bases is None else list(bases)
+        layer = Layer(source, disk_format)
+        is_probed = disk_format is None
+        files: list[tuple[HostFile, Header | None]] = []
+        while True:
+            file = _open_file(layer.source, name, stack, writes=not (read_only or files))
+            header = _header(file, layer.disk_format)
+            files.append((file, header))
+            if header is None or header.backing is None:
+                break
+            if len(files) == CHAIN_MAX:
+                raise ImageError(f"{files[0][0].name}: more than {CHAIN_MAX - 1} base images")
+            if handed is None:
+                layer = _base(layer.source, header.backing)
+            elif handed:
+                layer = handed.pop(0)
+            else:
+                raise ImageError(f"{file.name}: its base image is missing")
+            name = None
+        if handed:
+            raise ImageError(f"{files[0][0].name}: more base images than it refers to")
+        image: StoredImage | None = None
+        while files:
+            image = _make(*files.pop(), image, is_probed=is_probed)
+        assert image is not None
+        stack.pop_all()
+        return image
+
+
+def image_chain(
+    path: str, disk_format: Format | None, open_file: Callable[[str], int] | None = None
+) -> list[Layer]:
+    """Return the files that the image at `path` needs: itself, then its bases, all by path.
+
+    Nothing is locked. Every layer's format is known in the result. With `open_file`, it is called
+    once for each of them in this order, and returns a descriptor for reading, which stays the
+    caller's: what comes of a path is looked at once.
+
+    Raises:
+        ImageError: a file is missing, of an unsupported kind, or its header is corrupt.
+    """
+    chain: list[Layer] = []
+    layer: Layer | None = Layer(path, disk_format)
+    while layer is not None:
+        if len(chain) == CHAIN_MAX:
+            raise ImageError(f"{path}: more than {CHAIN_MAX - 1} base images")
+        with ExitStack() as stack:
+            source = layer.source if open_file is None else open_file(str(layer.source))
+            file = _open_file(source, str(layer.source), stack, writes=False, locks=False)
+            header = _header(file, layer.disk_format)
+        chain.append(Layer(layer.source, Format.QCOW2 if header else Format.RAW))
+        layer = _base(layer.source, header.backing) if header and header.backing else None
+    return chain
+
+
+def _open_file(
+    source: str | int, name: str | None, stack: ExitStack, *, writes: bool, locks: bool = True
+) -> HostFile:
+    if isinstance(source, int):
+        descriptor = source
+        name = name or f"descriptor {source}"
+    else:
+        name = name or source
+        # Not to wait for a writer if the path turns out to be a FIFO.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            descriptor = os.open(source, flags | (os.O_RDWR if writes else os.O_RDONLY))
+        except OSError as err:
+            raise ImageError(f"{name}: {err.strerror}") from err
+        except ValueError as err:  # a null character
+            raise ImageError(f"{name!r}: {err}") from err
+        stack.callback(os.close, descriptor)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ImageError(f"{name}: neither a regular file nor a block device")
+    if locks:
+        lock(descriptor, name, writes=writes)
+    return HostFile(descriptor, name, is_read_only=not writes)
+
+
+def _header(file: HostFile, disk_format: Format | None) -> "Header | None":
+    """Return the header of a qcow2 image, None for a raw one."""
+    try:
+        if disk_format is None:
+            disk_format = probe(bytes(file.read(0, len(_QCOW2_MAGIC))))
+        if disk_format is Format.RAW:
+            return None
+        # A raw disk needs nothing of the other format.
+        from vmm_kvm.block.qcow2.header import read_header  # noqa: PLC0415
+
+        return read_header(file)
+    except OSError as err:
+        raise ImageError(f"{file.name}: {err.strerror}") from err
+
+
+def _base(source: str | int, backing: "Backing") -> Layer:
+    """Return where the base of the image at `source` is said to be."""
+    path = backing.path
+    if ":" in path.partition("/")[0]:  # a protocol, or QEMU's options in JSON
+        raise ImageError(f"base image {path}: not a path")
+    if not path.startswith("/"):
+        if isinstance(source, int):
+            raise ImageError(f"base image {path}: a relative path, and no directory to begin at")
+        path = os.path.join(os.path.dirname(source), path)  # noqa: PTH118, PTH120 - bytes as they are
+    named = backing.disk_format
+    if named is None:
+        return Layer(path, None)
+    try:
+        return Layer(path, Format(named))
+    except ValueError:
+        raise ImageError(f"base image {path}: format {named} is not supported") from None
+
+
+def _make(
+    file: HostFile, header: "Header | None", base: StoredImage | None, *, is_probed: bool
+) -> StoredImage:
+    try:
+        if header is None:
+            return RawImage(file, is_probed=is_probed)
+        # A raw disk needs nothing of the other format.
+        from vmm_kvm.block.qcow2.image import Qcow2Image  # noqa: PLC0415
+
+        return Qcow2Image(file, header, base)
+    except OSError as err:
+        raise ImageError(f"{file.name}: {err.strerror}") from err

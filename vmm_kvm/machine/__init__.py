@@ -1,0 +1,1 @@
+"""A whole machine: its specification, its wiring, the threads that run it."""

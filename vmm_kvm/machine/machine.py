@@ -1,0 +1,557 @@
+"""The machine: from a specification to KVM objects, buses and devices, wired together.
+
+Wiring only: what a chip does is in `devices`, what an address is in `arch.x86.layout`, what a vCPU
+thread does in `runner`. A reboot makes a new Machine: nothing of the old one can be left over.
+
+Memory slots are set before the interrupt controllers are made: 0.07 ms against 7.4 ms.
+"""
+
+import ctypes
+import enum
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from vmm_kvm.arch.x86 import layout
+from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables, loader_files
+from vmm_kvm.arch.x86.boot_config import BootDevice
+from vmm_kvm.arch.x86.cpuid import guest_cpuid
+from vmm_kvm.arch.x86.e820 import encode, firmware_e820_map
+from vmm_kvm.arch.x86.entry_state import load_entry
+from vmm_kvm.arch.x86.image import BootConfig, BootImage, FirmwareImage, load
+from vmm_kvm.arch.x86.smbios import build_smbios, name_uuid
+from vmm_kvm.bits import MIB
+from vmm_kvm.boot.cache import default_directory
+from vmm_kvm.boot.source import FileSource
+from vmm_kvm.bus import Bus
+from vmm_kvm.clock import Clock
+from vmm_kvm.devices.acpi_pm import AcpiPm
+from vmm_kvm.devices.debug_exit import DebugExit
+from vmm_kvm.devices.debugcon import Debugcon
+from vmm_kvm.devices.fw_cfg import FwCfg
+from vmm_kvm.devices.i8042 import I8042Reset
+from vmm_kvm.devices.mc146818 import Mc146818
+from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
+from vmm_kvm.devices.uart16550 import Uart16550
+from vmm_kvm.errors import KvmError, SpecError
+from vmm_kvm.kvm.eventfds import EventFds
+from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
+from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
+from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import Vcpu
+from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
+from vmm_kvm.log import Log
+from vmm_kvm.machine.pci_devices import AnyDisk, PciDevices, PmemDisk, boot_order, place_pmem
+from vmm_kvm.machine.runner import Runner
+from vmm_kvm.machine.serial_output import SerialOutput
+from vmm_kvm.memory import GuestMemory
+from vmm_kvm.pci.host import EcamWindow, PciHost
+from vmm_kvm.pci.intx import IntxLines
+from vmm_kvm.virtio.vmmci import Command
+
+if TYPE_CHECKING:  # loaded where there is a disk, an interface, or UEFI firmware
+    from vmm_kvm.block.image import Image
+    from vmm_kvm.boot.cache import Kernels
+    from vmm_kvm.boot.nvram import Variables
+    from vmm_kvm.net.nic import NicParams
+
+log = Log(__name__)
+
+VCPUS_MAX = 64
+"""As vmm(4) has it."""
+
+_SLP_TYP_S5 = 5
+_ISA_IRQS = 16
+_CASCADE_IRQ = 2
+_TIMER_PIN = 2  # of the IOAPIC, as the MADT's override says
+_DEBUG_LINE_MAX = 1024
+_PMEM_SLOT = 16  # memory slots below are RAM's and the firmware's
+_PIO_SIZE = 1 << 16
+_MMIO_SIZE = 1 << 64
+
+# fw_cfg keys that are not files. Source: QEMU docs/specs/fw_cfg.
+_FW_CFG_RAM_SIZE = 0x03
+_FW_CFG_NOGRAPHIC = 0x04
+_FW_CFG_NB_CPUS = 0x05
+_FW_CFG_MAX_CPUS = 0x0F
+
+
+class MachineSpec(NamedTuple):
+    """What machine to build."""
+
+    image: BootImage
+    memory_size: int = 512 * MIB
+    """Bytes of RAM, a multiple of 1 MiB."""
+    cpus: int = 1
+    """vCPUs, 1 to 64 and no more than KVM allows."""
+    name: str = "vm"
+    command_line: str | None = None
+    initrd: tuple[str | FileSource, ...] = ()
+    """Open, or by path; more than one only for Multiboot kernels."""
+    nics: "tuple[NicParams, ...]" = ()
+    disks: tuple[AnyDisk, ...] = ()
+    cdrom: "Image | None" = None
+    """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
+    variables: "Variables | None" = None
+    """What UEFI firmware keeps in flash memory below its own image; stays the caller's."""
+    kernels: "Kernels | None" = None
+    """Where unpacked kernels are kept; None for this user's cache."""
+    has_console: bool = False
+    """Whether there is a virtio console, hvc0, besides the serial port."""
+    boot_device: BootDevice = BootDevice.AUTO
+    """What firmware boots from, and what an OpenBSD kernel takes for its root."""
+    uuid: bytes | None = None
+    """Of the system, sixteen bytes; None makes one of the name."""
+    serial: str = ""
+    """Serial number of the system; empty for none."""
+    is_memory_private: bool = False
+    """Whether RAM is this process's alone: quicker, but without devices in other processes."""
+
+
+class Ending(enum.Enum):
+    """How a guest ends the machine in an orderly way."""
+
+    POWER_OFF = "power off"
+    """It entered S5."""
+    REBOOT = "reboot"
+    """It reset the machine."""
+
+
+class TripleFault(NamedTuple):
+    """The guest shut its processor down, which resets a real machine."""
+
+    message: str
+
+
+class DebugExitStatus(NamedTuple):
+    """The guest wrote `value` to isa-debug-exit."""
+
+    value: int
+
+
+class Crash(NamedTuple):
+    """The guest panicked, or KVM cannot go on; `message` is one line."""
+
+    message: str
+
+
+Outcome = Ending | TripleFault | DebugExitStatus | Crash
+
+
+class Machine:
+    """One VM from power-on to its end; a context manager.
+
+    `transmit` and `on_outcome` are called on vCPU threads and must not block; `on_outcome` once.
+    `on_receive_room` is called, on any thread, when the serial port can take input again; with
+    the port's lock held, so it may only post to an event loop. `kvm` stays the caller's.
+    """
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        kvm: Kvm,
+        clock: Clock,
+        *,
+        transmit: Callable[[bytes], None],
+        on_receive_room: Callable[[], None],
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        """Build the machine and load its image; no vCPU runs yet.
+
+        Raises:
+            SpecError: more vCPUs than KVM or this package allows, or an impossible memory size.
+            BootError: the image, initrd or command line does not fit.
+            KvmError, OSError: the host refused something.
+        """
+        limit = min(VCPUS_MAX, kvm.max_vcpus)
+        if not 1 <= spec.cpus <= limit:
+            raise SpecError(f"{spec.cpus} vCPUs: 1 to {limit} are possible here")
+        self.spec = spec
+        self._transmit = transmit
+        self._on_outcome = on_outcome
+        self._outcome_lock = threading.Lock()
+        self._has_ended = False
+        self._clock = clock
+        self._output: SerialOutput | None = None
+        is_firmware = isinstance(spec.image, FirmwareImage)
+        self._is_q35 = isinstance(spec.image, FirmwareImage) and spec.image.is_uefi
+        hole_start = layout.UEFI_HOLE_START if self._is_q35 else layout.PCI_HOLE_START
+        with ExitStack() as stack:
+            self.memory = stack.enter_context(
+                GuestMemory(
+                    layout.ram_ranges(spec.memory_size, hole_start),
+                    spec.name,
+                    is_private=spec.is_memory_private,
+                )
+            )
+            self._pmem, memory_end = place_pmem(spec.disks, self.memory.regions[-1].end)
+            tables = build_tables(
+                AcpiConfig(
+                    cpus=spec.cpus,
+                    memory_end=memory_end,
+                    is_q35=self._is_q35,
+                )
+            )
+            smbios = build_smbios(
+                spec.uuid or name_uuid(spec.name),
+                spec.serial,
+                spec.cpus,
+                [(region.gpa, region.size) for region in self.memory.regions],
+                None if is_firmware else layout.SMBIOS_START,
+            )
+            entry = load(
+                spec.image,
+                self.memory,
+                BootConfig(
+                    cache_directory=default_directory(),
+                    kernels=spec.kernels,
+                    command_line=spec.command_line,
+                    initrd=spec.initrd,
+                    boot_device=spec.boot_device,
+                    acpi=tables,
+                    smbios=smbios,
+                ),
+            )
+            self._make_vm(kvm, stack)
+            self.pio = Bus(_PIO_SIZE)
+            self.mmio = Bus(_MMIO_SIZE)
+            self._make_devices(clock, on_receive_room)
+            self._make_pci_host(hole_start)
+            self._make_pci_devices(stack, on_receive_room)
+            self._make_flash(stack)
+            ranges = firmware_e820_map(self.memory.regions, has_ecam=not self._is_q35)
+            self.fw_cfg.add_file("etc/e820", encode(ranges))
+            for name, data in loader_files(tables).items():
+                self.fw_cfg.add_file(name, data)
+            if is_firmware:
+                self.fw_cfg.add_file("etc/smbios/smbios-anchor", smbios.anchor)
+                self.fw_cfg.add_file("etc/smbios/smbios-tables", smbios.tables)
+            self._make_vcpus(kvm, stack)
+            if kvm.can_coalesce_ports:
+                self._output = SerialOutput(clock, self.uart, self.vcpus[0])
+            load_entry(self.vcpus[0], entry)
+            self.runner = Runner(
+                self.vcpus,
+                self.pio,
+                self.mmio,
+                collected=self._output,
+                on_exit=self._exit,
+                on_failure=lambda err: self._end(Crash(f"{spec.name}: {err}")),
+            )
+            if self._output:
+                stack.callback(self._output.stop)  # when no vCPU runs any more
+            stack.callback(self.runner.stop)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """End every vCPU thread and release everything; idempotent. Not for vCPU threads."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Operations; none of them on a vCPU thread
+
+    def start(self) -> None:
+        """Let every vCPU run; once."""
+        if self._output:
+            self._output.start()
+        self.runner.start()
+
+    def throttle(self, hold: bool) -> None:
+        """Ask the vCPUs to stand still, without waiting for it, or let them go on."""
+        if self.console:
+            self.console.throttle(hold)
+        if hold:
+            self.runner.request_pause()
+        else:
+            self.runner.resume()
+
+    def receive(self, data: bytes) -> int:
+        """Offer input to hvc0 once its driver is ready, else to the serial port.
+
+        Returns how many bytes were taken, from the first; `on_receive_room` says when to offer
+        the rest.
+        """
+        if self.console and self.console.is_started:
+            return self.console.receive(data)
+        return self.uart.receive(data)
+
+    def resize_console(self, columns: int, rows: int) -> None:
+        """Tell the guest how large the screen behind hvc0 is; each up to 65535."""
+        if self.console:
+            self.console.resize(columns, rows)
+
+    def set_link(self, index: int, *, is_up: bool) -> None:
+        """Plug the cable of network interface `index` in or out; any thread."""
+        self._devices.set_link(index, is_up=is_up)
+
+    def pause(self) -> None:
+        """Let the machine stand still; returns when no vCPU runs and no device works."""
+        self.runner.pause()
+        self._devices.settle()
+        if self._output:
+            self._output.drain(self.vcpus[0])
+
+    def resume(self) -> None:
+        """Let a paused machine go on; the guest's clocks tell that time has passed.
+
+        Switches may have forgotten meanwhile where its network interfaces are; it tells them again.
+        """
+        for vcpu in self.vcpus:
+            # Only a guest that has a kvmclock has an alarm for standing still.
+            with suppress(KvmError):
+                vcpu.kvmclock_ctrl()
+        self.vmmci.sync_rtc()
+        self.runner.resume()
+        self._devices.announce()
+
+    def press_power_button(self) -> bool:
+        """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI.
+
+        Returns False if it listens to neither.
+        """
+        return self.vmmci.request(Command.SHUTDOWN) or self.acpi_pm.press_power_button()
+
+    def has_noticed_power_button(self) -> bool:
+        """Tell whether the guest has taken the interrupt, or has been asked by vmmci.
+
+        vmmci itself ends a guest that does not take its interrupt.
+        """
+        asked = self.vmmci.state().command is Command.SHUTDOWN
+        return asked or not self.acpi_pm.is_button_pressed()
+
+    # Wiring
+
+    def _make_vm(self, kvm: Kvm, stack: ExitStack) -> None:
+        self.vm = stack.enter_context(kvm.create_vm())
+        self.vm.set_identity_map_address(layout.IDENTITY_MAP_ADDRESS)
+        self.vm.set_tss_address(layout.TSS_ADDRESS)
+        regions = self.memory.regions
+        for slot, region in enumerate(regions):
+            hva = self.memory.hva + region.offset
+            self.vm.set_memory_region(slot, region.gpa, region.size, hva)
+        for slot, (disk, gpa) in enumerate(self._pmem.items(), _PMEM_SLOT):
+            self.vm.set_memory_region(slot, gpa, disk.image.size, disk.image.hva)
+            self.memory.attach(gpa, disk.image.view)
+        image = self.spec.image
+        if isinstance(image, FirmwareImage):
+            self._rom = mmap.mmap(-1, len(image.rom))  # lives as long as the slot that maps it
+            self._rom[:] = image.rom
+            hva = ctypes.addressof(ctypes.c_char.from_buffer(self._rom))
+            self.vm.set_memory_region(
+                len(regions), image.rom_base, len(image.rom), hva, readonly=True
+            )
+        if kvm.can_coalesce_ports:
+            self.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
+        self.vm.create_irqchip()
+        self.vm.create_pit2()
+        set_level_triggered(self.vm, layout.PIC_PCI_INTX)
+        self._eventfds = stack.enter_context(EventFds(self.vm, _routes(), layout.GSI_MSI))
+
+    def _make_devices(self, clock: Clock, on_receive_room: Callable[[], None]) -> None:
+        spec, vm, pio = self.spec, self.vm, self.pio
+        self.uart = Uart16550(
+            KvmIrqLine(vm, layout.GSI_COM1),
+            self._transmit,
+            on_receive_room=on_receive_room,
+            on_plain=self._note_plain,
+        )
+        self.acpi_pm = AcpiPm(KvmIrqLine(vm, layout.GSI_SCI), clock, self._sleep)
+        self.rtc = Mc146818(
+            KvmIrqLine(vm, layout.GSI_RTC),
+            clock,
+            memory_size=spec.memory_size,
+            vcpu_count=spec.cpus,
+        )
+        self.fw_cfg = FwCfg(self.memory)
+        self.fw_cfg.add_item(_FW_CFG_RAM_SIZE, spec.memory_size.to_bytes(8, "little"))
+        self.fw_cfg.add_item(_FW_CFG_NOGRAPHIC, (1).to_bytes(2, "little"))
+        self.fw_cfg.add_item(_FW_CFG_NB_CPUS, spec.cpus.to_bytes(2, "little"))
+        self.fw_cfg.add_item(_FW_CFG_MAX_CPUS, spec.cpus.to_bytes(2, "little"))
+        self.fw_cfg.add_file("etc/screen-and-debug", bytes(4))
+        self.fw_cfg.add_file("etc/show-boot-menu", bytes(2))  # nobody is waited for
+        self.fw_cfg.add_file("etc/sercon-port", layout.PORT_COM1.to_bytes(2, "little"))
+        pio.insert(layout.PORT_COM1, 8, self.uart)
+        pio.insert(layout.PORT_RTC, 2, self.rtc)
+        i8042 = I8042Reset(self._reset)
+        pio.insert(layout.PORT_I8042_DATA, 1, i8042.data_port)
+        pio.insert(layout.PORT_I8042_COMMAND, 1, i8042)
+        pio.insert(layout.PORT_FW_CFG, layout.PORT_FW_CFG_SIZE, self.fw_cfg)
+        pio.insert(layout.PORT_PM1A_EVENT, 12, self.acpi_pm)
+        pio.insert(layout.PORT_DEBUG_EXIT, 4, DebugExit(self._debug_exit))
+        pio.insert(layout.PORT_PVPANIC, 1, Pvpanic(self._panic))
+        pio.insert(layout.PORT_DEBUGCON, 1, Debugcon(_DebugLog(spec.name).write))
+
+    def _make_pci_host(self, hole_start: int) -> None:
+        if self._is_q35:
+            self.pci = self._q35_host(hole_start)
+        else:
+            self.pci = PciHost(self.pio, self.mmio, on_reset=self._reset)
+            self.mmio.insert(layout.ECAM_START, layout.ECAM_SIZE, EcamWindow(self.pci))
+        self.pio.insert(layout.PORT_PCI_CONFIG, 8, self.pci)
+
+    def _q35_host(self, hole_start: int) -> PciHost:
+        from vmm_kvm.pci import q35  # noqa: PLC0415 - for UEFI guests only
+
+        window = q35.MovableWindow(self.mmio, layout.ECAM_SIZE)
+        host = PciHost(
+            self.pio,
+            self.mmio,
+            on_reset=self._reset,
+            bridge=q35.host_bridge(window.move),
+            hole_start=hole_start,
+        )
+        window.device = EcamWindow(host)
+        host.add(q35.isa_bridge(), q35.LPC_SLOT)
+        return host
+
+    def _make_flash(self, stack: ExitStack) -> None:
+        """Put the variables right below the firmware: memory to read, a device to write."""
+        image, variables = self.spec.image, self.spec.variables
+        if not isinstance(image, FirmwareImage) or variables is None:
+            return
+        from vmm_kvm.devices.pflash import Pflash  # noqa: PLC0415 - for UEFI guests only
+
+        slot, base = len(self.memory.regions) + 1, image.rom_base - variables.size
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(variables.array))
+
+        def set_mapped(is_mapped: bool) -> None:
+            if is_mapped:
+                self.vm.set_memory_region(slot, base, variables.size, hva, readonly=True)
+            else:
+                self.vm.delete_memory_region(slot)
+
+        set_mapped(True)
+        flash = Pflash(memoryview(variables.array), set_mapped=set_mapped, store=variables.store)
+        stack.callback(flash.close)
+        self.mmio.insert(base, variables.size, flash)
+
+    def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
+        intx = IntxLines([KvmIrqLine(self.vm, gsi) for gsi in layout.GSI_PCI_INTX])
+        devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
+        self._devices = devices
+        # In OpenBSD's order: unit numbers in a guest follow it.
+        devices.add_rng(self._clock)
+        for nic in self.spec.nics:
+            devices.add_nic(nic)
+        slots = [
+            devices.add_pmem(disk, self._pmem[disk])
+            if isinstance(disk, PmemDisk)
+            else devices.add_disk(disk)
+            for disk in self.spec.disks
+        ]
+        cdrom = devices.add_cdrom(self.spec.cdrom) if self.spec.cdrom else None
+        self.console = (
+            devices.add_console(self._transmit, on_receive_room) if self.spec.has_console else None
+        )
+        self.vmmci = devices.add_vmmci(self._clock, lambda _command: self._end(Ending.POWER_OFF))
+        self.pci.assign_bars()
+        order = boot_order(self.spec.boot_device, slots[0] if slots else None, cdrom)
+        if order is not None:
+            self.fw_cfg.add_file("bootorder", order)
+
+    def _make_vcpus(self, kvm: Kvm, stack: ExitStack) -> None:
+        supported = kvm.supported_cpuid()
+        self.vcpus = []
+        for index in range(self.spec.cpus):
+            vcpu = stack.enter_context(self.vm.create_vcpu(index))
+            vcpu.set_cpuid(guest_cpuid(supported, index, self.spec.cpus))
+            self.vcpus.append(vcpu)
+
+    # What the guest does to the machine; on a vCPU thread
+
+    def _end(self, outcome: Outcome) -> None:
+        with self._outcome_lock:
+            if self._has_ended:
+                return
+            self._has_ended = True
+        self.runner.request_stop()
+        self._on_outcome(outcome)
+
+    def _note_plain(self, is_plain: bool) -> None:
+        if self._output:
+            self._output.note_plain(is_plain)
+
+    def _sleep(self, sleep_type: int) -> None:
+        if sleep_type == _SLP_TYP_S5:
+            self._end(Ending.POWER_OFF)
+
+    def _reset(self) -> None:
+        self._end(Ending.REBOOT)
+
+    def _debug_exit(self, value: int) -> None:
+        self._end(DebugExitStatus(value))
+
+    def _panic(self, event: PanicEvent) -> None:
+        if event & PanicEvent.PANICKED:
+            self._end(Crash(f"{self.spec.name}: the guest panicked"))
+
+    def _exit(self, vcpu: Vcpu, reason: Exit) -> bool:
+        """Decide on an exit that is no device access; returns whether the vCPU goes on."""
+        name = self.spec.name
+        match reason:
+            case Shutdown():
+                self._end(TripleFault(f"{name}: triple fault: {_registers(vcpu)}"))
+            case InternalError():
+                instruction = reason.instruction.hex(" ") or "unknown"
+                self._end(
+                    Crash(
+                        f"{name}: KVM internal error {reason.suberror}: "
+                        f"instruction {instruction}: {_registers(vcpu)}"
+                    )
+                )
+            case FailEntry():
+                self._end(
+                    Crash(f"{name}: invalid vCPU state {reason.reason:#x}: {_registers(vcpu)}")
+                )
+            case _:
+                kind = type(reason).__name__
+                self._end(Crash(f"{name}: unexpected exit {kind}: {_registers(vcpu)}"))
+        return True  # until the kick that `_end` sent arrives
+
+
+def _routes() -> Iterator[IrqchipRoute]:
+    """Lead GSIs to interrupt controller inputs as docs/architecture.md says."""
+    for gsi in range(_ISA_IRQS):
+        yield _pic_route(gsi, gsi)
+        if gsi != _CASCADE_IRQ:
+            pin = _TIMER_PIN if gsi == 0 else gsi
+            yield IrqchipRoute(gsi, Irqchip.IOAPIC, pin)
+    for gsi, irq in zip(layout.GSI_PCI_INTX, layout.PIC_PCI_INTX, strict=True):
+        yield _pic_route(gsi, irq)
+        yield IrqchipRoute(gsi, Irqchip.IOAPIC, gsi)
+
+
+def _pic_route(gsi: int, irq: int) -> IrqchipRoute:
+    chip = Irqchip.PIC_SLAVE if irq >= 8 else Irqchip.PIC_MASTER
+    return IrqchipRoute(gsi, chip, irq % 8)
+
+
+def _registers(vcpu: Vcpu) -> str:
+    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    return (
+        f"vcpu{vcpu.index} rip={regs.rip:#x} rsp={regs.rsp:#x} rax={regs.rax:#x} "
+        f"rflags={regs.rflags:#x} cs={sregs.cs.selector:#x} cr0={sregs.cr0:#x} "
+        f"cr2={sregs.cr2:#x} cr3={sregs.cr3:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x}"
+    )
+
+
+class _DebugLog:
+    """What firmware prints on its debug port, logged line by line."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._line = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Collect `data`; called under the device's lock."""
+        self._line += data
+        if data == b"\n" or len(self._line) >= _DEBUG_LINE_MAX:
+            log.debug("%s: firmware: %s", self._name, self._line.decode("latin-1").rstrip())
+            self._line.clear()
