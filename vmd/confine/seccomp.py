@@ -4,7 +4,8 @@ A filter is a table of `Allow`: a call, the reason for it, and optionally what i
 be. Any other call ends the whole process with SIGSYS, save those in `refused`, which return an
 error number instead: calls that libraries try and can do without.
 
-Filters add up: a process that is forked from a confined one can do what both of theirs allow.
+Filters intersect: a process that is forked from a confined one, and confines itself again, can make
+only the calls that both filters allow.
 
 Source: seccomp(2); Linux include/uapi/linux/{seccomp,filter,audit}.h
 """

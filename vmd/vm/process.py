@@ -1,6 +1,6 @@
 """A VM's process: the machine, its console, and the channel to vmm; nothing else.
 
-It is forked from vmm, confines itself, and waits to be told what VM it is. Then it builds the
+The zygote forks it; it confines itself and waits to be told what VM it is. Then it builds the
 machine from open descriptors, and runs it until the guest ends, somebody stops it, or vmm is gone.
 A reboot ends it too: the parent starts another, with the same console.
 

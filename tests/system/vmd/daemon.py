@@ -245,7 +245,7 @@ class Daemon:
 
     def child(self, title: str) -> int:
         """Return the pid of the process of this title, such as `vmd: vmm` or `vm/alpine`."""
-        # What vmm forks has vmm's title for a moment.
+        # A new process has the zygote's title for a moment.
         below = children if title.startswith("vmd: ") else descendants
         found = [pid for pid in below(self.process.pid) if process_title(pid) == title[:15]]
         assert len(found) == 1, f"{title}: {found}"
