@@ -5,12 +5,16 @@ their answers at once, some a little at a time, some never. Meanwhile another us
 status, and stops and starts a VM. No VM is lost, the status comes within a second, a forced stop
 within two, and the memory of control and of the parent stays below a limit.
 
+Others ask for events by the thousand. Each request is answered once, a VM starts within a second,
+and the daemon ends when it is told to.
+
 Any deviation is printed, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import select
 import socket
@@ -18,7 +22,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +36,10 @@ from tests.campaigns.hostile_clients import NOBODY, as_nobody  # noqa: E402
 from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
 
 STATUS = b'{"type":"status","statistics":true}'
+EVENTS = 150_000
+EVENTS_CONNECTIONS = 8
+START_MAX_S = 1.0
+END_MAX_S = 10.0
 STATUS_MAX_S = 1.0
 STOP_MAX_S = 2.0
 RSS_MAX = 64 << 20
@@ -40,6 +49,7 @@ _PROBES_S = 0.2
 _SLOW_READS = 4  # packets that a slow reader takes in a round
 _ROUND_S = 0.05
 _PACKET_MAX = 1 << 20
+_PATIENCE_S = 20.0
 _READERS = ("fast", "slow", "never")
 
 
@@ -64,18 +74,20 @@ class Figures(NamedTuple):
         )
 
 
+def _connect(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with as_nobody():
+        sock.connect(str(path))
+    sock.setblocking(False)
+    return sock
+
+
 class Flood:
     """Connections that are kept full of requests, on a thread of its own."""
 
     def __init__(self, path: Path, count: int, packet: bytes) -> None:
         self._packet = packet
-        self._sockets = []
-        for _ in range(count):
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with as_nobody():
-                sock.connect(str(path))
-            sock.setblocking(False)
-            self._sockets.append(sock)
+        self._sockets = [_connect(path) for _ in range(count)]
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.answers = 0
@@ -205,13 +217,103 @@ def _stop_and_start(vmd: Daemon, name: str) -> float:
     return taken
 
 
+def _ask_for_events(path: Path, connections: int, count: int, told: socket.socket) -> None:
+    """Ask on each connection `count` times; tells how many were answered how often, and granted."""
+    answers = [[0] * count for _ in range(connections)]
+    granted = 0
+    asked = [0] * connections
+    sockets = [_connect(path) for _ in range(connections)]
+    poll = select.poll()
+    for sock in sockets:
+        poll.register(sock, select.POLLIN | select.POLLOUT)
+    by_fd = {sock.fileno(): at for at, sock in enumerate(sockets)}
+    told.send(b"ready")
+    left = connections * count
+    while left:
+        if not (ready := poll.poll(_PATIENCE_S * 1000)):
+            break
+        for fd, events in ready:
+            at = by_fd[fd]
+            if events & select.POLLIN:
+                answer = json.loads(sockets[at].recv(_PACKET_MAX))
+                if answer["type"] != "event":
+                    answers[at][answer["serial"]] += 1
+                    left -= 1
+                    granted += answer["type"] == "done"
+            if events & select.POLLOUT:
+                with suppress(BlockingIOError):
+                    while asked[at] < count:
+                        sockets[at].send(b'{"type":"events","serial":%d}' % asked[at])
+                        asked[at] += 1
+                if asked[at] == count:
+                    poll.modify(fd, select.POLLIN)
+    wrong = sum(times != 1 for each in answers for times in each)
+    told.send(json.dumps([wrong, granted]).encode())
+    for sock in sockets:
+        sock.close()
+
+
+def run_events(directory: Path, count: int) -> str:
+    """Ask for events `count` times; returns what to tell.
+
+    Raises:
+        Failure: a start took long, a request was not answered once, or the daemon did not end.
+    """
+    is_user = os.geteuid() != 0
+    directory.chmod(0o711)
+    config = ("" if is_user else f"socket owner {NOBODY}\n") + vm_block("one") + vm_block("two")
+    with Daemon(directory, config, is_user=is_user) as vmd:
+        with vmd.client() as client:  # the first start waits for the zygote
+            client.ask("start", name="two")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        each = count // EVENTS_CONNECTIONS
+        asker = get_context("fork").Process(
+            target=_ask_for_events, args=(vmd.socket, EVENTS_CONNECTIONS, each, theirs)
+        )
+        asker.start()
+        ours.recv(_PACKET_MAX)
+        with vmd.client() as client:
+            begun = time.monotonic()
+            started = client.ask("start", name="one")["type"]
+            start_s = time.monotonic() - begun
+        is_asking = not select.select([ours], [], [], 0)[0]
+        wrong, granted = json.loads(ours.recv(_PACKET_MAX))
+        ours.close()
+        theirs.close()
+        asker.join()
+        lines = vmd.log.read_text().count("\n")
+        begun = time.monotonic()
+        with flooded(vmd.socket, EVENTS_CONNECTIONS, b'{"type":"events"}'):
+            vmd.stop()
+        end_s = time.monotonic() - begun
+    told = (
+        f"{count} requests for events, {wrong} not answered once; a start took "
+        f"{start_s * 1e3:.0f} ms, the end {end_s:.1f} s; {lines} lines in the log"
+    )
+    if (
+        started != "started"
+        or wrong
+        or granted != EVENTS_CONNECTIONS
+        or not is_asking
+        or start_s > START_MAX_S
+        or end_s > END_MAX_S
+    ):
+        raise Failure(told)
+    return told
+
+
 def main() -> int:
     """Run the campaign; returns the exit status."""
 
     def run_all(directory: Path, given: argparse.Namespace) -> str:
-        return f"{run(directory, given.connections, given.seconds)}; no VM lost"
+        events = run_events(directory, given.events)
+        return f"{events}; {run(directory, given.connections, given.seconds)}; no VM lost"
 
-    options = {"connections": (256, "of the flood"), "seconds": (300, "it goes on")}
+    options = {
+        "connections": (256, "of the flood"),
+        "seconds": (300, "it goes on"),
+        "events": (EVENTS, "requests for events"),
+    }
     return daemon_campaign.main("valid_floods", __doc__, options, run_all)
 
 

@@ -28,6 +28,7 @@ _TUNSETTXFILTER, _TUNSETQUEUE = 0x400454D1, 0x400454D9
 _TYPE_MASK = 0xFF00
 _TCGETS = 0x5401
 _FIONBIO = 0x5421
+_SIOCOUTQ = 0x5411
 _F_DUPFD_CLOEXEC = 1030
 _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
 _F_ADD_SEALS = 1033
@@ -189,6 +190,7 @@ _CONTROL = (
     *_all("clients", "accept4"),
     *_all("who a client is", "getpeername"),
     *_all("closing connections", "shutdown"),
+    *_with("ioctl", 1, {_SIOCOUTQ: "whether a client has read what it was sent"}),
 )
 _PRIV = (
     *_all("rtnetlink and nftables", "socket", "bind", "sendto", "recvfrom", "setsockopt"),

@@ -9,17 +9,24 @@ Source: section 6 of OpenBSD's behaviour.
 """
 
 import socket
-from collections import Counter, deque
 from contextlib import suppress
 from itertools import count
 from typing import Protocol, assert_never
 
+from vmd.control.clients import (
+    CLIENTS_MAX,
+    CLIENTS_OF_ROOT,
+    CLIENTS_PER_USER,
+    EVENTS_UNREAD_MAX,
+    IN_WORK_MAX,
+    Client,
+    Turns,
+    User,
+)
 from vmd.shared import log as logging
 from vmd.wire.channel import (
     Channel,
     ChannelError,
-    Credentials,
-    Fds,
     Loop,
     MalformedError,
     OversizeError,
@@ -32,76 +39,26 @@ from vmd.wire.internal import (
     ClientRequest,
     Considered,
     ControlToParent,
+    Happened,
     ParentToControl,
     SetVerbosity,
 )
 from vmd.wire.messages import (
+    ANSWER_MAX,
     DAEMON_TO_CLIENT,
     PROTOCOL_VERSION,
     AnyAnswer,
     AnyRequest,
+    Done,
     ErrorCode,
     Event,
+    Events,
     Failed,
+    ParentRequest,
     Vms,
 )
 
-CLIENTS_MAX = 1024
-"""Connections at a time; root may always make some more."""
-CLIENTS_PER_USER = 256
-"""Of an ordinary user."""
-_CLIENTS_OF_ROOT = 64
-_UNANSWERED_MAX = 32
-"""Of one client; it is not read on before there are fewer."""
-_CONSIDERED_MAX = 16
-"""Requests that the parent works on, or has yet to read: another user's waits for as many at most,
-and as many answers may come for clients that read none."""
-_CLIENT_BACKLOG_MAX = 4 << 20
-"""Bytes that a client has not read, beyond which it is cut off: events, and the answers to requests
-from before the first answer had to wait."""
 _ACCEPTED_AT_ONCE = 16
-
-
-class _Client:
-    """A connection."""
-
-    __slots__ = ("channel", "number", "peer", "unanswered", "waiting")
-
-    def __init__(
-        self, number: int, channel: Channel[AnyAnswer, AnyRequest], peer: Credentials
-    ) -> None:
-        self.number = number
-        self.channel = channel
-        self.peer = peer
-        self.unanswered = 0
-        self.waiting: Received[AnyRequest] | None = None
-        """What it asks once it is its turn; it is not read meanwhile."""
-
-
-class _Turns:
-    """Clients whose requests wait: users take turns, and the connections of each."""
-
-    def __init__(self) -> None:
-        self._of_users: dict[int, deque[_Client]] = {}  # whose turn it is comes first
-
-    def add(self, client: _Client) -> None:
-        self._of_users.setdefault(client.peer.uid, deque()).append(client)
-
-    def remove(self, client: _Client) -> None:
-        clients = self._of_users[client.peer.uid]
-        clients.remove(client)
-        if not clients:
-            del self._of_users[client.peer.uid]
-
-    def take(self) -> _Client | None:
-        uid = next(iter(self._of_users), None)
-        if uid is None:
-            return None
-        clients = self._of_users.pop(uid)
-        client = clients.popleft()
-        if clients:
-            self._of_users[uid] = clients
-        return client
 
 
 class Stopper(Loop, Protocol):
@@ -124,10 +81,11 @@ class Control:
         self._loop = loop
         self._parent = parent
         self._listener = listener
-        self._clients: dict[int, _Client] = {}
-        self._per_user: Counter[int] = Counter()
+        self._clients: dict[int, Client] = {}
+        self._listening: dict[int, Client] = {}  # to events
+        self._users: dict[int, User] = {}
         self._numbers = count(1)
-        self._turns = _Turns()
+        self._turns = Turns()
         self._in_work = 0
         listener.setblocking(False)
         loop.add_reader(listener.fileno(), self._accept)
@@ -136,11 +94,11 @@ class Control:
     def close(self) -> None:
         """End all connections and stop listening; the listening socket stays the caller's."""
         self._loop.remove_reader(self._listener.fileno())
+        self._turns = Turns()
         for client in self._clients.values():
-            client.channel.close()
-            if client.waiting:
-                client.waiting.fds.close()
+            client.close()
         self._clients.clear()
+        self._listening.clear()
 
     # Clients
 
@@ -151,21 +109,26 @@ class Control:
             except OSError:  # there is none, or it went away again
                 return
             peer = peer_credentials(connection)
-            limit = CLIENTS_MAX + (_CLIENTS_OF_ROOT if peer.uid == 0 else 0)
+            channel = Channel(connection, DAEMON_TO_CLIENT, high_water=1, sent_max=ANSWER_MAX)
+            user = self._users.get(peer.uid) or User()
+            limit = CLIENTS_MAX + (CLIENTS_OF_ROOT if peer.uid == 0 else 0)
             if len(self._clients) >= limit or (
-                peer.uid != 0 and self._per_user[peer.uid] >= CLIENTS_PER_USER
+                peer.uid != 0 and len(user.clients) >= CLIENTS_PER_USER
             ):
-                connection.close()
+                self._turn_away(channel, user)
                 continue
-            # Whatever waits for a client holds its requests.
-            channel = Channel(connection, DAEMON_TO_CLIENT, high_water=1)
-            channel.add_source(channel)
-            client = _Client(next(self._numbers), channel, peer)
-            self._clients[client.number] = client
-            self._per_user[peer.uid] += 1
+            client = Client(next(self._numbers), channel, peer, user, self._pass_on)
+            channel.add_source(client)
+            self._users[peer.uid] = user
+            self._clients[client.number] = user.clients[client.number] = client
             self._read(client)
 
-    def _read(self, client: _Client) -> None:
+    def _turn_away(self, channel: Channel[AnyAnswer, AnyRequest], user: User) -> None:
+        text = "you have too many connections" if user.clients else "too many connections"
+        with channel, suppress(ChannelError):  # it may be gone by now
+            channel.send(Failed(code=ErrorCode.EAGAIN, message=text))
+
+    def _read(self, client: Client) -> None:
         client.channel.watch(
             self._loop,
             lambda received: self._asked(client, received),
@@ -173,28 +136,40 @@ class Control:
             burst=1,
         )
 
-    def _asked(self, client: _Client, received: Received[AnyRequest]) -> None:
-        request = received.message
+    def _asked(self, client: Client, received: Received[AnyRequest]) -> None:
+        request, fds, size = received
         if request.version != PROTOCOL_VERSION:
-            received.fds.close()
+            fds.close()
             text = f"this daemon speaks version {PROTOCOL_VERSION}"
             self._refuse(client, request.serial, ErrorCode.VERSION, text)
             return
-        if received.fds.are_lost:
-            text = "too many descriptors, or the daemon has none left"
-            self._refuse(client, request.serial, ErrorCode.EAGAIN, text)
+        if isinstance(request, Events):
+            fds.close()
+            self._listen(client, request.serial)
             return
-        client.waiting = received
-        client.channel.hold(client)
+        waiting = Received[ParentRequest](request, fds, size)
+        refusal = client.refusal(waiting)
+        if refusal:
+            fds.close()
+            self._refuse(client, request.serial, ErrorCode.EAGAIN, refusal)
+            return
+        client.wait(waiting)
         self._turns.add(client)
         self._pass_on()
 
+    def _listen(self, client: Client, serial: int) -> None:
+        if client.events is not None:
+            text = "this connection is told of events already"
+            self._refuse(client, serial, ErrorCode.EALREADY, text)
+            return
+        client.events = serial
+        self._listening[client.number] = client
+        self._send(client, Done(serial=serial), [])
+
     def _pass_on(self) -> None:
         """Pass on the requests whose turn it is."""
-        while self._in_work < _CONSIDERED_MAX and (client := self._turns.take()):
-            assert client.waiting is not None
-            request, fds = client.waiting
-            client.waiting = None
+        while self._in_work < IN_WORK_MAX and (client := self._turns.take()):
+            request, fds, _size = client.take()
             message = ClientRequest(
                 client=client.number,
                 uid=client.peer.uid,
@@ -205,45 +180,40 @@ class Control:
             try:
                 self._parent.send(message, fds.take_all())
             except OversizeError as err:  # once it is wrapped
-                client.channel.release(client)
+                client.read_on()
                 self._refuse(client, request.serial, ErrorCode.EINVAL, str(err))
                 continue
             except ChannelError:  # the parent is gone, and the loop about to stop
                 return
             self._in_work += 1
-            client.unanswered += 1
-            if client.unanswered < _UNANSWERED_MAX:
-                client.channel.release(client)
+            client.given(request)
 
-    def _refuse(self, client: _Client, serial: int, code: ErrorCode, message: str) -> None:
+    def _refuse(self, client: Client, serial: int, code: ErrorCode, message: str) -> None:
         self._send(client, Failed(serial=serial, code=code, message=message), [])
 
-    def _send(self, client: _Client, answer: AnyAnswer, fds: list[int]) -> None:
-        if client.channel.backlog_size > _CLIENT_BACKLOG_MAX:
-            Fds(fds).close()
-            self._close(client)
-            return
+    def _send(self, client: Client, answer: AnyAnswer, fds: list[int]) -> None:
         try:
             client.channel.send(answer, fds)
-        except (ChannelError, OversizeError):
+        except OversizeError as err:
+            self._refuse(client, answer.serial, ErrorCode.EIO, f"the answer would be {err}")
+        except ChannelError:
             self._close(client)
 
-    def _ended(self, client: _Client, err: ChannelError) -> None:
+    def _ended(self, client: Client, err: ChannelError) -> None:
         if isinstance(err, MalformedError):
             self._refuse(client, 0, ErrorCode.EINVAL, str(err))
         self._close(client)
 
-    def _close(self, client: _Client) -> None:
+    def _close(self, client: Client) -> None:
         """Forget a client; what it has not read is lost."""
         if self._clients.pop(client.number, None) is None:
             return
-        self._per_user[client.peer.uid] -= 1
-        if not self._per_user[client.peer.uid]:
-            del self._per_user[client.peer.uid]
-        client.channel.close()
-        if client.waiting:
-            client.waiting.fds.close()
-            self._turns.remove(client)
+        self._listening.pop(client.number, None)
+        self._turns.remove(client)
+        client.close()
+        del client.user.clients[client.number]
+        if not client.user.clients:
+            del self._users[client.peer.uid]
         with suppress(ChannelError):  # the parent is gone, and the loop about to stop
             self._parent.send(ClientGone(client=client.number))
 
@@ -258,22 +228,39 @@ class Control:
                         self._answer(client, _without_descriptors(answer), [])
                     elif client:
                         self._answer(client, answer, fds.take_all())
-                case Considered():
+                case Considered(client=number):
                     self._in_work -= 1
+                    client = self._clients.get(number)
+                    if client:
+                        client.considered()
                     self._pass_on()
+                case Happened(event=event):
+                    self._tell(event)
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
                 case _:
                     assert_never(received.message)
 
-    def _answer(self, client: _Client, answer: AnyAnswer, fds: list[int]) -> None:
+    def _answer(self, client: Client, answer: AnyAnswer, fds: list[int]) -> None:
         self._send(client, answer, fds)
-        is_part = isinstance(answer, Event) or (isinstance(answer, Vms) and answer.has_more)
-        if is_part or client.channel.is_closed:
-            return
-        client.unanswered -= 1
-        if client.waiting is None:
-            client.channel.release(client)
+        is_part = isinstance(answer, Vms) and answer.has_more
+        if not is_part and not client.channel.is_closed:
+            client.answered()
+
+    def _tell(self, event: Event) -> None:
+        for client in tuple(self._listening.values()):
+            if client.channel.backlog_size > EVENTS_UNREAD_MAX:
+                self._close(client)
+            else:
+                told = Event(
+                    serial=client.events or 0,
+                    kind=event.kind,
+                    id=event.id,
+                    name=event.name,
+                    at=event.at,
+                    message=event.message,
+                )
+                self._send(client, told, [])
 
 
 def _without_descriptors(answer: AnyAnswer) -> AnyAnswer:

@@ -46,7 +46,7 @@ def run(title: str, kind: Kind, connection: socket.socket, make: Make) -> int:
     confine(CONFINEMENTS[kind], None)
     with Channel(connection, DEVICE_AND_VMM) as vmm:
         try:
-            begin, fds = vmm.wait()
+            begin, fds, _size = vmm.wait()
         except ChannelError as err:  # nobody needs this process any more
             log.debug("vmm: %s", err)
             return 0

@@ -33,6 +33,7 @@ from vmd.rules.registry import (
     Operate,
     Perform,
     Registry,
+    Tell,
 )
 from vmd.rules.vm import PassedBoot, Vm
 from vmd.shared import log as logging
@@ -49,6 +50,7 @@ from vmd.wire.internal import (
     ControlToParent,
     Exited,
     FromVm,
+    Happened,
     Kill,
     Launch,
     Launched,
@@ -73,13 +75,13 @@ from vmd.wire.internal import (
 )
 from vmd.wire.messages import (
     AnyAnswer,
-    AnyRequest,
     ConsoleOpened,
     Done,
     ErrorCode,
     Failed,
     Load,
     Log,
+    ParentRequest,
     Reload,
     Reset,
     ResetMode,
@@ -225,7 +227,7 @@ class Parent:
             return
         try:
             self._control.send(message, fds)
-        except (ChannelError, OversizeError) as err:
+        except ChannelError as err:
             log.warning("control: %s", err)
 
     def _send_vmm(self, message: ParentToVmm, fds: list[int] | tuple[int, ...] = ()) -> bool:
@@ -317,11 +319,11 @@ class Parent:
                         if question.ticket.client == client:
                             self._questions.discard(question)
                             question.cancel()
-                            self._send_control(Considered())
+                            self._send_control(Considered(client=client))
                 case _:
                     assert_never(received.message)
 
-    def _ask(self, client: int, uid: int, request: AnyRequest, fds: Fds) -> None:
+    def _ask(self, client: int, uid: int, request: ParentRequest, fds: Fds) -> None:
         try:
             boot = _passed_boot(request, fds) if isinstance(request, Start) else None
         except ChannelError as err:
@@ -331,12 +333,17 @@ class Parent:
         else:
             self._run(self._registry.request(client, uid, request, boot))
         if not isinstance(request, Status):  # whose answer takes as much again
-            self._send_control(Considered())
+            self._send_control(Considered(client=client))
 
     def _answer(
         self, client: int, answer: AnyAnswer, fds: list[int] | tuple[int, ...] = ()
     ) -> None:
-        self._send_control(ClientAnswer(client=client, answer=answer), fds)
+        try:
+            self._send_control(ClientAnswer(client=client, answer=answer), fds)
+        except OversizeError as err:
+            text = f"the answer would be {err}"
+            failed = Failed(serial=answer.serial, code=ErrorCode.EIO, message=text)
+            self._send_control(ClientAnswer(client=client, answer=failed))
 
     # What is to be done
 
@@ -345,6 +352,8 @@ class Parent:
             match action:
                 case Answer(client, answer):
                     self._answer(client, answer)
+                case Tell(event):
+                    self._send_control(Happened(event=event))
                 case Perform(vm, effect):
                     self._perform(vm, effect)
                 case Operate(ticket, request):
@@ -499,7 +508,7 @@ class Parent:
             self._questions.discard(asked)
             for part in parts:
                 self._answer(client, part)
-            self._send_control(Considered())
+            self._send_control(Considered(client=client))
 
         asked = StatusQuestion(self._loop, question, self._inquiries, answer, self._networks.told)
         self._questions.add(asked)

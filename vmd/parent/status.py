@@ -1,13 +1,14 @@
 """Clients' questions for the status of VMs, while the processes of those are asked."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 
+import msgspec
 from msgspec.structs import replace
 
 from vmd.rules.registry import List, info
 from vmd.rules.vm import Vm
 from vmd.wire.internal import VmStatistics
-from vmd.wire.messages import VMS_PER_PART, AnyAnswer, InterfaceInfo, VmInfo, Vms
+from vmd.wire.messages import PART_MAX, AnyAnswer, InterfaceInfo, VmInfo, Vms
 from vmm_kvm.loop import EventLoop
 
 PATIENCE_NS = 300_000_000
@@ -15,6 +16,8 @@ PATIENCE_NS = 300_000_000
 FRESH_NS = 100_000_000
 """For how long an answer of a VM process is everybody's: however many ask, it tells no more often
 than this, and its guest's devices are kept waiting by no one."""
+
+_encoder = msgspec.json.Encoder()
 
 
 class Inquiries:
@@ -114,17 +117,14 @@ class StatusQuestion:
         if self._is_over:
             return
         self.cancel()
-        shown = [self._shown(vm) for vm in self._vms]
-        serial = self.ticket.serial
-        parts: list[AnyAnswer] = [
-            Vms(
-                serial=serial,
-                vms=tuple(shown[at : at + VMS_PER_PART]),
-                has_more=at + VMS_PER_PART < len(shown),
-            )
-            for at in range(0, len(shown), VMS_PER_PART)
-        ]
-        self._answer(parts or [Vms(serial=serial, vms=())])
+        parts = list(_parts(self._shown(vm) for vm in self._vms))
+        last = len(parts) - 1
+        self._answer(
+            [
+                Vms(serial=self.ticket.serial, vms=tuple(part), has_more=at < last)
+                for at, part in enumerate(parts)
+            ]
+        )
 
     def _shown(self, vm: Vm) -> VmInfo:
         told, shown = self._told.get(vm.id), info(vm)
@@ -147,3 +147,17 @@ class StatusQuestion:
             memory_used=told.memory_used,
             statistics=statistics if self._wants_statistics else None,
         )
+
+
+def _parts(vms: Iterable[VmInfo]) -> Iterator[list[VmInfo]]:
+    """Yield VMs in lists that are one answer each; at least one list."""
+    part: list[VmInfo] = []
+    size = 0
+    for vm in vms:
+        added = len(_encoder.encode(vm))
+        if part and size + added > PART_MAX:
+            yield part
+            part, size = [], 0
+        part.append(vm)
+        size += added
+    yield part

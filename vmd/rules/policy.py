@@ -22,7 +22,7 @@ from vmd.config.model import (
     Right,
     VmConfig,
 )
-from vmd.wire.messages import AnyRequest, ErrorCode, Load, Log, Reload, Reset
+from vmd.wire.messages import ErrorCode, Load, Log, ParentRequest, Reload, Reset
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
@@ -56,7 +56,7 @@ class Users(NamedTuple):
         return owner.gid is not None and self.is_member(uid, owner.gid)
 
 
-def needs_administrator(request: AnyRequest) -> bool:
+def needs_administrator(request: ParentRequest) -> bool:
     """Tell whether a request is refused to everybody else.
 
     Source: section 6 of OpenBSD's behaviour.

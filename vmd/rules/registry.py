@@ -16,16 +16,15 @@ from vmd.rules.vm import PassedBoot, Vm, config_of, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
     AnyAnswer,
-    AnyRequest,
     Console,
     Done,
     ErrorCode,
     Event,
     EventKind,
-    Events,
     Failed,
     Load,
     Log,
+    ParentRequest,
     Pause,
     Reload,
     Reset,
@@ -59,6 +58,12 @@ class Answer(NamedTuple):
 
     client: int
     answer: AnyAnswer
+
+
+class Tell(NamedTuple):
+    """Tell whoever listens to events."""
+
+    event: Event
 
 
 class Perform(NamedTuple):
@@ -108,7 +113,7 @@ class ArmTurn(NamedTuple):
     delay_s: int
 
 
-Action = Answer | Perform | Operate | List | OpenConsole | Drop | ArmTurn
+Action = Answer | Tell | Perform | Operate | List | OpenConsole | Drop | ArmTurn
 
 
 class Registry:
@@ -129,7 +134,6 @@ class Registry:
         self._random_bytes = random_bytes
         self._vms: dict[int, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
-        self._listeners: list[Ticket] = []
         self._emptiers: list[Ticket] = []
         self.is_emptying = False
         """All VMs are being removed: none can be registered or started until they are gone."""
@@ -155,7 +159,7 @@ class Registry:
     # What clients ask
 
     def request(
-        self, client: int, uid: int, request: AnyRequest, boot: PassedBoot | None = None
+        self, client: int, uid: int, request: ParentRequest, boot: PassedBoot | None = None
     ) -> list[Action]:
         """Return what is to be done for a request of the user `uid`; takes ownership of `boot`."""
         actions: list[Action] = []
@@ -174,13 +178,10 @@ class Registry:
             actions.append(Drop(boot))
         return actions
 
-    def _dispatch(self, ticket: Ticket, uid: int, request: AnyRequest) -> list[Action]:
+    def _dispatch(self, ticket: Ticket, uid: int, request: ParentRequest) -> list[Action]:
         match request:
             case Load() | Reload() | Reset() | Log():
                 return [Operate(ticket, request)]
-            case Events():
-                self._listeners.append(ticket)
-                return [Answer(ticket.client, Done(serial=ticket.serial))]
             case Status():
                 return [List(ticket, request, self._listed(request))]
             case VmRequest():
@@ -331,7 +332,6 @@ class Registry:
 
     def client_left(self, client: int) -> None:
         """Forget all that a client waits for."""
-        self._listeners = [one for one in self._listeners if one.client != client]
         self._emptiers = [one for one in self._emptiers if one.client != client]
         for vm in self._vms.values():
             vm.state, _ = self._next(vm, vm_state.ClientLeft(client))
@@ -442,13 +442,7 @@ class Registry:
 
     def _tell(self, vm: Vm, kind: EventKind, message: str) -> list[Action]:
         at = self._clock.realtime_s()
-        return [
-            Answer(
-                one.client,
-                Event(serial=one.serial, kind=kind, id=vm.id, name=vm.name, at=at, message=message),
-            )
-            for one in self._listeners
-        ]
+        return [Tell(Event(kind=kind, id=vm.id, name=vm.name, at=at, message=message))]
 
 
 def info(vm: Vm) -> VmInfo:

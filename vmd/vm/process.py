@@ -157,7 +157,7 @@ def _wait(
     None if nobody needs this process any more.
     """
     try:
-        message, fds = channel.wait()
+        message, fds, _size = channel.wait()
     except ChannelError as err:
         log.debug("vmm: %s", err)
         return None

@@ -14,10 +14,12 @@ Source: unix(7), "SCM_RIGHTS".
 
 import array
 import errno
+import fcntl
 import os
 import select
 import socket
 import struct
+import termios
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -49,6 +51,7 @@ sent."""
 _INT_SIZE = array.array("i").itemsize
 _ANCILLARY_SIZE = socket.CMSG_SPACE(FDS_MAX * _INT_SIZE)
 _UCRED = struct.Struct("=iII")
+_INT = struct.Struct("=i")
 
 
 class ChannelError(Exception):
@@ -215,6 +218,8 @@ class Received(NamedTuple, Generic[Taken]):
 
     message: Taken
     fds: Fds
+    size: int = 0
+    """Bytes of the message."""
 
 
 class Channel(Generic[Sent, Taken]):
@@ -224,15 +229,22 @@ class Channel(Generic[Sent, Taken]):
     """
 
     def __init__(
-        self, connection: socket.socket, wire: Wire[Sent, Taken], *, high_water: int = HIGH_WATER
+        self,
+        connection: socket.socket,
+        wire: Wire[Sent, Taken],
+        *,
+        high_water: int = HIGH_WATER,
+        sent_max: int = MESSAGE_MAX,
     ) -> None:
         """Take ownership of `connection`, a connected UNIX SOCK_SEQPACKET socket.
 
-        The channel is full from `high_water` bytes on that wait for the peer.
+        The channel is full from `high_water` bytes on that wait for the peer. Messages of up to
+        `sent_max` bytes can be sent; the kernel keeps some for a peer that does not read.
         """
         connection.setblocking(False)
-        # The kernel refuses a packet that is larger than what may be under way.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_MAX)
+        # The kernel refuses a packet that is larger than what may be under way, which it doubles.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sent_max)
+        self._sent_max = sent_max
         self._socket = connection
         self._wire = wire
         self._high_water = high_water
@@ -282,6 +294,17 @@ class Channel(Generic[Sent, Taken]):
         self.close()
 
     # Back-pressure
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the peer has read all that it was sent.
+
+        Source: unix(7), "SIOCOUTQ".
+        """
+        if self.is_closed or self._backlog:
+            return False
+        (size,) = _INT.unpack(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(_INT.size)))
+        return bool(size == 0)
 
     @property
     def is_full(self) -> bool:
@@ -336,7 +359,7 @@ class Channel(Generic[Sent, Taken]):
             data = self._wire.encode(message)
             if self.is_closed:
                 raise ChannelClosedError("the channel is closed")
-            if len(data) > MESSAGE_MAX or len(fds) > FDS_MAX:
+            if len(data) > self._sent_max or len(fds) > FDS_MAX:
                 raise OversizeError(f"a message of {len(data)} bytes, {len(fds)} descriptors")
             if not self._backlog and self._transmit(data, fds):
                 return
@@ -461,7 +484,7 @@ class Channel(Generic[Sent, Taken]):
             except WireError as err:
                 raise MalformedError(f"not a message: {err}") from err
             stack.pop_all()
-        return Received(message, fds)
+        return Received(message, fds, len(data))
 
     def wait(self) -> Received[Taken]:
         """Return the next message, however long it takes.

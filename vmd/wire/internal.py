@@ -20,7 +20,7 @@ import msgspec
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.messages import AnyAnswer, AnyRequest, ErrorCode, Part, Statistics
+from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest, Part, Statistics
 
 TEXT_MAX = 16384
 """Characters of what a VM process says of its end: some paths, and why."""
@@ -51,7 +51,7 @@ class ClientRequest(Internal, frozen=True, kw_only=True):
     """From SO_PEERCRED, as the next ones."""
     gid: int
     pid: int
-    request: AnyRequest
+    request: ParentRequest
 
 
 class ClientGone(Internal, frozen=True, kw_only=True):
@@ -73,9 +73,17 @@ class Considered(Internal, frozen=True, kw_only=True):
     Said once for each, before or after its answer, which may have to wait for a VM.
     """
 
+    client: int
+
+
+class Happened(Internal, frozen=True, kw_only=True):
+    """Something for all clients that listen to events; `event` has no serial."""
+
+    event: Event
+
 
 ControlToParent = ClientRequest | ClientGone
-ParentToControl = ClientAnswer | Considered | SetVerbosity
+ParentToControl = ClientAnswer | Considered | Happened | SetVerbosity
 
 
 # parent ↔ priv

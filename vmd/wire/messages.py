@@ -234,7 +234,7 @@ class Status(VmRequest, frozen=True, kw_only=True):
 
 
 class Events(Request, frozen=True, kw_only=True):
-    """Tell of every event from now on: `event`s, after `done`."""
+    """Tell of every event from now on: `event`s, after `done`; once for each connection."""
 
 
 class Load(Request, frozen=True, kw_only=True):
@@ -259,9 +259,11 @@ class Log(Request, frozen=True, kw_only=True):
     level: Annotated[int, msgspec.Meta(ge=0, le=2)]
 
 
-AnyRequest = (
-    Start | Stop | Wait | Pause | Unpause | Console | Status | Events | Load | Reload | Reset | Log
+ParentRequest = (
+    Start | Stop | Wait | Pause | Unpause | Console | Status | Load | Reload | Reset | Log
 )
+"""What the parent answers."""
+AnyRequest = ParentRequest | Events
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=_tag):
@@ -418,8 +420,10 @@ class Event(Answer, frozen=True, kw_only=True):
 
 AnyAnswer = Done | Failed | Started | Terminated | ConsoleOpened | Vms | Event
 
-VMS_PER_PART = 128
-"""How many VMs a `vms` holds at most."""
+ANSWER_MAX = 128 << 10
+"""Bytes of one answer."""
+PART_MAX = 48 << 10
+"""Bytes of the VMs that a `vms` holds, unless it holds one alone: a longer list comes in parts."""
 
 DAEMON_TO_CLIENT: Wire[AnyAnswer, AnyRequest] = Wire(AnyRequest, WireEncoding.JSON)
 CLIENT_TO_DAEMON: Wire[AnyRequest, AnyAnswer] = Wire(AnyAnswer, WireEncoding.JSON)

@@ -37,7 +37,7 @@ def serve(vmm: Channel[ZygoteToVmm, VmmToZygote], bodies: Mapping[Role, Body]) -
     """Fork what `vmm` asks for until it is gone."""
     while True:
         try:
-            order, fds = vmm.wait()
+            order, fds, _size = vmm.wait()
         except ChannelError as err:
             log.debug("vmm: %s", err)
             return

@@ -36,3 +36,10 @@ def test_valid_floods(tmp_path: Path) -> None:
     for directory in tmp_path.parents[:3]:
         directory.chmod(directory.stat().st_mode | 0o011)
     assert valid_floods.run(tmp_path, 64, 12.0).statuses
+
+
+def test_floods_of_subscriptions(tmp_path: Path) -> None:
+    """A connection is told of events once, however often it asks, and a start does not wait."""
+    for directory in tmp_path.parents[:3]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    assert "not answered once" in valid_floods.run_events(tmp_path, 16_000)

@@ -62,7 +62,7 @@ class FakeDaemon:
             connection.setblocking(True)
             with suppress(ChannelError):
                 while True:
-                    request, fds = channel.receive()
+                    request, fds, _size = channel.receive()
                     self.fd_counts.append(len(fds))
                     fds.close()
                     self.requests.append(msgspec.structs.replace(request, serial=0))

@@ -21,6 +21,7 @@ from vmd.rules.registry import (
     Operate,
     Perform,
     Registry,
+    Tell,
     info,
 )
 from vmd.rules.vm import PassedBoot, Vm
@@ -37,12 +38,11 @@ from vmd.rules.vm_state import (
 )
 from vmd.wire.messages import (
     AnyAnswer,
-    AnyRequest,
     ConsoleOpened,
     ErrorCode,
     Event,
-    Events,
     Failed,
+    ParentRequest,
     State,
     VmInfo,
     Vms,
@@ -88,7 +88,6 @@ class Host:
         self.operations: list[Operate] = []
         self.pending: set[tuple[int, int]] = set()  # requests without an answer yet
         self.answers: dict[tuple[int, int], AnyAnswer] = {}
-        self.listeners: set[tuple[int, int]] = set()
         self.events: list[Event] = []
         self.gone: set[int] = set()
         self._serial = 0
@@ -97,13 +96,13 @@ class Host:
     # What happens
 
     def ask(
-        self, request: AnyRequest, uid: int = ROOT, client: int = 1, *, with_kernel: bool = False
+        self, request: ParentRequest, uid: int = ROOT, client: int = 1, *, with_kernel: bool = False
     ) -> AnyAnswer | None:
         """Ask; returns the answer, if it came at once."""
         return self.answers.get(self.begin(request, uid, client, with_kernel=with_kernel))
 
     def begin(
-        self, request: AnyRequest, uid: int = ROOT, client: int = 1, *, with_kernel: bool = False
+        self, request: ParentRequest, uid: int = ROOT, client: int = 1, *, with_kernel: bool = False
     ) -> tuple[int, int]:
         """Ask; returns where the answer will be."""
         self._serial += 1
@@ -119,8 +118,6 @@ class Host:
                 "serial": self._serial,
             }
         )
-        if isinstance(request, Events):
-            self.listeners.add(key)
         self.run(self.registry.request(client, uid, request, boot))
         return key
 
@@ -195,6 +192,8 @@ class Host:
                         ticket.client,
                         ConsoleOpened(serial=ticket.serial, id=vm.id, tty=vm.state.tty),
                     )
+                case Tell(told):
+                    self.events.append(told)
                 case Drop(boot):
                     self.boots.remove(boot.kernel)  # never twice
                 case ArmTurn(delay_s):
@@ -208,10 +207,6 @@ class Host:
     def _answer(self, client: int, answer: AnyAnswer) -> None:
         key = (client, answer.serial)
         assert client not in self.gone
-        if isinstance(answer, Event):
-            assert key in self.listeners
-            self.events.append(answer)
-            return
         assert key in self.pending  # exactly one answer
         self.pending.remove(key)
         self.answers[key] = answer

@@ -253,7 +253,7 @@ def test_what_the_peer_has_no_room_for_goes_out_later(pair: tuple[Client, Daemon
     received = 0
     while received < sent:
         try:
-            message, fds = daemon.receive()
+            message, fds, _size = daemon.receive()
         except BlockingIOError:
             client.flush()
             continue
@@ -436,9 +436,9 @@ def test_an_event_loop_receives_and_sends(pair: tuple[Client, Daemon]) -> None:
     count = 2000
     with EventLoop() as loop:
 
-        def answer(received: tuple[AnyRequest, Fds]) -> None:
-            message, fds = received
-            fds.close()
+        def answer(received: Received[AnyRequest]) -> None:
+            message = received.message
+            received.fds.close()
             for number in range(count):
                 daemon.send(Failed(serial=number, code=ErrorCode.EIO, message="m" * 500))
             assert daemon.backlog_size > 0
@@ -466,7 +466,7 @@ def test_a_channel_may_be_closed_by_its_own_callback(pair: tuple[Client, Daemon]
     taken = []
     with EventLoop() as loop:
 
-        def close(received: tuple[AnyRequest, Fds]) -> None:
+        def close(received: Received[AnyRequest]) -> None:
             taken.append(received[0].serial)
             daemon.close()
             loop.stop()

@@ -7,9 +7,11 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from vmd.control import process as control
 from vmd.control.process import Control
 from vmd.wire.channel import FDS_MAX, Channel, Received, channel_pair
 from vmd.wire.internal import (
@@ -20,9 +22,10 @@ from vmd.wire.internal import (
     ClientRequest,
     Considered,
     ControlToParent,
+    Happened,
     ParentToControl,
 )
-from vmd.wire.messages import Done, ErrorCode, Failed, Status
+from vmd.wire.messages import ConsoleOpened, Done, ErrorCode, Event, EventKind, Failed, Status
 from vmm_kvm.loop import EventLoop
 
 _PATIENCE_NS = 5_000_000_000
@@ -53,6 +56,11 @@ class Rig:
     def requests(self) -> list[ClientRequest]:
         """Return the requests among what the parent has heard."""
         return [one for one in self.heard if isinstance(one, ClientRequest)]
+
+    def consider(self, at: int) -> None:
+        """Wait for a request by its place, and be done with it, without an answer."""
+        self.run_until(lambda: len(self.requests()) > at)
+        self.parent.send(Considered(client=self.requests()[at].client))
 
     def connect(self) -> socket.socket:
         """Return a client's connection."""
@@ -165,10 +173,10 @@ def test_the_parent_is_given_few_requests_at_a_time(rig: Rig) -> None:
                 client.send(_status(number * 100 + serial))
         rig.run_until(lambda: len(rig.heard) == 16)
         assert len({one.client for one in rig.requests()}) == 16
-        rig.parent.send(Considered())
+        rig.consider(0)
         rig.run_until(lambda: len(rig.heard) == 17)
-        for _ in range(20 * 5 - 17):
-            rig.parent.send(Considered())
+        for at in range(1, 20 * 5):
+            rig.consider(at)
         rig.run_until(lambda: len(rig.heard) == 20 * 5)
         serials = [one.request.serial for one in rig.requests()]
         assert sorted(serials) == sorted(a * 100 + b for a in range(20) for b in range(5))
@@ -180,12 +188,8 @@ def test_a_client_that_asks_without_end(rig: Rig) -> None:
     with rig.connect() as greedy, rig.connect() as modest:
         for serial in range(50):
             greedy.send(_status(serial))
-        while len(rig.heard) < 32:
-            before = len(rig.heard)
-            rig.parent.send(Considered())
-            rig.run_until(lambda: len(rig.heard) > before)  # noqa: B023 - run at once
-        for _ in range(16):
-            rig.parent.send(Considered())
+        for at in range(32):
+            rig.consider(at)
         modest.send(_status(1000))
         rig.run_until(lambda: len(rig.heard) == 33)
         assert rig.requests()[-1].request.serial == 1000
@@ -203,7 +207,7 @@ def test_a_client_that_does_not_read_is_not_read(rig: Rig) -> None:
         number = rig.requests()[0].client
         for _ in range(40):
             rig.parent.send(ClientAnswer(client=number, answer=answer))
-        rig.parent.send(Considered())
+        rig.consider(0)
         with rig.connect() as other:
             other.send(_status(2))
             rig.run_until(lambda: len(rig.heard) == 2)
@@ -215,6 +219,92 @@ def test_a_client_that_does_not_read_is_not_read(rig: Rig) -> None:
             assert json.loads(rig.packet(client))["type"] == "failed"
         rig.run_until(lambda: len(rig.requests()) == 4)
         assert rig.requests()[-1].request.serial == 1
+
+
+def test_events_are_told_once_to_each_connection_that_asked(rig: Rig) -> None:
+    """With the serial of the request, however often it asks; the parent hears nothing of it."""
+    with rig.connect() as one, rig.connect() as two, rig.connect() as deaf:
+        for serial in range(3):
+            one.send(json.dumps({"type": "events", "serial": serial}).encode())
+        assert json.loads(rig.packet(one)) == {"type": "done", "serial": 0, "id": 0}
+        for _ in range(2):
+            assert json.loads(rig.packet(one))["code"] == "EALREADY"
+        two.send(b'{"type":"events","serial":7}')
+        rig.packet(two)
+        event = Event(kind=EventKind.STARTED, id=3, name="web", at=1.0)
+        rig.parent.send(Happened(event=event))
+        for client, serial in ((one, 0), (two, 7)):
+            told = json.loads(rig.packet(client))
+            assert (told["kind"], told["serial"]) == ("started", serial)
+        assert rig.heard == []
+        deaf.send(_status(1))
+        rig.run_until(lambda: len(rig.heard) == 1)
+
+
+def test_a_listener_that_does_not_read_is_cut_off(rig: Rig) -> None:
+    """It would miss events; others are told of all."""
+    with rig.connect() as deaf, rig.connect() as listener:
+        for client in (deaf, listener):
+            client.send(b'{"type":"events"}')
+            rig.packet(client)
+        event = Event(kind=EventKind.FAILED, id=3, name="web", at=1.0, message="m" * 4000)
+        for _ in range(150):
+            rig.parent.send(Happened(event=event))
+            assert json.loads(rig.packet(listener))["kind"] == "failed"
+        rig.run_until(lambda: any(isinstance(each, ClientGone) for each in rig.heard))
+
+
+def test_what_a_user_may_have_waiting_is_limited(rig: Rig) -> None:
+    """Requests beyond it are refused with the reason, not those of connections that have few."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(rig.connect()) for _ in range(40)]
+        for client in clients[:16]:
+            client.send(_status(1))
+        rig.run_until(lambda: len(rig.heard) == 16)  # the others wait
+        null = stack.enter_context(Path("/dev/null").open())
+        for client in clients[16:19]:
+            socket.send_fds(client, [_status(2)], [null.fileno()] * 60)
+        refused = json.loads(rig.packet(clients[18]))
+        assert refused["code"] == "EAGAIN"
+        assert "too many descriptors" in refused["message"]
+        large = json.dumps({"type": "load", "path": "p" * 4096, "serial": 3}).encode()
+        large = large.replace(b" ", b" " * 20_000)
+        for client in clients[19:]:
+            client.send(large)
+        refused = json.loads(rig.packet(clients[39]))
+        assert refused["code"] == "EAGAIN"
+        assert "too large together" in refused["message"]
+
+
+def test_consoles_that_nobody_takes_are_limited(rig: Rig) -> None:
+    """The kernel keeps the descriptors: a user may have some under way, and more when it reads."""
+    ask = b'{"type":"console","name":"one"}'
+    with rig.connect() as client, rig.connect() as other:
+        for at in range(32):
+            client.send(ask)
+            rig.consider(at)
+            theirs, ours = socket.socketpair()
+            ours.close()
+            opened = ClientAnswer(
+                client=rig.requests()[at].client, answer=ConsoleOpened(id=1, tty="")
+            )
+            rig.parent.send(opened, [theirs.detach()])
+        other.send(ask)
+        assert "consoles" in json.loads(rig.packet(other))["message"]
+        for _ in range(32):
+            assert json.loads(rig.packet(client))["type"] == "console-opened"
+        other.send(ask)
+        rig.run_until(lambda: len(rig.requests()) == 33)
+
+
+def test_one_user_has_so_many_connections(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many is told so; root is no ordinary user, and has some when all others are taken."""
+    monkeypatch.setattr(control, "CLIENTS_MAX", 2)
+    monkeypatch.setattr(control, "CLIENTS_OF_ROOT", 0)
+    with rig.connect(), rig.connect(), rig.connect() as third:
+        answer = json.loads(rig.packet(third))
+        assert (answer["code"], answer["message"]) == ("EAGAIN", "you have too many connections")
+        assert rig.packet(third) == b""
 
 
 def test_a_client_that_goes_is_reported_once(rig: Rig) -> None:

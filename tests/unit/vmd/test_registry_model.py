@@ -18,7 +18,6 @@ from vmd.wire.messages import (
     Console,
     DiskRequest,
     ErrorCode,
-    Events,
     Pause,
     Reset,
     Start,
@@ -99,11 +98,6 @@ class RegistryMachine(RuleBasedStateMachine):
     ) -> None:
         """Ask something else of a VM."""
         self._ask(kind(name=name), user, client)
-
-    @rule(client=choices)
-    def listen(self, client: int) -> None:
-        """Ask for events."""
-        self._ask(Events(), ROOT, client)
 
     @rule(client=choices)
     def leave(self, client: int) -> None:
@@ -260,7 +254,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def _ask(
         self,
-        request: Start | Stop | Wait | Pause | Unpause | Console | Status | Events | Reset,
+        request: Start | Stop | Wait | Pause | Unpause | Console | Status | Reset,
         user: int,
         client: int,
         with_kernel: bool = False,
