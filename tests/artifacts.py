@@ -344,7 +344,7 @@ def _download(packages: Sequence[str], metapackage: str, place: Path) -> None:
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="download-") as scratch:
         for package in packages:
             fetched = subprocess.run(
-                ["apt-get", "-q", "-o", "Acquire::Retries=3", "download", package],
+                ["apt-get", "-q", "-o", "Acquire::Retries=3", "download", *_parts(package)],
                 check=False,
                 capture_output=True,
                 text=True,
@@ -353,17 +353,33 @@ def _download(packages: Sequence[str], metapackage: str, place: Path) -> None:
             )
             archives = list(Path(scratch).glob("*.deb"))
             if fetched.returncode == 0 and archives:
-                _unpack(archives[0], Path(scratch) / "tree", place)
+                _unpack(archives, Path(scratch) / "tree", place)
                 return
             errors.append(f"{package}: {fetched.stderr.strip().splitlines()[-1:]}")
     why = "; ".join(errors) or "apt knows no kernel that it depends on; run make setup as root"
     raise ArtifactError(f"{metapackage}: cannot download: {why}")
 
 
-def _unpack(archive: Path, tree: Path, place: Path) -> None:
+def _parts(package: str) -> list[str]:
+    """Return the packages that hold a kernel; Debian testing has it in several."""
+    shown = _shown(package).partition("\n\n")[0]
+    return [package, *re.findall(r"\b(linux-(?:base|binary|modules)-\d[^\s,]+)", shown)]
+
+
+def _unpack(archives: Sequence[Path], tree: Path, place: Path) -> None:
+    """Lay a kernel's packages out as `Kernel` says, wherever they have their files."""
     environment = _tool_environment()
-    subprocess.run(["dpkg", "-x", archive, tree], check=True, env=environment)
-    (release,) = (path.name for path in (tree / "lib" / "modules").iterdir())
+    for archive in archives:
+        subprocess.run(["dpkg", "-x", archive, tree], check=True, env=environment)
+    modules, boot = tree / "lib" / "modules", tree / "boot"
+    if not modules.is_dir():
+        modules.parent.mkdir()
+        (tree / "usr" / "lib" / "modules").rename(modules)
+    (release,) = (path.name for path in modules.iterdir())
+    boot.mkdir(exist_ok=True)
+    image = modules / release / "vmlinuz"
+    if image.exists():
+        image.rename(boot / f"vmlinuz-{release}")
     subprocess.run(["depmod", "-b", tree, release], check=True, env=environment)
     place.parent.mkdir(parents=True, exist_ok=True)
     tree.rename(place)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import struct
 
 _FUNCTION = b"svm_update_cr8_intercept"
-# What every function of the kernel begins with, a call for its tracer, and what we put behind it.
+# What every function of the kernel begins with, a landing pad for indirect branches (in 6.12) and
+# a call for its tracer, and what we put behind it.
+_LANDING_PAD = bytes.fromhex("f30f1efa")  # endbr64
 _CALL, _CALL_SIZE, _RETURN = 0xE8, 5, 0xC3
 
 # Source: Linux scripts/sign-file.c, what follows a module's own bytes: the signature, its
@@ -44,6 +46,8 @@ def with_cr8_intercepted(module: bytes) -> bytes:
     """
     changed = bytearray(_unsigned(module))
     start = _function_at(changed)
+    if changed.startswith(_LANDING_PAD, start):
+        start += len(_LANDING_PAD)
     if changed[start] != _CALL:
         raise ModuleError(f"{_FUNCTION.decode()}: begins with {changed[start]:#x}, not with a call")
     changed[start + _CALL_SIZE] = _RETURN

@@ -20,24 +20,27 @@ SOURCE = """
 .fill 7, 1, 0x90
 .text
 svm_update: .byte 0xe8, 0, 0, 0, 0, 0x55
-{function}: .byte {start}, 0, 0, 0, 0, 0x41
+{function}: {landing} .byte {start}, 0, 0, 0, 0, 0x41
 svm_later: .byte 0xe8, 0, 0, 0, 0, 0x53
 """
 
 
-def assembled(folder: Path, *, function: str = FUNCTION, start: int = 0xE8) -> bytes:
-    """Return an object file whose `function` begins with the byte `start`."""
+def assembled(
+    folder: Path, *, function: str = FUNCTION, start: int = 0xE8, landing: str = ""
+) -> bytes:
+    """Return an object file whose `function` begins with the byte `start`, behind `landing`."""
     if shutil.which("as") is None:
         pytest.skip("as not installed (Debian package binutils)")
     path = folder / "module.ko"
-    source = SOURCE.format(function=function, start=start)
+    source = SOURCE.format(function=function, start=start, landing=landing)
     subprocess.run(["as", "-o", path, "-"], input=source, text=True, check=True)
     return path.read_bytes()
 
 
-def test_the_function_returns_behind_its_tracers_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("landing", ["", "endbr64;"])
+def test_the_function_returns_behind_its_tracers_call(landing: str, tmp_path: Path) -> None:
     """One byte differs, the one after the call; the signature, which is wrong now, is gone."""
-    module = assembled(tmp_path)
+    module = assembled(tmp_path, landing=landing)
     changed = with_cr8_intercepted(module + SIGNED)
     at = module.index(bytes([0xE8, 0, 0, 0, 0, 0x41])) + 5
     assert module[:at] + b"\xc3" + module[at + 1 :] == changed
