@@ -201,7 +201,7 @@ no_effect:
         say     ": no effect\n"
         jmp     wait
 
-        .balign 4, 0x90
+        .balign 4, 0xcc
 no_idt: .word   0
         .quad   0
 
