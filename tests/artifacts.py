@@ -93,7 +93,7 @@ MEDIA_MODULES = ("virtio_pci", "virtio_scsi", "sr_mod", "isofs", "virtio_rng", "
 # What a guest loads that has a network.
 NET_MODULES = ("virtio_pci", "virtio_net", "af_packet", "ipv6")
 
-_MEMTEST = Path("/boot/memtest86+x64.bin")
+_MEMTEST = (Path("/boot/memtest86+x64.bin"), Path("/boot/mt86+x64"))
 _SEABIOS = (Path("/usr/share/seabios/bios-256k.bin"), Path("/usr/share/qemu/bios-256k.bin"))
 
 
@@ -287,9 +287,7 @@ def memtest() -> Path:
     Raises:
         ArtifactError: it is not installed.
     """
-    if not _MEMTEST.exists():
-        raise ArtifactError(f"{_MEMTEST}: not found; install the package memtest86+")
-    return _MEMTEST
+    return _installed(_MEMTEST, "memtest86+")
 
 
 def seabios() -> Path:
@@ -298,10 +296,15 @@ def seabios() -> Path:
     Raises:
         ArtifactError: it is not installed.
     """
-    for path in _SEABIOS:
+    return _installed(_SEABIOS, "seabios")
+
+
+def _installed(paths: Sequence[Path], package: str) -> Path:
+    """Return the first of `paths` that is there: distributions call one file differently."""
+    for path in paths:
         if path.exists():
             return path
-    raise ArtifactError(f"{_SEABIOS[0]}: not found; install the package seabios")
+    raise ArtifactError(f"{paths[0]}: not found; install the package {package}")
 
 
 def _is_unpacked(place: Path) -> bool:

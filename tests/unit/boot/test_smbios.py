@@ -111,7 +111,7 @@ def decode(dmidecode: str, memory: Sequence[tuple[int, int]], path: Path) -> str
         [dmidecode, "--from-dump", path], check=True, capture_output=True, text=True
     )
     assert done.stderr == ""
-    return done.stdout
+    return done.stdout.replace("iB\n", "B\n")  # version 3.7 has MiB, where 3.4 has MB
 
 
 def test_dmidecode_agrees(dmidecode: str, tmp_path: Path) -> None:
