@@ -99,7 +99,7 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
             import_module(name)
         # A guest's kernel cache would be a file.
         os.environ.clear()
-        for kind in (Kind.VM, Kind.DEVICE, Kind.NIC):
+        for kind in (Kind.VM, Kind.DISK, Kind.NIC):
             compile_filter(CONFINEMENTS[kind].filter)
         kvm = Kvm.from_fd(kvm_fd)
         with Rehearsal() as rehearsal:

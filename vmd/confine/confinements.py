@@ -49,7 +49,7 @@ class Kind(StrEnum):
     VMM = "vmm"
     ZYGOTE = "zygote"
     VM = "vm"
-    DEVICE = "device"
+    DISK = "disk"
     NIC = "nic"
 
 
@@ -123,7 +123,7 @@ _IMAGES = (
         "fcntl", 1, {_F_OFD_SETLK: "locks on images", _F_OFD_GETLK: "who else has an image open"}
     ),
 )
-_DEVICE = (
+_DISK = (
     *_NAMED,
     *_IMAGES,
     *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
@@ -174,7 +174,7 @@ _VMM = (
 )
 _ZYGOTE = (
     *_VM,
-    *_DEVICE,
+    *_DISK,
     *_NIC,
     *_PROCESSES,
     Allow("clone", "VM and device processes", (Argument(0, 0, _CLONE_THREAD),)),
@@ -237,8 +237,8 @@ CONFINEMENTS = {
     Kind.VM: Confinement(
         Filter((*_BASE, *_VM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
     ),
-    Kind.DEVICE: Confinement(
-        Filter((*_BASE, *_DEVICE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
+    Kind.DISK: Confinement(
+        Filter((*_BASE, *_DISK), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
     ),
     Kind.NIC: Confinement(
         Filter((*_BASE, *_NIC), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))

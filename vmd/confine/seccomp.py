@@ -79,11 +79,6 @@ class Filter(NamedTuple):
     allowed: tuple[Allow, ...]
     refused: tuple[Refuse, ...] = ()
 
-    def extended(self, other: "Filter") -> "Filter":
-        """Return what allows what either does, and refuses what neither allows."""
-        refused = {one.name: one for one in (*self.refused, *other.refused)}
-        return Filter((*self.allowed, *other.allowed), tuple(refused.values()))
-
 
 class _SockFprog(ctypes.Structure):
     """struct sock_fprog."""

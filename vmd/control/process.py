@@ -173,8 +173,6 @@ class Control:
             message = ClientRequest(
                 client=client.number,
                 uid=client.peer.uid,
-                gid=client.peer.gid,
-                pid=client.peer.pid,
                 request=request,
             )
             try:

@@ -18,7 +18,7 @@ from vmm_kvm.virtio.blk import VirtioBlk
 
 def run(connection: socket.socket, _rehearses: bool) -> int:
     """Be told by `connection` which disk to serve, and serve it; returns the exit status."""
-    return device_process.run("disk", Kind.DEVICE, connection, _make)
+    return device_process.run("disk", Kind.DISK, connection, _make)
 
 
 def _make(begin: VmmToDevice, fds: list[int]) -> VirtioBlk:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from vmd.config.model import InterfaceConfig
 from vmd.rules.addressing import BITS4, BITS6
 from vmd.wire.channel import Fds
-from vmd.wire.internal import AttachedTap, TapSpec
+from vmd.wire.internal import MadeTap, TapSpec
 from vmd.wire.messages import ForwardInfo, InterfaceInfo
 
 _VHOST_NET = "/dev/vhost-net"
@@ -27,7 +27,7 @@ class Network(NamedTuple):
     """An interface of a VM that there is; descriptors stay whose they are."""
 
     spec: TapSpec
-    tap: AttachedTap
+    tap: MadeTap
     queues: tuple[int, ...]
     """Descriptors of the tap."""
     may_vhost: bool

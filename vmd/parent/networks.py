@@ -39,24 +39,24 @@ from vmd.rules.vm import Vm
 from vmd.shared.paths import SYSTEM_SOCKET
 from vmd.wire.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.wire.internal import (
-    Attach,
-    Attached,
-    AttachedTap,
-    AttachFailed,
     Configure,
     Configured,
-    Detach,
-    Detached,
     ForgetLocal,
+    ForgetTaps,
     ForwardSpec,
     LocalSpec,
     LocalToParent,
+    MadeTap,
+    MakeTaps,
     ParentToLocal,
     ParentToPriv,
     PrivToParent,
     ServeLocal,
     SetVerbosity,
     SwitchSpec,
+    TapsFailed,
+    TapsForgotten,
+    TapsMade,
     TapSpec,
 )
 from vmd.wire.messages import ErrorCode, InterfaceInfo
@@ -84,7 +84,7 @@ class _Held:
         self.links = links
         self.fds: list[int] = []
         self.then: Then | None = then
-        self.attached: tuple[AttachedTap, ...] = ()
+        self.attached: tuple[MadeTap, ...] = ()
         self.is_filtered = False
 
     def close(self) -> None:
@@ -291,7 +291,7 @@ class Networks:
         if held.attached:
             specs = zip(held.specs, held.attached, strict=True)
             there = tuple(replace(spec, name=tap.name, queues=()) for spec, tap in specs)
-            self._send(Attach(id=vm_id, taps=there))
+            self._send(MakeTaps(id=vm_id, taps=there))
             return
         try:
             # A descriptor can be a queue only once, and one that crashed may have made it that.
@@ -302,7 +302,7 @@ class Networks:
         except OSError as err:
             self._fail(vm_id, held, f"{_TUN}: {err.strerror}")
             return
-        self._send(Attach(id=vm_id, taps=held.specs), fds)
+        self._send(MakeTaps(id=vm_id, taps=held.specs), fds)
 
     def refresh(self) -> dict[int, Links]:
         """Bring interfaces up and down as VMs and switches are configured now.
@@ -339,7 +339,7 @@ class Networks:
             held.close()
             return
         self._leaving[vm_id] = held
-        self._send(Detach(id=vm_id))
+        self._send(ForgetTaps(id=vm_id))
 
     def _left(self, vm_id: int) -> None:
         held = self._leaving.pop(vm_id, None)
@@ -363,20 +363,20 @@ class Networks:
         match received.message:
             case Configured():
                 return
-            case Attached(id=vm_id, taps=taps, is_filtered=is_filtered):
+            case TapsMade(id=vm_id, taps=taps, is_filtered=is_filtered):
                 held = self._held.get(vm_id)
                 if held is not None and len(taps) == len(held.specs):
                     self._attached(held, taps, is_filtered=is_filtered)
-            case AttachFailed(id=vm_id, message=message):
+            case TapsFailed(id=vm_id, message=message):
                 held = self._held.get(vm_id)
                 if held is not None:
                     self._fail(vm_id, held, message)
-            case Detached(id=vm_id):
+            case TapsForgotten(id=vm_id):
                 self._left(vm_id)
             case _:
                 assert_never(received.message)
 
-    def _attached(self, held: _Held, taps: tuple[AttachedTap, ...], *, is_filtered: bool) -> None:
+    def _attached(self, held: _Held, taps: tuple[MadeTap, ...], *, is_filtered: bool) -> None:
         then, held.then = held.then, None
         if then is not None:  # else it was told to a new priv process
             held.attached, held.is_filtered = taps, is_filtered

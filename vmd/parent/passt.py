@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from vmd.config.model import ForwardConfig
 from vmd.parent.interfaces import Links, Network, interface_infos
 from vmd.rules.vm import Vm
-from vmd.wire.internal import AttachedTap, TapSpec
+from vmd.wire.internal import MadeTap, TapSpec
 from vmd.wire.messages import InterfaceInfo
 from vmm_kvm.log import Log
 
@@ -90,7 +90,7 @@ class PasstNetworks:
                     mtu=interface.mtu or _MTU_DEFAULT,
                     rdomain=interface.rdomain,
                 ),
-                AttachedTap(name="", index=0),
+                MadeTap(name="", index=0),
                 queues=(),
                 may_vhost=False,
                 stream=stream.fd,

@@ -48,13 +48,10 @@ from vmd.wire.internal import (
     ClientRequest,
     Considered,
     ControlToParent,
-    Exited,
     FromVm,
     Happened,
-    Kill,
-    Launch,
-    Launched,
-    LaunchFailed,
+    KillVm,
+    LaunchVm,
     LookAtTerminal,
     ParentToControl,
     ParentToVmm,
@@ -65,6 +62,9 @@ from vmd.wire.internal import (
     ToVm,
     UnpauseVm,
     VmCommand,
+    VmExited,
+    VmLaunched,
+    VmLaunchFailed,
     VmmToParent,
     VmPaused,
     VmReport,
@@ -395,7 +395,7 @@ class Parent:
                     self._close_pty(vm.id)
                     self._networks.release(vm.id)
             case vm_state.Kill():
-                self._send_vmm(Kill(id=vm.id))
+                self._send_vmm(KillVm(id=vm.id))
             case vm_state.SendStop():
                 self._tell_vm(vm.id, StopVm())
             case vm_state.SendPause():
@@ -434,7 +434,7 @@ class Parent:
             self._kernels.expect(vm.id, fds[spec.boot])
         else:
             log.debug("vm %d: unpacked kernel lent", vm.id)
-        if not self._send_vmm(Launch(spec=spec), fds):
+        if not self._send_vmm(LaunchVm(spec=spec), fds):
             self._launched.discard(vm.id)
             self._launch_failed(vm, ErrorCode.EAGAIN, "there is no vmm process")
 
@@ -525,14 +525,14 @@ class Parent:
             log.warning("vmm: speaks of vm %d, which does not run", message.id)
             return
         match message:
-            case Launched(id=vm_id, pid=pid):
+            case VmLaunched(id=vm_id, pid=pid):
                 self._happened(vm_id, vm_state.Launched(pid, self._ptys[vm_id].name))
-            case LaunchFailed(id=vm_id, code=code, message=text):
+            case VmLaunchFailed(id=vm_id, code=code, message=text):
                 self._launched.discard(vm_id)
                 self._happened(vm_id, vm_state.LaunchFailed(code, text))
             case FromVm(id=vm_id, report=report):
                 self._reported(vm_id, report, fds)
-            case Exited():
+            case VmExited():
                 self._exited(message)
             case _:
                 assert_never(message)
@@ -560,7 +560,7 @@ class Parent:
             case _:
                 log.debug("vm %d: %s", vm_id, report)
 
-    def _exited(self, message: Exited) -> None:
+    def _exited(self, message: VmExited) -> None:
         self._launched.discard(message.id)
         self._inquiries.forget(message.id)
         self._kernels.expect_no_more(message.id)

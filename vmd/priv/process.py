@@ -23,19 +23,19 @@ from vmd.rules.addressing import BITS4, BITS6
 from vmd.shared import log as logging
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
 from vmd.wire.internal import (
-    Attach,
-    Attached,
-    AttachedTap,
-    AttachFailed,
     Configure,
     Configured,
-    Detach,
-    Detached,
+    ForgetTaps,
     LocalSpec,
+    MadeTap,
+    MakeTaps,
     ParentToPriv,
     PrivToParent,
     SetVerbosity,
     SwitchSpec,
+    TapsFailed,
+    TapsForgotten,
+    TapsMade,
     TapSpec,
 )
 from vmm_kvm.log import Log
@@ -95,13 +95,13 @@ class Priv:
                 case Configure():
                     self._configure(received.message)
                     self._tell(Configured())
-                case Attach():
+                case MakeTaps():
                     self._attach(received.message, fds)
-                case Detach(id=vm_id):
+                case ForgetTaps(id=vm_id):
                     self._taps.pop(vm_id, None)
                     self._filter()
                     self._remove_unwanted()
-                    self._tell(Detached(id=vm_id))
+                    self._tell(TapsForgotten(id=vm_id))
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
                 case _:
@@ -237,14 +237,14 @@ class Priv:
 
     # Interfaces of VMs
 
-    def _attach(self, message: Attach, fds: Fds) -> None:
+    def _attach(self, message: MakeTaps, fds: Fds) -> None:
         if self._wanted is None:
-            self._tell(AttachFailed(id=message.id, message="nothing is configured"))
+            self._tell(TapsFailed(id=message.id, message="nothing is configured"))
             return
         try:
             taps = [self._tap(spec, fds) for spec in message.taps]
         except (LinkError, ChannelError) as err:
-            self._tell(AttachFailed(id=message.id, message=str(err)))
+            self._tell(TapsFailed(id=message.id, message=str(err)))
             return
         self._taps[message.id] = tuple(taps)
         is_filtered = self._filter()  # before the first frame can pass
@@ -253,8 +253,8 @@ class Priv:
                 self._set_up(tap)
             except (LinkError, OSError) as err:
                 log.warning("%s: %s", tap.spec.alias, err)
-        told = (AttachedTap(name=tap.link.name, index=tap.link.ifindex) for tap in taps)
-        self._tell(Attached(id=message.id, taps=tuple(told), is_filtered=is_filtered))
+        told = (MadeTap(name=tap.link.name, index=tap.link.ifindex) for tap in taps)
+        self._tell(TapsMade(id=message.id, taps=tuple(told), is_filtered=is_filtered))
 
     def _tap(self, spec: TapSpec, fds: Fds) -> _Tap:
         """Make an interface, or find it again; it carries no frames yet."""

@@ -30,12 +30,9 @@ from vmd.wire.internal import (
     BeginDisk,
     BeginNic,
     EndReason,
-    Exited,
     FromVm,
-    Kill,
-    Launch,
-    Launched,
-    LaunchFailed,
+    KillVm,
+    LaunchVm,
     LookAtTerminal,
     ParentToVmm,
     Role,
@@ -43,6 +40,9 @@ from vmd.wire.internal import (
     ToVm,
     VmCommand,
     VmEnding,
+    VmExited,
+    VmLaunched,
+    VmLaunchFailed,
     VmmToDevice,
     VmmToParent,
     VmmToVm,
@@ -68,7 +68,7 @@ _NIC = "nic"  # begins the names of interfaces: a guest lives on without
 class _Vm:
     """What vmm knows of one VM until all its processes are reaped."""
 
-    __slots__ = ("channel", "devices", "ending", "is_killed", "name", "pid", "status", "timer")
+    __slots__ = ("channel", "devices", "ending", "name", "pid", "status", "timer")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -77,7 +77,6 @@ class _Vm:
         self.devices: dict[int, str] = {}  # processes that live, and what to call them
         self.ending: VmEnding | None = None
         self.status: int | None = None
-        self.is_killed = False
         self.timer: LoopTimer | None = None
 
 
@@ -120,9 +119,9 @@ class Vmm:
     def _take(self, received: Received[ParentToVmm]) -> None:
         with received.fds as fds:
             match received.message:
-                case Launch(spec=spec):
+                case LaunchVm(spec=spec):
                     self._launch(spec, fds)
-                case Kill(id=number):
+                case KillVm(id=number):
                     self._kill(number)
                 case ToVm(id=number, command=command):
                     self._pass_on(number, command, fds)
@@ -150,7 +149,6 @@ class Vmm:
     def _kill(self, number: int) -> None:
         vm = self._vms.get(number)
         if vm and vm.status is None:
-            vm.is_killed = True
             self._blanks.kill(vm.pid)
 
     # Starting
@@ -169,10 +167,10 @@ class Vmm:
             if not vm.devices:
                 del self._vms[spec.id]
             return
-        self._tell(Launched(id=spec.id, pid=vm.pid))
+        self._tell(VmLaunched(id=spec.id, pid=vm.pid))
 
     def _fail(self, spec: VmSpec, code: ErrorCode, message: str) -> None:
-        self._tell(LaunchFailed(id=spec.id, code=code, message=message))
+        self._tell(VmLaunchFailed(id=spec.id, code=code, message=message))
 
     def _start_all(self, vm: _Vm, spec: VmSpec, fds: Fds) -> None:
         """Start the device processes, then the VM's; what they share is closed here."""
@@ -326,4 +324,4 @@ class Vmm:
             vm.timer.cancel()
         if vm.pid:
             assert vm.status is not None
-            self._tell(Exited(id=number, pid=vm.pid, status=vm.status, ending=vm.ending))
+            self._tell(VmExited(id=number, pid=vm.pid, status=vm.status, ending=vm.ending))

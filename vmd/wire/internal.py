@@ -48,9 +48,7 @@ class ClientRequest(Internal, frozen=True, kw_only=True):
     client: int
     """Control's number for the connection, never used twice."""
     uid: int
-    """From SO_PEERCRED, as the next ones."""
-    gid: int
-    pid: int
+    """From SO_PEERCRED."""
     request: ParentRequest
 
 
@@ -162,8 +160,8 @@ class Configure(Internal, frozen=True, kw_only=True):
     """Interfaces that are there already follow, and then this again: nothing is removed yet."""
 
 
-class Attach(Internal, frozen=True, kw_only=True):
-    """Make the interfaces of a VM; answered by `Attached` or `AttachFailed`.
+class MakeTaps(Internal, frozen=True, kw_only=True):
+    """Make the interfaces of a VM; answered by `TapsMade` or `TapsFailed`.
 
     Each exists as long as the descriptors do that come along.
     """
@@ -172,13 +170,13 @@ class Attach(Internal, frozen=True, kw_only=True):
     taps: tuple[TapSpec, ...]
 
 
-class Detach(Internal, frozen=True, kw_only=True):
-    """Forget a VM's interfaces, which are about to go; answered by `Detached`."""
+class ForgetTaps(Internal, frozen=True, kw_only=True):
+    """Forget a VM's interfaces, which are about to go; answered by `TapsForgotten`."""
 
     id: int
 
 
-class AttachedTap(Part, frozen=True, kw_only=True):
+class MadeTap(Part, frozen=True, kw_only=True):
     """An interface that there is."""
 
     name: str
@@ -190,30 +188,30 @@ class Configured(Internal, frozen=True, kw_only=True):
     """It is done, as far as it can be; the log says what cannot."""
 
 
-class Attached(Internal, frozen=True, kw_only=True):
+class TapsMade(Internal, frozen=True, kw_only=True):
     """A VM's interfaces are there."""
 
     id: int
-    taps: tuple[AttachedTap, ...]
+    taps: tuple[MadeTap, ...]
     is_filtered: bool
     """Frames with a wrong lladdr are dropped where they are to be, whoever moves them."""
 
 
-class AttachFailed(Internal, frozen=True, kw_only=True):
+class TapsFailed(Internal, frozen=True, kw_only=True):
     """A VM has no interfaces; the message is one line."""
 
     id: int
     message: str
 
 
-class Detached(Internal, frozen=True, kw_only=True):
+class TapsForgotten(Internal, frozen=True, kw_only=True):
     """Nothing refers to a VM's interfaces any more."""
 
     id: int
 
 
-ParentToPriv = Configure | Attach | Detach | SetVerbosity
-PrivToParent = Configured | Attached | AttachFailed | Detached
+ParentToPriv = Configure | MakeTaps | ForgetTaps | SetVerbosity
+PrivToParent = Configured | TapsMade | TapsFailed | TapsForgotten
 
 
 # parent ↔ local
@@ -329,14 +327,14 @@ class VmSpec(Part, frozen=True, kw_only=True):
     boot_device: BootDevice = BootDevice.AUTO
 
 
-class Launch(Internal, frozen=True, kw_only=True):
-    """Make a VM process; answered by `Launched`, or `LaunchFailed`. All descriptors come along."""
+class LaunchVm(Internal, frozen=True, kw_only=True):
+    """Make a VM process; answered by `VmLaunched` or `VmLaunchFailed`. Descriptors come along."""
 
     spec: VmSpec
 
 
-class Kill(Internal, frozen=True, kw_only=True):
-    """End a VM process at once; it is told of by `Exited`."""
+class KillVm(Internal, frozen=True, kw_only=True):
+    """End a VM process at once; it is told of by `VmExited`."""
 
     id: int
 
@@ -463,14 +461,14 @@ class FromVm(Internal, frozen=True, kw_only=True):
     report: VmReport
 
 
-class Launched(Internal, frozen=True, kw_only=True):
+class VmLaunched(Internal, frozen=True, kw_only=True):
     """The VM process exists; its guest may not run yet."""
 
     id: int
     pid: int
 
 
-class LaunchFailed(Internal, frozen=True, kw_only=True):
+class VmLaunchFailed(Internal, frozen=True, kw_only=True):
     """There is no VM process."""
 
     id: int
@@ -478,7 +476,7 @@ class LaunchFailed(Internal, frozen=True, kw_only=True):
     message: str = ""
 
 
-class Exited(Internal, frozen=True, kw_only=True):
+class VmExited(Internal, frozen=True, kw_only=True):
     """A VM process is gone and reaped."""
 
     id: int
@@ -489,8 +487,8 @@ class Exited(Internal, frozen=True, kw_only=True):
     """What it said last, if it could."""
 
 
-ParentToVmm = Launch | Kill | ToVm | SetVerbosity
-VmmToParent = Launched | LaunchFailed | FromVm | Exited
+ParentToVmm = LaunchVm | KillVm | ToVm | SetVerbosity
+VmmToParent = VmLaunched | VmLaunchFailed | FromVm | VmExited
 
 
 # vmm ↔ zygote

@@ -186,10 +186,10 @@ def test_a_vm_process_has_threads() -> None:
             thread.join()
 
     assert _confined(Kind.VM, body) == 0
-    assert _confined(Kind.DEVICE, body) != 0
+    assert _confined(Kind.DISK, body) != 0
 
 
-@pytest.mark.parametrize("kind", [Kind.VM, Kind.DEVICE, Kind.NIC])
+@pytest.mark.parametrize("kind", [Kind.VM, Kind.DISK, Kind.NIC])
 def test_blank_processes_name_themselves(kind: Kind) -> None:
     """A process that is told what it is when it is confined shows that in process lists."""
 
@@ -210,9 +210,9 @@ def test_the_zygote_starts_processes_that_are_confined_further() -> None:
     """The zygote forks; what it forks can take more from itself, and does."""
 
     def child_of_zygote() -> None:
-        status = _confined(Kind.DEVICE, lambda: None)
+        status = _confined(Kind.DISK, lambda: None)
         assert status == 0
-        status = _confined(Kind.DEVICE, _fork)
+        status = _confined(Kind.DISK, _fork)
         assert status == -signal.SIGSYS
 
     assert _confined(Kind.ZYGOTE, child_of_zygote) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vmd.config.model import ForwardConfig, InterfaceConfig
 from vmd.parent.interfaces import Counters, Network, interface_infos, parse_counters
-from vmd.wire.internal import AttachedTap, LocalSpec, TapSpec
+from vmd.wire.internal import LocalSpec, MadeTap, TapSpec
 from vmd.wire.messages import ForwardInfo, InterfaceInfo
 
 LLADDR = "fe:e1:bb:d1:00:01"
@@ -53,7 +53,7 @@ def test_an_interface_that_is_there() -> None:
         guest6="fd00::2",
     )
     spec = TapSpec(name="", lladdr=LLADDR, alias="vm1-if0-x", is_locked=True, local=local)
-    network = Network(spec, AttachedTap(name="no such tap", index=9), (), may_vhost=True)
+    network = Network(spec, MadeTap(name="no such tap", index=9), (), may_vhost=True)
     (found,) = interface_infos([InterfaceConfig(is_local=True, lladdr=LLADDR)], [network])
     assert (found.tap, found.is_locked, found.received) == ("no such tap", True, 0)
     assert found.host_addresses == ("100.64.1.2/31", "fd00::1/96")
