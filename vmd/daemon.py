@@ -30,7 +30,7 @@ from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.policy import Users
 from vmd.shared import log as logging
 from vmd.shared.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
-from vmd.shared.privsep import Plan, Restarts, orphans, spawn, wait_for
+from vmd.shared.privsep import RESTARTS_S, Plan, Restarts, orphans, spawn, wait_for
 from vmd.wire.channel import Channel
 from vmd.wire.internal import PARENT_AND_CONTROL, PARENT_AND_LOCAL, PARENT_AND_PRIV, PARENT_AND_VMM
 from vmm_kvm.clock import NANOSECONDS
@@ -43,6 +43,8 @@ _SHUTDOWN_NS = 40 * NANOSECONDS
 """How long the processes of VMs may take to end; disks may have much to write back."""
 _ORPHANS_NS = 30 * NANOSECONDS
 _FILES_MAX = 65536
+_EXPOSED = frozenset({Kind.CONTROL, Kind.LOCAL})
+"""Processes that read what clients and guests say: whatever they make of one, VMs go on."""
 _READY = b"\0"
 _KVM = "/dev/kvm"
 
@@ -101,6 +103,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         users=Users(frozenset({os.getuid()}), is_member),
         uid=os.getuid(),
         set_socket_owner=set_socket_owner,
+        address=listener.getsockname(),
         state=state_directory(os.environ, is_user=options.is_user),
     )
     return Setting(settings, listener, path, kvm_fd, identity)
@@ -174,6 +177,8 @@ class Daemon:
             self._plans[Kind.LOCAL] = local_plan(setting.identity)
         self._pids: dict[int, Kind] = {}
         self._restarts = Restarts(loop)
+        # One that cannot start at all ends so often at once.
+        self._is_settled_at = loop.monotonic_ns() + RESTARTS_S * NANOSECONDS
         self._lost_vmm = False
         self._orphans_timer = loop.timer(self._kill_orphans)
         self._is_ending = False
@@ -315,9 +320,17 @@ class Daemon:
             return
         if self._restarts.count(kind):
             self._spawn(kind)
+        elif kind in _EXPOSED and self._loop.monotonic_ns() > self._is_settled_at:
+            log.error("%s ends too often: the next one comes in %d s", kind, RESTARTS_S)
+            timer = self._loop.timer(lambda: self._spawn_later(kind))
+            timer.arm(self._loop.monotonic_ns() + RESTARTS_S * NANOSECONDS)
         else:
             log.error("%s ends too often", kind)
             self._end(1)
+
+    def _spawn_later(self, kind: Kind) -> None:
+        if not self._is_ending:
+            self._spawn(kind)
 
     def _kill_orphans(self) -> None:
         for pid in orphans(set(self._pids) | self._passt.pids):

@@ -74,6 +74,8 @@ class Client:
         self.channel = channel
         self.peer = peer
         self.user = user
+        self.has_come = False
+        """The parent has seen the connection."""
         self.unanswered = 0
         self.in_work = 0
         self.events: int | None = None

@@ -8,6 +8,7 @@ its answers. So no client holds up another, or makes memory grow.
 Source: section 6 of OpenBSD's behaviour.
 """
 
+import os
 import socket
 from contextlib import suppress
 from itertools import count
@@ -35,6 +36,7 @@ from vmd.wire.channel import (
 )
 from vmd.wire.internal import (
     ClientAnswer,
+    ClientCame,
     ClientGone,
     ClientRequest,
     Considered,
@@ -170,12 +172,9 @@ class Control:
         """Pass on the requests whose turn it is."""
         while self._in_work < IN_WORK_MAX and (client := self._turns.take()):
             request, fds, _size = client.take()
-            message = ClientRequest(
-                client=client.number,
-                uid=client.peer.uid,
-                request=request,
-            )
+            message = ClientRequest(client=client.number, request=request)
             try:
+                self._introduce(client)
                 self._parent.send(message, fds.take_all())
             except OversizeError as err:  # once it is wrapped
                 client.read_on()
@@ -185,6 +184,21 @@ class Control:
                 return
             self._in_work += 1
             client.given(request)
+
+    def _introduce(self, client: Client) -> None:
+        """Let the parent see whose connection it is, before the first request of it.
+
+        Raises:
+            ChannelError: the parent is gone.
+        """
+        if client.has_come:
+            return
+        client.has_come = True
+        try:
+            fds = [os.dup(client.channel.fileno())]
+        except OSError:  # none left: the parent refuses what this client asks
+            fds = []
+        self._parent.send(ClientCame(client=client.number), fds)
 
     def _refuse(self, client: Client, serial: int, code: ErrorCode, message: str) -> None:
         self._send(client, Failed(serial=serial, code=code, message=message), [])
@@ -212,8 +226,9 @@ class Control:
         del client.user.clients[client.number]
         if not client.user.clients:
             del self._users[client.peer.uid]
-        with suppress(ChannelError):  # the parent is gone, and the loop about to stop
-            self._parent.send(ClientGone(client=client.number))
+        if client.has_come:
+            with suppress(ChannelError):  # the parent is gone, and the loop about to stop
+                self._parent.send(ClientGone(client=client.number))
 
     # The parent
 

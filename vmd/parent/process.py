@@ -18,6 +18,7 @@ from vmd.config.model import Config, Owner, Staggered
 from vmd.config.parser import ConfigErrors, parse_config
 from vmd.parent.interfaces import Network
 from vmd.parent.networks import Networks
+from vmd.parent.peers import Peers
 from vmd.parent.resources import Host, ResourceError, open_resources
 from vmd.parent.status import Inquiries, StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
@@ -39,11 +40,20 @@ from vmd.rules.vm import PassedBoot, Vm
 from vmd.shared import log as logging
 from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty, open_pty
-from vmd.wire.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
+from vmd.wire.channel import (
+    Channel,
+    ChannelError,
+    DescriptorsLostError,
+    Fds,
+    MalformedError,
+    OversizeError,
+    Received,
+)
 from vmd.wire.internal import (
     AskStatistics,
     AttachConsole,
     ClientAnswer,
+    ClientCame,
     ClientGone,
     ClientRequest,
     Considered,
@@ -109,6 +119,8 @@ class Settings(NamedTuple):
     uid: int
     """Who the configuration file speaks for."""
     set_socket_owner: Callable[[Owner | None], None]
+    address: str | bytes
+    """Of the listening socket, as the kernel tells it."""
     state: str | None = None
     """Directory of what VMs keep."""
 
@@ -150,7 +162,7 @@ class Parent:
         self._launched: set[int] = set()  # ids of VMs that vmm knows
         self._kernels = KernelStore()
         self._host = Host(settings.users, self._kernels, settings.state)
-        self._clients: set[int] = set()
+        self._peers = Peers(settings.address)
         self._questions: set[StatusQuestion] = set()
         self._inquiries = Inquiries(loop, lambda vm_id: self._tell_vm(vm_id, AskStatistics()))
         self._verbosity = 0
@@ -170,9 +182,8 @@ class Parent:
         if self._control:
             self._control.close()
             self._control = None
-        for client in self._clients:
+        for client in self._peers.forget_all():
             self._registry.client_left(client)
-        self._clients.clear()
         # The next control process counts its clients from the first number again.
         for question in self._questions:
             question.cancel()
@@ -307,13 +318,22 @@ class Parent:
     # What clients ask
 
     def _from_control(self, received: Received[ControlToParent]) -> None:
+        try:
+            self._take_from_control(received)
+        except MalformedError as err:  # control is not what it should be: another one takes over
+            log.error("control: %s", err)  # noqa: TRY400 - no bug of this process
+            if self._control:
+                self._control.close()
+
+    def _take_from_control(self, received: Received[ControlToParent]) -> None:
         with received.fds as fds:
             match received.message:
-                case ClientRequest(client=client, uid=uid, request=request):
-                    self._clients.add(client)
-                    self._ask(client, uid, request, fds)
+                case ClientCame(client=client):
+                    self._peers.came(client, fds)
+                case ClientRequest(client=client, request=request):
+                    self._ask(client, self._peers.uid(client), request, fds)
                 case ClientGone(client=client):
-                    self._clients.discard(client)
+                    self._peers.gone(client)
                     self._registry.client_left(client)
                     for question in tuple(self._questions):
                         if question.ticket.client == client:
@@ -323,8 +343,10 @@ class Parent:
                 case _:
                     assert_never(received.message)
 
-    def _ask(self, client: int, uid: int, request: ParentRequest, fds: Fds) -> None:
+    def _ask(self, client: int, uid: int | None, request: ParentRequest, fds: Fds) -> None:
         try:
+            if uid is None:
+                raise DescriptorsLostError("the daemon had none left to see who connects")
             boot = _passed_boot(request, fds) if isinstance(request, Start) else None
         except ChannelError as err:
             is_wrong = isinstance(err, MalformedError)

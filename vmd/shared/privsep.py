@@ -26,7 +26,7 @@ from vmm_kvm.loop import EventLoop
 log = Log(__name__)
 
 RESTARTS_MAX = 5
-"""So many ends of one kind of process within `RESTARTS_S` end the daemon."""
+"""So many ends of one kind of process within `RESTARTS_S` are too many."""
 RESTARTS_S = 10
 _STANDARD_FDS = 3
 _FD_END = 1 << 30

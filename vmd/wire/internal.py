@@ -1,6 +1,6 @@
 """What the daemon's processes say to each other: one union per direction.
 
-parent ↔ control: what clients ask, with who they are, and what they are answered.
+parent ↔ control: who comes, what clients ask, and what they are answered.
 parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
 parent ↔ local:   which guests are answered by DHCP and the like.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
@@ -42,13 +42,17 @@ class SetVerbosity(Internal, frozen=True, kw_only=True):
 # parent ↔ control
 
 
+class ClientCame(Internal, frozen=True, kw_only=True):
+    """A client has connected; its connection comes along, to ask the kernel whose it is."""
+
+    client: int
+    """Control's number for the connection, never used twice."""
+
+
 class ClientRequest(Internal, frozen=True, kw_only=True):
     """A client's request; its descriptors come along."""
 
     client: int
-    """Control's number for the connection, never used twice."""
-    uid: int
-    """From SO_PEERCRED."""
     request: ParentRequest
 
 
@@ -80,7 +84,7 @@ class Happened(Internal, frozen=True, kw_only=True):
     event: Event
 
 
-ControlToParent = ClientRequest | ClientGone
+ControlToParent = ClientCame | ClientRequest | ClientGone
 ParentToControl = ClientAnswer | Considered | Happened | SetVerbosity
 
 

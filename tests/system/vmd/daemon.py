@@ -172,8 +172,12 @@ class Daemon:
         is_user: bool = True,
         wait: bool = True,
         prefix: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "vmd"),
     ) -> None:
-        """Start it in `directory`, with the text of a vm.conf; `prefix` are words before it."""
+        """Start it in `directory`, with the text of a vm.conf; `prefix` are words before it.
+
+        `program` is how Python finds it; a test may have something changed before.
+        """
         self.socket = directory / "vmd.sock"
         self.config = directory / "vm.conf"
         self.config.write_text(config)
@@ -189,7 +193,7 @@ class Daemon:
             self.process = subprocess.Popen(
                 [
                     *prefix,
-                    *(sys.executable, "-m", "vmd", "-d", "-v"),
+                    *(sys.executable, *program, "-d", "-v"),
                     *(["--user"] if is_user else []),
                     *("--socket", str(self.socket), "-f", str(self.config)),
                 ],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import SELFTEST, Daemon, vm_block
+from tests.system.vmd.daemon import SELFTEST, Daemon, process_title, vm_block
 from tests.system.vmd.users import USER, being, connection
 
 pytestmark = [
@@ -92,3 +94,28 @@ def test_one_user_cannot_shut_others_out(reachable: Path) -> None:
         finally:
             for client in crowd:
                 client.__exit__()
+
+
+def test_a_control_process_that_lies(reachable: Path) -> None:
+    """One that was taken over cannot speak for root: each try ends it, and nothing is reset."""
+    config = f"socket owner {USER}\n" + vm_block("one", enabled=True)
+    program = ("-m", "tests.system.vmd.hostile_control")
+    with Daemon(reachable, config, is_user=False, program=program) as vmd:
+        pid = vmd.wait_for_child("vm/one")
+        for lie, complaint in (
+            (b"listener", "control: client 1 is no connection of ours"),
+            (b"parent", "control: client 1 is no connection of ours"),
+            (b"nobody", "control: client 1 has not come"),
+            (b"uid", "not a message"),
+        ):
+            with being(USER), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                client.connect(str(vmd.socket))
+                client.send(lie)
+                vmd.wait_for_log(complaint)
+                assert client.recv(1) == b""
+            vmd.log.write_text("")
+        with being(USER), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(vmd.socket))
+            client.send(b"itself")
+            assert json.loads(client.recv(1000))["code"] == "EPERM"
+        assert process_title(pid) == "vm/one"

@@ -1,0 +1,52 @@
+"""A daemon whose control process lies: it tells the parent that its clients are root.
+
+As a program, it takes the arguments of vmd. Each connection makes the process try the next lie.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from vmd.__main__ import main
+from vmd.control import process as control
+from vmd.wire.channel import Received
+from vmd.wire.internal import ClientAnswer, ClientCame, ClientRequest, ParentToControl
+from vmd.wire.messages import Reset, ResetMode
+
+
+class Liar(control.Control):
+    """Control, taken over by a client."""
+
+    def _accept(self) -> None:
+        """Take a client, and ask for its connection what root alone may ask."""
+        connection, _address = self._listener.accept()
+        lie = connection.recvmsg(100)[0]
+        reset = ClientRequest(client=1, request=Reset(mode=ResetMode.ALL))
+        match lie:
+            case b"listener":
+                self._parent.send(ClientCame(client=1), [os.dup(self._listener.fileno())])
+            case b"parent":
+                self._parent.send(ClientCame(client=1), [os.dup(self._parent.fileno())])
+            case b"nobody":
+                pass
+            case b"uid":
+                asked = {"type": "ClientRequest", "client": 1, "uid": 0, "gid": 0, "pid": 1}
+                asked["request"] = {"type": "reset"}
+                self._parent._socket.sendmsg([msgspec.msgpack.encode(asked)])
+            case _:
+                self._parent.send(ClientCame(client=1), [os.dup(connection.fileno())])
+        self._parent.send(reset)
+        self._victim = connection
+
+    def _take(self, received: Received[ParentToControl]) -> None:
+        """Let the client see what came of it."""
+        received.fds.close()
+        if isinstance(received.message, ClientAnswer):
+            self._victim.sendmsg([msgspec.json.encode(received.message.answer)])
+
+
+if __name__ == "__main__":
+    control.Control = Liar  # type: ignore[misc] # what has taken the process over
+    main()

@@ -1,0 +1,79 @@
+"""Which users the clients of the control process are: asked of the kernel, not of control.
+
+control accepts connections and hands each over once, before the first request that comes from it.
+The kernel noted who connected, and tells it of the connection itself. So control can ask for
+nothing in the name of a user who has not connected, whatever becomes of it.
+
+Source: unix(7), "SO_PEERCRED"; socket(7), "SO_ACCEPTCONN".
+"""
+
+import os
+import socket
+
+from vmd.wire.channel import Fds, MalformedError, peer_credentials
+
+
+class Peers:
+    """The users of the connections of one control process after another."""
+
+    def __init__(self, address: str | bytes) -> None:
+        """Know nobody; `address` is that of the listening socket, as the kernel tells it."""
+        self._address = address
+        self._uids: dict[int, int | None] = {}
+
+    def came(self, client: int, fds: Fds) -> None:
+        """Note whose connection came along, and close it here.
+
+        If control or we had no room for its descriptor, nobody is known under this number.
+
+        Raises:
+            MalformedError: it is no connection that was accepted from our socket, or the number
+                is taken.
+        """
+        if client in self._uids:
+            raise MalformedError(f"client {client} comes a second time")
+        if fds.are_lost or not len(fds):
+            self._uids[client] = None
+            return
+        fd = fds.take(0)
+        try:
+            connection = socket.socket(fileno=fd)
+        except OSError as err:
+            os.close(fd)
+            raise MalformedError(f"client {client} is no socket") from err
+        with connection:
+            if not self._is_accepted(connection):
+                raise MalformedError(f"client {client} is no connection of ours")
+            self._uids[client] = peer_credentials(connection).uid
+
+    def _is_accepted(self, connection: socket.socket) -> bool:
+        """Tell whether a socket was accepted from ours.
+
+        Others that control has name root as their peer: its own to us, and the listening one.
+        """
+        return (
+            connection.family is socket.AF_UNIX
+            and connection.type is socket.SOCK_SEQPACKET
+            and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            and connection.getsockname() == self._address
+        )
+
+    def uid(self, client: int) -> int | None:
+        """Return which user a client is; None for one that cannot be told.
+
+        Raises:
+            MalformedError: no such client has come.
+        """
+        if client not in self._uids:
+            raise MalformedError(f"client {client} has not come")
+        return self._uids[client]
+
+    def gone(self, client: int) -> None:
+        """Forget a client."""
+        self._uids.pop(client, None)
+
+    def forget_all(self) -> tuple[int, ...]:
+        """Forget all clients; returns their numbers."""
+        clients = tuple(self._uids)
+        self._uids.clear()
+        return clients
