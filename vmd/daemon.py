@@ -18,8 +18,14 @@ from typing import NamedTuple
 from vmd.children import control_plan, local_plan, priv_plan, vmm_plan
 from vmd.config.check import parse_macro
 from vmd.config.model import Owner
-from vmd.confine.confinements import Kind
-from vmd.confine.sandbox import Identity, SandboxError, adopt_orphans, find_identity
+from vmd.confine.confinements import PARENT_CAPABILITIES, Kind
+from vmd.confine.sandbox import (
+    Identity,
+    SandboxError,
+    adopt_orphans,
+    find_identity,
+    keep_capabilities,
+)
 from vmd.options import Options
 from vmd.parent.listener import ListenerError, listen, set_owner
 from vmd.parent.networks import Networks
@@ -74,6 +80,8 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         raise StartError("need root privileges")
     try:
         identity = None if options.is_user else find_identity()
+        if identity is not None:
+            keep_capabilities(frozenset(PARENT_CAPABILITIES))
         kvm_fd = _open_kvm()
         stack.callback(os.close, kvm_fd)
         listener = inherited_socket(os.environ)

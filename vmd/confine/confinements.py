@@ -18,6 +18,20 @@ from vmm_kvm.memfd import MODE
 from vmm_kvm.net.abi import TUNSETIFF
 
 CAP_NET_ADMIN = 12
+PARENT_CAPABILITIES = {
+    0: "CAP_CHOWN: consoles and the control socket belong to their owners",
+    1: "CAP_DAC_OVERRIDE: files that vm.conf names, whoever they belong to",
+    3: "CAP_FOWNER: modes of consoles that belong to others already",
+    5: "CAP_KILL: ending processes of other users",
+    6: "CAP_SETGID: processes that become other users",
+    7: "CAP_SETUID: the same",
+    8: "CAP_SETPCAP: processes that give capabilities up",
+    10: "CAP_NET_BIND_SERVICE: DNS for guests, on port 53",
+    CAP_NET_ADMIN: "CAP_NET_ADMIN: priv, and what the parent opens for local",
+    13: "CAP_NET_RAW: packet sockets for DHCP",
+    21: "CAP_SYS_ADMIN: empty namespaces for processes",
+}
+"""What the parent of a daemon of root's keeps, itself or for its children, by number."""
 
 _AT_EMPTY_PATH = 0x1000
 _CLONE_THREAD = 0x00010000

@@ -131,6 +131,36 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
         raise SandboxError(err.strerror or str(err)) from err
 
 
+def keep_capabilities(kept: frozenset[int]) -> None:
+    """Give up, in a process of root, every capability but `kept`; no program can give it back.
+
+    What a container or a service manager has taken away already stays away.
+
+    Raises:
+        SandboxError: the kernel refused.
+    """
+    try:
+        _drop_bounding_set(kept)
+        _keep_capabilities(kept & _capabilities())
+        seccomp.no_new_privileges()
+    except OSError as err:
+        raise SandboxError(err.strerror or str(err)) from err
+
+
+def _capabilities() -> frozenset[int]:
+    """Return what this thread may have."""
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    if _libc.syscall(SYSCALLS["capget"], ctypes.byref(header), ctypes.byref(data)):
+        number = ctypes.get_errno()
+        raise OSError(number, f"capget: {os.strerror(number)}")
+    return frozenset(
+        capability
+        for capability in range(_CAP_LAST_MAX + 1)
+        if data[capability // 32].permitted >> capability % 32 & 1
+    )
+
+
 def die_with(parent: int) -> None:
     """Be killed when `parent`, the process that forked us, ends; end now if it has already.
 

@@ -9,15 +9,15 @@ Source: sections 5.2, 7 and 8 of OpenBSD's behaviour.
 
 import os
 import socket
-import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import NamedTuple, assert_never
 
 from vmd.config.model import Config, Owner, Staggered
 from vmd.config.parser import ConfigErrors, parse_config
+from vmd.parent.clock import SystemClock
 from vmd.parent.interfaces import Network
 from vmd.parent.networks import Networks
+from vmd.parent.passed import passed_boot
 from vmd.parent.peers import Peers
 from vmd.parent.resources import Host, ResourceError, open_resources
 from vmd.parent.status import Inquiries, StatusQuestion
@@ -36,7 +36,7 @@ from vmd.rules.registry import (
     Registry,
     Tell,
 )
-from vmd.rules.vm import PassedBoot, Vm
+from vmd.rules.vm import Vm
 from vmd.shared import log as logging
 from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty, open_pty
@@ -125,18 +125,6 @@ class Settings(NamedTuple):
     """Directory of what VMs keep."""
 
 
-class _SystemClock:
-    """The registry's clock."""
-
-    def monotonic_s(self) -> float:
-        """Return seconds on a clock that does not jump."""
-        return time.monotonic()
-
-    def realtime_s(self) -> float:
-        """Return seconds since 1970-01-01 UTC."""
-        return time.time()
-
-
 class Parent:
     """The parent's work, on the event loop's thread.
 
@@ -153,7 +141,7 @@ class Parent:
         self._control: Channel[ParentToControl, ControlToParent] | None = None
         self._vmm: Channel[ParentToVmm, VmmToParent] | None = None
         staggered = Staggered(os.cpu_count() or 1, STAGGER_DELAY_S)
-        self._registry = Registry(settings.users, _SystemClock(), staggered, os.urandom)
+        self._registry = Registry(settings.users, SystemClock(), staggered, os.urandom)
         self._default_staggered = staggered
         self._turn_timer = loop.timer(self._turn)
         self._ptys: dict[int, Pty] = {}
@@ -347,7 +335,7 @@ class Parent:
         try:
             if uid is None:
                 raise DescriptorsLostError("the daemon had none left to see who connects")
-            boot = _passed_boot(request, fds) if isinstance(request, Start) else None
+            boot = passed_boot(request, fds) if isinstance(request, Start) else None
         except ChannelError as err:
             is_wrong = isinstance(err, MalformedError)
             code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN
@@ -602,21 +590,3 @@ class Parent:
             tell = log.debug if is_wanted else log.warning
             tell("vm/%s: %s", vm.name, event.message)
         self._happened(message.id, event)
-
-
-def _passed_boot(request: Start, fds: Fds) -> PassedBoot | None:
-    """Take what a client has opened; all or nothing.
-
-    Raises:
-        MalformedError: it names descriptors that did not come along.
-        DescriptorsLostError: this process has none left.
-    """
-    if request.kernel is None:
-        return None
-    with ExitStack() as stack:
-        taken = []
-        for index in (request.kernel, *request.initrd):
-            taken.append(fds.take(index))
-            stack.callback(os.close, taken[-1])
-        stack.pop_all()
-    return PassedBoot(taken[0], tuple(taken[1:]), request.append, request.kernel_path or "kernel")

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import SELFTEST, Daemon, process_title, vm_block
+from tests.system.vmd.daemon import ROOT, SELFTEST, Daemon, process_title, vm_block
 from tests.system.vmd.users import USER, being, connection
+from vmd.confine.confinements import PARENT_CAPABILITIES
+
+CAP_SYS_PTRACE = 19
 
 pytestmark = [
     pytest.mark.kvm,
@@ -119,3 +122,23 @@ def test_a_control_process_that_lies(reachable: Path) -> None:
             client.send(b"itself")
             assert json.loads(client.recv(1000))["code"] == "EPERM"
         assert process_title(pid) == "vm/one"
+
+
+def test_the_parent_keeps_what_it_needs(reachable: Path) -> None:
+    """Of root's capabilities the parent has those of the table, and no program could gain more."""
+    with Daemon(reachable, "", is_user=False) as vmd:
+        status = Path(f"/proc/{vmd.process.pid}/status").read_text()
+        found = dict(line.split(":\t") for line in status.splitlines())
+        allowed = sum(1 << number for number in PARENT_CAPABILITIES)
+        for name in ("CapPrm", "CapEff", "CapBnd"):
+            assert int(found[name], 16) & ~allowed == 0, name
+        assert int(found["CapEff"], 16) & 1 << CAP_SYS_PTRACE == 0
+        assert found["NoNewPrivs"] == "1"
+
+
+def test_the_unit_leaves_the_parent_as_much() -> None:
+    """The service's bounding set is the one that the parent keeps for itself."""
+    unit = (ROOT / "packaging" / "vmd.service").read_text()
+    (line,) = [each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet=")]
+    names = {reason.partition(":")[0] for reason in PARENT_CAPABILITIES.values()}
+    assert set(line.partition("=")[2].split()) == names
