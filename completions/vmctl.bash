@@ -1,85 +1,302 @@
 # Completion of vmctl for bash: verbs, options, names of VMs, files.
-# In zsh it works behind `autoload bashcompinit && bashcompinit`.
+# Made by scripts/completions.py from vmctl/verbs.py: change that, and run it.
 
 _vmctl_vms() {
 	vmctl status 2>/dev/null | awk 'NR > 1 { print $9 }'
 }
 
-_vmctl() {
-	local verbs='console create doctor events image load log pause receive reload reset run
-		send show start status stop top unpause wait'
-	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} verb= candidate
-	local candidates=() i
+# Prints what a word stands for among the verbs of OpenBSD, or else among ours.
+_vmctl_verb() {
+	local word=$1 verb found=()
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait doctor events help image run top; do
+		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
+	done
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
+		[[ $verb == "$word"* ]] && found+=("$verb")
+	done
+	if [[ ${#found[@]} -eq 0 ]]; then
+		for verb in doctor events help image run top; do
+			[[ $verb == "$word"* ]] && found+=("$verb")
+		done
+	fi
+	[[ ${#found[@]} -eq 1 ]] && printf '%s' "${found[0]}"
+}
 
-	for ((i = 1; i < COMP_CWORD; i++)); do
-		case ${COMP_WORDS[i]} in
-		-*) ;;
-		*)
-			verb=${COMP_WORDS[i]}
-			break
+# Offers words, and names of VMs and files where <vm> and <file> are among them.
+_vmctl_offer() {
+	local word=$1 one words=()
+	shift
+	COMPREPLY=()
+	for one in "$@"; do
+		case $one in
+		'<vm>') mapfile -t -O ${#words[@]} words < <(_vmctl_vms) ;;
+		'<file>')
+			compopt -o filenames
+			mapfile -t COMPREPLY < <(compgen -f -- "$word")
 			;;
+		*) words+=("$one") ;;
 		esac
 	done
-	COMPREPLY=()
+	mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -W "${words[*]}" -- "$word")
+}
+
+_vmctl() {
+	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} verb= second= i
+	local options=() operands=()
+
+	for ((i = 1; i < COMP_CWORD; i++)); do
+		[[ ${COMP_WORDS[i]} == -* ]] && continue
+		if [[ -z $verb ]]; then
+			verb=$(_vmctl_verb "${COMP_WORDS[i]}")
+			[[ -z $verb ]] && verb=${COMP_WORDS[i]}
+		elif [[ -z $second ]]; then
+			second=${COMP_WORDS[i]}
+		fi
+	done
 	if [[ -z $verb ]]; then
-		mapfile -t COMPREPLY < <(compgen -W "$verbs -v --help" -- "$word")
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait doctor events help image run top --help --version -v
 		return
 	fi
-	# A verb may be shortened: the first that it can be decides.
-	for candidate in $verbs; do
-		[[ $candidate == "$verb"* ]] && candidates+=("$candidate")
-	done
-	[[ ${#candidates[@]} -eq 1 ]] && verb=${candidates[0]}
-
-	case $before in
-	-b | -d | -r | --initrd | --nvram | -i)
-		[[ $verb == start && $before == -i ]] || compopt -o filenames
-		mapfile -t COMPREPLY < <(compgen -f -- "$word")
-		return
-		;;
-	-B)
-		mapfile -t COMPREPLY < <(compgen -W 'disk cdrom net' -- "$word")
-		return
-		;;
-	--firmware)
-		mapfile -t COMPREPLY < <(compgen -W 'bios uefi' -f -- "$word")
-		return
-		;;
-	-t)
-		mapfile -t COMPREPLY < <(compgen -W "$(_vmctl_vms)" -- "$word")
-		return
-		;;
-	--for)
-		mapfile -t COMPREPLY < <(compgen -W 'running stopped console=' -- "$word")
-		return
-		;;
-	esac
-
-	local options=
 	case $verb in
-	events) options='--json' ;;
-	show | status) options='-r --json' ;;
-	start) options='-B -b -c -d -i -L -m -n -p -r -t --append --firmware --initrd' ;;
-	stop) options='-a -f -w' ;;
-	top) options='--json -d -n' ;;
-	wait) options='--for --timeout' ;;
+	image)
+		set -- check info
+		;;
+	*) set -- ;;
+	esac
+	if [[ $# -gt 0 ]]; then
+		if [[ -z $second ]]; then
+			_vmctl_offer "$word" "$@" --help
+			return
+		fi
+		for i in "$@"; do
+			[[ $i == "$second"* ]] && second=$i
+		done
+		verb="$verb $second"
+	fi
+
+	case "$verb $before" in
+	'console '*)
+		options=()
+		operands=('<vm>')
+		;;
+	'create -b')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'create -i')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'create -s')
+		_vmctl_offer "$word"
+		return
+		;;
+	'create '*)
+		options=(-b -i -s)
+		operands=('<file>')
+		;;
+	'doctor '*)
+		options=(--json)
+		operands=()
+		;;
+	'events '*)
+		options=(--json)
+		operands=()
+		;;
+	'help '*)
+		options=()
+		operands=('console' 'create' 'doctor' 'events' 'help' 'image' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'unpause' 'wait')
+		;;
+	'image check '*)
+		options=(--json)
+		operands=('<file>')
+		;;
+	'image info '*)
+		options=(--json)
+		operands=('<file>')
+		;;
+	'load '*)
+		options=()
+		operands=('<file>')
+		;;
+	'log '*)
+		options=()
+		operands=('brief' 'verbose')
+		;;
+	'pause '*)
+		options=()
+		operands=('<vm>')
+		;;
+	'receive '*)
+		options=()
+		operands=()
+		;;
+	'reload '*)
+		options=()
+		operands=()
+		;;
+	'reset '*)
+		options=()
+		operands=('all' 'switches' 'vms')
+		;;
+	'run -B')
+		_vmctl_offer "$word" 'disk' 'cdrom' 'net'
+		return
+		;;
+	'run -b')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'run -d')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'run -i')
+		_vmctl_offer "$word" 'bridge:' 'none' 'passt' 'stream:' 'tap:' 'vhost-user:'
+		return
+		;;
+	'run -m')
+		_vmctl_offer "$word"
+		return
+		;;
+	'run -n')
+		_vmctl_offer "$word"
+		return
+		;;
+	'run -p')
+		_vmctl_offer "$word"
+		return
+		;;
+	'run -r')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'run --append')
+		_vmctl_offer "$word"
+		return
+		;;
+	'run --firmware')
+		_vmctl_offer "$word" 'bios' 'uefi' '<file>'
+		return
+		;;
+	'run --initrd')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'run --nvram')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'run --timeout')
+		_vmctl_offer "$word"
+		return
+		;;
+	'run '*)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --firmware --initrd --no-reboot --nvram --selftest --timeout --virtio-console)
+		operands=()
+		;;
+	'send '*)
+		options=()
+		operands=('<vm>')
+		;;
+	'show '*)
+		options=(-r --json)
+		operands=('<vm>')
+		;;
+	'start -B')
+		_vmctl_offer "$word" 'disk' 'cdrom' 'net'
+		return
+		;;
+	'start -b')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'start -d')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'start -i')
+		_vmctl_offer "$word"
+		return
+		;;
+	'start -m')
+		_vmctl_offer "$word"
+		return
+		;;
+	'start -n')
+		_vmctl_offer "$word"
+		return
+		;;
+	'start -p')
+		_vmctl_offer "$word"
+		return
+		;;
+	'start -r')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'start -t')
+		_vmctl_offer "$word" '<vm>'
+		return
+		;;
+	'start --append')
+		_vmctl_offer "$word"
+		return
+		;;
+	'start --firmware')
+		_vmctl_offer "$word" 'bios' 'uefi' '<file>'
+		return
+		;;
+	'start --initrd')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'start '*)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --initrd)
+		operands=('<vm>')
+		;;
+	'status '*)
+		options=(-r --json)
+		operands=('<vm>')
+		;;
+	'stop '*)
+		options=(-a -f -w)
+		operands=('<vm>')
+		;;
+	'top -d')
+		_vmctl_offer "$word"
+		return
+		;;
+	'top -n')
+		_vmctl_offer "$word"
+		return
+		;;
+	'top '*)
+		options=(-d -n --json)
+		operands=()
+		;;
+	'unpause '*)
+		options=()
+		operands=('<vm>')
+		;;
+	'wait --for')
+		_vmctl_offer "$word" 'running' 'stopped' 'console='
+		return
+		;;
+	'wait --timeout')
+		_vmctl_offer "$word"
+		return
+		;;
+	'wait '*)
+		options=(--for --timeout)
+		operands=('<vm>')
+		;;
 	esac
 	if [[ $word == -* ]]; then
-		mapfile -t COMPREPLY < <(compgen -W "$options --help" -- "$word")
-		return
+		_vmctl_offer "$word" "${options[@]}" --help
+	else
+		_vmctl_offer "$word" "${operands[@]}"
 	fi
-	case $verb in
-	console | pause | send | show | start | status | stop | unpause | wait)
-		mapfile -t COMPREPLY < <(compgen -W "$(_vmctl_vms)" -- "$word")
-		;;
-	log) mapfile -t COMPREPLY < <(compgen -W 'brief verbose' -- "$word") ;;
-	reset) mapfile -t COMPREPLY < <(compgen -W 'all switches vms' -- "$word") ;;
-	image) mapfile -t COMPREPLY < <(compgen -W 'check info' -f -- "$word") ;;
-	create | load | run)
-		compopt -o filenames
-		mapfile -t COMPREPLY < <(compgen -f -- "$word")
-		;;
-	esac
 }
 
 complete -F _vmctl vmctl

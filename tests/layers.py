@@ -266,20 +266,17 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.standard_streams",
         "vmd.config",
         "vmd.shared",
-        "vmctl.create",
-        "vmctl.images",
-        "vmctl.run",
-        "vmctl.doctor",
-        "rich",
         "typer",
     ),
+    "vmctl.disk_files": ("vmm_kvm.log", "vmm_kvm.block", "vmm_kvm.images"),
     "vmctl.create": (
         "vmm_kvm.errors",
         "vmm_kvm.block",
         "vmm_kvm.block.qcow2",
         "vmm_kvm.images",
         "vmd.config",
-        "vmctl.images",
+        "vmctl",
+        "vmctl.disk_files",
         "rich",
     ),
     "vmctl.images": (
@@ -288,7 +285,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.block.qcow2",
         "vmm_kvm.images",
         "vmd.config",
-        "rich",
+        "vmctl",
+        "vmctl.disk_files",
     ),
     "vmctl.disks": (
         "vmm_kvm.errors",
@@ -328,7 +326,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.nic_options",
         "vmctl.stdio",
     ),
-    "vmctl.doctor": ("vmm_kvm.errors", "vmm_kvm.kvm", "vmm_kvm.boot", "vmm_kvm.machine", "rich"),
+    "vmctl.doctor": ("vmm_kvm.errors", "vmm_kvm.kvm", "vmm_kvm.boot", "vmm_kvm.machine", "vmctl"),
 }
 """By the folder or module, what it may import besides itself and the standard library.
 

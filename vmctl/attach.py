@@ -6,18 +6,28 @@ and what is repeated then is not shown twice.
 Source: section 3.4 of OpenBSD's behaviour; cu(1).
 """
 
-import errno
 import os
 import select
-import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
-from vmctl.client import Client, CommandError, RefusedError, Target, fail, parse_target
+from vmctl.client import (
+    Client,
+    CommandError,
+    Fields,
+    RefusedError,
+    Target,
+    opened,
+    parse_target,
+)
 from vmctl.console import ESCAPES, Escape, EscapeParser, RawTerminal
+from vmctl.messages import fail
+from vmctl.signals import cleaning_up
+from vmctl.terminal import TerminalState
+from vmm_kvm.standard_streams import OutputError
 
 _INPUT = b"\x00"
 _BREAK = b"\x01"
@@ -26,6 +36,7 @@ _TYPED_MAX = 4096
 _HISTORY_MAX = 64 << 10
 _REBOOT_S = 0.05  # for the daemon to learn of the end
 _QUIET_MS = 100  # after which a repetition is over
+_REPETITION_MS = 5000  # within which it begins, if there is one
 
 
 class _LeftError(Exception):
@@ -36,38 +47,31 @@ def console(words: Sequence[str]) -> int:
     """Attach to a VM's console until it ends or the person leaves; returns the exit status."""
     try:
         target = parse_target(words[0])
-        stream, tty, vm_id = _open(target)
+        stream, opened_as = _open(target)
     except RefusedError as err:
         if err.code in {"ENOENT", "not-running"}:
             return fail("console not found")
         return fail(f"failed to open the console: {err}")
     except CommandError as err:
         return fail(err)
-    attached = Attached(stream, vm_id)
-    print(f"Connected to {tty} (~. leaves, ~? lists more)", file=sys.stderr, flush=True)
-    with ExitStack() as stack:
+    attached = Attached(stream, opened_as["id"])
+    greeting = f"Connected to {opened_as['tty']} (~. leaves, ~? lists more)"
+    with cleaning_up(), ExitStack() as stack:
+        stack.callback(attached.close)
         if os.isatty(0):
-            terminal = stack.enter_context(RawTerminal(0))
-            attached.terminal = terminal
-        try:
-            attached.run()
-        except _LeftError:
-            pass
-        except BrokenPipeError:  # nobody reads what the console shows
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        finally:
-            attached.close()
-    print("[EOT]" if not os.isatty(0) else "\r\n[EOT]", file=sys.stderr)
+            attached.terminal = stack.enter_context(RawTerminal(0))
+        if os.isatty(1):
+            stack.callback(attached.restore_screen)
+        with suppress(_LeftError):
+            attached.run(greeting)
+    print("[EOT]", file=sys.stderr)
     return 0
 
 
-def _open(target: Target) -> tuple[socket.socket, str, int]:
+def _open(target: Target) -> tuple[socket.socket, Fields]:
     with Client() as client:
         client.send("console", target.fields())
-        answer, fds = client.receive()
-    if not fds:
-        raise CommandError("console not found")
-    return socket.socket(fileno=fds[0]), answer["tty"], answer["id"]
+        return opened(client)
 
 
 class Attached:
@@ -80,6 +84,7 @@ class Attached:
         self._history = b""
         self._parser = EscapeParser()
         self._reads_input = True
+        self._state = TerminalState()
         self.terminal: RawTerminal | None = None
         """The person's, in raw mode; without one nothing typed is an escape."""
 
@@ -87,22 +92,37 @@ class Attached:
         """Close the stream."""
         self._stream.close()
 
-    def run(self) -> None:
-        """Pass on what comes, until the VM has ended.
+    def restore_screen(self) -> None:
+        """Take back what the guest did to the terminal that shows it."""
+        with suppress(OSError):  # it has hung up: nobody is left to see it
+            os.write(1, self._state.restore())
+
+    def run(self, greeting: str) -> None:
+        """Pass on what comes, until the VM has ended; `greeting` is said on standard error.
 
         Raises:
             _LeftError: the person has left.
+            OutputError: standard output cannot be written.
         """
+        if self.terminal:
+            # What was shown of late would push it out of sight.
+            self._show(self._repeated(_QUIET_MS))
+            begin = "" if self._state.is_at_line_start else "\r\n"
+            print(f"{begin}{greeting}\r", file=sys.stderr)
+        else:
+            print(greeting, file=sys.stderr)
         while True:
             self._pass_on()
             time.sleep(_REBOOT_S)
             try:
-                stream, _, _ = _open(Target(id=self._id))
+                stream, _ = _open(Target(id=self._id))
             except CommandError:
                 return
             self._stream.close()
             self._stream = stream
-            self._show(without_seen(self._history, self._repeated()))
+            # What was shown is repeated first, but maybe not at once.
+            wait_ms = _REPETITION_MS if self._history else _QUIET_MS
+            self._show(without_seen(self._history, self._repeated(wait_ms)))
 
     def _pass_on(self) -> None:
         """Serve one stream to its end."""
@@ -122,12 +142,12 @@ class Attached:
                     return
                 self._show(data)
 
-    def _repeated(self) -> bytes:
-        """Return what a new stream says first."""
+    def _repeated(self, wait_ms: int) -> bytes:
+        """Return what a new stream says first, if it begins within `wait_ms` milliseconds."""
         data = b""
         poll = select.poll()
         poll.register(self._stream, select.POLLIN)
-        while len(data) < _HISTORY_MAX and poll.poll(_QUIET_MS):
+        while len(data) < _HISTORY_MAX and poll.poll(_QUIET_MS if data else wait_ms):
             more = self._receive()
             if not more:
                 break
@@ -142,16 +162,18 @@ class Attached:
 
     def _show(self, data: bytes) -> None:
         self._history = (self._history + data)[-_HISTORY_MAX:]
+        self._state.note(data)
         view = memoryview(data)
-        while view:
-            view = view[os.write(1, view) :]
+        try:
+            while view:
+                view = view[os.write(1, view) :]
+        except OSError as err:
+            raise OutputError from err
 
     def _read_input(self) -> None:
         try:
             data = os.read(0, _TYPED_MAX)
-        except OSError as err:
-            if err.errno != errno.EIO:  # a terminal that hung up
-                raise
+        except OSError:  # a terminal that hung up, or no standard input that can be read
             data = b""
         if not data:
             self._reads_input = False

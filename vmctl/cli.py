@@ -1,271 +1,229 @@
-"""The command line: every verb and option, declared; what they do is in the module of the verb.
+"""The command line: read by the table of verbs, and done by the function of the verb.
 
-Verbs may be shortened to any unique prefix. Modules are imported in the body of a command, so that
-no command pays for another's.
+Options come before operands and end at the first of these, as getopt(3) has it. Nothing is imported
+but what the one verb needs: typer shows help on a terminal, where a person reads it, and knows the
+same table (`vmctl.declaration`); tests hold both readings of a command line against each other.
+
+Source: section 3.1 of OpenBSD's behaviour.
 """
 
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-import typer
-from typer._click import Command, Context  # what get_command is declared with
-from typer.core import TyperGroup
+from vmctl.verbs import GLOBAL_USAGE, VERBS, Option, Verb, matches, names, usage
 
-from vmctl.run_options import RunOptions
-from vmctl.verbs import VERBS, usage
-from vmctl.vm_commands import add_vm_commands
+EXIT_ERROR = 1
 
-_USAGE = "usage:\tvmctl [-v] command [arg ...]"
+_HELP = ("-h", "--help")
+_VERSION = Verb("--version", "", "Print the version.", "help", "show_version", (), 0, 0)
+
+Value = bool | int | str | tuple[str, ...]
+Values = dict[str, Value]
 
 
-class PrefixGroup(TyperGroup):
-    """A command group whose commands can be named by any unique prefix.
+class UsageError(Exception):
+    """A command line that makes no sense; `str()` has the lines for standard error."""
 
-    Source: OpenBSD vmctl(8); section 3.1 of its behaviour.
+
+class Invocation(NamedTuple):
+    """What a command line asks for."""
+
+    verb: Verb
+    values: Values
+    """What the options say, by their fields; those that were not given are missing."""
+    words: list[str]
+    is_verbose: bool = False
+
+
+def main(
+    arguments: Sequence[str] | None = None, on_loaded: Callable[[], None] = lambda: None
+) -> int:
+    """Do what a command line says; returns the exit status, which is 1 for misuse.
+
+    `on_loaded` is called when the verb's module is loaded, before it does anything.
     """
-
-    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
-        """Find the command that `cmd_name` abbreviates, or leave with OpenBSD's text."""
-        matches = [name for name in self.list_commands(ctx) if name.startswith(cmd_name)]
-        if len(matches) == 1:
-            return super().get_command(ctx, matches[0])
-        problem = "ambiguous" if matches else "unknown"
-        print(f"{problem} argument: {cmd_name}\n{_USAGE}", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-app = typer.Typer(
-    name="vmctl",
-    cls=PrefixGroup,
-    help="Control virtual machines.",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    no_args_is_help=False,
-    context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False},
-)
-
-
-@app.callback(invoke_without_command=True)
-def main_options(
-    ctx: typer.Context,
-    verbose: Annotated[bool, typer.Option("-v", help="Log what happens, in detail.")] = False,
-) -> None:
-    """Control virtual machines."""
-    if ctx.invoked_subcommand is None:
-        print(_USAGE, file=sys.stderr)
-        raise typer.Exit(1)
-    ctx.obj = verbose
-
-
-@app.command("run")
-def run_command(  # noqa: PLR0917 - typer passes them by name
-    ctx: typer.Context,
-    boot: Annotated[
-        str | None,
-        typer.Option("-b", metavar="path", help="Kernel or firmware image to boot."),
-    ] = None,
-    selftest: Annotated[
-        bool, typer.Option("--selftest", help="Boot the self-test guest that comes along.")
-    ] = False,
-    memory: Annotated[
-        str, typer.Option("-m", metavar="size", help="Memory, such as 256M or 4G.")
-    ] = "512M",
-    cpus: Annotated[
-        str, typer.Option("-p", metavar="count", help="Number of vCPUs, 1 to 64.")
-    ] = "1",
-    disk: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-d",
-            metavar="[format:]disk[,option...]",
-            help="Disk image; may be repeated. Options: ro, serial=text, queues=count.",
-        ),
-    ] = None,
-    interface: Annotated[
-        list[str] | None,
-        typer.Option(
-            "-i",
-            metavar="count|kind[:name][,option...]",
-            help="Network interface, or how many; may be repeated.",
-        ),
-    ] = None,
-    switch: Annotated[
-        list[str] | None,
-        typer.Option("-n", metavar="bridge", help="Add an interface on a bridge of this host."),
-    ] = None,
-    local: Annotated[
-        bool, typer.Option("-L", help="Add an interface with user-mode networking by passt.")
-    ] = False,
-    cdrom: Annotated[
-        str | None, typer.Option("-r", metavar="path", help="ISO image in the CD-ROM drive.")
-    ] = None,
-    firmware: Annotated[
-        str | None,
-        typer.Option(
-            "--firmware",
-            metavar="bios|uefi|path",
-            help="Boot firmware; bios is the default where there are disks or an ISO image.",
-        ),
-    ] = None,
-    nvram: Annotated[
-        str | None,
-        typer.Option(
-            "--nvram",
-            metavar="path",
-            help="File that keeps the variables of UEFI firmware; made if it is missing.",
-        ),
-    ] = None,
-    virtio_console: Annotated[
-        bool,
-        typer.Option(
-            "--virtio-console",
-            help="Add a virtio console, hvc0, which takes the input once its driver is ready.",
-        ),
-    ] = False,
-    boot_device: Annotated[
-        str | None,
-        typer.Option("-B", metavar="device", help="What firmware boots from: disk, cdrom or net."),
-    ] = None,
-    initrd: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--initrd",
-            metavar="path",
-            help="Initial RAM disk; for a Multiboot kernel a module, and may be repeated.",
-        ),
-    ] = None,
-    append: Annotated[
-        str | None, typer.Option("--append", metavar="string", help="Kernel command line.")
-    ] = None,
-    timeout: Annotated[
-        str | None,
-        typer.Option(
-            "--timeout", metavar="seconds", help="Kill the VM after this time; status 124."
-        ),
-    ] = None,
-    no_reboot: Annotated[
-        bool,
-        typer.Option("--no-reboot", help="End when the guest reboots, instead of booting again."),
-    ] = False,
-    attach: Annotated[
-        bool, typer.Option("-c", help="Attach the console; always so for run.", hidden=True)
-    ] = False,
-    name: Annotated[str, typer.Argument(metavar="[name]", show_default=False)] = "",
-) -> None:
-    """Run a VM in the foreground, its console on this terminal, without a daemon."""
-    del attach
-    from vmctl.run import run  # noqa: PLC0415 - no other verb needs the hypervisor
-
-    raise typer.Exit(
-        run(
-            RunOptions(
-                boot=boot,
-                selftest=selftest,
-                memory=memory,
-                cpus=cpus,
-                disks=tuple(disk or ()),
-                interfaces=tuple(interface or ()),
-                switches=tuple(switch or ()),
-                local=local,
-                cdrom=cdrom,
-                boot_device=boot_device,
-                firmware=firmware,
-                nvram=nvram,
-                virtio_console=virtio_console,
-                initrd=tuple(initrd or ()),
-                append=append,
-                timeout=timeout,
-                reboot=not no_reboot,
-                name=name,
-                verbose=bool(ctx.obj),
-            )
-        )
-    )
-
-
-@app.command("doctor")
-def doctor_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Tell whether this host can run VMs, how fast, and what is missing."""
-    from vmctl.doctor import doctor  # noqa: PLC0415 - no other verb needs the checks
-
-    raise typer.Exit(doctor(as_json=as_json))
-
-
-@app.command("create")
-def create_command(
-    ctx: typer.Context,
-    disk: Annotated[list[str] | None, typer.Argument(metavar="disk", show_default=False)] = None,
-    base: Annotated[
-        str | None, typer.Option("-b", metavar="base", help="Make an overlay on this qcow2 image.")
-    ] = None,
-    source: Annotated[
-        str | None, typer.Option("-i", metavar="disk", help="Copy this disk into the new image.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option("-s", metavar="size", help="Size of the disk, such as 10G.")
-    ] = None,
-) -> None:
-    """Create a disk image: empty, as an overlay, or as a copy of another disk."""
-    from vmctl.create import create, create_usage  # noqa: PLC0415 - no other verb needs it
-
-    if not disk or len(disk) > 1:
-        raise typer.Exit(create_usage())
-    raise typer.Exit(create(disk[0], size, base, source, verbose=bool(ctx.obj)))
-
-
-image_app = typer.Typer(
-    name="image",
-    cls=PrefixGroup,
-    help="Tell about disk images.",
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False},
-)
-app.add_typer(image_app)
-
-
-@image_app.command("info")
-def image_info_command(
-    ctx: typer.Context,
-    disk: Annotated[str, typer.Argument(metavar="disk", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Tell what a disk image is: format, sizes, bases, snapshots."""
-    from vmctl.images import info  # noqa: PLC0415 - no other verb needs it
-
-    raise typer.Exit(info(disk, as_json=as_json, verbose=bool(ctx.obj)))
-
-
-@image_app.command("check")
-def image_check_command(
-    ctx: typer.Context,
-    disk: Annotated[str, typer.Argument(metavar="disk", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Tell whether a disk image is sound; exit status 1 if it is not."""
-    from vmctl.images import check_image  # noqa: PLC0415 - no other verb needs it
-
-    raise typer.Exit(check_image(disk, as_json=as_json, verbose=bool(ctx.obj)))
-
-
-add_vm_commands(app)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or what the command says, or 1 for misuse."""
     try:
-        status = typer.main.get_command(app).main(
-            arguments, prog_name="vmctl", standalone_mode=False
-        )
-    except typer.Abort:
-        return 1
-    except typer.TyperException as err:
-        text = err.format_message()
-        context: Context | None = getattr(err, "ctx", None)
-        verb = context.command.name if context else None
-        explanation = usage(verb) if verb in VERBS else _USAGE
-        print(f"vmctl: {text[:1].lower()}{text[1:].rstrip('.')}\n{explanation}", file=sys.stderr)
-        return 1
-    return int(status or 0)
+        invocation = read(sys.argv[1:] if arguments is None else arguments)
+        if invocation.is_verbose:
+            _log_everything()
+        return _perform(invocation, on_loaded)
+    except UsageError as err:
+        print(err, file=sys.stderr)
+        return EXIT_ERROR
+
+
+def read(arguments: Sequence[str]) -> Invocation:
+    """Read a command line. One that asks for help is an invocation of the verb `help`.
+
+    Raises:
+        UsageError: it makes no sense.
+    """
+    rest = list(arguments)
+    is_verbose = False
+    while rest and rest[0].startswith("-"):
+        option = rest.pop(0)
+        if option in _HELP:
+            return Invocation(VERBS["help"], {}, [])
+        if option == "--version":
+            return Invocation(_VERSION, {}, [])
+        if option.strip("v") != "-" or option == "-":
+            raise UsageError(f"vmctl: no such option: {option}\n{GLOBAL_USAGE}")
+        is_verbose = True
+    if not rest:
+        raise UsageError(GLOBAL_USAGE)
+    name, rest = resolve(rest)
+    if name not in VERBS:
+        if rest:
+            return Invocation(VERBS["help"], {}, [name])
+        raise UsageError(_group_usage(name))
+    values, words = read_options(VERBS[name], rest)
+    if values is None:
+        return Invocation(VERBS["help"], {}, name.split())
+    if not VERBS[name].least <= len(words) <= VERBS[name].most:
+        raise UsageError(usage(VERBS[name]))
+    return Invocation(VERBS[name], values, words, is_verbose)
+
+
+def resolve(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the verb that `words` begin with, maybe shortened, and the words behind.
+
+    Where a word begins several verbs, as `image` does, and no other but an option for help follows,
+    it is returned itself.
+
+    Raises:
+        UsageError: no verb can be meant, or several.
+    """
+    first = _find(words[0], names(), GLOBAL_USAGE)
+    behind = list(words[1:])
+    if first in VERBS or not behind or behind[0] in _HELP:
+        return first, behind
+    second = _find(behind[0], names(first), _group_usage(first))
+    return f"{first} {second}", behind[1:]
+
+
+def _group_usage(word: str) -> str:
+    return "\n".join(usage(verb) for name, verb in VERBS.items() if name.startswith(f"{word} "))
+
+
+def _find(word: str, known: Mapping[str, bool], explanation: str) -> str:
+    """Return what `word` stands for among `known`."""
+    found = matches(word, known)
+    if len(found) == 1:
+        return found[0]
+    lines = [f"{'ambiguous' if found else 'unknown'} argument: {word}"]
+    if not found:
+        lines += _suggestion(word, known)
+    raise UsageError("\n".join((*lines, explanation)))
+
+
+def read_options(verb: Verb, words: Sequence[str]) -> tuple[Values | None, list[str]]:
+    """Read the options of a verb; returns their values, or None for help, and the words behind.
+
+    Raises:
+        UsageError: an option is unknown, or has no value where it needs one or one too many.
+    """
+    known = {option.name: option for option in verb.options}
+    values: Values = {}
+    rest = list(words)
+    while rest and rest[0].startswith("-") and rest[0] != "-":
+        word = rest.pop(0)
+        if word == "--":
+            break
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            option = _option(verb, name, known)
+            if option is None:
+                return None, []
+            if equals and not option.value:
+                raise _misuse(verb, f"option '{name}' does not take a value")
+            _set(values, option, value if equals else _value(verb, option, rest))
+            continue
+        letters = word[1:]
+        while letters:
+            option = _option(verb, f"-{letters[0]}", known)
+            if option is None:
+                return None, []
+            letters = letters[1:]
+            if option.value and letters:
+                _set(values, option, letters)
+                break
+            _set(values, option, _value(verb, option, rest))
+    return values, rest
+
+
+def _option(verb: Verb, name: str, known: Mapping[str, Option]) -> Option | None:
+    """Return the option of this name, or None if it is that for help."""
+    if name in known:
+        return known[name]
+    if name in _HELP:
+        return None
+    raise _misuse(verb, f"no such option: {name}", _suggestion(name, known))
+
+
+def _value(verb: Verb, option: Option, rest: list[str]) -> str:
+    """Take an option's value from what follows; of a flag there is none."""
+    if not option.value:
+        return ""
+    if not rest:
+        raise _misuse(verb, f"option '{option.name}' requires an argument")
+    return rest.pop(0)
+
+
+def _set(values: Values, option: Option, value: str) -> None:
+    before = values.get(option.field)
+    if option.value and option.is_repeated:
+        values[option.field] = (*(before if isinstance(before, tuple) else ()), value)
+    elif option.value:
+        values[option.field] = value
+    elif option.is_repeated:
+        values[option.field] = (before if isinstance(before, int) else 0) + 1
+    else:
+        values[option.field] = True
+
+
+def _misuse(verb: Verb, problem: str, hint: Iterable[str] = ()) -> UsageError:
+    return UsageError("\n".join((f"vmctl: {problem}", *hint, usage(verb))))
+
+
+def _perform(invocation: Invocation, on_loaded: Callable[[], None]) -> int:
+    from importlib import import_module  # noqa: PLC0415 - not for a command line that is wrong
+
+    module = import_module(f"vmctl.{invocation.verb.module}")
+    on_loaded()
+    status: int | None
+    status = getattr(module, invocation.verb.function)(invocation.words, **invocation.values)
+    if status is None:
+        raise UsageError(usage(invocation.verb))
+    return status
+
+
+def _log_everything() -> None:
+    import logging  # noqa: PLC0415 - most commands log nothing
+
+    logging.basicConfig(level=logging.DEBUG, format="vmctl: %(message)s")
+
+
+# Typing errors
+
+
+def _suggestion(word: str, known: Iterable[str]) -> list[str]:
+    """Return a line that names what is meant, if one word is nearer than all others."""
+    rated = sorted((_distance(word, name), name) for name in known)
+    nearest, name = rated[0] if rated else (len(word), "")
+    is_alone = len(rated) < 2 or rated[1][0] > nearest
+    return [f"did you mean {name}?"] if is_alone and nearest <= min(2, len(word) // 2) else []
+
+
+def _distance(one: str, other: str) -> int:
+    """Return how many letters have to be changed, left out, put in or exchanged with the next."""
+    rows = [list(range(len(other) + 1))]
+    for i, letter in enumerate(one):
+        row = [i + 1]
+        for j, wanted in enumerate(other):
+            best = min(rows[i][j] + (letter != wanted), rows[i][j + 1] + 1, row[j] + 1)
+            if i and j and letter == other[j - 1] and one[i - 1] == wanted:
+                best = min(best, rows[i - 1][j - 1] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]

@@ -10,18 +10,54 @@ import errno
 import json
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from vmd.shared.paths import SYSTEM_SOCKET, user_socket
 
 Fields = dict[str, Any]  # type: ignore[explicit-any] # what JSON holds
+Shape = type | None | Sequence["Shape"] | Mapping[str, "Shape"]
+"""What a part of an answer has to be: of a type, None, one of several, or an object of fields."""
 
 _MESSAGE_MAX = 256 << 10
 _FDS_MAX = 64
 _ID_MAX = 0xFFFF_FFFF
 _NAME_MAX = 63
+
+_UNEXPECTED = "unexpected response received from vmd"
+_INT_MAX = (1 << 63) - 1
+_TIME_MAX = 1e11
+_NUMBER = (int, float)
+_STATISTICS = dict.fromkeys(
+    ("cpu_ns", "disk_read", "disk_written", "net_received", "net_sent"), int
+)
+_INTERFACE: Mapping[str, Shape] = {
+    **dict.fromkeys(("lladdr", "tap", "switch", "group"), str),
+    **dict.fromkeys(("is_local", "is_locked", "is_up"), bool),
+    **dict.fromkeys(("mtu", "queues", "received", "received_packets"), int),
+    **dict.fromkeys(("sent", "sent_packets", "dropped"), int),
+    "rdomain": (int, None),
+    "host_addresses": [str],
+    "guest_addresses": [str],
+    "forwards": [{"protocol": str, "port": int, "to_port": int}],
+}
+_VM: Mapping[str, Shape] = {
+    **dict.fromkeys(("id", "cpus", "memory", "uid"), int),
+    **dict.fromkeys(("memory_used", "pid", "gid"), (int, None)),
+    **dict.fromkeys(("name", "state", "tty"), str),
+    "statistics": (_STATISTICS, None),
+    "interfaces": [_INTERFACE],
+}
+SHAPES: Mapping[str, Mapping[str, Shape]] = {
+    "done": {"id": int},
+    "failed": {"code": str, "message": str},
+    "started": {"id": int, "pid": int, "tty": str},
+    "terminated": {"id": int},
+    "console-opened": {"id": int, "tty": str},
+    "vms": {"vms": [_VM], "has_more": bool},
+    "event": {"kind": str, "id": int, "name": str, "at": _NUMBER, "message": str},
+}
+"""What the commands rely on in each answer, by its type; a list of one shape is a list of such."""
 
 _TEXTS = {
     "bios-missing": "vmm bios firmware file not found.",
@@ -87,7 +123,7 @@ def parse_target(word: str) -> Target:
 def text_of(code: str) -> str:
     """Return what a user reads for the protocol's `code`."""
     number = getattr(errno, code, None)
-    return _TEXTS.get(code) or (os.strerror(number) if number else code)
+    return _TEXTS.get(code) or (os.strerror(number) if isinstance(number, int) else code)
 
 
 def socket_path() -> str:
@@ -115,7 +151,8 @@ class Client:
             self._socket.connect(path)
         except OSError as err:
             self._socket.close()
-            raise CommandError(f"connect: {path}: {err.strerror}") from err
+            lines = (f"connect: {path}: {err.strerror or err}", *_advice(path, err))
+            raise CommandError("\n".join(lines)) from err
 
     def __enter__(self) -> Self:
         return self
@@ -128,16 +165,26 @@ class Client:
         return self._socket.fileno()
 
     def ask(
-        self, kind: str, fields: Mapping[str, object] | None = None, fds: Sequence[int] = ()
+        self,
+        kind: str,
+        expected: str,
+        fields: Mapping[str, object] | None = None,
+        fds: Sequence[int] = (),
     ) -> Fields:
         """Send a request and wait for its answer; `fds` stay the caller's.
 
+        Args:
+            kind: of request.
+            expected: kinds of answer that the caller understands, with spaces between them.
+            fields: of the request.
+            fds: descriptors that go along.
+
         Raises:
             RefusedError: the answer is that it failed.
-            CommandError: there is no answer.
+            CommandError: there is no answer, or one that nobody expects.
         """
         self.send(kind, fields, fds)
-        answer, received = self.receive()
+        answer, received = self.receive(expected)
         for fd in received:
             os.close(fd)
         return answer
@@ -147,14 +194,18 @@ class Client:
     ) -> None:
         """Send a request; see `ask`."""
         self._serial += 1
-        data = json.dumps({"type": kind, "serial": self._serial, **(fields or {})}).encode()
+        message = {"type": kind, "serial": self._serial, **(fields or {})}
+        try:
+            data = json.dumps(message, ensure_ascii=False).encode()
+        except UnicodeEncodeError as err:
+            raise CommandError(f"not UTF-8: {_word_around(err)}") from None
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self._socket.sendmsg([data], ancillary)
         except OSError as err:
             raise CommandError(f"write error: {err.strerror}") from err
 
-    def receive(self) -> tuple[Fields, list[int]]:
+    def receive(self, expected: str) -> tuple[Fields, list[int]]:
         """Wait for an answer or event; returns what came, and descriptors, which are the caller's.
 
         Raises:
@@ -169,25 +220,113 @@ class Client:
         fds = array.array("i")
         for _, _, block in ancillary:
             fds.frombytes(block)
-        if not data:
-            raise CommandError("pipe closed")
-        answer: Fields = json.loads(data)
-        if answer.get("type") == "failed":
-            raise RefusedError(answer["code"], answer["message"])
-        return answer, fds.tolist()
+        try:
+            return _understood(data, expected), fds.tolist()
+        except CommandError:
+            for fd in fds:
+                os.close(fd)
+            raise
 
     def vms(self, **wanted: bool) -> list[Fields]:
         """Return all VMs, in the daemon's order; `wanted` are fields of the request."""
-        answer = self.ask("status", wanted)
+        answer = self.ask("status", "vms", wanted)
         vms: list[Fields] = answer["vms"]
         while answer["has_more"]:
-            answer, _ = self.receive()
+            answer, fds = self.receive("vms")
+            for fd in fds:
+                os.close(fd)
             vms += answer["vms"]
         return vms
 
 
-def fail(problem: object) -> int:
-    """Say what is wrong, each line in the command's name; returns the exit status."""
-    for line in str(problem).splitlines():
-        print(f"vmctl: {line}", file=sys.stderr)
-    return 1
+def opened(client: Client) -> tuple[socket.socket, Fields]:
+    """Receive the answer to a request for a console; returns its stream, and the answer.
+
+    Raises:
+        RefusedError, CommandError: as `Client.ask`.
+    """
+    answer, fds = client.receive("console-opened")
+    if len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise CommandError(_UNEXPECTED)
+    return socket.socket(fileno=fds[0]), answer
+
+
+def _understood(data: bytes, expected: str) -> Fields:
+    """Return what an answer says.
+
+    Raises:
+        RefusedError: that the request failed.
+        CommandError: nothing, or nothing that is expected.
+    """
+    if not data:
+        raise CommandError("pipe closed")
+    try:
+        answer: Fields = json.loads(data)
+    except (ValueError, RecursionError):
+        answer = {}
+    kind = answer.get("type") if isinstance(answer, dict) else None
+    if kind not in (*expected.split(), "failed") or not fits(answer, SHAPES[str(kind)]):
+        raise CommandError(_UNEXPECTED)
+    if kind == "failed":
+        raise RefusedError(answer["code"], answer["message"])
+    return answer
+
+
+def fits(value: object, shape: Shape) -> bool:
+    """Tell whether a part of an answer is as `shape` says, and its numbers can be shown."""
+    if shape is None:
+        return value is None
+    if shape is int:
+        return type(value) is int and -1 <= value <= _INT_MAX
+    if shape is float:
+        return type(value) is float and 0 <= value <= _TIME_MAX
+    if isinstance(shape, type):
+        return type(value) is shape
+    if isinstance(shape, Mapping):
+        return isinstance(value, dict) and all(
+            name in value and fits(value[name], part) for name, part in shape.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(one, shape[0]) for one in value)
+    return any(fits(value, one) for one in shape)
+
+
+def _word_around(err: UnicodeEncodeError) -> str:
+    """Return the string of a JSON text that has what cannot be encoded."""
+    text = str(err.object)
+    return text[text.rfind('"', 0, err.start) + 1 : text.find('"', err.start)]
+
+
+def _advice(path: str, err: OSError) -> list[str]:
+    """Return what to do about a daemon that cannot be reached."""
+    if isinstance(err, FileNotFoundError | ConnectionRefusedError):
+        return ["vmd is not running: 'systemctl start vmd', or 'vmd --user' for VMs of your own"]
+    if not isinstance(err, PermissionError):
+        return []
+    from grp import getgrgid  # noqa: PLC0415 - only for this
+
+    try:
+        gid = os.stat(path).st_gid
+        group = getgrgid(gid).gr_name
+    except KeyError:
+        group = str(gid)
+    except OSError:  # a directory on the way is closed to us
+        return []
+    return [f"only root and the group {group} may connect: see 'socket owner' in vm.conf(5)"]
+
+
+def check_name(name: str) -> None:
+    """Refuse what no VM can be called.
+
+    Raises:
+        CommandError: in OpenBSD's words.
+
+    Source: section 2.3 of OpenBSD's behaviour.
+    """
+    if len(name) > _NAME_MAX:
+        raise CommandError("vm name too long")
+    plain = name.replace(".", "").replace("_", "").replace("-", "")
+    if name[:1] in {"", ".", "_", "-"} or not (plain.isascii() and plain.isalnum()):
+        raise CommandError("invalid VM name")

@@ -15,10 +15,10 @@ from vmctl.client import (
     Fields,
     RefusedError,
     Target,
-    fail,
     parse_target,
     text_of,
 )
+from vmctl.messages import fail
 
 _RESET_MODES = ("all", "vms", "switches")
 _LOG_LEVELS = (("brief", 0), ("verbose", 2))
@@ -26,8 +26,10 @@ _LOG_LEVELS = (("brief", 0), ("verbose", 2))
 
 def stop(
     words: Sequence[str] = (), *, force: bool = False, wait: bool = False, every: bool = False
-) -> int:
-    """Stop a VM, or with `every` each one that runs, one after the other."""
+) -> int | None:
+    """Stop a VM, or with `every` each one that runs; None if both are named, or neither."""
+    if every == bool(words):
+        return None
     try:
         target = None if every else parse_target(words[0])
         with Client() as client:
@@ -53,15 +55,11 @@ def _begin_line(doing: str, target: Target) -> None:
 
 def complete(client: Client, kind: str, target: Target, **fields: object) -> int:
     """Ask to stop or to wait, and end the line that says so with what has become of it."""
+    expected = "terminated" if kind == "wait" or fields.get("wait") else "done terminated"
     try:
-        answer = client.ask(kind, {**target.fields(), **fields})
+        answer = client.ask(kind, expected, {**target.fields(), **fields})
     except RefusedError as err:
-        text = {
-            "not-running": "cannot stop vm that is not running",
-            "ENOENT": "vm not found",
-            "EINTR": "interrupted call",
-        }.get(err.code, f"failed: {text_of(err.code)}")
-        print(text, file=sys.stderr)
+        print(why_not(kind, err.code), file=sys.stderr)
         return 1
     except CommandError:
         print(file=sys.stderr)
@@ -71,6 +69,15 @@ def complete(client: Client, kind: str, target: Target, **fields: object) -> int
     else:
         print(f"requested to shutdown vm {answer['id']}", file=sys.stderr)
     return 0
+
+
+def why_not(kind: str, code: str) -> str:
+    """Return what is said of a `stop` or `wait` that failed with `code`."""
+    return {
+        "not-running": f"cannot {'stop' if kind == 'stop' else 'wait for'} vm that is not running",
+        "ENOENT": "vm not found",
+        "EINTR": "interrupted call",
+    }.get(code, f"failed: {text_of(code)}")
 
 
 def pause(words: Sequence[str]) -> int:
@@ -87,7 +94,7 @@ def _named(kind: str, word: str) -> int:
     try:
         target = parse_target(word)
         with Client() as client:
-            answer = client.ask(kind, target.fields())
+            answer = client.ask(kind, "done", target.fields())
     except RefusedError as err:
         return fail(f"{kind} vm command failed: {err}")
     except CommandError as err:
@@ -124,7 +131,7 @@ def log(words: Sequence[str]) -> int | None:
 def _plain(kind: str, **fields: object) -> int:
     try:
         with Client() as client:
-            client.ask(kind, fields)
+            client.ask(kind, "done", fields)
     except RefusedError as err:
         why = "" if err.code == "command-failed" else f": {text_of(err.code)}"
         return fail(f"command failed{why}\n{err.detail}")
@@ -133,7 +140,7 @@ def _plain(kind: str, **fields: object) -> int:
     return 0
 
 
-def events(*, as_json: bool = False) -> int:
+def events(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
     """Print what happens to VMs, a line each, until interrupted."""
     import json  # noqa: PLC0415 - loaded by the client anyway
     import time  # noqa: PLC0415 - for this command alone
@@ -147,14 +154,12 @@ def events(*, as_json: bool = False) -> int:
 
     try:
         with Client() as client:
-            client.ask("events")
+            client.ask("events", "done")
             while True:
-                event, _ = client.receive()
+                event, _ = client.receive("event")
                 print(line(event), flush=True)
     except CommandError as err:
         return fail(err)
-    except KeyboardInterrupt:
-        return 0
 
 
 _EVENT_FIELDS = ("at", "id", "name", "kind", "message")

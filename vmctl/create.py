@@ -6,13 +6,16 @@ OpenBSD's.
 Source: section 3.5 of OpenBSD's behaviour.
 """
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from vmctl.images import DiskFile, fail, parse_disk, set_up_logging, warn
-from vmctl.images import reason as why
+from vmctl.disk_files import DiskFile, parse_disk, set_up_logging
+from vmctl.disk_files import reason as why
+from vmctl.messages import fail, warn
+from vmctl.signals import cleaning_up
+from vmctl.verbs import VERBS, usage
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm.block.image import Format
 from vmm_kvm.block.qcow2.header import parse_header
@@ -20,7 +23,6 @@ from vmm_kvm.errors import ImageError, VmmError
 from vmm_kvm.images.create import SourceError, copy, create_image, create_qcow2, rounded_up
 from vmm_kvm.images.opening import open_image, probe
 
-_CREATE_USAGE = "usage:\tvmctl [-v] create [-b base | -i disk] [-s size] disk"
 _MIB = 1 << 20
 _LONG_COPY = 256 * _MIB  # from here on a person may wonder whether it is still at work
 
@@ -29,19 +31,19 @@ class _RefusedError(Exception):
     """What is asked cannot be done; `str()` has the lines for the user."""
 
 
-def create_usage() -> int:
-    """Tell how `vmctl create` is used; return the exit status."""
-    print(_CREATE_USAGE, file=sys.stderr)
-    return 1
-
-
 def create(
-    disk: str, size: str | None, base: str | None, source: str | None, *, verbose: bool
+    words: Sequence[str],
+    *,
+    size: str | None = None,
+    base: str | None = None,
+    source: str | None = None,
 ) -> int:
     """Create an image of `size`, over `base`, or as a copy of `source`; return the exit status."""
-    set_up_logging(verbose=verbose)
+    set_up_logging()
+    (disk,) = words
     try:
-        _create(parse_disk(disk), disk, size, base, source)
+        with cleaning_up():
+            _create(parse_disk(disk), disk, size, base, source)
     except (_RefusedError, VmmError) as err:
         return fail(str(err))
     return 0
@@ -62,7 +64,7 @@ def _create(
             number = _size_over_base(base, target.path, number)
         if number is None:
             print(f"could not create {named}: missing size argument", file=sys.stderr)
-            create_usage()
+            print(usage(VERBS["create"]), file=sys.stderr)
             raise _RefusedError("")
         try:
             if base is None:
@@ -94,7 +96,7 @@ def _disk_size(text: str) -> int:
 def _size_over_base(base: str, path: str, size: int | None) -> int:
     """Return the size of a new image over `base`, whose header alone is looked at."""
     try:
-        with Path(path).parent.joinpath(base).open("rb") as file:
+        with open(os.path.join(os.path.dirname(path), base), "rb") as file:
             data = file.read(1 << 16)
     except (OSError, ValueError) as err:
         raise _RefusedError(f"failure to read base image header: {why(err)}") from err
@@ -146,7 +148,7 @@ def _convert(source: DiskFile, target: DiskFile, size: int | None) -> None:
             raise _RefusedError(f"{reason}\nfailed to write to destination") from err
         finally:
             if not is_whole:
-                Path(target.path).unlink()
+                os.unlink(target.path)
     finally:
         image.close()
     if rounded != size:

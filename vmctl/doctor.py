@@ -5,7 +5,7 @@ Exit status: 0 when VMs can run, 1 when they cannot.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -76,7 +76,7 @@ _FIRMWARE = {
 }
 
 
-def doctor(*, as_json: bool) -> int:
+def doctor(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
     """Print the report; returns the exit status."""
     findings = list(_kvm())
     findings.append(_nested())
@@ -94,15 +94,14 @@ def doctor(*, as_json: bool) -> int:
 
 
 def _print_table(findings: list[Finding]) -> None:
-    from rich.console import Console  # noqa: PLC0415 - only a terminal gets a table
-    from rich.table import Table  # noqa: PLC0415 - same
+    from vmctl.table import show_table  # noqa: PLC0415 - only people see it
 
-    colours = {Status.OK: "green", Status.LIMITED: "yellow", Status.MISSING: "red"}
-    table = Table("check", "status", "detail", "hint", box=None, pad_edge=False)
+    header = ("CHECK", "STATUS", "DETAIL")
+    rows = []
     for finding in findings:
-        colour = colours[finding.status]
-        table.add_row(finding.check, f"[{colour}]{finding.status}[/]", finding.detail, finding.hint)
-    Console().print(table)
+        hint = f" ({finding.hint})" if finding.hint else ""
+        rows.append((finding.check, finding.status.value, finding.detail + hint))
+    show_table(header, rows)
 
 
 def _kvm() -> Iterator[Finding]:

@@ -3,87 +3,48 @@
 Exit status: 0 on success, 1 on any failure, and from `check` 1 if the image is not sound.
 """
 
-import json
-import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
+from vmctl.disk_files import DiskFile, parse_disk, reason, set_up_logging
+from vmctl.messages import fail
 from vmd.config.sizes import fmt_scaled
 from vmm_kvm.block.file import HostFile
 from vmm_kvm.block.image import Format
 from vmm_kvm.block.locks import lock
-from vmm_kvm.block.qcow2.check import check
 from vmm_kvm.block.qcow2.header import Compatible, Header, Incompatible, read_header
 from vmm_kvm.block.qcow2.snapshots import read_snapshots
 from vmm_kvm.errors import ImageError, VmmError
-from vmm_kvm.images.opening import image_chain, probe
+from vmm_kvm.images.opening import image_chain
 
 Facts = dict[str, str | int | bool | list[str] | None]
 
 
-class DiskFile(NamedTuple):
-    """What an argument that names a disk stands for."""
-
-    path: str
-    disk_format: Format
-
-
-def parse_disk(argument: str) -> DiskFile:
-    """Tell path and format: by prefix, by the file's first bytes, by extension; else it is raw.
-
-    Source: section 2.5 of OpenBSD's behaviour.
-    """
-    for disk_format in Format:
-        if argument.startswith(f"{disk_format}:"):
-            return DiskFile(argument[len(disk_format) + 1 :], disk_format)
-    try:
-        descriptor = os.open(argument, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except (OSError, ValueError):
-        pass  # it is to be created, or opening it will tell why not
-    else:
-        try:
-            if probe(os.read(descriptor, 4)) is Format.QCOW2:
-                return DiskFile(argument, Format.QCOW2)
-        except OSError:
-            pass  # a directory; see above
-        finally:
-            os.close(descriptor)
-    extension = argument.rpartition(".")[2].lower()
-    return DiskFile(argument, Format.QCOW2 if extension == Format.QCOW2 else Format.RAW)
-
-
-def set_up_logging(*, verbose: bool) -> None:
-    """Say on standard error what the image code logs, or only what the command itself says."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.CRITICAL, format="vmctl: %(message)s"
-    )
-
-
-def info(disk: str, *, as_json: bool, verbose: bool) -> int:
+def info(words: Sequence[str], *, as_json: bool = False) -> int:
     """Tell what an image is, without locking it; return the exit status."""
-    set_up_logging(verbose=verbose)
-    named = parse_disk(disk)
+    set_up_logging()
     try:
-        facts = _facts(named)
+        facts = _facts(parse_disk(words[0]))
     except (VmmError, OSError) as err:
         return fail(str(err))
     _show(facts, as_json=as_json)
     return 0
 
 
-def check_image(disk: str, *, as_json: bool, verbose: bool) -> int:
+def check_image(words: Sequence[str], *, as_json: bool = False) -> int:
     """Tell whether an image is sound; return the exit status."""
-    set_up_logging(verbose=verbose)
-    named = parse_disk(disk)
+    set_up_logging()
+    named = parse_disk(words[0])
     facts: Facts = {"path": named.path, "format": named.disk_format.value}
     errors: tuple[str, ...] = ()
     try:
         with _opened(named.path) as file:
             lock(file.fd, named.path, writes=False)
             if named.disk_format is Format.QCOW2:
+                from vmm_kvm.block.qcow2.check import check  # noqa: PLC0415 - only for this
+
                 header = read_header(file)
                 report = check(file, header)
                 errors = report.errors
@@ -173,21 +134,18 @@ _SIZES = {"virtual_size", "file_size", "disk_size", "cluster_size", "leaked_byte
 
 def _show(facts: Facts, *, as_json: bool) -> None:
     if as_json:
+        import json  # noqa: PLC0415 - only for this
+
         print(json.dumps(facts, indent=2))
         return
-    rows = [(name.replace("_", " "), _text(name, value)) for name, value in facts.items()]
-    if not sys.stdout.isatty():
-        for name, text in rows:
-            print(f"{name + ':':20} {text}".rstrip())
-        return
-    from rich.console import Console  # noqa: PLC0415 - only a terminal gets a table
-    from rich.table import Table  # noqa: PLC0415 - same
-    from rich.text import Text  # noqa: PLC0415 - same
+    rows = [(f"{name.replace('_', ' ')}:", _text(name, value)) for name, value in facts.items()]
+    if sys.stdout.isatty():
+        from vmctl.table import show_facts  # noqa: PLC0415 - only people see it
 
-    table = Table(box=None, pad_edge=False, show_header=False)
+        show_facts(rows)
+        return
     for name, text in rows:
-        table.add_row(Text(name, style="bold"), Text(text))
-    Console().print(table)
+        print(f"{name:20} {text}".rstrip())
 
 
 def _text(name: str, value: str | int | bool | list[str] | None) -> str:
@@ -202,20 +160,3 @@ def _text(name: str, value: str | int | bool | list[str] | None) -> str:
             return ", ".join(value) or "none"
         case _:
             return str(value)
-
-
-def reason(err: OSError | ValueError) -> str:
-    """Return why a file could not be used."""
-    return (err.strerror or str(err)) if isinstance(err, OSError) else str(err)
-
-
-def fail(lines: str) -> int:
-    """Print what has gone wrong; return the exit status."""
-    for line in lines.splitlines():
-        warn(line)
-    return 1
-
-
-def warn(line: str) -> None:
-    """Print a line for the user on standard error."""
-    print(f"vmctl: {line}", file=sys.stderr)

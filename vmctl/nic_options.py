@@ -86,10 +86,8 @@ _KINDS = {
 _WITH_VALUE = frozenset({"lladdr", "mtu", "queues", "forward"})
 
 
-def read_nics(
-    texts: Sequence[str], bridges: Sequence[str] = (), *, is_local: bool
-) -> list[NicOption]:
-    """Return the interfaces that `-i`, each an interface or a count, `-n` and `-L` ask for.
+def read_nics(texts: Sequence[str], bridges: Sequence[str] = (), local: int = 0) -> list[NicOption]:
+    """Return the interfaces that `-i`, each an interface or a count, `-n` and so many `-L` ask for.
 
     A count adds interfaces without a cable to those that are described, up to so many.
 
@@ -103,8 +101,7 @@ def read_nics(
         else:
             nics.append(parse_nic(text))
     nics += [NicOption(NicKind.BRIDGE, bridge) for bridge in bridges]
-    if is_local:
-        nics.append(NicOption(NicKind.PASST))
+    nics += [NicOption(NicKind.PASST)] * local
     nics += [NicOption(NicKind.NONE)] * (least - len(nics))
     if len(nics) > NICS_MAX:
         raise SpecError(f"{len(nics)} interfaces: {NICS_MAX} are possible")

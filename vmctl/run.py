@@ -8,12 +8,12 @@ number, when it wrote to isa-debug-exit. Reboot restarts the guest in the same p
 import math
 import os
 import signal
-import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmctl.run_options import RunOptions
+from vmctl.messages import fail
 from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm import log
@@ -59,31 +59,60 @@ class Ended(NamedTuple):
     discard_output: bool = False
 
 
-def run(options: RunOptions) -> int:
-    """Run one VM until it ends; returns the exit status. Errors are one line on stderr."""
-    if options.verbose:
-        _set_up_logging(verbose=True)
-    else:
-        log.set_up_with(lambda: _set_up_logging(verbose=False))
+class RunOptions(NamedTuple):
+    """The command line of `vmctl run`, as typed."""
+
+    boot: str | None = None
+    selftest: bool = False
+    memory: str = "512M"
+    cpus: str = "1"
+    disks: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
+    local: int = 0
+    cdrom: str | None = None
+    boot_device: str | None = None
+    firmware: str | None = None
+    nvram: str | None = None
+    virtio_console: bool = False
+    initrd: tuple[str, ...] = ()
+    append: str | None = None
+    timeout: str | None = None
+    no_reboot: bool = False
+    attach: bool = False
+    """Without a meaning: the console is always attached."""
+    name: str = ""
+
+
+def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) -> int:
+    """Run one VM until it ends; returns the exit status. Errors are one line on stderr.
+
+    Args:
+        words: the VM's name, or nothing.
+        given: fields of RunOptions.
+    """
+    options = RunOptions(**given, name="".join(words))  # type: ignore[arg-type] # as the table has it
+    log.set_up_with(_set_up_logging)
     try:
         with ExitStack() as stack:
             spec = _spec(options, stack)
             timeout_s = _timeout(options.timeout)
             install_kick_signal()
             kvm, loop = stack.enter_context(Kvm()), stack.enter_context(EventLoop())
-            status, message = Foreground(kvm, loop, spec, options.reboot, timeout_s).run()
+            reboots = not options.no_reboot
+            status, message = Foreground(kvm, loop, spec, reboots, timeout_s).run()
     except (VmmError, OSError) as err:
         status, message = EXIT_ERROR, str(err)
     if message:
-        print(f"vmctl: {message}", file=sys.stderr)
+        fail(message)
     return status
 
 
-def _set_up_logging(*, verbose: bool) -> None:
+def _set_up_logging() -> None:
     import logging  # noqa: PLC0415 - most runs log nothing
 
-    level = logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="vmctl: %(message)s")
+    # Nothing changes where -v has set it up to say everything.
+    logging.basicConfig(level=logging.WARNING, format="vmctl: %(message)s")
 
 
 def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
@@ -132,7 +161,7 @@ def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NicParams, .
     from vmctl.nic_options import read_nics  # noqa: PLC0415 - not every VM has a network
     from vmctl.nics import open_nic  # noqa: PLC0415 - the same
 
-    wanted = read_nics(options.interfaces, options.switches, is_local=options.local)
+    wanted = read_nics(options.interfaces, options.switches, options.local)
     return tuple(open_nic(nic, index, vm, stack) for index, nic in enumerate(wanted))
 
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmctl.client import Client, CommandError, Fields, RefusedError, fail, parse_target, text_of
+from vmctl.client import Client, CommandError, Fields, RefusedError, parse_target, text_of
+from vmctl.messages import fail
 from vmd.config.disks import DiskError, DiskKind, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 
@@ -48,14 +49,20 @@ class StartOptions(NamedTuple):
     console: bool = False
 
 
-def start(options: StartOptions, words: Sequence[str]) -> int:
-    """Start a VM; returns the exit status."""
+def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> int:
+    """Start a VM; returns the exit status.
+
+    Args:
+        words: its id or name.
+        given: fields of StartOptions.
+    """
+    options = StartOptions(**given)  # type: ignore[arg-type] # as the table of verbs has it
     fds: list[int] = []
     try:
         target = parse_target(words[0])
         fields = {**target.fields(), **_request(options, fds)}
         with Client() as client:
-            answer = client.ask("start", fields, fds)
+            answer = client.ask("start", "started", fields, fds)
     except RefusedError as err:
         text = text_of(err.code)
         known = text if err.code in _OWN_TEXTS else f"start vm command failed: {text}"

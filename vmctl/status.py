@@ -9,7 +9,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vmctl.client import Client, CommandError, Fields, fail, parse_target
+from vmctl.client import Client, CommandError, Fields, parse_target
+from vmctl.messages import fail
 from vmd.config.sizes import fmt_scaled
 
 HEADER = ("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", "NAME")
@@ -43,7 +44,7 @@ def _list(words: Sequence[str], *, running: bool, as_json: bool, interfaces: boo
     if as_json:
         print(json.dumps(shown, indent=2))
     elif sys.stdout.isatty():
-        from vmctl.render import show_table  # noqa: PLC0415 - only people see it
+        from vmctl.table import show_table  # noqa: PLC0415 - only people see it
 
         show_table(HEADER, [columns(vm) for vm in shown])
     else:
@@ -113,7 +114,7 @@ def _user(uid: int) -> str:
 
     try:
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
+    except (KeyError, OverflowError):
         return str(uid)
 
 
@@ -122,5 +123,5 @@ def _group(gid: int) -> str:
 
     try:
         return grp.getgrgid(gid).gr_name
-    except KeyError:
+    except (KeyError, OverflowError):
         return str(gid)

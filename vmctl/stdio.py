@@ -9,10 +9,13 @@ import os
 import stat
 import sys
 from collections import deque
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmctl.console import ESCAPES, Escape, EscapeParser, RawTerminal
 from vmm_kvm.loop import EventLoop
+
+if TYPE_CHECKING:  # loaded where there is a terminal
+    from vmctl.terminal import TerminalState
 
 _BATCH_NS = 3_000_000  # how long a byte may wait for others to be written with
 _READ_SIZE = 4096
@@ -61,6 +64,7 @@ class Stdio:
         self._is_held = False
         self._parser: EscapeParser | None = None
         self._terminal: RawTerminal | None = None
+        self._state: TerminalState | None = None
         if os.isatty(stdin) and os.isatty(stdout):
             self._parser = EscapeParser()
             self._terminal = RawTerminal(stdin)
@@ -84,10 +88,18 @@ class Stdio:
         if self._terminal:
             self._terminal.__exit__()
             self._terminal = None
-        self._backlog += b"".join(self._written)
+        rest = b"".join(self._written)
         self._written.clear()
+        if discard:
+            self._backlog.clear()
+        else:
+            self._note(rest)
+            self._backlog += rest
+        if self._state:  # what the guest did to the terminal, which it shares with the shell
+            self._backlog += self._state.restore()
+            self._state = None
         try:
-            while self._backlog and not discard and not self._is_closed:
+            while self._backlog and not self._is_closed:
                 del self._backlog[: os.write(self._stdout, self._backlog)]
         except OSError as err:
             self._close(err)
@@ -106,8 +118,20 @@ class Stdio:
     def _collect(self) -> None:
         self._is_armed = False  # before the look: a byte that comes now arms the timer again
         while self._written:
-            self._backlog += self._written.popleft()
+            data = self._written.popleft()
+            self._note(data)
+            self._backlog += data
         self._write()
+
+    def _note(self, data: bytes) -> None:
+        """See what output does to a terminal."""
+        if not self._parser or not data:
+            return
+        if self._state is None:
+            from vmctl.terminal import TerminalState  # noqa: PLC0415 - not for pipes
+
+            self._state = TerminalState()
+        self._state.note(data)
 
     def _write(self) -> None:
         if not self._is_waiting and self._backlog and not self._is_closed:

@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmctl.client import Client, CommandError, Fields, fail
+from vmctl.client import Client, CommandError, Fields
+from vmctl.messages import fail
 from vmd.config.sizes import fmt_scaled
 
 HEADER = ("ID", "PID", "CPU", "CURMEM", "READ/S", "WRITE/S", "IN/S", "OUT/S", "STATE", "NAME")
@@ -16,7 +17,13 @@ _FORMAT = "%5s %5s %6s %7s %7s %7s %7s %7s %8s %s"
 _RATES = ("disk_read", "disk_written", "net_received", "net_sent")
 
 
-def top(*, delay: str = "1", count: str | None = None, as_json: bool = False) -> int:
+def top(
+    _words: Sequence[str] = (),
+    *,
+    delay: str = "1",
+    count: str | None = None,
+    as_json: bool = False,
+) -> int:
     """Show rates every `delay` seconds, `count` times or until interrupted."""
     try:
         delay_s, times = _numbers(delay, count)
@@ -24,8 +31,6 @@ def top(*, delay: str = "1", count: str | None = None, as_json: bool = False) ->
             _repeat(client, delay_s, times, as_json=as_json)
     except CommandError as err:
         return fail(err)
-    except KeyboardInterrupt:
-        pass
     return 0
 
 
@@ -44,29 +49,25 @@ def _repeat(client: Client, delay_s: float, times: int | None, *, as_json: bool)
     at = time.monotonic()
     done = 0
     screen = None
-    try:
-        while times is None or done < times:
-            time.sleep(delay_s)
-            after, now = _sample(client), time.monotonic()
-            seconds, at = now - at, now
-            rows = [rates(before.get(vm_id), vm, seconds) for vm_id, vm in after.items()]
-            before = after
-            done += 1
-            if as_json:
-                print(json.dumps(rows), flush=True)
-            elif sys.stdout.isatty():
-                from vmctl.render import Screen  # noqa: PLC0415 - only people see it
+    while times is None or done < times:
+        time.sleep(delay_s)
+        after, now = _sample(client), time.monotonic()
+        seconds, at = now - at, now
+        rows = [rates(before.get(vm_id), vm, seconds) for vm_id, vm in after.items()]
+        before = after
+        done += 1
+        if as_json:
+            print(json.dumps(rows), flush=True)
+        elif sys.stdout.isatty():
+            from vmctl.table import Screen  # noqa: PLC0415 - only people see it
 
-                screen = screen or Screen()
-                screen.show(HEADER, [columns(row) for row in rows])
-            else:
-                print(_FORMAT % HEADER)
-                for row in rows:
-                    print(_FORMAT % columns(row))
-                sys.stdout.flush()
-    finally:
-        if screen:
-            screen.close()
+            screen = screen or Screen()
+            screen.show(HEADER, [columns(row) for row in rows])
+        else:
+            print(_FORMAT % HEADER)
+            for row in rows:
+                print(_FORMAT % columns(row))
+            sys.stdout.flush()
 
 
 def _sample(client: Client) -> dict[int, Fields]:

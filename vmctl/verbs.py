@@ -1,153 +1,393 @@
-"""The daemon's verbs: their usage, and a short way to read a command line that is plain and right.
+"""The table of verbs: how each is written, what it does, and which function does it.
 
-`vmctl.cli` declares them for typer, which explains, completes and refuses; importing it costs more
-than all else that `vmctl status` does. A test holds the two against each other.
+Everything else that knows verbs is made from it or held against it by tests: the command line is
+read by it (`cli`), help is printed from it (`help`, and on a terminal `declaration`, for typer),
+completion is made of it (`scripts/completions.py`), and vmctl(8) has to name the same.
 
-Source: section 3.1 of OpenBSD's behaviour, for the usage.
+It is data and imports nothing: every command pays for it.
+
+Source: section 3.1 of OpenBSD's behaviour, for the usage of OpenBSD's verbs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-OTHERS = ("create", "doctor", "image", "run")
-"""Verbs that need no daemon."""
+GLOBAL_USAGE = "usage:\tvmctl [-v] command [arg ...]"
 
-START_VALUES = {
-    "-B": "boot_device",
-    "-b": "boot",
-    "-d": "disks",
-    "-i": "interfaces",
-    "-m": "memory",
-    "-n": "switches",
-    "-p": "cpus",
-    "-r": "cdrom",
-    "-t": "template",
-    "--append": "append",
-    "--firmware": "firmware",
-    "--initrd": "initrd",
-}
-"""Options of start, each of which may come more than once, to be used or refused."""
+FILE = "<file>"
+"""What completes a word: the name of a file."""
+VM = "<vm>"
+"""The name of a VM."""
 
-Values = dict[str, bool | int | str | tuple[str, ...] | None]
+
+class Option(NamedTuple):
+    """An option of a verb."""
+
+    name: str
+    """As it is written: `-b` or `--json`."""
+    field: str
+    """The argument of the verb's function that has its value."""
+    help: str
+    value: str = ""
+    """How its value is called; without one it is a flag."""
+    is_repeated: bool = False
+    """Whether it may come more than once: values are then a tuple, a flag is the number."""
+    completes: tuple[str, ...] = ()
+    """Words that its value can be, FILE or VM."""
 
 
 class Verb(NamedTuple):
-    """How a verb is written, and what does it."""
+    """A verb: how it is written, and what does it."""
 
-    usage: str
+    name: str
+    """One word, or two."""
+    words: str
+    """Its operands, as its usage shows them."""
+    help: str
+    """What it does, in a sentence."""
     module: str
-    """The module of `vmctl` that has it, and before the dot, if there is one, the function."""
-    words: tuple[int, int] = (1, 1)
+    """The module of vmctl that has its function."""
+    function: str
+    """It takes the words, and what the options say by their fields; returns the exit status, or
+    None if the words make no sense."""
+    options: tuple[Option, ...] = ()
+    least: int = 1
     """How many words there are, at least and at most."""
-    flags: Mapping[str, str] = {}
-    """Options without a value, and what they set."""
-    values: Mapping[str, str] = {}
-    """Options with one."""
+    most: int = 1
+    usage: str = ""
+    """Options and operands as OpenBSD shows them, in its lines; else they follow from the above."""
+    completes: tuple[str, ...] = ()
+    """As of options."""
+    is_openbsd: bool = True
+    """Whether OpenBSD has it: then it goes before ours where a word can be either."""
 
 
-VERBS = {
-    "console": Verb("id", "attach"),
-    "events": Verb("[--json]", "control", (0, 0), {"--json": "as_json"}),
-    "load": Verb("filename", "control"),
-    "log": Verb("[brief | verbose]", "control"),
-    "pause": Verb("id", "control"),
-    "receive": Verb("name", "control"),
-    "reload": Verb("", "control", (0, 0)),
-    "reset": Verb("[all | switches | vms]", "control", (0, 1)),
-    "send": Verb("id", "control"),
-    "show": Verb("[-r] [--json] [id]", "status", (0, 1), {"-r": "running", "--json": "as_json"}),
-    "start": Verb(
-        "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
-        "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
-        "\t\t[--append string] [--firmware name] [--initrd path] id | name",
-        "start",
-        (1, 1),
-        {"-c": "console", "-L": "local"},
-        START_VALUES,
+_JSON = Option("--json", "as_json", "Print JSON.")
+_RUNNING = Option("-r", "running", "Only VMs that run.")
+_BOOT_DEVICES = ("disk", "cdrom", "net")
+_FIRMWARE = ("bios", "uefi", FILE)
+_DISK = Option(
+    "-d",
+    "disks",
+    "Disk image; may be repeated. Options: ro, serial=text, queues=count.",
+    "[format:]disk[,option...]",
+    is_repeated=True,
+    completes=(FILE,),
+)
+_SIZE = "Memory, such as 256M or 4G; 512M by default."
+_CPUS = "Number of vCPUs, 1 to 64."
+_CDROM = "ISO image in the CD-ROM drive."
+_INITRD = Option(
+    "--initrd",
+    "initrd",
+    "Initial RAM disk; for a Multiboot kernel a module, and may be repeated.",
+    "path",
+    is_repeated=True,
+    completes=(FILE,),
+)
+
+_RUN_OPTIONS = (
+    Option("-B", "boot_device", "What firmware boots from.", "device", completes=_BOOT_DEVICES),
+    Option("-b", "boot", "Kernel or firmware image to boot.", "path", completes=(FILE,)),
+    Option("-c", "attach", "Accepted and ignored: the console is always attached."),
+    _DISK,
+    Option(
+        "-i",
+        "interfaces",
+        "Network interface, or how many; may be repeated.",
+        "count|kind[:name][,option...]",
+        is_repeated=True,
+        completes=("bridge:", "none", "passt", "stream:", "tap:", "vhost-user:"),
     ),
-    "status": Verb("[-r] [--json] [id]", "status", (0, 1), {"-r": "running", "--json": "as_json"}),
-    "stop": Verb(
-        "[-fw] [id | -a]",
+    Option("-L", "local", "Add an interface with user-mode networking by passt.", "", True),
+    Option("-m", "memory", _SIZE, "size"),
+    Option("-n", "switches", "Add an interface on a bridge of this host.", "bridge", True),
+    Option("-p", "cpus", _CPUS, "count"),
+    Option("-r", "cdrom", _CDROM, "path", completes=(FILE,)),
+    Option("--append", "append", "Kernel command line.", "string"),
+    Option(
+        "--firmware",
+        "firmware",
+        "Boot firmware; bios is the default where there are disks or an ISO image.",
+        "bios|uefi|path",
+        completes=_FIRMWARE,
+    ),
+    _INITRD,
+    Option("--no-reboot", "no_reboot", "End when the guest reboots, instead of booting again."),
+    Option(
+        "--nvram",
+        "nvram",
+        "File that keeps the variables of UEFI firmware; made if it is missing.",
+        "path",
+        completes=(FILE,),
+    ),
+    Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
+    Option("--timeout", "timeout", "Kill the VM after this time; status 124.", "seconds"),
+    Option(
+        "--virtio-console",
+        "virtio_console",
+        "Add a virtio console, hvc0, which takes the input once its driver is ready.",
+    ),
+)
+
+# All of start's may come more than once, to be used or to be refused.
+_START_OPTIONS = (
+    Option("-B", "boot_device", "What the VM boots from.", "device", True, _BOOT_DEVICES),
+    Option("-b", "boot", "Kernel or firmware image to boot.", "path", True, (FILE,)),
+    Option("-c", "console", "Attach the console."),
+    _DISK,
+    Option("-i", "interfaces", "Number of network interfaces.", "count", True),
+    Option("-L", "local", "Add a local network interface.", is_repeated=True),
+    Option("-m", "memory", _SIZE, "size", True),
+    Option("-n", "switches", "Add a network interface on a switch.", "switch", True),
+    Option("-p", "cpus", _CPUS, "count", True),
+    Option("-r", "cdrom", _CDROM, "path", True, (FILE,)),
+    Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
+    Option("--append", "append", "Kernel command line.", "string", True),
+    Option("--firmware", "firmware", "Boot firmware.", "bios|uefi|path", True, _FIRMWARE),
+    _INITRD,
+)
+_START_USAGE = (
+    "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
+    "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
+    "\t\t[--append string] [--firmware name] [--initrd path] id | name"
+)
+_LIST_OPTIONS = (_RUNNING, _JSON)
+
+_TABLE = (
+    Verb("console", "id", "Attach to the console of a VM.", "attach", "console")._replace(
+        completes=(VM,)
+    ),
+    Verb(
+        "create",
+        "disk",
+        "Create a disk image: empty, as an overlay, or as a copy of another disk.",
+        "create",
+        "create",
+        (
+            Option("-b", "base", "Make an overlay on this qcow2 image.", "base", False, (FILE,)),
+            Option("-i", "source", "Copy this disk into the new image.", "disk", False, (FILE,)),
+            Option("-s", "size", "Size of the disk, such as 10G.", "size"),
+        ),
+        usage="[-b base | -i disk] [-s size] disk",
+        completes=(FILE,),
+    ),
+    Verb(
+        "doctor",
+        "",
+        "Tell whether this host can run VMs, how fast, and what is missing.",
+        "doctor",
+        "doctor",
+        (_JSON,),
+        *(0, 0),
+        is_openbsd=False,
+    ),
+    Verb(
+        "events",
+        "",
+        "Print what happens to VMs, as it happens.",
         "control",
-        (0, 1),
-        {"-f": "force", "-w": "wait", "-a": "every"},
+        "events",
+        (_JSON,),
+        *(0, 0),
+        is_openbsd=False,
     ),
-    "top": Verb(
-        "[--json] [-d seconds] [-n count]",
+    Verb(
+        "help",
+        "[command]",
+        "Tell what commands there are, or how one is used.",
+        "help",
+        "show_help",
+        (),
+        *(0, 2),
+        is_openbsd=False,
+    ),
+    Verb(
+        "image check",
+        "disk",
+        "Tell whether a disk image is sound; the exit status is 1 if it is not.",
+        "images",
+        "check_image",
+        (_JSON,),
+        completes=(FILE,),
+        is_openbsd=False,
+    ),
+    Verb(
+        "image info",
+        "disk",
+        "Tell what a disk image is: format, sizes, bases, snapshots.",
+        "images",
+        "info",
+        (_JSON,),
+        completes=(FILE,),
+        is_openbsd=False,
+    ),
+    Verb(
+        "load",
+        "filename",
+        "Let the daemon read another configuration file in addition.",
+        "control",
+        "load",
+        completes=(FILE,),
+    ),
+    Verb(
+        "log",
+        "[brief | verbose]",
+        "Let the daemon log little or much.",
+        "control",
+        "log",
+        completes=("brief", "verbose"),
+    ),
+    Verb("pause", "id", "Let a VM stand still.", "control", "pause", completes=(VM,)),
+    Verb("receive", "name", "Receive a VM that was sent; not supported yet.", "control", "receive"),
+    Verb(
+        "reload",
+        "",
+        "Let the daemon read its configuration again; VMs that run stay as they are.",
+        "control",
+        "reload",
+        (),
+        *(0, 0),
+    ),
+    Verb(
+        "reset",
+        "[all | switches | vms]",
+        "End all VMs, or forget switches, or both.",
+        "control",
+        "reset",
+        (),
+        *(0, 1),
+        completes=("all", "switches", "vms"),
+    ),
+    Verb(
+        "run",
+        "[name]",
+        "Run a VM in the foreground, its console on this terminal, without a daemon.",
+        "run",
+        "run",
+        _RUN_OPTIONS,
+        *(0, 1),
+        usage=(
+            "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
+            "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
+            "\t\t[--firmware name] [--initrd path] [--no-reboot] [--nvram path]\n"
+            "\t\t[--selftest] [--timeout seconds] [--virtio-console] [name]"
+        ),
+        is_openbsd=False,
+    ),
+    Verb("send", "id", "Send a VM to another host; not supported yet.", "control", "send")._replace(
+        completes=(VM,)
+    ),
+    Verb(
+        "show",
+        "[id]",
+        "List VMs, as status does, and the network interfaces of one.",
+        "status",
+        "show",
+        _LIST_OPTIONS,
+        *(0, 1),
+        completes=(VM,),
+    ),
+    Verb(
+        "start",
+        "id | name",
+        "Start a VM that exists, or make one and start it.",
+        "start",
+        "start",
+        _START_OPTIONS,
+        usage=_START_USAGE,
+        completes=(VM,),
+    ),
+    Verb("status", "[id]", "List VMs.", "status", "status", _LIST_OPTIONS, *(0, 1))._replace(
+        completes=(VM,)
+    ),
+    Verb(
+        "stop",
+        "[id | -a]",
+        "Stop a VM.",
+        "control",
+        "stop",
+        (
+            Option("-a", "every", "Every VM that runs."),
+            Option("-f", "force", "Without asking the guest."),
+            Option("-w", "wait", "Wait until it has ended."),
+        ),
+        *(0, 1),
+        usage="[-fw] [id | -a]",
+        completes=(VM,),
+    ),
+    Verb(
         "top",
-        (0, 0),
-        {"--json": "as_json"},
-        {"-d": "delay", "-n": "count"},
+        "",
+        "Show what VMs use, again and again.",
+        "top",
+        "top",
+        (
+            Option("-d", "delay", "Time between two looks; 1 by default.", "seconds"),
+            Option("-n", "count", "How often to look.", "count"),
+            _JSON,
+        ),
+        *(0, 0),
+        is_openbsd=False,
     ),
-    "unpause": Verb("id", "control"),
-    "wait": Verb(
-        "[--for running | stopped | console=text] [--timeout seconds] id",
+    Verb("unpause", "id", "Let a paused VM go on.", "control", "unpause", completes=(VM,)),
+    Verb(
         "wait",
-        (1, 1),
-        {},
-        {"--for": "until", "--timeout": "timeout"},
+        "id",
+        "Wait until a VM ends or reboots.",
+        "wait",
+        "wait",
+        (
+            Option(
+                "--for",
+                "until",
+                "Wait for another condition than its end.",
+                "running | stopped | console=text",
+                completes=("running", "stopped", "console="),
+            ),
+            Option("--timeout", "timeout", "Wait no longer.", "seconds"),
+        ),
+        completes=(VM,),
     ),
-}
+)
+
+VERBS = {verb.name: verb for verb in _TABLE}
+"""Every verb by its name."""
 
 
-def read_verb(arguments: Sequence[str]) -> tuple[str, Values, list[str]] | None:
-    """Read a command line: verb, options by name, words; None for what has to be left to typer.
-
-    That is: whatever is wrong, asks for help, has options in front of the verb, or is written in
-    one of the rarer ways that typer takes.
-    """
-    name = _verb(arguments[0]) if arguments else None
-    if name is None:
-        return None
-    verb, rest = VERBS[name], list(arguments[1:])
-    values: Values = {}
-    lists: dict[str, tuple[str, ...]] = {}
-    while rest and rest[0].startswith("-"):
-        option = rest.pop(0)
-        letters = [f"-{letter}" for letter in option[1:]]
-        if option in verb.flags:
-            letters = [option]
-        elif option in verb.values and rest and not rest[0].startswith("-"):
-            field = verb.values[option]
-            lists[field] = (*lists.get(field, ()), rest.pop(0))
-            continue
-        if not letters or any(letter not in verb.flags for letter in letters):
-            return None
-        for letter in letters:
-            field = verb.flags[letter]
-            values[field] = int(values.get(field) or 0) + 1 if field == "local" else True  # type: ignore[arg-type] # of local it is a number
-    if not verb.words[0] <= len(rest) <= verb.words[1] or not _fits(name, values, rest):
-        return None
-    for field, given in lists.items():
-        values[field] = given if name == "start" else given[-1]
-    return name, values, rest
-
-
-def perform(name: str, values: Values, words: Sequence[str]) -> int | None:
-    """Do what a verb says; returns the exit status, or None if the words make no sense."""
-    from importlib import import_module  # noqa: PLC0415 - each verb loads its own module alone
-
-    module = import_module(f"vmctl.{VERBS[name].module}")
-    status: int | None
-    if name == "start":
-        status = module.start(module.StartOptions(**values), words)
-    elif VERBS[name].words == (0, 0) and name != "reload":
-        status = getattr(module, name)(**values)
-    else:
-        status = getattr(module, name)(words, **values)
-    return status
-
-
-def usage(name: str) -> str:
+def usage(verb: Verb) -> str:
     """Return what is printed when a verb is misused."""
-    return f"usage:\tvmctl [-v] {name} {VERBS[name].usage}".rstrip()
+    return f"usage:\tvmctl [-v] {verb.name} {verb.usage or _usage(verb)}".rstrip()
 
 
-def _verb(word: str) -> str | None:
-    matches = [name for name in (*VERBS, *OTHERS) if name.startswith(word)]
-    return matches[0] if len(matches) == 1 and word and matches[0] in VERBS else None
+def _usage(verb: Verb) -> str:
+    options = (
+        f"[{option.name} {option.value}]" if option.value else f"[{option.name}]"
+        for option in verb.options
+    )
+    return " ".join((*options, verb.words))
 
 
-def _fits(name: str, values: Values, words: Sequence[str]) -> bool:
-    """Tell whether `stop` has an id or -a, and not both."""
-    return name != "stop" or bool(values.get("every")) != bool(words)
+def names(group: str = "") -> dict[str, bool]:
+    """Return the words that a verb can begin with, and whether OpenBSD has them.
+
+    With a `group`, such as `image`, the second words of its verbs.
+    """
+    found = {}
+    for name, verb in VERBS.items():
+        first, _, second = name.partition(" ")
+        if group in {"", first}:
+            found[second if group else first] = verb.is_openbsd
+    return found
+
+
+def matches(word: str, known: Mapping[str, bool]) -> list[str]:
+    """Return what `word` can stand for among `known`, which is as `names` returns it.
+
+    A whole name is itself. Else a word stands for what begins with it among OpenBSD's verbs, and
+    only where there is none, among ours: a verb of ours changes no abbreviation of OpenBSD's.
+    """
+    if word in known:
+        return [word]
+    found = [name for name in known if name.startswith(word)]
+    return [name for name in found if known[name]] or found

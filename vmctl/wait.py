@@ -5,13 +5,21 @@ Source: section 3.9 of OpenBSD's behaviour, for the plain form; the others are o
 
 import os
 import select
-import socket
 import sys
 import time
 from collections.abc import Sequence
 
-from vmctl.client import Client, CommandError, Fields, Target, fail, parse_target
-from vmctl.control import complete
+from vmctl.client import (
+    Client,
+    CommandError,
+    Fields,
+    RefusedError,
+    Target,
+    opened,
+    parse_target,
+)
+from vmctl.control import complete, why_not
+from vmctl.messages import fail
 
 _STATES = ("running", "stopped")
 _CONSOLE = "console="
@@ -43,7 +51,7 @@ def _wait(client: Client, target: Target, until: str | None, deadline: float | N
         if until is None:
             client.send("wait", target.fields())
             _await(client.fileno(), deadline)
-            answer, _ = client.receive()
+            answer, _ = client.receive("terminated")
             text = f"terminated vm {answer['id']}"
         elif until in _STATES:
             text = _wait_for_state(client, target, until, deadline)
@@ -51,6 +59,9 @@ def _wait(client: Client, target: Target, until: str | None, deadline: float | N
             text = _wait_for_text(client, target, until.removeprefix(_CONSOLE), deadline)
     except _ExpiredError:
         print("timed out", file=sys.stderr)
+        return 1
+    except RefusedError as err:
+        print(why_not("wait", err.code), file=sys.stderr)
         return 1
     except CommandError:
         print(file=sys.stderr)
@@ -89,7 +100,7 @@ def _await(fd: int, deadline: float | None) -> None:
 
 def _wait_for_state(client: Client, target: Target, state: str, deadline: float | None) -> str:
     """Look after every event: what happens between them is of no interest."""
-    client.ask("events")
+    client.ask("events", "done")
     while True:
         # Events may be in front of the answer: another connection has none.
         with Client() as other:
@@ -99,7 +110,7 @@ def _wait_for_state(client: Client, target: Target, state: str, deadline: float 
         if vm is None or vm["state"] == state:
             return state
         _await(client.fileno(), deadline)
-        client.receive()
+        client.receive("event")
 
 
 def _find(vms: list[Fields], target: Target) -> Fields | None:
@@ -111,9 +122,9 @@ def _wait_for_text(client: Client, target: Target, text: str, deadline: float | 
     wanted = os.fsencode(text)
     client.send("console", target.fields())
     _await(client.fileno(), deadline)
-    _, fds = client.receive()
+    stream, _ = opened(client)
     seen = b""
-    with socket.socket(fileno=fds[0]) as stream:
+    with stream:
         while wanted not in seen:
             _await(stream.fileno(), deadline)
             data = stream.recv(_PACKET_MAX)

@@ -5,7 +5,6 @@ import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from errno import ERANGE
-from pathlib import Path
 
 from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Format, StoredImage
@@ -169,7 +168,7 @@ def _create(path: str, stack: ExitStack) -> int:
     """Create a file that nobody else may have made, and remove it if `stack` is unwound."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o600)
-    stack.callback(Path(path).unlink)
+    stack.callback(os.unlink, path)
     stack.callback(os.close, descriptor)
     return descriptor
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmctl.cli import main
-from vmctl.images import DiskFile, parse_disk
+from vmctl.disk_files import DiskFile, parse_disk
 from vmm_kvm.block.image import Format
 from vmm_kvm.images.create import create_qcow2
 from vmm_kvm.images.opening import open_image

@@ -71,20 +71,20 @@ def test_what_is_refused(text: str, problem: str) -> None:
 def test_counts() -> None:
     """A count adds interfaces without a cable, after those that are described."""
     none, local = NicOption(NicKind.NONE), NicOption(NicKind.PASST)
-    assert read_nics([], is_local=False) == []
-    assert read_nics(["2"], is_local=True) == [local, none]
-    assert read_nics(["3"], ["b"], is_local=True) == [parse_nic("bridge:b"), local, none]
-    assert read_nics(["tap:t", "1"], is_local=False) == [parse_nic("tap:t")]
+    assert read_nics([]) == []
+    assert read_nics(["2"], local=1) == [local, none]
+    assert read_nics(["3"], ["b"], local=1) == [parse_nic("bridge:b"), local, none]
+    assert read_nics(["tap:t", "1"]) == [parse_nic("tap:t")]
     with pytest.raises(SpecError, match="17: count: not 0 to 16"):
-        read_nics(["17"], is_local=False)
+        read_nics(["17"])
     with pytest.raises(SpecError, match="17 interfaces: 16 are possible"):
-        read_nics(["none"] * 17, is_local=False)
+        read_nics(["none"] * 17)
 
 
 @given(st.text())
 def test_nothing_else_is_raised(text: str) -> None:
     """Whatever is typed is an interface, or is refused."""
     try:
-        read_nics([text, f"tap:{text}", f"tap:t,{text}", f"passt,forward={text}"], is_local=False)
+        read_nics([text, f"tap:{text}", f"tap:t,{text}", f"passt,forward={text}"])
     except SpecError:
         return

@@ -1,14 +1,15 @@
-"""Completion in bash: verbs, options and names of VMs, as they are."""
+"""Completion in bash, zsh and fish: verbs, options and names of VMs, as they are."""
 
 from __future__ import annotations
 
-import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from vmctl.verbs import OTHERS, VERBS
+from scripts.completions import FILES
+from vmctl.verbs import VERBS, names
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "completions" / "vmctl.bash"
@@ -45,6 +46,19 @@ def complete(line: str) -> set[str]:
         ("vmctl start -t wh", {"whale"}),
         ("vmctl start -B c", {"cdrom"}),
         ("vmctl start --fir", {"--firmware"}),
+        ("vmctl run --ti", {"--timeout"}),
+        ("vmctl run --firmware u", {"uefi"}),
+        ("vmctl ru -B d", {"disk"}),
+        ("vmctl run -i b", {"bridge:"}),
+        ("vmctl create -", {"-b", "-i", "-s", "--help"}),
+        ("vmctl cr /etc/passw", {"/etc/passwd", "/etc/passwd-"}),
+        ("vmctl image ", {"check", "info", "--help"}),
+        ("vmctl image info --j", {"--json"}),
+        ("vmctl im inf /etc/passw", {"/etc/passwd", "/etc/passwd-"}),
+        ("vmctl doctor --", {"--json", "--help"}),
+        ("vmctl help im", {"image"}),
+        ("vmctl w we", {"web"}),
+        ("vmctl res v", {"vms"}),
         ("vmctl wait --for s", {"stopped"}),
         ("vmctl log v", {"verbose"}),
         ("vmctl reset ", {"all", "switches", "vms"}),
@@ -58,12 +72,56 @@ def test_completion(line: str, offered: set[str]) -> None:
 
 
 def test_completion_knows_every_verb_and_option() -> None:
-    """The script lists the verbs and options of the command line."""
-    assert complete("vmctl ") == {*VERBS, *OTHERS, "-v", "--help"}
-    text = SCRIPT.read_text()
-    for names, options in re.findall(r"^\t([a-z| ]+)\) options='(.*)' ;;$", text, re.MULTILINE):
-        for name in names.split(" | "):
-            verb = VERBS[name]
-            assert set(options.split()) == {*verb.flags, *verb.values}
-    listed = " | ".join(re.findall(r"^\t([a-z| ]+)\) options=", text, re.MULTILINE)).split(" | ")
-    assert set(listed) == {name for name, verb in VERBS.items() if verb.flags or verb.values}
+    """All verbs are offered, and of each every option."""
+    assert complete("vmctl ") == {*names(), "-v", "--help", "--version"}
+    for name, verb in VERBS.items():
+        options = {option.name for option in verb.options}
+        assert complete(f"vmctl {name} -") == {*options, "--help"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_completions_are_made_of_the_table(name: str) -> None:
+    """What is in completions/ is what scripts/completions.py makes."""
+    made = (ROOT / "completions" / name).read_text()
+    assert made == FILES[name](), "run python scripts/completions.py"
+
+
+@pytest.mark.parametrize(
+    ("shell", "name"), [("bash", "vmctl.bash"), ("zsh", "_vmctl"), ("fish", "vmctl.fish")]
+)
+def test_completions_are_no_syntax_error(shell: str, name: str) -> None:
+    """The shell reads its script without a complaint."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    words = [shell, "-n", str(ROOT / "completions" / name)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("vmctl sta", {"start", "status"}),
+        ("vmctl start --app", {"--append"}),
+        ("vmctl run -B c", {"cdrom"}),
+        ("vmctl image i", {"info"}),
+        ("vmctl stop we", {"web"}),
+        ("vmctl doctor --js", {"--json"}),
+    ],
+)
+def test_fish_completes(line: str, offered: set[str], tmp_path: Path) -> None:
+    """Fish offers what fits."""
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    program = tmp_path / "vmctl"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' '{TABLE}' '1 - 1 1 - - root stopped web'\n")
+    program.chmod(0o755)
+    script = ROOT / "completions" / "vmctl.fish"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"source {script}; complete -C '{line}'"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )
+    assert {word.partition("\t")[0] for word in done.stdout.splitlines()} == offered

@@ -1,0 +1,110 @@
+"""The two readings of every command line agree: ours, and typer's of the same table of verbs."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from vmctl.cli import UsageError, Values, read
+from vmctl.declaration import make_app
+from vmctl.run import RunOptions
+from vmctl.start import StartOptions
+from vmctl.verbs import VERBS, Verb
+
+_ODD = (
+    *("-x", "-", "--", "", "web", "256M", "--append=a=b", "--initrd=", "--no-reboot=1", "-m256M"),
+    *("-m=1", "-cL", "-LLc", "-fw", "--init", "console=ttyS0 quiet", "disk.qcow2,ro", "-1"),
+)
+
+Reading = tuple[str, Values, list[str]]
+
+
+def _by_typer(arguments: list[str]) -> Reading | None:
+    """Return what typer makes of a command line; None if it refuses it."""
+    seen: list[Reading] = []
+
+    def remember(verb: Verb, given: dict[str, object]) -> None:
+        words = given.pop("words", None)
+        values: Values = {}
+        for option in verb.options:
+            value = given[option.field]
+            if value:
+                assert isinstance(value, bool | int | str | list)
+                values[option.field] = tuple(value) if isinstance(value, list) else value
+            elif option.value and not option.is_repeated and value is not None:
+                values[option.field] = ""
+        seen.append((verb.name, values, list(words) if isinstance(words, list) else []))
+
+    command = typer.main.get_command(make_app(remember))
+    try:
+        command.main(arguments, prog_name="vmctl", standalone_mode=False)
+    except typer.TyperException:
+        return None
+    return seen[0] if seen else None
+
+
+def _by_us(arguments: list[str]) -> Reading | None:
+    try:
+        verb, values, words, _ = read(arguments)
+    except UsageError:
+        return None
+    return verb.name, values, words
+
+
+@st.composite
+def _lines(draw: st.DrawFn) -> list[str]:
+    """Return a command line of a verb, with options of its own and some that fit nowhere."""
+    verb = VERBS[draw(st.sampled_from(sorted(VERBS)))]
+    options = [option.name for option in verb.options]
+    words = draw(st.lists(st.sampled_from((*options, *options, *_ODD)), max_size=7))
+    return [*verb.name.split(), *words]
+
+
+@given(_lines())
+@example(["start", "-d", "-d", "x"])
+@example(["run", "-Lc", "-m", "--", "--", "web"])
+@settings(max_examples=400)
+def test_both_readings_agree(line: list[str]) -> None:
+    """Whatever a command line has, both understand the same, or neither understands anything."""
+    ours, typers = _by_us(line), _by_typer(line)
+    verb = VERBS[line[0] if line[0] in VERBS else " ".join(line[:2])]
+    if ours is None and typers is not None and len(typers[2]) > verb.most:
+        return  # typer takes any number of words; of how many there may be only we know
+    assert ours == typers
+
+
+@pytest.mark.parametrize("name", sorted(VERBS))
+def test_every_option_is_understood(name: str) -> None:
+    """Each option alone, with a value where it has one, is read as the table says."""
+    words = ["x"] * VERBS[name].least
+    for option in VERBS[name].options:
+        line = [*name.split(), option.name, *(["value"] if option.value else []), *words]
+        value: bool | int | str | tuple[str, ...]
+        value = "value" if option.value else True
+        if option.is_repeated:
+            value = (value,) if isinstance(value, str) else 1
+        assert _by_us(line) == _by_typer(line) == (name, {option.field: value}, words)
+
+
+@pytest.mark.parametrize(("name", "options"), [("run", RunOptions), ("start", StartOptions)])
+def test_records_have_the_fields_of_the_table(
+    name: str, options: type[RunOptions | StartOptions]
+) -> None:
+    """What is read of a long verb is a record with the same fields."""
+    fields = {option.field for option in VERBS[name].options}
+    assert set(options._fields) - {"name"} == fields
+
+
+def test_values_joined_and_not() -> None:
+    """A value may be joined to its option; what begins with a dash is one too; -- ends options."""
+    assert _by_us(["run", "-m256M"]) == ("run", {"memory": "256M"}, [])
+    assert _by_us(["run", "--append=-x"]) == ("run", {"append": "-x"}, [])
+    assert _by_us(["run", "--append", "--no-reboot"]) == ("run", {"append": "--no-reboot"}, [])
+    assert _by_us(["run", "--", "--no-reboot"]) == ("run", {}, ["--no-reboot"])
+    assert _by_us(["start", "-LcL", "-n", "a", "-nb", "x"]) == (
+        "start",
+        {"local": 2, "console": True, "switches": ("a", "b")},
+        ["x"],
+    )

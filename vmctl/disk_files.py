@@ -1,0 +1,55 @@
+"""What an argument of `vmctl create` and `vmctl image` that names a disk stands for."""
+
+import os
+from typing import NamedTuple
+
+from vmm_kvm import log
+from vmm_kvm.block.image import Format
+from vmm_kvm.images.opening import probe
+
+
+class DiskFile(NamedTuple):
+    """What an argument that names a disk stands for."""
+
+    path: str
+    disk_format: Format
+
+
+def parse_disk(argument: str) -> DiskFile:
+    """Tell path and format: by prefix, by the file's first bytes, by extension; else it is raw.
+
+    Source: section 2.5 of OpenBSD's behaviour.
+    """
+    for disk_format in Format:
+        if argument.startswith(f"{disk_format}:"):
+            return DiskFile(argument[len(disk_format) + 1 :], disk_format)
+    try:
+        descriptor = os.open(argument, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (OSError, ValueError):
+        pass  # it is to be created, or opening it will tell why not
+    else:
+        try:
+            if probe(os.read(descriptor, 4)) is Format.QCOW2:
+                return DiskFile(argument, Format.QCOW2)
+        except OSError:
+            pass  # a directory; see above
+        finally:
+            os.close(descriptor)
+    extension = argument.rpartition(".")[2].lower()
+    return DiskFile(argument, Format.QCOW2 if extension == Format.QCOW2 else Format.RAW)
+
+
+def set_up_logging() -> None:
+    """Let nothing that the image code logs be shown, unless -v has set it up to show everything."""
+    log.set_up_with(_show_nothing)
+
+
+def _show_nothing() -> None:
+    import logging  # noqa: PLC0415 - most commands log nothing
+
+    logging.basicConfig(level=logging.CRITICAL)
+
+
+def reason(err: OSError | ValueError) -> str:
+    """Return why a file could not be used."""
+    return (err.strerror or str(err)) if isinstance(err, OSError) else str(err)

@@ -1,0 +1,66 @@
+"""`vmctl help`, `--help` and `--version`.
+
+What a person reads on a terminal is typer's; elsewhere it is plain and costs nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from vmctl.cli import resolve
+from vmctl.verbs import GLOBAL_USAGE, VERBS, Verb, usage
+
+_WIDTH = 24  # of what is told of
+_DISTRIBUTION = "vmm-kvm"
+
+
+def show_version(_words: Sequence[str] = ()) -> int:
+    """Print the version of this program."""
+    print(f"vmctl {version()}")
+    return 0
+
+
+def version() -> str:
+    """Return the version of what is installed."""
+    from importlib.metadata import PackageNotFoundError  # noqa: PLC0415 - only for this
+    from importlib.metadata import version as version_of  # noqa: PLC0415 - same
+
+    try:
+        return version_of(_DISTRIBUTION)
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def show_help(words: Sequence[str] = ()) -> int | None:
+    """Tell what commands there are, or how the one is used that `words` name."""
+    name, behind = resolve(words) if words else ("", [])
+    if behind:
+        return None
+    if sys.stdout.isatty():
+        from vmctl.declaration import show_help as show  # noqa: PLC0415 - only on a terminal
+
+        show(name.split())
+    else:
+        print(help_text(name), end="")
+    return 0
+
+
+def help_text(name: str = "") -> str:
+    """Return what is told of a verb, of those that begin with the word `name`, or of all."""
+    if name in VERBS:
+        return _verb_help(VERBS[name])
+    lines = [] if name else [GLOBAL_USAGE, "", "Control virtual machines.", ""]
+    lines += [_row(one, verb.help) for one, verb in VERBS.items() if one.startswith(name)]
+    return "\n".join(lines) + "\n"
+
+
+def _verb_help(verb: Verb) -> str:
+    lines = [usage(verb), "", verb.help]
+    if verb.options:
+        lines += ["", *(_row(f"{one.name} {one.value}".rstrip(), one.help) for one in verb.options)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(what: str, text: str) -> str:
+    return (
+        f"  {what:{_WIDTH}}{text}" if len(what) < _WIDTH else f"  {what}\n{'':{_WIDTH + 2}}{text}"
+    )

@@ -1,0 +1,48 @@
+"""Dying of a signal, but not before what has been changed is as it was.
+
+By default a command dies of SIGINT, SIGTERM and SIGHUP at once, in silence. Where a terminal is raw
+or a file half written, these raise in the main thread, so that the way out is that of any error;
+then the signal ends the process as it would have.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _SignalledError(BaseException):
+    """A signal has come."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Leave the block by an exception when a signal comes, and die of that signal behind it.
+
+    Signals that are ignored, as `nohup` has it, stay so. Only for the main thread.
+    """
+    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)  # no second one disturbs the way out
+        raise _SignalledError(number)
+
+    for number in caught:
+        signal.signal(number, leave)
+    try:
+        yield
+    except _SignalledError as err:
+        signal.signal(err.number, signal.SIG_DFL)
+        os.kill(os.getpid(), err.number)
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
