@@ -43,7 +43,7 @@ def test_distribution_kernels(path: str) -> None:
     unpacked, code = _load(path, BootConfig())
     cached, same_code = _load(path, BootConfig())
     packed, _ = _load(path, BootConfig(unpack=False))
-    assert (start + 0x200, True) == (packed, start <= unpacked < start + MIB)
+    assert (start + 0x200, True) == (packed, start <= unpacked < start + image.header.init_size)
     assert (unpacked, code) == (cached, same_code)
 
 
