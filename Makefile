@@ -6,7 +6,7 @@ PYTEST = .venv/bin/pytest
 RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint format test test-unit test-kvm test-guest demo soak soak-guests fuzz installed installer captures bench clean
+.PHONY: help setup lint format test test-all test-unit test-kvm test-guest test-matrix demo soak soak-guests fuzz installed installer captures bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,7 +22,11 @@ format: setup ## Format the code in place
 	.venv/bin/ruff check --fix
 
 test: setup ## Everything that is checked before a change is merged
-	@scripts/test.sh lint unit kvm guest
+	@scripts/test.sh lint unit kvm core
+
+test-all: setup ## The same with every guest test, then Debian 12, 13 and testing; takes hours
+	@status=0; scripts/test.sh lint unit kvm guest || status=1; \
+	    scripts/matrix.sh || status=1; exit $$status
 
 test-unit: setup ## Tests that need nothing
 	@scripts/test.sh unit
@@ -30,8 +34,11 @@ test-unit: setup ## Tests that need nothing
 test-kvm: setup ## Tests that need any /dev/kvm
 	@scripts/test.sh kvm
 
-test-guest: setup ## Tests with distribution kernels: on this machine's KVM, or in the rig
+test-guest: setup ## Every test with distribution kernels: on this machine's KVM, or in the rig
 	@scripts/test.sh guest
+
+test-matrix: setup ## The unit and kvm groups in trees of Debian 12, 13 and testing, as root
+	@scripts/matrix.sh
 
 demo: setup ## Boot the self-test guest and a Debian kernel, visibly
 	@$(PYTHON) scripts/demo.py

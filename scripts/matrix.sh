@@ -43,7 +43,7 @@ limit=${MATRIX_TIMEOUT:-5400}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
-# The mirror of this machine, which may be nearer than Debian's own.
+# The mirror of this machine; without one mmdebstrap knows Debian's own.
 codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
 source=$(debian_source "$codename" | head -n 1)
 mirror=${source%%"	"*}
@@ -59,7 +59,7 @@ make_tree() {
     mmdebstrap --quiet --mode=root --variant=apt --include=ca-certificates,git,mount,python3 \
         --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='Acquire::Retries 3' \
         --aptopt='APT::Install-Recommends "false"' \
-        "$suite" "$tree.part" "deb ${mirror:-http://deb.debian.org/debian} $suite main" &&
+        "$suite" "$tree.part" ${mirror:+"deb $mirror $suite main"} &&
         mv "$tree.part" "$tree"
 }
 

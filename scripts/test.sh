@@ -1,8 +1,10 @@
 #!/bin/bash
 # Run groups of checks, each in its own process, and end with one summary line per group.
 #
-#     scripts/test.sh lint unit kvm guest
+#     scripts/test.sh lint unit kvm core
 #
+# `core` and `guest` are the guest level, its core and all of it; only one of them can be asked for.
+# `smoke` is the part of `kvm` in which interpreters and distributions differ most.
 # Every group runs even if an earlier one failed; the exit status is 1 if any did. A level that
 # this machine can run may not be skipped. The guest group runs on the host's KVM where that runs
 # a distribution kernel, else in two rigs, one of them beside the other groups: one emulated
@@ -38,10 +40,14 @@ lint() {
     return $status
 }
 
+# Kicks, a machine's whole life, the daemon's and its processes', networks without privileges.
+smoke_files=(tests/kvm/test_kicks.py tests/kvm/test_machine.py tests/kvm/test_run.py
+    tests/system/vmd/test_life.py tests/system/vmd/test_passt.py)
+
 # in_rig PYTEST'S...: run guest tests in a rig of their own.
 in_rig() {
     VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 3600 --project -- \
-        .venv/bin/pytest -q --color=no --timeout 300 -p no:cacheprovider -m guest "$@"
+        .venv/bin/pytest -q --color=no --timeout 300 -p no:cacheprovider -m "$guests" "$@"
 }
 
 # in_rigs PYTEST'S...: the same, and what failed once more, if it is little: by a fault of QEMU's
@@ -70,7 +76,7 @@ late_files() {
 early_guest() {
     if [ "$guests_run_here" = yes ]; then
         echo "guests run on this machine's KVM"
-        VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m guest tests/guest
+        VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m "$guests" tests/guest
     else
         echo "this machine's KVM runs no distribution kernel: guests run in rigs"
         # shellcheck disable=SC2046 # a list of names
@@ -98,13 +104,17 @@ finish_guest() {
     return $status
 }
 
+guests=
+case " $* " in
+    *" guest "*) guests=guest ;;
+    *" core "*) guests='guest and core' ;;
+esac
+
 # Kernels are parsed by unit tests too. What cannot be fetched is said again by the tests.
 case " $* " in
-    *" unit "* | *" guest "*) $python -m tests.artifacts || failed=1 ;;
+    *" unit "* | *" guest "* | *" core "*) $python -m tests.artifacts || failed=1 ;;
 esac
-case " $* " in
-    *" guest "*) $python -m tests.debian >/dev/null || failed=1 ;;
-esac
+[ -z "$guests" ] || $python -m tests.debian >/dev/null || failed=1
 
 # What this machine has is required: a skip would hide that a test did not run.
 required=$($python -c '
@@ -113,15 +123,14 @@ print(",".join(name for name, missing in (("kvm", host.missing_kvm()), ("root", 
                if missing is None))')
 export VMD_REQUIRE=$required
 
-case " $* " in
-    *" guest "*) start_guest ;;
-esac
+[ -z "$guests" ] || start_guest
 for name; do
     case $name in
         lint) group lint lint ;;
         unit) group unit .venv/bin/pytest -q -m 'not kvm and not guest' ;;
         kvm) group kvm .venv/bin/pytest -q -m 'kvm and not guest' ;;
-        guest) group guest finish_guest; background= ;;
+        smoke) group smoke .venv/bin/pytest -q -m 'kvm and not guest' "${smoke_files[@]}" ;;
+        core | guest) group "$name" finish_guest; background= ;;
         *) echo "test.sh: unknown group: $name" >&2; exit 2 ;;
     esac
 done

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests import artifacts
+from tests.guest.core import CORE
 from tests.guest.linux_guest import MIB, Report, qemus
 
 
@@ -46,3 +47,11 @@ def _report(kernel: artifacts.Kernel, machine: str) -> Report:
         guest.expect("report: end")
         assert guest.wait() == 0
         return Report.parse(guest.output.decode("latin-1"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `CORE`, before any is left out for its markers."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/guest/") in CORE:
+            item.add_marker("core")
