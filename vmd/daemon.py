@@ -27,7 +27,7 @@ from vmd.confine.sandbox import (
     keep_capabilities,
 )
 from vmd.options import Options
-from vmd.parent.listener import ListenerError, listen, set_owner
+from vmd.parent.listener import ListenerError, default_owner, listen, present_owner, set_owner
 from vmd.parent.networks import Networks
 from vmd.parent.passt import PasstNetworks
 from vmd.parent.process import Parent, Settings
@@ -91,18 +91,9 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
             listener = listen(path)
             stack.callback(_remove, path)
         stack.callback(listener.close)
+        set_socket_owner = _nobody_else if options.is_user else _socket_owner(path, listener)
     except (SandboxError, ServiceError, ListenerError) as err:
         raise StartError(str(err)) from err
-    set_socket_owner: Callable[[Owner | None], None] = lambda _owner: None  # noqa: E731 - a default
-    if path is not None and not options.is_user:
-        socket_path = path
-
-        def set_socket_owner(owner: Owner | None) -> None:
-            try:
-                set_owner(socket_path, owner)
-            except ListenerError as err:
-                log.warning("%s", err)
-
     config = options.config or (user_config(os.environ) if options.is_user else SYSTEM_CONFIG)
     settings = Settings(
         path=config or os.devnull,
@@ -115,6 +106,30 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         state=state_directory(os.environ, is_user=options.is_user),
     )
     return Setting(settings, listener, path, kvm_fd, identity)
+
+
+def _nobody_else(_owner: Owner | None) -> None:
+    """Leave a user's socket to the user."""
+
+
+def _socket_owner(made: str | None, listener: socket.socket) -> Callable[[Owner | None], None]:
+    """Return how the owner is set of a socket: one at the path `made`, or the service manager's.
+
+    Without an owner in vm.conf, ours is the default owner's, and the service manager's is as its
+    unit has it.
+    """
+    path = made or listener.getsockname()
+    if not isinstance(path, str) or not path:  # an abstract one has no owner
+        return _nobody_else
+    default = default_owner() if made else present_owner(path)
+
+    def set_socket_owner(owner: Owner | None) -> None:
+        try:
+            set_owner(path, owner or default)
+        except ListenerError as err:
+            log.warning("%s", err)
+
+    return set_socket_owner
 
 
 def is_member(uid: int, gid: int) -> bool:

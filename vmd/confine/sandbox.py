@@ -21,6 +21,7 @@ from vmd.confine.syscalls import SYSCALLS
 
 USER = "_vmd"
 """Whom processes without privileges belong to, if root starts the daemon."""
+_MAKE_USER = f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {USER}"
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -90,7 +91,7 @@ def find_identity() -> Identity:
     try:
         entry = pwd.getpwnam(USER)
     except KeyError:
-        raise SandboxError(f"unknown user {USER}") from None
+        raise SandboxError(f"unknown user {USER} (make it: {_MAKE_USER})") from None
     return Identity(entry.pw_uid, entry.pw_gid)
 
 

@@ -3,13 +3,17 @@
 Source: section 6 of OpenBSD's behaviour.
 """
 
+import grp
 import os
 import socket
+from pathlib import Path
 
 from vmd.config.model import Owner
 from vmm_kvm import listening
 from vmm_kvm.errors import SpecError
 
+GROUP = "vmd"
+"""The group whose members may speak with a daemon of root, if it is there."""
 _BACKLOG = 128
 _MODE = 0o660
 
@@ -34,13 +38,37 @@ def listen(path: str) -> socket.socket:
         raise ListenerError(f"{path}: {err.strerror or err}") from err
 
 
-def set_owner(path: str, owner: Owner | None) -> None:
-    """Let `owner` speak to a daemon of root; without one only root and its group may.
+def default_owner() -> Owner:
+    """Return the owner of a daemon of root's socket where vm.conf names none: root, and `GROUP`.
+
+    Where there is no such group, that of root. OpenBSD's is root:wheel, which Debian has not.
+    """
+    try:
+        return Owner(0, grp.getgrnam(GROUP).gr_gid)
+    except KeyError:
+        return Owner(0, 0)
+
+
+def present_owner(path: str) -> Owner:
+    """Return the owner that a socket has, which the service manager gave it.
 
     Raises:
         ListenerError: the socket is gone.
     """
     try:
-        os.chown(path, (owner and owner.uid) or 0, (owner and owner.gid) or 0)
+        status = Path(path).stat()
+    except OSError as err:
+        raise ListenerError(f"{path}: {err.strerror}") from err
+    return Owner(status.st_uid, status.st_gid)
+
+
+def set_owner(path: str, owner: Owner) -> None:
+    """Let `owner` speak to a daemon of root; without a group, members of root's may too.
+
+    Raises:
+        ListenerError: the socket is gone.
+    """
+    try:
+        os.chown(path, owner.uid or 0, owner.gid or 0)
     except OSError as err:
         raise ListenerError(f"{path}: {err.strerror}") from err

@@ -110,9 +110,9 @@ def _cgroups() -> Path | None:
     return Path(found[1]) if found else None
 
 
-def block(name: str, *, enabled: bool = False) -> str:
+def block(name: str, *lines: str, enabled: bool = False) -> str:
     """Return a vm.conf block of a VM that boots the self-test guest there."""
-    return vm_block(name, enabled=enabled, boot=_SELFTEST)
+    return vm_block(name, *lines, enabled=enabled, boot=_SELFTEST)
 
 
 class SystemdHost:

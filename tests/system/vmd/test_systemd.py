@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.slow]
 
 _PATIENCE_S = 30.0
 SERVICE, SOCKET = "vmd.service", "vmd.socket"
+EXPOSURE_MAX = 4.4
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,34 @@ def test_users_and_devices(host: SystemdHost) -> None:
     assert host.run("stat", "-c", "%a %U:%G", "/dev/kvm") == "660 root:kvm\n"
 
 
+def _socket_rights(host: SystemdHost) -> str:
+    return host.run("stat", "-c", "%a %U:%G", "/run/vmd.sock").strip()
+
+
+@pytest.mark.parametrize("unit", [SERVICE, SOCKET])
+def test_who_may_connect(host: SystemdHost, unit: str) -> None:
+    """Root and the group vmd, or the owner in vm.conf, whoever has made the socket."""
+    host.run("systemctl", "start", unit)
+    host.states()
+    assert _socket_rights(host) == "660 root:vmd"
+    host.write("/etc/vm.conf", f"socket owner daemon:tty\n{host.configuration}")
+    host.run("systemctl", "reload", SERVICE)
+    _eventually(lambda: _socket_rights(host) == "660 daemon:tty")
+    host.write("/etc/vm.conf", host.configuration)
+    host.run("systemctl", "reload", SERVICE)
+    _eventually(lambda: _socket_rights(host) == "660 root:vmd")
+
+
+def test_a_user_that_is_missing(host: SystemdHost) -> None:
+    """Without the user _vmd the daemon does not start, and says by which command it would."""
+    host.run("sed", "-i", "/^_vmd:/d", "/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow")
+    said = host.run("vmd", "-d", check=False)
+    found = re.fullmatch(r"vmd: unknown user _vmd \(make it: (.*)\)\n", said)
+    assert found, said
+    host.run("sh", "-euc", found[1])
+    host.run("systemctl", "start", SERVICE)
+
+
 def test_the_units_are_right(host: SystemdHost) -> None:
     """Every line of them is understood."""
     paths = [f"/lib/systemd/system/{unit}" for unit in (SERVICE, SOCKET)]
@@ -72,6 +102,32 @@ def test_from_start_to_stop(host: SystemdHost) -> None:
     log = host.run("journalctl", "--unit", SERVICE, "--output=cat")
     assert all(f"stopping vm {name}: terminated vm" in log for name in ("one", "two", "three"))
     assert "bin/vmd" not in host.run("ps", "-e", "-o", "args")
+
+
+def test_the_unit_leaves_what_networks_need(host: SystemdHost) -> None:
+    """Hardened as it is, interfaces, bridges, NAT and the settings below /proc/sys/net are made."""
+    host.write(
+        "/etc/vm.conf",
+        'local prefix 100.64.0.0/10 nat\nswitch "lab" {\n\tcreate\n\tlocked lladdr\n}\n'
+        + block("one", 'interface { switch "lab" }', "local interface", enabled=True),
+    )
+    host.run("sysctl", "-qw", "net.ipv4.ip_forward=0")
+    host.run("systemctl", "start", SERVICE)
+    _eventually(lambda: host.run("vmctl", "status").count(" - ") == 0)  # it has a process
+    links = host.run("ip", "-brief", "link")
+    assert [name in links for name in ("lab", "tap0", "tap1")] == [True] * 3
+    assert host.run("nft", "list", "tables") == "table inet vmd\ntable netdev vmd\n"
+    assert host.run("sysctl", "-n", "net.ipv4.ip_forward") == "1\n"
+    log = host.run("journalctl", "--unit", SERVICE, "--output=cat", "--priority=warning")
+    assert log == ""
+
+
+def test_the_exposure_of_the_unit(host: SystemdHost) -> None:
+    """Systemd's own figure for what the unit leaves open does not grow."""
+    said = host.run("systemd-analyze", "security", "--no-pager", SERVICE)
+    found = re.search(r"exposure level for vmd.service: ([\d.]+)", said)
+    assert found
+    assert float(found[1]) <= EXPOSURE_MAX
 
 
 def test_the_socket_starts_the_daemon(host: SystemdHost) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
+from vmd.config.model import Owner
 from vmd.options import Options, UsageError, parse_options
-from vmd.parent.listener import ListenerError, listen
+from vmd.parent.listener import ListenerError, listen, present_owner, set_owner
 from vmd.parent.service import Notifier, inherited_socket
 from vmd.shared.paths import user_config, user_socket
 
@@ -69,3 +71,22 @@ def test_a_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ListenerError, match="is there, and no socket"):
         listen(str(path))
+
+
+def test_the_owner_of_a_socket_that_is_there(tmp_path: Path) -> None:
+    """What the service manager has set can be asked for, and set again."""
+    path = tmp_path / "socket"
+    with listen(str(path)):
+        present = present_owner(str(path))
+        assert present == Owner(os.geteuid(), path.stat().st_gid)
+        set_owner(str(path), present)
+        assert present_owner(str(path)) == present
+
+
+def test_a_socket_that_is_gone_has_no_owner(tmp_path: Path) -> None:
+    """Both answers name the path and say why."""
+    path = str(tmp_path / "socket")
+    with pytest.raises(ListenerError, match=f"^{path}: No such file or directory$"):
+        present_owner(path)
+    with pytest.raises(ListenerError, match=f"^{path}: No such file or directory$"):
+        set_owner(path, Owner(os.geteuid()))
