@@ -3,13 +3,30 @@ SEED ?= 1
 COUNT ?=
 PYTHON = .venv/bin/python
 PYTEST = .venv/bin/pytest
+# For `make install`.
+PREFIX ?= /usr/local
+DESTDIR ?=
+INTERPRETER ?= /usr/bin/python3
+INSTALL = $(INTERPRETER) scripts/install.py --prefix "$(PREFIX)" --destdir "$(DESTDIR)" --bundle build/bundle
 RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help setup lint format test test-all test-unit test-kvm test-guest test-matrix demo soak soak-guests fuzz installed installer captures bench clean
+.PHONY: help install uninstall bundle deb setup lint format test test-all test-unit test-kvm test-guest test-matrix demo soak soak-guests fuzz installed installer captures bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: ## Install the programs below PREFIX (/usr/local), in DESTDIR if that is given
+	@$(INSTALL)
+
+uninstall: ## Remove what `make install` has installed there
+	@$(INSTALL) --uninstall
+
+bundle: ## Download the dependencies that INTERPRETER lacks, for `make install` to bring along
+	@$(INTERPRETER) scripts/dependencies.py bundle build/bundle
+
+deb: ## Build the Debian package into dist/
+	@/usr/bin/python3 scripts/deb.py
 
 setup: ## Install what everything below needs (packages as root, then .venv)
 	@scripts/setup.sh

@@ -1,0 +1,109 @@
+"""Build the Debian package for the release of Debian that this runs on, into dist/.
+
+    scripts/deb.py [--bundle NAME]...
+
+A tree is made in build/deb: the files that git knows, and packaging/debian as its debian directory.
+What the release has of the dependencies, the package depends on; the others, and those named with
+--bundle, are downloaded as locked and come along. Then dpkg-buildpackage -b runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dependencies
+from dependencies import ROOT, Requirement
+
+BUILD = ROOT / "build" / "deb"
+TREE = BUILD / "vmm-kvm"
+OUT = ROOT / "dist"
+
+
+class BuildError(Exception):
+    """There can be no package; `str()` is one line."""
+
+
+def candidate(package: str) -> str | None:
+    """Return the version of a package that apt would install, if it knows one."""
+    done = subprocess.run(
+        ["apt-cache", "policy", package], check=True, capture_output=True, text=True
+    )
+    found = re.search(r"Candidate: (?:\d+:)?(\d\S*)", done.stdout)
+    return found[1] if found else None
+
+
+def lacking() -> list[Requirement]:
+    """Return what this release has not, or in a version that does not serve."""
+    if candidate("python3") is None:
+        raise BuildError("apt knows no packages: run apt-get update")
+    found = []
+    for requirement in dependencies.requirements():
+        version = candidate(requirement.debian)
+        if version is None or not requirement.is_met_by(version):
+            found.append(requirement)
+    return found
+
+
+def make_tree() -> None:
+    """Copy what belongs to the project."""
+    shutil.rmtree(BUILD, ignore_errors=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        source, place = ROOT / name, TREE / name
+        if source.is_file():  # git may know one that was deleted
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, place)
+    shutil.copytree(TREE / "packaging" / "debian", TREE / "debian")
+
+
+def build() -> list[Path]:
+    """Build the package in the tree; returns what was made, in `OUT`."""
+    subprocess.run(
+        ["dpkg-buildpackage", "-b", "-us", "-uc"],
+        cwd=TREE,
+        env={**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym"},  # there is no C of ours
+        check=True,
+    )
+    OUT.mkdir(exist_ok=True)
+    return [Path(shutil.copy2(path, OUT)) for path in sorted(BUILD.glob("*.deb"))]
+
+
+def main() -> int:
+    """Do what the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", action="append", default=[], help="bring this package along")
+    options = parser.parse_args()
+    try:
+        names = {*options.bundle, *(each.name for each in lacking())}
+        make_tree()
+        if names:
+            print(f"deb: bundled: {', '.join(sorted(names))}", flush=True)
+            dependencies.bundle(TREE / "debian" / "bundle", names)
+        for path in build():
+            print(path.relative_to(ROOT))
+    except BuildError as err:
+        print(f"deb: {err}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as err:
+        print(f"deb: {err.cmd[0]} failed", file=sys.stderr)
+        return 1
+    except FileNotFoundError as err:
+        print(f"deb: {err.filename}: {err.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
