@@ -84,6 +84,7 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/fuzz_vhost_user.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_net.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/hostile_clients.py --count $(or $(COUNT),100000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/compromised.py --count $(or $(COUNT),100) --seed $(SEED)
 
 installed: setup ## Boot Debian from disks of every kind, and have fio verify them; in the rig
 	$(PYTHON) -m tests.debian

@@ -288,15 +288,21 @@ class Daemon:
         self._pids[child.pid] = kind
         match kind:
             case Kind.CONTROL:
-                self._parent.control_started(Channel(child.connection, PARENT_AND_CONTROL))
+                control = Channel(child.connection, PARENT_AND_CONTROL)
+                self._parent.control_started(control, lambda: self._kill(child.pid))
             case Kind.VMM:
-                self._parent.vmm_started(Channel(child.connection, PARENT_AND_VMM))
+                vmm = Channel(child.connection, PARENT_AND_VMM)
+                self._parent.vmm_started(vmm, lambda: self._kill(child.pid))
             case Kind.PRIV:
                 self._networks.priv_started(Channel(child.connection, PARENT_AND_PRIV))
             case Kind.LOCAL:
                 self._networks.local_started(Channel(child.connection, PARENT_AND_LOCAL))
             case _:
                 raise AssertionError(kind)
+
+    def _kill(self, pid: int) -> None:
+        if pid in self._pids:  # else it has been reaped, and the number may be another's
+            os.kill(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
         while True:

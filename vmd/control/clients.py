@@ -9,15 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from vmd.wire.channel import Channel, Credentials, Received
+from vmd.wire.internal import UNANSWERED_MAX
 from vmd.wire.messages import AnyAnswer, AnyRequest, Console, ParentRequest
 
-CLIENTS_MAX = 1024
-"""Connections at a time; root may always make `CLIENTS_OF_ROOT` more."""
-CLIENTS_OF_ROOT = 64
 CLIENTS_PER_USER = 256
 """Of an ordinary user: each costs descriptors and memory, here and in the kernel."""
-UNANSWERED_MAX = 32
-"""Requests of one connection that wait for an answer; then it is not read."""
 UNANSWERED_PER_USER = 1024
 """Those of a user: the parent keeps each in mind until its VM has done something."""
 IN_WORK_MAX = 16

@@ -15,8 +15,6 @@ from itertools import count
 from typing import Protocol, assert_never
 
 from vmd.control.clients import (
-    CLIENTS_MAX,
-    CLIENTS_OF_ROOT,
     CLIENTS_PER_USER,
     EVENTS_UNREAD_MAX,
     IN_WORK_MAX,
@@ -35,6 +33,8 @@ from vmd.wire.channel import (
     peer_credentials,
 )
 from vmd.wire.internal import (
+    CLIENTS_MAX,
+    CLIENTS_OF_ROOT,
     ClientAnswer,
     ClientCame,
     ClientGone,

@@ -11,15 +11,27 @@ import os
 import socket
 
 from vmd.wire.channel import Fds, MalformedError, peer_credentials
+from vmd.wire.internal import CLIENTS_MAX, CLIENTS_OF_ROOT, UNANSWERED_MAX
+
+
+class _Peer:
+    __slots__ = ("uid", "unanswered")
+
+    def __init__(self, uid: int | None) -> None:
+        self.uid = uid
+        self.unanswered = 0
 
 
 class Peers:
-    """The users of the connections of one control process after another."""
+    """The users of the connections of one control process after another, and what they wait for.
+
+    control gives each client no more to wait for than it may: one that does is not control.
+    """
 
     def __init__(self, address: str | bytes) -> None:
         """Know nobody; `address` is that of the listening socket, as the kernel tells it."""
         self._address = address
-        self._uids: dict[int, int | None] = {}
+        self._peers: dict[int, _Peer] = {}
 
     def came(self, client: int, fds: Fds) -> None:
         """Note whose connection came along, and close it here.
@@ -30,10 +42,12 @@ class Peers:
             MalformedError: it is no connection that was accepted from our socket, or the number
                 is taken.
         """
-        if client in self._uids:
+        if client in self._peers:
             raise MalformedError(f"client {client} comes a second time")
+        if len(self._peers) >= CLIENTS_MAX + CLIENTS_OF_ROOT:
+            raise MalformedError("too many clients")
         if fds.are_lost or not len(fds):
-            self._uids[client] = None
+            self._peers[client] = _Peer(None)
             return
         fd = fds.take(0)
         try:
@@ -44,7 +58,7 @@ class Peers:
         with connection:
             if not self._is_accepted(connection):
                 raise MalformedError(f"client {client} is no connection of ours")
-            self._uids[client] = peer_credentials(connection).uid
+            self._peers[client] = _Peer(peer_credentials(connection).uid)
 
     def _is_accepted(self, connection: socket.socket) -> bool:
         """Tell whether a socket was accepted from ours.
@@ -58,22 +72,31 @@ class Peers:
             and connection.getsockname() == self._address
         )
 
-    def uid(self, client: int) -> int | None:
-        """Return which user a client is; None for one that cannot be told.
+    def asks(self, client: int) -> int | None:
+        """Return which user asks as this client; None for one that cannot be told.
 
         Raises:
-            MalformedError: no such client has come.
+            MalformedError: no such client has come, or it waits for too many answers.
         """
-        if client not in self._uids:
+        peer = self._peers.get(client)
+        if peer is None:
             raise MalformedError(f"client {client} has not come")
-        return self._uids[client]
+        if peer.unanswered >= UNANSWERED_MAX:
+            raise MalformedError(f"client {client} has too many requests unanswered")
+        peer.unanswered += 1
+        return peer.uid
+
+    def answered(self, client: int) -> None:
+        """Note that one of a client's requests has been answered."""
+        if peer := self._peers.get(client):
+            peer.unanswered -= 1
 
     def gone(self, client: int) -> None:
         """Forget a client."""
-        self._uids.pop(client, None)
+        self._peers.pop(client, None)
 
     def forget_all(self) -> tuple[int, ...]:
         """Forget all clients; returns their numbers."""
-        clients = tuple(self._uids)
-        self._uids.clear()
+        clients = tuple(self._peers)
+        self._peers.clear()
         return clients

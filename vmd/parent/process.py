@@ -15,9 +15,11 @@ from typing import NamedTuple, assert_never
 from vmd.config.model import Config, Owner, Staggered
 from vmd.config.parser import ConfigErrors, parse_config
 from vmd.parent.clock import SystemClock
+from vmd.parent.exits import exit_event
 from vmd.parent.interfaces import Network
 from vmd.parent.networks import Networks
 from vmd.parent.passed import passed_boot
+from vmd.parent.patience import Patience, cut
 from vmd.parent.peers import Peers
 from vmd.parent.resources import Host, ResourceError, open_resources
 from vmd.parent.status import Inquiries, StatusQuestion
@@ -97,6 +99,7 @@ from vmd.wire.messages import (
     ResetMode,
     Start,
     Status,
+    Vms,
 )
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log as Logger
@@ -153,15 +156,25 @@ class Parent:
         self._peers = Peers(settings.address)
         self._questions: set[StatusQuestion] = set()
         self._inquiries = Inquiries(loop, lambda vm_id: self._tell_vm(vm_id, AskStatistics()))
+        self._kill_control: Callable[[], None] = lambda: None
+        self._patience: Patience | None = None
         self._verbosity = 0
         self._on_idle: Callable[[], None] | None = None
 
     # Processes
 
-    def control_started(self, channel: Channel[ParentToControl, ControlToParent]) -> None:
-        """Serve clients by a new control process; takes over the channel."""
-        self._control = channel
-        channel.watch(self._loop, self._from_control, lambda err: self._cut(channel, err))
+    def control_started(
+        self, channel: Channel[ParentToControl, ControlToParent], kill: Callable[[], None]
+    ) -> None:
+        """Serve clients by a new control process, which `kill` ends; takes over the channel."""
+        self._control, self._kill_control = channel, kill
+        channel.watch(
+            self._loop,
+            self._from_control,
+            lambda err: cut("control", channel, err, kill),
+        )
+        self._patience = Patience(self._loop, "control", kill)
+        channel.add_source(self._patience)
         self._hold_back()
         self._send_control(SetVerbosity(level=self._verbosity))
 
@@ -177,10 +190,12 @@ class Parent:
             question.cancel()
         self._questions.clear()
 
-    def vmm_started(self, channel: Channel[ParentToVmm, VmmToParent]) -> None:
-        """Run VMs by a new vmm process; takes over the channel."""
+    def vmm_started(
+        self, channel: Channel[ParentToVmm, VmmToParent], kill: Callable[[], None]
+    ) -> None:
+        """Run VMs by a new vmm process, which `kill` ends; takes over the channel."""
         self._vmm = channel
-        channel.watch(self._loop, self._from_vmm, lambda err: self._cut(channel, err))
+        channel.watch(self._loop, self._from_vmm, lambda err: cut("vmm", channel, err, kill))
         self._hold_back()
         self._send_vmm(SetVerbosity(level=self._verbosity))
 
@@ -207,16 +222,6 @@ class Parent:
         if self._vmm:
             self._vmm.close()
             self._vmm = None
-
-    @staticmethod
-    def _cut(
-        channel: Channel[ParentToControl, ControlToParent] | Channel[ParentToVmm, VmmToParent],
-        err: ChannelError,
-    ) -> None:
-        """A channel has ended; so has the process, or it will: what it said was no message."""
-        if isinstance(err, MalformedError):
-            log.error("%s", err)
-            channel.close()
 
     def _send_control(
         self, message: ParentToControl, fds: list[int] | tuple[int, ...] = ()
@@ -309,9 +314,8 @@ class Parent:
         try:
             self._take_from_control(received)
         except MalformedError as err:  # control is not what it should be: another one takes over
-            log.error("control: %s", err)  # noqa: TRY400 - no bug of this process
             if self._control:
-                self._control.close()
+                cut("control", self._control, err, self._kill_control)
 
     def _take_from_control(self, received: Received[ControlToParent]) -> None:
         with received.fds as fds:
@@ -319,7 +323,7 @@ class Parent:
                 case ClientCame(client=client):
                     self._peers.came(client, fds)
                 case ClientRequest(client=client, request=request):
-                    self._ask(client, self._peers.uid(client), request, fds)
+                    self._ask(client, self._peers.asks(client), request, fds)
                 case ClientGone(client=client):
                     self._peers.gone(client)
                     self._registry.client_left(client)
@@ -340,14 +344,17 @@ class Parent:
             is_wrong = isinstance(err, MalformedError)
             code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN
             self._answer(client, Failed(serial=request.serial, code=code, message=str(err)))
-        else:
-            self._run(self._registry.request(client, uid, request, boot))
+            self._send_control(Considered(client=client))
+            return
+        self._run(self._registry.request(client, uid, request, boot))
         if not isinstance(request, Status):  # whose answer takes as much again
             self._send_control(Considered(client=client))
 
     def _answer(
         self, client: int, answer: AnyAnswer, fds: list[int] | tuple[int, ...] = ()
     ) -> None:
+        if not (isinstance(answer, Vms) and answer.has_more):
+            self._peers.answered(client)
         try:
             self._send_control(ClientAnswer(client=client, answer=answer), fds)
         except OversizeError as err:
@@ -574,17 +581,8 @@ class Parent:
         self._launched.discard(message.id)
         self._inquiries.forget(message.id)
         self._kernels.expect_no_more(message.id)
-        ending = message.ending
         vm = self._registry.find(message.id, "")
-        if ending is None:
-            how = (
-                f"was killed by signal {-message.status}"
-                if message.status < 0
-                else f"exited with status {message.status}"
-            )
-            event = vm_state.Exited(None, message=f"the VM process {how}")
-        else:
-            event = vm_state.Exited(ending.reason, ending.code, ending.message)
+        event = exit_event(message)
         if vm and event.message:
             is_wanted = vm.state.phase is vm_state.Phase.STOPPING
             tell = log.debug if is_wanted else log.warning

@@ -11,6 +11,7 @@ Source: sections 5.3 and 8 of OpenBSD's behaviour.
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import FrameType
@@ -35,9 +36,11 @@ from vmd.wire.internal import (
     LaunchVm,
     LookAtTerminal,
     ParentToVmm,
+    PauseVm,
     Role,
     SetVerbosity,
     ToVm,
+    UnpauseVm,
     VmCommand,
     VmEnding,
     VmExited,
@@ -46,8 +49,13 @@ from vmd.wire.internal import (
     VmmToDevice,
     VmmToParent,
     VmmToVm,
+    VmPaused,
     VmReport,
     VmSpec,
+    VmStarted,
+    VmStatistics,
+    VmUnpacked,
+    VmUnpaused,
 )
 from vmd.wire.messages import ErrorCode
 from vmm_kvm.log import Log
@@ -59,16 +67,19 @@ _DEVICE_GRACE_NS = 30_000_000_000
 """How long a device process may write back what it holds, once its VM is gone."""
 _VM_HIGH_WATER = 64 << 10
 """Bytes that wait for a VM process that does not read."""
-_MAY_BE_LOST = (AskStatistics, AttachConsole, LookAtTerminal)
-"""Commands that a VM process which does not read need not have: whoever asks for statistics has the
-others', and the stream of a console ends."""
+_ANSWERS: dict[type[VmCommand], type[VmReport]] = {
+    PauseVm: VmPaused,
+    UnpauseVm: VmUnpaused,
+    AskStatistics: VmStatistics,
+}
+"""What a VM process says to a command, once."""
+_UNASKED: dict[type[VmReport], int] = {VmStarted: 1, VmUnpacked: 1, VmEnding: 1}
+"""What it says without being told to, and how often."""
 _NIC = "nic"  # begins the names of interfaces: a guest lives on without
 
 
 class _Vm:
     """What vmm knows of one VM until all its processes are reaped."""
-
-    __slots__ = ("channel", "devices", "ending", "name", "pid", "status", "timer")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -76,8 +87,39 @@ class _Vm:
         self.channel: Channel[VmmToVm, VmReport] | None = None
         self.devices: dict[int, str] = {}  # processes that live, and what to call them
         self.ending: VmEnding | None = None
+        self.expected = Counter[type[VmReport]](_UNASKED)
         self.status: int | None = None
         self.timer: LoopTimer | None = None
+        self._owes_look = False
+
+    def command(self, command: VmCommand, fds: Fds) -> None:
+        """Pass on a command, unless the process does not read and need not have it.
+
+        Raises:
+            ChannelError: the process is gone, or descriptors of the message were lost.
+        """
+        fds.check()
+        if self.channel is None:
+            return  # it has ended; the parent is being told
+        if self.channel.is_full and isinstance(command, AttachConsole):
+            return  # the stream ends
+        if self.channel.is_full and isinstance(command, LookAtTerminal):
+            self._owes_look = True
+            return
+        self.channel.send(command, fds.take_all())
+        if answer := _ANSWERS.get(type(command)):
+            self.expected[answer] += 1
+
+    # A source of its own channel: what need not be told many times waits until there is room.
+
+    def hold(self, _reason: object) -> None:
+        """Do nothing: what is left out while the channel is full is found when it is."""
+
+    def release(self, _reason: object) -> None:
+        """Tell what was left out."""
+        if self._owes_look and self.channel and not self.channel.is_closed:
+            self._owes_look = False
+            self.channel.send(LookAtTerminal())
 
 
 class Vmm:
@@ -135,14 +177,10 @@ class Vmm:
 
     def _pass_on(self, number: int, command: VmCommand, fds: Fds) -> None:
         vm = self._vms.get(number)
-        if vm is None or vm.channel is None:
-            return  # it has ended; the parent is being told
-        if vm.channel.is_full and isinstance(command, _MAY_BE_LOST):
-            log.debug("vm/%s: does not read: %s lost", vm.name, type(command).__name__)
-            return
+        if vm is None:
+            return  # likewise
         try:
-            fds.check()
-            vm.channel.send(command, fds.take_all())
+            vm.command(command, fds)
         except (ChannelError, OversizeError) as err:
             log.warning("vm/%s: %s: %s", vm.name, type(command).__name__, err)
 
@@ -196,6 +234,7 @@ class Vmm:
                 [*fds.take_all(), *passed],
             )
         self._parent.add_source(vm.channel)
+        vm.channel.add_source(vm)
         vm.channel.watch(
             self._loop,
             lambda received: self._report(spec.id, received),
@@ -237,11 +276,21 @@ class Vmm:
 
     def _report(self, number: int, received: Received[VmReport]) -> None:
         vm = self._vms[number]
+        kind = type(received.message)
         with received.fds as fds:
+            if not vm.expected[kind]:
+                # However fast it is, it keeps nobody busy: nothing more is read from it.
+                log.warning("vm/%s: says %s unasked: killed", vm.name, kind.__name__)
+                if vm.channel:
+                    vm.channel.hold(vm)
+                self._kill(number)
+                return
+            vm.expected[kind] -= 1
             if isinstance(received.message, VmEnding):
-                vm.ending = vm.ending or received.message
+                vm.ending = received.message
             else:
-                self._tell(FromVm(id=number, report=received.message), fds.take_all())
+                passed = fds.take_all() if kind is VmUnpacked else ()
+                self._tell(FromVm(id=number, report=received.message), passed)
 
     def _vm_silent(self, number: int, err: ChannelError) -> None:
         """A VM's channel has ended: so will its process."""

@@ -41,6 +41,12 @@ class SetVerbosity(Internal, frozen=True, kw_only=True):
 
 # parent ↔ control
 
+CLIENTS_MAX = 1024
+"""Connections at a time; root may always make `CLIENTS_OF_ROOT` more."""
+CLIENTS_OF_ROOT = 64
+UNANSWERED_MAX = 32
+"""Requests of one connection that wait for an answer; then control does not read from it."""
+
 
 class ClientCame(Internal, frozen=True, kw_only=True):
     """A client has connected; its connection comes along, to ask the kernel whose it is."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns import hostile_clients, kill_daemon, reload_storm, valid_floods
+from tests.campaigns import compromised, hostile_clients, kill_daemon, reload_storm, valid_floods
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
 
@@ -43,3 +43,15 @@ def test_floods_of_subscriptions(tmp_path: Path) -> None:
     for directory in tmp_path.parents[:3]:
         directory.chmod(directory.stat().st_mode | 0o011)
     assert "not answered once" in valid_floods.run_events(tmp_path, 16_000)
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("vm", compromised.VM_WAYS), ("disk", 1)])
+def test_processes_of_vms_that_were_taken_over(tmp_path: Path, kind: str, rounds: int) -> None:
+    """Whatever one says on its channels, its own VM alone ends."""
+    assert "taken over" in compromised.run_vms(tmp_path, kind, rounds, SEED)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_control_process_that_was_taken_over(tmp_path: Path, seed: int) -> None:
+    """One that asks more than it may, or reads no answer, costs no VM, and is replaced."""
+    assert "replaced" in compromised.run_control(tmp_path, seed)

@@ -138,7 +138,7 @@ def test_requests_and_answers_find_their_way(rig: Rig) -> None:
         rig.run_until(lambda: len(rig.heard) == 2)
         for message in rig.heard:
             assert isinstance(message, ClientRequest)
-            assert rig.peers.uid(message.client) == os.geteuid()
+            assert rig.peers.asks(message.client) == os.geteuid()
             assert isinstance(message.request, Status)
             answer = Done(serial=message.request.serial)
             rig.parent.send(ClientAnswer(client=message.client, answer=answer))

@@ -13,6 +13,7 @@ import pytest
 
 from vmd.parent.peers import Peers
 from vmd.wire.channel import Fds, MalformedError
+from vmd.wire.internal import CLIENTS_MAX, CLIENTS_OF_ROOT, UNANSWERED_MAX
 
 NOBODY = 65534
 
@@ -43,10 +44,10 @@ def test_the_kernel_says_who_connected(listener: socket.socket) -> None:
     peers = Peers(listener.getsockname())
     with ExitStack() as stack:
         peers.came(7, Fds([_accepted(listener, stack)]))
-        assert peers.uid(7) == os.geteuid()
+        assert peers.asks(7) == os.geteuid()
         peers.gone(7)
         with pytest.raises(MalformedError, match="client 7 has not come"):
-            peers.uid(7)
+            peers.asks(7)
         peers.came(8, Fds([_accepted(listener, stack)]))
         assert peers.forget_all() == (8,)
 
@@ -62,7 +63,7 @@ def test_another_user(listener: socket.socket) -> None:
         finally:
             os.seteuid(0)
         peers.came(1, Fds([fd]))
-        assert peers.uid(1) == NOBODY
+        assert peers.asks(1) == NOBODY
 
 
 def test_what_is_no_connection_of_ours(listener: socket.socket, tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_what_is_no_connection_of_ours(listener: socket.socket, tmp_path: Path) 
             with pytest.raises(MalformedError, match="client 1 is no"):
                 peers.came(1, Fds([fd]))
             with pytest.raises(MalformedError, match="has not come"):
-                peers.uid(1)
+                peers.asks(1)
 
 
 def test_a_number_is_one_connection(listener: socket.socket) -> None:
@@ -101,4 +102,21 @@ def test_a_connection_that_is_lost(listener: socket.socket) -> None:
     """Where there was no room for its descriptor, nobody knows who a client is."""
     peers = Peers(listener.getsockname())
     peers.came(1, Fds(are_lost=True))
-    assert peers.uid(1) is None
+    assert peers.asks(1) is None
+
+
+def test_what_a_client_waits_for_is_counted(listener: socket.socket) -> None:
+    """Control lets none wait for more answers than it may, nor has more clients: else it is not."""
+    peers = Peers(listener.getsockname())
+    with ExitStack() as stack:
+        peers.came(7, Fds([_accepted(listener, stack)]))
+        for _ in range(UNANSWERED_MAX):
+            peers.asks(7)
+        with pytest.raises(MalformedError, match="client 7 has too many requests unanswered"):
+            peers.asks(7)
+        peers.answered(7)
+        peers.asks(7)
+        for client in range(100, 100 + CLIENTS_MAX + CLIENTS_OF_ROOT - 1):
+            peers.came(client, Fds())
+        with pytest.raises(MalformedError, match="too many clients"):
+            peers.came(8, Fds())

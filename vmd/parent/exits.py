@@ -1,0 +1,16 @@
+"""What the end of a VM process means for its VM."""
+
+from vmd.rules import vm_state
+from vmd.wire.internal import VmExited
+
+
+def exit_event(exited: VmExited) -> vm_state.Exited:
+    """Return what the lifecycle is told: what the process said last, or how it ended without."""
+    ending = exited.ending
+    if ending is not None:
+        return vm_state.Exited(ending.reason, ending.code, ending.message)
+    if exited.status < 0:
+        how = f"was killed by signal {-exited.status}"
+    else:
+        how = f"exited with status {exited.status}"
+    return vm_state.Exited(None, message=f"the VM process {how}")
