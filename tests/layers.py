@@ -258,6 +258,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmd.__main__": (
         "vmm_kvm.standard_streams",
         "vmd.config",
+        "vmd.rules",
         "vmd.shared",
         "vmd.options",
         "vmd.daemon",

@@ -50,7 +50,7 @@ _VM: Mapping[str, Shape] = {
 }
 SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "done": {"id": int},
-    "failed": {"code": str, "message": str},
+    "failed": {"code": str, "message": str, "lines": [str]},
     "started": {"id": int, "pid": int, "tty": str},
     "terminated": {"id": int},
     "console-opened": {"id": int, "tty": str},
@@ -270,7 +270,7 @@ def _understood(data: bytes, expected: str) -> Fields:
     if kind not in (*expected.split(), "failed") or not fits(answer, SHAPES[str(kind)]):
         raise CommandError(_UNEXPECTED)
     if kind == "failed":
-        raise RefusedError(answer["code"], answer["message"])
+        raise RefusedError(answer["code"], "\n".join((answer["message"], *answer["lines"])))
     return answer
 
 

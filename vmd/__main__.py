@@ -31,6 +31,7 @@ def _check(options: Options) -> int:
     import os  # noqa: PLC0415 - as above
 
     from vmd.config.check import check, parse_macro  # noqa: PLC0415 - as above
+    from vmd.rules.trial import trial  # noqa: PLC0415 - as above
     from vmd.shared.paths import SYSTEM_CONFIG, user_config  # noqa: PLC0415 - as above
 
     macros = {}
@@ -46,6 +47,8 @@ def _check(options: Options) -> int:
         macros,
         is_optional=options.config is None,
         is_verbose=options.verbosity > 0,
+        is_user=options.is_user,
+        judge=trial,
     )
     sys.stderr.writelines(f"{line}\n" for line in lines)
     return status

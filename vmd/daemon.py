@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from vmd.children import control_plan, local_plan, priv_plan, vmm_plan
 from vmd.config.check import parse_macro
+from vmd.config.host import SystemHost
 from vmd.config.model import Owner
 from vmd.confine.confinements import PARENT_CAPABILITIES, Kind
 from vmd.confine.sandbox import (
@@ -27,10 +28,11 @@ from vmd.confine.sandbox import (
     keep_capabilities,
 )
 from vmd.options import Options
+from vmd.parent.configuration import Settings
 from vmd.parent.listener import ListenerError, default_owner, listen, present_owner, set_owner
 from vmd.parent.networks import Networks
 from vmd.parent.passt import PasstNetworks
-from vmd.parent.process import Parent, Settings
+from vmd.parent.process import Parent
 from vmd.parent.service import Notifier, ServiceError, inherited_socket
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.policy import Users
@@ -87,7 +89,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         listener = inherited_socket(os.environ)
         path = None
         if listener is None:
-            path = _socket_path(options)
+            path = str(Path(_socket_path(options)).absolute())
             listener = listen(path)
             stack.callback(_remove, path)
         stack.callback(listener.close)
@@ -97,6 +99,9 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
     config = options.config or (user_config(os.environ) if options.is_user else SYSTEM_CONFIG)
     settings = Settings(
         path=config or os.devnull,
+        skips_broken=options.skips_broken,
+        # What is relative means the same as where the daemon was started, wherever it goes.
+        host=SystemHost(),
         macros=_macros(options.macros),
         is_optional=options.config is None,
         users=Users(frozenset({os.getuid()}), is_member),
@@ -227,7 +232,7 @@ class Daemon:
         for kind in self._plans:
             self._spawn(kind)
         self._parent.set_verbosity(self._verbosity)
-        if self._parent.configure():
+        if not self._parent.configure():
             self._notifier.notify("READY=1\nSTATUS=Running")
             self._notifier.keep_alive(self._loop)
             on_ready()
@@ -260,7 +265,7 @@ class Daemon:
             return
         log.info("reload requested with SIGHUP")
         self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={self._loop.monotonic_ns() // 1000}")
-        self._parent.reload()
+        self._parent.configure()
         self._notifier.notify("READY=1")
 
     def _terminate(self) -> None:

@@ -7,7 +7,7 @@ import getopt
 from collections.abc import Sequence
 from typing import NamedTuple
 
-USAGE = "usage: vmd [-dnv] [-D macro=value] [-f file] [--socket path] [--user]"
+USAGE = "usage: vmd [-dnv] [-D macro=value] [-f file] [--skip-broken] [--socket path] [--user]"
 
 
 class UsageError(Exception):
@@ -29,6 +29,7 @@ class Options(NamedTuple):
     """-f"""
     socket: str | None = None
     is_user: bool = False
+    skips_broken: bool = False
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -38,7 +39,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
         UsageError: one is unknown, or there are operands.
     """
     try:
-        found, operands = getopt.getopt(list(arguments), "dnvD:f:", ["socket=", "user"])
+        found, operands = getopt.getopt(
+            list(arguments), "dnvD:f:", ["skip-broken", "socket=", "user"]
+        )
     except getopt.GetoptError as err:
         raise UsageError(str(err)) from err
     if operands:
@@ -58,6 +61,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
                 options = options._replace(config=value)
             case "--socket":
                 options = options._replace(socket=value)
+            case "--skip-broken":
+                options = options._replace(skips_broken=True)
             case _:
                 options = options._replace(is_user=True)
     return options

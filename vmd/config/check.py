@@ -1,8 +1,10 @@
 """What `vmd -n` says of a vm.conf, and what `vmd -D` takes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from vmd.config.host import Host
+from vmd.config.advice import advice
+from vmd.config.host import Host, SystemHost
+from vmd.config.model import VmConfig
 from vmd.config.parser import printable, read_config
 from vmd.config.text import config_lines
 
@@ -13,24 +15,30 @@ def check(
     *,
     is_optional: bool = False,
     is_verbose: bool = False,
+    is_user: bool = False,
+    judge: Callable[[Sequence[VmConfig]], Sequence[str]] = lambda _vms: (),
     host: Host | None = None,
 ) -> tuple[list[str], int]:
     """Return the lines of `vmd -n`, for standard error, and its exit status.
 
-    Arguments are those of `parse_config`; `is_verbose` adds what was read. Disks, kernels and
-    firmware have to be there; names, permissions and interfaces are not looked at.
+    Arguments are those of `parse_config`; `is_verbose` adds what was read. `judge` says which VMs
+    the daemon would refuse to register, a line each. Disks, kernels and firmware have to be there;
+    permissions and interfaces are not looked at. `is_user`: it is for `vmd --user`.
 
     Source: section 4.6 of OpenBSD's behaviour.
     """
+    host = host or SystemHost()
     reading = read_config(path, macros, is_optional=is_optional, host=host)
-    lines = [f"vmd: {line}" for line in (*reading.notes, *reading.errors)]
+    errors = reading.errors or tuple(map(printable, judge(reading.config.vms)))
+    lines = [f"vmd: {line}" for line in (*reading.notes, *errors)]
     lines += reading.warnings[len(reading.notes) :]
-    if not reading.errors:
+    lines += map(printable, advice(reading.config, is_user=is_user, memory_size=host.memory_size()))
+    if not errors:
         if is_verbose:
             text = config_lines(reading.config)
             lines += (printable(part) for line in text for part in line.split("\n"))
         lines.append("configuration OK")
-    return lines, 1 if reading.errors else 0
+    return lines, 1 if errors else 0
 
 
 def parse_macro(text: str) -> tuple[str, str] | None:

@@ -8,7 +8,8 @@ syntax error is kept silent until three tokens in a row have been right.
 Source: section 4.6 of OpenBSD's behaviour.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 from vmd.config.host import Host
@@ -19,6 +20,8 @@ from vmd.config.values import ValueRefusedError
 _Value = TypeVar("_Value")
 
 _RIGHT_TOKENS = 3
+_QUOTED_MAX = 40
+"""Characters of a token that a complaint quotes."""
 _ID_MAX = (1 << 32) - 2
 
 
@@ -34,6 +37,7 @@ class Tokens:
         self._lexer = Lexer(name, data, macros, self.report)
         self._ahead: Token | None = None
         self._silent = 0
+        self._blocks: list[str] = []  # `file:line` of the blocks that are open
 
     @property
     def where(self) -> str:
@@ -65,9 +69,18 @@ class Tokens:
         self.refuse(message)
 
     def syntax_error(self) -> NoReturn:
-        """Complain of a token that does not belong there, unless that may be an earlier fault's."""
+        """Complain of a token that does not belong there, unless that may be an earlier fault's.
+
+        OpenBSD's text, with the token. A keyword or the end of the file can mean that an earlier
+        brace is missing: then it also says where the block begins.
+        """
         if not self._silent:
-            self.report("syntax error")
+            token = self.peek()
+            text = f"syntax error{_place(token)}"
+            is_telling = token.kind in {Kind.END, Kind.KEYWORD}
+            if is_telling and self._blocks and self._blocks[-1] != self.where:
+                text += f" in the block that begins at {self._blocks[-1]}"
+            self.report(text)
         raise StatementError
 
     def recover(self) -> bool:
@@ -142,27 +155,36 @@ class Tokens:
 
     def block(self, option: Callable[[], None]) -> None:
         """Take a block: `"{" {NL} option {NL} { option NL {NL} } "}"`."""
-        self.expect("{")
-        self.newlines()
-        option()
-        self.newlines()
-        while not self.accept("}"):
+        with self._open_block():
             option()
-            self.expect("\n")
             self.newlines()
+            while not self.accept("}"):
+                option()
+                self.expect("\n")
+                self.newlines()
 
     def loose_block(self, option: Callable[[], None]) -> None:
         """Take a block whose options may share a line.
 
         block = "{" {NL} option {NL} { option {NL} } "}"
         """
-        self.expect("{")
-        self.newlines()
-        option()
-        self.newlines()
-        while not self.accept("}"):
+        with self._open_block():
             option()
             self.newlines()
+            while not self.accept("}"):
+                option()
+                self.newlines()
+
+    @contextmanager
+    def _open_block(self) -> Iterator[None]:
+        """Take the beginning of a block, and know of it until the block is left."""
+        self.expect("{")
+        self._blocks.append(self.where)
+        try:
+            self.newlines()
+            yield
+        finally:
+            self._blocks.pop()
 
     def checked(self, check: Callable[[str], _Value], text: str, what: str = "") -> _Value:
         """Return what `check` makes of a value, or complain of it in its words, after `what`."""
@@ -186,6 +208,25 @@ class Tokens:
         if group_name and group is None:
             self.refuse(f"failed to get group: {group_name}")
         return Owner(user, group)
+
+
+def _place(token: Token) -> str:
+    """Say which token a syntax error is at; nothing of one that was complained of already."""
+    match token.kind:
+        case Kind.ERROR:
+            return ""
+        case Kind.END:
+            return " at the end of the file"
+        case Kind.NEWLINE:
+            return " at the end of the line"
+        case Kind.SYMBOL if token.text == "\r":
+            return " at a carriage return: the file has the line endings of DOS"
+        case Kind.SYMBOL if not token.text.isascii():
+            return f" at the byte {ord(token.text):#04x}, which is in no word without quotes"
+        case _:
+            text = token.text
+            is_long = len(text) > _QUOTED_MAX
+            return f' near "{text[:_QUOTED_MAX]}{"..." if is_long else ""}"'
 
 
 def _found(find: Callable[[str], int | None], name: str) -> int | None:

@@ -27,6 +27,12 @@ class Host(Protocol):
     def resolve(self, path: str) -> str:
         """Return the absolute path, without links, of what is there; raises OSError."""
 
+    def absolute(self, path: str) -> str:
+        """Return a path that means the same wherever this process goes; nothing need be there."""
+
+    def memory_size(self) -> int:
+        """Return how much RAM there is, in bytes."""
+
     def find_user(self, name: str) -> int | None:
         """Return the uid of a user; None if there is none."""
 
@@ -37,9 +43,21 @@ class Host(Protocol):
 class SystemHost:
     """This host."""
 
+    def __init__(self, directory: str | None = None) -> None:
+        """Let relative paths begin in `directory`; None for the working directory of now.
+
+        A working directory that has been removed is as good as the root.
+        """
+        if directory is None:
+            try:
+                directory = os.getcwd()
+            except FileNotFoundError:
+                directory = "/"
+        self._directory = directory
+
     def read_file(self, path: str) -> FileText:
         """Read a file, at most SIZE_MAX bytes; raises OSError."""
-        with open(path, "rb") as file:  # noqa: PTH123 - the plainest way
+        with open(self.absolute(path), "rb") as file:
             status = os.fstat(file.fileno())
             if stat.S_ISDIR(status.st_mode):
                 raise OSError(EISDIR, os.strerror(EISDIR), path)
@@ -52,7 +70,15 @@ class SystemHost:
         """Return the absolute path, without links, of what is there; raises OSError."""
         if not path:
             raise OSError(ENOENT, os.strerror(ENOENT), path)
-        return os.path.realpath(path, strict=True)
+        return os.path.realpath(self.absolute(path), strict=True)
+
+    def absolute(self, path: str) -> str:
+        """Return a path that means the same wherever this process goes; nothing need be there."""
+        return os.path.join(self._directory, path)
+
+    def memory_size(self) -> int:
+        """Return how much RAM there is, in bytes."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def find_user(self, name: str) -> int | None:
         """Return the uid of a user; None if there is none."""

@@ -24,6 +24,9 @@ RESERVED = frozenset(
 )
 """Words that are keywords wherever they stand without quotes."""
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""How some editors begin a file in UTF-8. It is passed over."""
+
 _TOKEN_MAX = 8095
 _EXPANSION_MAX = 4 << 20  # characters of all macros, where they are used
 _NUMBER_MIN, _NUMBER_MAX = -(1 << 63), (1 << 63) - 1
@@ -102,7 +105,7 @@ class _File:
     def __init__(self, name: str, data: bytes) -> None:
         self.name = name
         self.text = data.decode("latin-1")
-        self.at = 0
+        self.at = len(BYTE_ORDER_MARK) if data.startswith(BYTE_ORDER_MARK) else 0
         self.line = 1
         self.back: list[str] = []
         self.has_ended = False
@@ -187,7 +190,7 @@ class Lexer:
             if char == _END_OF_FILE:
                 return Token(Kind.END)
             if char == "\0":
-                self._report("syntax error")
+                self._report("syntax error at a null character")
                 return self._error()
             if len(found) == _TOKEN_MAX - 1:
                 return self._too_long()

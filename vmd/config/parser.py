@@ -58,20 +58,28 @@ def parse_config(
     macros: Mapping[str, str],
     *,
     is_optional: bool = False,
+    skips_broken: bool = False,
     host: Host | None = None,
 ) -> Config:
-    """Read a vm.conf. A file that is not there is empty, with a warning unless it is optional.
+    """Read a vm.conf.
+
+    Unlike OpenBSD's vmd, only the default file may be absent: it is empty then. A file that was
+    named and that is not there is an error.
 
     Args:
-        path: the file; other paths in it are relative to the working directory too.
+        path: the file; relative paths, in it too, begin in the host's directory.
         macros: of the command line; no definition in a file changes them.
         is_optional: whether it is the default file, which need not be there.
+        skips_broken: whether a VM that names a missing file is left out with a warning, instead of
+            being an error.
         host: where files, users and groups are looked up; this host if None.
 
     Raises:
         ConfigErrors: the file cannot be read, or anything in it is wrong.
     """
-    reading = read_config(path, macros, is_optional=is_optional, host=host)
+    reading = read_config(
+        path, macros, is_optional=is_optional, skips_broken=skips_broken, host=host
+    )
     if reading.errors:
         raise ConfigErrors(reading.errors, reading.warnings)
     return reading.config._replace(warnings=reading.warnings)
@@ -82,6 +90,7 @@ def read_config(
     macros: Mapping[str, str],
     *,
     is_optional: bool = False,
+    skips_broken: bool = False,
     host: Host | None = None,
 ) -> Reading:
     """Read a vm.conf as `parse_config` does, and return what came of it, errors included."""
@@ -89,12 +98,11 @@ def read_config(
     try:
         file = host.read_file(path)
     except OSError as err:
-        line = printable(f"failed to open {path}: {err.strerror}")
-        if not isinstance(err, FileNotFoundError):
-            return Reading(errors=(line,))
-        return Reading(notes=() if is_optional else (line,))
+        if is_optional and isinstance(err, FileNotFoundError):
+            return Reading()
+        return Reading(errors=(printable(f"failed to open {path}: {err.strerror}"),))
     known = Macros(macros)
-    parser = _Parser(Tokens(path, file.data, known), known, host)
+    parser = _Parser(Tokens(path, file.data, known), known, host, skips_broken=skips_broken)
     if file.complaint is not None:
         parser.notes.append(f"{path}: {file.complaint}")
     config = parser.parse()
@@ -119,8 +127,9 @@ def printable(line: str) -> str:
 class _Parser:
     """Statements, from the first to the last."""
 
-    def __init__(self, tokens: Tokens, macros: Macros, host: Host) -> None:
+    def __init__(self, tokens: Tokens, macros: Macros, host: Host, *, skips_broken: bool) -> None:
         self.tokens = tokens
+        self._skips_broken = skips_broken
         self._config = Config()
         self._vms: list[VmConfig] = []
         self._switches: list[SwitchConfig] = []
@@ -157,7 +166,7 @@ class _Parser:
         elif tokens.is_at("switch"):
             self._switches.append(SwitchRule(tokens).parse())
         elif tokens.is_at("vm"):
-            self._vms.append(VmRule(tokens, self._host).parse())
+            self._vm()
         elif tokens.accept("local"):
             self._local()
         elif tokens.accept("socket"):
@@ -169,6 +178,16 @@ class _Parser:
             self._staggered()
         else:
             tokens.syntax_error()
+
+    def _vm(self) -> None:
+        """Take a VM; one that names what is not there is left out, if that is how it is to be."""
+        rule = VmRule(self.tokens, self._host, skips_missing=self._skips_broken)
+        vm = rule.parse()
+        if not rule.missing:
+            self._vms.append(vm)
+            return
+        self.notes += rule.missing
+        self.notes.append(f'{vm.where}: vm "{vm.name}" is left out')
 
     def _include(self) -> None:
         """Take `"include" string NL`; what the file says stands in place of the line."""

@@ -40,9 +40,13 @@ _BOOT_DEVICES = (BootDevice.CDROM, BootDevice.DISK, BootDevice.NET)
 class VmRule:
     """`vm = "vm" string [ "instance" string ] block of vmopt`."""
 
-    def __init__(self, tokens: Tokens, host: Host) -> None:
+    def __init__(self, tokens: Tokens, host: Host, *, skips_missing: bool = False) -> None:
+        """Read from `tokens`; with `skips_missing`, files that are not there go to `missing`."""
         self._tokens = tokens
         self._host = host
+        self._skips_missing = skips_missing
+        self.missing: list[str] = []
+        """A line for each file that is not there."""
         self._vm = VmConfig("")
         self._interface_count = 0
 
@@ -151,7 +155,11 @@ class VmRule:
         try:
             resolved = self._host.resolve(path)
         except OSError as err:
-            raise ValueRefusedError(f"disk {path}: {err.strerror}") from None
+            text = f"disk {path}: {err.strerror}"
+            if not self._skips_missing:
+                raise ValueRefusedError(text) from None
+            self.missing.append(f"{self._tokens.where}: {text}")
+            return path
         if byte_length(resolved) > PATH_BYTES_MAX:
             raise ValueRefusedError("disk path too long")
         return resolved
@@ -231,7 +239,11 @@ class VmRule:
         try:
             resolved = self._host.resolve(path)
         except OSError as err:
-            self._tokens.refuse(f"{what} path not found: {err.strerror}")
+            text = f"{what} path not found: {err.strerror}"
+            if not self._skips_missing:
+                self._tokens.refuse(text)
+            self.missing.append(f"{self._tokens.where}: {text}")
+            return path
         if byte_length(resolved) > PATH_BYTES_MAX:
             self._tokens.refuse(f"{what} name too long")
         return resolved
@@ -243,7 +255,7 @@ class VmRule:
             tokens.refuse("cdrom specified more than once")
         if byte_length(path) > PATH_BYTES_MAX:
             tokens.refuse("cdrom name too long")
-        self._vm = self._vm._replace(cdrom=path or None)
+        self._vm = self._vm._replace(cdrom=self._host.absolute(path) if path else None)
         self._give(Right.CDROM)
 
     def _memory(self) -> None:

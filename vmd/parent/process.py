@@ -9,12 +9,12 @@ Source: sections 5.2, 7 and 8 of OpenBSD's behaviour.
 
 import os
 import socket
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, assert_never
+from collections.abc import Callable, Sequence
+from typing import assert_never
 
-from vmd.config.model import Config, Owner, Staggered
-from vmd.config.parser import ConfigErrors, parse_config
+from vmd.config.model import Config, Staggered, VmConfig
 from vmd.parent.clock import SystemClock
+from vmd.parent.configuration import Settings, read_configuration
 from vmd.parent.exits import exit_event
 from vmd.parent.interfaces import Network
 from vmd.parent.networks import Networks
@@ -25,7 +25,6 @@ from vmd.parent.resources import Host, ResourceError, open_resources
 from vmd.parent.status import Inquiries, StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules import vm_state
-from vmd.rules.policy import Users
 from vmd.rules.registry import (
     Action,
     Answer,
@@ -86,6 +85,8 @@ from vmd.wire.internal import (
     VmUnpaused,
 )
 from vmd.wire.messages import (
+    LINE_MAX,
+    LINES_MAX,
     AnyAnswer,
     ConsoleOpened,
     Done,
@@ -109,23 +110,6 @@ log = Logger(__name__)
 
 STAGGER_DELAY_S = 30
 """Between two batches of starting VMs, unless the configuration says otherwise."""
-
-
-class Settings(NamedTuple):
-    """What the command line says, for every reading of the configuration."""
-
-    path: str
-    macros: Mapping[str, str]
-    is_optional: bool
-    """The configuration file need not be there."""
-    users: Users
-    uid: int
-    """Who the configuration file speaks for."""
-    set_socket_owner: Callable[[Owner | None], None]
-    address: str | bytes
-    """Of the listening socket, as the kernel tells it."""
-    state: str | None = None
-    """Directory of what VMs keep."""
 
 
 class Parent:
@@ -252,41 +236,34 @@ class Parent:
 
     # Configuration
 
-    def configure(self) -> bool:
-        """Read the configuration, and start what it says is to start; False if it has errors."""
-        config = self._read(self._settings.path, is_optional=self._settings.is_optional)
-        if config is None:
-            return False
-        self._settings.set_socket_owner(config.socket_owner)
+    def configure(self) -> tuple[str, ...]:
+        """Read the configuration, forget VMs that do not run, and start those that are to start.
+
+        Returns what is wrong with it, a line each; then nothing has changed.
+        """
+        settings = self._settings
+        config = self._read(settings.path, is_optional=settings.is_optional, keeps_idle=False)
+        if not isinstance(config, Config):
+            return config
+        self._run(self._registry.forget_idle())
+        settings.set_socket_owner(config.socket_owner)
         self._registry.staggered = config.staggered or self._default_staggered
         self._networks.configure(config)
         self._register(config)
-        return True
+        return ()
 
-    def _read(self, path: str, *, is_optional: bool) -> Config | None:
-        try:
-            config = parse_config(path, self._settings.macros, is_optional=is_optional)
-        except ConfigErrors as err:
-            for line in (*err.warnings, *err.lines):
-                log.warning("%s", line)
-            return None
-        for line in config.warnings:
-            log.warning("%s", line)
-        return config
+    def _read(self, path: str, *, is_optional: bool, keeps_idle: bool) -> Config | tuple[str, ...]:
+        def judge(vms: Sequence[VmConfig]) -> list[str]:
+            return self._registry.judge(vms, self._settings.uid, keeps_idle=keeps_idle)
+
+        return read_configuration(self._settings, path, judge, is_optional=is_optional)
 
     def _register(self, config: Config) -> None:
-        actions, complaints = self._registry.load(config.vms, self._settings.uid)
-        for line in complaints:
-            log.warning("%s", line)
+        actions = self._registry.load(config.vms, self._settings.uid)
         for vm_id, links in self._networks.refresh().items():
             if vm_id in self._launched:
                 self._tell_vm(vm_id, SetLinks(are_up=links))
         self._run(actions)
-
-    def reload(self) -> bool:
-        """Forget VMs that do not run, and read the configuration again; False on errors."""
-        self._run(self._registry.forget_idle())
-        return self.configure()
 
     def set_verbosity(self, level: int) -> None:
         """Log more or less, in every process."""
@@ -488,18 +465,19 @@ class Parent:
         self._answer(ticket.client, opened, (theirs.detach(),))
 
     def _operate(self, ticket: vm_state.Ticket, request: Load | Reload | Reset | Log) -> None:
-        is_done = True
+        errors: tuple[str, ...] = ()
         match request:
             case Load(path=""):
-                is_done = self.reload()
+                errors = self.configure()
             case Load(path=path):
-                config = self._read(path, is_optional=False)
-                is_done = config is not None
-                if config is not None:
+                config = self._read(path, is_optional=False, keeps_idle=True)
+                if isinstance(config, Config):
                     self._networks.add(config)
                     self._register(config)
+                else:
+                    errors = config
             case Reload():
-                is_done = self.reload()
+                errors = self.configure()
             case Reset(mode=ResetMode.SWITCHES):
                 self._networks.forget_switches()
             case Reset(mode=mode):
@@ -512,9 +490,13 @@ class Parent:
             case _:
                 assert_never(request)
         answer: AnyAnswer = Done(serial=ticket.serial)
-        if not is_done:
-            text = "the configuration has errors"
-            answer = Failed(serial=ticket.serial, code=ErrorCode.COMMAND_FAILED, message=text)
+        if errors:
+            answer = Failed(
+                serial=ticket.serial,
+                code=ErrorCode.COMMAND_FAILED,
+                message="the configuration has errors",
+                lines=tuple(line[:LINE_MAX] for line in errors[:LINES_MAX]),
+            )
         self._answer(ticket.client, answer)
 
     def _list(self, question: List) -> None:

@@ -87,7 +87,8 @@ def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
     if len(config.interfaces) > INTERFACES_MAX:
         return _invalid("invalid number of interfaces")
     has_boot = has_kernel or config.boot is not None or config.firmware is not None
-    if not has_boot and not config.disks and config.cdrom is None:
+    is_template = bool(config.allow_instance) or config.instance_owner is not None
+    if not (has_boot or config.disks or config.cdrom is not None or is_template):
         return _invalid("no kernel or disk/cdrom specified")
     return None
 

@@ -266,25 +266,13 @@ class Registry:
         self, wanted: VmConfig, uid: int, *, has_kernel: bool = False, is_from_config: bool = False
     ) -> tuple[Vm, list[Action]] | Denied:
         """Make a VM of a configuration that `uid` asks for."""
-        config, checked = wanted, frozenset[Right]()
-        if wanted.parent is not None:
-            template = self.find(0, wanted.parent)
-            if template is None:
-                return Denied(ErrorCode.TEMPLATE_INVALID, f'no VM "{wanted.parent}"')
-            if self.find(0, wanted.name):
-                return Denied(ErrorCode.EPROCLIM, f'there is a VM "{wanted.name}"')
-            instance = make_instance(
-                template.config, wanted, uid, self._users, has_kernel=has_kernel
-            )
-            if isinstance(instance, Denied):
-                return instance
-            config = instance
-            checked = wanted.given & {Right.BOOT, Right.CDROM, Right.DISK}
-        elif uid not in self._users.administrators:
-            return Denied(ErrorCode.EPERM, "permission denied")
-        problem = check_vm(config, has_kernel=has_kernel)
-        if problem:
-            return problem
+        config = self._judged(wanted, uid, self._config_of, has_kernel=has_kernel)
+        if isinstance(config, Denied):
+            return config
+        is_instance = wanted.parent is not None
+        checked = (
+            wanted.given & {Right.BOOT, Right.CDROM, Right.DISK} if is_instance else frozenset()
+        )
         vm_id = self._claim_id(config.name, uid)
         state = VmState(
             vm_id,
@@ -295,6 +283,34 @@ class Registry:
         vm.checked = checked
         self._vms[vm_id] = vm
         return vm, self._tell(vm, EventKind.REGISTERED, "")
+
+    def _config_of(self, name: str) -> VmConfig | None:
+        vm = self.find(0, name)
+        return vm.config if vm else None
+
+    def _judged(
+        self,
+        wanted: VmConfig,
+        uid: int,
+        find: Callable[[str], VmConfig | None],
+        *,
+        has_kernel: bool = False,
+    ) -> VmConfig | Denied:
+        """Return what a VM that `uid` asks for would be; `find` knows the others by their names."""
+        config = wanted
+        if wanted.parent is not None:
+            template = find(wanted.parent)
+            if template is None:
+                return Denied(ErrorCode.TEMPLATE_INVALID, f'no VM "{wanted.parent}"')
+            if find(wanted.name):
+                return Denied(ErrorCode.EPROCLIM, f'there is a VM "{wanted.name}"')
+            instance = make_instance(template, wanted, uid, self._users, has_kernel=has_kernel)
+            if isinstance(instance, Denied):
+                return instance
+            config = instance
+        elif uid not in self._users.administrators:
+            return Denied(ErrorCode.EPERM, "permission denied")
+        return check_vm(config, has_kernel=has_kernel) or config
 
     def _claim_id(self, name: str, uid: int) -> int:
         """Return the id that this name has with this user, today and ever."""
@@ -352,14 +368,34 @@ class Registry:
 
     # What administrators do
 
-    def load(self, configs: Iterable[VmConfig], uid: int = 0) -> tuple[list[Action], list[str]]:
-        """Register what a configuration has; returns complaints too, as lines for the log.
+    def judge(
+        self, configs: Iterable[VmConfig], uid: int = 0, *, keeps_idle: bool = True
+    ) -> list[str]:
+        """Return why VMs of a configuration cannot be registered, a line each; changes nothing.
+
+        `uid` is the user for whom the file speaks. Without `keeps_idle`, VMs that do not run are to
+        be forgotten first.
+        """
+        known = {vm.name: vm.config for vm in self.vms if keeps_idle or vm.state.phase not in IDLE}
+        complaints: list[str] = []
+        for config in configs:
+            if config.name in known:
+                continue
+            judged = self._judged(config, uid, known.get)
+            if isinstance(judged, Denied):
+                where = f"{config.where}: " if config.where else ""
+                complaints.append(f'{where}vm "{config.name}" failed: {judged.message}')
+            else:
+                known[config.name] = judged
+        return complaints
+
+    def load(self, configs: Iterable[VmConfig], uid: int = 0) -> list[Action]:
+        """Register the VMs of a configuration with which `judge` finds no fault.
 
         VMs that exist stay as they are, but that their interfaces go up and down as the file says.
-        `uid` is whom the file speaks for.
+        One that is refused all the same is passed over.
         """
         actions: list[Action] = []
-        complaints: list[str] = []
         for config in configs:
             existing = self.find(0, config.name)
             if existing:
@@ -368,14 +404,12 @@ class Registry:
                 continue
             registered = self._register(config, uid, is_from_config=True)
             if isinstance(registered, Denied):
-                where = f"{config.where}: " if config.where else ""
-                complaints.append(f'{where}vm "{config.name}" failed: {registered.message}')
                 continue
             vm, told = registered
             actions += told
             if config.is_enabled:
                 actions += self._step(vm, vm_state.Enqueue())
-        return [*actions, *self.turn()], complaints
+        return [*actions, *self.turn()]
 
     def forget_idle(self) -> list[Action]:
         """Remove every VM of which nothing exists; their ids stay theirs."""

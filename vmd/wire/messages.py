@@ -280,12 +280,19 @@ class Done(Answer, frozen=True, kw_only=True):
     """The VM's, if the request named one."""
 
 
+LINES_MAX = 64
+LINE_MAX = 512
+"""Characters: with LINES_MAX of them an answer still fits into a packet."""
+
+
 class Failed(Answer, frozen=True, kw_only=True):
     """It is not done, and nothing has changed."""
 
     code: ErrorCode
     message: str = ""
     """What and why, in one line; may be empty."""
+    lines: tuple[str, ...] = ()
+    """More of it: what is wrong with a configuration, `file:line: text`; at most LINES_MAX."""
 
 
 class Started(Answer, frozen=True, kw_only=True):

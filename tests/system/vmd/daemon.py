@@ -173,6 +173,7 @@ class Daemon:
         wait: bool = True,
         prefix: Sequence[str] = (),
         program: Sequence[str] = ("-m", "vmd"),
+        options: Sequence[str] = (),
     ) -> None:
         """Start it in `directory`, with the text of a vm.conf; `prefix` are words before it.
 
@@ -195,6 +196,7 @@ class Daemon:
                     *prefix,
                     *(sys.executable, *program, "-d", "-v"),
                     *(["--user"] if is_user else []),
+                    *options,
                     *("--socket", str(self.socket), "-f", str(self.config)),
                 ],
                 cwd=ROOT,

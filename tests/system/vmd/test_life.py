@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 import tty
 from collections.abc import Callable
@@ -13,11 +15,33 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts
-from tests.system.vmd.daemon import READY, SELFTEST, Daemon, is_alive, vm_block
+from tests.system.vmd.daemon import (
+    READY,
+    ROOT,
+    SELFTEST,
+    Client,
+    Daemon,
+    is_alive,
+    vm_block,
+)
 
 pytestmark = pytest.mark.kvm
 
 Start = Callable[[str], Daemon]
+
+
+def _parent_of(pid: int) -> int:
+    """Return the pid of a process's parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _end(pid: int) -> None:
+    """End a process that is no child of ours, and wait until it is gone."""
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while is_alive(pid):
+        assert time.monotonic() < deadline, f"pid {pid} does not end"
+        time.sleep(0.02)
 
 
 def test_enabled_vms_start_and_others_do_not(start_vmd: Start) -> None:
@@ -244,10 +268,99 @@ def test_reload_keeps_vms_that_run(start_vmd: Start) -> None:
         assert client.wait_for_state("three", "stopped")["is_from_config"] is True
         assert client.ask("status", name="two")["vms"] == []
         assert client.vm("one")["pid"] == pid
-        vmd.config.write_text("nonsense\n")
-        failed = client.ask("reload")
-        assert (failed["type"], failed["code"]) == ("failed", "command-failed")
         assert client.vm("one")["pid"] == pid
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("nonsense\n", ["{}:1: syntax error at the end of the line"]),
+        ('vm "my vm" { boot "/dev/null" }\n', ['{}:1: vm "my vm" failed: invalid VM name']),
+        (
+            'vm "none" instance "i" { memory 64M }\n',
+            ['{}:1: vm "i" failed: no VM "none"'],
+        ),
+        (
+            'vm "a" { boot "/none" }\nvm "b" {\n\tmemory 1\n}\n',
+            [
+                "{}:1: kernel path not found: No such file or directory",
+                "memory size must be at least 1MB",
+                "{}:3: failed to parse size: 1",
+            ],
+        ),
+    ],
+)
+def test_a_configuration_with_a_mistake_changes_nothing(
+    start_vmd: Start, text: str, lines: list[str]
+) -> None:
+    """Reload and load say what is wrong and where; VMs that run and that do not run stay."""
+    with start_vmd(vm_block("one", enabled=True) + vm_block("two")) as vmd, vmd.client() as client:
+        pid = client.wait_for_state("one", "running")["pid"]
+        vmd.config.write_text(text)
+        expected = [line.format(vmd.config) for line in lines]
+        for failed in (client.ask("reload"), client.ask("load", path=str(vmd.config))):
+            assert (failed["type"], failed["code"]) == ("failed", "command-failed")
+            assert failed["lines"] == expected
+            assert client.vm("one")["pid"] == pid
+            assert client.vm("two")["state"] == "stopped"
+        missing = client.ask("load", path=f"{vmd.config}.none")
+        assert missing["lines"] == [f"failed to open {vmd.config}.none: No such file or directory"]
+        assert len(client.vms()) == 2
+
+
+def test_broken_vms_can_be_skipped(tmp_path: Path) -> None:
+    """With --skip-broken a VM that names a missing file, or has a bad name, holds up no other."""
+    config = vm_block("one", 'disk "/none.img"', enabled=True)
+    config += vm_block("my vm", enabled=True) + vm_block("two", enabled=True)
+    with Daemon(tmp_path, config, options=("--skip-broken",)) as vmd, vmd.client() as client:
+        client.wait_for_state("two", "running")
+        assert [vm["name"] for vm in client.vms()] == ["two"]
+        vmd.wait_for_log('vm "one" is left out')
+        vmd.wait_for_log('vm "my vm" failed: invalid VM name')
+
+
+def test_relative_paths_in_the_background(tmp_path: Path) -> None:
+    """`vmd -f vm.conf` that detaches finds the file, and what it names, also at a reload."""
+    (tmp_path / "vm.conf").write_text(vm_block("one", boot=Path("boot.bin")))
+    (tmp_path / "boot.bin").write_bytes(SELFTEST.read_bytes())
+    command = [sys.executable, "-m", "vmd", "--user", "--socket", "vmd.sock", "-f", "vm.conf"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "STATE_DIRECTORY": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, timeout=60)
+    assert done.returncode == 0
+    with Client(tmp_path / "vmd.sock") as client:
+        started = client.ask("start", name="one")
+        assert started["type"] == "started"
+        assert isinstance(started["pid"], int)
+        daemon = _parent_of(_parent_of(started["pid"]))  # the VM's parent is vmm
+        try:
+            assert client.ask("reload")["type"] == "done"
+            assert client.vm("one")["state"] == "running"
+        finally:
+            _end(daemon)
+
+
+def test_a_named_configuration_has_to_be_there(tmp_path: Path) -> None:
+    """Only the default file may be absent: in the background too, the start fails with its name."""
+    command = [sys.executable, "-m", "vmd", "--user", "--socket", "vmd.sock", "-f", "none.conf"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "STATE_DIRECTORY": str(tmp_path)}
+    for option in ("-n", "-d"):
+        done = subprocess.run(
+            [*command, option],
+            cwd=tmp_path,
+            env=environment,
+            timeout=60,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert "failed to open none.conf: No such file or directory" in done.stderr
+        assert "configuration OK" not in done.stderr
+    assert (
+        subprocess.run(command, cwd=tmp_path, env=environment, check=False, timeout=60).returncode
+        == 1
+    )
+    assert not (tmp_path / "vmd.sock").exists()
 
 
 def test_reset_ends_all_vms(start_vmd: Start) -> None:

@@ -50,6 +50,14 @@ class FakeHost:
             raise error(errno.EACCES, path)
         raise error(errno.ENOENT, path)
 
+    def absolute(self, path: str) -> str:
+        """Return a path as it is."""
+        return path
+
+    def memory_size(self) -> int:
+        """Return the size of a host with 1 TiB of RAM."""
+        return 1 << 40
+
     def find_user(self, name: str) -> int | None:
         """Return the uid of one of USERS."""
         return USERS.get(name)

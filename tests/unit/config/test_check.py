@@ -34,9 +34,9 @@ def test_a_file_that_is_wrong() -> None:
 
 
 def test_a_missing_file() -> None:
-    """It is no error; nothing is said of the default one."""
+    """The default one need not be there; one that somebody named does."""
     line = "vmd: failed to open none: No such file or directory"
-    assert check("none", {}, host=FakeHost({})) == ([line, "configuration OK"], 0)
+    assert check("none", {}, host=FakeHost({})) == ([line], 1)
     optional = check("none", {}, is_optional=True, host=FakeHost({}))
     assert optional == (["configuration OK"], 0)
 

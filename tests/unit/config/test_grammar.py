@@ -142,9 +142,10 @@ def test_complaints_are_those_of_yacc() -> None:
     while right + wrong < CASES:
         data = text_of(chance).encode()
         reading = read_config("f", {}, host=FakeHost({"f": data}))
-        if any(not line.endswith(": syntax error") for line in reading.errors):
+        if any(": syntax error" not in line for line in reading.errors):
             continue  # a value that is wrong, of which the grammar knows nothing
-        assert (data, list(reading.errors)) == (data, errors_of(automaton, data))
+        told = [line.partition(" error")[0] + " error" for line in reading.errors]
+        assert (data, told) == (data, errors_of(automaton, data))
         right, wrong = right + (not reading.errors), wrong + bool(reading.errors)
     assert right > CASES // 10
     assert wrong > CASES // 10

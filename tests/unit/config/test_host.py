@@ -12,7 +12,7 @@ from vmd.config.check import check
 from vmd.config.host import SIZE_MAX, SystemHost, secrecy_complaint
 from vmd.config.parser import parse_config
 
-HOST = SystemHost()
+HOST = SystemHost("/")
 
 
 def write(path: Path, data: bytes = b"", mode: int = 0o600) -> Path:
@@ -73,12 +73,15 @@ def test_an_endless_file_is_not_read_for_ever() -> None:
 
 
 def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path is made absolute, from the working directory, and links are followed."""
+    """A path is made absolute, from the directory of the start, and links are followed."""
     monkeypatch.chdir(tmp_path)
+    host = SystemHost()
+    monkeypatch.chdir("/")
     path = write(tmp_path / "disk")
     (tmp_path / "link").symlink_to("disk")
+    assert host.read_file("disk") == host.read_file(str(path))
     assert [
-        HOST.resolve(each) for each in ("disk", "./link", f"{tmp_path}/../{tmp_path.name}/disk")
+        host.resolve(each) for each in ("disk", "./link", f"{tmp_path}/../{tmp_path.name}/disk")
     ] == [str(path.resolve())] * 3
 
 
@@ -88,7 +91,7 @@ def test_paths_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("none")
     with pytest.raises(OSError, match="No such file or directory") as caught:
-        HOST.resolve(path)
+        SystemHost().resolve(path)
     assert caught.value.errno == ENOENT
 
 

@@ -119,7 +119,7 @@ def test_large_numbers(text: str, number: int) -> None:
     [
         (b"9223372036854775808", ['f:1: "9223372036854775808" invalid number: too large']),
         (b"-9223372036854775809", ['f:1: "-9223372036854775809" invalid number: too small']),
-        (b'"\0"', ["f:1: syntax error"]),
+        (b'"\0"', ["f:1: syntax error at a null character"]),
         (b"a\n$b", ["f:2: macro 'b' not defined"]),
         (b'"' + b"a" * 8095 + b'"', ["f:1: string too long"]),
         (b"a" * 8096, ["f:1: string too long"]),

@@ -225,7 +225,7 @@ def test_errors_are_all_told() -> None:
     assert caught.value.lines == (
         "memory size must be at least 1MB",
         "f:2: failed to parse size: 1",
-        "f:5: syntax error",
+        'f:5: syntax error near "bogus"',
     )
     assert caught.value.warnings == ("warning: macro 'a' not used",)
     assert str(caught.value) == "\n".join(caught.value.lines)
@@ -241,11 +241,32 @@ def test_warnings_go_with_what_is_read() -> None:
 
 
 def test_a_missing_file() -> None:
-    """It is as good as an empty one, but told unless it is the default one."""
+    """The default one is as good as an empty one; one that somebody named is an error."""
     host = FakeHost({})
     assert parse_config("none", {}, host=host, is_optional=True) == Config()
-    warnings = ("failed to open none: No such file or directory",)
-    assert parse_config("none", {}, host=host) == Config(warnings=warnings)
+    with pytest.raises(ConfigErrors, match=r"^failed to open none: No such"):
+        parse_config("none", {}, host=host)
+
+
+def test_broken_vms_can_be_left_out() -> None:
+    """With `skips_broken`, a VM that names a missing file is told of and left out, no other is."""
+    text = (
+        b'vm "a" { disk "none.img" }\nvm "b" { disk "disk0.img" }\n'
+        b'vm "c" {\n\tboot "none"\n\tdisk "disk1.img"\n}\n'
+    )
+    host = FakeHost({"f": text})
+    config = parse_config("f", {}, skips_broken=True, host=host)
+    assert [vm.name for vm in config.vms] == ["b"]
+    assert config.warnings == (
+        "f:1: disk none.img: No such file or directory",
+        'f:1: vm "a" is left out',
+        "f:4: kernel path not found: No such file or directory",
+        'f:6: vm "c" is left out',
+    )
+    with pytest.raises(ConfigErrors):
+        parse_config("f", {}, host=host)
+    with pytest.raises(ConfigErrors, match="syntax error"):
+        parse_config("g", {}, skips_broken=True, host=FakeHost({"g": b"vm {"}))
 
 
 def test_a_file_that_cannot_be_read() -> None:

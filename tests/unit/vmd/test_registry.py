@@ -59,9 +59,9 @@ def host() -> Host:
 
 
 def load(host: Host, *configs: VmConfig) -> list[str]:
-    """Let the registry have a configuration; returns complaints."""
-    actions, complaints = host.registry.load(configs)
-    host.run(actions)
+    """Let the registry have a configuration; returns what it found wrong before."""
+    complaints = host.registry.judge(configs)
+    host.run(host.registry.load(configs))
     return complaints
 
 
@@ -445,6 +445,18 @@ def test_a_configuration_is_complained_about(host: Host) -> None:
         'vm.conf:9: vm "nothing" failed: invalid configuration, no devices',
     ]
     assert host.states() == {"good": State.STOPPED}
+
+
+def test_judging_changes_nothing(host: Host) -> None:
+    """A configuration that is judged is not registered, and nobody is told of a VM."""
+    load(host, a_config("runs"), a_config("idle", is_enabled=False))
+    before = host.states()
+    wanted = (a_config("new"), a_config("child", parent="idle"))
+    assert host.registry.judge(wanted) == []
+    assert host.registry.judge(wanted, keeps_idle=False) == [
+        'vm.conf:3: vm "child" failed: no VM "idle"'
+    ]
+    assert host.states() == before
 
 
 def test_instances_of_a_configuration(host: Host) -> None:

@@ -113,7 +113,8 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule()
     def load(self) -> None:
         """Load the configuration."""
-        actions, complaints = self.host.registry.load(CONFIGS)
+        complaints = self.host.registry.judge(CONFIGS)
+        actions = self.host.registry.load(CONFIGS)
         self.host.run(actions)
         assert complaints == []
         assert {vm.name for vm in self.host.registry.vms} >= {"a", "b"}

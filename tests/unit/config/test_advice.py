@@ -1,0 +1,77 @@
+"""What is odd in a vm.conf, though nothing in it is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.config.fake_host import FakeHost
+from vmd.config.advice import advice
+from vmd.config.parser import parse_config
+
+GIB = 1 << 30
+
+
+def odd(text: str, *, is_user: bool = False, memory_size: int = 64 * GIB) -> list[str]:
+    """Return what is odd in a file called `f`."""
+    config = parse_config("f", {}, host=FakeHost({"f": text.encode()}))
+    return list(advice(config, is_user=is_user, memory_size=memory_size))
+
+
+TWO = 'vm "a" {{ {0} }}\nvm "b" {{ {1} }}\n'
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        ('disk "disk0.img"', "disk /vm/disk0.img"),
+        ('disk "/vm/disk0.img" format qcow2', "disk /vm/disk0.img"),
+        ("interface tap3", "interface tap3"),
+        ("interface { lladdr fe:e1:bb:d1:00:01 }", "lladdr fe:e1:bb:d1:00:01"),
+        ("local interface { forward tcp 8080 to 80 }", "forwarded port tcp 8080"),
+    ],
+)
+def test_what_two_vms_cannot_have(option: str, what: str) -> None:
+    """The second of two enabled VMs that name the same thing is told of, with the first."""
+    text = TWO.format(option, option)
+    assert odd(text) == [f'f:2: warning: vm "b": {what} is also used by vm "a"']
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ('disk "disk0.img" { ro }', 'disk "disk0.img" { ro }'),
+        ('disk "disk0.img"', 'disk "disk1.img"'),
+        ('disable\ndisk "disk0.img"', 'disk "disk0.img"'),
+        ("local interface { forward tcp 80 to 80 }", "local interface { forward udp 80 to 80 }"),
+        ("interface tap1", "interface tap2"),
+    ],
+)
+def test_what_two_vms_can_have(one: str, other: str) -> None:
+    """Disks that are only read, other things, and those of disabled VMs are no matter."""
+    assert odd(f'vm "a" {{\n{one}\n}}\nvm "b" {{\n{other}\n}}\n') == []
+
+
+def test_the_same_name_twice() -> None:
+    """The first counts, which is told; what the second has is no claim."""
+    text = TWO.format('disk "disk0.img"', 'disk "disk0.img"').replace('"b"', '"a"')
+    assert odd(text) == ['f:2: warning: vm "a": only the first of this name counts, f:1']
+
+
+def test_switches() -> None:
+    """One that is not defined is named; without privileges there are none at all."""
+    defined = 'switch "up" { interface bridge0 }\n'
+    text = 'vm "a" {\n interface { switch "up" }\n interface { switch "up" }\n}\n'
+    assert odd(defined + text) == []
+    assert odd(text) == ['f:4: warning: vm "a": switch "up" is not defined']
+    assert odd(defined + text, is_user=True) == [
+        'f:5: warning: vm "a": switch "up": vmd --user has local interfaces only'
+    ]
+
+
+def test_more_memory_than_there_is() -> None:
+    """It may be swapped; but it is told."""
+    text = 'vm "a" { memory 4G }\n'
+    assert odd(text, memory_size=4 * GIB) == []
+    assert odd(text, memory_size=2 * GIB) == [
+        'f:1: warning: vm "a": 4096 MB of memory, but this host has 2048 MB'
+    ]

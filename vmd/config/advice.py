@@ -1,0 +1,68 @@
+"""What is odd in a vm.conf, though nothing in it is wrong: warnings of `vmd -n` and of a start.
+
+Pure: the configuration, who runs the daemon, and the host's memory in; lines out. VMs that are
+disabled, or that are left aside because another one has their name, claim nothing.
+"""
+
+from collections.abc import Iterator
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import Config, VmConfig
+
+
+def advice(config: Config, *, is_user: bool, memory_size: int) -> tuple[str, ...]:
+    """Return a line, `file:line: warning: text`, for each thing that is odd.
+
+    `is_user`: the daemon runs without privileges. `memory_size` is the host's RAM in bytes.
+    """
+    vms: dict[str, VmConfig] = {}
+    found: list[str] = []
+    for vm in config.vms:
+        if vm.name in vms:
+            found.append(_line(vm, f"only the first of this name counts, {vms[vm.name].where}"))
+        else:
+            vms[vm.name] = vm
+    switches = {switch.name for switch in config.switches}
+    for vm in vms.values():
+        found += (_line(vm, text) for text in _of_one(vm, switches, is_user, memory_size))
+    claimed: dict[str, VmConfig] = {}
+    for vm in vms.values():
+        if vm.is_enabled:
+            for what in dict.fromkeys(_claims(vm)):
+                other = claimed.setdefault(what, vm)
+                if other is not vm:
+                    found.append(_line(vm, f'{what} is also used by vm "{other.name}"'))
+    return tuple(found)
+
+
+def _line(vm: VmConfig, text: str) -> str:
+    where = f"{vm.where}: " if vm.where else ""
+    return f'{where}warning: vm "{vm.name}": {text}'
+
+
+def _of_one(vm: VmConfig, switches: set[str], is_user: bool, memory_size: int) -> Iterator[str]:
+    if vm.memory is not None and vm.memory > memory_size:
+        yield f"{vm.memory >> 20} MB of memory, but this host has {memory_size >> 20} MB"
+    for switch in dict.fromkeys(each.switch for each in vm.interfaces if each.switch):
+        if is_user:
+            yield f'switch "{switch}": vmd --user has local interfaces only'
+        elif switch not in switches:
+            yield f'switch "{switch}" is not defined'
+
+
+def _claims(vm: VmConfig) -> Iterator[str]:
+    """Name what no other VM that runs can have as well."""
+    for disk in vm.disks:
+        if _is_written(disk):
+            yield f"disk {disk.path}"
+    for interface in vm.interfaces:
+        if interface.tap is not None:
+            yield f"interface {interface.tap}"
+        if interface.lladdr is not None:
+            yield f"lladdr {interface.lladdr}"
+        for forward in interface.forwards:
+            yield f"forwarded port {forward.protocol} {forward.port}"
+
+
+def _is_written(disk: DiskOption) -> bool:
+    return not disk.is_read_only and not disk.is_private and disk.kind is not DiskKind.VHOST_USER

@@ -1,0 +1,66 @@
+"""The configuration as the parent reads it: what is wrong with it is logged, and returned."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from vmd.config.advice import advice
+from vmd.config.host import Host, SystemHost
+from vmd.config.model import Config, Owner, VmConfig
+from vmd.config.parser import ConfigErrors, parse_config
+from vmd.rules.policy import Users
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+
+class Settings(NamedTuple):
+    """What the command line says, for every reading of the configuration."""
+
+    path: str
+    macros: Mapping[str, str]
+    is_optional: bool
+    """The configuration file need not be there."""
+    users: Users
+    uid: int
+    """Who the configuration file speaks for."""
+    set_socket_owner: Callable[[Owner | None], None]
+    address: str | bytes
+    """Of the listening socket, as the kernel tells it."""
+    state: str | None = None
+    """Directory of what VMs keep."""
+    skips_broken: bool = False
+    """VMs that name missing files, or are refused, are left out; the others start."""
+    host: Host = SystemHost("/")
+    """Where the configuration and what it names are looked for."""
+
+
+def read_configuration(
+    settings: Settings,
+    path: str,
+    judge: Callable[[Sequence[VmConfig]], Sequence[str]],
+    *,
+    is_optional: bool,
+) -> Config | tuple[str, ...]:
+    """Read a vm.conf; returns what is wrong with it instead, a line each, if anything is.
+
+    `judge` returns a line for each VM that the registry would refuse. With `skips_broken`, such VMs
+    and those that name missing files are warnings. `is_optional`: the file may be absent.
+    """
+    host = settings.host
+    try:
+        config = parse_config(
+            path,
+            settings.macros,
+            is_optional=is_optional,
+            skips_broken=settings.skips_broken,
+            host=host,
+        )
+    except ConfigErrors as err:
+        for line in (*err.warnings, *err.lines):
+            log.warning("%s", line)
+        return err.lines
+    refused = tuple(judge(config.vms))
+    odd = advice(config, is_user=settings.uid != 0, memory_size=host.memory_size())
+    for line in (*config.warnings, *odd, *refused):
+        log.warning("%s", line)
+    return config if settings.skips_broken else refused or config
