@@ -102,6 +102,12 @@ class ConsoleProcess:
         """The program's process id."""
         return self._process.pid
 
+    @property
+    def terminal(self) -> int:
+        """Our end of the program's input: of its terminal, if it has one."""
+        assert self._input is not None, "the input is closed"
+        return self._input
+
     def send(self, text: str | bytes) -> None:
         """Type `text` on the console.
 

@@ -1,17 +1,21 @@
-"""Entry point of `vmctl` and `python -m vmctl`."""
+"""Entry point of `vmctl` and `python -m vmctl`.
 
-import gc
-import signal
-
-from vmm_kvm.standard_streams import run_program
+Nothing is imported before ^C is what it shall be: until then Python answers it by a traceback.
+"""
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    import signal  # noqa: PLC0415 - see above
+
     # At ^C a command dies, in silence; those that have something to put back say so themselves.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import gc  # noqa: PLC0415 - see above
+
     gc.disable()  # modules stay: a search among them for garbage finds none
+    from vmm_kvm.standard_streams import run_program  # noqa: PLC0415 - see above
+
     run_program("vmctl", _main)
 
 
@@ -22,6 +26,8 @@ def _main() -> int:
 
 
 def _keep_modules() -> None:
+    import gc  # noqa: PLC0415 - see above
+
     gc.freeze()
     gc.enable()
 

@@ -212,7 +212,7 @@ class Client:
             RefusedError, CommandError: as `ask`.
         """
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(
+            data, ancillary, flags, _ = self._socket.recvmsg(
                 _MESSAGE_MAX, socket.CMSG_SPACE(4 * _FDS_MAX), socket.MSG_CMSG_CLOEXEC
             )
         except OSError as err:
@@ -221,6 +221,8 @@ class Client:
         for _, _, block in ancillary:
             fds.frombytes(block)
         try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise CommandError(_UNEXPECTED)  # noqa: TRY301 - the descriptors are to be closed
             return _understood(data, expected), fds.tolist()
         except CommandError:
             for fd in fds:

@@ -53,16 +53,11 @@ class TerminalState:
         self._modes: dict[bytes, bool] = {}
         self._others: dict[str, bytes] = {}
         self._tail = b""
-        self._has_written = False
-        self.is_at_line_start = True
-        """Whether the cursor is where a line begins, as far as that can be told."""
+        self._end = b""
 
     def note(self, data: bytes) -> None:
         """Take a piece of what the guest has written, in order."""
-        if not data:
-            return
-        self._has_written = True
-        self.is_at_line_start = _INVISIBLE.sub(b"", data[-_TAIL:]).endswith(b"\n")
+        self._end = (self._end + data)[-_TAIL:]
         if b"\x1b" not in data and not self._tail and b"\x0e" not in data:
             return
         text = self._tail + data
@@ -72,6 +67,11 @@ class TerminalState:
             self._apply(found)
         begun = text.rfind(b"\x1b", max(end, len(text) - _TAIL))
         self._tail = text[begun:] if begun >= 0 else b""
+
+    @property
+    def is_at_line_start(self) -> bool:
+        """Whether the cursor is where a line begins, as far as that can be told."""
+        return not self._end or _INVISIBLE.sub(b"", self._end).endswith(b"\n")
 
     def _apply(self, found: re.Match[bytes]) -> None:
         if found["reset"]:
@@ -108,7 +108,7 @@ class TerminalState:
 
         Nothing where the guest has written nothing.
         """
-        if not self._has_written:
+        if not self._end:
             return b""
         modes = (
             b"\x1b[?" + mode + (b"h" if usual else b"l")

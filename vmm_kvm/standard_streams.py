@@ -7,8 +7,12 @@ program begins with `run_program`, before any other code opens a file.
 What a program prints on standard output is its result: that it cannot be written is an error, one
 line on standard error and status 1; a reader that has read enough and left is not worth the line.
 What it says on standard error is lost where nobody can read it, and changes nothing.
+
+Names of files are bytes. On both, those that are no text in the user's encoding come out as the
+bytes that they are, and characters that the encoding lacks as escapes.
 """
 
+import codecs
 import io
 import os
 import sys
@@ -16,6 +20,10 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 _EXIT_ERROR = 1
+_NAMES = "vmm_kvm.names"
+"""What happens to characters that the encoding lacks: see `_as_bytes`."""
+_BYTE = 0xDC00
+"""With a byte from 0x80 on added, what Python has for one that was no text (PEP 383)."""
 
 
 class OutputError(Exception):
@@ -112,12 +120,29 @@ def run_program(name: str, body: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
+def _as_bytes(err: UnicodeError) -> tuple[bytes, int]:
+    """Encode what an encoding has no bytes for; called by the codec."""
+    if not isinstance(err, UnicodeEncodeError):
+        raise err
+    data = b""
+    for one in err.object[err.start : err.end]:
+        number = ord(one)
+        if _BYTE + 0x80 <= number <= _BYTE + 0xFF:
+            data += bytes((number - _BYTE,))
+        else:
+            data += one.encode("ascii", "backslashreplace")
+    return data, err.end
+
+
+codecs.register_error(_NAMES, _as_bytes)
+
+
 def _replaced(stream: TextIO, *, is_result: bool) -> io.TextIOWrapper:
     """Return a stream like `stream`, one of Python's own, over a `_Written`."""
     assert isinstance(stream, io.TextIOWrapper)
     return io.TextIOWrapper(
         io.BufferedWriter(_Written(stream.fileno(), is_result=is_result)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors=_NAMES,
         line_buffering=stream.line_buffering or stream.write_through or not is_result,
     )

@@ -262,3 +262,28 @@ def test_terminal_is_raw_and_restored(loop: EventLoop) -> None:
     assert guest.breaks == 1
     assert guest.quits == [None]
     assert before == after
+
+
+def test_a_terminal_is_given_back_as_it_was(loop: EventLoop) -> None:
+    """What a guest did to the terminal is undone at the end, and a line that was begun ended."""
+    master, slave = pty.openpty()
+    stdio = Stdio(loop, RecordingGuest(), slave, slave)
+    stdio.start()
+    stdio.transmit(b"\x1b[?7l\x1b[?25l\x1b[?10")
+    spin(loop)
+    stdio.transmit(b"49h$ ")
+    stdio.finish(discard=False)
+    shown = os.read(master, 1000)
+    os.close(master)
+    os.close(slave)
+    assert shown == (b"\x1b[?7l\x1b[?25l\x1b[?1049h$ \x1b[?1049l\x1b[?7h\x1b[?25h\x1b[0m\r\r\n")
+
+
+def test_a_pipe_gets_nothing_of_ours(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:
+    """Nobody's terminal is behind it: it gets what the guest wrote and no more."""
+    stdin, _, reading, stdout = pipes
+    stdio = Stdio(loop, RecordingGuest(), stdin, stdout)
+    stdio.start()
+    stdio.transmit(b"\x1b[?7l$ ")
+    stdio.finish(discard=False)
+    assert os.read(reading, 100) == b"\x1b[?7l$ "

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import subprocess
+import termios
 from pathlib import Path
 
 import pytest
@@ -124,6 +128,67 @@ def test_a_console_survives_reboots(serve: Serve) -> None:
         assert console.wait() == 0
         assert console.output == b"first boot\nsecond boot\nmore\n"
     vm.close()
+
+
+def test_a_terminal_is_given_back(serve: Serve) -> None:
+    """The hint comes behind what was shown of late; leaving undoes what the guest has changed."""
+    vm = Vm()
+    vm.history = b"\x1b[?7l\x1b[?25l" + b"line\r\n" * 500 + b"\x1b[?25hlogin: "
+    serve(vm.answer)
+    for number in (None, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        with attach("console", "web") as console:
+            console.expect("login: ")
+            console.expect_errors(r"\r\nConnected to /dev/pts/7 \(~\. leaves, ~\? lists more\)\r\n")
+            before = termios.tcgetattr(console.terminal)
+            if number is None:
+                console.send(LEAVE)
+                assert console.wait() == 0
+            else:
+                console.signal(number)
+                assert console.wait() == -number
+            assert console.output.endswith(b"login: \x1b[?7h\x1b[0m\r\n")
+            after = termios.tcgetattr(console.terminal)
+            assert not before[3] & termios.ECHO
+            assert after[3] & termios.ECHO
+    vm.close()
+
+
+def test_a_slow_repetition_is_not_shown_again(serve: Serve) -> None:
+    """After a reboot what is repeated may take its time: it is no news for all that."""
+    vm = Vm()
+    serve(vm.answer)
+    with attach("console", "web", is_tty=False) as console:
+        console.expect_errors("Connected to /dev/pts/7")
+        vm.show(b"first boot\n")
+        console.expect("first boot\n")
+        history, vm.history = vm.history, b""
+        vm.end()
+        while len(vm.streams) < 2:
+            os.sched_yield()
+        with subprocess.Popen(["sleep", "0.4"]) as sleep:
+            sleep.wait()
+        vm.show(history + b"second boot\n")
+        console.expect("second boot\n")
+        vm.is_running = False
+        vm.end()
+        assert console.wait() == 0
+        assert console.output == b"first boot\nsecond boot\n"
+    vm.close()
+
+
+def test_an_answer_without_a_stream(serve: Serve) -> None:
+    """A console without its descriptor, or with two, is one line."""
+    counts = iter([0, 0, 2, 2])
+
+    def answer(_: AnyRequest) -> Answers:
+        return [(ConsoleOpened(id=7, tty="x"), [os.dup(0) for _ in range(next(counts))])]
+
+    serve(answer)
+    for words in (["console", "web"], ["wait", "--for", "console=x", "web"]) * 2:
+        with attach(*words, is_tty=False) as console:
+            assert console.wait() == 1
+            last = console.errors.splitlines()[-1]
+            assert last == b"vmctl: unexpected response received from vmd"
 
 
 def test_start_attaches(serve: Serve, tmp_path: Path) -> None:
