@@ -247,7 +247,6 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.loop",
         "vmm_kvm.kvm",
         "vmd.config",
-        "vmd.wire",
         "vmd.rules",
         "vmd.confine",
         "vmd.shared",

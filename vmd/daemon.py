@@ -9,7 +9,7 @@ import pwd
 import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
@@ -31,16 +31,15 @@ from vmd.options import Options
 from vmd.parent.configuration import Settings
 from vmd.parent.listener import ListenerError, default_owner, listen, present_owner, set_owner
 from vmd.parent.networks import Networks
-from vmd.parent.passt import PasstNetworks
+from vmd.parent.passt_networks import PasstNetworks
 from vmd.parent.process import Parent
 from vmd.parent.service import Notifier, ServiceError, inherited_socket
+from vmd.parent.tap_networks import TapNetworks
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.policy import Users
 from vmd.shared import log as logging
 from vmd.shared.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
 from vmd.shared.privsep import RESTARTS_S, Plan, Restarts, orphans, spawn, wait_for
-from vmd.wire.channel import Channel
-from vmd.wire.internal import PARENT_AND_CONTROL, PARENT_AND_LOCAL, PARENT_AND_PRIV, PARENT_AND_VMM
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -191,18 +190,18 @@ class Daemon:
         """Prepare; nothing is started before `run`."""
         self._loop = loop
         self._notifier = Notifier(os.environ)
-        self._passt = PasstNetworks()
         is_user = setting.identity is None
-        self._networks = Networks(loop, setting.socket_path, self._passt if is_user else None)
+        self._networks: Networks = (
+            PasstNetworks() if is_user else TapNetworks(loop, setting.socket_path)
+        )
         self._parent = Parent(loop, setting.settings, self._networks, terminals)
         self._verbosity = verbosity
-        self._plans: dict[Kind, Plan] = {
+        self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.identity),
             Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity),
+            Kind.PRIV: priv_plan(setting.identity),
+            Kind.LOCAL: local_plan(setting.identity),
         }
-        if not is_user:
-            self._plans[Kind.PRIV] = priv_plan(setting.identity)
-            self._plans[Kind.LOCAL] = local_plan(setting.identity)
         self._pids: dict[int, Kind] = {}
         self._restarts = Restarts(loop)
         # One that cannot start at all ends so often at once.
@@ -229,7 +228,7 @@ class Daemon:
         ):
             self._on_signal(number, handler)
         log.info("startup")
-        for kind in self._plans:
+        for kind in self._parent.peers:
             self._spawn(kind)
         self._parent.set_verbosity(self._verbosity)
         if not self._parent.configure():
@@ -240,13 +239,10 @@ class Daemon:
             self._end(1)
         self._loop.run()
         self._notifier.notify("STOPPING=1")
-        self._parent.control_ended()
-        self._parent.close_vmm()
-        self._networks.priv_ended()
-        self._networks.local_ended()
-        self._passt.close()
+        self._parent.close()
+        self._networks.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        wait_for(set(self._pids) | self._passt.pids)
+        wait_for({*self._pids, *self._networks.pids})
         while left := orphans(set()):  # the zygote's and those that it made ready
             wait_for(left)
         log.info("terminating")
@@ -291,19 +287,7 @@ class Daemon:
             self._end(1)
             return
         self._pids[child.pid] = kind
-        match kind:
-            case Kind.CONTROL:
-                control = Channel(child.connection, PARENT_AND_CONTROL)
-                self._parent.control_started(control, lambda: self._kill(child.pid))
-            case Kind.VMM:
-                vmm = Channel(child.connection, PARENT_AND_VMM)
-                self._parent.vmm_started(vmm, lambda: self._kill(child.pid))
-            case Kind.PRIV:
-                self._networks.priv_started(Channel(child.connection, PARENT_AND_PRIV))
-            case Kind.LOCAL:
-                self._networks.local_started(Channel(child.connection, PARENT_AND_LOCAL))
-            case _:
-                raise AssertionError(kind)
+        self._parent.peers[kind].started(child.connection, lambda: self._kill(child.pid))
 
     def _kill(self, pid: int) -> None:
         if pid in self._pids:  # else it has been reaped, and the number may be another's
@@ -318,41 +302,31 @@ class Daemon:
             if pid == 0:
                 break
             kind = self._pids.pop(pid, None)
-            self._passt.ended(pid)
+            self._networks.reaped(pid)
             if kind is not None:
                 self._lost(kind, pid, os.waitstatus_to_exitcode(waited))
-        if self._lost_vmm and not orphans(set(self._pids) | self._passt.pids):
+        if self._lost_vmm and not orphans({*self._pids, *self._networks.pids}):
             self._lost_vmm = False
             self._orphans_timer.cancel()
-            self._parent.vmm_ended()
-            self._restart(Kind.VMM)
+            self._ended(Kind.VMM)
 
     def _lost(self, kind: Kind, pid: int, status: int) -> None:
         how = f"terminated; signal {-status}" if status < 0 else "exited abnormally"
         log.warning("lost child: %s: pid %d %s", kind, pid, how)
-        match kind:
-            case Kind.CONTROL:
-                self._parent.control_ended()
-                self._restart(kind)
-            case Kind.VMM:
-                # Its VMs are being killed by the kernel, and their disks write back.
-                self._lost_vmm = True
-                self._orphans_timer.arm(self._loop.monotonic_ns() + _ORPHANS_NS)
-            case Kind.PRIV:
-                self._networks.priv_ended()
-                self._restart(kind)
-            case Kind.LOCAL:
-                self._networks.local_ended()
-                self._restart(kind)
-            case _:
-                raise AssertionError(kind)
+        if kind is Kind.VMM:
+            # Its VMs are being killed by the kernel, and their disks write back.
+            self._lost_vmm = True
+            self._orphans_timer.arm(self._loop.monotonic_ns() + _ORPHANS_NS)
+        else:
+            self._ended(kind)
 
-    def _restart(self, kind: Kind) -> None:
+    def _ended(self, kind: Kind) -> None:
+        """Account for a process of which nothing is left; start another."""
+        peer = self._parent.peers[kind]
+        peer.ended()
         if self._is_ending:
-            if kind is Kind.PRIV:
-                self._networks.give_up()
-            return
-        if self._restarts.count(kind):
+            peer.give_up()
+        elif self._restarts.count(kind):
             self._spawn(kind)
         elif kind in _EXPOSED and self._loop.monotonic_ns() > self._is_settled_at:
             log.error("%s ends too often: the next one comes in %d s", kind, RESTARTS_S)
@@ -367,7 +341,7 @@ class Daemon:
             self._spawn(kind)
 
     def _kill_orphans(self) -> None:
-        for pid in orphans(set(self._pids) | self._passt.pids):
+        for pid in orphans({*self._pids, *self._networks.pids}):
             log.warning("pid %d of the vmm process that ended does not end: killed", pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

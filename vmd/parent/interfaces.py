@@ -1,12 +1,13 @@
 """One interface of a VM: what the VM's processes need, and what there is to tell of it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from vmd.config.model import InterfaceConfig
+from vmd.parent.errors import ResourceError
 from vmd.rules.addressing import BITS4, BITS6
 from vmd.wire.channel import Fds
 from vmd.wire.internal import MadeTap, TapSpec
@@ -14,7 +15,8 @@ from vmd.wire.messages import ForwardInfo, InterfaceInfo
 
 _VHOST_NET = "/dev/vhost-net"
 _COUNTERS = "/proc/self/net/dev"
-_MTU_DEFAULT = 1500
+MTU_DEFAULT = 1500
+"""Bytes of a packet, without the Ethernet header."""
 _COLUMNS = 16
 _USED = (0, 1, 8, 9, 11)  # of those: what Counters has
 
@@ -36,6 +38,10 @@ class Network(NamedTuple):
     """Descriptor of a stream of frames, where there is no tap."""
     has_link: bool = True
     """The guest finds its cable plugged in."""
+
+
+Then = Callable[[tuple[Network, ...] | ResourceError], None]
+"""What is called, once, when a VM's interfaces are there, or cannot be."""
 
 
 def open_vhosts(count: int) -> list[int]:
@@ -92,7 +98,7 @@ def _configured(config: InterfaceConfig) -> InterfaceInfo:
         is_local=config.is_local,
         is_locked=config.is_locked,
         is_up=config.is_up,
-        mtu=config.mtu or _MTU_DEFAULT,
+        mtu=config.mtu or MTU_DEFAULT,
         queues=config.queues or 1,
         group=config.group or "",
         rdomain=config.rdomain,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import MEMORY_DEFAULT, Right
+from vmd.parent.errors import ResourceError
 from vmd.parent.files import FileError, FileKindError, open_file
 from vmd.parent.interfaces import Network, open_vhosts
 from vmd.rules.policy import Users
@@ -30,14 +31,6 @@ from vmm_kvm.errors import BootError, ImageError
 from vmm_kvm.images.opening import image_chain
 
 _SERVER_TIMEOUT_S = 1.0
-
-
-class ResourceError(Exception):
-    """Something that the VM needs cannot be had; `str()` is one line."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Resources(NamedTuple):

@@ -1,15 +1,16 @@
 """Clients' questions for the status of VMs, while the processes of those are asked."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Protocol
 
 import msgspec
 from msgspec.structs import replace
 
 from vmd.rules.registry import List, info
 from vmd.rules.vm import Vm
+from vmd.wire.channel import Timer
 from vmd.wire.internal import VmStatistics
 from vmd.wire.messages import PART_MAX, AnyAnswer, InterfaceInfo, VmInfo, Vms
-from vmm_kvm.loop import EventLoop
 
 PATIENCE_NS = 300_000_000
 """How long a VM process may take to answer; then the others' answers are shown without it."""
@@ -20,10 +21,20 @@ than this, and its guest's devices are kept waiting by no one."""
 _encoder = msgspec.json.Encoder()
 
 
+class TimedLoop(Protocol):
+    """An event loop's clock."""
+
+    def monotonic_ns(self) -> int:
+        """Return nanoseconds on the loop's clock."""
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        """Make a timer that is not armed."""
+
+
 class Inquiries:
     """Asks VM processes for statistics: one question at a time to each, shared by all that ask."""
 
-    def __init__(self, loop: EventLoop, ask: Callable[[int], None]) -> None:
+    def __init__(self, loop: TimedLoop, ask: Callable[[int], None]) -> None:
         """`ask` sends a VM, by its id, the question; what it answers is for `told`."""
         self._loop = loop
         self._ask = ask
@@ -63,7 +74,7 @@ class StatusQuestion:
 
     def __init__(
         self,
-        loop: EventLoop,
+        loop: TimedLoop,
         question: List,
         inquiries: Inquiries,
         answer: Callable[[list[AnyAnswer]], None],

@@ -66,17 +66,22 @@ class Tell(NamedTuple):
     event: Event
 
 
+Effect = (
+    vm_state.Launch
+    | vm_state.Release
+    | vm_state.Kill
+    | vm_state.SendStop
+    | vm_state.SendPause
+    | vm_state.SendUnpause
+)
+"""Effects of a VM's life that are more than an answer or an event."""
+
+
 class Perform(NamedTuple):
     """Run this effect of a VM's life."""
 
     vm: Vm
-    effect: (
-        vm_state.Launch
-        | vm_state.Release
-        | vm_state.Kill
-        | vm_state.SendStop
-        | (vm_state.SendPause | vm_state.SendUnpause)
-    )
+    effect: Effect
 
 
 class Operate(NamedTuple):

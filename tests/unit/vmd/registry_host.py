@@ -1,44 +1,52 @@
-"""A host for a registry: it does what is to be done, in memory, and keeps the books.
+"""A host for a registry: its effects are carried out by the parent's own code, on things in memory.
 
-It holds the registry to its promises as it goes: exactly one answer to each request, descriptors
-closed once, no process or console without a VM, and none for a VM that is stopped.
+Networks, consoles, files, clients and the vmm process are stand-ins that keep the books. They hold
+the registry and its effects to their promises: exactly one answer to each request, descriptors
+closed once, no process, interfaces or console without a VM, and none for a VM that is stopped.
 """
 
 from __future__ import annotations
 
-from typing import assert_never
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from vmd.config.model import Staggered
+from vmd.parent.effects import Effects, Means
+from vmd.parent.errors import ResourceError
+from vmd.parent.interfaces import Network, Then
+from vmd.parent.resources import Resources
+from vmd.parent.status import Inquiries
 from vmd.rules import vm_state
 from vmd.rules.policy import Users
-from vmd.rules.registry import (
-    Action,
-    Answer,
-    ArmTurn,
-    Drop,
-    List,
-    OpenConsole,
-    Operate,
-    Perform,
-    Registry,
-    Tell,
-    info,
-)
+from vmd.rules.registry import Action, List, Operate, Registry, info
 from vmd.rules.vm import PassedBoot, Vm
-from vmd.rules.vm_state import (
-    IDLE,
-    Kill,
-    Launch,
-    Launched,
-    LaunchFailed,
-    Release,
-    SendPause,
-    SendStop,
-    SendUnpause,
+from vmd.rules.vm_state import IDLE
+from vmd.shared.kernels import KernelStore
+from vmd.shared.pty import Pty
+from vmd.wire.channel import Fds
+from vmd.wire.internal import (
+    AttachConsole,
+    EndReason,
+    FromVm,
+    KillVm,
+    LaunchVm,
+    ParentToVmm,
+    ToVm,
+    VmEnding,
+    VmExited,
+    VmLaunched,
+    VmLaunchFailed,
+    VmmToParent,
+    VmPaused,
+    VmReport,
+    VmSpec,
+    VmStarted,
+    VmUnpaused,
 )
 from vmd.wire.messages import (
     AnyAnswer,
-    ConsoleOpened,
     ErrorCode,
     Event,
     Failed,
@@ -68,6 +76,77 @@ class FakeClock:
         return self.now + 1e9
 
 
+class FakeTimer:
+    """A timer that fires when it is told to."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback = callback
+        self.deadline_ns: int | None = None
+
+    def arm(self, deadline_ns: int) -> None:
+        """Remember the deadline."""
+        self.deadline_ns = deadline_ns
+
+    def cancel(self) -> None:
+        """Forget the deadline."""
+        self.deadline_ns = None
+
+
+class FakeLoop:
+    """A loop on the clock of a test: what is to be called soon is called by `settle`."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._posted: deque[Callable[[], None]] = deque()
+        self.timers: list[FakeTimer] = []
+
+    def monotonic_ns(self) -> int:
+        """Return nanoseconds."""
+        return int(self._clock.now * 1e9)
+
+    def timer(self, callback: Callable[[], None]) -> FakeTimer:
+        """Make a timer."""
+        self.timers.append(FakeTimer(callback))
+        return self.timers[-1]
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Remember a call."""
+        self._posted.append(callback)
+
+    def settle(self) -> None:
+        """Call what is to be called, and what that wants called."""
+        while self._posted:
+            self._posted.popleft()()
+
+
+class FakeNetworks:
+    """Interfaces that take their time, if they are slow."""
+
+    def __init__(self) -> None:
+        self.is_slow = False
+        self.held: set[int] = set()
+        self.waiting: dict[int, Then] = {}
+
+    def attach(self, vm: Vm, then: Then) -> None:
+        """Make a VM's interfaces, now or later."""
+        assert vm.id not in self.waiting
+        if self.is_slow and vm.id not in self.held:
+            self.waiting[vm.id] = then
+        else:
+            self.held.add(vm.id)
+            then(())
+
+    def make(self, vm_id: int) -> None:
+        """Have made what was to be made."""
+        self.held.add(vm_id)
+        self.waiting.pop(vm_id)(())
+
+    def release(self, vm_id: int) -> None:
+        """Remove a VM's interfaces."""
+        self.held.discard(vm_id)
+        assert vm_id not in self.waiting
+
+
 class Host:
     """Runs a registry's actions."""
 
@@ -81,10 +160,9 @@ class Host:
         self.processes: dict[int, int] = {}  # by VM
         self.told: dict[int, list[str]] = {}  # what each process was told
         self.consoles: set[int] = set()
+        self.networks = FakeNetworks()
         self.failing: set[int] = set()  # VMs whose resources cannot be opened
         self.booted: list[tuple[int, int | None]] = []  # which kernel descriptor each launch had
-        self.boots: set[int] = set()
-        self.turn_at: float | None = None
         self.operations: list[Operate] = []
         self.pending: set[tuple[int, int]] = set()  # requests without an answer yet
         self.answers: dict[tuple[int, int], AnyAnswer] = {}
@@ -92,6 +170,33 @@ class Host:
         self.gone: set[int] = set()
         self._serial = 0
         self._pid = 100
+        self._kernels: dict[int, int] = {}  # inodes of descriptors that clients have passed
+        weakref.finalize(self, _close_open, self._kernels)
+        self._loop = FakeLoop(self.clock)
+        self._effects = Effects(
+            self._loop,
+            self.registry,
+            Means(
+                clients=self,
+                vmm=self,
+                networks=self.networks,
+                consoles=self,
+                kernels=KernelStore(),
+                open_vm=self._open_vm,
+                operate=self._operate,
+            ),
+        )
+
+    @property
+    def boots(self) -> set[int]:
+        """Descriptors of kernels that clients have passed, and that are open."""
+        return _open(self._kernels)
+
+    @property
+    def turn_at(self) -> float | None:
+        """When the next VMs are to start, in seconds."""
+        deadlines = [timer.deadline_ns for timer in self._loop.timers if timer.deadline_ns]
+        return min(deadlines) / 1e9 if deadlines else None
 
     # What happens
 
@@ -110,8 +215,9 @@ class Host:
         self.pending.add(key)
         boot = None
         if with_kernel:
-            boot = PassedBoot(self._serial)
-            self.boots.add(self._serial)
+            kernel = os.memfd_create("kernel")
+            self._kernels[kernel] = os.fstat(kernel).st_ino
+            boot = PassedBoot(kernel)
         request = type(request)(
             **{
                 **{name: getattr(request, name) for name in request.__struct_fields__},
@@ -129,10 +235,11 @@ class Host:
         self.check()
 
     def report(self, vm: Vm | int, *events: vm_state.Event) -> None:
-        """Tell the registry what has happened to a VM."""
+        """Let vmm say what leads to these events of a VM."""
         vm_id = vm if isinstance(vm, int) else vm.id
         for event in events:
-            self.run(self.registry.report(vm_id, event))
+            self._effects.take(_message(vm_id, event), Fds())
+            self._settle()
 
     def launch(self, name: str) -> Vm:
         """Let the process of a VM that is starting come to be."""
@@ -140,7 +247,8 @@ class Host:
         self.launches.remove(vm.id)
         self._pid += 1
         self.processes[vm.id] = self._pid
-        self.report(vm, Launched(self._pid, f"/dev/pts/{vm.id}"))
+        self._effects.take(VmLaunched(id=vm.id, pid=self._pid), Fds())
+        self._settle()
         return vm
 
     def end(self, vm: Vm | int, event: vm_state.Event) -> None:
@@ -149,12 +257,27 @@ class Host:
         del self.processes[vm_id]
         self.report(vm_id, event)
 
+    def end_vmm(self) -> None:
+        """Let the vmm process end, and all processes of VMs."""
+        self.processes.clear()
+        self.launches.clear()
+        self._effects.vmm_ended()
+        self._settle()
+
+    def make_networks(self, vm_id: int) -> None:
+        """Let the interfaces of a VM that waits for them come to be."""
+        self.networks.make(vm_id)
+        self._settle()
+
     def wait_for_turn(self) -> None:
         """Let time go on until the next VMs are to start."""
         assert self.turn_at is not None
         self.clock.now = self.turn_at
-        self.turn_at = None
-        self.run(self.registry.turn())
+        for timer in self._loop.timers:
+            if timer.deadline_ns == self._loop.monotonic_ns():
+                timer.cancel()
+                timer.callback()
+        self._settle()
 
     # What is seen
 
@@ -172,81 +295,102 @@ class Host:
 
     def run(self, actions: list[Action]) -> None:
         """Do what is to be done, in order, and what comes of it."""
-        results: list[tuple[int, vm_state.Event]] = []
-        for action in actions:
-            match action:
-                case Answer(client, answer):
-                    self._answer(client, answer)
-                case Perform(vm, effect):
-                    self._perform(vm, effect, results)
-                case Operate(ticket, _):
-                    self.operations.append(action)
-                    assert tuple(ticket) in self.pending
-                case List(ticket, _, vms):
-                    shown: tuple[VmInfo, ...] = tuple(map(info, vms))
-                    self._answer(ticket.client, Vms(serial=ticket.serial, vms=shown))
-                case OpenConsole(ticket, vm):
-                    assert vm.id in self.processes  # nobody else could show anything
-                    assert vm.state.tty
-                    self._answer(
-                        ticket.client,
-                        ConsoleOpened(serial=ticket.serial, id=vm.id, tty=vm.state.tty),
-                    )
-                case Tell(told):
-                    self.events.append(told)
-                case Drop(boot):
-                    self.boots.remove(boot.kernel)  # never twice
-                case ArmTurn(delay_s):
-                    self.turn_at = self.clock.now + delay_s
-                case _:
-                    assert_never(action)
-        self.check()
-        for vm_id, event in results:
-            self.report(vm_id, event)
+        self._effects.run(actions)
+        self._settle()
 
-    def _answer(self, client: int, answer: AnyAnswer) -> None:
+    def _settle(self) -> None:
+        self.check()
+        self._loop.settle()
+        self.check()
+
+    def answer(self, client: int, answer: AnyAnswer, fds: Sequence[int] = ()) -> None:
+        """Be a client that is answered."""
+        Fds(fds).close()
         key = (client, answer.serial)
         assert client not in self.gone
         assert key in self.pending  # exactly one answer
         self.pending.remove(key)
         self.answers[key] = answer
 
-    def _perform(
-        self,
-        vm: Vm,
-        effect: Launch | Release | Kill | SendStop | SendPause | SendUnpause,
-        results: list[tuple[int, vm_state.Event]],
-    ) -> None:
-        match effect:
-            case Launch(keeps_tty):
-                assert (vm.id in self.consoles) == keeps_tty
-                assert vm.id not in self.processes
-                assert vm.id not in self.launches
-                self.booted.append((vm.id, vm.boot.kernel if vm.boot else None))
-                if vm.boot:
-                    assert vm.boot.kernel in self.boots  # not closed yet
-                self.consoles.add(vm.id)
-                self.told[vm.id] = []
-                if vm.id in self.failing:
-                    results.append((vm.id, LaunchFailed(ErrorCode.DISK_MISSING, "in use")))
-                else:
-                    self.launches.append(vm.id)
-            case Release(keeps_tty):
-                assert vm.id not in self.processes
-                if not keeps_tty:
-                    self.consoles.remove(vm.id)
-            case Kill() | SendStop() | SendPause() | SendUnpause():
-                assert vm.id in self.processes or vm.id in self.launches
-                self.told[vm.id].append(type(effect).__name__)
+    def tell(self, event: Event) -> None:
+        """Be those who listen."""
+        self.events.append(event)
+
+    def list_vms(self, question: List, _inquiries: Inquiries, running: frozenset[int]) -> None:
+        """Tell the status of VMs at once."""
+        assert running == {*self.processes, *self.launches}
+        shown: tuple[VmInfo, ...] = tuple(map(info, question.vms))
+        self.answer(question.ticket.client, Vms(serial=question.ticket.serial, vms=shown))
+
+    def _operate(self, operation: Operate) -> None:
+        self.operations.append(operation)
+        assert tuple(operation.ticket) in self.pending
+
+    def send(self, message: ParentToVmm, fds: Sequence[int] = ()) -> bool:
+        """Be the vmm process."""
+        Fds(fds).close()
+        match message:
+            case LaunchVm(spec=spec):
+                assert spec.id not in self.processes
+                assert spec.id not in self.launches
+                assert spec.id in self.consoles
+                self.told[spec.id] = []
+                self.launches.append(spec.id)
+            case KillVm(id=vm_id):
+                self._told(vm_id, message)
+            case ToVm(id=vm_id, command=AttachConsole()):
+                assert vm_id in self.processes  # nobody else could show anything
+            case ToVm(id=vm_id, command=command):
+                self._told(vm_id, command)
             case _:
-                assert_never(effect)
+                raise AssertionError(message)
+        return True
+
+    def _told(self, vm_id: int, message: object) -> None:
+        if vm_id in self.networks.waiting:  # vmm has not been told of it yet
+            return
+        assert vm_id in self.processes or vm_id in self.launches
+        self.told[vm_id].append(type(message).__name__)
+
+    def open(self, vm: Vm) -> Pty:
+        """Have a console."""
+        assert (vm.id in self.consoles) == bool(vm.state.tty)
+        self.consoles.add(vm.id)
+        return Pty(f"/dev/pts/{vm.id}", -1, -1)
+
+    def close(self, vm_id: int) -> None:
+        """Have a console no more."""
+        assert vm_id not in self.processes
+        self.consoles.discard(vm_id)
+
+    def _open_vm(self, vm: Vm, pty: Pty, _networks: Sequence[Network]) -> Resources:
+        self.booted.append((vm.id, vm.boot.kernel if vm.boot else None))
+        if vm.boot:
+            assert vm.boot.kernel in self.boots  # not closed yet
+        if vm.id in self.failing:
+            raise ResourceError(ErrorCode.DISK_MISSING, "in use")
+        assert pty.name
+        spec = VmSpec(
+            id=vm.id,
+            name=vm.name,
+            memory=1 << 20,
+            cpus=1,
+            boot=0,
+            boot_path="",
+            kernel=1,
+            tty=2,
+            ring=3,
+        )
+        return Resources(spec, [])
 
     def check(self) -> None:
         """Hold the registry's table against the books."""
         by_id = {vm.id: vm for vm in self.registry.vms}
         assert len({vm.name for vm in by_id.values()}) == len(by_id)
-        for vm_id in (*self.processes, *self.launches, *self.consoles):
+        networks = (*self.networks.held, *self.networks.waiting)
+        for vm_id in (*self.processes, *self.launches, *self.consoles, *networks):
             assert vm_id in by_id
+        assert self._effects.running == {*self.processes, *self.launches}
         held = [vm.boot.kernel for vm in by_id.values() if vm.boot]
         assert sorted(held) == sorted(self.boots)
         for vm in by_id.values():
@@ -258,9 +402,49 @@ class Host:
             assert vm.id not in self.processes
             assert vm.id not in self.launches
             assert vm.id not in self.consoles
+            assert vm.id not in networks
             state = vm.state
             assert state.starter is None
             assert (state.waiters, state.pausers, state.unpausers, state.watchers) == ((),) * 4
+
+
+def _message(vm_id: int, event: vm_state.Event) -> VmmToParent:
+    """Return what vmm says so that an event comes of it."""
+    report: VmReport
+    match event:
+        case vm_state.LaunchFailed(code, message):
+            return VmLaunchFailed(id=vm_id, code=code, message=message)
+        case vm_state.Exited(None):
+            return VmExited(id=vm_id, pid=0, status=-9)
+        case vm_state.Exited(EndReason() as reason, code, message):
+            ending = VmEnding(reason=reason, code=code, message=message)
+            return VmExited(id=vm_id, pid=0, status=0, ending=ending)
+        case vm_state.Running():
+            report = VmStarted()
+        case vm_state.Paused():
+            report = VmPaused()
+        case vm_state.Unpaused():
+            report = VmUnpaused()
+        case _:
+            raise AssertionError(event)
+    return FromVm(id=vm_id, report=report)
+
+
+def _open(files: dict[int, int]) -> set[int]:
+    """Return those descriptors that are open, and still of the same file."""
+    found = set()
+    for fd, inode in files.items():
+        try:
+            if os.fstat(fd).st_ino == inode:
+                found.add(fd)
+        except OSError:
+            continue
+    return found
+
+
+def _close_open(files: dict[int, int]) -> None:
+    for fd in _open(files):
+        os.close(fd)
 
 
 def code(answer: AnyAnswer | None) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from vmd.control import process as control
 from vmd.control.process import Control
-from vmd.parent.peers import Peers
+from vmd.parent.client_users import ClientUsers
 from vmd.wire.channel import FDS_MAX, Channel, Received, channel_pair
 from vmd.wire.internal import (
     CONTROL_AND_PARENT,
@@ -44,7 +44,7 @@ class Rig:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(path)
         self.listener.listen(64)
-        self.peers = Peers(path)
+        self.peers = ClientUsers(path)
         self.heard: list[ControlToParent] = []
         self.fd_counts: list[int] = []
         self.parent: Channel[ParentToControl, ControlToParent]

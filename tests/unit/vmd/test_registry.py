@@ -124,7 +124,7 @@ def test_a_reset_forgets_ids(host: Host) -> None:
     (operation,) = host.operations
     host.run(host.registry.remove_all(operation.ticket))
     assert host.states() == {"b": State.STOPPING}
-    assert host.told[vm.id] == ["Kill"]
+    assert host.told[vm.id] == ["KillVm"]
     assert code(host.ask(Start(name="c", disks=DISKS))) == ErrorCode.EAGAIN
     assert code(host.ask(Reload())) == ErrorCode.EAGAIN
     assert reset not in host.answers
@@ -163,7 +163,7 @@ def test_the_life_of_a_vm_of_a_configuration(host: Host) -> None:
     waiter = host.begin(Wait(id=1), client=2)
     stop = host.ask(Stop(id=1))
     assert isinstance(stop, Done)
-    assert host.told[1] == ["SendPause", "SendUnpause", "SendStop"]
+    assert host.told[1] == ["PauseVm", "UnpauseVm", "StopVm"]
     host.end(1, Exited(EndReason.STOPPED))
     assert isinstance(host.answers[waiter], Terminated)
     assert host.states() == {"web": State.STOPPED}

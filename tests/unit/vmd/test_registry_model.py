@@ -157,6 +157,29 @@ class RegistryMachine(RuleBasedStateMachine):
         if vm:
             self.host.failing ^= {vm.id}
 
+    @rule()
+    def slow_down_or_speed_up(self) -> None:
+        """Let interfaces take their time from now on, or not."""
+        self.host.networks.is_slow = not self.host.networks.is_slow
+
+    @precondition(lambda self: self.host.networks.waiting)
+    @rule(choice=choices)
+    def make_networks(self, choice: int) -> None:
+        """Let the interfaces of a VM come to be, whatever has become of it meanwhile."""
+        waiting = list(self.host.networks.waiting)
+        was_emptying = self.host.registry.is_emptying
+        self.host.make_networks(waiting[choice % len(waiting)])
+        self._note_emptied(was_emptying)
+
+    @precondition(lambda self: self.host.processes)
+    @rule(seldom=st.sampled_from([False] * 7 + [True]))
+    def end_vmm(self, seldom: bool) -> None:
+        """Let the vmm process end, and all processes of VMs."""
+        if seldom:
+            was_emptying = self.host.registry.is_emptying
+            self.host.end_vmm()
+            self._note_emptied(was_emptying)
+
     @precondition(lambda self: self.host.launches)
     @rule(choice=choices, does_run=st.booleans())
     def launch(self, choice: int, does_run: bool) -> None:
@@ -243,6 +266,8 @@ class RegistryMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """End every process: then nobody waits, and nothing is left."""
         self.host.run(self.host.registry.remove_all())
+        for vm_id in list(self.host.networks.waiting):
+            self.host.make_networks(vm_id)
         for vm_id in list(self.host.launches):
             self.host.launches.remove(vm_id)
             self.host.report(vm_id, LaunchFailed(ErrorCode.EIO))

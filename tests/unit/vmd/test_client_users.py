@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from vmd.parent.peers import Peers
+from vmd.parent.client_users import ClientUsers
 from vmd.wire.channel import Fds, MalformedError
 from vmd.wire.internal import CLIENTS_MAX, CLIENTS_OF_ROOT, UNANSWERED_MAX
 
@@ -41,7 +41,7 @@ def _accepted(listener: socket.socket, stack: ExitStack) -> int:
 
 def test_the_kernel_says_who_connected(listener: socket.socket) -> None:
     """A client's user is known from its connection, until it has gone."""
-    peers = Peers(listener.getsockname())
+    peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         peers.came(7, Fds([_accepted(listener, stack)]))
         assert peers.asks(7) == os.geteuid()
@@ -55,7 +55,7 @@ def test_the_kernel_says_who_connected(listener: socket.socket) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's connection needs root")
 def test_another_user(listener: socket.socket) -> None:
     """It is the one that connected that counts, not the one that has the connection."""
-    peers = Peers(listener.getsockname())
+    peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         os.seteuid(NOBODY)
         try:
@@ -68,7 +68,7 @@ def test_another_user(listener: socket.socket) -> None:
 
 def test_what_is_no_connection_of_ours(listener: socket.socket, tmp_path: Path) -> None:
     """Sockets whose peer is root by their making prove nothing, nor does what is no socket."""
-    peers = Peers(listener.getsockname())
+    peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         other = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -91,7 +91,7 @@ def test_what_is_no_connection_of_ours(listener: socket.socket, tmp_path: Path) 
 
 def test_a_number_is_one_connection(listener: socket.socket) -> None:
     """A client that is known does not become another one."""
-    peers = Peers(listener.getsockname())
+    peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         peers.came(1, Fds([_accepted(listener, stack)]))
         with Fds([_accepted(listener, stack)]) as second, pytest.raises(MalformedError):
@@ -100,14 +100,14 @@ def test_a_number_is_one_connection(listener: socket.socket) -> None:
 
 def test_a_connection_that_is_lost(listener: socket.socket) -> None:
     """Where there was no room for its descriptor, nobody knows who a client is."""
-    peers = Peers(listener.getsockname())
+    peers = ClientUsers(listener.getsockname())
     peers.came(1, Fds(are_lost=True))
     assert peers.asks(1) is None
 
 
 def test_what_a_client_waits_for_is_counted(listener: socket.socket) -> None:
     """Control lets none wait for more answers than it may, nor has more clients: else it is not."""
-    peers = Peers(listener.getsockname())
+    peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         peers.came(7, Fds([_accepted(listener, stack)]))
         for _ in range(UNANSWERED_MAX):

@@ -22,7 +22,7 @@ class _Peer:
         self.unanswered = 0
 
 
-class Peers:
+class ClientUsers:
     """The users of the connections of one control process after another, and what they wait for.
 
     control gives each client no more to wait for than it may: one that does is not control.

@@ -11,23 +11,25 @@ Source: passt(1)
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from vmd.config.model import ForwardConfig
-from vmd.parent.interfaces import Links, Network, interface_infos
+from vmd.config.model import Config, ForwardConfig
+from vmd.confine.confinements import Kind
+from vmd.parent.errors import ResourceError
+from vmd.parent.interfaces import MTU_DEFAULT, Links, Network, Then, interface_infos
+from vmd.parent.peer import AnyPeer
 from vmd.rules.vm import Vm
 from vmd.wire.internal import MadeTap, TapSpec
-from vmd.wire.messages import InterfaceInfo
+from vmd.wire.messages import ErrorCode, InterfaceInfo
 from vmm_kvm.log import Log
 
 log = Log(__name__)
 
 _SOCKET_BUFFER = 4 << 20
-_MTU_DEFAULT = 1500
 
 
 class _Stream(NamedTuple):
@@ -60,15 +62,45 @@ class PasstNetworks:
     def __init__(self) -> None:
         """Begin with none."""
         self._held: dict[int, _Held] = {}
-        self.pids: set[int] = set()
-        """Processes that have not been reaped yet; whoever does says so by `ended`."""
+        self._pids: set[int] = set()
 
-    def attach(self, vm: Vm) -> tuple[Network, ...]:
-        """Return a VM's interfaces, new ones or those from before its reboot.
+    @property
+    def peers(self) -> Mapping[Kind, AnyPeer]:
+        """The processes that they need: none that the parent talks to."""
+        return {}
 
-        Raises:
-            OSError: the host has no descriptors or processes left.
-        """
+    @property
+    def pids(self) -> Collection[int]:
+        """Processes of passt that have not been reaped yet."""
+        return self._pids
+
+    def reaped(self, pid: int) -> None:
+        """Note that a child of this process has been reaped."""
+        self._pids.discard(pid)
+
+    def configure(self, config: Config) -> None:
+        """Take note of a vm.conf: there can be no switches."""
+        if any(switch.is_enabled for switch in config.switches):
+            log.warning("no switches: they need root")
+
+    def add(self, config: Config) -> None:
+        """Take note of another file."""
+
+    def forget_switches(self) -> None:
+        """Have no switches, as before."""
+
+    def attach(self, vm: Vm, then: Then) -> None:
+        """Make a VM's interfaces, or find them from before its reboot; then call `then`, once."""
+        try:
+            networks = self._networks(vm)
+        except OSError as err:
+            then(ResourceError(ErrorCode.EIO, f"passt: {err.strerror}"))
+        else:
+            then(networks)
+
+    def _networks(self, vm: Vm) -> tuple[Network, ...]:
+        if not vm.config.interfaces:
+            return ()
         held = self._held.get(vm.id)
         if held is None:
             with ExitStack() as stack:
@@ -87,7 +119,7 @@ class PasstNetworks:
                     lladdr=interface.lladdr or "",
                     alias=f"nic{index}",
                     is_locked=interface.is_locked,
-                    mtu=interface.mtu or _MTU_DEFAULT,
+                    mtu=interface.mtu or MTU_DEFAULT,
                     rdomain=interface.rdomain,
                 ),
                 MadeTap(name="", index=0),
@@ -101,7 +133,7 @@ class PasstNetworks:
             )
         )
 
-    def refresh(self) -> dict[int, Links]:
+    def refresh(self) -> Mapping[int, Links]:
         """Plug cables in and out as VMs are configured now; see `Networks.refresh`."""
         changed = {}
         for vm_id, held in self._held.items():
@@ -132,10 +164,6 @@ class PasstNetworks:
         for vm_id in tuple(self._held):
             self.release(vm_id)
 
-    def ended(self, pid: int) -> None:
-        """Note that a child of this process has been reaped."""
-        self.pids.discard(pid)
-
     def _stream(self, name: str, forwards: Sequence[ForwardConfig], *, is_local: bool) -> _Stream:
         from shutil import which  # noqa: PLC0415 - every child would inherit all that it imports
 
@@ -145,7 +173,7 @@ class PasstNetworks:
             if program is not None:
                 for end in (ours, theirs):
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-                self.pids.add(_spawn(program, theirs.fileno(), forwards))
+                self._pids.add(_spawn(program, theirs.fileno(), forwards))
             elif is_local:
                 log.warning("%s: no network: passt is not installed", name)
             else:

@@ -1,0 +1,151 @@
+"""Clients, as the parent knows them: by the control process's numbers, and what they wait for."""
+
+from collections.abc import Callable, Sequence
+from typing import assert_never
+
+from vmd.parent.client_users import ClientUsers
+from vmd.parent.passed import passed_boot
+from vmd.parent.peer import Peer
+from vmd.parent.status import Inquiries, StatusQuestion
+from vmd.rules.registry import Action, List, Registry
+from vmd.rules.vm import Vm
+from vmd.wire.channel import (
+    ChannelError,
+    DescriptorsLostError,
+    Fds,
+    Loop,
+    MalformedError,
+    OversizeError,
+)
+from vmd.wire.internal import (
+    PARENT_AND_CONTROL,
+    ClientAnswer,
+    ClientCame,
+    ClientGone,
+    ClientRequest,
+    Considered,
+    ControlToParent,
+    Happened,
+    ParentToControl,
+)
+from vmd.wire.messages import (
+    AnyAnswer,
+    ErrorCode,
+    Event,
+    Failed,
+    InterfaceInfo,
+    ParentRequest,
+    Start,
+    Status,
+    Vms,
+)
+from vmm_kvm.clock import NANOSECONDS
+
+CONTROL_PATIENCE_NS = 10 * NANOSECONDS
+"""How long control may leave the channel to it full; it has nothing to do but to read."""
+
+
+class Clients:
+    """What clients ask, and what they are told, by way of the control process."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        registry: Registry,
+        users: ClientUsers,
+        run: Callable[[Sequence[Action]], None],
+        interfaces: Callable[[Vm], tuple[InterfaceInfo, ...]],
+    ) -> None:
+        """Begin without any.
+
+        `run` carries out what the registry says; `interfaces` tells of a VM's.
+        """
+        self._loop = loop
+        self._registry = registry
+        self._run = run
+        self._interfaces = interfaces
+        self._users = users
+        self._questions: set[StatusQuestion] = set()
+        self.control: Peer[ParentToControl, ControlToParent] = Peer(
+            "control",
+            PARENT_AND_CONTROL,
+            loop,
+            self._take,
+            on_end=self._all_left,
+            patience_ns=CONTROL_PATIENCE_NS,
+        )
+        """The process that has their connections."""
+
+    # What they are told
+
+    def answer(self, client: int, answer: AnyAnswer, fds: Sequence[int] = ()) -> None:
+        """Answer a client; takes ownership of `fds`."""
+        if not (isinstance(answer, Vms) and answer.has_more):
+            self._users.answered(client)
+        try:
+            self.control.send_or_raise(ClientAnswer(client=client, answer=answer), fds)
+        except OversizeError as err:
+            text = f"the answer would be {err}"
+            failed = Failed(serial=answer.serial, code=ErrorCode.EIO, message=text)
+            self.control.send(ClientAnswer(client=client, answer=failed))
+
+    def tell(self, event: Event) -> None:
+        """Tell all that listen to events."""
+        self.control.send(Happened(event=event))
+
+    def list_vms(self, question: List, inquiries: Inquiries, running: frozenset[int]) -> None:
+        """Ask the processes of running VMs, and answer when they have, or soon."""
+        client = question.ticket.client
+
+        def answer(parts: list[AnyAnswer]) -> None:
+            self._questions.discard(asked)
+            for part in parts:
+                self.answer(client, part)
+            self.control.send(Considered(client=client))
+
+        asked = StatusQuestion(self._loop, question, inquiries, answer, self._interfaces)
+        self._questions.add(asked)
+        asked.ask(running)
+
+    # What they ask
+
+    def _take(self, message: ControlToParent, fds: Fds) -> None:
+        match message:
+            case ClientCame(client=client):
+                self._users.came(client, fds)
+            case ClientRequest(client=client, request=request):
+                self._ask(client, self._users.asks(client), request, fds)
+            case ClientGone(client=client):
+                self._users.gone(client)
+                self._registry.client_left(client)
+                for question in tuple(self._questions):
+                    if question.ticket.client == client:
+                        self._questions.discard(question)
+                        question.cancel()
+                        self.control.send(Considered(client=client))
+            case _:
+                assert_never(message)
+
+    def _ask(self, client: int, uid: int | None, request: ParentRequest, fds: Fds) -> None:
+        try:
+            if uid is None:
+                raise DescriptorsLostError("the daemon had none left to see who connects")
+            boot = passed_boot(request, fds) if isinstance(request, Start) else None
+        except ChannelError as err:
+            is_wrong = isinstance(err, MalformedError)
+            code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN
+            self.answer(client, Failed(serial=request.serial, code=code, message=str(err)))
+            self.control.send(Considered(client=client))
+            return
+        self._run(self._registry.request(client, uid, request, boot))
+        if not isinstance(request, Status):  # whose answer takes as much again
+            self.control.send(Considered(client=client))
+
+    def _all_left(self) -> None:
+        """Forget the clients: their connections went with the control process."""
+        for client in self._users.forget_all():
+            self._registry.client_left(client)
+        # The next control process counts its clients from the first number again.
+        for question in self._questions:
+            question.cancel()
+        self._questions.clear()

@@ -1,0 +1,347 @@
+"""What the registry has decided, carried out; and what comes of it, reported back.
+
+An effect of a VM's life is performed here from its first step to its last: a launch makes the
+networks, opens the console and the files, and has vmm make the processes. What vmm says is then an
+event for the registry. The host's own things are behind protocols: the tests of the registry's
+model run this module on a host of their own.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, assert_never
+
+from vmd.parent.errors import ResourceError
+from vmd.parent.exits import exit_event
+from vmd.parent.interfaces import Network, Then
+from vmd.parent.resources import Resources
+from vmd.parent.status import Inquiries, TimedLoop
+from vmd.rules import vm_state
+from vmd.rules.registry import (
+    Action,
+    Answer,
+    ArmTurn,
+    Drop,
+    Effect,
+    List,
+    OpenConsole,
+    Operate,
+    Perform,
+    Registry,
+    Tell,
+)
+from vmd.rules.vm import Vm
+from vmd.shared.kernels import KernelStore
+from vmd.shared.pty import Pty
+from vmd.wire.channel import Fds
+from vmd.wire.internal import (
+    AskStatistics,
+    AttachConsole,
+    FromVm,
+    KillVm,
+    LaunchVm,
+    ParentToVmm,
+    PauseVm,
+    StopVm,
+    ToVm,
+    UnpauseVm,
+    VmCommand,
+    VmExited,
+    VmLaunched,
+    VmLaunchFailed,
+    VmmToParent,
+    VmPaused,
+    VmReport,
+    VmStarted,
+    VmStatistics,
+    VmUnpacked,
+    VmUnpaused,
+)
+from vmd.wire.messages import AnyAnswer, ConsoleOpened, ErrorCode, Event, Failed
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+
+class Later(TimedLoop, Protocol):
+    """An event loop that also takes calls."""
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, after what runs now."""
+
+
+class Clients(Protocol):
+    """Those who ask, and are told."""
+
+    def answer(self, client: int, answer: AnyAnswer, fds: Sequence[int] = ()) -> None:
+        """Answer a client; takes ownership of `fds`."""
+
+    def tell(self, event: Event) -> None:
+        """Tell all that listen to events."""
+
+    def list_vms(self, question: List, inquiries: Inquiries, running: frozenset[int]) -> None:
+        """Answer with the status of VMs; `running` are the ids of those that have a process."""
+
+
+class Vmm(Protocol):
+    """The vmm process."""
+
+    def send(self, message: ParentToVmm, fds: Sequence[int] = ()) -> bool:
+        """Send a message, and take ownership of `fds`; False if there is no vmm."""
+
+
+class Interfaces(Protocol):
+    """Who makes the network interfaces of VMs."""
+
+    def attach(self, vm: Vm, then: Then) -> None:
+        """Make a VM's interfaces, or find those from before its reboot; then call `then` once."""
+
+    def release(self, vm_id: int) -> None:
+        """Remove a VM's interfaces, if it has any."""
+
+
+class Terminals(Protocol):
+    """Who makes the consoles of VMs."""
+
+    def open(self, vm: Vm) -> Pty:
+        """Return a VM's console, the same until `close`.
+
+        Raises:
+            OSError: the host has no terminals or descriptors left.
+        """
+
+    def close(self, vm_id: int) -> None:
+        """Give a VM's console back, if it has one."""
+
+
+OpenVm = Callable[[Vm, Pty, Sequence[Network]], Resources]
+"""Opens all else that a VM needs.
+
+Raises:
+    ResourceError: something is missing.
+    OSError: the host has no descriptors left.
+"""
+
+
+class Means(NamedTuple):
+    """What effects are carried out with; all of it stays the caller's."""
+
+    clients: Clients
+    vmm: Vmm
+    networks: Interfaces
+    consoles: Terminals
+    kernels: KernelStore
+    open_vm: OpenVm
+    operate: Callable[[Operate], None]
+    """Does what an administrator asks of the daemon itself, and answers."""
+
+
+class Effects:
+    """Carries out the registry's actions, on the event loop's thread."""
+
+    def __init__(self, loop: Later, registry: Registry, means: Means) -> None:
+        """Begin without VMs."""
+        self._loop = loop
+        self._registry = registry
+        self._clients = means.clients
+        self._vmm = means.vmm
+        self._networks = means.networks
+        self._consoles = means.consoles
+        self._kernels = means.kernels
+        self._open_vm = means.open_vm
+        self._operate = means.operate
+        self._turn_timer = loop.timer(lambda: self.run(registry.turn()))
+        self._launched: set[int] = set()  # ids of VMs that vmm knows
+        self._ttys: dict[int, str] = {}  # of those
+        self._inquiries = Inquiries(loop, lambda vm_id: self.tell_vm(vm_id, AskStatistics()))
+        self._on_idle: Callable[[], None] | None = None
+
+    @property
+    def running(self) -> frozenset[int]:
+        """The ids of VMs that vmm knows."""
+        return frozenset(self._launched)
+
+    # What is to be done
+
+    def run(self, actions: Sequence[Action]) -> None:
+        """Carry out actions in order."""
+        for action in actions:
+            match action:
+                case Answer(client, answer):
+                    self._clients.answer(client, answer)
+                case Tell(event):
+                    self._clients.tell(event)
+                case Perform(vm, effect):
+                    self._perform(vm, effect)
+                case Operate():
+                    self._operate(action)
+                case List():
+                    self._clients.list_vms(action, self._inquiries, self.running)
+                case OpenConsole(ticket, vm):
+                    self._open_console(ticket, vm)
+                case Drop(boot):
+                    Fds((boot.kernel, *boot.initrd)).close()
+                case ArmTurn(delay_s):
+                    self._turn_timer.arm(self._loop.monotonic_ns() + delay_s * NANOSECONDS)
+                case _:
+                    assert_never(action)
+
+    def end_all(self, on_idle: Callable[[], None]) -> None:
+        """End all VMs; `on_idle` is called once, when none is left."""
+        self._on_idle = on_idle
+        self._turn_timer.cancel()
+        self.run(self._registry.remove_all())
+        self._look_if_idle()
+
+    def tell_vm(self, vm_id: int, command: VmCommand, fds: Sequence[int] = ()) -> None:
+        """Say something to a VM process; takes ownership of `fds`."""
+        self._vmm.send(ToVm(id=vm_id, command=command), fds)
+
+    def _happened(self, vm_id: int, event: vm_state.Event) -> None:
+        self.run(self._registry.report(vm_id, event))
+        self._look_if_idle()
+
+    def _look_if_idle(self) -> None:
+        if self._on_idle and self._registry.is_idle and not self._launched:
+            on_idle, self._on_idle = self._on_idle, None
+            on_idle()
+
+    def _perform(self, vm: Vm, effect: Effect) -> None:
+        match effect:
+            case vm_state.Launch():
+                # What comes of it is for a registry that has finished this step.
+                self._loop.call_soon(lambda: self._launch(vm))
+            case vm_state.Release(keeps_tty=keeps_tty):
+                if not keeps_tty:
+                    self._consoles.close(vm.id)
+                    self._networks.release(vm.id)
+            case vm_state.Kill():
+                self._vmm.send(KillVm(id=vm.id))
+            case vm_state.SendStop():
+                self.tell_vm(vm.id, StopVm())
+            case vm_state.SendPause():
+                self.tell_vm(vm.id, PauseVm())
+            case vm_state.SendUnpause():
+                self.tell_vm(vm.id, UnpauseVm())
+            case _:
+                assert_never(effect)
+
+    def _open_console(self, ticket: vm_state.Ticket, vm: Vm) -> None:
+        try:
+            theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as err:
+            text = f"console: {err.strerror}"
+            failed = Failed(serial=ticket.serial, code=ErrorCode.EAGAIN, message=text)
+            self._clients.answer(ticket.client, failed)
+            return
+        self.tell_vm(vm.id, AttachConsole(), (ours.detach(),))
+        opened = ConsoleOpened(serial=ticket.serial, id=vm.id, tty=vm.state.tty)
+        self._clients.answer(ticket.client, opened, (theirs.detach(),))
+
+    # Launching
+
+    def _launch(self, vm: Vm) -> None:
+        """Make a VM's interfaces; then go on."""
+        if not self._was_stopped(vm):
+            self._networks.attach(vm, lambda found: self._launch_with(vm, found))
+
+    def _launch_with(self, vm: Vm, networks: Sequence[Network] | ResourceError) -> None:
+        """Open what else a VM needs, and have vmm start its processes."""
+        if isinstance(networks, ResourceError):
+            self._launch_failed(vm, networks.code, str(networks))
+            return
+        if self._was_stopped(vm):
+            return
+        try:
+            pty = self._consoles.open(vm)
+            spec, fds = self._open_vm(vm, pty, networks)
+        except ResourceError as err:
+            self._launch_failed(vm, err.code, str(err))
+            return
+        except OSError as err:
+            self._launch_failed(vm, ErrorCode.EIO, err.strerror or str(err))
+            return
+        self._launched.add(vm.id)
+        self._ttys[vm.id] = pty.name
+        if spec.kernel is None:
+            self._kernels.expect(vm.id, fds[spec.boot])
+        else:
+            log.debug("vm %d: unpacked kernel lent", vm.id)
+        if not self._vmm.send(LaunchVm(spec=spec), fds):
+            self._launched.discard(vm.id)
+            self._launch_failed(vm, ErrorCode.EAGAIN, "there is no vmm process")
+
+    def _was_stopped(self, vm: Vm) -> bool:
+        """Tell whether a VM is not to start any more; if so, the registry is told."""
+        if vm.state.phase is vm_state.Phase.STARTING:
+            return False
+        self._happened(vm.id, vm_state.LaunchFailed(ErrorCode.EINTR, "it was stopped"))
+        return True
+
+    def _launch_failed(self, vm: Vm, code: ErrorCode, message: str) -> None:
+        log.warning("%s: failed to start vm: %s", vm.name, message)
+        self._happened(vm.id, vm_state.LaunchFailed(code, message))
+
+    # What vmm says
+
+    def take(self, message: VmmToParent, fds: Fds) -> None:
+        """Account for what vmm says."""
+        if message.id not in self._launched:
+            log.warning("vmm: speaks of vm %d, which does not run", message.id)
+            return
+        match message:
+            case VmLaunched(id=vm_id, pid=pid):
+                self._happened(vm_id, vm_state.Launched(pid, self._ttys[vm_id]))
+            case VmLaunchFailed(id=vm_id, code=code, message=text):
+                self._launched.discard(vm_id)
+                self._happened(vm_id, vm_state.LaunchFailed(code, text))
+            case FromVm(id=vm_id, report=report):
+                self._reported(vm_id, report, fds)
+            case VmExited():
+                self._exited(message)
+            case _:
+                assert_never(message)
+
+    def vmm_ended(self) -> None:
+        """Account for all VMs: none of their processes is left."""
+        for vm_id in sorted(self._launched):
+            self._forget_process(vm_id)
+            self._happened(vm_id, vm_state.Exited(None, message="the vmm process has ended"))
+
+    def _forget_process(self, vm_id: int) -> None:
+        self._launched.discard(vm_id)
+        self._inquiries.forget(vm_id)
+        self._kernels.expect_no_more(vm_id)
+
+    def _reported(self, vm_id: int, report: VmReport, fds: Fds) -> None:
+        match report:
+            case VmUnpacked():
+                for kernel in fds.take_all():
+                    is_kept = self._kernels.keep(vm_id, kernel)
+                    log.debug("vm %d: unpacked kernel %s", vm_id, "kept" if is_kept else "refused")
+            case VmStarted():
+                self._kernels.expect_no_more(vm_id)
+                self._happened(vm_id, vm_state.Running())
+                vm = self._registry.find(vm_id, "")
+                if vm:
+                    log.info(
+                        "started %s (vm %d) successfully, tty %s", vm.name, vm_id, vm.state.tty
+                    )
+            case VmPaused():
+                self._happened(vm_id, vm_state.Paused())
+            case VmUnpaused():
+                self._happened(vm_id, vm_state.Unpaused())
+            case VmStatistics():
+                self._inquiries.told(vm_id, report)
+            case _:
+                log.debug("vm %d: %s", vm_id, report)
+
+    def _exited(self, message: VmExited) -> None:
+        self._forget_process(message.id)
+        vm = self._registry.find(message.id, "")
+        event = exit_event(message)
+        if vm and event.message:
+            is_wanted = vm.state.phase is vm_state.Phase.STOPPING
+            tell = log.debug if is_wanted else log.warning
+            tell("vm/%s: %s", vm.name, event.message)
+        self._happened(message.id, event)

@@ -1,0 +1,312 @@
+"""Networks of taps: each VM's are opened here, and made by priv.
+
+Nothing of the host's network is changed here. priv does that; what it needs is opened here and
+passed along: /dev/net/tun, whose descriptors keep the taps alive as long as their VM exists, so
+that a guest which reboots finds the same ones. On local interfaces, the local process answers the
+guest; its sockets are opened here too.
+
+A VM waits for its interfaces before it is launched. Where there is no priv, or the host has no
+taps, VMs run without.
+
+Source: section 12 of OpenBSD's behaviour, with the advice of its section 21.
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from typing import assert_never
+
+from msgspec.structs import replace
+
+from vmd.config.model import Config
+from vmd.confine.confinements import Kind
+from vmd.parent.errors import ResourceError
+from vmd.parent.interfaces import Links, Network, Then, interface_infos
+from vmd.parent.local_interfaces import LocalInterfaces
+from vmd.parent.peer import AnyPeer, Peer
+from vmd.parent.taps import TapPlan, taken_forwards
+from vmd.rules.vm import Vm
+from vmd.wire.channel import Fds, Loop
+from vmd.wire.internal import (
+    PARENT_AND_PRIV,
+    Configured,
+    ForgetTaps,
+    MadeTap,
+    MakeTaps,
+    ParentToPriv,
+    PrivToParent,
+    TapsFailed,
+    TapsForgotten,
+    TapsMade,
+    TapSpec,
+)
+from vmd.wire.messages import ErrorCode, InterfaceInfo
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+TUN = "/dev/net/tun"
+
+
+class _Held:
+    """What there is of one VM's network; owns the descriptors of its taps."""
+
+    __slots__ = ("attached", "fds", "is_filtered", "links", "sent", "specs", "then", "vm")
+
+    def __init__(self, vm: Vm, specs: tuple[TapSpec, ...], links: Links, then: Then) -> None:
+        self.vm = vm
+        self.specs = self.sent = specs
+        self.links = links
+        self.fds: list[int] = []
+        self.then: Then | None = then
+        self.attached: tuple[MadeTap, ...] = ()
+        self.is_filtered = False
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+    def networks(self) -> tuple[Network, ...]:
+        """Return the interfaces that there are; none before priv has made them."""
+        if not self.attached:
+            return ()
+        return tuple(
+            Network(
+                spec,
+                tap,
+                tuple(self.fds[at] for at in spec.queues),
+                self.is_filtered or not spec.is_locked,
+                has_link=has_link,
+            )
+            for spec, tap, has_link in zip(self.specs, self.attached, self.links, strict=True)
+        )
+
+
+class TapNetworks:
+    """Networks of all VMs, on the event loop's thread."""
+
+    def __init__(self, loop: Loop, socket_path: str | None, *, tun: str = TUN) -> None:
+        """Begin with none.
+
+        `socket_path` tells this daemon's things from those of others on the same host. `tun` is
+        what is opened for each queue.
+        """
+        self._tun = tun
+        self._plan = TapPlan(socket_path)
+        self._held: dict[int, _Held] = {}
+        self._leaving: dict[int, _Held] = {}
+        self._waiting: list[tuple[Vm, Then]] = []
+        self._priv: Peer[ParentToPriv, PrivToParent] = Peer(
+            "priv",
+            PARENT_AND_PRIV,
+            loop,
+            self._from_priv,
+            on_start=self._tell_all,
+            on_end=self._priv_ended,
+            on_give_up=self._give_up,
+        )
+        self._local = LocalInterfaces(loop, self._serve_all)
+
+    @property
+    def peers(self) -> Mapping[Kind, AnyPeer]:
+        """The processes that they need."""
+        return {Kind.PRIV: self._priv, Kind.LOCAL: self._local.peer}
+
+    @property
+    def pids(self) -> Collection[int]:
+        """Other children: none."""
+        return ()
+
+    def reaped(self, pid: int) -> None:
+        """Note that a child has been reaped, which is none of ours."""
+
+    def close(self) -> None:
+        """Remove all interfaces: they end with their descriptors."""
+        for held in (*self._held.values(), *self._leaving.values()):
+            held.close()
+        self._held.clear()
+        self._leaving.clear()
+
+    # Processes
+
+    def _tell_all(self) -> None:
+        """Let a new priv process make the host's network what it is to be."""
+        if not self._plan.is_configured:
+            return
+        # What there is already comes first, so that no rule for it is missing meanwhile.
+        self._priv.send(self._plan.configuration(is_partial=True))
+        for vm_id, held in self._held.items():
+            if held.attached:
+                self._attach(vm_id, held)
+        self._priv.send(self._plan.configuration())
+        for vm_id, held in tuple(self._held.items()):
+            if not held.attached:
+                self._attach(vm_id, held)
+
+    def _priv_ended(self) -> None:
+        """Wait for another priv process; nobody refers any more to what is about to go."""
+        for vm_id in tuple(self._leaving):
+            self._left(vm_id)
+
+    def _give_up(self) -> None:
+        """Fail whatever waits for a priv process: there will be no other."""
+        waiting, self._waiting = self._waiting, []
+        for _, then in waiting:
+            then(ResourceError(ErrorCode.EAGAIN, "there is no priv process"))
+        for vm_id, held in tuple(self._held.items()):
+            if not held.attached:
+                self._fail(vm_id, held, "there is no priv process")
+
+    def _serve_all(self) -> None:
+        for held in self._held.values():
+            self._local.serve(held.vm, held.networks())
+
+    # Configuration
+
+    def configure(self, config: Config) -> None:
+        """Make the host's network what a vm.conf says; VMs that run keep their addresses."""
+        self._plan.configure(config)
+        self._priv.send(self._plan.configuration())
+
+    def add(self, config: Config) -> None:
+        """Add the switches of another file; of two with the same name the first counts."""
+        self._plan.add(config)
+        if self._plan.is_configured:
+            self._priv.send(self._plan.configuration())
+
+    def forget_switches(self) -> None:
+        """Remove all switches; interfaces that are on one stay on it if it is not ours."""
+        self._plan.forget_switches()
+        self._priv.send(self._plan.configuration())
+
+    # Interfaces of VMs
+
+    def attach(self, vm: Vm, then: Then) -> None:
+        """Make a VM's interfaces, or find them from before its reboot; then call `then`, once."""
+        held = self._held.get(vm.id)
+        if not vm.config.interfaces:
+            then(())
+        elif held is not None and held.then is None:
+            then(held.networks())
+        elif not os.path.exists(self._tun):  # noqa: PTH110 - the plainest way
+            log.warning("vm/%s: started without its interfaces: %s is missing", vm.name, self._tun)
+            then(())
+        elif self._leaving:
+            # Their names may be those that it wants.
+            self._waiting.append((vm, then))
+        else:
+            self._begin(vm, then)
+
+    def _begin(self, vm: Vm, then: Then) -> None:
+        taken = taken_forwards((held.vm.name, held.specs) for held in self._held.values())
+        try:
+            held = _Held(vm, self._plan.specs(vm, taken), self._plan.links(vm), then)
+        except ResourceError as err:
+            then(err)
+            return
+        self._held[vm.id] = held
+        self._attach(vm.id, held)
+
+    def _attach(self, vm_id: int, held: _Held) -> None:
+        """Ask priv for interfaces, or tell a new one of those that there are already."""
+        if not self._priv.is_there:
+            return  # it is told when there is one
+        held.sent = held.specs
+        if held.attached:
+            specs = zip(held.specs, held.attached, strict=True)
+            there = tuple(replace(spec, name=tap.name, queues=()) for spec, tap in specs)
+            self._priv.send(MakeTaps(id=vm_id, taps=there))
+            return
+        try:
+            # A descriptor can be a queue only once, and one that crashed may have made it that.
+            held.close()
+            for _ in range(sum(len(spec.queues) for spec in held.specs)):
+                held.fds.append(os.open(self._tun, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
+            fds = tuple(os.dup(fd) for fd in held.fds)
+        except OSError as err:
+            self._fail(vm_id, held, f"{self._tun}: {err.strerror}")
+            return
+        self._priv.send(MakeTaps(id=vm_id, taps=held.specs), fds)
+
+    def refresh(self) -> Mapping[int, Links]:
+        """Bring interfaces up and down as VMs and switches are configured now.
+
+        Returns the links of the VMs, by their ids, for whose guests that changes something.
+        """
+        changed = {}
+        for vm_id, held in self._held.items():
+            states = [interface.is_up for interface in held.vm.config.interfaces]
+            specs = tuple(
+                replace(spec, is_up=is_up) for spec, is_up in zip(held.specs, states, strict=True)
+            )
+            links = self._plan.links(held.vm)
+            if links != held.links:
+                held.links = changed[vm_id] = links
+            if specs != held.specs:
+                held.specs = specs
+                if held.attached:
+                    self._attach(vm_id, held)
+        return changed
+
+    def release(self, vm_id: int) -> None:
+        """Remove a VM's interfaces, if it has any."""
+        self._waiting = [one for one in self._waiting if one[0].id != vm_id]
+        held = self._held.pop(vm_id, None)
+        if held is None:
+            return
+        self._local.forget(vm_id)
+        if not self._priv.is_there:
+            held.close()
+            return
+        self._leaving[vm_id] = held
+        self._priv.send(ForgetTaps(id=vm_id))
+
+    def _left(self, vm_id: int) -> None:
+        held = self._leaving.pop(vm_id, None)
+        if held is not None:
+            held.close()
+        if not self._leaving:
+            waiting, self._waiting = self._waiting, []
+            for vm, then in waiting:
+                self.attach(vm, then)
+
+    def _fail(self, vm_id: int, held: _Held, message: str) -> None:
+        then, held.then = held.then, None
+        self.release(vm_id)
+        if then:
+            then(ResourceError(ErrorCode.EIO, message))
+
+    # What priv says
+
+    def _from_priv(self, message: PrivToParent, _fds: Fds) -> None:
+        match message:
+            case Configured():
+                return
+            case TapsMade(id=vm_id, taps=taps, is_filtered=is_filtered):
+                held = self._held.get(vm_id)
+                if held is not None and len(taps) == len(held.specs):
+                    self._attached(held, taps, is_filtered=is_filtered)
+            case TapsFailed(id=vm_id, message=text):
+                held = self._held.get(vm_id)
+                if held is not None:
+                    self._fail(vm_id, held, text)
+            case TapsForgotten(id=vm_id):
+                self._left(vm_id)
+            case _:
+                assert_never(message)
+
+    def _attached(self, held: _Held, taps: tuple[MadeTap, ...], *, is_filtered: bool) -> None:
+        then, held.then = held.then, None
+        if then is not None:  # else it was told to a new priv process
+            held.attached, held.is_filtered = taps, is_filtered
+            self._local.serve(held.vm, held.networks())
+            if held.sent != held.specs:  # they have changed meanwhile
+                self._attach(held.vm.id, held)
+            then(held.networks())
+
+    # Looking
+
+    def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
+        """Return what there is to tell of a VM's interfaces."""
+        held = self._held.get(vm.id)
+        return interface_infos(vm.config.interfaces, held.networks() if held is not None else ())
