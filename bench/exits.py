@@ -78,7 +78,7 @@ def _run_python(code: bytes, exits: int) -> float:
     mmio.insert(guests.MMIO, guests.RAM_SIZE, sink)
     with guests.guest(code) as guest:
         start = time.thread_time_ns()
-        dispatch(guest.vcpu, pio, mmio, lambda _vcpu, _reason: False)
+        dispatch(guest.vcpu, pio, mmio)
         return (time.thread_time_ns() - start) / (exits + 1)
 
 

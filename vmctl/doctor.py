@@ -11,11 +11,14 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from vmd.config.sizes import fmt_scaled
+from vmm_kvm import primitives
 from vmm_kvm.boot.firmware import BIOS, UEFI, find_firmware
 from vmm_kvm.errors import BootError, VmmError
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.machine.speed import guest_speed
+from vmm_kvm.primitives import Vmm
 
 # A guest in hardware executes the loop at one instruction a cycle or so; emulation takes hundreds.
 _HARDWARE_SPEED = 100_000_000
@@ -121,6 +124,16 @@ def _kvm() -> Iterator[Finding]:
             else:
                 missing = Status.MISSING if name in _REQUIRED else Status.LIMITED
                 yield Finding(name, missing, f"{use}: not offered", "a newer kernel has it")
+        yield from _vms(kvm)
+
+
+def _vms(kvm: Kvm) -> Iterator[Finding]:
+    """Yield a line for each program that runs VMs here, as far as this user may see it."""
+    with Vmm(kvm) as vmm:
+        for vm in primitives.info(vmm):
+            memory = f"{fmt_scaled(vm.used_size)} of {fmt_scaled(vm.memory_size)} of memory"
+            text = f"{vm.name}, process {vm.pid}: {vm.ncpus} vCPUs, {memory}"
+            yield Finding("vm", Status.OK, text)
 
 
 def _speed(kvm: Kvm) -> Finding:

@@ -26,7 +26,6 @@ from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import (
-    VCPUS_MAX,
     Crash,
     DebugExitStatus,
     Ending,
@@ -36,6 +35,8 @@ from vmm_kvm.machine.machine import (
     TripleFault,
 )
 from vmm_kvm.machine.pci_devices import has_servers
+from vmm_kvm.primitives import Vmm
+from vmm_kvm.vm_params import MAX_NAME, MAX_VCPUS_PER_VM
 
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
     from vmm_kvm.block.image import Image
@@ -98,9 +99,10 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
             spec = _spec(options, stack)
             timeout_s = _timeout(options.timeout)
             install_kick_signal()
-            kvm, loop = stack.enter_context(Kvm()), stack.enter_context(EventLoop())
+            vmm = stack.enter_context(Vmm(stack.enter_context(Kvm())))
+            loop = stack.enter_context(EventLoop())
             reboots = not options.no_reboot
-            status, message = Foreground(kvm, loop, spec, reboots, timeout_s).run()
+            status, message = Foreground(vmm, loop, spec, reboots, timeout_s).run()
     except (VmmError, OSError) as err:
         status, message = EXIT_ERROR, str(err)
     if message:
@@ -125,7 +127,8 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
         from vmm_kvm.boot.nvram import open_variables  # noqa: PLC0415 - for UEFI guests only
 
         variables = stack.enter_context(open_variables(template, options.nvram))
-    nics = _nics(options, options.name or os.path.basename(path), stack)
+    name = options.name or _name_of(path)
+    nics = _nics(options, name, stack)
     disks, cdrom = _media(options, stack)
     return MachineSpec(
         image=open_image(path),
@@ -138,10 +141,15 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
         disks=disks,
         cdrom=cdrom,
         boot_device=_boot_device(options.boot_device),
-        name=options.name or os.path.basename(path),
+        name=name,
         command_line=options.append,
         initrd=options.initrd,
     )
+
+
+def _name_of(path: str) -> str:
+    """Return the name of a VM that boots `path` and has none of its own."""
+    return os.fsdecode(os.fsencode(os.path.basename(path))[:MAX_NAME])
 
 
 def _media(options: RunOptions, stack: ExitStack) -> "tuple[tuple[AnyDisk, ...], Image | None]":
@@ -216,7 +224,7 @@ def _cpus(text: str) -> int:
         count = int(text)
     except ValueError:
         raise SpecError(f"cpu count is invalid: {text}") from None
-    if not 1 <= count <= VCPUS_MAX:
+    if not 1 <= count <= MAX_VCPUS_PER_VM:
         raise SpecError(f"cpu count is too {'small' if count < 1 else 'large'}: {text}")
     return count
 
@@ -248,10 +256,10 @@ class Foreground:
     """
 
     def __init__(
-        self, kvm: Kvm, loop: EventLoop, spec: MachineSpec, reboot: bool, timeout_s: float | None
+        self, vmm: Vmm, loop: EventLoop, spec: MachineSpec, reboot: bool, timeout_s: float | None
     ) -> None:
         """Prepare; nothing is made before `run`."""
-        self._kvm = kvm
+        self._vmm = vmm
         self._loop = loop
         self._spec = spec
         self._reboot = reboot
@@ -307,7 +315,7 @@ class Foreground:
     def _new_machine(self) -> Machine:
         self._machine = Machine(
             self._spec,
-            self._kvm,
+            self._vmm,
             self._loop,
             transmit=self._stdio.transmit,
             on_receive_room=lambda: self._loop.call_soon(self._stdio.feed),

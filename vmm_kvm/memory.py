@@ -18,13 +18,12 @@ from typing import NamedTuple, Self
 
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, SpecError
+from vmm_kvm.libc import mincore
 from vmm_kvm.memfd import make_memory
 
 _BLOCK_SIZE = 512  # of st_blocks, always
 _HUGE = 2 << 20
-_CHUNK = 1 << 30  # of memory that is asked about at a time, bytes
-_mincore = ctypes.CDLL(None, use_errno=True).mincore
-_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_PIECE = 1 << 30  # bytes of memory that are asked about at a time
 
 
 class Region(NamedTuple):
@@ -178,20 +177,27 @@ class GuestMemory:
 
         Raises:
             OSError: the kernel does not tell.
-
-        Source: mincore(2)
         """
         if self.fd >= 0:
             return os.fstat(self.fd).st_blocks * _BLOCK_SIZE
-        vector = ctypes.create_string_buffer(min(_CHUNK, self.size) // PAGE_SIZE)
-        pages = 0
-        for offset in range(0, self.size, _CHUNK):
-            size = min(_CHUNK, self.size - offset)
-            if _mincore(self.hva + offset, size, vector):
-                raise OSError(ctypes.get_errno(), "mincore")
-            pages += vector.raw[: size // PAGE_SIZE].count(1)
-        return pages * PAGE_SIZE
+        return resident_bytes(self.hva, self.size)
 
     def contains(self, gpa: int, size: int) -> bool:
         """Tell whether `size` bytes at `gpa` lie inside one region."""
         return any(r.gpa <= gpa and gpa + size <= r.end for r in self.regions)
+
+
+def resident_bytes(address: int, size: int) -> int:
+    """Return how many of `size` bytes of this process's memory at `address` are in RAM.
+
+    Both are multiples of 4096.
+
+    Raises:
+        OSError: they are not, or not all of it is mapped.
+
+    Source: mincore(2)
+    """
+    pages = 0
+    for start in range(address, address + size, _PIECE):
+        pages += mincore(start, min(_PIECE, address + size - start)).count(1)
+    return pages * PAGE_SIZE

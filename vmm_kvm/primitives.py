@@ -1,30 +1,29 @@
-"""vmm(4)'s operations on VMs, as functions over an explicit table.
+"""vmm(4)'s operations on VMs, as functions over a table: the one way to make and run a VM.
 
 They mean what OpenBSD's ioctls mean: `create` takes memory of this process as guest RAM, `run`
-enters a stopped vCPU until it needs help, `terminate` waits for its users. Interrupt controllers
-are the caller's, and so is HLT: there is no irqchip in the kernel, only one INTR line per vCPU.
+enters a stopped vCPU until it needs help, `terminate` waits for its users.
 
 Different from OpenBSD: a VM belongs to the process that created it, because KVM says so; every
-operation from another one, such as a forked child, is refused with EPERM. Up to 64 vCPUs. Guest
-RAM is shared by sharing its memfd and kvmclock is set up by the guest through its MSRs, so
+operation from another one, such as a forked child, is refused with EPERM. Up to 64 vCPUs. `create`
+takes the choice of interrupt controllers: without any, as on OpenBSD, there is one INTR line per
+vCPU and HLT leaves as an exit; with KVM's, devices drive their lines through `kvm_vm`. `run` takes
+the function that enters the guest, so that a caller can serve most exits without coming out.
+Guest RAM is shared by sharing its memfd and kvmclock is set up by the guest through its MSRs, so
 SHAREMEM, READVMPARAMS and WRITEVMPARAMS have no function here. `pause` and `unpause` are vmd's.
 
 Every function may be called from any thread. The one lock, `Vmm.changed`, guards all state here
-and is not held while a guest runs. Bringing a running vCPU out needs `install_kick_signal()`.
+and is not held while a guest runs; a caller may hold a device's lock, and nothing here takes one.
+Bringing a running vCPU out needs `install_kick_signal()`.
 
 Source: OpenBSD vmm(4), sys/dev/vmm/vmm.c.
 """
 
 import enum
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
-from typing import Self
+from typing import NamedTuple
 
-from vmm_kvm.arch.x86.cpuid import guest_cpuid
 from vmm_kvm.arch.x86.registers import (
     ALL_GROUPS,
     RegisterGroup,
@@ -34,13 +33,52 @@ from vmm_kvm.arch.x86.registers import (
     set_registers,
 )
 from vmm_kvm.errors import KvmError, Refusal, RefusedError
-from vmm_kvm.kvm.cpuid import CpuidEntry
 from vmm_kvm.kvm.exits import Exit, Interrupted
-from vmm_kvm.kvm.host import host_vms, resident_bytes
-from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Vm
-from vmm_kvm.vm_params import CreateParams, MemoryType, check_params, memory_size
+from vmm_kvm.memory import resident_bytes
+from vmm_kvm.vm_params import Controllers, CreateParams, MemoryType, check_params, memory_size
+from vmm_kvm.vm_table import (
+    VcpuState,
+    VmEntry,
+    Vmm,
+    assemble,
+    check_owner,
+    end,
+    find_vcpu,
+    find_vm,
+    held,
+    hide_mapping,
+    show_mapping,
+    wait_until_out,
+)
+
+__all__ = [
+    "MAX_VCPUS",
+    "Inject",
+    "InjectType",
+    "NoHelpNeeded",
+    "RunResult",
+    "Terminated",
+    "VcpuState",
+    "VmInfo",
+    "Vmm",
+    "create",
+    "info",
+    "info_of",
+    "interrupt",
+    "kvm_vcpu",
+    "kvm_vm",
+    "pause",
+    "read_registers",
+    "request_termination",
+    "reset_vcpu",
+    "run",
+    "set_mapped",
+    "terminate",
+    "unpause",
+    "write_registers",
+]
 
 MAX_VCPUS = 512
 
@@ -48,24 +86,6 @@ _HOST_IS_FULL = {ENOMEM, ENFILE, EMFILE, ENOSPC}
 _EXCEPTION_VECTORS = 32
 _EXCEPTIONS_WITH_CODE = {8, 10, 11, 12, 13, 14, 17, 21, 29, 30}
 _NMI_VECTOR = 2
-_EDX1_APIC = 1 << 9
-_ECX1_X2APIC = 1 << 21
-_ECX1_TSC_DEADLINE = 1 << 24
-# Below the top of the 32-bit space, where no RAM range of a sane VM lies.
-_IDENTITY_MAP_ADDRESS = 0xFEFF_C000
-_TSS_ADDRESS = 0xFEFF_D000
-
-
-class VcpuState(enum.IntEnum):
-    """What a vCPU does, by OpenBSD's numbers."""
-
-    STOPPED = 0
-    RUNNING = 1
-    REQTERM = 2
-    """It runs, and is to end."""
-    TERMINATED = 3
-    UNKNOWN = 4
-    """It is another program's."""
 
 
 class InjectType(enum.Enum):
@@ -76,8 +96,7 @@ class InjectType(enum.Enum):
     NMI = "nmi"
 
 
-@dataclass(frozen=True, slots=True)
-class Inject:
+class Inject(NamedTuple):
     """An event for the guest."""
 
     type: InjectType
@@ -100,8 +119,7 @@ class NoHelpNeeded:
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RunResult:
+class RunResult(NamedTuple):
     """Why a vCPU came out."""
 
     exit: Exit | Terminated | NoHelpNeeded
@@ -110,8 +128,7 @@ class RunResult:
     """Whether the guest can take an interrupt: the next `run` may inject one."""
 
 
-@dataclass(frozen=True, slots=True)
-class VmInfo:
+class VmInfo(NamedTuple):
     """One VM of this table or, with id None, of another program."""
 
     id: int | None
@@ -130,65 +147,6 @@ class VmInfo:
         return len(self.vcpu_states)
 
 
-@dataclass(slots=True)
-class _Vcpu:
-    vcpu: Vcpu
-    state: VcpuState = VcpuState.STOPPED
-    is_waiting: bool = False
-    """A `run` waits until nothing holds the VM any more."""
-    has_intr: bool = False
-    """The level of the INTR line."""
-
-
-@dataclass(slots=True)
-class _Vm:
-    id: int
-    params: CreateParams
-    vm: Vm
-    vcpus: list[_Vcpu]
-    resources: ExitStack
-    holds: int = 0
-    """While positive no vCPU of the VM enters the guest."""
-    paused_clock_ns: int | None = None
-    """Paused since kvmclock said this."""
-    is_ending: bool = False
-
-
-class Vmm:
-    """A table of VMs; a context manager that terminates what is left in it.
-
-    `kvm` stays the caller's. Everything else here is for the functions of this module.
-    """
-
-    def __init__(self, kvm: Kvm) -> None:
-        """Make an empty table for VMs of this process."""
-        self.kvm = kvm
-        self.pid = os.getpid()
-        self.last_id = 0
-        self.vms: dict[int, _Vm] = {}
-        # Notified when a vCPU stops or ends, and when a VM is held no longer.
-        self.changed = threading.Condition()
-
-    def close(self) -> None:
-        """Terminate every VM; idempotent.
-
-        Raises:
-            RefusedError: this is not the process that made the table (EPERM).
-        """
-        for vm_id in list(self.vms):
-            try:
-                terminate(self, vm_id)
-            except RefusedError as err:
-                if err.refusal is not Refusal.ENOENT:  # another thread was quicker
-                    raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
 def create(vmm: Vmm, params: CreateParams) -> int:
     """Create a VM whose vCPUs are stopped in their reset state; returns its id, 1 or more.
 
@@ -199,7 +157,7 @@ def create(vmm: Vmm, params: CreateParams) -> int:
 
     Source: OpenBSD vmm(4), VMM_IOC_CREATE.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     check_params(params, vmm.kvm.max_vcpus)
     with vmm.changed:
         vcpus = sum(len(vm.vcpus) for vm in vmm.vms.values())
@@ -208,7 +166,7 @@ def create(vmm: Vmm, params: CreateParams) -> int:
                 Refusal.ENOMEM, f"{params.ncpus} vCPUs: {vcpus} of {MAX_VCPUS} are taken"
             )
         try:
-            vm = _assemble(vmm, params)
+            vm = assemble(vmm, params)
         except KvmError as err:
             if err.errno not in _HOST_IS_FULL:
                 raise
@@ -224,26 +182,31 @@ def run(
     *,
     inject: Inject | None = None,
     intr_pending: bool = False,
+    enter: Callable[[Vcpu], Exit] = Vcpu.run,
 ) -> RunResult:
     """Run a vCPU until it needs help; waits as long as the VM is paused.
 
     `inject` is taken first. With `intr_pending` the vCPU comes out, as IrqWindowOpen, once the
-    guest can take an interrupt; so does a raised INTR line.
+    guest can take an interrupt; so does a raised INTR line. `enter` enters the guest, on this
+    thread; it may serve exits itself, and returns the first that it does not serve. It has to
+    return Interrupted.
 
     Raises:
         RefusedError: ENOENT; EBUSY if the vCPU is not stopped; EINVAL for an event that cannot be
             injected, or not yet; EPERM.
-        KvmError: KVM_RUN failed. The vCPU is TERMINATED then.
+        KvmError: KVM_RUN failed. The vCPU is TERMINATED then, as it is when `enter` raises.
 
     Source: OpenBSD vmm(4), VMM_IOC_RUN.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     with vmm.changed:
-        vm, slot = _find(vmm, vm_id, vcpu_id)
+        vm, slot = find_vcpu(vmm, vm_id, vcpu_id)
+        if vm.is_ending and slot.is_out and not slot.is_waiting:
+            return RunResult(Terminated(), irq_ready=False)
         if slot.state is not VcpuState.STOPPED or slot.is_waiting:
             raise RefusedError(Refusal.EBUSY, f"vCPU {vcpu_id} of VM {vm_id}: not stopped")
         slot.is_waiting = True
-        vmm.changed.wait_for(lambda: vm.holds == 0 or vm.is_ending)
+        vmm.changed.wait_for(lambda: not (vm.holds or vm.is_paused) or vm.is_ending)
         slot.is_waiting = False
         if vm.is_ending:
             slot.state = VcpuState.TERMINATED
@@ -256,7 +219,7 @@ def run(
         slot.vcpu.bind_thread()
         slot.state = VcpuState.RUNNING
     try:
-        reason = slot.vcpu.run()
+        reason = enter(slot.vcpu)
     except BaseException:
         with vmm.changed:
             slot.state = VcpuState.TERMINATED
@@ -272,6 +235,20 @@ def run(
     return RunResult(NoHelpNeeded() if isinstance(reason, Interrupted) else reason, irq_ready)
 
 
+def request_termination(vmm: Vmm, vm_id: int) -> None:
+    """Bring a VM's vCPUs out for ever, without waiting; also for a thread that is in `run` of it.
+
+    Every `run` returns Terminated from now on. The VM stays in the table until `terminate`.
+
+    Raises:
+        RefusedError: ENOENT; EPERM.
+    """
+    check_owner(vmm)
+    with vmm.changed:
+        find_vm(vmm, vm_id).request_end()
+        vmm.changed.notify_all()
+
+
 def terminate(vmm: Vmm, vm_id: int) -> None:
     """Forget a VM, bring its vCPUs out, wait for their `run` to return Terminated, and free it.
 
@@ -282,25 +259,8 @@ def terminate(vmm: Vmm, vm_id: int) -> None:
 
     Source: OpenBSD vmm(4), VMM_IOC_TERM.
     """
-    _check_owner(vmm)
-    with vmm.changed:
-        vm = _find_vm(vmm, vm_id)
-        del vmm.vms[vm_id]
-        vm.is_ending = True
-        for slot in vm.vcpus:
-            if slot.state is VcpuState.RUNNING:
-                slot.state = VcpuState.REQTERM
-                slot.vcpu.kick()
-            elif slot.state is VcpuState.STOPPED and not slot.is_waiting:
-                slot.state = VcpuState.TERMINATED
-        vmm.changed.notify_all()
-        vmm.changed.wait_for(
-            lambda: (
-                all(slot.state is VcpuState.TERMINATED for slot in vm.vcpus)
-                and vm.holds == (vm.paused_clock_ns is not None)
-            )
-        )
-    vm.resources.close()
+    check_owner(vmm)
+    end(vmm, vm_id)
 
 
 def info(vmm: Vmm) -> list[VmInfo]:
@@ -311,7 +271,9 @@ def info(vmm: Vmm) -> list[VmInfo]:
 
     Source: OpenBSD vmm(4), VMM_IOC_INFO; `vmm_kvm.kvm.host` for the others.
     """
-    _check_owner(vmm)
+    from vmm_kvm.kvm.host import host_vms  # noqa: PLC0415 - slow to load, and few ask
+
+    check_owner(vmm)
     with vmm.changed:
         own = [_info(vmm, vm) for vm in sorted(vmm.vms.values(), key=lambda vm: -vm.id)]
     others = [
@@ -328,6 +290,17 @@ def info(vmm: Vmm) -> list[VmInfo]:
     return own + others
 
 
+def info_of(vmm: Vmm, vm_id: int) -> VmInfo:
+    """Return what `info` tells of one VM of this table; quicker, because nothing else is looked at.
+
+    Raises:
+        RefusedError: ENOENT; EPERM.
+    """
+    check_owner(vmm)
+    with vmm.changed:
+        return _info(vmm, find_vm(vmm, vm_id))
+
+
 def reset_vcpu(vmm: Vmm, vm_id: int, vcpu_id: int, registers: Registers) -> None:
     """Give a stopped vCPU the state `registers`, all groups of them, and nothing pending.
 
@@ -337,9 +310,9 @@ def reset_vcpu(vmm: Vmm, vm_id: int, vcpu_id: int, registers: Registers) -> None
 
     Source: OpenBSD vmm(4), VMM_IOC_RESETCPU.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     with vmm.changed:
-        _, slot = _find(vmm, vm_id, vcpu_id)
+        _, slot = find_vcpu(vmm, vm_id, vcpu_id)
         if slot.state is not VcpuState.STOPPED or slot.is_waiting:
             raise RefusedError(Refusal.EBUSY, f"vCPU {vcpu_id} of VM {vm_id}: not stopped")
         _check_groups(registers, ALL_GROUPS)
@@ -359,12 +332,12 @@ def read_registers(
 
     Source: OpenBSD vmm(4), VMM_IOC_READREGS.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     if not groups or int(groups) & ~int(ALL_GROUPS):
         raise RefusedError(Refusal.EINVAL, f"register groups {int(groups):#x}: none, or unknown")
     with vmm.changed:
-        vm, slot = _find(vmm, vm_id, vcpu_id)
-        with _held(vmm, vm), _refusing_state():
+        vm, slot = find_vcpu(vmm, vm_id, vcpu_id)
+        with held(vmm, vm), _refusing_state():
             return get_registers(slot.vcpu, groups)
 
 
@@ -384,13 +357,13 @@ def write_registers(
 
     Source: OpenBSD vmm(4), VMM_IOC_WRITEREGS.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     if not groups or int(groups) & ~int(ALL_GROUPS):
         raise RefusedError(Refusal.EINVAL, f"register groups {int(groups):#x}: none, or unknown")
     _check_groups(registers, groups)
     with vmm.changed:
-        vm, slot = _find(vmm, vm_id, vcpu_id)
-        with _held(vmm, vm), _refusing_state():
+        vm, slot = find_vcpu(vmm, vm_id, vcpu_id)
+        with held(vmm, vm), _refusing_state():
             set_registers(slot.vcpu, registers, groups)
 
 
@@ -400,104 +373,108 @@ def interrupt(vmm: Vmm, vm_id: int, vcpu_id: int, *, level: bool) -> None:
     The line only asks: the caller injects the vector when `RunResult.irq_ready` says so.
 
     Raises:
-        RefusedError: ENOENT; EPERM.
+        RefusedError: ENOENT; EINVAL if the VM has KVM's interrupt controllers; EPERM.
 
     Source: OpenBSD vmm(4), VMM_IOC_INTR.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     with vmm.changed:
-        _, slot = _find(vmm, vm_id, vcpu_id)
+        vm, slot = find_vcpu(vmm, vm_id, vcpu_id)
+        if vm.params.controllers is not Controllers.NONE:
+            raise RefusedError(Refusal.EINVAL, f"VM {vm_id}: its interrupt controllers are KVM's")
         slot.has_intr = level
         if level and slot.state is VcpuState.RUNNING:
             slot.vcpu.kick()
 
 
-def pause(vmm: Vmm, vm_id: int) -> None:
-    """Bring every vCPU out, and let `run` wait until `unpause`; again changes nothing.
+def pause(vmm: Vmm, vm_id: int, *, wait: bool = True) -> None:
+    """Let `run` wait until `unpause`, and bring every vCPU out; again changes nothing.
 
-    The guest's kvmclock stands still meanwhile. Not for a thread that is in `run` of this VM.
+    Returns when no vCPU is in the guest; without `wait` at once. Clocks go on: the guest finds
+    that time has passed. With `wait` not for a thread that is in `run` of this VM.
 
     Raises:
         RefusedError: ENOENT, also when the VM is terminated meanwhile; EPERM.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     with vmm.changed:
-        vm = _find_vm(vmm, vm_id)
-        if vm.paused_clock_ns is not None:
-            return
-        with _held(vmm, vm):
-            if vm.paused_clock_ns is None:
-                vm.paused_clock_ns = vm.vm.clock_ns()
-                vm.holds += 1
+        vm = find_vm(vmm, vm_id)
+        vm.is_paused = True
+        if wait:
+            wait_until_out(vmm, vm)
+        else:
+            vm.kick()
 
 
 def unpause(vmm: Vmm, vm_id: int) -> None:
     """Let the vCPUs of a paused VM run again; nothing happens if it is not paused.
 
+    A guest with a kvmclock is told that it stood still, so that its watchdogs do not bark.
+
     Raises:
         RefusedError: ENOENT; EPERM.
     """
-    _check_owner(vmm)
+    check_owner(vmm)
     with vmm.changed:
-        vm = _find_vm(vmm, vm_id)
-        if vm.paused_clock_ns is None:
+        vm = find_vm(vmm, vm_id)
+        if not vm.is_paused:
             return
-        vm.vm.set_clock_ns(vm.paused_clock_ns)
         for slot in vm.vcpus:
-            with suppress(KvmError):  # the guest has not set kvmclock up
-                slot.vcpu.kvmclock_ctrl()
-        vm.paused_clock_ns = None
-        vm.holds -= 1
+            if slot.is_out:
+                with suppress(KvmError):  # the guest has not set kvmclock up
+                    slot.vcpu.kvmclock_ctrl()
+        vm.is_paused = False
         vmm.changed.notify_all()
 
 
+def set_mapped(vmm: Vmm, vm_id: int, index: int, *, is_mapped: bool) -> None:
+    """Show mapping number `index` of `CreateParams.mappings` to the guest, or take it away.
+
+    A thread that is in `run` of the VM may do it.
+
+    Raises:
+        RefusedError: ENOENT; EINVAL if there is no such mapping; EPERM.
+        KvmError: KVM refused.
+    """
+    check_owner(vmm)
+    with vmm.changed:
+        vm = find_vm(vmm, vm_id)
+        if not 0 <= index < len(vm.params.mappings):
+            raise RefusedError(Refusal.EINVAL, f"no mapping {index} in VM {vm_id}")
+        if is_mapped:
+            show_mapping(vm.vm, index, vm.params.mappings[index])
+        else:
+            hide_mapping(vm.vm, index)
+
+
+def kvm_vm(vmm: Vmm, vm_id: int) -> Vm:
+    """Return what KVM has below a VM: for its devices' interrupt lines and event descriptors.
+
+    It is the table's, valid until `terminate`.
+
+    Raises:
+        RefusedError: ENOENT; EPERM.
+    """
+    check_owner(vmm)
+    with vmm.changed:
+        return find_vm(vmm, vm_id).vm
+
+
+def kvm_vcpu(vmm: Vmm, vm_id: int, vcpu_id: int) -> Vcpu:
+    """Return what KVM has below a vCPU, with all the state that `Registers` lacks.
+
+    It is the table's, valid until `terminate`. Only the thread that is in `run` of it may use it,
+    or while none is, one other.
+
+    Raises:
+        RefusedError: ENOENT; EPERM.
+    """
+    check_owner(vmm)
+    with vmm.changed:
+        return find_vcpu(vmm, vm_id, vcpu_id)[1].vcpu
+
+
 # Everything below is called with the lock held, or needs none.
-
-
-def _check_owner(vmm: Vmm) -> None:
-    if os.getpid() != vmm.pid:
-        raise RefusedError(Refusal.EPERM, f"the VMs belong to process {vmm.pid}")
-
-
-def _find_vm(vmm: Vmm, vm_id: int) -> _Vm:
-    vm = vmm.vms.get(vm_id)
-    if vm is None:
-        raise RefusedError(Refusal.ENOENT, f"no VM {vm_id}")
-    return vm
-
-
-def _find(vmm: Vmm, vm_id: int, vcpu_id: int) -> tuple[_Vm, _Vcpu]:
-    vm = _find_vm(vmm, vm_id)
-    if not 0 <= vcpu_id < len(vm.vcpus):
-        raise RefusedError(Refusal.ENOENT, f"no vCPU {vcpu_id} in VM {vm_id}")
-    return vm, vm.vcpus[vcpu_id]
-
-
-def _assemble(vmm: Vmm, params: CreateParams) -> _Vm:
-    with ExitStack() as stack:
-        vm = stack.enter_context(vmm.kvm.create_vm())
-        vm.set_identity_map_address(_IDENTITY_MAP_ADDRESS)
-        vm.set_tss_address(_TSS_ADDRESS)
-        for index, part in enumerate(params.ranges):
-            if part.type is not MemoryType.MMIO:
-                vm.set_memory_region(index, part.gpa, part.size, part.va)
-        supported = vmm.kvm.supported_cpuid()
-        vcpus = []
-        for index in range(params.ncpus):
-            vcpu = stack.enter_context(vm.create_vcpu(index))
-            vcpu.set_cpuid(
-                [_without_apic(entry) for entry in guest_cpuid(supported, index, params.ncpus)]
-            )
-            vcpus.append(_Vcpu(vcpu))
-        vmm.last_id += 1
-        return _Vm(vmm.last_id, params, vm, vcpus, stack.pop_all())
-
-
-def _without_apic(entry: CpuidEntry) -> CpuidEntry:
-    if entry.function != 1:
-        return entry
-    hidden = _ECX1_X2APIC | _ECX1_TSC_DEADLINE
-    return entry._replace(ecx=entry.ecx & ~hidden, edx=entry.edx & ~_EDX1_APIC)
 
 
 def _inject(vcpu: Vcpu, inject: Inject) -> None:
@@ -535,31 +512,15 @@ def _refusing_state() -> Iterator[None]:
         raise RefusedError(Refusal.EIO, str(err)) from err
 
 
-@contextmanager
-def _held(vmm: Vmm, vm: _Vm) -> Iterator[None]:
-    """Keep every vCPU of `vm` out of the guest; entered and left with the lock held."""
-    vm.holds += 1
-    try:
-        for slot in vm.vcpus:
-            if slot.state is VcpuState.RUNNING:
-                slot.vcpu.kick()
-        vmm.changed.wait_for(
-            lambda: vm.is_ending or all(s.state is not VcpuState.RUNNING for s in vm.vcpus)
+def _info(vmm: Vmm, vm: VmEntry) -> VmInfo:
+    if vm.params.used_size is not None:
+        used = vm.params.used_size()
+    else:
+        used = sum(
+            resident_bytes(part.va, part.size)
+            for part in vm.params.ranges
+            if part.type is not MemoryType.MMIO
         )
-        if vm.is_ending:
-            raise RefusedError(Refusal.ENOENT, f"no VM {vm.id}")
-        yield
-    finally:
-        vm.holds -= 1
-        vmm.changed.notify_all()
-
-
-def _info(vmm: Vmm, vm: _Vm) -> VmInfo:
-    used = sum(
-        resident_bytes(part.va, part.size)
-        for part in vm.params.ranges
-        if part.type is not MemoryType.MMIO
-    )
     return VmInfo(
         vm.id,
         vm.params.name,

@@ -1,8 +1,9 @@
 """What vmm(4)'s `create` takes, and what it refuses. Pure: nothing is created here."""
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from vmm_kvm.bits import GIB, PAGE_SIZE
 from vmm_kvm.errors import Refusal, RefusedError
@@ -25,8 +26,7 @@ class MemoryType(enum.IntEnum):
     """Nothing is mapped: accesses leave as exits."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryRange:
+class MemoryRange(NamedTuple):
     """A range of guest-physical addresses and the memory of this process behind it."""
 
     gpa: int
@@ -37,8 +37,30 @@ class MemoryRange:
     type: MemoryType = MemoryType.RAM
 
 
-@dataclass(frozen=True, slots=True)
-class CreateParams:
+class Mapping(NamedTuple):
+    """Memory of this process that the guest sees and that is not RAM: of a ROM, or of a device.
+
+    vmm(4) has nothing like it: none of its limits hold here, and it counts for nothing in `info`.
+    """
+
+    gpa: int
+    va: int
+    size: int
+    """Bytes; like both addresses a multiple of 4096."""
+    is_readonly: bool
+    """Whether guest writes leave as MmioExit."""
+
+
+class Controllers(enum.Enum):
+    """Which interrupt controllers a VM has."""
+
+    NONE = "none"
+    """None, as vmm(4) has it: one INTR line a vCPU, and HLT leaves as an exit."""
+    KERNEL = "kernel"
+    """KVM's PICs, IOAPIC, local APICs and PIT: no exit per interrupt or HLT."""
+
+
+class CreateParams(NamedTuple):
     """What VM to create."""
 
     ranges: Sequence[MemoryRange]
@@ -47,6 +69,24 @@ class CreateParams:
     """1 to 64, and no more than KVM allows."""
     name: str = ""
     """At most 63 bytes."""
+    controllers: Controllers = Controllers.NONE
+    mappings: Sequence[Mapping] = ()
+    """Disjoint from the ranges and from each other; see `set_mapped`."""
+    collected_ports: Sequence[int] = ()
+    """Ports whose byte-sized writes KVM collects in the vCPUs' ring, without an exit for each."""
+    used_size: Callable[[], int] | None = None
+    """Returns the bytes of the ranges that are in host memory, if the caller knows a quick way."""
+
+
+def check_vcpus(count: int, most: int) -> None:
+    """Refuse a number of vCPUs that vmm(4) refuses, or more than KVM allows, `most`.
+
+    Raises:
+        RefusedError: EINVAL.
+    """
+    most = min(MAX_VCPUS_PER_VM, most)
+    if not 1 <= count <= most:
+        raise RefusedError(Refusal.EINVAL, f"{count} vCPUs: not 1 to {most}")
 
 
 def check_params(params: CreateParams, most_vcpus: int) -> None:
@@ -57,10 +97,8 @@ def check_params(params: CreateParams, most_vcpus: int) -> None:
 
     Source: OpenBSD vmm(4), vm_create_check_mem_ranges.
     """
-    if not 1 <= params.ncpus <= min(MAX_VCPUS_PER_VM, most_vcpus):
-        most = min(MAX_VCPUS_PER_VM, most_vcpus)
-        raise RefusedError(Refusal.EINVAL, f"{params.ncpus} vCPUs: not 1 to {most}")
-    if len(params.name.encode()) > MAX_NAME or "\0" in params.name:
+    check_vcpus(params.ncpus, most_vcpus)
+    if len(os.fsencode(params.name)) > MAX_NAME or "\0" in params.name:
         raise RefusedError(Refusal.EINVAL, f"name: more than {MAX_NAME} bytes, or a NUL")
     if not 1 <= len(params.ranges) <= MAX_MEMORY_RANGES:
         raise RefusedError(

@@ -40,12 +40,13 @@ def machine(count: int, seed: int) -> int:
     from vmm_kvm.kvm.vcpu import install_kick_signal  # noqa: PLC0415
     from vmm_kvm.loop import EventLoop  # noqa: PLC0415
     from vmm_kvm.machine.machine import Ending, Machine, MachineSpec, Outcome  # noqa: PLC0415
+    from vmm_kvm.primitives import Vmm  # noqa: PLC0415
 
     outcomes: list[Outcome] = []
     install_kick_signal()
     spec = MachineSpec(open_image(str(IMAGE)), MEMORY, name="hostile")
     before = set(Path("/proc/self/fd").iterdir())
-    with Kvm() as kvm, EventLoop() as loop:
+    with Kvm() as kvm, Vmm(kvm) as vmm, EventLoop() as loop:
 
         def end(outcome: Outcome) -> None:
             outcomes.append(outcome)
@@ -56,7 +57,7 @@ def machine(count: int, seed: int) -> int:
             sys.stdout.buffer.flush()
 
         with Machine(
-            spec, kvm, loop, transmit=show, on_receive_room=lambda: None, on_outcome=end
+            spec, vmm, loop, transmit=show, on_receive_room=lambda: None, on_outcome=end
         ) as guest:
             guest.fw_cfg.add_file("opt/hostile/count", count.to_bytes(8, "little"))
             guest.fw_cfg.add_file("opt/hostile/seed", seed.to_bytes(8, "little"))

@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 from tests import guests
 from vmm_kvm import primitives
@@ -45,8 +44,7 @@ def entry(vmm: Vmm, vm_id: int, vcpu_id: int = 0) -> Registers:
     registers = primitives.read_registers(vmm, vm_id, vcpu_id)
     assert registers.gprs is not None
     assert registers.segments is not None
-    return replace(
-        registers,
+    return registers._replace(
         gprs={**registers.gprs, "rip": guests.CODE, "rsp": guests.STACK},
         segments={**registers.segments, "cs": CODE_SEGMENT},
     )
@@ -70,7 +68,7 @@ def state(vmm: Vmm, vm_id: int, vcpu_id: int = 0) -> VcpuState:
 class Runner:
     """A thread that runs a vCPU as long as it needs no help."""
 
-    def __init__(self, vmm: Vmm, vm_id: int, vcpu_id: int = 0) -> None:
+    def __init__(self, vmm: Vmm, vm_id: int, vcpu_id: int = 0, *, is_paused: bool = False) -> None:
         self.results: list[RunResult] = []
         self.errors: list[Exception] = []
         self._entered = threading.Event()
@@ -78,7 +76,10 @@ class Runner:
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
         assert self._entered.wait(DEADLINE_S)
-        self.wait_until(lambda: state(vmm, vm_id, vcpu_id) is VcpuState.RUNNING)
+        if is_paused:
+            self.wait_until(lambda: vmm.vms[vm_id].vcpus[vcpu_id].is_waiting)
+        else:
+            self.wait_until(lambda: state(vmm, vm_id, vcpu_id) is VcpuState.RUNNING)
 
     def _run(self) -> None:
         self._entered.set()

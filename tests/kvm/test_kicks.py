@@ -42,14 +42,8 @@ def _run(vcpu: Vcpu) -> Exit:
 
 def _dispatch(vcpu: Vcpu) -> Exit:
     """Run the vCPU as the machine does."""
-    seen: list[Exit] = []
-
-    def leave(_vcpu: Vcpu, reason: Exit) -> bool:
-        seen.append(reason)
-        return False
-
-    dispatch(vcpu, Bus(1 << 16), Bus(1 << 32), leave)
-    return seen[0]
+    vcpu.bind_thread()
+    return dispatch(vcpu, Bus(1 << 16), Bus(1 << 32))
 
 
 class _Thread:

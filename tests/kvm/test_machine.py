@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,18 +11,17 @@ import pytest
 
 from tests import guests
 from tests.fakes import FakeClock
+from vmm_kvm import primitives
 from vmm_kvm.arch.x86.image import open_image
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot.firmware import selftest_path
 from vmm_kvm.clock import Clock
 from vmm_kvm.devices.uart16550 import Lsr
-from vmm_kvm.errors import SpecError
-from vmm_kvm.kvm import abi
+from vmm_kvm.errors import Refusal, RefusedError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import (
-    VCPUS_MAX,
     Crash,
     DebugExitStatus,
     Ending,
@@ -29,6 +29,8 @@ from vmm_kvm.machine.machine import (
     MachineSpec,
     Outcome,
 )
+from vmm_kvm.primitives import MAX_VCPUS, VcpuState, Vmm
+from vmm_kvm.vm_params import MAX_VCPUS_PER_VM
 
 pytestmark = pytest.mark.kvm
 
@@ -40,7 +42,7 @@ DEADLINE_S = 30
 class Bench:
     """A machine on a bench: its loop, what it printed, how it ended."""
 
-    kvm: Kvm
+    vmm: Vmm
     loop: EventLoop
     output: bytearray = field(default_factory=bytearray)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Bench:
         """Build the machine; nothing runs yet."""
         return Machine(
             MachineSpec(open_image(str(image or selftest_path())), memory_size, cpus, "bench"),
-            self.kvm,
+            self.vmm,
             clock or self.loop,
             transmit=self.output.extend,
             on_receive_room=lambda: None,
@@ -86,8 +88,8 @@ class Bench:
 def bench() -> Iterator[Bench]:
     """A bench whose loop and /dev/kvm are closed afterwards."""
     install_kick_signal()
-    with Kvm() as kvm, EventLoop() as loop:
-        yield Bench(kvm, loop)
+    with Kvm() as kvm, Vmm(kvm) as vmm, EventLoop() as loop:
+        yield Bench(vmm, loop)
 
 
 @pytest.mark.parametrize("cpus", [1, 3])
@@ -104,8 +106,8 @@ def test_pause_and_resume(bench: Bench, cpus: int) -> None:
         machine.resume()
         assert bench.says(b"\n3")
         machine.uart.receive(b"xp")
-        machine.runner.pause()
-        machine.runner.resume()
+        machine.pause()
+        machine.resume()
         bench.run_until(lambda: bool(bench.outcomes), 5)
 
 
@@ -142,8 +144,8 @@ def test_pause_a_spinning_guest(bench: Bench) -> None:
         machine.uart.receive(b"s")
         assert bench.says(b"spin")
         for _ in range(20):
-            machine.runner.pause()
-            machine.runner.resume()
+            machine.pause()
+            machine.resume()
     assert bench.outcomes == []
 
 
@@ -178,6 +180,38 @@ def test_a_machine_that_never_starts(bench: Bench) -> None:
 
 def test_more_vcpus_than_kvm_allows(bench: Bench) -> None:
     """The error says how many there may be."""
-    limit = min(VCPUS_MAX, bench.kvm.check_extension(abi.KVM_CAP_MAX_VCPUS))
-    with pytest.raises(SpecError, match=rf"^{limit + 1} vCPUs: 1 to {limit} are possible here$"):
+    limit = min(MAX_VCPUS_PER_VM, bench.vmm.kvm.max_vcpus)
+    with pytest.raises(RefusedError, match=rf"^{limit + 1} vCPUs: not 1 to {limit}$"):
         bench.machine(cpus=limit + 1)
+
+
+def test_a_machine_is_a_vm_of_the_table(bench: Bench) -> None:
+    """The table tells of the machine what vmm(4) tells, and can end it before it is closed."""
+    with bench.machine(cpus=2) as machine:
+        told = machine.info()
+        assert [vm for vm in primitives.info(bench.vmm) if vm.id is not None] == [told]
+        assert (told.name, told.ncpus, told.memory_size) == ("bench", 2, 16 * MIB)
+        assert 0 < told.used_size <= told.memory_size
+        machine.start()
+        assert bench.says(b"selftest: ready")
+        machine.pause()
+        assert machine.info().vcpu_states == (VcpuState.STOPPED, VcpuState.STOPPED)
+        machine.resume()
+        machine.uart.receive(b"p")
+        assert bench.run_until(lambda: bool(bench.outcomes))
+        machine.resume()
+        machine.pause()
+        assert machine.info().vcpu_states == (VcpuState.TERMINATED, VcpuState.TERMINATED)
+    assert [vm for vm in primitives.info(bench.vmm) if vm.id is not None] == []
+
+
+def test_what_vmm_refuses_no_machine_has(bench: Bench) -> None:
+    """More vCPUs in a table than vmm(4) allows are refused, and nothing is left of the machine."""
+    with ExitStack() as stack:
+        most = min(MAX_VCPUS_PER_VM, bench.vmm.kvm.max_vcpus)
+        for _ in range(MAX_VCPUS // most):
+            stack.enter_context(bench.machine(cpus=most, memory_size=MIB))
+        with pytest.raises(RefusedError) as caught:
+            stack.enter_context(bench.machine(cpus=most, memory_size=MIB))
+        assert caught.value.refusal is Refusal.ENOMEM
+    assert bench.vmm.vms == {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from vmm_kvm.arch.x86.registers import (
 from vmm_kvm.errors import Refusal, RefusedError
 from vmm_kvm.kvm.exits import Exit, Hlt, IoExit, IrqWindowOpen, MmioExit, Shutdown
 from vmm_kvm.kvm.system import Kvm
-from vmm_kvm.kvm.vcpu import KICK_SIGNAL, install_kick_signal
+from vmm_kvm.kvm.vcpu import KICK_SIGNAL, Vcpu, install_kick_signal
 from vmm_kvm.primitives import (
     Inject,
     InjectType,
@@ -37,7 +36,7 @@ from vmm_kvm.primitives import (
     VcpuState,
     Vmm,
 )
-from vmm_kvm.vm_params import CreateParams, MemoryRange, MemoryType
+from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, MemoryType
 
 pytestmark = pytest.mark.kvm
 
@@ -102,7 +101,7 @@ def test_info(vmm: Vmm) -> None:
 
 
 def test_info_tells_other_programs(vmm: Vmm) -> None:
-    """A VM of another process is found, with its name, vCPUs and memory."""
+    """A VM of another process is found, with its name, vCPUs and memory; the doctor shows it."""
     code = """
 import ctypes, mmap, sys
 from vmm_kvm.kvm.system import Kvm
@@ -123,7 +122,15 @@ with Kvm() as kvm, kvm.create_vm() as vm:
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
         found = [vm for vm in primitives.info(vmm) if vm.pid == program.pid]
+        report = subprocess.run(
+            [sys.executable, "-m", "vmctl", "doctor", "--json"],
+            capture_output=True,
+            check=False,
+            cwd=Path(__file__).parents[2],
+        )
         program.communicate()
+    told = [line["detail"] for line in json.loads(report.stdout) if line["check"] == "vm"]
+    assert any(line.startswith(f"stranger, process {program.pid}: 2 vCPUs, ") for line in told)
     assert [(vm.id, vm.name) for vm in found] == [(None, "stranger")]
     assert found[0].vcpu_states == (VcpuState.UNKNOWN, VcpuState.UNKNOWN)
     assert 64 << 20 <= found[0].memory_size < 128 << 20
@@ -355,8 +362,7 @@ def test_all_registers_go_there_and_back(vmm: Vmm) -> None:
     assert registers.gprs is not None
     assert registers.msrs is not None
     assert registers.drs is not None
-    changed = replace(
-        registers,
+    changed = registers._replace(
         gprs={**registers.gprs, "r12": 0x1234_5678_9ABC_DEF0},
         msrs={**registers.msrs, MSR_LSTAR: 0xFFFF_8000_0000_0000},
         drs={**registers.drs, "dr1": 0x4000},
@@ -375,8 +381,7 @@ def test_long_mode_in_one_write(vmm: Vmm) -> None:
     assert registers.segments is not None
     assert registers.crs is not None
     assert registers.msrs is not None
-    long_mode = replace(
-        registers,
+    long_mode = registers._replace(
         segments={**registers.segments, "cs": SegmentRegister(8, 0, 0xFFFF_FFFF, 0xA09B)},
         crs={**registers.crs, "cr0": 0x8000_0011, "cr3": 0x3000, "cr4": 0x20},
         msrs={**registers.msrs, MSR_EFER: 0x500},
@@ -408,7 +413,7 @@ def test_unknown_groups(vmm: Vmm, groups: RegisterGroup) -> None:
 def test_incomplete_registers(vmm: Vmm) -> None:
     """A reset needs all registers, a write all of the groups it names."""
     vm_id, _ = create(vmm, guests.HALT)
-    registers = replace(entry(vmm, vm_id), drs=None, gprs={"rip": 0})
+    registers = entry(vmm, vm_id)._replace(drs=None, gprs={"rip": 0})
     with pytest.raises(RefusedError) as caught:
         primitives.reset_vcpu(vmm, vm_id, 0, registers)
     assert str(caught.value) == "registers: GPR, DR not complete"
@@ -422,7 +427,7 @@ def test_invalid_state(vmm: Vmm) -> None:
     vm_id, _ = create(vmm, guests.HALT)
     registers = entry(vmm, vm_id)
     assert registers.crs is not None
-    impossible = replace(registers, crs={**registers.crs, "cr0": 1 << 31})
+    impossible = registers._replace(crs={**registers.crs, "cr0": 1 << 31})
     where = (vmm, vm_id, 0)
     assert refusal(lambda: primitives.reset_vcpu(*where, impossible)) is Refusal.EIO
     assert refusal(lambda: primitives.write_registers(*where, impossible)) is Refusal.EIO
@@ -447,7 +452,7 @@ def test_registers_of_a_running_vcpu(vmm: Vmm) -> None:
     registers = primitives.read_registers(vmm, vm_id, 0)
     assert registers.gprs is not None
     assert registers.gprs["rip"] == guests.CODE
-    elsewhere = replace(registers, gprs={**registers.gprs, "rip": 0x1800})
+    elsewhere = registers._replace(gprs={**registers.gprs, "rip": 0x1800})
     primitives.write_registers(vmm, vm_id, 0, elsewhere, RegisterGroup.GPR)
     assert isinstance(runner.join().exit, Hlt)
 
@@ -474,7 +479,7 @@ def test_pause(vmm: Vmm) -> None:
     assert state(vmm, vm_id) is VcpuState.STOPPED
     registers = primitives.read_registers(vmm, vm_id, 0)
     assert registers.gprs is not None
-    moved = replace(registers, gprs={**registers.gprs, "rip": 0x1800})
+    moved = registers._replace(gprs={**registers.gprs, "rip": 0x1800})
     primitives.write_registers(vmm, vm_id, 0, moved)
     assert primitives.read_registers(vmm, vm_id, 0) == moved
     primitives.unpause(vmm, vm_id)
@@ -495,17 +500,83 @@ def test_a_waiting_vcpu_is_busy(vmm: Vmm) -> None:
     assert isinstance(runner.join().exit, Terminated)
 
 
-def test_the_clock_stands_still(vmm: Vmm) -> None:
-    """The guest's kvmclock goes on after a pause from where it was."""
-    vm_id, _ = create(vmm, guests.HALT)
-    vm = vmm.vms[vm_id]
-    primitives.pause(vmm, vm_id)
-    paused_at = vm.paused_clock_ns
-    assert paused_at is not None
-    while vm.vm.clock_ns() < paused_at + 50_000_000:
-        threading.Event().wait(0.01)
+def test_a_pause_that_waits_for_nobody(vmm: Vmm) -> None:
+    """Without waiting, a thread in `run` can pause its own VM; the vCPU then waits in `run`."""
+    vm_id, _ = create(vmm, guests.WRITE_PORT)
+
+    def enter(vcpu: Vcpu) -> Exit:
+        reason = vcpu.run()
+        primitives.pause(vmm, vm_id, wait=False)
+        return reason
+
+    assert isinstance(primitives.run(vmm, vm_id, 0, enter=enter).exit, IoExit)
+    runner = Runner(vmm, vm_id, is_paused=True)
     primitives.unpause(vmm, vm_id)
-    assert paused_at <= vm.vm.clock_ns() < paused_at + 50_000_000
+    assert isinstance(runner.join().exit, IoExit)
+
+
+def test_a_request_ends_every_run(vmm: Vmm) -> None:
+    """After it each `run` returns Terminated, that of the caller too; the VM can still be seen."""
+    vm_id, _ = create(vmm, guests.SPIN, ncpus=3)
+    runner = Runner(vmm, vm_id)
+
+    def enter(_vcpu: Vcpu) -> Exit:
+        primitives.request_termination(vmm, vm_id)
+        return _vcpu.run()
+
+    assert isinstance(primitives.run(vmm, vm_id, 1, enter=enter).exit, Terminated)
+    assert isinstance(runner.join().exit, Terminated)
+    assert isinstance(primitives.run(vmm, vm_id, 0).exit, Terminated)
+    assert isinstance(primitives.run(vmm, vm_id, 2).exit, Terminated)
+    assert primitives.info_of(vmm, vm_id).vcpu_states == (VcpuState.TERMINATED,) * 3
+    primitives.pause(vmm, vm_id)
+    primitives.unpause(vmm, vm_id)
+    assert primitives.read_registers(vmm, vm_id, 0).groups == ALL_GROUPS
+    primitives.terminate(vmm, vm_id)
+
+
+def test_an_error_while_the_vcpu_is_entered(vmm: Vmm) -> None:
+    """What `enter` raises reaches the caller, and the vCPU has ended."""
+    vm_id, _ = create(vmm, guests.SPIN)
+
+    def enter(_vcpu: Vcpu) -> Exit:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        primitives.run(vmm, vm_id, 0, enter=enter)
+    assert state(vmm, vm_id) is VcpuState.TERMINATED
+
+
+# Interrupt controllers and mappings
+
+
+def test_interrupt_controllers_of_kvm(vmm: Vmm) -> None:
+    """With them a VM has local APICs, takes no injected interrupt, and has no INTR line."""
+    params = Ram().params()._replace(controllers=Controllers.KERNEL)
+    vm_id = primitives.create(vmm, params)
+    leaf = next(e for e in primitives.kvm_vcpu(vmm, vm_id, 0).get_cpuid() if e.function == 1)
+    assert leaf.edx & 1 << 9
+    assert refusal(lambda: primitives.interrupt(vmm, vm_id, 0, level=True)) is Refusal.EINVAL
+    inject = Inject(InjectType.INTR, guests.INTERRUPT_VECTOR)
+    assert refusal(lambda: primitives.run(vmm, vm_id, 0, inject=inject)) is Refusal.EINVAL
+    primitives.kvm_vm(vmm, vm_id).irq_line(4, 1)
+
+
+def test_mappings(vmm: Vmm) -> None:
+    """A mapping is memory of the guest until it is taken away; a read-only one takes no write."""
+    ram, rom = Ram(), Ram(0x1000)
+    rom.put(0x20, b"\x12\x34\x56\x78")
+    ram.put(guests.CODE, guests.ACCESS_MMIO)
+    mapping = Mapping(guests.MMIO, rom.va, rom.size, is_readonly=True)
+    vm_id = primitives.create(vmm, ram.params()._replace(mappings=[mapping]))
+    registers = entry(vmm, vm_id)
+    for is_mapped, kinds in ((True, 2), (False, 3), (True, 2)):
+        primitives.set_mapped(vmm, vm_id, 0, is_mapped=is_mapped)
+        primitives.reset_vcpu(vmm, vm_id, 0, registers)
+        assert _kinds(vmm, vm_id) == [MmioExit] * kinds + [Hlt]
+    for index in (-1, 1):
+        call = partial(primitives.set_mapped, vmm, vm_id, index, is_mapped=True)
+        assert refusal(call) is Refusal.EINVAL
 
 
 def test_all_groups_are_read_by_default(vmm: Vmm) -> None:

@@ -66,7 +66,7 @@ def test_bytes_printed_in_a_row_come_in_batches() -> None:
     with printing(COUNT) as rig:
         pio.insert(layout.PORT_COM1, 8, rig.uart)
         pio.insert(guests.PORT, 4, port)
-        dispatch(rig.vcpu, pio, Bus(1 << 32), lambda _vcpu, _reason: False, rig.output)
+        dispatch(rig.vcpu, pio, Bus(1 << 32), rig.output)
         rig.output.stop()
     assert bytes(left & 0xFF for left in range(COUNT, 0, -1)) == b"".join(rig.sent)
     assert len(rig.sent) < COUNT // 20

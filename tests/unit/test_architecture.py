@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -210,3 +211,11 @@ def test_the_report_names_every_folder(
     folders = {layers.folder_of(name, FILES) for name in FILES}
     assert {line.split()[0] for line in lines[1 : len(folders) + 1]} == folders
     assert not any(line.startswith("cycle of folders") for line in lines)
+
+
+def test_there_is_one_assembly_of_a_vm() -> None:
+    """Only the table of `vmm_kvm.primitives` has KVM make a VM or a vCPU."""
+    makers = {
+        name for name, path in FILES.items() if re.search(r"\.create_(vm|vcpu)\(", path.read_text())
+    }
+    assert makers == {"vmm_kvm.vm_table"}

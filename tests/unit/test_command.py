@@ -200,6 +200,15 @@ def test_run_is_light() -> None:
     assert not {name for name in modules if name.split(".")[0] in heavy}
 
 
+def test_the_machine_is_light() -> None:
+    """What makes a guest run loads nothing that generates code, and no log that is not written."""
+    program = "import sys, vmctl.run; print(*sys.modules)"
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = {"typer", "dataclasses", "inspect", "pathlib", "logging"}
+    assert heavy.isdisjoint(done.stdout.split())
+
+
 def test_a_reader_that_goes_away_is_no_error_of_ours() -> None:
     """What `vmctl ... | head -0` leaves unread ends quietly, whatever it is."""
     program = (

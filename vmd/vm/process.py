@@ -59,7 +59,14 @@ from vmm_kvm.block.image import Format
 from vmm_kvm.block.mapped import MappedImage
 from vmm_kvm.boot.nvram import Variables
 from vmm_kvm.boot.source import FileSource
-from vmm_kvm.errors import BootError, ImageError, SpecError, VmmError
+from vmm_kvm.errors import (
+    BootError,
+    ImageError,
+    Refusal,
+    RefusedError,
+    SpecError,
+    VmmError,
+)
 from vmm_kvm.images.opening import open_image
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
@@ -76,6 +83,7 @@ from vmm_kvm.machine.machine import (
 )
 from vmm_kvm.machine.pci_devices import PmemDisk, RemoteDisk, has_servers
 from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, Traffic, VhostPath
+from vmm_kvm.primitives import Vmm
 
 log = Log(__name__)
 
@@ -114,6 +122,7 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         spec, fds, connections = begun
         logging.set_title(f"vm/{spec.name}")
         set_title(f"vm/{spec.name}")
+        vmm = stack.enter_context(Vmm(kvm))
         loop = stack.enter_context(EventLoop())
         stack.callback(channel.close)  # before the loop, which it leaves
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.ring)))
@@ -121,7 +130,7 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         try:
             machine = _machine_spec(spec, fds, connections, channel, stack)
             disks = [Counters(each.counters) for each in connections.disks if each]
-            process = VmProcess(loop, channel, console, kvm, machine, disks=disks)
+            process = VmProcess(loop, channel, console, vmm, machine, disks=disks)
         except (VmmError, OSError) as err:
             log.warning("%s", err)
             text = str(err)[:TEXT_MAX]
@@ -136,10 +145,10 @@ def rehearse(kvm: Kvm) -> None:
         image=FirmwareImage("rehearsal", bytes(_REHEARSAL_ROM), _REHEARSAL_ROM), memory_size=MIB
     )
     try:
-        with EventLoop() as loop:
+        with Vmm(kvm) as vmm, EventLoop() as loop:
             Machine(
                 spec,
-                kvm,
+                vmm,
                 loop,
                 transmit=lambda _data: None,
                 on_receive_room=lambda: None,
@@ -273,9 +282,9 @@ def _error_code(err: Exception) -> ErrorCode:
     match err:
         case ImageError():
             return ErrorCode.DISK_MISSING
-        case BootError():
+        case BootError() | RefusedError(refusal=Refusal.EINVAL):
             return ErrorCode.EINVAL
-        case MemoryError():
+        case MemoryError() | RefusedError(refusal=Refusal.ENOMEM):
             return ErrorCode.ENOMEM
     return ErrorCode.EIO
 
@@ -296,7 +305,7 @@ class VmProcess:
         loop: EventLoop,
         channel: Channel[VmReport, VmmToVm],
         console: Console,
-        kvm: Kvm,
+        vmm: Vmm,
         spec: MachineSpec,
         *,
         disks: Sequence[Counters],
@@ -315,7 +324,7 @@ class VmProcess:
         self._is_paused = False
         self._machine = Machine(
             spec,
-            kvm,
+            vmm,
             loop,
             transmit=console.transmit,
             on_receive_room=lambda: loop.call_soon(console.feed),
@@ -394,7 +403,7 @@ class VmProcess:
                 net_received=sum(stream.received for stream in self._streams),
                 net_sent=sum(stream.sent for stream in self._streams),
             ),
-            memory_used=self._machine.memory.resident_size(),
+            memory_used=self._machine.info().used_size,
         )
 
 

@@ -1,4 +1,4 @@
-"""Whose VMs are on this host, and how much of their memory: /proc for others, mincore for us.
+"""Which programs run VMs on this host, and how much memory they have, as /proc tells.
 
 A process that holds a descriptor of `anon_inode:kvm-vm` runs VMs. What cannot be read, because the
 process is another user's or has just ended, is left out. Nothing here talks to KVM.
@@ -6,11 +6,8 @@ process is another user's or has just ended, is left out. Nothing here talks to 
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-from vmm_kvm.bits import GIB, PAGE_SIZE
-from vmm_kvm.kvm.ioctl import mincore
+from typing import NamedTuple
 
 _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu"
@@ -18,11 +15,9 @@ _NAME_OPTIONS = ("-name", "--name", "--id")
 # Of a program's mappings those count as guest memory that are at least this part of its largest:
 # RAM may lie in several pieces around a hole, heaps and stacks are much smaller.
 _SMALLEST_PART = 8
-_PIECE = GIB  # per call of mincore, which needs a byte for each page
 
 
-@dataclass(frozen=True, slots=True)
-class HostVm:
+class HostVm(NamedTuple):
     """A program that runs a VM, or several."""
 
     pid: int
@@ -52,22 +47,6 @@ def host_vms(proc: Path = Path("/proc"), *, but: int | None = None) -> list[Host
             if vm is not None:
                 found.append(vm)
     return sorted(found, key=lambda vm: vm.pid)
-
-
-def resident_bytes(address: int, size: int) -> int:
-    """Return how many of `size` bytes of this process's memory at `address` are in RAM.
-
-    Both are multiples of 4096. A piece of 1 GiB that is not mapped throughout counts as not
-    resident.
-
-    Raises:
-        KvmError: they are not multiples of 4096.
-    """
-    resident = 0
-    for start in range(address, address + size, _PIECE):
-        pages = mincore(start, min(_PIECE, address + size - start))
-        resident += 0 if pages is None else pages.count(1)
-    return resident * PAGE_SIZE
 
 
 def _examine(directory: Path) -> HostVm | None:

@@ -1,4 +1,4 @@
-"""System calls that Python lacks: ioctl(2) for KVM with its request numbers, tgkill, mincore.
+"""System calls that Python lacks: ioctl(2) for KVM with its request numbers, and tgkill.
 
 A failed call's errno becomes KvmError. Every ioctl of KVM goes through here, none through
 `fcntl.ioctl`: from Python 3.14 on that repeats a call which a signal has interrupted, so that a
@@ -12,9 +12,8 @@ the daemon `sandbox`, `seccomp`, `landlock`, `namespaces`, `terminal_watch` and 
 import ctypes
 import os
 from collections.abc import Callable
-from errno import EINTR, ENOMEM, ESRCH
+from errno import EINTR, ESRCH
 
-from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import KvmError
 
 _IOC_NRSHIFT = 0
@@ -35,9 +34,6 @@ _syscall = _libc.syscall
 _syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int)
 _syscall.restype = ctypes.c_long
 _SYS_TGKILL = 234
-_mincore = _libc.mincore
-_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-_mincore.restype = ctypes.c_int
 
 OPERATIONS: dict[int, str] = {}
 """The C name of each request, for error messages; the table of requests fills it in."""
@@ -130,22 +126,3 @@ def signal_thread(native_id: int, signal: int) -> None:
         errno = ctypes.get_errno()
         if errno != ESRCH:
             raise KvmError("tgkill", errno)
-
-
-def mincore(address: int, size: int) -> bytes | None:
-    """Return a byte for each page of this process's memory: 1 if it is in RAM, else 0.
-
-    `address` and `size`, bytes, are multiples of 4096. None if not all of it is mapped.
-
-    Raises:
-        KvmError: they are not multiples of 4096.
-
-    Source: mincore(2).
-    """
-    pages = (ctypes.c_uint8 * (size // PAGE_SIZE))()
-    if _mincore(address, size, pages) == 0:
-        return bytes(pages)
-    errno = ctypes.get_errno()
-    if errno == ENOMEM:
-        return None
-    raise KvmError("mincore", errno)

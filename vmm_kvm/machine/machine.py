@@ -1,9 +1,8 @@
 """The machine: from a specification to KVM objects, buses and devices, wired together.
 
 Wiring only: what a chip does is in `devices`, what an address is in `arch.x86.layout`, what a vCPU
-thread does in `runner`. A reboot makes a new Machine: nothing of the old one can be left over.
-
-Memory slots are set before the interrupt controllers are made: 0.07 ms against 7.4 ms.
+thread does in `runner`; the VM itself is made, paused and ended by `vmm_kvm.primitives`. A reboot
+makes a new Machine: nothing of the old one can be left over.
 """
 
 import ctypes
@@ -11,13 +10,13 @@ import enum
 import mmap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from vmm_kvm import primitives
 from vmm_kvm.arch.x86 import layout
 from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables, loader_files
 from vmm_kvm.arch.x86.boot_config import BootDevice
-from vmm_kvm.arch.x86.cpuid import guest_cpuid
 from vmm_kvm.arch.x86.e820 import encode, firmware_e820_map
 from vmm_kvm.arch.x86.entry_state import load_entry
 from vmm_kvm.arch.x86.image import BootConfig, BootImage, FirmwareImage, load
@@ -35,11 +34,9 @@ from vmm_kvm.devices.i8042 import I8042Reset
 from vmm_kvm.devices.mc146818 import Mc146818
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.uart16550 import Uart16550
-from vmm_kvm.errors import KvmError, SpecError
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
-from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
 from vmm_kvm.log import Log
@@ -49,7 +46,9 @@ from vmm_kvm.machine.serial_output import SerialOutput
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
+from vmm_kvm.primitives import VmInfo, Vmm
 from vmm_kvm.virtio.vmmci import Command
+from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, check_vcpus
 
 if TYPE_CHECKING:  # loaded where there is a disk, an interface, or UEFI firmware
     from vmm_kvm.block.image import Image
@@ -59,15 +58,11 @@ if TYPE_CHECKING:  # loaded where there is a disk, an interface, or UEFI firmwar
 
 log = Log(__name__)
 
-VCPUS_MAX = 64
-"""As vmm(4) has it."""
-
 _SLP_TYP_S5 = 5
 _ISA_IRQS = 16
 _CASCADE_IRQ = 2
 _TIMER_PIN = 2  # of the IOAPIC, as the MADT's override says
 _DEBUG_LINE_MAX = 1024
-_PMEM_SLOT = 16  # memory slots below are RAM's and the firmware's
 _PIO_SIZE = 1 << 16
 _MMIO_SIZE = 1 << 64
 
@@ -145,13 +140,14 @@ class Machine:
 
     `transmit` and `on_outcome` are called on vCPU threads and must not block; `on_outcome` once.
     `on_receive_room` is called, on any thread, when the serial port can take input again; with
-    the port's lock held, so it may only post to an event loop. `kvm` stays the caller's.
+    the port's lock held, so it may only post to an event loop. `vmm`, the table that the VM is in,
+    stays the caller's.
     """
 
     def __init__(
         self,
         spec: MachineSpec,
-        kvm: Kvm,
+        vmm: Vmm,
         clock: Clock,
         *,
         transmit: Callable[[bytes], None],
@@ -161,14 +157,14 @@ class Machine:
         """Build the machine and load its image; no vCPU runs yet.
 
         Raises:
-            SpecError: more vCPUs than KVM or this package allows, or an impossible memory size.
+            RefusedError: vmm(4) refuses it: too many vCPUs, too much memory, or a name too long.
+            SpecError: a device is impossible.
             BootError: the image, initrd or command line does not fit.
             KvmError, OSError: the host refused something.
         """
-        limit = min(VCPUS_MAX, kvm.max_vcpus)
-        if not 1 <= spec.cpus <= limit:
-            raise SpecError(f"{spec.cpus} vCPUs: 1 to {limit} are possible here")
+        check_vcpus(spec.cpus, vmm.kvm.max_vcpus)
         self.spec = spec
+        self._vmm = vmm
         self._transmit = transmit
         self._on_outcome = on_outcome
         self._outcome_lock = threading.Lock()
@@ -214,7 +210,7 @@ class Machine:
                     smbios=smbios,
                 ),
             )
-            self._make_vm(kvm, stack)
+            self._make_vm(stack)
             self.pio = Bus(_PIO_SIZE)
             self.mmio = Bus(_MMIO_SIZE)
             self._make_devices(clock, on_receive_room)
@@ -228,12 +224,13 @@ class Machine:
             if is_firmware:
                 self.fw_cfg.add_file("etc/smbios/smbios-anchor", smbios.anchor)
                 self.fw_cfg.add_file("etc/smbios/smbios-tables", smbios.tables)
-            self._make_vcpus(kvm, stack)
-            if kvm.can_coalesce_ports:
-                self._output = SerialOutput(clock, self.uart, self.vcpus[0])
-            load_entry(self.vcpus[0], entry)
-            self.runner = Runner(
-                self.vcpus,
+            first = primitives.kvm_vcpu(vmm, self._vm_id, 0)
+            if vmm.kvm.can_coalesce_ports:
+                self._output = SerialOutput(clock, self.uart, first)
+            load_entry(first, entry)
+            self._runner = Runner(
+                vmm,
+                self._vm_id,
                 self.pio,
                 self.mmio,
                 collected=self._output,
@@ -242,7 +239,7 @@ class Machine:
             )
             if self._output:
                 stack.callback(self._output.stop)  # when no vCPU runs any more
-            stack.callback(self.runner.stop)
+            stack.callback(self._runner.stop)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -261,16 +258,16 @@ class Machine:
         """Let every vCPU run; once."""
         if self._output:
             self._output.start()
-        self.runner.start()
+        self._runner.start()
 
     def throttle(self, hold: bool) -> None:
         """Ask the vCPUs to stand still, without waiting for it, or let them go on."""
         if self.console:
             self.console.throttle(hold)
         if hold:
-            self.runner.request_pause()
+            primitives.pause(self._vmm, self._vm_id, wait=False)
         else:
-            self.runner.resume()
+            primitives.unpause(self._vmm, self._vm_id)
 
     def receive(self, data: bytes) -> int:
         """Offer input to hvc0 once its driver is ready, else to the serial port.
@@ -293,23 +290,23 @@ class Machine:
 
     def pause(self) -> None:
         """Let the machine stand still; returns when no vCPU runs and no device works."""
-        self.runner.pause()
+        primitives.pause(self._vmm, self._vm_id)
         self._devices.settle()
         if self._output:
-            self._output.drain(self.vcpus[0])
+            self._output.drain_all()
 
     def resume(self) -> None:
         """Let a paused machine go on; the guest's clocks tell that time has passed.
 
         Switches may have forgotten meanwhile where its network interfaces are; it tells them again.
         """
-        for vcpu in self.vcpus:
-            # Only a guest that has a kvmclock has an alarm for standing still.
-            with suppress(KvmError):
-                vcpu.kvmclock_ctrl()
         self.vmmci.sync_rtc()
-        self.runner.resume()
+        primitives.unpause(self._vmm, self._vm_id)
         self._devices.announce()
+
+    def info(self) -> VmInfo:
+        """Return what vmm(4)'s `info` tells of the VM."""
+        return primitives.info_of(self._vmm, self._vm_id)
 
     def press_power_button(self) -> bool:
         """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI.
@@ -328,34 +325,41 @@ class Machine:
 
     # Wiring
 
-    def _make_vm(self, kvm: Kvm, stack: ExitStack) -> None:
-        self.vm = stack.enter_context(kvm.create_vm())
-        self.vm.set_identity_map_address(layout.IDENTITY_MAP_ADDRESS)
-        self.vm.set_tss_address(layout.TSS_ADDRESS)
-        regions = self.memory.regions
-        for slot, region in enumerate(regions):
-            hva = self.memory.hva + region.offset
-            self.vm.set_memory_region(slot, region.gpa, region.size, hva)
-        for slot, (disk, gpa) in enumerate(self._pmem.items(), _PMEM_SLOT):
-            self.vm.set_memory_region(slot, gpa, disk.image.size, disk.image.hva)
-            self.memory.attach(gpa, disk.image.view)
-        image = self.spec.image
-        if isinstance(image, FirmwareImage):
-            self._rom = mmap.mmap(-1, len(image.rom))  # lives as long as the slot that maps it
-            self._rom[:] = image.rom
-            hva = ctypes.addressof(ctypes.c_char.from_buffer(self._rom))
-            self.vm.set_memory_region(
-                len(regions), image.rom_base, len(image.rom), hva, readonly=True
-            )
-        if kvm.can_coalesce_ports:
-            self.vm.register_coalesced(layout.PORT_COM1, 1, pio=True)
-        self.vm.create_irqchip()
-        self.vm.create_pit2()
-        set_level_triggered(self.vm, layout.PIC_PCI_INTX)
-        self._eventfds = stack.enter_context(EventFds(self.vm, _routes(), layout.GSI_MSI))
+    def _make_vm(self, stack: ExitStack) -> None:
+        spec, memory = self.spec, self.memory
+        self._flash_mapping = 0
+        mappings = []
+        if isinstance(spec.image, FirmwareImage):
+            self._rom = mmap.mmap(-1, len(spec.image.rom))  # lives as long as the mapping
+            self._rom[:] = spec.image.rom
+            rom = Mapping(spec.image.rom_base, _address(self._rom), len(self._rom), True)
+            mappings.append(rom)
+            if spec.variables is not None:  # right below the firmware
+                self._flash_mapping = len(mappings)
+                size = spec.variables.size
+                mappings.append(Mapping(rom.gpa - size, _address(spec.variables.array), size, True))
+        for disk, gpa in self._pmem.items():
+            mappings.append(Mapping(gpa, disk.image.hva, disk.image.size, False))
+            memory.attach(gpa, disk.image.view)
+        self._vm_id = primitives.create(
+            self._vmm,
+            CreateParams(
+                [MemoryRange(r.gpa, memory.hva + r.offset, r.size) for r in memory.regions],
+                spec.cpus,
+                spec.name,
+                Controllers.KERNEL,
+                mappings,
+                (layout.PORT_COM1,) if self._vmm.kvm.can_coalesce_ports else (),
+                memory.resident_size,
+            ),
+        )
+        stack.callback(primitives.terminate, self._vmm, self._vm_id)
+        self._vm = primitives.kvm_vm(self._vmm, self._vm_id)
+        set_level_triggered(self._vm, layout.PIC_PCI_INTX)
+        self._eventfds = stack.enter_context(EventFds(self._vm, _routes(), layout.GSI_MSI))
 
     def _make_devices(self, clock: Clock, on_receive_room: Callable[[], None]) -> None:
-        spec, vm, pio = self.spec, self.vm, self.pio
+        spec, vm, pio = self.spec, self._vm, self.pio
         self.uart = Uart16550(
             KvmIrqLine(vm, layout.GSI_COM1),
             self._transmit,
@@ -418,22 +422,15 @@ class Machine:
             return
         from vmm_kvm.devices.pflash import Pflash  # noqa: PLC0415 - for UEFI guests only
 
-        slot, base = len(self.memory.regions) + 1, image.rom_base - variables.size
-        hva = ctypes.addressof(ctypes.c_char.from_buffer(variables.array))
-
         def set_mapped(is_mapped: bool) -> None:
-            if is_mapped:
-                self.vm.set_memory_region(slot, base, variables.size, hva, readonly=True)
-            else:
-                self.vm.delete_memory_region(slot)
+            primitives.set_mapped(self._vmm, self._vm_id, self._flash_mapping, is_mapped=is_mapped)
 
-        set_mapped(True)
         flash = Pflash(memoryview(variables.array), set_mapped=set_mapped, store=variables.store)
         stack.callback(flash.close)
-        self.mmio.insert(base, variables.size, flash)
+        self.mmio.insert(image.rom_base - variables.size, variables.size, flash)
 
     def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
-        intx = IntxLines([KvmIrqLine(self.vm, gsi) for gsi in layout.GSI_PCI_INTX])
+        intx = IntxLines([KvmIrqLine(self._vm, gsi) for gsi in layout.GSI_PCI_INTX])
         devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
         self._devices = devices
         # In OpenBSD's order: unit numbers in a guest follow it.
@@ -456,14 +453,6 @@ class Machine:
         if order is not None:
             self.fw_cfg.add_file("bootorder", order)
 
-    def _make_vcpus(self, kvm: Kvm, stack: ExitStack) -> None:
-        supported = kvm.supported_cpuid()
-        self.vcpus = []
-        for index in range(self.spec.cpus):
-            vcpu = stack.enter_context(self.vm.create_vcpu(index))
-            vcpu.set_cpuid(guest_cpuid(supported, index, self.spec.cpus))
-            self.vcpus.append(vcpu)
-
     # What the guest does to the machine; on a vCPU thread
 
     def _end(self, outcome: Outcome) -> None:
@@ -471,7 +460,7 @@ class Machine:
             if self._has_ended:
                 return
             self._has_ended = True
-        self.runner.request_stop()
+        primitives.request_termination(self._vmm, self._vm_id)
         self._on_outcome(outcome)
 
     def _note_plain(self, is_plain: bool) -> None:
@@ -492,8 +481,8 @@ class Machine:
         if event & PanicEvent.PANICKED:
             self._end(Crash(f"{self.spec.name}: the guest panicked"))
 
-    def _exit(self, vcpu: Vcpu, reason: Exit) -> bool:
-        """Decide on an exit that is no device access; returns whether the vCPU goes on."""
+    def _exit(self, vcpu: Vcpu, reason: Exit) -> None:
+        """End the machine by an exit that is no device access."""
         name = self.spec.name
         match reason:
             case Shutdown():
@@ -513,7 +502,6 @@ class Machine:
             case _:
                 kind = type(reason).__name__
                 self._end(Crash(f"{name}: unexpected exit {kind}: {_registers(vcpu)}"))
-        return True  # until the kick that `_end` sent arrives
 
 
 def _routes() -> Iterator[IrqchipRoute]:
@@ -531,6 +519,10 @@ def _routes() -> Iterator[IrqchipRoute]:
 def _pic_route(gsi: int, irq: int) -> IrqchipRoute:
     chip = Irqchip.PIC_SLAVE if irq >= 8 else Irqchip.PIC_MASTER
     return IrqchipRoute(gsi, chip, irq % 8)
+
+
+def _address(memory: "mmap.mmap | bytearray") -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _registers(vcpu: Vcpu) -> str:

@@ -22,7 +22,7 @@ _LSR_READ = io_read_word(layout.PORT_COM1 + Register.LSR, 1)
 class SerialOutput:
     """Carries collected bytes to the UART; a `dispatch.Collected`.
 
-    `drain` and `note_plain` may be called on any thread, `start` and `stop` by the machine's owner.
+    `start` and `stop` are for the machine's owner; the rest may be called on any thread.
     """
 
     __slots__ = ("_clock", "_is_plain", "_poll_ns", "_timer", "_uart", "_vcpu", "early_read")
@@ -43,7 +43,7 @@ class SerialOutput:
 
     def stop(self) -> None:
         """Carry what is left of a guest that has stopped, and look no more."""
-        self.drain(self._vcpu)
+        self.drain_all()
         self._timer.cancel()
 
     def note_plain(self, is_plain: bool) -> None:
@@ -56,6 +56,10 @@ class SerialOutput:
         """Carry what was collected; the output that begins with it is looked after by the timer."""
         if vcpu.write_collected_bytes(self._uart.write_all) and self._poll_ns > _POLL_MIN_NS:
             self._look_soon()
+
+    def drain_all(self) -> None:
+        """Carry what was collected, of a guest that stands still."""
+        self.drain(self._vcpu)
 
     def _poll(self) -> None:
         # In this order: a byte that is collected from now on is seen below, or is drained by the

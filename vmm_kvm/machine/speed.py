@@ -4,10 +4,14 @@ import ctypes
 import mmap
 import time
 
+from vmm_kvm import primitives
+from vmm_kvm.arch.x86.registers import Registers, SegmentRegister
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import VmmError
 from vmm_kvm.kvm.exits import Hlt
 from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.primitives import Vmm
+from vmm_kvm.vm_params import CreateParams, MemoryRange
 
 _LOOP = bytes.fromhex(
     "66b9 00000000"  # mov $count, %ecx
@@ -46,18 +50,22 @@ def _time_loop(kvm: Kvm, rounds: int) -> float:
     code[_COUNT_OFFSET : _COUNT_OFFSET + 4] = rounds.to_bytes(4, "little")
     ram[_CODE_ADDRESS : _CODE_ADDRESS + len(code)] = bytes(code)
     hva = ctypes.addressof(ctypes.c_char.from_buffer(ram))
-    with kvm.create_vm() as vm:
-        vm.set_memory_region(0, 0, len(ram), hva)
-        with vm.create_vcpu(0) as vcpu:
-            sregs = vcpu.get_sregs()
-            sregs.cs.base, sregs.cs.selector = 0, 0
-            vcpu.set_sregs(sregs)
-            regs = vcpu.get_regs()
-            regs.rip, regs.rflags = _CODE_ADDRESS, 2
-            vcpu.set_regs(regs)
-            start = time.perf_counter()
-            reason = vcpu.run()
-            seconds = time.perf_counter() - start
-            if not isinstance(reason, Hlt):
-                raise VmmError(f"self-test loop: ended in {type(reason).__name__}, not in HLT")
+    with Vmm(kvm) as vmm:
+        vm_id = primitives.create(vmm, CreateParams([MemoryRange(0, hva, len(ram))], name="speed"))
+        registers = primitives.read_registers(vmm, vm_id, 0)
+        primitives.reset_vcpu(vmm, vm_id, 0, _at(registers, _CODE_ADDRESS))
+        start = time.perf_counter()
+        reason = primitives.run(vmm, vm_id, 0).exit
+        seconds = time.perf_counter() - start
+        if not isinstance(reason, Hlt):
+            raise VmmError(f"self-test loop: ended in {type(reason).__name__}, not in HLT")
     return seconds
+
+
+def _at(registers: Registers, address: int) -> Registers:
+    """Return the registers of a vCPU after reset, but about to run `address` in real mode."""
+    code = SegmentRegister(0, 0, 0xFFFF, 0x9B)
+    return registers._replace(
+        gprs={**(registers.gprs or {}), "rip": address},
+        segments={**(registers.segments or {}), "cs": code},
+    )

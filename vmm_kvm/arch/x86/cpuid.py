@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from vmm_kvm.kvm.cpuid import SIGNIFICANT_INDEX, CpuidEntry
+from vmm_kvm.kvm.cpuid import ECX1_TSC_DEADLINE, SIGNIFICANT_INDEX, CpuidEntry
 
 KVM_CPUID_SIGNATURE = 0x4000_0000
 KVM_CPUID_FEATURES = 0x4000_0001
@@ -21,6 +21,7 @@ _KVM_FEATURE_CLOCKSOURCE_STABLE = 1 << 24
 _ECX1_X2APIC = 1 << 21
 _ECX1_OSXSAVE = 1 << 27
 _ECX1_HYPERVISOR = 1 << 31
+_EDX1_APIC = 1 << 9
 _EDX1_HTT = 1 << 28
 _ECX_AMD1_CMP_LEGACY = 1 << 1
 _ECX_AMD1_TOPOLOGY_EXTENSIONS = 1 << 22
@@ -56,6 +57,18 @@ def guest_cpuid(
     if basic >= _LEAF_TSC:
         entries += _tsc_leaf(supported, tsc_khz)
     return tuple(sorted(entries, key=lambda e: (e.function, e.subleaf)))
+
+
+def without_apic(entries: Sequence[CpuidEntry]) -> tuple[CpuidEntry, ...]:
+    """Return the entries of a vCPU for one that has no local APIC."""
+    return tuple(
+        entry._replace(
+            ecx=entry.ecx & ~(_ECX1_X2APIC | ECX1_TSC_DEADLINE), edx=entry.edx & ~_EDX1_APIC
+        )
+        if entry.function == 1
+        else entry
+        for entry in entries
+    )
 
 
 _LEAF_TOPOLOGY = 0x0B

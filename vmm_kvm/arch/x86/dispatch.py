@@ -45,24 +45,17 @@ class Collected(Protocol):
         """Let all of them take effect; on the thread of `vcpu`."""
 
 
-def dispatch(
-    vcpu: Vcpu,
-    pio: Bus,
-    mmio: Bus,
-    leave: Callable[[Vcpu, Exit], bool],
-    collected: Collected | None = None,
-) -> None:
-    """Run `vcpu` and serve its accesses until `leave` returns False for another exit.
+def dispatch(vcpu: Vcpu, pio: Bus, mmio: Bus, collected: Collected | None = None) -> Exit:
+    """Run `vcpu` and serve its accesses until it comes out for something else; returns that exit.
 
-    Called on the vCPU's thread. What KVM has collected is drained before an exit is served, but
-    for `Collected.early_read`.
+    Called on the thread that the vCPU is bound to. What KVM has collected is drained before an
+    exit is served, but for `Collected.early_read`.
 
     Raises:
         KvmError: KVM_RUN failed.
 
     Source: KVM API §4.10, §5.
     """
-    vcpu.bind_thread()
     fd, request = vcpu.fd, abi.KVM_RUN
     field = abi.kvm_run.exit_reason
     page = memoryview(vcpu.kvm_run).cast("B")
@@ -81,9 +74,7 @@ def dispatch(
                 # A kick, a start-up IPI or a failure; all of them persist until run() tells which.
                 reason = vcpu.run()
                 if reason is not io and reason is not mmio_exit:
-                    if not leave(vcpu, reason):
-                        return
-                    continue
+                    return reason
             kind = reasons[0]
             if kind == io_reason and io_words[0] == early_read[0]:
                 early_answer[0] = early_read[1]
@@ -104,10 +95,8 @@ def dispatch(
                     _learn_mmio(mmio_exit, mmio, addresses)
                     _serve_mmio(mmio_exit, mmio)
                     continue
-            elif leave(vcpu, vcpu.latest_exit()):
-                continue
             else:
-                return
+                return vcpu.latest_exit()
             acquire, release, read, write, offset, size, items, is_write = access
             acquire()
             try:

@@ -6,7 +6,7 @@ is an MSR, XCR0 is a control register. Each group is read or written as a whole.
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.vcpu_state import VcpuState
@@ -71,8 +71,7 @@ ALL_GROUPS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentRegister:
+class SegmentRegister(NamedTuple):
     """A segment register with its hidden part."""
 
     selector: int
@@ -83,8 +82,7 @@ class SegmentRegister:
     """The access rights of a VMCS: type, S, DPL, P, AVL, L, D/B, G; bit 16 means unusable."""
 
 
-@dataclass(frozen=True, slots=True)
-class TableRegister:
+class TableRegister(NamedTuple):
     """GDTR or IDTR."""
 
     base: int
@@ -92,8 +90,7 @@ class TableRegister:
     """In bytes, inclusive."""
 
 
-@dataclass(frozen=True, slots=True)
-class Registers:
+class Registers(NamedTuple):
     """Some groups of registers; None for a group that is not there."""
 
     gprs: Mapping[str, int] | None = None

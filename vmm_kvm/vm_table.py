@@ -1,0 +1,282 @@
+"""The table of VMs that `vmm_kvm.primitives` works on, and how a VM of it is put together of KVM's.
+
+This is the only place that makes a VM of KVM. The one lock, `Vmm.changed`, guards all state here
+and is not held while a guest runs. Functions here are called with the lock held, unless they say
+otherwise.
+"""
+
+import enum
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Self
+
+from vmm_kvm.arch.x86 import layout
+from vmm_kvm.arch.x86.cpuid import guest_cpuid, without_apic
+from vmm_kvm.errors import Refusal, RefusedError
+from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import Vcpu
+from vmm_kvm.kvm.vm import Vm
+from vmm_kvm.vm_params import MAX_MEMORY_RANGES, Controllers, CreateParams, Mapping, MemoryType
+
+
+class VcpuState(enum.IntEnum):
+    """What a vCPU does, by OpenBSD's numbers."""
+
+    STOPPED = 0
+    RUNNING = 1
+    REQTERM = 2
+    """It runs, and is to end."""
+    TERMINATED = 3
+    UNKNOWN = 4
+    """It is another program's."""
+
+
+class VcpuEntry:
+    """A vCPU of the table."""
+
+    __slots__ = ("has_intr", "is_waiting", "state", "vcpu")
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        """Enter a vCPU that is stopped."""
+        self.vcpu = vcpu
+        self.state = VcpuState.STOPPED
+        self.is_waiting = False
+        """A `run` waits until nothing holds the VM any more."""
+        self.has_intr = False
+        """The level of the INTR line."""
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the vCPU is not in the guest, and no `run` serves an exit of it."""
+        return self.state not in {VcpuState.RUNNING, VcpuState.REQTERM}
+
+
+class VmEntry:
+    """A VM of the table."""
+
+    __slots__ = (
+        "holds",
+        "id",
+        "is_ending",
+        "is_gone",
+        "is_paused",
+        "params",
+        "resources",
+        "vcpus",
+        "vm",
+    )
+
+    def __init__(
+        self,
+        vm_id: int,
+        params: CreateParams,
+        vm: Vm,
+        vcpus: list[VcpuEntry],
+        resources: ExitStack,
+    ) -> None:
+        """Enter a VM whose vCPUs are stopped; takes over `resources`, which free it."""
+        self.id = vm_id
+        self.params = params
+        self.vm = vm
+        self.vcpus = vcpus
+        self.resources = resources
+        self.holds = 0
+        """How many operations keep the vCPUs out of the guest."""
+        self.is_paused = False
+        self.is_ending = False
+        """No vCPU enters the guest again."""
+        self.is_gone = False
+        """It is no longer in the table."""
+
+    def kick(self) -> None:
+        """Bring every vCPU that runs out of the guest."""
+        for entry in self.vcpus:
+            if not entry.is_out:
+                entry.vcpu.kick()
+
+    def request_end(self) -> None:
+        """Let every vCPU end, and bring out those that run."""
+        self.is_ending = True
+        for entry in self.vcpus:
+            if entry.state is VcpuState.RUNNING:
+                entry.state = VcpuState.REQTERM
+            elif entry.state is VcpuState.STOPPED and not entry.is_waiting:
+                entry.state = VcpuState.TERMINATED
+        self.kick()
+
+
+class Vmm:
+    """A table of VMs; a context manager that terminates what is left in it.
+
+    `kvm` stays the caller's. Everything else here is for `vmm_kvm.primitives`.
+    """
+
+    def __init__(self, kvm: Kvm) -> None:
+        """Make an empty table for VMs of this process."""
+        self.kvm = kvm
+        self.pid = os.getpid()
+        self.last_id = 0
+        self.vms: dict[int, VmEntry] = {}
+        # Notified when a vCPU stops or ends, and when a VM is held no longer.
+        self.changed = threading.Condition()
+
+    def close(self) -> None:
+        """Terminate every VM; idempotent.
+
+        Raises:
+            RefusedError: this is not the process that made the table (EPERM).
+        """
+        check_owner(self)
+        for vm_id in list(self.vms):
+            try:
+                end(self, vm_id)
+            except RefusedError as err:
+                if err.refusal is not Refusal.ENOENT:  # another thread was quicker
+                    raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def check_owner(vmm: Vmm) -> None:
+    """Refuse a process that did not make the table; without the lock.
+
+    Raises:
+        RefusedError: EPERM.
+    """
+    if os.getpid() != vmm.pid:
+        raise RefusedError(Refusal.EPERM, f"the VMs belong to process {vmm.pid}")
+
+
+def find_vm(vmm: Vmm, vm_id: int) -> VmEntry:
+    """Return a VM of the table.
+
+    Raises:
+        RefusedError: ENOENT.
+    """
+    vm = vmm.vms.get(vm_id)
+    if vm is None:
+        raise RefusedError(Refusal.ENOENT, f"no VM {vm_id}")
+    return vm
+
+
+def find_vcpu(vmm: Vmm, vm_id: int, vcpu_id: int) -> tuple[VmEntry, VcpuEntry]:
+    """Return a vCPU of the table, and its VM.
+
+    Raises:
+        RefusedError: ENOENT.
+    """
+    vm = find_vm(vmm, vm_id)
+    if not 0 <= vcpu_id < len(vm.vcpus):
+        raise RefusedError(Refusal.ENOENT, f"no vCPU {vcpu_id} in VM {vm_id}")
+    return vm, vm.vcpus[vcpu_id]
+
+
+def end(vmm: Vmm, vm_id: int) -> None:
+    """Take a VM out of the table, wait until nothing uses it, and free it; without the lock.
+
+    Raises:
+        RefusedError: ENOENT.
+    """
+    with vmm.changed:
+        vm = find_vm(vmm, vm_id)
+        del vmm.vms[vm_id]
+        vm.is_gone = True
+        vm.request_end()
+        vmm.changed.notify_all()
+        vmm.changed.wait_for(
+            lambda: all(entry.state is VcpuState.TERMINATED for entry in vm.vcpus) and vm.holds == 0
+        )
+    vm.resources.close()
+
+
+def wait_until_out(vmm: Vmm, vm: VmEntry) -> None:
+    """Wait until no vCPU of `vm` is in the guest any more; something keeps them from entering it.
+
+    Raises:
+        RefusedError: the VM is terminated meanwhile (ENOENT).
+    """
+    vm.kick()
+    vmm.changed.wait_for(lambda: vm.is_gone or all(entry.is_out for entry in vm.vcpus))
+    if vm.is_gone:
+        raise RefusedError(Refusal.ENOENT, f"no VM {vm.id}")
+
+
+@contextmanager
+def held(vmm: Vmm, vm: VmEntry) -> Iterator[None]:
+    """Keep every vCPU of `vm` out of the guest.
+
+    Raises:
+        RefusedError: the VM is terminated meanwhile (ENOENT).
+    """
+    vm.holds += 1
+    try:
+        wait_until_out(vmm, vm)
+        yield
+    finally:
+        vm.holds -= 1
+        vmm.changed.notify_all()
+
+
+def assemble(vmm: Vmm, params: CreateParams) -> VmEntry:
+    """Make a VM of KVM, with its memory, interrupt controllers and vCPUs.
+
+    Memory slots are set before the interrupt controllers are made: 0.07 ms against 7.4 ms.
+
+    Raises:
+        KvmError: KVM refused.
+    """
+    kvm = vmm.kvm
+    with ExitStack() as stack:
+        vm = stack.enter_context(kvm.create_vm())
+        vm.set_identity_map_address(layout.IDENTITY_MAP_ADDRESS)
+        vm.set_tss_address(layout.TSS_ADDRESS)
+        for slot, part in enumerate(params.ranges):
+            if part.type is not MemoryType.MMIO:
+                vm.set_memory_region(slot, part.gpa, part.size, part.va)
+        for index, mapping in enumerate(params.mappings):
+            show_mapping(vm, index, mapping)
+        for port in params.collected_ports:
+            vm.register_coalesced(port, 1, pio=True)
+        has_apics = params.controllers is Controllers.KERNEL
+        if has_apics:
+            vm.create_irqchip()
+            vm.create_pit2()
+        supported = kvm.supported_cpuid()
+        vcpus = []
+        for index in range(params.ncpus):
+            vcpu = stack.enter_context(vm.create_vcpu(index))
+            leaves = guest_cpuid(supported, index, params.ncpus)
+            vcpu.set_cpuid(leaves if has_apics else without_apic(leaves))
+            vcpus.append(VcpuEntry(vcpu))
+        vmm.last_id += 1
+        return VmEntry(vmm.last_id, params, vm, vcpus, stack.pop_all())
+
+
+def show_mapping(vm: Vm, index: int, mapping: Mapping) -> None:
+    """Show mapping number `index` of a VM to the guest; needs no lock.
+
+    Raises:
+        KvmError: KVM refused.
+    """
+    vm.set_memory_region(
+        MAX_MEMORY_RANGES + index,
+        mapping.gpa,
+        mapping.size,
+        mapping.va,
+        readonly=mapping.is_readonly,
+    )
+
+
+def hide_mapping(vm: Vm, index: int) -> None:
+    """Take mapping number `index` of a VM away from the guest; needs no lock.
+
+    Raises:
+        KvmError: the guest does not see it.
+    """
+    vm.delete_memory_region(MAX_MEMORY_RANGES + index)
