@@ -281,7 +281,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.shared",
         "typer",
     ),
-    "vmctl.disk_files": ("vmm_kvm.log", "vmm_kvm.block", "vmm_kvm.images"),
+    "vmctl.disk_files": ("vmm_kvm.errors", "vmm_kvm.log", "vmm_kvm.block", "vmm_kvm.images"),
     "vmctl.create": (
         "vmm_kvm.errors",
         "vmm_kvm.block",

@@ -21,7 +21,7 @@ from vmm_kvm.block.image import Format
 from vmm_kvm.block.qcow2.header import parse_header
 from vmm_kvm.errors import ImageError, VmmError
 from vmm_kvm.images.create import SourceError, copy, create_image, create_qcow2, rounded_up
-from vmm_kvm.images.opening import open_image, probe
+from vmm_kvm.images.opening import CHAIN_MAX, image_chain, open_image, probe
 
 _MIB = 1 << 20
 _LONG_COPY = 256 * _MIB  # from here on a person may wonder whether it is still at work
@@ -94,9 +94,10 @@ def _disk_size(text: str) -> int:
 
 
 def _size_over_base(base: str, path: str, size: int | None) -> int:
-    """Return the size of a new image over `base`, whose header alone is looked at."""
+    """Return the size of a new image over `base`, which nobody may be writing to."""
+    base = os.path.join(os.path.dirname(path), base)
     try:
-        with open(os.path.join(os.path.dirname(path), base), "rb") as file:
+        with open(base, "rb") as file:
             data = file.read(1 << 16)
     except (OSError, ValueError) as err:
         raise _RefusedError(f"failure to read base image header: {why(err)}") from err
@@ -113,6 +114,12 @@ def _size_over_base(base: str, path: str, size: int | None) -> int:
         raise _RefusedError("base size does not match requested size")
     if not header.size:
         raise _RefusedError("missing disk size")
+    try:
+        if len(image_chain(base, Format.QCOW2)) == CHAIN_MAX:
+            raise _RefusedError(f"{base}: it has {CHAIN_MAX - 1} base images already, the most")
+        open_image(base, Format.QCOW2, True).close()
+    except ImageError as err:
+        raise _RefusedError(f"cannot use base image: {err}") from err
     return header.size
 
 

@@ -4,7 +4,9 @@ import os
 from typing import NamedTuple
 
 from vmm_kvm import log
+from vmm_kvm.block.headers import SECTOR_SIZE, foreign, foreign_name
 from vmm_kvm.block.image import Format
+from vmm_kvm.errors import ImageError
 from vmm_kvm.images.opening import probe
 
 
@@ -18,6 +20,10 @@ class DiskFile(NamedTuple):
 def parse_disk(argument: str) -> DiskFile:
     """Tell path and format: by prefix, by the file's first bytes, by extension; else it is raw.
 
+    Raises:
+        ImageError: it is, or would be named like, an image of a format that is not supported, or
+            compressed, and its format was not said.
+
     Source: section 2.5 of OpenBSD's behaviour.
     """
     for disk_format in Format:
@@ -26,15 +32,22 @@ def parse_disk(argument: str) -> DiskFile:
     try:
         descriptor = os.open(argument, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError):
-        pass  # it is to be created, or opening it will tell why not
+        # It is to be created, or opening it will tell why not.
+        problem = foreign_name(argument)
     else:
+        problem = None
         try:
-            if probe(os.read(descriptor, 4)) is Format.QCOW2:
+            first = os.read(descriptor, SECTOR_SIZE)
+            if probe(first) is Format.QCOW2:
                 return DiskFile(argument, Format.QCOW2)
+            end = max(0, os.lseek(descriptor, 0, os.SEEK_END) - SECTOR_SIZE)
+            problem = foreign(argument, first, os.pread(descriptor, SECTOR_SIZE, end))
         except OSError:
             pass  # a directory; see above
         finally:
             os.close(descriptor)
+    if problem:
+        raise ImageError(problem)
     extension = argument.rpartition(".")[2].lower()
     return DiskFile(argument, Format.QCOW2 if extension == Format.QCOW2 else Format.RAW)
 

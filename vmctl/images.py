@@ -36,7 +36,10 @@ def info(words: Sequence[str], *, as_json: bool = False) -> int:
 def check_image(words: Sequence[str], *, as_json: bool = False) -> int:
     """Tell whether an image is sound; return the exit status."""
     set_up_logging()
-    named = parse_disk(words[0])
+    try:
+        named = parse_disk(words[0])
+    except VmmError as err:
+        return fail(str(err))
     facts: Facts = {"path": named.path, "format": named.disk_format.value}
     errors: tuple[str, ...] = ()
     try:

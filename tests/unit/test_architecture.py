@@ -44,7 +44,7 @@ DEVICE_THREADS = {("vmm_kvm.virtio.worker", "os"), ("vmm_kvm.virtio.ring_events"
 # Outside the bindings, fcntl is for seals of memory, locks on files, and taps and vhost-net with
 # ioctls of their own.
 FCNTL = {
-    *("vmm_kvm.memfd", "vmm_kvm.block.locks"),
+    *("vmm_kvm.memfd", "vmm_kvm.block.locks", "vmm_kvm.block.device"),
     *("vmm_kvm.net.bridge", "vmm_kvm.net.tap", "vmm_kvm.net.vhost"),
 }
 

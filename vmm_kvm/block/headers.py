@@ -25,6 +25,25 @@ _SIGNATURES = (
     ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
 )
 _VMDK_LINE = b"version="
+_VHD_FOOTER = b"conectix"
+# Source: the file formats' own specifications.
+_COMPRESSED = (
+    ("gzip", b"\x1f\x8b"),
+    ("xz", b"\xfd7zXZ\0"),
+    ("zstd", b"\x28\xb5\x2f\xfd"),
+    ("bzip2", b"BZh"),
+    ("lz4", b"\x04\x22\x4d\x18"),
+)
+_EXTENSIONS = {
+    "vmdk": "VMDK",
+    "vdi": "VDI",
+    "vhd": "VHD",
+    "vpc": "VHD",
+    "vhdx": "VHDX",
+    "qed": "QED",
+    "hdd": "Parallels",
+    "hds": "Parallels",
+}
 
 
 def image_format(sector: bytes) -> str | None:
@@ -36,6 +55,31 @@ def image_format(sector: bytes) -> str | None:
         if sector.startswith(signature, offset):
             return name
     return "VMDK" if _is_vmdk_text(sector) else None
+
+
+def foreign(name: str, first: bytes, last: bytes) -> str | None:
+    """Say in one line why a file is no raw image, if it is plainly something else.
+
+    `first` and `last` are its first and last sector. Only for a file whose format was not said.
+    """
+    for method, signature in _COMPRESSED:
+        if first.startswith(signature):
+            return f"{name}: compressed by {method}: unpack it first, or say raw:{name}"
+    found = image_format(first) or ("VHD" if last.startswith(_VHD_FOOTER) else None)
+    return None if found in {None, "qcow2"} else _refusal(name, found)
+
+
+def foreign_name(name: str) -> str | None:
+    """Say in one line why a new image of this name would mislead, if it would; see `foreign`."""
+    found = _EXTENSIONS.get(name.rpartition(".")[2].lower())
+    return None if found is None else _refusal(name, found)
+
+
+def _refusal(name: str, found: str | None) -> str:
+    return (
+        f"{name}: {found} images are not supported: "
+        f"use qemu-img convert -O qcow2, or say raw:{name}"
+    )
 
 
 def _is_vmdk_text(sector: bytes) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import ERANGE
 
@@ -29,6 +29,8 @@ _COUNTS_PER_BLOCK = _CLUSTER_SIZE // 2
 _BLOCKS_PER_TABLE_CLUSTER = _CLUSTER_SIZE // 8
 _BLOCK_SIZE = 64 << 10
 _PIECE = 1 << 20
+_REGION = 1 << 30
+"""What is asked of at once: two L2 tables of a qcow2 image."""
 
 
 def create_raw(path: str, size: int) -> None:
@@ -132,20 +134,43 @@ def copy(
     target = open_image(path, disk_format, False)
     buffer = memoryview(bytearray(_PIECE))
     try:
-        for start in range(0, source.size, _PIECE):
-            piece = buffer[: min(_PIECE, source.size - start)]
-            try:
-                is_empty = source.reads_zero(start, len(piece))
-                if not is_empty:
-                    source.readv(start, [piece])
-            except OSError as err:
-                raise SourceError(err.errno, err.strerror) from err
+        for start, size, is_empty in _pieces(source):
             if not is_empty:
+                piece = buffer[:size]
+                try:
+                    source.readv(start, [piece])
+                except OSError as err:
+                    raise SourceError(err.errno, err.strerror) from err
                 _write_blocks(target, start, piece)
-            advance(len(piece))
+            advance(size)
         target.flush()
     finally:
         target.close()
+
+
+def _pieces(source: StoredImage) -> Iterator[tuple[int, int, bool]]:
+    """Yield start and size of the parts of a disk, and whether each is known to be zeros.
+
+    Parts with data have at most `_PIECE` bytes. Whole regions of zeros cost one question each.
+
+    Raises:
+        SourceError: the disk cannot be read.
+    """
+    waiting = [
+        (start, min(_REGION, source.size - start)) for start in range(0, source.size, _REGION)
+    ]
+    waiting.reverse()
+    while waiting:
+        start, size = waiting.pop()
+        try:
+            is_empty = source.reads_zero(start, size)
+        except OSError as err:
+            raise SourceError(err.errno, err.strerror) from err
+        if is_empty or size <= _PIECE:
+            yield start, size, is_empty
+        else:
+            first = max(_PIECE, size // 2 // _PIECE * _PIECE)
+            waiting += ((start + first, size - first), (start, first))
 
 
 def _write_blocks(target: StoredImage, start: int, piece: memoryview) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from vmm_kvm.block.device import is_read_only_device
 from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.headers import SECTOR_SIZE, foreign
 from vmm_kvm.block.image import Format, Layer, StoredImage
 from vmm_kvm.block.locks import lock
 from vmm_kvm.block.raw import RawImage
@@ -132,6 +134,8 @@ def _open_file(
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise ImageError(f"{name}: neither a regular file nor a block device")
+    if writes and stat.S_ISBLK(mode) and is_read_only_device(descriptor):
+        raise ImageError(f"{name}: the device is read-only")
     if locks:
         lock(descriptor, name, writes=writes)
     return HostFile(descriptor, name, is_read_only=not writes)
@@ -141,7 +145,7 @@ def _header(file: HostFile, disk_format: Format | None) -> "Header | None":
     """Return the header of a qcow2 image, None for a raw one."""
     try:
         if disk_format is None:
-            disk_format = probe(bytes(file.read(0, len(_QCOW2_MAGIC))))
+            disk_format = _found_out(file)
         if disk_format is Format.RAW:
             return None
         # A raw disk needs nothing of the other format.
@@ -150,6 +154,17 @@ def _header(file: HostFile, disk_format: Format | None) -> "Header | None":
         return read_header(file)
     except OSError as err:
         raise ImageError(f"{file.name}: {err.strerror}") from err
+
+
+def _found_out(file: HostFile) -> Format:
+    """Return the format of a file of which nobody has said it."""
+    size = file.size()
+    first = bytes(file.read(0, min(size, SECTOR_SIZE)))
+    last = bytes(file.read(max(0, size - SECTOR_SIZE), min(size, SECTOR_SIZE)))
+    problem = foreign(file.name, first, last)
+    if problem:
+        raise ImageError(problem)
+    return probe(first)
 
 
 def _base(source: str | int, backing: "Backing") -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from vmctl.cli import main
 from vmctl.disk_files import DiskFile, parse_disk
-from vmm_kvm.block.image import Format
-from vmm_kvm.images.create import create_qcow2
+from vmm_kvm.block.device import is_read_only_device
+from vmm_kvm.block.image import Format, StoredImage
+from vmm_kvm.errors import ImageError
+from vmm_kvm.images.create import copy, create_image, create_qcow2
 from vmm_kvm.images.opening import open_image
 
 USAGE = "usage:\tvmctl [-v] create [-b base | -i disk] [-s size] disk\n"
@@ -277,3 +280,148 @@ def test_check_wants_the_image_unused(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["image", "check", "a.qcow2"]) == 1
     image.close()
     assert capsys.readouterr().err == "vmctl: a.qcow2: another process writes to it\n"
+
+
+QEMU_FORMATS = (
+    *(("vmdk", "VMDK", ()), ("vdi", "VDI", ()), ("vhdx", "VHDX", ()), ("qed", "QED", ())),
+    *(
+        ("vpc", "VHD", ()),
+        ("vpc", "VHD", ("-o", "subformat=fixed")),
+        ("parallels", "Parallels", ()),
+    ),
+)
+
+
+@pytest.mark.parametrize(("name", "called", "options"), QEMU_FORMATS)
+def test_foreign_formats_are_refused(
+    name: str, called: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image of another format is not copied as if it were raw, unless that is said."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", name, *options, "disk.img", "4M"], check=True)
+    problem = (
+        f"vmctl: disk.img: {called} images are not supported: "
+        "use qemu-img convert -O qcow2, or say raw:disk.img"
+    )
+    for words in (["create", "-i", "disk.img", "x.raw"], ["image", "info", "disk.img"]):
+        assert main(words) == 1
+        assert capsys.readouterr().err.splitlines()[0] == problem
+    assert not Path("x.raw").exists()
+    with pytest.raises(ImageError, match=f"{called} images are not supported"):
+        open_image("disk.img", None, True)
+    assert main(["create", "-i", "raw:disk.img", "x.raw"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "method"), [("gzip", "gzip"), ("xz", "xz"), ("zstd", "zstd"), ("bzip2", "bzip2")]
+)
+def test_compressed_images_are_refused(
+    command: str, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A compressed image is no disk; the line says what to do."""
+    data = subprocess.run([command, "-c"], input=bytes(MIB), capture_output=True, check=True)
+    Path("disk.img").write_bytes(data.stdout)
+    assert main(["create", "-i", "disk.img", "x.raw"]) == 1
+    error = f"vmctl: disk.img: compressed by {method}: unpack it first, or say raw:disk.img\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("name", ["foo.vmdk", "FOO.VDI", "a.b.vhd", "x.vhdx", "y.qed", "z.hdd"])
+def test_a_new_image_is_not_named_like_another_format(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`create -s 1M foo.vmdk` makes no raw file of that name, unless raw is said."""
+    assert main(["create", "-s", "1M", name]) == 1
+    assert "images are not supported" in capsys.readouterr().err
+    assert not Path(name).exists()
+    assert main(["create", "-s", "1M", f"raw:{name}"]) == 0
+    assert main(["create", "-s", "1M", f"qcow2:{name}.2"]) == 0
+
+
+def test_raw_images_of_all_kinds_are_taken() -> None:
+    """Empty files, file systems, partition tables and text are raw disks, whatever their size."""
+    for index, data in enumerate((b"", b"x", bytes(510) + b"\x55\xaa", b"\x1f" * 600)):
+        path = f"{index}.img"
+        Path(path).write_bytes(data)
+        image = open_image(path, None, True)
+        image.close()
+
+
+def test_no_overlay_on_an_image_that_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """A base that a VM writes to would change under its overlay: none is made."""
+    create_qcow2("web.qcow2", 4 * MIB)
+    writer = open_image("web.qcow2", Format.QCOW2, False)
+    try:
+        assert main(["create", "-b", "web.qcow2", "x.qcow2"]) == 1
+    finally:
+        writer.close()
+    assert "web.qcow2: another process writes to it" in capsys.readouterr().err
+    assert not Path("x.qcow2").exists()
+    reader = open_image("web.qcow2", Format.QCOW2, True)
+    try:
+        assert main(["create", "-b", "web.qcow2", "x.qcow2"]) == 0
+    finally:
+        reader.close()
+
+
+def test_no_overlay_that_nobody_can_open(capsys: pytest.CaptureFixture[str]) -> None:
+    """The chain ends where opening it would fail: an image and three bases."""
+    create_qcow2("0.qcow2", 4 * MIB)
+    for index in range(3):
+        assert main(["create", "-b", f"{index}.qcow2", f"{index + 1}.qcow2"]) == 0
+    open_image("3.qcow2", Format.QCOW2, True).close()
+    capsys.readouterr()
+    assert main(["create", "-b", "3.qcow2", "4.qcow2"]) == 1
+    assert capsys.readouterr().err == "vmctl: 3.qcow2: it has 3 base images already, the most\n"
+    assert not Path("4.qcow2").exists()
+
+
+@pytest.mark.parametrize("disk_format", list(Format))
+@pytest.mark.parametrize("place", [0, 3 << 40, (8 << 40) - MIB])
+def test_a_huge_disk_with_little_in_it(
+    disk_format: Format, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy goes from data to data: 8 TiB with one block take few questions, and are equal."""
+    create_image("a.img", disk_format, 8 << 40)
+    write("a.img", disk_format, place, b"data")
+    image = open_image("a.img", disk_format, True)
+    asked: list[int] = []
+    reads_zero = type(image).reads_zero
+
+    def counted(image: StoredImage, offset: int, length: int) -> bool:
+        asked.append(length)
+        return reads_zero(image, offset, length)
+
+    monkeypatch.setattr(type(image), "reads_zero", counted)
+    create_qcow2("b.qcow2", 8 << 40)
+    done: list[int] = []
+    copy(image, "b.qcow2", Format.QCOW2, done.append)
+    image.close()
+    assert sum(done) == 8 << 40
+    assert len(asked) < 9000
+    assert read("b.qcow2", Format.QCOW2, place, 8) == b"data" + bytes(4)
+
+
+def test_a_read_only_device_is_not_written(tmp_path: Path) -> None:
+    """A block device that takes no writes is refused for writing, and can be read."""
+    if os.geteuid() != 0:
+        pytest.skip("a loop device needs root")
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(MIB))
+    made = subprocess.run(
+        ["losetup", "--find", "--show", "--read-only", str(disk)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    device = made.stdout.strip()
+    try:
+        open_image(device, Format.RAW, True).close()
+        with pytest.raises(ImageError, match=r"read-only|Read-only|Permission denied"):
+            open_image(device, Format.RAW, False)
+        fd = os.open(device, os.O_RDONLY)
+        try:
+            assert is_read_only_device(fd)
+        finally:
+            os.close(fd)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
