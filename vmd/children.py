@@ -11,7 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from vmd.confine.confinements import CONFINEMENTS, Kind
-from vmd.confine.sandbox import Identity, adopt_orphans, confine, merge_memory, set_title
+from vmd.confine.sandbox import (
+    Identity,
+    adopt_orphans,
+    confine,
+    die_with,
+    merge_memory,
+    set_title,
+)
 from vmd.confine.seccomp import compile_filter
 from vmd.shared import log as logging
 from vmd.shared.privsep import Plan, spawn
@@ -104,6 +111,7 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         kvm = Kvm.from_fd(kvm_fd)
         with Rehearsal() as rehearsal:
             confine(CONFINEMENTS[Kind.ZYGOTE], identity)
+            die_with(os.getppid())  # also one that hangs
             rehearsal.play_often(partial(vm.be_vm, kvm), partial(_live_untold, kvm, kvm_fd))
         logging.set_title(Kind.ZYGOTE)
         set_title(f"vmd: {Kind.ZYGOTE}")

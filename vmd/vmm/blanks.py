@@ -9,7 +9,7 @@ import socket
 from collections.abc import Collection
 from typing import NamedTuple
 
-from vmd.wire.channel import Channel, ChannelError
+from vmd.wire.channel import Channel, ChannelError, PeerHangsError
 from vmd.wire.internal import EndProcess, Fork, Forked, ForkFailed, Role, VmmToZygote, ZygoteToVmm
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -19,6 +19,10 @@ log = Log(__name__)
 SPARE_DELAY_NS = 1_000_000_000
 """How long nothing has to start until processes are made ready: guests that boot need the
 processors more."""
+
+
+ZYGOTE_PATIENCE_S = 60.0
+"""How long the zygote may take to fork; it begins with a rehearsal, which is bounded itself."""
 
 
 class ForkError(Exception):
@@ -40,8 +44,15 @@ class Blanks:
         loop: EventLoop,
         zygote: Channel[VmmToZygote, ZygoteToVmm],
         ready: Collection[Role],
+        *,
+        patience_s: float = ZYGOTE_PATIENCE_S,
     ) -> None:
-        """Have `zygote` fork them, one of each of `ready` ahead; takes over the channel."""
+        """Have `zygote` fork them, one of each of `ready` ahead; takes over the channel.
+
+        A zygote that neither reads nor answers for `patience_s` stops `loop`: without one, no VM
+        can be started or killed, so vmm ends and makes room for another.
+        """
+        self._patience_s = patience_s
         self._loop = loop
         self._zygote = zygote
         self._ready = ready
@@ -70,8 +81,7 @@ class Blanks:
     def kill(self, pid: int) -> None:
         """Have a process killed that `take` has returned, and that nobody has waited for yet."""
         try:
-            self._zygote.send(EndProcess(), [os.pidfd_open(pid)])
-            self._zygote.send_all()
+            self._send(EndProcess(), os.pidfd_open(pid))
         except (OSError, ChannelError) as err:
             log.warning("pid %d: cannot be killed: %s", pid, err)
 
@@ -103,16 +113,37 @@ class Blanks:
         except OSError as err:
             raise ForkError(err.strerror or str(err)) from err
         try:
-            self._zygote.send(Fork(role=role, rehearses=rehearses), [there.detach()])
-            self._zygote.send_all()
-            answer = self._zygote.wait()
-            answer.fds.close()
+            self._send(Fork(role=role, rehearses=rehearses), there.detach())
+            answer = self._answer()
         except ChannelError as err:
             here.close()
             raise ForkError(f"the zygote: {err}") from err
-        match answer.message:
+        match answer:
             case Forked(pid=pid):
                 return Blank(pid, here)
             case ForkFailed(message=message):
                 here.close()
                 raise ForkError(message)
+
+    def _send(self, message: VmmToZygote, fd: int) -> None:
+        self._zygote.send(message, [fd])
+        try:
+            self._zygote.send_all(self._patience_s)
+        except PeerHangsError as err:
+            self._give_up(err)
+            raise
+
+    def _answer(self) -> ZygoteToVmm:
+        try:
+            answer = self._zygote.wait(self._patience_s)
+        except PeerHangsError as err:
+            self._give_up(err)
+            raise
+        answer.fds.close()
+        return answer.message
+
+    def _give_up(self, err: PeerHangsError) -> None:
+        """End vmm: what the zygote answers from now on would be taken for another answer."""
+        log.error("the zygote %s: no VM can be started or killed: vmm ends", err)
+        self._zygote.close()
+        self._loop.stop()

@@ -70,6 +70,10 @@ class DescriptorsLostError(ChannelError):
     """A message came without its descriptors; neither its sender nor the channel is to blame."""
 
 
+class PeerHangsError(ChannelError):
+    """The peer does not read, or answer, in the time that it has."""
+
+
 class OversizeError(Exception):
     """A message of ours is too large to be sent; the channel is as good as before. One line."""
 
@@ -386,19 +390,19 @@ class Channel(Generic[Sent, Taken]):
         self._look_how_full()
         return not self._backlog
 
-    def send_all(self) -> None:
-        """Send what waits, however long the peer takes to make room; for a peer that is trusted.
+    def send_all(self, timeout_s: float) -> None:
+        """Send what waits, within `timeout_s` seconds; for a peer that is trusted.
 
         Raises:
+            PeerHangsError: the peer has not made room in time.
             ChannelError: the peer is gone, or cannot be sent to.
         """
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLOUT)
+        deadline = time.monotonic() + timeout_s
         while not self.flush():
             if self._is_short:
                 time.sleep(_RETRY_NS / NANOSECONDS)
-            else:
-                poll.poll()
+            if not self._wait_for(0 if self._is_short else select.POLLOUT, deadline):
+                raise PeerHangsError(f"has not read for {timeout_s:g} s")
 
     def close_when_sent(self) -> None:
         """Close as soon as everything has gone out; what still arrives is not read."""
@@ -486,20 +490,31 @@ class Channel(Generic[Sent, Taken]):
             stack.pop_all()
         return Received(message, fds, len(data))
 
-    def wait(self) -> Received[Taken]:
-        """Return the next message, however long it takes.
+    def wait(self, timeout_s: float | None = None) -> Received[Taken]:
+        """Return the next message, within `timeout_s` seconds; None for however long it takes.
 
         Raises:
+            PeerHangsError: there is none in time.
             MalformedError, ChannelClosedError: as `receive` does.
         """
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        while True:
-            poll.poll()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._wait_for(select.POLLIN, deadline):
             try:
                 return self.receive()
             except BlockingIOError:  # another process has read it
                 continue
+        raise PeerHangsError(f"has not answered for {timeout_s:g} s")
+
+    def _wait_for(self, events: int, deadline: float | None) -> bool:
+        """Wait until the socket is ready for one of `events`, if any; False after `deadline`."""
+        left_ms = None if deadline is None else (deadline - time.monotonic()) * 1000
+        if left_ms is not None and left_ms <= 0:
+            return False
+        if not events:
+            return True
+        poll = select.poll()
+        poll.register(self.fileno(), events)
+        return bool(poll.poll(left_ms))
 
     def _receive_packet(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
         size = MESSAGE_MAX, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC

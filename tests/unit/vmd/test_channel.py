@@ -370,7 +370,7 @@ def test_everything_goes_out_before_a_trusted_peer_is_waited_for(
 
     reader = threading.Thread(target=read)
     reader.start()
-    client.send_all()
+    client.send_all(10)
     assert client.backlog_size == 0
     reader.join()
     assert received == list(range(count))

@@ -116,3 +116,37 @@ def test_without_a_zygote_there_are_no_processes(loop: EventLoop) -> None:
     with pytest.raises(ForkError, match=r"^the zygote: cannot send: Broken pipe$"):
         blanks.take(Role.VM)
     blanks.close()
+
+
+def test_a_zygote_that_hangs_ends_vmm(loop: EventLoop) -> None:
+    """What is asked of it fails after its time, in one line, and vmm's loop stops."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    blanks = Blanks(loop, Channel(here, VMM_AND_ZYGOTE), (), patience_s=0.01)
+    failures = []
+
+    def take() -> None:
+        with pytest.raises(ForkError) as caught:
+            blanks.take(Role.VM)
+        failures.append(str(caught.value))
+
+    loop.call_soon(take)
+    loop.run()
+    assert failures == ["the zygote: has not answered for 0.01 s"]
+    with pytest.raises(ForkError, match=r"^the zygote: the channel is closed$"):
+        blanks.take(Role.VM)
+    blanks.close()
+    there.close()
+
+
+def test_a_zygote_that_does_not_read_ends_vmm(loop: EventLoop) -> None:
+    """Orders that it leaves in the socket are given up too."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    orders = Channel(here, VMM_AND_ZYGOTE, sent_max=4096)
+    blanks = Blanks(loop, orders, (), patience_s=0.01)
+    for _ in range(1000):
+        if orders.is_closed:
+            break
+        blanks.kill(os.getpid())
+    assert orders.is_closed
+    blanks.close()
+    there.close()
