@@ -318,7 +318,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio.vhost_user",
         "vmctl.nic_options",
     ),
-    "vmctl.nic_options": ("vmm_kvm.errors", "vmm_kvm.net"),
+    "vmctl.nic_options": ("vmm_kvm.errors", "vmm_kvm.net", "vmctl"),
     "vmctl.stdio": ("vmm_kvm.loop", "vmctl"),
     "vmctl.run": (
         "vmm_kvm.errors",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from vmctl.disk_files import DiskFile, parse_disk, set_up_logging
 from vmctl.disk_files import reason as why
-from vmctl.messages import fail, warn
+from vmctl.messages import bytes_hint, fail, warn
 from vmctl.signals import cleaning_up
 from vmctl.verbs import VERBS, usage
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
@@ -86,7 +86,7 @@ def _disk_size(text: str) -> int:
     except SizeError as err:
         raise _RefusedError(f"invalid disk size: {text}: {err}") from err
     if size < _MIB:
-        raise _RefusedError("disk size must be at least 1MB")
+        raise _RefusedError(f"disk size must be at least 1MB{bytes_hint(text, 'G')}")
     if size % _MIB:
         size -= size % _MIB
         warn(f"disk size rounded to {fmt_scaled(size)}")

@@ -4,7 +4,9 @@ Images are opened once and outlive reboots. A disk of another process is connect
 machine: what that process knows of the guest's memory is then the new machine's.
 """
 
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -26,10 +28,7 @@ def open_disk(text: str, index: int, stack: ExitStack) -> AnyDisk:
         SpecError: it cannot be understood.
         ImageError: the image cannot be opened.
     """
-    try:
-        option = parse_disk(text)
-    except DiskError as err:
-        raise SpecError(str(err)) from None
+    option = _parse(text)
     name = f"disk{index}"
     if option.kind is DiskKind.VHOST_USER:
         return RemoteDisk(lambda: _connect(option.path), name)
@@ -45,6 +44,29 @@ def open_disk(text: str, index: int, stack: ExitStack) -> AnyDisk:
     image = _open(option)
     stack.callback(_close, image, option.path)
     return Disk(image, name, option.serial, option.queues)
+
+
+def refuse_twice(texts: Sequence[str]) -> None:
+    """Refuse one image as two disks, given as `-d` takes them, unless the guest only reads both.
+
+    Raises:
+        SpecError: there is one, or a disk cannot be understood.
+    """
+    seen: dict[str, bool] = {}
+    for option in map(_parse, texts):
+        if option.kind is DiskKind.VHOST_USER:
+            continue
+        path, is_read = os.path.realpath(option.path), option.is_read_only or option.is_private
+        if path in seen and not (is_read and seen[path]):
+            raise SpecError(f"{option.path}: the same disk twice")
+        seen[path] = is_read
+
+
+def _parse(text: str) -> DiskOption:
+    try:
+        return parse_disk(text)
+    except DiskError as err:
+        raise SpecError(str(err)) from None
 
 
 def open_cdrom(path: str | None, stack: ExitStack) -> Image | None:

@@ -1,6 +1,7 @@
 """What commands say on standard error: a line each, in the command's name."""
 
 import sys
+from collections.abc import Sequence
 
 
 def fail(problem: object) -> int:
@@ -30,3 +31,16 @@ def _escaped(one: str) -> str:
     if 0xDC80 <= number <= 0xDCFF:  # a byte that is not UTF-8
         number -= 0xDC00
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+
+def choice(words: Sequence[str]) -> str:
+    """Return `a, b or c`: the words that are possible, for a message."""
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def bytes_hint(text: str, unit: str) -> str:
+    """Return a second line for a size without a unit, as people type it: it is in bytes."""
+    number = text.strip()
+    if not number.isdecimal() or not number.strip("0"):
+        return ""
+    return f"\n{number} is a number of bytes: did you mean {number}{unit}?"

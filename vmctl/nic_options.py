@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+from vmctl.messages import choice
 from vmm_kvm.errors import SpecError
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, is_group
 from vmm_kvm.net.nic import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
@@ -117,7 +118,8 @@ def parse_nic(text: str) -> NicOption:
     head, *options = text.split(",")
     word, _, what = head.partition(":")
     if word not in set(NicKind):
-        raise SpecError(f"invalid interface: {text}: unknown kind {word!r}")
+        kinds = choice([kind.value for kind in NicKind])
+        raise SpecError(f"invalid interface: {text}: unknown kind {word!r} ({kinds})")
     nic = NicOption(NicKind(word), what)
     if bool(what) != (nic.kind in _NAMED):
         problem = "has no name" if not what else "takes no name"
@@ -125,7 +127,8 @@ def parse_nic(text: str) -> NicOption:
     for option in options:
         name, equals, value = option.partition("=")
         if name not in _KINDS or bool(equals) != (name in _WITH_VALUE):
-            raise SpecError(f"invalid interface: {text}: unknown option {option!r}")
+            known = choice([f"{one}=" if one in _WITH_VALUE else one for one in sorted(_KINDS)])
+            raise SpecError(f"invalid interface: {text}: unknown option {option!r} ({known})")
         if nic.kind not in _KINDS[name]:
             raise SpecError(f"invalid interface: {text}: {name} is not for {nic.kind}")
         nic = _with_option(nic, name, value, text)

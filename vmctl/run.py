@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmctl.messages import fail
+from vmctl.messages import bytes_hint, choice, fail
 from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm import log
@@ -156,8 +156,13 @@ def _media(options: RunOptions, stack: ExitStack) -> "tuple[tuple[AnyDisk, ...],
     """Open the disks, and what is in the CD-ROM drive."""
     if not options.disks and options.cdrom is None:
         return (), None
-    from vmctl.disks import open_cdrom, open_disk  # noqa: PLC0415 - not every VM has a disk
+    from vmctl.disks import (  # noqa: PLC0415 - not every VM has a disk
+        open_cdrom,
+        open_disk,
+        refuse_twice,
+    )
 
+    refuse_twice(options.disks)
     disks = tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks))
     return disks, open_cdrom(options.cdrom, stack)
 
@@ -193,6 +198,7 @@ def _boot_paths(options: RunOptions) -> tuple[str, str | None]:
         return options.boot, None
     from vmm_kvm.boot.firmware import (  # noqa: PLC0415 - not for kernels
         BIOS,
+        KNOWN,
         find_firmware,
         selftest_path,
     )
@@ -201,7 +207,11 @@ def _boot_paths(options: RunOptions) -> tuple[str, str | None]:
         return selftest_path(), None
     if options.firmware is None and not options.disks and options.cdrom is None:
         raise SpecError("no kernel or disk/cdrom specified: use -b, -d, -r or --selftest")
-    return find_firmware(options.firmware or BIOS)
+    wanted = options.firmware or BIOS
+    if wanted not in KNOWN and "/" not in wanted and not os.path.exists(wanted):
+        known = choice((*KNOWN, "the path of an image"))
+        raise SpecError(f"unknown firmware {wanted}: No such file or directory ({known})")
+    return find_firmware(wanted)
 
 
 def _memory(text: str) -> int:
@@ -215,6 +225,7 @@ def _memory(text: str) -> int:
         raise SpecError(
             f"invalid memory size: {text}: "
             f"not between {fmt_scaled(MEMORY_MIN)} and {fmt_scaled(MEMORY_MAX)}"
+            f"{bytes_hint(text, 'M') if size < MEMORY_MIN else ''}"
         )
     return size
 
@@ -233,7 +244,8 @@ def _boot_device(text: str | None) -> BootDevice:
     if text is None:
         return BootDevice.AUTO
     if text == BootDevice.AUTO.value or text not in {device.value for device in BootDevice}:
-        raise SpecError(f"unknown boot device {text}")
+        devices = [device.value for device in BootDevice if device is not BootDevice.AUTO]
+        raise SpecError(f"unknown boot device {text} ({choice(devices)})")
     return BootDevice(text)
 
 

@@ -12,8 +12,16 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmctl.client import Client, CommandError, Fields, RefusedError, parse_target, text_of
-from vmctl.messages import fail
+from vmctl.client import (
+    Client,
+    CommandError,
+    Fields,
+    RefusedError,
+    check_name,
+    parse_target,
+    text_of,
+)
+from vmctl.messages import bytes_hint, choice, fail
 from vmd.config.disks import DiskError, DiskKind, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 
@@ -25,6 +33,7 @@ _INTERFACES_MAX = 4
 _INT_MAX = (1 << 31) - 1
 _NAME_MAX = 63
 _BOOT_DEVICES = ("disk", "cdrom", "net")
+_FIRMWARE = ("bios", "uefi")
 _OWN_TEXTS = {"bios-missing", "disk-missing", "cdrom-missing", "cdrom-invalid", "template-invalid"}
 
 
@@ -60,6 +69,8 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
     fds: list[int] = []
     try:
         target = parse_target(words[0])
+        if target.name:
+            check_name(target.name)
         fields = {**target.fields(), **_request(options, fds)}
         with Client() as client:
             answer = client.ask("start", "started", fields, fds)
@@ -92,7 +103,7 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
     count = _once(options.interfaces, "interfaces")
     if device is not None:
         if device not in _BOOT_DEVICES:
-            raise CommandError(f"unknown boot device {device}")
+            raise CommandError(f"unknown boot device {device}\n{choice(_BOOT_DEVICES)}")
         fields["boot_device"] = device
     if memory is not None:
         fields["memory"] = _memory(memory)
@@ -109,9 +120,10 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["instance"] = options.template[-1]
         if len(fields["instance"]) > _NAME_MAX:
             raise CommandError(f"instance vm name too long\ninvalid name: {fields['instance']}")
+        check_name(fields["instance"])
     firmware = _once(options.firmware, "firmware")
     if firmware is not None:
-        fields["firmware"] = firmware
+        fields["firmware"] = firmware if firmware in _FIRMWARE else _firmware(firmware)
     append = _once(options.append, "append")
     if append is not None:
         fields["append"] = append
@@ -120,6 +132,8 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["kernel_path"] = _path(boot, "boot image")
         fields["kernel"] = _open(fields["kernel_path"], "kernel", fds)
     if options.initrd:
+        if boot is None:
+            raise CommandError("--initrd is for a kernel: use -b")
         paths = [_path(each, "initrd") for each in options.initrd]
         fields["initrd"] = [_open(path, "initrd", fds) for path in paths]
     return fields
@@ -155,7 +169,7 @@ def _memory(text: str) -> int:
     except SizeError as err:
         raise CommandError(f"invalid memory size: {text}: {err}") from err
     if size < _MIB:
-        raise CommandError("memory size must be at least 1MB")
+        raise CommandError(f"memory size must be at least 1MB{bytes_hint(text, 'M')}")
     if size > _MEMORY_MAX:
         raise CommandError(f"memory size too large (limit is {_MEMORY_MAX >> 30}G)")
     rounded = size - size % _MIB
@@ -182,7 +196,8 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
             raise CommandError(f"invalid network: {switch}")
         if len(switch) > _NAME_MAX:
             raise CommandError("interface name too long")
-        interfaces.append({"switch": switch})
+        # A dot is how OpenBSD's vmctl writes a local interface to itself, and takes it.
+        interfaces.append({"is_local": True} if switch == "." else {"switch": switch})
     if count is not None:
         try:
             wanted = _number(count, "count", _INT_MAX)
@@ -208,6 +223,16 @@ def _disk(text: str) -> Fields:
         "serial": disk.serial,
         "queues": disk.queues,
     }
+
+
+def _firmware(text: str) -> str:
+    try:
+        return os.path.realpath(text, strict=True)
+    except OSError as err:
+        if "/" in text:
+            raise CommandError(f"invalid firmware path: {text}: {err.strerror}") from err
+        known = choice((*_FIRMWARE, "the path of an image"))
+        raise CommandError(f"unknown firmware {text}: {err.strerror} ({known})") from err
 
 
 def _path(path: str, what: str) -> str:

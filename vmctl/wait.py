@@ -19,7 +19,7 @@ from vmctl.client import (
     parse_target,
 )
 from vmctl.control import complete, why_not
-from vmctl.messages import fail
+from vmctl.messages import choice, fail
 
 _STATES = ("running", "stopped")
 _CONSOLE = "console="
@@ -72,7 +72,8 @@ def _wait(client: Client, target: Target, until: str | None, deadline: float | N
 
 def _check(until: str | None) -> None:
     if until is not None and until not in _STATES and not until.startswith(_CONSOLE):
-        raise CommandError(f"invalid condition: {until}")
+        known = choice((*_STATES, f"{_CONSOLE}text"))
+        raise CommandError(f"invalid condition: {until} ({known})")
 
 
 def _deadline(timeout: str | None) -> float | None:

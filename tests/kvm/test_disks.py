@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import artifacts
-from tests.vmctl_driver import vmctl_run
+from tests.vmctl_driver import ConsoleProcess, vmctl_run
 
 pytestmark = pytest.mark.kvm
 
 GOOD = 42
+OPTIONS = "(ro, serial=, queues=, process or private)"
 STATUS = GOOD << 1 | 1
 DISK_SIZE = 1 << 20
 PACKET = 0x40  # of the boot sector: what INT 13h is asked for
@@ -122,9 +124,12 @@ def test_no_device_to_boot_from(tmp_path: Path) -> None:
         (("-d", "nowhere.img,process"), "nowhere.img: No such file or directory"),
         (("-d", "vhost-user:nowhere"), "vhost-user:nowhere: No such file or directory"),
         (("-d", "raw:"), "invalid disk: raw:: no path"),
-        (("-d", "x,size=1"), "invalid disk: x,size=1: unknown option 'size=1'"),
-        (("-B", "floppy"), "unknown boot device floppy"),
-        (("-B", "auto"), "unknown boot device auto"),
+        (
+            ("-d", "x,size=1"),
+            f"invalid disk: x,size=1: unknown option 'size=1' {OPTIONS}",
+        ),
+        (("-B", "floppy"), "unknown boot device floppy (disk, cdrom or net)"),
+        (("-B", "auto"), "unknown boot device auto (disk, cdrom or net)"),
     ],
 )
 def test_what_is_refused(arguments: tuple[str, ...], message: str) -> None:
@@ -133,11 +138,26 @@ def test_what_is_refused(arguments: tuple[str, ...], message: str) -> None:
 
 
 def test_an_image_that_is_in_use(tmp_path: Path) -> None:
-    """One disk twice is refused: two writers would destroy it."""
+    """One disk twice is refused: two writers would destroy it. To read it twice is fine."""
+    image = disk(tmp_path / "disk.img", boot_sector(0x42, 1), bytes((GOOD,)) * 512)
+    (tmp_path / "link.img").symlink_to(image)
+    for options in ("", ",ro", ",process"):
+        status, errors = run("-d", f"raw:{tmp_path}/link.img{options}", "-d", f"raw:{image}")
+        assert (status, errors) == (1, f"vmctl: {image}: the same disk twice\n".encode())
+    assert run("-d", f"raw:{image},ro", "-d", f"raw:{image},ro") == (STATUS, b"")
+
+
+def test_who_uses_an_image_is_told(tmp_path: Path) -> None:
+    """The process that has the image open is named."""
     image = disk(tmp_path / "disk.img")
-    status, errors = run("-d", f"raw:{image}", "-d", f"raw:{image}")
-    assert status == 1
-    assert errors.startswith(f"vmctl: {image}: ".encode())
+    command = vmctl_run("-m", "64M", "-b", artifacts.seabios(), "-d", f"raw:{image}")
+    with ConsoleProcess(command) as vm:
+        vm.expect("SeaBIOS")
+        status, errors = run("-d", f"raw:{image}")
+        assert status == 1
+        assert f": pid {vm.pid} (vmctl)\n".encode() in errors
+        vm.signal(signal.SIGKILL)
+        assert vm.wait() == -signal.SIGKILL
 
 
 def test_more_devices_than_slots(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 pytestmark = pytest.mark.kvm
 
 READY_S = 30.0
+MEANT = "512 is a number of bytes: did you mean 512M?"
 
 
 def selftest(*arguments: str, is_tty: bool = False) -> ConsoleProcess:
@@ -183,6 +184,31 @@ def test_closed_output_changes_no_status() -> None:
         vm.send(b"x\x15")
         assert vm.wait() == 43
         assert vm.errors.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (
+            ("--selftest", "-m", "512"),
+            f"invalid memory size: 512: not between 1.0M and 128G\nvmctl: {MEANT}",
+        ),
+        (
+            ("--firmware", "efi"),
+            "unknown firmware efi: No such file or directory (bios, uefi or the path of an image)",
+        ),
+        (("--selftest", "-B", "tape"), "unknown boot device tape (disk, cdrom or net)"),
+        (("--selftest", "-d", "disk.img,size=1"), "invalid disk: disk.img,size=1: unknown option"),
+        (("--selftest", "-i", "hub"), "invalid interface: hub: unknown kind 'hub' (tap, bridge"),
+    ],
+)
+def test_what_a_newcomer_types(arguments: tuple[str, ...], lines: str) -> None:
+    """What is wrong is told together with what would be right."""
+    done = subprocess.run(
+        vmctl_run(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"vmctl: {lines}")
 
 
 def test_long_input_is_not_lost() -> None:

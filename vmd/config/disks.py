@@ -84,12 +84,18 @@ def parse_disk(text: str) -> DiskOption:
     for option in options:
         word, equals, value = option.partition("=")
         if word not in OPTIONS or bool(equals) != (word in OPTIONS_WITH_VALUE):
-            raise DiskError(f"invalid disk: {text}: unknown option {option!r}")
+            raise DiskError(f"invalid disk: {text}: unknown option {option!r} ({_known()})")
         try:
             disk = with_option(disk, word, value)
         except DiskError as err:
             raise DiskError(f"invalid disk: {text}: {err}") from None
     return disk
+
+
+def _known() -> str:
+    """Return the options, for a message."""
+    words = [f"{word}=" if word in OPTIONS_WITH_VALUE else word for word in _KINDS]
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _split(text: str) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.vmctl_driver import VMCTL
 from vmctl.cli import main
 from vmctl.disk_files import DiskFile, parse_disk
 from vmm_kvm.block.device import is_read_only_device
@@ -77,7 +79,15 @@ def test_format(argument: str, contents: bytes | None, found: DiskFile) -> None:
         (["-s", "10M"], 1, USAGE),
         (["-s", "10M", "a", "b"], 1, USAGE),
         (["a"], 1, "could not create a: missing size argument\n" + USAGE),
-        (["-s", "1", "a"], 1, "vmctl: disk size must be at least 1MB\n"),
+        (["-s", "1B", "a"], 1, "vmctl: disk size must be at least 1MB\n"),
+        (
+            ["-s", "10", "a"],
+            1,
+            (
+                "vmctl: disk size must be at least 1MB\n"
+                "vmctl: 10 is a number of bytes: did you mean 10G?\n"
+            ),
+        ),
         (["-s", "-5G", "a"], 1, "vmctl: disk size must be at least 1MB\n"),
         (["-s", "x", "a"], 1, "vmctl: invalid disk size: x: Invalid argument\n"),
         (["-s", "9E", "a"], 1, "vmctl: invalid disk size: 9E: Result too large\n"),
@@ -222,6 +232,37 @@ def test_a_copy_that_fails_is_removed(capsys: pytest.CaptureFixture[str]) -> Non
     assert not Path("copy.raw").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("target", ["copy.img", "copy.qcow2"])
+def test_a_copy_that_is_ended_is_removed(number: signal.Signals, target: str) -> None:
+    """Whatever signal ends it, no image is left that looks like a whole one."""
+    Path("source.img").write_bytes(b"x" * (192 * MIB))
+    with subprocess.Popen(
+        [VMCTL, "create", "-i", "source.img", target], stderr=subprocess.PIPE
+    ) as process:
+        while not Path(target).exists():
+            assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (-number, b"")
+    assert not Path(target).exists()
+
+
+def test_a_signal_that_is_ignored_ends_no_copy() -> None:
+    """As under nohup."""
+    Path("source.img").write_bytes(b"x" * (16 * MIB))
+    with subprocess.Popen(
+        ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh", VMCTL, "create", "-i", "source.img", "x"],
+        stderr=subprocess.PIPE,
+    ) as process:
+        while not Path("x").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (0, b"vmctl: raw imagefile created\n")
+    assert Path("x").read_bytes() == Path("source.img").read_bytes()
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     """The facts about an image, also as JSON, and while it is in use."""
     create_qcow2("base.qcow2", 4 * MIB)
@@ -279,7 +320,9 @@ def test_check_wants_the_image_unused(capsys: pytest.CaptureFixture[str]) -> Non
     image = open_image("a.qcow2", Format.QCOW2, False)
     assert main(["image", "check", "a.qcow2"]) == 1
     image.close()
-    assert capsys.readouterr().err == "vmctl: a.qcow2: another process writes to it\n"
+    told = capsys.readouterr().err
+    assert told.startswith("vmctl: a.qcow2: another process writes to it")
+    assert told.count("\n") == 1
 
 
 QEMU_FORMATS = (

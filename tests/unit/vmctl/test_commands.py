@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from msgspec.structs import replace
 
 from tests.unit.vmctl.conftest import Serve
 from vmctl.cli import main as vmctl
+from vmctl.client import _advice
 from vmd.config.model import BootDevice
 from vmd.wire.channel import ChannelError
 from vmd.wire.messages import (
@@ -388,7 +391,10 @@ def test_start_with_everything(
     [
         ("-m 1G", "starting without disks\nno kernel or disk/cdrom specified"),
         ("-m 1GB -b /dev/null", "invalid memory size: 1GB: Invalid argument"),
-        ("-m 1000 -b /dev/null", "memory size must be at least 1MB"),
+        (
+            "-m 1000 -b /dev/null",
+            "memory size must be at least 1MB\n1000 is a number of bytes: did you mean 1000M?",
+        ),
         ("-m 129G", "memory size too large (limit is 128G)"),
         ("-m 1G -m 2G", "memory specified multiple times"),
         ("-p 0", "cpu count is too small: 0"),
@@ -397,7 +403,7 @@ def test_start_with_everything(
         ("-i 0", "count is too small: 0\ninvalid interface count: 0"),
         ("-i 5", "too many network interfaces"),
         ("-LLLLL", "too many network interfaces"),
-        ("-B tape", "unknown boot device tape"),
+        ("-B tape", "unknown boot device tape\ndisk, cdrom or net"),
         ("-B net -B net", "boot device specified multiple times"),
         ("-b /dev/null", "kernel must be a regular file"),
         ("-b /none", "invalid boot image path: /none: No such file or directory"),
@@ -407,6 +413,13 @@ def test_start_with_everything(
         ("-d raw:", "invalid disk: raw:: no path"),
         ("-d pmem:/x", "invalid disk: pmem:/x: only for 'vmctl run' and vm.conf"),
         (f"{'-d /etc/passwd ' * 5}", "too many disks"),
+        (
+            "--firmware efi",
+            "unknown firmware efi: No such file or directory (bios, uefi or the path of an image)",
+        ),
+        ("-t base --initrd /etc/passwd -d /etc/passwd", "--initrd is for a kernel: use -b"),
+        ("-t a/b", "invalid VM name"),
+        ("-t .x", "invalid VM name"),
         (f"-n {'x' * 64}", "interface name too long"),
         (f"-t {'x' * 64}", f"instance vm name too long\ninvalid name: {'x' * 64}"),
     ],
@@ -554,7 +567,10 @@ def test_wait_for_a_state(serve: Serve, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--for", "running", "--timeout", "0"], "waiting for vm web: timed out\n"),
         (["--timeout", "0"], "waiting for vm web: timed out\n"),
-        (["--for", "walking"], "vmctl: invalid condition: walking\n"),
+        (
+            ["--for", "walking"],
+            "vmctl: invalid condition: walking (running, stopped or console=text)\n",
+        ),
         (["--timeout", "x"], "vmctl: invalid time-out: x\n"),
         (["--timeout", "-1"], "vmctl: invalid time-out: -1\n"),
     ],
@@ -615,3 +631,86 @@ def test_top(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     assert header.split()[:3] == ["ID", "PID", "CPU"]
     assert line.split()[-2:] == ["running", "web"]
     assert vmctl(["top", "-n", "0"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "errors"),
+    [
+        ("my vm", "invalid VM name"),
+        ("-x", None),  # an option
+        (".x", "invalid VM name"),
+        ("_x", "invalid VM name"),
+        ("x/y", "invalid VM name"),
+        ("ümlaut", "invalid VM name"),
+        ("x\udcff", "invalid VM name"),
+        ("a.b_c-9", ""),
+    ],
+)
+def test_names_are_checked_first(
+    name: str, errors: str | None, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no VM can be called is refused in OpenBSD's words, before the daemon is asked."""
+    daemon = serve(lambda _: [STARTED])
+    assert vmctl(["start", name]) == (0 if errors == "" else 1)
+    if errors:
+        assert capsys.readouterr().err == f"vmctl: {errors}\n"
+    assert len(daemon.requests) == (1 if errors == "" else 0)
+
+
+def test_a_dot_is_a_local_interface(serve: Serve) -> None:
+    """As in OpenBSD, where -L is -n with a dot."""
+    daemon = serve(lambda _: [STARTED])
+    assert vmctl(["start", "-b", "/etc/passwd", "-n", ".", "-n", "uplink", "x"]) == 0
+    (request,) = daemon.requests
+    assert isinstance(request, Start)
+    assert request.interfaces == (
+        InterfaceRequest(is_local=True),
+        InterfaceRequest(switch="uplink"),
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--timeout", "9"]])
+def test_wait_in_its_own_words(
+    options: list[str], serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A VM that does not run cannot be waited for; it is not said that it cannot be stopped."""
+    serve(lambda _: [failed(ErrorCode.NOT_RUNNING)])
+    assert vmctl(["wait", *options, "web"]) == 1
+    text = "waiting for vm web: cannot wait for vm that is not running\n"
+    assert capsys.readouterr().err == text
+
+
+def test_a_path_that_is_no_text(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The daemon cannot be told of it, which is said; the protocol is JSON."""
+    path = tmp_path / "disk\udcff.img"
+    path.write_bytes(b"x")
+    daemon = serve(lambda _: [STARTED])
+    assert vmctl(["start", "-d", str(path), "-L", "web"]) == 1
+    assert vmctl(["load", str(path)]) == 1
+    assert vmctl(["pause", "x\udcff"]) == 1
+    assert daemon.requests == []
+    shown = f"vmctl: not UTF-8: {tmp_path}/disk\\xff.img\n"
+    assert capsys.readouterr().err == f"{shown}{shown}vmctl: not UTF-8: x\\xff\n"
+
+
+def test_who_may_connect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the socket is there and not for this user, the group that may is named."""
+    path = tmp_path / "vmd.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        group = grp.getgrgid(path.stat().st_gid).gr_name
+    lines = _advice(str(path), PermissionError(13, "Permission denied"))
+    assert lines == [
+        f"only root and the group {group} may connect: see 'socket owner' in vm.conf(5)"
+    ]
+    assert _advice(str(tmp_path / "none" / "x"), PermissionError(13, "x")) == []
+    monkeypatch.setenv("VMD_SOCKET", str(path))
+    assert vmctl(["status"]) == 1  # nobody listens
+    assert capsys.readouterr().err.splitlines()[1].startswith("vmctl: vmd is not running: ")
+    monkeypatch.setenv("VMD_SOCKET", f"{tmp_path}/{'x' * 200}")
+    assert vmctl(["status"]) == 1
+    assert capsys.readouterr().err.endswith("AF_UNIX path too long\n")
