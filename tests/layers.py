@@ -21,7 +21,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.bits": (),
     "vmm_kvm.irq": (),
     "vmm_kvm.clock": (),
-    "vmm_kvm.log": (),
+    "vmm_kvm.text": (),
+    "vmm_kvm.log": ("vmm_kvm.text",),
     "vmm_kvm.scatter": (),
     "vmm_kvm.limits": ("vmm_kvm.bits",),
     "vmm_kvm.libc": ("vmm_kvm.bits",),
@@ -158,6 +159,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmd.confine": ("vmm_kvm.memfd", "vmm_kvm.net"),
     "vmd.shared": (
         "vmm_kvm.errors",
+        "vmm_kvm.text",
         "vmm_kvm.clock",
         "vmm_kvm.log",
         "vmm_kvm.scatter",
@@ -226,6 +228,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmd.device": (
         "vmm_kvm.errors",
+        "vmm_kvm.loop",
         "vmm_kvm.log",
         "vmm_kvm.block",
         "vmm_kvm.images",
@@ -276,6 +279,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.daemon",
     ),
     "vmctl": (
+        "vmm_kvm.text",
+        "vmm_kvm.log",
         "vmm_kvm.standard_streams",
         "vmd.config",
         "vmd.shared",
@@ -294,6 +299,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.images": (
         "vmm_kvm.errors",
+        "vmm_kvm.text",
         "vmm_kvm.block",
         "vmm_kvm.block.qcow2",
         "vmm_kvm.images",
@@ -342,6 +348,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.stdio",
     ),
     "vmctl.doctor": (
+        "vmm_kvm.text",
         "vmm_kvm.errors",
         "vmm_kvm.kvm",
         "vmm_kvm.boot",

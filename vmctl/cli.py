@@ -199,9 +199,9 @@ def _perform(invocation: Invocation, on_loaded: Callable[[], None]) -> int:
 
 
 def _log_everything() -> None:
-    import logging  # noqa: PLC0415 - most commands log nothing
+    from vmm_kvm.log import show_lines  # noqa: PLC0415 - most commands log nothing
 
-    logging.basicConfig(level=logging.DEBUG, format="vmctl: %(message)s")
+    show_lines("vmctl", "DEBUG")
 
 
 # Typing errors

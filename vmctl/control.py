@@ -19,6 +19,7 @@ from vmctl.client import (
     text_of,
 )
 from vmctl.messages import fail
+from vmm_kvm.text import printable
 
 _RESET_MODES = ("all", "vms", "switches")
 _LOG_LEVELS = (("brief", 0), ("verbose", 2))
@@ -50,7 +51,7 @@ def _stop(client: Client, target: Target, *, force: bool, wait: bool) -> int:
 
 def _begin_line(doing: str, target: Target) -> None:
     name = f" {target.name}" if target.name else ""
-    print(f"{doing} vm{name}: ", end="", file=sys.stderr, flush=True)
+    print(f"{doing} vm{printable(name)}: ", end="", file=sys.stderr, flush=True)
 
 
 def complete(client: Client, kind: str, target: Target, **fields: object) -> int:
@@ -150,7 +151,7 @@ def events(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
             return json.dumps({name: event[name] for name in _EVENT_FIELDS})
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(event["at"]))
         why = f": {event['message']}" if event["message"] else ""
-        return f"{at} {event['id']} {event['name']} {event['kind']}{why}"
+        return printable(f"{at} {event['id']} {event['name']} {event['kind']}{why}")
 
     try:
         with Client() as client:

@@ -19,6 +19,7 @@ from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.machine.speed import guest_speed
 from vmm_kvm.primitives import Vmm
+from vmm_kvm.text import printable
 
 # A guest in hardware executes the loop at one instruction a cycle or so; emulation takes hundreds.
 _HARDWARE_SPEED = 100_000_000
@@ -92,7 +93,7 @@ def doctor(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
     else:
         for finding in findings:
             hint = f" ({finding.hint})" if finding.hint else ""
-            print(f"{finding.check:16} {finding.status:8} {finding.detail}{hint}")
+            print(f"{finding.check:16} {finding.status:8} {printable(finding.detail + hint)}")
     return 1 if any(f.status is Status.MISSING for f in findings) else 0
 
 

@@ -18,6 +18,7 @@ from vmm_kvm.block.qcow2.header import Compatible, Header, Incompatible, read_he
 from vmm_kvm.block.qcow2.snapshots import read_snapshots
 from vmm_kvm.errors import ImageError, VmmError
 from vmm_kvm.images.opening import image_chain
+from vmm_kvm.text import printable
 
 Facts = dict[str, str | int | bool | list[str] | None]
 
@@ -71,7 +72,7 @@ def check_image(words: Sequence[str], *, as_json: bool = False) -> int:
         facts.pop("findings", None)
         _show(facts, as_json=False)
         for error in errors:
-            print(f"error: {error}")
+            print(f"error: {printable(error)}")
     return 1 if errors or facts.get("marked_corrupt") else 0
 
 
@@ -148,7 +149,7 @@ def _show(facts: Facts, *, as_json: bool) -> None:
         show_facts(rows)
         return
     for name, text in rows:
-        print(f"{name:20} {text}".rstrip())
+        print(f"{name:20} {printable(text)}".rstrip())
 
 
 def _text(name: str, value: str | int | bool | list[str] | None) -> str:

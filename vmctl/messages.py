@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from vmm_kvm.text import printable
+
 
 def fail(problem: object) -> int:
     """Say what is wrong, in one line or several; returns the exit status."""
@@ -14,23 +16,6 @@ def fail(problem: object) -> int:
 def warn(line: str) -> None:
     """Say something."""
     print(f"vmctl: {printable(line)}", file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    r"""Return `text` with what would move the cursor, or is no text, as an escape such as `\x1b`.
-
-    Names of files may have any byte in them.
-    """
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
-
-
-def _escaped(one: str) -> str:
-    number = ord(one)
-    if 0xDC80 <= number <= 0xDCFF:  # a byte that is not UTF-8
-        number -= 0xDC00
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
 
 
 def choice(words: Sequence[str]) -> str:

@@ -111,10 +111,8 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
 
 
 def _set_up_logging() -> None:
-    import logging  # noqa: PLC0415 - most runs log nothing
-
     # Nothing changes where -v has set it up to say everything.
-    logging.basicConfig(level=logging.WARNING, format="vmctl: %(message)s")
+    log.show_lines("vmctl", "WARNING")
 
 
 def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:

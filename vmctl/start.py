@@ -24,6 +24,7 @@ from vmctl.client import (
 from vmctl.messages import bytes_hint, choice, fail
 from vmd.config.disks import DiskError, DiskKind, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+from vmm_kvm.text import printable
 
 _MIB = 1 << 20
 _MEMORY_MAX = 128 << 30
@@ -88,7 +89,7 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
 
         return console([str(answer["id"])])
     text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
-    print(f"vmctl: {text}", file=sys.stderr)
+    print(f"vmctl: {printable(text)}", file=sys.stderr)
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vmctl.client import Client, CommandError, Fields, parse_target
 from vmctl.messages import fail
 from vmd.config.sizes import fmt_scaled
+from vmm_kvm.text import printable
 
 HEADER = ("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", "NAME")
 _FORMAT = "%5s %5s %5s %7s %7s %7s %12s %8s %s"
@@ -50,7 +51,7 @@ def _list(words: Sequence[str], *, running: bool, as_json: bool, interfaces: boo
     else:
         print(_FORMAT % HEADER)
         for vm in shown:
-            print(_FORMAT % columns(vm))
+            print(printable(_FORMAT % columns(vm)))
     if interfaces and not as_json:
         for vm in shown:
             for index, interface in enumerate(vm["interfaces"]):
@@ -98,7 +99,7 @@ def interface_lines(index: int, interface: Fields) -> list[str]:
             f" {interface['dropped']} dropped"
         )
         lines.append(f"\tsent {interface['sent']} bytes, {interface['sent_packets']} packets")
-    return lines
+    return ["\t" * line.startswith("\t") + printable(line.lstrip("\t")) for line in lines]
 
 
 def owner(vm: Fields) -> str:

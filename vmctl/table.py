@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vmctl.messages import printable
+from vmm_kvm.text import printable
 
 _RIGHT = {"ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "CPU", "READ/S", "WRITE/S", "IN/S", "OUT/S"}
 _COLOURS = {

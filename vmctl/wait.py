@@ -20,6 +20,7 @@ from vmctl.client import (
 )
 from vmctl.control import complete, why_not
 from vmctl.messages import choice, fail
+from vmm_kvm.text import printable
 
 _STATES = ("running", "stopped")
 _CONSOLE = "console="
@@ -38,7 +39,7 @@ def wait(words: Sequence[str], *, until: str | None = None, timeout: str | None 
         name = f" {target.name}" if target.name else ""
         _check(until)
         with Client() as client:
-            print(f"waiting for vm{name}: ", end="", file=sys.stderr, flush=True)
+            print(f"waiting for vm{printable(name)}: ", end="", file=sys.stderr, flush=True)
             return _wait(client, target, until, deadline)
     except CommandError as err:
         return fail(err)

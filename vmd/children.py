@@ -6,7 +6,8 @@ Only here do the daemon's processes meet, so that none of them imports another.
 import gc
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -50,6 +51,17 @@ _LATE_MODULES = (
 )
 
 
+@contextmanager
+def followed(loop: EventLoop) -> Iterator[EventLoop]:
+    """Own a process's loop, which writes what the log had no room for."""
+    with loop:
+        logging.follow(loop)
+        try:
+            yield loop
+        finally:
+            logging.follow(None)
+
+
 def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
     """Return how to make a control process for clients of `listener`, which stays the caller's."""
 
@@ -57,7 +69,7 @@ def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
         from vmd.control.process import Control  # noqa: PLC0415 - see the module's docstring
 
         confine(CONFINEMENTS[Kind.CONTROL], identity)
-        with EventLoop() as loop:
+        with followed(EventLoop()) as loop:
             control = Control(loop, Channel(connection, CONTROL_AND_PARENT), listener)
             loop.run()
             control.close()
@@ -78,7 +90,7 @@ def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         zygote = spawn(_zygote_plan(kvm_fd, identity))
         os.close(kvm_fd)
         confine(CONFINEMENTS[Kind.VMM], identity)
-        with EventLoop() as loop:
+        with followed(EventLoop()) as loop:
             orders = Channel(zygote.connection, VMM_AND_ZYGOTE)
             blanks = Blanks(loop, orders, (Role.VM, Role.DISK))
             Vmm(loop, Channel(connection, VMM_AND_PARENT), blanks, zygote.pid)
@@ -162,7 +174,7 @@ def priv_plan(identity: Identity | None) -> Plan:
             log.info("%s", err)
             nftables = None
         confine(CONFINEMENTS[Kind.PRIV], identity)
-        with EventLoop() as loop:
+        with followed(EventLoop()) as loop:
             parent = Channel(connection, PRIV_AND_PARENT)
             priv = Priv(loop, parent, netlink, nftables)
             parent.watch(loop, priv.take, lambda _: priv.parent_left())
@@ -178,7 +190,7 @@ def local_plan(identity: Identity | None) -> Plan:
         from vmd.local.process import Local  # noqa: PLC0415 - see the module's docstring
 
         confine(CONFINEMENTS[Kind.LOCAL], identity)
-        with EventLoop() as loop:
+        with followed(EventLoop()) as loop:
             parent = Channel(connection, LOCAL_AND_PARENT)
             local = Local(loop)
             parent.watch(loop, local.take, lambda _: loop.stop())

@@ -364,6 +364,8 @@ def run(options: Options) -> int:
         if not options.is_foreground:
             ready = _detach()
         loop = stack.enter_context(EventLoop())
+        logging.follow(loop)
+        stack.callback(logging.follow, None)
         try:
             terminals = TerminalWatch(loop)
         except OSError as err:

@@ -7,6 +7,8 @@ starts log nothing.
 import sys
 from collections.abc import Callable
 
+from vmm_kvm.text import printable
+
 _set_up: Callable[[], None] | None = None
 
 
@@ -18,6 +20,23 @@ def set_up_with(function: Callable[[], None]) -> None:
     """
     global _set_up  # noqa: PLW0603 - one per process, as logging's own configuration is
     _set_up = function
+
+
+def show_lines(program: str, level: str) -> None:
+    """Show messages of at least `level`, such as `DEBUG`, on standard error: each is one line.
+
+    Nothing changes where that has been done before.
+    """
+    import logging  # noqa: PLC0415 - see the module's docstring
+
+    class _Lines(logging.Formatter):
+        def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+            record.message = printable(record.message)
+            return super().formatMessage(record)
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines(f"{program}: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level)
 
 
 class Log:

@@ -9,7 +9,7 @@ from vmd.config.disks import DiskKind
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.shared.counters import CountedImage, Counters
-from vmd.wire.internal import BeginDisk, VmmToDevice
+from vmd.wire.internal import BeginDisk, DeviceBegin
 from vmm_kvm.block.image import Format, Layer
 from vmm_kvm.errors import VmmError
 from vmm_kvm.images.opening import open_image
@@ -21,7 +21,7 @@ def run(connection: socket.socket, _rehearses: bool) -> int:
     return device_process.run("disk", Kind.DISK, connection, _make)
 
 
-def _make(begin: VmmToDevice, fds: list[int]) -> VirtioBlk:
+def _make(begin: DeviceBegin, fds: list[int]) -> VirtioBlk:
     if not isinstance(begin, BeginDisk):
         raise VmmError(f"{begin.device} is no disk")
     disk, option = begin.disk, begin.disk.option

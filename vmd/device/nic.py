@@ -8,7 +8,7 @@ import socket
 
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
-from vmd.wire.internal import BeginNic, VmmToDevice
+from vmd.wire.internal import BeginNic, DeviceBegin
 from vmm_kvm.errors import VmmError
 from vmm_kvm.net.tap import Tap
 from vmm_kvm.virtio.net import VirtioNet
@@ -19,7 +19,7 @@ def run(connection: socket.socket, _rehearses: bool) -> int:
     return device_process.run("nic", Kind.NIC, connection, _make)
 
 
-def _make(begin: VmmToDevice, fds: list[int]) -> VirtioNet:
+def _make(begin: DeviceBegin, fds: list[int]) -> VirtioNet:
     if not isinstance(begin, BeginNic):
         raise VmmError(f"{begin.device} is no interface")
     nic = begin.nic

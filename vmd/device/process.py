@@ -12,10 +12,11 @@ from collections.abc import Callable
 from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, set_title
 from vmd.shared import log as logging
-from vmd.wire.channel import Channel, ChannelError
-from vmd.wire.internal import DEVICE_AND_VMM, VmmToDevice
+from vmd.wire.channel import Channel, ChannelError, Received
+from vmd.wire.internal import DEVICE_AND_VMM, DeviceBegin, SetVerbosity, VmmToDevice
 from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.vhost_user.process import serve
 
@@ -29,7 +30,7 @@ STATUS_MAX = 4096
 # Whoever ends the VM wants its last writes on the disk.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-Make = Callable[[VmmToDevice, list[int]], Backend]
+Make = Callable[[DeviceBegin, list[int]], Backend]
 """Makes the device from what vmm said and the descriptors that came along, which it owns, all but
 the socket and the pipe.
 
@@ -44,12 +45,15 @@ def run(title: str, kind: Kind, connection: socket.socket, make: Make) -> int:
         signal.signal(number, signal.SIG_IGN)
     set_title(title)
     confine(CONFINEMENTS[kind], None)
-    with Channel(connection, DEVICE_AND_VMM) as vmm:
-        try:
-            begin, fds, _size = vmm.wait()
-        except ChannelError as err:  # nobody needs this process any more
-            log.debug("vmm: %s", err)
-            return 0
+    vmm = Channel(connection, DEVICE_AND_VMM)
+    try:
+        begin, fds, _size = vmm.wait()
+    except ChannelError as err:  # nobody needs this process any more
+        log.debug("vmm: %s", err)
+        return 0
+    if isinstance(begin, SetVerbosity):
+        log.error("told how much to log, and not what to serve")
+        return 1
     logging.set_verbosity(begin.verbosity)
     logging.set_title(f"vm/{begin.vm}: {begin.device}")
     set_title(f"{title}/{begin.vm}")
@@ -61,5 +65,17 @@ def run(title: str, kind: Kind, connection: socket.socket, make: Make) -> int:
         return 0  # the VM's process tells
     os.write(status_fd, READY)
     os.close(status_fd)
-    serve(socket.socket(fileno=sock), backend)
+    serve(socket.socket(fileno=sock), backend, on_loop=lambda loop: _listen(vmm, loop))
     return 0
+
+
+def _listen(vmm: Channel[None, VmmToDevice], loop: EventLoop) -> None:
+    """Let vmm say how much to log; its end is no end of ours, for the VM's last writes."""
+    logging.follow(loop)
+
+    def take(received: Received[VmmToDevice]) -> None:
+        received.fds.close()
+        if isinstance(received.message, SetVerbosity):
+            logging.set_verbosity(received.message.level)
+
+    vmm.watch(loop, take, lambda _: None)

@@ -6,6 +6,7 @@ from typing import assert_never
 from vmd.parent.client_users import ClientUsers
 from vmd.parent.passed import passed_boot
 from vmd.parent.peer import Peer
+from vmd.parent.request_log import RequestLog
 from vmd.parent.status import Inquiries, StatusQuestion
 from vmd.rules.registry import Action, List, Registry
 from vmd.rules.vm import Vm
@@ -65,6 +66,7 @@ class Clients:
         self._run = run
         self._interfaces = interfaces
         self._users = users
+        self._requests = RequestLog(registry.find)
         self._questions: set[StatusQuestion] = set()
         self.control: Peer[ParentToControl, ControlToParent] = Peer(
             "control",
@@ -82,6 +84,7 @@ class Clients:
         """Answer a client; takes ownership of `fds`."""
         if not (isinstance(answer, Vms) and answer.has_more):
             self._users.answered(client)
+            self._requests.answered(client, answer)
         try:
             self.control.send_or_raise(ClientAnswer(client=client, answer=answer), fds)
         except OversizeError as err:
@@ -117,6 +120,7 @@ class Clients:
                 self._ask(client, self._users.asks(client), request, fds)
             case ClientGone(client=client):
                 self._users.gone(client)
+                self._requests.gone(client)
                 self._registry.client_left(client)
                 for question in tuple(self._questions):
                     if question.ticket.client == client:
@@ -137,6 +141,7 @@ class Clients:
             self.answer(client, Failed(serial=request.serial, code=code, message=str(err)))
             self.control.send(Considered(client=client))
             return
+        self._requests.asked(client, uid, request)
         self._run(self._registry.request(client, uid, request, boot))
         if not isinstance(request, Status):  # whose answer takes as much again
             self.control.send(Considered(client=client))
@@ -145,6 +150,7 @@ class Clients:
         """Forget the clients: their connections went with the control process."""
         for client in self._users.forget_all():
             self._registry.client_left(client)
+        self._requests.clear()
         # The next control process counts its clients from the first number again.
         for question in self._questions:
             question.cancel()

@@ -4,22 +4,41 @@ Every process inherits the descriptor that it writes to, so it needs no file and
 own. A line begins with the process's title: `vmm: started`, `vm/alpine: ...`. Verbosity is
 OpenBSD's: 0 and 1 show what happens, 2 also what helps to find out why.
 
+A message is one line, whatever is in it. A log that nobody reads stops no process, and one source
+of messages leaves room for others.
+
 Source: section 5.1 of OpenBSD's behaviour; sd-daemon(3), RFC 3164.
 """
 
 import logging
 import os
+import select
 import socket
+import stat
 import sys
-from contextlib import suppress
+import threading
+import time
+import traceback
+from collections import deque
 from enum import Enum
 
+from vmm_kvm.loop import EventLoop
+from vmm_kvm.text import printable
+
+KEPT_MAX = 64 << 10
+"""Bytes of lines that a process keeps while nobody reads the log; more are lost, and counted."""
+LINES_AT_ONCE = 100
+"""Lines of one source: what one user asks, or one kind of message, whoever causes it."""
+LINES_PER_S = 10
+SOURCES_MAX = 1000
 VERBOSE = 2
 """From here on, debugging messages are logged."""
 
 _DEV_LOG = "/dev/log"
 _FACILITY_DAEMON = 3 << 3
-_LINE_MAX = 8192
+_LINE_MAX = 4096  # what a pipe takes whole
+_WARNING = 4
+_OURS = ("vmd", "vmm_kvm")  # not what libraries have to say to those who debug them
 # Priorities of syslog(3), for levels of at least so much.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -39,30 +58,174 @@ class Sink(Enum):
 
 
 class _Descriptor(logging.Handler):
-    """Writes each message to a descriptor by one call."""
+    """Writes each message to a descriptor by one call, and waits for nobody.
+
+    What the reader has no room for is kept, up to a limit; what is lost then is counted and told.
+    """
 
     def __init__(self, fd: int, sink: Sink) -> None:
         super().__init__()
         self.fd = fd
         self.sink = sink
         self.title = "vmd"
+        self._socket: socket.socket | None = None
+        self._must_poll = False
+        self._kept: deque[bytes] = deque()
+        self._kept_size = 0
+        self._lost = 0
+        self._loop: EventLoop | None = None
+        self._shares: dict[str, _Share] = {}
+
+    def open(self, fd: int, sink: Sink) -> None:
+        """Write to `fd` from now on, in a way that does not block; it stays open."""
+        if self._socket:
+            self._socket.detach()
+        self.fd, self.sink = fd, sink
+        self._socket, self._must_poll = None, False
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISSOCK(kind):
+            # Its flags are everybody's who has it: each packet says that it does not wait.
+            self._socket = socket.socket(fileno=fd)
+        elif not stat.S_ISREG(kind):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            try:  # another file description, with flags of its own
+                self.fd = os.open(f"/proc/self/fd/{fd}", flags)
+            except OSError:
+                self._must_poll = True
+
+    def forget(self) -> None:
+        """Be the log of a process that was just forked: what was kept is for the other to write."""
+        self._loop = None
+        self._kept.clear()
+        self._kept_size = self._lost = 0
+
+    def follow(self, loop: EventLoop | None) -> None:
+        """Have `loop` write what is kept as soon as there is room."""
+        with self._guard():
+            if self._loop and self._kept:
+                self._loop.remove_writer(self.fd)
+            self._loop = loop
+            if loop and self._kept:
+                loop.call_soon(self._wait_for_room)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message; what cannot be written is lost."""
+        """Write a message, or keep it; one message is one line, but for a traceback's."""
+        share = self._share(record)
+        if share is not None and not share.take():
+            return
+        left_out = "" if share is None else share.told()
         try:
-            text = self.format(record)
+            text = printable(record.getMessage())
         except Exception:  # noqa: BLE001 - as logging does: a bad message must not end a process
             text = f"unformattable message {record.msg!r}"
+        lines = [*([left_out] if left_out else []), text]
+        if record.exc_info and record.exc_info[0] is not None:
+            trace = traceback.format_exception(*record.exc_info)
+            lines += [printable(line) for line in "".join(trace).splitlines()]
         priority = next((value for level, value in _PRIORITIES if record.levelno >= level), 7)
-        with suppress(OSError):
-            if self.sink is Sink.SYSLOG:
-                head = f"<{_FACILITY_DAEMON | priority}>vmd[{os.getpid()}]: {self.title}: "
-                for line in text.splitlines():
-                    os.write(self.fd, (head + line).encode(errors="replace")[:_LINE_MAX])
-                return
+        for line in lines:
+            self._say(line, priority)
+
+    def _guard(self) -> threading.RLock:
+        assert self.lock is not None
+        return self.lock
+
+    def _share(self, record: logging.LogRecord) -> "_Share | None":
+        """Return what the source of a message may still say; None: as much as it likes."""
+        if record.levelno < logging.INFO:
+            return None
+        source = getattr(record, "source", "") or str(record.msg)
+        share = self._shares.get(source)
+        if share is None:
+            if len(self._shares) >= SOURCES_MAX:
+                del self._shares[next(iter(self._shares))]
+            share = self._shares[source] = _Share(source)
+        return share
+
+    def _say(self, line: str, priority: int) -> None:
+        if self.sink is Sink.SYSLOG:
+            text = f"<{_FACILITY_DAEMON | priority}>vmd[{os.getpid()}]: {self.title}: {line}"
+            data = text.encode(errors="replace")[:_LINE_MAX]
+        else:
             head = f"<{priority}>" if self.sink is Sink.JOURNAL else ""
-            lines = "".join(f"{head}{self.title}: {line}\n" for line in text.splitlines())
-            os.write(self.fd, lines.encode(errors="replace"))
+            text = f"{head}{self.title}: {line}"
+            data = text.encode(errors="replace")[: _LINE_MAX - 1] + b"\n"
+        self._flush()
+        if self._kept or not self._write(data):
+            self._keep(data)
+
+    def _keep(self, data: bytes) -> None:
+        if self._kept_size + len(data) > KEPT_MAX:
+            self._lost += 1
+            return
+        self._kept.append(data)
+        self._kept_size += len(data)
+        if self._loop and len(self._kept) == 1:
+            self._loop.call_soon(self._wait_for_room)
+
+    def _wait_for_room(self) -> None:
+        with self._guard():
+            if self._loop and self._kept:
+                self._loop.add_writer(self.fd, self._room)
+
+    def _room(self) -> None:
+        with self._guard():
+            self._flush()
+            if self._loop and not self._kept:
+                self._loop.remove_writer(self.fd)
+
+    def _flush(self) -> None:
+        while self._kept and self._write(self._kept[0]):
+            self._kept_size -= len(self._kept.popleft())
+        if self._lost and not self._kept:
+            lost, self._lost = self._lost, 0
+            self._say(f"{lost} lines lost: nobody read the log", _WARNING)
+
+    def _write(self, data: bytes) -> bool:
+        """Write a line, whole or not at all; False if there is no room for it now."""
+        try:
+            if self._socket:
+                self._socket.sendmsg([data], [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            elif not self._must_poll or self._has_room():
+                os.write(self.fd, data)
+            else:
+                return False
+        except BlockingIOError:
+            return False
+        except OSError:  # nobody will ever read it
+            return True
+        return True
+
+    def _has_room(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        return bool(poll.poll(0))
+
+
+class _Share:
+    """How much one source may say: some lines at once, and then so many a second."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._lines = float(LINES_AT_ONCE)
+        self._at = time.monotonic()
+        self._left_out = 0
+
+    def take(self) -> bool:
+        """Return whether it may say one more line now."""
+        now = time.monotonic()
+        self._lines = min(LINES_AT_ONCE, self._lines + (now - self._at) * LINES_PER_S)
+        self._at = now
+        if self._lines < 1:
+            self._left_out += 1
+            return False
+        self._lines -= 1
+        return True
+
+    def told(self) -> str:
+        """Return how many lines were left out since it last said one; empty for none."""
+        left_out, self._left_out = self._left_out, 0
+        return f"{left_out} lines left out: {printable(self._source)}" if left_out else ""
 
 
 _handler = _Descriptor(2, Sink.STDERR)
@@ -78,17 +241,33 @@ def open_log(*, is_foreground: bool) -> None:
     if _handler not in root.handlers:
         root.addHandler(_handler)
     if is_foreground:
-        _handler.fd = 2
-        _handler.sink = Sink.JOURNAL if _is_journal() else Sink.STDERR
+        _handler.open(2, Sink.JOURNAL if _is_journal() else Sink.STDERR)
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect(_DEV_LOG)
-        _handler.fd, _handler.sink = sock.detach(), Sink.SYSLOG
+        _handler.open(sock.detach(), Sink.SYSLOG)
 
 
 def set_verbosity(level: int) -> None:
     """Log more or less from now on: 0 or 1, or 2 and above for debugging messages too."""
-    logging.getLogger().setLevel(logging.DEBUG if level >= VERBOSE else logging.INFO)
+    logging.getLogger().setLevel(logging.INFO)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.DEBUG if level >= VERBOSE else logging.INFO)
+
+
+def forked() -> None:
+    """Begin anew in a process that was just forked, before it logs anything."""
+    _handler.forget()
+
+
+def follow(loop: EventLoop | None) -> None:
+    """Have `loop`, this process's, write what the log had no room for; None before it closes."""
+    _handler.follow(loop)
+
+
+def tell(source: str, message: str, *arguments: object) -> None:
+    """Log what happened at somebody's wish; `source` names whose share of the log it takes."""
+    logging.getLogger(__name__).info(message, *arguments, extra={"source": source})
 
 
 def set_title(title: str) -> None:

@@ -111,6 +111,7 @@ def live(title: str, kept: set[int], body: Callable[[], int]) -> NoReturn:
     """
     status = 1
     try:
+        logging.forked()
         close_all_but(kept)
         logging.set_title(title)
         status = body()

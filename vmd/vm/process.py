@@ -124,6 +124,8 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         set_title(f"vm/{spec.name}")
         vmm = stack.enter_context(Vmm(kvm))
         loop = stack.enter_context(EventLoop())
+        logging.follow(loop)
+        stack.callback(logging.follow, None)
         stack.callback(channel.close)  # before the loop, which it leaves
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.ring)))
         stack.callback(console.close)

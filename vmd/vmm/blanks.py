@@ -10,7 +10,16 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from vmd.wire.channel import Channel, ChannelError, PeerHangsError
-from vmd.wire.internal import EndProcess, Fork, Forked, ForkFailed, Role, VmmToZygote, ZygoteToVmm
+from vmd.wire.internal import (
+    EndProcess,
+    Fork,
+    Forked,
+    ForkFailed,
+    Role,
+    SetVerbosity,
+    VmmToZygote,
+    ZygoteToVmm,
+)
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 
@@ -85,6 +94,13 @@ class Blanks:
         except (OSError, ChannelError) as err:
             log.warning("pid %d: cannot be killed: %s", pid, err)
 
+    def set_verbosity(self, level: int) -> None:
+        """Have the zygote log more or less; what it forks is told when it begins."""
+        try:
+            self._send(SetVerbosity(level=level))
+        except ChannelError as err:
+            log.warning("the zygote: %s", err)
+
     def ended(self, pid: int) -> Role | None:
         """Take note that a child of vmm has ended; returns what it was ready to be, if anything."""
         for role, spare in self._spares.items():
@@ -125,8 +141,8 @@ class Blanks:
                 here.close()
                 raise ForkError(message)
 
-    def _send(self, message: VmmToZygote, fd: int) -> None:
-        self._zygote.send(message, [fd])
+    def _send(self, message: VmmToZygote, *fds: int) -> None:
+        self._zygote.send(message, fds)
         try:
             self._zygote.send_all(self._patience_s)
         except PeerHangsError as err:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import FrameType
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from vmd.shared import log as logging
 from vmd.shared.counters import make_counters
@@ -30,6 +30,7 @@ from vmd.wire.internal import (
     Begin,
     BeginDisk,
     BeginNic,
+    DeviceBegin,
     EndReason,
     FromVm,
     KillVm,
@@ -78,6 +79,13 @@ _UNASKED: dict[type[VmReport], int] = {VmStarted: 1, VmUnpacked: 1, VmEnding: 1}
 _NIC = "nic"  # begins the names of interfaces: a guest lives on without
 
 
+class _Device(NamedTuple):
+    name: str
+    """For messages."""
+    channel: Channel[VmmToDevice, None]
+    """To it; it has nothing to say, and nobody reads what it says."""
+
+
 class _Vm:
     """What vmm knows of one VM until all its processes are reaped."""
 
@@ -85,7 +93,7 @@ class _Vm:
         self.name = name
         self.pid = 0
         self.channel: Channel[VmmToVm, VmReport] | None = None
-        self.devices: dict[int, str] = {}  # processes that live, and what to call them
+        self.devices: dict[int, _Device] = {}  # those that live, by pid
         self.ending: VmEnding | None = None
         self.expected = Counter[type[VmReport]](_UNASKED)
         self.status: int | None = None
@@ -170,8 +178,10 @@ class Vmm:
                 case SetVerbosity(level=level):
                     self._verbosity = level
                     logging.set_verbosity(level)
-                    for number in self._vms:
+                    self._blanks.set_verbosity(level)
+                    for number, vm in self._vms.items():
                         self._pass_on(number, received.message, fds)
+                        self._tell_devices(vm, received.message)
                 case _:
                     assert_never(received.message)
 
@@ -183,6 +193,16 @@ class Vmm:
             vm.command(command, fds)
         except (ChannelError, OversizeError) as err:
             log.warning("vm/%s: %s: %s", vm.name, type(command).__name__, err)
+
+    @staticmethod
+    def _tell_devices(vm: _Vm, message: SetVerbosity) -> None:
+        for device in vm.devices.values():
+            if device.channel.backlog_size:  # it does not read, and nobody waits for it
+                continue
+            try:
+                device.channel.send(message)
+            except ChannelError as err:  # it has ended
+                log.debug("vm/%s/%s: %s", vm.name, device.name, err)
 
     def _kill(self, number: int) -> None:
         vm = self._vms.get(number)
@@ -242,17 +262,16 @@ class Vmm:
         )
 
     def _start_device(
-        self, vm: _Vm, name: str, begin: VmmToDevice, own: list[int], stack: ExitStack
+        self, vm: _Vm, name: str, begin: DeviceBegin, own: list[int], stack: ExitStack
     ) -> DeviceConnection:
         """Start a device process that owns `own`; returns the VM's ends of its connection."""
         passed = Fds(own)
         stack.callback(passed.close)
         ours, theirs = self._connection(stack)
         blank = self._blanks.take(Role.DISK if isinstance(begin, BeginDisk) else Role.NIC)
-        vm.devices[blank.pid] = name
-        with Channel(blank.connection, VMM_AND_DEVICE) as channel:
-            channel.send(begin, [*passed.take_all(), *map(os.dup, theirs)])
-            channel.flush()
+        channel = Channel(blank.connection, VMM_AND_DEVICE)
+        vm.devices[blank.pid] = _Device(name, channel)
+        channel.send(begin, [*passed.take_all(), *map(os.dup, theirs)])
         return ours
 
     @staticmethod
@@ -322,7 +341,9 @@ class Vmm:
                 if pid == vm.pid and vm.status is None:
                     self._vm_ended(vm, status)
                 elif pid in vm.devices:
-                    self._device_ended(number, vm, vm.devices.pop(pid), status)
+                    device = vm.devices.pop(pid)
+                    device.channel.close()
+                    self._device_ended(number, vm, device.name, status)
                 else:
                     continue
                 if not vm.devices and (vm.status is not None or not vm.pid):
@@ -364,7 +385,7 @@ class Vmm:
 
     def _kill_devices(self, vm: _Vm) -> None:
         for pid, device in vm.devices.items():
-            log.warning("vm/%s/%s: its process does not end: killed", vm.name, device)
+            log.warning("vm/%s/%s: its process does not end: killed", vm.name, device.name)
             self._blanks.kill(pid)
 
     def _forget(self, number: int, vm: _Vm) -> None:

@@ -536,7 +536,7 @@ class EndProcess(Internal, frozen=True, kw_only=True):
     """Kill the process whose pidfd comes along: only those that forked it have that right."""
 
 
-VmmToZygote = Fork | EndProcess
+VmmToZygote = Fork | EndProcess | SetVerbosity
 ZygoteToVmm = Forked | ForkFailed
 
 
@@ -575,7 +575,8 @@ class BeginNic(Internal, frozen=True, kw_only=True):
         return self.nic.name
 
 
-VmmToDevice = BeginDisk | BeginNic
+DeviceBegin = BeginDisk | BeginNic
+VmmToDevice = DeviceBegin | SetVerbosity
 
 PARENT_AND_CONTROL: Wire[ParentToControl, ControlToParent] = Wire(
     ControlToParent, WireEncoding.MSGPACK

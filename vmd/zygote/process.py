@@ -15,9 +15,19 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn, assert_never
 
+from vmd.shared import log as logging
 from vmd.shared.privsep import live
 from vmd.wire.channel import Channel, ChannelError
-from vmd.wire.internal import EndProcess, Fork, Forked, ForkFailed, Role, VmmToZygote, ZygoteToVmm
+from vmd.wire.internal import (
+    EndProcess,
+    Fork,
+    Forked,
+    ForkFailed,
+    Role,
+    SetVerbosity,
+    VmmToZygote,
+    ZygoteToVmm,
+)
 from vmm_kvm.log import Log
 
 log = Log(__name__)
@@ -42,6 +52,9 @@ def serve(vmm: Channel[ZygoteToVmm, VmmToZygote], bodies: Mapping[Role, Body]) -
             log.debug("vmm: %s", err)
             return
         with fds:
+            if isinstance(order, SetVerbosity):
+                logging.set_verbosity(order.level)
+                continue
             try:
                 fd = fds.take(0)
             except ChannelError as err:

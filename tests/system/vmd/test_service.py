@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.daemon import ROOT, TIMEOUT_S, Client, vm_block
+from tests.system.vmd.daemon import ROOT, TIMEOUT_S, Client, Daemon, vm_block
 from vmd.shared import log
 
 pytestmark = pytest.mark.kvm
@@ -101,5 +102,53 @@ def test_messages_go_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             logging.getLogger("vmd.test").warning("two\nlines")
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-        for line in ("two", "lines"):
-            assert syslog.recv(4096).decode() == f"<28>vmd[{pid}]: vm/alpine: {line}"
+        assert syslog.recv(4096).decode() == f"<28>vmd[{pid}]: vm/alpine: two\\x0alines"
+
+
+def test_a_log_that_nobody_reads(tmp_path: Path) -> None:
+    """It stops no process: clients are answered, VMs run and end, and so does the daemon."""
+    config = tmp_path / "vm.conf"
+    config.write_text(vm_block("one"))
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vmd", "-d", "-vv", "--user"),
+            *("-f", str(config), "--socket", str(tmp_path / "socket")),
+        ],
+        cwd=ROOT,
+        stderr=writer,
+    ) as process:
+        os.close(writer)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (tmp_path / "socket").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with Client(tmp_path / "socket") as client:
+            assert client.ask("start", name="one")["type"] == "started"
+            for _ in range(500):
+                client.ask("stop", name="none")
+            assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    os.close(reader)
+
+
+def test_requests_are_told_with_who_asked(tmp_path: Path) -> None:
+    """What was done is a line, and so is what was refused, in the name of the user."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    with Daemon(tmp_path, vm_block("one")) as vmd, vmd.client() as client:
+        client.ask("start", name="one")
+        client.ask("console", name="two\x1b[2J\n")
+        client.send("stop", name="one", force=True, wait=True)
+        client.receive()
+        for line in (
+            f"vmd: one: started by {user}\n",
+            f"vmd: two\\x1b[2J\\x0a: console by {user} failed: no such VM\n",
+            f"vmd: one: stopped by {user}\n",
+        ):
+            vmd.wait_for_log(line)

@@ -110,7 +110,7 @@ def test_status_is_light(tmp_path: Path) -> None:
     heavy = {"typer", "msgspec", "rich", "asyncio", "dataclasses", "inspect", "logging"}
     assert {name for name in modules if name.split(".")[0] in heavy} == set()
     hypervisor = {name for name in modules if name.split(".")[0] == "vmm_kvm"}
-    assert hypervisor == {"vmm_kvm", "vmm_kvm.standard_streams"}
+    assert hypervisor == {"vmm_kvm", "vmm_kvm.standard_streams", "vmm_kvm.text"}
     assert done.stderr.startswith(f"vmctl: connect: {tmp_path}/none: No such file or directory\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -28,11 +29,19 @@ def _answer(connection: socket.socket, rehearses: bool) -> int:
     return int(connection.recv(16) or b"0")
 
 
+def _tell_level(connection: socket.socket, _rehearses: bool) -> int:
+    """Be a process that tells whether it logs what helps to find out why."""
+    is_verbose = logging.getLogger("vmd").isEnabledFor(logging.DEBUG)
+    connection.send(b"verbose" if is_verbose else b"brief")
+    return 0
+
+
 def _serve(connection: socket.socket) -> None:
     """Be the zygote."""
     status = 1
     with suppress(BaseException):
         bodies = dict.fromkeys(Role, zygote.Body(_answer))
+        bodies[Role.NIC] = zygote.Body(_tell_level)
         zygote.serve(Channel(connection, ZYGOTE_AND_VMM), bodies)
         status = 0
     os._exit(status)
@@ -100,7 +109,7 @@ def test_one_waits_ready(blanks: Blanks, loop: EventLoop) -> None:
 
 def test_what_is_killed_ends(blanks: Blanks) -> None:
     """The zygote ends a process by its pidfd."""
-    blank = blanks.take(Role.NIC)
+    blank = blanks.take(Role.DISK)
     with blank.connection as connection:
         _first_words(connection)
         blanks.kill(blank.pid)
@@ -150,3 +159,19 @@ def test_a_zygote_that_does_not_read_ends_vmm(loop: EventLoop) -> None:
     assert orders.is_closed
     blanks.close()
     there.close()
+
+
+def test_the_zygote_logs_as_much_as_the_others(
+    loop: EventLoop, zygote_connection: socket.socket
+) -> None:
+    """What it forks does so from the start."""
+    blanks = Blanks(loop, Channel(zygote_connection, VMM_AND_ZYGOTE), ())
+    told = []
+    for level in (1, 2):
+        blanks.set_verbosity(level)
+        blank = blanks.take(Role.NIC)
+        with blank.connection as connection:
+            told.append(connection.recv(100))
+        os.waitpid(blank.pid, 0)
+    blanks.close()
+    assert told == [b"brief", b"verbose"]

@@ -6,7 +6,6 @@ Source: QEMU docs/interop/vhost-user, "Backend program conventions".
 
 import argparse
 import json
-import logging
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmm_kvm.errors import VmmError
+from vmm_kvm.log import show_lines
 from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.vhost_user.process import serve
 from vmm_kvm.virtio.vhost_user.server import inherited, listen
@@ -68,10 +68,7 @@ class Command(NamedTuple):
 
         Returns the exit status. An error is one line on stderr.
         """
-        logging.basicConfig(
-            format=f"{self.name}: %(message)s",
-            level=logging.DEBUG if given.verbose else logging.WARNING,
-        )
+        show_lines(self.name, "DEBUG" if given.verbose else "WARNING")
         try:
             backend = make()
         except (VmmError, OSError) as err:

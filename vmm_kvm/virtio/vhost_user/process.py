@@ -128,11 +128,13 @@ def serve(
     *,
     is_one_shot: bool = False,
     signals: Sequence[signal.Signals] = (),
+    on_loop: Callable[[EventLoop], None] | None = None,
 ) -> None:
     """Serve `backend` on `sock` until there is nothing more to serve, or one of `signals` comes.
 
     Takes ownership of both. On the main thread, whose handlers of `signals` it replaces for good: a
-    second one changes nothing, so that the backend is closed in order.
+    second one changes nothing, so that the backend is closed in order. `on_loop` may have the event
+    loop watch something else too.
     """
     is_ending = False
     with EventLoop() as loop:
@@ -146,6 +148,8 @@ def serve(
         for number in signals:
             signal.signal(number, terminate)
         try:
+            if on_loop:
+                on_loop(loop)
             server = Server(sock, backend, loop, is_one_shot=is_one_shot, on_end=loop.stop)
             try:
                 loop.run()

@@ -1,0 +1,102 @@
+"""Who asked for what, and what came of it: a line of the log for each request that does something.
+
+Source: section 5.1 of OpenBSD's behaviour, for what is refused.
+"""
+
+import pwd
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from vmd.rules.vm import Vm
+from vmd.shared import log as logging
+from vmd.wire.messages import (
+    AnyAnswer,
+    Console,
+    Failed,
+    Load,
+    Log,
+    ParentRequest,
+    Pause,
+    Reload,
+    Reset,
+    Start,
+    Stop,
+    Unpause,
+    VmRequest,
+)
+
+_DONE: dict[type[ParentRequest], str] = {
+    Start: "started",
+    Stop: "stopped",
+    Pause: "paused",
+    Unpause: "unpaused",
+    Console: "console opened",
+    Load: "configuration loaded",
+    Reload: "configuration reloaded",
+    Reset: "reset",
+    Log: "log level set",
+}
+"""Requests that are told of; the others only look, or wait."""
+
+
+class _Asked(NamedTuple):
+    uid: int
+    kind: type[ParentRequest]
+    what: str
+
+
+class RequestLog:
+    """Requests until they are answered, which then are told of."""
+
+    def __init__(self, find: Callable[[int, str], Vm | None]) -> None:
+        """Know of none; `find` returns the VM that a request names by its id or its name."""
+        self._find = find
+        self._asked: dict[int, dict[int, deque[_Asked]]] = {}
+
+    def asked(self, client: int, uid: int, request: ParentRequest) -> None:
+        """Note that `uid` asks."""
+        kind = type(request)
+        if kind not in _DONE:
+            return
+        what = "vmd"
+        if isinstance(request, VmRequest):
+            vm = self._find(request.id, request.name)
+            what = vm.name if vm else request.name or f"vm {request.id}"
+        serials = self._asked.setdefault(client, {})
+        serials.setdefault(request.serial, deque()).append(_Asked(uid, kind, what))
+
+    def answered(self, client: int, answer: AnyAnswer) -> None:
+        """Tell of the request that this answers."""
+        serials = self._asked.get(client, {})
+        waiting = serials.get(answer.serial)
+        if not waiting:
+            return
+        asked = waiting.popleft()
+        if not waiting:
+            del serials[answer.serial]
+        source = f"requests of {_user(asked.uid)}"
+        if isinstance(answer, Failed):
+            verb, why = asked.kind.__name__.lower(), answer.message or answer.code
+            text = "%s: %s by %s failed: %s"
+            logging.tell(source, text, asked.what, verb, _user(asked.uid), why)
+        else:
+            text = "%s: %s by %s"
+            logging.tell(source, text, asked.what, _DONE[asked.kind], _user(asked.uid))
+
+    def gone(self, client: int) -> None:
+        """Forget a client, which nobody answers any more."""
+        self._asked.pop(client, None)
+
+    def clear(self) -> None:
+        """Forget all clients."""
+        self._asked.clear()
+
+
+@lru_cache(maxsize=256)
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

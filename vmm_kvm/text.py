@@ -1,0 +1,23 @@
+"""Text that came from elsewhere, as it may be shown: one line, and nothing that a terminal obeys.
+
+Names of files, images and VMs, what a guest or a client says, and errors that repeat them may hold
+any character. They pass through `printable` where they are shown or logged, and nowhere before, so
+that what is compared and opened stays as it was given.
+"""
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with what would move the cursor, or is no text, as an escape such as `\x1b`.
+
+    Names of files may have any byte in them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def _escaped(one: str) -> str:
+    number = ord(one)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte that is not UTF-8
+        number -= 0xDC00
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
