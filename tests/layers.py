@@ -28,6 +28,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.libc": ("vmm_kvm.bits",),
     "vmm_kvm.memfd": (),
     "vmm_kvm.standard_streams": (),
+    "vmm_kvm.version": (),
     "vmm_kvm.listening": ("vmm_kvm.errors",),
     "vmm_kvm.loop": ("vmm_kvm.clock",),
     "vmm_kvm.bus": ("vmm_kvm.errors", "vmm_kvm.bits"),
@@ -272,6 +273,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmd.__main__": (
         "vmm_kvm.standard_streams",
+        "vmm_kvm.version",
         "vmd.config",
         "vmd.rules",
         "vmd.shared",
@@ -282,6 +284,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.text",
         "vmm_kvm.log",
         "vmm_kvm.standard_streams",
+        "vmm_kvm.version",
         "vmd.config",
         "vmd.shared",
         "typer",

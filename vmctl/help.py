@@ -10,24 +10,14 @@ from vmctl.cli import resolve
 from vmctl.verbs import GLOBAL_USAGE, VERBS, Verb, usage
 
 _WIDTH = 24  # of what is told of
-_DISTRIBUTION = "vmm-kvm"
 
 
 def show_version(_words: Sequence[str] = ()) -> int:
     """Print the version of this program."""
+    from vmm_kvm.version import version  # noqa: PLC0415 - only for this
+
     print(f"vmctl {version()}")
     return 0
-
-
-def version() -> str:
-    """Return the version of what is installed."""
-    from importlib.metadata import PackageNotFoundError  # noqa: PLC0415 - only for this
-    from importlib.metadata import version as version_of  # noqa: PLC0415 - same
-
-    try:
-        return version_of(_DISTRIBUTION)
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def show_help(words: Sequence[str] = ()) -> int | None:

@@ -16,6 +16,11 @@ def _run() -> int:
         options = parse_options(sys.argv[1:])
     except UsageError:
         sys.exit(USAGE)
+    if options.asks_version:
+        from vmm_kvm.version import version  # noqa: PLC0415 - only for this
+
+        sys.stdout.write(f"vmd {version()}\n")
+        return 0
     if options.is_check:
         return _check(options)
     from vmd.daemon import StartError, run  # noqa: PLC0415 - a check needs none of it

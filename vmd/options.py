@@ -7,7 +7,9 @@ import getopt
 from collections.abc import Sequence
 from typing import NamedTuple
 
-USAGE = "usage: vmd [-dnv] [-D macro=value] [-f file] [--skip-broken] [--socket path] [--user]"
+USAGE = """\
+usage: vmd [-dnv] [-D macro=value] [-f file] [--skip-broken] [--socket path] [--user]
+       vmd --version"""
 
 
 class UsageError(Exception):
@@ -30,6 +32,7 @@ class Options(NamedTuple):
     socket: str | None = None
     is_user: bool = False
     skips_broken: bool = False
+    asks_version: bool = False
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -40,7 +43,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     """
     try:
         found, operands = getopt.getopt(
-            list(arguments), "dnvD:f:", ["skip-broken", "socket=", "user"]
+            list(arguments), "dnvD:f:", ["skip-broken", "socket=", "user", "version"]
         )
     except getopt.GetoptError as err:
         raise UsageError(str(err)) from err
@@ -61,6 +64,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
                 options = options._replace(config=value)
             case "--socket":
                 options = options._replace(socket=value)
+            case "--version":
+                options = options._replace(asks_version=True)
             case "--skip-broken":
                 options = options._replace(skips_broken=True)
             case _:
