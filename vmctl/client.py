@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from vmd.shared.paths import SYSTEM_SOCKET, user_socket
+from vmm_kvm.limits import NAME_MAX
 
 Fields = dict[str, Any]  # type: ignore[explicit-any] # what JSON holds
 Shape = type | None | Sequence["Shape"] | Mapping[str, "Shape"]
@@ -22,7 +23,6 @@ Shape = type | None | Sequence["Shape"] | Mapping[str, "Shape"]
 _MESSAGE_MAX = 256 << 10
 _FDS_MAX = 64
 _ID_MAX = 0xFFFF_FFFF
-_NAME_MAX = 63
 
 _UNEXPECTED = "unexpected response received from vmd"
 _INT_MAX = (1 << 63) - 1
@@ -115,7 +115,7 @@ def parse_target(word: str) -> Target:
         raise CommandError(f"missing vmid argument\ninvalid id: {word}")
     if word.startswith("-"):
         raise CommandError(f"invalid id: {word}")
-    if len(word) > _NAME_MAX:
+    if len(word) > NAME_MAX:
         raise CommandError(f"name too long\ninvalid id: {word}")
     return Target(name=word)
 
@@ -327,7 +327,7 @@ def check_name(name: str) -> None:
 
     Source: section 2.3 of OpenBSD's behaviour.
     """
-    if len(name) > _NAME_MAX:
+    if len(name) > NAME_MAX:
         raise CommandError("vm name too long")
     plain = name.replace(".", "").replace("_", "").replace("-", "")
     if name[:1] in {"", ".", "_", "-"} or not (plain.isascii() and plain.isalnum()):

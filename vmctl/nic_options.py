@@ -15,7 +15,7 @@ Options:
 
     lladdr=ADDRESS   the guest's address; as a rule one that follows from the VM's name
     locked           drop frames from another address, and to one; without vhost-net
-    mtu=BYTES        the largest packet, 68 to 65535
+    mtu=BYTES        the largest packet, 68 to 65521
     queues=N         (tap, bridge, vhost-user) queue pairs, 1 to 16; the tap, or the server, has to
                      have been made for several
     user             (tap, bridge) move frames in this process, where vhost-net could
@@ -30,10 +30,9 @@ from typing import NamedTuple
 
 from vmctl.messages import choice
 from vmm_kvm.errors import SpecError
-from vmm_kvm.net.ethernet import ADDRESS_SIZE, is_group
-from vmm_kvm.net.nic import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
+from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, PORT_MAX, QUEUE_PAIRS_MAX
+from vmm_kvm.net.ethernet import parse_lladdr
 
-PORT_MAX = 65535
 NICS_MAX = 16
 
 
@@ -165,13 +164,9 @@ def _number(value: str, least: int, most: int, what: str) -> int:
 
 def _address(value: str, text: str) -> bytes:
     try:
-        address = bytes.fromhex(value.replace(":", ""))
-    except ValueError:
-        address = b""
-    is_written_well = value.count(":") == ADDRESS_SIZE - 1 and len(address) == ADDRESS_SIZE
-    if not is_written_well or is_group(address) or not any(address):
-        raise SpecError(f"invalid interface: {text}: not an address: {value}")
-    return address
+        return parse_lladdr(value)
+    except ValueError as err:
+        raise SpecError(f"invalid interface: {text}: {err}") from None
 
 
 def _forward(value: str, text: str) -> Forward:

@@ -222,7 +222,7 @@ class _ProcessNic:
         nic = self._nic
         return VirtioNet(
             Tap(self._taps, nic.name),
-            nic.mac,
+            nic.lladdr,
             name=nic.name,
             mtu=nic.mtu,
             is_locked=nic.is_locked,

@@ -19,11 +19,11 @@ from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm import log
 from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.image import open_image
-from vmm_kvm.arch.x86.layout import MEMORY_MAX, MEMORY_MIN
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.limits import MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import (
     Crash,
@@ -36,7 +36,6 @@ from vmm_kvm.machine.machine import (
 )
 from vmm_kvm.machine.pci_devices import has_servers
 from vmm_kvm.primitives import Vmm
-from vmm_kvm.vm_params import MAX_NAME, MAX_VCPUS_PER_VM
 
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
     from vmm_kvm.block.image import Image
@@ -147,7 +146,7 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
 
 def _name_of(path: str) -> str:
     """Return the name of a VM that boots `path` and has none of its own."""
-    return os.fsdecode(os.fsencode(os.path.basename(path))[:MAX_NAME])
+    return os.fsdecode(os.fsencode(os.path.basename(path))[:NAME_MAX])
 
 
 def _media(options: RunOptions, stack: ExitStack) -> "tuple[tuple[AnyDisk, ...], Image | None]":
@@ -233,7 +232,7 @@ def _cpus(text: str) -> int:
         count = int(text)
     except ValueError:
         raise SpecError(f"cpu count is invalid: {text}") from None
-    if not 1 <= count <= MAX_VCPUS_PER_VM:
+    if not 1 <= count <= VCPUS_MAX:
         raise SpecError(f"cpu count is too {'small' if count < 1 else 'large'}: {text}")
     return count
 

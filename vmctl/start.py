@@ -24,15 +24,11 @@ from vmctl.client import (
 from vmctl.messages import bytes_hint, choice, fail
 from vmd.config.disks import DiskError, DiskKind, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, NAME_MAX, VCPUS_MAX
 from vmm_kvm.text import printable
 
 _MIB = 1 << 20
-_MEMORY_MAX = 128 << 30
-_CPUS_MAX = 64
-_DISKS_MAX = 4
-_INTERFACES_MAX = 4
 _INT_MAX = (1 << 31) - 1
-_NAME_MAX = 63
 _BOOT_DEVICES = ("disk", "cdrom", "net")
 _FIRMWARE = ("bios", "uefi")
 _OWN_TEXTS = {"bios-missing", "disk-missing", "cdrom-missing", "cdrom-invalid", "template-invalid"}
@@ -109,7 +105,7 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
     if memory is not None:
         fields["memory"] = _memory(memory)
     if cpus is not None:
-        fields["cpus"] = _number(cpus, "cpu count", _CPUS_MAX)
+        fields["cpus"] = _number(cpus, "cpu count", VCPUS_MAX)
     if options.disks:
         fields["disks"] = [_disk(text) for text in options.disks]
     if cdrom is not None:
@@ -119,7 +115,7 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["interfaces"] = interfaces
     if options.template:
         fields["instance"] = options.template[-1]
-        if len(fields["instance"]) > _NAME_MAX:
+        if len(fields["instance"]) > NAME_MAX:
             raise CommandError(f"instance vm name too long\ninvalid name: {fields['instance']}")
         check_name(fields["instance"])
     firmware = _once(options.firmware, "firmware")
@@ -149,9 +145,9 @@ def _once(given: Sequence[str], what: str) -> str | None:
 def _check(fields: Fields, *, has_kernel: bool) -> None:
     """Refuse, or warn of, what a new VM would lack; an instance takes it from its template."""
     disks, interfaces = fields.get("disks", ()), fields.get("interfaces", ())
-    if len(disks) > _DISKS_MAX:
+    if len(disks) > DISKS_MAX:
         raise CommandError("too many disks")
-    if len(interfaces) > _INTERFACES_MAX:
+    if len(interfaces) > INTERFACES_MAX:
         raise CommandError("too many network interfaces")
     says_something = fields.keys() - {"boot_device", "append", "instance"}
     if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
@@ -171,8 +167,8 @@ def _memory(text: str) -> int:
         raise CommandError(f"invalid memory size: {text}: {err}") from err
     if size < _MIB:
         raise CommandError(f"memory size must be at least 1MB{bytes_hint(text, 'M')}")
-    if size > _MEMORY_MAX:
-        raise CommandError(f"memory size too large (limit is {_MEMORY_MAX >> 30}G)")
+    if size > MEMORY_MAX:
+        raise CommandError(f"memory size too large (limit is {MEMORY_MAX >> 30}G)")
     rounded = size - size % _MIB
     if rounded != size:
         fail(f"memory size rounded to {fmt_scaled(rounded)}")
@@ -195,7 +191,7 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
     for switch in options.switches:
         if not switch:
             raise CommandError(f"invalid network: {switch}")
-        if len(switch) > _NAME_MAX:
+        if len(switch) > NAME_MAX:
             raise CommandError("interface name too long")
         # A dot is how OpenBSD's vmctl writes a local interface to itself, and takes it.
         interfaces.append({"is_local": True} if switch == "." else {"switch": switch})
@@ -204,7 +200,7 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
             wanted = _number(count, "count", _INT_MAX)
         except CommandError as err:
             raise CommandError(f"{err}\ninvalid interface count: {count}") from None
-        if wanted > _INTERFACES_MAX:
+        if wanted > INTERFACES_MAX:
             raise CommandError("too many network interfaces")
         interfaces += [{}] * (wanted - len(interfaces))
     return interfaces

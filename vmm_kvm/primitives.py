@@ -36,6 +36,7 @@ from vmm_kvm.errors import KvmError, Refusal, RefusedError
 from vmm_kvm.kvm.exits import Exit, Interrupted
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Vm
+from vmm_kvm.limits import TABLE_VCPUS_MAX
 from vmm_kvm.memory import resident_bytes
 from vmm_kvm.vm_params import Controllers, CreateParams, MemoryType, check_params, memory_size
 from vmm_kvm.vm_table import (
@@ -54,7 +55,6 @@ from vmm_kvm.vm_table import (
 )
 
 __all__ = [
-    "MAX_VCPUS",
     "Inject",
     "InjectType",
     "NoHelpNeeded",
@@ -80,7 +80,6 @@ __all__ = [
     "write_registers",
 ]
 
-MAX_VCPUS = 512
 
 _HOST_IS_FULL = {ENOMEM, ENFILE, EMFILE, ENOSPC}
 _EXCEPTION_VECTORS = 32
@@ -161,9 +160,9 @@ def create(vmm: Vmm, params: CreateParams) -> int:
     check_params(params, vmm.kvm.max_vcpus)
     with vmm.changed:
         vcpus = sum(len(vm.vcpus) for vm in vmm.vms.values())
-        if vcpus + params.ncpus > MAX_VCPUS:
+        if vcpus + params.ncpus > TABLE_VCPUS_MAX:
             raise RefusedError(
-                Refusal.ENOMEM, f"{params.ncpus} vCPUs: {vcpus} of {MAX_VCPUS} are taken"
+                Refusal.ENOMEM, f"{params.ncpus} vCPUs: {vcpus} of {TABLE_VCPUS_MAX} are taken"
             )
         try:
             vm = assemble(vmm, params)

@@ -5,13 +5,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmm_kvm.bits import GIB, PAGE_SIZE
+from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import Refusal, RefusedError
+from vmm_kvm.limits import MEMORY_MAX, NAME_MAX, VCPUS_MAX
 
 MAX_MEMORY_RANGES = 16
-MAX_MEMORY_END = 128 * GIB
-MAX_VCPUS_PER_VM = 64
-MAX_NAME = 63  # bytes; OpenBSD's 64 include a NUL
 
 _USER_START = PAGE_SIZE
 _USER_END = 0x7FFF_FFFF_F000
@@ -84,7 +82,7 @@ def check_vcpus(count: int, most: int) -> None:
     Raises:
         RefusedError: EINVAL.
     """
-    most = min(MAX_VCPUS_PER_VM, most)
+    most = min(VCPUS_MAX, most)
     if not 1 <= count <= most:
         raise RefusedError(Refusal.EINVAL, f"{count} vCPUs: not 1 to {most}")
 
@@ -98,8 +96,8 @@ def check_params(params: CreateParams, most_vcpus: int) -> None:
     Source: OpenBSD vmm(4), vm_create_check_mem_ranges.
     """
     check_vcpus(params.ncpus, most_vcpus)
-    if len(os.fsencode(params.name)) > MAX_NAME or "\0" in params.name:
-        raise RefusedError(Refusal.EINVAL, f"name: more than {MAX_NAME} bytes, or a NUL")
+    if len(os.fsencode(params.name)) > NAME_MAX or "\0" in params.name:
+        raise RefusedError(Refusal.EINVAL, f"name: more than {NAME_MAX} bytes, or a NUL")
     if not 1 <= len(params.ranges) <= MAX_MEMORY_RANGES:
         raise RefusedError(
             Refusal.EINVAL, f"{len(params.ranges)} memory ranges: not 1 to {MAX_MEMORY_RANGES}"
@@ -123,8 +121,8 @@ def _range_problem(part: MemoryRange, previous_end: int) -> str:
         return "not page aligned"
     if part.gpa < previous_end:
         return "not ascending, or overlapping"
-    if part.gpa + part.size > MAX_MEMORY_END:
-        return f"beyond {MAX_MEMORY_END:#x}"
+    if part.gpa + part.size > MEMORY_MAX:
+        return f"beyond {MEMORY_MAX:#x}"
     if part.type is not MemoryType.MMIO:
         if part.va % PAGE_SIZE:
             return "its memory is not page aligned"

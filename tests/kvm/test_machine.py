@@ -20,6 +20,7 @@ from vmm_kvm.devices.uart16550 import Lsr
 from vmm_kvm.errors import Refusal, RefusedError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.limits import TABLE_VCPUS_MAX, VCPUS_MAX
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import (
     Crash,
@@ -29,8 +30,7 @@ from vmm_kvm.machine.machine import (
     MachineSpec,
     Outcome,
 )
-from vmm_kvm.primitives import MAX_VCPUS, VcpuState, Vmm
-from vmm_kvm.vm_params import MAX_VCPUS_PER_VM
+from vmm_kvm.primitives import VcpuState, Vmm
 
 pytestmark = pytest.mark.kvm
 
@@ -180,7 +180,7 @@ def test_a_machine_that_never_starts(bench: Bench) -> None:
 
 def test_more_vcpus_than_kvm_allows(bench: Bench) -> None:
     """The error says how many there may be."""
-    limit = min(MAX_VCPUS_PER_VM, bench.vmm.kvm.max_vcpus)
+    limit = min(VCPUS_MAX, bench.vmm.kvm.max_vcpus)
     with pytest.raises(RefusedError, match=rf"^{limit + 1} vCPUs: not 1 to {limit}$"):
         bench.machine(cpus=limit + 1)
 
@@ -208,8 +208,8 @@ def test_a_machine_is_a_vm_of_the_table(bench: Bench) -> None:
 def test_what_vmm_refuses_no_machine_has(bench: Bench) -> None:
     """More vCPUs in a table than vmm(4) allows are refused, and nothing is left of the machine."""
     with ExitStack() as stack:
-        most = min(MAX_VCPUS_PER_VM, bench.vmm.kvm.max_vcpus)
-        for _ in range(MAX_VCPUS // most):
+        most = min(VCPUS_MAX, bench.vmm.kvm.max_vcpus)
+        for _ in range(TABLE_VCPUS_MAX // most):
             stack.enter_context(bench.machine(cpus=most, memory_size=MIB))
         with pytest.raises(RefusedError) as caught:
             stack.enter_context(bench.machine(cpus=most, memory_size=MIB))

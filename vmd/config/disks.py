@@ -24,8 +24,7 @@ A path that begins like a kind is written with `./` in front.
 from enum import StrEnum
 from typing import NamedTuple
 
-SERIAL_MAX = 20
-QUEUES_MAX = 64
+from vmm_kvm.limits import DISK_QUEUES_MAX, DISK_SERIAL_MAX
 
 
 class DiskKind(StrEnum):
@@ -131,12 +130,12 @@ def with_option(disk: DiskOption, word: str, value: str = "") -> DiskOption:
         case "private":
             return disk._replace(is_private=True)
         case "serial":
-            if len(value.encode(errors="surrogateescape")) > SERIAL_MAX:
-                raise DiskError(f"serial of more than {SERIAL_MAX} bytes")
+            if len(value.encode(errors="surrogateescape")) > DISK_SERIAL_MAX:
+                raise DiskError(f"serial of more than {DISK_SERIAL_MAX} bytes")
             return disk._replace(serial=value)
         case _:
             # No more digits than int() takes.
-            is_number = value.isdecimal() and len(value) <= len(str(QUEUES_MAX))
-            if not is_number or not 1 <= int(value) <= QUEUES_MAX:
-                raise DiskError(f"queues are 1 to {QUEUES_MAX}")
+            is_number = value.isdecimal() and len(value) <= len(str(DISK_QUEUES_MAX))
+            if not is_number or not 1 <= int(value) <= DISK_QUEUES_MAX:
+                raise DiskError(f"queues are 1 to {DISK_QUEUES_MAX}")
             return disk._replace(queues=int(value))

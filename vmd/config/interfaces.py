@@ -4,19 +4,9 @@ Source: sections 4.2, 4.4 and 4.5 of OpenBSD's behaviour.
 """
 
 from vmd.config.grammar import Tokens
-from vmd.config.model import (
-    FORWARDS_MAX,
-    MTU_MAX,
-    MTU_MIN,
-    NAME_MAX,
-    PORT_MAX,
-    QUEUE_PAIRS_MAX,
-    RDOMAIN_MAX,
-    ForwardConfig,
-    InterfaceConfig,
-    SwitchConfig,
-)
+from vmd.config.model import FORWARDS_MAX, RDOMAIN_MAX, ForwardConfig, InterfaceConfig, SwitchConfig
 from vmd.config.values import address_of, bridge_of, byte_length, group_of, lladdr_of, tap_of
+from vmm_kvm.limits import MTU_MAX, MTU_MIN, NAME_MAX, PORT_MAX, QUEUE_PAIRS_MAX
 
 _OPTIONS = ("switch", "group", "locked", "lladdr", "rdomain", "up", "down")
 INTERFACE_OWN_OPTIONS = ("forward", "mtu", "queues")

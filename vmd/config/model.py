@@ -14,22 +14,10 @@ from typing import NamedTuple
 
 from vmd.config.disks import DiskOption
 
-NAME_MAX = 63
-"""Bytes of the name of a VM or switch."""
-INTERFACE_NAME_MAX = 15
-DISKS_MAX = 4
-INTERFACES_MAX = 4
-CPUS_MAX = 64
 RDOMAIN_MAX = 255
-MTU_MIN, MTU_MAX = 68, 65521
-"""Linux's least for IPv4, and the largest that a tap takes."""
-QUEUE_PAIRS_MAX = 16
-PORT_MAX = 65535
 FORWARDS_MAX = 64
 """Of one interface."""
 PATH_BYTES_MAX = 1023
-MEMORY_MIN = 1 << 20
-MEMORY_MAX = 128 << 30
 MEMORY_DEFAULT = 512 << 20
 DEFAULT_PATH = "/etc/vm.conf"
 AGENTX_PATH = "/var/agentx/master"

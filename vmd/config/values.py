@@ -5,13 +5,10 @@ Source: sections 4.3 to 4.5 of OpenBSD's behaviour.
 
 import re
 
-from vmd.config.model import (
-    INTERFACE_NAME_MAX,
-    MEMORY_MAX,
-    MEMORY_MIN,
-    Prefix,
-)
+from vmd.config.model import Prefix
 from vmd.config.sizes import SizeError, scan_scaled
+from vmm_kvm.limits import INTERFACE_NAME_MAX, MEMORY_MAX, MEMORY_MIN
+from vmm_kvm.net.ethernet import parse_lladdr
 
 _MIB = 1 << 20
 _TAP_UNIT_MAX = (1 << 32) - 1
@@ -20,7 +17,7 @@ _PREFIX4_BITS_DEFAULT = 16
 _PREFIX6_BITS_MAX = 64
 _PREFIX6_BITS_DEFAULT = 64
 _NOT_NUMERIC = "name or service is not known"
-_ADDRESS = re.compile(r"[0-9a-fA-F]{1,2}(?::[0-9a-fA-F]{1,2}){5}")
+_NO_ADDRESS = re.compile(r"00?(?::00?){5}")
 _OCTETS = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){0,3}")
 _INTERFACE = re.compile(r"[^\s/:]+")
 _NUMBER = re.compile(r"[-+]?[0-9]+")
@@ -57,12 +54,14 @@ def lladdr_of(text: str) -> str | None:
     """Return an Ethernet address with two digits in each part; None for all zero, a random one.
 
     Raises:
-        ValueRefusedError: not an address.
+        ValueRefusedError: not the address of a station.
     """
-    if not _ADDRESS.fullmatch(text):
-        raise ValueRefusedError(f"invalid address: {text}")
-    address = ":".join(f"{int(part, 16):02x}" for part in text.split(":"))
-    return address if address.strip("0:") else None
+    if _NO_ADDRESS.fullmatch(text):
+        return None
+    try:
+        return parse_lladdr(text).hex(":")
+    except ValueError:
+        raise ValueRefusedError(f"invalid address: {text}") from None
 
 
 def tap_of(name: str) -> str | None:

@@ -10,18 +10,9 @@ from vmd.config.disks import OPTIONS_WITH_VALUE, DiskError, DiskKind, DiskOption
 from vmd.config.grammar import Tokens
 from vmd.config.host import Host
 from vmd.config.interfaces import InterfaceRule
-from vmd.config.model import (
-    CPUS_MAX,
-    DISKS_MAX,
-    INTERFACES_MAX,
-    NAME_MAX,
-    PATH_BYTES_MAX,
-    BootDevice,
-    InterfaceConfig,
-    Right,
-    VmConfig,
-)
+from vmd.config.model import PATH_BYTES_MAX, BootDevice, InterfaceConfig, Right, VmConfig
 from vmd.config.values import ValueRefusedError, byte_length, memory_of
+from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX, VCPUS_MAX
 
 FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"))
 """Formats of disks. The first two are OpenBSD's."""
@@ -280,7 +271,7 @@ class VmRule:
         count = tokens.number()
         if self._vm.cpus is not None:
             tokens.refuse("cpus specified more than once")
-        if not 1 <= count <= CPUS_MAX:
+        if not 1 <= count <= VCPUS_MAX:
             tokens.refuse(f"cpu count is too {'small' if count < 1 else 'large'}: {count}")
         self._vm = self._vm._replace(cpus=count)
         self._give(Right.CPUS)

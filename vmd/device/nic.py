@@ -10,6 +10,7 @@ from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.wire.internal import BeginNic, DeviceBegin
 from vmm_kvm.errors import VmmError
+from vmm_kvm.net.ethernet import parse_lladdr
 from vmm_kvm.net.tap import Tap
 from vmm_kvm.virtio.net import VirtioNet
 
@@ -27,7 +28,7 @@ def _make(begin: DeviceBegin, fds: list[int]) -> VirtioNet:
     os.close(counters)  # nothing here counts yet
     return VirtioNet(
         Tap(taps, nic.name),
-        bytes.fromhex(nic.lladdr.replace(":", "")),
+        parse_lladdr(nic.lladdr),
         name=nic.name,
         mtu=nic.mtu,
         is_locked=nic.is_locked,

@@ -24,6 +24,7 @@ from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.net.dhcp import BOOT_FILE, Lease, answer
+from vmm_kvm.net.ethernet import parse_lladdr
 from vmm_kvm.net.router import INTERVAL_S, Router, advertisement, is_solicitation, link_local
 
 log = Log(__name__)
@@ -71,8 +72,8 @@ class Service:
         self._resolver = message.resolver
         addresses = message.addresses
         self._lease = Lease(
-            guest_lladdr=_lladdr(message.lladdr),
-            host_lladdr=_lladdr(addresses.host_lladdr),
+            guest_lladdr=parse_lladdr(message.lladdr),
+            host_lladdr=parse_lladdr(addresses.host_lladdr),
             guest=IPv4Address(addresses.guest4).packed,
             host=IPv4Address(addresses.host4).packed,
             host_name=message.host_name.encode("ascii", "ignore"),
@@ -251,10 +252,6 @@ class Local:
             for service in services:
                 service.close()
         self._services.clear()
-
-
-def _lladdr(text: str) -> bytes:
-    return bytes.fromhex(text.replace(":", ""))
 
 
 def _is_summed(ancillary: list[tuple[int, int, bytes]]) -> bool:

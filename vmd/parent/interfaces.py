@@ -12,11 +12,10 @@ from vmd.rules.addressing import BITS4, BITS6
 from vmd.wire.channel import Fds
 from vmd.wire.internal import MadeTap, TapSpec
 from vmd.wire.messages import ForwardInfo, InterfaceInfo
+from vmm_kvm.limits import MTU_DEFAULT
 
 _VHOST_NET = "/dev/vhost-net"
 _COUNTERS = "/proc/self/net/dev"
-MTU_DEFAULT = 1500
-"""Bytes of a packet, without the Ethernet header."""
 _COLUMNS = 16
 _USED = (0, 1, 8, 9, 11)  # of those: what Counters has
 

@@ -20,11 +20,12 @@ from msgspec.structs import replace
 from vmd.config.model import Config, ForwardConfig
 from vmd.confine.confinements import Kind
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import MTU_DEFAULT, Links, Network, Then, interface_infos
+from vmd.parent.interfaces import Links, Network, Then, interface_infos
 from vmd.parent.peer import AnyPeer
 from vmd.rules.vm import Vm
 from vmd.wire.internal import MadeTap, TapSpec
 from vmd.wire.messages import ErrorCode, InterfaceInfo
+from vmm_kvm.limits import MTU_DEFAULT
 from vmm_kvm.log import Log
 
 log = Log(__name__)

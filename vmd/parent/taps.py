@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from vmd.config.model import Config, InterfaceConfig, Prefix, SwitchConfig
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import MTU_DEFAULT, Links
+from vmd.parent.interfaces import Links
 from vmd.rules.addressing import (
     DEFAULT_PREFIX,
     LocalAddresses,
@@ -27,6 +27,7 @@ from vmd.rules.vm import Vm
 from vmd.shared.paths import SYSTEM_SOCKET
 from vmd.wire.internal import Configure, ForwardSpec, LocalSpec, SwitchSpec, TapSpec
 from vmd.wire.messages import ErrorCode
+from vmm_kvm.limits import MTU_DEFAULT
 from vmm_kvm.log import Log
 
 log = Log(__name__)

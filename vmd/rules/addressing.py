@@ -11,6 +11,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
 from vmd.config.model import Prefix
+from vmm_kvm.net.ethernet import parse_lladdr
 
 DEFAULT_PREFIX = Prefix(int(IPv4Address("100.64.0.0")), 10)
 INDEX_MAX = 126
@@ -79,7 +80,7 @@ def local_addresses(
 
 def _interface_id(lladdr: str) -> int:
     """Return the modified EUI-64 of an Ethernet address."""
-    octets = bytes.fromhex(lladdr.replace(":", ""))
+    octets = parse_lladdr(lladdr)
     return int.from_bytes(bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:], "big")
 
 

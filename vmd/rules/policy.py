@@ -9,20 +9,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vmd.config.model import (
-    CPUS_MAX,
-    DISKS_MAX,
-    INTERFACES_MAX,
-    MEMORY_DEFAULT,
-    MEMORY_MAX,
-    MEMORY_MIN,
-    NAME_MAX,
-    InterfaceConfig,
-    Owner,
-    Right,
-    VmConfig,
-)
+from vmd.config.model import MEMORY_DEFAULT, InterfaceConfig, Owner, Right, VmConfig
 from vmd.wire.messages import ErrorCode, Load, Log, ParentRequest, Reload, Reset
+from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
@@ -78,7 +67,7 @@ def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
         return _invalid("invalid VM name")
     if not (config.given - {Right.INSTANCE}):
         return Denied(ErrorCode.DISK_MISSING, "invalid configuration, no devices")
-    if config.cpus is not None and not 1 <= config.cpus <= CPUS_MAX:
+    if config.cpus is not None and not 1 <= config.cpus <= VCPUS_MAX:
         return _invalid("invalid number of CPUs")
     if config.memory is not None and not MEMORY_MIN <= config.memory <= MEMORY_MAX:
         return _invalid("invalid memory size")

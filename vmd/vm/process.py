@@ -82,6 +82,7 @@ from vmm_kvm.machine.machine import (
     TripleFault,
 )
 from vmm_kvm.machine.pci_devices import PmemDisk, RemoteDisk, has_servers
+from vmm_kvm.net.ethernet import parse_lladdr
 from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, Traffic, VhostPath
 from vmm_kvm.primitives import Vmm
 
@@ -207,7 +208,7 @@ def _machine_spec(
     )
     nics = tuple(
         NicParams(
-            bytes.fromhex(nic.lladdr.replace(":", "")),
+            parse_lladdr(nic.lladdr),
             _path(nic, fds, connection),
             nic.name,
             nic.mtu,

@@ -21,6 +21,7 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest, Part, Statistics
+from vmm_kvm.limits import MTU_DEFAULT
 
 TEXT_MAX = 16384
 """Characters of what a VM process says of its end: some paths, and why."""
@@ -147,7 +148,7 @@ class TapSpec(Part, frozen=True, kw_only=True):
     rdomain: int | None = None
     is_up: bool = True
     is_locked: bool = False
-    mtu: int = 1500
+    mtu: int = MTU_DEFAULT
     local: LocalSpec | None = None
     forwards: tuple[ForwardSpec, ...] = ()
 
@@ -297,7 +298,7 @@ class NicSpec(Part, frozen=True, kw_only=True):
     """Indices of as many descriptors of /dev/vhost-net, or none."""
     stream: int | None = None
     """Index of a stream of frames, as passt(1) speaks it."""
-    mtu: int = 1500
+    mtu: int = MTU_DEFAULT
     is_locked: bool = False
     is_up: bool = True
     """Whether the guest finds its cable plugged in."""

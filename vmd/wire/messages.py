@@ -20,6 +20,7 @@ import msgspec
 
 from vmd.config.model import BootDevice
 from vmd.wire.encoding import Wire, WireEncoding
+from vmm_kvm.limits import MTU_DEFAULT
 
 PROTOCOL_VERSION = 1
 
@@ -359,7 +360,7 @@ class InterfaceInfo(
     is_locked: bool = False
     is_up: bool = True
     """The guest finds its cable plugged in, if the VM runs; else what is configured."""
-    mtu: int = 1500
+    mtu: int = MTU_DEFAULT
     queues: int = 1
     """Pairs of queues."""
     group: str = ""

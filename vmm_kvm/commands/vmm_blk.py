@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from vmm_kvm.block.image import Format
 from vmm_kvm.images.opening import open_image
+from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.standard_streams import run_program
-from vmm_kvm.virtio.blk import QUEUES_MAX, VirtioBlk
+from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.vhost_user.command import Command
 
 _COMMAND = Command(
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="count",
-        help=f"queues, 1 (default) to {QUEUES_MAX}",
+        help=f"queues, 1 (default) to {DISK_QUEUES_MAX}",
     )
     parser.add_argument(
         "--serial", default="", metavar="text", help="identity that the guest reads, up to 20 bytes"
@@ -52,8 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     image: str | None = given.image or given.blk_file
     if image is None:
         parser.error("the following arguments are required: image")
-    if not 1 <= given.queues <= QUEUES_MAX:
-        parser.error(f"argument --queues: {given.queues} is not 1 to {QUEUES_MAX}")
+    if not 1 <= given.queues <= DISK_QUEUES_MAX:
+        parser.error(f"argument --queues: {given.queues} is not 1 to {DISK_QUEUES_MAX}")
     return _COMMAND.run(given, image, lambda: _disk(image, given))
 
 

@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vmm_kvm.net.ethernet import ADDRESS_SIZE, is_group
-from vmm_kvm.net.nic import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
+from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
+from vmm_kvm.net.ethernet import ADDRESS_SIZE, parse_lladdr
 from vmm_kvm.net.tap import Tap, open_tap
 from vmm_kvm.standard_streams import run_program
 from vmm_kvm.virtio.net import VirtioNet
@@ -18,13 +18,10 @@ _RANDOM_SIZE = ADDRESS_SIZE - len(_PREFIX)
 
 
 def _address(text: str) -> bytes:
-    address = bytes.fromhex(text.replace(":", ""))
-    if len(address) != ADDRESS_SIZE or is_group(address) or not any(address):
-        raise ValueError(text)
-    return address
-
-
-_address.__name__ = "address"  # argparse shows it
+    try:
+        return parse_lladdr(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=MTU_DEFAULT,
         metavar="bytes",
-        help=f"the largest packet, {MTU_MIN} to {MTU_MAX}; 1500 by default",
+        help=f"the largest packet, {MTU_MIN} to {MTU_MAX}; {MTU_DEFAULT} by default",
     )
     parser.add_argument(
         "--queues",

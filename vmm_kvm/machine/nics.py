@@ -56,7 +56,9 @@ def make_nic(params: NicParams, memory: NicMemory) -> Nic:
 
 def make_backend(params: NicParams, port: FramePort) -> VirtioNet:
     """Return the device itself, for whoever serves it."""
-    return VirtioNet(port, params.mac, name=params.name, mtu=params.mtu, is_locked=params.is_locked)
+    return VirtioNet(
+        port, params.lladdr, name=params.name, mtu=params.mtu, is_locked=params.is_locked
+    )
 
 
 def _in_process(params: NicParams, port: FramePort, memory: NicMemory) -> Nic:
@@ -69,7 +71,7 @@ def _in_process(params: NicParams, port: FramePort, memory: NicMemory) -> Nic:
 def _vhost(params: NicParams, path: VhostPath, memory: NicMemory) -> Nic:
     tap = Tap(path.taps, params.name)
     control = NetControl(
-        params.mac,
+        params.lladdr,
         PortControl(tap),
         name=params.name,
         pairs=len(path.taps),
@@ -102,7 +104,7 @@ def _remote(params: NicParams, path: RemotePath, memory: NicMemory) -> Nic:
         raise SpecError(f"{params.name}: locked lladdr is not for a vhost-user server")
     data = VhostUser(client, memory, params.name, net_data(path.pairs))
     control = NetControl(
-        params.mac, _ServerPort(data), name=params.name, pairs=path.pairs, mtu=params.mtu
+        params.lladdr, _ServerPort(data), name=params.name, pairs=path.pairs, mtu=params.mtu
     )
     return _split(data, control, memory, params.name)
 

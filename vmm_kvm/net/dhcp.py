@@ -9,12 +9,12 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
+from vmm_kvm.limits import MTU_DEFAULT
 from vmm_kvm.net.inet import BROADCAST, Udp, parse_udp, udp_frame
 
 SERVER_PORT, CLIENT_PORT = 67, 68
 PAYLOAD_MIN = 300
 """Bytes of a BOOTP message at least: RFC 951's size."""
-MESSAGE_MAX = 1500
 LEASE_FOREVER = 0xFFFF_FFFF
 BOOT_FILE = b"auto_install"
 """What a guest that boots from the network is told to load, as OpenBSD's vmd does."""
@@ -25,7 +25,7 @@ _BOOTP = struct.Struct(">BBBBIHH4s4s4s4s16s64s128s")
 _BOOTREQUEST, _BOOTREPLY = 1, 2
 _ETHERNET = 1
 _ETHERNET_SIZE = 14
-_FRAME_MAX = _ETHERNET_SIZE + MESSAGE_MAX
+_FRAME_MAX = _ETHERNET_SIZE + MTU_DEFAULT
 _NOWHERE = b"\0\0\0\0"
 _TTL = 16
 _LOW_DELAY = 0x10

@@ -3,6 +3,7 @@
 Source: IEEE 802.3 §3.2, 802.1Q §9.6; virtio 1.2 §5.1.6.5
 """
 
+import re
 from typing import NamedTuple
 
 ADDRESS_SIZE = 6
@@ -11,6 +12,7 @@ BROADCAST = b"\xff" * ADDRESS_SIZE
 HEAD_SIZE = HEADER_SIZE + 4
 """Bytes that a filter looks at: the header, with a VLAN tag."""
 
+_WRITTEN = re.compile(r"[0-9a-fA-F]{1,2}(?::[0-9a-fA-F]{1,2}){5}")
 _GROUP = 1  # of the first byte
 _TYPE = slice(12, 14)
 _VLAN = b"\x81\x00"
@@ -23,6 +25,20 @@ def is_group(address: bytes) -> bool:
     return bool(address[0] & _GROUP)
 
 
+def parse_lladdr(written: str) -> bytes:
+    """Return the address of a station that is written as six parts of one or two hex digits.
+
+    Raises:
+        ValueError: it is written otherwise, or is that of a group, or zero: no station has it.
+    """
+    if not _WRITTEN.fullmatch(written):
+        raise ValueError(f"not an address: {written}")
+    address = bytes(int(part, 16) for part in written.split(":"))
+    if is_group(address) or not any(address):
+        raise ValueError(f"not an address of one station: {written}")
+    return address
+
+
 def text(address: bytes) -> str:
     """Return an address as people write it."""
     return address.hex(":")
@@ -31,7 +47,7 @@ def text(address: bytes) -> str:
 class Filter(NamedTuple):
     """Which frames a station wants to receive."""
 
-    mac: bytes
+    lladdr: bytes
     """Its own address."""
     is_promiscuous: bool = True
     """Everything; nothing else matters then, save VLANs."""
@@ -62,9 +78,9 @@ class Filter(NamedTuple):
             return not self.has_no_group and (self.has_all_group or target in self.group)
         if self.has_no_unicast:
             return False
-        return self.has_all_unicast or target == self.mac or target in self.unicast
+        return self.has_all_unicast or target == self.lladdr or target in self.unicast
 
 
-def locked_filter(mac: bytes) -> Filter:
+def locked_filter(lladdr: bytes) -> Filter:
     """Return what may reach a guest whose address is locked: its own frames, and all groups'."""
-    return Filter(mac, is_promiscuous=False, has_all_group=True)
+    return Filter(lladdr, is_promiscuous=False, has_all_group=True)

@@ -7,12 +7,10 @@ that a VM needs no privilege to have a network.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmm_kvm.limits import MTU_DEFAULT
+
 if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseconds to load
     import socket
-
-MTU_MIN, MTU_DEFAULT, MTU_MAX = 68, 1500, 65535
-QUEUE_PAIRS_MAX = 16
-MAC_SIZE = 6
 
 
 class VhostPath(NamedTuple):
@@ -77,7 +75,7 @@ class NicParams(NamedTuple):
     No two machines may have them at once.
     """
 
-    mac: bytes
+    lladdr: bytes
     """The address that the guest reads: six bytes, not a multicast one."""
     path: Path
     name: str

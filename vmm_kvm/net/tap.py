@@ -14,12 +14,12 @@ import struct
 from collections.abc import Sequence
 
 from vmm_kvm.errors import SpecError
+from vmm_kvm.limits import INTERFACE_NAME_MAX
 from vmm_kvm.net import abi
 from vmm_kvm.net.ethernet import BROADCAST, Filter
 
 HEADER_SIZE = 12
 _DEVICE = "/dev/net/tun"
-_NAME_MAX = 15
 _EXACT_MAX = 8  # of FLT_EXACT_COUNT: addresses that the kernel compares in full
 _NEEDED = abi.IFF_TAP | abi.IFF_NO_PI | abi.IFF_VNET_HDR
 
@@ -122,7 +122,7 @@ def open_tap(name: str, queues: int = 1) -> list[int]:
         SpecError: there is no such tap, it is busy, or not ours; or this host has no taps.
     """
     encoded = name.encode()
-    if not 0 < len(encoded) <= _NAME_MAX or b"/" in encoded:
+    if not 0 < len(encoded) <= INTERFACE_NAME_MAX or b"/" in encoded:
         raise SpecError(f"{name}: not the name of an interface")
     flags = _NEEDED | (abi.IFF_MULTI_QUEUE if queues > 1 else 0)
     fds: list[int] = []
@@ -151,7 +151,7 @@ def pack_filter(wanted: Filter | None) -> bytes:
     everything = abi.tun_filter.pack(0, 0)
     if wanted is None or wanted.is_promiscuous or wanted.has_all_unicast:
         return everything
-    own = [] if wanted.has_no_unicast else [wanted.mac, *sorted(wanted.unicast)]
+    own = [] if wanted.has_no_unicast else [wanted.lladdr, *sorted(wanted.unicast)]
     group = sorted(wanted.group)
     if not wanted.has_no_broadcast:
         own.append(BROADCAST)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.scatter import total
 from vmm_kvm.virtio import abi
@@ -22,7 +23,6 @@ from vmm_kvm.virtio.queue import Chain, Virtqueue
 log = Log(__name__)
 
 QUEUE_SIZE = 256
-QUEUES_MAX = 64
 SECTOR_SIZE = 512
 """Of the protocol, whatever the image's and the guest's blocks are."""
 
@@ -88,7 +88,7 @@ class VirtioBlk:
             queues: 1 to 64; all are served in turn, so more than one spares the guest locks only.
             owns_image: whether closing the device closes the image.
         """
-        assert 1 <= queues <= QUEUES_MAX
+        assert 1 <= queues <= DISK_QUEUES_MAX
         self.device_id = abi.VIRTIO_ID_BLOCK
         self.features = _FEATURES
         if image.is_read_only:

@@ -16,9 +16,9 @@ from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import Protocol
 
+from vmm_kvm.limits import MTU_DEFAULT
 from vmm_kvm.log import Log
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, HEAD_SIZE, HEADER_SIZE, Filter, text
-from vmm_kvm.net.nic import MTU_DEFAULT
 from vmm_kvm.scatter import total
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
@@ -138,16 +138,16 @@ class VirtioNet:
     def __init__(
         self,
         port: FramePort,
-        mac: bytes,
+        lladdr: bytes,
         *,
         name: str,
         mtu: int = MTU_DEFAULT,
         is_locked: bool = False,
     ) -> None:
-        """Make an interface with the address `mac`; `name` is for the log."""
+        """Make an interface with the address `lladdr`; `name` is for the log."""
         pairs = len(port.fds)
         self.control = NetControl(
-            mac, PortControl(port), name=name, pairs=pairs, mtu=mtu, is_locked=is_locked
+            lladdr, PortControl(port), name=name, pairs=pairs, mtu=mtu, is_locked=is_locked
         )
         self.counters = Counters()
         self.device_id = abi.VIRTIO_ID_NET
@@ -258,7 +258,7 @@ class VirtioNet:
         if len(head) < _VNET_SIZE + HEADER_SIZE:
             return ()
         source = head[_SOURCE]
-        if source != self.control.mac:
+        if source != self.control.lladdr:
             if not self._has_told:
                 self._has_told = True
                 log.warning("%s: bad source address %s", self._name, text(source))

@@ -11,9 +11,9 @@ import struct
 from typing import Protocol
 
 from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.limits import MTU_DEFAULT, QUEUE_PAIRS_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, Filter, is_group, locked_filter, text
-from vmm_kvm.net.nic import MTU_DEFAULT, QUEUE_PAIRS_MAX
 from vmm_kvm.scatter import total
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather
@@ -84,7 +84,7 @@ class NetControl:
 
     def __init__(
         self,
-        mac: bytes,
+        lladdr: bytes,
         port: Port,
         *,
         name: str,
@@ -93,8 +93,8 @@ class NetControl:
         is_locked: bool = False,
     ) -> None:
         """Begin with the link up; `name` is for the log."""
-        assert len(mac) == ADDRESS_SIZE
-        assert not is_group(mac)
+        assert len(lladdr) == ADDRESS_SIZE
+        assert not is_group(lladdr)
         assert 1 <= pairs <= QUEUE_PAIRS_MAX
         self.features = _BASE_FEATURES
         """What is offered because of the control queue and configuration."""
@@ -102,9 +102,9 @@ class NetControl:
             self.features |= 1 << abi.VIRTIO_NET_F_MQ
         if not is_locked:
             self.features |= 1 << abi.VIRTIO_NET_F_CTRL_MAC_ADDR
-        self.filter = locked_filter(mac) if is_locked else Filter(mac)
+        self.filter = locked_filter(lladdr) if is_locked else Filter(lladdr)
         """Which frames the driver is to get."""
-        self._own_mac = mac
+        self._own_lladdr = lladdr
         self._is_locked = is_locked
         self._port = port
         self._name = name
@@ -116,16 +116,16 @@ class NetControl:
         self._vlans: set[int] = set()
 
     @property
-    def mac(self) -> bytes:
+    def lladdr(self) -> bytes:
         """The driver's address at the moment."""
-        return self.filter.mac
+        return self.filter.lladdr
 
     def config(self) -> bytes:
         """Return the configuration space; any thread."""
         status = abi.VIRTIO_NET_S_LINK_UP if self._is_up else 0
         if self._is_announcing:
             status |= abi.VIRTIO_NET_S_ANNOUNCE
-        return _CONFIG.pack(self.filter.mac, status, self._pairs, self._mtu)
+        return _CONFIG.pack(self.filter.lladdr, status, self._pairs, self._mtu)
 
     def set_link(self, is_up: bool) -> None:
         """Plug the cable in or out; the transport has to tell the driver."""
@@ -154,7 +154,7 @@ class NetControl:
     def start(self, features: int) -> None:
         """Begin with the negotiated features: everything is wanted, by the first pair."""
         self._negotiated = features
-        self._set_filter(Filter(self.mac))
+        self._set_filter(Filter(self.lladdr))
         self._try(lambda: self._port.set_guest_offloads(features & GUEST_OFFLOADS))
         self.set_pairs(1)
 
@@ -167,7 +167,7 @@ class NetControl:
         self._negotiated = 0
         self._is_announcing = False
         self._vlans.clear()
-        self.filter = self.filter._replace(mac=self._own_mac)
+        self.filter = self.filter._replace(lladdr=self._own_lladdr)
 
     def process(self, queue: Virtqueue) -> None:
         """Obey every command that is available.
@@ -263,7 +263,7 @@ class NetControl:
         if self._is_locked or len(data) != ADDRESS_SIZE or is_group(data):
             log.info("%s: the guest may not take the address %s", self._name, text(data[:8]))
             return False
-        return self._set_filter(self.filter._replace(mac=data))
+        return self._set_filter(self.filter._replace(lladdr=data))
 
     def _set_vlan(self, code: int, data: bytes) -> bool:
         vlan = int.from_bytes(data, "little")
@@ -285,7 +285,7 @@ class NetControl:
         else:
             wanted = wanted._replace(vlans=None)
         if self._is_locked:
-            wanted = locked_filter(self._own_mac)
+            wanted = locked_filter(self._own_lladdr)
         self.filter = wanted
         return self._try(lambda: self._port.set_filter(wanted))
 

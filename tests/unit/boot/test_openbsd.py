@@ -105,7 +105,7 @@ def test_stack(open_bytes: Open, memory: GuestMemory) -> None:
 
 def test_boot_arguments(open_bytes: Open, memory: GuestMemory) -> None:
     """The memory map with an empty entry at its end, and the first serial port."""
-    load(open_bytes(openbsd_kernel()), memory, BootConfig(mac=MAC))
+    load(open_bytes(openbsd_kernel()), memory, BootConfig(lladdr=MAC))
     map_ = encode(e820_map(memory.regions)) + bytes(20)
     console = struct.pack("<iiQiIii", 0x800, 115200, 0x3F8, 0, 0, 0, 0)
     assert [(0, map_), (5, console)] == _arguments(memory)
@@ -113,7 +113,7 @@ def test_boot_arguments(open_bytes: Open, memory: GuestMemory) -> None:
 
 def test_boot_from_the_network(open_bytes: Open, memory: GuestMemory) -> None:
     """The first NIC's address is told only to a kernel that boots from it."""
-    config = BootConfig(boot_device=BootDevice.NET, mac=MAC)
+    config = BootConfig(boot_device=BootDevice.NET, lladdr=MAC)
     load(open_bytes(openbsd_kernel()), memory, config)
     assert _arguments(memory)[-1] == (7, MAC + b"\0\0")
 

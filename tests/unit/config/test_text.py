@@ -41,7 +41,12 @@ GROUPS = st.none() | st.sampled_from(["a", "lan", "a b", '"'])
 IDS = st.none() | st.integers(0, 2**32 - 2)
 OWNERS = st.builds(Owner, IDS, IDS)
 PATHS = st.sampled_from(sorted(f"/vm/{name}" for name in IMAGES))
-ADDRESSES = st.binary(min_size=6, max_size=6).filter(any).map(lambda data: data.hex(":"))
+ADDRESSES = (
+    st.binary(min_size=6, max_size=6)
+    .map(lambda data: bytes([data[0] & ~1]) + data[1:])  # not that of a group
+    .filter(any)
+    .map(lambda data: data.hex(":"))
+)
 RDOMAINS = st.none() | st.integers(0, 255)
 
 SWITCHES = st.builds(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmm_kvm.net.ethernet import BROADCAST, Filter, is_group, locked_filter, text
+from vmm_kvm.net.ethernet import BROADCAST, Filter, is_group, locked_filter, parse_lladdr, text
 
 MAC = bytes.fromhex("fee1bb000001")
 OTHER = bytes.fromhex("fee1bb000002")
@@ -52,3 +52,23 @@ def test_text() -> None:
     """Addresses are shown as people write them."""
     assert text(MAC) == "fe:e1:bb:00:00:01"
     assert [is_group(address) for address in (MAC, GROUP, BROADCAST)] == [False, True, True]
+
+
+def test_addresses_of_stations() -> None:
+    """Six parts of one or two digits, of either case, are an address."""
+    assert parse_lladdr("0:1:2:a:B:Ff") == bytes.fromhex("0001020a0bff")
+    assert parse_lladdr(text(b"\xfe\xe1\xbb\xd1\x00\x01")) == b"\xfe\xe1\xbb\xd1\x00\x01"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "fee1bb000001", "fe:e1:bb:00:00", "fe:e1:bb:00:00:01:02", "fe:e1:bb:00:00:001"),
+        *("fe:e1:bb:00:00:0g", "fe:e1:bb:00:00:", "fe-e1-bb-00-00-01", " fe:e1:bb:00:00:01"),
+        *("01:00:00:00:00:01", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00", "0:0:0:0:0:0"),
+    ],
+)
+def test_what_no_station_has(written: str) -> None:
+    """Other ways to write one, addresses of groups, broadcast and zero are refused."""
+    with pytest.raises(ValueError, match=r"^not an address"):
+        parse_lladdr(written)

@@ -42,7 +42,7 @@ class BootConfig(NamedTuple):
     e820: tuple[E820Entry, ...] = ()
     """The memory map for the kernel; when empty, the one that `e820_map` makes of its memory."""
     boot_device: BootDevice = BootDevice.AUTO
-    mac: bytes | None = None
+    lladdr: bytes | None = None
     """Six bytes: the first NIC's address, which OpenBSD learns when it boots from `NET`."""
     seed: bool = True
     """Give Linux 32 random bytes, which matter where the processor has no RDRAND. The kernel then

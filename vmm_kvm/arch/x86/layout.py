@@ -46,9 +46,6 @@ LOW_FIRMWARE_END = MIB
 LOW_FIRMWARE_MAX = 256 * KIB
 """SeaBIOS of 256 KiB runs from here and copies nothing by itself on an unknown host bridge."""
 PCI_MMIO64_SIZE = 64 * GIB
-MEMORY_MIN = MIB
-MEMORY_MAX = 128 * GIB
-"""vmctl(8) accepts this much; KVM and the host decide what really fits."""
 
 # Low memory of direct boots; OpenBSD kernels have a layout of their own
 BOOT_GDT = 0x500

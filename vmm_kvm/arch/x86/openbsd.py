@@ -123,8 +123,8 @@ def load_openbsd(image: OpenbsdImage, memory: GuestMemory, config: BootConfig) -
     _place_random(elf, memory)
     end = _place_symbols(image, memory, align_up(end, elf.word))
     place_acpi(memory, config)
-    mac = config.mac if config.boot_device is BootDevice.NET else None
-    arguments = _boot_arguments(memory_map(memory, config), mac)
+    lladdr = config.lladdr if config.boot_device is BootDevice.NET else None
+    arguments = _boot_arguments(memory_map(memory, config), lladdr)
     memory.write(_BOOTARGS, arguments)
     stack = struct.pack(
         "<8I",
@@ -170,15 +170,15 @@ def load_openbsd(image: OpenbsdImage, memory: GuestMemory, config: BootConfig) -
     )
 
 
-def _boot_arguments(entries: tuple[E820Entry, ...], mac: bytes | None) -> bytes:
+def _boot_arguments(entries: tuple[E820Entry, ...], lladdr: bytes | None) -> bytes:
     """Return the list of boot arguments; each says its own size twice."""
     consdev = _CONSDEV.pack(_COM_DEVICE, _COM_SPEED, PORT_COM1, 0, 0, 0, 0)
     records = [
         (_BOOTARG_MEMMAP, encode(entries) + bytes(20)),
         (_BOOTARG_CONSDEV, consdev),
     ]
-    if mac is not None:
-        records.append((_BOOTARG_BOOTMAC, mac.ljust(8, b"\0")))
+    if lladdr is not None:
+        records.append((_BOOTARG_BOOTMAC, lladdr.ljust(8, b"\0")))
     packed = b""
     for kind, payload in records:
         size = _BOOTARG_HEADER.size + len(payload)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.memory import Region
 from vmm_kvm.virtio.abi import (
@@ -45,7 +46,6 @@ log = Log(__name__)
 
 QUEUE_SIZE = 256
 """Largest size offered; servers do not tell theirs, and all take this."""
-QUEUES_MAX = 64
 
 USER_BASE = 1 << 44
 """What we call the user address of guest-physical address 0; no address means a real one."""
@@ -145,7 +145,7 @@ class VhostUser:
         self._name = name
         self._frontend: Frontend | None = None
         self._started: set[int] = set()
-        self._served = QUEUES_MAX
+        self._served = DISK_QUEUES_MAX
         self._lock = threading.Lock()
         self._lost: str | None = None
         self._lost_lock = threading.Lock()
@@ -362,8 +362,8 @@ def _offered(features: int, kind: DeviceKind) -> int:
 
 def _queue_count(kind: DeviceKind, features: int, config: bytes) -> int:
     count = kind.queues(features, config)
-    if not 0 < count <= QUEUES_MAX:
-        raise VhostUserError(f"the server has {count} queues, not 1 to {QUEUES_MAX}")
+    if not 0 < count <= DISK_QUEUES_MAX:
+        raise VhostUserError(f"the server has {count} queues, not 1 to {DISK_QUEUES_MAX}")
     return count
 
 
