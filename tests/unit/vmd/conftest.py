@@ -1,0 +1,30 @@
+"""What tests of the daemon's processes share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Says what it was started with, and lives as long as its stream does.
+_PASST = """\
+#!{python}
+import os, sys
+fd = int(sys.argv[sys.argv.index("--fd") + 1])
+os.write(fd, " ".join(sys.argv[1:]).encode())
+while os.read(fd, 4096):
+    pass
+"""
+
+
+@pytest.fixture
+def fake_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a passt that is started first, and moves no frames."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    program = directory / "passt"
+    program.write_text(_PASST.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
