@@ -166,6 +166,7 @@ def priv_plan(identity: Identity | None) -> Plan:
         from vmd.priv.nftables import Nftables, NftablesError  # noqa: PLC0415 - see the module's docstring
         from vmd.priv.process import Priv  # noqa: PLC0415 - likewise
         from vmd.priv.rtnetlink import Rtnetlink  # noqa: PLC0415 - likewise
+        from vmd.priv.settings import Settings  # noqa: PLC0415 - likewise
 
         netlink = Rtnetlink()
         try:
@@ -176,7 +177,7 @@ def priv_plan(identity: Identity | None) -> Plan:
         confine(CONFINEMENTS[Kind.PRIV], identity)
         with followed(EventLoop()) as loop:
             parent = Channel(connection, PRIV_AND_PARENT)
-            priv = Priv(loop, parent, netlink, nftables)
+            priv = Priv(loop, parent, netlink, nftables, Settings())
             parent.watch(loop, priv.take, lambda _: priv.parent_left())
             loop.run()
 

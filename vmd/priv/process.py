@@ -11,14 +11,15 @@ gone, it removes what it has made, and ends.
 Source: sections 5.3, 12.2 and 12.3 of OpenBSD's behaviour.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 from zlib import crc32
 
+from vmd.priv.host import Netlink, PacketFilter
 from vmd.priv.nat import Forward, Rules, clearing, ruleset
-from vmd.priv.nftables import Nftables, NftablesError
-from vmd.priv.rtnetlink import Link, LinkError, Rtnetlink, attach_tap
+from vmd.priv.nftables import NftablesError
+from vmd.priv.rtnetlink import Link, LinkError
+from vmd.priv.settings import Settings
 from vmd.rules.addressing import BITS4, BITS6
 from vmd.shared import log as logging
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
@@ -44,8 +45,6 @@ log = Log(__name__)
 
 _Value = TypeVar("_Value")
 
-SETTINGS = "/proc/sys/net"
-"""Where the kernel keeps what rtnetlink cannot change."""
 VRF_TABLE = 0x7644_0000
 """Routing table of rdomain 0; the others follow. Nobody else's count so high."""
 _LLADDR = "fe:e1:ba:"
@@ -73,10 +72,12 @@ class Priv:
         self,
         loop: Stopper,
         parent: Channel[PrivToParent, ParentToPriv],
-        netlink: Rtnetlink,
-        nftables: Nftables | None,
+        netlink: Netlink,
+        nftables: PacketFilter | None,
+        settings: Settings,
     ) -> None:
         """Serve `parent` until it is gone; all stays the caller's."""
+        self._settings = settings
         self._loop = loop
         self._parent = parent
         self._netlink = netlink
@@ -136,7 +137,7 @@ class Priv:
                 if tap.spec.bridge:
                     self._join(tap.spec, tap.link)
         if wanted.nat4 or wanted.nat6:
-            _forward_packets(wanted)
+            self._settings.forward_packets(ipv4=bool(wanted.nat4), ipv6=bool(wanted.nat6))
         self._filter()
 
     def _mark(self, what: str) -> str:
@@ -166,7 +167,7 @@ class Priv:
             return
         if switch.is_ours and self._is_ours(link):
             netlink.set_alias(link, self._mark(f"switch {switch.name}"))
-            _set(link, "ipv6", "accept_ra", 0)  # guests do not tell the host its routers
+            self._settings.set(link.name, "accept_ra", 0)  # guests do not tell the host its routers
         if switch.rdomain is not None:
             vrf = self._vrf(switch.rdomain)
             if link.master != vrf.ifindex:
@@ -261,7 +262,7 @@ class Priv:
         name = spec.name
         with Fds([fds.take(at) for at in spec.queues]) as queues:
             for fd in queues.left:
-                name = attach_tap(fd, name, is_multi_queue=len(spec.queues) > 1)
+                name = self._netlink.attach_tap(fd, name, is_multi_queue=len(spec.queues) > 1)
         link = self._netlink.find(name)
         if link is None:
             raise LinkError(name, _ENODEV)
@@ -279,8 +280,8 @@ class Priv:
         # where it is the router.
         has_ipv6 = spec.local is not None and bool(spec.local.host6)
         for name, value in (("accept_ra", 0), ("addr_gen_mode", 0), ("accept_dad", 0)):
-            _set(link, "ipv6", name, value)
-        _set(link, "ipv6", "disable_ipv6", int(not has_ipv6))
+            self._settings.set(link.name, name, value)
+        self._settings.set(link.name, "disable_ipv6", int(not has_ipv6))
         if spec.local is not None:
             self._try(netlink.set_lladdr, link, spec.local.host_lladdr)
         self._try(netlink.set_mtu, link, spec.mtu)
@@ -329,43 +330,3 @@ def _forwards(spec: TapSpec) -> list[Forward]:
     return [
         Forward(each.protocol, each.port, each.to_port, guest4, guest6) for each in spec.forwards
     ]
-
-
-def _forward_packets(wanted: Configure) -> None:
-    """Let the kernel pass packets between interfaces.
-
-    It stays that way: by the time we end, others may rely on it. IPv6 is left to the operator,
-    because a host that forwards it ignores the routers of its own network.
-    """
-    try:
-        if wanted.nat4 and _get("ipv4/ip_forward") == "0":
-            _write("ipv4/ip_forward", "1")
-            log.info("nat: the host forwards IPv4 from now on")
-        if wanted.nat6 and _get("ipv6/conf/all/forwarding") == "0":
-            log.warning("nat: this host does not forward IPv6: net.ipv6.conf.all.forwarding is 0")
-    except OSError as err:
-        log.warning("nat: %s", err)
-
-
-def _set(link: Link, family: str, name: str, value: int) -> None:
-    """Set something of an interface; a kernel without IPv6 has no such settings."""
-    try:
-        _write(f"{family}/conf/{link.name}/{name}", str(value))
-    except FileNotFoundError:
-        return
-
-
-def _get(name: str) -> str:
-    fd = os.open(f"{SETTINGS}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 64).decode().strip()
-    finally:
-        os.close(fd)
-
-
-def _write(name: str, value: str) -> None:
-    fd = os.open(f"{SETTINGS}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, value.encode())
-    finally:
-        os.close(fd)

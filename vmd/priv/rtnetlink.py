@@ -50,42 +50,42 @@ class Link(NamedTuple):
     is_up: bool
 
 
-def attach_tap(fd: int, name: str, *, is_multi_queue: bool) -> str:
-    """Make `fd`, an open /dev/net/tun, a queue of a tap, which is made if it is not there.
-
-    Frames have a header of virtio's, as the guest's device writes it. Returns the tap's name, which
-    is the first free of tap0, tap1 ... if `name` is empty.
-
-    Raises:
-        LinkError: the tap is in use, of another kind, or there can be no more.
-
-    Source: Linux Documentation/networking/tuntap.rst
-    """
-    flags = abi.IFF_TAP | abi.IFF_NO_PI | abi.IFF_VNET_HDR
-    if is_multi_queue:
-        flags |= abi.IFF_MULTI_QUEUE
-    try:
-        request = abi.ifreq.pack((name or _ANY_TAP).encode(), flags)
-        answer = fcntl.ioctl(fd, abi.TUNSETIFF, request)
-    except OSError as err:
-        raise LinkError(name or "tap", err.errno or 0) from err
-    found: bytes = abi.ifreq.unpack(answer)[0]
-    return found.rstrip(b"\0").decode()
-
-
 class Rtnetlink:
     """A connection to the kernel. For one thread.
 
     Each method raises LinkError where the kernel refuses; none waits for anything but the kernel.
     """
 
-    def __init__(self) -> None:
-        """Connect."""
-        self._route = IPRoute()
+    def __init__(self, route: IPRoute | None = None) -> None:
+        """Connect; or take over the connection `route`."""
+        self._route = route or IPRoute()
 
     def close(self) -> None:
         """Disconnect."""
         self._route.close()
+
+    @staticmethod
+    def attach_tap(fd: int, name: str, *, is_multi_queue: bool) -> str:
+        """Make `fd`, an open /dev/net/tun, a queue of a tap, which is made if it is not there.
+
+        Frames have a header of virtio's, as the guest's device writes it. Returns the tap's name,
+        which is the first free of tap0, tap1 ... if `name` is empty.
+
+        Raises:
+            LinkError: the tap is in use, of another kind, or there can be no more.
+
+        Source: Linux Documentation/networking/tuntap.rst
+        """
+        flags = abi.IFF_TAP | abi.IFF_NO_PI | abi.IFF_VNET_HDR
+        if is_multi_queue:
+            flags |= abi.IFF_MULTI_QUEUE
+        try:
+            request = abi.ifreq.pack((name or _ANY_TAP).encode(), flags)
+            answer = fcntl.ioctl(fd, abi.TUNSETIFF, request)
+        except OSError as err:
+            raise LinkError(name or "tap", err.errno or 0) from err
+        found: bytes = abi.ifreq.unpack(answer)[0]
+        return found.rstrip(b"\0").decode()
 
     def links(self) -> list[Link]:
         """Return all interfaces."""
