@@ -111,6 +111,9 @@ argument types are set: all three are passed as C ints, which they fit, and decl
 be looked up for each. `bench/exits` measures what it costs.
 """
 
+enter_fast: Callable[[int, int, int], int] = ctypes.CDLL(None)["ioctl"]
+"""The same without errno, which costs time: a caller that sees a failure calls `enter`."""
+
 
 def signal_thread(native_id: int, signal: int) -> None:
     """Send `signal` to the thread `native_id` of this process; nothing happens if it has ended.

@@ -12,7 +12,7 @@ from typing import Protocol
 from vmm_kvm.bus import Bus
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.exits import MMIO_ACCESS, Exit, IoExit, MmioExit
-from vmm_kvm.kvm.ioctl import enter
+from vmm_kvm.kvm.ioctl import enter_fast
 from vmm_kvm.kvm.vcpu import Vcpu
 
 # What an access needs: the device's lock and methods, the offset, the size in bytes, where the data
@@ -70,7 +70,7 @@ def dispatch(vcpu: Vcpu, pio: Bus, mmio: Bus, collected: Collected | None = None
     addresses: dict[int, _Known] = {}  # by the size and direction of the access
     with pio.watched(ports), mmio.watched(addresses):
         while True:
-            if enter(fd, request, 0) < 0:
+            if enter_fast(fd, request, 0) < 0:
                 # A kick, a start-up IPI or a failure; all of them persist until run() tells which.
                 reason = vcpu.run()
                 if reason is not io and reason is not mmio_exit:
