@@ -158,6 +158,19 @@ class VmConfig(NamedTuple):
     """`file:line` of the end of its block, for a complaint when it is registered."""
 
 
+class Limits(NamedTuple):
+    """What the VMs that one ordinary user has made may have together.
+
+    Generous: a host is used up by a mistake of one user, not by its work.
+    """
+
+    vms: int = 64
+    cpus: int = 256
+    """Each is a thread of the host."""
+    memory: int = 64 << 30
+    """Bytes."""
+
+
 class Config(NamedTuple):
     """All that a vm.conf says, in the order in which it says it.
 
@@ -177,6 +190,7 @@ class Config(NamedTuple):
     local_prefix6: Prefix | None = None
     """None for a random one, if there is IPv6 at all."""
     staggered: Staggered | None = None
+    limits: Limits = Limits()
     agentx: Agentx | None = None
     warnings: tuple[str, ...] = ()
     """Lines for the operator, of what is not an error."""

@@ -16,6 +16,7 @@ from vmd.config.host import Host, SystemHost
 from vmd.config.interfaces import SwitchRule
 from vmd.config.lexer import Kind, Macros
 from vmd.config.model import AGENTX_PATH, Agentx, Config, Staggered, SwitchConfig, VmConfig
+from vmd.config.sizes import SizeError, scan_scaled
 from vmd.config.values import byte_length, prefix4_of, prefix6_of
 from vmd.config.vms import VmRule
 
@@ -208,9 +209,13 @@ class _Parser:
         tokens.include(path, file.data)
 
     def _macro(self) -> None:
-        """Take `macro = STRING "=" STRING`."""
+        """Take `macro = STRING "=" STRING`, or a limit, whose keyword may be a macro's name."""
         tokens = self.tokens
+        may_limit = tokens.is_at_own("limit")
         name = tokens.one_string()
+        if may_limit and not tokens.is_at("="):
+            self._limit()
+            return
         tokens.expect("=")
         value = tokens.one_string()
         if any(char in name for char in " \t\n\v\f\r"):
@@ -252,6 +257,29 @@ class _Parser:
             else:
                 break
         self._config = self._config._replace(agentx=Agentx(context, path))
+
+    def _limit(self) -> None:
+        """Take `( "vms" | "cpus" ) NUMBER | "memory" ( NUMBER | STRING )`, after `"limit"`."""
+        tokens = self.tokens
+        limits = self._config.limits
+        if tokens.accept("memory"):
+            size: int | str = tokens.one_string() if tokens.peek().is_string else tokens.number()
+            try:
+                memory = scan_scaled(size) if isinstance(size, str) else size
+            except SizeError as err:
+                tokens.refuse(f"invalid limit memory {size}: {err}")
+            limits = limits._replace(memory=memory)
+        elif tokens.is_at_own("vms"):
+            tokens.take()
+            limits = limits._replace(vms=tokens.number())
+        elif tokens.is_at_own("cpus"):
+            tokens.take()
+            limits = limits._replace(cpus=tokens.number())
+        else:
+            tokens.syntax_error()
+        if min(limits) < 0:
+            tokens.refuse(f"invalid limit: {min(limits)}")
+        self._config = self._config._replace(limits=limits)
 
     def _staggered(self) -> None:
         """Take `"staggered" "start" "parallel" NUMBER "delay" NUMBER`."""

@@ -10,6 +10,7 @@ from vmd.config.model import (
     BootDevice,
     Config,
     InterfaceConfig,
+    Limits,
     Owner,
     Prefix,
     Right,
@@ -65,6 +66,9 @@ def _globals(config: Config) -> Iterator[str]:
     if config.agentx is not None:
         context = f" context {quoted(config.agentx.context)}" if config.agentx.context else ""
         yield f"agentx{context} path {quoted(config.agentx.path)}"
+    for name, value in config.limits._asdict().items():
+        if value != getattr(Limits(), name):
+            yield f"limit {name} {value}"
     if config.staggered is not None:
         parallelism, delay_s = config.staggered
         yield f"staggered start parallel {parallelism} delay {delay_s}"

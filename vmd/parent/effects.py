@@ -6,6 +6,7 @@ event for the registry. The host's own things are behind protocols: the tests of
 model run this module on a host of their own.
 """
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, assert_never
@@ -280,6 +281,7 @@ class Effects:
 
     def _launch_failed(self, vm: Vm, code: ErrorCode, message: str) -> None:
         log.warning("%s: failed to start vm: %s", vm.name, message)
+        _remove_new(vm)
         self._happened(vm.id, vm_state.LaunchFailed(code, message))
 
     # What vmm says
@@ -294,6 +296,8 @@ class Effects:
                 self._happened(vm_id, vm_state.Launched(pid, self._ttys[vm_id]))
             case VmLaunchFailed(id=vm_id, code=code, message=text):
                 self._launched.discard(vm_id)
+                if vm := self._registry.find(vm_id, ""):
+                    _remove_new(vm)
                 self._happened(vm_id, vm_state.LaunchFailed(code, text))
             case FromVm(id=vm_id, report=report):
                 self._reported(vm_id, report, fds)
@@ -324,6 +328,7 @@ class Effects:
                 self._happened(vm_id, vm_state.Running())
                 vm = self._registry.find(vm_id, "")
                 if vm:
+                    vm.new_file = None
                     log.info(
                         "started %s (vm %d) successfully, tty %s", vm.name, vm_id, vm.state.tty
                     )
@@ -340,8 +345,21 @@ class Effects:
         self._forget_process(message.id)
         vm = self._registry.find(message.id, "")
         event = exit_event(message)
+        if vm:
+            _remove_new(vm)
         if vm and event.message:
             is_wanted = vm.state.phase is vm_state.Phase.STOPPING
             tell = log.debug if is_wanted else log.warning
             tell("vm/%s: %s", vm.name, event.message)
         self._happened(message.id, event)
+
+
+def _remove_new(vm: Vm) -> None:
+    """Remove the file that was made for a start that has failed, if there was one."""
+    path, vm.new_file = vm.new_file, None
+    if path is None:
+        return
+    try:
+        os.unlink(path)  # noqa: PTH108 - the plainest way
+    except OSError as err:
+        log.warning("%s: cannot be removed: %s", path, err.strerror)

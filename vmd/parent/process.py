@@ -124,6 +124,7 @@ class Parent:
         self._effects.run(self._registry.forget_idle())
         settings.set_socket_owner(config.socket_owner)
         self._registry.staggered = config.staggered or self._default_staggered
+        self._registry.limits = config.limits
         self._networks.configure(config)
         self._register(config)
         return ()

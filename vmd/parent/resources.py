@@ -206,6 +206,8 @@ class _Opener:
         if self._state is None:
             raise ResourceError(ErrorCode.EIO, "no directory for UEFI variables: HOME is not set")
         path = f"{self._state}/{self._vm.name}-{self._vm.config.owner.uid or 0}.nvram"
+        if not os.path.lexists(path):
+            self._vm.new_file = path
         try:
             index = self.keep(open_copy(path, self.fds[template]))
             lock(self.fds[index], path, writes=True)

@@ -6,10 +6,12 @@ them is reported back. The clock and the users are handed in.
 Source: sections 7, 8 and 10 of OpenBSD's behaviour, with the advice of its section 21.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from vmd.config.model import MEMORY_DEFAULT, Owner, Right, Staggered, VmConfig
+from vmd.config.model import MEMORY_DEFAULT, Limits, Owner, Right, Staggered, VmConfig
+from vmd.config.sizes import fmt_scaled
 from vmd.rules import lifecycle, vm_state
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator
 from vmd.rules.vm import PassedBoot, Vm, config_of, with_states
@@ -37,6 +39,8 @@ from vmd.wire.messages import (
     Wait,
 )
 
+IDS_KEPT = 1024
+"""Ids of forgotten VMs that are kept for their names."""
 _LLADDR = "fe:e1:bb:d{index:x}:{first:02x}:{second:02x}"
 
 
@@ -135,7 +139,8 @@ class Registry:
         self._users = users
         self._clock = clock
         self.staggered = staggered
-        """May change with the configuration."""
+        """May change with the configuration, as the limits."""
+        self.limits = Limits()
         self._random_bytes = random_bytes
         self._vms: dict[int, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
@@ -278,13 +283,17 @@ class Registry:
         checked = (
             wanted.given & {Right.BOOT, Right.CDROM, Right.DISK} if is_instance else frozenset()
         )
+        config = self._completed(config, uid)
+        over = self._over_limit(config, uid)
+        if over:
+            return over
         vm_id = self._claim_id(config.name, uid)
         state = VmState(
             vm_id,
             is_from_config=is_from_config,
             stops_at_reboot=config.boot_device != config.boot_device.AUTO,
         )
-        vm = Vm(self._completed(config, uid), state, uid)
+        vm = Vm(config, state, uid)
         vm.checked = checked
         self._vms[vm_id] = vm
         return vm, self._tell(vm, EventKind.REGISTERED, "")
@@ -318,12 +327,36 @@ class Registry:
         return check_vm(config, has_kernel=has_kernel) or config
 
     def _claim_id(self, name: str, uid: int) -> int:
-        """Return the id that this name has with this user, today and ever."""
-        vm_id = self._ids.get((name, uid))
+        """Return the id that this name had with this user the last time, or the lowest free one.
+
+        Ids of VMs that have been forgotten are kept for their names, but not for ever: whoever
+        makes up names would use up the numbers, and the addresses that are made of them.
+        """
+        vm_id = self._ids.pop((name, uid), None)
         if vm_id is None:
-            vm_id = max(self._ids.values(), default=0) + 1
-            self._ids[name, uid] = vm_id
+            taken = set(self._ids.values())
+            vm_id = next(number for number in itertools.count(1) if number not in taken)
+        self._ids[name, uid] = vm_id
+        forgotten = [key for key, number in self._ids.items() if number not in self._vms]
+        for key in forgotten[: -1 - IDS_KEPT]:  # the last one is this VM's
+            del self._ids[key]
         return vm_id
+
+    def _over_limit(self, config: VmConfig, uid: int) -> Denied | None:
+        """Return why an ordinary user may not have this VM besides those that it made before."""
+        if uid in self._users.administrators:
+            return None
+        limits = self.limits
+        own = [vm.config for vm in self._vms.values() if vm.requester == uid]
+        own.append(config)
+        if len(own) > limits.vms:
+            return Denied(ErrorCode.EPERM, f"limit of {limits.vms} VMs of one user")
+        if sum(one.cpus or 1 for one in own) > limits.cpus:
+            return Denied(ErrorCode.EPERM, f"limit of {limits.cpus} vCPUs of one user's VMs")
+        if sum(one.memory or MEMORY_DEFAULT for one in own) > limits.memory:
+            text = f"limit of {fmt_scaled(limits.memory)} memory of one user's VMs"
+            return Denied(ErrorCode.EPERM, text)
+        return None
 
     def _completed(self, config: VmConfig, uid: int) -> VmConfig:
         """Fill in defaults, and make up the lladdrs that are not given."""
@@ -457,9 +490,12 @@ class Registry:
                 case vm_state.Publish(kind, message):
                     if kind is EventKind.STARTED:
                         vm.started_at = self._clock.realtime_s()
+                        vm.has_run = True
                     yield from self._tell(vm, kind, message)
                 case vm_state.Forget():
                     del self._vms[vm.id]
+                    if not (vm.has_run or vm.state.is_from_config):  # it has used no number
+                        del self._ids[vm.name, vm.requester]
                     yield from _dropped(vm.boot)
                     vm.boot = None
                     yield from self._emptied()

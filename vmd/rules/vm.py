@@ -22,7 +22,8 @@ class Vm:
     """One VM, from its registration until it is forgotten; the registry's."""
 
     __slots__ = (
-        *("boot", "boot_is_lasting", "checked", "config", "requester", "started_at", "state"),
+        *("boot", "boot_is_lasting", "checked", "config", "has_run", "new_file", "requester"),
+        *("started_at", "state"),
     )
 
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
@@ -37,6 +38,10 @@ class Vm:
         """What to boot instead of what `config` says."""
         self.boot_is_lasting = False
         """It is for every boot of this VM, not only for the next."""
+        self.has_run = False
+        """Its guest has been running at some time."""
+        self.new_file: str | None = None
+        """A file that was made for this start: it goes again if the start fails."""
         self.started_at: float | None = None
         """When its guest began to run, in seconds since 1970-01-01 UTC."""
 

@@ -189,3 +189,15 @@ def test_variables_of_uefi_are_kept(start_vmd: Start, tmp_path: Path) -> None:
                     file.write(MARK)
         assert path.read_bytes()[-1:] == MARK
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_failed_start_leaves_no_variables(start_vmd: Start, tmp_path: Path) -> None:
+    """The file of UEFI variables that a start has made is gone again if the guest never ran."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    lines = ["memory 128M", 'firmware "uefi"', f'disk "{disk}" format raw', "disable"]
+    config = "\n".join(['vm "one" {', *(f"\t{line}" for line in lines), "}", ""])
+    with start_vmd(config) as vmd, vmd.client() as client:
+        disk.unlink()
+        assert client.ask("start", name="one")["code"] == "disk-missing"
+        assert list((tmp_path / "state").glob("*.nvram")) == []

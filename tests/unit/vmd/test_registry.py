@@ -6,8 +6,16 @@ import pytest
 
 from tests.unit.vmd.registry_host import ALICE, BOB, CAROL, ROOT, STAFF, Host, code
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import BootDevice, InterfaceConfig, Owner, Right, Staggered, VmConfig
-from vmd.rules.registry import Registry
+from vmd.config.model import (
+    BootDevice,
+    InterfaceConfig,
+    Limits,
+    Owner,
+    Right,
+    Staggered,
+    VmConfig,
+)
+from vmd.rules.registry import IDS_KEPT, Registry
 from vmd.rules.vm_state import Exited, LaunchFailed, Paused, Running
 from vmd.wire.internal import EndReason
 from vmd.wire.messages import (
@@ -17,6 +25,7 @@ from vmd.wire.messages import (
     Done,
     ErrorCode,
     EventKind,
+    Failed,
     InterfaceRequest,
     Load,
     Log,
@@ -90,6 +99,58 @@ def test_ids_stick_to_name_and_user(host: Host) -> None:
         host.clock.now += 10
     assert ids == {"a": 1, "b": 2, "c": 3}
     assert host.registry.vms == ()
+
+
+def test_a_failed_start_uses_no_id(host: Host) -> None:
+    """However many names somebody makes up, the numbers, and their addresses, are there again."""
+    for number in range(2000):
+        host.begin(Start(name=f"x{number}", disks=DISKS))
+        host.launches.remove(1)
+        host.report(1, LaunchFailed(ErrorCode.DISK_MISSING, "no disk"))
+    assert host.registry.vms == ()
+
+
+def test_ids_of_forgotten_vms_are_used_again(host: Host) -> None:
+    """Those of the latest names are kept for them, so many and no more."""
+    ids = []
+    for number in [*range(IDS_KEPT + 100), 0, IDS_KEPT + 99]:
+        host.begin(Start(name=f"x{number}", disks=DISKS))
+        vm = host.launch(f"x{number}")
+        host.report(vm, Running())
+        ids.append(vm.id)
+        host.end(vm, POWER_OFF)
+        host.clock.now += 10
+    assert max(ids) <= IDS_KEPT + 2
+    assert ids[-1] == ids[IDS_KEPT + 99]
+
+
+def test_what_one_user_may_have_is_limited(host: Host) -> None:
+    """In VMs, vCPUs and memory together; root may have more, and so may other users."""
+    everyone = Owner(None, STAFF)
+    rights = frozenset({Right.DISK, Right.MEMORY, Right.CPUS})
+    base = a_config("base", allow_instance=rights, instance_owner=everyone._replace(uid=ALICE))
+    load(host, base)
+    host.registry.limits = Limits(vms=2, cpus=5, memory=3 << 30)
+
+    def begin(
+        name: str, uid: int = ALICE, *, memory: int | None = None, cpus: int | None = None
+    ) -> str:
+        request = Start(name=name, instance="base", disks=DISKS, memory=memory, cpus=cpus)
+        key = host.begin(request, uid)
+        answer = host.answers.get(key)
+        return answer.message if isinstance(answer, Failed) else ""
+
+    assert begin("a", memory=2 << 30) == ""
+    assert begin("b", memory=2 << 30) == "limit of 3.0G memory of one user's VMs"
+    assert begin("b", cpus=5) == "limit of 5 vCPUs of one user's VMs"
+    assert begin("b") == ""
+    assert begin("c") == "limit of 2 VMs of one user"
+    assert begin("c", BOB) == ""
+    assert begin("d", ROOT, cpus=60) == ""
+    vm_id = host.vm("a").id
+    host.launches.remove(vm_id)
+    host.report(vm_id, LaunchFailed(ErrorCode.DISK_MISSING, "no disk"))
+    assert begin("c2") == ""
 
 
 def test_another_user_gets_another_id(host: Host) -> None:
