@@ -11,7 +11,7 @@ INSTALL = $(INTERPRETER) scripts/install.py --prefix "$(PREFIX)" --destdir "$(DE
 RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help install uninstall bundle deb setup lint format test test-all test-unit test-kvm test-guest test-matrix demo soak soak-guests fuzz installed installer captures bench clean
+.PHONY: help install uninstall bundle deb test-deb setup lint format test test-all test-unit test-kvm test-guest test-matrix demo soak soak-guests fuzz installed installer captures bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,6 +56,9 @@ test-guest: setup ## Every test with distribution kernels: on this machine's KVM
 
 test-matrix: setup ## The unit and kvm groups in trees of Debian 12, 13 and testing, as root
 	@scripts/matrix.sh
+
+test-deb: setup ## Build the Debian package, install and purge it, and try pipx, in a fresh Debian 13
+	VMD_REQUIRE=kvm,root $(PYTEST) -q tests/packages/check_deb.py
 
 demo: setup ## Boot the self-test guest and a Debian kernel, visibly
 	@$(PYTHON) scripts/demo.py

@@ -2,6 +2,7 @@
 
     scripts/dependencies.py missing              # of the interpreter that runs this
     scripts/dependencies.py bundle DIR [NAME...] # download those (the missing ones) into DIR
+    scripts/dependencies.py lock                 # lines of requirements.lock for all of them
     scripts/dependencies.py debian [DIR]         # what a Debian package without DIR's depends on
 
 The versions that serve are those of pyproject.toml; what is bundled has the version and the hashes
@@ -100,12 +101,11 @@ def bundle(directory: Path, names: set[str]) -> None:
     Raises:
         subprocess.CalledProcessError: pip has said why it could not.
     """
-    wanted = _closure(names)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         venv.create(Path(scratch) / "pip", with_pip=True)
         lock = Path(scratch) / "lock"
-        lock.write_text("".join(text for name, text in _locked().items() if name in wanted))
+        lock.write_text(locked(names))
         subprocess.run(
             [
                 *(Path(scratch) / "pip/bin/python", "-m", "pip", "-q"),
@@ -119,6 +119,12 @@ def bundle(directory: Path, names: set[str]) -> None:
     for extra in (directory / "bin", *directory.glob("*/.*")):
         if extra.is_dir():
             shutil.rmtree(extra)
+
+
+def locked(names: set[str]) -> str:
+    """Return the lines of requirements.lock for `names`, and for what they depend on in turn."""
+    wanted = _closure(names)
+    return "".join(text for name, text in _locked().items() if name in wanted)
 
 
 def debian_depends(directory: Path | None) -> list[str]:
@@ -197,6 +203,8 @@ def main(arguments: list[str]) -> int:
                 bundle(Path(directory), wanted)
             except subprocess.CalledProcessError as err:
                 return int(err.returncode)
+        case ["lock"]:
+            print(locked({requirement.name for requirement in requirements()}), end="")
         case ["debian", *rest] if len(rest) <= 1:
             print(", ".join(debian_depends(Path(rest[0]) if rest else None)))
         case _:

@@ -1,14 +1,15 @@
-"""systemd as the init process of a host of a test's own: namespaces, and this system's files.
+"""systemd as the init process of a host of a test's own: namespaces, and some system's files.
 
-It sees this machine's root file system below a scratch layer, has devices, a process table, a
-network and a cgroup of its own, and starts nothing but what a test's target asks for. The rest of
-the machine is never touched.
+It sees this machine's root file system, or that of another directory, below a scratch layer, has
+devices, a process table, a network and a cgroup of its own, and starts nothing but what a test's
+target asks for. The rest of the machine is never touched.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -21,22 +22,22 @@ from tests.system.vmd.daemon import ROOT, SELFTEST, vm_block
 INIT = Path("/lib/systemd/systemd")
 _TIMEOUT_S = 60.0
 _TARGET = "vmd-test.target"
+_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 _PLACE = Path("/usr/lib/vmd-test")
 """Where the project is there."""
 _SELFTEST = _PLACE / SELFTEST.relative_to(ROOT)
 # What an early boot needs here; the other units are for machines.
 _EARLY = ("systemd-sysusers", "systemd-tmpfiles-setup", "systemd-tmpfiles-setup-dev")
 _SETUP = r"""
-scratch=$1 project=$2
+scratch=$1
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$scratch"
 mkdir "$scratch/upper" "$scratch/work" "$scratch/root"
 mount -t overlay overlay "$scratch/root" \
-    -o "lowerdir=/,upperdir=$scratch/upper,workdir=$scratch/work"
+    -o "lowerdir=$lower,upperdir=$scratch/upper,workdir=$scratch/work"
 cd "$scratch/root"
 
 : > etc/fstab
-sed -i '/^_vmd:/d; /^kvm:/d' etc/passwd etc/group etc/shadow etc/gshadow
 rm -rf etc/systemd/system usr/lib/systemd/system/*.target.wants
 units=usr/lib/systemd/system
 mkdir -p etc/systemd/system $units/sysinit.target.wants $units/sockets.target.wants
@@ -45,21 +46,7 @@ for unit in $early; do
 done
 ln -s ../systemd-journald.socket $units/sockets.target.wants/
 printf '[Unit]\nRequires=basic.target\nAfter=basic.target\n' > $units/$target
-
-for name in vmd vmctl; do
-    rm -f usr/bin/$name
-    printf '#!/bin/sh\nPYTHONPATH=%s exec %s/.venv/bin/python -m %s "$@"\n' \
-        $place $place $name > usr/bin/$name
-    chmod 755 usr/bin/$name
-done
-# Where it is now may be on another mount, or in /tmp, which an early boot empties.
-mkdir -p .$place
-mount --bind "$project" .$place
-mount -o remount,bind,ro .$place
-cp "$project"/packaging/vmd.service "$project"/packaging/vmd.socket $units/
-cp "$project"/packaging/vmd.sysusers usr/lib/sysusers.d/vmd.conf
-cp "$project"/packaging/vmd.tmpfiles usr/lib/tmpfiles.d/vmd.conf
-printf '%s' "$configuration" > etc/vm.conf
+sh -euc "$prepare" prepare "$folder"
 
 # Devices have inodes of their own: this host gives them to whom it likes.
 mount -t tmpfs -o mode=755 tmpfs dev
@@ -90,8 +77,27 @@ mount -t tmpfs -o mode=755 tmpfs run
 mkdir run/old
 pivot_root . run/old
 umount -l run/old
-exec env -i container=vmd-test PATH=/usr/bin:/bin:/usr/sbin:/sbin \
+exec env -i container=vmd-test PATH="$path" \
     /lib/systemd/systemd --unit=$target --log-target=null --show-status=0
+"""
+# Run in the new root directory: the units, and commands that run the modules of the tree.
+_PREPARE = r"""
+project=$1 place=%s
+sed -i '/^_vmd:/d; /^vmd:/d; /^kvm:/d' etc/passwd etc/group etc/shadow etc/gshadow
+for name in vmd vmctl; do
+    rm -f usr/bin/$name
+    printf '#!/bin/sh\nPYTHONPATH=%%s exec %%s/.venv/bin/python -m %%s "$@"\n' \
+        $place $place $name > usr/bin/$name
+    chmod 755 usr/bin/$name
+done
+# Where it is now may be on another mount, or in /tmp, which an early boot empties.
+mkdir -p .$place
+mount --bind "$project" .$place
+mount -o remount,bind,ro .$place
+units=usr/lib/systemd/system
+cp "$project"/packaging/vmd.service "$project"/packaging/vmd.socket $units/
+cp "$project"/packaging/vmd.sysusers usr/lib/sysusers.d/vmd.conf
+cp "$project"/packaging/vmd.tmpfiles usr/lib/tmpfiles.d/vmd.conf
 """
 
 
@@ -116,31 +122,33 @@ def block(name: str, *lines: str, enabled: bool = False) -> str:
 
 
 class SystemdHost:
-    """A running systemd; a context manager that ends it and all that it runs.
+    """A running systemd; a context manager that ends it and all that it runs."""
 
-    vmd's units, users and files are installed, nothing of it runs, and vm.conf has a VM that starts
-    with vmd, `one`, and one that does not, `two`.
-    """
+    def __init__(self, lower: Path, prepare: str, folder: Path) -> None:
+        """Start it, and wait until its early boot is over.
 
-    def __init__(self) -> None:
-        """Start it, and wait until its early boot is over."""
+        Its root directory is `lower` below a scratch layer. `prepare` is a shell script that runs
+        there before systemd does; its argument is `folder`.
+        """
         cgroups = _cgroups()
         assert cgroups is not None
         self._cgroup = Path(tempfile.mkdtemp(prefix="vmd-test-", dir=cgroups))
+        self._cgroup.chmod(0o755)  # users have cgroups of their own below
         self._scratch = Path(tempfile.mkdtemp(prefix="vmd-test-"))
-        self.configuration = block("one", enabled=True) + block("two")
         join = f"echo $$ > {self._cgroup}/cgroup.procs; "
         unshare = (
             *("unshare", "--mount", "--uts", "--ipc", "--pid", "--cgroup", "--net"),
             *("--fork", "--kill-child", "sh", "-euc", _SETUP, "setup"),
         )
         self._process = subprocess.Popen(
-            ["sh", "-euc", join + 'exec "$@"', "join", *unshare, str(self._scratch), str(ROOT)],
+            ["sh", "-euc", join + 'exec "$@"', "join", *unshare, str(self._scratch)],
             env={
                 **os.environ,
-                "configuration": self.configuration,
                 "early": " ".join(_EARLY),
-                "place": str(_PLACE),
+                "folder": str(folder),
+                "lower": str(lower),
+                "path": _PATH,
+                "prepare": prepare,
                 "target": _TARGET,
             },
         )
@@ -181,7 +189,7 @@ class SystemdHost:
         words = children.read_text().split() if children.exists() else []
         return int(words[0]) if words else 0
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, timeout_s: float = _TIMEOUT_S) -> str:
         """Run a command there; returns what it said, all of it.
 
         Raises:
@@ -190,10 +198,11 @@ class SystemdHost:
         namespaces = ("--mount", "--pid", "--ipc", "--uts", "--net", "--cgroup", "--root", "--wd")
         done = subprocess.run(
             ["nsenter", f"--target={self._init()}", *namespaces, *command],
+            env={"PATH": _PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}"
@@ -215,3 +224,17 @@ class SystemdHost:
         """Return what `vmctl status` calls each VM's state."""
         rows = [line.split() for line in self.run("vmctl", "status").splitlines()[1:]]
         return {row[-1]: row[-2] for row in rows}
+
+
+class TreeHost(SystemdHost):
+    """One of this machine's files, with the tree's units and users installed.
+
+    Nothing of vmd runs, and vm.conf has a VM that starts with vmd, `one`, and one that does not,
+    `two`.
+    """
+
+    def __init__(self) -> None:
+        """Start it."""
+        self.configuration = block("one", enabled=True) + block("two")
+        configure = f"printf %s {shlex.quote(self.configuration)} > etc/vm.conf\n"
+        super().__init__(Path("/"), _PREPARE % _PLACE + configure, ROOT)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.systemd_host import SystemdHost, block, missing_systemd
+from tests.system.vmd.systemd_host import TreeHost, block, missing_systemd
 
 pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.slow]
 
@@ -19,16 +19,16 @@ EXPOSURE_MAX = 4.4
 
 
 @pytest.fixture(scope="module")
-def systemd() -> Iterator[SystemdHost]:
+def systemd() -> Iterator[TreeHost]:
     """Start a systemd."""
     if reason := missing_separation() or missing_systemd():
         pytest.skip(reason)
-    with SystemdHost() as host:
+    with TreeHost() as host:
         yield host
 
 
 @pytest.fixture
-def host(systemd: SystemdHost) -> Iterator[SystemdHost]:
+def host(systemd: TreeHost) -> Iterator[TreeHost]:
     """Return it with nothing of vmd's running."""
     systemd.write("/etc/vm.conf", systemd.configuration)
     yield systemd
@@ -43,22 +43,22 @@ def _eventually(is_so: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def _main_pid(host: SystemdHost) -> str:
+def _main_pid(host: TreeHost) -> str:
     return host.shown(SERVICE, "MainPID")
 
 
-def test_users_and_devices(host: SystemdHost) -> None:
+def test_users_and_devices(host: TreeHost) -> None:
     """The daemon's user is made by sysusers, and /dev/kvm given to its group by tmpfiles."""
     assert "_vmd:" in host.run("getent", "passwd", "_vmd")
     assert host.run("stat", "-c", "%a %U:%G", "/dev/kvm") == "660 root:kvm\n"
 
 
-def _socket_rights(host: SystemdHost) -> str:
+def _socket_rights(host: TreeHost) -> str:
     return host.run("stat", "-c", "%a %U:%G", "/run/vmd.sock").strip()
 
 
 @pytest.mark.parametrize("unit", [SERVICE, SOCKET])
-def test_who_may_connect(host: SystemdHost, unit: str) -> None:
+def test_who_may_connect(host: TreeHost, unit: str) -> None:
     """Root and the group vmd, or the owner in vm.conf, whoever has made the socket."""
     host.run("systemctl", "start", unit)
     host.states()
@@ -71,7 +71,7 @@ def test_who_may_connect(host: SystemdHost, unit: str) -> None:
     _eventually(lambda: _socket_rights(host) == "660 root:vmd")
 
 
-def test_a_user_that_is_missing(host: SystemdHost) -> None:
+def test_a_user_that_is_missing(host: TreeHost) -> None:
     """Without the user _vmd the daemon does not start, and says by which command it would."""
     host.run("sed", "-i", "/^_vmd:/d", "/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow")
     said = host.run("vmd", "-d", check=False)
@@ -81,14 +81,14 @@ def test_a_user_that_is_missing(host: SystemdHost) -> None:
     host.run("systemctl", "start", SERVICE)
 
 
-def test_the_units_are_right(host: SystemdHost) -> None:
+def test_the_units_are_right(host: TreeHost) -> None:
     """Every line of them is understood."""
     paths = [f"/lib/systemd/system/{unit}" for unit in (SERVICE, SOCKET)]
     said = host.run("systemd-analyze", "verify", "--man=no", *paths)
     assert said == ""
 
 
-def test_from_start_to_stop(host: SystemdHost) -> None:
+def test_from_start_to_stop(host: TreeHost) -> None:
     """A start is over when VMs can be asked for, a reload reads vm.conf; a stop asks guests to."""
     host.run("systemctl", "start", SERVICE)
     assert host.states() == {"one": "running", "two": "stopped"}
@@ -104,7 +104,7 @@ def test_from_start_to_stop(host: SystemdHost) -> None:
     assert "bin/vmd" not in host.run("ps", "-e", "-o", "args")
 
 
-def test_the_unit_leaves_what_networks_need(host: SystemdHost) -> None:
+def test_the_unit_leaves_what_networks_need(host: TreeHost) -> None:
     """Hardened as it is, interfaces, bridges, NAT and the settings below /proc/sys/net are made."""
     host.write(
         "/etc/vm.conf",
@@ -122,7 +122,7 @@ def test_the_unit_leaves_what_networks_need(host: SystemdHost) -> None:
     assert log == ""
 
 
-def test_the_exposure_of_the_unit(host: SystemdHost) -> None:
+def test_the_exposure_of_the_unit(host: TreeHost) -> None:
     """Systemd's own figure for what the unit leaves open does not grow."""
     said = host.run("systemd-analyze", "security", "--no-pager", SERVICE)
     found = re.search(r"exposure level for vmd.service: ([\d.]+)", said)
@@ -130,7 +130,7 @@ def test_the_exposure_of_the_unit(host: SystemdHost) -> None:
     assert float(found[1]) <= EXPOSURE_MAX
 
 
-def test_the_socket_starts_the_daemon(host: SystemdHost) -> None:
+def test_the_socket_starts_the_daemon(host: TreeHost) -> None:
     """A client that comes first is answered, by a daemon that starts for it."""
     host.run("systemctl", "start", SOCKET)
     assert host.state(SERVICE) == "inactive"
@@ -139,7 +139,7 @@ def test_the_socket_starts_the_daemon(host: SystemdHost) -> None:
 
 
 @pytest.mark.parametrize("signal", ["STOP", "KILL"])
-def test_a_daemon_that_fails_is_started_again(host: SystemdHost, signal: str) -> None:
+def test_a_daemon_that_fails_is_started_again(host: TreeHost, signal: str) -> None:
     """One that hangs is killed by the watchdog; its VMs run again, under another daemon."""
     host.write("/run/systemd/system/vmd.service.d/watchdog.conf", "[Service]\nWatchdogSec=2\n")
     host.run("systemctl", "daemon-reload")
