@@ -17,7 +17,7 @@ from typing import Self
 
 _TRACING = Path("/sys/kernel/tracing")
 _EVENTS = ("kvm_entry", "kvm_emulate_insn")
-_BUFFER_KB = 8192
+_BUFFER_KB = 32768
 _LINE = re.compile(rf"-(?P<thread>\d+)\s.* (?P<seconds>\d+\.\d+): ({'|'.join(_EVENTS)}):")
 
 

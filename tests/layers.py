@@ -202,7 +202,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.wire",
         "vmd.shared",
     ),
-    "vmd.vmm": ("vmm_kvm.log", "vmm_kvm.loop", "vmd.wire", "vmd.shared"),
+    "vmd.vmm": ("vmm_kvm.clock", "vmm_kvm.log", "vmm_kvm.loop", "vmd.wire", "vmd.shared"),
     "vmd.zygote": ("vmm_kvm.log", "vmd.wire", "vmd.shared"),
     "vmd.zygote.warm": (
         "vmm_kvm.bits",
@@ -211,6 +211,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.kvm",
         "vmm_kvm.arch.x86.layout",
         "vmd.wire",
+        "vmd.confine",
         "vmd.shared",
     ),
     "vmd.vm": (
@@ -273,6 +274,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.confine",
         "vmd.shared",
         "vmd.parent",
+        "vmd.zygote.warm",
         "vmd.options",
         "vmd.children",
     ),

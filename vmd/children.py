@@ -32,6 +32,7 @@ from vmd.wire.internal import (
     VMM_AND_ZYGOTE,
     ZYGOTE_AND_VMM,
 )
+from vmd.zygote.warm.entry import WARMING_PATIENCE_S, Warmth, warm_up
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 
@@ -77,39 +78,39 @@ def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
     return Plan(Kind.CONTROL, body, (listener.fileno(),))
 
 
-def vmm_plan(kvm_fd: int, identity: Identity | None) -> Plan:
+def vmm_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan:
     """Return how to make a vmm process; `kvm_fd`, an open /dev/kvm, stays the caller's."""
 
     def body(connection: socket.socket) -> None:
         from vmd.vmm.blanks import Blanks  # noqa: PLC0415 - see the module's docstring
         from vmd.vmm.process import Vmm  # noqa: PLC0415 - likewise
-        from vmd.wire.internal import Role  # noqa: PLC0415 - likewise
+        from vmd.wire.blank import Role  # noqa: PLC0415 - likewise
 
         # What the zygote forks by way of another process becomes ours.
         adopt_orphans()
-        zygote = spawn(_zygote_plan(kvm_fd, identity))
+        zygote = spawn(_zygote_plan(kvm_fd, identity, warmth))
         os.close(kvm_fd)
         confine(CONFINEMENTS[Kind.VMM], identity)
         with followed(EventLoop()) as loop:
             orders = Channel(zygote.connection, VMM_AND_ZYGOTE)
-            blanks = Blanks(loop, orders, (Role.VM, Role.DISK))
-            Vmm(loop, Channel(connection, VMM_AND_PARENT), blanks, zygote.pid)
+            ready = (Role.VM, Role.DISK)
+            rehearses = warmth is not Warmth.OFF
+            blanks = Blanks(loop, orders, zygote.pid, ready, rehearses=rehearses)
+            Vmm(loop, Channel(connection, VMM_AND_PARENT), blanks)
             loop.run()
             blanks.close()
 
     return Plan(Kind.VMM, body, (kvm_fd,))
 
 
-def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
+def _zygote_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan:
     def body(connection: socket.socket) -> None:
         from importlib import import_module  # noqa: PLC0415 - see the module's docstring
 
         from vmd.device import disk, nic  # noqa: PLC0415 - likewise
         from vmd.vm import process as vm  # noqa: PLC0415 - likewise
-        from vmd.wire.internal import Role  # noqa: PLC0415 - likewise
+        from vmd.wire.blank import Role  # noqa: PLC0415 - likewise
         from vmd.zygote import process as zygote  # noqa: PLC0415 - likewise
-        from vmd.zygote.warm.packing import fill_holes  # noqa: PLC0415 - likewise
-        from vmd.zygote.warm.rehearsal import Rehearsal  # noqa: PLC0415 - likewise
         from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415 - likewise
 
         if not merge_memory():
@@ -121,18 +122,21 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
         for kind in (Kind.VM, Kind.DISK, Kind.NIC):
             compile_filter(CONFINEMENTS[kind].filter)
         kvm = Kvm.from_fd(kvm_fd)
-        with Rehearsal() as rehearsal:
-            confine(CONFINEMENTS[Kind.ZYGOTE], identity)
-            die_with(os.getppid())  # also one that hangs
-            rehearsal.play_often(partial(vm.be_vm, kvm), partial(_live_untold, kvm, kvm_fd))
+        warm_up(
+            warmth,
+            partial(confine, CONFINEMENTS[Kind.ZYGOTE], identity),
+            partial(vm.be_vm, kvm),
+            partial(_live_untold, kvm, kvm_fd),
+            patience_s=WARMING_PATIENCE_S,
+        )
+        die_with(os.getppid())  # also one that hangs
         logging.set_title(Kind.ZYGOTE)
         set_title(f"vmd: {Kind.ZYGOTE}")
-        fill_holes()
         gc.freeze()
         bodies = {
-            Role.VM: zygote.Body(partial(vm.run, kvm), (kvm_fd,)),
-            Role.DISK: zygote.Body(disk.run),
-            Role.NIC: zygote.Body(nic.run),
+            Role.VM: zygote.Body(partial(vm.prepare, kvm), partial(vm.run, kvm), (kvm_fd,)),
+            Role.DISK: zygote.Body(disk.prepare, disk.run),
+            Role.NIC: zygote.Body(nic.prepare, nic.run),
         }
         zygote.serve(Channel(connection, ZYGOTE_AND_VMM), bodies)
 
@@ -142,7 +146,8 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None) -> Plan:
 def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None]) -> NoReturn:
     """Be the process of a VM that nobody needs; `end_fd` is for what is called at its end."""
     from vmd.vm import process as vm  # noqa: PLC0415 - likewise
-    from vmd.wire.internal import Fork, Role  # noqa: PLC0415 - see the module's docstring
+    from vmd.wire.blank import Preparation, Role  # noqa: PLC0415 - see the module's docstring
+    from vmd.wire.internal import Fork  # noqa: PLC0415 - likewise
     from vmd.zygote import process as zygote  # noqa: PLC0415 - likewise
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -150,13 +155,14 @@ def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None
     read_fd, write_fd = os.pipe()
     os.close(write_fd)
 
-    def run(connection: socket.socket, rehearses: bool) -> int:
-        status = vm.run(kvm, connection, rehearses)
+    def run(connection: socket.socket) -> int:
+        status = vm.run(kvm, connection)
         at_end()
         return status
 
-    order = Fork(role=Role.VM, rehearses=True)
-    zygote.begin(order, zygote.Body(run, (kvm_fd, end_fd)), theirs, read_fd)
+    order = Fork(role=Role.VM, preparation=Preparation.REHEARSED)
+    body = zygote.Body(partial(vm.prepare, kvm), run, (kvm_fd, end_fd))
+    zygote.begin(order, body, theirs, read_fd)
 
 
 def priv_plan(identity: Identity | None) -> Plan:

@@ -40,6 +40,7 @@ from vmd.rules.policy import Users
 from vmd.shared import log as logging
 from vmd.shared.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
 from vmd.shared.privsep import RESTARTS_S, Plan, Restarts, orphans, spawn, wait_for
+from vmd.zygote.warm.entry import Warmth, WarmthError
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -69,6 +70,7 @@ class Setting(NamedTuple):
     """Of a socket that is the daemon's to remove."""
     kvm_fd: int
     identity: Identity | None
+    warmth: Warmth
 
 
 def prepare(options: Options, stack: ExitStack) -> Setting:
@@ -80,6 +82,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
     if not options.is_user and os.geteuid() != 0:
         raise StartError("need root privileges")
     try:
+        warmth = Warmth.of(os.environ)
         identity = None if options.is_user else find_identity()
         if identity is not None:
             keep_capabilities(frozenset(PARENT_CAPABILITIES))
@@ -93,7 +96,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
             stack.callback(_remove, path)
         stack.callback(listener.close)
         set_socket_owner = _nobody_else if options.is_user else _socket_owner(path, listener)
-    except (SandboxError, ServiceError, ListenerError) as err:
+    except (SandboxError, ServiceError, ListenerError, WarmthError) as err:
         raise StartError(str(err)) from err
     config = options.config or (user_config(os.environ) if options.is_user else SYSTEM_CONFIG)
     settings = Settings(
@@ -109,7 +112,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         address=listener.getsockname(),
         state=state_directory(os.environ, is_user=options.is_user),
     )
-    return Setting(settings, listener, path, kvm_fd, identity)
+    return Setting(settings, listener, path, kvm_fd, identity, warmth)
 
 
 def _nobody_else(_owner: Owner | None) -> None:
@@ -198,7 +201,7 @@ class Daemon:
         self._verbosity = verbosity
         self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.identity),
-            Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity),
+            Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity, setting.warmth),
             Kind.PRIV: priv_plan(setting.identity),
             Kind.LOCAL: local_plan(setting.identity),
         }

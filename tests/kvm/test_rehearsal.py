@@ -30,29 +30,3 @@ def test_the_guest_ends_by_itself(rehearsal: Rehearsal, caplog: pytest.LogCaptur
         for _ in range(3):
             rehearsal.play(partial(be_vm, kvm))
     assert caplog.messages == []
-
-
-def test_a_vm_that_does_not_end_is_given_up(
-    rehearsal: Rehearsal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that waits for more to be said learns that nobody is there any more."""
-    monkeypatch.setattr("vmd.zygote.warm.rehearsal.PATIENCE_S", 1)
-    said: list[str] = []
-
-    def be_silent(channel: object) -> None:
-        from vmd.wire.channel import Channel, ChannelClosedError  # noqa: PLC0415 - for this alone
-
-        assert isinstance(channel, Channel)
-        with channel:
-            try:
-                while True:
-                    received = channel.wait()
-                    received.fds.close()
-                    said.append(type(received.message).__name__)
-            except ChannelClosedError:
-                return
-
-    rehearsal.play(be_silent)
-    commands = ["PauseVm", "UnpauseVm", "AskStatistics", "LookAtTerminal", "AttachConsole"]
-    assert said == ["Begin", *commands]
-    assert caplog.messages == ["a guest that should end in a moment does not"]

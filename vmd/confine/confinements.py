@@ -197,7 +197,7 @@ _ZYGOTE = (
     *_all("ending them", "pidfd_send_signal"),
     *_all("limits of theirs", "prlimit64"),
     *_all("filters of theirs", "seccomp", "prctl"),
-    *_all("rehearsals, and an end to them", "socketpair", "alarm"),
+    *_all("rehearsals", "socketpair"),
     *_all("no files for them", "landlock_create_ruleset", "landlock_restrict_self"),
 )
 _CONTROL = (

@@ -172,6 +172,11 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def outlive_parent() -> None:
+    """Live on when the process that forked us ends, which `die_with` had prevented."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def adopt_orphans() -> None:
     """Become the parent of processes below us whose own has ended, so that we are told of theirs.
 

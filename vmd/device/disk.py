@@ -16,9 +16,14 @@ from vmm_kvm.images.opening import open_image
 from vmm_kvm.virtio.blk import VirtioBlk
 
 
-def run(connection: socket.socket, _rehearses: bool) -> int:
+def prepare(_rehearses: bool) -> None:
+    """Confine this process, which is to serve a disk; it does not rehearse."""
+    device_process.prepare("disk", Kind.DISK)
+
+
+def run(connection: socket.socket) -> int:
     """Be told by `connection` which disk to serve, and serve it; returns the exit status."""
-    return device_process.run("disk", Kind.DISK, connection, _make)
+    return device_process.run("disk", connection, _make)
 
 
 def _make(begin: DeviceBegin, fds: list[int]) -> VirtioBlk:

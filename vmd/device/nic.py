@@ -15,9 +15,14 @@ from vmm_kvm.net.tap import Tap
 from vmm_kvm.virtio.net import VirtioNet
 
 
-def run(connection: socket.socket, _rehearses: bool) -> int:
+def prepare(_rehearses: bool) -> None:
+    """Confine this process, which is to serve an interface; it does not rehearse."""
+    device_process.prepare("nic", Kind.NIC)
+
+
+def run(connection: socket.socket) -> int:
     """Be told by `connection` which interface to serve, and serve it; returns the exit status."""
-    return device_process.run("nic", Kind.NIC, connection, _make)
+    return device_process.run("nic", connection, _make)
 
 
 def _make(begin: DeviceBegin, fds: list[int]) -> VirtioNet:

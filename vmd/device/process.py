@@ -39,12 +39,16 @@ Raises:
 """
 
 
-def run(title: str, kind: Kind, connection: socket.socket, make: Make) -> int:
-    """Be told by `connection` what to serve, and serve it; returns the exit status."""
+def prepare(title: str, kind: Kind) -> None:
+    """Confine this process, which is to serve a device."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     set_title(title)
     confine(CONFINEMENTS[kind], None)
+
+
+def run(title: str, connection: socket.socket, make: Make) -> int:
+    """Be told by `connection` what to serve, and serve it; returns the exit status."""
     vmm = Channel(connection, DEVICE_AND_VMM)
     try:
         begin, fds, _size = vmm.wait()

@@ -94,8 +94,8 @@ _REHEARSAL_ROM = 4096  # bytes of firmware that never runs
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run(kvm: Kvm, connection: socket.socket, rehearses: bool) -> int:
-    """Be the process of one VM; returns the exit status. Takes over what it is given.
+def prepare(kvm: Kvm, rehearses: bool) -> str | None:
+    """Confine this process, which is to be a VM's; returns why it cannot rehearse.
 
     One that `rehearses` has the time to make and forget a machine while it waits: afterwards, few
     of the pages that it needs are still the zygote's.
@@ -106,9 +106,17 @@ def run(kvm: Kvm, connection: socket.socket, rehearses: bool) -> int:
     set_title("vm")
     die_with(os.getppid())  # nobody could stop us without vmm
     confine(CONFINEMENTS[Kind.VM], None)
-    with Channel(connection, VM_AND_VMM) as channel, kvm:
-        if rehearses:
+    if rehearses:
+        try:
             rehearse(kvm)
+        except Exception as err:  # noqa: BLE001 - the process of a real VM tells its own errors
+            return f"{type(err).__name__}: {err}"
+    return None
+
+
+def run(kvm: Kvm, connection: socket.socket) -> int:
+    """Be the process of one VM; returns the exit status. Takes over what it is given."""
+    with Channel(connection, VM_AND_VMM) as channel, kvm:
         be_vm(kvm, channel)
     return 0
 
@@ -143,22 +151,23 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
 
 
 def rehearse(kvm: Kvm) -> None:
-    """Make a small machine and forget it, so that what that needs is at hand the next time."""
+    """Make a small machine and forget it, so that what that needs is at hand the next time.
+
+    Raises:
+        VmmError, OSError: none can be made.
+    """
     spec = MachineSpec(
         image=FirmwareImage("rehearsal", bytes(_REHEARSAL_ROM), _REHEARSAL_ROM), memory_size=MIB
     )
-    try:
-        with Vmm(kvm) as vmm, EventLoop() as loop:
-            Machine(
-                spec,
-                vmm,
-                loop,
-                transmit=lambda _data: None,
-                on_receive_room=lambda: None,
-                on_outcome=lambda _outcome: None,
-            ).close()
-    except (VmmError, OSError) as err:
-        log.warning("no machine can be made: %s", err)
+    with Vmm(kvm) as vmm, EventLoop() as loop:
+        Machine(
+            spec,
+            vmm,
+            loop,
+            transmit=lambda _data: None,
+            on_receive_room=lambda: None,
+            on_outcome=lambda _outcome: None,
+        ).close()
 
 
 def _wait(

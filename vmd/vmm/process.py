@@ -20,7 +20,8 @@ from typing import NamedTuple, assert_never
 from vmd.shared import log as logging
 from vmd.shared.counters import make_counters
 from vmd.shared.vm_devices import DeviceConnection, flattened
-from vmd.vmm.blanks import Blanks, ForkError
+from vmd.vmm.blanks import Blanks, Ended, ForkError
+from vmd.wire.blank import Role
 from vmd.wire.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.wire.internal import (
     VMM_AND_DEVICE,
@@ -38,7 +39,6 @@ from vmd.wire.internal import (
     LookAtTerminal,
     ParentToVmm,
     PauseVm,
-    Role,
     SetVerbosity,
     ToVm,
     UnpauseVm,
@@ -138,13 +138,11 @@ class Vmm:
         loop: EventLoop,
         parent: Channel[VmmToParent, ParentToVmm],
         blanks: Blanks,
-        zygote: int,
     ) -> None:
-        """Serve `parent` until it or the process `zygote` is gone; takes over the channel."""
+        """Serve `parent` until it or the zygote is gone; takes over the channel."""
         self._loop = loop
         self._parent = parent
         self._blanks = blanks
-        self._zygote = zygote
         self._verbosity = 0
         self._vms: dict[int, _Vm] = {}
         signal.signal(signal.SIGCHLD, self._child_ended)
@@ -332,11 +330,9 @@ class Vmm:
             if pid == 0:
                 return
             status = os.waitstatus_to_exitcode(waited)
-            if pid == self._zygote:
+            if self._blanks.ended(pid, status) is Ended.ZYGOTE:
                 log.error("the zygote has ended, status %d", status)
                 self._loop.stop()
-            if role := self._blanks.ended(pid):
-                log.warning("the %s process that was ready has ended, status %d", role, status)
             for number, vm in tuple(self._vms.items()):
                 if pid == vm.pid and vm.status is None:
                     self._vm_ended(vm, status)

@@ -19,6 +19,7 @@ import msgspec
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice
+from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest, Part, Statistics
 from vmm_kvm.limits import MTU_DEFAULT
@@ -505,20 +506,11 @@ VmmToParent = VmLaunched | VmLaunchFailed | FromVm | VmExited
 # vmm ↔ zygote
 
 
-class Role(StrEnum):
-    """What a process that the zygote forks is to be."""
-
-    VM = "vm"
-    DISK = "disk"
-    NIC = "nic"
-
-
 class Fork(Internal, frozen=True, kw_only=True):
     """Fork a process, which has the connection whose descriptor comes along, and waits on it."""
 
     role: Role
-    rehearses: bool
-    """Whether it has the time to do what it will do, and forget it, before it waits."""
+    preparation: Preparation
 
 
 class Forked(Internal, frozen=True, kw_only=True):
@@ -533,12 +525,18 @@ class ForkFailed(Internal, frozen=True, kw_only=True):
     message: str
 
 
+class Serving(Internal, frozen=True, kw_only=True):
+    """The zygote is ready to fork, and is this process; said once, first."""
+
+    pid: int
+
+
 class EndProcess(Internal, frozen=True, kw_only=True):
     """Kill the process whose pidfd comes along: only those that forked it have that right."""
 
 
 VmmToZygote = Fork | EndProcess | SetVerbosity
-ZygoteToVmm = Forked | ForkFailed
+ZygoteToVmm = Serving | Forked | ForkFailed
 
 
 # vmm → device

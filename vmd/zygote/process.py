@@ -17,13 +17,14 @@ from typing import NamedTuple, NoReturn, assert_never
 
 from vmd.shared import log as logging
 from vmd.shared.privsep import live
+from vmd.wire.blank import BLANK_IS_COLD, BLANK_IS_READY, Preparation, Role
 from vmd.wire.channel import Channel, ChannelError
 from vmd.wire.internal import (
     EndProcess,
     Fork,
     Forked,
     ForkFailed,
-    Role,
+    Serving,
     SetVerbosity,
     VmmToZygote,
     ZygoteToVmm,
@@ -36,15 +37,17 @@ log = Log(__name__)
 class Body(NamedTuple):
     """What a process does."""
 
-    run: Callable[[socket.socket, bool], int]
-    """With its connection to vmm, and whether it has the time to rehearse; returns the exit
-    status."""
+    prepare: Callable[[bool], str | None]
+    """Confines it, and rehearses if that is asked for; returns why it cannot."""
+    run: Callable[[socket.socket], int]
+    """Takes over its connection to vmm; returns the exit status."""
     fds: tuple[int, ...] = ()
     """Descriptors that it has."""
 
 
 def serve(vmm: Channel[ZygoteToVmm, VmmToZygote], bodies: Mapping[Role, Body]) -> None:
     """Fork what `vmm` asks for until it is gone."""
+    vmm.send(Serving(pid=os.getpid()))
     while True:
         try:
             order, fds, _size = vmm.wait()
@@ -124,6 +127,19 @@ def begin(order: Fork, body: Body, connection: socket.socket, pipe: int) -> NoRe
     def run() -> int:
         os.read(pipe, 1)  # nothing, when the zygote and the one in between have closed it
         os.close(pipe)
-        return body.run(connection, order.rehearses)
+        failure = body.prepare(order.preparation is Preparation.REHEARSED)
+        if order.preparation is not Preparation.NONE:
+            _say_ready(connection, failure)
+        return body.run(connection)
 
     live(order.role, {connection.fileno(), pipe, *body.fds}, run)
+
+
+def _say_ready(connection: socket.socket, failure: str | None) -> None:
+    try:
+        connection.sendmsg([BLANK_IS_READY if failure is None else BLANK_IS_COLD])
+    except OSError as err:  # it finds the end of its connection next
+        log.debug("vmm: %s", err)
+    else:
+        if failure is not None:
+            log.warning("not rehearsed, so VMs start more slowly: %s", failure)

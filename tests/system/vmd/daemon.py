@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -174,10 +174,12 @@ class Daemon:
         prefix: Sequence[str] = (),
         program: Sequence[str] = ("-m", "vmd"),
         options: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         """Start it in `directory`, with the text of a vm.conf; `prefix` are words before it.
 
         `program` is how Python finds it; a test may have something changed before.
+        `environ` is added to the environment.
         """
         self.socket = directory / "vmd.sock"
         self.config = directory / "vm.conf"
@@ -204,6 +206,7 @@ class Daemon:
                     **os.environ,
                     "NOTIFY_SOCKET": str(notify),
                     "STATE_DIRECTORY": str(directory / "state"),
+                    **(environ or {}),
                 },
                 stdout=log,
                 stderr=log,

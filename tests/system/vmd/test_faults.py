@@ -126,7 +126,7 @@ def test_the_process_that_is_ready(start_vmd: Start) -> None:
         vmm = vmd.wait_for_child("vmd: vmm")  # the zygote has one that is for nobody
         ready = vmd.wait_for_child("vm", vmm)
         _kill(ready)
-        vmd.wait_for_log("the vm process that was ready has ended, status -9")
+        vmd.wait_for_log("the vm process made ahead has ended, status -9")
         assert client.ask("start", name="one")["type"] == "started"
         ready = vmd.wait_for_child("vm", vmm)
         assert client.ask("start", name="two")["pid"] == ready
@@ -142,7 +142,7 @@ def test_the_disk_process_that_is_ready(start_vmd: Start, tmp_path: Path) -> Non
         assert client.ask("start", name="one")["type"] == "started"
         assert vmd.child("disk/one") == ready
         _kill(vmd.wait_for_child("disk"))
-        vmd.wait_for_log("the disk process that was ready has ended, status -9")
+        vmd.wait_for_log("the disk process made ahead has ended, status -9")
         assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
         assert client.ask("start", name="one")["type"] == "started"
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from types import CodeType
 from typing import NamedTuple, NoReturn
 
+import pytest
+
+from vmd.zygote.warm.entry import CONSTANT_VERSIONS, GATHERING_VERSIONS
 from vmd.zygote.warm.gathering import Recorder, gather
+
+pytestmark = pytest.mark.skipif(
+    sys.version_info[:2] not in GATHERING_VERSIONS, reason="nothing is gathered on this version"
+)
+
+_WRITES_TUPLES = sys.version_info[:2] in CONSTANT_VERSIONS
 
 
 def _outer() -> list[int]:
-    return [number + 1 for number in range(3)]
+    def add_one(number: int) -> int:
+        return number + 1
+
+    return list(map(add_one, range(3)))
 
 
 def _other() -> int:
@@ -28,7 +41,7 @@ def test_code_that_ran_is_replaced_by_copies() -> None:
     before, inner, untouched = _outer.__code__, _inner_code(_outer.__code__), _other.__code__
     with Recorder() as recorder:
         _outer()
-    gather(recorder)
+    gather(recorder, writes_tuples=_WRITES_TUPLES)
     assert _outer.__code__ is not before
     assert _inner_code(_outer.__code__) is not inner
     assert _outer.__code__ == before
@@ -83,7 +96,7 @@ def test_functions_that_ran_are_replaced_by_copies_that_do_the_same() -> None:
     function, bound = _use, _Kind().plain
     with Recorder() as recorder:
         used = [_use(_Kind()), _use(_Derived())]
-    gather(recorder)
+    gather(recorder, writes_tuples=_WRITES_TUPLES)
     copy = vars(_Kind)["plain"]
     assert copy is not method
     assert vars(_Kind)["fixed"] is not static
@@ -106,7 +119,7 @@ def test_functions_that_are_known_to_run_count_as_those_that_ran() -> None:
     before, untouched = _other, _use
     recorder = Recorder()
     recorder.add([_other, _Kind, 7])
-    gather(recorder)
+    gather(recorder, writes_tuples=_WRITES_TUPLES)
     assert _other is not before
     assert _use is untouched
     assert _other() == 7
@@ -169,6 +182,9 @@ def _call() -> tuple[object, ...]:
     return _describe(_Pair(left_side=100_000, right_side="constant"), a_keyword="another")
 
 
+@pytest.mark.skipif(
+    sys.version_info[:2] not in CONSTANT_VERSIONS, reason="no tuples are written to on this version"
+)
 def test_names_constants_and_base_classes_are_copied() -> None:
     """They are other objects afterwards, that equal what was there, and all goes on as before."""
     names, constants = _describe.__code__.co_names, _describe.__code__.co_consts
@@ -178,7 +194,7 @@ def test_names_constants_and_base_classes_are_copied() -> None:
     module = __name__
     with Recorder() as recorder:
         before = _call()
-    gather(recorder)
+    gather(recorder, writes_tuples=_WRITES_TUPLES)
     code = _describe.__code__
     assert code.co_names[at] == name
     assert code.co_names[at] is not name
@@ -209,7 +225,19 @@ def test_classes_that_cannot_be_changed_stay() -> None:
         pass
 
     mro = Unchanging.__mro__
-    gather(Recorder())
+    gather(Recorder(), writes_tuples=_WRITES_TUPLES)
     assert Unchanging.__mro__ == mro
     assert Unchanging.__mro__ is not mro
     assert Unchanging() is not None
+
+
+def test_tuples_stay_what_they_are() -> None:
+    """Unless it is asked for, code has the very names and constants that it had."""
+    code = _call.__code__
+    with Recorder() as recorder:
+        before = _call()
+    gather(recorder, writes_tuples=False)
+    assert _call.__code__ is not code
+    for ours, theirs in zip(code.co_names, _call.__code__.co_names, strict=True):
+        assert ours is theirs
+    assert _call() == before

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 
 from vmd.zygote.warm.packing import fill_holes
 
@@ -20,3 +23,10 @@ def test_new_objects_lie_side_by_side() -> None:
     assert _pages_of_new_objects() > 60
     fill_holes()
     assert _pages_of_new_objects() < 20
+
+
+def test_it_ends_without_pools() -> None:
+    """With the allocator of the C library, which has no pools to fill, it ends all the same."""
+    program = "from vmd.zygote.warm.packing import fill_holes; fill_holes()"
+    environ = {**os.environ, "PYTHONMALLOC": "malloc"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environ, timeout=60)

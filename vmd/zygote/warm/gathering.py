@@ -7,7 +7,7 @@ are known to run, their code, the names and constants in it that are written to,
 called, the lists of base classes that are searched, and what reads the items of named tuples.
 
 Nothing here changes what a program does, and a guess that is wrong costs some memory. For a process
-with one thread.
+with one thread, on versions of CPython that the tests pass on; see `entry`.
 
 Source: CPython Python/ceval.c, Objects/object.c and typeobject.c; what is written to, and by what,
 tells `perf record -e page-faults -d`.
@@ -162,8 +162,11 @@ class _Constants:
             return value
 
 
-def gather(recorder: Recorder) -> None:
+def gather(recorder: Recorder, *, writes_tuples: bool) -> None:
     """Replace functions that ran, and what is written to when they run, by copies.
+
+    Names and constants of code are copied only if it `writes_tuples`, which Python calls
+    immutable: there is no other way to have code use them.
 
     What runs now goes on in the original, and so does what is called by way of another object than
     a module or a class. The copies have to become quick again, by running; before, the originals
@@ -181,7 +184,9 @@ def gather(recorder: Recorder) -> None:
         code.co_code  # noqa: B018 - code keeps what this returns
     for function in functions:
         function.__annotations__, function.__dict__  # noqa: B018 - likewise
-    constants = _gather_constants(recorder.code.values(), functions)
+    constants = _Constants()
+    if writes_tuples:
+        _gather_constants(constants, recorder.code.values(), functions)
     _gather_mros(everything)
     copies: dict[int, CodeType] = {}
 
@@ -196,7 +201,7 @@ def gather(recorder: Recorder) -> None:
                 co_qualname=constants.copy(code.co_qualname),
             )
             # Code that is made has all names replaced by those that other code has.
-            for items in (made.co_names, made.co_consts):
+            for items in (made.co_names, made.co_consts) if writes_tuples else ():
                 for index, value in enumerate(items):
                     _put(items, index, constants.copy(value))
             copies[id(code)] = made
@@ -211,12 +216,13 @@ def gather(recorder: Recorder) -> None:
     recorder.code.clear()
 
 
-def _gather_constants(codes: Iterable[CodeType], functions: Iterable[FunctionType]) -> _Constants:
+def _gather_constants(
+    constants: _Constants, codes: Iterable[CodeType], functions: Iterable[FunctionType]
+) -> None:
     """Copy names by which attributes are looked up, constants, and what a new function refers to.
 
     Modules are named by the copies from now on.
     """
-    constants = _Constants()
     for code in codes:
         for instruction in dis.get_instructions(code, adaptive=True):
             if instruction.opname in _BY_NAME:
@@ -232,7 +238,6 @@ def _gather_constants(codes: Iterable[CodeType], functions: Iterable[FunctionTyp
         constants.add(namespace["__name__"])
     for namespace in namespaces:
         namespace["__name__"] = constants.copy(namespace["__name__"])
-    return constants
 
 
 def _gather_mros(everything: Iterable[object]) -> None:

@@ -20,6 +20,8 @@ _LARGE_MAX = 1 << 16
 _CACHED_MAX = 1040  # the C library keeps up to seven freed blocks of each size up to here
 _CACHED_COUNT = 7
 _LEFT_MIN = 256  # bytes; smaller holes are left
+_TAKEN_MAX = 4 << 20  # bytes of all blocks of one size; an allocator of another kind has no pools
+_HEAP_STEPS_MAX = 100_000
 
 _python = ctypes.pythonapi
 _python.PyObject_Malloc.restype = ctypes.c_void_p
@@ -54,7 +56,9 @@ def fill_holes() -> None:
 def _fill_pools(size: int) -> None:
     """Take blocks of `size` bytes until they come one behind the other, from a pool that is new."""
     run = last = 0
-    while run < _POOL_SIZE // size // 2:
+    for _ in range(_TAKEN_MAX // size):
+        if run >= _POOL_SIZE // size // 2:
+            return
         address: int = _python.PyObject_Malloc(size)
         run = run + 1 if last < address <= last + _RUN_SPACING * size else 0
         last = address
@@ -66,7 +70,9 @@ def _fill_heap() -> None:
         for _ in range(_CACHED_COUNT):
             _libc.malloc(size)
     size = _LARGE_MAX
-    while size >= _LEFT_MIN:
+    for _ in range(_HEAP_STEPS_MAX):
+        if size < _LEFT_MIN:
+            return
         before = _mallinfo()
         if before.fordblks - before.keepcost < size:
             size = size * 15 // 16

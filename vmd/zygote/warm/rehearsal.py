@@ -6,7 +6,6 @@ figures, and looked at.
 """
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -15,19 +14,22 @@ from contextlib import ExitStack
 from typing import Self
 
 from vmd.shared.pty import open_pty
-from vmd.wire.channel import Channel, channel_pair
+from vmd.wire.channel import Channel, ChannelClosedError, channel_pair
 from vmd.wire.internal import (
     VM_AND_VMM,
     VMM_AND_VM,
     AskStatistics,
     AttachConsole,
     Begin,
+    EndReason,
     LookAtTerminal,
     PauseVm,
     UnpauseVm,
+    VmEnding,
     VmmToVm,
     VmReport,
     VmSpec,
+    VmStarted,
 )
 from vmd.wire.messages import CONSOLE_INPUT
 from vmd.zygote.warm.gathering import Live, Recorder, gather
@@ -35,16 +37,11 @@ from vmd.zygote.warm.packing import fill_holes
 from vmm_kvm.arch.x86 import layout
 from vmm_kvm.bits import MIB
 from vmm_kvm.kvm.vcpu import install_kick_signal
-from vmm_kvm.log import Log
 from vmm_kvm.memfd import make_constant
-
-log = Log(__name__)
 
 BeVm = Callable[[Channel[VmReport, VmmToVm]], None]
 """Is a VM's process from its first message to its end; owns the channel."""
 
-PATIENCE_S = 10
-"""How long a play may take, on the slowest of hosts."""
 _PLAYS = 8
 _MEMORY = 2 * MIB
 _ROM_SIZE = 4096
@@ -58,6 +55,10 @@ _CLOCK_REGISTERS = 16
 _SERIAL_SETUP = ((1, 2), (1, 0), (2, 0), (3, 0x80), (0, 1), (1, 0), (3, 3), (4, 0xB), (1, 0))
 # An alarm each second, the rate of periodic interrupts, 24 hours; and no alarm any more.
 _CLOCK_SETUP = ((1, 0xFF), (3, 0xFF), (5, 0xFF), (0xA, 0x26), (0xB, 0x62), (0xB, 2))
+
+
+class RehearsalError(Exception):
+    """No VM can be rehearsed; the message is one line."""
 
 
 class Rehearsal:
@@ -82,10 +83,19 @@ class Rehearsal:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def play_often(self, be_vm: BeVm, live: Live) -> None:
-        """Play until all that a VM's process does is done as quickly, and in as few pages, as ever.
+    def play_often(self, be_vm: BeVm) -> None:
+        """Play until all that a VM's process does is done as quickly as ever.
 
-        The interpreter specialises code that has run a few times; see also `gathering`.
+        The interpreter specialises code that has run a few times.
+        """
+        install_kick_signal()
+        self._play(be_vm, _PLAYS)
+        fill_holes()
+        self._play_afresh(be_vm)
+
+    def play_and_gather(self, be_vm: BeVm, live: Live, *, writes_tuples: bool) -> None:
+        """Play as `play_often` does, and have what runs lie together; see `gathering`.
+
         `live` is what a VM's process does that nobody needs.
         """
         install_kick_signal()
@@ -96,19 +106,27 @@ class Rehearsal:
         recorder.add(vars(threading.Thread).values())  # run before a thread is profiled
         self._play(be_vm, _PLAYS)
         fill_holes()
-        gather(recorder)
+        gather(recorder, writes_tuples=writes_tuples)
         self._play(be_vm, _PLAYS)
+        self._play_afresh(be_vm)
+
+    def _play_afresh(self, be_vm: BeVm) -> None:
         # What attributes were looked up is kept, and the place of one is that of others too: their
         # names would be written to.
-        sys._clear_type_cache()  # noqa: SLF001 - the only way, and documented
-        self._play(be_vm, 1)
+        clear = getattr(sys, "_clear_internal_caches", sys._clear_type_cache)  # noqa: SLF001 - documented
+        clear()
+        self.play(be_vm)
 
     def _play(self, be_vm: BeVm, times: int) -> None:
         for _ in range(times):
             self.play(be_vm)
 
     def play(self, be_vm: BeVm) -> None:
-        """Let `be_vm` be the process of a VM that ends soon."""
+        """Let `be_vm` be the process of a VM that ends soon.
+
+        Raises:
+            RehearsalError: the VM cannot be made.
+        """
         spec = VmSpec(
             id=0,
             name=_NAME,
@@ -128,16 +146,25 @@ class Rehearsal:
                 here.send(command)
             ours.send(CONSOLE_INPUT + b"!")
             here.send(AttachConsole(), [theirs.detach()])
-            before = signal.signal(signal.SIGALRM, lambda *_: self._give_up(here))
-            signal.alarm(PATIENCE_S)
             be_vm(there)
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+            self._check(here)
 
     @staticmethod
-    def _give_up(here: Channel[VmmToVm, VmReport]) -> None:
-        log.warning("a guest that should end in a moment does not")
-        here.close()
+    def _check(here: Channel[VmmToVm, VmReport]) -> None:
+        """Raise an error unless the guest has run, by all that was reported."""
+        started = False
+        try:
+            while True:
+                received = here.receive()
+                received.fds.close()
+                match received.message:
+                    case VmStarted():
+                        started = True
+                    case VmEnding(reason=EndReason.FAILED, message=message):
+                        raise RehearsalError(message)
+        except ChannelClosedError:
+            if not started:
+                raise RehearsalError("the guest has not run") from None
 
 
 def _rom() -> bytes:

@@ -1,0 +1,183 @@
+"""Warming up: what goes on afterwards, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+
+from vmd.wire.channel import Channel
+from vmd.wire.internal import EndReason, VmEnding, VmmToVm, VmReport, VmStarted
+from vmd.zygote.warm.entry import (
+    CONSTANT_VERSIONS,
+    GATHERING_VERSIONS,
+    Warmth,
+    WarmthError,
+    warm_up,
+)
+
+BeVm = Callable[[Channel[VmReport, VmmToVm]], None]
+LINE = "not warmed up, so each VM costs more memory: "
+
+
+def _be_vm(channel: Channel[VmReport, VmmToVm]) -> None:
+    """Be a VM that has run."""
+    with channel:
+        channel.send(VmStarted())
+
+
+def _live(_fd: int, at_end: Callable[[], None]) -> NoReturn:
+    at_end()
+    os._exit(0)
+
+
+def _warm(
+    be_vm: BeVm,
+    warmth: Warmth = Warmth.REHEARSE,
+    *,
+    log: pytest.LogCaptureFixture,
+    patience_s: float = 30,
+) -> tuple[str, list[str]]:
+    """Warm up in a process of its own; returns which process went on, and what it logged."""
+    read_fd, write_fd = os.pipe()
+    first = os.fork()
+    if first == 0:
+        try:
+            log.clear()
+            confined: list[int] = []
+            me = os.getpid()
+            warm_up(warmth, lambda: confined.append(1), be_vm, _live, patience_s=patience_s)
+            who = "first" if os.getpid() == me else "other"
+            assert confined == [1]
+            os.write(write_fd, "\n".join([who, *log.messages]).encode())
+        except BaseException as err:  # noqa: BLE001 - nothing may go up from here
+            os.write(write_fd, f"{type(err).__name__}: {err}".encode())
+        finally:
+            os._exit(0)
+    os.close(write_fd)
+    with open(read_fd, "rb") as told:  # noqa: PTH123 - a descriptor
+        who, *messages = told.read().decode().split("\n")
+    os.waitpid(first, 0)
+    return who, messages
+
+
+def test_the_warm_one_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """If all goes well, a process that is warm takes the first one's place."""
+    who, _ = _warm(_be_vm, log=caplog)
+    assert who == "other"
+
+
+def test_nothing_is_done_where_that_is_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    """With `off`, the first one goes on, and nothing is rehearsed."""
+
+    def be_vm(_channel: Channel[VmReport, VmmToVm]) -> None:
+        raise RuntimeError("a rehearsal")
+
+    assert _warm(be_vm, Warmth.OFF, log=caplog) == ("first", [])
+
+
+def _fail(_channel: Channel[VmReport, VmmToVm]) -> None:
+    raise RuntimeError("boom\nand more")
+
+
+def _fail_as_a_vm(channel: Channel[VmReport, VmmToVm]) -> None:
+    with channel:
+        channel.send(VmEnding(reason=EndReason.FAILED, message="no memory"))
+
+
+def _do_not_run(channel: Channel[VmReport, VmmToVm]) -> None:
+    channel.close()
+
+
+def _die(_channel: Channel[VmReport, VmmToVm]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("be_vm", "why"),
+    [
+        (_fail, "RuntimeError: boom"),
+        (_fail_as_a_vm, "RehearsalError: no memory"),
+        (_do_not_run, "RehearsalError: the guest has not run"),
+        (_die, "its process has ended, status -9"),
+        (lambda _channel: sys.exit(3), "SystemExit: 3"),
+    ],
+)
+def test_a_failure_is_one_line(be_vm: BeVm, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever goes wrong, the first one goes on as if it had not tried, and says why."""
+    assert _warm(be_vm, log=caplog) == ("first", [LINE + why])
+
+
+def test_a_rehearsal_that_hangs_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """What does not end in time is killed, and the first one goes on."""
+
+    def hang(_channel: Channel[VmReport, VmmToVm]) -> None:
+        while True:
+            signal.pause()
+
+    said = _warm(hang, log=caplog, patience_s=0.25)
+    assert said == ("first", [f"{LINE}not done in 0.25 seconds"])
+
+
+@pytest.mark.parametrize("warmth", [Warmth.REHEARSE, Warmth.ALL])
+def test_gathering_that_fails_is_one_line(
+    warmth: Warmth, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure of gathering is no worse than one of a rehearsal."""
+
+    def gather(_recorder: object, *, writes_tuples: bool) -> None:
+        assert writes_tuples is (warmth is Warmth.ALL)
+        raise MemoryError("none left")
+
+    monkeypatch.setattr("vmd.zygote.warm.rehearsal.gather", gather)
+    for table in ("GATHERING_VERSIONS", "CONSTANT_VERSIONS"):
+        monkeypatch.setattr(f"vmd.zygote.warm.entry.{table}", {sys.version_info[:2]})
+    said = _warm(_be_vm, warmth, log=caplog)
+    assert said == ("first", [f"{LINE}MemoryError: none left"])
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ("GATHERING_VERSIONS", "objects are gathered"),
+        ("CONSTANT_VERSIONS", "tuples are written to"),
+    ],
+)
+def test_an_unknown_interpreter_does_without(
+    table: str, what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another version than those of a table, the rest is done, with one line."""
+    known = {sys.version_info[:2]}
+    for one in ("GATHERING_VERSIONS", "CONSTANT_VERSIONS"):
+        versions = known if one != table else set[tuple[int, int]]()
+        monkeypatch.setattr(f"vmd.zygote.warm.entry.{one}", versions)
+    monkeypatch.setattr("vmd.zygote.warm.rehearsal.gather", lambda *_, **__: None)
+    version = ".".join(map(str, sys.version_info[:2]))
+    line = f"no {what}: not tested on {sys.implementation.name} {version}"
+    assert _warm(_be_vm, Warmth.ALL, log=caplog) == ("other", [line])
+
+
+@pytest.mark.parametrize("warmth", [Warmth.REHEARSE, Warmth.ALL])
+def test_known_interpreters_are_silent(warmth: Warmth, caplog: pytest.LogCaptureFixture) -> None:
+    """On versions of the tables, all is done without a word."""
+    versions = CONSTANT_VERSIONS if warmth is Warmth.ALL else GATHERING_VERSIONS
+    if sys.version_info[:2] not in versions:
+        pytest.skip("it is not done on this version")
+    with caplog.at_level(logging.INFO):
+        assert _warm(_be_vm, warmth, log=caplog) == ("other", [])
+
+
+def test_the_environment_says_how_much() -> None:
+    """The variable names one of three; without it, lives are rehearsed."""
+    assert Warmth.of({}) is Warmth.of({"VMD_WARM": ""}) is Warmth.REHEARSE
+    assert [Warmth.of({"VMD_WARM": text}) for text in ("off", "rehearse", "all")] == list(Warmth)
+    for text in ("on", "All"):
+        with pytest.raises(
+            WarmthError, match=f"^VMD_WARM: '{text}' is none of off, rehearse, all$"
+        ):
+            Warmth.of({"VMD_WARM": text})

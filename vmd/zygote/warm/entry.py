@@ -1,0 +1,159 @@
+"""The one entry to what makes forks of the zygote cheap; the daemon works without any of it.
+
+The zygote is warmed up in a process that it forks for that. If all goes well, that process is the
+zygote from then on, and the one that forked it ends. If it fails, crashes or takes too long, it is
+killed, and the one that forked it, in which nothing has happened, goes on: VMs then start later and
+cost more memory, and one line in the log says why.
+"""
+
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from vmd.confine.sandbox import die_with, outlive_parent
+from vmm_kvm.log import Log
+
+if TYPE_CHECKING:
+    from vmd.zygote.warm.gathering import Live
+    from vmd.zygote.warm.rehearsal import BeVm
+
+log = Log(__name__)
+
+VARIABLE = "VMD_WARM"
+"""The variable of the daemon's environment that names a `Warmth`."""
+WARMING_PATIENCE_S = 20.0
+"""How long warming up may take, on the slowest of hosts."""
+GATHERING_VERSIONS = frozenset({(3, 11), (3, 13), (3, 14)})
+"""Versions of CPython whose tests of gathering pass, and where it saves memory."""
+CONSTANT_VERSIONS = frozenset({(3, 11)})
+"""Those whose names and constants are gathered as well; on newer ones, most are immortal."""
+_TEXT_MAX = 200
+_POLL_S = 0.001
+_READY = b"\0"
+
+
+class WarmthError(Exception):
+    """The environment asks for a warmth that there is not; one line."""
+
+
+class Warmth(StrEnum):
+    """What is done before a VM needs it."""
+
+    OFF = "off"
+    """Nothing."""
+    REHEARSE = "rehearse"
+    """Lives of VMs are rehearsed, holes in memory filled, and functions that ran are gathered."""
+    ALL = "all"
+    """Names and constants are gathered as well, by writing into tuples."""
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> "Warmth":
+        """Return what an environment says, else the default.
+
+        Raises:
+            WarmthError: it is none.
+        """
+        text = environ.get(VARIABLE) or cls.REHEARSE
+        try:
+            return cls(text)
+        except ValueError:
+            names = ", ".join(cls)
+            raise WarmthError(f"{VARIABLE}: {text[:_TEXT_MAX]!r} is none of {names}") from None
+
+
+def warm_up(
+    warmth: Warmth, confine: Callable[[], None], be_vm: "BeVm", live: "Live", *, patience_s: float
+) -> None:
+    """Confine this process by `confine`, or one that it forks, and warm that up; the other ends.
+
+    Returns in the process that is to go on, whose parent is then that of the first. `be_vm` and
+    `live` are what is rehearsed. Only for a process with one thread.
+
+    Raises:
+        OSError: the host has no processes or descriptors left.
+    """
+    if warmth is Warmth.OFF:
+        confine()
+        return
+    read_fd, write_fd = os.pipe()
+    first = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read_fd)
+        _try(lambda: _work(warmth, confine, be_vm, live), write_fd)
+        while os.getppid() == first:  # it ends now
+            time.sleep(_POLL_S)
+        return
+    os.close(write_fd)
+    told = _listen(read_fd, patience_s)
+    os.close(read_fd)
+    if told == _READY:
+        os._exit(0)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if told is None:
+        why = f"not done in {patience_s:g} seconds"
+    else:
+        why = told.decode(errors="replace") or f"its process has ended, status {status}"
+    log.warning("not warmed up, so each VM costs more memory: %s", why)
+    confine()
+
+
+def _work(warmth: Warmth, confine: Callable[[], None], be_vm: "BeVm", live: "Live") -> None:
+    from vmd.zygote.warm.packing import fill_holes  # noqa: PLC0415 - what fails here fails alone
+    from vmd.zygote.warm.rehearsal import Rehearsal  # noqa: PLC0415 - likewise
+
+    parent = os.getppid()
+    with Rehearsal() as rehearsal:
+        confine()
+        die_with(parent)
+        if _is_known("objects are gathered", GATHERING_VERSIONS):
+            writes = warmth is Warmth.ALL and _is_known("tuples are written to", CONSTANT_VERSIONS)
+            rehearsal.play_and_gather(be_vm, live, writes_tuples=writes)
+        else:
+            rehearsal.play_often(be_vm)
+    fill_holes()
+    outlive_parent()
+
+
+def _is_known(what: str, versions: Collection[tuple[int, int]]) -> bool:
+    """Tell whether something can be done on this interpreter; logs why not."""
+    name = sys.implementation.name
+    version = sys.version_info[:2]
+    if name == "cpython" and version in versions:
+        return True
+    log.warning("no %s: not tested on %s %d.%d", what, name, *version)
+    return False
+
+
+def _try(work: Callable[[], None], fd: int) -> None:
+    """Work, tell by `fd` how it went, and return if it went well; else this process ends."""
+    told = b""
+    try:
+        work()
+        told = _READY
+    except BaseException as err:  # noqa: BLE001 - the daemon goes on without, whatever it is
+        lines = f"{type(err).__name__}: {err}".splitlines()
+        told = lines[0][:_TEXT_MAX].encode(errors="replace")
+    finally:
+        os.write(fd, told)
+        os.close(fd)
+        if told != _READY:
+            os._exit(1)
+
+
+def _listen(fd: int, patience_s: float) -> bytes | None:
+    """Return the one thing that the other process says; empty if it ends without a word.
+
+    None if it takes too long.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if not poll.poll(patience_s * 1000):
+        return None
+    return os.read(fd, select.PIPE_BUF)
