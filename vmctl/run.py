@@ -18,7 +18,7 @@ from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm import log
 from vmm_kvm.arch.x86.boot_config import BootDevice
-from vmm_kvm.arch.x86.image import open_image
+from vmm_kvm.arch.x86.image import open_firmware, open_image
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm
@@ -128,7 +128,7 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
     nics = _nics(options, name, stack)
     disks, cdrom = _media(options, stack)
     return MachineSpec(
-        image=open_image(path),
+        image=open_image(path) if options.boot is not None else open_firmware(path),
         variables=variables,
         has_console=options.virtio_console,
         memory_size=_memory(options.memory),

@@ -75,6 +75,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = (
             cpus=vm.config.cpus or 1,
             boot=boot,
             boot_path=boot_path,
+            is_firmware=vm.boot is None and vm.config.boot is None,
             kernel=kernel,
             variables=variables,
             initrd=initrd,

@@ -53,7 +53,7 @@ from vmd.wire.internal import (
 from vmd.wire.messages import ErrorCode, Statistics
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.boot_config import BootDevice
-from vmm_kvm.arch.x86.image import probe_image
+from vmm_kvm.arch.x86.image import probe_image, read_firmware
 from vmm_kvm.bits import MIB
 from vmm_kvm.block.image import Format
 from vmm_kvm.block.mapped import MappedImage
@@ -202,7 +202,8 @@ def _machine_spec(
     stack: ExitStack,
 ) -> MachineSpec:
     kernel = None if spec.kernel is None else FileSource(fds.take(spec.kernel), spec.boot_path)
-    image = probe_image(FileSource(fds.take(spec.boot), spec.boot_path))
+    read = read_firmware if spec.is_firmware else probe_image
+    image = read(FileSource(fds.take(spec.boot), spec.boot_path))
     variables = None
     if spec.variables is not None:
         file = open_image(fds.take(spec.variables), Format.RAW, read_only=False, name="nvram")

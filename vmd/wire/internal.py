@@ -5,9 +5,8 @@ parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
 parent ↔ local:   which guests are answered by DHCP and the like.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
 vmm ↔ zygote:     forking.
-vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and adds what only
-                  the parent of a process knows: how it ended.
-vmm → device:     what a device process is to serve.
+vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and how it ended.
+vmm → device:     what a device process is to serve; it has nothing to say.
 
 A process decodes only the union that is meant for it, so that no other can make it do more.
 """
@@ -322,6 +321,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     """Index of the boot image's descriptor."""
     boot_path: str
     """For messages."""
+    is_firmware: bool = False
+    """Whether the boot image was said to be firmware, so that nothing of it is guessed."""
     kernel: int | None = None
     """Index of the descriptor of what the boot image unpacks to, where that is known."""
     variables: int | None = None
@@ -593,6 +594,5 @@ VMM_AND_VM: Wire[VmmToVm, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)
 VM_AND_VMM: Wire[VmReport, VmmToVm] = Wire(VmmToVm, WireEncoding.MSGPACK)
 VMM_AND_ZYGOTE: Wire[VmmToZygote, ZygoteToVmm] = Wire(ZygoteToVmm, WireEncoding.MSGPACK)
 ZYGOTE_AND_VMM: Wire[ZygoteToVmm, VmmToZygote] = Wire(VmmToZygote, WireEncoding.MSGPACK)
-# A device process has nothing to say to vmm.
 VMM_AND_DEVICE: Wire[VmmToDevice, None] = Wire(None, WireEncoding.MSGPACK)
 DEVICE_AND_VMM: Wire[None, VmmToDevice] = Wire(VmmToDevice, WireEncoding.MSGPACK)

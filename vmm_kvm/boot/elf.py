@@ -19,6 +19,7 @@ EM_X86_64 = 62
 ET_EXEC = 2
 ET_DYN = 3
 PT_LOAD = 1
+PT_INTERP = 3
 PT_NOTE = 4
 PT_OPENBSD_RANDOMIZE = 0x65A3_DBE6
 SHT_SYMTAB = 2
@@ -136,8 +137,7 @@ def read_elf(source: Source) -> Elf:
     """Read and check the headers of an ELF executable.
 
     Raises:
-        BootError: it is not one for x86, a header or segment does not fit in the file, or a segment
-            belongs below 1 MiB, where boot loaders have their own things.
+        BootError: it is not one for x86, or a header or segment does not fit in the file.
         Source: System V ABI, chapters 4 and 5.
     """
     name = source.name
@@ -172,6 +172,8 @@ def read_elf(source: Source) -> Elf:
     if phoff + phnum * phentsize > source.size:
         raise BootError(f"{name}: program headers: beyond the end of the file")
     table = source.read(phoff, phnum * phentsize)
+    if any(values[0] == PT_INTERP for values in phdr.iter_unpack(table)):
+        raise BootError(f"{name}: a program or library of an operating system, not a kernel")
     segments = tuple(
         _segment(source, is_64, index, values)
         for index, values in enumerate(phdr.iter_unpack(table))
@@ -180,6 +182,19 @@ def read_elf(source: Source) -> Elf:
     if not elf.loads:
         raise BootError(f"{name}: program headers: nothing to load")
     return elf
+
+
+def check_high(elf: Elf) -> None:
+    """Check that a kernel leaves the first MiB alone, where boot loaders have their own things.
+
+    Raises:
+        BootError: a segment belongs there.
+    """
+    for index, segment in enumerate(elf.segments):
+        if segment.type == PT_LOAD and segment.memory_size and segment.paddr < MIB:
+            raise BootError(
+                f"{elf.source.name}: segment {index}: at {segment.paddr:#x}, below 1 MiB"
+            )
 
 
 def _segment(source: Source, is_64: bool, index: int, values: tuple[int, ...]) -> ElfSegment:
@@ -192,8 +207,6 @@ def _segment(source: Source, is_64: bool, index: int, values: tuple[int, ...]) -
             raise BootError(f"{source.name}: segment {index}: beyond the end of the file")
         if kind == PT_LOAD and file_size > memory_size:
             raise BootError(f"{source.name}: segment {index}: larger in the file than in memory")
-        if kind == PT_LOAD and memory_size and paddr < MIB:
-            raise BootError(f"{source.name}: segment {index}: at {paddr:#x}, below 1 MiB")
         if paddr + memory_size > 1 << 64 or vaddr + memory_size > 1 << 64:
             raise BootError(f"{source.name}: segment {index}: beyond the end of the address space")
     return ElfSegment(kind, flags, offset, vaddr, paddr, file_size, memory_size, align)

@@ -42,9 +42,11 @@ def find_firmware(wanted: str) -> Firmware:
     A path that is one of those known for UEFI brings its variables along.
 
     Raises:
-        BootError: none is installed.
+        BootError: none is installed, or it is neither of the names nor a file.
     """
     if wanted not in KNOWN:
+        if "/" not in wanted and not _exists(wanted):
+            raise BootError(f"no firmware {wanted}: use bios, uefi, or the path of an image")
         known = (firmware for each in KNOWN.values() for firmware in each)
         return next((each for each in known if each.code == wanted), Firmware(wanted))
     for firmware in KNOWN[wanted]:

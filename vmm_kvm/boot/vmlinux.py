@@ -18,6 +18,7 @@ from vmm_kvm.boot.elf import (
     PT_LOAD,
     Elf,
     ElfSegment,
+    check_high,
     read_elf,
 )
 from vmm_kvm.boot.payload import MAGIC_SIZE, CodecMissingError, payload_format, unpack
@@ -76,6 +77,7 @@ def _executable(source: BytesSource | FileSource) -> Elf | None:
     """Return the executable in `source` if it is what can be entered directly."""
     try:
         elf = read_elf(source)
+        check_high(elf)
     except BootError as err:
         log.debug("%s", err)
         return None

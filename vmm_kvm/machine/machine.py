@@ -32,6 +32,7 @@ from vmm_kvm.devices.debugcon import Debugcon
 from vmm_kvm.devices.fw_cfg import FwCfg
 from vmm_kvm.devices.i8042 import I8042Reset
 from vmm_kvm.devices.mc146818 import Mc146818
+from vmm_kvm.devices.port92 import Port92
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.uart16550 import Uart16550
 from vmm_kvm.kvm.eventfds import EventFds
@@ -386,6 +387,7 @@ class Machine:
         i8042 = I8042Reset(self._reset)
         pio.insert(layout.PORT_I8042_DATA, 1, i8042.data_port)
         pio.insert(layout.PORT_I8042_COMMAND, 1, i8042)
+        pio.insert(layout.PORT_SYSTEM_CONTROL_A, 1, Port92(self._reset))
         pio.insert(layout.PORT_FW_CFG, layout.PORT_FW_CFG_SIZE, self.fw_cfg)
         pio.insert(layout.PORT_PM1A_EVENT, 12, self.acpi_pm)
         pio.insert(layout.PORT_DEBUG_EXIT, 4, DebugExit(self._debug_exit))

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.boot.images import firmware
+from tests.unit.boot.images import firmware, multiboot_header
 from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables
 from vmm_kvm.arch.x86.entry import RESET_VECTOR
-from vmm_kvm.arch.x86.image import BootConfig, BootImage, FirmwareImage, load, open_image
+from vmm_kvm.arch.x86.image import (
+    BootConfig,
+    BootImage,
+    FirmwareImage,
+    MultibootImage,
+    load,
+    open_firmware,
+    open_image,
+)
 from vmm_kvm.arch.x86.layout import ram_ranges
 from vmm_kvm.bits import GIB, KIB, MIB
 from vmm_kvm.errors import BootError
@@ -108,3 +116,37 @@ def test_selftest_image() -> None:
     """The self-test guest of this project is firmware."""
     path = Path(__file__).parents[3] / "bios" / "selftest.bin"
     assert isinstance(open_image(str(path)), FirmwareImage)
+
+
+@pytest.mark.parametrize("path", sorted(Path("/usr/share/OVMF").glob("OVMF_CODE*.fd")), ids=str)
+def test_builds_of_ovmf(path: Path) -> None:
+    """Each build that Debian ships is firmware, also those that begin in another mode."""
+    image = open_image(str(path))
+    assert isinstance(image, FirmwareImage)
+    assert image.is_uefi
+
+
+def test_what_is_said_to_be_firmware_is_not_guessed(tmp_path: Path) -> None:
+    """With --firmware a ROM with a Multiboot header, or with any reset vector, is firmware."""
+    path = tmp_path / "rom"
+    path.write_bytes(multiboot_header(0x1_0000, (MIB, MIB, 0, 0, MIB)).ljust(64 * KIB, b"\0"))
+    assert isinstance(open_image(str(path)), MultibootImage)
+    assert isinstance(open_firmware(str(path)), FirmwareImage)
+    path.write_bytes(bytes(15))
+    with pytest.raises(BootError, match="rom: firmware: 15 bytes, too few for a reset vector"):
+        open_firmware(str(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/bin/ls", "a program or library of an operating system, not a kernel"),
+        ("/bin/busybox", "a program for Linux, not a kernel"),
+        ("/boot/ipxe.efi", "a program for EFI or Windows (PE): boot it from a disk"),
+    ],
+)
+def test_programs_are_named_as_what_they_are(path: str, message: str) -> None:
+    """A program of the host, dynamic or static, and an EFI program are no kernels."""
+    with pytest.raises(BootError) as caught:
+        open_image(path)
+    assert message in str(caught.value)

@@ -17,7 +17,14 @@ from tests.unit.boot.images import (
     note,
     note_segment,
 )
-from vmm_kvm.boot.elf import place_loads, read_elf, read_notes, read_sections, section_name
+from vmm_kvm.boot.elf import (
+    check_high,
+    place_loads,
+    read_elf,
+    read_notes,
+    read_sections,
+    section_name,
+)
 from vmm_kvm.boot.source import BytesSource
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
@@ -122,7 +129,6 @@ def test_other_architectures(machine: int, name: str) -> None:
         (SPEC, 64, b"\x06", "nothing to load"),
         (SPEC, 72, b"\xff" * 8, "segment 0: beyond the end of the file"),
         (SPEC, 80, b"\xff" * 8, "beyond the end of the address space"),
-        (SPEC, 88, bytes(8), "below 1 MiB"),
         (SPEC, 88, b"\xff" * 8, "beyond the end of the address space"),
         (SPEC, 96, b"\xff" * 8, "segment 0: beyond the end of the file"),
         (SPEC, 104, b"\x01" + bytes(7), "larger in the file than in memory"),
@@ -161,3 +167,15 @@ def test_segments_that_cover_each_other(memory: GuestMemory) -> None:
     spec = replace(SPEC, segments=(Segment(bytes(1 << 20)),) * 65)
     with pytest.raises(BootError, match="k: segments: 0x4100000 bytes do not fit in 64 MiB"):
         place_loads(read_elf(BytesSource("k", spec.build())), memory)
+
+
+def test_kernels_that_leave_the_first_mib_alone() -> None:
+    """`check_high` refuses a segment below 1 MiB by its number; an empty one is no matter."""
+    high = Segment(CODE, paddr=KERNEL_ADDRESS)
+    for low, problem in ((Segment(CODE, paddr=0x8000), True), (Segment(b"", paddr=0), False)):
+        elf = read_elf(BytesSource("k", ElfSpec(segments=(high, low)).build()))
+        if problem:
+            with pytest.raises(BootError, match="k: segment 1: at 0x8000, below 1 MiB"):
+                check_high(elf)
+        else:
+            check_high(elf)

@@ -145,10 +145,10 @@ def test_header_where_none_may_be(open_bytes: Open, at: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "bss_end"), [(0x8_0000, 0), (65 * MIB, 0), (START, 65 * MIB), (0xFFFF_0000, 0)]
+    ("address", "bss_end"), [(65 * MIB, 0), (START, 65 * MIB), (0xFFFF_0000, 0)]
 )
 def test_does_not_fit(open_bytes: Open, memory: GuestMemory, address: int, bss_end: int) -> None:
-    """A flat kernel, with its bss, has to lie in RAM above 1 MiB."""
+    """A flat kernel, with its bss, has to lie in RAM."""
     data = _flat(address + 16, address, 0, bss_end, address)
     with pytest.raises(BootError, match="does not fit between 1 MiB and 64 MiB"):
         load(open_bytes(data), memory, BootConfig())
@@ -159,3 +159,30 @@ def test_module_does_not_fit(open_bytes: Open, tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(bytes(MIB))
     with GuestMemory(ram_ranges(17 * MIB)) as memory, pytest.raises(BootError, match="m: module: "):
         load(open_bytes(multiboot_elf()), memory, BootConfig(initrd=(f"{tmp_path}/m",)))
+
+
+@pytest.mark.parametrize("address", [0x9_D000, 0xA_0000, 0xF_F000])
+def test_beyond_conventional_memory(open_bytes: Open, memory: GuestMemory, address: int) -> None:
+    """What a BIOS has below 1 MiB is no place for a kernel."""
+    data = _flat(address + 16, address, 0, 0, address)
+    with pytest.raises(BootError, match="reaches beyond conventional memory, 0x9fc00"):
+        load(open_bytes(data), memory, BootConfig())
+
+
+def test_low_kernels(open_bytes: Open, memory: GuestMemory, tmp_path: Path) -> None:
+    """A kernel at 0x8000 is placed there; its information, line and modules lie behind it."""
+    (tmp_path / "m").write_bytes(b"module")
+    data = _flat(0x8010, 0x8000, 0, 0x9_0000, 0x8000)
+    config = BootConfig(command_line="-x", modules=((f"{tmp_path}/m", "-y"),))
+    entry = load(open_bytes(data), memory, config)
+    assert entry.rip == 0x8000
+    assert memory.read(0x8000, 0x3000 - 0x11) == data[: 0x3000 - 0x11]
+    info_at = entry.registers["rbx"]
+    info = INFO.unpack(memory.read(info_at, INFO.size))
+    line, modules, map_at, name = info[4], info[6], info[9], info[13]
+    kernel_end = 0x9_0000
+    assert all(at >= kernel_end for at in (info_at, line, modules, map_at, name, entry.gdt_base))
+    assert memory.read(line, 3) == b"-x\0"
+    start, end, module_line, _ = struct.unpack("<IIII", memory.read(modules, 16))
+    assert (memory.read(start, end - start), memory.read(module_line, 3)) == (b"module", b"-y\0")
+    assert start >= entry.gdt_base + entry.gdt_limit

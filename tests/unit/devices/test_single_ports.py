@@ -1,4 +1,4 @@
-"""The one-port devices: debug console, debug exit, pvpanic."""
+"""The one-port devices: debug console, debug exit, pvpanic, system control port A."""
 
 import pytest
 from hypothesis import given
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.fakes import Operation, exercise
 from vmm_kvm.devices.debug_exit import DebugExit
 from vmm_kvm.devices.debugcon import Debugcon
+from vmm_kvm.devices.port92 import Control, Port92
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 
 
@@ -105,3 +106,29 @@ def test_any_access_is_survived(operations: list[Operation]) -> None:
     """Whatever is read and written, nothing raises."""
     for device in (Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)):
         exercise(device, operations)
+
+
+def test_port92_resets() -> None:
+    """Bit 0 resets each time that it is written, and reads back 0."""
+    resets: list[None] = []
+    port = Port92(lambda: resets.append(None))
+    for value, count in ((0x02, 0), (0x03, 1), (0x01, 2), (0xFE, 2), (0x1FF, 3)):
+        port.write(0, 1, value)
+        assert len(resets) == count
+        assert port.read(0, 1) == value & 0xFE
+    port.write(1, 1, 1)
+    assert len(resets) == 3
+
+
+def test_port92_keeps_the_gate_of_line_20() -> None:
+    """Address line 20 is let through at first; a guest reads what it has written."""
+    port = Port92(lambda: None)
+    assert port.read(0, 1) == Control.FAST_A20
+    assert port.read(0, 2) == 0xFF00 | Control.FAST_A20
+    port.write(0, 1, 0)
+    assert port.read(0, 1) == 0
+    state = port.state()
+    port.reset()
+    assert port.read(0, 1) == Control.FAST_A20
+    port.restore(state)
+    assert port.read(0, 1) == 0

@@ -18,10 +18,10 @@ from vmm_kvm.memory import GuestMemory
 
 _RESET_VECTOR_SIZE = 16
 # What firmware begins with: far, near and short jumps, also with an operand size prefix; nop, cli,
-# cld, wbinvd, invd.
+# cld, wbinvd, invd; mov %cr0, %eax, as OVMF's X64 builds do.
 _FIRST_INSTRUCTIONS = (
     b"\xea", b"\xe9", b"\xeb", b"\x66\xea", b"\x66\xe9", b"\x90", b"\xfa", b"\xfc", b"\x0f\x09",
-    b"\x0f\x08",
+    b"\x0f\x08", b"\x0f\x20\xc0",
 )  # fmt: skip
 _ERASED = b"\xff"
 _VOLUME_SIGNATURE, _VOLUME_SIGNATURE_AT = b"_FVH", 40
@@ -54,10 +54,22 @@ def probe_firmware(source: Source) -> FirmwareImage:
     Raises:
         BootError: it has not, or is too large.
     """
-    name, size = source.name, source.size
+    size = source.size
     start = source.read(size - _RESET_VECTOR_SIZE, 16) if size >= _RESET_VECTOR_SIZE else b""
     if not start.startswith(_FIRST_INSTRUCTIONS):
-        raise BootError(f"{name}: not a kernel or firmware image")
+        raise BootError(f"{source.name}: not a kernel or firmware image")
+    return read_firmware(source)
+
+
+def read_firmware(source: Source) -> FirmwareImage:
+    """Read an image that the user says is firmware: its contents are not looked at.
+
+    Raises:
+        BootError: it is too large, or smaller than what the reset vector points into.
+    """
+    name, size = source.name, source.size
+    if size < _RESET_VECTOR_SIZE:
+        raise BootError(f"{name}: firmware: {size} bytes, too few for a reset vector")
     if size > FIRMWARE_MAX:
         raise BootError(
             f"{name}: firmware: {size:#x} bytes, at most {FIRMWARE_MAX // MIB} MiB are possible"

@@ -15,7 +15,7 @@ Whatever can be checked without a machine is checked here; `load` checks sizes a
 
 from typing import assert_never
 
-from vmm_kvm.arch.x86.bios import FirmwareImage, load_firmware, probe_firmware
+from vmm_kvm.arch.x86.bios import FirmwareImage, load_firmware, probe_firmware, read_firmware
 from vmm_kvm.arch.x86.boot_config import BootConfig, BootDevice, place_smbios
 from vmm_kvm.arch.x86.bzimage import is_bzimage
 from vmm_kvm.arch.x86.entry import Entry
@@ -24,7 +24,7 @@ from vmm_kvm.arch.x86.multiboot import SEARCH_SIZE, MultibootImage, load_multibo
 from vmm_kvm.arch.x86.openbsd import OpenbsdImage, is_openbsd, load_openbsd, probe_openbsd
 from vmm_kvm.arch.x86.pvh import PvhImage, load_pvh, pvh_entry
 from vmm_kvm.bits import MIB
-from vmm_kvm.boot.elf import EM_X86_64, MAGIC, Elf, read_elf, read_notes
+from vmm_kvm.boot.elf import EM_X86_64, MAGIC, Elf, check_high, read_elf, read_notes
 from vmm_kvm.boot.payload import payload_format, unpack
 from vmm_kvm.boot.source import BytesSource, FileSource, Source
 from vmm_kvm.errors import BootError
@@ -41,8 +41,10 @@ __all__ = [
     "OpenbsdImage",
     "PvhImage",
     "load",
+    "open_firmware",
     "open_image",
     "probe_image",
+    "read_firmware",
 ]
 
 BootImage = LinuxImage | PvhImage | ElfImage | MultibootImage | OpenbsdImage | FirmwareImage
@@ -52,6 +54,8 @@ _UNPACKED_MAX = 256 * MIB
 _ARM64_MAGIC = b"ARM\x64"
 _ARM64_MAGIC_AT = 56
 _LINUX_NOTE_OWNER = b"Linux"
+_GNU_NOTE_OWNER, _NT_GNU_ABI_TAG = b"GNU", 1
+_DOS_MAGIC, _PE_OFFSET_AT, _PE_MAGIC = b"MZ", 0x3C, b"PE\0\0"
 
 
 def open_image(path: str) -> BootImage:
@@ -63,6 +67,15 @@ def open_image(path: str) -> BootImage:
         BootError: the file cannot be read, or is damaged, or nothing that boots here.
     """
     return probe_image(FileSource.open(path))
+
+
+def open_firmware(path: str) -> FirmwareImage:
+    """Open the file at `path`, which the user says is firmware, whatever it looks like.
+
+    Raises:
+        BootError: the file cannot be read, or has a size that no firmware has.
+    """
+    return read_firmware(FileSource.open(path))
 
 
 def probe_image(source: FileSource) -> BootImage:
@@ -85,16 +98,35 @@ def probe_image(source: FileSource) -> BootImage:
         return image
     if head[_ARM64_MAGIC_AT : _ARM64_MAGIC_AT + len(_ARM64_MAGIC)] == _ARM64_MAGIC:
         raise BootError(f"{source.name}: built for AArch64, not x86")
+    if _is_pe(head):
+        advice = "boot it from a disk, with UEFI firmware"
+        raise BootError(f"{source.name}: a program for EFI or Windows (PE): {advice}")
     return probe_firmware(source)
+
+
+def _is_pe(head: bytes) -> bool:
+    """Tell whether a file begins as a PE executable does.
+
+    Source: Microsoft PE format, "MS-DOS Stub" and "Signature".
+    """
+    if not head.startswith(_DOS_MAGIC) or len(head) < _PE_OFFSET_AT + 4:
+        return False
+    at = int.from_bytes(head[_PE_OFFSET_AT : _PE_OFFSET_AT + 4], "little")
+    return head[at : at + len(_PE_MAGIC)] == _PE_MAGIC
 
 
 def _probe_elf(source: Source) -> BootImage:
     elf = read_elf(source)
     notes = read_notes(elf)
-    if (entry := pvh_entry(elf, notes)) is not None:
-        return PvhImage(elf, entry)
-    if (image := probe_multiboot(source, elf)) is not None:
+    # Every program of GNU systems says which kernel it needs; kernels need none.
+    if any(note.owner == _GNU_NOTE_OWNER and note.type == _NT_GNU_ABI_TAG for note in notes):
+        raise BootError(f"{source.name}: a program for Linux, not a kernel")
+    entry = pvh_entry(elf, notes)
+    if entry is None and (image := probe_multiboot(source, elf)) is not None:
         return image
+    check_high(elf)
+    if entry is not None:
+        return PvhImage(elf, entry)
     if any(note.owner == _LINUX_NOTE_OWNER for note in notes):
         return _probe_vmlinux(elf)
     if not is_openbsd(elf, notes) and elf.is_64 and elf.holds_physical(elf.entry):

@@ -25,8 +25,9 @@ def place_modules(
     files: Sequence[tuple[FileSource, bytes]],
     first: int,
     lines: int,
+    lines_end: int = EBDA_START,
 ) -> list[PlacedModule]:
-    """Place files on pages from `first` up, and their command lines from `lines` up.
+    """Place files on pages from `first` up, their command lines from `lines` up to `lines_end`.
 
     Raises:
         BootError: they do not fit, or a file cannot be read.
@@ -34,7 +35,7 @@ def place_modules(
     placed = []
     for file, line in files:
         address = align_up(first, PAGE_SIZE)
-        if not memory.contains(address, file.size) or lines + len(line) > EBDA_START:
+        if not memory.contains(address, file.size) or lines + len(line) > lines_end:
             raise BootError(
                 f"{file.name}: module: {file.size:#x} bytes at {address:#x}"
                 f" do not fit in {memory.size >> 20} MiB of memory"

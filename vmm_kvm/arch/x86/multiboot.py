@@ -29,7 +29,7 @@ from vmm_kvm.arch.x86.layout import (
 )
 from vmm_kvm.arch.x86.modules import place_modules
 from vmm_kvm.arch.x86.tables import write_gdt
-from vmm_kvm.bits import KIB
+from vmm_kvm.bits import KIB, PAGE_SIZE, align_up
 from vmm_kvm.boot.elf import Elf, place_loads
 from vmm_kvm.boot.source import Source
 from vmm_kvm.errors import BootError
@@ -60,7 +60,7 @@ _INFO_LOADER_NAME = 1 << 9
 _INFO = struct.Struct("<IIIIIII16sIIIIII")
 _MODULE = struct.Struct("<IIII")
 _MEMORY_MAP_ENTRY = struct.Struct("<IQQI")
-_LOADER_NAME_AT = BOOT_INFO + 0x800
+_LOADER_NAME_OFFSET = 0x800  # in the page of the information
 _LOADER_NAME = b"vmm_kvm\0"
 _MODULES_MAX = 64
 
@@ -74,6 +74,20 @@ class Load(NamedTuple):
     memory_size: int
 
 
+class _Places(NamedTuple):
+    """Guest-physical addresses of what the loader leaves for the kernel."""
+
+    gdt: int
+    info: int
+    memory_map: int
+    command_line: int
+    modules: int
+    end: int
+
+
+_LOW = _Places(*(BOOT_GDT, BOOT_INFO, BOOT_SETUP_DATA, BOOT_COMMAND_LINE, BOOT_MODULES, EBDA_START))
+
+
 class MultibootImage(NamedTuple):
     """A Multiboot kernel; `elf` is None if its header says where to load it."""
 
@@ -82,6 +96,19 @@ class MultibootImage(NamedTuple):
     load: Load | None
     entry: int
     """Physical address."""
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Address and size of all that the kernel occupies."""
+        if self.load is not None:
+            return ((self.load.address, self.load.memory_size),)
+        loads = self.elf.loads if self.elf else ()
+        return tuple((segment.paddr, segment.memory_size) for segment in loads)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether any of it lies in the first MiB."""
+        return any(size and address < HIGH_MEMORY_START for address, size in self.ranges)
 
 
 def probe_multiboot(source: Source, elf: Elf | None) -> MultibootImage | None:
@@ -145,10 +172,18 @@ def load_multiboot(image: MultibootImage, memory: GuestMemory, config: BootConfi
     if len(files) > _MODULES_MAX:
         raise BootError(f"{name}: {len(files)} modules, {_MODULES_MAX} at most")
     end = _place_kernel(image, memory)
-    modules = place_modules(memory, files, end, BOOT_MODULES + len(files) * _MODULE.size)
+    at = _LOW
+    if image.is_low:
+        # The kernel takes what is ours by custom: ours goes behind it.
+        at = _moved(_LOW, align_up(end, PAGE_SIZE))
+        end = at.end
+        if not memory.contains(at.gdt, at.end - at.gdt):
+            raise BootError(f"{name}: no room for boot information behind the kernel")
+    lines = at.modules + len(files) * _MODULE.size
+    modules = place_modules(memory, files, end, lines, at.end)
     for index, module in enumerate(modules):
         memory.write(
-            BOOT_MODULES + index * _MODULE.size,
+            at.modules + index * _MODULE.size,
             _MODULE.pack(module.address, module.address + module.size, module.command_line, 0),
         )
     place_acpi(memory, config)
@@ -156,12 +191,12 @@ def load_multiboot(image: MultibootImage, memory: GuestMemory, config: BootConfi
         _MEMORY_MAP_ENTRY.pack(_MEMORY_MAP_ENTRY.size - 4, e.address, e.size, e.type)
         for e in memory_map(memory, config)
     )
-    memory.write(BOOT_SETUP_DATA, table)
-    memory.write(BOOT_COMMAND_LINE, command_line)
-    memory.write(_LOADER_NAME_AT, _LOADER_NAME)
+    memory.write(at.memory_map, table)
+    memory.write(at.command_line, command_line)
+    memory.write(at.info + _LOADER_NAME_OFFSET, _LOADER_NAME)
     low = memory.regions[0]
     memory.write(
-        BOOT_INFO,
+        at.info,
         _INFO.pack(
             _INFO_MEMORY
             | _INFO_COMMAND_LINE
@@ -171,37 +206,44 @@ def load_multiboot(image: MultibootImage, memory: GuestMemory, config: BootConfi
             EBDA_START // KIB,
             (low.end - HIGH_MEMORY_START) // KIB,
             0,
-            BOOT_COMMAND_LINE,
+            at.command_line,
             len(modules),
-            BOOT_MODULES if modules else 0,
+            at.modules if modules else 0,
             bytes(16),
             len(table),
-            BOOT_SETUP_DATA,
+            at.memory_map,
             0,
             0,
             0,
-            _LOADER_NAME_AT,
+            at.info + _LOADER_NAME_OFFSET,
         ),
     )
-    limit = write_gdt(memory, BOOT_GDT, (FLAT_CODE32, FLAT_DATA, TASK64))
+    limit = write_gdt(memory, at.gdt, (FLAT_CODE32, FLAT_DATA, TASK64))
     return Entry(
         rip=image.entry,
-        gdt_base=BOOT_GDT,
+        gdt_base=at.gdt,
         gdt_limit=limit,
-        registers={"rax": _LOADER_MAGIC, "rbx": BOOT_INFO},
+        registers={"rax": _LOADER_MAGIC, "rbx": at.info},
     )
+
+
+def _moved(places: _Places, base: int) -> _Places:
+    """Return the same places, from `base` up, which is page-aligned."""
+    distance = base - places.gdt // PAGE_SIZE * PAGE_SIZE
+    return _Places(*(address + distance for address in places))
 
 
 def _place_kernel(image: MultibootImage, memory: GuestMemory) -> int:
-    """Place the kernel; return its end."""
+    """Place the kernel, each piece in conventional memory or above 1 MiB; return its end."""
+    for address, size in image.ranges:
+        kernel = f"{image.source.name}: kernel of {size:#x} bytes at {address:#x}"
+        if address < HIGH_MEMORY_START and address + size > EBDA_START:
+            raise BootError(f"{kernel}: reaches beyond conventional memory, {EBDA_START:#x}")
+        if not memory.contains(address, size):
+            raise BootError(f"{kernel}: does not fit between 1 MiB and {memory.size >> 20} MiB")
     if image.elf is not None:
         return place_loads(image.elf, memory)
     load = image.load
     assert load is not None
-    if load.address < HIGH_MEMORY_START or not memory.contains(load.address, load.memory_size):
-        raise BootError(
-            f"{image.source.name}: kernel of {load.memory_size:#x} bytes at {load.address:#x}:"
-            f" does not fit between 1 MiB and {memory.size >> 20} MiB"
-        )
     image.source.place(memory, load.address, load.offset, load.file_size)
     return load.address + load.memory_size

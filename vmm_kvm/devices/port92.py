@@ -1,0 +1,71 @@
+"""System control port A, port 0x92: the quick way to reset, and an A20 gate that gates nothing.
+
+KVM never masks address line 20, so the gate's bit is kept for the guest to read, and does nothing.
+Bit 0 resets when it is written as 1 and reads back 0: the machine that would read 1 is gone.
+
+Source: Intel 82371AB §2.2.2.6, "PORT92".
+"""
+
+import threading
+from collections.abc import Callable
+from enum import IntFlag
+from typing import NamedTuple
+
+from vmm_kvm.bits import all_ones
+
+
+class Control(IntFlag):
+    """The port's bits."""
+
+    FAST_INIT = 1 << 0
+    """Written as 1: reset."""
+    FAST_A20 = 1 << 1
+    """Let address line 20 through."""
+
+
+class Port92State(NamedTuple):
+    """Everything that a guest can observe of a Port92."""
+
+    value: int
+
+
+class Port92:
+    """The port; a BusDevice of one port, for 0x92.
+
+    `on_reset` is called with the lock held, on a vCPU thread; it must not wait.
+    """
+
+    __slots__ = ("_on_reset", "_value", "lock")
+
+    def __init__(self, on_reset: Callable[[], None]) -> None:
+        self.lock = threading.Lock()
+        self._on_reset = on_reset
+        self._value = int(Control.FAST_A20)
+
+    def read(self, offset: int, size: int) -> int:
+        """Return what was written last, but for the reset; nothing drives further bytes."""
+        ones = all_ones(size)
+        return ones if offset else ones & ~0xFF | self._value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Keep the bits, and reset if that is asked for."""
+        if offset != 0 or not size:
+            return
+        self._value = value & 0xFF & ~int(Control.FAST_INIT)
+        if value & Control.FAST_INIT:
+            self._on_reset()
+
+    def reset(self) -> None:
+        """Let address line 20 through, as after power-on."""
+        with self.lock:
+            self._value = int(Control.FAST_A20)
+
+    def state(self) -> Port92State:
+        """Return a snapshot; any thread."""
+        with self.lock:
+            return Port92State(self._value)
+
+    def restore(self, state: Port92State) -> None:
+        """Continue from a snapshot."""
+        with self.lock:
+            self._value = state.value & 0xFF & ~int(Control.FAST_INIT)
