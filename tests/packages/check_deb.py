@@ -171,7 +171,8 @@ def test_what_came_along(installed: SystemdHost, package: str) -> None:
         assert "vm" in installed.run("man", "--where", section, name)
     assert installed.run("vmd", "-n", "-f", "/dev/null") == "configuration OK\n"
     version = installed.run("dpkg-deb", "--field", package, "Version").strip()
-    assert installed.run("vmctl", "--version") == f"vmctl {version}\n"
+    for name in ("vmctl", "vmd"):
+        assert installed.run(name, "--version") == f"{name} {version}\n"
     for name in ("vmm-blk", "vmm-net"):
         assert "usage" in installed.run(name, "--help", check=False).lower()
     listed = installed.run("dpkg", "--listfiles", "vmm-kvm")
@@ -198,12 +199,14 @@ def test_an_upgrade_lets_vms_run(installed: SystemdHost, package: str) -> None:
 
 
 def test_a_purge_leaves_nothing(installed: SystemdHost, before: set[str]) -> None:
-    """Afterwards no process, no file and no unit is left; users stay, as policy has it."""
-    installed.run("systemctl", "enable", "--now", "vmd.socket", check=False)
+    """No process, file or unit is left; users stay, as policy has it, and what is not ours."""
+    installed.run("systemctl", "enable", "vmd.socket")
+    installed.run("touch", "/var/lib/vmd/old.nvram", "/var/lib/vmd/disk.img")
     _apt(installed, "purge", "vmm-kvm")
     assert installed.run("pgrep", "-f", "bin/vmd", check=False) == ""
     assert installed.run("ls", "/run/vmd.sock", check=False).endswith("No such file or directory\n")
-    assert _files(installed) - before == {"/etc/vm.conf"}
+    kept = {"/etc/vm.conf", "/var/lib/vmd", "/var/lib/vmd/disk.img"}
+    assert _files(installed) - before == kept
     assert before - _files(installed) == set()
 
 

@@ -56,13 +56,13 @@ def debian_tree(suite: str) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_suffix(".part")
         subprocess.run(["rm", "-rf", "--one-file-system", part], check=True)
-        subprocess.run(
-            [
-                *("mmdebstrap", "--quiet", "--mode=root", "--variant=apt"),
-                *(f"--include={','.join(_PACKAGES)}", "--aptopt=Acquire::Retries 3", suite, part),
-            ],
-            check=True,
-        )
+        command = [
+            *("mmdebstrap", "--quiet", "--mode=root", "--variant=apt"),
+            # A suite's index is out of date by design where a mirror keeps one for long.
+            *('--aptopt=Acquire::Check-Valid-Until "false"', "--aptopt=Acquire::Retries 3"),
+            *(f"--include={','.join(_PACKAGES)}", suite, str(part), *_sources(suite)),
+        ]
+        subprocess.run(command, check=True)
         subprocess.run(
             ["unshare", "--mount", "sh", "-c", _FETCH, "fetch", *_DEPENDENCIES],
             cwd=part,
@@ -70,6 +70,18 @@ def debian_tree(suite: str) -> Path:
         )
         part.rename(place)
     return place
+
+
+def _sources(suite: str) -> list[str]:
+    """Return the line of apt's that names this machine's mirror; mmdebstrap knows one itself."""
+    ask = """
+    . scripts/apt_sources.sh
+    debian_source "$(. /etc/os-release; echo "${VERSION_CODENAME:-}")" | head -n 1 | cut -f 1
+    """
+    done = subprocess.run(
+        ["sh", "-euc", ask], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    return [f"deb {done} {suite} main"] if done else []
 
 
 def wheels(python: str) -> Path:
