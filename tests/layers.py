@@ -103,6 +103,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.pci",
     ),
     "vmm_kvm.virtio.vhost_user": (
+        "vmm_kvm.text",
         "vmm_kvm.errors",
         "vmm_kvm.bits",
         "vmm_kvm.log",

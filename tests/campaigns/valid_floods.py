@@ -5,7 +5,8 @@ their answers at once, some a little at a time, some never. Meanwhile another us
 status, and stops and starts a VM. No VM is lost, the status comes within a second, a forced stop
 within two, and the memory of control and of the parent stays below a limit.
 
-Others ask for events by the thousand. Each request is answered once, a VM starts within a second,
+Others start VMs under ever new names, which fail, and leave nothing; or ask for events by the
+thousand. Each request is answered once, a VM starts within a second,
 and the daemon ends when it is told to.
 
 Any deviation is printed, and the exit status is 1.
@@ -14,6 +15,7 @@ Any deviation is printed, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import select
@@ -21,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +36,7 @@ from tests.campaigns import daemon_campaign  # noqa: E402
 from tests.campaigns.daemon_campaign import Failure  # noqa: E402
 from tests.campaigns.hostile_clients import NOBODY, as_nobody  # noqa: E402
 from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
+from vmd.shared.log import LINES_AT_ONCE, LINES_PER_S  # noqa: E402
 
 STATUS = b'{"type":"status","statistics":true}'
 EVENTS = 150_000
@@ -86,7 +89,8 @@ class Flood:
     """Connections that are kept full of requests, on a thread of its own."""
 
     def __init__(self, path: Path, count: int, packet: bytes) -> None:
-        self._packet = packet
+        self.make: Callable[[], bytes] = lambda: packet
+        """Makes what is sent next."""
         self._sockets = [_connect(path) for _ in range(count)]
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -135,7 +139,7 @@ class Flood:
     def _write(self, sock: socket.socket) -> None:
         try:
             while True:
-                sock.send(self._packet)
+                sock.send(self.make())
         except OSError:
             return
 
@@ -302,12 +306,65 @@ def run_events(directory: Path, count: int) -> str:
     return told
 
 
+def run_starts(directory: Path, seconds: float) -> str:
+    """Have a user fail to start VMs under new names; returns what to tell.
+
+    Raises:
+        Failure: another user is kept waiting, or something is left of the starts.
+    """
+    is_user = os.geteuid() != 0
+    directory.chmod(0o711)
+    (directory / "none").mkdir(exist_ok=True)
+    owner = "" if is_user else f", owner {NOBODY}"
+    template = vm_block("base", f"allow instance {{ disk{owner} }}")
+    config = ("" if is_user else f"socket owner {NOBODY}\n") + template + vm_block("one")
+    with Daemon(directory, config, is_user=is_user) as vmd:
+        with vmd.client() as client:
+            client.ask("start", name="one")
+        flood = Flood(vmd.socket, EVENTS_CONNECTIONS, b"")
+        names = itertools.count()
+
+        def packet() -> bytes:
+            disk = {"path": f"{directory}/none/disk.raw"}
+            start = {"type": "start", "name": f"x{next(names)}", "instance": "base"}
+            return json.dumps({**start, "disks": [disk]}).encode()
+
+        flood.make = packet
+        flood.start()
+        slowest = 0.0
+        try:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                begun = time.monotonic()
+                with vmd.client() as client:
+                    client.vm("one")
+                slowest = max(slowest, time.monotonic() - begun)
+                time.sleep(_PROBES_S)
+        finally:
+            flood.stop()
+        with vmd.client() as client:
+            client.ask("stop", name="one", force=True, wait=True)
+            time.sleep(6.1)  # a start that follows sooner counts as too quick
+            last = client.ask("start", name="one")
+            left = [vm["name"] for vm in client.vms() if str(vm["name"]).startswith("x")]
+        lines = vmd.log.read_text().count("\n")
+    told = (
+        f"{flood.answers} starts under new names answered; the slowest status of another user "
+        f"{slowest * 1e3:.0f} ms; {lines} lines in the log"
+    )
+    most = 4 * (LINES_AT_ONCE + LINES_PER_S * (seconds + 10))
+    if last["type"] != "started" or left or slowest > STATUS_MAX_S or lines > most:
+        raise Failure(f"{told}; then {last}, left {left[:3]}")
+    return told
+
+
 def main() -> int:
     """Run the campaign; returns the exit status."""
 
     def run_all(directory: Path, given: argparse.Namespace) -> str:
         events = run_events(directory, given.events)
-        return f"{events}; {run(directory, given.connections, given.seconds)}; no VM lost"
+        starts = run_starts(directory, min(given.seconds, 30))
+        return f"{events}; {starts}; {run(directory, given.connections, given.seconds)}; no VM lost"
 
     options = {
         "connections": (256, "of the flood"),

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from vmm_kvm.loop import EventLoop
 
+MERGED_NS = 20_000_000
+"""How often a VM may be told that its terminal was opened or closed."""
 _IN_OPEN = 0x20
 _IN_CLOSE = 0x18
 _IN_CLOEXEC_NONBLOCK = os.O_CLOEXEC | os.O_NONBLOCK
@@ -42,12 +44,17 @@ class TerminalWatch:
         self._loop = loop
         self._fd = _checked(int(_libc.inotify_init1(_IN_CLOEXEC_NONBLOCK)))
         self._callbacks: dict[int, Callable[[], None]] = {}
-        loop.add_reader(self._fd, self._read)
+        self._timer = loop.timer(self._listen)
+        self._listen()
 
     def close(self) -> None:
         """Watch no more."""
+        self._timer.cancel()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
+
+    def _listen(self) -> None:
+        self._loop.add_reader(self._fd, self._read)
 
     def add(self, path: str, callback: Callable[[], None]) -> int:
         """Call `callback` each time that somebody opens or closes `path`; returns what to remove.
@@ -66,7 +73,12 @@ class TerminalWatch:
         _libc.inotify_rm_watch(self._fd, watch)
 
     def _read(self) -> None:
-        """Call back once for each file, however often it was opened meanwhile."""
+        """Call back once for each file, however often it was opened meanwhile.
+
+        Then nothing is read for a while: somebody may open and close a terminal without end.
+        """
+        self._loop.remove_reader(self._fd)
+        self._timer.arm(self._loop.monotonic_ns() + MERGED_NS)
         try:
             data = os.read(self._fd, _READ_SIZE)
         except BlockingIOError:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaigns import compromised, hostile_clients, kill_daemon, reload_storm, valid_floods
+from tests.system.vmd.daemon import READY, Daemon, vm_block
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
 
@@ -55,3 +56,29 @@ def test_processes_of_vms_that_were_taken_over(tmp_path: Path, kind: str, rounds
 def test_a_control_process_that_was_taken_over(tmp_path: Path, seed: int) -> None:
     """One that asks more than it may, or reads no answer, costs no VM, and is replaced."""
     assert "replaced" in compromised.run_control(tmp_path, seed)
+
+
+def test_floods_of_failing_starts(tmp_path: Path) -> None:
+    """Names without end keep nobody waiting, use no ids, and have their share of the log."""
+    for directory in tmp_path.parents[:3]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    assert "under new names" in valid_floods.run_starts(tmp_path, 5.0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's connection needs root")
+def test_consoles_that_one_user_does_not_take(tmp_path: Path) -> None:
+    """Another user's console opens all the same: the kernel counts descriptors under way."""
+    for directory in tmp_path.parents[:3]:
+        directory.chmod(directory.stat().st_mode | 0o011)
+    tmp_path.chmod(0o711)
+    nobody = hostile_clients.NOBODY
+    config = f"socket owner {nobody}\n" + vm_block("his", f"owner {nobody}", enabled=True)
+    config += vm_block("mine", enabled=True)
+    with Daemon(tmp_path, config, is_user=False) as vmd, vmd.client() as client:
+        for name in ("his", "mine"):
+            client.wait_for_state(name, "running")
+        ask = b'{"type":"console","name":"his"}'
+        with valid_floods.flooded(vmd.socket, 96, ask):
+            for _ in range(10):
+                with client.console("mine") as console:
+                    console.expect(READY)

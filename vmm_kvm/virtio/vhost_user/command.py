@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from vmm_kvm.errors import VmmError
 from vmm_kvm.log import show_lines
+from vmm_kvm.text import printable
 from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.vhost_user.process import serve
 from vmm_kvm.virtio.vhost_user.server import inherited, listen
@@ -90,5 +91,5 @@ class Command(NamedTuple):
 
     def _fail(self, what: str, err: VmmError | OSError) -> int:
         message = str(err) if isinstance(err, VmmError) else f"{what}: {err.strerror}"
-        print(f"{self.name}: {message}", file=sys.stderr)  # noqa: T201 - a command
+        print(f"{self.name}: {printable(message)}", file=sys.stderr)  # noqa: T201 - a command
         return 1
