@@ -35,7 +35,8 @@ _KEY_INTERVAL_S = 1.0
 
 # On a busy machine the kernel was seen to take delays of emulation for a wrong TSC, to read the
 # HPET instead, and to move the TSC of guests. That boots are faster or safer so is not shown.
-_COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"
+# Nor does its timer always tick there before it gives it up and panics (`no_timer_check`).
+_COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
 
 THREADS = Path("/run/threads")
 """In the rig: this machine's /proc/PID/task of the QEMU that the rig is."""
