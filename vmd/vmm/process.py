@@ -127,7 +127,10 @@ class _Vm:
         """Tell what was left out."""
         if self._owes_look and self.channel and not self.channel.is_closed:
             self._owes_look = False
-            self.channel.send(LookAtTerminal())
+            try:
+                self.channel.send(LookAtTerminal())
+            except ChannelError as err:  # it has ended, which is why there is room
+                log.debug("vm/%s: %s", self.name, err)
 
 
 class Vmm:
