@@ -9,6 +9,7 @@ from vmd.config.disks import DiskKind
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.shared.counters import CountedImage, Counters
+from vmd.wire.channel import Fds
 from vmd.wire.internal import BeginDisk, DeviceBegin
 from vmm_kvm.block.image import Format, Layer
 from vmm_kvm.errors import VmmError
@@ -23,18 +24,21 @@ def prepare(_rehearses: bool) -> None:
 
 def run(connection: socket.socket) -> int:
     """Be told by `connection` which disk to serve, and serve it; returns the exit status."""
-    return device_process.run("disk", connection, _make)
+    return device_process.run("disk", connection, make)
 
 
-def _make(begin: DeviceBegin, fds: list[int]) -> VirtioBlk:
+def make(begin: DeviceBegin, fds: list[int]) -> VirtioBlk:
+    """Return the device that vmm has told of; see `process.Make`."""
     if not isinstance(begin, BeginDisk):
+        Fds(fds).close()
         raise VmmError(f"{begin.device} is no disk")
     disk, option = begin.disk, begin.disk.option
-    *chain, counters = fds
+    *chain, counters_fd = fds
+    counters = Counters(counters_fd)
     formats = [Format(kind) for kind in disk.formats]
     bases = [Layer(*base) for base in zip(chain[1:], formats[1:], strict=True)]
     # One whose format nobody said is looked at again: its guest must not make it something else.
     said = None if option.kind is DiskKind.PROBE else formats[0]
     image = open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)
-    counted = CountedImage(image, Counters(counters))
+    counted = CountedImage(image, counters)
     return VirtioBlk(counted, name=option.path, serial=option.serial, queues=option.queues)

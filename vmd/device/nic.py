@@ -8,6 +8,7 @@ import socket
 
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
+from vmd.wire.channel import Fds
 from vmd.wire.internal import BeginNic, DeviceBegin
 from vmm_kvm.errors import VmmError
 from vmm_kvm.net.ethernet import parse_lladdr
@@ -22,17 +23,24 @@ def prepare(_rehearses: bool) -> None:
 
 def run(connection: socket.socket) -> int:
     """Be told by `connection` which interface to serve, and serve it; returns the exit status."""
-    return device_process.run("nic", connection, _make)
+    return device_process.run("nic", connection, make)
 
 
-def _make(begin: DeviceBegin, fds: list[int]) -> VirtioNet:
+def make(begin: DeviceBegin, fds: list[int]) -> VirtioNet:
+    """Return the device that vmm has told of; see `process.Make`."""
     if not isinstance(begin, BeginNic):
+        Fds(fds).close()
         raise VmmError(f"{begin.device} is no interface")
     nic = begin.nic
     *taps, counters = fds
     os.close(counters)  # nothing here counts yet
+    try:
+        tap = Tap(taps, nic.name)
+    except (VmmError, OSError):
+        Fds(taps).close()
+        raise
     return VirtioNet(
-        Tap(taps, nic.name),
+        tap,
         parse_lladdr(nic.lladdr),
         name=nic.name,
         mtu=nic.mtu,

@@ -4,7 +4,6 @@ One ends when the VM's process does. Until it can serve, its status pipe says no
 byte 0, or why it cannot.
 """
 
-import os
 import signal
 import socket
 from collections.abc import Callable
@@ -49,27 +48,30 @@ def prepare(title: str, kind: Kind) -> None:
 
 def run(title: str, connection: socket.socket, make: Make) -> int:
     """Be told by `connection` what to serve, and serve it; returns the exit status."""
-    vmm = Channel(connection, DEVICE_AND_VMM)
-    try:
-        begin, fds, _size = vmm.wait()
-    except ChannelError as err:  # nobody needs this process any more
-        log.debug("vmm: %s", err)
-        return 0
-    if isinstance(begin, SetVerbosity):
-        log.error("told how much to log, and not what to serve")
-        return 1
-    logging.set_verbosity(begin.verbosity)
-    logging.set_title(f"vm/{begin.vm}: {begin.device}")
-    set_title(f"{title}/{begin.vm}")
-    *own, sock, status_fd = fds.take_all()
-    try:
-        backend = make(begin, own)
-    except (VmmError, OSError) as err:
-        os.write(status_fd, str(err).encode()[:STATUS_MAX])
-        return 0  # the VM's process tells
-    os.write(status_fd, READY)
-    os.close(status_fd)
-    serve(socket.socket(fileno=sock), backend, on_loop=lambda loop: _listen(vmm, loop))
+    with Channel(connection, DEVICE_AND_VMM) as vmm:
+        try:
+            begin, fds, _size = vmm.wait()
+        except ChannelError as err:  # nobody needs this process any more
+            log.debug("vmm: %s", err)
+            return 0
+        with fds:
+            if isinstance(begin, SetVerbosity):
+                log.error("told how much to log, and not what to serve")
+                return 1
+            logging.set_verbosity(begin.verbosity)
+            logging.set_title(f"vm/{begin.vm}: {begin.device}")
+            set_title(f"{title}/{begin.vm}")
+            *own, sock, status_fd = fds.take_all()
+        vm = socket.socket(fileno=sock)
+        with vm, open(status_fd, "wb", buffering=0) as status:  # noqa: PTH123 - a descriptor
+            try:
+                backend = make(begin, own)
+            except (VmmError, OSError) as err:
+                status.write(str(err).encode()[:STATUS_MAX])
+                return 0  # the VM's process tells
+            status.write(READY)
+            vm = socket.socket(fileno=vm.detach())
+        serve(vm, backend, on_loop=lambda loop: _listen(vmm, loop))
     return 0
 
 

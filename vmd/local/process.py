@@ -33,7 +33,7 @@ RATE_MAX = 200
 """So many questions of one interface are answered in a second."""
 QUESTIONS_MAX = 64
 """DNS questions of one interface that are waiting; beyond them the oldest is forgotten."""
-_DNS_PORT = 53
+DNS_PORT = 53
 _DNS_HEADER_SIZE = 12
 _DNS_IS_ANSWER = 0x80
 _DNS_WAIT_NS = 5 * NANOSECONDS
@@ -65,9 +65,10 @@ class _Question:
 class Service:
     """What one guest on one local interface is told. For one thread."""
 
-    def __init__(self, loop: EventLoop, message: ServeLocal, fds: Fds) -> None:
-        """Begin to answer; takes over the sockets."""
+    def __init__(self, loop: EventLoop, message: ServeLocal, fds: Fds, dns_port: int) -> None:
+        """Begin to answer; takes over the sockets. The host's DNS server is at `dns_port`."""
         self._loop = loop
+        self._dns_port = dns_port
         self._interface = message.interface
         self._resolver = message.resolver
         addresses = message.addresses
@@ -186,7 +187,7 @@ class Service:
         number = next(self._numbers)
         self._questions[number] = _Question(upstream, asker, data[:2], dns)
         try:
-            upstream.connect((self._resolver, _DNS_PORT))
+            upstream.connect((self._resolver, self._dns_port))
             upstream.send(data)
         except OSError as err:
             log.debug("%s: DNS: %s", self._interface, err)
@@ -224,9 +225,10 @@ class Service:
 class Local:
     """The local process's work, on the event loop's thread."""
 
-    def __init__(self, loop: EventLoop) -> None:
-        """Serve nobody yet."""
+    def __init__(self, loop: EventLoop, dns_port: int = DNS_PORT) -> None:
+        """Serve nobody yet; the host's DNS server is at `dns_port`."""
         self._loop = loop
+        self._dns_port = dns_port
         self._services: dict[int, list[Service]] = {}
 
     def take(self, received: Received[ParentToLocal]) -> None:
@@ -236,7 +238,7 @@ class Local:
                 case ServeLocal(id=vm_id, interface=interface) if fds.are_lost:
                     log.warning("%s: not served: no descriptors left", interface)
                 case ServeLocal(id=vm_id):
-                    service = Service(self._loop, received.message, fds)
+                    service = Service(self._loop, received.message, fds, self._dns_port)
                     self._services.setdefault(vm_id, []).append(service)
                 case ForgetLocal(id=vm_id):
                     for service in self._services.pop(vm_id, []):

@@ -16,6 +16,7 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.confine.sandbox import adopt_orphans
 from vmd.vmm.blanks import Blanks
 from vmd.vmm.process import Vmm
+from vmd.wire.blank import Role
 from vmd.wire.channel import Channel, ChannelError
 from vmd.wire.internal import (
     DEVICE_AND_VMM,
@@ -36,7 +37,6 @@ from vmd.wire.internal import (
     NicSpec,
     ParentToVmm,
     PauseVm,
-    Role,
     SetVerbosity,
     StopVm,
     ToVm,
@@ -60,7 +60,11 @@ PR_SET_CHILD_SUBREAPER = 36
 FLOOD, CRASH, DEAF = "flood", "crash", "deaf"  # names of VMs, by what they do
 
 
-def _be_vm(connection: socket.socket, _rehearses: bool) -> int:
+def _prepare(_rehearses: bool) -> None:
+    """Prepare nothing."""
+
+
+def _be_vm(connection: socket.socket) -> int:
     """Be a VM's process, which does as it is told, or as its name says."""
     with Channel(connection, VM_AND_VMM) as vmm:
         begin, fds, _size = vmm.wait()
@@ -93,7 +97,7 @@ def _be_vm(connection: socket.socket, _rehearses: bool) -> int:
                     return 0
 
 
-def _be_device(connection: socket.socket, _rehearses: bool) -> int:
+def _be_device(connection: socket.socket) -> int:
     """Be a device's process, which ends with its VM, or as its name says."""
     with Channel(connection, DEVICE_AND_VMM) as vmm:
         begin, fds, _size = vmm.wait()
@@ -110,8 +114,8 @@ def _be_device(connection: socket.socket, _rehearses: bool) -> int:
 def _serve(connection: socket.socket) -> None:
     status = 1
     with suppress(BaseException):
-        bodies = dict.fromkeys(Role, zygote.Body(_be_device))
-        bodies[Role.VM] = zygote.Body(_be_vm)
+        bodies = dict.fromkeys(Role, zygote.Body(_prepare, _be_device))
+        bodies[Role.VM] = zygote.Body(_prepare, _be_vm)
         zygote.serve(Channel(connection, ZYGOTE_AND_VMM), bodies)
         status = 0
     os._exit(status)
@@ -125,8 +129,8 @@ class Rig:
         self.zygote = zygote_pid
         self.parent: Far[ParentToVmm, VmmToParent] = Far(loop, PARENT_AND_VMM)
         self.channel = Channel(self.parent.near, VMM_AND_PARENT)
-        self.blanks = Blanks(loop, Channel(orders, VMM_AND_ZYGOTE), ())
-        Vmm(loop, self.channel, self.blanks, zygote_pid)
+        self.blanks = Blanks(loop, Channel(orders, VMM_AND_ZYGOTE), zygote_pid, (), rehearses=False)
+        Vmm(loop, self.channel, self.blanks)
 
     def launch(self, name: str, *disks: str, nics: int = 0, count: int = 4) -> None:
         """Have VM 1 launched, with `count` descriptors."""

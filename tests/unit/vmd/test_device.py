@@ -1,0 +1,123 @@
+"""The process of a disk or an interface: from what vmm says to a device, or why there is none."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.device import disk, nic
+from vmd.device.process import READY, Make, run
+from vmd.shared import log as logging
+from vmd.shared.counters import make_counters
+from vmd.wire.channel import Channel
+from vmd.wire.internal import VMM_AND_DEVICE, BeginDisk, BeginNic, DiskSpec, NicSpec, SetVerbosity
+
+SIZE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def names() -> Iterator[None]:
+    """Put back what the process is called, and how much it logs."""
+    comm = Path("/proc/self/comm")
+    before = comm.read_text()
+    yield
+    comm.write_text(before)
+    logging.set_title("vmd")
+
+
+class Rig:
+    """A device's process, with the test as vmm and the VM: both are gone when it begins."""
+
+    def __init__(self) -> None:
+        self.near, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.vmm = Channel(theirs, VMM_AND_DEVICE)
+        self.status, self._status = os.pipe()
+        vm, self._vm = socket.socketpair()
+        vm.close()
+
+    def begin(self, begin: BeginDisk | BeginNic, *own: int) -> None:
+        """Say what the process is to be."""
+        fds = [*own, make_counters(), self._vm.detach(), self._status]
+        self.vmm.send(begin, fds)
+
+    def run(self, make: Make) -> tuple[int, bytes]:
+        """Be the process; returns its status, and what it told the VM."""
+        self.vmm.close()
+        status = run("disk", self.near, make)
+        told = os.read(self.status, 4096)
+        os.close(self.status)
+        self._vm.close()
+        return status, told
+
+
+def _disk(path: Path, kind: DiskKind = DiskKind.RAW) -> BeginDisk:
+    option = DiskOption(kind, str(path), serial="s1")
+    spec = DiskSpec(option=option, chain=(0,), formats=(kind or DiskKind.RAW,))
+    return BeginDisk(disk=spec, vm="one", verbosity=0)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return a raw image."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+@pytest.mark.parametrize("kind", [DiskKind.RAW, DiskKind.PROBE])
+def test_a_disk(image: Path, kind: DiskKind) -> None:
+    """It says that it is ready, serves its VM, and ends when that is gone."""
+    rig = Rig()
+    rig.begin(_disk(image, kind), _open(image))
+    assert rig.run(disk.make) == (0, READY)
+
+
+def test_what_is_no_image(image: Path) -> None:
+    """The VM is told why, in one line; the process ends in order."""
+    rig = Rig()
+    rig.begin(_disk(image, DiskKind.QCOW2), _open(image))
+    status, told = rig.run(disk.make)
+    assert status == 0
+    assert told.decode().startswith(f"{image}: ")
+
+
+def test_what_is_no_tap() -> None:
+    """An interface's process is told by the kernel that a file is no tap."""
+    rig = Rig()
+    spec = NicSpec(name="tap7", lladdr="fe:e1:bb:d1:00:01", taps=(0,))
+    rig.begin(BeginNic(nic=spec, vm="one", verbosity=0), os.open(os.devnull, os.O_RDWR))
+    status, told = rig.run(nic.make)
+    assert status == 0
+    assert told not in {b"", READY}
+
+
+def test_a_process_is_of_one_kind(image: Path) -> None:
+    """A disk's serves no interface, and the other way round."""
+    rig = Rig()
+    spec = NicSpec(name="tap7", lladdr="fe:e1:bb:d1:00:01", taps=(0,))
+    rig.begin(BeginNic(nic=spec, vm="one", verbosity=0), _open(image))
+    assert rig.run(disk.make) == (0, b"tap7 is no disk")
+    rig = Rig()
+    rig.begin(_disk(image), _open(image))
+    assert rig.run(nic.make) == (0, f"{image} is no interface".encode())
+
+
+def test_a_process_that_nobody_needs(image: Path) -> None:
+    """Vmm is gone, or says something else first: there is nothing to serve."""
+    rig = Rig()
+    os.close(rig._status)
+    assert rig.run(disk.make) == (0, b"")
+    rig = Rig()
+    os.close(rig._status)
+    rig.vmm.send(SetVerbosity(level=1))
+    assert rig.run(disk.make) == (1, b"")
+    assert image.stat().st_size == SIZE
