@@ -175,6 +175,10 @@ _vmctl() {
 		_vmctl_offer "$word"
 		return
 		;;
+	'run --console-log')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'run --firmware')
 		_vmctl_offer "$word" 'bios' 'uefi' '<file>'
 		return
@@ -192,7 +196,7 @@ _vmctl() {
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --firmware --initrd --no-reboot --nvram --selftest --timeout --virtio-console)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console)
 		operands=()
 		;;
 	'send '*)
@@ -252,7 +256,7 @@ _vmctl() {
 		return
 		;;
 	'start '*)
-		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --initrd)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --initrd --json)
 		operands=('<vm>')
 		;;
 	'status '*)
@@ -260,7 +264,7 @@ _vmctl() {
 		operands=('<vm>')
 		;;
 	'stop '*)
-		options=(-a -f -w)
+		options=(-a -f -w --json)
 		operands=('<vm>')
 		;;
 	'top -d')
@@ -288,7 +292,7 @@ _vmctl() {
 		return
 		;;
 	'wait '*)
-		options=(--for --timeout)
+		options=(--for --timeout --json)
 		operands=('<vm>')
 		;;
 	esac

@@ -59,8 +59,10 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -s n -d 'Add an interface
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s p -d 'Number of vCPUs, 1 to 64.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l append -d 'Kernel command line.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l console-log -d 'Write what the console shows to this file too.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l initrd -d 'Initial RAM disk; for a Multiboot kernel a module, and may be repeated.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l json -d 'Print how it ended as JSON, behind the console\'s output.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l no-reboot -d 'End when the guest reboots, instead of booting again.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that keeps the variables of UEFI firmware; made if it is missing.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
@@ -84,6 +86,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -s t -d 'Make an instan
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l append -d 'Kernel command line.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l firmware -d 'Boot firmware.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l initrd -d 'Initial RAM disk; for a Multiboot kernel a module, and may be repeated.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from status' -s r -d 'Only VMs that run.'
 complete -c vmctl -n '__fish_seen_subcommand_from status' -l json -d 'Print JSON.'
@@ -91,6 +94,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from status' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from stop' -s a -d 'Every VM that runs.'
 complete -c vmctl -n '__fish_seen_subcommand_from stop' -s f -d 'Without asking the guest.'
 complete -c vmctl -n '__fish_seen_subcommand_from stop' -s w -d 'Wait until it has ended.'
+complete -c vmctl -n '__fish_seen_subcommand_from stop' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from stop' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from top' -s d -d 'Time between two looks; 1 by default.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from top' -s n -d 'How often to look.' -x
@@ -98,4 +102,5 @@ complete -c vmctl -n '__fish_seen_subcommand_from top' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from unpause' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -l for -d 'Wait for another condition than its end.' -x -a 'running stopped console='
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -l timeout -d 'Wait no longer.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from wait' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -a '(__vmctl_vms)'

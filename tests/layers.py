@@ -339,6 +339,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmctl.nic_options": ("vmm_kvm.errors", "vmm_kvm.limits", "vmm_kvm.net", "vmctl"),
     "vmctl.stdio": ("vmm_kvm.loop", "vmctl"),
     "vmctl.run": (
+        "vmm_kvm.standard_streams",
         "vmm_kvm.errors",
         "vmm_kvm.clock",
         "vmm_kvm.log",

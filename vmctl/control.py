@@ -7,7 +7,8 @@ Source: sections 3.7, 3.8, 3.10 and 3.11 of OpenBSD's behaviour.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from vmctl.client import (
     Client,
@@ -19,6 +20,7 @@ from vmctl.client import (
     text_of,
 )
 from vmctl.messages import fail
+from vmctl.report import Report
 from vmm_kvm.text import printable
 
 _RESET_MODES = ("all", "vms", "switches")
@@ -26,27 +28,59 @@ _LOG_LEVELS = (("brief", 0), ("verbose", 2))
 
 
 def stop(
-    words: Sequence[str] = (), *, force: bool = False, wait: bool = False, every: bool = False
+    words: Sequence[str] = (),
+    *,
+    force: bool = False,
+    wait: bool = False,
+    every: bool = False,
+    as_json: bool = False,
 ) -> int | None:
     """Stop a VM, or with `every` each one that runs; None if both are named, or neither."""
     if every == bool(words):
         return None
+    report = Report(as_json)
     try:
-        target = None if every else parse_target(words[0])
+        if every:
+            return _stop_all(force=force, wait=wait, as_json=as_json)
+        target = parse_target(words[0])
         with Client() as client:
-            if target:
-                return _stop(client, target, force=force, wait=wait)
-            for vm in client.vms():
-                if vm["pid"] is not None:
-                    _stop(client, Target(name=vm["name"]), force=force, wait=wait)
-            return 0
+            return _stop(client, target, report, force=force, wait=wait)
     except CommandError as err:
-        return fail(err)
+        fail(err)
+        return report.end(1, str(err))
 
 
-def _stop(client: Client, target: Target, *, force: bool, wait: bool) -> int:
+def _stop_all(*, force: bool, wait: bool, as_json: bool) -> int:
+    """Ask every VM that runs to stop.
+
+    With `wait` they are all asked before one is waited for, and the status is 1 if any is not
+    stopped; without, a failure does not show in it, as in OpenBSD.
+    """
+    status = 0
+    with ExitStack() as stack:
+        client = stack.enter_context(Client())
+        asked: list[tuple[Client, Target, Report]] = []
+        for vm in client.vms():
+            if vm["pid"] is None:
+                continue
+            target, report = Target(name=vm["name"]), Report(as_json)
+            if not wait:
+                _stop(client, target, report, force=force, wait=False)
+                continue
+            # One that takes long must not keep the others from being asked.
+            own = stack.enter_context(Client())
+            own.send("stop", {**target.fields(), "force": force, "wait": True})
+            asked.append((own, target, report))
+        for own, target, report in asked:
+            _begin_line("stopping", target)
+            with ending_the_line():
+                status |= finish(own, "stop", "terminated", report)
+    return status
+
+
+def _stop(client: Client, target: Target, report: Report, *, force: bool, wait: bool) -> int:
     _begin_line("stopping", target)
-    return complete(client, "stop", target, force=force, wait=wait)
+    return complete(client, "stop", target, report, force=force, wait=wait)
 
 
 def _begin_line(doing: str, target: Target) -> None:
@@ -54,22 +88,42 @@ def _begin_line(doing: str, target: Target) -> None:
     print(f"{doing} vm{printable(name)}: ", end="", file=sys.stderr, flush=True)
 
 
-def complete(client: Client, kind: str, target: Target, **fields: object) -> int:
-    """Ask to stop or to wait, and end the line that says so with what has become of it."""
-    expected = "terminated" if kind == "wait" or fields.get("wait") else "done terminated"
+def complete(client: Client, kind: str, target: Target, report: Report, **fields: object) -> int:
+    """Ask for something, and end the line that says so with what has become of it."""
+    expected = "terminated" if fields.get("wait") else "done terminated"
+    with ending_the_line():
+        client.send(kind, {**target.fields(), **fields})
+        return finish(client, kind, expected, report)
+
+
+@contextmanager
+def ending_the_line() -> Iterator[None]:
+    """End the line that says what is waited for, before an error has lines of its own."""
     try:
-        answer = client.ask(kind, expected, {**target.fields(), **fields})
-    except RefusedError as err:
-        print(why_not(kind, err.code), file=sys.stderr)
-        return 1
+        yield
     except CommandError:
         print(file=sys.stderr)
         raise
-    if answer["type"] == "terminated":
-        print(f"terminated vm {answer['id']}", file=sys.stderr)
-    else:
-        print(f"requested to shutdown vm {answer['id']}", file=sys.stderr)
-    return 0
+
+
+def finish(client: Client, kind: str, expected: str, report: Report) -> int:
+    """End the line that says what is waited for with what has become of it.
+
+    Raises:
+        CommandError: there is no answer, or one that is not among `expected`.
+    """
+    try:
+        answer, fds = client.receive(expected)
+    except RefusedError as err:
+        text = why_not(kind, err.code)
+        print(text, file=sys.stderr)
+        return report.end(1, text)
+    for fd in fds:
+        os.close(fd)
+    is_terminated = answer["type"] == "terminated"
+    text = "terminated" if is_terminated else "requested to shutdown"
+    print(f"{text} vm {answer['id']}", file=sys.stderr)
+    return report.end(0, text, answer["id"])
 
 
 def why_not(kind: str, code: str) -> str:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmctl.messages import bytes_hint, choice, fail
+from vmctl.report import Report
 from vmctl.stdio import Stdio
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm import log
@@ -36,6 +37,7 @@ from vmm_kvm.machine.machine import (
 )
 from vmm_kvm.machine.pci_devices import has_servers
 from vmm_kvm.primitives import Vmm
+from vmm_kvm.standard_streams import OutputError
 
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
     from vmm_kvm.block.image import Image
@@ -79,6 +81,8 @@ class RunOptions(NamedTuple):
     append: str | None = None
     timeout: str | None = None
     no_reboot: bool = False
+    as_json: bool = False
+    console_log: str | None = None
     attach: bool = False
     """Without a meaning: the console is always attached."""
     name: str = ""
@@ -93,6 +97,8 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
     """
     options = RunOptions(**given, name="".join(words))  # type: ignore[arg-type] # as the table has it
     log.set_up_with(_set_up_logging)
+    report = Report(options.as_json)
+    reason = None
     try:
         with ExitStack() as stack:
             spec = _spec(options, stack)
@@ -101,12 +107,31 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
             vmm = stack.enter_context(Vmm(stack.enter_context(Kvm())))
             loop = stack.enter_context(EventLoop())
             reboots = not options.no_reboot
-            status, message = Foreground(vmm, loop, spec, reboots, timeout_s).run()
+            console_log = _open_log(options.console_log, stack)
+            foreground = Foreground(vmm, loop, spec, reboots, timeout_s, console_log=console_log)
+            status, message, reason = foreground.run()
+            if options.as_json and foreground.leaves_line_open:
+                os.write(1, b"\n")
     except (VmmError, OSError) as err:
         status, message = EXIT_ERROR, str(err)
     if message:
         fail(message)
+    with suppress(OutputError):  # of which a line was said, and which changes no status
+        report.end(status, message or reason or "", pid=os.getpid())
     return status
+
+
+def _open_log(path: str | None, stack: ExitStack) -> int | None:
+    """Open the file of --console-log, empty; `stack` closes it."""
+    if path is None:
+        return None
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as err:
+        raise SpecError(f"{path}: {err.strerror}") from err
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _set_up_logging() -> None:
@@ -265,7 +290,14 @@ class Foreground:
     """
 
     def __init__(
-        self, vmm: Vmm, loop: EventLoop, spec: MachineSpec, reboot: bool, timeout_s: float | None
+        self,
+        vmm: Vmm,
+        loop: EventLoop,
+        spec: MachineSpec,
+        reboot: bool,
+        timeout_s: float | None,
+        *,
+        console_log: int | None,
     ) -> None:
         """Prepare; nothing is made before `run`."""
         self._vmm = vmm
@@ -276,10 +308,10 @@ class Foreground:
         self._machine: Machine | None = None
         self._outcome: Outcome | Ended | None = None
         self._terminations = 0
-        self._stdio = Stdio(loop, self)
+        self._stdio = Stdio(loop, self, log=console_log)
 
-    def run(self) -> tuple[int, str | None]:
-        """Run the VM; returns the exit status and a message for stderr."""
+    def run(self) -> tuple[int, str | None, str | None]:
+        """Run the VM; returns the exit status, and a message for stderr or else the reason."""
         with ExitStack() as stack:
             machine = stack.enter_context(self._new_machine())
             # From here on the terminal is raw: whatever happens has to give it back.
@@ -310,7 +342,16 @@ class Foreground:
                 self._outcome = None
                 machine = stack.enter_context(self._new_machine())
             self._stdio.finish(discard=isinstance(outcome, Ended) and outcome.discard_output)
-        return _status(self._outcome)
+        status, message = _status(self._outcome)
+        return status, message, _reason(self._outcome)
+
+    @property
+    def leaves_line_open(self) -> bool:
+        """Whether the console's output does not end with a line's end, on anything but a terminal.
+
+        There it is ended anyway.
+        """
+        return self._stdio.leaves_line_open
 
     def _resize(self, _number: int, _frame: FrameType | None) -> None:
         """Tell the guest of the terminal's new size; a signal handler."""
@@ -379,6 +420,19 @@ class Foreground:
     def quit(self, reason: str | None) -> None:
         """End the VM: a person typed `~.`, or the console went away."""
         self._finish(Ended(0 if reason is None else EXIT_ERROR, reason))
+
+
+def _reason(outcome: Outcome | Ended | None) -> str | None:
+    """Return why a VM ended about which there is no message."""
+    match outcome:
+        case Ending():
+            return outcome.value
+        case DebugExitStatus(value):
+            return f"debug exit {value}"
+        case Ended(message=None):
+            return "left"
+        case _:
+            return None
 
 
 def _status(outcome: Outcome | Ended | None) -> tuple[int, str | None]:

@@ -22,6 +22,7 @@ from vmctl.client import (
     text_of,
 )
 from vmctl.messages import bytes_hint, choice, fail
+from vmctl.report import Report
 from vmd.config.disks import DiskError, DiskKind, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, NAME_MAX, VCPUS_MAX
@@ -62,6 +63,7 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         words: its id or name.
         given: fields of StartOptions.
     """
+    report = Report(bool(given.pop("as_json", False)))
     options = StartOptions(**given)  # type: ignore[arg-type] # as the table of verbs has it
     fds: list[int] = []
     try:
@@ -74,12 +76,15 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
     except RefusedError as err:
         text = text_of(err.code)
         known = text if err.code in _OWN_TEXTS else f"start vm command failed: {text}"
-        return fail(f"{known}\n{err.detail}")
+        fail(f"{known}\n{err.detail}")
+        return report.end(1, err.detail or known)
     except CommandError as err:
-        return fail(err)
+        fail(err)
+        return report.end(1, str(err))
     finally:
         for fd in fds:
             os.close(fd)
+    report.end(0, "started", answer["id"], answer["pid"], answer["tty"])
     if options.console:
         from vmctl.attach import console  # noqa: PLC0415 - only with -c
 

@@ -46,8 +46,18 @@ class Stdio:
     `transmit` may be called on any thread, all else on the loop's. The descriptors stay open.
     """
 
-    def __init__(self, loop: EventLoop, guest: Guest, stdin: int = 0, stdout: int = 1) -> None:
-        """Join nothing yet; see `start`."""
+    def __init__(
+        self,
+        loop: EventLoop,
+        guest: Guest,
+        stdin: int = 0,
+        stdout: int = 1,
+        log: int | None = None,
+    ) -> None:
+        """Join nothing yet; see `start`. What the guest writes goes to the descriptor `log` too."""
+        self._log = log
+        self.leaves_line_open = False
+        """Whether a pipe's output does not end with the end of a line."""
         self._loop = loop
         self._guest = guest
         self._stdin = stdin
@@ -88,13 +98,10 @@ class Stdio:
         if self._terminal:
             self._terminal.__exit__()
             self._terminal = None
-        rest = b"".join(self._written)
-        self._written.clear()
+        while self._written:
+            self._take(self._written.popleft())
         if discard:
             self._backlog.clear()
-        else:
-            self._note(rest)
-            self._backlog += rest
         if self._state:  # what the guest did to the terminal, which it shares with the shell
             self._backlog += self._state.restore()
             self._state = None
@@ -108,7 +115,7 @@ class Stdio:
 
     def transmit(self, data: bytes) -> None:
         """Take what the guest wrote; any thread, never blocks."""
-        if self._is_closed:
+        if self._is_closed and self._log is None:
             return
         self._written.append(data)
         if not self._is_armed:
@@ -118,10 +125,26 @@ class Stdio:
     def _collect(self) -> None:
         self._is_armed = False  # before the look: a byte that comes now arms the timer again
         while self._written:
-            data = self._written.popleft()
+            self._take(self._written.popleft())
+        self._write()
+
+    def _take(self, data: bytes) -> None:
+        """Put what the guest wrote where it goes."""
+        self._record(data)
+        if not self._is_closed:
+            self.leaves_line_open = not self._parser and not data.endswith(b"\n")
             self._note(data)
             self._backlog += data
-        self._write()
+
+    def _record(self, data: bytes) -> None:
+        """Write to the log; one that cannot be written is told of, once, and ends nothing."""
+        view = memoryview(data)
+        while view and self._log is not None:
+            try:
+                view = view[os.write(self._log, view) :]
+            except OSError as err:
+                self._log = None
+                print(f"vmctl: console log: {err.strerror}", file=sys.stderr)
 
     def _note(self, data: bytes) -> None:
         """See what output does to a terminal."""
@@ -163,7 +186,7 @@ class Stdio:
         if self._is_closed:
             return
         self._is_closed = True
-        self._written.clear()
+        self.leaves_line_open = False
         self._backlog.clear()
         self._loop.remove_reader(self._stdout)
         self._loop.remove_writer(self._stdout)

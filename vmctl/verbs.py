@@ -86,6 +86,8 @@ _INITRD = Option(
     completes=(FILE,),
 )
 
+_ENDED = Option("--json", "as_json", "Print what has become of the VM as JSON.")
+
 _RUN_OPTIONS = (
     Option("-B", "boot_device", "What firmware boots from.", "device", completes=_BOOT_DEVICES),
     Option("-b", "boot", "Kernel or firmware image to boot.", "path", completes=(FILE,)),
@@ -106,6 +108,13 @@ _RUN_OPTIONS = (
     Option("-r", "cdrom", _CDROM, "path", completes=(FILE,)),
     Option("--append", "append", "Kernel command line.", "string"),
     Option(
+        "--console-log",
+        "console_log",
+        "Write what the console shows to this file too.",
+        "file",
+        completes=(FILE,),
+    ),
+    Option(
         "--firmware",
         "firmware",
         "Boot firmware; bios is the default where there are disks or an ISO image.",
@@ -113,6 +122,7 @@ _RUN_OPTIONS = (
         completes=_FIRMWARE,
     ),
     _INITRD,
+    Option("--json", "as_json", "Print how it ended as JSON, behind the console's output."),
     Option("--no-reboot", "no_reboot", "End when the guest reboots, instead of booting again."),
     Option(
         "--nvram",
@@ -146,11 +156,12 @@ _START_OPTIONS = (
     Option("--append", "append", "Kernel command line.", "string", True),
     Option("--firmware", "firmware", "Boot firmware.", "bios|uefi|path", True, _FIRMWARE),
     _INITRD,
+    _ENDED,
 )
 _START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
-    "\t\t[--append string] [--firmware name] [--initrd path] id | name"
+    "\t\t[--append string] [--firmware name] [--initrd path] [--json] id | name"
 )
 _LIST_OPTIONS = (_RUNNING, _JSON)
 
@@ -270,8 +281,9 @@ _TABLE = (
         usage=(
             "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
             "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
-            "\t\t[--firmware name] [--initrd path] [--no-reboot] [--nvram path]\n"
-            "\t\t[--selftest] [--timeout seconds] [--virtio-console] [name]"
+            "\t\t[--console-log file] [--firmware name] [--initrd path] [--json]\n"
+            "\t\t[--no-reboot] [--nvram path] [--selftest] [--timeout seconds]\n"
+            "\t\t[--virtio-console] [name]"
         ),
         is_openbsd=False,
     ),
@@ -311,9 +323,10 @@ _TABLE = (
             Option("-a", "every", "Every VM that runs."),
             Option("-f", "force", "Without asking the guest."),
             Option("-w", "wait", "Wait until it has ended."),
+            _ENDED,
         ),
         *(0, 1),
-        usage="[-fw] [id | -a]",
+        usage="[-fw] [--json] [id | -a]",
         completes=(VM,),
     ),
     Verb(
@@ -346,6 +359,7 @@ _TABLE = (
                 completes=("running", "stopped", "console="),
             ),
             Option("--timeout", "timeout", "Wait no longer.", "seconds"),
+            _ENDED,
         ),
         completes=(VM,),
     ),

@@ -18,8 +18,9 @@ from vmctl.client import (
     opened,
     parse_target,
 )
-from vmctl.control import complete, why_not
+from vmctl.control import finish, why_not
 from vmctl.messages import choice, fail
+from vmctl.report import Report
 from vmm_kvm.text import printable
 
 _STATES = ("running", "stopped")
@@ -31,8 +32,15 @@ class _ExpiredError(Exception):
     """The time is over."""
 
 
-def wait(words: Sequence[str], *, until: str | None = None, timeout: str | None = None) -> int:
+def wait(
+    words: Sequence[str],
+    *,
+    until: str | None = None,
+    timeout: str | None = None,
+    as_json: bool = False,
+) -> int:
     """Wait for a VM; returns the exit status, which is 1 when `timeout` seconds are over first."""
+    report = Report(as_json)
     try:
         target = parse_target(words[0])
         deadline = _deadline(timeout)
@@ -40,35 +48,34 @@ def wait(words: Sequence[str], *, until: str | None = None, timeout: str | None 
         _check(until)
         with Client() as client:
             print(f"waiting for vm{printable(name)}: ", end="", file=sys.stderr, flush=True)
-            return _wait(client, target, until, deadline)
+            return _wait(client, target, until, deadline, report)
     except CommandError as err:
-        return fail(err)
+        fail(err)
+        return report.end(1, str(err))
 
 
-def _wait(client: Client, target: Target, until: str | None, deadline: float | None) -> int:
+def _wait(
+    client: Client, target: Target, until: str | None, deadline: float | None, report: Report
+) -> int:
+    status = 0
     try:
-        if until is None and deadline is None:
-            return complete(client, "wait", target)
         if until is None:
             client.send("wait", target.fields())
             _await(client.fileno(), deadline)
-            answer, _ = client.receive("terminated")
-            text = f"terminated vm {answer['id']}"
-        elif until in _STATES:
+            return finish(client, "wait", "terminated", report)
+        if until in _STATES:
             text = _wait_for_state(client, target, until, deadline)
         else:
             text = _wait_for_text(client, target, until.removeprefix(_CONSOLE), deadline)
     except _ExpiredError:
-        print("timed out", file=sys.stderr)
-        return 1
+        status, text = 1, "timed out"
     except RefusedError as err:
-        print(why_not("wait", err.code), file=sys.stderr)
-        return 1
+        status, text = 1, why_not("wait", err.code)
     except CommandError:
         print(file=sys.stderr)
         raise
     print(text, file=sys.stderr)
-    return 0
+    return report.end(status, text)
 
 
 def _check(until: str | None) -> None:

@@ -1,6 +1,7 @@
 """`vmctl run` with the self-test guest: how it ends, what the console does, what is refused."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -209,6 +210,58 @@ def test_what_a_newcomer_types(arguments: tuple[str, ...], lines: str) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith(f"vmctl: {lines}")
+
+
+@pytest.mark.parametrize(
+    ("key", "status", "reason"),
+    [("p", 0, "power off"), ("x\x15", 43, "debug exit 21"), ("c", 1, "selftest.bin: the guest ")],
+)
+def test_json_and_console_log(key: str, status: int, reason: str, tmp_path: Path) -> None:
+    """How it ended is the last line of output; the log has what the console showed."""
+    log = tmp_path / "console.log"
+    log.write_bytes(b"of a run before" * 1000)
+    with selftest("--json", "--console-log", str(log)) as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send(key)
+        assert vm.wait() == status
+        console, told = vm.output.rstrip(b"\n").rsplit(b"\n", 1)
+        fields = json.loads(told)
+        assert (fields["pid"], fields["exit"]) == (vm.pid, status)
+        assert fields["reason"].startswith(reason)
+        assert log.read_bytes().rstrip(b"\n") == console.rstrip(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "errors"),
+    [
+        (">/dev/full", "vmctl: standard output: No space left on device\n"),
+        (">&-", "vmctl: standard output: Bad file descriptor\n"),
+    ],
+)
+def test_a_lost_result_changes_no_status(redirection: str, errors: str, tmp_path: Path) -> None:
+    """Neither output nor JSON can be written: the status is the guest's, and the log is whole."""
+    log = tmp_path / "console.log"
+    words = vmctl_run("--selftest", "--json", "--timeout", "3", "--console-log", log)
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *words],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (124, f"{errors}vmctl: timed out after 3 s\n")
+    assert b"selftest: ready" in log.read_bytes()
+
+
+def test_a_console_log_that_cannot_be_written() -> None:
+    """It is one line, and the VM goes on; one that cannot be made is refused."""
+    with selftest("--console-log", "/dev/full") as vm:
+        vm.expect("selftest: ready", READY_S)
+        vm.send("p")
+        assert vm.wait() == 0
+        assert vm.errors == b"vmctl: console log: No space left on device\n"
+    line = "vmctl: /nonexistent/log: No such file or directory"
+    assert refused("--selftest", "--console-log", "/nonexistent/log") == line
 
 
 def test_long_input_is_not_lost() -> None:

@@ -118,7 +118,11 @@ def test_typing_errors_of_options(
         (("image --help", "help image", "im -h"), ("image info", "image check"), ("doctor",)),
         (("image info -h", "help im inf"), ("what a disk image is",), ("check",)),
         (("run -m 1G -h", "ru --help x y z"), ("--nvram path", "--timeout seconds"), ("doctor",)),
-        (("stop -fh", "sto -h"), ("usage:\tvmctl [-v] stop [-fw] [id | -a]\n",), ("status",)),
+        (
+            ("stop -fh", "sto -h"),
+            ("usage:\tvmctl [-v] stop [-fw] [--json] [id | -a]\n",),
+            ("status",),
+        ),
     ],
 )
 def test_help(

@@ -273,10 +273,13 @@ def test_a_terminal_is_given_back_as_it_was(loop: EventLoop) -> None:
     spin(loop)
     stdio.transmit(b"49h$ ")
     stdio.finish(discard=False)
-    shown = os.read(master, 1000)
+    expected = b"\x1b[?7l\x1b[?25l\x1b[?1049h$ \x1b[?1049l\x1b[?7h\x1b[?25h\x1b[0m\r\r\n"
+    shown = b""
+    while len(shown) < len(expected):
+        shown += os.read(master, 1000)
     os.close(master)
     os.close(slave)
-    assert shown == (b"\x1b[?7l\x1b[?25l\x1b[?1049h$ \x1b[?1049l\x1b[?7h\x1b[?25h\x1b[0m\r\r\n")
+    assert shown == expected
 
 
 def test_a_pipe_gets_nothing_of_ours(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -342,6 +343,76 @@ def test_stop_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
         "stopping vm web: failed: Operation not permitted\n"
         "stopping vm x: requested to shutdown vm 3\n"
     )
+
+
+def test_stop_of_all_and_wait(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """All are asked before one is waited for; the status tells whether each is stopped."""
+    other = VmInfo(id=3, name="x", state=State.PAUSED, cpus=1, memory=1 << 29, pid=3)
+    both = threading.Barrier(2, timeout=20)
+    refuses = False
+
+    def answer(request: AnyRequest) -> list[AnyAnswer]:
+        if isinstance(request, Status):
+            return [Vms(vms=(WEB, other, DB))]
+        both.wait()  # an answer comes when both are asked
+        assert isinstance(request, Stop)
+        assert request.wait
+        is_web = request.name == "web"
+        return [failed(ErrorCode.EPERM) if refuses and is_web else Terminated(id=3 - 2 * is_web)]
+
+    serve(answer)
+    assert vmctl(["stop", "-aw", "--json"]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == "stopping vm web: terminated vm 1\nstopping vm x: terminated vm 3\n"
+    told = [json.loads(line) for line in output.splitlines()]
+    assert [(one["id"], one["exit"], one["reason"]) for one in told] == [
+        (1, 0, "terminated"),
+        (3, 0, "terminated"),
+    ]
+    refuses = True
+    assert vmctl(["stop", "-a", "-w"]) == 1
+    assert "stopping vm x: terminated vm 3\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "answer", "told"),
+    [
+        ("start web", STARTED, {"id": 7, "pid": 700, "tty": "/dev/pts/7", "exit": 0}),
+        ("start web", failed(ErrorCode.EPERM, "not yours"), {"exit": 1, "reason": "not yours"}),
+        (
+            "start web",
+            failed(ErrorCode.EALREADY),
+            {"exit": 1, "reason": "start vm command failed: Operation already in progress"},
+        ),
+        ("start a/b", STARTED, {"exit": 1, "reason": "invalid VM name"}),
+        ("stop web", Done(id=1), {"id": 1, "exit": 0, "reason": "requested to shutdown"}),
+        ("stop -w web", Terminated(id=1), {"id": 1, "exit": 0, "reason": "terminated"}),
+        ("stop web", failed(ErrorCode.ENOENT), {"id": None, "exit": 1, "reason": "vm not found"}),
+        ("wait web", Terminated(id=1), {"id": 1, "exit": 0, "reason": "terminated"}),
+        (
+            "wait --timeout 9 web",
+            failed(ErrorCode.EINTR),
+            {"exit": 1, "reason": "interrupted call"},
+        ),
+        ("wait --timeout x web", Done(), {"exit": 1, "reason": "invalid time-out: x"}),
+    ],
+)
+def test_json_of_what_has_become_of_a_vm(
+    line: str,
+    answer: AnyAnswer,
+    told: dict[str, object],
+    serve: Serve,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line with the same fields each time, whatever came of it."""
+    serve(lambda _: [answer])
+    verb, rest = line.split(" ", 1)
+    status = vmctl([verb, "--json", *rest.split()])
+    fields = json.loads(capsys.readouterr().out)
+    assert list(fields) == ["id", "pid", "tty", "exit", "reason", "seconds"]
+    assert fields["exit"] == status
+    assert 0 <= fields["seconds"] < 20
+    assert {name: fields[name] for name in told} == told
 
 
 def test_start_with_everything(
