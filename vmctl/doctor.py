@@ -4,6 +4,8 @@ Exit status: 0 when VMs can run, 1 when they cannot.
 """
 
 import json
+import pwd
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -11,6 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from vmctl.client import Client, CommandError, socket_path
 from vmd.config.sizes import fmt_scaled
 from vmm_kvm import primitives
 from vmm_kvm.boot.firmware import BIOS, UEFI, find_firmware
@@ -63,8 +66,14 @@ _REQUIRED = {"irqchip", "pit2", "user-memory", "readonly-mem", "immediate-exit"}
 _DEVICES = {
     "tun": ("/dev/net/tun", "networks with taps", "modprobe tun"),
     "vhost-net": ("/dev/vhost-net", "networks at the kernel's speed", "modprobe vhost_net"),
-    "vhost-vsock": ("/dev/vhost-vsock", "sockets between host and guest", "modprobe vhost_vsock"),
 }
+
+_PROGRAMS = {
+    "passt": ("networks without root", "apt install passt"),
+    "nft": ("NAT, forwarded ports and locked addresses", "apt install nftables"),
+}
+_DAEMON_USER = "_vmd"
+_GUEST_MEMORY = 512 << 20
 
 _FIRMWARE = {
     "seabios": (
@@ -86,6 +95,8 @@ def doctor(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
     findings.append(_nested())
     findings += [_device(name, *what) for name, what in _DEVICES.items()]
     findings += [_firmware(name, *what) for name, what in _FIRMWARE.items()]
+    findings += [_program(name, *what) for name, what in _PROGRAMS.items()]
+    findings += [_user(), _daemon(), _memory()]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     elif sys.stdout.isatty():
@@ -179,6 +190,45 @@ def _firmware(name: str, wanted: str, use: str, remedy: str) -> Finding:
     except BootError:
         return Finding(name, Status.LIMITED, f"not found; needed to {use}", remedy)
     return Finding(name, Status.OK, f"{path}: {use}")
+
+
+def _program(name: str, use: str, remedy: str) -> Finding:
+    path = shutil.which(name)
+    if path is None:
+        return Finding(name, Status.LIMITED, f"not found; needed for {use}", remedy)
+    return Finding(name, Status.OK, f"{path}: {use}")
+
+
+def _user() -> Finding:
+    use = "what runs the processes of a vmd that root starts"
+    try:
+        uid = pwd.getpwnam(_DAEMON_USER).pw_uid
+    except KeyError:
+        hint = f"useradd --system {_DAEMON_USER}; vmd --user needs none"
+        return Finding("user", Status.LIMITED, f"no user {_DAEMON_USER}: {use}", hint)
+    return Finding("user", Status.OK, f"{_DAEMON_USER}, uid {uid}: {use}")
+
+
+def _daemon() -> Finding:
+    try:
+        with Client():
+            return Finding("vmd", Status.OK, f"listens at {socket_path()}")
+    except CommandError as err:
+        # What is missing, and what to do about it, if that is known.
+        problem, _, advice = str(err).partition("\n")
+        return Finding("vmd", Status.LIMITED, problem, advice)
+
+
+def _memory() -> Finding:
+    found = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines())
+    sizes = {name: int(text.split()[0]) << 10 for name, text in found.items() if text.split()}
+    available, total = sizes.get("MemAvailable"), sizes.get("MemTotal")
+    if available is None or total is None:
+        return Finding("memory", Status.LIMITED, "/proc/meminfo does not say how much there is")
+    text = f"{fmt_scaled(available)} of {fmt_scaled(total)} available"
+    if available < _GUEST_MEMORY:
+        return Finding("memory", Status.LIMITED, text, "less than a VM has by default")
+    return Finding("memory", Status.OK, text)
 
 
 def _read(path: Path) -> str:
