@@ -6,7 +6,8 @@ byte 0, or why it cannot.
 
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, set_title
@@ -71,11 +72,12 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
                 return 0  # the VM's process tells
             status.write(READY)
             vm = socket.socket(fileno=vm.detach())
-        serve(vm, backend, on_loop=lambda loop: _listen(vmm, loop))
+        serve(vm, backend, on_loop=lambda loop: listen_to_vmm(vmm, loop))
     return 0
 
 
-def _listen(vmm: Channel[None, VmmToDevice], loop: EventLoop) -> None:
+@contextmanager
+def listen_to_vmm(vmm: Channel[None, VmmToDevice], loop: EventLoop) -> Iterator[None]:
     """Let vmm say how much to log; its end is no end of ours, for the VM's last writes."""
     logging.follow(loop)
 
@@ -85,3 +87,8 @@ def _listen(vmm: Channel[None, VmmToDevice], loop: EventLoop) -> None:
             logging.set_verbosity(received.message.level)
 
     vmm.watch(loop, take, lambda _: None)
+    try:
+        yield
+    finally:
+        vmm.close()
+        logging.follow(None)

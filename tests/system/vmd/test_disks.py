@@ -201,3 +201,16 @@ def test_a_failed_start_leaves_no_variables(start_vmd: Start, tmp_path: Path) ->
         disk.unlink()
         assert client.ask("start", name="one")["code"] == "disk-missing"
         assert list((tmp_path / "state").glob("*.nvram")) == []
+
+
+def test_a_disk_process_ends_in_order(start_vmd: Start, tmp_path: Path) -> None:
+    """When its VM has ended, and without a word about that."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    config = vm_block("one", f'disk "{disk}" format raw')
+    with start_vmd(config) as vmd, vmd.client() as client:
+        assert client.ask("start", name="one")["type"] == "started"
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+    log = vmd.log.read_text()
+    assert "Traceback" not in log
+    assert "its process" not in log

@@ -12,7 +12,10 @@ from contextlib import suppress
 
 import pytest
 
+from vmd.device.process import listen_to_vmm
 from vmd.shared import log
+from vmd.wire.channel import channel_pair
+from vmd.wire.internal import DEVICE_AND_VMM, VMM_AND_DEVICE, SetVerbosity
 from vmm_kvm.loop import EventLoop
 
 Handler = log._Descriptor  # what the daemon has one of for each process
@@ -152,6 +155,22 @@ def test_verbosity_is_for_our_own_messages() -> None:
         assert not logging.getLogger("pyroute2").isEnabledFor(logging.DEBUG)
         log.set_verbosity(1)
         assert not logging.getLogger("vmd.vmm.process").isEnabledFor(logging.DEBUG)
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def test_a_device_process_is_told_how_much_to_log() -> None:
+    """While it serves, as the others are; that vmm is gone does not end it."""
+    vmm, device = channel_pair(VMM_AND_DEVICE, DEVICE_AND_VMM)
+    before = {name: logging.getLogger(name).level for name in ("", "vmd", "vmm_kvm")}
+    try:
+        with EventLoop() as loop, vmm, device, listen_to_vmm(device, loop):
+            vmm.send(SetVerbosity(level=2))
+            vmm.close()
+            loop.timer(loop.stop).arm(loop.monotonic_ns() + 50_000_000)
+            loop.run()
+        assert logging.getLogger("vmm_kvm.block").isEnabledFor(logging.DEBUG)
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)

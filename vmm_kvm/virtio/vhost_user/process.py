@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
@@ -128,16 +128,16 @@ def serve(
     *,
     is_one_shot: bool = False,
     signals: Sequence[signal.Signals] = (),
-    on_loop: Callable[[EventLoop], None] | None = None,
+    on_loop: Callable[[EventLoop], AbstractContextManager[None]] = lambda _loop: nullcontext(),
 ) -> None:
     """Serve `backend` on `sock` until there is nothing more to serve, or one of `signals` comes.
 
     Takes ownership of both. On the main thread, whose handlers of `signals` it replaces for good: a
     second one changes nothing, so that the backend is closed in order. `on_loop` may have the event
-    loop watch something else too.
+    loop watch something else too, until the context that it returns is left.
     """
     is_ending = False
-    with EventLoop() as loop:
+    with EventLoop() as loop, on_loop(loop):
 
         def terminate(_number: int, _frame: FrameType | None) -> None:
             nonlocal is_ending
@@ -148,8 +148,6 @@ def serve(
         for number in signals:
             signal.signal(number, terminate)
         try:
-            if on_loop:
-                on_loop(loop)
             server = Server(sock, backend, loop, is_one_shot=is_one_shot, on_end=loop.stop)
             try:
                 loop.run()
