@@ -1,7 +1,7 @@
 """`vmctl start`: from its options to a request, and from the answer to OpenBSD's texts.
 
-What the user names is looked for here, with the user's rights; a kernel is opened here too, and
-its descriptor sent. The daemon opens disks itself, once it knows whose VM it is.
+What the user names is opened here, with the user's rights, and sent open: kernel, initial RAM
+disks, disks with all their bases, ISO image. The daemon judges each, and opens nothing by its name.
 
 Source: section 3.6 of OpenBSD's behaviour.
 """
@@ -23,7 +23,7 @@ from vmctl.client import (
 )
 from vmctl.messages import bytes_hint, choice, fail
 from vmctl.report import Report
-from vmd.config.disks import DiskError, DiskKind, parse_disk
+from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, NAME_MAX, VCPUS_MAX
 from vmm_kvm.text import printable
@@ -97,6 +97,7 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
 def _request(options: StartOptions, fds: list[int]) -> Fields:
     """Return the request's fields; descriptors that they name are added to `fds`."""
     fields: Fields = {}
+    disks: list[DiskOption] = []
     boot = _once(options.boot, "boot image")
     device = _once(options.boot_device, "boot device")
     memory = _once(options.memory, "memory")
@@ -112,9 +113,11 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
     if cpus is not None:
         fields["cpus"] = _number(cpus, "cpu count", VCPUS_MAX)
     if options.disks:
-        fields["disks"] = [_disk(text) for text in options.disks]
+        disks = [_disk(text) for text in options.disks]
+        fields["disks"] = [_named(disk) for disk in disks]
     if cdrom is not None:
-        fields["cdrom"] = _path(cdrom, "iso image")
+        cdrom = _path(cdrom, "iso image")
+        fields["cdrom"] = _shown(cdrom)
     interfaces = _interfaces(options, count)
     if interfaces:
         fields["interfaces"] = interfaces
@@ -131,13 +134,18 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["append"] = append
     _check(fields, has_kernel=boot is not None)
     if boot is not None:
-        fields["kernel_path"] = _path(boot, "boot image")
-        fields["kernel"] = _open(fields["kernel_path"], "kernel", fds)
+        boot = _path(boot, "boot image")
+        fields["kernel_path"] = _shown(boot)
+        fields["kernel"] = _open(boot, "kernel", fds)
     if options.initrd:
         if boot is None:
             raise CommandError("--initrd is for a kernel: use -b")
         paths = [_path(each, "initrd") for each in options.initrd]
         fields["initrd"] = [_open(path, "initrd", fds) for path in paths]
+    for disk, named in zip(disks, fields.get("disks", ()), strict=True):
+        named["chain"] = _open_chain(disk, fds)
+    if cdrom is not None:
+        fields["cdrom_image"] = _open(cdrom, "iso image", fds)
     return fields
 
 
@@ -211,15 +219,21 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
     return interfaces
 
 
-def _disk(text: str) -> Fields:
+def _disk(text: str) -> DiskOption:
+    """Return a disk that is an image, with an absolute path."""
     try:
         disk = parse_disk(text)
     except DiskError as err:
         raise CommandError(str(err)) from None
     if disk.kind not in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}:
         raise CommandError(f"invalid disk: {text}: only for 'vmctl run' and vm.conf")
+    return disk._replace(path=_path(disk.path, "disk"))
+
+
+def _named(disk: DiskOption) -> Fields:
+    """Return a disk as a request has it, but for its files."""
     return {
-        "path": _path(disk.path, "disk"),
+        "path": _shown(disk.path),
         "format": str(disk.kind),
         "is_read_only": disk.is_read_only,
         "serial": disk.serial,
@@ -244,13 +258,43 @@ def _path(path: str, what: str) -> str:
         raise CommandError(f"invalid {what} path: {path}: {err.strerror}") from err
 
 
-def _open(path: str, what: str, fds: list[int]) -> int:
+def _shown(path: str) -> str:
+    """Return a path as a message has it, which is text: for other messages."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _open(
+    path: str, what: str, fds: list[int], *, writes: bool = False, allows_devices: bool = False
+) -> int:
     """Open a file for the daemon; returns its index among `fds`."""
+    flags = (os.O_RDWR if writes else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(path, flags)
     except OSError as err:
         raise CommandError(f"cannot open {what} '{path}': {err.strerror}") from err
     fds.append(fd)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not (allows_devices and stat.S_ISBLK(mode)):
         raise CommandError(f"{what} must be a regular file")
     return len(fds) - 1
+
+
+def _open_chain(disk: DiskOption, fds: list[int]) -> list[int]:
+    """Open an image and its bases for the daemon, which follows no path; returns their indices."""
+    from vmm_kvm.block.image import Format  # noqa: PLC0415 - only with disks
+    from vmm_kvm.errors import ImageError  # noqa: PLC0415 - same
+    from vmm_kvm.images.opening import image_chain  # noqa: PLC0415 - same
+
+    chain: list[int] = []
+
+    def open_layer(path: str) -> int:
+        what, writes = ("base image", False) if chain else ("disk", not disk.is_read_only)
+        chain.append(_open(path, what, fds, writes=writes, allows_devices=True))
+        return fds[chain[-1]]
+
+    said = None if disk.kind is DiskKind.PROBE else Format(disk.kind)
+    try:
+        image_chain(disk.path, said, open_layer)
+    except ImageError as err:
+        raise CommandError(f"{text_of('disk-missing')}\n{err}") from err
+    return chain

@@ -8,13 +8,14 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, NoReturn
 
 from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import (
     Identity,
     adopt_orphans,
+    client_identity,
     confine,
     die_with,
     merge_memory,
@@ -24,6 +25,7 @@ from vmd.confine.seccomp import compile_filter
 from vmd.shared import log as logging
 from vmd.shared.privsep import Plan, spawn
 from vmd.wire.channel import Channel
+from vmd.wire.files import OPENER_AND_PARENT, OpenerToParent, OpenFiles
 from vmd.wire.internal import (
     CONTROL_AND_PARENT,
     LOCAL_AND_PARENT,
@@ -76,6 +78,33 @@ def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
             control.close()
 
     return Plan(Kind.CONTROL, body, (listener.fileno(),))
+
+
+def opener_plan(uid: int) -> Plan:
+    """Return how to make a process that opens files with the rights of the user `uid`, once."""
+
+    def body(connection: socket.socket) -> None:
+        confine(CONFINEMENTS[Kind.OPENER], client_identity(uid))
+        with Channel(connection, OPENER_AND_PARENT) as parent:
+            _prepare_opener()(parent)
+
+    _prepare_opener()
+    return Plan(Kind.OPENER, body)
+
+
+@cache
+def _prepare_opener() -> Callable[[Channel[OpenerToParent, OpenFiles]], None]:
+    """Import and compile what each opener needs, once: a start waits for it.
+
+    This is little else than what the parent needs itself, for files of the configuration.
+    """
+    from importlib import import_module  # noqa: PLC0415 - when the first client has files
+
+    from vmd.opener.process import serve  # noqa: PLC0415 - likewise
+
+    import_module("vmm_kvm.block.qcow2.header")
+    compile_filter(CONFINEMENTS[Kind.OPENER].filter)
+    return serve
 
 
 def vmm_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan:

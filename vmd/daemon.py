@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from vmd.children import control_plan, local_plan, priv_plan, vmm_plan
+from vmd.children import control_plan, local_plan, opener_plan, priv_plan, vmm_plan
 from vmd.config.check import parse_macro
 from vmd.config.host import SystemHost
 from vmd.config.model import Owner
@@ -31,6 +31,7 @@ from vmd.options import Options
 from vmd.parent.configuration import Settings
 from vmd.parent.listener import ListenerError, default_owner, listen, present_owner, set_owner
 from vmd.parent.networks import Networks
+from vmd.parent.openers import Openers
 from vmd.parent.passt_networks import PasstNetworks
 from vmd.parent.process import Parent
 from vmd.parent.service import Notifier, ServiceError, inherited_socket
@@ -197,7 +198,8 @@ class Daemon:
         self._networks: Networks = (
             PasstNetworks() if is_user else TapNetworks(loop, setting.socket_path)
         )
-        self._parent = Parent(loop, setting.settings, self._networks, terminals)
+        self._openers = Openers(loop, setting.settings.users, opener_plan)
+        self._parent = Parent(loop, setting.settings, self._networks, self._openers, terminals)
         self._verbosity = verbosity
         self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.identity),
@@ -244,9 +246,10 @@ class Daemon:
         self._notifier.notify("STOPPING=1")
         self._parent.close()
         self._networks.close()
+        self._openers.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         wait_for({*self._pids, *self._networks.pids})
-        while left := orphans(set()):  # the zygote's and those that it made ready
+        while left := orphans(set(self._openers.pids)):  # the zygote's and those that it made ready
             wait_for(left)
         log.info("terminating")
         return self._status
@@ -306,9 +309,10 @@ class Daemon:
                 break
             kind = self._pids.pop(pid, None)
             self._networks.reaped(pid)
+            self._openers.ended(pid)
             if kind is not None:
                 self._lost(kind, pid, os.waitstatus_to_exitcode(waited))
-        if self._lost_vmm and not orphans({*self._pids, *self._networks.pids}):
+        if self._lost_vmm and not orphans(self._known()):
             self._lost_vmm = False
             self._orphans_timer.cancel()
             self._ended(Kind.VMM)
@@ -322,6 +326,10 @@ class Daemon:
             self._orphans_timer.arm(self._loop.monotonic_ns() + _ORPHANS_NS)
         else:
             self._ended(kind)
+
+    def _known(self) -> set[int]:
+        """Return the children that are no vmm's."""
+        return {*self._pids, *self._networks.pids, *self._openers.pids}
 
     def _ended(self, kind: Kind) -> None:
         """Account for a process of which nothing is left; start another."""
@@ -344,7 +352,7 @@ class Daemon:
             self._spawn(kind)
 
     def _kill_orphans(self) -> None:
-        for pid in orphans({*self._pids, *self._networks.pids}):
+        for pid in orphans(self._known()):
             log.warning("pid %d of the vmm process that ended does not end: killed", pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

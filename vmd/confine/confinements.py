@@ -65,6 +65,7 @@ class Kind(StrEnum):
     VM = "vm"
     DISK = "disk"
     NIC = "nic"
+    OPENER = "opener"
 
 
 def _all(reason: str, *names: str) -> tuple[Allow, ...]:
@@ -200,6 +201,14 @@ _ZYGOTE = (
     *_all("rehearsals", "socketpair"),
     *_all("no files for them", "landlock_create_ruleset", "landlock_restrict_self"),
 )
+_OPENER = (
+    *_all("files by name, with a client's rights", "openat2"),
+    *_all("on which file systems they are", "fstatfs"),
+    *_all("headers of disk images", "preadv", "preadv2", "pread64", "readv"),
+    *_with(
+        "fcntl", 1, {_F_OFD_SETLK: "locks on images", _F_OFD_GETLK: "who else has an image open"}
+    ),
+)
 _CONTROL = (
     *_all("clients", "accept4"),
     *_all("who a client is", "getpeername"),
@@ -246,6 +255,13 @@ CONFINEMENTS = {
     ),
     Kind.ZYGOTE: Confinement(
         Filter((*_BASE, *_ZYGOTE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
+    ),
+    Kind.OPENER: Confinement(
+        Filter((*_BASE, *_OPENER), _REFUSED),
+        # As many descriptors as two messages have, and some for itself.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 256)),
+        is_isolated=False,
+        has_files=True,
     ),
     # These are forked from the zygote, whose user and namespaces they have.
     Kind.VM: Confinement(

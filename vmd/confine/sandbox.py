@@ -23,6 +23,9 @@ USER = "_vmd"
 """Whom processes without privileges belong to, if root starts the daemon."""
 _MAKE_USER = f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {USER}"
 
+NO_GROUP = 65534
+"""Of a user who is in none. Source: Linux include/linux/highuid.h, DEFAULT_OVERFLOWGID"""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
@@ -42,10 +45,12 @@ class SandboxError(Exception):
 
 
 class Identity(NamedTuple):
-    """A user, and the only group that a process of it has."""
+    """A user, and the groups that a process of it has."""
 
     uid: int
     gid: int
+    groups: tuple[int, ...] = ()
+    """Besides `gid`."""
 
 
 class Confinement(NamedTuple):
@@ -95,6 +100,19 @@ def find_identity() -> Identity:
     return Identity(entry.pw_uid, entry.pw_gid)
 
 
+def client_identity(uid: int) -> Identity:
+    """Return who a process has to be to have the rights of a user; an unknown one is in no group.
+
+    May take long, where users are asked for over the network.
+    """
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:
+        return Identity(uid, NO_GROUP)
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    return Identity(uid, user.pw_gid, tuple(groups))
+
+
 def confine(confinement: Confinement, identity: Identity | None) -> None:
     """Take from this process what `confinement` does not leave to it.
 
@@ -116,7 +134,7 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
                 namespaces.leave_everything()
             _drop_bounding_set(confinement.capabilities)
             if confinement.changes_user:
-                os.setgroups([])
+                os.setgroups(identity.groups)
                 os.setresgid(identity.gid, identity.gid, identity.gid)
                 os.setresuid(identity.uid, identity.uid, identity.uid)
             _keep_capabilities(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from vmd.parent.client_users import ClientUsers
-from vmd.parent.passed import passed_boot
+from vmd.parent.passed import take_passed
 from vmd.parent.peer import Peer
 from vmd.parent.request_log import RequestLog
 from vmd.parent.status import Inquiries, StatusQuestion
@@ -134,7 +134,7 @@ class Clients:
         try:
             if uid is None:
                 raise DescriptorsLostError("the daemon had none left to see who connects")
-            boot = passed_boot(request, fds) if isinstance(request, Start) else None
+            passed = take_passed(request, uid, fds) if isinstance(request, Start) else None
         except ChannelError as err:
             is_wrong = isinstance(err, MalformedError)
             code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN
@@ -142,7 +142,7 @@ class Clients:
             self.control.send(Considered(client=client))
             return
         self._requests.asked(client, uid, request)
-        self._run(self._registry.request(client, uid, request, boot))
+        self._run(self._registry.request(client, uid, request, passed))
         if not isinstance(request, Status):  # whose answer takes as much again
             self.control.send(Considered(client=client))
 

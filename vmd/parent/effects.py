@@ -32,6 +32,7 @@ from vmd.rules.registry import (
 )
 from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
+from vmd.shared.opening import OpeningError
 from vmd.shared.pty import Pty
 from vmd.wire.channel import Fds
 from vmd.wire.internal import (
@@ -115,6 +116,9 @@ class Terminals(Protocol):
         """Give a VM's console back, if it has one."""
 
 
+OpenClientFiles = Callable[[Vm, Callable[[OpeningError | None], None]], None]
+"""Opens what of a VM is a client's, and calls what it is handed once, at once or later."""
+
 OpenVm = Callable[[Vm, Pty, Sequence[Network]], Resources]
 """Opens all else that a VM needs.
 
@@ -132,6 +136,7 @@ class Means(NamedTuple):
     networks: Interfaces
     consoles: Terminals
     kernels: KernelStore
+    open_client_files: OpenClientFiles
     open_vm: OpenVm
     operate: Callable[[Operate], None]
     """Does what an administrator asks of the daemon itself, and answers."""
@@ -149,6 +154,7 @@ class Effects:
         self._networks = means.networks
         self._consoles = means.consoles
         self._kernels = means.kernels
+        self._open_client_files = means.open_client_files
         self._open_vm = means.open_vm
         self._operate = means.operate
         self._turn_timer = loop.timer(lambda: self.run(registry.turn()))
@@ -180,8 +186,8 @@ class Effects:
                     self._clients.list_vms(action, self._inquiries, self.running)
                 case OpenConsole(ticket, vm):
                     self._open_console(ticket, vm)
-                case Drop(boot):
-                    Fds((boot.kernel, *boot.initrd)).close()
+                case Drop(passed):
+                    Fds(passed.fds).close()
                 case ArmTurn(delay_s):
                     self._turn_timer.arm(self._loop.monotonic_ns() + delay_s * NANOSECONDS)
                 case _:
@@ -247,15 +253,24 @@ class Effects:
             self._networks.attach(vm, lambda found: self._launch_with(vm, found))
 
     def _launch_with(self, vm: Vm, networks: Sequence[Network] | ResourceError) -> None:
-        """Open what else a VM needs, and have vmm start its processes."""
+        """Have files of a client's opened; then go on."""
         if isinstance(networks, ResourceError):
             self._launch_failed(vm, networks.code, str(networks))
+            return
+        self._open_client_files(vm, lambda failure: self._launch_now(vm, networks, failure))
+
+    def _launch_now(
+        self, vm: Vm, networks: Sequence[Network], failure: OpeningError | None
+    ) -> None:
+        """Open what else a VM needs, and have vmm start its processes."""
+        if failure:
+            self._launch_failed(vm, failure.code, str(failure))
             return
         if self._was_stopped(vm):
             return
         try:
             pty = self._consoles.open(vm)
-            spec, fds = self._open_vm(vm, pty, networks)
+            spec, fds, stamp = self._open_vm(vm, pty, networks)
         except ResourceError as err:
             self._launch_failed(vm, err.code, str(err))
             return
@@ -265,7 +280,7 @@ class Effects:
         self._launched.add(vm.id)
         self._ttys[vm.id] = pty.name
         if spec.kernel is None:
-            self._kernels.expect(vm.id, fds[spec.boot])
+            self._kernels.expect(vm.id, stamp)
         else:
             log.debug("vm %d: unpacked kernel lent", vm.id)
         if not self._vmm.send(LaunchVm(spec=spec), fds):

@@ -20,6 +20,8 @@ from vmd.parent.configuration import Settings, read_configuration
 from vmd.parent.consoles import Consoles
 from vmd.parent.effects import Effects, Means
 from vmd.parent.networks import Networks
+from vmd.parent.openers import Openers
+from vmd.parent.passed import open_client_files
 from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.resources import Host, open_resources
 from vmd.parent.terminal_watch import TerminalWatch
@@ -54,9 +56,14 @@ class Parent:
     """The parent's work, on the event loop's thread."""
 
     def __init__(
-        self, loop: EventLoop, settings: Settings, networks: Networks, terminals: TerminalWatch
+        self,
+        loop: EventLoop,
+        settings: Settings,
+        networks: Networks,
+        openers: Openers,
+        terminals: TerminalWatch,
     ) -> None:
-        """Begin without VMs and processes; `networks` and `terminals` stay the caller's."""
+        """Begin without VMs and processes; all that is handed in stays the caller's."""
         self._networks = networks
         self._settings = settings
         staggered = Staggered(os.cpu_count() or 1, STAGGER_DELAY_S)
@@ -76,6 +83,7 @@ class Parent:
             networks=networks,
             consoles=self._consoles,
             kernels=self._kernels,
+            open_client_files=lambda vm, done: open_client_files(vm, openers, done),
             open_vm=lambda vm, pty, found: open_resources(vm, host, pty, found),
             operate=self._operate,
         )

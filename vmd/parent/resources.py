@@ -1,34 +1,37 @@
-"""What a VM needs of the host, opened by the parent with the rights of whom it is for.
+"""What a VM needs of the host: the files that the configuration names, and all else.
 
-See `files` for how a file is opened. The VM's processes get descriptors, never paths.
+Files of a client's are open already, see `passed`. The VM's processes get descriptors, never paths.
 
-Source: sections 2.5, 7.5 and 9.3 of OpenBSD's behaviour.
+Source: sections 2.5 and 7.5 of OpenBSD's behaviour.
 """
 
-import errno
 import os
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import MEMORY_DEFAULT, Right
+from vmd.config.model import MEMORY_DEFAULT
 from vmd.parent.errors import ResourceError
-from vmd.parent.files import FileError, FileKindError, open_file
 from vmd.parent.interfaces import Network, open_vhosts
+from vmd.parent.passed import wanted_disk
 from vmd.rules.policy import Users
 from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
+from vmd.shared.opening import Files, OpeningError
 from vmd.shared.pty import Pty
+from vmd.wire.channel import Fds
+from vmd.wire.files import FileUse, FoundFile, WantedFile
 from vmd.wire.internal import DiskSpec, NicSpec, VmSpec
 from vmd.wire.messages import ErrorCode
-from vmm_kvm.block.image import Format
 from vmm_kvm.block.locks import lock
-from vmm_kvm.boot.firmware import BIOS, find_firmware
+from vmm_kvm.boot.firmware import BIOS, Firmware, find_firmware
 from vmm_kvm.boot.nvram import open_copy
+from vmm_kvm.boot.source import Stamp
 from vmm_kvm.errors import BootError, ImageError
-from vmm_kvm.images.opening import image_chain
 
 _SERVER_TIMEOUT_S = 1.0
 
@@ -38,6 +41,8 @@ class Resources(NamedTuple):
 
     spec: VmSpec
     fds: list[int]
+    stamp: Stamp
+    """Of the boot image; empty if a change might not show in it."""
 
 
 class Host(NamedTuple):
@@ -61,12 +66,12 @@ def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = (
         raise ResourceError(ErrorCode.EINVAL, text)
     with ExitStack() as stack:
         opener = _Opener(vm, host, stack)
-        boot, boot_path, variables, initrd, append = opener.boot()
-        known = host.kernels.find(opener.fds[boot])
+        boot, boot_path, variables, initrd, append, stamp = opener.boot()
+        known = host.kernels.find(Stamp(stamp))
         kernel = None if known is None else opener.keep(known)
         # In OpenBSD's order, which shows in what is complained of first.
         cdrom = opener.cdrom()
-        disks = tuple(opener.disk(option) for option in vm.config.disks)
+        disks = tuple(opener.disk(*each) for each in enumerate(vm.config.disks))
         tty, ring = (opener.keep(os.dup(fd)) for fd in pty[1:])
         spec = VmSpec(
             id=vm.id,
@@ -75,7 +80,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = (
             cpus=vm.config.cpus or 1,
             boot=boot,
             boot_path=boot_path,
-            is_firmware=vm.boot is None and vm.config.boot is None,
+            is_firmware=_is_firmware(vm),
             kernel=kernel,
             variables=variables,
             initrd=initrd,
@@ -88,7 +93,14 @@ def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = (
             boot_device=vm.config.boot_device,
         )
         stack.pop_all()
-    return Resources(spec, opener.fds)
+    return Resources(spec, opener.fds, Stamp(stamp))
+
+
+def _is_firmware(vm: Vm) -> bool:
+    """Tell whether what a VM boots is firmware, not a kernel."""
+    if vm.passed is not None and vm.passed.kernel is not None:
+        return vm.passed.is_firmware
+    return vm.config.boot is None
 
 
 class _Opener:
@@ -96,7 +108,6 @@ class _Opener:
 
     def __init__(self, vm: Vm, host: Host, stack: ExitStack) -> None:
         self._vm = vm
-        self._users = host.users
         self._state = host.state
         self._stack = stack
         self.fds: list[int] = []
@@ -107,42 +118,46 @@ class _Opener:
         self.fds.append(fd)
         return len(self.fds) - 1
 
-    def boot(self) -> tuple[int, str, int | None, tuple[int, ...], str | None]:
-        """Open what to boot: what a client passed, a kernel, or firmware.
+    def boot(self) -> tuple[int, str, int | None, tuple[int, ...], str | None, str]:
+        """Open what to boot: what is a client's, a kernel, or firmware.
 
-        Returns the index and path of the image, the index of its variables, those of RAM disks, and
-        a command line.
+        Returns the index and path of the image, the index of its variables, those of RAM disks, a
+        command line, and the image's stamp.
         """
-        config, passed = self._vm.config, self._vm.boot
-        if passed is not None:
+        config, passed = self._vm.config, self._vm.passed
+        if passed is not None and passed.kernel is not None:
             image = self.keep(os.dup(passed.kernel))
             initrd = tuple(self.keep(os.dup(fd)) for fd in passed.initrd)
-            return image, passed.path, None, initrd, passed.append
-        initrd = tuple(
-            self._open(path, Right.BOOT, ErrorCode.EINVAL, "initrd") for path in config.initrd
-        )
+            variables = self._variables_of(passed.path) if passed.is_firmware else None
+            return image, passed.path, variables, initrd, passed.append, passed.stamp
+        initrd = tuple(self._open(FileUse.INITRD, path)[0] for path in config.initrd)
         if config.boot is not None:
-            image = self._open(config.boot, Right.BOOT, ErrorCode.ENOENT, "boot image")
-            return image, config.boot, None, initrd, config.append
+            image, stamp = self._open(FileUse.BOOT, config.boot)
+            return image, config.boot, None, initrd, config.append, stamp
+        firmware = self._firmware(config.firmware or BIOS)
+        image, stamp = self._open(FileUse.FIRMWARE, firmware.code)
+        return image, firmware.code, self._variables_of(firmware.code), initrd, config.append, stamp
+
+    @staticmethod
+    def _firmware(wanted: str) -> Firmware:
         try:
-            firmware = find_firmware(config.firmware or BIOS)
+            return find_firmware(wanted)
         except BootError as err:
             raise ResourceError(ErrorCode.BIOS_MISSING, str(err)) from err
-        image = self._open(firmware.code, Right.BOOT, ErrorCode.BIOS_MISSING, "firmware")
-        variables = None
-        if firmware.variables is not None:
-            template = self._open(
-                firmware.variables, Right.BOOT, ErrorCode.BIOS_MISSING, "firmware"
-            )
-            variables = self._variables(template)
-        return image, firmware.code, variables, initrd, config.append
+
+    def _variables_of(self, code: str) -> int | None:
+        """Open what keeps the variables of this firmware, if it has any; returns its index."""
+        template = self._firmware(code).variables
+        if template is None:
+            return None
+        return self._variables(self._open(FileUse.FIRMWARE, template)[0])
 
     def cdrom(self) -> int | None:
         """Open the ISO image, if there is one."""
-        path = self._vm.config.cdrom
-        if path is None:
-            return None
-        return self._open(path, Right.CDROM, ErrorCode.CDROM_MISSING, "cdrom")
+        passed, path = self._vm.passed, self._vm.config.cdrom
+        if passed is not None and passed.cdrom is not None:
+            return self.keep(os.dup(passed.cdrom))
+        return None if path is None else self._open(FileUse.CDROM, path)[0]
 
     def interface(self, network: Network) -> NicSpec:
         """Take a network interface that there is, and open vhost-net for it if it may be used."""
@@ -159,45 +174,16 @@ class _Opener:
             is_up=network.has_link,
         )
 
-    def disk(self, option: DiskOption) -> DiskSpec:
+    def disk(self, place: int, option: DiskOption) -> DiskSpec:
         """Open a disk's image, locked, and its bases, read-only; or connect to its server."""
-        match option.kind:
-            case DiskKind.VHOST_USER:
-                return DiskSpec(option=option, chain=(self._connect(option.path),))
-            case DiskKind.PMEM:
-                return DiskSpec(option=option, chain=(self._memory(option),))
-            case DiskKind.PROBE:
-                disk_format = None
-            case DiskKind.RAW | DiskKind.QCOW2:
-                disk_format = Format(option.kind)
-        writes = not option.is_read_only
-        code = ErrorCode.DISK_MISSING
-        chain: list[int] = []
-
-        def open_layer(path: str) -> int:
-            if chain:
-                chain.append(self._open(path, Right.DISK, code, "base image"))
-                return self.fds[chain[-1]]
-            chain.append(self._open(path, Right.DISK, code, "disk", writes=writes))
-            lock(self.fds[chain[0]], path, writes=writes)
-            return self.fds[chain[0]]
-
-        try:
-            layers = image_chain(option.path, disk_format, open_layer)
-        except ImageError as err:
-            raise ResourceError(code, str(err)) from err
-        formats = tuple(DiskKind(layer.disk_format or Format.RAW) for layer in layers)
-        return DiskSpec(option=option, chain=tuple(chain), formats=formats)
-
-    def _memory(self, option: DiskOption) -> int:
-        """Open and lock the image of a disk that is memory; returns its index."""
-        writes, code = not option.is_private, ErrorCode.DISK_MISSING
-        index = self._open(option.path, Right.DISK, code, "disk", writes=writes)
-        try:
-            lock(self.fds[index], option.path, writes=writes)
-        except ImageError as err:
-            raise ResourceError(code, str(err)) from err
-        return index
+        if option.kind is DiskKind.VHOST_USER:
+            return DiskSpec(option=option, chain=(self._connect(option.path),))
+        passed = self._vm.passed
+        if passed is not None and place < len(passed.disks) and passed.disks[place]:
+            chain = tuple(self.keep(os.dup(fd)) for fd in passed.disks[place])
+            return DiskSpec(option=option, chain=chain, formats=passed.formats[place])
+        found = self._find(wanted_disk(option))
+        return DiskSpec(option=option, chain=found.chain, formats=found.formats)
 
     def _variables(self, template: int) -> int:
         """Open the file that keeps the VM's UEFI variables; returns its index.
@@ -218,27 +204,23 @@ class _Opener:
             raise ResourceError(ErrorCode.EIO, f"UEFI variables: {err}") from err
         return index
 
-    def _open(
-        self, path: str, right: Right, code: ErrorCode, what: str, *, writes: bool = False
-    ) -> int:
-        """Open a file, for the requester if the VM claims `right`; returns its index."""
-        is_checked = right in self._vm.checked
-        requester = self._vm.requester
-        user = requester if is_checked and requester not in self._users.administrators else None
-        allows_devices = right is Right.DISK and not is_checked
-        try:
-            fd = open_file(path, user, writes=writes, allows_devices=allows_devices)
-        except FileError as err:
-            if right is Right.CDROM and isinstance(err, FileKindError):
-                code = ErrorCode.CDROM_INVALID
-            elif err.errno in {errno.EACCES, errno.EPERM}:
-                code = ErrorCode.EPERM
-            raise ResourceError(code, f"{what} {path}: {err}") from err
-        return self.keep(fd)
+    def _open(self, use: FileUse, path: str) -> tuple[int, str]:
+        """Open a file of the configuration's; returns its index and its stamp."""
+        found = self._find(WantedFile(use=use, path=path))
+        return found.chain[0], found.stamp
+
+    def _find(self, wanted: WantedFile) -> FoundFile:
+        """Open a file of the configuration's, and what it refers to, by name."""
+        with Files() as files:
+            try:
+                files.open([wanted], Fds())
+            except OpeningError as err:
+                raise ResourceError(err.code, str(err)) from err
+            (found,) = files.found
+            indices = [self.keep(fd) for fd in files.take()]
+        return replace(found, chain=tuple(indices[at] for at in found.chain))
 
     def _connect(self, path: str) -> int:
-        if Right.DISK in self._vm.checked and self._vm.requester not in self._users.administrators:
-            raise ResourceError(ErrorCode.EPERM, f"vhost-user:{path}: permission denied")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(_SERVER_TIMEOUT_S)
         try:

@@ -14,7 +14,7 @@ from vmd.config.model import MEMORY_DEFAULT, Limits, Owner, Right, Staggered, Vm
 from vmd.config.sizes import fmt_scaled
 from vmd.rules import lifecycle, vm_state
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator
-from vmd.rules.vm import PassedBoot, Vm, config_of, with_states
+from vmd.rules.vm import Passed, Vm, config_of, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
     AnyAnswer,
@@ -113,7 +113,7 @@ class OpenConsole(NamedTuple):
 class Drop(NamedTuple):
     """Close descriptors that nobody needs any more."""
 
-    boot: PassedBoot
+    passed: Passed
 
 
 class ArmTurn(NamedTuple):
@@ -169,9 +169,9 @@ class Registry:
     # What clients ask
 
     def request(
-        self, client: int, uid: int, request: ParentRequest, boot: PassedBoot | None = None
+        self, client: int, uid: int, request: ParentRequest, passed: Passed | None = None
     ) -> list[Action]:
-        """Return what is to be done for a request of the user `uid`; takes ownership of `boot`."""
+        """Return what is to be done for a request of user `uid`; takes ownership of `passed`."""
         actions: list[Action] = []
         ticket = Ticket(client, request.serial)
         if needs_administrator(request) and uid not in self._users.administrators:
@@ -181,11 +181,11 @@ class Registry:
             denied = Denied(ErrorCode.EAGAIN, "all VMs are being removed")
             actions.append(_refuse(ticket, denied))
         elif isinstance(request, Start):
-            return self._start(ticket, uid, request, boot)
+            return self._start(ticket, uid, request, passed)
         else:
             actions += self._dispatch(ticket, uid, request)
-        if boot:
-            actions.append(Drop(boot))
+        if passed:
+            actions.append(Drop(passed))
         return actions
 
     def _dispatch(self, ticket: Ticket, uid: int, request: ParentRequest) -> list[Action]:
@@ -233,18 +233,18 @@ class Registry:
     # Starting
 
     def _start(
-        self, ticket: Ticket, uid: int, request: Start, boot: PassedBoot | None
+        self, ticket: Ticket, uid: int, request: Start, passed: Passed | None
     ) -> list[Action]:
-        started = self._prepared(uid, request, boot)
+        started = self._prepared(uid, request, passed)
         if isinstance(started, Denied):
-            return [_refuse(ticket, started), *_dropped(boot)]
+            return [_refuse(ticket, started), *_dropped(passed)]
         vm, actions = started
         return [*actions, *self._step(vm, vm_state.Start(ticket))]
 
     def _prepared(
-        self, uid: int, request: Start, boot: PassedBoot | None
+        self, uid: int, request: Start, passed: Passed | None
     ) -> tuple[Vm, list[Action]] | Denied:
-        """Return the VM that is to start; it owns `boot` then."""
+        """Return the VM that is to start; it owns `passed` then."""
         # Root's instances belong to whom their template does.
         is_lent = bool(request.instance) and uid in self._users.administrators
         try:
@@ -257,19 +257,19 @@ class Registry:
                 return Denied(ErrorCode.EPERM, "the VM is not yours")
             if vm.state.phase not in IDLE:
                 return Denied(ErrorCode.EALREADY, "the VM is running")
-            if wanted.given != ({Right.BOOT} if boot else set()):
+            if wanted.given != ({Right.BOOT} if passed else set()):
                 return Denied(ErrorCode.EALREADY, "there is such a VM, which is as it is")
-            vm.boot, vm.boot_is_lasting = boot, False
+            vm.passed, vm.passed_is_lasting = passed, False
             return vm, []
         if request.id:
             return Denied(ErrorCode.ENOENT, "no such VM")
         if not request.instance and uid in self._users.administrators and not wanted.given:
             return Denied(ErrorCode.ENOENT, "no such VM")
-        registered = self._register(wanted, uid, has_kernel=boot is not None)
+        registered = self._register(wanted, uid, has_kernel=_has_kernel(passed))
         if isinstance(registered, Denied):
             return registered
         vm, actions = registered
-        vm.boot, vm.boot_is_lasting = boot, True
+        vm.passed, vm.passed_is_lasting = passed, True
         return vm, actions
 
     def _register(
@@ -496,24 +496,24 @@ class Registry:
                     del self._vms[vm.id]
                     if not (vm.has_run or vm.state.is_from_config):  # it has used no number
                         del self._ids[vm.name, vm.requester]
-                    yield from _dropped(vm.boot)
-                    vm.boot = None
+                    yield from _dropped(vm.passed)
+                    vm.passed = None
                     yield from self._emptied()
                 case vm_state.Release():
                     vm.started_at = None
                     yield Perform(vm, effect)
-                    yield from self._drop_boot(vm)
+                    yield from self._drop_passed(vm)
                 case _:
                     yield Perform(vm, effect)
         if vm.state.phase in IDLE:  # it may not have started at all
-            yield from self._drop_boot(vm)
+            yield from self._drop_passed(vm)
 
-    def _drop_boot(self, vm: Vm) -> list[Action]:
+    def _drop_passed(self, vm: Vm) -> list[Action]:
         """Forget what was to be booted once, and has been."""
-        if vm.boot_is_lasting:
+        if vm.passed_is_lasting:
             return []
-        boot, vm.boot = vm.boot, None
-        return _dropped(boot)
+        passed, vm.passed = vm.passed, None
+        return _dropped(passed)
 
     def _tell(self, vm: Vm, kind: EventKind, message: str) -> list[Action]:
         at = self._clock.realtime_s()
@@ -543,5 +543,9 @@ def _refuse(ticket: Ticket, denied: Denied) -> Action:
     return Answer(ticket.client, answer)
 
 
-def _dropped(boot: PassedBoot | None) -> list[Action]:
-    return [Drop(boot)] if boot else []
+def _has_kernel(passed: Passed | None) -> bool:
+    return passed is not None and passed.kernel is not None
+
+
+def _dropped(passed: Passed | None) -> list[Action]:
+    return [Drop(passed)] if passed else []

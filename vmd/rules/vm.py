@@ -8,21 +8,44 @@ from vmd.rules.vm_state import VmState
 from vmd.wire.messages import DiskRequest, Start
 
 
-class PassedBoot(NamedTuple):
-    """What a client has opened for a VM to boot; whoever holds it owns the descriptors."""
+class Passed(NamedTuple):
+    """Files that a client has opened for a VM, or that were opened with the client's rights.
 
-    kernel: int
-    initrd: tuple[int, ...] = ()
-    append: str | None = None
+    Whoever holds it owns the descriptors. What is not there is named by the configuration.
+    """
+
+    uid: int
+    """The client's user id."""
+    kernel: int | None = None
     path: str = ""
     """Of the kernel, for messages."""
+    is_firmware: bool = False
+    """The kernel is firmware, which may have variables."""
+    initrd: tuple[int, ...] = ()
+    append: str | None = None
+    """The command line that goes with the kernel."""
+    cdrom: int | None = None
+    disks: tuple[tuple[int, ...], ...] = ()
+    """Of each disk, the image and its bases; empty for one that is named."""
+    is_judged: bool = False
+    """Each is what it has to be, the disks are locked, and no path is to be followed any more."""
+    formats: tuple[tuple[DiskKind, ...], ...] = ()
+    """Of each file of each disk, once they are judged."""
+    stamp: str = ""
+    """Of the kernel, once that is judged; empty if a change might not show in it."""
+
+    @property
+    def fds(self) -> list[int]:
+        """All descriptors."""
+        single = [fd for fd in (self.kernel, self.cdrom) if fd is not None]
+        return [*single, *self.initrd, *(fd for chain in self.disks for fd in chain)]
 
 
 class Vm:
     """One VM, from its registration until it is forgotten; the registry's."""
 
     __slots__ = (
-        *("boot", "boot_is_lasting", "checked", "config", "has_run", "new_file", "requester"),
+        *("checked", "config", "has_run", "new_file", "passed", "passed_is_lasting", "requester"),
         *("started_at", "state"),
     )
 
@@ -34,9 +57,9 @@ class Vm:
         self.requester = requester
         self.checked: frozenset[Right] = frozenset()
         """Which of BOOT, CDROM and DISK are opened with the requester's rights, not with root's."""
-        self.boot: PassedBoot | None = None
-        """What to boot instead of what `config` says."""
-        self.boot_is_lasting = False
+        self.passed: Passed | None = None
+        """Files instead of those that `config` names."""
+        self.passed_is_lasting = False
         """It is for every boot of this VM, not only for the next."""
         self.has_run = False
         """Its guest has been running at some time."""
@@ -82,7 +105,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         Right.BOOT: request.kernel is not None
         or bool(request.firmware or request.initrd)
         or request.append is not None,
-        Right.CDROM: bool(request.cdrom),
+        Right.CDROM: bool(request.cdrom) or request.cdrom_image is not None,
         Right.CPUS: request.cpus is not None,
         Right.DISK: bool(request.disks),
         Right.INSTANCE: bool(request.instance),
@@ -98,7 +121,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         firmware=request.firmware or None,
         boot_device=request.boot_device,
         disks=tuple(map(_disk, request.disks)),
-        cdrom=request.cdrom or None,
+        cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(
             InterfaceConfig(is_local=each.is_local, switch=each.switch or None)
             for each in request.interfaces

@@ -12,8 +12,7 @@ import fcntl
 import os
 from collections.abc import Callable, Sequence
 
-from vmm_kvm.boot.cache import has_settled
-from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
+from vmm_kvm.boot.source import FileSource, Stamp
 from vmm_kvm.log import Log
 from vmm_kvm.memfd import ALL_SEALS, make_constant
 
@@ -32,27 +31,25 @@ class KernelStore:
         self._kernels: dict[Stamp, int] = {}  # in the order of their last use
         self._expected: dict[int, Stamp] = {}  # boot images of VMs whose guests do not run yet
 
-    def find(self, image: int) -> int | None:
-        """Return what the boot image at a descriptor unpacks to, if that is known.
+    def find(self, stamp: Stamp) -> int | None:
+        """Return what a boot image in this state unpacks to, if that is known.
 
         The descriptor that is returned is the caller's, and opened anew for reading: its file
         offset is nobody else's.
         """
-        stamp = stamp_of(os.fstat(image))
         kernel = self._kernels.pop(stamp, None)
         if kernel is None:
             return None
         self._kernels[stamp] = kernel
         return os.open(f"/proc/self/fd/{kernel}", os.O_RDONLY | os.O_CLOEXEC)
 
-    def expect(self, vm_id: int, image: int) -> None:
-        """Take from a VM's process what it says that the file at a descriptor unpacks to, once.
+    def expect(self, vm_id: int, stamp: Stamp) -> None:
+        """Take from a VM's process what it says that a file in this state unpacks to, once.
 
-        Not where a change of the file from now on might not show in its state.
+        Not where a change of the file might not show in its state: then `stamp` is empty.
         """
-        status = os.fstat(image)
-        if has_settled(status):
-            self._expected[vm_id] = stamp_of(status)
+        if stamp:
+            self._expected[vm_id] = stamp
 
     def expect_no_more(self, vm_id: int) -> None:
         """Take nothing from a VM's process any more: its guest runs, and may speak for it."""

@@ -97,7 +97,8 @@ def _live(plan: Plan, connection: socket.socket) -> NoReturn:
     def body() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         plan.body(connection)
-        log.info("%s exiting, pid %d", plan.kind, os.getpid())
+        tell = log.debug if plan.kind is Kind.OPENER else log.info
+        tell("%s exiting, pid %d", plan.kind, os.getpid())
         return 0
 
     live(plan.kind, {connection.fileno(), *plan.fds}, body)

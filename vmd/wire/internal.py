@@ -3,6 +3,7 @@
 parent ↔ control: who comes, what clients ask, and what they are answered.
 parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
 parent ↔ local:   which guests are answered by DHCP and the like.
+parent ↔ opener:  files of a client, see `wire.files`.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
 vmm ↔ zygote:     forking.
 vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and how it ended.

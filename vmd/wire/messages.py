@@ -150,10 +150,13 @@ class VmRequest(Request, frozen=True, kw_only=True):
 
 
 class DiskRequest(Part, frozen=True, kw_only=True):
-    """A disk of a VM to be started; the daemon opens it with the client's rights."""
+    """A disk of a VM to be started; one that is only named is opened with the client's rights."""
 
     path: Path
-    """Absolute."""
+    """Absolute; for messages alone where `chain` is given."""
+    chain: Annotated[tuple[Index, ...], msgspec.Meta(max_length=4)] = ()
+    """Indices of descriptors: the image, open for reading and writing or, if the disk is read-only,
+    for reading; then, for reading, its base, that one's base, and so on."""
     format: Word = ""
     """`raw` or `qcow2`; found out if empty."""
     is_read_only: bool = False
@@ -196,7 +199,9 @@ class Start(VmRequest, frozen=True, kw_only=True):
     disks: Annotated[tuple[DiskRequest, ...], msgspec.Meta(max_length=64)] = ()
     interfaces: Annotated[tuple[InterfaceRequest, ...], msgspec.Meta(max_length=64)] = ()
     cdrom: Path = ""
-    """Absolute path."""
+    """Absolute path; for messages alone where `cdrom_image` is given."""
+    cdrom_image: Index | None = None
+    """Index of the descriptor of an ISO image."""
     boot_device: BootDevice = BootDevice.AUTO
 
 

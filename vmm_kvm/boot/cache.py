@@ -79,6 +79,11 @@ def has_settled(status: os.stat_result) -> bool:
     return age_ns >= (_TICK_NS if status.st_ctime_ns % NANOSECONDS else _COARSE_NS)
 
 
+def settled_stamp(status: os.stat_result) -> Stamp:
+    """Return a file's stamp, empty where a change from now on might not show in it."""
+    return stamp_of(status) if has_settled(status) else Stamp("")
+
+
 class KernelCache:
     """The cache in one directory, which is made when something is to be kept."""
 

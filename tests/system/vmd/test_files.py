@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.system.vhost_user_guests import BOOT_MESSAGE, boot_disk
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import Answer, Client, Daemon, vm_block
+from tests.system.vmd.daemon import TIMEOUT_S, Answer, Client, Daemon, vm_block
 from tests.system.vmd.users import USER, connection
+from vmm_kvm.images.create import create_qcow2
 
 pytestmark = [
     pytest.mark.kvm,
@@ -142,8 +145,6 @@ def test_nothing_but_files_is_opened(user: Client, reachable: Path) -> None:
 
 def test_a_base_is_opened_with_the_rights_of_the_user(user: Client, reachable: Path) -> None:
     """An image of the user's leads to no file that the user could not read."""
-    from vmm_kvm.images.create import create_qcow2  # noqa: PLC0415 - of this test alone
-
     secret, image = reachable / "secret", reachable / "image"
     secret.write_bytes(bytes(1 << 20))
     secret.chmod(0o644)
@@ -155,3 +156,91 @@ def test_a_base_is_opened_with_the_rights_of_the_user(user: Client, reachable: P
     )
     assert refused["code"] == "EPERM", refused
     assert refused["message"] == f"base image {secret}: Permission denied"
+
+
+def _passed(client: Client, fds: list[int], path: str = "passed", **disk: object) -> Answer:
+    """Start an instance whose disk is passed: the image, then its bases."""
+    wanted = {"path": path, "chain": list(range(len(fds))), **disk}
+    return client.ask("start", tuple(fds), name="mine", instance="template", disks=[wanted])
+
+
+def test_a_disk_that_is_passed_stays_over_a_reboot(user: Client, reachable: Path) -> None:
+    """The daemon needs no name for it: not to start, and not when the guest reboots."""
+    image = reachable / "image"
+    image.write_bytes(boot_disk(waits=True))
+    fd = os.open(image, os.O_RDWR)
+    image.unlink()
+    started = user.ask(
+        "start",
+        (fd,),
+        name="mine",
+        instance="template",
+        firmware="bios",
+        disks=[{"path": "gone", "format": "raw", "chain": [0]}],
+    )
+    os.close(fd)
+    assert started["type"] == "started", started
+    with user.console("mine") as console:
+        console.expect(BOOT_MESSAGE)
+        console.type(b"r")
+    deadline = time.monotonic() + TIMEOUT_S
+    while user.vm("mine")["pid"] in {started["pid"], None}:
+        assert time.monotonic() < deadline
+    with user.console("mine") as console:
+        console.expect(BOOT_MESSAGE, 2)
+
+
+def test_what_is_passed_is_judged(user: Client, reachable: Path) -> None:
+    """It has to be a file that was opened for what the disk is for, and all that it refers to."""
+    base, image, disk = reachable / "base", reachable / "overlay", reachable / "raw"
+    create_qcow2(str(base), 1 << 20)
+    create_qcow2(str(image), 1 << 20, str(base))
+    disk.write_bytes(bytes(1 << 20))
+    reader, writer = os.pipe()
+    opened = [
+        os.open(disk, os.O_RDONLY),
+        os.open(disk, os.O_RDWR),
+        os.open(image, os.O_RDWR),
+        os.open(base, os.O_RDONLY),
+        os.open("/dev/null", os.O_RDWR),
+    ]
+    read_only, both, top, bottom, null = opened
+    for fds, why in (
+        ([read_only], "disk passed: not open for writing"),
+        ([null], "disk passed: not a regular file"),
+        ([reader], "disk passed: not a regular file"),
+        ([top], f"passed: its base image {base} did not come along"),
+        ([top, bottom, both], "passed: more base images than it refers to"),
+        ([top, writer], f"base image {base}: not a regular file"),
+    ):
+        refused = _passed(user, fds)
+        assert (refused["type"], refused.get("message")) == ("failed", why)
+    assert _passed(user, [top, bottom])["type"] == "started"
+    for fd in (*opened, reader, writer):
+        os.close(fd)
+
+
+def test_bases_that_an_owner_may_have_written(reachable: Path) -> None:
+    """What a probed image of the configuration refers to is opened with its owner's rights."""
+    secret, image = reachable / "secret", reachable / "image"
+    create_qcow2(str(secret), 1 << 20)
+    create_qcow2(str(image), 1 << 20, str(secret))
+    os.chown(image, USER, USER)
+    secret.chmod(0o600)
+    config = (
+        f"socket owner {USER}\n"
+        + vm_block("probed", f'disk "{image}"', f"owner {USER}")
+        + vm_block("said", f'disk "{image}" format qcow2', f"owner {USER}")
+    )
+    with Daemon(reachable, config, is_user=False) as vmd, connection(vmd, USER) as client:
+        refused = client.ask("start", name="probed")
+        assert (refused["code"], refused["message"]) == (
+            "EPERM",
+            f"base image {secret}: Permission denied",
+        )
+        started = client.ask("start", name="said")
+        assert started["type"] == "started", started
+        assert client.ask("stop", name="said", force=True, wait=True)["type"] == "terminated"
+        os.chown(secret, USER, USER)
+        started = client.ask("start", name="probed")
+        assert started["type"] == "started", started

@@ -426,7 +426,7 @@ def test_start_with_everything(
     here = str(tmp_path)
     arguments = [
         *("start", "-B", "cdrom", "-b", f"{here}/kernel", "-d", f"{here}/link.img"),
-        *("-d", f"qcow2:{here}/../{tmp_path.name}/disk.img,ro,serial=x", "-i", "3", "-L", "-n"),
+        *("-d", f"raw:{here}/../{tmp_path.name}/disk.img,ro,serial=x", "-i", "3", "-L", "-n"),
         *("uplink", "-m", "1.5G", "-p", "4", "-r", f"{here}/cd.iso", "-t", "base"),
         *("--append", "quiet", "--initrd", f"{here}/ramdisk", "new"),
     ]
@@ -441,8 +441,10 @@ def test_start_with_everything(
         initrd=(1,),
         append="quiet",
         disks=(
-            DiskRequest(path=f"{here}/disk.img"),
-            DiskRequest(path=f"{here}/disk.img", format="qcow2", is_read_only=True, serial="x"),
+            DiskRequest(path=f"{here}/disk.img", chain=(2,)),
+            DiskRequest(
+                path=f"{here}/disk.img", format="raw", is_read_only=True, serial="x", chain=(3,)
+            ),
         ),
         interfaces=(
             InterfaceRequest(is_local=True),
@@ -450,10 +452,11 @@ def test_start_with_everything(
             InterfaceRequest(),
         ),
         cdrom=f"{here}/cd.iso",
+        cdrom_image=4,
         boot_device=BootDevice.CDROM,
     )
     assert daemon.requests == [wanted]
-    assert daemon.fd_counts == [2]
+    assert daemon.fd_counts == [5]
     assert capsys.readouterr().err == "vmctl: started vm 7 successfully, tty /dev/pts/7\n"
 
 
@@ -755,15 +758,14 @@ def test_a_path_that_is_no_text(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The daemon cannot be told of it, which is said; the protocol is JSON."""
-    path = tmp_path / "disk\udcff.img"
+    path = tmp_path / "vm\udcff.conf"
     path.write_bytes(b"x")
     daemon = serve(lambda _: [STARTED])
-    assert vmctl(["start", "-d", str(path), "-L", "web"]) == 1
     assert vmctl(["load", str(path)]) == 1
     assert vmctl(["pause", "x\udcff"]) == 1
     assert daemon.requests == []
-    shown = f"vmctl: not UTF-8: {tmp_path}/disk\\xff.img\n"
-    assert capsys.readouterr().err == f"{shown}{shown}vmctl: not UTF-8: x\\xff\n"
+    shown = f"vmctl: not UTF-8: {tmp_path}/vm\\xff.conf\n"
+    assert capsys.readouterr().err == f"{shown}vmctl: not UTF-8: x\\xff\n"
 
 
 def test_who_may_connect(

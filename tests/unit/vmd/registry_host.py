@@ -21,7 +21,7 @@ from vmd.parent.status import Inquiries
 from vmd.rules import vm_state
 from vmd.rules.policy import Users
 from vmd.rules.registry import Action, List, Operate, Registry, info
-from vmd.rules.vm import PassedBoot, Vm
+from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import IDLE
 from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty
@@ -55,6 +55,7 @@ from vmd.wire.messages import (
     VmInfo,
     Vms,
 )
+from vmm_kvm.boot.source import Stamp
 
 ROOT = 0
 ALICE, BOB, CAROL = 1001, 1002, 1003
@@ -182,6 +183,7 @@ class Host:
                 networks=self.networks,
                 consoles=self,
                 kernels=KernelStore(),
+                open_client_files=lambda _vm, done: done(None),
                 open_vm=self._open_vm,
                 operate=self._operate,
             ),
@@ -213,18 +215,18 @@ class Host:
         self._serial += 1
         key = (client, self._serial)
         self.pending.add(key)
-        boot = None
+        passed = None
         if with_kernel:
             kernel = os.memfd_create("kernel")
             self._kernels[kernel] = os.fstat(kernel).st_ino
-            boot = PassedBoot(kernel)
+            passed = Passed(uid, kernel=kernel)
         request = type(request)(
             **{
                 **{name: getattr(request, name) for name in request.__struct_fields__},
                 "serial": self._serial,
             }
         )
-        self.run(self.registry.request(client, uid, request, boot))
+        self.run(self.registry.request(client, uid, request, passed))
         return key
 
     def leave(self, client: int) -> None:
@@ -364,9 +366,9 @@ class Host:
         self.consoles.discard(vm_id)
 
     def _open_vm(self, vm: Vm, pty: Pty, _networks: Sequence[Network]) -> Resources:
-        self.booted.append((vm.id, vm.boot.kernel if vm.boot else None))
-        if vm.boot:
-            assert vm.boot.kernel in self.boots  # not closed yet
+        self.booted.append((vm.id, vm.passed.kernel if vm.passed else None))
+        if vm.passed:
+            assert vm.passed.kernel in self.boots  # not closed yet
         if vm.id in self.failing:
             raise ResourceError(ErrorCode.DISK_MISSING, "in use")
         assert pty.name
@@ -381,7 +383,7 @@ class Host:
             tty=2,
             ring=3,
         )
-        return Resources(spec, [])
+        return Resources(spec, [], Stamp(""))
 
     def check(self) -> None:
         """Hold the registry's table against the books."""
@@ -391,7 +393,7 @@ class Host:
         for vm_id in (*self.processes, *self.launches, *self.consoles, *networks):
             assert vm_id in by_id
         assert self._effects.running == {*self.processes, *self.launches}
-        held = [vm.boot.kernel for vm in by_id.values() if vm.boot]
+        held = [fd for vm in by_id.values() if vm.passed for fd in vm.passed.fds]
         assert sorted(held) == sorted(self.boots)
         for vm in by_id.values():
             if vm.state.phase not in IDLE:

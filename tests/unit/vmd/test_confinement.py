@@ -28,8 +28,8 @@ FORBIDDEN = (
     *("connect", "listen", "unlink", "rename", "mkdirat", "truncate", "chmod", "chown"),
     *("pidfd_getfd", "openat2"),
 )
-# The local process asks the host's DNS server.
-EXEMPT = {Kind.LOCAL: {"connect"}}
+# The local process asks the host's DNS server, the opener opens files.
+EXEMPT = {Kind.LOCAL: {"connect"}, Kind.OPENER: {"openat2"}}
 # What some kinds may and others may not.
 OF_FEW = {
     "fork": {Kind.ZYGOTE},

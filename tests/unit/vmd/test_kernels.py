@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from vmd.shared.kernels import KERNELS_MAX, KernelStore, LentKernel
-from vmm_kvm.boot.source import FileSource
+from vmm_kvm.boot.cache import settled_stamp
+from vmm_kvm.boot.source import FileSource, Stamp
 
 CONTENTS = b"an unpacked kernel"
 VM = 7
@@ -40,6 +41,10 @@ def image() -> Iterator[int]:
     os.close(fd)
 
 
+def _stamp(image: int) -> Stamp:
+    return settled_stamp(os.fstat(image))
+
+
 def _unpacked(image: int, contents: bytes = CONTENTS) -> int:
     """Return what a VM process hands over that has unpacked `image`."""
     handed: list[int] = []
@@ -61,19 +66,19 @@ def _read(fd: int | None) -> bytes | None:
 
 def test_a_kernel_is_found_for_the_same_file(store: KernelStore, image: int) -> None:
     """What a VM process unpacked is lent to the next one, which reads it from the start."""
-    assert store.find(image) is None
-    store.expect(VM, image)
+    assert store.find(_stamp(image)) is None
+    store.expect(VM, _stamp(image))
     assert store.keep(VM, _unpacked(image))
-    assert _read(store.find(image)) == CONTENTS
-    assert _read(store.find(image)) == CONTENTS
+    assert _read(store.find(_stamp(image))) == CONTENTS
+    assert _read(store.find(_stamp(image))) == CONTENTS
 
 
 def test_another_file_has_another_kernel(store: KernelStore, image: int) -> None:
     """A boot image of which nothing is known is unpacked."""
-    store.expect(VM, image)
+    store.expect(VM, _stamp(image))
     assert store.keep(VM, _unpacked(image))
     other = os.open(LEFT_ALONE[1], os.O_RDONLY)
-    assert store.find(other) is None
+    assert store.find(_stamp(other)) is None
     os.close(other)
 
 
@@ -85,7 +90,7 @@ def test_a_file_that_was_written_just_now_is_not_remembered(
     path.write_bytes(b"a boot image")
     fd = os.open(path, os.O_RDONLY)
     os.utime(path, ns=(0, time.time_ns() + 10**9))
-    store.expect(VM, fd)
+    store.expect(VM, _stamp(fd))
     assert not store.keep(VM, _unpacked(fd))
     os.close(fd)
 
@@ -93,14 +98,14 @@ def test_a_file_that_was_written_just_now_is_not_remembered(
 def test_what_nobody_expects_is_refused(store: KernelStore, image: int) -> None:
     """Not from another VM, not twice, and not when the guest runs already."""
     assert not store.keep(VM, _unpacked(image))
-    store.expect(VM, image)
+    store.expect(VM, _stamp(image))
     assert not store.keep(VM + 1, _unpacked(image))
     store.expect_no_more(VM)
     assert not store.keep(VM, _unpacked(image))
-    store.expect(VM, image)
+    store.expect(VM, _stamp(image))
     assert store.keep(VM, _unpacked(image))
     assert not store.keep(VM, _unpacked(image, b"something else"))
-    assert _read(store.find(image)) == CONTENTS
+    assert _read(store.find(_stamp(image))) == CONTENTS
 
 
 def test_memory_that_can_be_changed_is_refused(store: KernelStore, image: int) -> None:
@@ -112,23 +117,23 @@ def test_memory_that_can_be_changed_is_refused(store: KernelStore, image: int) -
         fd = os.memfd_create("kernel", os.MFD_ALLOW_SEALING)
         os.write(fd, CONTENTS)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        store.expect(VM, image)
+        store.expect(VM, _stamp(image))
         assert not store.keep(VM, fd)
-    store.expect(VM, image)
+    store.expect(VM, _stamp(image))
     assert not store.keep(VM, os.dup(image))
-    assert store.find(image) is None
+    assert store.find(_stamp(image)) is None
 
 
 def test_the_least_recently_used_go_first(store: KernelStore) -> None:
     """There is a limit to how many are kept."""
     images = [os.open(path, os.O_RDONLY) for path in LEFT_ALONE[: KERNELS_MAX + 1]]
     for number, image in enumerate(images[:-1]):
-        store.expect(number, image)
+        store.expect(number, _stamp(image))
         assert store.keep(number, _unpacked(image))
-    assert _read(store.find(images[0])) == CONTENTS
-    store.expect(VM, images[-1])
+    assert _read(store.find(_stamp(images[0]))) == CONTENTS
+    store.expect(VM, _stamp(images[-1]))
     assert store.keep(VM, _unpacked(images[-1]))
-    found = [_read(store.find(image)) is not None for image in images]
+    found = [_read(store.find(_stamp(image))) is not None for image in images]
     assert found == [True, False, *[True] * (KERNELS_MAX - 1)]
     for image in images:
         os.close(image)

@@ -14,9 +14,11 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.unit.vmd.far import Far, run_until
+from vmd.children import opener_plan
 from vmd.config.host import SystemHost
 from vmd.confine.confinements import Kind
 from vmd.parent.configuration import Settings
+from vmd.parent.openers import Openers
 from vmd.parent.passt_networks import PasstNetworks
 from vmd.parent.process import Parent
 from vmd.parent.terminal_watch import TerminalWatch
@@ -122,7 +124,8 @@ class Rig:
             state=str(path / "state"),
             host=SystemHost("/"),
         )
-        self.parent = Parent(loop, settings, self.networks, self.terminals)
+        openers = Openers(loop, settings.users, opener_plan)
+        self.parent = Parent(loop, settings, self.networks, openers, self.terminals)
         self.killed: list[Kind] = []
         self.control: Far[ControlToParent, ParentToControl] = Far(loop, CONTROL_AND_PARENT)
         self.vmm: Far[VmmToParent, ParentToVmm] = Far(loop, VMM_AND_PARENT)

@@ -1,28 +1,24 @@
-"""Files by the names that users give them, opened with the rights of whom it is for.
+"""Files by the names that users give them, and files that users have opened.
 
 A name is resolved once, to a descriptor with which nothing can be done (O_PATH): opening it waits
-for nobody and wakes no device. What that descriptor leads to is judged, and then opened through it,
-so that a change of the path in between makes no difference. The links of /proc which lead to what
-another process has open are not followed. Whether the user may search the directories on the way,
-and read or write the file, the kernel says: this thread is that user for the time.
+for no other end and wakes no device. What that descriptor leads to is judged, and then opened
+through it, so that a change of the path in between makes no difference. The links of /proc which
+lead to what another process has open are not followed. Whether one may search the directories on
+the way, and read or write the file, the kernel says, by the rights of this process.
 
-Source: openat2(2), open(2) "O_PATH", setfsuid(2), credentials(7)
+Source: openat2(2), open(2) "O_PATH"
 """
 
 import ctypes
 import errno
+import fcntl
 import os
-import pwd
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
 
 from vmd.confine.syscalls import SYSCALLS
 
 _AT_FDCWD = -100
 _RESOLVE_NO_MAGICLINKS = 0x02
-_UNCHANGED = 0xFFFF_FFFF
-_NOGROUP = 65534
 
 # File systems whose files are no data but the kernel's own affairs: to read or write one may do
 # anything. Source: Linux include/uapi/linux/magic.h, and each file system's own source.
@@ -92,31 +88,50 @@ class FileKindError(FileError):
     """It is no regular file, and no permitted device."""
 
 
-def open_file(path: str, user: int | None, *, writes: bool, allows_devices: bool) -> int:
+def open_file(path: str, *, writes: bool, allows_devices: bool) -> int:
     """Open a regular file, and nothing else, to read it, or to read and write it.
 
-    `user` is the id of the user with whose rights; None for our own. With `allows_devices` it may
-    be a block device too. Only for a process with one thread.
-
-    Returns a descriptor, which is the caller's.
+    With `allows_devices` it may be a block device too. Returns a descriptor, which is the caller's.
 
     Raises:
-        FileError: there is no such file, or the user may not do this with it.
+        FileError: there is no such file, or this process may not do this with it.
         FileKindError: it is of a wrong kind.
     """
     try:
-        with ExitStack() as stack:
-            stack.enter_context(nullcontext() if user is None else _acting_as(user))
-            found = _resolve(path)
-            stack.callback(os.close, found)
+        found = _resolve(path)
+        try:
             _judge(found, allows_devices=allows_devices)
             # This link of /proc is our own, and leads to what was judged.
-            flags = (os.O_RDWR if writes else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-            return os.open(f"/proc/self/fd/{found}", flags | os.O_NOCTTY)
+            flags = (os.O_RDWR if writes else os.O_RDONLY) | os.O_NONBLOCK | os.O_NOCTTY
+            return _openat2(b"/proc/self/fd/%d" % found, flags, 0)
+        finally:
+            os.close(found)
     except OSError as err:
         raise FileError(err.strerror or str(err), err.errno or errno.EIO) from err
     except ValueError as err:  # a null character, or one that is in no file's name
         raise FileError("not the name of a file", errno.EINVAL) from err
+
+
+def check_open_file(fd: int, *, writes: bool, allows_devices: bool) -> None:
+    """Go on if what another process has opened is what `open_file` would return.
+
+    Raises:
+        FileError: it was opened for something else.
+        FileKindError: it is of a wrong kind.
+    """
+    try:
+        _judge(fd, allows_devices=allows_devices)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+            raise FileError("not open for reading", errno.EBADF)
+        if writes and flags & os.O_ACCMODE != os.O_RDWR:
+            raise FileError("not open for writing", errno.EBADF)
+        if writes and flags & os.O_APPEND:
+            raise FileError("open for appending", errno.EBADF)
+        if flags & os.O_DIRECT:
+            raise FileError("open for direct transfers", errno.EBADF)
+    except OSError as err:
+        raise FileError(err.strerror or str(err), err.errno or errno.EIO) from err
 
 
 def _resolve(path: str) -> int:
@@ -124,7 +139,17 @@ def _resolve(path: str) -> int:
     name = os.fsencode(path)
     if b"\0" in name:
         raise ValueError("embedded null byte")
-    how = _OpenHow(flags=os.O_PATH | os.O_CLOEXEC, mode=0, resolve=_RESOLVE_NO_MAGICLINKS)
+    try:
+        return _openat2(name, os.O_PATH, _RESOLVE_NO_MAGICLINKS)
+    except OSError as err:
+        if err.errno != errno.ELOOP:
+            raise
+        text = "a link of /proc to an open file, or too many symbolic links"
+        raise OSError(err.errno, text) from err
+
+
+def _openat2(name: bytes, flags: int, resolve: int) -> int:
+    how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=resolve)
     fd = int(
         _libc.syscall(
             SYSCALLS["openat2"],
@@ -136,8 +161,6 @@ def _resolve(path: str) -> int:
     )
     if fd < 0:
         number = ctypes.get_errno()
-        if number == errno.ELOOP:
-            raise OSError(number, "a link of /proc to an open file, or too many symbolic links")
         raise OSError(number, os.strerror(number))
     return fd
 
@@ -154,40 +177,3 @@ def _judge(fd: int, *, allows_devices: bool) -> None:
     # The node of a device may be anywhere; what it leads to is on no file system.
     if kind is not None and stat.S_ISREG(mode):
         raise FileKindError(f"a file of {kind}", errno.EPERM)
-
-
-@contextmanager
-def _acting_as(uid: int) -> Iterator[None]:
-    """Have a user's rights over files, and no others, in this thread.
-
-    The kernel takes away all of root's rights over files with the user id.
-    """
-    gid, groups = _groups_of(uid)
-    before = os.getgroups()
-    os.setgroups(groups)
-    try:
-        _set_ids(uid, gid)
-        yield
-    finally:
-        _set_ids(os.geteuid(), os.getegid())
-        os.setgroups(before)
-
-
-def _groups_of(uid: int) -> tuple[int, list[int]]:
-    """Return a user's own group, and all of them; an unknown user is in none."""
-    try:
-        user = pwd.getpwuid(uid)
-    except KeyError:
-        return _NOGROUP, []
-    return user.pw_gid, os.getgrouplist(user.pw_name, user.pw_gid)
-
-
-def _set_ids(uid: int, gid: int) -> None:
-    _libc.setfsgid(ctypes.c_uint(gid))
-    _libc.setfsuid(ctypes.c_uint(uid))
-    # Neither says whether it has worked, but what the id is.
-    if (
-        _libc.setfsuid(ctypes.c_uint(_UNCHANGED)) != uid
-        or _libc.setfsgid(ctypes.c_uint(_UNCHANGED)) != gid
-    ):
-        raise OSError(errno.EPERM, f"cannot have the rights of user {uid}")

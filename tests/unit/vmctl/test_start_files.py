@@ -1,0 +1,36 @@
+"""Files that `vmctl start` opens, and passes open."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vmctl.conftest import Serve
+from vmctl.cli import main as vmctl
+from vmd.wire.messages import DiskRequest, Start, Started
+from vmm_kvm.images.create import create_qcow2
+
+STARTED = Started(id=7, pid=700, tty="/dev/pts/7")
+
+
+def test_start_sends_every_file_of_a_disk(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image comes with its bases, also where a name is no text; one that is missing is told."""
+    create_qcow2(str(tmp_path / "base"), 1 << 20)
+    image = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.qcow2")
+    create_qcow2(image, 1 << 20, "base")
+    daemon = serve(lambda _: [STARTED])
+    assert vmctl(["start", "-d", image, "-i", "1", "web"]) == 0
+    (request,) = daemon.requests
+    assert isinstance(request, Start)
+    assert request.disks == (DiskRequest(path=f"{tmp_path}/\\xff.qcow2", chain=(0, 1)),)
+    assert daemon.fd_counts == [2]
+    (tmp_path / "base").unlink()
+    capsys.readouterr()
+    assert vmctl(["start", "-d", image, "-i", "1", "web"]) == 1
+    assert capsys.readouterr().err == (
+        f"vmctl: cannot open base image '{tmp_path}/base': No such file or directory\n"
+    )

@@ -1,0 +1,174 @@
+"""The parent's side of openers: processes that have become a client, to open that client's files.
+
+Each serves one start, and has a time limit: the file system of a client may never answer. One that
+does not end though it was killed, because the kernel waits for such a file system, counts against
+its user until it does.
+"""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+
+from vmd.confine.confinements import Kind
+from vmd.rules.policy import Users
+from vmd.shared.opening import Files, OpeningError
+from vmd.shared.privsep import Plan, spawn
+from vmd.wire.channel import Channel, ChannelError, Fds, OversizeError, Received
+from vmd.wire.files import (
+    PARENT_AND_OPENER,
+    FilesOpened,
+    FoundFile,
+    OpenerToParent,
+    OpenFiles,
+    OpeningFailed,
+    WantedFile,
+)
+from vmd.wire.messages import ErrorCode
+from vmm_kvm.clock import NANOSECONDS
+from vmm_kvm.log import Log
+from vmm_kvm.loop import EventLoop, LoopTimer
+
+log = Log(__name__)
+
+TIME_LIMIT_S = 10
+"""How long a client's files may take to be opened."""
+OPENERS_PER_USER = 4
+"""At a time; further starts of the user are refused."""
+
+Then = Callable[[list[FoundFile], list[int]], None]
+"""What is called when the files are open; takes over the descriptors."""
+Else = Callable[[OpeningError], None]
+"""What is called when one is not to be had."""
+
+
+class _Opener:
+    """A process, until it is reaped."""
+
+    def __init__(
+        self, uid: int, channel: Channel[OpenFiles, OpenerToParent], then: Then, otherwise: Else
+    ) -> None:
+        self.uid = uid
+        self.channel = channel
+        self.then = then
+        self.otherwise: Else | None = otherwise
+        """None once it has been answered."""
+        self.timer: LoopTimer | None = None
+
+
+class Openers:
+    """All openers, on the event loop's thread."""
+
+    def __init__(self, loop: EventLoop, users: Users, plan: Callable[[int], Plan]) -> None:
+        """Begin without any; `plan` returns how to make one for a user id."""
+        self._loop = loop
+        self.users = users
+        self._plan = plan
+        self._openers: dict[int, _Opener] = {}
+
+    @property
+    def pids(self) -> Collection[int]:
+        """Those that have not been reaped."""
+        return self._openers.keys()
+
+    def open(
+        self, uid: int, wanted: Sequence[WantedFile], passed: list[int], then: Then, otherwise: Else
+    ) -> None:
+        """Open files with the rights of a user; takes ownership of `passed`.
+
+        For an administrator it is done at once, in this process.
+        """
+        fds = Fds(passed)
+        if uid in self.users.administrators:
+            with fds, Files() as files:
+                try:
+                    files.open(wanted, fds)
+                except OpeningError as err:
+                    otherwise(err)
+                    return
+                then(files.found, files.take())
+            return
+        per_user = Counter(opener.uid for opener in self._openers.values())
+        if per_user[uid] >= OPENERS_PER_USER:
+            fds.close()
+            otherwise(OpeningError(ErrorCode.EAGAIN, "too many starts of yours wait for files"))
+            return
+        try:
+            child = spawn(self._plan(uid))
+        except OSError as err:
+            fds.close()
+            otherwise(OpeningError(ErrorCode.EAGAIN, f"{Kind.OPENER}: {err.strerror}"))
+            return
+        channel = Channel(child.connection, PARENT_AND_OPENER)
+        opener = self._openers[child.pid] = _Opener(uid, channel, then, otherwise)
+        opener.timer = self._loop.timer(lambda: self._kill(child.pid))
+        opener.timer.arm(self._loop.monotonic_ns() + TIME_LIMIT_S * NANOSECONDS)
+        channel.watch(
+            self._loop,
+            lambda received: self._answered(opener, received),
+            lambda err: self._fail(opener, ErrorCode.EIO, f"the files cannot be opened: {err}"),
+        )
+        try:
+            channel.send(OpenFiles(files=tuple(wanted)), fds.take_all())
+        except (ChannelError, OversizeError) as err:
+            channel.close()  # it ends then
+            self._fail(opener, ErrorCode.EIO, str(err))
+        except UnicodeEncodeError:  # messages are text
+            channel.close()
+            self._fail(opener, ErrorCode.EINVAL, "a file whose name is not UTF-8: pass it open")
+
+    def _answered(self, opener: _Opener, received: Received[OpenerToParent]) -> None:
+        with received.fds as fds:
+            if opener.otherwise is None:
+                return
+            match received.message:
+                case FilesOpened(files=files) if not fds.are_lost and _are_there(files, fds):
+                    opener.otherwise = None
+                    opener.then(list(files), fds.take_all())
+                case OpeningFailed(code=code, message=message):
+                    self._fail(opener, code, message)
+                case _:
+                    self._fail(opener, ErrorCode.EAGAIN, "the daemon has no descriptors left")
+
+    @staticmethod
+    def _fail(opener: _Opener, code: ErrorCode, message: str) -> None:
+        otherwise, opener.otherwise = opener.otherwise, None
+        if otherwise:
+            otherwise(OpeningError(code, message))
+
+    def _kill(self, pid: int) -> None:
+        opener = self._openers[pid]
+        log.warning("opener for uid %d: not done in %d s: killed", opener.uid, TIME_LIMIT_S)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        self._fail(opener, ErrorCode.EIO, f"the files could not be opened in {TIME_LIMIT_S} s")
+
+    def ended(self, pid: int) -> None:
+        """Forget a process that has been reaped, if it was one of these."""
+        opener = self._openers.pop(pid, None)
+        if opener is None:
+            return
+        if opener.timer:
+            opener.timer.cancel()
+        # What it said last may not have been read yet.
+        self._loop.call_soon(lambda: self._drained(opener))
+
+    def _drained(self, opener: _Opener) -> None:
+        with suppress(BlockingIOError, ChannelError):
+            if opener.otherwise:
+                self._answered(opener, opener.channel.receive())
+        opener.channel.close()
+        self._fail(opener, ErrorCode.EIO, "the process that opens the files has ended")
+
+    def close(self) -> None:
+        """End all; they are reaped by others, if the kernel lets them end."""
+        for pid, opener in self._openers.items():
+            opener.otherwise = None
+            opener.channel.close()
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _are_there(files: Sequence[FoundFile], fds: Fds) -> bool:
+    return all(0 <= index < len(fds) for file in files for index in file.chain)
