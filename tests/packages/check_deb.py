@@ -87,10 +87,10 @@ def _copy_project(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def package(host: SystemdHost) -> str:
-    """Build the package there; returns its path."""
-    made = "cd /srv && cp -r given/project built && cd built && make deb"
-    host.run(*_OFFLINE, "sh", "-euc", made, timeout_s=_BUILD_S)
-    return host.run("sh", "-euc", "ls /srv/built/dist/vmm-kvm_*.deb").strip()
+    """Build the package there, as a user; returns its path."""
+    made = "cp -r /srv/given/project ~/built && cd ~/built && make deb"
+    _as(host, "alice", *_OFFLINE, "sh", "-euc", made, timeout_s=_BUILD_S)
+    return host.run("sh", "-euc", "ls /home/alice/built/dist/vmm-kvm_*.deb").strip()
 
 
 def _apt(host: SystemdHost, *words: str) -> str:
@@ -219,12 +219,17 @@ def pipx(host: SystemdHost) -> SystemdHost:
     host.run("install", "-d", "-o", "alice", "-m", "700", f"/run/user/{uid}")
     copied = "cp -r /srv/given/project ~/project && cd ~/project && pipx install ."
     _as(host, "alice", *_OFFLINE, "sh", "-euc", copied, timeout_s=_BUILD_S)
-    venv = ".local/share/pipx/venvs/vmm-kvm"
-    modules = host.run("sh", "-euc", f"echo /home/alice/{venv}/lib/python3*/site-packages").strip()
+    modules = host.run("sh", "-euc", f"echo {_venv(host)}/lib/python3*/site-packages").strip()
     block = vm_block("mine", enabled=True, boot=Path(modules) / "vmm_kvm/bios/selftest.bin")
     host.write("/home/alice/.config/vm.conf", block)
     host.run("chown", "-R", "alice:", "/home/alice/.config")
     return host
+
+
+def _venv(host: SystemdHost) -> str:
+    """Return where pipx has installed; releases of it differ."""
+    venvs = _as(host, "alice", "pipx", "environment", "--value", "PIPX_LOCAL_VENVS")
+    return f"{venvs.strip()}/vmm-kvm"
 
 
 def test_a_vm_of_a_user(pipx: SystemdHost) -> None:
@@ -248,7 +253,7 @@ def test_units_of_a_user(pipx: SystemdHost) -> None:
     pipx.write("/run/systemd/system/alice.service", _USER_MANAGER.format(uid=uid))
     pipx.run("systemctl", "daemon-reload")
     pipx.run("systemctl", "start", "alice.service")
-    units = "~/.local/share/pipx/venvs/vmm-kvm/share/systemd/user"
+    units = f"{_venv(pipx)}/share/systemd/user"
     enable = f"systemctl --user enable --now {units}/vmd.socket {units}/vmd.service"
     _as(pipx, "alice", "sh", "-euc", enable)
     _as(pipx, "alice", "systemctl", "--user", "stop", "vmd.service")
