@@ -6,7 +6,7 @@ machine: what that process knows of the guest's memory is then the new machine's
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,16 @@ from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
 from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import SpecError
 from vmm_kvm.images.opening import open_image
-from vmm_kvm.machine.pci_devices import AnyDisk, Disk, PmemDisk, RemoteDisk
-from vmm_kvm.virtio.blk import VirtioBlk
+from vmm_kvm.virtio.blk import BlkSpec, VirtioBlk
 
 if TYPE_CHECKING:  # loaded where a disk is in another process
     import socket
 
+    from vmm_kvm.machine.spec import DiskSpec
+    from vmm_kvm.virtio.scsi import ScsiCdSpec
 
-def open_disk(text: str, index: int, stack: ExitStack) -> AnyDisk:
+
+def open_disk(text: str, index: int, stack: ExitStack) -> "DiskSpec":
     """Open disk number `index`, given as `-d` takes it; `stack` closes it.
 
     Raises:
@@ -31,19 +33,26 @@ def open_disk(text: str, index: int, stack: ExitStack) -> AnyDisk:
     option = _parse(text)
     name = f"disk{index}"
     if option.kind is DiskKind.VHOST_USER:
-        return RemoteDisk(lambda: _connect(option.path), name)
+        return _remote(lambda: _connect(option.path), name)
     if option.kind is DiskKind.PMEM:
         from vmm_kvm.block.mapped import MappedImage  # noqa: PLC0415 - few disks are memory
+        from vmm_kvm.virtio.pmem import PmemSpec  # noqa: PLC0415 - the same
 
         mapped = MappedImage(option.path, is_private=option.is_private)
-        return PmemDisk(stack.enter_context(mapped), name)
+        return PmemSpec(stack.enter_context(mapped), name)
     if option.is_process:
         process = _ProcessDisk(option, name)
         stack.callback(process.close)
-        return RemoteDisk(process.connect, name)
+        return _remote(process.connect, name)
     image = _open(option)
     stack.callback(_close, image, option.path)
-    return Disk(image, name, option.serial, option.queues)
+    return BlkSpec(image, name, option.serial, option.queues)
+
+
+def _remote(connect: "Callable[[], socket.socket]", name: str) -> "DiskSpec":
+    from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec  # noqa: PLC0415 - as sockets are
+
+    return RemoteBlkSpec(connect, name)
 
 
 def refuse_twice(texts: Sequence[str]) -> None:
@@ -69,17 +78,17 @@ def _parse(text: str) -> DiskOption:
         raise SpecError(str(err)) from None
 
 
-def open_cdrom(path: str | None, stack: ExitStack) -> Image | None:
+def open_cdrom(path: str, stack: ExitStack) -> "ScsiCdSpec":
     """Open what is in the CD-ROM drive, always raw and never written; `stack` closes it.
 
     Raises:
         ImageError: the image cannot be opened.
     """
-    if path is None:
-        return None
+    from vmm_kvm.virtio.scsi import ScsiCdSpec  # noqa: PLC0415 - few machines have a drive
+
     image = open_image(path, Format.RAW, read_only=True)
     stack.callback(_close, image, path)
-    return image
+    return ScsiCdSpec(image)
 
 
 def _open(option: DiskOption) -> Image:

@@ -15,9 +15,10 @@ from typing import Final
 
 from vmctl.nic_options import Forward, NicKind, NicOption
 from vmm_kvm.errors import SpecError
+from vmm_kvm.machine.net import NetSpec
 from vmm_kvm.memfd import make_scratch
 from vmm_kvm.net.bridge import tap_on_bridge
-from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, TapPath, Traffic, VhostPath
+from vmm_kvm.net.paths import Path, RemotePath, StreamPath, TapPath, Traffic, VhostPath
 from vmm_kvm.net.tap import Tap, open_tap
 from vmm_kvm.virtio.net import VirtioNet
 
@@ -32,13 +33,13 @@ _ANYONE_SEARCHES = 0o711
 _ANYONE_WRITES = 0o622
 
 
-def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicParams:
+def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NetSpec:
     """Open interface number `index` of the machine named `vm`; `stack` closes it.
 
     Raises:
         SpecError: the tap or the socket cannot be opened, or passt is not there.
     """
-    nic = NicParams(
+    nic = NetSpec(
         option.lladdr or _address(vm, index),
         StreamPath(-1, Traffic()),
         f"nic{index}",
@@ -49,7 +50,7 @@ def open_nic(option: NicOption, index: int, vm: str, stack: ExitStack) -> NicPar
     return nic._replace(path=_path(option, nic, stack))
 
 
-def _path(option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
+def _path(option: NicOption, nic: NetSpec, stack: ExitStack) -> Path:
     match option.kind:
         case NicKind.TAP:
             return _tap(open_tap(option.what, option.queues), option, nic, stack)
@@ -75,7 +76,7 @@ def _address(vm: str, index: int) -> bytes:
     return OPENBSD_PREFIX + digest[:_ADDRESS_REST]
 
 
-def _tap(taps: list[int], option: NicOption, nic: NicParams, stack: ExitStack) -> Path:
+def _tap(taps: list[int], option: NicOption, nic: NetSpec, stack: ExitStack) -> Path:
     for fd in taps:
         stack.callback(os.close, fd)
     if option.is_process:
@@ -192,7 +193,7 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
 class _ProcessNic:
     """An interface with a process of its own for each machine."""
 
-    def __init__(self, nic: NicParams, taps: list[int]) -> None:
+    def __init__(self, nic: NetSpec, taps: list[int]) -> None:
         self._nic = nic
         self._taps = taps
         self._close = ExitStack()

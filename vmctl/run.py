@@ -8,7 +8,7 @@ number, when it wrote to isa-debug-exit. Reboot restarts the guest in the same p
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,23 +26,22 @@ from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.limits import MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine.machine import (
+from vmm_kvm.machine.machine import Machine
+from vmm_kvm.machine.spec import (
+    BASIC_DEVICES,
     Crash,
     DebugExitStatus,
     Ending,
-    Machine,
     MachineSpec,
     Outcome,
     TripleFault,
 )
-from vmm_kvm.machine.pci_devices import has_servers
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.standard_streams import OutputError
 
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
-    from vmm_kvm.block.image import Image
-    from vmm_kvm.machine.pci_devices import AnyDisk
-    from vmm_kvm.net.nic import NicParams
+    from vmm_kvm.machine.net import NetSpec
+    from vmm_kvm.machine.spec import DeviceSpec
 
 EXIT_ERROR = 1
 EXIT_TIMEOUT = 124
@@ -150,18 +149,13 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
 
         variables = stack.enter_context(open_variables(template, options.nvram))
     name = options.name or _name_of(path)
-    nics = _nics(options, name, stack)
-    disks, cdrom = _media(options, stack)
+    devices = (*_nics(options, name, stack), *_media(options, stack), *_console(options))
     return MachineSpec(
         image=open_image(path) if options.boot is not None else open_firmware(path),
         variables=variables,
-        has_console=options.virtio_console,
         memory_size=_memory(options.memory),
-        is_memory_private=not has_servers(nics, disks),
         cpus=_cpus(options.cpus),
-        nics=nics,
-        disks=disks,
-        cdrom=cdrom,
+        devices=(*BASIC_DEVICES, *devices),
         boot_device=_boot_device(options.boot_device),
         name=name,
         command_line=options.append,
@@ -174,10 +168,10 @@ def _name_of(path: str) -> str:
     return os.fsdecode(os.fsencode(os.path.basename(path))[:NAME_MAX])
 
 
-def _media(options: RunOptions, stack: ExitStack) -> "tuple[tuple[AnyDisk, ...], Image | None]":
+def _media(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
     """Open the disks, and what is in the CD-ROM drive."""
     if not options.disks and options.cdrom is None:
-        return (), None
+        return
     from vmctl.disks import (  # noqa: PLC0415 - not every VM has a disk
         open_cdrom,
         open_disk,
@@ -185,11 +179,20 @@ def _media(options: RunOptions, stack: ExitStack) -> "tuple[tuple[AnyDisk, ...],
     )
 
     refuse_twice(options.disks)
-    disks = tuple(open_disk(text, index, stack) for index, text in enumerate(options.disks))
-    return disks, open_cdrom(options.cdrom, stack)
+    for index, text in enumerate(options.disks):
+        yield open_disk(text, index, stack)
+    if options.cdrom is not None:
+        yield open_cdrom(options.cdrom, stack)
 
 
-def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NicParams, ...]":
+def _console(options: RunOptions) -> "Iterator[DeviceSpec]":
+    if options.virtio_console:
+        from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
+
+        yield ConsoleSpec()
+
+
+def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NetSpec, ...]":
     """Open what -i, -n and -L ask for."""
     if not (options.interfaces or options.switches or options.local):
         return ()
@@ -318,7 +321,7 @@ class Foreground:
             stack.callback(self._stdio.finish, discard=False)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 stack.callback(signal.signal, number, signal.signal(number, self._terminate))
-            if self._spec.has_console:
+            if any(spec.kind == "console" for spec in self._spec.devices):
                 resized = signal.signal(signal.SIGWINCH, self._resize)
                 stack.callback(signal.signal, signal.SIGWINCH, resized)
             if self._timeout_s is not None:

@@ -49,8 +49,6 @@ _LATE_MODULES = (
     *("encodings.latin_1", "encodings.ascii", "encodings.utf_16_le", "encodings.idna"),
     *("vmm_kvm.block.qcow2.header", "vmm_kvm.block.qcow2.image", "vmm_kvm.block.qcow2.repair"),
     *("vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash", "vmm_kvm.pci.q35"),
-    *("vmm_kvm.virtio.scsi", "vmm_kvm.virtio.vhost_user.client"),
-    *("vmm_kvm.virtio.vhost_user.frontend", "vmm_kvm.machine.nics", "vmm_kvm.virtio.pmem"),
 )
 
 

@@ -39,7 +39,8 @@ def machine(count: int, seed: int) -> int:
     from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415
     from vmm_kvm.kvm.vcpu import install_kick_signal  # noqa: PLC0415
     from vmm_kvm.loop import EventLoop  # noqa: PLC0415
-    from vmm_kvm.machine.machine import Ending, Machine, MachineSpec, Outcome  # noqa: PLC0415
+    from vmm_kvm.machine.machine import Machine  # noqa: PLC0415
+    from vmm_kvm.machine.spec import Ending, MachineSpec, Outcome  # noqa: PLC0415
     from vmm_kvm.primitives import Vmm  # noqa: PLC0415
 
     outcomes: list[Outcome] = []

@@ -1,5 +1,6 @@
 """A machine with the self-test guest: pause and resume, outcomes, output that KVM collects."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,15 +23,21 @@ from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.limits import TABLE_VCPUS_MAX, VCPUS_MAX
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine.machine import (
+from vmm_kvm.machine.machine import Machine
+from vmm_kvm.machine.net import NetSpec
+from vmm_kvm.machine.spec import (
     Crash,
     DebugExitStatus,
     Ending,
-    Machine,
     MachineSpec,
     Outcome,
 )
+from vmm_kvm.net.paths import StreamPath, Traffic
 from vmm_kvm.primitives import VcpuState, Vmm
+from vmm_kvm.virtio.console import ConsoleSpec
+from vmm_kvm.virtio.rng import RngSpec
+from vmm_kvm.virtio.scsi import ScsiCdSpec
+from vmm_kvm.virtio.vmmci import VmmciSpec
 
 pytestmark = pytest.mark.kvm
 
@@ -215,3 +222,44 @@ def test_what_vmm_refuses_no_machine_has(bench: Bench) -> None:
             stack.enter_context(bench.machine(cpus=most, memory_size=MIB))
         assert caught.value.refusal is Refusal.ENOMEM
     assert bench.vmm.vms == {}
+
+
+def test_devices_lie_in_openbsds_order(bench: Bench) -> None:
+    """Whatever order they are told in: entropy, interfaces, disks, drive, console, vmmci."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        net = NetSpec(b"\xfe\xe1\xbb\0\0\1", StreamPath(ours.fileno(), Traffic()), "net")
+        devices = (VmmciSpec(), ConsoleSpec(), ScsiCdSpec(None), net, RngSpec())
+        spec = MachineSpec(open_image(str(selftest_path())), 16 * MIB, devices=devices)
+        with Machine(
+            spec,
+            bench.vmm,
+            bench.loop,
+            transmit=bench.output.extend,
+            on_receive_room=lambda: None,
+            on_outcome=bench.outcomes.append,
+        ) as machine:
+            ids = [machine.pci.read_ecam(slot << 15, 4) for slot in range(7)]
+            assert not machine.press_power_button()
+    virtio = [0x1AF4 | 0x1040 + number << 16 for number in (4, 1, 8, 3)]
+    assert ids[1:] == [*virtio, 0x0777_0B5D, 0xFFFF_FFFF]
+
+
+def test_a_machine_without_vmmci(bench: Bench) -> None:
+    """A machine has the devices that its specification has, and can be paused without any."""
+    spec = MachineSpec(open_image(str(selftest_path())), 16 * MIB, devices=())
+    with Machine(
+        spec,
+        bench.vmm,
+        bench.loop,
+        transmit=bench.output.extend,
+        on_receive_room=lambda: None,
+        on_outcome=bench.outcomes.append,
+    ) as machine:
+        machine.start()
+        assert bench.says(b"selftest: ready")
+        machine.pause()
+        machine.resume()
+        machine.press_power_button()
+        assert bench.run_until(lambda: bool(bench.outcomes))
+    assert bench.outcomes == [Ending.POWER_OFF]

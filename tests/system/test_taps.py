@@ -32,7 +32,7 @@ from vmm_kvm.errors import SpecError
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.net.bridge import tap_on_bridge
 from vmm_kvm.net.ethernet import Filter, locked_filter
-from vmm_kvm.net.nic import StreamPath
+from vmm_kvm.net.paths import StreamPath
 from vmm_kvm.net.stream import Stream
 from vmm_kvm.net.tap import HEADER_SIZE, Tap, open_tap, tap_name
 from vmm_kvm.virtio import abi

@@ -72,19 +72,24 @@ from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine.machine import (
+from vmm_kvm.machine.machine import Machine
+from vmm_kvm.machine.net import NetSpec
+from vmm_kvm.machine.spec import (
+    BASIC_DEVICES,
     Crash,
     DebugExitStatus,
     Ending,
-    Machine,
     MachineSpec,
     Outcome,
     TripleFault,
+    nets_of,
 )
-from vmm_kvm.machine.pci_devices import PmemDisk, RemoteDisk, has_servers
 from vmm_kvm.net.ethernet import parse_lladdr
-from vmm_kvm.net.nic import NicParams, Path, RemotePath, StreamPath, Traffic, VhostPath
+from vmm_kvm.net.paths import Path, RemotePath, StreamPath, Traffic, VhostPath
 from vmm_kvm.primitives import Vmm
+from vmm_kvm.virtio.pmem import PmemSpec
+from vmm_kvm.virtio.scsi import ScsiCdSpec
+from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
 
 log = Log(__name__)
 
@@ -208,16 +213,17 @@ def _machine_spec(
     if spec.variables is not None:
         file = open_image(fds.take(spec.variables), Format.RAW, read_only=False, name="nvram")
         variables = stack.enter_context(Variables.of(file))
-    cdrom = None
+    cdroms = []
     if spec.cdrom is not None:
         cdrom = open_image(fds.take(spec.cdrom), Format.RAW, read_only=True, name="cdrom")
         stack.callback(cdrom.close)
+        cdroms.append(ScsiCdSpec(cdrom))
     disks = tuple(
         _disk(disk, fds, connection, stack)
         for connection, disk in zip(connections.disks, spec.disks, strict=True)
     )
-    nics = tuple(
-        NicParams(
+    nets = tuple(
+        NetSpec(
             parse_lladdr(nic.lladdr),
             _path(nic, fds, connection),
             nic.name,
@@ -232,11 +238,8 @@ def _machine_spec(
         kernels=LentKernel(kernel, lambda fd: _tell(channel, VmUnpacked(), fd)),
         variables=variables,
         memory_size=spec.memory,
-        is_memory_private=not has_servers(nics, disks),
         cpus=spec.cpus,
-        disks=disks,
-        nics=nics,
-        cdrom=cdrom,
+        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms),
         boot_device=BootDevice(spec.boot_device.value),
         name=spec.name,
         command_line=spec.append,
@@ -246,16 +249,16 @@ def _machine_spec(
 
 def _disk(
     disk: DiskSpec, fds: Fds, connection: DeviceConnection | None, stack: ExitStack
-) -> RemoteDisk | PmemDisk:
+) -> RemoteBlkSpec | PmemSpec:
     """Return who serves a disk: a process of ours, somebody else's, or this one's memory."""
     path = disk.option.path
     if connection is not None:
-        return RemoteDisk(_Connection(connection, path).connect, path)
+        return RemoteBlkSpec(_Connection(connection, path).connect, path)
     fd = fds.take(disk.chain[0])
     if disk.option.kind is DiskKind.PMEM:
         image = MappedImage(path, is_private=disk.option.is_private, fd=fd)
-        return PmemDisk(stack.enter_context(image), path)
-    return RemoteDisk(lambda: socket.socket(fileno=fd), path)
+        return PmemSpec(stack.enter_context(image), path)
+    return RemoteBlkSpec(lambda: socket.socket(fileno=fd), path)
 
 
 def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
@@ -331,7 +334,7 @@ class VmProcess:
         self._loop = loop
         self._channel = channel
         self._disks = disks
-        paths = (nic.path for nic in spec.nics)
+        paths = (net.path for net in nets_of(spec.devices))
         self._streams = [path.traffic for path in paths if isinstance(path, StreamPath)]
         self._outcome: Outcome | None = None
         self._is_paused = False

@@ -283,7 +283,7 @@ class DiskSpec(Part, frozen=True, kw_only=True):
 
 
 class NicSpec(Part, frozen=True, kw_only=True):
-    """A network interface, open; see `vmm_kvm.net.nic` for what the descriptors are.
+    """A network interface, open; see `vmm_kvm.net.paths` for what the descriptors are.
 
     With `vhosts` the kernel moves its frames, with taps alone a device process of ours, without
     both whoever is behind a stream.

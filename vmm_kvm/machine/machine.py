@@ -6,24 +6,20 @@ makes a new Machine: nothing of the old one can be left over.
 """
 
 import ctypes
-import enum
 import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import Self
 
 from vmm_kvm import primitives
 from vmm_kvm.arch.x86 import layout
 from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables, loader_files
-from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.e820 import encode, firmware_e820_map
 from vmm_kvm.arch.x86.entry_state import load_entry
-from vmm_kvm.arch.x86.image import BootConfig, BootImage, FirmwareImage, load
+from vmm_kvm.arch.x86.image import BootConfig, FirmwareImage, load
 from vmm_kvm.arch.x86.smbios import build_smbios, name_uuid
-from vmm_kvm.bits import MIB
 from vmm_kvm.boot.cache import default_directory
-from vmm_kvm.boot.source import FileSource
 from vmm_kvm.bus import Bus
 from vmm_kvm.clock import Clock
 from vmm_kvm.devices.acpi_pm import AcpiPm
@@ -41,21 +37,25 @@ from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
 from vmm_kvm.log import Log
-from vmm_kvm.machine.pci_devices import AnyDisk, PciDevices, PmemDisk, boot_order, place_pmem
 from vmm_kvm.machine.runner import Runner
 from vmm_kvm.machine.serial_output import SerialOutput
+from vmm_kvm.machine.spec import (
+    Crash,
+    DebugExitStatus,
+    Ending,
+    MachineSpec,
+    Outcome,
+    TripleFault,
+    has_servers,
+    nets_of,
+    pmems_of,
+)
+from vmm_kvm.machine.wiring import Devices, boot_order, place_pmem
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.primitives import VmInfo, Vmm
-from vmm_kvm.virtio.vmmci import Command
 from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, check_vcpus
-
-if TYPE_CHECKING:  # loaded where there is a disk, an interface, or UEFI firmware
-    from vmm_kvm.block.image import Image
-    from vmm_kvm.boot.cache import Kernels
-    from vmm_kvm.boot.nvram import Variables
-    from vmm_kvm.net.nic import NicParams
 
 log = Log(__name__)
 
@@ -72,68 +72,6 @@ _FW_CFG_RAM_SIZE = 0x03
 _FW_CFG_NOGRAPHIC = 0x04
 _FW_CFG_NB_CPUS = 0x05
 _FW_CFG_MAX_CPUS = 0x0F
-
-
-class MachineSpec(NamedTuple):
-    """What machine to build."""
-
-    image: BootImage
-    memory_size: int = 512 * MIB
-    """Bytes of RAM, a multiple of 1 MiB."""
-    cpus: int = 1
-    """vCPUs, 1 to 64 and no more than KVM allows."""
-    name: str = "vm"
-    command_line: str | None = None
-    initrd: tuple[str | FileSource, ...] = ()
-    """Open, or by path; more than one only for Multiboot kernels."""
-    nics: "tuple[NicParams, ...]" = ()
-    disks: tuple[AnyDisk, ...] = ()
-    cdrom: "Image | None" = None
-    """What is in the CD-ROM drive, which is there only then; it stays the caller's."""
-    variables: "Variables | None" = None
-    """What UEFI firmware keeps in flash memory below its own image; stays the caller's."""
-    kernels: "Kernels | None" = None
-    """Where unpacked kernels are kept; None for this user's cache."""
-    has_console: bool = False
-    """Whether there is a virtio console, hvc0, besides the serial port."""
-    boot_device: BootDevice = BootDevice.AUTO
-    """What firmware boots from, and what an OpenBSD kernel takes for its root."""
-    uuid: bytes | None = None
-    """Of the system, sixteen bytes; None makes one of the name."""
-    serial: str = ""
-    """Serial number of the system; empty for none."""
-    is_memory_private: bool = False
-    """Whether RAM is this process's alone: quicker, but without devices in other processes."""
-
-
-class Ending(enum.Enum):
-    """How a guest ends the machine in an orderly way."""
-
-    POWER_OFF = "power off"
-    """It entered S5."""
-    REBOOT = "reboot"
-    """It reset the machine."""
-
-
-class TripleFault(NamedTuple):
-    """The guest shut its processor down, which resets a real machine."""
-
-    message: str
-
-
-class DebugExitStatus(NamedTuple):
-    """The guest wrote `value` to isa-debug-exit."""
-
-    value: int
-
-
-class Crash(NamedTuple):
-    """The guest panicked, or KVM cannot go on; `message` is one line."""
-
-    message: str
-
-
-Outcome = Ending | TripleFault | DebugExitStatus | Crash
 
 
 class Machine:
@@ -180,10 +118,10 @@ class Machine:
                 GuestMemory(
                     layout.ram_ranges(spec.memory_size, hole_start),
                     spec.name,
-                    is_private=spec.is_memory_private,
+                    is_private=not has_servers(spec.devices),
                 )
             )
-            self._pmem, memory_end = place_pmem(spec.disks, self.memory.regions[-1].end)
+            self._pmem, memory_end = place_pmem(pmems_of(spec.devices), self.memory.regions[-1].end)
             tables = build_tables(
                 AcpiConfig(
                     cpus=spec.cpus,
@@ -207,6 +145,7 @@ class Machine:
                     command_line=spec.command_line,
                     initrd=spec.initrd,
                     boot_device=spec.boot_device,
+                    lladdr=nets[0].lladdr if (nets := nets_of(spec.devices)) else None,
                     acpi=tables,
                     smbios=smbios,
                 ),
@@ -263,8 +202,8 @@ class Machine:
 
     def throttle(self, hold: bool) -> None:
         """Ask the vCPUs to stand still, without waiting for it, or let them go on."""
-        if self.console:
-            self.console.throttle(hold)
+        if self._devices.console:
+            self._devices.console.throttle(hold)
         if hold:
             primitives.pause(self._vmm, self._vm_id, wait=False)
         else:
@@ -276,14 +215,15 @@ class Machine:
         Returns how many bytes were taken, from the first; `on_receive_room` says when to offer
         the rest.
         """
-        if self.console and self.console.is_started:
-            return self.console.receive(data)
+        console = self._devices.console
+        if console and console.is_started:
+            return console.receive(data)
         return self.uart.receive(data)
 
     def resize_console(self, columns: int, rows: int) -> None:
         """Tell the guest how large the screen behind hvc0 is; each up to 65535."""
-        if self.console:
-            self.console.resize(columns, rows)
+        if self._devices.console:
+            self._devices.console.resize(columns, rows)
 
     def set_link(self, index: int, *, is_up: bool) -> None:
         """Plug the cable of network interface `index` in or out; any thread."""
@@ -301,7 +241,7 @@ class Machine:
 
         Switches may have forgotten meanwhile where its network interfaces are; it tells them again.
         """
-        self.vmmci.sync_rtc()
+        self._devices.prepare_to_resume()
         primitives.unpause(self._vmm, self._vm_id)
         self._devices.announce()
 
@@ -314,15 +254,14 @@ class Machine:
 
         Returns False if it listens to neither.
         """
-        return self.vmmci.request(Command.SHUTDOWN) or self.acpi_pm.press_power_button()
+        return self._devices.request_shutdown() or self.acpi_pm.press_power_button()
 
     def has_noticed_power_button(self) -> bool:
         """Tell whether the guest has taken the interrupt, or has been asked by vmmci.
 
         vmmci itself ends a guest that does not take its interrupt.
         """
-        asked = self.vmmci.state().command is Command.SHUTDOWN
-        return asked or not self.acpi_pm.is_button_pressed()
+        return self._devices.is_asked_to_shut_down() or not self.acpi_pm.is_button_pressed()
 
     # Wiring
 
@@ -433,25 +372,22 @@ class Machine:
 
     def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
         intx = IntxLines([KvmIrqLine(self._vm, gsi) for gsi in layout.GSI_PCI_INTX])
-        devices = stack.enter_context(PciDevices(self.pci, self.memory, self._eventfds, intx))
-        self._devices = devices
-        # In OpenBSD's order: unit numbers in a guest follow it.
-        devices.add_rng(self._clock)
-        for nic in self.spec.nics:
-            devices.add_nic(nic)
-        slots = [
-            devices.add_pmem(disk, self._pmem[disk])
-            if isinstance(disk, PmemDisk)
-            else devices.add_disk(disk)
-            for disk in self.spec.disks
-        ]
-        cdrom = devices.add_cdrom(self.spec.cdrom) if self.spec.cdrom else None
-        self.console = (
-            devices.add_console(self._transmit, on_receive_room) if self.spec.has_console else None
+        self._devices = stack.enter_context(
+            Devices(
+                self.pci,
+                self.memory,
+                self._eventfds,
+                intx,
+                self._clock,
+                pmem_places=self._pmem,
+                transmit=self._transmit,
+                on_receive_room=on_receive_room,
+                on_expired=lambda _command: self._end(Ending.POWER_OFF),
+            )
         )
-        self.vmmci = devices.add_vmmci(self._clock, lambda _command: self._end(Ending.POWER_OFF))
+        self._devices.plug_all(self.spec.devices)
         self.pci.assign_bars()
-        order = boot_order(self.spec.boot_device, slots[0] if slots else None, cdrom)
+        order = boot_order(self.spec.boot_device, self._devices.first_disk, self._devices.cdrom)
         if order is not None:
             self.fw_cfg.add_file("bootorder", order)
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Sequence
 
 from vmm_kvm.net.ethernet import Filter
-from vmm_kvm.net.nic import Traffic
+from vmm_kvm.net.paths import Traffic
 
 FRAME_MAX = 65535 + 18
 """Bytes of a frame, without its length."""

@@ -10,6 +10,7 @@ Source: virtio 1.2 §5.2
 
 import struct
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
@@ -52,6 +53,19 @@ _FEATURES = (
     | 1 << abi.VIRTIO_BLK_F_TOPOLOGY
 )
 _WRITE_FEATURES = 1 << abi.VIRTIO_BLK_F_DISCARD | 1 << abi.VIRTIO_BLK_F_WRITE_ZEROES
+
+
+class BlkSpec(NamedTuple):
+    """A disk of a machine; its image is open and stays the caller's, for one machine at a time."""
+
+    image: Image
+    name: str
+    """For the log."""
+    serial: str = ""
+    """The identity that the guest reads, at most 20 bytes; empty for none."""
+    queues: int = 1
+    """1 to 64."""
+    kind: Literal["blk"] = "blk"
 
 
 class VirtioBlk:

@@ -11,6 +11,7 @@ Source: virtio 1.2 §5.3
 import struct
 import threading
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
@@ -26,6 +27,12 @@ _EMERGENCY_AT = 8
 _INPUT_MAX = 4096
 _PIECE = 64 * 1024  # bytes of output handed on at once
 _ROOM = 1 << 16  # columns and rows are 16 bits
+
+
+class ConsoleSpec(NamedTuple):
+    """A virtio console of a machine, hvc0, besides the serial port."""
+
+    kind: Literal["console"] = "console"
 
 
 class VirtioConsole:

@@ -8,7 +8,9 @@ Source: virtio 1.2 §5.19
 
 import struct
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
+from vmm_kvm.block.mapped import MappedImage
 from vmm_kvm.errors import VirtqueueError
 from vmm_kvm.log import Log
 from vmm_kvm.virtio import abi
@@ -23,6 +25,15 @@ _CONFIG = struct.Struct("<QQ")  # guest-physical address, bytes
 _REQUEST = struct.Struct("<I")  # type
 _RESPONSE = struct.Struct("<I")  # 0 for success
 _OK, _ERROR = 0, 1
+
+
+class PmemSpec(NamedTuple):
+    """A disk of a machine that is memory of the guest; the image stays the caller's."""
+
+    image: MappedImage
+    name: str
+    """For the log."""
+    kind: Literal["pmem"] = "pmem"
 
 
 class VirtioPmem:

@@ -7,6 +7,7 @@ Source: virtio 1.2 §5.4; OpenBSD vmd/virtio.c
 """
 
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import KIB, MIB
 from vmm_kvm.clock import NANOSECONDS, Clock
@@ -56,6 +57,12 @@ class TokenBucket:
         """Return when there will be `count` tokens, no more than the capacity."""
         missing = count * NANOSECONDS - self._level
         return self._updated_ns + max(0, -(-missing // self._rate))
+
+
+class RngSpec(NamedTuple):
+    """A source of entropy of a machine."""
+
+    kind: Literal["rng"] = "rng"
 
 
 class VirtioRng:

@@ -7,7 +7,7 @@ Source: virtio 1.2 §5.6; OpenBSD vmd/vioscsi.c
 """
 
 import struct
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
@@ -69,6 +69,14 @@ class Target(NamedTuple):
 
 
 DRIVE = Target(0, 0)
+
+
+class ScsiCdSpec(NamedTuple):
+    """A CD-ROM drive of a machine."""
+
+    image: Image | None
+    """What is in it, which stays the caller's."""
+    kind: Literal["scsi-cd"] = "scsi-cd"
 
 
 class VirtioScsi:

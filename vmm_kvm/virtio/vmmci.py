@@ -13,7 +13,7 @@ import struct
 import threading
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
@@ -93,6 +93,12 @@ class VmmciState(NamedTuple):
     """Until the guest is to be ended; None while nothing is waited for."""
     time: tuple[int, int]
     """Seconds and microseconds, when the guest last asked."""
+
+
+class VmmciSpec(NamedTuple):
+    """The device of a machine that asks an OpenBSD guest to shut down."""
+
+    kind: Literal["vmmci"] = "vmmci"
 
 
 class Vmmci:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.virtio_driver import DriverQueue, PlainMemory
-from vmm_kvm.net.nic import Traffic
+from vmm_kvm.net.paths import Traffic
 from vmm_kvm.net.stream import FRAME_MAX, Stream
 from vmm_kvm.virtio.net import VirtioNet
 from vmm_kvm.virtio.worker import Worker

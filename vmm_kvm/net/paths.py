@@ -1,4 +1,4 @@
-"""What a network interface of a guest is made of: an address, and who moves its frames.
+"""The ways that frames of a guest's network interface can go, and what each is made of.
 
 Everything is open already: whoever made taps and opened /dev/vhost-net hands descriptors on, so
 that a VM needs no privilege to have a network.
@@ -6,8 +6,6 @@ that a VM needs no privilege to have a network.
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
-
-from vmm_kvm.limits import MTU_DEFAULT
 
 if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseconds to load
     import socket
@@ -67,25 +65,3 @@ class RemotePath(NamedTuple):
 
 
 Path = VhostPath | TapPath | StreamPath | RemotePath
-
-
-class NicParams(NamedTuple):
-    """One network interface; its descriptors stay the caller's, for one machine after another.
-
-    No two machines may have them at once.
-    """
-
-    lladdr: bytes
-    """The address that the guest reads: six bytes, not a multicast one."""
-    path: Path
-    name: str
-    """For the log."""
-    mtu: int = MTU_DEFAULT
-    """Bytes of the largest packet without its Ethernet header, 68 to 65535."""
-    is_locked: bool = False
-    """Whether frames from another address, or to one, are dropped (`locked lladdr`).
-
-    TapPath and StreamPath see to it; for the others, it has to be where their frames are.
-    """
-    is_up: bool = True
-    """Whether the guest finds the cable plugged in; see `Machine.set_link`."""

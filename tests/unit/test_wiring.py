@@ -9,7 +9,8 @@ import pytest
 from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.bits import GIB, MIB
 from vmm_kvm.block.mapped import MappedImage
-from vmm_kvm.machine.pci_devices import PmemDisk, boot_order, place_pmem
+from vmm_kvm.machine.wiring import boot_order, place_pmem
+from vmm_kvm.virtio.pmem import PmemSpec
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_memory_that_is_a_disk(
         path = tmp_path / f"{index}.img"
         path.write_bytes(bytes(size))
         images.append(MappedImage(str(path)))
-    disks = [PmemDisk(image, "disk") for image in images]
+    disks = [PmemSpec(image, "disk") for image in images]
     assert place_pmem(disks, memory_end) == (dict(zip(disks, places, strict=True)), end)
     assert place_pmem([], memory_end) == ({}, memory_end)
     for image in images:

@@ -1,0 +1,262 @@
+"""The machine's PCI devices: from their records to functions in slots.
+
+Every device has a worker thread of its own while its
+driver is there, and shares one of four interrupt lines where the driver does not use MSI-X.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Self, assert_never
+
+from vmm_kvm.arch.x86.boot_config import BootDevice
+from vmm_kvm.arch.x86.layout import PCI_HOLE_END
+from vmm_kvm.bits import GIB, align_up
+from vmm_kvm.clock import Clock
+from vmm_kvm.kvm.eventfds import EventFds
+from vmm_kvm.memory import GuestMemory
+from vmm_kvm.pci.host import PciHost
+from vmm_kvm.pci.ids import (
+    CLASS_COMMUNICATIONS_OTHER,
+    CLASS_MASS_STORAGE_SCSI,
+    CLASS_NETWORK_ETHERNET,
+    CLASS_OTHER,
+    CLASS_SYSTEM_OTHER,
+)
+from vmm_kvm.pci.intx import IntxLines
+from vmm_kvm.virtio.device import Backend, Dataplane
+from vmm_kvm.virtio.pci import VirtioPci
+from vmm_kvm.virtio.rng import VirtioRng
+from vmm_kvm.virtio.vmmci import Command, Vmmci
+from vmm_kvm.virtio.worker import Worker
+
+if TYPE_CHECKING:  # loaded where there is such a device
+    from vmm_kvm.machine.net import Net
+    from vmm_kvm.machine.spec import DeviceSpec
+    from vmm_kvm.virtio.console import VirtioConsole
+    from vmm_kvm.virtio.pmem import PmemSpec
+
+_ORDER = {
+    "rng": 0,
+    "net": 1,
+    "blk": 2,
+    "remote-blk": 2,
+    "pmem": 2,
+    "scsi-cd": 3,
+    "console": 4,
+    "vmmci": 5,
+}
+_PIN_INTA = 1
+
+
+def place_pmem(disks: "Iterable[PmemSpec]", memory_end: int) -> "tuple[dict[PmemSpec, int], int]":
+    """Return where in guest-physical memory each pmem disk goes, and where the last one ends.
+
+    They lie above all RAM, which ends at `memory_end`, and above 4 GiB.
+    """
+    places = {}
+    for disk in disks:
+        gpa = align_up(max(memory_end, PCI_HOLE_END), GIB)
+        places[disk] = gpa
+        memory_end = gpa + disk.image.size
+    return places, memory_end
+
+
+def boot_order(device: BootDevice, disk: int | None, cdrom: int | None = None) -> bytes | None:
+    """Return fw_cfg's `bootorder` for firmware, or None to leave it the choice.
+
+    `disk` and `cdrom` are the slots of the first disk and of the CD-ROM drive. As in OpenBSD, a
+    device that is not there leaves the choice too. The paths are those that QEMU gives, which
+    SeaBIOS and OVMF both understand.
+
+    Source: SeaBIOS docs/Runtime_config.md; OpenBSD vmd/fw_cfg.c
+    """
+    match device:
+        case BootDevice.DISK if disk is not None:
+            order = f"/pci@i0cf8/scsi@{disk:x}/disk@0,0\nHALT"
+        case BootDevice.CDROM if cdrom is not None:
+            order = f"/pci@i0cf8/scsi@{cdrom:x}/channel@0/disk@0,0\nHALT"
+        case BootDevice.NET:
+            order = "HALT"
+        case _:
+            return None
+    return order.encode() + b"\0"
+
+
+class Devices:
+    """The devices in the slots of a host bridge, made of their records; a context manager."""
+
+    def __init__(
+        self,
+        host: PciHost,
+        memory: GuestMemory,
+        eventfds: EventFds,
+        intx: IntxLines,
+        clock: Clock,
+        *,
+        pmem_places: "Mapping[PmemSpec, int]",
+        transmit: Callable[[bytes], None],
+        on_receive_room: Callable[[], None],
+        on_expired: Callable[[Command], None],
+    ) -> None:
+        """Use what belongs to the machine; all of it has to outlive the devices.
+
+        `transmit` and `on_receive_room` are for a console, see `VirtioConsole`; `on_expired` is
+        for vmmci, see there.
+        """
+        self._host = host
+        self._memory = memory
+        self._eventfds = eventfds
+        self._intx = intx
+        self._clock = clock
+        self._pmem_places = pmem_places
+        self._transmit = transmit
+        self._on_receive_room = on_receive_room
+        self._on_expired = on_expired
+        self._functions: list[VirtioPci | Vmmci] = []
+        self._nets: list[Net] = []
+        self._vmmci: Vmmci | None = None
+        self.console: VirtioConsole | None = None
+        self.first_disk: int | None = None
+        """Its slot."""
+        self.cdrom: int | None = None
+        """Its slot."""
+
+    def close(self) -> None:
+        """Stop and close every device; when no vCPU runs. Idempotent."""
+        while self._functions:
+            self._functions.pop().close()
+
+    def settle(self) -> None:
+        """Return when every device has done what the guest asked for; when no vCPU runs."""
+        for function in self._functions:
+            if isinstance(function, VirtioPci):
+                function.settle()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def plug_all(self, specs: "Iterable[DeviceSpec]") -> None:
+        """Make every device and put it into the next slot.
+
+        The kinds are put in OpenBSD's order: unit numbers in a guest follow it.
+
+        Raises:
+            SpecError: all slots are taken, or a descriptor is not what it has to be.
+            VmmError, OSError: a server cannot be connected to, or does not serve such a device.
+        """
+        for spec in sorted(specs, key=lambda spec: _ORDER[spec.kind]):
+            self._plug(spec)
+
+    def _plug(self, spec: "DeviceSpec") -> None:
+        # The module of a kind is loaded where its record was made; here it is looked up.
+        match spec.kind:
+            case "rng":
+                rng = VirtioRng(self._clock, os.urandom)
+                rng.attach(self._add_backend(rng, CLASS_SYSTEM_OTHER, "rng")[1])
+            case "net":
+                from vmm_kvm.machine.net import make_net  # noqa: PLC0415 - see above
+
+                net = make_net(spec, self._memory)
+                self._nets.append(net)
+                self._add(net.dataplane, CLASS_NETWORK_ETHERNET, spec.name)
+            case "blk":
+                from vmm_kvm.virtio.blk import VirtioBlk  # noqa: PLC0415 - see above
+
+                blk = VirtioBlk(
+                    spec.image,
+                    name=spec.name,
+                    serial=spec.serial,
+                    queues=spec.queues,
+                    owns_image=False,
+                )
+                self._note_disk(self._add_backend(blk, CLASS_MASS_STORAGE_SCSI, spec.name)[0])
+            case "remote-blk":
+                from vmm_kvm.virtio.vhost_user.blk import (  # noqa: PLC0415 - see above
+                    make_remote_blk,
+                )
+
+                remote = make_remote_blk(spec, self._memory)
+                self._note_disk(self._add(remote, CLASS_MASS_STORAGE_SCSI, spec.name))
+            case "pmem":
+                from vmm_kvm.virtio.pmem import VirtioPmem  # noqa: PLC0415 - see above
+
+                image, gpa = spec.image, self._pmem_places[spec]
+                pmem = VirtioPmem(gpa, image.size, image.flush, name=spec.name)
+                self._note_disk(self._add_backend(pmem, CLASS_OTHER, spec.name)[0])
+            case "scsi-cd":
+                from vmm_kvm.virtio.scsi import VirtioScsi  # noqa: PLC0415 - see above
+
+                drive = VirtioScsi(spec.image, owns_image=False)
+                self.cdrom = self._add_backend(drive, CLASS_MASS_STORAGE_SCSI, "cdrom")[0]
+            case "console":
+                from vmm_kvm.virtio.console import VirtioConsole  # noqa: PLC0415 - see above
+
+                self.console = VirtioConsole(self._transmit, on_receive_room=self._on_receive_room)
+                console = self._add_backend(self.console, CLASS_COMMUNICATIONS_OTHER, "console")
+                self.console.attach(console[1])
+            case "vmmci":
+                line = self._intx.input(self._host.next_slot, _PIN_INTA)
+                self._vmmci = Vmmci(self._clock, line, self._on_expired, pin=_PIN_INTA)
+                self._functions.append(self._vmmci)
+                self._host.add(self._vmmci.function)
+            case _:
+                assert_never(spec)
+
+    def _note_disk(self, slot: int) -> None:
+        if self.first_disk is None:
+            self.first_disk = slot
+
+    def set_link(self, index: int, *, is_up: bool) -> None:
+        """Plug the cable of network interface `index` in or out, in their order."""
+        self._nets[index].set_link(is_up)
+
+    def announce(self) -> None:
+        """Have drivers of network interfaces make themselves known again, as far as they can."""
+        for net in self._nets:
+            net.announce()
+
+    def prepare_to_resume(self) -> None:
+        """Tell the guest, before it goes on, that its clock stood still, if it listens."""
+        if self._vmmci:
+            self._vmmci.sync_rtc()
+
+    def request_shutdown(self) -> bool:
+        """Ask an OpenBSD guest to shut down; False if no driver listens."""
+        return self._vmmci is not None and self._vmmci.request(Command.SHUTDOWN)
+
+    def is_asked_to_shut_down(self) -> bool:
+        """Tell whether an OpenBSD guest has been asked to shut down."""
+        return self._vmmci is not None and self._vmmci.state().command is Command.SHUTDOWN
+
+    def _add_backend(self, backend: Backend, class_code: int, name: str) -> tuple[int, Worker]:
+        """Add a virtio device that a thread of this process serves; takes over `backend`.
+
+        Returns the slot and the worker, which is the `Transport` of a backend that wants one.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        worker = Worker(backend, self._memory, name)
+        return self._add(worker, class_code, name), worker
+
+    def _add(self, dataplane: Dataplane, class_code: int, name: str) -> int:
+        """Add a virtio device with the dataplane that serves it; takes over `dataplane`.
+
+        Returns the slot.
+
+        Raises:
+            SpecError: all slots are taken.
+        """
+        slot = self._host.next_slot
+        function = VirtioPci(
+            dataplane,
+            self._eventfds,
+            self._intx.input(slot, _PIN_INTA),
+            class_code=class_code,
+            name=name,
+        )
+        self._functions.append(function)
+        return self._host.add(function.function)
