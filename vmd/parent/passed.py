@@ -124,6 +124,8 @@ class ClientFiles:
             self._add(FileUse.CDROM, 0, path)
 
     def _disk(self, index: int, option: DiskOption, users: Users) -> None:
+        if option.kind is DiskKind.VHOST_USER:  # no file; only vm.conf can have it
+            return
         chain = self._passed.disks[index] if index < len(self._passed.disks) else ()
         wanted = wanted_disk(option)
         if chain:
