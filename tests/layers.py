@@ -289,6 +289,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.version",
         "vmd.config",
         "vmd.rules",
+        "vmd.confine",
         "vmd.shared",
         "vmd.options",
         "vmd.daemon",

@@ -36,6 +36,7 @@ def _check(options: Options) -> int:
     import os  # noqa: PLC0415 - as above
 
     from vmd.config.check import check, parse_macro  # noqa: PLC0415 - as above
+    from vmd.confine import landlock  # noqa: PLC0415 - as above
     from vmd.rules.trial import trial  # noqa: PLC0415 - as above
     from vmd.shared.paths import SYSTEM_CONFIG, user_config  # noqa: PLC0415 - as above
 
@@ -55,6 +56,8 @@ def _check(options: Options) -> int:
         is_user=options.is_user,
         judge=trial,
     )
+    if advice := landlock.missing():
+        lines = [*lines, f"vmd: {advice}"]
     sys.stderr.writelines(f"{line}\n" for line in lines)
     return status
 

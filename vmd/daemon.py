@@ -19,11 +19,13 @@ from vmd.children import control_plan, local_plan, opener_plan, priv_plan, vmm_p
 from vmd.config.check import parse_macro
 from vmd.config.host import SystemHost
 from vmd.config.model import Owner
-from vmd.confine.confinements import PARENT_CAPABILITIES, Kind
+from vmd.confine import landlock
+from vmd.confine.confinements import PARENT_CAPABILITIES, PARENT_DENIALS, Kind
 from vmd.confine.sandbox import (
     Identity,
     SandboxError,
     adopt_orphans,
+    deny,
     find_identity,
     keep_capabilities,
 )
@@ -87,6 +89,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         identity = None if options.is_user else find_identity()
         if identity is not None:
             keep_capabilities(frozenset(PARENT_CAPABILITIES))
+            deny(PARENT_DENIALS)
         kvm_fd = _open_kvm()
         stack.callback(os.close, kvm_fd)
         listener = inherited_socket(os.environ)
@@ -233,6 +236,8 @@ class Daemon:
         ):
             self._on_signal(number, handler)
         log.info("startup")
+        if advice := landlock.missing():
+            log.warning("%s", advice)
         for kind in self._parent.peers:
             self._spawn(kind)
         self._parent.set_verbosity(self._verbosity)

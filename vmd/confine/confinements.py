@@ -10,10 +10,11 @@ starts processes of every kind, and opens files for all of them.
 
 import errno
 import resource
+import signal
 from enum import StrEnum
 
 from vmd.confine.sandbox import Confinement
-from vmd.confine.seccomp import Allow, Argument, Filter, Refuse
+from vmd.confine.seccomp import Allow, Argument, Denial, Filter, OwnPid, Refuse
 from vmm_kvm.memfd import MODE
 from vmm_kvm.net.abi import TUNSETIFF
 
@@ -51,6 +52,7 @@ _PROT_EXEC = 4
 _PR_SET_NAME = 15
 _SO_SNDBUF = 7
 _AF_INET, _AF_INET6 = 2, 10
+_DGRAM, _TYPE_OF = 2, 0xF  # SOCK_DGRAM, SOCK_TYPE_MASK
 _SETTINGS = "/proc/sys/net"
 
 
@@ -109,7 +111,11 @@ _BASE = (
     *_all("time-outs", "clock_nanosleep"),
     *_all("hash seeds, names, entropy of the guest", "getrandom"),
     *_all("who one is, for the log and for abort", "getpid", "gettid", "getppid", "getuid"),
-    *_all("an assertion of the C library ends the process", "tgkill"),
+    Allow(
+        "tgkill",
+        "an assertion of the C library ends the process",
+        (Argument(0, OwnPid.PID), Argument(2, signal.SIGABRT)),
+    ),
     *_all("the end", "exit", "exit_group"),
 )
 # Calls that fail, because libraries live well without them.
@@ -129,6 +135,9 @@ _THREADS = (
     *_all("what the C library sets up in a thread", "set_robust_list", "rseq", "sched_getaffinity"),
 )
 _NAMED = _with("prctl", 0, {_PR_SET_NAME: "whose it is, which it is told when it is confined"})
+_KICKS = (
+    Allow("tgkill", "vCPUs come out", (Argument(0, OwnPid.PID), Argument(2, signal.SIGRTMIN))),
+)
 _IMAGES = (
     *_all("disk images", "preadv", "pwritev", "preadv2", "pwritev2", "pread64"),
     *_all("their metadata", "pwrite64", "readv", "writev"),
@@ -162,6 +171,7 @@ _NIC = (
 )
 _VM = (
     *_TAP,
+    *_KICKS,
     Allow("ioctl", "all that vhost-net does", (Argument(1, _VHOST_TYPE, _TYPE_MASK),)),
     *_IMAGES,
     *_THREADS,
@@ -196,6 +206,8 @@ _ZYGOTE = (
     *_all("VM and device processes", "fork", "set_tid_address"),
     *_all("descriptors that they are not to have", "close_range"),
     *_all("ending them", "pidfd_send_signal"),
+    # Its filter binds them too, and they have other numbers.
+    *_with("tgkill", 2, {signal.SIGABRT: "the end of a child", signal.SIGRTMIN: "its vCPUs"}),
     *_all("limits of theirs", "prlimit64"),
     *_all("filters of theirs", "seccomp", "prctl"),
     *_all("rehearsals", "socketpair"),
@@ -222,10 +234,43 @@ _PRIV = (
     *_all("settings of the network, where Landlock allows no other files", "openat"),
 )
 _LOCAL = (
-    *_with("socket", 0, {_AF_INET: "DNS questions", _AF_INET6: "the same"}),
+    *(
+        Allow("socket", "DNS questions", (Argument(0, family), Argument(1, _DGRAM, _TYPE_OF)))
+        for family in (_AF_INET, _AF_INET6)
+    ),
     *_all("to the host's DNS server", "connect"),
     *_all("questions, answers and frames", "sendto", "recvfrom"),
 )
+
+
+def _never(reason: str, *names: str) -> tuple[Denial, ...]:
+    return tuple(Denial(name, reason) for name in names)
+
+
+PARENT_DENIALS = (
+    *_never(
+        "other processes' memory, registers and descriptors",
+        *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kcmp"),
+    ),
+    *_never("programs: nothing is executed", "execve", "execveat"),
+    *_never("code in the kernel", "bpf", "init_module", "finit_module", "delete_module"),
+    *_never("another kernel, or none", "kexec_load", "kexec_file_load", "reboot"),
+    *_never("ways around checks", "userfaultfd", "io_uring_setup", "perf_event_open"),
+    *_never("files by number", "open_by_handle_at", "name_to_handle_at"),
+    *_never("ports of the host's hardware", "iopl", "ioperm"),
+    *_never("keys", "keyctl", "add_key", "request_key"),
+    *_never("the host's swap, accounting, quotas", "swapon", "swapoff", "acct", "quotactl"),
+    *_never("the host's name", "sethostname", "setdomainname"),
+    *_never("the host's clock", "settimeofday", "clock_settime", "adjtimex", "clock_adjtime"),
+    *_never("the host's log", "syslog"),
+    *_never("namespaces that exist, other ABIs", "setns", "personality"),
+    *_never("mounts of the newer kind", "fsopen", "fsmount", "move_mount", "mount_setattr"),
+)
+"""What fails in the parent of a daemon of root's, and hence in all of its processes.
+
+It is no allow-list: the filter binds its children, which mount, become others and confine
+themselves.
+"""
 
 _NO_CORE = ((resource.RLIMIT_CORE, 0),)
 """A core dump would hold the memory of guests, or what clients say."""
@@ -240,7 +285,6 @@ CONFINEMENTS = {
         Filter((*_BASE, *_PRIV), _REFUSED),
         (*_NO_CORE, (resource.RLIMIT_NOFILE, 256)),
         capabilities=frozenset({CAP_NET_ADMIN}),
-        changes_user=False,
         is_isolated=False,
         writable=(_SETTINGS,),
     ),

@@ -55,6 +55,16 @@ def version() -> int:
     return max(0, int(found))
 
 
+def missing() -> str | None:
+    """Return one line that an operator should know of a kernel without Landlock, else None."""
+    if version():
+        return None
+    return (
+        "this kernel has no Landlock, or it is switched off: only system call filters and"
+        " namespaces keep the processes of VMs from files and from each other"
+    )
+
+
 def restrict(writable: Sequence[str] = ()) -> bool:
     """Take all of the above from this thread and what it makes; needs no_new_privs.
 

@@ -13,10 +13,11 @@ import os
 import pwd
 import resource
 import signal
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from vmd.confine import landlock, namespaces, seccomp
-from vmd.confine.seccomp import Filter
+from vmd.confine.seccomp import Denial, Filter
 from vmd.confine.syscalls import SYSCALLS
 
 USER = "_vmd"
@@ -28,6 +29,7 @@ NO_GROUP = 65534
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_KEEPCAPS = 8
 _PR_SET_NAME = 15
 _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
@@ -60,9 +62,7 @@ class Confinement(NamedTuple):
     limits: tuple[tuple[int, int], ...] = ()
     """Pairs of a RLIMIT_ constant and the value, which is soft and hard limit."""
     capabilities: frozenset[int] = frozenset()
-    """What a process of root keeps; one that changes its user keeps none."""
-    changes_user: bool = True
-    """Whether a process of root becomes one of `_vmd`."""
+    """What a process of root keeps when it becomes one of `_vmd`."""
     is_isolated: bool = True
     """Whether a process of root moves into empty namespaces."""
     has_files: bool = False
@@ -133,19 +133,30 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
             if confinement.is_isolated:
                 namespaces.leave_everything()
             _drop_bounding_set(confinement.capabilities)
-            if confinement.changes_user:
-                os.setgroups(identity.groups)
-                os.setresgid(identity.gid, identity.gid, identity.gid)
-                os.setresuid(identity.uid, identity.uid, identity.uid)
-            _keep_capabilities(
-                frozenset() if confinement.changes_user else confinement.capabilities
-            )
+            _prctl(_PR_SET_KEEPCAPS, 1)
+            os.setgroups(identity.groups)
+            os.setresgid(identity.gid, identity.gid, identity.gid)
+            os.setresuid(identity.uid, identity.uid, identity.uid)
+            _prctl(_PR_SET_KEEPCAPS, 0)
+            _keep_capabilities(confinement.capabilities)
         # A change of user resets both: nobody may look into us, and we do not outlive our parent.
         _prctl(_PR_SET_DUMPABLE, 0)
         seccomp.no_new_privileges()
         if not confinement.has_files:
             landlock.restrict(confinement.writable)
         seccomp.install(seccomp.compile_filter(confinement.filter))
+    except OSError as err:
+        raise SandboxError(err.strerror or str(err)) from err
+
+
+def deny(denials: Iterable[Denial]) -> None:
+    """Have what `denials` lists fail in this process and all that it starts.
+
+    Raises:
+        SandboxError: the kernel refused.
+    """
+    try:
+        seccomp.install(seccomp.compile_denials(denials))
     except OSError as err:
         raise SandboxError(err.strerror or str(err)) from err
 

@@ -7,13 +7,20 @@ error number instead: calls that libraries try and can do without.
 Filters intersect: a process that is forked from a confined one, and confines itself again, can make
 only the calls that both filters allow.
 
+An argument can be the process's own number, which is filled in when the filter is installed. A
+process that forks must not have only such an allowance: its filter binds its children as well.
+
+A `Denial` is the opposite, for a process whose children need too much: what it lists fails.
+
 Source: seccomp(2); Linux include/uapi/linux/{seccomp,filter,audit}.h
 """
 
 import ctypes
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from errno import EPERM
 from functools import cache
 from typing import NamedTuple
 
@@ -42,10 +49,18 @@ _ARGUMENTS_AT = 16
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_SET_MODE_FILTER = 1
 _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
+_OPERAND = struct.Struct("<I")
+_OPERAND_AT = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 _libc.syscall.restype = ctypes.c_long
+
+
+class OwnPid(Enum):
+    """The number of the process that installs the filter."""
+
+    PID = "pid"
 
 
 class Argument(NamedTuple):
@@ -53,8 +68,12 @@ class Argument(NamedTuple):
 
     number: int
     """Which one, 0 to 5."""
-    value: int
+    value: int | OwnPid
     mask: int = 0xFFFFFFFF
+
+
+_Line = tuple[int, int, int, int | OwnPid]
+"""An instruction: code, where it jumps to if a condition holds and if not, operand."""
 
 
 class Allow(NamedTuple):
@@ -80,6 +99,21 @@ class Filter(NamedTuple):
     refused: tuple[Refuse, ...] = ()
 
 
+class Denial(NamedTuple):
+    """A call that fails with EPERM though all others that are not listed are allowed, and why."""
+
+    name: str
+    reason: str
+
+
+class Program(NamedTuple):
+    """A BPF program, an array of struct sock_filter."""
+
+    code: bytes
+    own_pid: tuple[int, ...] = ()
+    """Offsets of 32-bit operands that are to be the number of the process."""
+
+
 class _SockFprog(ctypes.Structure):
     """struct sock_fprog."""
 
@@ -87,8 +121,8 @@ class _SockFprog(ctypes.Structure):
 
 
 @cache
-def compile_filter(table: Filter) -> bytes:
-    """Return the BPF program, an array of struct sock_filter; it is made once for each table.
+def compile_filter(table: Filter) -> Program:
+    """Return the BPF program; it is made once for each table.
 
     Calls whose arguments are looked at come first: they are the frequent ones, and the kernel knows
     by itself which calls are always allowed.
@@ -104,13 +138,7 @@ def compile_filter(table: Filter) -> bytes:
         for one in table.refused
         if (number := SYSCALLS[one.name]) not in by_number or all(by_number[number])
     }
-    program = [
-        _jump_equal(_AUDIT_ARCH_X86_64, load_at=_ARCH_AT),
-        _instruction(_RETURN, ACTION_KILL_PROCESS),
-        _instruction(_LOAD, _NUMBER_AT),
-        _INSTRUCTION.pack(_JUMP_GREATER_OR_EQUAL, 0, 1, _X32_BIT),
-        _instruction(_RETURN, ACTION_KILL_PROCESS),
-    ]
+    program = _prologue()
     for number, cases in sorted(by_number.items(), key=lambda item: not all(item[1])):
         if not all(cases):
             block = [_instruction(_RETURN, ACTION_ALLOW)]
@@ -123,17 +151,54 @@ def compile_filter(table: Filter) -> bytes:
     for number, errno in refused.items():
         program += _block(number, [_instruction(_RETURN, _action(errno))])
     program.append(_instruction(_RETURN, ACTION_KILL_PROCESS))
-    return b"".join(program)
+    return _assemble(program)
 
 
-def install(program: bytes) -> None:
+def compile_denials(denials: Iterable[Denial]) -> Program:
+    """Return a BPF program that allows all but `denials`; another ABI's calls end the process."""
+    program = _prologue()
+    for denial in denials:
+        refusal = _instruction(_RETURN, _action(EPERM))
+        program += _block(SYSCALLS[denial.name], [refusal])
+    program.append(_instruction(_RETURN, ACTION_ALLOW))
+    return _assemble(program)
+
+
+def _prologue() -> list[_Line]:
+    """Return what ends a process that calls by another ABI, and loads the call's number."""
+    return [
+        *_jump_equal(_AUDIT_ARCH_X86_64, load_at=_ARCH_AT),
+        _instruction(_RETURN, ACTION_KILL_PROCESS),
+        _instruction(_LOAD, _NUMBER_AT),
+        (_JUMP_GREATER_OR_EQUAL, 0, 1, _X32_BIT),
+        _instruction(_RETURN, ACTION_KILL_PROCESS),
+    ]
+
+
+def _assemble(lines: Sequence[_Line]) -> Program:
+    own_pid = tuple(
+        index * _INSTRUCTION.size + _OPERAND_AT
+        for index, line in enumerate(lines)
+        if isinstance(line[3], OwnPid)
+    )
+    code = b"".join(
+        _INSTRUCTION.pack(*line[:3], 0 if isinstance(line[3], OwnPid) else line[3])
+        for line in lines
+    )
+    return Program(code, own_pid)
+
+
+def install(program: Program) -> None:
     """Confine every thread of this process to `program`, for ever, and gain no privileges again.
 
     Raises:
         OSError: the kernel has no filters, or refuses this one.
     """
     no_new_privileges()
-    fprog = _SockFprog(len(program) // _INSTRUCTION.size, program)
+    code = bytearray(program.code)
+    for offset in program.own_pid:
+        _OPERAND.pack_into(code, offset, os.getpid())
+    fprog = _SockFprog(len(code) // _INSTRUCTION.size, bytes(code))
     if _libc.syscall(SYSCALLS["seccomp"], _SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(fprog)):
         errno = ctypes.get_errno()
         raise OSError(errno, f"seccomp: {os.strerror(errno)}")
@@ -146,8 +211,8 @@ def no_new_privileges() -> None:
         raise OSError(errno, f"prctl: {os.strerror(errno)}")
 
 
-def _cases(cases: Iterable[tuple[Argument, ...]]) -> list[bytes]:
-    block: list[bytes] = []
+def _cases(cases: Iterable[tuple[Argument, ...]]) -> list[_Line]:
+    block: list[_Line] = []
     for arguments in cases:
         tests = [
             (
@@ -160,23 +225,23 @@ def _cases(cases: Iterable[tuple[Argument, ...]]) -> list[bytes]:
         left = 3 * len(tests) + 1  # with the return at the end
         for load, mask, value in tests:
             left -= 3
-            block += [load, mask, _INSTRUCTION.pack(_JUMP_EQUAL, 0, left, value)]
+            block += [load, mask, (_JUMP_EQUAL, 0, left, value)]
         block.append(_instruction(_RETURN, ACTION_ALLOW))
     return block
 
 
-def _block(number: int, block: list[bytes]) -> list[bytes]:
+def _block(number: int, block: list[_Line]) -> list[_Line]:
     assert len(block) <= _JUMP_MAX
-    return [_INSTRUCTION.pack(_JUMP_EQUAL, 0, len(block), number), *block]
+    return [(_JUMP_EQUAL, 0, len(block), number), *block]
 
 
-def _jump_equal(value: int, *, load_at: int) -> bytes:
+def _jump_equal(value: int, *, load_at: int) -> list[_Line]:
     """Load a word, and skip the next instruction if it is `value`."""
-    return _instruction(_LOAD, load_at) + _INSTRUCTION.pack(_JUMP_EQUAL, 1, 0, value)
+    return [_instruction(_LOAD, load_at), (_JUMP_EQUAL, 1, 0, value)]
 
 
-def _instruction(code: int, operand: int) -> bytes:
-    return _INSTRUCTION.pack(code, 0, 0, operand)
+def _instruction(code: int, operand: int) -> _Line:
+    return code, 0, 0, operand
 
 
 def _action(errno: int | None) -> int:

@@ -93,6 +93,11 @@ def _live(plan: Plan, connection: socket.socket) -> NoReturn:
     # Nothing of the parent's may be finalised here: it would close our descriptors.
     gc.freeze()
     set_title(f"vmd: {plan.kind}")
+    # Not the terminal, and not the pipe, of whatever has started the daemon.
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in (0, 1):
+        os.dup2(null, fd, inheritable=False)
+    os.close(null)
 
     def body() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import os
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from vmd.confine import landlock
-from vmd.confine.confinements import CONFINEMENTS, Kind
-from vmd.confine.sandbox import SandboxError, confine, find_identity, set_title
+from vmd.confine.confinements import CONFINEMENTS, PARENT_DENIALS, Kind
+from vmd.confine.sandbox import SandboxError, confine, deny, find_identity, set_title
 from vmd.confine.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
 from vmd.confine.syscalls import SYSCALLS
 
@@ -27,6 +30,7 @@ FORBIDDEN = (
     *("setuid", "setresuid", "setgroups", "capset", "keyctl", "bpf", "personality"),
     *("connect", "listen", "unlink", "rename", "mkdirat", "truncate", "chmod", "chown"),
     *("pidfd_getfd", "openat2"),
+    *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "perf_event_open", "userfaultfd"),
 )
 # The local process asks the host's DNS server, the opener opens files.
 EXEMPT = {Kind.LOCAL: {"connect"}, Kind.OPENER: {"openat2"}}
@@ -38,9 +42,9 @@ OF_FEW = {
     "pidfd_open": {Kind.VMM},
     "wait4": {Kind.VMM, Kind.ZYGOTE},
     "socketpair": {Kind.VMM, Kind.ZYGOTE},
-    "kill": set[Kind](),
 }
 
+_LANDLOCK = landlock.version()
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -105,6 +109,10 @@ def test_sockets_are_for_networks_alone(kind: Kind) -> None:
     """No process makes a socket of its own, but those that speak netlink, and DNS."""
     status = _confined(kind, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close())
     assert status == (0 if kind in {Kind.PRIV, Kind.LOCAL} else -signal.SIGSYS)
+    status = _confined(kind, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close())
+    assert status == (0 if kind is Kind.PRIV else -signal.SIGSYS)
+    status = _confined(kind, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW).close())
+    assert status != 0
     status = _confined(kind, lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).close())
     assert status == (0 if kind is Kind.PRIV else -signal.SIGSYS)
 
@@ -256,14 +264,22 @@ def test_an_isolated_process_sees_nothing() -> None:
 
 @pytest.mark.root
 def test_priv_keeps_one_capability() -> None:
-    """The priv process is root without root's powers, save those over the network."""
+    """The priv process is another user, with power over the network, settings of it included."""
+    clone_newnet = 0x40000000
 
     def body() -> None:
         from vmd.confine.sandbox import Identity  # noqa: PLC0415 - for this test alone
 
+        assert _call("unshare", clone_newnet) == 0
         with Path("/proc/self/status").open() as status:
             confine(CONFINEMENTS[Kind.PRIV], Identity(65534, 65534))
             lines = dict(line.split(":", 1) for line in status.read().splitlines())
+        for value in ("1\n", "0\n"):
+            with Path("/proc/sys/net/ipv4/ip_forward").open("r+") as setting:
+                setting.write(value)
+            assert Path("/proc/sys/net/ipv4/ip_forward").read_text() == value
+        assert lines["Uid"].split() == lines["Gid"].split() == ["65534"] * 4
+        assert lines["Groups"].split() == []
         assert int(lines["CapEff"], 16) == int(lines["CapPrm"], 16) == 1 << 12
         assert int(lines["CapBnd"], 16) == 1 << 12
         assert lines["NoNewPrivs"].strip() == "1"
@@ -308,3 +324,120 @@ def test_each_allowance_has_a_reason() -> None:
         table = confinement.filter
         reasons = [one.reason for one in table.allowed] + [one.reason for one in table.refused]
         assert min(map(len, reasons)) >= 3, kind
+
+
+# Ways to reach another process: the call and its arguments, in which None stands for its number.
+_ATTACKS: tuple[tuple[str, tuple[int | None, ...]], ...] = (
+    *(("kill", (None, number)) for number in (0, 9, 19)),
+    ("tkill", (None, 9)),
+    *(("tgkill", (None, None, number)) for number in (0, 6, 9, 19, 34)),
+    ("rt_sigqueueinfo", (None, 9, 0)),
+    ("rt_tgsigqueueinfo", (None, None, 9, 0)),
+    ("ptrace", (16, None, 0, 0)),
+    ("process_vm_readv", (None, 0, 0, 0, 0, 0)),
+    ("process_vm_writev", (None, 0, 0, 0, 0, 0)),
+    ("fcntl", (0, 8, None)),  # F_SETOWN: SIGIO for another
+    ("fcntl", (0, 10, 9)),  # F_SETSIG: another signal than SIGIO
+    ("setpriority", (0, None, 19)),
+    ("kcmp", (None, None, 0, 0, 0)),
+)
+# The zygote's filter binds the processes that it forks, which may do this to themselves.
+_OF_THE_ZYGOTE = {("tgkill", 6), ("tgkill", 34)}
+
+
+def _attack(name: str, numbers: list[int]) -> None:
+    _call(name, *numbers)
+
+
+@pytest.mark.parametrize("abi", [None, 1, 0], ids=["landlock", "landlock 1", "no landlock"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_other_process_can_be_reached(
+    kind: Kind, abi: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of ours signals, traces or reads another, whatever the kernel has of Landlock."""
+    if abi is not None:
+        monkeypatch.setattr(landlock, "version", lambda: min(abi, _LANDLOCK))
+    victim = os.fork()
+    if victim == 0:
+        while True:
+            signal.pause()
+    try:
+        survived = []
+        for name, arguments in _ATTACKS:
+            if kind is Kind.ZYGOTE and (name, arguments[-1]) in _OF_THE_ZYGOTE:
+                continue
+            numbers = [victim if one is None else one for one in arguments]
+            status = _confined(kind, partial(_attack, name, numbers))
+            if status != -signal.SIGSYS:
+                survived.append((name, arguments, status))
+        assert survived == []
+        assert os.waitpid(victim, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_may_abort(kind: Kind) -> None:
+    """What the C library does about a corrupt heap ends the process as it should."""
+
+    def body() -> None:
+        faulthandler.disable()  # it has nothing to tell
+        os.abort()
+
+    assert _confined(kind, body) == -signal.SIGABRT
+
+
+def test_only_vm_processes_kick_their_threads() -> None:
+    """A VM process interrupts its own threads by the one signal that is for that."""
+
+    def body(number: int) -> None:
+        signal.signal(number, lambda *_: None)
+        signal.pthread_kill(threading.get_ident(), number)
+
+    assert _confined(Kind.VM, partial(body, signal.SIGRTMIN)) == 0
+    assert _confined(Kind.VM, partial(body, signal.SIGUSR1)) == -signal.SIGSYS
+    assert _confined(Kind.DISK, partial(body, signal.SIGRTMIN)) == -signal.SIGSYS
+
+
+def test_children_of_the_zygote_reach_themselves_alone() -> None:
+    """A VM process that the zygote has forked kicks its own threads, and not the zygote's."""
+    zygote: list[int] = []
+
+    def kick(target: int) -> None:
+        signal.signal(signal.SIGRTMIN, lambda *_: None)
+        assert _call("tgkill", target, target, signal.SIGRTMIN) == 0
+
+    def child_of_zygote() -> None:
+        zygote.append(os.getpid())
+        assert _confined(Kind.VM, lambda: kick(os.getpid())) == 0
+        assert _confined(Kind.VM, lambda: kick(zygote[0])) == -signal.SIGSYS
+
+    assert _confined(Kind.ZYGOTE, child_of_zygote) == 0
+
+
+def test_the_parent_cannot_do_what_it_never_does() -> None:
+    """Each call of the table fails there, for a reason; children confine themselves as before."""
+
+    def body() -> None:
+        deny(PARENT_DENIALS)
+        failed = {one.name: _call(one.name, -1, -1, -1) for one in PARENT_DENIALS}
+        assert failed == {one.name: -errno.EPERM for one in PARENT_DENIALS}
+        assert min(len(one.reason) for one in PARENT_DENIALS) >= 3
+        for kind in KINDS:
+            assert _confined(kind, lambda: None) == 0, kind
+            assert _confined(kind, _calling("mount")) == -signal.SIGSYS, kind
+
+    assert _end_of(body) == 0
+
+
+def test_the_manual_counts_right() -> None:
+    """docs/security.md has the numbers of system calls and descriptors of each kind."""
+    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row}
+    assert table[""] == [str(kind) for kind in KINDS]
+    calls = [len({one.name for one in CONFINEMENTS[kind].filter.allowed}) for kind in KINDS]
+    assert table["system calls, some with certain arguments alone"] == list(map(str, calls))
+    limits = [dict(CONFINEMENTS[kind].limits)[resource.RLIMIT_NOFILE] for kind in KINDS]
+    assert table["descriptors at most"] == [f"{limit:,}" for limit in limits]
