@@ -33,10 +33,8 @@ _INPUT = b"\x00"
 _BREAK = b"\x01"
 _PACKET_MAX = 64 << 10
 _TYPED_MAX = 4096
-_HISTORY_MAX = 64 << 10
+_HISTORY_MS = 1000
 _REBOOT_S = 0.05  # for the daemon to learn of the end
-_QUIET_MS = 100  # after which a repetition is over
-_REPETITION_MS = 5000  # within which it begins, if there is one
 
 
 class _LeftError(Exception):
@@ -54,7 +52,7 @@ def console(words: Sequence[str]) -> int:
         return fail(f"failed to open the console: {err}")
     except CommandError as err:
         return fail(err)
-    attached = Attached(stream, opened_as["id"])
+    attached = Attached(stream, opened_as)
     greeting = f"Connected to {opened_as['tty']} (~. leaves, ~? lists more)"
     with cleaning_up(), ExitStack() as stack:
         stack.callback(attached.close)
@@ -77,11 +75,13 @@ def _open(target: Target) -> tuple[socket.socket, Fields]:
 class Attached:
     """A console's stream between standard input and output, over any number of reboots."""
 
-    def __init__(self, stream: socket.socket, vm_id: int) -> None:
-        """Take ownership of `stream`."""
+    def __init__(self, stream: socket.socket, opened_as: Fields) -> None:
+        """Take ownership of `stream`; `opened_as` is the daemon's answer."""
         self._stream = stream
-        self._id = vm_id
-        self._history = b""
+        self._id: int = opened_as["id"]
+        self._position: int = opened_as["position"]
+        self._history: int = opened_as["history"]
+        self._seen = 0
         self._parser = EscapeParser()
         self._reads_input = True
         self._state = TerminalState()
@@ -106,7 +106,7 @@ class Attached:
         """
         if self.terminal:
             # What was shown of late would push it out of sight.
-            self._show(self._repeated(_QUIET_MS))
+            self._show_until(self._position + self._history)
             begin = "" if self._state.is_at_line_start else "\r\n"
             print(f"{begin}{greeting}\r", file=sys.stderr)
         else:
@@ -115,14 +115,25 @@ class Attached:
             self._pass_on()
             time.sleep(_REBOOT_S)
             try:
-                stream, _ = _open(Target(id=self._id))
+                stream, opened_as = _open(Target(id=self._id))
             except CommandError:
                 return
             self._stream.close()
             self._stream = stream
-            # What was shown is repeated first, but maybe not at once.
-            wait_ms = _REPETITION_MS if self._history else _QUIET_MS
-            self._show(without_seen(self._history, self._repeated(wait_ms)))
+            # What was seen is repeated: positions go on over a reboot.
+            self._seen = max(0, self._position - opened_as["position"])
+            self._position = max(self._position, opened_as["position"])
+
+    def _show_until(self, position: int) -> None:
+        """Show what was there before, to its last byte or the stream's end."""
+        poll = select.poll()
+        poll.register(self._stream, select.POLLIN)
+        # Some may be gone by now, if the guest writes much: then there is no end to wait for.
+        while self._position < position and poll.poll(_HISTORY_MS):
+            data = self._receive()
+            if not data:
+                return
+            self._show(data)
 
     def _pass_on(self) -> None:
         """Serve one stream to its end."""
@@ -142,18 +153,6 @@ class Attached:
                     return
                 self._show(data)
 
-    def _repeated(self, wait_ms: int) -> bytes:
-        """Return what a new stream says first, if it begins within `wait_ms` milliseconds."""
-        data = b""
-        poll = select.poll()
-        poll.register(self._stream, select.POLLIN)
-        while len(data) < _HISTORY_MAX and poll.poll(_QUIET_MS if data else wait_ms):
-            more = self._receive()
-            if not more:
-                break
-            data += more
-        return data
-
     def _receive(self) -> bytes:
         try:
             return self._stream.recv(_PACKET_MAX)
@@ -161,7 +160,10 @@ class Attached:
             return b""
 
     def _show(self, data: bytes) -> None:
-        self._history = (self._history + data)[-_HISTORY_MAX:]
+        seen = min(self._seen, len(data))
+        self._seen -= seen
+        data = data[seen:]
+        self._position += len(data)
         self._state.note(data)
         view = memoryview(data)
         try:
@@ -202,11 +204,3 @@ class Attached:
             case Escape.HELP:
                 text = ESCAPES.replace("power off and leave", "leave")
                 sys.stderr.write("\r\n" + text.replace("\n", "\r\n"))
-
-
-def without_seen(seen: bytes, repeated: bytes) -> bytes:
-    """Return what of `repeated` is new: it begins with an end of `seen`, of whatever length."""
-    for size in range(min(len(seen), len(repeated)), 0, -1):
-        if seen[-size] == repeated[0] and repeated.startswith(seen[-size:]):
-            return repeated[size:]
-    return repeated

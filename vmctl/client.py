@@ -53,7 +53,7 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "failed": {"code": str, "message": str, "lines": [str]},
     "started": {"id": int, "pid": int, "tty": str},
     "terminated": {"id": int},
-    "console-opened": {"id": int, "tty": str},
+    "console-opened": {"id": int, "tty": str, "position": int, "history": int},
     "vms": {"vms": [_VM], "has_more": bool},
     "event": {"kind": str, "id": int, "name": str, "at": _NUMBER, "message": str},
 }

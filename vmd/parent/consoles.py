@@ -6,6 +6,7 @@ from typing import NamedTuple
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.vm import Vm
 from vmd.shared.pty import Pty, open_pty
+from vmd.shared.ring import Replay, replay
 
 
 class _Console(NamedTuple):
@@ -39,6 +40,11 @@ class Consoles:
                 raise
             console = self._consoles[vm_id] = _Console(pty, watch)
         return console.pty
+
+    def replay(self, vm_id: int) -> Replay:
+        """Return what somebody who attaches now is shown of the past of a VM's console."""
+        console = self._consoles.get(vm_id)
+        return replay(console.pty.ring) if console else Replay(0, 0)
 
     def close(self, vm_id: int) -> None:
         """Give a VM's terminal back, if it has one."""

@@ -34,6 +34,7 @@ from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
 from vmd.shared.opening import OpeningError
 from vmd.shared.pty import Pty
+from vmd.shared.ring import Replay
 from vmd.wire.channel import Fds
 from vmd.wire.internal import (
     AskStatistics,
@@ -111,6 +112,9 @@ class Terminals(Protocol):
         Raises:
             OSError: the host has no terminals or descriptors left.
         """
+
+    def replay(self, vm_id: int) -> Replay:
+        """Return what somebody who attaches now is shown of the past of a VM's console."""
 
     def close(self, vm_id: int) -> None:
         """Give a VM's console back, if it has one."""
@@ -241,8 +245,15 @@ class Effects:
             failed = Failed(serial=ticket.serial, code=ErrorCode.EAGAIN, message=text)
             self._clients.answer(ticket.client, failed)
             return
-        self.tell_vm(vm.id, AttachConsole(), (ours.detach(),))
-        opened = ConsoleOpened(serial=ticket.serial, id=vm.id, tty=vm.state.tty)
+        past = self._consoles.replay(vm.id)
+        self.tell_vm(vm.id, AttachConsole(position=past.start), (ours.detach(),))
+        opened = ConsoleOpened(
+            serial=ticket.serial,
+            id=vm.id,
+            tty=vm.state.tty,
+            position=past.start,
+            history=past.size,
+        )
         self._clients.answer(ticket.client, opened, (theirs.detach(),))
 
     # Launching

@@ -1,13 +1,16 @@
 """What a VM's console has shown lately, in memory that outlives its process.
 
 The parent makes a memfd for each VM that runs and hands it to one VM process after another, so that
-a console shows what was written before a reboot. Only the VM process reads or writes it.
+a console shows what was written before a reboot. Only the VM process writes it; the parent reads
+how much was written, to tell a client where what it has missed begins, and where it ends.
 
 Layout: how many bytes were ever written, 8 bytes little-endian; then a ring of `CAPACITY` bytes.
 """
 
 import mmap
+import os
 import struct
+from typing import NamedTuple
 
 from vmm_kvm.memfd import make_memory
 
@@ -18,11 +21,28 @@ REPLAY = 64 * 1024
 
 _TOTAL = struct.Struct("<Q")
 _SIZE = _TOTAL.size + CAPACITY
+_POSITION_MAX = 1 << 62
+"""No guest writes so much; a VM process that is not ours any more may say that it has."""
 
 
 def make_ring(name: str) -> int:
     """Return the descriptor of an empty ring whose size nobody can change; the caller owns it."""
     return make_memory(f"console:{name}", _SIZE)
+
+
+class Replay(NamedTuple):
+    """What somebody who comes late is shown of the past; positions as those of OutputRing."""
+
+    start: int
+    size: int
+    """Bytes; what follows is new."""
+
+
+def replay(fd: int) -> Replay:
+    """Return what is shown to somebody who comes now, by the ring at `fd`, which stays open."""
+    (total,) = _TOTAL.unpack(os.pread(fd, _TOTAL.size, 0))
+    size = min(total, REPLAY)
+    return Replay(min(total - size, _POSITION_MAX), size)
 
 
 class OutputRing:
@@ -53,6 +73,10 @@ class OutputRing:
     def late(self) -> int:
         """Return the position at which somebody who comes late begins to read."""
         return max(0, self.total - REPLAY)
+
+    def nearest(self, position: int) -> int:
+        """Return the position that is there and nearest to `position`."""
+        return min(max(position, self.total - CAPACITY, 0), self.total)
 
     def read(self, position: int, size: int) -> tuple[int, bytes]:
         """Return up to `size` bytes from `position`, or from the oldest if those are gone.

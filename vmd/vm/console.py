@@ -65,13 +65,16 @@ class Console:
         self._terminal.close()
         self._ring.close()
 
-    def attach(self, stream: socket.socket) -> None:
-        """Serve one more stream, from 64 KiB back; refused when there are too many."""
+    def attach(self, stream: socket.socket, position: int) -> None:
+        """Serve one more stream, from a position of the ring on; refused when there are too many.
+
+        Of what the ring does not hold any more, the stream gets nothing.
+        """
         if len(self._streams) >= STREAMS_MAX:
             log.warning("console: more than %d streams", STREAMS_MAX)
             stream.close()
             return
-        self._streams.add(_Stream(self, stream, self._loop, self._ring))
+        self._streams.add(_Stream(self, stream, self._loop, self._ring, position))
 
     def look_at_terminal(self) -> None:
         """See whether somebody has opened the terminal, or nobody has it open any more."""
@@ -135,14 +138,19 @@ class _Stream:
     """A client's socket: packets both ways, see `messages.ConsoleOpened`."""
 
     def __init__(
-        self, console: Console, sock: socket.socket, loop: EventLoop, ring: OutputRing
+        self,
+        console: Console,
+        sock: socket.socket,
+        loop: EventLoop,
+        ring: OutputRing,
+        position: int,
     ) -> None:
         self._console = console
         self._socket = sock
         self._fd = sock.fileno()
         self._loop = loop
         self._ring = ring
-        self._position = ring.late()
+        self._position = ring.nearest(position)
         self._is_waiting = False
         self._is_listening = False
         sock.setblocking(False)

@@ -376,8 +376,8 @@ class VmProcess:
                     self._unpause()
                 case StopVm():
                     self._shutdown.begin()
-                case AttachConsole():
-                    self._attach(fds)
+                case AttachConsole(position=position):
+                    self._attach(fds, position)
                 case SetLinks(are_up=are_up):
                     for index, is_up in enumerate(are_up):
                         self._machine.set_link(index, is_up=is_up)
@@ -392,9 +392,9 @@ class VmProcess:
                 case _:
                     assert_never(received.message)
 
-    def _attach(self, fds: Fds) -> None:
+    def _attach(self, fds: Fds, position: int) -> None:
         try:
-            self._console.attach(socket.socket(fileno=fds.take(0)))
+            self._console.attach(socket.socket(fileno=fds.take(0)), position)
         except ChannelError as err:  # who wanted to see the console finds its end
             log.warning("console: %s", err)
 

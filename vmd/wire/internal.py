@@ -32,11 +32,8 @@ class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A message between processes of the daemon."""
 
 
-# What everyone is told
-
-
 class SetVerbosity(Internal, frozen=True, kw_only=True):
-    """Log more or less: 0 brief, 1 as usual, 2 verbose."""
+    """To every process: log more or less: 0 brief, 1 as usual, 2 verbose."""
 
     level: int
 
@@ -366,7 +363,9 @@ class StopVm(Internal, frozen=True, kw_only=True):
 
 
 class AttachConsole(Internal, frozen=True, kw_only=True):
-    """Serve the console on the stream whose descriptor comes along, the last 64 KiB first."""
+    """Serve the console on the stream whose descriptor comes along, from a ring's `position` on."""
+
+    position: int = 0
 
 
 class SetLinks(Internal, frozen=True, kw_only=True):

@@ -327,6 +327,13 @@ class ConsoleOpened(Answer, frozen=True, kw_only=True):
     tty: str
     stream: int = 0
     """Index of the stream's descriptor."""
+    position: int = 0
+    """Of the first byte that the stream sends, counted from the first that the console ever showed.
+
+    It goes on where a VM reboots, so that a client that attaches again knows what it has seen.
+    """
+    history: int = 0
+    """How many bytes the stream sends that were shown before; what follows is new."""
 
 
 class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):

@@ -10,12 +10,9 @@ import subprocess
 import termios
 from pathlib import Path
 
-import pytest
-
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
 from tests.vmctl_driver import VMCTL, ConsoleProcess
-from vmctl.attach import without_seen
 from vmd.wire.messages import (
     AnyRequest,
     ConsoleOpened,
@@ -30,29 +27,13 @@ from vmd.wire.messages import (
 LEAVE = b"\r~."
 
 
-@pytest.mark.parametrize(
-    ("seen", "repeated", "new"),
-    [
-        (b"", b"", b""),
-        (b"", b"hello", b"hello"),
-        (b"hello", b"hello", b""),
-        (b"hello", b"hello again", b" again"),
-        (b"one two three", b"two three four", b" four"),
-        (b"abc", b"xyz", b"xyz"),
-        (b"aaaa", b"aaab", b"b"),
-        (b"x" * 65536, b"x" * 65535 + b"y", b"y"),
-    ],
-)
-def test_what_was_seen_is_not_shown_again(seen: bytes, repeated: bytes, new: bytes) -> None:
-    """A repetition begins somewhere in what was seen, and goes on beyond it."""
-    assert without_seen(seen, repeated) == new
-
-
 class Vm:
     """The far end of a console: what it has shown, and the stream of the moment."""
 
     def __init__(self) -> None:
         self.history = b""
+        self.gone = 0
+        self.is_late = False
         self.streams: list[socket.socket] = []
         self.is_running = True
 
@@ -64,10 +45,13 @@ class Vm:
             return [Started(id=7, pid=700, tty="/dev/pts/7")]
         theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(20)
-        if self.history:
+        if self.history and not self.is_late:
             ours.send(self.history)
         self.streams.append(ours)
-        return [(ConsoleOpened(id=7, tty="/dev/pts/7"), [theirs.detach()])]
+        opened = ConsoleOpened(
+            id=7, tty="/dev/pts/7", position=self.gone, history=len(self.history)
+        )
+        return [(opened, [theirs.detach()])]
 
     def show(self, data: bytes) -> None:
         """Say something."""
@@ -153,6 +137,29 @@ def test_a_terminal_is_given_back(serve: Serve) -> None:
     vm.close()
 
 
+def test_what_was_missed_is_missing(serve: Serve) -> None:
+    """Where more was said between two streams than is kept, the rest of it is shown."""
+    vm = Vm()
+    serve(vm.answer)
+    with attach("console", "web", is_tty=False) as console:
+        console.expect_errors("Connected to /dev/pts/7")
+        vm.show(b"12345")
+        console.expect("12345")
+        vm.gone, vm.history = 8, b"9abc"
+        vm.end()
+        console.expect("9abc")
+        vm.show(b"def")
+        console.expect("def")
+        vm.gone, vm.history = 10, b"bcdefgh"
+        vm.end()
+        console.expect("gh")
+        vm.is_running = False
+        vm.end()
+        assert console.wait() == 0
+        assert console.output == b"123459abcdefgh"
+    vm.close()
+
+
 def test_a_slow_repetition_is_not_shown_again(serve: Serve) -> None:
     """After a reboot what is repeated may take its time: it is no news for all that."""
     vm = Vm()
@@ -161,13 +168,14 @@ def test_a_slow_repetition_is_not_shown_again(serve: Serve) -> None:
         console.expect_errors("Connected to /dev/pts/7")
         vm.show(b"first boot\n")
         console.expect("first boot\n")
-        history, vm.history = vm.history, b""
+        vm.is_late = True
         vm.end()
         while len(vm.streams) < 2:
             os.sched_yield()
         with subprocess.Popen(["sleep", "0.4"]) as sleep:
             sleep.wait()
-        vm.show(history + b"second boot\n")
+        vm.streams[-1].send(b"first boot\n")
+        vm.show(b"second boot\n")
         console.expect("second boot\n")
         vm.is_running = False
         vm.end()

@@ -12,7 +12,7 @@ import pytest
 
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.shared.pty import Pty, open_pty
-from vmd.shared.ring import REPLAY
+from vmd.shared.ring import CAPACITY, REPLAY, Replay, replay
 from vmd.vm.console import STREAMS_MAX, Console
 from vmm_kvm.loop import EventLoop
 
@@ -54,12 +54,13 @@ class Rig:
         self.terminals.add(self.pty.name, self.console.look_at_terminal)
         self._streams: list[socket.socket] = []
 
-    def attach(self) -> socket.socket:
-        """Attach a stream; returns the client's end."""
+    def attach(self, position: int | None = None) -> socket.socket:
+        """Attach a stream, where the parent would or at `position`; returns the client's end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._streams.append(ours)
-        self.console.attach(theirs)
+        start = replay(self.pty.ring).start if position is None else position
+        self.console.attach(theirs, start)
         return ours
 
     def has_received(self, data: bytes) -> bool:
@@ -152,6 +153,26 @@ def test_typing_and_breaks(rig: Rig) -> None:
     assert select.select([stream], [], [], 0)[0] == []
     rig.run_until(lambda: bool(select.select([stream], [], [], 0)[0]))
     assert stream.recv(10) == b""
+
+
+def test_where_history_ends(rig: Rig) -> None:
+    """A stream begins where it was said; what was there then is history, the rest is new."""
+    rig.console.transmit(b"old")
+    rig.run_until(lambda: replay(rig.pty.ring) == Replay(0, 3))
+    past = replay(rig.pty.ring)
+    rig.console.transmit(b"new")
+    rig.run_until(lambda: replay(rig.pty.ring) == Replay(0, 6))
+    assert rig.attach(past.start).recv(100) == b"oldnew"
+    assert rig.attach(past.start + past.size).recv(100) == b"new"
+    rig.console.transmit(bytes(2 * CAPACITY))
+    total = 6 + 2 * CAPACITY
+    rig.run_until(lambda: replay(rig.pty.ring) == Replay(total - REPLAY, REPLAY))
+    late = rig.attach(0)  # what is not there any more is not sent
+    size = 0
+    while size < CAPACITY:
+        rig.run_until(lambda: bool(select.select([late], [], [], 0)[0]))
+        size += len(late.recv(1 << 20))
+    assert size == CAPACITY
 
 
 def test_input_waits_for_room(rig: Rig) -> None:
