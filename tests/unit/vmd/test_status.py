@@ -72,6 +72,7 @@ def test_traffic_of_taps_and_of_streams_is_added(rig: Rig) -> None:
 
 def test_a_vm_process_is_asked_once_for_all(rig: Rig) -> None:
     """Questions that come while one is under way share its answer, as those just after it do."""
+    rig.loop.stop_clock()
     for serial in range(100):
         rig.ask(serial)
     assert rig.asked == [1]
