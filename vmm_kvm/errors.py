@@ -10,8 +10,7 @@ VmmError
 ├── VhostUserError    the peer broke the vhost-user protocol (in `virtio.vhost_user.messages`)
 └── GuestError        the guest did something invalid: its device goes into an error state
     ├── GuestMemoryError   an access outside guest RAM
-    ├── VirtqueueError     a malformed virtqueue, descriptor chain or request
-    └── PciError           an invalid configuration of a PCI function
+    └── VirtqueueError     a malformed virtqueue, descriptor chain or request
 """
 
 import enum
@@ -91,7 +90,3 @@ class GuestMemoryError(GuestError):
 
 class VirtqueueError(GuestError):
     """The guest built a virtqueue, a descriptor chain or a request that cannot be."""
-
-
-class PciError(GuestError):
-    """The guest configured a PCI function invalidly."""

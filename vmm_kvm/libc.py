@@ -1,25 +1,28 @@
-"""The C library's functions that Python lacks: the one place that declares each.
+"""The C library, for what Python lacks: loaded here, and each function declared here, once.
 
-A failed call raises OSError with the name of the call.
+A call that fails leaves its errno for `ctypes.get_errno()`, on the same thread. Functions that no
+line here declares take ints, bytes and pointers, and return an int, as ctypes has it by default.
 """
 
 import ctypes
-import os
 
 from vmm_kvm.bits import PAGE_SIZE
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-"""For functions that one module alone calls, and declares."""
+LIBC_WITHOUT_ERRNO = ctypes.CDLL(None)
+"""For calls whose failures nobody looks into: errno is not carried over, which takes time."""
 
-_mincore = LIBC.mincore
-_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-_mincore.restype = ctypes.c_int
-
-
-def failed(call: str) -> OSError:
-    """Return the error of the call that has just failed on this thread."""
-    errno = ctypes.get_errno()
-    return OSError(errno, os.strerror(errno), call)
+LIBC.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+LIBC.syscall.restype = ctypes.c_long
+LIBC.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
+LIBC.unshare.argtypes = (ctypes.c_int,)
+LIBC.mount.argtypes = (*[ctypes.c_char_p] * 3, ctypes.c_ulong, ctypes.c_char_p)
+LIBC.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+LIBC.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+for _function in (LIBC.preadv64, LIBC.pwritev64):
+    _function.restype = ctypes.c_ssize_t
+    _function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int64)
 
 
 def mincore(address: int, size: int) -> bytes:
@@ -33,6 +36,6 @@ def mincore(address: int, size: int) -> bytes:
     Source: mincore(2).
     """
     pages = ctypes.create_string_buffer(size // PAGE_SIZE)
-    if _mincore(address, size, pages):
-        raise failed("mincore")
+    if LIBC.mincore(address, size, pages):
+        raise OSError(ctypes.get_errno(), "mincore")
     return pages.raw

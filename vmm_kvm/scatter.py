@@ -11,14 +11,11 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, overload
 
+from vmm_kvm.libc import LIBC
+
 _PIECE = struct.Struct("<QQ")  # struct iovec: address, bytes
 
 _Slice: TypeAlias = "slice[int | None, int | None, int | None]"
-_libc = ctypes.CDLL(None, use_errno=True)
-_preadv, _pwritev = _libc.preadv64, _libc.pwritev64
-for _function in (_preadv, _pwritev):
-    _function.restype = ctypes.c_ssize_t
-    _function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int64]
 
 
 class Scatter(Sequence[memoryview]):
@@ -50,7 +47,7 @@ class Scatter(Sequence[memoryview]):
         Raises:
             OSError: an I/O fault.
         """
-        done: int = _preadv(fd, self._iovecs, self._count, offset)
+        done: int = LIBC.preadv64(fd, self._iovecs, self._count, offset)
         if done < 0:
             _may_go_on()
             return self.read_from(fd, offset)
@@ -62,7 +59,7 @@ class Scatter(Sequence[memoryview]):
         Raises:
             OSError: an I/O fault, or no room.
         """
-        done: int = _pwritev(fd, self._iovecs, self._count, offset)
+        done: int = LIBC.pwritev64(fd, self._iovecs, self._count, offset)
         if done < 0:
             _may_go_on()
             return self.write_to(fd, offset)

@@ -219,3 +219,9 @@ def test_there_is_one_assembly_of_a_vm() -> None:
         name for name, path in FILES.items() if re.search(r"\.create_(vm|vcpu)\(", path.read_text())
     }
     assert makers == {"vmm_kvm.vm_table"}
+
+
+def test_the_c_library_is_loaded_once() -> None:
+    """Only `vmm_kvm.libc` loads the C library; libnftables is another one."""
+    loaders = {name for name, path in FILES.items() if "CDLL(" in path.read_text()}
+    assert loaders == {"vmm_kvm.libc", "vmd.priv.nftables"}

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 
 from vmd.confine.syscalls import SYSCALLS
+from vmm_kvm.libc import LIBC
 
 _CREATE_RULESET_VERSION = 1
 # How many kinds of file access each version of the interface can restrict, from version 1 on.
@@ -24,9 +25,6 @@ _TCP_RIGHTS = 0b11  # bind, connect
 _SCOPES = 0b11  # abstract UNIX sockets, signals
 _RULE_PATH_BENEATH = 1
 _WRITE_AND_READ_FILE = 0b110
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class _LandlockRulesetAttr(ctypes.Structure):
@@ -49,7 +47,7 @@ class _LandlockPathBeneathAttr(ctypes.Structure):
 
 def version() -> int:
     """Return the version of the kernel's interface, 0 if it has none or it is switched off."""
-    found = _libc.syscall(
+    found = LIBC.syscall(
         SYSCALLS["landlock_create_ruleset"], None, ctypes.c_size_t(0), _CREATE_RULESET_VERSION
     )
     return max(0, int(found))
@@ -108,7 +106,7 @@ def _allow(ruleset_fd: int, path: str) -> None:
 
 
 def _call(name: str, *arguments: object) -> int:
-    result = int(_libc.syscall(SYSCALLS[name], *arguments, 0))
+    result = int(LIBC.syscall(SYSCALLS[name], *arguments, 0))
     if result < 0:
         number = ctypes.get_errno() or errno.EINVAL
         raise OSError(number, f"{name}: {os.strerror(number)}")

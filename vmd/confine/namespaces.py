@@ -10,6 +10,7 @@ import errno
 import os
 
 from vmd.confine.syscalls import SYSCALLS
+from vmm_kvm.libc import LIBC
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWIPC = 0x08000000
@@ -28,12 +29,6 @@ _MOUNT_POINT = "/proc"
 """A directory that every host has; something else is mounted there in our namespace alone."""
 _FLAGS = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.unshare.argtypes = [ctypes.c_int]
-_libc.mount.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_ulong, ctypes.c_char_p]
-_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
-_libc.syscall.restype = ctypes.c_long
-
 
 def leave_everything() -> None:
     """Move into namespaces with an empty, read-only root directory and no network.
@@ -47,7 +42,7 @@ def leave_everything() -> None:
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("none", _MOUNT_POINT, "tmpfs", _FLAGS, "mode=0555,nr_inodes=1,size=4k")
     os.chdir(_MOUNT_POINT)
-    if _libc.syscall(SYSCALLS["pivot_root"], b".", b".") == 0:
+    if LIBC.syscall(SYSCALLS["pivot_root"], b".", b".") == 0:
         _call("umount2", b".", _MNT_DETACH)
     elif ctypes.get_errno() == errno.EINVAL:  # the root is an initramfs, which cannot be moved away
         _mount(".", "/", None, _MS_MOVE)
@@ -66,7 +61,7 @@ def _mount(
 
 
 def _call(name: str, *arguments: bytes | int | None) -> None:
-    if getattr(_libc, name)(*arguments):
+    if getattr(LIBC, name)(*arguments):
         raise _error(name)
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from vmd.confine import landlock, namespaces, seccomp
 from vmd.confine.seccomp import Denial, Filter
 from vmd.confine.syscalls import SYSCALLS
+from vmm_kvm.libc import LIBC
 
 USER = "_vmd"
 """Whom processes without privileges belong to, if root starts the daemon."""
@@ -36,10 +37,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_MEMORY_MERGE = 67
 _CAP_LAST_MAX = 63
 _CAPABILITY_VERSION_3 = 0x20080522
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-_libc.syscall.restype = ctypes.c_long
 
 
 class SandboxError(Exception):
@@ -181,7 +178,7 @@ def _capabilities() -> frozenset[int]:
     """Return what this thread may have."""
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()
-    if _libc.syscall(SYSCALLS["capget"], ctypes.byref(header), ctypes.byref(data)):
+    if LIBC.syscall(SYSCALLS["capget"], ctypes.byref(header), ctypes.byref(data)):
         number = ctypes.get_errno()
         raise OSError(number, f"capget: {os.strerror(number)}")
     return frozenset(
@@ -236,14 +233,14 @@ def set_title(title: str) -> None:
 
 
 def _prctl(option: int, argument: int) -> None:
-    if _libc.prctl(option, argument, 0, 0, 0):
+    if LIBC.prctl(option, argument, 0, 0, 0):
         number = ctypes.get_errno()
         raise OSError(number, f"prctl: {os.strerror(number)}")
 
 
 def _drop_bounding_set(kept: frozenset[int]) -> None:
     for capability in range(_CAP_LAST_MAX + 1):
-        if capability in kept or not _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+        if capability in kept or not LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
             continue
         number = ctypes.get_errno()
         if number == errno.EINVAL:  # one that this kernel does not know: there are none above it
@@ -258,6 +255,6 @@ def _keep_capabilities(kept: frozenset[int]) -> None:
         word, bit = divmod(capability, 32)
         data[word].effective |= 1 << bit
         data[word].permitted |= 1 << bit
-    if _libc.syscall(SYSCALLS["capset"], ctypes.byref(header), ctypes.byref(data)):
+    if LIBC.syscall(SYSCALLS["capset"], ctypes.byref(header), ctypes.byref(data)):
         number = ctypes.get_errno()
         raise OSError(number, f"capset: {os.strerror(number)}")

@@ -25,6 +25,7 @@ from functools import cache
 from typing import NamedTuple
 
 from vmd.confine.syscalls import SYSCALLS
+from vmm_kvm.libc import LIBC
 
 ACTION_ALLOW = 0x7FFF0000
 ACTION_ERRNO = 0x00050000
@@ -51,10 +52,6 @@ _SECCOMP_SET_MODE_FILTER = 1
 _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
 _OPERAND = struct.Struct("<I")
 _OPERAND_AT = 4
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-_libc.syscall.restype = ctypes.c_long
 
 
 class OwnPid(Enum):
@@ -199,14 +196,14 @@ def install(program: Program) -> None:
     for offset in program.own_pid:
         _OPERAND.pack_into(code, offset, os.getpid())
     fprog = _SockFprog(len(code) // _INSTRUCTION.size, bytes(code))
-    if _libc.syscall(SYSCALLS["seccomp"], _SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(fprog)):
+    if LIBC.syscall(SYSCALLS["seccomp"], _SECCOMP_SET_MODE_FILTER, 0, ctypes.byref(fprog)):
         errno = ctypes.get_errno()
         raise OSError(errno, f"seccomp: {os.strerror(errno)}")
 
 
 def no_new_privileges() -> None:
     """Let no program that is executed have more privileges than this process."""
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+    if LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         errno = ctypes.get_errno()
         raise OSError(errno, f"prctl: {os.strerror(errno)}")
 

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable
 
+from vmm_kvm.libc import LIBC
 from vmm_kvm.loop import EventLoop
 
 MERGED_NS = 20_000_000
@@ -21,8 +22,6 @@ _IN_CLOEXEC_NONBLOCK = os.O_CLOEXEC | os.O_NONBLOCK
 _EVENT = struct.Struct("=iIII")  # struct inotify_event, without the name
 _LOST_SOME = -1  # whose event says that there were too many
 _READ_SIZE = 64 << 10
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _checked(result: int, *path: str) -> int:
@@ -42,7 +41,7 @@ class TerminalWatch:
             OSError: the host has no descriptors of that kind left.
         """
         self._loop = loop
-        self._fd = _checked(int(_libc.inotify_init1(_IN_CLOEXEC_NONBLOCK)))
+        self._fd = _checked(int(LIBC.inotify_init1(_IN_CLOEXEC_NONBLOCK)))
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._timer = loop.timer(self._listen)
         self._listen()
@@ -63,14 +62,14 @@ class TerminalWatch:
             OSError: there is no such file, or there are too many.
         """
         mask = _IN_OPEN | _IN_CLOSE
-        watch = int(_libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
+        watch = int(LIBC.inotify_add_watch(self._fd, os.fsencode(path), mask))
         self._callbacks[_checked(watch, path)] = callback
         return watch
 
     def remove(self, watch: int) -> None:
         """Forget a file, which may be gone."""
         self._callbacks.pop(watch, None)
-        _libc.inotify_rm_watch(self._fd, watch)
+        LIBC.inotify_rm_watch(self._fd, watch)
 
     def _read(self) -> None:
         """Call back once for each file, however often it was opened meanwhile.

@@ -16,6 +16,7 @@ import os
 import stat
 
 from vmd.confine.syscalls import SYSCALLS
+from vmm_kvm.libc import LIBC
 
 _AT_FDCWD = -100
 _RESOLVE_NO_MAGICLINKS = 0x02
@@ -54,9 +55,6 @@ _PSEUDO = {
     0x7655821: "resctrl",
     0xABBA1974: "xenfs",
 }
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class _OpenHow(ctypes.Structure):
@@ -151,7 +149,7 @@ def _resolve(path: str) -> int:
 def _openat2(name: bytes, flags: int, resolve: int) -> int:
     how = _OpenHow(flags=flags | os.O_CLOEXEC, mode=0, resolve=resolve)
     fd = int(
-        _libc.syscall(
+        LIBC.syscall(
             SYSCALLS["openat2"],
             _AT_FDCWD,
             ctypes.c_char_p(name),
@@ -170,7 +168,7 @@ def _judge(fd: int, *, allows_devices: bool) -> None:
     if not stat.S_ISREG(mode) and not (allows_devices and stat.S_ISBLK(mode)):
         raise FileKindError("not a regular file", errno.EPERM)
     found = _Statfs()
-    if _libc.fstatfs(fd, ctypes.byref(found)):
+    if LIBC.fstatfs(fd, ctypes.byref(found)):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     kind = _PSEUDO.get(found.f_type & 0xFFFF_FFFF)

@@ -4,13 +4,11 @@ import ctypes
 import os
 from errno import EINTR
 
+from vmm_kvm.libc import LIBC
+
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
-
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_fallocate.restype = ctypes.c_int
 
 
 def allocate(fd: int, offset: int, size: int) -> None:
@@ -41,7 +39,7 @@ def zero_range(fd: int, offset: int, size: int) -> None:
 
 
 def _call(fd: int, mode: int, offset: int, size: int) -> None:
-    while _fallocate(fd, mode, offset, size) != 0:
+    while LIBC.fallocate(fd, mode, offset, size) != 0:
         number = ctypes.get_errno()
         if number != EINTR:
             raise OSError(number, os.strerror(number))

@@ -4,9 +4,6 @@ A failed call's errno becomes KvmError. Every ioctl of KVM goes through here, no
 `fcntl.ioctl`: from Python 3.14 on that repeats a call which a signal has interrupted, so that a
 kicked vCPU never comes out, and on 3.11 it refuses by-value arguments above INT_MAX, such as the
 address of KVM_SET_TSS_ADDR. Requests of other devices, which no signal interrupts, use it.
-
-Other callers of libc, each for functions of its own: `memory`, `scatter`, `block.fallocate`; in
-the daemon `sandbox`, `seccomp`, `landlock`, `namespaces`, `terminal_watch` and `packing`.
 """
 
 import ctypes
@@ -15,6 +12,7 @@ from collections.abc import Callable
 from errno import EINTR, ESRCH
 
 from vmm_kvm.errors import KvmError
+from vmm_kvm.libc import LIBC, LIBC_WITHOUT_ERRNO
 
 _IOC_NRSHIFT = 0
 _IOC_TYPESHIFT = 8
@@ -26,13 +24,7 @@ _IOC_READ = 2
 
 type_of_data = type[ctypes.Structure] | type[ctypes.c_uint64]
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_ioctl = _libc.ioctl
-_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-_ioctl.restype = ctypes.c_int
-_syscall = _libc.syscall
-_syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int)
-_syscall.restype = ctypes.c_long
+_ioctl = LIBC.ioctl
 _SYS_TGKILL = 234
 
 OPERATIONS: dict[int, str] = {}
@@ -103,7 +95,7 @@ def retried_ioctl(fd: int, request: int, argument: int = 0) -> int:
                 raise
 
 
-enter: Callable[[int, int, int], int] = _libc["ioctl"]
+enter: Callable[[int, int, int], int] = LIBC["ioctl"]
 """`enter(fd, request, 0)`: ioctl(2) for the one call whose speed matters, KVM_RUN.
 
 Returns less than 0 if it failed, also when a signal ended it; `ctypes.get_errno()` says why. No
@@ -111,7 +103,7 @@ argument types are set: all three are passed as C ints, which they fit, and decl
 be looked up for each. `bench/exits` measures what it costs.
 """
 
-enter_fast: Callable[[int, int, int], int] = ctypes.CDLL(None)["ioctl"]
+enter_fast: Callable[[int, int, int], int] = LIBC_WITHOUT_ERRNO["ioctl"]
 """The same without errno, which costs time: a caller that sees a failure calls `enter`."""
 
 
@@ -125,7 +117,7 @@ def signal_thread(native_id: int, signal: int) -> None:
 
     Source: tgkill(2).
     """
-    if _syscall(_SYS_TGKILL, os.getpid(), native_id, signal) < 0:
+    if LIBC.syscall(_SYS_TGKILL, os.getpid(), native_id, signal) < 0:
         errno = ctypes.get_errno()
         if errno != ESRCH:
             raise KvmError("tgkill", errno)

@@ -453,26 +453,6 @@ class Vm:
         """
         ioctl(self.fd, abi.KVM_SET_CLOCK, clock)
 
-    def clock_ns(self) -> int:
-        """Return the VM's kvmclock, nanoseconds.
-
-        Raises:
-            KvmError: the kernel refused.
-
-        Source: KVM API §4.29.
-        """
-        return int(self.get_clock().clock)
-
-    def set_clock_ns(self, nanoseconds: int) -> None:
-        """Let the VM's kvmclock go on from `nanoseconds`.
-
-        Raises:
-            KvmError: the kernel refused.
-
-        Source: KVM API §4.30.
-        """
-        self.set_clock(abi.kvm_clock_data(clock=nanoseconds))
-
     def get_irqchip(self, chip: Irqchip) -> abi.kvm_irqchip:
         """Return the state of a PIC or the IOAPIC.
 

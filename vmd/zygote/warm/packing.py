@@ -12,6 +12,8 @@ Source: CPython Objects/obmalloc.c; malloc(3), mallinfo(3)
 import ctypes
 import gc
 
+from vmm_kvm.libc import LIBC_WITHOUT_ERRNO
+
 _POOL_SIZE = 16384  # of the interpreter's own allocator, for small objects of one size
 _ALIGNMENT = 16
 _SMALL_MAX = 512  # larger objects come from the C library
@@ -26,11 +28,10 @@ _HEAP_STEPS_MAX = 100_000
 _python = ctypes.pythonapi
 _python.PyObject_Malloc.restype = ctypes.c_void_p
 _python.PyObject_Malloc.argtypes = [ctypes.c_size_t]
-_libc = ctypes.CDLL(None)
-_libc.malloc.restype = ctypes.c_void_p
-_libc.malloc.argtypes = [ctypes.c_size_t]
-_libc.free.restype = None
-_libc.free.argtypes = [ctypes.c_void_p]
+LIBC_WITHOUT_ERRNO.malloc.restype = ctypes.c_void_p
+LIBC_WITHOUT_ERRNO.malloc.argtypes = [ctypes.c_size_t]
+LIBC_WITHOUT_ERRNO.free.restype = None
+LIBC_WITHOUT_ERRNO.free.argtypes = [ctypes.c_void_p]
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -68,7 +69,7 @@ def _fill_heap() -> None:
     """Take blocks, large ones first, until the C library has none but at its end."""
     for size in range(_ALIGNMENT, _CACHED_MAX, _ALIGNMENT):
         for _ in range(_CACHED_COUNT):
-            _libc.malloc(size)
+            LIBC_WITHOUT_ERRNO.malloc(size)
     size = _LARGE_MAX
     for _ in range(_HEAP_STEPS_MAX):
         if size < _LEFT_MIN:
@@ -77,13 +78,13 @@ def _fill_heap() -> None:
         if before.fordblks - before.keepcost < size:
             size = size * 15 // 16
             continue
-        block = _libc.malloc(size)
+        block = LIBC_WITHOUT_ERRNO.malloc(size)
         if _mallinfo().keepcost < before.keepcost:  # no hole is so large
-            _libc.free(block)
+            LIBC_WITHOUT_ERRNO.free(block)
             size = size * 15 // 16
 
 
 def _mallinfo() -> _Mallinfo2:
-    _libc.mallinfo2.restype = _Mallinfo2
-    info: _Mallinfo2 = _libc.mallinfo2()
+    LIBC_WITHOUT_ERRNO.mallinfo2.restype = _Mallinfo2
+    info: _Mallinfo2 = LIBC_WITHOUT_ERRNO.mallinfo2()
     return info

@@ -11,7 +11,6 @@ _NAME_SIZE = 4
 _DUAL_NAME_PREFIX = b"\x2e"
 _MULTI_NAME_PREFIX = b"\x2f"
 
-LOCAL0 = b"\x60"
 ARG0 = b"\x68"
 ARG3 = b"\x6b"
 ZERO = b"\x00"

@@ -24,7 +24,6 @@ _ECX1_HYPERVISOR = 1 << 31
 _EDX1_APIC = 1 << 9
 _EDX1_HTT = 1 << 28
 _ECX_AMD1_CMP_LEGACY = 1 << 1
-_ECX_AMD1_TOPOLOGY_EXTENSIONS = 1 << 22
 _EDX_APM_INVARIANT_TSC = 1 << 8
 
 _REMEMBERED = 64  # vCPUs: machines made one after the other in a process are often alike
@@ -74,7 +73,6 @@ def without_apic(entries: Sequence[CpuidEntry]) -> tuple[CpuidEntry, ...]:
 _LEAF_TOPOLOGY = 0x0B
 _LEAF_TOPOLOGY_V2 = 0x1F
 _LEAF_TSC = 0x15
-_LEAF_FREQUENCY = 0x16
 _LEAF_AMD_TOPOLOGY = 0x8000_0026
 
 # Made anew, or left out: 0x8000_0026 tells the host's topology, and zeros make guests use 0x0b.
