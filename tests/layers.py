@@ -204,7 +204,15 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "msgspec",
     ),
     "vmd.control": ("vmd.wire", "vmd.shared"),
-    "vmd.priv": ("vmm_kvm.log", "vmm_kvm.net", "vmd.wire", "vmd.rules", "vmd.shared", "pyroute2"),
+    "vmd.priv": (
+        "vmm_kvm.log",
+        "vmm_kvm.net",
+        "vmd.config",
+        "vmd.wire",
+        "vmd.rules",
+        "vmd.shared",
+        "pyroute2",
+    ),
     "vmd.local": (
         "vmm_kvm.clock",
         "vmm_kvm.log",

@@ -44,5 +44,5 @@ def make(begin: DeviceBegin, fds: list[int]) -> VirtioNet:
         parse_lladdr(nic.lladdr),
         name=nic.name,
         mtu=nic.mtu,
-        is_locked=nic.is_locked,
+        is_locked=nic.config.is_locked,
     )

@@ -12,7 +12,7 @@ from vmd.wire.channel import Fds, Loop
 from vmd.wire.internal import (
     PARENT_AND_LOCAL,
     ForgetLocal,
-    LocalSpec,
+    LocalAddresses,
     LocalToParent,
     ParentToLocal,
     ServeLocal,
@@ -60,7 +60,7 @@ class LocalInterfaces:
         self.peer.send(ForgetLocal(id=vm_id))
 
 
-def _sockets(network: Network, local: LocalSpec) -> list[int]:
+def _sockets(network: Network, local: LocalAddresses) -> list[int]:
     """Return a packet socket, and those for DNS; none if the guest cannot be answered."""
     name, alias = network.tap.name, network.spec.alias
     try:

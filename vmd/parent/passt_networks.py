@@ -25,7 +25,6 @@ from vmd.parent.peer import AnyPeer
 from vmd.rules.vm import Vm
 from vmd.wire.internal import MadeTap, TapSpec
 from vmd.wire.messages import ErrorCode, InterfaceInfo
-from vmm_kvm.limits import MTU_DEFAULT
 from vmm_kvm.log import Log
 
 log = Log(__name__)
@@ -115,14 +114,7 @@ class PasstNetworks:
             held = self._held[vm.id] = _Held(vm, streams)
         return tuple(
             Network(
-                TapSpec(
-                    name="",
-                    lladdr=interface.lladdr or "",
-                    alias=f"nic{index}",
-                    is_locked=interface.is_locked,
-                    mtu=interface.mtu or MTU_DEFAULT,
-                    rdomain=interface.rdomain,
-                ),
+                TapSpec(config=interface, alias=f"nic{index}"),
                 MadeTap(name="", index=0),
                 queues=(),
                 may_vhost=False,

@@ -165,12 +165,10 @@ class _Opener:
         vhosts = open_vhosts(len(taps)) if network.may_vhost else []
         return NicSpec(
             name=network.tap.name or network.spec.alias,
-            lladdr=network.spec.lladdr,
+            config=network.spec.config,
             taps=taps,
             vhosts=tuple(map(self.keep, vhosts)),
             stream=None if network.stream is None else self.keep(os.dup(network.stream)),
-            mtu=network.spec.mtu,
-            is_locked=network.spec.is_locked,
             is_up=network.has_link,
         )
 

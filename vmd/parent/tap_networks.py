@@ -75,7 +75,7 @@ class _Held:
                 spec,
                 tap,
                 tuple(self.fds[at] for at in spec.queues),
-                self.is_filtered or not spec.is_locked,
+                self.is_filtered or not spec.config.is_locked,
                 has_link=has_link,
             )
             for spec, tap, has_link in zip(self.specs, self.attached, self.links, strict=True)
@@ -214,7 +214,10 @@ class TapNetworks:
         held.sent = held.specs
         if held.attached:
             specs = zip(held.specs, held.attached, strict=True)
-            there = tuple(replace(spec, name=tap.name, queues=()) for spec, tap in specs)
+            there = tuple(
+                replace(spec, config=spec.config._replace(tap=tap.name), queues=())
+                for spec, tap in specs
+            )
             self._priv.send(MakeTaps(id=vm_id, taps=there))
             return
         try:
@@ -237,7 +240,8 @@ class TapNetworks:
         for vm_id, held in self._held.items():
             states = [interface.is_up for interface in held.vm.config.interfaces]
             specs = tuple(
-                replace(spec, is_up=is_up) for spec, is_up in zip(held.specs, states, strict=True)
+                replace(spec, config=spec.config._replace(is_up=is_up))
+                for spec, is_up in zip(held.specs, states, strict=True)
             )
             links = self._plan.links(held.vm)
             if links != held.links:

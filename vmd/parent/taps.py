@@ -4,7 +4,7 @@ Source: section 12 of OpenBSD's behaviour, with the advice of its section 21.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count, islice
 from zlib import crc32
 
@@ -15,9 +15,7 @@ from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Links
 from vmd.rules.addressing import (
     DEFAULT_PREFIX,
-    LocalAddresses,
     RangeError,
-    host_lladdr,
     local_addresses,
     random_prefix6,
     subnet4,
@@ -25,9 +23,8 @@ from vmd.rules.addressing import (
 )
 from vmd.rules.vm import Vm
 from vmd.shared.paths import SYSTEM_SOCKET
-from vmd.wire.internal import Configure, ForwardSpec, LocalSpec, SwitchSpec, TapSpec
+from vmd.wire.internal import Configure, LocalAddresses, TapSpec
 from vmd.wire.messages import ErrorCode
-from vmm_kvm.limits import MTU_DEFAULT
 from vmm_kvm.log import Log
 
 log = Log(__name__)
@@ -88,7 +85,7 @@ class TapPlan:
         return Configure(
             mark=self._mark,
             table=self._table,
-            switches=tuple(map(_switch_spec, self._switches.values())),
+            switches=tuple(self._switches.values()),
             nat4=subnet4(self._prefix4) if self._is_nat else "",
             nat6=subnet6(self._prefix6) if self._is_nat and self._prefix6 else "",
             is_partial=is_partial,
@@ -111,21 +108,15 @@ class TapPlan:
         places = count()
         specs = tuple(
             replace(
-                self._spec(vm, index, interface, taken),
+                self._spec(vm, index, interface),
                 queues=tuple(islice(places, interface.queues or 1)),
             )
             for index, interface in enumerate(vm.config.interfaces)
         )
-        wanted = [each[:2] for one in vm.config.interfaces for each in one.forwards]
-        for protocol, port in wanted:
-            if wanted.count((protocol, port)) > 1:
-                text = f"forward {protocol} {port}: two interfaces want it"
-                raise ResourceError(ErrorCode.EINVAL, text)
+        _check_forwards(vm.config.interfaces, taken)
         return specs
 
-    def _spec(
-        self, vm: Vm, index: int, interface: InterfaceConfig, taken: TakenForwards
-    ) -> TapSpec:
+    def _spec(self, vm: Vm, index: int, interface: InterfaceConfig) -> TapSpec:
         switch = None
         if interface.switch is not None:
             switch = self._switches.get(interface.switch)
@@ -137,25 +128,21 @@ class TapPlan:
         group = interface.group or (switch.group if switch else None)
         assert interface.lladdr is not None
         return TapSpec(
-            name=interface.tap or "",
-            lladdr=interface.lladdr,
+            config=interface._replace(
+                rdomain=rdomain,
+                is_locked=interface.is_locked or (switch is not None and switch.is_locked),
+            ),
             alias=f"vm{vm.id}-if{index}-{vm.name}"[:_ALIAS_MAX],
             bridge=switch.interface if switch else "",
             group=group_number(group) if group else 0,
-            rdomain=rdomain,
-            is_up=interface.is_up,
-            is_locked=interface.is_locked or (switch is not None and switch.is_locked),
-            mtu=interface.mtu or MTU_DEFAULT,
-            local=self._local_spec(vm, index, interface.lladdr) if interface.is_local else None,
-            forwards=_forwards(interface, taken),
+            local=self._addresses(vm, index, interface.lladdr) if interface.is_local else None,
         )
 
-    def _local_spec(self, vm: Vm, index: int, lladdr: str) -> LocalSpec:
+    def _addresses(self, vm: Vm, index: int, lladdr: str) -> LocalAddresses:
         try:
-            found = local_addresses(self._prefix4, self._prefix6, vm.id, index, lladdr)
+            return local_addresses(self._prefix4, self._prefix6, vm.id, index, lladdr)
         except RangeError as err:
             raise ResourceError(ErrorCode.EINVAL, str(err)) from err
-        return _told(found, lladdr)
 
 
 def taken_forwards(taps: Iterable[tuple[str, Iterable[TapSpec]]]) -> TakenForwards:
@@ -164,41 +151,20 @@ def taken_forwards(taps: Iterable[tuple[str, Iterable[TapSpec]]]) -> TakenForwar
         (forward.protocol, forward.port): name
         for name, specs in taps
         for spec in specs
-        for forward in spec.forwards
+        for forward in spec.config.forwards
     }
 
 
-def _forwards(interface: InterfaceConfig, taken: TakenForwards) -> tuple[ForwardSpec, ...]:
-    for protocol, port, _ in interface.forwards:
+def _check_forwards(interfaces: Sequence[InterfaceConfig], taken: TakenForwards) -> None:
+    wanted = [each[:2] for one in interfaces for each in one.forwards]
+    for protocol, port in wanted:
         owner = taken.get((protocol, port))
         if owner is not None:
             text = f'forward {protocol} {port}: vm "{owner}" has it'
             raise ResourceError(ErrorCode.EBUSY, text)
-    return tuple(
-        ForwardSpec(protocol=protocol, port=port, to_port=to_port)
-        for protocol, port, to_port in interface.forwards
-    )
-
-
-def _switch_spec(switch: SwitchConfig) -> SwitchSpec:
-    return SwitchSpec(
-        name=switch.name,
-        interface=switch.interface,
-        is_ours=switch.is_created,
-        address=switch.address or "",
-        rdomain=switch.rdomain,
-        is_up=switch.is_up,
-    )
-
-
-def _told(addresses: LocalAddresses, lladdr: str) -> LocalSpec:
-    return LocalSpec(
-        host4=str(addresses.host4),
-        guest4=str(addresses.guest4),
-        host_lladdr=host_lladdr(lladdr),
-        host6=str(addresses.host6 or ""),
-        guest6=str(addresses.autoconf6 or ""),
-    )
+        if wanted.count((protocol, port)) > 1:
+            text = f"forward {protocol} {port}: two interfaces want it"
+            raise ResourceError(ErrorCode.EINVAL, text)
 
 
 def group_number(name: str, path: str = _GROUP_NAMES) -> int:

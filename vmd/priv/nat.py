@@ -9,17 +9,15 @@ Source: nft(8); sections 12.6 and 12.7 of OpenBSD's behaviour.
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from vmd.config.model import ForwardConfig
+from vmd.wire.internal import LocalAddresses
+
 
 class Forward(NamedTuple):
     """A port of the host's addresses that leads to a guest's."""
 
-    protocol: str
-    """`tcp` or `udp`."""
-    port: int
-    to_port: int
-    guest4: str
-    guest6: str = ""
-    """Empty without IPv6."""
+    config: ForwardConfig
+    guest: LocalAddresses
 
 
 class Rules(NamedTuple):
@@ -80,10 +78,11 @@ def _address_chains(rules: Rules) -> Iterable[str]:
 
 
 def _forward(forward: Forward) -> Iterable[str]:
-    to = f"fib daddr type local {forward.protocol} dport {forward.port} dnat"
-    yield f"{to} ip to {forward.guest4}:{forward.to_port}"
-    if forward.guest6:
-        yield f"{to} ip6 to [{forward.guest6}]:{forward.to_port}"
+    (protocol, port, to_port), guest = forward
+    to = f"fib daddr type local {protocol} dport {port} dnat"
+    yield f"{to} ip to {guest.guest4}:{to_port}"
+    if guest.guest6:
+        yield f"{to} ip6 to [{guest.guest6}]:{to_port}"
 
 
 def _locked(name: str, lladdr: str) -> Iterable[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 from zlib import crc32
 
+from vmd.config.model import SwitchConfig
 from vmd.priv.host import Netlink, PacketFilter
 from vmd.priv.nat import Forward, Rules, clearing, ruleset
 from vmd.priv.nftables import NftablesError
@@ -27,13 +28,12 @@ from vmd.wire.internal import (
     Configure,
     Configured,
     ForgetTaps,
-    LocalSpec,
+    LocalAddresses,
     MadeTap,
     MakeTaps,
     ParentToPriv,
     PrivToParent,
     SetVerbosity,
-    SwitchSpec,
     TapsFailed,
     TapsForgotten,
     TapsMade,
@@ -154,18 +154,18 @@ class Priv:
             return link.alias.startswith(self._mark(""))
         return link.kind in {"bridge", "vrf"} and link.lladdr == self._own_lladdr(link.name)
 
-    def _switch(self, switch: SwitchSpec) -> None:
+    def _switch(self, switch: SwitchConfig) -> None:
         netlink = self._netlink
         link = netlink.find(switch.interface)
         if link is None:
-            if not switch.is_ours:
+            if not switch.is_created:
                 _missing(f'switch "{switch.name}"', switch.interface)
                 return
             link = netlink.make_bridge(switch.interface, self._own_lladdr(switch.interface))
         elif link.kind != "bridge":
             log.warning('switch "%s": "%s" is not a bridge', switch.name, switch.interface)
             return
-        if switch.is_ours and self._is_ours(link):
+        if switch.is_created and self._is_ours(link):
             netlink.set_alias(link, self._mark(f"switch {switch.name}"))
             self._settings.set(link.name, "accept_ra", 0)  # guests do not tell the host its routers
         if switch.rdomain is not None:
@@ -174,7 +174,7 @@ class Priv:
                 netlink.set_master(link, vrf)
         if link.is_up != switch.is_up:
             netlink.set_up(link, is_up=switch.is_up)
-        if switch.is_ours and switch.address:
+        if switch.is_created and switch.address:
             address, _, bits = switch.address.partition("/")
             netlink.set_address(link, address, int(bits))
 
@@ -194,9 +194,9 @@ class Priv:
         if self._wanted is None or self._wanted.is_partial:
             return
         switches = self._wanted.switches
-        wanted = {switch.interface for switch in switches if switch.is_ours}
+        wanted = {switch.interface for switch in switches if switch.is_created}
         rdomains = {switch.rdomain for switch in switches}
-        rdomains.update(tap.spec.rdomain for taps in self._taps.values() for tap in taps)
+        rdomains.update(tap.spec.config.rdomain for taps in self._taps.values() for tap in taps)
         wanted.update(f"rdomain{number}" for number in rdomains if number is not None)
         try:
             for link in self._netlink.links():
@@ -217,7 +217,9 @@ class Priv:
             nat4=self._wanted.nat4,
             nat6=self._wanted.nat6,
             forwards=tuple(forward for tap in taps for forward in _forwards(tap.spec)),
-            locked=tuple((tap.link.name, tap.spec.lladdr) for tap in taps if tap.spec.is_locked),
+            locked=tuple(
+                (tap.link.name, tap.spec.lladdr) for tap in taps if tap.spec.config.is_locked
+            ),
         )
         table = self._wanted.table
         text = clearing(table) if rules == Rules() else ruleset(table, rules)
@@ -259,7 +261,7 @@ class Priv:
 
     def _tap(self, spec: TapSpec, fds: Fds) -> _Tap:
         """Make an interface, or find it again; it carries no frames yet."""
-        name = spec.name
+        name = spec.config.tap or ""
         with Fds([fds.take(at) for at in spec.queues]) as queues:
             for fd in queues.left:
                 name = self._netlink.attach_tap(fd, name, is_multi_queue=len(spec.queues) > 1)
@@ -289,10 +291,10 @@ class Priv:
             self._try(netlink.set_group, link, spec.group)
         if spec.bridge:
             self._join(spec, link)
-        elif spec.rdomain is not None:
+        elif spec.config.rdomain is not None:
             # Out of its rdomain, it would be where it must not be.
-            netlink.set_master(link, self._vrf(spec.rdomain))
-        netlink.set_up(link, is_up=spec.is_up)
+            netlink.set_master(link, self._vrf(spec.config.rdomain))
+        netlink.set_up(link, is_up=spec.config.is_up)
         if spec.local is not None:
             self._set_addresses(spec, spec.local, link)
 
@@ -303,12 +305,12 @@ class Priv:
         else:
             self._try(self._netlink.set_master, link, bridge)  # which it may be in already
 
-    def _set_addresses(self, spec: TapSpec, local: LocalSpec, link: Link) -> None:
+    def _set_addresses(self, spec: TapSpec, local: LocalAddresses, link: Link) -> None:
         self._netlink.set_address(link, local.host4, BITS4)
         if local.host6:
             self._netlink.set_address(link, local.host6, BITS6)
-            if spec.is_up:
-                table = 0 if spec.rdomain is None else VRF_TABLE + spec.rdomain
+            if spec.config.is_up:
+                table = 0 if spec.config.rdomain is None else VRF_TABLE + spec.config.rdomain
                 self._netlink.set_route(link, local.guest6, table)
 
     @staticmethod
@@ -326,7 +328,4 @@ def _missing(what: str, bridge: str) -> None:
 def _forwards(spec: TapSpec) -> list[Forward]:
     if spec.local is None:
         return []
-    guest4, guest6 = spec.local.guest4, spec.local.guest6
-    return [
-        Forward(each.protocol, each.port, each.to_port, guest4, guest6) for each in spec.forwards
-    ]
+    return [Forward(config, spec.local) for config in spec.config.forwards]

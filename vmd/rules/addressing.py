@@ -8,9 +8,9 @@ Source: section 12.4 of OpenBSD's behaviour; RFC 4291, appendix A.
 """
 
 from ipaddress import IPv4Address, IPv6Address
-from typing import NamedTuple
 
 from vmd.config.model import Prefix
+from vmd.wire.internal import LocalAddresses
 from vmm_kvm.net.ethernet import parse_lladdr
 
 DEFAULT_PREFIX = Prefix(int(IPv4Address("100.64.0.0")), 10)
@@ -28,18 +28,6 @@ _RANDOM_BYTES = 7
 
 class RangeError(ValueError):
     """The prefix has no address for an interface; `str()` is one line, as OpenBSD has it."""
-
-
-class LocalAddresses(NamedTuple):
-    """The addresses of one local interface."""
-
-    host4: IPv4Address
-    guest4: IPv4Address
-    host6: IPv6Address | None = None
-    guest6: IPv6Address | None = None
-    """In the host's network; for a guest that is given it by hand."""
-    autoconf6: IPv6Address | None = None
-    """What the guest makes of the announced prefix and its lladdr."""
 
 
 def random_prefix6(entropy: bytes) -> Prefix:
@@ -64,17 +52,17 @@ def local_addresses(
     host4 = prefix4.address | offset
     if not 0 <= index <= INDEX_MAX or offset & mask or host4 > _ALL_ONES:
         raise RangeError(f"dhcp address range exceeded, vm id {vm_id} interface {index}")
-    guest4 = host4 + 1
-    if prefix6 is None:
-        return LocalAddresses(IPv4Address(host4), IPv4Address(guest4))
-    subnet = prefix6.address >> _SUBNET_BITS << _SUBNET_BITS
-    network6 = subnet | guest4 << 32
+    host6 = guest6 = ""
+    if prefix6 is not None:
+        subnet = prefix6.address >> _SUBNET_BITS << _SUBNET_BITS
+        host6 = str(IPv6Address(subnet | (host4 + 1) << 32 | 1))
+        guest6 = str(IPv6Address(subnet | _interface_id(lladdr)))
     return LocalAddresses(
-        IPv4Address(host4),
-        IPv4Address(guest4),
-        IPv6Address(network6 | 1),
-        IPv6Address(network6 | 2),
-        IPv6Address(subnet | _interface_id(lladdr)),
+        host4=str(IPv4Address(host4)),
+        guest4=str(IPv4Address(host4 + 1)),
+        host_lladdr=host_lladdr(lladdr),
+        host6=host6,
+        guest6=guest6,
     )
 
 

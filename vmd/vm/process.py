@@ -228,7 +228,7 @@ def _machine_spec(
             _path(nic, fds, connection),
             nic.name,
             nic.mtu,
-            nic.is_locked,
+            nic.config.is_locked,
             nic.is_up,
         )
         for connection, nic in zip(connections.nics, spec.interfaces, strict=True)

@@ -18,7 +18,7 @@ from typing import Annotated
 import msgspec
 
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import BootDevice
+from vmd.config.model import BootDevice, InterfaceConfig, SwitchConfig
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest, Part, Statistics
@@ -96,29 +96,7 @@ ParentToControl = ClientAnswer | Considered | Happened | SetVerbosity
 # parent ↔ priv
 
 
-class SwitchSpec(Part, frozen=True, kw_only=True):
-    """A switch: a bridge of the host, or one that priv makes."""
-
-    name: str
-    interface: str
-    is_ours: bool = False
-    """It is made, and removed when it is in no configuration any more."""
-    address: str = ""
-    """The host's on a bridge that is made, such as `10.0.0.1/24`."""
-    rdomain: int | None = None
-    is_up: bool = True
-
-
-class ForwardSpec(Part, frozen=True, kw_only=True):
-    """A port of the host that leads to one of a guest."""
-
-    protocol: str
-    """`tcp` or `udp`."""
-    port: int
-    to_port: int
-
-
-class LocalSpec(Part, frozen=True, kw_only=True):
+class LocalAddresses(Part, frozen=True, kw_only=True):
     """Addresses of a local interface."""
 
     host4: str
@@ -130,25 +108,35 @@ class LocalSpec(Part, frozen=True, kw_only=True):
     """The address that the guest makes for itself."""
 
 
-class TapSpec(Part, frozen=True, kw_only=True):
+class InterfaceSpec(Part, frozen=True, kw_only=True):
+    """A VM's network interface, as it is configured."""
+
+    config: InterfaceConfig
+    """With an lladdr, and with what the interface inherits of its switch."""
+
+    @property
+    def lladdr(self) -> str:
+        """The guest's, as `fe:e1:bb:d1:23:45`."""
+        assert self.config.lladdr is not None
+        return self.config.lladdr
+
+    @property
+    def mtu(self) -> int:
+        """Bytes of the largest packet, without the Ethernet header."""
+        return self.config.mtu or MTU_DEFAULT
+
+
+class TapSpec(InterfaceSpec, frozen=True, kw_only=True):
     """The host's side of a VM's network interface."""
 
-    name: str
-    """`tap3`; empty for any that is free."""
-    lladdr: str
-    """The guest's."""
     queues: tuple[int, ...] = ()
     """Indices of open descriptors of /dev/net/tun; none if the interface is there already."""
     alias: str
     bridge: str = ""
     """The interface of its switch, if it is on one."""
     group: int = 0
-    rdomain: int | None = None
-    is_up: bool = True
-    is_locked: bool = False
-    mtu: int = MTU_DEFAULT
-    local: LocalSpec | None = None
-    forwards: tuple[ForwardSpec, ...] = ()
+    """The number of its group."""
+    local: LocalAddresses | None = None
 
 
 class Configure(Internal, frozen=True, kw_only=True):
@@ -161,7 +149,7 @@ class Configure(Internal, frozen=True, kw_only=True):
     """What names this daemon; what priv makes bears it."""
     table: str
     """Name of the packet filter's tables."""
-    switches: tuple[SwitchSpec, ...] = ()
+    switches: tuple[SwitchConfig, ...] = ()
     nat4: str = ""
     """Network whose addresses are hidden from the rest of the world; empty for none."""
     nat6: str = ""
@@ -235,7 +223,7 @@ class ServeLocal(Internal, frozen=True, kw_only=True):
     """For messages."""
     lladdr: str
     """The guest's."""
-    addresses: LocalSpec
+    addresses: LocalAddresses
     host_name: str = ""
     """What the guest is to be called; empty for nothing."""
     boots_from_net: bool = False
@@ -279,7 +267,7 @@ class DiskSpec(Part, frozen=True, kw_only=True):
         return self.option.kind not in {DiskKind.VHOST_USER, DiskKind.PMEM}
 
 
-class NicSpec(Part, frozen=True, kw_only=True):
+class NicSpec(InterfaceSpec, frozen=True, kw_only=True):
     """A network interface, open; see `vmm_kvm.net.paths` for what the descriptors are.
 
     With `vhosts` the kernel moves its frames, with taps alone a device process of ours, without
@@ -288,16 +276,12 @@ class NicSpec(Part, frozen=True, kw_only=True):
 
     name: str
     """Of its tap, for messages."""
-    lladdr: str
-    """As `fe:e1:bb:d1:23:45`."""
     taps: tuple[int, ...] = ()
     """Indices of the descriptors of the tap's queues."""
     vhosts: tuple[int, ...] = ()
     """Indices of as many descriptors of /dev/vhost-net, or none."""
     stream: int | None = None
     """Index of a stream of frames, as passt(1) speaks it."""
-    mtu: int = MTU_DEFAULT
-    is_locked: bool = False
     is_up: bool = True
     """Whether the guest finds its cable plugged in."""
 

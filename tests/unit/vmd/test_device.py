@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import InterfaceConfig
 from vmd.device import disk, nic
 from vmd.device.process import READY, Make, run
 from vmd.shared import log as logging
@@ -18,6 +19,7 @@ from vmd.wire.channel import Channel
 from vmd.wire.internal import VMM_AND_DEVICE, BeginDisk, BeginNic, DiskSpec, NicSpec, SetVerbosity
 
 SIZE = 1 << 20
+INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,7 @@ def test_what_is_no_image(image: Path) -> None:
 def test_what_is_no_tap() -> None:
     """An interface's process is told by the kernel that a file is no tap."""
     rig = Rig()
-    spec = NicSpec(name="tap7", lladdr="fe:e1:bb:d1:00:01", taps=(0,))
+    spec = NicSpec(name="tap7", config=INTERFACE, taps=(0,))
     rig.begin(BeginNic(nic=spec, vm="one", verbosity=0), os.open(os.devnull, os.O_RDWR))
     status, told = rig.run(nic.make)
     assert status == 0
@@ -103,7 +105,7 @@ def test_what_is_no_tap() -> None:
 def test_a_process_is_of_one_kind(image: Path) -> None:
     """A disk's serves no interface, and the other way round."""
     rig = Rig()
-    spec = NicSpec(name="tap7", lladdr="fe:e1:bb:d1:00:01", taps=(0,))
+    spec = NicSpec(name="tap7", config=INTERFACE, taps=(0,))
     rig.begin(BeginNic(nic=spec, vm="one", verbosity=0), _open(image))
     assert rig.run(disk.make) == (0, b"tap7 is no disk")
     rig = Rig()

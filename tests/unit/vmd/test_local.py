@@ -22,7 +22,7 @@ from vmd.wire.internal import (
     LOCAL_AND_PARENT,
     PARENT_AND_LOCAL,
     ForgetLocal,
-    LocalSpec,
+    LocalAddresses,
     LocalToParent,
     ParentToLocal,
     ServeLocal,
@@ -31,8 +31,8 @@ from vmd.wire.internal import (
 from vmm_kvm.loop import EventLoop
 
 GUEST, HOST = "fe:e1:bb:d1:00:01", "fe:e1:bb:d1:00:02"
-IPV4 = LocalSpec(host4="100.64.1.2", guest4="100.64.1.3", host_lladdr=HOST)
-IPV6 = LocalSpec(
+IPV4 = LocalAddresses(host4="100.64.1.2", guest4="100.64.1.3", host_lladdr=HOST)
+IPV6 = LocalAddresses(
     host4="100.64.1.2", guest4="100.64.1.3", host_lladdr=HOST, host6="fd00::1", guest6="fd00::2"
 )
 QUESTION = struct.pack(">HHHHHH", 0x1234, 0x0100, 1, 0, 0, 0)
@@ -59,7 +59,7 @@ class Rig:
         for each in (self.guest, self._frames):
             each.setblocking(False)
 
-    def serve(self, addresses: LocalSpec = IPV4, *, resolver: str = "127.0.0.1") -> None:
+    def serve(self, addresses: LocalAddresses = IPV4, *, resolver: str = "127.0.0.1") -> None:
         """Have the guest served."""
         message = ServeLocal(
             id=1,

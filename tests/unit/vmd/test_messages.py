@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.config.disks import DiskKind, DiskOption
 from vmd.wire import internal, messages
 from vmd.wire.encoding import Wire, WireEncoding, WireError
 
@@ -20,6 +19,12 @@ UNIONS = {
     "parent to control": (internal.ParentToControl, WireEncoding.MSGPACK),
     "parent to vmm": (internal.ParentToVmm, WireEncoding.MSGPACK),
     "vmm to parent": (internal.VmmToParent, WireEncoding.MSGPACK),
+    "parent to priv": (internal.ParentToPriv, WireEncoding.MSGPACK),
+    "priv to parent": (internal.PrivToParent, WireEncoding.MSGPACK),
+    "parent to local": (internal.ParentToLocal, WireEncoding.MSGPACK),
+    "vmm to device": (internal.VmmToDevice, WireEncoding.MSGPACK),
+    "vmm to zygote": (internal.VmmToZygote, WireEncoding.MSGPACK),
+    "zygote to vmm": (internal.ZygoteToVmm, WireEncoding.MSGPACK),
     "vmm to vm": (internal.VmCommand, WireEncoding.MSGPACK),
     "vm to vmm": (internal.VmReport, WireEncoding.MSGPACK),
 }
@@ -49,8 +54,8 @@ def _example_of(wanted: object) -> object:
         return _example_of(arguments[0])
     if isinstance(wanted, type) and issubclass(wanted, msgspec.Struct):
         return _example(wanted)
-    if wanted is DiskOption:
-        return DiskOption(DiskKind.RAW, "/disk", queues=2)
+    if hasattr(wanted, "_make"):  # a record of the configuration
+        return wanted._make(map(_example_of, typing.get_type_hints(wanted).values()))
     if isinstance(wanted, type) and hasattr(wanted, "__members__"):
         return list(wanted)[-1]  # type: ignore[call-overload] # an enumeration
     return {int: 1, str: "text", bool: True, float: 1.5}[wanted]  # type: ignore[index] # a type

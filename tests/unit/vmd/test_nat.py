@@ -7,13 +7,20 @@ import subprocess
 
 import pytest
 
+from vmd.config.model import ForwardConfig
 from vmd.priv.nat import Forward, Rules, clearing, ruleset
+from vmd.wire.internal import LocalAddresses
 
-WEB = Forward("tcp", 8080, 80, "100.64.1.3", "fd00::3")
+
+def _guest(ipv4: str, ipv6: str = "") -> LocalAddresses:
+    return LocalAddresses(host4="", guest4=ipv4, host_lladdr="", guest6=ipv6)
+
+
+WEB = Forward(ForwardConfig("tcp", 8080, 80), _guest("100.64.1.3", "fd00::3"))
 EVERYTHING = Rules(
     nat4="100.64.0.0/10",
     nat6="fd00::/64",
-    forwards=(WEB, Forward("udp", 53, 5353, "100.64.1.5")),
+    forwards=(WEB, Forward(ForwardConfig("udp", 53, 5353), _guest("100.64.1.5"))),
     locked=(("tap0", "fe:e1:bb:d1:00:01"), ("tap10", "fe:e1:bb:d2:00:01")),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vmd.config.model import ForwardConfig, InterfaceConfig
 from vmd.parent.interfaces import Counters, Network, interface_infos, parse_counters
-from vmd.wire.internal import LocalSpec, MadeTap, TapSpec
+from vmd.wire.internal import LocalAddresses, MadeTap, TapSpec
 from vmd.wire.messages import ForwardInfo, InterfaceInfo
 
 LLADDR = "fe:e1:bb:d1:00:01"
@@ -45,14 +45,16 @@ def test_an_interface_that_is_not_there() -> None:
 
 def test_an_interface_that_is_there() -> None:
     """It has the name, addresses and switch's options that it was made with."""
-    local = LocalSpec(
+    local = LocalAddresses(
         host4="100.64.1.2",
         guest4="100.64.1.3",
         host_lladdr="fe:e1:bb:d1:00:02",
         host6="fd00::1",
         guest6="fd00::2",
     )
-    spec = TapSpec(name="", lladdr=LLADDR, alias="vm1-if0-x", is_locked=True, local=local)
+    spec = TapSpec(
+        config=InterfaceConfig(lladdr=LLADDR, is_locked=True), alias="vm1-if0-x", local=local
+    )
     network = Network(spec, MadeTap(name="no such tap", index=9), (), may_vhost=True)
     (found,) = interface_infos([InterfaceConfig(is_local=True, lladdr=LLADDR)], [network])
     assert (found.tap, found.is_locked, found.received) == ("no such tap", True, 0)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.unit.vmd.far import Far
+from vmd.config.model import ForwardConfig, InterfaceConfig, SwitchConfig
 from vmd.priv.nat import Rules, clearing, ruleset
 from vmd.priv.nftables import NftablesError
 from vmd.priv.process import VRF_TABLE, Priv
@@ -26,13 +27,11 @@ from vmd.wire.internal import (
     Configure,
     Configured,
     ForgetTaps,
-    ForwardSpec,
-    LocalSpec,
+    LocalAddresses,
     MakeTaps,
     ParentToPriv,
     PrivToParent,
     SetVerbosity,
-    SwitchSpec,
     TapsFailed,
     TapsForgotten,
     TapsMade,
@@ -43,7 +42,7 @@ from vmm_kvm.loop import EventLoop
 MARK = "vmd /run/vmd.sock"
 TABLE = "vmd"
 LLADDR = "fe:e1:bb:d1:00:01"
-LOCAL = LocalSpec(
+LOCAL = LocalAddresses(
     host4="100.64.1.2",
     guest4="100.64.1.3",
     host_lladdr="fe:e1:bb:d1:00:02",
@@ -223,20 +222,31 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         made.close()
 
 
-def _tap(**fields: object) -> TapSpec:
-    given: dict[str, object] = {
-        "name": "",
-        "lladdr": LLADDR,
-        "alias": "vm1-if0-one",
-        "queues": (0,),
-    }
-    return TapSpec(**{**given, **fields})  # type: ignore[arg-type] # fields of its own
+def _tap(
+    config: InterfaceConfig = InterfaceConfig(),  # noqa: B008 - a tuple
+    *,
+    queues: tuple[int, ...] = (0,),
+    bridge: str = "",
+    group: int = 0,
+    local: LocalAddresses | None = None,
+) -> TapSpec:
+    return TapSpec(
+        config=config._replace(lladdr=LLADDR),
+        alias="vm1-if0-one",
+        queues=queues,
+        bridge=bridge,
+        group=group,
+        local=local,
+    )
+
+
+LOCKED = InterfaceConfig(is_locked=True)
 
 
 def test_a_switch_that_is_made(rig: Rig) -> None:
     """Its bridge bears the mark, has its address, and goes when it is wanted no more."""
     accept_ra = rig.setting("ipv6/conf/bridge9/accept_ra", "1")
-    switch = SwitchSpec(name="lan", interface="bridge9", is_ours=True, address="10.0.0.1/24")
+    switch = SwitchConfig(name="lan", interface="bridge9", is_created=True, address="10.0.0.1/24")
     rig.configure(switches=(switch,))
     assert rig.done() == [
         "bridge bridge9",
@@ -255,9 +265,9 @@ def test_a_switch_that_the_host_has(rig: Rig, caplog: pytest.LogCaptureFixture) 
     rig.netlink.add("eth0", "")
     rig.configure(
         switches=(
-            SwitchSpec(name="lan", interface="bridge0"),
-            SwitchSpec(name="wan", interface="bridge1"),
-            SwitchSpec(name="not", interface="eth0"),
+            SwitchConfig(name="lan", interface="bridge0"),
+            SwitchConfig(name="wan", interface="bridge1"),
+            SwitchConfig(name="not", interface="eth0"),
         )
     )
     assert rig.done() == ["up bridge0"]
@@ -281,7 +291,7 @@ def test_what_a_killed_priv_has_left(rig: Rig) -> None:
 
 def test_rdomains(rig: Rig) -> None:
     """A VRF is made for each, and goes with the last that is in it."""
-    switch = SwitchSpec(name="lan", interface="bridge9", is_ours=True, rdomain=5)
+    switch = SwitchConfig(name="lan", interface="bridge9", is_created=True, rdomain=5)
     rig.configure(switches=(switch,))
     assert rig.done()[2:] == [
         "vrf rdomain5 5",
@@ -299,14 +309,9 @@ def test_a_local_interface(rig: Rig) -> None:
     """It has addresses, a route, and ports that lead to the guest; its frames are checked first."""
     disable = rig.setting("ipv6/conf/tap0/disable_ipv6")
     rig.configure(nat4="100.64.0.0/10")
-    tap = _tap(
-        is_locked=True,
-        local=LOCAL,
-        group=7,
-        mtu=9000,
-        queues=(0, 1),
-        forwards=(ForwardSpec(protocol="tcp", port=2222, to_port=22),),
-    )
+    forwards = (ForwardConfig("tcp", 2222, 22),)
+    config = InterfaceConfig(is_locked=True, mtu=9000, forwards=forwards)
+    tap = _tap(config, local=LOCAL, group=7, queues=(0, 1))
     made = rig.make(tap)
     assert [one.name for one in made.taps] == ["tap0"]
     assert made.is_filtered
@@ -333,13 +338,13 @@ def test_a_local_interface(rig: Rig) -> None:
 def test_an_interface_on_a_switch(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     """It joins the bridge, also one that is there only later; without one, the log says so."""
     rig.configure()
-    rig.make(_tap(bridge="bridge0", is_up=False))
+    rig.make(_tap(InterfaceConfig(is_up=False), bridge="bridge0"))
     assert rig.done()[-1] == "down tap0"
     assert caplog.records[-1].getMessage() == 'vm1-if0-one: bridge "bridge0" does not exist'
     rig.netlink.add("bridge0", "bridge")
-    rig.configure(switches=(SwitchSpec(name="lan", interface="bridge0"),))
+    rig.configure(switches=(SwitchConfig(name="lan", interface="bridge0"),))
     assert "master tap0 bridge0" in rig.done()
-    rig.make(_tap(rdomain=3), vm_id=2)
+    rig.make(_tap(InterfaceConfig(rdomain=3)), vm_id=2)
     assert "master tap1 rdomain3" in rig.done()
 
 
@@ -353,7 +358,7 @@ def test_what_cannot_be_made(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
     rig.netlink.refused = {"tap"}
     rig.parent.say(MakeTaps(id=1, taps=(_tap(),)), [os.open(os.devnull, os.O_RDWR)])
     assert rig.parent.wait(TapsFailed, 3).message == "tap0: Operation not permitted"
-    rig.parent.say(MakeTaps(id=1, taps=(_tap(name="gone", queues=()),)))
+    rig.parent.say(MakeTaps(id=1, taps=(_tap(InterfaceConfig(tap="gone"), queues=()),)))
     assert rig.parent.wait(TapsFailed, 4).message == "gone: No such device"
     rig.netlink.refused = {"mtu", "up", "links", "bridge"}
     caplog.clear()
@@ -362,7 +367,7 @@ def test_what_cannot_be_made(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
         "tap0: Operation not permitted",
         "vm1-if0-one: tap0: Operation not permitted",
     ]
-    rig.configure(switches=(SwitchSpec(name="lan", interface="bridge9", is_ours=True),))
+    rig.configure(switches=(SwitchConfig(name="lan", interface="bridge9", is_created=True),))
     assert [record.getMessage() for record in caplog.records][2:] == [
         "cannot remove an interface: interfaces: Operation not permitted",
         'switch "lan": bridge9: Operation not permitted',
@@ -375,7 +380,7 @@ def test_rules_that_are_refused(rig: Rig, caplog: pytest.LogCaptureFixture) -> N
     rig.configure()
     assert rig.filter.texts == [clearing(TABLE)]
     rig.filter.refuses = True
-    assert not rig.make(_tap(is_locked=True)).is_filtered
+    assert not rig.make(_tap(LOCKED)).is_filtered
     assert caplog.records[-1].getMessage() == "nftables: refused"
 
 
@@ -384,8 +389,8 @@ def test_without_nftables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     with EventLoop() as loop:
         rig = Rig(loop, tmp_path, has_filter=False)
         rig.configure()
-        assert not rig.make(_tap(is_locked=True)).is_filtered
-        assert not rig.make(_tap(is_locked=True), vm_id=2).is_filtered
+        assert not rig.make(_tap(LOCKED)).is_filtered
+        assert not rig.make(_tap(LOCKED), vm_id=2).is_filtered
         told = [record.getMessage() for record in caplog.records]
         assert told == ["no nftables: no NAT, no forwarded ports"]
         rig.close()
@@ -406,7 +411,7 @@ def test_forwarding(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
 def test_the_parents_end(rig: Rig) -> None:
     """What was made is removed, and the loop stops."""
     rig.parent.say(SetVerbosity(level=1))
-    rig.configure(switches=(SwitchSpec(name="lan", interface="bridge9", is_ours=True),))
+    rig.configure(switches=(SwitchConfig(name="lan", interface="bridge9", is_created=True),))
     rig.done()
     rig.parent.channel.close()
     rig.loop.run()

@@ -156,10 +156,10 @@ def test_what_an_interface_inherits(rig: Rig) -> None:
     rig.attach(vm)
     told = rig.make(is_filtered=False)
     switched, local = told.taps
-    assert (switched.bridge, switched.is_locked, switched.rdomain) == ("bridge0", True, 4)
+    assert switched.config == SWITCHED._replace(is_locked=True, rdomain=4)
+    assert (switched.bridge, switched.group > 0) == ("bridge0", True)
     assert (switched.mtu, switched.queues, switched.alias) == (1500, (0,), "vm1-if0-one")
-    assert (local.queues, local.mtu, local.rdomain, local.is_locked) == ((1, 2), 9000, None, False)
-    assert [(one.port, one.to_port) for one in local.forwards] == [(2222, 22)]
+    assert (local.config, local.queues, local.mtu) == (LOCAL, (1, 2), 9000)
     assert local.local is not None
     assert (local.local.host4, local.local.guest4) == ("100.64.1.4", "100.64.1.5")
     assert len(rig.priv.fds_of(told)) == 3
@@ -233,7 +233,7 @@ def test_the_next_priv_is_told_what_there_is(rig: Rig) -> None:
     partial, whole = rig.priv.of(Configure)
     assert (partial.is_partial, whole.is_partial) == (True, False)
     there, *waiting = rig.priv.of(MakeTaps)
-    assert [(tap.name, tap.queues) for tap in there.taps] == [("notap0", ())]
+    assert [(tap.config.tap, tap.queues) for tap in there.taps] == [("notap0", ())]
     assert [one.id for one in waiting] == [2, 3]
     assert all(len(rig.priv.fds_of(one)) == 1 for one in waiting)
 
@@ -261,7 +261,7 @@ def test_cables_and_states_follow_the_configuration(rig: Rig) -> None:
     vm.config = vm.config._replace(interfaces=(SWITCHED._replace(is_up=False),))
     assert rig.networks.refresh() == {}
     told = rig.priv.wait(MakeTaps, 2)
-    assert [(tap.name, tap.is_up) for tap in told.taps] == [("notap0", False)]
+    assert [(tap.config.tap, tap.config.is_up) for tap in told.taps] == [("notap0", False)]
 
 
 def test_interfaces_that_change_while_they_are_made(rig: Rig) -> None:
@@ -273,7 +273,7 @@ def test_interfaces_that_change_while_they_are_made(rig: Rig) -> None:
     vm.config = vm.config._replace(interfaces=(SWITCHED._replace(is_up=False),))
     rig.networks.refresh()
     rig.make()
-    assert [tap.is_up for tap in rig.priv.wait(MakeTaps, 2).taps] == [False]
+    assert [tap.config.is_up for tap in rig.priv.wait(MakeTaps, 2).taps] == [False]
 
 
 def test_without_taps_vms_start_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.vmd.far import Far, run_until
 from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import InterfaceConfig
 from vmd.confine.sandbox import adopt_orphans
 from vmd.vmm.blanks import Blanks
 from vmd.vmm.process import Vmm
@@ -57,6 +58,7 @@ from vmd.zygote import process as zygote
 from vmm_kvm.loop import EventLoop
 
 PR_SET_CHILD_SUBREAPER = 36
+INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")
 FLOOD, CRASH, DEAF = "flood", "crash", "deaf"  # names of VMs, by what they do
 
 
@@ -147,7 +149,7 @@ class Rig:
                 DiskSpec(option=DiskOption(DiskKind.RAW, disk), chain=(3,), formats=(DiskKind.RAW,))
                 for disk in disks
             ),
-            interfaces=(NicSpec(name="tap0", lladdr="fe:e1:bb:d1:00:01", taps=(4,)),) * nics,
+            interfaces=(NicSpec(name="tap0", config=INTERFACE, taps=(4,)),) * nics,
         )
         self.parent.say(LaunchVm(spec=spec), [os.open(os.devnull, os.O_RDWR) for _ in range(count)])
 
