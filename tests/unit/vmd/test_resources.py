@@ -1,0 +1,189 @@
+"""What a VM needs of the host: its files are opened and locked, or there is a reason why not."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import InterfaceConfig, Owner, VmConfig
+from vmd.parent.errors import ResourceError
+from vmd.parent.interfaces import Network
+from vmd.parent.resources import Host, open_resources
+from vmd.rules.policy import Users
+from vmd.rules.vm import PassedBoot, Vm
+from vmd.rules.vm_state import VmState
+from vmd.shared.kernels import KernelStore
+from vmd.shared.pty import Pty
+from vmd.wire.internal import MadeTap, TapSpec, VmSpec
+from vmd.wire.messages import ErrorCode
+from vmm_kvm.images.create import create_qcow2, create_raw
+
+SIZE = 1 << 20
+
+
+class Rig:
+    """A host with a directory of files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kernel = path / "kernel"
+        self.kernel.write_bytes(b"kernel")
+        users = Users(frozenset({os.geteuid()}), lambda _uid, _gid: False)
+        self.host = Host(users, KernelStore(), str(path))
+        self.fds: list[int] = []
+
+    def open(self, config: VmConfig, *networks: Network, boot: PassedBoot | None = None) -> VmSpec:
+        """Open what a VM needs; the descriptors are in `fds`."""
+        vm = Vm(config._replace(owner=Owner(0)), VmState(1), os.geteuid())
+        vm.boot = boot
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            spec, fds = open_resources(vm, self.host, Pty("/dev/pts/9", null, null), networks)
+        finally:
+            os.close(null)
+        self.fds += fds
+        return spec
+
+    def open_disk(self, kind: DiskKind, path: Path, **fields: bool) -> VmSpec:
+        """Open what a VM with one disk needs."""
+        option = DiskOption(kind, str(path))._replace(**fields)  # type: ignore[arg-type] # flags
+        return self.open(VmConfig("one", boot=str(self.kernel), disks=(option,)))
+
+    def error(self, config: VmConfig) -> tuple[ErrorCode, str]:
+        """Return why a VM cannot have what it needs; nothing stays open."""
+        with pytest.raises(ResourceError) as caught:
+            self.open(config)
+        return caught.value.code, str(caught.value)
+
+    def path_of(self, index: int) -> str:
+        """Return the path of what a descriptor leads to."""
+        return str(Path(f"/proc/self/fd/{self.fds[index]}").readlink())
+
+    def close(self) -> None:
+        """Close what was opened."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """Return a host."""
+    made = Rig(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_kernel_and_ram_disks(rig: Rig) -> None:
+    """They are opened by their paths, unless a client has passed others."""
+    initrd = rig.path / "initrd"
+    initrd.write_bytes(b"initrd")
+    config = VmConfig("one", boot=str(rig.kernel), initrd=(str(initrd),), append="quiet", cpus=2)
+    spec = rig.open(config)
+    assert rig.path_of(spec.boot) == str(rig.kernel)
+    assert [rig.path_of(at) for at in spec.initrd] == [str(initrd)]
+    assert (spec.append, spec.cpus, spec.boot_path) == ("quiet", 2, str(rig.kernel))
+    rig.close()
+    fd = os.open(initrd, os.O_RDONLY)
+    spec = rig.open(config, boot=PassedBoot(fd, append="loud", path="passed"))
+    os.close(fd)
+    assert rig.path_of(spec.boot) == str(initrd)
+    assert (spec.initrd, spec.append, spec.boot_path) == ((), "loud", "passed")
+
+
+@pytest.mark.parametrize("kind", [DiskKind.PROBE, DiskKind.RAW])
+def test_a_raw_disk_is_locked(rig: Rig, kind: DiskKind) -> None:
+    """Nobody else may write to it meanwhile; two may read."""
+    path = rig.path / "disk.img"
+    create_raw(str(path), SIZE)
+    (disk,) = rig.open_disk(kind, path).disks
+    assert (disk.formats, rig.path_of(disk.chain[0])) == ((DiskKind.RAW,), str(path))
+    with pytest.raises(ResourceError, match=f"^{path}: "):
+        rig.open_disk(kind, path)
+    rig.close()
+    rig.open_disk(kind, path, is_read_only=True)
+    rig.open_disk(kind, path, is_read_only=True)
+
+
+def test_a_qcow2_disk_with_a_base(rig: Rig) -> None:
+    """Its base is opened too, to be read."""
+    base, overlay = rig.path / "base.qcow2", rig.path / "overlay.qcow2"
+    create_qcow2(str(base), SIZE)
+    create_qcow2(str(overlay), SIZE, str(base))
+    (disk,) = rig.open_disk(DiskKind.QCOW2, overlay).disks
+    assert [rig.path_of(at) for at in disk.chain] == [str(overlay), str(base)]
+    assert disk.formats == (DiskKind.QCOW2,) * 2
+    rig.close()
+    base.unlink()
+    with pytest.raises(ResourceError, match=r"base.qcow2: No such file"):
+        rig.open_disk(DiskKind.QCOW2, overlay)
+
+
+def test_a_disk_that_is_memory(rig: Rig) -> None:
+    """It is locked as others are; a private one is only read."""
+    path = rig.path / "disk.img"
+    create_raw(str(path), SIZE)
+    (disk,) = rig.open_disk(DiskKind.PMEM, path).disks
+    assert not disk.has_process
+    with pytest.raises(ResourceError, match=f"^{path}: "):
+        rig.open_disk(DiskKind.PMEM, path)
+    rig.close()
+    rig.open_disk(DiskKind.PMEM, path, is_private=True)
+    rig.open_disk(DiskKind.PMEM, path, is_private=True)
+
+
+def test_a_disk_that_somebody_serves(rig: Rig) -> None:
+    """Its socket is connected to; where nobody listens, the reason names it."""
+    path = rig.path / "s"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        with pytest.raises(ResourceError, match=f"^vhost-user:{path}: Connection refused$"):
+            rig.open_disk(DiskKind.VHOST_USER, path)
+        server.listen()
+        (disk,) = rig.open_disk(DiskKind.VHOST_USER, path).disks
+        assert not disk.has_process
+        server.accept()[0].close()
+
+
+def test_what_is_missing(rig: Rig) -> None:
+    """The text says which file and why, the code which kind; nothing is left open."""
+    gone = str(rig.path / "gone")
+    kernel = VmConfig("one", boot=str(rig.kernel))
+    text = "No such file or directory"
+    missing = DiskOption(DiskKind.RAW, gone)
+    assert rig.error(VmConfig("one", boot=gone)) == (ErrorCode.ENOENT, f"boot image {gone}: {text}")
+    assert rig.error(kernel._replace(cdrom=gone)) == (
+        ErrorCode.CDROM_MISSING,
+        f"cdrom {gone}: {text}",
+    )
+    assert rig.error(kernel._replace(disks=(missing,))) == (
+        ErrorCode.DISK_MISSING,
+        f"disk {gone}: {text}",
+    )
+    assert rig.error(kernel._replace(cdrom=str(rig.path)))[0] is ErrorCode.CDROM_INVALID
+    assert rig.error(VmConfig("one", firmware=gone))[0] is ErrorCode.BIOS_MISSING
+    assert rig.error(kernel._replace(is_sev=True))[0] is ErrorCode.EINVAL
+
+
+def test_an_interface(rig: Rig) -> None:
+    """Its queues, or its stream, are passed on with its configuration."""
+    config = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01", mtu=9000, is_locked=True)
+    tap = TapSpec(config=config, alias="vm1-if0-one")
+    null = os.open(os.devnull, os.O_RDWR)
+    spec = rig.open(
+        VmConfig("one", boot=str(rig.kernel)),
+        Network(tap, MadeTap(name="tap3", index=7), (null, null), may_vhost=False),
+        Network(tap, MadeTap(name="", index=0), (), may_vhost=False, stream=null, has_link=False),
+    )
+    os.close(null)
+    first, second = spec.interfaces
+    assert (first.name, first.config, first.mtu, len(first.taps)) == ("tap3", config, 9000, 2)
+    assert (first.has_process, first.stream, first.is_up) == (True, None, True)
+    assert (second.name, second.has_process, second.is_up) == ("vm1-if0-one", False, False)
+    assert second.stream is not None
+    assert rig.path_of(second.stream) == os.devnull
