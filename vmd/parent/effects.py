@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, assert_never
 
 from vmd.parent.errors import ResourceError
 from vmd.parent.exits import exit_event
-from vmd.parent.interfaces import Network, Then
+from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
 from vmd.parent.status import Inquiries, TimedLoop
 from vmd.rules import vm_state
@@ -123,7 +123,7 @@ class Terminals(Protocol):
 OpenClientFiles = Callable[[Vm, Callable[[OpeningError | None], None]], None]
 """Opens what of a VM is a client's, and calls what it is handed once, at once or later."""
 
-OpenVm = Callable[[Vm, Pty, Sequence[Network]], Resources]
+OpenVm = Callable[[Vm, Pty, Sequence[Interface]], Resources]
 """Opens all else that a VM needs.
 
 Raises:
@@ -263,7 +263,7 @@ class Effects:
         if not self._was_stopped(vm):
             self._networks.attach(vm, lambda found: self._launch_with(vm, found))
 
-    def _launch_with(self, vm: Vm, networks: Sequence[Network] | ResourceError) -> None:
+    def _launch_with(self, vm: Vm, networks: Sequence[Interface] | ResourceError) -> None:
         """Have files of a client's opened; then go on."""
         if isinstance(networks, ResourceError):
             self._launch_failed(vm, networks.code, str(networks))
@@ -271,7 +271,7 @@ class Effects:
         self._open_client_files(vm, lambda failure: self._launch_now(vm, networks, failure))
 
     def _launch_now(
-        self, vm: Vm, networks: Sequence[Network], failure: OpeningError | None
+        self, vm: Vm, networks: Sequence[Interface], failure: OpeningError | None
     ) -> None:
         """Open what else a VM needs, and have vmm start its processes."""
         if failure:

@@ -24,7 +24,7 @@ Links = tuple[bool, ...]
 """Whether the guest finds the cable of each interface plugged in."""
 
 
-class Network(NamedTuple):
+class Interface(NamedTuple):
     """An interface of a VM that there is; descriptors stay whose they are."""
 
     spec: TapSpec
@@ -39,7 +39,7 @@ class Network(NamedTuple):
     """The guest finds its cable plugged in."""
 
 
-Then = Callable[[tuple[Network, ...] | ResourceError], None]
+Then = Callable[[tuple[Interface, ...] | ResourceError], None]
 """What is called, once, when a VM's interfaces are there, or cannot be."""
 
 
@@ -78,15 +78,16 @@ def parse_counters(text: str) -> dict[str, Counters]:
 
 
 def interface_infos(
-    configs: Sequence[InterfaceConfig], networks: Sequence[Network]
+    configs: Sequence[InterfaceConfig], interfaces: Sequence[Interface]
 ) -> tuple[InterfaceInfo, ...]:
-    """Return what there is to tell of a VM's interfaces; `networks` are those that there are."""
-    if not networks:
+    """Return what there is to tell of a VM's interfaces; `interfaces` are those that there are."""
+    if not interfaces:
         return tuple(_configured(config) for config in configs)
     with open(_COUNTERS, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - the plainest
         counters = parse_counters(file.read())
     return tuple(
-        _there(config, network, counters) for config, network in zip(configs, networks, strict=True)
+        _there(config, interface, counters)
+        for config, interface in zip(configs, interfaces, strict=True)
     )
 
 
@@ -109,9 +110,9 @@ def _configured(config: InterfaceConfig) -> InterfaceInfo:
 
 
 def _there(
-    config: InterfaceConfig, network: Network, counters: Mapping[str, Counters]
+    config: InterfaceConfig, interface: Interface, counters: Mapping[str, Counters]
 ) -> InterfaceInfo:
-    spec, name = network.spec, network.tap.name
+    spec, name = interface.spec, interface.tap.name
     found = counters.get(name, Counters(0, 0, 0, 0, 0))
     host: list[str] = []
     guest: list[str] = []
@@ -124,7 +125,7 @@ def _there(
     return replace(
         _configured(config),
         tap=name,
-        is_up=network.has_link,
+        is_up=interface.has_link,
         is_locked=spec.config.is_locked,
         rdomain=spec.config.rdomain,
         host_addresses=tuple(host),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from vmd.config.model import BootDevice
-from vmd.parent.interfaces import Network
+from vmd.parent.interfaces import Interface
 from vmd.parent.local_sockets import open_dns, open_frames, resolver
 from vmd.parent.peer import Peer
 from vmd.rules.addressing import is_host_name
@@ -31,22 +31,22 @@ class LocalInterfaces:
             "local", PARENT_AND_LOCAL, loop, _take, on_start=on_start
         )
 
-    def serve(self, vm: Vm, networks: Sequence[Network]) -> None:
+    def serve(self, vm: Vm, interfaces: Sequence[Interface]) -> None:
         """Answer a VM's guest on those of its interfaces that are local."""
         if not self.peer.is_there:
             return
         boots = vm.config.boot_device is BootDevice.NET
-        for index, network in enumerate(networks):
-            local = network.spec.local
+        for index, interface in enumerate(interfaces):
+            local = interface.spec.local
             if local is None:
                 continue
-            fds = _sockets(network, local)
+            fds = _sockets(interface, local)
             if not fds:
                 continue
             message = ServeLocal(
                 id=vm.id,
-                interface=network.spec.alias,
-                lladdr=network.spec.lladdr,
+                interface=interface.spec.alias,
+                lladdr=interface.spec.lladdr,
                 addresses=local,
                 host_name=vm.name if is_host_name(vm.name) else "",
                 boots_from_net=boots and index == 0,
@@ -60,9 +60,9 @@ class LocalInterfaces:
         self.peer.send(ForgetLocal(id=vm_id))
 
 
-def _sockets(network: Network, local: LocalAddresses) -> list[int]:
+def _sockets(interface: Interface, local: LocalAddresses) -> list[int]:
     """Return a packet socket, and those for DNS; none if the guest cannot be answered."""
-    name, alias = network.tap.name, network.spec.alias
+    name, alias = interface.tap.name, interface.spec.alias
     try:
         fds = [open_frames(name, has_ipv6=bool(local.host6))]
     except OSError as err:

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from vmd.config.model import Config, ForwardConfig
 from vmd.confine.confinements import Kind
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Links, Network, Then, interface_infos
+from vmd.parent.interfaces import Interface, Links, Then, interface_infos
 from vmd.parent.peer import AnyPeer
 from vmd.rules.vm import Vm
 from vmd.wire.internal import MadeTap, TapSpec
@@ -92,13 +92,13 @@ class PasstNetworks:
     def attach(self, vm: Vm, then: Then) -> None:
         """Make a VM's interfaces, or find them from before its reboot; then call `then`, once."""
         try:
-            networks = self._networks(vm)
+            interfaces = self._interfaces(vm)
         except OSError as err:
             then(ResourceError(ErrorCode.EIO, f"passt: {err.strerror}"))
         else:
-            then(networks)
+            then(interfaces)
 
-    def _networks(self, vm: Vm) -> tuple[Network, ...]:
+    def _interfaces(self, vm: Vm) -> tuple[Interface, ...]:
         if not vm.config.interfaces:
             return ()
         held = self._held.get(vm.id)
@@ -113,7 +113,7 @@ class PasstNetworks:
                 stack.pop_all()
             held = self._held[vm.id] = _Held(vm, streams)
         return tuple(
-            Network(
+            Interface(
                 TapSpec(config=interface, alias=f"nic{index}"),
                 MadeTap(name="", index=0),
                 queues=(),

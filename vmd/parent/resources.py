@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import MEMORY_DEFAULT
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Network, open_vhosts
+from vmd.parent.interfaces import Interface, open_vhosts
 from vmd.parent.passed import wanted_disk
 from vmd.rules.policy import Users
 from vmd.rules.vm import Vm
@@ -54,7 +54,7 @@ class Host(NamedTuple):
     """Directory of what VMs keep; None if there is none."""
 
 
-def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Network] = ()) -> Resources:
+def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Interface] = ()) -> Resources:
     """Open all that a VM's processes need; `pty` and `networks` stay the caller's.
 
     Raises:
@@ -159,7 +159,7 @@ class _Opener:
             return self.keep(os.dup(passed.cdrom))
         return None if path is None else self._open(FileUse.CDROM, path)[0]
 
-    def interface(self, network: Network) -> NicSpec:
+    def interface(self, network: Interface) -> NicSpec:
         """Take a network interface that there is, and open vhost-net for it if it may be used."""
         taps = tuple(self.keep(os.dup(fd)) for fd in network.queues)
         vhosts = open_vhosts(len(taps)) if network.may_vhost else []

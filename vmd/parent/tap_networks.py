@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from vmd.config.model import Config
 from vmd.confine.confinements import Kind
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Links, Network, Then, interface_infos
+from vmd.parent.interfaces import Interface, Links, Then, interface_infos
 from vmd.parent.local_interfaces import LocalInterfaces
 from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.taps import TapPlan, taken_forwards
@@ -66,12 +66,12 @@ class _Held:
             os.close(fd)
         self.fds.clear()
 
-    def networks(self) -> tuple[Network, ...]:
+    def interfaces(self) -> tuple[Interface, ...]:
         """Return the interfaces that there are; none before priv has made them."""
         if not self.attached:
             return ()
         return tuple(
-            Network(
+            Interface(
                 spec,
                 tap,
                 tuple(self.fds[at] for at in spec.queues),
@@ -159,7 +159,7 @@ class TapNetworks:
 
     def _serve_all(self) -> None:
         for held in self._held.values():
-            self._local.serve(held.vm, held.networks())
+            self._local.serve(held.vm, held.interfaces())
 
     # Configuration
 
@@ -187,7 +187,7 @@ class TapNetworks:
         if not vm.config.interfaces:
             then(())
         elif held is not None and held.then is None:
-            then(held.networks())
+            then(held.interfaces())
         elif not os.path.exists(self._tun):  # noqa: PTH110 - the plainest way
             log.warning("vm/%s: started without its interfaces: %s is missing", vm.name, self._tun)
             then(())
@@ -303,14 +303,14 @@ class TapNetworks:
         then, held.then = held.then, None
         if then is not None:  # else it was told to a new priv process
             held.attached, held.is_filtered = taps, is_filtered
-            self._local.serve(held.vm, held.networks())
+            self._local.serve(held.vm, held.interfaces())
             if held.sent != held.specs:  # they have changed meanwhile
                 self._attach(held.vm.id, held)
-            then(held.networks())
+            then(held.interfaces())
 
     # Looking
 
     def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
         """Return what there is to tell of a VM's interfaces."""
         held = self._held.get(vm.id)
-        return interface_infos(vm.config.interfaces, held.networks() if held is not None else ())
+        return interface_infos(vm.config.interfaces, held.interfaces() if held is not None else ())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from vmd.config.model import Staggered
 from vmd.parent.effects import Effects, Means
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Network, Then
+from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
 from vmd.parent.status import Inquiries
 from vmd.rules import vm_state
@@ -371,7 +371,7 @@ class Host:
         assert vm_id not in self.processes
         self.consoles.discard(vm_id)
 
-    def _open_vm(self, vm: Vm, pty: Pty, _networks: Sequence[Network]) -> Resources:
+    def _open_vm(self, vm: Vm, pty: Pty, _networks: Sequence[Interface]) -> Resources:
         self.booted.append((vm.id, vm.passed.kernel if vm.passed else None))
         if vm.passed:
             assert vm.passed.kernel in self.boots  # not closed yet

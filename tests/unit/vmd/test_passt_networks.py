@@ -10,7 +10,7 @@ import pytest
 
 from vmd.config.model import Config, ForwardConfig, InterfaceConfig, SwitchConfig, VmConfig
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Network
+from vmd.parent.interfaces import Interface
 from vmd.parent.passt_networks import PasstNetworks
 from vmd.rules.vm import Vm
 from vmd.rules.vm_state import VmState
@@ -41,15 +41,15 @@ def networks() -> Iterator[PasstNetworks]:
     assert not made.pids
 
 
-def _attached(networks: PasstNetworks, vm: Vm) -> Sequence[Network]:
-    found: list[Sequence[Network] | ResourceError] = []
+def _attached(networks: PasstNetworks, vm: Vm) -> Sequence[Interface]:
+    found: list[Sequence[Interface] | ResourceError] = []
     networks.attach(vm, found.append)
     (one,) = found
     assert not isinstance(one, ResourceError)
     return one
 
 
-def _first_words(network: Network) -> str:
+def _first_words(network: Interface) -> str:
     assert network.stream is not None
     with socket.socket(fileno=os.dup(network.stream)) as stream:
         stream.settimeout(10)

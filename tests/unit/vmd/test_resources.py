@@ -12,7 +12,7 @@ import pytest
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, Owner, VmConfig
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Network
+from vmd.parent.interfaces import Interface
 from vmd.parent.resources import Host, open_resources
 from vmd.rules.policy import Users
 from vmd.rules.vm import PassedBoot, Vm
@@ -37,7 +37,9 @@ class Rig:
         self.host = Host(users, KernelStore(), str(path))
         self.fds: list[int] = []
 
-    def open(self, config: VmConfig, *networks: Network, boot: PassedBoot | None = None) -> VmSpec:
+    def open(
+        self, config: VmConfig, *networks: Interface, boot: PassedBoot | None = None
+    ) -> VmSpec:
         """Open what a VM needs; the descriptors are in `fds`."""
         vm = Vm(config._replace(owner=Owner(0)), VmState(1), os.geteuid())
         vm.boot = boot
@@ -177,8 +179,8 @@ def test_an_interface(rig: Rig) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     spec = rig.open(
         VmConfig("one", boot=str(rig.kernel)),
-        Network(tap, MadeTap(name="tap3", index=7), (null, null), may_vhost=False),
-        Network(tap, MadeTap(name="", index=0), (), may_vhost=False, stream=null, has_link=False),
+        Interface(tap, MadeTap(name="tap3", index=7), (null, null), may_vhost=False),
+        Interface(tap, MadeTap(name="", index=0), (), may_vhost=False, stream=null, has_link=False),
     )
     os.close(null)
     first, second = spec.interfaces

@@ -23,7 +23,7 @@ from vmd.config.model import (
 )
 from vmd.confine.confinements import Kind
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Network
+from vmd.parent.interfaces import Interface
 from vmd.parent.tap_networks import TapNetworks
 from vmd.parent.taps import group_number
 from vmd.rules.vm import Vm
@@ -55,7 +55,7 @@ LOCAL = InterfaceConfig(
     is_local=True, lladdr=LLADDR, queues=2, mtu=9000, forwards=(ForwardConfig("tcp", 2222, 22),)
 )
 
-Found = Sequence[Network] | ResourceError
+Found = Sequence[Interface] | ResourceError
 
 
 def _vm(*interfaces: InterfaceConfig, number: int = 1, name: str = "one") -> Vm:
@@ -98,7 +98,7 @@ class Rig:
         self.priv.say(TapsMade(id=told.id, taps=taps, is_filtered=is_filtered))
         return told
 
-    def made(self, vm: Vm, *, is_filtered: bool = True) -> Sequence[Network]:
+    def made(self, vm: Vm, *, is_filtered: bool = True) -> Sequence[Interface]:
         """Have a VM's interfaces made; returns them."""
         self.attach(vm)
         self.make(len(self.priv.of(MakeTaps)) + 1, is_filtered=is_filtered)

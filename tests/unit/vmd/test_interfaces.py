@@ -1,9 +1,9 @@
-"""What there is to tell of a VM's network interfaces."""
+"""What there is to tell of a VM's interface interfaces."""
 
 from __future__ import annotations
 
 from vmd.config.model import ForwardConfig, InterfaceConfig
-from vmd.parent.interfaces import Counters, Network, interface_infos, parse_counters
+from vmd.parent.interfaces import Counters, Interface, interface_infos, parse_counters
 from vmd.wire.internal import LocalAddresses, MadeTap, TapSpec
 from vmd.wire.messages import ForwardInfo, InterfaceInfo
 
@@ -55,8 +55,8 @@ def test_an_interface_that_is_there() -> None:
     spec = TapSpec(
         config=InterfaceConfig(lladdr=LLADDR, is_locked=True), alias="vm1-if0-x", local=local
     )
-    network = Network(spec, MadeTap(name="no such tap", index=9), (), may_vhost=True)
-    (found,) = interface_infos([InterfaceConfig(is_local=True, lladdr=LLADDR)], [network])
+    interface = Interface(spec, MadeTap(name="no such tap", index=9), (), may_vhost=True)
+    (found,) = interface_infos([InterfaceConfig(is_local=True, lladdr=LLADDR)], [interface])
     assert (found.tap, found.is_locked, found.received) == ("no such tap", True, 0)
     assert found.host_addresses == ("100.64.1.2/31", "fd00::1/96")
     assert found.guest_addresses == ("100.64.1.3/31", "fd00::2/64")
