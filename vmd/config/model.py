@@ -19,7 +19,6 @@ FORWARDS_MAX = 64
 """Of one interface."""
 PATH_BYTES_MAX = 1023
 MEMORY_DEFAULT = 512 << 20
-DEFAULT_PATH = "/etc/vm.conf"
 AGENTX_PATH = "/var/agentx/master"
 
 

@@ -22,7 +22,7 @@ from vmd.rules import vm_state
 from vmd.rules.policy import Users
 from vmd.rules.registry import Action, List, Operate, Registry, info
 from vmd.rules.vm import Passed, Vm
-from vmd.rules.vm_state import IDLE
+from vmd.rules.vm_state import IDLE, Phase
 from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty
 from vmd.shared.ring import Replay
@@ -337,6 +337,9 @@ class Host:
                 assert spec.id not in self.processes
                 assert spec.id not in self.launches
                 assert spec.id in self.consoles
+                vm = self.registry.find(spec.id, "")
+                assert vm is not None
+                assert vm.state.phase is Phase.STARTING  # nobody has stopped it meanwhile
                 self.told[spec.id] = []
                 self.launches.append(spec.id)
             case KillVm(id=vm_id):

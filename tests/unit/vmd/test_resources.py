@@ -15,7 +15,7 @@ from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface
 from vmd.parent.resources import Host, open_resources
 from vmd.rules.policy import Users
-from vmd.rules.vm import PassedBoot, Vm
+from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import VmState
 from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty
@@ -37,15 +37,15 @@ class Rig:
         self.host = Host(users, KernelStore(), str(path))
         self.fds: list[int] = []
 
-    def open(
-        self, config: VmConfig, *networks: Interface, boot: PassedBoot | None = None
-    ) -> VmSpec:
+    def open(self, config: VmConfig, *networks: Interface, boot: Passed | None = None) -> VmSpec:
         """Open what a VM needs; the descriptors are in `fds`."""
         vm = Vm(config._replace(owner=Owner(0)), VmState(1), os.geteuid())
-        vm.boot = boot
+        vm.passed = boot
         null = os.open(os.devnull, os.O_RDWR)
         try:
-            spec, fds = open_resources(vm, self.host, Pty("/dev/pts/9", null, null), networks)
+            spec, fds, _stamp = open_resources(
+                vm, self.host, Pty("/dev/pts/9", null, null), networks
+            )
         finally:
             os.close(null)
         self.fds += fds
@@ -92,7 +92,7 @@ def test_a_kernel_and_ram_disks(rig: Rig) -> None:
     assert (spec.append, spec.cpus, spec.boot_path) == ("quiet", 2, str(rig.kernel))
     rig.close()
     fd = os.open(initrd, os.O_RDONLY)
-    spec = rig.open(config, boot=PassedBoot(fd, append="loud", path="passed"))
+    spec = rig.open(config, boot=Passed(os.geteuid(), kernel=fd, append="loud", path="passed"))
     os.close(fd)
     assert rig.path_of(spec.boot) == str(initrd)
     assert (spec.initrd, spec.append, spec.boot_path) == ((), "loud", "passed")
