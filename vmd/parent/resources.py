@@ -54,8 +54,8 @@ class Host(NamedTuple):
     """Directory of what VMs keep; None if there is none."""
 
 
-def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Interface] = ()) -> Resources:
-    """Open all that a VM's processes need; `pty` and `networks` stay the caller's.
+def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface] = ()) -> Resources:
+    """Open all that a VM's processes need; `pty` and `interfaces` stay the caller's.
 
     Raises:
         ResourceError: a file is missing, in use, not for this user, or of a wrong kind.
@@ -87,7 +87,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, networks: Sequence[Interface] =
             append=append,
             disks=disks,
             cdrom=cdrom,
-            interfaces=tuple(opener.interface(network) for network in networks),
+            interfaces=tuple(opener.interface(one) for one in interfaces),
             tty=tty,
             ring=ring,
             boot_device=vm.config.boot_device,
@@ -159,17 +159,17 @@ class _Opener:
             return self.keep(os.dup(passed.cdrom))
         return None if path is None else self._open(FileUse.CDROM, path)[0]
 
-    def interface(self, network: Interface) -> NicSpec:
-        """Take a network interface that there is, and open vhost-net for it if it may be used."""
-        taps = tuple(self.keep(os.dup(fd)) for fd in network.queues)
-        vhosts = open_vhosts(len(taps)) if network.may_vhost else []
+    def interface(self, interface: Interface) -> NicSpec:
+        """Take an interface that there is, and open vhost-net for it if it may be used."""
+        taps = tuple(self.keep(os.dup(fd)) for fd in interface.queues)
+        vhosts = open_vhosts(len(taps)) if interface.may_vhost else []
         return NicSpec(
-            name=network.tap.name or network.spec.alias,
-            config=network.spec.config,
+            name=interface.tap.name or interface.spec.alias,
+            config=interface.spec.config,
             taps=taps,
             vhosts=tuple(map(self.keep, vhosts)),
-            stream=None if network.stream is None else self.keep(os.dup(network.stream)),
-            is_up=network.has_link,
+            stream=None if interface.stream is None else self.keep(os.dup(interface.stream)),
+            is_up=interface.has_link,
         )
 
     def disk(self, place: int, option: DiskOption) -> DiskSpec:
