@@ -26,6 +26,7 @@ _PACKAGES = (
         "procps",
         "nftables",
         "passwd",
+        "mount",
         "man-db",
     ),
     *("build-essential", "debhelper", "dh-python", "git", "make"),
