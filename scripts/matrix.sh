@@ -54,7 +54,7 @@ make_tree() {
     [ ! -d "$tree" ] || return 0
     say "making $tree"
     mkdir -p "$trees"
-    rm -rf "$tree.part"
+    rm -rf --one-file-system "$tree.part"
     # A suite's index is out of date by design where a mirror keeps one for long.
     mmdebstrap --quiet --mode=root --variant=apt --include=ca-certificates,git,mount,python3 \
         --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='Acquire::Retries 3' \
