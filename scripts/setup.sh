@@ -20,6 +20,7 @@ packages='
     e2fsprogs           makes and checks file systems of guests
     ethtool             checksums and segments left to hardware, or not, in tests of networks
     fdisk               sfdisk partitions disks of guests
+    fish                completes command lines, in its tests
     gcc                 compares our structures with <linux/kvm.h>
     git                 the tests ask which files belong to the tree
     grub-common         grub-mkrescue makes bootable discs
@@ -52,6 +53,7 @@ packages='
     tcpdump             captures inside guests and outside, which are compared
     xorriso             makes CD-ROM images
     xz-utils            makes kernel payloads for the boot tests
+    zsh                 the same
     zstd                packs initramfs images
 '
 # The rig, and what judges our disk images and serves others.

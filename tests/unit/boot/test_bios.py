@@ -142,11 +142,20 @@ def test_what_is_said_to_be_firmware_is_not_guessed(tmp_path: Path) -> None:
     [
         ("/bin/ls", "a program or library of an operating system, not a kernel"),
         ("/bin/busybox", "a program for Linux, not a kernel"),
-        ("/boot/ipxe.efi", "a program for EFI or Windows (PE): boot it from a disk"),
     ],
 )
 def test_programs_are_named_as_what_they_are(path: str, message: str) -> None:
-    """A program of the host, dynamic or static, and an EFI program are no kernels."""
+    """A program of the host, dynamic or static, is no kernel."""
     with pytest.raises(BootError) as caught:
         open_image(path)
     assert message in str(caught.value)
+
+
+def test_an_efi_program_is_named_as_what_it_is(open_bytes: Open) -> None:
+    """A PE executable that is no Linux kernel is for EFI, or Windows; MZ alone says nothing."""
+    header = b"MZ".ljust(0x3C, b"\0") + (0x80).to_bytes(4, "little")
+    with pytest.raises(BootError, match="a program for EFI or Windows") as caught:
+        open_bytes((header.ljust(0x80, b"\0") + b"PE\0\0").ljust(4096, b"\0"))
+    assert str(caught.value).endswith("(PE): boot it from a disk, with UEFI firmware")
+    with pytest.raises(BootError, match="not a kernel or firmware image"):
+        open_bytes(header.ljust(4096, b"\0"))
