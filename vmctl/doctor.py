@@ -214,7 +214,7 @@ def _daemon() -> Finding:
         with Client():
             return Finding("vmd", Status.OK, f"listens at {socket_path()}")
     except CommandError as err:
-        # What is missing, and what to do about it, if that is known.
+        # The missing thing and, if known, its remedy.
         problem, _, advice = str(err).partition("\n")
         return Finding("vmd", Status.LIMITED, problem, advice)
 

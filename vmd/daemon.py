@@ -106,7 +106,8 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
     settings = Settings(
         path=config or os.devnull,
         skips_broken=options.skips_broken,
-        # What is relative means the same as where the daemon was started, wherever it goes.
+        is_user=options.is_user,
+        # Relative paths begin where the daemon was started, wherever it goes.
         host=SystemHost(),
         macros=_macros(options.macros),
         is_optional=options.config is None,

@@ -33,7 +33,7 @@ _PACKAGES = (
     *("python3", "python3-venv", "pipx", "ca-certificates"),
 )
 _DEPENDENCIES = ("lz4", "msgspec", "pyroute2", "rich", "typer", "zstandard")
-# What is missing in a release comes with the package.
+# The package brings along what a release lacks.
 _FETCH = """
 set -eu
 cp /etc/resolv.conf etc/resolv.conf

@@ -27,7 +27,7 @@ READY = b"\0"
 STATUS_MAX = 4096
 """Bytes of what it says otherwise."""
 
-# Whoever ends the VM wants its last writes on the disk.
+# The last writes of a VM that is ended belong on the disk.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 Make = Callable[[DeviceBegin, list[int]], Backend]

@@ -28,6 +28,8 @@ class Settings(NamedTuple):
     """Of the listening socket, as the kernel tells it."""
     state: str | None = None
     """Directory of what VMs keep."""
+    is_user: bool = False
+    """It is `vmd --user`, even if root runs it: there are no switches."""
     skips_broken: bool = False
     """VMs that name missing files, or are refused, are left out; the others start."""
     host: Host = SystemHost("/")
@@ -60,7 +62,7 @@ def read_configuration(
             log.warning("%s", line)
         return err.lines
     refused = tuple(judge(config.vms))
-    odd = advice(config, is_user=settings.uid != 0, memory_size=host.memory_size())
+    odd = advice(config, is_user=settings.is_user, memory_size=host.memory_size())
     for line in (*config.warnings, *odd, *refused):
         log.warning("%s", line)
     return config if settings.skips_broken else refused or config

@@ -11,7 +11,7 @@ from vmd.wire.messages import DiskRequest, Start
 class Passed(NamedTuple):
     """Files that a client has opened for a VM, or that were opened with the client's rights.
 
-    Whoever holds it owns the descriptors. What is not there is named by the configuration.
+    Its holder owns the descriptors. The configuration names what did not come along.
     """
 
     uid: int

@@ -1,8 +1,8 @@
 """Opening a disk image: which format a file has, its chain of bases, and who may write.
 
-An overlay is opened with its whole chain of bases, each read-only. Whoever may not open files by
-name is handed their descriptors instead: the files that an image needs are told by
-`image_chain`, and `open_image` takes them as `bases`.
+An overlay is opened with its whole chain of bases, each read-only. A process that may not open
+files by name gets their descriptors instead: `image_chain` tells the files that an image needs, and
+`open_image` takes them as `bases`.
 """
 
 import os
