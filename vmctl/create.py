@@ -9,7 +9,7 @@ Source: section 3.5 of OpenBSD's behaviour.
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from vmctl.disk_files import DiskFile, parse_disk, set_up_logging
 from vmctl.disk_files import reason as why
@@ -17,10 +17,17 @@ from vmctl.messages import bytes_hint, fail, warn
 from vmctl.signals import cleaning_up
 from vmctl.verbs import VERBS, usage
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
-from vmm_kvm.block.image import Format
+from vmm_kvm.block.image import Format, StoredImage
 from vmm_kvm.block.qcow2.header import parse_header
 from vmm_kvm.errors import ImageError, VmmError
-from vmm_kvm.images.create import SourceError, copy, create_image, create_qcow2, rounded_up
+from vmm_kvm.images.create import (
+    SourceError,
+    copy,
+    create_image,
+    create_qcow2,
+    new_image,
+    rounded_up,
+)
 from vmm_kvm.images.opening import CHAIN_MAX, image_chain, open_image, probe
 
 _MIB = 1 << 20
@@ -135,31 +142,45 @@ def _convert(source: DiskFile, target: DiskFile, size: int | None) -> None:
         if size < image.size:
             raise _RefusedError("size cannot be smaller than input disk size")
         rounded = rounded_up(size)
-        try:
-            create_image(target.path, target.disk_format, rounded)
-        except (OSError, ValueError) as err:
-            reason = f"{target.path}: {why(err)}"
-            raise _RefusedError(f"{reason}\nfailed to create destination image file") from err
-        is_whole = False
-        try:
-            with _progress(image.size) as advance:
-                copy(image, target.path, target.disk_format, advance)
-            is_whole = True
-        except ImageError as err:
-            raise _RefusedError(f"{err}\nfailed to open destination image file") from err
-        except SourceError as err:
-            reason = f"{source.path}: {why(err)}"
-            raise _RefusedError(f"{reason}\nfailed to read from source") from err
-        except OSError as err:
-            reason = f"{target.path}: {why(err)}"
-            raise _RefusedError(f"{reason}\nfailed to write to destination") from err
-        finally:
-            if not is_whole:
-                os.unlink(target.path)
+        with ExitStack() as stack:
+            with _creating(target):
+                new = stack.enter_context(new_image(target.path, target.disk_format, rounded))
+            try:
+                _fill(new.fd, target, image)
+            except ImageError as err:
+                raise _RefusedError(f"{err}\nfailed to open destination image file") from err
+            except SourceError as err:
+                reason = f"{source.path}: {why(err)}"
+                raise _RefusedError(f"{reason}\nfailed to read from source") from err
+            except OSError as err:
+                reason = f"{target.path}: {why(err)}"
+                raise _RefusedError(f"{reason}\nfailed to write to destination") from err
+            with _creating(target):
+                new.publish()
     finally:
         image.close()
     if rounded != size:
         warn(f"destination size rounded to {rounded // _MIB} megabytes")
+
+
+@contextmanager
+def _creating(target: DiskFile) -> Iterator[None]:
+    """Have what goes wrong inside told as a destination that cannot be created."""
+    try:
+        yield
+    except (OSError, ValueError) as err:
+        reason = f"{target.path}: {why(err)}"
+        raise _RefusedError(f"{reason}\nfailed to create destination image file") from err
+
+
+def _fill(fd: int, target: DiskFile, image: StoredImage) -> None:
+    """Copy a disk into the new image at `fd`, which stays the caller's."""
+    copied = open_image(os.dup(fd), target.disk_format, False, name=target.path)
+    try:
+        with _progress(image.size) as advance:
+            copy(image, copied, advance)
+    finally:
+        copied.close()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from vmm_kvm.boot.source import FileSource, Stamp, stamp_of
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import BootError
 from vmm_kvm.log import Log
+from vmm_kvm.new_file import NewFile, write_whole
 
 log = Log(__name__)
 
@@ -180,21 +181,9 @@ class KernelCache:
 
     def _write(self, path: str, pieces: Sequence[bytes | memoryview], *, durable: bool) -> None:
         """Make a file that is complete as soon as it can be seen."""
-        temporary = f"{self._directory}/.{os.getpid():x}-{os.urandom(8).hex()}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            for piece in pieces:
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(fd, view) :]
-            if durable:
-                os.fsync(fd)
-            os.rename(temporary, path)
-        except BaseException:
-            _remove(temporary)
-            raise
-        finally:
-            os.close(fd)
+        with NewFile(path, replaces=True) as new:
+            write_whole(new.fd, pieces)
+            new.publish(durable=durable)
 
     def _touch(self, stamp: str) -> None:
         """Note the use of a kernel: in the stamp's time, as the kernel's own must stand still."""

@@ -16,6 +16,7 @@ from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import BootError
 from vmm_kvm.images.opening import open_image
 from vmm_kvm.limits import FIRMWARE_MAX
+from vmm_kvm.new_file import NewFile, write_whole
 
 
 class Variables:
@@ -138,12 +139,10 @@ def _read(path: str) -> bytes:
 
 
 def _create(path: str, contents: bytes) -> None:
-    """Make the file, all of it or nothing."""
-    scratch = Path(f"{path}.{os.getpid()}.part")
+    """Make the file, unless another VM's start has done so meanwhile."""
     try:
-        scratch.touch(mode=0o600)
-        scratch.write_bytes(contents)
-        scratch.rename(path)
+        with suppress(FileExistsError), NewFile(path) as new:
+            write_whole(new.fd, (contents,))
+            new.publish()
     except OSError as err:
-        scratch.unlink(missing_ok=True)
         raise BootError(f"{path}: {err.strerror}") from err

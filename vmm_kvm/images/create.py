@@ -3,7 +3,7 @@
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from errno import ERANGE
 
 from vmm_kvm.bits import MIB
@@ -19,7 +19,7 @@ from vmm_kvm.block.qcow2.header import (
     VERSION_3_LENGTH,
     l1_entries,
 )
-from vmm_kvm.images.opening import open_image
+from vmm_kvm.new_file import NewFile
 
 _CLUSTER_BITS = 16
 _CLUSTER_SIZE = 1 << _CLUSTER_BITS
@@ -39,11 +39,7 @@ def create_raw(path: str, size: int) -> None:
     Raises:
         OSError: it cannot be made; nothing is left of it.
     """
-    with ExitStack() as stack:
-        descriptor = _create(path, stack)
-        os.ftruncate(descriptor, size)
-        stack.pop_all()
-        os.close(descriptor)
+    create_image(path, Format.RAW, size)
 
 
 def create_qcow2(path: str, size: int, base: str | None = None) -> None:
@@ -57,6 +53,13 @@ def create_qcow2(path: str, size: int, base: str | None = None) -> None:
     Source: section 19.2 of OpenBSD's behaviour; qcow2 specification. Unlike OpenBSD's, the
     header names the format of the base, so that nobody has to guess it.
     """
+    with NewFile(path) as new:
+        _write_qcow2(new.fd, size, base)
+        new.publish(durable=False)  # the disk is all zeros: nothing of value is lost
+
+
+def _write_qcow2(fd: int, size: int, base: str | None) -> None:
+    """Fill an empty file with an empty image."""
     entries = max(1, l1_entries(size, _CLUSTER_BITS, _L2_BITS))
     l1_clusters = -(-entries * 8 >> _CLUSTER_BITS)
     covered = _BLOCKS_PER_TABLE_CLUSTER * _COUNTS_PER_BLOCK * _CLUSTER_SIZE
@@ -67,14 +70,10 @@ def create_qcow2(path: str, size: int, base: str | None = None) -> None:
     table_offset = (1 + l1_clusters) << _CLUSTER_BITS
     block_offset = (clusters - 1) << _CLUSTER_BITS
     header = _header(size, entries, table_offset, table_clusters, base)
-    with ExitStack() as stack:
-        descriptor = _create(path, stack)
-        os.ftruncate(descriptor, clusters << _CLUSTER_BITS)
-        os.pwrite(descriptor, struct.pack(f">{clusters}H", *[1] * clusters), block_offset)
-        os.pwrite(descriptor, block_offset.to_bytes(8, "big"), table_offset)
-        os.pwrite(descriptor, header, 0)
-        stack.pop_all()
-        os.close(descriptor)
+    os.ftruncate(fd, clusters << _CLUSTER_BITS)
+    os.pwrite(fd, struct.pack(f">{clusters}H", *[1] * clusters), block_offset)
+    os.pwrite(fd, block_offset.to_bytes(8, "big"), table_offset)
+    os.pwrite(fd, header, 0)
 
 
 def _header(
@@ -109,43 +108,49 @@ def create_image(path: str, disk_format: Format, size: int) -> None:
     Raises:
         OSError: see `create_raw` and `create_qcow2`.
     """
-    if disk_format is Format.QCOW2:
-        create_qcow2(path, size)
-    else:
-        create_raw(path, size)
+    with new_image(path, disk_format, size) as new:
+        new.publish(durable=False)  # the disk is all zeros: nothing of value is lost
+
+
+@contextmanager
+def new_image(path: str, disk_format: Format, size: int) -> Iterator[NewFile]:
+    """Make an image that is to appear at `path`, where no file may be yet, when it is published.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with NewFile(path) as new:
+        if disk_format is Format.QCOW2:
+            _write_qcow2(new.fd, size, None)
+        else:
+            os.ftruncate(new.fd, size)
+        yield new
 
 
 class SourceError(OSError):
     """The disk that is copied cannot be read."""
 
 
-def copy(
-    source: StoredImage, path: str, disk_format: Format, advance: Callable[[int], None]
-) -> None:
-    """Copy a disk into the new image at `path`, whose disk is as large or larger.
+def copy(source: StoredImage, target: StoredImage, advance: Callable[[int], None]) -> None:
+    """Copy a disk into a new image, whose disk is as large or larger.
 
     Blocks of zeros are not written. `advance` is told of each number of bytes that is done.
 
     Raises:
-        ImageError: the new image cannot be opened.
         SourceError: the disk cannot be read.
         OSError: the new image cannot be written.
     """
-    target = open_image(path, disk_format, False)
     buffer = memoryview(bytearray(_PIECE))
-    try:
-        for start, size, is_empty in _pieces(source):
-            if not is_empty:
-                piece = buffer[:size]
-                try:
-                    source.readv(start, [piece])
-                except OSError as err:
-                    raise SourceError(err.errno, err.strerror) from err
-                _write_blocks(target, start, piece)
-            advance(size)
-        target.flush()
-    finally:
-        target.close()
+    for start, size, is_empty in _pieces(source):
+        if not is_empty:
+            piece = buffer[:size]
+            try:
+                source.readv(start, [piece])
+            except OSError as err:
+                raise SourceError(err.errno, err.strerror) from err
+            _write_blocks(target, start, piece)
+        advance(size)
+    target.flush()
 
 
 def _pieces(source: StoredImage) -> Iterator[tuple[int, int, bool]]:
@@ -187,15 +192,6 @@ def _write_blocks(target: StoredImage, start: int, piece: memoryview) -> None:
             begin = at
     if begin is not None:
         target.writev(start + begin, [piece[begin:]])
-
-
-def _create(path: str, stack: ExitStack) -> int:
-    """Create a file that nobody else may have made, and remove it if `stack` is unwound."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o600)
-    stack.callback(os.unlink, path)
-    stack.callback(os.close, descriptor)
-    return descriptor
 
 
 def rounded_up(size: int) -> int:

@@ -232,35 +232,77 @@ def test_a_copy_that_fails_is_removed(capsys: pytest.CaptureFixture[str]) -> Non
     assert not Path("copy.raw").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def under_way(source: str, target: str, *command: str) -> subprocess.Popen[bytes]:
+    """Return the process of a copy that is stopped in the middle."""
+    while True:
+        process = subprocess.Popen(
+            [*command, VMCTL, "create", "-i", source, target], stderr=subprocess.PIPE
+        )
+        while not has_begun(process, target) and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if not Path(target).exists():
+            return process
+        process.send_signal(signal.SIGCONT)  # it was done before it was stopped
+        process.communicate()
+        Path(target).unlink()
+
+
+def has_begun(process: subprocess.Popen[bytes], target: str) -> bool:
+    """Tell whether a copy has written to its file, which has no name, or that of a part."""
+    directory = Path(f"/proc/{process.pid}/fd")
+    for entry in directory.iterdir():
+        try:
+            named, size = str(entry.readlink()), entry.stat().st_size
+        except OSError:  # closed meanwhile
+            continue
+        if size >= MIB and named.endswith((" (deleted)", ".part")):
+            return True
+    return Path(target).exists()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL]
+)
 @pytest.mark.parametrize("target", ["copy.img", "copy.qcow2"])
-def test_a_copy_that_is_ended_is_removed(number: signal.Signals, target: str) -> None:
-    """Whatever signal ends it, no image is left that looks like a whole one."""
-    Path("source.img").write_bytes(b"x" * (192 * MIB))
-    with subprocess.Popen(
-        [VMCTL, "create", "-i", "source.img", target], stderr=subprocess.PIPE
-    ) as process:
-        while not Path(target).exists():
-            assert process.poll() is None
+def test_a_copy_that_is_ended_leaves_nothing(number: signal.Signals, target: str) -> None:
+    """Whatever signal ends it, no image is left, nor anything that looks like one."""
+    Path("source.img").write_bytes(b"x" * (64 * MIB))
+    with under_way("source.img", target) as process:
+        assert not Path(target).exists()
         process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
         _, errors = process.communicate()
     assert (process.returncode, errors) == (-number, b"")
-    assert not Path(target).exists()
+    assert [path.name for path in Path().iterdir()] == ["source.img"]
 
 
 def test_a_signal_that_is_ignored_ends_no_copy() -> None:
     """As under nohup."""
     Path("source.img").write_bytes(b"x" * (16 * MIB))
-    with subprocess.Popen(
-        ["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh", VMCTL, "create", "-i", "source.img", "x"],
-        stderr=subprocess.PIPE,
-    ) as process:
-        while not Path("x").exists():
-            assert process.poll() is None
+    shell = ("/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh")
+    with under_way("source.img", "x", *shell) as process:
         process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGCONT)
         _, errors = process.communicate()
     assert (process.returncode, errors) == (0, b"vmctl: raw imagefile created\n")
     assert Path("x").read_bytes() == Path("source.img").read_bytes()
+
+
+def test_a_copy_takes_no_place_that_was_taken_meanwhile() -> None:
+    """A file that is made under the copy's name while it is under way stays as it is."""
+    Path("source.img").write_bytes(b"x" * (64 * MIB))
+    with under_way("source.img", "copy.img") as process:
+        Path("copy.img").write_bytes(b"another")
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (
+        1,
+        b"vmctl: copy.img: File exists\nvmctl: failed to create destination image file\n",
+    )
+    assert Path("copy.img").read_bytes() == b"another"
+    assert {path.name for path in Path().iterdir()} == {"source.img", "copy.img"}
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,8 +478,10 @@ def test_a_huge_disk_with_little_in_it(
 
     monkeypatch.setattr(type(image), "reads_zero", counted)
     create_qcow2("b.qcow2", 8 << 40)
+    target = open_image("b.qcow2", Format.QCOW2, False)
     done: list[int] = []
-    copy(image, "b.qcow2", Format.QCOW2, done.append)
+    copy(image, target, done.append)
+    target.close()
     image.close()
     assert sum(done) == 8 << 40
     assert len(asked) < 9000
