@@ -98,6 +98,7 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
     log.set_up_with(_set_up_logging)
     report = Report(options.as_json)
     reason = None
+    has_lost_output = False
     try:
         with ExitStack() as stack:
             spec = _spec(options, stack)
@@ -109,14 +110,18 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
             console_log = _open_log(options.console_log, stack)
             foreground = Foreground(vmm, loop, spec, reboots, timeout_s, console_log=console_log)
             status, message, reason = foreground.run()
+            has_lost_output = foreground.has_lost_output
             if options.as_json and foreground.leaves_line_open:
                 os.write(1, b"\n")
     except (VmmError, OSError) as err:
         status, message = EXIT_ERROR, str(err)
     if message:
         fail(message)
-    with suppress(OutputError):  # of which a line was said, and which changes no status
+    try:
         report.end(status, message or reason or "", pid=os.getpid())
+    except OutputError as err:  # which changes no status
+        if not has_lost_output and isinstance(err.__cause__, OSError):
+            fail(f"standard output: {err.__cause__.strerror}")
     return status
 
 
@@ -355,6 +360,11 @@ class Foreground:
         There it is ended anyway.
         """
         return self._stdio.leaves_line_open
+
+    @property
+    def has_lost_output(self) -> bool:
+        """Whether standard output could not be written, of which a line was said."""
+        return self._stdio.is_closed
 
     def _resize(self, _number: int, _frame: FrameType | None) -> None:
         """Tell the guest of the terminal's new size; a signal handler."""

@@ -69,7 +69,8 @@ class Stdio:
         self._typed = bytearray()
         self._is_throttled = False
         self._is_waiting = False
-        self._is_closed = False
+        self.is_closed = False
+        """Whether standard output could not be written."""
         self._reads_directly = False
         self._is_held = False
         self._parser: EscapeParser | None = None
@@ -106,7 +107,7 @@ class Stdio:
             self._backlog += self._state.restore()
             self._state = None
         try:
-            while self._backlog and not self._is_closed:
+            while self._backlog and not self.is_closed:
                 del self._backlog[: os.write(self._stdout, self._backlog)]
         except OSError as err:
             self._close(err)
@@ -115,7 +116,7 @@ class Stdio:
 
     def transmit(self, data: bytes) -> None:
         """Take what the guest wrote; any thread, never blocks."""
-        if self._is_closed and self._log is None:
+        if self.is_closed and self._log is None:
             return
         self._written.append(data)
         if not self._is_armed:
@@ -131,7 +132,7 @@ class Stdio:
     def _take(self, data: bytes) -> None:
         """Put what the guest wrote where it goes."""
         self._record(data)
-        if not self._is_closed:
+        if not self.is_closed:
             self.leaves_line_open = not self._parser and not data.endswith(b"\n")
             self._note(data)
             self._backlog += data
@@ -157,7 +158,7 @@ class Stdio:
         self._state.note(data)
 
     def _write(self) -> None:
-        if not self._is_waiting and self._backlog and not self._is_closed:
+        if not self._is_waiting and self._backlog and not self.is_closed:
             self._is_waiting = self._loop.add_writer(self._stdout, self._write_some)
             if not self._is_waiting:  # a regular file
                 self._write_some()
@@ -183,9 +184,9 @@ class Stdio:
 
     def _close(self, err: OSError) -> None:
         """Write no more; the guest goes on without output, unless its terminal is gone."""
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         self.leaves_line_open = False
         self._backlog.clear()
         self._loop.remove_reader(self._stdout)

@@ -1,28 +1,35 @@
-"""Every verb under every condition that a shell, a terminal and a locale can bring about."""
+"""Every verb under every condition that a shell, a terminal and a locale can bring about.
+
+The command lines are made from the table of verbs. Commands run two at a time.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 
 from tests.closed_streams import closing
 from tests.unit.vmctl.conftest import Serve
-from tests.unit.vmctl.fake_daemon import Answers
+from tests.unit.vmctl.fake_daemon import Answers, FakeDaemon
 from tests.vmctl_driver import VMCTL
-from vmctl.verbs import VERBS
+from vmctl.verbs import FILE, VERBS, VM, Verb
 from vmd.wire.messages import (
     AnyRequest,
     Console,
@@ -51,40 +58,31 @@ TROUBLE = re.compile(r"Traceback|Exception|Error:|^  File ", re.MULTILINE)
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class Case(NamedTuple):
-    """A command line of a verb that does all it can."""
+LINES = {
+    "console": "console 1",
+    "create": "create -s 1M {new}",
+    "help": "help start",
+    "load": "load {here}/vm.conf",
+    "log": "log verbose",
+    "receive": "receive web",
+    "run": "run -b {here}/none",
+    "start": "start web",
+    "top": "top -d 0.1 -n 2",
+}
+"""Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
+images in it, `{new}` the name of a file that is not there."""
+FAILS = {"events", "receive", "run", "send"}
+"""The daemon ends, there is no such kernel, or it is not supported yet."""
+OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
+
+
+class Line(NamedTuple):
+    """A command line, and how it ends where nothing is in its way."""
 
     words: str
-    """`{here}` is a folder with images in it."""
-    status: int = 0
-    prints: bool = False
+    status: int
+    prints: bool
     """Whether it has a result on standard output."""
-
-
-CASES = {
-    "console": Case("console 1", 0, prints=True),
-    "create": Case("create -s 1M {here}/new.img"),
-    "doctor": Case("doctor", prints=True),
-    "events": Case("events", 1, prints=True),
-    "help": Case("help start", prints=True),
-    "image check": Case("image check {here}/disk.qcow2", prints=True),
-    "image info": Case("image info {here}/disk.qcow2", prints=True),
-    "load": Case("load {here}/vm.conf"),
-    "log": Case("log verbose"),
-    "pause": Case("pause 1"),
-    "receive": Case("receive web", 1),
-    "reload": Case("reload"),
-    "reset": Case("reset"),
-    "run": Case("run -b {here}/none", 1),
-    "send": Case("send 1", 1),
-    "show": Case("show 1", prints=True),
-    "start": Case("start web"),
-    "status": Case("status", prints=True),
-    "stop": Case("stop 1"),
-    "top": Case("top -d 0.1 -n 2", prints=True),
-    "unpause": Case("unpause 1"),
-    "wait": Case("wait 1"),
-}
 
 
 class Ended(NamedTuple):
@@ -128,6 +126,8 @@ def answer(request: AnyRequest) -> Answers:
         case Events():
             event = Event(kind=EventKind.STARTED, id=1, name="web", at=1e9)
             return [Done(), event, Failed(code=ErrorCode.EINTR)]
+        case Console(id=7777):  # again, when it has ended
+            return [Failed(code=ErrorCode.NOT_RUNNING)]
         case Console():
             theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.send(b"login: ")
@@ -137,35 +137,63 @@ def answer(request: AnyRequest) -> Answers:
             return [Done(id=1)]
 
 
+def lines_of(verb: Verb) -> Iterator[str]:
+    """Yield command lines of a verb, which follow from the table: a new verb has them by itself.
+
+    What it does, its help, its result as JSON, and a mistake.
+    """
+    operand = next((OPERANDS[one] for one in verb.completes if one in OPERANDS), "web")
+    count = max(verb.least, int(VM in verb.completes))
+    does = LINES.get(verb.name) or " ".join((verb.name, *([operand] * count)))
+    yield does
+    yield f"{verb.name} --help"
+    if "--json" in {option.name for option in verb.options}:
+        yield does.replace(verb.name, f"{verb.name} --json", 1)
+    yield f"{verb.name} --mistaken"
+
+
+@contextmanager
+def place(folder: Path) -> Iterator[dict[str, str]]:
+    """Have a disk image in a folder, and a daemon that does what it is asked.
+
+    Yields what names it in the environment.
+    """
+    socket_path = folder / "vmd.sock"
+    with FakeDaemon(socket_path, answer):
+        image = folder / "disk.qcow2"
+        subprocess.run([VMCTL, "create", "-s", "4M", image], check=True, capture_output=True)
+        yield {"VMD_SOCKET": str(socket_path)}
+
+
 @pytest.fixture
-def here(tmp_path: Path, serve: Serve) -> Path:
-    """A folder with images in it; the daemon that VMD_SOCKET names does what is asked."""
-    consoles = iter(range(1000))
-
-    def once(request: AnyRequest) -> Answers:
-        # The console of a VM is there once in two times: then it has ended.
-        if isinstance(request, Console) and next(consoles) % 2:
-            return [Failed(code=ErrorCode.NOT_RUNNING)]
-        return answer(request)
-
-    serve(once)
-    subprocess.run(
-        [VMCTL, "create", "-s", "4M", tmp_path / "disk.qcow2"], check=True, capture_output=True
-    )
-    return tmp_path
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a disk image in it, with the daemon that commands find."""
+    with place(tmp_path) as environment:
+        monkeypatch.setenv("VMD_SOCKET", environment["VMD_SOCKET"])
+        yield tmp_path
 
 
-@pytest.fixture(scope="module")
-def doctor() -> int:
-    """The status of `vmctl doctor` here, which depends on the host."""
-    done = subprocess.run([VMCTL, "doctor"], capture_output=True, check=False)
-    return done.returncode
+_number = itertools.count()
 
 
-def words_of(case: Case, here: Path) -> list[str]:
-    """Return the command line, for images of this folder."""
-    (here / "new.img").unlink(missing_ok=True)
-    return [word.format(here=here) for word in case.words.split()]
+def words_of(line: str, here: Path) -> list[str]:
+    """Return the words of a command line, with a folder for it alone, below this one."""
+    own = here / str(next(_number))
+    if "{here}" in line or "{new}" in line:
+        own.mkdir()
+    if "disk.qcow2" in line:
+        shutil.copy(here / "disk.qcow2", own)
+    return [word.format(here=own, new=own / "new.img") for word in line.split()]
+
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+def two_at_a_time(work: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
+    """Return what `work` makes of each, in order; as many processors are at hand everywhere."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, given))
 
 
 def run(arguments: Sequence[str | Path], **environment: str) -> Ended:
@@ -215,15 +243,38 @@ def on_terminal(arguments: Sequence[str | Path], columns: int, rows: int = 40) -
     return Ended(status, text, errors)
 
 
-def all_cases(doctor: int) -> Iterator[tuple[str, Case]]:
-    """Yield each verb with its case; that of doctor has the status it has here."""
-    for name, case in CASES.items():
-        yield name, case._replace(status=doctor) if name == "doctor" else case
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+    """All command lines of all verbs, and how each ends with pipes."""
+    folder = tmp_path_factory.mktemp("plain")
+
+    def line(words: str) -> Line:
+        ended = run([VMCTL, *words_of(words, folder)], **environment)
+        assert ended.status in {0, 1}, (words, ended)
+        assert not TROUBLE.search(ended.errors + ended.output), (words, ended)
+        return Line(words, ended.status, bool(ended.output))
+
+    with place(folder) as environment:
+        return two_at_a_time(line, [one for verb in VERBS.values() for one in lines_of(verb)])
 
 
-def test_every_verb_has_a_case() -> None:
-    """No verb is left out."""
-    assert list(CASES) == sorted(VERBS)
+def without_help(lines: list[Line]) -> list[Line]:
+    """Leave out the lines that ask for help, and those that are wrong."""
+    return [line for line in lines if not line.words.endswith(("--help", "--mistaken"))]
+
+
+def test_plain(lines: list[Line]) -> None:
+    """Help is printed, a mistake is not; and each verb does what it can, but for those that fail.
+
+    What a host lacks is no matter here: doctor may say either.
+    """
+    by_words = {line.words: line for line in lines}
+    for name, verb in VERBS.items():
+        does, shows_help, *_, is_wrong = (by_words[words] for words in lines_of(verb))
+        assert shows_help[1:] == (0, True)
+        assert is_wrong[1:] == (1, False)
+        if name != "doctor":
+            assert (name, does.status) == (name, int(name in FAILS))
 
 
 def _closed(fds: str) -> Callable[[Sequence[str | Path]], Ended]:
@@ -238,6 +289,7 @@ def _redirected(redirection: str) -> Callable[[Sequence[str | Path]], Ended]:
 CONDITIONS: dict[str, Callable[[Sequence[str | Path]], Ended]] = {
     "not a terminal": run,
     "stdin closed": _closed("0"),
+    "stdin full": _redirected("</dev/full"),
     "stdout closed": _closed("1"),
     "stderr closed": _closed("2"),
     "all closed": _closed("012"),
@@ -253,47 +305,59 @@ CONDITIONS: dict[str, Callable[[Sequence[str | Path]], Ended]] = {
     ),
 }
 LOST = {"stdout closed", "all closed", "stdout full"}
+OF_OUTPUT = {"stdout closed", "stdout full", "stderr full", "20 columns", "LC_ALL=C"}
+"""Where help and mistakes are tried too: no other condition is a matter of these."""
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_conditions(condition: str, here: Path, doctor: int) -> None:
+def test_conditions(condition: str, here: Path, lines: list[Line]) -> None:
     """Each verb ends with its status and no traceback; a lost result is one line and status 1."""
-    wrong = []
-    for name, case in all_cases(doctor):
-        ended = CONDITIONS[condition]([VMCTL, *words_of(case, here)])
-        is_lost = case.prints and condition in LOST
-        status = 1 if is_lost else case.status
+
+    def is_right(line: Line) -> str:
+        ended = CONDITIONS[condition]([VMCTL, *words_of(line.words, here)])
+        is_lost = line.prints and condition in LOST
         told = ended.errors.count("vmctl: standard output: ")
-        expected = int(is_lost and "all" not in condition)
-        if (
-            ended.status != status
+        wrong = (
+            ended.status != (1 if is_lost else line.status)
             or TROUBLE.search(ended.errors + ended.output)
-            or told != expected
-        ):
-            wrong.append((name, ended))
-    assert wrong == []
+            or told != int(is_lost and "all" not in condition)
+        )
+        return f"{line}: {ended}" if wrong else ""
+
+    tried = lines if condition in OF_OUTPUT else without_help(lines)
+    assert [wrong for wrong in two_at_a_time(is_right, tried) if wrong] == []
 
 
-def test_names_that_are_no_text(here: Path, doctor: int) -> None:
+def test_names_that_are_no_text(here: Path, lines: list[Line]) -> None:
     """A name that is not UTF-8 is an error of the name at most, and is shown by escapes."""
     bad = os.fsdecode(b"\xff\xfe\x1b[2J")
-    disk = here / f"{bad}.qcow2"
-    (here / "disk.qcow2").rename(disk)
-    wrong = []
-    for name, case in all_cases(doctor):
-        words = words_of(case, here)
-        words[1:] = [
-            str(disk) if "disk.qcow2" in word else bad if word in {"1", "web"} else word
-            for word in words[1:]
-        ]
+    escaped = "\\xff\\xfe\\x1b[2J"
+
+    def is_right(line: Line) -> str:
+        given = words_of(line.words, here)
+        words = [given[0], *(_renamed(word, bad) for word in given[1:])]
         ended = run([VMCTL, *words], LC_ALL="C.UTF-8")
-        if ended.status not in {0, 1} or TROUBLE.search(ended.errors):
-            wrong.append((name, ended))
-        if name.startswith("image"):
+        text = ended.errors + ended.output
+        wrong = ended.status not in {0, 1} or TROUBLE.search(text) or bad in text
+        if line.words.startswith("image") and len(words) == 3 and line.status == 0:
             shown = (ended, on_terminal([VMCTL, *words], 80), run([VMCTL, *words], LC_ALL="C"))
-            assert [one.status for one in shown] == [0, 0, 0]
-            assert [one for one in shown if "\\xff\\xfe\\x1b[2J" not in one.output] == []
-    assert wrong == []
+            wrong = wrong or any(one.status or escaped not in one.output for one in shown)
+        return f"{words}: {ended}" if wrong else ""
+
+    assert [wrong for wrong in two_at_a_time(is_right, without_help(lines)) if wrong] == []
+
+
+def _renamed(word: str, bad: str) -> str:
+    """Return a word of a command line with a name that is no text; a file is renamed."""
+    if word in {"1", "web"}:
+        return bad
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    new = path.with_name(f"{bad}{path.suffix}")
+    if path.exists():
+        path.rename(new)
+    return str(new)
 
 
 @pytest.mark.parametrize("columns", [20, 80, 200])
@@ -337,12 +401,12 @@ def _wait_until_ours(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("moment", range(10))
-def test_interrupts(moment: int, here: Path, doctor: int) -> None:
+def test_interrupts(moment: int, here: Path, lines: list[Line]) -> None:
     """^C ends each verb by SIGINT, in silence, at whatever moment it comes."""
-    wrong = []
-    for name, case in all_cases(doctor):
+
+    def is_right(line: Line) -> str:
         with subprocess.Popen(
-            [VMCTL, *words_of(case, here)],
+            [VMCTL, *words_of(line.words, here)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -354,9 +418,10 @@ def test_interrupts(moment: int, here: Path, doctor: int) -> None:
                     sleep.wait()
                 process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=TIMEOUT_S)
-        if process.returncode not in {-signal.SIGINT, case.status} or TROUBLE.search(errors):
-            wrong.append((name, process.returncode, errors))
-    assert wrong == []
+        wrong = process.returncode not in {-signal.SIGINT, line.status} or TROUBLE.search(errors)
+        return f"{line.words}: {process.returncode} {errors}" if wrong else ""
+
+    assert [wrong for wrong in two_at_a_time(is_right, without_help(lines)) if wrong] == []
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,29 @@ def test_shortest_prefixes(word: str, name: str) -> None:
     assert matches(word, names() | ours) == [name]
 
 
+COMING = ("snapshot", "clone", "migrate", "exec", "cp", "ssh", "list", "metrics", "web", "gdb")
+"""Verbs that we may have one day, of which none may change what a word stands for today."""
+LETTERS = sorted({name[:size] for name in names() for size in range(1, len(name) + 1)})
+
+
+@pytest.mark.parametrize("word", LETTERS)
+def test_every_prefix(word: str) -> None:
+    """OpenBSD's verbs come first, whole names and prefixes; ours only where none of them matches.
+
+    Also beside verbs that we do not have yet, but where one of them is the only one to match.
+    """
+    openbsd = [name for name in OPENBSD if name.startswith(word)]
+    known = names() | dict.fromkeys(COMING, False)
+    if openbsd and word not in names():
+        assert matches(word, names()) == matches(word, known) == openbsd
+    elif word in names():
+        assert matches(word, names()) == matches(word, known) == [word]
+    else:
+        ours = [name for name in names() if name.startswith(word)]
+        assert matches(word, names()) == ours
+        assert set(matches(word, known)) >= set(ours)
+
+
 @pytest.mark.parametrize(
     ("word", "name"), [("run", "run"), ("ru", "run"), ("t", "top"), ("d", "doctor"), ("h", "help")]
 )
