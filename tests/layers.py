@@ -19,6 +19,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm": (),
     "vmm_kvm.errors": (),
     "vmm_kvm.bits": (),
+    "vmm_kvm.state": ("vmm_kvm.errors",),
     "vmm_kvm.irq": (),
     "vmm_kvm.clock": (),
     "vmm_kvm.text": (),
@@ -74,6 +75,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.arch": (),
     "vmm_kvm.arch.x86": (
         "vmm_kvm.errors",
+        "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.limits",
         "vmm_kvm.bus",
@@ -87,6 +89,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.scsi": (),
     "vmm_kvm.devices": (
         "vmm_kvm.errors",
+        "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.irq",
         "vmm_kvm.clock",
@@ -96,6 +99,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmm_kvm.pci": (
         "vmm_kvm.errors",
+        "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.irq",
         "vmm_kvm.log",
@@ -104,6 +108,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmm_kvm.virtio": (
         "vmm_kvm.errors",
+        "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.irq",
         "vmm_kvm.clock",

@@ -7,6 +7,7 @@ VmmError
 ├── BusError          two devices claim one address: wiring is wrong
 ├── BootError         the boot image cannot be loaded: the image's fault
 ├── ImageError        a disk image cannot be opened, or is corrupt: the image's fault
+├── StateError        a saved state is not one of this machine: its author's fault
 ├── VhostUserError    the peer broke the vhost-user protocol (in `virtio.vhost_user.messages`)
 └── GuestError        the guest did something invalid: its device goes into an error state
     ├── GuestMemoryError   an access outside guest RAM
@@ -72,6 +73,10 @@ class BootError(VmmError):
 
 class ImageError(VmmError):
     """A disk image is missing, in use, corrupt, or of a kind that is not supported."""
+
+
+class StateError(VmmError):
+    """A saved state is of another machine, of another version, or garbage; one line says why."""
 
 
 class GuestError(VmmError):

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from errno import EMFILE, ENFILE, ENOMEM, ENOSPC
 from typing import NamedTuple
 
+from vmm_kvm.arch.x86.kvm_state import ClockPolicy, KvmRecord, restore_kvm, save_kvm
 from vmm_kvm.arch.x86.registers import (
     ALL_GROUPS,
     RegisterGroup,
@@ -73,7 +74,9 @@ __all__ = [
     "read_registers",
     "request_termination",
     "reset_vcpu",
+    "restore_state",
     "run",
+    "save_state",
     "set_mapped",
     "terminate",
     "unpause",
@@ -426,6 +429,38 @@ def unpause(vmm: Vmm, vm_id: int) -> None:
         vmm.changed.notify_all()
 
 
+def save_state(vmm: Vmm, vm_id: int) -> KvmRecord:
+    """Return what KVM keeps of a paused VM that has KVM's interrupt controllers.
+
+    Each vCPU has completed the access that it came out for: its `enter` saw to that.
+
+    Raises:
+        RefusedError: ENOENT; EBUSY if the VM is not paused; EINVAL if it has no controllers; EPERM.
+        KvmError: KVM refused.
+    """
+    check_owner(vmm)
+    with vmm.changed:
+        vm = _still(vmm, vm_id)
+        vcpus = [slot.vcpu for slot in vm.vcpus]
+        return save_kvm(vm.vm, vcpus, vmm.kvm.msr_indices())
+
+
+def restore_state(
+    vmm: Vmm, vm_id: int, record: KvmRecord, policy: ClockPolicy = ClockPolicy.FROZEN
+) -> None:
+    """Give a paused VM, of which no vCPU has run, what `save_state` returned of another one.
+
+    Raises:
+        RefusedError: as `save_state`.
+        StateError: it is of another number of vCPUs, or not of this kernel's sizes.
+        KvmError: the kernel or the processor does not take it; the VM is of no use then.
+    """
+    check_owner(vmm)
+    with vmm.changed:
+        vm = _still(vmm, vm_id)
+        restore_kvm(vm.vm, [slot.vcpu for slot in vm.vcpus], record, policy)
+
+
 def set_mapped(vmm: Vmm, vm_id: int, index: int, *, is_mapped: bool) -> None:
     """Show mapping number `index` of `CreateParams.mappings` to the guest, or take it away.
 
@@ -474,6 +509,16 @@ def kvm_vcpu(vmm: Vmm, vm_id: int, vcpu_id: int) -> Vcpu:
 
 
 # Everything below is called with the lock held, or needs none.
+
+
+def _still(vmm: Vmm, vm_id: int) -> VmEntry:
+    """Return a VM that is paused, with KVM's controllers, and with every vCPU out."""
+    vm = find_vm(vmm, vm_id)
+    if not vm.is_paused or not all(slot.is_out for slot in vm.vcpus):
+        raise RefusedError(Refusal.EBUSY, f"VM {vm_id}: not paused")
+    if vm.params.controllers is not Controllers.KERNEL:
+        raise RefusedError(Refusal.EINVAL, f"VM {vm_id}: its interrupt controllers are not KVM's")
+    return vm
 
 
 def _inject(vcpu: Vcpu, inject: Inject) -> None:

@@ -9,11 +9,12 @@ and no RTC wake-up: their bits can be set and cleared but never come by themselv
 import threading
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.irq import IrqLine
+from vmm_kvm.state import U16, Range
 
 SIZE = 12
 """I/O ports: PM1 event block 4, PM1 control block 4, PM timer 4."""
@@ -75,14 +76,15 @@ _CARRY_TICKS = 1 << (TIMER_BITS - 1)  # TMR_STS is set when the highest bit chan
 class AcpiPmState(NamedTuple):
     """Everything that a guest can observe of an AcpiPm."""
 
-    status: int
-    enable: int
-    control: int
+    status: U16
+    enable: U16
+    control: U16
     """Without the bits that are constant or commands."""
-    elapsed_ns: int
+    elapsed_ns: Annotated[int, Range(0, 1 << 63)]
     """Since the timer stood at zero."""
-    carries: int
+    carries: Annotated[int, Range(0, 1 << 63)]
     """Changes of the timer's highest bit that TMR_STS has reported."""
+    version: Literal[1] = 1
 
 
 class AcpiPm:
@@ -202,7 +204,7 @@ class AcpiPm:
             self._start_ns = self._clock.monotonic_ns()
             self._update()
 
-    def state(self) -> AcpiPmState:
+    def save(self) -> AcpiPmState:
         """Return a snapshot; any thread."""
         with self.lock:
             return AcpiPmState(
@@ -216,9 +218,9 @@ class AcpiPm:
     def restore(self, state: AcpiPmState) -> None:
         """Continue from a snapshot; the timer goes on where it was."""
         with self.lock:
-            self._status = state.status
-            self._enable = state.enable
-            self._control = state.control
+            self._status = state.status & _STATUS_BITS
+            self._enable = state.enable & _ENABLE_BITS
+            self._control = state.control & _CONTROL_STORED
             self._start_ns = self._clock.monotonic_ns() - state.elapsed_ns
             self._carries = state.carries
             self._update()

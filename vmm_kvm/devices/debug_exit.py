@@ -2,13 +2,15 @@
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 
 
 class DebugExitState(NamedTuple):
     """A DebugExit has no state."""
+
+    version: Literal[1] = 1
 
 
 class DebugExit:
@@ -37,7 +39,7 @@ class DebugExit:
     def reset(self) -> None:
         """Do nothing: there is no state."""
 
-    def state(self) -> DebugExitState:
+    def save(self) -> DebugExitState:
         """Return a snapshot."""
         return DebugExitState()
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 
@@ -12,6 +12,8 @@ READBACK = 0xE9
 
 class DebugconState(NamedTuple):
     """A Debugcon has no state."""
+
+    version: Literal[1] = 1
 
 
 class Debugcon:
@@ -39,7 +41,7 @@ class Debugcon:
     def reset(self) -> None:
         """Do nothing: there is no state."""
 
-    def state(self) -> DebugconState:
+    def save(self) -> DebugconState:
         """Return a snapshot."""
         return DebugconState()
 

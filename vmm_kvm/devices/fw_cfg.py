@@ -7,12 +7,13 @@ write through DMA is an error and a write to the data port is lost.
 import struct
 import threading
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import GuestMemoryError, SpecError
 from vmm_kvm.log import Log
 from vmm_kvm.memory import GuestMemory
+from vmm_kvm.state import U16, U32
 
 log = Log(__name__)
 
@@ -71,10 +72,11 @@ _CHUNK = 1 << 18
 class FwCfgState(NamedTuple):
     """Everything that a guest can observe of a FwCfg besides the items."""
 
-    key: int
-    position: int
+    key: U16
+    position: U32
     """Bytes of the selected item that were read or skipped."""
-    dma_address_high: int
+    dma_address_high: U32
+    version: Literal[1] = 1
 
 
 class FwCfg:
@@ -243,7 +245,7 @@ class FwCfg:
             self._dma_address_high = 0
             self._select(Key.SIGNATURE)
 
-    def state(self) -> FwCfgState:
+    def save(self) -> FwCfgState:
         """Return a snapshot, without the items; any thread."""
         with self.lock:
             return FwCfgState(

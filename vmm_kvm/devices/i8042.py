@@ -9,9 +9,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
+from vmm_kvm.state import U8
 
 
 class Status(IntFlag):
@@ -45,10 +46,11 @@ _OUTPUT_PORT = int(OutputPort.RESET_N | OutputPort.A20)
 class I8042State(NamedTuple):
     """Everything that a guest can observe of an I8042Reset."""
 
-    output: int | None
+    output: U8 | None
     """The byte that waits at the data port."""
     expects_output_port: bool
     """Whether the next byte at the data port is for the output port."""
+    version: Literal[1] = 1
 
 
 class I8042DataPort:
@@ -123,7 +125,7 @@ class I8042Reset:
             self._output.clear()
             self._expects_output_port = False
 
-    def state(self) -> I8042State:
+    def save(self) -> I8042State:
         """Return a snapshot; any thread."""
         with self.lock:
             return I8042State(

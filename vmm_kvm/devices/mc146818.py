@@ -12,13 +12,14 @@ other frequencies than the divider setting says.
 
 import threading
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.arch.x86.layout import PCI_HOLE_END, ram_ranges
 from vmm_kvm.bits import KIB, MIB, all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.errors import SpecError
 from vmm_kvm.irq import IrqLine
+from vmm_kvm.state import U8, Length, Range
 
 SIZE = 2
 """I/O ports: index and data."""
@@ -102,6 +103,8 @@ _DIVIDER_PHASE_NS = NANOSECONDS // 2
 _DAY_S = 86_400
 _MINUTE_S = 60
 _HOUR_S = 3_600
+# Years count up to 16665, in BCD that is none: guest time can be that far from the host's.
+_FAR_NS = 1 << 70
 # Real time can be stepped while a timer for an alarm waits on the monotonic clock.
 _LONGEST_WAIT_NS = 60 * NANOSECONDS
 
@@ -115,21 +118,22 @@ _EXTRA_CPUS = 0x5F
 class Mc146818State(NamedTuple):
     """Everything that a guest can observe of a Mc146818."""
 
-    selected: int
-    memory: bytes
+    selected: Annotated[int, Range(0, NVRAM_SIZE - 1)]
+    memory: Annotated[bytes, Length(NVRAM_SIZE, NVRAM_SIZE)]
     """All 128 bytes; those of the time count only while updates are held."""
-    flags: int
+    flags: U8
     """Register C without IRQF."""
-    offset_ns: int
+    offset_ns: Annotated[int, Range(-_FAR_NS, _FAR_NS)]
     """Guest time minus the host's real time."""
-    weekday_offset: int
+    weekday_offset: Annotated[int, Range(0, 6)]
     """Days, 0 to 6, by which the guest's day of the week is ahead of the date's."""
-    updated_s: int
+    updated_s: Annotated[int, Range(-_FAR_NS // NANOSECONDS, _FAR_NS // NANOSECONDS)]
     """Guest time of the last update that is in the flags, seconds since 1970."""
-    divider_ns: int
+    divider_ns: Annotated[int, Range(0, _FAR_NS)]
     """Since the divider left reset."""
-    periods: int
+    periods: Annotated[int, Range(0, _FAR_NS)]
     """Periodic ticks since then that are in the flags."""
+    version: Literal[1] = 1
 
 
 class Mc146818:
@@ -440,7 +444,7 @@ class Mc146818:
             self._flags = 0
             self._update()
 
-    def state(self) -> Mc146818State:
+    def save(self) -> Mc146818State:
         """Return a snapshot; any thread."""
         with self.lock:
             return Mc146818State(
@@ -459,7 +463,7 @@ class Mc146818:
         with self.lock:
             self._index = state.selected
             self._memory[:] = state.memory
-            self._flags = state.flags
+            self._flags = state.flags & _FLAGS
             self._offset_ns = state.offset_ns
             self._weekday_offset = state.weekday_offset
             self._updated_s = state.updated_s

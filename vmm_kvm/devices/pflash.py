@@ -13,9 +13,11 @@ Source: Intel 28FxxxJ3 datasheet §9 to §11; JEDEC JESD68.01 (CFI); QEMU hw/blo
 import threading
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from vmm_kvm.errors import StateError
 from vmm_kvm.log import Log
+from vmm_kvm.state import U8, U32, Blob, Length, Range
 
 log = Log(__name__)
 
@@ -23,6 +25,8 @@ BLOCK_SIZE = 4096
 """Bytes that are erased together."""
 BUFFER_SIZE = 64
 """Bytes of one buffered write."""
+BUFFER_COUNT_MAX = 256
+"""Bytes of one that a guest can ask for, in vain."""
 
 
 class Command(IntEnum):
@@ -71,14 +75,16 @@ _ERASED = 0xFF
 
 
 class PflashState(NamedTuple):
-    """Everything that a guest can observe of a Pflash, besides the array."""
+    """Everything that a guest can observe of a Pflash."""
 
     mode: Mode
-    status: int
-    buffer_start: int
-    buffer_left: int
-    buffer: tuple[tuple[int, int], ...]
+    status: U8
+    buffer_start: U32
+    buffer_left: Annotated[int, Range(0, BUFFER_COUNT_MAX)]
+    buffer: Annotated[tuple[tuple[U32, U8], ...], Length(0, BUFFER_SIZE)]
     """(offset, byte) of a buffered write in progress."""
+    array: Blob
+    version: Literal[1] = 1
 
 
 class Pflash:
@@ -273,8 +279,8 @@ class Pflash:
         with self.lock:
             self._save()
 
-    def state(self) -> PflashState:
-        """Return a snapshot, without the array."""
+    def save(self) -> PflashState:
+        """Return a snapshot."""
         with self.lock:
             return PflashState(
                 mode=self._mode,
@@ -282,16 +288,30 @@ class Pflash:
                 buffer_start=self._buffer_start,
                 buffer_left=self._buffer_left,
                 buffer=tuple(self._buffer),
+                array=bytes(self._array),
             )
 
     def restore(self, state: PflashState) -> None:
-        """Continue from a snapshot; the array has been filled before."""
+        """Continue from a snapshot, whose array is stored.
+
+        Raises:
+            StateError: the array is of another size, or the buffered write cannot be.
+        """
+        if len(state.array) != len(self._array):
+            raise StateError(f"array: {len(state.array)} bytes, not {len(self._array)}")
+        if state.mode is Mode.BUFFER_DATA and not (
+            0 < state.buffer_left <= BUFFER_SIZE - len(state.buffer)
+        ):
+            raise StateError(f"buffer_left: {state.buffer_left}")
         with self.lock:
+            self._array[:] = state.array
+            self._touch(0, len(self._array))
             self._status = state.status
             self._buffer_start = state.buffer_start
             self._buffer_left = state.buffer_left
             self._buffer = list(state.buffer)
             self._enter(state.mode)
+            self._save()
 
 
 def _query_table(size: int) -> bytes:

@@ -9,9 +9,10 @@ Source: Intel 82371AB §2.2.2.6, "PORT92".
 import threading
 from collections.abc import Callable
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
+from vmm_kvm.state import U8
 
 
 class Control(IntFlag):
@@ -26,7 +27,8 @@ class Control(IntFlag):
 class Port92State(NamedTuple):
     """Everything that a guest can observe of a Port92."""
 
-    value: int
+    value: U8
+    version: Literal[1] = 1
 
 
 class Port92:
@@ -60,7 +62,7 @@ class Port92:
         with self.lock:
             self._value = int(Control.FAST_A20)
 
-    def state(self) -> Port92State:
+    def save(self) -> Port92State:
         """Return a snapshot; any thread."""
         with self.lock:
             return Port92State(self._value)

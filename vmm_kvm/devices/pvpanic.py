@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 
@@ -20,6 +20,8 @@ SUPPORTED_EVENTS = PanicEvent.PANICKED | PanicEvent.CRASH_LOADED
 
 class PvpanicState(NamedTuple):
     """A Pvpanic has no state."""
+
+    version: Literal[1] = 1
 
 
 class Pvpanic:
@@ -51,7 +53,7 @@ class Pvpanic:
     def reset(self) -> None:
         """Do nothing: there is no state."""
 
-    def state(self) -> PvpanicState:
+    def save(self) -> PvpanicState:
         """Return a snapshot."""
         return PvpanicState()
 

@@ -11,9 +11,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from vmm_kvm.errors import StateError
 from vmm_kvm.irq import IrqLine
+from vmm_kvm.state import U8, U16, Length
 
 REGISTERS = 8
 FIFO_DEPTH = 16
@@ -135,20 +137,21 @@ _BREAK = _BI << 8  # a received character: its LSR bits above its eight data bit
 class Uart16550State(NamedTuple):
     """Everything that a guest can observe of a Uart16550, in register terms."""
 
-    ier: int
-    fcr: int
+    ier: U8
+    fcr: U8
     """The enable and trigger bits only."""
-    lcr: int
-    mcr: int
-    lsr: int
-    msr: int
-    scr: int
-    divisor: int
-    rbr: int
-    received: tuple[int, ...]
+    lcr: U8
+    mcr: U8
+    lsr: U8
+    msr: U8
+    scr: U8
+    divisor: U16
+    rbr: U8
+    received: Annotated[tuple[U16, ...], Length(0, FIFO_DEPTH)]
     """Characters that wait, oldest first; LSR bits of each above its eight data bits."""
     is_thre_pending: bool
     is_break_waiting: bool
+    version: Literal[1] = 1
 
 
 class Uart16550:
@@ -447,7 +450,7 @@ class Uart16550:
             if had_received:
                 self._on_receive_room()
 
-    def state(self) -> Uart16550State:
+    def save(self) -> Uart16550State:
         """Return a snapshot; any thread."""
         with self.lock:
             return Uart16550State(
@@ -466,12 +469,18 @@ class Uart16550:
             )
 
     def restore(self, state: Uart16550State) -> None:
-        """Continue from a snapshot and drive the interrupt line accordingly."""
+        """Continue from a snapshot and drive the interrupt line accordingly.
+
+        Raises:
+            StateError: more characters wait than there is room for.
+        """
+        if len(state.received) > 1 and not state.fcr & _FIFO_ENABLE:
+            raise StateError(f"received: {len(state.received)} characters without FIFOs")
         with self.lock:
-            self._ier = state.ier
+            self._ier = state.ier & _IER_WRITABLE
             self._set_fcr(state.fcr)
             self._lcr = state.lcr
-            self._mcr = state.mcr
+            self._mcr = state.mcr & _MCR_WRITABLE
             self._lsr = state.lsr
             self._msr = state.msr
             self._scr = state.scr

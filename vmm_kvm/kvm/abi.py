@@ -2,7 +2,7 @@
 
 A table in the order of <asm/kvm.h> and <linux/kvm.h>; a test compares all of it, field by field,
 with the installed headers. Structures that C leaves unnamed are nested classes in CamelCase.
-Left out: other architectures, nested virtualisation, encrypted guests, Hyper-V and Xen.
+Left out: other architectures, encrypted guests, Hyper-V and Xen.
 
 A flexible array is the last field, of length 0; `with_entries` makes the structure for a length.
 """
@@ -157,6 +157,31 @@ class kvm_sregs(Structure):
         ("efer", c_uint64),
         ("apic_base", c_uint64),
         ("interrupt_bitmap", c_uint64 * ((KVM_NR_INTERRUPTS + 63) // 64)),
+    )
+
+
+class kvm_sregs2(Structure):
+    # out (KVM_GET_SREGS2) / in (KVM_SET_SREGS2)
+    _fields_ = (
+        ("cs", kvm_segment),
+        ("ds", kvm_segment),
+        ("es", kvm_segment),
+        ("fs", kvm_segment),
+        ("gs", kvm_segment),
+        ("ss", kvm_segment),
+        ("tr", kvm_segment),
+        ("ldt", kvm_segment),
+        ("gdt", kvm_dtable),
+        ("idt", kvm_dtable),
+        ("cr0", c_uint64),
+        ("cr2", c_uint64),
+        ("cr3", c_uint64),
+        ("cr4", c_uint64),
+        ("cr8", c_uint64),
+        ("efer", c_uint64),
+        ("apic_base", c_uint64),
+        ("flags", c_uint64),
+        ("pdptrs", c_uint64 * 4),
     )
 
 
@@ -392,6 +417,22 @@ class kvm_sync_regs(Structure):
         ("events", kvm_vcpu_events),
     )
 
+
+class kvm_nested_state(Structure):
+    class Hdr(Union):
+        _fields_ = (("pad", c_uint8 * 120),)
+
+    _fields_ = (
+        ("flags", c_uint16),
+        ("format", c_uint16),
+        ("size", c_uint32),  # bytes, of all of it
+        ("hdr", Hdr),
+    )
+
+
+# for KVM_{GET,SET,HAS}_DEVICE_ATTR of a vCPU
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0
 
 # <linux/kvm.h>
 
@@ -842,6 +883,7 @@ KVM_CAP_COALESCED_PIO = 162
 KVM_CAP_EXCEPTION_PAYLOAD = 164
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 KVM_CAP_HALT_POLL = 182
+KVM_CAP_SREGS2 = 200
 KVM_CAP_EXIT_ON_EMULATION_FAILURE = 204
 KVM_CAP_XSAVE2 = 208
 KVM_CAP_SYSTEM_EVENT_DATA = 215
@@ -944,6 +986,15 @@ class kvm_msi(Structure):
     )
 
 
+class kvm_device_attr(Structure):
+    _fields_ = (
+        ("flags", c_uint32),  # no flags currently defined
+        ("group", c_uint32),  # device-defined
+        ("attr", c_uint64),  # group-defined
+        ("addr", c_uint64),  # userspace address of attr data
+    )
+
+
 # ioctls for VM fds
 KVM_CREATE_VCPU = _IO(KVMIO, 0x41)
 KVM_GET_DIRTY_LOG = _IOW(KVMIO, 0x42, kvm_dirty_log)
@@ -1003,6 +1054,13 @@ KVM_GET_XCRS = _IOR(KVMIO, 0xA6, kvm_xcrs)
 KVM_SET_XCRS = _IOW(KVMIO, 0xA7, kvm_xcrs)
 KVM_KVMCLOCK_CTRL = _IO(KVMIO, 0xAD)
 KVM_CLEAR_DIRTY_LOG = _IOWR(KVMIO, 0xC0, kvm_clear_dirty_log)
+KVM_GET_NESTED_STATE = _IOWR(KVMIO, 0xBE, kvm_nested_state)
+KVM_SET_NESTED_STATE = _IOW(KVMIO, 0xBF, kvm_nested_state)
+KVM_SET_DEVICE_ATTR = _IOW(KVMIO, 0xE1, kvm_device_attr)
+KVM_GET_DEVICE_ATTR = _IOW(KVMIO, 0xE2, kvm_device_attr)
+KVM_HAS_DEVICE_ATTR = _IOW(KVMIO, 0xE3, kvm_device_attr)
+KVM_GET_SREGS2 = _IOR(KVMIO, 0xCC, kvm_sregs2)
+KVM_SET_SREGS2 = _IOW(KVMIO, 0xCD, kvm_sregs2)
 KVM_GET_XSAVE2 = _IOR(KVMIO, 0xCF, kvm_xsave)
 
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0

@@ -81,6 +81,43 @@ def ioctl(fd: int, request: int, argument: int | ctypes.Structure | ctypes.c_uin
     return result
 
 
+def exchange(fd: int, request: int, buffer: "ctypes.Array[ctypes.c_char]") -> int:
+    """Perform `request` on `buffer`, which the kernel may change; return what it returned.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    result: int = _ioctl(fd, request, buffer)
+    if result < 0:
+        raise KvmError(operation(request), ctypes.get_errno())
+    return result
+
+
+def get_bytes(fd: int, request: int, size: int, head: bytes = b"") -> bytes:
+    """Perform `request` on a buffer of `size` bytes that begins with `head`; return the buffer.
+
+    For states that are kept as the kernel's own structures: no field is looked at.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    buffer = (ctypes.c_char * size).from_buffer_copy(head.ljust(size, b"\0"))
+    exchange(fd, request, buffer)
+    return buffer.raw
+
+
+def set_bytes(fd: int, request: int, data: bytes) -> int:
+    """Perform `request` with the structure `data`, which the kernel may not change; its result.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    result: int = _ioctl(fd, request, data)
+    if result < 0:
+        raise KvmError(operation(request), ctypes.get_errno())
+    return result
+
+
 def retried_ioctl(fd: int, request: int, argument: int = 0) -> int:
     """Perform `request` like `ioctl`, again as long as a signal interrupts it.
 

@@ -21,12 +21,14 @@ _SIGSET_BYTES = 8  # the kernel's sigset_t, not libc's
 class VcpuState:
     """What `Vcpu` can get and set; called by the thread that runs it, or while none does."""
 
-    __slots__ = ("_xsave_size", "fd")
+    __slots__ = ("_has_xsave2", "fd", "xsave_size")
 
     def __init__(self, fd: int, xsave_size: int) -> None:
         """Use the vCPU `fd`; `xsave_size` is KVM_CAP_XSAVE2's value, bytes, 0 without it."""
         self.fd = fd
-        self._xsave_size = xsave_size
+        self.xsave_size = max(xsave_size, _XSAVE_REGION)
+        """Bytes of what `get_xsave` returns."""
+        self._has_xsave2 = xsave_size > 0
 
     def get_regs(self) -> abi.kvm_regs:
         """Return the general registers, RIP and RFLAGS.
@@ -102,9 +104,9 @@ class VcpuState:
 
         Source: KVM API §4.42, §4.134.
         """
-        extra = max(self._xsave_size - _XSAVE_REGION, 0) // 4
+        extra = (self.xsave_size - _XSAVE_REGION) // 4
         state = abi.with_entries(abi.kvm_xsave, ctypes.c_uint32, extra)()
-        ioctl(self.fd, abi.KVM_GET_XSAVE2 if self._xsave_size else abi.KVM_GET_XSAVE, state)
+        ioctl(self.fd, abi.KVM_GET_XSAVE2 if self._has_xsave2 else abi.KVM_GET_XSAVE, state)
         return state
 
     def set_xsave(self, state: ctypes.Structure) -> None:
@@ -116,7 +118,7 @@ class VcpuState:
 
         Source: KVM API §4.43.
         """
-        needed = max(self._xsave_size, _XSAVE_REGION)
+        needed = self.xsave_size
         if ctypes.sizeof(state) < needed:
             raise ValueError(f"XSAVE state of {ctypes.sizeof(state)} bytes, {needed} are needed")
         ioctl(self.fd, abi.KVM_SET_XSAVE, state)
@@ -319,6 +321,29 @@ class VcpuState:
         """
         ioctl(self.fd, abi.KVM_SET_TSC_KHZ, khz)
 
+    def get_tsc_offset(self) -> int:
+        """Return what is added to the host's TSC, modulo 2**64, to make the guest's.
+
+        Raises:
+            KvmError: the kernel is older than 5.16.
+
+        Source: Linux Documentation/virt/kvm/devices/vcpu.rst §4.
+        """
+        value = ctypes.c_uint64()
+        ioctl(self.fd, abi.KVM_GET_DEVICE_ATTR, _tsc_offset(value))
+        return value.value
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Set what is added to the host's TSC, modulo 2**64, to make the guest's.
+
+        Raises:
+            KvmError: the kernel is older than 5.16.
+
+        Source: Linux Documentation/virt/kvm/devices/vcpu.rst §4.
+        """
+        value = ctypes.c_uint64(offset)
+        ioctl(self.fd, abi.KVM_SET_DEVICE_ATTR, _tsc_offset(value))
+
     def kvmclock_ctrl(self) -> None:
         """Tell the guest, through kvmclock, that it was paused: no soft-lockup alarm then.
 
@@ -409,6 +434,14 @@ class VcpuState:
         cap = abi.kvm_enable_cap(cap=capability)
         cap.args[: len(args)] = list(args)
         ioctl(self.fd, abi.KVM_ENABLE_CAP, cap)
+
+
+def _tsc_offset(value: ctypes.c_uint64) -> abi.kvm_device_attr:
+    return abi.kvm_device_attr(
+        group=abi.KVM_VCPU_TSC_CTRL,
+        attr=abi.KVM_VCPU_TSC_OFFSET,
+        addr=ctypes.addressof(value),
+    )
 
 
 def _msr_table(values: Mapping[int, int]) -> ctypes.Structure:

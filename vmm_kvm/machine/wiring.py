@@ -229,7 +229,7 @@ class Devices:
 
     def is_asked_to_shut_down(self) -> bool:
         """Tell whether an OpenBSD guest has been asked to shut down."""
-        return self._vmmci is not None and self._vmmci.state().command is Command.SHUTDOWN
+        return self._vmmci is not None and self._vmmci.save().command is Command.SHUTDOWN
 
     def _add_backend(self, backend: Backend, class_code: int, name: str) -> tuple[int, Worker]:
         """Add a virtio device that a thread of this process serves; takes over `backend`.

@@ -10,13 +10,14 @@ Locks: the configuration space is guarded by the lock of the host that the funct
 import enum
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.bits import align_up, all_ones
 from vmm_kvm.bus import BusDevice
-from vmm_kvm.errors import SpecError
+from vmm_kvm.errors import SpecError, StateError
 from vmm_kvm.irq import IrqLine
 from vmm_kvm.pci.ids import BARS, CONFIG_SIZE, Command, Register, Status
+from vmm_kvm.state import Length
 
 _COMMAND_WRITABLE = sum(map(int, Command))
 _STATUS_CLEARABLE = sum(map(int, Status)) & 0xFF00
@@ -76,8 +77,9 @@ class Capability(NamedTuple):
 class PciFunctionState(NamedTuple):
     """Everything that a guest can observe of a function's configuration space."""
 
-    config: bytes
+    config: Annotated[bytes, Length(CONFIG_SIZE, CONFIG_SIZE)]
     is_intx_asserted: bool
+    version: Literal[1] = 1
 
 
 class PciFunction:
@@ -364,12 +366,19 @@ class PciFunction:
         """
         self._set(self._reset_config, is_intx_asserted=False)
 
-    def state(self) -> PciFunctionState:
+    def save(self) -> PciFunctionState:
         """Return a snapshot."""
         return PciFunctionState(bytes(self._config), self._is_intx_asserted)
 
     def restore(self, state: PciFunctionState) -> None:
-        """Continue from a snapshot of a function of the same make."""
+        """Continue from a snapshot of a function of the same make.
+
+        Raises:
+            StateError: a register differs that nobody can write.
+        """
+        for at, (old, new) in enumerate(zip(self._config, state.config, strict=True)):
+            if (old ^ new) & ~(self._writable[at] | self._clearable[at]):
+                raise StateError(f"register {at:#x}: {new:#x} is not {old:#x}")
         self._set(state.config, is_intx_asserted=state.is_intx_asserted)
 
     def _set(self, config: bytes, *, is_intx_asserted: bool) -> None:

@@ -12,13 +12,13 @@ lead back here.
 import threading
 from collections.abc import Callable, Iterator
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.arch.x86 import layout
 from vmm_kvm.arch.x86.layout import line_index
 from vmm_kvm.bits import GIB, PAGE_SIZE, align_up, all_ones
 from vmm_kvm.bus import Bus
-from vmm_kvm.errors import BusError, SpecError
+from vmm_kvm.errors import BusError, SpecError, StateError
 from vmm_kvm.log import Log
 from vmm_kvm.pci.config import Bar, BarKind, PciFunction, PciFunctionState
 from vmm_kvm.pci.ids import (
@@ -29,6 +29,7 @@ from vmm_kvm.pci.ids import (
     Command,
     Register,
 )
+from vmm_kvm.state import U8, U32, Range
 
 log = Log(__name__)
 
@@ -61,10 +62,11 @@ _HIGH_MEMORY = 4 * GIB  # what only 64-bit BARs reach
 class PciHostState(NamedTuple):
     """Everything that a guest can observe of a PciHost and its functions' configuration."""
 
-    address: int
-    reset_control: int
-    functions: tuple[tuple[int, PciFunctionState], ...]
+    address: U32
+    reset_control: U8
+    functions: tuple[tuple[Annotated[int, Range(0, SLOTS - 1)], PciFunctionState], ...]
     """By slot."""
+    version: Literal[1] = 1
 
 
 class _Decoded(NamedTuple):
@@ -309,14 +311,14 @@ class PciHost:
                 self._route_interrupt(slot, function)
             self._decode()
 
-    def state(self) -> PciHostState:
+    def save(self) -> PciHostState:
         """Return a snapshot; any thread."""
         with self.lock:
             return PciHostState(
                 address=self._address,
                 reset_control=self._reset_control,
                 functions=tuple(
-                    (slot, function.state()) for slot, function in self._functions.items()
+                    (slot, function.save()) for slot, function in self._functions.items()
                 ),
             )
 
@@ -324,15 +326,18 @@ class PciHost:
         """Continue from a snapshot of a host with the same functions.
 
         Raises:
-            SpecError: the slots differ.
+            StateError: the slots differ, or what is in one of them.
         """
         with self.lock:
             if [slot for slot, _ in state.functions] != list(self._functions):
-                raise SpecError("PCI snapshot: of other devices")
-            self._address = state.address
-            self._reset_control = state.reset_control
+                raise StateError("functions: in other slots")
+            self._address = state.address & _ADDRESS_BITS
+            self._reset_control = state.reset_control & _RESET_CONTROL_STORED
             for slot, function in state.functions:
-                self._functions[slot].restore(function)
+                try:
+                    self._functions[slot].restore(function)
+                except StateError as err:
+                    raise StateError(f"slot {slot}: {err}") from err
             self._decode()
 
 

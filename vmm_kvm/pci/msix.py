@@ -8,12 +8,13 @@ host when the guest writes the capability; `send` and `on_route_change` run unde
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.bits import PAGE_SIZE, all_ones
-from vmm_kvm.errors import SpecError
+from vmm_kvm.errors import SpecError, StateError
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import CapabilityId
+from vmm_kvm.state import Range
 
 VECTORS_MAX = 2048
 ENTRY_SIZE = 16
@@ -41,9 +42,10 @@ class MsixState(NamedTuple):
     """Everything that a guest can observe of an Msix besides its capability."""
 
     table: bytes
-    pending: frozenset[int]
+    pending: frozenset[Annotated[int, Range(0, VECTORS_MAX - 1)]]
     is_enabled: bool
     is_masked: bool
+    version: Literal[1] = 1
 
 
 class Msix:
@@ -215,7 +217,7 @@ class Msix:
             self._is_enabled = self._is_masked = False
             self._update_all()
 
-    def state(self) -> MsixState:
+    def save(self) -> MsixState:
         """Return a snapshot; any thread."""
         with self.lock:
             return MsixState(
@@ -226,7 +228,13 @@ class Msix:
             )
 
     def restore(self, state: MsixState) -> None:
-        """Continue from a snapshot of as many vectors."""
+        """Continue from a snapshot of as many vectors.
+
+        Raises:
+            StateError: it is of another number of vectors.
+        """
+        if len(state.table) != len(self._table) or max(state.pending, default=0) >= self.vectors:
+            raise StateError(f"msix: not of {self.vectors} vectors")
         with self.lock:
             self._table[:] = state.table
             self._pending = set(state.pending)

@@ -13,7 +13,7 @@ import struct
 import threading
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
@@ -21,6 +21,7 @@ from vmm_kvm.irq import IrqLine
 from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import CLASS_COMMUNICATIONS_OTHER, DEVICE_OPENBSD_VMMCI, VENDOR_OPENBSD
+from vmm_kvm.state import U8, U16, U32, U64, Range
 from vmm_kvm.virtio import abi
 
 log = Log(__name__)
@@ -83,16 +84,17 @@ _REGISTERS = struct.Struct("<IIIHHHBB")
 class VmmciState(NamedTuple):
     """Everything that a guest can observe of a Vmmci, and what the host waits for."""
 
-    status: int
-    features: int
+    status: U8
+    features: U32
     """That the guest accepted."""
-    queue_select: int
-    isr: int
+    queue_select: U16
+    isr: U8
     command: Command
-    left_ns: int | None
+    left_ns: Annotated[int, Range(0, SHUTDOWN_TIMEOUT_NS)] | None
     """Until the guest is to be ended; None while nothing is waited for."""
-    time: tuple[int, int]
+    time: tuple[U64, U64]
     """Seconds and microseconds, when the guest last asked."""
+    version: Literal[1] = 1
 
 
 class VmmciSpec(NamedTuple):
@@ -257,7 +259,7 @@ class Vmmci:
             self._command = Command.NONE
             self._time = (0, 0)
 
-    def state(self) -> VmmciState:
+    def save(self) -> VmmciState:
         """Return a snapshot."""
         with self.lock:
             deadline_ns = self._deadline_ns
@@ -277,7 +279,7 @@ class Vmmci:
         """Continue from a snapshot; the PCI function has one of its own."""
         with self.lock:
             self._status = state.status
-            self._features = state.features
+            self._features = state.features & _FEATURES
             self._queue_select = state.queue_select
             self._isr = state.isr
             self._command = state.command

@@ -206,8 +206,8 @@ def test_snapshot(rig: Rig) -> None:
     rig.pm.press_power_button()
     other = Rig()
     other.clock.advance(12_345)
-    other.pm.restore(rig.pm.state())
-    assert rig.pm.state() == other.pm.state()
+    other.pm.restore(rig.pm.save())
+    assert rig.pm.save() == other.pm.save()
     assert other.sci.levels == [True]
     assert rig.read(Register.PM_TMR, 4) == other.read(Register.PM_TMR, 4)
     other.write(Register.PM1_STS, Pm1Status.PWRBTN)
@@ -239,6 +239,6 @@ def test_any_access_is_survived(steps: list[tuple[Operation, int]]) -> None:
         exercise(rig.pm, [operation])
         rig.clock.advance(passed_ns)
     rig.write(Register.PM1_STS, 0)
-    state = rig.pm.state()
+    state = rig.pm.save()
     assert bool(state.status & state.enable) == rig.sci.level
     assert all(0 <= sleep <= 7 for sleep in rig.sleeps)

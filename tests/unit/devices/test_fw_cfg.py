@@ -327,8 +327,8 @@ def test_snapshot(fw_cfg: FwCfg, memory: GuestMemory) -> None:
         fw_cfg.write(Register.DMA_ADDRESS_HIGH, 4, swap(9))
     other = FwCfg(memory)
     other.add_item(ITEM, CONTENT)
-    other.restore(fw_cfg.state())
-    assert fw_cfg.state() == other.state()
+    other.restore(fw_cfg.save())
+    assert fw_cfg.save() == other.save()
     assert read(other, 2) == CONTENT[7:9]
 
 

@@ -106,15 +106,15 @@ def test_reset_and_snapshot(rig: Rig) -> None:
     rig.command(Command.SELF_TEST)
     rig.command(Command.WRITE_OUTPUT_PORT)
     other = Rig()
-    other.controller.restore(rig.controller.state())
-    assert rig.controller.state() == other.controller.state()
+    other.controller.restore(rig.controller.save())
+    assert rig.controller.save() == other.controller.save()
     assert other.read() == SELF_TEST_FAILED
     other.write(0)
     assert other.resets == 1
     rig.controller.reset()
     rig.write(0)
     assert (rig.resets, rig.status()) == (0, Status.SYSTEM)
-    other.controller.restore(rig.controller.state())
+    other.controller.restore(rig.controller.save())
     assert other.status() == Status.SYSTEM
 
 

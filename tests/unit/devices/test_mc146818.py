@@ -545,8 +545,8 @@ def test_snapshot(rig: Rig) -> None:
     other = Rig(realtime_ns=rig.clock.realtime_ns())
     other.clock.advance(77 * MS)
     other.clock.step_realtime(-77 * MS)
-    other.rtc.restore(rig.rtc.state())
-    assert other.rtc.state() == rig.rtc.state()
+    other.rtc.restore(rig.rtc.save())
+    assert other.rtc.save() == rig.rtc.save()
     assert other.time == rig.time
     other.clock.advance(99 * MS)
     assert other.irq.levels == []
@@ -559,7 +559,7 @@ def test_snapshot_of_a_pending_interrupt(rig: Rig) -> None:
     rig.enable(RegisterB.UIE)
     rig.clock.advance(NANOSECONDS)
     other = Rig(realtime_ns=rig.clock.realtime_ns())
-    other.rtc.restore(rig.rtc.state())
+    other.rtc.restore(rig.rtc.save())
     assert other.irq.level
 
 
@@ -589,4 +589,4 @@ def test_any_access_is_survived(steps: list[tuple[Operation, int, int]]) -> None
         rig.clock.advance(passed_ns)
         rig.clock.step_realtime(stepped_ns)
     assert len(rig.time) == 8
-    assert rig.rtc.state().selected < 0x80
+    assert rig.rtc.save().selected < 0x80

@@ -213,8 +213,8 @@ def test_a_snapshot_continues(rig: Rig) -> None:
     rig.write(0, Command.WRITE_BUFFER, 1)
     rig.write(0x20, 0xC1)
     other = Rig()
-    other.chip.restore(rig.chip.state())
-    assert other.chip.state() == rig.chip.state()
+    other.chip.restore(rig.chip.save())
+    assert other.chip.save() == rig.chip.save()
     assert other.mapped == [False]
     other.write(0x21, 0xC2)
     other.write(0, Command.CONFIRM, Command.READ_ARRAY)

@@ -76,18 +76,18 @@ def ignore(_: object) -> None:
 @pytest.mark.parametrize("device", [Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)])
 def test_there_is_no_state(device: Debugcon | DebugExit | Pvpanic) -> None:
     """Reset changes nothing; all snapshots are equal."""
-    before = device.state()
+    before = device.save()
     device.write(0, 1, 1)
     device.reset()
-    assert before == device.state()
+    assert before == device.save()
 
 
 def test_snapshots_are_restored() -> None:
     """A snapshot is accepted by a device of its kind."""
     debugcon, debug_exit, pvpanic = Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)
-    debugcon.restore(debugcon.state())
-    debug_exit.restore(debug_exit.state())
-    pvpanic.restore(pvpanic.state())
+    debugcon.restore(debugcon.save())
+    debug_exit.restore(debug_exit.save())
+    pvpanic.restore(pvpanic.save())
     assert pvpanic.read(0, 1) == 3
 
 
@@ -127,7 +127,7 @@ def test_port92_keeps_the_gate_of_line_20() -> None:
     assert port.read(0, 2) == 0xFF00 | Control.FAST_A20
     port.write(0, 1, 0)
     assert port.read(0, 1) == 0
-    state = port.state()
+    state = port.save()
     port.reset()
     assert port.read(0, 1) == Control.FAST_A20
     port.restore(state)

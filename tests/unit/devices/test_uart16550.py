@@ -559,10 +559,10 @@ def test_snapshot(rig: Rig) -> None:
     rig.enable(Ier.RDI | Ier.THRI | Ier.RLSI, trigger=2)
     rig.uart.receive(b"ab")
     rig.uart.receive_break()
-    state = rig.uart.state()
+    state = rig.uart.save()
     other = Rig()
     other.uart.restore(state)
-    assert state == other.uart.state()
+    assert state == other.uart.save()
     assert other.irq.level
     assert other.plain == [False]
     registers = [Register.IIR_FCR, Register.LSR, *[Register.RBR_THR] * 3, Register.LSR]
@@ -592,7 +592,7 @@ def test_any_access_is_survived(operations: list[Operation], data: bytes) -> Non
         exercise(rig.uart, [operation])
         rig.uart.receive(data)
         rig.uart.receive_break()
-    state = rig.uart.state()
+    state = rig.uart.save()
     assert len(state.received) <= FIFO_DEPTH
     assert bool(state.received) == bool(state.lsr & Lsr.DR)
     rig.read(Register.IIR_FCR)  # withdraws a transmit interrupt, so that the next read does not

@@ -327,8 +327,8 @@ def test_snapshot() -> None:
     function.write_config(Register.INTERRUPT_LINE, 1, 11)
     function.set_intx(True)
     other = make(line)
-    other.restore(function.state())
-    assert function.state() == other.state()
+    other.restore(function.save())
+    assert function.save() == other.save()
     assert line.levels == [True]
     assert other.is_bus_master
 

@@ -8,7 +8,7 @@ from tests.fakes import Operation, RecordingDevice, RecordingIrqLine, exercise
 from vmm_kvm.arch.x86 import layout
 from vmm_kvm.bits import GIB, KIB, MIB, all_ones
 from vmm_kvm.bus import Bus
-from vmm_kvm.errors import SpecError
+from vmm_kvm.errors import SpecError, StateError
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.ids import Command, Register
@@ -412,16 +412,16 @@ def test_snapshot(rig: Rig) -> None:
     rig.write(slot, Register.COMMAND, Command.MEMORY_SPACE, 2)
     other = Rig()
     other.add((BarKind.MEMORY32, 4 * KIB))
-    other.host.restore(rig.host.state())
-    assert rig.host.state() == other.host.state()
+    other.host.restore(rig.host.save())
+    assert rig.host.save() == other.host.save()
     assert other.mmio.read(MEMORY_BASE, 4) == 0x1234_5678
 
 
 def test_snapshot_of_other_devices(rig: Rig) -> None:
     """A snapshot with other slots is refused."""
-    state = rig.host.state()
+    state = rig.host.save()
     rig.add()
-    with pytest.raises(SpecError, match="other devices"):
+    with pytest.raises(StateError, match="in other slots"):
         rig.host.restore(state)
 
 

@@ -230,9 +230,9 @@ def test_snapshot(rig: Rig) -> None:
     rig.program(2, 0x42, masked=True)
     rig.msix.notify(2)
     other = Rig()
-    other.function.restore(rig.function.state())
-    other.msix.restore(rig.msix.state())
-    assert rig.msix.state() == other.msix.state()
+    other.function.restore(rig.function.save())
+    other.msix.restore(rig.msix.save())
+    assert rig.msix.save() == other.msix.save()
     assert other.routes == [
         (vector, MsixMessage(LOCAL_APIC, 0x40 + vector)) for vector in (0, 1, 3)
     ]

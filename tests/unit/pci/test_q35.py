@@ -102,7 +102,7 @@ def test_a_snapshot_brings_ecam_back(rig: Rig) -> None:
     """Where the window was, it is after restoring."""
     rig.set_ecam(0xB000_0000)
     other = Rig()
-    other.host.restore(rig.host.state())
+    other.host.restore(rig.host.save())
     assert other.mmio.read(0xB000_0000, 4) == MCH_ID
 
 

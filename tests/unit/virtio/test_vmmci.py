@@ -227,8 +227,8 @@ def test_a_snapshot_continues(rig: Rig) -> None:
     rig.wait(100)
     other = Rig()
     other.clock.advance(77)
-    other.device.restore(rig.device.state())
-    assert other.device.state() == rig.device.state()
+    other.device.restore(rig.device.save())
+    assert other.device.save() == rig.device.save()
     assert other.read(Register.CONFIG) == Command.REBOOT
     other.wait(20)
     assert other.expired == [Command.REBOOT]
@@ -236,7 +236,7 @@ def test_a_snapshot_continues(rig: Rig) -> None:
 
 def test_a_snapshot_in_peace(rig: Rig) -> None:
     """Restoring a state without a request forgets the one that was pending."""
-    state = rig.device.state()
+    state = rig.device.save()
     rig.device.request(Command.REBOOT)
     rig.device.restore(state)
     rig.wait(1000)

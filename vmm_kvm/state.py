@@ -1,0 +1,258 @@
+"""The state of parts of a machine: records that leave the process, and how they become JSON.
+
+A part that a guest can tell from another one is `Stateful`: `save` returns a frozen record, a
+NamedTuple, and `restore` continues from one. The types of its fields are the whole of its format:
+`encode` makes JSON of a record, and `decode` a record of JSON that may come from anywhere; it
+refuses what has another type, is out of range, is missing, or is not known. What only the part can
+judge, `restore` does. `version`, a field of each record, changes with the meaning of the others.
+
+Fields are bool, int with a `Range`, str and bytes with a `Length`, a member of an IntEnum, a
+Literal, a record, None beside one of them, or a tuple or frozenset of them. Bytes are hexadecimal
+digits in JSON; those of type `Blob` are left out of it and stay bytes.
+"""
+
+import enum
+import functools
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import (
+    Annotated,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from vmm_kvm.errors import StateError
+
+Json: TypeAlias = "bool | int | str | list[Json] | dict[str, Json] | None"
+Record = tuple[object, ...]
+S = TypeVar("S", bound=Record)
+T = TypeVar("T", bound=Record)
+
+
+class Range(NamedTuple):
+    """The least and the largest value of an int, both included."""
+
+    low: int
+    high: int
+
+
+class Length(NamedTuple):
+    """The least and the largest length of text, bytes or a tuple, both included."""
+
+    low: int
+    high: int
+
+
+class _Raw(NamedTuple):
+    """Bytes that stay bytes."""
+
+
+U8 = Annotated[int, Range(0, 0xFF)]
+U16 = Annotated[int, Range(0, 0xFFFF)]
+U32 = Annotated[int, Range(0, 0xFFFF_FFFF)]
+U64 = Annotated[int, Range(0, 0xFFFF_FFFF_FFFF_FFFF)]
+S64 = Annotated[int, Range(-(1 << 63), (1 << 63) - 1)]
+Blob = Annotated[bytes, _Raw()]
+"""Bytes that are too many for JSON, or a structure of the kernel's."""
+
+
+class Stateful(Protocol[S]):
+    """A part with a state that a guest can observe; `S` is a NamedTuple."""
+
+    def save(self) -> S:
+        """Return the state; while the machine stands still."""
+
+    def restore(self, state: S) -> None:
+        """Continue from a state of a part of the same make, before the guest runs.
+
+        Raises:
+            StateError: it cannot be a state of this part.
+        """
+
+
+class Part(Generic[S]):
+    """A part under the name that its state has."""
+
+    __slots__ = ("device", "kind", "name")
+
+    def __init__(self, name: str, device: Stateful[S]) -> None:
+        """Name `device`; the annotation of its `save` says what kind of record it has."""
+        self.name = name
+        self.device = device
+        self.kind: type[S] = record_type(device)
+
+    def save(self) -> "tuple[dict[str, Json], dict[str, bytes]]":
+        """Return the state for JSON, and its blobs by their fields' names."""
+        return encode(self.device.save())
+
+    def restore(self, fields: object, blobs: Mapping[str, bytes]) -> None:
+        """Continue from what `save` returned, which may come from anywhere.
+
+        Raises:
+            StateError: it is no state of this part.
+        """
+        state = decode(self.kind, fields, blobs, self.name)
+        try:
+            self.device.restore(state)
+        except StateError as err:
+            raise StateError(f"{self.name}: {err}") from err
+
+
+def record_type(device: Stateful[S]) -> type[S]:
+    """Return the type of the record that `save` returns."""
+    kind: type[S] = get_type_hints(type(device).save)["return"]
+    return kind
+
+
+def encode(record: Record) -> "tuple[dict[str, Json], dict[str, bytes]]":
+    """Return `record` as JSON has it, and its blobs by the names of their fields."""
+    fields: dict[str, Json] = {}
+    blobs: dict[str, bytes] = {}
+    for name, hint in _fields(type(record)).items():
+        value = getattr(record, name)
+        if hint is Blob:
+            blobs[name] = value
+        else:
+            fields[name] = _to_json(value)
+    return fields, blobs
+
+
+def decode(
+    kind: type[T], fields: object, blobs: Mapping[str, bytes] | None = None, name: str = "state"
+) -> T:
+    """Return the record of type `kind` of what `encode` returned, or of anything else.
+
+    `name` begins the text of an error.
+
+    Raises:
+        StateError: it is no such record.
+    """
+    record = _decode_record(kind, fields, blobs or {}, name)
+    assert isinstance(record, kind), "made of it"
+    return record
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, object]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _to_json(value: object) -> Json:
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            return int(value)
+        case bytes():
+            return value.hex()
+        case frozenset():
+            return [_to_json(item) for item in sorted(value)]
+        case tuple() if hasattr(value, "_fields"):
+            return encode(value)[0]
+        case tuple():
+            return [_to_json(item) for item in value]
+    raise TypeError(f"{type(value).__name__} in a state")
+
+
+def _decode_record(
+    kind: type, fields: object, blobs: Mapping[str, bytes], name: str
+) -> tuple[object, ...]:
+    hints = _fields(kind)
+    if not isinstance(fields, dict):
+        raise StateError(f"{name}: no object")
+    wanted = {field for field, hint in hints.items() if hint is not Blob}
+    if fields.keys() != wanted:
+        odd = min(map(str, fields.keys() ^ wanted))
+        raise StateError(f"{name}: {odd!r:.64} is {'missing' if odd in wanted else 'not known'}")
+    if blobs.keys() != hints.keys() - wanted:
+        odd = min(blobs.keys() ^ (hints.keys() - wanted))
+        raise StateError(f"{name}: blob {odd!r:.64} is missing or not known")
+    values = {
+        field: blobs[field] if hint is Blob else _decode(hint, fields[field], f"{name}: {field}")
+        for field, hint in hints.items()
+    }
+    record: tuple[object, ...] = kind(**values)
+    return record
+
+
+def _decode(hint: object, value: object, name: str) -> object:
+    limits: tuple[object, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        limits = tuple(rest)
+    found = _decode_plain(hint, value, name)
+    for limit in limits:
+        if isinstance(limit, Range):
+            assert isinstance(found, int), "an int has a range"
+            if not limit.low <= found <= limit.high:
+                raise StateError(f"{name}: {found} is not {limit.low} to {limit.high}")
+        elif isinstance(limit, Length):
+            assert isinstance(found, str | bytes | tuple | frozenset), "it has a length"
+            if not limit.low <= len(found) <= limit.high:
+                raise StateError(f"{name}: {len(found)} long, not {limit.low} to {limit.high}")
+    return found
+
+
+def _decode_plain(hint: object, value: object, name: str) -> object:
+    if hint is bool or hint is int or hint is str:
+        if type(value) is not hint:
+            raise StateError(f"{name}: not of type {hint.__name__}")
+        return value
+    if hint is bytes:
+        return _bytes(value, name)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if type(value) not in {int, str} or value not in arguments:
+            raise StateError(f"{name}: not {' or '.join(map(str, arguments))}")
+        return value
+    if origin in {Union, types.UnionType}:
+        if value is None:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return _decode(inner, value, name)
+    if origin is tuple or origin is frozenset:
+        return _decode_items(origin, arguments, value, name)
+    assert isinstance(hint, type), f"a field of type {hint}"
+    if issubclass(hint, enum.IntEnum):
+        if type(value) is not int or value not in {int(member) for member in hint}:
+            raise StateError(f"{name}: no such {hint.__name__}")
+        return hint(value)
+    return _decode_record(hint, value, {}, name)
+
+
+def _decode_items(
+    origin: type, arguments: tuple[object, ...], value: object, name: str
+) -> tuple[object, ...] | frozenset[object]:
+    if not isinstance(value, list):
+        raise StateError(f"{name}: no list")
+    hints: Iterable[object]
+    if origin is frozenset or arguments[-1] is Ellipsis:
+        hints = (arguments[0] for _ in value)
+    elif len(value) != len(arguments):
+        raise StateError(f"{name}: {len(value)} long, not {len(arguments)}")
+    else:
+        hints = arguments
+    items: Iterator[object] = (
+        _decode(hint, item, f"{name}[{number}]")
+        for number, (hint, item) in enumerate(zip(hints, value, strict=True))
+    )
+    return frozenset(items) if origin is frozenset else tuple(items)
+
+
+def _bytes(value: object, name: str) -> bytes:
+    if isinstance(value, str):
+        try:
+            data = bytes.fromhex(value)
+        except ValueError:
+            data = None
+        if data is not None and 2 * len(data) == len(value):
+            return data
+    raise StateError(f"{name}: no hexadecimal digits")
