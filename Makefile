@@ -83,6 +83,7 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/qcow2_oracle.py --count $(or $(COUNT),1000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/corrupt_images.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/mutate_configs.py --count $(or $(COUNT),10000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/mutate_snapshots.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_local.py --count $(or $(COUNT),300000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_vhost_user.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_net.py --count $(or $(COUNT),10000) --seed $(SEED)

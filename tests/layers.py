@@ -132,6 +132,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.memory",
         "vmm_kvm.virtio",
     ),
+    "vmm_kvm.snapshot": ("vmm_kvm.errors", "vmm_kvm.bits", "vmm_kvm.limits", "vmm_kvm.kvm"),
     "vmm_kvm.vm_table": (
         "vmm_kvm.errors",
         "vmm_kvm.vm_params",

@@ -8,6 +8,7 @@ VmmError
 ├── BootError         the boot image cannot be loaded: the image's fault
 ├── ImageError        a disk image cannot be opened, or is corrupt: the image's fault
 ├── StateError        a saved state is not one of this machine: its author's fault
+├── SnapshotError     a snapshot is damaged, or of a machine that cannot go on here
 ├── VhostUserError    the peer broke the vhost-user protocol (in `virtio.vhost_user.messages`)
 └── GuestError        the guest did something invalid: its device goes into an error state
     ├── GuestMemoryError   an access outside guest RAM
@@ -77,6 +78,10 @@ class ImageError(VmmError):
 
 class StateError(VmmError):
     """A saved state is of another machine, of another version, or garbage; one line says why."""
+
+
+class SnapshotError(VmmError):
+    """A snapshot or its stream is damaged, incomplete, or of a machine that cannot go on here."""
 
 
 class GuestError(VmmError):

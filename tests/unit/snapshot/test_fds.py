@@ -1,0 +1,97 @@
+"""The ends of a stream: nothing is waited for for ever, whatever the descriptor leads to."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from vmm_kvm.errors import SnapshotError
+from vmm_kvm.snapshot.fds import FdSink, FdSource
+
+SIZE = 1 << 20
+AT_ONCE_S = 0.01
+PATIENT_S = 30.0
+
+
+def read_all(fd: int) -> bytes:
+    """Read from a descriptor to its end."""
+    with FdSource(fd, PATIENT_S) as source:
+        found = bytearray()
+        piece = bytearray(65536)
+        while count := source.readinto(memoryview(piece)):
+            found += piece[:count]
+    return bytes(found)
+
+
+def through(read_fd: int, write_fd: int) -> bytes:
+    """Send much through a pipe or socket; return what arrives."""
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(read_all(read_fd)))
+    reader.start()
+    with FdSink(write_fd, PATIENT_S) as sink:
+        sink.write(bytes(range(256)) * (SIZE // 256))
+        sink.finish()
+    reader.join()
+    return found[0]
+
+
+def test_all_goes_through_a_pipe_and_a_socket() -> None:
+    """More than a pipe holds arrives, as it is read."""
+    wanted = bytes(range(256)) * (SIZE // 256)
+    one, other = socket.socketpair()
+    assert through(*os.pipe()) == wanted
+    assert through(one.detach(), other.detach()) == wanted
+
+
+def test_a_file_is_written_and_read(tmp_path: Path) -> None:
+    """A stream may go into a file, and come from it."""
+    path = tmp_path / "stream"
+    with FdSink(os.open(path, os.O_WRONLY | os.O_CREAT), AT_ONCE_S) as sink:
+        sink.write(b"machine")
+        sink.finish()
+    assert read_all(os.open(path, os.O_RDONLY)) == b"machine"
+
+
+def test_one_that_does_not_read_is_not_waited_for() -> None:
+    """A pipe and a socket that nobody reads fail when the patience is over."""
+    for read_fd, write_fd in (os.pipe(), [end.detach() for end in socket.socketpair()]):
+        stalled = pytest.raises(SnapshotError, match=r"the other end has not read for 0\.01 s")
+        with FdSink(write_fd, AT_ONCE_S) as sink, stalled:
+            sink.write(bytes(64 << 20))
+        os.close(read_fd)
+
+
+def test_one_that_sends_nothing_is_not_waited_for() -> None:
+    """A pipe into which nobody writes fails when the patience is over."""
+    read_fd, write_fd = os.pipe()
+    stalled = pytest.raises(SnapshotError, match=r"has not sent anything for 0\.01 s")
+    with FdSource(read_fd, AT_ONCE_S) as source, stalled:
+        source.readinto(memoryview(bytearray(1)))
+    os.close(write_fd)
+
+
+def test_a_broken_pipe_is_an_error() -> None:
+    """One that has gone is noticed."""
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    with FdSink(write_fd, AT_ONCE_S) as sink, pytest.raises(BrokenPipeError):
+        sink.write(b"machine")
+
+
+def test_a_full_disk_is_an_error() -> None:
+    """/dev/full is no file, and refused; a directory too."""
+    for path, flags in (("/dev/full", os.O_WRONLY), ("/", os.O_RDONLY)):
+        with pytest.raises(SnapshotError, match="not a pipe, socket or file"):
+            FdSink(os.open(path, flags), AT_ONCE_S)
+
+
+def test_one_end_of_a_pipe_is_not_the_other() -> None:
+    """The wrong end of a pipe is an error of the first use."""
+    read_fd, write_fd = os.pipe()
+    with FdSink(read_fd, AT_ONCE_S) as sink, pytest.raises(OSError, match="Bad file descriptor"):
+        sink.write(b"machine")
+    os.close(write_fd)

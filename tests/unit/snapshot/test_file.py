@@ -1,0 +1,104 @@
+"""A machine in a file."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.unit.snapshot.samples import MANIFEST, STATE_BYTES, contents, empty, filled
+from vmm_kvm.bits import MIB
+from vmm_kvm.errors import SnapshotError
+from vmm_kvm.snapshot.file import SnapshotFile, write_file
+
+
+def written(path: Path) -> Path:
+    """Write the sample into a file."""
+    with filled() as memory:
+        write_file(str(path), MANIFEST, STATE_BYTES, memory)
+    return path
+
+
+def opened(path: Path) -> SnapshotFile:
+    """Open a snapshot."""
+    return SnapshotFile(os.open(path, os.O_RDONLY))
+
+
+def refusal(path: Path) -> str:
+    """Return why a file is refused."""
+    with pytest.raises(SnapshotError) as caught:
+        opened(path)
+    return str(caught.value)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    """Memory, state and manifest come back as they were."""
+    with opened(written(tmp_path / "snap")) as file, empty() as memory, filled() as wanted:
+        file.read_ram(memory)
+        assert (file.manifest, file.state) == (MANIFEST, STATE_BYTES)
+        assert contents(memory) == contents(wanted)
+
+
+def test_a_file_is_its_owners_alone_and_sparse(tmp_path: Path) -> None:
+    """Nobody else may read a guest's secrets, and zeros take no room."""
+    found = written(tmp_path / "snap").stat()
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    assert found.st_size == 2 * MIB + 3 * MIB
+    assert found.st_blocks * 512 < MIB
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    """A snapshot never takes another file's place, and leaves nothing behind then."""
+    path = tmp_path / "snap"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError):
+        written(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["snap"]
+    assert path.read_text() == "mine"
+
+
+def test_nothing_is_left_of_one_that_fails(tmp_path: Path) -> None:
+    """A machine that cannot be described leaves no file."""
+    with filled() as memory, pytest.raises(SnapshotError):
+        write_file(str(tmp_path / "snap"), MANIFEST._replace(cpus=0), STATE_BYTES, memory)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_without_that_name_has_another_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that has no files without a name, a hidden one is used, and removed."""
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_RDWR)  # refused: it is a directory
+    with opened(written(tmp_path / "snap")) as file:
+        assert file.manifest == MANIFEST
+    assert [entry.name for entry in tmp_path.iterdir()] == ["snap"]
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    """A file that ends within the header, the state or memory is refused."""
+    path = written(tmp_path / "snap")
+    for size in (5 * MIB - 1, 2 * MIB, 300, 72, 40, 8):
+        os.truncate(path, size)
+        assert refusal(path) == "header: the file ends too early"
+    os.truncate(path, 3)
+    assert refusal(path) == "incompatible dump signature"
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """A bit that flipped in the manifest or the state shows in the checksum."""
+    path = written(tmp_path / "snap")
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    assert refusal(path) == "the checksum is wrong: the file is damaged"
+
+
+def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
+    """One that was cut short after it was opened is refused, and ends nobody."""
+    path = written(tmp_path / "snap")
+    with opened(path) as file, empty() as memory:
+        os.truncate(path, 2 * MIB + 100)
+        with pytest.raises(SnapshotError, match="memory: the file ends too early"):
+            file.read_ram(memory)

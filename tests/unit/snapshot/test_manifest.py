@@ -1,0 +1,111 @@
+"""A snapshot's description of itself: exactly what is expected, or a line that says what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.unit.snapshot.samples import MANIFEST
+from vmm_kvm.errors import SnapshotError
+from vmm_kvm.snapshot.manifest import MANIFEST_MAX, Boot, decode, encode
+from vmm_kvm.snapshot.objects import parse
+
+TEXT = encode(MANIFEST)
+FIELDS = json.loads(TEXT)
+HUGE = 1 << 70
+
+
+def changed(**fields: object) -> bytes:
+    """Return the sample's text with other fields."""
+    return json.dumps({**FIELDS, **fields}).encode()
+
+
+def test_it_reads_what_it_writes() -> None:
+    """A manifest comes back as it was, whether its optional parts are there or not."""
+    plain = MANIFEST._replace(
+        firmware=None, cdrom=None, disks=(), interfaces=(), uuid=bytes(range(16)), gid=7, uid=None
+    )
+    assert (decode(TEXT), decode(encode(plain))) == (MANIFEST, plain)
+
+
+def test_the_text_stays_as_it_is() -> None:
+    """Snapshots outlive programs: the text of a manifest is the one of the first version."""
+    assert TEXT.decode() == (
+        '{"format":[1,0],"name":"web","created_ns":1700000000000000000,'
+        '"host":{"kernel":"6.1.0","tsc_khz":2400000},'
+        '"cpuid":[[0,0,13,1970169159,1818588270,1231384169],'
+        "[1,0,526058,67584,4294586883,395049983],[7,0,0,43804591,64,0],[13,0,7,832,832,0],"
+        '[2147483649,0,0,0,289,739248128]],"owner":{"uid":1000,"gid":null},'
+        '"memory_size":3145728,"cpus":1,"regions":[[0,2097152],[4294967296,1048576]],'
+        '"state_size":148,"uuid":null,"serial":"","boot":{"image":null,"firmware":"bios",'
+        '"initrd":[],"append":null,"device":"disk"},'
+        '"firmware":{"name":"bios.bin","size":131072},'
+        '"disks":[{"path":"/vm/disk.qcow2","kind":"qcow2","size":1073741824,"serial":"serial",'
+        '"queues":2,"is_read_only":false,"is_private":false,"is_process":false}],'
+        '"cdrom":"/vm/install.iso","interfaces":[{"lladdr":"fe:e1:bb:d1:00:01","mtu":1500,'
+        '"queues":1,"is_local":false,"switch":"uplink","group":null,"rdomain":null,'
+        '"is_locked":false,"is_up":true,"text":""}],"has_console":false}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "manifest: not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"[" * 60_000, "manifest: not JSON: too deep"),
+        (b"\xff", "manifest: not JSON: 'utf-8' codec can't decode byte 0xff in position 0: "),
+        (b"[]", "manifest: not an object"),
+        (b" " * (MANIFEST_MAX + 1), "manifest: 65537 bytes, at most 65536 are possible"),
+        (b'{"format":[1,0],"format":[1,0]}', "manifest: not JSON: a field is there twice"),
+        (b'{"format":[1,0.5]}', "manifest: not JSON: a number that is no integer"),
+        (b'{"format":[1,NaN]}', "manifest: not JSON: a number that is no integer"),
+        (b'{"format":[1,' + b"9" * 50_000 + b"]}", "not JSON: a number of more than 64 bits"),
+        (changed(format=[2, 3]), "incompatible dump version: 2.3, this program reads 1.x"),
+        (changed(format=[1]), "manifest: format: not 2 numbers"),
+        (changed(more=1), "manifest: unknown field 'more'"),
+        (changed(name=None), "manifest: name: not a text of at most 63 characters"),
+        (changed(name="a\nb"), "manifest: name: not a text of at most 63 characters"),
+        (changed(cpus=0), "manifest: cpus: not a number from 1 to 64"),
+        (changed(cpus=True), "manifest: cpus: not a number from 1 to 64"),
+        (changed(memory_size=1 << 40), "manifest: memory_size: not a number from 1048576 to"),
+        (changed(regions=[[0, 4096]]), "manifest: regions: 4096 bytes of 3145728"),
+        (changed(regions=[[4096, 4096], [0, 4096]]), "regions: not ascending, empty or not page"),
+        (changed(regions=[[0, 1]]), "regions: not ascending, empty or not page aligned"),
+        (changed(regions=[[0, 0]] * 9), "manifest: regions: not a list of at most 8"),
+        (changed(state_size=1 << 40), "manifest: state_size: not a number from 0 to 134217728"),
+        (changed(uuid="00"), "manifest: uuid: not sixteen bytes"),
+        (changed(uuid="g" * 32), "manifest: uuid: not sixteen bytes"),
+        (changed(boot=None), "manifest: boot: not an object"),
+        (changed(disks=[{}]), "manifest: disks: no field 'path'"),
+        (changed(has_console=0), "manifest: has_console: neither true nor false"),
+        (changed(cpuid=[[0]]), "manifest: cpuid: not 6 numbers"),
+        (changed(cpuid=[[0, 0, 0, 0, 0, -1]]), "manifest: cpuid: not a number from 0 to"),
+        (changed(owner={"uid": 0}), "manifest: owner: no field 'gid'"),
+        (changed(owner={"uid": HUGE, "gid": None}), "a number of more than 64 bits"),
+    ],
+)
+def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
+    """Each fault of a manifest is one line that says where it is."""
+    with pytest.raises(SnapshotError) as caught:
+        decode(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_later_minor_version_may_have_more() -> None:
+    """Fields that a later minor version has added are passed over, and no others."""
+    later = changed(format=[1, 1], added=[1])
+    assert decode(later) == MANIFEST._replace(minor=1)
+
+
+def test_what_cannot_be_described_is_not_written() -> None:
+    """A machine with a path that no manifest can hold is refused when it is written."""
+    with pytest.raises(SnapshotError, match="boot: image: not a text of at most 4096 characters"):
+        encode(MANIFEST._replace(boot=Boot(image="line\nbreak")))
+
+
+def test_numbers_of_any_length_take_no_time() -> None:
+    """A number is not converted before its length is known."""
+    with pytest.raises(SnapshotError, match="more than 64 bits"):
+        parse(b"-" + b"1" * 1_000_000, "it")

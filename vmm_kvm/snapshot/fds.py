@@ -1,0 +1,146 @@
+"""A stream's ends as descriptors: pipes, sockets and files, none of which is waited for for ever.
+
+The other end may stop reading, or writing, and stay there; then the machine that stands still
+meanwhile is to go on. So no call blocks: poll(2) waits, for as long as the patience lasts.
+
+A pipe is written through an open file description that does not block; a socket by calls that do
+not; a file of a disk blocks, but comes back.
+"""
+
+import os
+import select
+import socket
+import stat
+from typing import Self
+
+from vmm_kvm.errors import SnapshotError
+
+_WRITE_MAX = 1 << 20
+
+
+class _End:
+    """A descriptor, and how long to wait for it; a context manager that closes it."""
+
+    def __init__(self, fd: int, patience_s: float) -> None:
+        self._fd = fd
+        self._patience_ms = int(patience_s * 1000)
+        self._is_socket = False
+        self._socket: socket.socket | None = None
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent."""
+        fd, self._fd = self._fd, -1
+        if self._socket:
+            self._socket.detach()
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _wait(self, events: int, what: str) -> None:
+        poll = select.poll()
+        poll.register(self._fd, events)
+        if not poll.poll(self._patience_ms):
+            raise SnapshotError(f"the other end has not {what} for {self._patience_ms / 1000:g} s")
+
+
+class FdSink(_End):
+    """Where a stream goes; owns the descriptor."""
+
+    def __init__(self, fd: int, patience_s: float) -> None:
+        """Take ownership of `fd`, and let it not block.
+
+        `patience_s` is how long it may take no byte, in seconds.
+
+        Raises:
+            SnapshotError: it is no pipe, socket or file.
+            OSError: it is closed.
+        """
+        super().__init__(fd, patience_s)
+        try:
+            mode = check_kind(fd)
+            if stat.S_ISSOCK(mode):
+                self._socket = socket.socket(fileno=fd)
+            elif stat.S_ISFIFO(mode):
+                os.set_blocking(fd, False)
+        except BaseException:
+            self.close()
+            raise
+        self._is_file = stat.S_ISREG(mode)
+
+    def write(self, data: bytes) -> None:
+        """Write all of `data`.
+
+        Raises:
+            SnapshotError: the other end takes nothing for too long.
+            OSError: it is gone, or a disk is full.
+        """
+        view = memoryview(data)
+        while view:
+            try:
+                if self._socket:
+                    count = self._socket.send(view[:_WRITE_MAX], socket.MSG_DONTWAIT)
+                else:
+                    count = os.write(self._fd, view[:_WRITE_MAX])
+            except BlockingIOError:
+                self._wait(select.POLLOUT, "read")
+                continue
+            view = view[count:]
+
+    def finish(self) -> None:
+        """Have what was written on the disk, where it is a file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._is_file:
+            os.fsync(self._fd)
+
+
+class FdSource(_End):
+    """Where a stream comes from; owns the descriptor."""
+
+    def __init__(self, fd: int, patience_s: float) -> None:
+        """Take ownership of `fd`; `patience_s` is how long nothing may come, in seconds.
+
+        Raises:
+            SnapshotError: it is no pipe, socket or file.
+            OSError: it is closed.
+        """
+        super().__init__(fd, patience_s)
+        try:
+            check_kind(fd)
+        except BaseException:
+            self.close()
+            raise
+
+    def readinto(self, view: memoryview) -> int:
+        """Read at least one byte into `view`; 0 at the end.
+
+        Raises:
+            SnapshotError: nothing comes for too long.
+            OSError: it cannot be read.
+        """
+        while True:
+            self._wait(select.POLLIN, "sent anything")
+            try:
+                return os.readv(self._fd, [view])
+            except BlockingIOError:  # another reader of it was faster
+                continue
+
+
+def check_kind(fd: int) -> int:
+    """Refuse a descriptor through which no machine can go; returns the mode of what it leads to.
+
+    Raises:
+        SnapshotError: it is no pipe, socket or regular file.
+        OSError: it is closed.
+    """
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        raise SnapshotError("not a pipe, socket or file")
+    return mode

@@ -1,0 +1,181 @@
+"""A machine in a file, from which it can be started any number of times.
+
+    header | manifest | state | zeros up to a multiple of 2 MiB | RAM
+
+RAM lies in the file as in memory, its zeros are holes, and it begins where a huge page can, so that
+it can be mapped. The header has the sha256 of manifest and state; RAM has none: to compute it would
+take longer than all else that a start from the file does.
+
+The file has its name only when it is complete, and is its owner's alone: it holds all of a guest's
+secrets.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import EISDIR, ENXIO, EOPNOTSUPP
+from typing import Self
+
+from vmm_kvm.bits import MIB, align_up
+from vmm_kvm.errors import SnapshotError
+from vmm_kvm.snapshot import manifest as manifests
+from vmm_kvm.snapshot.manifest import MANIFEST_MAX, STATE_MAX, Manifest
+from vmm_kvm.snapshot.ram import PIECE, Ram, place, runs
+from vmm_kvm.snapshot.stream import check_magic
+
+MAGIC = b"VMMKVM\0F"
+MEMORY_ALIGNMENT = 2 * MIB
+_HEAD = struct.Struct("<8sIIQQQ32s")
+_MODE = 0o600
+
+
+def write_file(path: str, manifest: Manifest, state: bytes, ram: Ram) -> None:
+    """Write a machine that stands still into a new file.
+
+    Raises:
+        SnapshotError: the machine cannot be described.
+        OSError: there is such a file, or it cannot be written: nothing is left of it then.
+    """
+    text = manifests.encode(manifest)
+    with _unnamed(path) as fd:
+        start = align_up(_HEAD.size + len(text) + len(state), MEMORY_ALIGNMENT)
+        os.ftruncate(fd, start + ram.size)
+        for offset, data in runs(ram):
+            _write(fd, data, start + offset)
+        digest = hashlib.sha256(text + state).digest()
+        head = _HEAD.pack(MAGIC, len(text), 0, len(state), start, ram.size, digest)
+        _write(fd, head + text + state, 0)
+        os.fsync(fd)
+
+
+@contextmanager
+def _unnamed(path: str) -> Iterator[int]:
+    """Open a new file that gets its name at the end, if there is no exception."""
+    directory, name = os.path.split(path)
+    temporary = ""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        fd = os.open(directory or ".", flags | os.O_TMPFILE, _MODE)
+    except OSError as err:
+        if err.errno not in {EOPNOTSUPP, EISDIR}:
+            raise
+        temporary = f"{directory or '.'}/.{name}.{os.getpid()}"
+        fd = os.open(temporary, flags | os.O_CREAT | os.O_EXCL, _MODE)
+    try:
+        yield fd
+        # With a directory, even one that is not looked at, the link of /proc is followed.
+        os.link(temporary or f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+    finally:
+        os.close(fd)
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary)  # noqa: PTH108 - the plainest way
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class SnapshotFile:
+    """A file that is open; a context manager that closes it."""
+
+    def __init__(self, fd: int) -> None:
+        """Take ownership of `fd`, and read everything but RAM.
+
+        Raises:
+            SnapshotError: it is no such file, or damaged.
+            OSError: it cannot be read.
+        """
+        self._fd = fd
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        size = os.fstat(self._fd).st_size
+        head = os.pread(self._fd, _HEAD.size, 0)
+        check_magic(head[: len(MAGIC)], MAGIC)
+        if len(head) < _HEAD.size:
+            raise SnapshotError("header: the file ends too early")
+        _, text_size, flags, state_size, start, ram_size, digest = _HEAD.unpack(head)
+        if flags or text_size > MANIFEST_MAX or state_size > STATE_MAX or start % MEMORY_ALIGNMENT:
+            raise SnapshotError("header: out of range")
+        if _HEAD.size + text_size + state_size > start or start + ram_size > size:
+            raise SnapshotError("header: the file ends too early")
+        text = self._pread(text_size, _HEAD.size)
+        self.state = self._pread(state_size, _HEAD.size + text_size)
+        """Of devices and vCPUs; what `state.decode` reads."""
+        if hashlib.sha256(text + self.state).digest() != digest:
+            raise SnapshotError("the checksum is wrong: the file is damaged")
+        self.manifest = manifests.decode(text)
+        if (self.manifest.state_size, self.manifest.memory_size) != (state_size, ram_size):
+            raise SnapshotError("header: manifest of another size")
+        self._start, self._end = start, start + ram_size
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise SnapshotError("header: the file ends too early")
+        return data
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def read_ram(self, ram: Ram) -> None:
+        """Read RAM, which is all zeros, from the file.
+
+        Raises:
+            SnapshotError: the file has become shorter.
+            OSError: it cannot be read.
+        """
+        for start, end in self._extents():
+            for at in range(start, end, PIECE):
+                offset = at - self._start
+                for region in ram.regions:
+                    self._read_piece(ram, region.offset, region.size, offset, min(PIECE, end - at))
+        if os.fstat(self._fd).st_size < self._end:  # what is missing would be zeros
+            raise SnapshotError("memory: the file ends too early")
+
+    def _read_piece(self, ram: Ram, first: int, room: int, offset: int, size: int) -> None:
+        """Read what of a piece lies in the region of `room` bytes that begins at `first`."""
+        start, end = max(first, offset), min(first + room, offset + size)
+        if start >= end:
+            return
+        view = place(ram, start, end - start)
+        assert view is not None
+        while view:
+            count = os.preadv(self._fd, [view], self._start + start)
+            if not count:
+                raise SnapshotError("memory: the file ends too early")
+            view, start = view[count:], start + count
+
+    def _extents(self) -> Iterator[tuple[int, int]]:
+        """Yield where the file has data of RAM."""
+        start = self._start
+        while start < self._end:
+            try:
+                data = os.lseek(self._fd, start, os.SEEK_DATA)
+            except OSError as err:
+                if err.errno != ENXIO:
+                    raise
+                return
+            if data >= self._end:
+                return
+            start = min(os.lseek(self._fd, data, os.SEEK_HOLE), self._end)
+            yield data, start

@@ -1,0 +1,208 @@
+"""A machine on its way through a pipe.
+
+    magic | u32 bytes of the manifest | manifest | state | records | end record | sha256
+
+Records are runs of RAM, ascending: raw, or compressed by zlib; what no record has is zeros. The
+sha256 is that of all before it. Until it was read, and found right, nothing of the machine may run:
+a stream that breaks off is no machine.
+
+Both ends are blocking here, as far as `Sink` and `Source` are: see `fds` for what waits, and how
+long. Everything that is read is treated as hostile: what is allocated is bounded by what has been
+received, and nothing is written outside RAM.
+"""
+
+import hashlib
+import struct
+import zlib
+from typing import Protocol
+
+from vmm_kvm.errors import SnapshotError
+from vmm_kvm.snapshot import manifest as manifests
+from vmm_kvm.snapshot.manifest import MANIFEST_MAX, Manifest
+from vmm_kvm.snapshot.ram import PIECE, Ram, place, runs
+
+MAGIC = b"VMMKVM\0S"
+"""How a stream begins; a file has an F instead of the S."""
+_HEAD = struct.Struct("<8sI")
+HEAD_SIZE = _HEAD.size
+_RECORD = struct.Struct("<BxxxIQQ")  # kind, bytes that follow, offset and size in RAM
+_END, _RAW, _ZLIB = 0, 1, 2
+_LEVEL = 1
+_WORTH_IT = 0.9  # of a run's size: else it travels as it is
+
+
+class Sink(Protocol):
+    """Where a stream goes."""
+
+    def write(self, data: bytes) -> None:
+        """Write all of it.
+
+        Raises:
+            OSError, SnapshotError: it cannot be written.
+        """
+
+
+class Source(Protocol):
+    """Where a stream comes from."""
+
+    def readinto(self, view: memoryview) -> int:
+        """Read at least one byte, and at most as many as there is room for; 0 at the end.
+
+        Raises:
+            OSError, SnapshotError: it cannot be read.
+        """
+
+
+def write_stream(
+    sink: Sink, manifest: Manifest, state: bytes, ram: Ram, *, compresses: bool = False
+) -> None:
+    """Write a machine that stands still.
+
+    Args:
+        sink: where to.
+        manifest: with the size of `state`.
+        state: what `state.encode` returns.
+        ram: read, but not changed.
+        compresses: runs that become smaller by it travel compressed.
+
+    Raises:
+        SnapshotError: the machine cannot be described.
+        OSError, SnapshotError: of `sink`.
+    """
+    digest = hashlib.sha256()
+
+    def write(data: bytes) -> None:
+        digest.update(data)
+        sink.write(data)
+
+    text = manifests.encode(manifest)
+    write(_HEAD.pack(MAGIC, len(text)) + text)
+    write(state)
+    for offset, data in runs(ram):
+        kind, body = _RAW, data
+        if compresses:
+            packed = zlib.compress(data, _LEVEL)
+            if len(packed) < len(data) * _WORTH_IT:
+                kind, body = _ZLIB, packed
+        write(_RECORD.pack(kind, len(body), offset, len(data)))
+        write(body)
+    write(_RECORD.pack(_END, 0, 0, 0))
+    sink.write(digest.digest())
+
+
+def check_magic(found: bytes, wanted: bytes) -> None:
+    """Refuse what does not begin as a snapshot does.
+
+    Raises:
+        SnapshotError: in OpenBSD's words.
+    """
+    if found != wanted:
+        raise SnapshotError("incompatible dump signature")
+
+
+class StreamReader:
+    """A stream, read in three steps: the beginning, the state, the RAM."""
+
+    def __init__(self, source: Source, text: bytes | None = None) -> None:
+        """Read the beginning, and not one byte behind the manifest.
+
+        With `text`, the manifest's, another reader has read that much of `source` already.
+
+        Raises:
+            SnapshotError: it is no stream.
+            OSError: of `source`.
+        """
+        self._source = source
+        if text is None:
+            magic, size = _HEAD.unpack(_exactly(source, HEAD_SIZE, "header"))
+            check_magic(magic, MAGIC)
+            if size > MANIFEST_MAX:
+                raise SnapshotError(f"manifest: {size} bytes, at most {MANIFEST_MAX} are possible")
+            text = _exactly(source, size, "manifest")
+        self.text = text
+        """Of the manifest."""
+        self.manifest = manifests.decode(text)
+        self._digest = hashlib.sha256(_HEAD.pack(MAGIC, len(text)) + text)
+
+    def read_state(self) -> bytes:
+        """Read the state that follows the manifest.
+
+        Raises:
+            SnapshotError: the stream ends before it.
+            OSError: of the source.
+        """
+        state = _exactly(self._source, self.manifest.state_size, "state")
+        self._digest.update(state)
+        return state
+
+    def read_ram(self, ram: Ram) -> None:
+        """Read the records that follow the state into RAM that is all zeros, and the sha256.
+
+        Raises:
+            SnapshotError: a record is out of place, or the stream breaks off, or is damaged: RAM
+                is of no use then.
+            OSError: of the source.
+        """
+        end = 0
+        while True:
+            head = _exactly(self._source, _RECORD.size, "memory")
+            self._digest.update(head)
+            kind, stored, offset, size = _RECORD.unpack(head)
+            if kind == _END:
+                if any(head):
+                    raise SnapshotError("memory: a record that is none")
+                break
+            if offset < end or not 0 < size <= PIECE:
+                raise SnapshotError(
+                    f"memory: a record of {size} bytes at {offset:#x}: out of place"
+                )
+            end = offset + size
+            view = place(ram, offset, size)
+            if view is None:
+                raise SnapshotError(f"memory: a record of {size} bytes at {offset:#x}: outside RAM")
+            self._read_record(kind, stored, view)
+        found = _exactly(self._source, self._digest.digest_size, "checksum")
+        if found != self._digest.digest():
+            raise SnapshotError("the checksum is wrong: the stream is damaged")
+
+    def _read_record(self, kind: int, stored: int, view: memoryview) -> None:
+        size = len(view)
+        if kind == _RAW and stored == size:
+            _fill(self._source, view, "memory")
+            self._digest.update(view)
+        elif kind == _ZLIB and 0 < stored < size:
+            body = _exactly(self._source, stored, "memory")
+            self._digest.update(body)
+            view[:] = _unpack(body, size)
+        else:
+            raise SnapshotError("memory: a record that is none")
+
+
+def _unpack(body: bytes, size: int) -> bytes:
+    """Unpack a run, of which no more than `size` bytes are ever made."""
+    unpacker = zlib.decompressobj()
+    try:
+        data = unpacker.decompress(body, size)
+    except zlib.error as err:
+        raise SnapshotError(f"memory: {err}") from err
+    if len(data) != size or not unpacker.eof or unpacker.unused_data:
+        raise SnapshotError("memory: a compressed record of another size")
+    return data
+
+
+def _exactly(source: Source, size: int, what: str) -> bytes:
+    """Read `size` bytes; room is made as they come, whatever a stream promises."""
+    data = bytearray()
+    while len(data) < size:
+        piece = bytearray(min(PIECE, size - len(data)))
+        _fill(source, memoryview(piece), what)
+        data += piece
+    return bytes(data)
+
+
+def _fill(source: Source, view: memoryview, what: str) -> None:
+    while view:
+        count = source.readinto(view)
+        if not count:
+            raise SnapshotError(f"{what}: the stream ends too early")
+        view = view[count:]
