@@ -1,8 +1,9 @@
 """The command line: read by the table of verbs, and done by the function of the verb.
 
-Options come before operands and end at the first of these, as getopt(3) has it. Nothing is imported
-but what the one verb needs: typer shows help on a terminal, where a person reads it, and knows the
-same table (`vmctl.declaration`); tests hold both readings of a command line against each other.
+Options come before operands or behind them, as tools for OpenBSD before 6.5 write them (`start web
+-c`), and end at `--`. Nothing is imported but what the one verb needs: typer shows help on a
+terminal, where a person reads it, and knows the same table (`vmctl.declaration`); tests hold both
+readings of a command line against each other.
 
 Source: section 3.1 of OpenBSD's behaviour.
 """
@@ -125,11 +126,14 @@ def read_options(verb: Verb, words: Sequence[str]) -> tuple[Values | None, list[
     """
     known = {option.name: option for option in verb.options}
     values: Values = {}
-    rest = list(words)
-    while rest and rest[0].startswith("-") and rest[0] != "-":
+    rest, operands = list(words), []
+    while rest:
         word = rest.pop(0)
         if word == "--":
             break
+        if word == "-" or not word.startswith("-"):
+            operands.append(word)
+            continue
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             option = _option(verb, name, known)
@@ -149,7 +153,7 @@ def read_options(verb: Verb, words: Sequence[str]) -> tuple[Values | None, list[
                 _set(values, option, letters)
                 break
             _set(values, option, _value(verb, option, rest))
-    return values, rest
+    return values, operands + rest
 
 
 def _option(verb: Verb, name: str, known: Mapping[str, Option]) -> Option | None:

@@ -12,7 +12,7 @@ import typer
 
 from vmctl.verbs import VERBS, Option, Verb
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "allow_interspersed_args": False}
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
 Perform = Callable[[Verb, dict[str, object]], None]
 """What is done with a verb and what was given: options by field, and `words`."""
 

@@ -130,10 +130,17 @@ def step(vm: VmState, event: Event, now: float) -> Step:
 # Requests
 
 
+def why_already(phase: Phase) -> str:
+    """Return what there is to say of a VM that is not idle when it is to start.
+
+    That it runs the code says already, whose line tools expect to be the last.
+    """
+    return "the VM is stopping" if phase is Phase.STOPPING else ""
+
+
 def _start(vm: VmState, ticket: Ticket | None, now: float) -> Step:
     if vm.phase not in IDLE:
-        problem = "the VM is stopping" if vm.phase is Phase.STOPPING else "the VM is running"
-        return vm, _failed(ticket, ErrorCode.EALREADY, problem)
+        return vm, _failed(ticket, ErrorCode.EALREADY, why_already(vm.phase))
     if ticket is None and vm.phase is Phase.STOPPED:  # started or stopped by hand meanwhile
         return vm, ()
     vm, is_allowed = _count_start(vm, now)

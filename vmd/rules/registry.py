@@ -256,7 +256,7 @@ class Registry:
             if not self._users.may(uid, vm.config.owner):
                 return Denied(ErrorCode.EPERM, "the VM is not yours")
             if vm.state.phase not in IDLE:
-                return Denied(ErrorCode.EALREADY, "the VM is running")
+                return Denied(ErrorCode.EALREADY, lifecycle.why_already(vm.state.phase))
             if wanted.given != ({Right.BOOT} if passed else set()):
                 return Denied(ErrorCode.EALREADY, "there is such a VM, which is as it is")
             vm.passed, vm.passed_is_lasting = passed, False

@@ -109,3 +109,13 @@ def test_values_joined_and_not() -> None:
         {"local": 2, "console": True, "switches": ("a", "b")},
         ["x"],
     )
+
+
+def test_options_behind_operands() -> None:
+    """Tools for old releases of OpenBSD write the name first; what follows -- is no option."""
+    wanted = {"boot": ("kernel",), "console": True}
+    for line in ("web -b kernel -c", "-b kernel web -c", "-b kernel -c -- web"):
+        words = ["start", *line.split()]
+        assert _by_us(words) == _by_typer(words) == ("start", wanted, ["web"])
+    words = ["wait", "web", "--", "-c"]
+    assert _by_us(words) is None
