@@ -85,6 +85,7 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/mutate_configs.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/mutate_snapshots.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_local.py --count $(or $(COUNT),300000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/fuzz_agentx.py --count $(or $(COUNT),100000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_vhost_user.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/fuzz_net.py --count $(or $(COUNT),10000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/hostile_clients.py --count $(or $(COUNT),100000) --seed $(SEED)

@@ -49,6 +49,8 @@ packages='
     python3-venv        makes .venv
     seabios             firmware
     systemd             runs the units of vmd
+    snmp                snmpget and snmpwalk, for the tests of agentx
+    snmpd               the SNMP agent that vmd is a part of
     syslinux-common     isolinux needs it
     tcpdump             captures inside guests and outside, which are compared
     xorriso             makes CD-ROM images

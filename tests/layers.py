@@ -235,6 +235,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.wire",
         "vmd.shared",
     ),
+    "vmd.agentx": (
+        "vmm_kvm.clock",
+        "vmm_kvm.log",
+        "vmm_kvm.loop",
+        "vmd.wire",
+        "vmd.shared",
+    ),
     "vmd.vmm": ("vmm_kvm.clock", "vmm_kvm.log", "vmm_kvm.loop", "vmd.wire", "vmd.shared"),
     "vmd.zygote": ("vmm_kvm.log", "vmd.wire", "vmd.shared"),
     "vmd.zygote.warm": (
@@ -285,6 +292,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmd.options": (),
     "vmd.children": (
+        "vmm_kvm.version",
         "vmm_kvm.log",
         "vmm_kvm.loop",
         "vmm_kvm.kvm",
@@ -294,6 +302,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.control",
         "vmd.priv",
         "vmd.local",
+        "vmd.agentx",
         "vmd.vmm",
         "vmd.zygote",
         "vmd.zygote.warm",

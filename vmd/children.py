@@ -24,6 +24,7 @@ from vmd.confine.sandbox import (
 from vmd.confine.seccomp import compile_filter
 from vmd.shared import log as logging
 from vmd.shared.privsep import Plan, spawn
+from vmd.wire.agentx import AGENTX_AND_PARENT
 from vmd.wire.channel import Channel
 from vmd.wire.files import OPENER_AND_PARENT, OpenerToParent, OpenFiles
 from vmd.wire.internal import (
@@ -37,6 +38,7 @@ from vmd.wire.internal import (
 from vmd.zygote.warm.entry import WARMING_PATIENCE_S, Warmth, warm_up
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
+from vmm_kvm.version import version
 
 if TYPE_CHECKING:
     from vmm_kvm.kvm.system import Kvm
@@ -232,3 +234,21 @@ def local_plan(identity: Identity | None) -> Plan:
             local.close()
 
     return Plan(Kind.LOCAL, body)
+
+
+def agentx_plan(identity: Identity | None) -> Plan:
+    """Return how to make an agentx process, which answers the host's SNMP agent."""
+
+    def body(connection: socket.socket) -> None:
+        from vmd.agentx.process import Agentx  # noqa: PLC0415 - see the module's docstring
+
+        release = version()
+        confine(CONFINEMENTS[Kind.AGENTX], identity)
+        with followed(EventLoop()) as loop:
+            parent = Channel(connection, AGENTX_AND_PARENT)
+            agentx = Agentx(loop, parent, release)
+            parent.watch(loop, agentx.take, lambda _: loop.stop())
+            loop.run()
+            agentx.close()
+
+    return Plan(Kind.AGENTX, body)

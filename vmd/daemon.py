@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from vmd.children import control_plan, local_plan, opener_plan, priv_plan, vmm_plan
+from vmd.children import agentx_plan, control_plan, local_plan, opener_plan, priv_plan, vmm_plan
 from vmd.config.check import parse_macro
 from vmd.config.host import SystemHost
 from vmd.config.model import Owner
@@ -35,7 +35,7 @@ from vmd.parent.listener import ListenerError, default_owner, listen, present_ow
 from vmd.parent.networks import Networks
 from vmd.parent.openers import Openers
 from vmd.parent.passt_networks import PasstNetworks
-from vmd.parent.process import Parent
+from vmd.parent.process import ON_DEMAND, Parent
 from vmd.parent.service import Notifier, ServiceError, inherited_socket
 from vmd.parent.tap_networks import TapNetworks
 from vmd.parent.terminal_watch import TerminalWatch
@@ -54,8 +54,8 @@ _SHUTDOWN_NS = 40 * NANOSECONDS
 """How long the processes of VMs may take to end; disks may have much to write back."""
 _ORPHANS_NS = 30 * NANOSECONDS
 _FILES_MAX = 65536
-_EXPOSED = frozenset({Kind.CONTROL, Kind.LOCAL})
-"""Processes that read what clients and guests say: whatever they make of one, VMs go on."""
+_EXPOSED = frozenset({Kind.CONTROL, Kind.LOCAL, Kind.AGENTX})
+"""Processes that read what others say: whatever those make of one, VMs go on."""
 _READY = b"\0"
 _KVM = "/dev/kvm"
 
@@ -203,13 +203,16 @@ class Daemon:
             PasstNetworks() if is_user else TapNetworks(loop, setting.socket_path)
         )
         self._openers = Openers(loop, setting.settings.users, opener_plan)
-        self._parent = Parent(loop, setting.settings, self._networks, self._openers, terminals)
+        self._parent = Parent(
+            loop, setting.settings, self._networks, self._openers, terminals, start=self._spawn
+        )
         self._verbosity = verbosity
         self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.identity),
             Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity, setting.warmth),
             Kind.PRIV: priv_plan(setting.identity),
             Kind.LOCAL: local_plan(setting.identity),
+            Kind.AGENTX: agentx_plan(setting.identity),
         }
         self._pids: dict[int, Kind] = {}
         self._restarts = Restarts(loop)
@@ -240,7 +243,8 @@ class Daemon:
         if advice := landlock.missing():
             log.warning("%s", advice)
         for kind in self._parent.peers:
-            self._spawn(kind)
+            if kind not in ON_DEMAND:
+                self._spawn(kind)
         self._parent.set_verbosity(self._verbosity)
         if not self._parent.configure():
             self._notifier.notify("READY=1\nSTATUS=Running")

@@ -62,6 +62,7 @@ class Kind(StrEnum):
     CONTROL = "control"
     PRIV = "priv"
     LOCAL = "local"
+    AGENTX = "agentx"
     VMM = "vmm"
     ZYGOTE = "zygote"
     VM = "vm"
@@ -293,6 +294,9 @@ CONFINEMENTS = {
         # The sockets of many interfaces, and their questions.
         (*_NO_CORE, (resource.RLIMIT_NOFILE, 16384)),
         is_isolated=False,
+    ),
+    Kind.AGENTX: Confinement(
+        Filter((*_BASE,), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 64))
     ),
     Kind.VMM: Confinement(
         Filter((*_BASE, *_VMM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 65536))

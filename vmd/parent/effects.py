@@ -168,6 +168,11 @@ class Effects:
         self._on_idle: Callable[[], None] | None = None
 
     @property
+    def inquiries(self) -> Inquiries:
+        """What asks VM processes for statistics."""
+        return self._inquiries
+
+    @property
     def running(self) -> frozenset[int]:
         """The ids of VMs that vmm knows."""
         return frozenset(self._launched)

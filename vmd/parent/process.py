@@ -13,6 +13,7 @@ from typing import assert_never
 
 from vmd.config.model import Config, Staggered, VmConfig
 from vmd.confine.confinements import Kind
+from vmd.parent.agentx import Questions, SnmpAgent
 from vmd.parent.client_users import ClientUsers
 from vmd.parent.clients import Clients
 from vmd.parent.clock import SystemClock
@@ -24,10 +25,13 @@ from vmd.parent.openers import Openers
 from vmd.parent.passed import open_client_files
 from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.resources import Host, open_resources
+from vmd.parent.status import StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
-from vmd.rules.registry import Action, Operate, Registry
+from vmd.rules.registry import Action, List, Operate, Registry
+from vmd.rules.vm_state import Ticket
 from vmd.shared import log as logging
 from vmd.shared.kernels import KernelStore
+from vmd.wire.agentx import VmRow
 from vmd.wire.channel import Fds
 from vmd.wire.internal import PARENT_AND_VMM, LookAtTerminal, ParentToVmm, SetLinks, VmmToParent
 from vmd.wire.messages import (
@@ -42,12 +46,16 @@ from vmd.wire.messages import (
     Reload,
     Reset,
     ResetMode,
+    Status,
+    Vms,
 )
 from vmm_kvm.log import Log as Logger
 from vmm_kvm.loop import EventLoop
 
 log = Logger(__name__)
 
+ON_DEMAND = frozenset({Kind.AGENTX})
+"""The peers whose processes are started when a configuration needs them."""
 STAGGER_DELAY_S = 30
 """Between two batches of starting VMs, unless the configuration says otherwise."""
 
@@ -62,8 +70,14 @@ class Parent:
         networks: Networks,
         openers: Openers,
         terminals: TerminalWatch,
+        *,
+        start: Callable[[Kind], None],
     ) -> None:
-        """Begin without VMs and processes; all that is handed in stays the caller's."""
+        """Begin without VMs and processes; all that is handed in stays the caller's.
+
+        `start` starts a process that not every configuration needs, one of `ON_DEMAND`.
+        """
+        self._loop = loop
         self._networks = networks
         self._settings = settings
         staggered = Staggered(os.cpu_count() or 1, STAGGER_DELAY_S)
@@ -88,9 +102,12 @@ class Parent:
             operate=self._operate,
         )
         self._effects = Effects(loop, self._registry, means)
+        questions = Questions(self._ask_rows, lambda: start(Kind.AGENTX))
+        self._snmp_agent = SnmpAgent(loop, questions)
         self.peers: Mapping[Kind, AnyPeer] = {
             Kind.CONTROL: self._clients.control,
             Kind.VMM: vmm,
+            Kind.AGENTX: self._snmp_agent.peer,
             **networks.peers,
         }
         """The processes that it needs; whoever starts one says so to its peer."""
@@ -134,6 +151,7 @@ class Parent:
         self._registry.staggered = config.staggered or self._default_staggered
         self._registry.limits = config.limits
         self._networks.configure(config)
+        self._snmp_agent.configure(config.agentx)
         self._register(config)
         return ()
 
@@ -159,6 +177,20 @@ class Parent:
     def shut_down(self, on_idle: Callable[[], None]) -> None:
         """End all VMs; `on_idle` is called once, when none is left."""
         self._effects.end_all(on_idle)
+
+    # What the SNMP agent asks
+
+    def _ask_rows(self, answer: Callable[[list[VmRow]], None]) -> None:
+        vms = self._registry.vms
+        enabled = {vm.id for vm in vms if vm.config.is_enabled and vm.state.is_from_config}
+
+        def told(parts: list[AnyAnswer]) -> None:
+            shown = [vm for part in parts if isinstance(part, Vms) for vm in part.vms]
+            answer([VmRow(vm=vm, is_enabled=vm.id in enabled) for vm in shown])
+
+        asked = List(Ticket(client=0, serial=0), Status(serial=0), vms)
+        question = StatusQuestion(self._loop, asked, self._effects.inquiries, told, lambda _vm: ())
+        question.ask(self._effects.running)
 
     # What administrators ask
 

@@ -125,7 +125,10 @@ class Rig:
             host=SystemHost("/"),
         )
         openers = Openers(loop, settings.users, opener_plan)
-        self.parent = Parent(loop, settings, self.networks, openers, self.terminals)
+        self.started: list[Kind] = []
+        self.parent = Parent(
+            loop, settings, self.networks, openers, self.terminals, start=self.started.append
+        )
         self.killed: list[Kind] = []
         self.control: Far[ControlToParent, ParentToControl] = Far(loop, CONTROL_AND_PARENT)
         self.vmm: Far[VmmToParent, ParentToVmm] = Far(loop, VMM_AND_PARENT)

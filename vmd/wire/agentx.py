@@ -1,0 +1,59 @@
+"""What the parent and the agentx process say to each other: VMs for the host's SNMP agent."""
+
+from typing import Annotated
+
+import msgspec
+
+from vmd.wire.encoding import Wire, WireEncoding
+from vmd.wire.internal import TEXT_MAX, Internal, SetVerbosity
+from vmd.wire.messages import Part, VmInfo
+
+
+class VmRow(Part, frozen=True, kw_only=True):
+    """A VM in the table."""
+
+    vm: VmInfo
+    is_enabled: bool
+    """The daemon starts it by itself."""
+
+
+class SetSession(Internal, frozen=True, kw_only=True):
+    """Be a sub-agent in this context; it is the default one if it is empty.
+
+    `path`, for messages, is where the master agent listens; empty: be none.
+    """
+
+    path: str
+    context: str
+
+
+class Connected(Internal, frozen=True, kw_only=True):
+    """The connection to the master agent comes along."""
+
+
+class NotConnected(Internal, frozen=True, kw_only=True):
+    """There is none; `message` is one line."""
+
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+
+
+class VmTable(Internal, frozen=True, kw_only=True):
+    """The VMs there are, as many as one message holds; another follows if there are more."""
+
+    rows: tuple[VmRow, ...]
+    has_more: bool
+
+
+class Connect(Internal, frozen=True, kw_only=True):
+    """Connect with the master agent: answered by Connected or NotConnected."""
+
+
+class AskVms(Internal, frozen=True, kw_only=True):
+    """Ask for the VMs, one question at a time: answered by VmTable."""
+
+
+ParentToAgentx = SetSession | Connected | NotConnected | VmTable | SetVerbosity
+AgentxToParent = Connect | AskVms
+
+PARENT_AND_AGENTX: Wire[ParentToAgentx, AgentxToParent] = Wire(AgentxToParent, WireEncoding.MSGPACK)
+AGENTX_AND_PARENT: Wire[AgentxToParent, ParentToAgentx] = Wire(ParentToAgentx, WireEncoding.MSGPACK)
