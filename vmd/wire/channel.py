@@ -182,10 +182,13 @@ class Fds:
         """Let each be taken by its index in `places` instead, which are all others' no longer.
 
         Raises:
-            MalformedError: there are not as many places, or one is no index of a descriptor.
+            MalformedError: there are not as many places as descriptors that nobody has taken, or
+                one is no index of a descriptor.
+            DescriptorsLostError: they are lost.
         """
-        if len(self) != len(places) or not all(0 <= place < FDS_MAX for place in places):
-            raise MalformedError(f"{len(self)} descriptors for {len(places)} places")
+        self.check()
+        if len(self.left) != len(places) or not all(0 <= place < FDS_MAX for place in places):
+            raise MalformedError(f"{len(self.left)} descriptors for {len(places)} places")
         found = dict(zip(places, self.take_all(), strict=True))
         self._fds = [found.get(place) for place in range(FDS_MAX)]
 

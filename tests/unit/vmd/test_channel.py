@@ -145,6 +145,18 @@ def test_places_that_do_not_fit_are_refused(places: tuple[int, ...]) -> None:
         fds.spread(places)
 
 
+def test_descriptors_that_are_not_there_have_no_places() -> None:
+    """What is lost or has been taken cannot be spread, which is told as for any other."""
+    with Fds(are_lost=True) as lost, pytest.raises(DescriptorsLostError):
+        lost.spread((0,))
+    with Fds([_pipe_end(), _pipe_end()]) as fds:
+        os.close(fds.take(0))
+        with pytest.raises(MalformedError, match="1 descriptors for 2 places"):
+            fds.spread((0, 1))
+        fds.spread((7,))
+        assert fds.places == [7]
+
+
 def test_the_end_is_told(pair: tuple[Client, Daemon]) -> None:
     """A peer that has closed can neither be read nor written."""
     client, daemon = pair
