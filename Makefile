@@ -1,6 +1,7 @@
-# `make help` lists the targets. SEED and COUNT are for the campaigns.
+# `make help` lists the targets. SEED, COUNT and SECONDS are for the campaigns.
 SEED ?= 1
 COUNT ?=
+SECONDS ?= 60
 PYTHON = .venv/bin/python
 PYTEST = .venv/bin/pytest
 # For `make install`.
@@ -77,6 +78,7 @@ soak-guests: setup ## Kill what carries the traffic of Linux guests, COUNT (3) t
 	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/kill_guests.py --count $(or $(COUNT),3)
 
 fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
+	$(PYTHON) -m tests.fuzz.harness --seconds $(SECONDS) --count $(or $(COUNT),1000) --seed $(SEED)
 	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \
 	    --timeout 3600 tests/unit/boot
 	$(PYTHON) tests/campaigns/hostile_guest.py --seed $(SEED)
