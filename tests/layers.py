@@ -86,7 +86,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmm_kvm.arch.x86.layout": ("vmm_kvm.bits",),
     "vmm_kvm.net": ("vmm_kvm.errors", "vmm_kvm.limits"),
-    "vmm_kvm.scsi": (),
+    "vmm_kvm.scsi": ("vmm_kvm.errors", "vmm_kvm.state"),
     "vmm_kvm.devices": (
         "vmm_kvm.errors",
         "vmm_kvm.state",
@@ -124,6 +124,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.virtio.vhost_user": (
         "vmm_kvm.text",
         "vmm_kvm.errors",
+        "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.log",
         "vmm_kvm.limits",
@@ -151,6 +152,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmm_kvm.machine": (
         "vmm_kvm.errors",
+        "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.clock",
         "vmm_kvm.log",

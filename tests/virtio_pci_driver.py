@@ -53,6 +53,10 @@ class FakeLine:
         else:
             self.held += 1
 
+    def is_pending(self) -> bool:
+        """Tell whether anything is held back."""
+        return self.held > 0
+
 
 class PinLine(RecordingIrqLine):
     """An IrqLine on which one can wait for the next rise."""

@@ -14,10 +14,9 @@ digits in JSON; those of type `Blob` are left out of it and stay bytes.
 import enum
 import functools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import (
     Annotated,
-    Generic,
     Literal,
     NamedTuple,
     Protocol,
@@ -78,20 +77,26 @@ class Stateful(Protocol[S]):
         """
 
 
-class Part(Generic[S]):
-    """A part under the name that its state has."""
+class Part:
+    """A part under the name that its state has in the state of its machine."""
 
-    __slots__ = ("device", "kind", "name")
+    __slots__ = ("_restore", "_save", "device", "name")
 
     def __init__(self, name: str, device: Stateful[S]) -> None:
         """Name `device`; the annotation of its `save` says what kind of record it has."""
         self.name = name
-        self.device = device
-        self.kind: type[S] = record_type(device)
+        self.device: object = device
+        kind = record_type(device)
+
+        def restore(fields: object, blobs: Mapping[str, bytes]) -> None:
+            device.restore(decode(kind, fields, blobs))
+
+        self._save: Callable[[], Record] = device.save
+        self._restore = restore
 
     def save(self) -> "tuple[dict[str, Json], dict[str, bytes]]":
         """Return the state for JSON, and its blobs by their fields' names."""
-        return encode(self.device.save())
+        return encode(self._save())
 
     def restore(self, fields: object, blobs: Mapping[str, bytes]) -> None:
         """Continue from what `save` returned, which may come from anywhere.
@@ -99,9 +104,8 @@ class Part(Generic[S]):
         Raises:
             StateError: it is no state of this part.
         """
-        state = decode(self.kind, fields, blobs, self.name)
         try:
-            self.device.restore(state)
+            self._restore(fields, blobs)
         except StateError as err:
             raise StateError(f"{self.name}: {err}") from err
 
@@ -125,17 +129,13 @@ def encode(record: Record) -> "tuple[dict[str, Json], dict[str, bytes]]":
     return fields, blobs
 
 
-def decode(
-    kind: type[T], fields: object, blobs: Mapping[str, bytes] | None = None, name: str = "state"
-) -> T:
+def decode(kind: type[T], fields: object, blobs: Mapping[str, bytes] | None = None) -> T:
     """Return the record of type `kind` of what `encode` returned, or of anything else.
-
-    `name` begins the text of an error.
 
     Raises:
         StateError: it is no such record.
     """
-    record = _decode_record(kind, fields, blobs or {}, name)
+    record = _decode_record(kind, fields, blobs or {}, "")
     assert isinstance(record, kind), "made of it"
     return record
 
@@ -167,16 +167,16 @@ def _decode_record(
 ) -> tuple[object, ...]:
     hints = _fields(kind)
     if not isinstance(fields, dict):
-        raise StateError(f"{name}: no object")
+        raise StateError(f"{name}no object")
     wanted = {field for field, hint in hints.items() if hint is not Blob}
     if fields.keys() != wanted:
         odd = min(map(str, fields.keys() ^ wanted))
-        raise StateError(f"{name}: {odd!r:.64} is {'missing' if odd in wanted else 'not known'}")
+        raise StateError(f"{name}{odd!r:.64} is {'missing' if odd in wanted else 'not known'}")
     if blobs.keys() != hints.keys() - wanted:
         odd = min(blobs.keys() ^ (hints.keys() - wanted))
-        raise StateError(f"{name}: blob {odd!r:.64} is missing or not known")
+        raise StateError(f"{name}blob {odd!r:.64} is missing or not known")
     values = {
-        field: blobs[field] if hint is Blob else _decode(hint, fields[field], f"{name}: {field}")
+        field: blobs[field] if hint is Blob else _decode(hint, fields[field], f"{name}{field}: ")
         for field, hint in hints.items()
     }
     record: tuple[object, ...] = kind(**values)
@@ -193,25 +193,25 @@ def _decode(hint: object, value: object, name: str) -> object:
         if isinstance(limit, Range):
             assert isinstance(found, int), "an int has a range"
             if not limit.low <= found <= limit.high:
-                raise StateError(f"{name}: {found} is not {limit.low} to {limit.high}")
+                raise StateError(f"{name}{found} is not {limit.low} to {limit.high}")
         elif isinstance(limit, Length):
             assert isinstance(found, str | bytes | tuple | frozenset), "it has a length"
             if not limit.low <= len(found) <= limit.high:
-                raise StateError(f"{name}: {len(found)} long, not {limit.low} to {limit.high}")
+                raise StateError(f"{name}{len(found)} long, not {limit.low} to {limit.high}")
     return found
 
 
 def _decode_plain(hint: object, value: object, name: str) -> object:
     if hint is bool or hint is int or hint is str:
         if type(value) is not hint:
-            raise StateError(f"{name}: not of type {hint.__name__}")
+            raise StateError(f"{name}not of type {hint.__name__}")
         return value
     if hint is bytes:
         return _bytes(value, name)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if type(value) not in {int, str} or value not in arguments:
-            raise StateError(f"{name}: not {' or '.join(map(str, arguments))}")
+            raise StateError(f"{name}not {' or '.join(map(str, arguments))}")
         return value
     if origin in {Union, types.UnionType}:
         if value is None:
@@ -223,7 +223,7 @@ def _decode_plain(hint: object, value: object, name: str) -> object:
     assert isinstance(hint, type), f"a field of type {hint}"
     if issubclass(hint, enum.IntEnum):
         if type(value) is not int or value not in {int(member) for member in hint}:
-            raise StateError(f"{name}: no such {hint.__name__}")
+            raise StateError(f"{name}no such {hint.__name__}")
         return hint(value)
     return _decode_record(hint, value, {}, name)
 
@@ -232,16 +232,16 @@ def _decode_items(
     origin: type, arguments: tuple[object, ...], value: object, name: str
 ) -> tuple[object, ...] | frozenset[object]:
     if not isinstance(value, list):
-        raise StateError(f"{name}: no list")
+        raise StateError(f"{name}no list")
     hints: Iterable[object]
     if origin is frozenset or arguments[-1] is Ellipsis:
         hints = (arguments[0] for _ in value)
     elif len(value) != len(arguments):
-        raise StateError(f"{name}: {len(value)} long, not {len(arguments)}")
+        raise StateError(f"{name}{len(value)} long, not {len(arguments)}")
     else:
         hints = arguments
     items: Iterator[object] = (
-        _decode(hint, item, f"{name}[{number}]")
+        _decode(hint, item, f"{name}{number}: ")
         for number, (hint, item) in enumerate(zip(hints, value, strict=True))
     )
     return frozenset(items) if origin is frozenset else tuple(items)
@@ -255,4 +255,4 @@ def _bytes(value: object, name: str) -> bytes:
             data = None
         if data is not None and 2 * len(data) == len(value):
             return data
-    raise StateError(f"{name}: no hexadecimal digits")
+    raise StateError(f"{name}no hexadecimal digits")

@@ -86,7 +86,7 @@ def test_a_state_survives_json() -> None:
         ({"inner": {"at": 256, "name": ""}}, "chip: inner: at: 256 is not 0 to 255"),
         ({"inner": {"at": 0}}, "chip: inner: 'name' is missing"),
         ({"inner": [0, ""]}, "chip: inner: no object"),
-        ({"pending": [1, 999]}, "chip: pending[1]: 999 is not 0 to 255"),
+        ({"pending": [1, 999]}, "chip: pending: 1: 999 is not 0 to 255"),
         ({"items": {}}, "chip: items: no list"),
         ({"pair": [1]}, "chip: pair: 1 long, not 2"),
         ({"pair": [13, True]}, "chip: pair: 13"),

@@ -68,6 +68,26 @@ class KvmMsiLine:
         """Write the eventfd."""
         os.eventfd_write(self.fd, _EDGE)
 
+    def is_pending(self) -> bool:
+        """Tell whether it was written while there was no message; while nothing else reads it."""
+        try:
+            count = os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return False
+        os.eventfd_write(self.fd, count)
+        return True
+
+    def flush(self) -> None:
+        """Return when every message that was sent has reached its vCPU's local APIC.
+
+        Raises:
+            KvmError: the VM is closed.
+        """
+        if self._is_bound:
+            vm = self._eventfds.vm
+            vm.remove_irqfd(self.fd, self.gsi)
+            vm.irqfd(self.fd, self.gsi)
+
 
 class EventFds:
     """The event fds of a VM and the routes of its interrupts; a context manager.
@@ -86,14 +106,14 @@ class EventFds:
         self._fixed = tuple(routes)
         self._messages: dict[int, MsiRoute] = {}
         self._next_gsi = first_gsi
-        self._fds: list[int] = []
+        self._lines: list[KvmMsiLine] = []
         vm.set_gsi_routing(self._fixed)
 
     def close(self) -> None:
         """Close the lines' eventfds; KVM forgets them. Idempotent."""
-        fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
+        lines, self._lines = self._lines, []
+        for line in lines:
+            os.close(line.fd)
 
     def __enter__(self) -> Self:
         return self
@@ -109,10 +129,22 @@ class EventFds:
         """
         with self._lock:
             fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._fds.append(fd)
             gsi = self._next_gsi
             self._next_gsi += 1
-            return KvmMsiLine(self, fd, gsi)
+            line = KvmMsiLine(self, fd, gsi)
+            self._lines.append(line)
+            return line
+
+    def flush(self) -> None:
+        """Return when every message that was sent has reached its vCPU's local APIC.
+
+        While nothing sends more, and before the local APICs are read.
+
+        Raises:
+            KvmError: the VM is closed.
+        """
+        for line in self._lines:
+            line.flush()
 
     def set_route(self, route: MsiRoute) -> None:
         """Let a line's GSI send another message; called by the line.

@@ -6,19 +6,21 @@ makes a new Machine: nothing of the old one can be left over.
 """
 
 import ctypes
-import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Self
+from mmap import mmap
+from typing import TYPE_CHECKING, Self
 
 from vmm_kvm import primitives
 from vmm_kvm.arch.x86 import layout
-from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables, loader_files
+from vmm_kvm.arch.x86.acpi import AcpiConfig, AcpiTables, build_tables, loader_files
 from vmm_kvm.arch.x86.e820 import encode, firmware_e820_map
+from vmm_kvm.arch.x86.entry import Entry
 from vmm_kvm.arch.x86.entry_state import load_entry
 from vmm_kvm.arch.x86.image import BootConfig, FirmwareImage, load
-from vmm_kvm.arch.x86.smbios import build_smbios, name_uuid
+from vmm_kvm.arch.x86.kvm_state import ClockPolicy, KvmRecord
+from vmm_kvm.arch.x86.smbios import SmbiosTables, build_smbios, name_uuid
 from vmm_kvm.boot.cache import default_directory
 from vmm_kvm.bus import Bus
 from vmm_kvm.clock import Clock
@@ -30,6 +32,7 @@ from vmm_kvm.devices.i8042 import I8042Reset
 from vmm_kvm.devices.mc146818 import Mc146818
 from vmm_kvm.devices.port92 import Port92
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
+from vmm_kvm.devices.rom import Rom
 from vmm_kvm.devices.uart16550 import Uart16550
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
@@ -55,7 +58,11 @@ from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.primitives import VmInfo, Vmm
+from vmm_kvm.state import Part
 from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, check_vcpus
+
+if TYPE_CHECKING:
+    from vmm_kvm.devices.pflash import Pflash
 
 log = Log(__name__)
 
@@ -92,8 +99,13 @@ class Machine:
         transmit: Callable[[bytes], None],
         on_receive_room: Callable[[], None],
         on_outcome: Callable[[Outcome], None],
+        is_restored: bool = False,
     ) -> None:
         """Build the machine and load its image; no vCPU runs yet.
+
+        With `is_restored` it is made for `machine.state.restore`: no image is loaded, nothing is
+        set up for a guest, and it stands paused. Of the image only the place and size of firmware
+        count. Its owner fills RAM, restores the state, calls `start`, and `resume`.
 
         Raises:
             RefusedError: vmm(4) refuses it: too many vCPUs, too much memory, or a name too long.
@@ -136,20 +148,7 @@ class Machine:
                 [(region.gpa, region.size) for region in self.memory.regions],
                 None if is_firmware else layout.SMBIOS_START,
             )
-            entry = load(
-                spec.image,
-                self.memory,
-                BootConfig(
-                    cache_directory=default_directory(),
-                    kernels=spec.kernels,
-                    command_line=spec.command_line,
-                    initrd=spec.initrd,
-                    boot_device=spec.boot_device,
-                    lladdr=nets[0].lladdr if (nets := nets_of(spec.devices)) else None,
-                    acpi=tables,
-                    smbios=smbios,
-                ),
-            )
+            entry = None if is_restored else self._load(tables, smbios)
             self._make_vm(stack)
             self.pio = Bus(_PIO_SIZE)
             self.mmio = Bus(_MMIO_SIZE)
@@ -167,7 +166,11 @@ class Machine:
             first = primitives.kvm_vcpu(vmm, self._vm_id, 0)
             if vmm.kvm.can_coalesce_ports:
                 self._output = SerialOutput(clock, self.uart, first)
-            load_entry(first, entry)
+            if entry is None:
+                primitives.pause(vmm, self._vm_id, wait=False)
+            else:
+                self.pci.assign_bars()
+                load_entry(first, entry)
             self._runner = Runner(
                 vmm,
                 self._vm_id,
@@ -230,9 +233,15 @@ class Machine:
         self._devices.set_link(index, is_up=is_up)
 
     def pause(self) -> None:
-        """Let the machine stand still; returns when no vCPU runs and no device works."""
+        """Let the machine stand still; returns when no vCPU runs and no device works.
+
+        Each vCPU has completed what it came out for, what the guest asked of its devices before is
+        done, their threads have ended, and guest memory does not change. Of the machine's threads
+        only those of vCPUs are left, and wait.
+        """
         primitives.pause(self._vmm, self._vm_id)
         self._devices.settle()
+        self._devices.suspend()
         if self._output:
             self._output.drain_all()
 
@@ -241,9 +250,50 @@ class Machine:
 
         Switches may have forgotten meanwhile where its network interfaces are; it tells them again.
         """
+        self._devices.resume()
         self._devices.prepare_to_resume()
         primitives.unpause(self._vmm, self._vm_id)
         self._devices.announce()
+
+    # State, see `machine.state`; while the machine is paused, on the event loop's thread
+
+    def parts(self) -> Iterator[Part]:
+        """Yield everything but RAM, disks and what KVM has, in the order of the wiring."""
+        yield Part("pci", self.pci)
+        yield from self._devices.parts()
+        yield Part("uart0", self.uart)
+        yield Part("acpi_pm", self.acpi_pm)
+        yield Part("rtc", self.rtc)
+        yield Part("i8042", self._i8042)
+        yield Part("port92", self._port92)
+        yield Part("fw_cfg", self.fw_cfg)
+        yield Part("debug_exit", self._debug_exit_port)
+        yield Part("pvpanic", self._pvpanic)
+        yield Part("debugcon", self._debugcon)
+        if self._rom:
+            yield Part("rom", self._rom)
+        if self._flash:
+            yield Part("flash", self._flash)
+
+    def save_kvm(self) -> KvmRecord:
+        """Return what KVM has of the machine.
+
+        Raises:
+            RefusedError: the machine is not paused.
+            KvmError: KVM refused.
+        """
+        self._eventfds.flush()
+        return primitives.save_state(self._vmm, self._vm_id)
+
+    def restore_kvm(self, record: KvmRecord, policy: ClockPolicy) -> None:
+        """Let KVM go on from `record`; no vCPU has run, devices have been restored.
+
+        Raises:
+            RefusedError: the machine is not paused.
+            StateError: it is of another number of vCPUs, or not of this kernel's sizes.
+            KvmError: the kernel or the processor does not take it.
+        """
+        primitives.restore_state(self._vmm, self._vm_id, record, policy)
 
     def info(self) -> VmInfo:
         """Return what vmm(4)'s `info` tells of the VM."""
@@ -265,14 +315,34 @@ class Machine:
 
     # Wiring
 
+    def _load(self, acpi: AcpiTables, smbios: SmbiosTables) -> Entry:
+        spec = self.spec
+        nets = nets_of(spec.devices)
+        return load(
+            spec.image,
+            self.memory,
+            BootConfig(
+                cache_directory=default_directory(),
+                kernels=spec.kernels,
+                command_line=spec.command_line,
+                initrd=spec.initrd,
+                boot_device=spec.boot_device,
+                lladdr=nets[0].lladdr if nets else None,
+                acpi=acpi,
+                smbios=smbios,
+            ),
+        )
+
     def _make_vm(self, stack: ExitStack) -> None:
         spec, memory = self.spec, self.memory
         self._flash_mapping = 0
         mappings = []
+        self._rom: Rom | None = None
+        self._flash: Pflash | None = None
         if isinstance(spec.image, FirmwareImage):
-            self._rom = mmap.mmap(-1, len(spec.image.rom))  # lives as long as the mapping
-            self._rom[:] = spec.image.rom
-            rom = Mapping(spec.image.rom_base, _address(self._rom), len(self._rom), True)
+            self._rom = Rom(spec.image.rom_base, spec.image.rom)
+            memory_of_rom = self._rom.memory
+            rom = Mapping(spec.image.rom_base, _address(memory_of_rom), len(memory_of_rom), True)
             mappings.append(rom)
             if spec.variables is not None:  # right below the firmware
                 self._flash_mapping = len(mappings)
@@ -323,15 +393,19 @@ class Machine:
         self.fw_cfg.add_file("etc/sercon-port", layout.PORT_COM1.to_bytes(2, "little"))
         pio.insert(layout.PORT_COM1, 8, self.uart)
         pio.insert(layout.PORT_RTC, 2, self.rtc)
-        i8042 = I8042Reset(self._reset)
-        pio.insert(layout.PORT_I8042_DATA, 1, i8042.data_port)
-        pio.insert(layout.PORT_I8042_COMMAND, 1, i8042)
-        pio.insert(layout.PORT_SYSTEM_CONTROL_A, 1, Port92(self._reset))
+        self._i8042 = I8042Reset(self._reset)
+        self._port92 = Port92(self._reset)
+        self._debug_exit_port = DebugExit(self._debug_exit)
+        self._pvpanic = Pvpanic(self._panic)
+        self._debugcon = Debugcon(_DebugLog(spec.name).write)
+        pio.insert(layout.PORT_I8042_DATA, 1, self._i8042.data_port)
+        pio.insert(layout.PORT_I8042_COMMAND, 1, self._i8042)
+        pio.insert(layout.PORT_SYSTEM_CONTROL_A, 1, self._port92)
         pio.insert(layout.PORT_FW_CFG, layout.PORT_FW_CFG_SIZE, self.fw_cfg)
         pio.insert(layout.PORT_PM1A_EVENT, 12, self.acpi_pm)
-        pio.insert(layout.PORT_DEBUG_EXIT, 4, DebugExit(self._debug_exit))
-        pio.insert(layout.PORT_PVPANIC, 1, Pvpanic(self._panic))
-        pio.insert(layout.PORT_DEBUGCON, 1, Debugcon(_DebugLog(spec.name).write))
+        pio.insert(layout.PORT_DEBUG_EXIT, 4, self._debug_exit_port)
+        pio.insert(layout.PORT_PVPANIC, 1, self._pvpanic)
+        pio.insert(layout.PORT_DEBUGCON, 1, self._debugcon)
 
     def _make_pci_host(self, hole_start: int) -> None:
         if self._is_q35:
@@ -366,9 +440,10 @@ class Machine:
         def set_mapped(is_mapped: bool) -> None:
             primitives.set_mapped(self._vmm, self._vm_id, self._flash_mapping, is_mapped=is_mapped)
 
-        flash = Pflash(memoryview(variables.array), set_mapped=set_mapped, store=variables.store)
-        stack.callback(flash.close)
-        self.mmio.insert(image.rom_base - variables.size, variables.size, flash)
+        array = memoryview(variables.array)
+        self._flash = Pflash(array, set_mapped=set_mapped, store=variables.store)
+        stack.callback(self._flash.close)
+        self.mmio.insert(image.rom_base - variables.size, variables.size, self._flash)
 
     def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
         intx = IntxLines([KvmIrqLine(self._vm, gsi) for gsi in layout.GSI_PCI_INTX])
@@ -386,7 +461,6 @@ class Machine:
             )
         )
         self._devices.plug_all(self.spec.devices)
-        self.pci.assign_bars()
         order = boot_order(self.spec.boot_device, self._devices.first_disk, self._devices.cdrom)
         if order is not None:
             self.fw_cfg.add_file("bootorder", order)
@@ -459,7 +533,7 @@ def _pic_route(gsi: int, irq: int) -> IrqchipRoute:
     return IrqchipRoute(gsi, chip, irq % 8)
 
 
-def _address(memory: "mmap.mmap | bytearray") -> int:
+def _address(memory: "mmap | bytearray") -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 

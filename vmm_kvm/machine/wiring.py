@@ -5,7 +5,7 @@ driver is there, and shares one of four interrupt lines where the driver does no
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Self, assert_never
 
 from vmm_kvm.arch.x86.boot_config import BootDevice
@@ -23,6 +23,7 @@ from vmm_kvm.pci.ids import (
     CLASS_SYSTEM_OTHER,
 )
 from vmm_kvm.pci.intx import IntxLines
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.device import Backend, Dataplane
 from vmm_kvm.virtio.pci import VirtioPci
 from vmm_kvm.virtio.rng import VirtioRng
@@ -112,7 +113,8 @@ class Devices:
         self._transmit = transmit
         self._on_receive_room = on_receive_room
         self._on_expired = on_expired
-        self._functions: list[VirtioPci | Vmmci] = []
+        self._functions: dict[int, VirtioPci | Vmmci] = {}
+        """By slot."""
         self._nets: list[Net] = []
         self._vmmci: Vmmci | None = None
         self.console: VirtioConsole | None = None
@@ -124,13 +126,34 @@ class Devices:
     def close(self) -> None:
         """Stop and close every device; when no vCPU runs. Idempotent."""
         while self._functions:
-            self._functions.pop().close()
+            self._functions.popitem()[1].close()
 
     def settle(self) -> None:
         """Return when every device has done what the guest asked for; when no vCPU runs."""
-        for function in self._functions:
+        for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.settle()
+
+    def suspend(self) -> None:
+        """Stop every device's thread, with nothing forgotten; when no vCPU runs."""
+        for function in self._functions.values():
+            if isinstance(function, VirtioPci):
+                function.suspend()
+
+    def resume(self) -> None:
+        """Let every device go on; before a vCPU runs."""
+        for function in self._functions.values():
+            if isinstance(function, VirtioPci):
+                function.resume()
+
+    def parts(self) -> Iterator[Part]:
+        """Yield what has a state, in the order of the slots."""
+        for slot, function in self._functions.items():
+            name = f"pci.00:{slot:02x}.0"
+            if isinstance(function, VirtioPci):
+                yield from function.parts(name)
+            else:
+                yield Part(f"{name}/vmmci", function)
 
     def __enter__(self) -> Self:
         return self
@@ -200,7 +223,7 @@ class Devices:
             case "vmmci":
                 line = self._intx.input(self._host.next_slot, _PIN_INTA)
                 self._vmmci = Vmmci(self._clock, line, self._on_expired, pin=_PIN_INTA)
-                self._functions.append(self._vmmci)
+                self._functions[self._host.next_slot] = self._vmmci
                 self._host.add(self._vmmci.function)
             case _:
                 assert_never(spec)
@@ -258,5 +281,5 @@ class Devices:
             class_code=class_code,
             name=name,
         )
-        self._functions.append(function)
+        self._functions[slot] = function
         return self._host.add(function.function)

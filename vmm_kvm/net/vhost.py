@@ -44,6 +44,8 @@ class VhostRing(NamedTuple):
     """Written to interrupt the guest."""
     error_fd: int
     """Written when the ring is broken."""
+    base: int = 0
+    """Where it goes on, in both rings, 0 to 65535."""
 
 
 class VhostNet:
@@ -83,7 +85,7 @@ class VhostNet:
         fcntl.ioctl(self._fd, abi.VHOST_SET_MEM_TABLE, table)
 
     def start(self, index: int, ring: VhostRing, tap_fd: int) -> None:
-        """Serve a ring, RECEIVE or TRANSMIT, from its beginning, with the frames of a tap's queue.
+        """Serve a ring, RECEIVE or TRANSMIT, with the frames of a tap's queue.
 
         Raises:
             OSError: the kernel refuses: the ring is not in guest memory, or the tap is none.
@@ -91,7 +93,7 @@ class VhostNet:
         state, file = abi.vhost_vring_state, abi.vhost_vring_file
         for request, argument in (
             (abi.VHOST_SET_VRING_NUM, state.pack(index, ring.size)),
-            (abi.VHOST_SET_VRING_BASE, state.pack(index, 0)),
+            (abi.VHOST_SET_VRING_BASE, state.pack(index, ring.base)),
             (
                 abi.VHOST_SET_VRING_ADDR,
                 abi.vhost_vring_addr.pack(
@@ -105,10 +107,11 @@ class VhostNet:
         ):
             fcntl.ioctl(self._fd, request, argument)
 
-    def stop_ring(self, index: int) -> None:
+    def stop_ring(self, index: int) -> int:
         """Stop serving a ring; the kernel does not touch its memory any more when this returns.
 
-        Idempotent, after `set_up`. Raises OSError for what would be a bug.
+        Returns where it would go on, 0 to 65535. Idempotent, after `set_up`. Raises OSError for
+        what would be a bug.
         """
         for request in (
             abi.VHOST_NET_SET_BACKEND,
@@ -117,3 +120,7 @@ class VhostNet:
             abi.VHOST_SET_VRING_ERR,
         ):
             fcntl.ioctl(self._fd, request, abi.vhost_vring_file.pack(index, _NONE))
+        asked = abi.vhost_vring_state.pack(index, 0)
+        state = fcntl.ioctl(self._fd, abi.VHOST_GET_VRING_BASE, asked)
+        base: int = abi.vhost_vring_state.unpack(state)[1]
+        return base

@@ -5,9 +5,13 @@ to read, which goes straight into the guest's buffers. What Linux, OpenBSD, SeaB
 isolinux ask for is here; for the rest there is sense data.
 """
 
+from typing import Literal, NamedTuple
+
+from vmm_kvm.errors import StateError
 from vmm_kvm.scsi import mmc, spc
 from vmm_kvm.scsi.mmc import BLOCK_SIZE, MediaEvent
 from vmm_kvm.scsi.spc import DONE, Check, Data, Extent, Identity, Opcode, Outcome, Sense
+from vmm_kvm.state import U8, U64
 
 DEVICE_TYPE = 0x05
 """CD/DVD (SPC-4 table 142)."""
@@ -32,6 +36,19 @@ _IGNORES_ATTENTION = frozenset(
         *(Opcode.GET_CONFIGURATION, Opcode.GET_EVENT_STATUS_NOTIFICATION),
     }
 )
+
+
+class CdRomState(NamedTuple):
+    """Everything that a guest can observe of a drive."""
+
+    blocks: U64
+    """Of its medium, also while the tray is open."""
+    is_open: bool
+    is_locked: bool
+    event: MediaEvent
+    attention: tuple[U8, U8, U8] | None
+    """Sense key, additional code and qualifier that the next command is told."""
+    version: Literal[1] = 1
 
 
 class CdRom:
@@ -105,6 +122,34 @@ class CdRom:
                 return DONE
             case _:
                 return Check(spc.INVALID_OPCODE)
+
+    def save(self) -> CdRomState:
+        """Return a snapshot."""
+        attention = self._attention
+        return CdRomState(
+            self._blocks,
+            self._is_open,
+            self._is_locked,
+            self._event,
+            None if attention is None else (attention.key, attention.code, attention.qualifier),
+        )
+
+    def restore(self, state: CdRomState) -> None:
+        """Continue from a snapshot of a drive with the same medium.
+
+        Raises:
+            StateError: the medium has another size, or there is no such sense key.
+        """
+        if state.blocks != self._blocks:
+            raise StateError(f"a medium of {state.blocks} blocks, not {self._blocks}")
+        if state.attention and state.attention[0] not in {int(key) for key in spc.SenseKey}:
+            raise StateError(f"attention: sense key {state.attention[0]}")
+        self._is_open = state.is_open
+        self._is_locked = state.is_locked
+        self._event = state.event
+        self._attention = state.attention and Sense(
+            spc.SenseKey(state.attention[0]), *state.attention[1:]
+        )
 
     def _execute_with_medium(self, opcode: int, cdb: bytes) -> Outcome:
         match opcode:

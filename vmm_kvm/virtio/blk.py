@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from vmm_kvm.block.image import Image
-from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.errors import StateError, VirtqueueError
 from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.scatter import total
+from vmm_kvm.state import U64, Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split
 from vmm_kvm.virtio.queue import Chain, Virtqueue
@@ -66,6 +67,15 @@ class BlkSpec(NamedTuple):
     queues: int = 1
     """1 to 64."""
     kind: Literal["blk"] = "blk"
+
+
+class BlkState(NamedTuple):
+    """What a disk of the same machine has to be; requests are in the queues."""
+
+    capacity: U64
+    """Bytes."""
+    is_read_only: bool
+    version: Literal[1] = 1
 
 
 class VirtioBlk:
@@ -173,6 +183,27 @@ class VirtioBlk:
             self._image.close()
         except OSError as err:
             log.warning("%s: close: %s", self._name, err)
+
+    def parts(self, name: str) -> list[Part]:
+        """Return itself."""
+        return [Part(f"{name}/blk", self)]
+
+    def save(self) -> BlkState:
+        """Return what the disk is."""
+        return BlkState(self._capacity, self._image.is_read_only)
+
+    def restore(self, state: BlkState) -> None:
+        """Continue with another disk of the same kind.
+
+        Raises:
+            StateError: it is of another size, or cannot be written where that one could.
+        """
+        if state != self.save():
+            raise StateError(
+                f"a disk of {state.capacity} bytes, not {self._capacity}"
+                if state.capacity != self._capacity
+                else "read-only and writable disks differ"
+            )
 
     def _serve(self, chain: Chain) -> int:
         """Do what a request asks for and write its status; returns how many bytes are written."""

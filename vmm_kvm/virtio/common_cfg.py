@@ -9,9 +9,11 @@ Source: virtio 1.2 §2.1, §2.2, §3.1.1, §4.1.4.3
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmm_kvm.bits import all_ones
+from vmm_kvm.errors import StateError
+from vmm_kvm.state import U8, U16, U32, U64
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.queue import Ring
 
@@ -71,6 +73,30 @@ class Actions(Protocol):
 
     def fail(self, reason: str) -> None:
         """The driver broke a rule; `needs_reset` is to be set."""
+
+
+class QueueState(NamedTuple):
+    """What the driver has set for one queue."""
+
+    size: U16
+    vector: U16
+    is_enabled: bool
+    descriptors: U64
+    available: U64
+    used: U64
+
+
+class CommonCfgState(NamedTuple):
+    """Everything that a driver can observe of the registers, or has set."""
+
+    status: U8
+    device_select: U32
+    driver_select: U32
+    queue_select: U16
+    driver_features: U64
+    config_vector: U16
+    needs_reset: bool
+    queues: tuple[QueueState, ...]
 
 
 class QueueRegisters:
@@ -159,6 +185,54 @@ class CommonCfg:
         """Do what writing 0 to the status does."""
         self._actions.stop()
         self._clear()
+
+    # Snapshots
+
+    def save(self) -> CommonCfgState:
+        """Return a snapshot."""
+        return CommonCfgState(
+            self._status,
+            self._device_select,
+            self._driver_select,
+            self._queue_select,
+            self.driver_features,
+            self.config_vector,
+            self.needs_reset,
+            tuple(
+                QueueState(q.size, q.vector, q.is_enabled, q.descriptors, q.available, q.used)
+                for q in self.queues
+            ),
+        )
+
+    def restore(self, state: CommonCfgState) -> None:
+        """Continue from a snapshot; no action follows from it.
+
+        Raises:
+            StateError: it cannot be one of a device with these queues and features.
+        """
+        if len(state.queues) != len(self.queues):
+            raise StateError(f"{len(state.queues)} queues, not {len(self.queues)}")
+        if state.status & ~_DRIVER_STATUS:
+            raise StateError(f"status: {state.status:#x}")
+        self._status = state.status
+        self._device_select = state.device_select
+        self._driver_select = state.driver_select
+        self._queue_select = state.queue_select
+        self.driver_features = state.driver_features
+        if state.status & abi.VIRTIO_CONFIG_S_FEATURES_OK and not self._is_acceptable():
+            missing = state.driver_features & ~self._features
+            raise StateError(f"features {missing:#x} are missing, or VERSION_1")
+        self.config_vector = self._vector(state.config_vector)
+        self.needs_reset = state.needs_reset
+        for number, (queue, saved) in enumerate(zip(self.queues, state.queues, strict=True)):
+            if not 0 < saved.size <= queue.size_max or saved.size & (saved.size - 1):
+                raise StateError(f"queue {number}: size {saved.size}")
+            queue.size = saved.size
+            queue.vector = self._vector(saved.vector)
+            queue.is_enabled = saved.is_enabled
+            queue.descriptors = saved.descriptors
+            queue.available = saved.available
+            queue.used = saved.used
 
     # Accesses
 

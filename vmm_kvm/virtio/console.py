@@ -11,11 +11,12 @@ Source: virtio 1.2 §5.3
 import struct
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+from vmm_kvm.state import U16, U32, Length, Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
-from vmm_kvm.virtio.buffers import scatter
+from vmm_kvm.virtio.buffers import scatter, split
 from vmm_kvm.virtio.device import Transport
 from vmm_kvm.virtio.queue import Chain, Virtqueue
 
@@ -35,6 +36,18 @@ class ConsoleSpec(NamedTuple):
     kind: Literal["console"] = "console"
 
 
+class ConsoleState(NamedTuple):
+    """Everything that a guest can observe of a console, and what is under way."""
+
+    input: Annotated[bytes, Length(0, _INPUT_MAX)]
+    """What waits for room."""
+    sent: U32
+    """Bytes of the oldest output chain that have been handed on."""
+    size: tuple[U16, U16]
+    """Columns and rows."""
+    version: Literal[1] = 1
+
+
 class VirtioConsole:
     """A console; a `virtio.device.Backend`.
 
@@ -50,6 +63,7 @@ class VirtioConsole:
         "_offered",
         "_on_receive_room",
         "_output",
+        "_sent",
         "_size",
         "_transmit",
         "_transport",
@@ -82,6 +96,7 @@ class VirtioConsole:
         self._written = Backlog()  # output
         # The oldest chain of them, and what is left of it, last buffer first.
         self._output: tuple[Chain, list[memoryview]] | None = None
+        self._sent = 0  # bytes of it that have been handed on
 
     def attach(self, transport: Transport) -> None:
         """Learn whom to ask for another call of `process`; before the guest runs."""
@@ -119,6 +134,7 @@ class VirtioConsole:
         self._offered.clear()
         self._written.clear()
         self._output = None
+        self._sent = 0
 
     def close(self) -> None:
         """Do nothing: it owns nothing."""
@@ -142,16 +158,38 @@ class VirtioConsole:
         waiting = self._written.collect(queue)
         while waiting and not self._is_held:
             if self._output is None or self._output[0] is not waiting[0]:
-                self._output = waiting[0], waiting[0].readable[::-1]
+                chain = waiting[0]
+                self._output = chain, split(chain.readable, self._sent)[1][::-1]
             left = self._output[1]
             if not left:
                 self._output = None
+                self._sent = 0
                 queue.push(waiting.popleft(), 0)
                 continue
             buffer = left.pop()
             if len(buffer) > _PIECE:
                 left.append(buffer[_PIECE:])
-            self._transmit(bytes(buffer[:_PIECE]))
+            piece = bytes(buffer[:_PIECE])
+            self._sent += len(piece)
+            self._transmit(piece)
+
+    # Snapshots
+
+    def parts(self, name: str) -> list[Part]:
+        """Return itself."""
+        return [Part(f"{name}/console", self)]
+
+    def save(self) -> ConsoleState:
+        """Return what is under way; output that was not handed on is in the queue."""
+        with self._lock:
+            return ConsoleState(bytes(self._input), self._sent, self._size)
+
+    def restore(self, state: ConsoleState) -> None:
+        """Continue from a snapshot."""
+        with self._lock:
+            self._input[:] = state.input
+        self._sent = state.sent
+        self._size = state.size
 
     # The outside; any thread
 

@@ -12,6 +12,7 @@ the driver and tells the dataplane what the driver did.
 from collections.abc import Collection, Mapping
 from typing import Protocol, runtime_checkable
 
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 
 
@@ -19,7 +20,10 @@ class Backend(Protocol):
     """A device type; the same class serves in this process and by vhost-user.
 
     `start`, `process` and `reset` are called on the device's own thread; `config` and
-    `write_config` on any, so they touch only what needs no lock; `close` when nothing runs.
+    `write_config` on any, so they touch only what needs no lock; `close`, and what `parts` has,
+    when nothing runs. A state is restored after `start`, if that comes.
+    Chains are given back in the order in which they were taken: those that a saved device still
+    has, its successor takes again.
     """
 
     device_id: int
@@ -52,6 +56,9 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what the backend owns; idempotent."""
+
+    def parts(self, name: str) -> list[Part]:
+        """Return what of it has a state; their names begin with `name`."""
 
 
 class Transport(Protocol):
@@ -165,6 +172,37 @@ class Dataplane(Protocol):
 
     def settle(self) -> None:
         """Return when nothing is under way that the driver asked for before; no vCPU runs."""
+
+    def suspend(self) -> None:
+        """Stand still: no thread is left, nothing of the guest's changes; no vCPU runs.
+
+        Nothing is forgotten: what the driver asked for is done after `resume`. Idempotent.
+        """
+
+    def resume(self) -> None:
+        """Go on after `suspend` or `restore`, and look at every queue once; idempotent."""
+
+    def positions(self) -> Mapping[int, int]:
+        """Return where in its available ring each queue goes on that is served, by index.
+
+        After `suspend`; 0 to 65535, and the same in the used ring.
+        """
+
+    def restore(
+        self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
+    ) -> None:
+        """Be like a suspended one that served `rings`, each from its position on.
+
+        Nothing has been started before. The rings that `start` would have got are given, also
+        those without a position, which begin at 0.
+
+        Raises:
+            GuestError: a ring is impossible.
+            StateError: the host does not take it.
+        """
+
+    def parts(self, name: str) -> list[Part]:
+        """Return what else has a state; their names begin with `name`."""
 
     def kick(self, index: int) -> None:
         """Look at queue `index`: the driver notified; any thread."""

@@ -20,6 +20,7 @@ from vmm_kvm.limits import MTU_DEFAULT
 from vmm_kvm.log import Log
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, HEAD_SIZE, HEADER_SIZE, Filter, text
 from vmm_kvm.scatter import total
+from vmm_kvm.state import Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import gather, scatter, split
@@ -229,6 +230,10 @@ class VirtioNet:
     def close(self) -> None:
         """Leave the port as it was found."""
         self._port.close()
+
+    def parts(self, name: str) -> list[Part]:
+        """Return the control state: frames that wait are in the queues, or lost."""
+        return [Part(f"{name}/net", self.control)]
 
     # From the guest
 

@@ -8,13 +8,14 @@ Source: virtio 1.2 §5.1.4, §5.1.6.5
 """
 
 import struct
-from typing import Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
-from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.errors import StateError, VirtqueueError
 from vmm_kvm.limits import MTU_DEFAULT, QUEUE_PAIRS_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, Filter, is_group, locked_filter, text
 from vmm_kvm.scatter import total
+from vmm_kvm.state import U64, Length, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather
 from vmm_kvm.virtio.queue import Virtqueue
@@ -76,6 +77,33 @@ def link_status(*, is_up: bool) -> bytes:
     return (abi.VIRTIO_NET_S_LINK_UP if is_up else 0).to_bytes(2, "little")
 
 
+_Addresses = Annotated[
+    frozenset[Annotated[bytes, Length(ADDRESS_SIZE, ADDRESS_SIZE)]], Length(0, TABLE_MAX)
+]
+
+
+class NetState(NamedTuple):
+    """What a driver has said about its interface."""
+
+    lladdr: Annotated[bytes, Length(ADDRESS_SIZE, ADDRESS_SIZE)]
+    is_promiscuous: bool
+    has_all_group: bool
+    has_all_unicast: bool
+    has_no_group: bool
+    has_no_unicast: bool
+    has_no_broadcast: bool
+    unicast: _Addresses
+    group: _Addresses
+    vlans: frozenset[Annotated[int, Range(0, _VLANS - 1)]]
+    pairs: Annotated[int, Range(1, QUEUE_PAIRS_MAX)]
+    """Queue pairs in use."""
+    offloads: U64
+    """Features (VIRTIO_NET_F_GUEST_*) that say which frames it gets."""
+    is_up: bool
+    is_announcing: bool
+    version: Literal[1] = 1
+
+
 class NetControl:
     """The state that driver and device share; everything but `config` on the device's thread.
 
@@ -114,6 +142,8 @@ class NetControl:
         self._is_up = True
         self._is_announcing = False
         self._vlans: set[int] = set()
+        self._offloads = 0
+        self._pairs_used = 1
 
     @property
     def lladdr(self) -> bytes:
@@ -155,12 +185,21 @@ class NetControl:
         """Begin with the negotiated features: everything is wanted, by the first pair."""
         self._negotiated = features
         self._set_filter(Filter(self.lladdr))
-        self._try(lambda: self._port.set_guest_offloads(features & GUEST_OFFLOADS))
+        self._set_offloads(features & GUEST_OFFLOADS)
         self.set_pairs(1)
 
     def set_pairs(self, count: int) -> bool:
         """Use the first `count` queue pairs; returns whether that could be done."""
-        return self._try(lambda: self._port.set_pairs(count))
+        is_done = self._try(lambda: self._port.set_pairs(count))
+        if is_done:
+            self._pairs_used = count
+        return is_done
+
+    def _set_offloads(self, offloads: int) -> bool:
+        is_done = self._try(lambda: self._port.set_guest_offloads(offloads))
+        if is_done:
+            self._offloads = offloads
+        return is_done
 
     def reset(self) -> None:
         """Forget what the driver said, its own address too."""
@@ -168,6 +207,61 @@ class NetControl:
         self._is_announcing = False
         self._vlans.clear()
         self.filter = self.filter._replace(lladdr=self._own_lladdr)
+
+    # Snapshots; when nothing runs
+
+    def save(self) -> NetState:
+        """Return what the driver has said."""
+        wanted = self.filter
+        return NetState(
+            lladdr=wanted.lladdr,
+            is_promiscuous=wanted.is_promiscuous,
+            has_all_group=wanted.has_all_group,
+            has_all_unicast=wanted.has_all_unicast,
+            has_no_group=wanted.has_no_group,
+            has_no_unicast=wanted.has_no_unicast,
+            has_no_broadcast=wanted.has_no_broadcast,
+            unicast=wanted.unicast,
+            group=wanted.group,
+            vlans=frozenset(self._vlans),
+            pairs=self._pairs_used,
+            offloads=self._offloads,
+            is_up=self._is_up,
+            is_announcing=self._is_announcing,
+        )
+
+    def restore(self, state: NetState) -> None:
+        """Have it said again; after `start`, if the driver was ready.
+
+        Raises:
+            StateError: the driver cannot have said so.
+        """
+        if is_group(state.lladdr) or (self._is_locked and state.lladdr != self._own_lladdr):
+            raise StateError(f"lladdr: {text(state.lladdr)} is not for this interface")
+        if state.pairs > self._pairs:
+            raise StateError(f"pairs: {state.pairs} of {self._pairs}")
+        if state.offloads & ~(self._negotiated & GUEST_OFFLOADS):
+            raise StateError(f"offloads: {state.offloads:#x} were not negotiated")
+        self._is_up = state.is_up
+        self._is_announcing = state.is_announcing
+        self._vlans = set(state.vlans)
+        wanted = Filter(
+            lladdr=state.lladdr,
+            is_promiscuous=state.is_promiscuous,
+            has_all_group=state.has_all_group,
+            has_all_unicast=state.has_all_unicast,
+            has_no_group=state.has_no_group,
+            has_no_unicast=state.has_no_unicast,
+            has_no_broadcast=state.has_no_broadcast,
+            unicast=state.unicast,
+            group=state.group,
+        )
+        if not self._negotiated:
+            self.filter = wanted
+            return
+        self._set_filter(wanted)
+        self._set_offloads(state.offloads)
+        self.set_pairs(state.pairs)
 
     def process(self, queue: Virtqueue) -> None:
         """Obey every command that is available.
@@ -214,7 +308,7 @@ class NetControl:
                     return False
                 if offloads & ~allowed:
                     return False
-                return self._try(lambda: self._port.set_guest_offloads(offloads))
+                return self._set_offloads(offloads)
         return False
 
     def _receive_mode(self, code: int, data: bytes) -> bool:

@@ -9,6 +9,7 @@ know nothing of commands. A thread of this process obeys those.
 
 from collections.abc import Mapping
 
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import VIRTIO_ID_NET
 from vmm_kvm.virtio.device import Dataplane, Frontend
 from vmm_kvm.virtio.net_control import CONTROL_QUEUE_SIZE, NetControl
@@ -43,6 +44,9 @@ class _ControlBackend:
 
     def close(self) -> None:
         """Nothing is its own."""
+
+    def parts(self, name: str) -> list[Part]:
+        return [Part(f"{name}/net", self._control)]
 
 
 class SplitNet:
@@ -133,6 +137,39 @@ class SplitNet:
         """Return when nothing is under way that the driver asked for before; no vCPU runs."""
         self._worker.settle()
         self._data.settle()
+
+    def suspend(self) -> None:
+        """Stand still; nothing is forgotten. Idempotent."""
+        self._worker.suspend()
+        self._data.suspend()
+
+    def resume(self) -> None:
+        """Go on after `suspend` or `restore`; idempotent."""
+        self._worker.resume()
+        self._data.resume()
+
+    def positions(self) -> Mapping[int, int]:
+        """Return where each queue goes on that is served."""
+        return {**self._data.positions(), **self._worker.positions()}
+
+    def restore(
+        self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
+    ) -> None:
+        """Be like a suspended one that served `rings`, each from its position on.
+
+        Raises:
+            GuestError: a ring is impossible.
+            StateError: the host does not take it.
+        """
+        self._control_queue = self._control.control_queue(features)
+        commands = {index: ring for index, ring in rings.items() if index == self._control_queue}
+        data = {index: ring for index, ring in rings.items() if self._is_data(index)}
+        self._data.restore(features, data, positions)
+        self._worker.restore(features, commands, positions)
+
+    def parts(self, name: str) -> list[Part]:
+        """Return the control state, and what the data queues have."""
+        return [*self._worker.parts(name), *self._data.parts(name)]
 
     def kick(self, index: int) -> None:
         """Look at queue `index`; any thread."""

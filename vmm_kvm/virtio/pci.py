@@ -18,17 +18,18 @@ Source: virtio 1.2 §4.1
 import struct
 import threading
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 from vmm_kvm.bits import PAGE_SIZE, all_ones
-from vmm_kvm.errors import GuestError
+from vmm_kvm.errors import GuestError, StateError
 from vmm_kvm.irq import IrqLine
 from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import VENDOR_OPENBSD, VENDOR_QUMRANET, CapabilityId
-from vmm_kvm.pci.msix import Msix, MsixMessage
+from vmm_kvm.pci.msix import Msix, MsixMessage, MsixState
+from vmm_kvm.state import U8, U16, Length, Part, Range
 from vmm_kvm.virtio import abi
-from vmm_kvm.virtio.common_cfg import CommonCfg
+from vmm_kvm.virtio.common_cfg import CommonCfg, CommonCfgState
 from vmm_kvm.virtio.device import Dataplane
 from vmm_kvm.virtio.queue import Ring
 
@@ -54,6 +55,20 @@ _WINDOW_BAR, _WINDOW_OFFSET, _WINDOW_LENGTH, _WINDOW_DATA = 4, 8, 12, 16
 _FAILURES_LOGGED = 5  # per function: a guest can fail as often as it likes
 
 
+class VirtioPciState(NamedTuple):
+    """Everything that a driver can observe of the function besides its configuration space."""
+
+    msix: MsixState
+    registers: CommonCfgState
+    isr: U8
+    config: Annotated[bytes, Length(0, PAGE_SIZE)]
+    """The device's configuration, as the driver may have read it."""
+    generation: U8
+    positions: tuple[tuple[Annotated[int, Range(0, QUEUES_MAX - 1)], U16], ...]
+    """Of each queue that is served, where it goes on in both rings."""
+    version: Literal[1] = 1
+
+
 class MsiLine(Protocol):
     """A way for messages into the guest that needs no thread of ours: an eventfd."""
 
@@ -65,6 +80,9 @@ class MsiLine(Protocol):
 
     def signal(self) -> None:
         """Write the eventfd; any thread."""
+
+    def is_pending(self) -> bool:
+        """Tell whether it was written while there was no message; while nothing runs."""
 
 
 class Host(Protocol):
@@ -128,6 +146,7 @@ class VirtioPci:
         self._failures = 0
         self._base: int | None = None
         self._serving: set[int] = set()
+        self._is_restored = False
         self._bound: dict[int, tuple[int, int]] = {}
         self.function = self._function(dataplane.device_id, class_code, intx)
         dataplane.attach(self)
@@ -136,6 +155,75 @@ class VirtioPci:
         """Return when the device has done what the driver asked for; when no vCPU runs."""
         with self.lock:
             self._dataplane.settle()
+
+    def suspend(self) -> None:
+        """Stand still: no thread is left, nothing is forgotten; when no vCPU runs."""
+        with self.lock:
+            self._dataplane.suspend()
+
+    def resume(self) -> None:
+        """Go on after `suspend` or `restore`, before a vCPU runs."""
+        with self.lock:
+            self._dataplane.resume()
+            was_restored, self._is_restored = self._is_restored, False
+            config = self._config
+        if not was_restored:
+            return
+        # An interrupt too many is legal, one that is lost is not.
+        for index in self._serving:
+            self.interrupt(index)
+        if self._dataplane.config() != config:
+            self.config_changed()
+
+    # Snapshots; while it stands still
+
+    def parts(self, name: str) -> list[Part]:
+        """Return the function and what its device has; their names begin with `name`."""
+        return [Part(name, self), *self._dataplane.parts(name)]
+
+    def save(self) -> VirtioPciState:
+        """Return a snapshot; the host has the configuration space, the device what is its own."""
+        with self.lock:
+            msix = self._msix.save()
+            pending = {
+                vector
+                for vector, line in enumerate(self._lines)
+                if line and not self._routed[vector] and line.is_pending()
+            }
+            return VirtioPciState(
+                msix._replace(pending=msix.pending | pending),
+                self._registers.save(),
+                self._isr,
+                self._config,
+                self._generation,
+                tuple(sorted(self._dataplane.positions().items())),
+            )
+
+    def restore(self, state: VirtioPciState) -> None:
+        """Continue from a snapshot, in a new machine; `resume` lets the device work.
+
+        Raises:
+            StateError: it is of another device, or its queues cannot be.
+        """
+        positions = dict(state.positions)
+        if max(positions, default=0) >= len(self._registers.queues):
+            raise StateError(f"positions: no queue {max(positions)}")
+        with self.lock:
+            self._registers.restore(state.registers)
+            self._msix.restore(state.msix)
+            self._isr = state.isr
+            self._config = state.config
+            self._generation = state.generation
+            self._is_restored = True
+            if not self._registers.is_started or self._registers.needs_reset:
+                return
+            rings = {i: q.ring for i, q in enumerate(self._registers.queues) if q.is_enabled}
+            try:
+                self._dataplane.restore(self._registers.driver_features, rings, positions)
+            except GuestError as err:
+                raise StateError(str(err)) from err
+            self._serving.update(rings)
+            self._bind()
 
     def close(self) -> None:
         """Stop the device and close its dataplane; when no vCPU runs."""

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from vmm_kvm.block.mapped import MappedImage
-from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.errors import StateError, VirtqueueError
 from vmm_kvm.log import Log
+from vmm_kvm.state import U64, Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter
 from vmm_kvm.virtio.queue import Virtqueue
@@ -34,6 +35,15 @@ class PmemSpec(NamedTuple):
     name: str
     """For the log."""
     kind: Literal["pmem"] = "pmem"
+
+
+class PmemState(NamedTuple):
+    """Where the memory of a pmem device lies; its contents are the image's."""
+
+    gpa: U64
+    size: U64
+    """Bytes."""
+    version: Literal[1] = 1
 
 
 class VirtioPmem:
@@ -98,6 +108,23 @@ class VirtioPmem:
 
     def close(self) -> None:
         """Do nothing: the memory is the machine's."""
+
+    def parts(self, name: str) -> list[Part]:
+        """Return itself."""
+        return [Part(f"{name}/pmem", self)]
+
+    def save(self) -> PmemState:
+        """Return where the memory lies."""
+        return PmemState(*_CONFIG.unpack(self._config))
+
+    def restore(self, state: PmemState) -> None:
+        """Continue with a device at the same place.
+
+        Raises:
+            StateError: it lies elsewhere.
+        """
+        if state != self.save():
+            raise StateError(f"{state.size} bytes at {state.gpa:#x}: lies elsewhere")
 
     def _try_flush(self) -> int:
         try:

@@ -7,11 +7,12 @@ Source: virtio 1.2 §5.4; OpenBSD vmd/virtio.c
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.bits import KIB, MIB
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.scatter import total
+from vmm_kvm.state import Part, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import scatter
@@ -53,6 +54,16 @@ class TokenBucket:
         """Remove tokens, no more than `level` returned."""
         self._level -= count * NANOSECONDS
 
+    @property
+    def parts_left(self) -> int:
+        """What is in it, in tokens times nanoseconds, as of the last look."""
+        return self._level
+
+    def refill(self, parts: int, now_ns: int) -> None:
+        """Have `parts`, tokens times nanoseconds, in it at `now_ns`; no more than fit."""
+        self._level = min(parts, self._capacity)
+        self._updated_ns = now_ns
+
     def due_ns(self, count: int) -> int:
         """Return when there will be `count` tokens, no more than the capacity."""
         missing = count * NANOSECONDS - self._level
@@ -63,6 +74,14 @@ class RngSpec(NamedTuple):
     """A source of entropy of a machine."""
 
     kind: Literal["rng"] = "rng"
+
+
+class RngState(NamedTuple):
+    """How much a guest may still take."""
+
+    tokens: Annotated[int, Range(0, BURST * NANOSECONDS)]
+    """Bytes times nanoseconds."""
+    version: Literal[1] = 1
 
 
 class VirtioRng:
@@ -138,6 +157,19 @@ class VirtioRng:
     def close(self) -> None:
         """Stop the timer."""
         self._timer.cancel()
+
+    def parts(self, name: str) -> list[Part]:
+        """Return itself."""
+        return [Part(f"{name}/rng", self)]
+
+    def save(self) -> RngState:
+        """Return how much the guest may still take."""
+        self._bucket.level(self._clock.monotonic_ns())
+        return RngState(self._bucket.parts_left)
+
+    def restore(self, state: RngState) -> None:
+        """Continue with as much; requests that wait are looked at when the device goes on."""
+        self._bucket.refill(state.tokens, self._clock.monotonic_ns())
 
     def _refilled(self) -> None:
         """Serve those who wait; on the clock's thread."""

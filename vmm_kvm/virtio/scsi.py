@@ -7,7 +7,7 @@ Source: virtio 1.2 §5.6; OpenBSD vmd/vioscsi.c
 """
 
 import struct
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.block.image import Image
 from vmm_kvm.errors import VirtqueueError
@@ -15,6 +15,7 @@ from vmm_kvm.log import Log
 from vmm_kvm.scatter import total
 from vmm_kvm.scsi.cdrom import CdRom
 from vmm_kvm.scsi.spc import UNRECOVERED_READ_ERROR, Check, Data, Extent, Sense
+from vmm_kvm.state import Part, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split
 from vmm_kvm.virtio.queue import Chain, Virtqueue
@@ -77,6 +78,14 @@ class ScsiCdSpec(NamedTuple):
     image: Image | None
     """What is in it, which stays the caller's."""
     kind: Literal["scsi-cd"] = "scsi-cd"
+
+
+class ScsiState(NamedTuple):
+    """Everything that a guest can observe of the adapter besides its drive."""
+
+    sense_size: Annotated[int, Range(0, _SENSE_SIZE_MAX)]
+    cdb_size: Annotated[int, Range(1, _CDB_SIZE_MAX)]
+    version: Literal[1] = 1
 
 
 class VirtioScsi:
@@ -158,6 +167,21 @@ class VirtioScsi:
         """Close the image, if it is owned; idempotent."""
         if self._image and self._owns_image:
             self._image.close()
+
+    # Snapshots
+
+    def parts(self, name: str) -> list[Part]:
+        """Return the adapter and its drive."""
+        return [Part(f"{name}/scsi", self), Part(f"{name}/cdrom", self._drive)]
+
+    def save(self) -> ScsiState:
+        """Return a snapshot."""
+        return ScsiState(self._sense_size, self._cdb_size)
+
+    def restore(self, state: ScsiState) -> None:
+        """Continue from a snapshot."""
+        self._sense_size = state.sense_size
+        self._cdb_size = state.cdb_size
 
     # Commands
 

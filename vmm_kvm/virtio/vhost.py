@@ -7,9 +7,10 @@ part in it; `ring_events` has the rest. The transport calls one method at a time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.errors import StateError, VirtqueueError
 from vmm_kvm.memory import Region
 from vmm_kvm.net.vhost import VhostNet, VhostRegion, VhostRing
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import (
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
@@ -87,7 +88,8 @@ class Vhost:
         self._tap = tap
         self._memory = memory
         self._frontend: Frontend | None = None
-        self._started: set[int] = set()
+        self._started: dict[int, Ring] = {}
+        self._bases: dict[int, int] | None = None  # while suspended
         try:
             rings = len(self.queue_sizes)
             self._events = RingEvents(rings, name, "vhost: the kernel gave up a ring")
@@ -115,19 +117,22 @@ class Vhost:
         self.stop()
         for ring in rings.values():
             self._check(ring)
-        memory = self._memory
-        regions = [
-            VhostRegion(one.gpa, one.size, memory.hva + one.offset) for one in memory.regions
-        ]
         try:
-            for vhost in self._vhosts:
-                vhost.set_up(features & self._known | _VERSION_1, regions)
+            self._set_up(features)
             for index, ring in rings.items():
                 self._start_ring(index, ring)
         except OSError as err:
             self._stop_rings()
             raise VirtqueueError(f"vhost: {err.strerror}") from err
         self._events.watch(self._attached())
+
+    def _set_up(self, features: int) -> None:
+        memory = self._memory
+        regions = [
+            VhostRegion(one.gpa, one.size, memory.hva + one.offset) for one in memory.regions
+        ]
+        for vhost in self._vhosts:
+            vhost.set_up(features & self._known | _VERSION_1, regions)
 
     def start_queue(self, index: int, ring: Ring) -> None:
         """Serve one more queue, between `start` and `stop`.
@@ -146,17 +151,65 @@ class Vhost:
 
     def stop_queue(self, index: int) -> None:
         """Serve one queue less; its memory is not touched any more when this returns."""
-        if index in self._started:
-            self._started.discard(index)
+        if self._started.pop(index, None):
             self._vhosts[index >> 1].stop_ring(index & 1)
 
     def stop(self) -> None:
         """Serve nothing; guest memory is not touched any more when this returns."""
         self._events.unwatch()
         self._stop_rings()
+        self._bases = None
 
     def settle(self) -> None:
         """Return at once: frames under way are the network's, and may come late."""
+
+    def suspend(self) -> None:
+        """Stand still; nothing is forgotten. Idempotent."""
+        if not self._started or self._bases is not None:
+            return
+        self._events.unwatch()
+        self._bases = {
+            index: self._vhosts[index >> 1].stop_ring(index & 1) for index in self._started
+        }
+
+    def resume(self) -> None:
+        """Go on after `suspend` or `restore`; idempotent."""
+        bases, self._bases = self._bases, None
+        if bases is None:
+            return
+        try:
+            for index, ring in list(self._started.items()):
+                self._start_ring(index, ring, bases.get(index, 0))
+        except OSError as err:
+            self._attached().fail(f"vhost: {err.strerror}")
+            return
+        self._events.watch(self._attached())
+
+    def positions(self) -> Mapping[int, int]:
+        """Return where each ring goes on."""
+        return self._bases or {}
+
+    def restore(
+        self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
+    ) -> None:
+        """Be like a suspended one that served `rings`, each from its position on.
+
+        Raises:
+            GuestError: a ring is impossible.
+            StateError: the kernel refuses what was negotiated.
+        """
+        for ring in rings.values():
+            self._check(ring)
+        try:
+            self._set_up(features)
+        except OSError as err:
+            raise StateError(f"vhost: {err.strerror}") from err
+        self._started = dict(rings)
+        self._bases = {index: positions.get(index, 0) for index in rings}
+
+    def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
+        """Return nothing: what the kernel knows of the driver is in the rings."""
+        return []
 
     def kick(self, index: int) -> None:
         """Look at queue `index`; any thread."""
@@ -182,10 +235,10 @@ class Vhost:
         """Raise GuestError for a ring that nobody can serve."""
         Virtqueue(self._memory, ring, 0)
 
-    def _start_ring(self, index: int, ring: Ring) -> None:
+    def _start_ring(self, index: int, ring: Ring, base: int = 0) -> None:
         call_fd = self._events.call_fd(self._attached(), index)
         vhost = self._vhosts[index >> 1]
-        self._started.add(index)
+        self._started[index] = ring
         vhost.start(
             index & 1,
             VhostRing(
@@ -196,6 +249,7 @@ class Vhost:
                 self._events.kick_fd(index),
                 call_fd,
                 self._events.error_fd,
+                base,
             ),
             self._tap.fds[index >> 1],
         )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 
 from vmm_kvm.errors import GuestError
 from vmm_kvm.log import Log
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import (
     VIRTIO_F_RING_RESET,
     VIRTIO_RING_F_EVENT_IDX,
@@ -60,6 +61,9 @@ class Worker:
         self._queues: dict[int, Virtqueue] = {}
         self._features = 0
         self._is_stopping = False
+        self._is_suspended = False
+        self._is_started = False  # whether the backend is
+        self._has_failed = False
         self._orders: deque[tuple[Callable[[], None], threading.Event]] = deque()
         self._epoll: select.epoll | None = None  # while a descriptor is watched
         self._watched: set[int] = set()
@@ -87,10 +91,8 @@ class Worker:
         self.stop()
         self._features = features
         self._queues = {index: self._queue(ring) for index, ring in rings.items()}
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name=self._name)
-        self._thread.start()
-        os.eventfd_write(self._kick_fd, 1)  # what was available before the driver was ready
+        self._is_started = self._has_failed = False
+        self._run_thread()
 
     def start_queue(self, index: int, ring: Ring) -> None:
         """Serve one more queue, between `start` and `stop`.
@@ -110,15 +112,72 @@ class Worker:
 
     def stop(self) -> None:
         """Forget every request; guest memory is not touched any more when this returns."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        self._is_stopping = True
         for queue in self._queues.values():
             queue.stop()
+        self._end_thread()
+        self._is_suspended = False
+        if self._is_started:
+            self._is_started = False
+            self._backend.reset()
+        self._queues = {}
+
+    def suspend(self) -> None:
+        """Stand still; nothing is forgotten. Idempotent."""
+        if self._end_thread():
+            self._is_suspended = True
+
+    def resume(self) -> None:
+        """Go on after `suspend` or `restore`; idempotent."""
+        if self._is_suspended:
+            self._is_suspended = False
+            self._run_thread()
+
+    def positions(self) -> Mapping[int, int]:
+        """Return where each queue goes on: with the oldest chain that was not given back."""
+        return {index: queue.next_used for index, queue in self._queues.items()}
+
+    def restore(
+        self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
+    ) -> None:
+        """Be like a suspended one that served `rings`, each from its position on.
+
+        Raises:
+            GuestError: a ring is impossible.
+        """
+        self._features = features
+        self._queues = {
+            index: Virtqueue(
+                self._memory,
+                ring,
+                features,
+                next_available=positions.get(index, 0),
+                next_used=positions.get(index, 0),
+            )
+            for index, ring in rings.items()
+        }
+        self._has_failed = False
+        self._is_started = self._is_suspended = True
+        self._backend.start(features)
+
+    def parts(self, name: str) -> list[Part]:
+        """Return what of the backend has a state."""
+        return self._backend.parts(name)
+
+    def _run_thread(self) -> None:
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name=self._name)
+        self._thread.start()
+        os.eventfd_write(self._kick_fd, 1)  # what was available before
+
+    def _end_thread(self) -> bool:
+        """End the thread between two rounds; False if there is none."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return False
+        self._is_stopping = True
         os.eventfd_write(self._kick_fd, 1)
         thread.join()
-        self._queues = {}
+        return True
 
     def settle(self) -> None:
         """Return when all queues were empty; no vCPU runs."""
@@ -200,30 +259,27 @@ class Worker:
     def _run(self) -> None:
         backend, frontend = self._backend, self._frontend
         assert frontend is not None, "attach() comes first"
-        is_started, is_serving = False, True
         while not self._is_stopping:
             self._wait()
             while self._orders:
                 order, done = self._orders.popleft()
                 order()
                 done.set()
-            if not is_serving:
+            if self._has_failed:
                 continue
             try:
-                if not is_started:
-                    is_started = True
+                if not self._is_started:
+                    self._is_started = True
                     backend.start(self._features)
                 for index, queue in self._queues.items():
                     self._serve(backend, frontend, index, queue)
             except GuestError as err:
-                is_serving = False
+                self._has_failed = True
                 frontend.fail(str(err))
             except Exception:
-                is_serving = False
+                self._has_failed = True
                 log.exception("%s", self._name)
                 frontend.fail("internal error")
-        if is_started:
-            backend.reset()
 
     def _serve(self, backend: Backend, frontend: Frontend, index: int, queue: Virtqueue) -> None:
         """Serve a queue until it is empty, or others have waited long enough."""

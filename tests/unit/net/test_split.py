@@ -13,6 +13,7 @@ from tests.virtio_driver import DriverQueue, PlainMemory
 from vmm_kvm.errors import SpecError, VirtqueueError
 from vmm_kvm.net.ethernet import Filter
 from vmm_kvm.net.vhost import VhostNet
+from vmm_kvm.state import Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.device import Frontend
 from vmm_kvm.virtio.net_control import NetControl
@@ -38,6 +39,7 @@ class DataQueues:
         self.kicked: list[int] = []
         self.is_refusing = False
         self.is_closed = False
+        self.is_suspended = False
 
     def attach(self, frontend: Frontend) -> None:
         """Ignore it."""
@@ -69,6 +71,30 @@ class DataQueues:
 
     def settle(self) -> None:
         """Ignore it."""
+
+    def suspend(self) -> None:
+        """Note it."""
+        self.is_suspended = True
+
+    def resume(self) -> None:
+        """Note it."""
+        self.is_suspended = False
+
+    def positions(self) -> Mapping[int, int]:
+        """Return some for the queues that are served."""
+        return {index: 100 + index for index in self.served}
+
+    def restore(
+        self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
+    ) -> None:
+        """Note it."""
+        self.start(features, rings)
+        assert positions.keys() >= rings.keys()
+        self.is_suspended = True
+
+    def parts(self, _name: str) -> list[Part]:
+        """Have none."""
+        return []
 
     def kick(self, index: int) -> None:
         """Note it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.virtio_driver import PlainMemory
 from vmm_kvm.errors import VirtqueueError
 from vmm_kvm.scatter import total
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.buffers import gather, scatter
 from vmm_kvm.virtio.queue import Chain, Virtqueue
 
@@ -67,6 +68,10 @@ class EchoBackend:
     def close(self) -> None:
         """Remember."""
         self.events.append("close")
+
+    def parts(self, _name: str) -> list[Part]:
+        """Have no state."""
+        return []
 
 
 QUESTION, ANSWER = 0x10000, 0x11000

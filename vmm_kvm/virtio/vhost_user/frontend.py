@@ -14,9 +14,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from vmm_kvm.errors import StateError
 from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.memory import Region
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import (
     VIRTIO_BLK_F_CONFIG_WCE,
     VIRTIO_BLK_F_MQ,
@@ -51,6 +53,7 @@ USER_BASE = 1 << 44
 """What we call the user address of guest-physical address 0; no address means a real one."""
 
 _RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
+_INDEXES = 1 << 16  # of split rings
 _VERSION_1 = 1 << VIRTIO_F_VERSION_1
 
 # virtio 1.2 §5.2.4: of the configuration of a block device, what ends before secure erase, and
@@ -144,7 +147,8 @@ class VhostUser:
         self._memory = memory
         self._name = name
         self._frontend: Frontend | None = None
-        self._started: set[int] = set()
+        self._started: dict[int, Ring] = {}
+        self._bases: dict[int, int] | None = None  # while suspended
         self._served = DISK_QUEUES_MAX
         self._lock = threading.Lock()
         self._lost: str | None = None
@@ -199,7 +203,7 @@ class VhostUser:
         """Have no queues served but the first `count`, as far as they are started; any thread."""
         with self._lock:
             before, self._served = self._served, count
-            if self._lost is not None:
+            if self._lost is not None or self._bases is not None:
                 return
             try:
                 for index in sorted(self._started):
@@ -222,15 +226,18 @@ class VhostUser:
             return
         with self._lock:
             try:
-                self._client.set_features(features & self._features_known)
-                table = _region_table(self._memory.regions)
-                self._client.set_memory(table, [self._memory.fd] * len(table))
+                self._set_up(features)
                 for index, ring in rings.items():
                     self._start_ring(index, ring)
             except VhostUserError as err:
                 self._lose(err)
                 return
         self._watch()
+
+    def _set_up(self, features: int) -> None:
+        self._client.set_features(features & self._features_known)
+        table = _region_table(self._memory.regions)
+        self._client.set_memory(table, [self._memory.fd] * len(table))
 
     def start_queue(self, index: int, ring: Ring) -> None:
         """Have one more queue served, between `start` and `stop`.
@@ -255,7 +262,7 @@ class VhostUser:
         with self._lock:
             if index not in self._started:
                 return
-            self._started.discard(index)
+            del self._started[index]
             if self._lost is None:
                 try:
                     self._client.enable(index, False)
@@ -268,6 +275,65 @@ class VhostUser:
         self._events.unwatch()
         for index in sorted(self._started):
             self.stop_queue(index)
+        self._bases = None
+
+    def suspend(self) -> None:
+        """Have the server finish what it has, and stand still; nothing is forgotten. Idempotent."""
+        if not self._started or self._bases is not None:
+            return
+        self._events.unwatch()
+        with self._lock:
+            bases = {}
+            if self._lost is None:
+                try:
+                    for index in self._started:
+                        self._client.enable(index, False)
+                        bases[index] = self._client.stop(index) % _INDEXES
+                except VhostUserError as err:
+                    self._lose(err)
+            self._bases = bases
+
+    def resume(self) -> None:
+        """Go on after `suspend` or `restore`; idempotent."""
+        bases, self._bases = self._bases, None
+        if bases is None:
+            return
+        with self._lock:
+            if self._lost is None:
+                try:
+                    for index, ring in list(self._started.items()):
+                        self._start_ring(index, ring, bases.get(index, 0))
+                except VhostUserError as err:
+                    self._lose(err)
+        if self._lost is None:
+            self._watch()
+
+    def positions(self) -> Mapping[int, int]:
+        """Return where each ring goes on."""
+        return self._bases or {}
+
+    def restore(
+        self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
+    ) -> None:
+        """Be like a suspended one that served `rings`, each from its position on.
+
+        Raises:
+            GuestError: a ring is impossible.
+            StateError: the server does not take what was negotiated.
+        """
+        for ring in rings.values():
+            self._check(ring)
+        with self._lock:
+            try:
+                self._set_up(features)
+            except VhostUserError as err:
+                raise StateError(f"vhost-user: {err}") from err
+        self._started = dict(rings)
+        self._bases = {index: positions.get(index, 0) for index in rings}
+
+    def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
+        """Return nothing: what the server knows of its driver is its own."""
+        return []
 
     def settle(self) -> None:
         """Return when the server has served what was available; no vCPU runs.
@@ -309,10 +375,10 @@ class VhostUser:
         """Raise GuestError for a ring that no server can serve: it would be lost over it."""
         Virtqueue(self._memory, ring, 0)
 
-    def _start_ring(self, index: int, ring: Ring) -> None:
+    def _start_ring(self, index: int, ring: Ring, base: int = 0) -> None:
         client, events = self._client, self._events
         client.set_size(index, ring.size)
-        client.set_base(index, 0)
+        client.set_base(index, base)
         client.set_address(
             VringAddress(
                 *(index, 0, USER_BASE + ring.descriptors),
@@ -321,7 +387,7 @@ class VhostUser:
         )
         client.set_error(index, events.error_fd)
         client.set_call(index, events.call_fd(self._attached(), index))
-        self._started.add(index)
+        self._started[index] = ring
         client.set_kick(index, events.kick_fd(index))
         client.enable(index, index < self._served)
         # Requests may be there already, and older servers wait for the first notification.

@@ -153,7 +153,8 @@ class Vring:
     def suspend(self) -> None:
         """Drop the queue and remember where it was."""
         if self.queue is not None:
-            self._base, self._next_used = self.queue.next_available, self.queue.next_used
+            # Chains that the device has and did not give back are taken again.
+            self._base = self._next_used = self.queue.next_used
             self.queue = None
 
     def stop(self) -> int:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from vmm_kvm.errors import GuestMemoryError
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.memory import Region
+from vmm_kvm.state import Part
 from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.vhost_user.client import Client
@@ -82,6 +83,10 @@ class EchoBackend:
     def close(self) -> None:
         """Remember the call."""
         self.calls.append("close")
+
+    def parts(self, _name: str) -> list[Part]:
+        """Have no state."""
+        return []
 
 
 class ServerThread:

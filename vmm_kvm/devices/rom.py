@@ -1,0 +1,44 @@
+"""Read-only memory: firmware, which the guest executes where it lies."""
+
+import mmap
+from typing import Literal, NamedTuple
+
+from vmm_kvm.errors import StateError
+from vmm_kvm.state import U64, Blob
+
+
+class RomState(NamedTuple):
+    """What a guest reads, and where."""
+
+    gpa: U64
+    contents: Blob
+    version: Literal[1] = 1
+
+
+class Rom:
+    """Memory with firmware in it; the machine maps it at `gpa`, for reading alone."""
+
+    __slots__ = ("_gpa", "memory")
+
+    def __init__(self, gpa: int, contents: bytes) -> None:
+        """Copy `contents`, whole pages, for the guest-physical address `gpa`."""
+        self._gpa = gpa
+        self.memory = mmap.mmap(-1, len(contents))  # lives as long as the mapping
+        self.memory[:] = contents
+
+    def save(self) -> RomState:
+        """Return a snapshot."""
+        return RomState(self._gpa, self.memory[:])
+
+    def restore(self, state: RomState) -> None:
+        """Have the contents that the guest knows, whatever the host's firmware is by now.
+
+        Raises:
+            StateError: they have another size or place.
+        """
+        if state.gpa != self._gpa or len(state.contents) != len(self.memory):
+            raise StateError(
+                f"{len(state.contents)} bytes at {state.gpa:#x}, "
+                f"not {len(self.memory)} at {self._gpa:#x}"
+            )
+        self.memory[:] = state.contents
