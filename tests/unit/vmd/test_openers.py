@@ -16,6 +16,7 @@ from typing import TypeVar
 import pytest
 
 from tests.unit.vmd.hostile_paths import GROUP, USER, Tree, closed, openable
+from tests.unit.vmd.swapped_paths import SWAPS, Swap
 from vmd.children import opener_plan
 from vmd.parent import openers as module
 from vmd.parent.openers import OPENERS_PER_USER, Openers
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights
 
 USERS = Users(frozenset({0}), lambda _uid, _gid: False)
 T = TypeVar("T")
+SWAPPED = 60
+"""Times that a name that changes is opened."""
 Result = tuple[int, int] | str
 """Device and inode of what is opened, or why it is not."""
 
@@ -49,6 +52,8 @@ class Host:
         self.loop = loop
         self.openers = Openers(loop, USERS, plan)  # type: ignore[arg-type] # see the tests
         self.results: list[Result] = []
+        self.owners: set[int] = set()
+        """Of all files that were opened."""
 
     def ask(self, path: str, *, writes: bool, uid: int = USER) -> None:
         """Have a file opened."""
@@ -59,6 +64,7 @@ class Host:
         def opened(found: list[FoundFile], fds: list[int]) -> None:
             assert [file.chain for file in found] == [(0,)]
             status = os.fstat(fds[0])
+            self.owners.add(status.st_uid)
             for fd in fds:
                 os.close(fd)
             answer((status.st_dev, status.st_ino))
@@ -185,25 +191,29 @@ def test_names_that_nobody_opens_for_a_user(tree: Tree, host: Host) -> None:
         os.close(fd)
 
 
-def test_a_name_that_changes_while_it_is_opened(tree: Tree, host: Host) -> None:
-    """A link that leads here and there in turn gives the user's file or none, never another."""
-    own, secret = tree.file("own"), tree.file("secret", 0o600, 0)
+@pytest.mark.slow
+@pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: str(swap.__name__))
+def test_a_name_that_changes_while_it_is_opened(tree: Tree, host: Host, swap: Swap) -> None:
+    """What a name leads to in turn is the user's file or none, whatever it leads to meanwhile."""
     os.mkfifo(tree.root / "fifo", 0o666)
     waiting = os.open(tree.root / "fifo", os.O_RDONLY | os.O_NONBLOCK)
-    name, targets = tree.root / "name", (own, secret, str(tree.root / "fifo"), "/proc/self/mem")
+    name, steps = swap(tree)
     pid = os.fork()
     if pid == 0:
-        while True:
-            for target in targets:
-                (tree.root / "next").symlink_to(target)
-                (tree.root / "next").rename(name)
+        try:
+            while True:
+                for step in steps:
+                    step()
+        finally:
+            os._exit(1)
     try:
-        found = {host.result(str(name), writes=True) for _ in range(100)}
+        for _ in range(SWAPPED):
+            host.result(name, writes=True)
     finally:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    status = Path(own).stat()
-    assert {each for each in found if not isinstance(each, str)} <= {(status.st_dev, status.st_ino)}
+        _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert host.owners == {USER}
     poll = select.poll()
     poll.register(waiting, select.POLLIN)
     assert poll.poll(0) == []
