@@ -66,12 +66,13 @@ def page() -> str:
     parts.append("## Parts of messages\n")
     structs = (
         *(messages.DiskRequest, messages.InterfaceRequest),
-        *(messages.VmInfo, messages.InterfaceInfo, messages.ForwardInfo, messages.Statistics),
+        *(messages.VmInfo, messages.EndInfo, messages.InterfaceInfo, messages.ForwardInfo),
+        *(messages.Statistics, messages.LogLine),
     )
     parts += [_message(each, documentation) for each in structs]
     parts.append("## Words\n")
     words = (
-        *(messages.ErrorCode, messages.State, messages.EventKind),
+        *(messages.ErrorCode, messages.State, messages.EndCause, messages.EventKind),
         *(messages.ResetMode, BootDevice),
     )
     parts += [_words(each, documentation) for each in words]

@@ -45,6 +45,7 @@ _VM: Mapping[str, Shape] = {
     **dict.fromkeys(("id", "cpus", "memory", "uid"), int),
     **dict.fromkeys(("memory_used", "pid", "gid"), (int, None)),
     **dict.fromkeys(("name", "state", "tty"), str),
+    "after": [str],
     "statistics": (_STATISTICS, None),
     "interfaces": [_INTERFACE],
 }

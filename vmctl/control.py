@@ -1,138 +1,27 @@
-"""The short commands: stop, pause, unpause, load, reload, reset, log, events, send, receive.
+"""The short commands: pause, unpause, load, reload, reset, log, events, send, receive.
 
 Each returns the exit status. Texts are OpenBSD's.
 
-Source: sections 3.7, 3.8, 3.10 and 3.11 of OpenBSD's behaviour.
+Source: sections 3.8, 3.10 and 3.11 of OpenBSD's behaviour.
 """
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
 from vmctl.client import (
     Client,
     CommandError,
     Fields,
     RefusedError,
-    Target,
     parse_target,
     text_of,
 )
 from vmctl.messages import fail
-from vmctl.report import Report
 from vmm_kvm.text import printable
 
 _RESET_MODES = ("all", "vms", "switches")
 _LOG_LEVELS = (("brief", 0), ("verbose", 2))
-
-
-def stop(
-    words: Sequence[str] = (),
-    *,
-    force: bool = False,
-    wait: bool = False,
-    every: bool = False,
-    as_json: bool = False,
-) -> int | None:
-    """Stop a VM, or with `every` each one that runs; None if both are named, or neither."""
-    if every == bool(words):
-        return None
-    report = Report(as_json)
-    try:
-        if every:
-            return _stop_all(force=force, wait=wait, as_json=as_json)
-        target = parse_target(words[0])
-        with Client() as client:
-            return _stop(client, target, report, force=force, wait=wait)
-    except CommandError as err:
-        fail(err)
-        return report.end(1, str(err))
-
-
-def _stop_all(*, force: bool, wait: bool, as_json: bool) -> int:
-    """Ask every VM that runs to stop.
-
-    With `wait` they are all asked before one is waited for, and the status is 1 if any is not
-    stopped; without, a failure does not show in it, as in OpenBSD.
-    """
-    status = 0
-    with ExitStack() as stack:
-        client = stack.enter_context(Client())
-        asked: list[tuple[Client, Target, Report]] = []
-        for vm in client.vms():
-            if vm["pid"] is None:
-                continue
-            target, report = Target(name=vm["name"]), Report(as_json)
-            if not wait:
-                _stop(client, target, report, force=force, wait=False)
-                continue
-            # One that takes long must not keep the others from being asked.
-            own = stack.enter_context(Client())
-            own.send("stop", {**target.fields(), "force": force, "wait": True})
-            asked.append((own, target, report))
-        for own, target, report in asked:
-            _begin_line("stopping", target)
-            with ending_the_line():
-                status |= finish(own, "stop", "terminated", report)
-    return status
-
-
-def _stop(client: Client, target: Target, report: Report, *, force: bool, wait: bool) -> int:
-    _begin_line("stopping", target)
-    return complete(client, "stop", target, report, force=force, wait=wait)
-
-
-def _begin_line(doing: str, target: Target) -> None:
-    name = f" {target.name}" if target.name else ""
-    print(f"{doing} vm{printable(name)}: ", end="", file=sys.stderr, flush=True)
-
-
-def complete(client: Client, kind: str, target: Target, report: Report, **fields: object) -> int:
-    """Ask for something, and end the line that says so with what has become of it."""
-    expected = "terminated" if fields.get("wait") else "done terminated"
-    with ending_the_line():
-        client.send(kind, {**target.fields(), **fields})
-        return finish(client, kind, expected, report)
-
-
-@contextmanager
-def ending_the_line() -> Iterator[None]:
-    """End the line that says what is waited for, before an error has lines of its own."""
-    try:
-        yield
-    except CommandError:
-        print(file=sys.stderr)
-        raise
-
-
-def finish(client: Client, kind: str, expected: str, report: Report) -> int:
-    """End the line that says what is waited for with what has become of it.
-
-    Raises:
-        CommandError: there is no answer, or one that is not among `expected`.
-    """
-    try:
-        answer, fds = client.receive(expected)
-    except RefusedError as err:
-        text = why_not(kind, err.code)
-        print(text, file=sys.stderr)
-        return report.end(1, text)
-    for fd in fds:
-        os.close(fd)
-    is_terminated = answer["type"] == "terminated"
-    text = "terminated" if is_terminated else "requested to shutdown"
-    print(f"{text} vm {answer['id']}", file=sys.stderr)
-    return report.end(0, text, answer["id"])
-
-
-def why_not(kind: str, code: str) -> str:
-    """Return what is said of a `stop` or `wait` that failed with `code`."""
-    return {
-        "not-running": f"cannot {'stop' if kind == 'stop' else 'wait for'} vm that is not running",
-        "ENOENT": "vm not found",
-        "EINTR": "interrupted call",
-    }.get(code, f"failed: {text_of(code)}")
 
 
 def pause(words: Sequence[str]) -> int:

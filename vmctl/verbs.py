@@ -317,10 +317,10 @@ _TABLE = (
         "stop",
         "[id | -a]",
         "Stop a VM.",
-        "control",
+        "stop",
         "stop",
         (
-            Option("-a", "every", "Every VM that runs."),
+            Option("-a", "every", "Every VM that runs, starts or waits for its turn."),
             Option("-f", "force", "Without asking the guest."),
             Option("-w", "wait", "Wait until it has ended."),
             _ENDED,

@@ -18,9 +18,9 @@ from vmctl.client import (
     opened,
     parse_target,
 )
-from vmctl.control import finish, why_not
 from vmctl.messages import choice, fail
 from vmctl.report import Report
+from vmctl.stop import finish, why_not
 from vmm_kvm.text import printable
 
 _STATES = ("running", "stopped")

@@ -30,8 +30,8 @@ _INTEGER_MAX = (1 << 31) - 1
 _ENABLED, _DISABLED = 2, 3
 _PERSISTENCE_UNKNOWN = 1
 # On OpenBSD a VM that is stopping still counts as running.
-_ADMIN_STATES = {State.RUNNING: 1, State.STOPPING: 1, State.PAUSED: 3}
-_OPERATIONAL_STATES = {State.RUNNING: 4, State.STOPPING: 4, State.PAUSED: 8}
+_ADMIN_STATES = {State.STARTING: 1, State.RUNNING: 1, State.STOPPING: 1, State.PAUSED: 3}
+_OPERATIONAL_STATES = {State.STARTING: 4, State.RUNNING: 4, State.STOPPING: 4, State.PAUSED: 8}
 _SHUT_DOWN, _ADMIN_SHUT_DOWN = 11, 4
 
 

@@ -25,6 +25,11 @@ def advice(config: Config, *, is_user: bool, memory_size: int) -> tuple[str, ...
     switches = {switch.name for switch in config.switches}
     for vm in vms.values():
         found += (_line(vm, text) for text in _of_one(vm, switches, is_user, memory_size))
+        found += (
+            _line(vm, f'after "{name}", which is not defined: it waits for nothing')
+            for name in vm.after
+            if name not in vms
+        )
     claimed: dict[str, VmConfig] = {}
     for vm in vms.values():
         if vm.is_enabled:

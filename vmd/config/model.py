@@ -17,6 +17,9 @@ from vmd.config.disks import DiskOption
 RDOMAIN_MAX = 255
 FORWARDS_MAX = 64
 """Of one interface."""
+AFTER_MAX = 32
+"""VMs that one VM starts after."""
+STOP_TIMEOUT_MAX_S = 86400
 PATH_BYTES_MAX = 1023
 MEMORY_DEFAULT = 512 << 20
 AGENTX_PATH = "/var/agentx/master"
@@ -153,6 +156,10 @@ class VmConfig(NamedTuple):
     """What the block speaks of, and an instance hence claims; INSTANCE if it is one."""
     is_sev: bool = False
     is_sev_es: bool = False
+    after: tuple[str, ...] = ()
+    """VMs that run before the daemon starts this one, and that it stops after this one."""
+    stop_timeout_s: int | None = None
+    """How long its guest may take to stop before it is ended; None for the usual times."""
     where: str = ""
     """`file:line` of the end of its block, for a complaint when it is registered."""
 

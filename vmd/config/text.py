@@ -135,6 +135,10 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield "\tinterfaces 0"
     for interface in vm.interfaces:
         yield f"\t{_interface(interface)}"
+    for name in vm.after:
+        yield f"\tafter {quoted(name)}"
+    if vm.stop_timeout_s is not None:
+        yield f"\tstop timeout {vm.stop_timeout_s}"
     if vm.owner != Owner():
         yield f"\towner {_owner(vm.owner)}"
     rights: list[str] = sorted(vm.allow_instance)

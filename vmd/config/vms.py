@@ -10,7 +10,15 @@ from vmd.config.disks import OPTIONS_WITH_VALUE, DiskError, DiskKind, DiskOption
 from vmd.config.grammar import Tokens
 from vmd.config.host import Host
 from vmd.config.interfaces import InterfaceRule
-from vmd.config.model import PATH_BYTES_MAX, BootDevice, InterfaceConfig, Right, VmConfig
+from vmd.config.model import (
+    AFTER_MAX,
+    PATH_BYTES_MAX,
+    STOP_TIMEOUT_MAX_S,
+    BootDevice,
+    InterfaceConfig,
+    Right,
+    VmConfig,
+)
 from vmd.config.values import ValueRefusedError, byte_length, memory_of
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX, VCPUS_MAX
 
@@ -18,7 +26,7 @@ FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"
 """Formats of disks. The first two are OpenBSD's."""
 DISK_OPTIONS = ("ro", "serial", "queues", "private")
 """Words of the block of a disk, which OpenBSD does not have."""
-OWN_OPTIONS = ("cpus", "initrd", "append", "firmware")
+OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "stop")
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
 _RIGHTS = (
@@ -71,6 +79,7 @@ class VmRule:
         vmopt = "enable" | "disable" | "sev" | "seves" | disk | [ "local" ] "interface" ... | boot
               | "cdrom" string | "interfaces" NUMBER | memory | "owner" owner | allow
               | "cpus" NUMBER | "initrd" string | "append" string | "firmware" string
+              | "after" string | "stop" "timeout" NUMBER
         """
         tokens = self._tokens
         if tokens.accept("enable"):
@@ -119,8 +128,35 @@ class VmRule:
                     tokens.refuse("append specified more than once")
                 self._vm = self._vm._replace(append=text)
                 self._give(Right.BOOT)
+            case "after":
+                self._after()
+            case "stop":
+                self._stop_timeout()
             case _:
                 self._firmware()
+
+    def _after(self) -> None:
+        tokens, vm = self._tokens, self._vm
+        name = tokens.string()
+        if byte_length(name) > NAME_MAX:
+            tokens.refuse("vm name too long")
+        if name in vm.after:
+            tokens.refuse(f'after "{name}" specified more than once')
+        if len(vm.after) >= AFTER_MAX:
+            tokens.refuse(f"more than {AFTER_MAX} VMs to start after")
+        self._vm = vm._replace(after=(*vm.after, name))
+
+    def _stop_timeout(self) -> None:
+        tokens = self._tokens
+        if not tokens.is_at_own("timeout"):
+            tokens.syntax_error()
+        tokens.take()
+        seconds = tokens.number()
+        if self._vm.stop_timeout_s is not None:
+            tokens.refuse("stop timeout specified more than once")
+        if not 1 <= seconds <= STOP_TIMEOUT_MAX_S:
+            tokens.refuse(f"stop timeout is 1 to {STOP_TIMEOUT_MAX_S} seconds: {seconds}")
+        self._vm = self._vm._replace(stop_timeout_s=seconds)
 
     def _disk(self) -> None:
         """Take a disk: `"disk" string [ "format" string ] [ loose block of diskopt ]`."""

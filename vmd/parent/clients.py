@@ -8,7 +8,8 @@ from vmd.parent.passed import take_passed
 from vmd.parent.peer import Peer
 from vmd.parent.request_log import RequestLog
 from vmd.parent.status import Inquiries, StatusQuestion
-from vmd.rules.registry import Action, List, Registry
+from vmd.rules.actions import Action, List
+from vmd.rules.registry import Registry
 from vmd.rules.vm import Vm
 from vmd.wire.channel import (
     ChannelError,
@@ -121,7 +122,7 @@ class Clients:
             case ClientGone(client=client):
                 self._users.gone(client)
                 self._requests.gone(client)
-                self._registry.client_left(client)
+                self._run(self._registry.client_left(client))
                 for question in tuple(self._questions):
                     if question.ticket.client == client:
                         self._questions.discard(question)
@@ -149,7 +150,7 @@ class Clients:
     def _all_left(self) -> None:
         """Forget the clients: their connections went with the control process."""
         for client in self._users.forget_all():
-            self._registry.client_left(client)
+            self._run(self._registry.client_left(client))
         self._requests.clear()
         # The next control process counts its clients from the first number again.
         for question in self._questions:

@@ -17,7 +17,7 @@ from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
 from vmd.parent.status import Inquiries, TimedLoop
 from vmd.rules import vm_state
-from vmd.rules.registry import (
+from vmd.rules.actions import (
     Action,
     Answer,
     ArmTurn,
@@ -27,15 +27,15 @@ from vmd.rules.registry import (
     OpenConsole,
     Operate,
     Perform,
-    Registry,
     Tell,
 )
+from vmd.rules.registry import Registry
 from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
 from vmd.shared.opening import OpeningError
 from vmd.shared.pty import Pty
 from vmd.shared.ring import Replay
-from vmd.wire.channel import Fds
+from vmd.wire.channel import Fds, Timer
 from vmd.wire.internal import (
     AskStatistics,
     AttachConsole,
@@ -59,11 +59,16 @@ from vmd.wire.internal import (
     VmUnpacked,
     VmUnpaused,
 )
-from vmd.wire.messages import AnyAnswer, ConsoleOpened, ErrorCode, Event, Failed
+from vmd.wire.messages import AnyAnswer, ConsoleOpened, ErrorCode, Event, EventKind, Failed
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 
 log = Log(__name__)
+
+STOP_S = 123
+"""How long a guest has to stop that has no time of its own: the VM process sees to that."""
+GRACE_S = 5
+"""What a VM process may take longer, before it is ended itself."""
 
 
 class Later(TimedLoop, Protocol):
@@ -164,6 +169,7 @@ class Effects:
         self._turn_timer = loop.timer(lambda: self.run(registry.turn()))
         self._launched: set[int] = set()  # ids of VMs that vmm knows
         self._ttys: dict[int, str] = {}  # of those
+        self._deadlines: dict[int, Timer] = {}  # of those that are to stop
         self._inquiries = Inquiries(loop, lambda vm_id: self.tell_vm(vm_id, AskStatistics()))
         self._on_idle: Callable[[], None] | None = None
 
@@ -186,6 +192,7 @@ class Effects:
                 case Answer(client, answer):
                     self._clients.answer(client, answer)
                 case Tell(event):
+                    _log_event(event)
                     self._clients.tell(event)
                 case Perform(vm, effect):
                     self._perform(vm, effect)
@@ -234,13 +241,24 @@ class Effects:
             case vm_state.Kill():
                 self._vmm.send(KillVm(id=vm.id))
             case vm_state.SendStop():
-                self.tell_vm(vm.id, StopVm())
+                self._stop(vm)
             case vm_state.SendPause():
                 self.tell_vm(vm.id, PauseVm())
             case vm_state.SendUnpause():
                 self.tell_vm(vm.id, UnpauseVm())
             case _:
                 assert_never(effect)
+
+    def _stop(self, vm: Vm) -> None:
+        """Have a guest asked to stop; a process that does not end with it is ended."""
+        timeout_s = vm.config.stop_timeout_s
+        self.tell_vm(vm.id, StopVm(timeout_s=timeout_s))
+        timer = self._deadlines.get(vm.id)
+        if timer is None:
+            timer = self._loop.timer(lambda: self._happened(vm.id, vm_state.Overdue()))
+            self._deadlines[vm.id] = timer
+        patience_s = (timeout_s or STOP_S) + GRACE_S
+        timer.arm(self._loop.monotonic_ns() + patience_s * NANOSECONDS)
 
     def _open_console(self, ticket: vm_state.Ticket, vm: Vm) -> None:
         try:
@@ -311,7 +329,6 @@ class Effects:
         return True
 
     def _launch_failed(self, vm: Vm, code: ErrorCode, message: str) -> None:
-        log.warning("%s: failed to start vm: %s", vm.name, message)
         _remove_new(vm)
         self._happened(vm.id, vm_state.LaunchFailed(code, message))
 
@@ -346,6 +363,9 @@ class Effects:
     def _forget_process(self, vm_id: int) -> None:
         self._launched.discard(vm_id)
         self._inquiries.forget(vm_id)
+        timer = self._deadlines.pop(vm_id, None)
+        if timer:
+            timer.cancel()
         self._kernels.expect_no_more(vm_id)
 
     def _reported(self, vm_id: int, report: VmReport, fds: Fds) -> None:
@@ -378,11 +398,16 @@ class Effects:
         event = exit_event(message)
         if vm:
             _remove_new(vm)
-        if vm and event.message:
-            is_wanted = vm.state.phase is vm_state.Phase.STOPPING
-            tell = log.debug if is_wanted else log.warning
-            tell("vm/%s: %s", vm.name, event.message)
         self._happened(message.id, event)
+
+
+def _log_event(event: Event) -> None:
+    """Log how a VM ended, or why it was started anew."""
+    text = f"{event.kind}: {event.message}" if event.message else event.kind
+    if event.kind is EventKind.FAILED or (event.kind is EventKind.REBOOTED and event.message):
+        log.warning("vm/%s: %s", event.name, text)
+    elif event.kind is EventKind.STOPPED:
+        log.info("vm/%s: %s", event.name, text)
 
 
 def _remove_new(vm: Vm) -> None:

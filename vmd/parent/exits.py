@@ -8,9 +8,9 @@ def exit_event(exited: VmExited) -> vm_state.Exited:
     """Return what the lifecycle is told: what the process said last, or how it ended without."""
     ending = exited.ending
     if ending is not None:
-        return vm_state.Exited(ending.reason, ending.code, ending.message)
+        return vm_state.Exited(ending.reason, ending.code, ending.message, exited.status)
     if exited.status < 0:
         how = f"was killed by signal {-exited.status}"
     else:
         how = f"exited with status {exited.status}"
-    return vm_state.Exited(None, message=f"the VM process {how}")
+    return vm_state.Exited(None, message=f"the VM process {how}", status=exited.status)

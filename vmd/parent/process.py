@@ -27,7 +27,8 @@ from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.resources import Host, open_resources
 from vmd.parent.status import StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
-from vmd.rules.registry import Action, List, Operate, Registry
+from vmd.rules.actions import Action, List, Operate
+from vmd.rules.registry import Registry
 from vmd.rules.vm_state import Ticket
 from vmd.shared import log as logging
 from vmd.shared.kernels import KernelStore

@@ -15,6 +15,7 @@ from vmd.wire.messages import (
     AnyAnswer,
     Console,
     Failed,
+    Hold,
     Load,
     Log,
     ParentRequest,
@@ -37,6 +38,7 @@ _DONE: dict[type[ParentRequest], str] = {
     Reload: "configuration reloaded",
     Reset: "reset",
     Log: "log level set",
+    Hold: "starts held",
 }
 """Requests that are told of; the others only look, or wait."""
 

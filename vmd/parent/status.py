@@ -1,12 +1,14 @@
 """Clients' questions for the status of VMs, while the processes of those are asked."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain
 from typing import Protocol
 
 import msgspec
 from msgspec.structs import replace
 
-from vmd.rules.registry import List, info
+from vmd.rules.actions import List
+from vmd.rules.registry import info
 from vmd.rules.vm import Vm
 from vmd.wire.channel import Timer
 from vmd.wire.internal import VmStatistics
@@ -87,6 +89,7 @@ class StatusQuestion:
         self.ticket = question.ticket
         self._loop = loop
         self._vms = question.vms
+        self._gone = question.gone
         self._wants_statistics = question.request.statistics
         self._wants_interfaces = question.request.interfaces
         self._inquiries = inquiries
@@ -128,7 +131,7 @@ class StatusQuestion:
         if self._is_over:
             return
         self.cancel()
-        parts = list(_parts(self._shown(vm) for vm in self._vms))
+        parts = list(_parts(chain(map(self._shown, self._vms), self._gone)))
         last = len(parts) - 1
         self._answer(
             [

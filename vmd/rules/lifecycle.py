@@ -25,6 +25,7 @@ from vmd.rules.vm_state import (
     ClientLeft,
     Discard,
     Effect,
+    End,
     Enqueue,
     Event,
     Exited,
@@ -34,6 +35,7 @@ from vmd.rules.vm_state import (
     Launched,
     LaunchFailed,
     OpenConsole,
+    Overdue,
     Pause,
     Paused,
     Phase,
@@ -54,7 +56,16 @@ from vmd.rules.vm_state import (
     Wait,
 )
 from vmd.wire.internal import EndReason
-from vmd.wire.messages import Done, ErrorCode, EventKind, Failed, Started, State, Terminated
+from vmd.wire.messages import (
+    Done,
+    EndCause,
+    ErrorCode,
+    EventKind,
+    Failed,
+    Started,
+    State,
+    Terminated,
+)
 
 EARLY_S = 6.0
 """A start so soon after the one before counts as early."""
@@ -63,10 +74,11 @@ EARLY_MAX = 3
 
 
 _ORDERLY = {EndReason.POWER_OFF, EndReason.REBOOT, EndReason.STOPPED}
+_NOT_RUNNING = "the VM is not running"
 _SHOWN = {
     Phase.STOPPED: State.STOPPED,
     Phase.WAITING: State.WAITING,
-    Phase.STARTING: State.RUNNING,
+    Phase.STARTING: State.STARTING,
     Phase.RUNNING: State.RUNNING,
     Phase.PAUSING: State.RUNNING,
     Phase.PAUSED: State.PAUSED,
@@ -104,6 +116,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             if vm.phase is not Phase.STOPPED:
                 return vm, ()
             return vm._replace(phase=Phase.WAITING), (Publish(EventKind.WAITING),)
+        case Overdue():
+            return _overdue(vm)
         case Discard():
             return _discard(vm)
         case ClientLeft(client):
@@ -114,15 +128,15 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             vm = vm._replace(pid=pid, tty=tty)
             return vm._replace(watchers=()), tuple(map(OpenConsole, vm.watchers))
         case LaunchFailed(code, message):
-            return _end(vm, now, EndReason.FAILED, code, message)
+            return _end(vm, now, Exited(EndReason.FAILED, code, message))
         case Running():
             return _running(vm)
         case Paused():
             return _paused(vm)
         case Unpaused():
             return _unpaused(vm)
-        case Exited(reason, code, message):
-            return _end(vm, now, reason, code, message)
+        case Exited():
+            return _end(vm, now, event)
         case _:
             assert_never(event)
 
@@ -146,7 +160,7 @@ def _start(vm: VmState, ticket: Ticket | None, now: float) -> Step:
     vm, is_allowed = _count_start(vm, now)
     if not is_allowed:
         text = _too_quickly(vm)
-        stopped, effects = _stopped(vm, EventKind.FAILED, text)
+        stopped, effects = _stopped(vm, Publish(EventKind.FAILED, text, End(EndCause.FAILED)))
         return stopped, (*_failed(ticket, ErrorCode.EPERM, text), *effects)
     return (
         vm._replace(phase=Phase.STARTING, starter=ticket),
@@ -155,15 +169,20 @@ def _start(vm: VmState, ticket: Ticket | None, now: float) -> Step:
 
 
 def _stop(vm: VmState, event: Stop) -> Step:
-    if vm.phase in IDLE:
-        return vm, (_not_running(event.ticket),)
+    ticket = event.ticket
+    if vm.phase is Phase.STOPPED:
+        return vm, _failed(ticket, ErrorCode.NOT_RUNNING, _NOT_RUNNING)
+    if vm.phase is Phase.WAITING:
+        answer = _terminated if event.wait else _done
+        stopped, effects = _stopped(vm, Publish(EventKind.STOPPED, "it starts no more in its turn"))
+        return stopped, (*((answer(vm, ticket),) if ticket else ()), *effects)
     if vm.phase is Phase.STOPPING and not event.force:
-        return vm, _failed(event.ticket, ErrorCode.EALREADY, "the VM is stopping")
+        return vm, _failed(ticket, ErrorCode.EALREADY, "the VM is stopping")
     reply: tuple[Effect, ...] = ()
-    if event.wait:
-        vm = vm._replace(waiters=(*vm.waiters, event.ticket))
-    else:
-        reply = (_done(vm, event.ticket),)
+    if ticket and event.wait:
+        vm = vm._replace(waiters=(*vm.waiters, ticket))
+    elif ticket:
+        reply = (_done(vm, ticket),)
     stopping, effects = _stopping(vm, force=event.force)
     return stopping, (*reply, *effects)
 
@@ -222,6 +241,12 @@ def _attach(vm: VmState, ticket: Ticket) -> Step:
     return vm, (_not_running(ticket),)
 
 
+def _overdue(vm: VmState) -> Step:
+    if vm.phase is not Phase.STOPPING:
+        return vm, ()
+    return vm._replace(is_overdue=True), (Kill(),)
+
+
 def _discard(vm: VmState) -> Step:
     if vm.phase in IDLE:
         return vm._replace(phase=Phase.STOPPED), (Publish(EventKind.REMOVED), Forget())
@@ -277,15 +302,16 @@ def _unpaused(vm: VmState) -> Step:
     return vm._replace(phase=Phase.RUNNING), tuple(effects)
 
 
-def _end(vm: VmState, now: float, reason: EndReason | None, code: ErrorCode, message: str) -> Step:
+def _end(vm: VmState, now: float, exited: Exited) -> Step:
     """Account for a process that is gone, or that there never was."""
     if vm.phase in IDLE:
         return vm, ()
+    reason, code, message, status = exited
     replies = [
         *_failed(vm.starter, code, message or "the VM process has ended"),
         *_interrupt(vm),
         # As OpenBSD has it, a reboot ends the wait too.
-        *(Reply(ticket, Terminated(serial=ticket.serial, id=vm.id)) for ticket in vm.waiters),
+        *(_terminated(vm, ticket) for ticket in vm.waiters),
     ]
     vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=(), watchers=())
     if reason is EndReason.REBOOT and vm.phase is not Phase.STOPPING and not vm.stops_at_reboot:
@@ -297,18 +323,31 @@ def _end(vm: VmState, now: float, reason: EndReason | None, code: ErrorCode, mes
                 Publish(EventKind.REBOOTED, message),
                 Launch(keeps_tty=True),
             )
-        reason, message = None, _too_quickly(vm)
-    is_failure = reason not in _ORDERLY and vm.phase is not Phase.STOPPING
-    kind = EventKind.FAILED if is_failure else EventKind.STOPPED
-    stopped, effects = _stopped(vm, kind, message)
+        why = _too_quickly(vm)
+        message = f"{why}: {message}" if message else why
+        kind = EventKind.FAILED
+    elif reason in _ORDERLY or vm.phase is Phase.STOPPING:
+        kind = EventKind.STOPPED
+    else:
+        kind = EventKind.FAILED
+    if vm.is_overdue and reason is None:
+        message = "the guest did not stop in time"
+    end = End(_cause(vm, reason), status)
+    stopped, effects = _stopped(vm, Publish(kind, message, end))
     return stopped, (Release(keeps_tty=False), *replies, *effects)
 
 
-def _stopped(vm: VmState, kind: EventKind, message: str) -> Step:
-    effects: list[Effect] = [Publish(kind, message)]
+def _cause(vm: VmState, reason: EndReason | None) -> EndCause:
+    if reason is None:
+        return EndCause.KILLED if vm.phase is Phase.STOPPING else EndCause.DIED
+    return EndCause(reason.value)
+
+
+def _stopped(vm: VmState, told: Publish) -> Step:
+    effects: list[Effect] = [told]
     if vm.is_doomed or not vm.is_from_config:
         effects += (Publish(EventKind.REMOVED), Forget())
-    return vm._replace(phase=Phase.STOPPED, tty=""), tuple(effects)
+    return vm._replace(phase=Phase.STOPPED, tty="", is_overdue=False), tuple(effects)
 
 
 # Parts of several
@@ -340,6 +379,10 @@ def _interrupt(vm: VmState) -> tuple[Effect, ...]:
     )
 
 
+def _terminated(vm: VmState, ticket: Ticket) -> Effect:
+    return Reply(ticket, Terminated(serial=ticket.serial, id=vm.id))
+
+
 def _done(vm: VmState, ticket: Ticket) -> Effect:
     return Reply(ticket, Done(serial=ticket.serial, id=vm.id))
 
@@ -351,5 +394,5 @@ def _failed(ticket: Ticket | None, code: ErrorCode, message: str) -> tuple[Effec
 
 
 def _not_running(ticket: Ticket) -> Effect:
-    text = "the VM is not running"
-    return Reply(ticket, Failed(serial=ticket.serial, code=ErrorCode.NOT_RUNNING, message=text))
+    failed = Failed(serial=ticket.serial, code=ErrorCode.NOT_RUNNING, message=_NOT_RUNNING)
+    return Reply(ticket, failed)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vmd.config.model import MEMORY_DEFAULT, InterfaceConfig, Owner, Right, VmConfig
-from vmd.wire.messages import ErrorCode, Load, Log, ParentRequest, Reload, Reset
+from vmd.wire.messages import ErrorCode, Hold, Load, Log, ParentRequest, Reload, Reset
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
@@ -50,7 +50,7 @@ def needs_administrator(request: ParentRequest) -> bool:
 
     Source: section 6 of OpenBSD's behaviour.
     """
-    return isinstance(request, Load | Reload | Reset | Log)
+    return isinstance(request, Load | Reload | Reset | Log | Hold)
 
 
 def is_name(text: str) -> bool:
@@ -143,6 +143,10 @@ def make_instance(
         initrd=wanted.initrd or kernel.initrd,
         append=kernel.append if wanted.append is None else wanted.append,
         firmware=kernel.firmware,
+        after=wanted.after or template.after,
+        stop_timeout_s=(
+            template.stop_timeout_s if wanted.stop_timeout_s is None else wanted.stop_timeout_s
+        ),
     )
 
 

@@ -8,22 +8,37 @@ Source: sections 7, 8 and 10 of OpenBSD's behaviour, with the advice of its sect
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from vmd.config.model import MEMORY_DEFAULT, Limits, Owner, Right, Staggered, VmConfig
 from vmd.config.sizes import fmt_scaled
 from vmd.rules import lifecycle, vm_state
+from vmd.rules.actions import (
+    Action,
+    Answer,
+    ArmTurn,
+    Drop,
+    List,
+    OpenConsole,
+    Operate,
+    Perform,
+    Tell,
+)
+from vmd.rules.ends import Gone, GoneVms
+from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator
 from vmd.rules.vm import Passed, Vm, config_of, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
-    AnyAnswer,
     Console,
     Done,
+    EndInfo,
     ErrorCode,
     Event,
     EventKind,
     Failed,
+    History,
+    Hold,
     Load,
     Log,
     ParentRequest,
@@ -31,6 +46,7 @@ from vmd.wire.messages import (
     Reload,
     Reset,
     Start,
+    State,
     Status,
     Stop,
     Unpause,
@@ -41,6 +57,7 @@ from vmd.wire.messages import (
 
 IDS_KEPT = 1024
 """Ids of forgotten VMs that are kept for their names."""
+_LIVES_END = {EventKind.STOPPED, EventKind.FAILED, EventKind.REBOOTED}
 _LLADDR = "fe:e1:bb:d{index:x}:{first:02x}:{second:02x}"
 
 
@@ -52,77 +69,6 @@ class Clock(Protocol):
 
     def realtime_s(self) -> float:
         """Return seconds since 1970-01-01 UTC."""
-
-
-# What is to be done
-
-
-class Answer(NamedTuple):
-    """Send this to a client."""
-
-    client: int
-    answer: AnyAnswer
-
-
-class Tell(NamedTuple):
-    """Tell whoever listens to events."""
-
-    event: Event
-
-
-Effect = (
-    vm_state.Launch
-    | vm_state.Release
-    | vm_state.Kill
-    | vm_state.SendStop
-    | vm_state.SendPause
-    | vm_state.SendUnpause
-)
-"""Effects of a VM's life that are more than an answer or an event."""
-
-
-class Perform(NamedTuple):
-    """Run this effect of a VM's life."""
-
-    vm: Vm
-    effect: Effect
-
-
-class Operate(NamedTuple):
-    """Do what an administrator asks of the daemon itself, and answer."""
-
-    ticket: Ticket
-    request: Load | Reload | Reset | Log
-
-
-class List(NamedTuple):
-    """Send these VMs, with what their processes tell, and an end."""
-
-    ticket: Ticket
-    request: Status
-    vms: tuple[Vm, ...]
-
-
-class OpenConsole(NamedTuple):
-    """Connect a client with a VM's console, and answer."""
-
-    ticket: Ticket
-    vm: Vm
-
-
-class Drop(NamedTuple):
-    """Close descriptors that nobody needs any more."""
-
-    passed: Passed
-
-
-class ArmTurn(NamedTuple):
-    """Call `turn` after a while, instead of at an earlier time."""
-
-    delay_s: int
-
-
-Action = Answer | Tell | Perform | Operate | List | OpenConsole | Drop | ArmTurn
 
 
 class Registry:
@@ -144,6 +90,10 @@ class Registry:
         self._random_bytes = random_bytes
         self._vms: dict[int, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
+        self._gone = GoneVms()
+        self._stops = Stops()
+        self._holders: set[int] = set()
+        self._room = 0  # how many more VMs may start before the next turn
         self._emptiers: list[Ticket] = []
         self.is_emptying = False
         """All VMs are being removed: none can be registered or started until they are gone."""
@@ -180,10 +130,14 @@ class Registry:
         elif self.is_emptying and isinstance(request, Start | Load | Reload):
             denied = Denied(ErrorCode.EAGAIN, "all VMs are being removed")
             actions.append(_refuse(ticket, denied))
+        elif self._holders and isinstance(request, Start):
+            denied = Denied(ErrorCode.EAGAIN, "all VMs are being stopped")
+            actions.append(_refuse(ticket, denied))
         elif isinstance(request, Start):
             return self._start(ticket, uid, request, passed)
         else:
             actions += self._dispatch(ticket, uid, request)
+            actions += self._followers()
         if passed:
             actions.append(Drop(passed))
         return actions
@@ -192,8 +146,14 @@ class Registry:
         match request:
             case Load() | Reload() | Reset() | Log():
                 return [Operate(ticket, request)]
+            case Hold():
+                self._holders.add(ticket.client)
+                return [Answer(ticket.client, Done(serial=ticket.serial))]
+            case History():
+                return [self._history(ticket, uid, request)]
             case Status():
-                return [List(ticket, request, self._listed(request))]
+                gone = self._gone.infos(request.id, request.name) if request.gone else ()
+                return [List(ticket, request, self._listed(request), gone)]
             case VmRequest():
                 vm = self._authorised(uid, request)
                 if isinstance(vm, Denied):
@@ -201,6 +161,8 @@ class Registry:
         event: vm_state.Event
         match request:
             case Stop(force=force, wait=wait):
+                if request.in_order and self._stops.must_wait(vm, self.vms):
+                    return self._stop_later(ticket, vm, request)
                 event = vm_state.Stop(ticket, force, wait)
             case Wait():
                 event = vm_state.Wait(ticket)
@@ -221,6 +183,32 @@ class Registry:
         if not self._users.may(uid, vm.config.owner):
             return Denied(ErrorCode.EPERM, "the VM is not yours")
         return vm
+
+    def _stop_later(self, ticket: Ticket, vm: Vm, request: Stop) -> list[Action]:
+        """Let a VM stop once those that start after it have ended."""
+        if vm.state.phase in IDLE or vm.state.phase is Phase.STOPPING or request.force:
+            return list(self._step(vm, vm_state.Stop(ticket, request.force, request.wait)))
+        self._stops.add(vm)
+        if request.wait:
+            return list(self._step(vm, vm_state.Wait(ticket)))
+        return [Answer(ticket.client, Done(serial=ticket.serial, id=vm.id))]
+
+    def _history(self, ticket: Ticket, uid: int, request: History) -> Action:
+        vm = self.find(request.id, request.name)
+        gone = None if vm else self._gone.find(request.id, request.name)
+        owner = vm.config.owner if vm else gone.owner if gone else None
+        history = vm.history if vm else gone.history if gone else None
+        if history is None:
+            return _refuse(ticket, Denied(ErrorCode.ENOENT, "no such VM"))
+        if not self._users.may(uid, owner):
+            return _refuse(ticket, Denied(ErrorCode.EPERM, "the VM is not yours"))
+        return Answer(ticket.client, history.answer(ticket.serial, request.position))
+
+    def note(self, vm_id: int, text: str) -> None:
+        """Remember a line that is logged of a VM."""
+        vm = self._vms.get(vm_id)
+        if vm:
+            vm.history.add(self._clock.realtime_s(), text)
 
     def _listed(self, request: Status) -> tuple[Vm, ...]:
         if request.id or request.name:
@@ -295,6 +283,9 @@ class Registry:
         )
         vm = Vm(config, state, uid)
         vm.checked = checked
+        before = self._gone.take(config.name, uid)
+        if before:
+            vm.history, vm.last_end = before.history, before.info.last_end
         self._vms[vm_id] = vm
         return vm, self._tell(vm, EventKind.REGISTERED, "")
 
@@ -324,6 +315,9 @@ class Registry:
             config = instance
         elif uid not in self._users.administrators:
             return Denied(ErrorCode.EPERM, "permission denied")
+        ring = ring_of(config, find)
+        if ring:
+            return Denied(ErrorCode.EINVAL, f"it starts after itself: {' after '.join(ring)}")
         return check_vm(config, has_kernel=has_kernel) or config
 
     def _claim_id(self, name: str, uid: int) -> int:
@@ -382,27 +376,45 @@ class Registry:
     def report(self, vm_id: int, event: vm_state.Event) -> list[Action]:
         """Return what is to be done after something has happened to a VM."""
         vm = self._vms.get(vm_id)
-        return list(self._step(vm, event)) if vm else []
+        return [*self._step(vm, event), *self._followers()] if vm else []
 
-    def client_left(self, client: int) -> None:
+    def client_left(self, client: int) -> list[Action]:
         """Forget all that a client waits for."""
         self._emptiers = [one for one in self._emptiers if one.client != client]
         for vm in self._vms.values():
             vm.state, _ = self._next(vm, vm_state.ClientLeft(client))
+        if client not in self._holders:
+            return []
+        self._holders.discard(client)
+        return self.turn()
 
     def turn(self) -> list[Action]:
         """Start the VMs whose turn it is.
 
         Source: section 10 of OpenBSD's behaviour.
         """
-        waiting = [vm for vm in self._vms.values() if vm.state.phase is Phase.WAITING]
-        count = max(1, self.staggered.parallelism)
-        actions: list[Action] = []
-        for vm in waiting[:count]:
-            actions += self._step(vm, vm_state.Start())
-        if len(waiting) > count:
+        self._room = max(1, self.staggered.parallelism)
+        actions = self._start_waiting()
+        if any(vm.state.phase is Phase.WAITING for vm in self._vms.values()):
             actions.append(ArmTurn(max(0, self.staggered.delay_s)))
         return actions
+
+    def _start_waiting(self) -> list[Action]:
+        """Start as many VMs that wait as there is room for, but those that wait for others."""
+        if self._holders or self._room <= 0:
+            return []
+        actions: list[Action] = []
+        for vm in next_to_start(self.vms)[: self._room]:
+            self._room -= 1
+            actions += self._step(vm, vm_state.Start())
+        return actions
+
+    def _followers(self) -> list[Action]:
+        """Start and stop VMs that waited for another one's start or end."""
+        actions: list[Action] = []
+        for vm in self._stops.take(self.vms):
+            actions += self._step(vm, vm_state.Stop(None))
+        return [*actions, *self._start_waiting()]
 
     # What administrators do
 
@@ -487,20 +499,32 @@ class Registry:
                     yield Answer(ticket.client, answer)
                 case vm_state.OpenConsole(ticket):
                     yield OpenConsole(ticket, vm)
-                case vm_state.Publish(kind, message):
+                case vm_state.Publish(kind, message, end):
+                    if end:
+                        vm.last_end = EndInfo(
+                            at=self._clock.realtime_s(),
+                            reason=end.cause,
+                            message=message,
+                            exit=end.status,
+                            started_at=vm.started_at,
+                        )
                     if kind is EventKind.STARTED:
                         vm.started_at = self._clock.realtime_s()
                         vm.has_run = True
+                    elif kind in _LIVES_END:
+                        vm.started_at = None
                     yield from self._tell(vm, kind, message)
                 case vm_state.Forget():
                     del self._vms[vm.id]
+                    if vm.last_end:
+                        shown = info(vm, is_gone=True)
+                        self._gone.add(Gone(shown, vm.config.owner, vm.requester, vm.history))
                     if not (vm.has_run or vm.state.is_from_config):  # it has used no number
                         del self._ids[vm.name, vm.requester]
                     yield from _dropped(vm.passed)
                     vm.passed = None
                     yield from self._emptied()
                 case vm_state.Release():
-                    vm.started_at = None
                     yield Perform(vm, effect)
                     yield from self._drop_passed(vm)
                 case _:
@@ -517,16 +541,17 @@ class Registry:
 
     def _tell(self, vm: Vm, kind: EventKind, message: str) -> list[Action]:
         at = self._clock.realtime_s()
+        vm.history.add(at, f"{kind}: {message}" if message else kind)
         return [Tell(Event(kind=kind, id=vm.id, name=vm.name, at=at, message=message))]
 
 
-def info(vm: Vm) -> VmInfo:
+def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
     """Return what there is to tell of a VM without asking its process."""
     config, state = vm.config, vm.state
     return VmInfo(
         id=vm.id,
         name=vm.name,
-        state=lifecycle.shown_state(state),
+        state=State.GONE if is_gone else lifecycle.shown_state(state),
         cpus=config.cpus or 1,
         memory=config.memory or MEMORY_DEFAULT,
         pid=state.pid,
@@ -535,6 +560,8 @@ def info(vm: Vm) -> VmInfo:
         gid=config.owner.gid,
         is_from_config=state.is_from_config,
         started_at=vm.started_at,
+        after=config.after,
+        last_end=vm.last_end,
     )
 
 

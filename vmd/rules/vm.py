@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, Owner, Right, VmConfig
+from vmd.rules.ends import History
 from vmd.rules.vm_state import VmState
-from vmd.wire.messages import DiskRequest, Start
+from vmd.wire.messages import DiskRequest, EndInfo, Start
 
 
 class Passed(NamedTuple):
@@ -46,7 +47,7 @@ class Vm:
 
     __slots__ = (
         *("checked", "config", "has_run", "new_file", "passed", "passed_is_lasting", "requester"),
-        *("started_at", "state"),
+        *("history", "last_end", "started_at", "state"),
     )
 
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
@@ -67,6 +68,9 @@ class Vm:
         """A file that was made for this start: it goes again if the start fails."""
         self.started_at: float | None = None
         """When its guest began to run, in seconds since 1970-01-01 UTC."""
+        self.last_end: EndInfo | None = None
+        self.history = History()
+        """What was logged of it."""
 
     @property
     def id(self) -> int:

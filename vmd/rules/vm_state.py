@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from vmd.wire.internal import EndReason
-from vmd.wire.messages import AnyAnswer, ErrorCode, EventKind
+from vmd.wire.messages import AnyAnswer, EndCause, ErrorCode, EventKind
 
 
 class Phase(Enum):
@@ -59,6 +59,8 @@ class VmState(NamedTuple):
     unpausers: tuple[Ticket, ...] = ()
     watchers: tuple[Ticket, ...] = ()
     """Who is to have the console as soon as there is a process."""
+    is_overdue: bool = False
+    """Its guest did not stop in time, and it is being ended."""
     is_doomed: bool = False
     """It is to be forgotten as soon as it has ended."""
     last_start: float | None = None
@@ -77,9 +79,9 @@ class Start(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Somebody wants it to stop."""
+    """Somebody wants it to stop; no ticket: that has been answered, and now it is its turn."""
 
-    ticket: Ticket
+    ticket: Ticket | None
     force: bool = False
     """Without asking the guest."""
     wait: bool = False
@@ -112,6 +114,10 @@ class Attach(NamedTuple):
 
 class Enqueue(NamedTuple):
     """It will start in its turn."""
+
+
+class Overdue(NamedTuple):
+    """Its guest has not stopped in the time that it has for that."""
 
 
 class Discard(NamedTuple):
@@ -160,6 +166,8 @@ class Exited(NamedTuple):
     code: ErrorCode = ErrorCode.EIO
     """Why it could not start, if that is so."""
     message: str = ""
+    status: int | None = None
+    """Of the process, as waitpid says it."""
 
 
 Event = (
@@ -170,6 +178,7 @@ Event = (
     | Unpause
     | Attach
     | Enqueue
+    | Overdue
     | Discard
     | ClientLeft
     | Launched
@@ -227,11 +236,21 @@ class Release(NamedTuple):
     """Save the console's."""
 
 
+class End(NamedTuple):
+    """How a VM has ended."""
+
+    cause: EndCause
+    status: int | None = None
+    """Of its process, as waitpid says it."""
+
+
 class Publish(NamedTuple):
     """Tell whoever listens to events."""
 
     kind: EventKind
     message: str = ""
+    end: End | None = None
+    """How the VM has ended, if it has."""
 
 
 class Forget(NamedTuple):

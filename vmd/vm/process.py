@@ -59,6 +59,7 @@ from vmm_kvm.block.image import Format
 from vmm_kvm.block.mapped import MappedImage
 from vmm_kvm.boot.nvram import Variables
 from vmm_kvm.boot.source import FileSource
+from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import (
     BootError,
     ImageError,
@@ -359,7 +360,7 @@ class VmProcess:
         self._machine.close()
         self._console.port = None
         if self._outcome or self._shutdown.has_begun:
-            _tell(self._channel, _ending(self._outcome, self._shutdown.has_begun))
+            _tell(self._channel, _ending(self._outcome, self._shutdown))
 
     def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -374,8 +375,9 @@ class VmProcess:
                     self._pause()
                 case UnpauseVm():
                     self._unpause()
-                case StopVm():
-                    self._shutdown.begin()
+                case StopVm(timeout_s=seconds):
+                    timeout_ns = None if seconds is None else seconds * NANOSECONDS
+                    self._shutdown.begin(timeout_ns)
                 case AttachConsole(position=position):
                     self._attach(fds, position)
                 case SetLinks(are_up=are_up):
@@ -423,8 +425,11 @@ class VmProcess:
         )
 
 
-def _ending(outcome: Outcome | None, is_stopping: bool) -> VmEnding:
-    if is_stopping:
+def _ending(outcome: Outcome | None, shutdown: Shutdown) -> VmEnding:
+    if shutdown.has_begun:
+        if shutdown.is_over and outcome is None:
+            text = "the guest did not stop in time"
+            return VmEnding(reason=EndReason.OVERDUE, message=text)
         return VmEnding(reason=EndReason.STOPPED)
     match outcome:
         case Ending.REBOOT:

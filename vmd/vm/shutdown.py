@@ -1,8 +1,10 @@
 """Asking a guest to stop: by vmmci or the power button, with OpenBSD's patience.
 
 A guest that does not react within 3 s, or is not gone 120 s after it did, is ended; so is one that
-nobody can ask. While it stops the button is pressed again now and then: a guest that was just about
-to listen threw the first press away, because whoever enables the button clears its status first.
+nobody can ask. A guest with a time of its own has that, whether it reacts or not.
+
+While it stops the button is pressed again now and then: a guest that was just about to listen threw
+the first press away, because whoever enables the button clears its status first.
 
 Source: section 8.3 of OpenBSD's behaviour.
 """
@@ -45,6 +47,8 @@ class Shutdown:
         self._on_over = on_over
         self._deadline_ns: int | None = None
         self._has_noticed = False
+        self._timeout_ns: int | None = None
+        self._is_over = False
         self._timer = clock.timer(self._look)
 
     @property
@@ -52,28 +56,42 @@ class Shutdown:
         """Whether the guest has been asked."""
         return self._deadline_ns is not None
 
-    def begin(self) -> None:
-        """Ask the guest, once; without anybody to ask its time is over at once."""
+    @property
+    def is_over(self) -> bool:
+        """Whether the guest's time was over before it stopped."""
+        return self._is_over
+
+    def begin(self, timeout_ns: int | None = None) -> None:
+        """Ask the guest, once; without anybody to ask its time is over at once.
+
+        `timeout_ns`: how long it has in all; None for the usual times.
+        """
         if self.has_begun:
             return
+        self._timeout_ns = timeout_ns
         now = self._clock.monotonic_ns()
         self._deadline_ns = now
         if self._machine.press_power_button():
-            self._deadline_ns = now + REACTION_NS
-            self._timer.arm(now + LOOK_NS)
+            self._deadline_ns = now + (REACTION_NS if timeout_ns is None else timeout_ns)
+            self._timer.arm(min(now + LOOK_NS, self._deadline_ns))
         else:
-            self._on_over()
+            self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._on_over()
 
     def _look(self) -> None:
         now = self._clock.monotonic_ns()
         is_again = self._has_noticed
         if not is_again and self._machine.has_noticed_power_button():
             self._has_noticed = True
-            self._deadline_ns = now + SHUTDOWN_NS
+            if self._timeout_ns is None:
+                self._deadline_ns = now + SHUTDOWN_NS
         deadline = self._deadline_ns or now
         if now >= deadline:
             log.info("the guest did not stop: ended")
-            self._on_over()
+            self._end()
             return
         if is_again:
             self._machine.press_power_button()

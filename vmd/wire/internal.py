@@ -345,6 +345,9 @@ class UnpauseVm(Internal, frozen=True, kw_only=True):
 class StopVm(Internal, frozen=True, kw_only=True):
     """Ask the guest to stop; end when it does or its time is over."""
 
+    timeout_s: int | None = None
+    """How long it has; None for as long as guests usually have."""
+
 
 class AttachConsole(Internal, frozen=True, kw_only=True):
     """Serve the console on the stream whose descriptor comes along, from a ring's `position` on."""
@@ -425,7 +428,9 @@ class EndReason(StrEnum):
     REBOOT = "reboot"
     """Also a triple fault."""
     STOPPED = "stopped"
-    """It was asked to stop, and has, or its time was over."""
+    """It was asked to stop, and has."""
+    OVERDUE = "killed"
+    """It was asked to stop, and its time was over."""
     CRASHED = "crashed"
     """The guest panicked, or KVM cannot go on."""
     FAILED = "failed"

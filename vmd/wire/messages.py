@@ -84,9 +84,31 @@ class State(StrEnum):
     STOPPED = "stopped"
     WAITING = "waiting"
     """It will be started, in its turn."""
+    STARTING = "starting"
+    """From the request, or a reboot, until its guest runs."""
     RUNNING = "running"
     PAUSED = "paused"
     STOPPING = "stopping"
+    GONE = "gone"
+    """It has ended and is forgotten, but for how it ended."""
+
+
+class EndCause(StrEnum):
+    """Why a VM ended."""
+
+    POWER_OFF = "power-off"
+    REBOOT = "reboot"
+    """Its guest rebooted, or triple-faulted, and was not started anew."""
+    STOPPED = "stopped"
+    """It was asked to stop, and has."""
+    CRASHED = "crashed"
+    """Its guest panicked, or KVM could not go on."""
+    FAILED = "failed"
+    """It could not be started."""
+    KILLED = "killed"
+    """It was to end without being asked, or did not stop in time."""
+    DIED = "died"
+    """Its process ended of itself, and did not say why."""
 
 
 class ResetMode(StrEnum):
@@ -212,6 +234,12 @@ class Stop(VmRequest, frozen=True, kw_only=True):
     """End it at once, without asking the guest."""
     wait: bool = False
     """Answer when it has ended."""
+    in_order: bool = False
+    """Begin when each VM that starts after this one, and that is being stopped, has ended."""
+
+
+class Hold(Request, frozen=True, kw_only=True):
+    """Start no VM until this connection ends; root only. Answered by `done`."""
 
 
 class Wait(VmRequest, frozen=True, kw_only=True):
@@ -237,6 +265,18 @@ class Status(VmRequest, frozen=True, kw_only=True):
     """With counters of what running VMs have used."""
     interfaces: bool = False
     """With the network interfaces of each."""
+    gone: bool = False
+    """With those of late that have ended and are forgotten, foremost the last."""
+
+
+class History(VmRequest, frozen=True, kw_only=True):
+    """Tell what was logged of a VM; for its owner and root. Answered by `lines`.
+
+    One that is gone is found too, the latest of its name.
+    """
+
+    position: Size = 0
+    """Lines that the client has already."""
 
 
 class Events(Request, frozen=True, kw_only=True):
@@ -266,7 +306,19 @@ class Log(Request, frozen=True, kw_only=True):
 
 
 ParentRequest = (
-    Start | Stop | Wait | Pause | Unpause | Console | Status | Load | Reload | Reset | Log
+    Start
+    | Stop
+    | Hold
+    | Wait
+    | Pause
+    | Unpause
+    | Console
+    | Status
+    | History
+    | Load
+    | Reload
+    | Reset
+    | Log
 )
 """What the parent answers."""
 AnyRequest = ParentRequest | Events
@@ -391,6 +443,21 @@ class InterfaceInfo(
     """Frames that the guest had no room for."""
 
 
+class EndInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """How a VM ended the last time."""
+
+    at: float
+    """Seconds since 1970-01-01 UTC."""
+    reason: EndCause
+    message: str = ""
+    """More of it, in one line; may be empty."""
+    exit: int | None = None
+    """What became of its process: its exit status, or minus the number of a signal; null where
+    there was no process."""
+    started_at: float | None = None
+    """When its guest had begun to run; null if it never did."""
+
+
 class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
     """A VM as `vmctl status` shows it."""
 
@@ -413,6 +480,10 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     """It stays when it is stopped; others vanish."""
     started_at: float | None = None
     """Seconds since 1970-01-01 UTC."""
+    after: tuple[str, ...] = ()
+    """VMs that start before it, and stop after it."""
+    last_end: EndInfo | None = None
+    """How it ended the last time, if it has run since the daemon started."""
     statistics: Statistics | None = None
     interfaces: tuple[InterfaceInfo, ...] = ()
     """If they are asked for."""
@@ -424,6 +495,22 @@ class Vms(Answer, frozen=True, kw_only=True):
     vms: tuple[VmInfo, ...]
     has_more: bool = False
     """Another part follows."""
+
+
+class LogLine(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """A line that was logged of a VM."""
+
+    at: float
+    """Seconds since 1970-01-01 UTC."""
+    text: str
+
+
+class Lines(Answer, frozen=True, kw_only=True):
+    """What was logged of a VM of late."""
+
+    lines: tuple[LogLine, ...]
+    position: int
+    """How many lines there have been in all; those before `lines` are no more."""
 
 
 class Event(Answer, frozen=True, kw_only=True):
@@ -438,7 +525,7 @@ class Event(Answer, frozen=True, kw_only=True):
     """Why, in one line, where there is something to say."""
 
 
-AnyAnswer = Done | Failed | Started | Terminated | ConsoleOpened | Vms | Event
+AnyAnswer = Done | Failed | Started | Terminated | ConsoleOpened | Vms | Lines | Event
 
 ANSWER_MAX = 128 << 10
 """Bytes of one answer."""

@@ -96,8 +96,7 @@ class Client:
     def wait_for_state(self, name: str, state: str) -> Answer:
         """Ask until a VM is in a state; returns its status."""
         deadline = time.monotonic() + self._timeout_s
-        # A VM whose process is not there yet is shown as running.
-        while (vm := self.vm(name))["state"] != state or (state == "running" and not vm["pid"]):
+        while (vm := self.vm(name))["state"] != state:
             assert time.monotonic() < deadline, f"{name} is {vm['state']}, not {state}"
             time.sleep(0.02)
         return vm

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.system.vmd.daemon import READY, Daemon, vm_block
+from tests.system.vmd.daemon import READY, ROOT, TIMEOUT_S, Daemon, vm_block
 
 pytestmark = pytest.mark.kvm
 
@@ -102,3 +106,107 @@ def test_a_long_name(start_vmd: Start) -> None:
         assert client.ask("start", name=name)["type"] == "started"
         assert client.ask("stop", name=name, wait=True)["type"] == "terminated"
         assert client.ask("start", name="n" * 64)["type"] == "failed"
+
+
+def vmctl(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run vmctl against a daemon."""
+    return subprocess.run(
+        [sys.executable, "-m", "vmctl", *words],
+        env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def test_a_stop_of_all_leaves_none_to_start(start_vmd: Start) -> None:
+    """Those that run, start, and wait for their turn: after it nothing runs, and nothing starts."""
+    names = [f"vm{index}" for index in range(6)]
+    config = "staggered start parallel 2 delay 1\n" + "".join(
+        vm_block(name, enabled=True) for name in names
+    )
+    with start_vmd(config) as vmd, vmd.client() as client:
+        done = vmctl(vmd, "stop", "-a", "-w")
+        assert done.returncode == 0, done.stderr
+        assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+            f"stopping vm {name}" for name in names
+        ]
+        assert {vm["state"] for vm in client.vms()} == {"stopped"}
+        time.sleep(1.5)  # the turn that there would have been
+        assert {vm["state"] for vm in client.vms()} == {"stopped"}
+        assert client.ask("start", name="vm5")["type"] == "started"
+
+
+def test_vms_start_and_stop_in_order(start_vmd: Start) -> None:
+    """One that starts after another runs later, and is gone sooner; each is asked in order."""
+    config = (
+        "staggered start parallel 3 delay 60\n"
+        + vm_block("web", 'after "app"', enabled=True)
+        + vm_block("app", 'after "db"', enabled=True)
+        + vm_block("db", enabled=True)
+    )
+    with start_vmd(config) as vmd, vmd.client() as client:
+        client.wait_for_state("web", "running")
+        began = {str(vm["name"]): vm["started_at"] for vm in client.vms()}
+        assert sorted(began, key=lambda name: float(str(began[name]))) == ["db", "app", "web"]
+        with client.console("web") as console:
+            console.expect(READY)
+        done = vmctl(vmd, "stop", "-a", "-w")
+        assert done.returncode == 0, done.stderr
+        ends = {}
+        for vm in client.vms():
+            end = vm["last_end"]
+            assert isinstance(end, dict)
+            assert end["reason"] == "stopped"
+            ends[str(vm["name"])] = end["at"]
+        assert sorted(ends, key=ends.__getitem__) == ["web", "app", "db"]
+
+
+def test_a_guest_has_the_time_that_its_configuration_says(start_vmd: Start) -> None:
+    """A guest that spins has neither 3 seconds nor 123, but its own time; the end is told."""
+    with start_vmd(vm_block("one", "stop timeout 1", enabled=True)) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        with client.console("one") as console:
+            console.expect(READY)
+            console.type(b"s")
+            console.expect(b"s: spin")
+        before = time.monotonic()
+        assert client.ask("stop", name="one", wait=True)["type"] == "terminated"
+        assert 0.9 < time.monotonic() - before < 2.9
+        end = client.vm("one")["last_end"]
+        assert isinstance(end, dict)
+        assert (end["reason"], end["message"]) == ("killed", "the guest did not stop in time")
+        vmd.wait_for_log("vm/one: stopped: the guest did not stop in time")
+
+
+def test_a_process_that_does_not_end_is_ended(start_vmd: Start) -> None:
+    """A VM process that is stopped by SIGSTOP can do nothing when it is told to; vmd ends it."""
+    with start_vmd(vm_block("one", "stop timeout 1", enabled=True)) as vmd, vmd.client() as client:
+        pid = client.wait_for_state("one", "running")["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGSTOP)
+        assert client.ask("stop", name="one", wait=True)["type"] == "terminated"
+        end = client.vm("one")["last_end"]
+        assert isinstance(end, dict)
+        assert (end["reason"], end["exit"]) == ("killed", -signal.SIGKILL)
+        vmd.wait_for_log("vm/one: stopped: the guest did not stop in time")
+
+
+def test_the_last_of_quick_reboots_is_told(start_vmd: Start) -> None:
+    """The log and the status say that it restarted too quickly."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        pid = client.wait_for_state("one", "running")["pid"]
+        for count in range(1, 4):
+            with client.console("one") as console:
+                console.expect(READY, count)
+                console.type(b"t")
+                console.read_to_end()
+            if count < 3:
+                pid = client.wait_for_reboot("one", pid)["pid"]
+        end = client.wait_for_state("one", "stopped")["last_end"]
+        assert isinstance(end, dict)
+        assert end["reason"] == "reboot"
+        assert "restarted too quickly" in str(end["message"])
+        vmd.wait_for_log("vm/one: failed: vm 1 restarted too quickly")

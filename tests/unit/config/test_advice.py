@@ -17,6 +17,14 @@ def odd(text: str, *, is_user: bool = False, memory_size: int = 64 * GIB) -> lis
     return list(advice(config, is_user=is_user, memory_size=memory_size))
 
 
+def test_an_unknown_vm_to_start_after() -> None:
+    """It is told of, as it may be a mistyped name; one that comes later in the file is known."""
+    text = 'vm "a" { disable\nafter "db"\nafter "dbb"\n}\nvm "db" { disk "disk0.img" }\n'
+    assert odd(text) == [
+        'f:4: warning: vm "a": after "dbb", which is not defined: it waits for nothing'
+    ]
+
+
 TWO = 'vm "a" {{ {0} }}\nvm "b" {{ {1} }}\n'
 
 

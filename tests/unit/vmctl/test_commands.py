@@ -5,7 +5,6 @@ from __future__ import annotations
 import grp
 import json
 import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -282,6 +281,8 @@ def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Non
         "gid": 4_000_000_002,
         "is_from_config": False,
         "started_at": None,
+        "after": [],
+        "last_end": None,
         "statistics": None,
         "interfaces": [],
     }
@@ -325,53 +326,6 @@ interface 1: - lladdr fe:e1:bb:d2:00:01 switch uplink rdomain 0 mtu 1500 down
     (vm,) = json.loads(capsys.readouterr().out)
     assert vm["interfaces"][0]["forwards"] == [{"protocol": "tcp", "port": 8080, "to_port": 80}]
     assert vm["interfaces"][1]["switch"] == "uplink"
-
-
-def test_stop_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each that runs, by name, one after the other; a failure does not show in the status."""
-    other = VmInfo(id=3, name="x", state=State.PAUSED, cpus=1, memory=1 << 29, pid=3)
-
-    def answer(request: AnyRequest) -> list[AnyAnswer]:
-        if isinstance(request, Status):
-            return [Vms(vms=(WEB, other, DB))]
-        return [failed(ErrorCode.EPERM) if request == Stop(serial=2, name="web") else Done(id=3)]
-
-    daemon = serve(answer)
-    assert vmctl(["stop", "-a"]) == 0
-    assert daemon.requests == [Status(), Stop(name="web"), Stop(name="x")]
-    assert capsys.readouterr().err == (
-        "stopping vm web: failed: Operation not permitted\n"
-        "stopping vm x: requested to shutdown vm 3\n"
-    )
-
-
-def test_stop_of_all_and_wait(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """All are asked before one is waited for; the status tells whether each is stopped."""
-    other = VmInfo(id=3, name="x", state=State.PAUSED, cpus=1, memory=1 << 29, pid=3)
-    both = threading.Barrier(2, timeout=20)
-    refuses = False
-
-    def answer(request: AnyRequest) -> list[AnyAnswer]:
-        if isinstance(request, Status):
-            return [Vms(vms=(WEB, other, DB))]
-        both.wait()  # an answer comes when both are asked
-        assert isinstance(request, Stop)
-        assert request.wait
-        is_web = request.name == "web"
-        return [failed(ErrorCode.EPERM) if refuses and is_web else Terminated(id=3 - 2 * is_web)]
-
-    serve(answer)
-    assert vmctl(["stop", "-aw", "--json"]) == 0
-    output, errors = capsys.readouterr()
-    assert errors == "stopping vm web: terminated vm 1\nstopping vm x: terminated vm 3\n"
-    told = [json.loads(line) for line in output.splitlines()]
-    assert [(one["id"], one["exit"], one["reason"]) for one in told] == [
-        (1, 0, "terminated"),
-        (3, 0, "terminated"),
-    ]
-    refuses = True
-    assert vmctl(["stop", "-a", "-w"]) == 1
-    assert "stopping vm x: terminated vm 3\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

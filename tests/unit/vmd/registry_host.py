@@ -19,8 +19,9 @@ from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
 from vmd.parent.status import Inquiries
 from vmd.rules import vm_state
+from vmd.rules.actions import Action, List, Operate
 from vmd.rules.policy import Users
-from vmd.rules.registry import Action, List, Operate, Registry, info
+from vmd.rules.registry import Registry, info
 from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import IDLE, Phase
 from vmd.shared.kernels import KernelStore
@@ -234,8 +235,7 @@ class Host:
         """End a client's connection."""
         self.gone.add(client)
         self.pending = {key for key in self.pending if key[0] != client}
-        self.registry.client_left(client)
-        self.check()
+        self.run(self.registry.client_left(client))
 
     def report(self, vm: Vm | int, *events: vm_state.Event) -> None:
         """Let vmm say what leads to these events of a VM."""
@@ -323,7 +323,8 @@ class Host:
         """Tell the status of VMs at once."""
         assert running == {*self.processes, *self.launches}
         shown: tuple[VmInfo, ...] = tuple(map(info, question.vms))
-        self.answer(question.ticket.client, Vms(serial=question.ticket.serial, vms=shown))
+        vms = (*shown, *question.gone)
+        self.answer(question.ticket.client, Vms(serial=question.ticket.serial, vms=vms))
 
     def _operate(self, operation: Operate) -> None:
         self.operations.append(operation)

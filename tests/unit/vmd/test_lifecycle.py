@@ -25,9 +25,11 @@ from vmd.rules.vm_state import (
     Exited,
     Launched,
     LaunchFailed,
+    Overdue,
     Pause,
     Paused,
     Phase,
+    Publish,
     Running,
     Start,
     Stop,
@@ -51,6 +53,7 @@ EVENTS: dict[str, Event] = {
     "unpause": Unpause(ASKER),
     "console": Attach(ASKER),
     "enqueue": Enqueue(),
+    "overdue": Overdue(),
     "discard": Discard(),
     "client left": ClientLeft(99),
     "launched": Launched(701, "/dev/pts/7"),
@@ -91,7 +94,7 @@ TABLE = {
     },
     "stop": {
         "stopped": "stopped: asker!not-running",
-        "waiting": "waiting: asker!not-running",
+        "waiting": "stopped: asker=done +stopped",
         "starting": "stopping: asker=done +stopping starter!EINTR stop",
         "running": "stopping: asker=done +stopping stop",
         "pausing": "stopping: asker=done +stopping pauser!EINTR unpause stop",
@@ -101,7 +104,7 @@ TABLE = {
     },
     "stop -w": {
         "stopped": "stopped: asker!not-running",
-        "waiting": "waiting: asker!not-running",
+        "waiting": "stopped: asker=terminated +stopped",
         "starting": "stopping: +stopping starter!EINTR stop",
         "running": "stopping: +stopping stop",
         "pausing": "stopping: +stopping pauser!EINTR unpause stop",
@@ -111,7 +114,7 @@ TABLE = {
     },
     "stop -f": {
         "stopped": "stopped: asker!not-running",
-        "waiting": "waiting: asker!not-running",
+        "waiting": "stopped: asker=done +stopped",
         "starting": "stopping: asker=done +stopping starter!EINTR kill",
         "running": "stopping: asker=done +stopping kill",
         "pausing": "stopping: asker=done +stopping pauser!EINTR kill",
@@ -121,7 +124,7 @@ TABLE = {
     },
     "stop -fw": {
         "stopped": "stopped: asker!not-running",
-        "waiting": "waiting: asker!not-running",
+        "waiting": "stopped: asker=terminated +stopped",
         "starting": "stopping: +stopping starter!EINTR kill",
         "running": "stopping: +stopping kill",
         "pausing": "stopping: +stopping pauser!EINTR kill",
@@ -178,6 +181,16 @@ TABLE = {
         "paused": "paused:",
         "unpausing": "unpausing:",
         "stopping": "stopping:",
+    },
+    "overdue": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping: kill",
     },
     "discard": {
         "stopped": "stopped: +removed forget",
@@ -325,11 +338,11 @@ def test_the_table_has_every_event() -> None:
 
 
 def test_states_have_openbsds_names() -> None:
-    """Eight phases are five words to a user."""
+    """Eight phases are OpenBSD's five words to a user, and one of ours."""
     assert {phase.value: shown_state(a_vm(phase)) for phase in Phase} == {
         "stopped": State.STOPPED,
         "waiting": State.WAITING,
-        "starting": State.RUNNING,
+        "starting": State.STARTING,
         "running": State.RUNNING,
         "pausing": State.RUNNING,
         "paused": State.PAUSED,
@@ -467,3 +480,36 @@ def test_pausing_and_unpausing_cross() -> None:
     vm, _ = step(vm, Paused(), 1.0)
     vm, _ = step(vm, Pause(STARTER), 1.0)
     assert outcome(vm, Unpaused()) == "pausing: asker=done +unpaused pause"
+
+
+def test_how_a_vm_ended_is_told() -> None:
+    """Each end has its cause, what became of the process, and a line where there is more to say."""
+
+    def end(phase: Phase, event: Event, **more: bool) -> tuple[str, int | None, str]:
+        vm = a_vm(phase)._replace(**more)  # type: ignore[arg-type] # fields by name
+        _, effects = step(vm, event, 100.0)
+        (told,) = [each for each in effects if isinstance(each, Publish) and each.end]
+        assert told.end is not None
+        return told.end.cause, told.end.status, told.message
+
+    running, stopping = Phase.RUNNING, Phase.STOPPING
+    assert end(running, Exited(EndReason.POWER_OFF, status=0)) == ("power-off", 0, "")
+    assert end(running, Exited(EndReason.CRASHED, message="panic")) == ("crashed", None, "panic")
+    assert end(running, Exited(None, message="died", status=-11)) == ("died", -11, "died")
+    assert end(stopping, Exited(EndReason.STOPPED, status=0)) == ("stopped", 0, "")
+    assert end(stopping, Exited(None, message="signal 9", status=-9)) == ("killed", -9, "signal 9")
+    overdue = end(stopping, Exited(None, status=-9), is_overdue=True)
+    assert overdue == ("killed", -9, "the guest did not stop in time")
+    failed = end(Phase.STARTING, LaunchFailed(ErrorCode.EIO, "no disk"))
+    assert failed == ("failed", None, "no disk")
+    rebooted = end(running, Exited(EndReason.REBOOT, status=0), stops_at_reboot=True)
+    assert rebooted == ("reboot", 0, "")
+
+
+def test_the_third_quick_reboot_says_so() -> None:
+    """That is the reason of the end, with what the guest did."""
+    vm = a_vm(Phase.RUNNING)._replace(last_start=99.0, early_starts=EARLY_MAX - 1)
+    _, effects = step(vm, Exited(EndReason.REBOOT, message="triple fault"), 100.0)
+    (told,) = [each for each in effects if isinstance(each, Publish)]
+    assert told.kind == "failed"
+    assert told.message == "vm 7 restarted too quickly: triple fault"

@@ -429,11 +429,11 @@ def test_vms_start_in_turn(host: Host) -> None:
     """A few at once, in order, the next after a while; disabled ones never."""
     host.registry.staggered = Staggered(2, 30)
     load(host, *(a_config(name, enabled=name != "c") for name in "abcdef"))
-    waiting, running, stopped = State.WAITING, State.RUNNING, State.STOPPED
-    assert list(host.states().values()) == [running, running, stopped, *[waiting] * 3]
+    waiting, starting, stopped = State.WAITING, State.STARTING, State.STOPPED
+    assert list(host.states().values()) == [starting, starting, stopped, *[waiting] * 3]
     assert host.turn_at == host.clock.now + 30
     host.wait_for_turn()
-    assert list(host.states().values()) == [running, running, stopped, running, running, waiting]
+    assert list(host.states().values()) == [*[starting] * 2, stopped, *[starting] * 2, waiting]
     host.wait_for_turn()
     assert [host.turn_at] == [None]
     assert host.launches == [1, 2, 4, 5, 6]

@@ -8,7 +8,7 @@ import pytest
 
 from vmd.config.model import Owner, VmConfig
 from vmd.parent.status import Inquiries, StatusQuestion
-from vmd.rules.registry import List
+from vmd.rules.actions import List
 from vmd.rules.vm import Vm
 from vmd.rules.vm_state import Phase, Ticket, VmState
 from vmd.wire.internal import VmStatistics

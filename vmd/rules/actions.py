@@ -1,0 +1,78 @@
+"""What the registry decides is to be done, in order; the parent's `effects` does it."""
+
+from typing import NamedTuple
+
+from vmd.rules import vm_state
+from vmd.rules.vm import Passed, Vm
+from vmd.rules.vm_state import Ticket
+from vmd.wire.messages import AnyAnswer, Event, Load, Log, Reload, Reset, Status, VmInfo
+
+
+class Answer(NamedTuple):
+    """Send this to a client."""
+
+    client: int
+    answer: AnyAnswer
+
+
+class Tell(NamedTuple):
+    """Tell whoever listens to events."""
+
+    event: Event
+
+
+Effect = (
+    vm_state.Launch
+    | vm_state.Release
+    | vm_state.Kill
+    | vm_state.SendStop
+    | vm_state.SendPause
+    | vm_state.SendUnpause
+)
+"""Effects of a VM's life that are more than an answer or an event."""
+
+
+class Perform(NamedTuple):
+    """Run this effect of a VM's life."""
+
+    vm: Vm
+    effect: Effect
+
+
+class Operate(NamedTuple):
+    """Do what an administrator asks of the daemon itself, and answer."""
+
+    ticket: Ticket
+    request: Load | Reload | Reset | Log
+
+
+class List(NamedTuple):
+    """Send these VMs, with what their processes tell, and an end."""
+
+    ticket: Ticket
+    request: Status
+    vms: tuple[Vm, ...]
+    gone: tuple[VmInfo, ...] = ()
+    """Those that are forgotten, as they are shown."""
+
+
+class OpenConsole(NamedTuple):
+    """Connect a client with a VM's console, and answer."""
+
+    ticket: Ticket
+    vm: Vm
+
+
+class Drop(NamedTuple):
+    """Close descriptors that nobody needs any more."""
+
+    passed: Passed
+
+
+class ArmTurn(NamedTuple):
+    """Call `turn` after a while, instead of at an earlier time."""
+
+    delay_s: int
+
+
+Action = Answer | Tell | Perform | Operate | List | OpenConsole | Drop | ArmTurn
