@@ -5,8 +5,11 @@ line here declares take ints, bytes and pointers, and return an int, as ctypes h
 """
 
 import ctypes
+import mmap
 
 from vmm_kvm.bits import PAGE_SIZE
+
+_MAP_FIXED = 0x10  # the mmap module lacks it
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC_WITHOUT_ERRNO = ctypes.CDLL(None)
@@ -19,10 +22,30 @@ LIBC.unshare.argtypes = (ctypes.c_int,)
 LIBC.mount.argtypes = (*[ctypes.c_char_p] * 3, ctypes.c_ulong, ctypes.c_char_p)
 LIBC.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 LIBC.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+    ctypes.c_int64,
+)
 LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 for _function in (LIBC.preadv64, LIBC.pwritev64):
     _function.restype = ctypes.c_ssize_t
     _function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int64)
+
+
+def map_over(address: int, size: int, fd: int) -> None:
+    """Map the first `size` bytes of `fd`, shared, over what this process has at `address`.
+
+    Both are multiples of 4096. Python mappings that lie there go on as views of it.
+
+    Raises:
+        OSError: the descriptor cannot be mapped.
+
+    Source: mmap(2), MAP_FIXED.
+    """
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    if LIBC.mmap(address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
+        raise OSError(ctypes.get_errno(), "mmap")
 
 
 def mincore(address: int, size: int) -> bytes:

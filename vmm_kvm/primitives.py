@@ -44,6 +44,7 @@ from vmm_kvm.vm_table import (
     VcpuState,
     VmEntry,
     Vmm,
+    adopt,
     assemble,
     check_owner,
     end,
@@ -64,6 +65,7 @@ __all__ = [
     "VcpuState",
     "VmInfo",
     "Vmm",
+    "adopt_fork",
     "create",
     "info",
     "info_of",
@@ -461,6 +463,23 @@ def restore_state(
         restore_kvm(vm.vm, [slot.vcpu for slot in vm.vcpus], record, policy)
 
 
+def adopt_fork(vmm: Vmm, vm_id: int) -> None:
+    """Make a paused VM that a fork has copied this process's own; in a child, on its only thread.
+
+    KVM makes it anew, in the parent's place: `Vm` and `Vcpu` objects stay valid, and so do views of
+    what they map. It has its memory and its interrupt controllers in their reset state, without
+    routes and event descriptors; `restore_state` gives it the rest. Other VMs of the table are let
+    go.
+
+    Raises:
+        RefusedError: ENOENT; EBUSY if it is not paused; EINVAL if its controllers are not KVM's.
+        KvmError, OSError: KVM or the host refused; the table is of no use then.
+    """
+    adopt(vmm, vm_id)
+    with vmm.changed:
+        _still(vmm, vm_id)
+
+
 def set_mapped(vmm: Vmm, vm_id: int, index: int, *, is_mapped: bool) -> None:
     """Show mapping number `index` of `CreateParams.mappings` to the guest, or take it away.
 
@@ -477,8 +496,10 @@ def set_mapped(vmm: Vmm, vm_id: int, index: int, *, is_mapped: bool) -> None:
             raise RefusedError(Refusal.EINVAL, f"no mapping {index} in VM {vm_id}")
         if is_mapped:
             show_mapping(vm.vm, index, vm.params.mappings[index])
+            vm.hidden.discard(index)
         else:
             hide_mapping(vm.vm, index)
+            vm.hidden.add(index)
 
 
 def kvm_vm(vmm: Vmm, vm_id: int) -> Vm:

@@ -8,7 +8,7 @@ otherwise.
 import enum
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Self
 
@@ -57,6 +57,7 @@ class VmEntry:
     """A VM of the table."""
 
     __slots__ = (
+        "hidden",
         "holds",
         "id",
         "is_ending",
@@ -82,6 +83,8 @@ class VmEntry:
         self.vm = vm
         self.vcpus = vcpus
         self.resources = resources
+        self.hidden: set[int] = set()
+        """Mappings that the guest does not see."""
         self.holds = 0
         """How many operations keep the vCPUs out of the guest."""
         self.is_paused = False
@@ -231,31 +234,66 @@ def assemble(vmm: Vmm, params: CreateParams) -> VmEntry:
     Raises:
         KvmError: KVM refused.
     """
-    kvm = vmm.kvm
     with ExitStack() as stack:
-        vm = stack.enter_context(kvm.create_vm())
-        vm.set_identity_map_address(layout.IDENTITY_MAP_ADDRESS)
-        vm.set_tss_address(layout.TSS_ADDRESS)
-        for slot, part in enumerate(params.ranges):
-            if part.type is not MemoryType.MMIO:
-                vm.set_memory_region(slot, part.gpa, part.size, part.va)
-        for index, mapping in enumerate(params.mappings):
-            show_mapping(vm, index, mapping)
-        for port in params.collected_ports:
-            vm.register_coalesced(port, 1, pio=True)
-        has_apics = params.controllers is Controllers.KERNEL
-        if has_apics:
-            vm.create_irqchip()
-            vm.create_pit2()
-        supported = kvm.supported_cpuid()
-        vcpus = []
-        for index in range(params.ncpus):
-            vcpu = stack.enter_context(vm.create_vcpu(index))
-            leaves = guest_cpuid(supported, index, params.ncpus)
-            vcpu.set_cpuid(leaves if has_apics else without_apic(leaves))
-            vcpus.append(VcpuEntry(vcpu))
+        vm, vcpus = _build(vmm.kvm, params, range(len(params.mappings)), stack)
         vmm.last_id += 1
-        return VmEntry(vmm.last_id, params, vm, vcpus, stack.pop_all())
+        entries = [VcpuEntry(vcpu) for vcpu in vcpus]
+        return VmEntry(vmm.last_id, params, vm, entries, stack.pop_all())
+
+
+def adopt(vmm: Vmm, vm_id: int) -> VmEntry:
+    """Make a table that a fork has copied this process's, with its VM `vm_id` alone; return that.
+
+    In a child, on its only thread; the VM was paused, and all its vCPUs out. KVM refuses the
+    parent's VM to the child, so a new one takes its place, under the same descriptors and around
+    the same objects. The parent's other VMs are let go.
+
+    Raises:
+        KvmError, OSError: KVM or the host refused.
+    """
+    vmm.pid = os.getpid()
+    vmm.changed = threading.Condition()  # threads of the parent wait for the old one
+    entry = find_vm(vmm, vm_id)
+    for other_id in vmm.vms.keys() - {vm_id}:
+        vmm.vms.pop(other_id).resources.close()
+    entry.holds = 0
+    with ExitStack() as stack:
+        shown = [i for i in range(len(entry.params.mappings)) if i not in entry.hidden]
+        vm, vcpus = _build(vmm.kvm, entry.params, shown, stack)
+        entry.vm.take_over(vm)
+        for slot, vcpu in zip(entry.vcpus, vcpus, strict=True):
+            slot.vcpu.take_over(vcpu)
+            slot.state = VcpuState.STOPPED
+            slot.is_waiting = False
+    return entry
+
+
+def _build(
+    kvm: Kvm, params: CreateParams, shown: Iterable[int], stack: ExitStack
+) -> tuple[Vm, list[Vcpu]]:
+    """Make a VM and its vCPUs, with the mappings `shown`; `stack` closes them."""
+    vm = stack.enter_context(kvm.create_vm())
+    vm.set_identity_map_address(layout.IDENTITY_MAP_ADDRESS)
+    vm.set_tss_address(layout.TSS_ADDRESS)
+    for slot, part in enumerate(params.ranges):
+        if part.type is not MemoryType.MMIO:
+            vm.set_memory_region(slot, part.gpa, part.size, part.va)
+    for index in shown:
+        show_mapping(vm, index, params.mappings[index])
+    for port in params.collected_ports:
+        vm.register_coalesced(port, 1, pio=True)
+    has_apics = params.controllers is Controllers.KERNEL
+    if has_apics:
+        vm.create_irqchip()
+        vm.create_pit2()
+    supported = kvm.supported_cpuid()
+    vcpus = []
+    for index in range(params.ncpus):
+        vcpu = stack.enter_context(vm.create_vcpu(index))
+        leaves = guest_cpuid(supported, index, params.ncpus)
+        vcpu.set_cpuid(leaves if has_apics else without_apic(leaves))
+        vcpus.append(vcpu)
+    return vm, vcpus
 
 
 def show_mapping(vm: Vm, index: int, mapping: Mapping) -> None:

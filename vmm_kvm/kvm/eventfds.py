@@ -77,6 +77,15 @@ class KvmMsiLine:
         os.eventfd_write(self.fd, count)
         return True
 
+    def bind_again(self) -> None:
+        """Bind the line, where the VM is another one than before.
+
+        Raises:
+            KvmError: KVM refused.
+        """
+        if self._is_bound:
+            self._eventfds.vm.irqfd(self.fd, self.gsi)
+
     def flush(self) -> None:
         """Return when every message that was sent has reached its vCPU's local APIC.
 
@@ -134,6 +143,16 @@ class EventFds:
             line = KvmMsiLine(self, fd, gsi)
             self._lines.append(line)
             return line
+
+    def bind_again(self) -> None:
+        """Set all routes and bind all lines, where the VM is another one than before.
+
+        Raises:
+            KvmError: KVM refused.
+        """
+        self.vm.set_gsi_routing((*self._fixed, *self._messages.values()))
+        for line in self._lines:
+            line.bind_again()
 
     def flush(self) -> None:
         """Return when every message that was sent has reached its vCPU's local APIC.

@@ -36,6 +36,15 @@ class KvmIrqLine:
         self._level = False
         self._lock = threading.Lock()  # so that the kernel sees the levels in their order
 
+    def drive_again(self) -> None:
+        """Tell the VM the level, where it is another VM than before.
+
+        Raises:
+            KvmError: the VM has no irqchip, or is closed.
+        """
+        if self._level:
+            self._vm.irq_line(self._gsi, 1)
+
     def set(self, level: bool) -> None:
         """Drive the line.
 

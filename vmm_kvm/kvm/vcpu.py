@@ -29,6 +29,7 @@ from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.exits import Exit, Exits
 from vmm_kvm.kvm.ioctl import enter, operation, signal_thread
 from vmm_kvm.kvm.vcpu_state import VcpuState
+from vmm_kvm.libc import map_over
 
 KICK_SIGNAL = signal.SIGRTMIN
 
@@ -73,6 +74,7 @@ class Vcpu(VcpuState):
     __slots__ = (
         "_by_reason",
         "_exits",
+        "_mmap_size",
         "_native_id",
         "_reason",
         "_ring",
@@ -105,6 +107,7 @@ class Vcpu(VcpuState):
         """
         super().__init__(fd, xsave_size)
         self.index = index
+        self._mmap_size = mmap_size
         self._ring_lock = ring_lock
         self._native_id = 0  # of the thread that runs the vCPU; 0 before the first `run()`
         start = ring_page * PAGE_SIZE
@@ -140,6 +143,20 @@ class Vcpu(VcpuState):
         if fd >= 0:
             os.close(fd)
             self._lay_out(memoryview(bytearray(2 * PAGE_SIZE)), None)  # so that kick() stays safe
+
+    def take_over(self, new: "Vcpu") -> None:
+        """Be `new` from now on, under this one's descriptor and addresses; closes `new`.
+
+        In a forked child, to which the kernel refuses the parent's vCPU. Every view of the old
+        mapping shows the new one.
+
+        Raises:
+            OSError: the host refused.
+        """
+        os.dup2(new.fd, self.fd, inheritable=False)
+        map_over(ctypes.addressof(self.kvm_run), self._mmap_size, self.fd)
+        self._native_id = 0
+        new.close()
 
     def __enter__(self) -> Self:
         return self

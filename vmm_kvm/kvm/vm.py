@@ -74,6 +74,17 @@ class Vm:
         if fd >= 0:
             os.close(fd)
 
+    def take_over(self, new: "Vm") -> None:
+        """Be `new` from now on, under the descriptor that this one had; closes `new`'s.
+
+        In a forked child, to which the kernel refuses the parent's VM.
+
+        Raises:
+            OSError: the descriptor cannot be replaced.
+        """
+        os.dup2(new.fd, self.fd, inheritable=False)
+        new.close()
+
     def __enter__(self) -> Self:
         return self
 

@@ -295,6 +295,25 @@ class Machine:
         """
         primitives.restore_state(self._vmm, self._vm_id, record, policy)
 
+    def adopt_fork(self, record: KvmRecord, policy: ClockPolicy) -> None:
+        """Be a clone, in a child that has forked from a process with this machine paused.
+
+        Called on the child's only thread. What Python and RAM hold goes on as it is, with a VM of
+        KVM's that is new and continues from `record`; the machine stands paused, and `start` comes
+        before `resume`. See `machine.clone`.
+
+        Raises:
+            RefusedError: the machine was not paused.
+            KvmError, OSError: KVM or the host refused.
+        """
+        primitives.adopt_fork(self._vmm, self._vm_id)
+        self._eventfds.bind_again()
+        self._devices.bind_again()
+        for line in self._lines:
+            line.drive_again()
+        primitives.restore_state(self._vmm, self._vm_id, record, policy)
+        self._runner.renew()
+
     def info(self) -> VmInfo:
         """Return what vmm(4)'s `info` tells of the VM."""
         return primitives.info_of(self._vmm, self._vm_id)
@@ -365,20 +384,26 @@ class Machine:
         )
         stack.callback(primitives.terminate, self._vmm, self._vm_id)
         self._vm = primitives.kvm_vm(self._vmm, self._vm_id)
+        self._lines: list[KvmIrqLine] = []
         set_level_triggered(self._vm, layout.PIC_PCI_INTX)
         self._eventfds = stack.enter_context(EventFds(self._vm, _routes(), layout.GSI_MSI))
 
+    def _line(self, gsi: int) -> KvmIrqLine:
+        line = KvmIrqLine(self._vm, gsi)
+        self._lines.append(line)
+        return line
+
     def _make_devices(self, clock: Clock, on_receive_room: Callable[[], None]) -> None:
-        spec, vm, pio = self.spec, self._vm, self.pio
+        spec, pio = self.spec, self.pio
         self.uart = Uart16550(
-            KvmIrqLine(vm, layout.GSI_COM1),
+            self._line(layout.GSI_COM1),
             self._transmit,
             on_receive_room=on_receive_room,
             on_plain=self._note_plain,
         )
-        self.acpi_pm = AcpiPm(KvmIrqLine(vm, layout.GSI_SCI), clock, self._sleep)
+        self.acpi_pm = AcpiPm(self._line(layout.GSI_SCI), clock, self._sleep)
         self.rtc = Mc146818(
-            KvmIrqLine(vm, layout.GSI_RTC),
+            self._line(layout.GSI_RTC),
             clock,
             memory_size=spec.memory_size,
             vcpu_count=spec.cpus,
@@ -446,7 +471,7 @@ class Machine:
         self.mmio.insert(image.rom_base - variables.size, variables.size, self._flash)
 
     def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
-        intx = IntxLines([KvmIrqLine(self._vm, gsi) for gsi in layout.GSI_PCI_INTX])
+        intx = IntxLines([self._line(gsi) for gsi in layout.GSI_PCI_INTX])
         self._devices = stack.enter_context(
             Devices(
                 self.pci,

@@ -52,9 +52,14 @@ class Runner:
         self._collected = collected
         self._on_exit = on_exit
         self._on_failure = on_failure
+        self._count = primitives.info_of(vmm, vm_id).ncpus
+        self.renew()
+
+    def renew(self) -> None:
+        """Prepare the threads again; in a forked child, which has none of them."""
         self._threads = [
             threading.Thread(target=self._run, args=(index,), name=f"vcpu{index}")
-            for index in range(primitives.info_of(vmm, vm_id).ncpus)
+            for index in range(self._count)
         ]
 
     def start(self) -> None:

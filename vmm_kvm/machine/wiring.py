@@ -146,6 +146,12 @@ class Devices:
             if isinstance(function, VirtioPci):
                 function.resume()
 
+    def bind_again(self) -> None:
+        """Bind all notifications, where the machine's VM is another one than before."""
+        for function in self._functions.values():
+            if isinstance(function, VirtioPci):
+                function.bind_again()
+
     def parts(self) -> Iterator[Part]:
         """Yield what has a state, in the order of the slots."""
         for slot, function in self._functions.items():

@@ -225,6 +225,13 @@ class VirtioPci:
             self._serving.update(rings)
             self._bind()
 
+    def bind_again(self) -> None:
+        """Bind all notifications, where the machine's VM is another one than before."""
+        with self.lock:
+            for fd, port in self._bound.values():
+                self._host.bind_notification(fd, port)
+            self._is_restored = True
+
     def close(self) -> None:
         """Stop the device and close its dataplane; when no vCPU runs."""
         self._dataplane.close()

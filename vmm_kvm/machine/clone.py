@@ -1,0 +1,114 @@
+"""Clones by fork: a second machine that goes on where a paused one stands, in a child process.
+
+The kernel copies RAM as it is written to, by either side, and with it every Python object: buses,
+devices, routes. What a fork cannot copy is replaced under its old number or address: the VM and
+its vCPUs, which KVM refuses to other processes than their maker's, and event descriptors, which
+would join the two machines. The source needs to stand still for the fork alone.
+
+A clone has the source's memory, hence its secrets and its random numbers to come: its guest has to
+be told.
+"""
+
+import os
+import select
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmm_kvm.arch.x86.kvm_state import ClockPolicy
+from vmm_kvm.errors import SpecError
+from vmm_kvm.machine.machine import Machine
+
+_EVENTFD, _EPOLL = "anon_inode:[eventfd]", "anon_inode:[eventpoll]"
+
+
+def fork(machine: Machine, policy: ClockPolicy = ClockPolicy.FROZEN) -> int:
+    """Fork this process; return the child's number, and 0 in the child, which has a clone.
+
+    `machine` is paused, and all threads of this process but its vCPUs' and the calling one are
+    ones that the child can do without. In both processes it stands paused afterwards: the parent
+    calls `resume`, the child `start`, then `resume`. The child shares the parent's open files; it
+    ends, by `os._exit`, with whatever its caller makes of an error.
+
+    Raises:
+        SpecError: the machine's memory or disks are shared with other processes.
+        RefusedError: it is not paused.
+        KvmError, OSError: KVM or the host refused, in either process.
+    """
+    check(machine)
+    record = machine.save_kvm()
+    pid = _fork()
+    if pid == 0:
+        renew_events()
+        machine.adopt_fork(record, policy)
+    return pid
+
+
+def check(machine: Machine) -> None:
+    """Refuse a machine of which a fork makes no second one.
+
+    Raises:
+        SpecError: its memory or disks are shared with other processes.
+    """
+    if machine.memory.fd >= 0:
+        raise SpecError("a clone needs memory that no other process has")
+    for spec in machine.spec.devices:
+        match spec.kind:
+            case "net":
+                raise SpecError(f"{spec.name}: a clone needs an interface of its own")
+            case "blk" | "remote-blk" | "pmem":
+                raise SpecError(f"{spec.name}: a clone needs a disk of its own")
+            case _:
+                pass
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # From 3.12 on Python warns of threads that the child lacks: the machine makes them anew.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def renew_events() -> None:
+    """Replace every eventfd and epoll of a forked child by one of its own, with the same contents.
+
+    Raises:
+        OSError: the host has no descriptors left.
+    """
+    fds = list(_anonymous_fds())
+    for fd in (fd for fd, kind in fds if kind == _EVENTFD):
+        flags = os.EFD_CLOEXEC | (0 if os.get_blocking(fd) else os.EFD_NONBLOCK)
+        new = os.eventfd(_count(fd), flags)
+        os.dup2(new, fd, inheritable=False)
+        os.close(new)
+    for fd in (fd for fd, kind in fds if kind == _EPOLL):
+        with select.epoll() as poll:
+            for target, events in _watched(fd):
+                poll.register(target, events)
+            os.dup2(poll.fileno(), fd, inheritable=False)
+
+
+def _anonymous_fds() -> Iterator[tuple[int, str]]:
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            kind = str(entry.readlink())
+        except FileNotFoundError:  # the directory's own
+            continue
+        if kind in {_EVENTFD, _EPOLL}:
+            yield int(entry.name), kind
+
+
+def _info(fd: int) -> Iterator[list[str]]:
+    """Yield the lines of a descriptor's fdinfo, as words. Source: proc(5)."""
+    with Path(f"/proc/self/fdinfo/{fd}").open(encoding="ascii") as file:
+        yield from (line.split() for line in file)
+
+
+def _count(fd: int) -> int:
+    return next(int(words[1], 16) for words in _info(fd) if words[0] == "eventfd-count:")
+
+
+def _watched(fd: int) -> Iterator[tuple[int, int]]:
+    for words in _info(fd):
+        if words[0] == "tfd:":
+            yield int(words[1]), int(words[3], 16)
