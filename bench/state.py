@@ -1,0 +1,257 @@
+"""What it takes to clone a machine by fork, and to save and restore one: here, on this KVM.
+
+The guest is the self-test guest, which counts seconds and echoes a byte. For each memory size the
+same number of pages has been touched, by the host, before the first clone. Measured are:
+
+- clone: from the start of `pause` to the first byte that the clone answers;
+- still: how long the source stands still for it: pause, state, fork, resume;
+- state: to save what KVM and the devices have, and to restore it into a new machine;
+- private: memory that is a clone's own, after it has answered;
+- many: COUNT clones of one source, from the first fork until all have answered.
+
+`python -m bench.state [--rounds N] [--clones N] [--touched MIB] [--json FILE]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmm_kvm.arch.x86.image import open_image
+from vmm_kvm.bits import MIB, PAGE_SIZE
+from vmm_kvm.boot.firmware import selftest_path
+from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import install_kick_signal
+from vmm_kvm.loop import EventLoop
+from vmm_kvm.machine.clone import fork
+from vmm_kvm.machine.machine import Machine
+from vmm_kvm.machine.spec import MachineSpec
+from vmm_kvm.machine.state import restore, save
+from vmm_kvm.primitives import Vmm
+
+_READY = b"selftest: ready"
+_ECHO = b"~"
+_PATIENCE_S = 60
+_TOUCHED_START = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Figures of one machine; times in milliseconds."""
+
+    memory_mib: int
+    cpus: int
+    touched_mib: int
+    clone_p50: float
+    clone_least: float
+    still_p50: float
+    save_p50: float
+    restore_p50: float
+    private_mib: float
+    many: int
+    many_s: float
+
+
+class Source:
+    """A machine with the self-test guest, and what it printed."""
+
+    def __init__(self, vmm: Vmm, memory_mib: int, cpus: int) -> None:
+        """Describe it; nothing runs."""
+        self.vmm = vmm
+        self.loop = EventLoop()
+        self.output = bytearray()
+        self.spec = MachineSpec(open_image(str(selftest_path())), memory_mib * MIB, cpus, "bench")
+
+    def machine(self, *, is_restored: bool = False) -> Machine:
+        """Build one."""
+        return Machine(
+            self.spec,
+            self.vmm,
+            self.loop,
+            transmit=self._transmit,
+            on_receive_room=lambda: None,
+            on_outcome=lambda _: None,
+            is_restored=is_restored,
+        )
+
+    def _transmit(self, data: bytes) -> None:
+        self.output.extend(data)
+        self.loop.call_soon(self.loop.stop)
+
+    def wait_for(self, text: bytes) -> None:
+        """Run the loop until the guest has printed `text`."""
+        end = time.monotonic() + _PATIENCE_S
+        while text not in self.output:
+            self.loop.run()
+            if time.monotonic() > end:
+                raise SystemExit("state: the guest does not answer")
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--clones", type=int, default=100)
+    parser.add_argument("--touched", type=int, default=40, help="MiB")
+    parser.add_argument("--memory", type=int, nargs="*", default=[64, 2048], help="MiB")
+    parser.add_argument("--cpus", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    install_kick_signal()
+    results = []
+    print("memory  vCPUs  clone p50 (least)  still  save  restore  private  many")
+    for memory_mib in options.memory:
+        for cpus in options.cpus:
+            with _source(memory_mib, cpus, options.touched) as (source, machine):
+                result = _measure(source, machine, options.rounds, options.clones, options.touched)
+            results.append(result)
+            print(
+                f"{result.memory_mib:5}M {result.cpus:6} "
+                f"{result.clone_p50:10.1f} ({result.clone_least:.1f}) ms "
+                f"{result.still_p50:6.1f} {result.save_p50:6.2f} {result.restore_p50:6.2f} "
+                f"{result.private_mib:6.1f}M {result.many} in {result.many_s:.2f} s",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+
+
+@contextmanager
+def _source(memory_mib: int, cpus: int, touched_mib: int) -> Iterator[tuple[Source, Machine]]:
+    with Kvm() as kvm, Vmm(kvm) as vmm:
+        source = Source(vmm, memory_mib, cpus)
+        with source.machine() as machine:
+            view = machine.memory.view(_TOUCHED_START, touched_mib * MIB)
+            for at in range(0, len(view), PAGE_SIZE):
+                view[at] = 1
+            machine.start()
+            source.wait_for(_READY)
+            yield source, machine
+
+
+def _measure(
+    source: Source, machine: Machine, rounds: int, clones: int, touched_mib: int
+) -> Result:
+    times, stills, privates = [], [], []
+    for _ in range(rounds):
+        clone_ms, still_ms, private = _clone_once(source, machine)
+        times.append(clone_ms)
+        stills.append(still_ms)
+        privates.append(private)
+    saves, restores = _save_and_restore(source, machine, rounds)
+    many_s = _clone_many(source, machine, clones)
+    return Result(
+        source.spec.memory_size // MIB,
+        source.spec.cpus,
+        touched_mib,
+        statistics.median(times),
+        min(times),
+        statistics.median(stills),
+        statistics.median(saves),
+        statistics.median(restores),
+        statistics.median(privates) / MIB,
+        clones,
+        many_s,
+    )
+
+
+def _clone_once(source: Source, machine: Machine) -> tuple[float, float, int]:
+    """Return milliseconds to the first byte, those that the source stands still, and bytes."""
+    reader, writer = os.pipe()
+    began = time.perf_counter()
+    machine.pause()
+    pid = _child(source, machine, writer)
+    machine.resume()
+    still = time.perf_counter() - began
+    os.close(writer)
+    if os.read(reader, 1) != _ECHO:
+        raise SystemExit("state: a clone does not answer")
+    took = time.perf_counter() - began
+    private = _private(pid)
+    _end([pid])
+    os.close(reader)
+    return took * 1000, still * 1000, private
+
+
+def _clone_many(source: Source, machine: Machine, count: int) -> float:
+    reader, writer = os.pipe()
+    machine.pause()
+    began = time.perf_counter()
+    pids = [_child(source, machine, writer) for _ in range(count)]
+    os.close(writer)
+    answered = b""
+    while len(answered) < count:
+        piece = os.read(reader, count)
+        if not piece:
+            raise SystemExit(f"state: {len(answered)} of {count} clones answer")
+        answered += piece
+    took = time.perf_counter() - began
+    machine.resume()
+    _end(pids)
+    os.close(reader)
+    return took
+
+
+def _child(source: Source, machine: Machine, writer: int) -> int:
+    """Fork a clone that writes the first byte that its guest answers, and waits to be killed."""
+    pid = fork(machine)
+    if pid:
+        return pid
+    status = 1
+    try:
+        source.output.clear()
+        machine.start()
+        machine.resume()
+        machine.uart.receive(_ECHO)
+        source.wait_for(_ECHO)
+        os.write(writer, _ECHO)
+        os.close(writer)
+        signal.pause()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _end(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+def _private(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    return sum(
+        int(line.split()[1]) * 1024
+        for line in rollup.splitlines()
+        if line.startswith(("Private_Clean:", "Private_Dirty:"))
+    )
+
+
+def _save_and_restore(
+    source: Source, machine: Machine, rounds: int
+) -> tuple[list[float], list[float]]:
+    saves, restores = [], []
+    machine.pause()
+    for _ in range(rounds):
+        began = time.perf_counter()
+        state = save(machine)
+        saves.append((time.perf_counter() - began) * 1000)
+        with source.machine(is_restored=True) as other:
+            began = time.perf_counter()
+            restore(other, state)
+            restores.append((time.perf_counter() - began) * 1000)
+    machine.resume()
+    return saves, restores
+
+
+if __name__ == "__main__":
+    main()
