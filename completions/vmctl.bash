@@ -120,8 +120,8 @@ _vmctl() {
 		operands=('<file>')
 		;;
 	'log '*)
-		options=()
-		operands=('brief' 'verbose')
+		options=(-f --json)
+		operands=('brief' 'verbose' '<vm>')
 		;;
 	'pause '*)
 		options=()
@@ -204,7 +204,7 @@ _vmctl() {
 		operands=('<vm>')
 		;;
 	'show '*)
-		options=(-r --json)
+		options=(-r -a --json)
 		operands=('<vm>')
 		;;
 	'start -B')
@@ -260,7 +260,7 @@ _vmctl() {
 		operands=('<vm>')
 		;;
 	'status '*)
-		options=(-r --json)
+		options=(-r -a --json)
 		operands=('<vm>')
 		;;
 	'stop '*)

@@ -66,7 +66,13 @@ def page() -> str:
     parts.append("## Parts of messages\n")
     structs = (
         *(messages.DiskRequest, messages.InterfaceRequest),
-        *(messages.VmInfo, messages.EndInfo, messages.InterfaceInfo, messages.ForwardInfo),
+        *(
+            messages.VmInfo,
+            messages.DiskInfo,
+            messages.EndInfo,
+            messages.InterfaceInfo,
+            messages.ForwardInfo,
+        ),
         *(messages.Statistics, messages.LogLine),
     )
     parts += [_message(each, documentation) for each in structs]

@@ -41,11 +41,21 @@ _INTERFACE: Mapping[str, Shape] = {
     "guest_addresses": [str],
     "forwards": [{"protocol": str, "port": int, "to_port": int}],
 }
+_END: Mapping[str, Shape] = {
+    **dict.fromkeys(("reason", "message"), str),
+    "at": _NUMBER,
+    "exit": (int, None),
+}
 _VM: Mapping[str, Shape] = {
     **dict.fromkeys(("id", "cpus", "memory", "uid"), int),
     **dict.fromkeys(("memory_used", "pid", "gid"), (int, None)),
     **dict.fromkeys(("name", "state", "tty"), str),
     "after": [str],
+    "started_at": (*_NUMBER, None),
+    "last_end": (_END, None),
+    "disks": [{"path": str, "format": str, "is_read_only": bool, "serial": str}],
+    **dict.fromkeys(("boot", "cdrom"), str),
+    "append": (str, None),
     "statistics": (_STATISTICS, None),
     "interfaces": [_INTERFACE],
 }
@@ -56,6 +66,7 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "terminated": {"id": int},
     "console-opened": {"id": int, "tty": str, "position": int, "history": int},
     "vms": {"vms": [_VM], "has_more": bool},
+    "lines": {"lines": [{"at": _NUMBER, "text": str}], "position": int},
     "event": {"kind": str, "id": int, "name": str, "at": _NUMBER, "message": str},
 }
 """What the commands rely on in each answer, by its type; a list of one shape is a list of such."""

@@ -1,4 +1,4 @@
-"""The short commands: pause, unpause, load, reload, reset, log, events, send, receive.
+"""The short commands: pause, unpause, load, reload, reset, events, send, receive.
 
 Each returns the exit status. Texts are OpenBSD's.
 
@@ -18,10 +18,10 @@ from vmctl.client import (
     text_of,
 )
 from vmctl.messages import fail
+from vmctl.moment import moment
 from vmm_kvm.text import printable
 
 _RESET_MODES = ("all", "vms", "switches")
-_LOG_LEVELS = (("brief", 0), ("verbose", 2))
 
 
 def pause(words: Sequence[str]) -> int:
@@ -64,14 +64,6 @@ def reset(words: Sequence[str] = ()) -> int | None:
     return _plain("reset", mode=mode) if mode in _RESET_MODES else None
 
 
-def log(words: Sequence[str]) -> int | None:
-    """Set how much the daemon logs; None if the word is no level."""
-    for name, level in _LOG_LEVELS:
-        if words[0] and name.startswith(words[0].lower()):
-            return _plain("log", level=level)
-    return None
-
-
 def _plain(kind: str, **fields: object) -> int:
     try:
         with Client() as client:
@@ -87,12 +79,11 @@ def _plain(kind: str, **fields: object) -> int:
 def events(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
     """Print what happens to VMs, a line each, until interrupted."""
     import json  # noqa: PLC0415 - loaded by the client anyway
-    import time  # noqa: PLC0415 - for this command alone
 
     def line(event: Fields) -> str:
         if as_json:
             return json.dumps({name: event[name] for name in _EVENT_FIELDS})
-        at = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(event["at"]))
+        at = moment(event["at"])
         why = f": {event['message']}" if event["message"] else ""
         return printable(f"{at} {event['id']} {event['name']} {event['kind']}{why}")
 

@@ -1,4 +1,4 @@
-"""`vmctl status` and `vmctl show`: the table of VMs, and the network interfaces of one.
+"""`vmctl status` and `vmctl show`: the table of VMs, and what one of them has.
 
 On a pipe OpenBSD's columns, to the letter; on a terminal a table; JSON with `--json`.
 
@@ -7,56 +7,133 @@ Source: section 3.3 of OpenBSD's behaviour.
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 
 from vmctl.client import Client, CommandError, Fields, parse_target
 from vmctl.messages import fail
+from vmctl.moment import moment, span
 from vmd.config.sizes import fmt_scaled
 from vmm_kvm.text import printable
 
 HEADER = ("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", "NAME")
+ALL_HEADER = (*HEADER, "ADDRESS", "ENDED", "REASON")
+_GONE = "gone"
 _FORMAT = "%5s %5s %5s %7s %7s %7s %12s %8s %s"
 _OWNER_MAX = 15
 
 
-def show(words: Sequence[str] = (), *, running: bool = False, as_json: bool = False) -> int:
-    """List VMs as `status` does, and the interfaces of the one that `words` names."""
-    return _list(words, running=running, as_json=as_json, interfaces=bool(words))
-
-
-def status(words: Sequence[str] = (), *, running: bool = False, as_json: bool = False) -> int:
-    """List all VMs, or the one that `words` names; returns the exit status.
-
-    That is 1 where there is no VM at all, or none that runs with `running`.
-    """
-    return _list(words, running=running, as_json=as_json, interfaces=False)
-
-
-def _list(words: Sequence[str], *, running: bool, as_json: bool, interfaces: bool) -> int:
+def show(
+    words: Sequence[str] = (), *, running: bool = False, every: bool = False, as_json: bool = False
+) -> int:
+    """List VMs as `status` does, and what the one that `words` names has, and how it ended."""
+    if every or not words:
+        return status(words, running=running, every=every, as_json=as_json)
+    wanted = {"interfaces": True, "devices": True, "gone": True}
     try:
-        target = parse_target(words[0]) if words else None
-        with Client() as client:
-            vms = client.vms(**{"interfaces": True} if interfaces else {})
+        known, shown = _vms(words, wanted, running=running)
     except CommandError as err:
         return fail(err)
-    known = [vm for vm in vms if vm["pid"] is not None or not running]
-    everything = target is None or target == (0, "")
-    shown = [vm for vm in known if everything or (target and target.is_named_by(vm))]
+    live = [vm for vm in shown if vm["state"] != _GONE]
+    shown = live or shown[:1]
     if as_json:
         print(json.dumps(shown, indent=2))
-    elif sys.stdout.isatty():
+        return 0 if known else 1
+    _print_table(HEADER, [columns(vm) for vm in shown])
+    for vm in shown:
+        for line in vm_lines(vm):
+            print(printable(line))
+        for index, interface in enumerate(vm["interfaces"]):
+            print("\n".join(interface_lines(index, interface)))
+    return 0 if known else 1
+
+
+def status(
+    words: Sequence[str] = (), *, running: bool = False, every: bool = False, as_json: bool = False
+) -> int:
+    """List all VMs, or the one that `words` names; returns the exit status.
+
+    That is 1 where there is no VM at all, or none that runs with `running`. With `every` those that
+    are gone are listed too, and addresses of guests and how each VM ended the last time.
+    """
+    wanted = {"interfaces": True, "gone": True} if every else {}
+    try:
+        known, shown = _vms(words, wanted, running=running)
+    except CommandError as err:
+        return fail(err)
+    if as_json:
+        print(json.dumps(shown, indent=2))
+    elif every:
+        _print_table(ALL_HEADER, [(*columns(vm), *_end_columns(vm)) for vm in shown])
+    else:
+        _print_table(HEADER, [columns(vm) for vm in shown])
+    return 0 if known else 1
+
+
+def _vms(
+    words: Sequence[str], wanted: dict[str, bool], *, running: bool
+) -> tuple[list[Fields], list[Fields]]:
+    """Return the VMs that there are, and of those the ones that are asked for.
+
+    Raises:
+        CommandError: `words` name none, or there is no answer.
+    """
+    target = parse_target(words[0]) if words else None
+    with Client() as client:
+        vms = client.vms(**wanted)
+    known = [vm for vm in vms if vm["pid"] is not None or not running]
+    everything = target is None or target == (0, "")
+    return known, [vm for vm in known if everything or (target and target.is_named_by(vm))]
+
+
+def _print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+    if sys.stdout.isatty():
         from vmctl.table import show_table  # noqa: PLC0415 - only people see it
 
-        show_table(HEADER, [columns(vm) for vm in shown])
-    else:
-        print(_FORMAT % HEADER)
-        for vm in shown:
-            print(printable(_FORMAT % columns(vm)))
-    if interfaces and not as_json:
-        for vm in shown:
-            for index, interface in enumerate(vm["interfaces"]):
-                print("\n".join(interface_lines(index, interface)))
-    return 0 if known else 1
+        show_table(header, rows)
+        return
+    # Of the columns of ours, only the last one may have blanks in it.
+    form = _FORMAT + " %s" * (len(header) - len(HEADER))
+    print(form % tuple(header))
+    for row in rows:
+        print(printable(form % row))
+
+
+def _end_columns(vm: Fields) -> tuple[str, str, str]:
+    """Return a guest's address, when its VM ended the last time, and why."""
+    found = (one["guest_addresses"] for one in vm["interfaces"])
+    address = next((each[0].partition("/")[0] for each in found if each), "-")
+    end = vm["last_end"]
+    return (address, moment(end["at"]), _why(end)) if end else (address, "-", "-")
+
+
+def _why(end: Fields) -> str:
+    return f"{end['reason']}: {end['message']}" if end["message"] else str(end["reason"])
+
+
+def vm_lines(vm: Fields) -> list[str]:
+    """Return what `show` prints of a VM besides its row and its interfaces."""
+    lines = []
+    if vm["started_at"] is not None:
+        lines.append(f"uptime: {span(time.time() - vm['started_at'])}")
+    if vm["boot"]:
+        lines.append(f"boot: {vm['boot']}")
+    if vm["append"] is not None:
+        lines.append(f"append: {vm['append']}")
+    for index, disk in enumerate(vm["disks"]):
+        words = [f"disk {index}: {disk['path']}", disk["format"]]
+        words += ["ro"] if disk["is_read_only"] else []
+        words += [f"serial {disk['serial']}"] if disk["serial"] else []
+        lines.append(" ".join(filter(None, words)))
+    if vm["cdrom"]:
+        lines.append(f"cdrom: {vm['cdrom']}")
+    if vm["after"]:
+        lines.append(f"after: {', '.join(vm['after'])}")
+    end = vm["last_end"]
+    if end:
+        exit_status = "" if end["exit"] is None else f" (exit {end['exit']})"
+        lines.append(f"last end: {moment(end['at'])} {_why(end)}{exit_status}")
+    return lines
 
 
 def columns(vm: Fields) -> tuple[str, ...]:

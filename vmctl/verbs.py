@@ -163,7 +163,11 @@ _START_USAGE = (
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
     "\t\t[--append string] [--firmware name] [--initrd path] [--json] id | name"
 )
-_LIST_OPTIONS = (_RUNNING, _JSON)
+_LIST_OPTIONS = (
+    _RUNNING,
+    Option("-a", "every", "Those that are gone too, with addresses and how each ended."),
+    _JSON,
+)
 
 _TABLE = (
     Verb("console", "id", "Attach to the console of a VM.", "attach", "console")._replace(
@@ -243,11 +247,16 @@ _TABLE = (
     ),
     Verb(
         "log",
-        "[brief | verbose]",
-        "Let the daemon log little or much.",
-        "control",
+        "brief | verbose | id",
+        "Let the daemon log little or much, or print what it has logged of a VM.",
+        "history",
         "log",
-        completes=("brief", "verbose"),
+        (
+            Option("-f", "follow", "Go on with what is logged from now on."),
+            Option("--json", "as_json", "Print each line as JSON."),
+        ),
+        usage="[-f] [--json] brief | verbose | id",
+        completes=("brief", "verbose", VM),
     ),
     Verb("pause", "id", "Let a VM stand still.", "control", "pause", completes=(VM,)),
     Verb("receive", "name", "Receive a VM that was sent; not supported yet.", "control", "receive"),
@@ -293,7 +302,7 @@ _TABLE = (
     Verb(
         "show",
         "[id]",
-        "List VMs, as status does, and the network interfaces of one.",
+        "List VMs, as status does, or tell all of one: disks, interfaces, how it ended.",
         "status",
         "show",
         _LIST_OPTIONS,

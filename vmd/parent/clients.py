@@ -67,7 +67,7 @@ class Clients:
         self._run = run
         self._interfaces = interfaces
         self._users = users
-        self._requests = RequestLog(registry.find)
+        self._requests = RequestLog(registry.find, registry.note)
         self._questions: set[StatusQuestion] = set()
         self.control: Peer[ParentToControl, ControlToParent] = Peer(
             "control",

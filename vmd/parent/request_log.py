@@ -14,6 +14,7 @@ from vmd.shared import log as logging
 from vmd.wire.messages import (
     AnyAnswer,
     Console,
+    ErrorCode,
     Failed,
     Hold,
     Load,
@@ -23,6 +24,7 @@ from vmd.wire.messages import (
     Reload,
     Reset,
     Start,
+    Started,
     Stop,
     Unpause,
     VmRequest,
@@ -47,14 +49,22 @@ class _Asked(NamedTuple):
     uid: int
     kind: type[ParentRequest]
     what: str
+    vm_id: int
 
 
 class RequestLog:
     """Requests until they are answered, which then are told of."""
 
-    def __init__(self, find: Callable[[int, str], Vm | None]) -> None:
-        """Know of none; `find` returns the VM that a request names by its id or its name."""
+    def __init__(
+        self, find: Callable[[int, str], Vm | None], note: Callable[[int, str], None]
+    ) -> None:
+        """Know of none.
+
+        `find` returns the VM that a request names by its id or its name; `note` is told of each
+        line about a VM, by its id.
+        """
         self._find = find
+        self._note = note
         self._asked: dict[int, dict[int, deque[_Asked]]] = {}
 
     def asked(self, client: int, uid: int, request: ParentRequest) -> None:
@@ -62,12 +72,13 @@ class RequestLog:
         kind = type(request)
         if kind not in _DONE:
             return
-        what = "vmd"
+        what, vm_id = "vmd", 0
         if isinstance(request, VmRequest):
             vm = self._find(request.id, request.name)
             what = vm.name if vm else request.name or f"vm {request.id}"
+            vm_id = vm.id if vm else 0
         serials = self._asked.setdefault(client, {})
-        serials.setdefault(request.serial, deque()).append(_Asked(uid, kind, what))
+        serials.setdefault(request.serial, deque()).append(_Asked(uid, kind, what, vm_id))
 
     def answered(self, client: int, answer: AnyAnswer) -> None:
         """Tell of the request that this answers."""
@@ -78,14 +89,18 @@ class RequestLog:
         asked = waiting.popleft()
         if not waiting:
             del serials[answer.serial]
-        source = f"requests of {_user(asked.uid)}"
+        user, vm_id = _user(asked.uid), asked.vm_id
         if isinstance(answer, Failed):
             verb, why = asked.kind.__name__.lower(), answer.message or answer.code
-            text = "%s: %s by %s failed: %s"
-            logging.tell(source, text, asked.what, verb, _user(asked.uid), why)
+            text = f"{verb} by {user} failed: {why}"
+            if answer.code is ErrorCode.EPERM:  # nobody fills the history of others' VMs
+                vm_id = 0
         else:
-            text = "%s: %s by %s"
-            logging.tell(source, text, asked.what, _DONE[asked.kind], _user(asked.uid))
+            text = f"{_DONE[asked.kind]} by {user}"
+            if isinstance(answer, Started):
+                vm_id = answer.id
+        logging.tell(f"requests of {user}", "%s: %s", asked.what, text)
+        self._note(vm_id, text)
 
     def gone(self, client: int) -> None:
         """Forget a client, which nobody answers any more."""

@@ -12,7 +12,8 @@ from vmd.rules.registry import info
 from vmd.rules.vm import Vm
 from vmd.wire.channel import Timer
 from vmd.wire.internal import VmStatistics
-from vmd.wire.messages import PART_MAX, AnyAnswer, InterfaceInfo, VmInfo, Vms
+from vmd.wire.messages import PART_MAX, AnyAnswer, DiskInfo, InterfaceInfo, VmInfo, Vms
+from vmm_kvm.boot.firmware import BIOS
 
 PATIENCE_NS = 300_000_000
 """How long a VM process may take to answer; then the others' answers are shown without it."""
@@ -90,6 +91,7 @@ class StatusQuestion:
         self._loop = loop
         self._vms = question.vms
         self._gone = question.gone
+        self._own = question.own if question.request.devices else frozenset()
         self._wants_statistics = question.request.statistics
         self._wants_interfaces = question.request.interfaces
         self._inquiries = inquiries
@@ -142,6 +144,8 @@ class StatusQuestion:
 
     def _shown(self, vm: Vm) -> VmInfo:
         told, shown = self._told.get(vm.id), info(vm)
+        if vm.id in self._own:
+            shown = _with_devices(shown, vm)
         if not (self._wants_interfaces or self._wants_statistics):
             return shown if told is None else replace(shown, memory_used=told.memory_used)
         interfaces = self._interfaces(vm)
@@ -161,6 +165,28 @@ class StatusQuestion:
             memory_used=told.memory_used,
             statistics=statistics if self._wants_statistics else None,
         )
+
+
+def _with_devices(shown: VmInfo, vm: Vm) -> VmInfo:
+    """Return what is told of a VM, with what it boots and its disks."""
+    config, passed = vm.config, vm.passed
+    path = passed.path if passed and passed.kernel is not None else config.boot
+    append = passed.append if passed and passed.kernel is not None else config.append
+    return replace(
+        shown,
+        boot=path or config.firmware or BIOS,
+        append=append,
+        cdrom=config.cdrom or "",
+        disks=tuple(
+            DiskInfo(
+                path=disk.path,
+                format=disk.kind,
+                is_read_only=disk.is_read_only,
+                serial=disk.serial,
+            )
+            for disk in config.disks
+        ),
+    )
 
 
 def _parts(vms: Iterable[VmInfo]) -> Iterator[list[VmInfo]]:

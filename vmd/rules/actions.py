@@ -54,6 +54,8 @@ class List(NamedTuple):
     vms: tuple[Vm, ...]
     gone: tuple[VmInfo, ...] = ()
     """Those that are forgotten, as they are shown."""
+    own: frozenset[int] = frozenset()
+    """Ids of those of which the client may see what they boot, and their disks."""
 
 
 class OpenConsole(NamedTuple):

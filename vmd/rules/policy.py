@@ -65,7 +65,7 @@ def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
     """
     if not is_name(config.name):
         return _invalid("invalid VM name")
-    if not (config.given - {Right.INSTANCE}):
+    if config.parent is None and not config.given:  # an instance may have all of its template
         return Denied(ErrorCode.DISK_MISSING, "invalid configuration, no devices")
     if config.cpus is not None and not 1 <= config.cpus <= VCPUS_MAX:
         return _invalid("invalid number of CPUs")

@@ -153,7 +153,9 @@ class Registry:
                 return [self._history(ticket, uid, request)]
             case Status():
                 gone = self._gone.infos(request.id, request.name) if request.gone else ()
-                return [List(ticket, request, self._listed(request), gone)]
+                vms = self._listed(request)
+                own = (vm.id for vm in vms if self._users.may(uid, vm.config.owner))
+                return [List(ticket, request, vms, gone, frozenset(own))]
             case VmRequest():
                 vm = self._authorised(uid, request)
                 if isinstance(vm, Denied):
@@ -205,8 +207,8 @@ class Registry:
         return Answer(ticket.client, history.answer(ticket.serial, request.position))
 
     def note(self, vm_id: int, text: str) -> None:
-        """Remember a line that is logged of a VM."""
-        vm = self._vms.get(vm_id)
+        """Remember a line that is logged of a VM, which may be gone; with the id 0, of none."""
+        vm = self._vms.get(vm_id) or (self._gone.find(vm_id, "") if vm_id else None)
         if vm:
             vm.history.add(self._clock.realtime_s(), text)
 

@@ -265,6 +265,8 @@ class Status(VmRequest, frozen=True, kw_only=True):
     """With counters of what running VMs have used."""
     interfaces: bool = False
     """With the network interfaces of each."""
+    devices: bool = False
+    """With what each boots and its disks, of those that are the client's; root sees all."""
     gone: bool = False
     """With those of late that have ended and are forgotten, foremost the last."""
 
@@ -443,6 +445,16 @@ class InterfaceInfo(
     """Frames that the guest had no room for."""
 
 
+class DiskInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """A disk of a VM, as it is configured."""
+
+    path: str
+    format: str = ""
+    """Empty where it is found out."""
+    is_read_only: bool = False
+    serial: str = ""
+
+
 class EndInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
     """How a VM ended the last time."""
 
@@ -486,7 +498,14 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     """How it ended the last time, if it has run since the daemon started."""
     statistics: Statistics | None = None
     interfaces: tuple[InterfaceInfo, ...] = ()
-    """If they are asked for."""
+    """If they are asked for, as what follows."""
+    boot: str = ""
+    """The kernel or firmware: a path, `bios` or `uefi`."""
+    append: str | None = None
+    """The kernel's command line."""
+    disks: tuple[DiskInfo, ...] = ()
+    cdrom: str = ""
+    """Path of the ISO image; empty if there is none."""
 
 
 class Vms(Answer, frozen=True, kw_only=True):

@@ -390,3 +390,40 @@ def test_a_kernel_that_the_client_opened(start_vmd: Start) -> None:
             console.expect(READY)
         assert client.ask("stop", name="ad-hoc", wait=True)["type"] == "terminated"
         assert client.ask("status")["vms"] == []
+
+
+def test_a_vm_that_dies_right_after_its_start_leaves_a_trace(start_vmd: Start) -> None:
+    """A VM that nobody has configured is gone then; how it ended and what was logged is known."""
+    with start_vmd(vm_block("template", "allow instance { boot }")) as vmd, vmd.client() as client:
+        started = client.ask("start", name="brief", instance="template")
+        assert started["type"] == "started", started
+        pid = started["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGKILL)
+        while client.ask("status", name="brief")["vms"] != []:
+            time.sleep(0.02)
+        found = client.ask("status", name="brief", gone=True)["vms"]
+        assert isinstance(found, list)
+        (gone,) = found
+        end = gone["last_end"]
+        assert (gone["state"], end["reason"], end["exit"]) == ("gone", "died", -signal.SIGKILL)
+        lines = client.ask("history", name="brief")["lines"]
+        assert isinstance(lines, list)
+        texts = [line["text"] for line in lines]
+        assert "started" in texts
+        assert "failed: the VM process was killed by signal 9" in texts
+        assert any(text.startswith("started by ") for text in texts)
+        vmd.wait_for_log("vm/brief: failed: the VM process was killed by signal 9")
+
+
+def test_what_a_vm_boots_and_its_disks_are_shown(start_vmd: Start, tmp_path: Path) -> None:
+    """The kernel, and each disk with its options."""
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    lines = (f'disk "{disk}" format raw {{ ro serial "x" }}', 'append "quiet"')
+    with start_vmd(vm_block("one", *lines)) as vmd, vmd.client() as client:
+        (vm,) = list(client.ask("status", name="one", devices=True)["vms"])  # type: ignore[call-overload]
+        assert (vm["boot"], vm["append"], vm["cdrom"]) == (str(SELFTEST), "quiet", "")
+        told = {"path": str(disk), "format": "raw", "is_read_only": True, "serial": "x"}
+        assert vm["disks"] == [told]
+        assert client.vm("one")["disks"] == []

@@ -33,9 +33,9 @@ def test_a_user_without_rights(reachable: Path) -> None:
     ):
         pid = root.wait_for_state("one", "running")["pid"]
         assert client.vm("one")["pid"] == pid
-        for kind in ("stop", "pause", "unpause", "wait", "console", "start"):
+        for kind in ("stop", "pause", "unpause", "wait", "console", "start", "history"):
             assert client.ask(kind, name="one")["code"] == "EPERM", kind
-        for kind in ("reload", "reset"):
+        for kind in ("reload", "reset", "hold"):
             assert client.ask(kind)["code"] == "EPERM", kind
         assert client.ask("load", path="/etc/vm.conf")["code"] == "EPERM"
         assert client.ask("log", level=2)["code"] == "EPERM"

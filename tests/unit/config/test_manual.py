@@ -65,7 +65,9 @@ def test_the_page_is_well_formed() -> None:
         ["mandoc", "-T", "lint", PAGE], check=False, capture_output=True, text=True
     )
     lines = (done.stdout + done.stderr).splitlines()
-    assert [line for line in lines if "referenced manual not found" not in line] == []
+    # Which other pages are there, and whether mandoc's index knows, is not the page's fault.
+    others = ("referenced manual not found", "outdated mandoc.db")
+    assert [line for line in lines if not any(text in line for text in others)] == []
 
 
 class AnyHost(FakeHost):

@@ -285,6 +285,10 @@ def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Non
         "last_end": None,
         "statistics": None,
         "interfaces": [],
+        "boot": "",
+        "append": None,
+        "disks": [],
+        "cdrom": "",
     }
 
 
@@ -321,7 +325,7 @@ interface 1: - lladdr fe:e1:bb:d2:00:01 switch uplink rdomain 0 mtu 1500 down
     assert capsys.readouterr() == (HEADER + WEB_LINE + expected, "")
     assert vmctl(["show"]) == vmctl(["status", "web"]) == 0
     assert capsys.readouterr().out == HEADER + WEB_LINE + DB_LINE + HEADER + WEB_LINE
-    assert daemon.requests == [Status(interfaces=True), Status(), Status()]
+    assert daemon.requests == [Status(interfaces=True, devices=True, gone=True), Status(), Status()]
     assert vmctl(["show", "--json", "web"]) == 0
     (vm,) = json.loads(capsys.readouterr().out)
     assert vm["interfaces"][0]["forwards"] == [{"protocol": "tcp", "port": 8080, "to_port": 80}]

@@ -18,7 +18,7 @@ USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
 
 WRONG = (
     *("stop", "stop -a web", "start", "start a b", "pause", "pause a b", "load", "reload x"),
-    *("reset some", "log", "log x", "status a b", "console", "wait", "events x", "top x"),
+    *("reset some", "log", "log x y", "status a b", "console", "wait", "events x", "top x"),
     *("run a b", "create", "create a b", "doctor x", "send", "receive a b", "unpause", "show a b"),
 )
 OPENBSD = (

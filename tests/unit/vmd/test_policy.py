@@ -73,7 +73,10 @@ def test_names(name: str, is_good: bool) -> None:
     ("config", "why"),
     [
         (VmConfig("x"), "invalid configuration, no devices"),
-        (VmConfig("x", given=frozenset({Right.INSTANCE})), "invalid configuration, no devices"),
+        (
+            VmConfig("x", "template", given=frozenset({Right.INSTANCE})),
+            "no kernel or disk/cdrom specified",
+        ),
         (
             VmConfig("x", memory=1 << 30, given=frozenset({Right.MEMORY})),
             "no kernel or disk/cdrom specified",

@@ -571,3 +571,25 @@ def test_reports_about_unknown_vms_are_nothing() -> None:
     """A process may be told of when its VM has been forgotten."""
     registry: Registry = Host().registry
     assert registry.report(77, Exited(None)) == []
+
+
+@pytest.mark.parametrize(
+    "lent",
+    [{"boot": "/bsd.rd"}, {"firmware": "bios"}, {"cdrom": "/x.iso"}],
+    ids=["kernel", "firmware", "cdrom"],
+)
+def test_an_instance_may_have_all_of_its_template(host: Host, lent: dict[str, str]) -> None:
+    """Without an option of its own it is what the template is, if that can boot without a disk."""
+    template = a_config("t")._replace(**lent)  # type: ignore[arg-type] # fields by name
+    load(host, template)
+    key = host.begin(Start(name="new", instance="t"))
+    host.report(host.launch("new"), Running())
+    assert isinstance(host.answers[key], Started)
+
+
+def test_an_instance_that_could_not_boot_says_so(host: Host) -> None:
+    """A template's disks are not lent: where there is nothing else, that is the complaint."""
+    load(host, a_config("t"))
+    answer = host.answers[host.begin(Start(name="new", instance="t"))]
+    assert isinstance(answer, Failed)
+    assert (answer.code, answer.message) == ("EINVAL", "no kernel or disk/cdrom specified")
