@@ -59,6 +59,7 @@ from vmd.wire.messages import (
     ParentRequest,
     Vms,
 )
+from vmm_kvm.accepting import Acceptor
 
 _ACCEPTED_AT_ONCE = 16
 
@@ -82,7 +83,6 @@ class Control:
         """Serve clients of `listener`, a listening SOCK_SEQPACKET socket, until `parent` ends."""
         self._loop = loop
         self._parent = parent
-        self._listener = listener
         self._clients: dict[int, Client] = {}
         self._listening: dict[int, Client] = {}  # to events
         self._users: dict[int, User] = {}
@@ -90,12 +90,13 @@ class Control:
         self._turns = Turns()
         self._in_work = 0
         listener.setblocking(False)
-        loop.add_reader(listener.fileno(), self._accept)
+        self._acceptor = Acceptor(loop, listener, self._came, burst=_ACCEPTED_AT_ONCE)
+        self._acceptor.start()
         parent.watch(loop, self._take, lambda _: loop.stop())
 
     def close(self) -> None:
         """End all connections and stop listening; the listening socket stays the caller's."""
-        self._loop.remove_reader(self._listener.fileno())
+        self._acceptor.stop()
         self._turns = Turns()
         for client in self._clients.values():
             client.close()
@@ -104,26 +105,19 @@ class Control:
 
     # Clients
 
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTED_AT_ONCE):
-            try:
-                connection, _address = self._listener.accept()
-            except OSError:  # there is none, or it went away again
-                return
-            peer = peer_credentials(connection)
-            channel = Channel(connection, DAEMON_TO_CLIENT, high_water=1, sent_max=ANSWER_MAX)
-            user = self._users.get(peer.uid) or User()
-            limit = CLIENTS_MAX + (CLIENTS_OF_ROOT if peer.uid == 0 else 0)
-            if len(self._clients) >= limit or (
-                peer.uid != 0 and len(user.clients) >= CLIENTS_PER_USER
-            ):
-                self._turn_away(channel, user)
-                continue
-            client = Client(next(self._numbers), channel, peer, user, self._pass_on)
-            channel.add_source(client)
-            self._users[peer.uid] = user
-            self._clients[client.number] = user.clients[client.number] = client
-            self._read(client)
+    def _came(self, connection: socket.socket) -> None:
+        peer = peer_credentials(connection)
+        channel = Channel(connection, DAEMON_TO_CLIENT, high_water=1, sent_max=ANSWER_MAX)
+        user = self._users.get(peer.uid) or User()
+        limit = CLIENTS_MAX + (CLIENTS_OF_ROOT if peer.uid == 0 else 0)
+        if len(self._clients) >= limit or (peer.uid != 0 and len(user.clients) >= CLIENTS_PER_USER):
+            self._turn_away(channel, user)
+            return
+        client = Client(next(self._numbers), channel, peer, user, self._pass_on)
+        channel.add_source(client)
+        self._users[peer.uid] = user
+        self._clients[client.number] = user.clients[client.number] = client
+        self._read(client)
 
     def _turn_away(self, channel: Channel[AnyAnswer, AnyRequest], user: User) -> None:
         text = "you have too many connections" if user.clients else "too many connections"
@@ -223,6 +217,7 @@ class Control:
         self._listening.pop(client.number, None)
         self._turns.remove(client)
         client.close()
+        self._acceptor.has_room()
         del client.user.clients[client.number]
         if not client.user.clients:
             del self._users[client.peer.uid]

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 
 from vmm_kvm import listening
+from vmm_kvm.accepting import Acceptor
 from vmm_kvm.errors import SpecError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -45,9 +46,10 @@ class Server:
         self._on_end = on_end
         self._session: Session | None = None
         sock.setblocking(False)
+        self._acceptor = Acceptor(loop, sock, self._accepted)
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             self._socket = sock
-            loop.add_reader(sock.fileno(), self._accept)
+            self._acceptor.start()
         else:
             self._begin(sock)
 
@@ -57,19 +59,13 @@ class Server:
             self._session.close()
             self._session = None
         if self._socket:
-            self._loop.remove_reader(self._socket.fileno())
+            self._acceptor.stop()
             self._socket.close()
             self._socket = None
 
-    def _accept(self) -> None:
-        assert self._socket is not None
-        try:
-            connection, _ = self._socket.accept()
-        except OSError as err:  # it went away again, or there are no descriptors left
-            log.debug("accept: %s", err)
-            return
+    def _accepted(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        self._loop.remove_reader(self._socket.fileno())
+        self._acceptor.stop()
         self._begin(connection)
 
     def _begin(self, connection: socket.socket) -> None:
@@ -82,7 +78,7 @@ class Server:
         if self._socket is None or self._is_one_shot:
             self._on_end()
         else:
-            self._loop.add_reader(self._socket.fileno(), self._accept)
+            self._acceptor.start()
 
 
 def listen(path: str) -> socket.socket:
