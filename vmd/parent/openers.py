@@ -114,9 +114,6 @@ class Openers:
         except (ChannelError, OversizeError) as err:
             channel.close()  # it ends then
             self._fail(opener, ErrorCode.EIO, str(err))
-        except UnicodeEncodeError:  # messages are text
-            channel.close()
-            self._fail(opener, ErrorCode.EINVAL, "a file whose name is not UTF-8: pass it open")
 
     def _answered(self, opener: _Opener, received: Received[OpenerToParent]) -> None:
         with received.fds as fds:

@@ -182,7 +182,7 @@ class Daemon:
         """
         self.socket = directory / "vmd.sock"
         self.config = directory / "vm.conf"
-        self.config.write_text(config)
+        self.config.write_bytes(os.fsencode(config))
         self.log = directory / "log"
         notify = directory / "notify"
         notify.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ As a program, it takes the arguments of vmd. Each connection makes the process t
 from __future__ import annotations
 
 import os
+import socket
 
 import msgspec
 
@@ -19,14 +20,13 @@ from vmd.wire.messages import Reset, ResetMode
 class Liar(control.Control):
     """Control, taken over by a client."""
 
-    def _accept(self) -> None:
+    def _came(self, connection: socket.socket) -> None:
         """Take a client, and ask for its connection what root alone may ask."""
-        connection, _address = self._listener.accept()
         lie = connection.recvmsg(100)[0]
         reset = ClientRequest(client=1, request=Reset(mode=ResetMode.ALL))
         match lie:
             case b"listener":
-                self._parent.send(ClientCame(client=1), [os.dup(self._listener.fileno())])
+                self._parent.send(ClientCame(client=1), [os.dup(self._acceptor._listener.fileno())])
             case b"parent":
                 self._parent.send(ClientCame(client=1), [os.dup(self._parent.fileno())])
             case b"nobody":

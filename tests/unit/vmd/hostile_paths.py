@@ -123,6 +123,9 @@ def _names(tree: Tree, own: str) -> Iterator[str]:
         *("x" * 255, "\r", "\x7f", "\u00e9" * 127),
     ):
         yield tree.file(name)
+    for raw in (b"\xff\xfe", b"\x80latin", "\U0010ffff\U0010ffff\x80".encode()):
+        yield tree.file(raw)
+        yield tree.link(tree.file(raw + b"2", 0o600, 0))
     yield str(tree.root / ("y" * 256))
     for length in (4000, 4094, 4095, 4096, 5000):
         filler = "/." * ((length - len(own)) // 2)
@@ -174,8 +177,7 @@ def closed(tree: Tree, fds: list[int]) -> Iterator[str]:
     direct += ["/proc/self/maps", "/proc/self/environ", "/proc/kmsg", "/sys/power/state"]
     direct += ["/sys/kernel/uevent_helper", "/dev/kmsg", "/dev/kvm", "/dev/net/tun", "/dev/ptmx"]
     direct += ["/dev/tty", "/dev/random", "/dev/mem", "/dev/loop-control", "/dev/fuse"]
-    # Messages are text; such a file can be passed open.
-    direct += [tree.file(b"\xff\xfe", 0o666), tree.file(b"\x80latin", 0o666), "\ud800"]
+    direct += ["\ud800"]
     direct += [f"{tree.root}", f"{tree.root}/", "/tmp", "/dev/pts/0"]
     listening = socket.socket(socket.AF_UNIX)
     tree.sockets.append(listening)
