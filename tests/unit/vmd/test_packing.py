@@ -25,6 +25,31 @@ def test_new_objects_lie_side_by_side() -> None:
     assert _pages_of_new_objects() < 20
 
 
+def test_the_next_object_lies_on_the_page_of_its_pool_s_header() -> None:
+    """The interpreter writes to both, so that one page has to be copied instead of two."""
+    program = (
+        "from vmd.zygote.warm.packing import fill_holes; fill_holes()\n"
+        "addresses = [id(bytes(size)) & 16383 for size in range(100, 400, 16)]\n"
+        "raise SystemExit(max(addresses) >= 4096)"
+    )
+    environ = {**os.environ, "PYTHONMALLOC": "pymalloc"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environ, timeout=60)
+
+
+def test_small_blocks_of_the_c_library_lie_side_by_side() -> None:
+    """A lock's few bytes do not go into a hole that is no larger."""
+    program = (
+        "from vmd.zygote.warm.packing import fill_holes\n"
+        "from vmm_kvm.libc import LIBC_WITHOUT_ERRNO as libc\n"
+        "blocks = [libc.malloc(40) for _ in range(20_000)]\n"
+        "for block in blocks[::40]: libc.free(block)\n"
+        "fill_holes()\n"
+        "pages = {libc.malloc(40) >> 12 for _ in range(100)}\n"
+        "raise SystemExit(len(pages) > 10)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_it_ends_without_pools() -> None:
     """With the allocator of the C library, which has no pools to fill, it ends all the same."""
     program = "from vmd.zygote.warm.packing import fill_holes; fill_holes()"

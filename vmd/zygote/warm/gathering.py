@@ -1,16 +1,17 @@
 """What a process that others are forked from will write to, copied to where it lies together.
 
-A process that is forked shares each page with the one that forked it until either writes to it, and
-an interpreter writes to whatever it uses: reference counts, and counters inside of code. What is
-used lies scattered among what is not. So these are copied, each kind side by side: functions that
-are known to run, their code, the names and constants in it that are written to, what modules are
-called, the lists of base classes that are searched, and what reads the items of named tuples.
+A forked process shares each page with the one that forked it until either writes to it, and an
+interpreter writes to each object that it uses: reference counts, and counters inside of code. Such
+objects lie scattered among others that no VM uses. So `gather` copies these, each kind side by
+side: functions that are known to run, their code, the names and constants in it, the names of
+modules, the lists of base classes that are searched, and the descriptors that read items of named
+tuples.
 
 Nothing here changes what a program does, and a guess that is wrong costs some memory. For a process
-with one thread, on versions of CPython that the tests pass on; see `entry`.
+with one thread, on versions of CPython that the tests pass on; see `entry`. To see which pages a VM
+writes to first, and where, run `perf record -e page-faults -c 1 -d -a`.
 
-Source: CPython Python/ceval.c, Objects/object.c and typeobject.c; what is written to, and by what,
-tells `perf record -e page-faults -d`.
+Source: CPython Python/ceval.c, Objects/object.c and typeobject.c
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from copy import copy as copy_of
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import NamedTuple, NoReturn, Self, TypeGuard, TypeVar, cast
@@ -184,10 +186,11 @@ def gather(recorder: Recorder, *, writes_tuples: bool) -> None:
         code.co_code  # noqa: B018 - code keeps what this returns
     for function in functions:
         function.__annotations__, function.__dict__  # noqa: B018 - likewise
+    names = {name for code in recorder.code.values() for name in code.co_names}
     constants = _Constants()
     if writes_tuples:
         _gather_constants(constants, recorder.code.values(), functions)
-    _gather_mros(everything)
+    _gather_mros(everything, names)
     copies: dict[int, CodeType] = {}
 
     def copy(code: CodeType) -> CodeType:
@@ -240,14 +243,20 @@ def _gather_constants(
         namespace["__name__"] = constants.copy(namespace["__name__"])
 
 
-def _gather_mros(everything: Iterable[object]) -> None:
-    """Let classes have new lists of base classes, which are written to when they are searched."""
+def _gather_mros(everything: Iterable[object], names: AbstractSet[str]) -> None:
+    """Let classes have new lists of base classes, which are written to when they are searched.
+
+    Those of classes that go by one of `names` come last, side by side.
+    """
     mutable = [one for one in everything if _is_mutable(one)]
     kept = [one.__mro__ for one in mutable]  # so that no new list takes the place of an old one
-    for one in mutable:
-        if not any(map(_is_mutable, one.__bases__)):
-            # This makes them anew, for it and those below it, whatever its metaclass says.
-            _BASES.__set__(one, one.__bases__)
+    roots = [one for one in mutable if not any(map(_is_mutable, one.__bases__))]
+    used = [one for one in mutable if one.__name__ in names]
+    used.sort(key=lambda one: len(one.__mro__))  # what is done for a class is for those below it
+    for one in (*roots, *used):
+        kept.append(one.__mro__)
+        # This makes them anew, for it and those below it, whatever its metaclass says.
+        _BASES.__set__(one, one.__bases__)
     kept.clear()
 
 

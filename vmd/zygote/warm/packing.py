@@ -21,7 +21,7 @@ _RUN_SPACING = 4  # blocks between one block of a fresh pool and the next, if ot
 _LARGE_MAX = 1 << 16
 _CACHED_MAX = 1040  # the C library keeps up to seven freed blocks of each size up to here
 _CACHED_COUNT = 7
-_LEFT_MIN = 256  # bytes; smaller holes are left
+_LEFT_MIN = 24  # bytes; the C library has no smaller blocks
 _TAKEN_MAX = 4 << 20  # bytes of all blocks of one size; an allocator of another kind has no pools
 _HEAP_STEPS_MAX = 100_000
 
@@ -55,13 +55,20 @@ def fill_holes() -> None:
 
 
 def _fill_pools(size: int) -> None:
-    """Take blocks of `size` bytes until they come one behind the other, from a pool that is new."""
+    """Take blocks of `size` bytes until the first of a pool that is new.
+
+    The pool before it is one if half of its blocks came one behind the other. All others are full
+    then, and what is made next lies on the page of the new pool's own header.
+    """
     run = last = 0
     for _ in range(_TAKEN_MAX // size):
-        if run >= _POOL_SIZE // size // 2:
-            return
         address: int = _python.PyObject_Malloc(size)
-        run = run + 1 if last < address <= last + _RUN_SPACING * size else 0
+        is_next = last < address <= last + _RUN_SPACING * size
+        if run >= _POOL_SIZE // size // 2 and not (
+            is_next and address // _POOL_SIZE == last // _POOL_SIZE
+        ):
+            return
+        run = run + 1 if is_next else 0
         last = address
 
 
