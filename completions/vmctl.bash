@@ -183,6 +183,10 @@ _vmctl() {
 		_vmctl_offer "$word" 'bios' 'uefi' '<file>'
 		return
 		;;
+	'run --forward')
+		_vmctl_offer "$word" 'tcp:' 'udp:'
+		return
+		;;
 	'run --initrd')
 		_vmctl_offer "$word" '<file>'
 		return
@@ -195,8 +199,12 @@ _vmctl() {
 		_vmctl_offer "$word"
 		return
 		;;
+	'run --wait')
+		_vmctl_offer "$word" 'console='
+		return
+		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --wait)
 		operands=()
 		;;
 	'send '*)
@@ -220,7 +228,7 @@ _vmctl() {
 		return
 		;;
 	'start -i')
-		_vmctl_offer "$word"
+		_vmctl_offer "$word" 'bridge:' 'none' 'passt' 'stream:' 'tap:' 'vhost-user:'
 		return
 		;;
 	'start -m')
@@ -251,12 +259,24 @@ _vmctl() {
 		_vmctl_offer "$word" 'bios' 'uefi' '<file>'
 		return
 		;;
+	'start --forward')
+		_vmctl_offer "$word" 'tcp:' 'udp:'
+		return
+		;;
 	'start --initrd')
 		_vmctl_offer "$word" '<file>'
 		return
 		;;
+	'start --timeout')
+		_vmctl_offer "$word"
+		return
+		;;
+	'start --wait')
+		_vmctl_offer "$word" 'console='
+		return
+		;;
 	'start '*)
-		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --initrd --json)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --forward --initrd --json --selftest --timeout --wait)
 		operands=('<vm>')
 		;;
 	'status '*)

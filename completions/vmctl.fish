@@ -50,26 +50,28 @@ complete -c vmctl -n '__fish_seen_subcommand_from log' -l json -d 'Print each li
 complete -c vmctl -n '__fish_seen_subcommand_from log' -a 'brief verbose (__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from pause' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from reset' -a 'all switches vms'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -s B -d 'What firmware boots from.' -x -a 'disk cdrom net'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -s B -d 'What the VM boots from.' -x -a 'disk cdrom net'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s b -d 'Kernel or firmware image to boot.' -x -a '(__fish_complete_path)'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -s c -d 'Accepted and ignored: the console is always attached.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -s c -d 'Attach the console; run always does.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s d -d 'Disk image; may be repeated. Options: ro, serial=text, queues=count.' -x -a '(__fish_complete_path)'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -s i -d 'Network interface, or how many; may be repeated.' -x -a 'bridge: none passt stream: tap: vhost-user:'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -s L -d 'Add an interface with user-mode networking by passt.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -s i -d 'Number of network interfaces; for run also one of them.' -x -a 'bridge: none passt stream: tap: vhost-user:'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -s L -d 'Add a local network interface; for run by passt.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s m -d 'Memory, such as 256M or 4G; 512M by default.' -x
-complete -c vmctl -n '__fish_seen_subcommand_from run' -s n -d 'Add an interface on a bridge of this host.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from run' -s n -d 'Add a network interface on a switch; for run on a bridge of this host.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s p -d 'Number of vCPUs, 1 to 64.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l append -d 'Kernel command line.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l console-log -d 'Write what the console shows to this file too.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l initrd -d 'Initial RAM disk; for a Multiboot kernel a module, and may be repeated.' -x -a '(__fish_complete_path)'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -l json -d 'Print how it ended as JSON, behind the console\'s output.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l no-reboot -d 'End when the guest reboots, instead of booting again.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that keeps the variables of UEFI firmware; made if it is missing.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Kill the VM after this time; status 124.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from send' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from show' -s r -d 'Only VMs that run.'
 complete -c vmctl -n '__fish_seen_subcommand_from show' -s a -d 'Those that are gone too, with addresses and how each ended.'
@@ -77,19 +79,23 @@ complete -c vmctl -n '__fish_seen_subcommand_from show' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from show' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s B -d 'What the VM boots from.' -x -a 'disk cdrom net'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s b -d 'Kernel or firmware image to boot.' -x -a '(__fish_complete_path)'
-complete -c vmctl -n '__fish_seen_subcommand_from start' -s c -d 'Attach the console.'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -s c -d 'Attach the console; run always does.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s d -d 'Disk image; may be repeated. Options: ro, serial=text, queues=count.' -x -a '(__fish_complete_path)'
-complete -c vmctl -n '__fish_seen_subcommand_from start' -s i -d 'Number of network interfaces.' -x
-complete -c vmctl -n '__fish_seen_subcommand_from start' -s L -d 'Add a local network interface.'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -s i -d 'Number of network interfaces; for run also one of them.' -x -a 'bridge: none passt stream: tap: vhost-user:'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -s L -d 'Add a local network interface; for run by passt.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s m -d 'Memory, such as 256M or 4G; 512M by default.' -x
-complete -c vmctl -n '__fish_seen_subcommand_from start' -s n -d 'Add a network interface on a switch.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from start' -s n -d 'Add a network interface on a switch; for run on a bridge of this host.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s p -d 'Number of vCPUs, 1 to 64.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s t -d 'Make an instance of this VM.' -x -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l append -d 'Kernel command line.' -x
-complete -c vmctl -n '__fish_seen_subcommand_from start' -l firmware -d 'Boot firmware.' -x -a 'bios uefi (__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l initrd -d 'Initial RAM disk; for a Multiboot kernel a module, and may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l json -d 'Print what has become of the VM as JSON.'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l selftest -d 'Boot the self-test guest that comes along.'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from start' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from status' -s r -d 'Only VMs that run.'
 complete -c vmctl -n '__fish_seen_subcommand_from status' -s a -d 'Those that are gone too, with addresses and how each ended.'

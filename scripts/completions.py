@@ -132,7 +132,7 @@ complete -F _vmctl vmctl
 
 def _bash_case(verb: Verb) -> str:
     lines = []
-    for option in verb.options:
+    for option in verb.taken:
         if option.value:
             offered = " ".join(map(_quoted, option.completes))
             lines += [
@@ -143,7 +143,7 @@ def _bash_case(verb: Verb) -> str:
             ]
     lines += [
         f"\t{_quoted(verb.name + ' ')}*)",
-        f"\t\toptions=({' '.join(one.name for one in verb.options)})",
+        f"\t\toptions=({' '.join(one.name for one in verb.taken)})",
         f"\t\toperands=({' '.join(map(_quoted, _operands(verb)))})",
         "\t\t;;",
     ]
@@ -216,7 +216,7 @@ def _zsh_case(word: str) -> str:
 
 
 def _zsh_arguments(verb: Verb) -> str:
-    parts = [_zsh_option(option) for option in verb.options]
+    parts = [_zsh_option(option) for option in verb.taken]
     parts.append("'(- *)--help[Tell how it is used.]'")
     if verb.most:
         parts += [_quoted(f"*: :{_zsh_action(_operands(verb))}")]
@@ -275,7 +275,7 @@ def fish() -> str:
     for verb in VERBS.values():
         seen = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in verb.name.split())
         begin = f"complete -c vmctl -n '{seen}'"
-        for option in verb.options:
+        for option in verb.taken:
             kind = "-l" if option.name.startswith("--") else "-s"
             name = option.name.lstrip("-")
             line = f"{begin} {kind} {name} -d {_fish_quoted(option.help)}"

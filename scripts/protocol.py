@@ -65,7 +65,7 @@ def page() -> str:
     parts += [_message(each, documentation) for each in typing.get_args(messages.AnyAnswer)]
     parts.append("## Parts of messages\n")
     structs = (
-        *(messages.DiskRequest, messages.InterfaceRequest),
+        *(messages.DiskRequest, messages.InterfaceRequest, messages.ForwardRequest),
         *(
             messages.VmInfo,
             messages.DiskInfo,

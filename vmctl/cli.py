@@ -159,6 +159,8 @@ def read_options(verb: Verb, words: Sequence[str]) -> tuple[Values | None, list[
 def _option(verb: Verb, name: str, known: Mapping[str, Option]) -> Option | None:
     """Return the option of this name, or None if it is that for help."""
     if name in known:
+        if known[name].refused:
+            raise UsageError(f"vmctl: {name} is not for {verb.name}: {known[name].refused}")
         return known[name]
     if name in _HELP:
         return None

@@ -39,7 +39,7 @@ _INTERFACE: Mapping[str, Shape] = {
     "rdomain": (int, None),
     "host_addresses": [str],
     "guest_addresses": [str],
-    "forwards": [{"protocol": str, "port": int, "to_port": int}],
+    "forwards": [{"protocol": str, "port": int, "to_port": int, "address": str}],
 }
 _END: Mapping[str, Shape] = {
     **dict.fromkeys(("reason", "message"), str),

@@ -65,7 +65,7 @@ def _command(verb: Verb, perform: Perform) -> Callable[..., None]:  # type: igno
         perform(verb, given)
 
     command.__doc__ = verb.help
-    parameters = [_option(option) for option in verb.options]
+    parameters = [_option(option) for option in verb.taken]
     if verb.least:
         words = typer.Argument(metavar=verb.words, show_default=False)
         parameters.append(_parameter("words", list[str], words, default=inspect.Parameter.empty))

@@ -45,8 +45,8 @@ def help_text(name: str = "") -> str:
 
 def _verb_help(verb: Verb) -> str:
     lines = [usage(verb), "", verb.help]
-    if verb.options:
-        lines += ["", *(_row(f"{one.name} {one.value}".rstrip(), one.help) for one in verb.options)]
+    if verb.taken:
+        lines += ["", *(_row(f"{one.name} {one.value}".rstrip(), one.help) for one in verb.taken)]
     return "\n".join(lines) + "\n"
 
 

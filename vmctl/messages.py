@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from vmm_kvm.text import printable
 
+CONSOLE_CONDITION = "console="
+"""How a condition to wait for begins that is a text on the console."""
+
 
 def fail(problem: object) -> int:
     """Say what is wrong, in one line or several; returns the exit status."""

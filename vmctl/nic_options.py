@@ -20,8 +20,9 @@ Options:
                      have been made for several
     user             (tap, bridge) move frames in this process, where vhost-net could
     process          (tap, bridge) move them in a process of their own
-    forward=PROTOCOL:PORT[:PORT]
-                     (passt) let connections to a port of the host reach one of the guest's
+    forward=PROTOCOL:[ADDRESS:]PORT[:PORT]
+                     (passt) let connections to a port of the host reach one of the guest's; see
+                     vmd.config.forwards
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,10 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from vmctl.messages import choice
+from vmd.config.forwards import ForwardError, parse_forward
+from vmd.config.model import ForwardConfig
 from vmm_kvm.errors import SpecError
-from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, PORT_MAX, QUEUE_PAIRS_MAX
+from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 from vmm_kvm.net.ethernet import parse_lladdr
 
 NICS_MAX = 16
@@ -47,15 +50,6 @@ class NicKind(StrEnum):
     NONE = "none"
 
 
-class Forward(NamedTuple):
-    """A port of the host that leads to one of the guest's."""
-
-    protocol: str
-    """`tcp` or `udp`."""
-    host: int
-    guest: int
-
-
 class NicOption(NamedTuple):
     """One interface, as it was asked for."""
 
@@ -68,7 +62,7 @@ class NicOption(NamedTuple):
     queues: int = 1
     is_user: bool = False
     is_process: bool = False
-    forwards: tuple[Forward, ...] = ()
+    forwards: tuple[ForwardConfig, ...] = ()
 
 
 _TAPS = frozenset({NicKind.TAP, NicKind.BRIDGE})
@@ -86,10 +80,17 @@ _KINDS = {
 _WITH_VALUE = frozenset({"lladdr", "mtu", "queues", "forward"})
 
 
-def read_nics(texts: Sequence[str], bridges: Sequence[str] = (), local: int = 0) -> list[NicOption]:
+def read_nics(
+    texts: Sequence[str],
+    bridges: Sequence[str] = (),
+    local: int = 0,
+    forwards: Sequence[str] = (),
+) -> list[NicOption]:
     """Return the interfaces that `-i`, each an interface or a count, `-n` and so many `-L` ask for.
 
-    A count adds interfaces without a cable to those that are described, up to so many.
+    A bridge that is called `.` is a local interface. `forwards` lead to the first local interface,
+    which is there for them alone if need be. A count adds interfaces without a cable to those that
+    are described, up to so many.
 
     Raises:
         SpecError: one cannot be understood, or there are too many.
@@ -100,11 +101,23 @@ def read_nics(texts: Sequence[str], bridges: Sequence[str] = (), local: int = 0)
             least = _number(text, 0, NICS_MAX, f"{text}: count")
         else:
             nics.append(parse_nic(text))
-    nics += [NicOption(NicKind.BRIDGE, bridge) for bridge in bridges]
+    local += bridges.count(".")
+    nics += [NicOption(NicKind.BRIDGE, bridge) for bridge in bridges if bridge != "."]
     nics += [NicOption(NicKind.PASST)] * local
+    if forwards:
+        nics = _with_forwards(nics, forwards)
     nics += [NicOption(NicKind.NONE)] * (least - len(nics))
     if len(nics) > NICS_MAX:
         raise SpecError(f"{len(nics)} interfaces: {NICS_MAX} are possible")
+    return nics
+
+
+def _with_forwards(nics: list[NicOption], texts: Sequence[str]) -> list[NicOption]:
+    if all(nic.kind is not NicKind.PASST for nic in nics):
+        nics.append(NicOption(NicKind.PASST))
+    index = next(index for index, nic in enumerate(nics) if nic.kind is NicKind.PASST)
+    forwards = (*nics[index].forwards, *map(_forward, texts))
+    nics[index] = nics[index]._replace(forwards=forwards)
     return nics
 
 
@@ -152,7 +165,9 @@ def _with_option(nic: NicOption, name: str, value: str, text: str) -> NicOption:
         case "process":
             return nic._replace(is_process=True)
         case _:
-            return nic._replace(forwards=(*nic.forwards, _forward(value, text)))
+            return nic._replace(
+                forwards=(*nic.forwards, _forward(value, f"invalid interface: {text}: "))
+            )
 
 
 def _number(value: str, least: int, most: int, what: str) -> int:
@@ -169,9 +184,8 @@ def _address(value: str, text: str) -> bytes:
         raise SpecError(f"invalid interface: {text}: {err}") from None
 
 
-def _forward(value: str, text: str) -> Forward:
-    protocol, *ports = value.split(":")
-    if protocol not in {"tcp", "udp"} or not 1 <= len(ports) <= 2:
-        raise SpecError(f"invalid interface: {text}: not tcp:PORT[:PORT] or udp:PORT[:PORT]")
-    host, *guest = (_number(port, 1, PORT_MAX, f"{text}: port") for port in ports)
-    return Forward(protocol, host, guest[0] if guest else host)
+def _forward(text: str, where: str = "") -> ForwardConfig:
+    try:
+        return parse_forward(text)
+    except ForwardError as err:
+        raise SpecError(f"{where}{err}") from None

@@ -13,7 +13,8 @@ import tempfile
 from contextlib import ExitStack
 from typing import Final
 
-from vmctl.nic_options import Forward, NicKind, NicOption
+from vmctl.nic_options import NicKind, NicOption
+from vmd.config.model import ForwardConfig
 from vmm_kvm.errors import SpecError
 from vmm_kvm.machine.net import NetSpec
 from vmm_kvm.memfd import make_scratch
@@ -106,7 +107,7 @@ def _connect(path: str) -> socket.socket:
     return connection
 
 
-def _passt(forwards: tuple[Forward, ...], stack: ExitStack) -> int:
+def _passt(forwards: tuple[ForwardConfig, ...], stack: ExitStack) -> int:
     """Start passt; returns our end of its connection. It ends when that is closed."""
     program = shutil.which("passt")
     if program is None:
@@ -127,10 +128,8 @@ def _passt(forwards: tuple[Forward, ...], stack: ExitStack) -> int:
         with os.fdopen(told, "rb", buffering=0):
             arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
             arguments += ["--pid", fifo]
-            for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
-                ports = [f"{one.host}:{one.guest}" for one in forwards if one.protocol == protocol]
-                if ports:
-                    arguments += [letter, ",".join(ports)]
+            for forward in forwards:
+                arguments += ["-t" if forward.protocol == "tcp" else "-u", forward.passt_ports]
             try:
                 process = subprocess.Popen(
                     arguments,

@@ -2,6 +2,9 @@
 
 import time
 
+EXIT_TIMEOUT = 124
+"""The status of a command that has waited as long as it was told to, as of timeout(1)."""
+
 
 class Report:
     """What a command did, from now until `end`."""

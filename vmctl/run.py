@@ -5,7 +5,6 @@ guest; 124 time-out; 143 killed by a second SIGTERM; and the status that the gue
 number, when it wrote to isa-debug-exit. Reboot restarts the guest in the same process.
 """
 
-import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,10 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmctl.messages import bytes_hint, choice, fail
-from vmctl.report import Report
+from vmctl.messages import CONSOLE_CONDITION, choice, fail
+from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.stdio import Stdio
-from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+from vmctl.values import cpus_of, memory_of, once, seconds_of
 from vmm_kvm import log
 from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.image import open_firmware, open_image
@@ -24,7 +23,7 @@ from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
-from vmm_kvm.limits import MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
+from vmm_kvm.limits import NAME_MAX
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import Machine
 from vmm_kvm.machine.spec import (
@@ -43,8 +42,8 @@ if TYPE_CHECKING:  # loaded where there is a disk, or an interface
     from vmm_kvm.machine.net import NetSpec
     from vmm_kvm.machine.spec import DeviceSpec
 
+_MEMORY = "512M"
 EXIT_ERROR = 1
-EXIT_TIMEOUT = 124
 EXIT_KILLED = 128 + signal.SIGTERM
 
 # As vmd(8) limits restarts: the third in a row so soon after its start is the last.
@@ -58,31 +57,36 @@ class Ended(NamedTuple):
     status: int
     message: str | None = None
     discard_output: bool = False
+    reason: str = "left"
+    """Where there is no message."""
 
 
 class RunOptions(NamedTuple):
-    """The command line of `vmctl run`, as typed."""
+    """The command line of `vmctl run`, as typed; options that may come once are lists too."""
 
-    boot: str | None = None
+    boot: tuple[str, ...] = ()
     selftest: bool = False
-    memory: str = "512M"
-    cpus: str = "1"
+    memory: tuple[str, ...] = ()
+    cpus: tuple[str, ...] = ()
     disks: tuple[str, ...] = ()
     interfaces: tuple[str, ...] = ()
     switches: tuple[str, ...] = ()
     local: int = 0
-    cdrom: str | None = None
-    boot_device: str | None = None
-    firmware: str | None = None
-    nvram: str | None = None
+    forwards: tuple[str, ...] = ()
+    cdrom: tuple[str, ...] = ()
+    boot_device: tuple[str, ...] = ()
+    firmware: tuple[str, ...] = ()
+    nvram: tuple[str, ...] = ()
     virtio_console: bool = False
     initrd: tuple[str, ...] = ()
-    append: str | None = None
-    timeout: str | None = None
+    append: tuple[str, ...] = ()
+    timeout: tuple[str, ...] = ()
+    until: tuple[str, ...] = ()
+    """--wait"""
     no_reboot: bool = False
     as_json: bool = False
-    console_log: str | None = None
-    attach: bool = False
+    console_log: tuple[str, ...] = ()
+    console: bool = False
     """Without a meaning: the console is always attached."""
     name: str = ""
 
@@ -102,13 +106,13 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
     try:
         with ExitStack() as stack:
             spec = _spec(options, stack)
-            timeout_s = _timeout(options.timeout)
+            limits = _limits(options)
             install_kick_signal()
             vmm = stack.enter_context(Vmm(stack.enter_context(Kvm())))
             loop = stack.enter_context(EventLoop())
             reboots = not options.no_reboot
-            console_log = _open_log(options.console_log, stack)
-            foreground = Foreground(vmm, loop, spec, reboots, timeout_s, console_log=console_log)
+            console_log = _open_log(once(options.console_log, "console log"), stack)
+            foreground = Foreground(vmm, loop, spec, reboots, limits, console_log=console_log)
             status, message, reason = foreground.run()
             has_lost_output = foreground.has_lost_output
             if options.as_json and foreground.leaves_line_open:
@@ -146,24 +150,25 @@ def _set_up_logging() -> None:
 def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
     """Check the options and open what they name; `stack` closes it."""
     path, template = _boot_paths(options)
-    if options.nvram is not None and template is None:
+    nvram = once(options.nvram, "nvram")
+    if nvram is not None and template is None:
         raise SpecError(f"--nvram is for UEFI firmware, not for {path}")
     variables = None
     if template is not None:
         from vmm_kvm.boot.nvram import open_variables  # noqa: PLC0415 - for UEFI guests only
 
-        variables = stack.enter_context(open_variables(template, options.nvram))
+        variables = stack.enter_context(open_variables(template, nvram))
     name = options.name or _name_of(path)
     devices = (*_nics(options, name, stack), *_media(options, stack), *_console(options))
     return MachineSpec(
-        image=open_image(path) if options.boot is not None else open_firmware(path),
+        image=open_image(path) if options.boot else open_firmware(path),
         variables=variables,
-        memory_size=_memory(options.memory),
-        cpus=_cpus(options.cpus),
+        memory_size=memory_of(once(options.memory, "memory") or _MEMORY),
+        cpus=cpus_of(once(options.cpus, "cpus") or "1"),
         devices=(*BASIC_DEVICES, *devices),
-        boot_device=_boot_device(options.boot_device),
+        boot_device=_boot_device(once(options.boot_device, "boot device")),
         name=name,
-        command_line=options.append,
+        command_line=once(options.append, "append"),
         initrd=options.initrd,
     )
 
@@ -175,7 +180,8 @@ def _name_of(path: str) -> str:
 
 def _media(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
     """Open the disks, and what is in the CD-ROM drive."""
-    if not options.disks and options.cdrom is None:
+    cdrom = once(options.cdrom, "iso image")
+    if not options.disks and cdrom is None:
         return
     from vmctl.disks import (  # noqa: PLC0415 - not every VM has a disk
         open_cdrom,
@@ -186,8 +192,8 @@ def _media(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
     refuse_twice(options.disks)
     for index, text in enumerate(options.disks):
         yield open_disk(text, index, stack)
-    if options.cdrom is not None:
-        yield open_cdrom(options.cdrom, stack)
+    if cdrom is not None:
+        yield open_cdrom(cdrom, stack)
 
 
 def _console(options: RunOptions) -> "Iterator[DeviceSpec]":
@@ -199,12 +205,12 @@ def _console(options: RunOptions) -> "Iterator[DeviceSpec]":
 
 def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NetSpec, ...]":
     """Open what -i, -n and -L ask for."""
-    if not (options.interfaces or options.switches or options.local):
+    if not (options.interfaces or options.switches or options.local or options.forwards):
         return ()
     from vmctl.nic_options import read_nics  # noqa: PLC0415 - not every VM has a network
     from vmctl.nics import open_nic  # noqa: PLC0415 - the same
 
-    wanted = read_nics(options.interfaces, options.switches, options.local)
+    wanted = read_nics(options.interfaces, options.switches, options.local, options.forwards)
     return tuple(open_nic(nic, index, vm, stack) for index, nic in enumerate(wanted))
 
 
@@ -213,19 +219,20 @@ def _boot_paths(options: RunOptions) -> tuple[str, str | None]:
 
     The second path is where the variables of UEFI firmware begin.
     """
+    boot, firmware = once(options.boot, "boot image"), once(options.firmware, "firmware")
     named = [
         name
         for name, is_named in (
             ("--selftest", options.selftest),
-            ("-b", options.boot is not None),
-            ("--firmware", options.firmware is not None),
+            ("-b", boot is not None),
+            ("--firmware", firmware is not None),
         )
         if is_named
     ]
     if len(named) > 1:
         raise SpecError(f"{named[0]} and {named[1]} name two boot images: use one")
-    if options.boot is not None:
-        return options.boot, None
+    if boot is not None:
+        return boot, None
     from vmm_kvm.boot.firmware import (  # noqa: PLC0415 - not for kernels
         BIOS,
         KNOWN,
@@ -235,39 +242,13 @@ def _boot_paths(options: RunOptions) -> tuple[str, str | None]:
 
     if options.selftest:
         return selftest_path(), None
-    if options.firmware is None and not options.disks and options.cdrom is None:
+    if firmware is None and not options.disks and not options.cdrom:
         raise SpecError("no kernel or disk/cdrom specified: use -b, -d, -r or --selftest")
-    wanted = options.firmware or BIOS
+    wanted = firmware or BIOS
     if wanted not in KNOWN and "/" not in wanted and not os.path.exists(wanted):
         known = choice((*KNOWN, "the path of an image"))
         raise SpecError(f"unknown firmware {wanted}: No such file or directory ({known})")
     return find_firmware(wanted)
-
-
-def _memory(text: str) -> int:
-    try:
-        size = scan_scaled(text)
-    except SizeError as err:
-        raise SpecError(f"invalid memory size: {text}: {err}") from err
-    # vmctl(8) rounds down to whole megabytes.
-    size -= size % MEMORY_MIN
-    if not MEMORY_MIN <= size <= MEMORY_MAX:
-        raise SpecError(
-            f"invalid memory size: {text}: "
-            f"not between {fmt_scaled(MEMORY_MIN)} and {fmt_scaled(MEMORY_MAX)}"
-            f"{bytes_hint(text, 'M') if size < MEMORY_MIN else ''}"
-        )
-    return size
-
-
-def _cpus(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        raise SpecError(f"cpu count is invalid: {text}") from None
-    if not 1 <= count <= VCPUS_MAX:
-        raise SpecError(f"cpu count is too {'small' if count < 1 else 'large'}: {text}")
-    return count
 
 
 def _boot_device(text: str | None) -> BootDevice:
@@ -279,16 +260,23 @@ def _boot_device(text: str | None) -> BootDevice:
     return BootDevice(text)
 
 
-def _timeout(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise SpecError(f"invalid time-out: {text}: not a number of seconds")
-    return seconds
+class _Limits(NamedTuple):
+    """What ends a VM from outside, if anything does."""
+
+    timeout_s: float | None
+    wanted: bytes
+    """A text on the console."""
+
+
+def _limits(options: RunOptions) -> _Limits:
+    timeout, until = once(options.timeout, "time-out"), once(options.until, "condition")
+    if until is not None and not until.startswith(CONSOLE_CONDITION):
+        known = f"{CONSOLE_CONDITION}text: the VM runs from the beginning to the end of run"
+        raise SpecError(f"invalid condition: {until} ({known})")
+    return _Limits(
+        None if timeout is None else seconds_of(timeout),
+        os.fsencode((until or "").removeprefix(CONSOLE_CONDITION)),
+    )
 
 
 class Foreground:
@@ -303,7 +291,7 @@ class Foreground:
         loop: EventLoop,
         spec: MachineSpec,
         reboot: bool,
-        timeout_s: float | None,
+        limits: _Limits,
         *,
         console_log: int | None,
     ) -> None:
@@ -312,7 +300,9 @@ class Foreground:
         self._loop = loop
         self._spec = spec
         self._reboot = reboot
-        self._timeout_s = timeout_s
+        self._timeout_s = limits.timeout_s
+        self._wanted = limits.wanted
+        self._seen = b""
         self._machine: Machine | None = None
         self._outcome: Outcome | Ended | None = None
         self._terminations = 0
@@ -380,7 +370,7 @@ class Foreground:
             self._spec,
             self._vmm,
             self._loop,
-            transmit=self._stdio.transmit,
+            transmit=self._looking if self._wanted else self._stdio.transmit,
             on_receive_room=lambda: self._loop.call_soon(self._stdio.feed),
             on_outcome=self._ended,
         )
@@ -388,6 +378,14 @@ class Foreground:
         return self._machine
 
     # Ways to end
+
+    def _looking(self, data: bytes) -> None:
+        """Pass on what the guest writes, and look for what is waited for; any thread."""
+        self._stdio.transmit(data)
+        seen = self._seen + data
+        if self._wanted in seen:
+            self._loop.call_soon(lambda: self._finish(Ended(0, reason="found")))
+        self._seen = seen[-len(self._wanted) :]
 
     def _ended(self, outcome: Outcome) -> None:
         """Note what the guest did; called on any thread."""
@@ -442,8 +440,8 @@ def _reason(outcome: Outcome | Ended | None) -> str | None:
             return outcome.value
         case DebugExitStatus(value):
             return f"debug exit {value}"
-        case Ended(message=None):
-            return "left"
+        case Ended(message=None, reason=reason):
+            return reason
         case _:
             return None
 

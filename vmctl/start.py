@@ -9,6 +9,7 @@ Source: section 3.6 of OpenBSD's behaviour.
 import os
 import stat
 import sys
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,18 +18,20 @@ from vmctl.client import (
     CommandError,
     Fields,
     RefusedError,
+    Target,
     check_name,
     parse_target,
     text_of,
 )
-from vmctl.messages import bytes_hint, choice, fail
-from vmctl.report import Report
+from vmctl.messages import choice, fail
+from vmctl.report import EXIT_TIMEOUT, Report
+from vmctl.values import cpus_of, memory_of, number_of, once, seconds_of
+from vmctl.wait import ExpiredError, check_condition, wait_for
 from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
-from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
-from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, NAME_MAX, VCPUS_MAX
+from vmm_kvm.errors import SpecError
+from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
 from vmm_kvm.text import printable
 
-_MIB = 1 << 20
 _INT_MAX = (1 << 31) - 1
 _BOOT_DEVICES = ("disk", "cdrom", "net")
 _FIRMWARE = ("bios", "uefi")
@@ -53,11 +56,16 @@ class StartOptions(NamedTuple):
     initrd: tuple[str, ...] = ()
     append: tuple[str, ...] = ()
     firmware: tuple[str, ...] = ()
+    forwards: tuple[str, ...] = ()
+    selftest: bool = False
     console: bool = False
+    until: tuple[str, ...] = ()
+    """--wait"""
+    timeout: tuple[str, ...] = ()
 
 
 def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> int:
-    """Start a VM; returns the exit status.
+    """Start a VM; returns the exit status, which is 124 when the time-out is over first.
 
     Args:
         words: its id or name.
@@ -70,15 +78,20 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         target = parse_target(words[0])
         if target.name:
             check_name(target.name)
+        condition = _condition(options)
         fields = {**target.fields(), **_request(options, fds)}
         with Client() as client:
             answer = client.ask("start", "started", fields, fds)
+            text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
+            if condition:
+                print(f"vmctl: {printable(text)}", file=sys.stderr)
+                return _wait(condition, client, answer, report)
     except RefusedError as err:
         text = text_of(err.code)
         known = text if err.code in _OWN_TEXTS else f"start vm command failed: {text}"
         fail(f"{known}\n{err.detail}")
         return report.end(1, err.detail or known)
-    except CommandError as err:
+    except (CommandError, SpecError) as err:
         fail(err)
         return report.end(1, str(err))
     finally:
@@ -89,29 +102,69 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         from vmctl.attach import console  # noqa: PLC0415 - only with -c
 
         return console([str(answer["id"])])
-    text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
     print(f"vmctl: {printable(text)}", file=sys.stderr)
     return 0
+
+
+class _Condition(NamedTuple):
+    """What `--wait` waits for."""
+
+    text: str
+    deadline: float | None
+    """By the monotonic clock."""
+
+
+def _condition(options: StartOptions) -> _Condition | None:
+    until, timeout = once(options.until, "condition"), once(options.timeout, "time-out")
+    seconds = None if timeout is None else seconds_of(timeout)
+    if until is None:
+        if timeout is not None:
+            raise SpecError("--timeout is for --wait")
+        return None
+    if options.console:
+        raise SpecError("-c and --wait: use one")
+    check_condition(until)
+    return _Condition(until, None if seconds is None else time.monotonic() + seconds)
+
+
+def _wait(condition: _Condition, client: Client, answer: Fields, report: Report) -> int:
+    """Wait as `vmctl wait` does for what has been started."""
+    told = answer["id"], answer["pid"], answer["tty"]
+    try:
+        text = wait_for(client, Target(id=answer["id"]), condition.text, condition.deadline)
+    except ExpiredError:
+        fail("timed out")
+        return report.end(EXIT_TIMEOUT, "timed out", *told)
+    except CommandError as err:
+        fail(err)
+        return report.end(1, str(err), *told)
+    return report.end(0, text, *told)
 
 
 def _request(options: StartOptions, fds: list[int]) -> Fields:
     """Return the request's fields; descriptors that they name are added to `fds`."""
     fields: Fields = {}
     disks: list[DiskOption] = []
-    boot = _once(options.boot, "boot image")
-    device = _once(options.boot_device, "boot device")
-    memory = _once(options.memory, "memory")
-    cpus = _once(options.cpus, "cpus")
-    cdrom = _once(options.cdrom, "iso image")
-    count = _once(options.interfaces, "interfaces")
+    boot = once(options.boot, "boot image")
+    if options.selftest:
+        from vmm_kvm.boot.firmware import selftest_path  # noqa: PLC0415 - only with --selftest
+
+        if boot is not None:
+            raise CommandError("--selftest and -b name two boot images: use one")
+        boot = selftest_path()
+    device = once(options.boot_device, "boot device")
+    memory = once(options.memory, "memory")
+    cpus = once(options.cpus, "cpus")
+    cdrom = once(options.cdrom, "iso image")
+    count = once(options.interfaces, "interfaces")
     if device is not None:
         if device not in _BOOT_DEVICES:
             raise CommandError(f"unknown boot device {device}\n{choice(_BOOT_DEVICES)}")
         fields["boot_device"] = device
     if memory is not None:
-        fields["memory"] = _memory(memory)
+        fields["memory"] = memory_of(memory)
     if cpus is not None:
-        fields["cpus"] = _number(cpus, "cpu count", VCPUS_MAX)
+        fields["cpus"] = cpus_of(cpus)
     if options.disks:
         disks = [_disk(text) for text in options.disks]
         fields["disks"] = [_named(disk) for disk in disks]
@@ -126,10 +179,10 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         if len(fields["instance"]) > NAME_MAX:
             raise CommandError(f"instance vm name too long\ninvalid name: {fields['instance']}")
         check_name(fields["instance"])
-    firmware = _once(options.firmware, "firmware")
+    firmware = once(options.firmware, "firmware")
     if firmware is not None:
         fields["firmware"] = firmware if firmware in _FIRMWARE else _firmware(firmware)
-    append = _once(options.append, "append")
+    append = once(options.append, "append")
     if append is not None:
         fields["append"] = append
     _check(fields, has_kernel=boot is not None)
@@ -147,12 +200,6 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
     if cdrom is not None:
         fields["cdrom_image"] = _open(cdrom, "iso image", fds)
     return fields
-
-
-def _once(given: Sequence[str], what: str) -> str | None:
-    if len(given) > 1:
-        raise CommandError(f"{what} specified multiple times")
-    return given[0] if given else None
 
 
 def _check(fields: Fields, *, has_kernel: bool) -> None:
@@ -173,31 +220,6 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
         fail("starting without network interfaces")
 
 
-def _memory(text: str) -> int:
-    try:
-        size = scan_scaled(text)
-    except SizeError as err:
-        raise CommandError(f"invalid memory size: {text}: {err}") from err
-    if size < _MIB:
-        raise CommandError(f"memory size must be at least 1MB{bytes_hint(text, 'M')}")
-    if size > MEMORY_MAX:
-        raise CommandError(f"memory size too large (limit is {MEMORY_MAX >> 30}G)")
-    rounded = size - size % _MIB
-    if rounded != size:
-        fail(f"memory size rounded to {fmt_scaled(rounded)}")
-    return rounded
-
-
-def _number(text: str, what: str, largest: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise CommandError(f"{what} is invalid: {text}") from None
-    if not 1 <= value <= largest:
-        raise CommandError(f"{what} is too {'small' if value < 1 else 'large'}: {text}")
-    return value
-
-
 def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
     # The order among -L and -n is not told by those who read command lines: local ones are first.
     interfaces: list[Fields] = [{"is_local": True} for _ in range(options.local)]
@@ -208,15 +230,31 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
             raise CommandError("interface name too long")
         # A dot is how OpenBSD's vmctl writes a local interface to itself, and takes it.
         interfaces.append({"is_local": True} if switch == "." else {"switch": switch})
+    if options.forwards:
+        local = next((one for one in interfaces if "is_local" in one), None)
+        if local is None:
+            local = {"is_local": True}
+            interfaces.insert(0, local)
+        local["forwards"] = [_forward(text) for text in options.forwards]
     if count is not None:
         try:
-            wanted = _number(count, "count", _INT_MAX)
-        except CommandError as err:
+            wanted = number_of(count, "count", _INT_MAX)
+        except SpecError as err:
             raise CommandError(f"{err}\ninvalid interface count: {count}") from None
         if wanted > INTERFACES_MAX:
             raise CommandError("too many network interfaces")
         interfaces += [{}] * (wanted - len(interfaces))
     return interfaces
+
+
+def _forward(text: str) -> Fields:
+    from vmd.config.forwards import ForwardError, parse_forward  # noqa: PLC0415 - only here
+
+    try:
+        protocol, port, to_port, address = parse_forward(text)
+    except ForwardError as err:
+        raise CommandError(str(err)) from None
+    return {"protocol": protocol, "port": port, "to_port": to_port, "address": address}
 
 
 def _disk(text: str) -> DiskOption:

@@ -168,8 +168,10 @@ def interface_lines(index: int, interface: Fields) -> list[str]:
     for host, guest in zip(interface["host_addresses"], interface["guest_addresses"], strict=False):
         lines.append(f"\thost {host} guest {guest}")
     for forward in interface["forwards"]:
-        protocol, port, to_port = forward["protocol"], forward["port"], forward["to_port"]
-        lines.append(f"\tforward {protocol} {port} to {to_port}")
+        found = (forward[name] for name in ("protocol", "address", "port"))
+        lines.append(
+            f"\tforward {' '.join(str(word) for word in found if word)} to {forward['to_port']}"
+        )
     if interface["tap"]:
         lines.append(
             f"\treceived {interface['received']} bytes, {interface['received_packets']} packets,"

@@ -34,6 +34,8 @@ class Option(NamedTuple):
     """Whether it may come more than once: values are then a tuple, a flag is the number."""
     completes: tuple[str, ...] = ()
     """Words that its value can be, FILE or VM."""
+    refused: str = ""
+    """Why this verb does not take it, though another one of the same kind does."""
 
 
 class Verb(NamedTuple):
@@ -60,6 +62,11 @@ class Verb(NamedTuple):
     """As of options."""
     is_openbsd: bool = True
     """Whether OpenBSD has it: then it goes before ours where a word can be either."""
+
+    @property
+    def taken(self) -> tuple[Option, ...]:
+        """The options that are not refused."""
+        return tuple(option for option in self.options if not option.refused)
 
 
 _JSON = Option("--json", "as_json", "Print JSON.")
@@ -88,80 +95,118 @@ _INITRD = Option(
 
 _ENDED = Option("--json", "as_json", "Print what has become of the VM as JSON.")
 
-_RUN_OPTIONS = (
-    Option("-B", "boot_device", "What firmware boots from.", "device", completes=_BOOT_DEVICES),
-    Option("-b", "boot", "Kernel or firmware image to boot.", "path", completes=(FILE,)),
-    Option("-c", "attach", "Accepted and ignored: the console is always attached."),
+# All that have a value may come more than once, to be used or to be refused.
+_MACHINE_OPTIONS = (
+    Option("-B", "boot_device", "What the VM boots from.", "device", True, _BOOT_DEVICES),
+    Option("-b", "boot", "Kernel or firmware image to boot.", "path", True, (FILE,)),
+    Option("-c", "console", "Attach the console; run always does."),
     _DISK,
     Option(
         "-i",
         "interfaces",
-        "Network interface, or how many; may be repeated.",
+        "Number of network interfaces; for run also one of them.",
         "count|kind[:name][,option...]",
-        is_repeated=True,
-        completes=("bridge:", "none", "passt", "stream:", "tap:", "vhost-user:"),
+        True,
+        ("bridge:", "none", "passt", "stream:", "tap:", "vhost-user:"),
     ),
-    Option("-L", "local", "Add an interface with user-mode networking by passt.", "", True),
-    Option("-m", "memory", _SIZE, "size"),
-    Option("-n", "switches", "Add an interface on a bridge of this host.", "bridge", True),
-    Option("-p", "cpus", _CPUS, "count"),
-    Option("-r", "cdrom", _CDROM, "path", completes=(FILE,)),
-    Option("--append", "append", "Kernel command line.", "string"),
+    Option("-L", "local", "Add a local network interface; for run by passt.", "", True),
+    Option("-m", "memory", _SIZE, "size", True),
+    Option(
+        "-n",
+        "switches",
+        "Add a network interface on a switch; for run on a bridge of this host.",
+        "switch",
+        True,
+    ),
+    Option("-p", "cpus", _CPUS, "count", True),
+    Option("-r", "cdrom", _CDROM, "path", True, (FILE,)),
+    Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
+    Option("--append", "append", "Kernel command line.", "string", True),
     Option(
         "--console-log",
         "console_log",
         "Write what the console shows to this file too.",
         "file",
-        completes=(FILE,),
+        True,
+        (FILE,),
     ),
     Option(
         "--firmware",
         "firmware",
         "Boot firmware; bios is the default where there are disks or an ISO image.",
         "bios|uefi|path",
-        completes=_FIRMWARE,
+        True,
+        _FIRMWARE,
+    ),
+    Option(
+        "--forward",
+        "forwards",
+        "Let a port of this host lead to one of the guest's, on its first local interface.",
+        "tcp|udp:[address:]port[:port]",
+        True,
+        ("tcp:", "udp:"),
     ),
     _INITRD,
-    Option("--json", "as_json", "Print how it ended as JSON, behind the console's output."),
+    Option("--json", "as_json", "Print what has become of the VM as JSON."),
     Option("--no-reboot", "no_reboot", "End when the guest reboots, instead of booting again."),
     Option(
         "--nvram",
         "nvram",
         "File that keeps the variables of UEFI firmware; made if it is missing.",
         "path",
-        completes=(FILE,),
+        True,
+        (FILE,),
     ),
     Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
-    Option("--timeout", "timeout", "Kill the VM after this time; status 124.", "seconds"),
+    Option(
+        "--timeout",
+        "timeout",
+        "Wait no longer; status 124. A VM of run is killed then.",
+        "seconds",
+        True,
+    ),
     Option(
         "--virtio-console",
         "virtio_console",
         "Add a virtio console, hvc0, which takes the input once its driver is ready.",
     ),
+    Option(
+        "--wait",
+        "until",
+        "Wait until this has come, such as a text on the console; run ends then.",
+        "console=text",
+        True,
+        ("console=",),
+    ),
 )
+_NOT_FOR_RUN = {"-t": "there is no daemon that knows a template: give all options here"}
+_NOT_FOR_START = {
+    "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
+    "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
+    "--nvram": "vmd keeps the variables of each VM's firmware itself",
+    "--virtio-console": "VMs of vmd have a serial port alone",
+}
 
-# All of start's may come more than once, to be used or to be refused.
-_START_OPTIONS = (
-    Option("-B", "boot_device", "What the VM boots from.", "device", True, _BOOT_DEVICES),
-    Option("-b", "boot", "Kernel or firmware image to boot.", "path", True, (FILE,)),
-    Option("-c", "console", "Attach the console."),
-    _DISK,
-    Option("-i", "interfaces", "Number of network interfaces.", "count", True),
-    Option("-L", "local", "Add a local network interface.", is_repeated=True),
-    Option("-m", "memory", _SIZE, "size", True),
-    Option("-n", "switches", "Add a network interface on a switch.", "switch", True),
-    Option("-p", "cpus", _CPUS, "count", True),
-    Option("-r", "cdrom", _CDROM, "path", True, (FILE,)),
-    Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
-    Option("--append", "append", "Kernel command line.", "string", True),
-    Option("--firmware", "firmware", "Boot firmware.", "bios|uefi|path", True, _FIRMWARE),
-    _INITRD,
-    _ENDED,
+
+def _options(refused: Mapping[str, str]) -> tuple[Option, ...]:
+    """Return the options of a VM for one of the verbs that make one."""
+    return tuple(one._replace(refused=refused.get(one.name, "")) for one in _MACHINE_OPTIONS)
+
+
+_RUN_USAGE = (
+    "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
+    "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
+    "\t\t[--console-log file] [--firmware name] [--forward forward]\n"
+    "\t\t[--initrd path] [--json] [--no-reboot] [--nvram path]\n"
+    "\t\t[--selftest] [--timeout seconds] [--virtio-console]\n"
+    "\t\t[--wait condition] [name]"
 )
 _START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
-    "\t\t[--append string] [--firmware name] [--initrd path] [--json] id | name"
+    "\t\t[--append string] [--firmware name] [--forward forward]\n"
+    "\t\t[--initrd path] [--json] [--selftest] [--timeout seconds]\n"
+    "\t\t[--wait condition] id | name"
 )
 _LIST_OPTIONS = (
     _RUNNING,
@@ -285,15 +330,9 @@ _TABLE = (
         "Run a VM in the foreground, its console on this terminal, without a daemon.",
         "run",
         "run",
-        _RUN_OPTIONS,
+        _options(_NOT_FOR_RUN),
         *(0, 1),
-        usage=(
-            "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
-            "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
-            "\t\t[--console-log file] [--firmware name] [--initrd path] [--json]\n"
-            "\t\t[--no-reboot] [--nvram path] [--selftest] [--timeout seconds]\n"
-            "\t\t[--virtio-console] [name]"
-        ),
+        usage=_RUN_USAGE,
         is_openbsd=False,
     ),
     Verb("send", "id", "Send a VM to another host; not supported yet.", "control", "send")._replace(
@@ -315,7 +354,7 @@ _TABLE = (
         "Start a VM that exists, or make one and start it.",
         "start",
         "start",
-        _START_OPTIONS,
+        _options(_NOT_FOR_START),
         usage=_START_USAGE,
         completes=(VM,),
     ),
@@ -386,7 +425,7 @@ def usage(verb: Verb) -> str:
 def _usage(verb: Verb) -> str:
     options = (
         f"[{option.name} {option.value}]" if option.value else f"[{option.name}]"
-        for option in verb.options
+        for option in verb.taken
     )
     return " ".join((*options, verb.words))
 

@@ -18,17 +18,16 @@ from vmctl.client import (
     opened,
     parse_target,
 )
-from vmctl.messages import choice, fail
+from vmctl.messages import CONSOLE_CONDITION, choice, fail
 from vmctl.report import Report
 from vmctl.stop import finish, why_not
 from vmm_kvm.text import printable
 
 _STATES = ("running", "stopped")
-_CONSOLE = "console="
 _PACKET_MAX = 64 << 10
 
 
-class _ExpiredError(Exception):
+class ExpiredError(Exception):
     """The time is over."""
 
 
@@ -45,7 +44,8 @@ def wait(
         target = parse_target(words[0])
         deadline = _deadline(timeout)
         name = f" {target.name}" if target.name else ""
-        _check(until)
+        if until is not None:
+            check_condition(until)
         with Client() as client:
             print(f"waiting for vm{printable(name)}: ", end="", file=sys.stderr, flush=True)
             return _wait(client, target, until, deadline, report)
@@ -63,11 +63,8 @@ def _wait(
             client.send("wait", target.fields())
             _await(client.fileno(), deadline)
             return finish(client, "wait", "terminated", report)
-        if until in _STATES:
-            text = _wait_for_state(client, target, until, deadline)
-        else:
-            text = _wait_for_text(client, target, until.removeprefix(_CONSOLE), deadline)
-    except _ExpiredError:
+        text = wait_for(client, target, until, deadline)
+    except ExpiredError:
         status, text = 1, "timed out"
     except RefusedError as err:
         status, text = 1, why_not("wait", err.code)
@@ -78,10 +75,29 @@ def _wait(
     return report.end(status, text)
 
 
-def _check(until: str | None) -> None:
-    if until is not None and until not in _STATES and not until.startswith(_CONSOLE):
-        known = choice((*_STATES, f"{_CONSOLE}text"))
-        raise CommandError(f"invalid condition: {until} ({known})")
+def wait_for(client: Client, target: Target, condition: str, deadline: float | None) -> str:
+    """Wait until a condition holds, by a connection without other requests; returns what has come.
+
+    `deadline` is of the monotonic clock, seconds.
+
+    Raises:
+        ExpiredError: it is over.
+        CommandError: the condition can never hold.
+    """
+    if condition in _STATES:
+        return _wait_for_state(client, target, condition, deadline)
+    return _wait_for_text(client, target, condition.removeprefix(CONSOLE_CONDITION), deadline)
+
+
+def check_condition(condition: str) -> None:
+    """Refuse what cannot be waited for.
+
+    Raises:
+        CommandError: it is no condition.
+    """
+    if condition not in _STATES and not condition.startswith(CONSOLE_CONDITION):
+        known = choice((*_STATES, f"{CONSOLE_CONDITION}text"))
+        raise CommandError(f"invalid condition: {condition} ({known})")
 
 
 def _deadline(timeout: str | None) -> float | None:
@@ -100,11 +116,11 @@ def _await(fd: int, deadline: float | None) -> None:
     """Wait until there is something to read.
 
     Raises:
-        _ExpiredError: there was nothing in time.
+        ExpiredError: there was nothing in time.
     """
     left = None if deadline is None else max(0.0, deadline - time.monotonic())
     if not select.select([fd], [], [], left)[0]:
-        raise _ExpiredError
+        raise ExpiredError
 
 
 def _wait_for_state(client: Client, target: Target, state: str, deadline: float | None) -> str:

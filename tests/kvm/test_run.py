@@ -14,6 +14,15 @@ from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 pytestmark = pytest.mark.kvm
 
 READY_S = 30.0
+FORWARD = "vmctl: invalid forward: tcp:x: not tcp|udp:[address:]port[:port]"
+IN_INTERFACE = "invalid interface: passt,forward=tcp:x: "
+TEMPLATE = (
+    "vmctl: -t is not for run: there is no daemon that knows a template: give all options here"
+)
+CONDITION = (
+    "vmctl: invalid condition: running (console=text: the VM runs from the beginning to the end of"
+    " run)"
+)
 MEANT = "512 is a number of bytes: did you mean 512M?"
 
 
@@ -187,12 +196,24 @@ def test_closed_output_changes_no_status() -> None:
         assert vm.errors.count(b"\n") == 1
 
 
+def test_wait_for_a_text() -> None:
+    """The VM ends when the console shows it, even in pieces; status 124 if it never does."""
+    words = vmctl_run("--selftest", "--json", "--timeout", "60", "--wait", "console=test: ready")
+    done = subprocess.run(words, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"selftest: ready" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["reason"] == "found"
+    words = vmctl_run("--selftest", "--timeout", "2", "--wait", "console=never")
+    done = subprocess.run(words, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (124, b"vmctl: timed out after 2 s\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
         (
             ("--selftest", "-m", "512"),
-            f"invalid memory size: 512: not between 1.0M and 128G\nvmctl: {MEANT}",
+            f"memory size must be at least 1MB\nvmctl: {MEANT}",
         ),
         (
             ("--firmware", "efi"),
@@ -358,14 +379,19 @@ def test_terminal_escapes() -> None:
         (("-b", "/nonexistent"), "vmctl: /nonexistent: No such file or directory"),
         (("-b", "/"), "vmctl: /: is a directory"),
         (("--selftest", "-b", "x"), "vmctl: --selftest and -b name two boot images: use one"),
-        (("--selftest", "-m", "0"), "vmctl: invalid memory size: 0: not between 1.0M and 128G"),
+        (("--selftest", "-m", "0"), "vmctl: memory size must be at least 1MB"),
         (("--selftest", "-m", "1X"), "vmctl: invalid memory size: 1X: Invalid argument"),
-        (("--selftest", "-m", "1T"), "vmctl: invalid memory size: 1T: not between 1.0M and 128G"),
+        (("--selftest", "-m", "1T"), "vmctl: memory size too large (limit is 128G)"),
         (("--selftest", "-p", "0"), "vmctl: cpu count is too small: 0"),
         (("--selftest", "-p", "65"), "vmctl: cpu count is too large: 65"),
         (("--selftest", "-p", "two"), "vmctl: cpu count is invalid: two"),
         (("--selftest", "--timeout", "-1"), "vmctl: invalid time-out: -1: not a number of seconds"),
         (("--selftest", "--timeout", "x"), "vmctl: invalid time-out: x: not a number of seconds"),
+        (("--selftest", "-m", "1G", "-m", "2G"), "vmctl: memory specified multiple times"),
+        (("--selftest", "--forward", "tcp:x"), FORWARD),
+        (("--selftest", "-i", "passt,forward=tcp:x"), f"vmctl: {IN_INTERFACE}{FORWARD[7:]}"),
+        (("--selftest", "-t", "base"), TEMPLATE),
+        (("--selftest", "--wait", "running"), CONDITION),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], error: str) -> None:

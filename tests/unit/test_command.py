@@ -168,7 +168,7 @@ def test_manual_has_every_verb_and_option() -> None:
         told += re.findall(r"^\.It Fl (-?[\w-]+)", body, re.MULTILINE)
         long = {f"-{one}" for one in told if one.startswith("-")}
         short = {f"-{letter}" for one in told if not one.startswith("-") for letter in one}
-        assert long | short == {option.name for option in VERBS[name].options}, name
+        assert long | short == {option.name for option in VERBS[name].taken}, name
 
 
 def test_every_verb_has_its_function() -> None:

@@ -3,6 +3,7 @@
 Source: sections 4.2, 4.4 and 4.5 of OpenBSD's behaviour.
 """
 
+from vmd.config.forwards import ForwardError, check_address
 from vmd.config.grammar import Tokens
 from vmd.config.model import FORWARDS_MAX, RDOMAIN_MAX, ForwardConfig, InterfaceConfig, SwitchConfig
 from vmd.config.values import address_of, bridge_of, byte_length, group_of, lladdr_of, tap_of
@@ -122,7 +123,7 @@ class InterfaceRule:
 
         ifopt = "switch" string | "group" string | [ "locked" ] "lladdr" [ STRING ]
               | "rdomain" NUMBER | "up" | "down"
-              | "forward" ( "tcp" | "udp" ) NUMBER "to" NUMBER | "mtu" NUMBER
+              | "forward" ( "tcp" | "udp" ) [ STRING ] NUMBER "to" NUMBER | "mtu" NUMBER
               | "queues" NUMBER
         """
         tokens, interface = self._tokens, self._interface
@@ -166,6 +167,12 @@ class InterfaceRule:
         if protocol is None:
             tokens.syntax_error()
         tokens.take()
+        address = tokens.take().text if tokens.peek().is_string else ""
+        if address:
+            try:
+                check_address(address)
+            except ForwardError as err:
+                tokens.refuse(str(err))
         port = _number(tokens, "port", 1, PORT_MAX)
         if not tokens.is_at_own("to"):
             tokens.syntax_error()
@@ -177,7 +184,7 @@ class InterfaceRule:
             tokens.refuse(f"forward {protocol} {port} specified more than once")
         if len(interface.forwards) >= FORWARDS_MAX:
             tokens.refuse("too many forwards")
-        forward = ForwardConfig(protocol, port, to_port)
+        forward = ForwardConfig(protocol, port, to_port, address)
         return interface._replace(forwards=(*interface.forwards, forward))
 
 

@@ -84,6 +84,14 @@ class ForwardConfig(NamedTuple):
     """`tcp` or `udp`."""
     port: int
     to_port: int
+    address: str = ""
+    """The host's address that leads there; all of them if empty."""
+
+    @property
+    def passt_ports(self) -> str:
+        """What passt's options `-t` and `-u` take."""
+        ports = f"{self.port}:{self.to_port}"
+        return f"{self.address}/{ports}" if self.address else ports
 
 
 class SwitchConfig(NamedTuple):

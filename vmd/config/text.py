@@ -175,9 +175,9 @@ def _interface(interface: InterfaceConfig) -> str:
         options.append(f"mtu {interface.mtu}")
     if interface.queues is not None:
         options.append(f"queues {interface.queues}")
-    options += (
-        f"forward {each.protocol} {each.port} to {each.to_port}" for each in interface.forwards
-    )
+    for each in interface.forwards:
+        address = f" {quoted(each.address)}" if each.address else ""
+        options.append(f"forward {each.protocol}{address} {each.port} to {each.to_port}")
     if interface.switch is not None:
         options.append(f"switch {quoted(interface.switch)}")
     if interface.group is not None:

@@ -103,8 +103,13 @@ def _configured(config: InterfaceConfig) -> InterfaceInfo:
         group=config.group or "",
         rdomain=config.rdomain,
         forwards=tuple(
-            ForwardInfo(protocol=protocol, port=port, to_port=to_port)
-            for protocol, port, to_port in config.forwards
+            ForwardInfo(
+                protocol=each.protocol,
+                port=each.port,
+                to_port=each.to_port,
+                address=each.address,
+            )
+            for each in config.forwards
         ),
     )
 

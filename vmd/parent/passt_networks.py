@@ -180,10 +180,8 @@ def _spawn(program: str, stream: int, forwards: Sequence[ForwardConfig]) -> int:
     fd = os.dup(stream)
     os.set_inheritable(fd, True)
     arguments = [program, "--foreground", "--quiet", "--fd", str(fd)]
-    for letter, protocol in (("-t", "tcp"), ("-u", "udp")):
-        ports = [f"{one.port}:{one.to_port}" for one in forwards if one.protocol == protocol]
-        if ports:
-            arguments += [letter, ",".join(ports)]
+    for forward in forwards:
+        arguments += ["-t" if forward.protocol == "tcp" else "-u", forward.passt_ports]
     try:
         return os.posix_spawn(
             program,

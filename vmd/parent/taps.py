@@ -157,6 +157,14 @@ def taken_forwards(taps: Iterable[tuple[str, Iterable[TapSpec]]]) -> TakenForwar
 
 def _check_forwards(interfaces: Sequence[InterfaceConfig], taken: TakenForwards) -> None:
     wanted = [each[:2] for one in interfaces for each in one.forwards]
+    for interface in interfaces:
+        for forward in interface.forwards:
+            if forward.address.startswith("127.") or forward.address == "::1":
+                text = (
+                    f"forward {forward.protocol} {forward.address} {forward.port}: only vmd --user"
+                    " can; name another address of this host, or * for all"
+                )
+                raise ResourceError(ErrorCode.EINVAL, text)
     for protocol, port in wanted:
         owner = taken.get((protocol, port))
         if owner is not None:

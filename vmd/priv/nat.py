@@ -12,6 +12,9 @@ from typing import NamedTuple
 from vmd.config.model import ForwardConfig
 from vmd.wire.internal import LocalAddresses
 
+_ANY_LOCAL = "fib daddr type local"
+"""All addresses of the host."""
+
 
 class Forward(NamedTuple):
     """A port of the host's addresses that leads to a guest's."""
@@ -78,11 +81,14 @@ def _address_chains(rules: Rules) -> Iterable[str]:
 
 
 def _forward(forward: Forward) -> Iterable[str]:
-    (protocol, port, to_port), guest = forward
-    to = f"fib daddr type local {protocol} dport {port} dnat"
-    yield f"{to} ip to {guest.guest4}:{to_port}"
-    if guest.guest6:
-        yield f"{to} ip6 to [{guest.guest6}]:{to_port}"
+    (protocol, port, to_port, address), guest = forward
+    four, six = (
+        (f"ip daddr {address}", f"ip6 daddr {address}") if address else (_ANY_LOCAL, _ANY_LOCAL)
+    )
+    if ":" not in address:
+        yield f"{four} {protocol} dport {port} dnat ip to {guest.guest4}:{to_port}"
+    if guest.guest6 and "." not in address:
+        yield f"{six} {protocol} dport {port} dnat ip6 to [{guest.guest6}]:{to_port}"
 
 
 def _locked(name: str, lladdr: str) -> Iterable[str]:

@@ -114,6 +114,8 @@ def make_instance(
     ):
         if differs and not is_free and right not in template.allow_instance:
             return _forbidden(f'vm "{name}" no permission to set {word}')
+    if not is_free and any(interface.forwards for interface in wanted.interfaces):
+        return _forbidden(f'vm "{name}" no permission to forward ports')
     problem = _reuse(template, wanted)
     if problem:
         return Denied(ErrorCode.EBUSY, f'vm "{name}" {problem} cannot be reused')

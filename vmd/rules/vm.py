@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import InterfaceConfig, Owner, Right, VmConfig
+from vmd.config.forwards import check_address
+from vmd.config.model import ForwardConfig, InterfaceConfig, Owner, Right, VmConfig
 from vmd.rules.ends import History
 from vmd.rules.vm_state import VmState
-from vmd.wire.messages import DiskRequest, EndInfo, Start
+from vmd.wire.messages import DiskRequest, EndInfo, ForwardRequest, Start
 
 
 class Passed(NamedTuple):
@@ -103,7 +104,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
     """Return the configuration that a request to start asks for.
 
     Raises:
-        ValueError: a disk's format is unknown; `str()` is one line.
+        ValueError: a disk's format is unknown, or an address is none; `str()` is one line.
     """
     given = {
         Right.BOOT: request.kernel is not None
@@ -127,12 +128,22 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         disks=tuple(map(_disk, request.disks)),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(
-            InterfaceConfig(is_local=each.is_local, switch=each.switch or None)
+            InterfaceConfig(
+                is_local=each.is_local,
+                switch=each.switch or None,
+                forwards=tuple(map(_forward, each.forwards)),
+            )
             for each in request.interfaces
         ),
         owner=owner,
         given=frozenset(right for right, is_given in given.items() if is_given),
     )
+
+
+def _forward(request: ForwardRequest) -> ForwardConfig:
+    if request.address:
+        check_address(request.address)
+    return ForwardConfig(str(request.protocol), request.port, request.to_port, request.address)
 
 
 def _disk(request: DiskRequest) -> DiskOption:

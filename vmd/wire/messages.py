@@ -18,9 +18,9 @@ from typing import Annotated
 
 import msgspec
 
-from vmd.config.model import BootDevice
+from vmd.config.model import FORWARDS_MAX, BootDevice
 from vmd.wire.encoding import Wire, WireEncoding
-from vmm_kvm.limits import MTU_DEFAULT
+from vmm_kvm.limits import MTU_DEFAULT, PORT_MAX
 
 PROTOCOL_VERSION = 1
 
@@ -36,6 +36,7 @@ Word = Annotated[str, msgspec.Meta(max_length=255)]
 Path = Annotated[str, msgspec.Meta(max_length=4096)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """Bytes."""
+Port = Annotated[int, msgspec.Meta(ge=1, le=PORT_MAX)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=252)]
 """Of a descriptor among those that came with the message."""
 
@@ -119,6 +120,13 @@ class ResetMode(StrEnum):
     VMS = "vms"
 
 
+class Transport(StrEnum):
+    """What a port is one of."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
 class EventKind(StrEnum):
     """What has happened to a VM."""
 
@@ -187,6 +195,16 @@ class DiskRequest(Part, frozen=True, kw_only=True):
     queues: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
 
 
+class ForwardRequest(Part, frozen=True, kw_only=True):
+    """A port of the host that shall lead to one of a guest; only for administrators."""
+
+    protocol: Transport
+    port: Port
+    to_port: Port
+    address: Word = ""
+    """The host's, IPv4 or IPv6; all of them if empty."""
+
+
 class InterfaceRequest(Part, frozen=True, kw_only=True):
     """A network interface of a VM to be started."""
 
@@ -194,6 +212,8 @@ class InterfaceRequest(Part, frozen=True, kw_only=True):
     """It has an address of the local prefix, by DHCP."""
     switch: Word = ""
     """Name of the switch that it is on."""
+    forwards: Annotated[tuple[ForwardRequest, ...], msgspec.Meta(max_length=FORWARDS_MAX)] = ()
+    """Of a local interface."""
 
 
 class Start(VmRequest, frozen=True, kw_only=True):
@@ -411,6 +431,8 @@ class ForwardInfo(
     """`tcp` or `udp`."""
     port: int
     to_port: int
+    address: str = ""
+    """The host's that leads there; all of them if empty."""
 
 
 class InterfaceInfo(

@@ -71,7 +71,13 @@ SWITCHES = st.builds(
 )
 PORTS = st.integers(1, 65535)
 FORWARDS = st.lists(
-    st.builds(ForwardConfig, st.sampled_from(["tcp", "udp"]), PORTS, PORTS),
+    st.builds(
+        ForwardConfig,
+        st.sampled_from(["tcp", "udp"]),
+        PORTS,
+        PORTS,
+        st.sampled_from(["", "127.0.0.1", "192.0.2.1", "::1"]),
+    ),
     max_size=3,
     unique_by=lambda forward: forward[:2],
 ).map(tuple)

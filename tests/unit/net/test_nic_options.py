@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl.nic_options import Forward, NicKind, NicOption, parse_nic, read_nics
+from vmctl.nic_options import NicKind, NicOption, parse_nic, read_nics
+from vmd.config.model import ForwardConfig
 from vmm_kvm.errors import SpecError
 
 
@@ -26,8 +27,14 @@ from vmm_kvm.errors import SpecError
         ("bridge:b,queues=2", NicOption(NicKind.BRIDGE, "b", queues=2)),
         ("tap:t,process", NicOption(NicKind.TAP, "t", is_process=True)),
         (
-            "passt,forward=tcp:8080:80,forward=udp:53",
-            NicOption(NicKind.PASST, forwards=(Forward("tcp", 8080, 80), Forward("udp", 53, 53))),
+            "passt,forward=tcp:8080:80,forward=udp:*:53",
+            NicOption(
+                NicKind.PASST,
+                forwards=(
+                    ForwardConfig("tcp", 8080, 80, "127.0.0.1"),
+                    ForwardConfig("udp", 53, 53),
+                ),
+            ),
         ),
     ],
 )
@@ -52,9 +59,9 @@ def test_interfaces(text: str, expected: NicOption) -> None:
         ("passt,queues=2", "queues is not for passt"),
         ("vhost-user:s,locked", "locked is not for vhost-user"),
         ("tap:t,forward=tcp:1", "forward is not for tap"),
-        ("passt,forward=sctp:1", "not tcp:PORT[:PORT] or udp:PORT[:PORT]"),
-        ("passt,forward=tcp:0", "port: not 1 to 65535"),
-        ("passt,forward=tcp:1:2:3", "not tcp:PORT[:PORT] or udp:PORT[:PORT]"),
+        ("passt,forward=sctp:1", "invalid forward: sctp:1: not tcp|udp:[address:]port[:port]"),
+        ("passt,forward=tcp:0", "port 0 is not 1 to 65535"),
+        ("passt,forward=tcp:1:2:3", "not tcp|udp:[address:]port[:port]"),
         ("none,lladdr=01:00:5e:00:00:01", "not an address of one station: 01:00:5e:00:00:01"),
         ("none,lladdr=fee1bb000001", "not an address: fee1bb000001"),
         ("tap:t,user,process", "user and process exclude each other"),

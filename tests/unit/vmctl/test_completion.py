@@ -75,7 +75,7 @@ def test_completion_knows_every_verb_and_option() -> None:
     """All verbs are offered, and of each every option."""
     assert complete("vmctl ") == {*names(), "-v", "--help", "--version"}
     for name, verb in VERBS.items():
-        options = {option.name for option in verb.options}
+        options = {option.name for option in verb.taken}
         assert complete(f"vmctl {name} -") == {*options, "--help"}
 
 

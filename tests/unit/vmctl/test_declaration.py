@@ -28,7 +28,7 @@ def _by_typer(arguments: list[str]) -> Reading | None:
     def remember(verb: Verb, given: dict[str, object]) -> None:
         words = given.pop("words", None)
         values: Values = {}
-        for option in verb.options:
+        for option in verb.taken:
             value = given[option.field]
             if value:
                 assert isinstance(value, bool | int | str | list)
@@ -57,7 +57,7 @@ def _by_us(arguments: list[str]) -> Reading | None:
 def _lines(draw: st.DrawFn) -> list[str]:
     """Return a command line of a verb, with options of its own and some that fit nowhere."""
     verb = VERBS[draw(st.sampled_from(sorted(VERBS)))]
-    options = [option.name for option in verb.options]
+    options = [option.name for option in verb.taken]
     words = draw(st.lists(st.sampled_from((*options, *options, *_ODD)), max_size=7))
     return [*verb.name.split(), *words]
 
@@ -79,7 +79,7 @@ def test_both_readings_agree(line: list[str]) -> None:
 def test_every_option_is_understood(name: str) -> None:
     """Each option alone, with a value where it has one, is read as the table says."""
     words = ["x"] * VERBS[name].least
-    for option in VERBS[name].options:
+    for option in VERBS[name].taken:
         line = [*name.split(), option.name, *(["value"] if option.value else []), *words]
         value: bool | int | str | tuple[str, ...]
         value = "value" if option.value else True
@@ -93,16 +93,16 @@ def test_records_have_the_fields_of_the_table(
     name: str, options: type[RunOptions | StartOptions]
 ) -> None:
     """What is read of a long verb is a record with the same fields."""
-    fields = {option.field for option in VERBS[name].options}
+    fields = {option.field for option in VERBS[name].taken}
     # What every verb of VMs prints is no part of how one is made.
     assert set(options._fields) - {"name", "as_json"} == fields - {"as_json"}
 
 
 def test_values_joined_and_not() -> None:
     """A value may be joined to its option; what begins with a dash is one too; -- ends options."""
-    assert _by_us(["run", "-m256M"]) == ("run", {"memory": "256M"}, [])
-    assert _by_us(["run", "--append=-x"]) == ("run", {"append": "-x"}, [])
-    assert _by_us(["run", "--append", "--no-reboot"]) == ("run", {"append": "--no-reboot"}, [])
+    assert _by_us(["run", "-m256M"]) == ("run", {"memory": ("256M",)}, [])
+    assert _by_us(["run", "--append=-x"]) == ("run", {"append": ("-x",)}, [])
+    assert _by_us(["run", "--append", "--no-reboot"]) == ("run", {"append": ("--no-reboot",)}, [])
     assert _by_us(["run", "--", "--no-reboot"]) == ("run", {}, ["--no-reboot"])
     assert _by_us(["start", "-LcL", "-n", "a", "-nb", "x"]) == (
         "start",

@@ -147,7 +147,7 @@ def lines_of(verb: Verb) -> Iterator[str]:
     does = LINES.get(verb.name) or " ".join((verb.name, *([operand] * count)))
     yield does
     yield f"{verb.name} --help"
-    if "--json" in {option.name for option in verb.options}:
+    if "--json" in {option.name for option in verb.taken}:
         yield does.replace(verb.name, f"{verb.name} --json", 1)
     yield f"{verb.name} --mistaken"
 

@@ -11,9 +11,11 @@ import pytest
 
 from vmctl import verbs
 from vmctl.cli import main, read
-from vmctl.verbs import VERBS, matches, names, usage
+from vmctl.help import help_text
+from vmctl.verbs import VERBS, Option, matches, names, usage
 
 ROOT = Path(__file__).resolve().parents[3]
+_MAKERS = (VERBS["run"], VERBS["start"])
 USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
 
 WRONG = (
@@ -114,7 +116,7 @@ def test_usage_has_every_option(name: str) -> None:
     text = VERBS[name].usage or usage(VERBS[name]).partition(name)[2]
     long = set(re.findall(r"--[\w-]+", text))
     short = {f"-{one}" for group in re.findall(r"(?<![\w-])-(\w+)", text) for one in group}
-    assert long | short == {option.name for option in VERBS[name].options}
+    assert long | short == {option.name for option in VERBS[name].taken}
 
 
 def test_status_is_light(tmp_path: Path) -> None:
@@ -143,3 +145,29 @@ def test_verbs_import_nothing() -> None:
     source = Path(verbs.__file__).read_text()
     imported = re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)
     assert imported == ["collections.abc", "typing"]
+
+
+def test_run_and_start_have_the_same_options() -> None:
+    """Both take the same in the same words; what one cannot do it refuses, and says why."""
+    run, start = ({one.name: one for one in VERBS[name].options} for name in ("run", "start"))
+    assert run.keys() == start.keys()
+    for name, option in run.items():
+        assert option._replace(refused="") == start[name]._replace(refused="")
+        assert not (option.refused and start[name].refused)
+    refused = {verb.name: {one.name for one in verb.options if one.refused} for verb in _MAKERS}
+    assert refused == {
+        "run": {"-t"},
+        "start": {"--console-log", "--no-reboot", "--nvram", "--virtio-console"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [(verb.name, one) for verb in VERBS.values() for one in verb.options if one.refused],
+)
+def test_refused_options(verb: str, option: Option, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that has the reason; neither help nor usage has the option."""
+    assert main([verb, option.name, "x", "y"]) == 1
+    line = f"vmctl: {option.name} is not for {verb}: {option.refused}\n"
+    assert capsys.readouterr() == ("", line)
+    assert f" {option.name} " not in help_text(verb)

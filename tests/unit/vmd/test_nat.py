@@ -30,6 +30,20 @@ def test_nothing_makes_no_table() -> None:
     assert ruleset("vmd", Rules()) == clearing("vmd")
 
 
+@pytest.mark.parametrize(
+    ("address", "rules"),
+    [
+        ("192.0.2.1", ["ip daddr 192.0.2.1 tcp dport 8080 dnat ip to 100.64.1.3:80"]),
+        ("2001:db8::1", ["ip6 daddr 2001:db8::1 tcp dport 8080 dnat ip6 to [fd00::3]:80"]),
+    ],
+)
+def test_an_address(address: str, rules: list[str]) -> None:
+    """A forward from one address of the host is for its family alone."""
+    config = WEB.config._replace(address=address)
+    text = ruleset("vmd", Rules(forwards=(WEB._replace(config=config),)))
+    assert [line.strip() for line in text.splitlines() if "dnat ip" in line] == rules * 2
+
+
 def test_everything() -> None:
     """Ports lead to guests from outside and from the host; addresses hide; frames are checked."""
     expected = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import InterfaceConfig, Owner, Right, VmConfig
+from vmd.config.model import ForwardConfig, InterfaceConfig, Owner, Right, VmConfig
 from vmd.rules.policy import Denied, Users, check_vm, is_name, make_instance
 from vmd.wire.messages import ErrorCode
 
@@ -175,6 +175,17 @@ def test_what_does_not_differ_needs_no_right(wanted: VmConfig) -> None:
 def test_what_is_the_templates_cannot_be_reused(wanted: VmConfig, what: str) -> None:
     """Not even by root: two VMs would share it."""
     assert instance(wanted, ROOT) == Denied(ErrorCode.EBUSY, f'vm "i" {what} cannot be reused')
+
+
+def test_forwarded_ports_are_an_administrators() -> None:
+    """Ports of the host are nobody's to give away by a right of a template."""
+    local = InterfaceConfig(is_local=True, forwards=(ForwardConfig("tcp", 80, 80),))
+    wanted = VmConfig("i", parent="base", interfaces=(InterfaceConfig(), local))
+    denied = Denied(ErrorCode.EPERM, 'vm "i" no permission to forward ports')
+    assert instance(wanted, BOB, *Right) == denied
+    made = instance(wanted, ROOT)
+    assert isinstance(made, VmConfig)
+    assert made.interfaces[1].forwards == local.forwards
 
 
 def test_who_may_make_instances() -> None:

@@ -199,6 +199,12 @@ def test_ports_that_are_taken(rig: Rig) -> None:
     twice = LOCAL._replace(forwards=(ForwardConfig("udp", 5, 5), ForwardConfig("udp", 5, 6)))
     rig.attach(_vm(twice, number=3))
     assert rig.error(3) == "forward udp 5: two interfaces want it"
+    within = LOCAL._replace(forwards=(ForwardConfig("tcp", 80, 80, "127.0.0.1"),))
+    rig.attach(_vm(within, number=5))
+    assert rig.error(5) == (
+        "forward tcp 127.0.0.1 80: only vmd --user can; name another address of this host, or * for"
+        " all"
+    )
     rig.networks.configure(Config(local_prefix=Prefix(0x0A000000, 30)))
     rig.attach(_vm(LOCAL._replace(forwards=()), number=4))
     assert rig.error(4) == "dhcp address range exceeded, vm id 4 interface 0"

@@ -1,0 +1,81 @@
+"""Values of options that `vmctl run` and `vmctl start` share, read alike, in OpenBSD's words."""
+
+import math
+from collections.abc import Sequence
+
+from vmctl.messages import bytes_hint, fail
+from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
+from vmm_kvm.errors import SpecError
+from vmm_kvm.limits import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX
+
+
+def once(given: Sequence[str], what: str) -> str | None:
+    """Return the value of an option that may come once.
+
+    Raises:
+        SpecError: it came more often.
+    """
+    if len(given) > 1:
+        raise SpecError(f"{what} specified multiple times")
+    return given[0] if given else None
+
+
+def memory_of(text: str) -> int:
+    """Read a size of memory; returns bytes, whole megabytes, and says so if it has to round.
+
+    Raises:
+        SpecError: it is none, or none that a VM can have.
+
+    Source: section 3.6 of OpenBSD's behaviour.
+    """
+    try:
+        size = scan_scaled(text)
+    except SizeError as err:
+        raise SpecError(f"invalid memory size: {text}: {err}") from err
+    if size < MEMORY_MIN:
+        raise SpecError(f"memory size must be at least 1MB{bytes_hint(text, 'M')}")
+    if size > MEMORY_MAX:
+        raise SpecError(f"memory size too large (limit is {MEMORY_MAX >> 30}G)")
+    rounded = size - size % MEMORY_MIN
+    if rounded != size:
+        fail(f"memory size rounded to {fmt_scaled(rounded)}")
+    return rounded
+
+
+def cpus_of(text: str) -> int:
+    """Read a number of vCPUs.
+
+    Raises:
+        SpecError: it is none, or too small or too large.
+    """
+    return number_of(text, "cpu count", VCPUS_MAX)
+
+
+def number_of(text: str, what: str, largest: int) -> int:
+    """Read a number from 1 to `largest`, which is called `what`.
+
+    Raises:
+        SpecError: it is none, or too small or too large.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise SpecError(f"{what} is invalid: {text}") from None
+    if not 1 <= value <= largest:
+        raise SpecError(f"{what} is too {'small' if value < 1 else 'large'}: {text}")
+    return value
+
+
+def seconds_of(text: str) -> float:
+    """Read a time-out; returns seconds, more than none.
+
+    Raises:
+        SpecError: it is none.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SpecError(f"invalid time-out: {text}: not a number of seconds")
+    return seconds

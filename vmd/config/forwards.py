@@ -1,0 +1,83 @@
+"""Forwarded ports as a user writes them on a command line.
+
+    protocol:[address:]port[:port]
+
+The first port is one of the host's, the second one of the guest's, by default the same. The address
+is one of the host's, an IPv6 address in brackets; `*` is all of them. Without an address only the
+host itself gets there, by 127.0.0.1: nobody else is let in who was not meant to be.
+"""
+
+from vmd.config.model import ForwardConfig
+from vmm_kvm.limits import PORT_MAX
+
+PROTOCOLS = ("tcp", "udp")
+LOOPBACK = "127.0.0.1"
+ANY = "*"
+
+
+class ForwardError(ValueError):
+    """A forward that cannot be understood; the message is one line."""
+
+
+def parse_forward(text: str) -> ForwardConfig:
+    """Read a forward.
+
+    Raises:
+        ForwardError: it is none.
+    """
+    protocol, _, rest = text.partition(":")
+    if protocol not in PROTOCOLS:
+        raise _invalid(text)
+    address, ports = _address(rest, text)
+    host, colon, guest = ports.partition(":")
+    port = _port(host, text)
+    return ForwardConfig(protocol, port, _port(guest, text) if colon else port, address)
+
+
+def check_address(text: str) -> None:
+    """Refuse what is no address, of either family.
+
+    Raises:
+        ForwardError: it is none.
+    """
+    if not (_is_address(text, is_six=False) or _is_address(text, is_six=True)):
+        raise ForwardError(f"invalid address to forward from: {text}")
+
+
+def _address(rest: str, text: str) -> tuple[str, str]:
+    """Return the address, empty for all, and what follows."""
+    if rest.startswith("["):
+        address, bracket, ports = rest[1:].partition("]:")
+        if not bracket or not _is_address(address, is_six=True):
+            raise _invalid(text)
+        return address, ports
+    word, colon, ports = rest.partition(":")
+    if colon and word == ANY:
+        return "", ports
+    if colon and "." in word:
+        if not _is_address(word, is_six=False):
+            raise _invalid(text)
+        return word, ports
+    return LOOPBACK, rest
+
+
+def _is_address(text: str, *, is_six: bool) -> bool:
+    import socket  # noqa: PLC0415 - few files have an address
+
+    try:
+        socket.inet_pton(socket.AF_INET6 if is_six else socket.AF_INET, text)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _port(text: str, whole: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > len(str(PORT_MAX)):
+        raise _invalid(whole)
+    if not 1 <= int(text) <= PORT_MAX:
+        raise ForwardError(f"invalid forward: {whole}: port {text} is not 1 to {PORT_MAX}")
+    return int(text)
+
+
+def _invalid(text: str) -> ForwardError:
+    return ForwardError(f"invalid forward: {text}: not tcp|udp:[address:]port[:port]")
