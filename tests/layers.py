@@ -329,6 +329,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.children",
     ),
     "vmd.__main__": (
+        "vmm_kvm.text",
         "vmm_kvm.standard_streams",
         "vmm_kvm.version",
         "vmd.config",

@@ -4,6 +4,7 @@ import sys
 
 from vmd.options import USAGE, Options, UsageError, parse_options
 from vmm_kvm.standard_streams import run_program
+from vmm_kvm.text import printable
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def _run() -> int:
     try:
         return run(options)
     except StartError as err:
-        sys.exit(f"vmd: {err}")
+        sys.exit(f"vmd: {printable(str(err))}")
 
 
 def _check(options: Options) -> int:
@@ -44,7 +45,7 @@ def _check(options: Options) -> int:
     for text in options.macros:
         macro = parse_macro(text)
         if macro is None:
-            sys.stderr.write(f"vmd: could not parse macro definition {text}\n")
+            sys.stderr.write(f"vmd: could not parse macro definition {printable(text)}\n")
         else:
             macros[macro[0]] = macro[1]
     default = user_config(os.environ) if options.is_user else SYSTEM_CONFIG

@@ -33,6 +33,8 @@ from vmm_kvm.boot.nvram import open_copy
 from vmm_kvm.boot.source import Stamp
 from vmm_kvm.errors import BootError, ImageError
 
+VARIABLES_PER_USER = 64
+"""Files of UEFI variables, some 540 KiB each, that are kept for the VMs of an ordinary user."""
 _SERVER_TIMEOUT_S = 1.0
 
 
@@ -109,6 +111,7 @@ class _Opener:
     def __init__(self, vm: Vm, host: Host, stack: ExitStack) -> None:
         self._vm = vm
         self._state = host.state
+        self._users = host.users
         self._stack = stack
         self.fds: list[int] = []
 
@@ -190,8 +193,10 @@ class _Opener:
         """
         if self._state is None:
             raise ResourceError(ErrorCode.EIO, "no directory for UEFI variables: HOME is not set")
-        path = f"{self._state}/{self._vm.name}-{self._vm.config.owner.uid or 0}.nvram"
+        ending = f"-{self._vm.config.owner.uid or 0}.nvram"
+        path = f"{self._state}/{self._vm.name}{ending}"
         if not os.path.lexists(path):
+            self._check_room(ending)
             self._vm.new_file = path
         try:
             index = self.keep(open_copy(path, self.fds[template]))
@@ -201,6 +206,24 @@ class _Opener:
         except (ImageError, BootError) as err:
             raise ResourceError(ErrorCode.EIO, f"UEFI variables: {err}") from err
         return index
+
+    def _check_room(self, ending: str) -> None:
+        """Raise ResourceError if an ordinary user has as many files of variables as one may have.
+
+        They outlive the VMs, which come back under their names; `ending` is that of their names.
+        """
+        if self._vm.requester in self._users.administrators:
+            return
+        try:
+            kept = sum(name.endswith(ending) for name in os.listdir(self._state))  # noqa: PTH208 - names alone
+        except FileNotFoundError:  # this is the first
+            return
+        except OSError as err:
+            text = f"UEFI variables {self._state}: {err.strerror}"
+            raise ResourceError(ErrorCode.EIO, text) from err
+        if kept >= VARIABLES_PER_USER:
+            text = f"limit of {VARIABLES_PER_USER} VMs of one user whose UEFI variables are kept"
+            raise ResourceError(ErrorCode.EPERM, text)
 
     def _open(self, use: FileUse, path: str) -> tuple[int, str]:
         """Open a file of the configuration's; returns its index and its stamp."""

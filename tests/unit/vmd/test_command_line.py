@@ -34,3 +34,16 @@ def test_misuse() -> None:
     for arguments in (["--frobnicate"], ["operand"], ["-f"]):
         status, output, errors = vmd(*arguments)
         assert (status, output, errors.startswith("usage: vmd [-dnv]")) == (1, "", True)
+
+
+def test_what_is_shown_is_one_line() -> None:
+    """Names of files and words that come back in errors move no cursor, and make no line."""
+    odd, shown = "a\x1b[31m\nb", "a\\x1b[31m\\x0ab"
+    status, _, errors = vmd("-n", "-D", odd, "-f", f"/{odd}")
+    first, second, *rest = errors.splitlines()
+    assert first == f"vmd: could not parse macro definition {shown}"
+    assert second == f"vmd: failed to open /{shown}: No such file or directory"
+    assert (status, [line for line in rest if shown in line]) == (1, [])
+    status, _, errors = vmd("-d", "--user", "-f", "/dev/null", "--socket", f"/nowhere/{odd}")
+    assert status == 1
+    assert errors.splitlines()[-1].startswith(f"vmd: /nowhere/{shown}: ")

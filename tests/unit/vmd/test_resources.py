@@ -13,7 +13,7 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, Owner, VmConfig
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface
-from vmd.parent.resources import Host, open_resources
+from vmd.parent.resources import VARIABLES_PER_USER, Host, open_resources
 from vmd.rules.policy import Users
 from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import VmState
@@ -21,6 +21,8 @@ from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty
 from vmd.wire.internal import MadeTap, TapSpec, VmSpec
 from vmd.wire.messages import ErrorCode
+from vmm_kvm.boot.firmware import find_firmware
+from vmm_kvm.errors import BootError
 from vmm_kvm.images.create import create_qcow2, create_raw
 
 SIZE = 1 << 20
@@ -37,9 +39,16 @@ class Rig:
         self.host = Host(users, KernelStore(), str(path))
         self.fds: list[int] = []
 
-    def open(self, config: VmConfig, *networks: Interface, boot: Passed | None = None) -> VmSpec:
-        """Open what a VM needs; the descriptors are in `fds`."""
-        vm = Vm(config._replace(owner=Owner(0)), VmState(1), os.geteuid())
+    def open(
+        self,
+        config: VmConfig,
+        *networks: Interface,
+        boot: Passed | None = None,
+        requester: int | None = None,
+    ) -> VmSpec:
+        """Open what a VM needs, by default one of this user's; the descriptors are in `fds`."""
+        uid = os.geteuid() if requester is None else requester
+        vm = Vm(config._replace(owner=Owner(requester or 0)), VmState(1), uid)
         vm.passed = boot
         null = os.open(os.devnull, os.O_RDWR)
         try:
@@ -56,10 +65,10 @@ class Rig:
         option = DiskOption(kind, str(path))._replace(**fields)  # type: ignore[arg-type] # flags
         return self.open(VmConfig("one", boot=str(self.kernel), disks=(option,)))
 
-    def error(self, config: VmConfig) -> tuple[ErrorCode, str]:
+    def error(self, config: VmConfig, requester: int | None = None) -> tuple[ErrorCode, str]:
         """Return why a VM cannot have what it needs; nothing stays open."""
         with pytest.raises(ResourceError) as caught:
-            self.open(config)
+            self.open(config, requester=requester)
         return caught.value.code, str(caught.value)
 
     def path_of(self, index: int) -> str:
@@ -96,6 +105,27 @@ def test_a_kernel_and_ram_disks(rig: Rig) -> None:
     os.close(fd)
     assert rig.path_of(spec.boot) == str(initrd)
     assert (spec.initrd, spec.append, spec.boot_path) == ((), "loud", "passed")
+
+
+def test_a_user_keeps_so_many_variables(rig: Rig) -> None:
+    """Files of UEFI variables outlive their VMs: a user has a limit, other users their own."""
+    try:
+        find_firmware("uefi")
+    except BootError as err:
+        pytest.skip(str(err))
+    config, user = VmConfig("one", firmware="uefi"), 12345
+    rig.open(config, requester=user)
+    rig.close()
+    kept = f"one-{user}.nvram"
+    assert [path.name for path in rig.path.glob("*.nvram")] == [kept]
+    for number in range(VARIABLES_PER_USER - 1):
+        (rig.path / f"vm{number}-{user}.nvram").touch()
+    refused = rig.error(config._replace(name="two"), user)
+    text = f"limit of {VARIABLES_PER_USER} VMs of one user whose UEFI variables are kept"
+    assert refused == (ErrorCode.EPERM, text)
+    rig.open(config, requester=user)
+    rig.open(config._replace(name="two"), requester=user + 1)
+    rig.open(config._replace(name="three"))
 
 
 @pytest.mark.parametrize("kind", [DiskKind.PROBE, DiskKind.RAW])
