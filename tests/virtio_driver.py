@@ -42,8 +42,8 @@ class PlainMemory:
 class DriverQueue:
     """A virtqueue as its driver sees it; descriptors are given out in turn and never freed."""
 
-    def __init__(self, memory: PlainMemory, size: int = 8, base: int = 0x1000) -> None:
-        self.memory = memory.bytes
+    def __init__(self, memory: PlainMemory | memoryview, size: int = 8, base: int = 0x1000) -> None:
+        self.memory = memory if isinstance(memory, memoryview) else memory.bytes
         self.ring = Ring(size, base, base + 16 * size, base + 16 * size + 4 * size + 64 & ~3)
         self.next_descriptor = 0
         self.added = 0

@@ -105,22 +105,11 @@ class FakeHost:
         self.delivered.release()
 
 
-class PciDriver:
-    """A machine's buses with a virtio function in slot 1, and a driver that reaches it by them."""
+class BusDriver:
+    """A driver of the virtio function in a slot, which it reaches by the buses of its machine."""
 
-    SLOT = 1
-
-    def __init__(self, dataplane: Dataplane, class_code: int = 0xFF00) -> None:
-        self.pio, self.mmio = Bus(0x10000), Bus(MMIO_SIZE)
-        self.pci = PciHost(self.pio, self.mmio, on_reset=lambda: None)
-        self.pio.insert(layout.PORT_PCI_CONFIG, 8, self.pci)
-        self.host = FakeHost()
-        self.intx = PinLine()
-        self.device = VirtioPci(
-            dataplane, self.host, self.intx, class_code=class_code, name="device"
-        )
-        assert self.pci.add(self.device.function) == self.SLOT
-        self.pci.assign_bars()
+    def __init__(self, pio: Bus, mmio: Bus, slot: int) -> None:
+        self.pio, self.mmio, self.slot = pio, mmio, slot
         self.structures = self._find_structures()
         self.notify_multiplier = self.config_read(self.notify_capabilities[0] + 16)
 
@@ -128,12 +117,12 @@ class PciDriver:
 
     def config_read(self, register: int, size: int = 4) -> int:
         """Read configuration space."""
-        self.pio.write(layout.PORT_PCI_CONFIG, 4, 1 << 31 | self.SLOT << 11 | register & 0xFC)
+        self.pio.write(layout.PORT_PCI_CONFIG, 4, 1 << 31 | self.slot << 11 | register & 0xFC)
         return self.pio.read(layout.PORT_PCI_CONFIG + 4 + (register & 3), size)
 
     def config_write(self, register: int, value: int, size: int = 4) -> None:
         """Write configuration space."""
-        self.pio.write(layout.PORT_PCI_CONFIG, 4, 1 << 31 | self.SLOT << 11 | register & 0xFC)
+        self.pio.write(layout.PORT_PCI_CONFIG, 4, 1 << 31 | self.slot << 11 | register & 0xFC)
         self.pio.write(layout.PORT_PCI_CONFIG + 4 + (register & 3), size, value)
 
     def bar(self, index: int) -> int:
@@ -267,6 +256,25 @@ class PciDriver:
         self.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, index)
         offset = self.read(abi.VIRTIO_PCI_COMMON_Q_NOFF, 2)
         return self.structures[abi.VIRTIO_PCI_CAP_NOTIFY_CFG] + offset * self.notify_multiplier
+
+
+class PciDriver(BusDriver):
+    """The same, with buses of its own that have the function in slot 1, and nothing else."""
+
+    SLOT = 1
+
+    def __init__(self, dataplane: Dataplane, class_code: int = 0xFF00) -> None:
+        pio, mmio = Bus(0x10000), Bus(MMIO_SIZE)
+        self.pci = PciHost(pio, mmio, on_reset=lambda: None)
+        pio.insert(layout.PORT_PCI_CONFIG, 8, self.pci)
+        self.host = FakeHost()
+        self.intx = PinLine()
+        self.device = VirtioPci(
+            dataplane, self.host, self.intx, class_code=class_code, name="device"
+        )
+        assert self.pci.add(self.device.function) == self.SLOT
+        self.pci.assign_bars()
+        super().__init__(pio, mmio, self.SLOT)
 
     def notify(self, index: int) -> None:
         """Notify as the machine's kernel would: by the eventfd where one is bound."""

@@ -169,6 +169,11 @@ class Bus:
             self._claims[address] = claim
             return claim
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the claimed ranges, ascending: base, and the first address behind."""
+        with self._lock:
+            return [(base, end) for base, end, _ in self._ranges]
+
     @contextmanager
     def watched(self, table: Clearable) -> Iterator[None]:
         """Empty `table`, of what was learnt from `find`, whenever a range changes in this block."""

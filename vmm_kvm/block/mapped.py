@@ -27,7 +27,7 @@ class MappedImage:
     opened for reading only, and may be shared with other readers.
     """
 
-    __slots__ = ("_fd", "_is_private", "hva", "name", "size", "view")
+    __slots__ = ("_fd", "hva", "is_private", "name", "size", "view")
 
     def __init__(self, path: str, *, is_private: bool = False, fd: int | None = None) -> None:
         """Open and map `path`, locked as every image is.
@@ -39,7 +39,8 @@ class MappedImage:
             ImageError: it is missing, in use, no regular file, empty, or no multiple of 2 MiB.
         """
         self.name = path
-        self._is_private = is_private
+        self.is_private = is_private
+        """Whether what is written stays in memory."""
         self._fd = _open(path, is_private=is_private) if fd is None else fd
         try:
             self.size = self._checked_size()
@@ -77,7 +78,7 @@ class MappedImage:
         Raises:
             OSError: the kernel could not write it.
         """
-        if not self._is_private:
+        if not self.is_private:
             # For a shared mapping the kernel finds the pages that were written, also by a guest.
             os.fdatasync(self._fd)
 

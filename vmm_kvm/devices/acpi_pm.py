@@ -205,8 +205,10 @@ class AcpiPm:
             self._update()
 
     def save(self) -> AcpiPmState:
-        """Return a snapshot; any thread."""
+        """Return a snapshot, of what happened up to now; any thread."""
         with self.lock:
+            self._collect()
+            self._update()
             return AcpiPmState(
                 status=self._status,
                 enable=self._enable,

@@ -445,8 +445,10 @@ class Mc146818:
             self._update()
 
     def save(self) -> Mc146818State:
-        """Return a snapshot; any thread."""
+        """Return a snapshot, of what happened up to now; any thread."""
         with self.lock:
+            self._collect()
+            self._update()
             return Mc146818State(
                 selected=self._index,
                 memory=bytes(self._memory),

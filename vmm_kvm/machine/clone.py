@@ -58,6 +58,10 @@ def check(machine: Machine) -> None:
         match spec.kind:
             case "net":
                 raise SpecError(f"{spec.name}: a clone needs an interface of its own")
+            case "pmem" if spec.image.is_private:
+                pass
+            case "blk" if spec.image.is_read_only:
+                pass
             case "blk" | "remote-blk" | "pmem":
                 raise SpecError(f"{spec.name}: a clone needs a disk of its own")
             case _:

@@ -198,6 +198,7 @@ class Vhost:
             GuestError: a ring is impossible.
             StateError: the kernel refuses what was negotiated.
         """
+        self.stop()
         for ring in rings.values():
             self._check(ring)
         try:

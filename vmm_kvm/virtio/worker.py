@@ -144,6 +144,7 @@ class Worker:
         Raises:
             GuestError: a ring is impossible.
         """
+        self.stop()
         self._features = features
         self._queues = {
             index: Virtqueue(

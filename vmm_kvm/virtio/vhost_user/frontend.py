@@ -321,6 +321,7 @@ class VhostUser:
             GuestError: a ring is impossible.
             StateError: the server does not take what was negotiated.
         """
+        self.stop()
         for ring in rings.values():
             self._check(ring)
         with self._lock:
