@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait doctor events help image run top; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait doctor events help image run top metrics; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in doctor events help image run top; do
+		for verb in doctor events help image run top metrics; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait doctor events help image run top --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait doctor events help image run top metrics --help --version -v
 		return
 	fi
 	case $verb in
@@ -105,7 +105,7 @@ _vmctl() {
 		;;
 	'help '*)
 		options=()
-		operands=('console' 'create' 'doctor' 'events' 'help' 'image' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'unpause' 'wait')
+		operands=('console' 'create' 'doctor' 'events' 'help' 'image' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)
@@ -297,6 +297,10 @@ _vmctl() {
 		;;
 	'top '*)
 		options=(-d -n --json)
+		operands=()
+		;;
+	'metrics '*)
+		options=()
 		operands=()
 		;;
 	'unpause '*)

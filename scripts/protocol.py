@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from vmd.config.model import BootDevice  # noqa: E402 - same
 from vmd.wire import messages  # noqa: E402 - found by the line above
+from vmd.wire import parts as counters  # noqa: E402 - likewise
 from vmd.wire.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
@@ -55,7 +56,9 @@ in C.
 
 def page() -> str:
     """Return the whole page."""
-    documentation = _attribute_documentation(Path(messages.__file__).read_text())
+    documentation: dict[tuple[str, str], str] = {}
+    for module in (messages, counters):
+        documentation |= _attribute_documentation(Path(module.__file__).read_text())
     parts = [
         _INTRODUCTION.format(version=messages.PROTOCOL_VERSION, size=MESSAGE_MAX >> 10, fds=FDS_MAX)
     ]
@@ -73,7 +76,7 @@ def page() -> str:
             messages.InterfaceInfo,
             messages.ForwardInfo,
         ),
-        *(messages.Statistics, messages.LogLine),
+        *(counters.Statistics, counters.Moved, counters.Exits, messages.LogLine),
     )
     parts += [_message(each, documentation) for each in structs]
     parts.append("## Words\n")

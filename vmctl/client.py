@@ -28,9 +28,13 @@ _UNEXPECTED = "unexpected response received from vmd"
 _INT_MAX = (1 << 63) - 1
 _TIME_MAX = 1e11
 _NUMBER = (int, float)
-_STATISTICS = dict.fromkeys(
-    ("cpu_ns", "disk_read", "disk_written", "net_received", "net_sent"), int
-)
+_MOVED = dict.fromkeys(("index", "to_guest", "from_guest"), int)
+_STATISTICS: Mapping[str, Shape] = {
+    **dict.fromkeys(("cpu_ns", "disk_read", "disk_written", "net_received", "net_sent"), int),
+    "disks": [_MOVED],
+    "streams": [_MOVED],
+    "exits": [{"reason": str, "count": int}],
+}
 _INTERFACE: Mapping[str, Shape] = {
     **dict.fromkeys(("lladdr", "tap", "switch", "group"), str),
     **dict.fromkeys(("is_local", "is_locked", "is_up"), bool),
@@ -67,6 +71,12 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "console-opened": {"id": int, "tty": str, "position": int, "history": int},
     "vms": {"vms": [_VM], "has_more": bool},
     "lines": {"lines": [{"at": _NUMBER, "text": str}], "position": int},
+    "totals": {
+        **dict.fromkeys(("starts", "failed_starts"), int),
+        "start_seconds": _NUMBER,
+        "start_bounds": [_NUMBER],
+        "start_counts": [int],
+    },
     "event": {"kind": str, "id": int, "name": str, "at": _NUMBER, "message": str},
 }
 """What the commands rely on in each answer, by its type; a list of one shape is a list of such."""

@@ -391,6 +391,16 @@ _TABLE = (
         *(0, 0),
         is_openbsd=False,
     ),
+    Verb(
+        "metrics",
+        "",
+        "Print what VMs use, as text for OpenMetrics.",
+        "metrics",
+        "metrics",
+        least=0,
+        most=0,
+        is_openbsd=False,
+    ),
     Verb("unpause", "id", "Let a paused VM go on.", "control", "unpause", completes=(VM,)),
     Verb(
         "wait",

@@ -50,7 +50,7 @@ def _title() -> str:
 def _vm_says(number: int) -> Callable[[socket.socket, random.Random], None]:
     """Return what the process of the VM with this number does to its channel."""
     from vmd.wire import internal  # noqa: PLC0415 - in the daemon only
-    from vmd.wire.messages import Statistics  # noqa: PLC0415 - likewise
+    from vmd.wire.parts import Statistics  # noqa: PLC0415 - likewise
 
     wire = internal.VM_AND_VMM
     statistics = internal.VmStatistics(statistics=Statistics(), memory_used=0)

@@ -27,7 +27,8 @@ from vmd.wire.channel import (
     MalformedError,
 )
 from vmd.wire.encoding import Wire
-from vmd.wire.messages import Done, ErrorCode, Event, EventKind, Start, Statistics
+from vmd.wire.messages import Done, ErrorCode, Event, EventKind, Start
+from vmd.wire.parts import Statistics
 
 PACKETS_MAX = 8
 PACKET_MAX = 4096

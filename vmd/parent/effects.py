@@ -15,6 +15,7 @@ from vmd.parent.errors import ResourceError
 from vmd.parent.exits import exit_event
 from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
+from vmd.parent.starts import Starts
 from vmd.parent.status import Inquiries, TimedLoop
 from vmd.rules import vm_state
 from vmd.rules.actions import (
@@ -171,6 +172,8 @@ class Effects:
         self._ttys: dict[int, str] = {}  # of those
         self._deadlines: dict[int, Timer] = {}  # of those that are to stop
         self._inquiries = Inquiries(loop, lambda vm_id: self.tell_vm(vm_id, AskStatistics()))
+        self.starts = Starts(loop.monotonic_ns)
+        """How many VMs were started, and how fast."""
         self._on_idle: Callable[[], None] | None = None
 
     @property
@@ -232,6 +235,7 @@ class Effects:
     def _perform(self, vm: Vm, effect: Effect) -> None:
         match effect:
             case vm_state.Launch():
+                self.starts.begin(vm.id)
                 # What comes of it is for a registry that has finished this step.
                 self._loop.call_soon(lambda: self._launch(vm))
             case vm_state.Release(keeps_tty=keeps_tty):
@@ -325,10 +329,12 @@ class Effects:
         """Tell whether a VM is not to start any more; if so, the registry is told."""
         if vm.state.phase is vm_state.Phase.STARTING:
             return False
+        self.starts.end(vm.id)
         self._happened(vm.id, vm_state.LaunchFailed(ErrorCode.EINTR, "it was stopped"))
         return True
 
     def _launch_failed(self, vm: Vm, code: ErrorCode, message: str) -> None:
+        self.starts.end(vm.id)
         _remove_new(vm)
         self._happened(vm.id, vm_state.LaunchFailed(code, message))
 
@@ -344,6 +350,7 @@ class Effects:
                 self._happened(vm_id, vm_state.Launched(pid, self._ttys[vm_id]))
             case VmLaunchFailed(id=vm_id, code=code, message=text):
                 self._launched.discard(vm_id)
+                self.starts.end(vm_id)
                 if vm := self._registry.find(vm_id, ""):
                     _remove_new(vm)
                 self._happened(vm_id, vm_state.LaunchFailed(code, text))
@@ -361,6 +368,7 @@ class Effects:
             self._happened(vm_id, vm_state.Exited(None, message="the vmm process has ended"))
 
     def _forget_process(self, vm_id: int) -> None:
+        self.starts.end(vm_id)
         self._launched.discard(vm_id)
         self._inquiries.forget(vm_id)
         timer = self._deadlines.pop(vm_id, None)
@@ -375,6 +383,7 @@ class Effects:
                     is_kept = self._kernels.keep(vm_id, kernel)
                     log.debug("vm %d: unpacked kernel %s", vm_id, "kept" if is_kept else "refused")
             case VmStarted():
+                self.starts.succeed(vm_id)
                 self._kernels.expect_no_more(vm_id)
                 self._happened(vm_id, vm_state.Running())
                 vm = self._registry.find(vm_id, "")

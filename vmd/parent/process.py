@@ -39,6 +39,7 @@ from vmd.wire.messages import (
     LINE_MAX,
     LINES_MAX,
     AnyAnswer,
+    Counts,
     Done,
     ErrorCode,
     Failed,
@@ -210,6 +211,9 @@ class Parent:
                     errors = config
             case Reload():
                 errors = self.configure()
+            case Counts():
+                self._clients.answer(ticket.client, self._effects.starts.totals(ticket.serial))
+                return
             case Reset(mode=ResetMode.SWITCHES):
                 self._networks.forget_switches()
             case Reset(mode=mode):

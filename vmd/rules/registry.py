@@ -31,6 +31,7 @@ from vmd.rules.vm import Passed, Vm, config_of, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
     Console,
+    Counts,
     Done,
     EndInfo,
     ErrorCode,
@@ -144,7 +145,7 @@ class Registry:
 
     def _dispatch(self, ticket: Ticket, uid: int, request: ParentRequest) -> list[Action]:
         match request:
-            case Load() | Reload() | Reset() | Log():
+            case Counts() | Load() | Reload() | Reset() | Log():
                 return [Operate(ticket, request)]
             case Hold():
                 self._holders.add(ticket.client)

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import assert_never
 
@@ -50,7 +50,8 @@ from vmd.wire.internal import (
     VmUnpacked,
     VmUnpaused,
 )
-from vmd.wire.messages import ErrorCode, Statistics
+from vmd.wire.messages import ErrorCode
+from vmd.wire.parts import Exits, Moved, Statistics
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.image import probe_image, read_firmware
@@ -146,7 +147,11 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         stack.callback(console.close)
         try:
             machine = _machine_spec(spec, fds, connections, channel, stack)
-            disks = [Counters(each.counters) for each in connections.disks if each]
+            disks = {
+                index: Counters(each.counters)
+                for index, each in enumerate(connections.disks)
+                if each
+            }
             process = VmProcess(loop, channel, console, vmm, machine, disks=disks)
         except (VmmError, OSError) as err:
             log.warning("%s", err)
@@ -325,7 +330,7 @@ class VmProcess:
         vmm: Vmm,
         spec: MachineSpec,
         *,
-        disks: Sequence[Counters],
+        disks: Mapping[int, Counters],
     ) -> None:
         """Build the machine; everything else stays the caller's.
 
@@ -336,7 +341,9 @@ class VmProcess:
         self._channel = channel
         self._disks = disks
         paths = (net.path for net in nets_of(spec.devices))
-        self._streams = [path.traffic for path in paths if isinstance(path, StreamPath)]
+        self._streams = {
+            index: path.traffic for index, path in enumerate(paths) if isinstance(path, StreamPath)
+        }
         self._outcome: Outcome | None = None
         self._is_paused = False
         self._machine = Machine(
@@ -413,13 +420,27 @@ class VmProcess:
         _tell(self._channel, VmUnpaused())
 
     def _statistics(self) -> VmStatistics:
+        disks = tuple(
+            Moved(index=index, to_guest=disk.read, from_guest=disk.written)
+            for index, disk in self._disks.items()
+        )
+        streams = tuple(
+            Moved(index=index, to_guest=stream.received, from_guest=stream.sent)
+            for index, stream in self._streams.items()
+        )
         return VmStatistics(
             statistics=Statistics(
                 cpu_ns=time.process_time_ns(),
-                disk_read=sum(disk.read for disk in self._disks),
-                disk_written=sum(disk.written for disk in self._disks),
-                net_received=sum(stream.received for stream in self._streams),
-                net_sent=sum(stream.sent for stream in self._streams),
+                disk_read=sum(disk.to_guest for disk in disks),
+                disk_written=sum(disk.from_guest for disk in disks),
+                net_received=sum(stream.to_guest for stream in streams),
+                net_sent=sum(stream.from_guest for stream in streams),
+                disks=disks,
+                streams=streams,
+                exits=tuple(
+                    Exits(reason=reason, count=count)
+                    for reason, count in self._machine.exit_counts().items()
+                ),
             ),
             memory_used=self._machine.info().used_size,
         )

@@ -6,7 +6,8 @@ import msgspec
 
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.internal import TEXT_MAX, Internal, SetVerbosity
-from vmd.wire.messages import Part, VmInfo
+from vmd.wire.messages import VmInfo
+from vmd.wire.parts import Part
 
 
 class VmRow(Part, frozen=True, kw_only=True):

@@ -21,7 +21,8 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice, InterfaceConfig, SwitchConfig
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest, Part, Statistics
+from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest
+from vmd.wire.parts import Part, Statistics
 from vmm_kvm.limits import MTU_DEFAULT
 
 TEXT_MAX = 16384

@@ -20,6 +20,7 @@ import msgspec
 
 from vmd.config.model import FORWARDS_MAX, BootDevice
 from vmd.wire.encoding import Wire, WireEncoding
+from vmd.wire.parts import Part, Statistics
 from vmm_kvm.limits import MTU_DEFAULT, PORT_MAX
 
 PROTOCOL_VERSION = 1
@@ -141,12 +142,6 @@ class EventKind(StrEnum):
     STOPPED = "stopped"
     FAILED = "failed"
     REMOVED = "removed"
-
-
-class Part(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
-):
-    """A part of a message."""
 
 
 def _tag(name: str) -> str:
@@ -301,6 +296,10 @@ class History(VmRequest, frozen=True, kw_only=True):
     """Lines that the client has already."""
 
 
+class Counts(Request, frozen=True, kw_only=True):
+    """Tell what the daemon has done since it began; answered by `totals`."""
+
+
 class Events(Request, frozen=True, kw_only=True):
     """Tell of every event from now on: `event`s, after `done`; once for each connection."""
 
@@ -336,6 +335,7 @@ ParentRequest = (
     | Unpause
     | Console
     | Status
+    | Counts
     | History
     | Load
     | Reload
@@ -408,18 +408,6 @@ class ConsoleOpened(Answer, frozen=True, kw_only=True):
     """
     history: int = 0
     """How many bytes the stream sends that were shown before; what follows is new."""
-
-
-class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
-    """What a VM has used since its process began."""
-
-    cpu_ns: int = 0
-    """Processor time of all its processes, in nanoseconds."""
-    disk_read: int = 0
-    """Bytes."""
-    disk_written: int = 0
-    net_received: int = 0
-    net_sent: int = 0
 
 
 class ForwardInfo(
@@ -554,6 +542,20 @@ class Lines(Answer, frozen=True, kw_only=True):
     """How many lines there have been in all; those before `lines` are no more."""
 
 
+class Totals(Answer, frozen=True, kw_only=True):
+    """What the daemon has done since it began."""
+
+    starts: int
+    """VMs whose guests ran; a reboot is one more."""
+    failed_starts: int
+    start_seconds: float
+    """How long all of `starts` took together, from a VM's turn until its guest ran."""
+    start_bounds: tuple[float, ...]
+    """Upper bounds, in seconds, of classes of durations."""
+    start_counts: tuple[int, ...]
+    """How many starts are in each class; the last is of those above all bounds."""
+
+
 class Event(Answer, frozen=True, kw_only=True):
     """Something has happened to a VM."""
 
@@ -566,7 +568,7 @@ class Event(Answer, frozen=True, kw_only=True):
     """Why, in one line, where there is something to say."""
 
 
-AnyAnswer = Done | Failed | Started | Terminated | ConsoleOpened | Vms | Lines | Event
+AnyAnswer = Done | Failed | Started | Terminated | ConsoleOpened | Vms | Lines | Totals | Event
 
 ANSWER_MAX = 128 << 10
 """Bytes of one answer."""

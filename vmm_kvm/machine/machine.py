@@ -37,6 +37,7 @@ from vmm_kvm.devices.uart16550 import Uart16550
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
+from vmm_kvm.kvm.stats import ExitCounts
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
 from vmm_kvm.log import Log
@@ -122,6 +123,7 @@ class Machine:
         self._has_ended = False
         self._clock = clock
         self._output: SerialOutput | None = None
+        self._exit_counts: ExitCounts | None = None
         is_firmware = isinstance(spec.image, FirmwareImage)
         self._is_q35 = isinstance(spec.image, FirmwareImage) and spec.image.is_uefi
         hole_start = layout.UEFI_HOLE_START if self._is_q35 else layout.PCI_HOLE_START
@@ -317,6 +319,16 @@ class Machine:
     def info(self) -> VmInfo:
         """Return what vmm(4)'s `info` tells of the VM."""
         return primitives.info_of(self._vmm, self._vm_id)
+
+    def exit_counts(self) -> dict[str, int]:
+        """Return how often the guest was left, by reason; empty where KVM does not count it."""
+        if self._exit_counts is None:
+            vm = (self._vmm, self._vm_id)
+            self._exit_counts = ExitCounts(
+                primitives.kvm_vcpu(*vm, index).fd for index in range(self.spec.cpus)
+            )
+            self._stack.callback(self._exit_counts.close)
+        return self._exit_counts.read()
 
     def press_power_button(self) -> bool:
         """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI.

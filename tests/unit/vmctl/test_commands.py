@@ -38,7 +38,6 @@ from vmd.wire.messages import (
     Start,
     Started,
     State,
-    Statistics,
     Status,
     Stop,
     Terminated,
@@ -47,6 +46,7 @@ from vmd.wire.messages import (
     Vms,
     Wait,
 )
+from vmd.wire.parts import Statistics
 
 HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
 WEB = VmInfo(

@@ -34,6 +34,7 @@ from vmd.wire.messages import (
     AnyRequest,
     Console,
     ConsoleOpened,
+    Counts,
     Done,
     ErrorCode,
     Event,
@@ -44,13 +45,14 @@ from vmd.wire.messages import (
     Start,
     Started,
     State,
-    Statistics,
     Status,
     Terminated,
+    Totals,
     VmInfo,
     Vms,
     Wait,
 )
+from vmd.wire.parts import Statistics
 
 TIMEOUT_S = 60
 NAMES = tuple(f"build-runner-integration-{number:02}" for number in range(1, 13))
@@ -119,6 +121,15 @@ def answer(request: AnyRequest) -> Answers:
     match request:
         case Status():
             return [vms()]
+        case Counts():
+            totals = Totals(
+                starts=1,
+                failed_starts=0,
+                start_seconds=0.5,
+                start_bounds=(0.1, 1.0),
+                start_counts=(0, 1, 0),
+            )
+            return [totals]
         case Start():
             return [Started(id=7, pid=700, tty="/dev/pts/7")]
         case Wait():

@@ -26,13 +26,16 @@ from vmd.wire.messages import (
     Failed,
     ForwardInfo,
     InterfaceInfo,
+    Lines,
+    LogLine,
     Started,
     State,
-    Statistics,
     Terminated,
+    Totals,
     VmInfo,
     Vms,
 )
+from vmd.wire.parts import Statistics
 
 UNEXPECTED = "unexpected response received from vmd"
 VM = VmInfo(
@@ -57,13 +60,21 @@ ANSWERS: tuple[AnyAnswer, ...] = (
     Terminated(id=1),
     ConsoleOpened(id=1, tty="/dev/pts/1"),
     Vms(vms=(VM,)),
+    Lines(lines=(LogLine(at=1e9, text="started"),), position=1),
+    Totals(
+        starts=1,
+        failed_starts=0,
+        start_seconds=0.5,
+        start_bounds=(0.1, 1.0),
+        start_counts=(0, 1, 0),
+    ),
     Event(kind=EventKind.STARTED, id=1, name="web", at=1e9),
 )
 COMMANDS = (
     *("status", "show web", "stop web", "stop -fw web", "stop -a", "pause web", "unpause web"),
     *("start web", "wait web", "wait --timeout 9 web", "wait --for running web"),
     *("wait --for console=x web", "console web", "load /x", "reload", "reset", "log brief"),
-    *("events", "top -n 1 -d 0.1"),
+    *("events", "top -n 1 -d 0.1", "metrics"),
 )
 ODD = (
     b"garbage",
@@ -137,6 +148,7 @@ def wrong_ones(command: str) -> tuple[bytes, ...]:
         "status": "vms",
         "show": "vms",
         "top": "vms",
+        "metrics": "vms",
         "start": "started",
         "wait": "terminated",
         "console": "console-opened",

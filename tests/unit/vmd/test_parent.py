@@ -79,7 +79,6 @@ from vmd.wire.messages import (
     ResetMode,
     Start,
     Started,
-    Statistics,
     Status,
     Stop,
     Terminated,
@@ -87,6 +86,7 @@ from vmd.wire.messages import (
     Vms,
     Wait,
 )
+from vmd.wire.parts import Statistics
 from vmm_kvm.loop import EventLoop
 
 PID = 4711

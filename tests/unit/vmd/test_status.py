@@ -12,7 +12,8 @@ from vmd.rules.actions import List
 from vmd.rules.vm import Vm
 from vmd.rules.vm_state import Phase, Ticket, VmState
 from vmd.wire.internal import VmStatistics
-from vmd.wire.messages import AnyAnswer, InterfaceInfo, Statistics, Status, Vms
+from vmd.wire.messages import AnyAnswer, InterfaceInfo, Status, Vms
+from vmd.wire.parts import Statistics
 from vmm_kvm.loop import EventLoop
 
 INTERFACES = (

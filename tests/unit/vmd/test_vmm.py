@@ -53,7 +53,8 @@ from vmd.wire.internal import (
     VmStatistics,
     VmUnpaused,
 )
-from vmd.wire.messages import ErrorCode, Statistics
+from vmd.wire.messages import ErrorCode
+from vmd.wire.parts import Statistics
 from vmd.zygote import process as zygote
 from vmm_kvm.loop import EventLoop
 

@@ -1,0 +1,77 @@
+"""`vmctl metrics` of a daemon that runs, as Prometheus' own parser reads it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from tests.system.vmd.daemon import ROOT, Daemon, vm_block
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+Values = dict[tuple[str, str], dict[str, float]]
+"""By the sample's name and its VM's: values by the label that is left, if one is."""
+
+
+def scraped(vmd: Daemon) -> Values:
+    """Return what vmctl prints, read."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmctl", "metrics"],
+        cwd=ROOT,
+        env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    families: list[Metric] = list(
+        text_string_to_metric_families(done.stdout)  # type: ignore[no-untyped-call]
+    )
+    found: Values = {}
+    for sample in (sample for family in families for sample in family.samples):
+        rest = [value for name, value in sample.labels.items() if name not in {"name", "id"}]
+        values = found.setdefault((sample.name, sample.labels.get("name", "")), {})
+        values[" ".join(rest)] = sample.value
+    return found
+
+
+def test_what_is_scraped_is_what_clients_are_told(start_vmd: Start, tmp_path: Path) -> None:
+    """States, sizes, what a disk moved, exits that only grow, and how many starts there were."""
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"\xf4" * 510 + b"\x55\xaa" + bytes(1 << 20))  # its boot sector halts
+    config = vm_block("one", enabled=True) + vm_block("two")
+    config += f'vm "three" {{\ndisk "{disk}" format raw\nmemory 32M\ndisable\n}}\n'
+    with start_vmd(config) as vmd, vmd.client() as client:
+        client.wait_for_state("one", "running")
+        assert client.ask("start", name="three")["type"] == "started"
+        # A VM process that does not answer in time is shown without its counters.
+        while ("vmd_vm_cpu_seconds_total", "three") not in (first := scraped(vmd)):
+            time.sleep(0.1)
+        second = scraped(vmd)
+        for name in ("one", "two", "three"):
+            vm = client.vm(name)
+            state = str(vm["state"])
+            assert [key.endswith(f" {state}") for key in first["vmd_vm_info", name]] == [True]
+            assert first["vmd_vm_memory_limit_bytes", name] == {"": vm["memory"]}
+            assert (("vmd_vm_cpu_seconds_total", name) in first) == (vm["pid"] is not None)
+        for metric in ("vmd_vm_exits_total", "vmd_vm_cpu_seconds_total"):
+            one = first[metric, "one"]
+            assert all(second[metric, "one"][key] >= value for key, value in one.items())
+        assert sum(first["vmd_vm_exits_total", "one"].values()) > 0
+        assert list(first["vmd_vm_disk_read_bytes_total", "three"]) == ["0"]
+        assert first["vmd_starts_total", ""] == {"": 2}
+        assert first["vmd_start_duration_seconds_count", ""] == {"": 2}
+        assert first["vmd_failed_starts_total", ""] == {"": 0}
+        disk.unlink()
+        client.ask("stop", name="three", force=True, wait=True)
+        assert client.ask("start", name="three")["type"] == "failed"
+        assert scraped(vmd)["vmd_failed_starts_total", ""] == {"": 1}
