@@ -211,6 +211,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.limits",
         "vmm_kvm.libc",
         "vmm_kvm.listening",
+        "vmm_kvm.memfd",
         "vmm_kvm.loop",
         "vmm_kvm.block",
         "vmm_kvm.boot",

@@ -36,7 +36,7 @@ _STATISTICS: Mapping[str, Shape] = {
     "exits": [{"reason": str, "count": int}],
 }
 _INTERFACE: Mapping[str, Shape] = {
-    **dict.fromkeys(("lladdr", "tap", "switch", "group"), str),
+    **dict.fromkeys(("lladdr", "tap", "switch", "group", "problem"), str),
     **dict.fromkeys(("is_local", "is_locked", "is_up"), bool),
     **dict.fromkeys(("mtu", "queues", "received", "received_packets"), int),
     **dict.fromkeys(("sent", "sent_packets", "dropped"), int),

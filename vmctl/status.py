@@ -165,8 +165,11 @@ def interface_lines(index: int, interface: Fields) -> list[str]:
         words.append(f"queues {interface['queues']}")
     words += [f"mtu {interface['mtu']}", "up" if interface["is_up"] else "down"]
     lines = [" ".join(words)]
-    for host, guest in zip(interface["host_addresses"], interface["guest_addresses"], strict=False):
-        lines.append(f"\thost {host} guest {guest}")
+    if interface["problem"]:
+        lines.append(f"\tproblem: {interface['problem']}")
+    hosts, guests = interface["host_addresses"], interface["guest_addresses"]
+    lines += [f"\thost {host} guest {guest}" for host, guest in zip(hosts, guests, strict=False)]
+    lines += [f"\tguest {guest}" for guest in guests[len(hosts) :]]
     for forward in interface["forwards"]:
         found = (forward[name] for name in ("protocol", "address", "port"))
         lines.append(

@@ -411,9 +411,12 @@ class Effects:
 
 
 def _log_event(event: Event) -> None:
-    """Log how a VM ended, or why it was started anew."""
+    """Log how a VM ended, why it was started anew, or what of it does not work."""
     text = f"{event.kind}: {event.message}" if event.message else event.kind
-    if event.kind is EventKind.FAILED or (event.kind is EventKind.REBOOTED and event.message):
+    if event.kind is EventKind.INTERFACE:
+        text = event.message
+    is_bad = event.kind in {EventKind.FAILED, EventKind.INTERFACE}
+    if is_bad or (event.kind is EventKind.REBOOTED and event.message):
         log.warning("vm/%s: %s", event.name, text)
     elif event.kind is EventKind.STOPPED:
         log.info("vm/%s: %s", event.name, text)

@@ -39,6 +39,10 @@ class Interface(NamedTuple):
     """The guest finds its cable plugged in."""
 
 
+Trouble = Callable[[int, int, str], None]
+"""What is called when something of an interface does not work: a VM's id, the interface's place
+among the VM's, and what and why."""
+
 Then = Callable[[tuple[Interface, ...] | ResourceError], None]
 """What is called, once, when a VM's interfaces are there, or cannot be."""
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vmd.config.model import Config
 from vmd.confine.confinements import Kind
-from vmd.parent.interfaces import Links, Then
+from vmd.parent.interfaces import Links, Then, Trouble
 from vmd.parent.peer import AnyPeer
 from vmd.rules.vm import Vm
 from vmd.wire.messages import InterfaceInfo
@@ -27,6 +27,9 @@ class Networks(Protocol):
 
     def reaped(self, pid: int) -> None:
         """Note that a child of this process, maybe one of `pids`, has been reaped."""
+
+    def watch(self, trouble: Trouble) -> None:
+        """Have `trouble` called from now on; what changes for guests is told by `refresh`."""
 
     def configure(self, config: Config) -> None:
         """Make the host's network what a vm.conf says; VMs that run keep their addresses."""

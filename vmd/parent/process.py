@@ -104,6 +104,7 @@ class Parent:
             operate=self._operate,
         )
         self._effects = Effects(loop, self._registry, means)
+        networks.watch(self._has_trouble)
         questions = Questions(self._ask_rows, lambda: start(Kind.AGENTX))
         self._snmp_agent = SnmpAgent(loop, questions)
         self.peers: Mapping[Kind, AnyPeer] = {
@@ -165,10 +166,18 @@ class Parent:
 
     def _register(self, config: Config) -> None:
         actions = self._registry.load(config.vms, self._settings.uid)
+        self._refresh_links()
+        self._effects.run(actions)
+
+    def _refresh_links(self) -> None:
+        """Plug cables in and out as they are to be now."""
         for vm_id, links in self._networks.refresh().items():
             if vm_id in self._effects.running:
                 self._effects.tell_vm(vm_id, SetLinks(are_up=links))
-        self._effects.run(actions)
+
+    def _has_trouble(self, vm_id: int, index: int, text: str) -> None:
+        self._effects.run(self._registry.trouble(vm_id, f"interface {index}: {text}"))
+        self._refresh_links()
 
     def set_verbosity(self, level: int) -> None:
         """Log more or less, in every process."""

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from vmd.config.model import Config
 from vmd.confine.confinements import Kind
 from vmd.parent.errors import ResourceError
-from vmd.parent.interfaces import Interface, Links, Then, interface_infos
+from vmd.parent.interfaces import Interface, Links, Then, Trouble, interface_infos
 from vmd.parent.local_interfaces import LocalInterfaces
 from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.taps import TapPlan, taken_forwards
@@ -96,6 +96,7 @@ class TapNetworks:
         self._held: dict[int, _Held] = {}
         self._leaving: dict[int, _Held] = {}
         self._waiting: list[tuple[Vm, Then]] = []
+        self._trouble: Trouble = lambda _vm_id, _index, _text: None
         self._priv: Peer[ParentToPriv, PrivToParent] = Peer(
             "priv",
             PARENT_AND_PRIV,
@@ -116,6 +117,10 @@ class TapNetworks:
     def pids(self) -> Collection[int]:
         """Other children: none."""
         return ()
+
+    def watch(self, trouble: Trouble) -> None:
+        """Have `trouble` called when a rule of an interface is refused."""
+        self._trouble = trouble
 
     def reaped(self, pid: int) -> None:
         """Note that a child has been reaped, which is none of ours."""

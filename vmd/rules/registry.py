@@ -207,6 +207,11 @@ class Registry:
             return _refuse(ticket, Denied(ErrorCode.EPERM, "the VM is not yours"))
         return Answer(ticket.client, history.answer(ticket.serial, request.position))
 
+    def trouble(self, vm_id: int, text: str) -> list[Action]:
+        """Return what is to be done if something of a VM does not work while it runs."""
+        vm = self._vms.get(vm_id)
+        return self._tell(vm, EventKind.INTERFACE, text) if vm else []
+
     def note(self, vm_id: int, text: str) -> None:
         """Remember a line that is logged of a VM, which may be gone; with the id 0, of none."""
         vm = self._vms.get(vm_id) or (self._gone.find(vm_id, "") if vm_id else None)

@@ -142,6 +142,8 @@ class EventKind(StrEnum):
     STOPPED = "stopped"
     FAILED = "failed"
     REMOVED = "removed"
+    INTERFACE = "interface"
+    """Something of one of its network interfaces does not work; the message says what and why."""
 
 
 def _tag(name: str) -> str:
@@ -453,6 +455,8 @@ class InterfaceInfo(
     sent_packets: int = 0
     dropped: int = 0
     """Frames that the guest had no room for."""
+    problem: str = ""
+    """What of it does not work and why, in one line."""
 
 
 class DiskInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -73,3 +74,70 @@ def test_without_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         vms = client.ask("status", name="web", interfaces=True)["vms"]
         assert isinstance(vms, list)
         assert [one["is_up"] for one in vms[0]["interfaces"]] == [False, False]
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+@pytest.mark.root
+def test_a_host_that_is_offline(tmp_path: Path) -> None:
+    """The guest runs; the log, an event and the status say what passt said at its end."""
+    config = vm_block("web", "local interface")
+    offline = ("unshare", "--net")
+    with (
+        Daemon(tmp_path, config, prefix=offline) as vmd,
+        vmd.client() as client,
+        vmd.client() as listener,
+    ):
+        assert listener.ask("events")["type"] == "done"
+        assert client.ask("start", name="web")["type"] == "started"
+        vmd.wait_for_log("vm/web: interface 0: no network: passt has ended: ")
+        vmd.wait_for_log("(is this host offline?)")
+        while (event := listener.receive()[0])["kind"] != "interface":
+            assert event["kind"] != "removed"
+        assert "no network: passt has ended" in str(event["message"])
+        vms = client.ask("status", name="web", interfaces=True)["vms"]
+        assert isinstance(vms, list)
+        (interface,) = vms[0]["interfaces"]
+        assert not interface["is_up"]
+        assert "is this host offline?" in interface["problem"]
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_a_port_that_somebody_has(tmp_path: Path) -> None:
+    """The log and the status name it; the guest runs without a network."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config = vm_block("web", f"local interface {{ forward tcp {port} to 80 }}")
+        with Daemon(tmp_path, config) as vmd, vmd.client() as client:
+            assert client.ask("start", name="web")["type"] == "started"
+            why = f"tcp port {port} of this host: Address already in use"
+            vmd.wait_for_log(f"vm/web: interface 0: no network: {why}")
+            lines = client.ask("history", name="web")["lines"]
+            assert isinstance(lines, list)
+            assert any(why in line["text"] for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_a_passt_that_is_killed(tmp_path: Path) -> None:
+    """The guest goes on, its cable unplugged; after a reboot it has another one."""
+
+    def is_up() -> object:
+        vms = client.ask("status", name="web", interfaces=True)["vms"]
+        assert isinstance(vms, list)
+        return vms[0]["interfaces"][0]["is_up"]
+
+    with Daemon(tmp_path, vm_block("web", "local interface")) as vmd, vmd.client() as client:
+        started = client.ask("start", name="web")
+        with client.console("web") as console:
+            console.expect(READY)
+            (passt,) = _passts(vmd)
+            assert is_up()
+            os.kill(passt, signal.SIGKILL)
+            vmd.wait_for_log("vm/web: interface 0: no network: passt has ended")
+            assert not is_up()
+            console.type(b"r")
+            console.read_to_end()
+        client.wait_for_reboot("web", started["pid"])
+        assert is_up()
+        assert _passts(vmd) != [passt]

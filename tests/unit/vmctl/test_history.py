@@ -187,3 +187,22 @@ def test_times_that_have_passed() -> None:
         "1d 1h",
         "104d 4h",
     ]
+
+
+def test_show_tells_of_a_network_that_is_down(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Why it is, and without a host's side the guest's addresses all the same."""
+    interfaces = (
+        InterfaceInfo(lladdr="a", is_local=True, is_up=False, problem="passt has ended: offline"),
+        InterfaceInfo(lladdr="b", is_local=True, guest_addresses=("192.0.2.2", "fd00::2")),
+    )
+    serve(lambda _: [Vms(vms=(replace(WEB, interfaces=interfaces),))])
+    assert vmctl(["show", "web"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "interface 0: - lladdr a local mtu 1500 down",
+        "\tproblem: passt has ended: offline",
+        "interface 1: - lladdr b local mtu 1500 up",
+        "\tguest 192.0.2.2",
+        "\tguest fd00::2",
+    ]

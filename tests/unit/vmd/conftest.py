@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
-# Says what it was started with, and lives as long as its stream does.
+# Says what it was started with, and lives as long as its stream does, or ends at once.
 _PASST = """\
 #!{python}
 import os, sys
 fd = int(sys.argv[sys.argv.index("--fd") + 1])
 os.write(fd, " ".join(sys.argv[1:]).encode())
+sys.stderr.write(os.environ.get("PASST_SAYS", ""))
+if "PASST_ENDS" in os.environ:
+    sys.exit(1)
 while os.read(fd, 4096):
     pass
 """

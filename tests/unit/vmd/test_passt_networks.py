@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -20,7 +23,7 @@ LOCAL = InterfaceConfig(
     is_local=True,
     lladdr=LLADDR,
     mtu=9000,
-    forwards=(ForwardConfig("tcp", 2222, 22), ForwardConfig("udp", 53, 5353)),
+    forwards=(ForwardConfig("tcp", 52222, 22), ForwardConfig("udp", 50053, 5353)),
 )
 SWITCHED = InterfaceConfig(switch="lan", lladdr=LLADDR)
 
@@ -62,8 +65,8 @@ def test_a_local_interface_has_a_passt(networks: PasstNetworks) -> None:
     vm = _vm(LOCAL, SWITCHED)
     local, switched = _attached(networks, vm)
     words = _first_words(local)
-    assert words.startswith("--foreground --quiet --fd ")
-    assert words.endswith(" -t 2222:22 -u 53:5353")
+    assert words.startswith("--foreground --fd ")
+    assert words.endswith(" -t 52222:22 -u 50053:5353")
     assert (local.spec.lladdr, local.spec.mtu, local.has_link) == (LLADDR, 9000, True)
     assert (switched.spec.mtu, switched.has_link) == (1500, False)
     assert len(networks.pids) == 1
@@ -73,22 +76,153 @@ def test_a_local_interface_has_a_passt(networks: PasstNetworks) -> None:
     networks.release(vm.id)
     networks.release(vm.id)
     (pid,) = networks.pids
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in {0, -signal.SIGTERM}
     networks.reaped(pid)
 
 
 def test_without_passt_there_is_no_cable(
     networks: PasstNetworks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The VM starts; the log says what is missing."""
+    """The VM starts; what is missing is told."""
     monkeypatch.setenv("PATH", "/nonexistent")
+    told = _troubles(networks)
     networks.configure(Config(switches=(SwitchConfig("lan", "bridge0"),)))
-    assert [one.has_link for one in _attached(networks, _vm(LOCAL, SWITCHED))] == [False, False]
-    assert [record.getMessage() for record in caplog.records] == [
-        "no switches: they need root",
-        "vm/one: interface 0: no network: passt is not installed",
-        "vm/one: interface 1: no network: switches need root",
+    vm = _vm(LOCAL, SWITCHED)
+    assert [one.has_link for one in _attached(networks, vm)] == [False, False]
+    assert [record.getMessage() for record in caplog.records] == ["no switches: they need root"]
+    assert told == [
+        (1, 0, "no network: passt is not installed"),
+        (1, 1, "no network: switches need root"),
     ]
+    problems = [info.problem for info in networks.told(vm)]
+    assert problems == ["passt is not installed", "switches need root"]
+
+
+def _troubles(networks: PasstNetworks) -> list[tuple[int, int, str]]:
+    """Return what is told of trouble from now on."""
+    told: list[tuple[int, int, str]] = []
+    networks.watch(lambda vm_id, index, text: told.append((vm_id, index, text)))
+    return told
+
+
+def _reap(networks: PasstNetworks) -> None:
+    for pid in tuple(networks.pids):
+        os.waitpid(pid, 0)
+        networks.reaped(pid)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("", "it does not say why"),
+        ("Failed to bind any port for '-t 80:80'\n", "Failed to bind any port for '-t 80:80'"),
+        (
+            (
+                "Failed to send 46 bytes to syslog\nDon't run as root. Changing to nobody...\n"
+                "No external routable interface for IPv4\nExternal interface not usable\n"
+            ),
+            (
+                "No external routable interface for IPv4; External interface not usable"
+                " (is this host offline?)"
+            ),
+        ),
+        ("one\ntwo\nthree\nfour\n", "two; three; four"),
+    ],
+)
+@pytest.mark.usefixtures("fake_passt")
+def test_a_passt_that_ends_is_told_of(
+    said: str, why: str, networks: PasstNetworks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cable is unplugged, and what passt said last is the reason, without its idle talk."""
+    monkeypatch.setenv("PASST_SAYS", said)
+    monkeypatch.setenv("PASST_ENDS", "1")
+    told = _troubles(networks)
+    vm = _vm(SWITCHED, LOCAL)
+    assert [one.has_link for one in _attached(networks, vm)] == [False, True]
+    del told[:]
+    _reap(networks)
+    assert told == [(1, 1, f"no network: passt has ended: {why}")]
+    assert networks.refresh() == {1: (False, False)}
+    info = networks.told(vm)[1]
+    assert (info.is_up, info.problem) == (False, f"passt has ended: {why}")
+
+
+@pytest.mark.usefixtures("fake_passt")
+def test_a_reboot_tries_again(networks: PasstNetworks) -> None:
+    """A guest whose passt has ended has another one after its reboot; the others keep theirs."""
+    lasting = LOCAL._replace(forwards=())
+    vm = _vm(lasting, LOCAL)
+    first, second = _attached(networks, vm)
+    pid = max(networks.pids)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    networks.reaped(pid)
+    again = _attached(networks, vm)
+    assert [one.has_link for one in again] == [True, True]
+    assert again[0].stream == first.stream
+    assert len(networks.pids) == 2
+    assert [info.problem for info in networks.told(vm)] == ["", ""]
+    assert second.spec == again[1].spec
+
+
+@pytest.mark.usefixtures("fake_passt")
+def test_the_addresses_of_a_guest_are_told(
+    networks: PasstNetworks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what passt says that it assigns, of both families."""
+    text = "DHCP:\n    assign: 192.0.2.2\n    mask: 255.255.255.0\nNDP:\n    assign: fd00::2\n"
+    monkeypatch.setenv("PASST_SAYS", text)
+    vm = _vm(LOCAL, SWITCHED)
+    local, _ = _attached(networks, vm)
+    _first_words(local)
+    deadline = time.monotonic() + 10
+    while not networks.told(vm)[0].guest_addresses and time.monotonic() < deadline:
+        select.select([], [], [], 0.01)
+    addresses = [info.guest_addresses for info in networks.told(vm)]
+    assert addresses == [("192.0.2.2", "fd00::2"), ()]
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+@pytest.mark.parametrize(
+    ("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+)
+@pytest.mark.usefixtures("fake_passt")
+def test_a_port_in_use_is_told_of(
+    protocol: str, family: socket.AddressFamily, address: str, networks: PasstNetworks
+) -> None:
+    """Whoever has it, on whatever address: passt may go on with the other family, and say nothing.
+
+    Then there is no network, rather than one that lacks what was asked for.
+    """
+    is_tcp = protocol == "tcp"
+    with socket.socket(family, socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM) as other:
+        other.bind((address, 0))
+        if is_tcp:
+            other.listen()
+        port = other.getsockname()[1]
+        vm = _vm(LOCAL._replace(forwards=(ForwardConfig(protocol, port, 80),)))
+        told = _troubles(networks)
+        (one,) = _attached(networks, vm)
+        assert not one.has_link
+        why = f"{protocol} port {port} of this host: Address already in use"
+        assert told == [(1, 0, f"no network: {why}")]
+        assert not networks.pids
+
+
+@pytest.mark.usefixtures("fake_passt")
+def test_a_port_is_waited_for_that_is_about_to_be_free(networks: PasstNetworks) -> None:
+    """A VM that starts as soon as the one before has ended waits until that one's passt is gone."""
+    _attached(networks, _vm(LOCAL))
+    networks.release(1)
+    found: list[Sequence[Interface] | ResourceError] = []
+    networks.attach(_vm(LOCAL, number=2), found.append)
+    networks.attach(_vm(LOCAL, number=3), found.append)
+    assert found == []
+    networks.release(3)
+    _reap(networks)
+    (one,) = found
+    assert not isinstance(one, ResourceError)
+    assert one[0].has_link
 
 
 @pytest.mark.usefixtures("fake_passt")
