@@ -309,7 +309,7 @@ CONFINEMENTS = {
         # As many descriptors as two messages have, and some for itself.
         (*_NO_CORE, (resource.RLIMIT_NOFILE, 256)),
         is_isolated=False,
-        has_files=True,
+        opens_files=True,
     ),
     # These are forked from the zygote, whose user and namespaces they have.
     Kind.VM: Confinement(

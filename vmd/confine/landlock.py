@@ -1,6 +1,7 @@
 """Landlock: no files, no TCP, no signals to others and no abstract sockets for this process.
 
-One that needs some files is given the directories that they are in.
+One that needs some files is given the directories that they are in; one that opens files anywhere
+may still neither make nor remove, list nor execute any.
 
 Descriptors that are open already stay usable. Whatever the running kernel knows to restrict is
 restricted; one without Landlock restricts nothing, which the caller is told.
@@ -25,6 +26,8 @@ _TCP_RIGHTS = 0b11  # bind, connect
 _SCOPES = 0b11  # abstract UNIX sockets, signals
 _RULE_PATH_BENEATH = 1
 _WRITE_AND_READ_FILE = 0b110
+_CONTENTS = _WRITE_AND_READ_FILE | 0b11 << 14
+"""Reading, writing, truncating and device controls: an open file keeps them for others too."""
 
 
 class _LandlockRulesetAttr(ctypes.Structure):
@@ -63,11 +66,11 @@ def missing() -> str | None:
     )
 
 
-def restrict(writable: Sequence[str] = ()) -> bool:
+def restrict(writable: Sequence[str] = (), *, opens_files: bool = False) -> bool:
     """Take all of the above from this thread and what it makes; needs no_new_privs.
 
     Files below the directories of `writable` can still be opened, to be read and written; one that
-    is not there is passed over.
+    is not there is passed over. With `opens_files`, files that exist can be everywhere.
 
     Returns False where the kernel has no Landlock.
 
@@ -77,8 +80,9 @@ def restrict(writable: Sequence[str] = ()) -> bool:
     found = version()
     if not found:
         return False
+    known = (1 << _FILE_RIGHTS[min(found, len(_FILE_RIGHTS)) - 1]) - 1
     attr = _LandlockRulesetAttr(
-        handled_access_fs=(1 << _FILE_RIGHTS[min(found, len(_FILE_RIGHTS)) - 1]) - 1,
+        handled_access_fs=known & ~_CONTENTS if opens_files else known,
         handled_access_net=_TCP_RIGHTS if found >= _TCP_SINCE else 0,
         scoped=_SCOPES if found >= _SCOPES_SINCE else 0,
     )

@@ -62,8 +62,8 @@ class Confinement(NamedTuple):
     """What a process of root keeps when it becomes one of `_vmd`."""
     is_isolated: bool = True
     """Whether a process of root moves into empty namespaces."""
-    has_files: bool = False
-    """Whether it goes without Landlock, because it opens files."""
+    opens_files: bool = False
+    """Whether it may open any files that exist, as far as its user may."""
     writable: tuple[str, ...] = ()
     """Directories below which it may open files, to read and write them; in no other."""
 
@@ -139,8 +139,7 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
         # A change of user resets both: nobody may look into us, and we do not outlive our parent.
         _prctl(_PR_SET_DUMPABLE, 0)
         seccomp.no_new_privileges()
-        if not confinement.has_files:
-            landlock.restrict(confinement.writable)
+        landlock.restrict(confinement.writable, opens_files=confinement.opens_files)
         seccomp.install(seccomp.compile_filter(confinement.filter))
     except OSError as err:
         raise SandboxError(err.strerror or str(err)) from err

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -144,6 +145,37 @@ def test_priv_opens_settings_of_the_network() -> None:
             os.open("/proc/sys/net/ipv4", os.O_RDONLY | os.O_DIRECTORY)
 
     assert _confined(Kind.PRIV, body) == 0
+
+
+@pytest.mark.skipif(landlock.version() == 0, reason="this kernel has no Landlock")
+def test_an_opener_opens_what_there_is(tmp_path: Path) -> None:
+    """Files that exist, to read and write them and to truncate them later; it makes and lists none.
+
+    The system call filter cannot tell: openat2 has its flags in memory.
+    """
+    tmp_path.chmod(0o777)
+    there = tmp_path / "there"
+    there.write_bytes(b"contents")
+    there.chmod(0o666)
+
+    def tries(path: Path, flags: int) -> int:
+        how = struct.pack("=QQQ", flags, 0o600 if flags & os.O_CREAT else 0, 0)
+        held = ctypes.create_string_buffer(how, len(how))
+        name = ctypes.create_string_buffer(os.fsencode(path))
+        return _call("openat2", -100, ctypes.addressof(name), ctypes.addressof(held), len(how))
+
+    def body() -> None:
+        assert tries(there, os.O_RDWR) >= 0
+        assert tries(there, os.O_PATH) >= 0
+        assert tries(tmp_path, os.O_PATH) >= 0
+        for path, flags in (
+            (tmp_path / "new", os.O_RDWR | os.O_CREAT),
+            (tmp_path, os.O_RDONLY | os.O_DIRECTORY),
+        ):
+            assert tries(path, flags) == -errno.EACCES, path
+
+    assert _confined(Kind.OPENER, body) == 0
+    assert list(tmp_path.iterdir()) == [there]
 
 
 @pytest.mark.parametrize("kind", KINDS)
