@@ -1,5 +1,8 @@
 """The client's end of the control protocol, without the library that the daemon checks it with.
 
+A public interface: programs use `Client` and `Console`, as docs/client.md shows; the commands do
+also by `Client.ask`.
+
 Requests and answers are dictionaries here: `docs/protocol.md` says what is in them, and tests hold
 every request of the commands against `vmd.wire.messages`. Importing those would cost three times
 all else that a short command does.
@@ -10,6 +13,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -160,13 +164,13 @@ def socket_path() -> str:
 class Client:
     """A connection to the daemon; a context manager that closes it."""
 
-    def __init__(self) -> None:
-        """Connect.
+    def __init__(self, path: str | None = None) -> None:
+        """Connect to the socket at `path`, or where the commands do.
 
         Raises:
             CommandError: nobody listens, or does not let this user in.
         """
-        path = socket_path()
+        path = path or socket_path()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._serial = 0
         try:
@@ -261,6 +265,209 @@ class Client:
                 os.close(fd)
             vms += answer["vms"]
         return vms
+
+    # What programs use; docs/client.md shows how.
+
+    def list(self) -> "list[Vm]":
+        """Return all VMs, in the order of `vmctl status`.
+
+        Raises:
+            CommandError: the daemon is gone, as of each of these methods.
+        """
+        return [_vm(fields) for fields in self.vms()]
+
+    def vm(self, name: int | str) -> "Vm | None":
+        """Return the VM of this id or name; None if there is none."""
+        answer = self.ask("status", "vms", _named(name))
+        return next(map(_vm, answer["vms"]), None)
+
+    def start(
+        self,
+        name: int | str,
+        *,
+        boot: str | None = None,
+        disks: Sequence[str] = (),
+        template: str = "",
+        **fields: object,
+    ) -> "Started":
+        """Start a VM that exists; with options one that is made, and forgotten when it ends.
+
+        Args:
+            name: its id or name.
+            boot: path of a kernel or firmware image.
+            disks: paths of images.
+            template: the VM of which to make an instance.
+            fields: others of the protocol's request `start`, such as `memory`, in bytes, `cpus`,
+                `append` or `interfaces`.
+
+        Raises:
+            RefusedError: it cannot start; `code` says why.
+            OSError: the boot image cannot be opened.
+        """
+        wanted = {**_named(name), **fields}
+        if disks:
+            wanted["disks"] = [{"path": os.path.abspath(path)} for path in disks]
+        if template:
+            wanted["instance"] = template
+        if boot is None:
+            return _started(self.ask("start", "started", wanted))
+        fd = os.open(boot, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            wanted |= {"kernel": 0, "kernel_path": os.path.abspath(boot)}
+            return _started(self.ask("start", "started", wanted, [fd]))
+        finally:
+            os.close(fd)
+
+    def stop(self, name: int | str, *, force: bool = False, wait: bool = True) -> None:
+        """Ask the guest to power off, or with `force` end it; `wait` until it has ended.
+
+        Raises:
+            RefusedError: it does not run, or is not the user's.
+        """
+        expected = "terminated" if wait else "done terminated"
+        self.ask("stop", expected, {**_named(name), "force": force, "wait": wait})
+
+    def wait(self, name: int | str) -> None:
+        """Wait until a VM ends or reboots.
+
+        Raises:
+            RefusedError: it does not run, or is not the user's.
+        """
+        self.ask("wait", "terminated", _named(name))
+
+    def pause(self, name: int | str) -> None:
+        """Let a VM stand still.
+
+        Raises:
+            RefusedError: it does not run, or is not the user's.
+        """
+        self.ask("pause", "done", _named(name))
+
+    def unpause(self, name: int | str) -> None:
+        """Let a paused VM go on.
+
+        Raises:
+            RefusedError: it is not paused, or is not the user's.
+        """
+        self.ask("unpause", "done", _named(name))
+
+    def console(self, name: int | str) -> "Console":
+        """Attach to a VM's console, which first repeats what it showed of late.
+
+        Raises:
+            RefusedError: it does not run, or is not the user's.
+        """
+        self.send("console", _named(name))
+        return Console(opened(self)[0])
+
+
+class Vm(NamedTuple):
+    """A VM, as `vmctl status` shows it; `Client.vms` has all of it."""
+
+    id: int
+    name: str
+    state: str
+    """`stopped`, `waiting`, `running`, `paused`, `stopping` and what else the daemon may say."""
+    cpus: int
+    memory: int
+    """Bytes."""
+    memory_used: int | None
+    """Bytes of the host's memory; None unless it runs."""
+    pid: int | None
+    """Of its process; None unless it runs."""
+    tty: str
+    """Path of its console; empty unless it runs."""
+
+
+class Started(NamedTuple):
+    """What has been started."""
+
+    id: int
+    pid: int
+    tty: str
+    """Path of its console."""
+
+
+class Console:
+    """A VM's console; a context manager that closes it."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        """Take ownership of `stream`."""
+        self._stream = stream
+        self.shown = b""
+        """All that it has shown and no `expect` has used up."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stream.close()
+
+    def read(self, timeout: float | None = None) -> bytes:
+        """Return what comes next; empty when the VM has ended.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: nothing came.
+        """
+        self._stream.settimeout(timeout)
+        try:
+            data = self._stream.recv(_MESSAGE_MAX)
+        except ConnectionError:
+            return b""
+        self.shown += data
+        return data
+
+    def expect(self, text: str, timeout: float | None = None) -> str:
+        """Wait until `text` is shown, which is used up with what precedes it, and returned so.
+
+        Args:
+            text: what to wait for.
+            timeout: seconds in all; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: it has not come.
+            CommandError: the VM has ended.
+        """
+        wanted = text.encode()
+        end = None if timeout is None else time.monotonic() + timeout
+        while wanted not in self.shown:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"the console has not shown {text!r}")
+            try:
+                data = self.read(left)
+            except TimeoutError:
+                continue
+            if not data:
+                raise CommandError("the console has ended")
+        until = self.shown.index(wanted) + len(wanted)
+        found, self.shown = self.shown[:until], self.shown[until:]
+        return found.decode(errors="replace")
+
+    def write(self, text: str) -> None:
+        """Type `text`.
+
+        Raises:
+            OSError: the VM has ended.
+        """
+        self._stream.settimeout(None)
+        self._stream.send(b"\0" + text.encode())
+
+
+def _named(name: int | str) -> Fields:
+    """Return how a request names a VM."""
+    return {"id": name} if isinstance(name, int) else {"name": name}
+
+
+def _vm(fields: Fields) -> Vm:
+    return Vm(*(fields[name] for name in Vm._fields))
+
+
+def _started(answer: Fields) -> Started:
+    return Started(answer["id"], answer["pid"], answer["tty"])
 
 
 def opened(client: Client) -> tuple[socket.socket, Fields]:
