@@ -13,6 +13,7 @@ Source: KVM API §4; Linux Documentation/virt/kvm/devices/vcpu.rst §4.
 import ctypes
 import enum
 import struct
+import time
 from collections.abc import Sequence
 from errno import EINVAL, ENXIO
 from typing import Annotated, Literal, NamedTuple
@@ -95,10 +96,10 @@ class ClockRecord(NamedTuple):
     """kvmclock at the instant that the rest belongs to."""
 
     clock_ns: U64
-    realtime_ns: U64 | None
-    """Since 1970; None where the host has no stable TSC."""
+    realtime_ns: U64
+    """The host's time at that instant, since 1970."""
     host_tsc: U64 | None
-    """The host's TSC at that instant; None likewise."""
+    """The host's TSC at that instant; None where it is not stable."""
     version: Literal[1] = 1
 
 
@@ -115,7 +116,7 @@ class ClockPolicy(enum.Enum):
     """From where a restored guest's clocks go on."""
 
     FROZEN = "frozen"
-    """From where they were when it was saved."""
+    """From where they were when it was saved; a TSC only where KVM can set its offset."""
     NOW = "now"
     """From where they would be if it had run on, as far as both hosts can tell."""
 
@@ -152,7 +153,8 @@ def _save_clock(vm: Vm) -> ClockRecord:
     clock = vm.get_clock()
     return ClockRecord(
         clock.clock,
-        clock.realtime if clock.flags & abi.KVM_CLOCK_REALTIME else None,
+        # Where KVM does not tell both at once, they are some microseconds apart.
+        clock.realtime if clock.flags & abi.KVM_CLOCK_REALTIME else time.time_ns(),
         clock.host_tsc if clock.flags & abi.KVM_CLOCK_HOST_TSC else None,
     )
 
@@ -252,7 +254,9 @@ def restore_kvm(
     """
     _check(vm, vcpus, record)
     now = _save_clock(vm)
-    gone_ns = _gone_ns(record.clock, now) if policy is ClockPolicy.NOW else 0
+    gone_ns = 0
+    if policy is ClockPolicy.NOW:
+        gone_ns = max(now.realtime_ns - record.clock.realtime_ns, 0)
     for vcpu, state in zip(vcpus, record.vcpus, strict=True):
         _restore_vcpu(vcpu, state, _tsc_offset(state, record.clock, now, gone_ns))
     _align_tscs(vcpus, record)
@@ -270,12 +274,6 @@ def _align_tscs(vcpus: Sequence[Vcpu], record: KvmRecord) -> None:
         for vcpu in vcpus[1:]:
             if vcpu.get_tsc_offset() != offset:
                 vcpu.set_tsc_offset(offset)
-
-
-def _gone_ns(then: ClockRecord, now: ClockRecord) -> int:
-    if then.realtime_ns is None or now.realtime_ns is None:
-        return 0
-    return max(now.realtime_ns - then.realtime_ns, 0)
 
 
 def _tsc_offset(state: VcpuRecord, then: ClockRecord, now: ClockRecord, gone_ns: int) -> int | None:

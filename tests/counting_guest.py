@@ -1,0 +1,179 @@
+"""A guest that counts, for saving and restoring: it notices a lost interrupt or a wrong access.
+
+The first processor reads port 0x92 again and again, also 64 times with one instruction, checks what
+it reads, and halts after every eighth round. Its APIC timer comes by a TSC deadline, a new one with
+each interrupt; and whenever all other processors have counted the last IPI, the handler sends them
+another one. They halt between IPIs. So the counters go on only as long as no timer, no IPI and no
+half-done access is lost. A wrong value ends the run with `BAD` at isa-debug-exit.
+
+Real mode, all segments at 0, x2APIC. The counters have 32 bits.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from vmm_kvm.machine.machine import Machine
+
+BAD = 0x77
+DEADLINE_CYCLES = 2_000_000
+_COUNTERS = struct.Struct("<IIII")
+_AT = 0x3000
+_AP_PAGE = 0x1000
+_AP_JUMP = bytes.fromhex("ea230100f0")  # ljmp $0xf000, $ap
+_RESET = bytes.fromhex("ea000000f0")  # ljmp $0xf000, $_start
+_SIZE = 64 << 10
+
+_CODE = b"".join(
+    (
+        bytes.fromhex("fa"),  # _start: cli
+        bytes.fromhex("31c0"),  # xor %ax, %ax
+        bytes.fromhex("8ed8"),  # mov %ax, %ds
+        bytes.fromhex("8ec0"),  # mov %ax, %es
+        bytes.fromhex("8ed0"),  # mov %ax, %ss
+        bytes.fromhex("bc0070"),  # mov $0x7000, %sp
+        bytes.fromhex("c7068000c400"),  # movw $tick, 0x80
+        bytes.fromhex("c706820000f0"),  # movw $0xf000, 0x82
+        bytes.fromhex("c70684000d01"),  # movw $ipi, 0x84
+        bytes.fromhex("c706860000f0"),  # movw $0xf000, 0x86
+        bytes.fromhex("66b91b000000"),  # mov $0x1b, %ecx
+        bytes.fromhex("0f32"),  # rdmsr
+        bytes.fromhex("660d000c0000"),  # or $0xc00, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("66b90f080000"),  # mov $0x80f, %ecx
+        bytes.fromhex("6631d2"),  # xor %edx, %edx
+        bytes.fromhex("66b8ff010000"),  # mov $0x1ff, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("b05f"),  # mov $0x5f, %al
+        bytes.fromhex("e670"),  # out %al, $0x70
+        bytes.fromhex("e471"),  # in $0x71, %al
+        bytes.fromhex("a21030"),  # mov %al, 0x3010
+        bytes.fromhex("66b930080000"),  # mov $0x830, %ecx
+        bytes.fromhex("66b800450c00"),  # mov $0xc4500, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("66b8f1460c00"),  # mov $0xc46f1, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("66a10430"),  # aps: mov 0x3004, %eax
+        bytes.fromhex("6639061030"),  # cmp %eax, 0x3010
+        bytes.fromhex("75f5"),  # jne aps
+        bytes.fromhex("66b932080000"),  # mov $0x832, %ecx
+        bytes.fromhex("66b820000400"),  # mov $0x40020, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("e82f00"),  # call arm
+        bytes.fromhex("fb"),  # sti
+        bytes.fromhex("66ff060030"),  # main: incl 0x3000
+        bytes.fromhex("ba9200"),  # mov $0x92, %dx
+        bytes.fromhex("ec"),  # in %dx, %al
+        bytes.fromhex("3c02"),  # cmp $2, %al
+        bytes.fromhex("751d"),  # jne bad
+        bytes.fromhex("bf0040"),  # mov $0x4000, %di
+        bytes.fromhex("b94000"),  # mov $64, %cx
+        bytes.fromhex("fc"),  # cld
+        bytes.fromhex("f36c"),  # rep insb
+        bytes.fromhex("bf0040"),  # mov $0x4000, %di
+        bytes.fromhex("b94000"),  # mov $64, %cx
+        bytes.fromhex("f3ae"),  # repe scasb
+        bytes.fromhex("750a"),  # jne bad
+        bytes.fromhex("f606003007"),  # testb $7, 0x3000
+        bytes.fromhex("75d9"),  # jnz main
+        bytes.fromhex("f4"),  # hlt
+        bytes.fromhex("ebd6"),  # jmp main
+        bytes.fromhex("b077"),  # bad: mov $0x77, %al
+        bytes.fromhex("e6f4"),  # out %al, $0xf4
+        bytes.fromhex("0f31"),  # arm: rdtsc
+        bytes.fromhex("660580841e00"),  # add $2000000, %eax
+        bytes.fromhex("6683d200"),  # adc $0, %edx
+        bytes.fromhex("66b9e0060000"),  # mov $0x6e0, %ecx
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("c3"),  # ret
+        bytes.fromhex("6660"),  # tick: pushal
+        bytes.fromhex("66ff060830"),  # incl 0x3008
+        bytes.fromhex("66a10c30"),  # mov 0x300c, %eax
+        bytes.fromhex("8b0e1030"),  # mov 0x3010, %cx
+        bytes.fromhex("bb0431"),  # mov $0x3104, %bx
+        bytes.fromhex("e30b"),  # acked: jcxz send
+        bytes.fromhex("663907"),  # cmp %eax, (%bx)
+        bytes.fromhex("751c"),  # jne again
+        bytes.fromhex("83c304"),  # add $4, %bx
+        bytes.fromhex("49"),  # dec %cx
+        bytes.fromhex("ebf3"),  # jmp acked
+        bytes.fromhex("66ff060c30"),  # send: incl 0x300c
+        bytes.fromhex("66b930080000"),  # mov $0x830, %ecx
+        bytes.fromhex("6631d2"),  # xor %edx, %edx
+        bytes.fromhex("66b821000c00"),  # mov $0xc0021, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("e8b3ff"),  # again: call arm
+        bytes.fromhex("66b90b080000"),  # eoi: mov $0x80b, %ecx
+        bytes.fromhex("6631c0"),  # xor %eax, %eax
+        bytes.fromhex("6631d2"),  # xor %edx, %edx
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("6661"),  # popal
+        bytes.fromhex("cf"),  # iret
+        bytes.fromhex("6660"),  # ipi: pushal
+        bytes.fromhex("66b902080000"),  # mov $0x802, %ecx
+        bytes.fromhex("0f32"),  # rdmsr
+        bytes.fromhex("c1e002"),  # shl $2, %ax
+        bytes.fromhex("89c3"),  # mov %ax, %bx
+        bytes.fromhex("66ff870031"),  # incl 0x3100(%bx)
+        bytes.fromhex("ebd9"),  # jmp eoi
+        bytes.fromhex("fa"),  # ap: cli
+        bytes.fromhex("31c0"),  # xor %ax, %ax
+        bytes.fromhex("8ed8"),  # mov %ax, %ds
+        bytes.fromhex("8ed0"),  # mov %ax, %ss
+        bytes.fromhex("66b91b000000"),  # mov $0x1b, %ecx
+        bytes.fromhex("0f32"),  # rdmsr
+        bytes.fromhex("660d000c0000"),  # or $0xc00, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("66b90f080000"),  # mov $0x80f, %ecx
+        bytes.fromhex("6631d2"),  # xor %edx, %edx
+        bytes.fromhex("66b8ff010000"),  # mov $0x1ff, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("66b902080000"),  # mov $0x802, %ecx
+        bytes.fromhex("0f32"),  # rdmsr
+        bytes.fromhex("c1e008"),  # shl $8, %ax
+        bytes.fromhex("050050"),  # add $0x5000, %ax
+        bytes.fromhex("89c4"),  # mov %ax, %sp
+        bytes.fromhex("66f0ff060430"),  # lock incl 0x3004
+        bytes.fromhex("fb"),  # idle: sti
+        bytes.fromhex("f4"),  # hlt
+        bytes.fromhex("ebfc"),  # jmp idle
+    )
+)
+_AP = 0x123
+assert _CODE[_AP] == 0xFA  # the cli behind the label that _AP_JUMP has
+
+
+def counting_guest() -> bytes:
+    """Return the guest as a flat firmware image."""
+    image = bytearray(_SIZE)
+    image[: len(_CODE)] = _CODE
+    image[_AP_PAGE : _AP_PAGE + len(_AP_JUMP)] = _AP_JUMP
+    image[-16 : -16 + len(_RESET)] = _RESET
+    return bytes(image)
+
+
+class Counters(NamedTuple):
+    """How far a guest has come."""
+
+    rounds: int
+    """Of the first processor."""
+    others: int
+    """Processors that have started."""
+    ticks: int
+    """Timer interrupts."""
+    sent: int
+    """IPIs that all others had counted when the next one went out."""
+
+    @classmethod
+    def of(cls, machine: Machine) -> Counters:
+        """Read a machine's."""
+        return cls(*_COUNTERS.unpack(machine.memory.read(_AT, _COUNTERS.size)))
+
+    def is_past(self, other: Counters) -> bool:
+        """Tell whether every part of the guest has gone on since `other`."""
+        return (
+            self.rounds > other.rounds
+            and self.ticks > other.ticks + 1
+            and self.sent > other.sent + 1
+        )
