@@ -184,8 +184,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmd": (),
     "vmd.config": ("vmm_kvm.limits", "vmm_kvm.net"),
-    "vmd.wire": ("vmm_kvm.clock", "vmm_kvm.limits", "vmd.config", "msgspec"),
-    "vmd.rules": ("vmm_kvm.limits", "vmm_kvm.net", "vmd.config", "vmd.wire"),
+    "vmd.wire": ("vmm_kvm.errors", "vmm_kvm.clock", "vmm_kvm.limits", "vmd.config", "msgspec"),
+    "vmd.rules": ("vmm_kvm.errors", "vmm_kvm.limits", "vmm_kvm.net", "vmd.config", "vmd.wire"),
     "vmd.confine": ("vmm_kvm.libc", "vmm_kvm.memfd", "vmm_kvm.net"),
     "vmd.shared": (
         "vmm_kvm.errors",

@@ -12,6 +12,7 @@ from tests.virtio_driver import DriverQueue
 from vmm_kvm.arch.x86 import layout
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.bus import Bus
+from vmm_kvm.errors import HaltError
 from vmm_kvm.pci.host import PciHost
 from vmm_kvm.pci.ids import CapabilityId, Command, Register
 from vmm_kvm.pci.msix import CONTROL_ENABLE, MsixMessage
@@ -269,12 +270,23 @@ class PciDriver(BusDriver):
         pio.insert(layout.PORT_PCI_CONFIG, 8, self.pci)
         self.host = FakeHost()
         self.intx = PinLine()
+        self.halts: list[HaltError] = []
+        self.halted = threading.Semaphore(0)
         self.device = VirtioPci(
-            dataplane, self.host, self.intx, class_code=class_code, name="device"
+            dataplane,
+            self.host,
+            self.intx,
+            class_code=class_code,
+            name="device",
+            on_halt=self._note_halt,
         )
         assert self.pci.add(self.device.function) == self.SLOT
         self.pci.assign_bars()
         super().__init__(pio, mmio, self.SLOT)
+
+    def _note_halt(self, err: HaltError) -> None:
+        self.halts.append(err)
+        self.halted.release()
 
     def notify(self, index: int) -> None:
         """Notify as the machine's kernel would: by the eventfd where one is bound."""

@@ -57,7 +57,7 @@ _END: Mapping[str, Shape] = {
 _VM: Mapping[str, Shape] = {
     **dict.fromkeys(("id", "cpus", "memory", "uid"), int),
     **dict.fromkeys(("memory_used", "pid", "gid"), (int, None)),
-    **dict.fromkeys(("name", "state", "tty"), str),
+    **dict.fromkeys(("name", "state", "tty", "pause_reason"), str),
     "after": [str],
     "started_at": (*_NUMBER, None),
     "last_end": (_END, None),

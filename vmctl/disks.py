@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
+from vmd.config.disks import DiskError, DiskKind, DiskOption, OnError, parse_disk
 from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import SpecError
 from vmm_kvm.images.opening import open_image
@@ -43,16 +43,23 @@ def open_disk(text: str, index: int, stack: ExitStack) -> "DiskSpec":
     if option.is_process:
         process = _ProcessDisk(option, name)
         stack.callback(process.close)
-        return _remote(process.connect, name)
+        return _remote(process.connect, name, may_halt=True)
     image = _open(option)
     stack.callback(_close, image, option.path)
-    return BlkSpec(image, name, option.serial, option.queues)
+    return BlkSpec(image, name, option.serial, option.queues, _stops(option))
 
 
-def _remote(connect: "Callable[[], socket.socket]", name: str) -> "DiskSpec":
+def _stops(option: DiskOption) -> bool:
+    """Tell whether faults of the host have the VM stand still: only if that was asked for."""
+    return option.on_error is OnError.STOP
+
+
+def _remote(
+    connect: "Callable[[], socket.socket]", name: str, *, may_halt: bool = False
+) -> "DiskSpec":
     from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec  # noqa: PLC0415 - as sockets are
 
-    return RemoteBlkSpec(connect, name)
+    return RemoteBlkSpec(connect, name, may_halt)
 
 
 def refuse_twice(texts: Sequence[str]) -> None:
@@ -145,4 +152,10 @@ class _ProcessDisk:
     def _backend(self) -> VirtioBlk:
         """Make the device; in its process."""
         option = self._option
-        return VirtioBlk(_open(option), name=self._name, serial=option.serial, queues=option.queues)
+        return VirtioBlk(
+            _open(option),
+            name=self._name,
+            serial=option.serial,
+            queues=option.queues,
+            stops_at_errors=_stops(option),
+        )

@@ -20,7 +20,7 @@ from vmm_kvm import log
 from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.image import open_firmware, open_image
 from vmm_kvm.clock import NANOSECONDS
-from vmm_kvm.errors import SpecError, VmmError
+from vmm_kvm.errors import HaltError, SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.limits import NAME_MAX
@@ -49,6 +49,7 @@ EXIT_KILLED = 128 + signal.SIGTERM
 # As vmd(8) limits restarts: the third in a row so soon after its start is the last.
 _EARLY_NS = 6 * NANOSECONDS
 _EARLY_CRASHES = 3
+_RETRY_NS = NANOSECONDS
 
 
 class Ended(NamedTuple):
@@ -306,6 +307,10 @@ class Foreground:
         self._machine: Machine | None = None
         self._outcome: Outcome | Ended | None = None
         self._terminations = 0
+        self._halt: HaltError | None = None
+        self._told_halt = ""
+        self._is_throttled = False
+        self._retry_timer = loop.timer(self._retry)
         self._stdio = Stdio(loop, self, log=console_log)
 
     def run(self) -> tuple[int, str | None, str | None]:
@@ -373,9 +378,31 @@ class Foreground:
             transmit=self._looking if self._wanted else self._stdio.transmit,
             on_receive_room=lambda: self._loop.call_soon(self._stdio.feed),
             on_outcome=self._ended,
+            on_halt=lambda err: self._loop.call_soon(lambda: self._stand_still(err)),
         )
+        self._halt = None
         self._tell_size()
         return self._machine
+
+    # A host that cannot do what a disk needs
+
+    def _stand_still(self, err: HaltError) -> None:
+        """Pause until the host can do what a disk needs, which is tried again and again."""
+        if self._halt or self._outcome or not self._machine:
+            return
+        self._halt = err
+        self._machine.pause()
+        if str(err) != self._told_halt:
+            self._told_halt = str(err)
+            self._stdio.tell(f"vmctl: {err}: paused until it succeeds")
+        self._retry_timer.arm(self._loop.monotonic_ns() + _RETRY_NS)
+
+    def _retry(self) -> None:
+        if self._halt and self._machine:
+            self._halt = None
+            self._machine.resume()
+            if self._is_throttled:
+                self._machine.throttle(True)
 
     # Ways to end
 
@@ -425,7 +452,8 @@ class Foreground:
 
     def throttle(self, hold: bool) -> None:
         """Hold the vCPUs while output waits for its reader, or release them."""
-        if self._machine:
+        self._is_throttled = hold
+        if self._machine and not self._halt:
             self._machine.throttle(hold)
 
     def quit(self, reason: str | None) -> None:

@@ -276,6 +276,7 @@ def _named(disk: DiskOption) -> Fields:
         "is_read_only": disk.is_read_only,
         "serial": disk.serial,
         "queues": disk.queues,
+        **({} if disk.on_error is None else {"error": str(disk.on_error)}),
     }
 
 

@@ -147,9 +147,15 @@ def columns(vm: Fields) -> tuple[str, ...]:
         "-" if used is None else fmt_scaled(used),
         vm["tty"].removeprefix("/dev/") or "-",
         owner(vm),
-        vm["state"],
+        shown_state(vm),
         vm["name"],
     )
+
+
+def shown_state(vm: Fields) -> str:
+    """Return what a VM is doing, and why if nobody asked for it."""
+    state, reason = vm["state"], vm["pause_reason"]
+    return f"{state} ({reason})" if reason else str(state)
 
 
 def interface_lines(index: int, interface: Fields) -> list[str]:

@@ -114,6 +114,13 @@ class Stdio:
 
     # Output
 
+    def tell(self, line: str) -> None:
+        """Print a line for the user on standard error, in the midst of the console's output."""
+        if self._parser:
+            sys.stderr.write(f"\r\n{line}\r\n")
+        else:
+            print(line, file=sys.stderr)
+
     def transmit(self, data: bytes) -> None:
         """Take what the guest wrote; any thread, never blocks."""
         if self.is_closed and self._log is None:

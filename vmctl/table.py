@@ -65,7 +65,7 @@ def _line(header: Sequence[str], widths: Sequence[int], row: Sequence[str], styl
     plain, shown = [], []
     for name, size, cell in zip(header, widths, row, strict=True):
         space = " " * (size - width(cell))
-        colour = style or (_COLOURS.get(cell, "") if name in _STATES else "")
+        colour = style or (_COLOURS.get(cell.partition(" ")[0], "") if name in _STATES else "")
         pair = (space, cell) if name in _RIGHT else (cell, space)
         plain.append("".join(pair))
         shown.append("".join(styled(part, colour) if part is cell else part for part in pair))

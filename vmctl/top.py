@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from vmctl.client import Client, CommandError, Fields
 from vmctl.messages import fail
+from vmctl.status import shown_state
 from vmd.config.sizes import fmt_scaled
 
 HEADER = ("ID", "PID", "CPU", "CURMEM", "READ/S", "WRITE/S", "IN/S", "OUT/S", "STATE", "NAME")
@@ -79,7 +80,8 @@ def rates(before: Fields | None, after: Fields, seconds: float) -> Fields:
 
     `cpu` is a share of one processor, 1.0 for all of it; the others are bytes.
     """
-    row: Fields = {name: after[name] for name in ("id", "pid", "name", "state", "memory_used")}
+    row: Fields = {name: after[name] for name in ("id", "pid", "name", "memory_used")}
+    row["state"] = shown_state(after)
     old = before["statistics"] if before and before["pid"] == after["pid"] else None
     new = after["statistics"]
     if old is None or new is None or seconds <= 0:

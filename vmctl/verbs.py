@@ -76,7 +76,7 @@ _FIRMWARE = ("bios", "uefi", FILE)
 _DISK = Option(
     "-d",
     "disks",
-    "Disk image; may be repeated. Options: ro, serial=text, queues=count.",
+    "Disk image; may be repeated. Options: ro, serial=text, queues=count, error=stop|report.",
     "[format:]disk[,option...]",
     is_repeated=True,
     completes=(FILE,),

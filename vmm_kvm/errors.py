@@ -9,6 +9,7 @@ VmmError
 ├── ImageError        a disk image cannot be opened, or is corrupt: the image's fault
 ├── StateError        a saved state is not one of this machine: its author's fault
 ├── SnapshotError     a snapshot is damaged, or of a machine that cannot go on here
+├── HaltError         a device cannot go on until the host can: the VM has to stand still
 ├── VhostUserError    the peer broke the vhost-user protocol (in `virtio.vhost_user.messages`)
 └── GuestError        the guest did something invalid: its device goes into an error state
     ├── GuestMemoryError   an access outside guest RAM
@@ -17,6 +18,7 @@ VmmError
 
 import enum
 import os
+from errno import EDQUOT, ENOSPC
 
 
 class VmmError(Exception):
@@ -82,6 +84,31 @@ class StateError(VmmError):
 
 class SnapshotError(VmmError):
     """A snapshot or its stream is damaged, incomplete, or of a machine that cannot go on here."""
+
+
+class HaltReason(enum.StrEnum):
+    """Why a device cannot go on."""
+
+    NO_SPACE = "no space"
+    IO_ERROR = "I/O error"
+
+
+class HaltError(VmmError):
+    """The host cannot do what a request needs; the request waits in its queue.
+
+    The VM has to stand still, and whoever lets it go on has the request tried again.
+    """
+
+    def __init__(self, name: str, errno: int) -> None:
+        """Remember the name of the device, for messages, and the host's fault."""
+        super().__init__(f"{name}: {os.strerror(errno)}")
+        self.errno = errno
+
+    @property
+    def reason(self) -> HaltReason:
+        """What a person has to do something about."""
+        is_full = self.errno in {ENOSPC, EDQUOT}
+        return HaltReason.NO_SPACE if is_full else HaltReason.IO_ERROR
 
 
 class GuestError(VmmError):

@@ -11,7 +11,7 @@ import socket
 
 from tests.fuzz.inputs import Input, check_line
 from tests.unit.virtio.vhost_user.rig import QUEUE_SIZE, VERSION_1, Driver, driver
-from vmm_kvm.errors import GuestError
+from vmm_kvm.errors import GuestError, HaltError
 from vmm_kvm.virtio.queue import Ring
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.frontend import BLOCK, NET, VhostUser, net_data
@@ -52,6 +52,10 @@ class Frontend:
     def fail(self, reason: str) -> None:
         """Remember why."""
         self.failures.append(reason)
+
+    def halt(self, err: HaltError) -> None:
+        """Remember why."""
+        self.failures.append(str(err))
 
 
 def _answer(given: Input) -> bytes:

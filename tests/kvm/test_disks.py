@@ -14,7 +14,7 @@ from tests.vmctl_driver import ConsoleProcess, vmctl_run
 pytestmark = pytest.mark.kvm
 
 GOOD = 42
-OPTIONS = "(ro, serial=, queues=, process or private)"
+OPTIONS = "(ro, serial=, queues=, process, error= or private)"
 STATUS = GOOD << 1 | 1
 DISK_SIZE = 1 << 20
 PACKET = 0x40  # of the boot sector: what INT 13h is asked for

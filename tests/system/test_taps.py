@@ -28,7 +28,7 @@ from tests.virtio_driver import DriverQueue, PlainMemory
 from tests.vmctl_driver import ROOT
 from vmctl.nic_options import parse_nic
 from vmctl.nics import open_nic
-from vmm_kvm.errors import SpecError
+from vmm_kvm.errors import HaltError, SpecError
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.net.bridge import tap_on_bridge
 from vmm_kvm.net.ethernet import Filter, locked_filter
@@ -208,6 +208,10 @@ class RecordingFrontend:
     def fail(self, reason: str) -> None:
         """Remember why."""
         self.failures.append(reason)
+
+    def halt(self, err: HaltError) -> None:
+        """It never should."""
+        raise err
 
 
 def wait(fd: int) -> None:

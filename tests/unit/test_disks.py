@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
+from vmd.config.disks import DiskError, DiskKind, DiskOption, OnError, parse_disk
 
-OPTIONS = "(ro, serial=, queues=, process or private)"
+OPTIONS = "(ro, serial=, queues=, process, error= or private)"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,8 @@ OPTIONS = "(ro, serial=, queues=, process or private)"
         ("c:d", DiskOption(DiskKind.PROBE, "c:d")),
         ("RAW:d", DiskOption(DiskKind.PROBE, "RAW:d")),
         ("a,,b,ro", DiskOption(DiskKind.PROBE, "a,b", is_read_only=True)),
+        ("d,error=stop", DiskOption(DiskKind.PROBE, "d", on_error=OnError.STOP)),
+        ("raw:d,error=report", DiskOption(DiskKind.RAW, "d", on_error=OnError.REPORT)),
         (
             "raw:d,queues=64,serial=abc=d,process",
             DiskOption(DiskKind.RAW, "d", serial="abc=d", queues=64, is_process=True),
@@ -54,6 +56,9 @@ def test_disks(text: str, expected: DiskOption) -> None:
             "d,serial",
             f"invalid disk: d,serial: unknown option 'serial' {OPTIONS}",
         ),
+        ("d,error=", "invalid disk: d,error=: error is stop or report"),
+        ("d,error=STOP", "invalid disk: d,error=STOP: error is stop or report"),
+        ("pmem:d,error=stop", "invalid disk: pmem:d,error=stop: error is not for pmem disks"),
         ("d,queues=0", "invalid disk: d,queues=0: queues are 1 to 64"),
         ("d,queues=x", "invalid disk: d,queues=x: queues are 1 to 64"),
         ("d,queues=²", "invalid disk: d,queues=²: queues are 1 to 64"),

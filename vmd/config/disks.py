@@ -16,6 +16,8 @@ Options, of which a comma in the path is told apart by writing it twice:
     serial=TEXT  identity that the guest reads, at most 20 bytes
     queues=N     request queues, 1 to 64
     process      serve it by a process of its own
+    error=WHAT   when the host cannot read or write: stop, the VM stands still, or report, the
+                 guest is told
     private      (pmem) what the guest writes vanishes when it powers off
 
 A path that begins like a kind is written with `./` in front.
@@ -37,6 +39,15 @@ class DiskKind(StrEnum):
     PMEM = "pmem"
 
 
+class OnError(StrEnum):
+    """What happens when the host cannot read or write a disk."""
+
+    STOP = "stop"
+    """The VM stands still, and the request is tried again when it goes on."""
+    REPORT = "report"
+    """The guest is told."""
+
+
 class DiskError(ValueError):
     """A disk that cannot be understood; the message is one line."""
 
@@ -51,6 +62,8 @@ class DiskOption(NamedTuple):
     queues: int = 1
     is_process: bool = False
     is_private: bool = False
+    on_error: OnError | None = None
+    """None: as the program has it that runs the VM."""
 
 
 _IMAGES = frozenset({DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2})
@@ -60,11 +73,12 @@ _KINDS = {
     "serial": _IMAGES,
     "queues": _IMAGES,
     "process": _IMAGES,
+    "error": _IMAGES,
     "private": frozenset({DiskKind.PMEM}),
 }
 OPTIONS = frozenset(_KINDS)
 """Words of the options."""
-OPTIONS_WITH_VALUE = frozenset({"serial", "queues"})
+OPTIONS_WITH_VALUE = frozenset({"serial", "queues", "error"})
 _COMMA = ",,"
 
 
@@ -129,6 +143,10 @@ def with_option(disk: DiskOption, word: str, value: str = "") -> DiskOption:
             return disk._replace(is_process=True)
         case "private":
             return disk._replace(is_private=True)
+        case "error":
+            if value not in set(OnError):
+                raise DiskError("error is stop or report")
+            return disk._replace(on_error=OnError(value))
         case "serial":
             if len(value.encode(errors="surrogateescape")) > DISK_SERIAL_MAX:
                 raise DiskError(f"serial of more than {DISK_SERIAL_MAX} bytes")

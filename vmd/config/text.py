@@ -160,6 +160,8 @@ def _disk(disk: DiskOption) -> str:
         options.append(f"serial {quoted(disk.serial)}")
     if disk.queues != 1:
         options.append(f"queues {disk.queues}")
+    if disk.on_error is not None:
+        options.append(f"error {disk.on_error}")
     if disk.is_private:
         options.append("private")
     return f"{found} {{ {' '.join(options)} }}" if options else found

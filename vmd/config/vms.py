@@ -24,7 +24,7 @@ from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX, VCPUS_MAX
 
 FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"))
 """Formats of disks. The first two are OpenBSD's."""
-DISK_OPTIONS = ("ro", "serial", "queues", "private")
+DISK_OPTIONS = ("ro", "serial", "queues", "error", "private")
 """Words of the block of a disk, which OpenBSD does not have."""
 OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "stop")
 """Options of a VM that OpenBSD does not have."""
@@ -194,7 +194,7 @@ class VmRule:
     def _disk_block(self, disk: DiskOption, path: str) -> DiskOption:
         """Take options of a disk.
 
-        diskopt = "ro" | "serial" STRING | "queues" NUMBER | "private"
+        diskopt = "ro" | "serial" STRING | "queues" NUMBER | "error" STRING | "private"
         """
         tokens = self._tokens
 
@@ -206,7 +206,7 @@ class VmRule:
             tokens.take()
             value = ""
             if word in OPTIONS_WITH_VALUE:
-                value = tokens.one_string() if word == "serial" else str(tokens.number())
+                value = str(tokens.number()) if word == "queues" else tokens.one_string()
             try:
                 disk = with_option(disk, word, value)
             except DiskError as err:

@@ -5,7 +5,7 @@ It ends when the VM's process does, having written back what it holds.
 
 import socket
 
-from vmd.config.disks import DiskKind
+from vmd.config.disks import DiskKind, OnError
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.shared.counters import CountedImage, Counters
@@ -41,4 +41,10 @@ def make(begin: DeviceBegin, fds: list[int]) -> VirtioBlk:
     said = None if option.kind is DiskKind.PROBE else formats[0]
     image = open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)
     counted = CountedImage(image, counters)
-    return VirtioBlk(counted, name=option.path, serial=option.serial, queues=option.queues)
+    return VirtioBlk(
+        counted,
+        name=option.path,
+        serial=option.serial,
+        queues=option.queues,
+        stops_at_errors=option.on_error is not OnError.REPORT,
+    )

@@ -50,6 +50,7 @@ from vmd.wire.internal import (
     UnpauseVm,
     VmCommand,
     VmExited,
+    VmHalted,
     VmLaunched,
     VmLaunchFailed,
     VmmToParent,
@@ -394,6 +395,10 @@ class Effects:
                     )
             case VmPaused():
                 self._happened(vm_id, vm_state.Paused())
+            case VmHalted(reason=reason, message=text):
+                vm = self._registry.find(vm_id, "")
+                log.warning("vm/%s: paused: %s", vm.name if vm else vm_id, text)
+                self._happened(vm_id, vm_state.Halted(reason, text))
             case VmUnpaused():
                 self._happened(vm_id, vm_state.Unpaused())
             case VmStatistics():

@@ -6,6 +6,8 @@
        │                     ▼                  ▼                 │  │
        └──────it is gone── STOPPING ◀──stop── PAUSING ─all quiet▶ PAUSED
 
+A running VM is PAUSED too when a request of a disk waits for the host; that is its `halt`.
+
 A VM of any state from STARTING on can be gone at any moment; it is then STOPPED, or STARTING again
 if the guest has rebooted. STOPPED and WAITING mean that nothing is left: no process, no descriptor,
 nobody who waits for an answer.
@@ -30,6 +32,7 @@ from vmd.rules.vm_state import (
     Event,
     Exited,
     Forget,
+    Halted,
     Kill,
     Launch,
     Launched,
@@ -133,6 +136,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _running(vm)
         case Paused():
             return _paused(vm)
+        case Halted():
+            return _halted(vm, event)
         case Unpaused():
             return _unpaused(vm)
         case Exited():
@@ -198,7 +203,7 @@ def _stopping(vm: VmState, *, force: bool) -> Step:
             effects.append(SendUnpause())  # a guest that stands still cannot do as it is asked
     effects.append(Kill() if force else SendStop())
     vm = vm._replace(phase=Phase.STOPPING, starter=None, pausers=(), unpausers=(), watchers=())
-    return vm, tuple(effects)
+    return vm._replace(halt=None), tuple(effects)
 
 
 def _pause(vm: VmState, ticket: Ticket) -> Step:
@@ -284,16 +289,35 @@ def _paused(vm: VmState) -> Step:
     if vm.phase is not Phase.PAUSING:
         return vm, ()
     effects: list[Effect] = [_done(vm, ticket) for ticket in vm.pausers]
-    effects.append(Publish(EventKind.PAUSED))
+    effects.append(_published_pause(vm))
     vm = vm._replace(pausers=())
     if vm.unpausers:  # somebody wants it to go on since
         return vm._replace(phase=Phase.UNPAUSING), (*effects, SendUnpause())
     return vm._replace(phase=Phase.PAUSED), tuple(effects)
 
 
+def _halted(vm: VmState, event: Halted) -> Step:
+    match vm.phase:
+        case Phase.RUNNING:
+            vm = vm._replace(phase=Phase.PAUSED, halt=event)
+            return vm, (_published_pause(vm),)
+        case Phase.PAUSING | Phase.PAUSED:  # it is about to be told that all of it is quiet
+            return vm._replace(halt=event), ()
+        case Phase.STOPPED | Phase.WAITING | Phase.STARTING | Phase.UNPAUSING | Phase.STOPPING:
+            return vm, ()
+        case _:
+            assert_never(vm.phase)
+
+
+def _published_pause(vm: VmState) -> Effect:
+    text = f"{vm.halt.reason}: {vm.halt.message}" if vm.halt else ""
+    return Publish(EventKind.PAUSED, text)
+
+
 def _unpaused(vm: VmState) -> Step:
     if vm.phase is not Phase.UNPAUSING:
         return vm, ()
+    vm = vm._replace(halt=None)
     effects: list[Effect] = [_done(vm, ticket) for ticket in vm.unpausers]
     effects.append(Publish(EventKind.UNPAUSED))
     vm = vm._replace(unpausers=())
@@ -314,6 +338,7 @@ def _end(vm: VmState, now: float, exited: Exited) -> Step:
         *(_terminated(vm, ticket) for ticket in vm.waiters),
     ]
     vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=(), watchers=())
+    vm = vm._replace(halt=None)
     if reason is EndReason.REBOOT and vm.phase is not Phase.STOPPING and not vm.stops_at_reboot:
         vm, is_allowed = _count_start(vm, now)
         if is_allowed:

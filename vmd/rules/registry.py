@@ -564,6 +564,7 @@ def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
         memory=config.memory or MEMORY_DEFAULT,
         pid=state.pid,
         tty=state.tty,
+        pause_reason=state.halt.reason if state.halt else "",
         uid=config.owner.uid or 0,
         gid=config.owner.gid,
         is_from_config=state.is_from_config,

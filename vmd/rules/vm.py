@@ -155,4 +155,5 @@ def _disk(request: DiskRequest) -> DiskOption:
         is_read_only=request.is_read_only,
         serial=request.serial,
         queues=request.queues,
+        on_error=request.error,
     )

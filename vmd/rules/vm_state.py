@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from vmd.wire.internal import EndReason
 from vmd.wire.messages import AnyAnswer, EndCause, ErrorCode, EventKind
+from vmm_kvm.errors import HaltReason
 
 
 class Phase(Enum):
@@ -38,6 +39,17 @@ class Ticket(NamedTuple):
     serial: int
 
 
+class Halted(NamedTuple):
+    """Why it stands still of its own accord: a request of a disk waits for the host.
+
+    This is the event too, by which that is told.
+    """
+
+    reason: HaltReason
+    message: str
+    """Which disk, and what the host said."""
+
+
 class VmState(NamedTuple):
     """Where a VM is in its life."""
 
@@ -57,6 +69,8 @@ class VmState(NamedTuple):
     """Who is told when it ends."""
     pausers: tuple[Ticket, ...] = ()
     unpausers: tuple[Ticket, ...] = ()
+    halt: Halted | None = None
+    """Why it stands still, if nobody asked for that."""
     watchers: tuple[Ticket, ...] = ()
     """Who is to have the console as soon as there is a process."""
     is_overdue: bool = False
@@ -185,6 +199,7 @@ Event = (
     | LaunchFailed
     | Running
     | Paused
+    | Halted
     | Unpaused
     | Exited
 )

@@ -41,6 +41,7 @@ from vmd.wire.internal import (
     StopVm,
     UnpauseVm,
     VmEnding,
+    VmHalted,
     VmmToVm,
     VmPaused,
     VmReport,
@@ -63,6 +64,7 @@ from vmm_kvm.boot.source import FileSource
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import (
     BootError,
+    HaltError,
     ImageError,
     Refusal,
     RefusedError,
@@ -98,6 +100,7 @@ log = Log(__name__)
 _READY = b"\0"
 _STATUS_MAX = 4096
 _REHEARSAL_ROM = 4096  # bytes of firmware that never runs
+_RETRY_NS = NANOSECONDS
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -259,7 +262,7 @@ def _disk(
     """Return who serves a disk: a process of ours, somebody else's, or this one's memory."""
     path = disk.option.path
     if connection is not None:
-        return RemoteBlkSpec(_Connection(connection, path).connect, path)
+        return RemoteBlkSpec(_Connection(connection, path).connect, path, may_halt=True)
     fd = fds.take(disk.chain[0])
     if disk.option.kind is DiskKind.PMEM:
         image = MappedImage(path, is_private=disk.option.is_private, fd=fd)
@@ -346,6 +349,8 @@ class VmProcess:
         }
         self._outcome: Outcome | None = None
         self._is_paused = False
+        self._is_halted = False
+        self._retry_timer = loop.timer(self._retry)
         self._machine = Machine(
             spec,
             vmm,
@@ -353,6 +358,7 @@ class VmProcess:
             transmit=console.transmit,
             on_receive_room=lambda: loop.call_soon(console.feed),
             on_outcome=lambda outcome: loop.call_soon(lambda: self._ended(outcome)),
+            on_halt=lambda err: loop.call_soon(lambda: self._halt(err)),
         )
         self._shutdown = Shutdown(self._machine, loop, loop.stop)
         self._console = console
@@ -385,6 +391,8 @@ class VmProcess:
                 case StopVm(timeout_s=seconds):
                     timeout_ns = None if seconds is None else seconds * NANOSECONDS
                     self._shutdown.begin(timeout_ns)
+                    if self._is_halted:
+                        self._retry()
                 case AttachConsole(position=position):
                     self._attach(fds, position)
                 case SetLinks(are_up=are_up):
@@ -414,10 +422,35 @@ class VmProcess:
         _tell(self._channel, VmPaused())
 
     def _unpause(self) -> None:
+        self._resume()
+        _tell(self._channel, VmUnpaused())
+
+    def _resume(self) -> None:
+        self._is_halted = False
         if self._is_paused:
             self._is_paused = False
             self._machine.resume()
-        _tell(self._channel, VmUnpaused())
+
+    def _halt(self, err: HaltError) -> None:
+        """Stand still: a request of a disk waits for the host.
+
+        A guest that is to stop gets no further, and nobody can let it go on: that is tried again
+        and again, until its time is over.
+        """
+        if self._is_halted:
+            return
+        self._is_halted = True
+        if not self._is_paused:
+            self._is_paused = True
+            self._machine.pause()
+        if self._shutdown.has_begun:
+            self._retry_timer.arm(self._loop.monotonic_ns() + _RETRY_NS)
+        else:
+            _tell(self._channel, VmHalted(reason=err.reason, message=str(err)[:TEXT_MAX]))
+
+    def _retry(self) -> None:
+        if self._is_halted:
+            self._resume()
 
     def _statistics(self) -> VmStatistics:
         disks = tuple(

@@ -45,6 +45,7 @@ from vmd.wire.internal import (
     VmCommand,
     VmEnding,
     VmExited,
+    VmHalted,
     VmLaunched,
     VmLaunchFailed,
     VmmToDevice,
@@ -74,8 +75,8 @@ _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
     AskStatistics: VmStatistics,
 }
 """What a VM process says to a command, once."""
-_UNASKED: dict[type[VmReport], int] = {VmStarted: 1, VmUnpacked: 1, VmEnding: 1}
-"""What it says without being told to, and how often."""
+_UNASKED: dict[type[VmReport], int] = {VmStarted: 1, VmUnpacked: 1, VmHalted: 1, VmEnding: 1}
+"""What it says without being told to, and how often; that it halts once more for each unpause."""
 _NIC = "nic"  # begins the names of interfaces: a guest lives on without
 
 
@@ -117,6 +118,8 @@ class _Vm:
         self.channel.send(command, fds.take_all())
         if answer := _ANSWERS.get(type(command)):
             self.expected[answer] += 1
+        if isinstance(command, UnpauseVm):
+            self.expected[VmHalted] += 1
 
     # A source of its own channel: what need not be told many times waits until there is room.
 

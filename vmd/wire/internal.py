@@ -23,6 +23,7 @@ from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest
 from vmd.wire.parts import Part, Statistics
+from vmm_kvm.errors import HaltReason
 from vmm_kvm.limits import MTU_DEFAULT
 
 TEXT_MAX = 16384
@@ -340,7 +341,7 @@ class PauseVm(Internal, frozen=True, kw_only=True):
 
 
 class UnpauseVm(Internal, frozen=True, kw_only=True):
-    """Go on, and say `VmUnpaused`."""
+    """Go on, and say `VmUnpaused`; what waits for the host is tried again."""
 
 
 class StopVm(Internal, frozen=True, kw_only=True):
@@ -411,6 +412,14 @@ class VmPaused(Internal, frozen=True, kw_only=True):
     """No vCPU runs and no device works."""
 
 
+class VmHalted(Internal, frozen=True, kw_only=True):
+    """It stands still because a request of a disk waits for the host; see `UnpauseVm`."""
+
+    reason: HaltReason
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+    """Which disk, and what the host said."""
+
+
 class VmUnpaused(Internal, frozen=True, kw_only=True):
     """The guest runs again."""
 
@@ -447,7 +456,7 @@ class VmEnding(Internal, frozen=True, kw_only=True):
     message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
 
 
-VmReport = VmStarted | VmUnpacked | VmPaused | VmUnpaused | VmStatistics | VmEnding
+VmReport = VmStarted | VmUnpacked | VmPaused | VmHalted | VmUnpaused | VmStatistics | VmEnding
 
 
 class ToVm(Internal, frozen=True, kw_only=True):

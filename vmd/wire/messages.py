@@ -18,6 +18,7 @@ from typing import Annotated
 
 import msgspec
 
+from vmd.config.disks import OnError
 from vmd.config.model import FORWARDS_MAX, BootDevice
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.parts import Part, Statistics
@@ -190,6 +191,8 @@ class DiskRequest(Part, frozen=True, kw_only=True):
     serial: Word = ""
     """What the guest reads as the disk's identity; at most 20 bytes."""
     queues: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    error: OnError | None = None
+    """When the host cannot read or write it: the VM is paused, the default, or the guest told."""
 
 
 class ForwardRequest(Part, frozen=True, kw_only=True):
@@ -498,6 +501,8 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     pid: int | None = None
     tty: str = ""
     """Path of the console; empty if there is none."""
+    pause_reason: str = ""
+    """Why it is paused if nobody asked for that: `no space` or `I/O error`, of a disk."""
     uid: int = 0
     """Of the owner."""
     gid: int | None = None

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from vmm_kvm.block import fallocate
+from vmm_kvm.block.image import LastingError
 from vmm_kvm.block.vectors import cut, fill_zeros, zeros
 from vmm_kvm.log import Log
 from vmm_kvm.scatter import Scatter, total
@@ -95,7 +96,7 @@ class HostFile:
         forgets it, so no later success would mean anything for what was written before.
         """
         if self._is_sync_lost:
-            raise OSError(errno.EIO, "an earlier flush failed")
+            raise LastingError(errno.EIO, "an earlier flush failed")
         if not self._is_written:
             return
         try:
@@ -103,7 +104,7 @@ class HostFile:
         except OSError as err:
             self._is_sync_lost = True
             log.warning("%s: flush: %s", self.name, err.strerror)
-            raise
+            raise LastingError(err.errno, err.strerror) from err
         self._is_written = False
 
     def reserve(self, offset: int, size: int) -> None:

@@ -12,11 +12,16 @@ class Format(StrEnum):
     QCOW2 = "qcow2"
 
 
+class LastingError(OSError):
+    """A fault that stays, however often the request is repeated."""
+
+
 class Image(Protocol):
     """A virtual disk. Not thread-safe: its user serialises.
 
     Faults are OSError with an errno: EIO, ENOSPC, EROFS; EINVAL beyond the end of the disk. After
-    one the image is sound and can be used further.
+    one the image is sound and can be used further. Those that are no LastingError are the host's:
+    once it can, the same request succeeds.
     """
 
     size: int

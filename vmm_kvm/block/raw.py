@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vmm_kvm.bits import align_up
 from vmm_kvm.block.file import HostFile
 from vmm_kvm.block.headers import SECTOR_SIZE, image_format
+from vmm_kvm.block.image import LastingError
 from vmm_kvm.block.vectors import cut, fill_zeros
 from vmm_kvm.scatter import total
 
@@ -89,12 +90,12 @@ class RawImage:
         found = image_format(bytes(sector))
         if found:
             text = f"a {found} header, on a disk of which nobody has said that its format is raw"
-            raise OSError(errno.EPERM, text)
+            raise LastingError(errno.EPERM, text)
         self._file.write(offset, data)
         return size
 
     def _check(self, offset: int, length: int) -> None:
         if self.is_read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise LastingError(errno.EROFS, os.strerror(errno.EROFS))
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise OSError(errno.EINVAL, "beyond the end of the disk")
+            raise LastingError(errno.EINVAL, "beyond the end of the disk")

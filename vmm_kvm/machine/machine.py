@@ -34,6 +34,7 @@ from vmm_kvm.devices.port92 import Port92
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.rom import Rom
 from vmm_kvm.devices.uart16550 import Uart16550
+from vmm_kvm.errors import HaltError
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
@@ -87,8 +88,10 @@ class Machine:
 
     `transmit` and `on_outcome` are called on vCPU threads and must not block; `on_outcome` once.
     `on_receive_room` is called, on any thread, when the serial port can take input again; with
-    the port's lock held, so it may only post to an event loop. `vmm`, the table that the VM is in,
-    stays the caller's.
+    the port's lock held, so it may only post to an event loop. `on_halt` is called on a device's
+    thread when a request of a disk waits for the host: whoever posts it to an event loop then
+    pauses the machine, and `resume` has the request tried again. `vmm`, the table that the VM is
+    in, stays the caller's.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Machine:
         transmit: Callable[[bytes], None],
         on_receive_room: Callable[[], None],
         on_outcome: Callable[[Outcome], None],
+        on_halt: Callable[[HaltError], None] = lambda _err: None,
         is_restored: bool = False,
     ) -> None:
         """Build the machine and load its image; no vCPU runs yet.
@@ -119,6 +123,7 @@ class Machine:
         self._vmm = vmm
         self._transmit = transmit
         self._on_outcome = on_outcome
+        self._on_halt = on_halt
         self._outcome_lock = threading.Lock()
         self._has_ended = False
         self._clock = clock
@@ -495,6 +500,7 @@ class Machine:
                 transmit=self._transmit,
                 on_receive_room=on_receive_room,
                 on_expired=lambda _command: self._end(Ending.POWER_OFF),
+                on_halt=self._on_halt,
             )
         )
         self._devices.plug_all(self.spec.devices)

@@ -12,6 +12,7 @@ from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.layout import PCI_HOLE_END
 from vmm_kvm.bits import GIB, align_up
 from vmm_kvm.clock import Clock
+from vmm_kvm.errors import HaltError
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import PciHost
@@ -98,11 +99,12 @@ class Devices:
         transmit: Callable[[bytes], None],
         on_receive_room: Callable[[], None],
         on_expired: Callable[[Command], None],
+        on_halt: Callable[[HaltError], None],
     ) -> None:
         """Use what belongs to the machine; all of it has to outlive the devices.
 
         `transmit` and `on_receive_room` are for a console, see `VirtioConsole`; `on_expired` is
-        for vmmci, see there.
+        for vmmci, see there; `on_halt` for disks, see `VirtioPci`.
         """
         self._host = host
         self._memory = memory
@@ -113,6 +115,7 @@ class Devices:
         self._transmit = transmit
         self._on_receive_room = on_receive_room
         self._on_expired = on_expired
+        self._on_halt = on_halt
         self._functions: dict[int, VirtioPci | Vmmci] = {}
         """By slot."""
         self._nets: list[Net] = []
@@ -199,6 +202,7 @@ class Devices:
                     name=spec.name,
                     serial=spec.serial,
                     queues=spec.queues,
+                    stops_at_errors=spec.stops_at_errors,
                     owns_image=False,
                 )
                 self._note_disk(self._add_backend(blk, CLASS_MASS_STORAGE_SCSI, spec.name)[0])
@@ -286,6 +290,7 @@ class Devices:
             self._intx.input(slot, _PIN_INTA),
             class_code=class_code,
             name=name,
+            on_halt=self._on_halt,
         )
         self._functions[slot] = function
         return self._host.add(function.function)

@@ -2,18 +2,20 @@
 
 Requests are served one after the other on the device's thread, and data go between the image and
 guest memory without a copy. A fault of the image is an error of the request (VIRTIO_BLK_S_IOERR),
-also when the host's disk is full; the device goes on. A request that is no request at all stops
-the device.
+and the device goes on; or, where the device was told to stop at errors, the request waits in its
+queue until the host can do it, as when the host's disk is full. A request that is no request at all
+stops the device.
 
 Source: virtio 1.2 §5.2
 """
 
 import struct
 from collections.abc import Sequence
+from errno import EIO
 from typing import Literal, NamedTuple
 
-from vmm_kvm.block.image import Image
-from vmm_kvm.errors import StateError, VirtqueueError
+from vmm_kvm.block.image import Image, LastingError
+from vmm_kvm.errors import HaltError, StateError, VirtqueueError
 from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.scatter import total
@@ -47,6 +49,13 @@ _OK, _IOERR, _UNSUPP = (
 )
 _IN, _OUT = abi.VIRTIO_BLK_T_IN, abi.VIRTIO_BLK_T_OUT
 _WRITES = frozenset({_OUT, abi.VIRTIO_BLK_T_DISCARD, abi.VIRTIO_BLK_T_WRITE_ZEROES})
+_VERBS = {
+    _IN: "read",
+    _OUT: "write",
+    abi.VIRTIO_BLK_T_FLUSH: "flush",
+    abi.VIRTIO_BLK_T_DISCARD: "discard",
+    abi.VIRTIO_BLK_T_WRITE_ZEROES: "write of zeroes",
+}
 _FEATURES = (
     1 << abi.VIRTIO_BLK_F_SEG_MAX
     | 1 << abi.VIRTIO_BLK_F_BLK_SIZE
@@ -66,6 +75,8 @@ class BlkSpec(NamedTuple):
     """The identity that the guest reads, at most 20 bytes; empty for none."""
     queues: int = 1
     """1 to 64."""
+    stops_at_errors: bool = False
+    """Faults of the host have the VM stand still; else the guest is told of them."""
     kind: Literal["blk"] = "blk"
 
 
@@ -89,6 +100,7 @@ class VirtioBlk:
         "_name",
         "_owns_image",
         "_serial",
+        "_stops_at_errors",
         "device_id",
         "features",
         "queue_sizes",
@@ -101,6 +113,7 @@ class VirtioBlk:
         name: str,
         serial: str = "",
         queues: int = 1,
+        stops_at_errors: bool = False,
         owns_image: bool = True,
     ) -> None:
         """Make a disk of `image`, which nobody else uses while the device exists.
@@ -110,6 +123,7 @@ class VirtioBlk:
             name: for the log.
             serial: what the guest reads as the disk's identity; of it the first 20 bytes.
             queues: 1 to 64; all are served in turn, so more than one spares the guest locks only.
+            stops_at_errors: whether a fault of the host is a HaltError, or the guest's to know.
             owns_image: whether closing the device closes the image.
         """
         assert 1 <= queues <= DISK_QUEUES_MAX
@@ -125,6 +139,7 @@ class VirtioBlk:
         self._image = image
         self._capacity = image.size
         self._name = name
+        self._stops_at_errors = stops_at_errors
         self._owns_image = owns_image
         encoded = serial.encode(errors="replace")
         self._serial = encoded[: abi.VIRTIO_BLK_ID_BYTES].ljust(abi.VIRTIO_BLK_ID_BYTES, b"\0")
@@ -168,9 +183,14 @@ class VirtioBlk:
 
         Raises:
             GuestError: one has no room for header or status, or the queue is malformed.
+            HaltError: the host has a fault, and the device stops at errors.
         """
-        while chain := queue.pop(with_pieces=True):
-            queue.push(chain, self._serve(chain))
+        try:
+            while chain := queue.pop(with_pieces=True):
+                queue.push(chain, self._serve(chain))
+        except HaltError:
+            queue.unpop()
+            raise
 
     def reset(self) -> None:
         """Forget nothing: no request outlives `process`."""
@@ -247,6 +267,8 @@ class VirtioBlk:
                 result = _UNSUPP
         except OSError as err:
             self._note_fault(kind, sector, err)
+            if self._stops_at_errors and not isinstance(err, LastingError):
+                raise HaltError(self._name, err.errno or EIO) from err
             result = _IOERR
         status[0] = result
         # What lies before the status counts only if all of it was written (virtio 1.2 §2.7.8.2).
@@ -308,4 +330,5 @@ class VirtioBlk:
         fault = kind, err.errno
         if fault not in self._faults:
             self._faults.add(fault)
-            log.warning("%s: request %d at sector %d: %s", self._name, kind, sector, err)
+            where = f" at sector {sector}" if kind in {_IN, _OUT} else ""
+            log.warning("%s: %s%s: %s", self._name, _VERBS[kind], where, err.strerror)

@@ -12,6 +12,7 @@ the driver and tells the dataplane what the driver did.
 from collections.abc import Collection, Mapping
 from typing import Protocol, runtime_checkable
 
+from vmm_kvm.errors import HaltError
 from vmm_kvm.state import Part
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 
@@ -49,6 +50,8 @@ class Backend(Protocol):
 
         Raises:
             GuestError: the driver broke the rules; the device stops until it is reset.
+            HaltError: the host cannot do what a request needs. The request is in the queue still,
+                and tried again in the next call.
         """
 
     def reset(self) -> None:
@@ -124,6 +127,12 @@ class Frontend(Protocol):
 
     def fail(self, reason: str) -> None:
         """Stop the device until the driver resets it; `reason` is for the log, one line."""
+
+    def halt(self, err: HaltError) -> None:
+        """Have the VM stand still: a request waits for the host.
+
+        It is tried again when the driver notifies, and by `resume`.
+        """
 
 
 class Dataplane(Protocol):

@@ -10,18 +10,18 @@ rest.
 Locks: `lock` is taken by the bus for accesses to BARs 2 and 4, and within the PCI host's lock when
 BAR 2 moves or the guest reaches BAR 4 through configuration space. With it held the dataplane may
 be waited for, so the dataplane's threads never take it: what they call (`interrupt`,
-`config_changed`, `fail`) takes only `_isr_lock` and the MSI-X lock, which are innermost.
+`config_changed`, `fail`, `halt`) takes only `_isr_lock` and the MSI-X lock, which are innermost.
 
 Source: virtio 1.2 §4.1
 """
 
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 from vmm_kvm.bits import PAGE_SIZE, all_ones
-from vmm_kvm.errors import GuestError, StateError
+from vmm_kvm.errors import GuestError, HaltError, StateError
 from vmm_kvm.irq import IrqLine
 from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
@@ -112,7 +112,14 @@ class VirtioPci:
     """
 
     def __init__(
-        self, dataplane: Dataplane, host: Host, intx: IrqLine, *, class_code: int, name: str
+        self,
+        dataplane: Dataplane,
+        host: Host,
+        intx: IrqLine,
+        *,
+        class_code: int,
+        name: str,
+        on_halt: Callable[[HaltError], None] = lambda _err: None,
     ) -> None:
         """Make the function of `dataplane`.
 
@@ -122,9 +129,12 @@ class VirtioPci:
             intx: where INTA of the function's slot leads.
             class_code: 24 bits, as for PciFunction.
             name: for the log.
+            on_halt: has the VM stand still, because a request waits for the host; on the thread
+                of the device, with no lock held, and may not wait for it.
         """
         self.lock = threading.Lock()
         self.name = name
+        self._on_halt = on_halt
         self._dataplane = dataplane
         self._host = host
         queues = len(dataplane.queue_sizes)
@@ -440,6 +450,10 @@ class VirtioPci:
             log.warning("%s: needs reset: %s", self.name, reason)
         self._registers.needs_reset = True
         self.config_changed()
+
+    def halt(self, err: HaltError) -> None:
+        """Have the VM stand still: a request waits for the host."""
+        self._on_halt(err)
 
     def _signal(self, vector: int) -> None:
         if vector == abi.VIRTIO_MSI_NO_VECTOR:

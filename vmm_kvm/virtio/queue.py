@@ -270,6 +270,10 @@ class Virtqueue:
                 raise VirtqueueError(f"descriptor {head}: leads to {following} of {limit}")
             link = following
 
+    def unpop(self) -> None:
+        """Let the next `pop` return anew what the last one did, which was not given back."""
+        self._next_available = (self._next_available - 1) & _INDEX_MASK
+
     def _in_order(self, head: int, table: bytes) -> Chain | None:
         """Return the chain of an indirect table whose links lead from each entry to the next.
 

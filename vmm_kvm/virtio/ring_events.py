@@ -23,16 +23,13 @@ _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 class RingEvents:
     """The eventfds of a device's rings, which it owns, and the thread that watches some of them."""
 
-    def __init__(self, rings: int, name: str, broken: str) -> None:
-        """Make the eventfds of that many rings.
-
-        `name` is the thread's; `broken` is why the device fails when the server gives up a ring.
+    def __init__(self, rings: int, name: str) -> None:
+        """Make the eventfds of that many rings; `name` is the thread's.
 
         Raises:
             OSError: the host has no descriptors left.
         """
         self._name = name
-        self._broken = broken
         self._thread: threading.Thread | None = None
         self._fds: list[int] = []
         self._call_fds: dict[int, int] = {}
@@ -65,14 +62,19 @@ class RingEvents:
     def watch(
         self,
         frontend: Frontend,
+        on_error: Callable[[], None],
         connection: int | None = None,
         on_hangup: Callable[[], None] = lambda: None,
     ) -> None:
-        """Tell `frontend` what happens from now on, and call `on_hangup` if `connection` ends."""
+        """Tell `frontend` what happens from now on.
+
+        `on_error` is called when the server has written `error_fd`, `on_hangup` if `connection`
+        ends; both on the thread, which `unwatch` waits for.
+        """
         watched: dict[int, Callable[[], None]] = {
             fd: partial(frontend.interrupt, index) for index, fd in self._call_fds.items()
         }
-        watched[self.error_fd] = partial(frontend.fail, self._broken)
+        watched[self.error_fd] = on_error
         self._thread = threading.Thread(
             target=self._run, args=(watched, connection, on_hangup), name=self._name
         )

@@ -92,7 +92,7 @@ class Vhost:
         self._bases: dict[int, int] | None = None  # while suspended
         try:
             rings = len(self.queue_sizes)
-            self._events = RingEvents(rings, name, "vhost: the kernel gave up a ring")
+            self._events = RingEvents(rings, name)
         except BaseException:
             tap.close()
             raise
@@ -124,7 +124,7 @@ class Vhost:
         except OSError as err:
             self._stop_rings()
             raise VirtqueueError(f"vhost: {err.strerror}") from err
-        self._events.watch(self._attached())
+        self._watch()
 
     def _set_up(self, features: int) -> None:
         memory = self._memory
@@ -147,7 +147,7 @@ class Vhost:
         except OSError as err:
             raise VirtqueueError(f"vhost: {err.strerror}") from err
         finally:
-            self._events.watch(self._attached())
+            self._watch()
 
     def stop_queue(self, index: int) -> None:
         """Serve one queue less; its memory is not touched any more when this returns."""
@@ -183,7 +183,7 @@ class Vhost:
         except OSError as err:
             self._attached().fail(f"vhost: {err.strerror}")
             return
-        self._events.watch(self._attached())
+        self._watch()
 
     def positions(self) -> Mapping[int, int]:
         """Return where each ring goes on."""
@@ -231,6 +231,10 @@ class Vhost:
     def _attached(self) -> Frontend:
         assert self._frontend is not None, "attach() comes first"
         return self._frontend
+
+    def _watch(self) -> None:
+        frontend = self._attached()
+        self._events.watch(frontend, lambda: frontend.fail("vhost: the kernel gave up a ring"))
 
     def _check(self, ring: Ring) -> None:
         """Raise GuestError for a ring that nobody can serve."""

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from vmm_kvm.errors import GuestError
+from vmm_kvm.errors import GuestError, HaltError
 from vmm_kvm.log import Log
 from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import (
@@ -274,6 +274,8 @@ class Worker:
                     backend.start(self._features)
                 for index, queue in self._queues.items():
                     self._serve(backend, frontend, index, queue)
+            except HaltError as err:  # nothing is served before the next kick
+                frontend.halt(err)
             except GuestError as err:
                 self._has_failed = True
                 frontend.fail(str(err))

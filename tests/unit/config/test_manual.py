@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.config.fake_host import FakeHost
 from vmd.config.check import check
-from vmd.config.disks import DiskKind
+from vmd.config.disks import DiskKind, OnError
 from vmd.config.host import FileText
 from vmd.config.interfaces import INTERFACE_OWN_OPTIONS, SWITCH_OWN_OPTIONS
 from vmd.config.lexer import RESERVED
@@ -27,7 +27,7 @@ KEYWORD_MACROS = {"Ic", "Cm"}
 OTHER_MACROS = {"Ar", "Oo", "Oc", "Op", "Ns", "No", "Sy", "Li", "Pa", "It", "D1", "Fl"}
 OTHER_OWN = {"limit", "nat", "timeout", "to", "vms"}
 """Words of ours within other statements."""
-VALUES = {"tap", "tcp", "udp", *FIRMWARE_NAMES, *FORMATS}
+VALUES = {"tap", "tcp", "udp", *FIRMWARE_NAMES, *FORMATS, *OnError}
 """Words that are values, not keywords."""
 
 

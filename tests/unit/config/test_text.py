@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.config.fake_host import IMAGES, FakeHost
-from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.disks import DiskKind, DiskOption, OnError
 from vmd.config.model import (
     Agentx,
     BootDevice,
@@ -115,6 +115,7 @@ IMAGE_DISKS = st.builds(
     queues=st.integers(1, 64),
     is_process=st.just(False),
     is_private=st.just(False),
+    on_error=st.none() | st.sampled_from(OnError),
 )
 DISKS = (
     IMAGE_DISKS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.virtio_driver import DriverQueue, PlainMemory
-from vmm_kvm.errors import SpecError, VirtqueueError
+from vmm_kvm.errors import HaltError, SpecError, VirtqueueError
 from vmm_kvm.net.ethernet import Filter
 from vmm_kvm.net.vhost import VhostNet
 from vmm_kvm.state import Part
@@ -148,6 +148,10 @@ class Calls:
     def fail(self, reason: str) -> None:
         """It never should."""
         raise AssertionError(reason)
+
+    def halt(self, err: HaltError) -> None:
+        """It never should."""
+        raise err
 
 
 class Rig:

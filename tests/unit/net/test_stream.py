@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.virtio_driver import DriverQueue, PlainMemory
+from vmm_kvm.errors import HaltError
 from vmm_kvm.net.paths import Traffic
 from vmm_kvm.net.stream import FRAME_MAX, Stream
 from vmm_kvm.virtio.net import VirtioNet
@@ -133,6 +134,10 @@ class Calls:
     def fail(self, reason: str) -> None:
         """It never should."""
         raise AssertionError(reason)
+
+    def halt(self, err: HaltError) -> None:
+        """It never should."""
+        raise err
 
 
 def test_a_device_on_a_stream(wire: tuple[Stream, socket.socket]) -> None:

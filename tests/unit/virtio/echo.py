@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.virtio_driver import PlainMemory
-from vmm_kvm.errors import VirtqueueError
+from vmm_kvm.errors import HaltError, VirtqueueError
 from vmm_kvm.scatter import total
 from vmm_kvm.state import Part
 from vmm_kvm.virtio.buffers import gather, scatter
@@ -16,7 +16,7 @@ class EchoBackend:
     """A `Backend` of two queues that copies readable buffers to writable ones.
 
     The contents `error` break a rule, `crash` raises a bug of ours, `later` are answered in the
-    next round.
+    next round, `host` wait while there is a `fault`.
     """
 
     def __init__(self, queue_sizes: tuple[int, ...] = (8, 16)) -> None:
@@ -26,6 +26,7 @@ class EchoBackend:
         self.contents = bytearray(b"configuration")
         self.events: list[str] = []
         self.waiting: dict[int, list[Chain]] = {}
+        self.fault: int | None = None
 
     def config(self) -> bytes:
         """Return what `write_config` left."""
@@ -50,6 +51,9 @@ class EchoBackend:
                 raise VirtqueueError("a request that cannot be")
             if data == b"crash":
                 raise ZeroDivisionError
+            if data == b"host" and self.fault is not None:
+                queue.unpop()
+                raise HaltError("echo", self.fault)
             if data == b"later":
                 self.waiting.setdefault(index, []).append(chain)
             else:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.virtio_driver import Buffer, DriverQueue, PlainMemory
-from vmm_kvm.errors import GuestError, VirtqueueError
+from vmm_kvm.block.image import LastingError
+from vmm_kvm.errors import GuestError, HaltError, HaltReason, VirtqueueError
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.blk import QUEUE_SIZE, VirtioBlk
 
@@ -34,11 +35,12 @@ class MemoryImage:
         self.bytes = bytearray(range(256)) * (SIZE // 256)
         self.calls: list[str] = []
         self.fault: int | None = None
+        self.fault_lasts = False
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
         if self.fault is not None:
-            raise OSError(self.fault, "fault")
+            raise (LastingError if self.fault_lasts else OSError)(self.fault, "fault")
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers."""
@@ -78,10 +80,18 @@ class MemoryImage:
 class Bench:
     """A disk, and a driver with one queue."""
 
-    def __init__(self, *, is_read_only: bool = False, features: int = FLUSH_FEATURE) -> None:
+    def __init__(
+        self,
+        *,
+        is_read_only: bool = False,
+        features: int = FLUSH_FEATURE,
+        stops_at_errors: bool = False,
+    ) -> None:
         self.memory = PlainMemory()
         self.image = MemoryImage(is_read_only=is_read_only)
-        self.disk = VirtioBlk(self.image, name="disk0", serial="serial-0")
+        self.disk = VirtioBlk(
+            self.image, name="disk0", serial="serial-0", stops_at_errors=stops_at_errors
+        )
         self.disk.start(features)
         self.driver = DriverQueue(self.memory, 16)
         self.queue = self.driver.device(self.memory)
@@ -225,7 +235,7 @@ def test_faults(bench: Bench, error: int, caplog: pytest.LogCaptureFixture) -> N
     bench.image.fault = error
     for _ in range(3):
         assert bench.request(OUT, 7, (DATA, 512, False))[1] == IOERR
-    assert caplog.messages == [f"disk0: request 1 at sector 7: [Errno {error}] fault"]
+    assert caplog.messages == ["disk0: write at sector 7: fault"]
     assert bench.request(IN, 7, (DATA, 512, True)) == (0, IOERR)
     bench.image.fault = None
     assert bench.request(OUT, 7, (DATA, 512, False))[1] == OK
@@ -327,3 +337,70 @@ def test_any_request_is_survived(
         return
     ((_, written),) = bench.driver.used()
     assert written <= sum(size for _, size, is_writable in buffers if is_writable)
+
+
+REQUESTS = [
+    (IN, (DATA, 512, True), 513),
+    (OUT, (DATA, 512, False), 1),
+    (FLUSH, None, 1),
+    (DISCARD, (DATA, 16, False), 1),
+    (ZEROES, (DATA, 16, False), 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "data", "written"), REQUESTS)
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
+def test_a_request_waits_for_the_host(
+    kind: int, data: Buffer | None, written: int, fault: int
+) -> None:
+    """A disk that stops at errors gives no request back before the host has done it."""
+    bench = Bench(stops_at_errors=True)
+    struct.pack_into("<QII", bench.memory.bytes, DATA, 0, 1, 0)
+    struct.pack_into("<IIQ", bench.memory.bytes, HEADER, kind, 0, 0)
+    bench.memory.bytes[STATUS] = NO_STATUS
+    bench.driver.add((HEADER, 16, False), *([data] if data else []), (STATUS, 1, True))
+    bench.image.fault = fault
+    for _ in range(2):
+        with pytest.raises(HaltError, match="disk0: ") as caught:
+            bench.disk.process(0, bench.queue)
+        assert bench.driver.used() == []
+        assert bench.memory.bytes[STATUS] == NO_STATUS
+    is_full = fault in {errno.ENOSPC, errno.EDQUOT}
+    assert caught.value.reason is (HaltReason.NO_SPACE if is_full else HaltReason.IO_ERROR)
+    bench.image.fault = None
+    bench.disk.process(0, bench.queue)
+    assert [length for _, length in bench.driver.used()] == [written]
+    assert bench.memory.bytes[STATUS] == OK
+    assert len(bench.image.calls) == 3
+
+
+def test_what_came_before_a_fault_is_given_back() -> None:
+    """Requests are served in order: those before the one that waits are done, none behind it."""
+    bench = Bench(stops_at_errors=True)
+    struct.pack_into("<IIQ", bench.memory.bytes, HEADER, abi.VIRTIO_BLK_T_GET_ID, 0, 0)
+    struct.pack_into("<IIQ", bench.memory.bytes, HEADER + 16, OUT, 0, 7)
+    first = bench.driver.add((HEADER, 16, False), (DATA, 20, True), (STATUS, 1, True))
+    bench.driver.add((HEADER + 16, 16, False), (DATA, 512, False), (STATUS + 1, 1, True))
+    bench.driver.add((HEADER, 16, False), (DATA, 20, True), (STATUS + 2, 1, True))
+    bench.image.fault = errno.ENOSPC
+    with pytest.raises(HaltError):
+        bench.disk.process(0, bench.queue)
+    assert [head for head, _ in bench.driver.used()] == [first]
+    bench.image.fault = None
+    bench.disk.process(0, bench.queue)
+    assert len(bench.driver.used()) == 2
+
+
+def test_a_fault_that_stays_is_reported() -> None:
+    """To wait for what never succeeds helps nobody, whatever was asked for."""
+    bench = Bench(stops_at_errors=True)
+    bench.image.fault, bench.image.fault_lasts = errno.EIO, True
+    assert bench.request(OUT, 0, (DATA, 512, False)) == (1, IOERR)
+    assert bench.request(FLUSH, 0) == (1, IOERR)
+
+
+def test_what_cannot_be_is_reported() -> None:
+    """A guest's own mistakes have nobody wait."""
+    bench = Bench(stops_at_errors=True)
+    assert bench.request(OUT, SECTORS, (DATA, 512, False)) == (1, IOERR)
+    assert bench.request(99, 0, (DATA, 512, False)) == (1, UNSUPP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests.fakes import Operation, exercise
 from tests.unit.virtio.echo import FEATURE, EchoBackend, answer, ask
 from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
-from tests.virtio_pci_driver import READY, PciDriver
+from tests.virtio_pci_driver import DEADLINE_S, READY, PciDriver
 from vmm_kvm.pci.ids import Command, Register
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.pci import BAR_NOTIFY, BAR_SIZE, BAR_STRUCTURES, COMMON, DEVICE
@@ -342,6 +343,44 @@ def test_a_late_ring_outside_memory_stops_the_device(bench: Bench) -> None:
     bench.start()
     bench.driver.place(1, late)
     assert bench.driver.status == READY | NEEDS_RESET
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_request_waits_for_the_host(bench: Bench, index: int) -> None:
+    """The machine is told of each attempt; what waits is answered once the host can."""
+    bench.backend.fault = errno.ENOSPC
+    bench.start()
+    head = bench.send(b"host", index)
+    assert bench.driver.halted.acquire(timeout=DEADLINE_S)
+    bench.driver.device.settle()  # which is another attempt
+    assert bench.driver.halted.acquire(timeout=DEADLINE_S)
+    bench.driver.device.suspend()
+    bench.driver.device.resume()
+    assert bench.driver.halted.acquire(timeout=DEADLINE_S)
+    assert {(err.errno, str(err)) for err in bench.driver.halts} == {
+        (errno.ENOSPC, "echo: No space left on device")
+    }
+    assert bench.queues[index].used() == []
+    assert bench.driver.status == READY
+    bench.driver.device.suspend()
+    bench.backend.fault = None
+    bench.driver.device.resume()
+    assert bench.driver.interrupted() == index + 1
+    assert bench.queues[index].used() == [(head, 4)]
+
+
+def test_a_reset_forgets_what_waits_for_the_host(bench: Bench) -> None:
+    """The driver resets the device: nothing of the old queue is touched any more."""
+    bench.backend.fault = errno.EIO
+    bench.start()
+    bench.send(b"host")
+    assert bench.driver.halted.acquire(timeout=DEADLINE_S)
+    bench.driver.device.suspend()
+    bench.driver.write(abi.VIRTIO_PCI_COMMON_STATUS, 1, 0)
+    bench.backend.fault = None
+    bench.driver.device.resume()
+    bench.driver.device.settle()
+    assert bench.queues[0].used() == []
 
 
 def test_a_bug_stops_the_device_alone(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

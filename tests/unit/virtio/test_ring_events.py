@@ -8,6 +8,7 @@ import socket
 
 import pytest
 
+from vmm_kvm.errors import HaltError
 from vmm_kvm.virtio.ring_events import RingEvents
 
 BROKEN = "the server gave up a ring"
@@ -37,11 +38,15 @@ class Transport:
         """Remember why."""
         self.told.put(reason)
 
+    def halt(self, err: HaltError) -> None:
+        """Never called by a server's events."""
+        raise err
+
 
 @pytest.fixture
 def events() -> RingEvents:
     """Events of two rings; the test closes them."""
-    return RingEvents(2, "disk0", BROKEN)
+    return RingEvents(2, "disk0")
 
 
 def test_a_notification_reaches_its_own_ring(events: RingEvents) -> None:
@@ -59,7 +64,7 @@ def test_interrupts_take_the_shortest_way(events: RingEvents) -> None:
     assert events.call_fd(transport, 0) == transport.fd
     own = events.call_fd(transport, 1)
     assert own == events.call_fd(transport, 1)
-    events.watch(transport)
+    events.watch(transport, lambda: transport.fail(BROKEN))
     os.eventfd_write(own, 1)
     assert transport.told.get(timeout=_WAIT_S) == 1
     events.close()
@@ -69,7 +74,7 @@ def test_interrupts_take_the_shortest_way(events: RingEvents) -> None:
 def test_a_broken_ring_fails_the_device(events: RingEvents) -> None:
     """What the server writes to the error descriptor becomes a failure with the given reason."""
     transport = Transport(-1)
-    events.watch(transport)
+    events.watch(transport, lambda: transport.fail(BROKEN))
     os.eventfd_write(events.error_fd, 1)
     assert transport.told.get(timeout=_WAIT_S) == BROKEN
     events.close()
@@ -79,7 +84,9 @@ def test_the_end_of_the_connection_is_told_once(events: RingEvents) -> None:
     """A server that goes away is noticed once, and the rest is watched further."""
     transport = Transport(-1)
     ours, theirs = socket.socketpair()
-    events.watch(transport, ours.fileno(), lambda: transport.told.put("gone"))
+    events.watch(
+        transport, lambda: transport.fail(BROKEN), ours.fileno(), lambda: transport.told.put("gone")
+    )
     theirs.close()
     assert transport.told.get(timeout=_WAIT_S) == "gone"
     os.eventfd_write(events.error_fd, 1)
@@ -92,11 +99,11 @@ def test_the_end_of_the_connection_is_told_once(events: RingEvents) -> None:
 def test_nobody_is_told_after_unwatch(events: RingEvents) -> None:
     """What happens between two watches is told by the second."""
     transport = Transport(-1)
-    events.watch(transport)
+    events.watch(transport, lambda: transport.fail(BROKEN))
     events.unwatch()
     os.eventfd_write(events.error_fd, 1)
     assert transport.told.empty()
-    events.watch(transport)
+    events.watch(transport, lambda: transport.fail(BROKEN))
     assert transport.told.get(timeout=_WAIT_S) == BROKEN
     events.close()
     events.close()

@@ -277,6 +277,7 @@ def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Non
         "memory_used": None,
         "pid": None,
         "tty": "",
+        "pause_reason": "",
         "uid": 4_000_000_001,
         "gid": 4_000_000_002,
         "is_from_config": False,

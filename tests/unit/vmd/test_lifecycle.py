@@ -23,6 +23,7 @@ from vmd.rules.vm_state import (
     Enqueue,
     Event,
     Exited,
+    Halted,
     Launched,
     LaunchFailed,
     Overdue,
@@ -39,7 +40,8 @@ from vmd.rules.vm_state import (
     Wait,
 )
 from vmd.wire.internal import EndReason
-from vmd.wire.messages import ErrorCode, State
+from vmd.wire.messages import ErrorCode, EventKind, State
+from vmm_kvm.errors import HaltReason
 
 EVENTS: dict[str, Event] = {
     "start": Start(ASKER),
@@ -60,6 +62,7 @@ EVENTS: dict[str, Event] = {
     "launch failed": LaunchFailed(ErrorCode.DISK_MISSING, "disk.img: in use"),
     "running": Running(),
     "paused": Paused(),
+    "halted": Halted(HaltReason.NO_SPACE, "/disk.img: No space left on device"),
     "unpaused": Unpaused(),
     "power off": Exited(EndReason.POWER_OFF),
     "reboot": Exited(EndReason.REBOOT),
@@ -252,6 +255,16 @@ TABLE = {
         "unpausing": "unpausing:",
         "stopping": "stopping:",
     },
+    "halted": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "paused: +paused",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "stopping": "stopping:",
+    },
     "unpaused": {
         "stopped": "stopped:",
         "waiting": "waiting:",
@@ -349,6 +362,47 @@ def test_states_have_openbsds_names() -> None:
         "unpausing": State.PAUSED,
         "stopping": State.STOPPING,
     }
+
+
+HALTED = EVENTS["halted"]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        (HALTED,),
+        (Pause(ASKER), HALTED, Paused()),
+        (Pause(ASKER), Paused(), HALTED),
+        (HALTED, Unpause(ASKER), Unpaused(), HALTED),
+    ],
+)
+def test_a_vm_tells_why_it_stands_still(events: tuple[Event, ...]) -> None:
+    """Whether somebody asks for a pause at the same time or not, the reason is kept."""
+    vm = a_vm(Phase.RUNNING)
+    published = []
+    for event in events:
+        vm, effects = step(vm, event, 100.0)
+        published += [effect for effect in effects if isinstance(effect, Publish)]
+    assert (vm.phase, vm.halt) == (Phase.PAUSED, HALTED)
+    text = "no space: /disk.img: No space left on device"
+    assert Publish(EventKind.PAUSED, text) in published or events[-1] is HALTED
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        (Unpause(ASKER), Unpaused()),
+        (Stop(ASKER),),
+        (Exited(None),),
+        (Unpause(ASKER), Exited(EndReason.REBOOT)),
+    ],
+)
+def test_a_vm_that_goes_on_has_no_reason(events: tuple[Event, ...]) -> None:
+    """What held it is over when it goes on, stops or ends."""
+    vm, _ = step(a_vm(Phase.RUNNING), HALTED, 100.0)
+    for event in events:
+        vm, _ = step(vm, event, 100.0)
+    assert vm.halt is None
 
 
 def test_a_vm_without_configuration_vanishes() -> None:

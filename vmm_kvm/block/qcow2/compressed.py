@@ -8,6 +8,7 @@ import zlib
 from typing import Protocol
 
 from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.image import LastingError
 from vmm_kvm.block.qcow2.header import Compression, Header
 from vmm_kvm.errors import ImageError
 
@@ -60,7 +61,7 @@ class CompressedClusters:
         if data is None:
             data = self._unpack(self._file.read(*self.extent(entry)), self._cluster_size)
             if len(data) != self._cluster_size:
-                raise OSError(errno.EIO, "a compressed cluster is corrupt")
+                raise LastingError(errno.EIO, "a compressed cluster is corrupt")
             if len(self._cache) >= self._cache_max:
                 del self._cache[next(iter(self._cache))]
             self._cache[entry] = data
@@ -85,7 +86,7 @@ def _unpacker(compression: Compression, name: str) -> _Unpack:
             with decompressor.stream_reader(data, read_across_frames=False) as reader:
                 return reader.read(size)
         except zstandard.ZstdError as err:
-            raise OSError(errno.EIO, f"a compressed cluster is corrupt: {err}") from err
+            raise LastingError(errno.EIO, f"a compressed cluster is corrupt: {err}") from err
 
     return unpack_zstd
 
@@ -94,4 +95,4 @@ def _unpack_deflate(data: bytearray, size: int) -> bytes:
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
     except zlib.error as err:
-        raise OSError(errno.EIO, f"a compressed cluster is corrupt: {err}") from err
+        raise LastingError(errno.EIO, f"a compressed cluster is corrupt: {err}") from err

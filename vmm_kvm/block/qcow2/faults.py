@@ -3,6 +3,7 @@
 import errno
 
 from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.image import LastingError
 from vmm_kvm.block.qcow2.header import INCOMPATIBLE_OFFSET, Header, Incompatible
 from vmm_kvm.log import Log
 
@@ -34,4 +35,4 @@ class Faults:
                     self._file.write(INCOMPATIBLE_OFFSET, features.to_bytes(8, "big"))
                 except OSError as err:
                     log.warning("%s: not marked as corrupt: %s", self._file.name, err.strerror)
-        return OSError(errno.EIO, f"corrupt: {what}")
+        return LastingError(errno.EIO, f"corrupt: {what}")

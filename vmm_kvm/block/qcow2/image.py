@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.image import LastingError
 from vmm_kvm.block.qcow2.eraser import Eraser
 from vmm_kvm.block.qcow2.faults import Faults
 from vmm_kvm.block.qcow2.header import Header, Incompatible
@@ -128,7 +129,7 @@ class Qcow2Image:
 
     def _check(self, offset: int, length: int) -> Changes:
         if self._changes is None:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise LastingError(errno.EROFS, os.strerror(errno.EROFS))
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise OSError(errno.EINVAL, "beyond the end of the disk")
+            raise LastingError(errno.EINVAL, "beyond the end of the disk")
         return self._changes

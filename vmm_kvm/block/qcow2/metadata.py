@@ -21,6 +21,7 @@ commit from giving space back.
 import errno
 
 from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.image import LastingError
 from vmm_kvm.block.qcow2.faults import Faults
 from vmm_kvm.block.qcow2.header import AUTOCLEAR_OFFSET, INCOMPATIBLE_OFFSET, Header, Incompatible
 from vmm_kvm.block.qcow2.refcounts import Refcounts
@@ -76,7 +77,7 @@ class Metadata:
             OSError: see `commit`; or EIO, because the image is corrupt.
         """
         if self.faults.is_corrupt:
-            raise OSError(errno.EIO, "the image is corrupt")
+            raise LastingError(errno.EIO, "the image is corrupt")
         if self.tables.is_crowded() or self.refcounts.is_crowded():
             self.commit()
 

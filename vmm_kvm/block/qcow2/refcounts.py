@@ -14,6 +14,7 @@ import errno
 from array import array
 
 from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.image import LastingError
 from vmm_kvm.block.qcow2.counts import pack, unpack, width
 from vmm_kvm.block.qcow2.faults import Faults
 from vmm_kvm.block.qcow2.header import (
@@ -145,7 +146,7 @@ class Refcounts:
         while True:
             index, entry = divmod(self._hint, self.per_block)
             if (self._hint + count) << self._cluster_bits >= _OFFSET_END:
-                raise OSError(errno.EFBIG, "the image file is full")
+                raise LastingError(errno.EFBIG, "the image file is full")
             if index >= len(self.table) or not self.table[index]:
                 whole = min(index, len(self.table)) * self.per_block
                 self._add_blocks(whole, {index})
@@ -182,7 +183,7 @@ class Refcounts:
         """Set the count of a cluster whose block there is, as a repair does."""
         index, entry = divmod(cluster, self.per_block)
         if value >> self.bits:
-            raise OSError(errno.EOVERFLOW, "a reference count does not fit")
+            raise LastingError(errno.EOVERFLOW, "a reference count does not fit")
         self._block(index).change(entry * self._width, value.to_bytes(self._width, "big"))
         self._dirty.add(index)
         if not value:
@@ -273,7 +274,7 @@ class Refcounts:
         while clusters << self._cluster_bits > REFCOUNT_TABLE_BYTES_MAX:
             clusters -= 1
             if self._entries(clusters) < needed:
-                raise OSError(errno.EFBIG, "the image file is full")
+                raise LastingError(errno.EFBIG, "the image file is full")
         return clusters
 
     def _move_table(self, first: int, clusters: int) -> None:

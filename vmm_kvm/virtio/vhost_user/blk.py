@@ -17,6 +17,8 @@ class RemoteBlkSpec(NamedTuple):
     """Returns a connection to it, for one machine, which owns it."""
     name: str
     """For the log."""
+    may_halt: bool = False
+    """Whether the server is ours, and may have requests wait for the host."""
     kind: Literal["remote-blk"] = "remote-blk"
 
 
@@ -26,4 +28,4 @@ def make_remote_blk(spec: RemoteBlkSpec, memory: SharedMemory) -> VhostUser:
     Raises:
         VmmError, OSError: it cannot be connected to, or serves no disk.
     """
-    return VhostUser(Client(spec.connect()), memory, spec.name)
+    return VhostUser(Client(spec.connect()), memory, spec.name, may_halt=spec.may_halt)

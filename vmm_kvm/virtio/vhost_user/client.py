@@ -107,6 +107,10 @@ class Client:
         """Write to the configuration space, as the driver did."""
         self._order(Request.SET_CONFIG, ConfigAccess(offset, 0, data).pack())
 
+    def status(self) -> int:
+        """Return what a server of ours says of itself: a device status, and see HALT_SHIFT."""
+        return unpack_u64(self._query(Request.GET_STATUS))
+
     def ping(self) -> None:
         """Return when the server has come to look at its connection."""
         self._query(Request.GET_FEATURES)

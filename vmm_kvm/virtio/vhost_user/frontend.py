@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from vmm_kvm.errors import StateError
+from vmm_kvm.errors import HaltError, StateError
 from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.memory import Region
@@ -22,6 +22,7 @@ from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import (
     VIRTIO_BLK_F_CONFIG_WCE,
     VIRTIO_BLK_F_MQ,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
     VIRTIO_F_RING_RESET,
     VIRTIO_F_VERSION_1,
     VIRTIO_ID_BLOCK,
@@ -42,7 +43,12 @@ from vmm_kvm.virtio.device import Frontend
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.ring_events import RingEvents
 from vmm_kvm.virtio.vhost_user.client import Client
-from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VhostUserError, VringAddress
+from vmm_kvm.virtio.vhost_user.messages import (
+    HALT_SHIFT,
+    MemoryRegion,
+    VhostUserError,
+    VringAddress,
+)
 
 log = Log(__name__)
 
@@ -134,9 +140,17 @@ class VhostUser:
     """The `Dataplane` of a device that a vhost-user server has; owns its connection."""
 
     def __init__(
-        self, client: Client, memory: SharedMemory, name: str, kind: DeviceKind = BLOCK
+        self,
+        client: Client,
+        memory: SharedMemory,
+        name: str,
+        kind: DeviceKind = BLOCK,
+        *,
+        may_halt: bool = False,
     ) -> None:
         """Take ownership of `client`; `name` is for the thread and the log.
+
+        With `may_halt` the server is ours, and may have a request wait for the host.
 
         Raises:
             VhostUserError: the server has no modern device of this kind, or the connection failed.
@@ -146,6 +160,7 @@ class VhostUser:
         self._client = client
         self._memory = memory
         self._name = name
+        self._may_halt = may_halt
         self._frontend: Frontend | None = None
         self._started: dict[int, Ring] = {}
         self._bases: dict[int, int] | None = None  # while suspended
@@ -162,7 +177,7 @@ class VhostUser:
             queues = _queue_count(kind, self.features, self._config)
             _check_pairs(kind, client)
             self.queue_sizes = (QUEUE_SIZE,) * queues
-            self._events = RingEvents(queues, name, "vhost-user: the server gave up a ring")
+            self._events = RingEvents(queues, name)
         except BaseException:
             client.close()
             raise
@@ -399,9 +414,29 @@ class VhostUser:
     def _watch(self) -> None:
         self._events.watch(
             self._attached(),
+            self._ring_failed,
             self._client.fileno(),
             lambda: self._lose(VhostUserError("the server closed the connection")),
         )
+
+    def _ring_failed(self) -> None:
+        """Find out why the server serves a ring no more, on the thread that watches it."""
+        status = self._server_status() if self._may_halt else VIRTIO_CONFIG_S_NEEDS_RESET
+        if errno := status >> HALT_SHIFT:
+            self._attached().halt(HaltError(self._name, errno))
+        elif status & VIRTIO_CONFIG_S_NEEDS_RESET:
+            self._fail("the server gave up a ring")
+
+    def _server_status(self) -> int:
+        """Return what a server of ours says of itself, 0 if it is lost."""
+        with self._lock:
+            if self._lost is not None:
+                return 0
+            try:
+                return self._client.status()
+            except VhostUserError as err:
+                self._lose(err)
+                return 0
 
     def _lose(self, err: VhostUserError) -> None:
         """Give the server up, once: nothing it might still say is of any use."""

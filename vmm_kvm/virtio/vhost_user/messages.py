@@ -35,6 +35,9 @@ FLAG_NEED_REPLY = 1 << 3
 
 VRING_INDEX_MASK = 0xFF
 VRING_NO_FD = 1 << 8
+HALT_SHIFT = 8
+"""In a status that a server of ours tells one of our front-ends: from this bit on stands the errno
+of a request that waits for the host, 0 for none. A status of virtio's ends below."""
 """In SET_VRING_KICK, _CALL and _ERR: no descriptor comes along, so the ring is polled."""
 
 _HEADER = struct.Struct("<III")

@@ -14,7 +14,7 @@ Source: QEMU docs/interop/vhost-user.
 import os
 from collections.abc import Callable
 
-from vmm_kvm.errors import GuestError
+from vmm_kvm.errors import GuestError, HaltError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.abi import (
@@ -31,6 +31,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     FEATURE_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
     FLAG_REPLY,
+    HALT_SHIFT,
     VRING_INDEX_MASK,
     VRING_NO_FD,
     ConfigAccess,
@@ -216,7 +217,9 @@ class Session:
                 self._backend.write_config(access.offset, access.data)
             case Request.GET_STATUS:
                 is_failed = any(ring.is_failed for ring in self._rings)
-                reply = pack_u64(self._status | (VIRTIO_CONFIG_S_NEEDS_RESET * is_failed))
+                status = self._status | (VIRTIO_CONFIG_S_NEEDS_RESET * is_failed)
+                halted = max(ring.halt_errno for ring in self._rings)
+                reply = pack_u64(status | halted << HALT_SHIFT)
             case Request.SET_STATUS:
                 self._set_status(unpack_u64(payload))
             case Request.SET_MEM_TABLE:
@@ -440,6 +443,7 @@ class Session:
         queue = ring.queue
         if queue is None:
             return
+        ring.halt_errno = 0
         try:
             for _ in range(_ROUNDS_MAX):
                 queue.disable_kicks()
@@ -450,6 +454,9 @@ class Session:
                     os.sched_yield()  # as a worker in the VM's process does
                 if not queue.enable_kicks():
                     return
+        except HaltError as err:  # nothing is served before the next notification
+            ring.halt(err.errno)
+            return
         except GuestError as err:
             self._fail(ring, err)
             return

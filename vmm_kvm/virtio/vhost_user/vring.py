@@ -31,6 +31,7 @@ class Vring:
         "_size",
         "call_fd",
         "error_fd",
+        "halt_errno",
         "index",
         "is_enabled",
         "is_failed",
@@ -54,6 +55,8 @@ class Vring:
         self.is_polled = False
         self.is_failed = False
         """The driver broke it: it is not served before it is started again."""
+        self.halt_errno = 0
+        """Of the host's fault that a request of the ring waits for; 0 for none."""
         self.queue = None
         self._size = 0
         self._base = 0
@@ -186,6 +189,11 @@ class Vring:
     def interrupt(self) -> None:
         """Tell the driver that there are used chains; raises VhostUserError if that is broken."""
         self._signal(self.call_fd, "call")
+
+    def halt(self, errno: int) -> None:
+        """Serve the ring no more before the next notification, because of a fault of the host."""
+        self.halt_errno = errno
+        self._signal(self.error_fd, "error")
 
     def fail(self) -> None:
         """Stop serving the ring, because of the driver, and tell the front-end."""

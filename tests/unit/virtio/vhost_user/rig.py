@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vmm_kvm.errors import GuestMemoryError
+from vmm_kvm.errors import GuestMemoryError, HaltError
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.memory import Region
 from vmm_kvm.state import Part
@@ -51,6 +51,7 @@ class EchoBackend:
         self.space = bytearray(b"configuration")
         self.calls: list[str] = []
         self.served = 0
+        self.fault: int | None = None
 
     def config(self) -> bytes:
         """Return thirteen bytes."""
@@ -70,6 +71,9 @@ class EchoBackend:
         assert index < len(self.queue_sizes)
         assert self.calls[-1] != "reset"
         while chain := queue.pop():
+            if self.fault is not None:
+                queue.unpop()
+                raise HaltError("echo", self.fault)
             data = b"".join(chain.readable).upper()
             if chain.writable:
                 chain.writable[0][: len(data)] = data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import socket
@@ -23,7 +24,7 @@ from tests.unit.virtio.vhost_user.rig import (
     is_set,
     serving,
 )
-from vmm_kvm.errors import GuestError
+from vmm_kvm.errors import GuestError, HaltError, HaltReason
 from vmm_kvm.virtio.abi import VIRTIO_ID_NET, VIRTIO_NET_F_CSUM
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.frontend import BLOCK, QUEUE_SIZE, DeviceKind, VhostUser, net_data
@@ -52,6 +53,7 @@ class RecordingTransport:
         self.has_fds = has_fds
         self.changes = 0
         self.failures: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.halts: queue.SimpleQueue[HaltError] = queue.SimpleQueue()
 
     def interrupt(self, index: int) -> None:
         """Do by hand what the eventfd would have done."""
@@ -70,15 +72,23 @@ class RecordingTransport:
         """Remember why."""
         self.failures.put(reason)
 
+    def halt(self, err: HaltError) -> None:
+        """Remember why."""
+        self.halts.put(err)
+
 
 @contextmanager
 def dataplane(
-    backend: EchoBackend, *, has_fds: bool = True, kind: DeviceKind = BLOCK
+    backend: EchoBackend,
+    *,
+    has_fds: bool = True,
+    kind: DeviceKind = BLOCK,
+    may_halt: bool = False,
 ) -> Iterator[tuple[VhostUser, Driver, RecordingTransport]]:
     """Yield a dataplane whose server runs in a thread, its driver and its transport."""
     ours, theirs = socket.socketpair()
     with serving(theirs, backend), driver() as guest:
-        device = VhostUser(Client(ours), guest, "disk0", kind)
+        device = VhostUser(Client(ours), guest, "disk0", kind, may_halt=may_halt)
         transport = RecordingTransport(guest, has_fds=has_fds)
         device.attach(transport)
         guest.notifiers = [device.kick_fd(index) for index in range(len(device.queue_sizes))]
@@ -257,6 +267,45 @@ def test_a_broken_ring_fails_the_device() -> None:
         reason = transport.failures.get(timeout=10)
         assert reason == "vhost-user: the server gave up a ring"
         device.stop()
+
+
+def test_a_request_waits_for_the_host() -> None:
+    """A server of ours has the VM stand still; a notification has the request tried again."""
+    backend = BlkBackend()
+    with dataplane(backend, may_halt=True) as (device, guest, transport):
+        device.start(VERSION_1, {0: guest.ring(0), 1: guest.ring(1)})
+        backend.fault = errno.ENOSPC
+        slots = [guest.offer(b"wait", ring) for ring in (0, 1)]
+        for ring in (0, 1):
+            guest.notify(ring)
+            assert transport.halts.get(timeout=10).reason is HaltReason.NO_SPACE
+        backend.fault = errno.EIO
+        device.kick(1)
+        told = transport.halts.get(timeout=10)
+        device.settle()
+        assert str(told) in {"disk0: No space left on device", "disk0: Input/output error"}
+        assert (guest.used(0), guest.used(1)) == (0, 0)
+        backend.fault = None
+        for ring, slot in enumerate(slots):
+            device.kick(ring)
+            guest.wait(ring, used=1)
+            assert guest.answer(slot, 4, ring) == b"WAIT"
+        assert transport.failures.empty()
+        guest.offer(b"bad", gpa=1)
+        guest.notify()
+        assert transport.failures.get(timeout=10) == "vhost-user: the server gave up a ring"
+
+
+def test_a_server_of_others_does_not_wait_for_the_host() -> None:
+    """Of a server that is not ours nothing is asked: it gave up a ring."""
+    backend = BlkBackend()
+    backend.fault = errno.EIO
+    with dataplane(backend) as (device, guest, transport):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        guest.offer(b"wait")
+        guest.notify()
+        assert transport.failures.get(timeout=10) == "vhost-user: the server gave up a ring"
+        assert transport.halts.empty()
 
 
 def test_a_server_that_goes_away() -> None:

@@ -1,0 +1,130 @@
+"""A guest that writes much to the disk that it boots from, and a file system that it fills.
+
+The boot sector writes blocks of 32 KiB behind each other by the BIOS, each full of its number, and
+says on COM1 what came of it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from vmm_kvm.block.image import Format
+from vmm_kvm.images.create import create_image
+from vmm_kvm.images.opening import open_image
+
+BLOCKS = 256
+BLOCK_SIZE = 32 << 10
+DISK_SIZE = 16 << 20
+HAS_WRITTEN, WAS_REFUSED = b"=w=", b"=r="
+_FIRST = 64  # sectors
+_PACKET = 0x80  # of the boot sector: what INT 13h is asked for
+
+_CODE = b"".join(
+    (
+        bytes.fromhex("fa"),  # cli
+        bytes.fromhex("31c0"),  # xor %ax, %ax
+        bytes.fromhex("8ed8"),  # mov %ax, %ds
+        bytes.fromhex("8ed0"),  # mov %ax, %ss
+        bytes.fromhex("bc007c"),  # mov $0x7c00, %sp
+        bytes.fromhex("fb"),  # sti
+        bytes.fromhex("b80020"),  # mov $0x2000, %ax
+        bytes.fromhex("8ec0"),  # mov %ax, %es
+        bytes.fromhex("fc"),  # cld
+        bytes.fromhex("31ed"),  # xor %bp, %bp
+        bytes.fromhex("45"),  # next: inc %bp
+        bytes.fromhex("31ff"),  # xor %di, %di
+        bytes.fromhex("b90040"),  # mov $0x4000, %cx
+        bytes.fromhex("89e8"),  # mov %bp, %ax
+        bytes.fromhex("f3ab"),  # rep stosw
+        bytes.fromhex("be807c"),  # mov $packet, %si
+        bytes.fromhex("b80043"),  # mov $0x4300, %ax
+        bytes.fromhex("52"),  # push %dx
+        bytes.fromhex("cd13"),  # int $0x13; %dl is the disk that we come from
+        bytes.fromhex("5a"),  # pop %dx
+        bytes.fromhex("b072"),  # mov $'r', %al
+        bytes.fromhex("720d"),  # jc report
+        bytes.fromhex("8306887c40"),  # addw $64, packet + 8
+        bytes.fromhex("81fd0001"),  # cmp $BLOCKS, %bp
+        bytes.fromhex("75dd"),  # jne next
+        bytes.fromhex("b077"),  # mov $'w', %al
+        bytes.fromhex("baf803"),  # report: mov $0x3f8, %dx
+        bytes.fromhex("89c1"),  # mov %ax, %cx
+        bytes.fromhex("b03d"),  # mov $'=', %al
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("89c8"),  # mov %cx, %ax
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("b03d"),  # mov $'=', %al
+        bytes.fromhex("ee"),  # out %al, %dx
+        bytes.fromhex("f4ebfd"),  # hlt; jmp . - 1
+    )
+)
+
+
+def _sector() -> bytes:
+    packet = b"\x10\x00\x40\x00" + (0x2000 << 16).to_bytes(4, "little")
+    packet += _FIRST.to_bytes(8, "little")
+    return (_CODE.ljust(_PACKET, b"\0") + packet).ljust(510, b"\0") + b"\x55\xaa"
+
+
+def make_disk(path: Path, disk_format: Format) -> None:
+    """Make a disk whose guest fills half of it."""
+    create_image(str(path), disk_format, DISK_SIZE)
+    image = open_image(str(path), disk_format, False)
+    image.writev(0, [memoryview(_sector())])
+    image.close()
+
+
+def is_filled(path: Path, disk_format: Format) -> bool:
+    """Tell whether the disk has everything that the guest wrote, and nothing else."""
+    image = open_image(str(path), disk_format, True)
+    data = bytearray(DISK_SIZE)
+    image.readv(0, [memoryview(data)])
+    image.close()
+    blocks = b"".join(
+        number.to_bytes(2, "little") * (BLOCK_SIZE // 2) for number in range(1, BLOCKS + 1)
+    )
+    expected = _sector().ljust(_FIRST * 512, b"\0") + blocks
+    return bytes(data) == expected.ljust(DISK_SIZE, b"\0")
+
+
+class SmallFileSystem:
+    """A file system with less room than the guest needs, most of which a ballast takes."""
+
+    def __init__(self, place: Path) -> None:
+        """Take up the room in the file system at `place`."""
+        self.place = place
+        self._ballast = place / "ballast"
+        self.fill()
+
+    def fill(self) -> None:
+        """Leave room for a quarter of what the guest writes."""
+        status = os.statvfs(self.place)
+        free = status.f_bavail * status.f_frsize
+        with self._ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free - BLOCKS * BLOCK_SIZE // 4)
+
+    def free(self) -> None:
+        """Make room enough."""
+        self._ballast.unlink()
+
+
+@contextmanager
+def small_file_system(place: Path) -> Iterator[SmallFileSystem]:
+    """Mount one; skip the test where that cannot be."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m,mode=755", "tmpfs", str(place)]
+    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs: {mounted.stderr.strip()}")
+    try:
+        yield SmallFileSystem(place)
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
