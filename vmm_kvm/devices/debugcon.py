@@ -5,9 +5,13 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
+from vmm_kvm.log import Log
+
+log = Log(__name__)
 
 READBACK = 0xE9
 """What the port reads as, which is how firmware detects it."""
+_LINE_MAX = 1024
 
 
 class DebugconState(NamedTuple):
@@ -47,3 +51,19 @@ class Debugcon:
 
     def restore(self, state: DebugconState) -> None:
         """Continue from a snapshot."""
+
+
+class DebugLog:
+    """What firmware prints on its debug port, logged line by line."""
+
+    def __init__(self, name: str) -> None:
+        """Log for the VM of this name."""
+        self._name = name
+        self._line = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Collect `data`; called under the device's lock."""
+        self._line += data
+        if data == b"\n" or len(self._line) >= _LINE_MAX:
+            log.debug("%s: firmware: %s", self._name, self._line.decode("latin-1").rstrip())
+            self._line.clear()

@@ -26,7 +26,7 @@ from vmm_kvm.bus import Bus
 from vmm_kvm.clock import Clock
 from vmm_kvm.devices.acpi_pm import AcpiPm
 from vmm_kvm.devices.debug_exit import DebugExit
-from vmm_kvm.devices.debugcon import Debugcon
+from vmm_kvm.devices.debugcon import Debugcon, DebugLog
 from vmm_kvm.devices.fw_cfg import FwCfg
 from vmm_kvm.devices.i8042 import I8042Reset
 from vmm_kvm.devices.mc146818 import Mc146818
@@ -41,7 +41,6 @@ from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.stats import ExitCounts
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
-from vmm_kvm.log import Log
 from vmm_kvm.machine.runner import Runner
 from vmm_kvm.machine.serial_output import SerialOutput
 from vmm_kvm.machine.spec import (
@@ -66,13 +65,10 @@ from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, c
 if TYPE_CHECKING:
     from vmm_kvm.devices.pflash import Pflash
 
-log = Log(__name__)
-
 _SLP_TYP_S5 = 5
 _ISA_IRQS = 16
 _CASCADE_IRQ = 2
 _TIMER_PIN = 2  # of the IOAPIC, as the MADT's override says
-_DEBUG_LINE_MAX = 1024
 _PIO_SIZE = 1 << 16
 _MMIO_SIZE = 1 << 64
 
@@ -439,7 +435,7 @@ class Machine:
         self._port92 = Port92(self._reset)
         self._debug_exit_port = DebugExit(self._debug_exit)
         self._pvpanic = Pvpanic(self._panic)
-        self._debugcon = Debugcon(_DebugLog(spec.name).write)
+        self._debugcon = Debugcon(DebugLog(spec.name).write)
         pio.insert(layout.PORT_I8042_DATA, 1, self._i8042.data_port)
         pio.insert(layout.PORT_I8042_COMMAND, 1, self._i8042)
         pio.insert(layout.PORT_SYSTEM_CONTROL_A, 1, self._port92)
@@ -587,18 +583,3 @@ def _registers(vcpu: Vcpu) -> str:
         f"rflags={regs.rflags:#x} cs={sregs.cs.selector:#x} cr0={sregs.cr0:#x} "
         f"cr2={sregs.cr2:#x} cr3={sregs.cr3:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x}"
     )
-
-
-class _DebugLog:
-    """What firmware prints on its debug port, logged line by line."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._line = bytearray()
-
-    def write(self, data: bytes) -> None:
-        """Collect `data`; called under the device's lock."""
-        self._line += data
-        if data == b"\n" or len(self._line) >= _DEBUG_LINE_MAX:
-            log.debug("%s: firmware: %s", self._name, self._line.decode("latin-1").rstrip())
-            self._line.clear()
