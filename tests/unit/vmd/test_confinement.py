@@ -471,5 +471,8 @@ def test_the_manual_counts_right() -> None:
     assert table[""] == [str(kind) for kind in KINDS]
     calls = [len({one.name for one in CONFINEMENTS[kind].filter.allowed}) for kind in KINDS]
     assert table["system calls, some with certain arguments alone"] == list(map(str, calls))
+    beside = {Kind.VM: "VM", Kind.DISK: "disk", Kind.NIC: "network"}
+    compared = {kind: table[f"our {name} process"][0] for kind, name in beside.items()}
+    assert compared == {kind: str(calls[KINDS.index(kind)]) for kind in beside}
     limits = [dict(CONFINEMENTS[kind].limits)[resource.RLIMIT_NOFILE] for kind in KINDS]
     assert table["descriptors at most"] == [f"{limit:,}" for limit in limits]
