@@ -1,15 +1,19 @@
 """System calls that Python lacks: ioctl(2) for KVM with its request numbers, and tgkill.
 
-A failed call's errno becomes KvmError. Every ioctl of KVM goes through here, none through
-`fcntl.ioctl`: from Python 3.14 on that repeats a call which a signal has interrupted, so that a
-kicked vCPU never comes out, and on 3.11 it refuses by-value arguments above INT_MAX, such as the
-address of KVM_SET_TSS_ADDR. Requests of other devices, which no signal interrupts, use it.
+A failed call's errno becomes KvmError. Every ioctl of KVM goes through here, and only
+`enter_fast` through `fcntl.ioctl`: from Python 3.14 on that repeats a call which a signal has
+interrupted, so that a kicked vCPU never comes out, and on 3.11 it refuses by-value arguments above
+INT_MAX, such as the address of KVM_SET_TSS_ADDR. Requests of other devices, which no signal
+interrupts, use it.
 """
 
 import ctypes
+import fcntl
 import os
+import sys
 from collections.abc import Callable
 from errno import EINTR, ESRCH
+from typing import Protocol, cast
 
 from vmm_kvm.errors import KvmError
 from vmm_kvm.libc import LIBC, LIBC_WITHOUT_ERRNO
@@ -133,15 +137,34 @@ def retried_ioctl(fd: int, request: int, argument: int = 0) -> int:
 
 
 enter: Callable[[int, int, int], int] = LIBC["ioctl"]
-"""`enter(fd, request, 0)`: ioctl(2) for the one call whose speed matters, KVM_RUN.
+"""`enter(fd, request, 0)`: ioctl(2) for KVM_RUN, whose result the caller looks into.
 
 Returns less than 0 if it failed, also when a signal ended it; `ctypes.get_errno()` says why. No
 argument types are set: all three are passed as C ints, which they fit, and declared types would
-be looked up for each. `bench/exits` measures what it costs.
+be looked up for each.
 """
 
-enter_fast: Callable[[int, int, int], int] = LIBC_WITHOUT_ERRNO["ioctl"]
-"""The same without errno, which costs time: a caller that sees a failure calls `enter`."""
+
+class _Enter(Protocol):
+    def __call__(self, *arguments: int) -> int: ...
+
+
+# `enter_fast(*entry(fd, request))` is KVM_RUN in the quickest way that this Python has. It fails by
+# an OSError, by ValueError for a closed descriptor, or returns less than 0; a caller that sees a
+# failure calls `enter` to learn why. `bench/exits` measures what it costs.
+if sys.version_info >= (3, 14):  # fcntl.ioctl does not let a kicked vCPU out
+    enter_fast: _Enter = LIBC_WITHOUT_ERRNO["ioctl"]
+
+    def entry(fd: int, request: int) -> tuple[int, ...]:
+        """Return the arguments of `enter_fast`."""
+        return fd, request, 0
+
+else:
+    enter_fast: _Enter = cast(_Enter, fcntl.ioctl)
+
+    def entry(fd: int, request: int) -> tuple[int, ...]:
+        """Return the arguments of `enter_fast`."""
+        return fd, request  # a third one is parsed three times before it is found to be a number
 
 
 def signal_thread(native_id: int, signal: int) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from vmm_kvm.bus import Bus
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.exits import MMIO_ACCESS, Exit, IoExit, MmioExit
-from vmm_kvm.kvm.ioctl import enter_fast
+from vmm_kvm.kvm.ioctl import enter_fast, entry
 from vmm_kvm.kvm.vcpu import Vcpu
 
 # What an access needs: the device's lock and methods, the offset, the size in bytes, where the data
@@ -56,7 +56,7 @@ def dispatch(vcpu: Vcpu, pio: Bus, mmio: Bus, collected: Collected | None = None
 
     Source: KVM API §4.10, §5.
     """
-    fd, request = vcpu.fd, abi.KVM_RUN
+    arguments = entry(vcpu.fd, abi.KVM_RUN)
     field = abi.kvm_run.exit_reason
     page = memoryview(vcpu.kvm_run).cast("B")
     reasons = page[field.offset : field.offset + field.size].cast("I")
@@ -70,7 +70,11 @@ def dispatch(vcpu: Vcpu, pio: Bus, mmio: Bus, collected: Collected | None = None
     addresses: dict[int, _Known] = {}  # by the size and direction of the access
     with pio.watched(ports), mmio.watched(addresses):
         while True:
-            if enter_fast(fd, request, 0) < 0:
+            try:
+                result = enter_fast(*arguments)
+            except (OSError, ValueError):
+                result = -1
+            if result < 0:
                 # A kick, a start-up IPI or a failure; all of them persist until run() tells which.
                 reason = vcpu.run()
                 if reason is not io and reason is not mmio_exit:
