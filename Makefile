@@ -73,6 +73,7 @@ soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs, a
 	$(PYTHON) tests/campaigns/kill_networks.py --count $(or $(COUNT),2200) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_vm.py --count $(or $(COUNT),300) --seed $(SEED)
 	$(PYTHON) tests/campaigns/valid_floods.py
+	$(PYTHON) tests/campaigns/save_restore.py --count $(or $(COUNT),1000) --seed $(SEED)
 
 soak-guests: setup ## Kill what carries the traffic of Linux guests, COUNT (3) times on each data path; in the rig
 	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/kill_guests.py --count $(or $(COUNT),3)

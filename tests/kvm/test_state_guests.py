@@ -2,107 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests import guests
-from tests.counting_guest import Counters, counting_guest
-from vmm_kvm.arch.x86.image import open_image
+from tests.counting_guest import (
+    Counters,
+    Stand,
+    counting_guest,
+    give,
+    in_new_process,
+    take,
+)
 from vmm_kvm.arch.x86.kvm_state import ClockPolicy
-from vmm_kvm.bits import MIB
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.system import Kvm
-from vmm_kvm.kvm.vcpu import install_kick_signal
-from vmm_kvm.loop import EventLoop
-from vmm_kvm.machine.machine import Machine
-from vmm_kvm.machine.spec import MachineSpec, Outcome
 from vmm_kvm.machine.state import MachineState, restore, save
-from vmm_kvm.primitives import Vmm
 
 pytestmark = pytest.mark.kvm
 
-DEADLINE_S = 30
-RAM_SIZE = 4 * MIB
 APIC_IRR = 0x200
 IPI_VECTOR = 0x21
-
-
-class Stand:
-    """Machines of one specification in this process."""
-
-    def __init__(self, image: Path, cpus: int) -> None:
-        self.spec = MachineSpec(open_image(str(image)), RAM_SIZE, cpus, devices=())
-        self.outcomes: list[Outcome] = []
-
-    @contextmanager
-    def machine(self, *, is_restored: bool = False) -> Iterator[Machine]:
-        """Make one, with a table and a loop of its own."""
-        install_kick_signal()
-        with (
-            Kvm() as kvm,
-            Vmm(kvm) as vmm,
-            EventLoop() as loop,
-            Machine(
-                self.spec,
-                vmm,
-                loop,
-                transmit=lambda _: None,
-                on_receive_room=lambda: None,
-                on_outcome=self.outcomes.append,
-                is_restored=is_restored,
-            ) as machine,
-        ):
-            yield machine
-
-    def wait(self, machine: Machine, condition: Callable[[Counters], bool]) -> Counters:
-        """Wait until the guest has come so far; it must not end meanwhile."""
-        deadline = time.monotonic() + DEADLINE_S
-        while not condition(counters := Counters.of(machine)):
-            assert not self.outcomes, self.outcomes
-            assert time.monotonic() < deadline, counters
-            time.sleep(0.002)
-        return counters
-
-
-def take(machine: Machine) -> tuple[MachineState, bytes]:
-    """Pause a machine and return all of it."""
-    machine.pause()
-    return save(machine), machine.memory.read(0, RAM_SIZE)
-
-
-def give(
-    machine: Machine, saved: tuple[MachineState, bytes], policy: ClockPolicy = ClockPolicy.FROZEN
-) -> None:
-    """Let a new machine go on from there."""
-    state, memory = saved
-    machine.memory.write(0, memory)
-    restore(machine, state._replace(parts=json.loads(json.dumps(state.parts))), policy)
-    machine.start()
-    machine.resume()
-
-
-def in_new_process(act: Callable[[], None]) -> int:
-    """Do it in a process of its own; return the exit status, 0 if nothing was raised."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            act()
-            status = 0
-        except BaseException:  # noqa: BLE001 - the child says it by its status
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture
