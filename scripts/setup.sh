@@ -41,6 +41,7 @@ packages='
     mount               a small file system that gets full
     mtools              grub-mkrescue needs it; makes an EFI system partition
     nftables            NAT, forwarded ports and locked lladdrs of the daemon
+    openssh-client      the tutorial logs in to a guest
     ovmf                UEFI firmware
     passt               user-mode networking of guests
     passwd              adds the user that the daemon runs as
@@ -53,6 +54,7 @@ packages='
     snmpd               the SNMP agent that vmd is a part of
     syslinux-common     isolinux needs it
     tcpdump             captures inside guests and outside, which are compared
+    wget                the tutorial asks a web server in a guest
     xorriso             makes CD-ROM images
     xz-utils            makes kernel payloads for the boot tests
     zsh                 the same
