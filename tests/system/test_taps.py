@@ -345,8 +345,9 @@ def test_vmm_net_fails_with_one_line(options: list[str], error: str) -> None:
 
 
 def have_a_way_out() -> None:
-    """Give this namespace an interface with an address and a route, which passt looks for."""
+    """Give this namespace what passt looks for: 127.0.0.1, an interface, an address, a route."""
     commands = (
+        "link set lo up",
         "link add out0 type veth peer name out1",
         "link set out0 up",
         "link set out1 up",
