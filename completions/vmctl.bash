@@ -128,7 +128,7 @@ _vmctl() {
 		operands=('<vm>')
 		;;
 	'receive '*)
-		options=()
+		options=(-p)
 		operands=()
 		;;
 	'reload '*)
@@ -208,7 +208,7 @@ _vmctl() {
 		operands=()
 		;;
 	'send '*)
-		options=()
+		options=(-l)
 		operands=('<vm>')
 		;;
 	'show '*)

@@ -17,8 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vmd.config.model import BootDevice  # noqa: E402 - same
-from vmd.wire import messages  # noqa: E402 - found by the line above
-from vmd.wire import parts as counters  # noqa: E402 - likewise
+from vmd.wire import messages, parts  # noqa: E402 - found by the line above
 from vmd.wire.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
@@ -56,19 +55,25 @@ in C.
 
 def page() -> str:
     """Return the whole page."""
-    documentation: dict[tuple[str, str], str] = {}
-    for module in (messages, counters):
-        documentation |= _attribute_documentation(Path(module.__file__).read_text())
-    parts = [
-        _INTRODUCTION.format(version=messages.PROTOCOL_VERSION, size=MESSAGE_MAX >> 10, fds=FDS_MAX)
+    documentation = {
+        **_attribute_documentation(Path(parts.__file__).read_text()),
+        **_attribute_documentation(Path(messages.__file__).read_text()),
+    }
+    made = [
+        _INTRODUCTION.format(version=parts.PROTOCOL_VERSION, size=MESSAGE_MAX >> 10, fds=FDS_MAX)
     ]
-    parts.append("## Requests\n")
-    parts += [_message(each, documentation) for each in typing.get_args(messages.AnyRequest)]
-    parts.append("## Answers\n")
-    parts += [_message(each, documentation) for each in typing.get_args(messages.AnyAnswer)]
-    parts.append("## Parts of messages\n")
+    made.append("## Requests\n")
+    made += [_message(each, documentation) for each in typing.get_args(messages.AnyRequest)]
+    made.append("## Answers\n")
+    made += [_message(each, documentation) for each in typing.get_args(messages.AnyAnswer)]
+    made.append("## Parts of messages\n")
     structs = (
-        *(messages.DiskRequest, messages.InterfaceRequest, messages.ForwardRequest),
+        *(
+            parts.DiskRequest,
+            messages.InterfaceRequest,
+            messages.ReceivedInterface,
+            messages.ForwardRequest,
+        ),
         *(
             messages.VmInfo,
             messages.DiskInfo,
@@ -76,16 +81,16 @@ def page() -> str:
             messages.InterfaceInfo,
             messages.ForwardInfo,
         ),
-        *(counters.Statistics, counters.Moved, counters.Exits, messages.LogLine),
+        *(parts.Statistics, parts.Moved, parts.Exits, messages.LogLine),
     )
-    parts += [_message(each, documentation) for each in structs]
-    parts.append("## Words\n")
+    made += [_message(each, documentation) for each in structs]
+    made.append("## Words\n")
     words = (
         *(messages.ErrorCode, messages.State, messages.EndCause, messages.EventKind),
         *(messages.ResetMode, BootDevice),
     )
-    parts += [_words(each, documentation) for each in words]
-    return "\n".join(parts)
+    made += [_words(each, documentation) for each in words]
+    return "\n".join(made)
 
 
 def _message(kind: type[msgspec.Struct], documentation: dict[tuple[str, str], str]) -> str:

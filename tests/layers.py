@@ -135,7 +135,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.memory",
         "vmm_kvm.virtio",
     ),
-    "vmm_kvm.snapshot": ("vmm_kvm.errors", "vmm_kvm.bits", "vmm_kvm.limits", "vmm_kvm.kvm"),
+    "vmm_kvm.snapshot": (
+        "vmm_kvm.errors",
+        "vmm_kvm.bits",
+        "vmm_kvm.limits",
+        "vmm_kvm.state",
+        "vmm_kvm.kvm",
+    ),
     "vmm_kvm.vm_table": (
         "vmm_kvm.errors",
         "vmm_kvm.vm_params",
@@ -276,6 +282,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio.vhost_user",
         "vmm_kvm.primitives",
         "vmm_kvm.machine",
+        "vmm_kvm.memory",
+        "vmm_kvm.snapshot",
         "vmd.config",
         "vmd.wire",
         "vmd.confine",
@@ -361,6 +369,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.config",
         "vmctl",
         "vmctl.values",
+    ),
+    "vmctl.transfer": (
+        "vmm_kvm.errors",
+        "vmm_kvm.text",
+        "vmm_kvm.snapshot",
+        "vmd.config",
+        "vmctl",
+        "vmctl.start",
     ),
     "vmctl.disk_files": ("vmm_kvm.errors", "vmm_kvm.log", "vmm_kvm.block", "vmm_kvm.images"),
     "vmctl.create": (

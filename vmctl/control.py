@@ -1,8 +1,8 @@
-"""The short commands: pause, unpause, load, reload, reset, events, send, receive.
+"""The short commands: pause, unpause, load, reload, reset, events.
 
 Each returns the exit status. Texts are OpenBSD's.
 
-Source: sections 3.8, 3.10 and 3.11 of OpenBSD's behaviour.
+Source: sections 3.8 and 3.11 of OpenBSD's behaviour.
 """
 
 import os
@@ -98,13 +98,3 @@ def events(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
 
 
 _EVENT_FIELDS = ("at", "id", "name", "kind", "message")
-
-
-def send(_words: Sequence[str]) -> int:
-    """Say that a VM cannot be sent yet."""
-    return fail("send: not supported yet")
-
-
-def receive(_words: Sequence[str]) -> int:
-    """Say that a VM cannot be received yet."""
-    return fail("receive: not supported yet")

@@ -82,15 +82,13 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         fields = {**target.fields(), **_request(options, fds)}
         with Client() as client:
             answer = client.ask("start", "started", fields, fds)
-            text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
             if condition:
-                print(f"vmctl: {printable(text)}", file=sys.stderr)
+                say_started(answer)
                 return _wait(condition, client, answer, report)
     except RefusedError as err:
-        text = text_of(err.code)
-        known = text if err.code in _OWN_TEXTS else f"start vm command failed: {text}"
-        fail(f"{known}\n{err.detail}")
-        return report.end(1, err.detail or known)
+        why = why_not_started(err)
+        fail(why)
+        return report.end(1, err.detail or why)
     except (CommandError, SpecError) as err:
         fail(err)
         return report.end(1, str(err))
@@ -102,8 +100,21 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         from vmctl.attach import console  # noqa: PLC0415 - only with -c
 
         return console([str(answer["id"])])
-    print(f"vmctl: {printable(text)}", file=sys.stderr)
+    say_started(answer)
     return 0
+
+
+def why_not_started(err: RefusedError) -> str:
+    """Return the lines about a VM that the daemon has not started."""
+    text = text_of(err.code)
+    known = text if err.code in _OWN_TEXTS else f"start vm command failed: {text}"
+    return f"{known}\n{err.detail}".rstrip("\n")
+
+
+def say_started(answer: Fields) -> None:
+    """Say that a VM has started, by the daemon's answer."""
+    text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
+    print(f"vmctl: {printable(text)}", file=sys.stderr)
 
 
 class _Condition(NamedTuple):
@@ -189,16 +200,16 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
     if boot is not None:
         boot = _path(boot, "boot image")
         fields["kernel_path"] = _shown(boot)
-        fields["kernel"] = _open(boot, "kernel", fds)
+        fields["kernel"] = open_file(boot, "kernel", fds)
     if options.initrd:
         if boot is None:
             raise CommandError("--initrd is for a kernel: use -b")
         paths = [_path(each, "initrd") for each in options.initrd]
-        fields["initrd"] = [_open(path, "initrd", fds) for path in paths]
+        fields["initrd"] = [open_file(path, "initrd", fds) for path in paths]
     for disk, named in zip(disks, fields.get("disks", ()), strict=True):
-        named["chain"] = _open_chain(disk, fds)
+        named["chain"] = open_chain(disk, fds)
     if cdrom is not None:
-        fields["cdrom_image"] = _open(cdrom, "iso image", fds)
+        fields["cdrom_image"] = open_file(cdrom, "iso image", fds)
     return fields
 
 
@@ -302,7 +313,7 @@ def _shown(path: str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _open(
+def open_file(
     path: str, what: str, fds: list[int], *, writes: bool = False, allows_devices: bool = False
 ) -> int:
     """Open a file for the daemon; returns its index among `fds`."""
@@ -318,7 +329,7 @@ def _open(
     return len(fds) - 1
 
 
-def _open_chain(disk: DiskOption, fds: list[int]) -> list[int]:
+def open_chain(disk: DiskOption, fds: list[int]) -> list[int]:
     """Open an image and its bases for the daemon, which follows no path; returns their indices."""
     from vmm_kvm.block.image import Format  # noqa: PLC0415 - only with disks
     from vmm_kvm.errors import ImageError  # noqa: PLC0415 - same
@@ -328,7 +339,7 @@ def _open_chain(disk: DiskOption, fds: list[int]) -> list[int]:
 
     def open_layer(path: str) -> int:
         what, writes = ("base image", False) if chain else ("disk", not disk.is_read_only)
-        chain.append(_open(path, what, fds, writes=writes, allows_devices=True))
+        chain.append(open_file(path, what, fds, writes=writes, allows_devices=True))
         return fds[chain[-1]]
 
     said = None if disk.kind is DiskKind.PROBE else Format(disk.kind)

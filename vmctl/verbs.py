@@ -304,7 +304,14 @@ _TABLE = (
         completes=("brief", "verbose", VM),
     ),
     Verb("pause", "id", "Let a VM stand still.", "control", "pause", completes=(VM,)),
-    Verb("receive", "name", "Receive a VM that was sent; not supported yet.", "control", "receive"),
+    Verb(
+        "receive",
+        "name",
+        "Receive a VM that was sent, from standard input.",
+        "transfer",
+        "receive",
+        (Option("-p", "stays_paused", "Let it stand still."),),
+    ),
     Verb(
         "reload",
         "",
@@ -335,8 +342,14 @@ _TABLE = (
         usage=_RUN_USAGE,
         is_openbsd=False,
     ),
-    Verb("send", "id", "Send a VM to another host; not supported yet.", "control", "send")._replace(
-        completes=(VM,)
+    Verb(
+        "send",
+        "id",
+        "Send a VM to standard output, for vmctl receive, and end it.",
+        "transfer",
+        "send",
+        (Option("-l", "keeps_running", "Let it go on."),),
+        completes=(VM,),
     ),
     Verb(
         "show",

@@ -27,14 +27,8 @@ from vmd.shared.privsep import Plan, spawn
 from vmd.wire.agentx import AGENTX_AND_PARENT
 from vmd.wire.channel import Channel
 from vmd.wire.files import OPENER_AND_PARENT, OpenerToParent, OpenFiles
-from vmd.wire.internal import (
-    CONTROL_AND_PARENT,
-    LOCAL_AND_PARENT,
-    PRIV_AND_PARENT,
-    VMM_AND_PARENT,
-    VMM_AND_ZYGOTE,
-    ZYGOTE_AND_VMM,
-)
+from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
+from vmd.wire.internal import CONTROL_AND_PARENT, LOCAL_AND_PARENT, PRIV_AND_PARENT, VMM_AND_PARENT
 from vmd.zygote.warm.entry import WARMING_PATIENCE_S, Warmth, warm_up
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -176,7 +170,7 @@ def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None
     """Be the process of a VM that nobody needs; `end_fd` is for what is called at its end."""
     from vmd.vm import process as vm  # noqa: PLC0415 - likewise
     from vmd.wire.blank import Preparation, Role  # noqa: PLC0415 - see the module's docstring
-    from vmd.wire.internal import Fork  # noqa: PLC0415 - likewise
+    from vmd.wire.forking import Fork  # noqa: PLC0415 - likewise
     from vmd.zygote import process as zygote  # noqa: PLC0415 - likewise
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -17,7 +17,7 @@ import msgspec
 from tests.fuzz.inputs import Input, check_line
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, SwitchConfig
-from vmd.wire import files, internal
+from vmd.wire import device, files, forking, internal
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.channel import (
     FDS_MAX,
@@ -42,7 +42,7 @@ class End(NamedTuple):
 
 
 def _ends() -> tuple[End, ...]:
-    named = {**vars(internal), **vars(files)}
+    named = {**vars(internal), **vars(files), **vars(device), **vars(forking)}
     names = [name for name, value in named.items() if isinstance(value, Wire)]
     # X_AND_Y is X's end, whose messages Y writes.
     pairs = [(name, "_AND_".join(reversed(name.split("_AND_")))) for name in sorted(names)]
@@ -139,10 +139,10 @@ def _examples() -> list[object]:
         internal.VmStatistics(statistics=Statistics(disk_read=1), memory_used=7),
         internal.VmEnding(reason=internal.EndReason.FAILED, message="no"),
         internal.VmExited(id=1, pid=5, status=-9),
-        internal.Fork(role=Role.VM, preparation=Preparation.REHEARSED),
-        internal.Forked(pid=5),
-        internal.BeginDisk(disk=disk, vm="web", verbosity=1),
-        internal.BeginNic(nic=nic, vm="web", verbosity=1),
+        forking.Fork(role=Role.VM, preparation=Preparation.REHEARSED),
+        forking.Forked(pid=5),
+        device.BeginDisk(disk=disk, vm="web", verbosity=1),
+        device.BeginNic(nic=nic, vm="web", verbosity=1),
         files.OpenFiles(files=(wanted,)),
         files.FilesOpened(files=(files.FoundFile(chain=(0,), formats=(DiskKind.RAW,)),)),
         files.OpeningFailed(code=ErrorCode.EIO, message="no"),

@@ -48,7 +48,6 @@ from vmd.wire.internal import (
 from vmd.wire.messages import (
     ANSWER_MAX,
     DAEMON_TO_CLIENT,
-    PROTOCOL_VERSION,
     AnyAnswer,
     AnyRequest,
     Done,
@@ -59,6 +58,7 @@ from vmd.wire.messages import (
     ParentRequest,
     Vms,
 )
+from vmd.wire.parts import PROTOCOL_VERSION
 from vmm_kvm.accepting import Acceptor
 
 _ACCEPTED_AT_ONCE = 16

@@ -3,14 +3,17 @@
 It ends when the VM's process does, having written back what it holds.
 """
 
+import math
 import socket
+from collections.abc import Callable
 
 from vmd.config.disks import DiskKind, OnError
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.shared.counters import CountedImage, Counters
+from vmd.shared.late_locks import lock_when_free
 from vmd.wire.channel import Fds
-from vmd.wire.internal import BeginDisk, DeviceBegin
+from vmd.wire.device import BeginDisk, DeviceBegin
 from vmm_kvm.block.image import Format, Layer
 from vmm_kvm.errors import VmmError
 from vmm_kvm.images.opening import open_image
@@ -27,7 +30,7 @@ def run(connection: socket.socket) -> int:
     return device_process.run("disk", connection, make)
 
 
-def make(begin: DeviceBegin, fds: list[int]) -> VirtioBlk:
+def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> VirtioBlk:
     """Return the device that vmm has told of; see `process.Make`."""
     if not isinstance(begin, BeginDisk):
         Fds(fds).close()
@@ -35,6 +38,12 @@ def make(begin: DeviceBegin, fds: list[int]) -> VirtioBlk:
     disk, option = begin.disk, begin.disk.option
     *chain, counters_fd = fds
     counters = Counters(counters_fd)
+    if not disk.is_locked:
+        # Looked at before it is locked, it might not be what its last user leaves.
+        writes = not option.is_read_only
+        lock_when_free(
+            chain[0], option.path, writes=writes, is_needed=is_needed, patience_s=math.inf
+        )
     formats = [Format(kind) for kind in disk.formats]
     bases = [Layer(*base) for base in zip(chain[1:], formats[1:], strict=True)]
     # One whose format nobody said is looked at again: its guest must not make it something else.

@@ -5,11 +5,12 @@ It is there only where vhost-net is not, and ends when the VM's process does.
 
 import os
 import socket
+from collections.abc import Callable
 
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.wire.channel import Fds
-from vmd.wire.internal import BeginNic, DeviceBegin
+from vmd.wire.device import BeginNic, DeviceBegin
 from vmm_kvm.errors import VmmError
 from vmm_kvm.net.ethernet import parse_lladdr
 from vmm_kvm.net.tap import Tap
@@ -26,7 +27,7 @@ def run(connection: socket.socket) -> int:
     return device_process.run("nic", connection, make)
 
 
-def make(begin: DeviceBegin, fds: list[int]) -> VirtioNet:
+def make(begin: DeviceBegin, fds: list[int], _is_needed: Callable[[], bool]) -> VirtioNet:
     """Return the device that vmm has told of; see `process.Make`."""
     if not isinstance(begin, BeginNic):
         Fds(fds).close()

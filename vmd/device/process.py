@@ -13,7 +13,8 @@ from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, set_title
 from vmd.shared import log as logging
 from vmd.wire.channel import Channel, ChannelError, Received
-from vmd.wire.internal import DEVICE_AND_VMM, DeviceBegin, SetVerbosity, VmmToDevice
+from vmd.wire.device import DEVICE_AND_VMM, DeviceBegin, VmmToDevice
+from vmd.wire.internal import SetVerbosity
 from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -30,9 +31,9 @@ STATUS_MAX = 4096
 # The last writes of a VM that is ended belong on the disk.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-Make = Callable[[DeviceBegin, list[int]], Backend]
+Make = Callable[[DeviceBegin, list[int], Callable[[], bool]], Backend]
 """Makes the device from what vmm said and the descriptors that came along, which it owns, all but
-the socket and the pipe.
+the socket and the pipe. The function says whether the VM is still there, for one that waits.
 
 Raises:
     VmmError, OSError: it cannot; the VM's process is told the text.
@@ -66,7 +67,7 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
         vm = socket.socket(fileno=sock)
         with vm, open(status_fd, "wb", buffering=0) as status:  # noqa: PTH123 - a descriptor
             try:
-                backend = make(begin, own)
+                backend = make(begin, own, lambda: _is_there(vm))
             except (VmmError, OSError) as err:
                 status.write(str(err).encode()[:STATUS_MAX])
                 return 0  # the VM's process tells
@@ -74,6 +75,16 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
             vm = socket.socket(fileno=vm.detach())
         serve(vm, backend, on_loop=lambda loop: listen_to_vmm(vmm, loop))
     return 0
+
+
+def _is_there(vm: socket.socket) -> bool:
+    """Tell whether the VM's process, which says nothing before the device is ready, lives."""
+    try:
+        return vm.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 @contextmanager

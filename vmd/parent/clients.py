@@ -37,6 +37,8 @@ from vmd.wire.messages import (
     Failed,
     InterfaceInfo,
     ParentRequest,
+    Receive,
+    Send,
     Start,
     Status,
     Vms,
@@ -135,7 +137,9 @@ class Clients:
         try:
             if uid is None:
                 raise DescriptorsLostError("the daemon had none left to see who connects")
-            passed = take_passed(request, uid, fds) if isinstance(request, Start) else None
+            passed = None
+            if isinstance(request, Start | Send | Receive):
+                passed = take_passed(request, uid, fds)
         except ChannelError as err:
             is_wrong = isinstance(err, MalformedError)
             code = ErrorCode.EINVAL if is_wrong else ErrorCode.EAGAIN

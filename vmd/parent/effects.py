@@ -40,11 +40,15 @@ from vmd.wire.channel import Fds, Timer
 from vmd.wire.internal import (
     AskStatistics,
     AttachConsole,
+    CancelSendVm,
+    EndReason,
     FromVm,
     KillVm,
     LaunchVm,
     ParentToVmm,
     PauseVm,
+    SendVm,
+    SentBoot,
     StopVm,
     ToVm,
     UnpauseVm,
@@ -56,6 +60,7 @@ from vmd.wire.internal import (
     VmmToParent,
     VmPaused,
     VmReport,
+    VmSent,
     VmStarted,
     VmStatistics,
     VmUnpacked,
@@ -251,6 +256,12 @@ class Effects:
                 self.tell_vm(vm.id, PauseVm())
             case vm_state.SendUnpause():
                 self.tell_vm(vm.id, UnpauseVm())
+            case vm_state.SendState(keeps_running=keeps_running):
+                sink, vm.sink = vm.sink, None
+                assert sink is not None
+                self.tell_vm(vm.id, _send_command(vm, keeps_running=keeps_running), (sink,))
+            case vm_state.CancelSend():
+                self.tell_vm(vm.id, CancelSendVm())
             case _:
                 assert_never(effect)
 
@@ -401,15 +412,28 @@ class Effects:
                 self._happened(vm_id, vm_state.Halted(reason, text))
             case VmUnpaused():
                 self._happened(vm_id, vm_state.Unpaused())
+            case VmSent(failure=None):
+                self._tell_sent(vm_id)
+                self._happened(vm_id, vm_state.Sent())
+            case VmSent(failure=code, message=message) if code is not None:
+                if vm := self._registry.find(vm_id, ""):
+                    log.warning("%s: cannot be sent: %s", vm.name, message)
+                self._happened(vm_id, vm_state.SendFailed(code, message))
             case VmStatistics():
                 self._inquiries.told(vm_id, report)
             case _:
                 log.debug("vm %d: %s", vm_id, report)
 
+    def _tell_sent(self, vm_id: int) -> None:
+        if vm := self._registry.find(vm_id, ""):
+            log.info("%s: sent vm %d successfully.", vm.name, vm_id)
+
     def _exited(self, message: VmExited) -> None:
         self._forget_process(message.id)
         vm = self._registry.find(message.id, "")
         event = exit_event(message)
+        if event.reason is EndReason.SENT:
+            self._tell_sent(message.id)
         if vm:
             _remove_new(vm)
         self._happened(message.id, event)
@@ -425,6 +449,21 @@ def _log_event(event: Event) -> None:
         log.warning("vm/%s: %s", event.name, text)
     elif event.kind is EventKind.STOPPED:
         log.info("vm/%s: %s", event.name, text)
+
+
+def _send_command(vm: Vm, *, keeps_running: bool) -> SendVm:
+    config = vm.config
+    return SendVm(
+        keeps_running=keeps_running,
+        uid=config.owner.uid,
+        gid=config.owner.gid,
+        boot=SentBoot(
+            image=config.boot,
+            firmware=config.firmware,
+            initrd=config.initrd,
+            append=config.append,
+        ),
+    )
 
 
 def _remove_new(vm: Vm) -> None:

@@ -8,6 +8,7 @@ may have been written by the VM's owner.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import assert_never
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import Right
@@ -18,11 +19,11 @@ from vmd.shared.files import FileError, open_file
 from vmd.shared.opening import OpeningError
 from vmd.wire.channel import Fds
 from vmd.wire.files import FileUse, FoundFile, WantedFile
-from vmd.wire.messages import ErrorCode, Start
+from vmd.wire.messages import ErrorCode, Receive, Send, Start
 from vmm_kvm.boot.firmware import KNOWN
 
 
-def take_passed(request: Start, uid: int, fds: Fds) -> Passed | None:
+def take_passed(request: Start | Send | Receive, uid: int, fds: Fds) -> Passed | None:
     """Take what the client `uid` has opened; all or nothing.
 
     Raises:
@@ -36,18 +37,37 @@ def take_passed(request: Start, uid: int, fds: Fds) -> Passed | None:
             stack.callback(os.close, fd)
             return fd
 
-        kernel = None if request.kernel is None else take(request.kernel)
-        passed = Passed(
-            uid=uid,
-            kernel=kernel,
-            path=request.kernel_path or "kernel",
-            initrd=() if kernel is None else tuple(map(take, request.initrd)),
-            append=request.append,
-            cdrom=None if request.cdrom_image is None else take(request.cdrom_image),
-            disks=tuple(tuple(map(take, disk.chain)) for disk in request.disks),
-        )
+        passed = _passed(request, uid, take)
         stack.pop_all()
     return passed if passed.fds else None
+
+
+def _passed(request: Start | Send | Receive, uid: int, take: Callable[[int], int]) -> Passed:
+    match request:
+        case Send():
+            return Passed(uid=uid, stream=take(request.stream))
+        case Receive():
+            return Passed(
+                uid=uid,
+                cdrom=None if request.cdrom_image is None else take(request.cdrom_image),
+                disks=tuple(tuple(map(take, disk.chain)) for disk in request.disks),
+                stream=take(request.stream),
+                manifest=request.manifest,
+                stays_paused=request.stays_paused,
+            )
+        case Start():
+            kernel = None if request.kernel is None else take(request.kernel)
+            return Passed(
+                uid=uid,
+                kernel=kernel,
+                path=request.kernel_path or "kernel",
+                initrd=() if kernel is None else tuple(map(take, request.initrd)),
+                append=request.append,
+                cdrom=None if request.cdrom_image is None else take(request.cdrom_image),
+                disks=tuple(tuple(map(take, disk.chain)) for disk in request.disks),
+            )
+        case _:
+            assert_never(request)
 
 
 class ClientFiles:
@@ -94,6 +114,7 @@ class ClientFiles:
                 follows_bases=wanted.follows_bases,
                 writes=wanted.writes,
                 format=wanted.format,
+                locks=wanted.locks,
             )
         )
         self._places.append((wanted.use, place))
@@ -127,7 +148,7 @@ class ClientFiles:
         if option.kind is DiskKind.VHOST_USER:  # no file; only vm.conf can have it
             return
         chain = self._passed.disks[index] if index < len(self._passed.disks) else ()
-        wanted = wanted_disk(option)
+        wanted = wanted_disk(option, locks=self._passed.stream is None)
         if chain:
             self._want(wanted, index, [os.dup(fd) for fd in chain])
         elif self._is_named(Right.DISK):
@@ -144,7 +165,11 @@ class ClientFiles:
                 raise OpeningError(ErrorCode.DISK_MISSING, text) from err
             self._want(
                 WantedFile(
-                    use=wanted.use, path=option.path, follows_bases=True, writes=wanted.writes
+                    use=wanted.use,
+                    path=option.path,
+                    follows_bases=True,
+                    writes=wanted.writes,
+                    locks=wanted.locks,
                 ),
                 index,
                 [image],
@@ -186,6 +211,9 @@ class ClientFiles:
                 disks[index].formats if index in disks else () for index in range(len(config.disks))
             ),
             stamp=stamp,
+            stream=passed.stream,
+            manifest=passed.manifest,
+            stays_paused=passed.stays_paused,
         )
 
 
@@ -204,17 +232,22 @@ def open_client_files(
 
     def then(found: list[FoundFile], fds: list[int]) -> None:
         if vm.passed:
-            Fds(vm.passed.fds).close()
+            Fds([fd for fd in vm.passed.fds if fd != vm.passed.stream]).close()
         vm.passed = files.judged(found, fds)
         done(None)
 
     openers.open(files.uid, files.wanted, files.fds, then, done)
 
 
-def wanted_disk(option: DiskOption) -> WantedFile:
+def wanted_disk(option: DiskOption, *, locks: bool = True) -> WantedFile:
     """Return which file a disk of the configuration needs, by name."""
     if option.kind is DiskKind.PMEM:
-        return WantedFile(use=FileUse.MEMORY, path=option.path, writes=not option.is_private)
+        writes = not option.is_private
+        return WantedFile(use=FileUse.MEMORY, path=option.path, writes=writes, locks=locks)
     return WantedFile(
-        use=FileUse.DISK, path=option.path, writes=not option.is_read_only, format=option.kind
+        use=FileUse.DISK,
+        path=option.path,
+        writes=not option.is_read_only,
+        format=option.kind,
+        locks=locks,
     )

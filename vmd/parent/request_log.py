@@ -21,20 +21,24 @@ from vmd.wire.messages import (
     Log,
     ParentRequest,
     Pause,
+    Receive,
     Reload,
     Reset,
+    Send,
     Start,
     Started,
     Stop,
     Unpause,
-    VmRequest,
 )
+from vmd.wire.parts import VmRequest
 
 _DONE: dict[type[ParentRequest], str] = {
     Start: "started",
     Stop: "stopped",
     Pause: "paused",
     Unpause: "unpaused",
+    Send: "sent",
+    Receive: "received",
     Console: "console opened",
     Load: "configuration loaded",
     Reload: "configuration reloaded",
@@ -73,7 +77,9 @@ class RequestLog:
         if kind not in _DONE:
             return
         what, vm_id = "vmd", 0
-        if isinstance(request, VmRequest):
+        if isinstance(request, Receive):
+            what = request.name
+        elif isinstance(request, VmRequest):
             vm = self._find(request.id, request.name)
             what = vm.name if vm else request.name or f"vm {request.id}"
             vm_id = vm.id if vm else 0

@@ -25,7 +25,7 @@ from vmd.shared.opening import Files, OpeningError
 from vmd.shared.pty import Pty
 from vmd.wire.channel import Fds
 from vmd.wire.files import FileUse, FoundFile, WantedFile
-from vmd.wire.internal import DiskSpec, NicSpec, VmSpec
+from vmd.wire.internal import DiskSpec, NicSpec, ReceivedSpec, VmSpec
 from vmd.wire.messages import ErrorCode
 from vmm_kvm.block.locks import lock
 from vmm_kvm.boot.firmware import BIOS, Firmware, find_firmware
@@ -89,10 +89,12 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             append=append,
             disks=disks,
             cdrom=cdrom,
+            cdrom_path=vm.config.cdrom or "",
             interfaces=tuple(opener.interface(one) for one in interfaces),
             tty=tty,
             ring=ring,
             boot_device=vm.config.boot_device,
+            received=opener.received(),
         )
         stack.pop_all()
     return Resources(spec, opener.fds, Stamp(stamp))
@@ -121,13 +123,29 @@ class _Opener:
         self.fds.append(fd)
         return len(self.fds) - 1
 
-    def boot(self) -> tuple[int, str, int | None, tuple[int, ...], str | None, str]:
-        """Open what to boot: what is a client's, a kernel, or firmware.
+    def received(self) -> ReceivedSpec | None:
+        """Take the stream of a VM that is received."""
+        passed = self._vm.passed
+        if passed is None or passed.stream is None:
+            return None
+        return ReceivedSpec(
+            stream=self.keep(os.dup(passed.stream)),
+            manifest=passed.manifest,
+            stays_paused=passed.stays_paused,
+        )
+
+    def boot(self) -> tuple[int | None, str, int | None, tuple[int, ...], str | None, str]:
+        """Open what to boot: what is a client's, a kernel, or firmware; nothing if it is received.
 
         Returns the index and path of the image, the index of its variables, those of RAM disks, a
         command line, and the image's stamp.
         """
         config, passed = self._vm.config, self._vm.passed
+        if passed is not None and passed.stream is not None:
+            variables = None
+            if config.boot is None:
+                variables = self._variables_of(self._firmware(config.firmware or BIOS).code)
+            return None, passed.path, variables, (), config.append, ""
         if passed is not None and passed.kernel is not None:
             image = self.keep(os.dup(passed.kernel))
             initrd = tuple(self.keep(os.dup(fd)) for fd in passed.initrd)
@@ -176,15 +194,20 @@ class _Opener:
         )
 
     def disk(self, place: int, option: DiskOption) -> DiskSpec:
-        """Open a disk's image, locked, and its bases, read-only; or connect to its server."""
+        """Open a disk's image, locked, and its bases, read-only; or connect to its server.
+
+        Where the VM is received, the process that uses the image locks it.
+        """
         if option.kind is DiskKind.VHOST_USER:
             return DiskSpec(option=option, chain=(self._connect(option.path),))
         passed = self._vm.passed
+        locks = passed is None or passed.stream is None
         if passed is not None and place < len(passed.disks) and passed.disks[place]:
             chain = tuple(self.keep(os.dup(fd)) for fd in passed.disks[place])
-            return DiskSpec(option=option, chain=chain, formats=passed.formats[place])
-        found = self._find(wanted_disk(option))
-        return DiskSpec(option=option, chain=found.chain, formats=found.formats)
+            formats = passed.formats[place]
+            return DiskSpec(option=option, chain=chain, formats=formats, is_locked=locks)
+        found = self._find(wanted_disk(option, locks=locks))
+        return DiskSpec(option=option, chain=found.chain, formats=found.formats, is_locked=locks)
 
     def _variables(self, template: int) -> int:
         """Open the file that keeps the VM's UEFI variables; returns its index.

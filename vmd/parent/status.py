@@ -8,8 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from vmd.rules.actions import List
-from vmd.rules.registry import info
-from vmd.rules.vm import Vm
+from vmd.rules.vm import Vm, info
 from vmd.wire.channel import Timer
 from vmd.wire.internal import VmStatistics
 from vmd.wire.messages import PART_MAX, AnyAnswer, DiskInfo, InterfaceInfo, VmInfo, Vms

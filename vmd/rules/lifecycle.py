@@ -7,6 +7,7 @@
        └──────it is gone── STOPPING ◀──stop── PAUSING ─all quiet▶ PAUSED
 
 A running VM is PAUSED too when a request of a disk waits for the host; that is its `halt`.
+RUNNING and PAUSED become SENDING, from which a VM comes back as it was, or ends.
 
 A VM of any state from STARTING on can be gone at any moment; it is then STOPPED, or STARTING again
 if the guest has rebooted. STOPPED and WAITING mean that nothing is left: no process, no descriptor,
@@ -24,6 +25,7 @@ from typing import assert_never
 from vmd.rules.vm_state import (
     IDLE,
     Attach,
+    CancelSend,
     ClientLeft,
     Discard,
     Effect,
@@ -46,9 +48,13 @@ from vmd.rules.vm_state import (
     Release,
     Reply,
     Running,
+    Send,
+    SendFailed,
     SendPause,
+    SendState,
     SendStop,
     SendUnpause,
+    Sent,
     Start,
     Step,
     Stop,
@@ -76,8 +82,10 @@ EARLY_MAX = 3
 """How many early starts in a row it takes to be refused."""
 
 
-_ORDERLY = {EndReason.POWER_OFF, EndReason.REBOOT, EndReason.STOPPED}
+_ORDERLY = {EndReason.POWER_OFF, EndReason.REBOOT, EndReason.STOPPED, EndReason.SENT}
 _NOT_RUNNING = "the VM is not running"
+_PAUSED = {Phase.PAUSING, Phase.PAUSED}
+_BEING_SENT = "the VM is being sent"
 _SHOWN = {
     Phase.STOPPED: State.STOPPED,
     Phase.WAITING: State.WAITING,
@@ -86,6 +94,7 @@ _SHOWN = {
     Phase.PAUSING: State.RUNNING,
     Phase.PAUSED: State.PAUSED,
     Phase.UNPAUSING: State.PAUSED,
+    Phase.SENDING: State.PAUSED,
     Phase.STOPPING: State.STOPPING,
 }
 
@@ -101,8 +110,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
     `now` is in seconds, on any clock that does not jump.
     """
     match event:
-        case Start(ticket):
-            return _start(vm, ticket, now)
+        case Start():
+            return _start(vm, event, now)
         case Stop():
             return _stop(vm, event)
         case Wait(ticket):
@@ -113,6 +122,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _pause(vm, ticket)
         case Unpause(ticket):
             return _unpause(vm, ticket)
+        case Send():
+            return _send(vm, event)
         case Attach(ticket):
             return _attach(vm, ticket)
         case Enqueue():
@@ -124,7 +135,7 @@ def step(vm: VmState, event: Event, now: float) -> Step:
         case Discard():
             return _discard(vm)
         case ClientLeft(client):
-            return _without(vm, client), ()
+            return _without(vm, client)
         case Launched(pid, tty):
             if vm.phase in IDLE:
                 return vm, (Kill(),)
@@ -140,6 +151,10 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _halted(vm, event)
         case Unpaused():
             return _unpaused(vm)
+        case Sent():
+            return _sent(vm)
+        case SendFailed(code, message):
+            return _send_failed(vm, code, message)
         case Exited():
             return _end(vm, now, event)
         case _:
@@ -157,7 +172,8 @@ def why_already(phase: Phase) -> str:
     return "the VM is stopping" if phase is Phase.STOPPING else ""
 
 
-def _start(vm: VmState, ticket: Ticket | None, now: float) -> Step:
+def _start(vm: VmState, event: Start, now: float) -> Step:
+    ticket = event.ticket
     if vm.phase not in IDLE:
         return vm, _failed(ticket, ErrorCode.EALREADY, why_already(vm.phase))
     if ticket is None and vm.phase is Phase.STOPPED:  # started or stopped by hand meanwhile
@@ -168,7 +184,7 @@ def _start(vm: VmState, ticket: Ticket | None, now: float) -> Step:
         stopped, effects = _stopped(vm, Publish(EventKind.FAILED, text, End(EndCause.FAILED)))
         return stopped, (*_failed(ticket, ErrorCode.EPERM, text), *effects)
     return (
-        vm._replace(phase=Phase.STARTING, starter=ticket),
+        vm._replace(phase=Phase.STARTING, starter=ticket, stays_paused=event.stays_paused),
         (Publish(EventKind.STARTING), Launch(keeps_tty=False)),
     )
 
@@ -199,11 +215,36 @@ def _stopping(vm: VmState, *, force: bool) -> Step:
         effects.append(Publish(EventKind.STOPPING))
         effects += _failed(vm.starter, ErrorCode.EINTR, "the VM stops")
         effects += _interrupt(vm)
-        if not force and vm.phase in {Phase.PAUSING, Phase.PAUSED}:
+        if vm.phase is Phase.SENDING:  # what becomes of the stream is not known yet
+            effects.append(CancelSend())
+        is_paused = vm.was_paused if vm.phase is Phase.SENDING else vm.phase in _PAUSED
+        if not force and (is_paused or vm.stays_paused):
             effects.append(SendUnpause())  # a guest that stands still cannot do as it is asked
     effects.append(Kill() if force else SendStop())
     vm = vm._replace(phase=Phase.STOPPING, starter=None, pausers=(), unpausers=(), watchers=())
     return vm._replace(halt=None), tuple(effects)
+
+
+def _send(vm: VmState, event: Send) -> Step:
+    ticket = event.ticket
+    match vm.phase:
+        case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
+            return vm, (_not_running(ticket),)
+        case Phase.STARTING:
+            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
+        case Phase.PAUSING | Phase.UNPAUSING:
+            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is being paused, or goes on")
+        case Phase.SENDING:
+            return vm, _failed(ticket, ErrorCode.EALREADY, _BEING_SENT)
+        case Phase.PAUSED if vm.halt:
+            text = "a request of a disk waits for the host"
+            return vm, _failed(ticket, ErrorCode.EBUSY, text)
+        case Phase.RUNNING | Phase.PAUSED:
+            was_paused = vm.phase is Phase.PAUSED
+            vm = vm._replace(phase=Phase.SENDING, sender=ticket, was_paused=was_paused)
+            return vm, (SendState(event.keeps_running),)
+        case _:
+            assert_never(vm.phase)
 
 
 def _pause(vm: VmState, ticket: Ticket) -> Step:
@@ -218,6 +259,8 @@ def _pause(vm: VmState, ticket: Ticket) -> Step:
             return vm._replace(pausers=(*vm.pausers, ticket)), ()
         case Phase.PAUSED:
             return vm, (_done(vm, ticket),)
+        case Phase.SENDING:
+            return vm, _failed(ticket, ErrorCode.EBUSY, _BEING_SENT)
         case _:
             assert_never(vm.phase)
 
@@ -234,6 +277,8 @@ def _unpause(vm: VmState, ticket: Ticket) -> Step:
             return vm._replace(unpausers=(*vm.unpausers, ticket)), ()
         case Phase.PAUSED:
             return vm._replace(phase=Phase.UNPAUSING, unpausers=(ticket,)), (SendUnpause(),)
+        case Phase.SENDING:
+            return vm, _failed(ticket, ErrorCode.EBUSY, _BEING_SENT)
         case _:
             assert_never(vm.phase)
 
@@ -258,17 +303,22 @@ def _discard(vm: VmState) -> Step:
     return _stopping(vm._replace(is_doomed=True), force=True)
 
 
-def _without(vm: VmState, client: int) -> VmState:
+def _without(vm: VmState, client: int) -> Step:
     def others(tickets: tuple[Ticket, ...]) -> tuple[Ticket, ...]:
         return tuple(ticket for ticket in tickets if ticket.client != client)
 
-    return vm._replace(
+    # Nobody is there to be told that it was sent: it is not to be.
+    gives_up = vm.sender is not None and vm.sender.client == client
+    effects = (CancelSend(),) if gives_up and vm.phase is Phase.SENDING else ()
+    vm = vm._replace(
+        sender=None if gives_up else vm.sender,
         starter=None if vm.starter and vm.starter.client == client else vm.starter,
         waiters=others(vm.waiters),
         pausers=others(vm.pausers),
         unpausers=others(vm.unpausers),
         watchers=others(vm.watchers),
     )
+    return vm, effects
 
 
 # What has happened
@@ -281,8 +331,10 @@ def _running(vm: VmState) -> Step:
     if vm.starter:
         started = Started(serial=vm.starter.serial, id=vm.id, pid=vm.pid or 0, tty=vm.tty)
         reply = (Reply(vm.starter, started),)
-    vm = vm._replace(phase=Phase.RUNNING, starter=None)
-    return vm, (*reply, Publish(EventKind.STARTED))
+    phase = Phase.PAUSED if vm.stays_paused else Phase.RUNNING
+    told = (Publish(EventKind.PAUSED),) if vm.stays_paused else ()
+    vm = vm._replace(phase=phase, starter=None, stays_paused=False)
+    return vm, (*reply, Publish(EventKind.STARTED), *told)
 
 
 def _paused(vm: VmState) -> Step:
@@ -303,7 +355,14 @@ def _halted(vm: VmState, event: Halted) -> Step:
             return vm, (_published_pause(vm),)
         case Phase.PAUSING | Phase.PAUSED:  # it is about to be told that all of it is quiet
             return vm._replace(halt=event), ()
-        case Phase.STOPPED | Phase.WAITING | Phase.STARTING | Phase.UNPAUSING | Phase.STOPPING:
+        case (
+            Phase.STOPPED
+            | Phase.WAITING
+            | Phase.STARTING
+            | Phase.UNPAUSING
+            | Phase.SENDING  # its process says so when it is not sent
+            | Phase.STOPPING
+        ):
             return vm, ()
         case _:
             assert_never(vm.phase)
@@ -326,19 +385,59 @@ def _unpaused(vm: VmState) -> Step:
     return vm._replace(phase=Phase.RUNNING), tuple(effects)
 
 
+def _sent(vm: VmState) -> Step:
+    """Let a VM that was sent, and goes on, be as it was before."""
+    if vm.phase is not Phase.SENDING:
+        return _told_sender(vm, is_sent=True)
+    vm, effects = _told_sender(_as_before(vm), is_sent=True)
+    return vm, (*effects, Publish(EventKind.SENT))
+
+
+def _send_failed(vm: VmState, code: ErrorCode, message: str) -> Step:
+    if vm.phase is Phase.SENDING:
+        vm = _as_before(vm)
+    return _told_sender(vm, is_sent=False, code=code, message=message)
+
+
+def _as_before(vm: VmState) -> VmState:
+    return vm._replace(phase=Phase.PAUSED if vm.was_paused else Phase.RUNNING)
+
+
+def _told_sender(
+    vm: VmState, *, is_sent: bool, code: ErrorCode = ErrorCode.EIO, message: str = ""
+) -> Step:
+    """Tell whoever had a VM sent what has become of it, once."""
+    sender = vm.sender
+    vm = vm._replace(sender=None, was_paused=False)
+    if sender is None:
+        return vm, ()
+    return vm, (_done(vm, sender),) if is_sent else _failed(sender, code, message)
+
+
 def _end(vm: VmState, now: float, exited: Exited) -> Step:
     """Account for a process that is gone, or that there never was."""
     if vm.phase in IDLE:
         return vm, ()
     reason, code, message, status = exited
+    is_sent = reason is EndReason.SENT
+    was_stopping = vm.phase is Phase.STOPPING
+    vm, told = _told_sender(
+        vm,
+        is_sent=is_sent,
+        code=ErrorCode.EINTR if was_stopping else ErrorCode.EIO,
+        message="the VM stops" if was_stopping else message or "the VM process has ended",
+    )
     replies = [
+        *told,
         *_failed(vm.starter, code, message or "the VM process has ended"),
         *_interrupt(vm),
         # As OpenBSD has it, a reboot ends the wait too.
         *(_terminated(vm, ticket) for ticket in vm.waiters),
     ]
+    if is_sent:
+        replies.append(Publish(EventKind.SENT))
     vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=(), watchers=())
-    vm = vm._replace(halt=None)
+    vm = vm._replace(halt=None, stays_paused=False)
     if reason is EndReason.REBOOT and vm.phase is not Phase.STOPPING and not vm.stops_at_reboot:
         vm, is_allowed = _count_start(vm, now)
         if is_allowed:

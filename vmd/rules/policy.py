@@ -6,11 +6,29 @@ Source: sections 2.3, 6, 7.3 and 9 of OpenBSD's behaviour.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmd.config.model import MEMORY_DEFAULT, InterfaceConfig, Owner, Right, VmConfig
-from vmd.wire.messages import ErrorCode, Hold, Load, Log, ParentRequest, Reload, Reset
+from vmd.config.model import (
+    MEMORY_DEFAULT,
+    InterfaceConfig,
+    Limits,
+    Owner,
+    Right,
+    VmConfig,
+)
+from vmd.config.sizes import fmt_scaled
+from vmd.wire.messages import (
+    ErrorCode,
+    Hold,
+    Load,
+    Log,
+    ParentRequest,
+    Receive,
+    Reload,
+    Reset,
+    Send,
+)
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
@@ -50,7 +68,7 @@ def needs_administrator(request: ParentRequest) -> bool:
 
     Source: section 6 of OpenBSD's behaviour.
     """
-    return isinstance(request, Load | Reload | Reset | Log | Hold)
+    return isinstance(request, Load | Reload | Reset | Log | Hold | Send | Receive)
 
 
 def is_name(text: str) -> bool:
@@ -79,6 +97,17 @@ def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
     is_template = bool(config.allow_instance) or config.instance_owner is not None
     if not (has_boot or config.disks or config.cdrom is not None or is_template):
         return _invalid("no kernel or disk/cdrom specified")
+    return None
+
+
+def over_limit(configs: Sequence[VmConfig], limits: Limits) -> Denied | None:
+    """Return why an ordinary user may not have all of these VMs at a time, if so."""
+    if len(configs) > limits.vms:
+        return _forbidden(f"limit of {limits.vms} VMs of one user")
+    if sum(map(_cpus, configs)) > limits.cpus:
+        return _forbidden(f"limit of {limits.cpus} vCPUs of one user's VMs")
+    if sum(map(_memory, configs)) > limits.memory:
+        return _forbidden(f"limit of {fmt_scaled(limits.memory)} memory of one user's VMs")
     return None
 
 

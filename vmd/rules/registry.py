@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from vmd.config.model import MEMORY_DEFAULT, Limits, Owner, Right, Staggered, VmConfig
-from vmd.config.sizes import fmt_scaled
 from vmd.rules import lifecycle, vm_state
 from vmd.rules.actions import (
     Action,
@@ -26,8 +25,8 @@ from vmd.rules.actions import (
 )
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
-from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator
-from vmd.rules.vm import Passed, Vm, config_of, with_states
+from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
+from vmd.rules.vm import Passed, Vm, config_of, info, received_config, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
     Console,
@@ -44,17 +43,17 @@ from vmd.wire.messages import (
     Log,
     ParentRequest,
     Pause,
+    Receive,
     Reload,
     Reset,
+    Send,
     Start,
-    State,
     Status,
     Stop,
     Unpause,
-    VmInfo,
-    VmRequest,
     Wait,
 )
+from vmd.wire.parts import VmRequest
 
 IDS_KEPT = 1024
 """Ids of forgotten VMs that are kept for their names."""
@@ -128,7 +127,7 @@ class Registry:
         if needs_administrator(request) and uid not in self._users.administrators:
             denied = Denied(ErrorCode.EPERM, "only for root")
             actions.append(_refuse(ticket, denied))
-        elif self.is_emptying and isinstance(request, Start | Load | Reload):
+        elif self.is_emptying and isinstance(request, Start | Receive | Load | Reload):
             denied = Denied(ErrorCode.EAGAIN, "all VMs are being removed")
             actions.append(_refuse(ticket, denied))
         elif self._holders and isinstance(request, Start):
@@ -136,6 +135,10 @@ class Registry:
             actions.append(_refuse(ticket, denied))
         elif isinstance(request, Start):
             return self._start(ticket, uid, request, passed)
+        elif isinstance(request, Receive):
+            return self._receive(ticket, uid, request, passed)
+        elif isinstance(request, Send):
+            return self._send(ticket, uid, request, passed)
         else:
             actions += self._dispatch(ticket, uid, request)
             actions += self._followers()
@@ -161,6 +164,8 @@ class Registry:
                 vm = self._authorised(uid, request)
                 if isinstance(vm, Denied):
                     return [_refuse(ticket, vm)]
+            case _:
+                raise AssertionError(request)
         event: vm_state.Event
         match request:
             case Stop(force=force, wait=wait):
@@ -261,7 +266,7 @@ class Registry:
             return Denied(ErrorCode.ENOENT, "no such VM")
         if not request.instance and uid in self._users.administrators and not wanted.given:
             return Denied(ErrorCode.ENOENT, "no such VM")
-        registered = self._register(wanted, uid, has_kernel=_has_kernel(passed))
+        registered = self._register(wanted, uid, has_kernel=bool(passed and passed.has_kernel))
         if isinstance(registered, Denied):
             return registered
         vm, actions = registered
@@ -348,17 +353,8 @@ class Registry:
         """Return why an ordinary user may not have this VM besides those that it made before."""
         if uid in self._users.administrators:
             return None
-        limits = self.limits
-        own = [vm.config for vm in self._vms.values() if vm.requester == uid]
-        own.append(config)
-        if len(own) > limits.vms:
-            return Denied(ErrorCode.EPERM, f"limit of {limits.vms} VMs of one user")
-        if sum(one.cpus or 1 for one in own) > limits.cpus:
-            return Denied(ErrorCode.EPERM, f"limit of {limits.cpus} vCPUs of one user's VMs")
-        if sum(one.memory or MEMORY_DEFAULT for one in own) > limits.memory:
-            text = f"limit of {fmt_scaled(limits.memory)} memory of one user's VMs"
-            return Denied(ErrorCode.EPERM, text)
-        return None
+        own = (vm.config for vm in self._vms.values() if vm.requester == uid)
+        return over_limit([*own, config], self.limits)
 
     def _completed(self, config: VmConfig, uid: int) -> VmConfig:
         """Fill in defaults, and make up the lladdrs that are not given."""
@@ -379,6 +375,46 @@ class Registry:
         first, second = self._random_bytes(2)
         return _LLADDR.format(index=index + 1, first=first, second=second)
 
+    # Sending and receiving
+
+    def _send(self, ticket: Ticket, uid: int, request: Send, passed: Passed | None) -> list[Action]:
+        vm = self._authorised(uid, request)
+        if isinstance(vm, Denied):
+            return [_refuse(ticket, vm), *_dropped(passed)]
+        stream = passed.stream if passed else None
+        if stream is None or vm.sink is not None:
+            return [_refuse(ticket, Denied(ErrorCode.EALREADY, "the VM is being sent"))]
+        vm.sink = stream
+        actions = list(self._step(vm, vm_state.Send(ticket, request.keeps_running)))
+        if not any(isinstance(one, Perform) for one in actions):
+            vm.sink = None
+            actions += _dropped(passed)
+        return actions
+
+    def _receive(
+        self, ticket: Ticket, uid: int, request: Receive, passed: Passed | None
+    ) -> list[Action]:
+        """Register a VM as it is described, and let it start; only root may, and vouches for it."""
+        received = self._received(uid, request, passed)
+        if isinstance(received, Denied):
+            return [_refuse(ticket, received), *_dropped(passed)]
+        vm, actions = received
+        vm.passed, vm.passed_is_lasting = passed, False
+        return [*actions, *self._step(vm, vm_state.Start(ticket, request.stays_paused))]
+
+    def _received(
+        self, uid: int, request: Receive, passed: Passed | None
+    ) -> tuple[Vm, list[Action]] | Denied:
+        if self.find(0, request.name):
+            return Denied(ErrorCode.EALREADY, f'there is a VM "{request.name}"')
+        # The owner that the stream tells of is one of this host's users only for root.
+        owner = Owner(uid if request.uid is None or uid else request.uid, request.gid)
+        try:
+            config = received_config(request, owner)
+        except ValueError as err:
+            return Denied(ErrorCode.EINVAL, str(err))
+        return self._register(config, uid, has_kernel=passed is not None)
+
     # What has happened
 
     def report(self, vm_id: int, event: vm_state.Event) -> list[Action]:
@@ -387,14 +423,15 @@ class Registry:
         return [*self._step(vm, event), *self._followers()] if vm else []
 
     def client_left(self, client: int) -> list[Action]:
-        """Forget all that a client waits for."""
+        """Forget all that a client waits for; what it has not waited for to be sent is not sent."""
         self._emptiers = [one for one in self._emptiers if one.client != client]
-        for vm in self._vms.values():
-            vm.state, _ = self._next(vm, vm_state.ClientLeft(client))
+        actions = [
+            action for vm in self.vms for action in self._step(vm, vm_state.ClientLeft(client))
+        ]
         if client not in self._holders:
-            return []
+            return actions
         self._holders.discard(client)
-        return self.turn()
+        return [*actions, *self.turn()]
 
     def turn(self) -> list[Action]:
         """Start the VMs whose turn it is.
@@ -553,34 +590,9 @@ class Registry:
         return [Tell(Event(kind=kind, id=vm.id, name=vm.name, at=at, message=message))]
 
 
-def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
-    """Return what there is to tell of a VM without asking its process."""
-    config, state = vm.config, vm.state
-    return VmInfo(
-        id=vm.id,
-        name=vm.name,
-        state=State.GONE if is_gone else lifecycle.shown_state(state),
-        cpus=config.cpus or 1,
-        memory=config.memory or MEMORY_DEFAULT,
-        pid=state.pid,
-        tty=state.tty,
-        pause_reason=state.halt.reason if state.halt else "",
-        uid=config.owner.uid or 0,
-        gid=config.owner.gid,
-        is_from_config=state.is_from_config,
-        started_at=vm.started_at,
-        after=config.after,
-        last_end=vm.last_end,
-    )
-
-
 def _refuse(ticket: Ticket, denied: Denied) -> Action:
     answer = Failed(serial=ticket.serial, code=denied.code, message=denied.message)
     return Answer(ticket.client, answer)
-
-
-def _has_kernel(passed: Passed | None) -> bool:
-    return passed is not None and passed.kernel is not None
 
 
 def _dropped(passed: Passed | None) -> list[Action]:

@@ -1,13 +1,24 @@
 """A VM as the daemon knows it: what it is to be, whose it is, where it is in its life."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.forwards import check_address
-from vmd.config.model import ForwardConfig, InterfaceConfig, Owner, Right, VmConfig
+from vmd.config.model import (
+    MEMORY_DEFAULT,
+    ForwardConfig,
+    InterfaceConfig,
+    Owner,
+    Right,
+    VmConfig,
+)
+from vmd.rules import lifecycle
 from vmd.rules.ends import History
 from vmd.rules.vm_state import VmState
-from vmd.wire.messages import DiskRequest, EndInfo, ForwardRequest, Start
+from vmd.wire.messages import EndInfo, ForwardRequest, Receive, Start, State, VmInfo
+from vmd.wire.parts import DiskRequest
+from vmm_kvm.net.ethernet import parse_lladdr
 
 
 class Passed(NamedTuple):
@@ -35,11 +46,22 @@ class Passed(NamedTuple):
     """Of each file of each disk, once they are judged."""
     stamp: str = ""
     """Of the kernel, once that is judged; empty if a change might not show in it."""
+    stream: int | None = None
+    """Where the VM comes from that is received."""
+    manifest: str = ""
+    """What was read of the stream."""
+    stays_paused: bool = False
+    """It is to stand still when it is received."""
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a boot image is among them."""
+        return self.kernel is not None
 
     @property
     def fds(self) -> list[int]:
         """All descriptors."""
-        single = [fd for fd in (self.kernel, self.cdrom) if fd is not None]
+        single = [fd for fd in (self.kernel, self.cdrom, self.stream) if fd is not None]
         return [*single, *self.initrd, *(fd for chain in self.disks for fd in chain)]
 
 
@@ -48,7 +70,7 @@ class Vm:
 
     __slots__ = (
         *("checked", "config", "has_run", "new_file", "passed", "passed_is_lasting", "requester"),
-        *("history", "last_end", "started_at", "state"),
+        *("history", "last_end", "sink", "started_at", "state"),
     )
 
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
@@ -63,6 +85,8 @@ class Vm:
         """Files instead of those that `config` names."""
         self.passed_is_lasting = False
         """It is for every boot of this VM, not only for the next."""
+        self.sink: int | None = None
+        """Where it is to be sent, until its process has it."""
         self.has_run = False
         """Its guest has been running at some time."""
         self.new_file: str | None = None
@@ -97,7 +121,65 @@ def with_states(config: VmConfig, told: VmConfig) -> VmConfig:
     )
 
 
+def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
+    """Return what there is to tell of a VM without asking its process."""
+    config, state = vm.config, vm.state
+    return VmInfo(
+        id=vm.id,
+        name=vm.name,
+        state=State.GONE if is_gone else lifecycle.shown_state(state),
+        cpus=config.cpus or 1,
+        memory=config.memory or MEMORY_DEFAULT,
+        pid=state.pid,
+        tty=state.tty,
+        pause_reason=state.halt.reason if state.halt else "",
+        uid=config.owner.uid or 0,
+        gid=config.owner.gid,
+        is_from_config=state.is_from_config,
+        started_at=vm.started_at,
+        after=config.after,
+        last_end=vm.last_end,
+    )
+
+
+def received_config(request: Receive, owner: Owner) -> VmConfig:
+    """Return the configuration of a VM that is to be received.
+
+    Raises:
+        ValueError: a disk's kind is unknown, or an lladdr is none; `str()` is one line.
+    """
+    return VmConfig(
+        name=request.name,
+        memory=request.memory,
+        cpus=request.cpus,
+        boot=request.boot or None,
+        initrd=request.initrd,
+        append=request.append,
+        firmware=request.firmware or None,
+        boot_device=request.boot_device,
+        disks=tuple(_disk(disk, _RECEIVED_KINDS) for disk in request.disks),
+        cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
+        interfaces=tuple(
+            InterfaceConfig(
+                is_local=each.is_local,
+                switch=each.switch or None,
+                group=each.group or None,
+                lladdr=parse_lladdr(each.lladdr).hex(":"),
+                is_locked=each.is_locked,
+                rdomain=each.rdomain,
+                is_up=each.is_up,
+                mtu=each.mtu,
+                queues=each.queues,
+            )
+            for each in request.interfaces
+        ),
+        owner=owner,
+        given=frozenset({Right.BOOT, Right.MEMORY}),
+    )
+
+
 _KINDS = {"": DiskKind.PROBE, "raw": DiskKind.RAW, "qcow2": DiskKind.QCOW2}
+_RECEIVED_KINDS = {**_KINDS, "pmem": DiskKind.PMEM, "vhost-user": DiskKind.VHOST_USER}
 
 
 def config_of(request: Start, owner: Owner) -> VmConfig:
@@ -125,7 +207,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         append=request.append,
         firmware=request.firmware or None,
         boot_device=request.boot_device,
-        disks=tuple(map(_disk, request.disks)),
+        disks=tuple(_disk(disk, _KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(
             InterfaceConfig(
@@ -146,14 +228,15 @@ def _forward(request: ForwardRequest) -> ForwardConfig:
     return ForwardConfig(str(request.protocol), request.port, request.to_port, request.address)
 
 
-def _disk(request: DiskRequest) -> DiskOption:
-    if request.format not in _KINDS:
+def _disk(request: DiskRequest, kinds: Mapping[str, DiskKind]) -> DiskOption:
+    if request.format not in kinds:
         raise ValueError(f"{request.path}: unknown disk format {request.format!r}")
     return DiskOption(
-        _KINDS[request.format],
+        kinds[request.format],
         request.path,
         is_read_only=request.is_read_only,
         serial=request.serial,
         queues=request.queues,
         on_error=request.error,
+        is_private=request.is_private,
     )

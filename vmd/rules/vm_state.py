@@ -24,6 +24,8 @@ class Phase(Enum):
     """From the request until every vCPU and device is quiet."""
     PAUSED = "paused"
     UNPAUSING = "unpausing"
+    SENDING = "sending"
+    """It stands still, and is being written into a stream."""
     STOPPING = "stopping"
     """From the request to stop, or the order to end, until the process is gone."""
 
@@ -75,6 +77,12 @@ class VmState(NamedTuple):
     """Who is to have the console as soon as there is a process."""
     is_overdue: bool = False
     """Its guest did not stop in time, and it is being ended."""
+    sender: Ticket | None = None
+    """Who is told what has become of the stream."""
+    was_paused: bool = False
+    """It stood still before it was to be sent."""
+    stays_paused: bool = False
+    """It is being received, and is to stand still then."""
     is_doomed: bool = False
     """It is to be forgotten as soon as it has ended."""
     last_start: float | None = None
@@ -90,6 +98,8 @@ class Start(NamedTuple):
     """Somebody wants it to run; no ticket: it is its turn in the staggered start."""
 
     ticket: Ticket | None = None
+    stays_paused: bool = False
+    """It is received, and is to stand still."""
 
 
 class Stop(NamedTuple):
@@ -118,6 +128,14 @@ class Unpause(NamedTuple):
     """Somebody wants it to go on."""
 
     ticket: Ticket
+
+
+class Send(NamedTuple):
+    """Somebody wants it written into a stream."""
+
+    ticket: Ticket
+    keeps_running: bool = False
+    """It is to go on then."""
 
 
 class Attach(NamedTuple):
@@ -173,6 +191,17 @@ class Unpaused(NamedTuple):
     """Its guest runs again."""
 
 
+class Sent(NamedTuple):
+    """All of it is written, and it has gone on; for one that ends, `Exited` says so."""
+
+
+class SendFailed(NamedTuple):
+    """It could not be written; it stands as it did before."""
+
+    code: ErrorCode
+    message: str = ""
+
+
 class Exited(NamedTuple):
     """Its process is gone: of its own accord for a reason, or killed without one."""
 
@@ -190,6 +219,7 @@ Event = (
     | Wait
     | Pause
     | Unpause
+    | Send
     | Attach
     | Enqueue
     | Overdue
@@ -201,6 +231,8 @@ Event = (
     | Paused
     | Halted
     | Unpaused
+    | Sent
+    | SendFailed
     | Exited
 )
 
@@ -234,6 +266,19 @@ class SendPause(NamedTuple):
 
 class SendUnpause(NamedTuple):
     """Tell the VM process to go on; `Unpaused` comes of it."""
+
+
+class SendState(NamedTuple):
+    """Have the VM process write itself into a stream; `SendFailed` comes of it, or the end.
+
+    With `keeps_running` `Sent` instead of the end.
+    """
+
+    keeps_running: bool
+
+
+class CancelSend(NamedTuple):
+    """Have the VM process write no more; `SendFailed` comes of it, if it is not too late."""
 
 
 class SendStop(NamedTuple):
@@ -278,6 +323,8 @@ Effect = (
     | OpenConsole
     | SendPause
     | SendUnpause
+    | SendState
+    | CancelSend
     | SendStop
     | Kill
     | Release

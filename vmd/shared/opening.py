@@ -138,7 +138,7 @@ class _Opening:
                 self._fds.append(open_file(path, writes=writes, allows_devices=is_disk))
         except FileError as err:
             raise OpeningError(self._code(err), f"{self._name()} {path}: {err}") from err
-        if is_disk and not self._chain:
+        if is_disk and wanted.locks and not self._chain:
             try:
                 lock(self._fds[index], path, writes=writes)
             except ImageError as err:

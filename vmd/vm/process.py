@@ -7,22 +7,24 @@ A reboot ends it too: the parent starts another, with the same console.
 Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
 """
 
+import errno
 import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import assert_never
 
-from vmd.config.disks import DiskKind
 from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, die_with, set_title
 from vmd.shared import log as logging
 from vmd.shared.counters import Counters
-from vmd.shared.kernels import LentKernel
-from vmd.shared.vm_devices import Connections, DeviceConnection
+from vmd.shared.vm_devices import Connections
 from vmd.vm.console import Console
+from vmd.vm.machine_spec import has_servers, machine_spec_of
+from vmd.vm.receiving import Arrived, own_cpuid, receive
+from vmd.vm.sending import Sending
 from vmd.vm.shutdown import Shutdown
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
 from vmd.wire.internal import (
@@ -31,11 +33,11 @@ from vmd.wire.internal import (
     AskStatistics,
     AttachConsole,
     Begin,
-    DiskSpec,
+    CancelSendVm,
     EndReason,
     LookAtTerminal,
-    NicSpec,
     PauseVm,
+    SendVm,
     SetLinks,
     SetVerbosity,
     StopVm,
@@ -45,6 +47,7 @@ from vmd.wire.internal import (
     VmmToVm,
     VmPaused,
     VmReport,
+    VmSent,
     VmSpec,
     VmStarted,
     VmStatistics,
@@ -54,13 +57,8 @@ from vmd.wire.internal import (
 from vmd.wire.messages import ErrorCode
 from vmd.wire.parts import Exits, Moved, Statistics
 from vmm_kvm.arch.x86.bios import FirmwareImage
-from vmm_kvm.arch.x86.boot_config import BootDevice
-from vmm_kvm.arch.x86.image import probe_image, read_firmware
+from vmm_kvm.arch.x86.kvm_state import ClockPolicy
 from vmm_kvm.bits import MIB
-from vmm_kvm.block.image import Format
-from vmm_kvm.block.mapped import MappedImage
-from vmm_kvm.boot.nvram import Variables
-from vmm_kvm.boot.source import FileSource
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import (
     BootError,
@@ -68,18 +66,16 @@ from vmm_kvm.errors import (
     ImageError,
     Refusal,
     RefusedError,
-    SpecError,
+    SnapshotError,
+    StateError,
     VmmError,
 )
-from vmm_kvm.images.opening import open_image
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import Machine
-from vmm_kvm.machine.net import NetSpec
 from vmm_kvm.machine.spec import (
-    BASIC_DEVICES,
     Crash,
     DebugExitStatus,
     Ending,
@@ -88,17 +84,12 @@ from vmm_kvm.machine.spec import (
     TripleFault,
     nets_of,
 )
-from vmm_kvm.net.ethernet import parse_lladdr
-from vmm_kvm.net.paths import Path, RemotePath, StreamPath, Traffic, VhostPath
+from vmm_kvm.machine.state import restore
+from vmm_kvm.net.paths import StreamPath
 from vmm_kvm.primitives import Vmm
-from vmm_kvm.virtio.pmem import PmemSpec
-from vmm_kvm.virtio.scsi import ScsiCdSpec
-from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
 
 log = Log(__name__)
 
-_READY = b"\0"
-_STATUS_MAX = 4096
 _REHEARSAL_ROM = 4096  # bytes of firmware that never runs
 _RETRY_NS = NANOSECONDS
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -149,13 +140,27 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.ring)))
         stack.callback(console.close)
         try:
-            machine = _machine_spec(spec, fds, connections, channel, stack)
+            received = None
+            if spec.received is not None:
+                stream = fds.take(spec.received.stream)
+                received = receive(stream, spec, kvm, is_private=not has_servers(spec))
+                stack.callback(received.memory.close)
+            machine = machine_spec_of(
+                spec,
+                fds,
+                connections,
+                stack,
+                received=received,
+                lend=lambda fd: _tell(channel, VmUnpacked(), fd),
+            )
             disks = {
                 index: Counters(each.counters)
                 for index, each in enumerate(connections.disks)
                 if each
             }
-            process = VmProcess(loop, channel, console, vmm, machine, disks=disks)
+            process = VmProcess(
+                loop, channel, console, vmm, machine, spec=spec, received=received, disks=disks
+            )
         except (VmmError, OSError) as err:
             log.warning("%s", err)
             text = str(err)[:TEXT_MAX]
@@ -208,110 +213,22 @@ def _wait(
     return message.spec, named, Connections.from_fds(message.spec, passed[count:])
 
 
-def _machine_spec(
-    spec: VmSpec,
-    fds: Fds,
-    connections: Connections,
-    channel: Channel[VmReport, VmmToVm],
-    stack: ExitStack,
-) -> MachineSpec:
-    kernel = None if spec.kernel is None else FileSource(fds.take(spec.kernel), spec.boot_path)
-    read = read_firmware if spec.is_firmware else probe_image
-    image = read(FileSource(fds.take(spec.boot), spec.boot_path))
-    variables = None
-    if spec.variables is not None:
-        file = open_image(fds.take(spec.variables), Format.RAW, read_only=False, name="nvram")
-        variables = stack.enter_context(Variables.of(file))
-    cdroms = []
-    if spec.cdrom is not None:
-        cdrom = open_image(fds.take(spec.cdrom), Format.RAW, read_only=True, name="cdrom")
-        stack.callback(cdrom.close)
-        cdroms.append(ScsiCdSpec(cdrom))
-    disks = tuple(
-        _disk(disk, fds, connection, stack)
-        for connection, disk in zip(connections.disks, spec.disks, strict=True)
-    )
-    nets = tuple(
-        NetSpec(
-            parse_lladdr(nic.lladdr),
-            _path(nic, fds, connection),
-            nic.name,
-            nic.mtu,
-            nic.config.is_locked,
-            nic.is_up,
-        )
-        for connection, nic in zip(connections.nics, spec.interfaces, strict=True)
-    )
-    return MachineSpec(
-        image=image,
-        kernels=LentKernel(kernel, lambda fd: _tell(channel, VmUnpacked(), fd)),
-        variables=variables,
-        memory_size=spec.memory,
-        cpus=spec.cpus,
-        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms),
-        boot_device=BootDevice(spec.boot_device.value),
-        name=spec.name,
-        command_line=spec.append,
-        initrd=tuple(FileSource(fds.take(at), "initrd") for at in spec.initrd),
-    )
-
-
-def _disk(
-    disk: DiskSpec, fds: Fds, connection: DeviceConnection | None, stack: ExitStack
-) -> RemoteBlkSpec | PmemSpec:
-    """Return who serves a disk: a process of ours, somebody else's, or this one's memory."""
-    path = disk.option.path
-    if connection is not None:
-        return RemoteBlkSpec(_Connection(connection, path).connect, path, may_halt=True)
-    fd = fds.take(disk.chain[0])
-    if disk.option.kind is DiskKind.PMEM:
-        image = MappedImage(path, is_private=disk.option.is_private, fd=fd)
-        return PmemSpec(stack.enter_context(image), path)
-    return RemoteBlkSpec(lambda: socket.socket(fileno=fd), path)
-
-
-def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
-    """Return who moves the frames of an interface; the process owns the descriptors to its end."""
-    if connection is not None:
-        return RemotePath(_Connection(connection, nic.name).connect, is_ours=True)
-    taps = tuple(fds.take(at) for at in nic.taps)
-    if nic.vhosts:
-        return VhostPath(taps, tuple(fds.take(at) for at in nic.vhosts))
-    if nic.stream is None:
-        raise SpecError(f"{nic.name}: an interface without tap and stream")
-    return StreamPath(fds.take(nic.stream), Traffic())
-
-
-class _Connection:
-    """A device process's connection, for the one machine that this process makes."""
-
-    def __init__(self, connection: DeviceConnection, path: str) -> None:
-        self._socket, self._status = connection.socket, connection.status
-        self._path = path
-
-    def connect(self) -> socket.socket:
-        """Wait until the device process is ready.
-
-        Raises:
-            ImageError: it cannot open what it serves; the text is its own.
-        """
-        with open(self._status, "rb", buffering=0) as status:  # noqa: PTH123 - a descriptor
-            told = status.read(_STATUS_MAX)
-        if told != _READY:
-            text = told.decode(errors="replace")
-            raise ImageError(text or f"{self._path}: its process has crashed")
-        return socket.socket(fileno=self._socket)
-
-
 def _error_code(err: Exception) -> ErrorCode:
     match err:
         case ImageError():
             return ErrorCode.DISK_MISSING
+        case SnapshotError() | StateError():
+            return ErrorCode.ENOENT  # as OpenBSD answers a stream that it does not take
         case BootError() | RefusedError(refusal=Refusal.EINVAL):
             return ErrorCode.EINVAL
         case MemoryError() | RefusedError(refusal=Refusal.ENOMEM):
             return ErrorCode.ENOMEM
     return ErrorCode.EIO
+
+
+def _send_code(err: Exception) -> ErrorCode:
+    is_full = isinstance(err, OSError) and err.errno in {errno.ENOSPC, errno.EDQUOT}
+    return ErrorCode.ENOSPC if is_full else ErrorCode.EIO
 
 
 def _tell(channel: Channel[VmReport, VmmToVm], report: VmReport, *fds: int) -> None:
@@ -331,11 +248,15 @@ class VmProcess:
         channel: Channel[VmReport, VmmToVm],
         console: Console,
         vmm: Vmm,
-        spec: MachineSpec,
+        machine_spec: MachineSpec,
         *,
+        spec: VmSpec,
+        received: Arrived | None,
         disks: Mapping[int, Counters],
     ) -> None:
         """Build the machine; everything else stays the caller's.
+
+        `received` is what it goes on from, if it does not boot.
 
         Raises:
             VmmError, OSError: it cannot be made.
@@ -343,7 +264,7 @@ class VmProcess:
         self._loop = loop
         self._channel = channel
         self._disks = disks
-        paths = (net.path for net in nets_of(spec.devices))
+        paths = (net.path for net in nets_of(machine_spec.devices))
         self._streams = {
             index: path.traffic for index, path in enumerate(paths) if isinstance(path, StreamPath)
         }
@@ -351,15 +272,30 @@ class VmProcess:
         self._is_paused = False
         self._is_halted = False
         self._retry_timer = loop.timer(self._retry)
+        self._spec = spec
+        self._kvm = vmm.kvm
+        self._sending: Sending | None = None
+        self._sent_keeps_running = False
+        self._is_sent = False
+        self._when_not_sent: list[Callable[[], None]] = []
+        self._received = received
         self._machine = Machine(
-            spec,
+            machine_spec,
             vmm,
             loop,
             transmit=console.transmit,
             on_receive_room=lambda: loop.call_soon(console.feed),
             on_outcome=lambda outcome: loop.call_soon(lambda: self._ended(outcome)),
             on_halt=lambda err: loop.call_soon(lambda: self._halt(err)),
+            is_restored=received is not None,
+            memory=received.memory if received else None,
         )
+        if received:
+            try:
+                restore(self._machine, received.state, ClockPolicy.NOW)
+            except BaseException:
+                self._machine.close()
+                raise
         self._shutdown = Shutdown(self._machine, loop, loop.stop)
         self._console = console
         console.port = self._machine.uart
@@ -368,16 +304,27 @@ class VmProcess:
         """Run the guest to its end, and tell vmm how it ended."""
         self._channel.watch(self._loop, self._take, lambda _: self._loop.stop())
         self._machine.start()
+        if self._spec.received is not None:
+            self._is_paused = self._spec.received.stays_paused
+            if not self._is_paused:
+                self._machine.resume()
         _tell(self._channel, VmStarted())
         self._loop.run()
+        if self._sending:
+            self._sending.abandon()
         self._machine.close()
         self._console.port = None
-        if self._outcome or self._shutdown.has_begun:
+        if self._is_sent:
+            _tell(self._channel, VmEnding(reason=EndReason.SENT))
+        elif self._outcome or self._shutdown.has_begun:
             _tell(self._channel, _ending(self._outcome, self._shutdown))
 
     def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome
-        self._loop.stop()
+        if self._sending:  # it stands still since, but may have ended just before
+            self._sending.cancel()
+        else:
+            self._loop.stop()
 
     # What vmm says
 
@@ -388,11 +335,13 @@ class VmProcess:
                     self._pause()
                 case UnpauseVm():
                     self._unpause()
+                case SendVm():
+                    self._send(received.message, fds)
+                case CancelSendVm():
+                    if self._sending:
+                        self._sending.cancel()
                 case StopVm(timeout_s=seconds):
-                    timeout_ns = None if seconds is None else seconds * NANOSECONDS
-                    self._shutdown.begin(timeout_ns)
-                    if self._is_halted:
-                        self._retry()
+                    self._stop(None if seconds is None else seconds * NANOSECONDS)
                 case AttachConsole(position=position):
                     self._attach(fds, position)
                 case SetLinks(are_up=are_up):
@@ -415,10 +364,54 @@ class VmProcess:
         except ChannelError as err:  # who wanted to see the console finds its end
             log.warning("console: %s", err)
 
+    def _stop(self, timeout_ns: int | None) -> None:
+        if self._sending:  # if it is not sent after all
+            self._when_not_sent.append(lambda: self._stop(timeout_ns))
+            self._sending.cancel()
+            return
+        self._shutdown.begin(timeout_ns)
+        if self._is_halted:
+            self._retry()
+
+    def _send(self, command: SendVm, fds: Fds) -> None:
+        try:
+            if self._sending:
+                raise SnapshotError("it is being sent")
+            self._sending = Sending(self._loop, fds.take(0), self._sent)
+        except (VmmError, OSError, ChannelError) as err:
+            _tell(self._channel, VmSent(failure=_send_code(err), message=str(err)[:TEXT_MAX]))
+            return
+        self._sent_keeps_running = command.keeps_running
+        if not self._is_paused:
+            self._machine.pause()
+        self._sending.begin(self._machine, self._spec, command, own_cpuid(self._kvm, self._spec))
+
+    def _sent(self, failure: "VmmError | OSError | None") -> None:
+        """Go on, or end, when nothing is written any more."""
+        self._sending = None
+        if failure is None and not self._sent_keeps_running:
+            self._is_sent = True  # whatever happens now, it runs elsewhere
+            self._loop.stop()
+            return
+        if not self._is_paused:
+            self._machine.resume()
+        if failure is None:
+            _tell(self._channel, VmSent())
+        else:
+            text = failure.strerror if isinstance(failure, OSError) else None
+            text = (text or str(failure))[:TEXT_MAX]
+            _tell(self._channel, VmSent(failure=_send_code(failure), message=text))
+        if self._outcome:
+            self._loop.stop()
+        waiting, self._when_not_sent = self._when_not_sent, []
+        for call in waiting:
+            call()
+
     def _pause(self) -> None:
         if not self._is_paused:
             self._is_paused = True
-            self._machine.pause()
+            if not self._sending:
+                self._machine.pause()
         _tell(self._channel, VmPaused())
 
     def _unpause(self) -> None:
@@ -429,7 +422,8 @@ class VmProcess:
         self._is_halted = False
         if self._is_paused:
             self._is_paused = False
-            self._machine.resume()
+            if not self._sending:
+                self._machine.resume()
 
     def _halt(self, err: HaltError) -> None:
         """Stand still: a request of a disk waits for the host.
@@ -437,6 +431,10 @@ class VmProcess:
         A guest that is to stop gets no further, and nobody can let it go on: that is tried again
         and again, until its time is over.
         """
+        if self._sending:  # what waits for the host would be lost
+            self._when_not_sent.append(lambda: self._halt(err))
+            self._sending.cancel()
+            return
         if self._is_halted:
             return
         self._is_halted = True

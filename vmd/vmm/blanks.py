@@ -13,16 +13,8 @@ from typing import NamedTuple, assert_never
 
 from vmd.wire.blank import BLANK_IS_COLD, BLANK_IS_READY, Preparation, Role
 from vmd.wire.channel import Channel, ChannelError, PeerHangsError, Received
-from vmd.wire.internal import (
-    EndProcess,
-    Fork,
-    Forked,
-    ForkFailed,
-    Serving,
-    SetVerbosity,
-    VmmToZygote,
-    ZygoteToVmm,
-)
+from vmd.wire.forking import EndProcess, Fork, Forked, ForkFailed, Serving, VmmToZygote, ZygoteToVmm
+from vmd.wire.internal import SetVerbosity
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop

@@ -23,15 +23,12 @@ from vmd.shared.vm_devices import DeviceConnection, flattened
 from vmd.vmm.blanks import Blanks, Ended, ForkError
 from vmd.wire.blank import Role
 from vmd.wire.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
+from vmd.wire.device import VMM_AND_DEVICE, BeginDisk, BeginNic, DeviceBegin, VmmToDevice
 from vmd.wire.internal import (
-    VMM_AND_DEVICE,
     VMM_AND_VM,
     AskStatistics,
     AttachConsole,
     Begin,
-    BeginDisk,
-    BeginNic,
-    DeviceBegin,
     EndReason,
     FromVm,
     KillVm,
@@ -39,6 +36,7 @@ from vmd.wire.internal import (
     LookAtTerminal,
     ParentToVmm,
     PauseVm,
+    SendVm,
     SetVerbosity,
     ToVm,
     UnpauseVm,
@@ -48,11 +46,11 @@ from vmd.wire.internal import (
     VmHalted,
     VmLaunched,
     VmLaunchFailed,
-    VmmToDevice,
     VmmToParent,
     VmmToVm,
     VmPaused,
     VmReport,
+    VmSent,
     VmSpec,
     VmStarted,
     VmStatistics,
@@ -72,6 +70,7 @@ _VM_HIGH_WATER = 64 << 10
 _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
     PauseVm: VmPaused,
     UnpauseVm: VmUnpaused,
+    SendVm: VmSent,
     AskStatistics: VmStatistics,
 }
 """What a VM process says to a command, once."""

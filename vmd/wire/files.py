@@ -34,10 +34,12 @@ class WantedFile(Part, frozen=True, kw_only=True):
     writes: bool = False
     format: DiskKind = DiskKind.PROBE
     """Of a disk."""
+    locks: bool = True
+    """A disk is locked now. Not where the lock may be another's until the VM has been received."""
 
 
 class FoundFile(Part, frozen=True, kw_only=True):
-    """A file that was wanted: what it has to be, a disk locked."""
+    """A file that was wanted: what it has to be, a disk locked unless that was not wanted."""
 
     chain: tuple[int, ...]
     """Indices of descriptors: the file, then a disk's bases."""

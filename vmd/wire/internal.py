@@ -5,9 +5,9 @@ parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
 parent ↔ local:   which guests are answered by DHCP and the like.
 parent ↔ opener:  files of a client, see `wire.files`.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
-vmm ↔ zygote:     forking.
+vmm ↔ zygote:     forking, see `wire.forking`.
 vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and how it ended.
-vmm → device:     what a device process is to serve; it has nothing to say.
+vmm → device:     what a device process is to serve, see `wire.device`.
 
 A process decodes only the union that is meant for it, so that no other can make it do more.
 """
@@ -19,7 +19,6 @@ import msgspec
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import BootDevice, InterfaceConfig, SwitchConfig
-from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest
 from vmd.wire.parts import Part, Statistics
@@ -262,6 +261,8 @@ class DiskSpec(Part, frozen=True, kw_only=True):
     """Indices of descriptors: the image, then its bases; a server's connection alone."""
     formats: tuple[DiskKind, ...] = ()
     """Of each image, raw or qcow2."""
+    is_locked: bool = True
+    """Whether its lock is taken already: else the process that uses it waits until it is free."""
 
     @property
     def has_process(self) -> bool:
@@ -293,6 +294,15 @@ class NicSpec(InterfaceSpec, frozen=True, kw_only=True):
         return bool(self.taps) and not self.vhosts
 
 
+class ReceivedSpec(Part, frozen=True, kw_only=True):
+    """Where a VM comes from that is received."""
+
+    stream: int
+    """Index of the descriptor of its stream, of which the manifest has been read."""
+    manifest: str
+    stays_paused: bool
+
+
 class VmSpec(Part, frozen=True, kw_only=True):
     """All that a VM process needs: numbers, names, and indices of descriptors."""
 
@@ -301,8 +311,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     memory: int
     """Bytes, a multiple of 1 MiB."""
     cpus: int
-    boot: int
-    """Index of the boot image's descriptor."""
+    boot: int | None
+    """Index of the boot image's descriptor; None for one that is received."""
     boot_path: str
     """For messages."""
     is_firmware: bool = False
@@ -316,12 +326,16 @@ class VmSpec(Part, frozen=True, kw_only=True):
     append: str | None = None
     disks: tuple[DiskSpec, ...] = ()
     cdrom: int | None = None
+    cdrom_path: str = ""
+    """For whoever receives the VM."""
     interfaces: tuple[NicSpec, ...] = ()
     tty: int
     """Index of the descriptor of the pty's master side."""
     ring: int
     """Index of the memory that holds what the console has shown; see `ring`."""
     boot_device: BootDevice = BootDevice.AUTO
+    received: ReceivedSpec | None = None
+    """None for one that boots."""
 
 
 class LaunchVm(Internal, frozen=True, kw_only=True):
@@ -342,6 +356,29 @@ class PauseVm(Internal, frozen=True, kw_only=True):
 
 class UnpauseVm(Internal, frozen=True, kw_only=True):
     """Go on, and say `VmUnpaused`; what waits for the host is tried again."""
+
+
+class SentBoot(Part, frozen=True, kw_only=True):
+    """What a VM that is sent was booted from, as it is configured."""
+
+    image: str | None
+    firmware: str | None
+    initrd: tuple[str, ...]
+    append: str | None
+
+
+class SendVm(Internal, frozen=True, kw_only=True):
+    """Write yourself into the stream that comes along, and end; or say `VmSent` and go on."""
+
+    keeps_running: bool
+    uid: int | None
+    """Of the owner."""
+    gid: int | None
+    boot: SentBoot
+
+
+class CancelSendVm(Internal, frozen=True, kw_only=True):
+    """Write no more, if it is not too late."""
 
 
 class StopVm(Internal, frozen=True, kw_only=True):
@@ -388,6 +425,8 @@ class Begin(Internal, frozen=True, kw_only=True):
 VmCommand = (
     PauseVm
     | UnpauseVm
+    | SendVm
+    | CancelSendVm
     | StopVm
     | AttachConsole
     | LookAtTerminal
@@ -424,6 +463,14 @@ class VmUnpaused(Internal, frozen=True, kw_only=True):
     """The guest runs again."""
 
 
+class VmSent(Internal, frozen=True, kw_only=True):
+    """All is written, or the stream is of no use; the guest goes on, if it ran before."""
+
+    failure: ErrorCode | None = None
+    """Why it is of no use; None if it is."""
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
+
+
 class VmStatistics(Internal, frozen=True, kw_only=True):
     """Counters, as they were asked for."""
 
@@ -441,6 +488,8 @@ class EndReason(StrEnum):
     """It was asked to stop, and has."""
     OVERDUE = "killed"
     """It was asked to stop, and its time was over."""
+    SENT = "sent"
+    """All of it is in a stream: it goes on elsewhere, and must not here."""
     CRASHED = "crashed"
     """The guest panicked, or KVM cannot go on."""
     FAILED = "failed"
@@ -456,7 +505,9 @@ class VmEnding(Internal, frozen=True, kw_only=True):
     message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
 
 
-VmReport = VmStarted | VmUnpacked | VmPaused | VmHalted | VmUnpaused | VmStatistics | VmEnding
+VmReport = (
+    VmStarted | VmUnpacked | VmPaused | VmHalted | VmUnpaused | VmSent | VmStatistics | VmEnding
+)
 
 
 class ToVm(Internal, frozen=True, kw_only=True):
@@ -503,80 +554,6 @@ ParentToVmm = LaunchVm | KillVm | ToVm | SetVerbosity
 VmmToParent = VmLaunched | VmLaunchFailed | FromVm | VmExited
 
 
-# vmm ↔ zygote
-
-
-class Fork(Internal, frozen=True, kw_only=True):
-    """Fork a process, which has the connection whose descriptor comes along, and waits on it."""
-
-    role: Role
-    preparation: Preparation
-
-
-class Forked(Internal, frozen=True, kw_only=True):
-    """There is such a process, and it is a child of vmm."""
-
-    pid: int
-
-
-class ForkFailed(Internal, frozen=True, kw_only=True):
-    """There is none; `message` is one line."""
-
-    message: str
-
-
-class Serving(Internal, frozen=True, kw_only=True):
-    """The zygote is ready to fork, and is this process; said once, first."""
-
-    pid: int
-
-
-class EndProcess(Internal, frozen=True, kw_only=True):
-    """Kill the process whose pidfd comes along: only those that forked it have that right."""
-
-
-VmmToZygote = Fork | EndProcess | SetVerbosity
-ZygoteToVmm = Serving | Forked | ForkFailed
-
-
-# vmm → device
-
-
-class BeginDisk(Internal, frozen=True, kw_only=True):
-    """Serve this disk of the VM called `vm`.
-
-    The image and its bases come along, then counters, a socket and a pipe.
-    """
-
-    disk: DiskSpec
-    vm: str
-    verbosity: int
-
-    @property
-    def device(self) -> str:
-        """What messages call it."""
-        return self.disk.option.path
-
-
-class BeginNic(Internal, frozen=True, kw_only=True):
-    """Move the frames of this interface of the VM called `vm`.
-
-    The tap's queues come along, then counters, a socket and a pipe.
-    """
-
-    nic: NicSpec
-    vm: str
-    verbosity: int
-
-    @property
-    def device(self) -> str:
-        """What messages call it."""
-        return self.nic.name
-
-
-DeviceBegin = BeginDisk | BeginNic
-VmmToDevice = DeviceBegin | SetVerbosity
-
 PARENT_AND_CONTROL: Wire[ParentToControl, ControlToParent] = Wire(
     ControlToParent, WireEncoding.MSGPACK
 )
@@ -591,7 +568,3 @@ PARENT_AND_VMM: Wire[ParentToVmm, VmmToParent] = Wire(VmmToParent, WireEncoding.
 VMM_AND_PARENT: Wire[VmmToParent, ParentToVmm] = Wire(ParentToVmm, WireEncoding.MSGPACK)
 VMM_AND_VM: Wire[VmmToVm, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)
 VM_AND_VMM: Wire[VmReport, VmmToVm] = Wire(VmmToVm, WireEncoding.MSGPACK)
-VMM_AND_ZYGOTE: Wire[VmmToZygote, ZygoteToVmm] = Wire(ZygoteToVmm, WireEncoding.MSGPACK)
-ZYGOTE_AND_VMM: Wire[ZygoteToVmm, VmmToZygote] = Wire(VmmToZygote, WireEncoding.MSGPACK)
-VMM_AND_DEVICE: Wire[VmmToDevice, None] = Wire(None, WireEncoding.MSGPACK)
-DEVICE_AND_VMM: Wire[None, VmmToDevice] = Wire(VmmToDevice, WireEncoding.MSGPACK)

@@ -8,7 +8,7 @@ Every request gets exactly one answer, which carries the request's `serial`: a c
 several under way, and an answer may be long in coming. A long list of VMs comes in parts, all but
 the last with `has_more`; after the answer to `events`, every event until the connection ends.
 
-`docs/protocol.md` is made from this module.
+`docs/protocol.md` is made from this module and `parts`.
 
 Source: section 5.5 of OpenBSD's behaviour, for what is said; not for how.
 """
@@ -18,29 +18,27 @@ from typing import Annotated
 
 import msgspec
 
-from vmd.config.disks import OnError
 from vmd.config.model import FORWARDS_MAX, BootDevice
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.parts import Part, Statistics
-from vmm_kvm.limits import MTU_DEFAULT, PORT_MAX
-
-PROTOCOL_VERSION = 1
+from vmd.wire.parts import (
+    DiskRequest,
+    Index,
+    Part,
+    Path,
+    Port,
+    Request,
+    Size,
+    Statistics,
+    VmRequest,
+    Word,
+    tag_of,
+)
+from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 
 CONSOLE_INPUT = b"\x00"
 """First byte of a packet to a console's stream: the rest was typed."""
 CONSOLE_BREAK = b"\x01"
 """The packet to a console's stream that is a BREAK."""
-
-
-VmId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
-Word = Annotated[str, msgspec.Meta(max_length=255)]
-"""A name; whether it is a good one is for policy to say."""
-Path = Annotated[str, msgspec.Meta(max_length=4096)]
-Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-"""Bytes."""
-Port = Annotated[int, msgspec.Meta(ge=1, le=PORT_MAX)]
-Index = Annotated[int, msgspec.Meta(ge=0, le=252)]
-"""Of a descriptor among those that came with the message."""
 
 
 class ErrorCode(StrEnum):
@@ -104,6 +102,8 @@ class EndCause(StrEnum):
     """Its guest rebooted, or triple-faulted, and was not started anew."""
     STOPPED = "stopped"
     """It was asked to stop, and has."""
+    SENT = "sent"
+    """All of it is in a stream: it goes on elsewhere."""
     CRASHED = "crashed"
     """Its guest panicked, or KVM could not go on."""
     FAILED = "failed"
@@ -140,59 +140,13 @@ class EventKind(StrEnum):
     UNPAUSED = "unpaused"
     STOPPING = "stopping"
     REBOOTED = "rebooted"
+    SENT = "sent"
+    """All of it is in a stream. It goes on, or `stopped` follows."""
     STOPPED = "stopped"
     FAILED = "failed"
     REMOVED = "removed"
     INTERFACE = "interface"
     """Something of one of its network interfaces does not work; the message says what and why."""
-
-
-def _tag(name: str) -> str:
-    """`ConsoleOpened` is `console-opened` on the wire."""
-    return "".join(f"-{char.lower()}" if char.isupper() else char for char in name).lstrip("-")
-
-
-class Request(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    forbid_unknown_fields=True,
-    omit_defaults=True,
-    tag=_tag,
-):
-    """What every request has."""
-
-    serial: Size = 0
-    """The client's own number for it, which its answer repeats."""
-    version: Size = PROTOCOL_VERSION
-    """Of the protocol."""
-
-
-class VmRequest(Request, frozen=True, kw_only=True):
-    """A request about one VM, named by its id, or by its name where the id is 0."""
-
-    id: VmId = 0
-    """The VM's; 0 where it is named."""
-    name: Word = ""
-    """The VM's; of no meaning where there is an id."""
-
-
-class DiskRequest(Part, frozen=True, kw_only=True):
-    """A disk of a VM to be started; one that is only named is opened with the client's rights."""
-
-    path: Path
-    """Absolute; for messages alone where `chain` is given."""
-    chain: Annotated[tuple[Index, ...], msgspec.Meta(max_length=4)] = ()
-    """Indices of descriptors: the image, open for reading and writing or, if the disk is read-only,
-    for reading; then, for reading, its base, that one's base, and so on."""
-    format: Word = ""
-    """`raw` or `qcow2`; found out if empty."""
-    is_read_only: bool = False
-    serial: Word = ""
-    """What the guest reads as the disk's identity; at most 20 bytes."""
-    queues: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-    error: OnError | None = None
-    """When the host cannot read or write it: the VM is paused, the default, or the guest told."""
 
 
 class ForwardRequest(Part, frozen=True, kw_only=True):
@@ -274,6 +228,70 @@ class Unpause(VmRequest, frozen=True, kw_only=True):
     """Let a paused VM go on; answered by `done`."""
 
 
+class Send(VmRequest, frozen=True, kw_only=True):
+    """Write a VM into a stream, and end it; root only. Answered by `done` when all is written.
+
+    It stands still meanwhile. If it cannot be written, it goes on. A client that leaves before the
+    answer does not want it sent.
+    """
+
+    stream: Index
+    """Index of the descriptor of a pipe, socket or file, open for writing; a pipe does not block
+    (O_NONBLOCK)."""
+    keeps_running: bool = False
+    """It does not end, but goes on when it is written."""
+
+
+class ReceivedInterface(Part, frozen=True, kw_only=True):
+    """A network interface of a VM to be received."""
+
+    lladdr: Word
+    """The guest knows it for good."""
+    is_local: bool = False
+    switch: Word = ""
+    group: Word = ""
+    rdomain: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
+    is_locked: bool = False
+    is_up: bool = True
+    mtu: Annotated[int, msgspec.Meta(ge=MTU_MIN, le=MTU_MAX)] = MTU_DEFAULT
+    queues: Annotated[int, msgspec.Meta(ge=1, le=QUEUE_PAIRS_MAX)] = 1
+
+
+class Receive(Request, frozen=True, kw_only=True):
+    """Make a VM of a stream, and let it go on; root only. Answered by `started` once it runs.
+
+    The client has read the beginning of the stream, `manifest`, and says here what the VM needs of
+    this host; files are opened by it, or by the daemon with its rights, as for `start`.
+    """
+
+    name: Word
+    """The VM's from now on."""
+    stream: Index
+    """Index of the descriptor of a pipe, socket or file; the next byte is the first one behind the
+    manifest."""
+    manifest: Annotated[str, msgspec.Meta(max_length=65536)]
+    """The text of the stream's manifest."""
+    stays_paused: bool = False
+    uid: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFE)] | None = None
+    """Owner; None for the client."""
+    gid: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFE)] | None = None
+    memory: Size
+    """Bytes."""
+    cpus: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
+    disks: Annotated[tuple[DiskRequest, ...], msgspec.Meta(max_length=64)] = ()
+    """Their locks may be held by the VM that is sent, until all of it is."""
+    interfaces: Annotated[tuple[ReceivedInterface, ...], msgspec.Meta(max_length=64)] = ()
+    cdrom: Path = ""
+    cdrom_image: Index | None = None
+    boot: Path = ""
+    """Absolute path of the kernel or firmware image that it boots when it reboots."""
+    firmware: Path = ""
+    """`bios`, `uefi` or a path, where there is no image."""
+    initrd: Annotated[tuple[Path, ...], msgspec.Meta(max_length=32)] = ()
+    append: Path | None = None
+    boot_device: BootDevice = BootDevice.AUTO
+
+
 class Console(VmRequest, frozen=True, kw_only=True):
     """Attach to a VM's console; answered by `console-opened`."""
 
@@ -331,27 +349,13 @@ class Log(Request, frozen=True, kw_only=True):
     level: Annotated[int, msgspec.Meta(ge=0, le=2)]
 
 
-ParentRequest = (
-    Start
-    | Stop
-    | Hold
-    | Wait
-    | Pause
-    | Unpause
-    | Console
-    | Status
-    | Counts
-    | History
-    | Load
-    | Reload
-    | Reset
-    | Log
-)
+_OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Send | Receive | Console | Status | History
+ParentRequest = _OfVms | Counts | Load | Reload | Reset | Log
 """What the parent answers."""
 AnyRequest = ParentRequest | Events
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=_tag):
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=tag_of):
     """What every answer has. A client ignores fields that it does not know."""
 
     serial: int = 0

@@ -1,6 +1,23 @@
-"""Parts of messages: what all have in common, and the counters of a VM."""
+"""What messages of the control protocol are made of, and what all requests have."""
+
+from typing import Annotated
 
 import msgspec
+
+from vmd.config.disks import OnError
+from vmm_kvm.limits import PORT_MAX
+
+PROTOCOL_VERSION = 1
+
+VmId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+Word = Annotated[str, msgspec.Meta(max_length=255)]
+"""A name; whether it is a good one is for policy to say."""
+Path = Annotated[str, msgspec.Meta(max_length=4096)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+"""Bytes."""
+Port = Annotated[int, msgspec.Meta(ge=1, le=PORT_MAX)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=252)]
+"""Of a descriptor among those that came with the message."""
 
 
 class Part(
@@ -41,3 +58,53 @@ class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, o
     """Interfaces whose frames go to passt: nobody else counts them."""
     exits: tuple[Exits, ...] = ()
     """How often the guest was left, as KVM counts."""
+
+
+def tag_of(name: str) -> str:
+    """`ConsoleOpened` is `console-opened` on the wire."""
+    return "".join(f"-{char.lower()}" if char.isupper() else char for char in name).lstrip("-")
+
+
+class Request(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag=tag_of,
+):
+    """What every request has."""
+
+    serial: Size = 0
+    """The client's own number for it, which its answer repeats."""
+    version: Size = PROTOCOL_VERSION
+    """Of the protocol."""
+
+
+class VmRequest(Request, frozen=True, kw_only=True):
+    """A request about one VM, named by its id, or by its name where the id is 0."""
+
+    id: VmId = 0
+    """The VM's; 0 where it is named."""
+    name: Word = ""
+    """The VM's; of no meaning where there is an id."""
+
+
+class DiskRequest(Part, frozen=True, kw_only=True):
+    """A disk of a VM to be started; one that is only named is opened with the client's rights."""
+
+    path: Path
+    """Absolute; for messages alone where `chain` is given."""
+    chain: Annotated[tuple[Index, ...], msgspec.Meta(max_length=4)] = ()
+    """Indices of descriptors: the image, open for reading and writing or, if the disk is read-only,
+    for reading; then, for reading, its base, that one's base, and so on."""
+    format: Word = ""
+    """`raw` or `qcow2`; found out if empty. Of a VM that is received `pmem` or `vhost-user` too."""
+    is_read_only: bool = False
+    serial: Word = ""
+    """What the guest reads as the disk's identity; at most 20 bytes."""
+    queues: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    error: OnError | None = None
+    """When the host cannot read or write it: the VM is paused, the default, or the guest told."""
+    is_private: bool = False
+    """(`pmem`) What the guest writes is in its memory alone."""

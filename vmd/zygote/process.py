@@ -19,16 +19,8 @@ from vmd.shared import log as logging
 from vmd.shared.privsep import live
 from vmd.wire.blank import BLANK_IS_COLD, BLANK_IS_READY, Preparation, Role
 from vmd.wire.channel import Channel, ChannelError
-from vmd.wire.internal import (
-    EndProcess,
-    Fork,
-    Forked,
-    ForkFailed,
-    Serving,
-    SetVerbosity,
-    VmmToZygote,
-    ZygoteToVmm,
-)
+from vmd.wire.forking import EndProcess, Fork, Forked, ForkFailed, Serving, VmmToZygote, ZygoteToVmm
+from vmd.wire.internal import SetVerbosity
 from vmm_kvm.log import Log
 
 log = Log(__name__)

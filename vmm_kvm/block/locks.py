@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
 
@@ -22,6 +23,7 @@ from vmm_kvm.errors import ImageError
 
 _USED = 100
 _NOT_SHARED = 200
+_LOCKS = 200  # bytes from the first on, all of which are locks
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: type, whence, start, length, pid
 
 
@@ -41,13 +43,21 @@ _EXCLUSIVE = (Permission.WRITE, Permission.RESIZE)
 def lock(fd: int, name: str, *, writes: bool) -> None:
     """Lock the image open at `fd` as its writer, or as one of its readers, who exclude writers.
 
-    On failure the locks taken go with the descriptor, which the caller closes. A file system
-    without locks is no reason to refuse an image: there, nothing is locked.
+    On failure nothing is locked by `fd`. A file system without locks is no reason to refuse an
+    image: there, nothing is locked.
 
     Raises:
         ImageError: another process uses the image; `name` is what the message calls it.
     """
-    used = _WRITER if writes else _READER
+    try:
+        _lock(fd, name, _WRITER if writes else _READER)
+    except ImageError:
+        record = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _USED, _LOCKS, 0)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, record)
+        raise
+
+
+def _lock(fd: int, name: str, used: Sequence[Permission]) -> None:
     try:
         for permission in used:
             _set(fd, _USED + permission)

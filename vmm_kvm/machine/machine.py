@@ -50,11 +50,10 @@ from vmm_kvm.machine.spec import (
     MachineSpec,
     Outcome,
     TripleFault,
-    has_servers,
     nets_of,
     pmems_of,
 )
-from vmm_kvm.machine.wiring import Devices, boot_order, place_pmem
+from vmm_kvm.machine.wiring import Devices, boot_order, place_pmem, ram_of
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
@@ -101,12 +100,14 @@ class Machine:
         on_outcome: Callable[[Outcome], None],
         on_halt: Callable[[HaltError], None] = lambda _err: None,
         is_restored: bool = False,
+        memory: GuestMemory | None = None,
     ) -> None:
         """Build the machine and load its image; no vCPU runs yet.
 
         With `is_restored` it is made for `machine.state.restore`: no image is loaded, nothing is
         set up for a guest, and it stands paused. Of the image only the place and size of firmware
-        count. Its owner fills RAM, restores the state, calls `start`, and `resume`.
+        count. Its owner fills RAM, restores the state, calls `start`, and `resume`. RAM may have
+        been filled before: then it is `memory`, which becomes the machine's.
 
         Raises:
             RefusedError: vmm(4) refuses it: too many vCPUs, too much memory, or a name too long.
@@ -129,13 +130,7 @@ class Machine:
         self._is_q35 = isinstance(spec.image, FirmwareImage) and spec.image.is_uefi
         hole_start = layout.UEFI_HOLE_START if self._is_q35 else layout.PCI_HOLE_START
         with ExitStack() as stack:
-            self.memory = stack.enter_context(
-                GuestMemory(
-                    layout.ram_ranges(spec.memory_size, hole_start),
-                    spec.name,
-                    is_private=not has_servers(spec.devices),
-                )
-            )
+            self.memory = stack.enter_context(ram_of(spec, hole_start, memory))
             self._pmem, memory_end = place_pmem(pmems_of(spec.devices), self.memory.regions[-1].end)
             tables = build_tables(
                 AcpiConfig(

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Self, assert_never
 
 from vmm_kvm.arch.x86.boot_config import BootDevice
-from vmm_kvm.arch.x86.layout import PCI_HOLE_END
+from vmm_kvm.arch.x86.layout import PCI_HOLE_END, ram_ranges
 from vmm_kvm.bits import GIB, align_up
 from vmm_kvm.clock import Clock
-from vmm_kvm.errors import HaltError
+from vmm_kvm.errors import HaltError, SpecError
 from vmm_kvm.kvm.eventfds import EventFds
+from vmm_kvm.machine.spec import has_servers
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import PciHost
 from vmm_kvm.pci.ids import (
@@ -33,7 +34,7 @@ from vmm_kvm.virtio.worker import Worker
 
 if TYPE_CHECKING:  # loaded where there is such a device
     from vmm_kvm.machine.net import Net
-    from vmm_kvm.machine.spec import DeviceSpec
+    from vmm_kvm.machine.spec import DeviceSpec, MachineSpec
     from vmm_kvm.virtio.console import VirtioConsole
     from vmm_kvm.virtio.pmem import PmemSpec
 
@@ -48,6 +49,24 @@ _ORDER = {
     "vmmci": 5,
 }
 _PIN_INTA = 1
+
+
+def ram_of(spec: "MachineSpec", hole_start: int, memory: GuestMemory | None) -> GuestMemory:
+    """Return the RAM of a machine: `memory`, if that is as it has to be, or else new.
+
+    Raises:
+        SpecError: `memory` is not, and closed now.
+        OSError: the host has no memory or descriptors left.
+    """
+    ranges = ram_ranges(spec.memory_size, hole_start)
+    is_private = not has_servers(spec.devices)
+    if memory is None:
+        return GuestMemory(ranges, spec.name, is_private=is_private)
+    is_shared = memory.fd >= 0
+    if tuple((r.gpa, r.size) for r in memory.regions) != ranges or not (is_private or is_shared):
+        memory.close()
+        raise SpecError(f"{spec.name}: the memory is not this machine's")
+    return memory
 
 
 def place_pmem(disks: "Iterable[PmemSpec]", memory_end: int) -> "tuple[dict[PmemSpec, int], int]":

@@ -21,8 +21,9 @@ _WRITE_MAX = 1 << 20
 class _End:
     """A descriptor, and how long to wait for it; a context manager that closes it."""
 
-    def __init__(self, fd: int, patience_s: float) -> None:
+    def __init__(self, fd: int, patience_s: float, cancel_fd: int) -> None:
         self._fd = fd
+        self._cancel_fd = cancel_fd
         self._patience_ms = int(patience_s * 1000)
         self._is_socket = False
         self._socket: socket.socket | None = None
@@ -44,23 +45,29 @@ class _End:
     def _wait(self, events: int, what: str) -> None:
         poll = select.poll()
         poll.register(self._fd, events)
-        if not poll.poll(self._patience_ms):
+        if self._cancel_fd >= 0:
+            poll.register(self._cancel_fd, select.POLLIN)
+        ready = poll.poll(self._patience_ms)
+        if not ready:
             raise SnapshotError(f"the other end has not {what} for {self._patience_ms / 1000:g} s")
+        if any(fd == self._cancel_fd for fd, _ in ready):
+            raise SnapshotError("it was cancelled")
 
 
 class FdSink(_End):
     """Where a stream goes; owns the descriptor."""
 
-    def __init__(self, fd: int, patience_s: float) -> None:
+    def __init__(self, fd: int, patience_s: float, cancel_fd: int = -1) -> None:
         """Take ownership of `fd`, and let it not block.
 
-        `patience_s` is how long it may take no byte, in seconds.
+        `patience_s` is how long it may take no byte, in seconds. When `cancel_fd` can be read, if
+        there is one, no more is written; it stays the caller's.
 
         Raises:
             SnapshotError: it is no pipe, socket or file.
             OSError: it is closed.
         """
-        super().__init__(fd, patience_s)
+        super().__init__(fd, patience_s, cancel_fd)
         try:
             mode = check_kind(fd)
             if stat.S_ISSOCK(mode):
@@ -76,18 +83,18 @@ class FdSink(_End):
         """Write all of `data`.
 
         Raises:
-            SnapshotError: the other end takes nothing for too long.
+            SnapshotError: the other end takes nothing for too long, or it was cancelled.
             OSError: it is gone, or a disk is full.
         """
         view = memoryview(data)
         while view:
+            self._wait(select.POLLOUT, "read")
             try:
                 if self._socket:
                     count = self._socket.send(view[:_WRITE_MAX], socket.MSG_DONTWAIT)
                 else:
                     count = os.write(self._fd, view[:_WRITE_MAX])
-            except BlockingIOError:
-                self._wait(select.POLLOUT, "read")
+            except BlockingIOError:  # less room than this takes at once
                 continue
             view = view[count:]
 
@@ -111,7 +118,7 @@ class FdSource(_End):
             SnapshotError: it is no pipe, socket or file.
             OSError: it is closed.
         """
-        super().__init__(fd, patience_s)
+        super().__init__(fd, patience_s, -1)
         try:
             check_kind(fd)
         except BaseException:

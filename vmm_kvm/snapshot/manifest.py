@@ -23,7 +23,8 @@ from vmm_kvm.limits import (
     VCPUS_MAX,
 )
 from vmm_kvm.snapshot.cpu import CPUID_RECORDS, CpuidRecord
-from vmm_kvm.snapshot.objects import Json, Object, dump, integers, parse
+from vmm_kvm.snapshot.objects import Object, dump, integers, parse
+from vmm_kvm.state import Json
 
 MAJOR, MINOR = 1, 0
 """Of the format. Minor versions add fields; a reader knows every minor version of its major one."""
@@ -56,8 +57,6 @@ class Disk(NamedTuple):
     path: str
     kind: str
     """What stands in front of the colon on a command line; empty for an image of any format."""
-    size: int
-    """Bytes that the guest sees."""
     serial: str = ""
     queues: int = 1
     is_read_only: bool = False
@@ -295,7 +294,6 @@ def _disk(value: Json) -> Disk:
         return Disk(
             path=_path(fields.take("path"), "manifest: disks"),
             kind=fields.text("kind", _WORD_MAX),
-            size=fields.integer("size", 0, 1 << 62),
             serial=fields.text("serial", DISK_SERIAL_MAX),
             queues=fields.integer("queues", 1, DISK_QUEUES_MAX),
             is_read_only=fields.flag("is_read_only"),

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Self, TypeVar
 
 from vmm_kvm.errors import SnapshotError
+from vmm_kvm.state import Json
 
 T = TypeVar("T")
-Json = None | bool | int | str | list["Json"] | dict[str, "Json"]
-"""What may stand in a snapshot: no fractions, which not every reader takes alike."""
 
 _INT_MAX = 1 << 64
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.snapshot.manifest import STATE_MAX
-from vmm_kvm.snapshot.objects import Json, Object, dump, parse
+from vmm_kvm.snapshot.objects import Object, dump, parse
+from vmm_kvm.state import Json
 
 _SIZE = struct.Struct("<I")
 _BLOBS_MAX = 1 << 14
@@ -21,7 +22,7 @@ _NAME_MAX = 255
 class State(NamedTuple):
     """What devices and vCPUs hold."""
 
-    parts: Mapping[str, Json]
+    parts: Mapping[str, dict[str, Json]]
     blobs: Mapping[str, bytes]
 
 
@@ -59,9 +60,12 @@ def decode(data: bytes) -> State:
         raise SnapshotError("state: cut short")
     blobs: dict[str, bytes] = {}
     with Object(parse(data[_SIZE.size : start], "state"), "state") as index:
-        parts = index.take("parts")
-        if not isinstance(parts, dict):
+        found = index.take("parts")
+        if not isinstance(found, dict):
             raise SnapshotError("state: parts: not an object")
+        parts = {name: part for name, part in found.items() if isinstance(part, dict)}
+        if len(parts) != len(found):
+            raise SnapshotError("state: parts: one is not an object")
         for one in index.items("blobs", _BLOBS_MAX):
             if not isinstance(one, list) or len(one) != 2:
                 raise SnapshotError("state: blobs: not a name and a size")

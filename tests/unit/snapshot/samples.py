@@ -22,7 +22,7 @@ CPUID = (
     CpuidRecord(0xD, 0, 7, 0x340, 0x340, 0),
     CpuidRecord(0x80000001, 0, 0, 0, 0x121, 0x2C100800),
 )
-STATE = State({"uart0": {"version": 1, "lcr": 3}, "rom": None}, {"vcpu0/regs": bytes(range(64))})
+STATE = State({"uart0": {"version": 1, "lcr": 3}, "rom": {}}, {"vcpu0/regs": bytes(range(64))})
 STATE_BYTES = states.encode(STATE)
 MANIFEST = Manifest(
     name="web",
@@ -36,7 +36,7 @@ MANIFEST = Manifest(
     uid=1000,
     boot=Boot(firmware="bios", device="disk"),
     firmware=Firmware("bios.bin", 131072),
-    disks=(Disk("/vm/disk.qcow2", "qcow2", 1 << 30, "serial", 2),),
+    disks=(Disk("/vm/disk.qcow2", "qcow2", "serial", 2),),
     cdrom="/vm/install.iso",
     interfaces=(Interface("fe:e1:bb:d1:00:01", 1500, switch="uplink"),),
 )

@@ -38,10 +38,10 @@ def test_the_text_stays_as_it_is() -> None:
         "[1,0,526058,67584,4294586883,395049983],[7,0,0,43804591,64,0],[13,0,7,832,832,0],"
         '[2147483649,0,0,0,289,739248128]],"owner":{"uid":1000,"gid":null},'
         '"memory_size":3145728,"cpus":1,"regions":[[0,2097152],[4294967296,1048576]],'
-        '"state_size":148,"uuid":null,"serial":"","boot":{"image":null,"firmware":"bios",'
+        '"state_size":146,"uuid":null,"serial":"","boot":{"image":null,"firmware":"bios",'
         '"initrd":[],"append":null,"device":"disk"},'
         '"firmware":{"name":"bios.bin","size":131072},'
-        '"disks":[{"path":"/vm/disk.qcow2","kind":"qcow2","size":1073741824,"serial":"serial",'
+        '"disks":[{"path":"/vm/disk.qcow2","kind":"qcow2","serial":"serial",'
         '"queues":2,"is_read_only":false,"is_private":false,"is_process":false}],'
         '"cdrom":"/vm/install.iso","interfaces":[{"lladdr":"fe:e1:bb:d1:00:01","mtu":1500,'
         '"queues":1,"is_local":false,"switch":"uplink","group":null,"rdomain":null,'

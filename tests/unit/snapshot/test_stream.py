@@ -26,7 +26,7 @@ from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import StreamReader, write_stream
 
 GOLDEN = Path(__file__).with_name("golden.stream")
-WRITTEN = "c5d1ba7563e5dce6b5866b9fa0ce6cb703ed4a7a80c31c6ae2046154258ac69a"
+WRITTEN = "41e484a5eb956c195981ab819c42279370614880d168bc1c641cbf7d26c95c19"
 RECORD = struct.Struct("<BxxxIQQ")
 HEADER = len(stream()) - 32 - RECORD.size - 3 * RECORD.size - 2 * PAGE_SIZE - 8192
 """Bytes before the first record."""

@@ -19,7 +19,6 @@ from vmd.wire.messages import (
     AnyAnswer,
     AnyRequest,
     Console,
-    DiskRequest,
     Done,
     ErrorCode,
     Event,
@@ -46,7 +45,7 @@ from vmd.wire.messages import (
     Vms,
     Wait,
 )
-from vmd.wire.parts import Statistics
+from vmd.wire.parts import DiskRequest, Statistics
 
 HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
 WEB = VmInfo(
@@ -487,15 +486,6 @@ def test_another_version(serve: Serve, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == (
         "vmctl: pause vm command failed: vmd speaks another version of the protocol\n"
         "vmctl: this daemon speaks version 2\n"
-    )
-
-
-def test_send_and_receive_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
-    """They exist, and say that they cannot do it yet."""
-    assert vmctl(["send", "web"]) == 1
-    assert vmctl(["rec", "web"]) == 1
-    assert capsys.readouterr().err == (
-        "vmctl: send: not supported yet\nvmctl: receive: not supported yet\n"
     )
 
 

@@ -73,8 +73,8 @@ LINES = {
 }
 """Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
 images in it, `{new}` the name of a file that is not there."""
-FAILS = {"events", "receive", "run", "send"}
-"""The daemon ends, there is no such kernel, or it is not supported yet."""
+FAILS = {"events", "receive", "run"}
+"""The daemon ends, there is no such kernel, or nothing comes that could be received."""
 OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.unit.vmctl.conftest import Serve
 from vmctl.cli import main as vmctl
-from vmd.wire.messages import DiskRequest, Start, Started
+from vmd.wire.messages import Start, Started
+from vmd.wire.parts import DiskRequest
 from vmm_kvm.images.create import create_qcow2
 
 STARTED = Started(id=7, pid=700, tty="/dev/pts/7")

@@ -6,6 +6,7 @@ from typing import assert_never
 
 from vmd.rules.lifecycle import step
 from vmd.rules.vm_state import (
+    CancelSend,
     Effect,
     Event,
     Forget,
@@ -17,6 +18,7 @@ from vmd.rules.vm_state import (
     Release,
     Reply,
     SendPause,
+    SendState,
     SendStop,
     SendUnpause,
     Ticket,
@@ -30,6 +32,7 @@ WAITER = Ticket(3, 30)
 PAUSER = Ticket(4, 40)
 UNPAUSER = Ticket(5, 50)
 WATCHER = Ticket(6, 60)
+SENDER = Ticket(7, 70)
 _WHO = {
     ASKER: "asker",
     STARTER: "starter",
@@ -37,6 +40,7 @@ _WHO = {
     PAUSER: "pauser",
     UNPAUSER: "unpauser",
     WATCHER: "watcher",
+    SENDER: "sender",
 }
 
 
@@ -63,6 +67,10 @@ def told(effect: Effect) -> str:
             return "pause"
         case SendUnpause():
             return "unpause"
+        case SendState(keeps_running):
+            return "send-and-go-on" if keeps_running else "send"
+        case CancelSend():
+            return "cancel"
         case SendStop():
             return "stop"
         case Kill():
@@ -86,6 +94,7 @@ def a_vm(phase: Phase) -> VmState:
         waiters=(WAITER,) if is_active else (),
         pausers=(PAUSER,) if phase is Phase.PAUSING else (),
         unpausers=(UNPAUSER,) if phase is Phase.UNPAUSING else (),
+        sender=SENDER if phase is Phase.SENDING else None,
         last_start=0.0 if is_active else None,
     )
 

@@ -21,8 +21,8 @@ from vmd.parent.status import Inquiries
 from vmd.rules import vm_state
 from vmd.rules.actions import Action, List, Operate
 from vmd.rules.policy import Users
-from vmd.rules.registry import Registry, info
-from vmd.rules.vm import Passed, Vm
+from vmd.rules.registry import Registry
+from vmd.rules.vm import Passed, Vm, info
 from vmd.rules.vm_state import IDLE, Phase
 from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty

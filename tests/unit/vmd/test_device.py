@@ -16,7 +16,8 @@ from vmd.device.process import READY, Make, run
 from vmd.shared import log as logging
 from vmd.shared.counters import make_counters
 from vmd.wire.channel import Channel
-from vmd.wire.internal import VMM_AND_DEVICE, BeginDisk, BeginNic, DiskSpec, NicSpec, SetVerbosity
+from vmd.wire.device import VMM_AND_DEVICE, BeginDisk, BeginNic
+from vmd.wire.internal import DiskSpec, NicSpec, SetVerbosity
 
 SIZE = 1 << 20
 INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")

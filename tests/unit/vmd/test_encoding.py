@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmd.config.disks import DiskKind, DiskOption
+from vmd.wire.device import DEVICE_AND_VMM, VMM_AND_DEVICE, BeginDisk
 from vmd.wire.files import OPENER_AND_PARENT, PARENT_AND_OPENER, FileUse, OpenFiles, WantedFile
-from vmd.wire.internal import (
-    DEVICE_AND_VMM,
-    PARENT_AND_VMM,
-    VMM_AND_DEVICE,
-    VMM_AND_PARENT,
-    BeginDisk,
-    DiskSpec,
-    VmLaunchFailed,
-)
+from vmd.wire.internal import PARENT_AND_VMM, VMM_AND_PARENT, DiskSpec, VmLaunchFailed
 from vmd.wire.messages import CLIENT_TO_DAEMON, DAEMON_TO_CLIENT, ErrorCode, Failed
 
 ESCAPE = "\U0010ffff"

@@ -13,7 +13,6 @@ from vmd.wire.internal import EndReason
 from vmd.wire.messages import (
     ANSWER_MAX,
     DAEMON_TO_CLIENT,
-    DiskRequest,
     EndInfo,
     ErrorCode,
     History,
@@ -26,6 +25,7 @@ from vmd.wire.messages import (
     VmInfo,
     Vms,
 )
+from vmd.wire.parts import DiskRequest
 
 DISKS = (DiskRequest(path="/disk"),)
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.vmd.lifecycle_told import (
     ASKER,
+    SENDER,
     STARTER,
     WAITER,
     WATCHER,
@@ -32,6 +33,9 @@ from vmd.rules.vm_state import (
     Phase,
     Publish,
     Running,
+    Send,
+    SendFailed,
+    Sent,
     Start,
     Stop,
     Unpause,
@@ -53,6 +57,8 @@ EVENTS: dict[str, Event] = {
     "wait": Wait(ASKER),
     "pause": Pause(ASKER),
     "unpause": Unpause(ASKER),
+    "send": Send(ASKER),
+    "send -l": Send(ASKER, keeps_running=True),
     "console": Attach(ASKER),
     "enqueue": Enqueue(),
     "overdue": Overdue(),
@@ -64,12 +70,15 @@ EVENTS: dict[str, Event] = {
     "paused": Paused(),
     "halted": Halted(HaltReason.NO_SPACE, "/disk.img: No space left on device"),
     "unpaused": Unpaused(),
+    "sent": Sent(),
+    "send failed": SendFailed(ErrorCode.EIO, "broken pipe"),
     "power off": Exited(EndReason.POWER_OFF),
     "reboot": Exited(EndReason.REBOOT),
     "stopped": Exited(EndReason.STOPPED),
     "crashed": Exited(EndReason.CRASHED),
     "failed": Exited(EndReason.FAILED, ErrorCode.ENOMEM),
     "killed": Exited(None),
+    "was sent": Exited(EndReason.SENT),
 }
 
 # What each event leads to: the phase afterwards, and what is done. In each phase everybody waits
@@ -83,6 +92,7 @@ TABLE = {
         "pausing": "pausing: asker!EALREADY",
         "paused": "paused: asker!EALREADY",
         "unpausing": "unpausing: asker!EALREADY",
+        "sending": "sending: asker!EALREADY",
         "stopping": "stopping: asker!EALREADY",
     },
     "its turn": {
@@ -93,6 +103,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "stop": {
@@ -103,6 +114,7 @@ TABLE = {
         "pausing": "stopping: asker=done +stopping pauser!EINTR unpause stop",
         "paused": "stopping: asker=done +stopping unpause stop",
         "unpausing": "stopping: asker=done +stopping unpauser!EINTR stop",
+        "sending": "stopping: asker=done +stopping cancel stop",
         "stopping": "stopping: asker!EALREADY",
     },
     "stop -w": {
@@ -113,6 +125,7 @@ TABLE = {
         "pausing": "stopping: +stopping pauser!EINTR unpause stop",
         "paused": "stopping: +stopping unpause stop",
         "unpausing": "stopping: +stopping unpauser!EINTR stop",
+        "sending": "stopping: +stopping cancel stop",
         "stopping": "stopping: asker!EALREADY",
     },
     "stop -f": {
@@ -123,6 +136,7 @@ TABLE = {
         "pausing": "stopping: asker=done +stopping pauser!EINTR kill",
         "paused": "stopping: asker=done +stopping kill",
         "unpausing": "stopping: asker=done +stopping unpauser!EINTR kill",
+        "sending": "stopping: asker=done +stopping cancel kill",
         "stopping": "stopping: asker=done kill",
     },
     "stop -fw": {
@@ -133,6 +147,7 @@ TABLE = {
         "pausing": "stopping: +stopping pauser!EINTR kill",
         "paused": "stopping: +stopping kill",
         "unpausing": "stopping: +stopping unpauser!EINTR kill",
+        "sending": "stopping: +stopping cancel kill",
         "stopping": "stopping: kill",
     },
     "wait": {
@@ -143,6 +158,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "pause": {
@@ -153,6 +169,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused: asker=done",
         "unpausing": "unpausing:",
+        "sending": "sending: asker!EBUSY",
         "stopping": "stopping: asker!not-running",
     },
     "unpause": {
@@ -163,6 +180,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "unpausing: unpause",
         "unpausing": "unpausing:",
+        "sending": "sending: asker!EBUSY",
         "stopping": "stopping: asker!not-running",
     },
     "console": {
@@ -173,6 +191,7 @@ TABLE = {
         "pausing": "pausing: asker=console",
         "paused": "paused: asker=console",
         "unpausing": "unpausing: asker=console",
+        "sending": "sending: asker=console",
         "stopping": "stopping: asker=console",
     },
     "enqueue": {
@@ -183,6 +202,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "overdue": {
@@ -193,6 +213,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping: kill",
     },
     "discard": {
@@ -203,6 +224,7 @@ TABLE = {
         "pausing": "stopping: +stopping pauser!EINTR kill",
         "paused": "stopping: +stopping kill",
         "unpausing": "stopping: +stopping unpauser!EINTR kill",
+        "sending": "stopping: +stopping cancel kill",
         "stopping": "stopping: kill",
     },
     "client left": {
@@ -213,6 +235,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "launched": {
@@ -223,6 +246,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "launch failed": {
@@ -233,6 +257,7 @@ TABLE = {
         "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
         "paused": "stopped: release waiter=terminated +failed",
         "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "sending": "stopped: release sender!EIO waiter=terminated +failed",
         "stopping": "stopped: release waiter=terminated +stopped",
     },
     "running": {
@@ -243,6 +268,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "paused": {
@@ -253,6 +279,7 @@ TABLE = {
         "pausing": "paused: pauser=done +paused",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "halted": {
@@ -263,6 +290,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "unpausing:",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "unpaused": {
@@ -273,6 +301,7 @@ TABLE = {
         "pausing": "pausing:",
         "paused": "paused:",
         "unpausing": "running: unpauser=done +unpaused",
+        "sending": "sending:",
         "stopping": "stopping:",
     },
     "power off": {
@@ -283,6 +312,7 @@ TABLE = {
         "pausing": "stopped: release pauser!EINTR waiter=terminated +stopped",
         "paused": "stopped: release waiter=terminated +stopped",
         "unpausing": "stopped: release unpauser!EINTR waiter=terminated +stopped",
+        "sending": "stopped: release sender!EIO waiter=terminated +stopped",
         "stopping": "stopped: release waiter=terminated +stopped",
     },
     "reboot": {
@@ -293,6 +323,7 @@ TABLE = {
         "pausing": "starting: keep-tty pauser!EINTR waiter=terminated +rebooted relaunch",
         "paused": "starting: keep-tty waiter=terminated +rebooted relaunch",
         "unpausing": "starting: keep-tty unpauser!EINTR waiter=terminated +rebooted relaunch",
+        "sending": "starting: keep-tty sender!EIO waiter=terminated +rebooted relaunch",
         "stopping": "stopped: release waiter=terminated +stopped",
     },
     "stopped": {
@@ -303,6 +334,7 @@ TABLE = {
         "pausing": "stopped: release pauser!EINTR waiter=terminated +stopped",
         "paused": "stopped: release waiter=terminated +stopped",
         "unpausing": "stopped: release unpauser!EINTR waiter=terminated +stopped",
+        "sending": "stopped: release sender!EIO waiter=terminated +stopped",
         "stopping": "stopped: release waiter=terminated +stopped",
     },
     "crashed": {
@@ -313,6 +345,7 @@ TABLE = {
         "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
         "paused": "stopped: release waiter=terminated +failed",
         "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "sending": "stopped: release sender!EIO waiter=terminated +failed",
         "stopping": "stopped: release waiter=terminated +stopped",
     },
     "failed": {
@@ -323,6 +356,7 @@ TABLE = {
         "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
         "paused": "stopped: release waiter=terminated +failed",
         "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "sending": "stopped: release sender!EIO waiter=terminated +failed",
         "stopping": "stopped: release waiter=terminated +stopped",
     },
     "killed": {
@@ -333,7 +367,63 @@ TABLE = {
         "pausing": "stopped: release pauser!EINTR waiter=terminated +failed",
         "paused": "stopped: release waiter=terminated +failed",
         "unpausing": "stopped: release unpauser!EINTR waiter=terminated +failed",
+        "sending": "stopped: release sender!EIO waiter=terminated +failed",
         "stopping": "stopped: release waiter=terminated +stopped",
+    },
+    "send": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "starting: asker!EAGAIN",
+        "running": "sending: send",
+        "pausing": "pausing: asker!EAGAIN",
+        "paused": "sending: send",
+        "unpausing": "unpausing: asker!EAGAIN",
+        "sending": "sending: asker!EALREADY",
+        "stopping": "stopping: asker!not-running",
+    },
+    "send -l": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "starting: asker!EAGAIN",
+        "running": "sending: send-and-go-on",
+        "pausing": "pausing: asker!EAGAIN",
+        "paused": "sending: send-and-go-on",
+        "unpausing": "unpausing: asker!EAGAIN",
+        "sending": "sending: asker!EALREADY",
+        "stopping": "stopping: asker!not-running",
+    },
+    "sent": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "sending": "running: sender=done +sent",
+        "stopping": "stopping:",
+    },
+    "send failed": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "sending": "running: sender!EIO",
+        "stopping": "stopping:",
+    },
+    "was sent": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopped: release starter!EIO waiter=terminated +sent +stopped",
+        "running": "stopped: release waiter=terminated +sent +stopped",
+        "pausing": "stopped: release pauser!EINTR waiter=terminated +sent +stopped",
+        "paused": "stopped: release waiter=terminated +sent +stopped",
+        "unpausing": "stopped: release unpauser!EINTR waiter=terminated +sent +stopped",
+        "sending": "stopped: release sender=done waiter=terminated +sent +stopped",
+        "stopping": "stopped: release waiter=terminated +sent +stopped",
     },
 }
 
@@ -360,6 +450,7 @@ def test_states_have_openbsds_names() -> None:
         "pausing": State.RUNNING,
         "paused": State.PAUSED,
         "unpausing": State.PAUSED,
+        "sending": State.PAUSED,
         "stopping": State.STOPPING,
     }
 
@@ -567,3 +658,43 @@ def test_the_third_quick_reboot_says_so() -> None:
     (told,) = [each for each in effects if isinstance(each, Publish)]
     assert told.kind == "failed"
     assert told.message == "vm 7 restarted too quickly: triple fault"
+
+
+def test_a_vm_that_is_not_sent_is_as_before() -> None:
+    """One that stood still before it was to be sent stands still afterwards."""
+    vm, _ = step(a_vm(Phase.PAUSED), Send(SENDER), 1.0)
+    assert outcome(vm, SendFailed(ErrorCode.ENOSPC)) == "paused: sender!ENOSPC"
+    assert outcome(vm, Sent()) == "paused: sender=done +sent"
+    # Before its guest is asked to stop, it has to go on.
+    assert outcome(vm, Stop(ASKER)) == "stopping: asker=done +stopping cancel unpause stop"
+
+
+def test_what_nobody_waits_for_is_not_sent() -> None:
+    """A sender that leaves does not want its VM sent, and is not told what became of it."""
+    vm = a_vm(Phase.SENDING)
+    assert outcome(vm, ClientLeft(SENDER.client)) == "sending: cancel"
+    left, _ = step(vm, ClientLeft(SENDER.client), 1.0)
+    assert outcome(left, SendFailed(ErrorCode.EIO)) == "running:"
+    assert outcome(left, Exited(EndReason.SENT)) == (
+        "stopped: release waiter=terminated +sent +stopped"
+    )
+
+
+def test_a_stop_does_not_decide_what_becomes_of_a_stream() -> None:
+    """Who sends a VM that is stopped meanwhile is told what its process says: sent, or not."""
+    vm, _ = step(a_vm(Phase.SENDING), Stop(ASKER), 1.0)
+    assert outcome(vm, Exited(EndReason.SENT)) == (
+        "stopped: release sender=done waiter=terminated +sent +stopped"
+    )
+    assert outcome(vm, SendFailed(ErrorCode.EIO)) == "stopping: sender!EIO"
+    assert outcome(vm, Exited(None)) == "stopped: release sender!EINTR waiter=terminated +stopped"
+
+
+def test_a_vm_is_received_running_or_paused() -> None:
+    """One that is to stand still is told of as started, and is paused then."""
+    vm, _ = step(a_vm(Phase.STOPPED), Start(STARTER, stays_paused=True), 1.0)
+    assert outcome(vm, Running()) == "paused: starter=started +started +paused"
+    # Asked to stop before it is there, it is to go on first.
+    assert outcome(vm, Stop(ASKER)) == ("stopping: asker=done +stopping starter!EINTR unpause stop")
+    running, _ = step(vm, Running(), 1.0)
+    assert not running.stays_paused

@@ -15,7 +15,8 @@ import pytest
 from vmd.device.process import listen_to_vmm
 from vmd.shared import log
 from vmd.wire.channel import channel_pair
-from vmd.wire.internal import DEVICE_AND_VMM, VMM_AND_DEVICE, SetVerbosity
+from vmd.wire.device import DEVICE_AND_VMM, VMM_AND_DEVICE
+from vmd.wire.internal import SetVerbosity
 from vmm_kvm.loop import EventLoop
 
 Handler = log._Descriptor  # what the daemon has one of for each process

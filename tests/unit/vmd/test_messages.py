@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.wire import internal, messages
+from vmd.wire import device, forking, internal, messages
 from vmd.wire.encoding import Wire, WireEncoding, WireError
 
 UNIONS = {
@@ -22,9 +22,9 @@ UNIONS = {
     "parent to priv": (internal.ParentToPriv, WireEncoding.MSGPACK),
     "priv to parent": (internal.PrivToParent, WireEncoding.MSGPACK),
     "parent to local": (internal.ParentToLocal, WireEncoding.MSGPACK),
-    "vmm to device": (internal.VmmToDevice, WireEncoding.MSGPACK),
-    "vmm to zygote": (internal.VmmToZygote, WireEncoding.MSGPACK),
-    "zygote to vmm": (internal.ZygoteToVmm, WireEncoding.MSGPACK),
+    "vmm to device": (device.VmmToDevice, WireEncoding.MSGPACK),
+    "vmm to zygote": (forking.VmmToZygote, WireEncoding.MSGPACK),
+    "zygote to vmm": (forking.ZygoteToVmm, WireEncoding.MSGPACK),
     "vmm to vm": (internal.VmCommand, WireEncoding.MSGPACK),
     "vm to vmm": (internal.VmReport, WireEncoding.MSGPACK),
 }
@@ -47,7 +47,8 @@ def _example_of(wanted: object) -> object:
     origin = typing.get_origin(wanted)
     arguments = typing.get_args(wanted)
     if origin is typing.Annotated:
-        return _example_of(arguments[0])
+        least = getattr(arguments[1], "ge", None)
+        return max(1, least) if arguments[0] is int and least else _example_of(arguments[0])
     if origin is tuple:
         return (_example_of(arguments[0]),)
     if arguments:  # a union

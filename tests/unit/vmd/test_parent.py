@@ -235,7 +235,8 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         made.close()
 
 
-def _contents(fds: Fds, index: int) -> bytes:
+def _contents(fds: Fds, index: int | None) -> bytes:
+    assert index is not None
     fd = fds.take(index)
     try:
         return os.pread(fd, 64, 0)

@@ -21,7 +21,6 @@ from vmd.wire.internal import EndReason
 from vmd.wire.messages import (
     Console,
     ConsoleOpened,
-    DiskRequest,
     Done,
     ErrorCode,
     EventKind,
@@ -43,6 +42,7 @@ from vmd.wire.messages import (
     Vms,
     Wait,
 )
+from vmd.wire.parts import DiskRequest
 
 DISKS = (DiskRequest(path="/disk"),)
 POWER_OFF = Exited(EndReason.POWER_OFF)

@@ -14,18 +14,8 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import Owner, Right, VmConfig
 from vmd.rules.vm_state import IDLE, Exited, LaunchFailed, Paused, Phase, Running, Unpaused
 from vmd.wire.internal import EndReason
-from vmd.wire.messages import (
-    Console,
-    DiskRequest,
-    ErrorCode,
-    Pause,
-    Reset,
-    Start,
-    Status,
-    Stop,
-    Unpause,
-    Wait,
-)
+from vmd.wire.messages import Console, ErrorCode, Pause, Reset, Start, Status, Stop, Unpause, Wait
+from vmd.wire.parts import DiskRequest
 
 NAMES = ("a", "b", "x")
 CONFIGS = tuple(

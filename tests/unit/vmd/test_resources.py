@@ -71,8 +71,9 @@ class Rig:
             self.open(config, requester=requester)
         return caught.value.code, str(caught.value)
 
-    def path_of(self, index: int) -> str:
+    def path_of(self, index: int | None) -> str:
         """Return the path of what a descriptor leads to."""
+        assert index is not None
         return str(Path(f"/proc/self/fd/{self.fds[index]}").readlink())
 
     def close(self) -> None:

@@ -19,13 +19,12 @@ from vmd.vmm.blanks import Blanks
 from vmd.vmm.process import Vmm
 from vmd.wire.blank import Role
 from vmd.wire.channel import Channel, ChannelError
+from vmd.wire.device import DEVICE_AND_VMM
+from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
 from vmd.wire.internal import (
-    DEVICE_AND_VMM,
     PARENT_AND_VMM,
     VM_AND_VMM,
     VMM_AND_PARENT,
-    VMM_AND_ZYGOTE,
-    ZYGOTE_AND_VMM,
     AskStatistics,
     AttachConsole,
     Begin,

@@ -16,7 +16,7 @@ from vmd.confine.sandbox import adopt_orphans
 from vmd.vmm.blanks import SPARE_DELAY_NS, Blanks, Ended, ForkError
 from vmd.wire.blank import Role
 from vmd.wire.channel import Channel
-from vmd.wire.internal import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
+from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
 from vmd.zygote import process as zygote
 from vmm_kvm.errors import VmmError
 from vmm_kvm.loop import EventLoop

@@ -13,7 +13,7 @@
 Whatever can be checked without a machine is checked here; `load` checks sizes against its memory.
 """
 
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from vmm_kvm.arch.x86.bios import FirmwareImage, load_firmware, probe_firmware, read_firmware
 from vmm_kvm.arch.x86.boot_config import BootConfig, BootDevice, place_smbios
@@ -40,6 +40,7 @@ __all__ = [
     "MultibootImage",
     "OpenbsdImage",
     "PvhImage",
+    "RestoredImage",
     "load",
     "open_firmware",
     "open_image",
@@ -47,7 +48,17 @@ __all__ = [
     "read_firmware",
 ]
 
-BootImage = LinuxImage | PvhImage | ElfImage | MultibootImage | OpenbsdImage | FirmwareImage
+
+class RestoredImage(NamedTuple):
+    """Of a guest without firmware that has been booted already, and goes on from its state."""
+
+    name: str
+    """What it was booted from; for messages."""
+
+
+BootImage = (
+    LinuxImage | PvhImage | ElfImage | MultibootImage | OpenbsdImage | FirmwareImage | RestoredImage
+)
 
 _UNPACKED_MAX = 256 * MIB
 """A gzipped kernel says how large it is; more than this is not believed."""
@@ -165,5 +176,7 @@ def load(image: BootImage, memory: GuestMemory, config: BootConfig) -> Entry:
             return load_openbsd(image, memory, config)
         case FirmwareImage():
             return load_firmware(image, memory, config)
+        case RestoredImage(name):
+            raise BootError(f"{name}: not in the snapshot: the guest cannot be booted again")
         case _:
             assert_never(image)

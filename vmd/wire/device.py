@@ -1,0 +1,43 @@
+"""What vmm tells a process that serves a disk or an interface, which has nothing to say."""
+
+from vmd.wire.encoding import Wire, WireEncoding
+from vmd.wire.internal import DiskSpec, Internal, NicSpec, SetVerbosity
+
+
+class BeginDisk(Internal, frozen=True, kw_only=True):
+    """Serve this disk of the VM called `vm`.
+
+    The image and its bases come along, then counters, a socket and a pipe.
+    """
+
+    disk: DiskSpec
+    vm: str
+    verbosity: int
+
+    @property
+    def device(self) -> str:
+        """What messages call it."""
+        return self.disk.option.path
+
+
+class BeginNic(Internal, frozen=True, kw_only=True):
+    """Move the frames of this interface of the VM called `vm`.
+
+    The tap's queues come along, then counters, a socket and a pipe.
+    """
+
+    nic: NicSpec
+    vm: str
+    verbosity: int
+
+    @property
+    def device(self) -> str:
+        """What messages call it."""
+        return self.nic.name
+
+
+DeviceBegin = BeginDisk | BeginNic
+VmmToDevice = DeviceBegin | SetVerbosity
+
+VMM_AND_DEVICE: Wire[VmmToDevice, None] = Wire(None, WireEncoding.MSGPACK)
+DEVICE_AND_VMM: Wire[None, VmmToDevice] = Wire(VmmToDevice, WireEncoding.MSGPACK)
