@@ -34,6 +34,7 @@ from vmd.wire.internal import (
     MakeTaps,
     ParentToPriv,
     PrivToParent,
+    RulesRefused,
     TapsFailed,
     TapsForgotten,
     TapsMade,
@@ -50,7 +51,17 @@ TUN = "/dev/net/tun"
 class _Held:
     """What there is of one VM's network; owns the descriptors of its taps."""
 
-    __slots__ = ("attached", "fds", "is_filtered", "links", "sent", "specs", "then", "vm")
+    __slots__ = (
+        "attached",
+        "fds",
+        "is_filtered",
+        "links",
+        "problems",
+        "sent",
+        "specs",
+        "then",
+        "vm",
+    )
 
     def __init__(self, vm: Vm, specs: tuple[TapSpec, ...], links: Links, then: Then) -> None:
         self.vm = vm
@@ -60,6 +71,8 @@ class _Held:
         self.then: Then | None = then
         self.attached: tuple[MadeTap, ...] = ()
         self.is_filtered = False
+        self.problems: dict[int, str] = {}
+        """Of interfaces, by their places: what the packet filter refuses."""
 
     def close(self) -> None:
         for fd in self.fds:
@@ -301,6 +314,12 @@ class TapNetworks:
                     self._fail(vm_id, held, text)
             case TapsForgotten(id=vm_id):
                 self._left(vm_id)
+            case RulesRefused(id=vm_id, index=index, message=text):
+                held = self._held.get(vm_id)
+                if held is not None and 0 <= index < len(held.specs):
+                    before = held.problems.get(index)
+                    held.problems[index] = f"{before}; {text}" if before else text
+                    self._trouble(vm_id, index, text)
             case _:
                 assert_never(message)
 
@@ -318,4 +337,9 @@ class TapNetworks:
     def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
         """Return what there is to tell of a VM's interfaces."""
         held = self._held.get(vm.id)
-        return interface_infos(vm.config.interfaces, held.interfaces() if held is not None else ())
+        if held is None:
+            return interface_infos(vm.config.interfaces, ())
+        infos = interface_infos(vm.config.interfaces, held.interfaces())
+        return tuple(
+            replace(info, problem=held.problems.get(index, "")) for index, info in enumerate(infos)
+        )

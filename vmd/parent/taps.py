@@ -159,10 +159,10 @@ def _check_forwards(interfaces: Sequence[InterfaceConfig], taken: TakenForwards)
     wanted = [each[:2] for one in interfaces for each in one.forwards]
     for interface in interfaces:
         for forward in interface.forwards:
-            if forward.address.startswith("127.") or forward.address == "::1":
+            if forward.address == "::1":
                 text = (
-                    f"forward {forward.protocol} {forward.address} {forward.port}: only vmd --user"
-                    " can; name another address of this host, or * for all"
+                    f"forward {forward.protocol} ::1 {forward.port}: only vmd --user can;"
+                    " name another address of this host, such as 127.0.0.1, or * for all"
                 )
                 raise ResourceError(ErrorCode.EINVAL, text)
     for protocol, port in wanted:

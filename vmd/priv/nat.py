@@ -1,37 +1,140 @@
 """The packet filter's rules, as text: NAT, forwarded ports, and locked lladdrs.
 
 All of it is in two tables of our own, which each text replaces as a whole: a table for addresses,
-and one for the frames of each locked interface. Rules of others are not looked at.
+and one for the frames of each locked interface. Rules of others are not looked at. What belongs
+together is a piece: the kernel may lack something that one needs, and the others do without it.
 
 Source: nft(8); sections 12.6 and 12.7 of OpenBSD's behaviour.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from vmd.config.model import ForwardConfig
 from vmd.wire.internal import LocalAddresses
 
 _ANY_LOCAL = "fib daddr type local"
-"""All addresses of the host."""
+_LOOPBACK = "127.0.0.0/8"
+
+_NEEDS_NAT = "the kernel's nft_chain_nat and nft_masq"
+_NEEDS_FORWARD = "the kernel's nft_fib_inet, nft_chain_nat and nft_nat"
+_NEEDS_LOCK = "Linux 5.16 or later, with nftables for network devices"
 
 
-class Forward(NamedTuple):
-    """A port of the host's addresses that leads to a guest's."""
+class Chain(NamedTuple):
+    """A chain of one of our tables."""
 
-    config: ForwardConfig
-    guest: LocalAddresses
+    family: str
+    name: str
+    hook: str
 
 
-class Rules(NamedTuple):
-    """What there are to be rules for."""
+_PREROUTING = Chain(
+    "inet", "prerouting", "type nat hook prerouting priority dstnat; policy accept;"
+)
+_OUTPUT = Chain("inet", "output", "type nat hook output priority -100; policy accept;")
+_POSTROUTING = Chain(
+    "inet", "postrouting", "type nat hook postrouting priority srcnat; policy accept;"
+)
+_GUARD = Chain("inet", "guard", "type filter hook prerouting priority raw; policy accept;")
 
-    nat4: str = ""
-    """A network such as `100.64.0.0/10`, whose addresses the world does not see; or none."""
-    nat6: str = ""
-    forwards: tuple[Forward, ...] = ()
-    locked: tuple[tuple[str, str], ...] = ()
-    """Interfaces, and the lladdr of the guest that each is for."""
+
+class Place(NamedTuple):
+    """An interface of a VM."""
+
+    vm_id: int
+    position: int
+    """Among the VM's, from 0."""
+    tap: str
+
+
+class Piece(NamedTuple):
+    """Rules that work together, or not at all."""
+
+    what: str
+    """As an operator knows it."""
+    needs: str
+    """What the kernel has to have for it."""
+    rules: tuple[tuple[Chain, str], ...]
+    place: Place | None = None
+    """Whose rules they are; None for those of all."""
+    is_lock: bool = False
+    opens_loopback: bool = False
+    """The guest's interface has to take packets of the loopback network, which the guard keeps the
+    guest itself from sending."""
+
+
+def nat(network4: str, network6: str) -> Iterator[Piece]:
+    """Yield what hides the addresses of guests, of networks that may be empty."""
+    for family, network in (("ip", network4), ("ip6", network6)):
+        if network:
+            rule = f"{family} saddr {network} {family} daddr != {network} masquerade"
+            yield Piece(f"nat of {network}", _NEEDS_NAT, ((_POSTROUTING, rule),))
+
+
+def forward(config: ForwardConfig, guest: LocalAddresses, place: Place) -> Iterator[Piece]:
+    """Yield what leads a port of the host's addresses to a guest's."""
+    protocol, port, to_port, address = config
+    what = f"forward {protocol} {f'{address} ' if address else ''}{port} to {to_port}"
+    to4 = f"{protocol} dport {port} dnat ip to {guest.guest4}:{to_port}"
+    to6 = f"{protocol} dport {port} dnat ip6 to [{guest.guest6}]:{to_port}"
+    rules: list[tuple[Chain, str]] = []
+    if not address:
+        rules = [
+            (_PREROUTING, f"{_ANY_LOCAL} {to4}"),
+            (_OUTPUT, f"ip daddr != {_LOOPBACK} {_ANY_LOCAL} {to4}"),
+        ]
+        if guest.guest6:  # ::1 cannot be left
+            rules += [
+                (_PREROUTING, f"{_ANY_LOCAL} {to6}"),
+                (_OUTPUT, f"ip6 daddr != ::1 {_ANY_LOCAL} {to6}"),
+            ]
+    elif ":" in address and guest.guest6:
+        rules = [(chain, f"ip6 daddr {address} {to6}") for chain in (_PREROUTING, _OUTPUT)]
+    elif ":" not in address and not is_loopback(address):
+        rules = [(chain, f"ip daddr {address} {to4}") for chain in (_PREROUTING, _OUTPUT)]
+    if rules:
+        yield Piece(what, _NEEDS_FORWARD, tuple(rules), place)
+    if not address or is_loopback(address):
+        yield Piece(
+            what if address else f"{what} for 127.0.0.1",
+            _NEEDS_FORWARD,
+            (
+                (_GUARD, f'iifname "{place.tap}" ip daddr {_LOOPBACK} drop'),
+                (_OUTPUT, f"ip daddr {address or '127.0.0.1'} {to4}"),
+                (_POSTROUTING, f'oifname "{place.tap}" ip saddr {_LOOPBACK} masquerade'),
+            ),
+            place,
+            opens_loopback=True,
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an IPv4 address is the host's own."""
+    return address.startswith("127.")
+
+
+def lock(lladdr: str, place: Place) -> Piece:
+    """Return what drops frames from another address, and to one.
+
+    What the guest sends comes in there, what it receives goes out. Bytes of the frame, not nft's
+    own words for them: those look first where a frame came from, and one that the host itself sends
+    has come from nowhere. Bit 7 says that it is for several.
+    """
+    number, tap = f"0x{lladdr.replace(':', '')}", place.tap
+
+    def chain(direction: str, hook: str) -> Chain:
+        text = f'type filter hook {hook} device "{tap}" priority 0; policy accept;'
+        return Chain("netdev", f"{direction}_{tap}", text)
+
+    rules = (
+        (chain("from", "ingress"), f"@ll,48,48 != {number} drop"),
+        (chain("to", "egress"), f"@ll,7,1 0 @ll,0,48 != {number} drop"),
+    )
+    return Piece("locked lladdr", _NEEDS_LOCK, rules, place, is_lock=True)
+
+
+# Texts
 
 
 def clearing(table: str) -> str:
@@ -41,70 +144,50 @@ def clearing(table: str) -> str:
     )
 
 
-def ruleset(table: str, rules: Rules) -> str:
-    """Return the commands that make our tables, both of the name `table`, what `rules` says."""
+def ruleset(table: str, pieces: Iterable[Piece]) -> str:
+    """Return the commands that make our tables, both of the name `table`, what `pieces` say."""
+    chains: dict[Chain, dict[str, None]] = {}
+    for piece in pieces:
+        for chain, rule in piece.rules:
+            chains.setdefault(chain, {})[rule] = None
     text = clearing(table)
-    chains = [*_address_chains(rules)]
-    if chains:
-        text += f"table inet {table} {{\n{''.join(chains)}}}\n"
-    if rules.locked:
-        chains = [chain for name, lladdr in rules.locked for chain in _locked(name, lladdr)]
-        text += f"table netdev {table} {{\n{''.join(chains)}}}\n"
+    for family in ("inet", "netdev"):
+        body = "".join(
+            _chain_text(chain, rules) for chain, rules in chains.items() if chain.family == family
+        )
+        if body:
+            text += f"table {family} {table} {{\n{body}}}\n"
     return text
 
 
-def _chain(name: str, hook: str, lines: Iterable[str]) -> str:
-    body = "".join(f"\t\t{line}\n" for line in (hook, *lines))
-    return f"\tchain {name} {{\n{body}\t}}\n"
+def _chain_text(chain: Chain, rules: Iterable[str]) -> str:
+    body = "".join(f"\t\t{line}\n" for line in (chain.hook, *rules))
+    return f"\tchain {chain.name} {{\n{body}\t}}\n"
 
 
-def _address_chains(rules: Rules) -> Iterable[str]:
-    forwards = [line for forward in rules.forwards for line in _forward(forward)]
-    if forwards:
-        yield _chain(
-            "prerouting", "type nat hook prerouting priority dstnat; policy accept;", forwards
-        )
-        # What the host itself sends to its own addresses; 127.0.0.1 and ::1 cannot be left.
-        exempt = ["ip daddr 127.0.0.0/8 return", "ip6 daddr ::1 return"]
-        yield _chain(
-            "output", "type nat hook output priority -100; policy accept;", [*exempt, *forwards]
-        )
-    hidden = [
-        f"{family} saddr {network} {family} daddr != {network} masquerade"
-        for family, network in (("ip", rules.nat4), ("ip6", rules.nat6))
-        if network
-    ]
-    if hidden:
-        yield _chain(
-            "postrouting", "type nat hook postrouting priority srcnat; policy accept;", hidden
-        )
+def install(
+    pieces: Sequence[Piece], apply: Callable[[Sequence[Piece]], str]
+) -> tuple[list[Piece], dict[Piece, str]]:
+    """Apply as many pieces as can be had; returns those, and why the others are refused.
 
-
-def _forward(forward: Forward) -> Iterable[str]:
-    (protocol, port, to_port, address), guest = forward
-    four, six = (
-        (f"ip daddr {address}", f"ip6 daddr {address}") if address else (_ANY_LOCAL, _ANY_LOCAL)
-    )
-    if ":" not in address:
-        yield f"{four} {protocol} dport {port} dnat ip to {guest.guest4}:{to_port}"
-    if guest.guest6 and "." not in address:
-        yield f"{six} {protocol} dport {port} dnat ip6 to [{guest.guest6}]:{to_port}"
-
-
-def _locked(name: str, lladdr: str) -> Iterable[str]:
-    """What the guest sends comes in there, what it receives goes out.
-
-    Bytes of the frame, not nft's own words for them: those look first where a frame came from, and
-    one that the host itself sends has come from nowhere. Bit 7 says that it is for several.
+    `apply` makes the rules what some pieces say, or leaves them and returns why not. Halves are
+    tried where the whole is refused, so that the number of tries grows with what is refused.
     """
-    number = f"0x{lladdr.replace(':', '')}"
-    yield _chain(
-        f"from_{name}",
-        f'type filter hook ingress device "{name}" priority 0; policy accept;',
-        [f"@ll,48,48 != {number} drop"],
-    )
-    yield _chain(
-        f"to_{name}",
-        f'type filter hook egress device "{name}" priority 0; policy accept;',
-        [f"@ll,7,1 0 @ll,0,48 != {number} drop"],
-    )
+    accepted: list[Piece] = []
+    refused: dict[Piece, str] = {}
+
+    def add(some: Sequence[Piece]) -> None:
+        why = apply([*accepted, *some])
+        if not why:
+            accepted.extend(some)
+        elif len(some) > 1:
+            half = len(some) // 2
+            add(some[:half])
+            add(some[half:])
+        else:
+            refused.update(dict.fromkeys(some, why))
+
+    add(pieces)
+    if pieces and not accepted:  # what there was before is wanted no more
+        apply([])
+    return accepted, refused

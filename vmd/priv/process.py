@@ -11,13 +11,23 @@ gone, it removes what it has made, and ends.
 Source: sections 5.3, 12.2 and 12.3 of OpenBSD's behaviour.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 from zlib import crc32
 
 from vmd.config.model import SwitchConfig
 from vmd.priv.host import Netlink, PacketFilter
-from vmd.priv.nat import Forward, Rules, clearing, ruleset
+from vmd.priv.nat import (
+    Piece,
+    Place,
+    clearing,
+    forward,
+    install,
+    is_loopback,
+    lock,
+    nat,
+    ruleset,
+)
 from vmd.priv.nftables import NftablesError
 from vmd.priv.rtnetlink import Link, LinkError
 from vmd.priv.settings import Settings
@@ -33,6 +43,7 @@ from vmd.wire.internal import (
     MakeTaps,
     ParentToPriv,
     PrivToParent,
+    RulesRefused,
     SetVerbosity,
     TapsFailed,
     TapsForgotten,
@@ -85,6 +96,10 @@ class Priv:
         self._wanted: Configure | None = None
         self._taps: dict[int, tuple[_Tap, ...]] = {}
         self._rules: str | None = None  # what the kernel has, once that is known
+        self._pieces_tried: tuple[Piece, ...] | None = None
+        self._accepted: list[Piece] = []
+        self._refused: dict[Piece, str] = {}
+        self._opened: set[str] = set()  # taps that the loopback network reaches
         self._has_told = False
 
     # What the parent says
@@ -208,35 +223,78 @@ class Priv:
         except LinkError as err:
             log.warning("cannot remove an interface: %s", err)
 
-    def _filter(self) -> bool:
-        """Make the packet filter's rules what they have to be; False if they are not."""
+    def _filter(self) -> None:
+        """Make the packet filter's rules what they have to be, as far as the kernel takes them."""
         if self._wanted is None or self._wanted.is_partial:
-            return False
-        taps = [tap for taps in self._taps.values() for tap in taps]
-        rules = Rules(
-            nat4=self._wanted.nat4,
-            nat6=self._wanted.nat6,
-            forwards=tuple(forward for tap in taps for forward in _forwards(tap.spec)),
-            locked=tuple(
-                (tap.link.name, tap.spec.lladdr) for tap in taps if tap.spec.config.is_locked
-            ),
-        )
-        table = self._wanted.table
-        text = clearing(table) if rules == Rules() else ruleset(table, rules)
-        if text == self._rules:
-            return True
+            return
+        pieces = tuple(self._pieces(self._wanted))
+        if pieces == self._pieces_tried:
+            return
         if self._nftables is None:
-            if rules != Rules() and not self._has_told:
+            self._refused = dict.fromkeys(pieces, "no nftables")
+            if pieces and not self._has_told:
                 log.warning("no nftables: no NAT, no forwarded ports")
                 self._has_told = True
-            return False
+            return
+        # What was taken before comes first, so that it stays while the others are tried.
+        ordered = sorted(pieces, key=lambda piece: piece not in self._accepted)
+        self._accepted, refused = install(ordered, self._apply)
+        new = {piece: why for piece, why in refused.items() if piece not in self._refused}
+        self._pieces_tried, self._refused = pieces, refused
+        if not pieces and self._rules != clearing(self._wanted.table):
+            log.warning("the packet filter's rules cannot be removed")
+        for piece, why in new.items():
+            self._tell_refused(piece, why)
+        self._open_loopback(
+            {one.place.tap for one in self._accepted if one.opens_loopback and one.place}
+        )
+
+    def _pieces(self, wanted: Configure) -> Iterator[Piece]:
+        yield from nat(wanted.nat4, wanted.nat6)
+        for vm_id, taps in self._taps.items():
+            for index, tap in enumerate(taps):
+                config, place = tap.spec.config, Place(vm_id, index, tap.link.name)
+                if config.is_locked:
+                    yield lock(tap.spec.lladdr, place)
+                if tap.spec.local is not None:
+                    for each in config.forwards:
+                        yield from forward(each, tap.spec.local, place)
+
+    def _apply(self, pieces: Sequence[Piece]) -> str:
+        """Make the rules what `pieces` say; returns why not, if they are refused."""
+        assert self._wanted is not None
+        assert self._nftables is not None
+        text = ruleset(self._wanted.table, pieces)
+        if text == self._rules:
+            return ""
         try:
             self._nftables.run(text)
         except NftablesError as err:
-            log.warning("%s", err)
-            return False
+            return str(err)
         self._rules = text
-        return True
+        return ""
+
+    def _tell_refused(self, piece: Piece, why: str) -> None:
+        text = f"{piece.what}: {why} (it needs {piece.needs})"
+        if piece.place is None:
+            log.warning("%s", text)
+        else:
+            self._tell(RulesRefused(id=piece.place.vm_id, index=piece.place.position, message=text))
+
+    def _open_loopback(self, taps: set[str]) -> None:
+        """Let the host's loopback network reach guests through `taps`, and through no other."""
+        for name in taps ^ self._opened:
+            try:
+                self._settings.open_loopback(name, is_open=name in taps)
+            except OSError as err:
+                log.warning("%s: no forwards from 127.0.0.1: %s", name, err.strerror)
+        self._opened = taps
+
+    def _is_filtered(self, vm_id: int) -> bool:
+        """Tell whether frames of a VM with a wrong lladdr are dropped by the kernel."""
+        return not any(
+            piece.is_lock and piece.place and piece.place.vm_id == vm_id for piece in self._refused
+        )
 
     # Interfaces of VMs
 
@@ -250,13 +308,17 @@ class Priv:
             self._tell(TapsFailed(id=message.id, message=str(err)))
             return
         self._taps[message.id] = tuple(taps)
-        is_filtered = self._filter()  # before the first frame can pass
+        forwards = (each for spec in message.taps for each in spec.config.forwards)
+        if any(not is_loopback(each.address) for each in forwards):
+            self._settings.forward_packets(ipv4=True, ipv6=False)
+        self._filter()  # before the first frame can pass
         for tap in taps:
             try:
                 self._set_up(tap)
             except (LinkError, OSError) as err:
                 log.warning("%s: %s", tap.spec.alias, err)
         told = (MadeTap(name=tap.link.name, index=tap.link.ifindex) for tap in taps)
+        is_filtered = not self._wanted.is_partial and self._is_filtered(message.id)
         self._tell(TapsMade(id=message.id, taps=tuple(told), is_filtered=is_filtered))
 
     def _tap(self, spec: TapSpec, fds: Fds) -> _Tap:
@@ -323,9 +385,3 @@ class Priv:
 
 def _missing(what: str, bridge: str) -> None:
     log.warning('%s: bridge "%s" does not exist', what, bridge)
-
-
-def _forwards(spec: TapSpec) -> list[Forward]:
-    if spec.local is None:
-        return []
-    return [Forward(config, spec.local) for config in spec.config.forwards]

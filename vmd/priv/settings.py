@@ -30,6 +30,18 @@ class Settings:
         except FileNotFoundError:
             return
 
+    def open_loopback(self, interface: str, *, is_open: bool) -> None:
+        """Let packets of 127.0.0.0/8 pass through an interface, or not; one may be gone by now.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        try:
+            self._write(f"ipv4/conf/{interface}/route_localnet", str(int(is_open)))
+        except FileNotFoundError:
+            if is_open:
+                raise
+
     def forward_packets(self, *, ipv4: bool, ipv6: bool) -> None:
         """Let the kernel pass packets between interfaces.
 
@@ -39,13 +51,13 @@ class Settings:
         try:
             if ipv4 and self._get("ipv4/ip_forward") == "0":
                 self._write("ipv4/ip_forward", "1")
-                log.info("nat: the host forwards IPv4 from now on")
+                log.info("nat and forwards: the host forwards IPv4 from now on")
             if ipv6 and self._get("ipv6/conf/all/forwarding") == "0":
                 log.warning(
                     "nat: this host does not forward IPv6: net.ipv6.conf.all.forwarding is 0"
                 )
         except OSError as err:
-            log.warning("nat: %s", err)
+            log.warning("nat and forwards: %s: %s", err.filename, err.strerror)
 
     def _get(self, name: str) -> str:
         fd = os.open(f"{self._directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)

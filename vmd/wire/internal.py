@@ -208,8 +208,21 @@ class TapsForgotten(Internal, frozen=True, kw_only=True):
     id: int
 
 
+class RulesRefused(Internal, frozen=True, kw_only=True):
+    """The packet filter does not take what an interface of a VM needs; the rest is as it should be.
+
+    Said once.
+    """
+
+    id: int
+    index: int
+    """Of the interface among the VM's."""
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+    """What is refused and why, in one line."""
+
+
 ParentToPriv = Configure | MakeTaps | ForgetTaps | SetVerbosity
-PrivToParent = Configured | TapsMade | TapsFailed | TapsForgotten
+PrivToParent = Configured | TapsMade | TapsFailed | TapsForgotten | RulesRefused
 
 
 # parent ↔ local

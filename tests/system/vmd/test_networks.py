@@ -398,7 +398,8 @@ def test_what_is_told_of_interfaces(start: Start) -> None:
         assert (interface["tap"], interface["lladdr"]) == ("tap0", GUEST)
         assert interface["host_addresses"] == [f"{HOST_ADDRESS}/31"]
         assert interface["guest_addresses"] == [f"{GUEST_ADDRESS}/31"]
-        assert interface["forwards"] == [{"protocol": "tcp", "port": 80, "to_port": 8080}]
+        told = {"protocol": "tcp", "port": 80, "to_port": 8080, "address": ""}
+        assert interface["forwards"] == [told]
         assert interface["sent_packets"]
         assert interface["received_packets"]
         counted = statistics["net_received"], statistics["net_sent"]
@@ -571,6 +572,39 @@ def test_forwarded_ports(space: Namespace, world: Namespace, start: Start, origi
             guest.send(back / Raw(b"answer"))
             data, peer = sender.recvfrom(100)
             assert (data, peer) == (b"answer", ("192.0.2.1", 8053))
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1 "])
+def test_forwards_from_the_loopback(
+    space: Namespace, world: Namespace, start: Start, address: str
+) -> None:
+    """127.0.0.1 leads to the guest, also where no other address does; the guest gets nowhere by it.
+
+    From outside, a port of that address alone is not to be had.
+    """
+    quoted = f'"{address.strip()}" ' if address else ""
+    config = "local prefix 100.64.0.0/10\n" + local_vm(f"forward udp {quoted}8053 to 53")
+    with start(config) as vmd, vmd.client() as client:
+        running(client, "web")
+        inner = space.within(lambda: udp_server("0.0.0.0", 999))
+        outer = world.within(lambda: udp_server("0.0.0.0", 999))
+        own = space.within(lambda: udp_server("127.0.0.1", 998))
+        with guest_of(vmd) as guest, inner, outer, own:
+            guest.find(HOST_ADDRESS)
+            inner.sendto(b"question", ("127.0.0.1", 8053))
+            found = guest.receive(lambda frame: UDP in frame)
+            assert found is not None
+            assert (found[IP].src, found[UDP].dport) == (HOST_ADDRESS, 53)
+            back = guest.to(found.src, found[IP].src) / UDP(sport=53, dport=found[UDP].sport)
+            guest.send(back / Raw(b"answer"))
+            assert inner.recvfrom(100) == (b"answer", ("127.0.0.1", 8053))
+            guest.send(guest.to(found.src, "127.0.0.1") / UDP(sport=53, dport=998) / Raw(b"in"))
+            own.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                own.recvfrom(100)
+            outer.sendto(b"from outside", ("192.0.2.1", 8053))
+            reached = guest.receive(lambda frame: UDP in frame, 2 if not address else 0.5)
+            assert (reached is not None) == (not address)
 
 
 def test_locked_lladdr(space: Namespace, start: Start) -> None:

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from vmd.config.model import ForwardConfig
-from vmd.priv.nat import Forward, Rules, clearing, ruleset
+from vmd.priv.nat import Piece, Place, clearing, forward, install, lock, nat, ruleset
 from vmd.wire.internal import LocalAddresses
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _guest(ipv4: str, ipv6: str = "") -> LocalAddresses:
     return LocalAddresses(host4="", guest4=ipv4, host_lladdr="", guest6=ipv6)
 
 
-WEB = Forward(ForwardConfig("tcp", 8080, 80), _guest("100.64.1.3", "fd00::3"))
-EVERYTHING = Rules(
-    nat4="100.64.0.0/10",
-    nat6="fd00::/64",
-    forwards=(WEB, Forward(ForwardConfig("udp", 53, 5353), _guest("100.64.1.5"))),
-    locked=(("tap0", "fe:e1:bb:d1:00:01"), ("tap10", "fe:e1:bb:d2:00:01")),
+TAP0, TAP10 = Place(1, 0, "tap0"), Place(2, 0, "tap10")
+WEB = ForwardConfig("tcp", 8080, 80)
+WEB_GUEST = _guest("100.64.1.3", "fd00::3")
+EVERYTHING = (
+    *nat("100.64.0.0/10", "fd00::/64"),
+    *forward(WEB, WEB_GUEST, TAP0),
+    *forward(ForwardConfig("udp", 53, 5353, "127.0.0.1"), _guest("100.64.1.5"), TAP10),
+    lock("fe:e1:bb:d1:00:01", TAP0),
+    lock("fe:e1:bb:d2:00:01", TAP10),
 )
 
 
 def test_nothing_makes_no_table() -> None:
     """Without rules, what is left is to remove those that there were."""
-    assert ruleset("vmd", Rules()) == clearing("vmd")
+    assert ruleset("vmd", ()) == clearing("vmd")
 
 
 @pytest.mark.parametrize(
@@ -39,8 +48,7 @@ def test_nothing_makes_no_table() -> None:
 )
 def test_an_address(address: str, rules: list[str]) -> None:
     """A forward from one address of the host is for its family alone."""
-    config = WEB.config._replace(address=address)
-    text = ruleset("vmd", Rules(forwards=(WEB._replace(config=config),)))
+    text = ruleset("vmd", forward(WEB._replace(address=address), WEB_GUEST, TAP0))
     assert [line.strip() for line in text.splitlines() if "dnat ip" in line] == rules * 2
 
 
@@ -52,24 +60,29 @@ delete table inet vmd
 table netdev vmd
 delete table netdev vmd
 table inet vmd {
-	chain prerouting {
-		type nat hook prerouting priority dstnat; policy accept;
-		fib daddr type local tcp dport 8080 dnat ip to 100.64.1.3:80
-		fib daddr type local tcp dport 8080 dnat ip6 to [fd00::3]:80
-		fib daddr type local udp dport 53 dnat ip to 100.64.1.5:5353
-	}
-	chain output {
-		type nat hook output priority -100; policy accept;
-		ip daddr 127.0.0.0/8 return
-		ip6 daddr ::1 return
-		fib daddr type local tcp dport 8080 dnat ip to 100.64.1.3:80
-		fib daddr type local tcp dport 8080 dnat ip6 to [fd00::3]:80
-		fib daddr type local udp dport 53 dnat ip to 100.64.1.5:5353
-	}
 	chain postrouting {
 		type nat hook postrouting priority srcnat; policy accept;
 		ip saddr 100.64.0.0/10 ip daddr != 100.64.0.0/10 masquerade
 		ip6 saddr fd00::/64 ip6 daddr != fd00::/64 masquerade
+		oifname "tap0" ip saddr 127.0.0.0/8 masquerade
+		oifname "tap10" ip saddr 127.0.0.0/8 masquerade
+	}
+	chain prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		fib daddr type local tcp dport 8080 dnat ip to 100.64.1.3:80
+		fib daddr type local tcp dport 8080 dnat ip6 to [fd00::3]:80
+	}
+	chain output {
+		type nat hook output priority -100; policy accept;
+		ip daddr != 127.0.0.0/8 fib daddr type local tcp dport 8080 dnat ip to 100.64.1.3:80
+		ip6 daddr != ::1 fib daddr type local tcp dport 8080 dnat ip6 to [fd00::3]:80
+		ip daddr 127.0.0.1 tcp dport 8080 dnat ip to 100.64.1.3:80
+		ip daddr 127.0.0.1 udp dport 53 dnat ip to 100.64.1.5:5353
+	}
+	chain guard {
+		type filter hook prerouting priority raw; policy accept;
+		iifname "tap0" ip daddr 127.0.0.0/8 drop
+		iifname "tap10" ip daddr 127.0.0.0/8 drop
 	}
 }
 table netdev vmd {
@@ -110,6 +123,82 @@ def test_nft_takes_it() -> None:
         ["unshare", "--net", "sh", "-c", script], check=False, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("masquerade") == 2
-    assert done.stdout.count("drop") == 4
+    assert done.stdout.count("masquerade") == 4
+    assert done.stdout.count("drop") == 6
     assert "left:" not in done.stdout
+
+
+def test_a_forward_from_an_address_that_the_guest_lacks() -> None:
+    """A guest without IPv6 has nothing of a forward from an IPv6 address."""
+    config = WEB._replace(address="2001:db8::1")
+    assert list(forward(config, _guest("100.64.1.3"), TAP0)) == []
+
+
+def _numbered(*numbers: int) -> tuple[Piece, ...]:
+    return tuple(Piece(str(number), "", ()) for number in numbers)
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (5,), (19,), (3, 4), tuple(range(20))])
+def test_what_is_refused_takes_nothing_with_it(bad: tuple[int, ...]) -> None:
+    """All others are applied, in few tries; the last that was applied is what there is."""
+    refused_ones = _numbered(*bad)
+    tries: list[tuple[Piece, ...]] = []
+    there: tuple[Piece, ...] = _numbered(99)
+
+    def apply(pieces: Sequence[Piece]) -> str:
+        nonlocal there
+        tries.append(tuple(pieces))
+        if any(piece in refused_ones for piece in pieces):
+            return "refused"
+        there = tuple(pieces)
+        return ""
+
+    pieces = _numbered(*range(20))
+    accepted, refused = install(pieces, apply)
+    assert tuple(accepted) == there == tuple(piece for piece in pieces if piece not in refused_ones)
+    assert refused == dict.fromkeys(refused_ones, "refused")
+    assert len(tries) <= 1 + 10 * len(bad)
+
+
+# Makes rules of which the kernel refuses one: it has no NAT at so early a priority.
+_REFUSED = """
+import sys
+from vmd.priv.nat import Chain, Piece, install, nat, ruleset
+from vmd.priv.nftables import Nftables, NftablesError
+
+nftables = Nftables()
+
+def apply(pieces):
+    try:
+        nftables.run(ruleset("vmd", pieces))
+    except NftablesError as err:
+        return str(err)
+    return ""
+
+early = Chain("inet", "early", "type nat hook prerouting priority -300; policy accept;")
+bad = Piece("early", "", ((early, "ip daddr 192.0.2.1 drop"),))
+pieces = [*nat("100.64.0.0/10", ""), bad, *nat("10.0.0.0/8", "fd00::/64")]
+accepted, refused = install(pieces, apply)
+print([piece.what for piece in accepted], [piece.what for piece in refused])
+print(*refused.values())
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed")
+def test_what_the_kernel_refuses() -> None:
+    """By the kernel's own word: the other rules are there, and it says which one is not."""
+    script = f"{shlex.quote(sys.executable)} - <<'END' && nft list ruleset\n{_REFUSED}\nEND\n"
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", script],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = "['nat of 100.64.0.0/10', 'nat of 10.0.0.0/8', 'nat of fd00::/64'] ['early']"
+    first, second, *rest = done.stdout.splitlines()
+    assert first == expected
+    assert "Could not process rule" in second
+    assert "\n".join(rest).count("masquerade") == 3

@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.vmd.far import Far
 from vmd.config.model import ForwardConfig, InterfaceConfig, SwitchConfig
-from vmd.priv.nat import Rules, clearing, ruleset
+from vmd.priv.nat import clearing, nat, ruleset
 from vmd.priv.nftables import NftablesError
 from vmd.priv.process import VRF_TABLE, Priv
 from vmd.priv.rtnetlink import Link, LinkError, Rtnetlink
@@ -31,6 +31,7 @@ from vmd.wire.internal import (
     MakeTaps,
     ParentToPriv,
     PrivToParent,
+    RulesRefused,
     SetVerbosity,
     TapsFailed,
     TapsForgotten,
@@ -152,12 +153,13 @@ class FakeFilter:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.refuses = False
+        self.refused = ""
+        """What no rules may have in them; empty for nothing."""
 
     def run(self, rules: str) -> None:
         """Take rules."""
-        if self.refuses:
-            raise NftablesError("nftables: refused")
+        if self.refused and self.refused in rules:
+            raise NftablesError("nftables: Error: refused")
         self.texts.append(rules)
 
 
@@ -308,6 +310,7 @@ def test_rdomains(rig: Rig) -> None:
 def test_a_local_interface(rig: Rig) -> None:
     """It has addresses, a route, and ports that lead to the guest; its frames are checked first."""
     disable = rig.setting("ipv6/conf/tap0/disable_ipv6")
+    loopback = rig.setting("ipv4/conf/tap0/route_localnet", "0\n")
     rig.configure(nat4="100.64.0.0/10")
     forwards = (ForwardConfig("tcp", 2222, 22),)
     config = InterfaceConfig(is_locked=True, mtu=9000, forwards=forwards)
@@ -328,11 +331,13 @@ def test_a_local_interface(rig: Rig) -> None:
         "route tap0 fd00::2 0",
     ]
     assert disable.read_text() == "0"
+    assert loopback.read_text().startswith("1")
     assert "dport 2222 dnat ip to 100.64.1.3:22" in rig.filter.texts[-1]
     assert LLADDR.replace(":", "") in rig.filter.texts[-1]
     rig.parent.say(ForgetTaps(id=1))
     assert rig.parent.wait(TapsForgotten).id == 1
-    assert rig.filter.texts[-1] == ruleset(TABLE, Rules(nat4="100.64.0.0/10"))
+    assert rig.filter.texts[-1] == ruleset(TABLE, nat("100.64.0.0/10", ""))
+    assert loopback.read_text().startswith("0")
 
 
 def test_an_interface_on_a_switch(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -374,14 +379,63 @@ def test_what_cannot_be_made(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
     ]
 
 
-def test_rules_that_are_refused(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """The parent is told that nothing is checked; rules that are there already are not sent."""
+@pytest.mark.parametrize(
+    ("refused", "what", "needs", "is_filtered"),
+    [
+        ("dport 2222 dnat", "forward tcp 2222 to 22", "nft_fib_inet", True),
+        ("127.0.0.0/8 drop", "forward tcp 2222 to 22 for 127.0.0.1", "nft_nat", True),
+        ("egress", "locked lladdr", "Linux 5.16", False),
+    ],
+)
+def test_rules_that_are_refused(
+    rig: Rig, refused: str, what: str, needs: str, is_filtered: bool
+) -> None:
+    """The parent is told whose they are and what they need; all the others are there."""
+    loopback = rig.setting("ipv4/conf/tap1/route_localnet", "0\n")
+    rig.configure(nat4="100.64.0.0/10")
+    rig.filter.refused = refused
+    config = InterfaceConfig(is_locked=True, forwards=(ForwardConfig("tcp", 2222, 22),))
+    made = rig.make(_tap(), _tap(config, local=LOCAL, queues=(1,)), vm_id=4)
+    assert made.is_filtered == is_filtered
+    told = rig.parent.of(RulesRefused)
+    assert {(one.id, one.index) for one in told} == {(4, 1)}
+    assert any(
+        one.message.startswith(f"{what}: nftables: Error: refused (it needs ")
+        and needs in one.message
+        for one in told
+    )
+    there = rig.filter.texts[-1]
+    assert "ip saddr 100.64.0.0/10" in there
+    assert refused not in there
+    assert ("@ll,48,48" in there) == is_filtered
+    # Nothing that the guest sends gets to the loopback network without the guard.
+    assert loopback.read_text().startswith("1") == ("127.0.0.0/8 drop" in there)
+    rig.make(_tap(), vm_id=5)
+    assert rig.parent.of(RulesRefused) == told
+
+
+def test_a_refused_nat_leaves_forwards(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """What is nobody's alone is logged, with what it needs."""
+    rig.setting("ipv4/ip_forward", "1\n")
+    rig.filter.refused = "daddr != 100.64.0.0/10 masquerade"
+    rig.configure(nat4="100.64.0.0/10")
+    config = InterfaceConfig(forwards=(ForwardConfig("tcp", 2222, 22, "192.0.2.1"),))
+    rig.make(_tap(config, local=LOCAL))
+    assert "dnat ip to 100.64.1.3:22" in rig.filter.texts[-1]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        (
+            "nat of 100.64.0.0/10: nftables: Error: refused"
+            " (it needs the kernel's nft_chain_nat and nft_masq)"
+        )
+    ]
+
+
+def test_rules_that_are_there_are_not_sent(rig: Rig) -> None:
+    """The same configuration twice makes the same rules once."""
     rig.configure()
     rig.configure()
     assert rig.filter.texts == [clearing(TABLE)]
-    rig.filter.refuses = True
-    assert not rig.make(_tap(LOCKED)).is_filtered
-    assert caplog.records[-1].getMessage() == "nftables: refused"
 
 
 def test_without_nftables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -405,7 +459,9 @@ def test_forwarding(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     assert "does not forward IPv6" in caplog.records[-1].getMessage()
     ipv4.unlink()
     rig.configure(nat4="100.64.0.0/10")
-    assert caplog.records[-1].getMessage().startswith("nat: [Errno 2]")
+    assert caplog.records[-1].getMessage() == (
+        f"nat and forwards: {ipv4}: No such file or directory"
+    )
 
 
 def test_the_parents_end(rig: Rig) -> None:

@@ -41,6 +41,7 @@ from vmd.wire.internal import (
     ParentToLocal,
     ParentToPriv,
     PrivToParent,
+    RulesRefused,
     SetVerbosity,
     TapsFailed,
     TapsForgotten,
@@ -199,11 +200,11 @@ def test_ports_that_are_taken(rig: Rig) -> None:
     twice = LOCAL._replace(forwards=(ForwardConfig("udp", 5, 5), ForwardConfig("udp", 5, 6)))
     rig.attach(_vm(twice, number=3))
     assert rig.error(3) == "forward udp 5: two interfaces want it"
-    within = LOCAL._replace(forwards=(ForwardConfig("tcp", 80, 80, "127.0.0.1"),))
+    within = LOCAL._replace(forwards=(ForwardConfig("tcp", 80, 80, "::1"),))
     rig.attach(_vm(within, number=5))
     assert rig.error(5) == (
-        "forward tcp 127.0.0.1 80: only vmd --user can; name another address of this host, or * for"
-        " all"
+        "forward tcp ::1 80: only vmd --user can;"
+        " name another address of this host, such as 127.0.0.1, or * for all"
     )
     rig.networks.configure(Config(local_prefix=Prefix(0x0A000000, 30)))
     rig.attach(_vm(LOCAL._replace(forwards=()), number=4))
@@ -320,3 +321,21 @@ def test_groups_have_numbers(tmp_path: Path) -> None:
     assert group_number("guests", str(names)) == 7
     assert group_number("odd", str(names)) >= 1 << 30
     assert group_number("guests", str(tmp_path / "none")) == group_number("guests", os.devnull)
+
+
+def test_rules_that_priv_is_refused(rig: Rig) -> None:
+    """What of an interface does not work is told at once, and as long as the VM is there."""
+    told: list[tuple[int, int, str]] = []
+    rig.networks.watch(lambda *trouble: told.append(trouble))
+    rig.networks.configure(Config())
+    vm = _vm(LOCAL)
+    rig.made(vm)
+    for vm_id, index in ((1, 0), (1, 9), (7, 0)):
+        rig.priv.say(RulesRefused(id=vm_id, index=index, message="forward: refused"))
+    run_until(rig.loop, lambda: told != [])
+    rig.priv.say(RulesRefused(id=1, index=0, message="locked lladdr: refused"))
+    run_until(rig.loop, lambda: len(told) > 1)
+    assert told == [(1, 0, "forward: refused"), (1, 0, "locked lladdr: refused")]
+    assert rig.networks.told(vm)[0].problem == "forward: refused; locked lladdr: refused"
+    rig.networks.release(1)
+    assert rig.networks.told(vm)[0].problem == ""
