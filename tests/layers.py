@@ -382,7 +382,6 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmctl.create": (
         "vmm_kvm.errors",
         "vmm_kvm.block",
-        "vmm_kvm.block.qcow2",
         "vmm_kvm.images",
         "vmd.config",
         "vmctl",

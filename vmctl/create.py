@@ -18,7 +18,6 @@ from vmctl.signals import cleaning_up
 from vmctl.verbs import VERBS, usage
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm.block.image import Format, StoredImage
-from vmm_kvm.block.qcow2.header import parse_header
 from vmm_kvm.errors import ImageError, VmmError
 from vmm_kvm.images.create import (
     SourceError,
@@ -28,7 +27,7 @@ from vmm_kvm.images.create import (
     new_image,
     rounded_up,
 )
-from vmm_kvm.images.opening import CHAIN_MAX, image_chain, open_image, probe
+from vmm_kvm.images.opening import CHAIN_MAX, image_chain, open_image
 
 _MIB = 1 << 20
 _LONG_COPY = 256 * _MIB  # from here on a person may wonder whether it is still at work
@@ -67,8 +66,11 @@ def _create(
     if source is not None:
         _convert(parse_disk(source), target, number)
     else:
+        base_format = Format.QCOW2
         if base is not None:
-            number = _size_over_base(base, target.path, number)
+            named_base = _parse_base(base, target.path)
+            number, base_format = _over_base(named_base, target.path, number)
+            base = named_base.path
         if number is None:
             print(f"could not create {named}: missing size argument", file=sys.stderr)
             print(usage(VERBS["create"]), file=sys.stderr)
@@ -77,7 +79,7 @@ def _create(
             if base is None:
                 create_image(target.path, target.disk_format, number)
             else:
-                create_qcow2(target.path, number, base)
+                create_qcow2(target.path, number, base, base_format)
         except (OSError, ValueError) as err:
             raise _RefusedError(f"create imagefile operation failed: {why(err)}") from err
     warn(f"{target.disk_format} imagefile created")
@@ -100,34 +102,41 @@ def _disk_size(text: str) -> int:
     return size
 
 
-def _size_over_base(base: str, path: str, size: int | None) -> int:
-    """Return the size of a new image over `base`, which nobody may be writing to."""
-    base = os.path.join(os.path.dirname(path), base)
+def _parse_base(argument: str, path: str) -> DiskFile:
+    """Tell path and format of a base; a relative path begins at the directory of `path`."""
+    for disk_format in Format:
+        prefix = f"{disk_format}:"
+        if argument.startswith(prefix):
+            return DiskFile(argument.removeprefix(prefix), disk_format)
+    directory = os.path.dirname(path)
+    found = parse_disk(os.path.join(directory, argument))
+    return DiskFile(argument, found.disk_format)
+
+
+def _over_base(named: DiskFile, path: str, size: int | None) -> tuple[int, Format]:
+    """Return the size of a new image over a base, which nobody may be writing to, and its format.
+
+    The base is `named` as seen from the directory of `path`. Unlike OpenBSD's, an overlay may be
+    larger than its base, and the base may be raw.
+    """
+    base = os.path.join(os.path.dirname(path), named.path)
     try:
-        with open(base, "rb") as file:
-            data = file.read(1 << 16)
-    except (OSError, ValueError) as err:
-        raise _RefusedError(f"failure to read base image header: {why(err)}") from err
-    if probe(data) is not Format.QCOW2:
-        short = len(data) < 4
-        raise _RefusedError(
-            "failure to read base image header" if short else "base image is not a qcow2 file"
-        )
-    try:
-        header = parse_header(data)
+        chain = image_chain(base, named.disk_format)
     except ImageError as err:
         raise _RefusedError(f"failure to read base image header: {err}") from err
-    if size is not None and size != header.size:
-        raise _RefusedError("base size does not match requested size")
-    if not header.size:
-        raise _RefusedError("missing disk size")
+    if len(chain) == CHAIN_MAX:
+        raise _RefusedError(f"{base}: it has {CHAIN_MAX - 1} base images already, the most")
     try:
-        if len(image_chain(base, Format.QCOW2)) == CHAIN_MAX:
-            raise _RefusedError(f"{base}: it has {CHAIN_MAX - 1} base images already, the most")
-        open_image(base, Format.QCOW2, True).close()
+        image = open_image(base, chain[0].disk_format, True)
     except ImageError as err:
         raise _RefusedError(f"cannot use base image: {err}") from err
-    return header.size
+    least = image.size
+    image.close()
+    if not least:
+        raise _RefusedError("missing disk size")
+    if size is not None and size < least:
+        raise _RefusedError("size cannot be smaller than base disk size")
+    return least if size is None else size, chain[0].disk_format or Format.RAW
 
 
 def _convert(source: DiskFile, target: DiskFile, size: int | None) -> None:

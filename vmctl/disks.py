@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from vmd.config.disks import DiskError, DiskKind, DiskOption, OnError, parse_disk
+from vmd.config.disks import (
+    DiskError,
+    DiskKind,
+    DiskOption,
+    OnError,
+    check_distinct,
+    parse_disk,
+)
 from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import SpecError
 from vmm_kvm.images.opening import open_image
@@ -63,19 +70,16 @@ def _remote(
 
 
 def refuse_twice(texts: Sequence[str]) -> None:
-    """Refuse one image as two disks, given as `-d` takes them, unless the guest only reads both.
+    """Refuse one image as two disks, given as `-d` takes them; see `check_distinct`.
 
     Raises:
         SpecError: there is one, or a disk cannot be understood.
     """
-    seen: dict[str, bool] = {}
-    for option in map(_parse, texts):
-        if option.kind is DiskKind.VHOST_USER:
-            continue
-        path, is_read = os.path.realpath(option.path), option.is_read_only or option.is_private
-        if path in seen and not (is_read and seen[path]):
-            raise SpecError(f"{option.path}: the same disk twice")
-        seen[path] = is_read
+    disks = [_parse(text) for text in texts]
+    try:
+        check_distinct([disk._replace(path=os.path.realpath(disk.path)) for disk in disks])
+    except DiskError as err:
+        raise SpecError(str(err)) from None
 
 
 def _parse(text: str) -> DiskOption:

@@ -27,7 +27,7 @@ from vmctl.messages import choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.values import cpus_of, memory_of, number_of, once, seconds_of
 from vmctl.wait import ExpiredError, check_condition, wait_for
-from vmd.config.disks import DiskError, DiskKind, DiskOption, parse_disk
+from vmd.config.disks import DiskError, DiskKind, DiskOption, check_distinct, parse_disk
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
 from vmm_kvm.text import printable
@@ -178,6 +178,10 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["cpus"] = cpus_of(cpus)
     if options.disks:
         disks = [_disk(text) for text in options.disks]
+        try:
+            check_distinct(disks)
+        except DiskError as err:
+            raise CommandError(str(err)) from None
         fields["disks"] = [_named(disk) for disk in disks]
     if cdrom is not None:
         cdrom = _path(cdrom, "iso image")

@@ -23,6 +23,7 @@ Options, of which a comma in the path is told apart by writing it twice:
 A path that begins like a kind is written with `./` in front.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -103,6 +104,22 @@ def parse_disk(text: str) -> DiskOption:
         except DiskError as err:
             raise DiskError(f"invalid disk: {text}: {err}") from None
     return disk
+
+
+def check_distinct(disks: Sequence[DiskOption]) -> None:
+    """Refuse one image as two disks, unless the guest only reads both; paths are resolved.
+
+    Raises:
+        DiskError: there is one; the message names it.
+    """
+    seen: dict[str, bool] = {}
+    for disk in disks:
+        if disk.kind is DiskKind.VHOST_USER:
+            continue
+        is_read = disk.is_read_only or disk.is_private
+        if disk.path in seen and not (is_read and seen[disk.path]):
+            raise DiskError(f"{disk.path}: the same disk twice")
+        seen[disk.path] = is_read
 
 
 def _known() -> str:

@@ -17,6 +17,7 @@ from vmm_kvm.block.qcow2.header import (
     VERSION_2,
     VERSION_3,
     VERSION_3_LENGTH,
+    Backing,
     l1_entries,
 )
 from vmm_kvm.new_file import NewFile
@@ -42,10 +43,12 @@ def create_raw(path: str, size: int) -> None:
     create_image(path, Format.RAW, size)
 
 
-def create_qcow2(path: str, size: int, base: str | None = None) -> None:
+def create_qcow2(
+    path: str, size: int, base: str | None = None, base_format: Format = Format.QCOW2
+) -> None:
     """Create a qcow2 image of `size` bytes at `path`, where no file may be yet.
 
-    `base` is the path of a qcow2 image, as it is to stand in the header.
+    `base` is the path of an image, as it is to stand in the header, and `base_format` its format.
 
     Raises:
         OSError: it cannot be made, ERANGE because it would be too large; nothing is left of it.
@@ -54,11 +57,11 @@ def create_qcow2(path: str, size: int, base: str | None = None) -> None:
     header names the format of the base, so that nobody has to guess it.
     """
     with NewFile(path) as new:
-        _write_qcow2(new.fd, size, base)
+        _write_qcow2(new.fd, size, None if base is None else Backing(base, base_format))
         new.publish(durable=False)  # the disk is all zeros: nothing of value is lost
 
 
-def _write_qcow2(fd: int, size: int, base: str | None) -> None:
+def _write_qcow2(fd: int, size: int, base: Backing | None) -> None:
     """Fill an empty file with an empty image."""
     entries = max(1, l1_entries(size, _CLUSTER_BITS, _L2_BITS))
     l1_clusters = -(-entries * 8 >> _CLUSTER_BITS)
@@ -77,15 +80,15 @@ def _write_qcow2(fd: int, size: int, base: str | None) -> None:
 
 
 def _header(
-    size: int, entries: int, table_offset: int, table_clusters: int, base: str | None
+    size: int, entries: int, table_offset: int, table_clusters: int, base: Backing | None
 ) -> bytes:
     extensions = EXTENSION.pack(0, 0)
     path = b""
     if base is not None:
-        path = os.fsencode(base)
+        path = os.fsencode(base.path)
         if len(path) > BACKING_PATH_MAX:
             raise OSError(ERANGE, os.strerror(ERANGE))
-        named = Format.QCOW2.encode()
+        named = (base.disk_format or "").encode()
         extensions = EXTENSION.pack(EXTENSION_BACKING_FORMAT, len(named)) + named.ljust(8, b"\0")
         extensions += EXTENSION.pack(0, 0)
     return b"".join(

@@ -116,14 +116,20 @@ def test_format(argument: str, contents: bytes | None, found: DiskFile) -> None:
         (
             ["-b", "missing", "a.qcow2"],
             1,
-            "vmctl: failure to read base image header: No such file or directory\n",
+            "vmctl: failure to read base image header: missing: No such file or directory\n",
         ),
-        (["-b", "empty", "a.qcow2"], 1, "vmctl: failure to read base image header\n"),
-        (["-b", "old", "a.qcow2"], 1, "vmctl: base image is not a qcow2 file\n"),
+        (["-b", "empty", "a.qcow2"], 1, "vmctl: missing disk size\n"),
+        (["-b", "old", "a.qcow2"], 0, "vmctl: qcow2 imagefile created\n"),
+        (["-b", "raw:old", "-s", "1M", "a.qcow2"], 0, "vmctl: qcow2 imagefile created\n"),
         (
-            ["-b", "base.qcow2", "-s", "5M", "a.qcow2"],
+            ["-b", "qcow2:old", "a.qcow2"],
             1,
-            "vmctl: base size does not match requested size\n",
+            "vmctl: failure to read base image header: old: short read on header\n",
+        ),
+        (
+            ["-b", "base.qcow2", "-s", "3M", "a.qcow2"],
+            1,
+            "vmctl: size cannot be smaller than base disk size\n",
         ),
         (["-b", "zero.qcow2", "a.qcow2"], 1, "vmctl: missing disk size\n"),
         (["-b", "base.qcow2", "a.qcow2"], 0, "vmctl: qcow2 imagefile created\n"),
@@ -429,6 +435,40 @@ def test_raw_images_of_all_kinds_are_taken() -> None:
         Path(path).write_bytes(data)
         image = open_image(path, None, True)
         image.close()
+
+
+@pytest.mark.usefixtures("qemu_img")
+@pytest.mark.parametrize("base_format", list(Format))
+@pytest.mark.parametrize("size", [4 * MIB, 20 * 1024 * MIB])
+def test_an_overlay_may_be_larger_than_its_base(base_format: Format, size: int) -> None:
+    """On bases of either format; QEMU reads the same, and zeros behind the base's end."""
+    base = f"base.{base_format}"
+    create_image(base, base_format, 4 * MIB)
+    write(base, base_format, 4 * MIB - 4, b"last")
+    assert main(["create", "-b", base, "-s", f"{size}B", "top.qcow2"]) == 0
+    assert read("top.qcow2", Format.QCOW2, 4 * MIB - 4, 4) == b"last"
+    if size > 4 * MIB:
+        assert read("top.qcow2", Format.QCOW2, 4 * MIB - 4, 8) == b"last" + bytes(4)
+        write("top.qcow2", Format.QCOW2, 4 * MIB - 2, b"over")
+        assert read("top.qcow2", Format.QCOW2, 4 * MIB - 4, 8) == b"laover" + bytes(2)
+        write("top.qcow2", Format.QCOW2, size - 3, b"end")
+    told = subprocess.run(
+        ["qemu-img", "info", "--output=json", "top.qcow2"], check=True, capture_output=True
+    )
+    facts = json.loads(told.stdout)
+    assert (facts["virtual-size"], facts["backing-filename-format"]) == (size, base_format)
+    subprocess.run(["qemu-img", "check", "-q", "top.qcow2"], check=True)
+    assert main(["create", "-i", "top.qcow2", "copy.qcow2"]) == 0
+    subprocess.run(["qemu-img", "compare", "-q", "top.qcow2", "copy.qcow2"], check=True)
+
+
+def test_a_base_that_is_no_image_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A base of another format is named as what it is, unless raw is said."""
+    Path("disk.vmdk").write_bytes(b"KDMV" + bytes(MIB))
+    assert main(["create", "-b", "disk.vmdk", "x.qcow2"]) == 1
+    assert "VMDK images are not supported" in capsys.readouterr().err
+    assert not Path("x.qcow2").exists()
+    assert main(["create", "-b", "raw:disk.vmdk", "x.qcow2"]) == 0
 
 
 def test_no_overlay_on_an_image_that_is_written(capsys: pytest.CaptureFixture[str]) -> None:

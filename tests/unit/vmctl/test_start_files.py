@@ -35,3 +35,33 @@ def test_start_sends_every_file_of_a_disk(
     assert capsys.readouterr().err == (
         f"vmctl: cannot open base image '{tmp_path}/base': No such file or directory\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_refused"),
+    [
+        ("{0}", "{0}", True),
+        ("{0}", "{1}", True),
+        ("raw:{0}", "{0},ro", True),
+        ("{0},ro", "raw:{1},ro", False),
+    ],
+)
+def test_start_refuses_the_same_disk_twice(
+    *,
+    first: str,
+    second: str,
+    is_refused: bool,
+    serve: Serve,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By name, also by a link to it, and asks the daemon nothing; readers share an image."""
+    image, link = tmp_path / "disk.img", tmp_path / "link"
+    image.write_bytes(bytes(1 << 20))
+    link.symlink_to(image)
+    daemon = serve(lambda _: [STARTED])
+    disks = [text.format(image, link) for text in (first, second)]
+    status = vmctl(["start", "-d", disks[0], "-d", disks[1], "-i", "1", "web"])
+    assert (status, len(daemon.requests)) == ((1, 0) if is_refused else (0, 1))
+    if is_refused:
+        assert capsys.readouterr().err == f"vmctl: {image}: the same disk twice\n"
