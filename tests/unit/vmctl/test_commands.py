@@ -496,12 +496,12 @@ def an_event(kind: EventKind, message: str = "") -> Event:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_events(as_json: bool, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each event, until the daemon ends."""
+    """A line for each event, until the daemon ends; a terminal obeys nothing of it."""
     daemon = serve(
         lambda _: [
             Done(),
             an_event(EventKind.STARTED),
-            an_event(EventKind.FAILED, "the guest panicked"),
+            an_event(EventKind.FAILED, "disk /x\x1b[2J\n: gone"),
             failed(ErrorCode.EINTR),
         ]
     )
@@ -515,12 +515,12 @@ def test_events(as_json: bool, serve: Serve, capsys: pytest.CaptureFixture[str])
             "id": 1,
             "name": "web",
             "kind": "failed",
-            "message": "the guest panicked",
+            "message": "disk /x\x1b[2J\n: gone",
         }
     else:
         assert [line.split(" ", 1)[1] for line in lines] == [
             "1 web started",
-            "1 web failed: the guest panicked",
+            "1 web failed: disk /x\\x1b[2J\\x0a: gone",
         ]
 
 
