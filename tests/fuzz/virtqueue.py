@@ -19,7 +19,8 @@ from vmm_kvm.virtio.abi import (
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
 )
-from vmm_kvm.virtio.queue import INDIRECT_MAX, Chain, Ring, Virtqueue
+from vmm_kvm.virtio.chain import INDIRECT_MAX, Chain
+from vmm_kvm.virtio.queue import Ring, Virtqueue
 
 LOW_SIZE, HIGH_SIZE = 0x8000, 0x4000
 HIGH = 1 << 32

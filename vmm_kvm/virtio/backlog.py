@@ -3,7 +3,8 @@
 from collections import deque
 
 from vmm_kvm.errors import VirtqueueError
-from vmm_kvm.virtio.queue import Chain, Virtqueue
+from vmm_kvm.virtio.chain import Chain
+from vmm_kvm.virtio.queue import Virtqueue
 
 
 class Backlog:

@@ -22,7 +22,8 @@ from vmm_kvm.scatter import total
 from vmm_kvm.state import U64, Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split
-from vmm_kvm.virtio.queue import Chain, Virtqueue
+from vmm_kvm.virtio.chain import Chain
+from vmm_kvm.virtio.queue import Virtqueue
 
 log = Log(__name__)
 

@@ -17,8 +17,9 @@ from vmm_kvm.state import U16, U32, Length, Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import scatter, split
+from vmm_kvm.virtio.chain import Chain
 from vmm_kvm.virtio.device import Transport
-from vmm_kvm.virtio.queue import Chain, Virtqueue
+from vmm_kvm.virtio.queue import Virtqueue
 
 RECEIVE_QUEUE, TRANSMIT_QUEUE = 0, 1
 QUEUE_SIZE = 128

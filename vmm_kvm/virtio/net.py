@@ -24,9 +24,10 @@ from vmm_kvm.state import Part
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import gather, scatter, split
+from vmm_kvm.virtio.chain import Chain
 from vmm_kvm.virtio.device import InputTransport
 from vmm_kvm.virtio.net_control import CONTROL_QUEUE_SIZE, GUEST_OFFLOADS, NetControl
-from vmm_kvm.virtio.queue import Chain, Virtqueue
+from vmm_kvm.virtio.queue import Virtqueue
 
 log = Log(__name__)
 

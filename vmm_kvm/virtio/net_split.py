@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import VIRTIO_ID_NET
+from vmm_kvm.virtio.chain import Memory
 from vmm_kvm.virtio.device import Dataplane, Frontend
 from vmm_kvm.virtio.net_control import CONTROL_QUEUE_SIZE, NetControl
-from vmm_kvm.virtio.queue import Memory, Ring, Virtqueue
+from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.worker import Worker
 
 

@@ -18,7 +18,8 @@ from vmm_kvm.scsi.spc import UNRECOVERED_READ_ERROR, Check, Data, Extent, Sense
 from vmm_kvm.state import Part, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split
-from vmm_kvm.virtio.queue import Chain, Virtqueue
+from vmm_kvm.virtio.chain import Chain
+from vmm_kvm.virtio.queue import Virtqueue
 
 log = Log(__name__)
 

@@ -24,8 +24,9 @@ from vmm_kvm.virtio.abi import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
+from vmm_kvm.virtio.chain import Memory
 from vmm_kvm.virtio.device import Backend, Frontend
-from vmm_kvm.virtio.queue import Memory, Ring, Virtqueue
+from vmm_kvm.virtio.queue import Ring, Virtqueue
 
 log = Log(__name__)
 

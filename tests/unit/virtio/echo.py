@@ -7,7 +7,8 @@ from vmm_kvm.errors import HaltError, VirtqueueError
 from vmm_kvm.scatter import total
 from vmm_kvm.state import Part
 from vmm_kvm.virtio.buffers import gather, scatter
-from vmm_kvm.virtio.queue import Chain, Virtqueue
+from vmm_kvm.virtio.chain import Chain
+from vmm_kvm.virtio.queue import Virtqueue
 
 FEATURE = 1 << 3
 

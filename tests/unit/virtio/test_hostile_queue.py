@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
 from vmm_kvm.errors import GuestError
 from vmm_kvm.virtio.abi import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
-from vmm_kvm.virtio.queue import INDIRECT_MAX, Chain, Virtqueue
+from vmm_kvm.virtio.chain import INDIRECT_MAX, Chain
+from vmm_kvm.virtio.queue import Virtqueue
 
 NEXT, WRITE = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 SIZE = 8

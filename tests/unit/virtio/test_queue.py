@@ -13,7 +13,8 @@ from vmm_kvm.virtio.abi import (
     VRING_DESC_F_WRITE,
     VRING_USED_F_NO_NOTIFY,
 )
-from vmm_kvm.virtio.queue import INDIRECT_MAX, Chain, Ring, Virtqueue
+from vmm_kvm.virtio.chain import INDIRECT_MAX, Chain
+from vmm_kvm.virtio.queue import Ring, Virtqueue
 
 NEXT, WRITE, TABLE = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT
 DATA = 0x10000

@@ -7,7 +7,8 @@ import os
 import stat
 import struct
 
-from vmm_kvm.virtio.queue import SIZE_MAX, Memory, Ring, Virtqueue
+from vmm_kvm.virtio.chain import Memory
+from vmm_kvm.virtio.queue import SIZE_MAX, Ring, Virtqueue
 from vmm_kvm.virtio.vhost_user.messages import VhostUserError, VringAddress
 from vmm_kvm.virtio.vhost_user.regions import Regions
 

@@ -23,8 +23,8 @@ from vmm_kvm.scatter import Scatter, total
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.abi import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from vmm_kvm.virtio.blk import VirtioBlk
-from vmm_kvm.virtio.queue import Chain, Virtqueue
-from vmm_kvm.virtio.tables import LONG_MAX, LONG_MIN, Span
+from vmm_kvm.virtio.chain import LONG_MAX, LONG_MIN, Chain, Span
+from vmm_kvm.virtio.queue import Virtqueue
 
 NEXT, WRITE = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 MEMORY_SIZE = 1 << 17
@@ -126,7 +126,7 @@ def test_noise(noise: bytes, start: int) -> None:
     """A table of random bytes is none, and nothing comes of it."""
     memory = PlainMemory(MEMORY_SIZE)
     noise = noise[: len(noise) // 16 * 16]
-    assert Span(memory.view(0, MEMORY_SIZE), start << 30).divide(noise) is None
+    assert Span(memory.view(0, MEMORY_SIZE), start << 30).divide(0, noise) is None
 
 
 @given(
@@ -140,7 +140,7 @@ def test_only_what_lies_inside_is_taken(pieces: list[tuple[int, int]], start: in
     table = entries(pieces, is_writable=True)
     table[0] = (start, 16, NEXT, 1)
     table[-1] = (start + size - 1, 1, WRITE, 0)
-    found = Span(view, start).divide(pack(table))
+    found = Span(view, start).divide(0, pack(table))
     inside = all(start <= at and at + length <= start + size and length for at, length in pieces)
     assert (found is not None) == inside
 
@@ -170,10 +170,11 @@ def test_the_longest_table() -> None:
     """256 descriptors are taken, also when no two pieces are of the same size."""
     memory = PlainMemory(MEMORY_SIZE)
     pieces = [(64 * number, number % 1000 + 1) for number in range(LONG_MAX - 2)]
-    found = Span(memory.view(0, MEMORY_SIZE), 0).divide(pack(entries(pieces, is_writable=True)))
+    found = Span(memory.view(0, MEMORY_SIZE), 0).divide(0, pack(entries(pieces, is_writable=True)))
     assert found is not None
-    assert found[1].size == sum(size for _, size in pieces)
-    assert [len(view) for view in found[1]] == [size for _, size in pieces]
+    assert found.pieces is not None
+    assert found.pieces.size == sum(size for _, size in pieces)
+    assert [len(view) for view in found.pieces] == [size for _, size in pieces]
 
 
 @pytest.mark.parametrize("number", [0, 3, -1])
@@ -183,7 +184,7 @@ def test_flags_of_any_descriptor(number: int, flags: int) -> None:
     table = entries([(0x1000, 0x1000)] * LONG_MIN, is_writable=True)
     is_right = flags == table[number][2]
     table[number] = (*table[number][:2], flags, table[number][3])
-    assert (Span(memoryview(bytearray(0x3000)), 0).divide(pack(table)) is not None) == is_right
+    assert (Span(memoryview(bytearray(0x3000)), 0).divide(0, pack(table)) is not None) == is_right
 
 
 def test_a_wrong_link_is_no_length() -> None:
@@ -193,9 +194,9 @@ def test_a_wrong_link_is_no_length() -> None:
     span = Span(memoryview(mmap.mmap(fd, 12 << 30)), 0)
     os.close(fd)
     table = entries([(0x1000, 0x1000)] * LONG_MIN, is_writable=True)
-    assert span.divide(pack(table)) is not None
+    assert span.divide(0, pack(table)) is not None
     table[3] = (*table[3][:2], table[3][2] ^ NEXT, table[3][3])
-    assert span.divide(pack(table)) is None
+    assert span.divide(0, pack(table)) is None
 
 
 @pytest.mark.parametrize("is_writable", [False, True])
@@ -214,9 +215,10 @@ def test_any_number_of_kinds_of_tables() -> None:
     span = Span(memory.view(0, MEMORY_SIZE), 0)
     for size in range(1, 700):
         pieces = [(0x1000 + size, size)] * LONG_MIN
-        found = span.divide(pack(entries(pieces, is_writable=False)))
+        found = span.divide(0, pack(entries(pieces, is_writable=False)))
         assert found is not None
-        assert found[1].size == size * LONG_MIN
+        assert found.pieces is not None
+        assert found.pieces.size == size * LONG_MIN
     assert len(span._kinds) <= 64
     assert len(span._recent) <= 64
 
@@ -231,12 +233,13 @@ def test_tables_that_come_again(kinds: list[list[tuple[int, int]]], data: st.Dat
     for _ in range(8):
         pieces = data.draw(st.sampled_from(kinds))
         is_writable = data.draw(st.booleans())
-        found = span.divide(pack(entries(pieces, is_writable=is_writable)))
+        found = span.divide(0, pack(entries(pieces, is_writable=is_writable)))
         assert found is not None
-        assert found[1].is_writable == is_writable
+        assert found.pieces is not None
+        assert found.pieces.is_writable == is_writable
         start = addressof(c_char.from_buffer(memory.bytes))
         assert [
-            (addressof(c_char.from_buffer(view)) - start, len(view)) for view in found[1]
+            (addressof(c_char.from_buffer(view)) - start, len(view)) for view in found.pieces
         ] == pieces
 
 
