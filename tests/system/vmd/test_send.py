@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -63,3 +65,166 @@ def test_a_vm_goes_through_a_file(start_vmd: Start, tmp_path: Path) -> None:
         with client.console("two") as console:
             console.type(b"e")
             console.expect(b"e")
+
+
+def running(vmd: Daemon, name: str) -> None:
+    """Fail unless a VM runs, and its guest answers."""
+    with vmd.client() as client, client.console(name) as console:
+        console.type(b"e")
+        console.expect(b"e", console.output.count(b"e") + 1)
+        assert client.vm(name)["state"] == "running"
+
+
+def started(vmd: Daemon, name: str) -> int:
+    """Wait until a VM's guest is ready; return the pid of its process."""
+    with vmd.client() as client:
+        pid = client.wait_for_state(name, "running")["pid"]
+        with client.console(name) as console:
+            console.expect(READY)
+    assert isinstance(pid, int)
+    return pid
+
+
+def test_a_vm_goes_through_a_pipe_on_one_host(start_vmd: Start, tmp_path: Path) -> None:
+    """The receiver has the disks as soon as the sender has ended, and not before."""
+    disks = []
+    for name in ("raw", "qcow2"):
+        path = tmp_path / f"disk.{name}"
+        subprocess.run(["qemu-img", "create", "-q", "-f", name, path, "8M"], check=True)
+        disks.append(f'disk "{path}" format {name}')
+    with start_vmd(vm_block("one", *disks, enabled=True)) as vmd, vmd.client() as client:
+        pid = started(vmd, "one")
+        read_fd, write_fd = os.pipe()
+        receiver = subprocess.Popen(
+            [VMCTL, "receive", "two"],
+            env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+            stdin=read_fd,
+            stderr=subprocess.PIPE,
+        )
+        os.close(read_fd)
+        sent = vmctl(vmd, "send", "one", stdout=write_fd)
+        os.close(write_fd)
+        errors = receiver.communicate(timeout=TIMEOUT_S)[1]
+        assert (sent.stderr, sent.returncode) == (b"vmctl: sent vm one successfully\n", 0)
+        assert receiver.returncode == 0, errors
+        assert not is_alive(pid)
+        running(vmd, "two")
+        # Its disks are locked for it, and no longer for the other.
+        assert client.ask("start", name="one")["code"] == "disk-missing"
+        assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
+        assert client.ask("start", name="one")["type"] == "started"
+
+
+def test_a_copy_is_sent_while_the_vm_goes_on(start_vmd: Start, tmp_path: Path) -> None:
+    """With -l both run; what was paused stays paused, here, and with -p there."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        pid = started(vmd, "one")
+        sent = send_to(tmp_path / "stream", vmd, "-l", "one")
+        assert (sent.stderr, sent.returncode) == (b"vmctl: sent vm one successfully\n", 0)
+        running(vmd, "one")
+        assert client.vm("one")["pid"] == pid
+        assert receive_from(tmp_path / "stream", vmd, "-p", "two").returncode == 0
+        assert client.vm("two")["state"] == "paused"
+        assert client.ask("unpause", name="two")["type"] == "done"
+        running(vmd, "two")
+        assert client.ask("pause", name="one")["type"] == "done"
+        assert send_to(tmp_path / "again", vmd, "-l", "one").returncode == 0
+        assert client.vm("one")["state"] == "paused"
+
+
+def test_a_vm_that_is_not_sent_goes_on(start_vmd: Start) -> None:
+    """A reader that is gone, and a sender that is interrupted, are no end of a VM."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd:
+        pid = started(vmd, "one")
+        read_fd, write_fd = os.pipe()
+        os.close(read_fd)
+        sent = vmctl(vmd, "send", "one", stdout=write_fd)
+        os.close(write_fd)
+        text = b"vmctl: send vm command failed: Input/output error\nvmctl: Broken pipe\n"
+        assert (sent.stderr, sent.returncode) == (text, 1)
+        running(vmd, "one")
+
+        read_fd, write_fd = os.pipe()  # nobody reads
+        sender = subprocess.Popen(
+            [VMCTL, "send", "one"],
+            env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+            stdout=write_fd,
+            stderr=subprocess.PIPE,
+        )
+        with vmd.client() as client:
+            client.wait_for_state("one", "paused")
+            assert client.ask("unpause", name="one")["code"] == "EBUSY"
+            sender.kill()
+            sender.communicate()
+            client.wait_for_state("one", "running")
+            assert client.vm("one")["pid"] == pid
+        os.close(read_fd)
+        os.close(write_fd)
+        running(vmd, "one")
+        vmd.wait_for_log("one: cannot be sent: it was cancelled")
+
+
+def test_a_vm_is_stopped_while_it_is_sent(start_vmd: Start) -> None:
+    """A stop is heard though nobody reads the stream: the guest goes on, and powers off."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        read_fd, write_fd = os.pipe()
+        sender = subprocess.Popen(
+            [VMCTL, "send", "one"],
+            env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+            stdout=write_fd,
+            stderr=subprocess.PIPE,
+        )
+        client.wait_for_state("one", "paused")
+        assert client.ask("stop", name="one", wait=True)["type"] == "terminated"
+        assert sender.communicate(timeout=TIMEOUT_S)[1].startswith(b"vmctl: send vm command failed")
+        assert sender.returncode == 1
+        os.close(read_fd)
+        os.close(write_fd)
+
+
+def edited(stream: bytes, old: bytes, new: bytes) -> bytes:
+    """Return a stream with another manifest of the same length, whose checksum is right."""
+    body = stream[:-32].replace(old, new, 1)
+    return body + hashlib.sha256(body).digest()
+
+
+def test_a_stream_that_is_no_vm_is_refused(start_vmd: Start, tmp_path: Path) -> None:
+    """Cut short, damaged, or of another processor: one line, and nothing is left of it."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        path = tmp_path / "stream"
+        assert send_to(path, vmd, "one").returncode == 0
+        stream = path.read_bytes()
+        cpuid = re.search(rb'"cpuid":\[\[0,0,(\d+),(\d+)', stream)
+        assert cpuid
+        flipped = bytearray(stream)
+        flipped[-5000] ^= 1
+        for data, text in (
+            (stream[:-10], "checksum: the stream ends too early"),
+            (stream[: len(stream) // 2], "the stream ends too early"),
+            (bytes(flipped), "the checksum is wrong: the stream is damaged"),
+            (
+                edited(stream, cpuid.group(0), cpuid.group(0)[:-1] + b"0"),
+                "incompatible cpu brand",
+            ),
+            (
+                edited(stream, cpuid.group(0), b'"cpuid":[[0,0,99,' + cpuid.group(2)),
+                "incompatible cpuid level",
+            ),
+            (edited(stream, b'"cpus":1', b'"cpus":2'), "missing"),
+        ):
+            path.write_bytes(data)
+            refused = receive_from(path, vmd, "two")
+            assert refused.returncode == 1
+            lines = refused.stderr.decode().splitlines()
+            assert lines[0] == "vmctl: start vm command failed: No such file or directory"
+            assert len(lines) == 2
+            assert text in lines[1], (text, lines)
+            assert client.ask("status", name="two")["vms"] == []
+        path.write_bytes(stream)
+        assert receive_from(path, vmd, "two").returncode == 0
+        assert receive_from(path, vmd, "two").stderr.startswith(
+            b"vmctl: start vm command failed: Operation already in progress\n"
+        )
+        running(vmd, "two")
