@@ -1,12 +1,14 @@
-"""Processor and wall time of short commands, beside another tree: `bench/commands.py [TREE]`.
+"""Times of short commands, beside another tree: `python -m bench.commands [TREE]`.
 
-Both trees are run by this interpreter, in turn, so that what else the machine does meets both. A
-daemon that answers at once is not needed: `status` finds none, and is the measure of the others.
+Both trees are run by this interpreter, in turn, so that what else the machine does meets both.
+`status` without a daemon is the measure of the others; with twelve VMs it is asked of a daemon that
+answers at once, on a pipe and on a terminal.
 """
 
 from __future__ import annotations
 
 import os
+import pty
 import resource
 import statistics
 import subprocess
@@ -15,10 +17,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.unit.vmctl.fake_daemon import Answers, FakeDaemon
+from vmd.wire.messages import AnyRequest, State, VmInfo, Vms
+
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 11
+VMS = 12
+ON_TERMINAL = "on a terminal"
 COMMANDS = {
     "status": ["status"],
+    f"status, {VMS} VMs": ["status"],
+    f"status {ON_TERMINAL}": ["status"],
     "--help": ["--help"],
     "run --help": ["run", "--help"],
     "image info": ["image", "info", "disk.qcow2"],
@@ -28,25 +37,57 @@ COMMANDS = {
 }
 
 
-def once(tree: Path, words: list[str], place: Path) -> tuple[float, float]:
+def once(tree: Path, name: str, place: Path) -> tuple[float, float]:
     """Run a command of `tree` in `place`; returns milliseconds of wall and processor time."""
+    words = COMMANDS[name]
     (place / "new.img").unlink(missing_ok=True)
     # Byte code is kept, and streams are buffered, as where people run it.
     environment = {name: value for name, value in os.environ.items() if "PYTHON" not in name}
-    environment |= {"PYTHONPATH": str(tree), "VMD_SOCKET": str(place / "none")}
+    has_vms = name.startswith("status") and name != "status"
+    environment |= {
+        "PYTHONPATH": str(tree),
+        "TERM": "xterm",
+        "VMD_SOCKET": str(place / ("vmd.sock" if has_vms else "none")),
+    }
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "vmctl", *words],
-        env=environment,
-        cwd=place,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "vmctl", *words]
+    if ON_TERMINAL in name:
+        _on_terminal(command, environment, place)
+    else:
+        subprocess.run(
+            command,
+            env=environment,
+            cwd=place,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
     wall = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return wall * 1000, used * 1000
+
+
+def _on_terminal(command: list[str], environment: dict[str, str], place: Path) -> None:
+    """Run a command on a terminal of its own, and read what it shows."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        command, env=environment, cwd=place, stdin=slave, stdout=slave, stderr=slave
+    ):
+        os.close(slave)
+        try:
+            while os.read(master, 65536):
+                pass
+        except OSError:  # a terminal's way to say that its other side is gone
+            os.close(master)
+
+
+def _answer(_request: AnyRequest) -> Answers:
+    vms = (
+        VmInfo(id=one, name=f"vm-{one}", state=State.RUNNING, cpus=1, memory=1 << 30, pid=one)
+        for one in range(1, VMS + 1)
+    )
+    return [Vms(vms=tuple(vms))]
 
 
 def main(arguments: list[str]) -> None:
@@ -54,19 +95,26 @@ def main(arguments: list[str]) -> None:
     trees = [ROOT, *(Path(each).resolve() for each in arguments)]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        once(ROOT, ["create", "-s", "10M", "disk.qcow2"], place)
+        subprocess.run(
+            [sys.executable, "-m", "vmctl", "create", "-s", "10M", "disk.qcow2"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=place,
+            capture_output=True,
+            check=True,
+        )
         taken: dict[tuple[Path, str], list[tuple[float, float]]] = {}
-        for _ in range(ROUNDS):
-            for name, words in COMMANDS.items():
-                for tree in trees:
-                    taken.setdefault((tree, name), []).append(once(tree, words, place))
+        with FakeDaemon(place / "vmd.sock", _answer):
+            for _ in range(ROUNDS):
+                for name in COMMANDS:
+                    for tree in trees:
+                        taken.setdefault((tree, name), []).append(once(tree, name, place))
         for tree in trees:
             print(tree)
             least = statistics.median(used for _, used in taken[tree, "status"])
             for name in COMMANDS:
                 wall = statistics.median(wall for wall, _ in taken[tree, name])
                 used = statistics.median(used for _, used in taken[tree, name])
-                print(f"  {name:18} {wall:6.1f} ms, {used:6.1f} ms cpu, {used / least:4.2f} status")
+                print(f"  {name:20} {wall:6.1f} ms, {used:6.1f} ms cpu, {used / least:4.2f} status")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,9 @@ class Client:
             self._socket.connect(path)
         except OSError as err:
             self._socket.close()
-            lines = (f"connect: {path}: {err.strerror or err}", *_advice(path, err))
+            from vmctl.advice import advice  # noqa: PLC0415 - only where there is none
+
+            lines = (f"connect: {path}: {err.strerror or err}", *advice(path, err))
             raise CommandError("\n".join(lines)) from err
 
     def __enter__(self) -> Self:
@@ -528,24 +530,6 @@ def _word_around(err: UnicodeEncodeError) -> str:
     """Return the string of a JSON text that has what cannot be encoded."""
     text = str(err.object)
     return text[text.rfind('"', 0, err.start) + 1 : text.find('"', err.start)]
-
-
-def _advice(path: str, err: OSError) -> list[str]:
-    """Return what to do about a daemon that cannot be reached."""
-    if isinstance(err, FileNotFoundError | ConnectionRefusedError):
-        return ["vmd is not running: 'systemctl start vmd', or 'vmd --user' for VMs of your own"]
-    if not isinstance(err, PermissionError):
-        return []
-    from grp import getgrgid  # noqa: PLC0415 - only for this
-
-    try:
-        gid = os.stat(path).st_gid
-        group = getgrgid(gid).gr_name
-    except KeyError:
-        group = str(gid)
-    except OSError:  # a directory on the way is closed to us
-        return []
-    return [f"only root and the group {group} may connect: see 'socket owner' in vm.conf(5)"]
 
 
 def check_name(name: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from vmctl.advice import may_connect
 from vmctl.client import Client, CommandError, socket_path
 from vmd.config.sizes import fmt_scaled
 from vmm_kvm import primitives
@@ -212,7 +213,8 @@ def _user() -> Finding:
 def _daemon() -> Finding:
     try:
         with Client():
-            return Finding("vmd", Status.OK, f"listens at {socket_path()}")
+            path = socket_path()
+            return Finding("vmd", Status.OK, f"listens at {path}: {may_connect(path)}")
     except CommandError as err:
         # The missing thing and, if known, its remedy.
         problem, _, advice = str(err).partition("\n")

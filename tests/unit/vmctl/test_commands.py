@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from tests.unit.vmctl.conftest import Serve
+from vmctl.advice import advice, may_connect
 from vmctl.cli import main as vmctl
-from vmctl.client import _advice
 from vmd.config.model import BootDevice
 from vmd.wire.channel import ChannelError
 from vmd.wire.messages import (
@@ -677,12 +678,17 @@ def test_who_may_connect(
     path = tmp_path / "vmd.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
+        path.chmod(0o660)
         group = grp.getgrgid(path.stat().st_gid).gr_name
-    lines = _advice(str(path), PermissionError(13, "Permission denied"))
+    lines = advice(str(path), PermissionError(13, "Permission denied"))
     assert lines == [
         f"only root and the group {group} may connect: see 'socket owner' in vm.conf(5)"
     ]
-    assert _advice(str(tmp_path / "none" / "x"), PermissionError(13, "x")) == []
+    assert advice(str(tmp_path / "none" / "x"), PermissionError(13, "x")) == []
+    for mode, told in ((0o600, "only root may connect"), (0o666, "everybody may connect")):
+        path.chmod(mode)
+        if os.getuid() == 0:
+            assert may_connect(str(path)) == told
     monkeypatch.setenv("VMD_SOCKET", str(path))
     assert vmctl(["status"]) == 1  # nobody listens
     assert capsys.readouterr().err.splitlines()[1].startswith("vmctl: vmd is not running: ")

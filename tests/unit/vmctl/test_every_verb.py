@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -385,6 +386,21 @@ def test_tables_are_never_cropped(words: str, columns: int, here: Path) -> None:
     for number, name in enumerate(shown, 1):
         assert lines[number][:2] == [str(number), str(15380 + number)]
         assert lines[number][-2:] == ["running", name]
+
+
+def test_a_terminal_costs_no_library(here: Path) -> None:
+    """A table on a terminal is shown without what `status` on a pipe does without."""
+    del here
+    program = (
+        "import sys\nfrom vmctl.__main__ import main\ntry: main()\nexcept SystemExit: pass\n"
+        "sys.stderr.write(' '.join(sys.modules))"
+    )
+    ended = on_terminal([sys.executable, "-c", program, "status"], 80)
+    modules = set(ended.errors.split())
+    assert NAMES[0] in ended.output
+    assert "vmctl.table" in modules
+    heavy = {"rich", "typer", "msgspec", "asyncio", "dataclasses", "inspect", "logging"}
+    assert {name for name in modules if name.split(".")[0] in heavy} == set()
 
 
 def _wait_until_ours(pid: int) -> bool:
