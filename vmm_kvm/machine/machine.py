@@ -234,8 +234,9 @@ class Machine:
         """Let the machine stand still; returns when no vCPU runs and no device works.
 
         Each vCPU has completed what it came out for, what the guest asked of its devices before is
-        done, their threads have ended, and guest memory does not change. Of the machine's threads
-        only those of vCPUs are left, and wait.
+        done, and their threads have ended: nothing but other processes changes guest memory, and
+        those no more once `machine.state.save` has asked. Of the machine's threads only those of
+        vCPUs are left, and wait.
         """
         primitives.pause(self._vmm, self._vm_id)
         self._devices.settle()

@@ -183,7 +183,7 @@ class Dataplane(Protocol):
         """Return when nothing is under way that the driver asked for before; no vCPU runs."""
 
     def suspend(self) -> None:
-        """Stand still: no thread is left, nothing of the guest's changes; no vCPU runs.
+        """Stand still: no thread is left, this process changes nothing; no vCPU runs.
 
         Nothing is forgotten: what the driver asked for is done after `resume`. Idempotent.
         """
@@ -194,7 +194,8 @@ class Dataplane(Protocol):
     def positions(self) -> Mapping[int, int]:
         """Return where in its available ring each queue goes on that is served, by index.
 
-        After `suspend`; 0 to 65535, and the same in the used ring.
+        After `suspend`; 0 to 65535, and the same in the used ring. From now on, not before, other
+        processes do not touch the rings any more either.
         """
 
     def restore(

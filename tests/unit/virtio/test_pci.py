@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -14,9 +14,11 @@ from tests.fakes import Operation, exercise
 from tests.unit.virtio.echo import FEATURE, EchoBackend, answer, ask
 from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
 from tests.virtio_pci_driver import DEADLINE_S, READY, PciDriver
+from vmm_kvm.errors import StateError
 from vmm_kvm.pci.ids import Command, Register
 from vmm_kvm.virtio import abi
-from vmm_kvm.virtio.pci import BAR_NOTIFY, BAR_SIZE, BAR_STRUCTURES, COMMON, DEVICE
+from vmm_kvm.virtio.common_cfg import QueueState
+from vmm_kvm.virtio.pci import BAR_NOTIFY, BAR_SIZE, BAR_STRUCTURES, COMMON, DEVICE, VirtioPciState
 from vmm_kvm.virtio.worker import Worker
 
 VERSION_1 = 1 << abi.VIRTIO_F_VERSION_1
@@ -28,8 +30,8 @@ NEEDS_RESET = abi.VIRTIO_CONFIG_S_NEEDS_RESET
 class Bench:
     """A driver, its queues, and the device type behind the function."""
 
-    def __init__(self) -> None:
-        self.memory = PlainMemory()
+    def __init__(self, memory: PlainMemory | None = None) -> None:
+        self.memory = memory or PlainMemory()
         self.backend = EchoBackend()
         self.worker = Worker(self.backend, self.memory, "echo")
         self.driver = PciDriver(self.worker)
@@ -482,3 +484,87 @@ def test_any_access_is_survived(operations: list[Operation]) -> None:
         assert bench.driver.status == 0
     finally:
         bench.driver.device.close()
+
+
+def test_a_successor_goes_on(bench: Bench) -> None:
+    """Registers, vectors, pending bits and positions: another function serves what waits."""
+    bench.start()
+    bench.send(b"first")
+    assert bench.driver.interrupted() == 1
+    bench.driver.mask(1, is_masked=True)
+    device = bench.driver.device
+    device.suspend()
+    bench.send(b"second")  # nobody looks
+    other = Bench(bench.memory)
+    other.driver.pci.restore(bench.driver.pci.save())
+    other.driver.device.restore(device.save())
+    assert other.driver.device.save() == device.save()
+    assert other.driver.status == bench.driver.status
+    other.driver.device.resume()
+    assert other.driver.interrupted() == 2  # one too many is legal
+    other.worker.settle()
+    other.driver.mask(1, is_masked=False)
+    assert other.driver.interrupted() == 1
+    assert len(bench.queues[0].used()) == 2
+    assert answer(bench.memory, 6) == b"second"
+    other.driver.device.close()
+
+
+def test_suspended_and_resumed(bench: Bench) -> None:
+    """The same device goes on, and its backend has not begun anew."""
+    bench.start()
+    bench.send(b"first")
+    assert bench.driver.interrupted() == 1
+    for _ in range(2):
+        bench.driver.device.suspend()
+    bench.queues[0].set_used_event(1)
+    bench.send(b"second")
+    for _ in range(2):
+        bench.driver.device.resume()
+    assert bench.driver.interrupted() == 1
+    assert [event for event in bench.backend.events if event.startswith("start")] == [
+        bench.backend.events[0]
+    ]
+    bench.driver.device.suspend()
+    bench.driver.status = 0
+    assert bench.backend.events[-1] == "reset"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda state: state._replace(positions=((2, 0),)), "positions: no queue 2"),
+        (lambda state: _with(state, status=0x40), "status: 0x40"),
+        (lambda state: _with(state, queues=()), "0 queues, not 2"),
+        (lambda state: _with(state, driver_features=1 << 60), "features 0x1000000000000000 are"),
+    ],
+)
+def test_a_state_that_cannot_be(
+    bench: Bench, change: Callable[[VirtioPciState], VirtioPciState], text: str
+) -> None:
+    """It is refused in one line."""
+    bench.start()
+    bench.driver.device.suspend()
+    state = bench.driver.device.save()
+    other = Bench()
+    try:
+        with pytest.raises(StateError, match=text):
+            other.driver.device.restore(change(state))
+    finally:
+        other.driver.device.close()
+
+
+def _with(
+    state: VirtioPciState,
+    *,
+    status: int | None = None,
+    queues: tuple[QueueState, ...] | None = None,
+    driver_features: int | None = None,
+) -> VirtioPciState:
+    old = state.registers
+    registers = old._replace(
+        status=old.status if status is None else status,
+        queues=old.queues if queues is None else queues,
+        driver_features=old.driver_features if driver_features is None else driver_features,
+    )
+    return state._replace(registers=registers)

@@ -163,7 +163,8 @@ class VhostUser:
         self._may_halt = may_halt
         self._frontend: Frontend | None = None
         self._started: dict[int, Ring] = {}
-        self._bases: dict[int, int] | None = None  # while suspended
+        self._is_suspended = False
+        self._bases: dict[int, int] | None = None  # while the server has no rings of ours
         self._served = DISK_QUEUES_MAX
         self._lock = threading.Lock()
         self._lost: str | None = None
@@ -290,31 +291,23 @@ class VhostUser:
         self._events.unwatch()
         for index in sorted(self._started):
             self.stop_queue(index)
+        self._is_suspended = False
         self._bases = None
 
     def suspend(self) -> None:
-        """Have the server finish what it has, and stand still; nothing is forgotten. Idempotent."""
-        if not self._started or self._bases is not None:
-            return
-        self._events.unwatch()
-        with self._lock:
-            bases = {}
-            if self._lost is None:
-                try:
-                    for index in self._started:
-                        self._client.enable(index, False)
-                        bases[index] = self._client.stop(index) % _INDEXES
-                except VhostUserError as err:
-                    self._lose(err)
-            self._bases = bases
+        """End the thread; the server keeps its rings until `positions` asks. Idempotent."""
+        if self._started:
+            self._events.unwatch()
+            self._is_suspended = True
 
     def resume(self) -> None:
         """Go on after `suspend` or `restore`; idempotent."""
+        was_suspended, self._is_suspended = self._is_suspended, False
         bases, self._bases = self._bases, None
-        if bases is None:
+        if not was_suspended:
             return
         with self._lock:
-            if self._lost is None:
+            if self._lost is None and bases is not None:
                 try:
                     for index, ring in list(self._started.items()):
                         self._start_ring(index, ring, bases.get(index, 0))
@@ -324,7 +317,21 @@ class VhostUser:
             self._watch()
 
     def positions(self) -> Mapping[int, int]:
-        """Return where each ring goes on."""
+        """Have the server finish what it has and let go of the rings; return where they go on.
+
+        Not before somebody asks: a server that has no ring any more forgets what its driver said.
+        """
+        if self._is_suspended and self._bases is None:
+            bases = {}
+            with self._lock:
+                if self._lost is None:
+                    try:
+                        for index in self._started:
+                            self._client.enable(index, False)
+                            bases[index] = self._client.stop(index) % _INDEXES
+                    except VhostUserError as err:
+                        self._lose(err)
+            self._bases = bases
         return self._bases or {}
 
     def restore(
@@ -346,6 +353,7 @@ class VhostUser:
                 raise StateError(f"vhost-user: {err}") from err
         self._started = dict(rings)
         self._bases = {index: positions.get(index, 0) for index in rings}
+        self._is_suspended = True
 
     def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
         """Return nothing: what the server knows of its driver is its own."""

@@ -377,3 +377,63 @@ def test_the_drivers_events_are_its_own() -> None:
         os.eventfd_write(guest.call[0], 1)
         assert is_set(guest.call[0])
         os.fstat(guest.fd)
+
+
+def test_a_pause_keeps_what_the_server_knows() -> None:
+    """Suspended and resumed, a server has its rings all along, and its state."""
+    backend = BlkBackend()
+    with dataplane(backend) as (device, guest, _):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        assert guest.request(b"before") == b"BEFORE"
+        device.suspend()
+        device.resume()
+        assert guest.request(b"after") == b"AFTER"
+        assert "reset" not in backend.calls
+
+
+def test_a_state_is_asked_for_and_the_same_server_goes_on() -> None:
+    """Asked where it is, the server lets go of its rings; resumed, it has them again."""
+    with dataplane(BlkBackend()) as (device, guest, _):
+        device.start(VERSION_1, {0: guest.ring(0), 1: guest.ring(1)})
+        assert guest.request(b"before") == b"BEFORE"
+        device.suspend()
+        assert device.positions() == {0: 1, 1: 0}
+        assert device.positions() == {0: 1, 1: 0}
+        slot = guest.offer(b"meanwhile")
+        guest.notify()
+        device.resume()
+        guest.wait(used=2)
+        assert guest.answer(slot, 9) == b"MEANWHILE"
+
+
+def test_another_server_goes_on() -> None:
+    """With the first one's positions, and what it had not served."""
+    with dataplane(BlkBackend()) as (device, guest, _):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        assert guest.request(b"before") == b"BEFORE"
+        device.suspend()
+        positions = device.positions()
+        slot = guest.offer(b"meanwhile")
+        ours, theirs = socket.socketpair()
+        with serving(theirs, BlkBackend()):
+            successor = VhostUser(Client(ours), guest, "disk1", BLOCK)
+            transport = RecordingTransport(guest, has_fds=True)
+            successor.attach(transport)
+            successor.restore(VERSION_1, {0: guest.ring(0)}, positions)
+            assert guest.used() == 1
+            successor.resume()
+            guest.wait(used=2)
+            assert guest.answer(slot, 9) == b"MEANWHILE"
+            successor.close()
+            assert transport.failures.empty()
+
+
+def test_a_server_that_is_gone_has_no_positions() -> None:
+    """The device has failed then; a resume changes nothing."""
+    with dataplane(BlkBackend()) as (device, guest, transport):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        device.suspend()
+        device._client.shut_down()  # as a server that dies
+        assert device.positions() == {}
+        assert "GET_VRING_BASE" in transport.failures.get() or transport.failures.empty()
+        device.resume()
