@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -444,6 +445,56 @@ def _goes_on(stand: Stand, machine: Machine) -> None:
     rng.wait(lambda: bool(queue.used()))
     assert any(rng.ram[at : at + 64])
     machine.pause()
+
+
+def test_a_disk_under_load(stand: Stand) -> None:
+    """Requests from machine to machine: each is answered once, and what was written is there."""
+    spec = stand.spec()
+    machine = stand.machine(spec)
+    machine.resume()
+    driver = Driver(machine, SLOT_BLK)
+    queue = DriverQueue(driver.ram, 64, driver.base)
+    driver.start({0: queue}, msix=False)
+    answered = 0
+    for number in range(_LOAD_ROUNDS):
+        for request in range(_LOAD_REQUESTS):
+            _add_write(queue, driver.base, number * _LOAD_REQUESTS + request)
+        driver.notify(0)
+        machine.pause()  # with requests under way, or all done, or none
+        state, memory = save(machine), machine.memory.read(0, RAM_SIZE)
+        machine = stand.machine(stand.successor(spec), is_restored=True)
+        machine.memory.write(0, memory)
+        restore(machine, _through_json(state))
+        machine.resume()
+        driver = Driver(machine, SLOT_BLK)
+        queue.memory = driver.ram
+        expected = (number + 1) * _LOAD_REQUESTS
+        driver.wait(partial(_has_used, queue, expected))
+        answered += len(queue.used())
+    machine.pause()
+    total = _LOAD_ROUNDS * _LOAD_REQUESTS
+    assert answered == total
+    written = (stand.directory / "disk").read_bytes()[: 512 * total]
+    assert written == b"".join(_sector(number) for number in range(total))
+
+
+_LOAD_ROUNDS, _LOAD_REQUESTS = 8, 20
+
+
+def _has_used(queue: DriverQueue, index: int) -> bool:
+    return queue.used_index == index
+
+
+def _sector(number: int) -> bytes:
+    return number.to_bytes(4, "little") * 128
+
+
+def _add_write(queue: DriverQueue, base: int, number: int) -> None:
+    """Make a request available that writes one sector."""
+    at = base + 0x1_0000 + 0x400 * (number % _LOAD_REQUESTS)
+    queue.put(at, "IIQ", abi.VIRTIO_BLK_T_OUT, 0, number)
+    queue.memory[at + 0x100 : at + 0x300] = _sector(number)
+    queue.add((at, 16, False), (at + 0x100, 512, False), (at + 0x300, 1, True))
 
 
 def test_every_field_is_one_that_a_guest_can_change(stand: Stand) -> None:
