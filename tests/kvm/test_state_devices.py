@@ -42,7 +42,7 @@ from vmm_kvm.machine.spec import MachineSpec
 from vmm_kvm.machine.state import MachineState, restore, save
 from vmm_kvm.net.paths import StreamPath, Traffic
 from vmm_kvm.pci.config import PciFunction
-from vmm_kvm.pci.ids import Command, Register
+from vmm_kvm.pci.ids import VENDOR_INTEL, Command, Register
 from vmm_kvm.pci.msix import Msix
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.scsi.cdrom import CdRom
@@ -68,6 +68,8 @@ LLADDR = b"\xfe\xe1\xbb\0\0\1"
 OTHER = b"\xfe\xe1\xbb\0\0\2"
 GROUP = b"\1\0\x5e\0\0\1"
 RAM_SIZE = 16 * MIB
+_FIRMWARE_VOLUME = bytes(40) + b"_FVH"
+_PCIEXBAR, _ECAM = 0x60, 0xB000_0000
 KVM_PARTS = ("clock", "vcpu0", "vcpu1", "irqchip", "pit")
 SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_PMEM, SLOT_CD, SLOT_CONSOLE, SLOT_VMMCI = range(1, 8)
 
@@ -409,11 +411,18 @@ def _of_devices(state: MachineState) -> MachineState:
     )
 
 
-def test_a_restored_machine_looks_the_same(stand: Stand) -> None:
+@pytest.mark.parametrize("is_uefi", [False, True])
+def test_a_restored_machine_looks_the_same(stand: Stand, is_uefi: bool) -> None:
     """Whatever its guest did: ports, configuration space, BARs, and what is under way."""
     spec = stand.spec()
+    if is_uefi:  # another host bridge
+        rom = _FIRMWARE_VOLUME.ljust(64 << 10, b"\xff")
+        spec = spec._replace(image=FirmwareImage("uefi", rom, len(rom)))
     first = stand.machine(spec)
     change_everything(stand, first)
+    if is_uefi:
+        _config_write(first, 0, _PCIEXBAR, 4, _ECAM | 1)
+        assert first.mmio.read(_ECAM, 2) == VENDOR_INTEL
     state = _through_json(save(first))
     memory = first.memory.read(0, RAM_SIZE)
     first_seen = list(observe(first))
