@@ -58,6 +58,7 @@ _EXPOSED = frozenset({Kind.CONTROL, Kind.LOCAL, Kind.AGENTX})
 """Processes that read what others say: whatever those make of one, VMs go on."""
 _READY = b"\0"
 _KVM = "/dev/kvm"
+_MACHINE_ID = "/etc/machine-id"
 
 
 class StartError(Exception):
@@ -115,9 +116,18 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         uid=os.getuid(),
         set_socket_owner=set_socket_owner,
         address=listener.getsockname(),
+        host_id=_host_id(),
         state=state_directory(os.environ, is_user=options.is_user),
     )
     return Setting(settings, listener, path, kvm_fd, identity, warmth)
+
+
+def _host_id() -> bytes:
+    """Return what tells this host from others: machine-id(5), or else its name."""
+    try:
+        return Path(_MACHINE_ID).read_bytes().strip()
+    except OSError:
+        return os.fsencode(socket.gethostname())
 
 
 def _nobody_else(_owner: Owner | None) -> None:

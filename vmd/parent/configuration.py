@@ -32,6 +32,8 @@ class Settings(NamedTuple):
     """It is `vmd --user`, even if root runs it: there are no switches."""
     skips_broken: bool = False
     """VMs that name missing files, or are refused, are left out; the others start."""
+    host_id: bytes = b""
+    """What no other host has: lladdrs are made of it."""
     host: Host = SystemHost("/")
     """Where the configuration and what it names are looked for."""
 

@@ -83,7 +83,7 @@ class Parent:
         self._networks = networks
         self._settings = settings
         staggered = Staggered(os.cpu_count() or 1, STAGGER_DELAY_S)
-        self._registry = Registry(settings.users, SystemClock(), staggered, os.urandom)
+        self._registry = Registry(settings.users, SystemClock(), staggered, settings.host_id)
         self._default_staggered = staggered
         self._kernels = KernelStore()
         host = Host(settings.users, self._kernels, settings.state)

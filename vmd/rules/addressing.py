@@ -7,6 +7,8 @@ of 96 bits and the address that the guest makes of its lladdr by itself.
 Source: section 12.4 of OpenBSD's behaviour; RFC 4291, appendix A.
 """
 
+from collections.abc import Container
+from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address
 
 from vmd.config.model import Prefix
@@ -24,6 +26,7 @@ _ALL_ONES = (1 << 32) - 1
 _SUBNET_BITS = 64
 _UNIQUE_LOCAL = 0xFD << 120
 _RANDOM_BYTES = 7
+_ATTEMPTS = 1000
 
 
 class RangeError(ValueError):
@@ -64,6 +67,25 @@ def local_addresses(
         host6=host6,
         guest6=guest6,
     )
+
+
+def made_lladdr(host: bytes, uid: int, name: str, index: int, taken: Container[str | None]) -> str:
+    """Return the guest's address on interface `index`, from 0, of a VM that names none.
+
+    It follows from the VM's name and owner, so that it is the same at each start, and from `host`,
+    which no other host has, so that it is nobody else's on the same network. One that is `taken` by
+    another VM here is passed over.
+
+    Source: section 7.3 of OpenBSD's behaviour, for its form; there it is random.
+    """
+    found = ""
+    for attempt in range(_ATTEMPTS):
+        text = f"{uid}/{name}/{index}/{attempt}"
+        digest = sha256(host + b"/" + text.encode(errors="surrogateescape")).digest()
+        found = f"fe:e1:bb:d{index + 1:x}:{digest[0]:02x}:{digest[1]:02x}"
+        if found not in taken:
+            break
+    return found
 
 
 def _interface_id(lladdr: str) -> int:

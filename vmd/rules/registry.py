@@ -23,6 +23,7 @@ from vmd.rules.actions import (
     Perform,
     Tell,
 )
+from vmd.rules.addressing import made_lladdr
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
@@ -58,7 +59,6 @@ from vmd.wire.parts import VmRequest
 IDS_KEPT = 1024
 """Ids of forgotten VMs that are kept for their names."""
 _LIVES_END = {EventKind.STOPPED, EventKind.FAILED, EventKind.REBOOTED}
-_LLADDR = "fe:e1:bb:d{index:x}:{first:02x}:{second:02x}"
 
 
 class Clock(Protocol):
@@ -79,15 +79,15 @@ class Registry:
         users: Users,
         clock: Clock,
         staggered: Staggered,
-        random_bytes: Callable[[int], bytes],
+        host: bytes,
     ) -> None:
-        """Begin without VMs; `random_bytes` returns as many as it is asked for."""
+        """Begin without VMs; `host` is what no other host has."""
         self._users = users
         self._clock = clock
         self.staggered = staggered
         """May change with the configuration, as the limits."""
         self.limits = Limits()
-        self._random_bytes = random_bytes
+        self._host = host
         self._vms: dict[int, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
         self._gone = GoneVms()
@@ -359,21 +359,22 @@ class Registry:
     def _completed(self, config: VmConfig, uid: int) -> VmConfig:
         """Fill in defaults, and make up the lladdrs that are not given."""
         owner = config.owner
+        owner = owner._replace(uid=uid) if owner.uid is None else owner
+        taken = {each.lladdr for vm in self._vms.values() for each in vm.config.interfaces}
+        taken |= {each.lladdr for each in config.interfaces}
         return config._replace(
             memory=config.memory if config.memory is not None else MEMORY_DEFAULT,
             cpus=config.cpus or 1,
-            owner=owner._replace(uid=uid) if owner.uid is None else owner,
+            owner=owner,
             interfaces=tuple(
                 interface
                 if interface.lladdr is not None
-                else interface._replace(lladdr=self._lladdr(index))
+                else interface._replace(
+                    lladdr=made_lladdr(self._host, owner.uid or 0, config.name, index, taken)
+                )
                 for index, interface in enumerate(config.interfaces)
             ),
         )
-
-    def _lladdr(self, index: int) -> str:
-        first, second = self._random_bytes(2)
-        return _LLADDR.format(index=index + 1, first=first, second=second)
 
     # Sending and receiving
 

@@ -20,4 +20,4 @@ class _NoClock:
 def trial(vms: Sequence[VmConfig]) -> list[str]:
     """Return why VMs of a configuration would be refused, a line each, for an administrator."""
     users = Users(frozenset({0}), lambda _uid, _gid: False)
-    return Registry(users, _NoClock(), Staggered(1, 0), bytes).judge(vms)
+    return Registry(users, _NoClock(), Staggered(1, 0), b"").judge(vms)

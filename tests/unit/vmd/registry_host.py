@@ -156,9 +156,7 @@ class Host:
     def __init__(self, parallelism: int = 4, delay_s: int = 30) -> None:
         self.clock = FakeClock()
         users = Users(frozenset({ROOT}), lambda uid, gid: (uid, gid) == (BOB, STAFF))
-        self.registry = Registry(
-            users, self.clock, Staggered(parallelism, delay_s), lambda size: bytes(range(size))
-        )
+        self.registry = Registry(users, self.clock, Staggered(parallelism, delay_s), b"host")
         self.launches: list[int] = []  # of VMs whose process is under way
         self.processes: dict[int, int] = {}  # by VM
         self.told: dict[int, list[str]] = {}  # what each process was told

@@ -15,10 +15,12 @@ from vmd.rules.addressing import (
     host_lladdr,
     is_host_name,
     local_addresses,
+    made_lladdr,
     random_prefix6,
     subnet4,
     subnet6,
 )
+from vmm_kvm.net.ethernet import parse_lladdr
 
 LLADDR = "fe:e1:bb:d1:23:45"
 
@@ -119,3 +121,30 @@ def test_the_host_is_next_to_the_guest() -> None:
 def test_host_names(name: str, expected: bool) -> None:
     """Not every name of a VM is one that a host can have."""
     assert is_host_name(name) == expected
+
+
+def test_addresses_that_nobody_chose() -> None:
+    """The same at each start, and another one for another host, owner, VM or interface."""
+
+    def made(host: bytes = b"h", uid: int = 0, name: str = "web", index: int = 0) -> str:
+        return made_lladdr(host, uid, name, index, ())
+
+    found = [made(), made(b"other"), made(uid=1000), made(name="db"), made(index=1), made(index=3)]
+    assert found[0] == made()
+    assert len(set(found)) == len(found)
+    assert [one[:11] for one in found] == ["fe:e1:bb:d1"] * 4 + ["fe:e1:bb:d2", "fe:e1:bb:d4"]
+    assert all(parse_lladdr(one).hex(":") == one for one in found)
+
+
+def test_an_address_that_is_taken_is_passed_over() -> None:
+    """The next one is as lasting; if all were taken, there would be one all the same."""
+    first = made_lladdr(b"h", 0, "web", 0, ())
+    second = made_lladdr(b"h", 0, "web", 0, {first})
+    assert second != first
+    assert made_lladdr(b"h", 0, "web", 0, {first}) == second
+
+    class Everything:
+        def __contains__(self, _lladdr: object) -> bool:
+            return True
+
+    assert made_lladdr(b"h", 0, "web", 0, Everything()).startswith("fe:e1:bb:d1:")

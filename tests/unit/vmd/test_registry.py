@@ -15,6 +15,7 @@ from vmd.config.model import (
     Staggered,
     VmConfig,
 )
+from vmd.rules.addressing import made_lladdr
 from vmd.rules.registry import IDS_KEPT, Registry
 from vmd.rules.vm_state import Exited, LaunchFailed, Paused, Running
 from vmd.wire.internal import EndReason
@@ -235,7 +236,8 @@ def test_a_vm_of_vmctl_vanishes(host: Host) -> None:
     host.begin(Start(name="web", disks=DISKS, interfaces=(InterfaceRequest(is_local=True),)))
     vm = host.launch("web")
     assert (vm.config.memory, vm.config.cpus) == (512 << 20, 1)
-    assert vm.config.interfaces == (InterfaceConfig(is_local=True, lladdr="fe:e1:bb:d1:00:01"),)
+    lladdr = made_lladdr(b"host", ROOT, "web", 0, ())
+    assert vm.config.interfaces == (InterfaceConfig(is_local=True, lladdr=lladdr),)
     host.end(vm, POWER_OFF)
     assert host.registry.vms == ()
 
@@ -252,7 +254,9 @@ def test_a_reboot_keeps_id_terminal_and_addresses(host: Host) -> None:
     vm = host.launch("web")
     host.report(vm, Running())
     assert (vm.id, vm.state.tty, vm.config.interfaces) == (1, "/dev/pts/1", before)
-    assert [one.lladdr for one in before] == ["fe:e1:bb:d1:00:01", "fe:e1:bb:d2:00:01"]
+    assert [one.lladdr for one in before] == [
+        made_lladdr(b"host", ROOT, "web", index, ()) for index in range(2)
+    ]
 
 
 def test_an_explicit_boot_device_stops_at_reboot(host: Host) -> None:
