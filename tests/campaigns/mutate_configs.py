@@ -110,7 +110,9 @@ def _swap(lines: list[bytearray], chance: random.Random) -> None:
 
 def plain(config: Config) -> Config:
     """Return what a configuration says, without where it says it."""
-    return config._replace(vms=tuple(vm._replace(where="") for vm in config.vms), warnings=())
+    return config._replace(
+        vms=tuple(vm._replace(where="") for vm in config.vms), warnings=(), includes=()
+    )
 
 
 def read(files: Mapping[str, bytes]) -> str:

@@ -8,7 +8,7 @@ syntax error is kept silent until three tokens in a row have been right.
 Source: section 4.6 of OpenBSD's behaviour.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
@@ -49,10 +49,10 @@ class Tokens:
         """How many files are open."""
         return self._lexer.depth
 
-    def include(self, name: str, data: bytes) -> None:
-        """Go on in another file. The last token taken ends a line, and none is known ahead."""
+    def include(self, files: Sequence[tuple[str, bytes]]) -> None:
+        """Go on in other files. The last token taken ends a line, and none is known ahead."""
         assert self._ahead is None
-        self._lexer.include(name, data)
+        self._lexer.include(files)
 
     def report(self, message: str) -> None:
         """Complain of what was read last."""

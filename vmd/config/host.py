@@ -24,6 +24,9 @@ class Host(Protocol):
     def read_file(self, path: str) -> FileText:
         """Read a file; raises OSError."""
 
+    def glob(self, pattern: str) -> list[str]:
+        """Return the paths that match a pattern, as it is written, in the order of their names."""
+
     def resolve(self, path: str) -> str:
         """Return the absolute path, without links, of what is there; raises OSError."""
 
@@ -65,6 +68,17 @@ class SystemHost:
         if len(data) > SIZE_MAX:
             raise OSError(EFBIG, os.strerror(EFBIG), path)
         return FileText(data, secrecy_complaint(status, os.getuid()))
+
+    def glob(self, pattern: str) -> list[str]:
+        """Return the paths that match a pattern, as it is written, in the order of their names.
+
+        A file that is called like the pattern is meant itself.
+        """
+        from glob import glob  # noqa: PLC0415 - every child would inherit all that it imports
+
+        if os.path.lexists(self.absolute(pattern)):
+            return [pattern]
+        return sorted(glob(pattern, root_dir=self._directory))
 
     def resolve(self, path: str) -> str:
         """Return the absolute path, without links, of what is there; raises OSError."""

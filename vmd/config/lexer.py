@@ -8,7 +8,7 @@ read as if they stood there, save that no macro is replaced within them.
 Source: vm.conf(5); section 4.1 of OpenBSD's behaviour.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum, auto
 from string import ascii_letters, digits, punctuation
 from typing import NamedTuple
@@ -100,7 +100,7 @@ class Macros:
 class _File:
     """A file that is being read; `back` are characters to read again, the last first."""
 
-    __slots__ = ("at", "back", "has_ended", "line", "name", "text")
+    __slots__ = ("at", "back", "following", "has_ended", "line", "name", "text")
 
     def __init__(self, name: str, data: bytes) -> None:
         self.name = name
@@ -109,6 +109,8 @@ class _File:
         self.line = 1
         self.back: list[str] = []
         self.has_ended = False
+        self.following: Sequence[tuple[str, bytes]] = ()
+        """Files to be read after this one, in its place."""
 
 
 class Lexer:
@@ -137,9 +139,16 @@ class Lexer:
         """How many files are open: one, and those that are included."""
         return len(self._files)
 
-    def include(self, name: str, data: bytes) -> None:
-        """Go on in another file, and return to this one when it ends."""
-        self._files.append(_File(name, data))
+    def include(self, files: Sequence[tuple[str, bytes]]) -> None:
+        """Go on in other files, names and contents, and return to this one when they end."""
+        if files:
+            (name, data), *following = files
+            self._files.append(_File(name, data))
+            self._files[-1].following = following
+
+    def _leave(self) -> None:
+        """Leave a file that has ended, for the next of those that were included together."""
+        self.include(self._files.pop().following)
 
     def next(self) -> Token:
         """Read a token."""
@@ -284,7 +293,7 @@ class Lexer:
                 return "\n"
             if len(self._files) == 1:
                 break
-            self._files.pop()
+            self._leave()
             char = self._get()
         return char
 
@@ -293,7 +302,7 @@ class Lexer:
         if char == _END_OF_FILE:
             self._report("reached end of file while parsing quoted string")
             if len(self._files) > 1:
-                self._files.pop()
+                self._leave()
                 return quote
         return char
 

@@ -206,5 +206,7 @@ class Config(NamedTuple):
     staggered: Staggered | None = None
     limits: Limits = Limits()
     agentx: Agentx | None = None
+    includes: tuple[str, ...] = ()
+    """What is included, files or patterns, with absolute paths."""
     warnings: tuple[str, ...] = ()
     """Lines for the operator, of what is not an error."""

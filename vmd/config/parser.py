@@ -8,6 +8,7 @@ the grammar in its docstring.
 Source: vm.conf(5); section 4 of OpenBSD's behaviour.
 """
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ _SOCKET_PATH_MAX = 107
 # More is a file that includes itself.
 _DEPTH_MAX = 16
 _INCLUDES_MAX = 256
+_PATTERN = re.compile(r"[*?[]")
 
 
 class ConfigErrors(Exception):  # noqa: N818 - it is several
@@ -191,22 +193,31 @@ class _Parser:
         self.notes.append(f'{vm.where}: vm "{vm.name}" is left out')
 
     def _include(self) -> None:
-        """Take `"include" string NL`; what the file says stands in place of the line."""
+        """Take `"include" string NL`; what the files say stands in place of the line.
+
+        One with `*`, `?` or `[` is a pattern: files come in the order of their names, if any do.
+        """
         tokens = self.tokens
         path = tokens.string()
         if not tokens.is_at("\n"):
             tokens.syntax_error()
-        self._includes += 1
+        paths = self._host.glob(path) if _PATTERN.search(path) else [path]
+        self._includes += len(paths)
         if tokens.depth >= _DEPTH_MAX or self._includes > _INCLUDES_MAX:
             tokens.refuse(f"failed to include file {path}")
-        try:
-            file = self._host.read_file(path)
-        except OSError:
-            tokens.refuse(f"failed to include file {path}")
-        if file.complaint is not None:
-            self.notes.append(f"{path}: {file.complaint}")
+        files = []
+        for each in paths:
+            try:
+                file = self._host.read_file(each)
+            except OSError:
+                tokens.refuse(f"failed to include file {each}")
+            if file.complaint is not None:
+                self.notes.append(f"{each}: {file.complaint}")
+            files.append((each, file.data))
         tokens.take()
-        tokens.include(path, file.data)
+        tokens.include(files)
+        included = (*self._config.includes, self._host.absolute(path))
+        self._config = self._config._replace(includes=included)
 
     def _macro(self) -> None:
         """Take `macro = STRING "=" STRING`, or a limit, whose keyword may be a macro's name."""

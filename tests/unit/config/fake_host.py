@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,10 @@ class FakeHost:
         if path not in self._files:
             raise error(errno.ENOENT, path)
         return FileText(self._files[path], "group writable" if path.startswith("open") else None)
+
+    def glob(self, pattern: str) -> list[str]:
+        """Return the names of the mapping that match."""
+        return sorted(fnmatch.filter(self._files, pattern))
 
     def resolve(self, path: str) -> str:
         """Find an image by its name, or by its path in /vm; `long.img` has a very long path."""

@@ -118,3 +118,17 @@ def test_a_file_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert config.warnings == ("more.conf: group writable or world writable",)
     lines, status = check("vm.conf", {})
     assert (lines, status) == ([f"vmd: {config.warnings[0]}", "configuration OK"], 0)
+
+
+def test_patterns(tmp_path: Path) -> None:
+    """Matches come in the order of their names, from the host's directory; there may be none.
+
+    Hidden files are none of them, and a file that is called like a pattern is meant itself.
+    """
+    for name in ("b.conf", "a.conf", ".hidden.conf", "a.conf~", "x[1].conf"):
+        (tmp_path / name).touch()
+    host = SystemHost(str(tmp_path))
+    assert host.glob("*.conf") == ["a.conf", "b.conf", "x[1].conf"]
+    assert host.glob(f"{tmp_path}/?.conf") == [f"{tmp_path}/a.conf", f"{tmp_path}/b.conf"]
+    assert host.glob("none*") == host.glob("none/*.conf") == []
+    assert host.glob("x[1].conf") == ["x[1].conf"]

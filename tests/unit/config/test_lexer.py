@@ -203,7 +203,7 @@ def test_an_included_file_stands_in_its_place() -> None:
     """Lines are counted in each file, and an included one ends with a line of its own."""
     lexer = Lexer("outer", b"a\nb\n", Macros({}), pytest.fail)
     seen = [(lexer.next().text, lexer.where), (lexer.next().text, lexer.where)]
-    lexer.include("inner", b"c\nd")
+    lexer.include([("inner", b"c\nd")])
     while (token := lexer.next()).kind is not Kind.END:
         seen.append((token.text, lexer.where))
     assert seen == [

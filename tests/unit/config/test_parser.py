@@ -237,7 +237,7 @@ def test_warnings_go_with_what_is_read() -> None:
         "f", {}, host=FakeHost({"f": b'a = b\ninclude "open.conf"\n', "open.conf": b""})
     )
     warnings = ("open.conf: group writable", "warning: macro 'a' not used")
-    assert config == Config(warnings=warnings)
+    assert config == Config(includes=("open.conf",), warnings=warnings)
 
 
 def test_a_missing_file() -> None:
@@ -342,3 +342,24 @@ def test_reading_imports_little() -> None:
     done = run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     large = {"asyncio", "dataclasses", "inspect", "ipaddress", "logging", "msgspec", "socket"}
     assert large & set(done.stdout.split()) == set()
+
+
+def test_many_files_by_one_pattern() -> None:
+    """More than may be nested; each is complained of by its own name and lines, in its turn."""
+    files = {
+        f"d/{number:02}.conf": f'vm "v{number}" {{ disable }}\n'.encode() for number in range(40)
+    }
+    files["f"] = b'include "d/*.conf"\nvm "last" { disable }\n'
+    config = parse_config("f", {}, host=FakeHost(files))
+    assert [vm.name for vm in config.vms] == [*(f"v{number}" for number in range(40)), "last"]
+    assert config.vms[7].where == "d/07.conf:1"
+    assert config.vms[-1].where == "f:2"
+    assert config.includes == ("d/*.conf",)
+    files["d/20.conf"] = b"\nbogus\n"
+    with pytest.raises(ConfigErrors) as caught:
+        parse_config("f", {}, host=FakeHost(files))
+    assert caught.value.lines == ("d/20.conf:2: syntax error at the end of the line",)
+    files["d/20.conf"] = b'vm "open'
+    with pytest.raises(ConfigErrors) as caught:
+        parse_config("f", {}, host=FakeHost(files))
+    assert caught.value.lines[0].startswith("d/20.conf:1: reached end of file")
