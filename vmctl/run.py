@@ -48,7 +48,12 @@ EXIT_KILLED = 128 + signal.SIGTERM
 
 # As vmd(8) limits restarts: the third in a row so soon after its start is the last.
 _EARLY_NS = 6 * NANOSECONDS
-_EARLY_CRASHES = 3
+_EARLY_CRASHES = _EARLY_RESETS = 3
+_EARLY_RESETS = 3
+_RESETS = (
+    "vmctl: the guest resets again and again, soon after each start:"
+    " --no-reboot ends the run at a reset"
+)
 _RETRY_NS = NANOSECONDS
 
 
@@ -328,7 +333,7 @@ class Foreground:
                 timer = self._loop.timer(self._time_out)
                 timer.arm(self._loop.monotonic_ns() + int(self._timeout_s * NANOSECONDS))
             self._stdio.start()
-            crashes = 0
+            crashes = resets = 0
             while True:
                 started_ns = self._loop.monotonic_ns()
                 machine.start()
@@ -342,6 +347,9 @@ class Foreground:
                 crashes = crashes + 1 if is_early and isinstance(outcome, TripleFault) else 0
                 if crashes == _EARLY_CRASHES:
                     break
+                resets = resets + 1 if is_early else 0
+                if resets == _EARLY_RESETS:
+                    self._stdio.tell(_RESETS)
                 self._outcome = None
                 machine = stack.enter_context(self._new_machine())
             self._stdio.finish(discard=isinstance(outcome, Ended) and outcome.discard_output)

@@ -14,10 +14,11 @@ import os
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from errno import ENOMEM
 from typing import NamedTuple, Self
 
-from vmm_kvm.bits import PAGE_SIZE
-from vmm_kvm.errors import GuestMemoryError, SpecError
+from vmm_kvm.bits import MIB, PAGE_SIZE
+from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
 from vmm_kvm.libc import mincore
 from vmm_kvm.memfd import make_memory
 
@@ -74,7 +75,8 @@ class GuestMemory:
 
         Raises:
             SpecError: the ranges are not aligned, empty, ascending or disjoint.
-            OSError: the host has no memory or descriptors left.
+            RefusedError: the host has not that much memory.
+            OSError: the host has no descriptors left.
         """
         regions = []
         offset = end = 0
@@ -94,23 +96,33 @@ class GuestMemory:
         self.fd = -1
         """The memfd; -1 for private memory."""
         self._finalizer: weakref.finalize[[int], GuestMemory] | None = None
-        if is_private:
-            # A huge page of the guest is one of the host if their addresses agree: leave room.
-            mapping = mmap.mmap(-1, offset + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError):  # a kernel that merges nothing
-                # A guest could tell by the time of a write what another one's page holds.
-                mapping.madvise(mmap.MADV_UNMERGEABLE)
-        else:
-            self.fd = make_memory(f"vmm:{name}", offset)
-            # The mapping goes when its last view does: a thread may still hold one after close().
-            self._finalizer = weakref.finalize(self, os.close, self.fd)
-            mapping = mmap.mmap(self.fd, offset)
+        try:
+            mapping = self._allocate(name, offset, is_private=is_private)
+        except OSError as err:
+            if err.errno != ENOMEM:
+                raise
+            text = f"{offset // MIB} MiB of memory: {err.strerror}"
+            raise RefusedError(Refusal.ENOMEM, text) from err
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         skipped = -address % _HUGE if is_private else 0
         self.hva = address + skipped
         self._view = memoryview(mapping)[skipped : skipped + offset]
+
+    def _allocate(self, name: str, size: int, *, is_private: bool) -> mmap.mmap:
+        if is_private:
+            # A huge page of the guest is one of the host if their addresses agree: leave room.
+            mapping = mmap.mmap(-1, size + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel that merges nothing
+                # A guest could tell by the time of a write what another one's page holds.
+                mapping.madvise(mmap.MADV_UNMERGEABLE)
+        else:
+            self.fd = make_memory(f"vmm:{name}", size)
+            # The mapping goes when its last view does: a thread may still hold one after close().
+            self._finalizer = weakref.finalize(self, os.close, self.fd)
+            mapping = mmap.mmap(self.fd, size)
+        return mapping
 
     def close(self) -> None:
         """Close the memfd and drop the mapping; idempotent."""

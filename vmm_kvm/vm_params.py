@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vmm_kvm.bits import PAGE_SIZE
+from vmm_kvm.bits import GIB, MIB, PAGE_SIZE
 from vmm_kvm.errors import Refusal, RefusedError
 from vmm_kvm.limits import MEMORY_MAX, NAME_MAX, VCPUS_MAX
 
@@ -112,6 +112,23 @@ def check_params(params: CreateParams, most_vcpus: int) -> None:
         end = part.gpa + part.size
     if memory_size(params) == 0:
         raise RefusedError(Refusal.EINVAL, "memory ranges: no RAM among them")
+
+
+def check_memory_end(size: int, end: int) -> None:
+    """Refuse RAM of `size` bytes, of which the last lies below `end`, if vmm(4) has no such place.
+
+    Raises:
+        RefusedError: it ends too high; the message says how much is possible.
+
+    Source: OpenBSD vmm(4), vm_create_check_mem_ranges: its limit is on addresses.
+    """
+    if end > MEMORY_MAX:
+        most = size - (end - MEMORY_MAX)
+        raise RefusedError(
+            Refusal.EINVAL,
+            f"{size // MIB} MiB of memory would end above {MEMORY_MAX // GIB} GiB, since PCI takes"
+            f" the room below 4 GiB: {most // MIB} MiB at most",
+        )
 
 
 def _range_problem(part: MemoryRange, previous_end: int) -> str:

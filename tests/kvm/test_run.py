@@ -101,6 +101,20 @@ def test_triple_faults_in_a_row() -> None:
         assert vm.output.count(b"selftest: ready") == 3
 
 
+def test_resets_in_a_row_are_told_once() -> None:
+    """A guest that does nothing but reset goes on, and standard error says so once."""
+    told = b"vmctl: the guest resets again and again, soon after each start: --no-reboot ends"
+    with selftest() as vm:
+        for count in range(5):
+            vm.expect("selftest: ready", READY_S)
+            assert vm.errors.count(told) == (1 if count > 2 else 0)
+            vm.send("k")
+        vm.expect("selftest: ready", READY_S)
+        vm.send("p")
+        assert vm.wait() == 0
+        assert vm.errors.count(told) == 1
+
+
 def test_panic() -> None:
     """A panic that the guest reports through pvpanic is status 1 and says so."""
     with selftest() as vm:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_kvm.bits import GIB, KIB, MIB, PAGE_SIZE
-from vmm_kvm.errors import GuestMemoryError, SpecError
+from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
 from vmm_kvm.memory import GuestMemory, Region
 
 RANGES = ((0, 64 * KIB), (0x10_0000, 64 * KIB))
@@ -159,3 +159,11 @@ def test_other_memory_can_be_attached() -> None:
                 memory.view(gpa, size)
     with pytest.raises(GuestMemoryError):
         memory.view(4 * GIB, 1)
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_more_memory_than_there_can_be(is_private: bool) -> None:
+    """What was asked for is in the message, and why there is none."""
+    with pytest.raises(RefusedError, match="68719476736 MiB of memory: ") as caught:
+        GuestMemory(((0, 1 << 56),), is_private=is_private)
+    assert caught.value.refusal is Refusal.ENOMEM

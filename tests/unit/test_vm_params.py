@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from vmm_kvm.arch.x86.layout import ram_ranges
 from vmm_kvm.bits import GIB, MIB
 from vmm_kvm.errors import Refusal, RefusedError
-from vmm_kvm.vm_params import CreateParams, MemoryRange, MemoryType, check_params, memory_size
+from vmm_kvm.vm_params import (
+    CreateParams,
+    MemoryRange,
+    MemoryType,
+    check_memory_end,
+    check_params,
+    memory_size,
+)
 
 VA = 0x7000_0000_0000
 PAGE = 4096
@@ -108,3 +116,15 @@ def test_memory_size() -> None:
         MemoryRange(2 * MIB, VA, PAGE, MemoryType.RESERVED),
     ]
     assert memory_size(CreateParams(ranges)) == MIB + PAGE
+
+
+@pytest.mark.parametrize(
+    ("size", "hole_start", "most"),
+    [(128 * GIB, 3 * GIB, 127), (127 * GIB + MIB, 3 * GIB, 127), (128 * GIB, 2 * GIB, 126)],
+)
+def test_memory_that_ends_too_high(size: int, hole_start: int, most: int) -> None:
+    """The limit is on addresses, so the hole below 4 GiB counts; the line says what is possible."""
+    with pytest.raises(RefusedError, match=f": {most * 1024} MiB at most") as caught:
+        check_memory_end(size, sum(ram_ranges(size, hole_start)[-1]))
+    assert caught.value.refusal is Refusal.EINVAL
+    check_memory_end(most * GIB, sum(ram_ranges(most * GIB, hole_start)[-1]))

@@ -31,6 +31,7 @@ from vmm_kvm.virtio.pci import VirtioPci
 from vmm_kvm.virtio.rng import VirtioRng
 from vmm_kvm.virtio.vmmci import Command, Vmmci
 from vmm_kvm.virtio.worker import Worker
+from vmm_kvm.vm_params import check_memory_end
 
 if TYPE_CHECKING:  # loaded where there is such a device
     from vmm_kvm.machine.net import Net
@@ -56,9 +57,11 @@ def ram_of(spec: "MachineSpec", hole_start: int, memory: GuestMemory | None) -> 
 
     Raises:
         SpecError: `memory` is not, and closed now.
-        OSError: the host has no memory or descriptors left.
+        RefusedError: it would end too high, or the host has not that much.
+        OSError: the host has no descriptors left.
     """
     ranges = ram_ranges(spec.memory_size, hole_start)
+    check_memory_end(spec.memory_size, sum(ranges[-1]))
     is_private = not has_servers(spec.devices)
     if memory is None:
         return GuestMemory(ranges, spec.name, is_private=is_private)

@@ -377,3 +377,22 @@ def test_payload_larger_than_the_kernel_needs(open_bytes: Open, memory: GuestMem
     payload = PACKED.payload[:-4] + struct.pack("<I", 0xFFFF_FFFF)
     with pytest.raises(BootError, match="unpacks to 0xffffffff bytes, not 0x400000 or less"):
         load(open_bytes(BzImage(payload).build()), memory, BootConfig())
+
+
+def test_a_program_with_a_kernels_header_needs_a_bios(open_bytes: Open) -> None:
+    """Without a 32-bit entry, as ipxe.lkrn has it, only real-mode code can be entered."""
+    with pytest.raises(BootError, match="no Linux kernel, but a program that needs a BIOS"):
+        open_bytes(BzImage().but(code32_start=0, xloadflags=0).build())
+
+
+def test_an_empty_initrd_beside_another_is_refused(
+    open_bytes: Open, memory: GuestMemory, tmp_path: Path
+) -> None:
+    """It is a mistake, as an empty one alone is."""
+    full, empty = tmp_path / "full", tmp_path / "empty"
+    full.write_bytes(b"x")
+    empty.touch()
+    for files in ((full, empty), (empty, full)):
+        image, config = open_bytes(BzImage().build()), BootConfig(initrd=tuple(map(str, files)))
+        with pytest.raises(BootError, match="empty: empty file"):
+            load(image, memory, config)

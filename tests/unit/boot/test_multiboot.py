@@ -186,3 +186,31 @@ def test_low_kernels(open_bytes: Open, memory: GuestMemory, tmp_path: Path) -> N
     start, end, module_line, _ = struct.unpack("<IIII", memory.read(modules, 16))
     assert (memory.read(start, end - start), memory.read(module_line, 3)) == (b"module", b"-y\0")
     assert start >= entry.gdt_base + entry.gdt_limit
+
+
+@pytest.mark.parametrize("is_64", [False, True])
+def test_xen_needs_a_bios(open_bytes: Open, is_64: bool) -> None:
+    """Xen entered by Multiboot calls one, and hangs without: one line says so."""
+    with pytest.raises(BootError, match=r"Xen needs a BIOS, .*: boot it from a disk or CD"):
+        open_bytes(multiboot_elf(is_64=is_64) + b"\0Xen version %d.%d%s\0")
+
+
+def test_a_program_for_efi_with_a_multiboot_header(open_bytes: Open) -> None:
+    """As xen.efi is: what it is comes before what it contains."""
+    pe = bytearray(0x100)
+    pe[:2], pe[0x3C], pe[0x80:0x84] = b"MZ", 0x80, b"PE\0\0"
+    with pytest.raises(BootError, match="a program for EFI or Windows"):
+        open_bytes(bytes(pe) + multiboot_header() + bytes(64))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0)])
+def test_an_empty_module_is_refused(
+    open_bytes: Open, memory: GuestMemory, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """Also beside others, wherever it stands."""
+    files = (tmp_path / "module", tmp_path / "empty")
+    files[0].write_bytes(b"x")
+    files[1].touch()
+    config = BootConfig(initrd=tuple(str(files[index]) for index in order))
+    with pytest.raises(BootError, match="empty: empty file"):
+        load(open_bytes(multiboot_elf()), memory, config)

@@ -12,6 +12,7 @@ from vmm_kvm.errors import BootError
 
 SECTOR_SIZE = 512
 HEADER_OFFSET = 0x1F1
+NEEDS_BIOS = "needs a BIOS, which kernels do not have here: boot it from a disk or CD"
 HEADER_END_MAX = 0x290
 """boot_params has no room for a longer header."""
 SIGNATURE_OFFSET = 0x202
@@ -40,6 +41,7 @@ _BOOT_FLAG = 0x1FE
 _JUMP = 0x200
 _VERSION = 0x206
 _LOADFLAGS = 0x211
+_CODE32_START = 0x214
 _INITRD_ADDR_MAX = 0x22C
 _KERNEL_ALIGNMENT = 0x230
 _RELOCATABLE_KERNEL = 0x234
@@ -124,6 +126,8 @@ def read_header(source: FileSource) -> SetupHeader:
         raise BootError(f"{name}: ends at {header_end:#x}, not {needed:#x} or behind")
     if not u8(_LOADFLAGS) & LOADED_HIGH:
         raise BootError(f"{name}: a zImage, which is loaded below 1 MiB, is not supported")
+    if not u32(_CODE32_START):  # as iPXE's has it: only its real-mode code can be entered
+        raise BootError(f"{source.name}: no Linux kernel, but a program that {NEEDS_BIOS}")
 
     kernel_offset = ((u8(_SETUP_SECTS) or _SETUP_SECTORS_DEFAULT) + 1) * SECTOR_SIZE
     claimed = u32(_SYSSIZE) * _PARAGRAPH

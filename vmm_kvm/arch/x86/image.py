@@ -6,7 +6,7 @@
 2. an ELF executable is, by the first that it has: a PVH kernel by its note, a Multiboot kernel by
    its header, Linux or OpenBSD by their marks, and without any of these Linux if it is 64-bit and
    entered at a physical address within a segment, else OpenBSD;
-3. the signature HdrS makes a Linux bzImage;
+3. the signature HdrS makes a Linux bzImage; any other PE executable is refused;
 4. a Multiboot header makes a Multiboot kernel that says where to load it;
 5. code at the reset vector makes firmware.
 
@@ -17,7 +17,7 @@ from typing import NamedTuple, assert_never
 
 from vmm_kvm.arch.x86.bios import FirmwareImage, load_firmware, probe_firmware, read_firmware
 from vmm_kvm.arch.x86.boot_config import BootConfig, BootDevice, place_smbios
-from vmm_kvm.arch.x86.bzimage import is_bzimage
+from vmm_kvm.arch.x86.bzimage import NEEDS_BIOS, is_bzimage
 from vmm_kvm.arch.x86.entry import Entry
 from vmm_kvm.arch.x86.linux import ElfImage, LinuxImage, load_linux, load_vmlinux, probe_linux
 from vmm_kvm.arch.x86.multiboot import SEARCH_SIZE, MultibootImage, load_multiboot, probe_multiboot
@@ -66,6 +66,8 @@ _ARM64_MAGIC = b"ARM\x64"
 _ARM64_MAGIC_AT = 56
 _LINUX_NOTE_OWNER = b"Linux"
 _GNU_NOTE_OWNER, _NT_GNU_ABI_TAG = b"GNU", 1
+_XEN_BANNER = b"Xen version %d.%d"
+"""What Xen prints first; entered by Multiboot, it calls the BIOS from its very beginning."""
 _DOS_MAGIC, _PE_OFFSET_AT, _PE_MAGIC = b"MZ", 0x3C, b"PE\0\0"
 
 
@@ -105,13 +107,13 @@ def probe_image(source: FileSource) -> BootImage:
         return _probe_elf(source)
     if is_bzimage(head):
         return probe_linux(source)
+    if _is_pe(head):
+        advice = "boot it from a disk, with UEFI firmware"
+        raise BootError(f"{source.name}: a program for EFI or Windows (PE): {advice}")
     if (image := probe_multiboot(source, None)) is not None:
         return image
     if head[_ARM64_MAGIC_AT : _ARM64_MAGIC_AT + len(_ARM64_MAGIC)] == _ARM64_MAGIC:
         raise BootError(f"{source.name}: built for AArch64, not x86")
-    if _is_pe(head):
-        advice = "boot it from a disk, with UEFI firmware"
-        raise BootError(f"{source.name}: a program for EFI or Windows (PE): {advice}")
     return probe_firmware(source)
 
 
@@ -134,6 +136,8 @@ def _probe_elf(source: Source) -> BootImage:
         raise BootError(f"{source.name}: a program for Linux, not a kernel")
     entry = pvh_entry(elf, notes)
     if entry is None and (image := probe_multiboot(source, elf)) is not None:
+        if _XEN_BANNER in source.read(0, source.size):
+            raise BootError(f"{source.name}: Xen {NEEDS_BIOS}")
         return image
     check_high(elf)
     if entry is not None:
