@@ -254,7 +254,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.shared",
     ),
     "vmd.vmm": ("vmm_kvm.clock", "vmm_kvm.log", "vmm_kvm.loop", "vmd.wire", "vmd.shared"),
-    "vmd.zygote": ("vmm_kvm.log", "vmd.wire", "vmd.shared"),
+    "vmd.zygote": ("vmm_kvm.log", "vmd.wire", "vmd.confine", "vmd.shared"),
     "vmd.zygote.warm": (
         "vmm_kvm.bits",
         "vmm_kvm.log",

@@ -5,16 +5,17 @@ Only here do the daemon's processes meet, so that none of them imports another.
 
 import gc
 import os
+import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, NoReturn
 
-from vmd.confine.confinements import CONFINEMENTS, Kind
+from vmd.confine.confinements import CONFINEMENTS, Kind, zygote_confinement
+from vmd.confine.namespaces import number_children_anew
 from vmd.confine.sandbox import (
     Identity,
-    adopt_orphans,
     client_identity,
     confine,
     die_with,
@@ -22,8 +23,9 @@ from vmd.confine.sandbox import (
     set_title,
 )
 from vmd.confine.seccomp import compile_filter
+from vmd.confine.uids import Uids
 from vmd.shared import log as logging
-from vmd.shared.privsep import Plan, spawn
+from vmd.shared.privsep import Child, Plan, spawn
 from vmd.wire.agentx import AGENTX_AND_PARENT
 from vmd.wire.channel import Channel
 from vmd.wire.files import OPENER_AND_PARENT, OpenerToParent, OpenFiles
@@ -59,19 +61,24 @@ def followed(loop: EventLoop) -> Iterator[EventLoop]:
             logging.follow(None)
 
 
-def control_plan(listener: socket.socket, identity: Identity | None) -> Plan:
+def _held(uids: Uids | None) -> tuple[int, ...]:
+    """Return what holds the lease of the uids."""
+    return () if uids is None else (uids.fd,)
+
+
+def control_plan(listener: socket.socket, uids: Uids | None) -> Plan:
     """Return how to make a control process for clients of `listener`, which stays the caller's."""
 
     def body(connection: socket.socket) -> None:
         from vmd.control.process import Control  # noqa: PLC0415 - see the module's docstring
 
-        confine(CONFINEMENTS[Kind.CONTROL], identity)
+        confine(CONFINEMENTS[Kind.CONTROL], uids and Identity(uids.control, uids.control))
         with followed(EventLoop()) as loop:
             control = Control(loop, Channel(connection, CONTROL_AND_PARENT), listener)
             loop.run()
             control.close()
 
-    return Plan(Kind.CONTROL, body, (listener.fileno(),))
+    return Plan(Kind.CONTROL, body, (listener.fileno(), *_held(uids)))
 
 
 def opener_plan(uid: int) -> Plan:
@@ -101,7 +108,7 @@ def _prepare_opener() -> Callable[[Channel[OpenerToParent, OpenFiles]], None]:
     return serve
 
 
-def vmm_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan:
+def vmm_plan(kvm_fd: int, identity: Identity | None, uids: Uids | None, warmth: Warmth) -> Plan:
     """Return how to make a vmm process; `kvm_fd`, an open /dev/kvm, stays the caller's."""
 
     def body(connection: socket.socket) -> None:
@@ -109,24 +116,46 @@ def vmm_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan:
         from vmd.vmm.process import Vmm  # noqa: PLC0415 - likewise
         from vmd.wire.blank import Role  # noqa: PLC0415 - likewise
 
-        # What the zygote forks by way of another process becomes ours.
-        adopt_orphans()
-        zygote = spawn(_zygote_plan(kvm_fd, identity, warmth))
+        init = None if uids is None else _number_anew(uids)
+        held = () if init is None else (init.connection.fileno(),)
+        zygote = spawn(_zygote_plan(kvm_fd, uids, (*_held(uids), *held), warmth))
+        if init is not None:
+            init.connection.close()
         os.close(kvm_fd)
+        orders = Channel(zygote.connection, VMM_AND_ZYGOTE, asks_pids=True)
         confine(CONFINEMENTS[Kind.VMM], identity)
         with followed(EventLoop()) as loop:
-            orders = Channel(zygote.connection, VMM_AND_ZYGOTE)
             ready = (Role.VM, Role.DISK)
             rehearses = warmth is not Warmth.OFF
-            blanks = Blanks(loop, orders, zygote.pid, ready, rehearses=rehearses)
+            vms = () if uids is None else uids.vms
+            blanks = Blanks(loop, orders, zygote.pid, ready, rehearses=rehearses, uids=vms)
             Vmm(loop, Channel(connection, VMM_AND_PARENT), blanks)
             loop.run()
             blanks.close()
 
-    return Plan(Kind.VMM, body, (kvm_fd,))
+    return Plan(Kind.VMM, body, (kvm_fd, *_held(uids)))
 
 
-def _zygote_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan:
+def _number_anew(uids: Uids) -> Child | None:
+    """Have a pid namespace for what is forked next; returns its first process, if there is one.
+
+    The namespace is there until nobody has our end of its connection.
+    """
+    try:
+        number_children_anew()
+    except OSError as err:
+        log.info("no pid namespace for VM processes: %s", err.strerror)
+        return None
+
+    def body(connection: socket.socket) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what is orphaned there is reaped
+        confine(CONFINEMENTS[Kind.INIT], Identity(uids.zygote, uids.zygote))
+        connection.recvmsg(1)
+
+    return spawn(Plan(Kind.INIT, body, (uids.fd,)))
+
+
+def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Warmth) -> Plan:
     def body(connection: socket.socket) -> None:
         from importlib import import_module  # noqa: PLC0415 - see the module's docstring
 
@@ -147,7 +176,7 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan
         kvm = Kvm.from_fd(kvm_fd)
         warm_up(
             warmth,
-            partial(confine, CONFINEMENTS[Kind.ZYGOTE], identity),
+            partial(confine, zygote_confinement(uids), uids and Identity(uids.zygote, uids.zygote)),
             partial(vm.be_vm, kvm),
             partial(_live_untold, kvm, kvm_fd),
             patience_s=WARMING_PATIENCE_S,
@@ -157,13 +186,13 @@ def _zygote_plan(kvm_fd: int, identity: Identity | None, warmth: Warmth) -> Plan
         set_title(f"vmd: {Kind.ZYGOTE}")
         gc.freeze()
         bodies = {
-            Role.VM: zygote.Body(partial(vm.prepare, kvm), partial(vm.run, kvm), (kvm_fd,)),
-            Role.DISK: zygote.Body(disk.prepare, disk.run),
-            Role.NIC: zygote.Body(nic.prepare, nic.run),
+            Role.VM: zygote.Body(partial(vm.prepare, kvm), partial(vm.run, kvm), (kvm_fd, *held)),
+            Role.DISK: zygote.Body(disk.prepare, disk.run, tuple(held)),
+            Role.NIC: zygote.Body(nic.prepare, nic.run, tuple(held)),
         }
         zygote.serve(Channel(connection, ZYGOTE_AND_VMM), bodies)
 
-    return Plan(Kind.ZYGOTE, body, (kvm_fd,))
+    return Plan(Kind.ZYGOTE, body, (kvm_fd, *held))
 
 
 def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None]) -> NoReturn:
@@ -175,17 +204,15 @@ def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.close()
-    read_fd, write_fd = os.pipe()
-    os.close(write_fd)
 
     def run(connection: socket.socket) -> int:
         status = vm.run(kvm, connection)
         at_end()
         return status
 
-    order = Fork(role=Role.VM, preparation=Preparation.REHEARSED)
+    order = Fork(order=0, role=Role.VM, preparation=Preparation.REHEARSED)
     body = zygote.Body(partial(vm.prepare, kvm), run, (kvm_fd, end_fd))
-    zygote.begin(order, body, theirs, read_fd)
+    zygote.begin(order, body, theirs)
 
 
 def priv_plan(identity: Identity | None) -> Plan:

@@ -29,7 +29,9 @@ from vmd.confine.sandbox import (
     find_identity,
     keep_capabilities,
 )
+from vmd.confine.uids import UIDS_DEFAULT, Uids, UidsError, lease, parse_range
 from vmd.options import Options
+from vmd.parent.cgroups import Cgroups, NoCgroupsError, find_cgroups
 from vmd.parent.configuration import Settings
 from vmd.parent.listener import ListenerError, default_owner, listen, present_owner, set_owner
 from vmd.parent.networks import Networks
@@ -74,7 +76,11 @@ class Setting(NamedTuple):
     """Of a socket that is the daemon's to remove."""
     kvm_fd: int
     identity: Identity | None
+    uids: Uids | None
+    """None for an ordinary user, whose processes all stay that user's."""
     warmth: Warmth
+    no_cgroups: str = ""
+    """Why VMs have no control groups; empty if they have, or are a user's."""
 
 
 def prepare(options: Options, stack: ExitStack) -> Setting:
@@ -91,6 +97,11 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         if identity is not None:
             keep_capabilities(frozenset(PARENT_CAPABILITIES))
             deny(PARENT_DENIALS)
+        uids, cgroups, no_cgroups = None, None, ""
+        if not options.is_user:
+            uids = lease(parse_range(options.uids) if options.uids else UIDS_DEFAULT)
+            stack.callback(os.close, uids.fd)
+            cgroups, no_cgroups = _cgroups()
         kvm_fd = _open_kvm()
         stack.callback(os.close, kvm_fd)
         listener = inherited_socket(os.environ)
@@ -101,7 +112,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
             stack.callback(_remove, path)
         stack.callback(listener.close)
         set_socket_owner = _nobody_else if options.is_user else _socket_owner(path, listener)
-    except (SandboxError, ServiceError, ListenerError, WarmthError) as err:
+    except (SandboxError, ServiceError, ListenerError, UidsError, WarmthError) as err:
         raise StartError(str(err)) from err
     config = options.config or (user_config(os.environ) if options.is_user else SYSTEM_CONFIG)
     settings = Settings(
@@ -118,8 +129,17 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         address=listener.getsockname(),
         host_id=_host_id(),
         state=state_directory(os.environ, is_user=options.is_user),
+        cgroups=cgroups,
     )
-    return Setting(settings, listener, path, kvm_fd, identity, warmth)
+    return Setting(settings, listener, path, kvm_fd, identity, uids, warmth, no_cgroups)
+
+
+def _cgroups() -> tuple[Cgroups | None, str]:
+    """Return the control groups for VMs, or why there are none."""
+    try:
+        return find_cgroups(), ""
+    except NoCgroupsError as err:
+        return None, str(err)
 
 
 def _host_id() -> bytes:
@@ -217,9 +237,10 @@ class Daemon:
             loop, setting.settings, self._networks, self._openers, terminals, start=self._spawn
         )
         self._verbosity = verbosity
+        self._no_cgroups = setting.no_cgroups
         self._plans: Mapping[Kind, Plan] = {
-            Kind.CONTROL: control_plan(setting.listener, setting.identity),
-            Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity, setting.warmth),
+            Kind.CONTROL: control_plan(setting.listener, setting.uids),
+            Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity, setting.uids, setting.warmth),
             Kind.PRIV: priv_plan(setting.identity),
             Kind.LOCAL: local_plan(setting.identity),
             Kind.AGENTX: agentx_plan(setting.identity),
@@ -250,6 +271,8 @@ class Daemon:
         ):
             self._on_signal(number, handler)
         log.info("startup")
+        if self._no_cgroups:
+            log.info("VMs have no limits of their own: %s", self._no_cgroups)
         if advice := landlock.missing():
             log.warning("%s", advice)
         for kind in self._parent.peers:
@@ -268,9 +291,8 @@ class Daemon:
         self._networks.close()
         self._openers.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        wait_for({*self._pids, *self._networks.pids})
-        while left := orphans(set(self._openers.pids)):  # the zygote's and those that it made ready
-            wait_for(left)
+        # The zygote's, and those that it made ready, too.
+        wait_for(lambda: orphans(set(self._openers.pids)))
         log.info("terminating")
         return self._status
 

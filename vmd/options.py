@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 USAGE = """\
-usage: vmd [-dnv] [-D macro=value] [-f file] [--skip-broken] [--socket path] [--user]
+usage: vmd [-dnv] [-D macro=value] [-f file] [--skip-broken] [--socket path]
+           [--uids first:count | --user]
        vmd --version"""
 
 
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     config: str | None = None
     """-f"""
     socket: str | None = None
+    uids: str | None = None
     is_user: bool = False
     skips_broken: bool = False
     asks_version: bool = False
@@ -43,7 +45,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     """
     try:
         found, operands = getopt.getopt(
-            list(arguments), "dnvD:f:", ["skip-broken", "socket=", "user", "version"]
+            list(arguments), "dnvD:f:", ["skip-broken", "socket=", "uids=", "user", "version"]
         )
     except getopt.GetoptError as err:
         raise UsageError(str(err)) from err
@@ -64,10 +66,14 @@ def parse_options(arguments: Sequence[str]) -> Options:
                 options = options._replace(config=value)
             case "--socket":
                 options = options._replace(socket=value)
+            case "--uids":
+                options = options._replace(uids=value)
             case "--version":
                 options = options._replace(asks_version=True)
             case "--skip-broken":
                 options = options._replace(skips_broken=True)
             case _:
                 options = options._replace(is_user=True)
+    if options.uids is not None and options.is_user:
+        raise UsageError("--uids and --user")
     return options

@@ -18,9 +18,9 @@ from tests.fuzz.inputs import Input, check_line
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, SwitchConfig
 from vmd.wire import device, files, forking, internal
+from vmd.wire.ancillary import FDS_MAX
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.channel import (
-    FDS_MAX,
     Channel,
     ChannelClosedError,
     DescriptorsLostError,
@@ -139,8 +139,8 @@ def _examples() -> list[object]:
         internal.VmStatistics(statistics=Statistics(disk_read=1), memory_used=7),
         internal.VmEnding(reason=internal.EndReason.FAILED, message="no"),
         internal.VmExited(id=1, pid=5, status=-9),
-        forking.Fork(role=Role.VM, preparation=Preparation.REHEARSED),
-        forking.Forked(pid=5),
+        forking.Fork(order=1, role=Role.VM, preparation=Preparation.REHEARSED),
+        forking.Forked(order=1),
         device.BeginDisk(disk=disk, vm="web", verbosity=1),
         device.BeginNic(nic=nic, vm="web", verbosity=1),
         files.OpenFiles(files=(wanted,)),

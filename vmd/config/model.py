@@ -142,6 +142,8 @@ class VmConfig(NamedTuple):
     memory: int | None = None
     """Bytes, a multiple of 1 MiB."""
     cpus: int | None = None
+    cpu_limit: int | None = None
+    """Processor time in percent of one processor; None for any."""
     boot: str | None = None
     """Absolute path of a kernel or firmware image."""
     initrd: tuple[str, ...] = ()

@@ -116,6 +116,8 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield f"\tmemory {vm.memory // _MIB}M"
     if vm.cpus is not None:
         yield f"\tcpus {vm.cpus}"
+    if vm.cpu_limit is not None:
+        yield f"\tlimit cpu {vm.cpu_limit}%"
     if vm.is_sev:
         yield "\tseves" if vm.is_sev_es else "\tsev"
     for word, path in (("boot", vm.boot), ("firmware", vm.firmware)):

@@ -26,9 +26,11 @@ FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"
 """Formats of disks. The first two are OpenBSD's."""
 DISK_OPTIONS = ("ro", "serial", "queues", "error", "private")
 """Words of the block of a disk, which OpenBSD does not have."""
-OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "stop")
+OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "limit", "stop")
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
+CPU_LIMIT_MAX = 100 * VCPUS_MAX
+"""Percent."""
 _RIGHTS = (
     *(Right.BOOT, Right.MEMORY, Right.INTERFACE, Right.DISK, Right.CDROM),
     Right.INSTANCE,
@@ -78,7 +80,8 @@ class VmRule:
 
         vmopt = "enable" | "disable" | "sev" | "seves" | disk | [ "local" ] "interface" ... | boot
               | "cdrom" string | "interfaces" NUMBER | memory | "owner" owner | allow
-              | "cpus" NUMBER | "initrd" string | "append" string | "firmware" string
+              | "cpus" NUMBER | "limit" "cpu" STRING
+              | "initrd" string | "append" string | "firmware" string
               | "after" string | "stop" "timeout" NUMBER
         """
         tokens = self._tokens
@@ -118,6 +121,8 @@ class VmRule:
         match word:
             case "cpus":
                 self._cpus()
+            case "limit":
+                self._limit()
             case "initrd":
                 path = self._resolved(tokens.string(), "initrd")
                 self._vm = self._vm._replace(initrd=(*self._vm.initrd, path))
@@ -311,6 +316,24 @@ class VmRule:
             tokens.refuse(f"cpu count is too {'small' if count < 1 else 'large'}: {count}")
         self._vm = self._vm._replace(cpus=count)
         self._give(Right.CPUS)
+
+    def _limit(self) -> None:
+        """Take `"cpu" STRING`, after `"limit"`: a percentage of one processor, `200%`."""
+        tokens = self._tokens
+        if not tokens.is_at_own("cpu"):
+            tokens.syntax_error()
+        tokens.take()
+        text = tokens.one_string() if tokens.peek().is_string else str(tokens.number())
+        if self._vm.cpu_limit is not None:
+            tokens.refuse("limit cpu specified more than once")
+        digits = text.removesuffix("%")
+        is_percent = digits != text and digits.isascii() and digits.isdecimal()
+        if not is_percent or len(digits) > len(str(CPU_LIMIT_MAX)):
+            tokens.refuse(f"invalid limit cpu: {text} (a percentage of one processor: 200%)")
+        percent = int(digits)
+        if not 1 <= percent <= CPU_LIMIT_MAX:
+            tokens.refuse(f"invalid limit cpu: {text} (1% to {CPU_LIMIT_MAX}%)")
+        self._vm = self._vm._replace(cpu_limit=percent)
 
     def _allow(self) -> None:
         """Take what instances may have of their own.

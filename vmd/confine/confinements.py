@@ -15,17 +15,19 @@ from enum import StrEnum
 
 from vmd.confine.sandbox import Confinement
 from vmd.confine.seccomp import Allow, Argument, Denial, Filter, OwnPid, Refuse
+from vmd.confine.uids import Uids
 from vmm_kvm.memfd import MODE
 from vmm_kvm.net.abi import TUNSETIFF
 
+CAP_SETGID, CAP_SETUID = 6, 7
 CAP_NET_ADMIN = 12
 PARENT_CAPABILITIES = {
     0: "CAP_CHOWN: consoles and the control socket belong to their owners",
     1: "CAP_DAC_OVERRIDE: files that vm.conf names, whoever they belong to",
     3: "CAP_FOWNER: modes of consoles that belong to others already",
     5: "CAP_KILL: ending processes of other users",
-    6: "CAP_SETGID: processes that become other users",
-    7: "CAP_SETUID: the same",
+    CAP_SETGID: "CAP_SETGID: processes that become other users",
+    CAP_SETUID: "CAP_SETUID: the same",
     8: "CAP_SETPCAP: processes that give capabilities up",
     10: "CAP_NET_BIND_SERVICE: DNS for guests, on port 53",
     CAP_NET_ADMIN: "CAP_NET_ADMIN: priv, and what the parent opens for local",
@@ -36,6 +38,8 @@ PARENT_CAPABILITIES = {
 
 _AT_EMPTY_PATH = 0x1000
 _CLONE_THREAD = 0x00010000
+_CLONE_PARENT = 0x00008000
+_CLONE_OWN_TID = 0x01200000  # CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID
 _KVM_TYPE = 0xAE00  # _IO(KVMIO, 0)
 _VHOST_TYPE = 0xAF00  # _IO(VHOST_VIRTIO, 0)
 _TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETOFFLOAD = 0x800454D2, 0x400454D8, 0x400454D0
@@ -64,6 +68,7 @@ class Kind(StrEnum):
     LOCAL = "local"
     AGENTX = "agentx"
     VMM = "vmm"
+    INIT = "init"
     ZYGOTE = "zygote"
     VM = "vm"
     DISK = "disk"
@@ -203,8 +208,10 @@ _ZYGOTE = (
     *_DISK,
     *_NIC,
     *_PROCESSES,
-    Allow("clone", "VM and device processes", (Argument(0, 0, _CLONE_THREAD),)),
-    *_all("VM and device processes", "fork", "set_tid_address"),
+    Allow("clone", "VM and device processes", (Argument(0, _CLONE_PARENT | signal.SIGCHLD),)),
+    # The C library's fork has a flag or two besides.
+    Allow("clone", "rehearsals", (Argument(0, signal.SIGCHLD, ~_CLONE_OWN_TID & 0xFFFFFFFF),)),
+    *_all("rehearsals", "fork", "set_tid_address"),
     *_all("descriptors that they are not to have", "close_range"),
     *_all("ending them", "pidfd_send_signal"),
     # Its filter binds them too, and they have other numbers.
@@ -301,6 +308,7 @@ CONFINEMENTS = {
     Kind.VMM: Confinement(
         Filter((*_BASE, *_VMM), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 65536))
     ),
+    Kind.INIT: Confinement(Filter(_BASE, _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 64))),
     Kind.ZYGOTE: Confinement(
         Filter((*_BASE, *_ZYGOTE), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 1024))
     ),
@@ -322,3 +330,25 @@ CONFINEMENTS = {
         Filter((*_BASE, *_NIC), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
     ),
 }
+
+
+def zygote_confinement(uids: Uids | None) -> Confinement:
+    """Return what is left to a zygote whose children become users of `uids`, if any.
+
+    It keeps two capabilities, which let a process become any user. Its filter lets it become those
+    of `uids` alone, and binds its children; these keep no capability.
+    """
+    base = CONFINEMENTS[Kind.ZYGOTE]
+    if uids is None:
+        return base
+    ours = tuple(Argument(number, uids.part.first, uids.part.mask) for number in range(3))
+    becoming = (
+        Allow("setresuid", "a user for each VM, and the right to end its processes", ours),
+        Allow("setresgid", "a group for each VM", ours),
+        *_all("no capabilities for them", "capset"),
+    )
+    table = base.filter
+    return base._replace(
+        filter=Filter((*table.allowed, *becoming), table.refused),
+        capabilities=frozenset({CAP_SETGID, CAP_SETUID}),
+    )

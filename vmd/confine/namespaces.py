@@ -1,6 +1,7 @@
-"""Empty namespaces: a process that sees no file, no network interface and no other IPC.
+"""Empty namespaces: a process that sees no file and no network interface.
 
-Only root can make them; see `sandbox`.
+Only root can make them; see `sandbox`. No filter allows a call of System V's IPC or of POSIX
+message queues, so there is no namespace for these.
 
 Source: unshare(2), mount(2), pivot_root(2)
 """
@@ -13,7 +14,7 @@ from vmd.confine.syscalls import SYSCALLS
 from vmm_kvm.libc import LIBC
 
 _CLONE_NEWNS = 0x00020000
-_CLONE_NEWIPC = 0x08000000
+_CLONE_NEWPID = 0x20000000
 _CLONE_NEWNET = 0x40000000
 _MS_RDONLY = 1
 _MS_NOSUID = 2
@@ -30,6 +31,19 @@ _MOUNT_POINT = "/proc"
 _FLAGS = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 
 
+def number_children_anew() -> None:
+    """Have the processes that we fork from now on in a pid namespace, whose first the next one is.
+
+    Needs CAP_SYS_ADMIN. When the first one ends, the kernel kills all others.
+
+    Raises:
+        OSError: the kernel refused.
+
+    Source: pid_namespaces(7)
+    """
+    _call("unshare", _CLONE_NEWPID)
+
+
 def leave_everything() -> None:
     """Move into namespaces with an empty, read-only root directory and no network.
 
@@ -38,7 +52,7 @@ def leave_everything() -> None:
     Raises:
         OSError: the kernel refused; the message says at what.
     """
-    _call("unshare", _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWNET)
+    _call("unshare", _CLONE_NEWNS | _CLONE_NEWNET)
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount("none", _MOUNT_POINT, "tmpfs", _FLAGS, "mode=0555,nr_inodes=1,size=4k")
     os.chdir(_MOUNT_POINT)

@@ -13,7 +13,8 @@ import os
 import pwd
 import resource
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from vmd.confine import landlock, namespaces, seccomp
@@ -25,6 +26,8 @@ USER = "_vmd"
 """Whom processes without privileges belong to, if root starts the daemon."""
 _MAKE_USER = f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {USER}"
 
+TASKS_MAX = 256
+"""Threads and processes of a uid that is one VM's: 64 vCPUs, its devices, and some to spare."""
 NO_GROUP = 65534
 """Of a user who is in none. Source: Linux include/linux/highuid.h, DEFAULT_OVERFLOWGID"""
 
@@ -129,7 +132,7 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
         if identity is not None:
             if confinement.is_isolated:
                 namespaces.leave_everything()
-            _drop_bounding_set(confinement.capabilities)
+            _drop_bounding_set(frozenset())  # nothing is executed
             _prctl(_PR_SET_KEEPCAPS, 1)
             os.setgroups(identity.groups)
             os.setresgid(identity.gid, identity.gid, identity.gid)
@@ -143,6 +146,41 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
         seccomp.install(seccomp.compile_filter(confinement.filter))
     except OSError as err:
         raise SandboxError(err.strerror or str(err)) from err
+
+
+def become(uid: int) -> None:
+    """Become for good, in a process that the zygote has forked, a user and group of that number.
+
+    No capability is left, and no more than `TASKS_MAX` threads and processes can be there of it.
+
+    Raises:
+        SandboxError: a step failed; the process must end.
+    """
+    try:
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        _keep_capabilities(frozenset())
+        resource.setrlimit(resource.RLIMIT_NPROC, (TASKS_MAX, TASKS_MAX))
+    except OSError as err:
+        raise SandboxError(err.strerror or str(err)) from err
+
+
+@contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    """Have the right to signal the processes of a user, in the zygote; `die_with` is forgotten.
+
+    The kernel checks the effective user of the process that signals, and the real and the saved
+    one of the process that is signalled: so that user gets no rights over us.
+
+    Source: kill(2), ptrace(2)
+    """
+    own = os.getuid()
+    os.setresuid(own, uid, own)
+    try:
+        yield
+    finally:
+        os.setresuid(own, own, own)
+        _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def deny(denials: Iterable[Denial]) -> None:
@@ -195,11 +233,6 @@ def die_with(parent: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def outlive_parent() -> None:
-    """Live on when the process that forked us ends, which `die_with` had prevented."""
-    _prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def adopt_orphans() -> None:

@@ -8,7 +8,8 @@ share: the parent's time, the control process's memory and descriptors, and the 
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from vmd.wire.channel import Channel, Credentials, Received
+from vmd.wire.ancillary import Credentials
+from vmd.wire.channel import Channel, Received
 from vmd.wire.internal import UNANSWERED_MAX
 from vmd.wire.messages import AnyAnswer, AnyRequest, Console, ParentRequest
 

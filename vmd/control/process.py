@@ -23,6 +23,7 @@ from vmd.control.clients import (
     User,
 )
 from vmd.shared import log as logging
+from vmd.wire.ancillary import peer_credentials
 from vmd.wire.channel import (
     Channel,
     ChannelError,
@@ -30,7 +31,6 @@ from vmd.wire.channel import (
     MalformedError,
     OversizeError,
     Received,
-    peer_credentials,
 )
 from vmd.wire.internal import (
     CLIENTS_MAX,

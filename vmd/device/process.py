@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, set_title
 from vmd.shared import log as logging
+from vmd.shared.privsep import join_cgroup
 from vmd.wire.channel import Channel, ChannelError, Received
 from vmd.wire.device import DEVICE_AND_VMM, DeviceBegin, VmmToDevice
 from vmd.wire.internal import SetVerbosity
@@ -67,6 +68,8 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
         vm = socket.socket(fileno=sock)
         with vm, open(status_fd, "wb", buffering=0) as status:  # noqa: PTH123 - a descriptor
             try:
+                if begin.has_cgroup:
+                    join_cgroup(own.pop(0))
                 backend = make(begin, own, lambda: _is_there(vm))
             except (VmmError, OSError) as err:
                 status.write(str(err).encode()[:STATUS_MAX])

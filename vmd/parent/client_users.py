@@ -10,7 +10,8 @@ Source: unix(7), "SO_PEERCRED"; socket(7), "SO_ACCEPTCONN".
 import os
 import socket
 
-from vmd.wire.channel import Fds, MalformedError, peer_credentials
+from vmd.wire.ancillary import peer_credentials
+from vmd.wire.channel import Fds, MalformedError
 from vmd.wire.internal import CLIENTS_MAX, CLIENTS_OF_ROOT, UNANSWERED_MAX
 
 

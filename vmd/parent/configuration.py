@@ -7,6 +7,7 @@ from vmd.config.advice import advice
 from vmd.config.host import Host, SystemHost
 from vmd.config.model import Config, Owner, VmConfig
 from vmd.config.parser import ConfigErrors, parse_config
+from vmd.parent.cgroups import Cgroups
 from vmd.rules.policy import Users
 from vmm_kvm.log import Log
 
@@ -28,6 +29,8 @@ class Settings(NamedTuple):
     """Of the listening socket, as the kernel tells it."""
     state: str | None = None
     """Directory of what VMs keep."""
+    cgroups: Cgroups | None = None
+    """Control groups of VMs; None where there are none."""
     is_user: bool = False
     """It is `vmd --user`, even if root runs it: there are no switches."""
     skips_broken: bool = False

@@ -154,6 +154,8 @@ class Means(NamedTuple):
     kernels: KernelStore
     open_client_files: OpenClientFiles
     open_vm: OpenVm
+    close_vm: Callable[[int], None]
+    """Gives back what `open_vm` has made for a VM, by its id; its processes are gone."""
     operate: Callable[[Operate], None]
     """Does what an administrator asks of the daemon itself, and answers."""
 
@@ -172,6 +174,7 @@ class Effects:
         self._kernels = means.kernels
         self._open_client_files = means.open_client_files
         self._open_vm = means.open_vm
+        self._close_vm = means.close_vm
         self._operate = means.operate
         self._turn_timer = loop.timer(lambda: self.run(registry.turn()))
         self._launched: set[int] = set()  # ids of VMs that vmm knows
@@ -348,6 +351,7 @@ class Effects:
     def _launch_failed(self, vm: Vm, code: ErrorCode, message: str) -> None:
         self.starts.end(vm.id)
         _remove_new(vm)
+        self._close_vm(vm.id)
         self._happened(vm.id, vm_state.LaunchFailed(code, message))
 
     # What vmm says
@@ -363,6 +367,7 @@ class Effects:
             case VmLaunchFailed(id=vm_id, code=code, message=text):
                 self._launched.discard(vm_id)
                 self.starts.end(vm_id)
+                self._close_vm(vm_id)
                 if vm := self._registry.find(vm_id, ""):
                     _remove_new(vm)
                 self._happened(vm_id, vm_state.LaunchFailed(code, text))
@@ -382,6 +387,7 @@ class Effects:
     def _forget_process(self, vm_id: int) -> None:
         self.starts.end(vm_id)
         self._launched.discard(vm_id)
+        self._close_vm(vm_id)
         self._inquiries.forget(vm_id)
         timer = self._deadlines.pop(vm_id, None)
         if timer:

@@ -86,7 +86,8 @@ class Parent:
         self._registry = Registry(settings.users, SystemClock(), staggered, settings.host_id)
         self._default_staggered = staggered
         self._kernels = KernelStore()
-        host = Host(settings.users, self._kernels, settings.state)
+        cgroups = settings.cgroups
+        host = Host(settings.users, self._kernels, settings.state, cgroups)
         self._consoles = Consoles(terminals, self._look_at_terminal)
         users = ClientUsers(settings.address)
         self._clients = Clients(loop, self._registry, users, self._run, networks.told)
@@ -101,6 +102,7 @@ class Parent:
             kernels=self._kernels,
             open_client_files=lambda vm, done: open_client_files(vm, openers, done),
             open_vm=lambda vm, pty, found: open_resources(vm, host, pty, found),
+            close_vm=lambda vm_id: cgroups.remove(vm_id) if cgroups else None,
             operate=self._operate,
         )
         self._effects = Effects(loop, self._registry, means)

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import MEMORY_DEFAULT
+from vmd.parent.cgroups import Cgroups
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface, open_vhosts
 from vmd.parent.passed import wanted_disk
@@ -54,6 +55,8 @@ class Host(NamedTuple):
     kernels: KernelStore
     state: str | None
     """Directory of what VMs keep; None if there is none."""
+    cgroups: Cgroups | None = None
+    """None if there are no control groups."""
 
 
 def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface] = ()) -> Resources:
@@ -74,6 +77,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
         # In OpenBSD's order, which shows in what is complained of first.
         cdrom = opener.cdrom()
         disks = tuple(opener.disk(*each) for each in enumerate(vm.config.disks))
+        cgroup, device_cgroup = opener.cgroup(host.cgroups)
         tty, ring = (opener.keep(os.dup(fd)) for fd in pty[1:])
         spec = VmSpec(
             id=vm.id,
@@ -93,6 +97,8 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             interfaces=tuple(opener.interface(one) for one in interfaces),
             tty=tty,
             ring=ring,
+            cgroup=cgroup,
+            device_cgroup=device_cgroup,
             boot_device=vm.config.boot_device,
             received=opener.received(),
         )
@@ -179,6 +185,20 @@ class _Opener:
         if passed is not None and passed.cdrom is not None:
             return self.keep(os.dup(passed.cdrom))
         return None if path is None else self._open(FileUse.CDROM, path)[0]
+
+    def cgroup(self, cgroups: Cgroups | None) -> tuple[int | None, int | None]:
+        """Make the VM's control groups; returns by what its processes join them, if there are any.
+
+        Nothing is started without a limit that the configuration has set.
+        """
+        limit = self._vm.config.cpu_limit
+        if limit is not None and (cgroups is None or "cpu" not in cgroups.controllers):
+            text = "limit cpu: this host gives vmd no cgroup that limits processors, see vmd(8)"
+            raise ResourceError(ErrorCode.EINVAL, text)
+        if cgroups is None:
+            return None, None
+        made = cgroups.open(self._vm.id, self._vm.config.memory or MEMORY_DEFAULT, limit)
+        return self.keep(made.guest), self.keep(made.devices)
 
     def interface(self, interface: Interface) -> NicSpec:
         """Take an interface that there is, and open vhost-net for it if it may be used."""

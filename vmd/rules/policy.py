@@ -158,6 +158,7 @@ def make_instance(
     kernel = wanted if has_own else template
     return wanted._replace(
         cpus=wanted.cpus if wanted.cpus is not None else template.cpus,
+        cpu_limit=wanted.cpu_limit if wanted.cpu_limit is not None else template.cpu_limit,
         memory=wanted.memory if wanted.memory is not None else template.memory,
         interfaces=(
             *wanted.interfaces,

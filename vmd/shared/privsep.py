@@ -12,7 +12,9 @@ import gc
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple, NoReturn
 
 from vmd.confine.confinements import Kind
@@ -31,8 +33,12 @@ RESTARTS_S = 10
 _STANDARD_FDS = 3
 _FD_END = 1 << 30
 _EXIT_GRACE_S = 5.0
+_LOOK_S = 0.5
 # A terminal or a service manager may send these to all processes; the parent decides.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE)
+
+_UNTOLD = frozenset({Kind.OPENER, Kind.INIT})
+"""Kinds of processes whose end is nothing to tell."""
 
 Body = Callable[[socket.socket], None]
 """What a child does: confine itself, and serve the connection until it ends."""
@@ -102,7 +108,7 @@ def _live(plan: Plan, connection: socket.socket) -> NoReturn:
     def body() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         plan.body(connection)
-        tell = log.debug if plan.kind is Kind.OPENER else log.info
+        tell = log.debug if plan.kind in _UNTOLD else log.info
         tell("%s exiting, pid %d", plan.kind, os.getpid())
         return 0
 
@@ -129,6 +135,20 @@ def live(title: str, kept: set[int], body: Callable[[], int]) -> NoReturn:
         os._exit(status)
 
 
+def join_cgroup(fd: int) -> None:
+    """Move this process into a control group, by a descriptor of its cgroup.procs; closes that.
+
+    Raises:
+        OSError: the kernel refused.
+
+    Source: cgroups(7), "cgroup.procs"
+    """
+    try:
+        os.write(fd, b"0")
+    finally:
+        os.close(fd)
+
+
 class Restarts:
     """Whether a kind of process ends too often to be started again."""
 
@@ -145,25 +165,37 @@ class Restarts:
         return len(recent) + 1 < RESTARTS_MAX
 
 
-def wait_for(pids: set[int]) -> None:
-    """Reap children whose channels are closed; those that do not end in time are killed."""
-    for pid in pids:
-        pidfd = os.pidfd_open(pid)
-        try:
-            if not _ends_within(pidfd, _EXIT_GRACE_S):
+def wait_for(find: Callable[[], set[int]]) -> None:
+    """Reap the children that `find` returns, until there are none; their channels are closed.
+
+    When none has ended for some time, they are killed. They are reaped in the order in which they
+    end: the first of a pid namespace ends when all others there are reaped. `find` is asked again
+    and again, because one may have forked another meanwhile.
+    """
+    quiet_since = time.monotonic()
+    while pids := find():
+        if _reap_one(pids):
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since > _EXIT_GRACE_S:
+            for pid in pids:
                 log.warning("pid %d does not end: killed", pid)
                 os.kill(pid, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
-        os.waitpid(pid, 0)
+            quiet_since = time.monotonic()
 
 
-def _ends_within(pidfd: int, seconds: float) -> bool:
+def _reap_one(pids: set[int]) -> bool:
+    """Wait until one of our children ends, for a while; returns whether one has."""
     import select  # noqa: PLC0415 - at the very end only
 
     poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    with ExitStack() as stack:
+        for pid in pids:
+            pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, pidfd)
+            poll.register(pidfd, select.POLLIN)
+        if not poll.poll(_LOOK_S * 1000):
+            return False
+    return any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids)
 
 
 def orphans(known: set[int]) -> set[int]:

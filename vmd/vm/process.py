@@ -20,6 +20,7 @@ from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, die_with, set_title
 from vmd.shared import log as logging
 from vmd.shared.counters import Counters
+from vmd.shared.privsep import join_cgroup
 from vmd.shared.vm_devices import Connections
 from vmd.vm.console import Console
 from vmd.vm.machine_spec import has_servers, machine_spec_of
@@ -140,6 +141,8 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.ring)))
         stack.callback(console.close)
         try:
+            if spec.cgroup is not None:  # before there is memory of the guest's
+                join_cgroup(fds.take(spec.cgroup))
             received = None
             if spec.received is not None:
                 stream = fds.take(spec.received.stream)

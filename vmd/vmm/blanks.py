@@ -2,18 +2,34 @@
 
 A process is blank until it is told what it is to be. While nothing starts, one of each kind that
 most VMs need is made ready: confined, and rehearsed. It knows no VM, and has no descriptor of one.
+Those that wait have one uid, the next VM's.
+
+Nothing here waits for the zygote. A process can be told what it is before it exists: its end of the
+connection is on the way to it.
 """
 
 import os
+import select
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from functools import partial
+from itertools import count
 from typing import NamedTuple, assert_never
 
+from vmd.vmm.uid_pool import UidPool
 from vmd.wire.blank import BLANK_IS_COLD, BLANK_IS_READY, Preparation, Role
-from vmd.wire.channel import Channel, ChannelError, PeerHangsError, Received
-from vmd.wire.forking import EndProcess, Fork, Forked, ForkFailed, Serving, VmmToZygote, ZygoteToVmm
+from vmd.wire.channel import Channel, ChannelError, Received
+from vmd.wire.forking import (
+    EndProcess,
+    Fork,
+    Forked,
+    ForkFailed,
+    ProcessEnded,
+    Serving,
+    VmmToZygote,
+    ZygoteToVmm,
+)
 from vmd.wire.internal import SetVerbosity
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
@@ -27,7 +43,7 @@ processors more."""
 SPARE_PATIENCE_NS = 20 * NANOSECONDS
 """How long a process may take to be ready, on the slowest of hosts."""
 ZYGOTE_PATIENCE_S = 60.0
-"""How long the zygote may take to fork; it begins by warming up, which is bounded itself."""
+"""How long the zygote may take for an order; it begins by warming up, which is bounded itself."""
 
 
 class ForkError(Exception):
@@ -37,8 +53,9 @@ class ForkError(Exception):
 class Blank(NamedTuple):
     """A process that waits to be told what it is to be; whoever holds this owns the connection."""
 
-    pid: int
     connection: socket.socket
+    pid: int
+    """0 if the zygote has not told of it yet."""
 
 
 class Ended(Enum):
@@ -46,15 +63,46 @@ class Ended(Enum):
 
     ZYGOTE = "zygote"
     SPARE = "spare"
+    UNKNOWN = "one that the zygote has not told of yet"
 
 
-class _Spare(NamedTuple):
+Then = Callable[[int], None]
+"""What is called when a process exists, with its pid."""
+Else = Callable[[ForkError], None]
+"""What is called when an order could not be carried out."""
+
+
+class _Order(NamedTuple):
+    """An order that has not been answered."""
+
+    then: Then
+    otherwise: Else
+    connection: socket.socket | None = None
+    """Of the process that is to be; somebody else's."""
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the process has ended before it could say that it is there."""
+        if self.connection is None or self.connection.fileno() < 0:
+            return False  # nobody knows
+        poll = select.poll()
+        poll.register(self.connection, 0)  # an end is always told
+        return bool(poll.poll(0))
+
+
+class _Spare:
     """A process that is made ahead."""
 
-    role: Role
-    blank: Blank
-    preparation: Preparation
-    is_ready: bool = False
+    def __init__(
+        self, role: Role, uid: int, connection: socket.socket, preparation: Preparation
+    ) -> None:
+        self.role = role
+        self.uid = uid
+        self.connection = connection
+        self.preparation = preparation
+        self.pid = 0
+        """0 until the zygote has said it."""
+        self.is_ready = False
 
 
 class Blanks:
@@ -68,64 +116,129 @@ class Blanks:
         ready: Collection[Role],
         *,
         rehearses: bool,
+        uids: Iterable[int] = (),
         patience_s: float = ZYGOTE_PATIENCE_S,
     ) -> None:
-        """Have `zygote`, at first process `pid`, fork them; takes over the channel.
+        """Have `zygote`, at first process `pid`, fork them; takes over the channel, with its pids.
 
-        One of each of `ready` is made ahead, and rehearses if `rehearses`. A zygote that neither
-        reads nor answers for `patience_s` stops `loop`: without one, no VM can be started or
-        killed, so vmm ends and makes room for another.
+        One of each of `ready` is made ahead, and rehearses if `rehearses`. Each VM has one of
+        `uids`; without any, all have the zygote's. When the zygote does not answer for
+        `patience_s`, it is abandoned: all orders fail from then on.
         """
-        self._patience_s = patience_s
+        self._patience_ns = int(patience_s * NANOSECONDS)
         self._loop = loop
         self._zygote = zygote
         self._zygotes = {pid}
         self._serving = 0
         """The one of them that forks; 0 before it says so."""
+        self._first = pid
+        self._uids = UidPool(uids)
+        self._orders: dict[int, _Order] = {}
+        self._order_numbers = count(1)
+        self._failure: ForkError | None = None
+        """Why no order can be carried out any more."""
+        self._early: dict[int, int] = {}
+        """What has ended before the zygote told of it, by pid, with its status."""
+        self._on_early: Callable[[int, int], None] = lambda _pid, _status: None
+        self._on_abandoned: Callable[[], None] = loop.stop
+        self.is_abandoned = False
+        """Whether the zygote hangs, so that no process can be made, nor killed, any more."""
         best = Preparation.REHEARSED if rehearses else Preparation.CONFINED
         self._preparations = dict.fromkeys(ready, best)
         """How the next one of each role is made ahead; a role that is not here has none."""
         self._spares: dict[Role, _Spare] = {}
+        self._spare_uid: int | None = None
+        """Of those that are made ahead; None if no VM has one yet."""
         self._timer = loop.timer(self._make_spares)
         self._patience = loop.timer(self._give_up)
-        zygote.watch(loop, self._unasked, lambda err: log.debug("the zygote: %s", err))
+        self._zygote_patience = loop.timer(self._zygote_hangs)
+        zygote.watch(loop, self._answered, self._zygote_left)
         self._plan_spares()
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether the zygote owes an answer."""
+        return bool(self._orders)
+
+    def serve(self, on_early: Callable[[int, int], None], on_abandoned: Callable[[], None]) -> None:
+        """Call `on_early` with the pid and the status of what ended before it was told of.
+
+        `on_abandoned` is called when the zygote hangs.
+        """
+        self._on_early = on_early
+        self._on_abandoned = on_abandoned
 
     def close(self) -> None:
         """Let the zygote end, and those that wait ready; vmm reaps them, or its heir does."""
         self._timer.cancel()
         self._patience.cancel()
+        self._zygote_patience.cancel()
         for spare in tuple(self._spares.values()):
             self._forget(spare)
         self._zygote.close()
 
-    def take(self, role: Role) -> Blank:
-        """Return a process that is to be `role`: the one that is ready, or a new one.
+    # The processes of a VM
+
+    def claim(self) -> int:
+        """Return the uid of a VM that is about to start: that of the processes that wait ready.
 
         Raises:
-            ForkError: the host has no processes or descriptors left, or the zygote is gone.
+            ForkError: all uids are in use.
+        """
+        if self._spare_uid is not None:
+            uid, self._spare_uid = self._spare_uid, None
+            return uid
+        taken = self._uids.take()
+        if taken is None:
+            raise ForkError("all uids are in use (vmd --uids)")
+        return taken
+
+    def take(self, role: Role, uid: int, then: Then, otherwise: Else) -> Blank:
+        """Return a process that is to be `role` of the VM with `uid`: one that is ready, if any.
+
+        Another's pid is 0, and one of `then` and `otherwise` is called later, once: when it exists,
+        or when it never will.
+
+        Raises:
+            ForkError: the host has no descriptors left, or the zygote is gone.
         """
         spare = self._spares.get(role)
-        if spare is not None and not spare.is_ready:
-            self._said(spare)
-            spare = self._spares[role]
-        if spare is None or not spare.is_ready:
-            return self._fork(role, Preparation.NONE)
-        del self._spares[role]
-        self._plan_spares()
-        return spare.blank
+        if spare is not None and spare.uid == uid:
+            if not spare.is_ready:
+                self._said(spare)
+            if spare.is_ready and spare.pid:
+                del self._spares[role]
+                self._plan_spares()
+                return Blank(spare.connection, spare.pid)
+        return Blank(self._fork(role, uid, Preparation.NONE, then, otherwise), 0)
 
-    def kill(self, pid: int) -> None:
-        """Have a process killed that `take` has returned, and that nobody has waited for yet."""
+    def settle(self, uid: int) -> None:
+        """Let those go that waited ready for a VM which has not taken them."""
+        for spare in tuple(self._spares.values()):
+            if spare.uid == uid and uid:
+                self._forget(spare)
+        self._plan_spares()
+
+    def release(self, uid: int) -> None:
+        """Let the uid of a VM be another's, once the last of its processes is reaped."""
+        self._uids.release(uid)
+
+    def kill(self, pid: int, otherwise: Else) -> None:
+        """Have a process killed that `take` has told of, and that nobody has waited for yet."""
+        number = next(self._order_numbers)
+        message = EndProcess(order=number, uid=self._uids.uid_of(pid))
         try:
-            self._send(EndProcess(), os.pidfd_open(pid))
-        except (OSError, ChannelError) as err:
-            log.warning("pid %d: cannot be killed: %s", pid, err)
+            order = _Order(lambda _pid: None, otherwise)
+            self._order(number, order, message, os.pidfd_open(pid))
+        except ForkError as err:
+            otherwise(err)
+        except OSError as err:
+            otherwise(ForkError(err.strerror or str(err)))
 
     def set_verbosity(self, level: int) -> None:
         """Have the zygote log more or less; what it forks is told when it begins."""
         try:
-            self._send(SetVerbosity(level=level))
+            self._zygote.send(SetVerbosity(level=level))
         except ChannelError as err:
             log.warning("the zygote: %s", err)
 
@@ -134,8 +247,13 @@ class Blanks:
         if pid in self._zygotes:
             # One that another takes the place of ends with 0.
             return Ended.ZYGOTE if status or pid == self._serving else None
+        if pid not in self._uids:
+            if self.has_orders:
+                self._early[pid] = status
+            return Ended.UNKNOWN
+        self._uids.ended(pid)
         for spare in tuple(self._spares.values()):
-            if spare.blank.pid == pid:
+            if spare.pid == pid:
                 self._forget(spare)
                 log.warning("the %s process made ahead has ended, status %d", spare.role, status)
                 self._failed(spare)
@@ -153,41 +271,59 @@ class Blanks:
             if role in self._spares:
                 continue
             try:
-                blank = self._fork(role, preparation)
+                self._make_spare(role, preparation)
             except ForkError as err:
                 log.debug("no %s process ready: %s", role, err)
-                continue
-            spare = self._spares[role] = _Spare(role, blank, preparation)
-            self._loop.add_reader(blank.connection.fileno(), partial(self._said, spare))
+
+    def _make_spare(self, role: Role, preparation: Preparation) -> None:
+        if self._spare_uid is None:
+            self._spare_uid = self.claim()
+        uid = self._spare_uid
+        made: list[_Spare] = []
+
+        def then(pid: int) -> None:
+            made[0].pid = pid
             self._patience.arm(self._loop.monotonic_ns() + SPARE_PATIENCE_NS)
+            if self._spares.get(role) is made[0]:
+                self._said(made[0])
+
+        def otherwise(err: ForkError) -> None:
+            log.debug("no %s process ready: %s", role, err)
+            if self._spares.get(role) is made[0]:
+                self._forget(made[0])
+
+        connection = self._fork(role, uid, preparation, then, otherwise)
+        made.append(_Spare(role, uid, connection, preparation))
+        self._spares[role] = made[0]
+        self._loop.add_reader(connection.fileno(), partial(self._said, made[0]))
 
     def _said(self, spare: _Spare) -> None:
         try:
-            said = spare.blank.connection.recvmsg(len(BLANK_IS_READY), 0, socket.MSG_DONTWAIT)[0]
+            said = spare.connection.recvmsg(len(BLANK_IS_READY), 0, socket.MSG_DONTWAIT)[0]
         except BlockingIOError:
             return
         except OSError as err:  # it has ended
             log.debug("%s process: %s", spare.role, err)
             said = b""
-        self._loop.remove_reader(spare.blank.connection.fileno())
+        self._loop.remove_reader(spare.connection.fileno())
         if said in {BLANK_IS_READY, BLANK_IS_COLD}:
-            self._spares[spare.role] = spare._replace(is_ready=True)
+            spare.is_ready = True
         if said == BLANK_IS_COLD:
             self._preparations[spare.role] = Preparation.CONFINED
 
     def _give_up(self) -> None:
         """Kill those that are not ready yet."""
         for spare in tuple(self._spares.values()):
-            if not spare.is_ready:
+            if not spare.is_ready and spare.pid:
                 log.warning("the %s process made ahead is not ready: killed", spare.role)
-                self.kill(spare.blank.pid)
+                self.kill(spare.pid, lambda err: log.warning("cannot be killed: %s", err))
                 self._forget(spare)
                 self._failed(spare)
 
     def _forget(self, spare: _Spare) -> None:
         del self._spares[spare.role]
-        self._loop.remove_reader(spare.blank.connection.fileno())
-        spare.blank.connection.close()
+        self._loop.remove_reader(spare.connection.fileno())
+        spare.connection.close()
 
     def _failed(self, spare: _Spare) -> None:
         """Prepare the next one less, unless the last had been ready."""
@@ -198,60 +334,98 @@ class Blanks:
                 self._preparations.pop(spare.role, None)
         self._plan_spares()
 
-    # Forking
+    # Orders
 
-    def _fork(self, role: Role, preparation: Preparation) -> Blank:
+    def _fork(
+        self, role: Role, uid: int, preparation: Preparation, then: Then, otherwise: Else
+    ) -> socket.socket:
         try:
             here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as err:
             raise ForkError(err.strerror or str(err)) from err
+
+        def forked(pid: int) -> None:
+            self._uids.started(pid, uid)
+            then(pid)
+            if pid in self._early:
+                self._on_early(pid, self._early.pop(pid))
+
+        number = next(self._order_numbers)
+        message = Fork(order=number, role=role, preparation=preparation, uid=uid)
         try:
-            self._send(Fork(role=role, preparation=preparation), there.detach())
-            answer = self._answer()
-        except ChannelError as err:
+            self._order(number, _Order(forked, otherwise, here), message, there.detach())
+        except ForkError:
             here.close()
-            raise ForkError(f"the zygote: {err}") from err
+            raise
+        return here
+
+    def _order(self, number: int, order: _Order, message: VmmToZygote, fd: int) -> None:
+        try:
+            self._zygote.send(message, [fd])
+        except ChannelError as err:
+            raise self._failure or ForkError(f"the zygote: {err}") from err
+        if not self._orders:
+            self._wait_for_answers()
+        self._orders[number] = order
+
+    def _wait_for_answers(self) -> None:
+        self._zygote_patience.arm(self._loop.monotonic_ns() + self._patience_ns)
+
+    def _answered(self, received: Received[ZygoteToVmm]) -> None:
+        received.fds.close()
+        answer = received.message
+        if isinstance(answer, Serving):
+            # One that was so quick that nobody had asked yet is the first.
+            self._serving = self._zygote.sender_pid or self._first
+            self._zygotes.add(self._serving)
+            return
+        order = self._orders.pop(answer.order, None)
+        if order is None:
+            log.warning("the zygote: an answer to no question")
+            return
+        self._zygote_patience.cancel()
+        if self._orders:
+            self._wait_for_answers()
         match answer:
-            case Forked(pid=pid):
-                return Blank(pid, here)
+            case Forked():
+                order.then(self._zygote.sender_pid)
+            case ProcessEnded():
+                order.then(0)
             case ForkFailed(message=message):
-                here.close()
-                raise ForkError(message)
+                order.otherwise(ForkError(message))
             case _:
                 assert_never(answer)
+        if not self._orders:
+            self._early.clear()
 
-    def _send(self, message: VmmToZygote, *fds: int) -> None:
-        self._zygote.send(message, fds)
-        try:
-            self._zygote.send_all(self._patience_s)
-        except PeerHangsError as err:
-            self._end(err)
-            raise
+    def _zygote_left(self, err: ChannelError) -> None:
+        self._fail(ForkError(f"the zygote: {err}"))
 
-    def _answer(self) -> Forked | ForkFailed:
-        try:
-            while (answer := self._hear(self._zygote.wait(self._patience_s))) is None:
-                pass
-        except PeerHangsError as err:
-            self._end(err)
-            raise
-        return answer
+    def _zygote_hangs(self) -> None:
+        dead = [number for number, order in self._orders.items() if order.has_died]
+        for number in dead:
+            self._orders.pop(number).otherwise(ForkError("its process has ended"))
+        if dead:
+            if self._orders:
+                self._wait_for_answers()
+            return
+        seconds = self._patience_ns / NANOSECONDS
+        failure = ForkError(f"the zygote has not answered for {seconds:g} s")
+        log.error("%s: no VM can be started until those that run have ended", failure)
+        self.is_abandoned = True
+        self._fail(failure)
+        self._on_abandoned()
 
-    def _hear(self, received: Received[ZygoteToVmm]) -> Forked | ForkFailed | None:
-        """Return an answer; None if it is something else, which is taken note of."""
-        received.fds.close()
-        if isinstance(received.message, Serving):
-            self._serving = received.message.pid
-            self._zygotes.add(self._serving)
-            return None
-        return received.message
-
-    def _unasked(self, received: Received[ZygoteToVmm]) -> None:
-        if self._hear(received) is not None:
-            log.warning("the zygote: an answer to no question")
-
-    def _end(self, err: PeerHangsError) -> None:
-        """End vmm: what the zygote answers from now on would be taken for another answer."""
-        log.error("the zygote %s: no VM can be started or killed: vmm ends", err)
+    def _fail(self, failure: ForkError) -> None:
+        """Let all orders fail: what the zygote says from now on could be taken for others."""
+        self._failure = failure
         self._zygote.close()
-        self._loop.stop()
+        self._timer.cancel()
+        self._zygote_patience.cancel()
+        for spare in tuple(self._spares.values()):
+            self._forget(spare)
+        self._preparations.clear()
+        orders = tuple(self._orders.values())
+        self._orders.clear()
+        for order in orders:
+            order.otherwise(failure)

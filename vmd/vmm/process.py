@@ -12,15 +12,16 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 from typing import NamedTuple, assert_never
 
 from vmd.shared import log as logging
 from vmd.shared.counters import make_counters
 from vmd.shared.vm_devices import DeviceConnection, flattened
-from vmd.vmm.blanks import Blanks, Ended, ForkError
+from vmd.vmm.blanks import Blank, Blanks, Ended, ForkError
 from vmd.wire.blank import Role
 from vmd.wire.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.wire.device import VMM_AND_DEVICE, BeginDisk, BeginNic, DeviceBegin, VmmToDevice
@@ -89,9 +90,18 @@ class _Device(NamedTuple):
 class _Vm:
     """What vmm knows of one VM until all its processes are reaped."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, number: int, name: str, uid: int) -> None:
+        self.id = number
         self.name = name
+        self.uid = uid
         self.pid = 0
+        """0 until its process exists."""
+        self.orders = 0
+        """How many of its processes the zygote has not told of."""
+        self.is_doomed = False
+        """Whether its process is to be killed as soon as it exists."""
+        self.has_failed = False
+        """Whether it was said not to be launched."""
         self.channel: Channel[VmmToVm, VmReport] | None = None
         self.devices: dict[int, _Device] = {}  # those that live, by pid
         self.ending: VmEnding | None = None
@@ -151,6 +161,7 @@ class Vmm:
         self._verbosity = 0
         self._vms: dict[int, _Vm] = {}
         signal.signal(signal.SIGCHLD, self._child_ended)
+        blanks.serve(self._ended, self._end_if_useless)
         parent.watch(loop, self._take, lambda _: self._parent_left())
 
     def _parent_left(self) -> None:
@@ -209,47 +220,74 @@ class Vmm:
 
     def _kill(self, number: int) -> None:
         vm = self._vms.get(number)
-        if vm and vm.status is None:
-            self._blanks.kill(vm.pid)
+        if vm is None or vm.status is not None:
+            return
+        if not vm.pid:
+            vm.is_doomed = True
+            return
+        self._blanks.kill(vm.pid, lambda err: self._cannot_kill(vm, err))
+
+    @staticmethod
+    def _cannot_kill(vm: _Vm, err: ForkError) -> None:
+        """Let a VM's process believe that vmm is gone: unless it hangs, it ends."""
+        log.warning("vm/%s: cannot be killed: %s", vm.name, err)
+        if vm.channel:
+            vm.channel.close()
 
     # Starting
 
     def _launch(self, spec: VmSpec, fds: Fds) -> None:
         if spec.id in self._vms:
-            self._fail(spec, ErrorCode.EALREADY, "there is a process for it already")
+            text = "there is a process for it already"
+            self._tell(VmLaunchFailed(id=spec.id, code=ErrorCode.EALREADY, message=text))
             return
-        vm = _Vm(spec.name)
+        try:
+            vm = _Vm(spec.id, spec.name, self._blanks.claim())
+        except ForkError as err:
+            text = f"cannot start its processes: {err}"
+            self._tell(VmLaunchFailed(id=spec.id, code=ErrorCode.EAGAIN, message=text))
+            return
         self._vms[spec.id] = vm
+        vm.orders += 1  # of ours: it is not to be forgotten meanwhile
         try:
             self._start_all(vm, spec, fds)
         except (OSError, ForkError, ChannelError, OversizeError) as err:
-            code = ErrorCode.EINVAL if isinstance(err, MalformedError) else ErrorCode.EAGAIN
-            self._fail(spec, code, f"cannot start its processes: {err}")
-            if not vm.devices:
-                del self._vms[spec.id]
-            return
-        self._tell(VmLaunched(id=spec.id, pid=vm.pid))
+            self._fail(vm, err)
+        self._blanks.settle(vm.uid)
+        vm.orders -= 1
+        self._look_if_gone(vm)
 
-    def _fail(self, spec: VmSpec, code: ErrorCode, message: str) -> None:
-        self._tell(VmLaunchFailed(id=spec.id, code=code, message=message))
+    def _fail(self, vm: _Vm, err: Exception) -> None:
+        """Tell that a VM has not been launched, once; what there is of it ends."""
+        if vm.has_failed:
+            return
+        vm.has_failed = True
+        code = ErrorCode.EINVAL if isinstance(err, MalformedError) else ErrorCode.EAGAIN
+        text = f"cannot start its processes: {err}"
+        self._tell(VmLaunchFailed(id=vm.id, code=code, message=text))
+        if vm.channel:  # its process ends by that
+            vm.channel.close()
 
     def _start_all(self, vm: _Vm, spec: VmSpec, fds: Fds) -> None:
         """Start the device processes, then the VM's; what they share is closed here."""
         fds.check()
         with ExitStack() as stack:
             connections = []
+            cgroup = self._device_cgroup(spec, fds, stack)
+            level, joins = self._verbosity, bool(cgroup)
             for index, disk in enumerate(spec.disks):
                 if disk.has_process:
-                    begin = BeginDisk(disk=disk, vm=spec.name, verbosity=self._verbosity)
-                    own = [fds.take(at) for at in disk.chain]
-                    connections.append(self._start_device(vm, f"disk{index}", begin, own, stack))
+                    begin = BeginDisk(disk=disk, vm=spec.name, verbosity=level, has_cgroup=joins)
+                    own = [*map(os.dup, cgroup), *map(fds.take, disk.chain)]
+                    name = f"disk{index}"
+                    connections.append(self._start_device(vm, name, begin, own, stack))
             for index, nic in enumerate(spec.interfaces):
                 if nic.has_process:
-                    move = BeginNic(nic=nic, vm=spec.name, verbosity=self._verbosity)
-                    own = [fds.take(at) for at in nic.taps]
-                    connections.append(self._start_device(vm, f"{_NIC}{index}", move, own, stack))
-            blank = self._blanks.take(Role.VM)
-            vm.pid = blank.pid
+                    move = BeginNic(nic=nic, vm=spec.name, verbosity=level, has_cgroup=joins)
+                    own = [*map(os.dup, cgroup), *map(fds.take, nic.taps)]
+                    name = f"{_NIC}{index}"
+                    connections.append(self._start_device(vm, name, move, own, stack))
+            blank = self._blank(vm, Role.VM, partial(self._launched, vm))
             vm.channel = Channel(blank.connection, VMM_AND_VM, high_water=_VM_HIGH_WATER)
             passed = [os.dup(fd) for fd in flattened(connections)]
             vm.channel.send(
@@ -258,24 +296,72 @@ class Vmm:
             )
         self._parent.add_source(vm.channel)
         vm.channel.add_source(vm)
-        vm.channel.watch(
-            self._loop,
-            lambda received: self._report(spec.id, received),
-            lambda err: self._vm_silent(spec.id, err),
-        )
+        if blank.pid:
+            self._launched(vm, blank.pid)
+
+    @staticmethod
+    def _device_cgroup(spec: VmSpec, fds: Fds, stack: ExitStack) -> tuple[int, ...]:
+        """Return what device processes join their control group by, if there is one."""
+        if spec.device_cgroup is None:
+            return ()
+        fd = fds.take(spec.device_cgroup)
+        stack.callback(os.close, fd)
+        return (fd,)
 
     def _start_device(
-        self, vm: _Vm, name: str, begin: DeviceBegin, own: list[int], stack: ExitStack
+        self,
+        vm: _Vm,
+        name: str,
+        begin: DeviceBegin,
+        own: list[int],
+        stack: ExitStack,
     ) -> DeviceConnection:
         """Start a device process that owns `own`; returns the VM's ends of its connection."""
         passed = Fds(own)
         stack.callback(passed.close)
         ours, theirs = self._connection(stack)
-        blank = self._blanks.take(Role.DISK if isinstance(begin, BeginDisk) else Role.NIC)
+
+        def forked(pid: int) -> None:
+            vm.devices[pid] = _Device(name, channel)
+
+        role = Role.DISK if isinstance(begin, BeginDisk) else Role.NIC
+        blank = self._blank(vm, role, forked)
         channel = Channel(blank.connection, VMM_AND_DEVICE)
-        vm.devices[blank.pid] = _Device(name, channel)
+        if blank.pid:
+            forked(blank.pid)
         channel.send(begin, [*passed.take_all(), *map(os.dup, theirs)])
         return ours
+
+    def _blank(self, vm: _Vm, role: Role, then: Callable[[int], None]) -> Blank:
+        """Return a process that is to be one of a VM's; see `Blanks.take`."""
+
+        def forked(pid: int) -> None:
+            vm.orders -= 1
+            then(pid)
+
+        def failed(err: ForkError) -> None:
+            vm.orders -= 1
+            self._fail(vm, err)
+            self._look_if_gone(vm)
+
+        blank = self._blanks.take(role, vm.uid, forked, failed)
+        if not blank.pid:
+            vm.orders += 1
+        return blank
+
+    def _launched(self, vm: _Vm, pid: int) -> None:
+        """Tell that a VM's process exists, and listen to it."""
+        vm.pid = pid
+        if not vm.has_failed:
+            self._tell(VmLaunched(id=vm.id, pid=vm.pid))
+        if vm.is_doomed or vm.has_failed:
+            self._kill(vm.id)
+        if vm.channel and not vm.channel.is_closed:
+            vm.channel.watch(
+                self._loop,
+                lambda received: self._report(vm.id, received),
+                lambda err: self._vm_silent(vm.id, err),
+            )
 
     @staticmethod
     def _connection(stack: ExitStack) -> tuple[DeviceConnection, DeviceConnection]:
@@ -334,21 +420,32 @@ class Vmm:
                 return
             if pid == 0:
                 return
-            status = os.waitstatus_to_exitcode(waited)
-            if self._blanks.ended(pid, status) is Ended.ZYGOTE:
-                log.error("the zygote has ended, status %d", status)
-                self._loop.stop()
-            for number, vm in tuple(self._vms.items()):
-                if pid == vm.pid and vm.status is None:
-                    self._vm_ended(vm, status)
-                elif pid in vm.devices:
-                    device = vm.devices.pop(pid)
-                    device.channel.close()
-                    self._device_ended(number, vm, device.name, status)
-                else:
-                    continue
-                if not vm.devices and (vm.status is not None or not vm.pid):
-                    self._forget(number, vm)
+            self._ended(pid, os.waitstatus_to_exitcode(waited))
+
+    def _ended(self, pid: int, status: int) -> None:
+        """Account for a process that was reaped."""
+        if self._blanks.ended(pid, status) is Ended.ZYGOTE and not self._blanks.is_abandoned:
+            log.error("the zygote has ended, status %d", status)
+            self._loop.stop()
+        for vm in tuple(self._vms.values()):
+            if pid == vm.pid and vm.status is None:
+                self._vm_ended(vm, status)
+            elif pid in vm.devices:
+                device = vm.devices.pop(pid)
+                device.channel.close()
+                self._device_ended(vm, device.name, status)
+            else:
+                continue
+            self._look_if_gone(vm)
+
+    def _look_if_gone(self, vm: _Vm) -> None:
+        if not vm.devices and not vm.orders and (vm.status is not None or not vm.pid):
+            self._forget(vm)
+
+    def _end_if_useless(self) -> None:
+        """End when no VM is left and none can be started: another vmm can."""
+        if self._blanks.is_abandoned and not self._vms:
+            self._loop.stop()
 
     def _vm_ended(self, vm: _Vm, status: int) -> None:
         vm.status = status
@@ -372,27 +469,28 @@ class Vmm:
         except (BlockingIOError, ChannelError):
             return
 
-    def _device_ended(self, number: int, vm: _Vm, device: str, status: int) -> None:
+    def _device_ended(self, vm: _Vm, device: str, status: int) -> None:
         if status == 0:
             return
         how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
         log.warning("vm/%s/%s: its process %s", vm.name, device, how)
-        if vm.pid and vm.status is None and not device.startswith(_NIC):
+        if vm.status is None and not vm.has_failed and not device.startswith(_NIC):
             # A guest without its disk is of no use, and must not believe that it wrote.
             vm.ending = vm.ending or VmEnding(
                 reason=EndReason.CRASHED, message=f"{device}: its process {how}"
             )
-            self._kill(number)
+            self._kill(vm.id)
 
     def _kill_devices(self, vm: _Vm) -> None:
         for pid, device in vm.devices.items():
             log.warning("vm/%s/%s: its process does not end: killed", vm.name, device.name)
-            self._blanks.kill(pid)
+            self._blanks.kill(pid, lambda err: log.warning("cannot be killed: %s", err))
 
-    def _forget(self, number: int, vm: _Vm) -> None:
-        del self._vms[number]
+    def _forget(self, vm: _Vm) -> None:
+        del self._vms[vm.id]
+        self._blanks.release(vm.uid)
         if vm.timer:
             vm.timer.cancel()
-        if vm.pid:
-            assert vm.status is not None
-            self._tell(VmExited(id=number, pid=vm.pid, status=vm.status, ending=vm.ending))
+        if vm.status is not None and not vm.has_failed:
+            self._tell(VmExited(id=vm.id, pid=vm.pid, status=vm.status, ending=vm.ending))
+        self._end_if_useless()

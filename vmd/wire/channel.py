@@ -9,10 +9,9 @@ waits is full, which is no error and no end. It holds its sources, the channels 
 this end send: nothing is read from a source that is held, until the peer has read most of
 what waits.
 
-Source: unix(7), "SCM_RIGHTS".
+Source: unix(7)
 """
 
-import array
 import errno
 import fcntl
 import os
@@ -27,6 +26,14 @@ from contextlib import ExitStack
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 from weakref import WeakSet
 
+from vmd.wire.ancillary import (
+    CREDENTIALS_SIZE,
+    FDS_MAX,
+    RIGHTS_SIZE,
+    descriptors,
+    rights,
+    sender_pid,
+)
 from vmd.wire.encoding import Wire, WireError
 from vmm_kvm.clock import NANOSECONDS
 
@@ -35,8 +42,6 @@ Taken = TypeVar("Taken")
 
 MESSAGE_MAX = 256 << 10
 """Bytes of one message."""
-FDS_MAX = 64
-"""Descriptors with one message."""
 HIGH_WATER = 1 << 20
 """Bytes that wait for a peer from which on a channel is full. What its sources said before they
 were held may still add to them."""
@@ -48,9 +53,6 @@ _PASSING = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 """Errors that pass: the host gets memory again, others of our user read what descriptors they were
 sent."""
 
-_INT_SIZE = array.array("i").itemsize
-_ANCILLARY_SIZE = socket.CMSG_SPACE(FDS_MAX * _INT_SIZE)
-_UCRED = struct.Struct("=iII")
 _INT = struct.Struct("=i")
 
 
@@ -118,23 +120,6 @@ class Loop(Protocol):
 
     def remove_writer(self, fd: int) -> None:
         """Forget the writer of `fd`, if there is one."""
-
-
-class Credentials(NamedTuple):
-    """Who was at the other end when the connection was made."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-def peer_credentials(connection: socket.socket) -> Credentials:
-    """Return who is at the other end of a connected UNIX socket.
-
-    Source: unix(7), "SO_PEERCRED".
-    """
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return Credentials(*_UCRED.unpack(data))
 
 
 class Fds:
@@ -242,15 +227,23 @@ class Channel(Generic[Sent, Taken]):
         *,
         high_water: int = HIGH_WATER,
         sent_max: int = MESSAGE_MAX,
+        asks_pids: bool = False,
     ) -> None:
         """Take ownership of `connection`, a connected UNIX SOCK_SEQPACKET socket.
 
         The channel is full from `high_water` bytes on that wait for the peer. Messages of up to
-        `sent_max` bytes can be sent; the kernel keeps some for a peer that does not read.
+        `sent_max` bytes can be sent; the kernel keeps some for a peer that does not read. With
+        `asks_pids`, the kernel tells which process has sent a message, from now on.
         """
         connection.setblocking(False)
         # The kernel refuses a packet that is larger than what may be under way, which it doubles.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sent_max)
+        self.sender_pid = 0
+        """The process that has sent the last message; 0 if that is not asked."""
+        self._ancillary_size = RIGHTS_SIZE
+        if asks_pids:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self._ancillary_size += CREDENTIALS_SIZE
         self._sent_max = sent_max
         self._socket = connection
         self._wire = wire
@@ -445,9 +438,8 @@ class Channel(Generic[Sent, Taken]):
 
     def _transmit(self, data: bytes, fds: Sequence[int]) -> bool:
         """Send one packet; False if there is no room for it now, or the host is short of it."""
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+            self._socket.sendmsg([data], rights(fds), socket.MSG_NOSIGNAL)
         except BlockingIOError:
             self._is_short = False
             return False
@@ -477,7 +469,7 @@ class Channel(Generic[Sent, Taken]):
         except OSError as err:
             raise ChannelClosedError(f"cannot receive: {err.strerror}") from err
         with ExitStack() as stack:
-            fds = stack.enter_context(Fds(_descriptors(ancillary)))
+            fds = stack.enter_context(Fds(descriptors(ancillary)))
             if not data:  # the end; or a packet of nothing, which is no message either
                 raise ChannelClosedError("the peer has closed the connection")
             if flags & socket.MSG_TRUNC:
@@ -491,6 +483,7 @@ class Channel(Generic[Sent, Taken]):
             except WireError as err:
                 raise MalformedError(f"not a message: {err}") from err
             stack.pop_all()
+        self.sender_pid = sender_pid(ancillary)
         return Received(message, fds, len(data))
 
     def wait(self, timeout_s: float | None = None) -> Received[Taken]:
@@ -520,7 +513,7 @@ class Channel(Generic[Sent, Taken]):
         return bool(poll.poll(left_ms))
 
     def _receive_packet(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
-        size = MESSAGE_MAX, _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
+        size = MESSAGE_MAX, self._ancillary_size, socket.MSG_CMSG_CLOEXEC
         try:
             # Not socket.recv_fds, which ignores its flags (python/cpython#107898).
             return self._socket.recvmsg(*size)[:3]
@@ -577,14 +570,6 @@ class Channel(Generic[Sent, Taken]):
                 on_end(err)
                 return
             on_message(received)
-
-
-def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, block in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(block[: len(block) - len(block) % _INT_SIZE])
-    return fds.tolist()
 
 
 def channel_pair(

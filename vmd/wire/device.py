@@ -7,12 +7,14 @@ from vmd.wire.internal import DiskSpec, Internal, NicSpec, SetVerbosity
 class BeginDisk(Internal, frozen=True, kw_only=True):
     """Serve this disk of the VM called `vm`.
 
-    The image and its bases come along, then counters, a socket and a pipe.
+    What joins a control group comes along, if it `has_cgroup`, the image and its bases, then
+    counters, a socket and a pipe.
     """
 
     disk: DiskSpec
     vm: str
     verbosity: int
+    has_cgroup: bool = False
 
     @property
     def device(self) -> str:
@@ -23,12 +25,14 @@ class BeginDisk(Internal, frozen=True, kw_only=True):
 class BeginNic(Internal, frozen=True, kw_only=True):
     """Move the frames of this interface of the VM called `vm`.
 
-    The tap's queues come along, then counters, a socket and a pipe.
+    What joins a control group comes along, if it `has_cgroup`, the tap's queues, then counters, a
+    socket and a pipe.
     """
 
     nic: NicSpec
     vm: str
     verbosity: int
+    has_cgroup: bool = False
 
     @property
     def device(self) -> str:

@@ -1,4 +1,4 @@
-"""What vmm and the zygote say to each other: which processes to fork, and to end."""
+"""What vmm and the zygote say to each other: processes that are to be made, or to end."""
 
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
@@ -6,36 +6,55 @@ from vmd.wire.internal import Internal, SetVerbosity
 
 
 class Fork(Internal, frozen=True, kw_only=True):
-    """Fork a process, which has the connection whose descriptor comes along, and waits on it."""
+    """Fork a process, which has the connection whose descriptor comes along, and waits on it.
 
+    It says `Forked` itself; if there is none, the zygote says `ForkFailed`.
+    """
+
+    order: int
+    """A number, for the answer."""
     role: Role
     preparation: Preparation
+    uid: int = 0
+    """The user that it becomes, and its group; 0 if it keeps the zygote's."""
 
 
 class Forked(Internal, frozen=True, kw_only=True):
-    """There is such a process, and it is a child of vmm."""
+    """The process which says this, as the kernel tells, is there, and is a child of vmm."""
 
-    pid: int
+    order: int
 
 
 class ForkFailed(Internal, frozen=True, kw_only=True):
     """There is none; `message` is one line."""
 
+    order: int
     message: str
 
 
 class Serving(Internal, frozen=True, kw_only=True):
-    """The zygote is ready to fork, and is this process; said once, first."""
-
-    pid: int
+    """The zygote is ready to fork, and is the process which says this; said once, first."""
 
 
 class EndProcess(Internal, frozen=True, kw_only=True):
-    """Kill the process whose pidfd comes along: only those that forked it have that right."""
+    """Kill the process whose pidfd comes along: only the zygote, which has made it, may.
+
+    Answered by `ProcessEnded`.
+    """
+
+    order: int
+    uid: int = 0
+    """As the process was forked with."""
+
+
+class ProcessEnded(Internal, frozen=True, kw_only=True):
+    """The process was sent the signal, or had ended."""
+
+    order: int
 
 
 VmmToZygote = Fork | EndProcess | SetVerbosity
-ZygoteToVmm = Serving | Forked | ForkFailed
+ZygoteToVmm = Serving | Forked | ForkFailed | ProcessEnded
 
 VMM_AND_ZYGOTE: Wire[VmmToZygote, ZygoteToVmm] = Wire(ZygoteToVmm, WireEncoding.MSGPACK)
 ZYGOTE_AND_VMM: Wire[ZygoteToVmm, VmmToZygote] = Wire(VmmToZygote, WireEncoding.MSGPACK)

@@ -346,6 +346,10 @@ class VmSpec(Part, frozen=True, kw_only=True):
     """Index of the descriptor of the pty's master side."""
     ring: int
     """Index of the memory that holds what the console has shown; see `ring`."""
+    cgroup: int | None = None
+    """Index of what the VM's process joins its control group by."""
+    device_cgroup: int | None = None
+    """Index of the same for its device processes."""
     boot_device: BootDevice = BootDevice.AUTO
     received: ReceivedSpec | None = None
     """None for one that boots."""

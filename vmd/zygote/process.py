@@ -5,25 +5,41 @@ all that it looks at. So whoever is forked from should have done all that its ch
 nothing since: everything that they may import is imported, and their code has run. vmm, which is
 busy whenever VMs start, would leave each of its children another version of the pages that it uses.
 
-What is forked becomes a child of vmm, by way of a process in between that ends at once: vmm is told
-by the kernel when it ends, and may kill it without fear for another that has its pid.
+What is forked is a child of vmm from its birth (`siblings`): vmm is told by the kernel when it
+ends, and may have it killed without fear for another that has its pid. Where root has started the
+daemon, the zygote and its children have a pid namespace: no other process has a number there. They
+do not know their numbers outside either; the kernel tells vmm who has sent `Forked`.
 """
 
 import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import NamedTuple, NoReturn, assert_never
 
+from vmd.confine.sandbox import acting_as, become, die_with
 from vmd.shared import log as logging
 from vmd.shared.privsep import live
+from vmd.shared.siblings import fork_sibling
 from vmd.wire.blank import BLANK_IS_COLD, BLANK_IS_READY, Preparation, Role
-from vmd.wire.channel import Channel, ChannelError
-from vmd.wire.forking import EndProcess, Fork, Forked, ForkFailed, Serving, VmmToZygote, ZygoteToVmm
+from vmd.wire.channel import Channel, ChannelError, Fds
+from vmd.wire.forking import (
+    EndProcess,
+    Fork,
+    Forked,
+    ForkFailed,
+    ProcessEnded,
+    Serving,
+    VmmToZygote,
+    ZygoteToVmm,
+)
 from vmd.wire.internal import SetVerbosity
 from vmm_kvm.log import Log
 
 log = Log(__name__)
+
+_PATIENCE_S = 60.0
 
 
 class Body(NamedTuple):
@@ -39,92 +55,94 @@ class Body(NamedTuple):
 
 def serve(vmm: Channel[ZygoteToVmm, VmmToZygote], bodies: Mapping[Role, Body]) -> None:
     """Fork what `vmm` asks for until it is gone."""
-    vmm.send(Serving(pid=os.getpid()))
-    while True:
-        try:
+    try:
+        _say(vmm, Serving())
+        while True:
             order, fds, _size = vmm.wait()
-        except ChannelError as err:
-            log.debug("vmm: %s", err)
-            return
-        with fds:
-            if isinstance(order, SetVerbosity):
-                logging.set_verbosity(order.level)
-                continue
-            try:
-                fd = fds.take(0)
-            except ChannelError as err:
-                log.warning("%s: %s", type(order).__name__, err)
-                if isinstance(order, Fork):
-                    vmm.send(ForkFailed(message=str(err)))
-                continue
-            match order:
-                case Fork(role=role):
-                    with socket.socket(fileno=fd) as connection:
-                        _fork(vmm, order, bodies[role], connection)
-                case EndProcess():
-                    _kill(fd)
-                case _:
-                    assert_never(order)
+            with fds:
+                if isinstance(order, SetVerbosity):
+                    logging.set_verbosity(order.level)
+                else:
+                    _obey(vmm, order, fds, bodies)
+    except ChannelError as err:
+        log.debug("vmm: %s", err)
 
 
-def _kill(pidfd: int) -> None:
+def _obey(
+    vmm: Channel[ZygoteToVmm, VmmToZygote],
+    order: Fork | EndProcess,
+    fds: Fds,
+    bodies: Mapping[Role, Body],
+) -> None:
+    try:
+        fd = fds.take(0)
+    except ChannelError as err:
+        log.warning("%s: %s", type(order).__name__, err)
+        if isinstance(order, Fork):
+            _say(vmm, ForkFailed(order=order.order, message=str(err)))
+        else:
+            _say(vmm, ProcessEnded(order=order.order))
+        return
+    match order:
+        case Fork(role=role):
+            with socket.socket(fileno=fd) as connection:
+                _fork(vmm, order, bodies[role], connection)
+        case EndProcess(uid=uid):
+            _kill(fd, uid)
+            _say(vmm, ProcessEnded(order=order.order))
+        case _:
+            assert_never(order)
+
+
+def _say(vmm: Channel[ZygoteToVmm, VmmToZygote], message: ZygoteToVmm) -> None:
+    vmm.send(message)
+    vmm.send_all(_PATIENCE_S)  # nothing may wait here: a child that is forked would say it again
+
+
+def _kill(pidfd: int, uid: int) -> None:
     # Landlock lets a process signal those that it has confined, and those below them, alone: we
     # have, and vmm has not.
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with acting_as(uid) if uid else nullcontext():
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except ProcessLookupError:
         log.debug("what was to be killed has ended")
+    except PermissionError as err:
+        log.warning("uid %d: cannot be killed: %s", uid, err.strerror)
     finally:
         os.close(pidfd)
+        if uid:
+            die_with(os.getppid())
 
 
 def _fork(
     vmm: Channel[ZygoteToVmm, VmmToZygote], order: Fork, body: Body, connection: socket.socket
 ) -> None:
-    read_fd, write_fd = os.pipe()
     try:
-        between = os.fork()
-        if between == 0:
-            _fork_again(vmm, order, body, connection, read_fd)
-        os.waitpid(between, 0)
+        pid = fork_sibling()
     except OSError as err:
-        vmm.send(ForkFailed(message=err.strerror or str(err)))
-    finally:
-        os.close(read_fd)
-        os.close(write_fd)
+        _say(vmm, ForkFailed(order=order.order, message=err.strerror or str(err)))
+        return
+    if pid == 0:
+        try:
+            _say(vmm, Forked(order=order.order))
+        except BaseException:  # noqa: BLE001 - it must never be another zygote
+            os._exit(1)
+        begin(order, body, connection)
 
 
-def _fork_again(
-    vmm: Channel[ZygoteToVmm, VmmToZygote],
-    order: Fork,
-    body: Body,
-    connection: socket.socket,
-    pipe: int,
-) -> NoReturn:
-    """Be the process in between."""
-    try:
-        pid = os.fork()
-        if pid == 0:
-            begin(order, body, connection, pipe)
-        vmm.send(Forked(pid=pid))
-    except OSError as err:
-        vmm.send(ForkFailed(message=err.strerror or str(err)))
-    finally:
-        os._exit(0)
-
-
-def begin(order: Fork, body: Body, connection: socket.socket, pipe: int) -> NoReturn:
-    """Be the process that was asked for, once `pipe` has no other side: vmm is its parent then."""
+def begin(order: Fork, body: Body, connection: socket.socket) -> NoReturn:
+    """Be the process that was asked for."""
 
     def run() -> int:
-        os.read(pipe, 1)  # nothing, when the zygote and the one in between have closed it
-        os.close(pipe)
+        if order.uid:
+            become(order.uid)
         failure = body.prepare(order.preparation is Preparation.REHEARSED)
         if order.preparation is not Preparation.NONE:
             _say_ready(connection, failure)
         return body.run(connection)
 
-    live(order.role, {connection.fileno(), pipe, *body.fds}, run)
+    live(order.role, {connection.fileno(), *body.fds}, run)
 
 
 def _say_ready(connection: socket.socket, failure: str | None) -> None:

@@ -93,6 +93,8 @@ def test_from_start_to_stop(host: TreeHost) -> None:
     host.run("systemctl", "start", SERVICE)
     assert host.states() == {"one": "running", "two": "stopped"}
     host.run("vmctl", "start", "two")
+    groups = host.run("ls", f"/sys/fs/cgroup/system.slice/{SERVICE}").split()
+    assert {"vmd", "vm-1", "vm-2"} <= set(groups)
     host.write("/etc/vm.conf", host.configuration + block("three", enabled=True))
     host.run("systemctl", "reload", SERVICE)
     _eventually(lambda: host.states() == dict.fromkeys(("one", "two", "three"), "running"))

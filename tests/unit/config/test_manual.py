@@ -25,7 +25,7 @@ WITHOUT_MEANING = {"add", "id", "size"}
 """Words that are reserved and that no statement has."""
 KEYWORD_MACROS = {"Ic", "Cm"}
 OTHER_MACROS = {"Ar", "Oo", "Oc", "Op", "Ns", "No", "Sy", "Li", "Pa", "It", "D1", "Fl"}
-OTHER_OWN = {"limit", "nat", "timeout", "to", "vms"}
+OTHER_OWN = {"cpu", "limit", "nat", "timeout", "to", "vms"}
 """Words of ours within other statements."""
 VALUES = {"tap", "tcp", "udp", *FIRMWARE_NAMES, *FORMATS, *OnError}
 """Words that are values, not keywords."""

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmd.wire.ancillary import FDS_MAX, peer_credentials
 from vmd.wire.channel import (
-    FDS_MAX,
     HIGH_WATER,
     MESSAGE_MAX,
     Channel,
@@ -28,7 +28,6 @@ from vmd.wire.channel import (
     OversizeError,
     Received,
     channel_pair,
-    peer_credentials,
 )
 from vmd.wire.messages import (
     CLIENT_TO_DAEMON,

@@ -18,10 +18,21 @@ from pathlib import Path
 import pytest
 
 from vmd.confine import landlock
-from vmd.confine.confinements import CONFINEMENTS, PARENT_DENIALS, Kind
-from vmd.confine.sandbox import SandboxError, confine, deny, find_identity, set_title
+from vmd.confine.confinements import CONFINEMENTS, PARENT_DENIALS, Kind, zygote_confinement
+from vmd.confine.sandbox import (
+    TASKS_MAX,
+    Identity,
+    SandboxError,
+    acting_as,
+    become,
+    confine,
+    deny,
+    find_identity,
+    set_title,
+)
 from vmd.confine.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
 from vmd.confine.syscalls import SYSCALLS
+from vmd.confine.uids import UidRange, Uids
 
 KINDS = list(Kind)
 # Calls that none of the processes has any business with.
@@ -259,7 +270,7 @@ def test_the_zygote_starts_processes_that_are_confined_further() -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.VMM, Kind.ZYGOTE, Kind.LOCAL])
+@pytest.mark.parametrize("kind", [Kind.CONTROL, Kind.VMM, Kind.LOCAL])
 def test_root_becomes_nobody_in_particular(kind: Kind) -> None:
     """A process without privileges has another user, no groups, no files and no capabilities."""
     try:
@@ -313,11 +324,158 @@ def test_priv_keeps_one_capability() -> None:
         assert lines["Uid"].split() == lines["Gid"].split() == ["65534"] * 4
         assert lines["Groups"].split() == []
         assert int(lines["CapEff"], 16) == int(lines["CapPrm"], 16) == 1 << 12
-        assert int(lines["CapBnd"], 16) == 1 << 12
+        assert int(lines["CapBnd"], 16) == 0
         assert lines["NoNewPrivs"].strip() == "1"
         assert lines["Seccomp"].strip() == "2"
 
     assert _end_of(body) == 0
+
+
+UIDS = Uids(UidRange(0x7F000000, 0x1000), -1)
+FIRST_VM, SECOND_VM = UIDS.vms[0], UIDS.vms[1]
+
+
+def _as_zygote(body: Callable[[], None]) -> int:
+    def child() -> None:
+        confine(zygote_confinement(UIDS), Identity(UIDS.zygote, UIDS.zygote))
+        body()
+
+    return _end_of(child)
+
+
+def test_the_zygote_makes_no_namespaces() -> None:
+    """It forks with its own flags, or the C library's; with any other it ends."""
+    for flags in (0x02000000, 0x00020000, 0x10000000, 0x20000000, 0x40000000, 0x08000000):
+        for others in (signal.SIGCHLD, signal.SIGCHLD | 0x8000):
+            body = partial(_attack, "clone", [flags | others, 0])
+            assert _confined(Kind.ZYGOTE, body) == -signal.SIGSYS, hex(flags)
+
+
+@pytest.mark.root
+def test_the_zygote_becomes_users_of_its_range_alone() -> None:
+    """It has the two capabilities for that; any number beyond the range is its end."""
+
+    def look() -> None:
+        with Path("/proc/self/status").open() as status:
+            confine(zygote_confinement(UIDS), Identity(UIDS.zygote, UIDS.zygote))
+            lines = dict(line.split(":", 1) for line in status.read().splitlines())
+        assert lines["Uid"].split() == [str(UIDS.zygote)] * 4
+        assert int(lines["CapEff"], 16) == int(lines["CapPrm"], 16) == 1 << 6 | 1 << 7
+        assert int(lines["CapBnd"], 16) == 0
+
+    assert _end_of(look) == 0
+    assert _as_zygote(lambda: os.setresuid(FIRST_VM, FIRST_VM, FIRST_VM)) == 0
+    last = UIDS.part.first + UIDS.part.size - 1
+    for uid in (0, 1, 999, UIDS.part.first - 1, last + 1, (1 << 32) - 1):
+        for ids in ((uid, last, last), (last, uid, last), (last, last, uid)):
+            for name in ("setresuid", "setresgid"):
+                assert _as_zygote(partial(_attack, name, list(ids))) == -signal.SIGSYS, (name, ids)
+
+
+@pytest.mark.root
+def test_a_user_of_the_range_is_one_for_good() -> None:
+    """It has no capability to become another, and so many threads at most."""
+
+    def body() -> None:
+        become(FIRST_VM)
+        assert os.getuid() == FIRST_VM
+        for call in (os.setresuid, os.setresgid):
+            with pytest.raises(PermissionError):
+                call(SECOND_VM, SECOND_VM, SECOND_VM)
+        done = threading.Event()
+        threads = [threading.Thread(target=done.wait) for _ in range(TASKS_MAX + 1)]
+        started = []
+        for thread in threads:
+            try:
+                thread.start()
+            except RuntimeError:
+                break
+            started.append(thread)
+        done.set()
+        for thread in started:
+            thread.join()
+        assert TASKS_MAX // 2 < len(started) < TASKS_MAX
+
+    assert _as_zygote(body) == 0
+
+
+def _wait_as(uid: int) -> int:
+    """Return the pid of a process that has become a user, and waits."""
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        become(uid)
+        os.write(write_fd, b"x")
+        while True:
+            signal.pause()
+    os.read(read_fd, 1)
+    os.close(read_fd)
+    os.close(write_fd)
+    return pid
+
+
+@pytest.mark.root
+def test_users_of_the_range_do_not_reach_each_other() -> None:
+    """Without filters, Landlock and namespaces, too: signals, traces, /proc are refused."""
+    other, same = _wait_as(SECOND_VM), _wait_as(FIRST_VM)
+
+    def body() -> None:
+        become(FIRST_VM)
+        for number in (0, signal.SIGKILL, signal.SIGSTOP):
+            assert _call("kill", other, number) == -errno.EPERM
+            assert _call("tgkill", other, other, number) == -errno.EPERM
+        assert _call("kill", same, 0) == 0  # what is refused above is not refused to everybody
+        pidfd = os.pidfd_open(other)
+        assert _call("pidfd_send_signal", pidfd, signal.SIGKILL, 0, 0) == -errno.EPERM
+        assert _call("pidfd_getfd", pidfd, 0, 0) == -errno.EPERM
+        assert _call("ptrace", 0x4206, other, 0, 0) == -errno.EPERM  # PTRACE_SEIZE
+        for name in ("process_vm_readv", "process_vm_writev"):
+            assert _call(name, other, 0, 0, 0, 0, 0) in {-errno.EPERM, 0}
+        for name in ("mem", "environ", "maps", "fd", "fd/0", "map_files", f"task/{other}/mem"):
+            with pytest.raises(PermissionError):
+                os.close(os.open(f"/proc/{other}/{name}", os.O_RDONLY))
+
+    try:
+        assert _end_of(body) == 0
+        assert os.waitpid(other, os.WNOHANG) == (0, 0)
+    finally:
+        for pid in (other, same):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@pytest.mark.root
+def test_the_zygote_ends_processes_of_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It acts as a user for that, and only for that; of others it reaches none."""
+    # It would refuse what this process has not confined.
+    monkeypatch.setattr(landlock, "version", lambda: 0)
+    victim, bystander = _wait_as(FIRST_VM), _wait_as(SECOND_VM)
+    pidfds = [os.pidfd_open(victim), os.pidfd_open(bystander), os.pidfd_open(os.getpid())]
+
+    def body() -> None:
+        with acting_as(FIRST_VM):
+            for pidfd in pidfds[1:]:
+                with pytest.raises(PermissionError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(pidfds[0], signal.SIGKILL)
+        assert os.getuid() == UIDS.zygote
+        with pytest.raises(PermissionError):
+            signal.pidfd_send_signal(pidfds[1], signal.SIGKILL)
+
+    def child() -> None:
+        confine(zygote_confinement(UIDS), Identity(UIDS.zygote, UIDS.zygote))
+        faulthandler.disable()
+        body()
+
+    try:
+        assert _end_of(child) == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]) == -signal.SIGKILL
+        assert os.waitpid(bystander, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(bystander, signal.SIGKILL)
+        os.waitpid(bystander, 0)
+        for pidfd in pidfds:
+            os.close(pidfd)
 
 
 def test_arguments_are_compared_under_their_mask() -> None:
@@ -469,7 +627,8 @@ def test_the_manual_counts_right() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     table = {row[0]: row[1:] for row in rows if row}
     assert table[""] == [str(kind) for kind in KINDS]
-    calls = [len({one.name for one in CONFINEMENTS[kind].filter.allowed}) for kind in KINDS]
+    confinements = {**CONFINEMENTS, Kind.ZYGOTE: zygote_confinement(UIDS)}
+    calls = [len({one.name for one in confinements[kind].filter.allowed}) for kind in KINDS]
     assert table["system calls, some with certain arguments alone"] == list(map(str, calls))
     beside = {Kind.VM: "VM", Kind.DISK: "disk", Kind.NIC: "network"}
     compared = {kind: table[f"our {name} process"][0] for kind, name in beside.items()}

@@ -15,7 +15,8 @@ import pytest
 from vmd.control import process as control
 from vmd.control.process import Control
 from vmd.parent.client_users import ClientUsers
-from vmd.wire.channel import FDS_MAX, Channel, Received, channel_pair
+from vmd.wire.ancillary import FDS_MAX
+from vmd.wire.channel import Channel, Received, channel_pair
 from vmd.wire.internal import (
     CONTROL_AND_PARENT,
     PARENT_AND_CONTROL,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ import pytest
 from tests.unit.vmd.far import Far, run_until
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig
-from vmd.confine.sandbox import adopt_orphans
 from vmd.vmm.blanks import Blanks
 from vmd.vmm.process import Vmm
 from vmd.wire.blank import Role
@@ -57,7 +55,6 @@ from vmd.wire.parts import Statistics
 from vmd.zygote import process as zygote
 from vmm_kvm.loop import EventLoop
 
-PR_SET_CHILD_SUBREAPER = 36
 INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")
 FLOOD, CRASH, DEAF = "flood", "crash", "deaf"  # names of VMs, by what they do
 
@@ -131,7 +128,9 @@ class Rig:
         self.zygote = zygote_pid
         self.parent: Far[ParentToVmm, VmmToParent] = Far(loop, PARENT_AND_VMM)
         self.channel = Channel(self.parent.near, VMM_AND_PARENT)
-        self.blanks = Blanks(loop, Channel(orders, VMM_AND_ZYGOTE), zygote_pid, (), rehearses=False)
+        self.blanks = Blanks(
+            loop, Channel(orders, VMM_AND_ZYGOTE, asks_pids=True), zygote_pid, (), rehearses=False
+        )
         Vmm(loop, self.channel, self.blanks)
 
     def launch(self, name: str, *disks: str, nics: int = 0, count: int = 4) -> None:
@@ -183,7 +182,6 @@ class Rig:
 @pytest.fixture
 def rig() -> Iterator[Rig]:
     """Return a vmm without VMs; what it has made is gone at the end."""
-    adopt_orphans()
     before = signal.getsignal(signal.SIGCHLD)
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -199,7 +197,6 @@ def rig() -> Iterator[Rig]:
         with suppress(ChildProcessError):
             while True:
                 os.wait()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def test_a_vm_from_its_launch_to_its_end(rig: Rig) -> None:

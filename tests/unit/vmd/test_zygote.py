@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -12,11 +11,11 @@ from contextlib import suppress
 
 import pytest
 
-from vmd.confine.sandbox import adopt_orphans
-from vmd.vmm.blanks import SPARE_DELAY_NS, Blanks, Ended, ForkError
+from tests.unit.vmd.far import run_until
+from vmd.vmm.blanks import SPARE_DELAY_NS, Blank, Blanks, Ended, ForkError
 from vmd.wire.blank import Role
 from vmd.wire.channel import Channel
-from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
+from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM, Fork, Forked, VmmToZygote, ZygoteToVmm
 from vmd.zygote import process as zygote
 from vmm_kvm.errors import VmmError
 from vmm_kvm.loop import EventLoop
@@ -24,9 +23,12 @@ from vmm_kvm.loop import EventLoop
 Prepare = Callable[[bool], str | None]
 
 TIMEOUT_S = 10.0
-PR_SET_CHILD_SUBREAPER = 36
 
 _rehearsed = False
+
+
+def _channel(connection: socket.socket) -> Channel[VmmToZygote, ZygoteToVmm]:
+    return Channel(connection, VMM_AND_ZYGOTE, asks_pids=True)
 
 
 def _answer(connection: socket.socket) -> int:
@@ -94,7 +96,6 @@ def prepare() -> Prepare:
 @pytest.fixture
 def zygote_connection(prepare: Prepare) -> Iterator[socket.socket]:
     """Return the connection to a zygote, whose processes become ours, and are gone at the end."""
-    adopt_orphans()
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         here.close()
@@ -105,16 +106,30 @@ def zygote_connection(prepare: Prepare) -> Iterator[socket.socket]:
     with suppress(ChildProcessError):
         while True:
             os.wait()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture
 def blanks(loop: EventLoop, zygote_connection: socket.socket) -> Iterator[Blanks]:
     """Return vmm's side; a process that is to be a VM is kept ready."""
-    channel = Channel(zygote_connection, VMM_AND_ZYGOTE)
+    channel = _channel(zygote_connection)
     made = Blanks(loop, channel, 0, (Role.VM,), rehearses=True)
     yield made
     made.close()
+
+
+def _take(blanks: Blanks, loop: EventLoop, role: Role, uid: int = 0) -> Blank:
+    """Return a process that exists."""
+    pids: list[int] = []
+    failures: list[ForkError] = []
+    blank = blanks.take(role, uid, pids.append, failures.append)
+    if not blank.pid:
+        run_until(loop, lambda: bool(pids or failures))
+        assert failures == []
+    return Blank(blank.connection, blank.pid or pids[0])
+
+
+def _fails(err: ForkError) -> None:
+    raise AssertionError(err)
 
 
 def _first_words(connection: socket.socket) -> bytes:
@@ -129,9 +144,9 @@ def _wait_for_spares(loop: EventLoop, delays: int = 1) -> None:
     loop.run()
 
 
-def test_what_it_forks_is_a_child_of_vmm(blanks: Blanks) -> None:
+def test_what_it_forks_is_a_child_of_vmm(blanks: Blanks, loop: EventLoop) -> None:
     """A process that was asked for is ours: it sees that, and we are told its exit status."""
-    blank = blanks.take(Role.DISK)
+    blank = _take(blanks, loop, Role.DISK)
     with blank.connection as connection:
         assert _first_words(connection) == f"{os.getpid()} False".encode()
         connection.send(b"7")
@@ -141,17 +156,21 @@ def test_what_it_forks_is_a_child_of_vmm(blanks: Blanks) -> None:
 def test_one_waits_ready(blanks: Blanks, loop: EventLoop) -> None:
     """While nothing starts, a process is made that rehearses; then it is the next one."""
     _wait_for_spares(loop)
-    with blanks.take(Role.VM).connection as ready, blanks.take(Role.VM).connection as other:
+    with (
+        _take(blanks, loop, Role.VM).connection as ready,
+        _take(blanks, loop, Role.VM).connection as other,
+    ):
         assert _first_words(ready) == f"{os.getpid()} True".encode()
         assert _first_words(other) == f"{os.getpid()} False".encode()
 
 
-def test_what_is_killed_ends(blanks: Blanks) -> None:
+def test_what_is_killed_ends(blanks: Blanks, loop: EventLoop) -> None:
     """The zygote ends a process by its pidfd."""
-    blank = blanks.take(Role.DISK)
+    blank = _take(blanks, loop, Role.DISK)
     with blank.connection as connection:
         _first_words(connection)
-        blanks.kill(blank.pid)
+        blanks.kill(blank.pid, _fails)
+        run_until(loop, lambda: not blanks.has_orders)
         status = os.waitpid(blank.pid, 0)[1]
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
@@ -160,55 +179,111 @@ def test_without_a_zygote_there_are_no_processes(loop: EventLoop) -> None:
     """A zygote that is gone is an error of one line."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     there.close()
-    blanks = Blanks(loop, Channel(here, VMM_AND_ZYGOTE), 0, (), rehearses=False)
+    blanks = Blanks(loop, _channel(here), 0, (), rehearses=False)
     with pytest.raises(ForkError, match=r"^the zygote: cannot send: Broken pipe$"):
-        blanks.take(Role.VM)
+        blanks.take(Role.VM, 0, lambda _pid: None, _fails)
     blanks.close()
 
 
-def test_a_zygote_that_hangs_ends_vmm(loop: EventLoop) -> None:
-    """What is asked of it fails after its time, in one line, and vmm's loop stops."""
+def test_a_zygote_that_hangs_is_abandoned(loop: EventLoop) -> None:
+    """What is asked of it fails after its time, in one line; vmm works meanwhile, and is told."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    blanks = Blanks(loop, Channel(here, VMM_AND_ZYGOTE), 0, (), rehearses=False, patience_s=0.01)
-    failures = []
+    blanks = Blanks(loop, _channel(here), 0, (), rehearses=False, patience_s=0.05)
+    failures: list[str] = []
+    told: list[bool] = []
 
-    def take() -> None:
-        with pytest.raises(ForkError) as caught:
-            blanks.take(Role.VM)
-        failures.append(str(caught.value))
+    def abandoned() -> None:
+        told.append(blanks.is_abandoned)
+        loop.stop()
 
-    loop.call_soon(take)
+    blanks.serve(lambda _pid, _status: None, abandoned)
+    for _ in range(2):
+        blank = blanks.take(Role.VM, 0, lambda _pid: None, lambda err: failures.append(str(err)))
+        blank.connection.close()
+    blanks.kill(os.getpid(), lambda err: failures.append(str(err)))
+    loop.call_soon(lambda: told.append(blanks.is_abandoned))
     loop.run()
-    assert failures == ["the zygote: has not answered for 0.01 s"]
-    with pytest.raises(ForkError, match=r"^the zygote: the channel is closed$"):
-        blanks.take(Role.VM)
+    assert told == [False, True]
+    line = "the zygote has not answered for 0.05 s"
+    assert failures == [line] * 3
+    with pytest.raises(ForkError, match=f"^{line}$"):
+        blanks.take(Role.VM, 0, lambda _pid: None, _fails)
     blanks.close()
     there.close()
 
 
-def test_a_zygote_that_does_not_read_ends_vmm(loop: EventLoop) -> None:
-    """Orders that it leaves in the socket are given up too."""
+def test_what_ended_before_it_was_told_of(loop: EventLoop) -> None:
+    """Vmm may reap a process before it reads that there is one: its end is told then."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    orders = Channel(here, VMM_AND_ZYGOTE, sent_max=4096)
-    blanks = Blanks(loop, orders, 0, (), rehearses=False, patience_s=0.01)
-    for _ in range(1000):
-        if orders.is_closed:
-            break
-        blanks.kill(os.getpid())
-    assert orders.is_closed
-    blanks.close()
-    there.close()
+    pid, status = os.getpid(), 7  # the kernel says who says that it was forked
+    with Channel(there, ZYGOTE_AND_VMM) as far:
+        blanks = Blanks(loop, _channel(here), 0, (), rehearses=False)
+        seen: list[tuple[int, ...]] = []
+        blanks.serve(lambda *ended: seen.append(ended), loop.stop)
+        blank = blanks.take(Role.VM, 0, lambda told: seen.append((told,)), _fails)
+        assert blanks.ended(pid, status) is Ended.UNKNOWN
+        far.send(Forked(order=_order_of(far)))
+        run_until(loop, lambda: not blanks.has_orders)
+        assert seen == [(pid,), (pid, status)]
+        blank.connection.close()
+        blanks.close()
+
+
+def _order_of(far: Channel[ZygoteToVmm, VmmToZygote]) -> int:
+    message, fds, _size = far.wait()
+    fds.close()
+    assert isinstance(message, Fork)
+    return message.order
+
+
+def test_a_process_that_ends_before_it_says_that_it_is_there(loop: EventLoop) -> None:
+    """Its order alone fails; the zygote is not to blame."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    failures: list[str] = []
+    with Channel(there, ZYGOTE_AND_VMM) as far:
+        channel = _channel(here)
+        blanks = Blanks(loop, channel, 0, (), rehearses=False, patience_s=0.05)
+        blank = blanks.take(Role.VM, 0, lambda _pid: None, lambda err: failures.append(str(err)))
+        _order_of(far)  # the other end of its connection is closed
+        run_until(loop, lambda: bool(failures))
+        assert failures == ["its process has ended"]
+        assert not blanks.is_abandoned
+        blank.connection.close()
+        blanks.close()
+
+
+def test_each_vm_has_a_uid(loop: EventLoop) -> None:
+    """One that is in use is nobody else's; without any left, the reason is one line."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with Channel(there, ZYGOTE_AND_VMM) as far:
+        blanks = Blanks(loop, _channel(here), 0, (), rehearses=False, uids=(5, 6))
+        uid = blanks.claim()
+        blank = blanks.take(Role.VM, uid, lambda _pid: None, _fails)
+        order, fds, _size = far.wait()
+        fds.close()
+        assert isinstance(order, Fork)
+        assert order.uid == uid
+        far.send(Forked(order=order.order))
+        run_until(loop, lambda: not blanks.has_orders)
+        assert {uid, blanks.claim()} == {5, 6}
+        blanks.release(uid)
+        with pytest.raises(ForkError, match=r"^all uids are in use \(vmd --uids\)$"):
+            blanks.claim()
+        blanks.ended(os.getpid(), 0)
+        assert blanks.claim() == uid
+        blank.connection.close()
+        blanks.close()
 
 
 def test_the_zygote_logs_as_much_as_the_others(
     loop: EventLoop, zygote_connection: socket.socket
 ) -> None:
     """What it forks does so from the start."""
-    blanks = Blanks(loop, Channel(zygote_connection, VMM_AND_ZYGOTE), 0, (), rehearses=False)
+    blanks = Blanks(loop, _channel(zygote_connection), 0, (), rehearses=False)
     told = []
     for level in (1, 2):
         blanks.set_verbosity(level)
-        blank = blanks.take(Role.NIC)
+        blank = _take(blanks, loop, Role.NIC)
         with blank.connection as connection:
             told.append(connection.recv(100))
         os.waitpid(blank.pid, 0)
@@ -237,7 +312,7 @@ def test_a_rehearsal_that_fails_is_not_tried_again(
     assert caplog.messages == ["the vm process made ahead has ended, status 1"]
     _wait_for_spares(loop)
     assert _reap(blanks) == []
-    with blanks.take(Role.VM).connection as ready:
+    with _take(blanks, loop, Role.VM).connection as ready:
         assert _first_words(ready) == f"{os.getpid()} False".encode()
 
 
@@ -245,10 +320,10 @@ def test_a_rehearsal_that_fails_is_not_tried_again(
 def test_what_cannot_rehearse_is_of_use(blanks: Blanks, loop: EventLoop) -> None:
     """It is the next that is taken; the one after does not try."""
     _wait_for_spares(loop)
-    with blanks.take(Role.VM).connection as ready:
+    with _take(blanks, loop, Role.VM).connection as ready:
         assert _first_words(ready) == f"{os.getpid()} True".encode()
     _wait_for_spares(loop)
-    with blanks.take(Role.VM).connection as ready:
+    with _take(blanks, loop, Role.VM).connection as ready:
         assert _first_words(ready) == f"{os.getpid()} False".encode()
 
 

@@ -10,12 +10,13 @@ import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from vmd.confine.sandbox import die_with, outlive_parent
+from vmd.confine.sandbox import die_with
+from vmd.shared.siblings import fork_sibling
 from vmm_kvm.log import Log
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ GATHERING_VERSIONS = frozenset({(3, 11), (3, 13), (3, 14)})
 CONSTANT_VERSIONS = frozenset({(3, 11)})
 """Those whose names and constants are gathered as well; on newer ones, most are immortal."""
 _TEXT_MAX = 200
-_POLL_S = 0.001
 _READY = b"\0"
 
 
@@ -71,7 +71,7 @@ def warm_up(
 ) -> None:
     """Confine this process by `confine`, or one that it forks, and warm that up; the other ends.
 
-    Returns in the process that is to go on, whose parent is then that of the first. `be_vm` and
+    Returns in the process that is to go on; the parent of both is that of the first. `be_vm` and
     `live` are what is rehearsed. Only for a process with one thread.
 
     Raises:
@@ -81,25 +81,24 @@ def warm_up(
         confine()
         return
     read_fd, write_fd = os.pipe()
-    first = os.getpid()
-    pid = os.fork()
+    pid = fork_sibling()
     if pid == 0:
         os.close(read_fd)
         _try(lambda: _work(warmth, confine, be_vm, live), write_fd)
-        while os.getppid() == first:  # it ends now
-            time.sleep(_POLL_S)
         return
+    other = os.pidfd_open(pid)
     os.close(write_fd)
     told = _listen(read_fd, patience_s)
     os.close(read_fd)
     if told == _READY:
         os._exit(0)
-    os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(other, signal.SIGKILL)
+    os.close(other)
     if told is None:
         why = f"not done in {patience_s:g} seconds"
     else:
-        why = told.decode(errors="replace") or f"its process has ended, status {status}"
+        why = told.decode(errors="replace") or "its process has ended"
     log.warning("not warmed up, so each VM costs more memory: %s", why)
     confine()
 
@@ -118,7 +117,6 @@ def _work(warmth: Warmth, confine: Callable[[], None], be_vm: "BeVm", live: "Liv
         else:
             rehearsal.play_often(be_vm)
     fill_holes()
-    outlive_parent()
 
 
 def _is_known(what: str, versions: Collection[tuple[int, int]]) -> bool:

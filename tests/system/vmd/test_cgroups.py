@@ -1,0 +1,131 @@
+"""Control groups of VMs, in a cgroup that a test hands to the daemon, as a service manager does."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.daemon import TIMEOUT_S, Daemon, descendants, is_alive, vm_block
+from vmd.confine.sandbox import TASKS_MAX
+from vmd.parent.cgroups import cpu_max, memory_max
+
+pytestmark = [pytest.mark.kvm, pytest.mark.root]
+
+MIB = 1 << 20
+
+
+def _eventually(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _remove(group: Path) -> None:
+    """Remove a group without processes, and what is below."""
+    for folder, _, _ in os.walk(group, topdown=False):
+        Path(folder).rmdir()
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """Return a new control group, which is gone with all below it at the end."""
+    found = re.search(r"^\S+ (\S+) cgroup2 ", Path("/proc/mounts").read_text(), re.MULTILINE)
+    if reason := missing_separation() or (None if found else "no cgroup2 is mounted"):
+        pytest.skip(reason)
+    assert found
+    made = Path(tempfile.mkdtemp(prefix="vmd-test-", dir=found[1]))
+    yield made
+    _eventually(lambda: "populated 0" in (made / "cgroup.events").read_text())
+    _remove(made)
+
+
+def _daemon(directory: Path, group: Path, config: str) -> Daemon:
+    """Start a daemon in a control group of its own."""
+    join = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+    return Daemon(directory, config, is_user=False, prefix=("sh", "-euc", join, "join"))
+
+
+def _procs(group: Path) -> set[int]:
+    return set(map(int, (group / "cgroup.procs").read_text().split()))
+
+
+def test_each_vm_has_a_group(tmp_path: Path, group: Path) -> None:
+    """Its processes are in it, the daemon's are in another; it is gone when they are."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(MIB))
+    config = vm_block("one", f'disk "{image}"', enabled=True) + vm_block("two", enabled=True)
+    with _daemon(tmp_path, group, config) as vmd, vmd.client() as client:
+        ids = {name: client.wait_for_state(name, "running")["id"] for name in ("one", "two")}
+        first, second = (group / f"vm-{ids[name]}" for name in ("one", "two"))
+        assert _procs(first / "guest") == {vmd.child("vm/one")}
+        assert _procs(first / "devices") == {vmd.child("disk/one")}
+        assert _procs(second / "guest") == {vmd.child("vm/two")}
+        ours = {vmd.process.pid, vmd.child("vmd: vmm"), vmd.child("vmd: control")}
+        assert ours <= _procs(group / "vmd")
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert not first.exists()
+        assert second.exists()
+        assert client.ask("start", name="one")["type"] == "started"
+        assert _procs(first / "guest") == {vmd.child("vm/one")}
+    assert [path.name for path in group.iterdir() if path.is_dir()] == ["vmd"]
+
+
+def test_what_a_killed_daemon_has_left(tmp_path: Path, group: Path) -> None:
+    """The next daemon removes its groups, and makes others."""
+    with _daemon(tmp_path, group, vm_block("one", enabled=True)) as vmd:
+        with vmd.client() as client:
+            client.wait_for_state("one", "running")
+        below = descendants(vmd.process.pid)
+        os.kill(vmd.process.pid, signal.SIGKILL)
+        vmd.process.wait()
+        _eventually(lambda: not any(map(is_alive, below)))
+    assert (group / "vm-1").exists()
+    with _daemon(tmp_path, group / "vmd", "") as vmd:
+        assert not (group / "vm-1").exists()
+        assert vmd.process.pid in _procs(group / "vmd")
+
+
+def test_a_group_with_others_is_not_taken(tmp_path: Path, group: Path) -> None:
+    """What is not the daemon's alone is left as it is, and the log says that nothing is limited."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            signal.pause()
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+        with _daemon(tmp_path, group, vm_block("one")) as vmd, vmd.client() as client:
+            assert client.ask("start", name="one")["type"] == "started"
+            assert [path for path in group.iterdir() if path.is_dir()] == []
+            assert "vmd: VMs have no limits of their own: the daemon's cgroup has other" in (
+                vmd.log.read_text()
+            )
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_limits(tmp_path: Path, group: Path) -> None:
+    """With the kernel's controllers, a VM's processor time, tasks and memory are limited."""
+    controllers = (group / "cgroup.controllers").read_text().split()
+    config = vm_block("one", "limit cpu 50%")
+    with _daemon(tmp_path, group, config) as vmd, vmd.client() as client:
+        answer = client.ask("start", name="one")
+        if "cpu" not in controllers:
+            text = "limit cpu: this host gives vmd no cgroup that limits processors, see vmd(8)"
+            assert (answer["type"], answer["message"]) == ("failed", text)
+            assert not (group / "vm-1").exists()
+            pytest.skip("no cpu controller in the cgroup2 of this host: the refusal was tested")
+        assert answer["type"] == "started"
+        one = group / "vm-1"
+        assert (one / "cpu.max").read_text() == f"{cpu_max(50)}\n"
+        assert (one / "pids.max").read_text() == f"{TASKS_MAX}\n"
+        assert (one / "guest" / "memory.max").read_text() == f"{memory_max(64 * MIB)}\n"

@@ -1,0 +1,101 @@
+"""Processes that are forked for a parent, in a pid namespace and without one."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from vmd.confine.namespaces import number_children_anew
+from vmd.shared.siblings import fork_sibling
+
+STATUS = 7
+
+
+def _forked(body: Callable[[], int]) -> int:
+    """Run `body` in a child, which exits with what it returns; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            faulthandler.disable()
+            status = body()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _live() -> int:
+    """Do what a process does: threads, memory, handlers."""
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(threading.get_native_id()))
+    thread.start()
+    thread.join()
+    assert done != [os.getpid()]
+    assert threading.main_thread() is threading.current_thread()
+    assert threading.get_native_id() == os.getpid()
+    signal.signal(signal.SIGUSR1, lambda *_: done.append(0))
+    signal.raise_signal(signal.SIGUSR1)
+    assert len(done) == 2
+    return STATUS
+
+
+def _sibling(body: Callable[[], int]) -> int:
+    if fork_sibling() == 0:
+        status = 99
+        try:
+            status = body()
+        finally:
+            os._exit(status)
+    return 0
+
+
+def _ends() -> list[int]:
+    """Wait for all children; returns how they ended, in numerical order."""
+    found = []
+    while True:
+        try:
+            found.append(os.waitstatus_to_exitcode(os.wait()[1]))
+        except ChildProcessError:
+            return sorted(found)
+
+
+def test_a_sibling_is_our_child() -> None:
+    """What our child forks so is reaped by us, and does what any process does."""
+    _forked(lambda: _sibling(_live))
+    assert _ends() == [0, STATUS]
+
+
+def test_a_sibling_may_abort() -> None:
+    """An assertion of the C library ends it."""
+
+    def abort() -> int:
+        os.abort()
+
+    _forked(lambda: _sibling(abort))
+    assert _ends() == [-signal.SIGABRT, 0]
+
+
+@pytest.mark.root
+def test_a_sibling_in_a_pid_namespace() -> None:
+    """It has a number of its own there, its parent has none, and that is us."""
+
+    def numbers() -> int:
+        assert os.getppid() == 0
+        return os.getpid()
+
+    def vmm() -> int:
+        number_children_anew()
+        first = _forked(lambda: signal.sigwait({signal.SIGUSR1}) and 0 if os.getpid() == 1 else 99)
+        _forked(lambda: _sibling(numbers))
+        ends = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)]
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        return sum(ends)  # the first of these exits with 0, the other with its number, 3
+
+    _forked(vmm)
+    assert _ends() == [3]

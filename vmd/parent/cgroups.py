@@ -1,0 +1,181 @@
+"""A control group for each VM that runs: what its processes may use together.
+
+The daemon needs a cgroup that is its own, as a service manager delegates one: only root's daemon
+looks for it, and takes none in which others are. There, it moves into `vmd`, because a group that
+gives controllers to others has no processes. A VM has `vm-ID` beside that, with two groups below:
+
+    vm-ID           cpu.max, pids.max
+    vm-ID/guest     memory.max; the VM's process
+    vm-ID/devices   its device processes: what they read of files is no memory of the guest's
+
+Processes join by a descriptor that they are handed, which the kernel allows because root has opened
+it. What a daemon that was killed has left is removed by the next one, when nothing is in it.
+
+Source: cgroups(7); Linux Documentation/admin-guide/cgroup-v2.rst; systemd's CGROUP_DELEGATION
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from vmd.confine.sandbox import TASKS_MAX
+from vmm_kvm.log import Log
+
+log = Log(__name__)
+
+OURS = "vmd"
+"""Name of the group of the daemon's own processes."""
+_PREFIX = "vm-"
+_BELOW = ("guest", "devices")
+_WANTED = ("cpu", "memory", "pids")
+_PERIOD_US = 100_000
+_MARGIN = 256 << 20
+_MARGIN_SHARE = 64
+_NAMES_MAX = 100
+_PROCS = "cgroup.procs"
+_CONTROLLED = "cgroup.subtree_control"
+
+
+class NoCgroupsError(Exception):
+    """There are no control groups for VMs; one line says why."""
+
+
+class VmCgroup(NamedTuple):
+    """What a VM's processes join their groups by; whoever holds this owns the descriptors."""
+
+    guest: int
+    devices: int
+
+
+def memory_max(memory: int) -> int:
+    """Return how much a VM's process may have, in bytes, for a guest with `memory` bytes.
+
+    Besides the guest's RAM, it has an interpreter, an unpacked kernel, and what KVM needs to map
+    the RAM, which grows with that.
+    """
+    return memory + _MARGIN + memory // _MARGIN_SHARE
+
+
+def cpu_max(percent: int) -> str:
+    """Return what cpu.max has to say for a percentage of one processor."""
+    return f"{percent * _PERIOD_US // 100} {_PERIOD_US}"
+
+
+class Cgroups:
+    """The groups of all VMs."""
+
+    def __init__(self, base: Path, controllers: Iterable[str]) -> None:
+        """Make groups below `base`, which has these controllers for them."""
+        self._base = base
+        self.controllers = frozenset(controllers)
+        self._groups: dict[int, Path] = {}
+        self._left = {path for path in base.iterdir() if path.name.startswith(_PREFIX)}
+        self._remove_left()
+
+    def open(self, vm_id: int, memory: int, cpu_limit: int | None) -> VmCgroup:
+        """Make a VM's groups, which are there until `remove`; limits of the host's are set.
+
+        Raises:
+            OSError: the kernel refused.
+        """
+        self._remove_left()
+        path = self._groups[vm_id] = self._make(vm_id)
+        if "pids" in self.controllers:
+            _write(path / "pids.max", str(TASKS_MAX))
+        if "cpu" in self.controllers and cpu_limit is not None:
+            _write(path / "cpu.max", cpu_max(cpu_limit))
+        if "memory" in self.controllers:
+            _write(path / _CONTROLLED, "+memory")
+        for name in _BELOW:
+            (path / name).mkdir()
+        guest, devices = (path / name for name in _BELOW)
+        if "memory" in self.controllers:
+            _write(guest / "memory.max", str(memory_max(memory)))
+        first = os.open(guest / _PROCS, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            return VmCgroup(first, os.open(devices / _PROCS, os.O_WRONLY | os.O_CLOEXEC))
+        except OSError:
+            os.close(first)
+            raise
+
+    def remove(self, vm_id: int) -> None:
+        """Remove a VM's groups, if it has any, as soon as no process is in them."""
+        path = self._groups.pop(vm_id, None)
+        if path is not None:
+            self._left.add(path)
+            self._remove_left()
+
+    def _make(self, vm_id: int) -> Path:
+        """Make a group; its name says so if one of an earlier process is left."""
+        for number in range(_NAMES_MAX):
+            path = self._base / f"{_PREFIX}{vm_id}{f'.{number}' if number else ''}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+        raise FileExistsError(f"{self._base}: too many groups are left")
+
+    def _remove_left(self) -> None:
+        for path in tuple(self._left):
+            try:
+                for name in _BELOW:
+                    if (path / name).exists():
+                        (path / name).rmdir()
+                path.rmdir()
+            except FileNotFoundError:
+                log.debug("%s: removed by somebody else", path)
+            except OSError:  # a process is in it
+                continue
+            self._left.discard(path)
+
+
+def find_cgroups() -> Cgroups:
+    """Take the control group that this daemon was given, for a parent without children.
+
+    Raises:
+        NoCgroupsError: there is none, or it is not the daemon's alone.
+    """
+    try:
+        base = _own()
+        if base.name == OURS:
+            base = base.parent
+        else:
+            if (base / _PROCS).read_text().split() != [str(os.getpid())]:
+                raise NoCgroupsError("the daemon's cgroup has other processes")
+            (base / OURS).mkdir(exist_ok=True)
+            _write(base / OURS / _PROCS, "0")
+        found = (base / "cgroup.controllers").read_text().split()
+        controllers = [name for name in _WANTED if name in found]
+        for name in controllers:
+            _write(base / _CONTROLLED, f"+{name}")
+        return Cgroups(base, controllers)
+    except OSError as err:
+        raise NoCgroupsError(f"{err.filename or 'cgroup'}: {err.strerror}") from err
+
+
+def _own() -> Path:
+    """Return the directory of this process's group in the unified hierarchy."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    named = [PurePosixPath(line[3:]) for line in lines if line.startswith("0::")]
+    if not named or ".." in named[0].parts:
+        raise NoCgroupsError("this process is in no cgroup of version 2 that it could see")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        kind = fields[fields.index("-") + 1]
+        root = PurePosixPath(fields[3])
+        if kind == "cgroup2" and named[0].is_relative_to(root):
+            return Path(fields[4]) / named[0].relative_to(root)
+    raise NoCgroupsError("no cgroup of version 2 is mounted")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a setting; its file is there already."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, str(path)) from err
+    finally:
+        os.close(fd)

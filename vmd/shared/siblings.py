@@ -1,0 +1,42 @@
+"""Forking a process whose parent is ours, whatever pid namespaces we are in.
+
+A process that is orphaned goes to the first one of its pid namespace, never to a subreaper beyond.
+So one that forks in a namespace of its own, for a parent outside, has to hand over its children as
+they are born: by CLONE_PARENT, which fork(3) does not have.
+
+Source: clone(2), pid_namespaces(7)
+"""
+
+import ctypes
+import os
+import signal
+
+from vmd.confine.syscalls import SYSCALLS
+
+CLONE_PARENT = 0x8000
+CLONE_NEWPID = 0x2000_0000
+
+_LIBC = ctypes.PyDLL(None, use_errno=True)  # the interpreter's lock stays ours
+_LIBC.syscall.restype = ctypes.c_long
+
+
+def fork_sibling() -> int:
+    """Fork a process that is our parent's child; returns its pid here, and 0 in it.
+
+    As os.fork does, but the C library is not told: its handlers do not run, and it keeps the number
+    of the forking thread for the child's first one, which another thread could not signal by
+    pthread_kill(3). Only for a process with one thread, which is not the first of a namespace.
+
+    Raises:
+        OSError: the host has no processes left.
+    """
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = int(_LIBC.syscall(SYSCALLS["clone"], CLONE_PARENT | signal.SIGCHLD, None, None, None, 0))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return pid
