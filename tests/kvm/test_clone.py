@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kvm.test_state import Bench, bench
+from vmm_kvm.devices.vm_generation import VmGeneration
 from vmm_kvm.errors import RefusedError
 from vmm_kvm.machine.clone import fork, renew_events
 from vmm_kvm.machine.machine import Machine
@@ -88,3 +89,25 @@ def test_events_are_the_childs_own() -> None:
     poll.unregister(event)
     poll.close()
     os.close(event)
+
+
+def test_a_clone_is_told_that_it_is_one() -> None:
+    """It has another generation identifier; the source keeps its own."""
+    with bench() as stand, stand.machine() as machine:
+        machine.start()
+        assert stand.says(b"selftest: ready")
+        machine.pause()
+        before = _generation(machine)
+
+        def look() -> None:
+            machine.pause()
+            assert _generation(machine) != before
+
+        assert status_of(in_child(stand, machine, look)) == 0
+        assert _generation(machine) == before
+
+
+def _generation(machine: Machine) -> bytes:
+    part = next(part for part in machine.parts() if isinstance(part.device, VmGeneration))
+    assert isinstance(part.device, VmGeneration)
+    return part.device.save().identifier

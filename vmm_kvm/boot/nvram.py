@@ -30,7 +30,8 @@ class Variables:
     def __init__(self, contents: bytes, image: Image | None) -> None:
         """Begin with `contents`, whole pages; `image` holds the same, and is taken over."""
         self.size = len(contents)
-        self.array = mmap.mmap(-1, self.size)
+        # Private: a fork of the process, a clone, has its own.
+        self.array = mmap.mmap(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.array[:] = contents
         self._image = image
 
@@ -50,6 +51,11 @@ class Variables:
             image.close()
             raise
         return cls(bytes(contents), image)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what the guest changes outlives this process."""
+        return self._image is not None
 
     def store(self, offset: int, data: memoryview) -> None:
         """Keep what the guest changed at `offset`.

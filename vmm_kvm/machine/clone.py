@@ -54,6 +54,8 @@ def check(machine: Machine) -> None:
     """
     if machine.memory.fd >= 0:
         raise SpecError("a clone needs memory that no other process has")
+    if machine.spec.variables is not None and machine.spec.variables.is_kept:
+        raise SpecError("a clone needs UEFI variables of its own")
     for spec in machine.spec.devices:
         match spec.kind:
             case "net":

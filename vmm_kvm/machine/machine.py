@@ -6,6 +6,7 @@ makes a new Machine: nothing of the old one can be left over.
 """
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from vmm_kvm.devices.port92 import Port92
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.rom import Rom
 from vmm_kvm.devices.uart16550 import Uart16550
+from vmm_kvm.devices.vm_generation import VmGeneration
 from vmm_kvm.errors import HaltError
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
@@ -269,6 +271,7 @@ class Machine:
         yield Part("debug_exit", self._debug_exit_port)
         yield Part("pvpanic", self._pvpanic)
         yield Part("debugcon", self._debugcon)
+        yield Part("vm_generation", self._generation)
         if self._rom:
             yield Part("rom", self._rom)
         if self._flash:
@@ -294,6 +297,13 @@ class Machine:
         """
         primitives.restore_state(self._vmm, self._vm_id, record, policy)
 
+    def become_another(self) -> None:
+        """Tell the guest that it is a copy: a clone, or back at a snapshot; while it is paused.
+
+        After `machine.state.restore`. A guest that was moved is no copy.
+        """
+        self._generation.renew()
+
     def adopt_fork(self, record: KvmRecord, policy: ClockPolicy) -> None:
         """Be a clone, in a child that has forked from a process with this machine paused.
 
@@ -312,6 +322,7 @@ class Machine:
             line.drive_again()
         primitives.restore_state(self._vmm, self._vm_id, record, policy)
         self._runner.renew()
+        self.become_another()
 
     def info(self) -> VmInfo:
         """Return what vmm(4)'s `info` tells of the VM."""
@@ -365,6 +376,11 @@ class Machine:
         spec, memory = self.spec, self.memory
         self._flash_mapping = 0
         mappings = []
+        self._generation = VmGeneration(os.urandom)
+        page = self._generation.memory
+        mappings.append(
+            Mapping(layout.VM_GENERATION_ADDRESS, _address(page), len(page), is_readonly=True)
+        )
         self._rom: Rom | None = None
         self._flash: Pflash | None = None
         if isinstance(spec.image, FirmwareImage):
@@ -410,6 +426,7 @@ class Machine:
             on_receive_room=on_receive_room,
             on_plain=self._note_plain,
         )
+        self._generation.attach(self._line(layout.GSI_VM_GENERATION))
         self.acpi_pm = AcpiPm(self._line(layout.GSI_SCI), clock, self._sleep)
         self.rtc = Mc146818(
             self._line(layout.GSI_RTC),
@@ -558,6 +575,7 @@ def _routes() -> Iterator[IrqchipRoute]:
         if gsi != _CASCADE_IRQ:
             pin = _TIMER_PIN if gsi == 0 else gsi
             yield IrqchipRoute(gsi, Irqchip.IOAPIC, pin)
+    yield IrqchipRoute(layout.GSI_VM_GENERATION, Irqchip.IOAPIC, layout.GSI_VM_GENERATION)
     for gsi, irq in zip(layout.GSI_PCI_INTX, layout.PIC_PCI_INTX, strict=True):
         yield _pic_route(gsi, irq)
         yield IrqchipRoute(gsi, Irqchip.IOAPIC, gsi)

@@ -226,6 +226,7 @@ _END_TAG = bytes.fromhex("7900")
         ),
         "IRQNoFlags () {4}",
         "IRQNoFlags () {8}",
+        "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {20}",
         "IO (Decode16, 0x0510, 0x0510, 0x01, 0x0C)",
     ],
     ids=lambda resource: resource.partition(",")[0],

@@ -129,6 +129,11 @@ def bit_or(left: bytes, right: bytes, target: bytes) -> bytes:
     return b"\x7d" + left + right + target
 
 
+def notify(path: str, value: int) -> bytes:
+    """Tell the driver of the device at `path` what happened. Source: ACPI 6.5 §20.2.5.3."""
+    return b"\x86" + name_string(path) + integer(value)
+
+
 def create_dword_field(source: bytes, offset: int, path: str) -> bytes:
     """Name four bytes at `offset` of a buffer."""
     return b"\x8a" + source + integer(offset) + name_string(path)
@@ -147,6 +152,15 @@ def io_ports(base: int, size: int) -> bytes:
 def isa_irq(number: int) -> bytes:
     """An edge-triggered, active-high ISA interrupt that is not shared."""
     return struct.pack("<BH", 0x22, 1 << number)
+
+
+def edge_interrupt(gsi: int) -> bytes:
+    """Return an interrupt by its GSI: an edge, active high, not shared.
+
+    Source: ACPI 6.5 §6.4.3.6
+    """
+    consumer, edge = 1 << 0, 1 << 1
+    return b"\x89\x06\0" + bytes((consumer | edge, 1)) + gsi.to_bytes(4, "little")
 
 
 def fixed_memory(base: int, size: int) -> bytes:

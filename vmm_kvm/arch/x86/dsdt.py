@@ -6,6 +6,8 @@ r"""What the machine's devices are, in ACPI's words: the contents of the DSDT.
 \_SB.PCI0       the PCI host bridge: windows, interrupt routing
 \_SB.MBRD       what nothing else may claim: ECAM, power management
 \_SB.COM1, RTC, FWCF, PVPN
+\_SB.VGEN       where the VM's generation identifier lies
+\_SB.GED        the interrupt that says that it has changed
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from vmm_kvm.arch.x86.layout import (
     GSI_COM1,
     GSI_PCI_INTX,
     GSI_RTC,
+    GSI_VM_GENERATION,
     IOAPIC_ADDRESS,
     PCI_IO_SIZE,
     PCI_IO_START,
@@ -37,6 +40,7 @@ from vmm_kvm.arch.x86.layout import (
     PORT_PVPANIC,
     PORT_RTC,
     UEFI_HOLE_START,
+    VM_GENERATION_ADDRESS,
     line_index,
 )
 
@@ -51,6 +55,7 @@ _ANY_FUNCTION = 0xFFFF
 _PM_SIZE = 16
 _OSC_PCI = "33DB4D5B-1FF7-401C-9657-7441C03DD766"
 _OSC_UNKNOWN_UUID = 1 << 2
+_CHANGED = 0x80
 _PRESENT = 0x0F  # present, enabled, shown, working
 
 
@@ -75,6 +80,8 @@ def dsdt_body(cpus: int, mmio64_start: int, *, is_q35: bool = False) -> bytes:
                 _isa_device("RTC", "PNP0B00", aml.io_ports(PORT_RTC, 2), aml.isa_irq(GSI_RTC)),
                 _emulated("FWCF", "QEMU0002", aml.io_ports(PORT_FW_CFG, PORT_FW_CFG_SIZE)),
                 _emulated("PVPN", "QEMU0001", aml.io_ports(PORT_PVPANIC, 1)),
+                _generation(),
+                _generic_events(),
             ),
         )
     )
@@ -156,6 +163,29 @@ def _board(*, has_ecam: bool) -> bytes:
             "_CRS",
             aml.resources(*ecam, aml.io_ports(PORT_PM1A_EVENT, _PM_SIZE)),
         ),
+    )
+
+
+def _generation() -> bytes:
+    """Source: Microsoft, "Virtual Machine Generation ID"; QEMU docs/specs/vmgenid."""
+    counter = aml.string("VM_Gen_Counter")
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("VMMK0001")),
+        aml.name("_CID", counter),
+        aml.name("_DDN", counter),
+        aml.name("ADDR", aml.package(aml.integer(VM_GENERATION_ADDRESS), aml.integer(0))),
+    )
+
+
+def _generic_events() -> bytes:
+    """Source: ACPI 6.5 §5.6.9."""
+    return aml.device(
+        "GED",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", aml.resources(aml.edge_interrupt(GSI_VM_GENERATION))),
+        aml.method("_EVT", 1, aml.notify("\\_SB.VGEN", _CHANGED), is_serialized=True),
     )
 
 
