@@ -187,6 +187,10 @@ _vmctl() {
 		_vmctl_offer "$word" 'tcp:' 'udp:'
 		return
 		;;
+	'run --from')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'run --initrd')
 		_vmctl_offer "$word" '<file>'
 		return
@@ -204,7 +208,7 @@ _vmctl() {
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --wait)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --from --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --wait)
 		operands=()
 		;;
 	'send '*)

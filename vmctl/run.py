@@ -39,6 +39,7 @@ from vmm_kvm.primitives import Vmm
 from vmm_kvm.standard_streams import OutputError
 
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
+    from vmctl.restoring import Saved
     from vmm_kvm.machine.net import NetSpec
     from vmm_kvm.machine.spec import DeviceSpec
 
@@ -92,6 +93,8 @@ class RunOptions(NamedTuple):
     no_reboot: bool = False
     as_json: bool = False
     console_log: tuple[str, ...] = ()
+    origin: tuple[str, ...] = ()
+    """--from"""
     console: bool = False
     """Without a meaning: the console is always attached."""
     name: str = ""
@@ -111,14 +114,24 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
     has_lost_output = False
     try:
         with ExitStack() as stack:
-            spec = _spec(options, stack)
+            origin = _origin(options)
+            spec = None if origin else _spec(options, stack)
             limits = _limits(options)
             install_kick_signal()
             vmm = stack.enter_context(Vmm(stack.enter_context(Kvm())))
+            saved = None
+            if origin:
+                from vmctl.restoring import open_saved  # noqa: PLC0415 - few VMs are restored
+
+                saved = open_saved(origin, options.name, vmm.kvm, stack)
+                spec = saved.spec
+            assert spec is not None
             loop = stack.enter_context(EventLoop())
             reboots = not options.no_reboot
             console_log = _open_log(once(options.console_log, "console log"), stack)
-            foreground = Foreground(vmm, loop, spec, reboots, limits, console_log=console_log)
+            foreground = Foreground(
+                vmm, loop, spec, reboots, limits, saved=saved, console_log=console_log
+            )
             status, message, reason = foreground.run()
             has_lost_output = foreground.has_lost_output
             if options.as_json and foreground.leaves_line_open:
@@ -133,6 +146,15 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
         if not has_lost_output and isinstance(err.__cause__, OSError):
             fail(f"standard output: {err.__cause__.strerror}")
     return status
+
+
+def _origin(options: RunOptions) -> str | None:
+    """Return the snapshot to go on from, which says all of the VM."""
+    origin = once(options.origin, "snapshot")
+    about = ("name", "origin", "timeout", "until", "no_reboot", "as_json", "console_log", "console")
+    if origin and any(value for field, value in options._asdict().items() if field not in about):
+        raise SpecError("--from says all of the VM: use no options that say what it is")
+    return origin
 
 
 def _open_log(path: str | None, stack: ExitStack) -> int | None:
@@ -299,12 +321,14 @@ class Foreground:
         reboot: bool,
         limits: _Limits,
         *,
+        saved: "Saved | None",
         console_log: int | None,
     ) -> None:
-        """Prepare; nothing is made before `run`."""
+        """Prepare; nothing is made before `run`. The first machine goes on from `saved`, if any."""
         self._vmm = vmm
         self._loop = loop
         self._spec = spec
+        self._saved = saved
         self._reboot = reboot
         self._timeout_s = limits.timeout_s
         self._wanted = limits.wanted
@@ -337,6 +361,9 @@ class Foreground:
             while True:
                 started_ns = self._loop.monotonic_ns()
                 machine.start()
+                if self._saved:
+                    machine.resume()
+                    self._saved = None
                 self._loop.run()
                 machine.close()
                 outcome = self._outcome
@@ -387,7 +414,17 @@ class Foreground:
             on_receive_room=lambda: self._loop.call_soon(self._stdio.feed),
             on_outcome=self._ended,
             on_halt=lambda err: self._loop.call_soon(lambda: self._stand_still(err)),
+            is_restored=self._saved is not None,
+            memory=self._saved.memory if self._saved else None,
         )
+        if self._saved:
+            from vmm_kvm.machine.state import restore  # noqa: PLC0415 - few VMs are restored
+
+            try:
+                restore(self._machine, self._saved.state)
+            except BaseException:
+                self._machine.close()
+                raise
         self._halt = None
         self._tell_size()
         return self._machine

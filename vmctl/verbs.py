@@ -146,6 +146,14 @@ _MACHINE_OPTIONS = (
         True,
         ("tcp:", "udp:"),
     ),
+    Option(
+        "--from",
+        "origin",
+        "Go on from what 'vmctl send' has written into this file.",
+        "path",
+        True,
+        (FILE,),
+    ),
     _INITRD,
     Option("--json", "as_json", "Print what has become of the VM as JSON."),
     Option("--no-reboot", "no_reboot", "End when the guest reboots, instead of booting again."),
@@ -182,6 +190,7 @@ _MACHINE_OPTIONS = (
 _NOT_FOR_RUN = {"-t": "there is no daemon that knows a template: give all options here"}
 _NOT_FOR_START = {
     "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
+    "--from": "vmd makes a VM of what was sent by 'vmctl receive'",
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
     "--virtio-console": "VMs of vmd have a serial port alone",
@@ -197,7 +206,7 @@ _RUN_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
     "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
     "\t\t[--console-log file] [--firmware name] [--forward forward]\n"
-    "\t\t[--initrd path] [--json] [--no-reboot] [--nvram path]\n"
+    "\t\t[--from path] [--initrd path] [--json] [--no-reboot] [--nvram path]\n"
     "\t\t[--selftest] [--timeout seconds] [--virtio-console]\n"
     "\t\t[--wait condition] [name]"
 )

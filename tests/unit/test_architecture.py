@@ -18,7 +18,7 @@ IMPORTS = layers.all_imports()
 CODECS = ("zstandard", "lz4")
 # Commands that run a VM in this very process, without a daemon, load the hypervisor.
 VMCTL_WITH_HYPERVISOR = (
-    *("vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio"),
+    *("vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio", "vmctl.restoring"),
 )
 # Pure modules decide; what they decide about, time included, is handed to them.
 PURE = (

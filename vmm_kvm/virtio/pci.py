@@ -48,6 +48,7 @@ QUEUES_MAX = NOTIFY_PORTS // NOTIFY_MULTIPLIER
 
 _ISR_QUEUE = 1 << 0
 _REVISION = 1
+_CAPACITY_SIZE, _SECTOR_SIZE = 8, 512  # of a disk's configuration
 _PIN_INTA = 1
 _CAPABILITY = struct.Struct("<BBBBHII")  # cap_len, cfg_type, bar, id, padding, offset, length
 _CAPABILITY_SIZE = 2 + _CAPABILITY.size
@@ -218,6 +219,7 @@ class VirtioPci:
         positions = dict(state.positions)
         if max(positions, default=0) >= len(self._registers.queues):
             raise StateError(f"positions: no queue {max(positions)}")
+        self._check_capacity(state.config)
         with self.lock:
             self._registers.restore(state.registers)
             self._msix.restore(state.msix)
@@ -234,6 +236,17 @@ class VirtioPci:
                 raise StateError(str(err)) from err
             self._serving.update(rings)
             self._bind()
+
+    def _check_capacity(self, config: bytes) -> None:
+        """Refuse a disk of another size than the driver knows; virtio 1.2 §5.2.4."""
+        if self._dataplane.device_id != abi.VIRTIO_ID_BLOCK:
+            return
+        told, own = (
+            int.from_bytes(one[:_CAPACITY_SIZE], "little") * _SECTOR_SIZE
+            for one in (config, self._dataplane.config())
+        )
+        if told != own:
+            raise StateError(f"a disk of {told} bytes, not of {own}")
 
     def bind_again(self) -> None:
         """Bind all notifications, where the machine's VM is another one than before."""

@@ -228,3 +228,31 @@ def test_a_stream_that_is_no_vm_is_refused(start_vmd: Start, tmp_path: Path) -> 
             b"vmctl: start vm command failed: Operation already in progress\n"
         )
         running(vmd, "two")
+
+
+def test_a_vm_that_was_sent_runs_without_a_daemon(start_vmd: Start, tmp_path: Path) -> None:
+    """`vmctl run --from` goes on from the file with its disks, again and again; or says why not."""
+    disk, path = tmp_path / "disk.raw", tmp_path / "stream"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", disk, "8M"], check=True)
+    with start_vmd(vm_block("one", f'disk "{disk}" format raw', enabled=True)) as vmd:
+        started(vmd, "one")
+        assert send_to(path, vmd, "one").returncode == 0
+    for _ in range(2):
+        run = [str(VMCTL), "run", "--from", str(path), "--timeout", "60"]
+        done = subprocess.run(run, input=b"ep", capture_output=True, check=False)
+        assert (done.stderr, done.returncode) == (b"", 0)
+        assert done.stdout.startswith(b"e")
+    done = subprocess.run([*run, "-m", "64M"], capture_output=True, check=False)
+    assert (done.stderr, done.returncode) == (
+        b"vmctl: --from says all of the VM: use no options that say what it is\n",
+        1,
+    )
+    os.truncate(disk, 4 << 20)
+    done = subprocess.run(run, capture_output=True, check=False)
+    assert done.returncode == 1
+    text = f"vmctl: pci.00:02.0: a disk of {8 << 20} bytes, not of {4 << 20}\n"
+    assert done.stderr == text.encode()
+    path.write_bytes(path.read_bytes()[:5000])
+    done = subprocess.run(run, capture_output=True, check=False)
+    text = f"vmctl: {path}: state: the stream ends too early\n"
+    assert (done.stderr, done.returncode) == (text.encode(), 1)
