@@ -247,3 +247,33 @@ def test_what_is_no_vhost_net() -> None:
     """Another descriptor is refused with one line."""
     with Path("/dev/null").open("rb") as file, pytest.raises(SpecError, match="not of /dev/vhost"):
         VhostNet(file.fileno())
+
+
+def test_a_successor_goes_on(rig: Rig) -> None:
+    """Positions are of both halves; the other device has what the driver said, and obeys on."""
+    features, rings = COMMANDS | MQ, dict.fromkeys((0, 1, 4), rig.queue.ring)
+    rig.device.start(features, rings)
+    pairs = (abi.VIRTIO_NET_CTRL_MQ, abi.VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, PAIRS, 0)
+    assert rig.command(4, *pairs) == abi.VIRTIO_NET_OK
+    rig.device.suspend()
+    assert rig.data.is_suspended
+    positions = rig.device.positions()
+    assert positions == {0: 100, 1: 101, 4: 1}
+    (part,) = rig.device.parts("net")
+    other = Rig()
+    try:
+        other.memory, other.queue = rig.memory, rig.queue
+        other.device.close()
+        other.data = DataQueues()
+        control = NetControl(MAC, other.port, name="nic0", pairs=PAIRS)
+        other.device = SplitNet(other.data, control, rig.memory, "nic0")
+        other.device.attach(other.calls)
+        other.device.restore(features, rings, positions)
+        (successor,) = other.device.parts("net")
+        successor.restore(*part.save())
+        assert (part.name, other.port.pairs) == (successor.name, PAIRS)
+        other.device.resume()
+        assert not other.data.is_suspended
+        assert other.command(4, 9, 9) == abi.VIRTIO_NET_ERR
+    finally:
+        other.close()
