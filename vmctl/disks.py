@@ -47,11 +47,12 @@ def open_disk(text: str, index: int, stack: ExitStack) -> "DiskSpec":
 
         mapped = MappedImage(option.path, is_private=option.is_private)
         return PmemSpec(stack.enter_context(mapped), name)
+    scratch = _scratch(stack) if option.is_snapshot else None
     if option.is_process:
-        process = _ProcessDisk(option, name)
+        process = _ProcessDisk(option, name, scratch)
         stack.callback(process.close)
         return _remote(process.connect, name, may_halt=True)
-    image = _open(option)
+    image = _open(option, scratch)
     stack.callback(_close, image, option.path)
     return BlkSpec(image, name, option.serial, option.queues, _stops(option))
 
@@ -102,8 +103,28 @@ def open_cdrom(path: str, stack: ExitStack) -> "ScsiCdSpec":
     return ScsiCdSpec(image)
 
 
-def _open(option: DiskOption) -> Image:
+def _scratch(stack: ExitStack) -> int:
+    """Make a file without a name, which `stack` closes, in TMPDIR or /var/tmp.
+
+    Raises:
+        SpecError: it cannot be made.
+    """
+    from tempfile import TemporaryFile  # noqa: PLC0415 - few disks need one
+
+    directory = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - the file has no name
+    try:
+        return stack.enter_context(TemporaryFile(dir=directory, buffering=0)).fileno()
+    except OSError as err:
+        raise SpecError(f"{directory}: {err.strerror}") from err
+
+
+def _open(option: DiskOption, scratch: int | None) -> Image:
+    """Open an image; what is written goes to the file at `scratch`, if there is one."""
     disk_format = None if option.kind is DiskKind.PROBE else Format(option.kind)
+    if scratch is not None and not option.is_read_only:
+        from vmm_kvm.images.create import open_snapshot  # noqa: PLC0415 - few disks need it
+
+        return open_snapshot(option.path, disk_format, scratch)
     return open_image(option.path, disk_format, option.is_read_only)
 
 
@@ -130,8 +151,9 @@ def _connect(path: str) -> "socket.socket":
 class _ProcessDisk:
     """A disk with a process of its own for each machine."""
 
-    def __init__(self, option: DiskOption, name: str) -> None:
+    def __init__(self, option: DiskOption, name: str, scratch: int | None) -> None:
         self._option = option
+        self._scratch = scratch
         self._name = name
         self._close = ExitStack()
 
@@ -146,7 +168,10 @@ class _ProcessDisk:
         )
 
         self.close()
-        process = self._close.enter_context(spawn_device_process(self._backend, self._name))
+        keep_fds = () if self._scratch is None else (self._scratch,)
+        process = self._close.enter_context(
+            spawn_device_process(self._backend, self._name, keep_fds)
+        )
         return process.connection
 
     def close(self) -> None:
@@ -157,7 +182,7 @@ class _ProcessDisk:
         """Make the device; in its process."""
         option = self._option
         return VirtioBlk(
-            _open(option),
+            _open(option, self._scratch),
             name=self._name,
             serial=option.serial,
             queues=option.queues,

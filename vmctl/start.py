@@ -278,6 +278,8 @@ def _disk(text: str) -> DiskOption:
         disk = parse_disk(text)
     except DiskError as err:
         raise CommandError(str(err)) from None
+    if disk.is_snapshot:
+        raise CommandError(f"invalid disk: {text}: snapshot is only for 'vmctl run'")
     if disk.kind not in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}:
         raise CommandError(f"invalid disk: {text}: only for 'vmctl run' and vm.conf")
     return disk._replace(path=_path(disk.path, "disk"))

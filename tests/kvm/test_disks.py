@@ -14,7 +14,7 @@ from tests.vmctl_driver import ConsoleProcess, vmctl_run
 pytestmark = pytest.mark.kvm
 
 GOOD = 42
-OPTIONS = "(ro, serial=, queues=, process, error= or private)"
+OPTIONS = "(ro, serial=, queues=, process, snapshot, error= or private)"
 STATUS = GOOD << 1 | 1
 DISK_SIZE = 1 << 20
 PACKET = 0x40  # of the boot sector: what INT 13h is asked for
@@ -165,3 +165,25 @@ def test_more_devices_than_slots(tmp_path: Path) -> None:
     images = [disk(tmp_path / f"{i}.img") for i in range(32)]
     arguments = [word for path in images for word in ("-d", f"raw:{path}")]
     assert run(*arguments) == (1, b"vmctl: more than 31 PCI devices\n")
+
+
+@pytest.mark.parametrize("options", ["snapshot", "snapshot,process"])
+@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
+def test_a_snapshot_is_thrown_away(disk_format: str, options: str, tmp_path: Path) -> None:
+    """The guest writes its disk, and the image is as before; no file is left, even by SIGKILL."""
+    image, scratch = tmp_path / "disk", tmp_path / "scratch"
+    scratch.mkdir()
+    source = tmp_path / "source.img"
+    source.write_bytes(boot_sector(0x43, 8).ljust(DISK_SIZE, b"\0"))
+    command = ["qemu-img", "convert", "-f", "raw", "-O", disk_format, str(source), str(image)]
+    subprocess.run(command, check=True)
+    before = image.read_bytes()
+    run = vmctl_run("-m", "64M", "-d", f"{disk_format}:{image},{options}", "--timeout", "60")
+    with ConsoleProcess(run, environment={"TMPDIR": str(scratch)}) as guest:
+        assert guest.wait(80) == STATUS
+    with ConsoleProcess(run, environment={"TMPDIR": str(scratch)}) as guest:
+        guest.expect("SeaBIOS", 60)
+        guest.signal(signal.SIGKILL)
+        guest.wait(10)
+    assert list(scratch.iterdir()) == []
+    assert image.read_bytes() == before

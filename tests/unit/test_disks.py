@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vmd.config.disks import DiskError, DiskKind, DiskOption, OnError, parse_disk
 
-OPTIONS = "(ro, serial=, queues=, process, error= or private)"
+OPTIONS = "(ro, serial=, queues=, process, snapshot, error= or private)"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ OPTIONS = "(ro, serial=, queues=, process, error= or private)"
         ("RAW:d", DiskOption(DiskKind.PROBE, "RAW:d")),
         ("a,,b,ro", DiskOption(DiskKind.PROBE, "a,b", is_read_only=True)),
         ("d,error=stop", DiskOption(DiskKind.PROBE, "d", on_error=OnError.STOP)),
+        ("d,snapshot", DiskOption(DiskKind.PROBE, "d", is_snapshot=True)),
         ("raw:d,error=report", DiskOption(DiskKind.RAW, "d", on_error=OnError.REPORT)),
         (
             "raw:d,queues=64,serial=abc=d,process",
@@ -58,6 +59,7 @@ def test_disks(text: str, expected: DiskOption) -> None:
         ),
         ("d,error=", "invalid disk: d,error=: error is stop or report"),
         ("d,error=STOP", "invalid disk: d,error=STOP: error is stop or report"),
+        ("pmem:d,snapshot", "invalid disk: pmem:d,snapshot: snapshot is not for pmem disks"),
         ("pmem:d,error=stop", "invalid disk: pmem:d,error=stop: error is not for pmem disks"),
         ("d,queues=0", "invalid disk: d,queues=0: queues are 1 to 64"),
         ("d,queues=x", "invalid disk: d,queues=x: queues are 1 to 64"),

@@ -16,6 +16,7 @@ Options, of which a comma in the path is told apart by writing it twice:
     serial=TEXT  identity that the guest reads, at most 20 bytes
     queues=N     request queues, 1 to 64
     process      serve it by a process of its own
+    snapshot     what the guest writes goes to a file without a name, and vanishes with the VM
     error=WHAT   when the host cannot read or write: stop, the VM stands still, or report, the
                  guest is told
     private      (pmem) what the guest writes vanishes when it powers off
@@ -63,6 +64,7 @@ class DiskOption(NamedTuple):
     queues: int = 1
     is_process: bool = False
     is_private: bool = False
+    is_snapshot: bool = False
     on_error: OnError | None = None
     """None: as the program has it that runs the VM."""
 
@@ -74,6 +76,7 @@ _KINDS = {
     "serial": _IMAGES,
     "queues": _IMAGES,
     "process": _IMAGES,
+    "snapshot": _IMAGES,
     "error": _IMAGES,
     "private": frozenset({DiskKind.PMEM}),
 }
@@ -116,7 +119,7 @@ def check_distinct(disks: Sequence[DiskOption]) -> None:
     for disk in disks:
         if disk.kind is DiskKind.VHOST_USER:
             continue
-        is_read = disk.is_read_only or disk.is_private
+        is_read = disk.is_read_only or disk.is_private or disk.is_snapshot
         if disk.path in seen and not (is_read and seen[disk.path]):
             raise DiskError(f"{disk.path}: the same disk twice")
         seen[disk.path] = is_read
@@ -158,6 +161,8 @@ def with_option(disk: DiskOption, word: str, value: str = "") -> DiskOption:
             return disk._replace(is_read_only=True)
         case "process":
             return disk._replace(is_process=True)
+        case "snapshot":
+            return disk._replace(is_snapshot=True)
         case "private":
             return disk._replace(is_private=True)
         case "error":

@@ -20,6 +20,7 @@ from vmm_kvm.block.qcow2.header import (
     Backing,
     l1_entries,
 )
+from vmm_kvm.images.opening import image_chain, open_image
 from vmm_kvm.new_file import NewFile
 
 _CLUSTER_BITS = 16
@@ -128,6 +129,25 @@ def new_image(path: str, disk_format: Format, size: int) -> Iterator[NewFile]:
         else:
             os.ftruncate(new.fd, size)
         yield new
+
+
+def open_snapshot(path: str, disk_format: Format | None, scratch: int) -> StoredImage:
+    """Open the image at `path` so that what is written to it goes to the file at `scratch`.
+
+    That file, which stays the caller's, is empty, or was given here before for the same image: then
+    what was written is there. The image and its bases are locked as for reading.
+
+    Raises:
+        ImageError: a file is missing, in use, of a wrong or unsupported kind, or corrupt.
+        OSError: `scratch` cannot be written.
+    """
+    bases = image_chain(path, disk_format)
+    if not os.fstat(scratch).st_size:
+        image = open_image(path, bases[0].disk_format, True)
+        image.close()
+        # Nobody follows the path: the bases are handed over.
+        _write_qcow2(scratch, image.size, Backing("base", bases[0].disk_format))
+    return open_image(os.dup(scratch), Format.QCOW2, False, name=path, bases=bases)
 
 
 class SourceError(OSError):

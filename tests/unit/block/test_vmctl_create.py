@@ -17,7 +17,7 @@ from vmctl.disk_files import DiskFile, parse_disk
 from vmm_kvm.block.device import is_read_only_device
 from vmm_kvm.block.image import Format, StoredImage
 from vmm_kvm.errors import ImageError
-from vmm_kvm.images.create import copy, create_image, create_qcow2
+from vmm_kvm.images.create import copy, create_image, create_qcow2, open_snapshot
 from vmm_kvm.images.opening import open_image
 
 USAGE = "usage:\tvmctl [-v] create [-b base | -i disk] [-s size] disk\n"
@@ -552,3 +552,28 @@ def test_a_read_only_device_is_not_written(tmp_path: Path) -> None:
             os.close(fd)
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.parametrize("disk_format", list(Format))
+@pytest.mark.parametrize("said", [True, False])
+def test_a_snapshot_of_an_image(disk_format: Format, said: bool) -> None:
+    """What is written lies in a file of its own, is read back, and lasts as long as that does."""
+    create_image("disk", disk_format, 4 * MIB)
+    write("disk", disk_format, MIB, b"base")
+    before = Path("disk").read_bytes()
+    scratch = os.open(".", os.O_RDWR | os.O_TMPFILE, 0o600)
+    try:
+        for expected in (b"base", b"bOse"):
+            image = open_snapshot("disk", disk_format if said else None, scratch)
+            assert image.size == 4 * MIB
+            data = bytearray(4)
+            image.readv(MIB, [memoryview(data)])
+            assert bytes(data) == expected
+            image.writev(MIB + 1, [memoryview(b"O")])
+            with pytest.raises(ImageError, match="another process"):
+                open_image("disk", disk_format, False)
+            open_image("disk", disk_format, True).close()
+            image.close()
+    finally:
+        os.close(scratch)
+    assert Path("disk").read_bytes() == before

@@ -65,3 +65,11 @@ def test_start_refuses_the_same_disk_twice(
     assert (status, len(daemon.requests)) == ((1, 0) if is_refused else (0, 1))
     if is_refused:
         assert capsys.readouterr().err == f"vmctl: {image}: the same disk twice\n"
+
+
+def test_start_has_no_snapshots(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """A throw-away disk is for run alone; one line says so, and the daemon is asked nothing."""
+    daemon = serve(lambda _: [STARTED])
+    assert vmctl(["start", "-d", "disk.img,snapshot", "web"]) == 1
+    told = "vmctl: invalid disk: disk.img,snapshot: snapshot is only for 'vmctl run'\n"
+    assert (capsys.readouterr().err, daemon.requests) == (told, [])
