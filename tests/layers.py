@@ -23,6 +23,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.irq": (),
     "vmm_kvm.clock": (),
     "vmm_kvm.text": (),
+    "vmm_kvm.boot_device": (),
     "vmm_kvm.log": ("vmm_kvm.text",),
     "vmm_kvm.scatter": ("vmm_kvm.libc",),
     "vmm_kvm.limits": ("vmm_kvm.bits",),
@@ -75,6 +76,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmm_kvm.arch": (),
     "vmm_kvm.arch.x86": (
+        "vmm_kvm.boot_device",
         "vmm_kvm.errors",
         "vmm_kvm.state",
         "vmm_kvm.bits",
@@ -159,6 +161,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.vm_table",
     ),
     "vmm_kvm.machine": (
+        "vmm_kvm.boot_device",
         "vmm_kvm.errors",
         "vmm_kvm.state",
         "vmm_kvm.bits",
@@ -189,8 +192,15 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio.vhost_user",
     ),
     "vmd": (),
-    "vmd.config": ("vmm_kvm.limits", "vmm_kvm.net"),
-    "vmd.wire": ("vmm_kvm.errors", "vmm_kvm.clock", "vmm_kvm.limits", "vmd.config", "msgspec"),
+    "vmd.config": ("vmm_kvm.boot_device", "vmm_kvm.limits", "vmm_kvm.net"),
+    "vmd.wire": (
+        "vmm_kvm.boot_device",
+        "vmm_kvm.errors",
+        "vmm_kvm.clock",
+        "vmm_kvm.limits",
+        "vmd.config",
+        "msgspec",
+    ),
     "vmd.rules": ("vmm_kvm.errors", "vmm_kvm.limits", "vmm_kvm.net", "vmd.config", "vmd.wire"),
     "vmd.confine": ("vmm_kvm.libc", "vmm_kvm.memfd", "vmm_kvm.net"),
     "vmd.shared": (
@@ -211,6 +221,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmd.opener": ("vmm_kvm.log", "vmd.wire", "vmd.shared"),
     "vmd.parent": (
+        "vmm_kvm.boot_device",
         "vmm_kvm.errors",
         "vmm_kvm.clock",
         "vmm_kvm.log",
@@ -426,6 +437,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.stdio": ("vmm_kvm.loop", "vmctl"),
     "vmctl.run": (
+        "vmm_kvm.boot_device",
         "vmm_kvm.standard_streams",
         "vmm_kvm.errors",
         "vmm_kvm.clock",
@@ -447,6 +459,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.stdio",
     ),
     "vmctl.restoring": (
+        "vmm_kvm.boot_device",
         "vmm_kvm.errors",
         "vmm_kvm.bits",
         "vmm_kvm.memory",

@@ -8,10 +8,10 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.cpuid import guest_cpuid
 from vmm_kvm.arch.x86.image import FirmwareImage, RestoredImage, open_image
 from vmm_kvm.bits import PAGE_SIZE, align_up
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import BootError, SnapshotError, VmmError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.machine.spec import BASIC_DEVICES, MachineSpec, has_servers

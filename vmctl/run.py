@@ -17,8 +17,8 @@ from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.stdio import Stdio
 from vmctl.values import cpus_of, memory_of, once, seconds_of
 from vmm_kvm import log
-from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.image import open_firmware, open_image
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import HaltError, SpecError, VmmError
 from vmm_kvm.kvm.system import Kvm

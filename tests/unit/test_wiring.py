@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.bits import GIB, MIB
 from vmm_kvm.block.mapped import MappedImage
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.machine.wiring import boot_order, place_pmem
 from vmm_kvm.virtio.pmem import PmemSpec
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from vmd.config.disks import DiskOption
+from vmm_kvm.boot_device import BootDevice
 
 RDOMAIN_MAX = 255
 FORWARDS_MAX = 64
@@ -23,15 +24,6 @@ STOP_TIMEOUT_MAX_S = 86400
 PATH_BYTES_MAX = 1023
 MEMORY_DEFAULT = 512 << 20
 AGENTX_PATH = "/var/agentx/master"
-
-
-class BootDevice(StrEnum):
-    """What firmware boots from."""
-
-    AUTO = "auto"
-    DISK = "disk"
-    CDROM = "cdrom"
-    NET = "net"
 
 
 class Right(StrEnum):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import (
-    BootDevice,
     Config,
     InterfaceConfig,
     Limits,
@@ -17,6 +16,7 @@ from vmd.config.model import (
     SwitchConfig,
     VmConfig,
 )
+from vmm_kvm.boot_device import BootDevice
 
 _MIB = 1 << 20
 _STRING_MAX = 2000  # characters, of up to four bytes

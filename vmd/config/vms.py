@@ -14,12 +14,12 @@ from vmd.config.model import (
     AFTER_MAX,
     PATH_BYTES_MAX,
     STOP_TIMEOUT_MAX_S,
-    BootDevice,
     InterfaceConfig,
     Right,
     VmConfig,
 )
 from vmd.config.values import ValueRefusedError, byte_length, memory_of
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX, VCPUS_MAX
 
 FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-from vmd.config.model import BootDevice
 from vmd.parent.interfaces import Interface
 from vmd.parent.local_sockets import open_dns, open_frames, resolver
 from vmd.parent.peer import Peer
@@ -17,6 +16,7 @@ from vmd.wire.internal import (
     ParentToLocal,
     ServeLocal,
 )
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.log import Log
 
 log = Log(__name__)

@@ -12,7 +12,6 @@ from vmd.shared.vm_devices import Connections, DeviceConnection
 from vmd.vm.receiving import Arrived
 from vmd.wire.channel import Fds
 from vmd.wire.internal import DiskSpec, NicSpec, VmSpec
-from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.image import BootImage, RestoredImage, probe_image, read_firmware
 from vmm_kvm.block.image import Format
 from vmm_kvm.block.mapped import MappedImage
@@ -101,7 +100,7 @@ def machine_spec_of(
         memory_size=spec.memory,
         cpus=spec.cpus,
         devices=(*BASIC_DEVICES, *nets, *disks, *cdroms),
-        boot_device=BootDevice(spec.boot_device.value),
+        boot_device=spec.boot_device,
         name=spec.name,
         command_line=spec.append,
         initrd=tuple(FileSource(fds.take(at), "initrd") for at in spec.initrd),

@@ -18,10 +18,11 @@ from typing import Annotated
 import msgspec
 
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import BootDevice, InterfaceConfig, SwitchConfig
+from vmd.config.model import InterfaceConfig, SwitchConfig
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest
 from vmd.wire.parts import Part, Statistics
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import HaltReason
 from vmm_kvm.limits import MTU_DEFAULT
 

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import msgspec
 
-from vmd.config.model import FORWARDS_MAX, BootDevice
+from vmd.config.model import FORWARDS_MAX
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.parts import (
     DiskRequest,
@@ -33,6 +33,7 @@ from vmd.wire.parts import (
     Word,
     tag_of,
 )
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 
 CONSOLE_INPUT = b"\x00"

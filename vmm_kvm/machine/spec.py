@@ -9,10 +9,10 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.image import BootImage
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot.source import FileSource
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.virtio.rng import RngSpec
 from vmm_kvm.virtio.vmmci import VmmciSpec
 

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Self, assert_never
 
-from vmm_kvm.arch.x86.boot_config import BootDevice
 from vmm_kvm.arch.x86.layout import PCI_HOLE_END, ram_ranges
 from vmm_kvm.bits import GIB, align_up
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.clock import Clock
 from vmm_kvm.errors import HaltError, SpecError
 from vmm_kvm.kvm.eventfds import EventFds

@@ -14,7 +14,6 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.host import FileText
 from vmd.config.model import (
     Agentx,
-    BootDevice,
     Config,
     InterfaceConfig,
     Owner,
@@ -25,6 +24,7 @@ from vmd.config.model import (
     VmConfig,
 )
 from vmd.config.parser import ConfigErrors, parse_config, read_config
+from vmm_kvm.boot_device import BootDevice
 
 
 class CountingHost(FakeHost):

@@ -10,7 +10,6 @@ from tests.unit.config.fake_host import IMAGES, FakeHost
 from vmd.config.disks import DiskKind, DiskOption, OnError
 from vmd.config.model import (
     Agentx,
-    BootDevice,
     Config,
     ForwardConfig,
     InterfaceConfig,
@@ -23,6 +22,7 @@ from vmd.config.model import (
 )
 from vmd.config.parser import parse_config
 from vmd.config.text import config_lines, quoted
+from vmm_kvm.boot_device import BootDevice
 
 
 def read_again(config: Config) -> Config:

@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from tests.unit.vmctl.conftest import Serve
 from vmctl.advice import advice, may_connect
 from vmctl.cli import main as vmctl
-from vmd.config.model import BootDevice
 from vmd.wire.channel import ChannelError
 from vmd.wire.messages import (
     AnyAnswer,
@@ -47,6 +46,7 @@ from vmd.wire.messages import (
     Wait,
 )
 from vmd.wire.parts import DiskRequest, Statistics
+from vmm_kvm.boot_device import BootDevice
 
 HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
 WEB = VmInfo(

@@ -14,7 +14,6 @@ import pytest
 from tests.unit.snapshot.samples import MANIFEST, stream
 from tests.unit.vmctl.conftest import Serve
 from tests.vmctl_driver import VMCTL
-from vmd.config.model import BootDevice
 from vmd.wire.messages import (
     AnyRequest,
     Done,
@@ -25,6 +24,7 @@ from vmd.wire.messages import (
 )
 from vmd.wire.messages import Receive as ReceiveRequest
 from vmd.wire.messages import Send as SendRequest
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.snapshot.manifest import Disk, Interface, encode
 
 PLAIN = MANIFEST._replace(disks=(), cdrom=None)

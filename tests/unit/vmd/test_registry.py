@@ -7,7 +7,6 @@ import pytest
 from tests.unit.vmd.registry_host import ALICE, BOB, CAROL, ROOT, STAFF, Host, code
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import (
-    BootDevice,
     InterfaceConfig,
     Limits,
     Owner,
@@ -44,6 +43,7 @@ from vmd.wire.messages import (
     Wait,
 )
 from vmd.wire.parts import DiskRequest
+from vmm_kvm.boot_device import BootDevice
 
 DISKS = (DiskRequest(path="/disk"),)
 POWER_OFF = Exited(EndReason.POWER_OFF)

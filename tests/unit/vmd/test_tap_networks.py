@@ -13,7 +13,6 @@ import pytest
 
 from tests.unit.vmd.far import Far, run_until
 from vmd.config.model import (
-    BootDevice,
     Config,
     ForwardConfig,
     InterfaceConfig,
@@ -47,6 +46,7 @@ from vmd.wire.internal import (
     TapsForgotten,
     TapsMade,
 )
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.loop import EventLoop
 
 LLADDR = "fe:e1:bb:d1:00:01"

@@ -1,6 +1,5 @@
 """What the user asks of a boot, besides the image itself."""
 
-from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmm_kvm.arch.x86.acpi import AcpiTables
@@ -8,6 +7,7 @@ from vmm_kvm.arch.x86.e820 import E820Entry, e820_map
 from vmm_kvm.arch.x86.layout import SMBIOS_START
 from vmm_kvm.arch.x86.smbios import SmbiosTables
 from vmm_kvm.boot.source import FileSource
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 
@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     from vmm_kvm.boot.cache import Kernels
 
 _E820_MAX = 128
-
-
-class BootDevice(Enum):
-    """What to boot from, as vmctl(8)'s `-B` names it."""
-
-    AUTO = "auto"
-    DISK = "disk"
-    CDROM = "cdrom"
-    NET = "net"
 
 
 class BootConfig(NamedTuple):

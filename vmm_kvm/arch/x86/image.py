@@ -16,7 +16,7 @@ Whatever can be checked without a machine is checked here; `load` checks sizes a
 from typing import NamedTuple, assert_never
 
 from vmm_kvm.arch.x86.bios import FirmwareImage, load_firmware, probe_firmware, read_firmware
-from vmm_kvm.arch.x86.boot_config import BootConfig, BootDevice, place_smbios
+from vmm_kvm.arch.x86.boot_config import BootConfig, place_smbios
 from vmm_kvm.arch.x86.bzimage import NEEDS_BIOS, is_bzimage
 from vmm_kvm.arch.x86.entry import Entry
 from vmm_kvm.arch.x86.linux import ElfImage, LinuxImage, load_linux, load_vmlinux, probe_linux
@@ -32,7 +32,6 @@ from vmm_kvm.memory import GuestMemory
 
 __all__ = [
     "BootConfig",
-    "BootDevice",
     "BootImage",
     "ElfImage",
     "FirmwareImage",

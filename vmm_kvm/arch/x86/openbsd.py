@@ -12,7 +12,7 @@ import struct
 from array import array
 from typing import NamedTuple
 
-from vmm_kvm.arch.x86.boot_config import BootConfig, BootDevice, memory_map, place_acpi, refuse
+from vmm_kvm.arch.x86.boot_config import BootConfig, memory_map, place_acpi, refuse
 from vmm_kvm.arch.x86.e820 import E820Entry, encode
 from vmm_kvm.arch.x86.entry import (
     CR0_ET,
@@ -47,6 +47,7 @@ from vmm_kvm.boot.elf import (
     read_sections,
     section_name,
 )
+from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 
