@@ -60,7 +60,7 @@ def test_a_device_process(start_vmd: Start, tmp_path_factory: pytest.TempPathFac
         _kill(vmd.child("disk/one"))
         client.wait_for_state("one", "stopped")
         assert client.vm("two")["pid"] == other
-        vmd.wait_for_log("vm/one: disk0: its process was killed by signal 9")
+        vmd.wait_for_log("vm/one: failed: disk0: its process was killed by signal 9")
         assert client.ask("start", name="one")["type"] == "started"
 
 
