@@ -66,7 +66,7 @@ smoke_files=(tests/kvm/test_kicks.py tests/kvm/test_machine.py tests/kvm/test_ru
 
 # in_rig PYTEST'S...: run guest tests in a rig of their own.
 in_rig() {
-    VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 3600 --project -- \
+    VMD_REQUIRE=kvm,guest tests/rig/rig run --cpus 1 --timeout 5400 --project -- \
         .venv/bin/pytest -q --color=no --timeout 300 -p no:cacheprovider -m "$guests" "$@"
 }
 

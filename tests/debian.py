@@ -4,6 +4,9 @@ What an installation leaves, made without a VM: mmdebstrap fills a directory, `m
 the file system of it, and GRUB's two halves are put where grub-install would put them. It is kept
 in the cache of `tests.artifacts`; it takes two minutes, the network and root to make.
 
+A second one is also a server, with ssh, a web server and an address by DHCP: the image of
+docs/tutorial.md, where all that is to be installed in it is there already.
+
 root has no password. Units that a guest on a serial line does not need are masked, because in the
 rig each costs seconds.
 """
@@ -32,6 +35,15 @@ _PACKAGES = (
     *("linux-image-cloud-amd64", "initramfs-tools", "zstd", "kmod", "udev"),
     *("systemd-sysv", "e2fsprogs", "fio"),
 )
+_SERVER_PACKAGES = ("openssh-server", "lighttpd")
+# Of a server; there are no sources, so that apt-get looks nowhere for packages.
+_SERVER_HOOK = """
+mkdir -p etc/systemd/network etc/systemd/system/multi-user.target.wants
+printf '[Match]\\nName=e*\\n[Network]\\nDHCP=yes\\n' > etc/systemd/network/80-dhcp.network
+ln -s /lib/systemd/system/systemd-networkd.service etc/systemd/system/multi-user.target.wants/
+: > etc/apt/sources.list
+rm -rf etc/apt/sources.list.d
+"""
 # Read by nobody in a guest; without them the image is smaller by a third.
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 _MASKED = (
@@ -92,19 +104,19 @@ class Debian:
     initrd: Path
 
 
-def debian() -> Debian:
-    """Return the system, made at the first call with this recipe.
+def debian(*, is_server: bool = False) -> Debian:
+    """Return the system, or the server, made at the first call with this recipe.
 
     Raises:
         ArtifactError: it is not in the cache, and cannot be made: no root, no network, or a
             package is missing.
     """
-    place = cache_dir() / f"debian-{_recipe()}"
+    place = cache_dir() / f"debian-{'server-' * is_server}{_recipe()}"
     if not place.exists():
         if os.geteuid() != 0:
             raise ArtifactError(f"{place}: not made yet; run python -m tests.debian as root")
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="making-") as scratch:
-            _make(Path(scratch)).rename(place)
+            _make(Path(scratch), is_server=is_server).rename(place)
     return Debian(place / "disk.img", place / "vmlinuz", place / "initrd")
 
 
@@ -117,7 +129,7 @@ def _recipe() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
-def _make(scratch: Path) -> Path:
+def _make(scratch: Path, *, is_server: bool) -> Path:
     root, place = scratch / "root", scratch / "debian"
     place.mkdir()
     image = place / "disk.img"
@@ -125,7 +137,8 @@ def _make(scratch: Path) -> Path:
     _run(
         *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--quiet"),
         *("--aptopt=Acquire::Retries 3", '--aptopt=APT::Install-Recommends "false"'),
-        *(f"--include={','.join(_PACKAGES)}", *options, "--customize-hook", _hook(scratch)),
+        f"--include={','.join((*_PACKAGES, *(_SERVER_PACKAGES if is_server else ())))}",
+        *(*options, "--customize-hook", _hook(scratch, _SERVER_HOOK if is_server else "")),
         *(_SUITE, root),
     )
     with image.open("wb") as file:
@@ -143,7 +156,7 @@ def _make(scratch: Path) -> Path:
     return place
 
 
-def _hook(scratch: Path) -> str:
+def _hook(scratch: Path, more: str) -> str:
     """Return the shell script that mmdebstrap runs with the root directory as $1."""
     script = scratch / "hook"
     masks = " ".join(_MASKED)
@@ -165,7 +178,7 @@ printf '[Journal]\\nStorage=volatile\\n' > etc/systemd/journald.conf.d/volatile.
 cat > boot/grub/grub.cfg <<'END'
 {_GRUB_CONFIGURATION}END
 rm -rf var/lib/apt/lists/* var/cache/apt/* usr/lib/python3*
-"""
+{more}"""
     )
     script.chmod(0o755)
     return str(script)
@@ -222,6 +235,7 @@ def _run(*command: str | Path, text: str | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        print(debian().disk)
+        for has_servers in (False, True):
+            print(debian(is_server=has_servers).disk)
     except ArtifactError as error:
         sys.exit(f"debian: {error}")
