@@ -165,6 +165,15 @@ def test_an_unknown_interpreter_does_without(
     assert _warm(_be_vm, Warmth.ALL, log=caplog) == ("other", [line])
 
 
+def test_python_3_12_does_without(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is supported, and no Debian release has it to measure with: lives are rehearsed alone."""
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0, "final", 0))
+    line = f"no objects are gathered: not tested on {sys.implementation.name} 3.12"
+    assert _warm(_be_vm, Warmth.REHEARSE, log=caplog) == ("other", [line])
+
+
 @pytest.mark.parametrize("warmth", [Warmth.REHEARSE, Warmth.ALL])
 def test_known_interpreters_are_silent(warmth: Warmth, caplog: pytest.LogCaptureFixture) -> None:
     """On versions of the tables, all is done without a word."""

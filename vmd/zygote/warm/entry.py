@@ -30,7 +30,10 @@ VARIABLE = "VMD_WARM"
 WARMING_PATIENCE_S = 20.0
 """How long warming up may take, on the slowest of hosts."""
 GATHERING_VERSIONS = frozenset({(3, 11), (3, 13), (3, 14)})
-"""Versions of CPython whose tests of gathering pass, and where it saves memory."""
+"""Versions of CPython whose tests of gathering pass, and where it saves memory.
+
+3.12, which no Debian release has, is none of them: lives of VMs are rehearsed there alone.
+"""
 CONSTANT_VERSIONS = frozenset({(3, 11)})
 """Those whose names and constants are gathered as well; on newer ones, most are immortal."""
 _TEXT_MAX = 200
