@@ -38,6 +38,8 @@ class ExitCounts:
     def __init__(self, vcpus: Iterable[int]) -> None:
         """Count the exits of vCPUs, given by their descriptors, which stay the caller's.
 
+        None of them may be in the guest: KVM would let this wait until it leaves it.
+
         Where KVM does not tell (before Linux 5.14), or there are no descriptors left, nothing is
         counted.
         """

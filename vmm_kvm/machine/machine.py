@@ -201,6 +201,10 @@ class Machine:
         """Let every vCPU run; once."""
         if self._output:
             self._output.start()
+        # Before a vCPU runs: as long as one is in the guest, asking KVM about it waits for it.
+        vcpus = [primitives.kvm_vcpu(self._vmm, self._vm_id, i) for i in range(self.spec.cpus)]
+        self._exit_counts = ExitCounts(vcpu.fd for vcpu in vcpus)
+        self._stack.callback(self._exit_counts.close)
         self._runner.start()
 
     def throttle(self, hold: bool) -> None:
@@ -330,13 +334,7 @@ class Machine:
 
     def exit_counts(self) -> dict[str, int]:
         """Return how often the guest was left, by reason; empty where KVM does not count it."""
-        if self._exit_counts is None:
-            vm = (self._vmm, self._vm_id)
-            self._exit_counts = ExitCounts(
-                primitives.kvm_vcpu(*vm, index).fd for index in range(self.spec.cpus)
-            )
-            self._stack.callback(self._exit_counts.close)
-        return self._exit_counts.read()
+        return self._exit_counts.read() if self._exit_counts else {}
 
     def press_power_button(self) -> bool:
         """Ask the guest to power itself off: an OpenBSD guest by vmmci, others through ACPI.

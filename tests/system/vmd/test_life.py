@@ -105,6 +105,18 @@ def test_every_waiter_is_answered(start_vmd: Start) -> None:
         assert second.receive()[0]["type"] == "terminated"
 
 
+def test_a_guest_that_does_nothing_is_counted(start_vmd: Start) -> None:
+    """The process of a VM whose guest is halted tells its statistics, asked for the first time."""
+    with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
+        assert client.ask("start", name="one")["type"] == "started"
+        with client.console("one") as console:
+            console.expect(READY)
+        vms = client.ask("status", name="one", statistics=True)["vms"]
+        assert isinstance(vms, list)
+        assert vms[0]["statistics"]["cpu_ns"] > 0
+        assert client.ask("pause", name="one")["type"] == "done"
+
+
 def test_pause_and_unpause(start_vmd: Start) -> None:
     """A paused guest does not run: what is typed has no echo until it goes on."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
