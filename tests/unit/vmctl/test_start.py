@@ -110,7 +110,8 @@ def test_start_of_the_selftest(serve: Serve) -> None:
         ("-d /none", "invalid disk path: /none: No such file or directory"),
         ("-d raw:", "invalid disk: raw:: no path"),
         ("-d pmem:/x", "invalid disk: pmem:/x: only for 'vmctl run' and vm.conf"),
-        (f"{'-d /etc/passwd ' * 5}", "too many disks"),
+        ("-d /bin/sh -d /bin/ls -d /bin/cp -d /bin/mv -d /bin/cat", "too many disks"),
+        ("-d /etc/passwd -d /etc/passwd", "/etc/passwd: the same disk twice"),
         (
             "--firmware efi",
             "unknown firmware efi: No such file or directory (bios, uefi or the path of an image)",
