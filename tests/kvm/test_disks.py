@@ -66,10 +66,11 @@ def disk(path: Path, *sectors: bytes) -> Path:
     return path
 
 
-def run(*arguments: str) -> tuple[int, bytes]:
+def run(*arguments: str, timeout_s: int = 60) -> tuple[int, bytes]:
     """Run SeaBIOS with disks; returns the exit status and the errors."""
+    limit = ("--timeout", str(timeout_s))
     done = subprocess.run(
-        vmctl_run("-m", "64M", "-b", artifacts.seabios(), "--timeout", "60", *arguments),
+        vmctl_run("-m", "64M", "-b", artifacts.seabios(), *limit, *arguments),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
@@ -113,7 +114,7 @@ def test_firmware_boots_from_the_first_disk(tmp_path: Path, number: int) -> None
 def test_no_device_to_boot_from(tmp_path: Path) -> None:
     """With -B net firmware does not fall back to the disk."""
     image = disk(tmp_path / "disk.img", boot_sector(0x42, 1), bytes((GOOD,)) * 512)
-    status, errors = run("-B", "net", "-d", f"raw:{image}", "--timeout", "5")
+    status, errors = run("-B", "net", "-d", f"raw:{image}", timeout_s=5)
     assert (status, errors) == (124, b"vmctl: timed out after 5 s\n")
 
 
