@@ -45,7 +45,7 @@ DEVICE_THREADS = {("vmm_kvm.virtio.worker", "os"), ("vmm_kvm.virtio.ring_events"
 # ioctls of their own.
 FCNTL = {
     *("vmm_kvm.memfd", "vmm_kvm.block.locks", "vmm_kvm.block.device"),
-    *("vmm_kvm.net.bridge", "vmm_kvm.net.tap", "vmm_kvm.net.vhost"),
+    *("vmm_kvm.net.bridge", "vmm_kvm.net.tap", "vmm_kvm.net.vhost", "vmm_kvm.snapshot.fds"),
 }
 
 MUTATIONS = (

@@ -7,6 +7,7 @@ A pipe is written through an open file description that does not block; a socket
 not; a file of a disk blocks, but comes back.
 """
 
+import fcntl
 import os
 import select
 import socket
@@ -64,12 +65,12 @@ class FdSink(_End):
         there is one, no more is written; it stays the caller's.
 
         Raises:
-            SnapshotError: it is no pipe, socket or file.
+            SnapshotError: it is no pipe, socket or file, or not open for this.
             OSError: it is closed.
         """
         super().__init__(fd, patience_s, cancel_fd)
         try:
-            mode = check_kind(fd)
+            mode = check_kind(fd, os.O_WRONLY)
             if stat.S_ISSOCK(mode):
                 self._socket = socket.socket(fileno=fd)
             elif stat.S_ISFIFO(mode):
@@ -115,12 +116,12 @@ class FdSource(_End):
         """Take ownership of `fd`; `patience_s` is how long nothing may come, in seconds.
 
         Raises:
-            SnapshotError: it is no pipe, socket or file.
+            SnapshotError: it is no pipe, socket or file, or not open for this.
             OSError: it is closed.
         """
         super().__init__(fd, patience_s, -1)
         try:
-            check_kind(fd)
+            check_kind(fd, os.O_RDONLY)
         except BaseException:
             self.close()
             raise
@@ -140,14 +141,19 @@ class FdSource(_End):
                 continue
 
 
-def check_kind(fd: int) -> int:
+def check_kind(fd: int, access: int) -> int:
     """Refuse a descriptor through which no machine can go; returns the mode of what it leads to.
 
+    `access` is O_RDONLY for one that is to be read, O_WRONLY for one that is to be written.
+
     Raises:
-        SnapshotError: it is no pipe, socket or regular file.
+        SnapshotError: it is no pipe, socket or regular file, or the wrong end of a pipe.
         OSError: it is closed.
     """
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         raise SnapshotError("not a pipe, socket or file")
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH or flags & os.O_ACCMODE not in {access, os.O_RDWR}:
+        raise SnapshotError(f"not open for {'reading' if access == os.O_RDONLY else 'writing'}")
     return mode

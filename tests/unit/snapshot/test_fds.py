@@ -89,9 +89,14 @@ def test_a_full_disk_is_an_error() -> None:
             FdSink(os.open(path, flags), AT_ONCE_S)
 
 
-def test_one_end_of_a_pipe_is_not_the_other() -> None:
-    """The wrong end of a pipe is an error of the first use."""
+def test_one_end_of_a_pipe_is_not_the_other(tmp_path: Path) -> None:
+    """The wrong end of a pipe, and a file that is open for the other thing, are refused at once."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
     read_fd, write_fd = os.pipe()
-    with FdSink(read_fd, AT_ONCE_S) as sink, pytest.raises(OSError, match="Bad file descriptor"):
-        sink.write(b"machine")
-    os.close(write_fd)
+    for fd in (read_fd, os.open(path, os.O_RDONLY), os.open(path, os.O_PATH)):
+        with pytest.raises(SnapshotError, match="not open for writing"):
+            FdSink(fd, AT_ONCE_S)
+    for fd in (write_fd, os.open(path, os.O_WRONLY), os.open(path, os.O_PATH)):
+        with pytest.raises(SnapshotError, match="not open for reading"):
+            FdSource(fd, AT_ONCE_S)
