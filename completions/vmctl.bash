@@ -59,7 +59,7 @@ _vmctl() {
 	fi
 	case $verb in
 	image)
-		set -- check info
+		set -- check info resize
 		;;
 	*) set -- ;;
 	esac
@@ -113,6 +113,10 @@ _vmctl() {
 		;;
 	'image info '*)
 		options=(--json)
+		operands=('<file>')
+		;;
+	'image resize '*)
+		options=(--shrink)
 		operands=('<file>')
 		;;
 	'load '*)

@@ -408,6 +408,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.config",
         "vmctl",
         "vmctl.disk_files",
+        "vmctl.create",
     ),
     "vmctl.disks": (
         "vmm_kvm.errors",

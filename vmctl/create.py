@@ -33,7 +33,7 @@ _MIB = 1 << 20
 _LONG_COPY = 256 * _MIB  # from here on a person may wonder whether it is still at work
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """What is asked cannot be done; `str()` has the lines for the user."""
 
 
@@ -50,7 +50,7 @@ def create(
     try:
         with cleaning_up():
             _create(parse_disk(disk), disk, size, base, source)
-    except (_RefusedError, VmmError) as err:
+    except (RefusedError, VmmError) as err:
         return fail(str(err))
     return 0
 
@@ -58,11 +58,11 @@ def create(
 def _create(
     target: DiskFile, named: str, size: str | None, base: str | None, source: str | None
 ) -> None:
-    number = None if size is None else _disk_size(size)
+    number = None if size is None else disk_size(size)
     if base is not None and source is not None:
-        raise _RefusedError("conflicting -b and -i arguments")
+        raise RefusedError("conflicting -b and -i arguments")
     if base is not None and target.disk_format is not Format.QCOW2:
-        raise _RefusedError("base images require qcow2 disk format")
+        raise RefusedError("base images require qcow2 disk format")
     if source is not None:
         _convert(parse_disk(source), target, number)
     else:
@@ -74,28 +74,31 @@ def _create(
         if number is None:
             print(f"could not create {named}: missing size argument", file=sys.stderr)
             print(usage(VERBS["create"]), file=sys.stderr)
-            raise _RefusedError("")
+            raise RefusedError("")
         try:
             if base is None:
                 create_image(target.path, target.disk_format, number)
             else:
                 create_qcow2(target.path, number, base, base_format)
         except (OSError, ValueError) as err:
-            raise _RefusedError(f"create imagefile operation failed: {why(err)}") from err
+            raise RefusedError(f"create imagefile operation failed: {why(err)}") from err
     warn(f"{target.disk_format} imagefile created")
 
 
-def _disk_size(text: str) -> int:
-    """Read the argument of -s; it is rounded down to whole megabytes.
+def disk_size(text: str) -> int:
+    """Read the size of a disk as it is typed; it is rounded down to whole megabytes.
+
+    Raises:
+        RefusedError: it is none, or too small.
 
     Source: section 3.5, size rules.
     """
     try:
         size = scan_scaled(text)
     except SizeError as err:
-        raise _RefusedError(f"invalid disk size: {text}: {err}") from err
+        raise RefusedError(f"invalid disk size: {text}: {err}") from err
     if size < _MIB:
-        raise _RefusedError(f"disk size must be at least 1MB{bytes_hint(text, 'G')}")
+        raise RefusedError(f"disk size must be at least 1MB{bytes_hint(text, 'G')}")
     if size % _MIB:
         size -= size % _MIB
         warn(f"disk size rounded to {fmt_scaled(size)}")
@@ -123,19 +126,19 @@ def _over_base(named: DiskFile, path: str, size: int | None) -> tuple[int, Forma
     try:
         chain = image_chain(base, named.disk_format)
     except ImageError as err:
-        raise _RefusedError(f"failure to read base image header: {err}") from err
+        raise RefusedError(f"failure to read base image header: {err}") from err
     if len(chain) == CHAIN_MAX:
-        raise _RefusedError(f"{base}: it has {CHAIN_MAX - 1} base images already, the most")
+        raise RefusedError(f"{base}: it has {CHAIN_MAX - 1} base images already, the most")
     try:
         image = open_image(base, chain[0].disk_format, True)
     except ImageError as err:
-        raise _RefusedError(f"cannot use base image: {err}") from err
+        raise RefusedError(f"cannot use base image: {err}") from err
     least = image.size
     image.close()
     if not least:
-        raise _RefusedError("missing disk size")
+        raise RefusedError("missing disk size")
     if size is not None and size < least:
-        raise _RefusedError("size cannot be smaller than base disk size")
+        raise RefusedError("size cannot be smaller than base disk size")
     return least if size is None else size, chain[0].disk_format or Format.RAW
 
 
@@ -144,12 +147,12 @@ def _convert(source: DiskFile, target: DiskFile, size: int | None) -> None:
     try:
         image = open_image(source.path, source.disk_format, True)
     except ImageError as err:
-        raise _RefusedError(f"{err}\nfailed to open source image file") from err
+        raise RefusedError(f"{err}\nfailed to open source image file") from err
     try:
         if size is None:
             size = image.size
         if size < image.size:
-            raise _RefusedError("size cannot be smaller than input disk size")
+            raise RefusedError("size cannot be smaller than input disk size")
         rounded = rounded_up(size)
         with ExitStack() as stack:
             with _creating(target):
@@ -157,13 +160,13 @@ def _convert(source: DiskFile, target: DiskFile, size: int | None) -> None:
             try:
                 _fill(new.fd, target, image)
             except ImageError as err:
-                raise _RefusedError(f"{err}\nfailed to open destination image file") from err
+                raise RefusedError(f"{err}\nfailed to open destination image file") from err
             except SourceError as err:
                 reason = f"{source.path}: {why(err)}"
-                raise _RefusedError(f"{reason}\nfailed to read from source") from err
+                raise RefusedError(f"{reason}\nfailed to read from source") from err
             except OSError as err:
                 reason = f"{target.path}: {why(err)}"
-                raise _RefusedError(f"{reason}\nfailed to write to destination") from err
+                raise RefusedError(f"{reason}\nfailed to write to destination") from err
             with _creating(target):
                 new.publish()
     finally:
@@ -179,7 +182,7 @@ def _creating(target: DiskFile) -> Iterator[None]:
         yield
     except (OSError, ValueError) as err:
         reason = f"{target.path}: {why(err)}"
-        raise _RefusedError(f"{reason}\nfailed to create destination image file") from err
+        raise RefusedError(f"{reason}\nfailed to create destination image file") from err
 
 
 def _fill(fd: int, target: DiskFile, image: StoredImage) -> None:

@@ -1,4 +1,4 @@
-"""`vmctl image info` and `vmctl image check`: what a disk image is, and whether it is sound.
+"""`vmctl image`: what a disk image is, whether it is sound, and how large.
 
 Exit status: 0 on success, 1 on any failure, and from `check` 1 if the image is not sound.
 """
@@ -74,6 +74,22 @@ def check_image(words: Sequence[str], *, as_json: bool = False) -> int:
         for error in errors:
             print(f"error: {printable(error)}")
     return 1 if errors or facts.get("marked_corrupt") else 0
+
+
+def resize_image(words: Sequence[str], *, shrink: bool = False) -> int:
+    """Make an image, `words[0]`, as large as `words[1]` says; return the exit status."""
+    from vmctl.create import RefusedError, disk_size  # noqa: PLC0415 - only for this
+    from vmm_kvm.images.resize import resize  # noqa: PLC0415 - the same
+
+    set_up_logging()
+    try:
+        named, size = parse_disk(words[0]), disk_size(words[1])
+        resize(named.path, named.disk_format, size, may_shrink=shrink)
+    except (RefusedError, VmmError) as err:
+        return fail(str(err))
+    except OSError as err:
+        return fail(f"{words[0]}: {reason(err)}")
+    return 0
 
 
 def _facts(named: DiskFile) -> Facts:

@@ -292,6 +292,17 @@ _TABLE = (
         is_openbsd=False,
     ),
     Verb(
+        "image resize",
+        "disk size",
+        "Make a disk image larger, or smaller.",
+        "images",
+        "resize_image",
+        (Option("--shrink", "shrink", "Allow that the end of the disk is lost."),),
+        *(2, 2),
+        completes=(FILE,),
+        is_openbsd=False,
+    ),
+    Verb(
         "load",
         "filename",
         "Let the daemon read another configuration file in addition.",

@@ -577,3 +577,55 @@ def test_a_snapshot_of_an_image(disk_format: Format, said: bool) -> None:
     finally:
         os.close(scratch)
     assert Path("disk").read_bytes() == before
+
+
+@pytest.mark.usefixtures("qemu_img")
+@pytest.mark.parametrize("disk_format", list(Format))
+@pytest.mark.parametrize("size", [8 * MIB, 40 * 1024 * MIB])
+def test_resize(disk_format: Format, size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image grows, what is added is zeros; it shrinks only if that is said, and QEMU agrees."""
+    create_image("disk", disk_format, 4 * MIB)
+    write("disk", disk_format, 4 * MIB - 8, b"the end.")
+    named = f"{disk_format}:disk"
+    assert main(["image", "resize", named, f"{size}B"]) == 0
+    assert read("disk", disk_format, 4 * MIB - 8, 16) == b"the end." + bytes(8)
+    write("disk", disk_format, size - 4, b"last")
+    assert main(["image", "resize", named, "2M"]) == 1
+    told = f"vmctl: disk: {size} bytes: to cut some off, say --shrink\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert main(["image", "resize", "--shrink", named, "2M"]) == 0
+    assert main(["image", "resize", named, f"{size}B"]) == 0
+    create_image("empty", disk_format, size)
+    formats = ["-f", disk_format, "-F", disk_format]
+    subprocess.run(["qemu-img", "compare", "-q", *formats, "disk", "empty"], check=True)
+    if disk_format is Format.QCOW2:
+        subprocess.run(["qemu-img", "check", "-q", "disk"], check=True)
+        assert main(["image", "check", "disk"]) == 0
+
+
+@pytest.mark.usefixtures("qemu_img")
+def test_resize_of_an_overlay() -> None:
+    """What an overlay did not show of a longer base, it does not show when it grows either."""
+    create_image("base", Format.RAW, 8 * MIB)
+    write("base", Format.RAW, 0, b"b" * (8 * MIB))
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "top", "3M"]
+    subprocess.run(command, check=True)
+    assert main(["image", "resize", "qcow2:top", "6M"]) == 0
+    assert read("top", Format.QCOW2, 3 * MIB - 2, 4) == b"bb\0\0"
+    assert read("top", Format.QCOW2, 6 * MIB - 2, 2) == bytes(2)
+    subprocess.run(["qemu-img", "check", "-q", "top"], check=True)
+
+
+def test_resize_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """An image in use, a directory, and a size that its table has no room for stay as they are."""
+    create_qcow2("a.qcow2", 4 * MIB)
+    before = Path("a.qcow2").read_bytes()
+    image = open_image("a.qcow2", Format.QCOW2, True)
+    assert main(["image", "resize", "a.qcow2", "8M"]) == 1
+    image.close()
+    assert "another process" in capsys.readouterr().err
+    assert main(["image", "resize", "a.qcow2", "5T"]) == 1
+    assert "no room for that" in capsys.readouterr().err
+    assert main(["image", "resize", ".", "5M"]) == 1
+    assert capsys.readouterr().err == "vmctl: .: Is a directory\n"
+    assert Path("a.qcow2").read_bytes() == before

@@ -65,6 +65,7 @@ LINES = {
     "console": "console 1",
     "create": "create -s 1M {new}",
     "help": "help start",
+    "image resize": "image resize {new} 4M",
     "load": "load {here}/vm.conf",
     "log": "log verbose",
     "receive": "receive web",
@@ -74,8 +75,8 @@ LINES = {
 }
 """Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
 images in it, `{new}` the name of a file that is not there."""
-FAILS = {"events", "receive", "run"}
-"""The daemon ends, there is no such kernel, or nothing comes that could be received."""
+FAILS = {"events", "image resize", "receive", "run"}
+"""The daemon ends, there is no such image or kernel, or nothing comes that could be received."""
 OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
 
 
