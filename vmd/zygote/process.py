@@ -1,9 +1,9 @@
 """The zygote: it forks the processes that vmm asks for, and does nothing else.
 
-A fork shares every page of memory until one side writes to it, and an interpreter writes nearly
-all that it looks at. So whoever is forked from should have done all that its children will do, and
-nothing since: everything that they may import is imported, and their code has run. vmm, which is
-busy whenever VMs start, would leave each of its children another version of the pages that it uses.
+A fork shares every page of memory until one side writes to it, and an interpreter writes to nearly
+every object that it uses. So before the zygote serves, it imports all that its children may import
+and runs their code; afterwards it only forks. vmm, which is busy whenever VMs start, would leave
+each of its children another version of the pages that it uses.
 
 What is forked is a child of vmm from its birth (`siblings`): vmm is told by the kernel when it
 ends, and may have it killed without fear for another that has its pid. Where root has started the

@@ -65,7 +65,7 @@ class Rehearsal:
     """What every play needs; a context manager that owns it."""
 
     def __init__(self) -> None:
-        """Open a terminal, and look at it, so that it is one that somebody has looked at.
+        """Open a pty whose slave side has been opened and closed once.
 
         Raises:
             OSError: the host has no terminals or descriptors left.
