@@ -360,6 +360,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.daemon",
     ),
     "vmctl": (
+        "vmm_kvm.boot_device",
         "vmm_kvm.text",
         "vmm_kvm.log",
         "vmm_kvm.limits",

@@ -29,6 +29,7 @@ _FDS_MAX = 64
 _ID_MAX = 0xFFFF_FFFF
 
 _UNEXPECTED = "unexpected response received from vmd"
+_INT_MIN = -128  # minus the number of a signal
 _INT_MAX = (1 << 63) - 1
 _TIME_MAX = 1e11
 _NUMBER = (int, float)
@@ -59,6 +60,7 @@ _VM: Mapping[str, Shape] = {
     **dict.fromkeys(("memory_used", "pid", "gid"), (int, None)),
     **dict.fromkeys(("name", "state", "tty", "pause_reason"), str),
     "after": [str],
+    "is_from_config": bool,
     "started_at": (*_NUMBER, None),
     "last_end": (_END, None),
     "disks": [{"path": str, "format": str, "is_read_only": bool, "serial": str}],
@@ -74,6 +76,7 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "terminated": {"id": int},
     "console-opened": {"id": int, "tty": str, "position": int, "history": int},
     "vms": {"vms": [_VM], "has_more": bool},
+    "source-is": {"path": str, "directory": str},
     "lines": {"lines": [{"at": _NUMBER, "text": str}], "position": int},
     "totals": {
         **dict.fromkeys(("starts", "failed_starts"), int),
@@ -512,7 +515,7 @@ def fits(value: object, shape: Shape) -> bool:
     if shape is None:
         return value is None
     if shape is int:
-        return type(value) is int and -1 <= value <= _INT_MAX
+        return type(value) is int and _INT_MIN <= value <= _INT_MAX
     if shape is float:
         return type(value) is float and 0 <= value <= _TIME_MAX
     if isinstance(shape, type):

@@ -62,6 +62,7 @@ class StartOptions(NamedTuple):
     until: tuple[str, ...] = ()
     """--wait"""
     timeout: tuple[str, ...] = ()
+    save: bool = False
 
 
 def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> int:
@@ -79,9 +80,12 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         if target.name:
             check_name(target.name)
         condition = _condition(options)
-        fields = {**target.fields(), **_request(options, fds)}
+        asked = _request(options, fds)
         with Client() as client:
-            answer = client.ask("start", "started", fields, fds)
+            if options.save:
+                answer = _save(client, target, asked, options)
+            else:
+                answer = client.ask("start", "started", {**target.fields(), **asked}, fds)
             if condition:
                 say_started(answer)
                 return _wait(condition, client, answer, report)
@@ -102,6 +106,21 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         return console([str(answer["id"])])
     say_started(answer)
     return 0
+
+
+def _save(client: Client, target: Target, asked: Fields, options: StartOptions) -> Fields:
+    """Make a VM part of the configuration; returns the answer to its start."""
+    from vmctl.save import save  # noqa: PLC0415 - only with --save
+
+    disks = [_disk(text) for text in options.disks]
+    save(client, target.name, asked, disks, [_path(each, "initrd") for each in options.initrd])
+    try:
+        return client.ask("start", "started", target.fields())
+    except RefusedError as err:
+        vms: list[Fields] = client.ask("status", "vms", target.fields())["vms"]
+        if err.code != "EALREADY" or not vms or vms[0]["pid"] is None:
+            raise
+        return vms[0]  # it runs already: the daemon starts what it has read
 
 
 def why_not_started(err: RefusedError) -> str:

@@ -70,6 +70,21 @@ def status(
     return 0 if known else 1
 
 
+def list_names(_words: Sequence[str] = (), *, running: bool = False, as_json: bool = False) -> int:
+    """Print the names of VMs that are there to stay, a line each; returns the exit status."""
+    try:
+        known, _ = _vms((), {}, running=running)
+    except CommandError as err:
+        return fail(err)
+    names = [vm["name"] for vm in known if vm["is_from_config"]]
+    if as_json:
+        print(json.dumps(names, indent=2))
+    else:
+        for name in names:
+            print(printable(name))
+    return 0
+
+
 def _vms(
     words: Sequence[str], wanted: dict[str, bool], *, running: bool
 ) -> tuple[list[Fields], list[Fields]]:

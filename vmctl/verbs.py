@@ -165,6 +165,7 @@ _MACHINE_OPTIONS = (
         True,
         (FILE,),
     ),
+    Option("--save", "save", "Make a file of vm.conf.d of the VM, which then stays."),
     Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
     Option(
         "--timeout",
@@ -187,7 +188,10 @@ _MACHINE_OPTIONS = (
         ("console=",),
     ),
 )
-_NOT_FOR_RUN = {"-t": "there is no daemon that knows a template: give all options here"}
+_NOT_FOR_RUN = {
+    "-t": "there is no daemon that knows a template: give all options here",
+    "--save": "there is no daemon whose configuration could have it",
+}
 _NOT_FOR_START = {
     "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
     "--from": "vmd makes a VM of what was sent by 'vmctl receive'",
@@ -214,8 +218,8 @@ _START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
     "\t\t[--append string] [--firmware name] [--forward forward]\n"
-    "\t\t[--initrd path] [--json] [--selftest] [--timeout seconds]\n"
-    "\t\t[--wait condition] id | name"
+    "\t\t[--initrd path] [--json] [--save] [--selftest]\n"
+    "\t\t[--timeout seconds] [--wait condition] id | name"
 )
 _LIST_OPTIONS = (
     _RUNNING,
@@ -300,6 +304,16 @@ _TABLE = (
         (Option("--shrink", "shrink", "Allow that the end of the disk is lost."),),
         *(2, 2),
         completes=(FILE,),
+        is_openbsd=False,
+    ),
+    Verb(
+        "list",
+        "",
+        "Print the names of the VMs that the configuration has.",
+        "status",
+        "list_names",
+        (_RUNNING, _JSON),
+        *(0, 0),
         is_openbsd=False,
     ),
     Verb(

@@ -9,6 +9,7 @@ Source: sections 5.2, 7 and 8 of OpenBSD's behaviour.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from typing import assert_never
 
 from vmd.config.model import Config, Staggered, VmConfig
@@ -48,6 +49,8 @@ from vmd.wire.messages import (
     Reload,
     Reset,
     ResetMode,
+    Source,
+    SourceIs,
     Status,
     Vms,
 )
@@ -58,6 +61,8 @@ log = Logger(__name__)
 
 ON_DEMAND = frozenset({Kind.AGENTX})
 """The peers whose processes are started when a configuration needs them."""
+_SINGLE_VMS = "vm.conf.d"
+"""The directory of files that have a VM each, beside the configuration."""
 STAGGER_DELAY_S = 30
 """Between two batches of starting VMs, unless the configuration says otherwise."""
 
@@ -82,6 +87,7 @@ class Parent:
         self._loop = loop
         self._networks = networks
         self._settings = settings
+        self._includes: tuple[str, ...] = ()  # of the configuration
         staggered = Staggered(os.cpu_count() or 1, STAGGER_DELAY_S)
         self._registry = Registry(settings.users, SystemClock(), staggered, settings.host_id)
         self._default_staggered = staggered
@@ -151,6 +157,7 @@ class Parent:
         config = self._read(settings.path, is_optional=settings.is_optional, keeps_idle=False)
         if not isinstance(config, Config):
             return config
+        self._includes = config.includes
         self._effects.run(self._registry.forget_idle())
         settings.set_socket_owner(config.socket_owner)
         self._registry.staggered = config.staggered or self._default_staggered
@@ -207,6 +214,13 @@ class Parent:
 
     # What administrators ask
 
+    def _source(self, serial: int) -> SourceIs:
+        """Return where the configuration is, and where files of single VMs go."""
+        path = self._settings.host.absolute(self._settings.path)
+        directory = f"{path.rpartition('/')[0]}/{_SINGLE_VMS}"
+        is_included = any(fnmatch(f"{directory}/x.conf", each) for each in self._includes)
+        return SourceIs(serial=serial, path=path, directory=directory if is_included else "")
+
     def _operate(self, operation: Operate) -> None:
         ticket, request = operation
         errors: tuple[str, ...] = ()
@@ -224,6 +238,9 @@ class Parent:
                 errors = self.configure()
             case Counts():
                 self._clients.answer(ticket.client, self._effects.starts.totals(ticket.serial))
+                return
+            case Source():
+                self._clients.answer(ticket.client, self._source(ticket.serial))
                 return
             case Reset(mode=ResetMode.SWITCHES):
                 self._networks.forget_switches()

@@ -5,7 +5,18 @@ from typing import NamedTuple
 from vmd.rules import vm_state
 from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import Ticket
-from vmd.wire.messages import AnyAnswer, Counts, Event, Load, Log, Reload, Reset, Status, VmInfo
+from vmd.wire.messages import (
+    AnyAnswer,
+    Counts,
+    Event,
+    Load,
+    Log,
+    Reload,
+    Reset,
+    Source,
+    Status,
+    VmInfo,
+)
 
 
 class Answer(NamedTuple):
@@ -45,7 +56,7 @@ class Operate(NamedTuple):
     """Do what an administrator asks of the daemon itself, and answer."""
 
     ticket: Ticket
-    request: Counts | Load | Reload | Reset | Log
+    request: Counts | Load | Reload | Source | Reset | Log
 
 
 class List(NamedTuple):

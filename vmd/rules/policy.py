@@ -28,6 +28,7 @@ from vmd.wire.messages import (
     Reload,
     Reset,
     Send,
+    Source,
 )
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
 
@@ -68,7 +69,7 @@ def needs_administrator(request: ParentRequest) -> bool:
 
     Source: section 6 of OpenBSD's behaviour.
     """
-    return isinstance(request, Load | Reload | Reset | Log | Hold | Send | Receive)
+    return isinstance(request, Load | Reload | Source | Reset | Log | Hold | Send | Receive)
 
 
 def is_name(text: str) -> bool:

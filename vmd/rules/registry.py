@@ -8,7 +8,6 @@ Source: sections 7, 8 and 10 of OpenBSD's behaviour, with the advice of its sect
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 from vmd.config.model import MEMORY_DEFAULT, Limits, Owner, Right, Staggered, VmConfig
 from vmd.rules import lifecycle, vm_state
@@ -24,6 +23,7 @@ from vmd.rules.actions import (
     Tell,
 )
 from vmd.rules.addressing import made_lladdr
+from vmd.rules.clock import Clock
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
@@ -48,6 +48,7 @@ from vmd.wire.messages import (
     Reload,
     Reset,
     Send,
+    Source,
     Start,
     Status,
     Stop,
@@ -59,16 +60,6 @@ from vmd.wire.parts import VmRequest
 IDS_KEPT = 1024
 """Ids of forgotten VMs that are kept for their names."""
 _LIVES_END = {EventKind.STOPPED, EventKind.FAILED, EventKind.REBOOTED}
-
-
-class Clock(Protocol):
-    """What time it is."""
-
-    def monotonic_s(self) -> float:
-        """Return seconds on a clock that does not jump."""
-
-    def realtime_s(self) -> float:
-        """Return seconds since 1970-01-01 UTC."""
 
 
 class Registry:
@@ -148,7 +139,7 @@ class Registry:
 
     def _dispatch(self, ticket: Ticket, uid: int, request: ParentRequest) -> list[Action]:
         match request:
-            case Counts() | Load() | Reload() | Reset() | Log():
+            case Counts() | Load() | Reload() | Source() | Reset() | Log():
                 return [Operate(ticket, request)]
             case Hold():
                 self._holders.add(ticket.client)
@@ -256,6 +247,8 @@ class Registry:
         if vm is not None and not request.instance:
             if not self._users.may(uid, vm.config.owner):
                 return Denied(ErrorCode.EPERM, "the VM is not yours")
+            if vm.state.phase is Phase.STARTING and not (passed or wanted.given):
+                return vm, []  # whoever asks hears of the start that is under way, if nobody does
             if vm.state.phase not in IDLE:
                 return Denied(ErrorCode.EALREADY, lifecycle.why_already(vm.state.phase))
             if wanted.given != ({Right.BOOT} if passed else set()):

@@ -334,6 +334,10 @@ class Load(Request, frozen=True, kw_only=True):
     path: Path
 
 
+class Source(Request, frozen=True, kw_only=True):
+    """Tell where the configuration is; root only. Answered by `source-is`."""
+
+
 class Reload(Request, frozen=True, kw_only=True):
     """Forget VMs that are not running and read the configuration again; root only."""
 
@@ -351,7 +355,7 @@ class Log(Request, frozen=True, kw_only=True):
 
 
 _OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Send | Receive | Console | Status | History
-ParentRequest = _OfVms | Counts | Load | Reload | Reset | Log
+ParentRequest = _OfVms | Counts | Load | Reload | Source | Reset | Log
 """What the parent answers."""
 AnyRequest = ParentRequest | Events
 
@@ -440,7 +444,6 @@ class InterfaceInfo(
 
     lladdr: str
     tap: str = ""
-    """The host's side, if there is one now."""
     switch: str = ""
     is_local: bool = False
     is_locked: bool = False
@@ -472,19 +475,16 @@ class DiskInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omi
 
     path: str
     format: str = ""
-    """Empty where it is found out."""
     is_read_only: bool = False
     serial: str = ""
 
 
 class EndInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
-    """How a VM ended the last time."""
+    """How a VM ended the last time, `at` seconds since 1970-01-01 UTC."""
 
     at: float
-    """Seconds since 1970-01-01 UTC."""
     reason: EndCause
     message: str = ""
-    """More of it, in one line; may be empty."""
     exit: int | None = None
     """What became of its process: its exit status, or minus the number of a signal; null where
     there was no process."""
@@ -513,7 +513,6 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     gid: int | None = None
     """Of the owning group, if there is one."""
     is_from_config: bool = False
-    """It stays when it is stopped; others vanish."""
     started_at: float | None = None
     """Seconds since 1970-01-01 UTC."""
     after: tuple[str, ...] = ()
@@ -526,10 +525,8 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     boot: str = ""
     """The kernel or firmware: a path, `bios` or `uefi`."""
     append: str | None = None
-    """The kernel's command line."""
     disks: tuple[DiskInfo, ...] = ()
     cdrom: str = ""
-    """Path of the ISO image; empty if there is none."""
 
 
 class Vms(Answer, frozen=True, kw_only=True):
@@ -540,11 +537,18 @@ class Vms(Answer, frozen=True, kw_only=True):
     """Another part follows."""
 
 
+class SourceIs(Answer, frozen=True, kw_only=True):
+    """Where the daemon reads its configuration."""
+
+    path: str
+    directory: str = ""
+    """Where files of single VMs go, `vm.conf.d` beside it; empty if it does not include them."""
+
+
 class LogLine(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
-    """A line that was logged of a VM."""
+    """A line that was logged of a VM, `at` seconds since 1970-01-01 UTC."""
 
     at: float
-    """Seconds since 1970-01-01 UTC."""
     text: str
 
 
@@ -582,7 +586,9 @@ class Event(Answer, frozen=True, kw_only=True):
     """Why, in one line, where there is something to say."""
 
 
-AnyAnswer = Done | Failed | Started | Terminated | ConsoleOpened | Vms | Lines | Totals | Event
+AnyAnswer = (
+    Done | Failed | Started | Terminated | ConsoleOpened | Vms | Lines | SourceIs | Totals | Event
+)
 
 ANSWER_MAX = 128 << 10
 """Bytes of one answer."""

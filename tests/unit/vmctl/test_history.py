@@ -206,3 +206,12 @@ def test_show_tells_of_a_network_that_is_down(
         "\tguest 192.0.2.2",
         "\tguest fd00::2",
     ]
+
+
+def test_a_vm_whose_process_was_killed(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its exit is minus the signal's number, and every list of VMs can show it."""
+    killed = EndInfo(at=AT, reason=EndCause.KILLED, exit=-9)
+    serve(lambda _: [Vms(vms=(replace(WEB, last_end=killed),))])
+    assert vmctl(["status"]) == vmctl(["status", "-a"]) == vmctl(["list"]) == 0
+    assert vmctl(["show", "web"]) == 0
+    assert "killed (exit -9)" in capsys.readouterr().out

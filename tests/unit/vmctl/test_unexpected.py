@@ -28,6 +28,7 @@ from vmd.wire.messages import (
     InterfaceInfo,
     Lines,
     LogLine,
+    SourceIs,
     Started,
     State,
     Terminated,
@@ -61,6 +62,7 @@ ANSWERS: tuple[AnyAnswer, ...] = (
     ConsoleOpened(id=1, tty="/dev/pts/1"),
     Vms(vms=(VM,)),
     Lines(lines=(LogLine(at=1e9, text="started"),), position=1),
+    SourceIs(path="/etc/vm.conf"),
     Totals(
         starts=1,
         failed_starts=0,
@@ -74,6 +76,7 @@ COMMANDS = (
     *("status", "show web", "stop web", "stop -fw web", "stop -a", "pause web", "unpause web"),
     *("start web", "wait web", "wait --timeout 9 web", "wait --for running web"),
     *("wait --for console=x web", "console web", "load /x", "reload", "reset", "log brief"),
+    *("list", "log -f web", "log --json web"),
     *("events", "top -n 1 -d 0.1", "metrics"),
 )
 ODD = (
@@ -146,6 +149,7 @@ def wrong_ones(command: str) -> tuple[bytes, ...]:
     """Return answers of the right form that are none to this command."""
     expected = {
         "status": "vms",
+        "list": "vms",
         "show": "vms",
         "top": "vms",
         "metrics": "vms",
@@ -154,6 +158,8 @@ def wrong_ones(command: str) -> tuple[bytes, ...]:
         "console": "console-opened",
     }
     kind = expected.get(command.split(maxsplit=1)[0], "done")
+    if command.startswith(("log -f", "log --json")):
+        kind = "lines"
     if command.startswith(("wait --for", "stop -fw", "stop -a", "events")):
         kind = {
             "wait --for running web": "done",

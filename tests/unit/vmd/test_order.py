@@ -244,3 +244,12 @@ def test_only_root_holds(host: Host) -> None:
     assert code(host.answers[key]) == "EPERM"
     load(host, a_vm("a"))
     assert host.states()["a"] is State.STARTING
+
+
+def test_a_start_by_hand_of_one_that_starts_in_its_turn(host: Host) -> None:
+    """Whoever asks hears when it runs; a second one is told that it is starting."""
+    load(host, a_vm("web"))
+    first, second = (host.begin(Start(name="web"), client=client) for client in (1, 2))
+    assert code(host.answers[second]) == "EALREADY"
+    run(host, "web")
+    assert isinstance(host.answers[first], Started)

@@ -1,0 +1,13 @@
+"""What the rules know of time."""
+
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """What time it is."""
+
+    def monotonic_s(self) -> float:
+        """Return seconds on a clock that does not jump."""
+
+    def realtime_s(self) -> float:
+        """Return seconds since 1970-01-01 UTC."""
