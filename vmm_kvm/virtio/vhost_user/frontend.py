@@ -301,7 +301,7 @@ class VhostUser:
             self._is_suspended = True
 
     def resume(self) -> None:
-        """Go on after `suspend` or `restore`; idempotent."""
+        """Go on after `suspend` or `restore`, and have every ring looked at once; idempotent."""
         was_suspended, self._is_suspended = self._is_suspended, False
         bases, self._bases = self._bases, None
         if not was_suspended:
@@ -315,6 +315,9 @@ class VhostUser:
                     self._lose(err)
         if self._lost is None:
             self._watch()
+            # A request that waited for the host is tried again.
+            for index in list(self._started):
+                self.kick(index)
 
     def positions(self) -> Mapping[int, int]:
         """Have the server finish what it has and let go of the rings; return where they go on.

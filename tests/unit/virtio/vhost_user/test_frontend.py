@@ -296,6 +296,25 @@ def test_a_request_waits_for_the_host() -> None:
         assert transport.failures.get(timeout=10) == "vhost-user: the server gave up a ring"
 
 
+def test_a_pause_has_a_request_that_waits_tried_again() -> None:
+    """What the host could not do before a pause it is asked for once more after it."""
+    backend = BlkBackend()
+    with dataplane(backend, may_halt=True) as (device, guest, transport):
+        device.start(VERSION_1, {0: guest.ring(0)})
+        backend.fault = errno.ENOSPC
+        slot = guest.offer(b"wait")
+        guest.notify()
+        for _ in range(2):
+            assert transport.halts.get(timeout=10).reason is HaltReason.NO_SPACE
+            device.suspend()
+            device.resume()
+        backend.fault = None
+        device.suspend()
+        device.resume()
+        guest.wait(used=1)
+        assert guest.answer(slot, 4) == b"WAIT"
+
+
 def test_a_server_of_others_does_not_wait_for_the_host() -> None:
     """Of a server that is not ours nothing is asked: it gave up a ring."""
     backend = BlkBackend()
