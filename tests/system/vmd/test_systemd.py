@@ -91,7 +91,7 @@ def test_the_units_are_right(host: TreeHost) -> None:
 def test_from_start_to_stop(host: TreeHost) -> None:
     """A start is over when VMs can be asked for, a reload reads vm.conf; a stop asks guests to."""
     host.run("systemctl", "start", SERVICE)
-    assert host.states() == {"one": "running", "two": "stopped"}
+    _eventually(lambda: host.states() == {"one": "running", "two": "stopped"})
     host.run("vmctl", "start", "two")
     groups = host.run("ls", f"/sys/fs/cgroup/system.slice/{SERVICE}").split()
     assert {"vmd", "vm-1", "vm-2"} <= set(groups)
