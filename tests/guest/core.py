@@ -46,3 +46,8 @@ CORE: Final = {
     "test_other_images.py::test_memtest_starts_its_test_on_the_serial_console": "memtest86+",
 }
 """Each core test, by its place below tests/guest, and the capability that it is there for."""
+
+WITHOUT: Final = {
+    "test_tutorial.py": "the tutorial, to the letter: as long as half of the core",
+}
+"""Files of guest tests that have no share in the core, and why."""

@@ -14,7 +14,9 @@ from vmctl.verbs import VERBS, usage
 ROOT = Path(__file__).resolve().parents[2]
 MANUAL = (ROOT / "man" / "vmctl.8").read_text()
 USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
-IMAGE_USAGE = f"{usage(VERBS['image check'])}\n{usage(VERBS['image info'])}\n"
+IMAGE_USAGE = "".join(
+    f"{usage(verb)}\n" for name, verb in sorted(VERBS.items()) if name.startswith("image ")
+)
 
 
 def loaded_modules(*arguments: str) -> set[str]:

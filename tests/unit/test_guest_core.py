@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.core import CORE
+from tests.guest.core import CORE, WITHOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +37,7 @@ def test_the_core_is_what_the_marker_selects() -> None:
 
 
 def test_each_file_has_a_share() -> None:
-    """No file of guest tests is left out of the core."""
+    """No file of guest tests is left out of the core, but for a reason."""
     files = {path.name for path in (ROOT / "tests" / "guest").glob("test_*.py")}
-    assert files == {name.partition("::")[0] for name in CORE}
+    assert files - WITHOUT.keys() == {name.partition("::")[0] for name in CORE}
+    assert WITHOUT.keys() <= files

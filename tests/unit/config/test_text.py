@@ -115,6 +115,7 @@ IMAGE_DISKS = st.builds(
     queues=st.integers(1, 64),
     is_process=st.just(False),
     is_private=st.just(False),
+    is_snapshot=st.just(False),  # for `vmctl run` alone
     on_error=st.none() | st.sampled_from(OnError),
 )
 DISKS = (

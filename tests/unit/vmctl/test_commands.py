@@ -381,13 +381,13 @@ def test_start_with_everything(
 ) -> None:
     """Every option has its place in the request; paths are absolute, files are sent open."""
     (tmp_path / "link.img").symlink_to("disk.img")
-    for name in ("disk.img", "kernel", "ramdisk", "cd.iso"):
+    for name in ("disk.img", "other.img", "kernel", "ramdisk", "cd.iso"):
         (tmp_path / name).write_bytes(b"x")
     daemon = serve(lambda _: [STARTED])
     here = str(tmp_path)
     arguments = [
         *("start", "-B", "cdrom", "-b", f"{here}/kernel", "-d", f"{here}/link.img"),
-        *("-d", f"raw:{here}/../{tmp_path.name}/disk.img,ro,serial=x", "-i", "3", "-L", "-n"),
+        *("-d", f"raw:{here}/../{tmp_path.name}/other.img,ro,serial=x", "-i", "3", "-L", "-n"),
         *("uplink", "-m", "1.5G", "-p", "4", "-r", f"{here}/cd.iso", "-t", "base"),
         *("--append", "quiet", "--initrd", f"{here}/ramdisk", "new"),
     ]
@@ -404,7 +404,7 @@ def test_start_with_everything(
         disks=(
             DiskRequest(path=f"{here}/disk.img", chain=(2,)),
             DiskRequest(
-                path=f"{here}/disk.img", format="raw", is_read_only=True, serial="x", chain=(3,)
+                path=f"{here}/other.img", format="raw", is_read_only=True, serial="x", chain=(3,)
             ),
         ),
         interfaces=(

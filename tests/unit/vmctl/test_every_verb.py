@@ -317,6 +317,8 @@ CONDITIONS: dict[str, Callable[[Sequence[str | Path]], Ended]] = {
         arguments, LC_ALL="POSIX", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0"
     ),
 }
+NOT_FOR_PEOPLE = {"send"}
+"""What it prints is no text: it refuses to print that on a terminal."""
 LOST = {"stdout closed", "all closed", "stdout full"}
 OF_OUTPUT = {"stdout closed", "stdout full", "stderr full", "20 columns", "LC_ALL=C"}
 """Where help and mistakes are tried too: no other condition is a matter of these."""
@@ -329,9 +331,11 @@ def test_conditions(condition: str, here: Path, lines: list[Line]) -> None:
     def is_right(line: Line) -> str:
         ended = CONDITIONS[condition]([VMCTL, *words_of(line.words, here)])
         is_lost = line.prints and condition in LOST
+        is_text = line.prints or line.words.split()[0] not in NOT_FOR_PEOPLE
+        is_refused = condition.endswith("columns") and not is_text
         told = ended.errors.count("vmctl: standard output: ")
         wrong = (
-            ended.status != (1 if is_lost else line.status)
+            ended.status != (1 if is_lost or is_refused else line.status)
             or TROUBLE.search(ended.errors + ended.output)
             or told != int(is_lost and "all" not in condition)
         )
