@@ -75,7 +75,8 @@ def sector() -> bytes:
             bytes.fromhex("8ed8"),  # mov %ax, %ds
             bytes.fromhex("8ed0"),  # mov %ax, %ss
             bytes.fromhex("bc007c"),  # mov $0x7c00, %sp
-            bytes.fromhex("fb"),  # sti
+            # Interrupts stay off: SeaBIOS prints what it has collected when its clock ticks.
+            bytes.fromhex("90"),  # nop
             bytes.fromhex("b80020"),  # mov $0x2000, %ax
             bytes.fromhex("8ec0"),  # mov %ax, %es
             bytes.fromhex("31ff"),  # xor %di, %di
