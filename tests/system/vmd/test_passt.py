@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -78,8 +79,32 @@ def test_without_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 @pytest.mark.root
+def stays_offline() -> bool:
+    """Tell whether this passt runs where there is no way out: new ones do, in local mode."""
+    ours, theirs = socket.socketpair()
+    command = ["unshare", "--net", "passt", "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+    with (
+        ours,
+        theirs,
+        subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return True
+    return False
+
+
 def test_a_host_that_is_offline(tmp_path: Path) -> None:
     """The guest runs; the log, an event and the status say what passt said at its end."""
+    if stays_offline():
+        pytest.skip("this passt does not end where there is no way out")
     config = vm_block("web", "local interface")
     offline = ("unshare", "--net")
     with (
