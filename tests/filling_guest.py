@@ -18,7 +18,7 @@ from vmm_kvm.block.image import Format
 from vmm_kvm.images.create import create_image
 from vmm_kvm.images.opening import open_image
 
-BLOCKS = 256
+BLOCKS = 64
 BLOCK_SIZE = 32 << 10
 DISK_SIZE = 16 << 20
 HAS_WRITTEN, WAS_REFUSED = b"=w=", b"=r="
@@ -50,7 +50,7 @@ _CODE = b"".join(
         bytes.fromhex("b072"),  # mov $'r', %al
         bytes.fromhex("720d"),  # jc report
         bytes.fromhex("8306887c40"),  # addw $64, packet + 8
-        bytes.fromhex("81fd0001"),  # cmp $BLOCKS, %bp
+        b"\x81\xfd" + BLOCKS.to_bytes(2, "little"),  # cmp $BLOCKS, %bp
         bytes.fromhex("75dd"),  # jne next
         bytes.fromhex("b077"),  # mov $'w', %al
         bytes.fromhex("baf803"),  # report: mov $0x3f8, %dx
@@ -73,7 +73,7 @@ def _sector() -> bytes:
 
 
 def make_disk(path: Path, disk_format: Format) -> None:
-    """Make a disk whose guest fills half of it."""
+    """Make a disk whose guest fills an eighth of it."""
     create_image(str(path), disk_format, DISK_SIZE)
     image = open_image(str(path), disk_format, False)
     image.writev(0, [memoryview(_sector())])
