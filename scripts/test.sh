@@ -8,8 +8,8 @@
 # Every group runs even if an earlier one failed; the exit status is 1 if any did. Up to three tests
 # of a group that failed run once more, alone, and the summary names those that passed then. A level
 # that this machine can run may not be skipped. The guest group runs on the host's KVM where that runs
-# a distribution kernel, else in two rigs, one of them beside the other groups: one emulated
-# processor is one busy core.
+# a distribution kernel, else in two rigs, one after the other, beside the other groups: one
+# emulated processor is one busy core.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -82,46 +82,43 @@ in_rigs() {
     in_rig "${again[@]}"
 }
 
-# The files of guest tests for the rig beside the other groups, and for the one after those: about
-# the same time each, that of the other groups included.
-early_files() {
+# The files of guest tests for the first rig, and for the second: about the same time each.
+first_files() {
     printf 'tests/guest/test_%s.py\n' boot_paths daemon daemon_net daemon_networks disks linux
 }
 
-late_files() {
-    find tests/guest -name 'test_*.py' | grep -vxF "$(early_files)" | sort
+second_files() {
+    find tests/guest -name 'test_*.py' | grep -vxF "$(first_files)" | sort
 }
 
-# The guest group: what runs beside the other groups, and the rest, when its turn comes.
-early_guest() {
+# The guest group, which runs beside the others.
+guest_tests() {
+    local status=0
     if [ "$guests_run_here" = yes ]; then
         echo "guests run on this machine's KVM"
         VMD_REQUIRE=kvm,guest .venv/bin/pytest -q -m "$guests" tests/guest
-    else
-        echo "this machine's KVM runs no distribution kernel: guests run in rigs"
-        # shellcheck disable=SC2046 # a list of names
-        in_rigs $(early_files)
+        return
     fi
+    echo "this machine's KVM runs no distribution kernel: guests run in rigs, one after the other"
+    # shellcheck disable=SC2046 # a list of names
+    in_rigs $(first_files) || status=1
+    # shellcheck disable=SC2046 # the same
+    in_rigs $(second_files) || status=1
+    return $status
 }
 
 start_guest() {
     guests_run_here=$($python -m tests.host)
     set -m
-    { early_guest >"$logs/guest.out" 2>&1 </dev/null; echo $? >"$logs/guest.status"; } &
+    { guest_tests >"$logs/guest.out" 2>&1 </dev/null; echo $? >"$logs/guest.status"; } &
     background=$!
     set +m
 }
 
 finish_guest() {
-    local status=0
-    if [ "$guests_run_here" != yes ]; then
-        # shellcheck disable=SC2046 # a list of names
-        in_rigs $(late_files) || status=1
-    fi
     while [ ! -e "$logs/guest.status" ]; do sleep 1; done
     cat "$logs/guest.out"
-    [ "$(cat "$logs/guest.status")" = 0 ] || status=1
-    return $status
+    [ "$(cat "$logs/guest.status")" = 0 ]
 }
 
 guests=
