@@ -32,7 +32,9 @@ class Tree:
     def close(self) -> None:
         """Take away what is no file."""
         for mount in self.mounts:
-            subprocess.run(["umount", "-l", str(mount)], check=True)
+            # Whoever was ended while it swapped mounts may have left another one there.
+            while str(mount) in Path("/proc/self/mountinfo").read_text().split():
+                subprocess.run(["umount", "-l", str(mount)], check=True)
         for each in self.sockets:
             each.close()
 
