@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -80,25 +79,9 @@ def test_without_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 @pytest.mark.root
 def stays_offline() -> bool:
-    """Tell whether this passt runs where there is no way out: new ones do, in local mode."""
-    ours, theirs = socket.socketpair()
-    command = ["unshare", "--net", "passt", "--foreground", "--quiet", "--fd", str(theirs.fileno())]
-    with (
-        ours,
-        theirs,
-        subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as process,
-    ):
-        try:
-            process.wait(3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return True
-    return False
+    """Tell whether this passt runs where there is no way out, as new ones do, in local mode."""
+    program = shutil.which("passt")
+    return program is not None and b"use local mode" in Path(program).read_bytes()
 
 
 def test_a_host_that_is_offline(tmp_path: Path) -> None:
