@@ -24,8 +24,9 @@ def test_exits_are_counted_by_reason() -> None:
         after = counts.read()
         counts.close()
     assert before.keys() == after.keys() >= {"io", "mmio", "halt", "other"}
-    # Where KVM emulates the guest it gives no reasons.
-    assert sum(after.values()) - sum(before.values()) == 100
+    # Where KVM emulates the guest it gives no reasons; an interrupt of the host's is an exit too.
+    assert 100 <= sum(after.values()) - sum(before.values()) < 1000
+    assert after["io"] - before["io"] in {0, 100}
     assert all(after[reason] >= before[reason] for reason in after)
 
 
