@@ -37,12 +37,11 @@ from vmd.wire.messages import (
     Failed,
     InterfaceInfo,
     ParentRequest,
-    Receive,
-    Send,
     Start,
     Status,
     Vms,
 )
+from vmd.wire.transfers import Receive, Send
 from vmm_kvm.clock import NANOSECONDS
 
 CONTROL_PATIENCE_NS = 10 * NANOSECONDS

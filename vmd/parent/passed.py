@@ -19,7 +19,8 @@ from vmd.shared.files import FileError, open_file
 from vmd.shared.opening import OpeningError
 from vmd.wire.channel import Fds
 from vmd.wire.files import FileUse, FoundFile, WantedFile
-from vmd.wire.messages import ErrorCode, Receive, Send, Start
+from vmd.wire.messages import ErrorCode, Start
+from vmd.wire.transfers import Receive, Send
 from vmm_kvm.boot.firmware import KNOWN
 
 

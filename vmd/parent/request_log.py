@@ -21,16 +21,15 @@ from vmd.wire.messages import (
     Log,
     ParentRequest,
     Pause,
-    Receive,
     Reload,
     Reset,
-    Send,
     Start,
     Started,
     Stop,
     Unpause,
 )
 from vmd.wire.parts import VmRequest
+from vmd.wire.transfers import Receive, Send
 
 _DONE: dict[type[ParentRequest], str] = {
     Start: "started",

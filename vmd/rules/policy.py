@@ -18,18 +18,8 @@ from vmd.config.model import (
     VmConfig,
 )
 from vmd.config.sizes import fmt_scaled
-from vmd.wire.messages import (
-    ErrorCode,
-    Hold,
-    Load,
-    Log,
-    ParentRequest,
-    Receive,
-    Reload,
-    Reset,
-    Send,
-    Source,
-)
+from vmd.wire.messages import ErrorCode, Hold, Load, Log, ParentRequest, Reload, Reset, Source
+from vmd.wire.transfers import Receive, Send
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)

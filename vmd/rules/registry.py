@@ -44,10 +44,8 @@ from vmd.wire.messages import (
     Log,
     ParentRequest,
     Pause,
-    Receive,
     Reload,
     Reset,
-    Send,
     Source,
     Start,
     Status,
@@ -56,6 +54,7 @@ from vmd.wire.messages import (
     Wait,
 )
 from vmd.wire.parts import VmRequest
+from vmd.wire.transfers import Receive, Send
 
 IDS_KEPT = 1024
 """Ids of forgotten VMs that are kept for their names."""

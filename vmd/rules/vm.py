@@ -16,8 +16,9 @@ from vmd.config.model import (
 from vmd.rules import lifecycle
 from vmd.rules.ends import History
 from vmd.rules.vm_state import VmState
-from vmd.wire.messages import EndInfo, ForwardRequest, Receive, Start, State, VmInfo
+from vmd.wire.messages import EndInfo, ForwardRequest, Start, State, VmInfo
 from vmd.wire.parts import DiskRequest
+from vmd.wire.transfers import Receive
 from vmm_kvm.net.ethernet import parse_lladdr
 
 

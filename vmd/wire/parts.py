@@ -81,6 +81,13 @@ class Request(
     """Of the protocol."""
 
 
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=tag_of):
+    """What every answer has. A client ignores fields that it does not know."""
+
+    serial: int = 0
+    """The request's."""
+
+
 class VmRequest(Request, frozen=True, kw_only=True):
     """A request about one VM, named by its id, or by its name where the id is 0."""
 

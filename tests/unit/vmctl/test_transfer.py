@@ -14,16 +14,10 @@ import pytest
 from tests.unit.snapshot.samples import MANIFEST, stream
 from tests.unit.vmctl.conftest import Serve
 from tests.vmctl_driver import VMCTL
-from vmd.wire.messages import (
-    AnyRequest,
-    Done,
-    ErrorCode,
-    Failed,
-    ReceivedInterface,
-    Started,
-)
-from vmd.wire.messages import Receive as ReceiveRequest
-from vmd.wire.messages import Send as SendRequest
+from vmd.wire.messages import AnyRequest, Done, ErrorCode, Failed, Started
+from vmd.wire.transfers import Receive as ReceiveRequest
+from vmd.wire.transfers import ReceivedInterface
+from vmd.wire.transfers import Send as SendRequest
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.snapshot.manifest import Disk, Interface, encode
 
