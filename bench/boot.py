@@ -5,6 +5,7 @@ machines, and kvmtool where it is installed: the same kernel, initramfs, command
 one vCPU; with the kernel's log on the serial console, and with `quiet`. It runs in the rig with the
 clock that counts instructions, so that ratios repeat to about one per cent on a busy machine;
 everything that is read is staged into the rig's memory and run once before it is measured.
+With `--beside`, the programs of another tree of this project take their turns too.
 A guest in the rig that stands still, by a fault of QEMU's emulation, costs a new rig: what was
 measured before counts. `--here` measures on this machine's KVM with its own clock instead.
 
@@ -37,9 +38,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests import artifacts  # noqa: E402 - found by the line above
-from tests.rig.machine import EXIT_TIMEOUT, Rig, Stage, project_stages  # noqa: E402
+from tests.rig.machine import (  # noqa: E402
+    EXIT_TIMEOUT,
+    Rig,
+    Stage,
+    project_stages,
+    tree_stages,
+)
 from tests.system.vmd.daemon import Daemon  # noqa: E402
-from tests.vmctl_driver import VMCTL, vmctl_run  # noqa: E402
 
 MEMORY = 256 << 20
 COMMAND_LINE = "console=ttyS0 reboot=k panic=-1"
@@ -48,10 +54,11 @@ LOGS = {"full log": "", "quiet": " quiet"}
 MARKER = b"init: up"
 BASELINE = "QEMU -M pc"
 _WITH_DAEMON = "vmctl start"
+_BESIDE = " beside"  # ends the name of a program of another tree
 _PAUSE_S = 2.0
 _PATIENCE_S = 180.0  # of the clock on the wall: a start takes 5 to 40 s of it
 _RIGS_MAX = 6
-_PACKAGES = [str(ROOT / name) for name in ("vmctl", "vmd", "vmm_kvm")]
+_PACKAGES = ("vmctl", "vmd", "vmm_kvm")
 _MIB = 1 << 20
 _RAM_NAMES = ("/memfd:", "/dev/shm/", "[anon")
 
@@ -88,21 +95,26 @@ class Result:
         return statistics.median(self.runs_s)
 
 
-def competitors(test: str, only: str, *, with_daemon: bool) -> dict[str, list[str]]:
+def competitors(
+    test: str, only: str, beside: Path | None, *, with_daemon: bool
+) -> dict[str, list[str]]:
     """Return the command line of each program that is installed, by its name in the table.
 
     Args:
         test: what the guest's /init does after its first line; more words may follow.
         only: a regular expression that is found in each name.
+        beside: another tree of this project, with its `.venv`.
         with_daemon: also what needs a daemon; it comes last.
     """
     kernel, image = artifacts.kernel("cloud").vmlinuz, artifacts.plain_initramfs()
     command_line = f"{COMMAND_LINE} test={test}"
+    trees = {"": ROOT} if beside is None else {"": ROOT, _BESIDE: beside}
     found = {
-        "vmctl run": vmctl_run(
-            *("-m", str(MEMORY), "--no-reboot", "-b", kernel, "--initrd", image),
-            *("--append", command_line),
-        )
+        f"vmctl run{suffix}": [
+            *(str(_vmctl(tree)), "run", "-m", str(MEMORY), "--no-reboot", "-b", str(kernel)),
+            *("--initrd", str(image), "--append", command_line),
+        ]
+        for suffix, tree in trees.items()
     }
     if shutil.which("qemu-system-x86_64") is not None:
         for machine in ("pc", "q35", "microvm"):
@@ -120,13 +132,24 @@ def competitors(test: str, only: str, *, with_daemon: bool) -> dict[str, list[st
             ]
             break
     if with_daemon:
-        start = [
-            *(str(VMCTL), "start", "-c", "-m", f"{MEMORY // _MIB}M", "-b", str(kernel)),
-            *("--initrd", str(image), "--append", command_line),
-        ]
-        # Each start is a VM of its own.
-        found[_WITH_DAEMON] = ["sh", "-c", f"exec {shlex.join(start)} bench$$"]
+        for suffix, tree in trees.items():
+            start = [
+                *(str(_vmctl(tree)), "start", "-c", "-m", f"{MEMORY // _MIB}M", "-b", str(kernel)),
+                *("--initrd", str(image), "--append", command_line),
+            ]
+            # Each start is a VM of its own.
+            script = f'VMD_SOCKET="${_socket_variable(suffix)}" exec {shlex.join(start)} bench$$'
+            found[_WITH_DAEMON + suffix] = ["sh", "-c", script]
     return {name: arguments for name, arguments in found.items() if re.search(only, name)}
+
+
+def _vmctl(tree: Path) -> Path:
+    return tree / ".venv" / "bin" / "vmctl"
+
+
+def _socket_variable(suffix: str) -> str:
+    """Return the environment variable with the daemon's socket of the tree with this suffix."""
+    return f"BENCH_SOCKET{suffix.strip().upper()}"
 
 
 def time_start(arguments: Sequence[str]) -> tuple[float, float]:
@@ -231,7 +254,7 @@ Starts = dict[str, dict[str, list[tuple[float, float]]]]
 """What `time_start` returns, by round, by program, by log."""
 
 
-def measure(rounds: int, only: str, out: Path) -> None:
+def measure(rounds: int, only: str, beside: Path | None, out: Path) -> None:
     """Time each program `rounds` times after one run that does not count; keep `out` up to date.
 
     The programs take turns, so that what drifts drifts for all of them. What `out` has of an
@@ -240,14 +263,24 @@ def measure(rounds: int, only: str, out: Path) -> None:
     starts: Starts = json.loads(out.read_text()) if out.exists() else {log: {} for log in LOGS}
     is_root = os.geteuid() == 0
     programs = {
-        log: competitors("poweroff" + words, only, with_daemon=is_root)
+        log: competitors("poweroff" + words, only, beside, with_daemon=is_root)
         for log, words in LOGS.items()
     }
     with ExitStack() as stack:
-        if _WITH_DAEMON in programs["quiet"]:
+        for suffix, tree in (("", ROOT), (_BESIDE, beside)):
+            if tree is None or _WITH_DAEMON + suffix not in programs["quiet"]:
+                continue
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-            vmd = stack.enter_context(Daemon(Path(scratch), "", is_user=False))
-            os.environ["VMD_SOCKET"] = str(vmd.socket)
+            vmd = stack.enter_context(
+                Daemon(
+                    Path(scratch),
+                    "",
+                    is_user=False,
+                    prefix=("env", "-C", str(tree)),
+                    interpreter=tree / ".venv" / "bin" / "python",
+                )
+            )
+            os.environ[_socket_variable(suffix)] = str(vmd.socket)
         is_warm: set[str] = set()
         while missing := [
             (log, name)
@@ -256,7 +289,7 @@ def measure(rounds: int, only: str, out: Path) -> None:
             if len(starts[log].get(name, ())) < rounds
         ]:
             for log, name in missing:
-                if name == _WITH_DAEMON:
+                if name.startswith(_WITH_DAEMON):
                     time.sleep(_PAUSE_S)  # in which the daemon makes itself ready
                 taken = time_start(programs[log][name])
                 print(f"{name}, {log}: {taken[0]:.3f} s, {taken[1]:.3f} s", flush=True)
@@ -296,15 +329,24 @@ def table(found: Sequence[Result]) -> str:
             line += f"{result.memory.private / _MIB:8.1f} MiB"
             line += f"{result.memory.proportional / _MIB:10.1f} MiB"
         lines.append(line)
+    for result in found:
+        other = next(
+            (r for r in found if (r.name, r.log) == (result.name + _BESIDE, result.log)), None
+        )
+        if other:
+            of_other = result.start_s / other.start_s
+            lines.append(f"{result.name}, {result.log}: {of_other:.3f} of the tree beside")
     return "\n".join(lines)
 
 
-def _inner(folder: Path, rounds: int, only: str) -> str:
+def _inner(folder: Path, rounds: int, only: str, beside: Path | None) -> str:
     """Return the shell command that measures what `folder` lacks; its script is kept there."""
-    programs = competitors("idle" + LOGS["quiet"], only, with_daemon=False)
+    programs = competitors("idle" + LOGS["quiet"], only, beside, with_daemon=False)
     script = folder / "memory.sh"
     script.write_text(memory_script(programs, "$RIG_OUT"))
     run = [sys.executable, __file__, "--measure", str(rounds), "--only", only]
+    if beside is not None:
+        run += ["--beside", str(beside)]
     place = shlex.quote(str(folder))
     # Something always runs: a processor that has to wait for the shared file system, as each
     # look-up of a file that is not there does, would let the counted clock jump to the next timer.
@@ -322,25 +364,29 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", metavar="REGEX", help="programs so named")
+    parser.add_argument("--beside", type=Path, metavar="TREE", help="another tree, set up as this")
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "boot.json")
     parser.add_argument("--here", action="store_true", help="on this machine, by its own clock")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        measure(given.measure, given.only, Path(os.environ["RIG_OUT"]) / "starts.json")
+        out = Path(os.environ["RIG_OUT"]) / "starts.json"
+        measure(given.measure, given.only, given.beside, out)
         return 0
+    beside: Path | None = given.beside and given.beside.resolve()
     # As installed: compiled once, not at each start because the environment says so.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    subprocess.run([sys.executable, "-m", "compileall", "-q", *_PACKAGES], check=True)
+    packages = [str(tree / name) for tree in (ROOT, beside) if tree for name in _PACKAGES]
+    subprocess.run([sys.executable, "-m", "compileall", "-q", *packages], check=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         folder = Path(scratch)
-        command = ("sh", "-c", _inner(folder, given.rounds, given.only))
+        command = ("sh", "-c", _inner(folder, given.rounds, given.only, beside))
         if given.here:
             environment = {**os.environ, "RIG_OUT": scratch}
             status = subprocess.run(command, check=False, env=environment).returncode
         else:
             for _ in range(_RIGS_MAX):
-                status = _rig(command, folder).run()
+                status = _rig(command, folder, beside).run()
                 if status != EXIT_TIMEOUT:
                     break
                 print("a guest stood still: another rig goes on", flush=True)
@@ -357,7 +403,7 @@ def main() -> int:
     return 0
 
 
-def _rig(command: tuple[str, ...], out: Path) -> Rig:
+def _rig(command: tuple[str, ...], out: Path, beside: Path | None) -> Rig:
     kernel = artifacts.kernel("cloud").vmlinuz
     read = (kernel, artifacts.plain_initramfs(), Path(shutil.which("busybox") or "/bin/busybox"))
     return Rig(
@@ -365,7 +411,12 @@ def _rig(command: tuple[str, ...], out: Path) -> Rig:
         memory=8 << 30,
         timeout_s=3600,
         is_counted=True,
-        stages=(*project_stages(ROOT), *qemu_stages(), *(Stage(path) for path in read)),
+        stages=(
+            *project_stages(ROOT),
+            *(tree_stages(beside) if beside else ()),
+            *qemu_stages(),
+            *(Stage(path) for path in read),
+        ),
         out=out,
         patience_s=_PATIENCE_S,
     )

@@ -306,6 +306,11 @@ def qemu_arguments(rig: Rig, vmlinuz: Path, image: Path, share: Path) -> list[st
     ]
 
 
+def tree_stages(root: Path) -> tuple[Stage, ...]:
+    """Return the stages of a tree of this project and of its virtual environment."""
+    return Stage(root, _REPOSITORY_LEAVES), Stage(root / ".venv", _VENV_LEAVES)
+
+
 def project_stages(root: Path) -> tuple[Stage, ...]:
     """Return the stages that keep a run of this project's Python code off 9p.
 
@@ -315,8 +320,7 @@ def project_stages(root: Path) -> tuple[Stage, ...]:
     stdlib = Path(sysconfig.get_path("stdlib"))
     interpreter = Path(sys.executable).resolve()
     return (
-        Stage(root, _REPOSITORY_LEAVES),
-        Stage(root / ".venv", _VENV_LEAVES),
+        *tree_stages(root),
         Stage(stdlib, _STDLIB_LEAVES),
         Stage(interpreter),
     )

@@ -172,12 +172,14 @@ class Daemon:
         wait: bool = True,
         prefix: Sequence[str] = (),
         program: Sequence[str] = ("-m", "vmd"),
+        interpreter: Path | str = sys.executable,
         options: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
     ) -> None:
         """Start it in `directory`, with the text of a vm.conf; `prefix` are words before it.
 
-        `program` is how Python finds it; a test may have something changed before.
+        `program` is how Python, the `interpreter`, finds it; a test may have something changed
+        before.
         `environ` is added to the environment.
         """
         self.socket = directory / "vmd.sock"
@@ -195,7 +197,7 @@ class Daemon:
             self.process = subprocess.Popen(
                 [
                     *prefix,
-                    *(sys.executable, *program, "-d", "-v"),
+                    *(str(interpreter), *program, "-d", "-v"),
                     *(["--user"] if is_user else []),
                     *options,
                     *("--socket", str(self.socket), "-f", str(self.config)),
