@@ -122,8 +122,8 @@ def _request(manifest: Manifest, fds: list[int]) -> Fields:
     """Return what the VM needs; descriptors that it names are added to `fds`."""
     boot = manifest.boot
     fields: Fields = {
-        "uid": manifest.uid,
-        "gid": manifest.gid,
+        "uid": manifest.owner.uid,
+        "gid": manifest.owner.gid,
         "memory": manifest.memory_size,
         "cpus": manifest.cpus,
         "disks": [_disk(disk, fds) for disk in manifest.disks],

@@ -6,15 +6,15 @@ NamedTuple, and `restore` continues from one. The types of its fields are the wh
 refuses what has another type, is out of range, is missing, or is not known. What only the part can
 judge, `restore` does. `version`, a field of each record, changes with the meaning of the others.
 
-Fields are bool, int with a `Range`, str and bytes with a `Length`, a member of an IntEnum, a
-Literal, a record, None beside one of them, or a tuple or frozenset of them. Bytes are hexadecimal
-digits in JSON; those of type `Blob` are left out of it and stay bytes.
+Fields are bool, int with a `Range`, str with a `Line` or a `Length`, bytes with a `Length`, a
+member of an IntEnum, a Literal, a record, None beside one of them, or a tuple or frozenset of them.
+Bytes are hexadecimal digits in JSON; those of type `Blob` are left out of it and stay bytes.
 """
 
 import enum
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import (
     Annotated,
     Literal,
@@ -45,6 +45,13 @@ class Range(NamedTuple):
 
 class Length(NamedTuple):
     """The least and the largest length of text, bytes or a tuple, both included."""
+
+    low: int
+    high: int
+
+
+class Line(NamedTuple):
+    """The least and the largest length of text without control characters, both included."""
 
     low: int
     high: int
@@ -188,17 +195,28 @@ def _decode(hint: object, value: object, name: str) -> object:
     if get_origin(hint) is Annotated:
         hint, *rest = get_args(hint)
         limits = tuple(rest)
+    if isinstance(value, list):  # before its items cost anything
+        for limit in limits:
+            _check_length(limit, value, name)
     found = _decode_plain(hint, value, name)
     for limit in limits:
         if isinstance(limit, Range):
             assert isinstance(found, int), "an int has a range"
             if not limit.low <= found <= limit.high:
                 raise StateError(f"{name}{found} is not {limit.low} to {limit.high}")
-        elif isinstance(limit, Length):
-            assert isinstance(found, str | bytes | tuple | frozenset), "it has a length"
-            if not limit.low <= len(found) <= limit.high:
-                raise StateError(f"{name}{len(found)} long, not {limit.low} to {limit.high}")
+        elif isinstance(limit, Line):
+            assert isinstance(found, str), "text is a line"
+            if not limit.low <= len(found) <= limit.high or not found.isprintable():
+                raise StateError(f"{name}not a line of {limit.low} to {limit.high} characters")
+        else:
+            assert isinstance(found, Sized), "it has a length"
+            _check_length(limit, found, name)
     return found
+
+
+def _check_length(limit: object, value: Sized, name: str) -> None:
+    if isinstance(limit, Length) and not limit.low <= len(value) <= limit.high:
+        raise StateError(f"{name}{len(value)} long, not {limit.low} to {limit.high}")
 
 
 def _decode_plain(hint: object, value: object, name: str) -> object:

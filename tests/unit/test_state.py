@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmm_kvm.errors import StateError
-from vmm_kvm.state import U8, Blob, Length, Part, Range, decode, encode
+from vmm_kvm.state import U8, Blob, Length, Line, Part, Range, decode, encode
 
 
 class _Mode(enum.IntEnum):
@@ -28,6 +28,7 @@ class _State(NamedTuple):
     memory: Annotated[bytes, Length(2, 2)]
     mode: _Mode
     inner: _Inner
+    label: Annotated[str, Line(1, 4)]
     pending: frozenset[U8]
     items: Annotated[tuple[_Inner, ...], Length(0, 2)]
     pair: tuple[U8, bool]
@@ -57,6 +58,7 @@ SAMPLE = _State(
     memory=b"\x00\xff",
     mode=_Mode.ON,
     inner=_Inner(7, "com1"),
+    label="a b",
     pending=frozenset({3, 1}),
     items=(_Inner(1, ""), _Inner(2, "b")),
     pair=(255, False),
@@ -86,6 +88,10 @@ def test_a_state_survives_json() -> None:
         ({"inner": {"at": 256, "name": ""}}, "chip: inner: at: 256 is not 0 to 255"),
         ({"inner": {"at": 0}}, "chip: inner: 'name' is missing"),
         ({"inner": [0, ""]}, "chip: inner: no object"),
+        ({"label": ""}, "chip: label: not a line of 1 to 4 characters"),
+        ({"label": "a\n"}, "chip: label: not a line of 1 to 4 characters"),
+        ({"label": "abcde"}, "chip: label: not a line of 1 to 4 characters"),
+        ({"items": [0, 0, 0]}, "chip: items: 3 long, not 0 to 2"),
         ({"pending": [1, 999]}, "chip: pending: 1: 999 is not 0 to 255"),
         ({"items": {}}, "chip: items: no list"),
         ({"pair": [1]}, "chip: pair: 1 long, not 2"),

@@ -24,7 +24,7 @@ from vmm_kvm.machine.state import save
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink
-from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest
+from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
 from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import write_stream
 
@@ -129,8 +129,7 @@ def _manifest(
         created_ns=time.time_ns(),
         host=Host(_KERNEL, 0),
         cpuid=cpuid,
-        uid=command.uid,
-        gid=command.gid,
+        owner=Owner(command.uid, command.gid),
         uuid=machine.spec.uuid or name_uuid(machine.spec.name),
         serial=machine.spec.serial,
         boot=Boot(boot.image, boot.firmware, boot.initrd, boot.append, spec.boot_device.value),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.kvm.cpuid import CpuidEntry
+from vmm_kvm.state import U32
 
 CPUID_RECORDS = 5
 _LEVEL, _FEATURES, _EXTENDED, _SAVE_AREA, _AMD_FEATURES = 0x0, 0x1, 0x7, 0xD, 0x8000_0001
@@ -22,13 +23,13 @@ _CODES = (_LEVEL, _FEATURES, _EXTENDED, _SAVE_AREA, _AMD_FEATURES)
 class CpuidRecord(NamedTuple):
     """What CPUID answers for one leaf; OpenBSD's `vmh_cpuids`."""
 
-    code: int
-    leaf: int
+    code: U32
+    leaf: U32
     """The subleaf; only 0 is possible."""
-    a: int
-    b: int
-    c: int
-    d: int
+    a: U32
+    b: U32
+    c: U32
+    d: U32
 
 
 def cpuid_records(entries: Iterable[CpuidEntry]) -> tuple[CpuidRecord, ...]:

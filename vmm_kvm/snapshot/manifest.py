@@ -7,9 +7,10 @@ The receiver believes none of it: every field is bounded here, and files and net
 anew with the rights of the user that receives.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from vmm_kvm.errors import SnapshotError
+from vmm_kvm.bits import PAGE_SIZE
+from vmm_kvm.errors import SnapshotError, StateError
 from vmm_kvm.limits import (
     DISK_QUEUES_MAX,
     DISK_SERIAL_MAX,
@@ -23,8 +24,10 @@ from vmm_kvm.limits import (
     VCPUS_MAX,
 )
 from vmm_kvm.snapshot.cpu import CPUID_RECORDS, CpuidRecord
-from vmm_kvm.snapshot.objects import Object, dump, integers, parse
-from vmm_kvm.state import Json
+from vmm_kvm.snapshot.json_text import dump, parse
+from vmm_kvm.state import U8, U32, Json, Length, Line, Range
+from vmm_kvm.state import decode as decode_record
+from vmm_kvm.state import encode as encode_record
 
 MAJOR, MINOR = 1, 0
 """Of the format. Minor versions add fields; a reader knows every minor version of its major one."""
@@ -36,29 +39,38 @@ REGIONS_MAX = 8
 DISKS_MAX = 32
 INTERFACES_MAX = 32
 
-_PATH_MAX = 4096
-_WORD_MAX = 255
-_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
-_ID_MAX = (1 << 32) - 2
+_INITRD_MAX = 32
+_Long = Annotated[str, Line(0, 4096)]
+_Path = Annotated[str, Line(1, 4096)]
+_Word = Annotated[str, Line(0, 255)]
+_Id = Annotated[int, Range(0, (1 << 32) - 2)]
+_Region = tuple[Annotated[int, Range(0, 2 * MEMORY_MAX)], Annotated[int, Range(1, MEMORY_MAX)]]
 
 
 class Host(NamedTuple):
     """Where the snapshot was made; for people."""
 
-    kernel: str
+    kernel: _Word
     """Release of the host's kernel."""
-    tsc_khz: int
+    tsc_khz: U32
     """Rate of the guest's time-stamp counter; 0 if it is unknown."""
+
+
+class Owner(NamedTuple):
+    """Who owned the VM, on its host."""
+
+    uid: _Id | None
+    gid: _Id | None
 
 
 class Disk(NamedTuple):
     """A disk, which is not in the snapshot: it has to be there as it was."""
 
-    path: str
-    kind: str
+    path: _Path
+    kind: _Word
     """What stands in front of the colon on a command line; empty for an image of any format."""
-    serial: str = ""
-    queues: int = 1
+    serial: Annotated[str, Line(0, DISK_SERIAL_MAX)] = ""
+    queues: Annotated[int, Range(1, DISK_QUEUES_MAX)] = 1
     is_read_only: bool = False
     is_private: bool = False
     """What the guest writes is in its memory alone; of a disk that is memory."""
@@ -69,74 +81,76 @@ class Disk(NamedTuple):
 class Interface(NamedTuple):
     """A network interface: the lladdr is the guest's for good, the rest how it was configured."""
 
-    lladdr: str
-    mtu: int
-    queues: int = 1
+    lladdr: _Word
+    mtu: Annotated[int, Range(MTU_MIN, MTU_MAX)]
+    queues: Annotated[int, Range(1, QUEUE_PAIRS_MAX)] = 1
     is_local: bool = False
-    switch: str | None = None
-    group: str | None = None
-    rdomain: int | None = None
+    switch: _Word | None = None
+    group: _Word | None = None
+    rdomain: U8 | None = None
     is_locked: bool = False
     is_up: bool = True
-    text: str = ""
+    text: _Long = ""
     """How it was asked for on the command line of `vmctl run`."""
 
 
 class Boot(NamedTuple):
     """What the guest was booted from, and is again when it reboots."""
 
-    image: str | None = None
+    image: _Long | None = None
     """Path of a kernel or firmware image."""
-    firmware: str | None = None
+    firmware: _Long | None = None
     """`bios`, `uefi` or a path, where there is no image."""
-    initrd: tuple[str, ...] = ()
-    append: str | None = None
-    device: str = "auto"
+    initrd: Annotated[tuple[_Path, ...], Length(0, _INITRD_MAX)] = ()
+    append: _Long | None = None
+    device: _Word = "auto"
 
 
 class Firmware(NamedTuple):
     """The firmware that the guest sees below 4 GiB; its bytes are the blob `rom`."""
 
-    name: str
+    name: _Long
     """For messages."""
-    size: int
+    size: Annotated[int, Range(16, FIRMWARE_MAX)]
     """Bytes that came from its file."""
 
 
 class Manifest(NamedTuple):
     """A snapshot's description of itself."""
 
-    name: str
+    name: Annotated[str, Line(0, NAME_MAX)]
     """Of the VM that it was made of."""
-    memory_size: int
-    """Bytes of RAM."""
-    cpus: int
-    regions: tuple[tuple[int, int], ...]
-    """Of RAM: guest-physical address and bytes of each, ascending."""
-    state_size: int
-    """Bytes of the state that follows."""
-    created_ns: int
+    created_ns: Annotated[int, Range(0, (1 << 63) - 1)]
     """Nanoseconds since 1970-01-01 UTC."""
     host: Host
-    cpuid: tuple[CpuidRecord, ...]
-    """What the receiver's processor is held against."""
-    uid: int | None = None
-    """Owner of the VM, on its host."""
-    gid: int | None = None
-    uuid: bytes | None = None
-    """Of the system, sixteen bytes; None for one that is made of the name."""
-    serial: str = ""
+    cpuid: Annotated[tuple[CpuidRecord, ...], Length(0, CPUID_RECORDS)]
+    """What the receiver's processor is compared with."""
+    owner: Owner
+    memory_size: Annotated[int, Range(MEMORY_MIN, MEMORY_MAX)]
+    """Bytes of RAM."""
+    cpus: Annotated[int, Range(1, VCPUS_MAX)]
+    regions: Annotated[tuple[_Region, ...], Length(0, REGIONS_MAX)]
+    """Of RAM: guest-physical address and bytes of each, ascending."""
+    state_size: Annotated[int, Range(0, STATE_MAX)]
+    """Bytes of the state that follows."""
+    uuid: Annotated[bytes, Length(16, 16)] | None = None
+    """Of the system; None for one that is made of the name."""
+    serial: _Word = ""
     """Serial number of the system."""
     boot: Boot = Boot()
     firmware: Firmware | None = None
     """None if the guest is without: it was booted from a kernel."""
-    disks: tuple[Disk, ...] = ()
-    cdrom: str | None = None
+    disks: Annotated[tuple[Disk, ...], Length(0, DISKS_MAX)] = ()
+    cdrom: _Long | None = None
     """Path of the image in the CD-ROM drive; None if there is no drive."""
-    interfaces: tuple[Interface, ...] = ()
+    interfaces: Annotated[tuple[Interface, ...], Length(0, INTERFACES_MAX)] = ()
     has_console: bool = False
     """It has a virtio console."""
-    minor: int = MINOR
+    minor: U32 = MINOR
+
+
+class _Version(NamedTuple):
+    format: tuple[U32, U32]
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -146,44 +160,13 @@ def encode(manifest: Manifest) -> bytes:
         SnapshotError: something in it is out of range, or it is too large: such a machine cannot
             be written down.
     """
-    boot, firmware = manifest.boot, manifest.firmware
-    text = dump(
-        {
-            "format": [MAJOR, manifest.minor],
-            "name": manifest.name,
-            "created_ns": manifest.created_ns,
-            "host": {"kernel": manifest.host.kernel, "tsc_khz": manifest.host.tsc_khz},
-            "cpuid": [list(record) for record in manifest.cpuid],
-            "owner": {"uid": manifest.uid, "gid": manifest.gid},
-            "memory_size": manifest.memory_size,
-            "cpus": manifest.cpus,
-            "regions": [list(region) for region in manifest.regions],
-            "state_size": manifest.state_size,
-            "uuid": None if manifest.uuid is None else manifest.uuid.hex(),
-            "serial": manifest.serial,
-            "boot": {
-                "image": boot.image,
-                "firmware": boot.firmware,
-                "initrd": list(boot.initrd),
-                "append": boot.append,
-                "device": boot.device,
-            },
-            "firmware": None
-            if firmware is None
-            else {"name": firmware.name, "size": firmware.size},
-            "disks": [_plain(disk._asdict()) for disk in manifest.disks],
-            "cdrom": manifest.cdrom,
-            "interfaces": [_plain(each._asdict()) for each in manifest.interfaces],
-            "has_console": manifest.has_console,
-        }
-    )
+    fields, _ = encode_record(manifest)
+    version: list[Json] = [MAJOR, fields.pop("minor")]
+    cpuid: list[Json] = [list(record) for record in manifest.cpuid]
+    text = dump({"format": version, **fields, "cpuid": cpuid})
     if decode(text) != manifest:
         raise SnapshotError(f"{manifest.name}: cannot be described in a snapshot")
     return text
-
-
-def _plain(fields: dict[str, Json]) -> Json:
-    return fields
 
 
 def decode(text: bytes) -> Manifest:
@@ -194,125 +177,46 @@ def decode(text: bytes) -> Manifest:
     """
     if len(text) > MANIFEST_MAX:
         raise SnapshotError(f"manifest: {len(text)} bytes, at most {MANIFEST_MAX} are possible")
-    with Object(parse(text, "manifest"), "manifest") as fields:
-        major, minor = fields.integers("format", (_U32, _U32))
-        if major != MAJOR:
-            raise SnapshotError(
-                f"incompatible dump version: {major}.{minor}, this program reads {MAJOR}.x"
-            )
-        with Object(fields.take("host"), "manifest: host") as of_host:
-            host = Host(of_host.text("kernel", _WORD_MAX), of_host.integer("tsc_khz", 0, _U32))
-        with Object(fields.take("owner"), "manifest: owner") as of_owner:
-            uid = of_owner.optional_integer("uid", 0, _ID_MAX)
-            gid = of_owner.optional_integer("gid", 0, _ID_MAX)
-        name = fields.text("name", NAME_MAX)
-        memory_size = fields.integer("memory_size", MEMORY_MIN, MEMORY_MAX)
-        manifest = Manifest(
-            name=name,
-            memory_size=memory_size,
-            cpus=fields.integer("cpus", 1, VCPUS_MAX),
-            regions=_regions(fields.items("regions", REGIONS_MAX), memory_size),
-            state_size=fields.integer("state_size", 0, STATE_MAX),
-            created_ns=fields.integer("created_ns", 0, _U64 >> 1),
-            host=host,
-            cpuid=tuple(
-                CpuidRecord(*integers(one, "manifest: cpuid", (_U32,) * len(CpuidRecord._fields)))
-                for one in fields.items("cpuid", CPUID_RECORDS)
-            ),
-            uid=uid,
-            gid=gid,
-            uuid=_uuid(fields),
-            serial=fields.text("serial", _WORD_MAX),
-            boot=_boot(fields.take("boot")),
-            firmware=_firmware(fields.take("firmware")),
-            disks=tuple(map(_disk, fields.items("disks", DISKS_MAX))),
-            cdrom=fields.optional_text("cdrom", _PATH_MAX),
-            interfaces=tuple(map(_interface, fields.items("interfaces", INTERFACES_MAX))),
-            has_console=fields.flag("has_console"),
-            minor=minor,
-        )
-        if minor > MINOR:  # what it adds is nothing that this version has to know
-            fields.forget_rest()
+    fields = parse(text, "manifest")
+    try:
+        manifest = _decode(fields)
+    except StateError as err:
+        raise SnapshotError(f"manifest: {err}") from err
+    _check_regions(manifest)
     return manifest
 
 
-def _regions(found: list[Json], memory_size: int) -> tuple[tuple[int, int], ...]:
-    regions = []
+def _decode(found: Json) -> Manifest:
+    if not isinstance(found, dict):
+        raise StateError("no object")
+    version = {name: found.pop(name) for name in _Version._fields if name in found}
+    major, minor = decode_record(_Version, version).format
+    if major != MAJOR:
+        raise SnapshotError(
+            f"incompatible dump version: {major}.{minor}, this program reads {MAJOR}.x"
+        )
+    if minor > MINOR:  # this version does not have to know what a later one adds
+        found = {name: value for name, value in found.items() if name in Manifest._fields}
+    rows = found.get("cpuid")
+    if isinstance(rows, list):
+        found["cpuid"] = [_cpuid_fields(row) for row in rows]
+    return decode_record(Manifest, {**found, "minor": minor})
+
+
+def _cpuid_fields(row: Json) -> Json:
+    """Return the fields of a record, which the text has as a list."""
+    names = CpuidRecord._fields
+    if not isinstance(row, list) or len(row) != len(names):
+        return None
+    return dict(zip(names, row, strict=True))
+
+
+def _check_regions(manifest: Manifest) -> None:
     end = total = 0
-    for one in found:
-        gpa, size = integers(one, "manifest: regions", (MEMORY_MAX * 2, MEMORY_MAX))
-        if gpa < end or not size or (gpa | size) % 4096:
-            raise SnapshotError("manifest: regions: not ascending, empty or not page aligned")
-        regions.append((gpa, size))
+    for gpa, size in manifest.regions:
+        if gpa < end or (gpa | size) % PAGE_SIZE:
+            raise SnapshotError("manifest: regions: not ascending, or not page aligned")
         end = gpa + size
         total += size
-    if total != memory_size:
-        raise SnapshotError(f"manifest: regions: {total} bytes of {memory_size}")
-    return tuple(regions)
-
-
-def _uuid(fields: Object) -> bytes | None:
-    text = fields.optional_text("uuid", 32)
-    if text is None:
-        return None
-    try:
-        value = bytes.fromhex(text)
-    except ValueError:
-        value = b""
-    if len(value) != 16 or value.hex() != text:
-        raise SnapshotError("manifest: uuid: not sixteen bytes")
-    return value
-
-
-def _boot(value: Json) -> Boot:
-    what = "manifest: boot"
-    with Object(value, what) as fields:
-        return Boot(
-            image=fields.optional_text("image", _PATH_MAX),
-            firmware=fields.optional_text("firmware", _PATH_MAX),
-            initrd=tuple(_path(one, f"{what}: initrd") for one in fields.items("initrd", 32)),
-            append=fields.optional_text("append", _PATH_MAX),
-            device=fields.text("device", _WORD_MAX),
-        )
-
-
-def _path(value: Json, what: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _PATH_MAX or not value.isprintable():
-        raise SnapshotError(f"{what}: not a path")
-    return value
-
-
-def _firmware(value: Json) -> Firmware | None:
-    if value is None:
-        return None
-    with Object(value, "manifest: firmware") as fields:
-        return Firmware(fields.text("name", _PATH_MAX), fields.integer("size", 16, FIRMWARE_MAX))
-
-
-def _disk(value: Json) -> Disk:
-    with Object(value, "manifest: disks") as fields:
-        return Disk(
-            path=_path(fields.take("path"), "manifest: disks"),
-            kind=fields.text("kind", _WORD_MAX),
-            serial=fields.text("serial", DISK_SERIAL_MAX),
-            queues=fields.integer("queues", 1, DISK_QUEUES_MAX),
-            is_read_only=fields.flag("is_read_only"),
-            is_private=fields.flag("is_private"),
-            is_process=fields.flag("is_process"),
-        )
-
-
-def _interface(value: Json) -> Interface:
-    with Object(value, "manifest: interfaces") as fields:
-        return Interface(
-            lladdr=fields.text("lladdr", _WORD_MAX),
-            mtu=fields.integer("mtu", MTU_MIN, MTU_MAX),
-            queues=fields.integer("queues", 1, QUEUE_PAIRS_MAX),
-            is_local=fields.flag("is_local"),
-            switch=fields.optional_text("switch", _WORD_MAX),
-            group=fields.optional_text("group", _WORD_MAX),
-            rdomain=fields.optional_integer("rdomain", 0, _WORD_MAX),
-            is_locked=fields.flag("is_locked"),
-            is_up=fields.flag("is_up"),
-            text=fields.text("text", _PATH_MAX),
-        )
+    if total != manifest.memory_size:
+        raise SnapshotError(f"manifest: regions: {total} bytes of {manifest.memory_size}")

@@ -7,16 +7,23 @@ The index is `{"parts": {name: ...}, "blobs": [[name, size], ...]}`.
 
 import struct
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from vmm_kvm.errors import SnapshotError
+from vmm_kvm.errors import SnapshotError, StateError
+from vmm_kvm.snapshot.json_text import dump, parse
 from vmm_kvm.snapshot.manifest import STATE_MAX
-from vmm_kvm.snapshot.objects import Object, dump, parse
-from vmm_kvm.state import Json
+from vmm_kvm.state import Json, Length, Line, Range
+from vmm_kvm.state import decode as decode_record
 
 _SIZE = struct.Struct("<I")
 _BLOBS_MAX = 1 << 14
-_NAME_MAX = 255
+_Blob = tuple[Annotated[str, Line(0, 255)], Annotated[int, Range(0, STATE_MAX)]]
+
+
+class _Index(NamedTuple):
+    """The index without the parts, whose fields their devices know."""
+
+    blobs: Annotated[tuple[_Blob, ...], Length(0, _BLOBS_MAX)]
 
 
 class State(NamedTuple):
@@ -59,23 +66,27 @@ def decode(data: bytes) -> State:
     if start > len(data):
         raise SnapshotError("state: cut short")
     blobs: dict[str, bytes] = {}
-    with Object(parse(data[_SIZE.size : start], "state"), "state") as index:
-        found = index.take("parts")
-        if not isinstance(found, dict):
-            raise SnapshotError("state: parts: not an object")
-        parts = {name: part for name, part in found.items() if isinstance(part, dict)}
-        if len(parts) != len(found):
-            raise SnapshotError("state: parts: one is not an object")
-        for one in index.items("blobs", _BLOBS_MAX):
-            if not isinstance(one, list) or len(one) != 2:
-                raise SnapshotError("state: blobs: not a name and a size")
-            name, size = one
-            if not isinstance(name, str) or len(name) > _NAME_MAX or name in blobs:
-                raise SnapshotError("state: blobs: a name that is none, or is there twice")
-            if type(size) is not int or not 0 <= size <= len(data) - start:
-                raise SnapshotError(f"state: blob {name!r}: cut short")
-            blobs[name] = data[start : start + size]
-            start += size
+    parts, listed = _index(data[_SIZE.size : start])
+    for name, size in listed:
+        if name in blobs:
+            raise SnapshotError(f"state: blob {name!r} is there twice")
+        if size > len(data) - start:
+            raise SnapshotError(f"state: blob {name!r}: cut short")
+        blobs[name] = data[start : start + size]
+        start += size
     if start != len(data):
         raise SnapshotError("state: bytes behind the last blob")
     return State(parts, blobs)
+
+
+def _index(text: bytes) -> tuple[dict[str, dict[str, Json]], tuple[_Blob, ...]]:
+    index = parse(text, "state")
+    if not isinstance(index, dict) or not isinstance(found := index.pop("parts", None), dict):
+        raise SnapshotError("state: parts: no object")
+    parts = {name: part for name, part in found.items() if isinstance(part, dict)}
+    if len(parts) != len(found):
+        raise SnapshotError("state: parts: one is no object")
+    try:
+        return parts, decode_record(_Index, index).blobs
+    except StateError as err:
+        raise SnapshotError(f"state: {err}") from err

@@ -9,7 +9,7 @@ from vmm_kvm.bits import MIB, PAGE_SIZE
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
-from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest
+from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
 from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import write_stream
 
@@ -33,7 +33,7 @@ MANIFEST = Manifest(
     created_ns=1_700_000_000_000_000_000,
     host=Host("6.1.0", 2_400_000),
     cpuid=CPUID,
-    uid=1000,
+    owner=Owner(1000, None),
     boot=Boot(firmware="bios", device="disk"),
     firmware=Firmware("bios.bin", 131072),
     disks=(Disk("/vm/disk.qcow2", "qcow2", "serial", 2),),

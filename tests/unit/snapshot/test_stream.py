@@ -171,9 +171,9 @@ def test_state_is_bytes_and_comes_back() -> None:
     [
         (b"\0", "state: cut short"),
         (b"\xff\xff\xff\xff", "state: cut short"),
-        (b"\x02\0\0\0{}", "state: no field 'parts'"),
-        (b'\x17\0\0\0{"parts":[],"blobs":[]}', "state: parts: not an object"),
-        (b'\x1c\0\0\0{"parts":{},"blobs":[["a"]]}', "state: blobs: not a name and a size"),
+        (b"\x02\0\0\0{}", "state: parts: no object"),
+        (b'\x17\0\0\0{"parts":[],"blobs":[]}', "state: parts: no object"),
+        (b'\x1c\0\0\0{"parts":{},"blobs":[["a"]]}', "state: blobs: 0: 1 long, not 2"),
         (states.encode(State({}, {"a": b"1"}))[:-1], "state: blob 'a': cut short"),
         (states.encode(State({}, {"a": b"1"})) + b"2", "state: bytes behind the last blob"),
     ],
