@@ -19,6 +19,7 @@ from pathlib import Path
 
 import dependencies
 from dependencies import ROOT, Requirement
+from project_files import copy_files
 
 BUILD = ROOT / "build" / "deb"
 TREE = BUILD / "vmm-kvm"
@@ -53,18 +54,7 @@ def lacking() -> list[Requirement]:
 def make_tree() -> None:
     """Copy what belongs to the project."""
     shutil.rmtree(BUILD, ignore_errors=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        source, place = ROOT / name, TREE / name
-        if source.is_file():  # git may know one that was deleted
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, place)
+    copy_files(TREE)
     shutil.copytree(TREE / "packaging" / "debian", TREE / "debian")
 
 

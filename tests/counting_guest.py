@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.guests import ENABLE_X2APIC
 from vmm_kvm.arch.x86.image import open_image
 from vmm_kvm.arch.x86.kvm_state import ClockPolicy
 from vmm_kvm.bits import MIB
@@ -55,14 +56,7 @@ _CODE = b"".join(
         bytes.fromhex("c706820000f0"),  # movw $0xf000, 0x82
         bytes.fromhex("c70684000d01"),  # movw $ipi, 0x84
         bytes.fromhex("c706860000f0"),  # movw $0xf000, 0x86
-        bytes.fromhex("66b91b000000"),  # mov $0x1b, %ecx
-        bytes.fromhex("0f32"),  # rdmsr
-        bytes.fromhex("660d000c0000"),  # or $0xc00, %eax
-        bytes.fromhex("0f30"),  # wrmsr
-        bytes.fromhex("66b90f080000"),  # mov $0x80f, %ecx
-        bytes.fromhex("6631d2"),  # xor %edx, %edx
-        bytes.fromhex("66b8ff010000"),  # mov $0x1ff, %eax
-        bytes.fromhex("0f30"),  # wrmsr
+        ENABLE_X2APIC,
         bytes.fromhex("b05f"),  # mov $0x5f, %al
         bytes.fromhex("e670"),  # out %al, $0x70
         bytes.fromhex("e471"),  # in $0x71, %al
@@ -139,14 +133,7 @@ _CODE = b"".join(
         bytes.fromhex("31c0"),  # xor %ax, %ax
         bytes.fromhex("8ed8"),  # mov %ax, %ds
         bytes.fromhex("8ed0"),  # mov %ax, %ss
-        bytes.fromhex("66b91b000000"),  # mov $0x1b, %ecx
-        bytes.fromhex("0f32"),  # rdmsr
-        bytes.fromhex("660d000c0000"),  # or $0xc00, %eax
-        bytes.fromhex("0f30"),  # wrmsr
-        bytes.fromhex("66b90f080000"),  # mov $0x80f, %ecx
-        bytes.fromhex("6631d2"),  # xor %edx, %edx
-        bytes.fromhex("66b8ff010000"),  # mov $0x1ff, %eax
-        bytes.fromhex("0f30"),  # wrmsr
+        ENABLE_X2APIC,
         bytes.fromhex("66b902080000"),  # mov $0x802, %ecx
         bytes.fromhex("0f32"),  # rdmsr
         bytes.fromhex("c1e008"),  # shl $8, %ax

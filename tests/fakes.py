@@ -42,7 +42,7 @@ class RecordingIrqLine:
 
 
 class FakeTimer:
-    """A Timer of a FakeClock."""
+    """A Timer that fires when its clock, or a test, says so."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self.callback = callback

@@ -43,6 +43,19 @@ HALT = bytes.fromhex("f4")  # hlt
 SPIN = bytes.fromhex("ebfe")  # jmp .
 NOPS = bytes.fromhex("90909090f4")  # nop; nop; nop; nop; hlt
 
+ENABLE_X2APIC = b"".join(
+    (
+        bytes.fromhex("66b91b000000"),  # mov $0x1b, %ecx
+        bytes.fromhex("0f32"),  # rdmsr
+        bytes.fromhex("660d000c0000"),  # or $0xc00, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+        bytes.fromhex("66b90f080000"),  # mov $0x80f, %ecx
+        bytes.fromhex("6631d2"),  # xor %edx, %edx
+        bytes.fromhex("66b8ff010000"),  # mov $0x1ff, %eax
+        bytes.fromhex("0f30"),  # wrmsr
+    )
+)
+
 TRIPLE_FAULT = b"".join(
     (
         bytes.fromhex("0f011e"),  # lidt empty

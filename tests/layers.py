@@ -192,7 +192,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio.vhost_user",
     ),
     "vmd": (),
-    "vmd.config": ("vmm_kvm.boot_device", "vmm_kvm.limits", "vmm_kvm.net"),
+    "vmd.config": ("vmm_kvm.boot_device", "vmm_kvm.text", "vmm_kvm.limits", "vmm_kvm.net"),
     "vmd.wire": (
         "vmm_kvm.boot_device",
         "vmm_kvm.errors",

@@ -6,14 +6,14 @@ that what is compared and opened stays as it was given.
 """
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, kept: str = "") -> str:
     r"""Return `text` with what would move the cursor, or is no text, as an escape such as `\x1b`.
 
-    Names of files may have any byte in them.
+    Characters in `kept` stay. Names of files may have any byte in them.
     """
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+    return "".join(one if one.isprintable() or one in kept else _escaped(one) for one in text)
 
 
 def _escaped(one: str) -> str:

@@ -121,14 +121,7 @@ _PENDING_IPI = b"".join(
         bytes.fromhex("bc0070"),  # mov $0x7000, %sp
         bytes.fromhex("c70684005e00"),  # movw $handler, 0x84
         bytes.fromhex("c706860000f0"),  # movw $0xf000, 0x86
-        bytes.fromhex("66b91b000000"),  # mov $0x1b, %ecx
-        bytes.fromhex("0f32"),  # rdmsr
-        bytes.fromhex("660d000c0000"),  # or $0xc00, %eax
-        bytes.fromhex("0f30"),  # wrmsr
-        bytes.fromhex("66b90f080000"),  # mov $0x80f, %ecx
-        bytes.fromhex("6631d2"),  # xor %edx, %edx
-        bytes.fromhex("66b8ff010000"),  # mov $0x1ff, %eax
-        bytes.fromhex("0f30"),  # wrmsr
+        guests.ENABLE_X2APIC,
         bytes.fromhex("66b930080000"),  # mov $0x830, %ecx
         bytes.fromhex("66b821000400"),  # mov $0x40021, %eax: to itself
         bytes.fromhex("0f30"),  # wrmsr

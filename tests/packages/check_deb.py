@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.packages.debian_tree import ROOT, debian_tree, wheels
+from scripts.project_files import copy_files
+from tests.packages.debian_tree import debian_tree, wheels
 from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import vm_block
 from tests.system.vmd.systemd_host import SystemdHost, missing_systemd
@@ -70,17 +71,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemdHost]:
 
 def _copy_project(place: Path) -> None:
     """Copy the files that git knows, as they are, into a repository of their own."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
+    copy_files(place)
     subprocess.run(["git", "init", "-q", place], check=True)
     subprocess.run(["git", "-C", place, "add", "-A"], check=True)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from vmd.config.advice import advice
 from vmd.config.host import Host, SystemHost
 from vmd.config.model import VmConfig
-from vmd.config.parser import printable, read_config
+from vmd.config.parser import read_config, shown
 from vmd.config.text import config_lines
 
 
@@ -29,14 +29,14 @@ def check(
     """
     host = host or SystemHost()
     reading = read_config(path, macros, is_optional=is_optional, host=host)
-    errors = reading.errors or tuple(map(printable, judge(reading.config.vms)))
+    errors = reading.errors or tuple(map(shown, judge(reading.config.vms)))
     lines = [f"vmd: {line}" for line in (*reading.notes, *errors)]
     lines += reading.warnings[len(reading.notes) :]
-    lines += map(printable, advice(reading.config, is_user=is_user, memory_size=host.memory_size()))
+    lines += map(shown, advice(reading.config, is_user=is_user, memory_size=host.memory_size()))
     if not errors:
         if is_verbose:
             text = config_lines(reading.config)
-            lines += (printable(part) for line in text for part in line.split("\n"))
+            lines += (shown(part) for line in text for part in line.split("\n"))
         lines.append("configuration OK")
     return lines, 1 if errors else 0
 

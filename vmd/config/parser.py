@@ -20,6 +20,7 @@ from vmd.config.model import AGENTX_PATH, Agentx, Config, Staggered, SwitchConfi
 from vmd.config.sizes import SizeError, scan_scaled
 from vmd.config.values import byte_length, prefix4_of, prefix6_of
 from vmd.config.vms import VmRule
+from vmm_kvm.text import printable
 
 _AGENTX_CONTEXT_MAX = 32
 _SOCKET_PATH_MAX = 107
@@ -103,7 +104,7 @@ def read_config(
     except OSError as err:
         if is_optional and isinstance(err, FileNotFoundError):
             return Reading()
-        return Reading(errors=(printable(f"failed to open {path}: {err.strerror}"),))
+        return Reading(errors=(shown(f"failed to open {path}: {err.strerror}"),))
     known = Macros(macros)
     parser = _Parser(Tokens(path, file.data, known), known, host, skips_broken=skips_broken)
     if file.complaint is not None:
@@ -111,20 +112,15 @@ def read_config(
     config = parser.parse()
     return Reading(
         config,
-        tuple(map(printable, parser.tokens.complaints)),
-        tuple(map(printable, parser.notes)),
-        tuple(map(printable, known.unused())),
+        tuple(map(shown, parser.tokens.complaints)),
+        tuple(map(shown, parser.notes)),
+        tuple(map(shown, known.unused())),
     )
 
 
-def printable(line: str) -> str:
-    r"""Write what a terminal or a log would not show as it is as `\x1b`."""
-    return "".join(
-        char
-        if char.isprintable() or char == "\t"
-        else "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
-        for char in line
-    )
+def shown(line: str) -> str:
+    """Return a line about a vm.conf as a terminal or a log may show it; tabs stay."""
+    return printable(line, kept="\t")
 
 
 class _Parser:

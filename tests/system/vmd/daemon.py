@@ -279,6 +279,19 @@ class Daemon:
             time.sleep(0.02)
 
 
+def vmctl(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run vmctl against a daemon."""
+    return subprocess.run(
+        [sys.executable, "-m", "vmctl", *words],
+        env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
 def process_title(pid: int) -> str:
     """Return what the kernel calls a process; empty if it is gone."""
     try:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, Daemon, vm_block
+from tests.system.vmd.daemon import SELFTEST, Daemon, vm_block, vmctl
 
 pytestmark = pytest.mark.kvm
-
-
-def vmctl(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run vmctl against a daemon."""
-    return subprocess.run(
-        [sys.executable, "-m", "vmctl", *words],
-        env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
 
 
 def test_a_vm_that_is_saved(tmp_path: Path) -> None:

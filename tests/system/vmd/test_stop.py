@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.system.vmd.daemon import READY, ROOT, TIMEOUT_S, Daemon, vm_block
+from tests.system.vmd.daemon import READY, Daemon, vm_block, vmctl
 
 pytestmark = pytest.mark.kvm
 
@@ -106,19 +104,6 @@ def test_a_long_name(start_vmd: Start) -> None:
         assert client.ask("start", name=name)["type"] == "started"
         assert client.ask("stop", name=name, wait=True)["type"] == "terminated"
         assert client.ask("start", name="n" * 64)["type"] == "failed"
-
-
-def vmctl(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run vmctl against a daemon."""
-    return subprocess.run(
-        [sys.executable, "-m", "vmctl", *words],
-        env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
 
 
 def test_a_stop_of_all_leaves_none_to_start(start_vmd: Start) -> None:

@@ -298,7 +298,7 @@ def test_what_is_told_can_be_shown() -> None:
     reading = read_config("f\x1b", {}, host=FakeHost({"f\x1b": b'local prefix "\x1b\xff\xc2\x9b"'}))
     assert reading.errors == ("f\\x1b:1: invalid local prefix: invalid format",)
     reading = read_config("f", {}, host=FakeHost({"f": b'socket owner "\x1b[2J\xff\xc2\x9b"'}))
-    assert reading.errors == ("f:1: failed to get user: \\x1b[2J\\xff\\xc2\\x9b",)
+    assert reading.errors == ("f:1: failed to get user: \\x1b[2J\\xff\\x9b",)
 
 
 def test_lengths_are_of_bytes() -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from tests.fakes import FakeTimer
 from vmd.config.model import Staggered
 from vmd.parent.effects import Effects, Means
 from vmd.parent.errors import ResourceError
@@ -77,22 +78,6 @@ class FakeClock:
     def realtime_s(self) -> float:
         """Return seconds since 1970."""
         return self.now + 1e9
-
-
-class FakeTimer:
-    """A timer that fires when it is told to."""
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback = callback
-        self.deadline_ns: int | None = None
-
-    def arm(self, deadline_ns: int) -> None:
-        """Remember the deadline."""
-        self.deadline_ns = deadline_ns
-
-    def cancel(self) -> None:
-        """Forget the deadline."""
-        self.deadline_ns = None
 
 
 class FakeLoop:
