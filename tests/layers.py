@@ -30,6 +30,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.libc": ("vmm_kvm.bits",),
     "vmm_kvm.memfd": (),
     "vmm_kvm.new_file": (),
+    "vmm_kvm.scratch": (),
     "vmm_kvm.standard_streams": (),
     "vmm_kvm.version": (),
     "vmm_kvm.listening": ("vmm_kvm.errors",),
@@ -230,6 +231,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.listening",
         "vmm_kvm.memfd",
         "vmm_kvm.loop",
+        "vmm_kvm.scratch",
         "vmm_kvm.block",
         "vmm_kvm.boot",
         "vmd.config",
@@ -413,6 +415,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.disks": (
         "vmm_kvm.errors",
+        "vmm_kvm.scratch",
         "vmm_kvm.block",
         "vmm_kvm.images",
         "vmm_kvm.virtio",

@@ -63,7 +63,9 @@ _VM: Mapping[str, Shape] = {
     "is_from_config": bool,
     "started_at": (*_NUMBER, None),
     "last_end": (_END, None),
-    "disks": [{"path": str, "format": str, "is_read_only": bool, "serial": str}],
+    "disks": [
+        {"path": str, "format": str, "is_read_only": bool, "is_snapshot": bool, "serial": str}
+    ],
     **dict.fromkeys(("boot", "cdrom"), str),
     "append": (str, None),
     "statistics": (_STATISTICS, None),

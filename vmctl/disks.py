@@ -109,13 +109,14 @@ def _scratch(stack: ExitStack) -> int:
     Raises:
         SpecError: it cannot be made.
     """
-    from tempfile import TemporaryFile  # noqa: PLC0415 - few disks need one
+    from vmm_kvm.scratch import open_scratch, scratch_directory  # noqa: PLC0415 - few need it
 
-    directory = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - the file has no name
     try:
-        return stack.enter_context(TemporaryFile(dir=directory, buffering=0)).fileno()
+        scratch = open_scratch()
     except OSError as err:
-        raise SpecError(f"{directory}: {err.strerror}") from err
+        raise SpecError(f"{scratch_directory()}: {err.strerror}") from err
+    stack.callback(os.close, scratch)
+    return scratch
 
 
 def _open(option: DiskOption, scratch: int | None) -> Image:

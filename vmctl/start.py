@@ -27,7 +27,14 @@ from vmctl.messages import choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.values import cpus_of, memory_of, number_of, once, seconds_of
 from vmctl.wait import ExpiredError, check_condition, wait_for
-from vmd.config.disks import DiskError, DiskKind, DiskOption, check_distinct, parse_disk
+from vmd.config.disks import (
+    DiskError,
+    DiskKind,
+    DiskOption,
+    check_distinct,
+    parse_disk,
+    writes_image,
+)
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
 from vmm_kvm.text import printable
@@ -297,8 +304,6 @@ def _disk(text: str) -> DiskOption:
         disk = parse_disk(text)
     except DiskError as err:
         raise CommandError(str(err)) from None
-    if disk.is_snapshot:
-        raise CommandError(f"invalid disk: {text}: snapshot is only for 'vmctl run'")
     if disk.kind not in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}:
         raise CommandError(f"invalid disk: {text}: only for 'vmctl run' and vm.conf")
     return disk._replace(path=_path(disk.path, "disk"))
@@ -313,6 +318,7 @@ def _named(disk: DiskOption) -> Fields:
         "serial": disk.serial,
         "queues": disk.queues,
         **({} if disk.on_error is None else {"error": str(disk.on_error)}),
+        **({"is_snapshot": True} if disk.is_snapshot else {}),
     }
 
 
@@ -363,7 +369,7 @@ def open_chain(disk: DiskOption, fds: list[int]) -> list[int]:
     chain: list[int] = []
 
     def open_layer(path: str) -> int:
-        what, writes = ("base image", False) if chain else ("disk", not disk.is_read_only)
+        what, writes = ("base image", False) if chain else ("disk", writes_image(disk))
         chain.append(open_file(path, what, fds, writes=writes, allows_devices=True))
         return fds[chain[-1]]
 

@@ -138,6 +138,7 @@ def vm_lines(vm: Fields) -> list[str]:
     for index, disk in enumerate(vm["disks"]):
         words = [f"disk {index}: {disk['path']}", disk["format"]]
         words += ["ro"] if disk["is_read_only"] else []
+        words += ["snapshot"] if disk["is_snapshot"] else []
         words += [f"serial {disk['serial']}"] if disk["serial"] else []
         lines.append(" ".join(filter(None, words)))
     if vm["cdrom"]:

@@ -6,7 +6,7 @@ disabled, or that are left aside because another one has their name, claim nothi
 
 from collections.abc import Iterator
 
-from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.disks import DiskKind, DiskOption, writes_image
 from vmd.config.model import Config, VmConfig
 
 
@@ -70,4 +70,4 @@ def _claims(vm: VmConfig) -> Iterator[str]:
 
 
 def _is_written(disk: DiskOption) -> bool:
-    return not disk.is_read_only and not disk.is_private and disk.kind is not DiskKind.VHOST_USER
+    return writes_image(disk) and disk.kind is not DiskKind.VHOST_USER

@@ -86,6 +86,11 @@ OPTIONS_WITH_VALUE = frozenset({"serial", "queues", "error"})
 _COMMA = ",,"
 
 
+def writes_image(disk: DiskOption) -> bool:
+    """Tell whether what the guest writes gets into the file at the disk's path."""
+    return not (disk.is_read_only or disk.is_private or disk.is_snapshot)
+
+
 def parse_disk(text: str) -> DiskOption:
     """Read a disk.
 
@@ -119,7 +124,7 @@ def check_distinct(disks: Sequence[DiskOption]) -> None:
     for disk in disks:
         if disk.kind is DiskKind.VHOST_USER:
             continue
-        is_read = disk.is_read_only or disk.is_private or disk.is_snapshot
+        is_read = not writes_image(disk)
         if disk.path in seen and not (is_read and seen[disk.path]):
             raise DiskError(f"{disk.path}: the same disk twice")
         seen[disk.path] = is_read

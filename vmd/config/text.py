@@ -166,6 +166,8 @@ def _disk(disk: DiskOption) -> str:
         options.append(f"error {disk.on_error}")
     if disk.is_private:
         options.append("private")
+    if disk.is_snapshot:
+        options.append("snapshot")
     return f"{found} {{ {' '.join(options)} }}" if options else found
 
 

@@ -24,7 +24,7 @@ from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX, VCPUS_MAX
 
 FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"))
 """Formats of disks. The first two are OpenBSD's."""
-DISK_OPTIONS = ("ro", "serial", "queues", "error", "private")
+DISK_OPTIONS = ("ro", "serial", "queues", "error", "private", "snapshot")
 """Words of the block of a disk, which OpenBSD does not have."""
 OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "limit", "stop")
 """Options of a VM that OpenBSD does not have."""
@@ -199,7 +199,7 @@ class VmRule:
     def _disk_block(self, disk: DiskOption, path: str) -> DiskOption:
         """Take options of a disk.
 
-        diskopt = "ro" | "serial" STRING | "queues" NUMBER | "error" STRING | "private"
+        diskopt = "ro" | "serial" STRING | "queues" NUMBER | "error" STRING | "private" | "snapshot"
         """
         tokens = self._tokens
 

@@ -7,7 +7,7 @@ import math
 import socket
 from collections.abc import Callable
 
-from vmd.config.disks import DiskKind, OnError
+from vmd.config.disks import DiskKind, OnError, writes_image
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.shared.counters import CountedImage, Counters
@@ -16,6 +16,7 @@ from vmd.wire.channel import Fds
 from vmd.wire.device import BeginDisk, DeviceBegin
 from vmm_kvm.block.image import Format, Layer
 from vmm_kvm.errors import VmmError
+from vmm_kvm.images.create import open_overlay
 from vmm_kvm.images.opening import open_image
 from vmm_kvm.virtio.blk import VirtioBlk
 
@@ -37,10 +38,11 @@ def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> V
         raise VmmError(f"{begin.device} is no disk")
     disk, option = begin.disk, begin.disk.option
     *chain, counters_fd = fds
+    scratch = None if disk.scratch is None else chain.pop()
     counters = Counters(counters_fd)
     if not disk.is_locked:
         # Looked at before it is locked, it might not be what its last user leaves.
-        writes = not option.is_read_only
+        writes = writes_image(option)
         lock_when_free(
             chain[0], option.path, writes=writes, is_needed=is_needed, patience_s=math.inf
         )
@@ -48,7 +50,10 @@ def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> V
     bases = [Layer(*base) for base in zip(chain[1:], formats[1:], strict=True)]
     # One whose format nobody said is looked at again: its guest must not make it something else.
     said = None if option.kind is DiskKind.PROBE else formats[0]
-    image = open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)
+    if scratch is None:
+        image = open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)
+    else:
+        image = open_overlay(scratch, [Layer(chain[0], formats[0]), *bases], option.path)
     counted = CountedImage(image, counters)
     return VirtioBlk(
         counted,

@@ -156,6 +156,8 @@ class Means(NamedTuple):
     open_vm: OpenVm
     close_vm: Callable[[int], None]
     """Gives back what `open_vm` has made for a VM, by its id; its processes are gone."""
+    end_vm: Callable[[int], None]
+    """Gives back what a VM has kept over its reboots, by its id."""
     operate: Callable[[Operate], None]
     """Does what an administrator asks of the daemon itself, and answers."""
 
@@ -175,6 +177,7 @@ class Effects:
         self._open_client_files = means.open_client_files
         self._open_vm = means.open_vm
         self._close_vm = means.close_vm
+        self._end_vm = means.end_vm
         self._operate = means.operate
         self._turn_timer = loop.timer(lambda: self.run(registry.turn()))
         self._launched: set[int] = set()  # ids of VMs that vmm knows
@@ -251,6 +254,7 @@ class Effects:
                 if not keeps_tty:
                     self._consoles.close(vm.id)
                     self._networks.release(vm.id)
+                    self._end_vm(vm.id)
             case vm_state.Kill():
                 self._vmm.send(KillVm(id=vm.id))
             case vm_state.SendStop():

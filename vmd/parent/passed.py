@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import assert_never
 
-from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.disks import DiskKind, DiskOption, writes_image
 from vmd.config.model import Right
 from vmd.parent.openers import Openers
 from vmd.rules.policy import Users
@@ -243,12 +243,12 @@ def open_client_files(
 def wanted_disk(option: DiskOption, *, locks: bool = True) -> WantedFile:
     """Return which file a disk of the configuration needs, by name."""
     if option.kind is DiskKind.PMEM:
-        writes = not option.is_private
+        writes = writes_image(option)
         return WantedFile(use=FileUse.MEMORY, path=option.path, writes=writes, locks=locks)
     return WantedFile(
         use=FileUse.DISK,
         path=option.path,
-        writes=not option.is_read_only,
+        writes=writes_image(option),
         format=option.kind,
         locks=locks,
     )

@@ -26,6 +26,7 @@ from vmd.parent.openers import Openers
 from vmd.parent.passed import open_client_files
 from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.resources import Host, open_resources
+from vmd.parent.scratches import Scratches
 from vmd.parent.status import StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.actions import Action, List, Operate
@@ -93,7 +94,8 @@ class Parent:
         self._default_staggered = staggered
         self._kernels = KernelStore()
         cgroups = settings.cgroups
-        host = Host(settings.users, self._kernels, settings.state, cgroups)
+        self._scratches = Scratches()
+        host = Host(settings.users, self._kernels, settings.state, self._scratches, cgroups)
         self._consoles = Consoles(terminals, self._look_at_terminal)
         users = ClientUsers(settings.address)
         self._clients = Clients(loop, self._registry, users, self._run, networks.told)
@@ -109,6 +111,7 @@ class Parent:
             open_client_files=lambda vm, done: open_client_files(vm, openers, done),
             open_vm=lambda vm, pty, found: open_resources(vm, host, pty, found),
             close_vm=lambda vm_id: cgroups.remove(vm_id) if cgroups else None,
+            end_vm=self._scratches.close,
             operate=self._operate,
         )
         self._effects = Effects(loop, self._registry, means)
@@ -132,6 +135,7 @@ class Parent:
         for peer in self.peers.values():
             peer.close()
         self._consoles.close_all()
+        self._scratches.close_all()
         self._kernels.close()
 
     def _run(self, actions: Sequence[Action]) -> None:

@@ -19,6 +19,7 @@ from vmd.parent.cgroups import Cgroups
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface, open_vhosts
 from vmd.parent.passed import wanted_disk
+from vmd.parent.scratches import Scratches
 from vmd.rules.policy import Users
 from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
@@ -55,6 +56,7 @@ class Host(NamedTuple):
     kernels: KernelStore
     state: str | None
     """Directory of what VMs keep; None if there is none."""
+    scratches: Scratches
     cgroups: Cgroups | None = None
     """None if there are no control groups."""
 
@@ -120,6 +122,7 @@ class _Opener:
         self._vm = vm
         self._state = host.state
         self._users = host.users
+        self._scratches = host.scratches
         self._stack = stack
         self.fds: list[int] = []
 
@@ -225,9 +228,16 @@ class _Opener:
         if passed is not None and place < len(passed.disks) and passed.disks[place]:
             chain = tuple(self.keep(os.dup(fd)) for fd in passed.disks[place])
             formats = passed.formats[place]
-            return DiskSpec(option=option, chain=chain, formats=formats, is_locked=locks)
-        found = self._find(wanted_disk(option, locks=locks))
-        return DiskSpec(option=option, chain=found.chain, formats=found.formats, is_locked=locks)
+        else:
+            found = self._find(wanted_disk(option, locks=locks))
+            chain, formats = found.chain, found.formats
+        scratch = None
+        if option.is_snapshot and not option.is_read_only:
+            fd = self._scratches.open(self._vm.id, place, self._vm.config.owner)
+            scratch = self.keep(os.dup(fd))
+        return DiskSpec(
+            option=option, chain=chain, formats=formats, scratch=scratch, is_locked=locks
+        )
 
     def _variables(self, template: int) -> int:
         """Open the file that keeps the VM's UEFI variables; returns its index.

@@ -181,6 +181,7 @@ def _with_devices(shown: VmInfo, vm: Vm) -> VmInfo:
                 path=disk.path,
                 format=disk.kind,
                 is_read_only=disk.is_read_only,
+                is_snapshot=disk.is_snapshot,
                 serial=disk.serial,
             )
             for disk in config.disks

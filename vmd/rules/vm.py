@@ -240,4 +240,5 @@ def _disk(request: DiskRequest, kinds: Mapping[str, DiskKind]) -> DiskOption:
         queues=request.queues,
         on_error=request.error,
         is_private=request.is_private,
+        is_snapshot=request.is_snapshot,
     )

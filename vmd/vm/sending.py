@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vmd.wire.internal import NicSpec, SendVm, VmSpec
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.smbios import name_uuid
-from vmm_kvm.errors import VmmError
+from vmm_kvm.errors import SnapshotError, VmmError
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.state import save
 from vmm_kvm.snapshot import state as states
@@ -143,6 +143,8 @@ def _manifest(
 def _disks(spec: VmSpec) -> Iterable[Disk]:
     for disk in spec.disks:
         option = disk.option
+        if disk.scratch is not None:
+            raise SnapshotError(f"{option.path}: a throw-away disk stays with its VM")
         # What was found out once is not found out again, from what the guest has written since.
         kind = option.kind or (disk.formats[0] if disk.formats else option.kind)
         yield Disk(

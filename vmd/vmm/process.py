@@ -278,7 +278,7 @@ class Vmm:
             for index, disk in enumerate(spec.disks):
                 if disk.has_process:
                     begin = BeginDisk(disk=disk, vm=spec.name, verbosity=level, has_cgroup=joins)
-                    own = [*map(os.dup, cgroup), *map(fds.take, disk.chain)]
+                    own = [*map(os.dup, cgroup), *map(fds.take, disk.files)]
                     name = f"disk{index}"
                     connections.append(self._start_device(vm, name, begin, own, stack))
             for index, nic in enumerate(spec.interfaces):

@@ -275,8 +275,16 @@ class DiskSpec(Part, frozen=True, kw_only=True):
     """Indices of descriptors: the image, then its bases; a server's connection alone."""
     formats: tuple[DiskKind, ...] = ()
     """Of each image, raw or qcow2."""
+    scratch: int | None = None
+    """Index of a file for what is written, empty or as it was before a reboot: then the image is
+    only read."""
     is_locked: bool = True
     """Whether its lock is taken already: else the process that uses it waits until it is free."""
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """What its process gets: the chain, then the file for what is written."""
+        return self.chain if self.scratch is None else (*self.chain, self.scratch)
 
     @property
     def has_process(self) -> bool:

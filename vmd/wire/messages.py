@@ -406,6 +406,7 @@ class DiskInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omi
     path: str
     format: str = ""
     is_read_only: bool = False
+    is_snapshot: bool = False
     serial: str = ""
 
 

@@ -103,8 +103,8 @@ class DiskRequest(Part, frozen=True, kw_only=True):
     path: Path
     """Absolute; for messages alone where `chain` is given."""
     chain: Annotated[tuple[Index, ...], msgspec.Meta(max_length=4)] = ()
-    """Indices of descriptors: the image, open for reading and writing or, if the disk is read-only,
-    for reading; then, for reading, its base, that one's base, and so on."""
+    """Indices of descriptors: the image, open for reading and writing or, if it is only read, for
+    reading; then, for reading, its base, that one's base, and so on."""
     format: Word = ""
     """`raw` or `qcow2`; found out if empty. Of a VM that is received `pmem` or `vhost-user` too."""
     is_read_only: bool = False
@@ -115,3 +115,5 @@ class DiskRequest(Part, frozen=True, kw_only=True):
     """When the host cannot read or write it: the VM is paused, the default, or the guest told."""
     is_private: bool = False
     """(`pmem`) What the guest writes is in its memory alone."""
+    is_snapshot: bool = False
+    """What the guest writes is in a file without a name, until the VM ends; the image is read."""

@@ -2,12 +2,12 @@
 
 import os
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from errno import ERANGE
 
 from vmm_kvm.bits import MIB
-from vmm_kvm.block.image import Format, StoredImage
+from vmm_kvm.block.image import Format, Layer, StoredImage
 from vmm_kvm.block.qcow2.header import (
     BACKING_PATH_MAX,
     EXTENSION,
@@ -141,13 +141,36 @@ def open_snapshot(path: str, disk_format: Format | None, scratch: int) -> Stored
         ImageError: a file is missing, in use, of a wrong or unsupported kind, or corrupt.
         OSError: `scratch` cannot be written.
     """
-    bases = image_chain(path, disk_format)
-    if not os.fstat(scratch).st_size:
-        image = open_image(path, bases[0].disk_format, True)
-        image.close()
-        # Nobody follows the path: the bases are handed over.
-        _write_qcow2(scratch, image.size, Backing("base", bases[0].disk_format))
-    return open_image(os.dup(scratch), Format.QCOW2, False, name=path, bases=bases)
+    return open_overlay(os.dup(scratch), image_chain(path, disk_format), path)
+
+
+def open_overlay(scratch: int, bases: Sequence[Layer], name: str) -> StoredImage:
+    """Open what was written over an image, as `open_snapshot` does; `bases` are the image and its.
+
+    Takes ownership of `scratch`, and of those in `bases` that are descriptors, whatever happens.
+    `name` is for messages. The formats of all are known.
+
+    Raises:
+        ImageError: see `open_image`.
+        OSError: `scratch` cannot be written.
+    """
+    with ExitStack() as stack:
+        for descriptor in (scratch, *(base.source for base in bases)):
+            if isinstance(descriptor, int):
+                stack.callback(os.close, descriptor)
+        if not os.fstat(scratch).st_size:
+            first, *others = map(_duplicate, bases)
+            image = open_image(first.source, first.disk_format, True, name=name, bases=others)
+            image.close()
+            # Nobody follows the path: the bases are handed over.
+            _write_qcow2(scratch, image.size, Backing("base", first.disk_format))
+        stack.pop_all()
+    return open_image(scratch, Format.QCOW2, False, name=name, bases=bases)
+
+
+def _duplicate(layer: Layer) -> Layer:
+    """Return a layer with a descriptor of its own, if it has one."""
+    return layer if isinstance(layer.source, str) else layer._replace(source=os.dup(layer.source))
 
 
 class SourceError(OSError):

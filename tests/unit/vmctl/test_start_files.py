@@ -67,9 +67,14 @@ def test_start_refuses_the_same_disk_twice(
         assert capsys.readouterr().err == f"vmctl: {image}: the same disk twice\n"
 
 
-def test_start_has_no_snapshots(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """A throw-away disk is for run alone; one line says so, and the daemon is asked nothing."""
+def test_a_snapshot_is_only_read(serve: Serve, tmp_path: Path) -> None:
+    """Of a throw-away disk the daemon gets an image that cannot be written by what it is sent."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    image.chmod(0o444)
     daemon = serve(lambda _: [STARTED])
-    assert vmctl(["start", "-d", "disk.img,snapshot", "web"]) == 1
-    told = "vmctl: invalid disk: disk.img,snapshot: snapshot is only for 'vmctl run'\n"
-    assert (capsys.readouterr().err, daemon.requests) == (told, [])
+    assert vmctl(["start", "-d", f"raw:{image},snapshot", "-i", "1", "web"]) == 0
+    (request,) = daemon.requests
+    assert isinstance(request, Start)
+    wanted = DiskRequest(path=str(image), chain=(0,), format="raw", is_snapshot=True)
+    assert request.disks == (wanted,)

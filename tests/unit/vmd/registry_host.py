@@ -171,6 +171,7 @@ class Host:
                 open_client_files=lambda _vm, done: done(None),
                 open_vm=self._open_vm,
                 close_vm=lambda _vm_id: None,
+                end_vm=lambda _vm_id: None,
                 operate=self._operate,
             ),
         )

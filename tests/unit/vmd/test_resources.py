@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from vmd.config.model import InterfaceConfig, Owner, VmConfig
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface
 from vmd.parent.resources import VARIABLES_PER_USER, Host, open_resources
+from vmd.parent.scratches import Scratches
 from vmd.rules.policy import Users
 from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import VmState
@@ -36,7 +38,8 @@ class Rig:
         self.kernel = path / "kernel"
         self.kernel.write_bytes(b"kernel")
         users = Users(frozenset({os.geteuid()}), lambda _uid, _gid: False)
-        self.host = Host(users, KernelStore(), str(path))
+        self.scratches = Scratches()
+        self.host = Host(users, KernelStore(), str(path), self.scratches)
         self.fds: list[int] = []
 
     def open(
@@ -89,6 +92,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made = Rig(tmp_path)
     yield made
     made.close()
+    made.scratches.close_all()
 
 
 def test_a_kernel_and_ram_disks(rig: Rig) -> None:
@@ -220,3 +224,34 @@ def test_an_interface(rig: Rig) -> None:
     assert (second.name, second.has_process, second.is_up) == ("vm1-if0-one", False, False)
     assert second.stream is not None
     assert rig.path_of(second.stream) == os.devnull
+
+
+def test_a_throw_away_disk(
+    rig: Rig, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file has no name and stays the same over reboots; the image is locked as for reading."""
+    path, scratch = rig.path / "disk.img", tmp_path_factory.mktemp("scratch")
+    create_raw(str(path), SIZE)
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    (disk,) = rig.open_disk(DiskKind.PROBE, path, is_snapshot=True).disks
+    assert (disk.formats, disk.files) == ((DiskKind.RAW,), (*disk.chain, disk.scratch))
+    assert list(scratch.iterdir()) == []
+    assert rig.path_of(disk.scratch).startswith(f"{scratch}/")
+    assert fcntl.fcntl(rig.fds[disk.chain[0]], fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    os.pwrite(rig.fds[disk.scratch or 0], b"kept", 0)
+    rig.close()
+    (again,) = rig.open_disk(DiskKind.PROBE, path, is_snapshot=True).disks
+    assert os.pread(rig.fds[again.scratch or 0], 4, 0) == b"kept"
+    rig.close()
+    rig.scratches.close(1)
+    (anew,) = rig.open_disk(DiskKind.PROBE, path, is_snapshot=True).disks
+    assert os.fstat(rig.fds[anew.scratch or 0]).st_size == 0
+    with pytest.raises(ResourceError, match=f"^{path}: "):
+        rig.open_disk(DiskKind.PROBE, path)
+    rig.close()
+    (read,) = rig.open_disk(DiskKind.PROBE, path, is_snapshot=True, is_read_only=True).disks
+    assert read.scratch is None
+    rig.scratches.close(1)
+    monkeypatch.setenv("TMPDIR", str(path))
+    with pytest.raises(ResourceError, match=r"^no file for a throw-away disk: "):
+        rig.open_disk(DiskKind.PROBE, path, is_snapshot=True)
