@@ -269,7 +269,7 @@ class Decoder:
         self._has_indirect = has_indirect
         self._spans: list[Span] | None = None  # not looked for yet
 
-    def take(self, head: int, *, with_pieces: bool) -> Chain:
+    def take(self, head: int, with_pieces: bool) -> Chain:
         """Return the chain that begins with descriptor `head`.
 
         With `with_pieces`, the data of a long one may come as `Chain.pieces`.
@@ -283,28 +283,25 @@ class Decoder:
         limit = left = self._size
         if head >= limit:
             raise VirtqueueError(f"descriptor {head} of {limit}")
+        table: memoryview | bytes = self._descriptors
+        address, length, flags, following = _unpack_descriptor(table, head << 4)
+        is_indirect = False
+        if flags & VRING_DESC_F_INDIRECT:
+            table = self._indirect_table(address, length, flags)
+            if with_pieces and _LONG <= length < _TOO_LONG:
+                spans = self._find_spans() if self._spans is None else self._spans
+                for span in spans:
+                    if chain := span.divide(head, table):
+                        return chain
+            if chain := self._in_order(head, table):
+                return chain
+            limit = left = length // DESCRIPTOR_SIZE
+            is_indirect = True
+            address, length, flags, following = self._first(head, table)
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         low, low_end, view = self._low, self._low_end, self._view
-        table: memoryview | bytes = self._descriptors
-        link, is_indirect = head, False
         while True:
-            address, length, flags, following = _unpack_descriptor(table, link << 4)
-            if flags & VRING_DESC_F_INDIRECT:
-                if is_indirect:
-                    raise VirtqueueError(f"descriptor {head}: an indirect table in another")
-                table = self._indirect_table(address, length, flags)
-                if not (readable or writable):
-                    if with_pieces and _LONG <= length < _TOO_LONG:
-                        spans = self._find_spans() if self._spans is None else self._spans
-                        for span in spans:
-                            if chain := span.divide(head, table):
-                                return chain
-                    if chain := self._in_order(head, table):
-                        return chain
-                limit = left = length // DESCRIPTOR_SIZE
-                link, is_indirect = 0, True
-                continue
             if not length:
                 raise VirtqueueError(f"descriptor {head}: an empty buffer")
             end = address + length
@@ -322,7 +319,20 @@ class Decoder:
                 raise VirtqueueError(f"descriptor {head}: a chain of more than {limit}")
             if following >= limit:
                 raise VirtqueueError(f"descriptor {head}: leads to {following} of {limit}")
-            link = following
+            address, length, flags, following = _unpack_descriptor(table, following << 4)
+            if flags & VRING_DESC_F_INDIRECT:
+                if is_indirect:
+                    raise VirtqueueError(f"descriptor {head}: an indirect table in another")
+                table = self._indirect_table(address, length, flags)
+                limit = left = length // DESCRIPTOR_SIZE
+                is_indirect = True
+                address, length, flags, following = self._first(head, table)
+
+    def _first(self, head: int, table: bytes) -> tuple[int, int, int, int]:
+        found: tuple[int, int, int, int] = _unpack_descriptor(table)
+        if found[2] & VRING_DESC_F_INDIRECT:
+            raise VirtqueueError(f"descriptor {head}: an indirect table in another")
+        return found
 
     def _in_order(self, head: int, table: bytes) -> Chain | None:
         """Return the chain of an indirect table whose links lead from each entry to the next."""

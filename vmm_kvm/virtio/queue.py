@@ -54,6 +54,7 @@ class Virtqueue:
     __slots__ = (
         "_avail_event",
         "_available",
+        "_decoder",
         "_fence",
         "_has_event_idx",
         "_is_stopped",
@@ -62,7 +63,6 @@ class Virtqueue:
         "_next_used",
         "_seen_available",
         "_signalled_used",
-        "_take",
         "_used",
         "_used_elements",
         "_used_event",
@@ -102,7 +102,7 @@ class Virtqueue:
         self.size = size
         self._mask = size - 1
         has_indirect = bool(features >> VIRTIO_RING_F_INDIRECT_DESC & 1)
-        self._take = Decoder(memory, ring.descriptors, size, has_indirect=has_indirect).take
+        self._decoder = Decoder(memory, ring.descriptors, size, has_indirect=has_indirect)
         self._available = memory.view(ring.available, 2 * (_RING + size + 1)).cast("H")
         elements_end = _USED_HEADER + _USED_ELEMENT_SIZE * size
         used = memory.view(ring.used, elements_end + 2)
@@ -156,7 +156,7 @@ class Virtqueue:
             self._seen_available = seen
         head = self._available[_RING + (at & self._mask)]
         self._next_available = (at + 1) & _INDEX_MASK
-        chain = self._take(head, with_pieces=with_pieces)
+        chain = self._decoder.take(head, with_pieces)
         if with_pieces and chain.pieces is not None:
             self.is_streaming = True
         return chain
