@@ -193,10 +193,9 @@ def interface_lines(index: int, interface: Fields) -> list[str]:
     lines += [f"\thost {host} guest {guest}" for host, guest in zip(hosts, guests, strict=False)]
     lines += [f"\tguest {guest}" for guest in guests[len(hosts) :]]
     for forward in interface["forwards"]:
-        found = (forward[name] for name in ("protocol", "address", "port"))
-        lines.append(
-            f"\tforward {' '.join(str(word) for word in found if word)} to {forward['to_port']}"
-        )
+        address = forward["address"] or "*"
+        ports = f"{forward['port']} to {forward['to_port']}"
+        lines.append(f"\tforward {forward['protocol']} {address} {ports}")
     if interface["tap"]:
         lines.append(
             f"\treceived {interface['received']} bytes, {interface['received_packets']} packets,"

@@ -76,7 +76,7 @@ _FIRMWARE = ("bios", "uefi", FILE)
 _DISK = Option(
     "-d",
     "disks",
-    "Disk image; may be repeated. Options: ro, serial=text, queues=count, error=stop|report.",
+    "Disk image; may be repeated. Options: ro, serial=text, queues=count, error=, snapshot.",
     "[format:]disk[,option...]",
     is_repeated=True,
     completes=(FILE,),

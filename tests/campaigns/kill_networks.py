@@ -67,7 +67,7 @@ def config() -> str:
     for number, name in enumerate(VMS):
         text += vm_block(
             name,
-            f"local interface {{\nforward tcp {8080 + number} to 80\nlocked lladdr\n}}",
+            f'local interface {{\nforward tcp "*" {8080 + number} to 80\nlocked lladdr\n}}',
             "local interface",
             'interface {\nmtu 9000\nswitch "own"\n}',
             'interface {\nswitch "theirs"\ngroup "guests"\n}',

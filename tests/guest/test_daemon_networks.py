@@ -88,7 +88,7 @@ def test_a_local_interface(
         + linux(
             "linux",
             cloud_kernel,
-            "local interface {\nforward tcp 8080 to 80\nlocked lladdr fe:e1:bb:d1:00:01\n}",
+            'local interface {\nforward tcp "*" 8080 to 80\nlocked lladdr fe:e1:bb:d1:00:01\n}',
         )
     )
     with ExitStack() as stack:

@@ -1,10 +1,10 @@
-"""Forwarded ports as a user writes them on a command line.
+"""Forwarded ports as a user writes them on a command line; and their addresses, also in vm.conf.
 
     protocol:[address:]port[:port]
 
 The first port is one of the host's, the second one of the guest's, by default the same. The address
-is one of the host's, an IPv6 address in brackets; `*` is all of them. Without an address only the
-host itself gets there, by 127.0.0.1: nobody else is let in who was not meant to be.
+is one of the host's, an IPv6 address in brackets; `*`, 0.0.0.0 and :: are all of them. Without an
+address only the host itself gets there, by 127.0.0.1: others are let in only where that was asked.
 """
 
 from vmd.config.model import ForwardConfig
@@ -13,6 +13,7 @@ from vmm_kvm.limits import PORT_MAX
 PROTOCOLS = ("tcp", "udp")
 LOOPBACK = "127.0.0.1"
 ANY = "*"
+_UNSPECIFIED = {ANY, "0.0.0.0", "::"}  # noqa: S104 - what a user has asked for
 
 
 class ForwardError(ValueError):
@@ -34,14 +35,17 @@ def parse_forward(text: str) -> ForwardConfig:
     return ForwardConfig(protocol, port, _port(guest, text) if colon else port, address)
 
 
-def check_address(text: str) -> None:
-    """Refuse what is no address, of either family.
+def host_address(text: str) -> str:
+    """Return the address, of either family, that somebody has written; empty for all.
 
     Raises:
         ForwardError: it is none.
     """
+    if text in _UNSPECIFIED:
+        return ""
     if not (_is_address(text, is_six=False) or _is_address(text, is_six=True)):
         raise ForwardError(f"invalid address to forward from: {text}")
+    return text
 
 
 def _address(rest: str, text: str) -> tuple[str, str]:
@@ -50,14 +54,12 @@ def _address(rest: str, text: str) -> tuple[str, str]:
         address, bracket, ports = rest[1:].partition("]:")
         if not bracket or not _is_address(address, is_six=True):
             raise _invalid(text)
-        return address, ports
+        return host_address(address), ports
     word, colon, ports = rest.partition(":")
-    if colon and word == ANY:
-        return "", ports
-    if colon and "." in word:
-        if not _is_address(word, is_six=False):
+    if colon and (word == ANY or "." in word):
+        if word != ANY and not _is_address(word, is_six=False):
             raise _invalid(text)
-        return word, ports
+        return host_address(word), ports
     return LOOPBACK, rest
 
 

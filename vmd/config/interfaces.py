@@ -3,7 +3,7 @@
 Source: sections 4.2, 4.4 and 4.5 of OpenBSD's behaviour.
 """
 
-from vmd.config.forwards import ForwardError, check_address
+from vmd.config.forwards import LOOPBACK, ForwardError, host_address
 from vmd.config.grammar import Tokens
 from vmd.config.model import FORWARDS_MAX, RDOMAIN_MAX, ForwardConfig, InterfaceConfig, SwitchConfig
 from vmd.config.values import address_of, bridge_of, byte_length, group_of, lladdr_of, tap_of
@@ -167,10 +167,10 @@ class InterfaceRule:
         if protocol is None:
             tokens.syntax_error()
         tokens.take()
-        address = tokens.take().text if tokens.peek().is_string else ""
-        if address:
+        address = LOOPBACK
+        if tokens.peek().is_string:
             try:
-                check_address(address)
+                address = host_address(tokens.take().text)
             except ForwardError as err:
                 tokens.refuse(str(err))
         port = _number(tokens, "port", 1, PORT_MAX)

@@ -6,6 +6,7 @@ Reading it again gives the same Config, save where each VM stands. Owners are nu
 from collections.abc import Iterator
 
 from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.forwards import ANY
 from vmd.config.model import (
     Config,
     InterfaceConfig,
@@ -182,8 +183,8 @@ def _interface(interface: InterfaceConfig) -> str:
     if interface.queues is not None:
         options.append(f"queues {interface.queues}")
     for each in interface.forwards:
-        address = f" {quoted(each.address)}" if each.address else ""
-        options.append(f"forward {each.protocol}{address} {each.port} to {each.to_port}")
+        address = quoted(each.address or ANY)
+        options.append(f"forward {each.protocol} {address} {each.port} to {each.to_port}")
     if interface.switch is not None:
         options.append(f"switch {quoted(interface.switch)}")
     if interface.group is not None:

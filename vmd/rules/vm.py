@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.forwards import check_address
+from vmd.config.forwards import host_address
 from vmd.config.model import (
     MEMORY_DEFAULT,
     ForwardConfig,
@@ -224,9 +224,8 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
 
 
 def _forward(request: ForwardRequest) -> ForwardConfig:
-    if request.address:
-        check_address(request.address)
-    return ForwardConfig(str(request.protocol), request.port, request.to_port, request.address)
+    address = host_address(request.address) if request.address else ""
+    return ForwardConfig(str(request.protocol), request.port, request.to_port, address)
 
 
 def _disk(request: DiskRequest, kinds: Mapping[str, DiskKind]) -> DiskOption:

@@ -341,7 +341,7 @@ def test_a_host_that_lacks_something(space: Namespace, start: Start, missing: st
     """One line says what there is not; VMs run with what there is, and a lock still holds."""
     hide, line, links = _WITHOUT[missing]
     prefix = ("unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh")
-    config = "local prefix 100.64.0.0/10 nat\n" + local_vm(LOCKED, "forward tcp 8080 to 80")
+    config = "local prefix 100.64.0.0/10 nat\n" + local_vm(LOCKED, 'forward tcp "*" 8080 to 80')
     with start(config, prefix=prefix) as vmd, vmd.client() as client:
         running(client, "web")
         vmd.wait_for_log(line)
@@ -389,7 +389,7 @@ def _told(answer: Answer) -> tuple[dict[str, object], dict[str, object]]:
 
 def test_what_is_told_of_interfaces(start: Start) -> None:
     """A status with interfaces has their addresses; what went through counts for the VM as well."""
-    with start(local_vm("forward tcp 80 to 8080")) as vmd, vmd.client() as client:
+    with start(local_vm('forward tcp "*" 80 to 8080')) as vmd, vmd.client() as client:
         running(client, "web")
         with guest_of(vmd) as guest:
             guest.find(HOST_ADDRESS)
@@ -557,7 +557,7 @@ def test_nat(world: Namespace, start: Start) -> None:
 @pytest.mark.parametrize("origin", ["world", "host"])
 def test_forwarded_ports(space: Namespace, world: Namespace, start: Start, origin: str) -> None:
     """A port of the host's address leads to the guest's; from the host itself too."""
-    config = "local prefix 100.64.0.0/10 nat\n" + local_vm("forward udp 8053 to 53")
+    config = "local prefix 100.64.0.0/10 nat\n" + local_vm('forward udp "*" 8053 to 53')
     with start(config) as vmd, vmd.client() as client:
         running(client, "web")
         place = world if origin == "world" else space
@@ -574,15 +574,15 @@ def test_forwarded_ports(space: Namespace, world: Namespace, start: Start, origi
             assert (data, peer) == (b"answer", ("192.0.2.1", 8053))
 
 
-@pytest.mark.parametrize("address", ["", "127.0.0.1 "])
+@pytest.mark.parametrize("address", ["", "127.0.0.1", "*", "0.0.0.0"])
 def test_forwards_from_the_loopback(
     space: Namespace, world: Namespace, start: Start, address: str
 ) -> None:
     """127.0.0.1 leads to the guest, also where no other address does; the guest gets nowhere by it.
 
-    From outside, a port of that address alone is not to be had.
+    From outside, a port of that address alone, which is the default, is not to be had.
     """
-    quoted = f'"{address.strip()}" ' if address else ""
+    quoted = f'"{address}" ' if address else ""
     config = "local prefix 100.64.0.0/10\n" + local_vm(f"forward udp {quoted}8053 to 53")
     with start(config) as vmd, vmd.client() as client:
         running(client, "web")
@@ -603,8 +603,9 @@ def test_forwards_from_the_loopback(
             with pytest.raises(TimeoutError):
                 own.recvfrom(100)
             outer.sendto(b"from outside", ("192.0.2.1", 8053))
-            reached = guest.receive(lambda frame: UDP in frame, 2 if not address else 0.5)
-            assert (reached is not None) == (not address)
+            is_for_all = address in {"*", "0.0.0.0"}
+            reached = guest.receive(lambda frame: UDP in frame, 2 if is_for_all else 0.5)
+            assert (reached is not None) == is_for_all
 
 
 def test_locked_lladdr(space: Namespace, start: Start) -> None:
@@ -692,7 +693,7 @@ def test_priv_can_be_killed(space: Namespace, start: Start) -> None:
     before = space.state()
     config = (
         'local prefix 100.64.0.0/10 nat\nswitch "own" { create }\n'
-        + local_vm(LOCKED, "forward tcp 8080 to 80")
+        + local_vm(LOCKED, 'forward tcp "*" 8080 to 80')
         + vm_block("two", 'interface { switch "own" }', "local interface")
     )
     with start(config) as vmd, vmd.client() as client:
@@ -757,7 +758,7 @@ def test_rules_of_others_are_not_touched(space: Namespace, start: Start) -> None
     before = space.state()
     config = (
         'local prefix 100.64.0.0/10 nat\nswitch "theirs" { interface br7\ndown\n}\n'
-        + local_vm("forward tcp 1 to 1")
+        + local_vm('forward tcp "*" 1 to 1')
         + vm_block("two", 'interface { switch "theirs" }', enabled=True)
     )
     with start(config) as vmd, vmd.client() as client:

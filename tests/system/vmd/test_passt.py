@@ -119,7 +119,7 @@ def test_a_port_that_somebody_has(tmp_path: Path) -> None:
         config = vm_block("web", f"local interface {{ forward tcp {port} to 80 }}")
         with Daemon(tmp_path, config) as vmd, vmd.client() as client:
             assert client.ask("start", name="web")["type"] == "started"
-            why = f"tcp port {port} of this host: Address already in use"
+            why = f"tcp port {port} of 127.0.0.1: Address already in use"
             vmd.wait_for_log(f"vm/web: interface 0: no network: {why}")
             lines = client.ask("history", name="web")["lines"]
             assert isinstance(lines, list)

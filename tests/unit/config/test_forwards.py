@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.config.forwards import ForwardError, check_address, parse_forward
+from vmd.config.forwards import ForwardError, host_address, parse_forward
 from vmd.config.model import ForwardConfig
 
 
@@ -17,7 +17,8 @@ from vmd.config.model import ForwardConfig
         ("tcp:127.0.0.1:8022:22", ForwardConfig("tcp", 8022, 22, "127.0.0.1"), "127.0.0.1/8022:22"),
         ("udp:53", ForwardConfig("udp", 53, 53, "127.0.0.1"), "127.0.0.1/53:53"),
         ("tcp:*:80:8080", ForwardConfig("tcp", 80, 8080), "80:8080"),
-        ("tcp:0.0.0.0:80", ForwardConfig("tcp", 80, 80, "0.0.0.0"), "0.0.0.0/80:80"),
+        ("tcp:0.0.0.0:80", ForwardConfig("tcp", 80, 80), "80:80"),
+        ("tcp:[::]:80", ForwardConfig("tcp", 80, 80), "80:80"),
         ("tcp:[::1]:80:81", ForwardConfig("tcp", 80, 81, "::1"), "::1/80:81"),
     ],
 )
@@ -52,11 +53,11 @@ def test_nothing_else_is_raised(text: str) -> None:
         return
     assert 1 <= forward.port <= 65535
     if forward.address:
-        check_address(forward.address)
+        assert host_address(forward.address) == forward.address
 
 
 @pytest.mark.parametrize("text", ["", "localhost", "1.2.3", "1.2.3.4/8", "::g", "1.2.3.4\0"])
 def test_what_is_no_address(text: str) -> None:
     """A request cannot bring anything else into a rule."""
     with pytest.raises(ForwardError, match="invalid address"):
-        check_address(text)
+        host_address(text)

@@ -300,7 +300,10 @@ INTERFACE = InterfaceInfo(
     is_locked=True,
     host_addresses=("100.64.1.2/31", "fd00::1/96"),
     guest_addresses=("100.64.1.3/31", "fd00::2/64"),
-    forwards=(ForwardInfo(protocol="tcp", port=8080, to_port=80, address="127.0.0.1"),),
+    forwards=(
+        ForwardInfo(protocol="tcp", port=8080, to_port=80, address="127.0.0.1"),
+        ForwardInfo(protocol="udp", port=53, to_port=53),
+    ),
     received=100,
     received_packets=2,
     sent=50,
@@ -318,6 +321,7 @@ interface 0: tap3 lladdr fe:e1:bb:d1:00:01 locked local mtu 1500 up
 	host 100.64.1.2/31 guest 100.64.1.3/31
 	host fd00::1/96 guest fd00::2/64
 	forward tcp 127.0.0.1 8080 to 80
+	forward udp * 53 to 53
 	received 100 bytes, 2 packets, 0 dropped
 	sent 50 bytes, 1 packets
 interface 1: - lladdr fe:e1:bb:d2:00:01 switch uplink rdomain 0 mtu 1500 down
@@ -330,7 +334,8 @@ interface 1: - lladdr fe:e1:bb:d2:00:01 switch uplink rdomain 0 mtu 1500 down
     assert vmctl(["show", "--json", "web"]) == 0
     (vm,) = json.loads(capsys.readouterr().out)
     assert vm["interfaces"][0]["forwards"] == [
-        {"protocol": "tcp", "port": 8080, "to_port": 80, "address": "127.0.0.1"}
+        {"protocol": "tcp", "port": 8080, "to_port": 80, "address": "127.0.0.1"},
+        {"protocol": "udp", "port": 53, "to_port": 53, "address": ""},
     ]
     assert vm["interfaces"][1]["switch"] == "uplink"
 
