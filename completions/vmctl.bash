@@ -211,12 +211,16 @@ _vmctl() {
 		_vmctl_offer "$word"
 		return
 		;;
+	'run --vsock')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'run --wait')
 		_vmctl_offer "$word" 'console='
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --from --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --wait)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --from --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --vsock --wait)
 		operands=()
 		;;
 	'send '*)

@@ -80,6 +80,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that ke
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device, which a socket of this path leads to.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from send' -s l -d 'Let it go on.'
 complete -c vmctl -n '__fish_seen_subcommand_from send' -a '(__vmctl_vms)'

@@ -441,6 +441,15 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl",
     ),
     "vmctl.stdio": ("vmm_kvm.loop", "vmctl"),
+    "vmctl.vsock": (
+        "vmm_kvm.net",
+        "vmm_kvm.errors",
+        "vmm_kvm.clock",
+        "vmm_kvm.listening",
+        "vmm_kvm.accepting",
+        "vmm_kvm.loop",
+        "vmm_kvm.virtio",
+    ),
     "vmctl.run": (
         "vmm_kvm.boot_device",
         "vmm_kvm.standard_streams",
@@ -453,6 +462,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.boot",
         "vmm_kvm.arch.x86",
         "vmm_kvm.virtio",
+        "vmm_kvm.net",
         "vmm_kvm.primitives",
         "vmm_kvm.machine",
         "vmctl",
@@ -462,6 +472,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.nic_options",
         "vmctl.restoring",
         "vmctl.stdio",
+        "vmctl.vsock",
     ),
     "vmctl.restoring": (
         "vmm_kvm.boot_device",

@@ -40,8 +40,10 @@ from vmm_kvm.standard_streams import OutputError
 
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
     from vmctl.restoring import Saved
+    from vmctl.vsock import VsockOption
     from vmm_kvm.machine.net import NetSpec
     from vmm_kvm.machine.spec import DeviceSpec
+    from vmm_kvm.net.host_stream import HostStream
 
 _MEMORY = "512M"
 EXIT_ERROR = 1
@@ -85,6 +87,7 @@ class RunOptions(NamedTuple):
     firmware: tuple[str, ...] = ()
     nvram: tuple[str, ...] = ()
     virtio_console: bool = False
+    vsock: tuple[str, ...] = ()
     initrd: tuple[str, ...] = ()
     append: tuple[str, ...] = ()
     timeout: tuple[str, ...] = ()
@@ -115,7 +118,8 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
     try:
         with ExitStack() as stack:
             origin = _origin(options)
-            spec = None if origin else _spec(options, stack)
+            vsock = _vsock(options)
+            spec = None if origin else _spec(options, vsock, stack)
             limits = _limits(options)
             install_kick_signal()
             vmm = stack.enter_context(Vmm(stack.enter_context(Kvm())))
@@ -132,6 +136,11 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
             foreground = Foreground(
                 vmm, loop, spec, reboots, limits, saved=saved, console_log=console_log
             )
+            if vsock:
+                from vmctl.vsock import VsockListener  # noqa: PLC0415 - few VMs have one
+
+                listener = VsockListener(vsock.path, loop, foreground.connect)
+                stack.callback(listener.close)
             status, message, reason = foreground.run()
             has_lost_output = foreground.has_lost_output
             if options.as_json and foreground.leaves_line_open:
@@ -175,7 +184,7 @@ def _set_up_logging() -> None:
     log.show_lines("vmctl", "WARNING")
 
 
-def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
+def _spec(options: RunOptions, vsock: "VsockOption | None", stack: ExitStack) -> MachineSpec:
     """Check the options and open what they name; `stack` closes it."""
     path, template = _boot_paths(options)
     nvram = once(options.nvram, "nvram")
@@ -187,7 +196,12 @@ def _spec(options: RunOptions, stack: ExitStack) -> MachineSpec:
 
         variables = stack.enter_context(open_variables(template, nvram))
     name = options.name or _name_of(path)
-    devices = (*_nics(options, name, stack), *_media(options, stack), *_console(options))
+    devices = (
+        *_nics(options, name, stack),
+        *_media(options, stack),
+        *_console(options),
+        *((vsock.spec(),) if vsock else ()),
+    )
     return MachineSpec(
         image=open_image(path) if options.boot else open_firmware(path),
         variables=variables,
@@ -229,6 +243,15 @@ def _console(options: RunOptions) -> "Iterator[DeviceSpec]":
         from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
 
         yield ConsoleSpec()
+
+
+def _vsock(options: RunOptions) -> "VsockOption | None":
+    text = once(options.vsock, "vsock")
+    if text is None:
+        return None
+    from vmctl.vsock import read_option  # noqa: PLC0415 - few VMs have one
+
+    return read_option(text)
 
 
 def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NetSpec, ...]":
@@ -428,6 +451,14 @@ class Foreground:
         self._halt = None
         self._tell_size()
         return self._machine
+
+    def connect(self, stream: "HostStream", port: int) -> None:
+        """Lead a client to a port of the guest; takes over `stream`."""
+        vsock = self._machine.vsock if self._machine else None
+        if vsock:
+            vsock.connect(stream, port)
+        else:
+            stream.close()
 
     # A host that cannot do what a disk needs
 

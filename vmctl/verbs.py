@@ -180,6 +180,14 @@ _MACHINE_OPTIONS = (
         "Add a virtio console, hvc0, which takes the input once its driver is ready.",
     ),
     Option(
+        "--vsock",
+        "vsock",
+        "Add a vsock device, which a socket of this path leads to.",
+        "path[,cid=number]",
+        True,
+        (FILE,),
+    ),
+    Option(
         "--wait",
         "until",
         "Wait until this has come, such as a text on the console; run ends then.",
@@ -198,6 +206,7 @@ _NOT_FOR_START = {
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
     "--virtio-console": "VMs of vmd have a serial port alone",
+    "--vsock": "VMs of vmd have no vsock device yet",
 }
 
 
@@ -212,7 +221,7 @@ _RUN_USAGE = (
     "\t\t[--console-log file] [--firmware name] [--forward forward]\n"
     "\t\t[--from path] [--initrd path] [--json] [--no-reboot] [--nvram path]\n"
     "\t\t[--selftest] [--timeout seconds] [--virtio-console]\n"
-    "\t\t[--wait condition] [name]"
+    "\t\t[--vsock path] [--wait condition] [name]"
 )
 _START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"

@@ -38,6 +38,7 @@ from vmm_kvm.virtio.console import ConsoleSpec
 from vmm_kvm.virtio.rng import RngSpec
 from vmm_kvm.virtio.scsi import ScsiCdSpec
 from vmm_kvm.virtio.vmmci import VmmciSpec
+from vmm_kvm.virtio.vsock import VsockSpec
 
 pytestmark = pytest.mark.kvm
 
@@ -225,11 +226,11 @@ def test_what_vmm_refuses_no_machine_has(bench: Bench) -> None:
 
 
 def test_devices_lie_in_openbsds_order(bench: Bench) -> None:
-    """Whatever order they are told in: entropy, interfaces, disks, drive, console, vmmci."""
+    """Whatever order they are told in: entropy, interfaces, disks, drive, console, vsock, vmmci."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         net = NetSpec(b"\xfe\xe1\xbb\0\0\1", StreamPath(ours.fileno(), Traffic()), "net")
-        devices = (VmmciSpec(), ConsoleSpec(), ScsiCdSpec(None), net, RngSpec())
+        devices = (VmmciSpec(), VsockSpec(), ConsoleSpec(), ScsiCdSpec(None), net, RngSpec())
         spec = MachineSpec(open_image(str(selftest_path())), 16 * MIB, devices=devices)
         with Machine(
             spec,
@@ -239,9 +240,9 @@ def test_devices_lie_in_openbsds_order(bench: Bench) -> None:
             on_receive_room=lambda: None,
             on_outcome=bench.outcomes.append,
         ) as machine:
-            ids = [machine.pci.read_ecam(slot << 15, 4) for slot in range(7)]
+            ids = [machine.pci.read_ecam(slot << 15, 4) for slot in range(8)]
             assert not machine.press_power_button()
-    virtio = [0x1AF4 | 0x1040 + number << 16 for number in (4, 1, 8, 3)]
+    virtio = [0x1AF4 | 0x1040 + number << 16 for number in (4, 1, 8, 3, 19)]
     assert ids[1:] == [*virtio, 0x0777_0B5D, 0xFFFF_FFFF]
 
 

@@ -22,6 +22,7 @@ import vmm_kvm
 from tests.fakes import FakeClock
 from tests.virtio_driver import DriverQueue
 from tests.virtio_pci_driver import BusDriver
+from tests.vsock_driver import CID, VsockDriver
 from vmm_kvm.arch.x86 import layout
 from vmm_kvm.arch.x86.image import FirmwareImage, open_image
 from vmm_kvm.bits import MIB
@@ -58,6 +59,7 @@ from vmm_kvm.virtio.scsi import ScsiCdSpec
 from vmm_kvm.virtio.vmmci import Config as VmmciConfig
 from vmm_kvm.virtio.vmmci import Register as VmmciRegister
 from vmm_kvm.virtio.vmmci import VmmciSpec
+from vmm_kvm.virtio.vsock import VsockSpec
 
 pytestmark = pytest.mark.kvm
 
@@ -71,7 +73,7 @@ RAM_SIZE = 16 * MIB
 _FIRMWARE_VOLUME = bytes(40) + b"_FVH"
 _PCIEXBAR, _ECAM = 0x60, 0xB000_0000
 KVM_PARTS = ("clock", "vcpu0", "vcpu1", "irqchip", "pit")
-SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_PMEM, SLOT_CD, SLOT_CONSOLE, SLOT_VMMCI = range(1, 8)
+SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_PMEM, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK, SLOT_VMMCI = range(1, 9)
 
 # Held by the state of another class, whose `save` and `restore` call theirs.
 INNER = {CommonCfg, Msix, PciFunction}
@@ -82,6 +84,7 @@ SAME = {
     "PmemState": {"gpa", "size"},
     "RomState": {"gpa", "contents"},
     "CdRomState": {"blocks"},
+    "VsockState": {"cid"},
     "NetState": {"pairs", "offloads"},  # a stream has one pair and no offloads
 }
 
@@ -117,7 +120,7 @@ class Stand:
             cpus=2,
             devices=(
                 *(RngSpec(), net, BlkSpec(disk, "disk"), PmemSpec(pmem, "pmem")),
-                *(ScsiCdSpec(medium), ConsoleSpec(), VmmciSpec()),
+                *(ScsiCdSpec(medium), ConsoleSpec(), VsockSpec(CID), VmmciSpec()),
             ),
             variables=enter(Variables(b"\xff" * FLASH_SIZE, None)),
         )
@@ -255,6 +258,7 @@ def _change_virtio(stand: Stand, machine: Machine) -> None:
     _change_net(machine)
     _change_cdrom(machine)
     _change_console(stand, machine)
+    Driver(machine, SLOT_VSOCK).begin((0, 1, 2))
 
 
 def _change_net(machine: Machine) -> None:
@@ -373,7 +377,7 @@ def observe(machine: Machine) -> Iterator[tuple[str, int]]:
         for register in range(0, 256, 4):
             _select(machine, slot, register)
             yield f"{slot}:{register:#x}", machine.pio.read(layout.PORT_PCI_CONFIG + 4, 4)
-    for slot in (SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_CD, SLOT_CONSOLE):
+    for slot in (SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK):
         driver = Driver(machine, slot)
         for queue in range(4):
             driver.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, queue)
@@ -453,6 +457,11 @@ def _goes_on(stand: Stand, machine: Machine) -> None:
     rng.notify(0)
     rng.wait(lambda: bool(queue.used()))
     assert any(rng.ram[at : at + 64])
+    vsock = Driver(machine, SLOT_VSOCK)
+    queues = {index: DriverQueue(vsock.ram, 8, vsock.base + 0x1000 * index) for index in range(3)}
+    driver = VsockDriver(queues, vsock.base + 0x10_000, vsock.notify)
+    driver.offer_event()
+    vsock.wait(lambda: driver.events() == [0])  # its connections are gone
     machine.pause()
 
 
@@ -568,7 +577,7 @@ def test_a_machine_with_other_devices_is_refused(stand: Stand) -> None:
     spec = stand.spec()
     state = save(stand.machine(spec))
     other = stand.machine(spec._replace(devices=spec.devices[:-1]), is_restored=True)
-    with pytest.raises(StateError, match=r"'pci\.00:07\.0/vmmci': not in this machine"):
+    with pytest.raises(StateError, match=r"'pci\.00:08\.0/vmmci': not in this machine"):
         restore(other, state)
 
 

@@ -19,6 +19,7 @@ CODECS = ("zstandard", "lz4")
 # Commands that run a VM in this very process, without a daemon, load the hypervisor.
 VMCTL_WITH_HYPERVISOR = (
     *("vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio", "vmctl.restoring"),
+    "vmctl.vsock",
 )
 # Pure modules decide; what they decide about, time included, is handed to them.
 PURE = (

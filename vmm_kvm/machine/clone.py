@@ -89,11 +89,14 @@ def renew_events() -> None:
         new = os.eventfd(_count(fd), flags)
         os.dup2(new, fd, inheritable=False)
         os.close(new)
-    for fd in (fd for fd, kind in fds if kind == _EPOLL):
+    watched = [(fd, list(_watched(fd))) for fd, kind in fds if kind == _EPOLL]
+    for fd, _targets in watched:
         with select.epoll() as poll:
-            for target, events in _watched(fd):
-                poll.register(target, events)
             os.dup2(poll.fileno(), fd, inheritable=False)
+    for fd, targets in watched:  # among which are others of them
+        with select.epoll.fromfd(os.dup(fd)) as poll:
+            for target, events in targets:
+                poll.register(target, events)
 
 
 # Not by pathlib, which takes as long for this as the rest of a clone's start.

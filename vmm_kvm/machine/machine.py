@@ -42,7 +42,7 @@ from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.stats import ExitCounts
 from vmm_kvm.kvm.vcpu import Vcpu
-from vmm_kvm.kvm.vm import Irqchip, IrqchipRoute
+from vmm_kvm.machine.routes import interrupt_routes
 from vmm_kvm.machine.runner import Runner
 from vmm_kvm.machine.serial_output import SerialOutput
 from vmm_kvm.machine.spec import (
@@ -65,11 +65,9 @@ from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, c
 
 if TYPE_CHECKING:
     from vmm_kvm.devices.pflash import Pflash
+    from vmm_kvm.virtio.vsock import VirtioVsock
 
 _SLP_TYP_S5 = 5
-_ISA_IRQS = 16
-_CASCADE_IRQ = 2
-_TIMER_PIN = 2  # of the IOAPIC, as the MADT's override says
 _PIO_SIZE = 1 << 16
 _MMIO_SIZE = 1 << 64
 
@@ -232,6 +230,11 @@ class Machine:
         if self._devices.console:
             self._devices.console.resize(columns, rows)
 
+    @property
+    def vsock(self) -> "VirtioVsock | None":
+        """The vsock device, if there is one."""
+        return self._devices.vsock
+
     def set_link(self, index: int, *, is_up: bool) -> None:
         """Plug the cable of network interface `index` in or out; any thread."""
         self._devices.set_link(index, is_up=is_up)
@@ -307,6 +310,7 @@ class Machine:
         After `machine.state.restore`. A guest that was moved is no copy.
         """
         self._generation.renew()
+        self._devices.become_another()
 
     def adopt_fork(self, record: KvmRecord, policy: ClockPolicy) -> None:
         """Be a clone, in a child that has forked from a process with this machine paused.
@@ -409,7 +413,7 @@ class Machine:
         self._vm = primitives.kvm_vm(self._vmm, self._vm_id)
         self._lines: list[KvmIrqLine] = []
         set_level_triggered(self._vm, layout.PIC_PCI_INTX)
-        self._eventfds = stack.enter_context(EventFds(self._vm, _routes(), layout.GSI_MSI))
+        self._eventfds = stack.enter_context(EventFds(self._vm, interrupt_routes(), layout.GSI_MSI))
 
     def _line(self, gsi: int) -> KvmIrqLine:
         line = KvmIrqLine(self._vm, gsi)
@@ -564,24 +568,6 @@ class Machine:
             case _:
                 kind = type(reason).__name__
                 self._end(Crash(f"{name}: unexpected exit {kind}: {_registers(vcpu)}"))
-
-
-def _routes() -> Iterator[IrqchipRoute]:
-    """Lead GSIs to interrupt controller inputs as docs/architecture.md says."""
-    for gsi in range(_ISA_IRQS):
-        yield _pic_route(gsi, gsi)
-        if gsi != _CASCADE_IRQ:
-            pin = _TIMER_PIN if gsi == 0 else gsi
-            yield IrqchipRoute(gsi, Irqchip.IOAPIC, pin)
-    yield IrqchipRoute(layout.GSI_VM_GENERATION, Irqchip.IOAPIC, layout.GSI_VM_GENERATION)
-    for gsi, irq in zip(layout.GSI_PCI_INTX, layout.PIC_PCI_INTX, strict=True):
-        yield _pic_route(gsi, irq)
-        yield IrqchipRoute(gsi, Irqchip.IOAPIC, gsi)
-
-
-def _pic_route(gsi: int, irq: int) -> IrqchipRoute:
-    chip = Irqchip.PIC_SLAVE if irq >= 8 else Irqchip.PIC_MASTER
-    return IrqchipRoute(gsi, chip, irq % 8)
 
 
 def _address(memory: "mmap | bytearray") -> int:

@@ -25,9 +25,12 @@ if TYPE_CHECKING:  # loaded by what makes a record of it
     from vmm_kvm.virtio.pmem import PmemSpec
     from vmm_kvm.virtio.scsi import ScsiCdSpec
     from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
+    from vmm_kvm.virtio.vsock import VsockSpec
 
 DiskSpec: TypeAlias = "BlkSpec | RemoteBlkSpec | PmemSpec"
-DeviceSpec: TypeAlias = "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | ConsoleSpec | VmmciSpec"
+DeviceSpec: TypeAlias = (
+    "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | ConsoleSpec | VsockSpec | VmmciSpec"
+)
 
 BASIC_DEVICES: Final = (RngSpec(), VmmciSpec())
 """What every machine of this project has."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # loaded where there is such a device
     from vmm_kvm.machine.spec import DeviceSpec, MachineSpec
     from vmm_kvm.virtio.console import VirtioConsole
     from vmm_kvm.virtio.pmem import PmemSpec
+    from vmm_kvm.virtio.vsock import VirtioVsock
 
 _ORDER = {
     "rng": 0,
@@ -47,7 +48,8 @@ _ORDER = {
     "pmem": 2,
     "scsi-cd": 3,
     "console": 4,
-    "vmmci": 5,
+    "vsock": 5,
+    "vmmci": 6,
 }
 _PIN_INTA = 1
 
@@ -143,6 +145,7 @@ class Devices:
         self._nets: list[Net] = []
         self._vmmci: Vmmci | None = None
         self.console: VirtioConsole | None = None
+        self.vsock: VirtioVsock | None = None
         self.first_disk: int | None = None
         """Its slot."""
         self.cdrom: int | None = None
@@ -252,6 +255,13 @@ class Devices:
                 self.console = VirtioConsole(self._transmit, on_receive_room=self._on_receive_room)
                 console = self._add_backend(self.console, CLASS_COMMUNICATIONS_OTHER, "console")
                 self.console.attach(console[1])
+            case "vsock":
+                from vmm_kvm.virtio.vsock import VirtioVsock  # noqa: PLC0415 - see above
+
+                self.vsock = VirtioVsock(spec)
+                self.vsock.attach(
+                    self._add_backend(self.vsock, CLASS_COMMUNICATIONS_OTHER, "vsock")[1]
+                )
             case "vmmci":
                 line = self._intx.input(self._host.next_slot, _PIN_INTA)
                 self._vmmci = Vmmci(self._clock, line, self._on_expired, pin=_PIN_INTA)
@@ -272,6 +282,11 @@ class Devices:
         """Have drivers of network interfaces make themselves known again, as far as they can."""
         for net in self._nets:
             net.announce()
+
+    def become_another(self) -> None:
+        """Leave what the guest's original has, and have the guest told."""
+        if self.vsock:
+            self.vsock.become_another()
 
     def prepare_to_resume(self) -> None:
         """Tell the guest, before it goes on, that its clock stood still, if it listens."""

@@ -12,6 +12,7 @@ VIRTIO_ID_BLOCK = 2
 VIRTIO_ID_CONSOLE = 3
 VIRTIO_ID_RNG = 4
 VIRTIO_ID_SCSI = 8
+VIRTIO_ID_VSOCK = 19
 VIRTIO_ID_PMEM = 27
 
 # linux/virtio_config.h: device status

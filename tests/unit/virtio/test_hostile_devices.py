@@ -21,6 +21,7 @@ from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.pmem import VirtioPmem
 from vmm_kvm.virtio.rng import VirtioRng
 from vmm_kvm.virtio.scsi import VirtioScsi
+from vmm_kvm.virtio.vsock import VirtioVsock, VsockSpec
 
 SIZE = 8
 MEMORY_SIZE = 0x8000
@@ -76,6 +77,13 @@ def console() -> Backend:
     return device
 
 
+def vsock() -> Backend:
+    """Return a socket device on whose ports nobody listens."""
+    device = VirtioVsock(VsockSpec())
+    device.attach(Transport())
+    return device
+
+
 DEVICES: dict[str, Callable[[], Backend]] = {
     "blk": lambda: VirtioBlk(image(), name="disk0", queues=2),
     "scsi": lambda: VirtioScsi(image()),
@@ -83,6 +91,7 @@ DEVICES: dict[str, Callable[[], Backend]] = {
     "rng": rng,
     "console": console,
     "pmem": lambda: VirtioPmem(0, IMAGE_SIZE, lambda: None, name="pmem0"),
+    "vsock": vsock,
 }
 
 

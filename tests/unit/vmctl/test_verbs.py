@@ -157,7 +157,14 @@ def test_run_and_start_have_the_same_options() -> None:
     refused = {verb.name: {one.name for one in verb.options if one.refused} for verb in _MAKERS}
     assert refused == {
         "run": {"--save", "-t"},
-        "start": {"--console-log", "--from", "--no-reboot", "--nvram", "--virtio-console"},
+        "start": {
+            "--console-log",
+            "--from",
+            "--no-reboot",
+            "--nvram",
+            "--virtio-console",
+            "--vsock",
+        },
     }
 
 
