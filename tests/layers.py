@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("vmm_kvm", "vmd", "vmctl")
+PACKAGES = ("vmm_kvm", "vmd", "vmctl", "vmm_agent")
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm": (),
@@ -497,6 +497,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.config",
         "vmctl",
     ),
+    "vmm_agent": (),
 }
 """By the folder or module, what it may import besides itself and the standard library.
 
@@ -547,7 +548,7 @@ def _lies_in(name: str, prefix: str) -> bool:
 
 
 def module_files(root: Path = ROOT) -> dict[str, Path]:
-    """Return the file of each module of the three packages, by its dotted name."""
+    """Return the file of each module of the four packages, by its dotted name."""
     found = {}
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):

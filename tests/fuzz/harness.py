@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OUT = ROOT / "out" / "fuzz"
 TARGETS = (
+    "agent_answers",
     "boot_images",
     "client_messages",
     "fw_cfg",
@@ -56,7 +57,7 @@ INPUT_MAX = 64 << 10
 """Bytes of one input, also of those that atheris makes."""
 _TIMEOUT_S = 20
 _MEMORY_MIB = 2048
-_PACKAGES = ("vmm_kvm", "vmd")
+_PACKAGES = ("vmm_kvm", "vmd", "vmctl")
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFF_FFFF, 0xFFFF_FFFF, (1 << 64) - 1)
 
 Arc = tuple[str, int, int]

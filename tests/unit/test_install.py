@@ -51,6 +51,7 @@ def test_what_is_installed(prefix: Path) -> None:
         *("share/fish/vendor_completions.d/vmctl.fish", "lib/vmm-kvm/vmm_kvm/bios/selftest.bin"),
         *("lib/systemd/system/vmd.socket", "share/systemd/user/vmd.socket", *UNITS),
         *("lib/sysusers.d/vmd.conf", "lib/tmpfiles.d/vmd.conf"),
+        *("share/vmm-kvm/vmm-agent", "share/vmm-kvm/vmm-agent.service"),
     }
     assert expected - _files(prefix) == set()
 
@@ -61,7 +62,7 @@ def test_each_completion_and_page_is_in_the_wheel() -> None:
     there = set(wheel["targets"]["wheel"]["shared-data"])
     folders = ("man", "completions", "examples", "packaging/user")
     here = {f"{folder}/{path.name}" for folder in folders for path in (ROOT / folder).iterdir()}
-    assert there == here
+    assert there == here | {"vmm_agent/agent.py", "vmm_agent/vmm-agent.service"}
 
 
 def test_the_commands_run(prefix: Path, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""A guest's agent as a process of this host, for tests of what the host's side does with it."""
+
+from __future__ import annotations
+
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from vmctl.agent import Agent
+
+ROOT = Path(__file__).resolve().parents[1]
+AGENT = ROOT / "vmm_agent" / "agent.py"
+BOUND_S = 60.0
+"""How long anything may take on a busy machine."""
+
+
+class HostAgent:
+    """An agent that listens on a UNIX socket; a context manager, which ends it and its commands."""
+
+    def __init__(
+        self, path: Path, *, interpreter: str = sys.executable, through: Sequence[str] = ()
+    ) -> None:
+        """Listen at `path`; the kernel keeps what connects before the agent accepts.
+
+        `through` is a program that runs the agent, such as unshare(1), with its arguments.
+        """
+        self.path = path
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(path))
+            listener.listen(64)
+            fd = listener.fileno()
+            self.process = subprocess.Popen(
+                [*through, interpreter, "-I", AGENT, "--fd", str(fd)],
+                pass_fds=(fd,),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        self.agent = Agent(self.connect)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.terminate()
+        _, errors = self.process.communicate(timeout=BOUND_S)
+        assert errors == b"", errors.decode()
+
+    def connect(self) -> socket.socket:
+        """Return a new connection."""
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            stream.connect(str(self.path))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = BOUND_S) -> None:
+    """Look until something is so, for no longer than that."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        select.select((), (), (), 0.01)
+
+
+def left_in_group(group: int) -> Iterator[int]:
+    """Yield the processes of a process group."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            yield int(path.parent.name)

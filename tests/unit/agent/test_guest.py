@@ -1,0 +1,193 @@
+"""What a clone needs of its agent, what a client waits for, and requests that make no sense."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.agents import AGENT, HostAgent
+from vmctl.agent import Agent, AgentError, AgentRefusedError
+from vmctl.agent_frames import Kind, frame
+from vmctl.client import CommandError
+from vmm_agent import agent as guest_side
+
+MACHINE = "0123456789abcdef" * 2
+
+
+@pytest.fixture
+def separate(tmp_path: Path) -> Iterator[HostAgent]:
+    """An agent with an /etc and a host name of its own."""
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    for name in ("passwd", "group"):
+        shutil.copy(f"/etc/{name}", etc)
+    script = f'mount --bind {etc} /etc; exec "$@"'
+    through = ["unshare", "--mount", "--uts", "sh", "-c", script, "sh"]
+    with HostAgent(tmp_path / "agent", through=through) as host:
+        yield host
+
+
+@pytest.mark.root
+def test_identity(separate: HostAgent, tmp_path: Path) -> None:
+    """A clone gets a machine-id and a host name, which are there after the next boot too."""
+    agent = separate.agent
+    agent.set_identity(machine_id=MACHINE, host_name="clone-7")
+    assert (tmp_path / "etc/machine-id").read_text() == f"{MACHINE}\n"
+    assert (tmp_path / "etc/machine-id").stat().st_mode & 0o777 == 0o444
+    assert (tmp_path / "etc/hostname").read_text() == "clone-7\n"
+    assert agent.run(["hostname"], timeout=60).output == b"clone-7\n"
+    agent.set_identity(host_name="other")
+    assert (tmp_path / "etc/machine-id").read_text() == f"{MACHINE}\n"
+    assert sorted(path.name for path in (tmp_path / "etc").iterdir()) == [
+        *("group", "hostname", "machine-id", "passwd")
+    ]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"machine_id": MACHINE.upper()},
+        {"machine_id": "12"},
+        {"machine_id": 7},
+        {"host_name": "a b"},
+        {"host_name": "x" * 65},
+        {"host_name": "a\nb"},
+    ],
+)
+def test_what_is_no_identity(agent: Agent, given: dict[str, object]) -> None:
+    """Nothing is changed where a part makes no sense."""
+    with pytest.raises(AgentRefusedError, match="invalid"):
+        agent._do("identity", **given)
+
+
+@pytest.mark.root
+def test_entropy(agent: Agent) -> None:
+    """The kernel takes what the host has drawn; the device counts it as entropy."""
+    agent.add_entropy()
+    agent.add_entropy(bytes(512))
+
+
+@pytest.mark.parametrize("data", ["", "0", "xy", "00" * 513, 7])
+def test_what_is_no_entropy(agent: Agent, data: object) -> None:
+    """Data of a wrong size or form are refused."""
+    with pytest.raises(AgentRefusedError, match="data: invalid"):
+        agent._do("entropy", data=data)
+
+
+@pytest.mark.root
+def test_a_clock_that_cannot_be_set(tmp_path: Path) -> None:
+    """An agent that may not set the clock says so: the clone is not to run on."""
+    through = ["setpriv", "--bounding-set", "-sys_time"]
+    with (
+        HostAgent(tmp_path / "agent", through=through) as host,
+        pytest.raises(AgentRefusedError, match="clock: Operation not permitted") as caught,
+    ):
+        host.agent.set_clock()
+    assert caught.value.code == "EPERM"
+
+
+def test_waiting_for_a_file(agent: Agent, tmp_path: Path) -> None:
+    """The answer comes when the file is there, and not before."""
+    waited = threading.Event()
+
+    def wait() -> None:
+        agent.wait_for(file=str(tmp_path / "file"), timeout=60)
+        waited.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not waited.wait(0.5)
+    (tmp_path / "file").touch()
+    thread.join(60)
+    assert waited.is_set()
+
+
+def test_waiting_for_a_port(agent: Agent) -> None:
+    """A port that is listened on, on one address or the other, is waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        agent.wait_for(port=listener.getsockname()[1], timeout=60)
+
+
+def test_waiting_in_vain(agent: Agent, tmp_path: Path) -> None:
+    """A wait ends when its time is over, in the guest too."""
+    with pytest.raises(TimeoutError, match=r"file .*/none: timed out"):
+        agent.wait_for(file=str(tmp_path / "none"), timeout=0.3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("port", "0"), ("port", "x"), ("port", "65536"), ("file", ""), ("", "x")]
+)
+def test_what_cannot_be_waited_for(agent: Agent, kind: str, what: str) -> None:
+    """What makes no sense is refused at once."""
+    with pytest.raises(AgentRefusedError, match="invalid"):
+        agent._do("wait", **{"for": kind, "what": what, "timeout_ms": 60000})
+
+
+def test_an_unknown_request(agent: Agent) -> None:
+    """What an agent does not know it refuses by name, in one line that no terminal obeys."""
+    with pytest.raises(AgentRefusedError) as caught:
+        agent._do("\x1b[2J")
+    assert str(caught.value) == "this agent cannot do '\\x1b[2J'"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frame(Kind.REQUEST, b"["),
+        frame(Kind.REQUEST, b"[" * 100000),
+        frame(Kind.REQUEST, b"7"),
+        frame(Kind.REQUEST, b"\xff"),
+        frame(Kind.INPUT, b"x"),
+        b"\xff" * 100,
+        os.urandom(1 << 16),
+    ],
+)
+def test_a_hostile_client(host: HostAgent, data: bytes) -> None:
+    """A connection that does not begin with a request is closed, without a word more."""
+    with host.connect() as stream:
+        stream.settimeout(60)
+        stream.sendall(data)
+        received = b""
+        try:
+            while more := stream.recv(4096):
+                received += more
+        except ConnectionResetError:
+            pass
+    assert received.endswith(b'"version": "%s"}' % guest_side.VERSION.encode())
+    assert host.agent.ping(timeout=60).protocol == 1
+
+
+def test_an_agent_that_does_not_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listener that says nothing is given up."""
+    monkeypatch.setattr("vmctl.agent.ANSWER_S", 0.2)
+    near, far = socket.socketpair()
+    with far, pytest.raises(AgentError, match=r"^the guest's agent does not answer$"):
+        Agent(lambda: near).ping()
+
+
+def test_a_request_that_is_too_long(agent: Agent) -> None:
+    """A command line that no frame takes is refused on this side."""
+    with pytest.raises(CommandError, match="too long"):
+        agent.run(["true", "x" * (256 << 10)], timeout=60)
+
+
+def test_a_connected_descriptor() -> None:
+    """With --fd and a connected stream an agent serves that, and ends."""
+    near, far = socket.socketpair()
+    with far:
+        process = subprocess.Popen(
+            [sys.executable, "-I", AGENT, "--fd", str(far.fileno())], pass_fds=(far.fileno(),)
+        )
+    began = time.monotonic()
+    assert Agent(lambda: near).run(["echo", "one"], timeout=60).output == b"one\n"
+    assert process.wait(60) == 0
+    assert time.monotonic() - began < 60
