@@ -15,7 +15,7 @@ from vmm_kvm.log import Log
 log = Log(__name__)
 
 RETRY_NS = 100_000_000
-"""How long connections wait where there is nothing to accept them with."""
+"""Delay before accept(2) is tried again after descriptors or memory ran out."""
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -83,7 +83,7 @@ class Acceptor:
         self._hush()
 
     def has_room(self) -> None:
-        """Try again at once, if there was nothing to accept a connection with: some is free now."""
+        """Accept again at once if descriptors or memory had run out: some are free now."""
         if self._is_short:
             self.start()
 

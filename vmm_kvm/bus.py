@@ -3,10 +3,10 @@
 PIO, MMIO and PCI BARs are all of this kind. A device never learns its base address, its bus or
 which vCPU asks: it sees an offset and a size.
 
-Locks: one per device, `BusDevice.lock`. `Bus` takes it around `read` and `write`; whoever enters a
-device in another way (console input, a timer, the power button) goes through a method that takes
-it itself. Never two device locks at once: a device calls out (an IrqLine, a transmit function)
-but never into another device.
+Locks: one per device, `BusDevice.lock`. `Bus` takes it around `read` and `write`; code that enters
+a device in another way (console input, a timer, the power button) calls a method that takes it
+itself. Never two device locks at once: a device calls out (an IrqLine, a transmit function) but
+never into another device.
 """
 
 import threading
@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, Self
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import BusError
 
-# A guest may touch any number of addresses: forget what was found when it has touched many.
+# A guest may touch any number of addresses: drop what was learnt after this many.
 _CACHED_ADDRESSES = 4096
 
 
@@ -44,8 +44,8 @@ class Clearable(Protocol):
 class Claim(NamedTuple):
     """What an access needs, found once per address.
 
-    The methods themselves: `with` and two attribute look-ups cost half a microsecond after an exit,
-    whose world is cold.
+    It holds the methods themselves: after an exit caches are cold, and `with` and two attribute
+    look-ups cost half a microsecond.
     """
 
     base: int
@@ -63,7 +63,7 @@ class Claim(NamedTuple):
 
 
 class _Undriven:
-    """Stands where no device is, with an empty range: no access reaches it."""
+    """Stands for addresses without a device; its range is empty, so no access reaches it."""
 
     lock = threading.Lock()
 
@@ -157,7 +157,7 @@ class Bus:
             release()
 
     def find(self, address: int) -> Claim:
-        """Return who claims `address`; the range is empty if nobody does."""
+        """Return the claim that covers `address`; its range is empty if there is none."""
         with self._lock:
             at = bisect_right(self._bases, address) - 1
             if at >= 0 and address < self._ranges[at][1]:
@@ -176,7 +176,7 @@ class Bus:
 
     @contextmanager
     def watched(self, table: Clearable) -> Iterator[None]:
-        """Empty `table`, of what was learnt from `find`, whenever a range changes in this block."""
+        """Empty `table`, which holds answers of `find`, whenever a range changes in this block."""
         with self._lock:
             self._watched.append(table)
         try:
@@ -187,6 +187,6 @@ class Bus:
 
     def _forget(self) -> None:
         self._claims = {}
-        self.version += 1  # first: who stores something stale meanwhile sees the change, and clears
+        self.version += 1  # first: a thread that stores a stale entry sees it
         for table in self._watched:
             table.clear()

@@ -96,7 +96,7 @@ class HaltReason(enum.StrEnum):
 class HaltError(VmmError):
     """The host cannot do what a request needs; the request waits in its queue.
 
-    The VM has to stand still, and whoever lets it go on has the request tried again.
+    The VM must pause; when it is unpaused, the request is tried again.
     """
 
     def __init__(self, name: str, errno: int) -> None:
@@ -106,7 +106,7 @@ class HaltError(VmmError):
 
     @property
     def reason(self) -> HaltReason:
-        """What a person has to do something about."""
+        """Faults that need a person to act."""
         is_full = self.errno in {ENOSPC, EDQUOT}
         return HaltReason.NO_SPACE if is_full else HaltReason.IO_ERROR
 

@@ -1,4 +1,4 @@
-"""Interrupt pins as devices see them: something whose level can be set."""
+"""Interrupt pins as devices see them: a level that can be set."""
 
 from typing import Protocol
 

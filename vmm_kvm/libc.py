@@ -1,4 +1,4 @@
-"""The C library, for what Python lacks: loaded here, and each function declared here, once.
+"""The C library, for calls that Python lacks: loaded once, here, with each function's declaration.
 
 A call that fails leaves its errno for `ctypes.get_errno()`, on the same thread. Functions that no
 line here declares take ints, bytes and pointers, and return an int, as ctypes has it by default.
@@ -13,7 +13,7 @@ _MAP_FIXED = 0x10  # the mmap module lacks it
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC_WITHOUT_ERRNO = ctypes.CDLL(None)
-"""For calls whose failures nobody looks into: errno is not carried over, which takes time."""
+"""For calls whose errno nobody reads: copying it takes time."""
 
 LIBC.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 LIBC.syscall.restype = ctypes.c_long
@@ -34,9 +34,9 @@ for _function in (LIBC.preadv64, LIBC.pwritev64):
 
 
 def map_over(address: int, size: int, fd: int) -> None:
-    """Map the first `size` bytes of `fd`, shared, over what this process has at `address`.
+    """Map the first `size` bytes of `fd`, shared, over this process's memory at `address`.
 
-    Both are multiples of 4096. Python mappings that lie there go on as views of it.
+    Both are multiples of 4096. Python mappings that lie there become views of it.
 
     Raises:
         OSError: the descriptor cannot be mapped.

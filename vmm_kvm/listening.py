@@ -1,4 +1,4 @@
-"""Listening UNIX sockets in the file system: made once, whoever was there before."""
+"""Listening UNIX sockets in the file system, in place of ones that nobody listens to any more."""
 
 import errno
 import os
@@ -14,15 +14,14 @@ def listen(
 ) -> socket.socket:
     """Make a listening UNIX socket at `path` with the permissions `mode`.
 
-    One that nobody listens to any more is replaced; `server` is what else would listen there, for
-    messages.
+    One that nobody listens to any more is replaced; `server` names the other listener in messages.
 
     Raises:
         SpecError: somebody listens there, or something else is there.
         OSError: it cannot be made.
     """
     sock = socket.socket(socket.AF_UNIX, kind)
-    # Nobody else may connect before the mode is right.
+    # No other user may connect before the mode is set.
     before = os.umask(~mode & 0o777)
     try:
         try:

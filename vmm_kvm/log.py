@@ -1,7 +1,7 @@
 """Loggers of the standard library that cost nothing until they have something to say.
 
-Importing `logging` takes 12 ms, a fifth of what `vmctl run` needs before its guest runs, and most
-starts log nothing.
+Importing `logging` would take a fifth of the time that `vmctl run` needs before its guest runs, and
+most starts log nothing.
 """
 
 import sys
@@ -53,17 +53,17 @@ class Log:
         self._name = name
 
     def debug(self, message: str, *arguments: object) -> None:
-        """Log what helps to find out why; nothing if no one has set `logging` up to want it."""
+        """Log a detail for diagnosis, if `logging` has been set up for this level."""
         if "logging" in sys.modules:
             self._log("DEBUG", message, arguments)
 
     def info(self, message: str, *arguments: object) -> None:
-        """Log what happened; nothing if no one has set `logging` up to want it."""
+        """Log an event, if `logging` has been set up for this level."""
         if "logging" in sys.modules:
             self._log("INFO", message, arguments)
 
     def warning(self, message: str, *arguments: object) -> None:
-        """Log what the user should know of."""
+        """Log a message for the user."""
         self._log("WARNING", message, arguments)
 
     def error(self, message: str, *arguments: object) -> None:

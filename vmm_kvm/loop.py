@@ -1,7 +1,7 @@
 """The event loop of a VM process: descriptors, timers, and calls posted by other threads.
 
 One thread runs it; vCPU threads only post to it. It is also the machine's Clock. asyncio would do
-the same for 38 ms of import and a coroutine around every callback.
+the same, at the price of a slow import and a coroutine around every callback.
 
 Locks: `_lock` guards the timers and the posted calls; no callback runs under it.
 """
@@ -124,7 +124,8 @@ class EventLoop:
     def add_arrival_reader(self, fd: int, callback: Callable[[], None]) -> None:
         """Call `callback` once whenever something arrives at `fd`, or it has room again.
 
-        What it leaves there is not told of again. Undone by `remove_reader`; no writer besides.
+        Data that it leaves there do not cause another call. `remove_reader` undoes it; `fd` can
+        have no writer.
         """
         self._readers[fd] = callback
         self._arrivals.add(fd)
@@ -215,7 +216,7 @@ class EventLoop:
     def _timeout_s(self) -> float:
         if self._posted:
             return 0
-        if not self._timers:  # who adds the first one wakes us
+        if not self._timers:  # the thread that adds the first one wakes us
             return -1
         with self._lock:
             if self._stopped_at_ns is not None or not self._timers:

@@ -1,9 +1,8 @@
-"""Memory with a descriptor, which other processes can map: the one place that makes any.
+"""Memory with a descriptor, which other processes can map; made only here.
 
 The kernel gives a memfd the mode 0777: a process that may look into another's /proc/PID/fd could
-open it anew. Here its mode is 0600, no program can be executed from it, and seals keep everyone,
-who was handed a descriptor included, from changing its size or its contents further than its use
-asks for.
+open it anew. Here its mode is 0600, no program can be executed from it, and seals keep every holder
+of a descriptor from changing its size, or its contents, more than its use requires.
 
 Source: memfd_create(2), fcntl(2) "File Sealing", Linux Documentation/userspace-api/mfd_noexec.rst
 """
@@ -19,9 +18,9 @@ MODE = 0o600
 """Permissions of every memfd."""
 
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-"""The size stays as it is: no process that maps it faults because another has cut it off."""
+"""The size is fixed: no process that maps it faults because another has truncated it."""
 ALL_SEALS = SIZE_SEALS | fcntl.F_SEAL_WRITE
-"""The contents stay as they are, too."""
+"""The contents are fixed too."""
 
 
 def make_scratch(name: str) -> int:

@@ -1,11 +1,11 @@
 """Guest-physical memory: mapped once, seen by guest-physical address.
 
-It is one shared memfd, which device processes map too; or, where this process does all there is to
-do, private memory in huge pages, which a host gives to nearly everyone: a guest that boots then
-leaves for a fifth of the exits. A memfd gets them only where the operator said so.
+It is one shared memfd, which device processes map too; or, if no other process needs it, private
+memory in huge pages, with which a booting guest has a fifth of the exits. Hosts give huge pages to
+private memory by default, to a memfd only if the operator said so.
 
-RAM lies around the PCI hole: from 0 up to the hole, and from 4 GiB up for the rest. What the
-firmware, E820 or ACPI say about it is not known here.
+RAM lies around the PCI hole: from 0 up to the hole, and from 4 GiB up for the rest. It does not
+know what firmware, E820 or ACPI say about it.
 """
 
 import ctypes
@@ -91,7 +91,7 @@ class GuestMemory:
         self.regions = tuple(regions)
         self.size = offset
         self._attached: list[tuple[int, memoryview]] = []
-        # Nearly every access is to the region at 0, if there is one: it is looked at first.
+        # Nearly every access is to the region at 0, so it is checked first.
         self._low_end = regions[0].end if regions[0].gpa == 0 else 0
         self.fd = -1
         """The memfd; -1 for private memory."""
@@ -115,7 +115,7 @@ class GuestMemory:
             # A huge page of the guest is one of the host if their addresses agree: leave room.
             mapping = mmap.mmap(-1, size + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # a kernel that merges nothing
-                # A guest could tell by the time of a write what another one's page holds.
+                # A guest could learn the contents of another one's page from the time of a write.
                 mapping.madvise(mmap.MADV_UNMERGEABLE)
         else:
             self.fd = make_memory(f"vmm:{name}", size)

@@ -87,7 +87,7 @@ class NewFile:
         except OSError as err:
             if err.errno not in _NO_LINKS:
                 raise
-            # An empty file takes the name, so that nobody else does, and no disk looks like one.
+            # An empty file reserves the name; no disk image is empty.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             os.close(os.open(self._path(), flags, self._mode))
             os.rename(self._temporary, self._path())  # noqa: PTH104 - as above

@@ -118,13 +118,13 @@ class Terminated:
 
 
 class NoHelpNeeded:
-    """The vCPU came out for the caller's sake, not its own: call `run` again."""
+    """The caller, not the guest, made the vCPU exit: call `run` again."""
 
     __slots__ = ()
 
 
 class RunResult(NamedTuple):
-    """Why a vCPU came out."""
+    """Why `run` returned."""
 
     exit: Exit | Terminated | NoHelpNeeded
     """Valid until the vCPU runs again; a read is answered in place."""
@@ -188,7 +188,7 @@ def run(
     intr_pending: bool = False,
     enter: Callable[[Vcpu], Exit] = Vcpu.run,
 ) -> RunResult:
-    """Run a vCPU until it needs help; waits as long as the VM is paused.
+    """Run a vCPU until an exit for the caller; waits as long as the VM is paused.
 
     `inject` is taken first. With `intr_pending` the vCPU comes out, as IrqWindowOpen, once the
     guest can take an interrupt; so does a raised INTR line. `enter` enters the guest, on this
@@ -295,7 +295,7 @@ def info(vmm: Vmm) -> list[VmInfo]:
 
 
 def info_of(vmm: Vmm, vm_id: int) -> VmInfo:
-    """Return what `info` tells of one VM of this table; quicker, because nothing else is looked at.
+    """Return `info`'s entry of one VM of this table; quicker, since it looks at no other.
 
     Raises:
         RefusedError: ENOENT; EPERM.
@@ -413,7 +413,7 @@ def pause(vmm: Vmm, vm_id: int, *, wait: bool = True) -> None:
 def unpause(vmm: Vmm, vm_id: int) -> None:
     """Let the vCPUs of a paused VM run again; nothing happens if it is not paused.
 
-    A guest with a kvmclock is told that it stood still, so that its watchdogs do not bark.
+    A guest with a kvmclock is told that it was paused, so that its watchdogs do not fire.
 
     Raises:
         RefusedError: ENOENT; EPERM.

@@ -1,7 +1,7 @@
 """Scatter lists: a request's data as a sequence of memoryviews of bytes, none of them empty.
 
 A long one in guest memory may be a `Scatter`, which is such a sequence too: the kernel takes it as
-it is, and views of its pieces are made only for who asks.
+it is, and views of its pieces are made on demand.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ class Scatter(Sequence[memoryview]):
         self.size = size
         """Bytes of all pieces together."""
         self.is_writable = is_writable
-        """Whether they are for data that come from a device; else, for such as go to it."""
+        """Whether the device writes them; else it reads them."""
 
     def read_from(self, fd: int, offset: int) -> int:
         """Fill the pieces from a file; returns how many bytes there were.

@@ -1,4 +1,4 @@
-"""Files without a name, for what is written over images that stay as they are."""
+"""Files without a name, for writes over images that stay as they are."""
 
 import os
 

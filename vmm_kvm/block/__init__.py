@@ -1,1 +1,1 @@
-"""Disk images: what a virtual disk's contents are kept in."""
+"""Disk images: files that hold a virtual disk's contents."""

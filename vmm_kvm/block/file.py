@@ -42,7 +42,7 @@ class HostFile:
         # What another process wrote before may not be durable yet.
         self._is_written = True
         self.end = self.size()
-        """From here on, in bytes, nobody has ever written: the file reads as zero."""
+        """Offset from which the file was never written: it reads as zero there."""
 
     def close(self) -> None:
         """Close the descriptor, and with it go its locks; idempotent."""
@@ -108,7 +108,7 @@ class HostFile:
         self._is_written = False
 
     def reserve(self, offset: int, size: int) -> None:
-        """Have room for a range that will be written as a whole; what it reads as is not said.
+        """Allocate room for a range that will be written as a whole; its data are undefined.
 
         Raises:
             OSError: ENOSPC, or an I/O fault.

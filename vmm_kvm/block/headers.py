@@ -1,4 +1,4 @@
-"""How disk images of every format begin: what a raw disk must not come to look like.
+"""First sectors of disk images of every format, which a raw disk must not imitate.
 
 The format of an image is often found out by its first sector, and the guest of a raw disk writes
 that sector. One that wrote another format's header there would have its disk opened as such an
@@ -60,7 +60,8 @@ def image_format(sector: bytes) -> str | None:
 def foreign(name: str, first: bytes, last: bytes) -> str | None:
     """Say in one line why a file is no raw image, if it is plainly something else.
 
-    `first` and `last` are its first and last sector. Only for a file whose format was not said.
+    `first` and `last` are its first and last sector. Only for a file whose format the user did not
+    name.
     """
     for method, signature in _COMPRESSED:
         if first.startswith(signature):

@@ -2,10 +2,10 @@
 
 QEMU's convention, which is stable because its processes of different versions meet on one file:
 open-file-description locks of single bytes, all of them shared. Byte 100 + p says "I use
-permission p", byte 200 + p says "I let nobody else use permission p". Whoever has taken its bytes
-then looks whether another holds an opposite one, and gives way; of two that come at once at least
-one sees the other. (Seen in /proc/locks beside qemu-io 10.0: a writer has 100, 101, 103, 201 and
-203, a reader 100, 201 and 203.)
+permission p", byte 200 + p says "I let nobody else use permission p". A process takes its bytes,
+then checks whether another holds an opposing one, and gives way if so; of two that start at once at
+least one sees the other. (Seen in /proc/locks beside qemu-io 10.0: a writer has 100, 101, 103, 201
+and 203, a reader 100, 201 and 203.)
 
 A lock belongs to the open file description: it goes when the last descriptor of it is closed, in
 whatever process that is, so a descriptor can be locked here and handed to another process.

@@ -1,8 +1,8 @@
 """A raw image as memory: what virtio-pmem shows to a guest.
 
-Reads and writes are the guest's own; the host's kernel moves pages. What another program cuts off
-the file while it is mapped cannot be read any more, and ends whoever does: the lock keeps those
-out that ask for it.
+Reads and writes are the guest's own; the host's kernel moves pages. If another program truncates
+the file while it is mapped, an access beyond the new end kills the process; the lock keeps out
+programs that respect it.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from vmm_kvm.block.locks import lock
 from vmm_kvm.errors import ImageError
 
 ALIGNMENT = 2 * MIB
-"""Bytes that the size has to be a multiple of: Linux takes persistent memory in such pieces."""
+"""The size must be a multiple of this, in bytes: Linux takes persistent memory in such pieces."""
 
 
 class MappedImage:

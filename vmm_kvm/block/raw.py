@@ -31,7 +31,7 @@ class RawImage:
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill all of `buffers`; what lies beyond the end of the disk is zero."""
         over = offset + total(buffers) - self.size
-        if over > 0:  # never what somebody else appended to the file
+        if over > 0:  # never data that another program appended to the file
             inside = max(total(buffers) - over, 0)
             fill_zeros(cut(buffers, inside, over))
             buffers = cut(buffers, 0, inside)

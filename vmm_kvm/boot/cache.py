@@ -7,13 +7,13 @@ file, `<directory>/<stamp>.stamp`, remembers that the image file in the state `s
 inode, size, modification and change time) had this digest, and which state the unpacked file was in
 when its own digest was last checked. While both states are the same, nothing is hashed.
 
-What that trusts: a file whose change time stands still was not written. No program can set the
+This assumes that a file whose change time stands still was not written. No program can set the
 change time, and a stamp is only kept once the image has been left alone for longer than time stamps
 are coarse. When either state differs, the digests decide, and a damaged file is thrown away. The
 directory must belong to the user and be writable by nobody else: this guards against accidents and
 other users, not against the user, who can boot what they like anyhow.
 
-Files appear by rename, so readers and other starts see all of one or nothing. Whatever goes wrong
+Files appear by rename, so readers and other starts see all of one or nothing. If anything is wrong
 with the cache, the kernel is unpacked again.
 """
 

@@ -16,7 +16,7 @@ class Firmware(NamedTuple):
 
     code: str
     variables: str | None = None
-    """What its flash memory holds at first; None for firmware that keeps nothing there."""
+    """Initial contents of its flash memory; None for firmware that keeps nothing there."""
 
 
 # In order of preference. Debian, then other distributions.

@@ -105,7 +105,7 @@ class FileSource:
             BootError: it cannot be read, is not a regular file, or is empty.
         """
         try:
-            # Not to wait for a writer if the path turns out to be a FIFO.
+            # Do not wait for a writer if the path turns out to be a FIFO.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as err:
             raise BootError(f"{path}: {err.strerror}") from err

@@ -1,9 +1,9 @@
 """ACPI fixed hardware: PM1 event and control registers, the power button, the PM timer.
 
 The machine is ACPI-only: SCI_EN is always set, there is no SMI command port and no legacy mode.
-The timer counts 32 bits (the FADT says TMR_VAL_EXT). Its carry is computed when somebody looks;
-a host timer runs only while the guest asked for the carry's interrupt. There is no sleep button
-and no RTC wake-up: their bits can be set and cleared but never come by themselves.
+The timer counts 32 bits (the FADT says TMR_VAL_EXT). Its carry is computed when a register is read;
+a host timer runs only while the guest asked for the carry's interrupt. There is no sleep button and
+no RTC wake-up: their bits can be set and cleared but never come by themselves.
 """
 
 import threading
@@ -155,7 +155,7 @@ class AcpiPm:
         return (self._clock.monotonic_ns() - self._start_ns) * TIMER_HZ // NANOSECONDS
 
     def _collect(self) -> None:
-        """Note carries that happened since somebody last looked."""
+        """Note carries that happened since the last call."""
         carries = self._ticks() // _CARRY_TICKS
         if carries != self._carries:
             self._carries = carries

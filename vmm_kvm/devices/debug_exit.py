@@ -17,7 +17,7 @@ class DebugExit:
     """A debug exit port; a BusDevice of 1, 2 or 4 ports.
 
     `on_exit` is given the value as written, 0 to 2**(8 * size) - 1, with the lock held, on a vCPU
-    thread; it must not wait. What exit status that makes is its decision.
+    thread; it must not wait. It decides the exit status.
     """
 
     __slots__ = ("_on_exit", "lock")

@@ -2,9 +2,9 @@
 
 Guest time is the host's real time plus an offset that changes when the guest sets its clock.
 Nothing ticks: time registers, interrupt flags and UIP are computed when they are read, and a host
-timer runs only while an interrupt is enabled that has not come yet. The periodic rate counts from
-the last divider reset on the monotonic clock, so it does not drift; periods that pass before the
-guest reads register C coalesce.
+timer runs only while an enabled interrupt is still to come. The periodic rate counts from the last
+divider reset on the monotonic clock, so it does not drift; periods that pass before the guest reads
+register C coalesce.
 
 Left out: daylight saving (register B bit 0 is stored), the square-wave output, and oscillators of
 other frequencies than the divider setting says.
@@ -27,7 +27,7 @@ NVRAM_SIZE = 128
 
 
 class Register(IntEnum):
-    """Indices (MC146818 figure 11, and the century where ACPI's FADT says)."""
+    """Indices (MC146818 figure 11; the century where the ACPI FADT says)."""
 
     SECONDS = 0x00
     SECONDS_ALARM = 0x01
@@ -103,7 +103,7 @@ _DIVIDER_PHASE_NS = NANOSECONDS // 2
 _DAY_S = 86_400
 _MINUTE_S = 60
 _HOUR_S = 3_600
-# Years count up to 16665, in BCD that is none: guest time can be that far from the host's.
+# A year can be up to 16665, which BCD cannot show: guest time may be that far from the host's.
 _FAR_NS = 1 << 70
 # Real time can be stepped while a timer for an alarm waits on the monotonic clock.
 _LONGEST_WAIT_NS = 60 * NANOSECONDS
@@ -120,7 +120,7 @@ class Mc146818State(NamedTuple):
 
     selected: Annotated[int, Range(0, NVRAM_SIZE - 1)]
     memory: Annotated[bytes, Length(NVRAM_SIZE, NVRAM_SIZE)]
-    """All 128 bytes; those of the time count only while updates are held."""
+    """All 128 bytes; those of the time are valid only while updates are held."""
     flags: U8
     """Register C without IRQF."""
     offset_ns: Annotated[int, Range(-_FAR_NS, _FAR_NS)]
@@ -379,7 +379,7 @@ class Mc146818:
         return 1 << (rate - 1)
 
     def _collect(self) -> None:
-        """Set the flags of everything that happened since somebody last looked."""
+        """Set the flags of everything that happened since the last call."""
         period = self._period()
         if period:
             periods = self._divider_ticks() // period
@@ -396,7 +396,7 @@ class Mc146818:
                 self._updated_s = now_s
 
     def _update(self) -> None:
-        """Drive the line; while nothing interrupts, wait for what is to interrupt."""
+        """Drive the line; while it is low, set a timer for the next interrupt."""
         enabled = self._memory[Register.B] & _FLAGS
         level = bool(self._flags & enabled)
         if level != self._is_irq_high:

@@ -26,7 +26,7 @@ BLOCK_SIZE = 4096
 BUFFER_SIZE = 64
 """Bytes of one buffered write."""
 BUFFER_COUNT_MAX = 256
-"""Bytes of one that a guest can ask for, in vain."""
+"""Bytes of the largest one that a guest can ask for; it is refused."""
 
 
 class Command(IntEnum):
@@ -90,10 +90,9 @@ class PflashState(NamedTuple):
 class Pflash:
     """A flash chip; a BusDevice of as many bytes as its array.
 
-    `array` is what the machine maps. `set_mapped` is told when reads go straight to it and when
-    they come here; `store` gets (offset, bytes) of what changed, in the order of the changes, and
-    may raise OSError: then it is told again with the next change. Both are called on a vCPU's
-    thread, with the lock held.
+    `array` is what the machine maps. `set_mapped` is told whether reads go straight to it or come
+    here; `store` gets (offset, bytes) of each change, in order, and may raise OSError: then it gets
+    the same change again with the next one. Both are called on a vCPU's thread, with the lock held.
     """
 
     __slots__ = (
@@ -133,7 +132,7 @@ class Pflash:
     # The guest's side; the bus holds the lock
 
     def read(self, offset: int, size: int) -> int:
-        """Read the array, the status, or who the chip is, byte by byte."""
+        """Read the array, the status or the chip's identification, byte by byte."""
         if self._mode is Mode.ARRAY:
             return int.from_bytes(self._array[offset : offset + size], "little")
         return int.from_bytes(bytes(map(self._read_byte, range(offset, offset + size))), "little")
@@ -150,7 +149,7 @@ class Pflash:
                 return self._status
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Take a command, or what belongs to one; a wider write is one byte after another."""
+        """Take a command or its operand; a wider write is one byte after another."""
         for i in range(size):
             self._write_byte(offset + i, value >> (8 * i) & 0xFF)
 

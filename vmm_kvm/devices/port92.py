@@ -1,7 +1,7 @@
 """System control port A, port 0x92: the quick way to reset, and an A20 gate that gates nothing.
 
 KVM never masks address line 20, so the gate's bit is kept for the guest to read, and does nothing.
-Bit 0 resets when it is written as 1 and reads back 0: the machine that would read 1 is gone.
+Writing 1 to bit 0 resets; it reads as 0, since no machine survives to read a 1.
 
 Source: Intel 82371AB §2.2.2.6, "PORT92".
 """
@@ -50,7 +50,7 @@ class Port92:
         return ones if offset else ones & ~0xFF | self._value
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Keep the bits, and reset if that is asked for."""
+        """Keep the bits, and reset if bit 0 is set."""
         if offset != 0 or not size:
             return
         self._value = value & 0xFF & ~int(Control.FAST_INIT)

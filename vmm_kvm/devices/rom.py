@@ -31,7 +31,7 @@ class Rom:
         return RomState(self._gpa, self.memory[:])
 
     def restore(self, state: RomState) -> None:
-        """Have the contents that the guest knows, whatever the host's firmware is by now.
+        """Take the contents that the guest knows, even if the host's firmware has changed since.
 
         Raises:
             StateError: they have another size or place.

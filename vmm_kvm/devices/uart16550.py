@@ -157,11 +157,11 @@ class Uart16550State(NamedTuple):
 class Uart16550:
     """A 16550A; a BusDevice of 8 registers.
 
-    `transmit` takes bytes that the guest sends, `on_receive_room` says that the receive FIFO ran
-    empty, `on_plain` that from now on, as after a reset, a byte written to THR is only sent and LSR
-    reads `PLAIN_LSR`, or that this is over: a byte loops back, sets the divisor or interrupts, or
-    there are received ones. All three and `irq` are called with the lock held, usually on a vCPU
-    thread, and must not wait or call back.
+    `transmit` takes bytes that the guest sends. `on_receive_room` is called when the receive FIFO
+    runs empty. `on_plain` tells whether the UART is plain, as after a reset: a byte written to THR
+    is only sent, and LSR reads `PLAIN_LSR`. It is not plain while bytes loop back, set the divisor
+    or interrupt, or received ones wait. All three and `irq` are called with the lock held, usually
+    on a vCPU thread, and must not wait or call back.
 
     The interrupt line is high while an enabled cause is pending and MCR.OUT2 is set, also in
     loopback, where a PC's gate would see OUT2 released but integrated UARTs interrupt.

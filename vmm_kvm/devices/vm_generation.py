@@ -1,7 +1,7 @@
 """The VM's generation identifier: sixteen random bytes that change when the VM becomes another one.
 
-A guest that was cloned, or went back to a snapshot, has random numbers to come that somebody else
-has too. Its kernel reads the identifier, and mixes it in when an interrupt says that it changed.
+The next random numbers of a guest that was cloned, or restored from a snapshot, are also another
+guest's. Its kernel reads the identifier, and mixes it in when an interrupt says that it changed.
 
 Source: Microsoft, "Virtual Machine Generation ID"; QEMU docs/specs/vmgenid
 """
@@ -45,7 +45,7 @@ class VmGeneration:
         self._irq = irq
 
     def renew(self) -> None:
-        """Have another identifier, and say so; while no vCPU runs."""
+        """Change the identifier and interrupt the guest; while no vCPU runs."""
         self.memory[:SIZE] = self._random(SIZE)
         if self._irq:
             self._irq.set(True)

@@ -32,7 +32,7 @@ _BLOCKS_PER_TABLE_CLUSTER = _CLUSTER_SIZE // 8
 _BLOCK_SIZE = 64 << 10
 _PIECE = 1 << 20
 _REGION = 1 << 30
-"""What is asked of at once: two L2 tables of a qcow2 image."""
+"""Bytes whose zeros are looked up at once: two L2 tables of a qcow2 image."""
 
 
 def create_raw(path: str, size: int) -> None:
@@ -55,7 +55,7 @@ def create_qcow2(
         OSError: it cannot be made, ERANGE because it would be too large; nothing is left of it.
 
     Source: section 19.2 of OpenBSD's behaviour; qcow2 specification. Unlike OpenBSD's, the
-    header names the format of the base, so that nobody has to guess it.
+    header names the format of the base, so that no reader has to guess it.
     """
     with NewFile(path) as new:
         _write_qcow2(new.fd, size, None if base is None else Backing(base, base_format))
@@ -134,8 +134,8 @@ def new_image(path: str, disk_format: Format, size: int) -> Iterator[NewFile]:
 def open_snapshot(path: str, disk_format: Format | None, scratch: int) -> StoredImage:
     """Open the image at `path` so that what is written to it goes to the file at `scratch`.
 
-    That file, which stays the caller's, is empty, or was given here before for the same image: then
-    what was written is there. The image and its bases are locked as for reading.
+    That file, which stays the caller's, is empty, or holds what was written before over the same
+    image. The image and its bases are locked as for reading.
 
     Raises:
         ImageError: a file is missing, in use, of a wrong or unsupported kind, or corrupt.
@@ -162,7 +162,7 @@ def open_overlay(scratch: int, bases: Sequence[Layer], name: str) -> StoredImage
             first, *others = map(_duplicate, bases)
             image = open_image(first.source, first.disk_format, True, name=name, bases=others)
             image.close()
-            # Nobody follows the path: the bases are handed over.
+            # The path is not followed: the bases are handed over.
             _write_qcow2(scratch, image.size, Backing("base", first.disk_format))
         stack.pop_all()
     return open_image(scratch, Format.QCOW2, False, name=name, bases=bases)
@@ -180,7 +180,7 @@ class SourceError(OSError):
 def copy(source: StoredImage, target: StoredImage, advance: Callable[[int], None]) -> None:
     """Copy a disk into a new image, whose disk is as large or larger.
 
-    Blocks of zeros are not written. `advance` is told of each number of bytes that is done.
+    Blocks of zeros are not written. `advance` is called with each number of bytes copied.
 
     Raises:
         SourceError: the disk cannot be read.
@@ -202,7 +202,7 @@ def copy(source: StoredImage, target: StoredImage, advance: Callable[[int], None
 def _pieces(source: StoredImage) -> Iterator[tuple[int, int, bool]]:
     """Yield start and size of the parts of a disk, and whether each is known to be zeros.
 
-    Parts with data have at most `_PIECE` bytes. Whole regions of zeros cost one question each.
+    Parts with data have at most `_PIECE` bytes. Each region of zeros costs one look-up.
 
     Raises:
         SourceError: the disk cannot be read.

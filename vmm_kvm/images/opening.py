@@ -31,7 +31,7 @@ _QCOW2_MAGIC = b"QFI\xfb"
 def probe(data: bytes) -> Format:
     """Tell the format of a file by its first four bytes.
 
-    Only where nobody has said the format: the guest of a raw disk can write any signature.
+    Only if the user has not named the format: the guest of a raw disk can write any signature.
 
     Source: section 2.5 of OpenBSD's behaviour.
     """
@@ -95,7 +95,7 @@ def image_chain(
 
     Nothing is locked. Every layer's format is known in the result. With `open_file`, it is called
     once for each of them in this order, and returns a descriptor for reading, which stays the
-    caller's: what comes of a path is looked at once.
+    caller's: each path is looked up once.
 
     Raises:
         ImageError: a file is missing, of an unsupported kind, or its header is corrupt.
@@ -122,7 +122,7 @@ def _open_file(
         name = name or f"descriptor {source}"
     else:
         name = name or source
-        # Not to wait for a writer if the path turns out to be a FIFO.
+        # Do not wait for a writer if the path turns out to be a FIFO.
         flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             descriptor = os.open(source, flags | (os.O_RDWR if writes else os.O_RDONLY))
@@ -157,7 +157,7 @@ def _header(file: HostFile, disk_format: Format | None) -> "Header | None":
 
 
 def _found_out(file: HostFile) -> Format:
-    """Return the format of a file of which nobody has said it."""
+    """Return the format of a file whose format the user has not named."""
     size = file.size()
     first = bytes(file.read(0, min(size, SECTOR_SIZE)))
     last = bytes(file.read(max(0, size - SECTOR_SIZE), min(size, SECTOR_SIZE)))

@@ -1,7 +1,7 @@
-"""Disk images that become larger, or smaller, in their place.
+"""Growing and shrinking disk images in place.
 
-The header of a qcow2 image changes in one write, before which everything that it tells of is
-durable: an image whose resizing was interrupted has the old size or the new one.
+The header of a qcow2 image changes in one write, after everything that it refers to is durable: an
+interrupted resize leaves the old size or the new one.
 """
 
 import os
@@ -24,7 +24,7 @@ _L1_ENTRY = 8
 def resize(path: str, disk_format: Format, size: int, *, may_shrink: bool = False) -> None:
     """Make the disk in the image at `path` `size` bytes large, a multiple of 512.
 
-    What is added reads as zero. What is cut off is lost, and only with `may_shrink`.
+    Added space reads as zero. Shrinking, which loses data, needs `may_shrink`.
 
     Raises:
         ImageError: the image is in use, no file, corrupt, or cannot have that size.

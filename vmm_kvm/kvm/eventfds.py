@@ -1,6 +1,6 @@
 """Event fds between a guest and its devices: notifications in, message-signalled interrupts out.
 
-With them neither a vCPU's thread nor an exit is on the way of a request. Any thread.
+They take exits and the vCPUs' threads out of a request's path. Any thread.
 
 Locks: `_lock` guards the routing table; a line's route is changed by one thread at a time.
 """
@@ -17,7 +17,7 @@ from vmm_kvm.log import Log
 
 log = Log(__name__)
 
-# What KVM says of a message with an impossible address (EPERM is a bare -1 of its own code).
+# KVM's error for a message with an impossible address (EPERM is a bare -1 of its own code).
 _GUEST_ERRORS = {errno.EPERM, errno.EINVAL}
 
 _ANY_SIZE = 0
@@ -27,7 +27,7 @@ _EDGE = 1
 class KvmMsiLine:
     """A message into the guest, sent by writing an eventfd.
 
-    While it has no message, what is written is counted; the next message is sent once for it.
+    Writes while it has no message are counted; the next message is then sent once for all of them.
     """
 
     __slots__ = ("_eventfds", "_is_bound", "_message", "fd", "gsi")
@@ -41,9 +41,9 @@ class KvmMsiLine:
         self._is_bound = False
 
     def route(self, message: tuple[int, int] | None) -> None:
-        """Send `message`, an address and data, from now on; None holds back what comes.
+        """Send `message`, an address and data, from now on; None holds interrupts back.
 
-        A message that cannot be is the guest's loss.
+        An impossible message is dropped.
 
         Raises:
             KvmError: the VM is closed, or has no more routes.
@@ -69,7 +69,7 @@ class KvmMsiLine:
         os.eventfd_write(self.fd, _EDGE)
 
     def is_pending(self) -> bool:
-        """Tell whether it was written while there was no message; while nothing else reads it."""
+        """Tell whether it was written while it had no message; only this may read it then."""
         try:
             count = os.eventfd_read(self.fd)
         except BlockingIOError:
@@ -78,7 +78,7 @@ class KvmMsiLine:
         return True
 
     def bind_again(self) -> None:
-        """Bind the line, where the VM is another one than before.
+        """Bind the line again, in a VM that replaces the one before.
 
         Raises:
             KvmError: KVM refused.
@@ -145,7 +145,7 @@ class EventFds:
             return line
 
     def bind_again(self) -> None:
-        """Set all routes and bind all lines, where the VM is another one than before.
+        """Set all routes and bind all lines again, in a VM that replaces the one before.
 
         Raises:
             KvmError: KVM refused.
@@ -177,7 +177,7 @@ class EventFds:
             self._messages = routes
 
     def send_msi(self, address: int, data: int) -> None:
-        """Send a message now, without a line; one that cannot be is the guest's loss.
+        """Send a message now, without a line; an impossible one is dropped.
 
         Raises:
             KvmError: the VM is closed.

@@ -1,4 +1,4 @@
-"""Why a vCPU came out of the guest: one class per reason, matched by `match` or isinstance.
+"""Exits of a vCPU from the guest: one class per reason, matched by `match` or isinstance.
 
 Each vCPU has one object of each class, a view of its kvm_run page: its attributes always show the
 latest exit, so they are valid until the vCPU's next `run()`. Nothing is allocated per exit.
@@ -24,7 +24,7 @@ class IoExit(abi.kvm_run.Io):
     count: int
     data_offset: int
     words: memoryview
-    """The same in numbers of 64 bits: all but `data_offset` in the first. Quicker to look at."""
+    """The same in numbers of 64 bits: all but `data_offset` in the first. Quicker to read."""
     views: dict[int, memoryview]
     """The data page as unsigned integers of 1, 2 or 4 bytes, by that size.
 
@@ -194,7 +194,7 @@ class MsrAccess(abi.kvm_run.Msr):
 
 
 class Interrupted:
-    """A signal or `kick()` brought the vCPU out; the last exit's access has been completed."""
+    """A signal or `kick()` ended the run; the last exit's access has been completed."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
 """Which programs run VMs on this host, and how much memory they have, as /proc tells.
 
-A process that holds a descriptor of `anon_inode:kvm-vm` runs VMs. What cannot be read, because the
-process is another user's or has just ended, is left out. Nothing here talks to KVM.
+A process that holds a descriptor of `anon_inode:kvm-vm` runs VMs. Processes that cannot be read,
+because they are another user's or have just ended, are left out. Nothing here talks to KVM.
 """
 
 from collections import Counter
@@ -12,8 +12,8 @@ from typing import NamedTuple
 _VM_LINK = "anon_inode:kvm-vm"
 _VCPU_LINK = "anon_inode:kvm-vcpu"
 _NAME_OPTIONS = ("-name", "--name", "--id")
-# Of a program's mappings those count as guest memory that are at least this part of its largest:
-# RAM may lie in several pieces around a hole, heaps and stacks are much smaller.
+# A mapping counts as guest memory if it is at least this part of the program's largest: RAM may lie
+# in several pieces around a hole; heaps and stacks are much smaller.
 _SMALLEST_PART = 8
 
 
@@ -32,7 +32,7 @@ class HostVm(NamedTuple):
 
 
 def host_vms(proc: Path = Path("/proc"), *, but: int | None = None) -> list[HostVm]:
-    """Return what runs VMs on this host, by process id; process `but` is left out.
+    """Return the programs that run VMs on this host, by process id, without process `but`.
 
     Guest memory is estimated: the largest writable mapping of the process, and every other at
     least an eighth as large, by /proc/pid/smaps. `proc` is a file system laid out like proc(5).

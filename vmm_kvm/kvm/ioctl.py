@@ -100,7 +100,7 @@ def exchange(fd: int, request: int, buffer: "ctypes.Array[ctypes.c_char]") -> in
 def get_bytes(fd: int, request: int, size: int, head: bytes = b"") -> bytes:
     """Perform `request` on a buffer of `size` bytes that begins with `head`; return the buffer.
 
-    For states that are kept as the kernel's own structures: no field is looked at.
+    For states kept as the kernel's own structures, whose fields are not read.
 
     Raises:
         KvmError: the kernel refused.
@@ -137,7 +137,7 @@ def retried_ioctl(fd: int, request: int, argument: int = 0) -> int:
 
 
 enter: Callable[[int, int, int], int] = LIBC["ioctl"]
-"""`enter(fd, request, 0)`: ioctl(2) for KVM_RUN, whose result the caller looks into.
+"""`enter(fd, request, 0)`: ioctl(2) for KVM_RUN, whose result the caller checks.
 
 Returns less than 0 if it failed, also when a signal ended it; `ctypes.get_errno()` says why. No
 argument types are set: all three are passed as C ints, which they fit, and declared types would

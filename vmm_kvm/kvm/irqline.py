@@ -11,8 +11,8 @@ _PIC_INPUTS = 8
 def set_level_triggered(vm: Vm, irqs: Iterable[int]) -> None:
     """Let the PICs take `irqs`, numbers from 0 to 15, by level: lines that devices share.
 
-    As firmware does it by the ELCR ports; without it a second device on a line is not heard while
-    the first still asks.
+    Firmware does it through the ELCR ports; without it a second device on a line cannot interrupt
+    while the first still does.
 
     Raises:
         KvmError: there is no irqchip.
@@ -25,7 +25,7 @@ def set_level_triggered(vm: Vm, irqs: Iterable[int]) -> None:
 
 
 class KvmIrqLine:
-    """An `IrqLine` that drives one GSI of a VM; any thread, and the kernel hears only changes."""
+    """An `IrqLine` that drives one GSI of a VM; any thread. Only changes go to the kernel."""
 
     __slots__ = ("_gsi", "_level", "_lock", "_vm")
 
@@ -37,7 +37,7 @@ class KvmIrqLine:
         self._lock = threading.Lock()  # so that the kernel sees the levels in their order
 
     def drive_again(self) -> None:
-        """Tell the VM the level, where it is another VM than before.
+        """Tell the level to a VM that replaces the one before.
 
         Raises:
             KvmError: the VM has no irqchip, or is closed.

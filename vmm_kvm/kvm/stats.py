@@ -1,4 +1,4 @@
-"""What KVM itself counts of vCPUs: the exits, by their reasons.
+"""KVM's own counters of vCPUs: exits by reason.
 
 Source: Linux Documentation/virt/kvm/api.rst, 4.133 KVM_GET_STATS_FD; include/uapi/linux/kvm.h.
 """
@@ -26,7 +26,7 @@ _REASONS = {
     "signal_exits": "signal",
     "hypercalls": "hypercall",
 }
-"""KVM's names of counters, of x86, and what the reason is called here."""
+"""KVM's counters on x86, and this program's names for the reasons."""
 
 
 class ExitCounts:
@@ -75,7 +75,7 @@ class ExitCounts:
     def read(self) -> dict[str, int]:
         """Return how often the guest was left since its start, by reason; empty if unknown.
 
-        `other` is what no reason of these accounts for. A counter can be ahead of the sum.
+        `other` counts exits for any other reason. A counter can be ahead of the sum.
         """
         if not self._fds or not self._offsets:
             return {}

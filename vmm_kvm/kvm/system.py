@@ -1,4 +1,4 @@
-"""/dev/kvm itself: its version, what it can do, and new VMs."""
+"""/dev/kvm itself: its version, its capabilities, and new VMs."""
 
 import ctypes
 import grp
@@ -109,7 +109,7 @@ class Kvm:
         return self.check_extension(abi.KVM_CAP_COALESCED_PIO) > 0
 
     def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
-        """Return every CPUID leaf that KVM can give to a guest on this host; it is asked once.
+        """Return every CPUID leaf that KVM can give to a guest on this host; KVM is asked once.
 
         The TSC-deadline bit is added where KVM has that timer: the kernel leaves it out because
         it works only with the kernel's own local APICs, which this project always uses.

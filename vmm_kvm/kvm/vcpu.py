@@ -6,8 +6,8 @@ returns Interrupted: it first sets `immediate_exit`, which the kernel looks at w
 then signals the vCPU's thread, which ends a KVM_RUN that has looked already. The thread is known
 before it first enters the kernel, so whatever moment the kick falls into, one of the two works. A
 signal that comes late finds the thread outside KVM_RUN and does nothing, because its handler does
-nothing. The vCPU's thread clears `immediate_exit` before it looks at what the kicker wants: what
-is asked before that is seen, and what is asked later kicks again.
+nothing. The vCPU's thread clears `immediate_exit` before it looks at what the kicker wants: a
+request made before that is seen, and a later one kicks again.
 
 The one lock, that of the coalesced ring, belongs to the VM, whose vCPUs share the ring. A device's
 lock may be taken while it is held, never the other way round.
@@ -145,7 +145,7 @@ class Vcpu(VcpuState):
             self._lay_out(memoryview(bytearray(2 * PAGE_SIZE)), None)  # so that kick() stays safe
 
     def take_over(self, new: "Vcpu") -> None:
-        """Be `new` from now on, under this one's descriptor and addresses; closes `new`.
+        """Become `new`, under this one's descriptor and addresses; closes `new`.
 
         In a forked child, to which the kernel refuses the parent's vCPU. Every view of the old
         mapping shows the new one.
@@ -167,7 +167,7 @@ class Vcpu(VcpuState):
     # Running
 
     def run(self) -> Exit:
-        """Run the guest until it needs help, and return why.
+        """Run the guest until its next exit, and return that.
 
         The object returned is valid until the next call. An access that the last exit described is
         completed first, so its answer must be in place.
@@ -187,7 +187,7 @@ class Vcpu(VcpuState):
             return self._exits.find(self._reason[0])
 
     def latest_exit(self) -> Exit:
-        """Return why the guest came out last; for callers that enter it without `run()`."""
+        """Return the latest exit; for callers that enter the guest without `run()`."""
         return self._exits.find(self._reason[0])
 
     def bind_thread(self) -> None:
@@ -199,7 +199,7 @@ class Vcpu(VcpuState):
 
     def _not_entered(self) -> Exit:
         while (errno := ctypes.get_errno()) == EAGAIN:
-            # A start-up IPI has just come: now there is something to run.
+            # A start-up IPI has just arrived: the vCPU can run now.
             if enter(self.fd, _RUN, 0) >= 0:
                 return self._exits.find(self._reason[0])
         if errno == EINTR:

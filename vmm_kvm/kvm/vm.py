@@ -1,6 +1,6 @@
 """A VM as KVM knows it: memory slots, interrupt controllers, timers, event fds, vCPUs.
 
-What the memory holds, what the devices do and which address is whose is not known here.
+It knows nothing of the memory's contents, the devices, or the owners of addresses.
 
 Every method may be called from any thread of the process that made the VM; the kernel refuses
 other processes. Set the memory slots before `create_irqchip`: 0.07 ms against 7.4 ms.
@@ -75,7 +75,7 @@ class Vm:
             os.close(fd)
 
     def take_over(self, new: "Vm") -> None:
-        """Be `new` from now on, under the descriptor that this one had; closes `new`'s.
+        """Become `new`, under this one's descriptor; closes `new`'s.
 
         In a forked child, to which the kernel refuses the parent's VM.
 
@@ -92,7 +92,7 @@ class Vm:
         self.close()
 
     def check_extension(self, capability: int) -> int:
-        """Return what `capability` is worth for this very VM; see `Kvm.check_extension`.
+        """Return the value of `capability` for this VM; see `Kvm.check_extension`.
 
         Raises:
             KvmError: the VM is closed.
@@ -298,7 +298,7 @@ class Vm:
         ioctl(self.fd, abi.KVM_IRQ_LINE, abi.kvm_irq_level(irq=gsi, level=level))
 
     def irq_line_status(self, gsi: int, level: int) -> int:
-        """Drive the line and tell what became of it.
+        """Drive the line and tell whether the interrupt was delivered.
 
         Returns 0 if it was coalesced with a pending one or masked, else how many processors got it.
 
@@ -363,7 +363,7 @@ class Vm:
         ioctl(self.fd, abi.KVM_IRQFD, irqfd)
 
     def remove_irqfd(self, eventfd: int, gsi: int) -> None:
-        """Undo `irqfd`; when this returns no more interrupts come of it.
+        """Undo `irqfd`; after this returns it raises no more interrupts.
 
         Raises:
             KvmError: not an eventfd.

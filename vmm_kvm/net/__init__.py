@@ -1,1 +1,1 @@
-"""Networks, as a VM's devices see them: Ethernet frames, taps, what an interface is made of."""
+"""Networks, as a VM's devices see them: Ethernet frames, taps, the parts of an interface."""

@@ -1,4 +1,4 @@
-"""The DHCP and BOOTP server of local interfaces: what it makes of one frame, bytes to bytes.
+"""The DHCP and BOOTP server of local interfaces: from one frame to its answer, bytes to bytes.
 
 Each interface has one client and one address for it, so nothing is remembered and no lease ends.
 
@@ -17,7 +17,7 @@ PAYLOAD_MIN = 300
 """Bytes of a BOOTP message at least: RFC 951's size."""
 LEASE_FOREVER = 0xFFFF_FFFF
 BOOT_FILE = b"auto_install"
-"""What a guest that boots from the network is told to load, as OpenBSD's vmd does."""
+"""The file that a guest which boots from the network is told to load, as in OpenBSD's vmd."""
 MAGIC = b"\x63\x82\x53\x63"
 
 # op htype hlen hops xid secs flags ciaddr yiaddr siaddr giaddr chaddr sname file
@@ -61,7 +61,7 @@ class MessageType(IntEnum):
 
 
 class Lease(NamedTuple):
-    """What the one client of an interface is told."""
+    """The lease of an interface's one client."""
 
     guest_lladdr: bytes
     host_lladdr: bytes
@@ -99,7 +99,7 @@ def answer(frame: bytes, lease: Lease, *, is_summed: bool = True) -> bytes | Non
 
 
 def parse_request(frame: bytes, lease: Lease, *, is_summed: bool = True) -> Request | None:
-    """Return what the frame asks, if it is a request that is to be answered.
+    """Return the request in the frame, if it is one to answer.
 
     OpenBSD passes over frames of less than 314 bytes: small clients of Linux send such.
     """
@@ -192,8 +192,8 @@ def _reply(request: Request, lease: Lease) -> bytes | None:
 def _reply_type(request: Request, lease: Lease) -> MessageType | None:
     """Return the kind of the answer; None for BOOTP, and for what has no answer.
 
-    OpenBSD refuses all that it does not know; a DECLINE or RELEASE wants no answer, and an INFORM
-    one without a lease, which a guest with another address would misunderstand.
+    OpenBSD refuses every kind that it does not know; a DECLINE or RELEASE wants no answer, and an
+    INFORM one without a lease, which a guest with another address would misunderstand.
     """
     match request.message_type:
         case MessageType.DISCOVER:

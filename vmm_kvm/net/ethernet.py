@@ -1,4 +1,4 @@
-"""Ethernet frames, as far as they are looked at: who sends, who is meant, and which VLAN. Pure.
+"""Ethernet headers: source, destination and VLAN. Pure.
 
 Source: IEEE 802.3 §3.2, 802.1Q §9.6; virtio 1.2 §5.1.6.5
 """
@@ -10,7 +10,7 @@ ADDRESS_SIZE = 6
 HEADER_SIZE = 14
 BROADCAST = b"\xff" * ADDRESS_SIZE
 HEAD_SIZE = HEADER_SIZE + 4
-"""Bytes that a filter looks at: the header, with a VLAN tag."""
+"""Bytes that a filter reads: the header, with a VLAN tag."""
 
 _WRITTEN = re.compile(r"[0-9a-fA-F]{1,2}(?::[0-9a-fA-F]{1,2}){5}")
 _GROUP = 1  # of the first byte
@@ -29,7 +29,7 @@ def parse_lladdr(written: str) -> bytes:
     """Return the address of a station that is written as six parts of one or two hex digits.
 
     Raises:
-        ValueError: it is written otherwise, or is that of a group, or zero: no station has it.
+        ValueError: it is written otherwise, or is multicast or zero, which no station has.
     """
     if not _WRITTEN.fullmatch(written):
         raise ValueError(f"not an address: {written}")
@@ -82,5 +82,5 @@ class Filter(NamedTuple):
 
 
 def locked_filter(lladdr: bytes) -> Filter:
-    """Return what may reach a guest whose address is locked: its own frames, and all groups'."""
+    """Return the filter of a guest whose address is locked: its own frames, and all multicast."""
     return Filter(lladdr, is_promiscuous=False, has_all_group=True)

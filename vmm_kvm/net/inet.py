@@ -1,4 +1,4 @@
-"""What IPv4, IPv6 and UDP have in common: the checksum, and frames with a datagram in them.
+"""Shared by IPv4, IPv6 and UDP: the checksum, and frames with a datagram in them.
 
 Source: RFC 791, RFC 768, RFC 8200, RFC 1071.
 """
@@ -17,7 +17,7 @@ _FRAGMENT = 0x3FFF  # more fragments, and the offset
 
 
 class Udp(NamedTuple):
-    """A UDP datagram over IPv4, and who sent it to whom."""
+    """A UDP datagram over IPv4, with its source and destination."""
 
     destination_lladdr: bytes
     source_lladdr: bytes
@@ -97,5 +97,5 @@ def _pseudo4(source: bytes, destination: bytes, length: int) -> bytes:
 
 
 def pseudo6(source: bytes, destination: bytes, length: int, protocol: int) -> bytes:
-    """Return what a checksum over IPv6 covers besides the packet. Source: RFC 8200 §8.1."""
+    """Return the pseudo-header that a checksum over IPv6 covers. Source: RFC 8200 §8.1."""
     return source + destination + struct.pack(">II", length, protocol)

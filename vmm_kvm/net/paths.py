@@ -1,20 +1,20 @@
-"""The ways that frames of a guest's network interface can go, and what each is made of.
+"""The paths that frames of a guest's network interface can take, and the parts of each.
 
-Everything is open already: whoever made taps and opened /dev/vhost-net hands descriptors on, so
-that a VM needs no privilege to have a network.
+Everything is open already: the process that made the taps and opened /dev/vhost-net passes
+descriptors on, so that a VM needs no privilege to have a network.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # most machines have no use for sockets, which take milliseconds to load
+if TYPE_CHECKING:  # most machines need no sockets, which take milliseconds to load
     import socket
 
 
 class VhostPath(NamedTuple):
     """The kernel moves frames between the guest and taps (vhost-net); no process sees them.
 
-    Who may send from which address has to be enforced on the tap.
+    Source addresses have to be enforced on the tap.
     """
 
     taps: tuple[int, ...]
@@ -45,12 +45,12 @@ class Traffic:
 class StreamPath(NamedTuple):
     """The same, with frames on a stream socket, each after its length in 32 bits, big-endian.
 
-    passt(1) and QEMU's `-netdev stream` speak so.
+    passt(1) and QEMU's `-netdev stream` use this format.
     """
 
     fd: int
     traffic: Traffic
-    """Where what goes through is counted, by one machine after another; no kernel does it."""
+    """Counts the traffic, across the machines that use it in turn; no kernel counts it."""
 
 
 class RemotePath(NamedTuple):
@@ -61,7 +61,7 @@ class RemotePath(NamedTuple):
     is_ours: bool
     """Whether the server is our own, which also serves the control queue and knows the address."""
     pairs: int = 1
-    """Queue pairs that a server which is not ours has to have, 1 to 16."""
+    """Queue pairs that a server other than ours must have, 1 to 16."""
 
 
 Path = VhostPath | TapPath | StreamPath | RemotePath

@@ -1,4 +1,4 @@
-"""Router advertisements of IPv6: what asks for one, and what it says; bytes to bytes.
+"""IPv6 router solicitations and advertisements, bytes to bytes.
 
 Source: RFC 4861 §4.1, §4.2 and §6.2; RFC 8106 §5.1.
 """
@@ -9,9 +9,9 @@ from typing import NamedTuple
 from vmm_kvm.net.inet import ETHERNET, ETHERTYPE_IPV6, PROTOCOL_ICMPV6, checksum, pseudo6
 
 ROUTER_LIFETIME_S = 1800
-"""How long a guest takes the host for its router after an advertisement."""
+"""How long the host stays a guest's router after an advertisement."""
 INTERVAL_S = 300
-"""Between two advertisements that nobody asked for."""
+"""Interval of unsolicited advertisements."""
 
 _IPV6 = struct.Struct(">IHBB16s16s")
 _ROUTER_SOLICITATION, _ROUTER_ADVERTISEMENT = 133, 134
@@ -27,7 +27,7 @@ _FOREVER = 0xFFFF_FFFF
 
 
 class Router(NamedTuple):
-    """What the host says of itself on a local interface."""
+    """What the host advertises on a local interface."""
 
     lladdr: bytes
     link_local: bytes
@@ -52,8 +52,8 @@ def link_local(lladdr: bytes) -> bytes:
 def is_solicitation(frame: bytes, guest_lladdr: bytes) -> bool:
     """Tell whether a guest asks for an advertisement.
 
-    Source: RFC 4861 §6.1.1. The checksum may be left to hardware that there is not, and is not
-    looked at: what is answered says nothing that is not said every few minutes anyway.
+    Source: RFC 4861 §6.1.1. The checksum is not checked, since it may be left to hardware that does
+    not exist: the answer is one that is also sent every few minutes.
     """
     if len(frame) < ETHERNET.size + _IPV6.size + _SOLICITATION_SIZE:
         return False
@@ -73,7 +73,7 @@ def is_solicitation(frame: bytes, guest_lladdr: bytes) -> bool:
 
 
 def advertisement(router: Router, *, lifetime_s: int = ROUTER_LIFETIME_S) -> bytes:
-    """Return the frame that tells all on the link of the router; with 0 s, that it is none."""
+    """Return the frame that advertises the router to all on the link; with 0 s, withdraws it."""
     lifetime = min(lifetime_s, 0xFFFF)
     body = struct.pack(">BBHBBHII", _ROUTER_ADVERTISEMENT, 0, 0, 64, 0, lifetime, 0, 0)
     body += bytes([_SOURCE_LLADDR, 1]) + router.lladdr

@@ -1,4 +1,4 @@
-"""Frames on a stream socket, each after its length: how passt(1) is spoken with.
+"""Frames on a stream socket, each after its length, as passt(1) takes them.
 
 There are no headers and no offloads: a frame is what would be on a wire. A socket that takes no
 more loses frames, as a wire would, but never a part of one.
@@ -25,7 +25,7 @@ class Stream:
     """One connection; its descriptor stays the caller's. One thread."""
 
     has_filter = False
-    """What is not wanted has to be dropped by whoever receives."""
+    """The receiver has to drop unwanted frames."""
     offloads = 0
 
     def __init__(self, fd: int, name: str, traffic: Traffic) -> None:

@@ -27,12 +27,12 @@ _NEEDED = abi.IFF_TAP | abi.IFF_NO_PI | abi.IFF_VNET_HDR
 class Tap:
     """A tap whose queues are open, one descriptor each; they stay the caller's.
 
-    One thread, save for the ways that the kernel has: while vhost-net serves a queue, nobody else
-    reads or writes it.
+    One thread, apart from the kernel: while vhost-net serves a queue, nothing else reads or writes
+    it.
     """
 
     has_filter = True
-    """The kernel looks at who is meant; nobody else has to."""
+    """The kernel filters by destination; the device need not."""
 
     def __init__(self, fds: Sequence[int], name: str) -> None:
         """Prepare the queues: no waiting, headers of 12 bytes, no offload; `name` is for messages.
@@ -47,7 +47,7 @@ class Tap:
             os.set_blocking(fd, False)
             fcntl.ioctl(fd, abi.TUNSETVNETHDRSZ, struct.pack("<i", HEADER_SIZE))
         self.offloads = _possible(self.fds[0])
-        """What frames to us may be like (TUN_F_*): those that this kernel knows."""
+        """Offloads that frames to us may use (TUN_F_*), of those that this kernel knows."""
         self.set_offloads(0)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """/dev/vhost-net: a thread of the kernel that serves the rings of a queue pair.
 
 The kernel reads and writes this process's memory at the addresses that it is told, and checks that
-they lie in it; what it does with a ring that the guest broke is to tell the error descriptor.
+they lie in it; it reports a ring that the guest broke through the error descriptor.
 
 Source: Linux include/uapi/linux/vhost.h, drivers/vhost/{vhost,net}.c
 """

@@ -1,1 +1,1 @@
-"""PCI: configuration space, the host bridge, and what a function is made of."""
+"""PCI: configuration space, the host bridge, and the parts of a function."""

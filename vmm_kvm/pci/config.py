@@ -1,7 +1,7 @@
 """A PCI function: its type 0 configuration space, its BARs, its capabilities, its INTx pin.
 
-What of a register the guest may change is a mask per byte, so read-only fields are protected and
-the sizing protocol of BARs needs no code. Where a BAR is decoded is `host`'s affair.
+A mask per byte says which bits the guest may change, so read-only fields are protected and the
+sizing protocol of BARs needs no code. `host` decides where a BAR is decoded.
 
 Locks: the configuration space is guarded by the lock of the host that the function is added to.
 `_intx_lock` guards the pin alone, is innermost, and is held only while the line is set.
@@ -65,7 +65,7 @@ class Bar(NamedTuple):
 
 
 class Capability(NamedTuple):
-    """A capability, or registers outside of the list: where, and who wants to know of accesses."""
+    """A capability, or registers outside of the list: place, and callbacks of accesses."""
 
     offset: int
     size: int
@@ -360,7 +360,7 @@ class PciFunction:
     # Snapshots; the host holds its lock
 
     def reset(self) -> None:
-        """Return to the state before anybody configured it; the pin is deasserted.
+        """Return to the unconfigured state; the pin is deasserted.
 
         BARs and the command register are cleared, so the host has to decode anew.
         """

@@ -171,7 +171,7 @@ class PciHost:
             bars = [
                 (function, bar) for function in self._functions.values() for bar in function.bars
             ]
-            # The largest first: then nothing is lost to alignment.
+            # Largest first, so that alignment wastes nothing.
             for function, bar in sorted(bars, key=lambda pair: -pair[1].size):
                 if bar.kind is BarKind.IO:
                     address = io.allocate(bar.size)
@@ -259,7 +259,7 @@ class PciHost:
     # Decoding
 
     def _decode(self) -> None:
-        """Make the buses agree with what the command registers and BARs say."""
+        """Update the buses from the command registers and BARs."""
         wanted = dict(self._wanted())
         for key, decoded in list(self._decoded.items()):
             if wanted.get(key) != decoded:
@@ -303,7 +303,7 @@ class PciHost:
     # The outside; these take the lock
 
     def reset(self) -> None:
-        """Return every function to the state before anybody configured it; no BAR is decoded."""
+        """Return every function to the unconfigured state; no BAR is decoded."""
         with self.lock:
             self._address = self._reset_control = 0
             for slot, function in self._functions.items():

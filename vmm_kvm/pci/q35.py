@@ -1,8 +1,8 @@
-"""What UEFI firmware wants of a chipset before it believes in a machine: Intel's Q35 and ICH9.
+"""The parts of Intel's Q35 and ICH9 that UEFI firmware needs to recognise the machine.
 
-OVMF knows a few host bridges and stops at any other. This one has the IDs, the register that says
-where ECAM lies, and an ISA bridge that says where power management is and behind which OVMF looks
-for a serial port. Nothing else of the chips is here, and drivers that look for it are told so.
+OVMF knows a few host bridges and stops at any other. This one has the IDs, the register with ECAM's
+address, and an ISA bridge, which has the address of power management and behind which OVMF looks
+for a serial port. Nothing else of the chips is here; drivers that look for it find it absent.
 
 Source: Intel 3 Series datasheet (316966) §5; ICH9 datasheet (316972) §13; EDK II OvmfPkg
 """
@@ -35,12 +35,12 @@ _ACPI_ENABLE = 1 << 7
 
 
 class MovableWindow:
-    """A device on a bus whose place the guest chooses, or that is nowhere."""
+    """A device on a bus, at a place that the guest chooses, or at none."""
 
     __slots__ = ("_base", "_bus", "_size", "device")
 
     def __init__(self, bus: Bus, size: int) -> None:
-        """Begin nowhere; `size` is in addresses."""
+        """Begin without a place; `size` is in addresses."""
         self._bus = bus
         self._size = size
         self.device: BusDevice | None = None
@@ -48,7 +48,7 @@ class MovableWindow:
         self._base: int | None = None
 
     def move(self, base: int | None) -> None:
-        """Put the device at `base`; where something else is already, it is nowhere."""
+        """Put the device at `base`; if the range is taken, at no place."""
         if base == self._base:
             return
         if self._base is not None:
@@ -67,8 +67,7 @@ class MovableWindow:
 def host_bridge(on_ecam: Callable[[int | None], None]) -> PciFunction:
     """Return the host bridge.
 
-    `on_ecam` is told where the guest wants ECAM, or None for nowhere, with the PCI host's lock
-    held.
+    `on_ecam` is called with ECAM's new address, or None for none, with the PCI host's lock held.
     """
     function = PciFunction(
         vendor_id=VENDOR_INTEL, device_id=_DEVICE_MCH, class_code=CLASS_HOST_BRIDGE

@@ -1,1 +1,1 @@
-"""SCSI targets: from a command descriptor block to what the device answers, in bytes."""
+"""SCSI targets: from a command descriptor block to the device's answer, in bytes."""

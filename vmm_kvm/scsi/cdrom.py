@@ -1,8 +1,8 @@
 """A CD-ROM drive: commands in, answers out.
 
 It knows the size of its medium, not its contents: a command that reads is answered with the extent
-to read, which goes straight into the guest's buffers. What Linux, OpenBSD, SeaBIOS, OVMF, GRUB and
-isolinux ask for is here; for the rest there is sense data.
+to read, which goes straight into the guest's buffers. It has the commands that Linux, OpenBSD,
+SeaBIOS, OVMF, GRUB and isolinux use, and answers others with sense data.
 """
 
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from vmm_kvm.state import U8, U64
 DEVICE_TYPE = 0x05
 """CD/DVD (SPC-4 table 142)."""
 CDB_SIZE_MAX = 16
-"""Bytes of a command that are looked at."""
+"""Bytes of a command that are read."""
 
 IDENTITY = Identity("OpenBSD", "VMM CD-ROM", "001", "vmm-cd0")
 """As vmd(8) has it, which has no serial number."""
@@ -29,7 +29,7 @@ _NEEDS_MEDIUM = frozenset(
         *(Opcode.READ_TOC, Opcode.READ_DISC_INFORMATION),
     }
 )
-# Executed even while the drive has something to say first (SAM-5 §5.14; MMC-5 §6.7 for events).
+# Executed even while a unit attention is pending (SAM-5 §5.14; MMC-5 §6.7 for events).
 _IGNORES_ATTENTION = frozenset(
     {
         *(Opcode.INQUIRY, Opcode.REPORT_LUNS, Opcode.REQUEST_SENSE),
@@ -47,15 +47,15 @@ class CdRomState(NamedTuple):
     is_locked: bool
     event: MediaEvent
     attention: tuple[U8, U8, U8] | None
-    """Sense key, additional code and qualifier that the next command is told."""
+    """Sense key, additional code and qualifier for the next command."""
     version: Literal[1] = 1
 
 
 class CdRom:
     """A drive with a tray; not thread-safe.
 
-    The guest may open the tray and close it again: the medium is back then, and the drive says that
-    it may be another one.
+    The guest may open the tray and close it again: the medium is back then, and the drive reports
+    that it may have changed.
 
     Source: MMC-5; SPC-4; OpenBSD vmd/vioscsi.c
     """
@@ -83,7 +83,7 @@ class CdRom:
     def execute(self, cdb: bytes) -> Outcome:
         """Execute a command; `cdb` is a command descriptor block, zeros behind its end.
 
-        Any bytes are answered: what cannot be done with a Check.
+        Every command is answered, an impossible one with a Check.
         """
         cdb = cdb[:CDB_SIZE_MAX].ljust(CDB_SIZE_MAX, b"\0")
         opcode = cdb[0]

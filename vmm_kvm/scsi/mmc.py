@@ -1,4 +1,4 @@
-"""What is said of a CD or DVD: contents, features, events, and the drive's mode pages.
+"""Descriptions of a CD or DVD: contents, features, events, and the drive's mode pages.
 
 The medium is data in one session and one track, as an ISO image is. Addresses are in blocks of
 2048 bytes; MSF is minutes, seconds and frames of a CD, with its lead-in of two seconds.
@@ -41,7 +41,7 @@ _CLASS_MEDIA = 4
 
 
 class Profile(IntEnum):
-    """What a medium is (MMC-5 table 90)."""
+    """Kinds of media (MMC-5 table 90)."""
 
     NONE = 0x0000
     CD_ROM = 0x0008
@@ -57,7 +57,7 @@ class MediaEvent(IntEnum):
 
 
 def profile(blocks: int) -> Profile:
-    """Return what a medium of so many blocks is; 0 means that there is none."""
+    """Return the kind of a medium of so many blocks; 0 means that there is none."""
     if not blocks:
         return Profile.NONE
     return Profile.CD_ROM if blocks <= _CD_BLOCKS_MAX else Profile.DVD_ROM

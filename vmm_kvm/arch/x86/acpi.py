@@ -95,7 +95,7 @@ class AcpiConfig(NamedTuple):
     memory_end: int = 0
     """The first guest-physical address behind RAM: 64-bit BARs go above it."""
     is_q35: bool = False
-    """Whether UEFI firmware arranges devices: BARs from 2 GiB on, ECAM where nobody knows yet."""
+    """Whether UEFI firmware places devices: BARs from 2 GiB up, and ECAM where it chooses."""
 
     @property
     def mmio64_start(self) -> int:
@@ -126,7 +126,7 @@ def build_tables(config: AcpiConfig, base: int = BIOS_AREA_START) -> AcpiTables:
     return _build(config.cpus, config.mmio64_start, config.is_q35, base)
 
 
-# Processes are forked from one that has made machines, and need not do again what is alike for all.
+# VM processes are forked from one that has made machines, and inherit what is the same for all.
 @lru_cache(_REMEMBERED)
 def _build(cpus: int, mmio64_start: int, is_q35: bool, base: int) -> AcpiTables:
     layout = _Layout(base)
@@ -156,7 +156,7 @@ def _build(cpus: int, mmio64_start: int, is_q35: bool, base: int) -> AcpiTables:
 
 
 class _Layout:
-    """Tables put one behind the other, with note of what depends on where they are."""
+    """Consecutive tables, and a record of the fields that depend on their addresses."""
 
     def __init__(self, base: int) -> None:
         self._base = base
@@ -330,7 +330,7 @@ def loader_files(tables: AcpiTables) -> Mapping[str, bytes]:
             _ADD_POINTER.pack(_COMMAND_ADD_POINTER, name, _TABLES_FILE.encode(), at, size)
         )
     for offset, start, size in tables.checksums:
-        # Firmware subtracts what the sum then is, so it starts from a byte of zero.
+        # Firmware subtracts the sum from the checksum byte, which must be zero before.
         blob[offset] = 0
         name, at = file_of(offset)
         script.append(_ADD_CHECKSUM.pack(_COMMAND_ADD_CHECKSUM, name, at, file_of(start)[1], size))

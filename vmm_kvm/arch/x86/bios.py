@@ -17,8 +17,8 @@ from vmm_kvm.limits import FIRMWARE_MAX
 from vmm_kvm.memory import GuestMemory
 
 _RESET_VECTOR_SIZE = 16
-# What firmware begins with: far, near and short jumps, also with an operand size prefix; nop, cli,
-# cld, wbinvd, invd; mov %cr0, %eax, as OVMF's X64 builds do.
+# Instructions that firmware begins with: far, near and short jumps, also with an operand size
+# prefix; nop, cli, cld, wbinvd, invd; mov %cr0, %eax, as OVMF's X64 builds do.
 _FIRST_INSTRUCTIONS = (
     b"\xea", b"\xe9", b"\xeb", b"\x66\xea", b"\x66\xe9", b"\x90", b"\xfa", b"\xfc", b"\x0f\x09",
     b"\x0f\x08", b"\x0f\x20\xc0",
@@ -49,7 +49,7 @@ class FirmwareImage(NamedTuple):
 
 
 def probe_firmware(source: Source) -> FirmwareImage:
-    """Read an image that is nothing else; it must have code at the reset vector.
+    """Read an image of no other known format; it must have code at the reset vector.
 
     Raises:
         BootError: it has not, or is too large.

@@ -69,7 +69,7 @@ def refuse(
     initrd: bool = False,
     modules: bool = False,
 ) -> None:
-    """Refuse those options that an image of this kind cannot use; True names what to refuse.
+    """Refuse options that this kind of image cannot use; True marks each one to refuse.
 
     Raises:
         BootError: one of them is set.

@@ -1,7 +1,7 @@
-"""The hot path of the whole machine: enter the guest, serve the access it came out for, again.
+"""The hot path of the whole machine: enter the guest, serve the access that it exited for, repeat.
 
-After an exit the processor's caches and predictions are cold, so what counts is how little is
-touched: an access takes one look at the reason, one at its description, and one in a table that
+After an exit the processor's caches and predictors are cold, so the cost depends on how little
+memory is touched: an access reads the exit reason, its description, and one entry of a table that
 leads to the device's method. Nothing is allocated. The buses empty those tables when their ranges
 change.
 """
@@ -36,7 +36,7 @@ _KNOWN_ACCESSES = 4096
 
 
 class Collected(Protocol):
-    """What becomes of the writes that KVM collects."""
+    """Handles the writes that KVM collects."""
 
     early_read: list[int]
     """The first of `IoExit.words` of a byte's IN that need not wait for them, or 0; its answer."""
@@ -46,10 +46,10 @@ class Collected(Protocol):
 
 
 def dispatch(vcpu: Vcpu, pio: Bus, mmio: Bus, collected: Collected | None = None) -> Exit:
-    """Run `vcpu` and serve its accesses until it comes out for something else; returns that exit.
+    """Run `vcpu` and serve its accesses until an exit of another kind; return that exit.
 
-    Called on the thread that the vCPU is bound to. What KVM has collected is drained before an
-    exit is served, but for `Collected.early_read`.
+    Called on the thread that the vCPU is bound to. Collected writes take effect before an exit is
+    served, except for `Collected.early_read`.
 
     Raises:
         KvmError: KVM_RUN failed.

@@ -126,7 +126,7 @@ def _pci_host(mmio64_start: int, windows: Sequence[tuple[int, int]]) -> bytes:
 
 
 def _osc() -> bytes:
-    """Give the operating system control of all that it asks for: nobody else wants it."""
+    """Grant the operating system all features that it asks for: firmware uses none of them."""
     capabilities = aml.name_string("CDW1")
     return aml.method(
         "_OSC",
@@ -142,7 +142,7 @@ def _osc() -> bytes:
 def _routing(lines: Sequence[int]) -> bytes:
     """Return the routing table: (slot, pin, no link device, GSI) for all slots and pins."""
     none = aml.integer(0)
-    # All but the slot repeats every few slots: to encode it once takes a third of the time.
+    # All but the slot number repeats every few slots: encode it once, in a third of the time.
     rest = [[aml.integer(pin) + none + aml.integer(line) for line in lines] for pin in range(PINS)]
     entries = []
     for slot in range(_PCI_SLOTS):

@@ -76,7 +76,7 @@ def encode(entries: Iterable[E820Entry]) -> bytes:
 
 
 def _reserved() -> tuple[E820Entry, ...]:
-    """Return what no RAM covers but nothing else may claim: ECAM and KVM's own four pages."""
+    """Return ranges outside RAM that nothing else may use: ECAM and KVM's own four pages."""
     kvm_pages = TSS_ADDRESS + 3 * PAGE_SIZE - IDENTITY_MAP_ADDRESS
     return (
         E820Entry(ECAM_START, ECAM_SIZE, E820Type.RESERVED),

@@ -49,7 +49,7 @@ __all__ = [
 
 
 class RestoredImage(NamedTuple):
-    """Of a guest without firmware that has been booted already, and goes on from its state."""
+    """Image of a restored guest without firmware, which continues from its saved state."""
 
     name: str
     """What it was booted from; for messages."""

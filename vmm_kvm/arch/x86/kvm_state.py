@@ -244,9 +244,9 @@ def _get_irqchip(vm: Vm, chip: int) -> bytes:
 def restore_kvm(
     vm: Vm, vcpus: Sequence[Vcpu], record: KvmRecord, policy: ClockPolicy = ClockPolicy.FROZEN
 ) -> None:
-    """Continue from `record`: a VM with as many vCPUs, none of which has run.
+    """Restore `record` into a VM with as many vCPUs, none of which has run.
 
-    The interrupt controllers come last: what devices have driven before is what they had then.
+    The interrupt controllers come last: their saved pin levels replace what devices drive before.
 
     Raises:
         StateError: a structure has a size that this host's does not have.
@@ -267,7 +267,7 @@ def restore_kvm(
 
 
 def _align_tscs(vcpus: Sequence[Vcpu], record: KvmRecord) -> None:
-    """Give all TSCs one offset that had one, where only values could be set, one by one."""
+    """Give TSCs that shared an offset one offset again, where only their values could be set."""
     offsets = {state.tsc_offset for state in record.vcpus}
     if len(offsets) == 1 and offsets != {None}:
         offset = vcpus[0].get_tsc_offset()
@@ -277,7 +277,7 @@ def _align_tscs(vcpus: Sequence[Vcpu], record: KvmRecord) -> None:
 
 
 def _tsc_offset(state: VcpuRecord, then: ClockRecord, now: ClockRecord, gone_ns: int) -> int | None:
-    """Return the offset by which the TSC goes on from then, or None where nobody can tell."""
+    """Return the offset by which the TSC continues from then; None if it is unknown."""
     if state.tsc_offset is None or then.host_tsc is None or now.host_tsc is None:
         return None
     gone = gone_ns * state.tsc_khz * 1000 // _NANOSECONDS
@@ -305,8 +305,8 @@ def _restore_vcpu(vcpu: Vcpu, state: VcpuRecord, tsc_offset: int | None) -> None
         vcpu.set_tsc_offset(tsc_offset)
     _set_msrs(fd, others)
     if deadline and _has_deadline_timer(state.lapic):
-        # After the TSC, by which it is armed. A timer that ran out while nobody looked reads as
-        # 0, which would disarm it: a deadline that is past makes it interrupt at once.
+        # After the TSC, by which it is armed. A timer that has expired unobserved reads as 0, which
+        # would disarm it; a deadline in the past makes it fire at once.
         index, value = deadline
         _set_msrs(fd, [(index, value or (tsc[1] if tsc else 1))])
     set_bytes(fd, abi.KVM_SET_VCPU_EVENTS, state.events)  # after what clears events

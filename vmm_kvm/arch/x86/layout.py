@@ -27,11 +27,11 @@ from vmm_kvm.bits import GIB, KIB, MIB
 # Memory
 PCI_HOLE_START = 3 * GIB
 UEFI_HOLE_START = 2 * GIB
-"""For guests of UEFI firmware: OVMF takes all from there on for devices."""
+"""For guests of UEFI firmware: OVMF uses all addresses from there up for devices."""
 PCI_HOLE_END = 4 * GIB
 PCI_MMIO32_START = PCI_HOLE_START
 PCI_MMIO32_SIZE = 512 * MIB
-"""Where BARs are assigned that no firmware has assigned."""
+"""Where this program places BARs that no firmware has placed."""
 ECAM_START = 0xE000_0000
 ECAM_BUSES = 1
 ECAM_SIZE = ECAM_BUSES * MIB
@@ -94,7 +94,7 @@ GSI_RTC = 8
 GSI_SCI = 9
 GSI_PCI_INTX = (16, 17, 18, 19)
 GSI_VM_GENERATION = 20
-"""Of the IOAPIC alone, and an edge: that the VM has become another one."""
+"""An edge, at the IOAPIC alone: the VM's generation identifier has changed."""
 GSI_MSI = 24
 """From here on GSIs are messages; the IOAPIC's pins end before."""
 PIC_PCI_INTX = (5, 10, 11, 12)

@@ -3,7 +3,7 @@
 A bzImage is a real-mode part, which firmware would need, and a decompressor with the kernel as its
 payload. The host unpacks the payload and enters the kernel itself, which saves the guest a quarter
 of a small boot. Nothing then relocates the kernel, so its text runs at the address it was linked
-for, as with `nokaslr`: who needs the text at a random place asks for the kernel's own decompressor
+for, as with `nokaslr`; to have the text at a random place, use the kernel's own decompressor
 (`BootConfig.unpack`). The decompressor's other duties are done here: it tells the kernel by
 KASLR_FLAG that it may randomise its other regions (direct map, vmalloc, vmemmap, modules), which
 the kernel does by itself, and it finds the RSDP. Five-level paging stays off, SEV does not apply.
@@ -267,7 +267,7 @@ def _enter(
     *,
     is_64: bool,
 ) -> Entry:
-    """Write what all kernels get alike, and return the processor's state."""
+    """Write the tables that every kernel gets, and return the processor's state."""
     entries = memory_map(memory, config)
     params[_E820_ENTRIES] = len(entries)
     table = encode(entries)

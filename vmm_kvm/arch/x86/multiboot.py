@@ -174,7 +174,7 @@ def load_multiboot(image: MultibootImage, memory: GuestMemory, config: BootConfi
     end = _place_kernel(image, memory)
     at = _LOW
     if image.is_low:
-        # The kernel takes what is ours by custom: ours goes behind it.
+        # The kernel occupies our usual place, so our data go behind it.
         at = _moved(_LOW, align_up(end, PAGE_SIZE))
         end = at.end
         if not memory.contains(at.gdt, at.end - at.gdt):

@@ -188,7 +188,7 @@ def _boot_arguments(entries: tuple[E820Entry, ...], lladdr: bytes | None) -> byt
 
 
 def _place_random(elf: Elf, memory: GuestMemory) -> None:
-    """Fill what the kernel wants random: its stack protector cookies and the like."""
+    """Fill the kernel's random data: its stack protector cookies and the like."""
     for segment in elf.segments:
         if segment.type != PT_OPENBSD_RANDOMIZE or not segment.memory_size:
             continue

@@ -1,4 +1,4 @@
-"""SMBIOS tables: who the machine says that it is, its processors and its memory.
+"""SMBIOS tables: the machine's identity, its processors and its memory.
 
 A direct boot finds them in guest memory, where every kernel looks: behind an anchor on a 16-byte
 boundary from 0xf0000 on. Firmware takes both from fw_cfg and describes itself.
@@ -77,9 +77,9 @@ class SmbiosTables:
 
 
 def name_uuid(*names: str) -> bytes:
-    """Return the UUID, sixteen bytes, that `names` have: the same today and tomorrow.
+    """Return the UUID, sixteen bytes, of `names`: equal names have equal UUIDs.
 
-    FNV-1a with 128 bits: no secret depends on it, and hashlib costs a start 3 ms of import.
+    FNV-1a with 128 bits: no secret depends on it, and importing hashlib would slow each start.
 
     Source: RFC 9562 §5.8, version 8
     """
@@ -294,6 +294,6 @@ def _add_memory(table: _Table, ranges: Sequence[tuple[int, int]]) -> None:
 
 
 def _or_extended(size: int, unit: int, limit: int) -> tuple[int, int]:
-    """Return a size in units for its field and for the extended one behind, of which one counts."""
+    """Return a size in units, for its field and for the extended field; one of them is in use."""
     units = size // unit
     return (units, 0) if units < limit else (limit, units)

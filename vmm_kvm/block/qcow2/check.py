@@ -1,4 +1,4 @@
-"""Is an image sound? Its reference counts against what it refers to."""
+"""Check an image: compare its reference counts with its references."""
 
 from array import array
 from collections.abc import Iterator
@@ -117,7 +117,7 @@ def _encoded(counts: "array[int]", size: int) -> bytes | None:
 def _check_flags(
     file: HostFile, header: Header, references: References, refcounts: Refcounts
 ) -> None:
-    """Tables must say of each cluster in use whether it is referred to once, and be right."""
+    """The flag of each table entry must tell whether its cluster is referred to exactly once."""
     l1 = read_words(file, header.l1_offset, header.l1_size)
     step = 2 if header.has_subclusters else 1
     seen: set[int] = set()

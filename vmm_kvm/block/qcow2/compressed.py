@@ -14,7 +14,7 @@ from vmm_kvm.errors import ImageError
 
 _SECTOR_SIZE = 512
 _CACHE_BYTES = 4 << 20
-_WINDOW_MAX = 8 << 20  # zstd: more memory than this no image of clusters of 2 MiB needs
+_WINDOW_MAX = 8 << 20  # zstd: images with clusters of 2 MiB need no more memory
 
 
 class _Unpack(Protocol):

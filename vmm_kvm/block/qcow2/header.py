@@ -11,7 +11,7 @@ from vmm_kvm.errors import ImageError
 MAGIC = 0x514649FB
 VERSION_3_LENGTH = 104
 L1_BYTES_MAX = 32 << 20
-"""What QEMU takes at most for the L1 table, and for the table of refcount blocks."""
+"""The largest L1 table, and table of refcount blocks, that QEMU accepts."""
 REFCOUNT_TABLE_BYTES_MAX = 8 << 20
 SNAPSHOTS_MAX = 65536
 BACKING_PATH_MAX = 1023

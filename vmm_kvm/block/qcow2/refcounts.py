@@ -86,7 +86,7 @@ class Refcounts:
         self.released: list[tuple[int, int]] = []
         """What to release at the next commit: first cluster, how many."""
         self.reserved: set[int] = set()
-        """Clusters with metadata, which an allocation must never yield: the counts are wrong."""
+        """Clusters with metadata; an allocation that yields one shows that the counts are wrong."""
         self._reserve_own()
 
     def _reserve_own(self) -> None:
@@ -222,7 +222,7 @@ class Refcounts:
     # Growing
 
     def add_blocks(self, base: int, clusters: range) -> range:
-        """Make blocks for all of `clusters`, at `base`, from which on nothing is in use.
+        """Make blocks for all of `clusters` at `base`; nothing from there on is in use.
 
         Returns the clusters that they, and a table that had to grow, are in.
         """
@@ -343,7 +343,7 @@ class Refcounts:
         runs: list[tuple[int, int]] = []
         self.released.sort(reverse=True)
         while self.released:
-            # Noted no longer, whatever happens: rather a leak than a release too many.
+            # Forgotten even on failure: a leak does less harm than one release too many.
             for cluster in self._add(*self.released.pop(), -1):
                 if runs and sum(runs[-1]) == cluster:
                     runs[-1] = (runs[-1][0], runs[-1][1] + 1)

@@ -84,7 +84,7 @@ class Tables:
     def get_writable(self, index: int, refcounts: Refcounts) -> L2Table:
         """Return the L2 table of L1 entry `index` to change it; make or copy it if need be.
 
-        Whoever changes its words says so by `touch`.
+        The caller reports each change of its words by `touch`.
 
         Raises:
             OSError: as `get`, or there is no room for it.
@@ -125,7 +125,7 @@ class Tables:
 
     def _insert(self, index: int, table: L2Table) -> None:
         if len(self._cache) >= self._cache_max:
-            # The oldest half; to keep count of each use would cost more than it saves.
+            # Drop the oldest half: counting each use would cost more than it saves.
             clean = [old for old in self._cache if old not in self._dirty]
             for old in clean[: self._cache_max // 2]:
                 del self._cache[old]

@@ -188,7 +188,7 @@ class Writer:
     ) -> None:
         """Write to the file at `shift` from the disk's offsets, from granule to granule.
 
-        What the disk holds around `buffers` goes with them, unless it is zeros and so is the file.
+        The rest of the granules is copied from the disk, unless disk and file are zeros there.
         """
         head = align_down(start, granules[0])
         tail = align_up(stop, granules[1])
