@@ -1,6 +1,19 @@
-"""Times as commands print them: in this host's zone, to the second."""
+"""Times as commands print them, in this host's zone, to the second; and as they read them."""
 
+import math
 import time
+
+_SECONDS_MAX = 1e9
+"""As good as for ever, and few enough for every call that waits."""
+
+
+def seconds_in(text: str) -> float | None:
+    """Read a number of seconds, 0 or more, at most some 30 years; None if it is no such number."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return min(seconds, _SECONDS_MAX) if 0 <= seconds < math.inf else None
 
 
 def moment(at: float) -> str:

@@ -1,9 +1,9 @@
 """Values of options that `vmctl run` and `vmctl start` share, read alike, in OpenBSD's words."""
 
-import math
 from collections.abc import Sequence
 
 from vmctl.messages import bytes_hint, fail
+from vmctl.moment import seconds_in
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX
@@ -72,10 +72,7 @@ def seconds_of(text: str) -> float:
     Raises:
         SpecError: it is none.
     """
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
+    seconds = seconds_in(text)
+    if not seconds:
         raise SpecError(f"invalid time-out: {text}: not a number of seconds")
     return seconds

@@ -472,7 +472,7 @@ _TABLE = (
                 "running | stopped | console=text",
                 completes=("running", "stopped", "console="),
             ),
-            Option("--timeout", "timeout", "Wait no longer.", "seconds"),
+            Option("--timeout", "timeout", "Wait no longer; status 124.", "seconds"),
             _ENDED,
         ),
         completes=(VM,),

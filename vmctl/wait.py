@@ -19,7 +19,8 @@ from vmctl.client import (
     parse_target,
 )
 from vmctl.messages import CONSOLE_CONDITION, choice, fail
-from vmctl.report import Report
+from vmctl.moment import seconds_in
+from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.stop import finish, why_not
 from vmm_kvm.text import printable
 
@@ -38,7 +39,7 @@ def wait(
     timeout: str | None = None,
     as_json: bool = False,
 ) -> int:
-    """Wait for a VM; returns the exit status, which is 1 when `timeout` seconds are over first."""
+    """Wait for a VM; returns the exit status, 124 when `timeout` seconds are over first."""
     report = Report(as_json)
     try:
         target = parse_target(words[0])
@@ -65,7 +66,7 @@ def _wait(
             return finish(client, "wait", "terminated", report)
         text = wait_for(client, target, until, deadline)
     except ExpiredError:
-        status, text = 1, "timed out"
+        status, text = EXIT_TIMEOUT, "timed out"
     except RefusedError as err:
         status, text = 1, why_not("wait", err.code)
     except CommandError:
@@ -103,12 +104,9 @@ def check_condition(condition: str) -> None:
 def _deadline(timeout: str | None) -> float | None:
     if timeout is None:
         return None
-    try:
-        seconds = float(timeout)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds < float("inf"):
-        raise CommandError(f"invalid time-out: {timeout}")
+    seconds = seconds_in(timeout)
+    if seconds is None:
+        raise CommandError(f"invalid time-out: {timeout}: not a number of seconds")
     return time.monotonic() + seconds
 
 

@@ -360,7 +360,11 @@ interface 1: - lladdr fe:e1:bb:d2:00:01 switch uplink rdomain 0 mtu 1500 down
             failed(ErrorCode.EINTR),
             {"exit": 1, "reason": "interrupted call"},
         ),
-        ("wait --timeout x web", Done(), {"exit": 1, "reason": "invalid time-out: x"}),
+        (
+            "wait --timeout x web",
+            Done(),
+            {"exit": 1, "reason": "invalid time-out: x: not a number of seconds"},
+        ),
     ],
 )
 def test_json_of_what_has_become_of_a_vm(
@@ -540,27 +544,30 @@ def test_wait_for_a_state(serve: Serve, capsys: pytest.CaptureFixture[str]) -> N
         return [Vms(vms=(VmInfo(id=1, name="web", state=next(states), cpus=1, memory=1),))]
 
     serve(answer)
-    assert vmctl(["wait", "--for", "running", "web"]) == 0
+    assert vmctl(["wait", "--for", "running", "--timeout", "1e300", "web"]) == 0
     assert capsys.readouterr().err == "waiting for vm web: running\n"
 
 
 @pytest.mark.parametrize(
-    ("options", "errors"),
+    ("options", "status", "errors"),
     [
-        (["--for", "running", "--timeout", "0"], "waiting for vm web: timed out\n"),
-        (["--timeout", "0"], "waiting for vm web: timed out\n"),
+        (["--for", "running", "--timeout", "0"], 124, "waiting for vm web: timed out\n"),
+        (["--timeout", "0"], 124, "waiting for vm web: timed out\n"),
+        (["--timeout", "1e-3"], 124, "waiting for vm web: timed out\n"),
         (
             ["--for", "walking"],
+            1,
             "vmctl: invalid condition: walking (running, stopped or console=text)\n",
         ),
-        (["--timeout", "x"], "vmctl: invalid time-out: x\n"),
-        (["--timeout", "-1"], "vmctl: invalid time-out: -1\n"),
+        (["--timeout", "x"], 1, "vmctl: invalid time-out: x: not a number of seconds\n"),
+        (["--timeout", "-1"], 1, "vmctl: invalid time-out: -1: not a number of seconds\n"),
+        (["--timeout", "nan"], 1, "vmctl: invalid time-out: nan: not a number of seconds\n"),
     ],
 )
 def test_wait_ends(
-    options: list[str], errors: str, serve: Serve, capsys: pytest.CaptureFixture[str]
+    options: list[str], status: int, errors: str, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A time-out and a condition that makes no sense are failures."""
+    """A time-out has the status that it has everywhere; what makes no sense is a failure."""
 
     def answer(request: AnyRequest) -> list[AnyAnswer]:
         if isinstance(request, Wait):
@@ -570,7 +577,7 @@ def test_wait_ends(
         return [Vms(vms=(DB, VmInfo(id=1, name="web", state=State.PAUSED, cpus=1, memory=1)))]
 
     serve(answer)
-    assert vmctl(["wait", *options, "web"]) == 1
+    assert vmctl(["wait", *options, "web"]) == status
     assert capsys.readouterr().err == errors
 
 
