@@ -7,7 +7,9 @@ same number of pages has been touched, by the host, before the first clone. Meas
 - still: how long the source stands still for it: pause, state, fork, resume;
 - state: to save what KVM and the devices have, and to restore it into a new machine;
 - private: memory that is a clone's own, after it has answered;
-- many: COUNT clones of one source, from the first fork until all have answered.
+- many: COUNT clones of one source, from the first fork until all have answered;
+- sent: how long it stands still while it is written into a pipe to another process, and how long
+  when it is copied while it runs.
 
 `python -m bench.state [--rounds N] [--clones N] [--touched MIB] [--json FILE]`
 """
@@ -19,6 +21,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +39,17 @@ from vmm_kvm.machine.machine import Machine
 from vmm_kvm.machine.spec import MachineSpec
 from vmm_kvm.machine.state import restore, save
 from vmm_kvm.primitives import Vmm
+from vmm_kvm.snapshot import state as states
+from vmm_kvm.snapshot.fds import FdSink
+from vmm_kvm.snapshot.manifest import Host, Manifest, Owner
+from vmm_kvm.snapshot.precopy import copy_running
+from vmm_kvm.snapshot.state import State
+from vmm_kvm.snapshot.stream import write_stream
 
 _READY = b"selftest: ready"
 _ECHO = b"~"
 _PATIENCE_S = 60
+_SENDS = 5
 _TOUCHED_START = 16 * MIB
 
 
@@ -58,6 +68,8 @@ class Result:
     private_mib: float
     many: int
     many_s: float
+    sent_still_ms: float
+    live_still_ms: float
 
 
 class Source:
@@ -107,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     install_kick_signal()
     results = []
-    print("memory  vCPUs  clone p50 (least)  still  save  restore  private  many")
+    print("memory  vCPUs  clone p50 (least)  still  save  restore  private  many  sent  live")
     for memory_mib in options.memory:
         for cpus in options.cpus:
             with _source(memory_mib, cpus, options.touched) as (source, machine):
@@ -117,7 +129,8 @@ def main() -> None:
                 f"{result.memory_mib:5}M {result.cpus:6} "
                 f"{result.clone_p50:10.1f} ({result.clone_least:.1f}) ms "
                 f"{result.still_p50:6.1f} {result.save_p50:6.2f} {result.restore_p50:6.2f} "
-                f"{result.private_mib:6.1f}M {result.many} in {result.many_s:.2f} s",
+                f"{result.private_mib:6.1f}M {result.many} in {result.many_s:.2f} s "
+                f"{result.sent_still_ms:6.0f} {result.live_still_ms:6.0f} ms",
                 flush=True,
             )
     if options.json:
@@ -148,6 +161,8 @@ def _measure(
         privates.append(private)
     saves, restores = _save_and_restore(source, machine, rounds)
     many_s = _clone_many(source, machine, clones)
+    still_ms = statistics.median(_send(machine, is_live=False) for _ in range(_SENDS))
+    live_ms = statistics.median(_send(machine, is_live=True) for _ in range(_SENDS))
     return Result(
         source.spec.memory_size // MIB,
         source.spec.cpus,
@@ -160,7 +175,51 @@ def _measure(
         statistics.median(privates) / MIB,
         clones,
         many_s,
+        still_ms,
+        live_ms,
     )
+
+
+def _send(machine: Machine, *, is_live: bool) -> float:
+    """Return for how many milliseconds a machine stands still to be written into a pipe."""
+    reader, writer = os.pipe()
+    drain = subprocess.Popen(["cat"], stdin=reader, stdout=subprocess.DEVNULL)
+    os.close(reader)
+    regions = tuple((region.gpa, region.size) for region in machine.memory.regions)
+    manifest = Manifest(
+        name="bench",
+        created_ns=0,
+        host=Host("", 0),
+        cpuid=(),
+        owner=Owner(None, None),
+        memory_size=machine.spec.memory_size,
+        cpus=machine.spec.cpus,
+        regions=regions,
+        state_size=0,
+    )
+    stopped = []
+
+    def halt() -> bytes:
+        stopped.append(time.perf_counter())
+        machine.pause()
+        saved = save(machine)
+        return states.encode(State(saved.parts, saved.blobs))
+
+    with FdSink(writer, _PATIENCE_S) as sink:
+        if is_live:
+            dirty = machine.dirty_pages()
+            dirty.begin()
+            copy_running(sink, manifest, machine.memory, dirty, halt)
+        else:
+            state = halt()
+            described = manifest._replace(state_size=len(state))
+            write_stream(sink, described, state, machine.memory)
+    took = time.perf_counter() - stopped[0]
+    if is_live:
+        dirty.end()
+    machine.resume()
+    drain.wait()
+    return took * 1000
 
 
 def _clone_once(source: Source, machine: Machine) -> tuple[float, float, int]:

@@ -37,7 +37,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.accepting": ("vmm_kvm.log",),
     "vmm_kvm.loop": ("vmm_kvm.clock",),
     "vmm_kvm.bus": ("vmm_kvm.errors", "vmm_kvm.bits"),
-    "vmm_kvm.memory": ("vmm_kvm.errors", "vmm_kvm.bits", "vmm_kvm.libc", "vmm_kvm.memfd"),
+    "vmm_kvm.write_log": ("vmm_kvm.bits", "vmm_kvm.memfd"),
+    "vmm_kvm.memory": (
+        "vmm_kvm.errors",
+        "vmm_kvm.bits",
+        "vmm_kvm.libc",
+        "vmm_kvm.memfd",
+        "vmm_kvm.write_log",
+    ),
     "vmm_kvm.vm_params": ("vmm_kvm.errors", "vmm_kvm.bits", "vmm_kvm.limits"),
     "vmm_kvm.kvm": ("vmm_kvm.errors", "vmm_kvm.bits", "vmm_kvm.log", "vmm_kvm.libc"),
     "vmm_kvm.block": (
@@ -124,6 +131,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.net",
         "vmm_kvm.scsi",
         "vmm_kvm.pci",
+        "vmm_kvm.write_log",
     ),
     "vmm_kvm.virtio.vhost_user": (
         "vmm_kvm.text",
@@ -137,6 +145,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.loop",
         "vmm_kvm.memory",
         "vmm_kvm.virtio",
+        "vmm_kvm.write_log",
     ),
     "vmm_kvm.snapshot": (
         "vmm_kvm.errors",
@@ -182,6 +191,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio",
         "vmm_kvm.virtio.vhost_user",
         "vmm_kvm.primitives",
+        "vmm_kvm.write_log",
     ),
     "vmm_kvm.commands": (
         "vmm_kvm.limits",

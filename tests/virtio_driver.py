@@ -14,6 +14,7 @@ from vmm_kvm.virtio.abi import (
     VRING_DESC_F_WRITE,
 )
 from vmm_kvm.virtio.queue import Ring, Virtqueue
+from vmm_kvm.write_log import WriteLog
 
 MEMORY_SIZE = 1 << 20
 INDIRECT = 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -31,6 +32,7 @@ class PlainMemory:
     def __init__(self, size: int = MEMORY_SIZE) -> None:
         self.bytes = bytearray(size)
         self._view = memoryview(self.bytes)
+        self.writes = WriteLog()
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a view of `size` bytes at `gpa`."""

@@ -71,15 +71,22 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack) -> Saved:
     source: SnapshotFile | StreamReader
     if os.pread(fd, len(files.MAGIC), 0) == files.MAGIC:
         source = stack.enter_context(SnapshotFile(fd))
-        data = source.state
     else:
         source = StreamReader(stack.enter_context(FdSource(fd, _PATIENCE_S)))
-        data = b""
     manifest = source.manifest
     check_cpuid(manifest.cpuid, cpuid_records(guest_cpuid(kvm.supported_cpuid(), 0, manifest.cpus)))
     if manifest.interfaces:
         raise SnapshotError("the VM has network interfaces: use 'vmctl receive'")
-    state = states.decode(source.read_state() if isinstance(source, StreamReader) else data)
+    devices = (*BASIC_DEVICES, *_devices(manifest, stack))
+    is_private = not has_servers(devices)
+    memory = stack.enter_context(
+        GuestMemory(manifest.regions, name or manifest.name, is_private=is_private)
+    )
+    if isinstance(source, StreamReader):
+        state = states.decode(source.read_machine(memory))
+    else:
+        state = states.decode(source.state)
+        source.read_ram(memory)
     image = _image(manifest, state.blobs.get("rom/contents", b""))
     spec = MachineSpec(
         image=image,
@@ -87,16 +94,13 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack) -> Saved:
         memory_size=manifest.memory_size,
         cpus=manifest.cpus,
         name=name or manifest.name,
-        devices=(*BASIC_DEVICES, *_devices(manifest, stack)),
+        devices=devices,
         command_line=manifest.boot.append,
         initrd=manifest.boot.initrd,
         boot_device=BootDevice(manifest.boot.device),
         uuid=manifest.uuid,
         serial=manifest.serial,
     )
-    is_private = not has_servers(spec.devices)
-    memory = stack.enter_context(GuestMemory(manifest.regions, spec.name, is_private=is_private))
-    source.read_ram(memory)
     return Saved(spec, MachineState(dict(state.parts), dict(state.blobs)), memory)
 
 

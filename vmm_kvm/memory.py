@@ -21,6 +21,7 @@ from vmm_kvm.bits import MIB, PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
 from vmm_kvm.libc import mincore
 from vmm_kvm.memfd import make_memory
+from vmm_kvm.write_log import Place, WriteLog
 
 _BLOCK_SIZE = 512  # of st_blocks, always
 _HUGE = 2 << 20
@@ -60,6 +61,7 @@ class GuestMemory:
         "hva",
         "regions",
         "size",
+        "writes",
     )
 
     def __init__(
@@ -90,6 +92,8 @@ class GuestMemory:
             raise SpecError("no memory ranges")
         self.regions = tuple(regions)
         self.size = offset
+        self.writes = WriteLog()
+        """Where devices mark what they wrote."""
         self._attached: list[tuple[int, memoryview]] = []
         # Nearly every access is to the region at 0, so it is checked first.
         self._low_end = regions[0].end if regions[0].gpa == 0 else 0
@@ -128,6 +132,7 @@ class GuestMemory:
         """Close the memfd and drop the mapping; idempotent."""
         if self._finalizer:
             self._finalizer()
+        self.writes.turn_off()
         self._view = memoryview(b"")
         self._low_end = 0
         self._attached = []
@@ -138,6 +143,12 @@ class GuestMemory:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def log_writes(self, log: memoryview) -> None:
+        """Have devices of this process mark what they write in `log`, until `writes` is off."""
+        starts = [(self.hva + region.offset, region) for region in self.regions]
+        places = [Place(start, start + region.size, region.gpa) for start, region in starts]
+        self.writes.turn_on(log, places)
 
     def attach(self, gpa: int, view: memoryview) -> None:
         """Let devices of this process reach other memory of the guest, at `gpa`, until `close`.

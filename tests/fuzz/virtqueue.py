@@ -21,6 +21,7 @@ from vmm_kvm.virtio.abi import (
 )
 from vmm_kvm.virtio.chain import INDIRECT_MAX, Chain
 from vmm_kvm.virtio.queue import Ring, Virtqueue
+from vmm_kvm.write_log import WriteLog
 
 LOW_SIZE, HIGH_SIZE = 0x8000, 0x4000
 HIGH = 1 << 32
@@ -47,6 +48,7 @@ class Memory:
     """Guest memory in two pieces, as a PC has it: from 0, and from 4 GiB."""
 
     def __init__(self) -> None:
+        self.writes = WriteLog()
         self._pieces = [(0, bytearray(LOW_SIZE)), (HIGH, bytearray(HIGH_SIZE))]
         self._places = [
             (ctypes.addressof(ctypes.c_char.from_buffer(data)), start, len(data))

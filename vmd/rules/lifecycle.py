@@ -101,6 +101,8 @@ _SHOWN = {
 
 def shown_state(vm: VmState) -> State:
     """Return what `vmctl status` calls the VM's state."""
+    if vm.phase is Phase.SENDING and not vm.was_paused:
+        return State.RUNNING  # but for the end of it
     return _SHOWN[vm.phase]
 
 

@@ -385,18 +385,19 @@ class VmProcess:
             _tell(self._channel, VmSent(failure=_send_code(err), message=str(err)[:TEXT_MAX]))
             return
         self._sent_keeps_running = command.keeps_running
-        if not self._is_paused:
-            self._machine.pause()
-        self._sending.begin(self._machine, self._spec, command, own_cpuid(self._kvm, self._spec))
+        cpuid = own_cpuid(self._kvm, self._spec)
+        halt = None if self._is_paused else self._machine.pause
+        self._sending.begin(self._machine, self._spec, command, cpuid, halt)
 
     def _sent(self, failure: "VmmError | OSError | None") -> None:
         """Go on, or end, when nothing is written any more."""
+        stood_still = self._stands_still()
         self._sending = None
         if failure is None and not self._sent_keeps_running:
             self._is_sent = True  # whatever happens now, it runs elsewhere
             self._loop.stop()
             return
-        if not self._is_paused:
+        if stood_still and not self._is_paused:
             self._machine.resume()
         if failure is None:
             _tell(self._channel, VmSent())
@@ -410,10 +411,14 @@ class VmProcess:
         for call in waiting:
             call()
 
+    def _stands_still(self) -> bool:
+        """Tell whether the machine stands still to be sent."""
+        return self._sending is not None and self._sending.is_still
+
     def _pause(self) -> None:
         if not self._is_paused:
             self._is_paused = True
-            if not self._sending:
+            if not self._stands_still():
                 self._machine.pause()
         _tell(self._channel, VmPaused())
 
@@ -425,7 +430,7 @@ class VmProcess:
         self._is_halted = False
         if self._is_paused:
             self._is_paused = False
-            if not self._sending:
+            if not self._stands_still():
                 self._machine.resume()
 
     def _halt(self, err: HaltError) -> None:

@@ -49,11 +49,10 @@ def receive(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
         manifest = reader.manifest
         _check(manifest, spec)
         check_cpuid(manifest.cpuid, own_cpuid(kvm, spec))
-        state = states.decode(reader.read_state())
-        image = _image(manifest, state.blobs.get("rom/contents", b""))
         memory = GuestMemory(manifest.regions, spec.name, is_private=is_private)
         try:
-            reader.read_ram(memory)
+            state = states.decode(reader.read_machine(memory))
+            image = _image(manifest, state.blobs.get("rom/contents", b""))
         except BaseException:
             memory.close()
             raise

@@ -1,4 +1,7 @@
-"""Writing a VM into a stream: by a thread of its own process, while the guest stands still.
+"""Writing a VM into a stream: by a thread of its own process, while the guest runs.
+
+It stands still for what it has changed last (`snapshot.precopy`), or for all of it if it stood
+still before, or if something writes to its memory without saying where.
 
 It is a thread, and no other process, because only this process has the guest's memory where no
 device process shares it, and because a VM process may make no others. The event loop goes on
@@ -13,29 +16,49 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmd.wire.internal import NicSpec, SendVm, VmSpec
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.smbios import name_uuid
 from vmm_kvm.errors import SnapshotError, VmmError
+from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.state import save
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
+from vmm_kvm.snapshot.precopy import copy_running
 from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import write_stream
 
 if TYPE_CHECKING:
     from vmm_kvm.machine.machine import Machine
 
+log = Log(__name__)
+
 PATIENCE_S = 30.0
 """How long the other end may take no byte, or send none."""
 _KERNEL = os.uname().release  # asked before this process is confined
 
+Halt = Callable[[], None]
+"""Lets the machine stand still; on the loop's thread."""
 OnEnd = Callable[["VmmError | OSError | None"], None]
+
+
+class _Subject(NamedTuple):
+    """What is written."""
+
+    machine: "Machine"
+    spec: VmSpec
+    command: SendVm
+    cpuid: tuple[CpuidRecord, ...]
+    halt: Halt | None
+
+    def manifest(self, state_size: int) -> Manifest:
+        """Describe it."""
+        return _manifest(self.machine, self.spec, self.command, state_size, self.cpuid)
 
 
 class Sending:
@@ -54,6 +77,11 @@ class Sending:
         self._loop = loop
         self._on_end = on_end
         self._thread: threading.Thread | None = None
+        self.is_still = False
+        """Whether the machine stands still to be written."""
+        self._has_state = threading.Event()
+        self._state: tuple[Manifest, bytes] | None = None
+        self._failure: VmmError | OSError | None = None
         self._cancel_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             self._sink = FdSink(sink_fd, PATIENCE_S, self._cancel_fd)
@@ -67,23 +95,46 @@ class Sending:
         spec: VmSpec,
         command: SendVm,
         cpuid: tuple[CpuidRecord, ...],
+        halt: Halt | None,
     ) -> None:
-        """Describe a machine that stands still, and begin to write it; what fails is told later.
+        """Begin to write a machine; what fails is told later.
 
-        `cpuid` is what this host's processor shows to such a guest.
+        `cpuid` is what this host's processor shows to such a guest. `halt` is called when a machine
+        that runs has to stand still; None for one that does.
         """
-        try:
-            saved = save(machine)
-            state = states.encode(State(saved.parts, saved.blobs))
-            manifest = _manifest(machine, spec, command, len(state), cpuid)
-        except (VmmError, OSError) as err:
-            failure = err
-            self._loop.call_soon(lambda: self._end(failure))
-            return
-        self._thread = threading.Thread(
-            target=self._write, args=(machine, manifest, state), name="sending"
-        )
+        subject = _Subject(machine, spec, command, cpuid, halt)
+        write = self._write_running
+        if halt is None:
+            self._save(subject)
+            write = self._write
+        self._thread = threading.Thread(target=self._run, args=(write, subject), name="sending")
         self._thread.start()
+
+    def _save(self, subject: "_Subject") -> None:
+        """Take the state of a machine, on the loop's thread, and let it stand still before."""
+        try:
+            self.is_still = True
+            if subject.halt:
+                subject.halt()
+            saved = save(subject.machine)
+            state = states.encode(State(saved.parts, saved.blobs))
+            self._state = subject.manifest(len(state)), state
+        except (VmmError, OSError) as err:
+            self._failure = err
+        self._has_state.set()
+
+    def _saved(self, subject: "_Subject") -> tuple[Manifest, bytes]:
+        """Return the state of the machine, which stands still from now on.
+
+        Raises:
+            VmmError, OSError: it cannot be taken, or nobody wants it any more.
+        """
+        if subject.halt:
+            self._loop.call_soon(lambda: self._save(subject))
+        self._has_state.wait()
+        if self._state is None:
+            raise self._failure or SnapshotError("it was cancelled")
+        return self._state
 
     def cancel(self) -> None:
         """Write no more, if it is not too late."""
@@ -93,17 +144,40 @@ class Sending:
     def abandon(self) -> None:
         """Write no more, and wait until nothing is written; the loop does not run any more."""
         self.cancel()
+        self._has_state.set()
         if self._thread:
             self._thread.join()
 
-    def _write(self, machine: "Machine", manifest: Manifest, state: bytes) -> None:
+    def _run(self, write: "Callable[[_Subject], None]", subject: "_Subject") -> None:
         failure: VmmError | OSError | None = None
         try:
-            write_stream(self._sink, manifest, state, machine.memory)
+            write(subject)
             self._sink.finish()
         except (VmmError, OSError) as err:
             failure = err
         self._loop.call_soon(lambda: self._end(failure))
+
+    def _write(self, subject: "_Subject") -> None:
+        manifest, state = self._saved(subject)
+        write_stream(self._sink, manifest, state, subject.machine.memory)
+
+    def _write_running(self, subject: "_Subject") -> None:
+        dirty = subject.machine.dirty_pages()
+        unable = dirty.begin()
+        if unable:
+            log.debug("it stands still while it is sent, for %s", ", ".join(unable))
+            self._write(subject)
+            return
+        try:
+            copy_running(
+                self._sink,
+                subject.manifest(0),
+                subject.machine.memory,
+                dirty,
+                lambda: self._saved(subject)[1],
+            )
+        finally:
+            dirty.end()
 
     def _end(self, failure: "VmmError | OSError | None") -> None:
         self._sink.close()

@@ -12,8 +12,8 @@ from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 class Send(VmRequest, frozen=True, kw_only=True):
     """Write a VM into a stream, and end it; root only. Answered by `done` when all is written.
 
-    It stands still meanwhile. If it cannot be written, it goes on. A client that leaves before the
-    answer does not want it sent.
+    It stands still for the end of it. If it cannot be written, it goes on. A client that leaves
+    before the answer does not want it sent.
     """
 
     stream: Index

@@ -221,6 +221,7 @@ class FwCfg:
     def _finish(self, address: int, result: int) -> None:
         try:
             self._memory.write(address, _CONTROL.pack(result))
+            self._memory.writes.mark(address, _CONTROL.size)
         except GuestMemoryError as err:
             log.debug("fw_cfg result: %s", err)
 
@@ -236,6 +237,8 @@ class FwCfg:
         for at in range(len(data), length, _CHUNK):
             count = min(_CHUNK, length - at)
             view[at : at + count] = zeros[:count]
+        if length:
+            self._memory.writes.mark(target, length)
 
     # The outside; these take the lock
 

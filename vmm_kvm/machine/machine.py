@@ -42,6 +42,7 @@ from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.stats import ExitCounts
 from vmm_kvm.kvm.vcpu import Vcpu
+from vmm_kvm.machine.dirty import DirtyPages
 from vmm_kvm.machine.routes import interrupt_routes
 from vmm_kvm.machine.runner import Runner
 from vmm_kvm.machine.serial_output import SerialOutput
@@ -132,13 +133,8 @@ class Machine:
         with ExitStack() as stack:
             self.memory = stack.enter_context(ram_of(spec, hole_start, memory))
             self._pmem, memory_end = place_pmem(pmems_of(spec.devices), self.memory.regions[-1].end)
-            tables = build_tables(
-                AcpiConfig(
-                    cpus=spec.cpus,
-                    memory_end=memory_end,
-                    is_q35=self._is_q35,
-                )
-            )
+            acpi = AcpiConfig(cpus=spec.cpus, memory_end=memory_end, is_q35=self._is_q35)
+            tables = build_tables(acpi)
             smbios = build_smbios(
                 spec.uuid or name_uuid(spec.name),
                 spec.serial,
@@ -283,6 +279,10 @@ class Machine:
             yield Part("rom", self._rom)
         if self._flash:
             yield Part("flash", self._flash)
+
+    def dirty_pages(self) -> DirtyPages:
+        """Return the log of what is written to RAM, which logs nothing yet; ends before `close`."""
+        return DirtyPages(self._vm, self.memory, self._devices)
 
     def save_kvm(self) -> KvmRecord:
         """Return what KVM has of the machine.

@@ -32,6 +32,7 @@ from vmm_kvm.virtio.rng import VirtioRng
 from vmm_kvm.virtio.vmmci import Command, Vmmci
 from vmm_kvm.virtio.worker import Worker
 from vmm_kvm.vm_params import check_memory_end
+from vmm_kvm.write_log import SharedLog
 
 if TYPE_CHECKING:  # loaded where there is such a device
     from vmm_kvm.machine.net import Net
@@ -179,6 +180,23 @@ class Devices:
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.bind_again()
+
+    def log_writes(self, log: SharedLog | None) -> list[str]:
+        """Have other processes mark in `log` what they write to guest memory; None: no more.
+
+        Returns the names of the devices that cannot; then none does.
+        """
+        functions = [each for each in self._functions.values() if isinstance(each, VirtioPci)]
+        unable = [each.name for each in functions if not each.log_writes(log)]
+        if unable and log is not None:
+            self.log_writes(None)
+        return unable
+
+    def used_rings(self) -> Iterator[tuple[int, int]]:
+        """Yield guest-physical address and bytes of each ring that a device writes to."""
+        for function in self._functions.values():
+            if isinstance(function, VirtioPci):
+                yield from function.used_rings()
 
     def parts(self) -> Iterator[Part]:
         """Yield what has a state, in the order of the slots."""

@@ -29,8 +29,12 @@ from vmm_kvm.state import U8, U32, Json, Length, Line, Range
 from vmm_kvm.state import decode as decode_record
 from vmm_kvm.state import encode as encode_record
 
-MAJOR, MINOR = 1, 0
-"""Of the format. Minor versions add fields; a reader knows every minor version of its major one."""
+MAJOR, MINOR = 1, 1
+"""Of the format. Minor versions add fields; a reader knows every minor version of its major one.
+
+Minor 1 adds `is_live`. A manifest that needs no field of it is written as minor 0, for older
+readers.
+"""
 MANIFEST_MAX = 64 << 10
 """Bytes of the text."""
 STATE_MAX = 128 << 20
@@ -146,7 +150,9 @@ class Manifest(NamedTuple):
     interfaces: Annotated[tuple[Interface, ...], Length(0, INTERFACES_MAX)] = ()
     has_console: bool = False
     """It has a virtio console."""
-    minor: U32 = MINOR
+    is_live: bool = False
+    """RAM comes first in the stream, in rounds, and the state last."""
+    minor: U32 = 0
 
 
 class _Version(NamedTuple):
@@ -160,8 +166,12 @@ def encode(manifest: Manifest) -> bytes:
         SnapshotError: something in it is out of range, or it is too large: such a machine cannot
             be written down.
     """
+    if manifest.is_live:
+        manifest = manifest._replace(minor=max(manifest.minor, 1))
     fields, _ = encode_record(manifest)
     version: list[Json] = [MAJOR, fields.pop("minor")]
+    if not manifest.minor:
+        del fields["is_live"]
     cpuid: list[Json] = [list(record) for record in manifest.cpuid]
     text = dump({"format": version, **fields, "cpuid": cpuid})
     if decode(text) != manifest:
@@ -195,6 +205,10 @@ def _decode(found: Json) -> Manifest:
         raise SnapshotError(
             f"incompatible dump version: {major}.{minor}, this program reads {MAJOR}.x"
         )
+    if not minor:
+        if "is_live" in found:
+            raise StateError("is_live: not in format 1.0")
+        found["is_live"] = False
     if minor > MINOR:  # this version does not have to know what a later one adds
         found = {name: value for name, value in found.items() if name in Manifest._fields}
     rows = found.get("cpuid")

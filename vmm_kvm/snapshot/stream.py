@@ -2,9 +2,13 @@
 
     magic | u32 bytes of the manifest | manifest | state | records | end record | sha256
 
-Records are runs of RAM, ascending: raw, or compressed by zlib; what no record has is zeros. The
-sha256 is that of all before it. Until it was read, and found right, nothing of the machine may run:
-a stream that breaks off is no machine.
+Records are runs of RAM, ascending: raw, or compressed by zlib; what no record has is zeros. In a
+stream of a machine that runs meanwhile (`is_live` in the manifest) there is no state before them:
+they come in any order, the later one of two for the same page counts, and the state follows them
+in records of its own. The sha256 is that of all before it.
+
+Until it was read, and found right, nothing of the machine may run: a stream that breaks off is no
+machine.
 
 Both ends are blocking here, as far as `Sink` and `Source` are: see `fds` for what waits, and how
 long. Everything that is read is treated as hostile: what is allocated is bounded by what has been
@@ -16,17 +20,18 @@ import struct
 import zlib
 from typing import Protocol
 
+from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.snapshot import manifest as manifests
-from vmm_kvm.snapshot.manifest import MANIFEST_MAX, Manifest
-from vmm_kvm.snapshot.ram import PIECE, Ram, place, runs
+from vmm_kvm.snapshot.manifest import MANIFEST_MAX, STATE_MAX, Manifest
+from vmm_kvm.snapshot.ram import PIECE, Ram, is_zero, place, runs
 
 MAGIC = b"VMMKVM\0S"
 """How a stream begins; a file has an F instead of the S."""
 _HEAD = struct.Struct("<8sI")
 HEAD_SIZE = _HEAD.size
 _RECORD = struct.Struct("<BxxxIQQ")  # kind, bytes that follow, offset and size in RAM
-_END, _RAW, _ZLIB = 0, 1, 2
+_END, _RAW, _ZLIB, _ZERO, _STATE = range(5)  # the last two in a live stream alone
 _LEVEL = 1
 _WORTH_IT = 0.9  # of a run's size: else it travels as it is
 
@@ -51,6 +56,46 @@ class Source(Protocol):
         Raises:
             OSError, SnapshotError: it cannot be read.
         """
+
+
+class LiveWriter:
+    """Writes a machine in rounds, while it runs; see `precopy`."""
+
+    def __init__(self, sink: Sink, manifest: Manifest) -> None:
+        """Write the beginning.
+
+        Raises:
+            SnapshotError: the machine cannot be described.
+            OSError, SnapshotError: of `sink`.
+        """
+        self._sink = sink
+        self._digest = hashlib.sha256()
+        self.written = 0
+        """Bytes."""
+        text = manifests.encode(manifest._replace(is_live=True, state_size=0))
+        self._write(_HEAD.pack(MAGIC, len(text)) + text)
+
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._sink.write(data)
+        self.written += len(data)
+
+    def write_run(self, offset: int, data: bytes) -> None:
+        """Write what is at `offset` in RAM now: whole pages, at most 1 MiB of them."""
+        if is_zero(data):
+            self._write(_RECORD.pack(_ZERO, 0, offset, len(data)))
+        else:
+            self._write(_RECORD.pack(_RAW, len(data), offset, len(data)))
+            self._write(data)
+
+    def finish(self, state: bytes) -> None:
+        """Write the state and the end."""
+        for at in range(0, len(state), PIECE):
+            piece = state[at : at + PIECE]
+            self._write(_RECORD.pack(_STATE, len(piece), at, len(piece)))
+            self._write(piece)
+        self._write(_RECORD.pack(_END, 0, 0, 0))
+        self._sink.write(self._digest.digest())
 
 
 def write_stream(
@@ -124,6 +169,42 @@ class StreamReader:
         self.manifest = manifests.decode(text)
         self._digest = hashlib.sha256(_HEAD.pack(MAGIC, len(text)) + text)
 
+    def read_machine(self, ram: Ram) -> bytes:
+        """Read all that follows the manifest: RAM, which is all zeros before, and the state.
+
+        Raises:
+            SnapshotError: the stream breaks off, or is damaged: RAM is of no use then.
+            OSError: of the source.
+        """
+        if self.manifest.is_live:
+            return self._read_live(ram)
+        state = self.read_state()
+        self.read_ram(ram)
+        return state
+
+    def _read_live(self, ram: Ram) -> bytes:
+        state = bytearray()
+        while (record := self._next_record()) is not None:
+            kind, stored, offset, size = record
+            if kind == _STATE:
+                if stored != size or offset != len(state) or len(state) + size > STATE_MAX:
+                    raise SnapshotError(f"state: a record of {size} bytes at {offset:#x}")
+                piece = _exactly(self._source, size, "state")
+                self._digest.update(piece)
+                state += piece
+                continue
+            if state:
+                raise SnapshotError("memory: a record behind the state")
+            if offset % PAGE_SIZE or size % PAGE_SIZE:
+                raise SnapshotError(f"memory: a record of {size} bytes at {offset:#x}: no pages")
+            view = _place(ram, offset, size)
+            if kind == _ZERO and not stored:
+                view[:] = bytes(size)
+            else:
+                self._read_record(kind, stored, view)
+        self._check_digest()
+        return bytes(state)
+
     def read_state(self) -> bytes:
         """Read the state that follows the manifest.
 
@@ -144,23 +225,28 @@ class StreamReader:
             OSError: of the source.
         """
         end = 0
-        while True:
-            head = _exactly(self._source, _RECORD.size, "memory")
-            self._digest.update(head)
-            kind, stored, offset, size = _RECORD.unpack(head)
-            if kind == _END:
-                if any(head):
-                    raise SnapshotError("memory: a record that is none")
-                break
-            if offset < end or not 0 < size <= PIECE:
-                raise SnapshotError(
-                    f"memory: a record of {size} bytes at {offset:#x}: out of place"
-                )
+        while (record := self._next_record()) is not None:
+            kind, stored, offset, size = record
+            if offset < end:
+                raise _out_of_place(offset, size)
             end = offset + size
-            view = place(ram, offset, size)
-            if view is None:
-                raise SnapshotError(f"memory: a record of {size} bytes at {offset:#x}: outside RAM")
-            self._read_record(kind, stored, view)
+            self._read_record(kind, stored, _place(ram, offset, size))
+        self._check_digest()
+
+    def _next_record(self) -> tuple[int, int, int, int] | None:
+        """Read the head of a record: kind, bytes that follow, offset and size; None at the end."""
+        head = _exactly(self._source, _RECORD.size, "memory")
+        self._digest.update(head)
+        kind, stored, offset, size = _RECORD.unpack(head)
+        if kind == _END:
+            if any(head):
+                raise SnapshotError("memory: a record that is none")
+            return None
+        if not 0 < size <= PIECE:
+            raise _out_of_place(offset, size)
+        return kind, stored, offset, size
+
+    def _check_digest(self) -> None:
         found = _exactly(self._source, self._digest.digest_size, "checksum")
         if found != self._digest.digest():
             raise SnapshotError("the checksum is wrong: the stream is damaged")
@@ -176,6 +262,17 @@ class StreamReader:
             view[:] = _unpack(body, size)
         else:
             raise SnapshotError("memory: a record that is none")
+
+
+def _place(ram: Ram, offset: int, size: int) -> memoryview:
+    view = place(ram, offset, size)
+    if view is None:
+        raise SnapshotError(f"memory: a record of {size} bytes at {offset:#x}: outside RAM")
+    return view
+
+
+def _out_of_place(offset: int, size: int) -> SnapshotError:
+    return SnapshotError(f"memory: a record of {size} bytes at {offset:#x}: out of place")
 
 
 def _unpack(body: bytes, size: int) -> bytes:

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 from vmm_kvm.errors import GuestMemoryError, VirtqueueError
 from vmm_kvm.scatter import Scatter
 from vmm_kvm.virtio.abi import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
+from vmm_kvm.write_log import WriteLog
 
 INDIRECT_MAX = 1024
 """Descriptors in an indirect table that we take: as many as preadv(2) takes buffers."""
@@ -68,6 +69,10 @@ _WRITABLE = _links(VRING_DESC_F_NEXT | VRING_DESC_F_WRITE)
 
 class Memory(Protocol):
     """Guest-physical memory, as far as a queue needs it."""
+
+    @property
+    def writes(self) -> WriteLog:
+        """Where what was written is marked."""
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a writable view of `size` bytes at `gpa`; raises GuestMemoryError."""

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from vmm_kvm.errors import HaltError
 from vmm_kvm.state import Part
 from vmm_kvm.virtio.queue import Ring, Virtqueue
+from vmm_kvm.write_log import SharedLog
 
 
 class Backend(Protocol):
@@ -209,6 +210,13 @@ class Dataplane(Protocol):
         Raises:
             GuestError: a ring is impossible.
             StateError: the host does not take it.
+        """
+
+    def log_writes(self, log: SharedLog | None) -> bool:
+        """Have other processes mark in `log` what they write to guest memory; None: no more.
+
+        False if one cannot; then nothing has changed. What this process writes is marked by the
+        memory's own log.
         """
 
     def parts(self, name: str) -> list[Part]:

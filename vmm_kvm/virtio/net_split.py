@@ -16,6 +16,7 @@ from vmm_kvm.virtio.device import Dataplane, Frontend
 from vmm_kvm.virtio.net_control import CONTROL_QUEUE_SIZE, NetControl
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.worker import Worker
+from vmm_kvm.write_log import SharedLog
 
 
 class _ControlBackend:
@@ -167,6 +168,10 @@ class SplitNet:
         data = {index: ring for index, ring in rings.items() if self._is_data(index)}
         self._data.restore(features, data, positions)
         self._worker.restore(features, commands, positions)
+
+    def log_writes(self, log: SharedLog | None) -> bool:
+        """Have whoever moves the frames mark what it writes; see `Dataplane`."""
+        return self._data.log_writes(log)
 
     def parts(self, name: str) -> list[Part]:
         """Return the control state, and what the data queues have."""

@@ -31,7 +31,8 @@ from vmm_kvm.state import U8, U16, Length, Part, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.common_cfg import CommonCfg, CommonCfgState
 from vmm_kvm.virtio.device import Dataplane
-from vmm_kvm.virtio.queue import Ring
+from vmm_kvm.virtio.queue import USED_ELEMENT_SIZE, USED_RING_SIZE, Ring
+from vmm_kvm.write_log import SharedLog
 
 log = Log(__name__)
 
@@ -185,6 +186,20 @@ class VirtioPci:
             self.interrupt(index)
         if self._dataplane.config() != config:
             self.config_changed()
+
+    # Dirty pages
+
+    def log_writes(self, log: SharedLog | None) -> bool:
+        """Have other processes mark what they write for the device; see `Dataplane`."""
+        with self.lock:
+            return self._dataplane.log_writes(log)
+
+    def used_rings(self) -> list[tuple[int, int]]:
+        """Return guest-physical address and bytes of each used ring, which the device writes to."""
+        return [
+            (ring.used, USED_RING_SIZE + USED_ELEMENT_SIZE * ring.size)
+            for ring in (self._registers.queues[index].ring for index in self._serving)
+        ]
 
     # Snapshots; while it stands still
 

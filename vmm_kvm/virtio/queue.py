@@ -26,7 +26,9 @@ SIZE_MAX = 32768
 """Of a split virtqueue (virtio 1.2 §2.7)."""
 
 _DESCRIPTOR_ALIGNMENT, _AVAILABLE_ALIGNMENT, _USED_ALIGNMENT = 16, 2, 4
-_USED_HEADER, _USED_ELEMENT_SIZE = 4, 8
+_USED_HEADER, USED_ELEMENT_SIZE = 4, 8
+USED_RING_SIZE = _USED_HEADER + 2
+"""Bytes of a used ring without its elements: flags, index, and the event index behind them."""
 _INDEX_MASK = 0xFFFF
 # Positions in the rings, in 16-bit words.
 _FLAGS, _INDEX, _RING = 0, 1, 2
@@ -66,6 +68,8 @@ class Virtqueue:
         "_used",
         "_used_elements",
         "_used_event",
+        "_used_place",
+        "_writes",
         "is_streaming",
         "size",
     )
@@ -104,10 +108,12 @@ class Virtqueue:
         has_indirect = bool(features >> VIRTIO_RING_F_INDIRECT_DESC & 1)
         self._decoder = Decoder(memory, ring.descriptors, size, has_indirect=has_indirect)
         self._available = memory.view(ring.available, 2 * (_RING + size + 1)).cast("H")
-        elements_end = _USED_HEADER + _USED_ELEMENT_SIZE * size
+        elements_end = _USED_HEADER + USED_ELEMENT_SIZE * size
         used = memory.view(ring.used, elements_end + 2)
         self._used = used.cast("H")
         self._used_elements = used[_USED_HEADER:elements_end].cast("Q")
+        self._used_place = ring.used, elements_end + 2
+        self._writes = memory.writes
         self._used_event = _RING + size  # in the available ring
         self._avail_event = elements_end // 2  # in the used ring
         self._has_event_idx = bool(features >> VIRTIO_RING_F_EVENT_IDX & 1)
@@ -172,10 +178,14 @@ class Virtqueue:
 
         Source: virtio 1.2 §2.7.8
         """
+        if self._writes.is_on:
+            self._mark(chain)
         at = self._next_used
         self._used_elements[at & self._mask] = chain.head | written << 32
         self._next_used = at = (at + 1) & _INDEX_MASK
         self._used[_INDEX] = at
+        if self._writes.is_on:
+            self._writes.mark(*self._used_place)
 
     def push_together(self, chains: Sequence[tuple[Chain, int]]) -> None:
         """Give chains back as `push` does; the driver sees either none of them or all.
@@ -184,12 +194,17 @@ class Virtqueue:
 
         Source: virtio 1.2 §5.1.6.4
         """
+        if self._writes.is_on:
+            for chain, _ in chains:
+                self._mark(chain)
         at, elements, mask = self._next_used, self._used_elements, self._mask
         for chain, written in chains:
             elements[at & mask] = chain.head | written << 32
             at = (at + 1) & _INDEX_MASK
         self._next_used = at
         self._used[_INDEX] = at
+        if self._writes.is_on:
+            self._writes.mark(*self._used_place)
 
     def needs_interrupt(self) -> bool:
         """Tell whether the driver wants to be interrupted for what was pushed since the last call.
@@ -231,6 +246,12 @@ class Virtqueue:
             self._used[_FLAGS] = 0
         self._full_fence()  # the driver's index must be read after our wish is there
         return self._available[_INDEX] != self._next_available
+
+    def _mark(self, chain: Chain) -> None:
+        """Note what the device may have written: all that it could."""
+        self._writes.mark_views(chain.writable)
+        if chain.pieces is not None and chain.pieces.is_writable:
+            self._writes.mark_views(chain.pieces)
 
     def _full_fence(self) -> None:
         """Let no later load overtake an earlier store.

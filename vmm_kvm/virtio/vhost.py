@@ -22,6 +22,7 @@ from vmm_kvm.virtio.abi import (
 from vmm_kvm.virtio.device import Frontend
 from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.ring_events import RingEvents
+from vmm_kvm.write_log import SharedLog, WriteLog
 
 QUEUE_SIZES = (256, 1024)
 """Largest sizes offered, to receive and to send.
@@ -41,6 +42,10 @@ class MappedMemory(Protocol):
 
     hva: int
     regions: tuple[Region, ...]
+
+    @property
+    def writes(self) -> WriteLog:
+        """Where what was written is marked."""
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a view of `size` bytes at `gpa`; raises GuestMemoryError."""
@@ -207,6 +212,10 @@ class Vhost:
             raise StateError(f"vhost: {err.strerror}") from err
         self._started = dict(rings)
         self._bases = {index: positions.get(index, 0) for index in rings}
+
+    def log_writes(self, log: SharedLog | None) -> bool:
+        """Return False: the kernel is not asked to mark what it writes."""
+        return log is None
 
     def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
         """Return nothing: what the kernel knows of the driver is in the rings."""

@@ -6,12 +6,13 @@ import hashlib
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.daemon import READY, Daemon, is_alive, vm_block
+from tests.system.vmd.daemon import READY, Client, Daemon, is_alive, vm_block
 from tests.vmctl_driver import VMCTL
 
 pytestmark = pytest.mark.kvm
@@ -45,6 +46,14 @@ def receive_from(path: Path, vmd: Daemon, *words: str) -> subprocess.CompletedPr
     """Receive a VM from a file."""
     with path.open("rb") as file:
         return vmctl(vmd, "receive", *words, stdin=file.fileno())
+
+
+def wait_until_sending(client: Client, name: str) -> None:
+    """Wait until a VM that runs is being sent."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while client.ask("unpause", name=name).get("code") != "EBUSY":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_vm_goes_through_a_file(start_vmd: Start, tmp_path: Path) -> None:
@@ -152,8 +161,8 @@ def test_a_vm_that_is_not_sent_goes_on(start_vmd: Start) -> None:
             stderr=subprocess.PIPE,
         )
         with vmd.client() as client:
-            client.wait_for_state("one", "paused")
-            assert client.ask("unpause", name="one")["code"] == "EBUSY"
+            wait_until_sending(client, "one")
+            assert client.ask("pause", name="one")["code"] == "EBUSY"
             sender.kill()
             sender.communicate()
             client.wait_for_state("one", "running")
@@ -175,7 +184,7 @@ def test_a_vm_is_stopped_while_it_is_sent(start_vmd: Start) -> None:
             stdout=write_fd,
             stderr=subprocess.PIPE,
         )
-        client.wait_for_state("one", "paused")
+        wait_until_sending(client, "one")
         assert client.ask("stop", name="one", wait=True)["type"] == "terminated"
         assert sender.communicate(timeout=TIMEOUT_S)[1].startswith(b"vmctl: send vm command failed")
         assert sender.returncode == 1
@@ -254,5 +263,5 @@ def test_a_vm_that_was_sent_runs_without_a_daemon(start_vmd: Start, tmp_path: Pa
     assert done.stderr == text.encode()
     path.write_bytes(path.read_bytes()[:5000])
     done = subprocess.run(run, capture_output=True, check=False)
-    text = f"vmctl: {path}: state: the stream ends too early\n"
+    text = f"vmctl: {path}: memory: the stream ends too early\n"
     assert (done.stderr, done.returncode) == (text.encode(), 1)

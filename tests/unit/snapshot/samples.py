@@ -10,8 +10,9 @@ from vmm_kvm.memory import GuestMemory
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
+from vmm_kvm.snapshot.ram import runs
 from vmm_kvm.snapshot.state import State
-from vmm_kvm.snapshot.stream import write_stream
+from vmm_kvm.snapshot.stream import LiveWriter, write_stream
 
 RANGES = ((0, 2 * MIB), (4096 * MIB, MIB))
 """Guest-physical address and size of each region."""
@@ -91,4 +92,15 @@ def stream(manifest: Manifest = MANIFEST, *, compresses: bool = False) -> bytes:
     buffer = Buffer()
     with filled() as memory:
         write_stream(buffer, manifest, STATE_BYTES, memory, compresses=compresses)
+    return bytes(buffer.data)
+
+
+def live_stream() -> bytes:
+    """Return the sample as a stream that was written while it ran: everything comes twice."""
+    buffer = Buffer()
+    writer = LiveWriter(buffer, MANIFEST)
+    with filled() as memory:
+        for run in (*runs(memory), *runs(memory)):
+            writer.write_run(*run)
+    writer.finish(STATE_BYTES)
     return bytes(buffer.data)

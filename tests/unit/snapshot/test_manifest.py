@@ -104,8 +104,16 @@ def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
 
 def test_a_later_minor_version_may_have_more() -> None:
     """Fields that a later minor version has added are passed over, and no others."""
-    later = changed(format=[1, 1], added=[1])
-    assert decode(later) == MANIFEST._replace(minor=1)
+    later = changed(format=[1, 2], is_live=False, added=[1])
+    assert decode(later) == MANIFEST._replace(minor=2)
+
+
+def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
+    """Readers of the first version refuse it; all else is written as they read it."""
+    live = MANIFEST._replace(is_live=True, minor=1)
+    assert decode(encode(MANIFEST._replace(is_live=True))) == live
+    with pytest.raises(SnapshotError, match="'is_live' is missing"):
+        decode(changed(format=[1, 1]))
 
 
 def test_what_cannot_be_described_is_not_written() -> None:

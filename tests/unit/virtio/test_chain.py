@@ -48,6 +48,7 @@ class HighMemory:
     def __init__(self) -> None:
         self.low, self.high = PlainMemory(MEMORY_SIZE), PlainMemory(MEMORY_SIZE)
         self.bytes = self.low.bytes
+        self.writes = self.low.writes
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a view of `size` bytes at `gpa`."""

@@ -13,6 +13,7 @@ from typing import Self
 from vmm_kvm.virtio.vhost_user.channel import Channel
 from vmm_kvm.virtio.vhost_user.messages import (
     CONFIG_MAX,
+    FEATURE_LOG_ALL,
     FEATURE_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
     FLAG_REPLY,
@@ -25,6 +26,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     VhostUserError,
     VringAddress,
     VringState,
+    pack_log,
     pack_regions,
     pack_u64,
     request_name,
@@ -33,7 +35,12 @@ from vmm_kvm.virtio.vhost_user.messages import (
 
 REPLY_TIMEOUT_S = 30.0
 """How long a server may take for the requests that a ring has before it stops."""
-WANTED = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG
+WANTED = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.CONFIG
+)
 
 
 class Client:
@@ -121,6 +128,19 @@ class Client:
             features |= FEATURE_PROTOCOL_FEATURES
         self._order(Request.SET_FEATURES, pack_u64(features))
 
+    def set_log(self, size: int, fd: int) -> None:
+        """Share a log of `size` bytes, in which the server marks what it writes when it is to.
+
+        The server has FEATURE_LOG_ALL, and `has_log`; the descriptor stays the caller's.
+        """
+        self._query(Request.SET_LOG_BASE, pack_log(size, 0), (fd,))
+
+    @property
+    def has_log(self) -> bool:
+        """Whether the server can mark what it writes."""
+        has_memory = bool(self._protocol_features & ProtocolFeature.LOG_SHMFD)
+        return has_memory and bool(self.features & FEATURE_LOG_ALL)
+
     def set_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:
         """Share guest memory: at most 8 regions, and for each the descriptor of its file."""
         self._order(Request.SET_MEM_TABLE, pack_regions(regions), fds)
@@ -188,9 +208,9 @@ class Client:
         if unpack_u64(self._reply(request)):
             raise VhostUserError(f"{request.name}: the server refuses it")
 
-    def _query(self, request: Request, payload: bytes = b"") -> bytes:
+    def _query(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
         """Send a request and return the payload of its reply."""
-        self._send(request, payload, 0, ())
+        self._send(request, payload, 0, fds)
         return self._reply(request)
 
     def _send(self, request: Request, payload: bytes, flags: int, fds: Sequence[int]) -> None:

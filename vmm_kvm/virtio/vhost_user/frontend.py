@@ -44,11 +44,13 @@ from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.ring_events import RingEvents
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import (
+    FEATURE_LOG_ALL,
     HALT_SHIFT,
     MemoryRegion,
     VhostUserError,
     VringAddress,
 )
+from vmm_kvm.write_log import SharedLog, WriteLog
 
 log = Log(__name__)
 
@@ -86,6 +88,10 @@ class SharedMemory(Protocol):
 
     fd: int
     regions: tuple[Region, ...]
+
+    @property
+    def writes(self) -> WriteLog:
+        """Where what was written is marked."""
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a view of `size` bytes at `gpa`; raises GuestMemoryError."""
@@ -170,6 +176,8 @@ class VhostUser:
         self._lost: str | None = None
         self._lost_lock = threading.Lock()
         self._override = 0, b""
+        self._driver_features = 0
+        self._log_flag = 0
         try:
             self.features = _offered(client.features, kind)
             self._config = client.config(kind.config_size) if kind.config_size else b""
@@ -251,7 +259,8 @@ class VhostUser:
         self._watch()
 
     def _set_up(self, features: int) -> None:
-        self._client.set_features(features & self._features_known)
+        self._driver_features = features & self._features_known
+        self._client.set_features(self._driver_features | self._log_flag)
         table = _region_table(self._memory.regions)
         self._client.set_memory(table, [self._memory.fd] * len(table))
 
@@ -357,6 +366,22 @@ class VhostUser:
         self._started = dict(rings)
         self._bases = {index: positions.get(index, 0) for index in rings}
         self._is_suspended = True
+
+    def log_writes(self, log: SharedLog | None) -> bool:
+        """Have the server mark in `log` what it writes; None: no more. False if it cannot."""
+        if not self._client.has_log:
+            return False
+        with self._lock:
+            if self._lost is not None:  # it writes nothing any more
+                return True
+            try:
+                if log is not None:
+                    self._client.set_log(log.size, log.fd)
+                self._log_flag = FEATURE_LOG_ALL if log is not None else 0
+                self._client.set_features(self._driver_features | self._log_flag)
+            except VhostUserError as err:
+                self._lose(err)
+        return True
 
     def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
         """Return nothing: what the server knows of its driver is its own."""

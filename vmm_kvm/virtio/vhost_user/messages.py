@@ -2,7 +2,7 @@
 
 A message is a header of three 32-bit fields (request, flags, bytes of payload) and a payload, all
 little-endian on x86. Pure: descriptors and sockets are in `channel`. Left out, because nothing here
-offers their features: dirty logging, IOTLB, in-flight tracking, postcopy, in-band notifications.
+offers their features: IOTLB, in-flight tracking, postcopy, in-band notifications.
 
 Source: QEMU docs/interop/vhost-user, "Message Specification".
 """
@@ -27,6 +27,10 @@ QUEUES_MAX = 256
 
 FEATURE_PROTOCOL_FEATURES = 1 << 30
 """The virtio feature bit by which a server says that it has protocol features."""
+FEATURE_LOG_ALL = 1 << 26
+"""The virtio feature bit by which a front-end has writes to guest memory logged."""
+VRING_LOG = 1 << 0
+"""In the flags of a ring's address: its used ring is logged too."""
 
 VERSION = 1
 VERSION_MASK = 0x3
@@ -42,6 +46,7 @@ of a request that waits for the host, 0 for none. A status of virtio's ends belo
 
 _HEADER = struct.Struct("<III")
 _U64 = struct.Struct("<Q")
+_LOG = struct.Struct("<QQ")
 _VRING_STATE = struct.Struct("<II")
 _VRING_ADDRESS = struct.Struct("<IIQQQQ")
 _REGION_COUNT = struct.Struct("<II")
@@ -62,6 +67,7 @@ class Request(enum.IntEnum):
     SET_OWNER = 3
     RESET_OWNER = 4
     SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
     SET_VRING_NUM = 8
     SET_VRING_ADDR = 9
     SET_VRING_BASE = 10
@@ -87,6 +93,7 @@ class ProtocolFeature(enum.IntFlag):
     """What both sides can agree on; the names are the specification's."""
 
     MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     CONFIG = 1 << 9
     RESET_DEVICE = 1 << 13
@@ -204,6 +211,17 @@ def pack_u64(value: int) -> bytes:
 def unpack_u64(payload: bytes) -> int:
     """Decode a payload of one 64-bit number; raises VhostUserError for another size."""
     return _unpack(_U64, payload)[0]
+
+
+def pack_log(size: int, offset: int) -> bytes:
+    """Encode where a log lies in its file: bytes of it, and where it begins."""
+    return _LOG.pack(size, offset)
+
+
+def unpack_log(payload: bytes) -> tuple[int, int]:
+    """Decode it; raises VhostUserError for another size."""
+    size, offset = _unpack(_LOG, payload)
+    return size, offset
 
 
 def pack_regions(regions: Sequence[MemoryRegion]) -> bytes:

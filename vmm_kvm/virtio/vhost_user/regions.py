@@ -5,6 +5,7 @@ the front-end's process, in SET_VRING_ADDR. The front-end is trusted with its ow
 that it shortens afterwards ends this process by SIGBUS, as it ends every other user of it.
 """
 
+import ctypes
 import mmap
 import os
 from bisect import bisect_right
@@ -13,7 +14,10 @@ from typing import NamedTuple
 from vmm_kvm.bits import PAGE_SIZE, align_down
 from vmm_kvm.errors import GuestMemoryError
 from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VhostUserError
+from vmm_kvm.write_log import Place, WriteLog
 
+LOG_MAX = 1 << 30
+"""Bytes of a log, for 32 TiB of memory."""
 SLOTS_MAX = 64
 """Regions at once; QEMU has one per memory module that can be plugged, and two more."""
 _ADDRESS_END = 1 << 64
@@ -32,12 +36,15 @@ class Regions:
     A view keeps its mapping: what is removed is unmapped when its last view is gone.
     """
 
-    __slots__ = ("_mapped", "_starts")
+    __slots__ = ("_log", "_mapped", "_starts", "writes")
 
     def __init__(self) -> None:
         """Begin without memory."""
         self._mapped: list[_Mapped] = []  # ascending
         self._starts: list[int] = []  # their first addresses, to search in
+        self._log = memoryview(b"")
+        self.writes = WriteLog()
+        """Where what was written to them is marked."""
 
     def __len__(self) -> int:
         return len(self._mapped)
@@ -72,6 +79,36 @@ class Regions:
         end = region.guest_address + region.size
         self._starts.insert(index, region.guest_address)
         self._mapped.insert(index, _Mapped(region.guest_address, end, region.user_address, view))
+        self._follow()
+
+    def map_log(self, size: int, offset: int, fd: int) -> None:
+        """Map a log of what is written, a bit for each page; `fd` stays the caller's.
+
+        Raises:
+            VhostUserError: it does not lie in the file, or cannot be mapped.
+        """
+        if not 0 < size <= LOG_MAX or offset % PAGE_SIZE:
+            raise VhostUserError(f"a log of {size} bytes at {offset:#x}")
+        try:
+            self._log = _map(fd, offset, size)
+        except (OSError, ValueError, OverflowError) as err:
+            raise VhostUserError(f"the log cannot be mapped: {err}") from err
+        self._follow()
+
+    def log_writes(self, *, is_on: bool) -> None:
+        """Mark in the log, if there is one, what is written from now on, or mark no more."""
+        self.writes.is_on = is_on
+        self._follow()
+
+    def _follow(self) -> None:
+        """Know where everything lies now, while writes are marked."""
+        if not self.writes.is_on:
+            return
+        places = []
+        for one in self._mapped:
+            start = ctypes.addressof(ctypes.c_char.from_buffer(one.view))
+            places.append(Place(start, start + one.end - one.gpa, one.gpa))
+        self.writes.turn_on(self._log, places)
 
     def remove(self, region: MemoryRegion) -> None:
         """Forget the region with these two addresses and this size.

@@ -28,6 +28,7 @@ from vmm_kvm.virtio.device import ActiveBackend, Backend, PairedBackend
 from vmm_kvm.virtio.vhost_user.channel import Channel, Fds, Message
 from vmm_kvm.virtio.vhost_user.messages import (
     CONFIG_MAX,
+    FEATURE_LOG_ALL,
     FEATURE_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
     FLAG_REPLY,
@@ -42,6 +43,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     VringState,
     pack_u64,
     request_name,
+    unpack_log,
     unpack_region,
     unpack_regions,
     unpack_u64,
@@ -53,6 +55,7 @@ log = Log(__name__)
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
@@ -93,7 +96,9 @@ class Session:
         self._backend = backend
         self._loop = loop
         self._on_end = on_end
-        self._offered = backend.features | RING_FEATURES | FEATURE_PROTOCOL_FEATURES
+        self._offered = (
+            backend.features | RING_FEATURES | FEATURE_PROTOCOL_FEATURES | FEATURE_LOG_ALL
+        )
         self._features = 0
         self._protocol_features = ProtocolFeature(0)
         self._status = 0
@@ -224,6 +229,10 @@ class Session:
                 self._set_status(unpack_u64(payload))
             case Request.SET_MEM_TABLE:
                 self._set_memory(payload, fds)
+            case Request.SET_LOG_BASE:
+                with Fds([fds.take()]) as taken:
+                    self._regions.map_log(*unpack_log(payload), *taken)
+                reply = pack_u64(0)  # as libvhost-user answers
             case Request.GET_MAX_MEM_SLOTS:
                 reply = pack_u64(SLOTS_MAX)
             case Request.ADD_MEM_REG:
@@ -280,10 +289,11 @@ class Session:
     def _set_features(self, features: int) -> None:
         if features & ~self._offered:
             raise VhostUserError(f"{features & ~self._offered:#x} was not offered")
-        virtio = features & ~FEATURE_PROTOCOL_FEATURES
+        virtio = features & ~(FEATURE_PROTOCOL_FEATURES | FEATURE_LOG_ALL)
         if virtio != self._features and self._is_running:
             raise VhostUserError("changed while a ring is started")
         self._features = virtio
+        self._regions.log_writes(is_on=bool(features & FEATURE_LOG_ALL))
         if not features & FEATURE_PROTOCOL_FEATURES:
             for ring in self._rings:
                 self._set_enabled(ring, True)
@@ -314,6 +324,7 @@ class Session:
             ring.reset()
         self._settle()
         self._features = self._status = 0
+        self._regions.log_writes(is_on=False)
 
     # Memory
 

@@ -9,7 +9,7 @@ import struct
 
 from vmm_kvm.virtio.chain import Memory
 from vmm_kvm.virtio.queue import SIZE_MAX, Ring, Virtqueue
-from vmm_kvm.virtio.vhost_user.messages import VhostUserError, VringAddress
+from vmm_kvm.virtio.vhost_user.messages import VRING_LOG, VhostUserError, VringAddress
 from vmm_kvm.virtio.vhost_user.regions import Regions
 
 INDEX_MAX = 0xFFFF
@@ -95,7 +95,7 @@ class Vring:
 
     def set_address(self, address: VringAddress) -> None:
         """Set where the ring lies; also while it is started."""
-        if address.flags:
+        if address.flags & ~VRING_LOG:  # what is written to rings is marked anyway
             raise VhostUserError(f"ring {self.index}: flags {address.flags:#x}: not offered")
         self.suspend()
         self._address = address

@@ -20,6 +20,7 @@ from vmm_kvm.virtio.queue import Ring, Virtqueue
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import MemoryRegion, VringAddress
 from vmm_kvm.virtio.vhost_user.server import Server
+from vmm_kvm.write_log import WriteLog
 
 VERSION_1 = 1 << 32
 EVENT_IDX = 1 << 29
@@ -160,6 +161,7 @@ class Driver:
         self.error = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(RINGS)]
         self.notifiers = self.kick
         self.available = [0] * RINGS
+        self.writes = WriteLog()
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -247,8 +249,12 @@ class Driver:
 
     def answer(self, slot: int, size: int, ring: int = 0) -> bytes:
         """Return what the device wrote for the request in `slot`."""
-        place = self._slot(ring, slot) + _SLOT_HALF
+        place = self.answer_place(slot, ring)
         return self.memory[place : place + size]
+
+    def answer_place(self, slot: int, ring: int = 0) -> int:
+        """Return where in the memory that begins."""
+        return self._slot(ring, slot) + _SLOT_HALF
 
     @staticmethod
     def _slot(ring: int, slot: int) -> int:

@@ -29,6 +29,7 @@ from vmm_kvm.virtio.abi import VIRTIO_ID_NET, VIRTIO_NET_F_CSUM
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.frontend import BLOCK, QUEUE_SIZE, DeviceKind, VhostUser, net_data
 from vmm_kvm.virtio.vhost_user.messages import VhostUserError
+from vmm_kvm.write_log import SharedLog
 
 FLUSH, CONFIG_WCE, MQ = 1 << 9, 1 << 11, 1 << 12
 RING_RESET = 1 << 40
@@ -105,6 +106,20 @@ def test_what_the_driver_is_offered() -> None:
         assert device.queue_sizes == (QUEUE_SIZE,) * 2
         assert device.features == BACKEND_FEATURE | MQ | EVENT_IDX | 1 << 28 | RING_RESET
         assert len(device.config()) == 60
+
+
+def test_a_log_of_what_the_server_writes() -> None:
+    """It is kept over a new start of the device, and ends when it is to."""
+    log = SharedLog(GPA + MEMORY_SIZE)
+    with dataplane(BlkBackend()) as (device, guest, _):
+        assert device.log_writes(log)
+        device.start(VERSION_1, {0: guest.ring(0)})
+        guest.request(b"marked")
+        assert list(log.take())
+        assert device.log_writes(None)
+        guest.request(b"not marked")
+        assert list(log.take()) == []
+    log.close()
 
 
 def test_what_is_decided_here() -> None:

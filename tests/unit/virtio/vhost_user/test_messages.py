@@ -156,6 +156,7 @@ def test_protocol_features_have_the_specified_bits() -> None:
     bits = {feature.name: feature.value.bit_length() - 1 for feature in ProtocolFeature}
     assert bits == {
         "MQ": 0,
+        "LOG_SHMFD": 1,
         "REPLY_ACK": 3,
         "CONFIG": 9,
         "RESET_DEVICE": 13,

@@ -26,6 +26,7 @@ from tests.unit.virtio.vhost_user.rig import (
 from vmm_kvm.errors import SpecError
 from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import (
+    FEATURE_LOG_ALL,
     FEATURE_PROTOCOL_FEATURES,
     MemoryRegion,
     Request,
@@ -37,13 +38,15 @@ from vmm_kvm.virtio.vhost_user.messages import (
 from vmm_kvm.virtio.vhost_user.regions import SLOTS_MAX
 from vmm_kvm.virtio.vhost_user.server import inherited, listen
 from vmm_kvm.virtio.vhost_user.session import PROTOCOL_FEATURES
+from vmm_kvm.write_log import SharedLog
 
 
 def test_what_the_server_offers() -> None:
     """Features are the backend's, those of modern queues, and protocol features."""
     with connection(EchoBackend()) as client:
-        expected = BACKEND_FEATURE | VERSION_1 | EVENT_IDX | 1 << 28 | FEATURE_PROTOCOL_FEATURES
-        assert client.features == expected
+        rings = VERSION_1 | EVENT_IDX | 1 << 28
+        vhost = FEATURE_PROTOCOL_FEATURES | FEATURE_LOG_ALL
+        assert client.features == BACKEND_FEATURE | rings | vhost
         assert unpack_u64(client._query(Request.GET_PROTOCOL_FEATURES)) == PROTOCOL_FEATURES
         assert client.queue_count() == 2
         assert unpack_u64(client._query(Request.GET_MAX_MEM_SLOTS)) == SLOTS_MAX
@@ -68,6 +71,29 @@ def test_requests_are_served(features: int) -> None:
             assert guest.request(text) == text.upper()
         assert client.stop(0) == 20
         assert backend.calls == [f"start {features:#x}", "reset"]
+
+
+def test_what_is_written_is_logged() -> None:
+    """Answers and used rings are marked, from when the front-end wants it until it does not."""
+    log = SharedLog(GPA + MEMORY_SIZE)
+    with driver() as guest, connection(EchoBackend()) as client:
+        guest.start(client)
+        guest.request(b"before")
+        client.set_log(log.size, log.fd)
+        guest.request(b"not yet")
+        assert list(log.take()) == []
+        client.set_features(VERSION_1 | FEATURE_LOG_ALL)
+        slot = guest.offer(b"marked")
+        guest.notify()
+        guest.wait(used=3)
+        assert guest.answer(slot, 6) == b"MARKED"
+        marked = list(log.take())
+        for place in (guest.ring(0).used, GPA + guest.answer_place(slot)):
+            assert any(start <= place < end for start, end in marked), marked
+        client.set_features(VERSION_1)
+        guest.request(b"no more")
+        assert list(log.take()) == []
+    log.close()
 
 
 def test_what_is_available_before_the_start_is_served() -> None:

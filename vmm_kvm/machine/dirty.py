@@ -1,0 +1,156 @@
+"""Which pages of RAM change while a machine runs: for copying it without letting it stand still.
+
+Three kinds of writers: vCPUs and what KVM does for them, which KVM logs; devices of this process;
+device processes. The latter two mark a `SharedLog`. Between `begin` and `end` guests are slower:
+KVM write-protects what has been copied, and maps small pages.
+
+One thread at a time. A page is copied after `clear`, not before: a write that comes in between is
+seen again by the next `find`.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vmm_kvm.bits import PAGE_SIZE, align_up
+from vmm_kvm.kvm import abi
+from vmm_kvm.write_log import SharedLog
+
+if TYPE_CHECKING:
+    from vmm_kvm.kvm.vm import Vm
+    from vmm_kvm.machine.wiring import Devices
+    from vmm_kvm.memory import GuestMemory, Region
+
+CHUNK = 1 << 20
+"""Bytes of RAM that are cleared, and then copied, at a time; a multiple of 64 pages."""
+_CHUNK_BYTES = CHUNK // PAGE_SIZE // 8  # of a bitmap
+_CLEAN = bytes(_CHUNK_BYTES)
+_WORD = 64  # pages: the kernel reads and writes whole words of bits
+_RUN = re.compile("1+")
+
+
+class DirtyPages:
+    """The log of one machine's RAM."""
+
+    def __init__(self, vm: "Vm", memory: "GuestMemory", devices: "Devices") -> None:
+        """Log nothing yet; all stay the machine's."""
+        self._vm = vm
+        self._memory = memory
+        self._devices = devices
+        self._log: SharedLog | None = None
+        self._pending = [bytearray() for _ in memory.regions]  # bit n for page n of the region
+        self._is_manual = False
+
+    def begin(self) -> list[str]:
+        """Log from now on; returns the names of devices that cannot: then nothing is logged.
+
+        All that was written before is not in the log: whoever copies copies it all once.
+
+        Raises:
+            KvmError, OSError: the host refuses.
+        """
+        log = SharedLog(self._memory.regions[-1].end)
+        unable = self._devices.log_writes(log)
+        if unable:
+            log.close()
+            return unable
+        self._log = log
+        try:
+            self._memory.log_writes(log.view)
+            self._set_up()
+        except BaseException:
+            self.end()
+            raise
+        return []
+
+    def _set_up(self) -> None:
+        vm, wanted = self._vm, abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+        offered = vm.check_extension(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+        # Pages are write-protected a chunk at a time then, and not all at once in the beginning.
+        wanted |= abi.KVM_DIRTY_LOG_INITIALLY_SET & offered
+        self._is_manual = bool(offered & abi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+        if self._is_manual:
+            vm.enable_cap(abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, (wanted,))
+        self._show(log_dirty=True)
+
+    def _show(self, *, log_dirty: bool) -> None:
+        for slot, region in enumerate(self._memory.regions):
+            hva = self._memory.hva + region.offset
+            self._vm.set_memory_region(slot, region.gpa, region.size, hva, log_dirty=log_dirty)
+
+    def end(self) -> None:
+        """Log no more; idempotent.
+
+        Raises:
+            KvmError: the host refuses.
+        """
+        log, self._log = self._log, None
+        if log is None:
+            return
+        self._memory.writes.turn_off()
+        self._devices.log_writes(None)
+        log.close()
+        self._show(log_dirty=False)
+
+    def begin_all(self) -> None:
+        """Begin with every page: the first copy is of all of them."""
+        for slot, region in enumerate(self._memory.regions):
+            self._pending[slot] = _bitmap((1 << region.size // PAGE_SIZE) - 1, region)
+
+    def find(self, *, is_still: bool = False) -> int:
+        """Look at what has changed; returns how many bytes of RAM are to be copied now.
+
+        With `is_still` nothing runs, and nothing is missed.
+
+        Raises:
+            KvmError: the host refuses.
+        """
+        assert self._log is not None
+        marked = list(self._log.take())
+        if is_still:
+            marked += [(gpa, gpa + size) for gpa, size in self._devices.used_rings()]
+        total = 0
+        for slot, region in enumerate(self._memory.regions):
+            found = int.from_bytes(self._pending[slot], "little")
+            found |= int.from_bytes(self._vm.get_dirty_log(slot, region.size), "little")
+            for start, end in marked:
+                found |= _pages(region, start, end)
+            self._pending[slot] = _bitmap(found, region)
+            total += found.bit_count()
+        return total * PAGE_SIZE
+
+    def take(self) -> Iterator[tuple[int, int]]:
+        """Yield what was found, ascending: where it begins in RAM, and bytes, at most 1 MiB.
+
+        Each is to be copied before the next is taken. What is not taken is found again.
+
+        Raises:
+            KvmError: the host refuses.
+        """
+        for slot, region in enumerate(self._memory.regions):
+            pending = self._pending[slot]
+            for at in range(0, len(pending), _CHUNK_BYTES):
+                chunk = bytes(pending[at : at + _CHUNK_BYTES])
+                if not chunk.strip(b"\0"):
+                    continue
+                first = 8 * at
+                if self._is_manual:
+                    pages = min(8 * _CHUNK_BYTES, region.size // PAGE_SIZE - first)
+                    self._vm.clear_dirty_log(slot, first, pages, chunk)
+                pending[at : at + len(chunk)] = _CLEAN[: len(chunk)]
+                bits = int.from_bytes(chunk, "little")
+                for run in _RUN.finditer(f"{bits:b}"[::-1]):
+                    start, end = run.span()
+                    yield region.offset + (first + start) * PAGE_SIZE, (end - start) * PAGE_SIZE
+
+
+def _bitmap(bits: int, region: "Region") -> bytearray:
+    """Return the pages of a region as the kernel has them: in whole words of 64."""
+    return bytearray(bits.to_bytes(align_up(region.size // PAGE_SIZE, _WORD) // 8, "little"))
+
+
+def _pages(region: "Region", start: int, end: int) -> int:
+    """Return the bits of a range of guest-physical addresses, as far as it is in the region."""
+    first = (max(start, region.gpa) - region.gpa) // PAGE_SIZE
+    last = -(-(min(end, region.end) - region.gpa) // PAGE_SIZE)
+    return (1 << last - first) - 1 << first if first < last else 0

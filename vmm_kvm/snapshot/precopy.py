@@ -1,0 +1,108 @@
+"""Copying a machine into a stream while it runs: in rounds, each of what changed during the last.
+
+The first round has all of RAM. The machine stands still for the last one, which is due when what is
+left takes no longer than the caller allows, by the speed at which the stream has gone; or, unless
+the caller wants to wait, when a round has not made it shorter by a quarter.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+from vmm_kvm.snapshot.manifest import Manifest
+from vmm_kvm.snapshot.ram import Ram, place, runs_of
+from vmm_kvm.snapshot.stream import LiveWriter, Sink
+
+_SPEED_MIN = 1 << 20  # bytes a second: what is assumed before anything has gone out
+
+
+class Dirty(Protocol):
+    """Which pages change; a `DirtyPages` that has begun."""
+
+    def begin_all(self) -> None:
+        """Begin with every page."""
+
+    def find(self, *, is_still: bool = False) -> int:
+        """Look at what has changed; returns how many bytes are to be copied."""
+
+    def take(self) -> Iterator[tuple[int, int]]:
+        """Yield what is to be copied, from where in RAM and how many bytes."""
+
+
+class Plan(NamedTuple):
+    """How long a machine may stand still."""
+
+    downtime_s: float = 0.3
+    """For the last round, in seconds; it is hoped for, and not promised."""
+    waits: bool = False
+    """It is not to stand still for longer: if there is too much left, go on until it is less."""
+
+
+class Progress(NamedTuple):
+    """How far it is."""
+
+    round: int
+    """1 for the first."""
+    written: int
+    """Bytes of the stream, so far."""
+    left: int
+    """Bytes that are to be copied in this round."""
+
+
+def copy_running(
+    sink: Sink,
+    manifest: Manifest,
+    ram: Ram,
+    dirty: Dirty,
+    halt: Callable[[], bytes],
+    *,
+    plan: Callable[[], Plan] = Plan,
+    on_progress: Callable[[Progress], None] = lambda _progress: None,
+) -> None:
+    """Write a machine that runs into a stream, and stop it for the end.
+
+    Args:
+        sink: where to.
+        manifest: of the machine.
+        ram: its memory.
+        dirty: its log.
+        halt: lets the machine stand still and returns its state, as `state.encode` does.
+        plan: says before each round what is allowed.
+        on_progress: is told at the beginning of each round.
+
+    Raises:
+        SnapshotError, OSError: of `sink`, or the machine cannot be described.
+        KvmError: of `dirty`.
+    """
+    writer = LiveWriter(sink, manifest)
+    dirty.begin_all()
+    left, before, rounds, speed = dirty.find(), 0, 0, float(_SPEED_MIN)
+    while True:
+        wanted = plan()
+        is_stuck = 4 * left > 3 * before and not wanted.waits
+        if rounds and (left <= speed * wanted.downtime_s or is_stuck):
+            break
+        rounds += 1
+        on_progress(Progress(rounds, writer.written, left))
+        began, written = time.monotonic(), writer.written
+        _copy(writer, ram, dirty, is_first=rounds == 1)
+        sent, took = writer.written - written, time.monotonic() - began
+        if sent > _SPEED_MIN and took > 0:
+            speed = sent / took
+        before, left = left, dirty.find()
+    on_progress(Progress(rounds + 1, writer.written, left))
+    state = halt()
+    dirty.find(is_still=True)
+    _copy(writer, ram, dirty, is_first=False)
+    writer.finish(state)
+
+
+def _copy(writer: LiveWriter, ram: Ram, dirty: Dirty, *, is_first: bool) -> None:
+    for offset, size in dirty.take():
+        if is_first:
+            for run in runs_of(ram, offset, size):
+                writer.write_run(*run)
+            continue
+        view = place(ram, offset, size)
+        assert view is not None, "runs are inside of one region"
+        writer.write_run(offset, bytes(view))
