@@ -1,15 +1,15 @@
-"""Standard input, output and error as our programs have them: open, and honest about what is lost.
+"""Standard input, output and error of our programs: always open, with write errors reported.
 
-A program that is started with one of descriptors 0 to 2 closed (`>&-`) gets it for the first file
-that it opens: a disk image that becomes descriptor 1 is where the console is written. So every
-program begins with `run_program`, before any other code opens a file.
+A program that is started with one of descriptors 0 to 2 closed (`>&-`) gets that number for the
+first file that it opens: the console would be written to a disk image that became descriptor 1. So
+every program begins with `run_program`, before any other code opens a file.
 
-What a program prints on standard output is its result: that it cannot be written is an error, one
-line on standard error and status 1; a reader that has read enough and left is not worth the line.
-What it says on standard error is lost where nobody can read it, and changes nothing.
+Standard output carries a program's result: if it cannot be written, that is an error, one line on
+standard error and status 1; the line is left out if the reader has closed the pipe. Messages on a
+standard error that cannot be written are lost, without consequence.
 
-Names of files are bytes. On both, those that are no text in the user's encoding come out as the
-bytes that they are, and characters that the encoding lacks as escapes.
+Names of files are bytes. On both streams, bytes that are no text in the user's encoding are written
+as they are, and characters that the encoding lacks as escapes.
 """
 
 import codecs
@@ -21,7 +21,7 @@ from typing import NoReturn, TextIO
 
 _EXIT_ERROR = 1
 _NAMES = "vmm_kvm.names"
-"""What happens to characters that the encoding lacks: see `_as_bytes`."""
+"""Handler of characters that the encoding lacks: see `_as_bytes`."""
 _BYTE = 0xDC00
 """With a byte from 0x80 on added, what Python has for one that was no text (PEP 383)."""
 

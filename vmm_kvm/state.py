@@ -3,8 +3,9 @@
 A part that a guest can tell from another one is `Stateful`: `save` returns a frozen record, a
 NamedTuple, and `restore` continues from one. The types of its fields are the whole of its format:
 `encode` makes JSON of a record, and `decode` a record of JSON that may come from anywhere; it
-refuses what has another type, is out of range, is missing, or is not known. What only the part can
-judge, `restore` does. `version`, a field of each record, changes with the meaning of the others.
+refuses what has another type, is out of range, is missing, or is not known. `restore` checks what
+only the part can judge. Each record has a field `version`, which changes when the meaning of
+another field does.
 
 Fields are bool, int with a `Range`, str with a `Line` or a `Length`, bytes with a `Length`, a
 member of an IntEnum, a Literal, a record, None beside one of them, or a tuple or frozenset of them.

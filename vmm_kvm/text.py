@@ -1,8 +1,8 @@
-"""Text that came from elsewhere, as it may be shown: one line, and nothing that a terminal obeys.
+"""Untrusted text made safe to show: one line, without control characters.
 
-Names of files, images and VMs, what a guest or a client says, and errors that repeat them may hold
+Names of files, images and VMs, words of a guest or a client, and errors that repeat them may hold
 any character. They pass through `printable` where they are shown or logged, and nowhere before, so
-that what is compared and opened stays as it was given.
+that comparisons and opens use the original.
 """
 
 

@@ -1,4 +1,4 @@
-"""The version of what is installed, as its metadata have it."""
+"""The installed version, from the package's metadata."""
 
 _DISTRIBUTION = "vmm-kvm"
 

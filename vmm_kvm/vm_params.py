@@ -1,4 +1,4 @@
-"""What vmm(4)'s `create` takes, and what it refuses. Pure: nothing is created here."""
+"""Parameters of vmm(4)'s `create`, and its checks of them. Pure: nothing is created here."""
 
 import enum
 import os
@@ -36,9 +36,9 @@ class MemoryRange(NamedTuple):
 
 
 class Mapping(NamedTuple):
-    """Memory of this process that the guest sees and that is not RAM: of a ROM, or of a device.
+    """Memory of this process that the guest sees as a ROM or a device, not as RAM.
 
-    vmm(4) has nothing like it: none of its limits hold here, and it counts for nothing in `info`.
+    vmm(4) has nothing like it: its limits do not apply, and `info` does not count it.
     """
 
     gpa: int
@@ -88,7 +88,7 @@ def check_vcpus(count: int, most: int) -> None:
 
 
 def check_params(params: CreateParams, most_vcpus: int) -> None:
-    """Refuse what vmm(4) refuses, and more vCPUs than KVM allows, `most_vcpus`.
+    """Refuse parameters that vmm(4) refuses, and more vCPUs than KVM allows, `most_vcpus`.
 
     Raises:
         RefusedError: EINVAL.

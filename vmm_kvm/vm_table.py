@@ -1,4 +1,4 @@
-"""The table of VMs that `vmm_kvm.primitives` works on, and how a VM of it is put together of KVM's.
+"""The table of VMs that `vmm_kvm.primitives` works on; makes its VMs of KVM's objects.
 
 This is the only place that makes a VM of KVM. The one lock, `Vmm.changed`, guards all state here
 and is not held while a guest runs. Functions here are called with the lock held, unless they say
@@ -100,7 +100,7 @@ class VmEntry:
                 entry.vcpu.kick()
 
     def request_end(self) -> None:
-        """Let every vCPU end, and bring out those that run."""
+        """End every vCPU, and bring running ones out of the guest."""
         self.is_ending = True
         for entry in self.vcpus:
             if entry.state is VcpuState.RUNNING:
@@ -122,7 +122,7 @@ class Vmm:
         self.pid = os.getpid()
         self.last_id = 0
         self.vms: dict[int, VmEntry] = {}
-        # Notified when a vCPU stops or ends, and when a VM is held no longer.
+        # Notified when a vCPU stops or ends, and when a VM is released.
         self.changed = threading.Condition()
 
     def close(self) -> None:

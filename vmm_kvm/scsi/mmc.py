@@ -72,7 +72,7 @@ def msf(block: int) -> bytes:
 def read_toc(cdb: bytes, blocks: int) -> Outcome:
     """Answer READ TOC/PMA/ATIP. Source: MMC-5 §6.26; SFF-8020i §10.8.20 for the older format."""
     is_msf = bool(cdb[1] & 0x02)
-    # ATAPI drivers of old have the format in the control byte.
+    # Old ATAPI drivers put the format into the control byte.
     kind = cdb[2] & 0x0F or cdb[9] >> 6
     first, allocation = cdb[6], int.from_bytes(cdb[7:9], "big")
     match kind:

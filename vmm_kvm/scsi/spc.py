@@ -1,4 +1,4 @@
-"""SCSI as every device type has it: operation codes, sense data, outcomes, INQUIRY, REPORT LUNS.
+"""SCSI common to all device types: operation codes, sense data, outcomes, INQUIRY, REPORT LUNS.
 
 Source: SPC-4; SBC-3 for capacities.
 """
@@ -39,7 +39,7 @@ SERVICE_ACTION_READ_CAPACITY_16 = 0x10
 
 
 class SenseKey(IntEnum):
-    """What kind of condition sense data report (SPC-4 table 48)."""
+    """Kinds of conditions in sense data (SPC-4 table 48)."""
 
     NO_SENSE = 0x0
     NOT_READY = 0x2
@@ -78,13 +78,13 @@ RESET_OCCURRED = Sense(SenseKey.UNIT_ATTENTION, 0x29, 0x03)
 
 
 class Data(NamedTuple):
-    """The command is done, and these bytes go to the initiator; none is a success too."""
+    """The command is done; these bytes, if any, go to the initiator."""
 
     data: bytes
 
 
 class Extent(NamedTuple):
-    """The command wants bytes of the medium; whoever executes it has to read them."""
+    """The command asks for bytes of the medium, which the caller has to read."""
 
     offset: int
     length: int

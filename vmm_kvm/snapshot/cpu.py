@@ -1,7 +1,7 @@
-"""Whether a machine can go on with another processor: OpenBSD's check, in its order and words.
+"""Check whether a machine can continue on another processor, in OpenBSD's order and words.
 
-A guest has looked at its processor once and for all: what it found there has to be there where it
-goes on. The sender tells what its guest sees, and the receiver what it would show its own.
+A guest inspects its processor once: the features that it found must exist where it continues. The
+sender tells what its guest sees, the receiver what it would show a guest of its own.
 
 Pure: two lists of records in, a line or nothing out.
 
@@ -33,7 +33,7 @@ class CpuidRecord(NamedTuple):
 
 
 def cpuid_records(entries: Iterable[CpuidEntry]) -> tuple[CpuidRecord, ...]:
-    """Return what of a vCPU's CPUID is compared; a leaf that it lacks is all zeros."""
+    """Return the leaves of a vCPU's CPUID that are compared; a missing one is all zeros."""
     found = {entry.function: entry for entry in entries if entry.subleaf == 0}
     records = []
     for code in _CODES:
@@ -43,7 +43,7 @@ def cpuid_records(entries: Iterable[CpuidEntry]) -> tuple[CpuidRecord, ...]:
 
 
 def check_cpuid(sender: Iterable[CpuidRecord], receiver: Iterable[CpuidRecord]) -> None:
-    """Refuse a guest that has seen a processor which this one is not.
+    """Refuse a guest whose processor had features that this one lacks.
 
     Raises:
         SnapshotError: in OpenBSD's words. Behind those of a missing feature stand the register and

@@ -1,7 +1,7 @@
-"""A stream's ends as descriptors: pipes, sockets and files, none of which is waited for for ever.
+"""A stream's ends as descriptors: pipes, sockets and files, each with a time limit.
 
-The other end may stop reading, or writing, and stay there; then the machine that stands still
-meanwhile is to go on. So no call blocks: poll(2) waits, for as long as the patience lasts.
+The peer may stop reading or writing without closing; the machine, paused meanwhile, must then
+continue. So no call blocks: poll(2) waits, for as long as the patience lasts.
 
 A pipe is written through an open file description that does not block; a socket by calls that do
 not; a file of a disk blocks, but comes back.
@@ -100,7 +100,7 @@ class FdSink(_End):
             view = view[count:]
 
     def finish(self) -> None:
-        """Have what was written on the disk, where it is a file.
+        """Flush to the disk, if this is a file.
 
         Raises:
             OSError: it cannot be written.
@@ -142,7 +142,7 @@ class FdSource(_End):
 
 
 def check_kind(fd: int, access: int) -> int:
-    """Refuse a descriptor through which no machine can go; returns the mode of what it leads to.
+    """Refuse a descriptor of a kind that can carry no machine; returns the mode of its file.
 
     `access` is O_RDONLY for one that is to be read, O_WRONLY for one that is to be written.
 

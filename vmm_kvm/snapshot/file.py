@@ -3,8 +3,8 @@
     header | manifest | state | zeros up to a multiple of 2 MiB | RAM
 
 RAM lies in the file as in memory, its zeros are holes, and it begins where a huge page can, so that
-it can be mapped. The header has the sha256 of manifest and state; RAM has none: to compute it would
-take longer than all else that a start from the file does.
+it can be mapped. The header has the sha256 of manifest and state; RAM has none: computing it would
+take longer than the rest of a start from the file.
 
 The file has its name only when it is complete, and is its owner's alone: it holds all of a guest's
 secrets.
@@ -65,7 +65,7 @@ def _unnamed(path: str) -> Iterator[int]:
         fd = os.open(temporary, flags | os.O_CREAT | os.O_EXCL, _MODE)
     try:
         yield fd
-        # With a directory, even one that is not looked at, the link of /proc is followed.
+        # If a directory is given, even an unused one, the link in /proc is followed.
         os.link(temporary or f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
     finally:
         os.close(fd)
@@ -153,7 +153,7 @@ class SnapshotFile:
             raise SnapshotError("memory: the file ends too early")
 
     def _read_piece(self, ram: Ram, first: int, room: int, offset: int, size: int) -> None:
-        """Read what of a piece lies in the region of `room` bytes that begins at `first`."""
+        """Read the part of a piece that lies in the region of `room` bytes from `first` on."""
         start, end = max(first, offset), min(first + room, offset + size)
         if start >= end:
             return

@@ -1,4 +1,4 @@
-"""Guest RAM as the runs that have something in them: all else is zeros, and is not written down.
+"""Guest RAM as runs of data; the rest is zeros, and is not saved.
 
 A place in RAM is counted from its first byte, over all regions, so that holes of the guest-physical
 address space take no room.

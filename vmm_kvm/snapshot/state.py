@@ -55,7 +55,7 @@ def encode(state: State) -> bytes:
 
 
 def decode(data: bytes) -> State:
-    """Return the state that bytes describe; what is in it is not looked at.
+    """Return the state that bytes describe; the fields of its parts are not checked.
 
     Raises:
         SnapshotError: they describe none.

@@ -7,8 +7,7 @@ stream of a machine that runs meanwhile (`is_live` in the manifest) there is no 
 they come in any order, the later one of two for the same page counts, and the state follows them
 in records of its own. The sha256 is that of all before it.
 
-Until it was read, and found right, nothing of the machine may run: a stream that breaks off is no
-machine.
+The machine may not run before the sum has been verified: a truncated stream is refused.
 
 Both ends are blocking here, as far as `Sink` and `Source` are: see `fds` for what waits, and how
 long. Everything that is read is treated as hostile: what is allocated is bounded by what has been

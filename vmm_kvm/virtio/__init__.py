@@ -1,1 +1,1 @@
-"""virtio: queues, the PCI transport, device types, and who serves a device's queues."""
+"""virtio: queues, the PCI transport, device types, and the dataplanes that serve queues."""

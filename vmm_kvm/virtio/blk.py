@@ -3,8 +3,8 @@
 Requests are served one after the other on the device's thread, and data go between the image and
 guest memory without a copy. A fault of the image is an error of the request (VIRTIO_BLK_S_IOERR),
 and the device goes on; or, where the device was told to stop at errors, the request waits in its
-queue until the host can do it, as when the host's disk is full. A request that is no request at all
-stops the device.
+queue until the host can do it, as when the host's disk is full. A malformed request stops the
+device.
 
 Source: virtio 1.2 §5.2
 """
@@ -77,12 +77,12 @@ class BlkSpec(NamedTuple):
     queues: int = 1
     """1 to 64."""
     stops_at_errors: bool = False
-    """Faults of the host have the VM stand still; else the guest is told of them."""
+    """Faults of the host pause the VM; otherwise the guest gets them as errors."""
     kind: Literal["blk"] = "blk"
 
 
 class BlkState(NamedTuple):
-    """What a disk of the same machine has to be; requests are in the queues."""
+    """What must be equal in a disk that is restored; requests are in the queues."""
 
     capacity: U64
     """Bytes."""
@@ -122,7 +122,7 @@ class VirtioBlk:
         Args:
             image: the contents.
             name: for the log.
-            serial: what the guest reads as the disk's identity; of it the first 20 bytes.
+            serial: the disk's identity, of which the guest reads the first 20 bytes.
             queues: 1 to 64; all are served in turn, so more than one spares the guest locks only.
             stops_at_errors: whether a fault of the host is a HaltError, or the guest's to know.
             owns_image: whether closing the device closes the image.
@@ -194,7 +194,7 @@ class VirtioBlk:
             raise
 
     def reset(self) -> None:
-        """Forget nothing: no request outlives `process`."""
+        """Do nothing: no request outlives `process`."""
 
     def close(self) -> None:
         """Close the image, if it is the device's; a fault of it is logged."""
@@ -227,7 +227,7 @@ class VirtioBlk:
             )
 
     def _serve(self, chain: Chain) -> int:
-        """Do what a request asks for and write its status; returns how many bytes are written."""
+        """Execute a request and write its status; returns how many bytes are written."""
         readable, writable, pieces = chain.readable, chain.writable, chain.pieces
         if pieces is not None and not (len(readable[0]) == _HEADER_SIZE and len(writable[0]) == 1):
             chain.spread()
@@ -327,7 +327,7 @@ class VirtioBlk:
         return _OK
 
     def _note_fault(self, kind: int, sector: int, err: OSError) -> None:
-        """Log a fault, but each kind of it only once: a guest can ask as often as it likes."""
+        """Log each kind of fault once: a guest can cause it as often as it likes."""
         fault = kind, err.errno
         if fault not in self._faults:
             self._faults.add(fault)

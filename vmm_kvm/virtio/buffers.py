@@ -1,4 +1,4 @@
-"""Lists of buffers, as descriptor chains have them: where one ends says nothing about the data.
+"""Lists of buffers, as in descriptor chains: buffer boundaries mean nothing for the data.
 
 A driver may split a header, or join it with what follows, as it likes (virtio 1.2 §2.7.4.2).
 """

@@ -1,17 +1,17 @@
-"""Descriptor chains: what the buffers of a request are, on three ways that answer the same.
+"""Descriptor chains: the buffers of a request, decoded in three ways with the same result.
 
-What the driver wrote is copied once, then checked, then used. A chain is a list of views of guest
-memory, so the data themselves are never copied here.
+The driver's descriptors are copied once, then checked, then used. A chain is a list of views of
+guest memory, so the data themselves are never copied here.
 
 `Decoder.take` follows one descriptor after the other. Most requests have an indirect table whose
-links lead from each entry to the next: no link of those has to be followed, which takes two thirds
-of the time. And a driver's request for much data has a table of many descriptors: a header, one for
-each piece of the data, a status. To look at each is most of what such a request costs an
-interpreter. But a table is one large number too, with a descriptor in each 128 bits of it, and
-arithmetic on it does the same to all descriptors at once: check what kind they are and how they are
-linked, that each lies in guest memory, and make of them what preadv(2) takes. No sum here is
-carried from one into the next. The quicker ways return None for a chain that they do not take;
-only following it says what is wrong.
+links lead from each entry to the next: their links need not be followed, which saves a third of the
+time. And a driver's request for much data has a table of many descriptors: a header, one for each
+piece of the data, a status. Reading each one is most of such a request's cost in an interpreter.
+But a table is one large number too, with a descriptor in each 128 bits of it, and arithmetic on it
+does the same to all descriptors at once: check what kind they are and how they are linked, that
+each lies in guest memory, and make of them what preadv(2) takes. No sum carries from one descriptor
+into the next. The quicker ways return None for a chain that they do not take; only following it
+says what is wrong.
 
 Source: virtio 1.2 §2.7.5
 """
@@ -28,10 +28,10 @@ from vmm_kvm.write_log import WriteLog
 INDIRECT_MAX = 1024
 """Descriptors in an indirect table that we take: as many as preadv(2) takes buffers."""
 LONG_MIN = 8
-"""Descriptors from which on a table is quicker as a whole; found by measuring."""
+"""Measured: tables of at least so many descriptors are quicker as a whole."""
 LONG_MAX = 256
 """Descriptors up to which it is taken as a whole: more than a disk offers its driver (SEG_MAX), and
-few enough that what a guest can have remembered is at most 3 MiB a queue."""
+few enough that remembered tables take at most 3 MiB a queue."""
 
 DESCRIPTOR_SIZE = 16
 """Bytes of a descriptor: address (64 bits), length (32), flags (16), next (16)."""
@@ -52,12 +52,12 @@ _LENGTHS = _EACH * ((1 << 32) - 1)
 # A bit above all addresses, and all sums of an address and a length.
 _BEYOND = 66
 _SUM_OF_LANES = (1 << _LANE) - 1  # a number modulo this is the sum of its digits
-_KINDS_MAX = 64  # of tables, about which something is remembered
+_KINDS_MAX = 64  # kinds of tables with remembered numbers
 _RECENT_MAX = 64  # tables that are remembered themselves
 
 
 def _links(flags: int) -> int:
-    """Return flags and next of pieces, of which the first is the table's second descriptor."""
+    """Return flags and next of all pieces; the first piece is the table's second descriptor."""
     return sum(
         (number + 2 << _NEXT | flags << _FLAGS) << _LANE * number for number in range(_PIECES_MAX)
     )
@@ -150,8 +150,8 @@ class Span:
     def divide(self, head: int, table: bytes) -> Chain | None:
         """Return the chain of an indirect table of 3 to 256 descriptors, `head`, with its pieces.
 
-        The header is readable, the status writable. None for a table that is otherwise, has
-        anything empty, or anything elsewhere.
+        The header is readable, the status writable. None for any other table, one with an empty
+        buffer, or one outside of the span.
         """
         start, end = self._start, self._end
         header, header_size, flags, following = _unpack_descriptor(table)
@@ -187,7 +187,7 @@ class Span:
         )
 
     def _pieces(self, table: bytes, length: int) -> Scatter | None:
-        """Return what is between header and status; `length` is that of the first piece."""
+        """Return the pieces between header and status; `length` is that of the first."""
         count = len(table) // DESCRIPTOR_SIZE
         is_writable = table[_FLAGS // 8] & VRING_DESC_F_WRITE
         kind = self._kinds.get((count, length, is_writable)) or self._know(
@@ -220,7 +220,7 @@ class Span:
         return Scatter(self._memory, self._host, iovecs, size, is_writable=bool(is_writable))
 
     def _know(self, count: int, length: int, is_writable: int) -> _Kind:
-        """Return what is known of a kind of tables; it is kept for the next."""
+        """Return the numbers for a kind of tables; they are kept for the next table."""
         lanes = (1 << _LANE * count) - 1
         each = _EACH & lanes
         links = (_WRITABLE if is_writable else _READABLE) & lanes
@@ -267,7 +267,7 @@ class Decoder:
         self._size = size
         self._memory = memory
         self._view = memory.view
-        # Nearly every buffer is there: a slice of it takes half the time of a call.
+        # Nearly every buffer is there: slicing it takes half the time of a call.
         self._low = _longest_view(memory, 0)
         self._low_end = len(self._low)
         self._descriptors = memory.view(descriptors, DESCRIPTOR_SIZE * size)

@@ -1,7 +1,7 @@
 """The common configuration structure: registers, status, feature negotiation, queue set-up.
 
-Everything that a driver says before its device works passes here; what follows from it is done by
-an `Actions`. An access may have any width: it acts on each field that it touches.
+All of a driver's set-up passes here; an `Actions` carries out its effects. An access may have any
+width: it acts on each field that it touches.
 
 Not a BusDevice of its own: its owner's lock is held around everything except `needs_reset`.
 
@@ -109,7 +109,7 @@ class QueueRegisters:
         self.reset()
 
     def reset(self) -> None:
-        """Return to the state before the driver set anything."""
+        """Return to the state after a reset."""
         self.size = self.size_max
         self.vector = abi.VIRTIO_MSI_NO_VECTOR
         self.is_enabled = False
@@ -351,7 +351,7 @@ class CommonCfg:
                 pass
 
     def _vector(self, value: int) -> int:
-        """Return the vector that sticks: none, if there is no such one."""
+        """Return the vector that takes effect: none, if it does not exist."""
         return value if value < self._vectors else abi.VIRTIO_MSI_NO_VECTOR
 
     # Negotiation

@@ -100,7 +100,7 @@ class VirtioConsole:
         self._sent = 0  # bytes of it that have been handed on
 
     def attach(self, transport: Transport) -> None:
-        """Learn whom to ask for another call of `process`; before the guest runs."""
+        """Remember `transport`, which arranges calls of `process`; before the guest runs."""
         self._transport = transport
 
     # The backend
@@ -121,7 +121,7 @@ class VirtioConsole:
         self._on_receive_room()
 
     def process(self, index: int, queue: Virtqueue) -> None:
-        """Move input or output, as far as both sides have room."""
+        """Move as much input or output as both sides have room for."""
         if index == RECEIVE_QUEUE:
             self._fill(queue)
         else:
@@ -181,7 +181,7 @@ class VirtioConsole:
         return [Part(f"{name}/console", self)]
 
     def save(self) -> ConsoleState:
-        """Return what is under way; output that was not handed on is in the queue."""
+        """Return the state; output that was not handed on is in the queue."""
         with self._lock:
             return ConsoleState(bytes(self._input), self._sent, self._size)
 

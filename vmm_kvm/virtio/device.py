@@ -1,4 +1,4 @@
-"""What the parts of a virtio device are to each other.
+"""The interfaces between the parts of a virtio device.
 
 A `Backend` is a device type: it knows requests and nothing of rings, interrupts or processes. A
 `Dataplane` serves the queues of one device: `worker.Worker` does so with a Backend in a thread of
@@ -62,11 +62,11 @@ class Backend(Protocol):
         """Release what the backend owns; idempotent."""
 
     def parts(self, name: str) -> list[Part]:
-        """Return what of it has a state; their names begin with `name`."""
+        """Return its parts that have a state; their names begin with `name`."""
 
 
 class Transport(Protocol):
-    """What a backend that acts by itself may ask for; any thread, also with locks held."""
+    """What a backend that acts by itself may call; any thread, also with locks held."""
 
     def notify(self, index: int) -> None:
         """Have `process(index, ...)` called soon, as if the driver had notified.
@@ -80,7 +80,7 @@ class Transport(Protocol):
 
 
 class InputTransport(Transport, Protocol):
-    """What a backend may ask for whose input comes from descriptors; on the device's own thread."""
+    """What a backend with input from descriptors may call; on the device's own thread."""
 
     def watch(self, fd: int, index: int) -> None:
         """Have `process(index, ...)` called whenever input arrives at `fd`, once for each arrival.
@@ -94,15 +94,15 @@ class InputTransport(Transport, Protocol):
 
 @runtime_checkable
 class ActiveBackend(Protocol):
-    """A backend that acts by itself, besides being a Backend."""
+    """A Backend that also acts by itself."""
 
     def attach(self, transport: InputTransport) -> None:
-        """Learn whom to ask; before `start`, anew for each connection of a vhost-user server."""
+        """Remember `transport`; before `start`, anew for each vhost-user connection."""
 
 
 @runtime_checkable
 class PairedBackend(Protocol):
-    """A backend that has to know which queues are served, besides being a Backend."""
+    """A Backend that also has to know which queues are served."""
 
     def serving(self, queues: Collection[int]) -> None:
         """Learn which queues a front-end has enabled, by their indices; on the device's thread.
@@ -130,14 +130,14 @@ class Frontend(Protocol):
         """Stop the device until the driver resets it; `reason` is for the log, one line."""
 
     def halt(self, err: HaltError) -> None:
-        """Have the VM stand still: a request waits for the host.
+        """Pause the VM: a request waits for the host.
 
         It is tried again when the driver notifies, and by `resume`.
         """
 
 
 class Dataplane(Protocol):
-    """Who serves the queues of a device.
+    """Serves the queues of a device.
 
     The transport calls these on vCPU threads, one at a time, with its lock held: none may call a
     `Frontend` method that waits for a vCPU, and all return soon.
@@ -149,7 +149,7 @@ class Dataplane(Protocol):
     queue_sizes: tuple[int, ...]
 
     def attach(self, frontend: Frontend) -> None:
-        """Learn whom to tell; called once, before everything else."""
+        """Remember `frontend`; called once, before everything else."""
 
     def config(self) -> bytes:
         """Return the configuration space as it is now."""
@@ -181,10 +181,10 @@ class Dataplane(Protocol):
         """
 
     def settle(self) -> None:
-        """Return when nothing is under way that the driver asked for before; no vCPU runs."""
+        """Return when every earlier request of the driver is complete; no vCPU runs."""
 
     def suspend(self) -> None:
-        """Stand still: no thread is left, this process changes nothing; no vCPU runs.
+        """Stop all threads, so that this process changes nothing; no vCPU runs.
 
         Nothing is forgotten: what the driver asked for is done after `resume`. Idempotent.
         """
@@ -193,7 +193,7 @@ class Dataplane(Protocol):
         """Go on after `suspend` or `restore`, and look at every queue once; idempotent."""
 
     def positions(self) -> Mapping[int, int]:
-        """Return where in its available ring each queue goes on that is served, by index.
+        """Return the position of each served queue in its available ring, by index.
 
         After `suspend`; 0 to 65535, and the same in the used ring. From now on, not before, other
         processes do not touch the rings any more either.
@@ -202,7 +202,7 @@ class Dataplane(Protocol):
     def restore(
         self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
     ) -> None:
-        """Be like a suspended one that served `rings`, each from its position on.
+        """Become like a suspended dataplane that served `rings`, each from its position on.
 
         Nothing has been started before. The rings that `start` would have got are given, also
         those without a position, which begin at 0.
@@ -220,10 +220,10 @@ class Dataplane(Protocol):
         """
 
     def parts(self, name: str) -> list[Part]:
-        """Return what else has a state; their names begin with `name`."""
+        """Return the other parts that have a state; their names begin with `name`."""
 
     def kick(self, index: int) -> None:
-        """Look at queue `index`: the driver notified; any thread."""
+        """Process queue `index`: the driver notified; any thread."""
 
     def kick_fd(self, index: int) -> int:
         """Return the eventfd that does the same when written; valid from `start` until `stop`.

@@ -5,7 +5,7 @@ driver's buffers or come in the driver's own; the rest of a large one is copied 
 large segments stay as they are, if the port can have them so: the header in front of every frame
 says what is left to do, and the port's kernel checks it.
 
-A queue gets no more than its share of the thread: `BUDGET` frames, then the others have their turn.
+A queue gets no more than its share of the thread: after `BUDGET` frames the others have their turn.
 
 Source: virtio 1.2 §5.1
 """
@@ -258,7 +258,7 @@ class VirtioNet:
     def _checked(self, readable: Sequence[memoryview]) -> Sequence[memoryview | bytes]:
         """Return a frame if its source is the guest's own address, else nothing.
 
-        The guest can change the frame at any time: what was looked at is what is sent.
+        The guest can change the frame at any time, so the bytes that were checked are sent.
         """
         head = gather(readable, _VNET_SIZE + HEADER_SIZE)
         if len(head) < _VNET_SIZE + HEADER_SIZE:
@@ -300,7 +300,7 @@ class VirtioNet:
                 continue
             if len(first) >= _VNET_SIZE and self._deliver_rest(size - room, room, waiting, queue):
                 continue
-            # Split in an odd way, or longer than the buffers that are there.
+            # Split in an unusual way, or longer than the available buffers.
             head = gather(writable, min(size, room))
             self._pending[pair] = head + bytes(scratch[: max(size - room, 0)])
             if not self._deliver_pending(pair, waiting, queue):
@@ -308,7 +308,7 @@ class VirtioNet:
         self._again(2 * pair)
 
     def _deliver_rest(self, left: int, room: int, waiting: deque[Chain], queue: Virtqueue) -> bool:
-        """Spread what the first chain had no room for over more; False if they do not suffice."""
+        """Continue a frame in further chains; False if they do not suffice."""
         if not self._is_mergeable:
             return False
         count, more = 1, 0
@@ -379,6 +379,6 @@ class VirtioNet:
         self._again(2 * pair)
 
     def _again(self, index: int) -> None:
-        """Have the rest of a queue's frames moved when the others have had their turn."""
+        """Move the rest of a queue's frames after the others have had their turn."""
         if self._transport:
             self._transport.notify(index)

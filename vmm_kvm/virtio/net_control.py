@@ -1,8 +1,8 @@
-"""virtio-net's configuration space and control queue: what a driver says about its interface.
+"""virtio-net's configuration space and control queue.
 
-The same whoever moves the frames. What the driver asks for reaches the frames' port: which frames
-it wants, which offloads, how many queue pairs. A command that is not understood, or not allowed, is
-answered with an error; one that is no command at all stops the device.
+They are the same on every data path. The driver's wishes go to the frames' port: which frames,
+which offloads, how many queue pairs. An unknown or forbidden command is answered with an error; a
+malformed one stops the device.
 
 Source: virtio 1.2 §5.1.4, §5.1.6.5
 """
@@ -24,7 +24,7 @@ log = Log(__name__)
 
 CONTROL_QUEUE_SIZE = 64
 TABLE_MAX = 64
-"""Addresses of each kind that are told apart; a driver that has more gets everything."""
+"""Addresses of each kind in the filter; a driver with more gets every frame."""
 
 STATUS_OFFSET = ADDRESS_SIZE
 """Of the status, 16 bits, in the configuration space."""
@@ -60,7 +60,7 @@ _BASE_FEATURES = (
 
 
 class Port(Protocol):
-    """What of a port the control queue sets; raises OSError where its interface is gone."""
+    """The settings of a port that the control queue changes; OSError if its interface is gone."""
 
     def set_guest_offloads(self, features: int) -> None:
         """Send the driver such frames as these features (VIRTIO_NET_F_GUEST_*) say."""
@@ -125,7 +125,7 @@ class NetControl:
         assert not is_group(lladdr)
         assert 1 <= pairs <= QUEUE_PAIRS_MAX
         self.features = _BASE_FEATURES
-        """What is offered because of the control queue and configuration."""
+        """Features of the control queue and the configuration space."""
         if pairs > 1:
             self.features |= 1 << abi.VIRTIO_NET_F_MQ
         if not is_locked:
@@ -162,7 +162,7 @@ class NetControl:
         self._is_up = is_up
 
     def announce(self) -> bool:
-        """Ask the driver to make itself known to the network, until it says that it has.
+        """Ask the driver to announce itself to the network, until it says that it has.
 
         Returns whether it can, and so the transport has to tell it.
 
@@ -202,7 +202,7 @@ class NetControl:
         return is_done
 
     def reset(self) -> None:
-        """Forget what the driver said, its own address too."""
+        """Forget the driver's settings, its own address included."""
         self._negotiated = 0
         self._is_announcing = False
         self._vlans.clear()
@@ -231,7 +231,7 @@ class NetControl:
         )
 
     def restore(self, state: NetState) -> None:
-        """Have it said again; after `start`, if the driver was ready.
+        """Apply the saved settings; after `start`, if the driver was ready.
 
         Raises:
             StateError: the driver cannot have said so.
@@ -282,7 +282,7 @@ class NetControl:
             queue.push(chain, 1)
 
     def _obey(self, kind: int, code: int, data: bytes) -> bool:
-        """Do what one command says; returns whether it could be done."""
+        """Execute a command; returns whether that succeeded."""
         negotiated = self._negotiated
         match kind:
             case abi.VIRTIO_NET_CTRL_RX:
@@ -373,7 +373,7 @@ class NetControl:
         return self._set_filter(self.filter)
 
     def _set_filter(self, wanted: Filter) -> bool:
-        """Have it so, within what a locked address allows."""
+        """Apply the filter, within what a locked address allows."""
         if self._negotiated >> abi.VIRTIO_NET_F_CTRL_VLAN & 1:
             wanted = wanted._replace(vlans=frozenset(self._vlans))
         else:

@@ -1,7 +1,7 @@
 """virtio-net with its frames somewhere else: only the control queue is served here.
 
 For frames that the kernel moves (vhost-net), or another program: both serve pairs of queues and
-know nothing of commands. A thread of this process obeys those.
+know nothing of commands. A thread of this process executes those.
 
     driver ── Transport ── SplitNet ┬ data queues ── Dataplane (vhost, vhost_user.frontend)
                                     └ control queue ── Worker ── NetControl
@@ -71,7 +71,7 @@ class SplitNet:
         self._frontend: Frontend | None = None
 
     def attach(self, frontend: Frontend) -> None:
-        """Learn whom to tell; called once, before everything else."""
+        """Remember `frontend`; called once, before everything else."""
         self._frontend = frontend
         self._data.attach(frontend)
         self._worker.attach(frontend)
@@ -90,7 +90,7 @@ class SplitNet:
             self._frontend.config_changed()
 
     def announce(self) -> None:
-        """Have the driver make itself known to the network; any thread."""
+        """Have the driver announce itself to the network; any thread."""
         if self._control.announce() and self._frontend:
             self._frontend.config_changed()
 
@@ -136,12 +136,12 @@ class SplitNet:
         self._data.stop()
 
     def settle(self) -> None:
-        """Return when nothing is under way that the driver asked for before; no vCPU runs."""
+        """Return when every earlier request of the driver is complete; no vCPU runs."""
         self._worker.settle()
         self._data.settle()
 
     def suspend(self) -> None:
-        """Stand still; nothing is forgotten. Idempotent."""
+        """Stop all threads; nothing is forgotten. Idempotent."""
         self._worker.suspend()
         self._data.suspend()
 
@@ -151,13 +151,13 @@ class SplitNet:
         self._data.resume()
 
     def positions(self) -> Mapping[int, int]:
-        """Return where each queue goes on that is served."""
+        """Return the position of each served queue."""
         return {**self._data.positions(), **self._worker.positions()}
 
     def restore(
         self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
     ) -> None:
-        """Be like a suspended one that served `rings`, each from its position on.
+        """Become like a suspended dataplane that served `rings`, each from its position on.
 
         Raises:
             GuestError: a ring is impossible.
@@ -174,7 +174,7 @@ class SplitNet:
         return self._data.log_writes(log)
 
     def parts(self, name: str) -> list[Part]:
-        """Return the control state, and what the data queues have."""
+        """Return the control state, and the state of the data queues."""
         return [*self._worker.parts(name), *self._data.parts(name)]
 
     def kick(self, index: int) -> None:

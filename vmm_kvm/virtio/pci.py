@@ -4,8 +4,7 @@ Modern only (VERSION_1), as QEMU's `disable-legacy=on`. BAR 4 holds the structur
 BAR 1 the MSI-X table; BAR 2 the notification addresses once more, as ports: KVM understands a port
 access without decoding the guest's instruction, so that capability comes first. Notifications go
 from the guest straight to the dataplane's eventfd and interrupts straight from an eventfd to the
-guest, wherever the machine can arrange that; each has a way through this module as well, for the
-rest.
+guest, wherever the machine can arrange that; where it cannot, both go through this module.
 
 Locks: `lock` is taken by the bus for accesses to BARs 2 and 4, and within the PCI host's lock when
 BAR 2 moves or the guest reaches BAR 4 through configuration space. With it held the dataplane may
@@ -72,23 +71,23 @@ class VirtioPciState(NamedTuple):
 
 
 class MsiLine(Protocol):
-    """A way for messages into the guest that needs no thread of ours: an eventfd."""
+    """An eventfd that sends messages into the guest without a thread of ours."""
 
     fd: int
-    """Writing it sends the message; what is written while there is none is not lost."""
+    """Writing it sends the message; writes while it has none are not lost."""
 
     def route(self, message: MsixMessage | None) -> None:
-        """Send `message` from now on; None holds back what comes."""
+        """Send `message` from now on; None holds interrupts back."""
 
     def signal(self) -> None:
         """Write the eventfd; any thread."""
 
     def is_pending(self) -> bool:
-        """Tell whether it was written while there was no message; while nothing runs."""
+        """Tell whether it was written while it had no message; while nothing runs."""
 
 
 class Host(Protocol):
-    """What a function needs of the machine. None of it may wait or call back."""
+    """What a function needs of the machine. No method may wait or call back."""
 
     def bind_notification(self, fd: int, port: int) -> None:
         """Let guest writes of any size to `port` signal the eventfd `fd`, instead of an access.
@@ -126,13 +125,13 @@ class VirtioPci:
         """Make the function of `dataplane`.
 
         Args:
-            dataplane: who serves the queues, at most 64.
+            dataplane: serves the queues, at most 64.
             host: the machine.
             intx: where INTA of the function's slot leads.
             class_code: 24 bits, as for PciFunction.
             name: for the log.
-            on_halt: has the VM stand still, because a request waits for the host; on the thread
-                of the device, with no lock held, and may not wait for it.
+            on_halt: pauses the VM, because a request waits for the host; called on the device's
+            thread with no lock held; it may not wait for the pause.
         """
         self.lock = threading.Lock()
         self.name = name
@@ -164,12 +163,12 @@ class VirtioPci:
         dataplane.attach(self)
 
     def settle(self) -> None:
-        """Return when the device has done what the driver asked for; when no vCPU runs."""
+        """Return when the device has completed the driver's requests; when no vCPU runs."""
         with self.lock:
             self._dataplane.settle()
 
     def suspend(self) -> None:
-        """Stand still: no thread is left, nothing is forgotten; when no vCPU runs."""
+        """Stop all threads; nothing is forgotten; when no vCPU runs."""
         with self.lock:
             self._dataplane.suspend()
 
@@ -181,7 +180,7 @@ class VirtioPci:
             config = self._config
         if not was_restored:
             return
-        # An interrupt too many is legal, one that is lost is not.
+        # A spurious interrupt is legal, a lost one is not.
         for index in self._serving:
             self.interrupt(index)
         if self._dataplane.config() != config:
@@ -204,11 +203,11 @@ class VirtioPci:
     # Snapshots; while it stands still
 
     def parts(self, name: str) -> list[Part]:
-        """Return the function and what its device has; their names begin with `name`."""
+        """Return the function and its device's parts; their names begin with `name`."""
         return [Part(name, self), *self._dataplane.parts(name)]
 
     def save(self) -> VirtioPciState:
-        """Return a snapshot; the host has the configuration space, the device what is its own."""
+        """Return a snapshot without configuration space and the device's own state."""
         with self.lock:
             msix = self._msix.save()
             pending = {
@@ -264,7 +263,7 @@ class VirtioPci:
             raise StateError(f"a disk of {told} bytes, not of {own}")
 
     def bind_again(self) -> None:
-        """Bind all notifications, where the machine's VM is another one than before."""
+        """Bind all notifications again, in a VM that replaces the machine's one before."""
         with self.lock:
             for fd, port in self._bound.values():
                 self._host.bind_notification(fd, port)
@@ -354,7 +353,7 @@ class VirtioPci:
         return config
 
     def _config_generation(self) -> int:
-        """Return a number that differs once what the driver may have read is not so any more."""
+        """Return a number that changes when the configuration does after the driver read it."""
         self._current_config()
         return self._generation
 
@@ -429,7 +428,7 @@ class VirtioPci:
             self._bind()
 
     def _bind(self) -> None:
-        """Let notifications of the queues that are served reach the dataplane by themselves."""
+        """Let KVM deliver notifications of the served queues to the dataplane."""
         if self._base is None:
             return
         for index in self._serving - self._bound.keys():
@@ -480,7 +479,7 @@ class VirtioPci:
         self.config_changed()
 
     def halt(self, err: HaltError) -> None:
-        """Have the VM stand still: a request waits for the host."""
+        """Pause the VM: a request waits for the host."""
         self._on_halt(err)
 
     def _signal(self, vector: int) -> None:

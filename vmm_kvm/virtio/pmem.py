@@ -104,7 +104,7 @@ class VirtioPmem:
             queue.push(chain, _RESPONSE.size)
 
     def reset(self) -> None:
-        """Forget nothing: no request outlives `process`."""
+        """Do nothing: no request outlives `process`."""
 
     def close(self) -> None:
         """Do nothing: the memory is the machine's."""

@@ -1,9 +1,9 @@
 """Split virtqueues, the device's side: available chains in, used chains out.
 
-What the chains are, `chain` tells.
+`chain` decodes the chains.
 
-Ordering: x86 keeps loads in order among loads and stores among stores, which is all that taking a
-chain and publishing a used one need. The exceptions, where a load must not overtake an earlier
+Ordering: x86 keeps loads in order among loads and stores among stores, and taking a chain or
+publishing a used one needs no more. The exceptions, where a load must not overtake an earlier
 store, go through `_full_fence`.
 
 A queue belongs to one thread, its device's; `stop` alone may be called from others.
@@ -35,7 +35,7 @@ _FLAGS, _INDEX, _RING = 0, 1, 2
 
 
 class Ring(NamedTuple):
-    """Where the driver put a queue: what a transport learns and hands on."""
+    """Where the driver put a queue, as the transport learnt it."""
 
     size: int
     """Descriptors, a power of two up to 32768."""
@@ -121,7 +121,8 @@ class Virtqueue:
         self._next_used = self._signalled_used = next_used
         self._is_stopped = False
         self.is_streaming = False
-        """Whether pieces were taken since `disable_kicks`: much data, and more to come."""
+        """Whether a chain with pieces was taken since `disable_kicks`: a sign of much data to
+        come."""
         self._fence = threading.Lock()
 
     @property
@@ -168,13 +169,13 @@ class Virtqueue:
         return chain
 
     def unpop(self) -> None:
-        """Let the next `pop` return anew what the last one did, which was not given back."""
+        """Let the next `pop` return the same chain as the last one, which was not given back."""
         self._next_available = (self._next_available - 1) & _INDEX_MASK
 
     def push(self, chain: Chain, written: int) -> None:
         """Give `chain` back; `written` is how many bytes of `writable` were written.
 
-        The driver sees it from now on; whether it must be told, `needs_interrupt` says.
+        The driver sees it from now on; `needs_interrupt` tells whether to interrupt it.
 
         Source: virtio 1.2 §2.7.8
         """
@@ -227,7 +228,7 @@ class Virtqueue:
         Source: virtio 1.2 §2.7.10
         """
         self.is_streaming = False
-        # With EVENT_IDX an index in the past does it: it stays where `enable_kicks` left it.
+        # With EVENT_IDX an index in the past does this: it stays where `enable_kicks` left it.
         if not self._has_event_idx:
             self._used[_FLAGS] = VRING_USED_F_NO_NOTIFY
 
@@ -256,9 +257,9 @@ class Virtqueue:
     def _full_fence(self) -> None:
         """Let no later load overtake an earlier store.
 
-        To take a free lock is a LOCK-prefixed instruction in every CPython (sem_trywait, or the
-        interpreter's own mutex), and that is a full barrier (Intel SDM vol. 3 §8.2.2). The driver
-        has the matching one between its index and its look at ours.
+        Taking a free lock executes a LOCK-prefixed instruction in every CPython (sem_trywait, or
+        the interpreter's own mutex), and that is a full barrier (Intel SDM vol. 3 §8.2.2). The
+        driver has the matching one between its index and its look at ours.
         """
         self._fence.acquire()
         self._fence.release()

@@ -1,9 +1,9 @@
-"""The events of rings that somebody else serves: the kernel, or another process.
+"""Events of rings that the kernel or another process serves.
 
 Notifications of the guest reach the server by one eventfd for each ring, and its interrupts the
 guest by another, so that nothing passes through here while the guest does I/O. Between `watch` and
-`unwatch` a thread waits for what else may happen: a ring breaks, the server goes away, or
-interrupts need a hand because the guest has no MSI-X. It sleeps otherwise.
+`unwatch` a thread waits for other events: a ring breaks, the server goes away, or an interrupt has
+to be raised because the guest has no MSI-X.
 
 Methods are called one at a time, `kick` excepted; what the thread watches does not change while it
 runs.
@@ -36,14 +36,14 @@ class RingEvents:
         try:
             self._stop_fd = self._eventfd()
             self.error_fd = self._eventfd()
-            """To be written by the server when it gives up a ring, whichever it is."""
+            """The server writes it when it gives up any ring."""
             self._kick_fds = [self._eventfd() for _ in range(rings)]
         except BaseException:
             self.close()
             raise
 
     def kick(self, index: int) -> None:
-        """Have the server look at ring `index`; any thread."""
+        """Have the server process ring `index`; any thread."""
         os.eventfd_write(self._kick_fds[index], 1)
 
     def kick_fd(self, index: int) -> int:
@@ -66,7 +66,7 @@ class RingEvents:
         connection: int | None = None,
         on_hangup: Callable[[], None] = lambda: None,
     ) -> None:
-        """Tell `frontend` what happens from now on.
+        """Report events to `frontend` from now on.
 
         `on_error` is called when the server has written `error_fd`, `on_hangup` if `connection`
         ends; both on the thread, which `unwatch` waits for.
@@ -81,7 +81,7 @@ class RingEvents:
         self._thread.start()
 
     def unwatch(self) -> None:
-        """Stop it; when this returns, nobody is told anything any more. Idempotent."""
+        """Stop watching; after this returns, no callback is called. Idempotent."""
         thread, self._thread = self._thread, None
         if thread is not None:
             os.eventfd_write(self._stop_fd, 1)

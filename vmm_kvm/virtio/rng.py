@@ -1,4 +1,4 @@
-"""virtio-rng: random bytes for the guest, no more per second than a token bucket holds.
+"""virtio-rng: random bytes for the guest, at a rate that a token bucket limits.
 
 A guest that asks for more waits: its requests are kept until a timer says that there are tokens
 again. No thread waits.
@@ -29,7 +29,7 @@ _GRAIN = 256  # fewer bytes are not worth an interrupt
 
 
 class TokenBucket:
-    """How much may be taken now, if no more than `rate` a second may be in the long run.
+    """A token bucket: limits a rate in the long run to `rate` a second.
 
     Exact: it counts in tokens times nanoseconds, so no rounding adds up.
     """
@@ -60,7 +60,7 @@ class TokenBucket:
         return self._level
 
     def refill(self, parts: int, now_ns: int) -> None:
-        """Have `parts`, tokens times nanoseconds, in it at `now_ns`; no more than fit."""
+        """Set the content at `now_ns` to `parts`, tokens times nanoseconds, up to the capacity."""
         self._level = min(parts, self._capacity)
         self._updated_ns = now_ns
 
@@ -122,7 +122,7 @@ class VirtioRng:
         self._transport: Transport | None = None
 
     def attach(self, transport: Transport) -> None:
-        """Learn whom to ask for another call of `process`; before the guest runs."""
+        """Remember `transport`, which arranges calls of `process`; before the guest runs."""
         self._transport = transport
 
     def config(self) -> bytes:
@@ -168,7 +168,7 @@ class VirtioRng:
         return RngState(self._bucket.parts_left)
 
     def restore(self, state: RngState) -> None:
-        """Continue with as much; requests that wait are looked at when the device goes on."""
+        """Continue with as many tokens; waiting requests are served when the device resumes."""
         self._bucket.refill(state.tokens, self._clock.monotonic_ns())
 
     def _refilled(self) -> None:

@@ -1,7 +1,7 @@
 """virtio-scsi: a host adapter whose only logical unit, target 0 LUN 0, is a CD-ROM drive.
 
-Every command is finished before the next is looked at, so there is never one to abort, and there
-are no events to report: the event queue's buffers stay with the device.
+Every command is finished before the next is read, so there is never one to abort. There are no
+events to report: the event queue's buffers stay with the device.
 
 Source: virtio 1.2 §5.6; OpenBSD vmd/vioscsi.c
 """
@@ -34,7 +34,7 @@ _SEGMENTS_MAX = QUEUE_SIZE - 2
 _SECTORS_MAX = 2048
 _COMMANDS_PER_LUN = 32
 _EVENT_SIZE = 16
-# OpenBSD's driver takes the largest target for the number of targets, so it is one more.
+# OpenBSD's driver takes the largest target for the number of targets, so this is one more.
 _TARGET_MAX = 1
 _LUN_MAX = 0
 

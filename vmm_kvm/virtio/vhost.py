@@ -1,7 +1,7 @@
 """A dataplane in the kernel: queue pairs that vhost-net serves.
 
-Frames go between guest memory and the tap in the kernel's thread, so that no process of ours has a
-part in it; `ring_events` has the rest. The transport calls one method at a time.
+Frames go between guest memory and the tap in the kernel's thread, so that no process of ours takes
+part; `ring_events` has the rest. The transport calls one method at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ from vmm_kvm.write_log import SharedLog, WriteLog
 QUEUE_SIZES = (256, 1024)
 """Largest sizes offered, to receive and to send.
 
-What a guest receives waits behind all that others have sent it before: so no more of that fits
-than with QEMU's default, and with our other data paths.
+A frame to the guest waits behind all earlier ones, so the receive ring is no larger than QEMU's
+default and that of our other data paths.
 """
 
 _FEATURES = (
@@ -86,7 +86,7 @@ class Vhost:
         for vhost in vhosts:
             known &= vhost.features
         self._known = known
-        # To stop one queue takes no feature of the kernel's.
+        # Stopping one queue needs no feature of the kernel.
         self.features = known | features | 1 << VIRTIO_F_RING_RESET
         self.queue_sizes = QUEUE_SIZES * len(vhosts)
         self._vhosts = tuple(vhosts)
@@ -103,11 +103,11 @@ class Vhost:
             raise
 
     def attach(self, frontend: Frontend) -> None:
-        """Learn whom to tell; called once, before everything else."""
+        """Remember `frontend`; called once, before everything else."""
         self._frontend = frontend
 
     def config(self) -> bytes:
-        """Return no configuration space: whoever has the control queue has it."""
+        """Return no configuration space: it belongs to the part with the control queue."""
         return b""
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -166,10 +166,10 @@ class Vhost:
         self._bases = None
 
     def settle(self) -> None:
-        """Return at once: frames under way are the network's, and may come late."""
+        """Return at once: frames in flight belong to the network, and may arrive late."""
 
     def suspend(self) -> None:
-        """Stand still; nothing is forgotten. Idempotent."""
+        """Stop; nothing is forgotten. Idempotent."""
         if not self._started or self._bases is not None:
             return
         self._events.unwatch()
@@ -197,7 +197,7 @@ class Vhost:
     def restore(
         self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
     ) -> None:
-        """Be like a suspended one that served `rings`, each from its position on.
+        """Become like a suspended dataplane that served `rings`, each from its position on.
 
         Raises:
             GuestError: a ring is impossible.
@@ -218,7 +218,7 @@ class Vhost:
         return log is None
 
     def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
-        """Return nothing: what the kernel knows of the driver is in the rings."""
+        """Return nothing: the kernel keeps no state of the driver outside the rings."""
         return []
 
     def kick(self, index: int) -> None:
@@ -246,7 +246,7 @@ class Vhost:
         self._events.watch(frontend, lambda: frontend.fail("vhost: the kernel gave up a ring"))
 
     def _check(self, ring: Ring) -> None:
-        """Raise GuestError for a ring that nobody can serve."""
+        """Raise GuestError for a ring that cannot be served."""
         Virtqueue(self._memory, ring, 0)
 
     def _start_ring(self, index: int, ring: Ring, base: int = 0) -> None:

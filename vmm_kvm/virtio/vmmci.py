@@ -1,8 +1,8 @@
-"""vmmci: how OpenBSD's vmd asks its guest to shut down, to reboot, or to look at the clock.
+"""vmmci: OpenBSD's device for asking a guest to shut down, reboot, or read its clock.
 
 A legacy virtio device without queues: a register block in one I/O BAR, whatever the guest. The host
 posts a command and interrupts; the driver reads it, writes it back as an acknowledgement, and acts.
-A guest that does not acknowledge within 3 s, or is not gone 120 s after it did, is to be ended.
+The VM must be ended if the guest does not acknowledge within 3 s, or still runs 120 s after that.
 
 Locks: `lock`, taken by the bus and by every public method; the interrupt pin is set under it.
 
@@ -106,8 +106,8 @@ class VmmciSpec(NamedTuple):
 class Vmmci:
     """A vmmci device; a BusDevice of 64 ports, behind BAR 0 of its PCI function.
 
-    `on_expired` is called, on the clock's thread, when the guest has used up its time: with what it
-    was asked, or SHUTDOWN if it was the guest that wanted to power off. The VM is to be ended then.
+    `on_expired` is called, on the clock's thread, when the guest has used up its time: with the
+    command, or SHUTDOWN if the guest itself wanted to power off. The callee ends the VM.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ class Vmmci:
     def request(self, command: Command) -> bool:
         """Ask the guest to shut down or reboot, and start the timer.
 
-        Returns False, and does nothing, if no driver listens: then there is no use in waiting. To
-        ask again for what was asked changes nothing.
+        Returns False, and does nothing, if no driver listens: waiting is then useless. Repeating a
+        request changes nothing.
         """
         with self.lock:
             if not self._status & abi.VIRTIO_CONFIG_S_DRIVER_OK:
@@ -153,7 +153,7 @@ class Vmmci:
             return True
 
     def sync_rtc(self) -> None:
-        """Ask the guest to read its clock anew, if it knows how and is not asked for more."""
+        """Ask the guest to read its clock again, if it can and no other request is pending."""
         with self.lock:
             if self._features & Feature.SYNC_RTC and self._command is Command.NONE:
                 self._post(Command.SYNC_RTC)
@@ -190,7 +190,7 @@ class Vmmci:
     # The guest's side; the bus holds the lock
 
     def read(self, offset: int, size: int) -> int:
-        """Read registers or configuration; reading the ISR takes the interrupt back."""
+        """Read registers or configuration; reading the ISR clears the interrupt."""
         end = offset + size
         if end > Register.CONFIG + Config.END:
             return all_ones(size)

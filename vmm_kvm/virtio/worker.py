@@ -1,9 +1,9 @@
 """A dataplane in this process: one thread that serves all queues of a device.
 
 The thread lives from `start` to `stop`, so a device that no driver uses costs nothing. It waits
-for one eventfd, which every queue of the device shares: to look at a queue in vain costs less than
-to wait for several descriptors. Only a backend whose input comes from descriptors has it wait for
-those as well.
+for one eventfd, which all queues of the device share: checking an empty queue costs less than
+waiting for several descriptors. It waits for further descriptors only if the backend's input comes
+from them.
 
 Locks: none. `start`, `stop` and what changes a queue come from one thread at a time, under the
 transport's lock; they talk with the worker through `_orders`. The worker never takes that lock, so
@@ -34,7 +34,7 @@ log = Log(__name__)
 QUEUE_FEATURES = (
     1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_F_RING_RESET
 )
-"""What our queues and our workers can do, whatever the device type."""
+"""Features of our queues and workers, for every device type."""
 ROUNDS_MAX = 8
 """Rounds of service for one queue before others have their turn."""
 
@@ -73,7 +73,7 @@ class Worker:
     # The transport's side
 
     def attach(self, frontend: Frontend) -> None:
-        """Learn whom to tell; called once, before everything else."""
+        """Remember `frontend`; called once, before everything else."""
         self._frontend = frontend
 
     def config(self) -> bytes:
@@ -124,7 +124,7 @@ class Worker:
         self._queues = {}
 
     def suspend(self) -> None:
-        """Stand still; nothing is forgotten. Idempotent."""
+        """Stop the thread; nothing is forgotten. Idempotent."""
         if self._end_thread():
             self._is_suspended = True
 
@@ -135,13 +135,13 @@ class Worker:
             self._run_thread()
 
     def positions(self) -> Mapping[int, int]:
-        """Return where each queue goes on: with the oldest chain that was not given back."""
+        """Return each queue's position: that of the oldest chain that was not given back."""
         return {index: queue.next_used for index, queue in self._queues.items()}
 
     def restore(
         self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
     ) -> None:
-        """Be like a suspended one that served `rings`, each from its position on.
+        """Become like a suspended dataplane that served `rings`, each from its position on.
 
         Raises:
             GuestError: a ring is impossible.
@@ -188,13 +188,13 @@ class Worker:
 
     def settle(self) -> None:
         """Return when all queues were empty; no vCPU runs."""
-        # A round begins with the orders and ends with empty queues: the second order comes after
-        # one that saw everything.
+        # A round begins with the orders and ends with empty queues, so a complete round lies before
+        # the second order.
         self._order(lambda: None)
         self._order(lambda: None)
 
     def kick(self, _index: int) -> None:
-        """Look at the queues; any thread, also when nothing is served, or never again."""
+        """Process the queues; any thread, also when nothing is served, or never again."""
         fd = self._kick_fd
         if fd >= 0:
             os.eventfd_write(fd, 1)
@@ -215,7 +215,7 @@ class Worker:
         return Virtqueue(self._memory, ring, self._features)
 
     def _order(self, order: Callable[[], None]) -> None:
-        """Have the worker do something between two rounds, and wait for it."""
+        """Have the worker execute an order between two rounds, and wait for it."""
         if self._thread is None:
             return
         done = threading.Event()
@@ -235,7 +235,7 @@ class Worker:
             self._frontend.config_changed()
 
     def watch(self, fd: int, index: int) -> None:  # noqa: ARG002 - all queues are looked at
-        """Have the queues looked at whenever input arrives at `fd`; on the worker's thread."""
+        """Process the queues whenever input arrives at `fd`; on the worker's thread."""
         if self._epoll is None:
             self._epoll = select.epoll()
             self._epoll.register(self._kick_fd, select.EPOLLIN)

@@ -2,7 +2,8 @@
 
 A message is read to its last byte and not further, so that descriptors, which a stream keeps in
 place among its bytes, arrive with the message that they belong to. Every descriptor that is
-received has an owner from then on: the `Fds` of its message, which closes what nobody took.
+received has an owner from then on: the `Fds` of its message, which closes those that were not
+taken.
 
 Source: unix(7), "SCM_RIGHTS"; QEMU docs/interop/vhost-user.
 """
@@ -24,12 +25,12 @@ from vmm_kvm.virtio.vhost_user.messages import (
 )
 
 _INT_SIZE = array.array("i").itemsize
-# The kernel passes up to 253 at once; what does not fit it closes, and says so.
+# The kernel passes up to 253 at once; it closes those that do not fit, and says so.
 _ANCILLARY_SIZE = socket.CMSG_SPACE(FDS_MAX * _INT_SIZE)
 
 
 class Fds:
-    """Received descriptors; a context manager that closes those that nobody took."""
+    """Received descriptors; a context manager that closes those that were not taken."""
 
     __slots__ = ("_fds",)
 
@@ -71,7 +72,7 @@ class Fds:
 
 
 class Message(NamedTuple):
-    """One message; whoever receives it closes `fds`, by using them as a context manager."""
+    """One message; its receiver closes `fds`, by using them as a context manager."""
 
     request: int
     flags: int

@@ -1,7 +1,7 @@
 """A front-end's requests to a vhost-user server, one method for each.
 
-Each waits for its answer, if the server gives one, and not longer than `REPLY_TIMEOUT_S`. Any
-failure is of the connection as a whole: close it.
+Each waits for its answer, if the server gives one, and not longer than `REPLY_TIMEOUT_S`. After any
+failure the connection is useless: close it.
 
 Source: QEMU docs/interop/vhost-user.
 """
@@ -115,11 +115,11 @@ class Client:
         self._order(Request.SET_CONFIG, ConfigAccess(offset, 0, data).pack())
 
     def status(self) -> int:
-        """Return what a server of ours says of itself: a device status, and see HALT_SHIFT."""
+        """Return the status of a server of ours: a device status, and see HALT_SHIFT."""
         return unpack_u64(self._query(Request.GET_STATUS))
 
     def ping(self) -> None:
-        """Return when the server has come to look at its connection."""
+        """Return when the server has processed its connection's messages."""
         self._query(Request.GET_FEATURES)
 
     def set_features(self, features: int) -> None:

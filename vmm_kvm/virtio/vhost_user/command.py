@@ -1,6 +1,6 @@
-"""What the commands that serve a device by vhost-user have in common: where, and until when.
+"""Options and main loop that the vhost-user commands share.
 
-Options are those that QEMU's conventions for such programs want, and ours.
+The options are those of QEMU's conventions for such programs, and our own.
 Source: QEMU docs/interop/vhost-user, "Backend program conventions".
 """
 
@@ -60,7 +60,7 @@ class Command(NamedTuple):
         return parser
 
     def print_capabilities(self) -> int:
-        """Print what the program can; returns the exit status."""
+        """Print the program's capabilities; returns the exit status."""
         print(json.dumps(self.capabilities))  # noqa: T201 - what it is asked for
         return 0
 

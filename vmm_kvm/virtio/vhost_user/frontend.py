@@ -1,8 +1,8 @@
 """A dataplane in another process: a device whose queues a vhost-user server serves.
 
 The server maps guest memory, takes notifications from the guest's eventfds and interrupts the guest
-by writing others, so that nothing passes through here while the guest does I/O; `ring_events` has
-what else may happen.
+by writing others, so that nothing passes through here while the guest does I/O; `ring_events`
+handles the other events.
 
 When the server is gone the device fails and stays failed; the VM goes on.
 
@@ -58,7 +58,7 @@ QUEUE_SIZE = 256
 """Largest size offered; servers do not tell theirs, and all take this."""
 
 USER_BASE = 1 << 44
-"""What we call the user address of guest-physical address 0; no address means a real one."""
+"""The user address that stands for guest-physical address 0; none is a real address."""
 
 _RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
 _INDEXES = 1 << 16  # of split rings
@@ -115,13 +115,14 @@ class DeviceKind(NamedTuple):
 
     device_id: int
     features: int
-    """Those that the driver may be offered, a mask: they say nothing of what is not here."""
+    """Features that the driver may be offered, a mask: without those that need parts that are
+    missing here."""
     config_size: int
     """Bytes of configuration space that the server has."""
     queues: Callable[[int, bytes], int]
     """How many queues there are, from features and configuration space."""
     pairs: int = 1
-    """What the server has to have at least, as it counts queues itself."""
+    """The least that the server must have, in its own count of queues."""
 
 
 BLOCK = DeviceKind(VIRTIO_ID_BLOCK, _BLK_FEATURES, _BLK_CONFIG_SIZE, _blk_queues)
@@ -138,7 +139,7 @@ But not the status, which may ask the driver to announce itself."""
 
 
 def net_data(pairs: int) -> DeviceKind:
-    """Return an interface of which the server has queue pairs, the rest being somewhere else."""
+    """Return an interface of which the server has the queue pairs alone."""
     return DeviceKind(VIRTIO_ID_NET, _NET_OFFLOADS, 0, lambda *_: 2 * pairs, pairs)
 
 
@@ -181,7 +182,7 @@ class VhostUser:
         try:
             self.features = _offered(client.features, kind)
             self._config = client.config(kind.config_size) if kind.config_size else b""
-            # What another part of the device offers besides is not the server's business.
+            # Features of another part of the device do not concern the server.
             self._features_known = self.features & ~(1 << VIRTIO_F_RING_RESET) | _VERSION_1
             queues = _queue_count(kind, self.features, self._config)
             _check_pairs(kind, client)
@@ -194,7 +195,7 @@ class VhostUser:
     # The transport's side
 
     def attach(self, frontend: Frontend) -> None:
-        """Learn whom to tell; called once, before everything else."""
+        """Remember `frontend`; called once, before everything else."""
         self._frontend = frontend
 
     def config(self) -> bytes:
@@ -205,7 +206,7 @@ class VhostUser:
     def override(self, offset: int, data: bytes) -> None:
         """Show the driver `data` at `offset` from now on, whatever the server has there.
 
-        For what is decided on this side. The driver is told if that changes anything; any thread.
+        For fields that this side decides. The driver is notified of a change; any thread.
         """
         before = self.config()
         self._override = offset, data
@@ -213,7 +214,7 @@ class VhostUser:
             self._frontend.config_changed()
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Hand on what the driver wrote; what the server made of it is in `config` then."""
+        """Pass on the driver's write; `config` then has the server's result."""
         if self._lost is not None or offset + len(data) > len(self._config):
             return
         with self._lock:
@@ -310,7 +311,7 @@ class VhostUser:
             self._is_suspended = True
 
     def resume(self) -> None:
-        """Go on after `suspend` or `restore`, and have every ring looked at once; idempotent."""
+        """Continue after `suspend` or `restore`, and have every ring processed once; idempotent."""
         was_suspended, self._is_suspended = self._is_suspended, False
         bases, self._bases = self._bases, None
         if not was_suspended:
@@ -329,9 +330,9 @@ class VhostUser:
                 self.kick(index)
 
     def positions(self) -> Mapping[int, int]:
-        """Have the server finish what it has and let go of the rings; return where they go on.
+        """Have the server finish its requests and release the rings; return their positions.
 
-        Not before somebody asks: a server that has no ring any more forgets what its driver said.
+        Only on demand: a server without rings forgets its driver's settings.
         """
         if self._is_suspended and self._bases is None:
             bases = {}
@@ -349,7 +350,7 @@ class VhostUser:
     def restore(
         self, features: int, rings: Mapping[int, Ring], positions: Mapping[int, int]
     ) -> None:
-        """Be like a suspended one that served `rings`, each from its position on.
+        """Become like a suspended dataplane that served `rings`, each from its position on.
 
         Raises:
             GuestError: a ring is impossible.
@@ -384,14 +385,14 @@ class VhostUser:
         return True
 
     def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
-        """Return nothing: what the server knows of its driver is its own."""
+        """Return nothing: the server keeps its own state."""
         return []
 
     def settle(self) -> None:
         """Return when the server has served what was available; no vCPU runs.
 
-        A server with one thread has looked at every notification from before the first question
-        when it answers the second; ours has.
+        A server with one thread, such as ours, has seen every notification from before the first
+        question when it answers the second.
         """
         with self._lock:
             if self._lost is not None or not self._started:
@@ -424,7 +425,7 @@ class VhostUser:
         return self._frontend
 
     def _check(self, ring: Ring) -> None:
-        """Raise GuestError for a ring that no server can serve: it would be lost over it."""
+        """Raise GuestError for a ring that would make the server end the connection."""
         Virtqueue(self._memory, ring, 0)
 
     def _start_ring(self, index: int, ring: Ring, base: int = 0) -> None:
@@ -456,7 +457,7 @@ class VhostUser:
         )
 
     def _ring_failed(self) -> None:
-        """Find out why the server serves a ring no more, on the thread that watches it."""
+        """Find out why the server stopped serving a ring, on the thread that watches it."""
         status = self._server_status() if self._may_halt else VIRTIO_CONFIG_S_NEEDS_RESET
         if errno := status >> HALT_SHIFT:
             self._attached().halt(HaltError(self._name, errno))
@@ -464,7 +465,7 @@ class VhostUser:
             self._fail("the server gave up a ring")
 
     def _server_status(self) -> int:
-        """Return what a server of ours says of itself, 0 if it is lost."""
+        """Return the status of a server of ours, 0 if it is lost."""
         with self._lock:
             if self._lost is not None:
                 return 0
@@ -475,7 +476,7 @@ class VhostUser:
                 return 0
 
     def _lose(self, err: VhostUserError) -> None:
-        """Give the server up, once: nothing it might still say is of any use."""
+        """Give the server up, once; its later messages are ignored."""
         with self._lost_lock:
             if self._lost is not None:
                 return
@@ -491,10 +492,10 @@ class VhostUser:
 
 
 def _offered(features: int, kind: DeviceKind) -> int:
-    """Return what of a server's features the driver is offered; VERSION_1 is the transport's."""
+    """Return the server's features that the driver is offered; VERSION_1 is the transport's."""
     if not features >> VIRTIO_F_VERSION_1 & 1:
         raise VhostUserError("the server offers legacy virtio only")
-    # To stop one queue takes no feature of the server's.
+    # Stopping one queue needs no feature of the server.
     return features & (kind.features | _RING_FEATURES) | 1 << VIRTIO_F_RING_RESET
 
 

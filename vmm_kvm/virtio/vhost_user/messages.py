@@ -60,7 +60,7 @@ class VhostUserError(VmmError):
 
 
 class Request(enum.IntEnum):
-    """What a front-end asks; the names are the specification's without VHOST_USER_."""
+    """Requests of a front-end, by the specification's names without VHOST_USER_."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
@@ -90,7 +90,7 @@ class Request(enum.IntEnum):
 
 
 class ProtocolFeature(enum.IntFlag):
-    """What both sides can agree on; the names are the specification's."""
+    """Protocol features, by the specification's names."""
 
     MQ = 1 << 0
     LOG_SHMFD = 1 << 1

@@ -44,7 +44,7 @@ class DeviceProcess:
     def __init__(self, pid: int, name: str, connection: socket.socket) -> None:
         """Look after `pid`, a child; see `spawn_device_process`."""
         self.connection = connection
-        """Connected to the server; whoever makes a Client of it owns it."""
+        """Connected to the server; a Client made of it takes ownership."""
         self._pid: int | None = pid
         self._name = name
 
@@ -87,7 +87,8 @@ def spawn_device_process(
 
     Only for a process with one thread. The device process has none of our descriptors but
     `keep_fds`, which stay ours here, and the standard ones. It ignores the signals that end or stop
-    a process group: whoever ends the VM wants its last writes on the disk. `name` is for the log.
+    a process group, so that a VM's last writes reach the disk when a signal ends the group. `name`
+    is for the log.
 
     Raises:
         VmmError: `make_backend` did, in the device process; the text is the same.
@@ -165,7 +166,7 @@ def _live(
     status_fd: int,
     keep_fds: Sequence[int],
 ) -> NoReturn:
-    """Be the device process. Never returns into what the parent was doing."""
+    """Run the device process. Never returns into the parent's code."""
     status = 1
     try:
         for number in _IGNORED:

@@ -146,7 +146,7 @@ class Regions:
         raise GuestMemoryError(gpa, size)
 
     def guest_address(self, user_address: int) -> int:
-        """Return the guest-physical address of what the front-end has at `user_address`.
+        """Return the guest-physical address of the front-end's `user_address`.
 
         Raises:
             VhostUserError: it is in no region.
@@ -157,7 +157,7 @@ class Regions:
         return user_address - found.user_address + found.gpa
 
     def has_user_address(self, user_address: int) -> bool:
-        """Tell whether what the front-end has at `user_address` is in a region."""
+        """Tell whether the front-end's `user_address` is in a region."""
         return self._at_user_address(user_address) is not None
 
     def _at_user_address(self, user_address: int) -> _Mapped | None:

@@ -96,7 +96,7 @@ def listen(path: str) -> socket.socket:
 
 
 def inherited(fd: int) -> socket.socket:
-    """Take ownership of `fd`, a UNIX stream socket that whoever started this process left open.
+    """Take ownership of `fd`, a UNIX stream socket that this process was started with.
 
     Raises:
         SpecError: it is none.

@@ -1,4 +1,4 @@
-"""The server's side of one connection: a front-end's requests, and the rings it has us serve.
+"""The server's side of one connection: a front-end's requests, and the rings that we serve for it.
 
 Everything happens on the event loop's thread, which is the device's thread: requests are answered
 between two rounds of service, never during one. A front-end that breaks the protocol loses its
@@ -113,7 +113,7 @@ class Session:
         loop.add_reader(channel.fileno(), self._receive)
 
     def close(self) -> None:
-        """End the connection and let go of everything; idempotent, and calls nobody."""
+        """End the connection and release everything; idempotent; calls no callback."""
         if not self._is_open:
             return
         self._is_open = False
@@ -138,7 +138,7 @@ class Session:
         self._loop.call_soon(lambda: self._serve_again(self._rings[index]))
 
     def config_changed(self) -> None:
-        """Do nothing: the front-end is not told, and finds out when it asks."""
+        """Do nothing: the front-end finds out when it asks."""
 
     def watch(self, fd: int, index: int) -> None:
         """Have the backend process ring `index` whenever input arrives at `fd`."""
@@ -168,7 +168,7 @@ class Session:
             self._answer(message)
 
     def _answer(self, message: Message) -> None:
-        """Do what a message asks and reply, if a reply is due."""
+        """Execute a message, and reply if it needs a reply."""
         wants_reply = bool(
             message.flags & FLAG_NEED_REPLY and self._protocol_features & ProtocolFeature.REPLY_ACK
         )
@@ -191,7 +191,7 @@ class Session:
             self._end(problem)
 
     def _obey(self, message: Message) -> bytes | None:
-        """Do what a message asks; returns the payload of the reply that belongs to it."""
+        """Execute a message; returns the payload of its reply."""
         payload, fds = message.payload, message.fds
         if message.flags & FLAG_REPLY:
             raise VhostUserError("a reply, not a request")
@@ -249,7 +249,7 @@ class Session:
         return reply
 
     def _obey_for_ring(self, message: Message) -> bytes | None:
-        """Do what a message about one ring asks; returns the payload of its reply."""
+        """Execute a message about one ring; returns the payload of its reply."""
         payload, fds = message.payload, message.fds
         match message.request:
             case Request.SET_VRING_NUM:
@@ -317,7 +317,7 @@ class Session:
         return access._replace(data=piece)
 
     def _reset(self) -> None:
-        """Stop and forget every ring, and whatever the backend was doing."""
+        """Stop and forget every ring, and the backend's requests."""
         for ring in self._rings:
             self._unwatch(ring)
             ring.stop()
@@ -363,7 +363,7 @@ class Session:
         return self._rings[index]
 
     def _ring_and_fd(self, payload: bytes, fds: Fds) -> tuple[Vring, int | None]:
-        """Return what a message about a ring's descriptor names; the caller owns the descriptor."""
+        """Return the ring and the descriptor in a message; the caller owns the descriptor."""
         value = unpack_u64(payload)
         if value & ~(VRING_INDEX_MASK | VRING_NO_FD):
             raise VhostUserError(f"{value:#x}")
@@ -421,7 +421,7 @@ class Session:
             self._is_running = True
             self._backend.start(self._features)
             self._tell_serving()
-        # What a predecessor gave back without telling the driver would be lost.
+        # Interrupt the driver, in case a predecessor gave chains back without doing so.
         ring.interrupt()
         self._serve(ring)
 
@@ -480,7 +480,7 @@ class Session:
             self._end(str(err))
 
     def _fail(self, ring: Vring, err: GuestError) -> None:
-        """Give up a ring that the driver broke; the front-end learns by its error descriptor."""
+        """Give up a ring that the driver broke, and report it through the error descriptor."""
         self._failures += 1
         if self._failures <= _FAILURES_LOGGED:
             log.warning("ring %d: %s", ring.index, str(err))

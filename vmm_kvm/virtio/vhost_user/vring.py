@@ -1,4 +1,4 @@
-"""One ring of a vhost-user server: what the front-end said about it, and its queue.
+"""One ring of a vhost-user server: the front-end's settings, and its queue.
 
 Source: QEMU docs/interop/vhost-user, "Ring states".
 """
@@ -57,7 +57,7 @@ class Vring:
         self.is_failed = False
         """The driver broke it: it is not served before it is started again."""
         self.halt_errno = 0
-        """Of the host's fault that a request of the ring waits for; 0 for none."""
+        """The errno of the host's fault that a request of the ring waits for; 0 for none."""
         self.queue = None
         self._size = 0
         self._base = 0
@@ -76,7 +76,7 @@ class Vring:
         """Whether the ring may be served, if it is enabled too."""
         return self.kick_fd is not None or self.is_polled
 
-    # What the front-end says; VhostUserError for what cannot be
+    # The front-end's settings; VhostUserError for impossible ones
 
     def set_size(self, size: int) -> None:
         """Set the number of descriptors of a stopped ring."""
@@ -115,7 +115,7 @@ class Vring:
         self.is_failed = False
 
     def set_polled(self) -> None:
-        """Start the ring without notifications: its owner looks at it again and again."""
+        """Start the ring without notifications: its owner polls it."""
         self.set_kick(None)
         self.is_polled = True
 
@@ -157,7 +157,7 @@ class Vring:
     def suspend(self) -> None:
         """Drop the queue and remember where it was."""
         if self.queue is not None:
-            # Chains that the device has and did not give back are taken again.
+            # Chains that the device did not give back are taken again.
             self._base = self._next_used = self.queue.next_used
             self.queue = None
 
@@ -192,7 +192,7 @@ class Vring:
         self._signal(self.call_fd, "call")
 
     def halt(self, errno: int) -> None:
-        """Serve the ring no more before the next notification, because of a fault of the host."""
+        """Stop serving the ring until the next notification, because of a fault of the host."""
         self.halt_errno = errno
         self._signal(self.error_fd, "error")
 
