@@ -33,7 +33,7 @@ def _run() -> int:
 
 
 def _check(options: Options) -> int:
-    """Say what is wrong with the configuration file, or that it is fine."""
+    """Print the configuration file's errors, or that it is valid."""
     import os  # noqa: PLC0415 - as above
 
     from vmd.config.check import check, parse_macro  # noqa: PLC0415 - as above

@@ -1,4 +1,4 @@
-"""What each child of the parent does: import what it needs, confine itself, serve.
+"""The life of each child of the parent: import its modules, confine itself, serve.
 
 Only here do the daemon's processes meet, so that none of them imports another.
 """
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 log = Log(__name__)
 
-# What VM and device processes import only in some cases: afterwards there is no file to read.
+# Modules that VM and device processes need only in some cases: imported before files are out of
+# reach.
 _LATE_MODULES = (
     *("bz2", "hashlib", "lzma", "zlib", "traceback", "lz4.block", "zstandard"),
     *("encodings.latin_1", "encodings.ascii", "encodings.utf_16_le", "encodings.idna"),
@@ -52,7 +53,7 @@ _LATE_MODULES = (
 
 @contextmanager
 def followed(loop: EventLoop) -> Iterator[EventLoop]:
-    """Own a process's loop, which writes what the log had no room for."""
+    """Own a process's loop, which writes messages that the log had no room for."""
     with loop:
         logging.follow(loop)
         try:
@@ -95,9 +96,9 @@ def opener_plan(uid: int) -> Plan:
 
 @cache
 def _prepare_opener() -> Callable[[Channel[OpenerToParent, OpenFiles]], None]:
-    """Import and compile what each opener needs, once: a start waits for it.
+    """Import and compile the openers' modules once: a start waits for it.
 
-    This is little else than what the parent needs itself, for files of the configuration.
+    The parent needs most of them itself, for files of the configuration.
     """
     from importlib import import_module  # noqa: PLC0415 - when the first client has files
 
@@ -137,9 +138,9 @@ def vmm_plan(kvm_fd: int, identity: Identity | None, uids: Uids | None, warmth: 
 
 
 def _number_anew(uids: Uids) -> Child | None:
-    """Have a pid namespace for what is forked next; returns its first process, if there is one.
+    """Make a pid namespace for later forks; returns its first process, if there is one.
 
-    The namespace is there until nobody has our end of its connection.
+    The namespace lasts until our end of its connection is closed everywhere.
     """
     try:
         number_children_anew()
@@ -196,7 +197,7 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
 
 
 def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None]) -> NoReturn:
-    """Be the process of a VM that nobody needs; `end_fd` is for what is called at its end."""
+    """Run the process of a rehearsed VM; `end_fd` is for the function called at its end."""
     from vmd.vm import process as vm  # noqa: PLC0415 - likewise
     from vmd.wire.blank import Preparation, Role  # noqa: PLC0415 - see the module's docstring
     from vmd.wire.forking import Fork  # noqa: PLC0415 - likewise

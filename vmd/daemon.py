@@ -1,4 +1,4 @@
-"""The daemon from its start to its end: what is checked, which processes run, and what signals do.
+"""The daemon from start to end: checks, processes, and signals.
 
 Source: sections 5.2 and 8.9 of OpenBSD's behaviour.
 """
@@ -57,7 +57,7 @@ _SHUTDOWN_NS = 40 * NANOSECONDS
 _ORPHANS_NS = 30 * NANOSECONDS
 _FILES_MAX = 65536
 _EXPOSED = frozenset({Kind.CONTROL, Kind.LOCAL, Kind.AGENTX})
-"""Processes that read what others say: whatever those make of one, VMs go on."""
+"""Processes that read from others: even if one is taken over, VMs go on."""
 _READY = b"\0"
 _KVM = "/dev/kvm"
 _MACHINE_ID = "/etc/machine-id"
@@ -68,7 +68,7 @@ class StartError(Exception):
 
 
 class Setting(NamedTuple):
-    """What the daemon runs with; owns the descriptors."""
+    """The daemon's resources; owns the descriptors."""
 
     settings: Settings
     listener: socket.socket
@@ -80,11 +80,11 @@ class Setting(NamedTuple):
     """None for an ordinary user, whose processes all stay that user's."""
     warmth: Warmth
     no_cgroups: str = ""
-    """Why VMs have no control groups; empty if they have, or are a user's."""
+    """Why VMs have no control groups; empty if they have some, or a user runs the daemon."""
 
 
 def prepare(options: Options, stack: ExitStack) -> Setting:
-    """Check what can be checked, and open the control socket and /dev/kvm; `stack` closes them.
+    """Check configuration and host, open the control socket and /dev/kvm; `stack` closes them.
 
     Raises:
         StartError: something is missing; the message says what.
@@ -143,7 +143,7 @@ def _cgroups() -> tuple[Cgroups | None, str]:
 
 
 def _host_id() -> bytes:
-    """Return what tells this host from others: machine-id(5), or else its name."""
+    """Return this host's identity: machine-id(5), or else its name."""
     try:
         return Path(_MACHINE_ID).read_bytes().strip()
     except OSError:
@@ -155,7 +155,7 @@ def _nobody_else(_owner: Owner | None) -> None:
 
 
 def _socket_owner(made: str | None, listener: socket.socket) -> Callable[[Owner | None], None]:
-    """Return how the owner is set of a socket: one at the path `made`, or the service manager's.
+    """Return what sets a socket's owner: of one at the path `made`, or the service manager's.
 
     Without an owner in vm.conf, ours is the default owner's, and the service manager's is as its
     unit has it.
@@ -259,7 +259,7 @@ class Daemon:
 
         `on_ready` is called when clients are served and the first VMs are starting.
         """
-        # Processes of a vmm that crashed become ours: then we see when the last is gone.
+        # Processes of a crashed vmm become our children, so that we know when the last has ended.
         adopt_orphans()
         for number, handler in (
             (signal.SIGCHLD, self._reap),
@@ -291,7 +291,7 @@ class Daemon:
         self._networks.close()
         self._openers.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # The zygote's, and those that it made ready, too.
+        # So do the zygote, and the processes that it made ready.
         wait_for(lambda: orphans(set(self._openers.pids)))
         log.info("terminating")
         return self._status
@@ -374,7 +374,7 @@ class Daemon:
         return {*self._pids, *self._networks.pids, *self._openers.pids}
 
     def _ended(self, kind: Kind) -> None:
-        """Account for a process of which nothing is left; start another."""
+        """Note that a process is gone with all its children; start another."""
         peer = self._parent.peers[kind]
         peer.ended()
         if self._is_ending:
@@ -408,7 +408,7 @@ def run(options: Options) -> int:
     """
     logging.open_log(is_foreground=True)
     logging.set_verbosity(options.verbosity)
-    # Each VM has some descriptors here: more than the usual limit leaves for some hundred.
+    # Each VM has some descriptors here: the usual limit would not do for a few hundred.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _FILES_MAX), hard))
     with ExitStack() as stack:
@@ -428,7 +428,7 @@ def run(options: Options) -> int:
 
 
 def _detach() -> Callable[[], None]:
-    """Go on in a process of its own session; what is returned lets the first one exit with 0.
+    """Continue in a new session; the function returned lets the first process exit with 0.
 
     If that never happens, because the start fails, the first one exits with 1, and the log says
     why: syslog, or standard error where there is none.

@@ -65,7 +65,7 @@ class Mib:
     """All variables at one moment."""
 
     def __init__(self, software: str, version: str, rows: Iterable[VmRow]) -> None:
-        """Take the VMs as they are; `software` and `version` say what runs them."""
+        """Make variables of the VMs' state; `software` and `version` name the hypervisor."""
         rows = tuple(rows)
         values = {
             _SOFTWARE: _string(software),
@@ -98,7 +98,7 @@ class Mib:
         return Binding(wanted.start, Value(Tag.END_OF_VIEW))
 
     def answer(self, request: Request) -> list[Binding]:
-        """Return the variables that a request is for, in its order."""
+        """Return the variables that a request names, in its order."""
         if request.header.type == PduType.GET:
             return [self.get(wanted.start) for wanted in request.ranges]
         if request.header.type == PduType.GET_NEXT:
@@ -112,7 +112,7 @@ class Mib:
         return found
 
     def _repeat(self, ranges: tuple[Range, ...], repetitions: int) -> Iterator[Binding]:
-        """Yield what follows in each range, again and again, until none has more."""
+        """Yield the next variable of each range in turn, until all ranges are exhausted."""
         for _ in range(repetitions):
             found = [self.following(wanted) for wanted in ranges]
             yield from found

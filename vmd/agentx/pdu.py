@@ -1,6 +1,6 @@
-"""AgentX protocol data units: reading what a master agent sends, writing what a sub-agent does.
+"""AgentX protocol data units: decoding those of a master agent, encoding those of a sub-agent.
 
-Pure. Everything read is checked, for the master may be anything that listens on that path.
+Pure. Everything read is checked: any program may listen on the master's path.
 
 Source: RFC 2741, sections 5 and 6.
 """
@@ -28,7 +28,7 @@ HEADER_SIZE = 20
 
 
 class PduError(Exception):
-    """The master sent what is no unit of AgentX; `str()` is one line."""
+    """The master sent something that is no AgentX unit; `str()` is one line."""
 
 
 class PduType(enum.IntEnum):
@@ -94,7 +94,7 @@ class Binding(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Where a request looks: from `start`, maybe itself, to before `end`, or to the end of all."""
+    """A search range: from `start`, perhaps included, to before `end`, or without an end."""
 
     start: Oid
     is_included: bool
@@ -128,7 +128,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What the master answers to OPEN, REGISTER and the like."""
+    """The master's answer to OPEN, REGISTER and the like."""
 
     header: Header
     status: int

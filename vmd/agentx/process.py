@@ -1,8 +1,8 @@
-"""The agentx process: it answers the host's SNMP agent, by what the parent says of VMs.
+"""The agentx process: it answers the host's SNMP agent from the parent's reports of VMs.
 
-The parent opens the connection, for this process has no files. One request is answered at a time:
-until its answer is on its way nothing more is read, so the master cannot make this process, or the
-parent, keep more than that. Whatever is wrong with the connection, there is another one soon.
+The parent opens the connection, since this process has no files. It answers one request at a time
+and reads no other until the answer is sent, so the master cannot make this process or the parent
+hold more. After any failure it soon connects again.
 
 Source: RFC 2741; section 13 of OpenBSD's behaviour.
 """
@@ -108,12 +108,12 @@ class _Connection:
         self._loop.remove_reader(self._fd)
 
     def release(self) -> None:
-        """Go on soon, when all is written that there is to write."""
+        """Continue soon, once all output is written."""
         self._is_held = False
         self._loop.call_soon(self._go_on)
 
     def send(self, data: bytes) -> None:
-        """Write as much as there is room for, and the rest later; take no unit before that."""
+        """Write as much as there is room for and the rest later; read no unit before that."""
         self._out += data
         self._write()
         if self._out and self._is_open:
@@ -182,7 +182,7 @@ class Agentx:
     def __init__(
         self, loop: EventLoop, parent: ToParent, version: str, retry_s: float = RETRY_S
     ) -> None:
-        """Be no sub-agent yet; `version` is what the MIB says of this program."""
+        """Begin without a session; `version` is this program's in the MIB."""
         self._loop = loop
         self._parent = parent
         self._version = version
@@ -202,7 +202,7 @@ class Agentx:
         self._patience = loop.timer(lambda: self._lost("it does not answer"))
 
     def close(self) -> None:
-        """Leave the master, and be no sub-agent any more."""
+        """Close the session with the master."""
         self._path = ""
         self._retry.cancel()
         if self._connection and self._session is not None:
@@ -272,7 +272,7 @@ class Agentx:
         self._session, self._is_registered, self._asked = None, False, None
 
     def _lost(self, why: str) -> None:
-        """Account for there being no connection that is of use; try again in a while."""
+        """Note that there is no usable connection; try again later."""
         self._forget()
         if not self._path:
             return
@@ -330,7 +330,7 @@ class Agentx:
     # What the parent says
 
     def _ask(self) -> None:
-        # The answer to a question of a session that is gone serves this one too.
+        # The answer to a question of a former session serves this one too.
         if not self._has_question:
             self._has_question = True
             self._rows = []

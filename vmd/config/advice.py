@@ -1,7 +1,7 @@
-"""What is odd in a vm.conf, though nothing in it is wrong: warnings of `vmd -n` and of a start.
+"""Warnings about a valid vm.conf, of `vmd -n` and of a start.
 
-Pure: the configuration, who runs the daemon, and the host's memory in; lines out. VMs that are
-disabled, or that are left aside because another one has their name, claim nothing.
+Pure: the configuration, the daemon's user and the host's memory in; lines out. VMs that are
+disabled, or skipped because another one has their name, claim nothing.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from vmd.config.model import Config, VmConfig
 
 
 def advice(config: Config, *, is_user: bool, memory_size: int) -> tuple[str, ...]:
-    """Return a line, `file:line: warning: text`, for each thing that is odd.
+    """Return a line, `file:line: warning: text`, for each oddity.
 
     `is_user`: the daemon runs without privileges. `memory_size` is the host's RAM in bytes.
     """
@@ -56,7 +56,7 @@ def _of_one(vm: VmConfig, switches: set[str], is_user: bool, memory_size: int) -
 
 
 def _claims(vm: VmConfig) -> Iterator[str]:
-    """Name what no other VM that runs can have as well."""
+    """Name the resources that no other running VM can have as well."""
     for disk in vm.disks:
         if _is_written(disk):
             yield f"disk {disk.path}"

@@ -1,4 +1,4 @@
-"""What `vmd -n` says of a vm.conf, and what `vmd -D` takes."""
+"""The output of `vmd -n` for a vm.conf, and the argument of `vmd -D`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,9 +21,9 @@ def check(
 ) -> tuple[list[str], int]:
     """Return the lines of `vmd -n`, for standard error, and its exit status.
 
-    Arguments are those of `parse_config`; `is_verbose` adds what was read. `judge` says which VMs
-    the daemon would refuse to register, a line each. Disks, kernels and firmware have to be there;
-    permissions and interfaces are not looked at. `is_user`: it is for `vmd --user`.
+    Arguments are those of `parse_config`; `is_verbose` adds what was read. `judge` returns a line
+    for each VM that the daemon would refuse to register. Disks, kernels and firmware must exist;
+    permissions and interfaces are not checked. `is_user`: it is for `vmd --user`.
 
     Source: section 4.6 of OpenBSD's behaviour.
     """

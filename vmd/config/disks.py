@@ -17,8 +17,7 @@ Options, of which a comma in the path is told apart by writing it twice:
     queues=N     request queues, 1 to 64
     process      serve it by a process of its own
     snapshot     what the guest writes goes to a file without a name, and vanishes with the VM
-    error=WHAT   when the host cannot read or write: stop, the VM stands still, or report, the
-                 guest is told
+    error=WHAT   when the host cannot read or write: stop pauses the VM, report tells the guest
     private      (pmem) what the guest writes vanishes when it powers off
 
 A path that begins like a kind is written with `./` in front.
@@ -45,7 +44,7 @@ class OnError(StrEnum):
     """What happens when the host cannot read or write a disk."""
 
     STOP = "stop"
-    """The VM stands still, and the request is tried again when it goes on."""
+    """The VM is paused, and the request is tried again when it is unpaused."""
     REPORT = "report"
     """The guest is told."""
 
@@ -87,7 +86,7 @@ _COMMA = ",,"
 
 
 def writes_image(disk: DiskOption) -> bool:
-    """Tell whether what the guest writes gets into the file at the disk's path."""
+    """Tell whether the guest's writes reach the file at the disk's path."""
     return not (disk.is_read_only or disk.is_private or disk.is_snapshot)
 
 
@@ -137,7 +136,7 @@ def _known() -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Divide at single commas; two in a row are one of the text."""
+    """Split at single commas; two in a row stand for one in the text."""
     parts = [""]
     at = 0
     while at < len(text):

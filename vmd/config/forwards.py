@@ -4,7 +4,8 @@
 
 The first port is one of the host's, the second one of the guest's, by default the same. The address
 is one of the host's, an IPv6 address in brackets; `*`, 0.0.0.0 and :: are all of them. Without an
-address only the host itself gets there, by 127.0.0.1: others are let in only where that was asked.
+address only the host itself can connect, through 127.0.0.1: access from elsewhere must be asked
+for.
 """
 
 from vmd.config.model import ForwardConfig
@@ -36,7 +37,7 @@ def parse_forward(text: str) -> ForwardConfig:
 
 
 def host_address(text: str) -> str:
-    """Return the address, of either family, that somebody has written; empty for all.
+    """Return the address, of either family, that a text names; empty for all.
 
     Raises:
         ForwardError: it is none.

@@ -1,9 +1,9 @@
-"""What the rules of vm.conf's grammar are made of: tokens ahead, complaints, going on after one.
+"""The parts of vm.conf's grammar rules: look-ahead, complaints, and recovery after one.
 
-A rule is a function that takes the tokens it describes. When something is wrong it is reported, and
-StatementError unwinds to the start of a statement: the rest of the line is skipped there, and what
-follows is read as statements again. So that one mistake within a block gives one complaint, a
-syntax error is kept silent until three tokens in a row have been right.
+A rule is a function that takes the tokens it describes. An error is reported, and StatementError
+unwinds to the start of a statement, where the rest of the line is skipped and reading continues
+with the next statement. After a syntax error, further ones are suppressed until three tokens in a
+row were right, so that one mistake within a block causes one complaint.
 
 Source: section 4.6 of OpenBSD's behaviour.
 """
@@ -26,11 +26,11 @@ _ID_MAX = (1 << 32) - 2
 
 
 class StatementError(Exception):
-    """A statement that is wrong, of which the operator has been told."""
+    """A wrong statement, which has been reported to the operator."""
 
 
 class Tokens:
-    """The tokens of a vm.conf, taken one by one, and the lines about what is wrong with it."""
+    """The tokens of a vm.conf, taken one by one, and the lines about its errors."""
 
     def __init__(self, name: str, data: bytes, macros: Macros) -> None:
         self.complaints: list[str] = []
@@ -50,7 +50,7 @@ class Tokens:
         return self._lexer.depth
 
     def include(self, files: Sequence[tuple[str, bytes]]) -> None:
-        """Go on in other files. The last token taken ends a line, and none is known ahead."""
+        """Continue in other files. The last token taken ended a line, and none is read ahead."""
         assert self._ahead is None
         self._lexer.include(files)
 
@@ -64,12 +64,12 @@ class Tokens:
         raise StatementError
 
     def refuse_value(self, detail: str, message: str) -> NoReturn:
-        """Complain of a value: first what is wrong with it, which is a line by itself."""
+        """Complain of a value: first its fault, on a line of its own."""
         self.complaints.append(detail)
         self.refuse(message)
 
     def syntax_error(self) -> NoReturn:
-        """Complain of a token that does not belong there, unless that may be an earlier fault's.
+        """Complain of an unexpected token, unless an earlier error may have caused it.
 
         OpenBSD's text, with the token. A keyword or the end of the file can mean that an earlier
         brace is missing: then it also says where the block begins.
@@ -112,7 +112,7 @@ class Tokens:
         return token.text == text and token.kind in {Kind.KEYWORD, Kind.SYMBOL, Kind.NEWLINE}
 
     def is_at_own(self, word: str) -> bool:
-        """Tell whether a keyword that only this vmd has is next: where OpenBSD takes no string."""
+        """Tell whether a keyword of this vmd alone is next, where OpenBSD takes no string."""
         token = self.peek()
         return token.kind is Kind.WORD and token.text == word
 
@@ -144,7 +144,7 @@ class Tokens:
         found = self.one_string()
         while self.peek().is_string:
             found += self.take().text
-        # Bytes that are text only together become it here.
+        # Decoded as a whole: a character's bytes may come from several strings.
         return found.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
     def number(self) -> int:
@@ -177,7 +177,7 @@ class Tokens:
 
     @contextmanager
     def _open_block(self) -> Iterator[None]:
-        """Take the beginning of a block, and know of it until the block is left."""
+        """Take the beginning of a block, and remember it until the block ends."""
         self.expect("{")
         self._blocks.append(self.where)
         try:
@@ -187,7 +187,7 @@ class Tokens:
             self._blocks.pop()
 
     def checked(self, check: Callable[[str], _Value], text: str, what: str = "") -> _Value:
-        """Return what `check` makes of a value, or complain of it in its words, after `what`."""
+        """Return the result of `check` for a value, or complain in its words, after `what`."""
         try:
             return check(text)
         except ValueRefusedError as err:
@@ -211,7 +211,7 @@ class Tokens:
 
 
 def _place(token: Token) -> str:
-    """Say which token a syntax error is at; nothing of one that was complained of already."""
+    """Name the token of a syntax error; nothing for one that was reported already."""
     match token.kind:
         case Kind.ERROR:
             return ""

@@ -1,4 +1,4 @@
-"""What reading a vm.conf needs of the host: files, paths, users and groups."""
+"""The host as the reader of a vm.conf needs it: files, paths, users and groups."""
 
 import grp
 import os
@@ -12,14 +12,14 @@ SIZE_MAX = 4 << 20
 
 
 class FileText(NamedTuple):
-    """What is in a file, and what is wrong with who may write there."""
+    """A file's contents, and a complaint about who may write to it."""
 
     data: bytes
     complaint: str | None = None
 
 
 class Host(Protocol):
-    """Where a configuration is read. OSError says what cannot be had, and why."""
+    """Where a configuration is read. OSError says what is unavailable, and why."""
 
     def read_file(self, path: str) -> FileText:
         """Read a file; raises OSError."""
@@ -47,9 +47,9 @@ class SystemHost:
     """This host."""
 
     def __init__(self, directory: str | None = None) -> None:
-        """Let relative paths begin in `directory`; None for the working directory of now.
+        """Let relative paths begin in `directory`; None for the present working directory.
 
-        A working directory that has been removed is as good as the root.
+        The root stands in for a working directory that has been removed.
         """
         if directory is None:
             try:
@@ -72,7 +72,7 @@ class SystemHost:
     def glob(self, pattern: str) -> list[str]:
         """Return the paths that match a pattern, as it is written, in the order of their names.
 
-        A file that is called like the pattern is meant itself.
+        A file with exactly this name matches alone.
         """
         from glob import glob  # noqa: PLC0415 - every child would inherit all that it imports
 
@@ -110,7 +110,7 @@ class SystemHost:
 
 
 def secrecy_complaint(status: os.stat_result, uid: int) -> str | None:
-    """Say what is wrong if others than root and user `uid` can change a regular file.
+    """Complain if users other than root and `uid` can change a regular file.
 
     Such a file is read nevertheless, and the operator is told. OpenBSD's vmd has this check, but
     does not apply it to vm.conf, which holds no secret: it may be read by everyone.

@@ -1,4 +1,4 @@
-"""Rules for what is on a network: switches, and the interfaces of a VM.
+"""Grammar rules of networks: switches, and the interfaces of a VM.
 
 Source: sections 4.2, 4.4 and 4.5 of OpenBSD's behaviour.
 """

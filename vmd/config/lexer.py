@@ -1,7 +1,7 @@
 """The words of a vm.conf: characters to tokens, through macros and included files.
 
-Text is bytes: each character here is one (latin-1), and what comes out of quotes and words is
-decoded as a path is. Two things are undone before a token begins to be read: a backslash at the end
+Text is bytes: each character here is one (latin-1), and the contents of quotes and words are
+decoded as paths are. Two things are undone before a token begins to be read: a backslash at the end
 of a line joins the next one, and `$name` is replaced by the characters of the macro, which are then
 read as if they stood there, save that no macro is replaced within them.
 
@@ -39,7 +39,7 @@ _IN_WORDS = frozenset(ascii_letters + digits + punctuation) - frozenset("(){}!=#
 _AFTER_NUMBERS = frozenset(" \t\n\v\f\r),/}=")
 
 _END_OF_FILE = ""
-# Among the characters that were put back: where a macro's begin and end.
+# Mark the beginning and end of a macro's characters among those that were put back.
 _MACRO_BEGINS = "<begin"
 _MACRO_ENDS = "<end"
 
@@ -56,7 +56,7 @@ class Kind(Enum):
     """Any other character."""
     NEWLINE = auto()
     ERROR = auto()
-    """What cannot be a token; the rest of its line is gone, and it has been reported."""
+    """No token; it has been reported, and the rest of its line skipped."""
     END = auto()
 
 
@@ -69,12 +69,12 @@ class Token(NamedTuple):
 
     @property
     def is_string(self) -> bool:
-        """Whether the grammar takes it where it says string."""
+        """Whether the grammar accepts it as a string."""
         return self.kind in {Kind.WORD, Kind.QUOTED}
 
 
 class Macros:
-    """Macros by name. Those of the command line stand above any that a file defines."""
+    """Macros by name. Those of the command line override those of files."""
 
     def __init__(self, fixed: Mapping[str, str]) -> None:
         self._fixed = dict(fixed)
@@ -88,7 +88,7 @@ class Macros:
             self._used.discard(name)
 
     def value(self, name: str) -> str | None:
-        """Return what stands for a name, which thereby is used."""
+        """Return a macro's text, and note its use."""
         self._used.add(name)
         return self._fixed.get(name, self._defined.get(name))
 
@@ -116,7 +116,7 @@ class _File:
 class Lexer:
     """Tokens of a file and of those that it includes.
 
-    `report` is called with what is wrong; `where` then tells file and line.
+    `report` is called with each error; `where` then returns file and line.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Lexer:
         return len(self._files)
 
     def include(self, files: Sequence[tuple[str, bytes]]) -> None:
-        """Go on in other files, names and contents, and return to this one when they end."""
+        """Continue in other files, names and contents, and return to this one at their end."""
         if files:
             (name, data), *following = files
             self._files.append(_File(name, data))

@@ -1,8 +1,8 @@
-"""What a vm.conf says, as values: the product of the parser, and all that the daemon knows of it.
+"""A vm.conf as values: the product of the parser, and all that the daemon knows of it.
 
 Nothing here has been checked against the host, save that paths of disks, kernels and firmware are
 absolute and were there, and that users and groups exist. A field is None, or empty, where the file
-says nothing: the default is then the reader's, or a template's.
+says nothing: the user of the value, or a template, then has the default.
 
 Every record is a NamedTuple of plain values, so that a message can carry it.
 
@@ -27,7 +27,7 @@ AGENTX_PATH = "/var/agentx/master"
 
 
 class Right(StrEnum):
-    """What of a template its instances may have of their own: words of `allow instance`.
+    """Parts of a template that an instance may replace: words of `allow instance`.
 
     CPUS is never granted by a file. Source: section 9.2 of OpenBSD's behaviour.
     """
@@ -148,14 +148,14 @@ class VmConfig(NamedTuple):
     disks: tuple[DiskOption, ...] = ()
     """With absolute paths."""
     cdrom: str | None = None
-    """Path as written; it is looked for when the VM starts."""
+    """Path as written; it is looked up when the VM starts."""
     interfaces: tuple[InterfaceConfig, ...] = ()
     owner: Owner = Owner()
     allow_instance: frozenset[Right] = frozenset()
     instance_owner: Owner | None = None
     """Who may make instances of it, besides root."""
     given: frozenset[Right] = frozenset()
-    """What the block speaks of, and an instance hence claims; INSTANCE if it is one."""
+    """The parts that the block names, which an instance thereby claims; INSTANCE if it is one."""
     is_sev: bool = False
     is_sev_es: bool = False
     after: tuple[str, ...] = ()
@@ -163,13 +163,13 @@ class VmConfig(NamedTuple):
     stop_timeout_s: int | None = None
     """How long its guest may take to stop before it is ended; None for the usual times."""
     where: str = ""
-    """`file:line` of the end of its block, for a complaint when it is registered."""
+    """`file:line` of the end of its block, for complaints at registration."""
 
 
 class Limits(NamedTuple):
-    """What the VMs that one ordinary user has made may have together.
+    """Limits of all VMs together that one ordinary user has made.
 
-    Generous: a host is used up by a mistake of one user, not by its work.
+    Generous: they protect the host from a user's mistake, not from his work.
     """
 
     vms: int = 64
@@ -180,7 +180,7 @@ class Limits(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All that a vm.conf says, in the order in which it says it.
+    """The contents of a vm.conf, in its order.
 
     Of VMs and switches of the same name the first counts.
     """
@@ -201,6 +201,6 @@ class Config(NamedTuple):
     limits: Limits = Limits()
     agentx: Agentx | None = None
     includes: tuple[str, ...] = ()
-    """What is included, files or patterns, with absolute paths."""
+    """Included files or patterns, with absolute paths."""
     warnings: tuple[str, ...] = ()
-    """Lines for the operator, of what is not an error."""
+    """Warnings for the operator."""

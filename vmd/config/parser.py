@@ -43,17 +43,17 @@ class Reading(NamedTuple):
     """What came of reading a vm.conf."""
 
     config: Config = Config()
-    """What it says, as far as it could be understood."""
+    """Its contents, as far as they were understood."""
     errors: tuple[str, ...] = ()
     """Lines; if there are any, the file is not to be used."""
     notes: tuple[str, ...] = ()
-    """Lines about the files themselves, which keep nothing from being used."""
+    """Lines about the files themselves; the configuration is used nevertheless."""
     unused: tuple[str, ...] = ()
     """Names of macros that a file defines for nothing."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Lines for the operator about what is not an error."""
+        """Warnings for the operator."""
         return self.notes + tuple(f"warning: macro '{name}' not used" for name in self.unused)
 
 
@@ -67,8 +67,8 @@ def parse_config(
 ) -> Config:
     """Read a vm.conf.
 
-    Unlike OpenBSD's vmd, only the default file may be absent: it is empty then. A file that was
-    named and that is not there is an error.
+    Unlike OpenBSD's vmd, only the default file may be absent: it is empty then. A named file that
+    is missing is an error.
 
     Args:
         path: the file; relative paths, in it too, begin in the host's directory.
@@ -97,7 +97,7 @@ def read_config(
     skips_broken: bool = False,
     host: Host | None = None,
 ) -> Reading:
-    """Read a vm.conf as `parse_config` does, and return what came of it, errors included."""
+    """Read a vm.conf as `parse_config` does, and return the result, errors included."""
     host = host or SystemHost()
     try:
         file = host.read_file(path)
@@ -138,7 +138,7 @@ class _Parser:
         self._includes = 0
 
     def parse(self) -> Config:
-        """Take all statements; return what those that are right say."""
+        """Take all statements; return the configuration of the valid ones."""
         self._statements()
         return self._config._replace(vms=tuple(self._vms), switches=tuple(self._switches))
 
@@ -179,7 +179,7 @@ class _Parser:
             tokens.syntax_error()
 
     def _vm(self) -> None:
-        """Take a VM; one that names what is not there is left out, if that is how it is to be."""
+        """Take a VM; with `skips_broken`, one that names a missing file is left out."""
         rule = VmRule(self.tokens, self._host, skips_missing=self._skips_broken)
         vm = rule.parse()
         if not rule.missing:
@@ -189,7 +189,7 @@ class _Parser:
         self.notes.append(f'{vm.where}: vm "{vm.name}" is left out')
 
     def _include(self) -> None:
-        """Take `"include" string NL`; what the files say stands in place of the line.
+        """Take `"include" string NL`; the contents of the files replace the line.
 
         One with `*`, `?` or `[` is a pattern: files come in the order of their names, if any do.
         """

@@ -1,4 +1,4 @@
-"""A vm.conf written out of what was read: what `vmd -nv` shows, one option a line, without macros.
+"""A vm.conf written from its Config, for `vmd -nv`: one option a line, without macros.
 
 Reading it again gives the same Config, save where each VM stands. Owners are numbers.
 """
@@ -24,7 +24,7 @@ _STRING_MAX = 2000  # characters, of up to four bytes
 
 
 def config_lines(config: Config) -> list[str]:
-    """Return the lines of a vm.conf that says what `config` does."""
+    """Return the lines of a vm.conf equivalent to `config`."""
     return [
         *_globals(config),
         *(line for switch in config.switches for line in _switch(switch)),
@@ -33,7 +33,7 @@ def config_lines(config: Config) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """Write a string in quotes, or in several that are one if it is very long.
+    """Write a string in quotes, or as several adjacent ones if it is very long.
 
     One with a line break or a NUL does not come from a file. A backslash in front of a quote, space
     or tab, or at the end, takes one more. At the end that one has to have a line break after it,
@@ -177,7 +177,7 @@ def _interface(interface: InterfaceConfig) -> str:
     if interface.tap is not None:
         found += f" {quoted(interface.tap)}"
     options = ["up" if interface.is_up else "down"]
-    # Words that OpenBSD does not have would be part of a string before them.
+    # Keywords that OpenBSD lacks would join a string before them.
     if interface.mtu is not None:
         options.append(f"mtu {interface.mtu}")
     if interface.queues is not None:

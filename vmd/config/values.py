@@ -1,4 +1,4 @@
-"""Values in a vm.conf: what is right, and what is said of what is wrong.
+"""Values in a vm.conf: their checks, and the complaints about wrong ones.
 
 Source: sections 4.3 to 4.5 of OpenBSD's behaviour.
 """
@@ -29,7 +29,7 @@ class ValueRefusedError(ValueError):
 
 
 def byte_length(text: str) -> int:
-    """Return how many bytes a text has, as a file has them."""
+    """Return the length of a text in bytes, as in a file."""
     return len(text.encode("utf-8", "surrogateescape"))
 
 
@@ -164,7 +164,7 @@ def _checked(prefix: Prefix, width: int) -> Prefix:
 
 
 def _bits(text: str, low: int, high: int) -> int:
-    """Read a number as strtonum(3) does, with its three words for what is wrong."""
+    """Read a number as strtonum(3) does, with its three error texts."""
     if not _NUMBER.fullmatch(text):
         raise ValueRefusedError("invalid")
     if text.startswith("-") and text.strip("-0"):

@@ -1,7 +1,7 @@
 """Rules for a VM and its options. Those that OpenBSD does not have say so.
 
-The words that OpenBSD does not have are no keywords elsewhere: a vm.conf of OpenBSD that uses them
-as a name means what it means there.
+Words that OpenBSD lacks are keywords only where a VM's options stand: a vm.conf of OpenBSD that
+uses one as a name keeps its meaning.
 
 Source: sections 4.2 and 4.5 of OpenBSD's behaviour.
 """
@@ -336,7 +336,7 @@ class VmRule:
         self._vm = self._vm._replace(cpu_limit=percent)
 
     def _allow(self) -> None:
-        """Take what instances may have of their own.
+        """Take the parts that instances may replace.
 
         allow    = "allow" "instance" ( insflag | "{" {NL} insflags "}" )
         insflags = insflag { sep insflag } {NL}         sep = "," {NL} | NL {NL}

@@ -1,1 +1,1 @@
-"""What each process gives up: users, capabilities, namespaces, files, system calls."""
+"""Confinement of each process: users, capabilities, namespaces, files, system calls."""

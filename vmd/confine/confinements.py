@@ -1,10 +1,10 @@
-"""What each kind of process may still do, each allowance with its reason.
+"""The confinement of each kind of process; each allowance has its reason.
 
-A call that is not listed ends the process. A few that libraries try and can do without fail
-instead, see `_REFUSED`.
+Any other call ends the process, except for some that libraries try and can do without, which fail
+(`_REFUSED`).
 
 The filter of a process also binds those forked from it, so the zygote's holds what VM and device
-processes need; theirs then leave out what only the zygote needs. The parent has no filter: it
+processes need; theirs then drop what only the zygote needs. The parent has no filter: it
 starts processes of every kind, and opens files for all of them.
 """
 
@@ -34,7 +34,7 @@ PARENT_CAPABILITIES = {
     13: "CAP_NET_RAW: packet sockets for DHCP",
     21: "CAP_SYS_ADMIN: empty namespaces for processes",
 }
-"""What the parent of a daemon of root's keeps, itself or for its children, by number."""
+"""Capabilities that the parent of root's daemon keeps, for itself or its children, by number."""
 
 _AT_EMPTY_PATH = 0x1000
 _CLONE_THREAD = 0x00010000
@@ -85,7 +85,7 @@ def _with(name: str, index: int, values: dict[int, str]) -> tuple[Allow, ...]:
     return tuple(Allow(name, why, (Argument(index, value),)) for value, why in values.items())
 
 
-# What an interpreter with one thread, an event loop and a socket does.
+# Calls of an interpreter with one thread, an event loop and a socket.
 _BASE = (
     *_all("memory of the interpreter", "brk", "munmap", "mremap", "madvise"),
     # No memory becomes code: nothing here loads or makes any.
@@ -124,7 +124,7 @@ _BASE = (
     ),
     *_all("the end", "exit", "exit_group"),
 )
-# Calls that fail, because libraries live well without them.
+# Calls that fail; libraries do without them.
 _REFUSED = (
     Refuse("openat", errno.EACCES, "late imports, and the source lines of a traceback"),
     Refuse("open", errno.EACCES, "the same, by older C libraries"),
@@ -274,19 +274,19 @@ PARENT_DENIALS = (
     *_never("namespaces that exist, other ABIs", "setns", "personality"),
     *_never("mounts of the newer kind", "fsopen", "fsmount", "move_mount", "mount_setattr"),
 )
-"""What fails in the parent of a daemon of root's, and hence in all of its processes.
+"""Calls that fail in the parent of root's daemon, and hence in all of its processes.
 
-It is no allow-list: the filter binds its children, which mount, become others and confine
+It is no allow-list: the filter binds its children, which mount, change users and confine
 themselves.
 """
 
 _NO_CORE = ((resource.RLIMIT_CORE, 0),)
-"""A core dump would hold the memory of guests, or what clients say."""
+"""A core dump would hold the memory of guests, or clients' messages."""
 
 CONFINEMENTS = {
     Kind.CONTROL: Confinement(
         Filter((*_BASE, *_CONTROL), _REFUSED),
-        # As many clients as the control process takes, and some for itself.
+        # Descriptors of the clients that the control process accepts, and some for itself.
         (*_NO_CORE, (resource.RLIMIT_NOFILE, 2048)),
     ),
     Kind.PRIV: Confinement(
@@ -333,7 +333,7 @@ CONFINEMENTS = {
 
 
 def zygote_confinement(uids: Uids | None) -> Confinement:
-    """Return what is left to a zygote whose children become users of `uids`, if any.
+    """Return the confinement of a zygote whose children become users of `uids`, if any.
 
     It keeps two capabilities, which let a process become any user. Its filter lets it become those
     of `uids` alone, and binds its children; these keep no capability.

@@ -3,8 +3,8 @@
 One that needs some files is given the directories that they are in; one that opens files anywhere
 may still neither make nor remove, list nor execute any.
 
-Descriptors that are open already stay usable. Whatever the running kernel knows to restrict is
-restricted; one without Landlock restricts nothing, which the caller is told.
+Descriptors that are open already stay usable. It restricts what the running kernel supports; a
+kernel without Landlock restricts nothing, and the caller is told.
 
 Source: Linux include/uapi/linux/landlock.h; landlock(7)
 """
@@ -44,7 +44,7 @@ class _LandlockPathBeneathAttr(ctypes.Structure):
     """struct landlock_path_beneath_attr."""
 
     _pack_ = 1
-    _layout_ = "ms"  # what `_pack_` implies; Python 3.14 wants it said
+    _layout_ = "ms"  # implied by `_pack_`; Python 3.14 wants it explicit
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
@@ -57,7 +57,7 @@ def version() -> int:
 
 
 def missing() -> str | None:
-    """Return one line that an operator should know of a kernel without Landlock, else None."""
+    """Return a line for the operator if the kernel has no Landlock, else None."""
     if version():
         return None
     return (
@@ -67,7 +67,7 @@ def missing() -> str | None:
 
 
 def restrict(writable: Sequence[str] = (), *, opens_files: bool = False) -> bool:
-    """Take all of the above from this thread and what it makes; needs no_new_privs.
+    """Restrict this thread and its later threads and children; needs no_new_privs.
 
     Files below the directories of `writable` can still be opened, to be read and written; one that
     is not there is passed over. With `opens_files`, files that exist can be everywhere.

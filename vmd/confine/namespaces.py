@@ -27,12 +27,12 @@ _MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
 
 _MOUNT_POINT = "/proc"
-"""A directory that every host has; something else is mounted there in our namespace alone."""
+"""A directory that every host has; the mount there is in our namespace alone."""
 _FLAGS = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 
 
 def number_children_anew() -> None:
-    """Have the processes that we fork from now on in a pid namespace, whose first the next one is.
+    """Put the processes that we fork from now on into a pid namespace; the next is its first.
 
     Needs CAP_SYS_ADMIN. When the first one ends, the kernel kills all others.
 

@@ -1,8 +1,8 @@
-"""Giving up what a process does not need; for good, and before it reads its first message.
+"""Dropping privileges that a process does not need, for good, before its first message.
 
-In this order, because each step needs what later ones take away: limits, namespaces, the capability
-bounding set, the user, no_new_privs, Landlock, the system call filter. What each kind of process
-may still do is a `Confinement` in `confinements`.
+The order is fixed, because each step needs what later ones take away: limits, namespaces, the
+capability bounding set, the user, no_new_privs, Landlock, the system call filter. `confinements`
+has a `Confinement` for each kind of process.
 
 All of it binds the calling thread, so a process confines itself before it starts another.
 """
@@ -23,13 +23,13 @@ from vmd.confine.syscalls import SYSCALLS
 from vmm_kvm.libc import LIBC
 
 USER = "_vmd"
-"""Whom processes without privileges belong to, if root starts the daemon."""
+"""The user of processes without privileges, if root starts the daemon."""
 _MAKE_USER = f"useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {USER}"
 
 TASKS_MAX = 256
 """Threads and processes of a uid that is one VM's: 64 vCPUs, its devices, and some to spare."""
 NO_GROUP = 65534
-"""Of a user who is in none. Source: Linux include/linux/highuid.h, DEFAULT_OVERFLOWGID"""
+"""The group of a user who is in none. Source: Linux include/linux/highuid.h, DEFAULT_OVERFLOWGID"""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -62,7 +62,7 @@ class Confinement(NamedTuple):
     limits: tuple[tuple[int, int], ...] = ()
     """Pairs of a RLIMIT_ constant and the value, which is soft and hard limit."""
     capabilities: frozenset[int] = frozenset()
-    """What a process of root keeps when it becomes one of `_vmd`."""
+    """Capabilities that a process of root keeps when it becomes one of `_vmd`."""
     is_isolated: bool = True
     """Whether a process of root moves into empty namespaces."""
     opens_files: bool = False
@@ -101,9 +101,9 @@ def find_identity() -> Identity:
 
 
 def client_identity(uid: int) -> Identity:
-    """Return who a process has to be to have the rights of a user; an unknown one is in no group.
+    """Return the identity that gives a process a user's rights; an unknown user is in no group.
 
-    May take long, where users are asked for over the network.
+    May take long where users are looked up over the network.
     """
     try:
         user = pwd.getpwuid(uid)
@@ -114,10 +114,10 @@ def client_identity(uid: int) -> Identity:
 
 
 def confine(confinement: Confinement, identity: Identity | None) -> None:
-    """Take from this process what `confinement` does not leave to it.
+    """Confine this process to `confinement`.
 
-    `identity` is None where an ordinary user runs the daemon: then user, namespaces and
-    capabilities are what they are, and all else is the same.
+    `identity` is None if an ordinary user runs the daemon: user, namespaces and capabilities then
+    stay as they are, and the rest is the same.
 
     Raises:
         SandboxError: a step failed; the process must end.
@@ -139,7 +139,7 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
             os.setresuid(identity.uid, identity.uid, identity.uid)
             _prctl(_PR_SET_KEEPCAPS, 0)
             _keep_capabilities(confinement.capabilities)
-        # A change of user resets both: nobody may look into us, and we do not outlive our parent.
+        # A change of user resets both: no process may trace us, and we do not outlive our parent.
         _prctl(_PR_SET_DUMPABLE, 0)
         seccomp.no_new_privileges()
         landlock.restrict(confinement.writable, opens_files=confinement.opens_files)
@@ -149,7 +149,7 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
 
 
 def become(uid: int) -> None:
-    """Become for good, in a process that the zygote has forked, a user and group of that number.
+    """In a process that the zygote has forked, become the user and group `uid` for good.
 
     No capability is left, and no more than `TASKS_MAX` threads and processes can be there of it.
 
@@ -167,7 +167,7 @@ def become(uid: int) -> None:
 
 @contextmanager
 def acting_as(uid: int) -> Iterator[None]:
-    """Have the right to signal the processes of a user, in the zygote; `die_with` is forgotten.
+    """In the zygote, gain the right to signal a user's processes; this undoes `die_with`.
 
     The kernel checks the effective user of the process that signals, and the real and the saved
     one of the process that is signalled: so that user gets no rights over us.
@@ -184,7 +184,7 @@ def acting_as(uid: int) -> Iterator[None]:
 
 
 def deny(denials: Iterable[Denial]) -> None:
-    """Have what `denials` lists fail in this process and all that it starts.
+    """Make the calls in `denials` fail in this process and all that it starts.
 
     Raises:
         SandboxError: the kernel refused.
@@ -196,9 +196,9 @@ def deny(denials: Iterable[Denial]) -> None:
 
 
 def keep_capabilities(kept: frozenset[int]) -> None:
-    """Give up, in a process of root, every capability but `kept`; no program can give it back.
+    """In a process of root, drop every capability but `kept`; executing a program restores none.
 
-    What a container or a service manager has taken away already stays away.
+    Capabilities that a container or a service manager has taken away stay away.
 
     Raises:
         SandboxError: the kernel refused.
@@ -226,7 +226,7 @@ def _capabilities() -> frozenset[int]:
 
 
 def die_with(parent: int) -> None:
-    """Be killed when `parent`, the process that forked us, ends; end now if it has already.
+    """Let the kernel kill us when `parent`, which forked us, ends; end now if it has already.
 
     A change of user forgets this, so it is called again after one.
     """
@@ -236,7 +236,7 @@ def die_with(parent: int) -> None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of processes below us whose own has ended, so that we are told of theirs.
+    """Become the subreaper: processes below us whose parent has ended become our children.
 
     Source: prctl(2), PR_SET_CHILD_SUBREAPER.
     """
@@ -244,9 +244,9 @@ def adopt_orphans() -> None:
 
 
 def merge_memory() -> bool:
-    """Let the host hold equal pages of this process, and of its children, once: private memory.
+    """Let the host merge equal pages of private memory of this process and its children.
 
-    It does so only where its administrator has turned that on (/sys/kernel/mm/ksm/run). Returns
+    It does so only if its administrator has turned that on (/sys/kernel/mm/ksm/run). Returns
     whether the kernel has agreed: Linux 6.4 and newer do, some for root alone.
 
     Source: Linux Documentation/admin-guide/mm/ksm.rst; prctl(2), PR_SET_MEMORY_MERGE
@@ -275,7 +275,7 @@ def _drop_bounding_set(kept: frozenset[int]) -> None:
         if capability in kept or not LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
             continue
         number = ctypes.get_errno()
-        if number == errno.EINVAL:  # one that this kernel does not know: there are none above it
+        if number == errno.EINVAL:  # unknown to this kernel, as are all above it
             return
         raise OSError(number, f"prctl: {os.strerror(number)}")
 

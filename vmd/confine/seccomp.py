@@ -1,7 +1,8 @@
-"""Allow-lists of system calls, compiled to the kernel's classic BPF; nothing of a VM in here.
+"""Allow-lists of system calls, compiled to the kernel's classic BPF; independent of VMs.
 
-A filter is a table of `Allow`: a call, the reason for it, and optionally what its arguments have to
-be. Any other call ends the whole process with SIGSYS, save those in `refused`, which return an
+A filter is a table of `Allow`: a call, the reason for it, and optionally conditions on its
+arguments. Any other call ends the whole process with SIGSYS, save those in `refused`, which return
+an
 error number instead: calls that libraries try and can do without.
 
 Filters intersect: a process that is forked from a confined one, and confines itself again, can make
@@ -10,7 +11,8 @@ only the calls that both filters allow.
 An argument can be the process's own number, which is filled in when the filter is installed. A
 process that forks must not have only such an allowance: its filter binds its children as well.
 
-A `Denial` is the opposite, for a process whose children need too much: what it lists fails.
+A `Denial` is the opposite, for a process whose children need too much: the calls that it lists
+fail.
 
 Source: seccomp(2); Linux include/uapi/linux/{seccomp,filter,audit}.h
 """
@@ -61,7 +63,7 @@ class OwnPid(Enum):
 
 
 class Argument(NamedTuple):
-    """What an argument has to be: its low 32 bits, masked, equal `value`."""
+    """A condition on an argument: its low 32 bits, masked, equal `value`."""
 
     number: int
     """Which one, 0 to 5."""
@@ -70,11 +72,11 @@ class Argument(NamedTuple):
 
 
 _Line = tuple[int, int, int, int | OwnPid]
-"""An instruction: code, where it jumps to if a condition holds and if not, operand."""
+"""An instruction: code, jump targets if a condition holds and if not, operand."""
 
 
 class Allow(NamedTuple):
-    """One allowance: the call, why, and what its arguments have to be (all of them)."""
+    """An allowance: the call, the reason, and conditions on arguments; all must hold."""
 
     name: str
     reason: str
@@ -97,7 +99,7 @@ class Filter(NamedTuple):
 
 
 class Denial(NamedTuple):
-    """A call that fails with EPERM though all others that are not listed are allowed, and why."""
+    """A call that fails with EPERM, in a filter that allows all others, and why."""
 
     name: str
     reason: str
@@ -121,8 +123,8 @@ class _SockFprog(ctypes.Structure):
 def compile_filter(table: Filter) -> Program:
     """Return the BPF program; it is made once for each table.
 
-    Calls whose arguments are looked at come first: they are the frequent ones, and the kernel knows
-    by itself which calls are always allowed.
+    Calls with conditions come first: they are the frequent ones, and the kernel itself caches which
+    calls are always allowed.
 
     Raises:
         KeyError: a call that is not in `syscalls.SYSCALLS`.
@@ -141,7 +143,7 @@ def compile_filter(table: Filter) -> Program:
             block = [_instruction(_RETURN, ACTION_ALLOW)]
         else:
             block = _cases(cases)
-            # The number is loaded no longer: what none of the cases fits ends here.
+            # The call's number is no longer loaded, so a call that matches no case ends here.
             errno = refused.pop(number, None)
             block.append(_instruction(_RETURN, _action(errno)))
         program += _block(number, block)
@@ -162,7 +164,7 @@ def compile_denials(denials: Iterable[Denial]) -> Program:
 
 
 def _prologue() -> list[_Line]:
-    """Return what ends a process that calls by another ABI, and loads the call's number."""
+    """Return code that ends a process for a call by another ABI, and loads the call's number."""
     return [
         *_jump_equal(_AUDIT_ARCH_X86_64, load_at=_ARCH_AT),
         _instruction(_RETURN, ACTION_KILL_PROCESS),
@@ -202,7 +204,7 @@ def install(program: Program) -> None:
 
 
 def no_new_privileges() -> None:
-    """Let no program that is executed have more privileges than this process."""
+    """Deny executed programs more privileges than this process has."""
     if LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         errno = ctypes.get_errno()
         raise OSError(errno, f"prctl: {os.strerror(errno)}")

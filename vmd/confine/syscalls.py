@@ -1,6 +1,6 @@
 """Numbers of system calls on x86-64, under the names that the kernel gives them.
 
-Those that an allow-list names, or that a test tries.
+Only those that an allow-list names, or a test tries.
 
 Source: Linux arch/x86/entry/syscalls/syscall_64.tbl
 """

@@ -1,7 +1,7 @@
-"""User ids that belong to one daemon alone: its control process's, its zygote's, one for each VM.
+"""User ids of one daemon alone: for its control process, its zygote, and each VM.
 
 They lie in a range that no account has. Several daemons may use one range: each leases a part of
-it, for as long as any of its processes lives, so a daemon that is started after another was killed
+it, for as long as any of its processes lives, so that a daemon started after another was killed
 shares no uid with a disk process that still writes back. Group ids are the same numbers.
 """
 
@@ -11,20 +11,20 @@ from contextlib import suppress
 from typing import NamedTuple
 
 PARTS = 16
-"""Into so many parts a range is divided, each for one daemon."""
+"""Parts of a range, each for one daemon."""
 _PART_MIN = 64
 _UID_MAX = (1 << 32) - 2
 _LOCK = "/run/vmd-uids-"
 
 
 class UidsError(Exception):
-    """There are no uids to be had; the message is one line."""
+    """No uids are available; the message is one line."""
 
 
 class UidRange(NamedTuple):
     """Numbers from `first` on; `size` is a power of two that divides `first`.
 
-    So one comparison under a mask, which is all that a system call filter has, tells what is in it.
+    So one masked comparison, which is all that a system call filter has, tests membership.
     """
 
     first: int
@@ -32,7 +32,7 @@ class UidRange(NamedTuple):
 
     @property
     def mask(self) -> int:
-        """What a number has in common with `first` if it is in the range."""
+        """The bits in which a number of the range equals `first`."""
         return ~(self.size - 1) & 0xFFFF_FFFF
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Uids(NamedTuple):
 
     @property
     def vms(self) -> range:
-        """Of VMs: one has all processes of one VM, and nothing else has it."""
+        """For VMs: all processes of one VM have the same uid, and no others have it."""
         return range(self.part.first + 2, self.part.first + self.part.size)
 
 

@@ -1,8 +1,8 @@
-"""The control process's clients: what each user may have under way, and whose request is next.
+"""The control process's clients: limits of each user, and whose request is next.
 
-Nothing here is an error of a client's own making alone: a limit that is met is told by a text, or
-the client is not read until it is not met any more. Each bounds what one user can take of what all
-share: the parent's time, the control process's memory and descriptors, and the kernel's.
+At a limit the client gets an error text, or is not read until it is below the limit again. Each
+limit bounds one user's share of common resources: the parent's time, memory and descriptors of the
+control process, and of the kernel.
 """
 
 from collections import deque
@@ -14,11 +14,11 @@ from vmd.wire.internal import UNANSWERED_MAX
 from vmd.wire.messages import AnyAnswer, AnyRequest, Console, ParentRequest
 
 CLIENTS_PER_USER = 256
-"""Of an ordinary user: each costs descriptors and memory, here and in the kernel."""
+"""Connections of an ordinary user: each costs descriptors and memory, here and in the kernel."""
 UNANSWERED_PER_USER = 1024
-"""Those of a user: the parent keeps each in mind until its VM has done something."""
+"""Unanswered requests of a user: the parent keeps each until its VM has reacted."""
 IN_WORK_MAX = 16
-"""Requests that the parent works on, or has yet to read: another user's waits for no more."""
+"""Requests that the parent is working on, or has yet to read: another user's waits for no more."""
 IN_WORK_PER_CLIENT = 4
 """Of one connection, which may get as many answers before it has read the first."""
 WAITING_BYTES_PER_USER = 2 << 20
@@ -26,17 +26,17 @@ WAITING_BYTES_PER_USER = 2 << 20
 WAITING_FDS_PER_USER = 128
 """Descriptors that came with them: control may have as many open as its resource limit says."""
 UNREAD_PER_USER = 4 << 20
-"""Bytes of answers that wait for a user's connections to be read; then none of its requests has its
+"""Bytes of unread answers on a user's connections; beyond them none of its requests has its
 turn."""
 CONSOLES_UNREAD_PER_USER = 32
-"""Answers with a console's stream that nobody has read: the kernel counts descriptors that are
-under way, and refuses more of them to all processes of control's user."""
+"""Unread answers with a console's stream: the kernel counts descriptors in flight, and refuses more
+of them to all processes of control's user."""
 EVENTS_UNREAD_MAX = 64 << 10
-"""Bytes of events that wait for one connection; then it is cut off, as it would miss some."""
+"""Bytes of events that wait for one connection; beyond them it is closed, as it would miss some."""
 
 
 class User:
-    """What the connections of one user have under way."""
+    """The pending requests and answers of one user's connections."""
 
     __slots__ = ("clients", "unanswered", "waiting_bytes", "waiting_fds")
 
@@ -46,12 +46,12 @@ class User:
 
     @property
     def unread(self) -> int:
-        """Bytes that have not been sent because they are not read."""
+        """Bytes that could not be sent yet because the user does not read."""
         return sum(client.channel.backlog_size for client in self.clients.values())
 
     @property
     def consoles_unread(self) -> int:
-        """Streams of consoles that were sent, or may be, and have not been read."""
+        """Streams of consoles that were sent, or may be, and are unread."""
         return sum(client.consoles_unread() for client in self.clients.values())
 
 
@@ -66,7 +66,7 @@ class Client:
         user: User,
         on_room: Callable[[], None],
     ) -> None:
-        """`on_room` is called when all that waited to be read has been."""
+        """`on_room` is called when all answers have been read."""
         self.number = number
         self.channel = channel
         self.peer = peer
@@ -78,7 +78,7 @@ class Client:
         self.events: int | None = None
         """The serial of the request for events, if there was one."""
         self.waiting: Received[ParentRequest] | None = None
-        """What it asks once it is its turn; it is not read meanwhile."""
+        """Its waiting request; it is not read meanwhile."""
         self._on_room = on_room
         self._consoles = 0
 
@@ -96,7 +96,7 @@ class Client:
     # Requests
 
     def refusal(self, received: Received[ParentRequest]) -> str | None:
-        """Return why a request cannot wait for its turn, if there is a reason."""
+        """Return the reason why a request cannot wait for its turn, if there is one."""
         user = self.user
         if received.fds.are_lost:
             return "too many descriptors, or the daemon has none left"
@@ -162,7 +162,7 @@ class Client:
         return self._consoles
 
     def close(self) -> None:
-        """End the connection; what it has not read is lost."""
+        """Close the connection; unread answers are lost."""
         self.channel.close()
         self.user.unanswered -= self.unanswered
         if self.waiting:
@@ -170,7 +170,7 @@ class Client:
 
 
 class Turns:
-    """Clients whose requests wait: users take turns, and the connections of each."""
+    """Clients with waiting requests: users take turns, and so do the connections of each."""
 
     def __init__(self) -> None:
         self._of_users: dict[User, deque[Client]] = {}  # whose turn it is comes first
@@ -188,7 +188,7 @@ class Turns:
                 del self._of_users[client.user]
 
     def take(self) -> Client | None:
-        """Return the client whose turn it is; None if none waits that may have it."""
+        """Return the client whose turn it is; None if none that waits may have it."""
         user = next(self._ready(), None)
         if user is None:
             return None

@@ -1,9 +1,9 @@
-"""The control process: accepts clients, reads what they ask, and passes it to the parent.
+"""The control process: accepts clients, reads their requests, and passes them to the parent.
 
-It has no privileges. A client that sends what is no message is told so and cut off. The parent
-works on few requests at a time; the others wait for their turn: users take turns, and so do the
-connections of each. Control does not read from a client whose request waits, or that has not read
-its answers. So no client holds up another, or makes memory grow.
+It has no privileges. A client that sends a malformed message gets an error and is disconnected. The
+parent works on few requests at a time; the others wait for their turn: users take turns, and so do
+the connections of each. Control does not read from a client whose request waits, or whose answers
+are unread, so that no client delays another or makes memory grow.
 
 Source: section 6 of OpenBSD's behaviour.
 """
@@ -180,7 +180,7 @@ class Control:
             client.given(request)
 
     def _introduce(self, client: Client) -> None:
-        """Let the parent see whose connection it is, before the first request of it.
+        """Hand the connection to the parent, which asks the kernel for its user.
 
         Raises:
             ChannelError: the parent is gone.
@@ -190,7 +190,7 @@ class Control:
         client.has_come = True
         try:
             fds = [os.dup(client.channel.fileno())]
-        except OSError:  # none left: the parent refuses what this client asks
+        except OSError:  # none left: the parent refuses this client's requests
             fds = []
         self._parent.send(ClientCame(client=client.number), fds)
 
@@ -211,7 +211,7 @@ class Control:
         self._close(client)
 
     def _close(self, client: Client) -> None:
-        """Forget a client; what it has not read is lost."""
+        """Forget a client; unread answers are lost."""
         if self._clients.pop(client.number, None) is None:
             return
         self._listening.pop(client.number, None)

@@ -27,12 +27,12 @@ def prepare(_rehearses: bool) -> None:
 
 
 def run(connection: socket.socket) -> int:
-    """Be told by `connection` which disk to serve, and serve it; returns the exit status."""
+    """Receive the disk to serve from `connection`, and serve it; returns the exit status."""
     return device_process.run("disk", connection, make)
 
 
 def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> VirtioBlk:
-    """Return the device that vmm has told of; see `process.Make`."""
+    """Return the device of vmm's message; see `process.Make`."""
     if not isinstance(begin, BeginDisk):
         Fds(fds).close()
         raise VmmError(f"{begin.device} is no disk")
@@ -41,14 +41,14 @@ def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> V
     scratch = None if disk.scratch is None else chain.pop()
     counters = Counters(counters_fd)
     if not disk.is_locked:
-        # Looked at before it is locked, it might not be what its last user leaves.
+        # Before it is locked, its last user may still change it.
         writes = writes_image(option)
         lock_when_free(
             chain[0], option.path, writes=writes, is_needed=is_needed, patience_s=math.inf
         )
     formats = [Format(kind) for kind in disk.formats]
     bases = [Layer(*base) for base in zip(chain[1:], formats[1:], strict=True)]
-    # One whose format nobody said is looked at again: its guest must not make it something else.
+    # A disk without a configured format is probed again: its guest must not turn it into another.
     said = None if option.kind is DiskKind.PROBE else formats[0]
     if scratch is None:
         image = open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)

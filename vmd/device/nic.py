@@ -23,12 +23,12 @@ def prepare(_rehearses: bool) -> None:
 
 
 def run(connection: socket.socket) -> int:
-    """Be told by `connection` which interface to serve, and serve it; returns the exit status."""
+    """Receive the interface to serve from `connection`, and serve it; returns the exit status."""
     return device_process.run("nic", connection, make)
 
 
 def make(begin: DeviceBegin, fds: list[int], _is_needed: Callable[[], bool]) -> VirtioNet:
-    """Return the device that vmm has told of; see `process.Make`."""
+    """Return the device of vmm's message; see `process.Make`."""
     if not isinstance(begin, BeginNic):
         Fds(fds).close()
         raise VmmError(f"{begin.device} is no interface")

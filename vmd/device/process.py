@@ -1,7 +1,7 @@
-"""What the processes of disks and interfaces have in common: from blank to serving one device.
+"""Common code of the processes of disks and interfaces: from blank to serving one device.
 
-One ends when the VM's process does. Until it can serve, its status pipe says nothing; then a
-byte 0, or why it cannot.
+One ends when the VM's process does. Its status pipe gets a byte 0 once it can serve, or else the
+reason why it cannot.
 """
 
 import signal
@@ -25,11 +25,11 @@ from vmm_kvm.virtio.vhost_user.process import serve
 log = Log(__name__)
 
 READY = b"\0"
-"""What the status pipe says when the device can be used."""
+"""Written to the status pipe when the device can be used."""
 STATUS_MAX = 4096
 """Bytes of what it says otherwise."""
 
-# The last writes of a VM that is ended belong on the disk.
+# The last writes of a VM that is ended must reach the disk.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 Make = Callable[[DeviceBegin, list[int], Callable[[], bool]], Backend]
@@ -50,7 +50,7 @@ def prepare(title: str, kind: Kind) -> None:
 
 
 def run(title: str, connection: socket.socket, make: Make) -> int:
-    """Be told by `connection` what to serve, and serve it; returns the exit status."""
+    """Receive a device from `connection`, and serve it; returns the exit status."""
     with Channel(connection, DEVICE_AND_VMM) as vmm:
         try:
             begin, fds, _size = vmm.wait()
@@ -81,7 +81,7 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
 
 
 def _is_there(vm: socket.socket) -> bool:
-    """Tell whether the VM's process, which says nothing before the device is ready, lives."""
+    """Tell whether the VM's process, which is silent until the device is ready, still runs."""
     try:
         return vm.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
     except BlockingIOError:
@@ -92,7 +92,7 @@ def _is_there(vm: socket.socket) -> bool:
 
 @contextmanager
 def listen_to_vmm(vmm: Channel[None, VmmToDevice], loop: EventLoop) -> Iterator[None]:
-    """Let vmm say how much to log; its end is no end of ours, for the VM's last writes."""
+    """Take the verbosity from vmm; we outlive it, for the VM's last writes."""
     logging.follow(loop)
 
     def take(received: Received[VmmToDevice]) -> None:

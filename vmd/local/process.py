@@ -1,10 +1,10 @@
-"""The local process: it answers guests on local interfaces, whoever moves their frames.
+"""The local process: it answers guests on local interfaces, on every data path.
 
 DHCP and router advertisements go through a packet socket on the tap, DNS questions through a socket
 on the host's address there, to the host's own DNS server and back. The sockets come from the
 parent. The process has no privileges; it is in the host's network, which is where that server is.
 
-A guest that asks too often is not heard for the rest of the second.
+A guest that asks too often is ignored for the rest of the second.
 
 Source: section 12.5 of OpenBSD's behaviour.
 """
@@ -63,7 +63,7 @@ class _Question:
 
 
 class Service:
-    """What one guest on one local interface is told. For one thread."""
+    """Answers one guest on one local interface. For one thread."""
 
     def __init__(self, loop: EventLoop, message: ServeLocal, fds: Fds, dns_port: int) -> None:
         """Begin to answer; takes over the sockets. The host's DNS server is at `dns_port`."""
@@ -119,7 +119,7 @@ class Service:
             self._loop.remove_reader(fd)
 
     def _count(self) -> None:
-        """Count a question; one too many, and the guest is not heard until the second is over."""
+        """Count a question; after one too many the guest is ignored until the second is over."""
         if self._asked == 0:
             self._second_ends.arm(self._loop.monotonic_ns() + NANOSECONDS)
         self._asked += 1
@@ -142,7 +142,7 @@ class Service:
             )
         except BlockingIOError:
             return
-        except OSError as err:  # the interface is down; once it is gone, we are told
+        except OSError as err:  # the interface is down; if it goes, the parent tells us
             log.debug("%s: %s", self._interface, err)
             self._count()
             return
@@ -226,7 +226,7 @@ class Local:
     """The local process's work, on the event loop's thread."""
 
     def __init__(self, loop: EventLoop, dns_port: int = DNS_PORT) -> None:
-        """Serve nobody yet; the host's DNS server is at `dns_port`."""
+        """Begin without guests; the host's DNS server is at `dns_port`."""
         self._loop = loop
         self._dns_port = dns_port
         self._services: dict[int, list[Service]] = {}
@@ -257,7 +257,7 @@ class Local:
 
 
 def _is_summed(ancillary: list[tuple[int, int, bytes]]) -> bool:
-    """Tell whether the kernel says that a frame's checksum is there.
+    """Tell whether a frame has its checksum, according to the kernel.
 
     Source: packet(7), PACKET_AUXDATA.
     """

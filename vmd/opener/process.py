@@ -1,8 +1,8 @@
-"""Be told once which files to open, and answer: with the rights of a client, and in its own time.
+"""Receive one list of files, open them with the rights of a client, and answer.
 
-Whatever file system a client has put a file on, and however long that takes to answer, only this
-process waits for it; the parent ends it when the time is over. It parses the headers of images for
-their bases, which may name any file: none is opened that the client could not open.
+However slow the file system of a client's file is, only this process waits for it; the parent kills
+it when its time is over. It parses the headers of images for their bases, which may name any file:
+it opens none that the client could not open.
 """
 
 from vmd.shared.opening import Files, OpeningError
@@ -24,7 +24,7 @@ def serve(parent: Channel[OpenerToParent, OpenFiles]) -> None:
                 parent.send(FilesOpened(files=tuple(files.found)), files.take())
             except OpeningError as err:
                 failure = err
-        if failure:  # all is closed and unlocked by now: the next start may come at once
+        if failure:  # everything is closed and unlocked by now: the next start may come at once
             parent.send(OpeningFailed(code=failure.code, message=str(failure)))
     except ChannelError as err:
         log.debug("parent: %s", err)

@@ -1,4 +1,4 @@
-"""The parent's side of the agentx process: its connection to the SNMP agent, and what it tells."""
+"""The parent's side of the agentx process: the connection to the SNMP agent, reports of VMs."""
 
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -37,10 +37,10 @@ class Questions(NamedTuple):
 
 
 class SnmpAgent:
-    """The host's SNMP agent, told of VMs if vm.conf says so. For one thread."""
+    """Reports VMs to the host's SNMP agent if vm.conf says so. For one thread."""
 
     def __init__(self, loop: EventLoop, questions: Questions) -> None:
-        """Begin without a process: it is started when a configuration wants one."""
+        """Begin without a process: one is started when a configuration wants it."""
         self._questions = questions
         self._session = SetSession(path="", context="")
         self._was_started = False

@@ -1,15 +1,16 @@
-"""A control group for each VM that runs: what its processes may use together.
+"""A control group for each running VM: limits of its processes together.
 
 The daemon needs a cgroup that is its own, as a service manager delegates one: only root's daemon
-looks for it, and takes none in which others are. There, it moves into `vmd`, because a group that
-gives controllers to others has no processes. A VM has `vm-ID` beside that, with two groups below:
+looks for it, and takes none with other processes in it. There, it moves into `vmd`, because a group
+that gives controllers to others has no processes. A VM has `vm-ID` beside that, with two groups
+below:
 
     vm-ID           cpu.max, pids.max
     vm-ID/guest     memory.max; the VM's process
-    vm-ID/devices   its device processes: what they read of files is no memory of the guest's
+    vm-ID/devices   its device processes, whose page cache does not count as the guest's memory
 
 Processes join by a descriptor that they are handed, which the kernel allows because root has opened
-it. What a daemon that was killed has left is removed by the next one, when nothing is in it.
+it. The next daemon removes empty groups that a killed one has left.
 
 Source: cgroups(7); Linux Documentation/admin-guide/cgroup-v2.rst; systemd's CGROUP_DELEGATION
 """
@@ -42,14 +43,14 @@ class NoCgroupsError(Exception):
 
 
 class VmCgroup(NamedTuple):
-    """What a VM's processes join their groups by; whoever holds this owns the descriptors."""
+    """Descriptors through which a VM's processes join their groups; the holder owns them."""
 
     guest: int
     devices: int
 
 
 def memory_max(memory: int) -> int:
-    """Return how much a VM's process may have, in bytes, for a guest with `memory` bytes.
+    """Return the memory limit of a VM's process, in bytes, for a guest with `memory` bytes.
 
     Besides the guest's RAM, it has an interpreter, an unpacked kernel, and what KVM needs to map
     the RAM, which grows with that.
@@ -58,7 +59,7 @@ def memory_max(memory: int) -> int:
 
 
 def cpu_max(percent: int) -> str:
-    """Return what cpu.max has to say for a percentage of one processor."""
+    """Return the contents of cpu.max for a percentage of one processor."""
     return f"{percent * _PERIOD_US // 100} {_PERIOD_US}"
 
 
@@ -74,7 +75,7 @@ class Cgroups:
         self._remove_left()
 
     def open(self, vm_id: int, memory: int, cpu_limit: int | None) -> VmCgroup:
-        """Make a VM's groups, which are there until `remove`; limits of the host's are set.
+        """Make a VM's groups, with their limits; they last until `remove`.
 
         Raises:
             OSError: the kernel refused.
@@ -100,14 +101,14 @@ class Cgroups:
             raise
 
     def remove(self, vm_id: int) -> None:
-        """Remove a VM's groups, if it has any, as soon as no process is in them."""
+        """Remove a VM's groups, if any, as soon as they are empty."""
         path = self._groups.pop(vm_id, None)
         if path is not None:
             self._left.add(path)
             self._remove_left()
 
     def _make(self, vm_id: int) -> Path:
-        """Make a group; its name says so if one of an earlier process is left."""
+        """Make a group, under another name if an earlier process's is left."""
         for number in range(_NAMES_MAX):
             path = self._base / f"{_PREFIX}{vm_id}{f'.{number}' if number else ''}"
             try:

@@ -1,8 +1,8 @@
-"""Which users the clients of the control process are: asked of the kernel, not of control.
+"""The users of the control process's clients, as the kernel tells them, not control.
 
-control accepts connections and hands each over once, before the first request that comes from it.
-The kernel noted who connected, and tells it of the connection itself. So control can ask for
-nothing in the name of a user who has not connected, whatever becomes of it.
+control accepts connections and hands each over once, before its first request. The kernel knows the
+user of the connection itself. So even a compromised control can ask for nothing in the name of a
+user who has not connected.
 
 Source: unix(7), "SO_PEERCRED"; socket(7), "SO_ACCEPTCONN".
 """
@@ -24,20 +24,21 @@ class _Peer:
 
 
 class ClientUsers:
-    """The users of the connections of one control process after another, and what they wait for.
+    """The users of the connections of successive control processes, and their pending requests.
 
-    control gives each client no more to wait for than it may: one that does is not control.
+    control limits each client's pending requests: a process that exceeds the limit is not our
+    control.
     """
 
     def __init__(self, address: str | bytes) -> None:
-        """Know nobody; `address` is that of the listening socket, as the kernel tells it."""
+        """Begin without connections; `address` is the listening socket's, as the kernel has it."""
         self._address = address
         self._peers: dict[int, _Peer] = {}
 
     def came(self, client: int, fds: Fds) -> None:
-        """Note whose connection came along, and close it here.
+        """Note the user of a connection, and close it here.
 
-        If control or we had no room for its descriptor, nobody is known under this number.
+        If control or we had no room for its descriptor, its number stays unknown.
 
         Raises:
             MalformedError: it is no connection that was accepted from our socket, or the number
@@ -64,7 +65,7 @@ class ClientUsers:
     def _is_accepted(self, connection: socket.socket) -> bool:
         """Tell whether a socket was accepted from ours.
 
-        Others that control has name root as their peer: its own to us, and the listening one.
+        Control's other sockets, its own to us and the listening one, have root as their peer.
         """
         return (
             connection.family is socket.AF_UNIX
@@ -74,7 +75,7 @@ class ClientUsers:
         )
 
     def asks(self, client: int) -> int | None:
-        """Return which user asks as this client; None for one that cannot be told.
+        """Return this client's user; None if it is unknown.
 
         Raises:
             MalformedError: no such client has come, or it waits for too many answers.

@@ -1,4 +1,4 @@
-"""Clients, as the parent knows them: by the control process's numbers, and what they wait for."""
+"""Clients, as the parent knows them: the control process's numbers, and pending requests."""
 
 from collections.abc import Callable, Sequence
 from typing import assert_never
@@ -45,11 +45,11 @@ from vmd.wire.transfers import Receive, Send
 from vmm_kvm.clock import NANOSECONDS
 
 CONTROL_PATIENCE_NS = 10 * NANOSECONDS
-"""How long control may leave the channel to it full; it has nothing to do but to read."""
+"""How long control may leave the channel to it full; reading is all that it does."""
 
 
 class Clients:
-    """What clients ask, and what they are told, by way of the control process."""
+    """Clients' requests and their answers, by way of the control process."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class Clients:
         run: Callable[[Sequence[Action]], None],
         interfaces: Callable[[Vm], tuple[InterfaceInfo, ...]],
     ) -> None:
-        """Begin without any.
+        """Begin without clients.
 
-        `run` carries out what the registry says; `interfaces` tells of a VM's.
+        `run` carries out the registry's actions; `interfaces` describes a VM's.
         """
         self._loop = loop
         self._registry = registry
@@ -99,7 +99,7 @@ class Clients:
         self.control.send(Happened(event=event))
 
     def list_vms(self, question: List, inquiries: Inquiries, running: frozenset[int]) -> None:
-        """Ask the processes of running VMs, and answer when they have, or soon."""
+        """Ask the processes of running VMs, and answer when they have, or after a short time."""
         client = question.ticket.client
 
         def answer(parts: list[AnyAnswer]) -> None:

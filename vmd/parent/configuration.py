@@ -1,4 +1,4 @@
-"""The configuration as the parent reads it: what is wrong with it is logged, and returned."""
+"""The configuration as the parent reads it: errors are logged, and returned."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ log = Log(__name__)
 
 
 class Settings(NamedTuple):
-    """What the command line says, for every reading of the configuration."""
+    """Settings of the command line, for every reading of the configuration."""
 
     path: str
     macros: Mapping[str, str]
@@ -36,9 +36,9 @@ class Settings(NamedTuple):
     skips_broken: bool = False
     """VMs that name missing files, or are refused, are left out; the others start."""
     host_id: bytes = b""
-    """What no other host has: lladdrs are made of it."""
+    """This host's identity, of which lladdrs are made."""
     host: Host = SystemHost("/")
-    """Where the configuration and what it names are looked for."""
+    """Where the configuration and its files are looked up."""
 
 
 def read_configuration(
@@ -48,7 +48,7 @@ def read_configuration(
     *,
     is_optional: bool,
 ) -> Config | tuple[str, ...]:
-    """Read a vm.conf; returns what is wrong with it instead, a line each, if anything is.
+    """Read a vm.conf; or return its errors, a line each.
 
     `judge` returns a line for each VM that the registry would refuse. With `skips_broken`, such VMs
     and those that name missing files are warnings. `is_optional`: the file may be absent.

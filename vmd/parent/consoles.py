@@ -1,4 +1,4 @@
-"""The consoles of VMs: a terminal for each, of which the VM is told when somebody looks at it."""
+"""The consoles of VMs: a terminal for each; the VM is told when it is opened or closed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Consoles:
     """Owns the terminals of VMs, by their ids."""
 
     def __init__(self, terminals: TerminalWatch, on_look: Callable[[int], None]) -> None:
-        """Begin without any; `on_look` is told whose terminal somebody has opened or closed."""
+        """Begin without any; `on_look` gets the VM whose terminal was opened or closed."""
         self._terminals = terminals
         self._on_look = on_look
         self._consoles: dict[int, _Console] = {}
@@ -42,7 +42,7 @@ class Consoles:
         return console.pty
 
     def replay(self, vm_id: int) -> Replay:
-        """Return what somebody who attaches now is shown of the past of a VM's console."""
+        """Return the part of a VM's console output that a new client is shown first."""
         console = self._consoles.get(vm_id)
         return replay(console.pty.ring) if console else Replay(0, 0)
 

@@ -1,9 +1,9 @@
-"""What the registry has decided, carried out; and what comes of it, reported back.
+"""Carries out the registry's decisions, and reports their results back.
 
 An effect of a VM's life is performed here from its first step to its last: a launch makes the
-networks, opens the console and the files, and has vmm make the processes. What vmm says is then an
-event for the registry. The host's own things are behind protocols: the tests of the registry's
-model run this module on a host of their own.
+networks, opens the console and the files, and has vmm make the processes. vmm's messages then
+become events for the registry. The host is behind protocols: the tests of the registry's model run
+this module on a host of their own.
 """
 
 import os
@@ -73,9 +73,9 @@ from vmm_kvm.log import Log
 log = Log(__name__)
 
 STOP_S = 123
-"""How long a guest has to stop that has no time of its own: the VM process sees to that."""
+"""How long a guest without a stop timeout of its own has; the VM process enforces it."""
 GRACE_S = 5
-"""What a VM process may take longer, before it is ended itself."""
+"""How much longer a VM process may take before it is killed."""
 
 
 class Later(TimedLoop, Protocol):
@@ -126,14 +126,14 @@ class Terminals(Protocol):
         """
 
     def replay(self, vm_id: int) -> Replay:
-        """Return what somebody who attaches now is shown of the past of a VM's console."""
+        """Return the part of a VM's console output that a new client is shown first."""
 
     def close(self, vm_id: int) -> None:
         """Give a VM's console back, if it has one."""
 
 
 OpenClientFiles = Callable[[Vm, Callable[[OpeningError | None], None]], None]
-"""Opens what of a VM is a client's, and calls what it is handed once, at once or later."""
+"""Opens a VM's files that are a client's, and calls its argument once, at once or later."""
 
 OpenVm = Callable[[Vm, Pty, Sequence[Interface]], Resources]
 """Opens all else that a VM needs.
@@ -145,7 +145,7 @@ Raises:
 
 
 class Means(NamedTuple):
-    """What effects are carried out with; all of it stays the caller's."""
+    """The means by which effects are carried out; they stay the caller's."""
 
     clients: Clients
     vmm: Vmm
@@ -155,11 +155,11 @@ class Means(NamedTuple):
     open_client_files: OpenClientFiles
     open_vm: OpenVm
     close_vm: Callable[[int], None]
-    """Gives back what `open_vm` has made for a VM, by its id; its processes are gone."""
+    """Releases what `open_vm` made for a VM, by its id; its processes are gone."""
     end_vm: Callable[[int], None]
-    """Gives back what a VM has kept over its reboots, by its id."""
+    """Releases what a VM has kept over its reboots, by its id."""
     operate: Callable[[Operate], None]
-    """Does what an administrator asks of the daemon itself, and answers."""
+    """Executes an administrator's request of the daemon itself, and answers."""
 
 
 class Effects:
@@ -232,7 +232,7 @@ class Effects:
         self._look_if_idle()
 
     def tell_vm(self, vm_id: int, command: VmCommand, fds: Sequence[int] = ()) -> None:
-        """Say something to a VM process; takes ownership of `fds`."""
+        """Send a message to a VM process; takes ownership of `fds`."""
         self._vmm.send(ToVm(id=vm_id, command=command), fds)
 
     def _happened(self, vm_id: int, event: vm_state.Event) -> None:
@@ -248,7 +248,7 @@ class Effects:
         match effect:
             case vm_state.Launch():
                 self.starts.begin(vm.id)
-                # What comes of it is for a registry that has finished this step.
+                # Its results must come after the registry has finished this step.
                 self._loop.call_soon(lambda: self._launch(vm))
             case vm_state.Release(keeps_tty=keeps_tty):
                 if not keeps_tty:
@@ -273,7 +273,7 @@ class Effects:
                 assert_never(effect)
 
     def _stop(self, vm: Vm) -> None:
-        """Have a guest asked to stop; a process that does not end with it is ended."""
+        """Ask a guest to stop; a process that does not end with it is killed."""
         timeout_s = vm.config.stop_timeout_s
         self.tell_vm(vm.id, StopVm(timeout_s=timeout_s))
         timer = self._deadlines.get(vm.id)
@@ -319,7 +319,7 @@ class Effects:
     def _launch_now(
         self, vm: Vm, networks: Sequence[Interface], failure: OpeningError | None
     ) -> None:
-        """Open what else a VM needs, and have vmm start its processes."""
+        """Open the rest of a VM's resources, and have vmm start its processes."""
         if failure:
             self._launch_failed(vm, failure.code, str(failure))
             return
@@ -345,7 +345,7 @@ class Effects:
             self._launch_failed(vm, ErrorCode.EAGAIN, "there is no vmm process")
 
     def _was_stopped(self, vm: Vm) -> bool:
-        """Tell whether a VM is not to start any more; if so, the registry is told."""
+        """Tell whether a VM's start was cancelled; if so, the registry is told."""
         if vm.state.phase is vm_state.Phase.STARTING:
             return False
         self.starts.end(vm.id)
@@ -383,7 +383,7 @@ class Effects:
                 assert_never(message)
 
     def vmm_ended(self) -> None:
-        """Account for all VMs: none of their processes is left."""
+        """Note that no process of any VM is left."""
         for vm_id in sorted(self._launched):
             self._forget_process(vm_id)
             self._happened(vm_id, vm_state.Exited(None, message="the vmm process has ended"))
@@ -450,7 +450,7 @@ class Effects:
 
 
 def _log_event(event: Event) -> None:
-    """Log how a VM ended, why it was started anew, or what of it does not work."""
+    """Log how a VM ended, why it was started again, or which part of it fails."""
     text = f"{event.kind}: {event.message}" if event.message else event.kind
     if event.kind is EventKind.INTERFACE:
         text = event.message
@@ -477,7 +477,7 @@ def _send_command(vm: Vm, *, keeps_running: bool) -> SendVm:
 
 
 def _remove_new(vm: Vm) -> None:
-    """Remove the file that was made for a start that has failed, if there was one."""
+    """Remove the file that was made for a failed start, if there was one."""
     path, vm.new_file = vm.new_file, None
     if path is None:
         return

@@ -1,10 +1,10 @@
-"""Why a VM cannot start, as its requester is told."""
+"""The reason why a VM cannot start, for its requester."""
 
 from vmd.wire.messages import ErrorCode
 
 
 class ResourceError(Exception):
-    """Something that the VM needs cannot be had; `str()` is one line."""
+    """A resource of the VM is unavailable; `str()` is one line."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)

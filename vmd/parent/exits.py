@@ -1,11 +1,11 @@
-"""What the end of a VM process means for its VM."""
+"""The meaning of a VM process's end for its VM."""
 
 from vmd.rules import vm_state
 from vmd.wire.internal import VmExited
 
 
 def exit_event(exited: VmExited) -> vm_state.Exited:
-    """Return what the lifecycle is told: what the process said last, or how it ended without."""
+    """Return the lifecycle's event: the process's last word, or how it ended without one."""
     ending = exited.ending
     if ending is not None:
         return vm_state.Exited(ending.reason, ending.code, ending.message, exited.status)

@@ -1,4 +1,4 @@
-"""One interface of a VM: what the VM's processes need, and what there is to tell of it."""
+"""One interface of a VM: the descriptors for the VM's processes, and its description."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ Links = tuple[bool, ...]
 
 
 class Interface(NamedTuple):
-    """An interface of a VM that there is; descriptors stay whose they are."""
+    """An existing interface of a VM; descriptors stay their owners'."""
 
     spec: TapSpec
     tap: MadeTap
@@ -40,15 +40,15 @@ class Interface(NamedTuple):
 
 
 Trouble = Callable[[int, int, str], None]
-"""What is called when something of an interface does not work: a VM's id, the interface's place
-among the VM's, and what and why."""
+"""Called when a part of an interface fails, with a VM's id, the interface's index, and the part and
+the reason."""
 
 Then = Callable[[tuple[Interface, ...] | ResourceError], None]
-"""What is called, once, when a VM's interfaces are there, or cannot be."""
+"""Called once, when a VM's interfaces exist or cannot be made."""
 
 
 def open_vhosts(count: int) -> list[int]:
-    """Open /dev/vhost-net so many times, for the caller to close; nothing where there is none."""
+    """Open /dev/vhost-net so many times, for the caller to close; none if the host has none."""
     fds: list[int] = []
     try:
         fds.extend(os.open(_VHOST_NET, os.O_RDWR | os.O_CLOEXEC) for _ in range(count))
@@ -59,7 +59,7 @@ def open_vhosts(count: int) -> list[int]:
 
 
 class Counters(NamedTuple):
-    """What has gone through an interface, as the host sees it: the guest sends what it receives."""
+    """Counters of an interface on the host's side, which receives what the guest sends."""
 
     received: int
     received_packets: int
@@ -84,7 +84,7 @@ def parse_counters(text: str) -> dict[str, Counters]:
 def interface_infos(
     configs: Sequence[InterfaceConfig], interfaces: Sequence[Interface]
 ) -> tuple[InterfaceInfo, ...]:
-    """Return what there is to tell of a VM's interfaces; `interfaces` are those that there are."""
+    """Return the description of a VM's interfaces; `interfaces` are the existing ones."""
     if not interfaces:
         return tuple(_configured(config) for config in configs)
     with open(_COUNTERS, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - the plainest

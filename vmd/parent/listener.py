@@ -13,17 +13,17 @@ from vmm_kvm import listening
 from vmm_kvm.errors import SpecError
 
 GROUP = "vmd"
-"""The group whose members may speak with a daemon of root, if it is there."""
+"""The group whose members may connect to root's daemon, if it exists."""
 _BACKLOG = 128
 _MODE = 0o660
 
 
 class ListenerError(Exception):
-    """There can be no control socket; `str()` is one line."""
+    """The control socket cannot be made; `str()` is one line."""
 
 
 def listen(path: str) -> socket.socket:
-    """Make the control socket at `path`, instead of one that nobody serves any more.
+    """Make the control socket at `path`, in place of an abandoned one.
 
     Raises:
         ListenerError: somebody serves it, or it cannot be made.
@@ -39,9 +39,9 @@ def listen(path: str) -> socket.socket:
 
 
 def default_owner() -> Owner:
-    """Return the owner of a daemon of root's socket where vm.conf names none: root, and `GROUP`.
+    """Return the owner of the socket of root's daemon if vm.conf names none: root, and `GROUP`.
 
-    Where there is no such group, that of root. OpenBSD's is root:wheel, which Debian has not.
+    Without such a group, it is root's. OpenBSD's is root:wheel, which Debian has not.
     """
     try:
         return Owner(0, grp.getgrnam(GROUP).gr_gid)
@@ -63,7 +63,7 @@ def present_owner(path: str) -> Owner:
 
 
 def set_owner(path: str, owner: Owner) -> None:
-    """Let `owner` speak to a daemon of root; without a group, members of root's may too.
+    """Let `owner` connect to root's daemon; without a group, members of root's may too.
 
     Raises:
         ListenerError: the socket is gone.

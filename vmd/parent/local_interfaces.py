@@ -1,4 +1,4 @@
-"""The parent's side of the local process: which guests it answers, and the sockets it needs."""
+"""The parent's side of the local process: its guests, and their sockets."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,13 +26,13 @@ class LocalInterfaces:
     """Has the guests on local interfaces answered."""
 
     def __init__(self, loop: Loop, on_start: Callable[[], None]) -> None:
-        """Begin without a local process; `on_start` is called for each one that there is."""
+        """Begin without a local process; `on_start` is called for each one that starts."""
         self.peer: Peer[ParentToLocal, LocalToParent] = Peer(
             "local", PARENT_AND_LOCAL, loop, _take, on_start=on_start
         )
 
     def serve(self, vm: Vm, interfaces: Sequence[Interface]) -> None:
-        """Answer a VM's guest on those of its interfaces that are local."""
+        """Have a VM's guest answered on its local interfaces."""
         if not self.peer.is_there:
             return
         boots = vm.config.boot_device is BootDevice.NET
@@ -77,4 +77,4 @@ def _sockets(interface: Interface, local: LocalAddresses) -> list[int]:
 
 
 def _take(_message: LocalToParent, _fds: Fds) -> None:
-    """Pass over what the local process says: there is nothing that it could."""
+    """Ignore messages of the local process: it has none to send."""

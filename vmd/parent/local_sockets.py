@@ -1,4 +1,4 @@
-"""Sockets for those who answer guests on local interfaces, opened with the parent's rights.
+"""Sockets for answering guests on local interfaces, opened with the parent's rights.
 
 Source: packet(7), socket(7), resolv.conf(5); Linux include/uapi/linux/filter.h
 """
@@ -27,7 +27,7 @@ _IS, _HAS_BITS = 0x15, 0x45  # BPF_JMP | BPF_{JEQ,JSET} | BPF_K
 _RETURN = 0x06
 _ALL = 0xFFFF_FFFF
 
-# Requests to a DHCP server, and router solicitations: all else is none of our business.
+# Requests to a DHCP server, and router solicitations; other packets are filtered out.
 _WANTED = b"".join(
     _INSTRUCTION.pack(*instruction)
     for instruction in (
@@ -60,7 +60,7 @@ class _SockFprog(ctypes.Structure):
 def open_frames(interface: str, *, has_ipv6: bool) -> int:
     """Return a packet socket that reads what guests ask for on an interface, and sends answers.
 
-    Without IPv6 the kernel looks at no other frames than IPv4's that have come in.
+    Without IPv6 the kernel passes only incoming IPv4 frames.
 
     Raises:
         OSError: the interface is gone, or there is no right to it.
@@ -71,7 +71,7 @@ def open_frames(interface: str, *, has_ipv6: bool) -> int:
         frames.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         frames.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
         frames.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-        # Nothing arrives before this, hence nothing that the filter has not seen.
+        # No packet arrives before this, so each one has passed the filter.
         frames.bind((interface, _ETH_P_ALL if has_ipv6 else _ETH_P_IP))
         return frames.detach()
 

@@ -1,4 +1,4 @@
-"""The network interfaces of VMs, whoever makes them: what the rest of the parent knows of them.
+"""The network interfaces of VMs, as the rest of the parent sees them.
 
 `tap_networks` makes taps, with root's rights; `passt_networks` does without privileges.
 """
@@ -29,16 +29,16 @@ class Networks(Protocol):
         """Note that a child of this process, maybe one of `pids`, has been reaped."""
 
     def watch(self, trouble: Trouble) -> None:
-        """Have `trouble` called from now on; what changes for guests is told by `refresh`."""
+        """Call `trouble` from now on; `refresh` returns changes for guests."""
 
     def configure(self, config: Config) -> None:
-        """Make the host's network what a vm.conf says; VMs that run keep their addresses."""
+        """Configure the host's network as in a vm.conf; running VMs keep their addresses."""
 
     def add(self, config: Config) -> None:
         """Add the switches of another file; of two with the same name the first counts."""
 
     def forget_switches(self) -> None:
-        """Remove all switches; interfaces that are on one stay on it if it is not ours."""
+        """Remove all switches; interfaces stay on bridges that are not ours."""
 
     def attach(self, vm: Vm, then: Then) -> None:
         """Make a VM's interfaces, or find them from before its reboot; then call `then`, once."""
@@ -49,11 +49,11 @@ class Networks(Protocol):
     def refresh(self) -> Mapping[int, Links]:
         """Bring interfaces up and down as VMs and switches are configured now.
 
-        Returns the links of the VMs, by their ids, for whose guests that changes something.
+        Returns the links, by id, of the VMs for whose guests this changes something.
         """
 
     def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
-        """Return what there is to tell of a VM's interfaces."""
+        """Return the description of a VM's interfaces."""
 
     def close(self) -> None:
         """Remove all interfaces."""

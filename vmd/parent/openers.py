@@ -1,8 +1,8 @@
-"""The parent's side of openers: processes that have become a client, to open that client's files.
+"""The parent's side of openers: processes with a client's rights that open that client's files.
 
-Each serves one start, and has a time limit: the file system of a client may never answer. One that
-does not end though it was killed, because the kernel waits for such a file system, counts against
-its user until it does.
+Each serves one start, and has a time limit: the file system of a client may never answer. A killed
+one that does not end, because the kernel waits for such a file system, counts against its user
+until it does.
 """
 
 import os
@@ -33,12 +33,12 @@ from vmm_kvm.loop import EventLoop, LoopTimer
 log = Log(__name__)
 
 TIME_LIMIT_S = 10
-"""How long a client's files may take to be opened."""
+"""How long opening a client's files may take."""
 OPENERS_PER_USER = 4
 """At a time; further starts of the user are refused."""
 
 Then = Callable[[list[FoundFile], list[int]], None]
-"""What is called when the files are open; takes over the descriptors."""
+"""Called when the files are open; takes over the descriptors."""
 Else = Callable[[OpeningError], None]
 """What is called when one is not to be had."""
 
@@ -77,7 +77,7 @@ class Openers:
     ) -> None:
         """Open files with the rights of a user; takes ownership of `passed`.
 
-        For an administrator it is done at once, in this process.
+        For an administrator this process opens them at once.
         """
         fds = Fds(passed)
         if uid in self.users.administrators:
@@ -159,7 +159,7 @@ class Openers:
         self._fail(opener, ErrorCode.EIO, "the process that opens the files has ended")
 
     def close(self) -> None:
-        """End all; they are reaped by others, if the kernel lets them end."""
+        """Kill all; others reap them, if the kernel lets them end."""
         for pid, opener in self._openers.items():
             opener.otherwise = None
             opener.channel.close()

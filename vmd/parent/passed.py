@@ -1,8 +1,7 @@
 """Files of a VM that are a client's: passed with the request to start it, or named in it.
 
-They are judged before they are used, and opened where they are only named, with the client's
-rights. So are the bases of a disk of the configuration whose format nobody said: what it refers to
-may have been written by the VM's owner.
+They are checked before use, and those that are only named are opened with the client's rights. So
+are the bases of a configured disk without a format: the VM's owner may have written its header.
 """
 
 import os
@@ -72,10 +71,10 @@ def _passed(request: Start | Send | Receive, uid: int, take: Callable[[int], int
 
 
 class ClientFiles:
-    """What is to be opened or judged for one start of a VM."""
+    """Files to open or check for one start of a VM."""
 
     def __init__(self, vm: Vm, users: Users) -> None:
-        """Find out; nothing is opened but disks of the configuration whose bases are followed.
+        """Collect them; this opens nothing but configured disks whose bases are followed.
 
         Raises:
             OpeningError: such a disk is not to be had.
@@ -87,7 +86,7 @@ class ClientFiles:
         """With whose rights."""
         self.wanted: list[WantedFile] = []
         self.fds: list[int] = []
-        """What `wanted` has the indices of; the caller's."""
+        """The descriptors that `wanted` indexes; the caller's."""
         self._places: list[tuple[FileUse, int]] = []
         if passed and passed.is_judged:
             return
@@ -177,7 +176,7 @@ class ClientFiles:
             )
 
     def judged(self, found: Sequence[FoundFile], fds: Sequence[int]) -> Passed:
-        """Return the VM's files once they are open: `fds`, which `found` has the indices of."""
+        """Return the VM's files once they are open: `fds`, which `found` indexes."""
         config, kernel, cdrom, stamp = self._vm.config, None, None, ""
         is_firmware = False
         initrd: list[int] = []
@@ -221,7 +220,7 @@ class ClientFiles:
 def open_client_files(
     vm: Vm, openers: Openers, done: Callable[[OpeningError | None], None]
 ) -> None:
-    """Open and judge what of a VM is a client's, then call `done`; at once if there is nothing."""
+    """Open and check a client's files of a VM, then call `done`; at once if there are none."""
     try:
         files = ClientFiles(vm, openers.users)
     except OpeningError as err:

@@ -1,11 +1,10 @@
-"""Networks without privileges: each local interface has a passt(1), as `vmctl run -L` has.
+"""Networks without privileges: each local interface has a passt(1), as with `vmctl run -L`.
 
 The guest's addresses are those that passt gives it; ports of the host lead to it as they do with
-privileges. A switch needs these: an interface on one, or on nothing, has no cable.
+privileges. Switches need privileges: an interface on one, or on nothing, has no link.
 
 passt speaks through a stream socket, and ends when that is closed. It stays from a VM's start to
-its end, over reboots. If it ends before, the guest finds its cable unplugged, and is told why; the
-next reboot tries again.
+its end, over reboots. If it ends before, the guest's link goes down; the next reboot tries again.
 
 Source: passt(1)
 """
@@ -34,7 +33,7 @@ log = Log(__name__)
 
 _SOCKET_BUFFER = 4 << 20
 _SAID_MAX = 16 << 10
-"""Bytes of what passt says that are kept, from its first."""
+"""Bytes of passt's output that are kept, from its beginning."""
 _IDLE_TALK = ("to syslog", "Don't run as root")
 _REASON_LINES = 3
 _NO_FAMILY = {EAFNOSUPPORT, EADDRNOTAVAIL}
@@ -42,7 +41,7 @@ _FIRST_PORT = 1024
 
 
 class _Stream:
-    """One end of a stream of frames, and who is at the other; owns the descriptors."""
+    """One end of a stream of frames, and the process at the other; owns the descriptors."""
 
     __slots__ = ("fd", "passt", "problem", "said")
 
@@ -57,7 +56,7 @@ class _Stream:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """What the guest is given, as far as passt has said it."""
+        """The guest's addresses, as far as passt has named them."""
         return () if self.said is None or not self.passt else _assigned(_lines(self.said))
 
     def close(self) -> None:
@@ -78,7 +77,7 @@ class _Held:
         self.links = self.links_now()
 
     def links_now(self) -> Links:
-        """Return whether each cable leads somewhere, and is to be plugged in."""
+        """Return whether each interface has a link."""
         pairs = zip(self.vm.config.interfaces, self.streams, strict=True)
         return tuple(interface.is_up and bool(stream.passt) for interface, stream in pairs)
 
@@ -96,7 +95,7 @@ class PasstNetworks:
 
     @property
     def peers(self) -> Mapping[Kind, AnyPeer]:
-        """The processes that they need: none that the parent talks to."""
+        """Peers that they need: none."""
         return {}
 
     @property
@@ -109,7 +108,7 @@ class PasstNetworks:
         self._trouble = trouble
 
     def reaped(self, pid: int) -> None:
-        """Note that a child of this process has been reaped; its guest has no network any more."""
+        """Note that a child of this process has been reaped; its guest loses its network."""
         if pid not in self._pids:
             return
         self._pids.discard(pid)
@@ -188,7 +187,7 @@ class PasstNetworks:
         )
 
     def refresh(self) -> Mapping[int, Links]:
-        """Plug cables in and out as VMs are configured now; see `Networks.refresh`."""
+        """Set links as VMs are configured now; see `Networks.refresh`."""
         changed = {}
         for vm_id, held in self._held.items():
             before, held.links = held.links, held.links_now()
@@ -197,7 +196,7 @@ class PasstNetworks:
         return changed
 
     def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
-        """Return what there is to tell of a VM's interfaces."""
+        """Return the description of a VM's interfaces."""
         infos = interface_infos(vm.config.interfaces, ())
         held = self._held.get(vm.id)
         if held is None:
@@ -226,7 +225,7 @@ class PasstNetworks:
 
 
 def _stream(forwards: Sequence[ForwardConfig], *, is_local: bool) -> _Stream:
-    """Return a stream of frames, with a passt at the other end if that can be."""
+    """Return a stream of frames, with a passt at the other end if possible."""
     from shutil import which  # noqa: PLC0415 - every child would inherit all that it imports
 
     ours, theirs = socket.socketpair()
@@ -253,9 +252,9 @@ def _stream(forwards: Sequence[ForwardConfig], *, is_local: bool) -> _Stream:
 
 
 def port_problem(forward: ForwardConfig) -> str:
-    """Return why passt could not have a port of this host; empty if it can.
+    """Return the reason why passt could not get a port of this host; empty if it can.
 
-    passt itself goes on if it gets the port of one family of addresses alone.
+    passt itself continues if it gets the port of only one address family.
     """
     address = forward.address
     if not address:
@@ -296,14 +295,14 @@ def _first_port() -> int:
 
 
 def _lines(said: int) -> list[str]:
-    """Return the lines that passt has said, but those about itself."""
+    """Return passt's lines, except those about itself."""
     text = os.pread(said, _SAID_MAX, 0).rstrip(b"\0").decode(errors="replace")
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not any(word in line for word in _IDLE_TALK)]
 
 
 def _reason(said: int | None) -> str:
-    """Return the last of what passt said, in one line."""
+    """Return the end of passt's output, in one line."""
     lines = [] if said is None else _lines(said)[-_REASON_LINES:]
     text = "; ".join(lines)
     if "routable interface" in text:
@@ -317,7 +316,7 @@ def _assigned(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def _spawn(program: str, stream: int, said: int, forwards: Sequence[ForwardConfig]) -> int:
-    """Start passt with one end of a socket, and what it says in `said`; returns its pid."""
+    """Start passt with one end of a socket, its output going to `said`; returns its pid."""
     # The duplicate is open in the new process, as the original is not.
     fd = os.dup(stream)
     os.set_inheritable(fd, True)
@@ -334,7 +333,7 @@ def _spawn(program: str, stream: int, said: int, forwards: Sequence[ForwardConfi
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0),
                 (os.POSIX_SPAWN_DUP2, said, 2),
             ],
-            # What is typed at a terminal is for the daemon alone.
+            # Terminal input is for the daemon alone.
             setpgroup=0,
             setsigmask=(),
         )

@@ -1,7 +1,7 @@
-"""A process that the parent talks to, over all of its lives: one class for every kind.
+"""A process that the parent talks to, across its restarts: one class for every kind.
 
-While there is no such process, what is sent to it is lost; what comes up by then is told to the
-next one by `on_start`. While much waits for a process to read it, its sources go on no more.
+While there is no such process, messages to it are lost; `on_start` tells the next one the current
+state. While too much waits for a process to read it, its sources are held.
 """
 
 import socket
@@ -34,13 +34,13 @@ def _nothing() -> None:
 
 
 class AnyPeer(Source, Protocol):
-    """A peer, whatever is said to it: what starting, restarting and ending processes needs."""
+    """A peer, whatever its messages, for starting, restarting and ending processes."""
 
     def started(self, connection: socket.socket, kill: Callable[[], None]) -> None:
         """Talk to a new process, which `kill` ends; takes ownership of `connection`."""
 
     def ended(self) -> None:
-        """Account for the end of the process; another may be started."""
+        """Note the end of the process; another may be started."""
 
     def give_up(self) -> None:
         """Account for there being no other process."""
@@ -49,10 +49,10 @@ class AnyPeer(Source, Protocol):
         """Let the process end; idempotent."""
 
     def set_verbosity(self, level: int) -> None:
-        """Have the process log more or less, and those that follow it."""
+        """Set the verbosity of the process and its successors."""
 
     def add_source(self, source: Source) -> None:
-        """Hold `source` whenever much waits for the process to read it."""
+        """Hold `source` while too much waits for the process to read it."""
 
 
 class Peer(Generic[Sent, Taken]):
@@ -74,7 +74,7 @@ class Peer(Generic[Sent, Taken]):
 
         `on_message` may take the descriptors that came along; the others are closed. `on_start` is
         called when a process can be sent to, `on_end` when it is gone, `on_give_up` when there will
-        be no other. A process that says what is no message is killed; so is one that leaves the
+        be no other. A process that sends a malformed message is killed; so is one that leaves the
         channel to it full for `patience_ns`. `on_message` may raise MalformedError for both.
         """
         self._name = name
@@ -109,7 +109,7 @@ class Peer(Generic[Sent, Taken]):
         self._on_start()
 
     def ended(self) -> None:
-        """Account for the end of the process; another may be started."""
+        """Note the end of the process; another may be started."""
         self.close()
         self._on_end()
 
@@ -124,7 +124,7 @@ class Peer(Generic[Sent, Taken]):
             channel.close()
 
     def set_verbosity(self, level: int) -> None:
-        """Have the process log more or less, and those that follow it."""
+        """Set the verbosity of the process and its successors."""
         self._verbosity = level
         self.send(SetVerbosity(level=level))
 
@@ -158,13 +158,13 @@ class Peer(Generic[Sent, Taken]):
     # Back-pressure
 
     def add_source(self, source: Source) -> None:
-        """Hold `source` whenever much waits for the process to read it."""
+        """Hold `source` while too much waits for the process to read it."""
         self._sources.append(source)
         if self._channel:
             self._channel.add_source(source)
 
     def hold(self, reason: object) -> None:
-        """Read nothing that the process says until `reason` is released."""
+        """Stop reading from the process until `reason` is released."""
         self._holds.append(reason)
         if self._channel:
             self._channel.hold(reason)
@@ -185,7 +185,7 @@ class Peer(Generic[Sent, Taken]):
                 self._cut(err)
 
     def _cut(self, err: ChannelError) -> None:
-        """The channel has ended; so has the process, or it does now: it said what is no message."""
+        """The channel has ended with the process, or a malformed message: then kill it."""
         if isinstance(err, MalformedError) and self._channel:
             log.error("%s: %s", self._name, err)
             self._channel.close()

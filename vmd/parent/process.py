@@ -1,8 +1,8 @@
 """The parent: configuration, the table of VMs, every file that is opened, and the other processes.
 
 It decides nothing about a VM's life itself: requests and reports go to the registry, and `effects`
-carries out what that returns. With root's rights, it reads nothing but the configuration, messages
-of the other processes, and the headers of disk images.
+carries out the returned actions. With root's rights, it reads nothing but the configuration,
+messages of the other processes, and the headers of disk images.
 
 Source: sections 5.2, 7 and 8 of OpenBSD's behaviour.
 """
@@ -124,14 +124,14 @@ class Parent:
             Kind.AGENTX: self._snmp_agent.peer,
             **networks.peers,
         }
-        """The processes that it needs; whoever starts one says so to its peer."""
+        """Its peers; the code that starts a process tells its peer."""
         for peer in self.peers.values():
-            # No request is taken while what it makes somebody do cannot go out. The others are
-            # always listened to: they say no more than they are asked for.
+            # No request is read while its effects cannot be sent. The other processes are always
+            # read: they only answer.
             peer.add_source(self._clients.control)
 
     def close(self) -> None:
-        """Let all processes end, and give back what VMs had."""
+        """Let all processes end, and release the VMs' resources."""
         for peer in self.peers.values():
             peer.close()
         self._consoles.close_all()
@@ -153,9 +153,9 @@ class Parent:
     # Configuration
 
     def configure(self) -> tuple[str, ...]:
-        """Read the configuration, forget VMs that do not run, and start those that are to start.
+        """Read the configuration, forget VMs that do not run, and start those to be started.
 
-        Returns what is wrong with it, a line each; then nothing has changed.
+        Returns its errors, a line each; then nothing has changed.
         """
         settings = self._settings
         config = self._read(settings.path, is_optional=settings.is_optional, keeps_idle=False)

@@ -1,4 +1,4 @@
-"""Who asked for what, and what came of it: a line of the log for each request that does something.
+"""A log line for each request that changes something: the user, the request, and the result.
 
 Source: section 5.1 of OpenBSD's behaviour, for what is refused.
 """
@@ -45,7 +45,7 @@ _DONE: dict[type[ParentRequest], str] = {
     Log: "log level set",
     Hold: "starts held",
 }
-"""Requests that are told of; the others only look, or wait."""
+"""Requests that are logged; the others only look, or wait."""
 
 
 class _Asked(NamedTuple):
@@ -56,14 +56,14 @@ class _Asked(NamedTuple):
 
 
 class RequestLog:
-    """Requests until they are answered, which then are told of."""
+    """Requests until they are answered, which then are logged."""
 
     def __init__(
         self, find: Callable[[int, str], Vm | None], note: Callable[[int, str], None]
     ) -> None:
-        """Know of none.
+        """Begin without requests.
 
-        `find` returns the VM that a request names by its id or its name; `note` is told of each
+        `find` returns the VM that a request names by its id or its name; `note` is called with each
         line about a VM, by its id.
         """
         self._find = find
@@ -108,7 +108,7 @@ class RequestLog:
         self._note(vm_id, text)
 
     def gone(self, client: int) -> None:
-        """Forget a client, which nobody answers any more."""
+        """Forget a client that will get no more answers."""
         self._asked.pop(client, None)
 
     def clear(self) -> None:

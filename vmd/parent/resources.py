@@ -1,6 +1,6 @@
-"""What a VM needs of the host: the files that the configuration names, and all else.
+"""A VM's resources on the host: the files that the configuration names, and all others.
 
-Files of a client's are open already, see `passed`. The VM's processes get descriptors, never paths.
+A client's files are open already, see `passed`. The VM's processes get descriptors, never paths.
 
 Source: sections 2.5 and 7.5 of OpenBSD's behaviour.
 """
@@ -41,7 +41,7 @@ _SERVER_TIMEOUT_S = 1.0
 
 
 class Resources(NamedTuple):
-    """A VM's specification, and the descriptors that it names; whoever holds them owns them."""
+    """A VM's specification, and the descriptors that it names; the holder owns them."""
 
     spec: VmSpec
     fds: list[int]
@@ -76,7 +76,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
         boot, boot_path, variables, initrd, append, stamp = opener.boot()
         known = host.kernels.find(Stamp(stamp))
         kernel = None if known is None else opener.keep(known)
-        # In OpenBSD's order, which shows in what is complained of first.
+        # In OpenBSD's order, which decides the first complaint.
         cdrom = opener.cdrom()
         disks = tuple(opener.disk(*each) for each in enumerate(vm.config.disks))
         cgroup, device_cgroup = opener.cgroup(host.cgroups)
@@ -116,7 +116,7 @@ def _is_firmware(vm: Vm) -> bool:
 
 
 class _Opener:
-    """Collects descriptors; `stack` closes them until somebody takes over."""
+    """Collects descriptors; `stack` closes them unless they are handed over."""
 
     def __init__(self, vm: Vm, host: Host, stack: ExitStack) -> None:
         self._vm = vm
@@ -144,7 +144,7 @@ class _Opener:
         )
 
     def boot(self) -> tuple[int | None, str, int | None, tuple[int, ...], str | None, str]:
-        """Open what to boot: what is a client's, a kernel, or firmware; nothing if it is received.
+        """Open the boot image: a client's, a kernel, or firmware; none for a received VM.
 
         Returns the index and path of the image, the index of its variables, those of RAM disks, a
         command line, and the image's stamp.
@@ -176,7 +176,7 @@ class _Opener:
             raise ResourceError(ErrorCode.BIOS_MISSING, str(err)) from err
 
     def _variables_of(self, code: str) -> int | None:
-        """Open what keeps the variables of this firmware, if it has any; returns its index."""
+        """Open the file for this firmware's variables, if it has any; returns its index."""
         template = self._firmware(code).variables
         if template is None:
             return None
@@ -190,9 +190,9 @@ class _Opener:
         return None if path is None else self._open(FileUse.CDROM, path)[0]
 
     def cgroup(self, cgroups: Cgroups | None) -> tuple[int | None, int | None]:
-        """Make the VM's control groups; returns by what its processes join them, if there are any.
+        """Make the VM's control groups; returns descriptors for joining them, if there are any.
 
-        Nothing is started without a limit that the configuration has set.
+        No VM starts without the limits that its configuration sets.
         """
         limit = self._vm.config.cpu_limit
         if limit is not None and (cgroups is None or "cpu" not in cgroups.controllers):
@@ -204,7 +204,7 @@ class _Opener:
         return self.keep(made.guest), self.keep(made.devices)
 
     def interface(self, interface: Interface) -> NicSpec:
-        """Take an interface that there is, and open vhost-net for it if it may be used."""
+        """Take an existing interface, and open vhost-net for it if it may be used."""
         taps = tuple(self.keep(os.dup(fd)) for fd in interface.queues)
         vhosts = open_vhosts(len(taps)) if interface.may_vhost else []
         return NicSpec(
@@ -219,7 +219,7 @@ class _Opener:
     def disk(self, place: int, option: DiskOption) -> DiskSpec:
         """Open a disk's image, locked, and its bases, read-only; or connect to its server.
 
-        Where the VM is received, the process that uses the image locks it.
+        For a received VM, the process that uses the image locks it.
         """
         if option.kind is DiskKind.VHOST_USER:
             return DiskSpec(option=option, chain=(self._connect(option.path),))
@@ -261,7 +261,7 @@ class _Opener:
         return index
 
     def _check_room(self, ending: str) -> None:
-        """Raise ResourceError if an ordinary user has as many files of variables as one may have.
+        """Raise ResourceError if an ordinary user has the maximum number of files of variables.
 
         They outlive the VMs, which come back under their names; `ending` is that of their names.
         """

@@ -1,4 +1,4 @@
-"""Files without a name for the throw-away disks of VMs, kept while a VM reboots."""
+"""Files without a name for the throw-away disks of VMs; they survive reboots."""
 
 import os
 
@@ -9,14 +9,14 @@ from vmm_kvm.scratch import open_scratch, scratch_directory
 
 
 class Scratches:
-    """Owns what the guests have written, by the VMs' ids and the places of their disks."""
+    """Owns the guests' writes, by the VMs' ids and the indices of their disks."""
 
     def __init__(self) -> None:
         """Begin without any."""
         self._files: dict[int, dict[int, int]] = {}
 
     def open(self, vm_id: int, place: int, owner: Owner) -> int:
-        """Return the descriptor of a disk's file: what there is from before a reboot, or a new one.
+        """Return the descriptor of a disk's file: the one from before a reboot, or a new one.
 
         It stays this object's. A daemon of root's gives a new file to the VM's owner, against
         whose quota it counts then.
@@ -37,7 +37,7 @@ class Scratches:
         return scratch
 
     def close(self, vm_id: int) -> None:
-        """Throw away what the guest of a VM has written, if anything."""
+        """Discard the writes of a VM's guest, if any."""
         for scratch in self._files.pop(vm_id, {}).values():
             os.close(scratch)
 

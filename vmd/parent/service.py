@@ -1,4 +1,4 @@
-"""What a service manager is told, and what it hands over: readiness, watchdog, a listening socket.
+"""The service manager's protocol: readiness, watchdog, a listening socket.
 
 Source: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
 """
@@ -18,21 +18,21 @@ _MICROSECONDS = 1000  # nanoseconds each
 
 
 class ServiceError(Exception):
-    """A descriptor that the service manager handed over is of no use; one line."""
+    """A descriptor of the service manager is unusable; one line."""
 
 
 class Notifier:
     """Speaks to the service manager, if there is one."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        """Find out from the environment whom to speak to."""
+        """Find the service manager's socket in the environment."""
         path = environ.get("NOTIFY_SOCKET", "")
         # An abstract address is written with an @.
         self._address = "\0" + path[1:] if path.startswith("@") else path
         self._watchdog_ns = _watchdog_ns(environ)
 
     def notify(self, state: str) -> None:
-        """Send lines such as `READY=1`; nothing happens where nobody listens."""
+        """Send lines such as `READY=1`; nothing happens without a service manager."""
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
@@ -42,7 +42,7 @@ class Notifier:
                 log.warning("service manager: %s", err.strerror)
 
     def keep_alive(self, loop: EventLoop) -> None:
-        """Say at half of each interval of the watchdog that `loop` goes round."""
+        """Ping the watchdog from `loop`, twice in each of its intervals."""
         if self._watchdog_ns is None:
             return
         interval_ns = self._watchdog_ns // 2
@@ -64,7 +64,7 @@ def _watchdog_ns(environ: Mapping[str, str]) -> int | None:
 
 
 def inherited_socket(environ: Mapping[str, str]) -> socket.socket | None:
-    """Return the listening socket that the service manager has made, None if it made none.
+    """Return the service manager's listening socket, None if there is none.
 
     Raises:
         ServiceError: it is of another kind, or there is more than one.

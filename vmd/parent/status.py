@@ -15,10 +15,10 @@ from vmd.wire.messages import PART_MAX, AnyAnswer, DiskInfo, InterfaceInfo, VmIn
 from vmm_kvm.boot.firmware import BIOS
 
 PATIENCE_NS = 300_000_000
-"""How long a VM process may take to answer; then the others' answers are shown without it."""
+"""How long a VM process may take to answer; after that the status is shown without its answer."""
 FRESH_NS = 100_000_000
-"""For how long an answer of a VM process is everybody's: however many ask, it tells no more often
-than this, and its guest's devices are kept waiting by no one."""
+"""How long an answer of a VM process is reused: however many clients ask, it answers no more often,
+so that they cannot delay its guest's devices."""
 
 _encoder = msgspec.json.Encoder()
 
@@ -37,14 +37,14 @@ class Inquiries:
     """Asks VM processes for statistics: one question at a time to each, shared by all that ask."""
 
     def __init__(self, loop: TimedLoop, ask: Callable[[int], None]) -> None:
-        """`ask` sends a VM, by its id, the question; what it answers is for `told`."""
+        """`ask` sends the question to a VM, by its id; `told` takes the answer."""
         self._loop = loop
         self._ask = ask
         self._waiting: dict[int, dict[StatusQuestion, None]] = {}  # in the order of asking
         self._told: dict[int, tuple[int, VmStatistics]] = {}
 
     def join(self, vm_id: int, question: "StatusQuestion") -> None:
-        """Have `question` told what a VM process says, at once if that is known."""
+        """Give `question` the answer of a VM process, at once if it is known."""
         at_ns, told = self._told.get(vm_id, (0, None))
         if told is not None and self._loop.monotonic_ns() - at_ns < FRESH_NS:
             question.told(vm_id, told)
@@ -65,7 +65,7 @@ class Inquiries:
             question.told(vm_id, statistics)
 
     def forget(self, vm_id: int) -> None:
-        """Account for the end of a VM process: those who wait are shown the VM without it."""
+        """Note the end of a VM process: waiting questions are answered without it."""
         self._told.pop(vm_id, None)
         for question in self._waiting.pop(vm_id, ()):
             question.lost(vm_id)
@@ -84,7 +84,7 @@ class StatusQuestion:
     ) -> None:
         """Prepare to ask.
 
-        `interfaces` is asked for a VM's if the client wants to know of them, or what they moved.
+        `interfaces` is called for a VM's if the client wants them, or their traffic.
         """
         self.ticket = question.ticket
         self._loop = loop
@@ -167,7 +167,7 @@ class StatusQuestion:
 
 
 def _with_devices(shown: VmInfo, vm: Vm) -> VmInfo:
-    """Return what is told of a VM, with what it boots and its disks."""
+    """Return the description of a VM with its boot image and its disks."""
     config, passed = vm.config, vm.passed
     path = passed.path if passed and passed.kernel is not None else config.boot
     append = passed.append if passed and passed.kernel is not None else config.append

@@ -1,9 +1,8 @@
-"""Networks of taps: each VM's are opened here, and made by priv.
+"""Networks of taps: this module opens each VM's, and priv configures them.
 
-Nothing of the host's network is changed here. priv does that; what it needs is opened here and
-passed along: /dev/net/tun, whose descriptors keep the taps alive as long as their VM exists, so
-that a guest which reboots finds the same ones. On local interfaces, the local process answers the
-guest; its sockets are opened here too.
+Only priv changes the host's network. This module opens /dev/net/tun and passes its descriptors
+along; they keep the taps alive as long as their VM exists, so that a rebooting guest finds the same
+ones. On local interfaces, the local process answers the guest; its sockets are opened here too.
 
 A VM waits for its interfaces before it is launched. Where there is no priv, or the host has no
 taps, VMs run without.
@@ -49,7 +48,7 @@ TUN = "/dev/net/tun"
 
 
 class _Held:
-    """What there is of one VM's network; owns the descriptors of its taps."""
+    """One VM's network; owns the descriptors of its taps."""
 
     __slots__ = (
         "attached",
@@ -72,7 +71,7 @@ class _Held:
         self.attached: tuple[MadeTap, ...] = ()
         self.is_filtered = False
         self.problems: dict[int, str] = {}
-        """Of interfaces, by their places: what the packet filter refuses."""
+        """By index of the interface: the reasons why the packet filter refuses its rules."""
 
     def close(self) -> None:
         for fd in self.fds:
@@ -80,7 +79,7 @@ class _Held:
         self.fds.clear()
 
     def interfaces(self) -> tuple[Interface, ...]:
-        """Return the interfaces that there are; none before priv has made them."""
+        """Return the existing interfaces; none before priv has made them."""
         if not self.attached:
             return ()
         return tuple(
@@ -101,8 +100,8 @@ class TapNetworks:
     def __init__(self, loop: Loop, socket_path: str | None, *, tun: str = TUN) -> None:
         """Begin with none.
 
-        `socket_path` tells this daemon's things from those of others on the same host. `tun` is
-        what is opened for each queue.
+        `socket_path` distinguishes this daemon's objects from those of others on the same host.
+        `tun` is the path to open for each queue.
         """
         self._tun = tun
         self._plan = TapPlan(socket_path)
@@ -132,11 +131,11 @@ class TapNetworks:
         return ()
 
     def watch(self, trouble: Trouble) -> None:
-        """Have `trouble` called when a rule of an interface is refused."""
+        """Call `trouble` when a rule of an interface is refused."""
         self._trouble = trouble
 
     def reaped(self, pid: int) -> None:
-        """Note that a child has been reaped, which is none of ours."""
+        """Do nothing: no child is ours."""
 
     def close(self) -> None:
         """Remove all interfaces: they end with their descriptors."""
@@ -148,10 +147,10 @@ class TapNetworks:
     # Processes
 
     def _tell_all(self) -> None:
-        """Let a new priv process make the host's network what it is to be."""
+        """Have a new priv process configure the host's network."""
         if not self._plan.is_configured:
             return
-        # What there is already comes first, so that no rule for it is missing meanwhile.
+        # Existing interfaces come first, so that their rules are not missing meanwhile.
         self._priv.send(self._plan.configuration(is_partial=True))
         for vm_id, held in self._held.items():
             if held.attached:
@@ -162,12 +161,12 @@ class TapNetworks:
                 self._attach(vm_id, held)
 
     def _priv_ended(self) -> None:
-        """Wait for another priv process; nobody refers any more to what is about to go."""
+        """Wait for another priv process, and drop references to what is about to go."""
         for vm_id in tuple(self._leaving):
             self._left(vm_id)
 
     def _give_up(self) -> None:
-        """Fail whatever waits for a priv process: there will be no other."""
+        """Fail all requests that wait for a priv process: there will be no other."""
         waiting, self._waiting = self._waiting, []
         for _, then in waiting:
             then(ResourceError(ErrorCode.EAGAIN, "there is no priv process"))
@@ -182,7 +181,7 @@ class TapNetworks:
     # Configuration
 
     def configure(self, config: Config) -> None:
-        """Make the host's network what a vm.conf says; VMs that run keep their addresses."""
+        """Configure the host's network as in a vm.conf; running VMs keep their addresses."""
         self._plan.configure(config)
         self._priv.send(self._plan.configuration())
 
@@ -193,7 +192,7 @@ class TapNetworks:
             self._priv.send(self._plan.configuration())
 
     def forget_switches(self) -> None:
-        """Remove all switches; interfaces that are on one stay on it if it is not ours."""
+        """Remove all switches; interfaces stay on bridges that are not ours."""
         self._plan.forget_switches()
         self._priv.send(self._plan.configuration())
 
@@ -226,7 +225,7 @@ class TapNetworks:
         self._attach(vm.id, held)
 
     def _attach(self, vm_id: int, held: _Held) -> None:
-        """Ask priv for interfaces, or tell a new one of those that there are already."""
+        """Ask priv for interfaces, or tell a new priv of existing ones."""
         if not self._priv.is_there:
             return  # it is told when there is one
         held.sent = held.specs
@@ -239,7 +238,7 @@ class TapNetworks:
             self._priv.send(MakeTaps(id=vm_id, taps=there))
             return
         try:
-            # A descriptor can be a queue only once, and one that crashed may have made it that.
+            # A descriptor can become a queue only once, and a crashed priv may have done that.
             held.close()
             for _ in range(sum(len(spec.queues) for spec in held.specs)):
                 held.fds.append(os.open(self._tun, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -252,7 +251,7 @@ class TapNetworks:
     def refresh(self) -> Mapping[int, Links]:
         """Bring interfaces up and down as VMs and switches are configured now.
 
-        Returns the links of the VMs, by their ids, for whose guests that changes something.
+        Returns the links, by id, of the VMs for whose guests this changes something.
         """
         changed = {}
         for vm_id, held in self._held.items():
@@ -335,7 +334,7 @@ class TapNetworks:
     # Looking
 
     def told(self, vm: Vm) -> tuple[InterfaceInfo, ...]:
-        """Return what there is to tell of a VM's interfaces."""
+        """Return the description of a VM's interfaces."""
         held = self._held.get(vm.id)
         if held is None:
             return interface_infos(vm.config.interfaces, ())

@@ -1,4 +1,4 @@
-"""What taps, switches and addresses there are to be: from the configuration to what priv is told.
+"""Plans taps, switches and addresses: from the configuration to priv's messages.
 
 Source: section 12 of OpenBSD's behaviour, with the advice of its section 21.
 """
@@ -35,7 +35,7 @@ _ALIAS_MAX = 63
 _PREFIX6_ENTROPY = 7
 
 TakenForwards = dict[tuple[str, int], str]
-"""Protocols and ports of the host that lead to guests, and the names of their VMs."""
+"""Forwarded protocols and ports of the host, and the names of their VMs."""
 
 
 class TapPlan:
@@ -44,7 +44,7 @@ class TapPlan:
     def __init__(self, socket_path: str | None) -> None:
         """Begin without a configuration.
 
-        `socket_path` tells this daemon's things from those of others on the same host.
+        `socket_path` distinguishes this daemon's objects from those of others on the same host.
         """
         name = socket_path or SYSTEM_SOCKET
         self._mark = f"vmd {name}"
@@ -81,7 +81,7 @@ class TapPlan:
     # What there is to be
 
     def configuration(self, *, is_partial: bool = False) -> Configure:
-        """Return what priv is told of all but the interfaces of VMs."""
+        """Return priv's message about everything but the interfaces of VMs."""
         return Configure(
             mark=self._mark,
             table=self._table,
@@ -92,7 +92,7 @@ class TapPlan:
         )
 
     def links(self, vm: Vm) -> Links:
-        """Return whether frames can get through each interface: no cable leads to a dead switch."""
+        """Return whether each interface has a link; one on a switch that is down has none."""
         switches = [self._switches.get(one.switch or "") for one in vm.config.interfaces]
         return tuple(
             interface.is_up and (switch is None or switch.is_up)
@@ -100,7 +100,7 @@ class TapPlan:
         )
 
     def specs(self, vm: Vm, taken: TakenForwards) -> tuple[TapSpec, ...]:
-        """Return what the taps of a VM are to be; `taken` are the ports of other VMs.
+        """Return the plan of a VM's taps; `taken` are the ports of other VMs.
 
         Raises:
             ResourceError: an address or a port is not to be had.
@@ -187,5 +187,5 @@ def group_number(name: str, path: str = _GROUP_NAMES) -> int:
                 if rest.strip() == name and number.isdecimal():
                     return int(number)
     except OSError:
-        pass  # there is no such file: nobody has named a group
+        pass  # no such file: no group has a name
     return _GROUP_FIRST | crc32(name.encode()) & _GROUP_MASK

@@ -1,7 +1,7 @@
-"""Who is told when the slave side of a terminal is opened or closed.
+"""Callbacks for the opening and closing of terminals' slave sides.
 
-Linux tells a master in no other way that somebody has opened its terminal. A user may have few
-inotify descriptors, 128 by default, so one does for all terminals, in the process that has files.
+Linux has no other way to tell a master that its terminal was opened. A user may have few inotify
+descriptors, 128 by default, so one serves all terminals, in the process that can open files.
 
 Source: inotify(7)
 """
@@ -56,7 +56,7 @@ class TerminalWatch:
         self._loop.add_reader(self._fd, self._read)
 
     def add(self, path: str, callback: Callable[[], None]) -> int:
-        """Call `callback` each time that somebody opens or closes `path`; returns what to remove.
+        """Call `callback` at each opening or closing of `path`; returns the watch, for removal.
 
         Raises:
             OSError: there is no such file, or there are too many.
@@ -74,7 +74,7 @@ class TerminalWatch:
     def _read(self) -> None:
         """Call back once for each file, however often it was opened meanwhile.
 
-        Then nothing is read for a while: somebody may open and close a terminal without end.
+        Then wait before reading again: a user may open and close a terminal without end.
         """
         self._loop.remove_reader(self._fd)
         self._timer.arm(self._loop.monotonic_ns() + MERGED_NS)
