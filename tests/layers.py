@@ -161,6 +161,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.arch.x86",
         "vmm_kvm.arch.x86.layout",
     ),
+    "vmm_kvm.throttling": ("vmm_kvm.errors", "vmm_kvm.vm_table"),
     "vmm_kvm.primitives": (
         "vmm_kvm.errors",
         "vmm_kvm.limits",
@@ -192,6 +193,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio.vhost_user",
         "vmm_kvm.primitives",
         "vmm_kvm.write_log",
+        "vmm_kvm.throttling",
     ),
     "vmm_kvm.commands": (
         "vmm_kvm.limits",

@@ -449,6 +449,8 @@ class Foreground:
                 self._machine.close()
                 raise
         self._halt = None
+        if self._is_throttled:  # the machine before its reboot has written more than is read yet
+            self._machine.throttle(True)
         self._tell_size()
         return self._machine
 
@@ -477,8 +479,6 @@ class Foreground:
         if self._halt and self._machine:
             self._halt = None
             self._machine.resume()
-            if self._is_throttled:
-                self._machine.throttle(True)
 
     # Ways to end
 
@@ -529,7 +529,7 @@ class Foreground:
     def throttle(self, hold: bool) -> None:
         """Hold the vCPUs while output waits for its reader, or release them."""
         self._is_throttled = hold
-        if self._machine and not self._halt:
+        if self._machine:
             self._machine.throttle(hold)
 
     def quit(self, reason: str | None) -> None:

@@ -63,6 +63,7 @@ class VmEntry:
         "is_ending",
         "is_gone",
         "is_paused",
+        "is_throttled",
         "params",
         "resources",
         "vcpus",
@@ -88,10 +89,17 @@ class VmEntry:
         self.holds = 0
         """How many operations keep the vCPUs out of the guest."""
         self.is_paused = False
+        self.is_throttled = False
+        """Its vCPUs wait for a reader of its output, whether it is paused or not."""
         self.is_ending = False
         """No vCPU enters the guest again."""
         self.is_gone = False
         """It is no longer in the table."""
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether no vCPU may enter the guest, for whatever reason."""
+        return bool(self.holds) or self.is_paused or self.is_throttled
 
     def kick(self) -> None:
         """Bring every vCPU that runs out of the guest."""
@@ -257,6 +265,7 @@ def adopt(vmm: Vmm, vm_id: int) -> VmEntry:
     for other_id in vmm.vms.keys() - {vm_id}:
         vmm.vms.pop(other_id).resources.close()
     entry.holds = 0
+    entry.is_throttled = False  # its output has a reader of its own
     with ExitStack() as stack:
         shown = [i for i in range(len(entry.params.mappings)) if i not in entry.hidden]
         vm, vcpus = _build(vmm.kvm, entry.params, shown, stack)

@@ -62,6 +62,7 @@ from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.primitives import VmInfo, Vmm
 from vmm_kvm.state import Part
+from vmm_kvm.throttling import throttle
 from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, check_vcpus
 
 if TYPE_CHECKING:
@@ -202,13 +203,13 @@ class Machine:
         self._runner.start()
 
     def throttle(self, hold: bool) -> None:
-        """Ask the vCPUs to stand still, without waiting for it, or let them go on."""
+        """Ask the vCPUs to stand still, without waiting for it, or let them go on.
+
+        A paused machine stays so.
+        """
         if self._devices.console:
             self._devices.console.throttle(hold)
-        if hold:
-            primitives.pause(self._vmm, self._vm_id, wait=False)
-        else:
-            primitives.unpause(self._vmm, self._vm_id)
+        throttle(self._vmm, self._vm_id, hold=hold)
 
     def receive(self, data: bytes) -> int:
         """Offer input to hvc0 once its driver is ready, else to the serial port.
