@@ -75,6 +75,7 @@ soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs, a
 	$(PYTHON) tests/campaigns/kill_send.py --count $(or $(COUNT),100) --seed $(SEED)
 	$(PYTHON) tests/campaigns/valid_floods.py
 	$(PYTHON) tests/campaigns/save_restore.py --count $(or $(COUNT),1000) --seed $(SEED)
+	$(PYTHON) tests/campaigns/agent_load.py --count $(or $(COUNT),1000)
 
 soak-guests: setup ## Kill what carries the traffic of Linux guests, COUNT (3) times on each data path; in the rig
 	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/kill_guests.py --count $(or $(COUNT),3)

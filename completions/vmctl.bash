@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait doctor events help image list run top metrics; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait doctor events exec help image list run top metrics; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in doctor events help image list run top metrics; do
+		for verb in doctor events exec help image list run top metrics; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait doctor events help image list run top metrics --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait doctor events exec help image list run top metrics --help --version -v
 		return
 	fi
 	case $verb in
@@ -103,9 +103,29 @@ _vmctl() {
 		options=(--json)
 		operands=()
 		;;
+	'exec -C')
+		_vmctl_offer "$word"
+		return
+		;;
+	'exec -e')
+		_vmctl_offer "$word"
+		return
+		;;
+	'exec -u')
+		_vmctl_offer "$word"
+		return
+		;;
+	'exec --timeout')
+		_vmctl_offer "$word"
+		return
+		;;
+	'exec '*)
+		options=(-C -e -i -t -u --timeout)
+		operands=('<vm>')
+		;;
 	'help '*)
 		options=()
-		operands=('console' 'create' 'doctor' 'events' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
+		operands=('console' 'create' 'doctor' 'events' 'exec' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)

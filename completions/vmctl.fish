@@ -13,6 +13,7 @@ complete -c vmctl -n __fish_use_subcommand -a console -d 'Attach to the console 
 complete -c vmctl -n __fish_use_subcommand -a create -d 'Create a disk image: empty, as an overlay, or as a copy of another disk.'
 complete -c vmctl -n __fish_use_subcommand -a doctor -d 'Tell whether this host can run VMs, how fast, and what is missing.'
 complete -c vmctl -n __fish_use_subcommand -a events -d 'Print what happens to VMs, as it happens.'
+complete -c vmctl -n __fish_use_subcommand -a exec -d 'Run a command in a guest, by its agent.'
 complete -c vmctl -n __fish_use_subcommand -a help -d 'Tell what commands there are, or how one is used.'
 complete -c vmctl -n __fish_use_subcommand -a image -d 'Tell about disk images.'
 complete -c vmctl -n __fish_use_subcommand -a list -d 'Print the names of the VMs that the configuration has.'
@@ -42,7 +43,14 @@ complete -c vmctl -n '__fish_seen_subcommand_from create' -s s -d 'Size of the d
 complete -c vmctl -n '__fish_seen_subcommand_from create' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from doctor' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from events' -l json -d 'Print JSON.'
-complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'console create doctor events help image list load log pause receive reload reset run send show start status stop top metrics unpause wait'
+complete -c vmctl -n '__fish_seen_subcommand_from exec' -s C -d 'Where it runs; the user\'s home by default.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from exec' -s e -d 'Add this variable; may be repeated.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from exec' -s i -d 'Pass on standard input; else it reads /dev/null.'
+complete -c vmctl -n '__fish_seen_subcommand_from exec' -s t -d 'Give it a terminal.'
+complete -c vmctl -n '__fish_seen_subcommand_from exec' -s u -d 'Run it as this user of the guest; root by default.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from exec' -l timeout -d 'End it after this time; status 124.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from exec' -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'console create doctor events exec help image list load log pause receive reload reset run send show start status stop top metrics unpause wait'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'

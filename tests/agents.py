@@ -6,6 +6,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -59,6 +60,55 @@ class HostAgent:
             stream.close()
             raise
         return stream
+
+
+class Vsock:
+    """A VM's vsock socket whose guest is this host; a context manager.
+
+    Each connection has an agent of its own. Source: Firecracker's docs/vsock.md.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Listen at `path`."""
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen(64)
+        self._agents: list[subprocess.Popen[bytes]] = []
+        self._thread = threading.Thread(target=self._accept)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        for agent in self._agents:
+            agent.terminate()
+            agent.wait(BOUND_S)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the agents, in the order of their connections."""
+        return [agent.pid for agent in self._agents]
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                stream, _ = self._listener.accept()
+            except OSError:
+                return
+            with stream:
+                if stream.recv(len(_CONNECT), socket.MSG_WAITALL) != _CONNECT:
+                    continue
+                stream.sendall(b"OK 1073741824\n")
+                fd = stream.fileno()
+                arguments = [sys.executable, "-I", str(AGENT), "--fd", str(fd)]
+                self._agents.append(subprocess.Popen(arguments, pass_fds=(fd,)))
+
+
+_CONNECT = b"CONNECT 1024\n"
 
 
 def parent_of(pid: int) -> int:

@@ -125,7 +125,7 @@ class Session:
         data = json.dumps(self._request).encode()
         if len(data) > FRAME_MAX:
             raise CommandError("the command line is too long")
-        self._sending += frame(Kind.REQUEST, data)
+        self._queue(Kind.REQUEST, data)
         first = time.monotonic() + ANSWER_S
         while self._started is None and self.result is None:
             self._await_word(first)
@@ -164,19 +164,19 @@ class Session:
         assert 0 < len(data) <= self._room
         self._room -= len(data)
         for at in range(0, len(data), PIECE):
-            self._sending += frame(Kind.INPUT, data[at : at + PIECE])
+            self._queue(Kind.INPUT, data[at : at + PIECE])
 
     def end_input(self) -> None:
         """Say that there is no more input."""
-        self._sending += frame(Kind.INPUT)
+        self._queue(Kind.INPUT)
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell the size of the terminal."""
-        self._sending += frame(Kind.WINDOW_SIZE, SIZE_BODY.pack(rows & 0xFFFF, columns & 0xFFFF))
+        self._queue(Kind.WINDOW_SIZE, SIZE_BODY.pack(rows & 0xFFFF, columns & 0xFFFF))
 
     def signal(self, number: int) -> None:
         """Send a signal to the command's process group."""
-        self._sending += frame(Kind.SIGNAL, bytes((number,)))
+        self._queue(Kind.SIGNAL, bytes((number,)))
 
     def arrived(self, channel: Kind) -> int:
         """Return how many bytes of a channel are there."""
@@ -192,8 +192,8 @@ class Session:
         del self._arrived[channel][: len(data)]
         self._taken[channel] += len(data)
         if self._taken[channel] >= WINDOW // 4 and self.result is None:
-            self._sending += frame(Kind.TAKEN, TAKEN_BODY.pack(channel, self._taken[channel]))
             self._rooms[channel] += self._taken[channel]
+            self._queue(Kind.TAKEN, TAKEN_BODY.pack(channel, self._taken[channel]))
             self._taken[channel] = 0
         return data
 
@@ -228,6 +228,11 @@ class Session:
         if events & ~select.POLLOUT:
             self._receive()
         return ready
+
+    def _queue(self, kind: Kind, payload: bytes = b"") -> None:
+        """Send a frame, or keep it until there is room."""
+        self._sending += frame(kind, payload)
+        self._send()
 
     def _send(self) -> None:
         try:

@@ -275,6 +275,30 @@ _TABLE = (
         is_openbsd=False,
     ),
     Verb(
+        "exec",
+        "id -- command [arg ...]",
+        "Run a command in a guest, by its agent.",
+        "execute",
+        "execute",
+        (
+            Option("-C", "directory", "Where it runs; the user's home by default.", "directory"),
+            Option(
+                "-e", "environment", "Add this variable; may be repeated.", "name[=value]", True
+            ),
+            Option("-i", "interactive", "Pass on standard input; else it reads /dev/null."),
+            Option("-t", "terminal", "Give it a terminal."),
+            Option("-u", "user", "Run it as this user of the guest; root by default.", "user"),
+            Option("--timeout", "timeout", "End it after this time; status 124.", "seconds"),
+        ),
+        *(2, 1 << 16),
+        usage=(
+            "[-it] [-C directory] [-e name[=value]] [-u user]\n"
+            "\t\t[--timeout seconds] id -- command [arg ...]"
+        ),
+        completes=(VM,),
+        is_openbsd=False,
+    ),
+    Verb(
         "help",
         "[command]",
         "Tell what commands there are, or how one is used.",

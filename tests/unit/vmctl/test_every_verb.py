@@ -26,6 +26,7 @@ from typing import NamedTuple, TypeVar
 
 import pytest
 
+from tests.agents import Vsock
 from tests.closed_streams import closing
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers, FakeDaemon
@@ -64,6 +65,7 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 LINES = {
     "console": "console 1",
     "create": "create -s 1M {new}",
+    "exec": "exec {vsock} -- true",
     "help": "help start",
     "image resize": "image resize {new} 4M",
     "load": "load {here}/vm.conf",
@@ -74,7 +76,7 @@ LINES = {
     "top": "top -d 0.1 -n 2",
 }
 """Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
-images in it, `{new}` the name of a file that is not there."""
+images in it, `{new}` the name of a file that is not there, `{vsock}` the way to a guest."""
 FAILS = {"events", "image resize", "receive", "run"}
 """The daemon ends, there is no such image or kernel, or nothing comes that could be received."""
 OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
@@ -172,7 +174,7 @@ def place(folder: Path) -> Iterator[dict[str, str]]:
     Yields what names it in the environment.
     """
     socket_path = folder / "vmd.sock"
-    with FakeDaemon(socket_path, answer):
+    with FakeDaemon(socket_path, answer), Vsock(folder / "vsock"):
         image = folder / "disk.qcow2"
         subprocess.run([VMCTL, "create", "-s", "4M", image], check=True, capture_output=True)
         yield {"VMD_SOCKET": str(socket_path)}
@@ -196,7 +198,8 @@ def words_of(line: str, here: Path) -> list[str]:
         own.mkdir()
     if "disk.qcow2" in line:
         shutil.copy(here / "disk.qcow2", own)
-    return [word.format(here=own, new=own / "new.img") for word in line.split()]
+    places = {"here": own, "new": own / "new.img", "vsock": here / "vsock"}
+    return [word.format_map(places) for word in line.split()]
 
 
 Given = TypeVar("Given")
