@@ -232,7 +232,7 @@ _vmctl() {
 		return
 		;;
 	'run --vsock')
-		_vmctl_offer "$word" '<file>'
+		_vmctl_offer "$word" 'auto' '<file>'
 		return
 		;;
 	'run --wait')
@@ -307,12 +307,16 @@ _vmctl() {
 		_vmctl_offer "$word"
 		return
 		;;
+	'start --vsock')
+		_vmctl_offer "$word" 'auto' '<file>'
+		return
+		;;
 	'start --wait')
 		_vmctl_offer "$word" 'console='
 		return
 		;;
 	'start '*)
-		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --forward --initrd --json --save --selftest --timeout --wait)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --forward --initrd --json --save --selftest --timeout --vsock --wait)
 		operands=('<vm>')
 		;;
 	'status '*)

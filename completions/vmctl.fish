@@ -88,7 +88,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that ke
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device, which a socket of this path leads to.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from send' -s l -d 'Let it go on.'
 complete -c vmctl -n '__fish_seen_subcommand_from send' -a '(__vmctl_vms)'
@@ -115,6 +115,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -l json -d 'Print what 
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l save -d 'Make a file of vm.conf.d of the VM, which then stays.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from start' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from status' -s r -d 'Only VMs that run.'

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vmd.config.model import BootDevice  # noqa: E402 - same
-from vmd.wire import messages, parts, transfers  # noqa: E402 - found by the line above
+from vmd.wire import messages, parts, ports, transfers  # noqa: E402 - found by the line above
 from vmd.wire.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
@@ -58,6 +58,7 @@ def page() -> str:
     documentation = {
         **_attribute_documentation(Path(parts.__file__).read_text()),
         **_attribute_documentation(Path(transfers.__file__).read_text()),
+        **_attribute_documentation(Path(ports.__file__).read_text()),
         **_attribute_documentation(Path(messages.__file__).read_text()),
     }
     made = [

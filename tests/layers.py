@@ -454,6 +454,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.stdio": ("vmm_kvm.loop", "vmctl"),
     "vmctl.vsock": (
+        "vmm_kvm.limits",
         "vmm_kvm.net",
         "vmm_kvm.errors",
         "vmm_kvm.clock",
@@ -498,6 +499,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.machine",
         "vmm_kvm.snapshot",
         "vmctl.disks",
+        "vmctl.vsock",
     ),
     "vmctl.doctor": (
         "vmm_kvm.text",

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
+from vmctl.ports import await_guest
 from vmd.shared.paths import SYSTEM_SOCKET, user_socket
 from vmm_kvm.limits import NAME_MAX
 
@@ -28,7 +29,7 @@ _MESSAGE_MAX = 256 << 10
 _FDS_MAX = 64
 _ID_MAX = 0xFFFF_FFFF
 
-_UNEXPECTED = "unexpected response received from vmd"
+UNEXPECTED = "unexpected response received from vmd"
 _INT_MIN = -128  # minus the number of a signal
 _INT_MAX = (1 << 63) - 1
 _TIME_MAX = 1e11
@@ -77,6 +78,7 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "started": {"id": int, "pid": int, "tty": str},
     "terminated": {"id": int},
     "console-opened": {"id": int, "tty": str, "position": int, "history": int},
+    "connected": {"id": int},
     "vms": {"vms": [_VM], "has_more": bool},
     "source-is": {"path": str, "directory": str},
     "lines": {"lines": [{"at": _NUMBER, "text": str}], "position": int},
@@ -255,7 +257,7 @@ class Client:
             fds.frombytes(block)
         try:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise CommandError(_UNEXPECTED)  # noqa: TRY301 - the descriptors are to be closed
+                raise CommandError(UNEXPECTED)  # noqa: TRY301 - the descriptors are to be closed
             return _understood(data, expected), fds.tolist()
         except CommandError:
             for fd in fds:
@@ -357,6 +359,31 @@ class Client:
             RefusedError: it is not paused, or is not the user's.
         """
         self.ask("unpause", "done", _named(name))
+
+    def connect(self, name: int | str, port: int, timeout: float | None = None) -> socket.socket:
+        """Connect to a port of a VM's guest, by its vsock device; the caller closes the stream.
+
+        Args:
+            name: the VM's name, or its id.
+            port: 0 to 4294967294.
+            timeout: seconds for the guest to accept; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: the guest does not answer.
+            RefusedError: the VM does not run, has no vsock device, or is another user's.
+            CommandError: the guest refuses: nothing listens there, or it has no driver yet.
+        """
+        self.send("connect", {**_named(name), "port": port})
+        stream, _answer = opened(self, "connected")
+        try:
+            await_guest(stream, timeout)
+        except TimeoutError:
+            stream.close()
+            raise TimeoutError(f"port {port}: the guest does not answer") from None
+        except OSError:
+            stream.close()
+            raise CommandError(f"port {port}: connection refused") from None
+        return stream
 
     def console(self, name: int | str) -> "Console":
         """Attach to a VM's console, which first repeats what it showed of late.
@@ -477,17 +504,17 @@ def _started(answer: Fields) -> Started:
     return Started(answer["id"], answer["pid"], answer["tty"])
 
 
-def opened(client: Client) -> tuple[socket.socket, Fields]:
-    """Receive the answer to a request for a console; returns its stream, and the answer.
+def opened(client: Client, expected: str = "console-opened") -> tuple[socket.socket, Fields]:
+    """Receive the answer to a request for a console, or another stream; returns both.
 
     Raises:
         RefusedError, CommandError: as `Client.ask`.
     """
-    answer, fds = client.receive("console-opened")
+    answer, fds = client.receive(expected)
     if len(fds) != 1:
         for fd in fds:
             os.close(fd)
-        raise CommandError(_UNEXPECTED)
+        raise CommandError(UNEXPECTED)
     return socket.socket(fileno=fds[0]), answer
 
 
@@ -506,7 +533,7 @@ def _understood(data: bytes, expected: str) -> Fields:
         answer = {}
     kind = answer.get("type") if isinstance(answer, dict) else None
     if kind not in (*expected.split(), "failed") or not fits(answer, SHAPES[str(kind)]):
-        raise CommandError(_UNEXPECTED)
+        raise CommandError(UNEXPECTED)
     if kind == "failed":
         raise RefusedError(answer["code"], "\n".join((answer["message"], *answer["lines"])))
     return answer

@@ -27,6 +27,7 @@ from vmm_kvm.snapshot.stream import StreamReader
 if TYPE_CHECKING:  # loaded where there is such a thing
     from collections.abc import Iterator
 
+    from vmctl.vsock import VsockOption
     from vmm_kvm.arch.x86.image import BootImage
     from vmm_kvm.boot.nvram import Variables
     from vmm_kvm.machine.spec import DeviceSpec
@@ -44,10 +45,13 @@ class Saved(NamedTuple):
     """The first machine's."""
 
 
-def open_saved(path: str, name: str, kvm: Kvm, stack: ExitStack) -> Saved:
+def open_saved(
+    path: str, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | None" = None
+) -> Saved:
     """Read a VM from the file at `path`, and open its disks; `stack` closes what is open.
 
-    It is called `name`, or as it was called if that is empty.
+    It is called `name`, or as it was called if that is empty. `vsock` says where its vsock device
+    is reached, if it has one.
 
     Raises:
         SnapshotError: the file is damaged, or its VM cannot be here.
@@ -58,7 +62,7 @@ def open_saved(path: str, name: str, kvm: Kvm, stack: ExitStack) -> Saved:
     except OSError as err:
         raise SnapshotError(f"{path}: {err.strerror}") from err
     try:
-        return _open(fd, name, kvm, stack)
+        return _open(fd, name, kvm, stack, vsock)
     except SnapshotError as err:
         raise SnapshotError(f"{path}: {err}") from err
     except OSError as err:
@@ -67,7 +71,7 @@ def open_saved(path: str, name: str, kvm: Kvm, stack: ExitStack) -> Saved:
         raise SnapshotError(f"{path}: {err.strerror}") from err
 
 
-def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack) -> Saved:
+def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | None") -> Saved:
     source: SnapshotFile | StreamReader
     if os.pread(fd, len(files.MAGIC), 0) == files.MAGIC:
         source = stack.enter_context(SnapshotFile(fd))
@@ -77,7 +81,9 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack) -> Saved:
     check_cpuid(manifest.cpuid, cpuid_records(guest_cpuid(kvm.supported_cpuid(), 0, manifest.cpus)))
     if manifest.interfaces:
         raise SnapshotError("the VM has network interfaces: use 'vmctl receive'")
-    devices = (*BASIC_DEVICES, *_devices(manifest, stack))
+    if vsock and manifest.vsock_cid is None:
+        raise SnapshotError("the VM has no vsock device: use no --vsock")
+    devices = (*BASIC_DEVICES, *_devices(manifest, stack), *_vsock(manifest, vsock))
     is_private = not has_servers(devices)
     memory = stack.enter_context(
         GuestMemory(manifest.regions, name or manifest.name, is_private=is_private)
@@ -142,6 +148,17 @@ def _devices(manifest: "Manifest", stack: ExitStack) -> "Iterator[DeviceSpec]":
         from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
 
         yield ConsoleSpec()
+
+
+def _vsock(manifest: "Manifest", option: "VsockOption | None") -> "Iterator[DeviceSpec]":
+    if manifest.vsock_cid is not None:
+        from vmm_kvm.virtio.vsock import VsockSpec  # noqa: PLC0415 - few VMs have one
+
+        yield (
+            option._replace(cid=manifest.vsock_cid).spec()
+            if option
+            else VsockSpec(manifest.vsock_cid)
+        )
 
 
 def _disk_text(disk: "Disk") -> str:

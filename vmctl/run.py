@@ -127,7 +127,7 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
             if origin:
                 from vmctl.restoring import open_saved  # noqa: PLC0415 - few VMs are restored
 
-                saved = open_saved(origin, options.name, vmm.kvm, stack)
+                saved = open_saved(origin, options.name, vmm.kvm, stack, vsock)
                 spec = saved.spec
             assert spec is not None
             loop = stack.enter_context(EventLoop())
@@ -160,7 +160,10 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
 def _origin(options: RunOptions) -> str | None:
     """Return the snapshot to go on from, which says all of the VM."""
     origin = once(options.origin, "snapshot")
-    about = ("name", "origin", "timeout", "until", "no_reboot", "as_json", "console_log", "console")
+    about = (
+        *("name", "origin", "timeout", "until", "no_reboot", "as_json", "console_log", "console"),
+        "vsock",
+    )
     if origin and any(value for field, value in options._asdict().items() if field not in about):
         raise SpecError("--from says all of the VM: use no options that say what it is")
     return origin

@@ -85,6 +85,7 @@ def _config(
         initrd=tuple(initrd),
         append=fields.get("append"),
         firmware=fields.get("firmware"),
+        has_vsock=fields.get("has_vsock", False),
         boot_device=BootDevice(fields.get("boot_device", BootDevice.AUTO)),
         disks=tuple(disks),
         cdrom=cdrom,

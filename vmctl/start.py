@@ -63,6 +63,7 @@ class StartOptions(NamedTuple):
     initrd: tuple[str, ...] = ()
     append: tuple[str, ...] = ()
     firmware: tuple[str, ...] = ()
+    vsock: tuple[str, ...] = ()
     forwards: tuple[str, ...] = ()
     selftest: bool = False
     console: bool = False
@@ -226,6 +227,11 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
     append = once(options.append, "append")
     if append is not None:
         fields["append"] = append
+    vsock = once(options.vsock, "vsock")
+    if vsock is not None:
+        if vsock != "auto":
+            raise CommandError(f"invalid vsock: {vsock}: vmd makes no socket, use --vsock auto")
+        fields["has_vsock"] = True
     _check(fields, has_kernel=boot is not None)
     if boot is not None:
         boot = _path(boot, "boot image")
@@ -250,7 +256,7 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
         raise CommandError("too many disks")
     if len(interfaces) > INTERFACES_MAX:
         raise CommandError("too many network interfaces")
-    says_something = fields.keys() - {"boot_device", "append", "instance"}
+    says_something = fields.keys() - {"boot_device", "append", "instance", "has_vsock"}
     if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
         return
     if not disks:

@@ -133,6 +133,7 @@ def _request(manifest: Manifest, fds: list[int]) -> Fields:
         "initrd": boot.initrd,
         "append": boot.append,
         "boot_device": boot.device,
+        "has_vsock": manifest.vsock_cid is not None,
     }
     if manifest.cdrom is not None:
         fields["cdrom"] = manifest.cdrom

@@ -182,10 +182,10 @@ _MACHINE_OPTIONS = (
     Option(
         "--vsock",
         "vsock",
-        "Add a vsock device, which a socket of this path leads to.",
-        "path[,cid=number]",
+        "Add a vsock device; for run, a socket of this path leads to it.",
+        "auto|path[,cid=number]",
         True,
-        (FILE,),
+        ("auto", FILE),
     ),
     Option(
         "--wait",
@@ -206,7 +206,6 @@ _NOT_FOR_START = {
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
     "--virtio-console": "VMs of vmd have a serial port alone",
-    "--vsock": "VMs of vmd have no vsock device yet",
 }
 
 
@@ -228,7 +227,7 @@ _START_USAGE = (
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
     "\t\t[--append string] [--firmware name] [--forward forward]\n"
     "\t\t[--initrd path] [--json] [--save] [--selftest]\n"
-    "\t\t[--timeout seconds] [--wait condition] id | name"
+    "\t\t[--timeout seconds] [--vsock auto] [--wait condition] id | name"
 )
 _LIST_OPTIONS = (
     _RUNNING,

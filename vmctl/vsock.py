@@ -16,17 +16,19 @@ from typing import NamedTuple
 from vmm_kvm.accepting import Acceptor
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import SpecError
+from vmm_kvm.limits import CID_MAX, CID_MIN, GUEST_PORT_MAX
 from vmm_kvm.listening import listen
 from vmm_kvm.loop import EventLoop, LoopTimer
 from vmm_kvm.net.host_stream import HostStream
 from vmm_kvm.virtio.vsock import VsockSpec
-from vmm_kvm.virtio.vsock_packet import FIRST_CID, LAST_CID, PORT_MAX
 
 PATIENCE_NS = 10 * NANOSECONDS
 """How long a client may take to say where it wants to go."""
 CLIENTS_MAX = 64
 """Clients at once that have not said it yet."""
 
+AUTO = "auto"
+"""For VMs of the daemon, which need no socket."""
 _LINE_MAX = 32
 _WORD = b"CONNECT"
 
@@ -116,7 +118,7 @@ def _port_of(line: bytes) -> int | None:
     if len(words) != 2 or words[0].upper() != _WORD or not words[1].isdigit():
         return None
     port = int(words[1])
-    return port if port <= PORT_MAX else None
+    return port if port <= GUEST_PORT_MAX else None
 
 
 def dial(path: str, port: int) -> HostStream | None:
@@ -135,7 +137,7 @@ class VsockOption(NamedTuple):
     """What `--vsock` says."""
 
     path: str
-    cid: int = FIRST_CID
+    cid: int = CID_MIN
 
     def spec(self) -> VsockSpec:
         """Return the device."""
@@ -148,11 +150,13 @@ def read_option(text: str) -> VsockOption:
     Raises:
         SpecError: it says nothing that can be.
     """
+    if text == AUTO:
+        raise SpecError(f"--vsock {AUTO} is for start: run needs a socket's path")
     path, comma, number = text.rpartition(",cid=")
     if not comma:
-        path, number = text, str(FIRST_CID)
+        path, number = text, str(CID_MIN)
     if not path:
         raise SpecError(f"invalid vsock: {text}: a socket's path comes first")
-    if not (number.isascii() and number.isdigit() and FIRST_CID <= int(number) <= LAST_CID):
-        raise SpecError(f"invalid vsock: {text}: the cid is {FIRST_CID} to {LAST_CID}")
+    if not (number.isascii() and number.isdigit() and CID_MIN <= int(number) <= CID_MAX):
+        raise SpecError(f"invalid vsock: {text}: the cid is {CID_MIN} to {CID_MAX}")
     return VsockOption(path, int(number))

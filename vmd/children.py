@@ -30,7 +30,12 @@ from vmd.wire.agentx import AGENTX_AND_PARENT
 from vmd.wire.channel import Channel
 from vmd.wire.files import OPENER_AND_PARENT, OpenerToParent, OpenFiles
 from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
-from vmd.wire.internal import CONTROL_AND_PARENT, LOCAL_AND_PARENT, PRIV_AND_PARENT, VMM_AND_PARENT
+from vmd.wire.internal import (
+    CONTROL_AND_PARENT,
+    PRIV_AND_PARENT,
+    VMM_AND_PARENT,
+)
+from vmd.wire.local import LOCAL_AND_PARENT
 from vmd.zygote.warm.entry import WARMING_PATIENCE_S, Warmth, warm_up
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop

@@ -34,3 +34,8 @@ INTERFACES_MAX = 4
 DISK_QUEUES_MAX = 64
 DISK_SERIAL_MAX = 20
 """Of the identity of a disk. Source: virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID."""
+
+CID_MIN, CID_MAX = 3, (1 << 32) - 2
+"""Addresses that a guest can have by a vsock device. Source: virtio 1.3 §5.10.4."""
+GUEST_PORT_MAX = (1 << 32) - 2
+"""Of vsock; the one above it stands for any. Source: vsock(7), VMADDR_PORT_ANY."""

@@ -40,6 +40,7 @@ EXAMPLES = (
     {"type": "pause", "id": 1},
     {"type": "unpause", "id": 2},
     {"type": "console", "name": "a"},
+    {"type": "connect", "name": "a", "port": 22},
     {"type": "events", "serial": 3},
     {"type": "load", "path": "/etc/vm.conf"},
     {"type": "reload"},

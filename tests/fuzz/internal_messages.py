@@ -17,7 +17,7 @@ import msgspec
 from tests.fuzz.inputs import Input, check_line
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, SwitchConfig
-from vmd.wire import device, files, forking, internal
+from vmd.wire import device, files, forking, internal, local
 from vmd.wire.ancillary import FDS_MAX
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.channel import (
@@ -113,8 +113,8 @@ def _examples() -> list[object]:
         disks=(disk,),
         interfaces=(nic,),
     )
-    local = internal.LocalAddresses(host4="10.0.0.1", guest4="10.0.0.2", host_lladdr="02::1")
-    tap = internal.TapSpec(config=config, alias="a", bridge="b", local=local, queues=(0,))
+    addresses = internal.LocalAddresses(host4="10.0.0.1", guest4="10.0.0.2", host_lladdr="02::1")
+    tap = internal.TapSpec(config=config, alias="a", bridge="b", local=addresses, queues=(0,))
     wanted = files.WantedFile(use=files.FileUse.DISK, path="/d", passed=(0,), writes=True)
     return [
         internal.ClientCame(client=1),
@@ -129,9 +129,10 @@ def _examples() -> list[object]:
         ),
         internal.MakeTaps(id=1, taps=(tap,)),
         internal.TapsMade(id=1, taps=(internal.MadeTap(name="t", index=3),), is_filtered=True),
-        internal.ServeLocal(id=1, interface="t", lladdr="02::2", addresses=local, dns=(1, 2)),
+        local.ServeLocal(id=1, interface="t", lladdr="02::2", addresses=addresses, dns=(1, 2)),
         internal.LaunchVm(spec=spec),
         internal.Begin(spec=spec, places=(0, 1, 2), verbosity=1),
+        internal.ToVm(id=1, command=internal.ConnectVm(port=22)),
         internal.ToVm(id=1, command=internal.SetLinks(are_up=(True, False))),
         internal.FromVm(
             id=1, report=internal.VmStatistics(statistics=Statistics(cpu_ns=5), memory_used=7)

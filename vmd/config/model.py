@@ -158,6 +158,8 @@ class VmConfig(NamedTuple):
     """The parts that the block names, which an instance thereby claims; INSTANCE if it is one."""
     is_sev: bool = False
     is_sev_es: bool = False
+    has_vsock: bool = False
+    """It has a vsock device, by which clients of the daemon reach ports of the guest."""
     after: tuple[str, ...] = ()
     """VMs that run before the daemon starts this one, and that it stops after this one."""
     stop_timeout_s: int | None = None

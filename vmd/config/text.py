@@ -138,6 +138,8 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield "\tinterfaces 0"
     for interface in vm.interfaces:
         yield f"\t{_interface(interface)}"
+    if vm.has_vsock:
+        yield "\tvsock"
     for name in vm.after:
         yield f"\tafter {quoted(name)}"
     if vm.stop_timeout_s is not None:

@@ -26,7 +26,7 @@ FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"
 """Formats of disks. The first two are OpenBSD's."""
 DISK_OPTIONS = ("ro", "serial", "queues", "error", "private", "snapshot")
 """Words of the block of a disk, which OpenBSD does not have."""
-OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "limit", "stop")
+OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "limit", "stop", "vsock")
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
 CPU_LIMIT_MAX = 100 * VCPUS_MAX
@@ -82,7 +82,7 @@ class VmRule:
               | "cdrom" string | "interfaces" NUMBER | memory | "owner" owner | allow
               | "cpus" NUMBER | "limit" "cpu" STRING
               | "initrd" string | "append" string | "firmware" string
-              | "after" string | "stop" "timeout" NUMBER
+              | "after" string | "stop" "timeout" NUMBER | "vsock"
         """
         tokens = self._tokens
         if tokens.accept("enable"):
@@ -137,6 +137,8 @@ class VmRule:
                 self._after()
             case "stop":
                 self._stop_timeout()
+            case "vsock":
+                self._vm = self._vm._replace(has_vsock=True)
             case _:
                 self._firmware()
 

@@ -12,6 +12,7 @@ from vmd.wire.ancillary import Credentials
 from vmd.wire.channel import Channel, Received
 from vmd.wire.internal import UNANSWERED_MAX
 from vmd.wire.messages import AnyAnswer, AnyRequest, Console, ParentRequest
+from vmd.wire.ports import Connect
 
 CLIENTS_PER_USER = 256
 """Connections of an ordinary user: each costs descriptors and memory, here and in the kernel."""
@@ -28,9 +29,10 @@ WAITING_FDS_PER_USER = 128
 UNREAD_PER_USER = 4 << 20
 """Bytes of unread answers on a user's connections; beyond them none of its requests has its
 turn."""
-CONSOLES_UNREAD_PER_USER = 32
-"""Unread answers with a console's stream: the kernel counts descriptors in flight, and refuses more
+STREAMS_UNREAD_PER_USER = 32
+"""Unread answers with a stream: the kernel counts descriptors in flight, and refuses more
 of them to all processes of control's user."""
+_WITH_STREAM = Console | Connect
 EVENTS_UNREAD_MAX = 64 << 10
 """Bytes of events that wait for one connection; beyond them it is closed, as it would miss some."""
 
@@ -50,9 +52,9 @@ class User:
         return sum(client.channel.backlog_size for client in self.clients.values())
 
     @property
-    def consoles_unread(self) -> int:
-        """Streams of consoles that were sent, or may be, and are unread."""
-        return sum(client.consoles_unread() for client in self.clients.values())
+    def streams_unread(self) -> int:
+        """Streams that were sent, or may be, and are unread."""
+        return sum(client.streams_unread() for client in self.clients.values())
 
 
 class Client:
@@ -80,7 +82,7 @@ class Client:
         self.waiting: Received[ParentRequest] | None = None
         """Its waiting request; it is not read meanwhile."""
         self._on_room = on_room
-        self._consoles = 0
+        self._streams = 0
 
     # A source of its own channel: nothing is read while answers wait.
 
@@ -106,9 +108,9 @@ class Client:
             return "your requests that wait have too many descriptors together"
         if user.unanswered >= UNANSWERED_PER_USER:
             return "too many of your requests are not answered yet"
-        is_console = isinstance(received.message, Console)
-        if is_console and user.consoles_unread >= CONSOLES_UNREAD_PER_USER:
-            return "you have not taken the consoles that you asked for"
+        has_stream = isinstance(received.message, _WITH_STREAM)
+        if has_stream and user.streams_unread >= STREAMS_UNREAD_PER_USER:
+            return "you have not taken the streams that you asked for"
         return None
 
     def wait(self, received: Received[ParentRequest]) -> None:
@@ -132,7 +134,7 @@ class Client:
         self.in_work += 1
         self.unanswered += 1
         self.user.unanswered += 1
-        self._consoles += isinstance(request, Console)
+        self._streams += isinstance(request, _WITH_STREAM)
         self.read_on()
 
     def considered(self) -> None:
@@ -155,11 +157,11 @@ class Client:
         ):
             self.channel.release(self)
 
-    def consoles_unread(self) -> int:
+    def streams_unread(self) -> int:
         """Return how many streams may be under way."""
-        if self._consoles and not self.unanswered and self.channel.is_read:
-            self._consoles = 0
-        return self._consoles
+        if self._streams and not self.unanswered and self.channel.is_read:
+            self._streams = 0
+        return self._streams
 
     def close(self) -> None:
         """Close the connection; unread answers are lost."""

@@ -19,7 +19,10 @@ from typing import assert_never
 
 from vmd.shared import log as logging
 from vmd.wire.channel import Fds, Received
-from vmd.wire.internal import ForgetLocal, ParentToLocal, ServeLocal, SetVerbosity
+from vmd.wire.internal import (
+    SetVerbosity,
+)
+from vmd.wire.local import ForgetLocal, ParentToLocal, ServeLocal
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop

@@ -26,6 +26,7 @@ from vmd.rules.actions import (
     Effect,
     List,
     OpenConsole,
+    OpenPort,
     Operate,
     Perform,
     Tell,
@@ -41,6 +42,7 @@ from vmd.wire.internal import (
     AskStatistics,
     AttachConsole,
     CancelSendVm,
+    ConnectVm,
     EndReason,
     FromVm,
     KillVm,
@@ -66,7 +68,15 @@ from vmd.wire.internal import (
     VmUnpacked,
     VmUnpaused,
 )
-from vmd.wire.messages import AnyAnswer, ConsoleOpened, ErrorCode, Event, EventKind, Failed
+from vmd.wire.messages import (
+    AnyAnswer,
+    ConsoleOpened,
+    ErrorCode,
+    Event,
+    EventKind,
+    Failed,
+)
+from vmd.wire.ports import Connected
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 
@@ -217,6 +227,8 @@ class Effects:
                     self._clients.list_vms(action, self._inquiries, self.running)
                 case OpenConsole(ticket, vm):
                     self._open_console(ticket, vm)
+                case OpenPort(ticket, vm, port):
+                    self._open_port(ticket, vm, port)
                 case Drop(passed):
                     Fds(passed.fds).close()
                 case ArmTurn(delay_s):
@@ -301,6 +313,18 @@ class Effects:
             history=past.size,
         )
         self._clients.answer(ticket.client, opened, (theirs.detach(),))
+
+    def _open_port(self, ticket: vm_state.Ticket, vm: Vm, port: int) -> None:
+        try:
+            theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as err:
+            text = f"port {port}: {err.strerror}"
+            failed = Failed(serial=ticket.serial, code=ErrorCode.EAGAIN, message=text)
+            self._clients.answer(ticket.client, failed)
+            return
+        self.tell_vm(vm.id, ConnectVm(port=port), (ours.detach(),))
+        connected = Connected(serial=ticket.serial, id=vm.id)
+        self._clients.answer(ticket.client, connected, (theirs.detach(),))
 
     # Launching
 

@@ -9,13 +9,9 @@ from vmd.rules.addressing import is_host_name
 from vmd.rules.vm import Vm
 from vmd.wire.channel import Fds, Loop
 from vmd.wire.internal import (
-    PARENT_AND_LOCAL,
-    ForgetLocal,
     LocalAddresses,
-    LocalToParent,
-    ParentToLocal,
-    ServeLocal,
 )
+from vmd.wire.local import PARENT_AND_LOCAL, ForgetLocal, LocalToParent, ParentToLocal, ServeLocal
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.log import Log
 

@@ -29,6 +29,7 @@ from vmd.wire.messages import (
     Unpause,
 )
 from vmd.wire.parts import VmRequest
+from vmd.wire.ports import Connect
 from vmd.wire.transfers import Receive, Send
 
 _DONE: dict[type[ParentRequest], str] = {
@@ -39,6 +40,7 @@ _DONE: dict[type[ParentRequest], str] = {
     Send: "sent",
     Receive: "received",
     Console: "console opened",
+    Connect: "connected with a port",
     Load: "configuration loaded",
     Reload: "configuration reloaded",
     Reset: "reset",

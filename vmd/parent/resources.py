@@ -102,6 +102,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             cgroup=cgroup,
             device_cgroup=device_cgroup,
             boot_device=vm.config.boot_device,
+            has_vsock=vm.config.has_vsock,
             received=opener.received(),
         )
         stack.pop_all()

@@ -78,6 +78,14 @@ class OpenConsole(NamedTuple):
     vm: Vm
 
 
+class OpenPort(NamedTuple):
+    """Connect a client with a port of a VM's guest, and answer."""
+
+    ticket: Ticket
+    vm: Vm
+    port: int
+
+
 class Drop(NamedTuple):
     """Close descriptors that nobody needs any more."""
 
@@ -90,4 +98,4 @@ class ArmTurn(NamedTuple):
     delay_s: int
 
 
-Action = Answer | Tell | Perform | Operate | List | OpenConsole | Drop | ArmTurn
+Action = Answer | Tell | Perform | Operate | List | OpenConsole | OpenPort | Drop | ArmTurn

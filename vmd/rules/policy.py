@@ -167,6 +167,7 @@ def make_instance(
         append=kernel.append if wanted.append is None else wanted.append,
         firmware=kernel.firmware,
         after=wanted.after or template.after,
+        has_vsock=wanted.has_vsock or template.has_vsock,
         stop_timeout_s=(
             template.stop_timeout_s if wanted.stop_timeout_s is None else wanted.stop_timeout_s
         ),

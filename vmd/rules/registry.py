@@ -27,6 +27,7 @@ from vmd.rules.clock import Clock
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
+from vmd.rules.ports import open_port
 from vmd.rules.vm import Passed, Vm, config_of, info, received_config, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
@@ -54,6 +55,7 @@ from vmd.wire.messages import (
     Wait,
 )
 from vmd.wire.parts import VmRequest
+from vmd.wire.ports import Connect
 from vmd.wire.transfers import Receive, Send
 
 IDS_KEPT = 1024
@@ -170,6 +172,8 @@ class Registry:
                 event = vm_state.Unpause(ticket)
             case Console():
                 event = vm_state.Attach(ticket)
+            case Connect():
+                return [open_port(ticket, vm, request)]
             case _:
                 raise AssertionError(request)
         return list(self._step(vm, event))
@@ -246,11 +250,12 @@ class Registry:
         if vm is not None and not request.instance:
             if not self._users.may(uid, vm.config.owner):
                 return Denied(ErrorCode.EPERM, "the VM is not yours")
-            if vm.state.phase is Phase.STARTING and not (passed or wanted.given):
+            asks_more = wanted.has_vsock > vm.config.has_vsock
+            if vm.state.phase is Phase.STARTING and not (passed or wanted.given or asks_more):
                 return vm, []  # whoever asks hears of the start that is under way, if nobody does
             if vm.state.phase not in IDLE:
                 return Denied(ErrorCode.EALREADY, lifecycle.why_already(vm.state.phase))
-            if wanted.given != ({Right.BOOT} if passed else set()):
+            if asks_more or wanted.given != ({Right.BOOT} if passed else set()):
                 return Denied(ErrorCode.EALREADY, "there is such a VM, which is as it is")
             vm.passed, vm.passed_is_lasting = passed, False
             return vm, []

@@ -158,6 +158,7 @@ def received_config(request: Receive, owner: Owner) -> VmConfig:
         append=request.append,
         firmware=request.firmware or None,
         boot_device=request.boot_device,
+        has_vsock=request.has_vsock,
         disks=tuple(_disk(disk, _RECEIVED_KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(
@@ -208,6 +209,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         append=request.append,
         firmware=request.firmware or None,
         boot_device=request.boot_device,
+        has_vsock=request.has_vsock,
         disks=tuple(_disk(disk, _KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(

@@ -26,6 +26,7 @@ from vmm_kvm.net.paths import Path, RemotePath, StreamPath, Traffic, VhostPath
 from vmm_kvm.virtio.pmem import PmemSpec
 from vmm_kvm.virtio.scsi import ScsiCdSpec
 from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
+from vmm_kvm.virtio.vsock import VsockSpec
 
 _READY = b"\0"
 _STATUS_MAX = 4096
@@ -99,7 +100,7 @@ def machine_spec_of(
         variables=variables,
         memory_size=spec.memory,
         cpus=spec.cpus,
-        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms),
+        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms, *_vsock(spec, received)),
         boot_device=spec.boot_device,
         name=spec.name,
         command_line=spec.append,
@@ -107,6 +108,14 @@ def machine_spec_of(
         uuid=received.manifest.uuid if received else None,
         serial=received.manifest.serial if received else "",
     )
+
+
+def _vsock(spec: VmSpec, received: Arrived | None) -> tuple[VsockSpec, ...]:
+    """Return the vsock device, if there is one: nothing of the host listens to the guest."""
+    if not spec.has_vsock:
+        return ()
+    cid = received.manifest.vsock_cid if received else None
+    return (VsockSpec() if cid is None else VsockSpec(cid),)
 
 
 def _disk(

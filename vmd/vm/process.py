@@ -35,6 +35,7 @@ from vmd.wire.internal import (
     AttachConsole,
     Begin,
     CancelSendVm,
+    ConnectVm,
     EndReason,
     LookAtTerminal,
     PauseVm,
@@ -86,6 +87,7 @@ from vmm_kvm.machine.spec import (
     nets_of,
 )
 from vmm_kvm.machine.state import restore
+from vmm_kvm.net.host_stream import HostStream
 from vmm_kvm.net.paths import StreamPath
 from vmm_kvm.primitives import Vmm
 
@@ -347,6 +349,8 @@ class VmProcess:
                     self._stop(None if seconds is None else seconds * NANOSECONDS)
                 case AttachConsole(position=position):
                     self._attach(fds, position)
+                case ConnectVm(port=port):
+                    self._connect(fds, port)
                 case SetLinks(are_up=are_up):
                     for index, is_up in enumerate(are_up):
                         self._machine.set_link(index, is_up=is_up)
@@ -366,6 +370,17 @@ class VmProcess:
             self._console.attach(socket.socket(fileno=fds.take(0)), position)
         except ChannelError as err:  # who wanted to see the console finds its end
             log.warning("console: %s", err)
+
+    def _connect(self, fds: Fds, port: int) -> None:
+        try:
+            stream = HostStream(socket.socket(fileno=fds.take(0)))
+        except ChannelError as err:  # who wanted to connect finds its end
+            log.warning("port %d: %s", port, err)
+            return
+        if self._machine.vsock:
+            self._machine.vsock.connect(stream, port)
+        else:
+            stream.close()
 
     def _stop(self, timeout_ns: int | None) -> None:
         if self._sending:  # if it is not sent after all

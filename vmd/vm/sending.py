@@ -211,6 +211,7 @@ def _manifest(
         disks=tuple(_disks(spec)),
         cdrom=spec.cdrom_path or None,
         interfaces=tuple(map(_interface, spec.interfaces)),
+        vsock_cid=machine.vsock.cid if machine.vsock else None,
     )
 
 

@@ -30,6 +30,7 @@ from vmd.wire.internal import (
     AskStatistics,
     AttachConsole,
     Begin,
+    ConnectVm,
     EndReason,
     FromVm,
     KillVm,
@@ -119,7 +120,7 @@ class _Vm:
         fds.check()
         if self.channel is None:
             return  # it has ended; the parent is being told
-        if self.channel.is_full and isinstance(command, AttachConsole):
+        if self.channel.is_full and isinstance(command, AttachConsole | ConnectVm):
             return  # the stream ends
         if self.channel.is_full and isinstance(command, LookAtTerminal):
             self._owes_look = True

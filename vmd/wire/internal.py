@@ -2,7 +2,7 @@
 
 parent ↔ control: who comes, what clients ask, and what they are answered.
 parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
-parent ↔ local:   which guests are answered by DHCP and the like.
+parent ↔ local:   which guests are answered by DHCP and the like, see `wire.local`.
 parent ↔ opener:  files of a client, see `wire.files`.
 parent ↔ vmm:     launching, and what is said to and by VM processes.
 vmm ↔ zygote:     forking, see `wire.forking`.
@@ -226,43 +226,6 @@ ParentToPriv = Configure | MakeTaps | ForgetTaps | SetVerbosity
 PrivToParent = Configured | TapsMade | TapsFailed | TapsForgotten | RulesRefused
 
 
-# parent ↔ local
-
-
-class ServeLocal(Internal, frozen=True, kw_only=True):
-    """Answer the guest on a local interface: DHCP, router solicitations, DNS."""
-
-    id: int
-    """The VM's."""
-    interface: str
-    """For messages."""
-    lladdr: str
-    """The guest's."""
-    addresses: LocalAddresses
-    host_name: str = ""
-    """What the guest is to be called; empty for nothing."""
-    boots_from_net: bool = False
-    frames: int = 0
-    """Index of a packet socket, bound to the interface."""
-    dns: tuple[int, ...] = ()
-    """Indices of UDP sockets, bound to port 53 of the host's addresses there."""
-    resolver: str = ""
-    """The host's own DNS server; empty for none."""
-
-
-class ForgetLocal(Internal, frozen=True, kw_only=True):
-    """Serve none of a VM's interfaces any more."""
-
-    id: int
-
-
-ParentToLocal = ServeLocal | ForgetLocal | SetVerbosity
-
-
-class LocalToParent(Internal, frozen=True, kw_only=True):
-    """Nothing that the local process could say: it only listens."""
-
-
 # parent ↔ vmm ↔ vm
 
 
@@ -360,6 +323,7 @@ class VmSpec(Part, frozen=True, kw_only=True):
     device_cgroup: int | None = None
     """Index of the same for its device processes."""
     boot_device: BootDevice = BootDevice.AUTO
+    has_vsock: bool = False
     received: ReceivedSpec | None = None
     """None for one that boots."""
 
@@ -420,6 +384,12 @@ class AttachConsole(Internal, frozen=True, kw_only=True):
     position: int = 0
 
 
+class ConnectVm(Internal, frozen=True, kw_only=True):
+    """Lead the stream whose descriptor comes along to a port of the guest, by the vsock device."""
+
+    port: int
+
+
 class SetLinks(Internal, frozen=True, kw_only=True):
     """Plug the cables of the network interfaces in or out."""
 
@@ -455,6 +425,7 @@ VmCommand = (
     | CancelSendVm
     | StopVm
     | AttachConsole
+    | ConnectVm
     | LookAtTerminal
     | SetLinks
     | AskStatistics
@@ -588,8 +559,6 @@ CONTROL_AND_PARENT: Wire[ControlToParent, ParentToControl] = Wire(
 )
 PARENT_AND_PRIV: Wire[ParentToPriv, PrivToParent] = Wire(PrivToParent, WireEncoding.MSGPACK)
 PRIV_AND_PARENT: Wire[PrivToParent, ParentToPriv] = Wire(ParentToPriv, WireEncoding.MSGPACK)
-PARENT_AND_LOCAL: Wire[ParentToLocal, LocalToParent] = Wire(LocalToParent, WireEncoding.MSGPACK)
-LOCAL_AND_PARENT: Wire[LocalToParent, ParentToLocal] = Wire(ParentToLocal, WireEncoding.MSGPACK)
 PARENT_AND_VMM: Wire[ParentToVmm, VmmToParent] = Wire(VmmToParent, WireEncoding.MSGPACK)
 VMM_AND_PARENT: Wire[VmmToParent, ParentToVmm] = Wire(ParentToVmm, WireEncoding.MSGPACK)
 VMM_AND_VM: Wire[VmmToVm, VmReport] = Wire(VmReport, WireEncoding.MSGPACK)

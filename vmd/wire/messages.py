@@ -33,6 +33,7 @@ from vmd.wire.parts import (
     VmRequest,
     Word,
 )
+from vmd.wire.ports import Connect, Connected
 from vmd.wire.transfers import Receive, Send
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.limits import MTU_DEFAULT
@@ -201,6 +202,9 @@ class Start(VmRequest, frozen=True, kw_only=True):
     cdrom_image: Index | None = None
     """Index of the descriptor of an ISO image."""
     boot_device: BootDevice = BootDevice.AUTO
+    has_vsock: bool = False
+    """It has a vsock device, so that `connect` reaches ports of its guest; an instance also where
+    its template has one."""
 
 
 class Stop(VmRequest, frozen=True, kw_only=True):
@@ -292,7 +296,7 @@ class Log(Request, frozen=True, kw_only=True):
 
 
 _OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Send | Receive | Console | Status | History
-ParentRequest = _OfVms | Counts | Load | Reload | Source | Reset | Log
+ParentRequest = _OfVms | Connect | Counts | Load | Reload | Source | Reset | Log
 """What the parent answers."""
 AnyRequest = ParentRequest | Events
 
@@ -518,7 +522,17 @@ class Event(Answer, frozen=True, kw_only=True):
 
 
 AnyAnswer = (
-    Done | Failed | Started | Terminated | ConsoleOpened | Vms | Lines | SourceIs | Totals | Event
+    Done
+    | Failed
+    | Started
+    | Terminated
+    | ConsoleOpened
+    | Connected
+    | Vms
+    | Lines
+    | SourceIs
+    | Totals
+    | Event
 )
 
 ANSWER_MAX = 128 << 10

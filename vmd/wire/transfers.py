@@ -71,3 +71,4 @@ class Receive(Request, frozen=True, kw_only=True):
     initrd: Annotated[tuple[Path, ...], msgspec.Meta(max_length=32)] = ()
     append: Path | None = None
     boot_device: BootDevice = BootDevice.AUTO
+    has_vsock: bool = False

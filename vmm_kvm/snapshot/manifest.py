@@ -12,6 +12,8 @@ from typing import Annotated, NamedTuple
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import SnapshotError, StateError
 from vmm_kvm.limits import (
+    CID_MAX,
+    CID_MIN,
     DISK_QUEUES_MAX,
     DISK_SERIAL_MAX,
     FIRMWARE_MAX,
@@ -29,10 +31,10 @@ from vmm_kvm.state import U8, U32, Json, Length, Line, Range
 from vmm_kvm.state import decode as decode_record
 from vmm_kvm.state import encode as encode_record
 
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 """Of the format. Minor versions add fields; a reader knows every minor version of its major one.
 
-Minor 1 adds `is_live`. A manifest that needs no field of it is written as minor 0, for older
+A manifest is written as the least minor version that has the fields that it needs, for older
 readers.
 """
 MANIFEST_MAX = 64 << 10
@@ -152,7 +154,20 @@ class Manifest(NamedTuple):
     """It has a virtio console."""
     is_live: bool = False
     """RAM comes first in the stream, in rounds, and the state last."""
+    vsock_cid: Annotated[int, Range(CID_MIN, CID_MAX)] | None = None
+    """The guest's address by its vsock device; None if it has none."""
     minor: U32 = 0
+
+
+class _Added(NamedTuple):
+    field: str
+    minor: int
+    """The minor version that has it first."""
+    default: Json
+    """What it is in those before."""
+
+
+_ADDED = (_Added("is_live", 1, False), _Added("vsock_cid", 2, None))
 
 
 class _Version(NamedTuple):
@@ -166,12 +181,14 @@ def encode(manifest: Manifest) -> bytes:
         SnapshotError: something in it is out of range, or it is too large: such a machine cannot
             be written down.
     """
-    if manifest.is_live:
-        manifest = manifest._replace(minor=max(manifest.minor, 1))
     fields, _ = encode_record(manifest)
-    version: list[Json] = [MAJOR, fields.pop("minor")]
-    if not manifest.minor:
-        del fields["is_live"]
+    needed = [each.minor for each in _ADDED if fields[each.field] != each.default]
+    manifest = manifest._replace(minor=max(manifest.minor, *needed, 0))
+    version: list[Json] = [MAJOR, manifest.minor]
+    del fields["minor"]
+    for each in _ADDED:
+        if manifest.minor < each.minor:
+            del fields[each.field]
     cpuid: list[Json] = [list(record) for record in manifest.cpuid]
     text = dump({"format": version, **fields, "cpuid": cpuid})
     if decode(text) != manifest:
@@ -205,10 +222,11 @@ def _decode(found: Json) -> Manifest:
         raise SnapshotError(
             f"incompatible dump version: {major}.{minor}, this program reads {MAJOR}.x"
         )
-    if not minor:
-        if "is_live" in found:
-            raise StateError("is_live: not in format 1.0")
-        found["is_live"] = False
+    for each in _ADDED:
+        if minor < each.minor:
+            if each.field in found:
+                raise StateError(f"{each.field}: not in format {major}.{minor}")
+            found[each.field] = each.default
     if minor > MINOR:  # this version does not have to know what a later one adds
         found = {name: value for name, value in found.items() if name in Manifest._fields}
     rows = found.get("cpuid")

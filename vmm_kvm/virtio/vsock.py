@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.errors import GuestError, StateError, VirtqueueError
+from vmm_kvm.limits import CID_MAX, CID_MIN
 from vmm_kvm.net.host_stream import HostStream
 from vmm_kvm.scatter import total
 from vmm_kvm.state import Part, Range
@@ -33,10 +34,8 @@ from vmm_kvm.virtio.queue import Virtqueue
 from vmm_kvm.virtio.vsock_connection import Connection
 from vmm_kvm.virtio.vsock_packet import (
     EVENT_TRANSPORT_RESET,
-    FIRST_CID,
     HEADER_SIZE,
     HOST_CID,
-    LAST_CID,
     STREAM,
     Header,
     Op,
@@ -65,7 +64,7 @@ _GONE = select.EPOLLHUP | select.EPOLLERR
 class VsockSpec(NamedTuple):
     """A vsock device of a machine."""
 
-    cid: int = FIRST_CID
+    cid: int = CID_MIN
     """The guest's address, 3 to 4294967294; of no meaning to other VMs."""
     dial: Callable[[int], HostStream | None] | None = None
     """Returns a connected stream for a port of the host that the guest asks for, at once;
@@ -76,7 +75,7 @@ class VsockSpec(NamedTuple):
 class VsockState(NamedTuple):
     """Everything that a guest can observe of the device: its connections end with the process."""
 
-    cid: Annotated[int, Range(FIRST_CID, LAST_CID)]
+    cid: Annotated[int, Range(CID_MIN, CID_MAX)]
     version: Literal[1] = 1
 
 
@@ -88,7 +87,6 @@ class VirtioVsock:
         "_arrivals",
         "_by_fd",
         "_by_ports",
-        "_cid",
         "_dial",
         "_event_buffers",
         "_is_reset_due",
@@ -100,6 +98,7 @@ class VirtioVsock:
         "_poll",
         "_replies",
         "_transport",
+        "cid",
         "device_id",
         "features",
         "queue_sizes",
@@ -110,7 +109,8 @@ class VirtioVsock:
         self.device_id = abi.VIRTIO_ID_VSOCK
         self.features = 0  # without any, there are stream sockets alone
         self.queue_sizes: tuple[int, ...] = (QUEUE_SIZE, QUEUE_SIZE, QUEUE_SIZE)
-        self._cid = spec.cid
+        self.cid = spec.cid
+        """The guest's address."""
         self._dial = spec.dial
         self._transport: InputTransport | None = None
         self._lock = threading.Lock()
@@ -154,7 +154,7 @@ class VirtioVsock:
 
     def config(self) -> bytes:
         """Return the configuration space. Source: virtio 1.3 §5.10.4."""
-        return _CONFIG.pack(self._cid)
+        return _CONFIG.pack(self.cid)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Ignore it: nothing there can be written."""
@@ -234,7 +234,7 @@ class VirtioVsock:
 
     def save(self) -> VsockState:
         """Return what is left of it elsewhere."""
-        return VsockState(self._cid)
+        return VsockState(self.cid)
 
     def restore(self, state: VsockState) -> None:
         """Tell the guest that its connections are gone.
@@ -242,8 +242,8 @@ class VirtioVsock:
         Raises:
             StateError: it is another guest's address.
         """
-        if state.cid != self._cid:
-            raise StateError(f"cid: {state.cid} is not this device's, {self._cid}")
+        if state.cid != self.cid:
+            raise StateError(f"cid: {state.cid} is not this device's, {self.cid}")
         self._is_reset_due = self._is_started
 
     def become_another(self) -> None:
@@ -323,9 +323,7 @@ class VirtioVsock:
 
     def _refuse(self, cid: int, host_port: int, guest_port: int, kind: int) -> None:
         """Have a RST sent from the port `host_port` of `cid`, which is the host's as a rule."""
-        self._replies.append(
-            Header(cid, self._cid, host_port, guest_port, 0, kind, Op.RST, 0, 0, 0)
-        )
+        self._replies.append(Header(cid, self.cid, host_port, guest_port, 0, kind, Op.RST, 0, 0, 0))
 
     def _settle(self, connection: Connection) -> None:
         """Do what is due after anything has happened to a connection."""
@@ -384,7 +382,7 @@ class VirtioVsock:
             head, room = self._room(chain)
             packet = connection.packet(room)
             if packet:
-                header = connection.header(packet, self._cid, HOST_CID, STREAM)
+                header = connection.header(packet, self.cid, HOST_CID, STREAM)
                 scatter(head, header.pack())
             self._settle(connection)
             if packet:
@@ -423,7 +421,7 @@ class VirtioVsock:
     def _take(self, chain: Chain) -> None:
         """Do what a packet says; one that is none is ignored."""
         header = Header.read(chain.readable)
-        if header is None or header.src_cid != self._cid:
+        if header is None or header.src_cid != self.cid:
             return
         if header.dst_cid != HOST_CID or header.type != STREAM:
             if header.op != Op.RST:

@@ -12,10 +12,6 @@ from vmm_kvm.virtio.buffers import gather
 
 HOST_CID = 2
 """The host's address (VMADDR_CID_HOST)."""
-FIRST_CID, LAST_CID = 3, (1 << 32) - 2
-"""Addresses that a guest can have; the others are reserved."""
-PORT_MAX = (1 << 32) - 2
-"""The last port; the one above it stands for any (VMADDR_PORT_ANY)."""
 STREAM = 1
 """The type of stream sockets (VIRTIO_VSOCK_TYPE_STREAM)."""
 EVENT_TRANSPORT_RESET = 0

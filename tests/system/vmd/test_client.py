@@ -83,7 +83,18 @@ def test_the_page() -> None:
     assert f"```python\n{EXAMPLE.read_text()}```" in page
     for one in (Client, Console, Vm, Started):
         assert f"`{one.__name__}`" in page
-    for name in ("list", "vm", "start", "stop", "wait", "pause", "unpause", "console", "ask"):
+    for name in (
+        "list",
+        "vm",
+        "start",
+        "stop",
+        "wait",
+        "pause",
+        "unpause",
+        "console",
+        "connect",
+        "ask",
+    ):
         assert f"`{name}(" in page
         assert getattr(Client, name).__doc__
     for name in ("expect", "read", "write"):

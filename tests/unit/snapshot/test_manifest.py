@@ -104,8 +104,8 @@ def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
 
 def test_a_later_minor_version_may_have_more() -> None:
     """Fields that a later minor version has added are passed over, and no others."""
-    later = changed(format=[1, 2], is_live=False, added=[1])
-    assert decode(later) == MANIFEST._replace(minor=2)
+    later = changed(format=[1, 3], is_live=False, vsock_cid=None, added=[1])
+    assert decode(later) == MANIFEST._replace(minor=3)
 
 
 def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
@@ -114,6 +114,20 @@ def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
     assert decode(encode(MANIFEST._replace(is_live=True))) == live
     with pytest.raises(SnapshotError, match="'is_live' is missing"):
         decode(changed(format=[1, 1]))
+
+
+@pytest.mark.parametrize("cid", [3, 4294967294])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_vsock_device(cid: int, is_live: bool) -> None:
+    """The guest's address is part of a manifest of a minor version of its own."""
+    wanted = MANIFEST._replace(vsock_cid=cid, is_live=is_live, minor=2)
+    assert decode(encode(wanted._replace(minor=0))) == wanted
+    with pytest.raises(SnapshotError, match="'vsock_cid' is missing"):
+        decode(changed(format=[1, 2], is_live=False))
+    with pytest.raises(SnapshotError, match=r"vsock_cid: not in format 1\.0"):
+        decode(changed(vsock_cid=3))
+    with pytest.raises(SnapshotError, match="vsock_cid: 2 is not 3 to 4294967294"):
+        decode(changed(format=[1, 2], is_live=False, vsock_cid=2))
 
 
 def test_what_cannot_be_described_is_not_written() -> None:

@@ -163,7 +163,6 @@ def test_run_and_start_have_the_same_options() -> None:
             "--no-reboot",
             "--nvram",
             "--virtio-console",
-            "--vsock",
         },
     }
 

@@ -300,7 +300,7 @@ def test_consoles_that_nobody_takes_are_limited(rig: Rig) -> None:
             )
             rig.parent.send(opened, [theirs.detach()])
         other.send(ask)
-        assert "consoles" in json.loads(rig.packet(other))["message"]
+        assert "streams" in json.loads(rig.packet(other))["message"]
         for _ in range(32):
             assert json.loads(rig.packet(client))["type"] == "console-opened"
         other.send(ask)

@@ -19,14 +19,16 @@ from tests.unit.vmd.far import Far, run_until
 from vmd.local.process import QUESTIONS_MAX, RATE_MAX, Local
 from vmd.wire.channel import Channel
 from vmd.wire.internal import (
+    LocalAddresses,
+    SetVerbosity,
+)
+from vmd.wire.local import (
     LOCAL_AND_PARENT,
     PARENT_AND_LOCAL,
     ForgetLocal,
-    LocalAddresses,
     LocalToParent,
     ParentToLocal,
     ServeLocal,
-    SetVerbosity,
 )
 from vmm_kvm.loop import EventLoop
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.wire import device, forking, internal, messages
+from vmd.wire import device, forking, internal, local, messages
 from vmd.wire.encoding import Wire, WireEncoding, WireError
 
 UNIONS = {
@@ -21,7 +21,7 @@ UNIONS = {
     "vmm to parent": (internal.VmmToParent, WireEncoding.MSGPACK),
     "parent to priv": (internal.ParentToPriv, WireEncoding.MSGPACK),
     "priv to parent": (internal.PrivToParent, WireEncoding.MSGPACK),
-    "parent to local": (internal.ParentToLocal, WireEncoding.MSGPACK),
+    "parent to local": (local.ParentToLocal, WireEncoding.MSGPACK),
     "vmm to device": (device.VmmToDevice, WireEncoding.MSGPACK),
     "vmm to zygote": (forking.VmmToZygote, WireEncoding.MSGPACK),
     "zygote to vmm": (forking.ZygoteToVmm, WireEncoding.MSGPACK),

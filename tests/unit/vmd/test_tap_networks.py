@@ -28,16 +28,12 @@ from vmd.parent.taps import group_number
 from vmd.rules.vm import Vm
 from vmd.rules.vm_state import VmState
 from vmd.wire.internal import (
-    LOCAL_AND_PARENT,
     PRIV_AND_PARENT,
     Configure,
     Configured,
-    ForgetLocal,
     ForgetTaps,
-    LocalToParent,
     MadeTap,
     MakeTaps,
-    ParentToLocal,
     ParentToPriv,
     PrivToParent,
     RulesRefused,
@@ -46,6 +42,7 @@ from vmd.wire.internal import (
     TapsForgotten,
     TapsMade,
 )
+from vmd.wire.local import LOCAL_AND_PARENT, ForgetLocal, LocalToParent, ParentToLocal
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.loop import EventLoop
 

@@ -1,0 +1,25 @@
+"""Who is connected with a port of a guest, and who is not."""
+
+from vmd.rules.actions import Action, Answer, OpenPort
+from vmd.rules.vm import Vm
+from vmd.rules.vm_state import Phase, Ticket
+from vmd.wire.messages import ErrorCode, Failed
+from vmd.wire.ports import Connect
+
+
+def open_port(ticket: Ticket, vm: Vm, request: Connect) -> Action:
+    """Return what is to be done for a client that may reach the guest.
+
+    A guest that stands still, or boots, accepts later or not at all, as it would by a network.
+    """
+    if not vm.config.has_vsock:
+        return _refuse(ticket, ErrorCode.EINVAL, "the VM has no vsock device")
+    if vm.state.pid is None:
+        return _refuse(ticket, ErrorCode.NOT_RUNNING)
+    if vm.state.phase is Phase.SENDING:
+        return _refuse(ticket, ErrorCode.EBUSY, "the VM is being sent")
+    return OpenPort(ticket, vm, request.port)
+
+
+def _refuse(ticket: Ticket, code: ErrorCode, message: str = "") -> Action:
+    return Answer(ticket.client, Failed(serial=ticket.serial, code=code, message=message))

@@ -1,0 +1,26 @@
+"""What clients ask about ports of guests: requests of `messages`, and the answer."""
+
+from typing import Annotated
+
+import msgspec
+
+from vmd.wire.parts import Answer, VmRequest
+from vmm_kvm.limits import GUEST_PORT_MAX
+
+
+class Connect(VmRequest, frozen=True, kw_only=True):
+    """Connect to a port of a VM's guest, by its vsock device; answered by `connected`."""
+
+    port: Annotated[int, msgspec.Meta(ge=0, le=GUEST_PORT_MAX)]
+
+
+class Connected(Answer, frozen=True, kw_only=True):
+    """A stream to a port of the guest: a SOCK_STREAM socket.
+
+    What comes first is a line, `OK ` and a number, once the guest has accepted. Where it refuses,
+    has no driver yet, or has too many connections, the stream ends instead.
+    """
+
+    id: int
+    stream: int = 0
+    """Index of the stream's descriptor."""
