@@ -253,7 +253,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.shared",
         "msgspec",
     ),
-    "vmd.control": ("vmm_kvm.accepting", "vmd.wire", "vmd.shared"),
+    "vmd.control": ("vmm_kvm.accepting", "vmm_kvm.log", "vmd.wire", "vmd.shared"),
     "vmd.priv": (
         "vmm_kvm.log",
         "vmm_kvm.net",

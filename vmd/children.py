@@ -83,6 +83,8 @@ def control_plan(listener: socket.socket, uids: Uids | None) -> Plan:
             control = Control(loop, Channel(connection, CONTROL_AND_PARENT), listener)
             loop.run()
             control.close()
+            # A client's file may hold up the exit: until then, nobody may connect to us.
+            listener.close()
 
     return Plan(Kind.CONTROL, body, (listener.fileno(), *_held(uids)))
 

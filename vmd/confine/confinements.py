@@ -55,7 +55,7 @@ _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _PROT_EXEC = 4
 _PR_SET_NAME = 15
 _SO_SNDBUF = 7
-_AF_INET, _AF_INET6 = 2, 10
+_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _DGRAM, _TYPE_OF = 2, 0xF  # SOCK_DGRAM, SOCK_TYPE_MASK
 _SETTINGS = "/proc/sys/net"
 
@@ -221,7 +221,9 @@ _ZYGOTE = (
     *_all("rehearsals", "socketpair"),
     *_all("no files for them", "landlock_create_ruleset", "landlock_restrict_self"),
 )
+_PARCELS = (Allow("socketpair", "parcels for files of clients", (Argument(0, _AF_UNIX),)),)
 _OPENER = (
+    *_PARCELS,
     *_all("files by name, with a client's rights", "openat2"),
     *_all("on which file systems they are", "fstatfs"),
     *_all("headers of disk images", "preadv", "preadv2", "pread64", "readv"),
@@ -230,6 +232,8 @@ _OPENER = (
     ),
 )
 _CONTROL = (
+    *_THREADS,
+    *_PARCELS,
     *_all("clients", "accept4"),
     *_all("who a client is", "getpeername"),
     *_all("closing connections", "shutdown"),
@@ -286,8 +290,8 @@ _NO_CORE = ((resource.RLIMIT_CORE, 0),)
 CONFINEMENTS = {
     Kind.CONTROL: Confinement(
         Filter((*_BASE, *_CONTROL), _REFUSED),
-        # Descriptors of the clients that the control process accepts, and some for itself.
-        (*_NO_CORE, (resource.RLIMIT_NOFILE, 2048)),
+        # Descriptors of the clients that the control process accepts, files of theirs, keepers.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 32768)),
     ),
     Kind.PRIV: Confinement(
         Filter((*_BASE, *_PRIV), _REFUSED),
@@ -314,8 +318,8 @@ CONFINEMENTS = {
     ),
     Kind.OPENER: Confinement(
         Filter((*_BASE, *_OPENER), _REFUSED),
-        # As many descriptors as two messages have, and some for itself.
-        (*_NO_CORE, (resource.RLIMIT_NOFILE, 256)),
+        # Files in parcels count as open for the client, as long as VMs have them.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 2048)),
         is_isolated=False,
         opens_files=True,
     ),

@@ -10,7 +10,9 @@ Source: section 6 of OpenBSD's behaviour.
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Protocol, assert_never
 
@@ -22,11 +24,13 @@ from vmd.control.clients import (
     Turns,
     User,
 )
+from vmd.control.files import ClientFiles
 from vmd.shared import log as logging
 from vmd.wire.ancillary import peer_credentials
 from vmd.wire.channel import (
     Channel,
     ChannelError,
+    Fds,
     Loop,
     MalformedError,
     OversizeError,
@@ -42,6 +46,7 @@ from vmd.wire.internal import (
     Considered,
     ControlToParent,
     Happened,
+    KeepFile,
     ParentToControl,
     SetVerbosity,
 )
@@ -67,6 +72,9 @@ _ACCEPTED_AT_ONCE = 16
 class Stopper(Loop, Protocol):
     """An event loop that can be stopped."""
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Run `callback` on the loop's thread; from any thread."""
+
     def stop(self) -> None:
         """Let it return."""
 
@@ -89,6 +97,8 @@ class Control:
         self._numbers = count(1)
         self._turns = Turns()
         self._in_work = 0
+        # With `vmd --user`, the only user is ours.
+        self._files = ClientFiles(loop, {0, os.getuid()}, self._read_on)
         listener.setblocking(False)
         self._acceptor = Acceptor(loop, listener, self._came, burst=_ACCEPTED_AT_ONCE)
         self._acceptor.start()
@@ -107,7 +117,13 @@ class Control:
 
     def _came(self, connection: socket.socket) -> None:
         peer = peer_credentials(connection)
-        channel = Channel(connection, DAEMON_TO_CLIENT, high_water=1, sent_max=ANSWER_MAX)
+        channel = Channel(
+            connection,
+            DAEMON_TO_CLIENT,
+            high_water=1,
+            sent_max=ANSWER_MAX,
+            take_fds=partial(self._files.take, peer.uid),
+        )
         user = self._users.get(peer.uid) or User()
         limit = CLIENTS_MAX + (CLIENTS_OF_ROOT if peer.uid == 0 else 0)
         if len(self._clients) >= limit or (peer.uid != 0 and len(user.clients) >= CLIENTS_PER_USER):
@@ -131,9 +147,23 @@ class Control:
             lambda err: self._ended(client, err),
             burst=1,
         )
+        self._hold_if_behind(client)
+
+    def _hold_if_behind(self, client: Client) -> None:
+        """Read from no connection of a user whose files cannot be closed."""
+        if self._files.is_behind(client.peer.uid):
+            for one in client.user.clients.values():
+                one.channel.hold(self._files)
+
+    def _read_on(self, uid: int) -> None:
+        """Read from a user's connections, now that a file of it has been closed."""
+        if uid in self._users and not self._files.is_behind(uid):
+            for client in tuple(self._users[uid].clients.values()):
+                client.channel.release(self._files)
 
     def _asked(self, client: Client, received: Received[AnyRequest]) -> None:
         request, fds, size = received
+        self._hold_if_behind(client)
         if request.version != PROTOCOL_VERSION:
             fds.close()
             text = f"this daemon speaks version {PROTOCOL_VERSION}"
@@ -244,10 +274,17 @@ class Control:
                     self._pass_on()
                 case Happened(event=event):
                     self._tell(event)
+                case KeepFile(uid=uid):
+                    self._keep(uid, fds)
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
                 case _:
                     assert_never(received.message)
+
+    def _keep(self, uid: int, fds: Fds) -> None:
+        if not fds.are_lost:  # else whoever has it last waits
+            parcel, keeper = fds.take(0), fds.take(1)
+            self._files.keep(uid, parcel, keeper)
 
     def _answer(self, client: Client, answer: AnyAnswer, fds: list[int]) -> None:
         self._send(client, answer, fds)

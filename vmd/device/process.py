@@ -16,6 +16,7 @@ from vmd.shared.privsep import join_cgroup
 from vmd.wire.channel import Channel, ChannelError, Received
 from vmd.wire.device import DEVICE_AND_VMM, DeviceBegin, VmmToDevice
 from vmd.wire.internal import SetVerbosity
+from vmd.wire.parcels import opened
 from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -70,6 +71,7 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
             try:
                 if begin.has_cgroup:
                     join_cgroup(own.pop(0))
+                own = opened(own)
                 backend = make(begin, own, lambda: _is_there(vm))
             except (VmmError, OSError) as err:
                 status.write(str(err).encode()[:STATUS_MAX])

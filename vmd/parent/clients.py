@@ -28,6 +28,7 @@ from vmd.wire.internal import (
     Considered,
     ControlToParent,
     Happened,
+    KeepFile,
     ParentToControl,
 )
 from vmd.wire.messages import (
@@ -111,6 +112,10 @@ class Clients:
         asked = StatusQuestion(self._loop, question, inquiries, answer, self._interfaces)
         self._questions.add(asked)
         asked.ask(running)
+
+    def keep_file(self, uid: int, parcel: int, keeper: int) -> None:
+        """Have a file kept that an opener has opened, see `parcels`; takes over both."""
+        self.control.send(KeepFile(uid=uid), [parcel, keeper])
 
     # What they ask
 

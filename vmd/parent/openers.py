@@ -26,6 +26,7 @@ from vmd.wire.files import (
     WantedFile,
 )
 from vmd.wire.messages import ErrorCode
+from vmd.wire.parcels import opened
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop, LoopTimer
@@ -39,6 +40,8 @@ OPENERS_PER_USER = 4
 
 Then = Callable[[list[FoundFile], list[int]], None]
 """Called when the files are open; takes over the descriptors."""
+Keep = Callable[[int, int, int], None]
+"""Takes over a parcel of a user's, and its keeper."""
 Else = Callable[[OpeningError], None]
 """What is called when one is not to be had."""
 
@@ -66,6 +69,8 @@ class Openers:
         self.users = users
         self._plan = plan
         self._openers: dict[int, _Opener] = {}
+        self.keep: Keep = lambda _uid, *fds: Fds(fds).close()
+        """What is done with the keepers of new parcels: the parcels are all that the parent has."""
 
     @property
     def pids(self) -> Collection[int]:
@@ -79,16 +84,10 @@ class Openers:
 
         For an administrator this process opens them at once.
         """
-        fds = Fds(passed)
         if uid in self.users.administrators:
-            with fds, Files() as files:
-                try:
-                    files.open(wanted, fds)
-                except OpeningError as err:
-                    otherwise(err)
-                    return
-                then(files.found, files.take())
+            self._open_here(wanted, passed, then, otherwise)
             return
+        fds = Fds(passed)
         per_user = Counter(opener.uid for opener in self._openers.values())
         if per_user[uid] >= OPENERS_PER_USER:
             fds.close()
@@ -115,14 +114,33 @@ class Openers:
             channel.close()  # it ends then
             self._fail(opener, ErrorCode.EIO, str(err))
 
+    @staticmethod
+    def _open_here(
+        wanted: Sequence[WantedFile], passed: list[int], then: Then, otherwise: Else
+    ) -> None:
+        with Files() as files:
+            try:
+                with Fds(opened(passed)) as fds:
+                    files.open(wanted, fds)
+            except OpeningError as err:
+                otherwise(err)
+                return
+            except OSError as err:
+                otherwise(OpeningError(ErrorCode.EAGAIN, err.strerror or str(err)))
+                return
+            then(files.found, files.take())
+
     def _answered(self, opener: _Opener, received: Received[OpenerToParent]) -> None:
         with received.fds as fds:
             if opener.otherwise is None:
                 return
             match received.message:
-                case FilesOpened(files=files) if not fds.are_lost and _are_there(files, fds):
+                case FilesOpened(files=files, kept=kept) if _are_there(received.message, fds):
                     opener.otherwise = None
-                    opener.then(list(files), fds.take_all())
+                    parcels = fds.take_all()
+                    for place in reversed(kept):
+                        self.keep(opener.uid, os.dup(parcels[place]), parcels.pop())
+                    opener.then(list(files), parcels)
                 case OpeningFailed(code=code, message=message):
                     self._fail(opener, code, message)
                 case _:
@@ -167,5 +185,8 @@ class Openers:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _are_there(files: Sequence[FoundFile], fds: Fds) -> bool:
-    return all(0 <= index < len(fds) for file in files for index in file.chain)
+def _are_there(opened: FilesOpened, fds: Fds) -> bool:
+    """Tell whether all descriptors that an opener speaks of have come."""
+    named = [*opened.kept, *(index for file in opened.files for index in file.chain)]
+    count = len(fds) - len(opened.kept)
+    return not fds.are_lost and all(0 <= index < count for index in named)

@@ -99,6 +99,7 @@ class Parent:
         self._consoles = Consoles(terminals, self._look_at_terminal)
         users = ClientUsers(settings.address)
         self._clients = Clients(loop, self._registry, users, self._run, networks.told)
+        openers.keep = self._clients.keep_file
         vmm: Peer[ParentToVmm, VmmToParent] = Peer(
             "vmm", PARENT_AND_VMM, loop, self._from_vmm, on_end=self._vmm_ended
         )

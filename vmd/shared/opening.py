@@ -10,6 +10,7 @@ Source: sections 2.5, 7.5 and 9.3 of OpenBSD's behaviour.
 
 import errno
 import os
+import time
 from collections.abc import Iterable
 from typing import Self
 
@@ -34,6 +35,7 @@ _MISSING = {
 }
 _DISKS = {FileUse.DISK, FileUse.MEMORY}
 _STAMPED = {FileUse.BOOT, FileUse.FIRMWARE}
+_LOCK_LOOK_S = 0.02
 _DENIED = {errno.EACCES, errno.EPERM}
 
 
@@ -66,15 +68,19 @@ class Files:
         fds, self.fds = self.fds, []
         return fds
 
-    def open(self, wanted: Iterable[WantedFile], passed: Fds) -> None:
+    def open(
+        self, wanted: Iterable[WantedFile], passed: Fds, *, lock_patience_s: float = 0
+    ) -> None:
         """Open and judge files; takes those of `passed` that they name.
+
+        A lock may be another's for `lock_patience_s`.
 
         Raises:
             OpeningError: one is not to be had.
         """
         for one in wanted:
             try:
-                self.found.append(_Opening(one, passed, self.fds).file())
+                self.found.append(_Opening(one, passed, self.fds, lock_patience_s).file())
             except MalformedError as err:
                 raise OpeningError(ErrorCode.EINVAL, str(err)) from err
             except OSError as err:
@@ -87,8 +93,11 @@ class Files:
 class _Opening:
     """One file; its descriptors are added to `fds`."""
 
-    def __init__(self, wanted: WantedFile, passed: Fds, fds: list[int]) -> None:
+    def __init__(
+        self, wanted: WantedFile, passed: Fds, fds: list[int], lock_patience_s: float
+    ) -> None:
         self._wanted = wanted
+        self._lock_patience_s = lock_patience_s
         self._passed = [passed.take(index) for index in wanted.passed]
         self._next = 0
         self._fds = fds
@@ -139,12 +148,21 @@ class _Opening:
         except FileError as err:
             raise OpeningError(self._code(err), f"{self._name()} {path}: {err}") from err
         if is_disk and wanted.locks and not self._chain:
-            try:
-                lock(self._fds[index], path, writes=writes)
-            except ImageError as err:
-                raise OpeningError(ErrorCode.DISK_MISSING, str(err)) from err
+            self._lock(self._fds[index], path, writes=writes)
         self._chain.append(index)
         return self._fds[index]
+
+    def _lock(self, fd: int, path: str, *, writes: bool) -> None:
+        deadline = time.monotonic() + self._lock_patience_s
+        while True:
+            try:
+                lock(fd, path, writes=writes)
+            except ImageError as err:
+                if time.monotonic() >= deadline:
+                    raise OpeningError(ErrorCode.DISK_MISSING, str(err)) from err
+                time.sleep(_LOCK_LOOK_S)
+            else:
+                return
 
     def _has_passed(self, path: str) -> bool:
         """Tell whether the next file came along; it has to if the first did."""

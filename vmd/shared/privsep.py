@@ -170,16 +170,22 @@ def wait_for(find: Callable[[], set[int]]) -> None:
 
     When none has ended for some time, they are killed. They are reaped in the order in which they
     end: the first of a pid namespace ends when all others there are reaped. `find` is asked again
-    and again, because one may have forked another meanwhile.
+    and again, because one may have forked another meanwhile. Those that the kernel does not let
+    end, because they wait for a client's file system, are left.
     """
     quiet_since = time.monotonic()
+    killed: set[int] = set()
     while pids := find():
         if _reap_one(pids):
             quiet_since = time.monotonic()
         elif time.monotonic() - quiet_since > _EXIT_GRACE_S:
-            for pid in pids:
+            if pids <= killed:
+                log.warning("left behind, as the kernel waits for files: %s", sorted(pids))
+                return
+            for pid in pids - killed:
                 log.warning("pid %d does not end: killed", pid)
                 os.kill(pid, signal.SIGKILL)
+            killed |= pids
             quiet_since = time.monotonic()
 
 

@@ -57,6 +57,7 @@ from vmd.wire.internal import (
     VmUnpaused,
 )
 from vmd.wire.messages import ErrorCode
+from vmd.wire.parcels import opened
 from vmd.wire.parts import Exits, Moved, Statistics
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.kvm_state import ClockPolicy
@@ -211,7 +212,11 @@ def _wait(
         fds.close()
         return None
     logging.set_verbosity(message.verbosity)
-    passed = fds.take_all()
+    try:
+        passed = opened(fds.take_all())
+    except OSError as err:
+        log.error("descriptors: %s", err.strerror)  # noqa: TRY400 - the host's doing
+        return None
     count = len(message.places)
     named = Fds(passed[:count])
     named.spread(message.places)
@@ -395,7 +400,7 @@ class VmProcess:
         try:
             if self._sending:
                 raise SnapshotError("it is being sent")
-            self._sending = Sending(self._loop, fds.take(0), self._sent)
+            self._sending = Sending(self._loop, opened([fds.take(0)])[0], self._sent)
         except (VmmError, OSError, ChannelError) as err:
             _tell(self._channel, VmSent(failure=_send_code(err), message=str(err)[:TEXT_MAX]))
             return

@@ -153,6 +153,11 @@ class Fds:
         self._fds[index] = None
         return fd
 
+    def add(self, fd: int) -> int:
+        """Take ownership of another one; returns it."""
+        self._fds.append(fd)
+        return fd
+
     def check(self) -> None:
         """Go on, unless they are lost.
 
@@ -228,12 +233,15 @@ class Channel(Generic[Sent, Taken]):
         high_water: int = HIGH_WATER,
         sent_max: int = MESSAGE_MAX,
         asks_pids: bool = False,
+        take_fds: Callable[[Sequence[int]], list[int] | None] | None = None,
     ) -> None:
         """Take ownership of `connection`, a connected UNIX SOCK_SEQPACKET socket.
 
         The channel is full from `high_water` bytes on that wait for the peer. Messages of up to
         `sent_max` bytes can be sent; the kernel keeps some for a peer that does not read. With
-        `asks_pids`, the kernel tells which process has sent a message, from now on.
+        `asks_pids`, the kernel tells which process has sent a message, from now on. `take_fds`
+        takes over the descriptors that arrive, and returns what is to be in their place; None if
+        they are lost.
         """
         connection.setblocking(False)
         # The kernel refuses a packet that is larger than what may be under way, which it doubles.
@@ -245,6 +253,7 @@ class Channel(Generic[Sent, Taken]):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._ancillary_size += CREDENTIALS_SIZE
         self._sent_max = sent_max
+        self._take_fds = take_fds
         self._socket = connection
         self._wire = wire
         self._high_water = high_water
@@ -469,7 +478,7 @@ class Channel(Generic[Sent, Taken]):
         except OSError as err:
             raise ChannelClosedError(f"cannot receive: {err.strerror}") from err
         with ExitStack() as stack:
-            fds = stack.enter_context(Fds(descriptors(ancillary)))
+            fds = stack.enter_context(self._arrived(descriptors(ancillary)))
             if not data:  # the end; or a packet of nothing, which is no message either
                 raise ChannelClosedError("the peer has closed the connection")
             if flags & socket.MSG_TRUNC:
@@ -485,6 +494,10 @@ class Channel(Generic[Sent, Taken]):
             stack.pop_all()
         self.sender_pid = sender_pid(ancillary)
         return Received(message, fds, len(data))
+
+    def _arrived(self, fds: list[int]) -> Fds:
+        taken = fds if self._take_fds is None else self._take_fds(fds)
+        return Fds(are_lost=True) if taken is None else Fds(taken)
 
     def wait(self, timeout_s: float | None = None) -> Received[Taken]:
         """Return the next message, within `timeout_s` seconds; None for however long it takes.

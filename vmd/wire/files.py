@@ -56,9 +56,11 @@ class OpenFiles(Internal, frozen=True, kw_only=True):
 
 
 class FilesOpened(Internal, frozen=True, kw_only=True):
-    """Each of the files, in their order; their descriptors come along."""
+    """Each of the files, in their order; their descriptors come along, in parcels."""
 
     files: tuple[FoundFile, ...]
+    kept: tuple[int, ...] = ()
+    """Indices of the parcels that the opener has made; their keepers come along as the last."""
 
 
 class OpeningFailed(Internal, frozen=True, kw_only=True):

@@ -91,8 +91,14 @@ class Happened(Internal, frozen=True, kw_only=True):
     event: Event
 
 
+class KeepFile(Internal, frozen=True, kw_only=True):
+    """Keep a file of a client's: its parcel and the keeper of that come along, see `parcels`."""
+
+    uid: int
+
+
 ControlToParent = ClientCame | ClientRequest | ClientGone
-ParentToControl = ClientAnswer | Considered | Happened | SetVerbosity
+ParentToControl = ClientAnswer | Considered | Happened | KeepFile | SetVerbosity
 
 
 # parent ↔ priv

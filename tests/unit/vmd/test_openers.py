@@ -23,6 +23,7 @@ from vmd.parent.openers import OPENERS_PER_USER, Openers
 from vmd.rules.policy import Users
 from vmd.shared.privsep import Plan
 from vmd.wire.files import FileUse, FoundFile, WantedFile
+from vmd.wire.parcels import opened
 from vmm_kvm.loop import EventLoop
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights need root")
@@ -61,8 +62,9 @@ class Host:
         place = len(self.results)
         self.results.append("not answered")
 
-        def opened(found: list[FoundFile], fds: list[int]) -> None:
+        def then(found: list[FoundFile], parcels: list[int]) -> None:
             assert [file.chain for file in found] == [(0,)]
+            fds = opened(parcels)
             status = os.fstat(fds[0])
             self.owners.add(status.st_uid)
             for fd in fds:
@@ -74,7 +76,7 @@ class Host:
             if "not answered" not in self.results:
                 self.loop.stop()
 
-        self.openers.open(uid, [wanted], [], opened, lambda err: answer(str(err)))
+        self.openers.open(uid, [wanted], [], then, lambda err: answer(str(err)))
 
     def finish(self) -> list[Result]:
         """Wait for all answers and processes."""
