@@ -219,6 +219,10 @@ _vmctl() {
 		_vmctl_offer "$word" '<file>'
 		return
 		;;
+	'run --gdb')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'run --initrd')
 		_vmctl_offer "$word" '<file>'
 		return
@@ -240,7 +244,7 @@ _vmctl() {
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --from --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --vsock --wait)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --vsock --wait)
 		operands=()
 		;;
 	'send '*)

@@ -81,6 +81,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l console-log -d 'Write 
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l from -d 'Go on from what \'vmctl send\' has written into this file.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l gdb -d 'Let GDB debug the guest through this socket; with wait it begins when GDB lets it.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l initrd -d 'Initial RAM disk; for a Multiboot kernel a module, and may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l no-reboot -d 'End when the guest reboots, instead of booting again.'

@@ -22,6 +22,7 @@ packages='
     fdisk               sfdisk partitions disks of guests
     fish                completes command lines, in its tests
     gcc                 compares our structures with <linux/kvm.h>
+    gdb                 debugs guests, in tests
     git                 the tests ask which files belong to the tree
     grub-common         grub-mkrescue makes bootable discs
     grub-efi-amd64-bin  GRUB for UEFI

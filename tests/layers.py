@@ -161,7 +161,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.arch.x86",
         "vmm_kvm.arch.x86.layout",
     ),
-    "vmm_kvm.throttling": ("vmm_kvm.errors", "vmm_kvm.vm_table"),
+    "vmm_kvm.holding": ("vmm_kvm.errors", "vmm_kvm.vm_table"),
     "vmm_kvm.primitives": (
         "vmm_kvm.errors",
         "vmm_kvm.limits",
@@ -193,7 +193,15 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio.vhost_user",
         "vmm_kvm.primitives",
         "vmm_kvm.write_log",
-        "vmm_kvm.throttling",
+        "vmm_kvm.holding",
+    ),
+    "vmm_kvm.gdb": (
+        "vmm_kvm.errors",
+        "vmm_kvm.bits",
+        "vmm_kvm.listening",
+        "vmm_kvm.loop",
+        "vmm_kvm.kvm",
+        "vmm_kvm.machine",
     ),
     "vmm_kvm.commands": (
         "vmm_kvm.limits",
@@ -463,6 +471,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.loop",
         "vmm_kvm.virtio",
     ),
+    "vmctl.gdb": ("vmm_kvm.errors", "vmm_kvm.loop", "vmm_kvm.gdb", "vmctl.values"),
     "vmctl.run": (
         "vmm_kvm.boot_device",
         "vmm_kvm.standard_streams",
@@ -480,6 +489,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.machine",
         "vmctl",
         "vmctl.values",
+        "vmm_kvm.gdb",
+        "vmctl.gdb",
         "vmctl.disks",
         "vmctl.nics",
         "vmctl.nic_options",

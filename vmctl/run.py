@@ -41,6 +41,7 @@ from vmm_kvm.standard_streams import OutputError
 if TYPE_CHECKING:  # loaded where there is a disk, or an interface
     from vmctl.restoring import Saved
     from vmctl.vsock import VsockOption
+    from vmm_kvm.gdb.server import GdbServer
     from vmm_kvm.machine.net import NetSpec
     from vmm_kvm.machine.spec import DeviceSpec
     from vmm_kvm.net.host_stream import HostStream
@@ -98,6 +99,7 @@ class RunOptions(NamedTuple):
     console_log: tuple[str, ...] = ()
     origin: tuple[str, ...] = ()
     """--from"""
+    gdb: tuple[str, ...] = ()
     console: bool = False
     """Without a meaning: the console is always attached."""
     name: str = ""
@@ -141,6 +143,12 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
 
                 listener = VsockListener(vsock.path, loop, foreground.connect)
                 stack.callback(listener.close)
+            if options.gdb:
+                from vmctl.gdb import open_server  # noqa: PLC0415 - few VMs are debugged
+
+                server = open_server(options.gdb, loop, foreground.quit)
+                stack.callback(server.close)
+                foreground.serve_debuggers(server)
             status, message, reason = foreground.run()
             has_lost_output = foreground.has_lost_output
             if options.as_json and foreground.leaves_line_open:
@@ -162,7 +170,7 @@ def _origin(options: RunOptions) -> str | None:
     origin = once(options.origin, "snapshot")
     about = (
         *("name", "origin", "timeout", "until", "no_reboot", "as_json", "console_log", "console"),
-        "vsock",
+        *("vsock", "gdb"),
     )
     if origin and any(value for field, value in options._asdict().items() if field not in about):
         raise SpecError("--from says all of the VM: use no options that say what it is")
@@ -360,6 +368,7 @@ class Foreground:
         self._wanted = limits.wanted
         self._seen = b""
         self._machine: Machine | None = None
+        self._gdb: GdbServer | None = None
         self._outcome: Outcome | Ended | None = None
         self._terminations = 0
         self._halt: HaltError | None = None
@@ -367,6 +376,10 @@ class Foreground:
         self._is_throttled = False
         self._retry_timer = loop.timer(self._retry)
         self._stdio = Stdio(loop, self, log=console_log)
+
+    def serve_debuggers(self, server: "GdbServer") -> None:
+        """Show every machine of the VM to `server`; before `run`."""
+        self._gdb = server
 
     def run(self) -> tuple[int, str | None, str | None]:
         """Run the VM; returns the exit status, and a message for stderr or else the reason."""
@@ -455,6 +468,8 @@ class Foreground:
         if self._is_throttled:  # the machine before its reboot has written more than is read yet
             self._machine.throttle(True)
         self._tell_size()
+        if self._gdb:
+            self._gdb.attach(self._machine)
         return self._machine
 
     def connect(self, stream: "HostStream", port: int) -> None:

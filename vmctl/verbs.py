@@ -154,6 +154,14 @@ _MACHINE_OPTIONS = (
         True,
         (FILE,),
     ),
+    Option(
+        "--gdb",
+        "gdb",
+        "Let GDB debug the guest through this socket; with wait it begins when GDB lets it.",
+        "path[,wait]",
+        True,
+        (FILE,),
+    ),
     _INITRD,
     Option("--json", "as_json", "Print what has become of the VM as JSON."),
     Option("--no-reboot", "no_reboot", "End when the guest reboots, instead of booting again."),
@@ -202,6 +210,7 @@ _NOT_FOR_RUN = {
 }
 _NOT_FOR_START = {
     "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
+    "--gdb": "a VM of vmd cannot be debugged: use run",
     "--from": "vmd makes a VM of what was sent by 'vmctl receive'",
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
@@ -218,8 +227,8 @@ _RUN_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
     "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
     "\t\t[--console-log file] [--firmware name] [--forward forward]\n"
-    "\t\t[--from path] [--initrd path] [--json] [--no-reboot] [--nvram path]\n"
-    "\t\t[--selftest] [--timeout seconds] [--virtio-console]\n"
+    "\t\t[--from path] [--gdb path[,wait]] [--initrd path] [--json] [--no-reboot]\n"
+    "\t\t[--nvram path] [--selftest] [--timeout seconds] [--virtio-console]\n"
     "\t\t[--vsock path] [--wait condition] [name]"
 )
 _START_USAGE = (

@@ -210,7 +210,7 @@ def run(
         if slot.state is not VcpuState.STOPPED or slot.is_waiting:
             raise RefusedError(Refusal.EBUSY, f"vCPU {vcpu_id} of VM {vm_id}: not stopped")
         slot.is_waiting = True
-        vmm.changed.wait_for(lambda: not vm.stands_still or vm.is_ending)
+        vmm.changed.wait_for(lambda: not vm.keeps_out(vcpu_id) or vm.is_ending)
         slot.is_waiting = False
         if vm.is_ending:
             slot.state = VcpuState.TERMINATED

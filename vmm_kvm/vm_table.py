@@ -57,6 +57,7 @@ class VmEntry:
     """A VM of the table."""
 
     __slots__ = (
+        "held_vcpus",
         "hidden",
         "holds",
         "id",
@@ -91,15 +92,17 @@ class VmEntry:
         self.is_paused = False
         self.is_throttled = False
         """Its vCPUs wait for a reader of its output, whether it is paused or not."""
+        self.held_vcpus: frozenset[int] = frozenset()
+        """Those that a debugger keeps out of the guest."""
         self.is_ending = False
         """No vCPU enters the guest again."""
         self.is_gone = False
         """It is no longer in the table."""
 
-    @property
-    def stands_still(self) -> bool:
-        """Whether no vCPU may enter the guest, for whatever reason."""
-        return bool(self.holds) or self.is_paused or self.is_throttled
+    def keeps_out(self, vcpu_id: int) -> bool:
+        """Tell whether a vCPU may not enter the guest, for whatever reason."""
+        is_still = self.holds or self.is_paused or self.is_throttled
+        return bool(is_still) or vcpu_id in self.held_vcpus
 
     def kick(self) -> None:
         """Bring every vCPU that runs out of the guest."""

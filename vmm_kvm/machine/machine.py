@@ -8,7 +8,7 @@ makes a new Machine: nothing of the old one can be left over.
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from mmap import mmap
 from typing import TYPE_CHECKING, Self
@@ -37,11 +37,13 @@ from vmm_kvm.devices.rom import Rom
 from vmm_kvm.devices.uart16550 import Uart16550
 from vmm_kvm.devices.vm_generation import VmGeneration
 from vmm_kvm.errors import HaltError
+from vmm_kvm.holding import hold_vcpus, throttle
 from vmm_kvm.kvm.eventfds import EventFds
-from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
+from vmm_kvm.kvm.exits import Debug, Exit
 from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.stats import ExitCounts
 from vmm_kvm.kvm.vcpu import Vcpu
+from vmm_kvm.machine.bad_exits import outcome_of
 from vmm_kvm.machine.dirty import DirtyPages
 from vmm_kvm.machine.routes import interrupt_routes
 from vmm_kvm.machine.runner import Runner
@@ -52,7 +54,6 @@ from vmm_kvm.machine.spec import (
     Ending,
     MachineSpec,
     Outcome,
-    TripleFault,
     nets_of,
     pmems_of,
 )
@@ -62,7 +63,6 @@ from vmm_kvm.pci.host import EcamWindow, PciHost
 from vmm_kvm.pci.intx import IntxLines
 from vmm_kvm.primitives import VmInfo, Vmm
 from vmm_kvm.state import Part
-from vmm_kvm.throttling import throttle
 from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, check_vcpus
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class Machine:
         self._clock = clock
         self._output: SerialOutput | None = None
         self._exit_counts: ExitCounts | None = None
+        self.on_debug: Callable[[Vcpu, Debug], None] | None = None
+        """Called on a vCPU's thread for its Debug exits, which a debugger asks KVM for."""
         is_firmware = isinstance(spec.image, FirmwareImage)
         self._is_q35 = isinstance(spec.image, FirmwareImage) and spec.image.is_uefi
         hole_start = layout.UEFI_HOLE_START if self._is_q35 else layout.PCI_HOLE_START
@@ -259,6 +261,20 @@ class Machine:
         self._devices.prepare_to_resume()
         primitives.unpause(self._vmm, self._vm_id)
         self._devices.announce()
+
+    # For a debugger: vCPUs alone stand still; devices and clocks go on
+
+    def hold(self, vcpus: Iterable[int] | None = None, *, wait: bool = True) -> None:
+        """Keep every vCPU out of the guest, or those of these indices alone.
+
+        With every one, returns when they are out; without `wait` at once.
+        """
+        held = range(self.spec.cpus) if vcpus is None else tuple(vcpus)
+        hold_vcpus(self._vmm, self._vm_id, held, wait=wait)
+
+    def vcpu(self, index: int) -> Vcpu:
+        """Return a vCPU, to look at it while `hold` holds."""
+        return primitives.kvm_vcpu(self._vmm, self._vm_id, index)
 
     # State, see `machine.state`; while the machine is paused, on the event loop's thread
 
@@ -549,36 +565,13 @@ class Machine:
             self._end(Crash(f"{self.spec.name}: the guest panicked"))
 
     def _exit(self, vcpu: Vcpu, reason: Exit) -> None:
-        """End the machine by an exit that is no device access."""
-        name = self.spec.name
-        match reason:
-            case Shutdown():
-                self._end(TripleFault(f"{name}: triple fault: {_registers(vcpu)}"))
-            case InternalError():
-                instruction = reason.instruction.hex(" ") or "unknown"
-                self._end(
-                    Crash(
-                        f"{name}: KVM internal error {reason.suberror}: "
-                        f"instruction {instruction}: {_registers(vcpu)}"
-                    )
-                )
-            case FailEntry():
-                self._end(
-                    Crash(f"{name}: invalid vCPU state {reason.reason:#x}: {_registers(vcpu)}")
-                )
-            case _:
-                kind = type(reason).__name__
-                self._end(Crash(f"{name}: unexpected exit {kind}: {_registers(vcpu)}"))
+        """Let a debugger see its breakpoint, or end the machine: the exit is no device access."""
+        if isinstance(reason, Debug):
+            if on_debug := self.on_debug:  # else a debugger has just gone
+                on_debug(vcpu, reason)
+            return
+        self._end(outcome_of(self.spec.name, vcpu, reason))
 
 
 def _address(memory: "mmap | bytearray") -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-def _registers(vcpu: Vcpu) -> str:
-    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
-    return (
-        f"vcpu{vcpu.index} rip={regs.rip:#x} rsp={regs.rsp:#x} rax={regs.rax:#x} "
-        f"rflags={regs.rflags:#x} cs={sregs.cs.selector:#x} cr0={sregs.cr0:#x} "
-        f"cr2={sregs.cr2:#x} cr3={sregs.cr3:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x}"
-    )

@@ -160,6 +160,7 @@ def test_run_and_start_have_the_same_options() -> None:
         "start": {
             "--console-log",
             "--from",
+            "--gdb",
             "--no-reboot",
             "--nvram",
             "--virtio-console",

@@ -12,11 +12,11 @@ from tests import guests
 from tests.kvm.primitive_guests import Ram, Runner, create, mapped
 from vmm_kvm import primitives
 from vmm_kvm.errors import Refusal, RefusedError
+from vmm_kvm.holding import throttle
 from vmm_kvm.kvm.exits import Hlt
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import KICK_SIGNAL, install_kick_signal
 from vmm_kvm.primitives import Vmm
-from vmm_kvm.throttling import throttle
 from vmm_kvm.vm_params import Controllers
 
 pytestmark = pytest.mark.kvm

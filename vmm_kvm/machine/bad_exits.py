@@ -1,0 +1,32 @@
+"""Exits that no device serves: how a machine ends by them."""
+
+from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
+from vmm_kvm.kvm.vcpu import Vcpu
+from vmm_kvm.machine.spec import Crash, Outcome, TripleFault
+
+
+def outcome_of(name: str, vcpu: Vcpu, reason: Exit) -> Outcome:
+    """Return how the VM `name` ends by an exit that is no device access; on the vCPU's thread."""
+    match reason:
+        case Shutdown():
+            return TripleFault(f"{name}: triple fault: {_registers(vcpu)}")
+        case InternalError():
+            instruction = reason.instruction.hex(" ") or "unknown"
+            return Crash(
+                f"{name}: KVM internal error {reason.suberror}: "
+                f"instruction {instruction}: {_registers(vcpu)}"
+            )
+        case FailEntry():
+            return Crash(f"{name}: invalid vCPU state {reason.reason:#x}: {_registers(vcpu)}")
+        case _:
+            kind = type(reason).__name__
+            return Crash(f"{name}: unexpected exit {kind}: {_registers(vcpu)}")
+
+
+def _registers(vcpu: Vcpu) -> str:
+    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    return (
+        f"vcpu{vcpu.index} rip={regs.rip:#x} rsp={regs.rsp:#x} rax={regs.rax:#x} "
+        f"rflags={regs.rflags:#x} cs={sregs.cs.selector:#x} cr0={sregs.cr0:#x} "
+        f"cr2={sregs.cr2:#x} cr3={sregs.cr3:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x}"
+    )
