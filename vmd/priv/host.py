@@ -1,4 +1,4 @@
-"""What priv changes the host's network with: seams between what it decides and the kernel."""
+"""Protocols of the kernel's network interfaces that priv uses; tests replace them."""
 
 from typing import Protocol
 
@@ -61,4 +61,4 @@ class PacketFilter(Protocol):
     """The host's packet filter; see `nftables`."""
 
     def run(self, rules: str) -> None:
-        """Carry out commands, all or none; may raise NftablesError."""
+        """Execute commands, all or none; may raise NftablesError."""

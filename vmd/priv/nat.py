@@ -1,8 +1,8 @@
 """The packet filter's rules, as text: NAT, forwarded ports, and locked lladdrs.
 
 All of it is in two tables of our own, which each text replaces as a whole: a table for addresses,
-and one for the frames of each locked interface. Rules of others are not looked at. What belongs
-together is a piece: the kernel may lack something that one needs, and the others do without it.
+and one for the frames of each locked interface. It leaves other rules alone. Rules that depend on
+each other form a piece: the kernel may lack a feature that one piece needs, while the others work.
 
 Source: nft(8); sections 12.6 and 12.7 of OpenBSD's behaviour.
 """
@@ -60,12 +60,12 @@ class Piece(NamedTuple):
     """Whose rules they are; None for those of all."""
     is_lock: bool = False
     opens_loopback: bool = False
-    """The guest's interface has to take packets of the loopback network, which the guard keeps the
-    guest itself from sending."""
+    """The guest's interface has to accept packets of the loopback network; the guard keeps the
+    guest itself from sending any."""
 
 
 def nat(network4: str, network6: str) -> Iterator[Piece]:
-    """Yield what hides the addresses of guests, of networks that may be empty."""
+    """Yield rules that hide the addresses of guests, of networks that may be empty."""
     for family, network in (("ip", network4), ("ip6", network6)):
         if network:
             rule = f"{family} saddr {network} {family} daddr != {network} masquerade"
@@ -73,7 +73,7 @@ def nat(network4: str, network6: str) -> Iterator[Piece]:
 
 
 def forward(config: ForwardConfig, guest: LocalAddresses, place: Place) -> Iterator[Piece]:
-    """Yield what leads a port of the host's addresses to a guest's."""
+    """Yield rules that forward a port of the host's addresses to a guest's."""
     protocol, port, to_port, address = config
     what = f"forward {protocol} {f'{address} ' if address else ''}{port} to {to_port}"
     to4 = f"{protocol} dport {port} dnat ip to {guest.guest4}:{to_port}"
@@ -115,11 +115,11 @@ def is_loopback(address: str) -> bool:
 
 
 def lock(lladdr: str, place: Place) -> Piece:
-    """Return what drops frames from another address, and to one.
+    """Return rules that drop frames from another address, and to one.
 
-    What the guest sends comes in there, what it receives goes out. Bytes of the frame, not nft's
-    own words for them: those look first where a frame came from, and one that the host itself sends
-    has come from nowhere. Bit 7 says that it is for several.
+    The guest's frames come in there, and those to it go out. The rules match bytes of the frame
+    instead of nft's own words, which first check the input interface: a frame of the host itself
+    has none. Bit 7 marks multicast.
     """
     number, tap = f"0x{lladdr.replace(':', '')}", place.tap
 
@@ -138,14 +138,14 @@ def lock(lladdr: str, place: Place) -> Piece:
 
 
 def clearing(table: str) -> str:
-    """Return the commands that remove our tables, whether they are there or not."""
+    """Return the commands that remove our tables, even if they do not exist."""
     return "".join(
         f"table {family} {table}\ndelete table {family} {table}\n" for family in ("inet", "netdev")
     )
 
 
 def ruleset(table: str, pieces: Iterable[Piece]) -> str:
-    """Return the commands that make our tables, both of the name `table`, what `pieces` say."""
+    """Return the commands that fill our tables, both of the name `table`, with `pieces`."""
     chains: dict[Chain, dict[str, None]] = {}
     for piece in pieces:
         for chain, rule in piece.rules:
@@ -168,10 +168,10 @@ def _chain_text(chain: Chain, rules: Iterable[str]) -> str:
 def install(
     pieces: Sequence[Piece], apply: Callable[[Sequence[Piece]], str]
 ) -> tuple[list[Piece], dict[Piece, str]]:
-    """Apply as many pieces as can be had; returns those, and why the others are refused.
+    """Apply as many pieces as possible; returns those, and why the others are refused.
 
-    `apply` makes the rules what some pieces say, or leaves them and returns why not. Halves are
-    tried where the whole is refused, so that the number of tries grows with what is refused.
+    `apply` sets the rules to some pieces, or leaves them and returns the reason. A refused list is
+    tried in halves, so that the number of tries grows with the number of refused pieces.
     """
     accepted: list[Piece] = []
     refused: dict[Piece, str] = {}

@@ -1,7 +1,7 @@
 """nftables, by its own library: a text of rules takes effect as a whole, or not at all.
 
-The library runs in this process and only speaks netlink, so that whoever uses it can be confined;
-`nft -f` would have to be executed with all its privileges.
+The library runs in this process and only speaks netlink, so that its caller can be confined; `nft
+-f` would have to be executed with all its privileges.
 
 Source: libnftables(3)
 """

@@ -1,11 +1,11 @@
 """The priv process: the only one that changes the host's network interfaces and packet filter.
 
 It has CAP_NET_ADMIN, a connection to rtnetlink and one to nftables, and may write the settings
-below /proc/sys/net. It decides nothing: the parent says which interfaces there are to be. What it
-makes and a crash could leave behind bears a mark, and is removed when it is not wanted any more;
-taps go by themselves, with the descriptors that they belong to.
+below /proc/sys/net. It decides nothing: the parent names the interfaces. Objects that a crash could
+leave behind bear a mark, and are removed when they are no longer wanted; taps vanish with their
+descriptors.
 
-What the host lacks, or the kernel refuses, is logged, and the rest is done. When the parent is
+It logs what the host lacks or the kernel refuses, and does the rest. When the parent is
 gone, it removes what it has made, and ends.
 
 Source: sections 5.3, 12.2 and 12.3 of OpenBSD's behaviour.
@@ -57,7 +57,7 @@ log = Log(__name__)
 _Value = TypeVar("_Value")
 
 VRF_TABLE = 0x7644_0000
-"""Routing table of rdomain 0; the others follow. Nobody else's count so high."""
+"""Routing table of rdomain 0; the others follow. Other programs use lower numbers."""
 _LLADDR = "fe:e1:ba:"
 _ENODEV = 19
 
@@ -124,7 +124,7 @@ class Priv:
                     assert_never(received.message)
 
     def parent_left(self) -> None:
-        """Leave the host's network as it was before us, and end."""
+        """Restore the host's network as it was before us, and end."""
         self._taps.clear()
         if self._wanted:
             self._configure(Configure(mark=self._wanted.mark, table=self._wanted.table))
@@ -147,7 +147,7 @@ class Priv:
                 self._switch(switch)
             except (LinkError, OSError) as err:
                 log.warning('switch "%s": %s', switch.name, err)
-        for taps in self._taps.values():  # of a bridge that is made anew, or is there at last
+        for taps in self._taps.values():  # of a bridge that is made again, or exists at last
             for tap in taps:
                 if tap.spec.bridge:
                     self._join(tap.spec, tap.link)
@@ -160,11 +160,11 @@ class Priv:
         return f"{self._wanted.mark}: {what}"
 
     def _own_lladdr(self, name: str) -> str:
-        """Return the address that an interface of ours has from its first moment."""
+        """Return the address that an interface of ours is made with."""
         return _LLADDR + crc32(self._mark(name).encode()).to_bytes(4, "big")[:3].hex(":")
 
     def _is_ours(self, link: Link) -> bool:
-        """Tell whether an interface bears our mark, or would if we had not been killed before."""
+        """Tell whether an interface bears our mark, or would but for an earlier kill."""
         if link.alias:
             return link.alias.startswith(self._mark(""))
         return link.kind in {"bridge", "vrf"} and link.lladdr == self._own_lladdr(link.name)
@@ -205,7 +205,7 @@ class Priv:
         return link
 
     def _remove_unwanted(self) -> None:
-        """Remove what bears our mark and is not wanted any more."""
+        """Remove interfaces that bear our mark and are no longer wanted."""
         if self._wanted is None or self._wanted.is_partial:
             return
         switches = self._wanted.switches
@@ -224,7 +224,7 @@ class Priv:
             log.warning("cannot remove an interface: %s", err)
 
     def _filter(self) -> None:
-        """Make the packet filter's rules what they have to be, as far as the kernel takes them."""
+        """Set the packet filter's rules, as far as the kernel accepts them."""
         if self._wanted is None or self._wanted.is_partial:
             return
         pieces = tuple(self._pieces(self._wanted))
@@ -236,7 +236,7 @@ class Priv:
                 log.warning("no nftables: no NAT, no forwarded ports")
                 self._has_told = True
             return
-        # What was taken before comes first, so that it stays while the others are tried.
+        # Pieces accepted before come first, so that they stay while the others are tried.
         ordered = sorted(pieces, key=lambda piece: piece not in self._accepted)
         self._accepted, refused = install(ordered, self._apply)
         new = {piece: why for piece, why in refused.items() if piece not in self._refused}
@@ -261,7 +261,7 @@ class Priv:
                         yield from forward(each, tap.spec.local, place)
 
     def _apply(self, pieces: Sequence[Piece]) -> str:
-        """Make the rules what `pieces` say; returns why not, if they are refused."""
+        """Set the rules to `pieces`; returns the reason if they are refused."""
         assert self._wanted is not None
         assert self._nftables is not None
         text = ruleset(self._wanted.table, pieces)
@@ -291,7 +291,7 @@ class Priv:
         self._opened = taps
 
     def _is_filtered(self, vm_id: int) -> bool:
-        """Tell whether frames of a VM with a wrong lladdr are dropped by the kernel."""
+        """Tell whether the kernel drops a VM's frames with a wrong lladdr."""
         return not any(
             piece.is_lock and piece.place and piece.place.vm_id == vm_id for piece in self._refused
         )
@@ -333,15 +333,15 @@ class Priv:
         return _Tap(spec, link)
 
     def _set_up(self, tap: _Tap) -> None:
-        """Give an interface all that it is to have; what fails is logged, for the rest to follow.
+        """Configure an interface fully; a failure is logged, and the rest goes on.
 
         Raises:
             LinkError, OSError: it stays down.
         """
         spec, link, netlink = tap.spec, tap.link, self._netlink
         self._try(netlink.set_alias, link, spec.alias)
-        # Nothing behind it tells the host its address and router; the host itself speaks IPv6 there
-        # where it is the router.
+        # The host accepts no address or router from behind it; it uses IPv6 there only where it is
+        # the router itself.
         has_ipv6 = spec.local is not None and bool(spec.local.host6)
         for name, value in (("accept_ra", 0), ("addr_gen_mode", 0), ("accept_dad", 0)):
             self._settings.set(link.name, name, value)
@@ -354,7 +354,7 @@ class Priv:
         if spec.bridge:
             self._join(spec, link)
         elif spec.config.rdomain is not None:
-            # Out of its rdomain, it would be where it must not be.
+            # Outside its rdomain, it would reach networks that it must not.
             netlink.set_master(link, self._vrf(spec.config.rdomain))
         netlink.set_up(link, is_up=spec.config.is_up)
         if spec.local is not None:

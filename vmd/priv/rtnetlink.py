@@ -1,7 +1,7 @@
-"""The host's network interfaces, by rtnetlink: the few things that priv does with them.
+"""The host's network interfaces, by rtnetlink: the few operations that priv needs.
 
-pyroute2 speaks the protocol. It is imported here alone, because that takes a quarter of a second
-and 25 MiB; it needs no thread, and no file once it is connected.
+pyroute2 speaks the protocol. Only this module imports it, because the import is slow and takes much
+memory; it needs no thread, and no file once it is connected.
 
 Source: rtnetlink(7); Linux include/uapi/linux/if_link.h
 """
@@ -23,11 +23,11 @@ _NO_MASTER = 0
 _AF_INET, _AF_INET6 = 2, 10
 _EVERYWHERE = {_AF_INET: "0.0.0.0/0", _AF_INET6: "::/0"}
 _LAST = 0xFF00_2000
-"""The metric of a route that any other goes before, as vrf.rst has it."""
+"""The metric of a route that every other precedes, from vrf.rst."""
 
 
 class LinkError(Exception):
-    """The kernel has refused something; `str()` is one line, `errno` says why."""
+    """The kernel refused an operation; `str()` is one line, `errno` says why."""
 
     def __init__(self, what: str, errno: int) -> None:
         super().__init__(f"{what}: {os.strerror(errno)}")
@@ -66,9 +66,9 @@ class Rtnetlink:
 
     @staticmethod
     def attach_tap(fd: int, name: str, *, is_multi_queue: bool) -> str:
-        """Make `fd`, an open /dev/net/tun, a queue of a tap, which is made if it is not there.
+        """Make `fd`, an open /dev/net/tun, a queue of a tap, which is made if it does not exist.
 
-        Frames have a header of virtio's, as the guest's device writes it. Returns the tap's name,
+        Frames have virtio's header, as the guest's device writes it. Returns the tap's name,
         which is the first free of tap0, tap1 ... if `name` is empty.
 
         Raises:
@@ -175,7 +175,7 @@ class Rtnetlink:
             raise LinkError(f"{link.name}: route to {address}", err.code) from err
 
     def close_table(self, table: int) -> None:
-        """Let nothing that looks into a routing table, and finds no route, go on to the main one.
+        """Keep look-ups in a routing table that find no route from continuing in the main table.
 
         Undone by `open_table`: unlike other routes, these do not go with an interface.
 
@@ -204,7 +204,7 @@ class Rtnetlink:
 
 
 class _Message(Protocol):
-    """What pyroute2 makes of a struct ifinfomsg and its attributes."""
+    """pyroute2's form of a struct ifinfomsg and its attributes."""
 
     def __getitem__(self, key: str) -> int: ...
 

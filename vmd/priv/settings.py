@@ -20,7 +20,7 @@ class Settings:
         self._directory = directory
 
     def set(self, interface: str, name: str, value: int) -> None:
-        """Set how an interface speaks IPv6; a kernel without it has no such settings.
+        """Set an interface's IPv6 options; a kernel without IPv6 has none.
 
         Raises:
             OSError: the kernel refuses.

@@ -1,1 +1,1 @@
-"""What the daemon decides, without doing it: pure modules, which are handed time and reports."""
+"""The daemon's decisions: pure modules, which are given the time and reports."""

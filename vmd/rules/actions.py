@@ -1,4 +1,4 @@
-"""What the registry decides is to be done, in order; the parent's `effects` does it."""
+"""The registry's decisions, in order; the parent's `effects` carries them out."""
 
 from typing import NamedTuple
 
@@ -53,14 +53,14 @@ class Perform(NamedTuple):
 
 
 class Operate(NamedTuple):
-    """Do what an administrator asks of the daemon itself, and answer."""
+    """Execute an administrator's request of the daemon itself, and answer."""
 
     ticket: Ticket
     request: Counts | Load | Reload | Source | Reset | Log
 
 
 class List(NamedTuple):
-    """Send these VMs, with what their processes tell, and an end."""
+    """Send these VMs, with their processes' statistics, and an end."""
 
     ticket: Ticket
     request: Status
@@ -68,7 +68,7 @@ class List(NamedTuple):
     gone: tuple[VmInfo, ...] = ()
     """Those that are forgotten, as they are shown."""
     own: frozenset[int] = frozenset()
-    """Ids of those of which the client may see what they boot, and their disks."""
+    """Ids of those whose boot image and disks the client may see."""
 
 
 class OpenConsole(NamedTuple):

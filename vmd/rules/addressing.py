@@ -1,4 +1,4 @@
-"""Addresses of local interfaces: which the host and the guest have, decided by numbers alone.
+"""Addresses of local interfaces, for host and guest, computed from numbers alone.
 
 An interface's network is found from its VM's id and its own position among all of the VM's, so that
 it is the same after every start: an IPv4 network of two addresses, and within the IPv6 prefix one
@@ -30,7 +30,7 @@ _ATTEMPTS = 1000
 
 
 class RangeError(ValueError):
-    """The prefix has no address for an interface; `str()` is one line, as OpenBSD has it."""
+    """The prefix has no address for an interface; `str()` is OpenBSD's line."""
 
 
 def random_prefix6(entropy: bytes) -> Prefix:
@@ -72,8 +72,8 @@ def local_addresses(
 def made_lladdr(host: bytes, uid: int, name: str, index: int, taken: Container[str | None]) -> str:
     """Return the guest's address on interface `index`, from 0, of a VM that names none.
 
-    It follows from the VM's name and owner, so that it is the same at each start, and from `host`,
-    which no other host has, so that it is nobody else's on the same network. One that is `taken` by
+    It is derived from the VM's name and owner, so that it is the same at each start, and from
+    `host`, which differs between hosts, so that it is unique on the network. One that is `taken` by
     another VM here is passed over.
 
     Source: section 7.3 of OpenBSD's behaviour, for its form; there it is random.

@@ -1,7 +1,7 @@
-"""What remains of VMs: what was logged of each, and how those ended that are forgotten.
+"""Records of VMs: the log lines of each, and the ends of forgotten ones.
 
-All of it is bounded, and what one user's VMs leave does not push out what the others' have left.
-It is kept as long as the daemon lives.
+Everything is bounded, and records of one user's VMs do not displace those of others. They are kept
+as long as the daemon lives.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ LINES_KEPT = 64
 LINE_MAX = 300
 """Characters of one; with LINES_KEPT of them an answer still fits into a packet."""
 GONE_MAX = 256
-"""VMs that are forgotten, and of which is known how they ended."""
+"""Forgotten VMs whose end is known."""
 GONE_PER_USER = 32
 """Of those, the ones that one user has made."""
 
@@ -52,14 +52,14 @@ class Gone(NamedTuple):
 
 
 class GoneVms:
-    """VMs that have ended and are forgotten; the latest is the first."""
+    """VMs that have ended and are forgotten, latest first."""
 
     def __init__(self) -> None:
         """Begin without any."""
         self._gone: list[Gone] = []
 
     def add(self, gone: Gone) -> None:
-        """Remember a VM; the oldest of its user's, or of all, makes room."""
+        """Remember a VM, dropping the oldest of its user's, or of all."""
         self._gone.insert(0, gone)
         own = [one for one in self._gone if one.requester == gone.requester]
         if len(own) > GONE_PER_USER:
@@ -67,7 +67,7 @@ class GoneVms:
         del self._gone[GONE_MAX:]
 
     def take(self, name: str, requester: int) -> Gone | None:
-        """Return the one of this name and user, which there is again, and forget the others."""
+        """Return the latest of this name and user, which exists again; forget the others."""
         found = [one for one in self._gone if one.info.name == name and one.requester == requester]
         self._gone = [one for one in self._gone if one not in found]
         return found[0] if found else None

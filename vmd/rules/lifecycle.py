@@ -9,13 +9,13 @@
 A running VM is PAUSED too when a request of a disk waits for the host; that is its `halt`.
 RUNNING and PAUSED become SENDING, from which a VM comes back as it was, or ends.
 
-A VM of any state from STARTING on can be gone at any moment; it is then STOPPED, or STARTING again
-if the guest has rebooted. STOPPED and WAITING mean that nothing is left: no process, no descriptor,
-nobody who waits for an answer.
+A VM in any state from STARTING on can end at any moment; it is then STOPPED, or STARTING again if
+the guest has rebooted. STOPPED and WAITING mean that nothing is left: no process, no descriptor, no
+pending answer.
 
 Every request gets exactly one answer, at once or later: an effect `Reply` with its ticket, or
-`OpenConsole`. What is refused has no other effect. Whoever runs effects feeds what comes of them
-back as events.
+`OpenConsole`. A refused request has no other effect. The caller carries out effects, and reports
+their results as events.
 
 Source: sections 7 and 8 of OpenBSD's behaviour, with the advice of its section 21.
 """
@@ -79,7 +79,7 @@ from vmd.wire.messages import (
 EARLY_S = 6.0
 """A start so soon after the one before counts as early."""
 EARLY_MAX = 3
-"""How many early starts in a row it takes to be refused."""
+"""Early starts in a row after which a start is refused."""
 
 
 _ORDERLY = {EndReason.POWER_OFF, EndReason.REBOOT, EndReason.STOPPED, EndReason.SENT}
@@ -100,14 +100,14 @@ _SHOWN = {
 
 
 def shown_state(vm: VmState) -> State:
-    """Return what `vmctl status` calls the VM's state."""
+    """Return the VM's state in the words of `vmctl status`."""
     if vm.phase is Phase.SENDING and not vm.was_paused:
         return State.RUNNING  # but for the end of it
     return _SHOWN[vm.phase]
 
 
 def step(vm: VmState, event: Event, now: float) -> Step:
-    """Return what becomes of a VM by an event, and what is to be done.
+    """Return a VM's next state after an event, and the effects.
 
     `now` is in seconds, on any clock that does not jump.
     """
@@ -167,9 +167,9 @@ def step(vm: VmState, event: Event, now: float) -> Step:
 
 
 def why_already(phase: Phase) -> str:
-    """Return what there is to say of a VM that is not idle when it is to start.
+    """Return the error text for starting a VM that is not idle.
 
-    That it runs the code says already, whose line tools expect to be the last.
+    For a running VM the code suffices; tools expect its line to be the last.
     """
     return "the VM is stopping" if phase is Phase.STOPPING else ""
 
@@ -223,7 +223,7 @@ def _stopping(vm: VmState, *, force: bool) -> Step:
             effects.append(CancelSend())
         is_paused = vm.was_paused if vm.phase is Phase.SENDING else vm.phase in _PAUSED
         if not force and (is_paused or vm.stays_paused):
-            effects.append(SendUnpause())  # a guest that stands still cannot do as it is asked
+            effects.append(SendUnpause())  # a paused guest cannot react
     effects.append(Kill() if force else SendStop())
     vm = vm._replace(phase=Phase.STOPPING, starter=None, pausers=(), unpausers=(), watchers=())
     return vm._replace(halt=None), tuple(effects)
@@ -311,7 +311,7 @@ def _without(vm: VmState, client: int) -> Step:
     def others(tickets: tuple[Ticket, ...]) -> tuple[Ticket, ...]:
         return tuple(ticket for ticket in tickets if ticket.client != client)
 
-    # Nobody is there to be told that it was sent: it is not to be.
+    # The client that would learn of it is gone: cancel the sending.
     gives_up = vm.sender is not None and vm.sender.client == client
     effects = (CancelSend(),) if gives_up and vm.phase is Phase.SENDING else ()
     vm = vm._replace(
@@ -329,7 +329,7 @@ def _without(vm: VmState, client: int) -> Step:
 
 
 def _running(vm: VmState) -> Step:
-    if vm.phase is not Phase.STARTING:  # it is stopping already: whoever started it hears of that
+    if vm.phase is not Phase.STARTING:  # it is stopping already, and its starter is told
         return vm, ()
     reply: tuple[Effect, ...] = ()
     if vm.starter:
@@ -357,7 +357,7 @@ def _halted(vm: VmState, event: Halted) -> Step:
         case Phase.RUNNING:
             vm = vm._replace(phase=Phase.PAUSED, halt=event)
             return vm, (_published_pause(vm),)
-        case Phase.PAUSING | Phase.PAUSED:  # it is about to be told that all of it is quiet
+        case Phase.PAUSING | Phase.PAUSED:  # the report that it is paused is on its way
             return vm._replace(halt=event), ()
         case (
             Phase.STOPPED
@@ -390,7 +390,7 @@ def _unpaused(vm: VmState) -> Step:
 
 
 def _sent(vm: VmState) -> Step:
-    """Let a VM that was sent, and goes on, be as it was before."""
+    """Return a VM that was sent, and continues, to its state before."""
     if vm.phase is not Phase.SENDING:
         return _told_sender(vm, is_sent=True)
     vm, effects = _told_sender(_as_before(vm), is_sent=True)
@@ -410,7 +410,7 @@ def _as_before(vm: VmState) -> VmState:
 def _told_sender(
     vm: VmState, *, is_sent: bool, code: ErrorCode = ErrorCode.EIO, message: str = ""
 ) -> Step:
-    """Tell whoever had a VM sent what has become of it, once."""
+    """Answer the client that had a VM sent, once."""
     sender = vm.sender
     vm = vm._replace(sender=None, was_paused=False)
     if sender is None:
@@ -419,7 +419,7 @@ def _told_sender(
 
 
 def _end(vm: VmState, now: float, exited: Exited) -> Step:
-    """Account for a process that is gone, or that there never was."""
+    """Note that a process is gone, or never existed."""
     if vm.phase in IDLE:
         return vm, ()
     reason, code, message, status = exited
@@ -482,11 +482,11 @@ def _stopped(vm: VmState, told: Publish) -> Step:
 
 
 def _count_start(vm: VmState, now: float) -> tuple[VmState, bool]:
-    """Note that it is to start now; tell whether it may, or has done so too often."""
+    """Note a start; tell whether it is allowed, or one too many."""
     is_early = vm.last_start is not None and now - vm.last_start < EARLY_S
     early_starts = vm.early_starts + 1 if is_early else 0
     is_allowed = early_starts < EARLY_MAX
-    # A refused start is none: it is allowed again when the last real one is long enough ago.
+    # A refused start does not count: the next is allowed when the last real one is long enough ago.
     last_start = now if is_allowed else vm.last_start
     return vm._replace(last_start=last_start, early_starts=early_starts), is_allowed
 
@@ -496,7 +496,7 @@ def _too_quickly(vm: VmState) -> str:
 
 
 def _interrupt(vm: VmState) -> tuple[Effect, ...]:
-    """Tell those who wait for a pause, its end, or a console that it will not come."""
+    """Fail all requests that wait for a pause, its end, or a console."""
     return (
         *(
             effect

@@ -1,9 +1,8 @@
-"""In which order VMs start and stop: `after "db"` of vm.conf, and what an end of all waits for.
+"""The order in which VMs start and stop: `after "db"` of vm.conf.
 
-A VM that starts after others waits, when the daemon starts it, as long as one of those waits or is
-starting: they are up when their guests run. One that fails, or is not to start, holds up nobody.
-Stopped in order, a VM is asked once those that start after it, and that are being stopped, have
-ended.
+When the daemon starts a VM, it waits as long as one of the VMs before it waits or is starting; a VM
+is up when its guest runs. One that fails, or is not to start, delays none. With ordered stops, a VM
+is asked to stop when those that start after it, and are being stopped, have ended.
 
 Source: systemd.unit(5), "After=", for what it means; OpenBSD has no such thing.
 """
@@ -16,7 +15,7 @@ from vmd.rules.vm_state import IDLE, Phase
 
 
 def next_to_start(vms: Sequence[Vm]) -> list[Vm]:
-    """Return those of `vms` that wait for their turn, and for no other VM."""
+    """Return those of `vms` that wait for their turn, but for no other VM."""
     pending = {vm.name for vm in vms if vm.state.phase in {Phase.WAITING, Phase.STARTING}}
     return [
         vm for vm in vms if vm.state.phase is Phase.WAITING and pending.isdisjoint(vm.config.after)
@@ -24,7 +23,7 @@ def next_to_start(vms: Sequence[Vm]) -> list[Vm]:
 
 
 def ring_of(config: VmConfig, find: Callable[[str], VmConfig | None]) -> list[str]:
-    """Return names from a VM's to its own again, each starting after the next; empty if none do.
+    """Return a cycle of names from a VM's to its own, each starting after the next, if any.
 
     `find` knows the other VMs by their names.
     """

@@ -1,4 +1,4 @@
-"""Who may do what, and what a VM may be: decisions alone.
+"""Permissions of users, and limits of VMs; pure.
 
 An administrator, whom no rule restricts, is root, and with `vmd --user` the user that runs it.
 
@@ -55,7 +55,7 @@ class Users(NamedTuple):
 
 
 def needs_administrator(request: ParentRequest) -> bool:
-    """Tell whether a request is refused to everybody else.
+    """Tell whether only an administrator may make a request.
 
     Source: section 6 of OpenBSD's behaviour.
     """
@@ -68,7 +68,7 @@ def is_name(text: str) -> bool:
 
 
 def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
-    """Return why there cannot be such a VM, if so.
+    """Return the reason why such a VM is impossible, if any.
 
     `has_kernel`: a boot image comes along that `config` does not name.
     """
@@ -92,7 +92,7 @@ def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
 
 
 def over_limit(configs: Sequence[VmConfig], limits: Limits) -> Denied | None:
-    """Return why an ordinary user may not have all of these VMs at a time, if so."""
+    """Return the reason why an ordinary user may not have all of these VMs at a time, if any."""
     if len(configs) > limits.vms:
         return _forbidden(f"limit of {limits.vms} VMs of one user")
     if sum(map(_cpus, configs)) > limits.cpus:
@@ -105,13 +105,13 @@ def over_limit(configs: Sequence[VmConfig], limits: Limits) -> Denied | None:
 def make_instance(
     template: VmConfig, wanted: VmConfig, uid: int, users: Users, *, has_kernel: bool = False
 ) -> VmConfig | Denied:
-    """Return a VM that `template` lends what `wanted` does not say; `uid` asks for it.
+    """Return an instance: `wanted`, completed from `template`; `uid` asks for it.
 
     `has_kernel`: a boot image comes along that `wanted` does not name.
 
     Disks are never lent: two VMs would write them. Nor are a tap's name, an lladdr and forwarded
-    ports, which only one can have. Interfaces that lead elsewhere than the template's are a right
-    of their own; OpenBSD looks at their number alone. Unlike OpenBSD's, an instance takes its
+    ports, which only one VM can have. Interfaces that lead elsewhere than the template's are a
+    right of their own; OpenBSD looks at their number alone. Unlike OpenBSD's, an instance takes its
     template's kernel and may belong to another group.
 
     Source: sections 9.2 and 9.4 of OpenBSD's behaviour.
@@ -179,7 +179,7 @@ def _lend(interface: InterfaceConfig) -> InterfaceConfig:
 
 
 def _reuse(template: VmConfig, wanted: VmConfig) -> str | None:
-    """Return what the template has that an instance may not have too."""
+    """Return the parts of the template that an instance may not have as well."""
     paths = {disk.path for disk in template.disks}
     taps = {interface.tap for interface in template.interfaces} - {None}
     addresses = {interface.lladdr for interface in template.interfaces} - {None}
@@ -195,7 +195,7 @@ def _reuse(template: VmConfig, wanted: VmConfig) -> str | None:
 
 
 def _leads_elsewhere(wanted: VmConfig, template: VmConfig) -> bool:
-    """Tell whether there are more or fewer interfaces, or one leads where the template's do not.
+    """Tell whether the number of interfaces differs, or one leads where the template's do not.
 
     One that leads nowhere does no harm.
     """

@@ -1,7 +1,7 @@
-"""The table of VMs: ids, names and owners, who asks what of which, and whose turn it is to start.
+"""The table of VMs: ids, names and owners, requests, and the order of starts.
 
-Decides, and does nothing: what is to be done is returned as actions, in order, and what comes of
-them is reported back. The clock and the users are handed in.
+It only decides: it returns actions, in order, and their results are reported back. The clock and
+the users are passed in.
 
 Source: sections 7, 8 and 10 of OpenBSD's behaviour, with the advice of its section 21.
 """
@@ -64,7 +64,7 @@ _LIVES_END = {EventKind.STOPPED, EventKind.FAILED, EventKind.REBOOTED}
 
 
 class Registry:
-    """All VMs, those that run and those that could. For one thread."""
+    """All VMs, running or not. For one thread."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Registry:
         staggered: Staggered,
         host: bytes,
     ) -> None:
-        """Begin without VMs; `host` is what no other host has."""
+        """Begin without VMs; `host` is this host's identity."""
         self._users = users
         self._clock = clock
         self.staggered = staggered
@@ -113,7 +113,7 @@ class Registry:
     def request(
         self, client: int, uid: int, request: ParentRequest, passed: Passed | None = None
     ) -> list[Action]:
-        """Return what is to be done for a request of user `uid`; takes ownership of `passed`."""
+        """Return the actions for a request of user `uid`; takes ownership of `passed`."""
         actions: list[Action] = []
         ticket = Ticket(client, request.serial)
         if needs_administrator(request) and uid not in self._users.administrators:
@@ -207,12 +207,12 @@ class Registry:
         return Answer(ticket.client, history.answer(ticket.serial, request.position))
 
     def trouble(self, vm_id: int, text: str) -> list[Action]:
-        """Return what is to be done if something of a VM does not work while it runs."""
+        """Return the actions for a part of a running VM that fails."""
         vm = self._vms.get(vm_id)
         return self._tell(vm, EventKind.INTERFACE, text) if vm else []
 
     def note(self, vm_id: int, text: str) -> None:
-        """Remember a line that is logged of a VM, which may be gone; with the id 0, of none."""
+        """Remember a log line about a VM, which may be gone; with the id 0, about none."""
         vm = self._vms.get(vm_id) or (self._gone.find(vm_id, "") if vm_id else None)
         if vm:
             vm.history.add(self._clock.realtime_s(), text)
@@ -240,7 +240,7 @@ class Registry:
         self, uid: int, request: Start, passed: Passed | None
     ) -> tuple[Vm, list[Action]] | Denied:
         """Return the VM that is to start; it owns `passed` then."""
-        # Root's instances belong to whom their template does.
+        # Root's instances have their template's owner.
         is_lent = bool(request.instance) and uid in self._users.administrators
         try:
             wanted = config_of(request, Owner(None if is_lent else uid))
@@ -252,7 +252,7 @@ class Registry:
                 return Denied(ErrorCode.EPERM, "the VM is not yours")
             asks_more = wanted.has_vsock > vm.config.has_vsock
             if vm.state.phase is Phase.STARTING and not (passed or wanted.given or asks_more):
-                return vm, []  # whoever asks hears of the start that is under way, if nobody does
+                return vm, []  # the client hears of the start under way, unless another one does
             if vm.state.phase not in IDLE:
                 return Denied(ErrorCode.EALREADY, lifecycle.why_already(vm.state.phase))
             if asks_more or wanted.given != ({Right.BOOT} if passed else set()):
@@ -311,7 +311,7 @@ class Registry:
         *,
         has_kernel: bool = False,
     ) -> VmConfig | Denied:
-        """Return what a VM that `uid` asks for would be; `find` knows the others by their names."""
+        """Return the configuration of a VM that `uid` asks for; `find` looks up others by name."""
         config = wanted
         if wanted.parent is not None:
             template = find(wanted.parent)
@@ -331,10 +331,10 @@ class Registry:
         return check_vm(config, has_kernel=has_kernel) or config
 
     def _claim_id(self, name: str, uid: int) -> int:
-        """Return the id that this name had with this user the last time, or the lowest free one.
+        """Return the last id of this name with this user, or the lowest free one.
 
-        Ids of VMs that have been forgotten are kept for their names, but not for ever: whoever
-        makes up names would use up the numbers, and the addresses that are made of them.
+        Ids of forgotten VMs are kept for their names, but not for ever: a client with ever new
+        names would use up the ids, and the addresses made of them.
         """
         vm_id = self._ids.pop((name, uid), None)
         if vm_id is None:
@@ -347,7 +347,7 @@ class Registry:
         return vm_id
 
     def _over_limit(self, config: VmConfig, uid: int) -> Denied | None:
-        """Return why an ordinary user may not have this VM besides those that it made before."""
+        """Return the reason, if any, why an ordinary user may not have one more VM, this one."""
         if uid in self._users.administrators:
             return None
         own = (vm.config for vm in self._vms.values() if vm.requester == uid)
@@ -392,7 +392,7 @@ class Registry:
     def _receive(
         self, ticket: Ticket, uid: int, request: Receive, passed: Passed | None
     ) -> list[Action]:
-        """Register a VM as it is described, and let it start; only root may, and vouches for it."""
+        """Register a VM as described, and let it start; only root may, and vouches for it."""
         received = self._received(uid, request, passed)
         if isinstance(received, Denied):
             return [_refuse(ticket, received), *_dropped(passed)]
@@ -405,7 +405,7 @@ class Registry:
     ) -> tuple[Vm, list[Action]] | Denied:
         if self.find(0, request.name):
             return Denied(ErrorCode.EALREADY, f'there is a VM "{request.name}"')
-        # The owner that the stream tells of is one of this host's users only for root.
+        # Only root's word makes the stream's owner a user of this host.
         owner = Owner(uid if request.uid is None or uid else request.uid, request.gid)
         try:
             config = received_config(request, owner)
@@ -416,12 +416,12 @@ class Registry:
     # What has happened
 
     def report(self, vm_id: int, event: vm_state.Event) -> list[Action]:
-        """Return what is to be done after something has happened to a VM."""
+        """Return the actions for an event of a VM."""
         vm = self._vms.get(vm_id)
         return [*self._step(vm, event), *self._followers()] if vm else []
 
     def client_left(self, client: int) -> list[Action]:
-        """Forget all that a client waits for; what it has not waited for to be sent is not sent."""
+        """Forget a client's pending requests, and cancel its unfinished sending."""
         self._emptiers = [one for one in self._emptiers if one.client != client]
         actions = [
             action for vm in self.vms for action in self._step(vm, vm_state.ClientLeft(client))
@@ -443,7 +443,7 @@ class Registry:
         return actions
 
     def _start_waiting(self) -> list[Action]:
-        """Start as many VMs that wait as there is room for, but those that wait for others."""
+        """Start as many waiting VMs as there is room for, except those that wait for others."""
         if self._holders or self._room <= 0:
             return []
         actions: list[Action] = []
@@ -485,7 +485,7 @@ class Registry:
     def load(self, configs: Iterable[VmConfig], uid: int = 0) -> list[Action]:
         """Register the VMs of a configuration with which `judge` finds no fault.
 
-        VMs that exist stay as they are, but that their interfaces go up and down as the file says.
+        Existing VMs stay as they are, except that their interfaces go up and down as the file says.
         One that is refused all the same is passed over.
         """
         actions: list[Action] = []
@@ -505,11 +505,11 @@ class Registry:
         return [*actions, *self.turn()]
 
     def forget_idle(self) -> list[Action]:
-        """Remove every VM of which nothing exists; their ids stay theirs."""
+        """Remove every VM that does not run; their ids stay theirs."""
         return self._discard(vm for vm in self.vms if vm.state.phase in IDLE)
 
     def remove_all(self, ticket: Ticket | None = None) -> list[Action]:
-        """End and remove all VMs, and forget their ids; whoever has `ticket` is told when it is so.
+        """End and remove all VMs, and forget their ids; `ticket` is answered at the end.
 
         Nothing starts meanwhile.
         """
@@ -576,7 +576,7 @@ class Registry:
             yield from self._drop_passed(vm)
 
     def _drop_passed(self, vm: Vm) -> list[Action]:
-        """Forget what was to be booted once, and has been."""
+        """Forget the image of a single boot once it has booted."""
         if vm.passed_is_lasting:
             return []
         passed, vm.passed = vm.passed, None

@@ -1,4 +1,4 @@
-"""A VM as the daemon knows it: what it is to be, whose it is, where it is in its life."""
+"""A VM as the daemon knows it: configuration, owner, state."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from vmm_kvm.net.ethernet import parse_lladdr
 class Passed(NamedTuple):
     """Files that a client has opened for a VM, or that were opened with the client's rights.
 
-    Its holder owns the descriptors. The configuration names what did not come along.
+    The holder owns the descriptors. The configuration names the other files.
     """
 
     uid: int
@@ -42,7 +42,7 @@ class Passed(NamedTuple):
     disks: tuple[tuple[int, ...], ...] = ()
     """Of each disk, the image and its bases; empty for one that is named."""
     is_judged: bool = False
-    """Each is what it has to be, the disks are locked, and no path is to be followed any more."""
+    """All are checked, the disks are locked, and no path needs to be followed any more."""
     formats: tuple[tuple[DiskKind, ...], ...] = ()
     """Of each file of each disk, once they are judged."""
     stamp: str = ""
@@ -77,7 +77,7 @@ class Vm:
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
         """Make a VM that `requester`, a user id, has asked for."""
         self.config = config
-        """With nothing left to inherit, and an lladdr for each interface."""
+        """Complete, and with an lladdr for each interface."""
         self.state = state
         self.requester = requester
         self.checked: frozenset[Right] = frozenset()
@@ -87,11 +87,11 @@ class Vm:
         self.passed_is_lasting = False
         """It is for every boot of this VM, not only for the next."""
         self.sink: int | None = None
-        """Where it is to be sent, until its process has it."""
+        """The stream to send it into, until its process has it."""
         self.has_run = False
         """Its guest has been running at some time."""
         self.new_file: str | None = None
-        """A file that was made for this start: it goes again if the start fails."""
+        """A file that was made for this start: it is removed if the start fails."""
         self.started_at: float | None = None
         """When its guest began to run, in seconds since 1970-01-01 UTC."""
         self.last_end: EndInfo | None = None
@@ -123,7 +123,7 @@ def with_states(config: VmConfig, told: VmConfig) -> VmConfig:
 
 
 def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
-    """Return what there is to tell of a VM without asking its process."""
+    """Return the description of a VM, without asking its process."""
     config, state = vm.config, vm.state
     return VmInfo(
         id=vm.id,

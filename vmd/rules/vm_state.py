@@ -1,6 +1,6 @@
-"""The words in which a VM's life is told: its state, what happens to it, and what is to be done.
+"""The vocabulary of a VM's life: its state, events and effects.
 
-`lifecycle.step` is the grammar.
+`lifecycle.step` connects them.
 """
 
 from enum import Enum
@@ -25,7 +25,7 @@ class Phase(Enum):
     PAUSED = "paused"
     UNPAUSING = "unpausing"
     SENDING = "sending"
-    """It stands still, and is being written into a stream."""
+    """It is paused, and is being written into a stream."""
     STOPPING = "stopping"
     """From the request to stop, or the order to end, until the process is gone."""
 
@@ -35,16 +35,16 @@ IDLE = frozenset({Phase.STOPPED, Phase.WAITING})
 
 
 class Ticket(NamedTuple):
-    """Whom to answer: a client's connection, and its number for the request."""
+    """The address of an answer: a client's connection, and its number for the request."""
 
     client: int
     serial: int
 
 
 class Halted(NamedTuple):
-    """Why it stands still of its own accord: a request of a disk waits for the host.
+    """Why it paused itself: a request of a disk waits for the host.
 
-    This is the event too, by which that is told.
+    This is also the event that reports it.
     """
 
     reason: HaltReason
@@ -59,7 +59,7 @@ class VmState(NamedTuple):
     is_from_config: bool = False
     """It stays when it is stopped; others vanish."""
     stops_at_reboot: bool = False
-    """It was told what to boot from: such a VM ends where others reboot."""
+    """Its boot device was chosen for one boot: it ends where other VMs reboot."""
     phase: Phase = Phase.STOPPED
     pid: int | None = None
     """Of the VM process, if there is one."""
@@ -72,9 +72,9 @@ class VmState(NamedTuple):
     pausers: tuple[Ticket, ...] = ()
     unpausers: tuple[Ticket, ...] = ()
     halt: Halted | None = None
-    """Why it stands still, if nobody asked for that."""
+    """Why it is paused, if no client asked for that."""
     watchers: tuple[Ticket, ...] = ()
-    """Who is to have the console as soon as there is a process."""
+    """Clients that get the console as soon as there is a process."""
     is_overdue: bool = False
     """Its guest did not stop in time, and it is being ended."""
     sender: Ticket | None = None
@@ -82,7 +82,7 @@ class VmState(NamedTuple):
     was_paused: bool = False
     """It stood still before it was to be sent."""
     stays_paused: bool = False
-    """It is being received, and is to stand still then."""
+    """It is being received, and will be paused then."""
     is_doomed: bool = False
     """It is to be forgotten as soon as it has ended."""
     last_start: float | None = None
@@ -95,7 +95,7 @@ class VmState(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Somebody wants it to run; no ticket: it is its turn in the staggered start."""
+    """A client wants it to run; no ticket: it is its turn in the staggered start."""
 
     ticket: Ticket | None = None
     stays_paused: bool = False
@@ -103,7 +103,7 @@ class Start(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Somebody wants it to stop; no ticket: that has been answered, and now it is its turn."""
+    """A client wants it to stop; no ticket: that has been answered, and now it is its turn."""
 
     ticket: Ticket | None
     force: bool = False
@@ -157,7 +157,7 @@ class Discard(NamedTuple):
 
 
 class ClientLeft(NamedTuple):
-    """A connection has ended: nobody is there to be answered."""
+    """A connection has ended: its requests need no answer."""
 
     client: int
 
@@ -196,7 +196,7 @@ class Sent(NamedTuple):
 
 
 class SendFailed(NamedTuple):
-    """It could not be written; it stands as it did before."""
+    """It could not be written; it is as it was before."""
 
     code: ErrorCode
     message: str = ""
@@ -261,11 +261,11 @@ class OpenConsole(NamedTuple):
 
 
 class SendPause(NamedTuple):
-    """Tell the VM process to stand still; `Paused` comes of it."""
+    """Tell the VM process to pause; `Paused` follows."""
 
 
 class SendUnpause(NamedTuple):
-    """Tell the VM process to go on; `Unpaused` comes of it."""
+    """Tell the VM process to continue; `Unpaused` follows."""
 
 
 class SendState(NamedTuple):
@@ -278,11 +278,11 @@ class SendState(NamedTuple):
 
 
 class CancelSend(NamedTuple):
-    """Have the VM process write no more; `SendFailed` comes of it, if it is not too late."""
+    """Tell the VM process to stop writing; `SendFailed` follows, if it is not too late."""
 
 
 class SendStop(NamedTuple):
-    """Tell the VM process to ask its guest to stop; `Exited` comes of it."""
+    """Tell the VM process to ask its guest to stop; `Exited` follows."""
 
 
 class Kill(NamedTuple):

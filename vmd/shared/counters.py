@@ -1,7 +1,7 @@
-"""How much a device has moved, in memory that its process writes and the VM's reads.
+"""Counters of a device's traffic, in memory that its process writes and the VM's reads.
 
-Two numbers of eight bytes in the host's order, in and out; each has one writer. What the other
-process makes of them is a number, whatever it is.
+Two numbers of eight bytes in the host's order, in and out; each has one writer. Any bytes of the
+other process are valid numbers.
 """
 
 import mmap

@@ -1,10 +1,10 @@
 """Files by the names that users give them, and files that users have opened.
 
-A name is resolved once, to a descriptor with which nothing can be done (O_PATH): opening it waits
-for no other end and wakes no device. What that descriptor leads to is judged, and then opened
-through it, so that a change of the path in between makes no difference. The links of /proc which
-lead to what another process has open are not followed. Whether one may search the directories on
-the way, and read or write the file, the kernel says, by the rights of this process.
+A name is resolved once, to an O_PATH descriptor, which does no I/O: opening it waits for no other
+end and wakes no device. The file behind the descriptor is checked, and then opened through it, so
+that a change of the path in between makes no difference. Links of /proc to other processes' open
+files are not followed. The kernel checks the rights of this process to search the directories and
+to read or write the file.
 
 Source: openat2(2), open(2) "O_PATH"
 """
@@ -21,8 +21,8 @@ from vmm_kvm.libc import LIBC
 _AT_FDCWD = -100
 _RESOLVE_NO_MAGICLINKS = 0x02
 
-# File systems whose files are no data but the kernel's own affairs: to read or write one may do
-# anything. Source: Linux include/uapi/linux/magic.h, and each file system's own source.
+# File systems whose files are kernel interfaces, not data: reading or writing one may do anything.
+# Source: Linux include/uapi/linux/magic.h, and each file system's own source.
 _PSEUDO = {
     0x9FA0: "procfs",
     0x62656572: "sysfs",
@@ -74,7 +74,7 @@ class _Statfs(ctypes.Structure):
 
 
 class FileError(Exception):
-    """A file is not to be had; `str()` is why, without the file's name."""
+    """A file is unavailable; `str()` is the reason, without the file's name."""
 
     def __init__(self, message: str, number: int) -> None:
         """`number` is the errno that goes with it."""
@@ -99,7 +99,7 @@ def open_file(path: str, *, writes: bool, allows_devices: bool) -> int:
         found = _resolve(path)
         try:
             _judge(found, allows_devices=allows_devices)
-            # This link of /proc is our own, and leads to what was judged.
+            # This link of /proc is our own, and leads to the checked file.
             flags = (os.O_RDWR if writes else os.O_RDONLY) | os.O_NONBLOCK | os.O_NOCTTY
             return _openat2(b"/proc/self/fd/%d" % found, flags, 0)
         finally:
@@ -111,7 +111,7 @@ def open_file(path: str, *, writes: bool, allows_devices: bool) -> int:
 
 
 def check_open_file(fd: int, *, writes: bool, allows_devices: bool) -> None:
-    """Go on if what another process has opened is what `open_file` would return.
+    """Accept a file that another process has opened if `open_file` would return it.
 
     Raises:
         FileError: it was opened for something else.
@@ -133,7 +133,7 @@ def check_open_file(fd: int, *, writes: bool, allows_devices: bool) -> None:
 
 
 def _resolve(path: str) -> int:
-    """Return an O_PATH descriptor of what a path leads to."""
+    """Return an O_PATH descriptor of the file at a path."""
     name = os.fsencode(path)
     if b"\0" in name:
         raise ValueError("embedded null byte")
@@ -172,6 +172,6 @@ def _judge(fd: int, *, allows_devices: bool) -> None:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     kind = _PSEUDO.get(found.f_type & 0xFFFF_FFFF)
-    # The node of a device may be anywhere; what it leads to is on no file system.
+    # A device node may be anywhere; the device itself is on no file system.
     if kind is not None and stat.S_ISREG(mode):
         raise FileKindError(f"a file of {kind}", errno.EPERM)

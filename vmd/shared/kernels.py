@@ -1,9 +1,9 @@
 """Unpacked Linux kernels, kept by the parent and lent to VM processes, which have no files.
 
-A VM process that finds no kernel unpacks its boot image and hands the result over, in memory that
-nobody can change any more. The parent keeps it for later starts of the same file, by the state in
-which it has seen the file itself. What a file unpacks to is hence told by nothing but the file: the
-parent takes it only from a process whose guest does not run yet.
+A VM process that finds no kernel unpacks its boot image and hands the result over, in sealed
+memory. The parent keeps it for later starts of the same file, under the state in which the parent
+itself saw the file. Only the file may decide the kernel, so the parent accepts one only from a
+process whose guest does not run yet.
 
 Source: memfd_create(2), fcntl(2) "File Sealing".
 """
@@ -32,10 +32,10 @@ class KernelStore:
         self._expected: dict[int, Stamp] = {}  # boot images of VMs whose guests do not run yet
 
     def find(self, stamp: Stamp) -> int | None:
-        """Return what a boot image in this state unpacks to, if that is known.
+        """Return the unpacked kernel of a boot image in this state, if it is known.
 
-        The descriptor that is returned is the caller's, and opened anew for reading: its file
-        offset is nobody else's.
+        The descriptor returned is the caller's, and newly opened for reading, with a file offset of
+        its own.
         """
         kernel = self._kernels.pop(stamp, None)
         if kernel is None:
@@ -44,21 +44,21 @@ class KernelStore:
         return os.open(f"/proc/self/fd/{kernel}", os.O_RDONLY | os.O_CLOEXEC)
 
     def expect(self, vm_id: int, stamp: Stamp) -> None:
-        """Take from a VM's process what it says that a file in this state unpacks to, once.
+        """Expect the unpacked kernel of a file in this state from a VM's process, once.
 
-        Not where a change of the file might not show in its state: then `stamp` is empty.
+        Not if a change of the file might not show in its state: then `stamp` is empty.
         """
         if stamp:
             self._expected[vm_id] = stamp
 
     def expect_no_more(self, vm_id: int) -> None:
-        """Take nothing from a VM's process any more: its guest runs, and may speak for it."""
+        """Accept no more from a VM's process: its guest runs, and may have taken it over."""
         self._expected.pop(vm_id, None)
 
     def keep(self, vm_id: int, kernel: int) -> bool:
-        """Keep what a VM's process has unpacked; takes ownership of `kernel`.
+        """Keep the kernel that a VM's process has unpacked; takes ownership of `kernel`.
 
-        Returns whether it is kept: it must be expected, and nobody may be able to change it.
+        Returns whether it is kept: it must be expected, and sealed.
         """
         stamp = self._expected.pop(vm_id, None)
         if stamp is None or stamp in self._kernels or not _is_sealed(kernel):
@@ -85,7 +85,7 @@ def _is_sealed(kernel: int) -> bool:
 
 
 class LentKernel:
-    """A VM process's access to the store: what it was lent, and where it hands a kernel over."""
+    """A VM process's access to the store: the kernel lent to it, and a way to hand one over."""
 
     def __init__(self, kernel: FileSource | None, hand_over: Callable[[int], None]) -> None:
         """Use `kernel`, if there is one; `hand_over` takes ownership of a descriptor."""

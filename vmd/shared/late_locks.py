@@ -1,4 +1,4 @@
-"""Locks on disks that another VM has, until all of it is sent.
+"""Locks on disks that another VM holds until it has been sent completely.
 
 A VM that is received needs the disks of the VM that is sent, which keeps them until the last byte
 has gone out, because it may have to go on. So the receiver opens them early, and locks them late.
@@ -25,7 +25,7 @@ def lock_when_free(
 ) -> None:
     """Lock the image open at `fd` as `vmm_kvm.block.locks.lock` does, as soon as that is possible.
 
-    `is_needed` is asked now and then; when it says no, there is no use in waiting.
+    `is_needed` is called now and then; False ends the waiting.
 
     Raises:
         ImageError: another process has used it all the time, or the lock is needed no more.

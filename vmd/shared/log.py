@@ -1,11 +1,11 @@
-"""Where the daemon's messages go: standard error, the journal, or syslog.
+"""The daemon's log: to standard error, the journal, or syslog.
 
 Every process inherits the descriptor that it writes to, so it needs no file and no socket of its
 own. A line begins with the process's title: `vmm: started`, `vm/alpine: ...`. Verbosity is
-OpenBSD's: 0 and 1 show what happens, 2 also what helps to find out why.
+OpenBSD's: 0 and 1 show events, 2 also debugging messages.
 
-A message is one line, whatever is in it. A log that nobody reads stops no process, and one source
-of messages leaves room for others.
+A message is one line, whatever it contains. A log without a reader blocks no process, and one
+source of messages leaves room for others.
 
 Source: section 5.1 of OpenBSD's behaviour; sd-daemon(3), RFC 3164.
 """
@@ -26,9 +26,10 @@ from vmm_kvm.loop import EventLoop
 from vmm_kvm.text import printable
 
 KEPT_MAX = 64 << 10
-"""Bytes of lines that a process keeps while nobody reads the log; more are lost, and counted."""
+"""Bytes of lines that a process keeps while the log is not read; further lines are lost, and
+counted."""
 LINES_AT_ONCE = 100
-"""Lines of one source: what one user asks, or one kind of message, whoever causes it."""
+"""Lines of one source: one user's requests, or one kind of message."""
 LINES_PER_S = 10
 SOURCES_MAX = 1000
 VERBOSE = 2
@@ -38,7 +39,7 @@ _DEV_LOG = "/dev/log"
 _FACILITY_DAEMON = 3 << 3
 _LINE_MAX = 4096  # what a pipe takes whole
 _WARNING = 4
-_OURS = ("vmd", "vmm_kvm")  # not what libraries have to say to those who debug them
+_OURS = ("vmd", "vmm_kvm")  # not the debugging messages of libraries
 # Priorities of syslog(3), for levels of at least so much.
 _PRIORITIES = (
     (logging.CRITICAL, 2),
@@ -58,9 +59,10 @@ class Sink(Enum):
 
 
 class _Descriptor(logging.Handler):
-    """Writes each message to a descriptor by one call, and waits for nobody.
+    """Writes each message to a descriptor by one call, and never blocks.
 
-    What the reader has no room for is kept, up to a limit; what is lost then is counted and told.
+    Messages that the reader has no room for are kept, up to a limit; lost ones are counted and
+    reported.
     """
 
     def __init__(self, fd: int, sink: Sink) -> None:
@@ -84,7 +86,7 @@ class _Descriptor(logging.Handler):
         self._socket, self._must_poll = None, False
         kind = os.fstat(fd).st_mode
         if stat.S_ISSOCK(kind):
-            # Its flags are everybody's who has it: each packet says that it does not wait.
+            # Its flags are shared by all who have it, so each packet itself asks not to wait.
             self._socket = socket.socket(fileno=fd)
         elif not stat.S_ISREG(kind):
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -94,13 +96,13 @@ class _Descriptor(logging.Handler):
                 self._must_poll = True
 
     def forget(self) -> None:
-        """Be the log of a process that was just forked: what was kept is for the other to write."""
+        """Become the log of a forked process: the other one writes the kept messages."""
         self._loop = None
         self._kept.clear()
         self._kept_size = self._lost = 0
 
     def follow(self, loop: EventLoop | None) -> None:
-        """Have `loop` write what is kept as soon as there is room."""
+        """Have `loop` write kept messages as soon as there is room."""
         with self._guard():
             if self._loop and self._kept:
                 self._loop.remove_writer(self.fd)
@@ -131,7 +133,7 @@ class _Descriptor(logging.Handler):
         return self.lock
 
     def _share(self, record: logging.LogRecord) -> "_Share | None":
-        """Return what the source of a message may still say; None: as much as it likes."""
+        """Return the remaining share of a message's source; None: unlimited."""
         if record.levelno < logging.INFO:
             return None
         source = getattr(record, "source", "") or str(record.msg)
@@ -203,7 +205,7 @@ class _Descriptor(logging.Handler):
 
 
 class _Share:
-    """How much one source may say: some lines at once, and then so many a second."""
+    """The share of one source: a burst of lines, then a number a second."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -223,7 +225,7 @@ class _Share:
         return True
 
     def told(self) -> str:
-        """Return how many lines were left out since it last said one; empty for none."""
+        """Return how many lines were left out since the source's last one; empty for none."""
         left_out, self._left_out = self._left_out, 0
         return f"{left_out} lines left out: {printable(self._source)}" if left_out else ""
 
@@ -232,7 +234,7 @@ _handler = _Descriptor(2, Sink.STDERR)
 
 
 def open_log(*, is_foreground: bool) -> None:
-    """Choose where messages go: standard error in the foreground, else syslog.
+    """Choose the destination of messages: standard error in the foreground, else syslog.
 
     Raises:
         OSError: nobody reads `/dev/log`; messages go to standard error then.
@@ -249,7 +251,7 @@ def open_log(*, is_foreground: bool) -> None:
 
 
 def set_verbosity(level: int) -> None:
-    """Log more or less from now on: 0 or 1, or 2 and above for debugging messages too."""
+    """Set the verbosity: 0 or 1, or 2 and above for debugging messages too."""
     logging.getLogger().setLevel(logging.INFO)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.DEBUG if level >= VERBOSE else logging.INFO)
@@ -261,12 +263,12 @@ def forked() -> None:
 
 
 def follow(loop: EventLoop | None) -> None:
-    """Have `loop`, this process's, write what the log had no room for; None before it closes."""
+    """Have `loop`, this process's, write kept messages; None before it closes."""
     _handler.follow(loop)
 
 
 def tell(source: str, message: str, *arguments: object) -> None:
-    """Log what happened at somebody's wish; `source` names whose share of the log it takes."""
+    """Log the result of a request; `source` names the user whose share of the log it takes."""
     logging.getLogger(__name__).info(message, *arguments, extra={"source": source})
 
 
@@ -281,7 +283,7 @@ def log_fd() -> int:
 
 
 def _is_journal() -> bool:
-    """Tell whether standard error is the journal's, as systemd says it is."""
+    """Tell whether standard error is the journal's, according to systemd."""
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):

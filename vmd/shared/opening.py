@@ -1,9 +1,8 @@
-"""Opening and judging the files of a VM, with whatever rights this process has.
+"""Opening and checking the files of a VM, with this process's rights.
 
-The parent does so itself for what vm.conf names, and for administrators; for other clients a
-process does it that has become the client, see `vmd.opener`. A file is named, or the client has
-opened it and its descriptor came along. In the end there are descriptors alone, and no path is
-followed any more.
+The parent does this itself for files that vm.conf names, and for administrators; for other clients
+a process with the client's rights does it, see `vmd.opener`. A file is named, or the client has
+opened it and passed its descriptor. The result is descriptors alone; no path is followed any more.
 
 Source: sections 2.5, 7.5 and 9.3 of OpenBSD's behaviour.
 """
@@ -40,7 +39,7 @@ _DENIED = {errno.EACCES, errno.EPERM}
 
 
 class OpeningError(Exception):
-    """A file is not to be had, or is not what it has to be; `str()` is one line."""
+    """A file is unavailable or unsuitable; `str()` is one line."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
@@ -48,7 +47,7 @@ class OpeningError(Exception):
 
 
 class Files:
-    """Files that are open; a context manager, which closes those that nobody has taken."""
+    """Open files; a context manager, which closes those that were not taken."""
 
     def __init__(self) -> None:
         """Begin without any."""
@@ -71,7 +70,7 @@ class Files:
     def open(
         self, wanted: Iterable[WantedFile], passed: Fds, *, lock_patience_s: float = 0
     ) -> None:
-        """Open and judge files; takes those of `passed` that they name.
+        """Open and check files; takes those of `passed` that they name.
 
         A lock may be another's for `lock_patience_s`.
 

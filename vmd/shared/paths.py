@@ -30,7 +30,7 @@ def user_config(environ: Mapping[str, str]) -> str | None:
 
 
 def state_directory(environ: Mapping[str, str], *, is_user: bool) -> str | None:
-    """Return where VMs keep what is theirs, None without a home directory.
+    """Return the directory of VMs' own files, None without a home directory.
 
     Source: systemd.exec(5), STATE_DIRECTORY; XDG base directory specification.
     """

@@ -1,9 +1,9 @@
 """The daemon's processes: how the parent starts, restarts and ends them.
 
 Each child is forked, keeps the one descriptor that leads to its parent and those it is given, and
-confines itself before it reads a message. What a child needs to import it imports after the fork,
-so none has the code of another. One that ends by itself is started again, unless that happens too
-often; the parent's end is the end of all, because their channels close.
+confines itself before it reads a message. A child imports its modules after the fork, so none has
+the code of another. One that ends by itself is started again, unless that happens too often; the
+parent's end is the end of all, because their channels close.
 
 Source: section 5.3 of OpenBSD's behaviour.
 """
@@ -28,7 +28,7 @@ from vmm_kvm.loop import EventLoop
 log = Log(__name__)
 
 RESTARTS_MAX = 5
-"""So many ends of one kind of process within `RESTARTS_S` are too many."""
+"""Ends of one kind of process within `RESTARTS_S` after which it is not started again."""
 RESTARTS_S = 10
 _STANDARD_FDS = 3
 _FD_END = 1 << 30
@@ -38,10 +38,10 @@ _LOOK_S = 0.5
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE)
 
 _UNTOLD = frozenset({Kind.OPENER, Kind.INIT})
-"""Kinds of processes whose end is nothing to tell."""
+"""Kinds of processes whose normal end is not logged."""
 
 Body = Callable[[socket.socket], None]
-"""What a child does: confine itself, and serve the connection until it ends."""
+"""The body of a child: confine itself, and serve the connection until it ends."""
 
 
 class Plan(NamedTuple):
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A child that runs; whoever holds it owns the socket."""
+    """A running child; the holder owns the socket."""
 
     pid: int
     connection: socket.socket
@@ -92,14 +92,14 @@ def close_all_but(kept: set[int]) -> None:
 
 
 def _live(plan: Plan, connection: socket.socket) -> NoReturn:
-    """Be the child; never returns into what the parent was doing."""
+    """Run the child; never returns into the parent's code."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Nothing of the parent's may be finalised here: it would close our descriptors.
     gc.freeze()
     set_title(f"vmd: {plan.kind}")
-    # Not the terminal, and not the pipe, of whatever has started the daemon.
+    # Neither the terminal nor a pipe of the program that started the daemon.
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1):
         os.dup2(null, fd, inheritable=False)
@@ -116,10 +116,10 @@ def _live(plan: Plan, connection: socket.socket) -> NoReturn:
 
 
 def live(title: str, kept: set[int], body: Callable[[], int]) -> NoReturn:
-    """Be a process that was just forked, and exit with the status that `body` returns.
+    """Run a process that was just forked, and exit with the status that `body` returns.
 
     Of the descriptors, it has those in `kept`, the standard ones and the log's; `title` is for its
-    messages. Never returns into what the forking process was doing.
+    messages. Never returns into the forking process's code.
     """
     status = 1
     try:
@@ -169,8 +169,8 @@ def wait_for(find: Callable[[], set[int]]) -> None:
     """Reap the children that `find` returns, until there are none; their channels are closed.
 
     When none has ended for some time, they are killed. They are reaped in the order in which they
-    end: the first of a pid namespace ends when all others there are reaped. `find` is asked again
-    and again, because one may have forked another meanwhile. Those that the kernel does not let
+    end: the first of a pid namespace ends when all others there are reaped. `find` is called
+    repeatedly, because one may have forked another meanwhile. Those that the kernel does not let
     end, because they wait for a client's file system, are left.
     """
     quiet_since = time.monotonic()
@@ -205,7 +205,7 @@ def _reap_one(pids: set[int]) -> bool:
 
 
 def orphans(known: set[int]) -> set[int]:
-    """Return our children but those `known`: what a vmm that has ended had, inherited by us.
+    """Return our children except those `known`: the ones inherited from a vmm that has ended.
 
     Source: prctl(2), PR_SET_CHILD_SUBREAPER; proc(5), "children".
     """

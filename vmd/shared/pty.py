@@ -1,4 +1,4 @@
-"""Consoles of VMs as terminals of the host: what the parent makes and hands to VM processes.
+"""Consoles of VMs as terminals of the host, which the parent makes and hands to VM processes.
 
 A console's terminal has the same name as long as the VM runs, over reboots. Its slave side is raw,
 so that nothing a guest prints is echoed back to it as typed. See also `terminal_watch`.
@@ -24,7 +24,7 @@ _READ_ONLY = {errno.EROFS}
 
 
 class Pty(NamedTuple):
-    """A VM's console; whoever holds it owns the descriptors."""
+    """A VM's console; the holder owns the descriptors."""
 
     name: str
     """Path of the slave side."""

@@ -1,8 +1,8 @@
-"""What a VM's console has shown lately, in memory that outlives its process.
+"""A VM's latest console output, in memory that outlives its process.
 
 The parent makes a memfd for each VM that runs and hands it to one VM process after another, so that
 a console shows what was written before a reboot. Only the VM process writes it; the parent reads
-how much was written, to tell a client where what it has missed begins, and where it ends.
+how much was written, to tell a client the range that it has missed.
 
 Layout: how many bytes were ever written, 8 bytes little-endian; then a ring of `CAPACITY` bytes.
 """
@@ -15,23 +15,23 @@ from typing import NamedTuple
 from vmm_kvm.memfd import make_memory
 
 CAPACITY = 256 * 1024
-"""Bytes that a slow reader may be behind before it misses some."""
+"""Bytes that a slow reader may lag before it misses some."""
 REPLAY = 64 * 1024
 """Bytes that are shown to whoever comes late."""
 
 _TOTAL = struct.Struct("<Q")
 _SIZE = _TOTAL.size + CAPACITY
 _POSITION_MAX = 1 << 62
-"""No guest writes so much; a VM process that is not ours any more may say that it has."""
+"""No guest writes so much; a compromised VM process may claim it."""
 
 
 def make_ring(name: str) -> int:
-    """Return the descriptor of an empty ring whose size nobody can change; the caller owns it."""
+    """Return the descriptor of an empty ring of fixed size; the caller owns it."""
     return make_memory(f"console:{name}", _SIZE)
 
 
 class Replay(NamedTuple):
-    """What somebody who comes late is shown of the past; positions as those of OutputRing."""
+    """The earlier output for a late reader; positions as those of OutputRing."""
 
     start: int
     size: int
@@ -39,7 +39,7 @@ class Replay(NamedTuple):
 
 
 def replay(fd: int) -> Replay:
-    """Return what is shown to somebody who comes now, by the ring at `fd`, which stays open."""
+    """Return the earlier output for a new reader, from the ring at `fd`, which stays open."""
     (total,) = _TOTAL.unpack(os.pread(fd, _TOTAL.size, 0))
     size = min(total, REPLAY)
     return Replay(min(total - size, _POSITION_MAX), size)
@@ -58,7 +58,7 @@ class OutputRing:
         """Where the next byte goes."""
 
     def append(self, data: bytes | bytearray) -> None:
-        """Write behind what is there; the oldest makes room."""
+        """Append, overwriting the oldest bytes."""
         position = self.total + max(0, len(data) - CAPACITY)
         kept = memoryview(data)[-CAPACITY:]
         while kept:
@@ -71,7 +71,7 @@ class OutputRing:
         _TOTAL.pack_into(self._map, 0, position)
 
     def late(self) -> int:
-        """Return the position at which somebody who comes late begins to read."""
+        """Return the position at which a late reader begins."""
         return max(0, self.total - REPLAY)
 
     def nearest(self, position: int) -> int:

@@ -1,8 +1,8 @@
-"""Forking a process whose parent is ours, whatever pid namespaces we are in.
+"""Forking a sibling: a process whose parent is our parent, across pid namespaces.
 
-A process that is orphaned goes to the first one of its pid namespace, never to a subreaper beyond.
-So one that forks in a namespace of its own, for a parent outside, has to hand over its children as
-they are born: by CLONE_PARENT, which fork(3) does not have.
+An orphaned process becomes a child of the first process of its pid namespace, never of a subreaper
+outside. So a process that forks in a namespace of its own, for a parent outside, has to make the
+parent's children directly: by CLONE_PARENT, which fork(3) does not have.
 
 Source: clone(2), pid_namespaces(7)
 """

@@ -1,4 +1,4 @@
-"""How a VM's process and those of its devices are joined; descriptors, nothing else."""
+"""The descriptors that connect a VM's process and those of its devices."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
@@ -7,23 +7,23 @@ from vmd.wire.internal import VmSpec
 
 
 class DeviceConnection(NamedTuple):
-    """The VM's side of a device process: the descriptors belong to whoever holds this."""
+    """The VM's side of a device process; the holder owns the descriptors."""
 
     counters: int
     """Memory where it counts what it moves; see `counters`."""
     socket: int
     """To the device process, by vhost-user."""
     status: int
-    """Reads a byte 0 when the device process is ready, or else why it cannot be."""
+    """Reads a byte 0 when the device process is ready, or else the reason why it cannot be."""
 
 
 class Connections(NamedTuple):
     """A VM's connections to its device processes, in the order of its devices."""
 
     disks: tuple[DeviceConnection | None, ...]
-    """None where no process of ours serves the disk."""
+    """None if no process of ours serves the disk."""
     nics: tuple[DeviceConnection | None, ...]
-    """None where no process of ours moves the frames."""
+    """None if no process of ours moves the frames."""
 
     @classmethod
     def from_fds(cls, spec: VmSpec, fds: Sequence[int]) -> Self:

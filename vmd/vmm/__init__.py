@@ -1,1 +1,1 @@
-"""The vmm process: has processes made and reaps them; no privileges."""
+"""The vmm process: orders processes from the zygote and reaps them; no privileges."""

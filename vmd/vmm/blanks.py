@@ -1,10 +1,10 @@
-"""Processes that vmm has the zygote fork, and some that wait ready: vmm's side.
+"""vmm's side of the processes that the zygote forks for it, some of them in advance.
 
-A process is blank until it is told what it is to be. While nothing starts, one of each kind that
-most VMs need is made ready: confined, and rehearsed. It knows no VM, and has no descriptor of one.
-Those that wait have one uid, the next VM's.
+A process is blank until it receives its task. While nothing starts, one of each kind that most VMs
+need is made ready: confined, and rehearsed. It knows no VM, and has no descriptor of one. Ready
+processes have one uid, the next VM's.
 
-Nothing here waits for the zygote. A process can be told what it is before it exists: its end of the
+Nothing here waits for the zygote. A process can be sent its task before it exists: its end of the
 connection is on the way to it.
 """
 
@@ -38,12 +38,13 @@ from vmm_kvm.loop import EventLoop
 log = Log(__name__)
 
 SPARE_DELAY_NS = 1_000_000_000
-"""How long nothing has to start until processes are made ready: guests that boot need the
+"""How long no VM must have started before processes are made ready: booting guests need the
 processors more."""
 SPARE_PATIENCE_NS = 20 * NANOSECONDS
 """How long a process may take to be ready, on the slowest of hosts."""
 ZYGOTE_PATIENCE_S = 60.0
-"""How long the zygote may take for an order; it begins by warming up, which is bounded itself."""
+"""How long the zygote may take for an order, besides its warming up, which has a limit of its
+own."""
 
 
 class ForkError(Exception):
@@ -51,7 +52,7 @@ class ForkError(Exception):
 
 
 class Blank(NamedTuple):
-    """A process that waits to be told what it is to be; whoever holds this owns the connection."""
+    """A process that waits for its task; the holder owns the connection."""
 
     connection: socket.socket
     pid: int
@@ -59,7 +60,7 @@ class Blank(NamedTuple):
 
 
 class Ended(Enum):
-    """Which of the processes that this module looks after has ended."""
+    """A process of this module has ended."""
 
     ZYGOTE = "zygote"
     SPARE = "spare"
@@ -67,9 +68,9 @@ class Ended(Enum):
 
 
 Then = Callable[[int], None]
-"""What is called when a process exists, with its pid."""
+"""Called when a process exists, with its pid."""
 Else = Callable[[ForkError], None]
-"""What is called when an order could not be carried out."""
+"""Called when an order has failed."""
 
 
 class _Order(NamedTuple):
@@ -78,11 +79,11 @@ class _Order(NamedTuple):
     then: Then
     otherwise: Else
     connection: socket.socket | None = None
-    """Of the process that is to be; somebody else's."""
+    """The future process's end; not ours."""
 
     @property
     def has_died(self) -> bool:
-        """Whether the process has ended before it could say that it is there."""
+        """Whether the process ended before it reported itself."""
         if self.connection is None or self.connection.fileno() < 0:
             return False  # nobody knows
         poll = select.poll()
@@ -122,15 +123,15 @@ class Blanks:
         """Have `zygote`, at first process `pid`, fork them; takes over the channel, with its pids.
 
         One of each of `ready` is made ahead, and rehearses if `rehearses`. Each VM has one of
-        `uids`; without any, all have the zygote's. When the zygote does not answer for
-        `patience_s`, it is abandoned: all orders fail from then on.
+        `uids`; without any, all have the zygote's. A zygote that does not answer for `patience_s`
+        is abandoned: all orders fail from then on.
         """
         self._patience_ns = int(patience_s * NANOSECONDS)
         self._loop = loop
         self._zygote = zygote
         self._zygotes = {pid}
         self._serving = 0
-        """The one of them that forks; 0 before it says so."""
+        """The zygote process that forks; 0 before it reports itself."""
         self._first = pid
         self._uids = UidPool(uids)
         self._orders: dict[int, _Order] = {}
@@ -138,17 +139,17 @@ class Blanks:
         self._failure: ForkError | None = None
         """Why no order can be carried out any more."""
         self._early: dict[int, int] = {}
-        """What has ended before the zygote told of it, by pid, with its status."""
+        """Processes that ended before the zygote reported them: status by pid."""
         self._on_early: Callable[[int, int], None] = lambda _pid, _status: None
         self._on_abandoned: Callable[[], None] = loop.stop
         self.is_abandoned = False
-        """Whether the zygote hangs, so that no process can be made, nor killed, any more."""
+        """Whether the zygote hangs, so that processes can be neither made nor killed."""
         best = Preparation.REHEARSED if rehearses else Preparation.CONFINED
         self._preparations = dict.fromkeys(ready, best)
-        """How the next one of each role is made ahead; a role that is not here has none."""
+        """How the next process of each role is made ahead; other roles have none."""
         self._spares: dict[Role, _Spare] = {}
         self._spare_uid: int | None = None
-        """Of those that are made ahead; None if no VM has one yet."""
+        """The uid of those made ahead; None if there is none."""
         self._timer = loop.timer(self._make_spares)
         self._patience = loop.timer(self._give_up)
         self._zygote_patience = loop.timer(self._zygote_hangs)
@@ -161,7 +162,7 @@ class Blanks:
         return bool(self._orders)
 
     def serve(self, on_early: Callable[[int, int], None], on_abandoned: Callable[[], None]) -> None:
-        """Call `on_early` with the pid and the status of what ended before it was told of.
+        """Call `on_early` with pid and status of a process that ended before it was reported.
 
         `on_abandoned` is called when the zygote hangs.
         """
@@ -169,7 +170,7 @@ class Blanks:
         self._on_abandoned = on_abandoned
 
     def close(self) -> None:
-        """Let the zygote end, and those that wait ready; vmm reaps them, or its heir does."""
+        """Let the zygote and the ready processes end; vmm reaps them, or its heir does."""
         self._timer.cancel()
         self._patience.cancel()
         self._zygote_patience.cancel()
@@ -180,7 +181,7 @@ class Blanks:
     # The processes of a VM
 
     def claim(self) -> int:
-        """Return the uid of a VM that is about to start: that of the processes that wait ready.
+        """Return the uid of the next VM: that of the ready processes.
 
         Raises:
             ForkError: all uids are in use.
@@ -194,10 +195,9 @@ class Blanks:
         return taken
 
     def take(self, role: Role, uid: int, then: Then, otherwise: Else) -> Blank:
-        """Return a process that is to be `role` of the VM with `uid`: one that is ready, if any.
+        """Return a process for `role` of the VM with `uid`: a ready one, if any.
 
-        Another's pid is 0, and one of `then` and `otherwise` is called later, once: when it exists,
-        or when it never will.
+        The pid of a new one is 0; `then` is called once it exists, or `otherwise` if it never will.
 
         Raises:
             ForkError: the host has no descriptors left, or the zygote is gone.
@@ -213,18 +213,18 @@ class Blanks:
         return Blank(self._fork(role, uid, Preparation.NONE, then, otherwise), 0)
 
     def settle(self, uid: int) -> None:
-        """Let those go that waited ready for a VM which has not taken them."""
+        """Release ready processes that their VM has not taken."""
         for spare in tuple(self._spares.values()):
             if spare.uid == uid and uid:
                 self._forget(spare)
         self._plan_spares()
 
     def release(self, uid: int) -> None:
-        """Let the uid of a VM be another's, once the last of its processes is reaped."""
+        """Release the uid of a VM once the last of its processes is reaped."""
         self._uids.release(uid)
 
     def kill(self, pid: int, otherwise: Else) -> None:
-        """Have a process killed that `take` has told of, and that nobody has waited for yet."""
+        """Have a process of `take` killed that has not been reaped yet."""
         number = next(self._order_numbers)
         message = EndProcess(order=number, uid=self._uids.uid_of(pid))
         try:
@@ -236,16 +236,16 @@ class Blanks:
             otherwise(ForkError(err.strerror or str(err)))
 
     def set_verbosity(self, level: int) -> None:
-        """Have the zygote log more or less; what it forks is told when it begins."""
+        """Set the verbosity of the zygote; its forks get it when they begin."""
         try:
             self._zygote.send(SetVerbosity(level=level))
         except ChannelError as err:
             log.warning("the zygote: %s", err)
 
     def ended(self, pid: int, status: int) -> Ended | None:
-        """Take note that a child of vmm has ended; returns which of ours it was, if any."""
+        """Note that a child of vmm has ended; returns which of ours it was, if any."""
         if pid in self._zygotes:
-            # One that another takes the place of ends with 0.
+            # The one that is replaced ends with 0.
             return Ended.ZYGOTE if status or pid == self._serving else None
         if pid not in self._uids:
             if self.has_orders:
@@ -326,7 +326,7 @@ class Blanks:
         spare.connection.close()
 
     def _failed(self, spare: _Spare) -> None:
-        """Prepare the next one less, unless the last had been ready."""
+        """Prepare the next one less if the last was not ready in time."""
         if not spare.is_ready:
             if spare.preparation is Preparation.REHEARSED:
                 self._preparations[spare.role] = Preparation.CONFINED
@@ -375,7 +375,7 @@ class Blanks:
         received.fds.close()
         answer = received.message
         if isinstance(answer, Serving):
-            # One that was so quick that nobody had asked yet is the first.
+            # The first may report itself before any was ordered.
             self._serving = self._zygote.sender_pid or self._first
             self._zygotes.add(self._serving)
             return
@@ -417,7 +417,7 @@ class Blanks:
         self._on_abandoned()
 
     def _fail(self, failure: ForkError) -> None:
-        """Let all orders fail: what the zygote says from now on could be taken for others."""
+        """Fail all orders: later answers of the zygote could be taken for others'."""
         self._failure = failure
         self._zygote.close()
         self._timer.cancel()

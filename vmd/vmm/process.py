@@ -1,9 +1,9 @@
-"""The vmm process: it has VM and device processes made, and knows when they are gone.
+"""The vmm process: it orders VM and device processes from the zygote, and reaps them.
 
 It has no privileges, one thread, and no descriptor of /dev/kvm: the zygote forks for it. There is
 one process per VM, one per disk of it, and one per interface that vhost-net does not serve. vmm
-passes on what the parent and a VM say to each other, and tells of a VM's end when all its processes
-are reaped. It decides nothing.
+passes messages between the parent and VMs, and reports a VM's end when all its processes are
+reaped. It decides nothing.
 
 Source: sections 5.3 and 8 of OpenBSD's behaviour.
 """
@@ -68,7 +68,7 @@ log = Log(__name__)
 _DEVICE_GRACE_NS = 30_000_000_000
 """How long a device process may write back what it holds, once its VM is gone."""
 _VM_HIGH_WATER = 64 << 10
-"""Bytes that wait for a VM process that does not read."""
+"""Limit of bytes that wait for a VM process that does not read."""
 _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
     PauseVm: VmPaused,
     UnpauseVm: VmUnpaused,
@@ -77,19 +77,19 @@ _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
 }
 """What a VM process says to a command, once."""
 _UNASKED: dict[type[VmReport], int] = {VmStarted: 1, VmUnpacked: 1, VmHalted: 1, VmEnding: 1}
-"""What it says without being told to, and how often; that it halts once more for each unpause."""
-_NIC = "nic"  # begins the names of interfaces: a guest lives on without
+"""Messages that a VM process sends unasked, and how many; one more halt for each unpause."""
+_NIC = "nic"  # begins the names of interfaces: a guest survives without
 
 
 class _Device(NamedTuple):
     name: str
     """For messages."""
     channel: Channel[VmmToDevice, None]
-    """To it; it has nothing to say, and nobody reads what it says."""
+    """The connection to it; it sends nothing that is read."""
 
 
 class _Vm:
-    """What vmm knows of one VM until all its processes are reaped."""
+    """vmm's record of a VM until all its processes are reaped."""
 
     def __init__(self, number: int, name: str, uid: int) -> None:
         self.id = number
@@ -98,7 +98,7 @@ class _Vm:
         self.pid = 0
         """0 until its process exists."""
         self.orders = 0
-        """How many of its processes the zygote has not told of."""
+        """How many of its processes have not been reported yet."""
         self.is_doomed = False
         """Whether its process is to be killed as soon as it exists."""
         self.has_failed = False
@@ -112,7 +112,7 @@ class _Vm:
         self._owes_look = False
 
     def command(self, command: VmCommand, fds: Fds) -> None:
-        """Pass on a command, unless the process does not read and need not have it.
+        """Pass on a command; drop an unimportant one if the process does not read.
 
         Raises:
             ChannelError: the process is gone, or descriptors of the message were lost.
@@ -131,10 +131,10 @@ class _Vm:
         if isinstance(command, UnpauseVm):
             self.expected[VmHalted] += 1
 
-    # A source of its own channel: what need not be told many times waits until there is room.
+    # A source of its own channel: state that need not be repeated waits until there is room.
 
     def hold(self, _reason: object) -> None:
-        """Do nothing: what is left out while the channel is full is found when it is."""
+        """Do nothing: omitted state is sent when there is room again."""
 
     def release(self, _reason: object) -> None:
         """Tell what was left out."""
@@ -230,7 +230,7 @@ class Vmm:
 
     @staticmethod
     def _cannot_kill(vm: _Vm, err: ForkError) -> None:
-        """Let a VM's process believe that vmm is gone: unless it hangs, it ends."""
+        """Close the channel to a VM's process, which then ends unless it hangs."""
         log.warning("vm/%s: cannot be killed: %s", vm.name, err)
         if vm.channel:
             vm.channel.close()
@@ -259,7 +259,7 @@ class Vmm:
         self._look_if_gone(vm)
 
     def _fail(self, vm: _Vm, err: Exception) -> None:
-        """Tell that a VM has not been launched, once; what there is of it ends."""
+        """Report once that a VM was not launched; its existing processes end."""
         if vm.has_failed:
             return
         vm.has_failed = True
@@ -270,7 +270,7 @@ class Vmm:
             vm.channel.close()
 
     def _start_all(self, vm: _Vm, spec: VmSpec, fds: Fds) -> None:
-        """Start the device processes, then the VM's; what they share is closed here."""
+        """Start the device processes, then the VM's; closes our copies of shared descriptors."""
         fds.check()
         with ExitStack() as stack:
             connections = []
@@ -302,7 +302,7 @@ class Vmm:
 
     @staticmethod
     def _device_cgroup(spec: VmSpec, fds: Fds, stack: ExitStack) -> tuple[int, ...]:
-        """Return what device processes join their control group by, if there is one."""
+        """Return the descriptor for joining the device processes' control group, if any."""
         if spec.device_cgroup is None:
             return ()
         fd = fds.take(spec.device_cgroup)
@@ -334,7 +334,7 @@ class Vmm:
         return ours
 
     def _blank(self, vm: _Vm, role: Role, then: Callable[[int], None]) -> Blank:
-        """Return a process that is to be one of a VM's; see `Blanks.take`."""
+        """Return a process for a VM; see `Blanks.take`."""
 
         def forked(pid: int) -> None:
             vm.orders -= 1
@@ -351,7 +351,7 @@ class Vmm:
         return blank
 
     def _launched(self, vm: _Vm, pid: int) -> None:
-        """Tell that a VM's process exists, and listen to it."""
+        """Report that a VM's process exists, and read from it."""
         vm.pid = pid
         if not vm.has_failed:
             self._tell(VmLaunched(id=vm.id, pid=vm.pid))
@@ -388,7 +388,7 @@ class Vmm:
         kind = type(received.message)
         with received.fds as fds:
             if not vm.expected[kind]:
-                # However fast it is, it keeps nobody busy: nothing more is read from it.
+                # A flooding process is not read any more.
                 log.warning("vm/%s: says %s unasked: killed", vm.name, kind.__name__)
                 if vm.channel:
                     vm.channel.hold(vm)
@@ -402,7 +402,7 @@ class Vmm:
                 self._tell(FromVm(id=number, report=received.message), passed)
 
     def _vm_silent(self, number: int, err: ChannelError) -> None:
-        """A VM's channel has ended: so will its process."""
+        """A VM's channel has ended: its process will end too."""
         vm = self._vms[number]
         if isinstance(err, MalformedError):
             log.warning("vm/%s: %s: killed", vm.name, err)
@@ -460,7 +460,7 @@ class Vmm:
 
     @staticmethod
     def _drain(channel: Channel[VmmToVm, VmReport], vm: _Vm) -> None:
-        """Read what a VM process said just before it ended, for its last word."""
+        """Read a VM process's remaining messages, for its reason to end."""
         try:
             while True:
                 received = channel.receive()
@@ -476,7 +476,7 @@ class Vmm:
         how = f"was killed by signal {-status}" if status < 0 else f"failed with status {status}"
         log.warning("vm/%s/%s: its process %s", vm.name, device, how)
         if vm.status is None and not vm.has_failed and not device.startswith(_NIC):
-            # A guest without its disk is of no use, and must not believe that it wrote.
+            # A guest without its disk is useless, and must not believe that its writes arrived.
             vm.ending = vm.ending or VmEnding(
                 reason=EndReason.CRASHED, message=f"{device}: its process {how}"
             )

@@ -1,4 +1,4 @@
-"""Which uid is which VM's, until no process has it any more."""
+"""The uids of VMs, each until no process has it any more."""
 
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ class UidPool:
         self._counts = Counter[int]()
 
     def take(self) -> int | None:
-        """Return a uid that no process has, and no one else gets until `release`; None if none is.
+        """Return a uid that no process has, reserved until `release`; None if none is free.
 
-        One that was in use comes again as late as possible.
+        A used one is given out again as late as possible.
         """
         if not self._is_separate:
             return 0
@@ -33,7 +33,7 @@ class UidPool:
         return uid
 
     def release(self, uid: int) -> None:
-        """Let a uid be taken again, as soon as the last of its processes is reaped."""
+        """Release a uid as soon as the last of its processes is reaped."""
         self._owned.discard(uid)
         self._look_if_free(uid)
 
@@ -43,7 +43,7 @@ class UidPool:
         self._counts[uid] += 1
 
     def ended(self, pid: int) -> None:
-        """Take note that a process was reaped; one that is unknown is ignored."""
+        """Note that a process was reaped; an unknown one is ignored."""
         uid = self._pids.pop(pid, None)
         if uid is not None:
             self._counts[uid] -= 1

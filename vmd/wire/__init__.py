@@ -1,1 +1,1 @@
-"""What the daemon's processes and its clients say to each other, and how it becomes packets."""
+"""Messages between the daemon's processes and its clients, and their encoding as packets."""

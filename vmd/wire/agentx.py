@@ -1,4 +1,4 @@
-"""What the parent and the agentx process say to each other: VMs for the host's SNMP agent."""
+"""Messages between the parent and the agentx process: VMs for the host's SNMP agent."""
 
 from typing import Annotated
 
@@ -19,9 +19,9 @@ class VmRow(Part, frozen=True, kw_only=True):
 
 
 class SetSession(Internal, frozen=True, kw_only=True):
-    """Be a sub-agent in this context; it is the default one if it is empty.
+    """Register as a sub-agent in this context, the default one if empty.
 
-    `path`, for messages, is where the master agent listens; empty: be none.
+    `path`, for messages, is the master agent's socket; empty: register nowhere.
     """
 
     path: str
@@ -39,7 +39,7 @@ class NotConnected(Internal, frozen=True, kw_only=True):
 
 
 class VmTable(Internal, frozen=True, kw_only=True):
-    """The VMs there are, as many as one message holds; another follows if there are more."""
+    """The VMs, as many as fit into a message; another follows if there are more."""
 
     rows: tuple[VmRow, ...]
     has_more: bool

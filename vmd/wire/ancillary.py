@@ -1,6 +1,6 @@
-"""What goes beside the data of a UNIX socket: descriptors, and whose process is at the other end.
+"""Ancillary data of UNIX sockets: descriptors, and the peer's process.
 
-The kernel says process numbers as they are in the reader's pid namespace.
+The kernel translates process numbers into the reader's pid namespace.
 
 Source: unix(7), "SCM_RIGHTS", "SCM_CREDENTIALS", "SO_PEERCRED".
 """
@@ -26,7 +26,7 @@ CREDENTIALS_SIZE = socket.CMSG_SPACE(_UCRED.size)
 
 
 class Credentials(NamedTuple):
-    """Who was at the other end when the connection was made."""
+    """The peer's identity when the connection was made."""
 
     pid: int
     uid: int
@@ -34,7 +34,7 @@ class Credentials(NamedTuple):
 
 
 def peer_credentials(connection: socket.socket) -> Credentials:
-    """Return who is at the other end of a connected UNIX socket."""
+    """Return the peer's identity on a connected UNIX socket."""
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     return Credentials(*_UCRED.unpack(data))
 

@@ -1,10 +1,10 @@
-"""How a process that is to be a VM's or a device's comes to wait for what it is to be."""
+"""From the zygote's fork to a blank process that waits for its task."""
 
 from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a process that the zygote forks is to be."""
+    """The role of a process that the zygote forks."""
 
     VM = "vm"
     DISK = "disk"
@@ -12,17 +12,17 @@ class Role(StrEnum):
 
 
 class Preparation(StrEnum):
-    """What a process does before it waits to be told what it is to be."""
+    """What a process does before it waits for its task."""
 
     NONE = "none"
     """It confines itself: somebody waits for it."""
     CONFINED = "confined"
     """It says `BLANK_IS_READY` besides."""
     REHEARSED = "rehearsed"
-    """It does what it will do, and forgets it, before it says so."""
+    """It rehearses its task, and forgets it, before it reports itself ready."""
 
 
 BLANK_IS_READY = b"\0"
-"""The packet by which a process that was made ahead says that it waits; messages follow."""
+"""The packet by which a process made ahead reports itself ready; messages follow."""
 BLANK_IS_COLD = b"\1"
-"""The same from one that could not rehearse; the next need not try."""
+"""The same from a process that could not rehearse; the next need not try."""

@@ -1,11 +1,12 @@
 """Messages with descriptors over a UNIX SOCK_SEQPACKET socket: one packet is one message.
 
 Every descriptor has one owner at each moment. Those that are sent are the channel's from the call
-of `send` on; those that arrive are the `Fds` of their message, which closes what nobody took.
-A peer that sends what is no message is cut off.
+of `send` on; those that arrive are the `Fds` of their message, which closes the ones not taken. A
+peer that sends a malformed message is disconnected.
 
-`send` never waits and drops nothing: what the peer has no room for waits here. A channel where much
-waits is full, which is no error and no end. It holds its sources, the channels whose messages make
+`send` never blocks and drops nothing: messages that the peer has no room for wait here. A channel
+where too many wait is full, which is no error. It holds its sources, the channels whose messages
+make
 this end send: nothing is read from a source that is held, until the peer has read most of
 what waits.
 
@@ -43,15 +44,15 @@ Taken = TypeVar("Taken")
 MESSAGE_MAX = 256 << 10
 """Bytes of one message."""
 HIGH_WATER = 1 << 20
-"""Bytes that wait for a peer from which on a channel is full. What its sources said before they
-were held may still add to them."""
+"""Waiting bytes from which on a channel is full. Messages that its sources sent before they were
+held may add to them."""
 BURST = 32
 """Messages of one peer that are read in a row, while others wait."""
 _LOW_WATER_SHARE = 4  # of the high water, which is the low one
 _RETRY_NS = 10_000_000
 _PASSING = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
-"""Errors that pass: the host gets memory again, others of our user read what descriptors they were
-sent."""
+"""Temporary errors: the host is short of memory, or has too many of our user's descriptors in
+flight."""
 
 _INT = struct.Struct("=i")
 
@@ -65,11 +66,11 @@ class ChannelClosedError(ChannelError):
 
 
 class MalformedError(ChannelError):
-    """The peer sent what is no message for this end."""
+    """The peer sent something that is no message for this end."""
 
 
 class DescriptorsLostError(ChannelError):
-    """A message came without its descriptors; neither its sender nor the channel is to blame."""
+    """A message came without its descriptors; this is no fault of its sender or the channel."""
 
 
 class PeerHangsError(ChannelError):
@@ -77,17 +78,17 @@ class PeerHangsError(ChannelError):
 
 
 class OversizeError(Exception):
-    """A message of ours is too large to be sent; the channel is as good as before. One line."""
+    """A message of ours is too large to send; the channel stays usable. One line."""
 
 
 class Source(Protocol):
     """Whatever makes a channel's owner send on it."""
 
     def hold(self, reason: object) -> None:
-        """Go on no more, until `reason`, which is compared by identity, is released."""
+        """Stop until `reason`, which is compared by identity, is released."""
 
     def release(self, reason: object) -> None:
-        """Go on, unless there are other reasons not to; this one may not be among them."""
+        """Continue, unless held for other reasons; releasing an unknown one is harmless."""
 
 
 class Timer(Protocol):
@@ -131,8 +132,8 @@ class Fds:
         """Take ownership of `fds`."""
         self._fds: list[int | None] = list(fds)
         self.are_lost = are_lost
-        """The message had more than a message may have, or than this process has room for: none of
-        them is here."""
+        """The message had more descriptors than allowed, or than this process has room for: none
+        was kept."""
 
     def __len__(self) -> int:
         """Return how many came, taken or not."""
@@ -169,7 +170,7 @@ class Fds:
             raise DescriptorsLostError(text)
 
     def spread(self, places: Sequence[int]) -> None:
-        """Let each be taken by its index in `places` instead, which are all others' no longer.
+        """Renumber them: from now on only their indices in `places` are valid.
 
         Raises:
             MalformedError: there are not as many places as descriptors that nobody has taken, or
@@ -211,7 +212,7 @@ class Fds:
 
 
 class Received(NamedTuple, Generic[Taken]):
-    """A message; whoever receives it closes `fds`, by using them as a context manager."""
+    """A message; the receiver closes `fds`, by using them as a context manager."""
 
     message: Taken
     fds: Fds
@@ -222,7 +223,7 @@ class Received(NamedTuple, Generic[Taken]):
 class Channel(Generic[Sent, Taken]):
     """One end of a connection; owns its socket, which does not block. For one thread.
 
-    Where a loop is watched by `watch`, what the peer has no room for goes out when it has.
+    With `watch`, the loop sends waiting messages when the peer has room.
     """
 
     def __init__(
@@ -244,10 +245,10 @@ class Channel(Generic[Sent, Taken]):
         they are lost.
         """
         connection.setblocking(False)
-        # The kernel refuses a packet that is larger than what may be under way, which it doubles.
+        # The kernel refuses a packet larger than the send buffer, whose size it doubles.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sent_max)
         self.sender_pid = 0
-        """The process that has sent the last message; 0 if that is not asked."""
+        """The process that sent the last message; 0 without `asks_pids`."""
         self._ancillary_size = RIGHTS_SIZE
         if asks_pids:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -283,7 +284,7 @@ class Channel(Generic[Sent, Taken]):
         return self._backlog_size
 
     def close(self) -> None:
-        """Leave the loop, close the socket, forget what has not gone out; idempotent."""
+        """Leave the loop, close the socket, drop unsent messages; idempotent."""
         if self.is_closed:
             return
         self._read = None
@@ -306,7 +307,7 @@ class Channel(Generic[Sent, Taken]):
 
     @property
     def is_read(self) -> bool:
-        """Whether the peer has read all that it was sent.
+        """Whether the peer has read everything.
 
         Source: unix(7), "SIOCOUTQ".
         """
@@ -317,26 +318,26 @@ class Channel(Generic[Sent, Taken]):
 
     @property
     def is_full(self) -> bool:
-        """Whether so much waits for the peer that nothing more should be made for it."""
+        """Whether too much waits for the peer to produce more for it."""
         return self._is_full
 
     def add_source(self, source: Source) -> None:
-        """Hold `source` whenever this channel is full; it may be this channel itself.
+        """Hold `source` whenever this channel is full; it may be this channel.
 
-        A source that is closed, or nobody refers to any more, need not be removed.
+        A source that is closed or unreferenced need not be removed.
         """
         self._sources.add(source)
         if self._is_full:
             source.hold(self)
 
     def hold(self, reason: object) -> None:
-        """Read no more messages until `reason` is released; the peer's end is not seen either."""
+        """Read no messages until `reason` is released; the peer's end is not noticed either."""
         if not any(one is reason for one in self._holds):
             self._holds.append(reason)
             self._listen()
 
     def release(self, reason: object) -> None:
-        """Read on, unless there are other reasons not to; this one may not be among them."""
+        """Read on, unless held for other reasons; releasing an unknown one is harmless."""
         self._holds = [one for one in self._holds if one is not reason]
         self._listen()
 
@@ -380,7 +381,7 @@ class Channel(Generic[Sent, Taken]):
             self._look_how_full()
 
     def flush(self) -> bool:
-        """Send what waits, as far as the peer has room; returns whether nothing is left.
+        """Send waiting messages as far as the peer has room; returns whether none is left.
 
         Raises:
             ChannelError: the peer is gone, or cannot be sent to.
@@ -396,7 +397,7 @@ class Channel(Generic[Sent, Taken]):
         return not self._backlog
 
     def send_all(self, timeout_s: float) -> None:
-        """Send what waits, within `timeout_s` seconds; for a peer that is trusted.
+        """Send waiting messages, within `timeout_s` seconds; for a trusted peer.
 
         Raises:
             PeerHangsError: the peer has not made room in time.
@@ -410,7 +411,7 @@ class Channel(Generic[Sent, Taken]):
                 raise PeerHangsError(f"has not read for {timeout_s:g} s")
 
     def close_when_sent(self) -> None:
-        """Close as soon as everything has gone out; what still arrives is not read."""
+        """Close as soon as everything is sent; read no more."""
         self._closes_when_sent = True
         if not self._backlog:
             self.close()
@@ -427,7 +428,7 @@ class Channel(Generic[Sent, Taken]):
                     self._retry.arm(self._loop.monotonic_ns() + _RETRY_NS)
                 return
         except ChannelError:
-            # Whoever reads from this channel finds its end there.
+            # The reader of this channel finds its end.
             self._forget_backlog()
         if self._loop is not None:  # a source that was released may have closed it
             self._loop.remove_writer(self.fileno())
@@ -479,12 +480,12 @@ class Channel(Generic[Sent, Taken]):
             raise ChannelClosedError(f"cannot receive: {err.strerror}") from err
         with ExitStack() as stack:
             fds = stack.enter_context(self._arrived(descriptors(ancillary)))
-            if not data:  # the end; or a packet of nothing, which is no message either
+            if not data:  # the end; or an empty packet, which is no message either
                 raise ChannelClosedError("the peer has closed the connection")
             if flags & socket.MSG_TRUNC:
                 raise MalformedError(f"a message of more than {MESSAGE_MAX} bytes")
             if flags & socket.MSG_CTRUNC:
-                # Which of them have come depends on how many files this process has open.
+                # How many have come depends on this process's open files.
                 fds.close()
                 fds.are_lost = True
             try:
@@ -531,7 +532,7 @@ class Channel(Generic[Sent, Taken]):
             # Not socket.recv_fds, which ignores its flags (python/cpython#107898).
             return self._socket.recvmsg(*size)[:3]
         except ConnectionResetError:
-            # The peer closed without reading all that it was sent; what it sent is still there.
+            # The peer closed without reading everything; its own messages are still there.
             return self._socket.recvmsg(*size)[:3]
 
     def watch(
@@ -555,7 +556,7 @@ class Channel(Generic[Sent, Taken]):
             loop.add_writer(self.fileno(), self._send_backlog)
 
     def _listen(self) -> None:
-        """Have the loop call for messages, if they are to be read."""
+        """Register for messages with the loop, unless held."""
         if self._loop is None:
             return
         if self._read and not self._holds and not self._closes_when_sent:
@@ -570,7 +571,7 @@ class Channel(Generic[Sent, Taken]):
         burst: int,
     ) -> None:
         for _ in range(burst):
-            # By what the last message did, there may be no more to read, or not now.
+            # The last message's handler may have closed or held this channel.
             if self.is_closed or self._closes_when_sent or self._holds:
                 return
             try:

@@ -1,4 +1,4 @@
-"""What vmm tells a process that serves a disk or an interface, which has nothing to say."""
+"""Messages from vmm to a process that serves a disk or an interface, which sends none."""
 
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.internal import DiskSpec, Internal, NicSpec, SetVerbosity
@@ -7,7 +7,7 @@ from vmd.wire.internal import DiskSpec, Internal, NicSpec, SetVerbosity
 class BeginDisk(Internal, frozen=True, kw_only=True):
     """Serve this disk of the VM called `vm`.
 
-    What joins a control group comes along, if it `has_cgroup`, the image and its bases, then
+    Descriptors come along: a control group's if it `has_cgroup`, the image and its bases, then
     counters, a socket and a pipe.
     """
 
@@ -25,7 +25,7 @@ class BeginDisk(Internal, frozen=True, kw_only=True):
 class BeginNic(Internal, frozen=True, kw_only=True):
     """Move the frames of this interface of the VM called `vm`.
 
-    What joins a control group comes along, if it `has_cgroup`, the tap's queues, then counters, a
+    Descriptors come along: a control group's if it `has_cgroup`, the tap's queues, then counters, a
     socket and a pipe.
     """
 

@@ -1,8 +1,8 @@
-r"""How messages are written as bytes and read back: JSON for clients, MessagePack inside.
+r"""Encoding of messages: JSON for clients, MessagePack inside.
 
 Names of files and words of vm.conf may have bytes that are not UTF-8, which Python keeps as lone
-surrogates. Inside the daemon they arrive as they were sent: each becomes `_ESCAPE` and a character
-for the byte. Clients, whose JSON is text, are shown them as `\xff`.
+surrogates. Inside the daemon they arrive unchanged: each travels as `_ESCAPE` and a character for
+the byte. Clients, whose JSON is text, see them as `\xff`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Sent = TypeVar("Sent")
 Taken = TypeVar("Taken")
 
 _ESCAPE = "\U0010ffff"
-"""A noncharacter: no text has it. Where a name of a file does, it is doubled."""
+"""A noncharacter, which no text has. In a file's name it is doubled."""
 _ESCAPE_BYTES = _ESCAPE.encode()
 _BYTES_AT, _BYTES_END = 0xDC80, 0xDCFF
 """The surrogates that Python makes of bytes."""
@@ -34,13 +34,13 @@ class WireEncoding(Enum):
 
 
 class Wire(Generic[Sent, Taken]):
-    """One end's way to speak: it encodes `Sent` and decodes nothing but `Taken`."""
+    """One end's codec: it encodes `Sent` and decodes nothing but `Taken`."""
 
     __slots__ = ("_decoder", "_encoder", "_is_text")
 
     def __init__(self, taken: object, encoding: WireEncoding) -> None:
-        """Speak `encoding`; `taken` is the union of what this end understands."""
-        # A union is no type to a type checker; what is decoded is of it all the same.
+        """Use `encoding`; `taken` is the union of messages that this end understands."""
+        # A union is no type to a type checker, but the decoded value is one of its members.
         taken_type = cast("type[Taken]", taken)
         self._encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder
         self._decoder: msgspec.json.Decoder[Taken] | msgspec.msgpack.Decoder[Taken]

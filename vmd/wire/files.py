@@ -1,4 +1,4 @@
-"""What the parent and an opener say to each other: files of a client, for one start of a VM."""
+"""Messages between the parent and an opener: files of a client, for one start of a VM."""
 
 from enum import StrEnum
 
@@ -26,20 +26,21 @@ class WantedFile(Part, frozen=True, kw_only=True):
 
     use: FileUse
     path: str
-    """Where it is; for messages alone, where descriptors came along."""
+    """Its path; for messages alone if descriptors came along."""
     passed: tuple[int, ...] = ()
-    """Indices of descriptors: the file, as it was opened already, then a disk's bases."""
+    """Indices of descriptors: the file, already opened, then a disk's bases."""
     follows_bases: bool = False
-    """Bases of which no descriptor came along are opened by name."""
+    """Bases without a descriptor are opened by name."""
     writes: bool = False
     format: DiskKind = DiskKind.PROBE
     """Of a disk."""
     locks: bool = True
-    """A disk is locked now. Not where the lock may be another's until the VM has been received."""
+    """Whether a disk is locked now; not if another VM may hold the lock until this one has been
+    received."""
 
 
 class FoundFile(Part, frozen=True, kw_only=True):
-    """A file that was wanted: what it has to be, a disk locked unless that was not wanted."""
+    """A requested file: checked, and a disk locked if requested."""
 
     chain: tuple[int, ...]
     """Indices of descriptors: the file, then a disk's bases."""
@@ -64,7 +65,7 @@ class FilesOpened(Internal, frozen=True, kw_only=True):
 
 
 class OpeningFailed(Internal, frozen=True, kw_only=True):
-    """One of the files is not to be had; the message is one line."""
+    """One of the files is unavailable; the message is one line."""
 
     code: ErrorCode
     message: str

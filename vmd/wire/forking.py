@@ -1,4 +1,4 @@
-"""What vmm and the zygote say to each other: processes that are to be made, or to end."""
+"""Messages between vmm and the zygote: making and killing processes."""
 
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
@@ -8,7 +8,7 @@ from vmd.wire.internal import Internal, SetVerbosity
 class Fork(Internal, frozen=True, kw_only=True):
     """Fork a process, which has the connection whose descriptor comes along, and waits on it.
 
-    It says `Forked` itself; if there is none, the zygote says `ForkFailed`.
+    It sends `Forked` itself; if it could not be made, the zygote sends `ForkFailed`.
     """
 
     order: int
@@ -20,7 +20,7 @@ class Fork(Internal, frozen=True, kw_only=True):
 
 
 class Forked(Internal, frozen=True, kw_only=True):
-    """The process which says this, as the kernel tells, is there, and is a child of vmm."""
+    """The sender of this, whom the kernel identifies, exists, and is a child of vmm."""
 
     order: int
 
@@ -33,7 +33,7 @@ class ForkFailed(Internal, frozen=True, kw_only=True):
 
 
 class Serving(Internal, frozen=True, kw_only=True):
-    """The zygote is ready to fork, and is the process which says this; said once, first."""
+    """The sender of this is the zygote, ready to fork; sent once, first."""
 
 
 class EndProcess(Internal, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""What the daemon's processes say to each other: one union per direction.
+"""Messages between the daemon's processes: one union per direction.
 
 parent ↔ control: who comes, what clients ask, and what they are answered.
 parent ↔ priv:    the host's network: bridges, taps, addresses, NAT.
@@ -9,7 +9,7 @@ vmm ↔ zygote:     forking, see `wire.forking`.
 vmm ↔ vm:         what VM a process is to be; else vmm passes on what is said, and how it ended.
 vmm → device:     what a device process is to serve, see `wire.device`.
 
-A process decodes only the union that is meant for it, so that no other can make it do more.
+A process decodes only the union meant for it, so that no other can make it do more.
 """
 
 from enum import StrEnum
@@ -27,7 +27,7 @@ from vmm_kvm.errors import HaltReason
 from vmm_kvm.limits import MTU_DEFAULT
 
 TEXT_MAX = 16384
-"""Characters of what a VM process says of its end: some paths, and why."""
+"""Characters of a VM process's message about its end: some paths, and the reason."""
 
 
 class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -35,7 +35,7 @@ class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SetVerbosity(Internal, frozen=True, kw_only=True):
-    """To every process: log more or less: 0 brief, 1 as usual, 2 verbose."""
+    """To every process: set the verbosity: 0 brief, 1 as usual, 2 verbose."""
 
     level: int
 
@@ -50,7 +50,7 @@ UNANSWERED_MAX = 32
 
 
 class ClientCame(Internal, frozen=True, kw_only=True):
-    """A client has connected; its connection comes along, to ask the kernel whose it is."""
+    """A client has connected; its connection comes along, so that the kernel can tell its user."""
 
     client: int
     """Control's number for the connection, never used twice."""
@@ -64,7 +64,7 @@ class ClientRequest(Internal, frozen=True, kw_only=True):
 
 
 class ClientGone(Internal, frozen=True, kw_only=True):
-    """A connection has ended: nothing that it asked needs an answer."""
+    """A connection has ended: its requests need no answers."""
 
     client: int
 
@@ -77,9 +77,9 @@ class ClientAnswer(Internal, frozen=True, kw_only=True):
 
 
 class Considered(Internal, frozen=True, kw_only=True):
-    """The parent has done all that there was to do for one request, and may be given another.
+    """The parent has finished its part of a request, and may be given another.
 
-    Said once for each, before or after its answer, which may have to wait for a VM.
+    Sent once for each, before or after its answer, which may have to wait for a VM.
     """
 
     client: int
@@ -150,11 +150,11 @@ class TapSpec(InterfaceSpec, frozen=True, kw_only=True):
 class Configure(Internal, frozen=True, kw_only=True):
     """What the host's network is to be, apart from the interfaces of VMs; answered by `Configured`.
 
-    Whatever else priv has made, now or before it was killed, is removed.
+    Everything else that priv has made, now or before it was killed, is removed.
     """
 
     mark: str
-    """What names this daemon; what priv makes bears it."""
+    """This daemon's mark, on everything that priv makes."""
     table: str
     """Name of the packet filter's tables."""
     switches: tuple[SwitchConfig, ...] = ()
@@ -162,13 +162,13 @@ class Configure(Internal, frozen=True, kw_only=True):
     """Network whose addresses are hidden from the rest of the world; empty for none."""
     nat6: str = ""
     is_partial: bool = False
-    """Interfaces that are there already follow, and then this again: nothing is removed yet."""
+    """Existing interfaces follow, and then this again: nothing is removed yet."""
 
 
 class MakeTaps(Internal, frozen=True, kw_only=True):
     """Make the interfaces of a VM; answered by `TapsMade` or `TapsFailed`.
 
-    Each exists as long as the descriptors do that come along.
+    Each exists as long as the descriptors that come along.
     """
 
     id: int
@@ -190,7 +190,7 @@ class MadeTap(Part, frozen=True, kw_only=True):
 
 
 class Configured(Internal, frozen=True, kw_only=True):
-    """It is done, as far as it can be; the log says what cannot."""
+    """The configuration is done, as far as possible; failures are logged."""
 
 
 class TapsMade(Internal, frozen=True, kw_only=True):
@@ -199,7 +199,7 @@ class TapsMade(Internal, frozen=True, kw_only=True):
     id: int
     taps: tuple[MadeTap, ...]
     is_filtered: bool
-    """Frames with a wrong lladdr are dropped where they are to be, whoever moves them."""
+    """Whether frames with a wrong lladdr are dropped as configured, on every data path."""
 
 
 class TapsFailed(Internal, frozen=True, kw_only=True):
@@ -216,9 +216,9 @@ class TapsForgotten(Internal, frozen=True, kw_only=True):
 
 
 class RulesRefused(Internal, frozen=True, kw_only=True):
-    """The packet filter does not take what an interface of a VM needs; the rest is as it should be.
+    """The packet filter refuses rules of a VM's interface; the rest is in place.
 
-    Said once.
+    Sent once.
     """
 
     id: int
@@ -245,14 +245,14 @@ class DiskSpec(Part, frozen=True, kw_only=True):
     formats: tuple[DiskKind, ...] = ()
     """Of each image, raw or qcow2."""
     scratch: int | None = None
-    """Index of a file for what is written, empty or as it was before a reboot: then the image is
-    only read."""
+    """Index of a file for writes, empty or as it was before a reboot: the image is then only
+    read."""
     is_locked: bool = True
-    """Whether its lock is taken already: else the process that uses it waits until it is free."""
+    """Whether it is locked already; else the process that uses it waits for the lock."""
 
     @property
     def files(self) -> tuple[int, ...]:
-        """What its process gets: the chain, then the file for what is written."""
+        """Its process's descriptors: the chain, then the file for writes."""
         return self.chain if self.scratch is None else (*self.chain, self.scratch)
 
     @property
@@ -264,8 +264,8 @@ class DiskSpec(Part, frozen=True, kw_only=True):
 class NicSpec(InterfaceSpec, frozen=True, kw_only=True):
     """A network interface, open; see `vmm_kvm.net.paths` for what the descriptors are.
 
-    With `vhosts` the kernel moves its frames, with taps alone a device process of ours, without
-    both whoever is behind a stream.
+    With `vhosts` the kernel moves its frames, with taps alone a device process of ours, else the
+    peer of `stream`.
     """
 
     name: str
@@ -307,12 +307,12 @@ class VmSpec(Part, frozen=True, kw_only=True):
     boot_path: str
     """For messages."""
     is_firmware: bool = False
-    """Whether the boot image was said to be firmware, so that nothing of it is guessed."""
+    """Whether the user named the boot image as firmware, so that its kind is not probed."""
     kernel: int | None = None
-    """Index of the descriptor of what the boot image unpacks to, where that is known."""
+    """Index of the descriptor of the unpacked kernel, if it is known."""
     variables: int | None = None
-    """Index of the descriptor of UEFI variables, where the boot image is UEFI firmware: a file of
-    the VM's own, where what the guest changes is kept."""
+    """Index of the descriptor of UEFI variables, if the boot image is UEFI firmware: a file of the
+    VM's own, which keeps the guest's changes."""
     initrd: tuple[int, ...] = ()
     append: str | None = None
     disks: tuple[DiskSpec, ...] = ()
@@ -323,9 +323,9 @@ class VmSpec(Part, frozen=True, kw_only=True):
     tty: int
     """Index of the descriptor of the pty's master side."""
     ring: int
-    """Index of the memory that holds what the console has shown; see `ring`."""
+    """Index of the memory with the console's output; see `ring`."""
     cgroup: int | None = None
-    """Index of what the VM's process joins its control group by."""
+    """Index of the descriptor for joining the control group."""
     device_cgroup: int | None = None
     """Index of the same for its device processes."""
     boot_device: BootDevice = BootDevice.AUTO
@@ -341,7 +341,7 @@ class LaunchVm(Internal, frozen=True, kw_only=True):
 
 
 class KillVm(Internal, frozen=True, kw_only=True):
-    """End a VM process at once; it is told of by `VmExited`."""
+    """Kill a VM process; `VmExited` follows."""
 
     id: int
 
@@ -351,11 +351,11 @@ class PauseVm(Internal, frozen=True, kw_only=True):
 
 
 class UnpauseVm(Internal, frozen=True, kw_only=True):
-    """Go on, and say `VmUnpaused`; what waits for the host is tried again."""
+    """Continue, and send `VmUnpaused`; requests that wait for the host are tried again."""
 
 
 class SentBoot(Part, frozen=True, kw_only=True):
-    """What a VM that is sent was booted from, as it is configured."""
+    """The configured boot image of a VM that is sent."""
 
     image: str | None
     firmware: str | None
@@ -364,7 +364,7 @@ class SentBoot(Part, frozen=True, kw_only=True):
 
 
 class SendVm(Internal, frozen=True, kw_only=True):
-    """Write yourself into the stream that comes along, and end; or say `VmSent` and go on."""
+    """Write yourself into the stream that comes along, and end; or send `VmSent` and continue."""
 
     keeps_running: bool
     uid: int | None
@@ -397,14 +397,14 @@ class ConnectVm(Internal, frozen=True, kw_only=True):
 
 
 class SetLinks(Internal, frozen=True, kw_only=True):
-    """Plug the cables of the network interfaces in or out."""
+    """Set the links of the network interfaces."""
 
     are_up: tuple[bool, ...]
     """Of each, in their order."""
 
 
 class LookAtTerminal(Internal, frozen=True, kw_only=True):
-    """Somebody has opened or closed the slave side of the console's terminal."""
+    """The slave side of the console's terminal was opened or closed."""
 
 
 class AskStatistics(Internal, frozen=True, kw_only=True):
@@ -412,7 +412,7 @@ class AskStatistics(Internal, frozen=True, kw_only=True):
 
 
 class Begin(Internal, frozen=True, kw_only=True):
-    """Be the process of this VM: the first command, and the only one that vmm itself gives.
+    """Become the process of this VM: the first command, and the only one from vmm itself.
 
     Descriptors come along: some of those that `spec` names, then counters, a socket and
     a pipe per disk, then the same per interface that has a process.
@@ -447,7 +447,7 @@ class VmStarted(Internal, frozen=True, kw_only=True):
 
 
 class VmUnpacked(Internal, frozen=True, kw_only=True):
-    """The boot image is unpacked; what it unpacks to comes along, in sealed memory."""
+    """The boot image is unpacked; the kernel comes along, in sealed memory."""
 
 
 class VmPaused(Internal, frozen=True, kw_only=True):
@@ -455,7 +455,7 @@ class VmPaused(Internal, frozen=True, kw_only=True):
 
 
 class VmHalted(Internal, frozen=True, kw_only=True):
-    """It stands still because a request of a disk waits for the host; see `UnpauseVm`."""
+    """It has paused because a request of a disk waits for the host; see `UnpauseVm`."""
 
     reason: HaltReason
     message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
@@ -492,7 +492,7 @@ class EndReason(StrEnum):
     OVERDUE = "killed"
     """It was asked to stop, and its time was over."""
     SENT = "sent"
-    """All of it is in a stream: it goes on elsewhere, and must not here."""
+    """All of it is in a stream: it continues elsewhere, and must not continue here."""
     CRASHED = "crashed"
     """The guest panicked, or KVM cannot go on."""
     FAILED = "failed"
@@ -500,7 +500,7 @@ class EndReason(StrEnum):
 
 
 class VmEnding(Internal, frozen=True, kw_only=True):
-    """The VM process is about to end; nothing follows but its exit."""
+    """The VM process is about to exit; nothing else follows."""
 
     reason: EndReason
     code: ErrorCode = ErrorCode.EIO
@@ -548,7 +548,7 @@ class VmExited(Internal, frozen=True, kw_only=True):
     id: int
     pid: int
     status: int
-    """As waitpid says it: the exit code, or minus the signal's number."""
+    """As from waitpid: the exit code, or minus the signal's number."""
     ending: VmEnding | None = None
     """What it said last, if it could."""
 

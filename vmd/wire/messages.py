@@ -1,12 +1,12 @@
-"""The control protocol: what clients ask of the daemon, and what it answers.
+"""The control protocol: clients' requests, and the daemon's answers.
 
 Each message is one packet of a SOCK_SEQPACKET socket: a JSON object whose `type` names it.
 Descriptors travel beside it by SCM_RIGHTS; a field that names one holds its index among them.
-Clients are told apart by SO_PEERCRED, never by what they say.
+Clients are identified by SO_PEERCRED, never by their messages.
 
 Every request gets exactly one answer, which carries the request's `serial`: a client may have
-several under way, and an answer may be long in coming. A long list of VMs comes in parts, all but
-the last with `has_more`; after the answer to `events`, every event until the connection ends.
+several pending, and an answer may take long. A long list of VMs comes in parts, all but the last
+with `has_more`; after the answer to `events`, every event until the connection ends.
 
 `docs/protocol.md` is made from this module and `parts`.
 
@@ -39,7 +39,7 @@ from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.limits import MTU_DEFAULT
 
 CONSOLE_INPUT = b"\x00"
-"""First byte of a packet to a console's stream: the rest was typed."""
+"""First byte of a packet to a console's stream: the rest is input."""
 CONSOLE_BREAK = b"\x01"
 """The packet to a console's stream that is a BREAK."""
 
@@ -75,9 +75,9 @@ class ErrorCode(StrEnum):
     ENOSPC = "ENOSPC"
     ENAMETOOLONG = "ENAMETOOLONG"
     EPROCLIM = "EPROCLIM"
-    """There is such a VM already. (OpenBSD: too many processes.)"""
+    """Such a VM exists already. (OpenBSD: too many processes.)"""
     COMMAND_FAILED = "command-failed"
-    """The configuration has errors, or the daemon could not do it; its log says why."""
+    """The configuration has errors, or the daemon failed; its log has the reason."""
     VERSION = "version"
     """The daemon does not speak the version that the request names."""
 
@@ -102,19 +102,19 @@ class EndCause(StrEnum):
 
     POWER_OFF = "power-off"
     REBOOT = "reboot"
-    """Its guest rebooted, or triple-faulted, and was not started anew."""
+    """Its guest rebooted, or triple-faulted, and was not started again."""
     STOPPED = "stopped"
     """It was asked to stop, and has."""
     SENT = "sent"
-    """All of it is in a stream: it goes on elsewhere."""
+    """All of it is in a stream: it continues elsewhere."""
     CRASHED = "crashed"
     """Its guest panicked, or KVM could not go on."""
     FAILED = "failed"
     """It could not be started."""
     KILLED = "killed"
-    """It was to end without being asked, or did not stop in time."""
+    """It was killed on request, or did not stop in time."""
     DIED = "died"
-    """Its process ended of itself, and did not say why."""
+    """Its process ended by itself, without a reason."""
 
 
 class ResetMode(StrEnum):
@@ -144,16 +144,16 @@ class EventKind(StrEnum):
     STOPPING = "stopping"
     REBOOTED = "rebooted"
     SENT = "sent"
-    """All of it is in a stream. It goes on, or `stopped` follows."""
+    """All of it is in a stream. It continues, or `stopped` follows."""
     STOPPED = "stopped"
     FAILED = "failed"
     REMOVED = "removed"
     INTERFACE = "interface"
-    """Something of one of its network interfaces does not work; the message says what and why."""
+    """A part of one of its network interfaces fails; the message names the part and the reason."""
 
 
 class ForwardRequest(Part, frozen=True, kw_only=True):
-    """A port of the host that shall lead to one of a guest; only for administrators."""
+    """A port of the host to forward to one of a guest; only for administrators."""
 
     protocol: Transport
     port: Port
@@ -176,7 +176,7 @@ class InterfaceRequest(Part, frozen=True, kw_only=True):
 class Start(VmRequest, frozen=True, kw_only=True):
     """Start a VM that exists, or make one, or make an instance of one; answered by `started`.
 
-    What is left out stays as it is configured. Answered once the VM runs.
+    Omitted fields stay as configured. Answered once the VM runs.
     """
 
     instance: Word = ""
@@ -198,7 +198,7 @@ class Start(VmRequest, frozen=True, kw_only=True):
     disks: Annotated[tuple[DiskRequest, ...], msgspec.Meta(max_length=64)] = ()
     interfaces: Annotated[tuple[InterfaceRequest, ...], msgspec.Meta(max_length=64)] = ()
     cdrom: Path = ""
-    """Absolute path; for messages alone where `cdrom_image` is given."""
+    """Absolute path; for messages alone if `cdrom_image` is given."""
     cdrom_image: Index | None = None
     """Index of the descriptor of an ISO image."""
     boot_device: BootDevice = BootDevice.AUTO
@@ -227,7 +227,7 @@ class Wait(VmRequest, frozen=True, kw_only=True):
 
 
 class Pause(VmRequest, frozen=True, kw_only=True):
-    """Pause a VM; answered by `done` when all of it stands still."""
+    """Pause a VM; answered by `done` when all vCPUs and devices have stopped."""
 
 
 class Unpause(VmRequest, frozen=True, kw_only=True):
@@ -239,22 +239,22 @@ class Console(VmRequest, frozen=True, kw_only=True):
 
 
 class Status(VmRequest, frozen=True, kw_only=True):
-    """List VMs: one, or all where neither id nor name is given; answered by `vms`."""
+    """List VMs: one, or all if neither id nor name is given; answered by `vms`."""
 
     statistics: bool = False
     """With counters of what running VMs have used."""
     interfaces: bool = False
     """With the network interfaces of each."""
     devices: bool = False
-    """With what each boots and its disks, of those that are the client's; root sees all."""
+    """With the boot image and disks of the client's own VMs; root sees all."""
     gone: bool = False
-    """With those of late that have ended and are forgotten, foremost the last."""
+    """With VMs that have ended and are forgotten, latest first."""
 
 
 class History(VmRequest, frozen=True, kw_only=True):
-    """Tell what was logged of a VM; for its owner and root. Answered by `lines`.
+    """Return the log lines of a VM; for its owner and root. Answered by `lines`.
 
-    One that is gone is found too, the latest of its name.
+    This finds a forgotten VM too, the latest of its name.
     """
 
     position: Size = 0
@@ -262,11 +262,11 @@ class History(VmRequest, frozen=True, kw_only=True):
 
 
 class Counts(Request, frozen=True, kw_only=True):
-    """Tell what the daemon has done since it began; answered by `totals`."""
+    """Return the daemon's counters since its start; answered by `totals`."""
 
 
 class Events(Request, frozen=True, kw_only=True):
-    """Tell of every event from now on: `event`s, after `done`; once for each connection."""
+    """Report every event from now on: `event`s, after `done`; once for each connection."""
 
 
 class Load(Request, frozen=True, kw_only=True):
@@ -276,7 +276,7 @@ class Load(Request, frozen=True, kw_only=True):
 
 
 class Source(Request, frozen=True, kw_only=True):
-    """Tell where the configuration is; root only. Answered by `source-is`."""
+    """Return the path of the configuration; root only. Answered by `source-is`."""
 
 
 class Reload(Request, frozen=True, kw_only=True):
@@ -290,7 +290,7 @@ class Reset(Request, frozen=True, kw_only=True):
 
 
 class Log(Request, frozen=True, kw_only=True):
-    """Set how much the daemon logs: 0 brief, 2 verbose; root only. Answered by `done`."""
+    """Set the daemon's verbosity: 0 brief, 2 verbose; root only. Answered by `done`."""
 
     level: Annotated[int, msgspec.Meta(ge=0, le=2)]
 
@@ -320,7 +320,7 @@ class Failed(Answer, frozen=True, kw_only=True):
     message: str = ""
     """What and why, in one line; may be empty."""
     lines: tuple[str, ...] = ()
-    """More of it: what is wrong with a configuration, `file:line: text`; at most LINES_MAX."""
+    """Details: errors of a configuration, `file:line: text`; at most LINES_MAX."""
 
 
 class Started(Answer, frozen=True, kw_only=True):
@@ -341,8 +341,8 @@ class Terminated(Answer, frozen=True, kw_only=True):
 class ConsoleOpened(Answer, frozen=True, kw_only=True):
     """The console's stream: a SOCK_SEQPACKET socket that first repeats the last 64 KiB.
 
-    What it sends are packets of output. What it takes are packets that begin with a byte 0, and
-    then what was typed; or a packet of one byte 1, which is a BREAK. It ends with the VM.
+    It sends packets of output. It takes packets of a byte 0 followed by input, or a packet of one
+    byte 1, which is a BREAK. It ends with the VM.
     """
 
     id: int
@@ -350,12 +350,12 @@ class ConsoleOpened(Answer, frozen=True, kw_only=True):
     stream: int = 0
     """Index of the stream's descriptor."""
     position: int = 0
-    """Of the first byte that the stream sends, counted from the first that the console ever showed.
+    """Position of the stream's first byte, counted from the console's first output ever.
 
-    It goes on where a VM reboots, so that a client that attaches again knows what it has seen.
+    It continues over reboots, so that a client that attaches again knows what it has seen.
     """
     history: int = 0
-    """How many bytes the stream sends that were shown before; what follows is new."""
+    """How many bytes of earlier output the stream repeats; the rest is new."""
 
 
 class ForwardInfo(
@@ -368,13 +368,13 @@ class ForwardInfo(
     port: int
     to_port: int
     address: str = ""
-    """The host's that leads there; all of them if empty."""
+    """The host's address for it; all of them if empty."""
 
 
 class InterfaceInfo(
     Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False
 ):
-    """A network interface of a VM: as it is configured, and what there is of it while it runs."""
+    """A network interface of a VM: its configuration, and its state while the VM runs."""
 
     lladdr: str
     tap: str = ""
@@ -382,7 +382,7 @@ class InterfaceInfo(
     is_local: bool = False
     is_locked: bool = False
     is_up: bool = True
-    """The guest finds its cable plugged in, if the VM runs; else what is configured."""
+    """Its link is up, if the VM runs; else as configured."""
     mtu: int = MTU_DEFAULT
     queues: int = 1
     """Pairs of queues."""
@@ -391,17 +391,17 @@ class InterfaceInfo(
     host_addresses: tuple[str, ...] = ()
     """The host's addresses on it, with the bits of their networks: of a local interface."""
     guest_addresses: tuple[str, ...] = ()
-    """What the guest is given, or makes of what is advertised."""
+    """The guest's addresses, assigned or self-configured."""
     forwards: tuple[ForwardInfo, ...] = ()
     received: int = 0
-    """Bytes that the guest has received since the host's side was made, as the next ones."""
+    """Bytes that the guest has received since the host's side was made; likewise the next ones."""
     received_packets: int = 0
     sent: int = 0
     sent_packets: int = 0
     dropped: int = 0
     """Frames that the guest had no room for."""
     problem: str = ""
-    """What of it does not work and why, in one line."""
+    """The part that fails and the reason, in one line."""
 
 
 class DiskInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
@@ -421,8 +421,7 @@ class EndInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit
     reason: EndCause
     message: str = ""
     exit: int | None = None
-    """What became of its process: its exit status, or minus the number of a signal; null where
-    there was no process."""
+    """Its process's exit status, or minus the number of a signal; null if there was no process."""
     started_at: float | None = None
     """When its guest had begun to run; null if it never did."""
 
@@ -442,7 +441,7 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     tty: str = ""
     """Path of the console; empty if there is none."""
     pause_reason: str = ""
-    """Why it is paused if nobody asked for that: `no space` or `I/O error`, of a disk."""
+    """Why it paused itself: `no space` or `I/O error`, of a disk."""
     uid: int = 0
     """Of the owner."""
     gid: int | None = None
@@ -465,7 +464,7 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
 
 
 class Vms(Answer, frozen=True, kw_only=True):
-    """VMs: those that run first, the latest of them foremost; then the others as they came."""
+    """VMs: running ones first, latest first; then the others in order of registration."""
 
     vms: tuple[VmInfo, ...]
     has_more: bool = False
@@ -492,7 +491,7 @@ class Lines(Answer, frozen=True, kw_only=True):
 
     lines: tuple[LogLine, ...]
     position: int
-    """How many lines there have been in all; those before `lines` are no more."""
+    """How many lines there have been in all; those before `lines` are lost."""
 
 
 class Totals(Answer, frozen=True, kw_only=True):
@@ -502,7 +501,7 @@ class Totals(Answer, frozen=True, kw_only=True):
     """VMs whose guests ran; a reboot is one more."""
     failed_starts: int
     start_seconds: float
-    """How long all of `starts` took together, from a VM's turn until its guest ran."""
+    """The total duration of `starts`, each from the VM's turn until its guest ran."""
     start_bounds: tuple[float, ...]
     """Upper bounds, in seconds, of classes of durations."""
     start_counts: tuple[int, ...]
@@ -518,7 +517,7 @@ class Event(Answer, frozen=True, kw_only=True):
     at: float
     """Seconds since 1970-01-01 UTC."""
     message: str = ""
-    """Why, in one line, where there is something to say."""
+    """The reason, in one line, if there is one."""
 
 
 AnyAnswer = (

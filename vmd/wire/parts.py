@@ -1,4 +1,4 @@
-"""What messages of the control protocol are made of, and what all requests have."""
+"""Parts of the control protocol's messages, and the fields of all requests."""
 
 from typing import Annotated
 
@@ -11,13 +11,13 @@ PROTOCOL_VERSION = 1
 
 VmId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
 Word = Annotated[str, msgspec.Meta(max_length=255)]
-"""A name; whether it is a good one is for policy to say."""
+"""A name; policy decides whether it is valid."""
 Path = Annotated[str, msgspec.Meta(max_length=4096)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """Bytes."""
 Port = Annotated[int, msgspec.Meta(ge=1, le=PORT_MAX)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=252)]
-"""Of a descriptor among those that came with the message."""
+"""Index of a descriptor among those that came with the message."""
 
 
 class Part(
@@ -27,10 +27,10 @@ class Part(
 
 
 class Moved(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
-    """What a device has moved since its VM's process began, in bytes."""
+    """A device's traffic since its VM's process began, in bytes."""
 
     index: int
-    """Of the device among those of its kind, as the VM's configuration has them."""
+    """Index of the device among those of its kind in the VM's configuration."""
     to_guest: int
     from_guest: int
 
@@ -55,7 +55,7 @@ class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, o
     disks: tuple[Moved, ...] = ()
     """Those whose transfers this daemon counts."""
     streams: tuple[Moved, ...] = ()
-    """Interfaces whose frames go to passt: nobody else counts them."""
+    """Interfaces whose frames go to passt: the VM's process counts them."""
     exits: tuple[Exits, ...] = ()
     """How often the guest was left, as KVM counts."""
 
@@ -98,22 +98,22 @@ class VmRequest(Request, frozen=True, kw_only=True):
 
 
 class DiskRequest(Part, frozen=True, kw_only=True):
-    """A disk of a VM to be started; one that is only named is opened with the client's rights."""
+    """A disk of a VM to start; one without descriptors is opened with the client's rights."""
 
     path: Path
-    """Absolute; for messages alone where `chain` is given."""
+    """Absolute; for messages alone if `chain` is given."""
     chain: Annotated[tuple[Index, ...], msgspec.Meta(max_length=4)] = ()
     """Indices of descriptors: the image, open for reading and writing or, if it is only read, for
     reading; then, for reading, its base, that one's base, and so on."""
     format: Word = ""
-    """`raw` or `qcow2`; found out if empty. Of a VM that is received `pmem` or `vhost-user` too."""
+    """`raw` or `qcow2`; probed if empty. For a received VM also `pmem` or `vhost-user`."""
     is_read_only: bool = False
     serial: Word = ""
-    """What the guest reads as the disk's identity; at most 20 bytes."""
+    """The disk's identity for the guest; at most 20 bytes."""
     queues: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     error: OnError | None = None
-    """When the host cannot read or write it: the VM is paused, the default, or the guest told."""
+    """If the host cannot read or write it: pause the VM, the default, or report to the guest."""
     is_private: bool = False
-    """(`pmem`) What the guest writes is in its memory alone."""
+    """(`pmem`) The guest's writes stay in its memory."""
     is_snapshot: bool = False
-    """What the guest writes is in a file without a name, until the VM ends; the image is read."""
+    """The guest's writes go to a file without a name, until the VM ends; the image is only read."""

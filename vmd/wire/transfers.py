@@ -1,4 +1,4 @@
-"""What clients ask about VMs that leave the daemon, or come to it: requests of `messages`."""
+"""Requests about VMs that leave the daemon or come to it; part of `messages`."""
 
 from typing import Annotated
 
@@ -12,15 +12,15 @@ from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 class Send(VmRequest, frozen=True, kw_only=True):
     """Write a VM into a stream, and end it; root only. Answered by `done` when all is written.
 
-    It stands still for the end of it. If it cannot be written, it goes on. A client that leaves
-    before the answer does not want it sent.
+    It is paused towards the end. If it cannot be written, it continues. A client that disconnects
+    before the answer cancels the sending.
     """
 
     stream: Index
     """Index of the descriptor of a pipe, socket or file, open for writing; a pipe does not block
     (O_NONBLOCK)."""
     keeps_running: bool = False
-    """It does not end, but goes on when it is written."""
+    """It does not end, but continues after it is written."""
 
 
 class ReceivedInterface(Part, frozen=True, kw_only=True):
@@ -39,10 +39,10 @@ class ReceivedInterface(Part, frozen=True, kw_only=True):
 
 
 class Receive(Request, frozen=True, kw_only=True):
-    """Make a VM of a stream, and let it go on; root only. Answered by `started` once it runs.
+    """Make a VM of a stream, and let it continue; root only. Answered by `started` once it runs.
 
-    The client has read the beginning of the stream, `manifest`, and says here what the VM needs of
-    this host; files are opened by it, or by the daemon with its rights, as for `start`.
+    The client has read the beginning of the stream, `manifest`, and names here the VM's resources
+    on this host; it opens the files, or the daemon does with its rights, as for `start`.
     """
 
     name: Word
@@ -67,7 +67,7 @@ class Receive(Request, frozen=True, kw_only=True):
     boot: Path = ""
     """Absolute path of the kernel or firmware image that it boots when it reboots."""
     firmware: Path = ""
-    """`bios`, `uefi` or a path, where there is no image."""
+    """`bios`, `uefi` or a path, if there is no image."""
     initrd: Annotated[tuple[Path, ...], msgspec.Meta(max_length=32)] = ()
     append: Path | None = None
     boot_device: BootDevice = BootDevice.AUTO

@@ -1,14 +1,14 @@
-"""The zygote: it forks the processes that vmm asks for, and does nothing else.
+"""The zygote: it only forks the processes that vmm asks for.
 
 A fork shares every page of memory until one side writes to it, and an interpreter writes to nearly
-every object that it uses. So before the zygote serves, it imports all that its children may import
-and runs their code; afterwards it only forks. vmm, which is busy whenever VMs start, would leave
-each of its children another version of the pages that it uses.
+every object that it uses. So before the zygote serves, it imports all modules that its children may
+import and runs their code; afterwards it only forks. vmm does not fork itself because it is busy
+whenever VMs start, and its writes would unshare pages with each child.
 
-What is forked is a child of vmm from its birth (`siblings`): vmm is told by the kernel when it
-ends, and may have it killed without fear for another that has its pid. Where root has started the
-daemon, the zygote and its children have a pid namespace: no other process has a number there. They
-do not know their numbers outside either; the kernel tells vmm who has sent `Forked`.
+What is forked is a child of vmm from its birth (`siblings`): the kernel tells vmm when it ends, and
+vmm can have it killed safely, without hitting a later process with its pid. Where root has started
+the daemon, the zygote and its children have a pid namespace: no other process has a number there.
+They do not know their numbers outside; the kernel tells vmm which process sent `Forked`.
 """
 
 import os
@@ -96,12 +96,12 @@ def _obey(
 
 def _say(vmm: Channel[ZygoteToVmm, VmmToZygote], message: ZygoteToVmm) -> None:
     vmm.send(message)
-    vmm.send_all(_PATIENCE_S)  # nothing may wait here: a child that is forked would say it again
+    vmm.send_all(_PATIENCE_S)  # no message may be buffered here: a forked child would send it again
 
 
 def _kill(pidfd: int, uid: int) -> None:
-    # Landlock lets a process signal those that it has confined, and those below them, alone: we
-    # have, and vmm has not.
+    # Landlock lets a process signal only those within its own domain: ours, but not vmm's, has
+    # these.
     try:
         with acting_as(uid) if uid else nullcontext():
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""What makes forks of the zygote cheap: rehearsal, gathering, packing."""
+"""Optimisations that make forks of the zygote cheap: rehearsal, gathering, packing."""

@@ -1,9 +1,8 @@
-"""The one entry to what makes forks of the zygote cheap; the daemon works without any of it.
+"""The one entry to the optimisations of forks; the daemon works without any of them.
 
-The zygote is warmed up in a process that it forks for that. If all goes well, that process is the
-zygote from then on, and the one that forked it ends. If it fails, crashes or takes too long, it is
-killed, and the one that forked it, in which nothing has happened, goes on: VMs then start later and
-cost more memory, and one line in the log says why.
+The zygote forks a process to warm up in. If that succeeds, the new process is the zygote from then
+on, and the old one ends. If it fails, crashes or takes too long, it is killed, and the old one,
+unchanged, serves: VMs then start later and cost more memory, and one line in the log says why.
 """
 
 import os
@@ -30,18 +29,18 @@ VARIABLE = "VMD_WARM"
 WARMING_PATIENCE_S = 20.0
 """How long warming up may take, on the slowest of hosts."""
 GATHERING_VERSIONS = frozenset({(3, 11), (3, 13), (3, 14)})
-"""Versions of CPython whose tests of gathering pass, and where it saves memory.
+"""Versions of CPython on which the tests of gathering pass, and it saves memory.
 
-3.12, which no Debian release has, is none of them: lives of VMs are rehearsed there alone.
+3.12, which no Debian release has, is not among them: there, VMs' lives are only rehearsed.
 """
 CONSTANT_VERSIONS = frozenset({(3, 11)})
-"""Those whose names and constants are gathered as well; on newer ones, most are immortal."""
+"""Versions on which names and constants are gathered as well; on newer ones, most are immortal."""
 _TEXT_MAX = 200
 _READY = b"\0"
 
 
 class WarmthError(Exception):
-    """The environment asks for a warmth that there is not; one line."""
+    """The environment asks for an unknown warmth; one line."""
 
 
 class Warmth(StrEnum):
@@ -56,7 +55,7 @@ class Warmth(StrEnum):
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "Warmth":
-        """Return what an environment says, else the default.
+        """Return the environment's choice, else the default.
 
         Raises:
             WarmthError: it is none.
@@ -72,10 +71,10 @@ class Warmth(StrEnum):
 def warm_up(
     warmth: Warmth, confine: Callable[[], None], be_vm: "BeVm", live: "Live", *, patience_s: float
 ) -> None:
-    """Confine this process by `confine`, or one that it forks, and warm that up; the other ends.
+    """Confine and warm up a fork of this process, or else this one; the other ends.
 
-    Returns in the process that is to go on; the parent of both is that of the first. `be_vm` and
-    `live` are what is rehearsed. Only for a process with one thread.
+    Returns in the process that serves; both have the same parent. `be_vm` and `live` are rehearsed.
+    Only for a process with one thread.
 
     Raises:
         OSError: the host has no processes or descriptors left.
@@ -123,7 +122,7 @@ def _work(warmth: Warmth, confine: Callable[[], None], be_vm: "BeVm", live: "Liv
 
 
 def _is_known(what: str, versions: Collection[tuple[int, int]]) -> bool:
-    """Tell whether something can be done on this interpreter; logs why not."""
+    """Tell whether an optimisation is known to work on this interpreter; log it if not."""
     name = sys.implementation.name
     version = sys.version_info[:2]
     if name == "cpython" and version in versions:
@@ -133,7 +132,7 @@ def _is_known(what: str, versions: Collection[tuple[int, int]]) -> bool:
 
 
 def _try(work: Callable[[], None], fd: int) -> None:
-    """Work, tell by `fd` how it went, and return if it went well; else this process ends."""
+    """Work, report the result on `fd`, and return after success; else end this process."""
     told = b""
     try:
         work()
@@ -149,7 +148,7 @@ def _try(work: Callable[[], None], fd: int) -> None:
 
 
 def _listen(fd: int, patience_s: float) -> bytes | None:
-    """Return the one thing that the other process says; empty if it ends without a word.
+    """Return the other process's message; empty if it ends without one.
 
     None if it takes too long.
     """

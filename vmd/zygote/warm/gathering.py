@@ -1,4 +1,4 @@
-"""What a process that others are forked from will write to, copied to where it lies together.
+"""Copies the objects that forked processes will write to, so that they share few pages.
 
 A forked process shares each page with the one that forked it until either writes to it, and an
 interpreter writes to each object that it uses: reference counts, and counters inside of code. Such
@@ -7,9 +7,9 @@ side: functions that are known to run, their code, the names and constants in it
 modules, the lists of base classes that are searched, and the descriptors that read items of named
 tuples.
 
-Nothing here changes what a program does, and a guess that is wrong costs some memory. For a process
-with one thread, on versions of CPython that the tests pass on; see `entry`. To see which pages a VM
-writes to first, and where, run `perf record -e page-faults -c 1 -d -a`.
+Nothing here changes a program's behaviour; a wrong guess costs some memory. For a process with one
+thread, on versions of CPython on which the tests pass; see `entry`. To see which pages a VM writes
+to first, and where, run `perf record -e page-faults -c 1 -d -a`.
 
 Source: CPython Python/ceval.c, Objects/object.c and typeobject.c
 """
@@ -28,7 +28,7 @@ from typing import NamedTuple, NoReturn, Self, TypeGuard, TypeVar, cast
 
 _T = TypeVar("_T")
 
-# Instructions that look an attribute up by its name: the interpreter has found no quicker way.
+# Instructions that look an attribute up by name, because the interpreter has not specialised them.
 _BY_NAME = frozenset(
     f"{kind}_ATTR{state}" for kind in ("LOAD", "STORE", "DELETE") for state in ("", "_ADAPTIVE")
 ) | {"LOAD_METHOD", "LOAD_METHOD_ADAPTIVE"}
@@ -51,12 +51,12 @@ class _Named(NamedTuple):
 _ITEM_GETTER = type(vars(_Named)["item"])
 
 Live = Callable[[int, Callable[[], None]], NoReturn]
-"""Does what a process does, calls its second argument, for which it keeps the descriptor that is
-its first, and exits."""
+"""Plays a process, calls its second argument, for which it keeps the descriptor that is its first,
+and exits."""
 
 
 class Recorder:
-    """Notes which code runs, in all threads; a context manager."""
+    """Records which code runs, in all threads; a context manager."""
 
     def __init__(self) -> None:
         """Note nothing yet."""
@@ -79,7 +79,7 @@ class Recorder:
                 self.code[id(function.__code__)] = function.__code__
 
     def follow(self, live: Live) -> None:
-        """Fork a process that does `live`, and note what runs in it, within the context.
+        """Fork a process that runs `live`, and record its code, within the context.
 
         Raises:
             OSError: the host has no processes or descriptors left.
@@ -113,7 +113,7 @@ def _everything() -> list[object]:
 
 
 def _all_code() -> Iterator[CodeType]:
-    """Yield the code of all functions, and what is defined in it."""
+    """Yield the code of all functions, and of those defined within."""
     for one in _everything():
         if type(one) is FunctionType:
             yield one.__code__
@@ -121,7 +121,7 @@ def _all_code() -> Iterator[CodeType]:
 
 
 def _inner_code(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of what is defined in `code`, at any depth."""
+    """Yield the code of functions and classes in `code`, at any depth."""
     for value in code.co_consts:
         if isinstance(value, CodeType):
             yield value
@@ -129,14 +129,14 @@ def _inner_code(code: CodeType) -> Iterator[CodeType]:
 
 
 class _Constants:
-    """Copies of strings, bytes, numbers and tuples of strings; one of those that are equal."""
+    """Copies of strings, bytes, numbers and tuples of strings; equal ones have one copy."""
 
     def __init__(self) -> None:
         """Have none."""
         self._copies: dict[tuple[type, object], object] = {}
 
     def add(self, value: object) -> None:
-        """Copy a value; what is of another type is passed over."""
+        """Copy a value; values of other types are skipped."""
         if (type(value), value) in self._copies:
             return
         copy: object
@@ -165,23 +165,23 @@ class _Constants:
 
 
 def gather(recorder: Recorder, *, writes_tuples: bool) -> None:
-    """Replace functions that ran, and what is written to when they run, by copies.
+    """Replace functions that ran, and objects that their running writes to, by copies.
 
-    Names and constants of code are copied only if it `writes_tuples`, which Python calls
-    immutable: there is no other way to have code use them.
+    Names and constants of code are copied only with `writes_tuples`: code holds them in tuples,
+    which Python calls immutable.
 
-    What runs now goes on in the original, and so does what is called by way of another object than
-    a module or a class. The copies have to become quick again, by running; before, the originals
-    should be, for what is looked up by its name is then known.
+    Running calls continue in the originals, as do functions reached through objects other than
+    modules and classes. The copies must be specialised again, by running. The originals should be
+    specialised before, so that it is known which names are still looked up.
     """
     everything = _everything()
     for code in tuple(recorder.code.values()):
-        # What is defined in it is written to whenever that is done.
+        # Defining a function writes to its code.
         recorder.code.update((id(inner), inner) for inner in _inner_code(code))
     functions = [
         one for one in everything if type(one) is FunctionType and id(one.__code__) in recorder.code
     ]
-    # One kind after the other, and first what is needed for a moment only, or seldom.
+    # One kind after the other, beginning with objects that are needed briefly or seldom.
     for code in recorder.code.values():
         code.co_code  # noqa: B018 - code keeps what this returns
     for function in functions:
@@ -222,7 +222,7 @@ def gather(recorder: Recorder, *, writes_tuples: bool) -> None:
 def _gather_constants(
     constants: _Constants, codes: Iterable[CodeType], functions: Iterable[FunctionType]
 ) -> None:
-    """Copy names by which attributes are looked up, constants, and what a new function refers to.
+    """Copy names of attributes that are looked up, constants, and the parts of new functions.
 
     Modules are named by the copies from now on.
     """
@@ -244,7 +244,7 @@ def _gather_constants(
 
 
 def _gather_mros(everything: Iterable[object], names: AbstractSet[str]) -> None:
-    """Let classes have new lists of base classes, which are written to when they are searched.
+    """Give classes new lists of base classes, which each search writes to.
 
     Those of classes that go by one of `names` come last, side by side.
     """
@@ -252,16 +252,16 @@ def _gather_mros(everything: Iterable[object], names: AbstractSet[str]) -> None:
     kept = [one.__mro__ for one in mutable]  # so that no new list takes the place of an old one
     roots = [one for one in mutable if not any(map(_is_mutable, one.__bases__))]
     used = [one for one in mutable if one.__name__ in names]
-    used.sort(key=lambda one: len(one.__mro__))  # what is done for a class is for those below it
+    used.sort(key=lambda one: len(one.__mro__))  # a change to a class affects its subclasses
     for one in (*roots, *used):
         kept.append(one.__mro__)
-        # This makes them anew, for it and those below it, whatever its metaclass says.
+        # This rebuilds them, for the class and its subclasses, whatever its metaclass does.
         _BASES.__set__(one, one.__bases__)
     kept.clear()
 
 
 def _is_mutable(one: object) -> TypeGuard[type]:
-    """Whether it is a class that was made by a program; proxies of classes are none."""
+    """Whether it is a class made by a program; proxies of classes do not count."""
     return issubclass(type(one), type) and (
         cast(type, one).__flags__ & (_HEAP_TYPE | _IMMUTABLE_TYPE) == _HEAP_TYPE
     )
@@ -295,7 +295,7 @@ def _copy_of(function: FunctionType) -> FunctionType:
 
 
 def _replace_functions(owner: ModuleType | type, copies: Mapping[int, FunctionType]) -> None:
-    """Give a module or a class the copies of its functions, which are by the originals' id."""
+    """Give a module or a class the copies of its functions, by the originals' id."""
 
     def copy(value: object) -> object:
         if type(value) is FunctionType:

@@ -1,9 +1,9 @@
-"""Memory of a process that others are forked from: room for what they will make.
+"""Room for the new objects of forked processes.
 
-What is free between objects that stay is given away, so that new objects do not go there, one to a
-page that has to be copied, but side by side into pages of their own.
+Free blocks between lasting objects are used up, so that new objects go side by side into pages of
+their own, instead of one each to pages that would have to be copied.
 
-Nothing here changes what a program does, and a guess that is wrong costs some memory. For a process
+Nothing here changes a program's behaviour; a wrong guess costs some memory. For a process
 with one thread.
 
 Source: CPython Objects/obmalloc.c; malloc(3), mallinfo(3)
@@ -47,7 +47,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def fill_holes() -> None:
-    """Take what is free between objects, for ever."""
+    """Use up free blocks between objects, for ever."""
     gc.collect()
     for size in range(_ALIGNMENT, _SMALL_MAX + 1, _ALIGNMENT):
         _fill_pools(size)
@@ -57,8 +57,8 @@ def fill_holes() -> None:
 def _fill_pools(size: int) -> None:
     """Take blocks of `size` bytes until the first of a pool that is new.
 
-    The pool before it is one if half of its blocks came one behind the other. All others are full
-    then, and what is made next lies on the page of the new pool's own header.
+    A pool counts as new if half of its blocks came in sequence. All others are full then, and the
+    next objects lie on the page of the new pool's own header.
     """
     run = last = 0
     for _ in range(_TAKEN_MAX // size):

@@ -1,8 +1,8 @@
-"""A VM process's whole life, played in the process that VM processes are to be forked from.
+"""A VM process's whole life, played in the process that VM processes are forked from.
 
-The guest is firmware of a few hundred instructions: it looks at every device as a driver would,
-waits for a byte at its serial port, and ends the machine. Meanwhile it is paused, asked for its
-figures, and looked at.
+The guest is firmware of a few hundred instructions: it probes every device as a driver would, waits
+for a byte at its serial port, and ends the machine. Meanwhile the rehearsal pauses it, asks for its
+statistics, and attaches to its console.
 """
 
 import os
@@ -40,7 +40,7 @@ from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.memfd import make_constant
 
 BeVm = Callable[[Channel[VmReport, VmmToVm]], None]
-"""Is a VM's process from its first message to its end; owns the channel."""
+"""Runs a VM's process from its first message to its end; owns the channel."""
 
 _PLAYS = 8
 _MEMORY = 2 * MIB
@@ -62,7 +62,7 @@ class RehearsalError(Exception):
 
 
 class Rehearsal:
-    """What every play needs; a context manager that owns it."""
+    """The resources of every play; a context manager that owns them."""
 
     def __init__(self) -> None:
         """Open a pty whose slave side has been opened and closed once.
@@ -84,7 +84,7 @@ class Rehearsal:
         self._stack.close()
 
     def play_often(self, be_vm: BeVm) -> None:
-        """Play until all that a VM's process does is done as quickly as ever.
+        """Play until the code of a VM's process is fully specialised.
 
         The interpreter specialises code that has run a few times.
         """
@@ -94,12 +94,12 @@ class Rehearsal:
         self._play_afresh(be_vm)
 
     def play_and_gather(self, be_vm: BeVm, live: Live, *, writes_tuples: bool) -> None:
-        """Play as `play_often` does, and have what runs lie together; see `gathering`.
+        """Play as `play_often` does, and gather the code that runs; see `gathering`.
 
-        `live` is what a VM's process does that nobody needs.
+        `live` is the life of a rehearsed VM process.
         """
         install_kick_signal()
-        self.play(be_vm)  # what runs only the first time is of no interest
+        self.play(be_vm)  # code that runs only the first time is of no interest
         with Recorder() as recorder:
             self.play(be_vm)
             recorder.follow(live)
@@ -111,8 +111,8 @@ class Rehearsal:
         self._play_afresh(be_vm)
 
     def _play_afresh(self, be_vm: BeVm) -> None:
-        # What attributes were looked up is kept, and the place of one is that of others too: their
-        # names would be written to.
+        # The attribute cache keeps names, and several share a slot, so their names would be written
+        # to.
         clear = getattr(sys, "_clear_internal_caches", sys._clear_type_cache)  # noqa: SLF001 - documented
         clear()
         self.play(be_vm)
@@ -122,7 +122,7 @@ class Rehearsal:
             self.play(be_vm)
 
     def play(self, be_vm: BeVm) -> None:
-        """Let `be_vm` be the process of a VM that ends soon.
+        """Let `be_vm` run the process of a VM that ends soon.
 
         Raises:
             RehearsalError: the VM cannot be made.
@@ -151,7 +151,7 @@ class Rehearsal:
 
     @staticmethod
     def _check(here: Channel[VmmToVm, VmReport]) -> None:
-        """Raise an error unless the guest has run, by all that was reported."""
+        """Raise an error unless all reports show that the guest has run."""
         started = False
         try:
             while True:
