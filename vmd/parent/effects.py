@@ -15,6 +15,7 @@ from vmd.parent.errors import ResourceError
 from vmd.parent.exits import exit_event
 from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
+from vmd.parent.silence import Silences, why_silent
 from vmd.parent.starts import Starts
 from vmd.parent.status import Inquiries, TimedLoop
 from vmd.rules import vm_state
@@ -193,6 +194,7 @@ class Effects:
         self._launched: set[int] = set()  # ids of VMs that vmm knows
         self._ttys: dict[int, str] = {}  # of those
         self._deadlines: dict[int, Timer] = {}  # of those that are to stop
+        self._silences = Silences(loop, self._is_silent)
         self._inquiries = Inquiries(loop, lambda vm_id: self.tell_vm(vm_id, AskStatistics()))
         self.starts = Starts(loop.monotonic_ns)
         """How many VMs were started, and how fast."""
@@ -272,8 +274,10 @@ class Effects:
             case vm_state.SendStop():
                 self._stop(vm)
             case vm_state.SendPause():
+                self._silences.begin(vm.id)
                 self.tell_vm(vm.id, PauseVm())
             case vm_state.SendUnpause():
+                self._silences.begin(vm.id)
                 self.tell_vm(vm.id, UnpauseVm())
             case vm_state.SendState(keeps_running=keeps_running):
                 sink, vm.sink = vm.sink, None
@@ -417,6 +421,7 @@ class Effects:
         self._launched.discard(vm_id)
         self._close_vm(vm_id)
         self._inquiries.forget(vm_id)
+        self._silences.end(vm_id)
         timer = self._deadlines.pop(vm_id, None)
         if timer:
             timer.cancel()
@@ -439,12 +444,14 @@ class Effects:
                         "started %s (vm %d) successfully, tty %s", vm.name, vm_id, vm.state.tty
                     )
             case VmPaused():
+                self._silences.end(vm_id)
                 self._happened(vm_id, vm_state.Paused())
             case VmHalted(reason=reason, message=text):
                 vm = self._registry.find(vm_id, "")
                 log.warning("vm/%s: paused: %s", vm.name if vm else vm_id, text)
                 self._happened(vm_id, vm_state.Halted(reason, text))
             case VmUnpaused():
+                self._silences.end(vm_id)
                 self._happened(vm_id, vm_state.Unpaused())
             case VmSent(failure=None):
                 self._tell_sent(vm_id)
@@ -457,6 +464,10 @@ class Effects:
                 self._inquiries.told(vm_id, report)
             case _:
                 log.debug("vm %d: %s", vm_id, report)
+
+    def _is_silent(self, vm_id: int) -> None:
+        if vm := self._registry.find(vm_id, ""):
+            self._happened(vm_id, vm_state.Silent(why_silent(vm.state.pid)))
 
     def _tell_sent(self, vm_id: int) -> None:
         if vm := self._registry.find(vm_id, ""):

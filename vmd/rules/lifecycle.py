@@ -55,6 +55,7 @@ from vmd.rules.vm_state import (
     SendStop,
     SendUnpause,
     Sent,
+    Silent,
     Start,
     Step,
     Stop,
@@ -153,6 +154,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _halted(vm, event)
         case Unpaused():
             return _unpaused(vm)
+        case Silent(message):
+            return _silent(vm, message)
         case Sent():
             return _sent(vm)
         case SendFailed(code, message):
@@ -387,6 +390,16 @@ def _unpaused(vm: VmState) -> Step:
     if vm.pausers:
         return vm._replace(phase=Phase.PAUSING), (*effects, SendPause())
     return vm._replace(phase=Phase.RUNNING), tuple(effects)
+
+
+def _silent(vm: VmState, message: str) -> Step:
+    """Tell those who wait for a pause, or its end, that it has not come; it may yet."""
+    effects = (
+        effect
+        for ticket in (*vm.pausers, *vm.unpausers)
+        for effect in _failed(ticket, ErrorCode.EAGAIN, message)
+    )
+    return vm._replace(pausers=(), unpausers=()), tuple(effects)
 
 
 def _sent(vm: VmState) -> Step:

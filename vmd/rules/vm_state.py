@@ -191,6 +191,12 @@ class Unpaused(NamedTuple):
     """Its guest runs again."""
 
 
+class Silent(NamedTuple):
+    """Its process does not say that it stands still or goes on; it may yet."""
+
+    message: str = ""
+
+
 class Sent(NamedTuple):
     """All of it is written, and it has gone on; for one that ends, `Exited` says so."""
 
@@ -231,6 +237,7 @@ Event = (
     | Paused
     | Halted
     | Unpaused
+    | Silent
     | Sent
     | SendFailed
     | Exited

@@ -179,6 +179,25 @@ def test_a_process_that_does_not_end_is_ended(start_vmd: Start) -> None:
         vmd.wait_for_log("vm/one: stopped: the guest did not stop in time")
 
 
+def test_a_pause_of_a_process_that_is_stopped(start_vmd: Start) -> None:
+    """Whoever asks is told what is wrong with it, each time; it is listed, goes on, and ends."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        pid = client.wait_for_state("one", "running")["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGSTOP)
+        why = f"a signal has stopped it, and kill -CONT {pid} lets it go on"
+        for kind in ("pause", "unpause"):
+            refused = client.ask(kind, name="one")
+            told = (refused["type"], refused["code"], refused["message"])
+            assert told == ("failed", "EAGAIN", f"the VM process does not answer: {why}")
+        assert client.vm("one")["state"] == "running"
+        os.kill(pid, signal.SIGCONT)
+        client.wait_for_state("one", "paused")
+        assert client.ask("unpause", name="one")["type"] == "done"
+        os.kill(pid, signal.SIGSTOP)
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+
+
 def test_the_last_of_quick_reboots_is_told(start_vmd: Start) -> None:
     """The log and the status say that it restarted too quickly."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:

@@ -36,6 +36,7 @@ from vmd.rules.vm_state import (
     Send,
     SendFailed,
     Sent,
+    Silent,
     Start,
     Stop,
     Unpause,
@@ -70,6 +71,7 @@ EVENTS: dict[str, Event] = {
     "paused": Paused(),
     "halted": Halted(HaltReason.NO_SPACE, "/disk.img: No space left on device"),
     "unpaused": Unpaused(),
+    "silent": Silent("it does not answer"),
     "sent": Sent(),
     "send failed": SendFailed(ErrorCode.EIO, "broken pipe"),
     "power off": Exited(EndReason.POWER_OFF),
@@ -392,6 +394,17 @@ TABLE = {
         "sending": "sending: asker!EALREADY",
         "stopping": "stopping: asker!not-running",
     },
+    "silent": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing: pauser!EAGAIN",
+        "paused": "paused:",
+        "unpausing": "unpausing: unpauser!EAGAIN",
+        "sending": "sending:",
+        "stopping": "stopping:",
+    },
     "sent": {
         "stopped": "stopped:",
         "waiting": "waiting:",
@@ -625,6 +638,13 @@ def test_pausing_and_unpausing_cross() -> None:
     vm, _ = step(vm, Paused(), 1.0)
     vm, _ = step(vm, Pause(STARTER), 1.0)
     assert outcome(vm, Unpaused()) == "pausing: asker=done +unpaused pause"
+
+
+def test_a_process_that_is_silent_may_answer_yet() -> None:
+    """Whoever asked for the pause has been told; it comes all the same, and others hear of it."""
+    vm, _ = step(a_vm(Phase.PAUSING), Silent("it does not answer"), 1.0)
+    vm, _ = step(vm, Pause(ASKER), 1.0)
+    assert outcome(vm, Paused()) == "paused: asker=done +paused"
 
 
 def test_how_a_vm_ended_is_told() -> None:
