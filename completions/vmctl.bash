@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait doctor events exec help image list run top metrics; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait cp doctor events exec help image list run top metrics; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in doctor events exec help image list run top metrics; do
+		for verb in cp doctor events exec help image list run top metrics; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait doctor events exec help image list run top metrics --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait cp doctor events exec help image list run top metrics --help --version -v
 		return
 	fi
 	case $verb in
@@ -78,6 +78,10 @@ _vmctl() {
 	'console '*)
 		options=()
 		operands=('<vm>')
+		;;
+	'cp '*)
+		options=(-r)
+		operands=('<file>')
 		;;
 	'create -b')
 		_vmctl_offer "$word" '<file>'
@@ -125,7 +129,7 @@ _vmctl() {
 		;;
 	'help '*)
 		options=()
-		operands=('console' 'create' 'doctor' 'events' 'exec' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
+		operands=('console' 'cp' 'create' 'doctor' 'events' 'exec' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)

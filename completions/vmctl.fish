@@ -10,6 +10,7 @@ complete -c vmctl -n __fish_use_subcommand -s v -d 'Log what happens, in detail.
 complete -c vmctl -n __fish_use_subcommand -l version -d 'Print the version.'
 complete -c vmctl -l help -d 'Tell how it is used.'
 complete -c vmctl -n __fish_use_subcommand -a console -d 'Attach to the console of a VM.'
+complete -c vmctl -n __fish_use_subcommand -a cp -d 'Copy a file or a directory into a guest, or out of it, by its agent.'
 complete -c vmctl -n __fish_use_subcommand -a create -d 'Create a disk image: empty, as an overlay, or as a copy of another disk.'
 complete -c vmctl -n __fish_use_subcommand -a doctor -d 'Tell whether this host can run VMs, how fast, and what is missing.'
 complete -c vmctl -n __fish_use_subcommand -a events -d 'Print what happens to VMs, as it happens.'
@@ -37,6 +38,8 @@ complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_sub
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a info -d 'Tell what a disk image is: format, sizes, bases, snapshots.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a resize -d 'Make a disk image larger, or smaller.'
 complete -c vmctl -n '__fish_seen_subcommand_from console' -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from cp' -s r -d 'Copy a directory, with all that is in it.'
+complete -c vmctl -n '__fish_seen_subcommand_from cp' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from create' -s b -d 'Make an overlay on this qcow2 image.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from create' -s i -d 'Copy this disk into the new image.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from create' -s s -d 'Size of the disk, such as 10G.' -x
@@ -50,7 +53,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from exec' -s t -d 'Give it a termi
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -s u -d 'Run it as this user of the guest; root by default.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -l timeout -d 'End it after this time; status 124.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -a '(__vmctl_vms)'
-complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'console create doctor events exec help image list load log pause receive reload reset run send show start status stop top metrics unpause wait'
+complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'console cp create doctor events exec help image list load log pause receive reload reset run send show start status stop top metrics unpause wait'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'

@@ -512,6 +512,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.disks",
         "vmctl.vsock",
     ),
+    "vmctl.copying": ("vmm_kvm.new_file", "vmm_kvm.standard_streams", "vmctl"),
     "vmctl.doctor": (
         "vmm_kvm.text",
         "vmm_kvm.errors",

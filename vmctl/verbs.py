@@ -249,6 +249,17 @@ _TABLE = (
         completes=(VM,)
     ),
     Verb(
+        "cp",
+        "source target",
+        "Copy a file or a directory into a guest, or out of it, by its agent.",
+        "copying",
+        "copy",
+        (Option("-r", "recursive", "Copy a directory, with all that is in it."),),
+        *(2, 2),
+        completes=(FILE,),
+        is_openbsd=False,
+    ),
+    Verb(
         "create",
         "disk",
         "Create a disk image: empty, as an overlay, or as a copy of another disk.",

@@ -718,9 +718,15 @@ def _put(source: Input, request: Mapping[str, object]) -> None:
             path = os.path.join(path, os.path.basename(name))
         _write_file(source, path, _number(request, "mode", 0, 0o7777))
     except OSError as err:
-        raise _refusal(err, _shown(os.fsencode(err.filename or path))) from None
+        name = os.fsencode(err.filename or path).replace(_part(b""), b"")
+        raise _refusal(err, _shown(name)) from None
     except tarfile.TarError as err:
         raise RefusedError("invalid", f"tar: {err}") from None
+
+
+def _part(path: bytes) -> bytes:
+    """Return what a file is called until it is whole."""
+    return path + b".part-%d" % os.getpid()
 
 
 def _write_file(source: Input, path: bytes, mode: int) -> None:
@@ -730,7 +736,7 @@ def _write_file(source: Input, path: bytes, mode: int) -> None:
             shutil.copyfileobj(source, file, PIECE)
         return
     path = os.path.realpath(path)
-    part = path + b".part-%d" % os.getpid()
+    part = _part(path)
     try:
         with open(part, "xb") as file:
             shutil.copyfileobj(source, file, PIECE)

@@ -40,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 OUT = ROOT / "out" / "fuzz"
 TARGETS = (
     "agent_answers",
+    "agent_archives",
     "boot_images",
     "client_messages",
     "fw_cfg",

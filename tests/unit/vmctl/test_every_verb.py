@@ -64,6 +64,7 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 LINES = {
     "console": "console 1",
+    "cp": "cp {here}/disk.qcow2 {vsock}:{new}",
     "create": "create -s 1M {new}",
     "exec": "exec {vsock} -- true",
     "help": "help start",
