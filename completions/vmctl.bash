@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait cp doctor events exec help image list run top metrics; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait cp doctor events exec help image list run snapshot top metrics; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in cp doctor events exec help image list run top metrics; do
+		for verb in cp doctor events exec help image list run snapshot top metrics; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait cp doctor events exec help image list run top metrics --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait cp doctor events exec help image list run snapshot top metrics --help --version -v
 		return
 	fi
 	case $verb in
@@ -129,7 +129,7 @@ _vmctl() {
 		;;
 	'help '*)
 		options=()
-		operands=('console' 'cp' 'create' 'doctor' 'events' 'exec' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
+		operands=('console' 'cp' 'create' 'doctor' 'events' 'exec' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)
@@ -259,6 +259,26 @@ _vmctl() {
 		options=(-r -a --json)
 		operands=('<vm>')
 		;;
+	'snapshot -o')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'snapshot -r')
+		_vmctl_offer "$word"
+		return
+		;;
+	'snapshot --check')
+		_vmctl_offer "$word"
+		return
+		;;
+	'snapshot --info')
+		_vmctl_offer "$word"
+		return
+		;;
+	'snapshot '*)
+		options=(-l -o -r --check --info --json --no-disks)
+		operands=('<vm>')
+		;;
 	'start -B')
 		_vmctl_offer "$word" 'disk' 'cdrom' 'net'
 		return
@@ -299,12 +319,20 @@ _vmctl() {
 		_vmctl_offer "$word"
 		return
 		;;
+	'start --clock')
+		_vmctl_offer "$word" 'frozen' 'now'
+		return
+		;;
 	'start --firmware')
 		_vmctl_offer "$word" 'bios' 'uefi' '<file>'
 		return
 		;;
 	'start --forward')
 		_vmctl_offer "$word" 'tcp:' 'udp:'
+		return
+		;;
+	'start --from')
+		_vmctl_offer "$word" '<file>'
 		return
 		;;
 	'start --initrd')
@@ -324,7 +352,7 @@ _vmctl() {
 		return
 		;;
 	'start '*)
-		options=(-B -b -c -d -i -L -m -n -p -r -t --append --firmware --forward --initrd --json --save --selftest --timeout --vsock --wait)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --append --clock --firmware --forward --from --initrd --json --save --selftest --timeout --vsock --wait)
 		operands=('<vm>')
 		;;
 	'status '*)

@@ -27,6 +27,7 @@ complete -c vmctl -n __fish_use_subcommand -a reset -d 'End all VMs, or forget s
 complete -c vmctl -n __fish_use_subcommand -a run -d 'Run a VM in the foreground, its console on this terminal, without a daemon.'
 complete -c vmctl -n __fish_use_subcommand -a send -d 'Send a VM to standard output, for vmctl receive, and end it.'
 complete -c vmctl -n __fish_use_subcommand -a show -d 'List VMs, as status does, or tell all of one: disks, interfaces, how it ended.'
+complete -c vmctl -n __fish_use_subcommand -a snapshot -d 'Make a snapshot of a VM, which goes on; or list, describe or remove those there are.'
 complete -c vmctl -n __fish_use_subcommand -a start -d 'Start a VM that exists, or make one and start it.'
 complete -c vmctl -n __fish_use_subcommand -a status -d 'List VMs.'
 complete -c vmctl -n __fish_use_subcommand -a stop -d 'Stop a VM.'
@@ -53,7 +54,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from exec' -s t -d 'Give it a termi
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -s u -d 'Run it as this user of the guest; root by default.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -l timeout -d 'End it after this time; status 124.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -a '(__vmctl_vms)'
-complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'console cp create doctor events exec help image list load log pause receive reload reset run send show start status stop top metrics unpause wait'
+complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'console cp create doctor events exec help image list load log pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'
@@ -83,7 +84,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l append -d 'Kernel comm
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l console-log -d 'Write what the console shows to this file too.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -l from -d 'Go on from what \'vmctl send\' has written into this file.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l from -d 'Go on from this snapshot; one with a slash is a file, for run it always is.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l gdb -d 'Let GDB debug the guest through this socket; with wait it begins when GDB lets it.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l initrd -d 'Initial RAM disk; for a Multiboot kernel a module, and may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l json -d 'Print what has become of the VM as JSON.'
@@ -100,6 +101,14 @@ complete -c vmctl -n '__fish_seen_subcommand_from show' -s r -d 'Only VMs that r
 complete -c vmctl -n '__fish_seen_subcommand_from show' -s a -d 'Those that are gone too, with addresses and how each ended.'
 complete -c vmctl -n '__fish_seen_subcommand_from show' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from show' -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -s l -d 'List the snapshots in the daemon\'s store.'
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -s o -d 'Write it into this new file.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -s r -d 'Remove a snapshot of the store.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -l check -d 'Tell whether a snapshot is sound.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -l info -d 'Tell what a snapshot is.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -l json -d 'Print JSON.'
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -l no-disks -d 'Leave out the disks that the VM writes.'
+complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s B -d 'What the VM boots from.' -x -a 'disk cdrom net'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s b -d 'Kernel or firmware image to boot.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s c -d 'Attach the console; run always does.'
@@ -112,8 +121,10 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -s p -d 'Number of vCPU
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s t -d 'Make an instance of this VM.' -x -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l append -d 'Kernel command line.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l clock -d 'What the clock of a VM shows that goes on from a snapshot.' -x -a 'frozen now'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l from -d 'Go on from this snapshot; one with a slash is a file, for run it always is.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l initrd -d 'Initial RAM disk; for a Multiboot kernel a module, and may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l save -d 'Make a file of vm.conf.d of the VM, which then stays.'

@@ -16,7 +16,7 @@ import msgspec
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vmd.config.model import BootDevice  # noqa: E402 - same
+from vmd.config.model import BootDevice, GuestClock  # noqa: E402 - same
 from vmd.wire import messages, parts, ports, transfers  # noqa: E402 - found by the line above
 from vmd.wire.channel import FDS_MAX, MESSAGE_MAX  # noqa: E402 - same
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
@@ -75,6 +75,7 @@ def page() -> str:
             messages.InterfaceRequest,
             transfers.ReceivedInterface,
             messages.ForwardRequest,
+            transfers.SnapshotInfo,
         ),
         *(
             messages.VmInfo,
@@ -89,7 +90,7 @@ def page() -> str:
     made.append("## Words\n")
     words = (
         *(messages.ErrorCode, messages.State, messages.EndCause, messages.EventKind),
-        *(messages.ResetMode, BootDevice),
+        *(messages.ResetMode, BootDevice, GuestClock),
     )
     made += [_words(each, documentation) for each in words]
     return "\n".join(made)

@@ -81,6 +81,8 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "connected": {"id": int},
     "vms": {"vms": [_VM], "has_more": bool},
     "source-is": {"path": str, "directory": str},
+    "snapshot-list": {"snapshots": [{"name": str, "created_at": _NUMBER, "size": int}]},
+    "snapshot-opened": {"file": int},
     "lines": {"lines": [{"at": _NUMBER, "text": str}], "position": int},
     "totals": {
         **dict.fromkeys(("starts", "failed_starts"), int),

@@ -7,8 +7,6 @@ Source: section 3.6 of OpenBSD's behaviour.
 """
 
 import os
-import stat
-import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,10 +19,10 @@ from vmctl.client import (
     Target,
     check_name,
     parse_target,
-    text_of,
 )
 from vmctl.messages import choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
+from vmctl.starting import open_chain, open_file, say_started, why_not_started
 from vmctl.values import cpus_of, memory_of, number_of, once, seconds_of
 from vmctl.wait import ExpiredError, check_condition, wait_for
 from vmd.config.disks import (
@@ -33,16 +31,14 @@ from vmd.config.disks import (
     DiskOption,
     check_distinct,
     parse_disk,
-    writes_image,
 )
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
-from vmm_kvm.text import printable
 
 _INT_MAX = (1 << 31) - 1
 _BOOT_DEVICES = ("disk", "cdrom", "net")
 _FIRMWARE = ("bios", "uefi")
-_OWN_TEXTS = {"bios-missing", "disk-missing", "cdrom-missing", "cdrom-invalid", "template-invalid"}
+_CLOCKS = ("frozen", "now")
 
 
 class StartOptions(NamedTuple):
@@ -71,6 +67,9 @@ class StartOptions(NamedTuple):
     """--wait"""
     timeout: tuple[str, ...] = ()
     save: bool = False
+    origin: tuple[str, ...] = ()
+    """--from"""
+    clock: tuple[str, ...] = ()
 
 
 def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> int:
@@ -88,9 +87,12 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
         if target.name:
             check_name(target.name)
         condition = _condition(options)
-        asked = _request(options, fds)
+        origin = _origin(options)
+        asked = {} if origin else _request(options, fds)
         with Client() as client:
-            if options.save:
+            if origin:
+                answer = _start_from(client, target, origin, once(options.clock, "clock"))
+            elif options.save:
                 answer = _save(client, target, asked, options)
             else:
                 answer = client.ask("start", "started", {**target.fields(), **asked}, fds)
@@ -116,6 +118,27 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
     return 0
 
 
+def _origin(options: StartOptions) -> str | None:
+    """Return the snapshot to go on from, which says all of the VM."""
+    origin, clock = once(options.origin, "snapshot"), once(options.clock, "clock")
+    if clock is not None and clock not in _CLOCKS:
+        raise CommandError(f"unknown clock {clock}\n{choice(_CLOCKS)}")
+    if clock is not None and not origin:
+        raise CommandError("--clock is for --from")
+    about = ("origin", "clock", "timeout", "until", "console")
+    if origin and any(value for field, value in options._asdict().items() if field not in about):
+        raise CommandError("--from says all of the VM: use no options that say what it is")
+    return origin
+
+
+def _start_from(client: Client, target: Target, origin: str, clock: str | None) -> Fields:
+    from vmctl.snapshots import start_from  # noqa: PLC0415 - only with --from
+
+    if not target.name:
+        raise CommandError("--from needs a name, not an id")
+    return start_from(client, target.name, origin, clock=clock or "")
+
+
 def _save(client: Client, target: Target, asked: Fields, options: StartOptions) -> Fields:
     """Make a VM part of the configuration; returns the answer to its start."""
     from vmctl.save import save  # noqa: PLC0415 - only with --save
@@ -129,19 +152,6 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
         if err.code != "EALREADY" or not vms or vms[0]["pid"] is None:
             raise
         return vms[0]  # it runs already: the daemon starts what it has read
-
-
-def why_not_started(err: RefusedError) -> str:
-    """Return the lines about a VM that the daemon has not started."""
-    text = text_of(err.code)
-    known = text if err.code in _OWN_TEXTS else f"start vm command failed: {text}"
-    return f"{known}\n{err.detail}".rstrip("\n")
-
-
-def say_started(answer: Fields) -> None:
-    """Say that a VM has started, by the daemon's answer."""
-    text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
-    print(f"vmctl: {printable(text)}", file=sys.stderr)
 
 
 class _Condition(NamedTuple):
@@ -348,40 +358,3 @@ def _path(path: str, what: str) -> str:
 def _shown(path: str) -> str:
     """Return a path as a message has it, which is text: for other messages."""
     return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def open_file(
-    path: str, what: str, fds: list[int], *, writes: bool = False, allows_devices: bool = False
-) -> int:
-    """Open a file for the daemon; returns its index among `fds`."""
-    flags = (os.O_RDWR if writes else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    try:
-        fd = os.open(path, flags)
-    except OSError as err:
-        raise CommandError(f"cannot open {what} '{path}': {err.strerror}") from err
-    fds.append(fd)
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode) and not (allows_devices and stat.S_ISBLK(mode)):
-        raise CommandError(f"{what} must be a regular file")
-    return len(fds) - 1
-
-
-def open_chain(disk: DiskOption, fds: list[int]) -> list[int]:
-    """Open an image and its bases for the daemon, which follows no path; returns their indices."""
-    from vmm_kvm.block.image import Format  # noqa: PLC0415 - only with disks
-    from vmm_kvm.errors import ImageError  # noqa: PLC0415 - same
-    from vmm_kvm.images.opening import image_chain  # noqa: PLC0415 - same
-
-    chain: list[int] = []
-
-    def open_layer(path: str) -> int:
-        what, writes = ("base image", False) if chain else ("disk", writes_image(disk))
-        chain.append(open_file(path, what, fds, writes=writes, allows_devices=True))
-        return fds[chain[-1]]
-
-    said = None if disk.kind is DiskKind.PROBE else Format(disk.kind)
-    try:
-        image_chain(disk.path, said, open_layer)
-    except ImageError as err:
-        raise CommandError(f"{text_of('disk-missing')}\n{err}") from err
-    return chain

@@ -23,7 +23,7 @@ from vmctl.client import (
     parse_target,
 )
 from vmctl.messages import fail
-from vmctl.start import open_chain, open_file, say_started, why_not_started
+from vmctl.starting import open_chain, open_file, say_started, why_not_started
 from vmd.config.disks import DiskKind, DiskOption
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.snapshot.fds import FdSource
@@ -78,7 +78,7 @@ def receive(words: Sequence[str], *, stays_paused: bool = False) -> int:
         reader = _begin()
         fds.append(os.dup(_STDIN))
         fields = {
-            **_request(reader.manifest, fds),
+            **request_of(reader.manifest, fds),
             "name": name,
             "stream": 0,
             "manifest": reader.text.decode(),
@@ -118,7 +118,7 @@ def _begin() -> StreamReader:
         raise CommandError(f"standard input: {err}") from err
 
 
-def _request(manifest: Manifest, fds: list[int]) -> Fields:
+def request_of(manifest: Manifest, fds: list[int]) -> Fields:
     """Return what the VM needs; descriptors that it names are added to `fds`."""
     boot = manifest.boot
     fields: Fields = {

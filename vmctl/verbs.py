@@ -123,6 +123,14 @@ _MACHINE_OPTIONS = (
     Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
     Option("--append", "append", "Kernel command line.", "string", True),
     Option(
+        "--clock",
+        "clock",
+        "What the clock of a VM shows that goes on from a snapshot.",
+        "frozen|now",
+        True,
+        ("frozen", "now"),
+    ),
+    Option(
         "--console-log",
         "console_log",
         "Write what the console shows to this file too.",
@@ -149,8 +157,8 @@ _MACHINE_OPTIONS = (
     Option(
         "--from",
         "origin",
-        "Go on from what 'vmctl send' has written into this file.",
-        "path",
+        "Go on from this snapshot; one with a slash is a file, for run it always is.",
+        "snapshot",
         True,
         (FILE,),
     ),
@@ -206,12 +214,12 @@ _MACHINE_OPTIONS = (
 )
 _NOT_FOR_RUN = {
     "-t": "there is no daemon that knows a template: give all options here",
+    "--clock": "it goes on from the snapshot's",
     "--save": "there is no daemon whose configuration could have it",
 }
 _NOT_FOR_START = {
     "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
     "--gdb": "a VM of vmd cannot be debugged: use run",
-    "--from": "vmd makes a VM of what was sent by 'vmctl receive'",
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
     "--virtio-console": "VMs of vmd have a serial port alone",
@@ -234,9 +242,10 @@ _RUN_USAGE = (
 _START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
-    "\t\t[--append string] [--firmware name] [--forward forward]\n"
-    "\t\t[--initrd path] [--json] [--save] [--selftest]\n"
-    "\t\t[--timeout seconds] [--vsock auto] [--wait condition] id | name"
+    "\t\t[--append string] [--clock policy] [--firmware name]\n"
+    "\t\t[--forward forward] [--from snapshot] [--initrd path] [--json]\n"
+    "\t\t[--save] [--selftest] [--timeout seconds] [--vsock auto]\n"
+    "\t\t[--wait condition] id | name"
 )
 _LIST_OPTIONS = (
     _RUNNING,
@@ -446,6 +455,30 @@ _TABLE = (
         _LIST_OPTIONS,
         *(0, 1),
         completes=(VM,),
+    ),
+    Verb(
+        "snapshot",
+        "[id [snapshot]]",
+        "Make a snapshot of a VM, which goes on; or list, describe or remove those there are.",
+        "snapshots",
+        "snapshot",
+        (
+            Option("-l", "listed", "List the snapshots in the daemon's store."),
+            Option("-o", "output", "Write it into this new file.", "file", completes=(FILE,)),
+            Option("-r", "removed", "Remove a snapshot of the store.", "snapshot"),
+            Option("--check", "checked", "Tell whether a snapshot is sound.", "snapshot"),
+            Option("--info", "described", "Tell what a snapshot is.", "snapshot"),
+            _JSON,
+            Option("--no-disks", "no_disks", "Leave out the disks that the VM writes."),
+        ),
+        *(0, 2),
+        usage=(
+            "[--no-disks] [-o file] id [snapshot]\n"
+            "\tvmctl snapshot [--json] -l | --check snapshot | --info snapshot\n"
+            "\tvmctl snapshot -r snapshot"
+        ),
+        completes=(VM,),
+        is_openbsd=False,
     ),
     Verb(
         "start",

@@ -25,6 +25,7 @@ from vmm_kvm.write_log import Place, WriteLog
 
 _BLOCK_SIZE = 512  # of st_blocks, always
 _HUGE = 2 << 20
+_MAP_NORESERVE = 0x4000  # Python 3.11 has no name for it
 _PIECE = 1 << 30  # bytes of memory that are asked about at a time
 
 
@@ -70,10 +71,13 @@ class GuestMemory:
         name: str = "guest",
         *,
         is_private: bool = False,
+        mapped: tuple[int, int] | None = None,
     ) -> None:
         """Allocate RAM for `ranges`, pairs of (guest-physical address, bytes), ascending.
 
-        With `is_private` there is no memfd: no other process can map it.
+        With `is_private` there is no memfd: no other process can map it. With `mapped` too, it
+        begins with what a file holds: its descriptor, which stays the caller's, and an offset that
+        is a multiple of 4096. The file stays as it is; whoever cuts it short ends this process.
 
         Raises:
             SpecError: the ranges are not aligned, empty, ascending or disjoint.
@@ -101,7 +105,11 @@ class GuestMemory:
         """The memfd; -1 for private memory."""
         self._finalizer: weakref.finalize[[int], GuestMemory] | None = None
         try:
-            mapping = self._allocate(name, offset, is_private=is_private)
+            if mapped is None:
+                mapping = self._allocate(name, offset, is_private=is_private)
+            else:
+                assert is_private
+                mapping = _map_file(mapped, offset)
         except OSError as err:
             if err.errno != ENOMEM:
                 raise
@@ -110,7 +118,7 @@ class GuestMemory:
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        skipped = -address % _HUGE if is_private else 0
+        skipped = -address % _HUGE if is_private and mapped is None else 0
         self.hva = address + skipped
         self._view = memoryview(mapping)[skipped : skipped + offset]
 
@@ -208,6 +216,17 @@ class GuestMemory:
     def contains(self, gpa: int, size: int) -> bool:
         """Tell whether `size` bytes at `gpa` lie inside one region."""
         return any(r.gpa <= gpa and gpa + size <= r.end for r in self.regions)
+
+
+def _map_file(mapped: tuple[int, int], size: int) -> mmap.mmap:
+    fd, offset = mapped
+    try:
+        mapping = mmap.mmap(fd, size, mmap.MAP_PRIVATE | _MAP_NORESERVE, offset=offset)
+    except ValueError as err:  # so says Python where the file has less
+        raise SpecError(f"memory: {err}") from err
+    with suppress(OSError):  # a kernel that merges nothing
+        mapping.madvise(mmap.MADV_UNMERGEABLE)
+    return mapping
 
 
 def resident_bytes(address: int, size: int) -> int:

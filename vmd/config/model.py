@@ -41,6 +41,15 @@ class Right(StrEnum):
     MEMORY = "memory"
 
 
+class GuestClock(StrEnum):
+    """What the clock of a copy shows that goes on from a snapshot: words of `clock`."""
+
+    FROZEN = "frozen"
+    """It goes on from the snapshot's."""
+    NOW = "now"
+    """It shows the host's time."""
+
+
 class Owner(NamedTuple):
     """Who something belongs to. A uid of None is the user that runs the daemon, mostly root."""
 
@@ -154,6 +163,8 @@ class VmConfig(NamedTuple):
     allow_instance: frozenset[Right] = frozenset()
     instance_owner: Owner | None = None
     """Who may make instances of it, besides root."""
+    allow_snapshot: bool = False
+    """Its owner may make snapshots of it."""
     given: frozenset[Right] = frozenset()
     """The parts that the block names, which an instance thereby claims; INSTANCE if it is one."""
     is_sev: bool = False
@@ -179,6 +190,10 @@ class Limits(NamedTuple):
     """Each is a thread of the host."""
     memory: int = 64 << 30
     """Bytes."""
+    snapshots: int = 16
+    """In the daemon's store."""
+    storage: int = 64 << 30
+    """Bytes of these."""
 
 
 class Config(NamedTuple):
@@ -201,6 +216,10 @@ class Config(NamedTuple):
     """None for a random one, if there is IPv6 at all."""
     staggered: Staggered | None = None
     limits: Limits = Limits()
+    snapshots: str | None = None
+    """Absolute path of the directory of snapshots; None for the usual one."""
+    clock: GuestClock = GuestClock.FROZEN
+    """Of VMs that are started from a snapshot."""
     agentx: Agentx | None = None
     includes: tuple[str, ...] = ()
     """Included files or patterns, with absolute paths."""

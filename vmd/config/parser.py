@@ -16,12 +16,23 @@ from vmd.config.grammar import StatementError, Tokens
 from vmd.config.host import Host, SystemHost
 from vmd.config.interfaces import SwitchRule
 from vmd.config.lexer import Kind, Macros
-from vmd.config.model import AGENTX_PATH, Agentx, Config, Staggered, SwitchConfig, VmConfig
+from vmd.config.model import (
+    AGENTX_PATH,
+    PATH_BYTES_MAX,
+    Agentx,
+    Config,
+    GuestClock,
+    Staggered,
+    SwitchConfig,
+    VmConfig,
+)
 from vmd.config.sizes import SizeError, scan_scaled
 from vmd.config.values import byte_length, prefix4_of, prefix6_of
 from vmd.config.vms import VmRule
 from vmm_kvm.text import printable
 
+OWN_WORDS = ("clock", "limit", "snapshots")
+"""Words of ours that a statement can begin with."""
 _AGENTX_CONTEXT_MAX = 32
 _SOCKET_PATH_MAX = 107
 # More is a file that includes itself.
@@ -216,18 +227,42 @@ class _Parser:
         self._config = self._config._replace(includes=included)
 
     def _macro(self) -> None:
-        """Take `macro = STRING "=" STRING`, or a limit, whose keyword may be a macro's name."""
+        """Take `macro = STRING "=" STRING`, or a word of ours, which may be a macro's name."""
         tokens = self.tokens
-        may_limit = tokens.is_at_own("limit")
+        word = next((each for each in OWN_WORDS if tokens.is_at_own(each)), None)
         name = tokens.one_string()
-        if may_limit and not tokens.is_at("="):
-            self._limit()
+        if word and not tokens.is_at("="):
+            match word:
+                case "limit":
+                    self._limit()
+                case "snapshots":
+                    self._snapshots()
+                case _:
+                    self._clock()
             return
         tokens.expect("=")
         value = tokens.one_string()
         if any(char in name for char in " \t\n\v\f\r"):
             tokens.refuse("macro name cannot contain whitespace")
         self._macros.define(name, value)
+
+    def _snapshots(self) -> None:
+        """Take `STRING`, a directory, after `"snapshots"`."""
+        path = self.tokens.one_string()
+        if not path.startswith("/"):
+            self.tokens.refuse("snapshots path is not absolute")
+        if byte_length(path) > PATH_BYTES_MAX:
+            self.tokens.refuse("snapshots path too large")
+        self._config = self._config._replace(snapshots=path)
+
+    def _clock(self) -> None:
+        """Take `"frozen" | "now"`, after `"clock"`."""
+        tokens = self.tokens
+        clock = next((each for each in GuestClock if tokens.is_at_own(each)), None)
+        if clock is None:
+            tokens.syntax_error()
+        tokens.take()
+        self._config = self._config._replace(clock=clock)
 
     def _local(self) -> None:
         """Take `"local" ( "prefix" STRING [ "nat" ] | "inet6" [ "prefix" STRING ] )`."""
@@ -266,16 +301,20 @@ class _Parser:
         self._config = self._config._replace(agentx=Agentx(context, path))
 
     def _limit(self) -> None:
-        """Take `( "vms" | "cpus" ) NUMBER | "memory" ( NUMBER | STRING )`, after `"limit"`."""
+        """Take what stands after `"limit"`.
+
+        limit = ( "vms" | "cpus" | "snapshots" ) NUMBER | ( "memory" | "storage" ) size
+        """
         tokens = self.tokens
         limits = self._config.limits
         if tokens.accept("memory"):
-            size: int | str = tokens.one_string() if tokens.peek().is_string else tokens.number()
-            try:
-                memory = scan_scaled(size) if isinstance(size, str) else size
-            except SizeError as err:
-                tokens.refuse(f"invalid limit memory {size}: {err}")
-            limits = limits._replace(memory=memory)
+            limits = limits._replace(memory=self._size("memory"))
+        elif tokens.is_at_own("storage"):
+            tokens.take()
+            limits = limits._replace(storage=self._size("storage"))
+        elif tokens.is_at_own("snapshots"):
+            tokens.take()
+            limits = limits._replace(snapshots=tokens.number())
         elif tokens.is_at_own("vms"):
             tokens.take()
             limits = limits._replace(vms=tokens.number())
@@ -287,6 +326,15 @@ class _Parser:
         if min(limits) < 0:
             tokens.refuse(f"invalid limit: {min(limits)}")
         self._config = self._config._replace(limits=limits)
+
+    def _size(self, what: str) -> int:
+        """Take `size = NUMBER | STRING`."""
+        tokens = self.tokens
+        size: int | str = tokens.one_string() if tokens.peek().is_string else tokens.number()
+        try:
+            return scan_scaled(size) if isinstance(size, str) else size
+        except SizeError as err:
+            tokens.refuse(f"invalid limit {what} {size}: {err}")
 
     def _staggered(self) -> None:
         """Take `"staggered" "start" "parallel" NUMBER "delay" NUMBER`."""

@@ -70,6 +70,10 @@ def _globals(config: Config) -> Iterator[str]:
     for name, value in config.limits._asdict().items():
         if value != getattr(Limits(), name):
             yield f"limit {name} {value}"
+    if config.snapshots is not None:
+        yield f"snapshots {quoted(config.snapshots)}"
+    if config.clock != Config().clock:
+        yield f"clock {config.clock}"
     if config.staggered is not None:
         parallelism, delay_s = config.staggered
         yield f"staggered start parallel {parallelism} delay {delay_s}"
@@ -146,6 +150,8 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield f"\tstop timeout {vm.stop_timeout_s}"
     if vm.owner != Owner():
         yield f"\towner {_owner(vm.owner)}"
+    if vm.allow_snapshot:
+        yield "\tallow snapshot"
     rights: list[str] = sorted(vm.allow_instance)
     if vm.instance_owner is not None:
         rights.append(f"owner {_owner(vm.instance_owner)}")

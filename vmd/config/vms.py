@@ -26,6 +26,8 @@ FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"
 """Formats of disks. The first two are OpenBSD's."""
 DISK_OPTIONS = ("ro", "serial", "queues", "error", "private", "snapshot")
 """Words of the block of a disk, which OpenBSD does not have."""
+SNAPSHOT = "snapshot"
+"""What `allow` takes that is ours."""
 OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "limit", "stop", "vsock")
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
@@ -338,12 +340,16 @@ class VmRule:
         self._vm = self._vm._replace(cpu_limit=percent)
 
     def _allow(self) -> None:
-        """Take the parts that instances may replace.
+        """Take the parts that instances may replace, or that the owner may make snapshots.
 
-        allow    = "allow" "instance" ( insflag | "{" {NL} insflags "}" )
+        allow    = "allow" ( "snapshot" | "instance" ( insflag | "{" {NL} insflags "}" ) )
         insflags = insflag { sep insflag } {NL}         sep = "," {NL} | NL {NL}
         """
         tokens = self._tokens
+        if tokens.is_at_own(SNAPSHOT):
+            tokens.take()
+            self._vm = self._vm._replace(allow_snapshot=True)
+            return
         tokens.expect("instance")
         if not tokens.accept("{"):
             self._right()

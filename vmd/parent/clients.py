@@ -42,7 +42,7 @@ from vmd.wire.messages import (
     Status,
     Vms,
 )
-from vmd.wire.transfers import Receive, Send
+from vmd.wire.transfers import Receive, Send, Snapshot
 from vmm_kvm.clock import NANOSECONDS
 
 CONTROL_PATIENCE_NS = 10 * NANOSECONDS
@@ -142,7 +142,7 @@ class Clients:
             if uid is None:
                 raise DescriptorsLostError("the daemon had none left to see who connects")
             passed = None
-            if isinstance(request, Start | Send | Receive):
+            if isinstance(request, Start | Send | Receive | Snapshot):
                 passed = take_passed(request, uid, fds)
         except ChannelError as err:
             is_wrong = isinstance(err, MalformedError)

@@ -15,7 +15,9 @@ from vmd.parent.errors import ResourceError
 from vmd.parent.exits import exit_event
 from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
+from vmd.parent.sendings import Sendings
 from vmd.parent.silence import Silences, why_silent
+from vmd.parent.snapshots import SnapshotStore
 from vmd.parent.starts import Starts
 from vmd.parent.status import Inquiries, TimedLoop
 from vmd.rules import vm_state
@@ -26,6 +28,7 @@ from vmd.rules.actions import (
     Drop,
     Effect,
     List,
+    LookIntoStore,
     OpenConsole,
     OpenPort,
     Operate,
@@ -50,8 +53,6 @@ from vmd.wire.internal import (
     LaunchVm,
     ParentToVmm,
     PauseVm,
-    SendVm,
-    SentBoot,
     StopVm,
     ToVm,
     UnpauseVm,
@@ -163,6 +164,7 @@ class Means(NamedTuple):
     networks: Interfaces
     consoles: Terminals
     kernels: KernelStore
+    snapshots: SnapshotStore
     open_client_files: OpenClientFiles
     open_vm: OpenVm
     close_vm: Callable[[int], None]
@@ -198,6 +200,7 @@ class Effects:
         self._inquiries = Inquiries(loop, lambda vm_id: self.tell_vm(vm_id, AskStatistics()))
         self.starts = Starts(loop.monotonic_ns)
         """How many VMs were started, and how fast."""
+        self._sendings = Sendings(means.snapshots, self.tell_vm)
         self._on_idle: Callable[[], None] | None = None
 
     @property
@@ -225,6 +228,8 @@ class Effects:
                     self._perform(vm, effect)
                 case Operate():
                     self._operate(action)
+                case LookIntoStore(ticket=ticket):
+                    self._clients.answer(ticket.client, *self._sendings.answer(action))
                 case List():
                     self._clients.list_vms(action, self._inquiries, self.running)
                 case OpenConsole(ticket, vm):
@@ -280,9 +285,9 @@ class Effects:
                 self._silences.begin(vm.id)
                 self.tell_vm(vm.id, UnpauseVm())
             case vm_state.SendState(keeps_running=keeps_running):
-                sink, vm.sink = vm.sink, None
-                assert sink is not None
-                self.tell_vm(vm.id, _send_command(vm, keeps_running=keeps_running), (sink,))
+                failure = self._sendings.begin(vm, keeps_running=keeps_running)
+                if failure:
+                    self._send_failed(vm, failure)
             case vm_state.CancelSend():
                 self.tell_vm(vm.id, CancelSendVm())
             case _:
@@ -419,6 +424,7 @@ class Effects:
     def _forget_process(self, vm_id: int) -> None:
         self.starts.end(vm_id)
         self._launched.discard(vm_id)
+        self._sendings.forget(vm_id)
         self._close_vm(vm_id)
         self._inquiries.forget(vm_id)
         self._silences.end(vm_id)
@@ -453,13 +459,8 @@ class Effects:
             case VmUnpaused():
                 self._silences.end(vm_id)
                 self._happened(vm_id, vm_state.Unpaused())
-            case VmSent(failure=None):
-                self._tell_sent(vm_id)
-                self._happened(vm_id, vm_state.Sent())
-            case VmSent(failure=code, message=message) if code is not None:
-                if vm := self._registry.find(vm_id, ""):
-                    log.warning("%s: cannot be sent: %s", vm.name, message)
-                self._happened(vm_id, vm_state.SendFailed(code, message))
+            case VmSent():
+                self._sent(vm_id, report)
             case VmStatistics():
                 self._inquiries.told(vm_id, report)
             case _:
@@ -468,6 +469,26 @@ class Effects:
     def _is_silent(self, vm_id: int) -> None:
         if vm := self._registry.find(vm_id, ""):
             self._happened(vm_id, vm_state.Silent(why_silent(vm.state.pid)))
+
+    def _sent(self, vm_id: int, report: VmSent) -> None:
+        event: vm_state.Sent | vm_state.SendFailed
+        if report.failure is None:
+            event = self._sendings.end(vm_id)
+        else:
+            self._sendings.forget(vm_id)
+            event = vm_state.SendFailed(report.failure, report.message)
+        vm = self._registry.find(vm_id, "")
+        if vm and isinstance(event, vm_state.SendFailed):
+            self._send_failed(vm, event)
+            return
+        if vm and vm.state.snapshot is None:
+            self._tell_sent(vm_id)
+        self._happened(vm_id, event)
+
+    def _send_failed(self, vm: Vm, event: vm_state.SendFailed) -> None:
+        log.warning("%s: cannot be sent: %s", vm.name, event.message)
+        # The registry may be in the middle of the step that this comes of.
+        self._loop.call_soon(lambda: self._happened(vm.id, event))
 
     def _tell_sent(self, vm_id: int) -> None:
         if vm := self._registry.find(vm_id, ""):
@@ -494,21 +515,6 @@ def _log_event(event: Event) -> None:
         log.warning("vm/%s: %s", event.name, text)
     elif event.kind is EventKind.STOPPED:
         log.info("vm/%s: %s", event.name, text)
-
-
-def _send_command(vm: Vm, *, keeps_running: bool) -> SendVm:
-    config = vm.config
-    return SendVm(
-        keeps_running=keeps_running,
-        uid=config.owner.uid,
-        gid=config.owner.gid,
-        boot=SentBoot(
-            image=config.boot,
-            firmware=config.firmware,
-            initrd=config.initrd,
-            append=config.append,
-        ),
-    )
 
 
 def _remove_new(vm: Vm) -> None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import assert_never
 
 from vmd.config.disks import DiskKind, DiskOption, writes_image
-from vmd.config.model import Right
+from vmd.config.model import GuestClock, Right
 from vmd.parent.openers import Openers
 from vmd.rules.policy import Users
 from vmd.rules.vm import Passed, Vm
@@ -19,11 +19,11 @@ from vmd.shared.opening import OpeningError
 from vmd.wire.channel import Fds
 from vmd.wire.files import FileUse, FoundFile, WantedFile
 from vmd.wire.messages import ErrorCode, Start
-from vmd.wire.transfers import Receive, Send
+from vmd.wire.transfers import Receive, Send, Snapshot
 from vmm_kvm.boot.firmware import KNOWN
 
 
-def take_passed(request: Start | Send | Receive, uid: int, fds: Fds) -> Passed | None:
+def take_passed(request: Start | Send | Receive | Snapshot, uid: int, fds: Fds) -> Passed | None:
     """Take what the client `uid` has opened; all or nothing.
 
     Raises:
@@ -42,10 +42,14 @@ def take_passed(request: Start | Send | Receive, uid: int, fds: Fds) -> Passed |
     return passed if passed.fds else None
 
 
-def _passed(request: Start | Send | Receive, uid: int, take: Callable[[int], int]) -> Passed:
+def _passed(
+    request: Start | Send | Receive | Snapshot, uid: int, take: Callable[[int], int]
+) -> Passed:
     match request:
         case Send():
             return Passed(uid=uid, stream=take(request.stream))
+        case Snapshot():
+            return Passed(uid=uid, stream=None if request.file is None else take(request.file))
         case Receive():
             return Passed(
                 uid=uid,
@@ -54,6 +58,9 @@ def _passed(request: Start | Send | Receive, uid: int, take: Callable[[int], int
                 stream=take(request.stream),
                 manifest=request.manifest,
                 stays_paused=request.stays_paused,
+                is_snapshot=request.is_snapshot,
+                is_copy=request.is_copy,
+                clock=request.clock or GuestClock.NOW,
             )
         case Start():
             kernel = None if request.kernel is None else take(request.kernel)
@@ -148,7 +155,7 @@ class ClientFiles:
         if option.kind is DiskKind.VHOST_USER:  # no file; only vm.conf can have it
             return
         chain = self._passed.disks[index] if index < len(self._passed.disks) else ()
-        wanted = wanted_disk(option, locks=self._passed.stream is None)
+        wanted = wanted_disk(option, locks=not self._passed.has_sender)
         if chain:
             self._want(wanted, index, [os.dup(fd) for fd in chain])
         elif self._is_named(Right.DISK):
@@ -214,6 +221,9 @@ class ClientFiles:
             stream=passed.stream,
             manifest=passed.manifest,
             stays_paused=passed.stays_paused,
+            is_snapshot=passed.is_snapshot,
+            is_copy=passed.is_copy,
+            clock=passed.clock,
         )
 
 

@@ -27,6 +27,7 @@ from vmd.parent.passed import open_client_files
 from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.resources import Host, open_resources
 from vmd.parent.scratches import Scratches
+from vmd.parent.snapshots import SnapshotStore
 from vmd.parent.status import StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.actions import Action, List, Operate
@@ -96,6 +97,7 @@ class Parent:
         cgroups = settings.cgroups
         self._scratches = Scratches()
         host = Host(settings.users, self._kernels, settings.state, self._scratches, cgroups)
+        self._snapshots = SnapshotStore(None, settings.users, lambda: self._registry.limits)
         self._consoles = Consoles(terminals, self._look_at_terminal)
         users = ClientUsers(settings.address)
         self._clients = Clients(loop, self._registry, users, self._run, networks.told)
@@ -109,6 +111,7 @@ class Parent:
             networks=networks,
             consoles=self._consoles,
             kernels=self._kernels,
+            snapshots=self._snapshots,
             open_client_files=lambda vm, done: open_client_files(vm, openers, done),
             open_vm=lambda vm, pty, found: open_resources(vm, host, pty, found),
             close_vm=lambda vm_id: cgroups.remove(vm_id) if cgroups else None,
@@ -167,6 +170,9 @@ class Parent:
         settings.set_socket_owner(config.socket_owner)
         self._registry.staggered = config.staggered or self._default_staggered
         self._registry.limits = config.limits
+        self._registry.clock = config.clock
+        state = settings.state
+        self._snapshots.directory = config.snapshots or (state and f"{state}/snapshots")
         self._networks.configure(config)
         self._snmp_agent.configure(config.agentx)
         self._register(config)

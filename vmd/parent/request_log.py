@@ -30,7 +30,7 @@ from vmd.wire.messages import (
 )
 from vmd.wire.parts import VmRequest
 from vmd.wire.ports import Connect
-from vmd.wire.transfers import Receive, Send
+from vmd.wire.transfers import Receive, RemoveSnapshot, Send, Snapshot
 
 _DONE: dict[type[ParentRequest], str] = {
     Start: "started",
@@ -39,6 +39,8 @@ _DONE: dict[type[ParentRequest], str] = {
     Unpause: "unpaused",
     Send: "sent",
     Receive: "received",
+    Snapshot: "snapshot made",
+    RemoveSnapshot: "removed",
     Console: "console opened",
     Connect: "connected with a port",
     Load: "configuration loaded",
@@ -80,6 +82,8 @@ class RequestLog:
         what, vm_id = "vmd", 0
         if isinstance(request, Receive):
             what = request.name
+        elif isinstance(request, RemoveSnapshot):
+            what = f"snapshot {request.snapshot}"
         elif isinstance(request, VmRequest):
             vm = self._find(request.id, request.name)
             what = vm.name if vm else request.name or f"vm {request.id}"
@@ -98,7 +102,8 @@ class RequestLog:
             del serials[answer.serial]
         user, vm_id = _user(asked.uid), asked.vm_id
         if isinstance(answer, Failed):
-            verb, why = asked.kind.__name__.lower(), answer.message or answer.code
+            verb = "remove" if asked.kind is RemoveSnapshot else asked.kind.__name__.lower()
+            why = answer.message or answer.code
             text = f"{verb} by {user} failed: {why}"
             if answer.code is ErrorCode.EPERM:  # nobody fills the history of others' VMs
                 vm_id = 0

@@ -27,8 +27,9 @@ from vmd.shared.opening import Files, OpeningError
 from vmd.shared.pty import Pty
 from vmd.wire.channel import Fds
 from vmd.wire.files import FileUse, FoundFile, WantedFile
-from vmd.wire.internal import DiskSpec, NicSpec, ReceivedSpec, VmSpec
+from vmd.wire.internal import DiskSpec, NicSpec, VmSpec
 from vmd.wire.messages import ErrorCode
+from vmd.wire.transfers import ReceivedSpec
 from vmm_kvm.block.locks import lock
 from vmm_kvm.boot.firmware import BIOS, Firmware, find_firmware
 from vmm_kvm.boot.nvram import open_copy
@@ -142,6 +143,9 @@ class _Opener:
             stream=self.keep(os.dup(passed.stream)),
             manifest=passed.manifest,
             stays_paused=passed.stays_paused,
+            is_snapshot=passed.is_snapshot,
+            is_copy=passed.is_copy,
+            clock=passed.clock,
         )
 
     def boot(self) -> tuple[int | None, str, int | None, tuple[int, ...], str | None, str]:
@@ -225,7 +229,7 @@ class _Opener:
         if option.kind is DiskKind.VHOST_USER:
             return DiskSpec(option=option, chain=(self._connect(option.path),))
         passed = self._vm.passed
-        locks = passed is None or passed.stream is None
+        locks = passed is None or not passed.has_sender
         if passed is not None and place < len(passed.disks) and passed.disks[place]:
             chain = tuple(self.keep(os.dup(fd)) for fd in passed.disks[place])
             formats = passed.formats[place]

@@ -17,6 +17,7 @@ from vmd.wire.messages import (
     Status,
     VmInfo,
 )
+from vmd.wire.transfers import StoreRequest
 
 
 class Answer(NamedTuple):
@@ -59,6 +60,14 @@ class Operate(NamedTuple):
     request: Counts | Load | Reload | Source | Reset | Log
 
 
+class LookIntoStore(NamedTuple):
+    """Do what a user asks of the store of snapshots, and answer."""
+
+    ticket: Ticket
+    uid: int
+    request: StoreRequest
+
+
 class List(NamedTuple):
     """Send these VMs, with their processes' statistics, and an end."""
 
@@ -98,4 +107,5 @@ class ArmTurn(NamedTuple):
     delay_s: int
 
 
-Action = Answer | Tell | Perform | Operate | List | OpenConsole | OpenPort | Drop | ArmTurn
+_OfClients = OpenConsole | OpenPort | Operate | LookIntoStore | List
+Action = Answer | Tell | Perform | _OfClients | Drop | ArmTurn

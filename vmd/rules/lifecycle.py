@@ -248,7 +248,12 @@ def _send(vm: VmState, event: Send) -> Step:
             return vm, _failed(ticket, ErrorCode.EBUSY, text)
         case Phase.RUNNING | Phase.PAUSED:
             was_paused = vm.phase is Phase.PAUSED
-            vm = vm._replace(phase=Phase.SENDING, sender=ticket, was_paused=was_paused)
+            vm = vm._replace(
+                phase=Phase.SENDING,
+                sender=ticket,
+                was_paused=was_paused,
+                snapshot=event.snapshot if event.is_snapshot else None,
+            )
             return vm, (SendState(event.keeps_running),)
         case _:
             assert_never(vm.phase)
@@ -404,10 +409,13 @@ def _silent(vm: VmState, message: str) -> Step:
 
 def _sent(vm: VmState) -> Step:
     """Return a VM that was sent, and continues, to its state before."""
+    told = Publish(EventKind.SENT)
+    if vm.snapshot is not None:
+        told = Publish(EventKind.SNAPSHOT, vm.snapshot)
     if vm.phase is not Phase.SENDING:
         return _told_sender(vm, is_sent=True)
     vm, effects = _told_sender(_as_before(vm), is_sent=True)
-    return vm, (*effects, Publish(EventKind.SENT))
+    return vm, (*effects, told)
 
 
 def _send_failed(vm: VmState, code: ErrorCode, message: str) -> Step:
@@ -425,7 +433,7 @@ def _told_sender(
 ) -> Step:
     """Answer the client that had a VM sent, once."""
     sender = vm.sender
-    vm = vm._replace(sender=None, was_paused=False)
+    vm = vm._replace(sender=None, was_paused=False, snapshot=None)
     if sender is None:
         return vm, ()
     return vm, (_done(vm, sender),) if is_sent else _failed(sender, code, message)

@@ -9,7 +9,7 @@ Source: sections 7, 8 and 10 of OpenBSD's behaviour, with the advice of its sect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
-from vmd.config.model import MEMORY_DEFAULT, Limits, Owner, Right, Staggered, VmConfig
+from vmd.config.model import MEMORY_DEFAULT, GuestClock, Limits, Owner, Right, Staggered, VmConfig
 from vmd.rules import lifecycle, vm_state
 from vmd.rules.actions import (
     Action,
@@ -17,6 +17,7 @@ from vmd.rules.actions import (
     ArmTurn,
     Drop,
     List,
+    LookIntoStore,
     OpenConsole,
     Operate,
     Perform,
@@ -28,7 +29,8 @@ from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
 from vmd.rules.ports import open_port
-from vmd.rules.vm import Passed, Vm, config_of, info, received_config, with_states
+from vmd.rules.transfers import received_vm, sink_of
+from vmd.rules.vm import Passed, Vm, config_of, info, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
     Console,
@@ -56,7 +58,7 @@ from vmd.wire.messages import (
 )
 from vmd.wire.parts import VmRequest
 from vmd.wire.ports import Connect
-from vmd.wire.transfers import Receive, Send
+from vmd.wire.transfers import Receive, Send, Snapshot, StoreRequest
 
 IDS_KEPT = 1024
 """Ids of forgotten VMs that are kept for their names."""
@@ -79,6 +81,8 @@ class Registry:
         self.staggered = staggered
         """May change with the configuration, as the limits."""
         self.limits = Limits()
+        self.clock = GuestClock.FROZEN
+        """Of copies, where nobody says otherwise; as the limits."""
         self._host = host
         self._vms: dict[int, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
@@ -129,7 +133,7 @@ class Registry:
             return self._start(ticket, uid, request, passed)
         elif isinstance(request, Receive):
             return self._receive(ticket, uid, request, passed)
-        elif isinstance(request, Send):
+        elif isinstance(request, Send | Snapshot):
             return self._send(ticket, uid, request, passed)
         else:
             actions += self._dispatch(ticket, uid, request)
@@ -142,6 +146,8 @@ class Registry:
         match request:
             case Counts() | Load() | Reload() | Source() | Reset() | Log():
                 return [Operate(ticket, request)]
+            case _ if isinstance(request, StoreRequest):
+                return [LookIntoStore(ticket, uid, request)]
             case Hold():
                 self._holders.add(ticket.client)
                 return [Answer(ticket.client, Done(serial=ticket.serial))]
@@ -375,15 +381,16 @@ class Registry:
 
     # Sending and receiving
 
-    def _send(self, ticket: Ticket, uid: int, request: Send, passed: Passed | None) -> list[Action]:
-        vm = self._authorised(uid, request)
-        if isinstance(vm, Denied):
-            return [_refuse(ticket, vm), *_dropped(passed)]
-        stream = passed.stream if passed else None
-        if stream is None or vm.sink is not None:
-            return [_refuse(ticket, Denied(ErrorCode.EALREADY, "the VM is being sent"))]
-        vm.sink = stream
-        actions = list(self._step(vm, vm_state.Send(ticket, request.keeps_running)))
+    def _send(
+        self, ticket: Ticket, uid: int, request: Send | Snapshot, passed: Passed | None
+    ) -> list[Action]:
+        found = self._authorised(uid, request)
+        wanted = sink_of(found, request, passed, ticket=ticket, uid=uid, users=self._users)
+        if isinstance(wanted, Denied):
+            return [_refuse(ticket, wanted), *_dropped(passed)]
+        vm, sink, event = wanted
+        vm.sink = sink
+        actions = list(self._step(vm, event))
         if not any(isinstance(one, Perform) for one in actions):
             vm.sink = None
             actions += _dropped(passed)
@@ -393,25 +400,19 @@ class Registry:
         self, ticket: Ticket, uid: int, request: Receive, passed: Passed | None
     ) -> list[Action]:
         """Register a VM as described, and let it start; only root may, and vouches for it."""
-        received = self._received(uid, request, passed)
+        config = received_vm(request, uid, self.find(0, request.name))
+        received = (
+            config
+            if isinstance(config, Denied)
+            else self._register(config, uid, has_kernel=passed is not None)
+        )
         if isinstance(received, Denied):
             return [_refuse(ticket, received), *_dropped(passed)]
         vm, actions = received
+        if passed and request.is_copy and request.clock is None:
+            passed = passed._replace(clock=self.clock)
         vm.passed, vm.passed_is_lasting = passed, False
         return [*actions, *self._step(vm, vm_state.Start(ticket, request.stays_paused))]
-
-    def _received(
-        self, uid: int, request: Receive, passed: Passed | None
-    ) -> tuple[Vm, list[Action]] | Denied:
-        if self.find(0, request.name):
-            return Denied(ErrorCode.EALREADY, f'there is a VM "{request.name}"')
-        # Only root's word makes the stream's owner a user of this host.
-        owner = Owner(uid if request.uid is None or uid else request.uid, request.gid)
-        try:
-            config = received_config(request, owner)
-        except ValueError as err:
-            return Denied(ErrorCode.EINVAL, str(err))
-        return self._register(config, uid, has_kernel=passed is not None)
 
     # What has happened
 

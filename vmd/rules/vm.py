@@ -8,6 +8,7 @@ from vmd.config.forwards import host_address
 from vmd.config.model import (
     MEMORY_DEFAULT,
     ForwardConfig,
+    GuestClock,
     InterfaceConfig,
     Owner,
     Right,
@@ -53,6 +54,17 @@ class Passed(NamedTuple):
     """What was read of the stream."""
     stays_paused: bool = False
     """It is to stand still when it is received."""
+    is_snapshot: bool = False
+    """The stream is a snapshot's file."""
+    is_copy: bool = False
+    """It is somebody else than the VM that was written."""
+    clock: GuestClock = GuestClock.NOW
+    """Of one that is received."""
+
+    @property
+    def has_sender(self) -> bool:
+        """Whether another VM may have the locks of the disks until all of it has come."""
+        return self.stream is not None and not self.is_snapshot
 
     @property
     def has_kernel(self) -> bool:
@@ -64,6 +76,18 @@ class Passed(NamedTuple):
         """All descriptors."""
         single = [fd for fd in (self.kernel, self.cdrom, self.stream) if fd is not None]
         return [*single, *self.initrd, *(fd for chain in self.disks for fd in chain)]
+
+
+class Sink(NamedTuple):
+    """Where a VM is to be written."""
+
+    fd: int | None = None
+    """A stream, or an empty file; its holder's. None for the daemon's store."""
+    is_snapshot: bool = False
+    uid: int = 0
+    """Whose snapshot it is in the store."""
+    name: str = ""
+    """Of the snapshot there."""
 
 
 class Vm:
@@ -86,8 +110,8 @@ class Vm:
         """Files instead of those that `config` names."""
         self.passed_is_lasting = False
         """It is for every boot of this VM, not only for the next."""
-        self.sink: int | None = None
-        """The stream to send it into, until its process has it."""
+        self.sink: Sink | None = None
+        """Where it is to be written, until its process has it."""
         self.has_run = False
         """Its guest has been running at some time."""
         self.new_file: str | None = None

@@ -81,6 +81,8 @@ class VmState(NamedTuple):
     """Who is told what has become of the stream."""
     was_paused: bool = False
     """It stood still before it was to be sent."""
+    snapshot: str | None = None
+    """What is written is this snapshot of the store, or one that has no name; None: a stream."""
     stays_paused: bool = False
     """It is being received, and will be paused then."""
     is_doomed: bool = False
@@ -136,6 +138,9 @@ class Send(NamedTuple):
     ticket: Ticket
     keeps_running: bool = False
     """It is to go on then."""
+    is_snapshot: bool = False
+    snapshot: str = ""
+    """The snapshot's name in the store, if it is there."""
 
 
 class Attach(NamedTuple):

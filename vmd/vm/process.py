@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import assert_never
 
+from vmd.config.model import GuestClock
 from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, die_with, set_title
 from vmd.shared import log as logging
@@ -96,6 +97,7 @@ log = Log(__name__)
 
 _REHEARSAL_ROM = 4096  # bytes of firmware that never runs
 _RETRY_NS = NANOSECONDS
+_POLICIES = {GuestClock.FROZEN: ClockPolicy.FROZEN, GuestClock.NOW: ClockPolicy.NOW}
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -302,7 +304,12 @@ class VmProcess:
         )
         if received:
             try:
-                restore(self._machine, received.state, ClockPolicy.NOW)
+                going_on = spec.received
+                assert going_on
+                policy = _POLICIES[going_on.clock]
+                restore(self._machine, received.state, policy)
+                if going_on.is_copy:
+                    self._machine.become_another()
             except BaseException:
                 self._machine.close()
                 raise
@@ -331,6 +338,8 @@ class VmProcess:
 
     def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome
+        if self._sending and self._sending.is_written:
+            return  # it ends when the file is durable
         if self._sending:  # it stands still since, but may have ended just before
             self._sending.cancel()
         else:
@@ -388,7 +397,7 @@ class VmProcess:
             stream.close()
 
     def _stop(self, timeout_ns: int | None) -> None:
-        if self._sending:  # if it is not sent after all
+        if self._sending and not self._sending.is_written:  # if it is not sent after all
             self._when_not_sent.append(lambda: self._stop(timeout_ns))
             self._sending.cancel()
             return
@@ -400,7 +409,13 @@ class VmProcess:
         try:
             if self._sending:
                 raise SnapshotError("it is being sent")
-            self._sending = Sending(self._loop, opened([fds.take(0)])[0], self._sent)
+            self._sending = Sending(
+                self._loop,
+                opened([fds.take(0)])[0],
+                self._written,
+                self._sent,
+                is_snapshot=command.is_snapshot,
+            )
         except (VmmError, OSError, ChannelError) as err:
             _tell(self._channel, VmSent(failure=_send_code(err), message=str(err)[:TEXT_MAX]))
             return
@@ -408,6 +423,14 @@ class VmProcess:
         cpuid = own_cpuid(self._kvm, self._spec)
         halt = None if self._is_paused else self._machine.pause
         self._sending.begin(self._machine, self._spec, command, cpuid, halt)
+
+    def _written(self) -> None:
+        """Go on: of a snapshot, all is written but not yet durable."""
+        assert self._sending
+        self._sending.is_still = False
+        self._sending.is_written = True
+        if not self._is_paused:
+            self._machine.resume()
 
     def _sent(self, failure: "VmmError | OSError | None") -> None:
         """Go on, or end, when nothing is written any more."""
@@ -459,7 +482,7 @@ class VmProcess:
         A guest that is to stop gets no further, and nobody can let it go on: that is tried again
         and again, until its time is over.
         """
-        if self._sending:  # what waits for the host would be lost
+        if self._sending and not self._sending.is_written:  # what waits for the host would be lost
             self._when_not_sent.append(lambda: self._halt(err))
             self._sending.cancel()
             return

@@ -19,6 +19,7 @@ from vmm_kvm.memory import GuestMemory
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord, check_cpuid, cpuid_records
 from vmm_kvm.snapshot.fds import FdSource
+from vmm_kvm.snapshot.file import SnapshotFile
 from vmm_kvm.snapshot.manifest import Manifest
 from vmm_kvm.snapshot.stream import StreamReader
 
@@ -35,7 +36,7 @@ class Arrived(NamedTuple):
 
 
 def receive(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
-    """Read the machine of a VM that is received from its stream; takes ownership of `fd`.
+    """Read the machine of a VM from its stream or snapshot; takes ownership of `fd`.
 
     `is_private` is whether no other process serves a device of it.
 
@@ -44,6 +45,8 @@ def receive(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
         OSError: it cannot be read, or the host has no memory left.
     """
     assert spec.received is not None
+    if spec.received.is_snapshot:
+        return _load(fd, spec, kvm, is_private=is_private)
     with FdSource(fd, PATIENCE_S) as source:
         reader = StreamReader(source, spec.received.manifest.encode())
         manifest = reader.manifest
@@ -56,6 +59,28 @@ def receive(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
         except BaseException:
             memory.close()
             raise
+    return Arrived(manifest, MachineState(dict(state.parts), dict(state.blobs)), memory, image)
+
+
+def _load(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
+    """Go on from a snapshot, which stays as it is.
+
+    Memory that no other process needs is mapped: what the guest does not touch is not even read.
+    """
+    with SnapshotFile(fd) as file:
+        manifest = file.manifest
+        _check(manifest, spec)
+        check_cpuid(manifest.cpuid, own_cpuid(kvm, spec))
+        state = states.decode(file.state)
+        image = _image(manifest, state.blobs.get("rom/contents", b""))
+        mapped = file.mapped if is_private else None
+        memory = GuestMemory(manifest.regions, spec.name, is_private=is_private, mapped=mapped)
+        if mapped is None:
+            try:
+                file.read_ram(memory)
+            except BaseException:
+                memory.close()
+                raise
     return Arrived(manifest, MachineState(dict(state.parts), dict(state.blobs)), memory, image)
 
 

@@ -1,4 +1,4 @@
-"""Writing a VM into a stream: by a thread of its own process, while the guest runs.
+"""Writing a VM into a stream or a snapshot: by a thread of its own process, while the guest runs.
 
 It stands still for what it has changed last (`snapshot.precopy`), or for all of it if it stood
 still before, or if something writes to its memory without saying where.
@@ -7,6 +7,8 @@ It is a thread, and no other process, because only this process has the guest's 
 device process shares it, and because a VM process may make no others. The event loop goes on
 meanwhile: the stream's other end may take its time, within limits, and the daemon can always say
 that it is not to be written after all.
+
+For a snapshot the guest runs again when the host has all of it, before the file is durable.
 
 A VM runs once. When the last byte is written, it is the receiver's, and never goes on here, unless
 it was asked to; before that, it is ours, whatever has gone out: the receiver does nothing with it.
@@ -28,10 +30,11 @@ from vmm_kvm.machine.state import save
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink
+from vmm_kvm.snapshot.file import FileWriter, check_file, write_into
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
-from vmm_kvm.snapshot.precopy import copy_running
+from vmm_kvm.snapshot.precopy import Plan, Writer, copy_into
 from vmm_kvm.snapshot.state import State
-from vmm_kvm.snapshot.stream import write_stream
+from vmm_kvm.snapshot.stream import LiveWriter, write_stream
 
 if TYPE_CHECKING:
     from vmm_kvm.machine.machine import Machine
@@ -40,6 +43,9 @@ log = Log(__name__)
 
 PATIENCE_S = 30.0
 """How long the other end may take no byte, or send none."""
+_SNAPSHOT_DOWNTIME_S = 0.01
+"""How long a machine that is written to a file is to stand still for its memory."""
+_STATE_ROOM = 8 << 20  # devices and vCPUs: some 20 KiB of each
 _KERNEL = os.uname().release  # asked before this process is confined
 
 Halt = Callable[[], None]
@@ -64,11 +70,20 @@ class _Subject(NamedTuple):
 class Sending:
     """A VM that is being written, from its pause to the last byte or the failure."""
 
-    def __init__(self, loop: EventLoop, sink_fd: int, on_end: OnEnd) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        sink_fd: int,
+        on_written: Callable[[], None],
+        on_end: OnEnd,
+        *,
+        is_snapshot: bool = False,
+    ) -> None:
         """Take ownership of `sink_fd`.
 
         `on_end` is called once, on the loop's thread, when nothing is written any more: with None
-        if all is, else with what went wrong.
+        if all is, else with what went wrong. Of a snapshot, `on_written` is called before, when the
+        machine need not stand still any more.
 
         Raises:
             SnapshotError: no machine can go through such a descriptor.
@@ -79,12 +94,19 @@ class Sending:
         self._thread: threading.Thread | None = None
         self.is_still = False
         """Whether the machine stands still to be written."""
+        self.is_written = False
+        """Whether all of a snapshot is written, and is becoming durable."""
         self._has_state = threading.Event()
         self._state: tuple[Manifest, bytes] | None = None
         self._failure: VmmError | OSError | None = None
+        self._is_cancelled = False
+        self._on_written = on_written
         self._cancel_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
+            if is_snapshot:
+                check_file(sink_fd)
             self._sink = FdSink(sink_fd, PATIENCE_S, self._cancel_fd)
+            self._file = sink_fd if is_snapshot else None
         except BaseException:
             os.close(self._cancel_fd)
             raise
@@ -138,6 +160,7 @@ class Sending:
 
     def cancel(self) -> None:
         """Write no more, if it is not too late."""
+        self._is_cancelled = True
         if self._cancel_fd >= 0:
             os.eventfd_write(self._cancel_fd, 1)
 
@@ -152,6 +175,8 @@ class Sending:
         failure: VmmError | OSError | None = None
         try:
             write(subject)
+            if self._file is not None:
+                self._loop.call_soon(self._on_written)
             self._sink.finish()
         except (VmmError, OSError) as err:
             failure = err
@@ -159,22 +184,35 @@ class Sending:
 
     def _write(self, subject: "_Subject") -> None:
         manifest, state = self._saved(subject)
-        write_stream(self._sink, manifest, state, subject.machine.memory)
+        memory = subject.machine.memory
+        if self._file is None:
+            write_stream(self._sink, manifest, state, memory)
+        else:
+            write_into(self._file_writer(subject, self._file, len(state)), state, memory)
+
+    def _file_writer(self, subject: "_Subject", fd: int, state_room: int) -> FileWriter:
+        return FileWriter(fd, subject.manifest(0), state_room, lambda: self._is_cancelled)
 
     def _write_running(self, subject: "_Subject") -> None:
         dirty = subject.machine.dirty_pages()
         unable = dirty.begin()
         if unable:
-            log.debug("it stands still while it is sent, for %s", ", ".join(unable))
+            log.debug("it stands still while it is written, for %s", ", ".join(unable))
             self._write(subject)
             return
         try:
-            copy_running(
-                self._sink,
-                subject.manifest(0),
+            if self._file is None:
+                plan = Plan()
+                writer: Writer = LiveWriter(self._sink, subject.manifest(0))
+            else:
+                plan = Plan(_SNAPSHOT_DOWNTIME_S)
+                writer = self._file_writer(subject, self._file, _state_room(subject.machine))
+            copy_into(
+                writer,
                 subject.machine.memory,
                 dirty,
                 lambda: self._saved(subject)[1],
+                plan=lambda: plan,
             )
         finally:
             dirty.end()
@@ -184,6 +222,13 @@ class Sending:
         os.close(self._cancel_fd)
         self._cancel_fd = -1
         self._on_end(failure)
+
+
+def _state_room(machine: "Machine") -> int:
+    """Return how many bytes the state of a machine has at most, firmware included."""
+    spec = machine.spec
+    firmware = spec.image.size if isinstance(spec.image, FirmwareImage) else 0
+    return _STATE_ROOM + firmware + (spec.variables.size if spec.variables else 0)
 
 
 def _manifest(

@@ -22,6 +22,7 @@ from vmd.config.model import InterfaceConfig, SwitchConfig
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest
 from vmd.wire.parts import Part, Statistics
+from vmd.wire.transfers import ReceivedSpec, SentBoot
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import HaltReason
 from vmm_kvm.limits import MTU_DEFAULT
@@ -285,15 +286,6 @@ class NicSpec(InterfaceSpec, frozen=True, kw_only=True):
         return bool(self.taps) and not self.vhosts
 
 
-class ReceivedSpec(Part, frozen=True, kw_only=True):
-    """Where a VM comes from that is received."""
-
-    stream: int
-    """Index of the descriptor of its stream, of which the manifest has been read."""
-    manifest: str
-    stays_paused: bool
-
-
 class VmSpec(Part, frozen=True, kw_only=True):
     """All that a VM process needs: numbers, names, and indices of descriptors."""
 
@@ -354,19 +346,12 @@ class UnpauseVm(Internal, frozen=True, kw_only=True):
     """Continue, and send `VmUnpaused`; requests that wait for the host are tried again."""
 
 
-class SentBoot(Part, frozen=True, kw_only=True):
-    """The configured boot image of a VM that is sent."""
-
-    image: str | None
-    firmware: str | None
-    initrd: tuple[str, ...]
-    append: str | None
-
-
 class SendVm(Internal, frozen=True, kw_only=True):
     """Write yourself into the stream that comes along, and end; or send `VmSent` and continue."""
 
     keeps_running: bool
+    is_snapshot: bool = False
+    """It is an empty file, for a snapshot that can be mapped."""
     uid: int | None
     """Of the owner."""
     gid: int | None

@@ -34,7 +34,14 @@ from vmd.wire.parts import (
     Word,
 )
 from vmd.wire.ports import Connect, Connected
-from vmd.wire.transfers import Receive, Send
+from vmd.wire.transfers import (
+    Receive,
+    Send,
+    Snapshot,
+    SnapshotList,
+    SnapshotOpened,
+    StoreRequest,
+)
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.limits import MTU_DEFAULT
 
@@ -145,6 +152,8 @@ class EventKind(StrEnum):
     REBOOTED = "rebooted"
     SENT = "sent"
     """All of it is in a stream. It continues, or `stopped` follows."""
+    SNAPSHOT = "snapshot"
+    """All of it is in a snapshot, of the daemon's store if the message has a name; it goes on."""
     STOPPED = "stopped"
     FAILED = "failed"
     REMOVED = "removed"
@@ -295,8 +304,9 @@ class Log(Request, frozen=True, kw_only=True):
     level: Annotated[int, msgspec.Meta(ge=0, le=2)]
 
 
-_OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Send | Receive | Console | Status | History
-ParentRequest = _OfVms | Connect | Counts | Load | Reload | Source | Reset | Log
+_OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Console | Connect | Status | History
+_Transfers = Send | Receive | Snapshot | StoreRequest
+ParentRequest = _OfVms | _Transfers | Counts | Load | Reload | Source | Reset | Log
 """What the parent answers."""
 AnyRequest = ParentRequest | Events
 
@@ -520,19 +530,10 @@ class Event(Answer, frozen=True, kw_only=True):
     """The reason, in one line, if there is one."""
 
 
-AnyAnswer = (
-    Done
-    | Failed
-    | Started
-    | Terminated
-    | ConsoleOpened
-    | Connected
-    | Vms
-    | Lines
-    | SourceIs
-    | Totals
-    | Event
+_AnswersOfVms = (
+    Started | Terminated | ConsoleOpened | Connected | Vms | Lines | SnapshotList | SnapshotOpened
 )
+AnyAnswer = Done | Failed | _AnswersOfVms | SourceIs | Totals | Event
 
 ANSWER_MAX = 128 << 10
 """Bytes of one answer."""

@@ -1,10 +1,11 @@
-"""Requests about VMs that leave the daemon or come to it; part of `messages`."""
+"""What is said of VMs that leave the daemon, or come to it: for `messages` and `internal`."""
 
 from typing import Annotated
 
 import msgspec
 
-from vmd.wire.parts import DiskRequest, Index, Part, Path, Request, Size, VmRequest, Word
+from vmd.config.model import GuestClock
+from vmd.wire.parts import Answer, DiskRequest, Index, Part, Path, Request, Size, VmRequest, Word
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
 
@@ -39,17 +40,24 @@ class ReceivedInterface(Part, frozen=True, kw_only=True):
 
 
 class Receive(Request, frozen=True, kw_only=True):
-    """Make a VM of a stream, and let it continue; root only. Answered by `started` once it runs.
+    """Make a VM of a stream or a snapshot, and let it go on; root only.
 
-    The client has read the beginning of the stream, `manifest`, and names here the VM's resources
-    on this host; it opens the files, or the daemon does with its rights, as for `start`.
+    Answered by `started` once it runs. The client has read the beginning, `manifest`, and says here
+    what the VM needs of this host; files are opened by it, or by the daemon with its rights, as for
+    `start`.
     """
 
     name: Word
     """The VM's from now on."""
     stream: Index
     """Index of the descriptor of a pipe, socket or file; the next byte is the first one behind the
-    manifest."""
+    manifest. Of a snapshot the file."""
+    is_snapshot: bool = False
+    """It is a snapshot: it is mapped, and may be started any number of times."""
+    is_copy: bool = False
+    """It is somebody else from now on, and its guest is told so."""
+    clock: GuestClock | None = None
+    """None: for a copy as the configuration has it, else the host's time."""
     manifest: Annotated[str, msgspec.Meta(max_length=65536)]
     """The text of the stream's manifest."""
     stays_paused: bool = False
@@ -60,7 +68,7 @@ class Receive(Request, frozen=True, kw_only=True):
     """Bytes."""
     cpus: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
     disks: Annotated[tuple[DiskRequest, ...], msgspec.Meta(max_length=64)] = ()
-    """Their locks may be held by the VM that is sent, until all of it is."""
+    """Of a stream, their locks may be held by the VM that is sent, until all of it is."""
     interfaces: Annotated[tuple[ReceivedInterface, ...], msgspec.Meta(max_length=64)] = ()
     cdrom: Path = ""
     cdrom_image: Index | None = None
@@ -72,3 +80,91 @@ class Receive(Request, frozen=True, kw_only=True):
     append: Path | None = None
     boot_device: BootDevice = BootDevice.AUTO
     has_vsock: bool = False
+
+
+class Snapshot(VmRequest, frozen=True, kw_only=True):
+    """Write a VM into a snapshot, and let it go on; answered by `done` when all is written.
+
+    It stands still meanwhile. For its owner if the VM has `allow snapshot`, and for root. A client
+    that leaves before the answer does not want it.
+    """
+
+    snapshot: Word = ""
+    """Its name in the daemon's store, where there is none of this name; of no meaning with a
+    file."""
+    file: Index | None = None
+    """Index of the descriptor of a regular file, open for writing: the snapshot goes there. What
+    was in it is lost."""
+    without_disks: bool = False
+    """The disks that the VM writes are not in it. Without this it is refused where there are
+    any."""
+
+
+class Snapshots(Request, frozen=True, kw_only=True):
+    """List the client's snapshots in the daemon's store; answered by `snapshot-list`."""
+
+
+class OpenSnapshot(Request, frozen=True, kw_only=True):
+    """Open one of the client's snapshots; answered by `snapshot-opened`."""
+
+    snapshot: Word
+
+
+class RemoveSnapshot(Request, frozen=True, kw_only=True):
+    """Remove one of the client's snapshots; answered by `done`. VMs made of it go on."""
+
+    snapshot: Word
+
+
+StoreRequest = Snapshots | OpenSnapshot | RemoveSnapshot
+
+
+class SnapshotInfo(
+    Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False
+):
+    """A snapshot in the store."""
+
+    name: str
+    created_at: float
+    """Seconds since 1970-01-01 UTC."""
+    size: int
+    """Bytes of the host's storage."""
+
+
+class SnapshotList(Answer, frozen=True, kw_only=True):
+    """The client's snapshots, the latest first."""
+
+    snapshots: tuple[SnapshotInfo, ...]
+
+
+class SnapshotOpened(Answer, frozen=True, kw_only=True):
+    """A snapshot's file, for reading."""
+
+    file: int = 0
+    """Index of its descriptor."""
+
+
+# What the daemon's processes say to each other of it
+
+
+class ReceivedSpec(Part, frozen=True, kw_only=True):
+    """Where a VM comes from that is received."""
+
+    stream: int
+    """Index of the descriptor of its stream, of which the manifest has been read, or of a
+    snapshot's file."""
+    manifest: str
+    stays_paused: bool
+    is_snapshot: bool = False
+    is_copy: bool = False
+    """Its guest is to be told that it is somebody else."""
+    clock: GuestClock = GuestClock.NOW
+
+
+class SentBoot(Part, frozen=True, kw_only=True):
+    """What a VM that is sent was booted from, as it is configured."""
+
+    image: str | None
+    firmware: str | None
+    initrd: tuple[str, ...]
+    append: str | None

@@ -12,15 +12,17 @@ secrets.
 
 import hashlib
 import os
+import stat
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from errno import EISDIR, ENXIO, EOPNOTSUPP
+from collections.abc import Callable, Iterator
+from errno import ENXIO
 from typing import Self
 
 from vmm_kvm.bits import MIB, align_up
 from vmm_kvm.errors import SnapshotError
+from vmm_kvm.new_file import NewFile
 from vmm_kvm.snapshot import manifest as manifests
+from vmm_kvm.snapshot.fds import check_kind
 from vmm_kvm.snapshot.manifest import MANIFEST_MAX, STATE_MAX, Manifest
 from vmm_kvm.snapshot.ram import PIECE, Ram, place, runs
 from vmm_kvm.snapshot.stream import check_magic
@@ -28,7 +30,6 @@ from vmm_kvm.snapshot.stream import check_magic
 MAGIC = b"VMMKVM\0F"
 MEMORY_ALIGNMENT = 2 * MIB
 _HEAD = struct.Struct("<8sIIQQQ32s")
-_MODE = 0o600
 
 
 def write_file(path: str, manifest: Manifest, state: bytes, ram: Ram) -> None:
@@ -38,40 +39,92 @@ def write_file(path: str, manifest: Manifest, state: bytes, ram: Ram) -> None:
         SnapshotError: the machine cannot be described.
         OSError: there is such a file, or it cannot be written: nothing is left of it then.
     """
-    text = manifests.encode(manifest)
-    with _unnamed(path) as fd:
-        start = align_up(_HEAD.size + len(text) + len(state), MEMORY_ALIGNMENT)
-        os.ftruncate(fd, start + ram.size)
-        for offset, data in runs(ram):
-            _write(fd, data, start + offset)
+    with NewFile(path) as new:
+        write_into(FileWriter(new.fd, manifest, len(state)), state, ram)
+        new.publish()
+
+
+def check_file(fd: int) -> None:
+    """Refuse a descriptor that no snapshot can be written to.
+
+    Raises:
+        SnapshotError: it is no regular file, or not open for writing.
+        OSError: it is closed.
+    """
+    if not stat.S_ISREG(check_kind(fd, os.O_WRONLY)):
+        raise SnapshotError("not a file: a snapshot is read from any place of it")
+
+
+class FileWriter:
+    """Writes a machine into an open file, in any order and more than once; see `precopy`.
+
+    The header comes last: until then it is no snapshot.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        manifest: Manifest,
+        state_room: int = 0,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Empty the file, which stays the caller's.
+
+        Args:
+            fd: of the file.
+            manifest: of the machine; the size of its state is filled in.
+            state_room: how many bytes the state has at most.
+            is_cancelled: is asked now and then.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._fd = fd
+        self._manifest = manifest
+        self._is_cancelled = is_cancelled
+        self._start = align_up(_HEAD.size + MANIFEST_MAX + state_room, MEMORY_ALIGNMENT)
+        self.written = 0
+        """Bytes."""
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, self._start + manifest.memory_size)
+
+    def write_run(self, offset: int, data: bytes) -> None:
+        """Write what is at `offset` in RAM now.
+
+        Raises:
+            SnapshotError: it was cancelled.
+            OSError: it cannot be written; what is in the file is of no use then.
+        """
+        if self._is_cancelled():
+            raise SnapshotError("it was cancelled")
+        _write(self._fd, data, self._start + offset)
+        self.written += len(data)
+
+    def finish(self, state: bytes) -> None:
+        """Write the state, and say that all is complete.
+
+        Raises:
+            SnapshotError: the machine cannot be described, or its state is too large.
+            OSError: as `write_run`.
+        """
+        text = manifests.encode(self._manifest._replace(state_size=len(state)))
+        if _HEAD.size + len(text) + len(state) > self._start:
+            raise SnapshotError(f"state: {len(state)} bytes: more than there is room for")
         digest = hashlib.sha256(text + state).digest()
-        head = _HEAD.pack(MAGIC, len(text), 0, len(state), start, ram.size, digest)
-        _write(fd, head + text + state, 0)
-        os.fsync(fd)
+        size = self._manifest.memory_size
+        head = _HEAD.pack(MAGIC, len(text), 0, len(state), self._start, size, digest)
+        _write(self._fd, head + text + state, 0)
 
 
-@contextmanager
-def _unnamed(path: str) -> Iterator[int]:
-    """Open a new file that gets its name at the end, if there is no exception."""
-    directory, name = os.path.split(path)
-    temporary = ""
-    flags = os.O_RDWR | os.O_CLOEXEC
-    try:
-        fd = os.open(directory or ".", flags | os.O_TMPFILE, _MODE)
-    except OSError as err:
-        if err.errno not in {EOPNOTSUPP, EISDIR}:
-            raise
-        temporary = f"{directory or '.'}/.{name}.{os.getpid()}"
-        fd = os.open(temporary, flags | os.O_CREAT | os.O_EXCL, _MODE)
-    try:
-        yield fd
-        # If a directory is given, even an unused one, the link in /proc is followed.
-        os.link(temporary or f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
-    finally:
-        os.close(fd)
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)  # noqa: PTH108 - the plainest way
+def write_into(writer: FileWriter, state: bytes, ram: Ram) -> None:
+    """Write a machine that stands still.
+
+    Raises:
+        SnapshotError, OSError: of `writer`.
+    """
+    for offset, data in runs(ram):
+        writer.write_run(offset, data)
+    writer.finish(state)
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
@@ -114,6 +167,8 @@ class SnapshotFile:
         """Of devices and vCPUs; what `state.decode` reads."""
         if hashlib.sha256(text + self.state).digest() != digest:
             raise SnapshotError("the checksum is wrong: the file is damaged")
+        self.text = text
+        """Of the manifest."""
         self.manifest = manifests.decode(text)
         if (self.manifest.state_size, self.manifest.memory_size) != (state_size, ram_size):
             raise SnapshotError("header: manifest of another size")
@@ -124,6 +179,11 @@ class SnapshotFile:
         if len(data) != size:
             raise SnapshotError("header: the file ends too early")
         return data
+
+    @property
+    def mapped(self) -> tuple[int, int]:
+        """What RAM can be mapped from: the descriptor, and where RAM begins in the file."""
+        return self._fd, self._start
 
     def close(self) -> None:
         """Close the file; idempotent."""

@@ -1,4 +1,4 @@
-"""Copying a machine into a stream while it runs: in rounds, each of what changed during the last.
+"""Copying a machine while it runs: in rounds, each of what changed during the last.
 
 The first round has all of RAM. The machine stands still for the last one, which is due when what is
 left takes no longer than the caller allows, by the speed at which the stream has gone; or, unless
@@ -27,6 +27,20 @@ class Dirty(Protocol):
 
     def take(self) -> Iterator[tuple[int, int]]:
         """Yield what is to be copied, from where in RAM and how many bytes."""
+
+
+class Writer(Protocol):
+    """What a machine is written with: a `LiveWriter` or a `FileWriter`."""
+
+    @property
+    def written(self) -> int:
+        """Bytes, so far."""
+
+    def write_run(self, offset: int, data: bytes) -> None:
+        """Write what is at `offset` in RAM now: whole pages, at most 1 MiB of them."""
+
+    def finish(self, state: bytes) -> None:
+        """Write the state and the end."""
 
 
 class Plan(NamedTuple):
@@ -59,11 +73,29 @@ def copy_running(
     plan: Callable[[], Plan] = Plan,
     on_progress: Callable[[Progress], None] = lambda _progress: None,
 ) -> None:
-    """Write a machine that runs into a stream, and stop it for the end.
+    """Write a machine that runs into a stream, as `copy_into` does.
+
+    Raises:
+        SnapshotError, OSError: of `sink`, or the machine cannot be described.
+        KvmError: of `dirty`.
+    """
+    writer = LiveWriter(sink, manifest)
+    copy_into(writer, ram, dirty, halt, plan=plan, on_progress=on_progress)
+
+
+def copy_into(
+    writer: Writer,
+    ram: Ram,
+    dirty: Dirty,
+    halt: Callable[[], bytes],
+    *,
+    plan: Callable[[], Plan] = Plan,
+    on_progress: Callable[[Progress], None] = lambda _progress: None,
+) -> None:
+    """Write a machine that runs, and stop it for the end.
 
     Args:
-        sink: where to.
-        manifest: of the machine.
+        writer: where to.
         ram: its memory.
         dirty: its log.
         halt: lets the machine stand still and returns its state, as `state.encode` does.
@@ -71,10 +103,9 @@ def copy_running(
         on_progress: is told at the beginning of each round.
 
     Raises:
-        SnapshotError, OSError: of `sink`, or the machine cannot be described.
+        SnapshotError, OSError: of `writer`.
         KvmError: of `dirty`.
     """
-    writer = LiveWriter(sink, manifest)
     dirty.begin_all()
     left, before, rounds, speed = dirty.find(), 0, 0, float(_SPEED_MIN)
     while True:
@@ -97,7 +128,7 @@ def copy_running(
     writer.finish(state)
 
 
-def _copy(writer: LiveWriter, ram: Ram, dirty: Dirty, *, is_first: bool) -> None:
+def _copy(writer: Writer, ram: Ram, dirty: Dirty, *, is_first: bool) -> None:
     for offset, size in dirty.take():
         if is_first:
             for run in runs_of(ram, offset, size):

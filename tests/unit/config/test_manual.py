@@ -15,6 +15,8 @@ from vmd.config.disks import DiskKind, OnError
 from vmd.config.host import FileText
 from vmd.config.interfaces import INTERFACE_OWN_OPTIONS, SWITCH_OWN_OPTIONS
 from vmd.config.lexer import RESERVED
+from vmd.config.model import GuestClock
+from vmd.config.parser import OWN_WORDS
 from vmd.config.vms import DISK_OPTIONS, FIRMWARE_NAMES, FORMATS, OWN_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,9 +27,9 @@ WITHOUT_MEANING = {"add", "id", "size"}
 """Words that are reserved and that no statement has."""
 KEYWORD_MACROS = {"Ic", "Cm"}
 OTHER_MACROS = {"Ar", "Oo", "Oc", "Op", "Ns", "No", "Sy", "Li", "Pa", "It", "D1", "Fl"}
-OTHER_OWN = {"cpu", "limit", "nat", "timeout", "to", "vms"}
+OTHER_OWN = {*OWN_WORDS, *("cpu", "nat", "snapshot", "storage", "timeout", "to", "vms")}
 """Words of ours within other statements."""
-VALUES = {"tap", "tcp", "udp", *FIRMWARE_NAMES, *FORMATS, *OnError}
+VALUES = {"tap", "tcp", "udp", *FIRMWARE_NAMES, *FORMATS, *OnError, *GuestClock}
 """Words that are values, not keywords."""
 
 

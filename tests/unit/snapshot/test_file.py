@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.snapshot.samples import MANIFEST, STATE_BYTES, contents, empty, filled
+from tests.unit.snapshot.samples import MANIFEST, RANGES, STATE_BYTES, contents, empty, filled
 from vmm_kvm.bits import MIB
 from vmm_kvm.errors import SnapshotError
-from vmm_kvm.snapshot.file import SnapshotFile, write_file
+from vmm_kvm.memory import GuestMemory
+from vmm_kvm.snapshot.file import FileWriter, SnapshotFile, check_file, write_file, write_into
 
 
 def written(path: Path) -> Path:
@@ -102,3 +103,48 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
         os.truncate(path, 2 * MIB + 100)
         with pytest.raises(SnapshotError, match="memory: the file ends too early"):
             file.read_ram(memory)
+
+
+def test_memory_is_mapped_and_the_file_stays(tmp_path: Path) -> None:
+    """Memory that begins with what a file holds has all of it; writing changes no file."""
+    path = written(tmp_path / "snap")
+    before = path.read_bytes()
+    with opened(path) as file, filled() as wanted:
+        expected = contents(wanted)
+        mapped = GuestMemory(RANGES, is_private=True, mapped=file.mapped)
+    with mapped as memory:
+        assert contents(memory) == expected
+        memory.write(0, b"changed")
+        assert memory.read(0, 7) == b"changed"
+    assert path.read_bytes() == before
+
+
+def test_what_was_in_a_file_is_gone(tmp_path: Path) -> None:
+    """An open file that held something else is a snapshot, and nothing else, afterwards."""
+    path = tmp_path / "snap"
+    path.write_bytes(b"x" * (8 * MIB))
+    with path.open("r+b") as file, filled() as memory:
+        check_file(file.fileno())
+        write_into(FileWriter(file.fileno(), MANIFEST, len(STATE_BYTES)), STATE_BYTES, memory)
+    assert path.read_bytes() == written(tmp_path / "other").read_bytes()
+
+
+def test_one_that_is_cancelled_is_no_snapshot(tmp_path: Path) -> None:
+    """What has been written until then has no header."""
+    path = tmp_path / "snap"
+    with path.open("w+b") as file, filled() as memory:
+        writer = FileWriter(file.fileno(), MANIFEST, len(STATE_BYTES), lambda: True)
+        with pytest.raises(SnapshotError, match="it was cancelled"):
+            write_into(writer, STATE_BYTES, memory)
+    assert refusal(path) == "incompatible dump signature"
+
+
+def test_a_snapshot_goes_into_a_file_alone() -> None:
+    """A pipe can be read once, and in one direction."""
+    read_fd, write_fd = os.pipe()
+    try:
+        with pytest.raises(SnapshotError, match="not a file"):
+            check_file(write_fd)
+    finally:
+        os.close(read_fd)
+        os.close(write_fd)

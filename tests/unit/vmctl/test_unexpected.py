@@ -37,6 +37,8 @@ from vmd.wire.messages import (
     Vms,
 )
 from vmd.wire.parts import Statistics
+from vmd.wire.ports import Connected
+from vmd.wire.transfers import SnapshotInfo, SnapshotList, SnapshotOpened
 
 UNEXPECTED = "unexpected response received from vmd"
 VM = VmInfo(
@@ -60,7 +62,10 @@ ANSWERS: tuple[AnyAnswer, ...] = (
     Started(id=1, pid=2, tty="/dev/pts/1"),
     Terminated(id=1),
     ConsoleOpened(id=1, tty="/dev/pts/1"),
+    Connected(id=1),
     Vms(vms=(VM,)),
+    SnapshotList(snapshots=(SnapshotInfo(name="one", created_at=1e9, size=4096),)),
+    SnapshotOpened(),
     Lines(lines=(LogLine(at=1e9, text="started"),), position=1),
     SourceIs(path="/etc/vm.conf"),
     Totals(
@@ -76,7 +81,7 @@ COMMANDS = (
     *("status", "show web", "stop web", "stop -fw web", "stop -a", "pause web", "unpause web"),
     *("start web", "wait web", "wait --timeout 9 web", "wait --for running web"),
     *("wait --for console=x web", "console web", "load /x", "reload", "reset", "log brief"),
-    *("list", "log -f web", "log --json web"),
+    *("list", "log -f web", "log --json web", "snapshot -l", "snapshot -r one", "snapshot web one"),
     *("events", "top -n 1 -d 0.1", "metrics"),
 )
 ODD = (
@@ -158,6 +163,8 @@ def wrong_ones(command: str) -> tuple[bytes, ...]:
         "console": "console-opened",
     }
     kind = expected.get(command.split(maxsplit=1)[0], "done")
+    if command == "snapshot -l":
+        kind = "snapshot-list"
     if command.startswith(("log -f", "log --json")):
         kind = "lines"
     if command.startswith(("wait --for", "stop -fw", "stop -a", "events")):

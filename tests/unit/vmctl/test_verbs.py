@@ -156,10 +156,9 @@ def test_run_and_start_have_the_same_options() -> None:
         assert not (option.refused and start[name].refused)
     refused = {verb.name: {one.name for one in verb.options if one.refused} for verb in _MAKERS}
     assert refused == {
-        "run": {"--save", "-t"},
+        "run": {"--clock", "--save", "-t"},
         "start": {
             "--console-log",
-            "--from",
             "--gdb",
             "--no-reboot",
             "--nvram",

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from tests.fakes import FakeTimer
-from vmd.config.model import Staggered
+from vmd.config.model import Limits, Staggered
 from vmd.parent.effects import Effects, Means
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface, Then
 from vmd.parent.resources import Resources
+from vmd.parent.snapshots import SnapshotStore
 from vmd.parent.status import Inquiries
 from vmd.rules import vm_state
 from vmd.rules.actions import Action, List, Operate
@@ -168,6 +169,7 @@ class Host:
                 networks=self.networks,
                 consoles=self,
                 kernels=KernelStore(),
+                snapshots=SnapshotStore(None, users, Limits),
                 open_client_files=lambda _vm, done: done(None),
                 open_vm=self._open_vm,
                 close_vm=lambda _vm_id: None,

@@ -1,0 +1,233 @@
+"""Snapshots of VMs by vmctl, in the daemon's store and in files; VMs that go on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.counting_guest import counting_guest
+from tests.system.vmd.daemon import READY, Daemon, is_alive, vm_block
+from tests.vmctl_driver import VMCTL
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+TIMEOUT_S = 120
+_AT = 0x3000  # of the counting guest's counters
+_HEAD = struct.Struct("<8sIIQQQ32s")
+
+
+def vmctl(vmd: Daemon, *words: str) -> tuple[int, str]:
+    """Run vmctl; return its exit status and what it has said."""
+    done = subprocess.run(
+        [VMCTL, *words],
+        env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def answers(vmd: Daemon, name: str) -> None:
+    """Fail unless a VM runs, and its guest hears what is typed."""
+    with vmd.client() as client, client.console(name) as console:
+        console.type(b"e")
+        console.expect(b"e", console.output.count(b"e") + 1)
+        assert client.vm(name)["state"] == "running"
+
+
+def started(vmd: Daemon, name: str) -> int:
+    """Wait until a VM's guest is ready; return the pid of its process."""
+    with vmd.client() as client:
+        pid = client.wait_for_state(name, "running")["pid"]
+        with client.console(name) as console:
+            console.expect(READY)
+    assert isinstance(pid, int)
+    return pid
+
+
+def stored(vmd: Daemon) -> list[Path]:
+    """Return all that is in the store."""
+    return sorted((vmd.socket.parent / "state" / "snapshots").glob("*/*"))
+
+
+def test_a_vm_is_made_of_a_snapshot_again_and_again(start_vmd: Start) -> None:
+    """The source goes on, each copy goes on from there, and all of them answer."""
+    with (
+        start_vmd(vm_block("one", enabled=True)) as vmd,
+        vmd.client() as client,
+        vmd.client() as listener,
+    ):
+        pid = started(vmd, "one")
+        assert listener.ask("events")["type"] == "done"
+        assert vmctl(vmd, "snapshot", "one", "first") == (
+            0,
+            "vmctl: made snapshot first of vm 1\n",
+        )
+        event = listener.receive()[0]
+        assert (event["kind"], event["name"], event["message"]) == ("snapshot", "one", "first")
+        answers(vmd, "one")
+        assert client.vm("one")["pid"] == pid
+        for name in ("two", "three"):
+            status, text = vmctl(vmd, "start", name, "--from", "first")
+            told = f"vmctl: started vm {client.vm(name)['id']} successfully"
+            assert (status, text[: len(told)]) == (0, told)
+            answers(vmd, name)
+        answers(vmd, "one")
+        # The file is theirs even when its name is gone.
+        assert vmctl(vmd, "snapshot", "-r", "first") == (0, "")
+        assert stored(vmd) == []
+        answers(vmd, "three")
+
+
+def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
+    """A user's file appears when it is complete; a VM is made of it, also without the daemon."""
+    path = tmp_path / "file"
+    with start_vmd(vm_block("one", enabled=True)) as vmd:
+        started(vmd, "one")
+        assert vmctl(vmd, "snapshot", "-o", str(path), "one")[0] == 0
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert vmctl(vmd, "snapshot", "-o", str(path), "one") == (
+            1,
+            f"vmctl: {path}: File exists\n",
+        )
+        assert vmctl(vmd, "start", "two", "--from", str(path), "--clock", "now")[0] == 0
+        answers(vmd, "two")
+        status, text = vmctl(vmd, "snapshot", "--check", str(path), "--json")
+        facts = json.loads(text)
+        assert (status, facts["vm"], facts["memory"]) == (0, "one", 64 << 20)
+    run = [str(VMCTL), "run", "--from", str(path), "--timeout", "60"]
+    done = subprocess.run(run, input=b"ep", capture_output=True, check=False)
+    assert (done.stderr, done.returncode, done.stdout[:1]) == (b"", 0, b"e")
+
+
+def test_a_paused_vm_stays_paused(start_vmd: Start) -> None:
+    """The source is as it was before; the copy runs."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        assert client.ask("pause", name="one")["type"] == "done"
+        assert vmctl(vmd, "snapshot", "one", "first")[0] == 0
+        assert client.vm("one")["state"] == "paused"
+        assert vmctl(vmd, "start", "two", "--from", "first")[0] == 0
+        answers(vmd, "two")
+
+
+def test_disks_that_are_written_are_refused(start_vmd: Start, tmp_path: Path) -> None:
+    """A snapshot without its disk is made only where that is said; a copy then needs the lock."""
+    disk = tmp_path / "disk.raw"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", disk, "8M"], check=True)
+    block = vm_block("one", f'disk "{disk}" format raw', enabled=True)
+    with start_vmd(block) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        status, text = vmctl(vmd, "snapshot", "one", "first")
+        assert (status, text.splitlines()) == (
+            1,
+            [
+                "vmctl: snapshot command failed: Device or resource busy",
+                f"vmctl: disk {disk}: it is not in the snapshot: --no-disks leaves it out",
+            ],
+        )
+        assert vmctl(vmd, "snapshot", "--no-disks", "one", "first")[0] == 0
+        answers(vmd, "one")
+        status, text = vmctl(vmd, "start", "two", "--from", "first")
+        assert (status, text.splitlines()[0]) == (1, "vmctl: could not open disk image(s)")
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert vmctl(vmd, "start", "two", "--from", "first")[0] == 0
+        answers(vmd, "two")
+
+
+def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:
+    """What is no file, a name that is taken, a client that is killed: the VM goes on."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        with Path("/dev/full").open("wb") as full:
+            answer = client.ask("snapshot", (full.fileno(),), name="one", file=0)
+        assert (answer["code"], answer["message"]) == ("EIO", "not a pipe, socket or file")
+        answers(vmd, "one")
+        assert vmctl(vmd, "snapshot", "one", "../first")[1].splitlines()[1] == (
+            "vmctl: invalid snapshot name"
+        )
+        assert vmctl(vmd, "snapshot", "one", "first")[0] == 0
+        assert vmctl(vmd, "snapshot", "one", "first")[1].splitlines()[1] == (
+            "vmctl: there is a snapshot first already"
+        )
+        answers(vmd, "one")
+        assert [path.name for path in stored(vmd)] == ["first.snapshot"]
+        commands = [
+            subprocess.Popen(
+                [VMCTL, "snapshot", "one", f"killed{number}"],
+                env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
+                stderr=subprocess.DEVNULL,
+            )
+            for number in range(3)
+        ]
+        for command in commands:
+            command.kill()
+            command.wait()
+        client.wait_for_state("one", "running")
+        answers(vmd, "one")
+        assert all(re.fullmatch(r"(first|killed\d)\.snapshot", one.name) for one in stored(vmd))
+
+
+def test_an_edited_snapshot_is_refused(start_vmd: Start, tmp_path: Path) -> None:
+    """Cut short, damaged, of another version or machine: a line or two, and no VM is left."""
+    path = tmp_path / "file"
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        pid = started(vmd, "one")
+        assert vmctl(vmd, "snapshot", "-o", str(path), "one")[0] == 0
+        whole = path.read_bytes()
+        head = _HEAD.unpack_from(whole)
+        text = whole[_HEAD.size : _HEAD.size + head[1]]
+        for data, wanted in (
+            (b"", "incompatible dump signature"),
+            (whole[:20], "header: the file ends too early"),
+            (whole[: len(whole) // 2], "header: the file ends too early"),
+            (whole.replace(b'"name"', b'"nome"', 1), "the checksum is wrong: the file is damaged"),
+        ):
+            path.write_bytes(data)
+            status, said = vmctl(vmd, "start", "two", "--from", str(path))
+            assert (status, said) == (1, f"vmctl: {path}: {wanted}\n")
+            assert client.ask("status", name="two")["vms"] == []
+        assert b'"cpus":1' in text
+        assert is_alive(pid)
+        answers(vmd, "one")
+
+
+def test_a_guest_loses_no_tick(start_vmd: Start, tmp_path: Path) -> None:
+    """A guest that counts goes on, here and in its copies, from one snapshot to the next."""
+    image = tmp_path / "counting.bin"
+    image.write_bytes(counting_guest())
+    with start_vmd(vm_block("one", enabled=True, boot=image, memory="4M")) as vmd:
+        with vmd.client() as client:
+            client.wait_for_state("one", "running")
+        counted = [0]
+        for number in range(4):
+            source = "one" if number < 2 else f"copy{number - 1}"
+            path = tmp_path / f"snapshot{number}"
+            for _ in range(100):
+                assert vmctl(vmd, "snapshot", "-o", str(path), source)[0] == 0
+                with path.open("rb") as file:
+                    start = _HEAD.unpack(file.read(_HEAD.size))[4]
+                    file.seek(start + _AT)
+                    rounds, _, ticks, _ = struct.unpack("<IIII", file.read(16))
+                if rounds > counted[-1] + 8 and ticks:
+                    break
+                path.unlink()
+                threading.Event().wait(0.2)
+            assert rounds > counted[-1] + 8
+            counted.append(rounds)
+            assert vmctl(vmd, "start", f"copy{number}", "--from", str(path))[0] == 0
+        with vmd.client() as client:
+            assert {vm["state"] for vm in client.vms()} == {"running"}

@@ -1,0 +1,98 @@
+"""Which VMs may be written into a snapshot, and what becomes of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import Owner, VmConfig
+from vmd.rules import lifecycle, vm_state
+from vmd.rules.policy import Denied, Users
+from vmd.rules.transfers import sink_of
+from vmd.rules.vm import Passed, Sink, Vm
+from vmd.rules.vm_state import Phase, Publish, Reply, SendState, Ticket, VmState
+from vmd.wire.messages import Done, ErrorCode, EventKind
+from vmd.wire.transfers import Snapshot
+
+ROOT, ALICE = 0, 1001
+USERS = Users(frozenset({ROOT}), lambda _uid, _gid: False)
+TICKET = Ticket(3, 4)
+RAW = DiskOption(DiskKind.RAW, "/vm/disk.img")
+
+
+def decide(
+    request: Snapshot, config: VmConfig, uid: int = ROOT, fd: int | None = None
+) -> tuple[Sink, vm_state.Send] | Denied:
+    """Return what is decided about a snapshot of a VM of alice's."""
+    vm = Vm(config, VmState(1, phase=Phase.RUNNING), ROOT)
+    passed = None if fd is None else Passed(uid=uid, stream=fd)
+    wanted = sink_of(vm, request, passed, ticket=TICKET, uid=uid, users=USERS)
+    if isinstance(wanted, Denied):
+        return wanted
+    assert wanted[0] is vm
+    return wanted[1:]
+
+
+def config(*disks: DiskOption, allowed: bool = False) -> VmConfig:
+    """Return a VM of alice's."""
+    return VmConfig("web", disks=disks, owner=Owner(ALICE), allow_snapshot=allowed)
+
+
+def test_where_a_snapshot_goes() -> None:
+    """It goes to the store under a name, for whoever asks, or into the file that came along."""
+    named = decide(Snapshot(snapshot="one"), config(allowed=True), ALICE)
+    assert not isinstance(named, Denied)
+    assert named == (
+        Sink(None, is_snapshot=True, uid=ALICE, name="one"),
+        vm_state.Send(TICKET, keeps_running=True, is_snapshot=True, snapshot="one"),
+    )
+    passed = decide(Snapshot(file=0, snapshot="ignored"), config(), fd=9)
+    assert not isinstance(passed, Denied)
+    assert passed[0] == Sink(9, is_snapshot=True, uid=ROOT, name="")
+
+
+def test_an_owner_needs_permission() -> None:
+    """Without `allow snapshot` only an administrator makes one."""
+    denied = decide(Snapshot(snapshot="one"), config(), ALICE)
+    assert denied == Denied(ErrorCode.EPERM, 'vm "web" no permission to make snapshots')
+    assert not isinstance(decide(Snapshot(snapshot="one"), config(), ROOT), Denied)
+
+
+def test_a_name_has_to_be_one() -> None:
+    """A snapshot has a name as VMs have."""
+    assert decide(Snapshot(snapshot="../one"), config()) == Denied(
+        ErrorCode.EINVAL, "invalid snapshot name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("disk", "text"),
+    [
+        (RAW, "it is not in the snapshot: --no-disks leaves it out"),
+        (RAW._replace(is_read_only=True), None),
+        (RAW._replace(is_snapshot=True), "what the guest writes vanishes with the VM"),
+        (
+            DiskOption(DiskKind.PMEM, RAW.path, is_private=True),
+            "what the guest writes vanishes with the VM",
+        ),
+    ],
+)
+def test_disks_that_a_snapshot_would_lack(disk: DiskOption, text: str | None) -> None:
+    """One that the guest writes is refused by name, and left out only where that is said."""
+    denied = decide(Snapshot(snapshot="one"), config(disk))
+    if text is None:
+        assert not isinstance(denied, Denied)
+        return
+    assert denied == Denied(ErrorCode.EBUSY, f"disk {disk.path}: {text}")
+    left_out = decide(Snapshot(snapshot="one", without_disks=True), config(disk))
+    assert isinstance(left_out, Denied) == (disk != RAW)
+
+
+def test_a_vm_goes_on_and_the_snapshot_is_told_of() -> None:
+    """Whoever asked is answered, listeners are told its name, and the VM is what it was."""
+    event = vm_state.Send(TICKET, keeps_running=True, is_snapshot=True, snapshot="one")
+    sending, effects = lifecycle.step(VmState(1, phase=Phase.PAUSED, pid=7), event, 1.0)
+    assert effects == (SendState(keeps_running=True),)
+    done, effects = lifecycle.step(sending, vm_state.Sent(), 2.0)
+    assert (done.phase, done.snapshot) == (Phase.PAUSED, None)
+    assert effects == (Reply(TICKET, Done(serial=4, id=1)), Publish(EventKind.SNAPSHOT, "one"))

@@ -1,0 +1,209 @@
+"""`vmctl snapshot`, and `start --from`: VMs as files, from which they go on any number of times.
+
+A snapshot is in the daemon's store, under a name, or in a file of the user's: whatever has a slash
+in it is a path. The daemon writes a user's file through a descriptor that was opened here, and the
+file has its name when it is complete.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vmctl.client import Client, CommandError, Fields, RefusedError, check_name, parse_target
+from vmctl.messages import fail
+from vmctl.moment import moment
+from vmctl.transfer import request_of
+from vmd.config.sizes import fmt_scaled
+from vmm_kvm.errors import SnapshotError, VmmError
+from vmm_kvm.limits import NAME_MAX
+from vmm_kvm.new_file import NewFile
+from vmm_kvm.snapshot import state as states
+from vmm_kvm.snapshot.file import SnapshotFile
+from vmm_kvm.text import printable
+
+if TYPE_CHECKING:
+    from vmm_kvm.snapshot.manifest import Manifest
+
+
+def snapshot(
+    words: Sequence[str],
+    *,
+    listed: bool = False,
+    removed: str = "",
+    described: str = "",
+    checked: str = "",
+    output: str = "",
+    no_disks: bool = False,
+    as_json: bool = False,
+) -> int | None:
+    """Make a snapshot of a VM, or do something with those that there are; returns the status."""
+    others = [bool(removed), bool(described), bool(checked), listed]
+    if sum(others) > 1 or bool(words) == any(others) or (any(others) and (output or no_disks)):
+        return None
+    if as_json and not (described or checked or listed):
+        return None
+    try:
+        if listed:
+            _list(as_json=as_json)
+        elif removed:
+            with Client() as client:
+                client.ask("remove-snapshot", "done", {"snapshot": removed})
+        elif described or checked:
+            _tell(described or checked, is_check=bool(checked), as_json=as_json)
+        else:
+            return _make(words, output, no_disks=no_disks)
+    except RefusedError as err:
+        return fail(f"snapshot command failed: {err}")
+    except (CommandError, VmmError) as err:
+        return fail(err)
+    return 0
+
+
+def _make(words: Sequence[str], output: str, *, no_disks: bool) -> int | None:
+    target = parse_target(words[0])
+    if output and len(words) > 1:
+        return None
+    fields: Fields = {**target.fields(), "without_disks": no_disks}
+    with Client() as client:
+        if output:
+            with _new_file(output) as new:
+                answer = client.ask("snapshot", "done", {**fields, "file": 0}, [new.fd])
+                new.publish(durable=False)  # the daemon has seen to that
+            made = output
+        else:
+            made = words[1] if len(words) > 1 else _made_name(client, target.fields())
+            answer = client.ask("snapshot", "done", {**fields, "snapshot": made})
+    print(f"vmctl: made snapshot {printable(made)} of vm {answer['id']}", file=sys.stderr)
+    return 0
+
+
+def _made_name(client: Client, target: Fields) -> str:
+    """Return a name for a snapshot that has none: the VM's, and when it was made."""
+    vms = client.ask("status", "vms", target)["vms"]
+    if not vms:
+        raise CommandError("vm not found")
+    ending = time.strftime("-%Y%m%d-%H%M%S", time.gmtime())
+    return f"{vms[0]['name'][: NAME_MAX - len(ending)]}{ending}"
+
+
+@contextmanager
+def _new_file(path: str) -> Iterator[NewFile]:
+    try:
+        with NewFile(path) as new:
+            yield new
+    except OSError as err:
+        raise CommandError(f"{path}: {err.strerror}") from err
+
+
+def _list(*, as_json: bool) -> None:
+    with Client() as client:
+        found = client.ask("snapshots", "snapshot-list")["snapshots"]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    header = ("NAME", "SIZE", "MADE")
+    rows = [(one["name"], fmt_scaled(one["size"]), moment(one["created_at"])) for one in found]
+    if sys.stdout.isatty():
+        from vmctl.table import show_table  # noqa: PLC0415 - only people see it
+
+        show_table(header, rows)
+        return
+    for name, size, made in (header, *rows):
+        print(f"{printable(name):32} {size:>7} {made}")
+
+
+def _open(origin: str) -> int:
+    """Open a snapshot of the store, or a file; returns the descriptor."""
+    if "/" in origin:
+        try:
+            return os.open(origin, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as err:
+            raise CommandError(f"{origin}: {err.strerror}") from err
+    with Client() as client:
+        client.send("open-snapshot", {"snapshot": origin})
+        answer, fds = client.receive("snapshot-opened")
+    index = answer["file"]
+    for at, fd in enumerate(fds):
+        if at != index:
+            os.close(fd)
+    if not 0 <= index < len(fds):
+        raise CommandError("unexpected response received from vmd")
+    return fds[index]
+
+
+@contextmanager
+def _opened(origin: str) -> Iterator[tuple[SnapshotFile, int]]:
+    """Yield a snapshot, and its descriptor."""
+    fd = _open(origin)
+    try:
+        with SnapshotFile(fd) as file:
+            yield file, fd
+    except SnapshotError as err:
+        raise CommandError(f"{origin}: {err}") from err
+    except OSError as err:
+        if isinstance(err, VmmError):
+            raise
+        raise CommandError(f"{origin}: {err.strerror}") from err
+
+
+def _tell(origin: str, *, is_check: bool, as_json: bool) -> None:
+    """Print what a snapshot is; of one that is damaged the error."""
+    with _opened(origin) as (file, fd):
+        facts = _facts(file.manifest, os.fstat(fd))
+        if is_check:
+            state = states.decode(file.state)
+            facts |= {"parts": len(state.parts), "blobs": len(state.blobs)}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        text = ", ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        print(f"{name.replace('_', ' ')}: {printable(text)}".rstrip())
+
+
+def _facts(manifest: "Manifest", status: os.stat_result) -> dict[str, str | int | list[str] | None]:
+    return {
+        "vm": manifest.name,
+        "made": moment(manifest.created_ns / 1e9),
+        "memory": manifest.memory_size,
+        "cpus": manifest.cpus,
+        "file_size": status.st_size,
+        "disk_size": status.st_blocks * 512,
+        "disks": [disk.path for disk in manifest.disks],
+        "cdrom": manifest.cdrom,
+        "interfaces": [each.lladdr for each in manifest.interfaces],
+        "host_kernel": manifest.host.kernel,
+    }
+
+
+def start_from(client: Client, name: str, origin: str, *, clock: str = "") -> Fields:
+    """Start a VM called `name` from a snapshot; returns the daemon's answer.
+
+    Raises:
+        CommandError: there is no such snapshot, something of it is missing, or the daemon refuses.
+    """
+    check_name(name)
+    fds: list[int] = []
+    try:
+        with _opened(origin) as (file, fd):
+            fds.append(os.dup(fd))
+            fields = {
+                **request_of(file.manifest, fds),
+                "name": name,
+                "stream": 0,
+                "manifest": file.text.decode(),
+                "is_snapshot": True,
+                "is_copy": True,
+            }
+            # Whoever starts it owns it, whosever the source was.
+            del fields["uid"], fields["gid"]
+            if clock:
+                fields["clock"] = clock
+            return client.ask("receive", "started", fields, fds)
+    finally:
+        for each in fds:
+            os.close(each)

@@ -1,0 +1,66 @@
+"""Which VMs may be written and received, and into what: decisions alone."""
+
+from vmd.config.model import Owner, VmConfig
+from vmd.rules import vm_state
+from vmd.rules.policy import Denied, Users, is_name
+from vmd.rules.vm import Passed, Sink, Vm, received_config
+from vmd.rules.vm_state import Ticket
+from vmd.wire.messages import ErrorCode
+from vmd.wire.transfers import Receive, Send, Snapshot
+
+
+def sink_of(
+    vm: Vm | Denied,
+    request: Send | Snapshot,
+    passed: Passed | None,
+    *,
+    ticket: Ticket,
+    uid: int,
+    users: Users,
+) -> tuple[Vm, Sink, vm_state.Send] | Denied:
+    """Return the VM, where it is to be written for user `uid`, and the event by which it is told.
+
+    There may be no such VM already.
+    """
+    if isinstance(vm, Denied):
+        return vm
+    if vm.sink is not None:
+        return Denied(ErrorCode.EALREADY, "the VM is being sent")
+    stream = passed.stream if passed else None
+    if isinstance(request, Send):
+        return vm, Sink(stream), vm_state.Send(ticket, request.keeps_running)
+    if uid not in users.administrators and not vm.config.allow_snapshot:
+        text = f'vm "{vm.name}" no permission to make snapshots'
+        return Denied(ErrorCode.EPERM, text)
+    name = "" if request.file is not None else request.snapshot
+    if request.file is None and not is_name(name):
+        return Denied(ErrorCode.EINVAL, "invalid snapshot name")
+    denied = _check_disks(vm.config, request)
+    if denied:
+        return denied
+    event = vm_state.Send(ticket, keeps_running=True, is_snapshot=True, snapshot=name)
+    return vm, Sink(stream, is_snapshot=True, uid=uid, name=name), event
+
+
+def _check_disks(config: VmConfig, request: Snapshot) -> Denied | None:
+    """Return why a snapshot of a VM would lack something that belongs to it, if so."""
+    for disk in config.disks:
+        if (disk.is_private or disk.is_snapshot) and not disk.is_read_only:
+            text = f"disk {disk.path}: what the guest writes vanishes with the VM"
+            return Denied(ErrorCode.EBUSY, text)
+        if not (disk.is_read_only or request.without_disks):
+            text = f"disk {disk.path}: it is not in the snapshot: --no-disks leaves it out"
+            return Denied(ErrorCode.EBUSY, text)
+    return None
+
+
+def received_vm(request: Receive, uid: int, existing: Vm | None) -> VmConfig | Denied:
+    """Return the configuration of a VM that `uid` receives; `existing` has its name already."""
+    if existing:
+        return Denied(ErrorCode.EALREADY, f'there is a VM "{request.name}"')
+    # The owner that the stream tells of is one of this host's users only for root.
+    owner = Owner(uid if request.uid is None or uid else request.uid, request.gid)
+    try:
+        return received_config(request, owner)
+    except ValueError as err:
+        return Denied(ErrorCode.EINVAL, str(err))
