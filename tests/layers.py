@@ -339,7 +339,9 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.shared",
     ),
     "vmd.options": (),
+    "vmd.fresh": ("vmd.confine", "vmd.shared", "vmd.zygote.warm"),
     "vmd.children": (
+        "vmd.fresh",
         "vmm_kvm.version",
         "vmm_kvm.log",
         "vmm_kvm.loop",
@@ -359,6 +361,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.device",
     ),
     "vmd.daemon": (
+        "vmd.fresh",
         "vmm_kvm.clock",
         "vmm_kvm.log",
         "vmm_kvm.loop",

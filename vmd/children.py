@@ -24,6 +24,7 @@ from vmd.confine.sandbox import (
 )
 from vmd.confine.seccomp import compile_filter
 from vmd.confine.uids import Uids
+from vmd.fresh import Told, fresh_plan, resume_zygote
 from vmd.shared import log as logging
 from vmd.shared.privsep import Child, Plan, spawn
 from vmd.wire.agentx import AGENTX_AND_PARENT
@@ -116,8 +117,18 @@ def _prepare_opener() -> Callable[[Channel[OpenerToParent, OpenFiles]], None]:
     return serve
 
 
-def vmm_plan(kvm_fd: int, identity: Identity | None, uids: Uids | None, warmth: Warmth) -> Plan:
-    """Return how to make a vmm process; `kvm_fd`, an open /dev/kvm, stays the caller's."""
+def vmm_plan(
+    kvm_fd: int,
+    identity: Identity | None,
+    uids: Uids | None,
+    warmth: Warmth,
+    *,
+    fresh_zygotes: int = 0,
+) -> Plan:
+    """Return how to make a vmm process; `kvm_fd`, an open /dev/kvm, stays the caller's.
+
+    It has so many zygotes that execute the interpreter anew; without any, one that is forked.
+    """
 
     def body(connection: socket.socket) -> None:
         from vmd.vmm.blanks import Blanks  # noqa: PLC0415 - see the module's docstring
@@ -126,20 +137,33 @@ def vmm_plan(kvm_fd: int, identity: Identity | None, uids: Uids | None, warmth: 
 
         init = None if uids is None else _number_anew(uids)
         held = () if init is None else (init.connection.fileno(),)
-        zygote = spawn(_zygote_plan(kvm_fd, uids, (*_held(uids), *held), warmth))
+        make = fresh_plan if fresh_zygotes else _zygote_plan
+        plan = make(kvm_fd, uids, (*_held(uids), *held), warmth)
+        zygotes = [spawn(plan) for _ in range(fresh_zygotes or 1)]
         if init is not None:
             init.connection.close()
         os.close(kvm_fd)
-        orders = Channel(zygote.connection, VMM_AND_ZYGOTE, asks_pids=True)
+        channels = [Channel(each.connection, VMM_AND_ZYGOTE, asks_pids=True) for each in zygotes]
         confine(CONFINEMENTS[Kind.VMM], identity)
         with followed(EventLoop()) as loop:
             ready = (Role.VM, Role.DISK)
             rehearses = warmth is not Warmth.OFF
             vms = () if uids is None else uids.vms
-            blanks = Blanks(loop, orders, zygote.pid, ready, rehearses=rehearses, uids=vms)
+            blanks = [
+                Blanks(
+                    loop,
+                    channel,
+                    zygote.pid,
+                    ready,
+                    rehearses=rehearses,
+                    uids=vms[place :: len(zygotes)],
+                )
+                for place, (zygote, channel) in enumerate(zip(zygotes, channels, strict=True))
+            ]
             Vmm(loop, Channel(connection, VMM_AND_PARENT), blanks)
             loop.run()
-            blanks.close()
+            for each in blanks:
+                each.close()
 
     return Plan(Kind.VMM, body, (kvm_fd, *_held(uids)))
 
@@ -201,6 +225,16 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
         zygote.serve(Channel(connection, ZYGOTE_AND_VMM), bodies)
 
     return Plan(Kind.ZYGOTE, body, (kvm_fd, *held))
+
+
+def resume(text: str) -> NoReturn:
+    """Be a zygote in an interpreter that was executed anew, see `fresh`."""
+
+    def body(told: Told) -> Callable[[socket.socket], None]:
+        warmth = Warmth(told.warmth)
+        return _zygote_plan(told.kvm_fd, told.owned(), told.held, warmth).body
+
+    resume_zygote(text, body)
 
 
 def _live_untold(kvm: "Kvm", kvm_fd: int, end_fd: int, at_end: Callable[[], None]) -> NoReturn:

@@ -30,6 +30,7 @@ from vmd.confine.sandbox import (
     keep_capabilities,
 )
 from vmd.confine.uids import UIDS_DEFAULT, Uids, UidsError, lease, parse_range
+from vmd.fresh import EXECUTING
 from vmd.options import Options
 from vmd.parent.cgroups import Cgroups, NoCgroupsError, find_cgroups
 from vmd.parent.configuration import Settings
@@ -79,6 +80,8 @@ class Setting(NamedTuple):
     uids: Uids | None
     """None for an ordinary user, whose processes all stay that user's."""
     warmth: Warmth
+    zygotes: int = 0
+    """How many execute the interpreter anew; 0 for one that is forked."""
     no_cgroups: str = ""
     """Why VMs have no control groups; empty if they have some, or a user runs the daemon."""
 
@@ -96,7 +99,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         identity = None if options.is_user else find_identity()
         if identity is not None:
             keep_capabilities(frozenset(PARENT_CAPABILITIES))
-            deny(PARENT_DENIALS)
+            deny(one for one in PARENT_DENIALS if not (options.zygotes and one.name in EXECUTING))
         uids, cgroups, no_cgroups = None, None, ""
         if not options.is_user:
             uids = lease(parse_range(options.uids) if options.uids else UIDS_DEFAULT)
@@ -131,7 +134,9 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         state=state_directory(os.environ, is_user=options.is_user),
         cgroups=cgroups,
     )
-    return Setting(settings, listener, path, kvm_fd, identity, uids, warmth, no_cgroups)
+    return Setting(
+        settings, listener, path, kvm_fd, identity, uids, warmth, options.zygotes, no_cgroups
+    )
 
 
 def _cgroups() -> tuple[Cgroups | None, str]:
@@ -240,7 +245,13 @@ class Daemon:
         self._no_cgroups = setting.no_cgroups
         self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.uids),
-            Kind.VMM: vmm_plan(setting.kvm_fd, setting.identity, setting.uids, setting.warmth),
+            Kind.VMM: vmm_plan(
+                setting.kvm_fd,
+                setting.identity,
+                setting.uids,
+                setting.warmth,
+                fresh_zygotes=setting.zygotes,
+            ),
             Kind.PRIV: priv_plan(setting.identity),
             Kind.LOCAL: local_plan(setting.identity),
             Kind.AGENTX: agentx_plan(setting.identity),

@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 USAGE = """\
 usage: vmd [-dnv] [-D macro=value] [-f file] [--skip-broken] [--socket path]
-           [--uids first:count | --user]
+           [--uids first:count | --user] [--zygotes number]
        vmd --version"""
+
+
+ZYGOTES_MAX = 16
+"""Each costs memory, and processes that wait ready."""
 
 
 class UsageError(Exception):
@@ -35,6 +39,8 @@ class Options(NamedTuple):
     is_user: bool = False
     skips_broken: bool = False
     asks_version: bool = False
+    zygotes: int = 0
+    """Zygotes with layouts of their own."""
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -45,7 +51,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     """
     try:
         found, operands = getopt.getopt(
-            list(arguments), "dnvD:f:", ["skip-broken", "socket=", "uids=", "user", "version"]
+            list(arguments),
+            "dnvD:f:",
+            ["skip-broken", "socket=", "uids=", "user", "version", "zygotes="],
         )
     except getopt.GetoptError as err:
         raise UsageError(str(err)) from err
@@ -68,6 +76,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
                 options = options._replace(socket=value)
             case "--uids":
                 options = options._replace(uids=value)
+            case "--zygotes":
+                options = options._replace(zygotes=_number(name, value))
             case "--version":
                 options = options._replace(asks_version=True)
             case "--skip-broken":
@@ -77,3 +87,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     if options.uids is not None and options.is_user:
         raise UsageError("--uids and --user")
     return options
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= ZYGOTES_MAX:
+        raise UsageError(f"{name} {text}: not a number from 1 to {ZYGOTES_MAX}")
+    return int(text)

@@ -257,6 +257,20 @@ def set_verbosity(level: int) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG if level >= VERBOSE else logging.INFO)
 
 
+def place() -> tuple[int, Sink, int]:
+    """Return where messages go, and how much is logged, for a process that takes our place."""
+    return _handler.fd, _handler.sink, logging.getLogger(_OURS[0]).level
+
+
+def resume(fd: int, sink: Sink, level: int) -> None:
+    """Log as the process did whose place this one has taken, by what its `place` said."""
+    logging.getLogger().addHandler(_handler)
+    logging.getLogger().setLevel(logging.INFO)
+    _handler.open(fd, sink)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level)
+
+
 def forked() -> None:
     """Begin anew in a process that was just forked, before it logs anything."""
     _handler.forget()

@@ -242,6 +242,10 @@ class Blanks:
         except ChannelError as err:
             log.warning("the zygote: %s", err)
 
+    def knows(self, pid: int) -> bool:
+        """Tell whether a process is the zygote, or one that it has told of."""
+        return pid in self._zygotes or pid in self._uids
+
     def ended(self, pid: int, status: int) -> Ended | None:
         """Note that a child of vmm has ended; returns which of ours it was, if any."""
         if pid in self._zygotes:

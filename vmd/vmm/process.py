@@ -91,9 +91,11 @@ class _Device(NamedTuple):
 class _Vm:
     """vmm's record of a VM until all its processes are reaped."""
 
-    def __init__(self, number: int, name: str, uid: int) -> None:
+    def __init__(self, number: int, name: str, blanks: Blanks, uid: int) -> None:
         self.id = number
         self.name = name
+        self.blanks = blanks
+        """What makes and ends its processes."""
         self.uid = uid
         self.pid = 0
         """0 until its process exists."""
@@ -153,16 +155,20 @@ class Vmm:
         self,
         loop: EventLoop,
         parent: Channel[VmmToParent, ParentToVmm],
-        blanks: Blanks,
+        blanks: Sequence[Blanks],
     ) -> None:
-        """Serve `parent` until it or the zygote is gone; takes over the channel."""
+        """Serve `parent` until it or a zygote is gone; takes over the channel.
+
+        `blanks` has one for each zygote; VMs are spread over them.
+        """
         self._loop = loop
         self._parent = parent
         self._blanks = blanks
         self._verbosity = 0
         self._vms: dict[int, _Vm] = {}
         signal.signal(signal.SIGCHLD, self._child_ended)
-        blanks.serve(self._ended, self._end_if_useless)
+        for each in blanks:
+            each.serve(self._ended, self._end_if_useless)
         parent.watch(loop, self._take, lambda _: self._parent_left())
 
     def _parent_left(self) -> None:
@@ -193,7 +199,8 @@ class Vmm:
                 case SetVerbosity(level=level):
                     self._verbosity = level
                     logging.set_verbosity(level)
-                    self._blanks.set_verbosity(level)
+                    for blanks in self._blanks:
+                        blanks.set_verbosity(level)
                     for number, vm in self._vms.items():
                         self._pass_on(number, received.message, fds)
                         self._tell_devices(vm, received.message)
@@ -226,7 +233,7 @@ class Vmm:
         if not vm.pid:
             vm.is_doomed = True
             return
-        self._blanks.kill(vm.pid, lambda err: self._cannot_kill(vm, err))
+        vm.blanks.kill(vm.pid, lambda err: self._cannot_kill(vm, err))
 
     @staticmethod
     def _cannot_kill(vm: _Vm, err: ForkError) -> None:
@@ -243,7 +250,8 @@ class Vmm:
             self._tell(VmLaunchFailed(id=spec.id, code=ErrorCode.EALREADY, message=text))
             return
         try:
-            vm = _Vm(spec.id, spec.name, self._blanks.claim())
+            blanks = self._choose()
+            vm = _Vm(spec.id, spec.name, blanks, blanks.claim())
         except ForkError as err:
             text = f"cannot start its processes: {err}"
             self._tell(VmLaunchFailed(id=spec.id, code=ErrorCode.EAGAIN, message=text))
@@ -254,9 +262,14 @@ class Vmm:
             self._start_all(vm, spec, fds)
         except (OSError, ForkError, ChannelError, OversizeError) as err:
             self._fail(vm, err)
-        self._blanks.settle(vm.uid)
+        vm.blanks.settle(vm.uid)
         vm.orders -= 1
         self._look_if_gone(vm)
+
+    def _choose(self) -> Blanks:
+        """Return those whose zygote has the fewest VMs, of zygotes that answer if one does."""
+        counts = Counter(vm.blanks for vm in self._vms.values())
+        return min(self._blanks, key=lambda each: (each.is_abandoned, counts[each]))
 
     def _fail(self, vm: _Vm, err: Exception) -> None:
         """Report once that a VM was not launched; its existing processes end."""
@@ -345,7 +358,7 @@ class Vmm:
             self._fail(vm, err)
             self._look_if_gone(vm)
 
-        blank = self._blanks.take(role, vm.uid, forked, failed)
+        blank = vm.blanks.take(role, vm.uid, forked, failed)
         if not blank.pid:
             vm.orders += 1
         return blank
@@ -425,9 +438,11 @@ class Vmm:
 
     def _ended(self, pid: int, status: int) -> None:
         """Account for a process that was reaped."""
-        if self._blanks.ended(pid, status) is Ended.ZYGOTE and not self._blanks.is_abandoned:
-            log.error("the zygote has ended, status %d", status)
-            self._loop.stop()
+        owner = next((each for each in self._blanks if each.knows(pid)), None)
+        for blanks in self._blanks if owner is None else (owner,):
+            if blanks.ended(pid, status) is Ended.ZYGOTE and not blanks.is_abandoned:
+                log.error("the zygote has ended, status %d", status)
+                self._loop.stop()
         for vm in tuple(self._vms.values()):
             if pid == vm.pid and vm.status is None:
                 self._vm_ended(vm, status)
@@ -445,7 +460,7 @@ class Vmm:
 
     def _end_if_useless(self) -> None:
         """End when no VM is left and none can be started: another vmm can."""
-        if self._blanks.is_abandoned and not self._vms:
+        if all(each.is_abandoned for each in self._blanks) and not self._vms:
             self._loop.stop()
 
     def _vm_ended(self, vm: _Vm, status: int) -> None:
@@ -485,11 +500,11 @@ class Vmm:
     def _kill_devices(self, vm: _Vm) -> None:
         for pid, device in vm.devices.items():
             log.warning("vm/%s/%s: its process does not end: killed", vm.name, device.name)
-            self._blanks.kill(pid, lambda err: log.warning("cannot be killed: %s", err))
+            vm.blanks.kill(pid, lambda err: log.warning("cannot be killed: %s", err))
 
     def _forget(self, vm: _Vm) -> None:
         del self._vms[vm.id]
-        self._blanks.release(vm.uid)
+        vm.blanks.release(vm.uid)
         if vm.timer:
             vm.timer.cancel()
         if vm.status is not None and not vm.has_failed:

@@ -131,7 +131,7 @@ class Rig:
         self.blanks = Blanks(
             loop, Channel(orders, VMM_AND_ZYGOTE, asks_pids=True), zygote_pid, (), rehearses=False
         )
-        Vmm(loop, self.channel, self.blanks)
+        Vmm(loop, self.channel, [self.blanks])
 
     def launch(self, name: str, *disks: str, nics: int = 0, count: int = 4) -> None:
         """Have VM 1 launched, with `count` descriptors."""
