@@ -9,6 +9,7 @@ complete -c vmctl -f
 complete -c vmctl -n __fish_use_subcommand -s v -d 'Log what happens, in detail.'
 complete -c vmctl -n __fish_use_subcommand -l version -d 'Print the version.'
 complete -c vmctl -l help -d 'Tell how it is used.'
+complete -c vmctl -n __fish_use_subcommand -a clone -d 'Make VMs that go on where another one stands.'
 complete -c vmctl -n __fish_use_subcommand -a console -d 'Attach to the console of a VM.'
 complete -c vmctl -n __fish_use_subcommand -a cp -d 'Copy a file or a directory into a guest, or out of it, by its agent.'
 complete -c vmctl -n __fish_use_subcommand -a create -d 'Create a disk image: empty, as an overlay, or as a copy of another disk.'
@@ -38,6 +39,9 @@ complete -c vmctl -n __fish_use_subcommand -a wait -d 'Wait until a VM ends or r
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a check -d 'Tell whether a disk image is sound; the exit status is 1 if it is not.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a info -d 'Tell what a disk image is: format, sizes, bases, snapshots.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a resize -d 'Make a disk image larger, or smaller.'
+complete -c vmctl -n '__fish_seen_subcommand_from clone' -s n -d 'How many; each has another number for %d.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from clone' -l json -d 'Print JSON.'
+complete -c vmctl -n '__fish_seen_subcommand_from clone' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from console' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from cp' -s r -d 'Copy a directory, with all that is in it.'
 complete -c vmctl -n '__fish_seen_subcommand_from cp' -a '(__fish_complete_path)'
@@ -54,7 +58,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from exec' -s t -d 'Give it a termi
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -s u -d 'Run it as this user of the guest; root by default.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -l timeout -d 'End it after this time; status 124.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -a '(__vmctl_vms)'
-complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'console cp create doctor events exec help image list load log pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
+complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'clone console cp create doctor events exec help image list load log pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'
@@ -129,6 +133,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -l initrd -d 'Initial R
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l save -d 'Make a file of vm.conf.d of the VM, which then stays.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l selftest -d 'Boot the self-test guest that comes along.'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l template -d 'Once it is paused, it stays so: clones go on from it.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='

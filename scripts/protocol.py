@@ -74,6 +74,7 @@ def page() -> str:
             parts.DiskRequest,
             messages.InterfaceRequest,
             transfers.ReceivedInterface,
+            transfers.ClonedVm,
             messages.ForwardRequest,
             transfers.SnapshotInfo,
         ),

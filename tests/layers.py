@@ -306,6 +306,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.bits",
         "vmm_kvm.clock",
         "vmm_kvm.log",
+        "vmm_kvm.memfd",
         "vmm_kvm.loop",
         "vmm_kvm.kvm",
         "vmm_kvm.block",
@@ -416,6 +417,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.starting",
         "vmctl.snapshots",
     ),
+    "vmctl.clone": ("vmm_kvm.errors", "vmm_kvm.text", "vmctl", "vmctl.values"),
     "vmctl.transfer": (
         "vmm_kvm.errors",
         "vmm_kvm.text",

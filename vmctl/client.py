@@ -59,9 +59,9 @@ _END: Mapping[str, Shape] = {
 _VM: Mapping[str, Shape] = {
     **dict.fromkeys(("id", "cpus", "memory", "uid"), int),
     **dict.fromkeys(("memory_used", "pid", "gid"), (int, None)),
-    **dict.fromkeys(("name", "state", "tty", "pause_reason"), str),
+    **dict.fromkeys(("name", "state", "tty", "pause_reason", "clone_of"), str),
     "after": [str],
-    "is_from_config": bool,
+    **dict.fromkeys(("is_from_config", "is_template"), bool),
     "started_at": (*_NUMBER, None),
     "last_end": (_END, None),
     "disks": [
@@ -76,6 +76,14 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     "done": {"id": int},
     "failed": {"code": str, "message": str, "lines": [str]},
     "started": {"id": int, "pid": int, "tty": str},
+    "cloned": {
+        "vms": [
+            {
+                **dict.fromkeys(("name", "tty", "code", "message"), str),
+                **dict.fromkeys(("id", "pid"), int),
+            }
+        ]
+    },
     "terminated": {"id": int},
     "console-opened": {"id": int, "tty": str, "position": int, "history": int},
     "connected": {"id": int},

@@ -62,6 +62,7 @@ class StartOptions(NamedTuple):
     vsock: tuple[str, ...] = ()
     forwards: tuple[str, ...] = ()
     selftest: bool = False
+    is_template: bool = False
     console: bool = False
     until: tuple[str, ...] = ()
     """--wait"""
@@ -143,6 +144,8 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
     """Make a VM part of the configuration; returns the answer to its start."""
     from vmctl.save import save  # noqa: PLC0415 - only with --save
 
+    if options.is_template:
+        raise CommandError("--save and --template: use one")
     disks = [_disk(text) for text in options.disks]
     save(client, target.name, asked, disks, [_path(each, "initrd") for each in options.initrd])
     try:
@@ -205,6 +208,8 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
     cpus = once(options.cpus, "cpus")
     cdrom = once(options.cdrom, "iso image")
     count = once(options.interfaces, "interfaces")
+    if options.is_template:
+        fields["is_template"] = True
     if device is not None:
         if device not in _BOOT_DEVICES:
             raise CommandError(f"unknown boot device {device}\n{choice(_BOOT_DEVICES)}")
@@ -266,7 +271,9 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
         raise CommandError("too many disks")
     if len(interfaces) > INTERFACES_MAX:
         raise CommandError("too many network interfaces")
-    says_something = fields.keys() - {"boot_device", "append", "instance", "has_vsock"}
+    says_something = fields.keys() - {
+        *("boot_device", "append", "instance", "has_vsock", "is_template")
+    }
     if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
         return
     if not disks:

@@ -143,6 +143,10 @@ def vm_lines(vm: Fields) -> list[str]:
         lines.append(" ".join(filter(None, words)))
     if vm["cdrom"]:
         lines.append(f"cdrom: {vm['cdrom']}")
+    if vm["clone_of"]:
+        lines.append(f"clone of: {vm['clone_of']}")
+    if vm["is_template"]:
+        lines.append("template: once paused, it stays so for its clones")
     if vm["after"]:
         lines.append(f"after: {', '.join(vm['after'])}")
     end = vm["last_end"]

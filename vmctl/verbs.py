@@ -20,6 +20,10 @@ VM = "<vm>"
 """The name of a VM."""
 
 
+_OPENBSD = """console create load log pause receive reload reset send show start status stop
+unpause wait"""
+
+
 class Option(NamedTuple):
     """An option of a verb."""
 
@@ -60,8 +64,11 @@ class Verb(NamedTuple):
     """Options and operands as OpenBSD shows them, in its lines; else they follow from the above."""
     completes: tuple[str, ...] = ()
     """As of options."""
-    is_openbsd: bool = True
-    """Whether OpenBSD has it: then it goes before ours where a word can be either."""
+
+    @property
+    def is_openbsd(self) -> bool:
+        """Whether OpenBSD has it: then it goes before ours where a word can be either."""
+        return self.name in _OPENBSD.split()
 
     @property
     def taken(self) -> tuple[Option, ...]:
@@ -70,6 +77,7 @@ class Verb(NamedTuple):
 
 
 _JSON = Option("--json", "as_json", "Print JSON.")
+_CLONES = Option("-n", "count", "How many; each has another number for %d.", "count", True)
 _RUNNING = Option("-r", "running", "Only VMs that run.")
 _BOOT_DEVICES = ("disk", "cdrom", "net")
 _FIRMWARE = ("bios", "uefi", FILE)
@@ -77,9 +85,7 @@ _DISK = Option(
     "-d",
     "disks",
     "Disk image; may be repeated. Options: ro, serial=text, queues=count, error=, snapshot.",
-    "[format:]disk[,option...]",
-    is_repeated=True,
-    completes=(FILE,),
+    *("[format:]disk[,option...]", True, (FILE,)),
 )
 _SIZE = "Memory, such as 256M or 4G; 512M by default."
 _CPUS = "Number of vCPUs, 1 to 64."
@@ -88,9 +94,7 @@ _INITRD = Option(
     "--initrd",
     "initrd",
     "Initial RAM disk; for a Multiboot kernel a module, and may be repeated.",
-    "path",
-    is_repeated=True,
-    completes=(FILE,),
+    *("path", True, (FILE,)),
 )
 
 _ENDED = Option("--json", "as_json", "Print what has become of the VM as JSON.")
@@ -183,6 +187,7 @@ _MACHINE_OPTIONS = (
     ),
     Option("--save", "save", "Make a file of vm.conf.d of the VM, which then stays."),
     Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
+    Option("--template", "is_template", "Once it is paused, it stays so: clones go on from it."),
     Option(
         "--timeout",
         "timeout",
@@ -216,6 +221,7 @@ _NOT_FOR_RUN = {
     "-t": "there is no daemon that knows a template: give all options here",
     "--clock": "it goes on from the snapshot's",
     "--save": "there is no daemon whose configuration could have it",
+    "--template": "there is no daemon that could clone it",
 }
 _NOT_FOR_START = {
     "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
@@ -244,8 +250,8 @@ _START_USAGE = (
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
     "\t\t[--append string] [--clock policy] [--firmware name]\n"
     "\t\t[--forward forward] [--from snapshot] [--initrd path] [--json]\n"
-    "\t\t[--save] [--selftest] [--timeout seconds] [--vsock auto]\n"
-    "\t\t[--wait condition] id | name"
+    "\t\t[--save] [--selftest] [--template] [--timeout seconds]\n"
+    "\t\t[--vsock auto] [--wait condition] id | name"
 )
 _LIST_OPTIONS = (
     _RUNNING,
@@ -254,6 +260,16 @@ _LIST_OPTIONS = (
 )
 
 _TABLE = (
+    Verb(
+        "clone",
+        "id name[%d]",
+        "Make VMs that go on where another one stands.",
+        "clone",
+        "clone",
+        (_CLONES, _JSON),
+        *(2, 2),
+        completes=(VM,),
+    ),
     Verb("console", "id", "Attach to the console of a VM.", "attach", "console")._replace(
         completes=(VM,)
     ),
@@ -266,7 +282,6 @@ _TABLE = (
         (Option("-r", "recursive", "Copy a directory, with all that is in it."),),
         *(2, 2),
         completes=(FILE,),
-        is_openbsd=False,
     ),
     Verb(
         "create",
@@ -290,7 +305,6 @@ _TABLE = (
         "doctor",
         (_JSON,),
         *(0, 0),
-        is_openbsd=False,
     ),
     Verb(
         "events",
@@ -300,7 +314,6 @@ _TABLE = (
         "events",
         (_JSON,),
         *(0, 0),
-        is_openbsd=False,
     ),
     Verb(
         "exec",
@@ -324,7 +337,6 @@ _TABLE = (
             "\t\t[--timeout seconds] id -- command [arg ...]"
         ),
         completes=(VM,),
-        is_openbsd=False,
     ),
     Verb(
         "help",
@@ -334,7 +346,6 @@ _TABLE = (
         "show_help",
         (),
         *(0, 2),
-        is_openbsd=False,
     ),
     Verb(
         "image check",
@@ -344,7 +355,6 @@ _TABLE = (
         "check_image",
         (_JSON,),
         completes=(FILE,),
-        is_openbsd=False,
     ),
     Verb(
         "image info",
@@ -354,7 +364,6 @@ _TABLE = (
         "info",
         (_JSON,),
         completes=(FILE,),
-        is_openbsd=False,
     ),
     Verb(
         "image resize",
@@ -365,7 +374,6 @@ _TABLE = (
         (Option("--shrink", "shrink", "Allow that the end of the disk is lost."),),
         *(2, 2),
         completes=(FILE,),
-        is_openbsd=False,
     ),
     Verb(
         "list",
@@ -375,7 +383,6 @@ _TABLE = (
         "list_names",
         (_RUNNING, _JSON),
         *(0, 0),
-        is_openbsd=False,
     ),
     Verb(
         "load",
@@ -435,7 +442,6 @@ _TABLE = (
         _options(_NOT_FOR_RUN),
         *(0, 1),
         usage=_RUN_USAGE,
-        is_openbsd=False,
     ),
     Verb(
         "send",
@@ -478,7 +484,6 @@ _TABLE = (
             "\tvmctl snapshot -r snapshot"
         ),
         completes=(VM,),
-        is_openbsd=False,
     ),
     Verb(
         "start",
@@ -521,7 +526,6 @@ _TABLE = (
             _JSON,
         ),
         *(0, 0),
-        is_openbsd=False,
     ),
     Verb(
         "metrics",
@@ -531,7 +535,6 @@ _TABLE = (
         "metrics",
         least=0,
         most=0,
-        is_openbsd=False,
     ),
     Verb("unpause", "id", "Let a paused VM go on.", "control", "unpause", completes=(VM,)),
     Verb(

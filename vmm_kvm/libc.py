@@ -33,10 +33,13 @@ for _function in (LIBC.preadv64, LIBC.pwritev64):
     _function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int64)
 
 
-def map_over(address: int, size: int, fd: int) -> None:
-    """Map the first `size` bytes of `fd`, shared, over this process's memory at `address`.
+def map_over(
+    address: int, size: int, fd: int, offset: int = 0, *, is_private: bool = False
+) -> None:
+    """Map `size` bytes of `fd` from `offset` on over what this process has at `address`.
 
-    Both are multiples of 4096. Python mappings that lie there become views of it.
+    All are multiples of 4096. They are shared, or with `is_private` copied page by page as this
+    process writes to them. Python mappings that lie there go on as views of it.
 
     Raises:
         OSError: the descriptor cannot be mapped.
@@ -44,7 +47,8 @@ def map_over(address: int, size: int, fd: int) -> None:
     Source: mmap(2), MAP_FIXED.
     """
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    if LIBC.mmap(address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
+    flags = _MAP_FIXED | (mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED)
+    if LIBC.mmap(address, size, protection, flags, fd, offset) != address:
         raise OSError(ctypes.get_errno(), "mmap")
 
 

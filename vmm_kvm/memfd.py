@@ -54,7 +54,7 @@ def make_memory(name: str, size: int) -> int:
     fd = make_scratch(name)
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
+        seal(fd, SIZE_SEALS)
     except BaseException:
         os.close(fd)
         raise
@@ -73,8 +73,17 @@ def make_constant(name: str, pieces: Iterable[bytes | memoryview]) -> int:
             view = memoryview(piece)
             while view:
                 view = view[os.write(fd, view) :]
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, ALL_SEALS)
+        seal(fd, ALL_SEALS)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def seal(fd: int, seals: int) -> None:
+    """Keep everyone from changing memory in these ways from now on.
+
+    Raises:
+        OSError: it is no such memory, or somebody still can: it is mapped for writing.
+    """
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vmm_kvm.bits import GIB, KIB, MIB, PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
-from vmm_kvm.memory import GuestMemory, Region
+from vmm_kvm.memory import GuestMemory, Region, freeze
 
 RANGES = ((0, 64 * KIB), (0x10_0000, 64 * KIB))
 
@@ -167,3 +167,45 @@ def test_more_memory_than_there_can_be(is_private: bool) -> None:
     with pytest.raises(RefusedError, match="68719476736 MiB of memory: ") as caught:
         GuestMemory(((0, 1 << 56),), is_private=is_private)
     assert caught.value.refusal is Refusal.ENOMEM
+
+
+FROZEN = ((0, 5 * MIB), (16 * MIB, 3 * MIB))
+
+
+def test_frozen_memory_is_a_copy_from_which_its_owner_goes_on() -> None:
+    """What is written afterwards is the owner's alone; nobody can change the copy."""
+    with GuestMemory(FROZEN, is_private=True) as memory:
+        for gpa in (0, 3 * MIB, 16 * MIB, 19 * MIB - 1):
+            memory.write(gpa, b"\x07")
+        fd = freeze(memory, "test", lambda: True)
+        assert fd is not None
+        # What was never touched takes no room, and a page is the least that does.
+        assert os.fstat(fd).st_blocks * 512 == 4 * PAGE_SIZE
+        assert [memory.read(gpa, 1) for gpa in (0, 3 * MIB, 19 * MIB - 1)] == [b"\x07"] * 3
+        memory.write(0, b"\x08")
+        memory.write(MIB, b"\x08")
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b"\x09", 0)
+        for _ in range(2):
+            with GuestMemory(FROZEN, is_private=True, mapped=(fd, 0)) as clone:
+                assert [clone.read(gpa, 1) for gpa in (0, MIB, 3 * MIB, 16 * MIB)] == [
+                    *(b"\x07", b"\0", b"\x07", b"\x07")
+                ]
+                clone.write(0, b"\x0a")
+                assert clone.read(19 * MIB - 1, 1) == b"\x07"
+        assert memory.read(0, 1) == b"\x08"
+        os.close(fd)
+
+
+def test_freezing_that_is_given_up_harms_nothing() -> None:
+    """The memory is as it was, and nothing is left open."""
+    calls = iter((True, True, False))
+    with GuestMemory(FROZEN, is_private=True) as memory:
+        memory.write(0, b"\x07")
+        memory.write(18 * MIB, b"\x07")
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+        assert freeze(memory, "test", lambda: next(calls)) is None
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - names alone
+        assert memory.read(0, 1) == memory.read(18 * MIB, 1) == b"\x07"
+        memory.write(0, b"\x08")
+        assert memory.read(0, 1) == b"\x08"

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, assert_never
 
+from vmd.parent import captures
 from vmd.parent.errors import ResourceError
 from vmd.parent.exits import exit_event
 from vmd.parent.interfaces import Interface, Then
@@ -41,6 +42,7 @@ from vmd.shared.kernels import KernelStore
 from vmd.shared.opening import OpeningError
 from vmd.shared.pty import Pty
 from vmd.shared.ring import Replay
+from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Fds, Timer
 from vmd.wire.internal import (
     AskStatistics,
@@ -288,6 +290,8 @@ class Effects:
                 failure = self._sendings.begin(vm, keeps_running=keeps_running)
                 if failure:
                     self._send_failed(vm, failure)
+            case vm_state.SendCapture():
+                self.tell_vm(vm.id, CaptureVm())
             case vm_state.CancelSend():
                 self.tell_vm(vm.id, CancelSendVm())
             case _:
@@ -459,6 +463,10 @@ class Effects:
             case VmUnpaused():
                 self._silences.end(vm_id)
                 self._happened(vm_id, vm_state.Unpaused())
+            case VmCaptured(failure=None):
+                self._captured(vm_id, fds)
+            case VmCaptured(failure=code, message=text) if code is not None:
+                self._happened(vm_id, vm_state.SendFailed(code, text))
             case VmSent():
                 self._sent(vm_id, report)
             case VmStatistics():
@@ -489,6 +497,18 @@ class Effects:
         log.warning("%s: cannot be sent: %s", vm.name, event.message)
         # The registry may be in the middle of the step that this comes of.
         self._loop.call_soon(lambda: self._happened(vm.id, event))
+
+    def _captured(self, vm_id: int, fds: Fds) -> None:
+        vm = self._registry.find(vm_id, "")
+        if vm is None:
+            return
+        try:
+            vm.captured = captures.keep(vm, fds)
+        except captures.CaptureError as err:
+            log.warning("vm/%s: cannot be captured: %s", vm.name, err)
+            self._happened(vm_id, vm_state.SendFailed(ErrorCode.EIO, str(err)))
+            return
+        self._happened(vm_id, vm_state.Captured())
 
     def _tell_sent(self, vm_id: int) -> None:
         if vm := self._registry.find(vm_id, ""):

@@ -86,7 +86,7 @@ class ClientFiles:
         Raises:
             OpeningError: such a disk is not to be had.
         """
-        passed = vm.passed
+        passed = vm.files
         self._vm = vm
         self._passed = passed or Passed(uid=vm.requester)
         self.uid = self._passed.uid

@@ -30,7 +30,7 @@ from vmd.wire.messages import (
 )
 from vmd.wire.parts import VmRequest
 from vmd.wire.ports import Connect
-from vmd.wire.transfers import Receive, RemoveSnapshot, Send, Snapshot
+from vmd.wire.transfers import Clone, Receive, RemoveSnapshot, Send, Snapshot
 
 _DONE: dict[type[ParentRequest], str] = {
     Start: "started",
@@ -41,6 +41,7 @@ _DONE: dict[type[ParentRequest], str] = {
     Receive: "received",
     Snapshot: "snapshot made",
     RemoveSnapshot: "removed",
+    Clone: "cloned",
     Console: "console opened",
     Connect: "connected with a port",
     Load: "configuration loaded",

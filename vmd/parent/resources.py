@@ -14,7 +14,8 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import MEMORY_DEFAULT
+from vmd.config.model import MEMORY_DEFAULT, GuestClock
+from vmd.parent.captures import open_again
 from vmd.parent.cgroups import Cgroups
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface, open_vhosts
@@ -105,6 +106,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             boot_device=vm.config.boot_device,
             has_vsock=vm.config.has_vsock,
             received=opener.received(),
+            is_template=vm.state.is_template,
         )
         stack.pop_all()
     return Resources(spec, opener.fds, Stamp(stamp))
@@ -112,8 +114,8 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
 
 def _is_firmware(vm: Vm) -> bool:
     """Tell whether what a VM boots is firmware, not a kernel."""
-    if vm.passed is not None and vm.passed.kernel is not None:
-        return vm.passed.is_firmware
+    if vm.files is not None and vm.files.kernel is not None:
+        return vm.files.is_firmware
     return vm.config.boot is None
 
 
@@ -136,7 +138,16 @@ class _Opener:
 
     def received(self) -> ReceivedSpec | None:
         """Take the stream of a VM that is received."""
-        passed = self._vm.passed
+        origin, passed = self._vm.origin, self._vm.files
+        if origin is not None:
+            return ReceivedSpec(
+                stream=self.keep(open_again(origin.state)),
+                manifest="",
+                stays_paused=False,
+                memory=self.keep(open_again(origin.memory)),
+                is_copy=True,
+                clock=GuestClock.FROZEN,
+            )
         if passed is None or passed.stream is None:
             return None
         return ReceivedSpec(
@@ -154,12 +165,14 @@ class _Opener:
         Returns the index and path of the image, the index of its variables, those of RAM disks, a
         command line, and the image's stamp.
         """
-        config, passed = self._vm.config, self._vm.passed
-        if passed is not None and passed.stream is not None:
-            variables = None
-            if config.boot is None:
+        config, passed = self._vm.config, self._vm.files
+        if self._vm.origin or (passed is not None and passed.stream is not None):
+            variables, path = None, passed.path if passed else config.boot or self._vm.name
+            if config.boot is None and (passed is None or passed.kernel is None):
                 variables = self._variables_of(self._firmware(config.firmware or BIOS).code)
-            return None, passed.path, variables, (), config.append, ""
+            elif passed is not None and passed.kernel is not None and passed.is_firmware:
+                variables = self._variables_of(passed.path)
+            return None, path, variables, (), config.append, ""
         if passed is not None and passed.kernel is not None:
             image = self.keep(os.dup(passed.kernel))
             initrd = tuple(self.keep(os.dup(fd)) for fd in passed.initrd)
@@ -189,7 +202,7 @@ class _Opener:
 
     def cdrom(self) -> int | None:
         """Open the ISO image, if there is one."""
-        passed, path = self._vm.passed, self._vm.config.cdrom
+        passed, path = self._vm.files, self._vm.config.cdrom
         if passed is not None and passed.cdrom is not None:
             return self.keep(os.dup(passed.cdrom))
         return None if path is None else self._open(FileUse.CDROM, path)[0]
@@ -228,7 +241,7 @@ class _Opener:
         """
         if option.kind is DiskKind.VHOST_USER:
             return DiskSpec(option=option, chain=(self._connect(option.path),))
-        passed = self._vm.passed
+        passed = self._vm.files
         locks = passed is None or not passed.has_sender
         if passed is not None and place < len(passed.disks) and passed.disks[place]:
             chain = tuple(self.keep(os.dup(fd)) for fd in passed.disks[place])

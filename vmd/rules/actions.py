@@ -41,6 +41,7 @@ Effect = (
     | vm_state.SendPause
     | vm_state.SendUnpause
     | vm_state.SendState
+    | vm_state.SendCapture
     | vm_state.CancelSend
 )
 """Effects of a VM's life that are more than an answer or an event."""

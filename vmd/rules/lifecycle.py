@@ -26,6 +26,8 @@ from vmd.rules.vm_state import (
     IDLE,
     Attach,
     CancelSend,
+    Capture,
+    Captured,
     ClientLeft,
     Discard,
     Effect,
@@ -49,6 +51,7 @@ from vmd.rules.vm_state import (
     Reply,
     Running,
     Send,
+    SendCapture,
     SendFailed,
     SendPause,
     SendState,
@@ -87,6 +90,7 @@ _ORDERLY = {EndReason.POWER_OFF, EndReason.REBOOT, EndReason.STOPPED, EndReason.
 _NOT_RUNNING = "the VM is not running"
 _PAUSED = {Phase.PAUSING, Phase.PAUSED}
 _BEING_SENT = "the VM is being sent"
+_IS_TEMPLATE = "it is a template, and stays as it is for its clones"
 _SHOWN = {
     Phase.STOPPED: State.STOPPED,
     Phase.WAITING: State.WAITING,
@@ -125,8 +129,14 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _pause(vm, ticket)
         case Unpause(ticket):
             return _unpause(vm, ticket)
-        case Send():
-            return _send(vm, event)
+        case Send(ticket, keeps_running):
+            snapshot = event.snapshot if event.is_snapshot else None
+            return _send(vm, ticket, SendState(keeps_running), snapshot)
+        case Capture(ticket):
+            if vm.is_template and vm.phase is Phase.RUNNING:
+                text = "the template still runs: it has to be paused"
+                return vm, _failed(ticket, ErrorCode.EBUSY, text)
+            return _send(vm, ticket, SendCapture())
         case Attach(ticket):
             return _attach(vm, ticket)
         case Enqueue():
@@ -156,6 +166,10 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _unpaused(vm)
         case Silent(message):
             return _silent(vm, message)
+        case Captured():
+            if vm.phase is Phase.SENDING:
+                vm = _as_before(vm)
+            return _told_sender(vm, is_sent=True)
         case Sent():
             return _sent(vm)
         case SendFailed(code, message):
@@ -191,7 +205,12 @@ def _start(vm: VmState, event: Start, now: float) -> Step:
         stopped, effects = _stopped(vm, Publish(EventKind.FAILED, text, End(EndCause.FAILED)))
         return stopped, (*_failed(ticket, ErrorCode.EPERM, text), *effects)
     return (
-        vm._replace(phase=Phase.STARTING, starter=ticket, stays_paused=event.stays_paused),
+        vm._replace(
+            phase=Phase.STARTING,
+            starter=ticket,
+            stays_paused=event.stays_paused,
+            is_template=event.is_template,
+        ),
         (Publish(EventKind.STARTING), Launch(keeps_tty=False)),
     )
 
@@ -232,8 +251,9 @@ def _stopping(vm: VmState, *, force: bool) -> Step:
     return vm._replace(halt=None), tuple(effects)
 
 
-def _send(vm: VmState, event: Send) -> Step:
-    ticket = event.ticket
+def _send(
+    vm: VmState, ticket: Ticket, effect: SendState | SendCapture, snapshot: str | None = None
+) -> Step:
     match vm.phase:
         case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
             return vm, (_not_running(ticket),)
@@ -249,12 +269,9 @@ def _send(vm: VmState, event: Send) -> Step:
         case Phase.RUNNING | Phase.PAUSED:
             was_paused = vm.phase is Phase.PAUSED
             vm = vm._replace(
-                phase=Phase.SENDING,
-                sender=ticket,
-                was_paused=was_paused,
-                snapshot=event.snapshot if event.is_snapshot else None,
+                phase=Phase.SENDING, sender=ticket, was_paused=was_paused, snapshot=snapshot
             )
-            return vm, (SendState(event.keeps_running),)
+            return vm, (effect,)
         case _:
             assert_never(vm.phase)
 
@@ -285,8 +302,12 @@ def _unpause(vm: VmState, ticket: Ticket) -> Step:
             return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
         case Phase.RUNNING:
             return vm, (_done(vm, ticket),)
+        case Phase.PAUSING if vm.is_template:
+            return vm, _failed(ticket, ErrorCode.EBUSY, _IS_TEMPLATE)
         case Phase.PAUSING | Phase.UNPAUSING:
             return vm._replace(unpausers=(*vm.unpausers, ticket)), ()
+        case Phase.PAUSED if vm.is_template:
+            return vm, _failed(ticket, ErrorCode.EBUSY, _IS_TEMPLATE)
         case Phase.PAUSED:
             return vm._replace(phase=Phase.UNPAUSING, unpausers=(ticket,)), (SendUnpause(),)
         case Phase.SENDING:
@@ -496,7 +517,8 @@ def _stopped(vm: VmState, told: Publish) -> Step:
     effects: list[Effect] = [told]
     if vm.is_doomed or not vm.is_from_config:
         effects += (Publish(EventKind.REMOVED), Forget())
-    return vm._replace(phase=Phase.STOPPED, tty="", is_overdue=False), tuple(effects)
+    vm = vm._replace(phase=Phase.STOPPED, tty="", is_overdue=False, is_template=False)
+    return vm, tuple(effects)
 
 
 # Parts of several

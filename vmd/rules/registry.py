@@ -7,9 +7,9 @@ Source: sections 7, 8 and 10 of OpenBSD's behaviour, with the advice of its sect
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from vmd.config.model import MEMORY_DEFAULT, GuestClock, Limits, Owner, Right, Staggered, VmConfig
+from vmd.config.model import GuestClock, Limits, Owner, Right, Staggered, VmConfig
 from vmd.rules import lifecycle, vm_state
 from vmd.rules.actions import (
     Action,
@@ -25,12 +25,13 @@ from vmd.rules.actions import (
 )
 from vmd.rules.addressing import made_lladdr
 from vmd.rules.clock import Clock
+from vmd.rules.cloning import Clones, Table
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
 from vmd.rules.ports import open_port
 from vmd.rules.transfers import received_vm, sink_of
-from vmd.rules.vm import Passed, Vm, config_of, info, with_states
+from vmd.rules.vm import Passed, Vm, completed, config_of, info, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
     Console,
@@ -58,7 +59,7 @@ from vmd.wire.messages import (
 )
 from vmd.wire.parts import VmRequest
 from vmd.wire.ports import Connect
-from vmd.wire.transfers import Receive, Send, Snapshot, StoreRequest
+from vmd.wire.transfers import Clone, Receive, Send, Snapshot, StoreRequest
 
 IDS_KEPT = 1024
 """Ids of forgotten VMs that are kept for their names."""
@@ -88,6 +89,10 @@ class Registry:
         self._ids: dict[tuple[str, int], int] = {}
         self._gone = GoneVms()
         self._stops = Stops()
+        table = Table(
+            lambda name: self.find(0, name), self._over_limit, self._add, self._step, self._tell
+        )
+        self._clones = Clones(table)
         self._holders: set[int] = set()
         self._room = 0  # how many more VMs may start before the next turn
         self._emptiers: list[Ticket] = []
@@ -123,10 +128,10 @@ class Registry:
         if needs_administrator(request) and uid not in self._users.administrators:
             denied = Denied(ErrorCode.EPERM, "only for root")
             actions.append(_refuse(ticket, denied))
-        elif self.is_emptying and isinstance(request, Start | Receive | Load | Reload):
+        elif self.is_emptying and isinstance(request, Start | Receive | Clone | Load | Reload):
             denied = Denied(ErrorCode.EAGAIN, "all VMs are being removed")
             actions.append(_refuse(ticket, denied))
-        elif self._holders and isinstance(request, Start):
+        elif self._holders and isinstance(request, Start | Clone):
             denied = Denied(ErrorCode.EAGAIN, "all VMs are being stopped")
             actions.append(_refuse(ticket, denied))
         elif isinstance(request, Start):
@@ -166,6 +171,8 @@ class Registry:
                 raise AssertionError(request)
         event: vm_state.Event
         match request:
+            case Clone():
+                return self._clones.request(ticket, uid, vm, request)
             case Stop(force=force, wait=wait):
                 if request.in_order and self._stops.must_wait(vm, self.vms):
                     return self._stop_later(ticket, vm, request)
@@ -240,7 +247,8 @@ class Registry:
         if isinstance(started, Denied):
             return [_refuse(ticket, started), *_dropped(passed)]
         vm, actions = started
-        return [*actions, *self._step(vm, vm_state.Start(ticket))]
+        start = vm_state.Start(ticket, is_template=request.is_template)
+        return [*actions, *self._step(vm, start)]
 
     def _prepared(
         self, uid: int, request: Start, passed: Passed | None
@@ -287,10 +295,19 @@ class Registry:
         checked = (
             wanted.given & {Right.BOOT, Right.CDROM, Right.DISK} if is_instance else frozenset()
         )
-        config = self._completed(config, uid)
-        over = self._over_limit(config, uid)
+        taken = {each.lladdr for vm in self._vms.values() for each in vm.config.interfaces}
+        config = completed(config, uid, lambda *told: made_lladdr(self._host, *told), taken)
+        over = self._over_limit([config], uid)
         if over:
             return over
+        vm, actions = self._add(config, uid, is_from_config=is_from_config)
+        vm.checked = checked
+        return vm, actions
+
+    def _add(
+        self, config: VmConfig, uid: int, *, is_from_config: bool = False
+    ) -> tuple[Vm, list[Action]]:
+        """Make a VM that may be, of a configuration with nothing left to find out."""
         vm_id = self._claim_id(config.name, uid)
         state = VmState(
             vm_id,
@@ -298,7 +315,6 @@ class Registry:
             stops_at_reboot=config.boot_device != config.boot_device.AUTO,
         )
         vm = Vm(config, state, uid)
-        vm.checked = checked
         before = self._gone.take(config.name, uid)
         if before:
             vm.history, vm.last_end = before.history, before.info.last_end
@@ -352,32 +368,12 @@ class Registry:
             del self._ids[key]
         return vm_id
 
-    def _over_limit(self, config: VmConfig, uid: int) -> Denied | None:
-        """Return the reason, if any, why an ordinary user may not have one more VM, this one."""
+    def _over_limit(self, configs: Sequence[VmConfig], uid: int) -> Denied | None:
+        """Return the reason, if any, why an ordinary user may not have these VMs besides."""
         if uid in self._users.administrators:
             return None
         own = (vm.config for vm in self._vms.values() if vm.requester == uid)
-        return over_limit([*own, config], self.limits)
-
-    def _completed(self, config: VmConfig, uid: int) -> VmConfig:
-        """Fill in defaults, and make up the lladdrs that are not given."""
-        owner = config.owner
-        owner = owner._replace(uid=uid) if owner.uid is None else owner
-        taken = {each.lladdr for vm in self._vms.values() for each in vm.config.interfaces}
-        taken |= {each.lladdr for each in config.interfaces}
-        return config._replace(
-            memory=config.memory if config.memory is not None else MEMORY_DEFAULT,
-            cpus=config.cpus or 1,
-            owner=owner,
-            interfaces=tuple(
-                interface
-                if interface.lladdr is not None
-                else interface._replace(
-                    lladdr=made_lladdr(self._host, owner.uid or 0, config.name, index, taken)
-                )
-                for index, interface in enumerate(config.interfaces)
-            ),
-        )
+        return over_limit([*own, *configs], self.limits)
 
     # Sending and receiving
 
@@ -424,6 +420,7 @@ class Registry:
     def client_left(self, client: int) -> list[Action]:
         """Forget a client's pending requests, and cancel its unfinished sending."""
         self._emptiers = [one for one in self._emptiers if one.client != client]
+        self._clones.client_left(client)
         actions = [
             action for vm in self.vms for action in self._step(vm, vm_state.ClientLeft(client))
         ]
@@ -540,7 +537,8 @@ class Registry:
         for effect in effects:
             match effect:
                 case vm_state.Reply(ticket, answer):
-                    yield Answer(ticket.client, answer)
+                    follows = self._clones.replied(ticket, vm, answer)
+                    yield from (Answer(ticket.client, answer),) if follows is None else follows
                 case vm_state.OpenConsole(ticket):
                     yield OpenConsole(ticket, vm)
                 case vm_state.Publish(kind, message, end):
@@ -555,6 +553,7 @@ class Registry:
                     if kind is EventKind.STARTED:
                         vm.started_at = self._clock.realtime_s()
                         vm.has_run = True
+                        vm.origin = None
                     elif kind in _LIVES_END:
                         vm.started_at = None
                     yield from self._tell(vm, kind, message)
@@ -573,6 +572,8 @@ class Registry:
                     yield from self._drop_passed(vm)
                 case _:
                     yield Perform(vm, effect)
+        if vm.state.phase is not Phase.PAUSED:
+            vm.captured = None  # it is not as it was any more
         if vm.state.phase in IDLE:  # it may not have started at all
             yield from self._drop_passed(vm)
 

@@ -1,6 +1,6 @@
 """A VM as the daemon knows it: configuration, owner, state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
@@ -90,12 +90,31 @@ class Sink(NamedTuple):
     """Of the snapshot there."""
 
 
+class Inherited:
+    """Files of a VM that its clones have too; who makes it closes them when nobody has it."""
+
+    def __init__(self, passed: Passed) -> None:
+        """Hold descriptors."""
+        self.passed = passed
+
+
+class Captured:
+    """What clones of a VM go on from; who makes it closes it when nobody has it."""
+
+    def __init__(self, state: int, memory: int, inherited: Inherited | None) -> None:
+        """Hold two descriptors of memory, and what of its files clones have."""
+        self.state = state
+        self.memory = memory
+        self.inherited = inherited
+
+
 class Vm:
     """One VM, from its registration until it is forgotten; the registry's."""
 
     __slots__ = (
         *("checked", "config", "has_run", "new_file", "passed", "passed_is_lasting", "requester"),
         *("history", "last_end", "sink", "started_at", "state"),
+        *("captured", "clone_of", "inherited", "origin"),
     )
 
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
@@ -112,6 +131,14 @@ class Vm:
         """It is for every boot of this VM, not only for the next."""
         self.sink: Sink | None = None
         """Where it is to be written, until its process has it."""
+        self.captured: Captured | None = None
+        """What its clones continue from, while it is paused."""
+        self.origin: Captured | None = None
+        """What it continues from itself, until its guest runs, if it is a clone."""
+        self.inherited: Inherited | None = None
+        """Files of the VM that it is a clone of, for all of its starts."""
+        self.clone_of = ""
+        """The name of that VM."""
         self.has_run = False
         """Its guest has been running at some time."""
         self.new_file: str | None = None
@@ -121,6 +148,11 @@ class Vm:
         self.last_end: EndInfo | None = None
         self.history = History()
         """What was logged of it."""
+
+    @property
+    def files(self) -> Passed | None:
+        """Files instead of those that `config` names, its own or inherited; not to be closed."""
+        return self.passed or (self.inherited.passed if self.inherited else None)
 
     @property
     def id(self) -> int:
@@ -162,8 +194,36 @@ def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
         gid=config.owner.gid,
         is_from_config=state.is_from_config,
         started_at=vm.started_at,
+        clone_of=vm.clone_of,
+        is_template=state.is_template,
         after=config.after,
         last_end=vm.last_end,
+    )
+
+
+def completed(
+    config: VmConfig,
+    uid: int,
+    made: Callable[[int, str, int, set[str | None]], str],
+    taken: set[str | None],
+) -> VmConfig:
+    """Return a configuration with defaults filled in, of a VM that `uid` asks for.
+
+    `made` makes up lladdrs that are not given, which are not among those that are `taken`.
+    """
+    owner = config.owner
+    owner = owner._replace(uid=uid) if owner.uid is None else owner
+    taken = taken | {each.lladdr for each in config.interfaces}
+    return config._replace(
+        memory=config.memory if config.memory is not None else MEMORY_DEFAULT,
+        cpus=config.cpus or 1,
+        owner=owner,
+        interfaces=tuple(
+            interface
+            if interface.lladdr is not None
+            else interface._replace(lladdr=made(owner.uid or 0, config.name, index, taken))
+            for index, interface in enumerate(config.interfaces)
+        ),
     )
 
 

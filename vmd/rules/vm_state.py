@@ -25,7 +25,7 @@ class Phase(Enum):
     PAUSED = "paused"
     UNPAUSING = "unpausing"
     SENDING = "sending"
-    """It is paused, and is being written into a stream."""
+    """It is paused, and is being written into a stream, or captured for clones."""
     STOPPING = "stopping"
     """From the request to stop, or the order to end, until the process is gone."""
 
@@ -85,6 +85,8 @@ class VmState(NamedTuple):
     """What is written is this snapshot of the store, or one that has no name; None: a stream."""
     stays_paused: bool = False
     """It is being received, and will be paused then."""
+    is_template: bool = False
+    """Once it is paused, it stays so: clones continue from it."""
     is_doomed: bool = False
     """It is to be forgotten as soon as it has ended."""
     last_start: float | None = None
@@ -102,6 +104,7 @@ class Start(NamedTuple):
     ticket: Ticket | None = None
     stays_paused: bool = False
     """It is received, and is to stand still."""
+    is_template: bool = False
 
 
 class Stop(NamedTuple):
@@ -141,6 +144,12 @@ class Send(NamedTuple):
     is_snapshot: bool = False
     snapshot: str = ""
     """The snapshot's name in the store, if it is there."""
+
+
+class Capture(NamedTuple):
+    """Somebody wants others to go on from where it stands."""
+
+    ticket: Ticket
 
 
 class Attach(NamedTuple):
@@ -196,6 +205,10 @@ class Unpaused(NamedTuple):
     """Its guest runs again."""
 
 
+class Captured(NamedTuple):
+    """What clones continue from is there; for one that is not captured, `SendFailed` says so."""
+
+
 class Silent(NamedTuple):
     """Its process does not say that it stands still or goes on; it may yet."""
 
@@ -231,6 +244,7 @@ Event = (
     | Pause
     | Unpause
     | Send
+    | Capture
     | Attach
     | Enqueue
     | Overdue
@@ -243,6 +257,7 @@ Event = (
     | Halted
     | Unpaused
     | Silent
+    | Captured
     | Sent
     | SendFailed
     | Exited
@@ -287,6 +302,10 @@ class SendState(NamedTuple):
     """
 
     keeps_running: bool
+
+
+class SendCapture(NamedTuple):
+    """Have the VM process hand over what clones go on from; `Captured` or `SendFailed` follows."""
 
 
 class CancelSend(NamedTuple):
@@ -336,6 +355,7 @@ Effect = (
     | SendPause
     | SendUnpause
     | SendState
+    | SendCapture
     | CancelSend
     | SendStop
     | Kill

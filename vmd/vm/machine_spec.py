@@ -107,6 +107,7 @@ def machine_spec_of(
         initrd=tuple(FileSource(fds.take(at), "initrd") for at in spec.initrd),
         uuid=received.manifest.uuid if received else None,
         serial=received.manifest.serial if received else "",
+        shares_memory=spec.is_template,
     )
 
 

@@ -12,8 +12,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import assert_never
 
 from vmd.config.model import GuestClock
@@ -23,11 +23,13 @@ from vmd.shared import log as logging
 from vmd.shared.counters import Counters
 from vmd.shared.privsep import join_cgroup
 from vmd.shared.vm_devices import Connections
+from vmd.vm.capturing import Capturing
 from vmd.vm.console import Console
 from vmd.vm.machine_spec import has_servers, machine_spec_of
 from vmd.vm.receiving import Arrived, own_cpuid, receive
 from vmd.vm.sending import Sending
 from vmd.vm.shutdown import Shutdown
+from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
 from vmd.wire.internal import (
     TEXT_MAX,
@@ -151,7 +153,10 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
             received = None
             if spec.received is not None:
                 stream = fds.take(spec.received.stream)
-                received = receive(stream, spec, kvm, is_private=not has_servers(spec))
+                ram = spec.received.memory
+                ram_fd = None if ram is None else stack.enter_context(_owned(fds.take(ram)))
+                is_private = not (spec.is_template or has_servers(spec))
+                received = receive(stream, spec, kvm, is_private=is_private, ram_fd=ram_fd)
                 stack.callback(received.memory.close)
             machine = machine_spec_of(
                 spec,
@@ -243,6 +248,19 @@ def _send_code(err: Exception) -> ErrorCode:
     return ErrorCode.ENOSPC if is_full else ErrorCode.EIO
 
 
+def _why_not_sent(failure: "VmmError | OSError") -> tuple[ErrorCode, str]:
+    text = failure.strerror if isinstance(failure, OSError) else None
+    return _send_code(failure), (text or str(failure))[:TEXT_MAX]
+
+
+@contextmanager
+def _owned(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _tell(channel: Channel[VmReport, VmmToVm], report: VmReport, *fds: int) -> None:
     try:
         channel.send(report, fds)
@@ -286,7 +304,7 @@ class VmProcess:
         self._retry_timer = loop.timer(self._retry)
         self._spec = spec
         self._kvm = vmm.kvm
-        self._sending: Sending | None = None
+        self._sending: Sending | Capturing | None = None
         self._sent_keeps_running = False
         self._is_sent = False
         self._when_not_sent: list[Callable[[], None]] = []
@@ -356,6 +374,8 @@ class VmProcess:
                     self._unpause()
                 case SendVm():
                     self._send(received.message, fds)
+                case CaptureVm():
+                    self._capture()
                 case CancelSendVm():
                     if self._sending:
                         self._sending.cancel()
@@ -432,6 +452,28 @@ class VmProcess:
         if not self._is_paused:
             self._machine.resume()
 
+    def _capture(self) -> None:
+        if self._sending:
+            told = VmCaptured(failure=ErrorCode.EALREADY, message="it is being sent")
+            _tell(self._channel, told)
+            return
+        capturing = Capturing(self._loop, lambda failure: self._captured(capturing, failure))
+        self._sending = capturing
+        if not self._is_paused:
+            self._machine.pause()
+        capturing.begin(self._machine, self._spec, own_cpuid(self._kvm, self._spec))
+
+    def _captured(self, capturing: Capturing, failure: "VmmError | OSError | None") -> None:
+        """Go on when nothing is copied any more."""
+        if failure is None:
+            fds = capturing.take()
+            _tell(self._channel, VmCaptured(), *fds)
+        else:
+            code, text = _why_not_sent(failure)
+            _tell(self._channel, VmCaptured(failure=code, message=text))
+        self._sending = None
+        self._go_on(stood_still=True)
+
     def _sent(self, failure: "VmmError | OSError | None") -> None:
         """Go on, or end, when nothing is written any more."""
         stood_still = self._stands_still()
@@ -440,14 +482,17 @@ class VmProcess:
             self._is_sent = True  # whatever happens now, it runs elsewhere
             self._loop.stop()
             return
-        if stood_still and not self._is_paused:
-            self._machine.resume()
         if failure is None:
             _tell(self._channel, VmSent())
         else:
-            text = failure.strerror if isinstance(failure, OSError) else None
-            text = (text or str(failure))[:TEXT_MAX]
-            _tell(self._channel, VmSent(failure=_send_code(failure), message=text))
+            code, text = _why_not_sent(failure)
+            _tell(self._channel, VmSent(failure=code, message=text))
+        self._go_on(stood_still=stood_still)
+
+    def _go_on(self, *, stood_still: bool) -> None:
+        """Be as before, when nobody needs the machine any more."""
+        if stood_still and not self._is_paused:
+            self._machine.resume()
         if self._outcome:
             self._loop.stop()
         waiting, self._when_not_sent = self._when_not_sent, []

@@ -5,6 +5,7 @@ the sender's until then. What the parent has been told of the manifest was the c
 the manifest is held against it.
 """
 
+import os
 from typing import NamedTuple
 
 from vmd.vm.sending import PATIENCE_S
@@ -21,6 +22,7 @@ from vmm_kvm.snapshot.cpu import CpuidRecord, check_cpuid, cpuid_records
 from vmm_kvm.snapshot.fds import FdSource
 from vmm_kvm.snapshot.file import SnapshotFile
 from vmm_kvm.snapshot.manifest import Manifest
+from vmm_kvm.snapshot.ram import read_extents
 from vmm_kvm.snapshot.stream import StreamReader
 
 
@@ -35,10 +37,13 @@ class Arrived(NamedTuple):
     """What is below 4 GiB, if the guest has firmware."""
 
 
-def receive(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
+def receive(
+    fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool, ram_fd: int | None = None
+) -> Arrived:
     """Read the machine of a VM from its stream or snapshot; takes ownership of `fd`.
 
-    `is_private` is whether no other process serves a device of it.
+    `is_private` is whether no other process needs its memory: then what `ram_fd` holds, if RAM is
+    no part of the stream, is mapped, else copied; it stays the caller's.
 
     Raises:
         SnapshotError: it is damaged, or of another VM, or this processor will not do.
@@ -48,13 +53,17 @@ def receive(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
     if spec.received.is_snapshot:
         return _load(fd, spec, kvm, is_private=is_private)
     with FdSource(fd, PATIENCE_S) as source:
-        reader = StreamReader(source, spec.received.manifest.encode())
+        # That of a clone nobody has read yet: it comes from another VM's process, as the rest does.
+        reader = StreamReader(source, spec.received.manifest.encode() or None)
         manifest = reader.manifest
         _check(manifest, spec)
         check_cpuid(manifest.cpuid, own_cpuid(kvm, spec))
-        memory = GuestMemory(manifest.regions, spec.name, is_private=is_private)
+        if ram_fd is not None and os.fstat(ram_fd).st_size != manifest.memory_size:
+            raise SnapshotError("memory: not as large as the manifest says")
+        mapped = (ram_fd, 0) if ram_fd is not None and is_private else None
+        memory = GuestMemory(manifest.regions, spec.name, is_private=is_private, mapped=mapped)
         try:
-            state = states.decode(reader.read_machine(memory))
+            state = states.decode(_read(reader, memory, ram_fd, is_mapped=is_private))
             image = _image(manifest, state.blobs.get("rom/contents", b""))
         except BaseException:
             memory.close()
@@ -82,6 +91,17 @@ def _load(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
                 memory.close()
                 raise
     return Arrived(manifest, MachineState(dict(state.parts), dict(state.blobs)), memory, image)
+
+
+def _read(
+    reader: StreamReader, memory: GuestMemory, ram_fd: int | None, *, is_mapped: bool
+) -> bytes:
+    """Fill RAM that is not mapped already, and return the state of all else."""
+    if ram_fd is None:
+        return reader.read_machine(memory)
+    if not is_mapped:
+        read_extents(ram_fd, memory)
+    return reader.read_state()
 
 
 def own_cpuid(kvm: Kvm, spec: VmSpec) -> tuple[CpuidRecord, ...]:

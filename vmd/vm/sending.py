@@ -64,7 +64,7 @@ class _Subject(NamedTuple):
 
     def manifest(self, state_size: int) -> Manifest:
         """Describe it."""
-        return _manifest(self.machine, self.spec, self.command, state_size, self.cpuid)
+        return manifest_of(self.machine, self.spec, self.command, state_size, self.cpuid)
 
 
 class Sending:
@@ -231,13 +231,14 @@ def _state_room(machine: "Machine") -> int:
     return _STATE_ROOM + firmware + (spec.variables.size if spec.variables else 0)
 
 
-def _manifest(
+def manifest_of(
     machine: "Machine",
     spec: VmSpec,
     command: SendVm,
     state_size: int,
     cpuid: tuple[CpuidRecord, ...],
 ) -> Manifest:
+    """Return the description of a machine whose state has `state_size` bytes."""
     image, boot = machine.spec.image, command.boot
     return Manifest(
         name=spec.name,

@@ -23,6 +23,7 @@ from vmd.shared.counters import make_counters
 from vmd.shared.vm_devices import DeviceConnection, flattened
 from vmd.vmm.blanks import Blank, Blanks, Ended, ForkError
 from vmd.wire.blank import Role
+from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.wire.device import VMM_AND_DEVICE, BeginDisk, BeginNic, DeviceBegin, VmmToDevice
 from vmd.wire.internal import (
@@ -73,11 +74,14 @@ _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
     PauseVm: VmPaused,
     UnpauseVm: VmUnpaused,
     SendVm: VmSent,
+    CaptureVm: VmCaptured,
     AskStatistics: VmStatistics,
 }
 """What a VM process says to a command, once."""
 _UNASKED: dict[type[VmReport], int] = {VmStarted: 1, VmUnpacked: 1, VmHalted: 1, VmEnding: 1}
 """Messages that a VM process sends unasked, and how many; one more halt for each unpause."""
+_PASSED = {VmUnpacked, VmCaptured}
+"""Messages whose descriptors are for the parent."""
 _NIC = "nic"  # begins the names of interfaces: a guest survives without
 
 
@@ -411,7 +415,7 @@ class Vmm:
             if isinstance(received.message, VmEnding):
                 vm.ending = received.message
             else:
-                passed = fds.take_all() if kind is VmUnpacked else ()
+                passed = fds.take_all() if kind in _PASSED else ()
                 self._tell(FromVm(id=number, report=received.message), passed)
 
     def _vm_silent(self, number: int, err: ChannelError) -> None:

@@ -1,7 +1,8 @@
 """Messages from vmm to a process that serves a disk or an interface, which sends none."""
 
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.internal import DiskSpec, Internal, NicSpec, SetVerbosity
+from vmd.wire.internal import DiskSpec, NicSpec, SetVerbosity
+from vmd.wire.parts import Internal
 
 
 class BeginDisk(Internal, frozen=True, kw_only=True):

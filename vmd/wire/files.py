@@ -4,9 +4,8 @@ from enum import StrEnum
 
 from vmd.config.disks import DiskKind
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.internal import Internal
 from vmd.wire.messages import ErrorCode
-from vmd.wire.parts import Part
+from vmd.wire.parts import Internal, Part
 
 
 class FileUse(StrEnum):

@@ -2,7 +2,8 @@
 
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.internal import Internal, SetVerbosity
+from vmd.wire.internal import SetVerbosity
+from vmd.wire.parts import Internal
 
 
 class Fork(Internal, frozen=True, kw_only=True):

@@ -19,9 +19,10 @@ import msgspec
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, SwitchConfig
+from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest
-from vmd.wire.parts import Part, Statistics
+from vmd.wire.parts import Internal, Part, Statistics
 from vmd.wire.transfers import ReceivedSpec, SentBoot
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import HaltReason
@@ -29,10 +30,6 @@ from vmm_kvm.limits import MTU_DEFAULT
 
 TEXT_MAX = 16384
 """Characters of a VM process's message about its end: some paths, and the reason."""
-
-
-class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """A message between processes of the daemon."""
 
 
 class SetVerbosity(Internal, frozen=True, kw_only=True):
@@ -324,6 +321,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     has_vsock: bool = False
     received: ReceivedSpec | None = None
     """None for one that boots."""
+    is_template: bool = False
+    """Clones are to go on from it, once it is paused."""
 
 
 class LaunchVm(Internal, frozen=True, kw_only=True):
@@ -414,6 +413,7 @@ VmCommand = (
     | UnpauseVm
     | SendVm
     | CancelSendVm
+    | CaptureVm
     | StopVm
     | AttachConsole
     | ConnectVm
@@ -493,9 +493,8 @@ class VmEnding(Internal, frozen=True, kw_only=True):
     message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
 
 
-VmReport = (
-    VmStarted | VmUnpacked | VmPaused | VmHalted | VmUnpaused | VmSent | VmStatistics | VmEnding
-)
+_Went = VmPaused | VmHalted | VmUnpaused | VmSent | VmCaptured
+VmReport = VmStarted | VmUnpacked | _Went | VmStatistics | VmEnding
 
 
 class ToVm(Internal, frozen=True, kw_only=True):

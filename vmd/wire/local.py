@@ -1,7 +1,8 @@
 """What the parent and the local process say to each other: which guests are answered."""
 
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.internal import Internal, LocalAddresses, SetVerbosity
+from vmd.wire.internal import LocalAddresses, SetVerbosity
+from vmd.wire.parts import Internal
 
 
 class ServeLocal(Internal, frozen=True, kw_only=True):

@@ -35,6 +35,8 @@ from vmd.wire.parts import (
 )
 from vmd.wire.ports import Connect, Connected
 from vmd.wire.transfers import (
+    Clone,
+    Cloned,
     Receive,
     Send,
     Snapshot,
@@ -154,6 +156,8 @@ class EventKind(StrEnum):
     """All of it is in a stream. It continues, or `stopped` follows."""
     SNAPSHOT = "snapshot"
     """All of it is in a snapshot, of the daemon's store if the message has a name; it goes on."""
+    CLONED = "cloned"
+    """Others continue from it; the message has their names."""
     STOPPED = "stopped"
     FAILED = "failed"
     REMOVED = "removed"
@@ -214,6 +218,8 @@ class Start(VmRequest, frozen=True, kw_only=True):
     has_vsock: bool = False
     """It has a vsock device, so that `connect` reaches ports of its guest; an instance also where
     its template has one."""
+    is_template: bool = False
+    """Clones are to go on from it: once it is paused, it stays so."""
 
 
 class Stop(VmRequest, frozen=True, kw_only=True):
@@ -305,7 +311,7 @@ class Log(Request, frozen=True, kw_only=True):
 
 
 _OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Console | Connect | Status | History
-_Transfers = Send | Receive | Snapshot | StoreRequest
+_Transfers = Send | Receive | Clone | Snapshot | StoreRequest
 ParentRequest = _OfVms | _Transfers | Counts | Load | Reload | Source | Reset | Log
 """What the parent answers."""
 AnyRequest = ParentRequest | Events
@@ -459,6 +465,9 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     is_from_config: bool = False
     started_at: float | None = None
     """Seconds since 1970-01-01 UTC."""
+    clone_of: str = ""
+    """The VM that it is a clone of, by its name then."""
+    is_template: bool = False
     after: tuple[str, ...] = ()
     """VMs that start before it, and stop after it."""
     last_end: EndInfo | None = None
@@ -530,9 +539,8 @@ class Event(Answer, frozen=True, kw_only=True):
     """The reason, in one line, if there is one."""
 
 
-_AnswersOfVms = (
-    Started | Terminated | ConsoleOpened | Connected | Vms | Lines | SnapshotList | SnapshotOpened
-)
+_Transferred = Cloned | SnapshotList | SnapshotOpened
+_AnswersOfVms = Started | Terminated | ConsoleOpened | Connected | Vms | Lines | _Transferred
 AnyAnswer = Done | Failed | _AnswersOfVms | SourceIs | Totals | Event
 
 ANSWER_MAX = 128 << 10

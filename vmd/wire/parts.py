@@ -81,6 +81,10 @@ class Request(
     """Of the protocol."""
 
 
+class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A message between processes of the daemon."""
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=tag_of):
     """What every answer has. A client ignores fields that it does not know."""
 

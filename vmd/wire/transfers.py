@@ -144,6 +144,42 @@ class SnapshotOpened(Answer, frozen=True, kw_only=True):
     """Index of its descriptor."""
 
 
+CLONES_MAX = 256
+"""Clones of one request."""
+
+
+class Clone(VmRequest, frozen=True, kw_only=True):
+    """Make VMs that go on where one stands, and let them run; for its owner and root.
+
+    Answered by `cloned` once each runs or has failed; by `failed`, and then none was made, if one
+    of them cannot be. A VM that runs stands still until its memory is copied. A template has to be
+    paused.
+    """
+
+    clone: Word
+    """The name of the clone; where `%d` stands in it, the lowest numbers that are free."""
+    count: Annotated[int, msgspec.Meta(ge=1, le=CLONES_MAX)] = 1
+
+
+class ClonedVm(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """A clone, or why there is none of that name."""
+
+    name: str
+    id: int = 0
+    """0 if it does not run."""
+    pid: int = 0
+    tty: str = ""
+    code: str = ""
+    """Why it does not run, as `failed` says it; empty if it does."""
+    message: str = ""
+
+
+class Cloned(Answer, frozen=True, kw_only=True):
+    """Clones run, or some do."""
+
+    vms: tuple[ClonedVm, ...]
+
+
 # What the daemon's processes say to each other of it
 
 
@@ -156,6 +192,9 @@ class ReceivedSpec(Part, frozen=True, kw_only=True):
     manifest: str
     stays_paused: bool
     is_snapshot: bool = False
+    memory: int | None = None
+    """Index of the descriptor of RAM, where that is no part of the stream, which nobody has read
+    then: it is a clone."""
     is_copy: bool = False
     """Its guest is to be told that it is somebody else."""
     clock: GuestClock = GuestClock.NOW

@@ -61,6 +61,8 @@ class MachineSpec(NamedTuple):
     """Of the system, sixteen bytes; None makes one of the name."""
     serial: str = ""
     """Serial number of the system; empty for none."""
+    shares_memory: bool = False
+    """RAM has a descriptor, though no other process serves a device: others are to map it."""
 
 
 def nets_of(devices: "Iterable[DeviceSpec]") -> "list[NetSpec]":

@@ -65,7 +65,7 @@ def ram_of(spec: "MachineSpec", hole_start: int, memory: GuestMemory | None) -> 
     """
     ranges = ram_ranges(spec.memory_size, hole_start)
     check_memory_end(spec.memory_size, sum(ranges[-1]))
-    is_private = not has_servers(spec.devices)
+    is_private = not (spec.shares_memory or has_servers(spec.devices))
     if memory is None:
         return GuestMemory(ranges, spec.name, is_private=is_private)
     is_shared = memory.fd >= 0

@@ -10,6 +10,7 @@ from errno import ENXIO
 from typing import NamedTuple, Protocol
 
 from vmm_kvm.bits import MIB, PAGE_SIZE
+from vmm_kvm.errors import SnapshotError
 
 PIECE = MIB
 """Bytes of the longest run."""
@@ -108,6 +109,24 @@ def _pieces(ram: Ram) -> Iterator[tuple[int, memoryview]]:
             for offset in range(start, stop, PIECE):
                 size = min(PIECE, stop - offset)
                 yield offset, ram.view(region.gpa + offset - region.offset, size)
+
+
+def read_extents(fd: int, ram: Ram) -> None:
+    """Read RAM, which is all zeros, from a file that has it by the same offsets.
+
+    Raises:
+        SnapshotError: the file is too short.
+        OSError: it cannot be read.
+    """
+    for region in ram.regions:
+        for start, stop in _extents(fd, region.offset, region.offset + region.size):
+            view = ram.view(region.gpa + start - region.offset, stop - start)
+            at = start
+            while view:
+                count = os.preadv(fd, [view], at)
+                if not count:
+                    raise SnapshotError("memory: the file ends too early")
+                view, at = view[count:], at + count
 
 
 def _extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -119,8 +119,7 @@ def write_stream(
         digest.update(data)
         sink.write(data)
 
-    text = manifests.encode(manifest)
-    write(_HEAD.pack(MAGIC, len(text)) + text)
+    write(head(manifest))
     write(state)
     for offset, data in runs(ram):
         kind, body = _RAW, data
@@ -132,6 +131,16 @@ def write_stream(
         write(body)
     write(_RECORD.pack(_END, 0, 0, 0))
     sink.write(digest.digest())
+
+
+def head(manifest: Manifest) -> bytes:
+    """Return how the stream of a machine begins; its state follows.
+
+    Raises:
+        SnapshotError: the machine cannot be described.
+    """
+    text = manifests.encode(manifest)
+    return _HEAD.pack(MAGIC, len(text)) + text
 
 
 def check_magic(found: bytes, wanted: bytes) -> None:

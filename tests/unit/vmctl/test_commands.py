@@ -282,6 +282,8 @@ def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Non
         "gid": 4_000_000_002,
         "is_from_config": False,
         "started_at": None,
+        "clone_of": "",
+        "is_template": False,
         "after": [],
         "last_end": None,
         "statistics": None,

@@ -55,6 +55,7 @@ from vmd.wire.messages import (
     Wait,
 )
 from vmd.wire.parts import Statistics
+from vmd.wire.transfers import Clone, Cloned, ClonedVm
 
 TIMEOUT_S = 60
 NAMES = tuple(f"build-runner-integration-{number:02}" for number in range(1, 13))
@@ -63,6 +64,7 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 LINES = {
+    "clone": "clone 1 web%d",
     "console": "console 1",
     "cp": "cp {here}/disk.qcow2 {vsock}:{new}",
     "create": "create -s 1M {new}",
@@ -137,6 +139,8 @@ def answer(request: AnyRequest) -> Answers:
             return [totals]
         case Start():
             return [Started(id=7, pid=700, tty="/dev/pts/7")]
+        case Clone():
+            return [Cloned(vms=(ClonedVm(name="web1", id=8, pid=800, tty="/dev/pts/8"),))]
         case Wait():
             return [Terminated(id=1)]
         case Events():

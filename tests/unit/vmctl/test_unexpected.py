@@ -38,7 +38,7 @@ from vmd.wire.messages import (
 )
 from vmd.wire.parts import Statistics
 from vmd.wire.ports import Connected
-from vmd.wire.transfers import SnapshotInfo, SnapshotList, SnapshotOpened
+from vmd.wire.transfers import Cloned, ClonedVm, SnapshotInfo, SnapshotList, SnapshotOpened
 
 UNEXPECTED = "unexpected response received from vmd"
 VM = VmInfo(
@@ -60,6 +60,7 @@ ANSWERS: tuple[AnyAnswer, ...] = (
     Done(id=1),
     Failed(code=ErrorCode.EPERM, message="no"),
     Started(id=1, pid=2, tty="/dev/pts/1"),
+    Cloned(vms=(ClonedVm(name="web1", id=8, pid=800, tty="/dev/pts/8"),)),
     Terminated(id=1),
     ConsoleOpened(id=1, tty="/dev/pts/1"),
     Connected(id=1),
@@ -82,6 +83,7 @@ COMMANDS = (
     *("start web", "wait web", "wait --timeout 9 web", "wait --for running web"),
     *("wait --for console=x web", "console web", "load /x", "reload", "reset", "log brief"),
     *("list", "log -f web", "log --json web", "snapshot -l", "snapshot -r one", "snapshot web one"),
+    "clone web web2",
     *("events", "top -n 1 -d 0.1", "metrics"),
 )
 ODD = (
@@ -159,6 +161,7 @@ def wrong_ones(command: str) -> tuple[bytes, ...]:
         "top": "vms",
         "metrics": "vms",
         "start": "started",
+        "clone": "cloned",
         "wait": "terminated",
         "console": "console-opened",
     }

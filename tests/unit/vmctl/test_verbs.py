@@ -156,7 +156,7 @@ def test_run_and_start_have_the_same_options() -> None:
         assert not (option.refused and start[name].refused)
     refused = {verb.name: {one.name for one in verb.options if one.refused} for verb in _MAKERS}
     assert refused == {
-        "run": {"--clock", "--save", "-t"},
+        "run": {"--clock", "--save", "--template", "-t"},
         "start": {
             "--console-log",
             "--gdb",

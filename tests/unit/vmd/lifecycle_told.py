@@ -17,6 +17,7 @@ from vmd.rules.vm_state import (
     Publish,
     Release,
     Reply,
+    SendCapture,
     SendPause,
     SendState,
     SendStop,
@@ -69,6 +70,8 @@ def told(effect: Effect) -> str:
             return "unpause"
         case SendState(keeps_running):
             return "send-and-go-on" if keeps_running else "send"
+        case SendCapture():
+            return "capture"
         case CancelSend():
             return "cancel"
         case SendStop():

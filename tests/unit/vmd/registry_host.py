@@ -29,6 +29,7 @@ from vmd.rules.vm_state import IDLE, Phase
 from vmd.shared.kernels import KernelStore
 from vmd.shared.pty import Pty
 from vmd.shared.ring import Replay
+from vmd.wire.capture import VmCaptured
 from vmd.wire.channel import Fds
 from vmd.wire.internal import (
     AttachConsole,
@@ -59,7 +60,9 @@ from vmd.wire.messages import (
     VmInfo,
     Vms,
 )
+from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.boot.source import Stamp
+from vmm_kvm.memfd import make_constant, make_memory
 
 ROOT = 0
 ALICE, BOB, CAROL = 1001, 1002, 1003
@@ -247,6 +250,12 @@ class Host:
         del self.processes[vm_id]
         self.report(vm_id, event)
 
+    def capture(self, vm: Vm) -> None:
+        """Let the process of a VM hand over what its clones go on from."""
+        fds = [make_constant("state", [b"state"]), make_memory("memory", PAGE_SIZE)]
+        self._effects.take(FromVm(id=vm.id, report=VmCaptured()), Fds(fds))
+        self._settle()
+
     def end_vmm(self) -> None:
         """Let the vmm process end, and all processes of VMs."""
         self.processes.clear()
@@ -424,6 +433,8 @@ def _message(vm_id: int, event: vm_state.Event) -> VmmToParent:
             report = VmPaused()
         case vm_state.Unpaused():
             report = VmUnpaused()
+        case vm_state.SendFailed(code, message):
+            report = VmCaptured(failure=code, message=message)
         case _:
             raise AssertionError(event)
     return FromVm(id=vm_id, report=report)

@@ -19,6 +19,8 @@ from tests.unit.vmd.lifecycle_told import (
 from vmd.rules.lifecycle import EARLY_MAX, EARLY_S, shown_state, step
 from vmd.rules.vm_state import (
     Attach,
+    Capture,
+    Captured,
     ClientLeft,
     Discard,
     Enqueue,
@@ -60,6 +62,7 @@ EVENTS: dict[str, Event] = {
     "unpause": Unpause(ASKER),
     "send": Send(ASKER),
     "send -l": Send(ASKER, keeps_running=True),
+    "capture": Capture(ASKER),
     "console": Attach(ASKER),
     "enqueue": Enqueue(),
     "overdue": Overdue(),
@@ -72,6 +75,7 @@ EVENTS: dict[str, Event] = {
     "halted": Halted(HaltReason.NO_SPACE, "/disk.img: No space left on device"),
     "unpaused": Unpaused(),
     "silent": Silent("it does not answer"),
+    "captured": Captured(),
     "sent": Sent(),
     "send failed": SendFailed(ErrorCode.EIO, "broken pipe"),
     "power off": Exited(EndReason.POWER_OFF),
@@ -394,6 +398,28 @@ TABLE = {
         "sending": "sending: asker!EALREADY",
         "stopping": "stopping: asker!not-running",
     },
+    "capture": {
+        "stopped": "stopped: asker!not-running",
+        "waiting": "waiting: asker!not-running",
+        "starting": "starting: asker!EAGAIN",
+        "running": "sending: capture",
+        "pausing": "pausing: asker!EAGAIN",
+        "paused": "sending: capture",
+        "unpausing": "unpausing: asker!EAGAIN",
+        "sending": "sending: asker!EALREADY",
+        "stopping": "stopping: asker!not-running",
+    },
+    "captured": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "starting:",
+        "running": "running:",
+        "pausing": "pausing:",
+        "paused": "paused:",
+        "unpausing": "unpausing:",
+        "sending": "running: sender=done",
+        "stopping": "stopping:",
+    },
     "silent": {
         "stopped": "stopped:",
         "waiting": "waiting:",
@@ -463,9 +489,21 @@ def test_states_have_openbsds_names() -> None:
         "pausing": State.RUNNING,
         "paused": State.PAUSED,
         "unpausing": State.PAUSED,
-        "sending": State.PAUSED,
+        "sending": State.RUNNING,
         "stopping": State.STOPPING,
     }
+
+
+def test_a_template_stays_paused() -> None:
+    """It is cloned when it is paused, and not before; nobody lets it go on."""
+    template = a_vm(Phase.RUNNING)._replace(is_template=True)
+    assert outcome(template, Capture(ASKER)) == "running: asker!EBUSY"
+    paused = template._replace(phase=Phase.PAUSED)
+    assert outcome(paused, Unpause(ASKER)) == "paused: asker!EBUSY"
+    assert outcome(paused, Capture(ASKER)) == "sending: capture"
+    assert outcome(template._replace(phase=Phase.PAUSING), Unpause(ASKER)) == "pausing: asker!EBUSY"
+    stopped, _ = step(paused, EVENTS["power off"], 100.0)
+    assert not stopped.is_template
 
 
 HALTED = EVENTS["halted"]

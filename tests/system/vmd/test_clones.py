@@ -1,0 +1,137 @@
+"""VMs that are cloned by vmctl, with a real daemon: who goes on where, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.vmd.daemon import READY, TIMEOUT_S, Client, Daemon, is_alive, vm_block
+from tests.system.vmd.test_send import running, started, vmctl
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+
+
+def start_template(vmd: Daemon, client: Client, name: str = "template") -> None:
+    """Start a template with the self-test guest, and pause it when that is ready."""
+    begun = vmctl(vmd, "start", "--template", "--selftest", "-m", "64M", name)
+    assert begun.returncode == 0, begun.stderr
+    with client.console(name) as console:
+        console.expect(READY)
+    assert vmctl(vmd, "pause", name).returncode == 0
+
+
+def test_a_running_vm_is_cloned(start_vmd: Start) -> None:
+    """Both go on and hear what is typed; the clone tells whose it is, and is cloned again."""
+    with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
+        pid = started(vmd, "one")
+        cloned = vmctl(vmd, "clone", "one", "two")
+        assert cloned.stderr.startswith(b"vmctl: started vm 2 (two) successfully, tty /dev/pts/")
+        assert cloned.returncode == 0
+        for name in ("one", "two"):
+            running(vmd, name)
+        assert client.vm("one")["pid"] == pid
+        assert client.vm("two")["clone_of"] == "one"
+        assert b"clone of: one" in vmctl(vmd, "show", "two").stdout
+        assert vmctl(vmd, "clone", "two", "three").returncode == 0
+        assert vmctl(vmd, "stop", "-fw", "two").returncode == 0
+        for name in ("one", "three"):
+            running(vmd, name)
+
+
+def test_clones_of_a_template(start_vmd: Start) -> None:
+    """It stays paused; its clones are numbered, go on without it, and boot when they reboot."""
+    with start_vmd("") as vmd, vmd.client() as client:
+        start_template(vmd, client)
+        refused = vmctl(vmd, "unpause", "template")
+        assert refused.returncode == 1
+        assert b"it is a template, and stays as it is for its clones" in refused.stderr
+        assert vmctl(vmd, "clone", "-n", "3", "template", "c%d").returncode == 0
+        cloned = vmctl(vmd, "clone", "--json", "-n", "2", "template", "c%d")
+        told = json.loads(cloned.stdout)
+        assert [(one["name"], one["code"]) for one in told] == [("c4", ""), ("c5", "")]
+        uids = [Path(f"/proc/{vm['pid']}").stat().st_uid for vm in client.vms()]
+        assert len(set(uids)) == (6 if uids[0] != os.geteuid() else 1)
+        assert vmctl(vmd, "stop", "-fw", "template").returncode == 0
+        for one in told:
+            assert client.vm(one["name"])["pid"] == one["pid"]
+            running(vmd, one["name"])
+        with client.console("c4") as console:
+            console.type(b"r")  # a reset
+            console.read_to_end()
+        client.wait_for_reboot("c4", told[0]["pid"])
+        with client.console("c4") as console:
+            console.expect(READY)
+        running(vmd, "c5")
+
+
+def test_a_template_that_runs_is_not_cloned(start_vmd: Start) -> None:
+    """One line says what to do."""
+    with start_vmd("") as vmd:
+        assert vmctl(vmd, "start", "--template", "--selftest", "-m", "64M", "t").returncode == 0
+        refused = vmctl(vmd, "clone", "t", "c")
+        assert refused.stderr.decode().splitlines() == [
+            "vmctl: clone vm command failed: Device or resource busy",
+            "vmctl: the template still runs: it has to be paused",
+        ]
+        assert refused.returncode == 1
+
+
+def test_what_cannot_be_cloned(start_vmd: Start) -> None:
+    """Each is refused in a line, and nothing is made."""
+    with start_vmd(vm_block("one", enabled=True) + vm_block("off")) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        for words, text in (
+            (("none", "c"), "no such VM"),
+            (("one", "one"), 'there is a VM "one"'),
+            (("-n", "2", "one", "c"), '2 clones need a "%d" in their name'),
+            (("-n", "0", "one", "c%d"), "count is too small: 0"),
+            (("-n", "257", "one", "c%d"), "count is too large: 257"),
+            (("-n", "x", "one", "c%d"), "count is invalid: x"),
+            (("one", "-"), "invalid VM name"),
+            (("off", "c"), "the VM is not running"),
+        ):
+            refused = vmctl(vmd, "clone", *words)
+            assert refused.stderr.decode().splitlines()[-1] == f"vmctl: {text}"
+            assert refused.returncode == 1
+        assert {vm["name"] for vm in client.vms()} == {"one", "off"}
+        running(vmd, "one")
+
+
+def wait_until_gone(client: Client, *names: str) -> None:
+    """Ask until there are no such VMs."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while left := {str(vm["name"]) for vm in client.vms()} & set(names):
+        assert time.monotonic() < deadline, f"{left} are still there"
+        time.sleep(0.02)
+
+
+def memfds(pid: int) -> int:
+    """Return how many descriptors of memory of guests a process has."""
+    names = (str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return sum(name.startswith(("/memfd:vmm:", "/memfd:state:")) for name in names)
+
+
+def test_nothing_is_left_of_clones(start_vmd: Start) -> None:
+    """Killed source, killed clones: the memory that they shared is gone with the last of them."""
+    with start_vmd("") as vmd, vmd.client() as client:
+        start_template(vmd, client)
+        assert vmctl(vmd, "clone", "-n", "4", "template", "c%d").returncode == 0
+        assert memfds(vmd.process.pid) > 0
+        pids = [int(str(vm["pid"])) for vm in client.vms()]
+        os.kill(vmd.child("vm/template"), signal.SIGKILL)
+        wait_until_gone(client, "template")
+        running(vmd, "c1")
+        assert memfds(vmd.process.pid) == 0
+        for pid in pids:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        wait_until_gone(client, "c1", "c2", "c3", "c4")
+        assert not any(is_alive(pid) for pid in pids)

@@ -1,0 +1,293 @@
+"""Clones in the table of VMs: which there may be, all of them or none, and who is told what."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vmd.registry_host import ALICE, BOB, ROOT, Host, code
+from vmd.config.disks import DiskKind, DiskOption
+from vmd.config.model import InterfaceConfig, Limits, Owner, Right, VmConfig
+from vmd.rules.cloning import clone_config, clone_names
+from vmd.rules.policy import Denied
+from vmd.rules.vm import Vm
+from vmd.rules.vm_state import (
+    Exited,
+    LaunchFailed,
+    Paused,
+    Phase,
+    Running,
+    SendFailed,
+    Unpaused,
+    VmState,
+)
+from vmd.wire.messages import (
+    ErrorCode,
+    EventKind,
+    Failed,
+    Pause,
+    Start,
+    Started,
+    State,
+    Stop,
+    Unpause,
+)
+from vmd.wire.transfers import Clone, Cloned, ClonedVm
+
+SOURCE = VmConfig(
+    "source", boot="/kernel", owner=Owner(ALICE), given=frozenset({Right.BOOT}), is_enabled=False
+)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """A host with a VM that runs, and is ALICE's; nothing is left of it at the end."""
+    host = Host()
+    host.run(host.registry.load([SOURCE]))
+    run(host, "source")
+    yield host
+    host.end_vmm()
+    del host
+    gc.collect()
+
+
+def run(host: Host, name: str, *, is_template: bool = False) -> Vm:
+    """Start a VM, until it runs."""
+    host.begin(Start(name=name, is_template=is_template))
+    vm = host.launch(name)
+    host.report(vm, Running())
+    return vm
+
+
+def told(host: Host, key: tuple[int, int]) -> tuple[ClonedVm, ...]:
+    """Return what a request for clones was answered."""
+    answer = host.answers[key]
+    assert isinstance(answer, Cloned)
+    return answer.vms
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count", "taken", "names"),
+    [
+        ("web", 1, (), ["web"]),
+        ("web%d", 1, (), ["web1"]),
+        ("web%d", 3, ("web2",), ["web1", "web3", "web4"]),
+        ("a%d.b", 2, (), ["a1.b", "a2.b"]),
+        ("web", 1, ("web",), None),
+        ("web", 2, (), None),
+        ("-%d", 1, (), None),
+        ("we b", 1, (), None),
+        ("%d%d", 1, (), None),
+        ("a" * 70, 1, (), None),
+        (f"{'a' * 62}%d", 9, (), [f"{'a' * 62}{number}" for number in range(1, 10)]),
+        (f"{'a' * 62}%d", 10, (), None),
+    ],
+)
+def test_names_of_clones(
+    pattern: str, count: int, taken: tuple[str, ...], names: list[str] | None
+) -> None:
+    """The lowest numbers that are free stand for %d; what is no name, or is taken, is refused."""
+    found = clone_names(pattern, count, lambda name: name in taken)
+    assert (None if isinstance(found, Denied) else found) == names
+
+
+@pytest.mark.parametrize(
+    ("config", "is_template", "problem"),
+    [
+        (SOURCE, False, None),
+        (
+            SOURCE._replace(interfaces=(InterfaceConfig(switch="lan"),)),
+            True,
+            "interface 0: a clone needs one of its own",
+        ),
+        (
+            SOURCE._replace(disks=(DiskOption(DiskKind.RAW, "/a"),)),
+            True,
+            "disk /a: its clone would write to it too",
+        ),
+        (
+            SOURCE._replace(disks=(DiskOption(DiskKind.PMEM, "/a"),)),
+            True,
+            "disk /a: pmem cannot be cloned",
+        ),
+        (
+            SOURCE._replace(disks=(DiskOption(DiskKind.RAW, "/a", is_read_only=True),)),
+            False,
+            "a VM with disks has to be a template, see start --template",
+        ),
+        (SOURCE._replace(disks=(DiskOption(DiskKind.RAW, "/a", is_read_only=True),)), True, None),
+    ],
+)
+def test_what_cannot_be_cloned(config: VmConfig, is_template: bool, problem: str | None) -> None:
+    """What two VMs cannot both have is refused by its name."""
+    found = clone_config(Vm(config, VmState(1, is_template=is_template), ROOT))
+    assert (found.message if isinstance(found, Denied) else None) == problem
+
+
+def test_a_running_vm_is_cloned(host: Host) -> None:
+    """It is captured, goes on, and its clones start; the client is told when each of them runs."""
+    source = host.vm("source")
+    key = host.begin(Clone(name="source", clone="c%d", count=2), ALICE)
+    assert host.told[source.id] == ["CaptureVm"]
+    assert host.states() == {"source": State.RUNNING}
+    host.capture(source)
+    assert host.states() == dict.fromkeys(("source", "c1", "c2"), None) | {
+        "source": State.RUNNING,
+        "c1": State.STARTING,
+        "c2": State.STARTING,
+    }
+    second = host.launch("c2")
+    host.report(second, Running())
+    assert key in host.pending
+    first = host.launch("c1")
+    host.report(first, Running())
+    assert [(vm.name, vm.id, vm.code) for vm in told(host, key)] == [
+        ("c1", first.id, ""),
+        ("c2", second.id, ""),
+    ]
+    assert (first.clone_of, first.config.owner, first.requester) == ("source", Owner(ALICE), ALICE)
+    assert first.config.boot == "/kernel"
+    assert [event.message for event in host.events if event.kind is EventKind.CLONED] == ["c1, c2"]
+    host.end(first, Exited(None))
+    assert [vm.name for vm in host.registry.vms] == ["source", "c2"]
+
+
+def test_a_paused_vm_is_captured_once(host: Host) -> None:
+    """As long as it stands still, later clones go on from the same; not when it has gone on."""
+    source = host.vm("source")
+    host.begin(Pause(name="source"))
+    host.report(source, Paused())
+    host.begin(Clone(name="source", clone="a"))
+    host.capture(source)
+    host.begin(Clone(name="source", clone="b"))
+    assert host.told[source.id].count("CaptureVm") == 1
+    assert host.vm("a").origin is host.vm("b").origin is source.captured
+    host.begin(Unpause(name="source"))
+    assert source.captured is None
+    host.report(source, Unpaused())
+    host.begin(Clone(name="source", clone="c"))
+    assert host.told[source.id].count("CaptureVm") == 2
+
+
+def test_a_template_is_cloned_when_it_is_paused(host: Host) -> None:
+    """And says so before."""
+    host.run(host.registry.load([SOURCE._replace(name="template")]))
+    template = run(host, "template", is_template=True)
+    answer = host.ask(Clone(name="template", clone="a"))
+    assert isinstance(answer, Failed)
+    assert answer.code == ErrorCode.EBUSY
+    assert answer.message == "the template still runs: it has to be paused"
+    host.begin(Pause(name="template"))
+    host.report(template, Paused())
+    host.begin(Clone(name="template", clone="a"))
+    host.capture(template)
+    assert host.states()["a"] is State.STARTING
+
+
+def test_all_clones_are_made_or_none(host: Host) -> None:
+    """A name that is taken, one that is too many, and a stranger change nothing."""
+    host.registry.limits = Limits(vms=3)
+    source = host.vm("source")
+    for request, uid, wanted in (
+        (Clone(name="none", clone="a"), ALICE, ErrorCode.ENOENT),
+        (Clone(name="source", clone="a"), BOB, ErrorCode.EPERM),
+        (Clone(name="source", clone="source"), ALICE, ErrorCode.EPROCLIM),
+        (Clone(name="source", clone="a", count=2), ALICE, ErrorCode.EINVAL),
+        (Clone(name="source", clone="a%d", count=4), ALICE, ErrorCode.EPERM),
+    ):
+        assert code(host.ask(request, uid)) == wanted
+    assert host.told[source.id] == []
+    assert [vm.name for vm in host.registry.vms] == ["source"]
+    key = host.begin(Clone(name="source", clone="a%d", count=3), ALICE)
+    host.capture(source)
+    assert host.ask(Clone(name="source", clone="b"), ALICE) is not None  # a fourth
+    assert key in host.pending
+
+
+def test_what_has_happened_meanwhile_counts(host: Host) -> None:
+    """A name that somebody else took while the VM was captured is refused then."""
+    host.run(host.registry.load([SOURCE._replace(name="other")]))
+    source = host.vm("source")
+    key = host.begin(Clone(name="source", clone="late"), ALICE)
+    host.run(host.registry.load([SOURCE._replace(name="late")]))
+    host.capture(source)
+    assert code(host.answers[key]) == ErrorCode.EPROCLIM
+    assert source.state.phase is Phase.RUNNING
+
+
+def test_some_clones_fail(host: Host) -> None:
+    """Those that run are told of beside those that do not."""
+    key = host.begin(Clone(name="source", clone="c%d", count=2), ALICE)
+    host.capture(host.vm("source"))
+    host.report(host.launch("c1"), Running())
+    host.launches.remove(host.vm("c2").id)
+    host.report(host.vm("c2"), LaunchFailed(ErrorCode.EAGAIN, "no process"))
+    assert [(vm.name, vm.code, vm.message) for vm in told(host, key)] == [
+        ("c1", "", ""),
+        ("c2", "EAGAIN", "no process"),
+    ]
+    assert set(host.states()) == {"source", "c1"}
+
+
+def test_a_vm_that_cannot_be_captured_goes_on(host: Host) -> None:
+    """Its process says why, or hands over what is no memory, or ends; none of it makes a clone."""
+    source = host.vm("source")
+    key = host.begin(Clone(name="source", clone="a"))
+    host.report(source, SendFailed(ErrorCode.EIO, "no room"))
+    assert code(host.answers[key]) == ErrorCode.EIO
+    assert source.state.phase is Phase.RUNNING
+    key = host.begin(Clone(name="source", clone="a"))
+    host.end(source, Exited(None))
+    assert code(host.answers[key]) == ErrorCode.EIO
+    assert [vm.name for vm in host.registry.vms] == ["source"]
+
+
+def test_the_same_serial_twice_is_two_requests(host: Host) -> None:
+    """What a client calls its requests is its own affair."""
+    host.run(host.registry.load([SOURCE._replace(name="other")]))
+    run(host, "other")
+    for source, name in (("source", "a"), ("other", "b")):
+        host.run(host.registry.request(5, ROOT, Clone(name=source, clone=name, serial=7)))
+    host.capture(host.vm("other"))
+    host.capture(host.vm("source"))
+    assert (host.vm("a").clone_of, host.vm("b").clone_of) == ("source", "other")
+    host.leave(5)
+
+
+def test_a_client_that_leaves_wants_no_clones(host: Host) -> None:
+    """Nothing is made of what is captured then; clones that start already go on."""
+    source = host.vm("source")
+    host.begin(Clone(name="source", clone="a"), client=3)
+    host.leave(3)
+    assert host.told[source.id] == ["CaptureVm", "CancelSendVm"]
+    host.capture(source)
+    assert set(host.states()) == {"source"}
+    host.begin(Clone(name="source", clone="b"), client=4)
+    host.capture(source)
+    host.leave(4)
+    host.report(host.launch("b"), Running())
+    assert host.states() == {"source": State.RUNNING, "b": State.RUNNING}
+
+
+def test_nothing_is_kept_without_need(host: Host) -> None:
+    """Memory is given back when the last clone has gone on from it, and its source goes on."""
+    before = set(Path("/proc/self/fd").iterdir())
+    host.begin(Clone(name="source", clone="a"))
+    host.capture(host.vm("source"))
+    assert len(set(Path("/proc/self/fd").iterdir()) - before) >= 2
+    host.report(host.launch("a"), Running())
+    gc.collect()
+    assert set(Path("/proc/self/fd").iterdir()) <= before
+
+
+def test_a_clone_that_is_to_stop_is_told_of(host: Host) -> None:
+    """Whoever stops it, the one who asked for it hears of it."""
+    key = host.begin(Clone(name="source", clone="a"))
+    host.capture(host.vm("source"))
+    host.begin(Stop(name="a", force=True), client=2)
+    assert [vm.code for vm in told(host, key)] == ["EINTR"]
+    answer = host.ask(Start(name="source"))
+    assert not isinstance(answer, Started)
