@@ -332,6 +332,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.block",
         "vmm_kvm.images",
         "vmm_kvm.net",
+        "vmm_kvm.snapshot",
         "vmm_kvm.virtio",
         "vmm_kvm.virtio.vhost_user",
         "vmd.config",

@@ -5,7 +5,7 @@ interfaces are the daemon's to make: a VM that has some is for `vmctl receive`.
 """
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmm_kvm.arch.x86.cpuid import guest_cpuid
@@ -22,6 +22,7 @@ from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import check_cpuid, cpuid_records
 from vmm_kvm.snapshot.fds import FdSource
 from vmm_kvm.snapshot.file import SnapshotFile
+from vmm_kvm.snapshot.generations import Generation, check_generations, take_generations
 from vmm_kvm.snapshot.stream import StreamReader
 
 if TYPE_CHECKING:  # loaded where there is such a thing
@@ -83,6 +84,7 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | 
         raise SnapshotError("the VM has network interfaces: use 'vmctl receive'")
     if vsock and manifest.vsock_cid is None:
         raise SnapshotError("the VM has no vsock device: use no --vsock")
+    found = _generations(manifest)
     devices = (*BASIC_DEVICES, *_devices(manifest, stack), *_vsock(manifest, vsock))
     is_private = not has_servers(devices)
     memory = stack.enter_context(
@@ -93,6 +95,8 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | 
     else:
         state = states.decode(source.state)
         source.read_ram(memory)
+    state, wanted = take_generations(state, len(manifest.disks))
+    check_generations((disk.path for disk in manifest.disks), wanted, found)
     image = _image(manifest, state.blobs.get("rom/contents", b""))
     spec = MachineSpec(
         image=image,
@@ -108,6 +112,19 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | 
         serial=manifest.serial,
     )
     return Saved(spec, MachineState(dict(state.parts), dict(state.blobs)), memory)
+
+
+def _generations(manifest: "Manifest") -> dict[int, Generation]:
+    """Return those of the images, before they are opened; a missing one is refused then."""
+    found = {}
+    for place, disk in enumerate(manifest.disks):
+        with suppress(OSError):
+            fd = os.open(disk.path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                found[place] = Generation.of(fd)
+            finally:
+                os.close(fd)
+    return found
 
 
 def _image(manifest: "Manifest", rom: bytes) -> "BootImage":

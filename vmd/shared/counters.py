@@ -1,6 +1,7 @@
 """Counters of a device's traffic, in memory that its process writes and the VM's reads.
 
-Two numbers of eight bytes in the host's order, in and out; each has one writer. Any bytes of the
+Numbers of eight bytes in the host's order, each with one writer: in and out, and of a disk the
+generations of its image, as it was found and as it was left when all was written. Any bytes of the
 other process are valid numbers.
 """
 
@@ -14,6 +15,7 @@ from vmm_kvm.scatter import total
 
 _SIZE = mmap.PAGESIZE
 _READ, _WRITTEN = 0, 1
+_FOUND, _LEFT, _GENERATION = 2, 5, 3  # places, and how many numbers one has
 
 
 def make_counters() -> int:
@@ -44,6 +46,17 @@ class Counters:
     def written(self) -> int:
         """Bytes that the guest has written."""
         return self.values[_WRITTEN]
+
+    def set_generation(self, numbers: Sequence[int], *, is_found: bool = False) -> None:
+        """Note the generation of a disk's image, three numbers; with `is_found` as it was found."""
+        at = _FOUND if is_found else _LEFT
+        for place, number in enumerate(numbers[:_GENERATION]):
+            self.values[at + place] = number
+
+    def generation(self, *, is_found: bool = False) -> tuple[int, ...]:
+        """Return the generation of a disk's image as it was left, or found."""
+        at = _FOUND if is_found else _LEFT
+        return tuple(self.values[at : at + _GENERATION])
 
 
 class CountedImage:

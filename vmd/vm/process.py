@@ -7,7 +7,6 @@ A reboot ends it too: the parent starts another, with the same console.
 Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
 """
 
-import errno
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ from vmd.shared.vm_devices import Connections
 from vmd.vm.capturing import Capturing
 from vmd.vm.console import Console
 from vmd.vm.machine_spec import has_servers, machine_spec_of
+from vmd.vm.reasons import ending, error_code, send_code, why_not_sent
 from vmd.vm.receiving import Arrived, own_cpuid, receive
 from vmd.vm.sending import Sending
 from vmd.vm.shutdown import Shutdown
@@ -67,13 +67,8 @@ from vmm_kvm.arch.x86.kvm_state import ClockPolicy
 from vmm_kvm.bits import MIB
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import (
-    BootError,
     HaltError,
-    ImageError,
-    Refusal,
-    RefusedError,
     SnapshotError,
-    StateError,
     VmmError,
 )
 from vmm_kvm.kvm.system import Kvm
@@ -82,18 +77,15 @@ from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import Machine
 from vmm_kvm.machine.spec import (
-    Crash,
-    DebugExitStatus,
-    Ending,
     MachineSpec,
     Outcome,
-    TripleFault,
     nets_of,
 )
 from vmm_kvm.machine.state import restore
 from vmm_kvm.net.host_stream import HostStream
 from vmm_kvm.net.paths import StreamPath
 from vmm_kvm.primitives import Vmm
+from vmm_kvm.snapshot.generations import Generation, check_generations
 
 log = Log(__name__)
 
@@ -177,7 +169,7 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         except (VmmError, OSError) as err:
             log.warning("%s", err)
             text = str(err)[:TEXT_MAX]
-            _tell(channel, VmEnding(reason=EndReason.FAILED, code=_error_code(err), message=text))
+            _tell(channel, VmEnding(reason=EndReason.FAILED, code=error_code(err), message=text))
             return
         process.run()
 
@@ -228,29 +220,6 @@ def _wait(
     named = Fds(passed[:count])
     named.spread(message.places)
     return message.spec, named, Connections.from_fds(message.spec, passed[count:])
-
-
-def _error_code(err: Exception) -> ErrorCode:
-    match err:
-        case ImageError():
-            return ErrorCode.DISK_MISSING
-        case SnapshotError() | StateError():
-            return ErrorCode.ENOENT  # as OpenBSD answers a stream that it does not take
-        case BootError() | RefusedError(refusal=Refusal.EINVAL):
-            return ErrorCode.EINVAL
-        case MemoryError() | RefusedError(refusal=Refusal.ENOMEM):
-            return ErrorCode.ENOMEM
-    return ErrorCode.EIO
-
-
-def _send_code(err: Exception) -> ErrorCode:
-    is_full = isinstance(err, OSError) and err.errno in {errno.ENOSPC, errno.EDQUOT}
-    return ErrorCode.ENOSPC if is_full else ErrorCode.EIO
-
-
-def _why_not_sent(failure: "VmmError | OSError") -> tuple[ErrorCode, str]:
-    text = failure.strerror if isinstance(failure, OSError) else None
-    return _send_code(failure), (text or str(failure))[:TEXT_MAX]
 
 
 @contextmanager
@@ -324,6 +293,9 @@ class VmProcess:
             try:
                 going_on = spec.received
                 assert going_on
+                images = (disk.option.path for disk in spec.disks)
+                found = self._generations(are_found=True)
+                check_generations(images, received.generations, found)
                 policy = _POLICIES[going_on.clock]
                 restore(self._machine, received.state, policy)
                 if going_on.is_copy:
@@ -352,7 +324,7 @@ class VmProcess:
         if self._is_sent:
             _tell(self._channel, VmEnding(reason=EndReason.SENT))
         elif self._outcome or self._shutdown.has_begun:
-            _tell(self._channel, _ending(self._outcome, self._shutdown))
+            _tell(self._channel, ending(self._outcome, self._shutdown))
 
     def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -437,12 +409,14 @@ class VmProcess:
                 is_snapshot=command.is_snapshot,
             )
         except (VmmError, OSError, ChannelError) as err:
-            _tell(self._channel, VmSent(failure=_send_code(err), message=str(err)[:TEXT_MAX]))
+            _tell(self._channel, VmSent(failure=send_code(err), message=str(err)[:TEXT_MAX]))
             return
         self._sent_keeps_running = command.keeps_running
         cpuid = own_cpuid(self._kvm, self._spec)
         halt = None if self._is_paused else self._machine.pause
-        self._sending.begin(self._machine, self._spec, command, cpuid, halt)
+        self._sending.begin(
+            self._machine, self._spec, command, cpuid, halt=halt, generations=self._generations
+        )
 
     def _written(self) -> None:
         """Go on: of a snapshot, all is written but not yet durable."""
@@ -469,7 +443,7 @@ class VmProcess:
             fds = capturing.take()
             _tell(self._channel, VmCaptured(), *fds)
         else:
-            code, text = _why_not_sent(failure)
+            code, text = why_not_sent(failure)
             _tell(self._channel, VmCaptured(failure=code, message=text))
         self._sending = None
         self._go_on(stood_still=True)
@@ -485,7 +459,7 @@ class VmProcess:
         if failure is None:
             _tell(self._channel, VmSent())
         else:
-            code, text = _why_not_sent(failure)
+            code, text = why_not_sent(failure)
             _tell(self._channel, VmSent(failure=code, message=text))
         self._go_on(stood_still=stood_still)
 
@@ -498,6 +472,13 @@ class VmProcess:
         waiting, self._when_not_sent = self._when_not_sent, []
         for call in waiting:
             call()
+
+    def _generations(self, *, are_found: bool = False) -> dict[int, Generation]:
+        """Return the generations of disks as their processes have left, or found, them."""
+        return {
+            index: Generation(*disk.generation(is_found=are_found))
+            for index, disk in self._disks.items()
+        }
 
     def _stands_still(self) -> bool:
         """Tell whether the machine stands still to be sent."""
@@ -571,24 +552,3 @@ class VmProcess:
             ),
             memory_used=self._machine.info().used_size,
         )
-
-
-def _ending(outcome: Outcome | None, shutdown: Shutdown) -> VmEnding:
-    if shutdown.has_begun:
-        if shutdown.is_over and outcome is None:
-            text = "the guest did not stop in time"
-            return VmEnding(reason=EndReason.OVERDUE, message=text)
-        return VmEnding(reason=EndReason.STOPPED)
-    match outcome:
-        case Ending.REBOOT:
-            return VmEnding(reason=EndReason.REBOOT)
-        case TripleFault(message):
-            return VmEnding(reason=EndReason.REBOOT, message=message)
-        case Crash(message):
-            return VmEnding(reason=EndReason.CRASHED, message=message)
-        case DebugExitStatus(value):
-            return VmEnding(reason=EndReason.POWER_OFF, message=f"debug exit {value:#x}")
-        case Ending.POWER_OFF | None:
-            return VmEnding(reason=EndReason.POWER_OFF)
-        case _:
-            assert_never(outcome)

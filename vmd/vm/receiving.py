@@ -6,6 +6,7 @@ the manifest is held against it.
 """
 
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from vmd.vm.sending import PATIENCE_S
@@ -21,8 +22,10 @@ from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord, check_cpuid, cpuid_records
 from vmm_kvm.snapshot.fds import FdSource
 from vmm_kvm.snapshot.file import SnapshotFile
+from vmm_kvm.snapshot.generations import Generation, take_generations
 from vmm_kvm.snapshot.manifest import Manifest
 from vmm_kvm.snapshot.ram import read_extents
+from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import StreamReader
 
 
@@ -35,6 +38,8 @@ class Arrived(NamedTuple):
     """The holder's."""
     image: FirmwareImage | None
     """What is below 4 GiB, if the guest has firmware."""
+    generations: Mapping[int, Generation]
+    """Of the images of disks, by their places."""
 
 
 def receive(
@@ -68,7 +73,19 @@ def receive(
         except BaseException:
             memory.close()
             raise
-    return Arrived(manifest, MachineState(dict(state.parts), dict(state.blobs)), memory, image)
+    return _arrived(manifest, state, memory, image)
+
+
+def _arrived(
+    manifest: Manifest, state: State, memory: GuestMemory, image: FirmwareImage | None
+) -> Arrived:
+    try:
+        state, generations = take_generations(state, len(manifest.disks))
+    except BaseException:
+        memory.close()
+        raise
+    machine = MachineState(dict(state.parts), dict(state.blobs))
+    return Arrived(manifest, machine, memory, image, generations)
 
 
 def _load(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
@@ -90,7 +107,7 @@ def _load(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
             except BaseException:
                 memory.close()
                 raise
-    return Arrived(manifest, MachineState(dict(state.parts), dict(state.blobs)), memory, image)
+    return _arrived(manifest, state, memory, image)
 
 
 def _read(

@@ -17,7 +17,7 @@ it was asked to; before that, it is ours, whatever has gone out: the receiver do
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmd.wire.internal import NicSpec, SendVm, VmSpec
@@ -31,6 +31,7 @@ from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink
 from vmm_kvm.snapshot.file import FileWriter, check_file, write_into
+from vmm_kvm.snapshot.generations import Generation, with_generations
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
 from vmm_kvm.snapshot.precopy import Plan, Writer, copy_into
 from vmm_kvm.snapshot.state import State
@@ -50,6 +51,7 @@ _KERNEL = os.uname().release  # asked before this process is confined
 
 Halt = Callable[[], None]
 """Lets the machine stand still; on the loop's thread."""
+Generations = Callable[[], Mapping[int, Generation]]
 OnEnd = Callable[["VmmError | OSError | None"], None]
 
 
@@ -61,6 +63,7 @@ class _Subject(NamedTuple):
     command: SendVm
     cpuid: tuple[CpuidRecord, ...]
     halt: Halt | None
+    generations: Generations
 
     def manifest(self, state_size: int) -> Manifest:
         """Describe it."""
@@ -117,14 +120,17 @@ class Sending:
         spec: VmSpec,
         command: SendVm,
         cpuid: tuple[CpuidRecord, ...],
+        *,
         halt: Halt | None,
+        generations: Generations,
     ) -> None:
         """Begin to write a machine; what fails is told later.
 
         `cpuid` is what this host's processor shows to such a guest. `halt` is called when a machine
-        that runs has to stand still; None for one that does.
+        that runs has to stand still; None for one that does. `generations` returns those of its
+        disks, which stand still then.
         """
-        subject = _Subject(machine, spec, command, cpuid, halt)
+        subject = _Subject(machine, spec, command, cpuid, halt, generations)
         write = self._write_running
         if halt is None:
             self._save(subject)
@@ -139,7 +145,8 @@ class Sending:
             if subject.halt:
                 subject.halt()
             saved = save(subject.machine)
-            state = states.encode(State(saved.parts, saved.blobs))
+            found = State(saved.parts, saved.blobs)
+            state = states.encode(with_generations(found, subject.generations()))
             self._state = subject.manifest(len(state)), state
         except (VmmError, OSError) as err:
             self._failure = err

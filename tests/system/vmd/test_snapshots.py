@@ -124,11 +124,12 @@ def test_a_paused_vm_stays_paused(start_vmd: Start) -> None:
         answers(vmd, "two")
 
 
-def test_disks_that_are_written_are_refused(start_vmd: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_disks_that_are_written_are_refused(start_vmd: Start, tmp_path: Path, kind: str) -> None:
     """A snapshot without its disk is made only where that is said; a copy then needs the lock."""
-    disk = tmp_path / "disk.raw"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", disk, "8M"], check=True)
-    block = vm_block("one", f'disk "{disk}" format raw', enabled=True)
+    disk = tmp_path / f"disk.{kind}"
+    subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "8M"], check=True)
+    block = vm_block("one", f'disk "{disk}" format {kind}', enabled=True)
     with start_vmd(block) as vmd, vmd.client() as client:
         started(vmd, "one")
         status, text = vmctl(vmd, "snapshot", "one", "first")
@@ -146,6 +147,18 @@ def test_disks_that_are_written_are_refused(start_vmd: Start, tmp_path: Path) ->
         assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
         assert vmctl(vmd, "start", "two", "--from", "first")[0] == 0
         answers(vmd, "two")
+        assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
+        with disk.open("r+b") as file:
+            file.seek(-7, os.SEEK_END)
+            file.write(b"changed")
+        status, text = vmctl(vmd, "start", "two", "--from", "first")
+        assert (status, text.splitlines()) == (
+            1,
+            [
+                "vmctl: start vm command failed: No such file or directory",
+                f"vmctl: disk {disk}: it has changed since the VM was written",
+            ],
+        )
 
 
 def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:
