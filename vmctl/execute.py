@@ -56,7 +56,7 @@ def execute(
         added = _variables(environment)
         if terminal:
             added.setdefault("TERM", os.environ.get("TERM", "dumb"))
-        with agent_of(name).execute(
+        with agent_of(name, deadline).execute(
             command,
             deadline=deadline,
             reads=interactive,
@@ -145,8 +145,7 @@ class _Streams:
                 stack.callback(self._restore_screen)
             while not self._is_over():
                 ready = self._session.wait(self._wanted(resized))
-                if resized in ready:
-                    os.read(resized, _READ_MAX)
+                if resized >= 0 and _has_come(resized):
                     self._session.resize(*_terminal_size())
                 if 0 in ready:
                     self._read()
@@ -187,8 +186,12 @@ class _Streams:
 
     def _write(self, channel: Kind, fd: int) -> None:
         data = self._session.peek(channel, self._sizes[fd])
+        if self._state and fd == 1:
+            self._state.note(data)  # first: a signal may come in between
         try:
             count = os.write(fd, data)
+            while self._state and fd == 1 and count < len(data):
+                count += os.write(fd, data[count:])
         except BlockingIOError:  # another program made a shared descriptor non-blocking
             return
         except OSError as err:
@@ -196,14 +199,20 @@ class _Streams:
                 raise OutputError from err
             count = len(data)  # nobody can read it
         self._session.take(channel, count)
-        if self._state and fd == 1:
-            self._state.note(data[:count])
 
     def _restore_screen(self) -> None:
         """Take back what the command did to the terminal that shows it."""
         if self._state:
             with suppress(OSError):  # it has hung up: nobody is left to see it
                 os.write(1, self._state.restore().removesuffix(b"\r\n"))
+
+
+def _has_come(told: int) -> bool:
+    """Tell whether the size has changed, also since the last poll: it goes before what is typed."""
+    try:
+        return bool(os.read(told, _READ_MAX))
+    except BlockingIOError:
+        return False
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The way to a guest's agent, for the commands that need one: a connected stream.
 
 A word with a slash in it is the path of a VM's vsock socket, as `vmctl run --vsock` and Firecracker
-have it.
+have it; any other one is a VM's of the daemon.
 """
 
 import socket
@@ -9,54 +9,72 @@ import time
 
 from vmctl.agent import Agent, AgentError
 from vmctl.agent_frames import PORT
-from vmctl.client import CommandError
+from vmctl.client import Client, CommandError, RefusedError, parse_target
+from vmctl.ports import await_guest
 
 _CONNECT_S = 30.0
-_ANSWER_MAX = 64
+_NO_AGENT = "the guest has no agent: nobody listens on its vsock port"
+_REFUSALS = {
+    "EINVAL": "the vm has no vsock device",
+    "ENOENT": "vm not found",
+}
 
 
-def agent_of(word: str) -> Agent:
-    """Return the agent of the VM that is named on a command line; nothing is connected yet."""
-    return Agent(lambda: _connected(word))
+def agent_of(word: str, deadline: float | None = None) -> Agent:
+    """Return the agent of the VM that is named on a command line; nothing is connected yet.
+
+    `deadline` is of the monotonic clock: connecting takes no longer.
+    """
+    return Agent(lambda: _connected(word, deadline))
 
 
-def _connected(word: str) -> socket.socket:
-    if "/" in word:
-        return _through_socket(word)
-    raise CommandError(f"invalid id: {word}")
-
-
-def _through_socket(path: str) -> socket.socket:
-    """Connect by a VM's vsock socket.
+def _connected(word: str, deadline: float | None) -> socket.socket:
+    """Connect to the agent.
 
     Raises:
-        AgentError: nobody listens, there or in the guest.
+        AgentError: there is none that answers.
+        CommandError: there is no VM, or no daemon.
+        TimeoutError: the deadline has come.
+    """
+    left = _CONNECT_S if deadline is None else min(_CONNECT_S, deadline - time.monotonic())
+    try:
+        return _through_socket(word, left) if "/" in word else _through_daemon(word, left)
+    except TimeoutError:
+        if deadline is not None and time.monotonic() >= deadline:
+            raise
+        raise AgentError("the guest does not answer") from None
+
+
+def _through_daemon(word: str, seconds: float) -> socket.socket:
+    target = parse_target(word)
+    with Client() as client:
+        try:
+            return client.connect(target.id or target.name, PORT, seconds)
+        except RefusedError as err:
+            raise CommandError(_REFUSALS.get(err.code) or str(err)) from None
+        except CommandError as err:
+            if str(err).endswith("connection refused"):
+                raise AgentError(_NO_AGENT) from None
+            raise
+
+
+def _through_socket(path: str, seconds: float) -> socket.socket:
+    """Connect by a VM's vsock socket.
 
     Source: Firecracker's docs/vsock.md, "Host-Initiated Connections".
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        stream.settimeout(_CONNECT_S)
-        stream.connect(path)
-        stream.sendall(f"CONNECT {PORT}\n".encode())
-        _check_answer(stream)
-    except OSError as err:
-        stream.close()
-        raise AgentError(f"connect: {path}: {err.strerror or err}") from err
+        try:
+            stream.connect(path)
+        except OSError as err:
+            raise AgentError(f"connect: {path}: {err.strerror or err}") from err
+        try:
+            stream.sendall(f"CONNECT {PORT}\n".encode())
+            await_guest(stream, seconds)
+        except ConnectionError:
+            raise AgentError(_NO_AGENT) from None
     except BaseException:
         stream.close()
         raise
     return stream
-
-
-def _check_answer(stream: socket.socket) -> None:
-    answer = b""
-    until = time.monotonic() + _CONNECT_S
-    # What the agent says follows at once: not a byte of it may be taken here.
-    while not answer.endswith(b"\n"):
-        one = stream.recv(1)
-        if not one or len(answer) >= _ANSWER_MAX or time.monotonic() > until:
-            raise AgentError("the guest has no agent: nobody listens on its port")
-        answer += one
-    if not answer.startswith(b"OK "):
-        raise AgentError("not a socket of a VM's vsock")

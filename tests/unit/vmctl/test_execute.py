@@ -19,9 +19,13 @@ from typing import Self
 
 import pytest
 
-from tests.agents import BOUND_S, Vsock, is_running, left_in_group, wait_until
+from tests.agents import BOUND_S, HostAgent, Vsock, is_running, left_in_group, wait_until
+from tests.unit.vmctl.conftest import Serve
+from tests.unit.vmctl.fake_daemon import Answers
 from tests.vmctl_driver import VMCTL
 from vmctl.agent_frames import Kind, frame
+from vmd.wire.messages import AnyRequest, ErrorCode, Failed
+from vmd.wire.ports import Connect, Connected
 
 MIB = 1 << 20
 
@@ -130,9 +134,8 @@ def test_nobody_listens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (b"", "the guest has no agent: nobody listens on its port"),
-        (b"NO\n", "not a socket of a VM's vsock"),
-        (b"x" * 1000, "the guest has no agent: nobody listens on its port"),
+        (b"", "the guest has no agent: nobody listens on its vsock port"),
+        (b"x" * 1000, "the guest has no agent: nobody listens on its vsock port"),
         (b"OK 1\n", "the connection to the guest's agent has ended"),
         (
             b"OK 1\n\xff\0\0\0\0",
@@ -170,6 +173,63 @@ def test_hostile_answers(tmp_path: Path, answer: bytes, told: str) -> None:
         125 if "more" in told else 255,
         f"vmctl: {told}\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (Failed(code=ErrorCode.ENOENT), "vm not found"),
+        (Failed(code=ErrorCode.EINVAL), "the vm has no vsock device"),
+        (Failed(code=ErrorCode.NOT_RUNNING), "vm is not running"),
+        (Failed(code=ErrorCode.EPERM), "Operation not permitted"),
+    ],
+)
+def test_what_the_daemon_refuses(serve: Serve, answer: Failed, told: str) -> None:
+    """A VM that cannot be reached is status 255, and a line that says why."""
+    daemon = serve(lambda _request: [answer])
+    done = _exec(Path("web"), "true")
+    assert (done.returncode, done.stderr.decode()) == (255, f"vmctl: {told}\n")
+    assert daemon.requests == [Connect(name="web", port=1024)]
+
+
+def test_by_the_daemon(serve: Serve, tmp_path: Path) -> None:
+    """A name or an id is a VM's of the daemon, which answers with the stream."""
+    with HostAgent(tmp_path / "agent") as host:
+
+        def answer(_request: AnyRequest) -> Answers:
+            theirs, ours = socket.socketpair()
+            threads.append(_spliced(ours, host.connect()))
+            theirs_fd = theirs.detach()
+            return [(Connected(id=7), [theirs_fd])]
+
+        threads: list[threading.Thread] = []
+        daemon = serve(answer)
+        done = _exec(Path("7"), "sh", "-c", "cat; exit 9", options=["-i"], stdin=b"data")
+        for thread in threads:
+            thread.join()
+    assert (done.returncode, done.stdout, done.stderr) == (9, b"data", b"")
+    assert daemon.requests == [Connect(id=7, port=1024)]
+
+
+def _spliced(near: socket.socket, far: socket.socket) -> threading.Thread:
+    """Join two streams, the first after the daemon's greeting; returns the thread that does."""
+
+    def work() -> None:
+        with near, far:
+            near.sendall(b"OK 1073741824\n")
+            while True:
+                for one in select.select([near, far], [], [])[0]:
+                    try:
+                        data = one.recv(65536)
+                        (far if one is near else near).sendall(data)
+                    except ConnectionError:
+                        data = b""
+                    if not data:
+                        return
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
 
 
 def test_output_that_nobody_reads(vsock: Path) -> None:
