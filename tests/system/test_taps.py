@@ -51,6 +51,9 @@ GROUP = bytes.fromhex("01005e000001")
 TYPE = b"\x88\xb5"  # for experiments on one's own network
 HEADER = bytes(HEADER_SIZE)
 WAIT_S = 10.0
+# Of struct tpacket_auxdata. Source: Linux include/uapi/linux/if_packet.h
+_SOL_PACKET, _PACKET_AUXDATA, _TP_STATUS_VLAN_VALID = 263, 8, 1 << 4
+_ETH_P_ALL = 3
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -273,6 +276,75 @@ def test_a_device_on_a_tap(kind: str, is_locked: bool) -> None:
         for fd in calls:
             os.close(fd)
     assert frontend.failures == []
+
+
+@pytest.mark.parametrize("kind", ["worker", "vhost-user"])
+def test_tagged_frames_and_groups(kind: str) -> None:
+    """Frames of VLANs and to multicast groups pass both ways as they are, tags included."""
+    calls = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(3)]
+    frontend = RecordingFrontend(calls)
+    features = 1 << abi.VIRTIO_F_VERSION_1 | 1 << abi.VIRTIO_NET_F_MRG_RXBUF
+    tagged, twice = tag(frame(MAC), 5), tag(tag(frame(MAC), 7), 5)
+    inward = [frame(GROUP), frame(b"\xff" * 6), tagged, twice, tag(frame(GROUP), 4095)]
+    try:
+        with ExitStack() as stack:
+            guest = stack.enter_context(GuestMemory([(0, 1 << 20)]))
+            port, outside = stack.enter_context(tap())
+            everything = stack.enter_context(
+                socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+            )
+            everything.bind((NAME, _ETH_P_ALL))
+            everything.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
+            everything.settimeout(WAIT_S)
+            memory = SharedMemory(guest)
+            with dataplane(kind, VirtioNet(port, MAC, name=NAME), guest) as device:
+                device.attach(frontend)
+                queues = [DriverQueue(memory, 8, base) for base in (0x1000, 0x2000)]
+                device.start(features, {at: queue.ring for at, queue in enumerate(queues)})
+                shared = queues[0].memory
+                for each in inward:
+                    queues[0].add((0x10000, 1500, True))
+                    device.kick(0)
+                    outside.send(each)
+                    used: list[tuple[int, int]] = []
+                    while not used:
+                        wait(calls[0])
+                        used = queues[0].used()
+                    assert bytes(shared[0x10000 + HEADER_SIZE : 0x10000 + used[0][1]]) == each
+                for each in (frame(GROUP, MAC), tag(frame(OTHER, MAC), 5)):
+                    shared[0x11000 : 0x11000 + HEADER_SIZE + len(each)] = HEADER + each
+                    queues[1].add((0x11000, HEADER_SIZE + len(each), False))
+                    device.kick(1)
+                    assert with_tag(everything) == each
+                    while not queues[1].used():
+                        wait(calls[1])
+                device.stop()
+            del memory, queues, shared
+    finally:
+        for fd in calls:
+            os.close(fd)
+    assert frontend.failures == []
+
+
+def tag(untagged: bytes, vlan: int) -> bytes:
+    """Return a frame with a tag. Source: IEEE 802.1Q §9.6."""
+    return untagged[:12] + b"\x81\x00" + vlan.to_bytes(2, "big") + untagged[12:]
+
+
+def with_tag(outside: socket.socket) -> bytes:
+    """Return the next frame from the guest; its tag, which the kernel takes out, is back in it."""
+    data, ancillary, _, address = outside.recvmsg(2000, 64)
+    while address[2] == socket.PACKET_OUTGOING:
+        data, ancillary, _, address = outside.recvmsg(2000, 64)
+    for level, kind, value in ancillary:
+        if (level, kind) == (_SOL_PACKET, _PACKET_AUXDATA):
+            status, vlan = (
+                struct.unpack_from("<I", value)[0],
+                struct.unpack_from("<H", value, 16)[0],
+            )
+            if status & _TP_STATUS_VLAN_VALID:
+                return tag(data, vlan)
+    return data
 
 
 def exchange(

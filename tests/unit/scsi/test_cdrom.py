@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -404,3 +406,20 @@ def test_any_bytes_are_answered(size: int | None, commands: list[tuple[int, byte
                 assert len(answer) <= 256
             case Check(reason):
                 assert len(reason.encode()) == 18
+
+
+def test_a_disc_of_more_than_4_gib() -> None:
+    """Its blocks beyond 4 GiB of bytes are told and read by every command, and none behind it."""
+    blocks, far = (9 << 30) // BLOCK_SIZE, (5 << 30) // BLOCK_SIZE + 3
+    drive = CdRom(blocks * BLOCK_SIZE)
+    drive.execute(TEST_UNIT_READY)
+    last, size = struct.unpack(">II", data(drive, READ_CAPACITY))
+    assert (last + 1, size) == (blocks, BLOCK_SIZE)
+    long = data(drive, "9e 10 0000000000000000 00000020 00 00")
+    assert struct.unpack_from(">Q", long)[0] + 1 == blocks
+    for read in ("28 00 {:08x} 00 0002 00", "a8 00 {:08x} 00000002 00 00"):
+        found = drive.execute(bytes.fromhex(read.format(far)))
+        assert found == Extent(far * BLOCK_SIZE, 2 * BLOCK_SIZE)
+        assert isinstance(drive.execute(bytes.fromhex(read.format(blocks - 1))), Check)
+    found = drive.execute(bytes.fromhex(f"88 00 {far:016x} 00000001 00 00"))
+    assert found == Extent(far * BLOCK_SIZE, BLOCK_SIZE)
