@@ -65,6 +65,11 @@ class VsockDriver:
         other._events = self._events.copy()
         return other
 
+    @property
+    def free(self) -> int:
+        """How many receive buffers the device does not have."""
+        return len(self._free)
+
     def offer(self, count: int | None = None) -> None:
         """Give the device this many of the free receive buffers, all by default."""
         for _ in range(len(self._free) if count is None else count):

@@ -51,6 +51,7 @@ TARGETS = (
     "vhost_user_server",
     "virtqueue",
     "vm_conf",
+    "vsock",
 )
 CORPUS_MAX = 200 << 10
 """Bytes of one target's corpus."""

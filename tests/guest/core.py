@@ -44,6 +44,7 @@ CORE: Final = {
     "test_net.py::test_queues_sizes_and_locks": "queue pairs, large packets",
     "test_net.py::test_without_privileges": "passt",
     "test_other_images.py::test_memtest_starts_its_test_on_the_serial_console": "memtest86+",
+    "test_vsock.py::test_both_sides_connect": "virtio-vsock",
 }
 """Each core test, by its place below tests/guest, and the capability that it is there for."""
 

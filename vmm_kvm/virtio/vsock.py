@@ -150,6 +150,11 @@ class VirtioVsock:
         else:
             stream.close()
 
+    @property
+    def waiting(self) -> tuple[int, tuple[int, ...]]:
+        """Replies that wait for the guest's buffers, and of each open socket the bytes for it."""
+        return len(self._replies), tuple(each.buffered for each in self._by_fd.values())
+
     # The backend
 
     def config(self) -> bytes:
@@ -328,7 +333,7 @@ class VirtioVsock:
     def _settle(self, connection: Connection) -> None:
         """Do what is due after anything has happened to a connection."""
         if not connection.is_listed:
-            if not connection.has_output:
+            if not connection.buffered:
                 self._close(connection)
             return
         if connection.is_connecting and connection.is_hung_up:

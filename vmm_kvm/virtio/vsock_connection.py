@@ -110,9 +110,9 @@ class Connection:
         return self.stream.is_closed
 
     @property
-    def has_output(self) -> bool:
-        """Whether something waits for the host's socket."""
-        return bool(self._buffer)
+    def buffered(self) -> int:
+        """Bytes that wait for the host's socket."""
+        return len(self._buffer)
 
     @property
     def has_requested(self) -> bool:
