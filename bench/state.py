@@ -9,7 +9,7 @@ same number of pages has been touched, by the host, before the first clone. Meas
 - private: memory that is a clone's own, after it has answered;
 - many: COUNT clones of one source, from the first fork until all have answered;
 - sent: how long it stands still while it is written into a pipe to another process, and how long
-  when it is copied while it runs.
+  when it is copied while it runs; and how long when that goes into a file, as of a snapshot.
 
 `python -m bench.state [--rounds N] [--clones N] [--touched MIB] [--json FILE]`
 """
@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from vmm_kvm.arch.x86.image import open_image
 from vmm_kvm.bits import MIB, PAGE_SIZE
@@ -41,8 +42,9 @@ from vmm_kvm.machine.state import restore, save
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.fds import FdSink
+from vmm_kvm.snapshot.file import FileWriter
 from vmm_kvm.snapshot.manifest import Host, Manifest, Owner
-from vmm_kvm.snapshot.precopy import copy_running
+from vmm_kvm.snapshot.precopy import Plan, copy_into, copy_running
 from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import write_stream
 
@@ -50,6 +52,7 @@ _READY = b"selftest: ready"
 _ECHO = b"~"
 _PATIENCE_S = 60
 _SENDS = 5
+_STATE_ROOM = 8 * MIB
 _TOUCHED_START = 16 * MIB
 
 
@@ -70,6 +73,8 @@ class Result:
     many_s: float
     sent_still_ms: float
     live_still_ms: float
+    snapshot_still_ms: float
+    snapshot_ms: float
 
 
 class Source:
@@ -119,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     install_kick_signal()
     results = []
-    print("memory  vCPUs  clone p50 (least)  still  save  restore  private  many  sent  live")
+    print("memory  vCPUs  clone p50 (least)  still  save  restore  private  many  sent  live  file")
     for memory_mib in options.memory:
         for cpus in options.cpus:
             with _source(memory_mib, cpus, options.touched) as (source, machine):
@@ -130,7 +135,8 @@ def main() -> None:
                 f"{result.clone_p50:10.1f} ({result.clone_least:.1f}) ms "
                 f"{result.still_p50:6.1f} {result.save_p50:6.2f} {result.restore_p50:6.2f} "
                 f"{result.private_mib:6.1f}M {result.many} in {result.many_s:.2f} s "
-                f"{result.sent_still_ms:6.0f} {result.live_still_ms:6.0f} ms",
+                f"{result.sent_still_ms:6.0f} {result.live_still_ms:6.0f} "
+                f"{result.snapshot_still_ms:6.1f} of {result.snapshot_ms:.0f} ms",
                 flush=True,
             )
     if options.json:
@@ -163,6 +169,7 @@ def _measure(
     many_s = _clone_many(source, machine, clones)
     still_ms = statistics.median(_send(machine, is_live=False) for _ in range(_SENDS))
     live_ms = statistics.median(_send(machine, is_live=True) for _ in range(_SENDS))
+    snapshots = [_snapshot(machine) for _ in range(_SENDS)]
     return Result(
         source.spec.memory_size // MIB,
         source.spec.cpus,
@@ -177,6 +184,8 @@ def _measure(
         many_s,
         still_ms,
         live_ms,
+        statistics.median(still for still, _ in snapshots),
+        statistics.median(all_ms for _, all_ms in snapshots),
     )
 
 
@@ -185,18 +194,7 @@ def _send(machine: Machine, *, is_live: bool) -> float:
     reader, writer = os.pipe()
     drain = subprocess.Popen(["cat"], stdin=reader, stdout=subprocess.DEVNULL)
     os.close(reader)
-    regions = tuple((region.gpa, region.size) for region in machine.memory.regions)
-    manifest = Manifest(
-        name="bench",
-        created_ns=0,
-        host=Host("", 0),
-        cpuid=(),
-        owner=Owner(None, None),
-        memory_size=machine.spec.memory_size,
-        cpus=machine.spec.cpus,
-        regions=regions,
-        state_size=0,
-    )
+    manifest = _manifest(machine)
     stopped = []
 
     def halt() -> bytes:
@@ -220,6 +218,42 @@ def _send(machine: Machine, *, is_live: bool) -> float:
     machine.resume()
     drain.wait()
     return took * 1000
+
+
+def _manifest(machine: Machine) -> Manifest:
+    return Manifest(
+        name="bench",
+        created_ns=0,
+        host=Host("", 0),
+        cpuid=(),
+        owner=Owner(None, None),
+        memory_size=machine.spec.memory_size,
+        cpus=machine.spec.cpus,
+        regions=tuple((region.gpa, region.size) for region in machine.memory.regions),
+        state_size=0,
+    )
+
+
+def _snapshot(machine: Machine) -> tuple[float, float]:
+    """Return for how long a machine stands still for a snapshot, and how long all takes, in ms."""
+    stopped = []
+
+    def halt() -> bytes:
+        stopped.append(time.perf_counter())
+        machine.pause()
+        saved = save(machine)
+        return states.encode(State(saved.parts, saved.blobs))
+
+    began = time.perf_counter()
+    with TemporaryFile() as file:
+        dirty = machine.dirty_pages()
+        dirty.begin()
+        writer = FileWriter(file.fileno(), _manifest(machine), _STATE_ROOM)
+        copy_into(writer, machine.memory, dirty, halt, plan=lambda: Plan(0.01))
+        machine.resume()
+        ended = time.perf_counter()
+        dirty.end()
+    return (ended - stopped[0]) * 1000, (ended - began) * 1000
 
 
 def _clone_once(source: Source, machine: Machine) -> tuple[float, float, int]:

@@ -461,6 +461,7 @@ class Foreground:
 
             try:
                 restore(self._machine, self._saved.state)
+                self._machine.become_another()  # it may be run any number of times
             except BaseException:
                 self._machine.close()
                 raise

@@ -142,3 +142,46 @@ def test_the_unit_leaves_the_parent_as_much() -> None:
     (line,) = [each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet=")]
     names = {reason.partition(":")[0] for reason in PARENT_CAPABILITIES.values()}
     assert set(line.partition("=")[2].split()) == names
+
+
+def test_snapshots_are_their_users_alone(reachable: Path) -> None:
+    """An owner makes some where that is allowed, of a file of the owner's; nobody sees others'."""
+    config = (
+        f"socket owner {USER}\nlimit snapshots 1\n"
+        + vm_block("one", f"owner {USER}", "allow snapshot", enabled=True)
+        + vm_block("two", f"owner {USER}", enabled=True)
+    )
+    with (
+        Daemon(reachable, config, is_user=False) as vmd,
+        connection(vmd, USER) as client,
+        vmd.client() as root,
+    ):
+        for name in ("one", "two"):
+            root.wait_for_state(name, "running")
+        assert client.ask("snapshot", name="two", snapshot="a")["message"] == (
+            'vm "two" no permission to make snapshots'
+        )
+        assert client.ask("snapshot", name="one", snapshot="a")["type"] == "done"
+        assert client.ask("snapshot", name="one", snapshot="b")["message"] == (
+            "limit of 1 snapshots of one user"
+        )
+        assert root.vm("one")["state"] == "running"
+        assert root.ask("snapshot", name="two", snapshot="a")["type"] == "done"
+        (path,) = (reachable / "state" / "snapshots" / str(USER)).iterdir()
+        assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (USER, 0o600)
+        with being(USER), pytest.raises(PermissionError):
+            path.open("rb")  # by no name: the directory is the daemon's
+        for who in (client, root):
+            found = who.ask("snapshots")["snapshots"]
+            assert isinstance(found, list)
+            assert [one["name"] for one in found] == ["a"]
+        client.send("open-snapshot", snapshot="a")
+        answer, fds = client.receive()
+        assert (answer["type"], len(fds)) == ("snapshot-opened", 1)
+        with os.fdopen(fds[0], "rb") as file:
+            assert os.fstat(file.fileno()).st_ino == path.stat().st_ino
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.pwrite(file.fileno(), b"x", 0)
+        assert client.ask("remove-snapshot", snapshot="a")["type"] == "done"
+        assert client.ask("remove-snapshot", snapshot="a")["code"] == "ENOENT"
+        assert root.ask("remove-snapshot", snapshot="a")["type"] == "done"

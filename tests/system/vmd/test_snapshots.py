@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.campaigns import kill_snapshot
 from tests.counting_guest import counting_guest
 from tests.system.vmd.daemon import READY, Daemon, is_alive, vm_block
 from tests.vmctl_driver import VMCTL
@@ -244,3 +245,8 @@ def test_a_guest_loses_no_tick(start_vmd: Start, tmp_path: Path) -> None:
             assert vmctl(vmd, "start", f"copy{number}", "--from", str(path))[0] == 0
         with vmd.client() as client:
             assert {vm["state"] for vm in client.vms()} == {"running"}
+
+
+def test_killed_parties(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever is killed: snapshots are whole or never were, and no file is left."""
+    assert kill_snapshot.main(["--count", "6", "--seed", "3"]) == 0, capsys.readouterr().out

@@ -1,0 +1,188 @@
+"""Campaign: a VM that is written into snapshots and started from them, and a party killed.
+
+One daemon, a VM, `vmctl snapshot` and `vmctl start --from`. At a random moment SIGKILL ends the
+command, the VM's process, or the process of the VM that goes on from the snapshot; or the daemon's
+vmm. Afterwards the store has whole snapshots only: each starts a VM that answers, or has never had
+a name. The source goes on where it was not what was killed. No file, process or lock is left.
+
+Any deviation is printed, and the exit status is 1. When the kill comes is up to the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.system.vmd.daemon import (  # noqa: E402 - found by the line above
+    READY,
+    Client,
+    Daemon,
+    descendants,
+    is_alive,
+    process_title,
+    vm_block,
+)
+from tests.vmctl_driver import VMCTL  # noqa: E402
+
+TIMEOUT_S = 90
+DELAY_S = 0.4
+SOURCE, COPY = "one", "two"
+PARTIES = ("snapshot", "snapshot", "start", "vm/one", "vm/two", "vmd: vmm")
+
+
+def _answers(client: Client, name: str) -> None:
+    """Fail unless a guest hears what is typed."""
+    with client.console(name) as console:
+        console.type(b"e")
+        console.expect(b"e", console.output.count(b"e") + 1)
+
+
+def _ensure_source(client: Client) -> None:
+    """Have the source running; what was killed may still look alive."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        client.ask("start", name=SOURCE)  # refused while it runs or ends, or there is no vmm
+        try:
+            with client.console(SOURCE) as console:
+                console.expect(READY)
+                return
+        except AssertionError:  # it does not run, or has ended since
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _kill(party: str, vmd: Daemon, command: subprocess.Popen[bytes]) -> bool:
+    """Kill a party; tell whether the source is to go on."""
+    if party in {"snapshot", "start"}:
+        command.kill()
+        return True
+    for pid in descendants(vmd.process.pid):
+        if process_title(pid) == party[:15]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return party == "vm/two"
+
+
+def _command(vmd: Daemon, *words: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "VMD_SOCKET": str(vmd.socket)}
+    return subprocess.Popen(
+        [VMCTL, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def _files(vmd: Daemon) -> set[str]:
+    store = vmd.socket.parent / "state" / "snapshots"
+    return {path.name for path in store.glob("*/*")}
+
+
+def _is_gone(client: Client, name: str) -> bool:
+    """Wait until a VM that was killed, or has failed to start, is gone."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if client.ask("status", name=name)["vms"] == []:
+            return True
+        client.ask("stop", name=name, force=True, wait=True)
+        time.sleep(0.02)
+    return False
+
+
+def run_round(
+    vmd: Daemon, client: Client, chance: random.Random, number: int
+) -> tuple[str, list[str]]:
+    """Write a snapshot or start from one, and kill somebody; return the outcome, and deviations."""
+    wrong: list[str] = []
+    _ensure_source(client)
+    party = chance.choice(PARTIES)
+    name = f"s{number}"
+    if party in {"start", "vm/two"}:
+        made = _command(vmd, "snapshot", SOURCE, name)
+        text = made.communicate(timeout=TIMEOUT_S)[1]
+        if made.returncode:
+            return "failed", [f"no snapshot: {text!r}"]
+        command = _command(vmd, "start", COPY, "--from", name)
+    else:
+        command = _command(vmd, "snapshot", SOURCE, name)
+    time.sleep(chance.random() * DELAY_S)
+    goes_on = _kill(party, vmd, command)
+    said = command.communicate(timeout=TIMEOUT_S)[1]
+    if b"Traceback" in said:
+        wrong.append(f"{party} killed: {said!r}")
+    if goes_on:
+        deadline = time.monotonic() + TIMEOUT_S
+        while client.ask("pause", name=SOURCE)["type"] != "done":  # while it is being written
+            assert time.monotonic() < deadline, "the source is written without end"
+            time.sleep(0.02)
+        client.ask("unpause", name=SOURCE)
+        _answers(client, SOURCE)
+    if not _is_gone(client, COPY):
+        wrong.append(f"{party} killed: {COPY} does not end")
+    found = _files(vmd)
+    if command.returncode == 0 and f"{name}.snapshot" not in found:
+        wrong.append(f"{party} killed: said to be made, and is not there")
+    outcome = "none"
+    if f"{name}.snapshot" in found:
+        outcome = "whole"
+        _ensure_source(client)  # after vmm's end too
+        started = _command(vmd, "start", COPY, "--from", name)
+        text = started.communicate(timeout=TIMEOUT_S)[1]
+        if started.returncode:
+            wrong.append(f"{party} killed: no VM can be made of the snapshot: {text!r}")
+        else:
+            _answers(client, COPY)
+        if not _is_gone(client, COPY):
+            wrong.append(f"{COPY} does not end")
+        client.ask("remove-snapshot", snapshot=name)
+    if left := _files(vmd):
+        wrong.append(f"{party} killed: files left: {sorted(left)}")
+    return f"{party}: {outcome}", wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign; returns the exit status."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=100, help="how many kills")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    chance = random.Random(options.seed)
+    outcomes: Counter[str] = Counter()
+    deviations: list[str] = []
+    started = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="kill-snapshot-") as directory,
+        Daemon(Path(directory), vm_block(SOURCE, memory="256M")) as vmd,
+        vmd.client() as client,
+    ):
+        for number in range(options.count):
+            outcome, wrong = run_round(vmd, client, chance, number)
+            outcomes[outcome] += 1
+            deviations += [f"round {number}: {line}" for line in wrong]
+        pids = descendants(vmd.process.pid)
+        vmd.stop()
+        left = [pid for pid in pids if is_alive(pid)]
+        if left:
+            deviations.append(f"processes left: {left}")
+    for line in deviations:
+        print(line)
+    told = ", ".join(f"{name} {count} times" for name, count in sorted(outcomes.items()))
+    taken = time.monotonic() - started
+    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(deviations)} deviations")
+    return 1 if deviations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
