@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec help image list run snapshot top metrics; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list run snapshot top metrics; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in clone cp doctor events exec help image list run snapshot top metrics; do
+		for verb in clone cp doctor events exec gdb help image list run snapshot top metrics; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec help image list run snapshot top metrics --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list run snapshot top metrics --help --version -v
 		return
 	fi
 	case $verb in
@@ -135,9 +135,13 @@ _vmctl() {
 		options=(-C -e -i -t -u --timeout)
 		operands=('<vm>')
 		;;
+	'gdb '*)
+		options=(--stdio)
+		operands=('<vm>')
+		;;
 	'help '*)
 		options=()
-		operands=('clone' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
+		operands=('clone' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'gdb' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)

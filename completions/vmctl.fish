@@ -16,6 +16,7 @@ complete -c vmctl -n __fish_use_subcommand -a create -d 'Create a disk image: em
 complete -c vmctl -n __fish_use_subcommand -a doctor -d 'Tell whether this host can run VMs, how fast, and what is missing.'
 complete -c vmctl -n __fish_use_subcommand -a events -d 'Print what happens to VMs, as it happens.'
 complete -c vmctl -n __fish_use_subcommand -a exec -d 'Run a command in a guest, by its agent.'
+complete -c vmctl -n __fish_use_subcommand -a gdb -d 'Debug a VM\'s guest with GDB, which takes the arguments.'
 complete -c vmctl -n __fish_use_subcommand -a help -d 'Tell what commands there are, or how one is used.'
 complete -c vmctl -n __fish_use_subcommand -a image -d 'Tell about disk images.'
 complete -c vmctl -n __fish_use_subcommand -a list -d 'Print the names of the VMs that the configuration has.'
@@ -58,7 +59,9 @@ complete -c vmctl -n '__fish_seen_subcommand_from exec' -s t -d 'Give it a termi
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -s u -d 'Run it as this user of the guest; root by default.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -l timeout -d 'End it after this time; status 124.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -a '(__vmctl_vms)'
-complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'clone console cp create doctor events exec help image list load log pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
+complete -c vmctl -n '__fish_seen_subcommand_from gdb' -l stdio -d 'Be what gdb talks to, on standard input and output.'
+complete -c vmctl -n '__fish_seen_subcommand_from gdb' -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'clone console cp create doctor events exec gdb help image list load log pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'

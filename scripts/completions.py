@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vmctl.verbs import FILE, VERBS, VM, Option, Verb, names  # noqa: E402 - found by the line above
+from vmctl.options import FILE, VM, Option  # noqa: E402 - found by the line above
+from vmctl.verbs import VERBS, Verb, names  # noqa: E402 - found by the line above
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
 _MADE = "Made by scripts/completions.py from vmctl/verbs.py: change that, and run it."

@@ -66,13 +66,13 @@ def run_gdb(path: Path, script: str, end: str = "detach") -> str:
     return done.stdout
 
 
-class Client:
+class Conversation:
     """A debugger of our own, which says what gdb would not."""
 
-    def __init__(self, path: Path) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
+    def __init__(self, sock: socket.socket) -> None:
+        """Talk through `sock`, and own it."""
+        self.sock = sock
         self.sock.settimeout(DEADLINE_S)
-        self.sock.connect(str(path))
         self._reader = Reader()
 
     def __enter__(self) -> Self:
@@ -83,8 +83,12 @@ class Client:
 
     def ask(self, packet: bytes) -> bytes:
         """Send a packet, and return what it is answered."""
-        self.sock.sendall(framed(packet))
+        self.send(packet)
         return self.answer()
+
+    def send(self, packet: bytes) -> None:
+        """Send a packet."""
+        self.sock.sendall(framed(packet))
 
     def answer(self) -> bytes:
         """Return the next packet that comes; empty at the end."""
@@ -96,6 +100,15 @@ class Client:
             if not data:
                 return b""
             self._reader.feed(data)
+
+
+class Client(Conversation):
+    """A debugger of the guest, by its socket."""
+
+    def __init__(self, path: Path) -> None:
+        """Connect to it."""
+        super().__init__(socket.socket(socket.AF_UNIX))
+        self.sock.connect(str(path))
 
     def counter(self, address: int = guest.COUNTER) -> int:
         """Return a counter of the guest, which stands still."""

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from vmctl.verbs import GLOBAL_USAGE, VERBS, Option, Verb, matches, names, usage
+from vmctl.options import Option
+from vmctl.verbs import GLOBAL_USAGE, VERBS, Verb, matches, names, usage
 
 EXIT_ERROR = 1
 

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from vmctl.verbs import VERBS, Option, Verb
+from vmctl.options import Option
+from vmctl.verbs import VERBS, Verb
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 Perform = Callable[[Verb, dict[str, object]], None]

@@ -144,10 +144,9 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
                 listener = VsockListener(vsock.path, loop, foreground.connect)
                 stack.callback(listener.close)
             if options.gdb:
-                from vmctl.gdb import open_server  # noqa: PLC0415 - few VMs are debugged
+                from vmctl.gdb_socket import open_server  # noqa: PLC0415 - few VMs are debugged
 
-                server = open_server(options.gdb, loop, foreground.quit)
-                stack.callback(server.close)
+                server = open_server(options.gdb, loop, foreground.quit, stack)
                 foreground.serve_debuggers(server)
             status, message, reason = foreground.run()
             has_lost_output = foreground.has_lost_output

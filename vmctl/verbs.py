@@ -4,7 +4,7 @@ Everything else that knows verbs is made from it or held against it by tests: th
 read by it (`cli`), help is printed from it (`help`, and on a terminal `declaration`, for typer),
 completion is made of it (`scripts/completions.py`), and vmctl(8) has to name the same.
 
-It is data and imports nothing: every command pays for it.
+It is data and imports nothing but options, which are data too: every command pays for both.
 
 Source: section 3.1 of OpenBSD's behaviour, for the usage of OpenBSD's verbs.
 """
@@ -12,34 +12,24 @@ Source: section 3.1 of OpenBSD's behaviour, for the usage of OpenBSD's verbs.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from vmctl.options import (
+    CLONES,
+    ENDED,
+    FILE,
+    JSON,
+    RUN_OPTIONS,
+    RUN_USAGE,
+    RUNNING,
+    START_OPTIONS,
+    START_USAGE,
+    VM,
+    Option,
+)
+
 GLOBAL_USAGE = "usage:\tvmctl [-v] command [arg ...]"
-
-FILE = "<file>"
-"""What completes a word: the name of a file."""
-VM = "<vm>"
-"""The name of a VM."""
-
 
 _OPENBSD = """console create load log pause receive reload reset send show start status stop
 unpause wait"""
-
-
-class Option(NamedTuple):
-    """An option of a verb."""
-
-    name: str
-    """As it is written: `-b` or `--json`."""
-    field: str
-    """The argument of the verb's function that has its value."""
-    help: str
-    value: str = ""
-    """How its value is called; without one it is a flag."""
-    is_repeated: bool = False
-    """Whether it may come more than once: values are then a tuple, a flag is the number."""
-    completes: tuple[str, ...] = ()
-    """Words that its value can be, FILE or VM."""
-    refused: str = ""
-    """Why this verb does not take it, though another one of the same kind does."""
 
 
 class Verb(NamedTuple):
@@ -76,187 +66,10 @@ class Verb(NamedTuple):
         return tuple(option for option in self.options if not option.refused)
 
 
-_JSON = Option("--json", "as_json", "Print JSON.")
-_CLONES = Option("-n", "count", "How many; each has another number for %d.", "count", True)
-_RUNNING = Option("-r", "running", "Only VMs that run.")
-_BOOT_DEVICES = ("disk", "cdrom", "net")
-_FIRMWARE = ("bios", "uefi", FILE)
-_DISK = Option(
-    "-d",
-    "disks",
-    "Disk image; may be repeated. Options: ro, serial=text, queues=count, error=, snapshot.",
-    *("[format:]disk[,option...]", True, (FILE,)),
-)
-_SIZE = "Memory, such as 256M or 4G; 512M by default."
-_CPUS = "Number of vCPUs, 1 to 64."
-_CDROM = "ISO image in the CD-ROM drive."
-_INITRD = Option(
-    "--initrd",
-    "initrd",
-    "Initial RAM disk; for a Multiboot kernel a module, and may be repeated.",
-    *("path", True, (FILE,)),
-)
-
-_ENDED = Option("--json", "as_json", "Print what has become of the VM as JSON.")
-
-# All that have a value may come more than once, to be used or to be refused.
-_MACHINE_OPTIONS = (
-    Option("-B", "boot_device", "What the VM boots from.", "device", True, _BOOT_DEVICES),
-    Option("-b", "boot", "Kernel or firmware image to boot.", "path", True, (FILE,)),
-    Option("-c", "console", "Attach the console; run always does."),
-    _DISK,
-    Option(
-        "-i",
-        "interfaces",
-        "Number of network interfaces; for run also one of them.",
-        "count|kind[:name][,option...]",
-        True,
-        ("bridge:", "none", "passt", "stream:", "tap:", "vhost-user:"),
-    ),
-    Option("-L", "local", "Add a local network interface; for run by passt.", "", True),
-    Option("-m", "memory", _SIZE, "size", True),
-    Option(
-        "-n",
-        "switches",
-        "Add a network interface on a switch; for run on a bridge of this host.",
-        "switch",
-        True,
-    ),
-    Option("-p", "cpus", _CPUS, "count", True),
-    Option("-r", "cdrom", _CDROM, "path", True, (FILE,)),
-    Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
-    Option("--append", "append", "Kernel command line.", "string", True),
-    Option(
-        "--clock",
-        "clock",
-        "What the clock of a VM shows that goes on from a snapshot.",
-        "frozen|now",
-        True,
-        ("frozen", "now"),
-    ),
-    Option(
-        "--console-log",
-        "console_log",
-        "Write what the console shows to this file too.",
-        "file",
-        True,
-        (FILE,),
-    ),
-    Option(
-        "--firmware",
-        "firmware",
-        "Boot firmware; bios is the default where there are disks or an ISO image.",
-        "bios|uefi|path",
-        True,
-        _FIRMWARE,
-    ),
-    Option(
-        "--forward",
-        "forwards",
-        "Let a port of this host lead to one of the guest's, on its first local interface.",
-        "tcp|udp:[address:]port[:port]",
-        True,
-        ("tcp:", "udp:"),
-    ),
-    Option(
-        "--from",
-        "origin",
-        "Go on from this snapshot; one with a slash is a file, for run it always is.",
-        "snapshot",
-        True,
-        (FILE,),
-    ),
-    Option(
-        "--gdb",
-        "gdb",
-        "Let GDB debug the guest through this socket; with wait it begins when GDB lets it.",
-        "path[,wait]",
-        True,
-        (FILE,),
-    ),
-    _INITRD,
-    Option("--json", "as_json", "Print what has become of the VM as JSON."),
-    Option("--no-reboot", "no_reboot", "End when the guest reboots, instead of booting again."),
-    Option(
-        "--nvram",
-        "nvram",
-        "File that keeps the variables of UEFI firmware; made if it is missing.",
-        "path",
-        True,
-        (FILE,),
-    ),
-    Option("--save", "save", "Make a file of vm.conf.d of the VM, which then stays."),
-    Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
-    Option("--template", "is_template", "Once it is paused, it stays so: clones go on from it."),
-    Option(
-        "--timeout",
-        "timeout",
-        "Wait no longer; status 124. A VM of run is killed then.",
-        "seconds",
-        True,
-    ),
-    Option(
-        "--virtio-console",
-        "virtio_console",
-        "Add a virtio console, hvc0, which takes the input once its driver is ready.",
-    ),
-    Option(
-        "--vsock",
-        "vsock",
-        "Add a vsock device; for run, a socket of this path leads to it.",
-        "auto|path[,cid=number]",
-        True,
-        ("auto", FILE),
-    ),
-    Option(
-        "--wait",
-        "until",
-        "Wait until this has come, such as a text on the console; run ends then.",
-        "console=text",
-        True,
-        ("console=",),
-    ),
-)
-_NOT_FOR_RUN = {
-    "-t": "there is no daemon that knows a template: give all options here",
-    "--clock": "it goes on from the snapshot's",
-    "--save": "there is no daemon whose configuration could have it",
-    "--template": "there is no daemon that could clone it",
-}
-_NOT_FOR_START = {
-    "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
-    "--gdb": "a VM of vmd cannot be debugged: use run",
-    "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
-    "--nvram": "vmd keeps the variables of each VM's firmware itself",
-    "--virtio-console": "VMs of vmd have a serial port alone",
-}
-
-
-def _options(refused: Mapping[str, str]) -> tuple[Option, ...]:
-    """Return the options of a VM for one of the verbs that make one."""
-    return tuple(one._replace(refused=refused.get(one.name, "")) for one in _MACHINE_OPTIONS)
-
-
-_RUN_USAGE = (
-    "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
-    "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
-    "\t\t[--console-log file] [--firmware name] [--forward forward]\n"
-    "\t\t[--from path] [--gdb path[,wait]] [--initrd path] [--json] [--no-reboot]\n"
-    "\t\t[--nvram path] [--selftest] [--timeout seconds] [--virtio-console]\n"
-    "\t\t[--vsock path] [--wait condition] [name]"
-)
-_START_USAGE = (
-    "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
-    "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
-    "\t\t[--append string] [--clock policy] [--firmware name]\n"
-    "\t\t[--forward forward] [--from snapshot] [--initrd path] [--json]\n"
-    "\t\t[--save] [--selftest] [--template] [--timeout seconds]\n"
-    "\t\t[--vsock auto] [--wait condition] id | name"
-)
 _LIST_OPTIONS = (
-    _RUNNING,
+    RUNNING,
     Option("-a", "every", "Those that are gone too, with addresses and how each ended."),
-    _JSON,
+    JSON,
 )
 
 _TABLE = (
@@ -266,7 +79,7 @@ _TABLE = (
         "Make VMs that go on where another one stands.",
         "clone",
         "clone",
-        (_CLONES, _JSON),
+        (CLONES, JSON),
         *(2, 2),
         completes=(VM,),
     ),
@@ -303,7 +116,7 @@ _TABLE = (
         "Tell whether this host can run VMs, how fast, and what is missing.",
         "doctor",
         "doctor",
-        (_JSON,),
+        (JSON,),
         *(0, 0),
     ),
     Verb(
@@ -312,7 +125,7 @@ _TABLE = (
         "Print what happens to VMs, as it happens.",
         "control",
         "events",
-        (_JSON,),
+        (JSON,),
         *(0, 0),
     ),
     Verb(
@@ -339,6 +152,17 @@ _TABLE = (
         completes=(VM,),
     ),
     Verb(
+        "gdb",
+        "id [argument ...]",
+        "Debug a VM's guest with GDB, which takes the arguments.",
+        "gdb",
+        "gdb",
+        (Option("--stdio", "stdio", "Be what gdb talks to, on standard input and output."),),
+        *(1, 1 << 16),
+        usage="[--stdio] id [-- argument ...]",
+        completes=(VM,),
+    ),
+    Verb(
         "help",
         "[command]",
         "Tell what commands there are, or how one is used.",
@@ -353,7 +177,7 @@ _TABLE = (
         "Tell whether a disk image is sound; the exit status is 1 if it is not.",
         "images",
         "check_image",
-        (_JSON,),
+        (JSON,),
         completes=(FILE,),
     ),
     Verb(
@@ -362,7 +186,7 @@ _TABLE = (
         "Tell what a disk image is: format, sizes, bases, snapshots.",
         "images",
         "info",
-        (_JSON,),
+        (JSON,),
         completes=(FILE,),
     ),
     Verb(
@@ -381,7 +205,7 @@ _TABLE = (
         "Print the names of the VMs that the configuration has.",
         "status",
         "list_names",
-        (_RUNNING, _JSON),
+        (RUNNING, JSON),
         *(0, 0),
     ),
     Verb(
@@ -439,9 +263,9 @@ _TABLE = (
         "Run a VM in the foreground, its console on this terminal, without a daemon.",
         "run",
         "run",
-        _options(_NOT_FOR_RUN),
+        RUN_OPTIONS,
         *(0, 1),
-        usage=_RUN_USAGE,
+        usage=RUN_USAGE,
     ),
     Verb(
         "send",
@@ -474,7 +298,7 @@ _TABLE = (
             Option("-r", "removed", "Remove a snapshot of the store.", "snapshot"),
             Option("--check", "checked", "Tell whether a snapshot is sound.", "snapshot"),
             Option("--info", "described", "Tell what a snapshot is.", "snapshot"),
-            _JSON,
+            JSON,
             Option("--no-disks", "no_disks", "Leave out the disks that the VM writes."),
         ),
         *(0, 2),
@@ -491,8 +315,8 @@ _TABLE = (
         "Start a VM that exists, or make one and start it.",
         "start",
         "start",
-        _options(_NOT_FOR_START),
-        usage=_START_USAGE,
+        START_OPTIONS,
+        usage=START_USAGE,
         completes=(VM,),
     ),
     Verb("status", "[id]", "List VMs.", "status", "status", _LIST_OPTIONS, *(0, 1))._replace(
@@ -508,7 +332,7 @@ _TABLE = (
             Option("-a", "every", "Every VM that runs, starts or waits for its turn."),
             Option("-f", "force", "Without asking the guest."),
             Option("-w", "wait", "Wait until it has ended."),
-            _ENDED,
+            ENDED,
         ),
         *(0, 1),
         usage="[-fw] [--json] [id | -a]",
@@ -523,7 +347,7 @@ _TABLE = (
         (
             Option("-d", "delay", "Time between two looks; 1 by default.", "seconds"),
             Option("-n", "count", "How often to look.", "count"),
-            _JSON,
+            JSON,
         ),
         *(0, 0),
     ),
@@ -552,7 +376,7 @@ _TABLE = (
                 completes=("running", "stopped", "console="),
             ),
             Option("--timeout", "timeout", "Wait no longer; status 124.", "seconds"),
-            _ENDED,
+            ENDED,
         ),
         completes=(VM,),
     ),

@@ -41,6 +41,7 @@ EXAMPLES = (
     {"type": "unpause", "id": 2},
     {"type": "console", "name": "a"},
     {"type": "connect", "name": "a", "port": 22},
+    {"type": "debug", "name": "a"},
     {"type": "events", "serial": 3},
     {"type": "load", "path": "/etc/vm.conf"},
     {"type": "reload"},

@@ -133,6 +133,7 @@ def _examples() -> list[object]:
         internal.LaunchVm(spec=spec),
         internal.Begin(spec=spec, places=(0, 1, 2), verbosity=1),
         internal.ToVm(id=1, command=internal.ConnectVm(port=22)),
+        internal.ToVm(id=1, command=internal.DebugVm()),
         internal.ToVm(id=1, command=internal.SetLinks(are_up=(True, False))),
         internal.FromVm(
             id=1, report=internal.VmStatistics(statistics=Statistics(cpu_ns=5), memory_used=7)

@@ -12,7 +12,7 @@ from vmd.wire.ancillary import Credentials
 from vmd.wire.channel import Channel, Received
 from vmd.wire.internal import UNANSWERED_MAX
 from vmd.wire.messages import AnyAnswer, AnyRequest, Console, ParentRequest
-from vmd.wire.ports import Connect
+from vmd.wire.ports import Connect, Debug
 
 CLIENTS_PER_USER = 256
 """Connections of an ordinary user: each costs descriptors and memory, here and in the kernel."""
@@ -32,7 +32,7 @@ turn."""
 STREAMS_UNREAD_PER_USER = 32
 """Unread answers with a stream: the kernel counts descriptors in flight, and refuses more
 of them to all processes of control's user."""
-_WITH_STREAM = Console | Connect
+_WITH_STREAM = Console | Connect | Debug
 EVENTS_UNREAD_MAX = 64 << 10
 """Bytes of events that wait for one connection; beyond them it is closed, as it would miss some."""
 

@@ -31,6 +31,7 @@ from vmd.rules.actions import (
     List,
     LookIntoStore,
     OpenConsole,
+    OpenDebugger,
     OpenPort,
     Operate,
     Perform,
@@ -49,6 +50,7 @@ from vmd.wire.internal import (
     AttachConsole,
     CancelSendVm,
     ConnectVm,
+    DebugVm,
     EndReason,
     FromVm,
     KillVm,
@@ -237,7 +239,9 @@ class Effects:
                 case OpenConsole(ticket, vm):
                     self._open_console(ticket, vm)
                 case OpenPort(ticket, vm, port):
-                    self._open_port(ticket, vm, port)
+                    self._open_stream(ticket, vm, ConnectVm(port=port))
+                case OpenDebugger(ticket, vm):
+                    self._open_stream(ticket, vm, DebugVm())
                 case Drop(passed):
                     Fds(passed.fds).close()
                 case ArmTurn(delay_s):
@@ -327,15 +331,15 @@ class Effects:
         )
         self._clients.answer(ticket.client, opened, (theirs.detach(),))
 
-    def _open_port(self, ticket: vm_state.Ticket, vm: Vm, port: int) -> None:
+    def _open_stream(self, ticket: vm_state.Ticket, vm: Vm, command: ConnectVm | DebugVm) -> None:
         try:
             theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as err:
-            text = f"port {port}: {err.strerror}"
+            text = f"stream: {err.strerror}"
             failed = Failed(serial=ticket.serial, code=ErrorCode.EAGAIN, message=text)
             self._clients.answer(ticket.client, failed)
             return
-        self.tell_vm(vm.id, ConnectVm(port=port), (ours.detach(),))
+        self.tell_vm(vm.id, command, (ours.detach(),))
         connected = Connected(serial=ticket.serial, id=vm.id)
         self._clients.answer(ticket.client, connected, (theirs.detach(),))
 

@@ -29,7 +29,7 @@ from vmd.wire.messages import (
     Unpause,
 )
 from vmd.wire.parts import VmRequest
-from vmd.wire.ports import Connect
+from vmd.wire.ports import Connect, Debug
 from vmd.wire.transfers import Clone, Receive, RemoveSnapshot, Send, Snapshot
 
 _DONE: dict[type[ParentRequest], str] = {
@@ -44,6 +44,7 @@ _DONE: dict[type[ParentRequest], str] = {
     Clone: "cloned",
     Console: "console opened",
     Connect: "connected with a port",
+    Debug: "debugged",
     Load: "configuration loaded",
     Reload: "configuration reloaded",
     Reset: "reset",

@@ -96,6 +96,13 @@ class OpenPort(NamedTuple):
     port: int
 
 
+class OpenDebugger(NamedTuple):
+    """Let a client debug a VM's guest, and answer."""
+
+    ticket: Ticket
+    vm: Vm
+
+
 class Drop(NamedTuple):
     """Close descriptors that nobody needs any more."""
 
@@ -108,5 +115,5 @@ class ArmTurn(NamedTuple):
     delay_s: int
 
 
-_OfClients = OpenConsole | OpenPort | Operate | LookIntoStore | List
+_OfClients = OpenConsole | OpenPort | OpenDebugger | Operate | LookIntoStore | List
 Action = Answer | Tell | Perform | _OfClients | Drop | ArmTurn

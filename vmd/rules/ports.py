@@ -1,23 +1,25 @@
-"""Who is connected with a port of a guest, and who is not."""
+"""Who is connected with a port of a guest or may debug it, and who is not."""
 
-from vmd.rules.actions import Action, Answer, OpenPort
+from vmd.rules.actions import Action, Answer, OpenDebugger, OpenPort
 from vmd.rules.vm import Vm
 from vmd.rules.vm_state import Phase, Ticket
 from vmd.wire.messages import ErrorCode, Failed
-from vmd.wire.ports import Connect
+from vmd.wire.ports import Connect, Debug
 
 
-def open_port(ticket: Ticket, vm: Vm, request: Connect) -> Action:
+def open_stream(ticket: Ticket, vm: Vm, request: Connect | Debug) -> Action:
     """Return what is to be done for a client that may reach the guest.
 
     A guest that stands still, or boots, accepts later or not at all, as it would by a network.
     """
-    if not vm.config.has_vsock:
+    if isinstance(request, Connect) and not vm.config.has_vsock:
         return _refuse(ticket, ErrorCode.EINVAL, "the VM has no vsock device")
     if vm.state.pid is None:
         return _refuse(ticket, ErrorCode.NOT_RUNNING)
     if vm.state.phase is Phase.SENDING:
         return _refuse(ticket, ErrorCode.EBUSY, "the VM is being sent")
+    if isinstance(request, Debug):
+        return OpenDebugger(ticket, vm)
     return OpenPort(ticket, vm, request.port)
 
 

@@ -29,7 +29,7 @@ from vmd.rules.cloning import Clones, Table
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
-from vmd.rules.ports import open_port
+from vmd.rules.ports import open_stream
 from vmd.rules.transfers import received_vm, sink_of
 from vmd.rules.vm import Passed, Vm, completed, config_of, info, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
@@ -58,7 +58,7 @@ from vmd.wire.messages import (
     Wait,
 )
 from vmd.wire.parts import VmRequest
-from vmd.wire.ports import Connect
+from vmd.wire.ports import Connect, Debug
 from vmd.wire.transfers import Clone, Receive, Send, Snapshot, StoreRequest
 
 IDS_KEPT = 1024
@@ -185,8 +185,8 @@ class Registry:
                 event = vm_state.Unpause(ticket)
             case Console():
                 event = vm_state.Attach(ticket)
-            case Connect():
-                return [open_port(ticket, vm, request)]
+            case Connect() | Debug():
+                return [open_stream(ticket, vm, request)]
             case _:
                 raise AssertionError(request)
         return list(self._step(vm, event))

@@ -39,6 +39,7 @@ from vmd.wire.internal import (
     Begin,
     CancelSendVm,
     ConnectVm,
+    DebugVm,
     EndReason,
     LookAtTerminal,
     PauseVm,
@@ -71,12 +72,14 @@ from vmm_kvm.errors import (
     SnapshotError,
     VmmError,
 )
+from vmm_kvm.gdb.server import GdbServer
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import install_kick_signal
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import Machine
 from vmm_kvm.machine.spec import (
+    Crash,
     MachineSpec,
     Outcome,
     nets_of,
@@ -303,6 +306,9 @@ class VmProcess:
             except BaseException:
                 self._machine.close()
                 raise
+        ended = Crash(f"{spec.name}: a debugger ended it")
+        self._gdb = GdbServer(loop, lambda: self._ended(ended))
+        self._gdb.attach(self._machine)
         self._shutdown = Shutdown(self._machine, loop, loop.stop)
         self._console = console
         console.port = self._machine.uart
@@ -319,6 +325,7 @@ class VmProcess:
         self._loop.run()
         if self._sending:
             self._sending.abandon()
+        self._gdb.close()
         self._machine.close()
         self._console.port = None
         if self._is_sent:
@@ -357,6 +364,8 @@ class VmProcess:
                     self._attach(fds, position)
                 case ConnectVm(port=port):
                     self._connect(fds, port)
+                case DebugVm():
+                    self._debug(fds)
                 case SetLinks(are_up=are_up):
                     for index, is_up in enumerate(are_up):
                         self._machine.set_link(index, is_up=is_up)
@@ -387,6 +396,14 @@ class VmProcess:
             self._machine.vsock.connect(stream, port)
         else:
             stream.close()
+
+    def _debug(self, fds: Fds) -> None:
+        try:
+            stream = socket.socket(fileno=fds.take(0))
+        except ChannelError as err:  # the debugger finds its end
+            log.warning("debugger: %s", err)
+            return
+        self._gdb.serve(stream)
 
     def _stop(self, timeout_ns: int | None) -> None:
         if self._sending and not self._sending.is_written:  # if it is not sent after all

@@ -32,6 +32,7 @@ from vmd.wire.internal import (
     AttachConsole,
     Begin,
     ConnectVm,
+    DebugVm,
     EndReason,
     FromVm,
     KillVm,
@@ -126,7 +127,7 @@ class _Vm:
         fds.check()
         if self.channel is None:
             return  # it has ended; the parent is being told
-        if self.channel.is_full and isinstance(command, AttachConsole | ConnectVm):
+        if self.channel.is_full and isinstance(command, AttachConsole | ConnectVm | DebugVm):
             return  # the stream ends
         if self.channel.is_full and isinstance(command, LookAtTerminal):
             self._owes_look = True

@@ -380,6 +380,10 @@ class ConnectVm(Internal, frozen=True, kw_only=True):
     port: int
 
 
+class DebugVm(Internal, frozen=True, kw_only=True):
+    """Serve a debugger through the stream whose descriptor comes along."""
+
+
 class SetLinks(Internal, frozen=True, kw_only=True):
     """Set the links of the network interfaces."""
 
@@ -417,6 +421,7 @@ VmCommand = (
     | StopVm
     | AttachConsole
     | ConnectVm
+    | DebugVm
     | LookAtTerminal
     | SetLinks
     | AskStatistics

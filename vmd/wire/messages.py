@@ -33,7 +33,7 @@ from vmd.wire.parts import (
     VmRequest,
     Word,
 )
-from vmd.wire.ports import Connect, Connected
+from vmd.wire.ports import Connect, Connected, Debug
 from vmd.wire.transfers import (
     Clone,
     Cloned,
@@ -310,7 +310,7 @@ class Log(Request, frozen=True, kw_only=True):
     level: Annotated[int, msgspec.Meta(ge=0, le=2)]
 
 
-_OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Console | Connect | Status | History
+_OfVms = Start | Stop | Hold | Wait | Pause | Unpause | Console | Connect | Debug | Status | History
 _Transfers = Send | Receive | Clone | Snapshot | StoreRequest
 ParentRequest = _OfVms | _Transfers | Counts | Load | Reload | Source | Reset | Log
 """What the parent answers."""

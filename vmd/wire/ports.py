@@ -14,11 +14,19 @@ class Connect(VmRequest, frozen=True, kw_only=True):
     port: Annotated[int, msgspec.Meta(ge=0, le=GUEST_PORT_MAX)]
 
 
-class Connected(Answer, frozen=True, kw_only=True):
-    """A stream to a port of the guest: a SOCK_STREAM socket.
+class Debug(VmRequest, frozen=True, kw_only=True):
+    """Debug a VM's guest; answered by `connected`, with a stream for GDB's remote protocol.
 
-    What comes first is a line, `OK ` and a number, once the guest has accepted. Where it refuses,
-    has no driver yet, or has too many connections, the stream ends instead.
+    The guest stands still until the debugger lets it go on, or the stream ends. One debugger at a
+    time: the stream of a second one ends.
+    """
+
+
+class Connected(Answer, frozen=True, kw_only=True):
+    """A stream to a port of the guest, or for a debugger: a SOCK_STREAM socket.
+
+    What comes first from a port is a line, `OK ` and a number, once the guest has accepted. Where
+    it refuses, has no driver yet, or has too many connections, the stream ends instead.
     """
 
     id: int

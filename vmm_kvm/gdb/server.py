@@ -1,4 +1,4 @@
-"""GDB's way to a machine: a UNIX socket, one debugger at a time.
+"""GDB's way to a machine: a stream, one debugger at a time.
 
 A debugger that connects stops the machine; one that goes away, by `detach` or otherwise, lets it
 go on without breakpoints. On the event loop's thread; nothing here blocks.
@@ -29,21 +29,16 @@ _BACKLOG = 16
 
 
 class GdbServer:
-    """Serves debuggers of one VM, over its reboots; owns its socket and removes it at the end."""
+    """Serves debuggers of one VM, over its reboots."""
 
     def __init__(
-        self, loop: EventLoop, path: str, on_kill: Callable[[], None], *, waits: bool = False
+        self, loop: EventLoop, on_kill: Callable[[], None], *, waits: bool = False
     ) -> None:
-        """Listen at `path`, for this user alone; `on_kill` ends the VM, if a debugger asks for it.
+        """Serve nobody yet; `on_kill` ends the VM, if a debugger asks for it.
 
         With `waits` the VM's first machine stands still until a debugger lets it go on.
-
-        Raises:
-            SpecError: somebody listens there, or something else is there.
-            OSError: it cannot be made.
         """
         self._loop = loop
-        self._path = path
         self._on_kill = on_kill
         self._waits = waits
         self._machine: Machine | None = None
@@ -53,11 +48,6 @@ class GdbServer:
         self._reader = Reader()
         self._unsent = b""
         self._sent = b""
-        self._listener = listen(
-            path, socket.SOCK_STREAM, mode=0o600, backlog=_BACKLOG, server="debugged VM"
-        )
-        self._listener.setblocking(False)
-        loop.add_reader(self._listener.fileno(), self._accept)
 
     def attach(self, machine: Machine) -> None:
         """Serve a machine of which no vCPU has run yet: the VM's first, or after a reboot."""
@@ -68,23 +58,18 @@ class GdbServer:
             machine.hold()
 
     def close(self, status: int = 0) -> None:
-        """Tell the debugger that the VM has ended with `status`, and listen no more."""
+        """Tell the debugger that the VM has ended with `status`, and serve it no more."""
         if self._client:
             with suppress(OSError):
                 self._client.send(framed(b"W%02x" % (status & 0xFF)))
             self._hang_up()
-        self._loop.remove_reader(self._listener.fileno())
-        self._listener.close()
-        with suppress(FileNotFoundError):
-            Path(self._path).unlink()
 
-    # Connections
+    def serve(self, client: socket.socket) -> None:
+        """Stop the machine for a debugger; takes over its connection, which ends if there is one.
 
-    def _accept(self) -> None:
-        try:
-            client, _ = self._listener.accept()
-        except OSError:  # it went away again, or there are no descriptors: it is tried again
-            return
+        Raises:
+            KvmError: KVM refused.
+        """
         if self._client or self._machine is None:
             client.close()
             return
@@ -96,6 +81,8 @@ class GdbServer:
         self._debugger.stop()
         self._session = Session(self._debugger, self._on_kill)
         self._loop.add_reader(client.fileno(), self._readable)
+
+    # The connection
 
     def _hang_up(self) -> None:
         assert self._client is not None
@@ -190,3 +177,37 @@ class GdbServer:
         self._writable()
         if not self._unsent:
             self._serve()
+
+
+class GdbListener:
+    """A UNIX socket that debuggers connect to; owns it, and removes it at the end."""
+
+    def __init__(self, loop: EventLoop, path: str, server: GdbServer) -> None:
+        """Listen at `path`, for this user alone, and have `server` serve who comes.
+
+        Raises:
+            SpecError: somebody listens there, or something else is there.
+            OSError: it cannot be made.
+        """
+        self._loop = loop
+        self._path = path
+        self._server = server
+        self._listener = listen(
+            path, socket.SOCK_STREAM, mode=0o600, backlog=_BACKLOG, server="debugged VM"
+        )
+        self._listener.setblocking(False)
+        loop.add_reader(self._listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        with suppress(FileNotFoundError):
+            Path(self._path).unlink()
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._listener.accept()
+        except OSError:  # it went away again, or there are no descriptors: it is tried again
+            return
+        self._server.serve(client)

@@ -36,7 +36,7 @@ from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.rom import Rom
 from vmm_kvm.devices.uart16550 import Uart16550
 from vmm_kvm.devices.vm_generation import VmGeneration
-from vmm_kvm.errors import HaltError
+from vmm_kvm.errors import HaltError, Refusal, RefusedError
 from vmm_kvm.holding import hold_vcpus, throttle
 from vmm_kvm.kvm.eventfds import EventFds
 from vmm_kvm.kvm.exits import Debug, Exit
@@ -305,9 +305,11 @@ class Machine:
         """Return what KVM has of the machine.
 
         Raises:
-            RefusedError: the machine is not paused.
+            RefusedError: the machine is not paused, or a debugger is at it.
             KvmError: KVM refused.
         """
+        if self.on_debug:  # its breakpoints may be in RAM
+            raise RefusedError(Refusal.EBUSY, "a debugger is attached")
         self._eventfds.flush()
         return primitives.save_state(self._vmm, self._vm_id)
 

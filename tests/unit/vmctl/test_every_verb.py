@@ -31,7 +31,8 @@ from tests.closed_streams import closing
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers, FakeDaemon
 from tests.vmctl_driver import VMCTL
-from vmctl.verbs import FILE, VERBS, VM, Verb
+from vmctl.options import FILE, VM
+from vmctl.verbs import VERBS, Verb
 from vmd.wire.messages import (
     AnyRequest,
     Console,

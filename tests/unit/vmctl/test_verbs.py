@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from vmctl import verbs
+from vmctl import options, verbs
 from vmctl.cli import main, read
 from vmctl.help import help_text
-from vmctl.verbs import VERBS, Option, matches, names, usage
+from vmctl.options import Option
+from vmctl.verbs import VERBS, matches, names, usage
 
 ROOT = Path(__file__).resolve().parents[3]
 _MAKERS = (VERBS["run"], VERBS["start"])
@@ -142,9 +144,13 @@ def test_status_is_light(tmp_path: Path) -> None:
 
 def test_verbs_import_nothing() -> None:
     """The table costs next to nothing to load."""
-    source = Path(verbs.__file__).read_text()
-    imported = re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)
-    assert imported == ["collections.abc", "typing"]
+    assert _imports(verbs) == ["collections.abc", "typing", "vmctl.options"]
+    assert _imports(options) == ["collections.abc", "typing"]
+
+
+def _imports(module: ModuleType) -> list[str]:
+    source = Path(str(module.__file__)).read_text()
+    return re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)
 
 
 def test_run_and_start_have_the_same_options() -> None:

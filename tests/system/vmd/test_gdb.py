@@ -1,0 +1,102 @@
+"""Debuggers of VMs, through a real daemon: who may, what stands still, what goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.debugging import PLAIN, Conversation
+from tests.system.vmd.daemon import READY, TIMEOUT_S, Daemon, vm_block, vmctl
+from tests.system.vmd.test_send import send_to
+from tests.vmctl_driver import VMCTL
+from vmctl.client import Client, opened
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+CONFIGURATION = vm_block("web") + vm_block("off")
+
+
+def debug(client: Client, name: str) -> Conversation:
+    """Debug a VM."""
+    client.send("debug", {"name": name})
+    stream, _ = opened(client, "connected")
+    return Conversation(stream)
+
+
+def _started(vmd: Daemon) -> None:
+    with vmd.client() as client:
+        client.ask("start", name="web")
+        with client.console("web") as console:
+            console.expect(READY)
+
+
+def test_a_vm_is_debugged(start_vmd: Start, tmp_path: Path) -> None:
+    """It stands still for one debugger, is not sent meanwhile, and goes on without it."""
+    with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
+        _started(vmd)
+        with debug(client, "web") as debugger:
+            assert debugger.ask(b"qfThreadInfo") == b"m1"
+            assert len(debugger.ask(b"g")) > 600
+            with debug(client, "web") as second:
+                assert second.answer() == b""
+            sent = send_to(tmp_path / "stream", vmd, "web")
+            assert sent.returncode == 1
+            assert b"a debugger is attached" in sent.stderr
+            assert debugger.ask(b"vCont;s:1").startswith(b"T05thread:1;")
+            client.pause("web")
+            client.unpause("web")
+            assert debugger.ask(b"vCont;s:1").startswith(b"T05thread:1;")
+        _wait_until_it_is_sent(vmd, tmp_path / "stream")
+
+
+def _wait_until_it_is_sent(vmd: Daemon, path: Path) -> None:
+    """Send the VM away as soon as its process has seen the debugger's end."""
+    end = time.monotonic() + TIMEOUT_S
+    while send_to(path, vmd, "web").returncode:
+        assert time.monotonic() < end
+
+
+def test_gdb_debugs_a_vm(start_vmd: Start) -> None:
+    """`vmctl gdb` starts gdb, which finds the guest; its end lets the guest go on."""
+    with start_vmd(CONFIGURATION) as vmd:
+        _started(vmd)
+        words = ("-nx", "-batch", "-ex", "info threads", "-ex", "info registers cr0")
+        done = subprocess.run(
+            [VMCTL, "gdb", "web", "--", *words],
+            env={**PLAIN, "VMD_SOCKET": str(vmd.socket)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Thread 1 (vcpu0)" in done.stdout
+        assert "cr0" in done.stdout
+        assert vmctl(vmd, "stop", "-w", "web").returncode == 0
+
+
+def test_who_is_refused(start_vmd: Start) -> None:
+    """A VM that is not there or does not run: told why, and no gdb."""
+    with start_vmd(CONFIGURATION) as vmd:
+        for name, text in (("none", "no such VM"), ("off", "vm is not running")):
+            done = vmctl(vmd, "gdb", name)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.splitlines()[-1].endswith(text), done.stderr
+
+
+def test_a_debugger_ends_a_vm(start_vmd: Start) -> None:
+    """`kill` of gdb's ends the VM, and the end is told."""
+    with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
+        _started(vmd)
+        with debug(client, "web") as debugger:
+            debugger.send(b"k")
+            assert debugger.answer() in {b"W00", b""}
+        assert vmctl(vmd, "wait", "web").returncode in {0, 1}
+        shown = vmctl(vmd, "show", "-a", "web").stdout
+        assert "a debugger ended it" in shown, shown

@@ -1,0 +1,213 @@
+"""Options that verbs have: what one is, and those that several verbs share.
+
+`run` and `start` take one set of options: where one of them does not, it says why.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+FILE = "<file>"
+"""What completes a word: the name of a file."""
+VM = "<vm>"
+"""The name of a VM."""
+
+
+class Option(NamedTuple):
+    """An option of a verb."""
+
+    name: str
+    """As it is written: `-b` or `--json`."""
+    field: str
+    """The argument of the verb's function that has its value."""
+    help: str
+    value: str = ""
+    """How its value is called; without one it is a flag."""
+    is_repeated: bool = False
+    """Whether it may come more than once: values are then a tuple, a flag is the number."""
+    completes: tuple[str, ...] = ()
+    """Words that its value can be, FILE or VM."""
+    refused: str = ""
+    """Why this verb does not take it, though another one of the same kind does."""
+
+
+JSON = Option("--json", "as_json", "Print JSON.")
+CLONES = Option("-n", "count", "How many; each has another number for %d.", "count", True)
+RUNNING = Option("-r", "running", "Only VMs that run.")
+_BOOT_DEVICES = ("disk", "cdrom", "net")
+_FIRMWARE = ("bios", "uefi", FILE)
+_DISK = Option(
+    "-d",
+    "disks",
+    "Disk image; may be repeated. Options: ro, serial=text, queues=count, error=, snapshot.",
+    *("[format:]disk[,option...]", True, (FILE,)),
+)
+_SIZE = "Memory, such as 256M or 4G; 512M by default."
+_CPUS = "Number of vCPUs, 1 to 64."
+_CDROM = "ISO image in the CD-ROM drive."
+_INITRD = Option(
+    "--initrd",
+    "initrd",
+    "Initial RAM disk; for a Multiboot kernel a module, and may be repeated.",
+    *("path", True, (FILE,)),
+)
+
+ENDED = Option("--json", "as_json", "Print what has become of the VM as JSON.")
+
+# All that have a value may come more than once, to be used or to be refused.
+_MACHINE_OPTIONS = (
+    Option("-B", "boot_device", "What the VM boots from.", "device", True, _BOOT_DEVICES),
+    Option("-b", "boot", "Kernel or firmware image to boot.", "path", True, (FILE,)),
+    Option("-c", "console", "Attach the console; run always does."),
+    _DISK,
+    Option(
+        "-i",
+        "interfaces",
+        "Number of network interfaces; for run also one of them.",
+        "count|kind[:name][,option...]",
+        True,
+        ("bridge:", "none", "passt", "stream:", "tap:", "vhost-user:"),
+    ),
+    Option("-L", "local", "Add a local network interface; for run by passt.", "", True),
+    Option("-m", "memory", _SIZE, "size", True),
+    Option(
+        "-n",
+        "switches",
+        "Add a network interface on a switch; for run on a bridge of this host.",
+        "switch",
+        True,
+    ),
+    Option("-p", "cpus", _CPUS, "count", True),
+    Option("-r", "cdrom", _CDROM, "path", True, (FILE,)),
+    Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
+    Option("--append", "append", "Kernel command line.", "string", True),
+    Option(
+        "--clock",
+        "clock",
+        "What the clock of a VM shows that goes on from a snapshot.",
+        "frozen|now",
+        True,
+        ("frozen", "now"),
+    ),
+    Option(
+        "--console-log",
+        "console_log",
+        "Write what the console shows to this file too.",
+        "file",
+        True,
+        (FILE,),
+    ),
+    Option(
+        "--firmware",
+        "firmware",
+        "Boot firmware; bios is the default where there are disks or an ISO image.",
+        "bios|uefi|path",
+        True,
+        _FIRMWARE,
+    ),
+    Option(
+        "--forward",
+        "forwards",
+        "Let a port of this host lead to one of the guest's, on its first local interface.",
+        "tcp|udp:[address:]port[:port]",
+        True,
+        ("tcp:", "udp:"),
+    ),
+    Option(
+        "--from",
+        "origin",
+        "Go on from this snapshot; one with a slash is a file, for run it always is.",
+        "snapshot",
+        True,
+        (FILE,),
+    ),
+    Option(
+        "--gdb",
+        "gdb",
+        "Let GDB debug the guest through this socket; with wait it begins when GDB lets it.",
+        "path[,wait]",
+        True,
+        (FILE,),
+    ),
+    _INITRD,
+    Option("--json", "as_json", "Print what has become of the VM as JSON."),
+    Option("--no-reboot", "no_reboot", "End when the guest reboots, instead of booting again."),
+    Option(
+        "--nvram",
+        "nvram",
+        "File that keeps the variables of UEFI firmware; made if it is missing.",
+        "path",
+        True,
+        (FILE,),
+    ),
+    Option("--save", "save", "Make a file of vm.conf.d of the VM, which then stays."),
+    Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
+    Option("--template", "is_template", "Once it is paused, it stays so: clones go on from it."),
+    Option(
+        "--timeout",
+        "timeout",
+        "Wait no longer; status 124. A VM of run is killed then.",
+        "seconds",
+        True,
+    ),
+    Option(
+        "--virtio-console",
+        "virtio_console",
+        "Add a virtio console, hvc0, which takes the input once its driver is ready.",
+    ),
+    Option(
+        "--vsock",
+        "vsock",
+        "Add a vsock device; for run, a socket of this path leads to it.",
+        "auto|path[,cid=number]",
+        True,
+        ("auto", FILE),
+    ),
+    Option(
+        "--wait",
+        "until",
+        "Wait until this has come, such as a text on the console; run ends then.",
+        "console=text",
+        True,
+        ("console=",),
+    ),
+)
+_NOT_FOR_RUN = {
+    "-t": "there is no daemon that knows a template: give all options here",
+    "--clock": "it goes on from the snapshot's",
+    "--save": "there is no daemon whose configuration could have it",
+    "--template": "there is no daemon that could clone it",
+}
+_NOT_FOR_START = {
+    "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
+    "--gdb": "vmd makes no socket for it: 'vmctl gdb' debugs the VM",
+    "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
+    "--nvram": "vmd keeps the variables of each VM's firmware itself",
+    "--virtio-console": "VMs of vmd have a serial port alone",
+}
+
+
+def _options(refused: Mapping[str, str]) -> tuple[Option, ...]:
+    """Return the options of a VM for one of the verbs that make one."""
+    return tuple(one._replace(refused=refused.get(one.name, "")) for one in _MACHINE_OPTIONS)
+
+
+RUN_USAGE = (
+    "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
+    "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
+    "\t\t[--console-log file] [--firmware name] [--forward forward]\n"
+    "\t\t[--from path] [--gdb path[,wait]] [--initrd path] [--json] [--no-reboot]\n"
+    "\t\t[--nvram path] [--selftest] [--timeout seconds] [--virtio-console]\n"
+    "\t\t[--vsock path] [--wait condition] [name]"
+)
+START_USAGE = (
+    "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
+    "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
+    "\t\t[--append string] [--clock policy] [--firmware name]\n"
+    "\t\t[--forward forward] [--from snapshot] [--initrd path] [--json]\n"
+    "\t\t[--save] [--selftest] [--template] [--timeout seconds]\n"
+    "\t\t[--vsock auto] [--wait condition] id | name"
+)
+
+
+RUN_OPTIONS = _options(_NOT_FOR_RUN)
+START_OPTIONS = _options(_NOT_FOR_START)
