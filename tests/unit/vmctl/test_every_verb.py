@@ -81,8 +81,9 @@ LINES = {
 }
 """Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
 images in it, `{new}` the name of a file that is not there, `{vsock}` the way to a guest."""
-FAILS = {"events", "image resize", "receive", "run"}
-"""The daemon ends, there is no such image or kernel, or nothing comes that could be received."""
+FAILS = {"events", "gdb", "image resize", "receive", "run"}
+"""The daemon ends, there is no such image or kernel, nothing comes that could be received, or the
+daemon here has no stream to debug by."""
 OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
 
 
