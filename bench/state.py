@@ -268,7 +268,7 @@ def _clone_once(source: Source, machine: Machine) -> tuple[float, float, int]:
     if os.read(reader, 1) != _ECHO:
         raise SystemExit("state: a clone does not answer")
     took = time.perf_counter() - began
-    private = _private(pid)
+    private = private_size(pid)
     _end([pid])
     os.close(reader)
     return took * 1000, still * 1000, private
@@ -320,7 +320,8 @@ def _end(pids: list[int]) -> None:
         os.waitpid(pid, 0)
 
 
-def _private(pid: int) -> int:
+def private_size(pid: int) -> int:
+    """Return how many bytes of memory are a process's own."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     return sum(
         int(line.split()[1]) * 1024

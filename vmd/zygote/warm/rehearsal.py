@@ -2,18 +2,19 @@
 
 The guest is firmware of a few hundred instructions: it probes every device as a driver would, waits
 for a byte at its serial port, and ends the machine. Meanwhile the rehearsal pauses it, asks for its
-statistics, and attaches to its console.
+statistics, captures it, and attaches to its console. Then it plays a clone of it.
 """
 
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Self
 
 from vmd.shared.pty import open_pty
+from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelClosedError, channel_pair
 from vmd.wire.internal import (
     VM_AND_VMM,
@@ -32,6 +33,7 @@ from vmd.wire.internal import (
     VmStarted,
 )
 from vmd.wire.messages import CONSOLE_INPUT
+from vmd.wire.transfers import ReceivedSpec
 from vmd.zygote.warm.gathering import Live, Recorder, gather
 from vmd.zygote.warm.packing import fill_holes
 from vmm_kvm.arch.x86 import layout
@@ -55,6 +57,31 @@ _CLOCK_REGISTERS = 16
 _SERIAL_SETUP = ((1, 2), (1, 0), (2, 0), (3, 0x80), (0, 1), (1, 0), (3, 3), (4, 0xB), (1, 0))
 # An alarm each second, the rate of periodic interrupts, 24 hours; and no alarm any more.
 _CLOCK_SETUP = ((1, 0xFF), (3, 0xFF), (5, 0xFF), (0xA, 0x26), (0xB, 0x62), (0xB, 2))
+
+
+_SPEC = VmSpec(
+    id=0,
+    name=_NAME,
+    memory=_MEMORY,
+    cpus=1,
+    tty=0,
+    ring=1,
+    boot=2,
+    boot_path=_NAME,
+    is_template=True,
+)
+_CLONE_SPEC = VmSpec(
+    id=0,
+    name=_NAME,
+    memory=_MEMORY,
+    cpus=1,
+    tty=0,
+    ring=1,
+    boot=None,
+    boot_path=_NAME,
+    received=ReceivedSpec(stream=2, manifest="", stays_paused=False, memory=3, is_copy=True),
+)
+_CAPTURED = 2
 
 
 class RehearsalError(Exception):
@@ -122,49 +149,58 @@ class Rehearsal:
             self.play(be_vm)
 
     def play(self, be_vm: BeVm) -> None:
-        """Let `be_vm` run the process of a VM that ends soon.
+        """Let `be_vm` run the process of a VM that ends soon, and then that of its clone.
 
         Raises:
-            RehearsalError: the VM cannot be made.
+            RehearsalError: a VM cannot be made.
         """
-        spec = VmSpec(
-            id=0,
-            name=_NAME,
-            memory=_MEMORY,
-            cpus=1,
-            boot=0,
-            boot_path=_NAME,
-            tty=1,
-            ring=2,
-        )
+        captured = self._play_one(be_vm, _SPEC, (self._firmware,))
+        try:
+            if len(captured) == _CAPTURED:  # else clones are made without
+                os.lseek(captured[0], 0, os.SEEK_SET)
+                self._play_one(be_vm, _CLONE_SPEC, captured)
+        finally:
+            for fd in captured:
+                os.close(fd)
+
+    def _play_one(self, be_vm: BeVm, spec: VmSpec, files: Sequence[int]) -> list[int]:
+        """Let `be_vm` run one process; returns what it hands over for clones."""
         here, there = channel_pair(VMM_AND_VM, VM_AND_VMM)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with here, ours:
-            fds = map(os.dup, (self._firmware, *self._pty[1:]))
-            here.send(Begin(spec=spec, places=(0, 1, 2), verbosity=0), list(fds))
+            fds = list(map(os.dup, (*self._pty[1:], *files)))
+            here.send(Begin(spec=spec, places=tuple(range(len(fds))), verbosity=0), fds)
             for command in (PauseVm(), UnpauseVm(), AskStatistics(), LookAtTerminal()):
                 here.send(command)
+            if spec.is_template:
+                here.send(CaptureVm())
             ours.send(CONSOLE_INPUT + b"!")
             here.send(AttachConsole(), [theirs.detach()])
             be_vm(there)
-            self._check(here)
+            return self._check(here)
 
     @staticmethod
-    def _check(here: Channel[VmmToVm, VmReport]) -> None:
-        """Raise an error unless all reports show that the guest has run."""
+    def _check(here: Channel[VmmToVm, VmReport]) -> list[int]:
+        """Raise an error unless all reports show that the guest has run.
+
+        Returns the descriptors of a VM that was captured.
+        """
         started = False
+        captured: list[int] = []
         try:
             while True:
                 received = here.receive()
-                received.fds.close()
                 match received.message:
                     case VmStarted():
                         started = True
+                    case VmCaptured():
+                        captured += received.fds.take_all()
                     case VmEnding(reason=EndReason.FAILED, message=message):
                         raise RehearsalError(message)
         except ChannelClosedError:
             if not started:
                 raise RehearsalError("the guest has not run") from None
+        return captured
 
 
 def _rom() -> bytes:
