@@ -396,7 +396,7 @@ _vmctl() {
 		operands=('<vm>')
 		;;
 	'wait --for')
-		_vmctl_offer "$word" 'running' 'stopped' 'console='
+		_vmctl_offer "$word" 'running' 'stopped' 'ready' 'file=' 'port=' 'unit=' 'console='
 		return
 		;;
 	'wait --timeout')

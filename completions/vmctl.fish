@@ -154,7 +154,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from top' -s d -d 'Time between two
 complete -c vmctl -n '__fish_seen_subcommand_from top' -s n -d 'How often to look.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from top' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from unpause' -a '(__vmctl_vms)'
-complete -c vmctl -n '__fish_seen_subcommand_from wait' -l for -d 'Wait for another condition than its end.' -x -a 'running stopped console='
+complete -c vmctl -n '__fish_seen_subcommand_from wait' -l for -d 'Wait for another condition than its end.' -x -a 'running stopped ready file= port= unit= console='
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -l timeout -d 'Wait no longer; status 124.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -a '(__vmctl_vms)'

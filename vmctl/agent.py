@@ -39,6 +39,8 @@ OUTPUT_MAX = 64 << 20
 _STATUS_MAX = 255
 _SIGNAL_MAX = 64
 _RECEIVED_MAX = 64 << 10
+_POLL_MAX_S = 1e5
+"""What poll takes at a time."""
 _OUTPUTS = (Kind.OUTPUT, Kind.ERRORS)
 
 
@@ -221,7 +223,7 @@ class Session:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError("timed out")
-        ready = dict(poll.poll(None if left is None else int(left * 1000) + 1))
+        ready = dict(poll.poll(None if left is None else int(min(left, _POLL_MAX_S) * 1000) + 1))
         events = ready.pop(own, 0)
         if events & select.POLLOUT:
             self._send()

@@ -21,6 +21,7 @@ from vmctl.client import CommandError
 from vmctl.console import RawTerminal
 from vmctl.guest import agent_of
 from vmctl.messages import fail
+from vmctl.moment import seconds_in
 from vmctl.report import EXIT_TIMEOUT
 from vmctl.signals import cleaning_up
 from vmctl.terminal import TerminalState
@@ -87,11 +88,8 @@ def _status_of(code: str) -> int:
 def _deadline(timeout: str | None) -> float | None:
     if timeout is None:
         return None
-    try:
-        seconds = float(timeout)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds < float("inf"):
+    seconds = seconds_in(timeout)
+    if seconds is None:
         raise CommandError(f"invalid time-out: {timeout}: not a number of seconds")
     return time.monotonic() + seconds
 

@@ -7,6 +7,8 @@ from vmm_kvm.text import printable
 
 CONSOLE_CONDITION = "console="
 """How a condition to wait for begins that is a text on the console."""
+GUEST_CONDITIONS = ("ready", "file=", "port=", "unit=")
+"""How those begin that the guest's agent knows of."""
 
 
 def fail(problem: object) -> int:

@@ -18,7 +18,7 @@ from vmctl.client import (
     opened,
     parse_target,
 )
-from vmctl.messages import CONSOLE_CONDITION, choice, fail
+from vmctl.messages import CONSOLE_CONDITION, GUEST_CONDITIONS, choice, fail
 from vmctl.moment import seconds_in
 from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.stop import finish, why_not
@@ -87,6 +87,13 @@ def wait_for(client: Client, target: Target, condition: str, deadline: float | N
     """
     if condition in _STATES:
         return _wait_for_state(client, target, condition, deadline)
+    if _is_in_guest(condition):
+        from vmctl.readiness import wait_for_guest  # noqa: PLC0415 - only for these
+
+        try:
+            return wait_for_guest(target, condition, float("inf") if deadline is None else deadline)
+        except TimeoutError:
+            raise ExpiredError from None
     return _wait_for_text(client, target, condition.removeprefix(CONSOLE_CONDITION), deadline)
 
 
@@ -96,9 +103,22 @@ def check_condition(condition: str) -> None:
     Raises:
         CommandError: it is no condition.
     """
-    if condition not in _STATES and not condition.startswith(CONSOLE_CONDITION):
-        known = choice((*_STATES, f"{CONSOLE_CONDITION}text"))
+    if _is_in_guest(condition):
+        from vmctl.readiness import check_guest_condition  # noqa: PLC0415 - only for these
+
+        check_guest_condition(condition)
+    elif condition not in _STATES and not condition.startswith(CONSOLE_CONDITION):
+        in_guest = ("ready", "file=path", "port=number", "unit=name")
+        known = choice((*_STATES, *in_guest, f"{CONSOLE_CONDITION}text"))
         raise CommandError(f"invalid condition: {condition} ({known})")
+
+
+def _is_in_guest(condition: str) -> bool:
+    """Tell whether it is a condition that the guest's agent knows of."""
+    return any(
+        condition.startswith(one) if one.endswith("=") else condition == one
+        for one in GUEST_CONDITIONS
+    )
 
 
 def _deadline(timeout: str | None) -> float | None:

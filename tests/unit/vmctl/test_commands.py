@@ -559,7 +559,10 @@ def test_wait_for_a_state(serve: Serve, capsys: pytest.CaptureFixture[str]) -> N
         (
             ["--for", "walking"],
             1,
-            "vmctl: invalid condition: walking (running, stopped or console=text)\n",
+            (
+                "vmctl: invalid condition: walking (running, stopped, ready, file=path,"
+                " port=number, unit=name or console=text)\n"
+            ),
         ),
         (["--timeout", "x"], 1, "vmctl: invalid time-out: x: not a number of seconds\n"),
         (["--timeout", "-1"], 1, "vmctl: invalid time-out: -1: not a number of seconds\n"),

@@ -19,7 +19,7 @@ from typing import Self
 
 import pytest
 
-from tests.agents import BOUND_S, HostAgent, Vsock, is_running, left_in_group, wait_until
+from tests.agents import BOUND_S, HostAgent, Vsock, is_running, left_in_group, spliced, wait_until
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
 from tests.vmctl_driver import VMCTL
@@ -198,7 +198,7 @@ def test_by_the_daemon(serve: Serve, tmp_path: Path) -> None:
 
         def answer(_request: AnyRequest) -> Answers:
             theirs, ours = socket.socketpair()
-            threads.append(_spliced(ours, host.connect()))
+            threads.append(spliced(ours, host.connect()))
             theirs_fd = theirs.detach()
             return [(Connected(id=7), [theirs_fd])]
 
@@ -209,27 +209,6 @@ def test_by_the_daemon(serve: Serve, tmp_path: Path) -> None:
             thread.join()
     assert (done.returncode, done.stdout, done.stderr) == (9, b"data", b"")
     assert daemon.requests == [Connect(id=7, port=1024)]
-
-
-def _spliced(near: socket.socket, far: socket.socket) -> threading.Thread:
-    """Join two streams, the first after the daemon's greeting; returns the thread that does."""
-
-    def work() -> None:
-        with near, far:
-            near.sendall(b"OK 1073741824\n")
-            while True:
-                for one in select.select([near, far], [], [])[0]:
-                    try:
-                        data = one.recv(65536)
-                        (far if one is near else near).sendall(data)
-                    except ConnectionError:
-                        data = b""
-                    if not data:
-                        return
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
 
 
 def test_output_that_nobody_reads(vsock: Path) -> None:

@@ -127,7 +127,10 @@ def test_start_of_the_selftest(serve: Serve) -> None:
         ("--selftest -b /etc/passwd", "--selftest and -b name two boot images: use one"),
         (
             "--wait walking",
-            "invalid condition: walking (running, stopped or console=text)",
+            (
+                "invalid condition: walking (running, stopped, ready, file=path, port=number,"
+                " unit=name or console=text)"
+            ),
         ),
         (
             "--nvram x",
