@@ -34,6 +34,7 @@ from vmd.fresh import EXECUTING
 from vmd.options import Options
 from vmd.parent.cgroups import Cgroups, NoCgroupsError, find_cgroups
 from vmd.parent.configuration import Settings
+from vmd.parent.hung import end_hung
 from vmd.parent.listener import ListenerError, default_owner, listen, present_owner, set_owner
 from vmd.parent.networks import Networks
 from vmd.parent.openers import Openers
@@ -239,9 +240,16 @@ class Daemon:
         )
         self._openers = Openers(loop, setting.settings.users, opener_plan)
         self._parent = Parent(
-            loop, setting.settings, self._networks, self._openers, terminals, start=self._spawn
+            loop,
+            setting.settings,
+            self._networks,
+            self._openers,
+            terminals,
+            start=self._spawn,
+            end_hung=self._end_hung,
         )
         self._verbosity = verbosity
+        self._uids = setting.uids
         self._no_cgroups = setting.no_cgroups
         self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.uids),
@@ -351,6 +359,10 @@ class Daemon:
     def _kill(self, pid: int) -> None:
         if pid in self._pids:  # else it has been reaped, and the number may be another's
             os.kill(pid, signal.SIGKILL)
+
+    def _end_hung(self, pidfd: int, uid: int) -> None:
+        vmms = {pid for pid, kind in self._pids.items() if kind is Kind.VMM}
+        end_hung(pidfd, uid, self._uids, vmms)
 
     def _reap(self) -> None:
         while True:

@@ -46,6 +46,7 @@ from vmd.shared.ring import Replay
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Fds, Timer
 from vmd.wire.internal import (
+    AboutVm,
     AskStatistics,
     AttachConsole,
     CancelSendVm,
@@ -65,7 +66,6 @@ from vmd.wire.internal import (
     VmHalted,
     VmLaunched,
     VmLaunchFailed,
-    VmmToParent,
     VmPaused,
     VmReport,
     VmSent,
@@ -401,7 +401,7 @@ class Effects:
 
     # What vmm says
 
-    def take(self, message: VmmToParent, fds: Fds) -> None:
+    def take(self, message: AboutVm, fds: Fds) -> None:
         """Account for what vmm says."""
         if message.id not in self._launched:
             log.warning("vmm: speaks of vm %d, which does not run", message.id)

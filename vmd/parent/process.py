@@ -37,7 +37,14 @@ from vmd.shared import log as logging
 from vmd.shared.kernels import KernelStore
 from vmd.wire.agentx import VmRow
 from vmd.wire.channel import Fds
-from vmd.wire.internal import PARENT_AND_VMM, LookAtTerminal, ParentToVmm, SetLinks, VmmToParent
+from vmd.wire.internal import (
+    PARENT_AND_VMM,
+    EndHung,
+    LookAtTerminal,
+    ParentToVmm,
+    SetLinks,
+    VmmToParent,
+)
 from vmd.wire.messages import (
     LINE_MAX,
     LINES_MAX,
@@ -81,12 +88,15 @@ class Parent:
         terminals: TerminalWatch,
         *,
         start: Callable[[Kind], None],
+        end_hung: Callable[[int, int], None],
     ) -> None:
         """Begin without VMs and processes; all that is handed in stays the caller's.
 
         `start` starts a process that not every configuration needs, one of `ON_DEMAND`.
+        `end_hung` kills the process of a pidfd, if it is a VM's with that user.
         """
         self._loop = loop
+        self._end_hung = end_hung
         self._networks = networks
         self._settings = settings
         self._includes: tuple[str, ...] = ()  # of the configuration
@@ -149,7 +159,10 @@ class Parent:
         self._effects.tell_vm(vm_id, LookAtTerminal())
 
     def _from_vmm(self, message: VmmToParent, fds: Fds) -> None:
-        self._effects.take(message, fds)
+        if not isinstance(message, EndHung):
+            self._effects.take(message, fds)
+        elif fds.left:
+            self._end_hung(fds.left[0], message.uid)
 
     def _vmm_ended(self) -> None:
         self._effects.vmm_ended()

@@ -33,6 +33,7 @@ from vmd.wire.internal import (
     Begin,
     ConnectVm,
     DebugVm,
+    EndHung,
     EndReason,
     FromVm,
     KillVm,
@@ -238,14 +239,17 @@ class Vmm:
         if not vm.pid:
             vm.is_doomed = True
             return
-        vm.blanks.kill(vm.pid, lambda err: self._cannot_kill(vm, err))
+        vm.blanks.kill(vm.pid, lambda err: self._cannot_kill(vm, vm.pid, err))
 
-    @staticmethod
-    def _cannot_kill(vm: _Vm, err: ForkError) -> None:
-        """Close the channel to a VM's process, which then ends unless it hangs."""
-        log.warning("vm/%s: cannot be killed: %s", vm.name, err)
-        if vm.channel:
-            vm.channel.close()
+    def _cannot_kill(self, vm: _Vm, pid: int, err: ForkError) -> None:
+        """Have the parent kill a process of a VM, as the zygote does not."""
+        log.warning("vm/%s: pid %d: the parent is to kill it: %s", vm.name, pid, err)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as failure:
+            log.warning("vm/%s: cannot be killed: %s", vm.name, failure.strerror)
+            return
+        self._tell(EndHung(uid=vm.uid), [pidfd])
 
     # Starting
 
@@ -505,7 +509,7 @@ class Vmm:
     def _kill_devices(self, vm: _Vm) -> None:
         for pid, device in vm.devices.items():
             log.warning("vm/%s/%s: its process does not end: killed", vm.name, device.name)
-            vm.blanks.kill(pid, lambda err: log.warning("cannot be killed: %s", err))
+            vm.blanks.kill(pid, partial(self._cannot_kill, vm, pid))
 
     def _forget(self, vm: _Vm) -> None:
         del self._vms[vm.id]

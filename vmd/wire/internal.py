@@ -542,8 +542,16 @@ class VmExited(Internal, frozen=True, kw_only=True):
     """What it said last, if it could."""
 
 
+class EndHung(Internal, frozen=True, kw_only=True):
+    """End a VM's process, as the zygote that could hangs; a pidfd of it comes along."""
+
+    uid: int
+    """The VM's; 0 if VMs have no users of their own."""
+
+
 ParentToVmm = LaunchVm | KillVm | ToVm | SetVerbosity
-VmmToParent = VmLaunched | VmLaunchFailed | FromVm | VmExited
+AboutVm = VmLaunched | VmLaunchFailed | FromVm | VmExited
+VmmToParent = AboutVm | EndHung
 
 
 PARENT_AND_CONTROL: Wire[ParentToControl, ControlToParent] = Wire(

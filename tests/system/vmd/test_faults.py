@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import (
     READY,
     SELFTEST,
@@ -26,6 +27,8 @@ from vmm_kvm.clock import NANOSECONDS
 pytestmark = pytest.mark.kvm
 
 Start = Callable[[str], Daemon]
+_IMPATIENT = "from vmd.vmm.blanks import Blanks; Blanks.__init__.__kwdefaults__['patience_s'] = 5"
+_RUN = "import runpy; runpy.run_module('vmd', run_name='__main__', alter_sys=True)"
 ROUNDS = 3
 
 
@@ -157,6 +160,46 @@ def test_the_zygote(start_vmd: Start) -> None:
         vmd.wait_for_log("the zygote has ended, status -9")
         assert client.ask("start", name="one")["type"] == "started"
         assert vmd.child("vmd: vmm") != before
+
+
+@pytest.mark.parametrize(
+    "is_user",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=[
+                pytest.mark.root,
+                pytest.mark.skipif(missing_separation() is not None, reason="needs root"),
+            ],
+        ),
+    ],
+)
+def test_a_zygote_that_hangs(tmp_path: Path, *, is_user: bool) -> None:
+    """The parent kills what it cannot: a VM process that hangs too; then there is another vmm."""
+    program = ("-c", f"{_IMPATIENT}\n{_RUN}")
+    config = vm_block("one", enabled=True) + vm_block("two", enabled=True)
+    environ = {"VMD_WARM": "off"}  # it serves soon
+    with (
+        Daemon(tmp_path, config, is_user=is_user, program=program, environ=environ) as vmd,
+        vmd.client() as client,
+    ):
+        pids = {name: client.wait_for_state(name, "running")["pid"] for name in ("one", "two")}
+        vmm = vmd.child("vmd: vmm")
+        one = pids["one"]
+        assert isinstance(one, int)
+        for pid in (vmd.wait_for_child("vmd: zygote", vmm), one):
+            os.kill(pid, signal.SIGSTOP)
+        stopped = client.ask("stop", name="one", force=True, wait=True)
+        assert stopped["type"] == "terminated"
+        assert client.vm("two")["pid"] == pids["two"]
+        assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
+        vmd.wait_for_log("lost child: vmm")
+        vmd.wait_for_child("vmd: vmm", vmd.process.pid)
+        deadline = time.monotonic() + 30
+        while client.ask("start", name="one")["type"] != "started":  # the next vmm begins
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
 
 def test_the_parent(start_vmd: Start) -> None:

@@ -32,6 +32,7 @@ from vmd.shared.ring import Replay
 from vmd.wire.capture import VmCaptured
 from vmd.wire.channel import Fds
 from vmd.wire.internal import (
+    AboutVm,
     AttachConsole,
     EndReason,
     FromVm,
@@ -43,7 +44,6 @@ from vmd.wire.internal import (
     VmExited,
     VmLaunched,
     VmLaunchFailed,
-    VmmToParent,
     VmPaused,
     VmReport,
     VmSpec,
@@ -416,7 +416,7 @@ class Host:
             assert (state.waiters, state.pausers, state.unpausers, state.watchers) == ((),) * 4
 
 
-def _message(vm_id: int, event: vm_state.Event) -> VmmToParent:
+def _message(vm_id: int, event: vm_state.Event) -> AboutVm:
     """Return what vmm says so that an event comes of it."""
     report: VmReport
     match event:

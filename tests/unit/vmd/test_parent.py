@@ -126,8 +126,16 @@ class Rig:
         )
         openers = Openers(loop, settings.users, opener_plan)
         self.started: list[Kind] = []
+        self.hung: list[int] = []
+        """Users of VMs that the parent was asked to kill processes of."""
         self.parent = Parent(
-            loop, settings, self.networks, openers, self.terminals, start=self.started.append
+            loop,
+            settings,
+            self.networks,
+            openers,
+            self.terminals,
+            start=self.started.append,
+            end_hung=lambda _pidfd, uid: self.hung.append(uid),
         )
         self.killed: list[Kind] = []
         self.control: Far[ControlToParent, ParentToControl] = Far(loop, CONTROL_AND_PARENT)

@@ -13,6 +13,7 @@ from vmd.wire.channel import Fds, MalformedError, OversizeError
 from vmd.wire.internal import (
     PARENT_AND_VMM,
     VMM_AND_PARENT,
+    EndHung,
     KillVm,
     LaunchVm,
     ParentToVmm,
@@ -42,6 +43,7 @@ class Rig:
         )
 
     def _take(self, message: VmmToParent, _fds: Fds) -> None:
+        assert not isinstance(message, EndHung)
         if message.id == 0:
             raise MalformedError("no such id")
         self.log.append(f"vm {message.id}")
