@@ -25,7 +25,7 @@ from vmm_kvm.standard_streams import run_program  # noqa: E402
 
 # The shell may ask where the cursor is; a terminal's answer would be typed into the next program.
 CURSOR_QUERY = b"\x1b[6n"
-PROMPT = r"^/ # (\x1b\[6n)?$"
+PROMPT = r"^[/~] # (\x1b\[6n)?$"  # the home is / too, which newer shells call ~
 COMMANDS = (
     "uname -a",
     "nproc",
