@@ -83,6 +83,8 @@ def resize_image(words: Sequence[str], *, shrink: bool = False) -> int:
 
     set_up_logging()
     try:
+        if words[1].startswith("+"):
+            return fail(f"{words[1]}: a size is the whole disk's, not what is added to it")
         named, size = parse_disk(words[0]), disk_size(words[1])
         resize(named.path, named.disk_format, size, may_shrink=shrink)
     except (RefusedError, VmmError) as err:

@@ -3,7 +3,7 @@
 Source: sections 4.2, 4.4 and 4.5 of OpenBSD's behaviour.
 """
 
-from vmd.config.forwards import LOOPBACK, ForwardError, host_address
+from vmd.config.forwards import ANY, LOOPBACK, ForwardError, host_address
 from vmd.config.grammar import Tokens
 from vmd.config.model import FORWARDS_MAX, RDOMAIN_MAX, ForwardConfig, InterfaceConfig, SwitchConfig
 from vmd.config.values import address_of, bridge_of, byte_length, group_of, lladdr_of, tap_of
@@ -168,7 +168,9 @@ class InterfaceRule:
             tokens.syntax_error()
         tokens.take()
         address = LOOPBACK
-        if tokens.peek().is_string:
+        if tokens.accept(ANY):
+            address = ""
+        elif tokens.peek().is_string:
             try:
                 address = host_address(tokens.take().text)
             except ForwardError as err:

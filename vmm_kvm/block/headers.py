@@ -4,7 +4,8 @@ The format of an image is often found out by its first sector, and the guest of 
 that sector. One that wrote another format's header there would have its disk opened as such an
 image the next time, by this program or by QEMU; and headers name other files of the host.
 
-LUKS is not among them: it names no file, and guests encrypt whole disks.
+LUKS is not among them: it names no file, and guests encrypt whole disks. Nor are archives: what
+`foreign` says of those is for whoever has one for a disk by mistake.
 
 Source: the specifications in QEMU's docs/interop; QEMU block/raw-format.c refuses the same.
 """
@@ -33,7 +34,18 @@ _COMPRESSED = (
     ("zstd", b"\x28\xb5\x2f\xfd"),
     ("bzip2", b"BZh"),
     ("lz4", b"\x04\x22\x4d\x18"),
+    ("lzip", b"LZIP"),
 )
+# A tar archive is none: guests read and write such on whole disks.
+_ARCHIVES = (
+    ("zip", b"PK\x03\x04"),
+    ("7z", b"7z\xbc\xaf\x27\x1c"),
+    ("RAR", b"Rar!\x1a\x07"),
+    ("WIM", b"MSWIM\0\0\0"),
+)
+_DMG_FOOTER = b"koly"
+_TAR, _TAR_OFFSET, _TAR_NAME_MAX = b"ustar", 257, 100
+_OVF = b".ovf"
 _EXTENSIONS = {
     "vmdk": "VMDK",
     "vdi": "VDI",
@@ -43,6 +55,8 @@ _EXTENSIONS = {
     "qed": "QED",
     "hdd": "Parallels",
     "hds": "Parallels",
+    "dmg": "DMG",
+    "qcow": "QCOW",
 }
 
 
@@ -66,7 +80,16 @@ def foreign(name: str, first: bytes, last: bytes) -> str | None:
     for method, signature in _COMPRESSED:
         if first.startswith(signature):
             return f"{name}: compressed by {method}: unpack it first, or say raw:{name}"
-    found = image_format(first) or ("VHD" if last.startswith(_VHD_FOOTER) else None)
+    for kind, signature in _ARCHIVES:
+        if first.startswith(signature):
+            return f"{name}: a {kind} archive: unpack it first, or say raw:{name}"
+    member = first[:_TAR_NAME_MAX].partition(b"\0")[0]
+    if first.startswith(_TAR, _TAR_OFFSET) and member.endswith(_OVF):
+        return f"{name}: an OVA archive: unpack it by tar first, or say raw:{name}"
+    found = image_format(first)
+    if found is None:
+        ends = (("VHD", _VHD_FOOTER), ("DMG", _DMG_FOOTER))
+        found = next((each for each, footer in ends if last.startswith(footer)), None)
     return None if found in {None, "qcow2"} else _refusal(name, found)
 
 

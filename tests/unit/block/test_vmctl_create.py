@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import stat
 import subprocess
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -416,7 +419,54 @@ def test_compressed_images_are_refused(
     assert capsys.readouterr().err == error
 
 
-@pytest.mark.parametrize("name", ["foo.vmdk", "FOO.VDI", "a.b.vhd", "x.vhdx", "y.qed", "z.hdd"])
+def _ova() -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("machine.ovf"))
+    return made.getvalue()
+
+
+def _zip() -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("disk.img", bytes(MIB))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (_zip(), "a zip archive: unpack it first"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(1000), "a 7z archive: unpack it first"),
+        (b"Rar!\x1a\x07\x01\0" + bytes(1000), "a RAR archive: unpack it first"),
+        (b"MSWIM\0\0\0" + bytes(1000), "a WIM archive: unpack it first"),
+        (_ova(), "an OVA archive: unpack it by tar first"),
+        (b"LZIP\1" + bytes(1000), "compressed by lzip: unpack it first"),
+        (
+            bytes(8192) + b"koly".ljust(512, b"\0"),
+            "DMG images are not supported: use qemu-img convert -O qcow2",
+        ),
+    ],
+    ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
+)
+def test_archives_are_refused(data: bytes, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What only holds an image is no disk, unless raw is said."""
+    Path("disk.img").write_bytes(data)
+    assert main(["create", "-i", "disk.img", "x.raw"]) == 1
+    assert capsys.readouterr().err == f"vmctl: disk.img: {what}, or say raw:disk.img\n"
+    assert main(["create", "-i", "raw:disk.img", "x.raw"]) == 0
+
+
+def test_a_tar_archive_is_a_disk() -> None:
+    """Guests read and write such without a file system."""
+    with tarfile.open("disk.img", "w") as archive:
+        archive.addfile(tarfile.TarInfo("disk.raw"))
+    assert main(["create", "-i", "disk.img", "x.raw"]) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["foo.vmdk", "a.dmg", "b.qcow", "FOO.VDI", "a.b.vhd", "x.vhdx", "y.qed", "z.hdd"]
+)
 def test_a_new_image_is_not_named_like_another_format(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -592,6 +642,9 @@ def test_resize(disk_format: Format, size: int, capsys: pytest.CaptureFixture[st
     write("disk", disk_format, size - 4, b"last")
     assert main(["image", "resize", named, "2M"]) == 1
     told = f"vmctl: disk: {size} bytes: to cut some off, say --shrink\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert main(["image", "resize", "--shrink", named, "+2M"]) == 1
+    told = "vmctl: +2M: a size is the whole disk's, not what is added to it\n"
     assert capsys.readouterr().err.endswith(told)
     assert main(["image", "resize", "--shrink", named, "2M"]) == 0
     assert main(["image", "resize", named, f"{size}B"]) == 0
