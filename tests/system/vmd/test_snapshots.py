@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from tests.campaigns import kill_snapshot
 from tests.counting_guest import counting_guest
+from tests.filling_guest import small_file_system
 from tests.system.vmd.daemon import READY, Daemon, is_alive, vm_block
 from tests.vmctl_driver import VMCTL
 
@@ -195,6 +197,39 @@ def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:
         assert all(re.fullmatch(r"(first|killed\d)\.snapshot", one.name) for one in stored(vmd))
 
 
+def edited(whole: bytes, old: bytes, new: bytes) -> bytes:
+    """Return a snapshot with another manifest of the same length, whose checksum is right."""
+    magic, text_size, flags, state_size, *rest, _ = _HEAD.unpack_from(whole)
+    size = text_size + state_size
+    body = whole[_HEAD.size : _HEAD.size + size].replace(old, new, 1)
+    assert len(body) == size
+    digest = hashlib.sha256(body).digest()
+    head = _HEAD.pack(magic, text_size, flags, state_size, *rest, digest)
+    return head + body + whole[len(head) + len(body) :]
+
+
+def test_a_full_disk_is_no_end_of_a_vm(start_vmd: Start, tmp_path: Path) -> None:
+    """What there is of a snapshot that has no room is gone, in the store and elsewhere."""
+    with small_file_system(tmp_path / "small") as small:
+        room = os.statvfs(small.place)
+        with (small.place / "more").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize - (64 << 10))
+        before = sorted(small.place.iterdir())
+        config = f'snapshots "{small.place}/store"\n' + vm_block("one", enabled=True)
+        with start_vmd(config) as vmd:
+            pid = started(vmd, "one")
+            for words in (("one", "first"), ("-o", str(small.place / "file"), "one")):
+                status, text = vmctl(vmd, "snapshot", *words)
+                assert (status, text.splitlines()[0]) == (
+                    1,
+                    "vmctl: snapshot command failed: No space left on device",
+                )
+                answers(vmd, "one")
+            assert sorted(path for path in small.place.rglob("*") if path.is_file()) == before
+            assert is_alive(pid)
+            assert vmctl(vmd, "snapshot", "-o", str(tmp_path / "file"), "one")[0] == 0
+
+
 def test_an_edited_snapshot_is_refused(start_vmd: Start, tmp_path: Path) -> None:
     """Cut short, damaged, of another version or machine: a line or two, and no VM is left."""
     path = tmp_path / "file"
@@ -202,19 +237,35 @@ def test_an_edited_snapshot_is_refused(start_vmd: Start, tmp_path: Path) -> None
         pid = started(vmd, "one")
         assert vmctl(vmd, "snapshot", "-o", str(path), "one")[0] == 0
         whole = path.read_bytes()
-        head = _HEAD.unpack_from(whole)
-        text = whole[_HEAD.size : _HEAD.size + head[1]]
+        cpuid = re.search(rb'"cpuid":\[\[0,0,(\d+),(\d+)', whole)
+        assert cpuid
+        is_there, file = "start vm command failed: No such file or directory", f"{path}: "
         for data, wanted in (
-            (b"", "incompatible dump signature"),
-            (whole[:20], "header: the file ends too early"),
-            (whole[: len(whole) // 2], "header: the file ends too early"),
-            (whole.replace(b'"name"', b'"nome"', 1), "the checksum is wrong: the file is damaged"),
+            (b"", file + "incompatible dump signature"),
+            (whole[:20], file + "header: the file ends too early"),
+            (whole[: len(whole) // 2], file + "header: the file ends too early"),
+            (
+                whole.replace(b'"name"', b'"nome"', 1),
+                file + "the checksum is wrong: the file is damaged",
+            ),
+            (
+                edited(whole, b'"format":[1,', b'"format":[9,'),
+                file + "incompatible dump version: 9.0, this program reads 1.x",
+            ),
+            (
+                edited(whole, cpuid.group(0), cpuid.group(0)[:-1] + b"0"),
+                f"{is_there}\nvmctl: incompatible cpu brand",
+            ),
+            (
+                edited(whole, cpuid.group(0), b'"cpuid":[[0,0,99,' + cpuid.group(2)),
+                f"{is_there}\nvmctl: incompatible cpuid level",
+            ),
+            (edited(whole, b'"cpus":1', b'"cpus":2'), f"{is_there}\nvmctl: 'vcpu1': missing"),
         ):
             path.write_bytes(data)
             status, said = vmctl(vmd, "start", "two", "--from", str(path))
-            assert (status, said) == (1, f"vmctl: {path}: {wanted}\n")
+            assert (status, said) == (1, f"vmctl: {wanted}\n")
             assert client.ask("status", name="two")["vms"] == []
-        assert b'"cpus":1' in text
         assert is_alive(pid)
         answers(vmd, "one")
 
