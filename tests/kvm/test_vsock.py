@@ -21,7 +21,9 @@ from tests.virtio_driver import DriverQueue
 from tests.virtio_pci_driver import BusDriver
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 from tests.vsock_driver import CID, Got, GuestStream, VsockDriver
-from vmm_kvm.arch.x86.image import open_image
+from vmd.confine.confinements import CONFINEMENTS, Kind
+from vmd.confine.sandbox import confine
+from vmm_kvm.arch.x86.image import BootImage, open_image
 from vmm_kvm.bits import MIB
 from vmm_kvm.boot.firmware import selftest_path
 from vmm_kvm.kvm.system import Kvm
@@ -79,6 +81,9 @@ class Stand:
     vmm: Vmm
     stack: ExitStack
     dialled: list[socket.socket]
+    image: BootImage = field(default_factory=lambda: open_image(str(selftest_path())))
+    pairs: list[tuple[socket.socket, socket.socket]] = field(default_factory=list)
+    """Made beforehand, for a process that makes none."""
 
     def dial(self, port: int) -> HostStream | None:
         """Listen on port 7 alone."""
@@ -90,16 +95,14 @@ class Stand:
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
         """Make connected sockets, of which the first is closed at the end."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = self.pairs.pop() if self.pairs else socket.socketpair()
         self.stack.callback(ours.close)
         ours.settimeout(DEADLINE_S)
         return ours, theirs
 
     def machine(self, *, is_restored: bool = False) -> Machine:
         """Build a machine that has nothing but a vsock device."""
-        spec = MachineSpec(
-            open_image(str(selftest_path())), RAM_SIZE, devices=(VsockSpec(CID, self.dial),)
-        )
+        spec = MachineSpec(self.image, RAM_SIZE, devices=(VsockSpec(CID, self.dial),))
         return self.stack.enter_context(
             Machine(
                 spec,
@@ -300,6 +303,42 @@ def test_a_clone_has_connections_of_its_own(stand: Stand) -> None:
     sock.send(b"both ways")
     assert guest.packet().data == b"both ways"
     guest.machine.pause()
+
+
+def _exchange_confined() -> None:
+    """Do what a VM's process of the daemon does, with what is left to it."""
+    install_kick_signal()
+    with Kvm() as kvm, Vmm(kvm) as vmm, ExitStack() as stack:
+        stand = Stand(vmm, stack, [], pairs=[socket.socketpair() for _ in range(4)])
+        confine(CONFINEMENTS[Kind.VM], None)
+        guest = stand.guest()
+        stream, sock = stand.from_host(guest)
+        stream.write(b"from the guest")
+        assert sock.recv(64) == b"from the guest"
+        sock.send(b"to the guest")
+        assert guest.packet().data == b"to the guest"
+        sock.shutdown(socket.SHUT_WR)
+        assert guest.packet().header.flags == Shutdown.SEND
+        stream.shut(Shutdown.BOTH)
+        assert sock.recv(1) == b""
+        assert guest.packet().op == Op.RST
+        other, peer = stand.from_host(guest)
+        other.write(bytes(0x8000))
+        peer.close()
+        guest.machine.pause()
+
+
+def test_in_a_confined_process() -> None:
+    """The system calls that are left to a VM's process are all that the device needs."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _exchange_confined()
+            os._exit(0)
+        except BaseException as err:  # noqa: BLE001 - nothing may go up from here
+            os.write(2, f"{type(err).__name__}: {err}\n".encode())
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # vmctl run

@@ -7,6 +7,7 @@ import socket
 from tests.virtio_driver import DriverQueue, PlainMemory
 from tests.vsock_driver import CID, GuestStream, VsockDriver
 from vmm_kvm.net.host_stream import HostStream
+from vmm_kvm.virtio.queue import Virtqueue
 from vmm_kvm.virtio.vsock import RECEIVE_QUEUE, VirtioVsock, VsockSpec
 from vmm_kvm.virtio.vsock_packet import Op
 
@@ -62,9 +63,13 @@ class Rig:
                 self._is_due = False
                 self.rounds += 1
                 for index, queue in self.sides.items():
-                    self.device.process(index, queue)
+                    self.process(index, queue)
         finally:
             self._is_serving = False
+
+    def process(self, index: int, queue: Virtqueue) -> None:
+        """Have the device serve a queue."""
+        self.device.process(index, queue)
 
     def serve(self) -> None:
         """Look at the sockets, as their events would have it."""
