@@ -51,10 +51,16 @@ def lock(fd: int, name: str, *, writes: bool) -> None:
     """
     try:
         _lock(fd, name, _WRITER if writes else _READER)
-    except ImageError:
+    except ImageError as err:
         record = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _USED, _LOCKS, 0)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, record)
+        if isinstance(err, _UsedError):  # what is locked now is locked by others
+            raise ImageError(f"{err}{_holders(fd)}") from err
         raise
+
+
+class _UsedError(ImageError):
+    """Another process uses the image."""
 
 
 def _lock(fd: int, name: str, used: Sequence[Permission]) -> None:
@@ -65,13 +71,13 @@ def _lock(fd: int, name: str, used: Sequence[Permission]) -> None:
             _set(fd, _NOT_SHARED + permission)
         for permission in used:
             if _is_held(fd, _NOT_SHARED + permission):
-                raise ImageError(f"{name}: in use by another process{_holders(fd)}")
+                raise _UsedError(f"{name}: in use by another process")
         for permission in _EXCLUSIVE:
             if _is_held(fd, _USED + permission):
-                raise ImageError(f"{name}: another process writes to it{_holders(fd)}")
+                raise _UsedError(f"{name}: another process writes to it")
     except OSError as err:
         if err.errno in {errno.EAGAIN, errno.EACCES}:
-            raise ImageError(f"{name}: locked by another process{_holders(fd)}") from err
+            raise _UsedError(f"{name}: locked by another process") from err
         if err.errno not in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}:
             raise ImageError(f"{name}: {err.strerror}") from err
 
@@ -89,24 +95,34 @@ def _is_held(fd: int, byte: int) -> bool:
 
 
 def _holders(fd: int) -> str:
-    """Return which processes have the file open, as far as this one may see: `: pid 7 (qemu)`.
+    """Return which processes have the file locked, as far as this one may see: `: pid 7 (qemu)`.
 
-    The kernel does not say whose a lock of an open file description is.
+    The kernel does not say whose a lock of an open file description is, but which descriptors have
+    one. Where it does not, those that have the file open are named.
+
+    Source: proc(5), "fdinfo"
     """
     ours = os.fstat(fd)
-    found = []
+    found: dict[bool, list[str]] = {True: [], False: []}
     with suppress(OSError):  # no /proc here
         for pid in filter(str.isdecimal, os.listdir("/proc")):  # noqa: PTH208 - pathlib costs 8 ms
             with suppress(OSError):  # gone, or another user's
-                if int(pid) != os.getpid() and _has_open(pid, ours):
+                has_lock = None if int(pid) == os.getpid() else _has_lock(pid, ours)
+                if has_lock is not None:
                     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - the same
-                        found.append(f"pid {pid} ({file.read().strip()})")
-    return f": {', '.join(found)}" if found else ""
+                        found[has_lock].append(f"pid {pid} ({file.read().strip()})")
+    named = found[True] or found[False]
+    return f": {', '.join(named)}" if named else ""
 
 
-def _has_open(pid: str, ours: os.stat_result) -> bool:
+def _has_lock(pid: str, ours: os.stat_result) -> bool | None:
+    """Tell whether a process has a lock on the file; None if it does not have it open."""
+    found = None
     for entry in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - pathlib costs 8 ms
         with suppress(OSError):  # closed meanwhile
             if os.path.samestat(os.stat(f"/proc/{pid}/fd/{entry}"), ours):  # noqa: PTH116 - the same
-                return True
-    return False
+                found = False
+                with open(f"/proc/{pid}/fdinfo/{entry}", "rb") as file:  # noqa: PTH123 - the same
+                    if b"\nlock:" in file.read():
+                        return True
+    return found

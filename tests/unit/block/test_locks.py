@@ -140,3 +140,17 @@ def test_a_lock_goes_with_the_descriptor(path: str) -> None:
         open_image(path, Format.RAW, False)
     os.close(second)
     open_image(path, Format.RAW, False).close()
+
+
+@pytest.mark.parametrize("wants_to_write", [False, True])
+def test_who_has_the_lock_is_named(path: str, wants_to_write: bool) -> None:
+    """Not others that have the file open, nor whoever has handed us the descriptor."""
+    fd = os.open(path, os.O_RDWR if wants_to_write else os.O_RDONLY)
+    with subprocess.Popen(["sleep", "100"], pass_fds=[fd]) as other:
+        try:
+            with qemu_io(path), pytest.raises(ImageError) as caught:
+                open_image(fd, Format.QCOW2, not wants_to_write, name=path)
+        finally:
+            other.kill()
+    assert "(qemu-io)" in str(caught.value)
+    assert str(other.pid) not in str(caught.value)
