@@ -43,6 +43,9 @@ CORE: Final = {
     "test_net.py::test_a_guest_and_its_host_talk[thread]": "a device thread for an interface",
     "test_net.py::test_queues_sizes_and_locks": "queue pairs, large packets",
     "test_net.py::test_without_privileges": "passt",
+    "test_requests.py::test_processors_an_alarm_and_a_stopped_process": (
+        "the RTC's alarm, processors that go and come, a process that is stopped"
+    ),
     "test_other_images.py::test_memtest_starts_its_test_on_the_serial_console": "memtest86+",
     "test_vsock.py::test_both_sides_connect": "virtio-vsock",
 }

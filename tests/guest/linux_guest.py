@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests import artifacts
 from tests.vmctl_driver import ConsoleProcess, vmctl_run
@@ -69,12 +70,13 @@ def ours(
     cpus: int = 1,
     memory: int = 256 * MIB,
     options: Sequence[str] = (),
+    initrd: Path | None = None,
 ) -> ConsoleProcess:
     """Start `vmctl run` with a guest whose /init does `test`; `memory` in bytes."""
     return ConsoleProcess(
         vmctl_run(
             *("-m", str(memory), "-p", str(cpus)),
-            *("-b", kernel.vmlinuz, "--initrd", artifacts.guest_initramfs(kernel)),
+            *("-b", kernel.vmlinuz, "--initrd", initrd or artifacts.guest_initramfs(kernel)),
             *("--append", f"{COMMAND_LINE} test={test}"),
             *options,
         )
