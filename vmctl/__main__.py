@@ -1,6 +1,7 @@
 """Entry point of `vmctl` and `python -m vmctl`.
 
-Nothing is imported before ^C is what it shall be: until then Python answers it by a traceback.
+Nothing is imported before SIGINT has its default action: until then Python answers ^C by a
+traceback.
 """
 
 
@@ -8,12 +9,12 @@ def main() -> None:
     """Run the command line and exit with its status."""
     import signal  # noqa: PLC0415 - see above
 
-    # At ^C a command dies, in silence; those that have something to put back say so themselves.
+    # At ^C a command dies silently; those with something to restore handle the signal themselves.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     import gc  # noqa: PLC0415 - see above
 
-    gc.disable()  # modules stay: a search among them for garbage finds none
+    gc.disable()  # modules stay: collecting garbage among them finds none
     from vmm_kvm.standard_streams import run_program  # noqa: PLC0415 - see above
 
     run_program("vmctl", _main)

@@ -1,11 +1,11 @@
-"""What to do about a daemon that cannot be reached, and who can reach one."""
+"""Advice about a daemon that cannot be reached, and about access to one."""
 
 import os
 from collections.abc import Callable, Sequence
 
 
 def advice(path: str, err: OSError) -> list[str]:
-    """Return what to do about a daemon that cannot be reached."""
+    """Return advice about a daemon that cannot be reached."""
     if isinstance(err, FileNotFoundError | ConnectionRefusedError):
         return ["vmd is not running: 'systemctl start vmd', or 'vmd --user' for VMs of your own"]
     if not isinstance(err, PermissionError):
@@ -15,7 +15,7 @@ def advice(path: str, err: OSError) -> list[str]:
 
 
 def may_connect(path: str) -> str:
-    """Return who may connect to the socket at `path`, in words; empty if that cannot be told."""
+    """Return the users who may connect to the socket at `path`, in words; empty if unknown."""
     import grp  # noqa: PLC0415 - only for this
     import pwd  # noqa: PLC0415 - the same
 

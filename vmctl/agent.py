@@ -2,8 +2,8 @@
 
 A public interface, synchronous; docs/agent.md shows how. Each operation has a connection of its
 own, which `connect` makes. The agent is the guest's, so nothing that it sends is trusted: a
-violation of the protocol is an AgentError, buffers are bounded, and what a file is called on this
-side is never its decision (`vmctl.unpack`).
+violation of the protocol is an AgentError, buffers are bounded, and it never decides the name of a
+file on this side (`vmctl.unpack`).
 """
 
 import json
@@ -33,7 +33,7 @@ from vmctl.client import CommandError, Fields
 from vmm_kvm.text import printable
 
 ANSWER_S = 30.0
-"""How long the agent has for its first word."""
+"""How long the agent has for its first message."""
 OUTPUT_MAX = 64 << 20
 """Bytes of each stream that `Agent.run` keeps."""
 _STATUS_MAX = 255
@@ -45,11 +45,11 @@ _OUTPUTS = (Kind.OUTPUT, Kind.ERRORS)
 
 
 class AgentError(CommandError):
-    """There is no agent, its connection has ended, or it does not keep to the protocol."""
+    """There is no agent, its connection has ended, or it violates the protocol."""
 
 
 class AgentRefusedError(CommandError):
-    """The agent does not do what it was asked; `code` is for programs."""
+    """The agent refused a request; `code` is for programs."""
 
     def __init__(self, code: str, message: str) -> None:
         """Remember both; what the guest says is shown as text that no terminal obeys."""
@@ -76,13 +76,13 @@ class Hello(NamedTuple):
 class Session:
     """One operation on a connection; a context manager that closes it.
 
-    What arrives is kept, up to WINDOW bytes of each channel, until `take` has it.
+    It keeps received data, up to WINDOW bytes of each channel, until `take` gets them.
     """
 
     def __init__(
         self, stream: socket.socket, request: Mapping[str, object], deadline: float | None = None
     ) -> None:
-        """Send a request, and wait until the agent has begun to do it, or has done it.
+        """Send a request, and wait until the agent has begun or finished it.
 
         Takes ownership of `stream`. `deadline` is of the monotonic clock, seconds.
 
@@ -103,7 +103,7 @@ class Session:
         self._started: Fields | None = None
         self._refusal: AgentRefusedError | None = None
         self.result: Fields | None = None
-        """What the agent says at the end; None until then."""
+        """The agent's final message; None until then."""
         self._request = request
         try:
             stream.setblocking(False)
@@ -133,7 +133,7 @@ class Session:
             self._await_word(first)
 
     def _await_word(self, until: float) -> None:
-        """Wait for a word of the agent that it has no reason to keep back."""
+        """Wait for a message that the agent sends at once."""
         if self._deadline is not None and self._deadline < until:
             self.wait()
             return
@@ -185,11 +185,11 @@ class Session:
         return len(self._arrived[channel])
 
     def peek(self, channel: Kind, size: int = WINDOW) -> bytes:
-        """Return what has arrived, up to `size` bytes; it stays."""
+        """Return received data, up to `size` bytes, without taking them."""
         return bytes(self._arrived[channel][:size])
 
     def take(self, channel: Kind, size: int = WINDOW) -> bytes:
-        """Return what has arrived, up to `size` bytes; the agent may send as many again."""
+        """Take received data, up to `size` bytes; the agent may send as many again."""
         data = self.peek(channel, size)
         del self._arrived[channel][: len(data)]
         self._taken[channel] += len(data)
@@ -242,7 +242,7 @@ class Session:
                 del self._sending[: self._stream.send(self._sending)]
         except BlockingIOError:
             pass
-        except OSError:  # why, is what is received: the agent may have refused before
+        except OSError:  # the reason is among received data: the agent may have refused before
             self._sending.clear()
 
     def _receive(self) -> None:
@@ -296,7 +296,7 @@ class Session:
             case _:
                 raise ProtocolError(f"unexpected {kind.name}")
 
-    # For operations that do one thing after the other.
+    # For sequential operations.
 
     def read(self, size: int) -> bytes:
         """Return so many bytes of output, fewer only at its end, which the agent has to tell."""
@@ -322,7 +322,7 @@ class Session:
         return len(data)
 
     def finish(self) -> Fields:
-        """Wait for the end; returns what the agent says then. Output is dropped."""
+        """Wait for the end; returns the agent's final message. Output is dropped."""
         while self.result is None:
             self.wait()
             for channel in _OUTPUTS:
@@ -331,7 +331,7 @@ class Session:
 
 
 def _exit_status(fields: Fields) -> int:
-    """Return a command's exit status as a shell has it."""
+    """Return a command's exit status as in a shell."""
     if "signal" in fields:
         return 128 + number_of(fields, "signal", _SIGNAL_MAX)
     return number_of(fields, "status", _STATUS_MAX)
@@ -463,7 +463,7 @@ class Agent:
             left = max(0.0, deadline - time.monotonic())
             fields = {"for": kind, "what": str(what), "timeout_ms": int(left * 1000)}
             try:
-                # The agent begins at once, so it is its own time that ends the wait.
+                # The agent begins at once, so its own time limit ends the wait.
                 with self.open("wait", deadline + ANSWER_S, **fields) as session:
                     session.finish()
             except AgentRefusedError as err:

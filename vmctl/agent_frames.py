@@ -1,8 +1,8 @@
-"""What passes between a client and a guest's agent: frames, and credit for those with data.
+"""The protocol between a client and a guest's agent: frames, and credit for those with data.
 
 The other side is a guest, which may send anything: a frame is bounded before it is kept, and data
-are never more than there was room for. docs/agent.md describes the protocol; the agent has its own
-code for it, `vmm_agent/agent.py`, and tests hold both against each other.
+never exceed their credit. docs/agent.md describes the protocol; the agent has its own code for it,
+`vmm_agent/agent.py`, and tests compare both.
 """
 
 import enum
@@ -17,7 +17,7 @@ FRAME_MAX = 256 << 10
 PIECE = 32 << 10
 """Bytes of a frame with data, as they are sent."""
 WINDOW = 256 << 10
-"""Bytes of a channel that may be under way: sent, and not yet said to be taken."""
+"""Bytes of a channel in flight: sent, and not acknowledged yet."""
 
 HEADER = struct.Struct("!BI")
 TAKEN_BODY = struct.Struct("!BI")
@@ -46,7 +46,7 @@ class Kind(enum.IntEnum):
 
 
 class ProtocolError(Exception):
-    """The other side does not keep to the protocol; `str()` says in what."""
+    """The other side violates the protocol; `str()` says how."""
 
 
 def frame(kind: Kind, payload: bytes = b"") -> bytes:
@@ -56,7 +56,7 @@ def frame(kind: Kind, payload: bytes = b"") -> bytes:
 
 
 class FrameReader:
-    """Finds frames in what is received; keeps one that is not whole, and no more."""
+    """Finds frames in received data; keeps one incomplete frame, and no more."""
 
     def __init__(self) -> None:
         """Begin with nothing."""
@@ -67,7 +67,7 @@ class FrameReader:
         self._data += data
 
     def next(self) -> tuple[Kind, bytes] | None:
-        """Return the next whole frame, of what an agent sends; None if there is none yet.
+        """Return the agent's next complete frame; None if there is none yet.
 
         Raises:
             ProtocolError: it is too large, or of no kind that an agent sends.

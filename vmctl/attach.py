@@ -1,7 +1,7 @@
 """`vmctl console`: a VM's console on this terminal, with cu's escapes and no other program.
 
-What the VM has shown of late comes first. A reboot is not the end: the console is attached anew,
-and what is repeated then is not shown twice.
+The VM's latest output comes first. After a reboot the console is attached again, and repeated
+output is not shown twice.
 
 Source: section 3.4 of OpenBSD's behaviour; cu(1).
 """
@@ -42,7 +42,7 @@ class _LeftError(Exception):
 
 
 def console(words: Sequence[str]) -> int:
-    """Attach to a VM's console until it ends or the person leaves; returns the exit status."""
+    """Attach to a VM's console until it ends or the user leaves; returns the exit status."""
     try:
         target = parse_target(words[0])
         stream, opened_as = _open(target)
@@ -86,7 +86,7 @@ class Attached:
         self._reads_input = True
         self._state = TerminalState()
         self.terminal: RawTerminal | None = None
-        """The person's, in raw mode; without one nothing typed is an escape."""
+        """The user's, in raw mode; without one no input is an escape."""
 
     def close(self) -> None:
         """Close the stream."""
@@ -98,14 +98,14 @@ class Attached:
             os.write(1, self._state.restore())
 
     def run(self, greeting: str) -> None:
-        """Pass on what comes, until the VM has ended; `greeting` is said on standard error.
+        """Pass data on until the VM has ended; `greeting` goes to standard error.
 
         Raises:
             _LeftError: the person has left.
             OutputError: standard output cannot be written.
         """
         if self.terminal:
-            # What was shown of late would push it out of sight.
+            # The latest output would scroll it out of sight.
             self._show_until(self._position + self._history)
             begin = "" if self._state.is_at_line_start else "\r\n"
             print(f"{begin}{greeting}\r", file=sys.stderr)
@@ -120,15 +120,15 @@ class Attached:
                 return
             self._stream.close()
             self._stream = stream
-            # What was seen is repeated: positions go on over a reboot.
+            # This output is repeated: positions continue over a reboot.
             self._seen = max(0, self._position - opened_as["position"])
             self._position = max(self._position, opened_as["position"])
 
     def _show_until(self, position: int) -> None:
-        """Show what was there before, to its last byte or the stream's end."""
+        """Show earlier output, to its last byte or the stream's end."""
         poll = select.poll()
         poll.register(self._stream, select.POLLIN)
-        # Some may be gone by now, if the guest writes much: then there is no end to wait for.
+        # Some may be lost by now, if the guest writes much: then do not wait for the end.
         while self._position < position and poll.poll(_HISTORY_MS):
             data = self._receive()
             if not data:

@@ -1,9 +1,8 @@
-"""The command line: read by the table of verbs, and done by the function of the verb.
+"""The command line: parsed by the table of verbs, and executed by the verb's function.
 
 Options come before operands or behind them, as tools for OpenBSD before 6.5 write them (`start web
--c`), and end at `--`. Nothing is imported but what the one verb needs: typer shows help on a
-terminal, where a person reads it, and knows the same table (`vmctl.declaration`); tests hold both
-readings of a command line against each other.
+-c`), and end at `--`. Only the modules of one verb are imported: typer shows help on a terminal,
+for users, from the same table (`vmctl.declaration`); tests compare both readings of a command line.
 
 Source: section 3.1 of OpenBSD's behaviour.
 """
@@ -25,7 +24,7 @@ Values = dict[str, Value]
 
 
 class UsageError(Exception):
-    """A command line that makes no sense; `str()` has the lines for standard error."""
+    """An invalid command line; `str()` has the lines for standard error."""
 
 
 class Invocation(NamedTuple):
@@ -33,7 +32,7 @@ class Invocation(NamedTuple):
 
     verb: Verb
     values: Values
-    """What the options say, by their fields; those that were not given are missing."""
+    """Values of the given options, by their fields."""
     words: list[str]
     is_verbose: bool = False
 
@@ -41,9 +40,9 @@ class Invocation(NamedTuple):
 def main(
     arguments: Sequence[str] | None = None, on_loaded: Callable[[], None] = lambda: None
 ) -> int:
-    """Do what a command line says; returns the exit status, which is 1 for misuse.
+    """Execute a command line; returns the exit status, which is 1 for misuse.
 
-    `on_loaded` is called when the verb's module is loaded, before it does anything.
+    `on_loaded` is called when the verb's module is loaded, before it runs.
     """
     try:
         invocation = read(sys.argv[1:] if arguments is None else arguments)
@@ -88,7 +87,7 @@ def read(arguments: Sequence[str]) -> Invocation:
 
 
 def resolve(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the name of the verb that `words` begin with, maybe shortened, and the words behind.
+    """Return the name of the verb that `words` begin with, perhaps shortened, and the other words.
 
     Where a word begins several verbs, as `image` does, and no other but an option for help follows,
     it is returned itself.
@@ -109,7 +108,7 @@ def _group_usage(word: str) -> str:
 
 
 def _find(word: str, known: Mapping[str, bool], explanation: str) -> str:
-    """Return what `word` stands for among `known`."""
+    """Return the name in `known` that `word` abbreviates."""
     found = matches(word, known)
     if len(found) == 1:
         return found[0]
@@ -169,7 +168,7 @@ def _option(verb: Verb, name: str, known: Mapping[str, Option]) -> Option | None
 
 
 def _value(verb: Verb, option: Option, rest: list[str]) -> str:
-    """Take an option's value from what follows; of a flag there is none."""
+    """Take an option's value from the following words; a flag has none."""
     if not option.value:
         return ""
     if not rest:
@@ -215,7 +214,7 @@ def _log_everything() -> None:
 
 
 def _suggestion(word: str, known: Iterable[str]) -> list[str]:
-    """Return a line that names what is meant, if one word is nearer than all others."""
+    """Return a line with the likely word, if one is nearer than all others."""
     rated = sorted((_distance(word, name), name) for name in known)
     nearest, name = rated[0] if rated else (len(word), "")
     is_alone = len(rated) < 2 or rated[1][0] > nearest
@@ -223,7 +222,7 @@ def _suggestion(word: str, known: Iterable[str]) -> list[str]:
 
 
 def _distance(one: str, other: str) -> int:
-    """Return how many letters have to be changed, left out, put in or exchanged with the next."""
+    """Return how many letters must be changed, removed, inserted or swapped with the next."""
     rows = [list(range(len(other) + 1))]
     for i, letter in enumerate(one):
         row = [i + 1]

@@ -1,11 +1,11 @@
-"""The client's end of the control protocol, without the library that the daemon checks it with.
+"""The client's end of the control protocol, without the library with which the daemon checks it.
 
-A public interface: programs use `Client` and `Console`, as docs/client.md shows; the commands do
-also by `Client.ask`.
+A public interface: programs use `Client` and `Console`, as docs/client.md shows; the commands also
+use `Client.ask`.
 
-Requests and answers are dictionaries here: `docs/protocol.md` says what is in them, and tests hold
-every request of the commands against `vmd.wire.messages`. Importing those would cost three times
-all else that a short command does.
+Requests and answers are dictionaries here: `docs/protocol.md` describes them, and tests check every
+request of the commands by `vmd.wire.messages`. Importing those would cost three times as much as
+the rest of a short command.
 """
 
 import array
@@ -23,7 +23,7 @@ from vmm_kvm.limits import NAME_MAX
 
 Fields = dict[str, Any]  # type: ignore[explicit-any] # what JSON holds
 Shape = type | None | Sequence["Shape"] | Mapping[str, "Shape"]
-"""What a part of an answer has to be: of a type, None, one of several, or an object of fields."""
+"""The shape of a part of an answer: a type, None, one of several, or an object of fields."""
 
 _MESSAGE_MAX = 256 << 10
 _FDS_MAX = 64
@@ -100,7 +100,8 @@ SHAPES: Mapping[str, Mapping[str, Shape]] = {
     },
     "event": {"kind": str, "id": int, "name": str, "at": _NUMBER, "message": str},
 }
-"""What the commands rely on in each answer, by its type; a list of one shape is a list of such."""
+"""The parts of each answer that commands rely on, by its type; a list of one shape is a list of
+such parts."""
 
 _TEXTS = {
     "bios-missing": "vmm bios firmware file not found.",
@@ -120,7 +121,7 @@ class CommandError(Exception):
 
 
 class RefusedError(CommandError):
-    """The daemon does not do what it was asked."""
+    """The daemon refused a request."""
 
     def __init__(self, code: str, detail: str) -> None:
         """Remember the protocol's `code`, and why in `detail`, which may be empty."""
@@ -130,7 +131,7 @@ class RefusedError(CommandError):
 
 
 class Target(NamedTuple):
-    """A VM as it is named on a command line: by its id, or where that is 0 by its name."""
+    """A VM named on a command line: by its id, or if that is 0 by its name."""
 
     id: int = 0
     name: str = ""
@@ -164,13 +165,13 @@ def parse_target(word: str) -> Target:
 
 
 def text_of(code: str) -> str:
-    """Return what a user reads for the protocol's `code`."""
+    """Return the text for users of the protocol's `code`."""
     number = getattr(errno, code, None)
     return _TEXTS.get(code) or (os.strerror(number) if isinstance(number, int) else code)
 
 
 def socket_path() -> str:
-    """Return where the daemon listens: by VMD_SOCKET, else the user's own if it is there."""
+    """Return the daemon's socket: VMD_SOCKET, else the user's own if it exists."""
     path = os.environ.get("VMD_SOCKET")
     if path:
         return path
@@ -182,7 +183,7 @@ class Client:
     """A connection to the daemon; a context manager that closes it."""
 
     def __init__(self, path: str | None = None) -> None:
-        """Connect to the socket at `path`, or where the commands do.
+        """Connect to the socket at `path`, by default the commands'.
 
         Raises:
             CommandError: nobody listens, or does not let this user in.
@@ -251,7 +252,7 @@ class Client:
             raise CommandError(f"write error: {err.strerror}") from err
 
     def receive(self, expected: str) -> tuple[Fields, list[int]]:
-        """Wait for an answer or event; returns what came, and descriptors, which are the caller's.
+        """Wait for an answer or event; returns it, and descriptors, which are the caller's.
 
         Raises:
             RefusedError, CommandError: as `ask`.
@@ -285,7 +286,7 @@ class Client:
             vms += answer["vms"]
         return vms
 
-    # What programs use; docs/client.md shows how.
+    # For programs; docs/client.md shows how.
 
     def list(self) -> "list[Vm]":
         """Return all VMs, in the order of `vmctl status`.
@@ -309,7 +310,7 @@ class Client:
         template: str = "",
         **fields: object,
     ) -> "Started":
-        """Start a VM that exists; with options one that is made, and forgotten when it ends.
+        """Start an existing VM; with options a new one, which is forgotten when it ends.
 
         Args:
             name: its id or name.
@@ -338,7 +339,7 @@ class Client:
             os.close(fd)
 
     def stop(self, name: int | str, *, force: bool = False, wait: bool = True) -> None:
-        """Ask the guest to power off, or with `force` end it; `wait` until it has ended.
+        """Ask the guest to power off, or with `force` kill it; `wait` until it has ended.
 
         Raises:
             RefusedError: it does not run, or is not the user's.
@@ -396,7 +397,7 @@ class Client:
         return stream
 
     def console(self, name: int | str) -> "Console":
-        """Attach to a VM's console, which first repeats what it showed of late.
+        """Attach to a VM's console, which first repeats its latest output.
 
         Raises:
             RefusedError: it does not run, or is not the user's.
@@ -411,7 +412,7 @@ class Vm(NamedTuple):
     id: int
     name: str
     state: str
-    """`stopped`, `waiting`, `running`, `paused`, `stopping` and what else the daemon may say."""
+    """`stopped`, `waiting`, `running`, `paused`, `stopping` and other words of the daemon."""
     cpus: int
     memory: int
     """Bytes."""
@@ -439,7 +440,7 @@ class Console:
         """Take ownership of `stream`."""
         self._stream = stream
         self.shown = b""
-        """All that it has shown and no `expect` has used up."""
+        """All output that no `expect` has used up."""
 
     def __enter__(self) -> Self:
         return self
@@ -448,7 +449,7 @@ class Console:
         self._stream.close()
 
     def read(self, timeout: float | None = None) -> bytes:
-        """Return what comes next; empty when the VM has ended.
+        """Return the next output; empty when the VM has ended.
 
         Args:
             timeout: seconds; None waits as long as it takes.
@@ -465,7 +466,7 @@ class Console:
         return data
 
     def expect(self, text: str, timeout: float | None = None) -> str:
-        """Wait until `text` is shown, which is used up with what precedes it, and returned so.
+        """Wait until `text` is shown; use up and return the output up to its end.
 
         Args:
             text: what to wait for.
@@ -550,7 +551,7 @@ def _understood(data: bytes, expected: str) -> Fields:
 
 
 def fits(value: object, shape: Shape) -> bool:
-    """Tell whether a part of an answer is as `shape` says, and its numbers can be shown."""
+    """Tell whether a part of an answer has this `shape`, and printable numbers."""
     if shape is None:
         return value is None
     if shape is int:

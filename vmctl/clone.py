@@ -1,4 +1,4 @@
-"""`vmctl clone`: VMs that go on where another one stands."""
+"""`vmctl clone`: VMs that continue from the state of another one."""
 
 import json
 import sys
@@ -18,8 +18,8 @@ def clone(words: Sequence[str], *, count: tuple[str, ...] = (), as_json: bool = 
 
     Args:
         words: the id or name of the VM, and the name of its clones.
-        count: how many there are to be.
-        as_json: print what has become of each.
+        count: number of clones.
+        as_json: print the result for each.
     """
     try:
         target = parse_target(words[0])

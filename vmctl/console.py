@@ -16,7 +16,7 @@ ESCAPES = "~.  power off and leave\n~#  send a BREAK\n~^Z suspend\n~~  send one 
 
 
 class Escape(enum.Enum):
-    """What a person can ask of the console itself."""
+    """Requests of the user to the console itself."""
 
     POWER_OFF = b"."
     BREAK = b"#"
@@ -25,7 +25,7 @@ class Escape(enum.Enum):
 
 
 class EscapeParser:
-    """Find cu's escapes in what is typed: `~` at the start of a line, then one more character."""
+    """Find cu's escapes in the input: `~` at the start of a line, then one more character."""
 
     def __init__(self) -> None:
         """Begin at the start of a line."""
@@ -33,7 +33,7 @@ class EscapeParser:
         self._after_tilde = False
 
     def feed(self, typed: bytes) -> Iterator[bytes | Escape]:
-        """Yield what goes to the guest, and escapes, in the order in which they were typed."""
+        """Yield input for the guest, and escapes, in order."""
         plain = bytearray()
         for value in typed:
             char = bytes([value])
@@ -58,7 +58,7 @@ class EscapeParser:
 
 
 class RawTerminal:
-    """A terminal whose every key is passed on; a context manager that restores it.
+    """A terminal in raw mode; a context manager that restores it.
 
     The descriptor stays the caller's.
     """

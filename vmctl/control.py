@@ -49,7 +49,7 @@ def _named(kind: str, word: str) -> int:
 
 def load(words: Sequence[str]) -> int:
     """Let the daemon read another configuration file."""
-    # Unlike OpenBSD's: a relative path begins where the user is, not where the daemon is.
+    # Unlike OpenBSD's: a relative path begins in the user's directory, not in the daemon's.
     return _plain("load", path=os.path.abspath(words[0]))
 
 
@@ -77,7 +77,7 @@ def _plain(kind: str, **fields: object) -> int:
 
 
 def events(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
-    """Print what happens to VMs, a line each, until interrupted."""
+    """Print events of VMs, a line each, until interrupted."""
     import json  # noqa: PLC0415 - loaded by the client anyway
 
     def line(event: Fields) -> str:

@@ -1,6 +1,6 @@
 """`vmctl cp`: files and directories into a guest and out of it, by its agent.
 
-What a file is called on this side, the guest does not decide: see `vmctl.unpack`. A copy is whole
+The guest does not decide the names of files on this side: see `vmctl.unpack`. A copy is whole
 only if the agent says so; a file appears under its name when it is.
 """
 
@@ -34,7 +34,7 @@ class _Place(NamedTuple):
 
 
 def copy(words: Sequence[str], *, recursive: bool = False) -> int:
-    """Copy from one place to the other, of which one is in a guest; returns the exit status."""
+    """Copy between this host and a guest; returns the exit status."""
     try:
         source, target = (_place(word) for word in words)
         if bool(source.guest) == bool(target.guest):
@@ -147,7 +147,7 @@ def copy_tree_in(agent: Agent, source: str, path: str) -> None:
 
 
 class _Writer(io.BufferedIOBase):
-    """A session's input as a file that is written."""
+    """A session's input as a writable file."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -233,7 +233,7 @@ def copy_file_out(agent: Agent, path: str, target: str) -> None:
 def copy_tree_out(agent: Agent, path: str, target: str) -> list[str]:
     """Copy a directory of a guest to `target` on this host, or into the directory that is there.
 
-    Returns lines about what was left out: links that lead out of what is copied.
+    Returns lines about omitted files: links that lead out of the copied directory.
 
     Raises:
         CommandError: the agent does not give it, or not all of it, or it is not taken.

@@ -30,11 +30,11 @@ from vmm_kvm.images.create import (
 from vmm_kvm.images.opening import CHAIN_MAX, image_chain, open_image
 
 _MIB = 1 << 20
-_LONG_COPY = 256 * _MIB  # from here on a person may wonder whether it is still at work
+_LONG_COPY = 256 * _MIB  # after this time users want to see progress
 
 
 class RefusedError(Exception):
-    """What is asked cannot be done; `str()` has the lines for the user."""
+    """A request is impossible; `str()` has the lines for the user."""
 
 
 def create(
@@ -117,7 +117,7 @@ def _parse_base(argument: str, path: str) -> DiskFile:
 
 
 def _over_base(named: DiskFile, path: str, size: int | None) -> tuple[int, Format]:
-    """Return the size of a new image over a base, which nobody may be writing to, and its format.
+    """Return the size of a new image over a base that is not being written, and its format.
 
     The base is `named` as seen from the directory of `path`. Unlike OpenBSD's, an overlay may be
     larger than its base, and the base may be raw.
@@ -177,7 +177,7 @@ def _convert(source: DiskFile, target: DiskFile, size: int | None) -> None:
 
 @contextmanager
 def _creating(target: DiskFile) -> Iterator[None]:
-    """Have what goes wrong inside told as a destination that cannot be created."""
+    """Report errors inside as a destination that cannot be created."""
     try:
         yield
     except (OSError, ValueError) as err:
@@ -197,7 +197,7 @@ def _fill(fd: int, target: DiskFile, image: StoredImage) -> None:
 
 @contextmanager
 def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """Yield what takes the number of bytes done; a person sees it if it is going to take long."""
+    """Yield a function that takes the number of bytes done, and shows progress if it takes long."""
     if size < _LONG_COPY or not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -1,7 +1,7 @@
 """The command line as typer declares it, made from the table of verbs, for help on a terminal.
 
-Importing typer costs more than all else that a short command does: only where a person reads the
-result is this module loaded.
+Importing typer costs more than the rest of a short command: this module is loaded only for help on
+a terminal.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from vmctl.verbs import VERBS, Verb
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 Perform = Callable[[Verb, dict[str, object]], None]
-"""What is done with a verb and what was given: options by field, and `words`."""
+"""Executes a verb with the given options, by field, and `words`."""
 
 
 def make_app(perform: Perform = lambda _verb, _given: None) -> typer.Typer:

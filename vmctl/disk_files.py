@@ -1,4 +1,4 @@
-"""What an argument of `vmctl create` and `vmctl image` that names a disk stands for."""
+"""Arguments of `vmctl create` and `vmctl image` that name disks."""
 
 import os
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from vmm_kvm.images.opening import probe
 
 
 class DiskFile(NamedTuple):
-    """What an argument that names a disk stands for."""
+    """A disk that an argument names."""
 
     path: str
     disk_format: Format
@@ -32,7 +32,7 @@ def parse_disk(argument: str) -> DiskFile:
     try:
         descriptor = os.open(argument, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError):
-        # It is to be created, or opening it will tell why not.
+        # It is to be created, or opening it will report the error.
         problem = foreign_name(argument)
     else:
         problem = None
@@ -53,7 +53,7 @@ def parse_disk(argument: str) -> DiskFile:
 
 
 def set_up_logging() -> None:
-    """Let nothing that the image code logs be shown, unless -v has set it up to show everything."""
+    """Suppress messages of the image code, unless -v shows everything."""
     log.set_up_with(_show_nothing)
 
 

@@ -1,7 +1,7 @@
-"""The disks of `vmctl run`: from what is typed to what a machine takes.
+"""The disks of `vmctl run`: from the command line to the machine's devices.
 
-Images are opened once and outlive reboots. A disk of another process is connected to anew for each
-machine: what that process knows of the guest's memory is then the new machine's.
+Images are opened once and outlive reboots. Each machine makes a new connection to a disk's process,
+which then has the new machine's memory.
 """
 
 import os
@@ -23,7 +23,7 @@ from vmm_kvm.errors import SpecError
 from vmm_kvm.images.opening import open_image
 from vmm_kvm.virtio.blk import BlkSpec, VirtioBlk
 
-if TYPE_CHECKING:  # loaded where a disk is in another process
+if TYPE_CHECKING:  # loaded if a disk is in another process
     import socket
 
     from vmm_kvm.machine.spec import DiskSpec
@@ -58,7 +58,7 @@ def open_disk(text: str, index: int, stack: ExitStack) -> "DiskSpec":
 
 
 def _stops(option: DiskOption) -> bool:
-    """Tell whether faults of the host have the VM stand still: only if that was asked for."""
+    """Tell whether faults of the host pause the VM: only if asked for."""
     return option.on_error is OnError.STOP
 
 
@@ -91,7 +91,7 @@ def _parse(text: str) -> DiskOption:
 
 
 def open_cdrom(path: str, stack: ExitStack) -> "ScsiCdSpec":
-    """Open what is in the CD-ROM drive, always raw and never written; `stack` closes it.
+    """Open the CD-ROM drive's image, always raw and never written; `stack` closes it.
 
     Raises:
         ImageError: the image cannot be opened.
@@ -120,7 +120,7 @@ def _scratch(stack: ExitStack) -> int:
 
 
 def _open(option: DiskOption, scratch: int | None) -> Image:
-    """Open an image; what is written goes to the file at `scratch`, if there is one."""
+    """Open an image; writes go to the file at `scratch`, if there is one."""
     disk_format = None if option.kind is DiskKind.PROBE else Format(option.kind)
     if scratch is not None and not option.is_read_only:
         from vmm_kvm.images.create import open_snapshot  # noqa: PLC0415 - few disks need it
@@ -130,7 +130,7 @@ def _open(option: DiskOption, scratch: int | None) -> Image:
 
 
 def _close(image: Image, path: str) -> None:
-    """Close an image at the very end; that it could not be written back changes no status."""
+    """Close an image at the very end; a failure to write it back does not change the status."""
     try:
         image.close()
     except OSError as err:

@@ -34,7 +34,7 @@ class Status(StrEnum):
 
     OK = "ok"
     LIMITED = "limited"
-    """VMs run, but something is slow or cannot be used."""
+    """VMs run, but some part is slow or unusable."""
     MISSING = "missing"
     """No VM runs."""
 

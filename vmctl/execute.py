@@ -1,7 +1,7 @@
 """`vmctl exec`: a command in a guest, its streams and exit status as if it ran here.
 
-By the guest's agent (docs/agent.md). Nothing is kept here but a window of each stream: a reader
-that is slower than the command slows it down.
+By the guest's agent (docs/agent.md). It buffers only a window of each stream: a slow reader slows
+the command down.
 """
 
 import fcntl
@@ -29,12 +29,12 @@ from vmm_kvm.standard_streams import OutputError
 
 EXIT_NO_CONNECTION = 255
 EXIT_REFUSED = 125
-"""As of env(1): what the command needs could not be had; it was not started."""
+"""As of env(1): the command could not be started."""
 EXIT_CANNOT_EXECUTE = 126
 EXIT_NOT_FOUND = 127
 
 _PIPE_BUF = 4096
-"""What poll promises room for: a write of this size never blocks."""
+"""poll promises this much room: a write of this size never blocks."""
 _FILE_WRITE = 64 << 10
 _READ_MAX = 32 << 10
 _DEFAULT_SIZE = (24, 80)
@@ -95,7 +95,7 @@ def _deadline(timeout: str | None) -> float | None:
 
 
 def _variables(words: Sequence[str]) -> dict[str, str]:
-    """Read NAME=VALUE, or NAME alone, which has the value that it has here."""
+    """Read NAME=VALUE, or NAME alone, whose value is this environment's."""
     found = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -109,7 +109,7 @@ def _variables(words: Sequence[str]) -> dict[str, str]:
 
 
 def _terminal_size() -> tuple[int, int]:
-    """Return the rows and columns of the terminal here, or what most have."""
+    """Return the rows and columns of the terminal here, or the usual ones."""
     for fd in (1, 0, 2):
         with suppress(OSError):
             rows, columns = struct.unpack("HHHH", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))[:2]
@@ -122,7 +122,7 @@ class _Streams:
     """A command's streams, joined to ours."""
 
     def __init__(self, session: Session, *, reads_input: bool, has_terminal: bool) -> None:
-        """Join nothing yet; see `run`. The session stays the caller's."""
+        """Prepare; see `run`. The session stays the caller's."""
         self._session = session
         self._reads_input = reads_input
         self._has_terminal = has_terminal
@@ -134,7 +134,7 @@ class _Streams:
         }
 
     def run(self) -> int:
-        """Pass on what comes, until all is written; returns the command's exit status."""
+        """Pass data on until all is written; returns the command's exit status."""
         with cleaning_up(), ExitStack() as stack:
             resized = stack.enter_context(_resizes()) if self._has_terminal else -1
             if self._has_terminal and self._reads_input and os.isatty(0):
@@ -206,7 +206,7 @@ class _Streams:
 
 
 def _has_come(told: int) -> bool:
-    """Tell whether the size has changed, also since the last poll: it goes before what is typed."""
+    """Tell whether the size has changed, also since the last poll: it is sent before input."""
     try:
         return bool(os.read(told, _READ_MAX))
     except BlockingIOError:
@@ -215,7 +215,7 @@ def _has_come(told: int) -> bool:
 
 @contextmanager
 def _resizes() -> Iterator[int]:
-    """Yield a descriptor that can be read when the terminal here has another size."""
+    """Yield a descriptor that becomes readable when this terminal's size changes."""
     told, tells = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     before = signal.signal(signal.SIGWINCH, lambda _number, _frame: None)
     fd_before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)

@@ -1,7 +1,7 @@
 """The way to a guest's agent, for the commands that need one: a connected stream.
 
-A word with a slash in it is the path of a VM's vsock socket, as `vmctl run --vsock` and Firecracker
-have it; any other one is a VM's of the daemon.
+A word with a slash in it is the path of a VM's vsock socket, as with `vmctl run --vsock` and
+Firecracker; any other one names a VM of the daemon.
 """
 
 import socket

@@ -1,6 +1,6 @@
 """`vmctl help`, `--help` and `--version`.
 
-What a person reads on a terminal is typer's; elsewhere it is plain and costs nothing.
+On a terminal typer formats it; elsewhere it is plain and cheap.
 """
 
 import sys
@@ -21,7 +21,7 @@ def show_version(_words: Sequence[str] = ()) -> int:
 
 
 def show_help(words: Sequence[str] = ()) -> int | None:
-    """Tell what commands there are, or how the one is used that `words` name."""
+    """Print the list of commands, or the usage of the one that `words` name."""
     name, behind = resolve(words) if words else ("", [])
     if behind:
         return None
@@ -35,7 +35,7 @@ def show_help(words: Sequence[str] = ()) -> int | None:
 
 
 def help_text(name: str = "") -> str:
-    """Return what is told of a verb, of those that begin with the word `name`, or of all."""
+    """Return the help of a verb, of those that begin with the word `name`, or of all."""
     if name in VERBS:
         return _verb_help(VERBS[name])
     lines = [] if name else [GLOBAL_USAGE, "", "Control virtual machines.", ""]

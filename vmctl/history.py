@@ -1,4 +1,4 @@
-"""`vmctl log`: how much the daemon logs, and what it has logged of a VM.
+"""`vmctl log`: the daemon's verbosity, and its log lines of a VM.
 
 Source: section 3.11 of OpenBSD's behaviour, for the former.
 """
@@ -16,7 +16,7 @@ _DELAY_S = 0.5
 
 
 def log(words: Sequence[str], *, follow: bool = False, as_json: bool = False) -> int:
-    """Set how much the daemon logs, or print what was logged of a VM, and what is from now on."""
+    """Set the daemon's verbosity, or print the log lines of a VM, and new ones."""
     word = words[0]
     shown = follow or as_json
     level = next((value for name, value in _LEVELS if word and name.startswith(word.lower())), None)
@@ -35,7 +35,7 @@ def log(words: Sequence[str], *, follow: bool = False, as_json: bool = False) ->
 
 
 def _show(client: Client, target: Target, *, follow: bool, as_json: bool) -> None:
-    """Print the lines that there are; with `follow`, those that come as well, until interrupted."""
+    """Print the existing lines; with `follow`, new ones as well, until interrupted."""
     position = 0
     while True:
         answer = client.ask("history", "lines", {**target.fields(), "position": position})

@@ -1,4 +1,4 @@
-"""`vmctl image`: what a disk image is, whether it is sound, and how large.
+"""`vmctl image`: describe, check and resize disk images.
 
 Exit status: 0 on success, 1 on any failure, and from `check` 1 if the image is not sound.
 """
@@ -24,7 +24,7 @@ Facts = dict[str, str | int | bool | list[str] | None]
 
 
 def info(words: Sequence[str], *, as_json: bool = False) -> int:
-    """Tell what an image is, without locking it; return the exit status."""
+    """Describe an image, without locking it; return the exit status."""
     set_up_logging()
     try:
         facts = _facts(parse_disk(words[0]))
@@ -35,7 +35,7 @@ def info(words: Sequence[str], *, as_json: bool = False) -> int:
 
 
 def check_image(words: Sequence[str], *, as_json: bool = False) -> int:
-    """Tell whether an image is sound; return the exit status."""
+    """Check an image; return the exit status."""
     set_up_logging()
     try:
         named = parse_disk(words[0])
@@ -77,7 +77,7 @@ def check_image(words: Sequence[str], *, as_json: bool = False) -> int:
 
 
 def resize_image(words: Sequence[str], *, shrink: bool = False) -> int:
-    """Make an image, `words[0]`, as large as `words[1]` says; return the exit status."""
+    """Resize an image, `words[0]`, to the size `words[1]`; return the exit status."""
     from vmctl.create import RefusedError, disk_size  # noqa: PLC0415 - only for this
     from vmm_kvm.images.resize import resize  # noqa: PLC0415 - the same
 

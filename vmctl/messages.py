@@ -1,4 +1,4 @@
-"""What commands say on standard error: a line each, in the command's name."""
+"""Commands' messages on standard error: a line each, with the command's name."""
 
 import sys
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from vmm_kvm.text import printable
 
 CONSOLE_CONDITION = "console="
-"""How a condition to wait for begins that is a text on the console."""
+"""Prefix of a condition to wait for: a text on the console."""
 GUEST_CONDITIONS = ("ready", "file=", "port=", "unit=")
-"""How those begin that the guest's agent knows of."""
+"""Prefixes of conditions that the guest's agent checks."""
 
 
 def fail(problem: object) -> int:
-    """Say what is wrong, in one line or several; returns the exit status."""
+    """Print an error, in one line or several; returns the exit status."""
     for line in str(problem).splitlines():
         warn(line)
     return 1

@@ -1,4 +1,4 @@
-"""`vmctl metrics`: what VMs use, as text for OpenMetrics.
+"""`vmctl metrics`: resource usage of VMs, as OpenMetrics text.
 
 Source: OpenMetrics 1.0; Prometheus' naming: base units, `_total` for what only grows.
 """

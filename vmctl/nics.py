@@ -1,4 +1,4 @@
-"""The network interfaces of `vmctl run`: from what is typed to what a machine takes.
+"""The network interfaces of `vmctl run`: from the command line to the machine's devices.
 
 Taps and connections are opened once and outlive reboots.
 """
@@ -24,7 +24,7 @@ from vmm_kvm.net.tap import Tap, open_tap
 from vmm_kvm.virtio.net import VirtioNet
 
 OPENBSD_PREFIX: Final = b"\xfe\xe1\xbb"
-"""The first half of an address that nobody chose, as vmd(8) has it."""
+"""The first half of a default address, vmd(8)'s."""
 
 _VHOST = "/dev/vhost-net"
 _ADDRESS_REST = 3
@@ -85,12 +85,12 @@ def _tap(taps: list[int], option: NicOption, nic: NetSpec, stack: ExitStack) -> 
         stack.callback(process.close)
         return RemotePath(process.connect, is_ours=True)
     vhosts: list[int] = []
-    # Whoever locks an address wants every frame looked at: vhost-net's pass nobody here.
+    # A locked address needs every frame checked: vhost-net's pass no code of ours.
     if not (option.is_user or option.is_locked):
         for _ in taps:
             try:
                 fd = os.open(_VHOST, os.O_RDWR | os.O_CLOEXEC)
-            except OSError:  # none here, or not for us: we can do without
+            except OSError:  # not available: we can do without
                 return TapPath(tuple(taps))
             stack.callback(os.close, fd)
             vhosts.append(fd)
@@ -116,7 +116,7 @@ def _passt(forwards: tuple[ForwardConfig, ...], stack: ExitStack) -> int:
     stack.enter_context(ours)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-    # passt writes its pid when it is ready, and what is wrong to standard error. New versions close
+    # passt writes its pid when it is ready, and errors to standard error. New versions close
     # descriptors that they do not know, so the pid goes to a FIFO with a name.
     with (
         theirs,
@@ -174,13 +174,13 @@ def _is_ready(process: subprocess.Popen[bytes], told: int) -> bool:
 
 
 def _reason(said: str) -> str:
-    """Return the last line of what passt said, without what it says of syslog."""
+    """Return the last line of passt's output, without its words about syslog."""
     lines = [line for line in said.splitlines() if line and "to syslog" not in line]
     return lines[-1].strip() if lines else "it ended, and says nothing"
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    """Let passt go: it ends with its connection, and if not, it is made to."""
+    """End passt: it ends with its connection, else kill it."""
     connection.close()
     try:
         process.wait(_PASST_TIMEOUT_S)

@@ -1,13 +1,14 @@
-"""Options that verbs have: what one is, and those that several verbs share.
+"""Options of verbs: their description, and those that several verbs share.
 
-`run` and `start` take one set of options: where one of them does not, it says why.
+`run` and `start` share one set of options: one that only the other takes is refused with the
+reason.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 FILE = "<file>"
-"""What completes a word: the name of a file."""
+"""How a word is completed: the name of a file."""
 VM = "<vm>"
 """The name of a VM."""
 
@@ -27,7 +28,7 @@ class Option(NamedTuple):
     completes: tuple[str, ...] = ()
     """Words that its value can be, FILE or VM."""
     refused: str = ""
-    """Why this verb does not take it, though another one of the same kind does."""
+    """The reason why this verb does not take it, though a similar one does."""
 
 
 JSON = Option("--json", "as_json", "Print JSON.")

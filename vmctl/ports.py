@@ -1,4 +1,4 @@
-"""Streams to ports of guests, by their vsock devices: what comes before the guest's first byte."""
+"""Streams to ports of guests, by their vsock devices: the handshake before the first byte."""
 
 import socket
 import time
@@ -7,7 +7,7 @@ _GREETING_MAX = 32
 
 
 def await_guest(stream: socket.socket, timeout: float | None) -> None:
-    """Read the line that comes once the guest has accepted, and no byte more.
+    """Read the line that confirms the guest's acceptance, and no byte more.
 
     Args:
         stream: to the port; it blocks afterwards.

@@ -12,7 +12,7 @@ _LONG_S = 1e8
 
 
 def check_guest_condition(condition: str) -> None:
-    """Refuse a condition in a guest that makes no sense.
+    """Refuse an invalid condition in a guest.
 
     Raises:
         CommandError: a file or unit without a name, or no number of a port.
@@ -24,7 +24,7 @@ def check_guest_condition(condition: str) -> None:
 
 
 def wait_for_guest(target: Target, condition: str, deadline: float) -> str:
-    """Wait for the agent of a VM, or by it; returns what has come.
+    """Wait for the agent of a VM, or through it; returns the satisfied condition.
 
     Raises:
         TimeoutError: nothing before `deadline`, which is of the monotonic clock.

@@ -1,13 +1,13 @@
-"""What `start`, `stop`, `wait` and `run` say with `--json`: one line of what has become of a VM."""
+"""Output of `start`, `stop`, `wait` and `run` with `--json`: one line about a VM's result."""
 
 import time
 
 EXIT_TIMEOUT = 124
-"""The status of a command that has waited as long as it was told to, as of timeout(1)."""
+"""The status of a command that has timed out, as of timeout(1)."""
 
 
 class Report:
-    """What a command did, from now until `end`."""
+    """The record of a command, from now until `end`."""
 
     def __init__(self, wanted: bool) -> None:
         """Begin to count the time; nothing is printed unless `wanted`."""

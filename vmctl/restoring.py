@@ -1,7 +1,7 @@
 """`vmctl run --from`: a VM in the foreground, from a snapshot or a stream that `vmctl send` wrote.
 
-Its disks are those that the snapshot names, each served by a process, as the daemon's are. Network
-interfaces are the daemon's to make: a VM that has some is for `vmctl receive`.
+Its disks are those that the snapshot names, each served by a process, as the daemon's are. Only the
+daemon makes network interfaces: a VM that has some is for `vmctl receive`.
 """
 
 import os
@@ -38,7 +38,7 @@ _PATIENCE_S = 30.0
 
 
 class Saved(NamedTuple):
-    """A VM that was written down: what to build, and what to go on from."""
+    """A saved VM: its specification and its state."""
 
     spec: MachineSpec
     state: MachineState
@@ -51,8 +51,8 @@ def open_saved(
 ) -> Saved:
     """Read a VM from the file at `path`, and open its disks; `stack` closes what is open.
 
-    It is called `name`, or as it was called if that is empty. `vsock` says where its vsock device
-    is reached, if it has one.
+    Its name is `name`, or its former one if that is empty. `vsock` is the path of its vsock device,
+    if it has one.
 
     Raises:
         SnapshotError: the file is damaged, or its VM cannot be here.
@@ -128,7 +128,7 @@ def _generations(manifest: "Manifest") -> dict[int, Generation]:
 
 
 def _image(manifest: "Manifest", rom: bytes) -> "BootImage":
-    """Return what the guest was booted from, and is again when it reboots, as far as it is here."""
+    """Return the guest's boot image, for reboots, as far as it exists here."""
     firmware, path = manifest.firmware, manifest.boot.image
     if firmware is not None:
         if len(rom) != align_up(firmware.size, PAGE_SIZE):

@@ -38,7 +38,7 @@ from vmm_kvm.machine.spec import (
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.standard_streams import OutputError
 
-if TYPE_CHECKING:  # loaded where there is a disk, or an interface
+if TYPE_CHECKING:  # loaded if there is a disk, or an interface
     from vmctl.restoring import Saved
     from vmctl.vsock import VsockOption
     from vmm_kvm.gdb.server import GdbServer
@@ -50,7 +50,7 @@ _MEMORY = "512M"
 EXIT_ERROR = 1
 EXIT_KILLED = 128 + signal.SIGTERM
 
-# As vmd(8) limits restarts: the third in a row so soon after its start is the last.
+# vmd(8)'s limit of restarts: the third in a row so soon after its start is the last.
 _EARLY_NS = 6 * NANOSECONDS
 _EARLY_CRASHES = _EARLY_RESETS = 3
 _EARLY_RESETS = 3
@@ -62,7 +62,7 @@ _RETRY_NS = NANOSECONDS
 
 
 class Ended(NamedTuple):
-    """The VM ended by what happened around it, not by what the guest did."""
+    """The VM ended for an outside reason, not by the guest."""
 
     status: int
     message: str | None = None
@@ -101,7 +101,7 @@ class RunOptions(NamedTuple):
     """--from"""
     gdb: tuple[str, ...] = ()
     console: bool = False
-    """Without a meaning: the console is always attached."""
+    """Ignored: the console is always attached."""
     name: str = ""
 
 
@@ -165,7 +165,7 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
 
 
 def _origin(options: RunOptions) -> str | None:
-    """Return the snapshot to go on from, which says all of the VM."""
+    """Return the snapshot to continue from, which describes the whole VM."""
     origin = once(options.origin, "snapshot")
     about = (
         *("name", "origin", "timeout", "until", "no_reboot", "as_json", "console_log", "console"),
@@ -190,12 +190,12 @@ def _open_log(path: str | None, stack: ExitStack) -> int | None:
 
 
 def _set_up_logging() -> None:
-    # Nothing changes where -v has set it up to say everything.
+    # Nothing changes if -v has set it up to log everything.
     log.show_lines("vmctl", "WARNING")
 
 
 def _spec(options: RunOptions, vsock: "VsockOption | None", stack: ExitStack) -> MachineSpec:
-    """Check the options and open what they name; `stack` closes it."""
+    """Check the options and open their files; `stack` closes them."""
     path, template = _boot_paths(options)
     nvram = once(options.nvram, "nvram")
     if nvram is not None and template is None:
@@ -231,7 +231,7 @@ def _name_of(path: str) -> str:
 
 
 def _media(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
-    """Open the disks, and what is in the CD-ROM drive."""
+    """Open the disks, and the CD-ROM drive's image."""
     cdrom = once(options.cdrom, "iso image")
     if not options.disks and cdrom is None:
         return
@@ -276,7 +276,7 @@ def _nics(options: RunOptions, vm: str, stack: ExitStack) -> "tuple[NetSpec, ...
 
 
 def _boot_paths(options: RunOptions) -> tuple[str, str | None]:
-    """Return what to boot: the one image that is named, or firmware if there are media.
+    """Return the boot image: the named one, or firmware if there are media.
 
     The second path is where the variables of UEFI firmware begin.
     """
@@ -322,7 +322,7 @@ def _boot_device(text: str | None) -> BootDevice:
 
 
 class _Limits(NamedTuple):
-    """What ends a VM from outside, if anything does."""
+    """The outside reason for a VM's end, if any."""
 
     timeout_s: float | None
     wanted: bytes
@@ -357,7 +357,7 @@ class Foreground:
         saved: "Saved | None",
         console_log: int | None,
     ) -> None:
-        """Prepare; nothing is made before `run`. The first machine goes on from `saved`, if any."""
+        """Prepare; `run` makes the machine. The first one continues from `saved`, if any."""
         self._vmm = vmm
         self._loop = loop
         self._spec = spec
@@ -384,7 +384,7 @@ class Foreground:
         """Run the VM; returns the exit status, and a message for stderr or else the reason."""
         with ExitStack() as stack:
             machine = stack.enter_context(self._new_machine())
-            # From here on the terminal is raw: whatever happens has to give it back.
+            # From here on the terminal is raw, and must be restored in any case.
             stack.callback(self._stdio.finish, discard=False)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 stack.callback(signal.signal, number, signal.signal(number, self._terminate))
@@ -425,13 +425,13 @@ class Foreground:
     def leaves_line_open(self) -> bool:
         """Whether the console's output does not end with a line's end, on anything but a terminal.
 
-        There it is ended anyway.
+        There it always ends.
         """
         return self._stdio.leaves_line_open
 
     @property
     def has_lost_output(self) -> bool:
-        """Whether standard output could not be written, of which a line was said."""
+        """Whether standard output could not be written, which has been reported."""
         return self._stdio.is_closed
 
     def _resize(self, _number: int, _frame: FrameType | None) -> None:
@@ -465,7 +465,7 @@ class Foreground:
                 self._machine.close()
                 raise
         self._halt = None
-        if self._is_throttled:  # the machine before its reboot has written more than is read yet
+        if self._is_throttled:  # the machine before the reboot has unread output
             self._machine.throttle(True)
         self._tell_size()
         if self._gdb:
@@ -473,7 +473,7 @@ class Foreground:
         return self._machine
 
     def connect(self, stream: "HostStream", port: int) -> None:
-        """Lead a client to a port of the guest; takes over `stream`."""
+        """Connect a client to a port of the guest; takes over `stream`."""
         vsock = self._machine.vsock if self._machine else None
         if vsock:
             vsock.connect(stream, port)
@@ -483,7 +483,7 @@ class Foreground:
     # A host that cannot do what a disk needs
 
     def _stand_still(self, err: HaltError) -> None:
-        """Pause until the host can do what a disk needs, which is tried again and again."""
+        """Pause, and repeat a disk's request until the host can execute it."""
         if self._halt or self._outcome or not self._machine:
             return
         self._halt = err
@@ -501,7 +501,7 @@ class Foreground:
     # Ways to end
 
     def _looking(self, data: bytes) -> None:
-        """Pass on what the guest writes, and look for what is waited for; any thread."""
+        """Pass on the guest's output, and look for the awaited text; any thread."""
         self._stdio.transmit(data)
         seen = self._seen + data
         if self._wanted in seen:
@@ -509,7 +509,7 @@ class Foreground:
         self._seen = seen[-len(self._wanted) :]
 
     def _ended(self, outcome: Outcome) -> None:
-        """Note what the guest did; called on any thread."""
+        """Record the guest's action; called on any thread."""
         self._loop.call_soon(lambda: self._finish(outcome))
 
     def _finish(self, outcome: Outcome | Ended) -> None:
@@ -533,10 +533,10 @@ class Foreground:
         if self._machine:
             self._machine.press_power_button()
 
-    # What the console asks (vmctl.stdio.Guest)
+    # The console's requests (vmctl.stdio.Guest)
 
     def receive(self, data: bytes) -> int:
-        """Give typed bytes to the guest's console; returns how many it took."""
+        """Give input to the guest's console; returns how many bytes it took."""
         return self._machine.receive(data) if self._machine else 0
 
     def receive_break(self) -> None:
@@ -551,12 +551,12 @@ class Foreground:
             self._machine.throttle(hold)
 
     def quit(self, reason: str | None) -> None:
-        """End the VM: a person typed `~.`, or the console went away."""
+        """End the VM: the user typed `~.`, or the console went away."""
         self._finish(Ended(0 if reason is None else EXIT_ERROR, reason))
 
 
 def _reason(outcome: Outcome | Ended | None) -> str | None:
-    """Return why a VM ended about which there is no message."""
+    """Return the reason of an end without a message."""
     match outcome:
         case Ending():
             return outcome.value

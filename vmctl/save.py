@@ -1,7 +1,7 @@
 """`vmctl start --save`: a VM's options as a file of the daemon's configuration.
 
-The file is written with the rights of whoever runs the command, beside the daemon's own, and read
-by the daemon as any other: what is wrong with it is told before the VM starts.
+The file is written with the rights of the command's user, beside the daemon's own, and the daemon
+reads it like any other: errors are reported before the VM starts.
 """
 
 import os
@@ -52,7 +52,7 @@ def save(
 
 
 def _write(path: str, text: str) -> None:
-    """Write a file that is there as a whole, or not at all, and no other one before.
+    """Write a new file, completely or not at all.
 
     Raises:
         CommandError: it cannot be written.

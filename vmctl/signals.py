@@ -1,8 +1,8 @@
-"""Dying of a signal, but not before what has been changed is as it was.
+"""Dying of a signal, after restoring changes.
 
-By default a command dies of SIGINT, SIGTERM and SIGHUP at once, in silence. Where a terminal is raw
-or a file half written, these raise in the main thread, so that the way out is that of any error;
-then the signal ends the process as it would have.
+By default a command dies of SIGINT, SIGTERM and SIGHUP at once, silently. While a terminal is raw
+or a file half written, they raise an exception in the main thread, which cleans up as for any
+error; then the signal kills the process.
 """
 
 import os
@@ -26,7 +26,7 @@ class _SignalledError(BaseException):
 def cleaning_up() -> Iterator[None]:
     """Leave the block by an exception when a signal comes, and die of that signal behind it.
 
-    Signals that are ignored, as `nohup` has it, stay so. Only for the main thread.
+    Signals that are ignored, as with `nohup`, stay so. Only for the main thread.
     """
     before = {number: signal.getsignal(number) for number in _NUMBERS}
     caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]

@@ -1,6 +1,6 @@
-"""`vmctl snapshot`, and `start --from`: VMs as files, from which they go on any number of times.
+"""`vmctl snapshot`, and `start --from`: VMs as files, to start any number of times.
 
-A snapshot is in the daemon's store, under a name, or in a file of the user's: whatever has a slash
+A snapshot is in the daemon's store, under a name, or in a file of the user's: a word with a slash
 in it is a path. The daemon writes a user's file through a descriptor that was opened here, and the
 file has its name when it is complete.
 """
@@ -40,7 +40,7 @@ def snapshot(
     no_disks: bool = False,
     as_json: bool = False,
 ) -> int | None:
-    """Make a snapshot of a VM, or do something with those that there are; returns the status."""
+    """Make a snapshot of a VM, or work on existing ones; returns the status."""
     others = [bool(removed), bool(described), bool(checked), listed]
     if sum(others) > 1 or bool(words) == any(others) or (any(others) and (output or no_disks)):
         return None
@@ -82,7 +82,7 @@ def _make(words: Sequence[str], output: str, *, no_disks: bool) -> int | None:
 
 
 def _made_name(client: Client, target: Fields) -> str:
-    """Return a name for a snapshot that has none: the VM's, and when it was made."""
+    """Return a default name for a snapshot: the VM's, and the time."""
     vms = client.ask("status", "vms", target)["vms"]
     if not vms:
         raise CommandError("vm not found")
@@ -151,7 +151,7 @@ def _opened(origin: str) -> Iterator[tuple[SnapshotFile, int]]:
 
 
 def _tell(origin: str, *, is_check: bool, as_json: bool) -> None:
-    """Print what a snapshot is; of one that is damaged the error."""
+    """Describe a snapshot; for a damaged one print the error."""
     with _opened(origin) as (file, fd):
         facts = _facts(file.manifest, os.fstat(fd))
         if is_check:
@@ -199,7 +199,7 @@ def start_from(client: Client, name: str, origin: str, *, clock: str = "") -> Fi
                 "is_snapshot": True,
                 "is_copy": True,
             }
-            # Whoever starts it owns it, whosever the source was.
+            # The user who starts it owns it, whoever owned the source.
             del fields["uid"], fields["gid"]
             if clock:
                 fields["clock"] = clock

@@ -1,7 +1,7 @@
 """`vmctl start`: from its options to a request, and from the answer to OpenBSD's texts.
 
-What the user names is opened here, with the user's rights, and sent open: kernel, initial RAM
-disks, disks with all their bases, ISO image. The daemon judges each, and opens nothing by its name.
+This opens the user's files with the user's rights, and sends descriptors: kernel, initial RAM
+disks, disks with all their bases, ISO image. The daemon checks each, and opens nothing by its name.
 
 Source: section 3.6 of OpenBSD's behaviour.
 """
@@ -74,7 +74,7 @@ class StartOptions(NamedTuple):
 
 
 def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> int:
-    """Start a VM; returns the exit status, which is 124 when the time-out is over first.
+    """Start a VM; returns the exit status, which is 124 after a time-out.
 
     Args:
         words: its id or name.
@@ -120,7 +120,7 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
 
 
 def _origin(options: StartOptions) -> str | None:
-    """Return the snapshot to go on from, which says all of the VM."""
+    """Return the snapshot to continue from, which describes the whole VM."""
     origin, clock = once(options.origin, "snapshot"), once(options.clock, "clock")
     if clock is not None and clock not in _CLOCKS:
         raise CommandError(f"unknown clock {clock}\n{choice(_CLOCKS)}")
@@ -154,7 +154,7 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
         vms: list[Fields] = client.ask("status", "vms", target.fields())["vms"]
         if err.code != "EALREADY" or not vms or vms[0]["pid"] is None:
             raise
-        return vms[0]  # it runs already: the daemon starts what it has read
+        return vms[0]  # it runs already: the daemon starts configured VMs
 
 
 class _Condition(NamedTuple):
@@ -179,7 +179,7 @@ def _condition(options: StartOptions) -> _Condition | None:
 
 
 def _wait(condition: _Condition, client: Client, answer: Fields, report: Report) -> int:
-    """Wait as `vmctl wait` does for what has been started."""
+    """Wait for the started VM as `vmctl wait` does."""
     told = answer["id"], answer["pid"], answer["tty"]
     try:
         text = wait_for(client, Target(id=answer["id"]), condition.text, condition.deadline)
@@ -265,7 +265,7 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
 
 
 def _check(fields: Fields, *, has_kernel: bool) -> None:
-    """Refuse, or warn of, what a new VM would lack; an instance takes it from its template."""
+    """Refuse, or warn of, missing options of a new VM; an instance takes them from its template."""
     disks, interfaces = fields.get("disks", ()), fields.get("interfaces", ())
     if len(disks) > DISKS_MAX:
         raise CommandError("too many disks")
@@ -285,14 +285,14 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
 
 
 def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
-    # The order among -L and -n is not told by those who read command lines: local ones are first.
+    # Parsers of command lines do not preserve the order of -L and -n: local ones come first.
     interfaces: list[Fields] = [{"is_local": True} for _ in range(options.local)]
     for switch in options.switches:
         if not switch:
             raise CommandError(f"invalid network: {switch}")
         if len(switch) > NAME_MAX:
             raise CommandError("interface name too long")
-        # A dot is how OpenBSD's vmctl writes a local interface to itself, and takes it.
+        # OpenBSD's vmctl accepts a dot for a local interface.
         interfaces.append({"is_local": True} if switch == "." else {"switch": switch})
     if options.forwards:
         local = next((one for one in interfaces if "is_local" in one), None)
@@ -333,7 +333,7 @@ def _disk(text: str) -> DiskOption:
 
 
 def _named(disk: DiskOption) -> Fields:
-    """Return a disk as a request has it, but for its files."""
+    """Return a disk's fields of a request, without its files."""
     return {
         "path": _shown(disk.path),
         "format": str(disk.kind),
@@ -363,5 +363,5 @@ def _path(path: str, what: str) -> str:
 
 
 def _shown(path: str) -> str:
-    """Return a path as a message has it, which is text: for other messages."""
+    """Return a path as text for messages."""
     return os.fsencode(path).decode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What commands that have the daemon start a VM share: files that go along, and what is said."""
+"""Code of commands that have the daemon start a VM: passing files, and messages."""
 
 import os
 import stat
@@ -19,7 +19,7 @@ def why_not_started(err: RefusedError) -> str:
 
 
 def say_started(answer: Fields) -> None:
-    """Say that a VM has started, by the daemon's answer."""
+    """Print that a VM has started, from the daemon's answer."""
     text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
     print(f"vmctl: {printable(text)}", file=sys.stderr)
 

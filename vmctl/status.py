@@ -1,4 +1,4 @@
-"""`vmctl status` and `vmctl show`: the table of VMs, and what one of them has.
+"""`vmctl status` and `vmctl show`: the table of VMs, and the details of one.
 
 On a pipe OpenBSD's columns, to the letter; on a terminal a table; JSON with `--json`.
 
@@ -26,7 +26,7 @@ _OWNER_MAX = 15
 def show(
     words: Sequence[str] = (), *, running: bool = False, every: bool = False, as_json: bool = False
 ) -> int:
-    """List VMs as `status` does, and what the one that `words` names has, and how it ended."""
+    """List VMs as `status` does, with details of the one that `words` names, and how it ended."""
     if every or not words:
         return status(words, running=running, every=every, as_json=as_json)
     wanted = {"interfaces": True, "devices": True, "gone": True}
@@ -53,8 +53,8 @@ def status(
 ) -> int:
     """List all VMs, or the one that `words` names; returns the exit status.
 
-    That is 1 where there is no VM at all, or none that runs with `running`. With `every` those that
-    are gone are listed too, and addresses of guests and how each VM ended the last time.
+    That is 1 if there is no VM at all, or with `running` no running one. With `every` it lists
+    forgotten VMs too, addresses of guests, and how each VM ended the last time.
     """
     wanted = {"interfaces": True, "gone": True} if every else {}
     try:
@@ -71,7 +71,7 @@ def status(
 
 
 def list_names(_words: Sequence[str] = (), *, running: bool = False, as_json: bool = False) -> int:
-    """Print the names of VMs that are there to stay, a line each; returns the exit status."""
+    """Print the names of configured VMs, a line each; returns the exit status."""
     try:
         known, _ = _vms((), {}, running=running)
     except CommandError as err:
@@ -88,7 +88,7 @@ def list_names(_words: Sequence[str] = (), *, running: bool = False, as_json: bo
 def _vms(
     words: Sequence[str], wanted: dict[str, bool], *, running: bool
 ) -> tuple[list[Fields], list[Fields]]:
-    """Return the VMs that there are, and of those the ones that are asked for.
+    """Return all VMs, and the requested ones among them.
 
     Raises:
         CommandError: `words` name none, or there is no answer.
@@ -107,7 +107,7 @@ def _print_table(header: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None
 
         show_table(header, rows)
         return
-    # Of the columns of ours, only the last one may have blanks in it.
+    # Of our own columns, only the last one may have blanks.
     form = _FORMAT + " %s" * (len(header) - len(HEADER))
     print(form % tuple(header))
     for row in rows:
@@ -127,7 +127,7 @@ def _why(end: Fields) -> str:
 
 
 def vm_lines(vm: Fields) -> list[str]:
-    """Return what `show` prints of a VM besides its row and its interfaces."""
+    """Return the details that `show` prints of a VM, without its row and its interfaces."""
     lines = []
     if vm["started_at"] is not None:
         lines.append(f"uptime: {span(time.time() - vm['started_at'])}")
@@ -173,13 +173,13 @@ def columns(vm: Fields) -> tuple[str, ...]:
 
 
 def shown_state(vm: Fields) -> str:
-    """Return what a VM is doing, and why if nobody asked for it."""
+    """Return a VM's state, and the reason if it changed by itself."""
     state, reason = vm["state"], vm["pause_reason"]
     return f"{state} ({reason})" if reason else str(state)
 
 
 def interface_lines(index: int, interface: Fields) -> list[str]:
-    """Return what is printed of a network interface of a VM."""
+    """Return the printed details of a VM's network interface."""
     words = [f"interface {index}:", interface["tap"] or "-", f"lladdr {interface['lladdr']}"]
     if interface["is_locked"]:
         words.append("locked")
@@ -210,7 +210,7 @@ def interface_lines(index: int, interface: Fields) -> list[str]:
 
 
 def owner(vm: Fields) -> str:
-    """Return who a VM belongs to: `user` or `user:group`, numbers where there are no names."""
+    """Return a VM's owner: `user` or `user:group`, numbers if there are no names."""
     uid, gid = vm["uid"], vm["gid"]
     return (_user(uid) if gid is None else f"{_user(uid)}:{_group(gid)}")[:_OWNER_MAX]
 

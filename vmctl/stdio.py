@@ -1,8 +1,8 @@
 """The console of a foreground VM: standard input and output, as a terminal or a byte pipe.
 
-Nothing is lost: what the guest wrote is on standard output before the process ends, and a reader
-that is slower than the guest slows the guest down. Neither the end of standard input nor a standard
-output that cannot be written is the end of the VM; that of a terminal is.
+Nothing is lost: all of the guest's output is on standard output before the process ends, and a slow
+reader slows the guest down. Neither the end of standard input nor a standard output that cannot be
+written is the end of the VM; that of a terminal is.
 """
 
 import os
@@ -25,10 +25,10 @@ _BACKLOG_LOW = 16 * 1024
 
 
 class Guest(Protocol):
-    """What the console asks of the VM; all of it on the loop's thread."""
+    """What the console needs of the VM; called on the loop's thread."""
 
     def receive(self, data: bytes) -> int:
-        """Take typed bytes; return how many were taken."""
+        """Take input; return how many bytes were taken."""
 
     def receive_break(self) -> None:
         """Take a BREAK."""
@@ -37,11 +37,11 @@ class Guest(Protocol):
         """Hold the vCPUs while output waits for its reader, or release them."""
 
     def quit(self, reason: str | None) -> None:
-        """End the VM at once: a person asked (None), or the terminal is gone (`reason`)."""
+        """End the VM at once: the user asked (None), or the terminal is gone (`reason`)."""
 
 
 class Stdio:
-    """Joins a guest's serial port to this process's standard input and output.
+    """Connects a guest's serial port to this process's standard input and output.
 
     `transmit` may be called on any thread, all else on the loop's. The descriptors stay open.
     """
@@ -54,7 +54,7 @@ class Stdio:
         stdout: int = 1,
         log: int | None = None,
     ) -> None:
-        """Join nothing yet; see `start`. What the guest writes goes to the descriptor `log` too."""
+        """Prepare; see `start`. The guest's output goes to the descriptor `log` too."""
         self._log = log
         self.leaves_line_open = False
         """Whether a pipe's output does not end with the end of a line."""
@@ -87,7 +87,7 @@ class Stdio:
         if not self._loop.add_reader(self._stdin, self._read):
             self._reads_directly = True
             self._loop.call_soon(self.feed)
-        # A pipe whose reader goes away says so at once, even when nothing is written.
+        # A pipe reports at once that its reader is gone, even if nothing is written.
         if stat.S_ISFIFO(os.fstat(self._stdout).st_mode) and self._stdin != self._stdout:
             self._loop.add_reader(self._stdout, self._reader_left)
 
@@ -122,7 +122,7 @@ class Stdio:
             print(line, file=sys.stderr)
 
     def transmit(self, data: bytes) -> None:
-        """Take what the guest wrote; any thread, never blocks."""
+        """Take the guest's output; any thread, never blocks."""
         if self.is_closed and self._log is None:
             return
         self._written.append(data)
@@ -145,7 +145,7 @@ class Stdio:
             self._backlog += data
 
     def _record(self, data: bytes) -> None:
-        """Write to the log; one that cannot be written is told of, once, and ends nothing."""
+        """Write to the log; a failure is reported once, and ends nothing."""
         view = memoryview(data)
         while view and self._log is not None:
             try:
