@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list run snapshot top metrics; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list migrate run snapshot top metrics; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in clone cp doctor events exec gdb help image list run snapshot top metrics; do
+		for verb in clone cp doctor events exec gdb help image list migrate run snapshot top metrics; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list run snapshot top metrics --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list migrate run snapshot top metrics --help --version -v
 		return
 	fi
 	case $verb in
@@ -141,7 +141,7 @@ _vmctl() {
 		;;
 	'help '*)
 		options=()
-		operands=('clone' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'gdb' 'help' 'image' 'list' 'load' 'log' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
+		operands=('clone' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'gdb' 'help' 'image' 'list' 'load' 'log' 'migrate' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)
@@ -167,12 +167,32 @@ _vmctl() {
 		options=(-f --json)
 		operands=('brief' 'verbose' '<vm>')
 		;;
+	'migrate --downtime')
+		_vmctl_offer "$word"
+		return
+		;;
+	'migrate --timeout')
+		_vmctl_offer "$word"
+		return
+		;;
+	'migrate --on-timeout')
+		_vmctl_offer "$word" 'cancel' 'force'
+		return
+		;;
+	'migrate --ssh')
+		_vmctl_offer "$word"
+		return
+		;;
+	'migrate '*)
+		options=(--downtime --timeout --on-timeout --ssh)
+		operands=('<vm>')
+		;;
 	'pause '*)
 		options=()
 		operands=('<vm>')
 		;;
 	'receive '*)
-		options=(-p)
+		options=(-p --live)
 		operands=()
 		;;
 	'reload '*)
@@ -392,7 +412,7 @@ _vmctl() {
 		operands=()
 		;;
 	'unpause '*)
-		options=()
+		options=(-f)
 		operands=('<vm>')
 		;;
 	'wait --for')

@@ -22,6 +22,7 @@ complete -c vmctl -n __fish_use_subcommand -a image -d 'Tell about disk images.'
 complete -c vmctl -n __fish_use_subcommand -a list -d 'Print the names of the VMs that the configuration has.'
 complete -c vmctl -n __fish_use_subcommand -a load -d 'Let the daemon read another configuration file in addition.'
 complete -c vmctl -n __fish_use_subcommand -a log -d 'Let the daemon log little or much, or print what it has logged of a VM.'
+complete -c vmctl -n __fish_use_subcommand -a migrate -d 'Hand a VM over to another host, while it runs.'
 complete -c vmctl -n __fish_use_subcommand -a pause -d 'Let a VM stand still.'
 complete -c vmctl -n __fish_use_subcommand -a receive -d 'Receive a VM that was sent, from standard input.'
 complete -c vmctl -n __fish_use_subcommand -a reload -d 'Let the daemon read its configuration again; VMs that run stay as they are.'
@@ -61,7 +62,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from exec' -l timeout -d 'End it af
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from gdb' -l stdio -d 'Be what gdb talks to, on standard input and output.'
 complete -c vmctl -n '__fish_seen_subcommand_from gdb' -a '(__vmctl_vms)'
-complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'clone console cp create doctor events exec gdb help image list load log pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
+complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'clone console cp create doctor events exec gdb help image list load log migrate pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'
@@ -74,8 +75,14 @@ complete -c vmctl -n '__fish_seen_subcommand_from load' -a '(__fish_complete_pat
 complete -c vmctl -n '__fish_seen_subcommand_from log' -s f -d 'Go on with what is logged from now on.'
 complete -c vmctl -n '__fish_seen_subcommand_from log' -l json -d 'Print each line as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from log' -a 'brief verbose (__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l downtime -d 'How long it may stand still; 300.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l timeout -d 'How long to wait until that is enough.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l on-timeout -d 'What then: cancel, or let it stand still for longer.' -x -a 'cancel force'
+complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l ssh -d 'The command to use for ssh, with its options.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from migrate' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from pause' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from receive' -s p -d 'Let it stand still.'
+complete -c vmctl -n '__fish_seen_subcommand_from receive' -l live -d 'Take part in a hand-over, by standard output.'
 complete -c vmctl -n '__fish_seen_subcommand_from reset' -a 'all switches vms'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s B -d 'What the VM boots from.' -x -a 'disk cdrom net'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s b -d 'Kernel or firmware image to boot.' -x -a '(__fish_complete_path)'
@@ -153,6 +160,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from stop' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from top' -s d -d 'Time between two looks; 1 by default.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from top' -s n -d 'How often to look.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from top' -l json -d 'Print JSON.'
+complete -c vmctl -n '__fish_seen_subcommand_from unpause' -s f -d 'Though it may run on another host.'
 complete -c vmctl -n '__fish_seen_subcommand_from unpause' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -l for -d 'Wait for another condition than its end.' -x -a 'running stopped ready file= port= unit= console='
 complete -c vmctl -n '__fish_seen_subcommand_from wait' -l timeout -d 'Wait no longer; status 124.' -x

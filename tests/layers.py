@@ -153,6 +153,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.bits",
         "vmm_kvm.limits",
         "vmm_kvm.state",
+        "vmm_kvm.text",
         "vmm_kvm.kvm",
     ),
     "vmm_kvm.vm_table": (
@@ -423,6 +424,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmctl.transfer": (
         "vmm_kvm.errors",
         "vmm_kvm.text",
+        "vmm_kvm.block",
         "vmm_kvm.snapshot",
         "vmd.config",
         "vmctl",

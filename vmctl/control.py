@@ -29,16 +29,16 @@ def pause(words: Sequence[str]) -> int:
     return _named("pause", words[0])
 
 
-def unpause(words: Sequence[str]) -> int:
-    """Let a paused VM go on."""
-    return _named("unpause", words[0])
+def unpause(words: Sequence[str], *, force: bool = False) -> int:
+    """Let a paused VM go on; with `force` though it may run on another host."""
+    return _named("unpause", words[0], **({"force": True} if force else {}))
 
 
-def _named(kind: str, word: str) -> int:
+def _named(kind: str, word: str, **fields: object) -> int:
     try:
         target = parse_target(word)
         with Client() as client:
-            answer = client.ask(kind, "done", target.fields())
+            answer = client.ask(kind, "done", {**target.fields(), **fields})
     except RefusedError as err:
         return fail(f"{kind} vm command failed: {err}")
     except CommandError as err:

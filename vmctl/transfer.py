@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vmctl.client import (
     Client,
@@ -25,8 +26,10 @@ from vmctl.client import (
 from vmctl.messages import fail
 from vmctl.starting import open_chain, open_file, say_started, why_not_started
 from vmd.config.disks import DiskKind, DiskOption
+from vmm_kvm.block.locks import is_written
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.snapshot.fds import FdSource
+from vmm_kvm.snapshot.handover import failed
 from vmm_kvm.snapshot.manifest import Disk, Interface, Manifest
 from vmm_kvm.snapshot.stream import StreamReader
 from vmm_kvm.text import printable
@@ -70,8 +73,14 @@ def _sink() -> int:
         raise CommandError(f"standard output: {err.strerror}") from err
 
 
-def receive(words: Sequence[str], *, stays_paused: bool = False) -> int:
-    """Receive a VM from standard input; returns the exit status."""
+def receive(
+    words: Sequence[str], *, stays_paused: bool = False, is_handed_over: bool = False
+) -> int:
+    """Receive a VM from standard input; returns the exit status.
+
+    One that `is_handed_over` runs when its sender has let go of it, which hears by standard output
+    how far that is.
+    """
     fds: list[int] = []
     try:
         name = _name(words[0])
@@ -84,10 +93,15 @@ def receive(words: Sequence[str], *, stays_paused: bool = False) -> int:
             "manifest": reader.text.decode(),
             "stays_paused": stays_paused,
         }
+        if is_handed_over:
+            _check_disks(reader.manifest, fields, fds)
+            fields["replies"] = len(fds)
+            fds.append(os.dup(_STDOUT))
         with Client() as client:
             answer = client.ask("receive", "started", fields, fds)
     except RefusedError as err:
-        return fail(why_not_started(err))
+        why = why_not_started(err)
+        return _failed(why) if is_handed_over else fail(why)
     except CommandError as err:
         return fail(err)
     finally:
@@ -95,6 +109,29 @@ def receive(words: Sequence[str], *, stays_paused: bool = False) -> int:
             os.close(fd)
     say_started(answer)
     return 0
+
+
+def _failed(why: str) -> int:
+    """Tell the sender that its VM does not run here, and never will; its process is gone."""
+    with suppress(OSError):  # the sender is gone, or has given up
+        os.write(_STDOUT, failed(why.replace("\n", ": ")))
+    return fail(why)
+
+
+def _check_disks(manifest: Manifest, fields: Fields, fds: Sequence[int]) -> None:
+    """Refuse a disk that the sender does not use: it is another one, on storage of this host's.
+
+    Raises:
+        CommandError: which.
+    """
+    for disk, found in zip(manifest.disks, fields["disks"], strict=True):
+        if disk.is_read_only or not found["chain"]:
+            continue
+        if not is_written(fds[found["chain"][0]]):
+            raise CommandError(
+                f"disk {disk.path}: nobody writes to it: it is not the one that the VM has\n"
+                "a VM that is handed over needs its disks on storage that both hosts share"
+            )
 
 
 def _name(word: str) -> str:

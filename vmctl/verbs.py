@@ -229,6 +229,29 @@ _TABLE = (
         usage="[-f] [--json] brief | verbose | id",
         completes=("brief", "verbose", VM),
     ),
+    Verb(
+        "migrate",
+        "id [user@]host",
+        "Hand a VM over to another host, while it runs.",
+        "migrate",
+        "migrate",
+        (
+            Option("--downtime", "downtime", "How long it may stand still; 300.", "milliseconds"),
+            Option("--timeout", "timeout", "How long to wait until that is enough.", "seconds"),
+            Option(
+                "--on-timeout",
+                "on_timeout",
+                "What then: cancel, or let it stand still for longer.",
+                "cancel | force",
+                completes=("cancel", "force"),
+            ),
+            Option("--ssh", "ssh", "The command to use for ssh, with its options.", "command"),
+        ),
+        *(2, 2),
+        usage="[--downtime ms] [--timeout s] [--on-timeout cancel | force] [--ssh command]\n"
+        "\t\tid [user@]host",
+        completes=(VM,),
+    ),
     Verb("pause", "id", "Let a VM stand still.", "control", "pause", completes=(VM,)),
     Verb(
         "receive",
@@ -236,7 +259,10 @@ _TABLE = (
         "Receive a VM that was sent, from standard input.",
         "transfer",
         "receive",
-        (Option("-p", "stays_paused", "Let it stand still."),),
+        (
+            Option("-p", "stays_paused", "Let it stand still."),
+            Option("--live", "is_handed_over", "Take part in a hand-over, by standard output."),
+        ),
     ),
     Verb(
         "reload",
@@ -360,7 +386,15 @@ _TABLE = (
         least=0,
         most=0,
     ),
-    Verb("unpause", "id", "Let a paused VM go on.", "control", "unpause", completes=(VM,)),
+    Verb(
+        "unpause",
+        "id",
+        "Let a paused VM go on.",
+        "control",
+        "unpause",
+        (Option("-f", "force", "Though it may run on another host."),),
+        completes=(VM,),
+    ),
     Verb(
         "wait",
         "id",

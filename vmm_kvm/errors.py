@@ -91,6 +91,8 @@ class HaltReason(enum.StrEnum):
 
     NO_SPACE = "no space"
     IO_ERROR = "I/O error"
+    IN_DOUBT = "in doubt"
+    """No fault of a device: the VM was handed over, and nobody knows whether it runs elsewhere."""
 
 
 class HaltError(VmmError):

@@ -12,12 +12,7 @@ from tests.fuzz.inputs import check_line
 from tests.unit.vmd.registry_host import ALICE, BOB, ROOT, Host
 from vmd.config.model import VmConfig
 from vmd.wire.encoding import WireError
-from vmd.wire.internal import (
-    CONTROL_AND_PARENT,
-    PARENT_AND_CONTROL,
-    ClientAnswer,
-    ClientRequest,
-)
+from vmd.wire.internal import CONTROL_AND_PARENT, PARENT_AND_CONTROL, ClientAnswer, ClientRequest
 from vmd.wire.messages import (
     CLIENT_TO_DAEMON,
     DAEMON_TO_CLIENT,

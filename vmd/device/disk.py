@@ -6,9 +6,9 @@ It ends when the VM's process does, having written back what it holds.
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from vmd.config.disks import DiskKind, DiskOption, OnError, writes_image
+from vmd.config.disks import DiskKind, OnError, writes_image
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.shared.counters import CountedImage, Counters
@@ -17,6 +17,7 @@ from vmd.wire.channel import Fds
 from vmd.wire.device import BeginDisk, DeviceBegin
 from vmd.wire.internal import DiskSpec
 from vmm_kvm.block.image import Format, Layer, StoredImage
+from vmm_kvm.block.locks import lock, unlock
 from vmm_kvm.errors import VmmError
 from vmm_kvm.images.create import open_overlay
 from vmm_kvm.images.opening import open_image
@@ -54,18 +55,47 @@ class _Watch:
 class _Disk(VirtioBlk):
     """A disk whose image is complete whenever no queue of it is served."""
 
-    __slots__ = ("_settled", "_watch")
+    __slots__ = ("_counters", "_disk", "_is_lent", "_kept", "_settled", "_watch")
 
-    def __init__(self, image: CountedImage, watch: _Watch, option: DiskOption) -> None:
+    def __init__(
+        self,
+        image: StoredImage,
+        counters: Counters,
+        watch: _Watch,
+        disk: DiskSpec,
+        kept: Sequence[int],
+    ) -> None:
+        """Serve an image; `kept` are descriptors of it and its bases, to open it again by."""
+        option, counted = disk.option, CountedImage(image, counters)
         super().__init__(
-            image,
+            counted,
             name=option.path,
             serial=option.serial,
             queues=option.queues,
             stops_at_errors=option.on_error is not OnError.REPORT,
         )
-        self._settled = image
-        self._watch = watch
+        self._settled = counted
+        self._counters, self._watch, self._disk = counters, watch, disk
+        self._kept = tuple(kept)
+        self._is_lent = False
+
+    def let_go(self) -> None:
+        """Close the image, and let others lock it: the VM moves to another host."""
+        if not self._is_lent:
+            self._settled.flush()
+            self._settled.close()
+            self._is_lent = True
+        for fd in self._kept:
+            unlock(fd)
+
+    def take_back(self) -> None:
+        """Lock the image, if nobody has it, and read it again."""
+        if self._is_lent:
+            option = self._disk.option
+            lock(self._kept[0], option.path, writes=writes_image(option))
+            image = _open(self._disk, list(map(os.dup, self._kept)), None)
+            self._image = self._settled = CountedImage(image, self._counters)
+            self._is_lent = False
 
     def reset(self) -> None:
         """Write what is held back: whoever writes the VM down looks at the image now."""
@@ -80,6 +110,9 @@ class _Disk(VirtioBlk):
         """Close the image."""
         super().close()
         self._watch.close()
+        kept, self._kept = self._kept, ()
+        for fd in kept:
+            os.close(fd)
 
 
 def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> VirtioBlk:
@@ -90,22 +123,24 @@ def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> V
     disk, option = begin.disk, begin.disk.option
     *chain, counters_fd = fds
     scratch = None if disk.scratch is None else chain.pop()
-    counters = Counters(counters_fd)
     if not disk.is_locked:
         # Before it is locked, its last user may still change it.
         writes = writes_image(option)
         lock_when_free(
             chain[0], option.path, writes=writes, is_needed=is_needed, patience_s=math.inf
         )
+    counters = Counters(counters_fd)
     watch = _Watch(counters, chain[0])
+    kept = list(map(os.dup, chain)) if scratch is None else []  # an overlay is nobody else's
     try:
         watch.note(is_found=True)
         image = _open(disk, chain, scratch)
     except BaseException:
         watch.close()
+        Fds(kept).close()
         raise
     watch.note()
-    return _Disk(CountedImage(image, counters), watch, option)
+    return _Disk(image, counters, watch, disk, kept)
 
 
 def _open(disk: DiskSpec, chain: list[int], scratch: int | None) -> StoredImage:

@@ -49,7 +49,6 @@ from vmd.wire.internal import (
     AboutVm,
     AskStatistics,
     AttachConsole,
-    CancelSendVm,
     ConnectVm,
     DebugVm,
     EndReason,
@@ -68,12 +67,12 @@ from vmd.wire.internal import (
     VmLaunchFailed,
     VmPaused,
     VmReport,
-    VmSent,
     VmStarted,
     VmStatistics,
     VmUnpacked,
     VmUnpaused,
 )
+from vmd.wire.leaving import CancelSendVm, VmMigrating, VmSent
 from vmd.wire.messages import (
     AnyAnswer,
     ConsoleOpened,
@@ -287,11 +286,11 @@ class Effects:
             case vm_state.SendPause():
                 self._silences.begin(vm.id)
                 self.tell_vm(vm.id, PauseVm())
-            case vm_state.SendUnpause():
+            case vm_state.SendUnpause(force=force):
                 self._silences.begin(vm.id)
-                self.tell_vm(vm.id, UnpauseVm())
-            case vm_state.SendState(keeps_running=keeps_running):
-                failure = self._sendings.begin(vm, keeps_running=keeps_running)
+                self.tell_vm(vm.id, UnpauseVm(force=force))
+            case vm_state.SendState():
+                failure = self._sendings.begin(vm, effect)
                 if failure:
                     self._send_failed(vm, failure)
             case vm_state.SendCapture():
@@ -473,6 +472,8 @@ class Effects:
                 self._happened(vm_id, vm_state.SendFailed(code, text))
             case VmSent():
                 self._sent(vm_id, report)
+            case VmMigrating(message=text):
+                self._happened(vm_id, vm_state.Migrating(text))
             case VmStatistics():
                 self._inquiries.told(vm_id, report)
             case _:
@@ -491,9 +492,8 @@ class Effects:
             event = vm_state.SendFailed(report.failure, report.message)
         vm = self._registry.find(vm_id, "")
         if vm and isinstance(event, vm_state.SendFailed):
-            self._send_failed(vm, event)
-            return
-        if vm and vm.state.snapshot is None:
+            log.warning("%s: cannot be sent: %s", vm.name, event.message)
+        elif vm and vm.state.snapshot is None:
             self._tell_sent(vm_id)
         self._happened(vm_id, event)
 

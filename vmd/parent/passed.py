@@ -47,7 +47,8 @@ def _passed(
 ) -> Passed:
     match request:
         case Send():
-            return Passed(uid=uid, stream=take(request.stream))
+            replies = None if request.replies is None else take(request.replies)
+            return Passed(uid=uid, stream=take(request.stream), replies=replies)
         case Snapshot():
             return Passed(uid=uid, stream=None if request.file is None else take(request.file))
         case Receive():
@@ -61,6 +62,7 @@ def _passed(
                 is_snapshot=request.is_snapshot,
                 is_copy=request.is_copy,
                 clock=request.clock or GuestClock.NOW,
+                replies=None if request.replies is None else take(request.replies),
             )
         case Start():
             kernel = None if request.kernel is None else take(request.kernel)
@@ -219,6 +221,7 @@ class ClientFiles:
             ),
             stamp=stamp,
             stream=passed.stream,
+            replies=passed.replies,
             manifest=passed.manifest,
             stays_paused=passed.stays_paused,
             is_snapshot=passed.is_snapshot,
@@ -242,7 +245,8 @@ def open_client_files(
 
     def then(found: list[FoundFile], fds: list[int]) -> None:
         if vm.passed:
-            Fds([fd for fd in vm.passed.fds if fd != vm.passed.stream]).close()
+            kept = {vm.passed.stream, vm.passed.replies}
+            Fds([fd for fd in vm.passed.fds if fd not in kept]).close()
         vm.passed = files.judged(found, fds)
         done(None)
 

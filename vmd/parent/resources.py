@@ -157,6 +157,7 @@ class _Opener:
             is_snapshot=passed.is_snapshot,
             is_copy=passed.is_copy,
             clock=passed.clock,
+            replies=None if passed.replies is None else self.keep(os.dup(passed.replies)),
         )
 
     def boot(self) -> tuple[int | None, str, int | None, tuple[int, ...], str | None, str]:

@@ -7,7 +7,7 @@ from vmd.parent.snapshots import NewSnapshot, SnapshotStore, StoreError
 from vmd.rules import vm_state
 from vmd.rules.actions import LookIntoStore
 from vmd.rules.vm import Vm
-from vmd.wire.internal import SendVm
+from vmd.wire.leaving import SendVm
 from vmd.wire.messages import AnyAnswer, Done, Failed
 from vmd.wire.transfers import (
     OpenSnapshot,
@@ -31,7 +31,7 @@ class Sendings:
         self._tell_vm = tell_vm
         self._new: dict[int, NewSnapshot] = {}
 
-    def begin(self, vm: Vm, *, keeps_running: bool) -> vm_state.SendFailed | None:
+    def begin(self, vm: Vm, effect: vm_state.SendState) -> vm_state.SendFailed | None:
         """Have a VM written into its sink; returns why that cannot be."""
         sink, vm.sink = vm.sink, None
         assert sink is not None
@@ -43,8 +43,8 @@ class Sendings:
                 return vm_state.SendFailed(err.code, str(err))
             self._new[vm.id] = new
             fd = os.dup(new.fd)
-        command = _command(vm, keeps_running=keeps_running, is_snapshot=sink.is_snapshot)
-        self._tell_vm(vm.id, command, (fd,))
+        command = _command(vm, effect, is_snapshot=sink.is_snapshot)
+        self._tell_vm(vm.id, command, (fd,) if sink.replies is None else (fd, sink.replies))
         return None
 
     def end(self, vm_id: int) -> vm_state.Sent | vm_state.SendFailed:
@@ -82,10 +82,11 @@ class Sendings:
         return Done(serial=serial), ()
 
 
-def _command(vm: Vm, *, keeps_running: bool, is_snapshot: bool) -> SendVm:
+def _command(vm: Vm, effect: vm_state.SendState, *, is_snapshot: bool) -> SendVm:
     config = vm.config
     return SendVm(
-        keeps_running=keeps_running,
+        keeps_running=effect.keeps_running,
+        handover=effect.handover,
         is_snapshot=is_snapshot,
         uid=config.owner.uid,
         gid=config.owner.gid,

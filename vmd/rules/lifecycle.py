@@ -41,6 +41,7 @@ from vmd.rules.vm_state import (
     Launch,
     Launched,
     LaunchFailed,
+    Migrating,
     OpenConsole,
     Overdue,
     Pause,
@@ -79,6 +80,7 @@ from vmd.wire.messages import (
     State,
     Terminated,
 )
+from vmm_kvm.errors import HaltReason
 
 EARLY_S = 6.0
 """A start so soon after the one before counts as early."""
@@ -127,11 +129,11 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return vm._replace(waiters=(*vm.waiters, ticket)), ()
         case Pause(ticket):
             return _pause(vm, ticket)
-        case Unpause(ticket):
-            return _unpause(vm, ticket)
+        case Unpause():
+            return _unpause(vm, event)
         case Send(ticket, keeps_running):
             snapshot = event.snapshot if event.is_snapshot else None
-            return _send(vm, ticket, SendState(keeps_running), snapshot)
+            return _send(vm, ticket, SendState(keeps_running, event.handover), snapshot)
         case Capture(ticket):
             if vm.is_template and vm.phase is Phase.RUNNING:
                 text = "the template still runs: it has to be paused"
@@ -170,6 +172,9 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             if vm.phase is Phase.SENDING:
                 vm = _as_before(vm)
             return _told_sender(vm, is_sent=True)
+        case Migrating(message):
+            is_moving = vm.phase is Phase.SENDING
+            return vm, (Publish(EventKind.MIGRATING, message),) if is_moving else ()
         case Sent():
             return _sent(vm)
         case SendFailed(code, message):
@@ -225,12 +230,18 @@ def _stop(vm: VmState, event: Stop) -> Step:
         return stopped, (*((answer(vm, ticket),) if ticket else ()), *effects)
     if vm.phase is Phase.STOPPING and not event.force:
         return vm, _failed(ticket, ErrorCode.EALREADY, "the VM is stopping")
+    force = event.force
+    if _is_in_doubt(vm) and not force:
+        if ticket:
+            text = "it may run on another host: if it does, use stop -f"
+            return vm, _failed(ticket, ErrorCode.EBUSY, text)
+        force = True  # its guest must not be asked, for that it would have to run
     reply: tuple[Effect, ...] = ()
     if ticket and event.wait:
         vm = vm._replace(waiters=(*vm.waiters, ticket))
     elif ticket:
         reply = (_done(vm, ticket),)
-    stopping, effects = _stopping(vm, force=event.force)
+    stopping, effects = _stopping(vm, force=force)
     return stopping, (*reply, *effects)
 
 
@@ -265,6 +276,8 @@ def _send(
             return vm, _failed(ticket, ErrorCode.EALREADY, _BEING_SENT)
         case Phase.PAUSED if vm.halt:
             text = "a request of a disk waits for the host"
+            if _is_in_doubt(vm):
+                text = "it may run on another host"
             return vm, _failed(ticket, ErrorCode.EBUSY, text)
         case Phase.RUNNING | Phase.PAUSED:
             was_paused = vm.phase is Phase.PAUSED
@@ -294,7 +307,8 @@ def _pause(vm: VmState, ticket: Ticket) -> Step:
             assert_never(vm.phase)
 
 
-def _unpause(vm: VmState, ticket: Ticket) -> Step:
+def _unpause(vm: VmState, event: Unpause) -> Step:
+    ticket = event.ticket
     match vm.phase:
         case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
             return vm, (_not_running(ticket),)
@@ -308,8 +322,12 @@ def _unpause(vm: VmState, ticket: Ticket) -> Step:
             return vm._replace(unpausers=(*vm.unpausers, ticket)), ()
         case Phase.PAUSED if vm.is_template:
             return vm, _failed(ticket, ErrorCode.EBUSY, _IS_TEMPLATE)
+        case Phase.PAUSED if _is_in_doubt(vm) and not event.force:
+            text = "it may run on another host: if it does not, use unpause -f"
+            return vm, _failed(ticket, ErrorCode.EBUSY, text)
         case Phase.PAUSED:
-            return vm._replace(phase=Phase.UNPAUSING, unpausers=(ticket,)), (SendUnpause(),)
+            unpausing = vm._replace(phase=Phase.UNPAUSING, unpausers=(ticket,))
+            return unpausing, (SendUnpause(event.force),)
         case Phase.SENDING:
             return vm, _failed(ticket, ErrorCode.EBUSY, _BEING_SENT)
         case _:
@@ -382,6 +400,14 @@ def _paused(vm: VmState) -> Step:
 
 
 def _halted(vm: VmState, event: Halted) -> Step:
+    if vm.phase is Phase.UNPAUSING and event.reason is HaltReason.IN_DOUBT:
+        waiting, vm = vm.unpausers, vm._replace(phase=Phase.PAUSED, halt=event, unpausers=())
+        code, text = ErrorCode.EBUSY, event.message
+        return vm, tuple(one for ticket in waiting for one in _failed(ticket, code, text))
+    if vm.phase is Phase.SENDING and event.reason is HaltReason.IN_DOUBT:
+        vm = vm._replace(phase=Phase.PAUSED, halt=event)
+        vm, told = _told_sender(vm, is_sent=False, message=event.message)
+        return vm, (*told, _published_pause(vm))
     match vm.phase:
         case Phase.RUNNING:
             vm = vm._replace(phase=Phase.PAUSED, halt=event)
@@ -399,6 +425,11 @@ def _halted(vm: VmState, event: Halted) -> Step:
             return vm, ()
         case _:
             assert_never(vm.phase)
+
+
+def _is_in_doubt(vm: VmState) -> bool:
+    """Tell whether nobody knows if the VM runs on another host."""
+    return vm.halt is not None and vm.halt.reason is HaltReason.IN_DOUBT
 
 
 def _published_pause(vm: VmState) -> Effect:

@@ -182,7 +182,7 @@ class Registry:
             case Pause():
                 event = vm_state.Pause(ticket)
             case Unpause():
-                event = vm_state.Unpause(ticket)
+                event = vm_state.Unpause(ticket, request.force)
             case Console():
                 event = vm_state.Attach(ticket)
             case Connect() | Debug():

@@ -3,7 +3,7 @@
 from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.policy import Denied, Users, is_name
-from vmd.rules.vm import Passed, Sink, Vm, received_config
+from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config
 from vmd.rules.vm_state import Ticket
 from vmd.wire.messages import ErrorCode
 from vmd.wire.transfers import Receive, Send, Snapshot
@@ -28,7 +28,8 @@ def sink_of(
         return Denied(ErrorCode.EALREADY, "the VM is being sent")
     stream = passed.stream if passed else None
     if isinstance(request, Send):
-        return vm, Sink(stream), vm_state.Send(ticket, request.keeps_running)
+        event = vm_state.Send(ticket, request.keeps_running, handover=handover_plan(request))
+        return vm, Sink(stream, replies=passed.replies if passed else None), event
     if uid not in users.administrators and not vm.config.allow_snapshot:
         text = f'vm "{vm.name}" no permission to make snapshots'
         return Denied(ErrorCode.EPERM, text)

@@ -17,9 +17,10 @@ from vmd.config.model import (
 from vmd.rules import lifecycle
 from vmd.rules.ends import History
 from vmd.rules.vm_state import VmState
+from vmd.wire.leaving import HandoverPlan
 from vmd.wire.messages import EndInfo, ForwardRequest, Start, State, VmInfo
 from vmd.wire.parts import DiskRequest
-from vmd.wire.transfers import Receive
+from vmd.wire.transfers import Receive, Send
 from vmm_kvm.net.ethernet import parse_lladdr
 
 
@@ -49,7 +50,9 @@ class Passed(NamedTuple):
     stamp: str = ""
     """Of the kernel, once that is judged; empty if a change might not show in it."""
     stream: int | None = None
-    """Where the VM comes from that is received."""
+    """Where the VM comes from that is received, or goes to that is sent."""
+    replies: int | None = None
+    """What the sender hears of the receiver, where a VM is handed over."""
     manifest: str = ""
     """What was read of the stream."""
     stays_paused: bool = False
@@ -74,8 +77,12 @@ class Passed(NamedTuple):
     @property
     def fds(self) -> list[int]:
         """All descriptors."""
-        single = [fd for fd in (self.kernel, self.cdrom, self.stream) if fd is not None]
-        return [*single, *self.initrd, *(fd for chain in self.disks for fd in chain)]
+        single = (self.kernel, self.cdrom, self.stream, self.replies)
+        return [
+            *(fd for fd in single if fd is not None),
+            *self.initrd,
+            *(fd for chain in self.disks for fd in chain),
+        ]
 
 
 class Sink(NamedTuple):
@@ -88,6 +95,8 @@ class Sink(NamedTuple):
     """Whose snapshot it is in the store."""
     name: str = ""
     """Of the snapshot there."""
+    replies: int | None = None
+    """What the receiver says, where the VM is handed over; its holder's."""
 
 
 class Inherited:
@@ -326,4 +335,15 @@ def _disk(request: DiskRequest, kinds: Mapping[str, DiskKind]) -> DiskOption:
         on_error=request.error,
         is_private=request.is_private,
         is_snapshot=request.is_snapshot,
+    )
+
+
+def handover_plan(request: Send) -> HandoverPlan | None:
+    """Return how a VM is handed over, as a client asks for it; None if it is not."""
+    if request.replies is None:
+        return None
+    return HandoverPlan(
+        downtime_ms=request.downtime_ms,
+        timeout_s=request.timeout_s,
+        forces=request.forces,
     )

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from vmd.wire.internal import EndReason
+from vmd.wire.leaving import HandoverPlan
 from vmd.wire.messages import AnyAnswer, EndCause, ErrorCode, EventKind
 from vmm_kvm.errors import HaltReason
 
@@ -133,6 +134,8 @@ class Unpause(NamedTuple):
     """Somebody wants it to go on."""
 
     ticket: Ticket
+    force: bool = False
+    """Though it may run on another host."""
 
 
 class Send(NamedTuple):
@@ -144,6 +147,8 @@ class Send(NamedTuple):
     is_snapshot: bool = False
     snapshot: str = ""
     """The snapshot's name in the store, if it is there."""
+    handover: HandoverPlan | None = None
+    """How it is handed over, if it is."""
 
 
 class Capture(NamedTuple):
@@ -219,6 +224,13 @@ class Sent(NamedTuple):
     """All of it is written, and it has gone on; for one that ends, `Exited` says so."""
 
 
+class Migrating(NamedTuple):
+    """It is on its way to another host."""
+
+    message: str
+    """How far it is."""
+
+
 class SendFailed(NamedTuple):
     """It could not be written; it is as it was before."""
 
@@ -258,6 +270,7 @@ Event = (
     | Unpaused
     | Silent
     | Captured
+    | Migrating
     | Sent
     | SendFailed
     | Exited
@@ -292,7 +305,10 @@ class SendPause(NamedTuple):
 
 
 class SendUnpause(NamedTuple):
-    """Tell the VM process to continue; `Unpaused` follows."""
+    """Tell the VM process to continue; `Unpaused` or `Halted` follows."""
+
+    force: bool = False
+    """Though it may run on another host."""
 
 
 class SendState(NamedTuple):
@@ -302,6 +318,7 @@ class SendState(NamedTuple):
     """
 
     keeps_running: bool
+    handover: HandoverPlan | None = None
 
 
 class SendCapture(NamedTuple):

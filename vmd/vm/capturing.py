@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmd.vm.sending import manifest_of
-from vmd.wire.internal import SendVm, VmSpec
+from vmd.wire.internal import VmSpec
+from vmd.wire.leaving import SendVm
 from vmd.wire.transfers import SentBoot
 from vmm_kvm.errors import SnapshotError, VmmError
 from vmm_kvm.loop import EventLoop

@@ -10,7 +10,6 @@ Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import assert_never
@@ -26,24 +25,22 @@ from vmd.vm.capturing import Capturing
 from vmd.vm.console import Console
 from vmd.vm.machine_spec import has_servers, machine_spec_of
 from vmd.vm.reasons import ending, error_code, send_code, why_not_sent
-from vmd.vm.receiving import Arrived, own_cpuid, receive
-from vmd.vm.sending import Sending
+from vmd.vm.receiving import Arrived, own_cpuid, receive, tell_sender
+from vmd.vm.sending import Sending, check_handover
 from vmd.vm.shutdown import Shutdown
+from vmd.vm.statistics import statistics_of
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
 from vmd.wire.internal import (
-    TEXT_MAX,
     VM_AND_VMM,
     AskStatistics,
     AttachConsole,
     Begin,
-    CancelSendVm,
     ConnectVm,
     DebugVm,
     EndReason,
     LookAtTerminal,
     PauseVm,
-    SendVm,
     SetLinks,
     SetVerbosity,
     StopVm,
@@ -53,22 +50,22 @@ from vmd.wire.internal import (
     VmmToVm,
     VmPaused,
     VmReport,
-    VmSent,
     VmSpec,
     VmStarted,
-    VmStatistics,
     VmUnpacked,
     VmUnpaused,
 )
+from vmd.wire.leaving import CancelSendVm, SendVm, VmMigrating, VmSent
 from vmd.wire.messages import ErrorCode
 from vmd.wire.parcels import opened
-from vmd.wire.parts import Exits, Moved, Statistics
+from vmd.wire.parts import TEXT_MAX
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.kvm_state import ClockPolicy
 from vmm_kvm.bits import MIB
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import (
     HaltError,
+    HaltReason,
     SnapshotError,
     VmmError,
 )
@@ -89,6 +86,7 @@ from vmm_kvm.net.host_stream import HostStream
 from vmm_kvm.net.paths import StreamPath
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.snapshot.generations import Generation, check_generations
+from vmm_kvm.snapshot.handover import RUNNING, InDoubtError, failed
 
 log = Log(__name__)
 
@@ -142,16 +140,23 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         stack.callback(channel.close)  # before the loop, which it leaves
         console = Console(loop, *(fds.take(at) for at in (spec.tty, spec.ring)))
         stack.callback(console.close)
+        received = None
         try:
             if spec.cgroup is not None:  # before there is memory of the guest's
                 join_cgroup(fds.take(spec.cgroup))
-            received = None
             if spec.received is not None:
-                stream = fds.take(spec.received.stream)
+                stream, said = fds.take(spec.received.stream), spec.received.replies
                 ram = spec.received.memory
                 ram_fd = None if ram is None else stack.enter_context(_owned(fds.take(ram)))
                 is_private = not (spec.is_template or has_servers(spec))
-                received = receive(stream, spec, kvm, is_private=is_private, ram_fd=ram_fd)
+                received = receive(
+                    stream,
+                    spec,
+                    kvm,
+                    is_private=is_private,
+                    ram_fd=ram_fd,
+                    replies_fd=None if said is None else fds.take(said),
+                )
                 stack.callback(received.memory.close)
             machine = machine_spec_of(
                 spec,
@@ -172,6 +177,8 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         except (VmmError, OSError) as err:
             log.warning("%s", err)
             text = str(err)[:TEXT_MAX]
+            if received:
+                tell_sender(received, failed(text))
             _tell(channel, VmEnding(reason=EndReason.FAILED, code=error_code(err), message=text))
             return
         process.run()
@@ -279,6 +286,7 @@ class VmProcess:
         self._sending: Sending | Capturing | None = None
         self._sent_keeps_running = False
         self._is_sent = False
+        self._is_in_doubt = False
         self._when_not_sent: list[Callable[[], None]] = []
         self._received = received
         self._machine = Machine(
@@ -319,6 +327,8 @@ class VmProcess:
         self._machine.start()
         if self._spec.received is not None:
             self._is_paused = self._spec.received.stays_paused
+            if self._received:
+                tell_sender(self._received, RUNNING)
             if not self._is_paused:
                 self._machine.resume()
         _tell(self._channel, VmStarted())
@@ -349,8 +359,8 @@ class VmProcess:
             match received.message:
                 case PauseVm():
                     self._pause()
-                case UnpauseVm():
-                    self._unpause()
+                case UnpauseVm(force=force):
+                    self._unpause(force=force)
                 case SendVm():
                     self._send(received.message, fds)
                 case CaptureVm():
@@ -372,7 +382,7 @@ class VmProcess:
                 case LookAtTerminal():
                     self._console.look_at_terminal()
                 case AskStatistics():
-                    _tell(self._channel, self._statistics())
+                    _tell(self._channel, statistics_of(self._machine, self._disks, self._streams))
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
                 case Begin():
@@ -418,12 +428,17 @@ class VmProcess:
         try:
             if self._sending:
                 raise SnapshotError("it is being sent")
+            if command.handover is not None:
+                check_handover(self._spec)
+            sink, *replies = opened(fds.take_all())
             self._sending = Sending(
                 self._loop,
-                opened([fds.take(0)])[0],
+                sink,
                 self._written,
                 self._sent,
                 is_snapshot=command.is_snapshot,
+                replies_fd=replies[0] if replies else None,
+                on_progress=lambda text: _tell(self._channel, VmMigrating(message=text)),
             )
         except (VmmError, OSError, ChannelError) as err:
             _tell(self._channel, VmSent(failure=send_code(err), message=str(err)[:TEXT_MAX]))
@@ -473,11 +488,15 @@ class VmProcess:
             self._is_sent = True  # whatever happens now, it runs elsewhere
             self._loop.stop()
             return
+        if isinstance(failure, InDoubtError):
+            self._is_paused = self._is_in_doubt = True
         if failure is None:
             _tell(self._channel, VmSent())
         else:
             code, text = why_not_sent(failure)
             _tell(self._channel, VmSent(failure=code, message=text))
+        if self._is_in_doubt:
+            self._tell_doubt(str(failure))
         self._go_on(stood_still=stood_still)
 
     def _go_on(self, *, stood_still: bool) -> None:
@@ -508,7 +527,20 @@ class VmProcess:
                 self._machine.pause()
         _tell(self._channel, VmPaused())
 
-    def _unpause(self) -> None:
+    def _tell_doubt(self, text: str) -> None:
+        reason = HaltReason.IN_DOUBT
+        _tell(self._channel, VmHalted(reason=reason, message=text[:TEXT_MAX]))
+
+    def _unpause(self, *, force: bool) -> None:
+        if self._is_in_doubt:
+            try:
+                if not force:
+                    raise SnapshotError("it may run on another host")
+                self._machine.lend_disks(is_lent=False)
+            except VmmError as err:
+                self._tell_doubt(str(err))
+                return
+            self._is_in_doubt = False
         self._resume()
         _tell(self._channel, VmUnpaused())
 
@@ -543,29 +575,3 @@ class VmProcess:
     def _retry(self) -> None:
         if self._is_halted:
             self._resume()
-
-    def _statistics(self) -> VmStatistics:
-        disks = tuple(
-            Moved(index=index, to_guest=disk.read, from_guest=disk.written)
-            for index, disk in self._disks.items()
-        )
-        streams = tuple(
-            Moved(index=index, to_guest=stream.received, from_guest=stream.sent)
-            for index, stream in self._streams.items()
-        )
-        return VmStatistics(
-            statistics=Statistics(
-                cpu_ns=time.process_time_ns(),
-                disk_read=sum(disk.to_guest for disk in disks),
-                disk_written=sum(disk.from_guest for disk in disks),
-                net_received=sum(stream.to_guest for stream in streams),
-                net_sent=sum(stream.from_guest for stream in streams),
-                disks=disks,
-                streams=streams,
-                exits=tuple(
-                    Exits(reason=reason, count=count)
-                    for reason, count in self._machine.exit_counts().items()
-                ),
-            ),
-            memory_used=self._machine.info().used_size,
-        )

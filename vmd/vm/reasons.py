@@ -4,8 +4,9 @@ import errno
 from typing import assert_never
 
 from vmd.vm.shutdown import Shutdown
-from vmd.wire.internal import TEXT_MAX, EndReason, VmEnding
+from vmd.wire.internal import EndReason, VmEnding
 from vmd.wire.messages import ErrorCode
+from vmd.wire.parts import TEXT_MAX
 from vmm_kvm.errors import (
     BootError,
     ImageError,

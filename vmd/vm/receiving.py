@@ -7,6 +7,7 @@ the manifest is held against it.
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmd.vm.sending import PATIENCE_S
@@ -14,19 +15,23 @@ from vmd.wire.internal import VmSpec
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.cpuid import guest_cpuid
 from vmm_kvm.bits import PAGE_SIZE, align_up
-from vmm_kvm.errors import SnapshotError
+from vmm_kvm.errors import SnapshotError, VmmError
 from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.log import Log
 from vmm_kvm.machine.state import MachineState
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord, check_cpuid, cpuid_records
-from vmm_kvm.snapshot.fds import FdSource
+from vmm_kvm.snapshot.fds import FdSink, FdSource
 from vmm_kvm.snapshot.file import SnapshotFile
 from vmm_kvm.snapshot.generations import Generation, take_generations
+from vmm_kvm.snapshot.handover import await_go, say_ready
 from vmm_kvm.snapshot.manifest import Manifest
 from vmm_kvm.snapshot.ram import read_extents
 from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import StreamReader
+
+log = Log(__name__)
 
 
 class Arrived(NamedTuple):
@@ -40,15 +45,24 @@ class Arrived(NamedTuple):
     """What is below 4 GiB, if the guest has firmware."""
     generations: Mapping[int, Generation]
     """Of the images of disks, by their places."""
+    replies: FdSink | None = None
+    """What the sender hears, if it hands the VM over, and has let go of it; the holder's."""
 
 
 def receive(
-    fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool, ram_fd: int | None = None
+    fd: int,
+    spec: VmSpec,
+    kvm: Kvm,
+    *,
+    is_private: bool,
+    ram_fd: int | None = None,
+    replies_fd: int | None = None,
 ) -> Arrived:
     """Read the machine of a VM from its stream or snapshot; takes ownership of `fd`.
 
     `is_private` is whether no other process needs its memory: then what `ram_fd` holds, if RAM is
-    no part of the stream, is mapped, else copied; it stays the caller's.
+    no part of the stream, is mapped, else copied; it stays the caller's. `replies_fd`, which it
+    takes too, is what a sender hears that hands the VM over: this returns when it has let go.
 
     Raises:
         SnapshotError: it is damaged, or of another VM, or this processor will not do.
@@ -57,7 +71,11 @@ def receive(
     assert spec.received is not None
     if spec.received.is_snapshot:
         return _load(fd, spec, kvm, is_private=is_private)
-    with FdSource(fd, PATIENCE_S) as source:
+    with ExitStack() as stack:
+        source = stack.enter_context(FdSource(fd, PATIENCE_S))
+        replies = None
+        if replies_fd is not None:
+            replies = stack.enter_context(FdSink(replies_fd, PATIENCE_S))
         # That of a clone nobody has read yet: it comes from another VM's process, as the rest does.
         reader = StreamReader(source, spec.received.manifest.encode() or None)
         manifest = reader.manifest
@@ -70,10 +88,15 @@ def receive(
         try:
             state = states.decode(_read(reader, memory, ram_fd, is_mapped=is_private))
             image = _image(manifest, state.blobs.get("rom/contents", b""))
+            if replies:
+                say_ready(replies)
+                await_go(source)
         except BaseException:
             memory.close()
             raise
-    return _arrived(manifest, state, memory, image)
+        source.close()
+        stack.pop_all()
+    return _arrived(manifest, state, memory, image)._replace(replies=replies)
 
 
 def _arrived(
@@ -158,3 +181,14 @@ def _image(manifest: Manifest, rom: bytes) -> FirmwareImage | None:
     if len(rom) != align_up(firmware.size, PAGE_SIZE):
         raise SnapshotError("manifest: firmware: not the machine's")
     return FirmwareImage(firmware.name, rom, firmware.size)
+
+
+def tell_sender(arrived: Arrived, line: bytes) -> None:
+    """Tell a sender that hands a VM over what has become of it, and no more."""
+    if arrived.replies is None:
+        return
+    with arrived.replies as replies:
+        try:
+            replies.write(line)
+        except (VmmError, OSError) as err:  # it will say that it does not know
+            log.warning("the sender: %s", err)

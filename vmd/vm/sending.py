@@ -14,36 +14,40 @@ A VM runs once. When the last byte is written, it is the receiver's, and never g
 it was asked to; before that, it is ours, whatever has gone out: the receiver does nothing with it.
 """
 
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmd.wire.internal import NicSpec, SendVm, VmSpec
+from vmd.config.disks import DiskKind
+from vmd.wire.internal import NicSpec, VmSpec
+from vmd.wire.leaving import MIGRATING_MAX, SendVm
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.smbios import name_uuid
+from vmm_kvm.bits import MIB
 from vmm_kvm.errors import SnapshotError, VmmError
-from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.state import save
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
-from vmm_kvm.snapshot.fds import FdSink
+from vmm_kvm.snapshot.fds import FdSink, FdSource
 from vmm_kvm.snapshot.file import FileWriter, check_file, write_into
 from vmm_kvm.snapshot.generations import Generation, with_generations
+from vmm_kvm.snapshot.handover import hand_over
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
-from vmm_kvm.snapshot.precopy import Plan, Writer, copy_into
+from vmm_kvm.snapshot.precopy import Plan, Progress, Writer, copy_into
 from vmm_kvm.snapshot.state import State
 from vmm_kvm.snapshot.stream import LiveWriter, write_stream
 
 if TYPE_CHECKING:
     from vmm_kvm.machine.machine import Machine
 
-log = Log(__name__)
-
 PATIENCE_S = 30.0
 """How long the other end may take no byte, or send none."""
+HANDOVER_PATIENCE_S = 2 * PATIENCE_S
+"""How long the receiver may take to check what has arrived, and to build the machine."""
 _SNAPSHOT_DOWNTIME_S = 0.01
 """How long a machine that is written to a file is to stand still for its memory."""
 _STATE_ROOM = 8 << 20  # devices and vCPUs: some 20 KiB of each
@@ -64,6 +68,8 @@ class _Subject(NamedTuple):
     cpuid: tuple[CpuidRecord, ...]
     halt: Halt | None
     generations: Generations
+    deadline_s: float | None
+    """When it has taken too long, on the clock that does not jump."""
 
     def manifest(self, state_size: int) -> Manifest:
         """Describe it."""
@@ -81,8 +87,13 @@ class Sending:
         on_end: OnEnd,
         *,
         is_snapshot: bool = False,
+        replies_fd: int | None = None,
+        on_progress: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        """Take ownership of `sink_fd`.
+        """Take ownership of the descriptors.
+
+        `replies_fd` is what the receiver says, if the VM is handed over. `on_progress` is told how
+        far that is, on the loop's thread.
 
         `on_end` is called once, on the loop's thread, when nothing is written any more: with None
         if all is, else with what went wrong. Of a snapshot, `on_written` is called before, when the
@@ -94,11 +105,13 @@ class Sending:
         """
         self._loop = loop
         self._on_end = on_end
+        self._on_progress = on_progress
         self._thread: threading.Thread | None = None
         self.is_still = False
         """Whether the machine stands still to be written."""
         self.is_written = False
         """Whether all of a snapshot is written, and is becoming durable."""
+        self._said = 0
         self._has_state = threading.Event()
         self._state: tuple[Manifest, bytes] | None = None
         self._failure: VmmError | OSError | None = None
@@ -110,6 +123,9 @@ class Sending:
                 check_file(sink_fd)
             self._sink = FdSink(sink_fd, PATIENCE_S, self._cancel_fd)
             self._file = sink_fd if is_snapshot else None
+            self._replies = None
+            if replies_fd is not None:
+                self._replies = FdSource(replies_fd, HANDOVER_PATIENCE_S, self._cancel_fd)
         except BaseException:
             os.close(self._cancel_fd)
             raise
@@ -130,7 +146,10 @@ class Sending:
         that runs has to stand still; None for one that does. `generations` returns those of its
         disks, which stand still then.
         """
-        subject = _Subject(machine, spec, command, cpuid, halt, generations)
+        plan, deadline = command.handover, None
+        if plan and plan.timeout_s:
+            deadline = time.monotonic() + plan.timeout_s
+        subject = _Subject(machine, spec, command, cpuid, halt, generations, deadline)
         write = self._write_running
         if halt is None:
             self._save(subject)
@@ -185,6 +204,8 @@ class Sending:
             if self._file is not None:
                 self._loop.call_soon(self._on_written)
             self._sink.finish()
+            if self._replies:
+                hand_over(self._sink, self._replies, subject.machine.lend_disks)
         except (VmmError, OSError) as err:
             failure = err
         self._loop.call_soon(lambda: self._end(failure))
@@ -204,31 +225,71 @@ class Sending:
         dirty = subject.machine.dirty_pages()
         unable = dirty.begin()
         if unable:
-            log.debug("it stands still while it is written, for %s", ", ".join(unable))
+            self._say(f"it stands still from the beginning, for {', '.join(unable)}")
             self._write(subject)
             return
         try:
             if self._file is None:
-                plan = Plan()
                 writer: Writer = LiveWriter(self._sink, subject.manifest(0))
             else:
-                plan = Plan(_SNAPSHOT_DOWNTIME_S)
                 writer = self._file_writer(subject, self._file, _state_room(subject.machine))
             copy_into(
                 writer,
                 subject.machine.memory,
                 dirty,
                 lambda: self._saved(subject)[1],
-                plan=lambda: plan,
+                plan=lambda: _plan(subject),
+                on_progress=self._tell_progress,
             )
         finally:
             dirty.end()
 
+    def _tell_progress(self, progress: Progress) -> None:
+        left = -(-progress.left // MIB)
+        done = progress.written // MIB
+        self._say(f"round {progress.round}: {done} MiB sent, {left} MiB left")
+
+    def _say(self, text: str) -> None:
+        if self._replies and self._said < MIGRATING_MAX:
+            self._said += 1
+            self._loop.call_soon(lambda: self._on_progress(text))
+
     def _end(self, failure: "VmmError | OSError | None") -> None:
         self._sink.close()
+        if self._replies:
+            self._replies.close()
         os.close(self._cancel_fd)
         self._cancel_fd = -1
         self._on_end(failure)
+
+
+def check_handover(spec: VmSpec) -> None:
+    """Refuse a VM with a disk that only the end of its process lets go of.
+
+    Raises:
+        SnapshotError: which.
+    """
+    for disk in spec.disks:
+        kind = disk.option.kind
+        if kind is DiskKind.VHOST_USER or (kind is DiskKind.PMEM and not disk.option.is_private):
+            what = "a vhost-user server has it" if kind is DiskKind.VHOST_USER else "it is memory"
+            raise SnapshotError(f"disk {disk.option.path}: cannot be handed over: {what}")
+
+
+def _plan(subject: _Subject) -> Plan:
+    """Return for how long a machine may stand still now.
+
+    Raises:
+        SnapshotError: it has taken too long already.
+    """
+    plan = subject.command.handover
+    if plan is None:
+        return Plan(_SNAPSHOT_DOWNTIME_S) if subject.command.is_snapshot else Plan()
+    if subject.deadline_s is not None and time.monotonic() > subject.deadline_s:
+        if not plan.forces:
+            raise SnapshotError(f"it has not come to {plan.downtime_ms} ms in {plan.timeout_s} s")
+        return Plan(math.inf)
+    return Plan(plan.downtime_ms / 1000, waits=True)
 
 
 def _state_room(machine: "Machine") -> int:

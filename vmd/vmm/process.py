@@ -41,7 +41,6 @@ from vmd.wire.internal import (
     LookAtTerminal,
     ParentToVmm,
     PauseVm,
-    SendVm,
     SetVerbosity,
     ToVm,
     UnpauseVm,
@@ -55,13 +54,13 @@ from vmd.wire.internal import (
     VmmToVm,
     VmPaused,
     VmReport,
-    VmSent,
     VmSpec,
     VmStarted,
     VmStatistics,
     VmUnpacked,
     VmUnpaused,
 )
+from vmd.wire.leaving import MIGRATING_MAX, SendVm, VmMigrating, VmSent
 from vmd.wire.messages import ErrorCode
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop, LoopTimer
@@ -138,6 +137,8 @@ class _Vm:
             self.expected[answer] += 1
         if isinstance(command, UnpauseVm):
             self.expected[VmHalted] += 1
+        if isinstance(command, SendVm):
+            self.expected[VmMigrating] += MIGRATING_MAX
 
     # A source of its own channel: state that need not be repeated waits until there is room.
 

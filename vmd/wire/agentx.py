@@ -5,9 +5,9 @@ from typing import Annotated
 import msgspec
 
 from vmd.wire.encoding import Wire, WireEncoding
-from vmd.wire.internal import TEXT_MAX, SetVerbosity
+from vmd.wire.internal import SetVerbosity
 from vmd.wire.messages import VmInfo
-from vmd.wire.parts import Internal, Part
+from vmd.wire.parts import TEXT_MAX, Internal, Part
 
 
 class VmRow(Part, frozen=True, kw_only=True):

@@ -21,15 +21,13 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, SwitchConfig
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.encoding import Wire, WireEncoding
+from vmd.wire.leaving import CancelSendVm, SendVm, VmMigrating, VmSent
 from vmd.wire.messages import AnyAnswer, ErrorCode, Event, ParentRequest
-from vmd.wire.parts import Internal, Part, Statistics
-from vmd.wire.transfers import ReceivedSpec, SentBoot
+from vmd.wire.parts import TEXT_MAX, Internal, Part, Statistics
+from vmd.wire.transfers import ReceivedSpec
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import HaltReason
 from vmm_kvm.limits import MTU_DEFAULT
-
-TEXT_MAX = 16384
-"""Characters of a VM process's message about its end: some paths, and the reason."""
 
 
 class SetVerbosity(Internal, frozen=True, kw_only=True):
@@ -342,23 +340,10 @@ class PauseVm(Internal, frozen=True, kw_only=True):
 
 
 class UnpauseVm(Internal, frozen=True, kw_only=True):
-    """Continue, and send `VmUnpaused`; requests that wait for the host are tried again."""
+    """Go on, and say `VmUnpaused`; what waits for the host is tried again."""
 
-
-class SendVm(Internal, frozen=True, kw_only=True):
-    """Write yourself into the stream that comes along, and end; or send `VmSent` and continue."""
-
-    keeps_running: bool
-    is_snapshot: bool = False
-    """It is an empty file, for a snapshot that can be mapped."""
-    uid: int | None
-    """Of the owner."""
-    gid: int | None
-    boot: SentBoot
-
-
-class CancelSendVm(Internal, frozen=True, kw_only=True):
-    """Write no more, if it is not too late."""
+    force: bool = False
+    """Though it may run on another host."""
 
 
 class StopVm(Internal, frozen=True, kw_only=True):
@@ -456,14 +441,6 @@ class VmUnpaused(Internal, frozen=True, kw_only=True):
     """The guest runs again."""
 
 
-class VmSent(Internal, frozen=True, kw_only=True):
-    """All is written, or the stream is of no use; the guest goes on, if it ran before."""
-
-    failure: ErrorCode | None = None
-    """Why it is of no use; None if it is."""
-    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
-
-
 class VmStatistics(Internal, frozen=True, kw_only=True):
     """Counters, as they were asked for."""
 
@@ -498,7 +475,7 @@ class VmEnding(Internal, frozen=True, kw_only=True):
     message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
 
 
-_Went = VmPaused | VmHalted | VmUnpaused | VmSent | VmCaptured
+_Went = VmPaused | VmHalted | VmUnpaused | VmMigrating | VmSent | VmCaptured
 VmReport = VmStarted | VmUnpacked | _Went | VmStatistics | VmEnding
 
 

@@ -152,6 +152,8 @@ class EventKind(StrEnum):
     UNPAUSED = "unpaused"
     STOPPING = "stopping"
     REBOOTED = "rebooted"
+    MIGRATING = "migrating"
+    """It is being handed over to another host; the message says how far that is."""
     SENT = "sent"
     """All of it is in a stream. It continues, or `stopped` follows."""
     SNAPSHOT = "snapshot"
@@ -247,6 +249,9 @@ class Pause(VmRequest, frozen=True, kw_only=True):
 
 class Unpause(VmRequest, frozen=True, kw_only=True):
     """Let a paused VM go on; answered by `done`."""
+
+    force: bool = False
+    """Also one of which nobody knows whether it runs on another host."""
 
 
 class Console(VmRequest, frozen=True, kw_only=True):
@@ -457,7 +462,8 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     tty: str = ""
     """Path of the console; empty if there is none."""
     pause_reason: str = ""
-    """Why it paused itself: `no space` or `I/O error`, of a disk."""
+    """Why it paused itself: `no space` or `I/O error`, of a disk;
+    `in doubt` if it was handed over and nobody knows whether it runs elsewhere."""
     uid: int = 0
     """Of the owner."""
     gid: int | None = None

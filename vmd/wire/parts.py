@@ -7,6 +7,9 @@ import msgspec
 from vmd.config.disks import OnError
 from vmm_kvm.limits import PORT_MAX
 
+TEXT_MAX = 16384
+"""Characters of what a VM process says of its end: some paths, and why."""
+
 PROTOCOL_VERSION = 1
 
 VmId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]

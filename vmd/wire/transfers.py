@@ -22,6 +22,15 @@ class Send(VmRequest, frozen=True, kw_only=True):
     (O_NONBLOCK)."""
     keeps_running: bool = False
     """It does not end, but continues after it is written."""
+    replies: Index | None = None
+    """Index of the descriptor of what the receiver says, if the VM is handed over: a pipe or
+    socket, open for reading. It ends when it runs there."""
+    downtime_ms: Annotated[int, msgspec.Meta(ge=0, le=3_600_000)] = 300
+    """How long it may stand still for the end of it; if it is handed over."""
+    timeout_s: Annotated[int, msgspec.Meta(ge=0, le=604_800)] = 0
+    """How long to wait until that is enough; 0 for ever."""
+    forces: bool = False
+    """It stands still for as long as it takes then, instead of not being handed over."""
 
 
 class ReceivedInterface(Part, frozen=True, kw_only=True):
@@ -61,6 +70,9 @@ class Receive(Request, frozen=True, kw_only=True):
     manifest: Annotated[str, msgspec.Meta(max_length=65536)]
     """The text of the stream's manifest."""
     stays_paused: bool = False
+    replies: Index | None = None
+    """Index of the descriptor of what the sender hears, if the VM is handed over: a pipe or socket,
+    open for writing. It does not run before the sender has let go of it."""
     uid: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFE)] | None = None
     """Owner; None for the client."""
     gid: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFE)] | None = None
@@ -198,6 +210,8 @@ class ReceivedSpec(Part, frozen=True, kw_only=True):
     is_copy: bool = False
     """Its guest is to be told that it is somebody else."""
     clock: GuestClock = GuestClock.NOW
+    replies: int | None = None
+    """Index of the descriptor of what the sender hears, if it hands the VM over."""
 
 
 class SentBoot(Part, frozen=True, kw_only=True):

@@ -52,8 +52,7 @@ def lock(fd: int, name: str, *, writes: bool) -> None:
     try:
         _lock(fd, name, _WRITER if writes else _READER)
     except ImageError as err:
-        record = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _USED, _LOCKS, 0)
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, record)
+        unlock(fd)
         if isinstance(err, _UsedError):  # what is locked now is locked by others
             raise ImageError(f"{err}{_holders(fd)}") from err
         raise
@@ -61,6 +60,27 @@ def lock(fd: int, name: str, *, writes: bool) -> None:
 
 class _UsedError(ImageError):
     """Another process uses the image."""
+
+
+def unlock(fd: int) -> None:
+    """Let others lock the image open at `fd`, whatever process had it locked by this description.
+
+    Raises:
+        OSError: the file system has failed.
+    """
+    record = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _USED, _LOCKS, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, record)
+
+
+def is_written(fd: int) -> bool:
+    """Tell whether another open file description is locked for writing to the image.
+
+    True as well where the file system has no locks, and does not tell.
+    """
+    try:
+        return _is_held(fd, _USED + Permission.WRITE)
+    except OSError:
+        return True
 
 
 def _lock(fd: int, name: str, used: Sequence[Permission]) -> None:

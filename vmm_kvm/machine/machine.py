@@ -301,6 +301,16 @@ class Machine:
         """Return the log of what is written to RAM, which logs nothing yet; ends before `close`."""
         return DirtyPages(self._vm, self.memory, self._devices)
 
+    def lend_disks(self, is_lent: bool) -> None:
+        """Have the processes of disks let others use the images, or take them back.
+
+        The machine stands still, and its state has been saved. Any thread.
+
+        Raises:
+            VmmError: one cannot, or another process has the image.
+        """
+        self._devices.lend_disks(is_lent)
+
     def save_kvm(self) -> KvmRecord:
         """Return what KVM has of the machine.
 

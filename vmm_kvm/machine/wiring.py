@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # loaded where there is such a device
     from vmm_kvm.machine.spec import DeviceSpec, MachineSpec
     from vmm_kvm.virtio.console import VirtioConsole
     from vmm_kvm.virtio.pmem import PmemSpec
+    from vmm_kvm.virtio.vhost_user.frontend import VhostUser
     from vmm_kvm.virtio.vsock import VirtioVsock
 
 _ORDER = {
@@ -144,6 +145,7 @@ class Devices:
         self._functions: dict[int, VirtioPci | Vmmci] = {}
         """By slot."""
         self._nets: list[Net] = []
+        self._remotes: list[VhostUser] = []
         self._vmmci: Vmmci | None = None
         self.console: VirtioConsole | None = None
         self.vsock: VirtioVsock | None = None
@@ -191,6 +193,15 @@ class Devices:
         if unable and log is not None:
             self.log_writes(None)
         return unable
+
+    def lend_disks(self, is_lent: bool) -> None:
+        """Have the processes of disks let others use them, or take them back; all are suspended.
+
+        Raises:
+            VmmError: one cannot.
+        """
+        for remote in self._remotes:
+            remote.lend(is_lent)
 
     def used_rings(self) -> Iterator[tuple[int, int]]:
         """Yield guest-physical address and bytes of each ring that a device writes to."""
@@ -255,6 +266,7 @@ class Devices:
                 )
 
                 remote = make_remote_blk(spec, self._memory)
+                self._remotes.append(remote)
                 self._note_disk(self._add(remote, CLASS_MASS_STORAGE_SCSI, spec.name))
             case "pmem":
                 from vmm_kvm.virtio.pmem import VirtioPmem  # noqa: PLC0415 - see above

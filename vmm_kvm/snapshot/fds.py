@@ -37,6 +37,10 @@ class _End:
         if fd >= 0:
             os.close(fd)
 
+    def cancel_no_more(self) -> None:
+        """Go on from now on, whatever the descriptor for cancelling says."""
+        self._cancel_fd = -1
+
     def __enter__(self) -> Self:
         return self
 
@@ -112,14 +116,16 @@ class FdSink(_End):
 class FdSource(_End):
     """Where a stream comes from; owns the descriptor."""
 
-    def __init__(self, fd: int, patience_s: float) -> None:
+    def __init__(self, fd: int, patience_s: float, cancel_fd: int = -1) -> None:
         """Take ownership of `fd`; `patience_s` is how long nothing may come, in seconds.
+
+        When `cancel_fd` can be read, if there is one, no more is read; it stays the caller's.
 
         Raises:
             SnapshotError: it is no pipe, socket or file, or not open for this.
             OSError: it is closed.
         """
-        super().__init__(fd, patience_s, -1)
+        super().__init__(fd, patience_s, cancel_fd)
         try:
             check_kind(fd, os.O_RDONLY)
         except BaseException:

@@ -101,6 +101,28 @@ class ActiveBackend(Protocol):
 
 
 @runtime_checkable
+class LendingBackend(Protocol):
+    """A backend that can let another process use what it serves, besides being a Backend.
+
+    Both on the device's thread, between `reset` and `start`.
+    """
+
+    def let_go(self) -> None:
+        """Write everything back, and use it no more; idempotent.
+
+        Raises:
+            VmmError, OSError: that cannot be; it is used on.
+        """
+
+    def take_back(self) -> None:
+        """Use it again; idempotent.
+
+        Raises:
+            VmmError, OSError: another process has it.
+        """
+
+
+@runtime_checkable
 class PairedBackend(Protocol):
     """A Backend that also has to know which queues are served."""
 

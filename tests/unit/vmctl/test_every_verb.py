@@ -74,6 +74,7 @@ LINES = {
     "image resize": "image resize {new} 4M",
     "load": "load {here}/vm.conf",
     "log": "log verbose",
+    "migrate": "migrate --ssh true web second",
     "receive": "receive web",
     "run": "run -b {here}/none",
     "start": "start web",

@@ -23,12 +23,14 @@ from vmd.rules.vm_state import (
     Captured,
     ClientLeft,
     Discard,
+    Effect,
     Enqueue,
     Event,
     Exited,
     Halted,
     Launched,
     LaunchFailed,
+    Migrating,
     Overdue,
     Pause,
     Paused,
@@ -37,6 +39,7 @@ from vmd.rules.vm_state import (
     Running,
     Send,
     SendFailed,
+    SendUnpause,
     Sent,
     Silent,
     Start,
@@ -63,6 +66,7 @@ EVENTS: dict[str, Event] = {
     "send": Send(ASKER),
     "send -l": Send(ASKER, keeps_running=True),
     "capture": Capture(ASKER),
+    "migrating": Migrating("round 1"),
     "console": Attach(ASKER),
     "enqueue": Enqueue(),
     "overdue": Overdue(),
@@ -431,6 +435,10 @@ TABLE = {
         "sending": "sending:",
         "stopping": "stopping:",
     },
+    "migrating": {
+        **{phase.value: f"{phase.value}:" for phase in Phase},
+        "sending": "sending: +migrating",
+    },
     "sent": {
         "stopped": "stopped:",
         "waiting": "waiting:",
@@ -507,6 +515,28 @@ def test_a_template_stays_paused() -> None:
 
 
 HALTED = EVENTS["halted"]
+
+
+def test_a_vm_that_may_run_elsewhere() -> None:
+    """It stands still, says so, and goes on or stops only where somebody insists."""
+    in_doubt, failed = Halted(HaltReason.IN_DOUBT, "nobody knows"), SendFailed(ErrorCode.EIO, "it")
+    for events in ((failed, in_doubt), (in_doubt, failed)):
+        vm = a_vm(Phase.SENDING)
+        done: list[Effect] = []
+        for event in events:
+            vm, effects = step(vm, event, 100.0)
+            done += effects
+        assert (vm.phase, vm.halt, len(done)) == (Phase.PAUSED, in_doubt, 2)
+        assert Publish(EventKind.PAUSED, "in doubt: nobody knows") in done
+    for request in (Unpause(ASKER), Stop(ASKER), Send(ASKER)):
+        assert outcome(vm, request) == "paused: asker!EBUSY"
+    assert outcome(vm, Stop(None)).startswith("stopping: ")
+    assert "kill" in outcome(vm, Stop(None))
+    vm, effects = step(vm, Unpause(ASKER, force=True), 100.0)
+    assert effects == (SendUnpause(force=True),)
+    assert outcome(vm, Halted(HaltReason.IN_DOUBT, "in use")) == "paused: asker!EBUSY"
+    vm, _ = step(vm, Unpaused(), 100.0)
+    assert (vm.phase, vm.halt) == (Phase.RUNNING, None)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,13 @@ class Client:
         has_memory = bool(self._protocol_features & ProtocolFeature.LOG_SHMFD)
         return has_memory and bool(self.features & FEATURE_LOG_ALL)
 
+    def lend(self, is_lent: bool) -> bool:
+        """Have a server of ours let another process use what it serves, or take it back.
+
+        Returns whether it has.
+        """
+        return not unpack_u64(self._query(Request.LEND, pack_u64(is_lent)))
+
     def set_memory(self, regions: Sequence[MemoryRegion], fds: Sequence[int]) -> None:
         """Share guest memory: at most 8 regions, and for each the descriptor of its file."""
         self._order(Request.SET_MEM_TABLE, pack_regions(regions), fds)

@@ -368,6 +368,26 @@ class VhostUser:
         self._bases = {index: positions.get(index, 0) for index in rings}
         self._is_suspended = True
 
+    def lend(self, is_lent: bool) -> None:
+        """Have the server let another process use what it serves, or take it back; suspended.
+
+        Raises:
+            VhostUserError: it is not a server of ours, or cannot.
+        """
+        if not self._may_halt:
+            raise VhostUserError(f"{self._name}: its server cannot lend it")
+        with self._lock:
+            if self._lost is not None:
+                raise VhostUserError(f"{self._name}: {self._lost}")
+            try:
+                has_done = self._client.lend(is_lent)
+            except VhostUserError as err:
+                self._lose(err)
+                raise
+        if not has_done:
+            why = "cannot be written back" if is_lent else "in use by another process"
+            raise VhostUserError(f"{self._name}: {why}")
+
     def log_writes(self, log: SharedLog | None) -> bool:
         """Have the server mark in `log` what it writes; None: no more. False if it cannot."""
         if not self._client.has_log:

@@ -87,6 +87,8 @@ class Request(enum.IntEnum):
     REM_MEM_REG = 38
     SET_STATUS = 39
     GET_STATUS = 40
+    LEND = 0x6B76_6D01
+    """Ours, of no specification: 1 lets go of what the device serves, 0 takes it back."""
 
 
 class ProtocolFeature(enum.IntFlag):

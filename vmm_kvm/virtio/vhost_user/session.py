@@ -14,7 +14,7 @@ Source: QEMU docs/interop/vhost-user.
 import os
 from collections.abc import Callable
 
-from vmm_kvm.errors import GuestError, HaltError
+from vmm_kvm.errors import GuestError, HaltError, VmmError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.abi import (
@@ -24,7 +24,7 @@ from vmm_kvm.virtio.abi import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
-from vmm_kvm.virtio.device import ActiveBackend, Backend, PairedBackend
+from vmm_kvm.virtio.device import ActiveBackend, Backend, LendingBackend, PairedBackend
 from vmm_kvm.virtio.vhost_user.channel import Channel, Fds, Message
 from vmm_kvm.virtio.vhost_user.messages import (
     CONFIG_MAX,
@@ -233,6 +233,8 @@ class Session:
                 with Fds([fds.take()]) as taken:
                     self._regions.map_log(*unpack_log(payload), *taken)
                 reply = pack_u64(0)  # as libvhost-user answers
+            case Request.LEND:
+                reply = pack_u64(self._lend(unpack_u64(payload)))
             case Request.GET_MAX_MEM_SLOTS:
                 reply = pack_u64(SLOTS_MAX)
             case Request.ADD_MEM_REG:
@@ -309,6 +311,25 @@ class Session:
         self._status = status
         if status == 0:
             self._reset()
+
+    def _lend(self, is_lent: int) -> bool:
+        """Let go of what the device serves, with every ring stopped, or take it back.
+
+        Returns whether that could not be: then all is as it was.
+        """
+        if is_lent > 1 or not isinstance(self._backend, LendingBackend):
+            raise VhostUserError("is not supported")
+        if self._is_running:
+            raise VhostUserError("a ring is started")
+        try:
+            if is_lent:
+                self._backend.let_go()
+            else:
+                self._backend.take_back()
+        except (VmmError, OSError) as err:
+            log.warning("%s", err)
+            return True
+        return False
 
     def _config(self, access: ConfigAccess) -> ConfigAccess:
         """Return a piece of configuration space; zeroes behind what the device type has."""

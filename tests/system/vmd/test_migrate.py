@@ -1,0 +1,232 @@
+"""VMs that are handed over from one daemon to another, both on this host; ssh is a script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.system.vmd.daemon import READY, Client, Daemon, descendants, process_title, vm_block
+from tests.vmctl_driver import VMCTL
+
+pytestmark = pytest.mark.kvm
+
+TIMEOUT_S = 120
+
+
+@dataclass
+class Hosts:
+    """Two daemons, and what leads from the first to the second."""
+
+    first: Daemon
+    second: Daemon
+    ssh: Path
+    directory: Path
+
+    def migrate(self, *words: str) -> subprocess.Popen[bytes]:
+        """Begin to hand over the VM `one`."""
+        return subprocess.Popen(
+            [VMCTL, "migrate", "--ssh", str(self.ssh), *words, "one", "second"],
+            env={**os.environ, "VMD_SOCKET": str(self.first.socket)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def migrated(self, *words: str) -> tuple[int, str]:
+        """Hand it over; return the exit status, and what was said."""
+        command = self.migrate(*words)
+        said = command.communicate(timeout=TIMEOUT_S)[1].decode()
+        return command.returncode, said
+
+    def leads_by(self, script: str) -> None:
+        """Let ssh run `script`, in which `"$@"` is the command for the other host."""
+        self.ssh.write_text(
+            f"#!/bin/sh\nshift\nVMD_SOCKET={self.second.socket}\n"
+            f"PATH={VMCTL.parent}:$PATH\nexport VMD_SOCKET PATH\n{script}\n"
+        )
+        self.ssh.chmod(0o755)
+
+
+@contextmanager
+def hosts(directory: Path, *lines: str, seconds: tuple[str, ...] = ()) -> Iterator[Hosts]:
+    """Run two daemons, the first with the VM `one`, which is running."""
+    places = [directory / name for name in ("first", "second")]
+    for place in places:
+        place.mkdir()
+    with (
+        Daemon(places[0], vm_block("one", *lines, enabled=True)) as first,
+        Daemon(places[1], "\n".join(seconds)) as second,
+        first.client() as client,
+    ):
+        client.wait_for_state("one", "running")
+        with client.console("one") as console:
+            console.expect(READY)
+        both = Hosts(first, second, directory / "ssh", directory)
+        both.leads_by('exec sh -c "$*"')
+        yield both
+
+
+def answers(client: Client, name: str) -> None:
+    """Fail unless a VM's guest hears what is typed."""
+    with client.console(name) as console:
+        console.type(b"e")
+        console.expect(b"e", console.output.count(b"e") + 1)
+
+
+def disk_of(directory: Path, kind: str = "qcow2") -> str:
+    """Make a disk; return its line of vm.conf."""
+    path = directory / f"disk.{kind}"
+    subprocess.run(["qemu-img", "create", "-q", "-f", kind, path, "8M"], check=True)
+    return f'disk "{path}" format {kind}'
+
+
+def test_a_vm_goes_on_elsewhere(tmp_path: Path) -> None:
+    """It runs there with its disks and is gone here; it can come back."""
+    disks = [disk_of(tmp_path, kind) for kind in ("raw", "qcow2")]
+    with (
+        hosts(tmp_path, *disks) as both,
+        both.first.client() as here,
+        both.second.client() as there,
+        both.first.client() as watcher,
+    ):
+        watcher.ask("events")
+        status, said = both.migrated()
+        assert (status, said.splitlines()[-1]) == (0, "vmctl: migrated vm one to second")
+        assert here.vm("one")["state"] == "stopped"
+        assert there.vm("one")["state"] == "running"
+        answers(there, "one")
+        kinds = []
+        while "stopped" not in kinds:
+            event = watcher.receive()[0]
+            kinds.append(event["kind"])
+        assert kinds[-3:] == ["migrating", "sent", "stopped"]
+        # Its disks are the other's now.
+        assert here.ask("start", name="one")["code"] == "disk-missing"
+
+
+def test_a_receiver_that_cannot(tmp_path: Path) -> None:
+    """There is a VM of that name: the receiver says so, and the VM goes on here."""
+    with hosts(tmp_path, disk_of(tmp_path), seconds=(vm_block("one"),)) as both:
+        status, said = both.migrated()
+        assert status == 1
+        assert "vmctl: start vm command failed: Operation already in progress" in said
+        assert "vmctl: migrate vm command failed: Input/output error" in said
+        with both.first.client() as here:
+            here.wait_for_state("one", "running")
+            answers(here, "one")
+        assert both.migrated()[0] == 1  # and again
+
+
+def test_a_disk_that_is_not_shared(tmp_path: Path) -> None:
+    """A disk of the same name that nobody writes to is another one: refused, by its name."""
+    line = disk_of(tmp_path, "raw")
+    disk = tmp_path / "disk.raw"
+    with hosts(tmp_path, line) as both:
+        both.leads_by(
+            f'exec unshare -m sh -c "mount --bind {tmp_path}/other {disk} && $*"'
+            if os.geteuid() == 0
+            else f'exec unshare -rm sh -c "mount --bind {tmp_path}/other {disk} && $*"'
+        )
+        (tmp_path / "other").write_bytes(bytes(8 << 20))
+        status, said = both.migrated()
+        if "unshare" in said or "mount" in said:
+            pytest.skip(said)
+        assert status == 1
+        assert f"vmctl: disk {disk}: nobody writes to it: it is not the one that the VM has" in said
+        with both.first.client() as here:
+            here.wait_for_state("one", "running")
+
+
+def test_it_is_interrupted(tmp_path: Path) -> None:
+    """The VM goes on here; nothing is left there."""
+    with hosts(tmp_path) as both, both.first.client() as here, both.second.client() as there:
+        both.leads_by("sleep 3 <&0 & wait; exit 1")  # reads nothing
+        command = both.migrate()
+        deadline = time.monotonic() + TIMEOUT_S
+        while here.ask("unpause", name="one").get("code") != "EBUSY":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        command.send_signal(signal.SIGINT)
+        command.communicate(timeout=TIMEOUT_S)
+        assert command.returncode == -signal.SIGINT
+        here.wait_for_state("one", "running")
+        answers(here, "one")
+        assert there.ask("status")["vms"] == []
+
+
+def test_it_takes_too_long(tmp_path: Path) -> None:
+    """With a downtime of nothing it is cancelled in time, or forced, as it is asked for."""
+    with hosts(tmp_path) as both, both.first.client() as here, both.second.client() as there:
+        both.leads_by('exec sh -c "$*"')
+        status, said = both.migrated("--downtime", "0", "--timeout", "0.001")
+        if status:  # the guest may have written nothing during a round
+            assert "it has not come to 0 ms in 1 s" in said
+            here.wait_for_state("one", "running")
+            status, said = both.migrated(
+                "--downtime", "0", "--timeout", "1", "--on-timeout", "force"
+            )
+        assert status == 0, said
+        answers(there, "one")
+
+
+def vm_process(daemon: Daemon, name: str) -> int:
+    """Return the process of a VM; 0 if there is none."""
+    found = (p for p in descendants(daemon.process.pid) if process_title(p) == f"vm/{name}")
+    return next(found, 0)
+
+
+def test_nobody_knows_whether_it_runs_there(tmp_path: Path) -> None:
+    """A connection that ends between GO and RUNNING: it stands still, says so, and is forced on."""
+    line = disk_of(tmp_path)
+    with hosts(tmp_path, line) as both, both.first.client() as here:
+        # What the receiver says is lost behind the first line; it says that it is ready.
+        both.leads_by("exec 3<&0; cat <&3 > /dev/null & echo 'vmm-kvm: ready'; sleep 2")
+        status, said = both.migrated()
+        assert status == 1
+        assert "nobody knows whether it runs there" in said
+        here.wait_for_state("one", "paused")
+        assert here.vm("one")["pause_reason"] == "in doubt"
+        for request in ("unpause", "stop", "send"):
+            fds = (os.open(os.devnull, os.O_WRONLY),) if request == "send" else ()
+            extra = {"stream": 0} if fds else {}
+            assert here.ask(request, fds, name="one", **extra)["code"] == "EBUSY"
+            for fd in fds:
+                os.close(fd)
+        # Its disk is free for whoever has it, and then it cannot go on.
+        disk = tmp_path / "disk.qcow2"
+        other = subprocess.Popen(
+            ["qemu-io", "-f", "qcow2", disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdin.write(b"write 0 512\n")
+        other.stdin.flush()
+        other.stdout.readline()
+        refused = here.ask("unpause", name="one", force=True)
+        assert refused["code"] == "EBUSY"
+        assert "in use by another process" in str(refused["message"])
+        other.communicate(b"quit\n", timeout=TIMEOUT_S)
+        assert here.ask("unpause", name="one", force=True)["type"] == "done"
+        answers(here, "one")
+
+
+def test_a_receiver_that_fails_after_it_was_let_go(tmp_path: Path) -> None:
+    """It says that it never runs there: the VM takes its disks back, and goes on here."""
+    with hosts(tmp_path, disk_of(tmp_path)) as both, both.first.client() as here:
+        both.leads_by(
+            "exec 3<&0; cat <&3 > /dev/null &\n"
+            "echo 'vmm-kvm: ready'; sleep 1; echo 'vmm-kvm: failed: no room'"
+        )
+        status, said = both.migrated()
+        assert status == 1
+        assert "the receiver says: no room" in said
+        here.wait_for_state("one", "running")
+        answers(here, "one")

@@ -1,0 +1,118 @@
+"""The hand-over of a VM: of what either side hears, at most one of the two runs it."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmm_kvm.errors import SnapshotError
+from vmm_kvm.snapshot.handover import (
+    GO,
+    RUNNING,
+    InDoubtError,
+    await_go,
+    failed,
+    hand_over,
+    say_ready,
+)
+
+
+class Line:
+    """One direction: what was written is read; where it ends, the peer is gone."""
+
+    def __init__(self, data: bytes = b"", *, breaks: bool = False) -> None:
+        self.data = data
+        self.breaks = breaks
+        self.is_cancelled_no_more = False
+
+    def write(self, data: bytes) -> None:
+        """Take all of it, or fail."""
+        if self.breaks:
+            raise BrokenPipeError
+        self.data += data
+
+    def readinto(self, view: memoryview) -> int:
+        """Give some bytes."""
+        count = min(len(view), 5, len(self.data))
+        view[:count], self.data = self.data[:count], self.data[count:]
+        return count
+
+    def cancel_no_more(self) -> None:
+        """Note it."""
+        self.is_cancelled_no_more = True
+
+
+def ready() -> bytes:
+    """Return what a receiver says first."""
+    line = Line()
+    say_ready(line)
+    return line.data
+
+
+def test_it_runs_there() -> None:
+    """The disks are let go of before the receiver may run, and not taken back."""
+    sink, said, lent = Line(), Line(ready() + RUNNING), list[bool]()
+    hand_over(sink, said, lent.append)
+    assert (sink.data, lent) == (GO, [True])
+    assert said.is_cancelled_no_more
+    await_go(sink)
+
+
+@pytest.mark.parametrize(
+    "heard", [b"", b"ready", failed("no room"), b"x" * 2000, b"hello\n" + RUNNING]
+)
+def test_it_is_not_ready(heard: bytes) -> None:
+    """The receiver never gets leave to run."""
+    sink, lent = Line(), list[bool]()
+    with pytest.raises(SnapshotError) as caught:
+        hand_over(sink, Line(heard), lent.append)
+    assert not isinstance(caught.value, InDoubtError)
+    assert (sink.data, lent) == (b"", [])
+    with pytest.raises(SnapshotError, match="has not let go"):
+        await_go(sink)
+
+
+def test_leave_cannot_be_given() -> None:
+    """A connection that is gone before that: the disks are taken back."""
+    lent: list[bool] = []
+    with pytest.raises(BrokenPipeError):
+        hand_over(Line(breaks=True), Line(ready() + RUNNING), lent.append)
+    assert lent == [True, False]
+
+
+def test_it_fails_there() -> None:
+    """The receiver says that it never runs: the disks are taken back; if they can be."""
+    lent: list[bool] = []
+    with pytest.raises(SnapshotError, match="the receiver says: no room") as caught:
+        hand_over(Line(), Line(ready() + failed("no room")), lent.append)
+    assert not isinstance(caught.value, InDoubtError)
+    assert lent == [True, False]
+
+    def lend(is_lent: bool) -> None:
+        if not is_lent:
+            raise SnapshotError("in use")
+
+    with pytest.raises(InDoubtError, match="no room; and here: in use"):
+        hand_over(Line(), Line(ready() + failed("no room")), lend)
+
+
+@pytest.mark.parametrize("heard", [b"", RUNNING[:-1], b"what?\n"])
+def test_nobody_knows(heard: bytes) -> None:
+    """After leave was given, only the receiver can say that it does not run."""
+    lent: list[bool] = []
+    with pytest.raises(InDoubtError, match="nobody knows whether it runs there"):
+        hand_over(Line(), Line(ready() + heard), lent.append)
+    assert lent == [True]
+
+
+@pytest.mark.parametrize("heard", [b"", GO[:-1], GO.upper()])
+def test_a_receiver_without_leave(heard: bytes) -> None:
+    """It does not run."""
+    with pytest.raises(SnapshotError):
+        await_go(Line(heard))
+
+
+def test_what_fails_is_one_line() -> None:
+    """Whatever an error says, the sender reads one line that a terminal may show."""
+    line = failed("a\nb\x1b" + "c" * 5000)
+    assert (line.count(b"\n"), len(line)) == (1, 1024)
+    assert line.startswith(b"vmm-kvm: failed: a\\x0ab\\x1bc")
