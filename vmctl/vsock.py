@@ -1,9 +1,9 @@
 """The vsock device of `vmctl run`: a socket in the file system leads to the guest's ports.
 
-The protocol is Firecracker's, which other programs speak too: whoever connects writes `CONNECT 22`
-and a newline, and reads `OK ` and a number when the guest has accepted; where it refuses, the
-connection ends. What the guest opens to the host's port 1234 leads to a socket with `_1234` behind
-its name, if somebody listens there.
+The protocol is Firecracker's, which other programs speak too. A client writes `CONNECT 22` and a
+newline, and reads `OK ` and a number once the guest has accepted; if the guest refuses, the
+connection ends. If the guest connects to the host's port 1234, the device connects to the socket
+with `_1234` behind its name.
 """
 
 import socket
@@ -23,9 +23,9 @@ from vmm_kvm.net.host_stream import HostStream
 from vmm_kvm.virtio.vsock import VsockSpec
 
 PATIENCE_NS = 10 * NANOSECONDS
-"""How long a client may take to say where it wants to go."""
+"""How long a client may take to name a port."""
 CLIENTS_MAX = 64
-"""Clients at once that have not said it yet."""
+"""Clients at once that have not named one yet."""
 
 AUTO = "auto"
 """For VMs of the daemon, which need no socket."""
@@ -91,7 +91,7 @@ class VsockListener:
         return client
 
     def _read(self, fd: int) -> None:
-        """Read no further than the end of the line: what comes behind it is the guest's."""
+        """Read the client's line, and not a byte more: the rest belongs to the guest."""
         client, line, _timer = self._clients[fd]
         while not line.endswith(b"\n"):
             try:

@@ -119,14 +119,15 @@ class VirtioVsock:
         self._is_reset_due = False
         self._next_port = 0
         self._poll: select.epoll | None = None
-        # Each by (guest's port, host's port), while the guest may speak of it.
+        # Connections that exist for the guest, by (guest's port, host's port).
         self._by_ports: dict[tuple[int, int], Connection] = {}
-        # Each whose socket is open: those, and such as are written out without the guest.
+        # Connections with an open socket, also those that the guest has closed and that only have
+        # data left to write.
         self._by_fd: dict[int, Connection] = {}
-        self._active: deque[Connection] = deque()  # that may have a packet for the guest
+        self._active: deque[Connection] = deque()  # connections with a packet for the guest
         self._replies: deque[Header] = deque()
-        self._offered = Backlog()  # room for packets to the guest
-        self._packets = Backlog()  # the guest's that are not looked at yet
+        self._offered = Backlog()  # receive buffers
+        self._packets = Backlog()  # packets of the guest that are not processed yet
         self._event_buffers = Backlog()
 
     def attach(self, transport: InputTransport) -> None:
@@ -414,7 +415,7 @@ class VirtioVsock:
 
     def _receive(self, queue: Virtqueue) -> None:
         waiting = self._packets.collect(queue)
-        # What it sends may need replies, for which it has to make room first.
+        # A packet may need a reply: while too many replies wait, packets do too.
         count = 0
         while waiting and count < BUDGET and len(self._replies) < REPLIES_MAX:
             self._take(waiting[0])
