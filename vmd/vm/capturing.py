@@ -1,8 +1,8 @@
-"""Handing a VM over to its clones: its state and its RAM, in memory that nobody writes to any more.
+"""Handing a VM over to its clones: its state and its RAM, in memory that no longer changes.
 
-RAM of a template is such memory from the start, and nothing is copied. That of another VM is copied
-piece by piece, by a thread, and the guest goes on from the copy: the kernel gives it pages of its
-own as it writes to them. So there is no moment at which the host holds all of it twice.
+A template's RAM is such memory from the start, and is not copied. A thread copies another VM's RAM
+piece by piece, and the guest continues on the copy: the kernel gives it pages of its own as it
+writes to them. So the host never holds all of it twice.
 """
 
 import os
@@ -33,7 +33,7 @@ _NOTHING = SendVm(
     gid=None,
     boot=SentBoot(image=None, firmware=None, initrd=(), append=None),
 )
-"""Whose a clone is, and what it boots, the parent knows."""
+"""The parent knows a clone's owner and boot image."""
 
 OnEnd = Callable[["VmmError | OSError | None"], None]
 
@@ -53,7 +53,7 @@ class Capturing:
         self.is_still = True
         """Whether the machine stands still to be captured."""
         self.is_written = False
-        """Whether nothing of the machine is needed any more."""
+        """Whether the machine is not needed any more."""
         self._is_cancelled = False
         self._fds: list[int] = []
 
@@ -85,7 +85,7 @@ class Capturing:
         self._is_cancelled = True
 
     def abandon(self) -> None:
-        """Copy no more, and wait until nothing is copied; the loop does not run any more."""
+        """Stop copying, and wait for the thread; the loop does not run any more."""
         self.cancel()
         if self._thread:
             self._thread.join()

@@ -1,10 +1,10 @@
 """A VM's console: from the serial port to a terminal and any number of streams, and back.
 
 Output goes into a ring; the terminal and each stream read it at their own pace, from 64 KiB back
-when they come late. One that is more than the ring behind misses some: no reader holds the guest.
-Input waits until the serial port has room, and its reader with it.
+when they come late. A reader that lags by more than the ring misses some output: none delays the
+guest. Input waits until the serial port has room, and its reader with it.
 
-`transmit` may be called on any thread, all else belongs to the event loop's.
+`transmit` may be called on any thread, the rest belongs to the event loop's thread.
 """
 
 import os
@@ -22,8 +22,8 @@ from vmm_kvm.loop import EventLoop
 log = Log(__name__)
 
 STREAMS_MAX = 64
-_BATCH_NS = 3_000_000  # how long a byte may wait for others to be shown with
-_SETTLING_NS = 100_000_000  # until whoever opened a terminal has set it up, and discarded what came
+_BATCH_NS = 3_000_000  # how long a byte may wait, to be shown with others
+_SETTLING_NS = 100_000_000  # until a terminal that was opened has been set up
 _PACKET_MAX = 16 * 1024
 _TERMINAL_WRITE = 4096
 _INPUT_MAX = 4096
@@ -57,7 +57,7 @@ class Console:
         self._streams: set[_Stream] = set()
 
     def close(self) -> None:
-        """Show what is left, as far as readers take it at once, and close everything."""
+        """Show the rest, as far as readers take it at once, and close everything."""
         self._timer.cancel()
         self._collect()
         for stream in tuple(self._streams):
@@ -68,7 +68,7 @@ class Console:
     def attach(self, stream: socket.socket, position: int) -> None:
         """Serve one more stream, from a position of the ring on; refused when there are too many.
 
-        Of what the ring does not hold any more, the stream gets nothing.
+        The stream does not get output that the ring has lost.
         """
         if len(self._streams) >= STREAMS_MAX:
             log.warning("console: more than %d streams", STREAMS_MAX)
@@ -77,7 +77,7 @@ class Console:
         self._streams.add(_Stream(self, stream, self._loop, self._ring, position))
 
     def look_at_terminal(self) -> None:
-        """See whether somebody has opened the terminal, or nobody has it open any more."""
+        """Check whether the terminal's slave side is open."""
         self._terminal.look()
 
     # Output
@@ -104,7 +104,7 @@ class Console:
     # Input
 
     def feed(self) -> None:
-        """Give the guest what was typed, as far as it has room; to be called when it has."""
+        """Give the guest input, as far as it has room; to be called when it has."""
         if self._typed and self.port:
             del self._typed[: self.port.receive(bytes(self._typed))]
         self._listen()
@@ -158,7 +158,7 @@ class _Stream:
         self.show()
 
     def show(self) -> None:
-        """Send what it has not seen yet, until the socket takes no more."""
+        """Send new output, until the socket takes no more."""
         try:
             while self._position < self._ring.total:
                 position, data = self._ring.read(self._position, _PACKET_MAX)
@@ -209,7 +209,7 @@ class _Stream:
 
 
 class _Terminal:
-    """The pty. While nobody has its slave side open, nothing is read or written."""
+    """The pty. While its slave side is closed, nothing is read or written."""
 
     def __init__(self, console: Console, master: int, loop: EventLoop, ring: OutputRing) -> None:
         self._console = console
@@ -225,7 +225,7 @@ class _Terminal:
         self.look()
 
     def show(self) -> None:
-        """Write what it has not seen yet, until the terminal takes no more."""
+        """Write new output, until the terminal takes no more."""
         if not self._is_shown:
             return
         try:
@@ -245,7 +245,7 @@ class _Terminal:
             self._loop.remove_writer(self._master)
 
     def listen(self) -> None:
-        """Read while somebody is there and the console has room."""
+        """Read while the slave side is open and the console has room."""
         wanted = self._is_open and self._console.has_room
         if self._is_listening != wanted:
             self._is_listening = wanted
@@ -279,13 +279,13 @@ class _Terminal:
         self.listen()
 
     def _begin(self) -> None:
-        """Show what there is to somebody who has come late."""
+        """Show earlier output to a late reader."""
         self._is_shown = True
         self._position = self._ring.late()
         self.show()
 
     def _read_rest(self) -> None:
-        """Take what was typed just before the slave side was closed; a terminal holds few KiB."""
+        """Take input from just before the slave side was closed; a terminal holds few KiB."""
         with suppress(OSError):
             while data := os.read(self._master, _INPUT_MAX):
                 self._console.typed(data)

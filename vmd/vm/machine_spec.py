@@ -1,4 +1,4 @@
-"""The machine of a VM process, out of what the parent has opened for it."""
+"""The machine of a VM process, made of the parent's descriptors."""
 
 import select
 import socket
@@ -122,7 +122,7 @@ def _vsock(spec: VmSpec, received: Arrived | None) -> tuple[VsockSpec, ...]:
 def _disk(
     disk: DiskSpec, fds: Fds, connection: DeviceConnection | None, stack: ExitStack
 ) -> RemoteBlkSpec | PmemSpec:
-    """Return who serves a disk: a process of ours, somebody else's, or this one's memory."""
+    """Return a disk's server: a process of ours, a foreign one, or this one's memory."""
     path = disk.option.path
     if connection is not None:
         connected = _Connection(connection, path, is_locked=disk.is_locked)
@@ -137,7 +137,7 @@ def _disk(
 
 
 def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
-    """Return who moves the frames of an interface; the process owns the descriptors to its end."""
+    """Return an interface's data path; the process owns the descriptors to its end."""
     if connection is not None:
         return RemotePath(_Connection(connection, nic.name).connect, is_ours=True)
     taps = tuple(fds.take(at) for at in nic.taps)

@@ -1,7 +1,7 @@
 """A VM's process: the machine, its console, and the channel to vmm; nothing else.
 
-The zygote forks it; it confines itself and waits to be told what VM it is. Then it builds the
-machine from open descriptors, and runs it until the guest ends, somebody stops it, or vmm is gone.
+The zygote forks it; it confines itself and waits for its VM. Then it builds the machine from open
+descriptors, and runs it until the guest ends, a client stops it, or vmm is gone.
 A reboot ends it too: the parent starts another, with the same console.
 
 Source: sections 5.3, 7.6 and 8.3 of OpenBSD's behaviour.
@@ -97,10 +97,10 @@ _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def prepare(kvm: Kvm, rehearses: bool) -> str | None:
-    """Confine this process, which is to be a VM's; returns why it cannot rehearse.
+    """Confine this process, a future VM's; returns the reason why it cannot rehearse, if any.
 
-    One that `rehearses` has the time to make and forget a machine while it waits: afterwards, few
-    of the pages that it needs are still the zygote's.
+    With `rehearses` it makes and forgets a machine while it waits: afterwards, it has most of the
+    pages that it needs to itself.
     """
     for number in _IGNORED:  # vmm ends us
         signal.signal(number, signal.SIG_IGN)
@@ -117,14 +117,14 @@ def prepare(kvm: Kvm, rehearses: bool) -> str | None:
 
 
 def run(kvm: Kvm, connection: socket.socket) -> int:
-    """Be the process of one VM; returns the exit status. Takes over what it is given."""
+    """Run the process of one VM; returns the exit status. Takes over its arguments."""
     with Channel(connection, VM_AND_VMM) as channel, kvm:
         be_vm(kvm, channel)
     return 0
 
 
 def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
-    """Wait to be told what VM this is, and be it to its end; takes over the channel."""
+    """Wait for a VM, and run it to its end; takes over the channel."""
     with ExitStack() as stack:
         stack.callback(channel.close)
         begun = _wait(channel)
@@ -185,7 +185,7 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
 
 
 def rehearse(kvm: Kvm) -> None:
-    """Make a small machine and forget it, so that what that needs is at hand the next time.
+    """Make a small machine and forget it, so that the next one finds pages and code ready.
 
     Raises:
         VmmError, OSError: none can be made.
@@ -207,9 +207,9 @@ def rehearse(kvm: Kvm) -> None:
 def _wait(
     channel: Channel[VmReport, VmmToVm],
 ) -> tuple[VmSpec, Fds, Connections] | None:
-    """Return what VM this is to be, its descriptors, and its connections to device processes.
+    """Return the VM's specification, its descriptors, and its connections to device processes.
 
-    None if nobody needs this process any more.
+    None if this process is not needed any more.
     """
     try:
         message, fds, _size = channel.wait()
@@ -347,7 +347,7 @@ class VmProcess:
         self._outcome = outcome
         if self._sending and self._sending.is_written:
             return  # it ends when the file is durable
-        if self._sending:  # it stands still since, but may have ended just before
+        if self._sending:  # it has been paused since, but may have ended just before
             self._sending.cancel()
         else:
             self._loop.stop()
@@ -481,7 +481,7 @@ class VmProcess:
         self._go_on(stood_still=True)
 
     def _sent(self, failure: "VmmError | OSError | None") -> None:
-        """Go on, or end, when nothing is written any more."""
+        """Continue, or end, when writing has ended."""
         stood_still = self._stands_still()
         self._sending = None
         if failure is None and not self._sent_keeps_running:
@@ -500,7 +500,7 @@ class VmProcess:
         self._go_on(stood_still=stood_still)
 
     def _go_on(self, *, stood_still: bool) -> None:
-        """Be as before, when nobody needs the machine any more."""
+        """Return to the state before, when the machine is not needed any more."""
         if stood_still and not self._is_paused:
             self._machine.resume()
         if self._outcome:
@@ -552,9 +552,9 @@ class VmProcess:
                 self._machine.resume()
 
     def _halt(self, err: HaltError) -> None:
-        """Stand still: a request of a disk waits for the host.
+        """Pause: a request of a disk waits for the host.
 
-        A guest that is to stop gets no further, and nobody can let it go on: that is tried again
+        A guest that is being stopped cannot proceed, nor be unpaused: the request is tried again
         and again, until its time is over.
         """
         if self._sending and not self._sending.is_written:  # what waits for the host would be lost

@@ -1,4 +1,4 @@
-"""Why a VM has ended, could not be made, or is not written: as its process says it."""
+"""Codes for a VM's end, and for failures to make or write it, as its process reports them."""
 
 import errno
 from typing import assert_never
@@ -25,7 +25,7 @@ def error_code(err: Exception) -> ErrorCode:
         case ImageError():
             return ErrorCode.DISK_MISSING
         case SnapshotError() | StateError():
-            return ErrorCode.ENOENT  # as OpenBSD answers a stream that it does not take
+            return ErrorCode.ENOENT  # OpenBSD's answer to an unacceptable stream
         case BootError() | RefusedError(refusal=Refusal.EINVAL):
             return ErrorCode.EINVAL
         case MemoryError() | RefusedError(refusal=Refusal.ENOMEM):

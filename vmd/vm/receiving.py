@@ -1,8 +1,8 @@
-"""Being a VM that comes from a stream: its memory first, and a machine around it then.
+"""A VM that comes from a stream: first its memory, then a machine around it.
 
-All of the stream is read, and found to be right, before the machine is made, because a disk may be
-the sender's until then. What the parent has been told of the manifest was the client's word; here
-the manifest is held against it.
+The whole stream is read and verified before the machine is made, because the sender may use a disk
+until then. The parent has only the client's account of the manifest; here the manifest is checked
+against it.
 """
 
 import os
@@ -35,14 +35,14 @@ log = Log(__name__)
 
 
 class Arrived(NamedTuple):
-    """A machine that is complete, but for its devices."""
+    """A machine that is complete, except for its devices."""
 
     manifest: Manifest
     state: MachineState
     memory: GuestMemory
     """The holder's."""
     image: FirmwareImage | None
-    """What is below 4 GiB, if the guest has firmware."""
+    """The firmware below 4 GiB, if the guest has any."""
     generations: Mapping[int, Generation]
     """Of the images of disks, by their places."""
     replies: FdSink | None = None
@@ -112,9 +112,9 @@ def _arrived(
 
 
 def _load(fd: int, spec: VmSpec, kvm: Kvm, *, is_private: bool) -> Arrived:
-    """Go on from a snapshot, which stays as it is.
+    """Continue from a snapshot, which does not change.
 
-    Memory that no other process needs is mapped: what the guest does not touch is not even read.
+    Memory that no other process needs is mapped: untouched parts are not even read.
     """
     with SnapshotFile(fd) as file:
         manifest = file.manifest
@@ -145,15 +145,15 @@ def _read(
 
 
 def own_cpuid(kvm: Kvm, spec: VmSpec) -> tuple[CpuidRecord, ...]:
-    """Return what this host's processor shows to the guest of a VM, as far as it is compared.
+    """Return the compared CPUID leaves that this host shows to a VM's guest.
 
-    It is not what the guest's own vCPUs say, of which some follows what the guest has switched on.
+    The guest's own vCPUs may differ, as some bits follow settings of the guest.
     """
     return cpuid_records(guest_cpuid(kvm.supported_cpuid(), 0, spec.cpus))
 
 
 def _check(manifest: Manifest, spec: VmSpec) -> None:
-    """Refuse a VM that is not the one that the parent has made room for.
+    """Refuse a VM that differs from the one that the parent expects.
 
     Raises:
         SnapshotError: what differs.

@@ -1,17 +1,17 @@
 """Writing a VM into a stream or a snapshot: by a thread of its own process, while the guest runs.
 
-It stands still for what it has changed last (`snapshot.precopy`), or for all of it if it stood
-still before, or if something writes to its memory without saying where.
+It is paused for its last changes (`snapshot.precopy`), or for all of it if it was paused before, or
+if some device writes to its memory without logging.
 
-It is a thread, and no other process, because only this process has the guest's memory where no
-device process shares it, and because a VM process may make no others. The event loop goes on
-meanwhile: the stream's other end may take its time, within limits, and the daemon can always say
-that it is not to be written after all.
+It is a thread, not another process, because guest memory may be private to this process, and
+because a VM process may not fork. The event loop runs meanwhile: the stream's reader may be slow,
+within limits, and the daemon can cancel the writing at any time.
 
-For a snapshot the guest runs again when the host has all of it, before the file is durable.
+For a snapshot the guest runs again when the page cache has all data, before the file is durable.
 
-A VM runs once. When the last byte is written, it is the receiver's, and never goes on here, unless
-it was asked to; before that, it is ours, whatever has gone out: the receiver does nothing with it.
+A VM runs in one place. When the last byte is written, it is the receiver's, and never continues
+here, unless that was requested; before that it is ours, since the receiver does not run a partial
+VM.
 """
 
 import math
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
     from vmm_kvm.machine.machine import Machine
 
 PATIENCE_S = 30.0
-"""How long the other end may take no byte, or send none."""
+"""How long the peer may take no byte, or send none."""
 HANDOVER_PATIENCE_S = 2 * PATIENCE_S
 """How long the receiver may take to check what has arrived, and to build the machine."""
 _SNAPSHOT_DOWNTIME_S = 0.01
-"""How long a machine that is written to a file is to stand still for its memory."""
+"""Target of the pause for memory when a machine is written to a file."""
 _STATE_ROOM = 8 << 20  # devices and vCPUs: some 20 KiB of each
 _KERNEL = os.uname().release  # asked before this process is confined
 
 Halt = Callable[[], None]
-"""Lets the machine stand still; on the loop's thread."""
+"""Pauses the machine; on the loop's thread."""
 Generations = Callable[[], Mapping[int, Generation]]
 OnEnd = Callable[["VmmError | OSError | None"], None]
 
@@ -140,7 +140,7 @@ class Sending:
         halt: Halt | None,
         generations: Generations,
     ) -> None:
-        """Begin to write a machine; what fails is told later.
+        """Begin to write a machine; failures are reported later.
 
         `cpuid` is what this host's processor shows to such a guest. `halt` is called when a machine
         that runs has to stand still; None for one that does. `generations` returns those of its
@@ -158,7 +158,7 @@ class Sending:
         self._thread.start()
 
     def _save(self, subject: "_Subject") -> None:
-        """Take the state of a machine, on the loop's thread, and let it stand still before."""
+        """Pause a machine and take its state, on the loop's thread."""
         try:
             self.is_still = True
             if subject.halt:
@@ -172,7 +172,7 @@ class Sending:
         self._has_state.set()
 
     def _saved(self, subject: "_Subject") -> tuple[Manifest, bytes]:
-        """Return the state of the machine, which stands still from now on.
+        """Return the state of the machine, which is paused from now on.
 
         Raises:
             VmmError, OSError: it cannot be taken, or nobody wants it any more.
@@ -191,7 +191,7 @@ class Sending:
             os.eventfd_write(self._cancel_fd, 1)
 
     def abandon(self) -> None:
-        """Write no more, and wait until nothing is written; the loop does not run any more."""
+        """Stop writing, and wait for the thread; the loop does not run any more."""
         self.cancel()
         self._has_state.set()
         if self._thread:
@@ -334,7 +334,7 @@ def _disks(spec: VmSpec) -> Iterable[Disk]:
         option = disk.option
         if disk.scratch is not None:
             raise SnapshotError(f"{option.path}: a throw-away disk stays with its VM")
-        # What was found out once is not found out again, from what the guest has written since.
+        # A format that was probed once is not probed again: the guest has written since.
         kind = option.kind or (disk.formats[0] if disk.formats else option.kind)
         yield Disk(
             option.path,

@@ -1,10 +1,10 @@
 """Asking a guest to stop: by vmmci or the power button, with OpenBSD's patience.
 
-A guest that does not react within 3 s, or is not gone 120 s after it did, is ended; so is one that
-nobody can ask. A guest with a time of its own has that, whether it reacts or not.
+A guest is killed if it does not react within 3 s, or still runs 120 s after that; so is one that
+cannot be asked. A configured time replaces these limits.
 
-While it stops the button is pressed again now and then: a guest that was just about to listen threw
-the first press away, because whoever enables the button clears its status first.
+While it stops the button is pressed again now and then: a guest that was just about to listen lost
+the first press, because drivers clear the button's status before they enable it.
 
 Source: section 8.3 of OpenBSD's behaviour.
 """
@@ -18,7 +18,7 @@ from vmm_kvm.log import Log
 log = Log(__name__)
 
 REACTION_NS = 3 * NANOSECONDS
-"""How long a guest may take to notice that it is asked to stop."""
+"""How long a guest may take to react to the request."""
 SHUTDOWN_NS = 120 * NANOSECONDS
 """How long it may take after it has."""
 LOOK_NS = NANOSECONDS // 4
@@ -62,7 +62,7 @@ class Shutdown:
         return self._is_over
 
     def begin(self, timeout_ns: int | None = None) -> None:
-        """Ask the guest, once; without anybody to ask its time is over at once.
+        """Ask the guest, once; if no driver listens, its time is over at once.
 
         `timeout_ns`: how long it has in all; None for the usual times.
         """

@@ -1,4 +1,4 @@
-"""Exits that no device serves: how a machine ends by them."""
+"""Exits that no device serves, which end the machine."""
 
 from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
 from vmm_kvm.kvm.vcpu import Vcpu
@@ -6,7 +6,7 @@ from vmm_kvm.machine.spec import Crash, Outcome, TripleFault
 
 
 def outcome_of(name: str, vcpu: Vcpu, reason: Exit) -> Outcome:
-    """Return how the VM `name` ends by an exit that is no device access; on the vCPU's thread."""
+    """Return the outcome of an exit of VM `name` that is no device access; on the vCPU's thread."""
     match reason:
         case Shutdown():
             return TripleFault(f"{name}: triple fault: {_registers(vcpu)}")

@@ -1,12 +1,12 @@
-"""Clones by fork: a second machine that goes on where a paused one stands, in a child process.
+"""Clones by fork: a second machine that continues from a paused one, in a child process.
 
 The kernel copies RAM as it is written to, by either side, and with it every Python object: buses,
-devices, routes. What a fork cannot copy is replaced under its old number or address: the VM and
-its vCPUs, which KVM refuses to other processes than their maker's, and event descriptors, which
-would join the two machines. The source needs to stand still for the fork alone.
+devices, routes. Resources that a fork cannot copy are replaced under their old numbers or
+addresses: the VM and its vCPUs, which KVM refuses to other processes than their maker's, and event
+descriptors, which would join the two machines. The source needs to be paused only for the fork.
 
-A clone has the source's memory, hence its secrets and its random numbers to come: its guest has to
-be told.
+A clone has the source's memory, hence its secrets and its next random numbers: its guest has to be
+told.
 """
 
 import gc
@@ -28,8 +28,8 @@ def fork(machine: Machine, policy: ClockPolicy = ClockPolicy.FROZEN) -> int:
 
     `machine` is paused, and all threads of this process but its vCPUs' and the calling one are
     ones that the child can do without. In both processes it stands paused afterwards: the parent
-    calls `resume`, the child `start`, then `resume`. The child shares the parent's open files; it
-    ends, by `os._exit`, with whatever its caller makes of an error.
+    calls `resume`, the child `start`, then `resume`. The child shares the parent's open files;
+    after an error its caller ends it, by `os._exit`.
 
     Raises:
         SpecError: the machine's memory or disks are shared with other processes.
@@ -40,14 +40,14 @@ def fork(machine: Machine, policy: ClockPolicy = ClockPolicy.FROZEN) -> int:
     record = machine.save_kvm()
     pid = _fork()
     if pid == 0:
-        gc.freeze()  # a collection would look at, and so copy, all that the parent made
+        gc.freeze()  # a collection would write to, and so copy, all of the parent's objects
         renew_events()
         machine.adopt_fork(record, policy)
     return pid
 
 
 def check(machine: Machine) -> None:
-    """Refuse a machine of which a fork makes no second one.
+    """Refuse a machine that a fork cannot clone.
 
     Raises:
         SpecError: its memory or disks are shared with other processes.
@@ -72,7 +72,7 @@ def check(machine: Machine) -> None:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # From 3.12 on Python warns of threads that the child lacks: the machine makes them anew.
+        # From 3.12 on Python warns of threads that the child lacks: the machine makes new ones.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
@@ -99,7 +99,7 @@ def renew_events() -> None:
                 poll.register(target, events)
 
 
-# Not by pathlib, which takes as long for this as the rest of a clone's start.
+# Without pathlib, which would double the time of a clone's start.
 _FDS, _INFOS = "/proc/self/fd", "/proc/self/fdinfo"
 
 

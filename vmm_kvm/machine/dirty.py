@@ -1,11 +1,11 @@
-"""Which pages of RAM change while a machine runs: for copying it without letting it stand still.
+"""Finds the pages of RAM that change while a machine runs, for copying it without a pause.
 
 Three kinds of writers: vCPUs and what KVM does for them, which KVM logs; devices of this process;
 device processes. The latter two mark a `SharedLog`. Between `begin` and `end` guests are slower:
 KVM write-protects what has been copied, and maps small pages.
 
-One thread at a time. A page is copied after `clear`, not before: a write that comes in between is
-seen again by the next `find`.
+One thread at a time. A page is copied after `clear`, not before: the next `find` sees a write in
+between.
 """
 
 import re
@@ -44,7 +44,7 @@ class DirtyPages:
     def begin(self) -> list[str]:
         """Log from now on; returns the names of devices that cannot: then nothing is logged.
 
-        All that was written before is not in the log: whoever copies copies it all once.
+        The log lacks earlier writes, so all of RAM is copied once first.
 
         Raises:
             KvmError, OSError: the host refuses.
@@ -98,7 +98,7 @@ class DirtyPages:
             self._pending[slot] = _bitmap((1 << region.size // PAGE_SIZE) - 1, region)
 
     def find(self, *, is_still: bool = False) -> int:
-        """Look at what has changed; returns how many bytes of RAM are to be copied now.
+        """Collect changes; returns how many bytes of RAM are to be copied now.
 
         With `is_still` nothing runs, and nothing is missed.
 
@@ -120,9 +120,9 @@ class DirtyPages:
         return total * PAGE_SIZE
 
     def take(self) -> Iterator[tuple[int, int]]:
-        """Yield what was found, ascending: where it begins in RAM, and bytes, at most 1 MiB.
+        """Yield the changed ranges, ascending: position in RAM, and bytes, at most 1 MiB.
 
-        Each is to be copied before the next is taken. What is not taken is found again.
+        Each must be copied before the next is taken. Ranges that are not taken are found again.
 
         Raises:
             KvmError: the host refuses.

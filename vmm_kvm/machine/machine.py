@@ -1,8 +1,8 @@
 """The machine: from a specification to KVM objects, buses and devices, wired together.
 
-Wiring only: what a chip does is in `devices`, what an address is in `arch.x86.layout`, what a vCPU
-thread does in `runner`; the VM itself is made, paused and ended by `vmm_kvm.primitives`. A reboot
-makes a new Machine: nothing of the old one can be left over.
+Wiring only: `devices` has the chips, `arch.x86.layout` the addresses, `runner` the vCPU threads;
+`vmm_kvm.primitives` makes, pauses and ends the VM itself. A reboot makes a new Machine, so that
+nothing of the old one is left over.
 """
 
 import ctypes
@@ -86,9 +86,9 @@ class Machine:
     `transmit` and `on_outcome` are called on vCPU threads and must not block; `on_outcome` once.
     `on_receive_room` is called, on any thread, when the serial port can take input again; with
     the port's lock held, so it may only post to an event loop. `on_halt` is called on a device's
-    thread when a request of a disk waits for the host: whoever posts it to an event loop then
-    pauses the machine, and `resume` has the request tried again. `vmm`, the table that the VM is
-    in, stays the caller's.
+    thread when a request of a disk waits for the host: the callee has an event loop pause the
+    machine, and `resume` has the request tried again. `vmm`, the table that the VM is in, stays the
+    caller's.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Machine:
         """Build the machine and load its image; no vCPU runs yet.
 
         With `is_restored` it is made for `machine.state.restore`: no image is loaded, nothing is
-        set up for a guest, and it stands paused. Of the image only the place and size of firmware
+        set up for a guest, and it is paused. Of the image only the place and size of firmware
         count. Its owner fills RAM, restores the state, calls `start`, and `resume`. RAM may have
         been filled before: then it is `memory`, which becomes the machine's.
 
@@ -205,7 +205,7 @@ class Machine:
         self._runner.start()
 
     def throttle(self, hold: bool) -> None:
-        """Ask the vCPUs to stand still, without waiting for it, or let them go on.
+        """Ask the vCPUs to pause, without waiting for it, or let them continue.
 
         A paused machine stays so.
         """
@@ -235,16 +235,16 @@ class Machine:
         return self._devices.vsock
 
     def set_link(self, index: int, *, is_up: bool) -> None:
-        """Plug the cable of network interface `index` in or out; any thread."""
+        """Set the link of network interface `index`; any thread."""
         self._devices.set_link(index, is_up=is_up)
 
     def pause(self) -> None:
-        """Let the machine stand still; returns when no vCPU runs and no device works.
+        """Pause the machine; returns when no vCPU runs and no device works.
 
-        Each vCPU has completed what it came out for, what the guest asked of its devices before is
-        done, and their threads have ended: nothing but other processes changes guest memory, and
-        those no more once `machine.state.save` has asked. Of the machine's threads only those of
-        vCPUs are left, and wait.
+        Each vCPU has completed its last exit's access, the devices have completed the guest's
+        requests, and their threads have ended: only other processes change guest memory, until
+        `machine.state.save` stops them. Of the machine's threads only those of vCPUs are left, and
+        wait.
         """
         primitives.pause(self._vmm, self._vm_id)
         self._devices.settle()
@@ -253,9 +253,9 @@ class Machine:
             self._output.drain_all()
 
     def resume(self) -> None:
-        """Let a paused machine go on; the guest's clocks tell that time has passed.
+        """Let a paused machine continue; the guest's clocks show that time has passed.
 
-        Switches may have forgotten meanwhile where its network interfaces are; it tells them again.
+        It announces its network interfaces again, in case switches have forgotten their ports.
         """
         self._devices.resume()
         self._devices.prepare_to_resume()
@@ -273,13 +273,13 @@ class Machine:
         hold_vcpus(self._vmm, self._vm_id, held, wait=wait)
 
     def vcpu(self, index: int) -> Vcpu:
-        """Return a vCPU, to look at it while `hold` holds."""
+        """Return a vCPU, to inspect it while `hold` holds."""
         return primitives.kvm_vcpu(self._vmm, self._vm_id, index)
 
     # State, see `machine.state`; while the machine is paused, on the event loop's thread
 
     def parts(self) -> Iterator[Part]:
-        """Yield everything but RAM, disks and what KVM has, in the order of the wiring."""
+        """Yield all parts but RAM, disks and KVM's state, in the order of the wiring."""
         yield Part("pci", self.pci)
         yield from self._devices.parts()
         yield Part("uart0", self.uart)
@@ -324,7 +324,7 @@ class Machine:
         return primitives.save_state(self._vmm, self._vm_id)
 
     def restore_kvm(self, record: KvmRecord, policy: ClockPolicy) -> None:
-        """Let KVM go on from `record`; no vCPU has run, devices have been restored.
+        """Restore KVM's state from `record`; no vCPU has run, devices have been restored.
 
         Raises:
             RefusedError: the machine is not paused.
@@ -334,19 +334,19 @@ class Machine:
         primitives.restore_state(self._vmm, self._vm_id, record, policy)
 
     def become_another(self) -> None:
-        """Tell the guest that it is a copy: a clone, or back at a snapshot; while it is paused.
+        """Tell the guest that it is a copy: a clone, or from a snapshot; while it is paused.
 
-        After `machine.state.restore`. A guest that was moved is no copy.
+        After `machine.state.restore`. A moved guest is no copy.
         """
         self._generation.renew()
         self._devices.become_another()
 
     def adopt_fork(self, record: KvmRecord, policy: ClockPolicy) -> None:
-        """Be a clone, in a child that has forked from a process with this machine paused.
+        """Become a clone, in a child forked from a process with this machine paused.
 
-        Called on the child's only thread. What Python and RAM hold goes on as it is, with a VM of
-        KVM's that is new and continues from `record`; the machine stands paused, and `start` comes
-        before `resume`. See `machine.clone`.
+        Called on the child's only thread. Python's objects and RAM stay as they are, with a new VM
+        of KVM's that continues from `record`; the machine is paused, and `start` comes before
+        `resume`. See `machine.clone`.
 
         Raises:
             RefusedError: the machine was not paused.
@@ -366,7 +366,7 @@ class Machine:
         return primitives.info_of(self._vmm, self._vm_id)
 
     def exit_counts(self) -> dict[str, int]:
-        """Return how often the guest was left, by reason; empty where KVM does not count it."""
+        """Return how often the guest was left, by reason; empty if KVM does not count it."""
         return self._exit_counts.read() if self._exit_counts else {}
 
     def press_power_button(self) -> bool:
@@ -548,7 +548,7 @@ class Machine:
         if order is not None:
             self.fw_cfg.add_file("bootorder", order)
 
-    # What the guest does to the machine; on a vCPU thread
+    # Actions of the guest on the machine; on a vCPU thread
 
     def _end(self, outcome: Outcome) -> None:
         with self._outcome_lock:

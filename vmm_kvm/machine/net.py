@@ -1,4 +1,4 @@
-"""A network interface of a machine: what it is made of, and which part serves its queues."""
+"""A network interface of a machine: its parts, and the one that serves its queues."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
@@ -39,10 +39,10 @@ class NetSpec(NamedTuple):
     is_locked: bool = False
     """Whether frames from another address, or to one, are dropped (`locked lladdr`).
 
-    TapPath and StreamPath see to it; for the others, it has to be where their frames are.
+    TapPath and StreamPath do this; on other paths the mover of the frames has to.
     """
     is_up: bool = True
-    """Whether the guest finds the cable plugged in; see `Machine.set_link`."""
+    """Whether the link is up; see `Machine.set_link`."""
     kind: Literal["net"] = "net"
 
 
@@ -52,9 +52,9 @@ class Net(NamedTuple):
     dataplane: Dataplane
     """Who serves its queues."""
     set_link: Callable[[bool], None]
-    """Plugs its cable in or out, which the driver is told; any thread."""
+    """Sets its link, and tells the driver; any thread."""
     announce: Callable[[], None]
-    """Has the driver make itself known to the network, if it can; any thread."""
+    """Has the driver announce itself to the network, if it can; any thread."""
 
 
 def make_net(spec: NetSpec, memory: NetMemory) -> Net:
@@ -79,7 +79,7 @@ def make_net(spec: NetSpec, memory: NetMemory) -> Net:
 
 
 def make_backend(spec: NetSpec, port: FramePort) -> VirtioNet:
-    """Return the device itself, for whoever serves it."""
+    """Return the device itself, for its server."""
     return VirtioNet(port, spec.lladdr, name=spec.name, mtu=spec.mtu, is_locked=spec.is_locked)
 
 
@@ -118,8 +118,8 @@ def _remote(spec: NetSpec, path: RemotePath, memory: NetMemory) -> Net:
         def set_link(is_up: bool) -> None:
             server.override(STATUS_OFFSET, link_status(is_up=is_up))
 
-        # The cable is no business of the server's, whose frames the host's side stops. Its driver
-        # is not offered to announce itself: what it answers, the server hears alone.
+        # The link does not concern the server, whose frames the host's side stops. The driver is
+        # not offered GUEST_ANNOUNCE: only the server sees its answer.
         return Net(server, set_link, lambda: None)
     if spec.is_locked:
         client.close()
@@ -132,7 +132,7 @@ def _remote(spec: NetSpec, path: RemotePath, memory: NetMemory) -> Net:
 
 
 class _ServerPort:
-    """A port that takes few orders: the server sends what it sends."""
+    """A port with few settings: the server decides the frames."""
 
     def __init__(self, data: VhostUser) -> None:
         self._data = data
@@ -145,4 +145,4 @@ class _ServerPort:
         self._data.serve_first(2 * count)
 
     def set_filter(self, wanted: object) -> None:
-        """Do nothing: to filter is the guest's own affair, where nobody does it for it."""
+        """Do nothing: the guest filters frames itself."""

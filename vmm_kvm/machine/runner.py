@@ -1,8 +1,8 @@
 """vCPU threads: each runs its vCPU until the VM's termination.
 
 Each vCPU has one thread, in KVM_RUN for nearly all of its life. Exits for devices are dispatched
-on that thread, under the device's own lock; the other exits go to `on_exit`. When a vCPU may enter
-the guest, and when it has to come out, is decided by `vmm_kvm.primitives`.
+on that thread, under the device's own lock; the other exits go to `on_exit`. `vmm_kvm.primitives`
+decides when a vCPU may enter the guest, and when it has to leave it.
 """
 
 import threading

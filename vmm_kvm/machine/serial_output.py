@@ -2,10 +2,10 @@
 
 Any exit takes effect after the writes that were collected before it, with one exception: a guest
 that prints without interrupts reads LSR before each byte, which would make each byte a batch of its
-own. While a timer comes for the bytes soon, THR does nothing but send them, and LSR has nothing to
-tell, such a read is answered at once, by the loop that enters the guest. The timer comes often
-after output, ever less often while there is none. (To stop collecting instead would make KVM wait
-for a grace period in the guest's start.)
+own. While a timer will soon collect the bytes, writes to THR only send them, and LSR has its usual
+value, the loop that enters the guest answers such a read at once. The timer fires often after
+output, ever less often while there is none. (To stop collecting instead would make KVM wait for a
+grace period in the guest's start.)
 """
 
 from vmm_kvm.arch.x86 import layout
@@ -28,7 +28,7 @@ class SerialOutput:
     __slots__ = ("_clock", "_is_plain", "_poll_ns", "_timer", "_uart", "_vcpu", "early_read")
 
     def __init__(self, clock: Clock, uart: Uart16550, vcpu: Vcpu) -> None:
-        """Carry nothing yet; `vcpu` is any one of the VM, which share what is collected."""
+        """Prepare; `vcpu` is any one of the VM, which share the collected writes."""
         self._clock = clock
         self._uart = uart
         self._vcpu = vcpu
@@ -42,23 +42,23 @@ class SerialOutput:
         self._poll()
 
     def stop(self) -> None:
-        """Carry what is left of a guest that has stopped, and look no more."""
+        """Carry the remaining output of a stopped guest, and stop."""
         self.drain_all()
         self._timer.cancel()
 
     def note_plain(self, is_plain: bool) -> None:
-        """Take note of whether the UART does nothing but send; see there."""
+        """Note whether the UART is plain; see `Uart16550`."""
         self._is_plain = is_plain
         if not is_plain:
             self.early_read[0] = 0
 
     def drain(self, vcpu: Vcpu) -> None:
-        """Carry what was collected; the output that begins with it is looked after by the timer."""
+        """Carry collected output; the timer collects the output that follows."""
         if vcpu.write_collected_bytes(self._uart.write_all) and self._poll_ns > _POLL_MIN_NS:
             self._look_soon()
 
     def drain_all(self) -> None:
-        """Carry what was collected, of a guest that stands still."""
+        """Carry the collected output of a paused guest."""
         self.drain(self._vcpu)
 
     def _poll(self) -> None:

@@ -1,8 +1,8 @@
-"""What a machine is made of, and how a guest ends it: data alone.
+"""The parts of a machine, and its outcomes: data only.
 
 `MachineSpec.devices` is a tuple of a closed union. The record of each kind lies in the module of
-its device; the records tell by `kind` what they are, so that only the modules of devices that a
-machine has are loaded. `machine.wiring` makes the devices.
+its device; each record names its `kind`, so that only the modules of a machine's devices are
+loaded. `machine.wiring` makes the devices.
 """
 
 import enum
@@ -52,17 +52,17 @@ class MachineSpec(NamedTuple):
     initrd: tuple[str | FileSource, ...] = ()
     """Open, or by path; more than one only for Multiboot kernels."""
     variables: "Variables | None" = None
-    """What UEFI firmware keeps in flash memory below its own image; stays the caller's."""
+    """UEFI variables, in flash memory below the firmware's image; stays the caller's."""
     kernels: "Kernels | None" = None
     """Where unpacked kernels are kept; None for this user's cache."""
     boot_device: BootDevice = BootDevice.AUTO
-    """What firmware boots from, and what an OpenBSD kernel takes for its root."""
+    """The device that firmware boots from, and an OpenBSD kernel's root."""
     uuid: bytes | None = None
     """Of the system, sixteen bytes; None makes one of the name."""
     serial: str = ""
     """Serial number of the system; empty for none."""
     shares_memory: bool = False
-    """RAM has a descriptor, though no other process serves a device: others are to map it."""
+    """Whether RAM has a descriptor even if no other process serves a device, for others to map."""
 
 
 def nets_of(devices: "Iterable[DeviceSpec]") -> "list[NetSpec]":
@@ -88,7 +88,7 @@ def has_servers(devices: "Sequence[DeviceSpec]") -> bool:
 
 
 class Ending(enum.Enum):
-    """How a guest ends the machine in an orderly way."""
+    """Orderly ends of a machine by its guest."""
 
     POWER_OFF = "power off"
     """It entered S5."""

@@ -1,11 +1,10 @@
-"""The state of a whole machine: one walk over its parts, there and back.
+"""The state of a whole machine: one walk over its parts, to save and to restore.
 
-`save` returns everything that a guest can tell its machine from another one by, but for its RAM
-and disks; `restore` has a new machine go on from there. What comes from elsewhere is checked: types
-and ranges by the records, the rest by each part.
+`save` returns all state that a guest can observe, except RAM and disks; `restore` gives it to a new
+machine. Untrusted input is checked: types and ranges by the records, the rest by each part.
 
-Order: devices come before what KVM has. They drive their interrupt lines, and then the interrupt
-controllers get the state that they had, so that no edge is taken twice. Device threads start last,
+Order: devices come before KVM's state. They drive their interrupt lines, and then the interrupt
+controllers get their saved state, so that no edge is taken twice. Device threads start last,
 with `Machine.resume`: a message that they send reaches a local APIC that is there.
 """
 

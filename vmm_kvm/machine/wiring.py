@@ -57,7 +57,7 @@ _PIN_INTA = 1
 
 
 def ram_of(spec: "MachineSpec", hole_start: int, memory: GuestMemory | None) -> GuestMemory:
-    """Return the RAM of a machine: `memory`, if that is as it has to be, or else new.
+    """Return the RAM of a machine: `memory`, if it is suitable, or else new RAM.
 
     Raises:
         SpecError: `memory` is not, and closed now.
@@ -160,7 +160,7 @@ class Devices:
             self._functions.popitem()[1].close()
 
     def settle(self) -> None:
-        """Return when every device has done what the guest asked for; when no vCPU runs."""
+        """Return when every device has completed the guest's requests; when no vCPU runs."""
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.settle()
@@ -178,13 +178,13 @@ class Devices:
                 function.resume()
 
     def bind_again(self) -> None:
-        """Bind all notifications, where the machine's VM is another one than before."""
+        """Bind all notifications again, in a VM that replaces the machine's one before."""
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.bind_again()
 
     def log_writes(self, log: SharedLog | None) -> list[str]:
-        """Have other processes mark in `log` what they write to guest memory; None: no more.
+        """Have other processes mark in `log` their writes to guest memory; None stops that.
 
         Returns the names of the devices that cannot; then none does.
         """
@@ -210,7 +210,7 @@ class Devices:
                 yield from function.used_rings()
 
     def parts(self) -> Iterator[Part]:
-        """Yield what has a state, in the order of the slots."""
+        """Yield the parts with a state, in the order of the slots."""
         for slot, function in self._functions.items():
             name = f"pci.00:{slot:02x}.0"
             if isinstance(function, VirtioPci):
@@ -305,21 +305,21 @@ class Devices:
             self.first_disk = slot
 
     def set_link(self, index: int, *, is_up: bool) -> None:
-        """Plug the cable of network interface `index` in or out, in their order."""
+        """Set the link of network interface `index`, in their order."""
         self._nets[index].set_link(is_up)
 
     def announce(self) -> None:
-        """Have drivers of network interfaces make themselves known again, as far as they can."""
+        """Have drivers of network interfaces announce themselves again, as far as they can."""
         for net in self._nets:
             net.announce()
 
     def become_another(self) -> None:
-        """Leave what the guest's original has, and have the guest told."""
+        """Drop state that the guest's original keeps, and have the guest told."""
         if self.vsock:
             self.vsock.become_another()
 
     def prepare_to_resume(self) -> None:
-        """Tell the guest, before it goes on, that its clock stood still, if it listens."""
+        """Tell the guest, before it continues, that its clock stood still, if it listens."""
         if self._vmmci:
             self._vmmci.sync_rtc()
 
