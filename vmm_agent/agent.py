@@ -52,7 +52,7 @@ HANGUP_S = 5.0
 """How long a process group has between SIGHUP and SIGKILL."""
 DRAIN_S = 2.0
 """How long to wait for the last output of a terminal."""
-CLOSE_S = 10.0
+CLOSE_S = 5.0
 """How long a client has to take the end of its operation."""
 POLL_S = 0.1
 """Between two looks at what a client waits for."""
@@ -198,9 +198,11 @@ class Wire:
             view = view[size:]
 
     def finish(self) -> None:
-        """Have all sent, and wait until the client has closed: what it has not read stays."""
-        until = time.monotonic() + CLOSE_S
+        """Have all sent, and wait for a while until the client has closed."""
         with contextlib.suppress(GoneError):
+            while self._waiting:  # a client may be stopped, and go on later
+                self.wait(float("inf"))
+            until = time.monotonic() + CLOSE_S
             while time.monotonic() < until:
                 self.wait(until)
 
@@ -587,6 +589,8 @@ class Command:
 
     def _is_drained(self) -> bool:
         if self._has_terminal:
+            if self._wire.is_sending or not self._wire.room[OUTPUT]:
+                self._drain_until = time.monotonic() + DRAIN_S  # the client is not there yet
             return not self._outputs or time.monotonic() >= self._drain_until
         return not any(self._left.values()) if self._left else True
 

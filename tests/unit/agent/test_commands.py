@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from pathlib import Path
@@ -158,6 +159,37 @@ def test_end_of_input_on_a_terminal(agent: Agent) -> None:
         session.feed(b"x\n")
         session.end_input()
         assert session.finish() == {"status": 0}
+
+
+def test_a_terminal_that_is_read_late(agent: Agent) -> None:
+    """What a command has written on a terminal before its end waits for the reader."""
+    last = 40500
+    with agent.execute(["seq", str(last)], terminal=(24, 80), deadline=_soon(60)) as session:
+        session._deadline = _soon(guest_side.DRAIN_S + 2)
+        with pytest.raises(TimeoutError):
+            _wait_for_ever(session)
+        session._deadline = _soon(60)
+        shown = b""
+        while data := session.read(1 << 20):
+            shown += data
+        assert session.result == {"status": 0}
+    assert shown == b"".join(b"%d\r\n" % number for number in range(1, last + 1))
+
+
+def test_a_client_that_is_stopped(agent: Agent) -> None:
+    """What is written meanwhile, and the status, wait for a client that reads nothing."""
+    with agent.execute(["seq", "40500"], deadline=_soon(60)) as session:
+        pid = session.started["pid"]
+        assert isinstance(pid, int)
+        wait_until(lambda: not is_running(pid))
+        select.select((), (), (), guest_side.CLOSE_S + 1)
+        output = session.read(1 << 20)
+        assert session.result == {"status": 0}
+    assert output == b"".join(b"%d\n" % number for number in range(1, 40501))
+
+
+def _soon(seconds: float) -> float:
+    return time.monotonic() + seconds
 
 
 def test_a_signal_for_the_group(agent: Agent) -> None:
