@@ -1,0 +1,172 @@
+"""What users of machine monitors stumble over, and the tests that hold each kind of fault off.
+
+A kind is in the words of whoever meets it. The tests of a kind try several inputs of it, those that
+were reported and others. All but the last section failed on the tree before the kinds were mended.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+STUMBLES: Final[dict[str, tuple[str, ...]]] = {
+    # Data and terminals
+    "descriptors 0 to 2 are closed when a program starts": (
+        "tests/unit/test_standard_streams.py::test_closed_descriptors_are_opened_first",
+        "tests/unit/test_standard_streams.py::test_create_with_closed_descriptors",
+        "tests/kvm/test_closed_streams.py::test_a_closed_descriptor_is_never_a_disk",
+        "tests/system/vmd/test_closed_streams.py::test_a_closed_descriptor_is_never_a_disk",
+    ),
+    "standard output cannot be written": (
+        "tests/unit/test_standard_streams.py::test_verbs_whose_output_is_lost",
+        "tests/unit/test_standard_streams.py::test_other_programs",
+        "tests/kvm/test_closed_streams.py::test_a_full_output_changes_no_status",
+    ),
+    "a file of another format is taken for a raw disk": (
+        "tests/unit/block/test_vmctl_create.py::test_foreign_formats_are_refused",
+        "tests/unit/block/test_vmctl_create.py::test_compressed_images_are_refused",
+        "tests/unit/block/test_vmctl_create.py::test_archives_are_refused",
+        "tests/unit/block/test_vmctl_create.py::test_a_new_image_is_not_named_like_another_format",
+        "tests/unit/block/test_vmctl_create.py::test_a_base_that_is_no_image_is_refused",
+    ),
+    "a command that was ended leaves half a file": (
+        "tests/unit/block/test_vmctl_create.py::test_a_copy_that_is_ended_leaves_nothing",
+        "tests/unit/block/test_new_file.py::test_a_relative_name",
+    ),
+    "an overlay is made that nobody can open, or whose base changes": (
+        "tests/unit/block/test_vmctl_create.py::test_no_overlay_on_an_image_that_is_written",
+        "tests/unit/block/test_vmctl_create.py::test_no_overlay_that_nobody_can_open",
+    ),
+    "a device that is read-only is written; a sparse disk takes minutes to copy": (
+        "tests/unit/block/test_vmctl_create.py::test_a_read_only_device_is_not_written",
+        "tests/unit/block/test_vmctl_create.py::test_a_huge_disk_with_little_in_it",
+    ),
+    "the disk of the host is full": (
+        "tests/kvm/test_full_disk.py::test_a_guest_stands_still_until_there_is_room",
+        "tests/system/vmd/test_full_disk.py::test_a_vm_is_paused_until_there_is_room",
+        "tests/system/vmd/test_full_disk.py::test_a_guest_is_told_where_that_was_asked_for",
+    ),
+    "a table on a terminal crops names and numbers": (
+        "tests/unit/vmctl/test_every_verb.py::test_tables_are_never_cropped",
+        "tests/unit/vmctl/test_table.py::test_width",
+    ),
+    "a terminal stays as a guest has set it; a console repeats its history": (
+        "tests/unit/vmctl/test_attach.py::test_a_terminal_is_given_back",
+        "tests/unit/vmctl/test_terminal.py::test_what_was_changed_is_undone",
+        "tests/system/vmd/test_console.py::test_a_console_that_stays_attached_shows_nothing_twice",
+    ),
+    "a name is no UTF-8": (
+        "tests/unit/vmctl/test_every_verb.py::test_names_that_are_no_text",
+        "tests/system/vmd/test_names.py::test_files_of_the_configuration",
+        "tests/system/vmd/test_names.py::test_files_of_vmctl",
+    ),
+    "^C ends in a traceback": (
+        "tests/unit/vmctl/test_every_verb.py::test_interrupts",
+        "tests/unit/vmctl/test_every_verb.py::test_waiting_is_interrupted",
+    ),
+    "an answer that nobody expects ends in a traceback": (
+        "tests/unit/vmctl/test_unexpected.py::test_unexpected_answers",
+        "tests/unit/vmctl/test_unexpected.py::test_no_answer_is_a_traceback",
+    ),
+    # The daemon says yes and does nothing, or no without a reason
+    "a configuration that is not there, or not found from elsewhere, is an empty one": (
+        "tests/system/vmd/test_life.py::test_relative_paths_in_the_background",
+        "tests/system/vmd/test_life.py::test_a_named_configuration_has_to_be_there",
+    ),
+    "a mistake in a file that is read again forgets VMs": (
+        "tests/system/vmd/test_life.py::test_a_configuration_with_a_mistake_changes_nothing",
+    ),
+    "the client is not told where and what is wrong": (
+        "tests/unit/config/test_advice.py::test_what_two_vms_cannot_have",
+        "tests/unit/config/test_advice.py::test_the_same_name_twice",
+        "tests/unit/config/test_advice.py::test_switches",
+        "tests/unit/config/test_advice.py::test_more_memory_than_there_is",
+        "tests/system/vmd/test_life.py::test_broken_vms_can_be_skipped",
+    ),
+    "VMs that start or wait survive the end of all": (
+        "tests/unit/vmctl/test_stop.py::test_stop_of_all_and_wait",
+        "tests/unit/vmd/test_order.py::test_nothing_starts_while_starts_are_held",
+        "tests/system/vmd/test_stop.py::test_a_stop_of_all_leaves_none_to_start",
+        "tests/system/vmd/test_stop.py::test_vms_start_and_stop_in_order",
+    ),
+    "a VM ends and nobody knows why": (
+        "tests/system/vmd/test_stop.py::test_the_last_of_quick_reboots_is_told",
+        "tests/system/vmd/test_life.py::test_a_vm_that_dies_right_after_its_start_leaves_a_trace",
+        "tests/unit/vmctl/test_history.py::test_show_tells_all_of_a_vm",
+        "tests/unit/vmctl/test_history.py::test_what_was_logged_of_a_vm",
+    ),
+    "a network does not work, and nobody says so": (
+        "tests/system/vmd/test_passt.py::test_without_passt",
+        "tests/system/vmd/test_passt.py::test_a_host_that_is_offline",
+        "tests/system/vmd/test_passt.py::test_a_port_that_somebody_has",
+        "tests/unit/vmd/test_priv.py::test_rules_that_are_refused",
+    ),
+    "an option is ignored": (
+        "tests/unit/vmctl/test_start.py::test_what_start_refuses_itself",
+        "tests/unit/vmctl/test_verbs.py::test_run_and_start_have_the_same_options",
+        "tests/unit/vmctl/test_commands.py::test_a_dot_is_a_local_interface",
+    ),
+    "an error has a number and no subject": (
+        "tests/unit/vmctl/test_commands.py::test_names_are_checked_first",
+        "tests/unit/vmctl/test_commands.py::test_wait_in_its_own_words",
+        "tests/unit/block/test_locks.py::test_who_has_the_lock_is_named",
+    ),
+    "a message misleads a newcomer": (
+        "tests/unit/vmctl/test_commands.py::test_no_daemon",
+        "tests/unit/vmctl/test_commands.py::test_who_may_connect",
+        "tests/unit/vmctl/test_start_files.py::test_start_refuses_the_same_disk_twice",
+    ),
+    # Boot images and firmware
+    "firmware is refused as no firmware": (
+        "tests/unit/boot/test_bios.py::test_builds_of_ovmf",
+        "tests/unit/boot/test_bios.py::test_what_is_said_to_be_firmware_is_not_guessed",
+    ),
+    "a kernel that needs a BIOS, or a program, hangs": (
+        "tests/unit/boot/test_multiboot.py::test_xen_needs_a_bios",
+        "tests/unit/boot/test_linux.py::test_a_program_with_a_kernels_header_needs_a_bios",
+        "tests/unit/boot/test_bios.py::test_programs_are_named_as_what_they_are",
+    ),
+    "a test kernel finds a part of a PC missing": (
+        "tests/unit/devices/test_single_ports.py::test_port92_resets",
+        "tests/unit/boot/test_multiboot.py::test_low_kernels",
+        "tests/kvm/test_run.py::test_resets_in_a_row_are_told_once",
+    ),
+    # What was missed first
+    "a disk that is thrown away": (
+        "tests/kvm/test_disks.py::test_a_snapshot_is_thrown_away",
+        "tests/system/vmd/test_throw_away_disks.py::test_of_the_configuration",
+        "tests/system/vmd/test_throw_away_disks.py::test_of_a_client",
+    ),
+    "a forwarded port lets in the whole network, or not even this host": (
+        "tests/system/vmd/test_networks.py::test_forwards_from_the_loopback",
+        "tests/unit/config/test_forwards.py::test_forwards",
+    ),
+    "a time-out looks like a failure": (
+        "tests/unit/vmctl/test_start.py::test_start_and_wait",
+        "tests/unit/vmctl/test_commands.py::test_wait_ends",
+    ),
+    "a VM that is paused for two reasons goes on after one": (
+        "tests/kvm/test_holding.py::test_a_vm_stands_still_for_two_reasons",
+        "tests/system/vmd/test_full_disk.py::test_a_pause_and_a_full_disk_at_once",
+    ),
+    "a VM process is stopped by a signal": (
+        "tests/system/vmd/test_stop.py::test_a_pause_of_a_process_that_is_stopped",
+        "tests/system/vmd/test_stop.py::test_a_process_that_does_not_end_is_ended",
+        "tests/guest/test_requests.py::test_processors_an_alarm_and_a_stopped_process",
+    ),
+    "tools that others have written drive vmctl": (
+        "tests/system/vmd/test_tools.py::test_packer",
+        "tests/system/vmd/test_tools.py::test_salt",
+        "tests/system/vmd/test_tools.py::test_vman",
+        "tests/system/vmd/test_tools.py::test_syzkaller",
+    ),
+    # Held before, and tried since
+    "large discs, tags, groups, discards, reboots, kexec": (
+        "tests/unit/scsi/test_cdrom.py::test_a_disc_of_more_than_4_gib",
+        "tests/system/test_taps.py::test_tagged_frames_and_groups",
+        "tests/guest/test_disks.py::test_a_file_system_survives_a_reboot",
+        "tests/guest/test_linux.py::test_each_way_to_reboot_is_one",
+        "tests/guest/test_requests.py::test_kexec",
+        "tests/unit/devices/test_mc146818.py::test_alarms",
+    ),
+}
+"""Each kind of fault, and its tests by their places in the tree."""
