@@ -94,7 +94,7 @@ class Attached:
 
     def restore_screen(self) -> None:
         """Take back what the guest did to the terminal that shows it."""
-        with suppress(OSError):  # it has hung up: nobody is left to see it
+        with suppress(OSError):  # it has hung up: no reader is left
             os.write(1, self._state.restore())
 
     def run(self, greeting: str) -> None:

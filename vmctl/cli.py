@@ -28,7 +28,7 @@ class UsageError(Exception):
 
 
 class Invocation(NamedTuple):
-    """What a command line asks for."""
+    """Settings of a command line."""
 
     verb: Verb
     values: Values

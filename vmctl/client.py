@@ -356,7 +356,7 @@ class Client:
         self.ask("wait", "terminated", _named(name))
 
     def pause(self, name: int | str) -> None:
-        """Let a VM stand still.
+        """Pause a VM.
 
         Raises:
             RefusedError: it does not run, or is not the user's.
@@ -364,7 +364,7 @@ class Client:
         self.ask("pause", "done", _named(name))
 
     def unpause(self, name: int | str) -> None:
-        """Let a paused VM go on.
+        """Let a paused VM continue.
 
         Raises:
             RefusedError: it is not paused, or is not the user's.

@@ -73,7 +73,7 @@ class RawTerminal:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with suppress(termios.error):  # it has hung up: nobody is left to see it
+        with suppress(termios.error):  # it has hung up: no reader is left
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)
 
     def suspend(self) -> None:

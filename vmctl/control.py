@@ -30,7 +30,7 @@ def pause(words: Sequence[str]) -> int:
 
 
 def unpause(words: Sequence[str], *, force: bool = False) -> int:
-    """Let a paused VM go on; with `force` though it may run on another host."""
+    """Let a paused VM continue; with `force` though it may run on another host."""
     return _named("unpause", words[0], **({"force": True} if force else {}))
 
 

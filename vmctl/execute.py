@@ -201,7 +201,7 @@ class _Streams:
     def _restore_screen(self) -> None:
         """Take back what the command did to the terminal that shows it."""
         if self._state:
-            with suppress(OSError):  # it has hung up: nobody is left to see it
+            with suppress(OSError):  # it has hung up: no reader is left
                 os.write(1, self._state.restore().removesuffix(b"\r\n"))
 
 

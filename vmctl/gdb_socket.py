@@ -17,7 +17,7 @@ def open_server(
     `stack` ends it.
 
     Raises:
-        SpecError: there is no path, several, or nobody can listen there.
+        SpecError: there is no path, several, or an unusable one.
     """
     text = once(given, "gdb socket") or ""
     path = text.removesuffix(",wait")

@@ -40,7 +40,7 @@ NICS_MAX = 16
 
 
 class NicKind(StrEnum):
-    """What stands in front of the colon."""
+    """The part before the colon."""
 
     TAP = "tap"
     BRIDGE = "bridge"

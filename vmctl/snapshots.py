@@ -199,7 +199,7 @@ def start_from(client: Client, name: str, origin: str, *, clock: str = "") -> Fi
                 "is_snapshot": True,
                 "is_copy": True,
             }
-            # The user who starts it owns it, whoever owned the source.
+            # The user who starts it owns it, not the source's owner.
             del fields["uid"], fields["gid"]
             if clock:
                 fields["clock"] = clock

@@ -190,7 +190,7 @@ class Stdio:
         self._close(BrokenPipeError(0, "its reader has gone away"))
 
     def _close(self, err: OSError) -> None:
-        """Write no more; the guest goes on without output, unless its terminal is gone."""
+        """Stop writing; the guest runs on without output, unless its terminal is gone."""
         if self.is_closed:
             return
         self.is_closed = True

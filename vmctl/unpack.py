@@ -31,7 +31,7 @@ FILE, DIRECTORY, LINK = b"0", b"5", b"2"
 
 
 class Member(NamedTuple):
-    """What a tar stream has in front of a file's contents."""
+    """The header before a file's contents in a tar stream."""
 
     parts: tuple[bytes, ...]
     """Of its name; none is empty, `.` or `..`."""

@@ -40,7 +40,7 @@ class Verb(NamedTuple):
     words: str
     """Its operands, as its usage shows them."""
     help: str
-    """What it does, in a sentence."""
+    """Its purpose, in a sentence."""
     module: str
     """The module of vmctl that has its function."""
     function: str
@@ -252,7 +252,7 @@ _TABLE = (
         "\t\tid [user@]host",
         completes=(VM,),
     ),
-    Verb("pause", "id", "Let a VM stand still.", "control", "pause", completes=(VM,)),
+    Verb("pause", "id", "Pause a VM.", "control", "pause", completes=(VM,)),
     Verb(
         "receive",
         "name",
@@ -389,7 +389,7 @@ _TABLE = (
     Verb(
         "unpause",
         "id",
-        "Let a paused VM go on.",
+        "Let a paused VM continue.",
         "control",
         "unpause",
         (Option("-f", "force", "Though it may run on another host."),),

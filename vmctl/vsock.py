@@ -67,7 +67,7 @@ class VsockListener:
         for fd in list(self._clients):
             self._forget(fd).close()
         self._socket.close()
-        with suppress(OSError):  # somebody has removed it, or will have to
+        with suppress(OSError):  # it has been removed, or will have to be
             path = Path(self._path)
             if path.stat().st_ino == self._inode:
                 path.unlink()

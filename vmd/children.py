@@ -84,7 +84,7 @@ def control_plan(listener: socket.socket, uids: Uids | None) -> Plan:
             control = Control(loop, Channel(connection, CONTROL_AND_PARENT), listener)
             loop.run()
             control.close()
-            # A client's file may hold up the exit: until then, nobody may connect to us.
+            # A client's file may delay the exit: accept no connection until then.
             listener.close()
 
     return Plan(Kind.CONTROL, body, (listener.fileno(), *_held(uids)))
@@ -228,7 +228,7 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
 
 
 def resume(text: str) -> NoReturn:
-    """Be a zygote in an interpreter that was executed anew, see `fresh`."""
+    """Run a zygote in a newly executed interpreter, see `fresh`."""
 
     def body(told: Told) -> Callable[[socket.socket], None]:
         warmth = Warmth(told.warmth)

@@ -82,7 +82,7 @@ class Setting(NamedTuple):
     """None for an ordinary user, whose processes all stay that user's."""
     warmth: Warmth
     zygotes: int = 0
-    """How many execute the interpreter anew; 0 for one that is forked."""
+    """How many zygotes execute a new interpreter; 0 for one that is forked."""
     no_cgroups: str = ""
     """Why VMs have no control groups; empty if they have some, or a user runs the daemon."""
 

@@ -1,4 +1,4 @@
-"""Zygotes that execute the interpreter anew, so that each has a layout of addresses of its own.
+"""Zygotes that execute a new interpreter, so that each has an address layout of its own.
 
 Whatever is forked has the layout of whoever forks: without this, the parent, vmm, control and the
 processes of all VMs have the same one, and a guest that finds out one process's addresses knows the
@@ -29,7 +29,7 @@ Body = Callable[[socket.socket], None]
 
 
 class Told(NamedTuple):
-    """What a zygote has to know, by the numbers of descriptors that it has."""
+    """A zygote's settings, with the numbers of its descriptors."""
 
     kvm_fd: int
     uids: tuple[int, int, int] | None
@@ -51,7 +51,7 @@ class Told(NamedTuple):
 
 
 def fresh_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Warmth) -> Plan:
-    """Return how to make a zygote that executes the interpreter anew."""
+    """Return how to make a zygote that executes a new interpreter."""
     leased = None if uids is None else (*uids.part, uids.fd)
     told = Told(kvm_fd, leased, tuple(held), str(warmth))
 

@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 
 class Options(NamedTuple):
-    """What the command line asks for."""
+    """Settings of the command line."""
 
     is_foreground: bool = False
     """-d"""

@@ -31,7 +31,7 @@ from vmm_kvm.limits import DISK_QUEUES_MAX, DISK_SERIAL_MAX
 
 
 class DiskKind(StrEnum):
-    """What stands in front of the colon."""
+    """The part before the colon."""
 
     PROBE = ""
     RAW = "raw"
@@ -41,7 +41,7 @@ class DiskKind(StrEnum):
 
 
 class OnError(StrEnum):
-    """What happens when the host cannot read or write a disk."""
+    """The reaction when the host cannot read or write a disk."""
 
     STOP = "stop"
     """The VM is paused, and the request is tried again when it is unpaused."""

@@ -42,16 +42,16 @@ class Right(StrEnum):
 
 
 class GuestClock(StrEnum):
-    """What the clock of a copy shows that goes on from a snapshot: words of `clock`."""
+    """The clock of a VM started from a snapshot: words of `clock`."""
 
     FROZEN = "frozen"
-    """It goes on from the snapshot's."""
+    """It continues from the snapshot's."""
     NOW = "now"
     """It shows the host's time."""
 
 
 class Owner(NamedTuple):
-    """Who something belongs to. A uid of None is the user that runs the daemon, mostly root."""
+    """The owner of something. A uid of None is the user that runs the daemon, mostly root."""
 
     uid: int | None = None
     gid: int | None = None
@@ -162,7 +162,7 @@ class VmConfig(NamedTuple):
     owner: Owner = Owner()
     allow_instance: frozenset[Right] = frozenset()
     instance_owner: Owner | None = None
-    """Who may make instances of it, besides root."""
+    """The users who may make instances of it, besides root."""
     allow_snapshot: bool = False
     """Its owner may make snapshots of it."""
     given: frozenset[Right] = frozenset()

@@ -51,7 +51,7 @@ class ConfigErrors(Exception):  # noqa: N818 - it is several
 
 
 class Reading(NamedTuple):
-    """What came of reading a vm.conf."""
+    """The result of reading a vm.conf."""
 
     config: Config = Config()
     """Its contents, as far as they were understood."""

@@ -27,7 +27,7 @@ FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"
 DISK_OPTIONS = ("ro", "serial", "queues", "error", "private", "snapshot")
 """Words of the block of a disk, which OpenBSD does not have."""
 SNAPSHOT = "snapshot"
-"""What `allow` takes that is ours."""
+"""Words of `allow` that are ours."""
 OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "limit", "stop", "vsock")
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")

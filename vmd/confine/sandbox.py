@@ -56,7 +56,7 @@ class Identity(NamedTuple):
 
 
 class Confinement(NamedTuple):
-    """What is left to one kind of process."""
+    """The confinement of one kind of process."""
 
     filter: Filter
     limits: tuple[tuple[int, int], ...] = ()

@@ -92,7 +92,7 @@ class Refuse(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """What one kind of process may call."""
+    """The system calls of one kind of process."""
 
     allowed: tuple[Allow, ...]
     refused: tuple[Refuse, ...] = ()

@@ -31,7 +31,7 @@ UNCLOSED_MAX = 128
 
 
 class Loop(Protocol):
-    """What is needed of an event loop."""
+    """The event loop, as far as it is needed."""
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> bool:
         """Call `callback` while `fd` is readable, or has hung up."""
@@ -83,7 +83,7 @@ class ClientFiles:
     def keep(self, uid: int, parcel: int, keeper: int) -> None:
         """Keep the file of a parcel that another process has made; takes over both descriptors."""
         fd = None
-        with suppress(OSError):  # no descriptors left: whoever has the last reference waits
+        with suppress(OSError):  # no descriptors left: the holder of the last reference waits
             fd = unwrap(parcel)
         if fd is None:
             os.close(keeper)

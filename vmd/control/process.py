@@ -282,7 +282,7 @@ class Control:
                     assert_never(received.message)
 
     def _keep(self, uid: int, fds: Fds) -> None:
-        if not fds.are_lost:  # else whoever has it last waits
+        if not fds.are_lost:  # else its last holder waits
             parcel, keeper = fds.take(0), fds.take(1)
             self._files.keep(uid, parcel, keeper)
 

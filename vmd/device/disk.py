@@ -89,7 +89,7 @@ class _Disk(VirtioBlk):
             unlock(fd)
 
     def take_back(self) -> None:
-        """Lock the image, if nobody has it, and read it again."""
+        """Lock the image, if it is free, and read it again."""
         if self._is_lent:
             option = self._disk.option
             lock(self._kept[0], option.path, writes=writes_image(option))
@@ -131,7 +131,7 @@ def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> V
         )
     counters = Counters(counters_fd)
     watch = _Watch(counters, chain[0])
-    kept = list(map(os.dup, chain)) if scratch is None else []  # an overlay is nobody else's
+    kept = list(map(os.dup, chain)) if scratch is None else []  # an overlay has no other user
     try:
         watch.note(is_found=True)
         image = _open(disk, chain, scratch)

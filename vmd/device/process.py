@@ -55,7 +55,7 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
     with Channel(connection, DEVICE_AND_VMM) as vmm:
         try:
             begin, fds, _size = vmm.wait()
-        except ChannelError as err:  # nobody needs this process any more
+        except ChannelError as err:  # this process is not needed any more
             log.debug("vmm: %s", err)
             return 0
         with fds:

@@ -28,7 +28,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class Questions(NamedTuple):
-    """What this asks the rest of the parent."""
+    """Requests to the rest of the parent."""
 
     rows: Callable[[Callable[[list[VmRow]], None]], None]
     """Calls its argument once with all VMs, soon."""

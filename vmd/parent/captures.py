@@ -11,7 +11,7 @@ from vmm_kvm.memfd import ALL_SEALS, SIZE_SEALS
 
 
 class CaptureError(Exception):
-    """There is nothing for clones to go on from; the message is one line."""
+    """There is no state for clones; the message is one line."""
 
 
 def keep(vm: Vm, fds: Fds) -> Captured:
@@ -55,7 +55,7 @@ def _reopened(fds: Fds, at: int, seals: int, stack: ExitStack) -> int:
 def open_again(fd: int) -> int:
     """Return another open file description of memory, for reading; the caller's.
 
-    Its file offset is nobody else's.
+    It has a file offset of its own.
 
     Raises:
         OSError: this process has no descriptors left.

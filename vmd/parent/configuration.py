@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     """The configuration file need not be there."""
     users: Users
     uid: int
-    """Who the configuration file speaks for."""
+    """The user for whom the configuration file speaks."""
     set_socket_owner: Callable[[Owner | None], None]
     address: str | bytes
     """Of the listening socket, as the kernel tells it."""

@@ -101,7 +101,7 @@ class Later(TimedLoop, Protocol):
 
 
 class Clients(Protocol):
-    """Those who ask, and are told."""
+    """Clients, and their answers."""
 
     def answer(self, client: int, answer: AnyAnswer, fds: Sequence[int] = ()) -> None:
         """Answer a client; takes ownership of `fds`."""
@@ -121,7 +121,7 @@ class Vmm(Protocol):
 
 
 class Interfaces(Protocol):
-    """Who makes the network interfaces of VMs."""
+    """Makes the network interfaces of VMs."""
 
     def attach(self, vm: Vm, then: Then) -> None:
         """Make a VM's interfaces, or find those from before its reboot; then call `then` once."""
@@ -131,7 +131,7 @@ class Interfaces(Protocol):
 
 
 class Terminals(Protocol):
-    """Who makes the consoles of VMs."""
+    """Makes the consoles of VMs."""
 
     def open(self, vm: Vm) -> Pty:
         """Return a VM's console, the same until `close`.
@@ -208,7 +208,7 @@ class Effects:
 
     @property
     def inquiries(self) -> Inquiries:
-        """What asks VM processes for statistics."""
+        """Asks VM processes for statistics."""
         return self._inquiries
 
     @property
@@ -345,12 +345,12 @@ class Effects:
     # Launching
 
     def _launch(self, vm: Vm) -> None:
-        """Make a VM's interfaces; then go on."""
+        """Make a VM's interfaces; then continue."""
         if not self._was_stopped(vm):
             self._networks.attach(vm, lambda found: self._launch_with(vm, found))
 
     def _launch_with(self, vm: Vm, networks: Sequence[Interface] | ResourceError) -> None:
-        """Have files of a client's opened; then go on."""
+        """Have a client's files opened; then continue."""
         if isinstance(networks, ResourceError):
             self._launch_failed(vm, networks.code, str(networks))
             return

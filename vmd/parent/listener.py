@@ -26,7 +26,7 @@ def listen(path: str) -> socket.socket:
     """Make the control socket at `path`, in place of an abandoned one.
 
     Raises:
-        ListenerError: somebody serves it, or it cannot be made.
+        ListenerError: another program serves it, or it cannot be made.
     """
     try:
         return listening.listen(

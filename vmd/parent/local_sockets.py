@@ -80,7 +80,7 @@ def open_dns(address: str, interface: str) -> int:
     """Return a UDP socket on port 53 of an address, which hears that interface alone.
 
     Raises:
-        OSError: somebody else has that port, or there is no such address.
+        OSError: the port is in use, or there is no such address.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as dns:

@@ -43,7 +43,7 @@ Then = Callable[[list[FoundFile], list[int]], None]
 Keep = Callable[[int, int, int], None]
 """Takes over a parcel of a user's, and its keeper."""
 Else = Callable[[OpeningError], None]
-"""What is called when one is not to be had."""
+"""Called when one is unavailable."""
 
 
 class _Opener:
@@ -166,7 +166,7 @@ class Openers:
             return
         if opener.timer:
             opener.timer.cancel()
-        # What it said last may not have been read yet.
+        # Its last messages may be unread yet.
         self._loop.call_soon(lambda: self._drained(opener))
 
     def _drained(self, opener: _Opener) -> None:

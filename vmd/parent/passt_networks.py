@@ -67,7 +67,7 @@ class _Stream:
 
 
 class _Held:
-    """What there is of one VM's network."""
+    """One VM's network."""
 
     __slots__ = ("links", "streams", "vm")
 

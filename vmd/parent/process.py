@@ -222,7 +222,7 @@ class Parent:
         """End all VMs; `on_idle` is called once, when none is left."""
         self._effects.end_all(on_idle)
 
-    # What the SNMP agent asks
+    # Requests of the SNMP agent
 
     def _ask_rows(self, answer: Callable[[list[VmRow]], None]) -> None:
         vms = self._registry.vms

@@ -107,7 +107,7 @@ class RequestLog:
             verb = "remove" if asked.kind is RemoveSnapshot else asked.kind.__name__.lower()
             why = answer.message or answer.code
             text = f"{verb} by {user} failed: {why}"
-            if answer.code is ErrorCode.EPERM:  # nobody fills the history of others' VMs
+            if answer.code is ErrorCode.EPERM:  # no user fills the history of others' VMs
                 vm_id = 0
         else:
             text = f"{_DONE[asked.kind]} by {user}"

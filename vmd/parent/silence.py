@@ -7,7 +7,7 @@ from vmd.wire.channel import Timer
 from vmm_kvm.clock import NANOSECONDS
 
 PATIENCE_S = 10
-"""How long a process may take to say that its VM stands still, or goes on."""
+"""How long a process may take to report that its VM is paused, or runs."""
 _STOPPED = {"T", "t"}
 """In /proc/PID/stat: by a signal, or by a debugger. Source: proc_pid_stat(5)."""
 

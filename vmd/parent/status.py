@@ -122,7 +122,7 @@ class StatusQuestion:
             self._finish()
 
     def cancel(self) -> None:
-        """Forget it: nobody waits for the answer."""
+        """Forget it: no client waits for the answer."""
         self._is_over = True
         self._timer.cancel()
         for vm_id in self._missing:

@@ -227,7 +227,7 @@ class TapNetworks:
     def _attach(self, vm_id: int, held: _Held) -> None:
         """Ask priv for interfaces, or tell a new priv of existing ones."""
         if not self._priv.is_there:
-            return  # it is told when there is one
+            return  # the next one gets it
         held.sent = held.specs
         if held.attached:
             specs = zip(held.specs, held.attached, strict=True)

@@ -54,10 +54,10 @@ class Piece(NamedTuple):
     what: str
     """As an operator knows it."""
     needs: str
-    """What the kernel has to have for it."""
+    """The kernel's features that it needs."""
     rules: tuple[tuple[Chain, str], ...]
     place: Place | None = None
-    """Whose rules they are; None for those of all."""
+    """The VM of the rules; None for common ones."""
     is_lock: bool = False
     opens_loopback: bool = False
     """The guest's interface has to accept packets of the loopback network; the guard keeps the

@@ -113,7 +113,7 @@ class Rtnetlink:
     def _made(self, name: str) -> Link:
         found = self.find(name)
         if found is None:
-            raise LinkError(name, 19)  # ENODEV: somebody has removed it already
+            raise LinkError(name, 19)  # ENODEV: it has been removed already
         return found
 
     def delete(self, link: Link) -> None:

@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Tell whoever listens to events."""
+    """Send to clients that listen to events."""
 
     event: Event
 
@@ -104,7 +104,7 @@ class OpenDebugger(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Close descriptors that nobody needs any more."""
+    """Close descriptors that are not needed any more."""
 
     passed: Passed
 

@@ -1,4 +1,4 @@
-"""What the rules know of time."""
+"""Time, as the rules see it."""
 
 from typing import Protocol
 

@@ -20,11 +20,11 @@ from vmd.wire.messages import AnyAnswer, ErrorCode, EventKind, Failed, Started
 from vmd.wire.transfers import Clone, Cloned, ClonedVm
 
 NUMBER = "%d"
-"""What stands for a number in the name of clones."""
+"""The placeholder of a number in the name of clones."""
 
 
 class Table(NamedTuple):
-    """What the registry does for clones."""
+    """The registry's part of cloning."""
 
     find: Callable[[str], Vm | None]
     over_limit: Callable[[Sequence[VmConfig], int], Denied | None]
@@ -99,7 +99,7 @@ class Clones:
         return [Answer(ticket.client, Cloned(serial=starting.ticket.serial, vms=vms))]
 
     def client_left(self, client: int) -> None:
-        """Forget what a client has asked for; clones that start go on."""
+        """Forget a client's requests; clones that are starting continue."""
         self._plans = {key: plan for key, plan in self._plans.items() if key.client != client}
         self._starting = {key: each for key, each in self._starting.items() if key.client != client}
 

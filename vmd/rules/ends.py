@@ -22,7 +22,7 @@ GONE_PER_USER = 32
 
 
 class History:
-    """What was logged of one VM."""
+    """The log lines of one VM."""
 
     def __init__(self) -> None:
         """Begin without a line."""

@@ -394,7 +394,7 @@ def _paused(vm: VmState) -> Step:
     effects: list[Effect] = [_done(vm, ticket) for ticket in vm.pausers]
     effects.append(_published_pause(vm))
     vm = vm._replace(pausers=())
-    if vm.unpausers:  # somebody wants it to go on since
+    if vm.unpausers:  # a client has unpaused it since
         return vm._replace(phase=Phase.UNPAUSING), (*effects, SendUnpause())
     return vm._replace(phase=Phase.PAUSED), tuple(effects)
 
@@ -428,7 +428,7 @@ def _halted(vm: VmState, event: Halted) -> Step:
 
 
 def _is_in_doubt(vm: VmState) -> bool:
-    """Tell whether nobody knows if the VM runs on another host."""
+    """Tell whether it is unknown if the VM runs on another host."""
     return vm.halt is not None and vm.halt.reason is HaltReason.IN_DOUBT
 
 

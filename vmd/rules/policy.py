@@ -33,7 +33,7 @@ class Denied(NamedTuple):
 
 
 class Users(NamedTuple):
-    """Who is who on this host."""
+    """Users and groups of this host."""
 
     administrators: frozenset[int]
     """User ids."""

@@ -1,4 +1,4 @@
-"""Who is connected with a port of a guest or may debug it, and who is not."""
+"""Access to ports of guests, and to debugging."""
 
 from vmd.rules.actions import Action, Answer, OpenDebugger, OpenPort
 from vmd.rules.vm import Vm
@@ -10,7 +10,7 @@ from vmd.wire.ports import Connect, Debug
 def open_stream(ticket: Ticket, vm: Vm, request: Connect | Debug) -> Action:
     """Return what is to be done for a client that may reach the guest.
 
-    A guest that stands still, or boots, accepts later or not at all, as it would by a network.
+    A guest that is paused, or boots, accepts later or not at all, as over a network.
     """
     if isinstance(request, Connect) and not vm.config.has_vsock:
         return _refuse(ticket, ErrorCode.EINVAL, "the VM has no vsock device")

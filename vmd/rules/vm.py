@@ -52,15 +52,15 @@ class Passed(NamedTuple):
     stream: int | None = None
     """Where the VM comes from that is received, or goes to that is sent."""
     replies: int | None = None
-    """What the sender hears of the receiver, where a VM is handed over."""
+    """The receiver's messages to the sender, when a VM is handed over."""
     manifest: str = ""
     """What was read of the stream."""
     stays_paused: bool = False
-    """It is to stand still when it is received."""
+    """It is to be paused when it is received."""
     is_snapshot: bool = False
     """The stream is a snapshot's file."""
     is_copy: bool = False
-    """It is somebody else than the VM that was written."""
+    """It is a copy of the VM that was written."""
     clock: GuestClock = GuestClock.NOW
     """Of one that is received."""
 
@@ -92,7 +92,7 @@ class Sink(NamedTuple):
     """A stream, or an empty file; its holder's. None for the daemon's store."""
     is_snapshot: bool = False
     uid: int = 0
-    """Whose snapshot it is in the store."""
+    """The owner of the snapshot in the store."""
     name: str = ""
     """Of the snapshot there."""
     replies: int | None = None
@@ -100,7 +100,7 @@ class Sink(NamedTuple):
 
 
 class Inherited:
-    """Files of a VM that its clones have too; who makes it closes them when nobody has it."""
+    """Files that a VM shares with its clones; its maker closes them when they are unused."""
 
     def __init__(self, passed: Passed) -> None:
         """Hold descriptors."""
@@ -108,7 +108,7 @@ class Inherited:
 
 
 class Captured:
-    """What clones of a VM go on from; who makes it closes it when nobody has it."""
+    """State for clones of a VM; its maker closes it when it is unused."""
 
     def __init__(self, state: int, memory: int, inherited: Inherited | None) -> None:
         """Hold two descriptors of memory, and what of its files clones have."""
@@ -141,9 +141,9 @@ class Vm:
         self.sink: Sink | None = None
         """Where it is to be written, until its process has it."""
         self.captured: Captured | None = None
-        """What its clones continue from, while it is paused."""
+        """State for its clones, while it is paused."""
         self.origin: Captured | None = None
-        """What it continues from itself, until its guest runs, if it is a clone."""
+        """Its own state to continue from, until its guest runs, if it is a clone."""
         self.inherited: Inherited | None = None
         """Files of the VM that it is a clone of, for all of its starts."""
         self.clone_of = ""
@@ -156,7 +156,7 @@ class Vm:
         """When its guest began to run, in seconds since 1970-01-01 UTC."""
         self.last_end: EndInfo | None = None
         self.history = History()
-        """What was logged of it."""
+        """Its log lines."""
 
     @property
     def files(self) -> Passed | None:

@@ -13,7 +13,7 @@ from vmm_kvm.errors import HaltReason
 
 
 class Phase(Enum):
-    """What a VM is doing."""
+    """The phases of a VM."""
 
     STOPPED = "stopped"
     WAITING = "waiting"
@@ -67,9 +67,9 @@ class VmState(NamedTuple):
     tty: str = ""
     """Path of the console, if there is one."""
     starter: Ticket | None = None
-    """Who is told when it runs."""
+    """Requests that are answered when it runs."""
     waiters: tuple[Ticket, ...] = ()
-    """Who is told when it ends."""
+    """Requests that are answered when it ends."""
     pausers: tuple[Ticket, ...] = ()
     unpausers: tuple[Ticket, ...] = ()
     halt: Halted | None = None
@@ -79,7 +79,7 @@ class VmState(NamedTuple):
     is_overdue: bool = False
     """Its guest did not stop in time, and it is being ended."""
     sender: Ticket | None = None
-    """Who is told what has become of the stream."""
+    """The request that is answered with the stream's result."""
     was_paused: bool = False
     """It stood still before it was to be sent."""
     snapshot: str | None = None
@@ -104,7 +104,7 @@ class Start(NamedTuple):
 
     ticket: Ticket | None = None
     stays_paused: bool = False
-    """It is received, and is to stand still."""
+    """It is received, and is to be paused."""
     is_template: bool = False
 
 
@@ -125,13 +125,13 @@ class Wait(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """Somebody wants it to stand still."""
+    """A client wants it paused."""
 
     ticket: Ticket
 
 
 class Unpause(NamedTuple):
-    """Somebody wants it to go on."""
+    """A client wants it unpaused."""
 
     ticket: Ticket
     force: bool = False
@@ -143,7 +143,7 @@ class Send(NamedTuple):
 
     ticket: Ticket
     keeps_running: bool = False
-    """It is to go on then."""
+    """It is to continue then."""
     is_snapshot: bool = False
     snapshot: str = ""
     """The snapshot's name in the store, if it is there."""
@@ -152,7 +152,7 @@ class Send(NamedTuple):
 
 
 class Capture(NamedTuple):
-    """Somebody wants others to go on from where it stands."""
+    """A client wants clones of it."""
 
     ticket: Ticket
 
@@ -215,7 +215,7 @@ class Captured(NamedTuple):
 
 
 class Silent(NamedTuple):
-    """Its process does not say that it stands still or goes on; it may yet."""
+    """Its process has not reported that it is paused or runs; it still may."""
 
     message: str = ""
 
@@ -322,7 +322,7 @@ class SendState(NamedTuple):
 
 
 class SendCapture(NamedTuple):
-    """Have the VM process hand over what clones go on from; `Captured` or `SendFailed` follows."""
+    """Have the VM process hand over the state for clones; `Captured` or `SendFailed` follows."""
 
 
 class CancelSend(NamedTuple):
@@ -353,7 +353,7 @@ class End(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """Tell whoever listens to events."""
+    """Send to clients that listen to events."""
 
     kind: EventKind
     message: str = ""

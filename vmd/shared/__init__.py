@@ -1,1 +1,1 @@
-"""What several processes of the daemon use."""
+"""Code that several processes of the daemon use."""

@@ -194,7 +194,7 @@ class _Descriptor(logging.Handler):
                 return False
         except BlockingIOError:
             return False
-        except OSError:  # nobody will ever read it
+        except OSError:  # no reader will come
             return True
         return True
 
@@ -237,7 +237,7 @@ def open_log(*, is_foreground: bool) -> None:
     """Choose the destination of messages: standard error in the foreground, else syslog.
 
     Raises:
-        OSError: nobody reads `/dev/log`; messages go to standard error then.
+        OSError: `/dev/log` has no reader; messages go to standard error then.
     """
     root = logging.getLogger()
     if _handler not in root.handlers:
@@ -272,7 +272,7 @@ def resume(fd: int, sink: Sink, level: int) -> None:
 
 
 def forked() -> None:
-    """Begin anew in a process that was just forked, before it logs anything."""
+    """Start afresh in a process that was just forked, before it logs anything."""
     _handler.forget()
 
 

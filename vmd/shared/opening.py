@@ -54,7 +54,7 @@ class Files:
         self.found: list[FoundFile] = []
         """In the order in which they were wanted."""
         self.fds: list[int] = []
-        """What `found` has the indices of."""
+        """The descriptors that `found` indexes."""
 
     def __enter__(self) -> Self:
         return self

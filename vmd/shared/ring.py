@@ -17,7 +17,7 @@ from vmm_kvm.memfd import make_memory
 CAPACITY = 256 * 1024
 """Bytes that a slow reader may lag before it misses some."""
 REPLAY = 64 * 1024
-"""Bytes that are shown to whoever comes late."""
+"""Bytes that a late reader is shown."""
 
 _TOTAL = struct.Struct("<Q")
 _SIZE = _TOTAL.size + CAPACITY

@@ -51,14 +51,14 @@ class Capturing:
         self._on_end = on_end
         self._thread: threading.Thread | None = None
         self.is_still = True
-        """Whether the machine stands still to be captured."""
+        """Whether the machine is paused to be captured."""
         self.is_written = False
         """Whether the machine is not needed any more."""
         self._is_cancelled = False
         self._fds: list[int] = []
 
     def begin(self, machine: "Machine", spec: VmSpec, cpuid: tuple[CpuidRecord, ...]) -> None:
-        """Capture a machine that stands still; what fails is told later.
+        """Capture a paused machine; failures are reported later.
 
         `cpuid` is what this host's processor shows to such a guest.
         """
