@@ -3,10 +3,12 @@
 import fcntl
 import os
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from vmd.rules.vm import Captured, Inherited, Passed, Vm
 from vmd.wire.channel import ChannelError, Fds
+from vmd.wire.internal import VmSpec
 from vmm_kvm.memfd import ALL_SEALS, SIZE_SEALS
 
 
@@ -27,7 +29,7 @@ def keep(vm: Vm, fds: Fds) -> Captured:
         try:
             state = _reopened(fds, 0, ALL_SEALS, stack)
             memory = _reopened(fds, 1, SIZE_SEALS, stack)
-            inherited = _inherited(vm.files)
+            inherited = vm.lent or _inherited(vm.files)
         except (OSError, ChannelError) as err:
             raise CaptureError(str(err)) from err
         stack.pop_all()
@@ -61,6 +63,26 @@ def open_again(fd: int) -> int:
         OSError: this process has no descriptors left.
     """
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def lend(vm: Vm, spec: VmSpec, fds: Sequence[int]) -> Inherited:
+    """Return what clones of a template have of its files, all of its disks among it.
+
+    A lock of an image goes with its descriptor: nobody else writes to it as long as a clone is
+    there.
+
+    Raises:
+        OSError: this process has no descriptors left.
+    """
+    passed = vm.files or Passed(uid=vm.requester)
+    lent = passed._replace(
+        disks=tuple(tuple(fds[at] for at in disk.chain) for disk in spec.disks),
+        formats=tuple(disk.formats for disk in spec.disks),
+        is_judged=True,
+    )
+    inherited = _inherited(lent)
+    assert inherited
+    return inherited
 
 
 def _inherited(passed: Passed | None) -> Inherited | None:

@@ -374,6 +374,12 @@ class Effects:
         except OSError as err:
             self._launch_failed(vm, ErrorCode.EIO, err.strerror or str(err))
             return
+        try:
+            vm.lent = captures.lend(vm, spec, fds) if vm.state.is_template else None
+        except OSError as err:
+            Fds(fds).close()
+            self._launch_failed(vm, ErrorCode.EIO, err.strerror or str(err))
+            return
         self._launched.add(vm.id)
         self._ttys[vm.id] = pty.name
         if spec.kernel is None:

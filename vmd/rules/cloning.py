@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from vmd.config.disks import DiskKind
+from vmd.config.disks import DiskKind, DiskOption, writes_image
 from vmd.config.model import InterfaceConfig, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.actions import Action, Answer
@@ -147,20 +147,47 @@ def clone_config(source: Vm) -> VmConfig | Denied:
         problem = _why_not_shared(interface)
         if problem:
             return Denied(ErrorCode.EINVAL, f"interface {index}: {problem}")
-    for disk in config.disks:
-        if disk.kind in {DiskKind.PMEM, DiskKind.VHOST_USER}:
-            return Denied(ErrorCode.EINVAL, f"disk {disk.path}: {disk.kind} cannot be cloned")
-        if not disk.is_read_only:
-            return Denied(ErrorCode.EINVAL, f"disk {disk.path}: its clone would write to it too")
+    for index, disk in enumerate(config.disks):
+        problem = _why_not_cloned(source, index, disk)
+        if problem:
+            return Denied(ErrorCode.EINVAL, f"disk {disk.path}: {problem}")
     if config.disks and not source.state.is_template:
         text = "a VM with disks has to be a template, see start --template"
         return Denied(ErrorCode.EINVAL, text)
-    return config._replace(parent=None, after=(), where="")
+    return config._replace(
+        parent=None,
+        allow_instance=frozenset(),
+        instance_owner=None,
+        after=(),
+        where="",
+        disks=tuple(
+            disk._replace(is_snapshot=True) if writes_image(disk) else disk for disk in config.disks
+        ),
+        interfaces=tuple(each._replace(tap=None, forwards=()) for each in config.interfaces),
+    )
 
 
 def _why_not_shared(interface: InterfaceConfig) -> str:
-    """Return why a clone cannot have such an interface with the same lladdr."""
-    return "a clone needs one of its own" if interface else ""
+    """Return why a clone cannot have such an interface, whose lladdr its guest knows."""
+    if interface.switch and not interface.is_local:
+        return f"its lladdr would be on switch {interface.switch} twice"
+    return ""
+
+
+def _why_not_cloned(source: Vm, index: int, disk: DiskOption) -> str:
+    """Return why a clone cannot have a disk of a template; what it writes vanishes with it."""
+    if disk.kind in {DiskKind.PMEM, DiskKind.VHOST_USER}:
+        return f"{disk.kind} cannot be cloned"
+    if disk.is_read_only:
+        return ""
+    if disk.is_snapshot:
+        return "what the guest writes vanishes with the VM"
+    if not source.state.is_template:
+        return "its clone would write to it too, see start --template"
+    formats = source.lent.passed.formats[index] if source.lent else ()
+    if formats and formats[0] is not DiskKind.RAW:
+        return f"an image in the format {formats[0]}, of which the template's process has a part"
+    return ""
 
 
 def clone_names(pattern: str, count: int, is_taken: Callable[[str], bool]) -> list[str] | Denied:

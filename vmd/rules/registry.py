@@ -572,8 +572,7 @@ class Registry:
                     yield from self._drop_passed(vm)
                 case _:
                     yield Perform(vm, effect)
-        if vm.state.phase is not Phase.PAUSED:
-            vm.captured = None  # it is not as it was any more
+        vm.give_back(is_forgotten=vm.id not in self._vms)
         if vm.state.phase in IDLE:  # it may not have started at all
             yield from self._drop_passed(vm)
 

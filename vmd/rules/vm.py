@@ -16,7 +16,7 @@ from vmd.config.model import (
 )
 from vmd.rules import lifecycle
 from vmd.rules.ends import History
-from vmd.rules.vm_state import VmState
+from vmd.rules.vm_state import Phase, VmState
 from vmd.wire.leaving import HandoverPlan
 from vmd.wire.messages import EndInfo, ForwardRequest, Start, State, VmInfo
 from vmd.wire.parts import DiskRequest
@@ -123,7 +123,7 @@ class Vm:
     __slots__ = (
         *("checked", "config", "has_run", "new_file", "passed", "passed_is_lasting", "requester"),
         *("history", "last_end", "sink", "started_at", "state"),
-        *("captured", "clone_of", "inherited", "origin"),
+        *("captured", "clone_of", "inherited", "lent", "origin"),
     )
 
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
@@ -144,6 +144,8 @@ class Vm:
         """State for its clones, while it is paused."""
         self.origin: Captured | None = None
         """Its own state to continue from, until its guest runs, if it is a clone."""
+        self.lent: Inherited | None = None
+        """Files that its clones have too, with all disks, while it is a template that runs."""
         self.inherited: Inherited | None = None
         """Files of the VM that it is a clone of, for all of its starts."""
         self.clone_of = ""
@@ -157,6 +159,18 @@ class Vm:
         self.last_end: EndInfo | None = None
         self.history = History()
         """Its log lines."""
+
+    def give_back(self, *, is_forgotten: bool) -> None:
+        """Drop what its clones had of it, or it had of another VM, as far as it is of no use.
+
+        Others may remember this VM for a while, and what it had would stay open.
+        """
+        if self.state.phase is not Phase.PAUSED:
+            self.captured = None  # it is not as it was any more
+        if not self.state.is_template:
+            self.lent = None
+        if is_forgotten:
+            self.origin = self.inherited = None
 
     @property
     def files(self) -> Passed | None:

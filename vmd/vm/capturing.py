@@ -64,7 +64,8 @@ class Capturing:
         """
         try:
             if machine.memory.fd >= 0 and not spec.is_template:
-                raise SnapshotError("processes that serve its devices write to its memory")
+                text = "a VM with device processes has to be a template, see start --template"
+                raise SnapshotError(text)
             saved = save(machine)
             state = states.encode(State(saved.parts, saved.blobs))
             manifest = manifest_of(machine, spec, _NOTHING, len(state), cpuid)

@@ -72,6 +72,52 @@ def test_clones_of_a_template(start_vmd: Start) -> None:
         running(vmd, "c5")
 
 
+def test_clones_have_a_templates_disks(start_vmd: Start, tmp_path: Path) -> None:
+    """What they write vanishes with them; nobody writes to the image as long as one is there."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(b"\x55" * (1 << 20))
+    block = vm_block("template", f'disk "{image}" format raw')
+    other = vm_block("other", f'disk "{image}" format raw')
+    with start_vmd(block + other) as vmd, vmd.client() as client:
+        assert client.ask("start", name="template", is_template=True)["type"] == "started"
+        with client.console("template") as console:
+            console.expect(READY)
+        assert client.ask("pause", name="template")["type"] == "done"
+        cloned = vmctl(vmd, "clone", "-n", "2", "template", "c%d")
+        assert cloned.returncode == 0, cloned.stderr
+        assert vmctl(vmd, "stop", "-fw", "template").returncode == 0
+        for name in ("c1", "c2"):
+            running(vmd, name)
+        assert client.ask("start", name="other")["code"] == "disk-missing"
+        for name in ("c1", "c2"):
+            assert vmctl(vmd, "stop", "-fw", name).returncode == 0
+        begun = client.ask("start", name="other")
+        assert begun["type"] == "started", begun
+        assert image.read_bytes() == b"\x55" * (1 << 20)
+
+
+@pytest.mark.usefixtures("networks")
+@pytest.mark.root
+def test_clones_have_interfaces_of_their_own(tmp_path: Path) -> None:
+    """The guest's lladdr is the same, addresses and the host's side are others."""
+    config = vm_block("template", "local interface")
+    with Daemon(tmp_path, config, is_user=False) as vmd, vmd.client() as client:
+        assert client.ask("start", name="template", is_template=True)["type"] == "started"
+        with client.console("template") as console:
+            console.expect(READY)
+        assert client.ask("pause", name="template")["type"] == "done"
+        assert vmctl(vmd, "clone", "-n", "2", "template", "c%d").returncode == 0
+        found = []
+        for name in ("template", "c1", "c2"):
+            vms = client.ask("status", name=name, interfaces=True)["vms"]
+            assert isinstance(vms, list)
+            found += vms[0]["interfaces"]
+        assert len({one["lladdr"] for one in found}) == 1
+        assert len({one["tap"] for one in found}) == 3
+        assert len({tuple(one["host_addresses"]) for one in found}) == 3
+        running(vmd, "c1")
+
+
 def test_a_template_that_runs_is_not_cloned(start_vmd: Start) -> None:
     """One line says what to do."""
     with start_vmd("") as vmd:

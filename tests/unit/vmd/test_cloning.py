@@ -10,10 +10,10 @@ import pytest
 
 from tests.unit.vmd.registry_host import ALICE, BOB, ROOT, Host, code
 from vmd.config.disks import DiskKind, DiskOption
-from vmd.config.model import InterfaceConfig, Limits, Owner, Right, VmConfig
+from vmd.config.model import ForwardConfig, InterfaceConfig, Limits, Owner, Right, VmConfig
 from vmd.rules.cloning import clone_config, clone_names
 from vmd.rules.policy import Denied
-from vmd.rules.vm import Vm
+from vmd.rules.vm import Inherited, Passed, Vm
 from vmd.rules.vm_state import (
     Exited,
     LaunchFailed,
@@ -40,6 +40,7 @@ from vmd.wire.transfers import Clone, Cloned, ClonedVm
 SOURCE = VmConfig(
     "source", boot="/kernel", owner=Owner(ALICE), given=frozenset({Right.BOOT}), is_enabled=False
 )
+FORWARD = ForwardConfig("tcp", 8080, 80)
 
 
 @pytest.fixture
@@ -101,12 +102,19 @@ def test_names_of_clones(
         (
             SOURCE._replace(interfaces=(InterfaceConfig(switch="lan"),)),
             True,
-            "interface 0: a clone needs one of its own",
+            "interface 0: its lladdr would be on switch lan twice",
         ),
         (
             SOURCE._replace(disks=(DiskOption(DiskKind.RAW, "/a"),)),
+            False,
+            "disk /a: its clone would write to it too, see start --template",
+        ),
+        (SOURCE._replace(disks=(DiskOption(DiskKind.RAW, "/a"),)), True, None),
+        (SOURCE._replace(interfaces=(InterfaceConfig(is_local=True),)), True, None),
+        (
+            SOURCE._replace(disks=(DiskOption(DiskKind.RAW, "/a", is_snapshot=True),)),
             True,
-            "disk /a: its clone would write to it too",
+            "disk /a: what the guest writes vanishes with the VM",
         ),
         (
             SOURCE._replace(disks=(DiskOption(DiskKind.PMEM, "/a"),)),
@@ -125,6 +133,37 @@ def test_what_cannot_be_cloned(config: VmConfig, is_template: bool, problem: str
     """What two VMs cannot both have is refused by its name."""
     found = clone_config(Vm(config, VmState(1, is_template=is_template), ROOT))
     assert (found.message if isinstance(found, Denied) else None) == problem
+
+
+def test_what_a_clone_has_instead() -> None:
+    """Its writes vanish with it; a tap's name and forwarded ports are the other's."""
+    config = SOURCE._replace(
+        disks=(DiskOption(DiskKind.RAW, "/a"), DiskOption(DiskKind.RAW, "/b", is_read_only=True)),
+        interfaces=(
+            InterfaceConfig(
+                is_local=True, tap="tap7", lladdr="fe:e1:bb:00:00:01", forwards=(FORWARD,)
+            ),
+        ),
+    )
+    found = clone_config(Vm(config, VmState(1, is_template=True), ROOT))
+    assert not isinstance(found, Denied)
+    assert [disk.is_snapshot for disk in found.disks] == [True, False]
+    assert found.interfaces == (InterfaceConfig(is_local=True, lladdr="fe:e1:bb:00:00:01"),)
+
+
+def test_a_format_that_its_process_has_a_part_of() -> None:
+    """Of a qcow2 image not all is in the file while somebody writes it."""
+    source = Vm(
+        SOURCE._replace(disks=(DiskOption(DiskKind.PROBE, "/a"),)),
+        VmState(1, is_template=True),
+        ROOT,
+    )
+    source.lent = Inherited(Passed(ROOT, formats=((DiskKind.QCOW2,),)))
+    found = clone_config(source)
+    assert isinstance(found, Denied)
+    assert found.message == (
+        "disk /a: an image in the format qcow2, of which the template's process has a part"
+    )
 
 
 def test_a_running_vm_is_cloned(host: Host) -> None:
