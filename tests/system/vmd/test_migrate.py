@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.daemon import READY, Client, Daemon, descendants, process_title, vm_block
+from tests.campaigns import kill_migrate
+from tests.system.vmd.daemon import READY, Client, Daemon, vm_block
 from tests.vmctl_driver import VMCTL
 
 pytestmark = pytest.mark.kvm
@@ -177,12 +178,6 @@ def test_it_takes_too_long(tmp_path: Path) -> None:
         answers(there, "one")
 
 
-def vm_process(daemon: Daemon, name: str) -> int:
-    """Return the process of a VM; 0 if there is none."""
-    found = (p for p in descendants(daemon.process.pid) if process_title(p) == f"vm/{name}")
-    return next(found, 0)
-
-
 def test_nobody_knows_whether_it_runs_there(tmp_path: Path) -> None:
     """A connection that ends between GO and RUNNING: it stands still, says so, and is forced on."""
     line = disk_of(tmp_path)
@@ -230,3 +225,8 @@ def test_a_receiver_that_fails_after_it_was_let_go(tmp_path: Path) -> None:
         assert "the receiver says: no room" in said
         here.wait_for_state("one", "running")
         answers(here, "one")
+
+
+def test_kills() -> None:
+    """A slice of the campaign: whoever is killed, never two run, and never none without a word."""
+    assert kill_migrate.main(["--count", "4", "--seed", "2"]) == 0

@@ -1,0 +1,206 @@
+"""Campaign: a VM on its way from one daemon to another, and whoever has a part in it killed.
+
+Two daemons on this host, `vmctl migrate`, a VM with a disk; ssh is a script. At a random moment
+SIGKILL ends one of the commands, ssh, the process of the VM or of its disk on either side.
+Afterwards never do two copies run; where none does, a command has said so, or the VM is paused in
+doubt and `unpause -f` lets it go on; the disk's lock is free for whoever starts next; and no
+process is left.
+
+Any deviation is printed, and the exit status is 1. When the kill comes is up to the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.system.vmd.daemon import (  # noqa: E402 - found by the line above
+    READY,
+    Client,
+    Daemon,
+    descendants,
+    is_alive,
+    process_title,
+    vm_block,
+)
+from tests.vmctl_driver import VMCTL  # noqa: E402
+from vmd.rules.lifecycle import EARLY_S  # noqa: E402
+
+TIMEOUT_S = 90
+DELAY_S = 1.4
+SETTLE_S = 1.0
+PARTIES = (
+    "vmctl migrate",
+    "ssh",
+    "vmctl receive",
+    *(f"{side}: {title}" for side in ("here", "there") for title in ("vm/one", "disk/one")),
+)
+
+
+class Side(NamedTuple):
+    """A daemon, and a connection to it."""
+
+    daemon: Daemon
+    client: Client
+
+    def state(self) -> str:
+        """Return what the VM does here: running, paused, in doubt, or nothing."""
+        vms = self.client.ask("status", name="one")["vms"]
+        assert isinstance(vms, list)
+        if not vms:
+            return "gone"
+        return "in doubt" if vms[0]["pause_reason"] == "in doubt" else str(vms[0]["state"])
+
+
+def _kill(party: str, sides: dict[str, Side], command: subprocess.Popen[bytes]) -> None:
+    if party == "vmctl migrate":
+        command.kill()
+        return
+    side, _, title = party.rpartition(": ")
+    with suppress(ProcessLookupError):
+        if side:
+            for pid in descendants(sides[side].daemon.process.pid):
+                if process_title(pid) == title:
+                    os.kill(pid, signal.SIGKILL)
+            return
+        for pid in descendants(command.pid):
+            words = _words(pid)
+            is_receiver = "receive" in words
+            if is_receiver == (party == "vmctl receive"):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _words(pid: int) -> list[str]:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    return []
+
+
+def _settled(sides: dict[str, Side]) -> tuple[str, str]:
+    """Return what the VM does on both sides, once that has been the same for a while."""
+    deadline = time.monotonic() + TIMEOUT_S
+    before, since = ("", ""), time.monotonic()
+    while True:
+        now = sides["here"].state(), sides["there"].state()
+        is_moving = bool({"starting", "stopping"} & {*now}) or _is_sending(sides["here"])
+        if now != before or is_moving:
+            before, since = now, time.monotonic()
+        if time.monotonic() - since > SETTLE_S or time.monotonic() > deadline:
+            return now
+        time.sleep(0.05)
+
+
+def _is_sending(side: Side) -> bool:
+    answer = side.client.ask("unpause", name="one") if side.state() == "running" else {}
+    return answer.get("code") == "EBUSY"
+
+
+def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple[str, list[str]]:
+    """Hand the VM over once, kill somebody; return what came of it, and what deviates."""
+    wrong: list[str] = []
+    here, there = sides["here"], sides["there"]
+    if here.state() != "running":
+        time.sleep(EARLY_S)  # a VM that is started too often is refused
+        answer = here.client.ask("start", name="one")
+        if answer["type"] != "started":
+            return "lost", [f"one cannot be started: {answer}"]
+    with here.client.console("one") as console:
+        console.expect(READY)
+    command = subprocess.Popen(
+        [VMCTL, "migrate", "--ssh", str(ssh), "one", "there"],
+        env={**os.environ, "VMD_SOCKET": str(here.daemon.socket)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    party = chance.choice(PARTIES)
+    time.sleep(chance.random() * DELAY_S)
+    _kill(party, sides, command)
+    said = command.communicate(timeout=TIMEOUT_S)[1]
+    states = _settled(sides)
+    told = f"{party} killed: {states}: {said!r}"
+    running = [state for state in states if state == "running"]
+    if len(running) > 1 or ("in doubt" in states and states[1] == "in doubt"):
+        wrong.append(f"two copies: {told}")
+    # One that was killed where it had arrived has ended by that.
+    was_lost_there = party.startswith("there") and not command.returncode
+    if not (running or "in doubt" in states or command.returncode or was_lost_there):
+        wrong.append(f"none runs, and nobody says so: {told}")
+    if b"Traceback" in said:
+        wrong.append(told)
+    if states[0] == "in doubt" and states[1] == "gone":
+        answer = here.client.ask("unpause", name="one", force=True)
+        # A disk process that was killed has not let go of anything, and cannot take it back.
+        if answer["type"] != "done" and "disk" not in party:
+            wrong.append(f"it cannot go on: {answer}: {told}")
+    if there.state() != "gone":
+        there.client.ask("stop", name="one", force=True, wait=True)
+    if here.state() not in {"running", "stopped"} or "disk" in party:
+        here.client.ask("stop", name="one", force=True, wait=True)
+    return f"{states[0]} and {states[1]}", wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign; returns the exit status."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=100, help="how many kills")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    chance = random.Random(options.seed)
+    outcomes: Counter[str] = Counter()
+    deviations: list[str] = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kill-migrate-") as directory:
+        disk, ssh = Path(directory) / "disk.qcow2", Path(directory) / "ssh"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "8M"], check=True)
+        places = [Path(directory) / name for name in ("here", "there")]
+        for place in places:
+            place.mkdir()
+        config = vm_block("one", f'disk "{disk}" format qcow2')
+        with (
+            Daemon(places[0], config) as first,
+            Daemon(places[1], "") as second,
+            first.client() as here,
+            second.client() as there,
+        ):
+            ssh.write_text(
+                f"#!/bin/sh\nshift\nexport VMD_SOCKET={second.socket} PATH={VMCTL.parent}:$PATH\n"
+                'sh -c "$*"\n'
+            )
+            ssh.chmod(0o755)
+            sides = {"here": Side(first, here), "there": Side(second, there)}
+            for number in range(options.count):
+                outcome, wrong = run_round(sides, ssh, chance)
+                outcomes[outcome] += 1
+                deviations += [f"round {number}: {line}" for line in wrong]
+            pids = [*descendants(first.process.pid), *descendants(second.process.pid)]
+            first.stop()
+            second.stop()
+            left = [pid for pid in pids if is_alive(pid)]
+            if left:
+                deviations.append(f"processes left: {left}")
+    for line in deviations:
+        print(line)
+    told = ", ".join(f"{name} {count} times" for name, count in sorted(outcomes.items()))
+    taken = time.monotonic() - started
+    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(deviations)} deviations")
+    return 1 if deviations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
