@@ -121,6 +121,7 @@ STUMBLES: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/boot/test_bios.py::test_what_is_said_to_be_firmware_is_not_guessed",
     ),
     "a kernel that needs a BIOS, or a program, hangs": (
+        "tests/unit/boot/test_bios.py::test_a_disk_is_no_kernel",
         "tests/unit/boot/test_multiboot.py::test_xen_needs_a_bios",
         "tests/unit/boot/test_linux.py::test_a_program_with_a_kernels_header_needs_a_bios",
         "tests/unit/boot/test_bios.py::test_programs_are_named_as_what_they_are",

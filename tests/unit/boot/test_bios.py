@@ -91,6 +91,21 @@ def test_anything_else(open_bytes: Open, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (b"QFI\xfb" + bytes(4096), "a qcow2 image, which is a disk"),
+        (bytes(0x8001) + b"CD001" + bytes(4096), "a disc image, for the CD-ROM drive"),
+        (bytes(510) + b"\x55\xaa" + bytes(4096), "it begins as a disk does"),
+    ],
+)
+def test_a_disk_is_no_kernel(open_bytes: Open, data: bytes, hint: str) -> None:
+    """Somebody who boots what belongs into a drive is told that."""
+    with pytest.raises(BootError) as caught:
+        open_bytes(data)
+    assert str(caught.value).endswith(f"image: not a kernel or firmware image: {hint}")
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         (BootConfig(command_line="quiet"), "image: firmware takes no command line: 'quiet'"),

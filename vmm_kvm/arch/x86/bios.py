@@ -24,6 +24,12 @@ _FIRST_INSTRUCTIONS = (
     b"\x0f\x08", b"\x0f\x20\xc0",
 )  # fmt: skip
 _ERASED = b"\xff"
+# What boots from a drive. Source: qcow2 specification; ECMA-119 §8.1; a BIOS's boot sector.
+_MEDIA = (
+    (0, b"QFI\xfb", "a qcow2 image, which is a disk"),
+    (0x8001, b"CD001", "a disc image, for the CD-ROM drive"),
+    (510, b"\x55\xaa", "it begins as a disk does"),
+)
 _VOLUME_SIGNATURE, _VOLUME_SIGNATURE_AT = b"_FVH", 40
 
 
@@ -57,8 +63,16 @@ def probe_firmware(source: Source) -> FirmwareImage:
     size = source.size
     start = source.read(size - _RESET_VECTOR_SIZE, 16) if size >= _RESET_VECTOR_SIZE else b""
     if not start.startswith(_FIRST_INSTRUCTIONS):
-        raise BootError(f"{source.name}: not a kernel or firmware image")
+        raise BootError(f"{source.name}: not a kernel or firmware image{_hint(source)}")
     return read_firmware(source)
+
+
+def _hint(source: Source) -> str:
+    """Say what somebody has probably meant, if the image is plainly a disk or a disc."""
+    for at, mark, hint in _MEDIA:
+        if source.size >= at + len(mark) and source.read(at, len(mark)) == mark:
+            return f": {hint}"
+    return ""
 
 
 def read_firmware(source: Source) -> FirmwareImage:
