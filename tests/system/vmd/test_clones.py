@@ -7,11 +7,21 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.daemon import READY, TIMEOUT_S, Client, Daemon, is_alive, vm_block
+from tests.system.vmd.daemon import (
+    READY,
+    TIMEOUT_S,
+    Client,
+    Daemon,
+    descendants,
+    is_alive,
+    process_title,
+    vm_block,
+)
 from tests.system.vmd.test_send import running, started, vmctl
 
 pytestmark = pytest.mark.kvm
@@ -181,3 +191,48 @@ def test_nothing_is_left_of_clones(start_vmd: Start) -> None:
                 os.kill(pid, signal.SIGKILL)
         wait_until_gone(client, "c1", "c2", "c3", "c4")
         assert not any(is_alive(pid) for pid in pids)
+
+
+def kill_when_there(vmd: Daemon, victim: str, delay_s: float) -> None:
+    """Kill the first VM process whose title begins so, after a while; nothing if there is none.
+
+    One that is only to become a VM's is called `vm`.
+    """
+    time.sleep(delay_s)
+    for pid in descendants(vmd.process.pid):
+        title = process_title(pid)
+        if title == victim or (title.startswith(victim) and "/" in victim):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return
+
+
+def test_kills_at_every_step(start_vmd: Start) -> None:
+    """Whoever is killed while clones are made: one answer, no half clone, nothing kept."""
+    rounds = [
+        (victim, delay_ms / 1000)
+        for victim in ("vm/one", "vm/c", "vm")
+        for delay_ms in (0, 3, 10, 30, 100)
+    ]
+    with start_vmd("") as vmd, vmd.client() as client:
+        for victim, delay_s in rounds:
+            begun = vmctl(vmd, "start", "--selftest", "-m", "16M", "one")
+            assert begun.returncode == 0, begun.stderr
+            client.send("clone", name="one", clone="c%d", count=3)
+            kill_when_there(vmd, victim, delay_s)
+            answer, _ = client.receive()
+            assert answer["type"] in {"cloned", "failed"}
+            vms = answer.get("vms", [])
+            assert isinstance(vms, list)
+            there = {vm["name"] for vm in client.vms()}
+            for vm in vms:
+                if vm["code"]:
+                    assert vm["name"] not in there
+                elif victim == "vm/one":  # clones do not need their source
+                    running(vmd, vm["name"])
+            for name in there:
+                client.ask("stop", name=name, force=True, wait=True)
+            wait_until_gone(client, "one", "c1", "c2", "c3")
+            assert memfds(vmd.process.pid) == 0
+        titles = [process_title(pid) for pid in descendants(vmd.process.pid)]
+        assert not [title for title in titles if title.startswith("vm/")]
