@@ -42,7 +42,7 @@ from vmm_kvm.machine.state import restore, save
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.fds import FdSink
-from vmm_kvm.snapshot.file import FileWriter
+from vmm_kvm.snapshot.file import FileWriter, Layout
 from vmm_kvm.snapshot.manifest import Host, Manifest, Owner
 from vmm_kvm.snapshot.precopy import Plan, copy_into, copy_running
 from vmm_kvm.snapshot.state import State
@@ -248,7 +248,8 @@ def _snapshot(machine: Machine) -> tuple[float, float]:
     with TemporaryFile() as file:
         dirty = machine.dirty_pages()
         dirty.begin()
-        writer = FileWriter(file.fileno(), _manifest(machine), _STATE_ROOM)
+        layout = Layout.of(_STATE_ROOM, machine.memory.size)
+        writer = FileWriter(file.fileno(), _manifest(machine), layout)
         copy_into(writer, machine.memory, dirty, halt, plan=lambda: Plan(0.01))
         machine.resume()
         ended = time.perf_counter()

@@ -80,6 +80,8 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | 
         source = StreamReader(stack.enter_context(FdSource(fd, _PATIENCE_S)))
     manifest = source.manifest
     check_cpuid(manifest.cpuid, cpuid_records(guest_cpuid(kvm.supported_cpuid(), 0, manifest.cpus)))
+    if any(manifest.kept):
+        raise SnapshotError("the VM's disks are in the snapshot: use 'vmctl start --from'")
     if manifest.interfaces:
         raise SnapshotError("the VM has network interfaces: use 'vmctl receive'")
     if vsock and manifest.vsock_cid is None:

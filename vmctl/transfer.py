@@ -163,7 +163,10 @@ def request_of(manifest: Manifest, fds: list[int]) -> Fields:
         "gid": manifest.owner.gid,
         "memory": manifest.memory_size,
         "cpus": manifest.cpus,
-        "disks": [_disk(disk, fds) for disk in manifest.disks],
+        "disks": [
+            _disk(disk, fds) if kept is None else _kept_disk(disk, kept, fds)
+            for disk, kept in zip(manifest.disks, _kept(manifest), strict=True)
+        ],
         "interfaces": [_interface(each) for each in manifest.interfaces],
         "boot": boot.image or "",
         "firmware": boot.firmware or "",
@@ -176,6 +179,24 @@ def request_of(manifest: Manifest, fds: list[int]) -> Fields:
         fields["cdrom"] = manifest.cdrom
         fields["cdrom_image"] = open_file(manifest.cdrom, "iso image", fds)
     return fields
+
+
+def _kept(manifest: Manifest) -> Sequence[tuple[int, int] | None]:
+    return manifest.kept or (None,) * len(manifest.disks)
+
+
+def _kept_disk(disk: Disk, kept: tuple[int, int], fds: list[int]) -> Fields:
+    """Return a disk that is in the snapshot, whose descriptor is the first: it is only read."""
+    fds.append(os.dup(fds[0]))
+    return {
+        "path": disk.path,
+        "chain": [len(fds) - 1],
+        "format": "raw",
+        "is_snapshot": True,
+        "window": kept,
+        "serial": disk.serial,
+        "queues": disk.queues,
+    }
 
 
 def _disk(disk: Disk, fds: list[int]) -> Fields:

@@ -66,6 +66,8 @@ class DiskOption(NamedTuple):
     is_snapshot: bool = False
     on_error: OnError | None = None
     """None: as the program has it that runs the VM."""
+    window: tuple[int, int] | None = None
+    """The part of the file that is the disk, of a snapshot: where it begins, and its size."""
 
 
 _IMAGES = frozenset({DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2})

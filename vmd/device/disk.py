@@ -27,6 +27,8 @@ from vmm_kvm.virtio.blk import VirtioBlk
 
 log = Log(__name__)
 
+_PIECE = 1 << 20
+
 
 def prepare(_rehearses: bool) -> None:
     """Confine this process, which is to serve a disk; it does not rehearse."""
@@ -106,6 +108,22 @@ class _Disk(VirtioBlk):
             log.warning("flush: %s", err.strerror)
         self._watch.note()
 
+    def copy_image(self, fd: int, start: int, size: int, target: int) -> None:
+        """Copy what the guest would read, `size` bytes from `start` on, to `target` in a file.
+
+        Raises:
+            OSError: the image cannot be read, or the file cannot be written.
+        """
+        image = self._settled
+        for at in range(start, start + size, _PIECE):
+            length = min(_PIECE, start + size - at)
+            if image.reads_zero(at, length):
+                continue
+            data = bytearray(length)
+            image.peek(at, [memoryview(data)])
+            if data.count(0) != length:
+                _write(fd, data, target + at - start)
+
     def close(self) -> None:
         """Close the image."""
         super().close()
@@ -113,6 +131,13 @@ class _Disk(VirtioBlk):
         kept, self._kept = self._kept, ()
         for fd in kept:
             os.close(fd)
+
+
+def _write(fd: int, data: bytearray, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def make(begin: DeviceBegin, fds: list[int], is_needed: Callable[[], bool]) -> VirtioBlk:
@@ -150,5 +175,12 @@ def _open(disk: DiskSpec, chain: list[int], scratch: int | None) -> StoredImage:
     # A disk without a configured format is probed again: its guest must not turn it into another.
     said = None if option.kind is DiskKind.PROBE else formats[0]
     if scratch is None:
-        return open_image(chain[0], said, option.is_read_only, name=option.path, bases=bases)
-    return open_overlay(scratch, [Layer(chain[0], formats[0]), *bases], option.path)
+        return open_image(
+            chain[0],
+            said,
+            option.is_read_only,
+            name=option.path,
+            bases=bases,
+            window=option.window,
+        )
+    return open_overlay(scratch, [Layer(chain[0], formats[0], option.window), *bases], option.path)

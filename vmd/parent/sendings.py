@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from vmd.parent.snapshots import NewSnapshot, SnapshotStore, StoreError
 from vmd.rules import vm_state
 from vmd.rules.actions import LookIntoStore
-from vmd.rules.vm import Vm
+from vmd.rules.vm import Sink, Vm
 from vmd.wire.leaving import SendVm
 from vmd.wire.messages import AnyAnswer, Done, Failed
 from vmd.wire.transfers import (
@@ -43,7 +43,7 @@ class Sendings:
                 return vm_state.SendFailed(err.code, str(err))
             self._new[vm.id] = new
             fd = os.dup(new.fd)
-        command = _command(vm, effect, is_snapshot=sink.is_snapshot)
+        command = _command(vm, effect, sink)
         self._tell_vm(vm.id, command, (fd,) if sink.replies is None else (fd, sink.replies))
         return None
 
@@ -82,12 +82,13 @@ class Sendings:
         return Done(serial=serial), ()
 
 
-def _command(vm: Vm, effect: vm_state.SendState, *, is_snapshot: bool) -> SendVm:
+def _command(vm: Vm, effect: vm_state.SendState, sink: Sink) -> SendVm:
     config = vm.config
     return SendVm(
         keeps_running=effect.keeps_running,
         handover=effect.handover,
-        is_snapshot=is_snapshot,
+        is_snapshot=sink.is_snapshot,
+        keeps_disks=sink.keeps_disks,
         uid=config.owner.uid,
         gid=config.owner.gid,
         boot=SentBoot(

@@ -407,7 +407,8 @@ class Registry:
         vm, actions = received
         if passed and request.is_copy and request.clock is None:
             passed = passed._replace(clock=self.clock)
-        vm.passed, vm.passed_is_lasting = passed, False
+        vm.passed = passed
+        vm.passed_is_lasting = any(disk.window for disk in vm.config.disks)
         return [*actions, *self._step(vm, vm_state.Start(ticket, request.stays_paused))]
 
     # What has happened
@@ -578,10 +579,7 @@ class Registry:
 
     def _drop_passed(self, vm: Vm) -> list[Action]:
         """Forget the image of a single boot once it has booted."""
-        if vm.passed_is_lasting:
-            return []
-        passed, vm.passed = vm.passed, None
-        return _dropped(passed)
+        return _dropped(vm.drop_passed())
 
     def _tell(self, vm: Vm, kind: EventKind, message: str) -> list[Action]:
         at = self._clock.realtime_s()

@@ -1,5 +1,6 @@
 """Which VMs may be written and received, and into what: decisions alone."""
 
+from vmd.config.disks import DiskKind
 from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.policy import Denied, Users, is_name
@@ -40,7 +41,8 @@ def sink_of(
     if denied:
         return denied
     event = vm_state.Send(ticket, keeps_running=True, is_snapshot=True, snapshot=name)
-    return vm, Sink(stream, is_snapshot=True, uid=uid, name=name), event
+    keeps = not request.without_disks
+    return vm, Sink(stream, is_snapshot=True, uid=uid, name=name, keeps_disks=keeps), event
 
 
 def _check_disks(config: VmConfig, request: Snapshot) -> Denied | None:
@@ -49,8 +51,9 @@ def _check_disks(config: VmConfig, request: Snapshot) -> Denied | None:
         if (disk.is_private or disk.is_snapshot) and not disk.is_read_only:
             text = f"disk {disk.path}: what the guest writes vanishes with the VM"
             return Denied(ErrorCode.EBUSY, text)
-        if not (disk.is_read_only or request.without_disks):
-            text = f"disk {disk.path}: it is not in the snapshot: --no-disks leaves it out"
+        is_ours = disk.kind in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}
+        if not (is_ours or disk.is_read_only or request.without_disks):
+            text = f"disk {disk.path}: it cannot be copied: --no-disks leaves it out"
             return Denied(ErrorCode.EBUSY, text)
     return None
 

@@ -97,6 +97,8 @@ class Sink(NamedTuple):
     """Of the snapshot there."""
     replies: int | None = None
     """What the receiver says, where the VM is handed over; its holder's."""
+    keeps_disks: bool = False
+    """The snapshot has the disks that the VM writes."""
 
 
 class Inherited:
@@ -171,6 +173,17 @@ class Vm:
             self.lent = None
         if is_forgotten:
             self.origin = self.inherited = None
+
+    def drop_passed(self) -> Passed | None:
+        """Forget what is for one boot alone; returns what is to be closed, if anything."""
+        passed = self.passed
+        if not self.passed_is_lasting:
+            self.passed = None
+            return passed
+        if passed is None or passed.stream is None:
+            return None
+        self.passed = passed._replace(stream=None, is_snapshot=False, manifest="")
+        return Passed(uid=passed.uid, stream=passed.stream)
 
     @property
     def files(self) -> Passed | None:
@@ -340,6 +353,9 @@ def _forward(request: ForwardRequest) -> ForwardConfig:
 def _disk(request: DiskRequest, kinds: Mapping[str, DiskKind]) -> DiskOption:
     if request.format not in kinds:
         raise ValueError(f"{request.path}: unknown disk format {request.format!r}")
+    is_written = not (request.is_read_only or request.is_snapshot)
+    if request.window and (is_written or request.format != "raw"):
+        raise ValueError(f"{request.path}: a part of a file is raw, and only read")
     return DiskOption(
         kinds[request.format],
         request.path,
@@ -349,6 +365,7 @@ def _disk(request: DiskRequest, kinds: Mapping[str, DiskKind]) -> DiskOption:
         on_error=request.error,
         is_private=request.is_private,
         is_snapshot=request.is_snapshot,
+        window=request.window,
     )
 
 

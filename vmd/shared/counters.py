@@ -9,7 +9,7 @@ import mmap
 import os
 from collections.abc import Sequence
 
-from vmm_kvm.block.image import Image
+from vmm_kvm.block.image import StoredImage
 from vmm_kvm.memfd import make_memory
 from vmm_kvm.scatter import total
 
@@ -62,7 +62,7 @@ class Counters:
 class CountedImage:
     """A disk image whose transfers are counted; owns the image, and is used as that is."""
 
-    def __init__(self, image: Image, counters: Counters) -> None:
+    def __init__(self, image: StoredImage, counters: Counters) -> None:
         """Count what is read from and written to `image`."""
         self._image = image
         self._values = counters.values
@@ -72,6 +72,8 @@ class CountedImage:
         self.discard = image.discard
         self.write_zeroes = image.write_zeroes
         self.close = image.close
+        self.reads_zero = image.reads_zero
+        self.peek = image.readv
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill all of `buffers` from byte `offset`."""

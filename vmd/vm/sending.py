@@ -18,10 +18,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmd.config.disks import DiskKind
+from vmd.vm.disk_copies import KeptDisk, copies, kept_disks, with_kept
 from vmd.wire.internal import NicSpec, VmSpec
 from vmd.wire.leaving import MIGRATING_MAX, SendVm
 from vmm_kvm.arch.x86.bios import FirmwareImage
@@ -33,7 +34,7 @@ from vmm_kvm.machine.state import save
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink, FdSource
-from vmm_kvm.snapshot.file import FileWriter, check_file, write_into
+from vmm_kvm.snapshot.file import FileWriter, Layout, check_file, write_into
 from vmm_kvm.snapshot.generations import Generation, with_generations
 from vmm_kvm.snapshot.handover import hand_over
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
@@ -70,10 +71,13 @@ class _Subject(NamedTuple):
     generations: Generations
     deadline_s: float | None
     """When it has taken too long, on the clock that does not jump."""
+    kept: tuple[KeptDisk, ...]
+    layout: Layout
 
     def manifest(self, state_size: int) -> Manifest:
         """Describe it."""
-        return manifest_of(self.machine, self.spec, self.command, state_size, self.cpuid)
+        manifest = manifest_of(self.machine, self.spec, self.command, state_size, self.cpuid)
+        return with_kept(manifest, self.kept, self.layout.disks)
 
 
 class Sending:
@@ -149,7 +153,10 @@ class Sending:
         plan, deadline = command.handover, None
         if plan and plan.timeout_s:
             deadline = time.monotonic() + plan.timeout_s
-        subject = _Subject(machine, spec, command, cpuid, halt, generations, deadline)
+        kept = kept_disks(machine, spec) if command.keeps_disks else ()
+        sizes = [disk.size for disk in kept]
+        layout = Layout.of(_state_room(machine), machine.memory.size, sizes)
+        subject = _Subject(machine, spec, command, cpuid, halt, generations, deadline, kept, layout)
         write = self._write_running
         if halt is None:
             self._save(subject)
@@ -165,10 +172,33 @@ class Sending:
                 subject.halt()
             saved = save(subject.machine)
             found = State(saved.parts, saved.blobs)
-            state = states.encode(with_generations(found, subject.generations()))
-            self._state = subject.manifest(len(state)), state
+            kept = {disk.place for disk in subject.kept}
+            known = {at: one for at, one in subject.generations().items() if at not in kept}
+            state = states.encode(with_generations(found, known))
+            manifest = subject.manifest(len(state))
         except (VmmError, OSError) as err:
-            self._failure = err
+            self._fail(err)
+            return
+        steps = copies(subject.kept, subject.layout.disks, -1 if self._file is None else self._file)
+        self._copy_disks(steps, (manifest, state))
+
+    def _fail(self, err: "VmmError | OSError") -> None:
+        self._failure = err
+        self._has_state.set()
+
+    def _copy_disks(self, steps: Iterator[None], state: tuple[Manifest, bytes]) -> None:
+        """Copy the next part of the disks, and let the loop run before the one after that."""
+        if self._is_cancelled:
+            self._fail(SnapshotError("it was cancelled"))
+            return
+        try:
+            for _ in steps:
+                self._loop.call_soon(lambda: self._copy_disks(steps, state))
+                return
+        except (VmmError, OSError) as err:
+            self._fail(err)
+            return
+        self._state = state
         self._has_state.set()
 
     def _saved(self, subject: "_Subject") -> tuple[Manifest, bytes]:
@@ -216,10 +246,11 @@ class Sending:
         if self._file is None:
             write_stream(self._sink, manifest, state, memory)
         else:
-            write_into(self._file_writer(subject, self._file, len(state)), state, memory)
+            write_into(self._file_writer(subject, self._file), state, memory)
 
-    def _file_writer(self, subject: "_Subject", fd: int, state_room: int) -> FileWriter:
-        return FileWriter(fd, subject.manifest(0), state_room, lambda: self._is_cancelled)
+    def _file_writer(self, subject: "_Subject", fd: int) -> FileWriter:
+        manifest = subject.manifest(0)
+        return FileWriter(fd, manifest, subject.layout, lambda: self._is_cancelled)
 
     def _write_running(self, subject: "_Subject") -> None:
         dirty = subject.machine.dirty_pages()
@@ -232,7 +263,7 @@ class Sending:
             if self._file is None:
                 writer: Writer = LiveWriter(self._sink, subject.manifest(0))
             else:
-                writer = self._file_writer(subject, self._file, _state_room(subject.machine))
+                writer = self._file_writer(subject, self._file)
             copy_into(
                 writer,
                 subject.machine.memory,

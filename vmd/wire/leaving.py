@@ -25,6 +25,8 @@ class SendVm(Internal, frozen=True, kw_only=True):
     keeps_running: bool
     is_snapshot: bool = False
     """It is an empty file, for a snapshot that can be mapped."""
+    keeps_disks: bool = False
+    """The disks that it writes go into the snapshot too."""
     uid: int | None
     """Of the owner."""
     gid: int | None

@@ -123,4 +123,7 @@ class DiskRequest(Part, frozen=True, kw_only=True):
     is_private: bool = False
     """(`pmem`) The guest's writes stay in its memory."""
     is_snapshot: bool = False
+    window: tuple[Size, Size] | None = None
+    """The part of a raw image that is the disk: where it begins, and its size in bytes; of one that
+    is only read."""
     """The guest's writes go to a file without a name, until the VM ends; the image is only read."""

@@ -108,8 +108,7 @@ class Snapshot(VmRequest, frozen=True, kw_only=True):
     """Index of the descriptor of a regular file, open for writing: the snapshot goes there. What
     was in it is lost."""
     without_disks: bool = False
-    """The disks that the VM writes are not in it. Without this it is refused where there are
-    any."""
+    """The disks that the VM writes are not in it."""
 
 
 class Snapshots(Request, frozen=True, kw_only=True):

@@ -142,6 +142,29 @@ class HostFile:
         return True
 
 
+class FileWindow(HostFile):
+    """A part of a file that is only read, as a file."""
+
+    __slots__ = ("_size", "_start")
+
+    def __init__(self, fd: int, name: str, window: tuple[int, int]) -> None:
+        """Take ownership of `fd`; `window` is where the part begins, and its size in bytes."""
+        self._start, self._size = window
+        super().__init__(fd, name, is_read_only=True)
+
+    def size(self) -> int:
+        """Return the size of the part."""
+        return self._size
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill all of `buffers`, whose end is inside of the part."""
+        super().readv(self._start + offset, buffers)
+
+    def is_hole(self, offset: int, size: int) -> bool:
+        """Tell whether the file system knows that a range has no data."""
+        return super().is_hole(self._start + offset, size)
+
+
 def _transferred(
     transfer: Callable[[int, Sequence[memoryview], int], int],
     fd: int,

@@ -64,3 +64,5 @@ class Layer(NamedTuple):
     """A path, or a descriptor, which is taken over."""
     disk_format: Format | None
     """None: to be probed."""
+    window: tuple[int, int] | None = None
+    """Of a raw image that is only read: where it begins in the file, and its size in bytes."""

@@ -160,7 +160,9 @@ def open_overlay(scratch: int, bases: Sequence[Layer], name: str) -> StoredImage
                 stack.callback(os.close, descriptor)
         if not os.fstat(scratch).st_size:
             first, *others = map(_duplicate, bases)
-            image = open_image(first.source, first.disk_format, True, name=name, bases=others)
+            image = open_image(
+                first.source, first.disk_format, True, name=name, bases=others, window=first.window
+            )
             image.close()
             # The path is not followed: the bases are handed over.
             _write_qcow2(scratch, image.size, Backing("base", first.disk_format))

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from vmm_kvm.block.device import is_read_only_device
-from vmm_kvm.block.file import HostFile
+from vmm_kvm.block.file import FileWindow, HostFile
 from vmm_kvm.block.headers import SECTOR_SIZE, foreign
 from vmm_kvm.block.image import Format, Layer, StoredImage
 from vmm_kvm.block.locks import lock
@@ -45,12 +45,13 @@ def open_image(
     *,
     name: str | None = None,
     bases: Sequence[Layer] | None = None,
+    window: tuple[int, int] | None = None,
 ) -> StoredImage:
     """Open a disk image and, read-only, its bases; each is locked as QEMU locks it.
 
     Takes ownership of `source`, and of those in `bases`, if they are descriptors, whatever
     happens. `name` is for messages, by default the path. Without `bases` they are found by the
-    paths and formats in the images; with them, no path is followed.
+    paths and formats in the images; with them, no path is followed. `window` is as of `Layer`.
 
     Raises:
         ImageError: a file is missing, in use, of a wrong or unsupported kind, or corrupt.
@@ -60,11 +61,13 @@ def open_image(
             if isinstance(descriptor, int):
                 stack.callback(os.close, descriptor)
         handed = None if bases is None else list(bases)
-        layer = Layer(source, disk_format)
+        layer = Layer(source, disk_format, window)
         is_probed = disk_format is None
         files: list[tuple[HostFile, Header | None]] = []
         while True:
             file = _open_file(layer.source, name, stack, writes=not (read_only or files))
+            if layer.window is not None:
+                file = FileWindow(file.fd, file.name, layer.window)
             header = _header(file, layer.disk_format)
             files.append((file, header))
             if header is None or header.backing is None:

@@ -66,7 +66,10 @@ from vmm_kvm.state import Part
 from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, check_vcpus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm_kvm.devices.pflash import Pflash
+    from vmm_kvm.virtio.vhost_user.frontend import VhostUser
     from vmm_kvm.virtio.vsock import VirtioVsock
 
 _SLP_TYP_S5 = 5
@@ -233,6 +236,11 @@ class Machine:
     def vsock(self) -> "VirtioVsock | None":
         """The vsock device, if there is one."""
         return self._devices.vsock
+
+    @property
+    def remote_disks(self) -> "Sequence[VhostUser]":
+        """Disks that other processes serve, in their order."""
+        return self._devices.remote_disks
 
     def set_link(self, index: int, *, is_up: bool) -> None:
         """Set the link of network interface `index`; any thread."""

@@ -145,7 +145,8 @@ class Devices:
         self._functions: dict[int, VirtioPci | Vmmci] = {}
         """By slot."""
         self._nets: list[Net] = []
-        self._remotes: list[VhostUser] = []
+        self.remote_disks: list[VhostUser] = []
+        """Disks that other processes serve, in their order."""
         self._vmmci: Vmmci | None = None
         self.console: VirtioConsole | None = None
         self.vsock: VirtioVsock | None = None
@@ -200,7 +201,7 @@ class Devices:
         Raises:
             VmmError: one cannot.
         """
-        for remote in self._remotes:
+        for remote in self.remote_disks:
             remote.lend(is_lent)
 
     def used_rings(self) -> Iterator[tuple[int, int]]:
@@ -266,7 +267,7 @@ class Devices:
                 )
 
                 remote = make_remote_blk(spec, self._memory)
-                self._remotes.append(remote)
+                self.remote_disks.append(remote)
                 self._note_disk(self._add(remote, CLASS_MASS_STORAGE_SCSI, spec.name))
             case "pmem":
                 from vmm_kvm.virtio.pmem import VirtioPmem  # noqa: PLC0415 - see above

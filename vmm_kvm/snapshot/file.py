@@ -1,10 +1,11 @@
 """A machine in a file, from which it can be started any number of times.
 
-    header | manifest | state | zeros up to a multiple of 2 MiB | RAM
+    header | manifest | state | zeros up to a multiple of 2 MiB | RAM | disks
 
 RAM lies in the file as in memory, its zeros are holes, and it begins where a huge page can, so that
 it can be mapped. The header has the sha256 of manifest and state; RAM has none: computing it would
-take longer than the rest of a start from the file.
+take longer than the rest of a start from the file. Disks lie in it as the guest reads them, each at
+a multiple of 2 MiB, with holes for zeros.
 
 The file has its name only when it is complete, and is its owner's alone: it holds all of a guest's
 secrets.
@@ -14,9 +15,9 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from errno import ENXIO
-from typing import Self
+from typing import NamedTuple, Self
 
 from vmm_kvm.bits import MIB, align_up
 from vmm_kvm.errors import SnapshotError
@@ -40,7 +41,8 @@ def write_file(path: str, manifest: Manifest, state: bytes, ram: Ram) -> None:
         OSError: there is such a file, or it cannot be written: nothing is left of it then.
     """
     with NewFile(path) as new:
-        write_into(FileWriter(new.fd, manifest, len(state)), state, ram)
+        layout = Layout.of(len(state), manifest.memory_size)
+        write_into(FileWriter(new.fd, manifest, layout), state, ram)
         new.publish()
 
 
@@ -55,6 +57,24 @@ def check_file(fd: int) -> None:
         raise SnapshotError("not a file: a snapshot is read from any place of it")
 
 
+class Layout(NamedTuple):
+    """Where the parts of a file are, in bytes."""
+
+    ram: int
+    disks: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, state_room: int, ram_size: int, disk_sizes: Sequence[int] = ()) -> "Layout":
+        """Return it for a state of at most `state_room` bytes, and disks of these sizes."""
+        ram = align_up(_HEAD.size + MANIFEST_MAX + state_room, MEMORY_ALIGNMENT)
+        end, disks = ram + ram_size, []
+        for size in disk_sizes:
+            disks.append(align_up(end, MEMORY_ALIGNMENT))
+            end = disks[-1] + size
+        return cls(ram, tuple(disks), end)
+
+
 class FileWriter:
     """Writes a machine into an open file, in any order and more than once; see `precopy`.
 
@@ -65,7 +85,7 @@ class FileWriter:
         self,
         fd: int,
         manifest: Manifest,
-        state_room: int = 0,
+        layout: Layout,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Empty the file, which stays the caller's.
@@ -73,7 +93,7 @@ class FileWriter:
         Args:
             fd: of the file.
             manifest: of the machine; the size of its state is filled in.
-            state_room: how many bytes the state has at most.
+            layout: of the file.
             is_cancelled: is asked now and then.
 
         Raises:
@@ -82,11 +102,11 @@ class FileWriter:
         self._fd = fd
         self._manifest = manifest
         self._is_cancelled = is_cancelled
-        self._start = align_up(_HEAD.size + MANIFEST_MAX + state_room, MEMORY_ALIGNMENT)
+        self._start = layout.ram
         self.written = 0
         """Bytes."""
         os.ftruncate(fd, 0)
-        os.ftruncate(fd, self._start + manifest.memory_size)
+        os.ftruncate(fd, layout.size)
 
     def write_run(self, offset: int, data: bytes) -> None:
         """Write what is at `offset` in RAM now.

@@ -31,7 +31,7 @@ from vmm_kvm.state import U8, U32, Json, Length, Line, Range
 from vmm_kvm.state import decode as decode_record
 from vmm_kvm.state import encode as encode_record
 
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 """Of the format. Minor versions add fields; a reader knows every minor version of its major one.
 
 A manifest is written as the least minor version that has the fields that it needs, for older
@@ -46,10 +46,12 @@ DISKS_MAX = 32
 INTERFACES_MAX = 32
 
 _INITRD_MAX = 32
+_OFFSET_MAX = 1 << 60
 _Long = Annotated[str, Line(0, 4096)]
 _Path = Annotated[str, Line(1, 4096)]
 _Word = Annotated[str, Line(0, 255)]
 _Id = Annotated[int, Range(0, (1 << 32) - 2)]
+_Kept = tuple[Annotated[int, Range(0, _OFFSET_MAX)], Annotated[int, Range(0, _OFFSET_MAX)]]
 _Region = tuple[Annotated[int, Range(0, 2 * MEMORY_MAX)], Annotated[int, Range(1, MEMORY_MAX)]]
 
 
@@ -70,7 +72,7 @@ class Owner(NamedTuple):
 
 
 class Disk(NamedTuple):
-    """A disk, which is not in the snapshot: it has to be there as it was."""
+    """A disk; one that is not in the snapshot has to be there as it was."""
 
     path: _Path
     kind: _Word
@@ -156,6 +158,8 @@ class Manifest(NamedTuple):
     """RAM comes first in the stream, in rounds, and the state last."""
     vsock_cid: Annotated[int, Range(CID_MIN, CID_MAX)] | None = None
     """The guest's address by its vsock device; None if it has none."""
+    kept: Annotated[tuple[_Kept | None, ...], Length(0, DISKS_MAX)] = ()
+    """Of each disk that is in the snapshot's file as the guest reads it, its place and size."""
     minor: U32 = 0
 
 
@@ -167,7 +171,7 @@ class _Added(NamedTuple):
     """What it is in those before."""
 
 
-_ADDED = (_Added("is_live", 1, False), _Added("vsock_cid", 2, None))
+_ADDED = (_Added("is_live", 1, False), _Added("vsock_cid", 2, None), _Added("kept", 3, []))
 
 
 class _Version(NamedTuple):
@@ -210,6 +214,8 @@ def decode(text: bytes) -> Manifest:
     except StateError as err:
         raise SnapshotError(f"manifest: {err}") from err
     _check_regions(manifest)
+    if manifest.kept and len(manifest.kept) != len(manifest.disks):
+        raise SnapshotError("manifest: kept: not one for each disk")
     return manifest
 
 

@@ -133,6 +133,18 @@ class PairedBackend(Protocol):
         """
 
 
+@runtime_checkable
+class CopyingBackend(Protocol):
+    """A Backend of a disk that can be copied."""
+
+    def copy_image(self, fd: int, start: int, size: int, target: int) -> None:
+        """Copy `size` bytes from `start` on to `target` in the file at `fd`.
+
+        Raises:
+            OSError: it cannot.
+        """
+
+
 class Frontend(Protocol):
     """What a dataplane tells its transport; any thread."""
 

@@ -19,6 +19,7 @@ from tests.counting_guest import counting_guest
 from tests.filling_guest import small_file_system
 from tests.system.vmd.daemon import READY, Daemon, is_alive, vm_block
 from tests.vmctl_driver import VMCTL
+from vmm_kvm.snapshot.file import SnapshotFile
 
 pytestmark = pytest.mark.kvm
 
@@ -128,21 +129,13 @@ def test_a_paused_vm_stays_paused(start_vmd: Start) -> None:
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
-def test_disks_that_are_written_are_refused(start_vmd: Start, tmp_path: Path, kind: str) -> None:
-    """A snapshot without its disk is made only where that is said; a copy then needs the lock."""
+def test_disks_that_are_left_out(start_vmd: Start, tmp_path: Path, kind: str) -> None:
+    """Without its disk a copy needs the lock of it, and what was in it."""
     disk = tmp_path / f"disk.{kind}"
     subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "8M"], check=True)
     block = vm_block("one", f'disk "{disk}" format {kind}', enabled=True)
     with start_vmd(block) as vmd, vmd.client() as client:
         started(vmd, "one")
-        status, text = vmctl(vmd, "snapshot", "one", "first")
-        assert (status, text.splitlines()) == (
-            1,
-            [
-                "vmctl: snapshot command failed: Device or resource busy",
-                f"vmctl: disk {disk}: it is not in the snapshot: --no-disks leaves it out",
-            ],
-        )
         assert vmctl(vmd, "snapshot", "--no-disks", "one", "first")[0] == 0
         answers(vmd, "one")
         status, text = vmctl(vmd, "start", "two", "--from", "first")
@@ -162,6 +155,45 @@ def test_disks_that_are_written_are_refused(start_vmd: Start, tmp_path: Path, ki
                 f"vmctl: disk {disk}: it has changed since the VM was written",
             ],
         )
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str) -> None:
+    """Copies have the disks as they were, beside the VM and after them; a reboot finds them too."""
+    disk, path = tmp_path / f"disk.{kind}", tmp_path / "file"
+    subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "8M"], check=True)
+    fill = ["qemu-io", "-f", kind, "-c"]
+    subprocess.run([*fill, "write -P 0x51 1M 64k", disk], check=True, stdout=subprocess.DEVNULL)
+    block = vm_block("one", f'disk "{disk}" format {kind}', enabled=True)
+    with start_vmd(block) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        assert vmctl(vmd, "snapshot", "one", "first")[0] == 0
+        assert vmctl(vmd, "snapshot", "-o", str(path), "one")[0] == 0
+        answers(vmd, "one")
+        for name, origin in (("two", "first"), ("three", str(path))):
+            assert vmctl(vmd, "start", name, "--from", origin)[0] == 0
+            answers(vmd, name)
+        with SnapshotFile(os.open(path, os.O_RDONLY)) as file, path.open("rb") as contents:
+            (kept,) = file.manifest.kept
+            assert kept is not None
+            assert kept[1] == 8 << 20
+            contents.seek(kept[0] + (1 << 20) - 1)
+            assert contents.read(3) == b"\0QQ"
+            contents.seek(kept[0] + (1 << 20) + (64 << 10) - 1)
+            assert contents.read(2) == b"Q\0"
+        pid = client.vm("two")["pid"]
+        with client.console("two") as console:
+            console.type(b"r")
+            console.read_to_end()
+        client.wait_for_reboot("two", pid)
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        subprocess.run([*fill, "write -P 0x52 1M 64k", disk], check=True, stdout=subprocess.DEVNULL)
+        assert vmctl(vmd, "start", "four", "--from", "first")[0] == 0
+        answers(vmd, "four")
+    run = [str(VMCTL), "run", "--from", str(path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    text = f"vmctl: {path}: the VM's disks are in the snapshot: use 'vmctl start --from'\n"
+    assert (done.returncode, done.stderr) == (1, text)
 
 
 def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:

@@ -12,7 +12,16 @@ from tests.unit.snapshot.samples import MANIFEST, RANGES, STATE_BYTES, contents,
 from vmm_kvm.bits import MIB
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.memory import GuestMemory
-from vmm_kvm.snapshot.file import FileWriter, SnapshotFile, check_file, write_file, write_into
+from vmm_kvm.snapshot.file import (
+    FileWriter,
+    Layout,
+    SnapshotFile,
+    check_file,
+    write_file,
+    write_into,
+)
+
+LAYOUT = Layout.of(len(STATE_BYTES), MANIFEST.memory_size)
 
 
 def written(path: Path) -> Path:
@@ -125,7 +134,7 @@ def test_what_was_in_a_file_is_gone(tmp_path: Path) -> None:
     path.write_bytes(b"x" * (8 * MIB))
     with path.open("r+b") as file, filled() as memory:
         check_file(file.fileno())
-        write_into(FileWriter(file.fileno(), MANIFEST, len(STATE_BYTES)), STATE_BYTES, memory)
+        write_into(FileWriter(file.fileno(), MANIFEST, LAYOUT), STATE_BYTES, memory)
     assert path.read_bytes() == written(tmp_path / "other").read_bytes()
 
 
@@ -133,7 +142,7 @@ def test_one_that_is_cancelled_is_no_snapshot(tmp_path: Path) -> None:
     """What has been written until then has no header."""
     path = tmp_path / "snap"
     with path.open("w+b") as file, filled() as memory:
-        writer = FileWriter(file.fileno(), MANIFEST, len(STATE_BYTES), lambda: True)
+        writer = FileWriter(file.fileno(), MANIFEST, LAYOUT, lambda: True)
         with pytest.raises(SnapshotError, match="it was cancelled"):
             write_into(writer, STATE_BYTES, memory)
     assert refusal(path) == "incompatible dump signature"

@@ -10,6 +10,7 @@ from tests.unit.snapshot.samples import MANIFEST
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.snapshot.json_text import parse
 from vmm_kvm.snapshot.manifest import MANIFEST_MAX, Boot, Owner, decode, encode
+from vmm_kvm.state import Json
 
 TEXT = encode(MANIFEST)
 FIELDS = json.loads(TEXT)
@@ -104,8 +105,8 @@ def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
 
 def test_a_later_minor_version_may_have_more() -> None:
     """Fields that a later minor version has added are passed over, and no others."""
-    later = changed(format=[1, 3], is_live=False, vsock_cid=None, added=[1])
-    assert decode(later) == MANIFEST._replace(minor=3)
+    later = changed(format=[1, 4], is_live=False, vsock_cid=None, kept=[], added=[1])
+    assert decode(later) == MANIFEST._replace(minor=4)
 
 
 def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
@@ -140,3 +141,19 @@ def test_numbers_of_any_length_take_no_time() -> None:
     """A number is not converted before its length is known."""
     with pytest.raises(SnapshotError, match="more than 64 bits"):
         parse(b"-" + b"1" * 1_000_000, "it")
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [[[4096, 512]], [[4096, 512], None], [[-1, 512]], [[1 << 61, 512]], [[4096]], [4096], None],
+)
+def test_where_disks_are(kept: Json) -> None:
+    """Each disk that is in the file has a place and a size; there are as many as disks."""
+    text = changed(format=[1, 3], is_live=False, vsock_cid=None, kept=kept)
+    if kept == [[4096, 512]]:
+        manifest = decode(text)
+        assert manifest.kept == ((4096, 512),)
+        assert decode(encode(manifest)) == manifest
+        return
+    with pytest.raises(SnapshotError, match="manifest: kept"):
+        decode(text)

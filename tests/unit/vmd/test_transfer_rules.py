@@ -18,6 +18,7 @@ ROOT, ALICE = 0, 1001
 USERS = Users(frozenset({ROOT}), lambda _uid, _gid: False)
 TICKET = Ticket(3, 4)
 RAW = DiskOption(DiskKind.RAW, "/vm/disk.img")
+PMEM = DiskOption(DiskKind.PMEM, RAW.path)
 
 
 def decide(
@@ -43,12 +44,12 @@ def test_where_a_snapshot_goes() -> None:
     named = decide(Snapshot(snapshot="one"), config(allowed=True), ALICE)
     assert not isinstance(named, Denied)
     assert named == (
-        Sink(None, is_snapshot=True, uid=ALICE, name="one"),
+        Sink(None, is_snapshot=True, uid=ALICE, name="one", keeps_disks=True),
         vm_state.Send(TICKET, keeps_running=True, is_snapshot=True, snapshot="one"),
     )
     passed = decide(Snapshot(file=0, snapshot="ignored"), config(), fd=9)
     assert not isinstance(passed, Denied)
-    assert passed[0] == Sink(9, is_snapshot=True, uid=ROOT, name="")
+    assert passed[0] == Sink(9, is_snapshot=True, uid=ROOT, name="", keeps_disks=True)
 
 
 def test_an_owner_needs_permission() -> None:
@@ -68,24 +69,25 @@ def test_a_name_has_to_be_one() -> None:
 @pytest.mark.parametrize(
     ("disk", "text"),
     [
-        (RAW, "it is not in the snapshot: --no-disks leaves it out"),
+        (RAW, None),
+        (PMEM, "it cannot be copied: --no-disks leaves it out"),
         (RAW._replace(is_read_only=True), None),
         (RAW._replace(is_snapshot=True), "what the guest writes vanishes with the VM"),
         (
-            DiskOption(DiskKind.PMEM, RAW.path, is_private=True),
+            PMEM._replace(is_private=True),
             "what the guest writes vanishes with the VM",
         ),
     ],
 )
 def test_disks_that_a_snapshot_would_lack(disk: DiskOption, text: str | None) -> None:
-    """One that the guest writes is refused by name, and left out only where that is said."""
+    """One that cannot be copied is refused by name, and left out only where that is said."""
     denied = decide(Snapshot(snapshot="one"), config(disk))
     if text is None:
         assert not isinstance(denied, Denied)
         return
     assert denied == Denied(ErrorCode.EBUSY, f"disk {disk.path}: {text}")
     left_out = decide(Snapshot(snapshot="one", without_disks=True), config(disk))
-    assert isinstance(left_out, Denied) == (disk != RAW)
+    assert isinstance(left_out, Denied) == (disk != PMEM)
 
 
 def test_a_vm_goes_on_and_the_snapshot_is_told_of() -> None:

@@ -6,6 +6,7 @@ failure the connection is useless: close it.
 Source: QEMU docs/interop/vhost-user.
 """
 
+import os
 import socket
 from collections.abc import Sequence
 from typing import Self
@@ -20,6 +21,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     QUEUES_MAX,
     VRING_NO_FD,
     ConfigAccess,
+    ImageCopy,
     MemoryRegion,
     ProtocolFeature,
     Request,
@@ -193,6 +195,17 @@ class Client:
         if state.ring != ring:
             raise VhostUserError(f"GET_VRING_BASE: ring {state.ring}, not {ring}")
         return state.num
+
+    def copy_image(self, fd: int, part: ImageCopy) -> None:
+        """Have a part of a disk copied into the file at `fd`; only for servers of ours.
+
+        Raises:
+            OSError: the server cannot read or write it.
+            VhostUserError: the connection failed.
+        """
+        number = unpack_u64(self._query(Request.COPY_IMAGE, part.pack(), [fd]))
+        if number:
+            raise OSError(number, os.strerror(number))
 
     @property
     def _has_protocol_features(self) -> bool:

@@ -46,6 +46,7 @@ from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import (
     FEATURE_LOG_ALL,
     HALT_SHIFT,
+    ImageCopy,
     MemoryRegion,
     VhostUserError,
     VringAddress,
@@ -422,6 +423,28 @@ class VhostUser:
                     self._client.ping()
             except VhostUserError as err:
                 self._lose(err)
+
+    @property
+    def disk_size(self) -> int:
+        """Bytes of a disk, by its configuration space; 0 of another device."""
+        sectors = int.from_bytes(self._config[:8], "little")
+        return sectors * 512 if self.device_id == BLOCK.device_id else 0
+
+    def copy_image(self, fd: int, part: ImageCopy) -> None:
+        """Have a part of a disk of ours copied into a file; it stands still.
+
+        Raises:
+            OSError: it cannot be read, or the file cannot be written.
+            VhostUserError: the server is gone.
+        """
+        with self._lock:
+            if self._lost is not None:
+                raise VhostUserError(f"{self._name}: {self._lost}")
+            try:
+                self._client.copy_image(fd, part)
+            except VhostUserError as err:
+                self._lose(err)
+                raise
 
     def kick(self, index: int) -> None:
         """Look at queue `index`; any thread."""

@@ -52,6 +52,7 @@ _VRING_ADDRESS = struct.Struct("<IIQQQQ")
 _REGION_COUNT = struct.Struct("<II")
 _REGION = struct.Struct("<QQQQ")
 _SINGLE_REGION = struct.Struct("<QQQQQ")
+_IMAGE_COPY = struct.Struct("<QQQ")
 _CONFIG = struct.Struct("<III")
 
 
@@ -89,6 +90,35 @@ class Request(enum.IntEnum):
     GET_STATUS = 40
     LEND = 0x6B76_6D01
     """Ours, of no specification: 1 lets go of what the device serves, 0 takes it back."""
+    COPY_IMAGE = 0x6B76_6D02
+    """Ours alone: copy a part of a disk, `ImageCopy`, into the file that comes along."""
+
+
+COPY_MAX = 64 << 20
+"""Bytes of a disk that are copied by one request: a server has to answer in time."""
+
+
+class ImageCopy(NamedTuple):
+    """A part of a disk, and where it goes; all in bytes."""
+
+    start: int
+    size: int
+    target: int
+
+    def pack(self) -> bytes:
+        """Return the payload."""
+        return _IMAGE_COPY.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Read a payload.
+
+        Raises:
+            VhostUserError: it is none.
+        """
+        if len(data) != _IMAGE_COPY.size:
+            raise VhostUserError(f"{len(data)} bytes of payload")
+        return cls(*_IMAGE_COPY.unpack(data))
 
 
 class ProtocolFeature(enum.IntFlag):

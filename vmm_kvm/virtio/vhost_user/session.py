@@ -11,6 +11,7 @@ harm.
 Source: QEMU docs/interop/vhost-user.
 """
 
+import errno
 import os
 from collections.abc import Callable
 
@@ -24,10 +25,17 @@ from vmm_kvm.virtio.abi import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
-from vmm_kvm.virtio.device import ActiveBackend, Backend, LendingBackend, PairedBackend
+from vmm_kvm.virtio.device import (
+    ActiveBackend,
+    Backend,
+    CopyingBackend,
+    LendingBackend,
+    PairedBackend,
+)
 from vmm_kvm.virtio.vhost_user.channel import Channel, Fds, Message
 from vmm_kvm.virtio.vhost_user.messages import (
     CONFIG_MAX,
+    COPY_MAX,
     FEATURE_LOG_ALL,
     FEATURE_PROTOCOL_FEATURES,
     FLAG_NEED_REPLY,
@@ -36,6 +44,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     VRING_INDEX_MASK,
     VRING_NO_FD,
     ConfigAccess,
+    ImageCopy,
     ProtocolFeature,
     Request,
     VhostUserError,
@@ -244,6 +253,8 @@ class Session:
                 self._regions.remove(unpack_region(payload))
                 self._resume()
                 fds.close()  # some front-ends send one along
+            case Request.COPY_IMAGE if isinstance(self._backend, CopyingBackend):
+                reply = pack_u64(_copied(self._backend, ImageCopy.unpack(payload), fds.take()))
             case _:
                 reply = self._obey_for_ring(message)
         if fds:
@@ -506,3 +517,16 @@ class Session:
         if self._failures <= _FAILURES_LOGGED:
             log.warning("ring %d: %s", ring.index, str(err))
         ring.fail()
+
+
+def _copied(backend: CopyingBackend, part: ImageCopy, fd: int) -> int:
+    """Copy a part of a disk; returns 0, or the number of the error."""
+    try:
+        if part.size > COPY_MAX:
+            return errno.EINVAL
+        backend.copy_image(fd, *part)
+    except OSError as err:
+        return err.errno or errno.EIO
+    finally:
+        os.close(fd)
+    return 0
