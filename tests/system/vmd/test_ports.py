@@ -104,6 +104,18 @@ def test_a_vm_that_is_sent_keeps_it(start_vmd: Start, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, line)
 
 
+def test_a_clone_has_it_too(start_vmd: Start) -> None:
+    """Both answer for themselves: neither guest has a driver."""
+    with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
+        client.start("web")
+        _ready(vmd, "web")
+        cloned = vmctl(vmd, "clone", "web", "two")
+        assert cloned.returncode == 0, cloned.stderr
+        for name in ("web", "two"):
+            with pytest.raises(CommandError, match="connection refused"):
+                client.connect(name, 22, timeout=TIMEOUT_S)
+
+
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [VMCTL, "run", *words],
