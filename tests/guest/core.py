@@ -26,6 +26,7 @@ CORE: Final = {
     "test_disks.py::test_more_disks_than_interrupt_pins[intx]": "shared interrupt lines",
     "test_disks.py::test_a_disk_that_is_memory": "virtio-pmem",
     "test_disks.py::test_a_full_host_disk[qcow2]": "a host without room",
+    "test_gdb.py::test_a_kernel_stops_at_its_functions": "GDB, breakpoints in memory",
     "test_installed.py::test_debian_boots_twice[pc]": "SeaBIOS, GRUB and an installed Debian",
     "test_linux.py::test_a_kernel_sees_the_machine_that_was_asked_for[cloud-2]": (
         "the machine's description, held against QEMU's; several vCPUs"

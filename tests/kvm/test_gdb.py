@@ -112,6 +112,19 @@ def test_a_vm_waits_for_its_debugger(tmp_path: Path) -> None:
             assert time.monotonic() < end
 
 
+def test_breakpoints_in_memory_are_there_only_while_it_runs(tmp_path: Path) -> None:
+    """More than the processor has registers for: the debugger never sees what was written."""
+    with debugged(tmp_path) as path, Client(path) as client:
+        before = client.ask(b"m%x,40" % guest.END)
+        for offset in range(6):  # where it never comes
+            assert client.ask(b"Z0,%x,1" % (guest.END + offset)) == b"OK"
+        client.send(b"vCont;c")
+        time.sleep(0.2)
+        client.sock.sendall(b"\x03")
+        assert client.answer().startswith(b"T02")
+        assert client.ask(b"m%x,40" % guest.END) == before
+
+
 def test_interrupting_and_ending(tmp_path: Path) -> None:
     """A running guest is stopped by 0x03; what it ends with is told, and the socket is gone."""
     with debugged(tmp_path, ends=True) as path, Client(path) as client:
