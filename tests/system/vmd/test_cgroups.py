@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,11 @@ def group() -> Iterator[Path]:
     if reason := missing_separation() or (None if found else "no cgroup2 is mounted"):
         pytest.skip(reason)
     assert found
-    made = Path(tempfile.mkdtemp(prefix="vmd-test-", dir=found[1]))
+    root = Path(found[1])
+    there = (root / "cgroup.controllers").read_text().split()
+    for controller in {"cpu", "memory", "pids"}.intersection(there):
+        (root / "cgroup.subtree_control").write_text(f"+{controller}")
+    made = Path(tempfile.mkdtemp(prefix="vmd-test-", dir=root))
     yield made
     _eventually(lambda: "populated 0" in (made / "cgroup.events").read_text())
     _remove(made)
@@ -129,3 +134,68 @@ def test_limits(tmp_path: Path, group: Path) -> None:
         assert (one / "cpu.max").read_text() == f"{cpu_max(50)}\n"
         assert (one / "pids.max").read_text() == f"{TASKS_MAX}\n"
         assert (one / "guest" / "memory.max").read_text() == f"{memory_max(64 * MIB)}\n"
+
+
+def _child_in(group: Path, work: Callable[[], None]) -> int:
+    """Run something by a child in a control group; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            (group / "cgroup.procs").write_text("0")
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _burn() -> None:
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        pass
+
+
+def _counted(path: Path, key: str) -> int:
+    """Return a number of a file of pairs."""
+    return int(dict(line.split() for line in path.read_text().splitlines())[key])
+
+
+def test_limits_at_work(tmp_path: Path, group: Path) -> None:
+    """What is in a VM's groups waits, is refused, or is killed, as if it were a VM's process."""
+    if missing := {"cpu", "memory", "pids"} - set(
+        (group / "cgroup.controllers").read_text().split()
+    ):
+        pytest.skip(f"no {', '.join(sorted(missing))} controller in the cgroup2 of this host")
+    config = vm_block("one", "limit cpu 50%", memory="16M")
+    with _daemon(tmp_path, group, config) as vmd, vmd.client() as client:
+        assert client.ask("start", name="one")["type"] == "started"
+        one = group / "vm-1"
+        begun = os.times().children_user + os.times().children_system
+        assert os.waitpid(_child_in(one / "guest", _burn), 0)[1] == 0
+        used = os.times().children_user + os.times().children_system - begun
+        assert used < 2.25, "of 3 seconds, half are the limit"
+        assert _counted(one / "cpu.stat", "nr_throttled") > 0
+
+        def allocate() -> None:
+            held = bytearray()
+            while True:
+                held += b"x" * MIB
+
+        waited = os.waitpid(_child_in(one / "guest", allocate), 0)[1]
+        assert os.waitstatus_to_exitcode(waited) == -signal.SIGKILL
+        assert _counted(one / "guest" / "memory.events", "oom_kill") == 1
+
+        def fork() -> None:
+            os.setpgid(0, 0)
+            with suppress(BlockingIOError):
+                for _ in range(TASKS_MAX):
+                    if os.fork() == 0:
+                        signal.pause()
+                os._exit(2)
+
+        forker = _child_in(one / "guest", fork)
+        assert os.waitstatus_to_exitcode(os.waitpid(forker, 0)[1]) == 0, "no fork was refused"
+        assert _counted(one / "pids.events", "max") > 0
+        os.killpg(forker, signal.SIGKILL)
+        assert client.vm("one")["state"] == "running"
