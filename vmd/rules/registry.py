@@ -555,6 +555,7 @@ class Registry:
                         vm.started_at = self._clock.realtime_s()
                         vm.has_run = True
                         vm.origin = None
+                        yield from _dropped(vm.give_up_stream())
                     elif kind in _LIVES_END:
                         vm.started_at = None
                     yield from self._tell(vm, kind, message)

@@ -162,6 +162,17 @@ class Vm:
         self.history = History()
         """Its log lines."""
 
+    def give_up_stream(self) -> Passed | None:
+        """Return the descriptors by which it came, now that it runs; they are the caller's.
+
+        A sender on another host waits until they are closed.
+        """
+        passed = self.passed
+        if passed is None or passed.stream is None:
+            return None
+        self.passed = passed._replace(stream=None, replies=None)
+        return Passed(uid=passed.uid, stream=passed.stream, replies=passed.replies)
+
     def give_back(self, *, is_forgotten: bool) -> None:
         """Drop what its clones had of it, or it had of another VM, as far as it is of no use.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -225,6 +227,59 @@ def test_a_receiver_that_fails_after_it_was_let_go(tmp_path: Path) -> None:
         assert "the receiver says: no room" in said
         here.wait_for_state("one", "running")
         answers(here, "one")
+
+
+@contextmanager
+def sshd(directory: Path, environment: str) -> Iterator[str]:
+    """Run an sshd of our own on localhost; yield how ssh gets to it."""
+    program = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
+    if program is None or shutil.which("ssh") is None:
+        pytest.skip("sshd or ssh is not installed")
+    for name in ("host", "user"):
+        key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)]
+        subprocess.run(key, check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = directory / "sshd_config"
+    config.write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {directory}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {directory}/user.pub\nStrictModes no\nPermitRootLogin yes\n"
+        f"SetEnv {environment}\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)
+    log = (directory / "sshd.log").open("wb")
+    with log, subprocess.Popen([program, "-D", "-e", "-f", config], stderr=log) as process:
+        try:
+            yield (
+                f"ssh -p {port} -i {directory}/user -o BatchMode=yes -o StrictHostKeyChecking=no"
+                " -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o ConnectionAttempts=10"
+            )
+        finally:
+            process.terminate()
+
+
+def test_through_ssh(tmp_path: Path) -> None:
+    """A real sshd carries the VM and its hand-over."""
+    if os.geteuid() != 0:
+        pytest.skip("an sshd of one's own needs root")
+    with hosts(tmp_path, disk_of(tmp_path)) as both, both.second.client() as there:
+        environment = f"VMD_SOCKET={both.second.socket} PATH={VMCTL.parent}:/usr/bin:/bin"
+        with sshd(tmp_path, environment) as ssh:
+            command = [str(VMCTL), "migrate", "--ssh", ssh, "one", "root@127.0.0.1"]
+            done = subprocess.run(
+                command,
+                env={**os.environ, "VMD_SOCKET": str(both.first.socket)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        assert (done.returncode, done.stderr.decode().splitlines()[-1]) == (
+            0,
+            "vmctl: migrated vm one to root@127.0.0.1",
+        ), done.stderr
+        answers(there, "one")
 
 
 def test_kills() -> None:
