@@ -173,7 +173,11 @@ def _await(client: Client, events: Client, name: str) -> None:
                 _, fds = client.receive("done")
                 assert not fds
                 return
-            event, _ = events.receive("event")
+            try:
+                event, _ = events.receive("event")
+            except CommandError:  # what counts is the answer
+                poll.unregister(events.fileno())
+                continue
             if shows and _tells(event, name):
                 print(f"\r\x1b[K{printable(event['message'])}", end="", file=sys.stderr, flush=True)
     finally:
