@@ -117,6 +117,7 @@ IMAGE_DISKS = st.builds(
     is_private=st.just(False),
     is_snapshot=st.just(False),  # for `vmctl run` alone
     on_error=st.none() | st.sampled_from(OnError),
+    window=st.none(),  # of snapshots alone
 )
 DISKS = (
     IMAGE_DISKS

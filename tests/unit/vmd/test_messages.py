@@ -50,7 +50,7 @@ def _example_of(wanted: object) -> object:
         least = getattr(arguments[1], "ge", None)
         return max(1, least) if arguments[0] is int and least else _example_of(arguments[0])
     if origin is tuple:
-        return (_example_of(arguments[0]),)
+        return tuple(_example_of(each) for each in arguments if each is not ...)
     if arguments:  # a union
         return _example_of(arguments[0])
     if isinstance(wanted, type) and issubclass(wanted, msgspec.Struct):
