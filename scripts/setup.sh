@@ -42,7 +42,8 @@ packages='
     mount               a small file system that gets full
     mtools              grub-mkrescue needs it; makes an EFI system partition
     nftables            NAT, forwarded ports and locked lladdrs of the daemon
-    openssh-client      the tutorial logs in to a guest
+    openssh-client      the tutorial logs in to a guest, a VM moves by ssh
+    openssh-server      what a VM moves to, in its test
     ovmf                UEFI firmware
     passt               user-mode networking of guests
     passwd              adds the user that the daemon runs as
