@@ -63,6 +63,15 @@ def _wait_for(fuse: FuseMount, call: Call) -> None:
         time.sleep(0.02)
 
 
+def _has_files(pid: int, folder: Path) -> bool:
+    """Tell whether a process has files of a folder open."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(str(link.readlink()))
+    return any(path.startswith(str(folder)) for path in found)
+
+
 def _close(fd: int) -> None:
     with suppress(OSError):  # there is no server any more
         os.close(fd)
@@ -107,11 +116,9 @@ def test_a_file_that_is_never_closed(vmd: Daemon, fuse: FuseMount, reachable: Pa
         fuse.end()
         for fd in fds:
             _close(fd)
-    control = Path(f"/proc/{vmd.child('vmd: control')}/fd")
+    control = vmd.child("vmd: control")
     deadline = time.monotonic() + _ANSWER_S
-    while any(
-        str(link.readlink()).startswith(str(reachable / "mount")) for link in control.iterdir()
-    ):
+    while _has_files(control, reachable / "mount"):
         assert time.monotonic() < deadline, "control has files of a client that has gone"
         time.sleep(0.1)
 
