@@ -47,6 +47,8 @@ class RegistryMachine(RuleBasedStateMachine):
         self.next_client = 4
         self.live = [1, 2, 3]
         self.ids: dict[tuple[str, int], int] = {}
+        self.lasting: set[tuple[str, int]] = set()
+        """Names whose ids stay theirs when the VMs are gone."""
 
     @initialize()
     def begin(self) -> None:
@@ -126,6 +128,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.host.run(self.host.registry.remove_all(operation.ticket))
         if not self.host.registry.is_emptying:
             self.ids.clear()
+            self.lasting.clear()
 
     # What happens
 
@@ -217,10 +220,14 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def ids_stick(self) -> None:
-        """A name has one id with a user, and no two have the same."""
-        for vm in self.host.registry.vms:
-            key = (vm.name, vm.requester)
+        """A name has one id with a user, and no two have the same; a failed start uses none."""
+        there = {(vm.name, vm.requester): vm for vm in self.host.registry.vms}
+        for key, vm in there.items():
             assert self.ids.setdefault(key, vm.id) == vm.id
+            if vm.has_run or vm.state.is_from_config:
+                self.lasting.add(key)
+        for key in self.ids.keys() - self.lasting - there.keys():
+            del self.ids[key]
         assert len(set(self.ids.values())) == len(self.ids)
 
     @invariant()
@@ -283,6 +290,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def _note_emptied(self, was_emptying: bool) -> None:
         if was_emptying and not self.host.registry.is_emptying:
             self.ids.clear()
+            self.lasting.clear()
 
 
 TestRegistry = RegistryMachine.TestCase
