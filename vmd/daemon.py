@@ -302,8 +302,8 @@ class Daemon:
             self._notifier.notify("READY=1\nSTATUS=Running")
             self._notifier.keep_alive(self._loop)
             on_ready()
-        else:
-            self._end(1)
+        else:  # the loop takes no stop before it runs
+            self._loop.call_soon(lambda: self._end(1))
         self._loop.run()
         self._notifier.notify("STOPPING=1")
         self._parent.close()

@@ -375,6 +375,22 @@ def test_a_named_configuration_has_to_be_there(tmp_path: Path) -> None:
     assert not (tmp_path / "vmd.sock").exists()
 
 
+@pytest.mark.parametrize("options", [["-d"], []], ids=["foreground", "background"])
+def test_a_start_that_fails_ends(tmp_path: Path, options: list[str]) -> None:
+    """A daemon whose configuration cannot be read is not there for minutes."""
+    command = [sys.executable, "-m", "vmd", "--user", *options, "-f", str(tmp_path / "none")]
+    done = subprocess.run(
+        [*command, "--socket", str(tmp_path / "vmd.sock")],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+
+
 def test_reset_ends_all_vms(start_vmd: Start) -> None:
     """Reset is answered when no VM is left; ids begin anew."""
     config = vm_block("one", enabled=True) + vm_block("two", enabled=True)
