@@ -1,7 +1,7 @@
 """What users of machine monitors stumble over, and the tests that hold each kind of fault off.
 
 A kind is in the words of whoever meets it. The tests of a kind try several inputs of it, those that
-were reported and others. All but the last section failed on the tree before the kinds were mended.
+were reported and others. A sample was run on the tree before the kinds were mended, and failed.
 """
 
 from __future__ import annotations
