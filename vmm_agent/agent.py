@@ -877,7 +877,7 @@ def _set_identity(request: Mapping[str, object]) -> None:
 
 def _replace(path: str, line: str) -> None:
     part = f"{path}.part-{os.getpid()}"
-    with open(part, "w", encoding="ascii") as file:
+    with open(part, "w", encoding="utf-8") as file:
         file.write(f"{line}\n")
         file.flush()
         os.fsync(file.fileno())
