@@ -488,11 +488,14 @@ def test_waiting_is_interrupted(words: str, serve: Serve) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not daemon.requests:
-            assert time.monotonic() < deadline
-            os.sched_yield()
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=TIMEOUT_S)
+        try:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not daemon.requests:
+                assert time.monotonic() < deadline
+                os.sched_yield()
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
     assert (process.returncode, output) == (-signal.SIGINT, "")
     assert errors in {"", "waiting for vm web: ", "stopping vm web: "}
