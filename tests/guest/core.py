@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 CORE: Final = {
+    "test_agent.py::test_an_agent_in_a_guest": "the guest agent, by vsock",
     "test_boot_paths.py::test_kernel_finds_what_its_protocol_promises[openbsd-i386]": (
         "a way into a kernel that needs all of the processor's modes"
     ),
