@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -100,9 +101,12 @@ class Vsock:
             except OSError:
                 return
             with stream:
-                if stream.recv(len(_CONNECT), socket.MSG_WAITALL) != _CONNECT:
+                try:
+                    if stream.recv(len(_CONNECT), socket.MSG_WAITALL) != _CONNECT:
+                        continue
+                    stream.sendall(b"OK 1073741824\n")
+                except ConnectionError:  # the client was ended meanwhile
                     continue
-                stream.sendall(b"OK 1073741824\n")
                 fd = stream.fileno()
                 arguments = [sys.executable, "-I", str(AGENT), "--fd", str(fd)]
                 self._agents.append(subprocess.Popen(arguments, pass_fds=(fd,)))
@@ -116,7 +120,8 @@ def spliced(near: socket.socket, far: socket.socket) -> threading.Thread:
 
     def work() -> None:
         with near, far:
-            near.sendall(b"OK 1073741824\n")
+            with suppress(ConnectionError):  # then it finds the end below
+                near.sendall(b"OK 1073741824\n")
             while True:
                 for one in select.select([near, far], [], [])[0]:
                     try:
