@@ -17,7 +17,8 @@ import pytest
 from tests.campaigns import kill_snapshot
 from tests.counting_guest import counting_guest
 from tests.filling_guest import small_file_system
-from tests.system.vmd.daemon import READY, Daemon, is_alive, vm_block
+from tests.system.vmd.daemon import Daemon, is_alive, vm_block
+from tests.system.vmd.test_send import running, started
 from tests.vmctl_driver import VMCTL
 from vmm_kvm.snapshot.file import SnapshotFile
 
@@ -44,24 +45,6 @@ def vmctl(vmd: Daemon, *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def answers(vmd: Daemon, name: str) -> None:
-    """Fail unless a VM runs, and its guest hears what is typed."""
-    with vmd.client() as client, client.console(name) as console:
-        console.type(b"e")
-        console.expect(b"e", console.output.count(b"e") + 1)
-        assert client.vm(name)["state"] == "running"
-
-
-def started(vmd: Daemon, name: str) -> int:
-    """Wait until a VM's guest is ready; return the pid of its process."""
-    with vmd.client() as client:
-        pid = client.wait_for_state(name, "running")["pid"]
-        with client.console(name) as console:
-            console.expect(READY)
-    assert isinstance(pid, int)
-    return pid
-
-
 def stored(vmd: Daemon) -> list[Path]:
     """Return all that is in the store."""
     return sorted((vmd.socket.parent / "state" / "snapshots").glob("*/*"))
@@ -82,18 +65,18 @@ def test_a_vm_is_made_of_a_snapshot_again_and_again(start_vmd: Start) -> None:
         )
         event = listener.receive()[0]
         assert (event["kind"], event["name"], event["message"]) == ("snapshot", "one", "first")
-        answers(vmd, "one")
+        running(vmd, "one")
         assert client.vm("one")["pid"] == pid
         for name in ("two", "three"):
             status, text = vmctl(vmd, "start", name, "--from", "first")
             told = f"vmctl: started vm {client.vm(name)['id']} successfully"
             assert (status, text[: len(told)]) == (0, told)
-            answers(vmd, name)
-        answers(vmd, "one")
+            running(vmd, name)
+        running(vmd, "one")
         # The file is theirs even when its name is gone.
         assert vmctl(vmd, "snapshot", "-r", "first") == (0, "")
         assert stored(vmd) == []
-        answers(vmd, "three")
+        running(vmd, "three")
 
 
 def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
@@ -108,7 +91,7 @@ def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
             f"vmctl: {path}: File exists\n",
         )
         assert vmctl(vmd, "start", "two", "--from", str(path), "--clock", "now")[0] == 0
-        answers(vmd, "two")
+        running(vmd, "two")
         status, text = vmctl(vmd, "snapshot", "--check", str(path), "--json")
         facts = json.loads(text)
         assert (status, facts["vm"], facts["memory"]) == (0, "one", 64 << 20)
@@ -125,7 +108,7 @@ def test_a_paused_vm_stays_paused(start_vmd: Start) -> None:
         assert vmctl(vmd, "snapshot", "one", "first")[0] == 0
         assert client.vm("one")["state"] == "paused"
         assert vmctl(vmd, "start", "two", "--from", "first")[0] == 0
-        answers(vmd, "two")
+        running(vmd, "two")
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
@@ -137,12 +120,12 @@ def test_disks_that_are_left_out(start_vmd: Start, tmp_path: Path, kind: str) ->
     with start_vmd(block) as vmd, vmd.client() as client:
         started(vmd, "one")
         assert vmctl(vmd, "snapshot", "--no-disks", "one", "first")[0] == 0
-        answers(vmd, "one")
+        running(vmd, "one")
         status, text = vmctl(vmd, "start", "two", "--from", "first")
         assert (status, text.splitlines()[0]) == (1, "vmctl: could not open disk image(s)")
         assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
         assert vmctl(vmd, "start", "two", "--from", "first")[0] == 0
-        answers(vmd, "two")
+        running(vmd, "two")
         assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
         with disk.open("r+b") as file:
             file.seek(-7, os.SEEK_END)
@@ -169,10 +152,10 @@ def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str) -> None:
         started(vmd, "one")
         assert vmctl(vmd, "snapshot", "one", "first")[0] == 0
         assert vmctl(vmd, "snapshot", "-o", str(path), "one")[0] == 0
-        answers(vmd, "one")
+        running(vmd, "one")
         for name, origin in (("two", "first"), ("three", str(path))):
             assert vmctl(vmd, "start", name, "--from", origin)[0] == 0
-            answers(vmd, name)
+            running(vmd, name)
         with SnapshotFile(os.open(path, os.O_RDONLY)) as file, path.open("rb") as contents:
             (kept,) = file.manifest.kept
             assert kept is not None
@@ -189,7 +172,7 @@ def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str) -> None:
         assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
         subprocess.run([*fill, "write -P 0x52 1M 64k", disk], check=True, stdout=subprocess.DEVNULL)
         assert vmctl(vmd, "start", "four", "--from", "first")[0] == 0
-        answers(vmd, "four")
+        running(vmd, "four")
     run = [str(VMCTL), "run", "--from", str(path)]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     text = f"vmctl: {path}: the VM's disks are in the snapshot: use 'vmctl start --from'\n"
@@ -203,7 +186,7 @@ def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:
         with Path("/dev/full").open("wb") as full:
             answer = client.ask("snapshot", (full.fileno(),), name="one", file=0)
         assert (answer["code"], answer["message"]) == ("EIO", "not a pipe, socket or file")
-        answers(vmd, "one")
+        running(vmd, "one")
         assert vmctl(vmd, "snapshot", "one", "../first")[1].splitlines()[1] == (
             "vmctl: invalid snapshot name"
         )
@@ -211,7 +194,7 @@ def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:
         assert vmctl(vmd, "snapshot", "one", "first")[1].splitlines()[1] == (
             "vmctl: there is a snapshot first already"
         )
-        answers(vmd, "one")
+        running(vmd, "one")
         assert [path.name for path in stored(vmd)] == ["first.snapshot"]
         commands = [
             subprocess.Popen(
@@ -225,7 +208,7 @@ def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:
             command.kill()
             command.wait()
         client.wait_for_state("one", "running")
-        answers(vmd, "one")
+        running(vmd, "one")
         assert all(re.fullmatch(r"(first|killed\d)\.snapshot", one.name) for one in stored(vmd))
 
 
@@ -256,7 +239,7 @@ def test_a_full_disk_is_no_end_of_a_vm(start_vmd: Start, tmp_path: Path) -> None
                     1,
                     "vmctl: snapshot command failed: No space left on device",
                 )
-                answers(vmd, "one")
+                running(vmd, "one")
             assert sorted(path for path in small.place.rglob("*") if path.is_file()) == before
             assert is_alive(pid)
             assert vmctl(vmd, "snapshot", "-o", str(tmp_path / "file"), "one")[0] == 0
@@ -299,7 +282,7 @@ def test_an_edited_snapshot_is_refused(start_vmd: Start, tmp_path: Path) -> None
             assert (status, said) == (1, f"vmctl: {wanted}\n")
             assert client.ask("status", name="two")["vms"] == []
         assert is_alive(pid)
-        answers(vmd, "one")
+        running(vmd, "one")
 
 
 def test_a_guest_loses_no_tick(start_vmd: Start, tmp_path: Path) -> None:
