@@ -453,5 +453,5 @@ def test_what_a_vm_boots_and_its_disks_are_shown(start_vmd: Start, tmp_path: Pat
         (vm,) = list(client.ask("status", name="one", devices=True)["vms"])  # type: ignore[call-overload]
         assert (vm["boot"], vm["append"], vm["cdrom"]) == (str(SELFTEST), "quiet", "")
         told = {"path": str(disk), "format": "raw", "is_read_only": True, "serial": "x"}
-        assert vm["disks"] == [told]
+        assert vm["disks"] == [{**told, "is_snapshot": False}]
         assert client.vm("one")["disks"] == []
