@@ -30,7 +30,7 @@ REGISTRY_HOSTS = tuple(
 )
 # Lists of register names, tables of structures: a table may be as long as what it describes.
 TABLES = ("vmm_kvm/kvm/abi.py",)
-# What is copied into guests is one file.
+# The agent is copied into guests as one file.
 WHOLE = ("vmm_agent/agent.py",)
 
 

@@ -3,11 +3,11 @@
 The file system of a client may let close(2) wait for ever (flush of a FUSE file system), and so may
 it the last reference that goes. That includes a process that forks, as the child closes what it is
 not to have. So the long-lived processes have no such descriptor: they pass on a *parcel*, a UNIX
-SOCK_SEQPACKET socket in which one message waits that has the file with it. Whoever is to use the
-file takes a descriptor out by MSG_PEEK, which leaves the file where it is, for other times.
+SOCK_SEQPACKET socket in which one message waits that has the file with it. A process that uses
+the file takes a descriptor out by MSG_PEEK, which leaves the file in the parcel for later.
 
 A *keeper* is the other end of the parcel: it tells, by a hang-up, when nobody has the parcel any
-more. Whoever holds it and the file has the last reference.
+more. The process that holds the keeper and the file has the last reference.
 
 Source: unix(7), recv(2) "MSG_PEEK"; Linux fs/fuse/file.c, fuse_flush, fuse_release
 """

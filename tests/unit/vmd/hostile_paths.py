@@ -32,7 +32,7 @@ class Tree:
     def close(self) -> None:
         """Take away what is no file."""
         for mount in self.mounts:
-            # Whoever was ended while it swapped mounts may have left another one there.
+            # A process that was killed while it swapped mounts may have left another one there.
             while str(mount) in Path("/proc/self/mountinfo").read_text().split():
                 subprocess.run(["umount", "-l", str(mount)], check=True)
         for each in self.sockets:
