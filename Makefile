@@ -23,13 +23,13 @@ install: ## Install the programs below PREFIX (/usr/local), in DESTDIR if that i
 uninstall: ## Remove what `make install` has installed there
 	@$(INSTALL) --uninstall
 
-bundle: ## Download the dependencies that INTERPRETER lacks, for `make install` to bring along
+bundle: ## Download the dependencies that INTERPRETER lacks, for `make install` to install too
 	@$(INTERPRETER) scripts/dependencies.py bundle build/bundle
 
 deb: ## Build the Debian package into dist/
 	@/usr/bin/python3 scripts/deb.py
 
-setup: ## Install what everything below needs (packages as root, then .venv)
+setup: ## Install what the targets below need (packages as root, then .venv)
 	@scripts/setup.sh
 
 lint: setup ## ruff and mypy
@@ -39,23 +39,23 @@ format: setup ## Format the code in place
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
 
-test: setup ## Everything that is checked before a change is merged
+test: setup ## Run all checks that a change must pass before it is merged
 	@scripts/test.sh lint unit kvm core
 
 test-all: setup ## The same with every guest test, then Debian 12, 13 and testing; takes hours
 	@status=0; scripts/test.sh lint unit kvm guest || status=1; \
 	    scripts/matrix.sh || status=1; exit $$status
 
-test-unit: setup ## Tests that need nothing
+test-unit: setup ## Run the tests that need nothing
 	@scripts/test.sh unit
 
-test-kvm: setup ## Tests that need any /dev/kvm
+test-kvm: setup ## Run the tests that need any /dev/kvm
 	@scripts/test.sh kvm
 
-test-guest: setup ## Every test with distribution kernels: on this machine's KVM, or in the rig
+test-guest: setup ## Run every test with distribution kernels: on this machine's KVM, or in the rig
 	@scripts/test.sh guest
 
-test-matrix: setup ## The unit and kvm groups in trees of Debian 12, 13 and testing, as root
+test-matrix: setup ## Run the unit and kvm groups in trees of Debian 12, 13 and testing, as root
 	@scripts/matrix.sh
 
 test-deb: setup ## Build the Debian package, install and purge it, and try pipx, in a fresh Debian 13
@@ -79,10 +79,10 @@ soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs, a
 	$(PYTHON) tests/campaigns/save_restore.py --count $(or $(COUNT),1000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/agent_load.py --count $(or $(COUNT),1000)
 
-soak-guests: setup ## Kill what carries the traffic of Linux guests, COUNT (3) times on each data path; in the rig
+soak-guests: setup ## Kill processes that move Linux guests' frames, COUNT (3) times on each data path; in the rig
 	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/kill_guests.py --count $(or $(COUNT),3)
 
-fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
+fuzz: setup ## Try COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	$(PYTHON) -m tests.fuzz.harness --seconds $(SECONDS) --count $(or $(COUNT),1000) --seed $(SEED)
 	VMM_FUZZ_COUNT=$(or $(COUNT),1000) VMM_FUZZ_SEED=$(SEED) $(PYTEST) -q -m "not guest" \
 	    --timeout 3600 tests/unit/boot
@@ -98,11 +98,11 @@ fuzz: setup ## COUNT corruptions of boot and disk images, hostile guests and pee
 	$(PYTHON) tests/campaigns/hostile_clients.py --count $(or $(COUNT),100000) --seed $(SEED)
 	$(PYTHON) tests/campaigns/compromised.py --count $(or $(COUNT),100) --seed $(SEED)
 
-installed: setup ## Boot Debian from disks of every kind, and have fio verify them; in the rig
+installed: setup ## Boot Debian from disks of every kind, and verify them by fio; in the rig
 	$(PYTHON) -m tests.debian
 	$(RIG) --cpus 1 --timeout 3600 -- $(PYTHON) tests/campaigns/installed.py
 
-installer: setup ## Have Debian's installer partition a disk, with a network and a mirror of ours; in the rig
+installer: setup ## Partition a disk by Debian's installer, with our network and mirror; in the rig
 	$(PYTHON) -m tests.installer
 	$(RIG) --cpus 1 --timeout 1800 -- $(PYTHON) tests/campaigns/installer.py
 
@@ -115,6 +115,6 @@ bench: setup ## Measure the daemon here, and the start of a guest and disks in t
 	$(PYTHON) bench/net.py
 	$(PYTHON) bench/disk.py
 
-clean: ## Remove what the targets made in this directory
+clean: ## Remove the targets' files in this directory
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

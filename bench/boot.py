@@ -1,19 +1,19 @@
-"""Start of a guest: from the program's start to the first line of the guest's /init.
+"""Time a guest's start: from the program's start to the first line of the guest's /init.
 
-Ours (`vmctl run`, and as root `vmctl start` with a daemon that runs already) against QEMU's
-machines, and kvmtool where it is installed: the same kernel, initramfs, command line and memory,
-one vCPU; with the kernel's log on the serial console, and with `quiet`. It runs in the rig with the
-clock that counts instructions, so that ratios repeat to about one per cent on a busy machine;
-everything that is read is staged into the rig's memory and run once before it is measured.
-With `--beside`, the programs of another tree of this project take their turns too.
-A guest in the rig that stands still, by a fault of QEMU's emulation, costs a new rig: what was
-measured before counts. `--here` measures on this machine's KVM with its own clock instead.
+It compares ours (`vmctl run`, and as root `vmctl start` with a daemon that runs already) with
+QEMU's machines, and with kvmtool where it is installed: the same kernel, initramfs, command line
+and memory, one vCPU; with the kernel's log on the serial console, and with `quiet`. It runs in the
+rig with the clock that counts instructions, so that ratios repeat to about one per cent on a busy
+machine; all files that are read are staged into the rig's memory and run once before they are
+measured. With `--beside`, the programs of another tree of this project take their turns too. If a
+guest in the rig hangs, by a fault of QEMU's emulation, the benchmark starts a new rig, and keeps
+the earlier results. `--here` measures on this machine's KVM with its own clock instead.
 
-Also the memory that an idle guest costs besides its RAM: private, and proportional (PSS). The
-program that measures memory is a shell, which shares no interpreter with `vmctl`.
+It also measures the memory that an idle guest costs besides its RAM: private, and proportional
+(PSS). A shell measures memory, because it shares no interpreter with `vmctl`.
 
-Prints a table with ratios of starts to that of QEMU's `-M pc`, and to its whole run, to the end
-after its guest's /init has powered off; and writes JSON.
+It prints a table with ratios of starts and of whole runs to those of QEMU's `-M pc`, and writes
+JSON. A whole run ends when the program ends, after its guest's /init has powered off.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from tests.system.vmd.daemon import Daemon  # noqa: E402
 MEMORY = 256 << 20
 COMMAND_LINE = "console=ttyS0 reboot=k panic=-1"
 LOGS = {"full log": "", "quiet": " quiet"}
-"""What the serial console shows of the kernel's log, and the words for it."""
+"""How much of the kernel's log the serial console shows, and the words for it."""
 MARKER = b"init: up"
 BASELINE = "QEMU -M pc"
 _WITH_DAEMON = "vmctl start"
 _BESIDE = " beside"  # ends the name of a program of another tree
 _PAUSE_S = 2.0
-_PATIENCE_S = 180.0  # of the clock on the wall: a start takes 5 to 40 s of it
+_PATIENCE_S = 180.0  # of wall-clock time: a start takes 5 to 40 s of it
 _RIGS_MAX = 6
 _PACKAGES = ("vmctl", "vmd", "vmm_kvm")
 _MIB = 1 << 20
@@ -65,7 +65,7 @@ _RAM_NAMES = ("/memfd:", "/dev/shm/", "[anon")
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a process maps besides the guest's RAM, in bytes."""
+    """A process's mapped memory besides the guest's RAM, in bytes."""
 
     private: int
     proportional: int
@@ -78,7 +78,7 @@ class Result:
 
     name: str
     log: str
-    """Of `LOGS`."""
+    """A key of `LOGS`."""
     starts_s: tuple[float, ...]
     runs_s: tuple[float, ...]
     """The whole run, to the program's end after the guest's."""
@@ -101,10 +101,10 @@ def competitors(
     """Return the command line of each program that is installed, by its name in the table.
 
     Args:
-        test: what the guest's /init does after its first line; more words may follow.
+        test: the action of the guest's /init after its first line; more words may follow.
         only: a regular expression that is found in each name.
         beside: another tree of this project, with its `.venv`.
-        with_daemon: also what needs a daemon; it comes last.
+        with_daemon: add programs that need a daemon, as the last ones.
     """
     kernel, image = artifacts.kernel("cloud").vmlinuz, artifacts.plain_initramfs()
     command_line = f"{COMMAND_LINE} test={test}"
@@ -153,9 +153,9 @@ def _socket_variable(suffix: str) -> str:
 
 
 def time_start(arguments: Sequence[str]) -> tuple[float, float]:
-    """Run a program to its end; return the seconds to its guest's /init, and those in all.
+    """Run a program to its end; return the seconds to its guest's /init, and those of all.
 
-    Whoever reads shares the one processor: each byte is looked at once.
+    The reader shares the one processor: it looks at each byte once.
 
     Raises:
         RuntimeError: the program ended before.
@@ -179,7 +179,7 @@ def time_start(arguments: Sequence[str]) -> tuple[float, float]:
 
 
 def memory_besides_ram(smaps: str, ram: int) -> Memory:
-    """Sum the mappings of one or more processes, without those that are the guest's RAM.
+    """Sum the mappings of one or more processes, except the guest's RAM.
 
     Args:
         smaps: contents of /proc/PID/smaps, one after the other.
@@ -209,7 +209,7 @@ def memory_besides_ram(smaps: str, ram: int) -> Memory:
 def memory_script(programs: dict[str, list[str]], out: str) -> str:
     """Return a shell script that saves the smaps of each program's idle guest as `out`/N.smaps.
 
-    What is there already is left alone. A program's children count with it. Console and input are
+    Existing files are left alone. A program's children count with it. Console and input are
     kept in memory: under the counted clock every wait for a shared file system is a jump.
     """
     lines = ["scratch=$(mktemp -d)"]
@@ -231,13 +231,13 @@ def memory_script(programs: dict[str, list[str]], out: str) -> str:
 
 
 def qemu_stages() -> list[Stage]:
-    """Return what QEMU reads: its binary, libraries, and firmware."""
+    """Return the files that QEMU reads: its binary, libraries, and firmware."""
     binary = shutil.which("qemu-system-x86_64")
     if binary is None:
         return []
     listed = subprocess.run(["ldd", binary], check=True, capture_output=True, text=True).stdout
     libraries = {Path(path).resolve() for path in re.findall(r"(/\S+) \(0x", listed)}
-    # The C library and the loader are in use by every process, the staging ones included.
+    # Every process uses the C library and the loader, the staging ones included.
     libraries = {path for path in libraries if not re.match(r"ld-linux|libc\.so", path.name)}
     folders = [Path("/usr/share/qemu"), Path("/usr/share/seabios")]
     modules = next(iter(Path("/usr/lib").glob("*/qemu")), None)
@@ -251,14 +251,14 @@ def qemu_stages() -> list[Stage]:
 
 
 Starts = dict[str, dict[str, list[tuple[float, float]]]]
-"""What `time_start` returns, by round, by program, by log."""
+"""Results of `time_start`, by round, by program, by log."""
 
 
 def measure(rounds: int, only: str, beside: Path | None, out: Path) -> None:
     """Time each program `rounds` times after one run that does not count; keep `out` up to date.
 
-    The programs take turns, so that what drifts drifts for all of them. What `out` has of an
-    earlier run counts as well.
+    The programs take turns, so that drift affects all of them. Results of an earlier run in `out`
+    count as well.
     """
     starts: Starts = json.loads(out.read_text()) if out.exists() else {log: {} for log in LOGS}
     is_root = os.geteuid() == 0
@@ -290,18 +290,18 @@ def measure(rounds: int, only: str, beside: Path | None, out: Path) -> None:
         ]:
             for log, name in missing:
                 if name.startswith(_WITH_DAEMON):
-                    time.sleep(_PAUSE_S)  # in which the daemon makes itself ready
+                    time.sleep(_PAUSE_S)  # the daemon prepares the next process
                 taken = time_start(programs[log][name])
                 print(f"{name}, {log}: {taken[0]:.3f} s, {taken[1]:.3f} s", flush=True)
                 if name not in is_warm:
-                    is_warm.add(name)  # what it reads is in the rig's memory now
+                    is_warm.add(name)  # its files are in the rig's memory now
                     continue
                 starts[log].setdefault(name, []).append(taken)
                 out.write_text(json.dumps(starts))
 
 
 def results(folder: Path) -> list[Result]:
-    """Read what `measure` and the memory script left in a directory."""
+    """Read the results of `measure` and of the memory script in a directory."""
     starts: Starts = json.loads((folder / "starts.json").read_text())
     found = []
     for log, programs in starts.items():
@@ -340,7 +340,7 @@ def table(found: Sequence[Result]) -> str:
 
 
 def _inner(folder: Path, rounds: int, only: str, beside: Path | None) -> str:
-    """Return the shell command that measures what `folder` lacks; its script is kept there."""
+    """Return the shell command that measures the missing parts of `folder`, by a script in it."""
     programs = competitors("idle" + LOGS["quiet"], only, beside, with_daemon=False)
     script = folder / "memory.sh"
     script.write_text(memory_script(programs, "$RIG_OUT"))
@@ -348,8 +348,8 @@ def _inner(folder: Path, rounds: int, only: str, beside: Path | None) -> str:
     if beside is not None:
         run += ["--beside", str(beside)]
     place = shlex.quote(str(folder))
-    # Something always runs: a processor that has to wait for the shared file system, as each
-    # look-up of a file that is not there does, would let the counted clock jump to the next timer.
+    # Keep the processor busy: when it waits for the shared file system, as each look-up of a
+    # missing file does, the counted clock would jump to the next timer.
     return (
         "chrt --idle 0 sh -c 'while :; do :; done' & "
         f"cp {place}/*.json {place}/*.smaps $RIG_OUT 2>/dev/null; "
@@ -374,7 +374,7 @@ def main() -> int:
         measure(given.measure, given.only, given.beside, out)
         return 0
     beside: Path | None = given.beside and given.beside.resolve()
-    # As installed: compiled once, not at each start because the environment says so.
+    # As installed: compiled once, not at each start because of the environment.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     packages = [str(tree / name) for tree in (ROOT, beside) if tree for name in _PACKAGES]
     subprocess.run([sys.executable, "-m", "compileall", "-q", *packages], check=True)

@@ -1,13 +1,13 @@
-"""What a clone of the daemon's takes, beside a start: here, on this KVM, with the self-test guest.
+"""Time a clone by the daemon, beside a start: here, on this KVM, with the self-test guest.
 
-- start: from the request to start a VM to its answer, and to the guest's first words;
-- clone: from the request to clone a template to its answer, and to the first byte that it answers;
-- running: from the request to clone a VM that runs to its answer; its memory is copied;
-- private: memory that is a clone's process's own, after it has answered;
-- many: COUNT clones by one request, until it is answered, and until all have answered a byte.
+- start: from the request to start a VM to its answer, and to the guest's first output;
+- clone: from the request to clone a template to its answer, and to the clone's first byte;
+- running: from the request to clone a running VM to its answer; its memory is copied;
+- private: the private memory of a clone's process, after the clone has answered;
+- many: COUNT clones by one request, until its answer, and until all have answered a byte.
 
-Each clone and start has processes that wait ready, but those of `many`. `bench.state` has the same
-by fork in a library, without a daemon. `python -m bench.clones [--rounds N] [--clones N]`
+Processes wait ready for each clone and start, except those of `many`. `bench.state` measures the
+same by fork in a library, without a daemon. `python -m bench.clones [--rounds N] [--clones N]`
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from bench.state import private_size
 from tests.system.vmd.daemon import READY, Client, Daemon, vm_block
 
-_PAUSE_S = 1.5  # in which the daemon makes itself ready for the next start
+_PAUSE_S = 1.5  # the daemon prepares the next process meanwhile
 _MIB = 1 << 20
 
 
@@ -98,7 +98,7 @@ def _measure(client: Client, rounds: int, clones: int) -> str:
 
 
 def _plain(count: int) -> list[str]:
-    """Return the names of so many VMs: one that starts too often is refused."""
+    """Return the names of `count` VMs: the daemon refuses one that starts too often."""
     return [f"plain{number}" for number in range(count)]
 
 

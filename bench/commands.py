@@ -1,8 +1,8 @@
-"""Times of short commands, beside another tree: `python -m bench.commands [TREE]`.
+"""Time short commands, beside another tree: `python -m bench.commands [TREE]`.
 
-Both trees are run by this interpreter, in turn, so that what else the machine does meets both.
-`status` without a daemon is the measure of the others; with twelve VMs it is asked of a daemon that
-answers at once, on a pipe and on a terminal.
+This interpreter runs both trees, in turn, so that other work on the machine affects both.
+The others are compared with `status` without a daemon. For `status` of twelve VMs, on a pipe and on
+a terminal, a stand-in for the daemon answers at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def once(tree: Path, name: str, place: Path) -> tuple[float, float]:
     """Run a command of `tree` in `place`; returns milliseconds of wall and processor time."""
     words = COMMANDS[name]
     (place / "new.img").unlink(missing_ok=True)
-    # Byte code is kept, and streams are buffered, as where people run it.
+    # Keep byte code, and buffer streams, as users do.
     environment = {name: value for name, value in os.environ.items() if "PYTHON" not in name}
     has_vms = name.startswith("status") and name != "status"
     environment |= {
@@ -69,7 +69,7 @@ def once(tree: Path, name: str, place: Path) -> tuple[float, float]:
 
 
 def _on_terminal(command: list[str], environment: dict[str, str], place: Path) -> None:
-    """Run a command on a terminal of its own, and read what it shows."""
+    """Run a command on a terminal of its own, and read its output."""
     master, slave = pty.openpty()
     with subprocess.Popen(
         command, env=environment, cwd=place, stdin=slave, stdout=slave, stderr=slave
@@ -78,7 +78,7 @@ def _on_terminal(command: list[str], environment: dict[str, str], place: Path) -
         try:
             while os.read(master, 65536):
                 pass
-        except OSError:  # a terminal's way to say that its other side is gone
+        except OSError:  # the other side of the terminal is gone
             os.close(master)
 
 
@@ -91,7 +91,7 @@ def _answer(_request: AnyRequest) -> Answers:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the medians of each command, and how many times `status` they are."""
+    """Print the medians of each command, and their ratios to `status`."""
     trees = [ROOT, *(Path(each).resolve() for each in arguments)]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)

@@ -1,18 +1,18 @@
-"""The daemon's figures: how fast VMs start, what one costs, and what `vmctl status` does.
+"""Measure the daemon: the time of starts, the memory of a VM, and the cost of `vmctl status`.
 
-All on this machine's KVM with the self-test guest, which any KVM runs:
+It runs on this machine's KVM with the self-test guest, which any KVM runs:
 
-- start: from the request to the guest's first instruction, as root, where the kernel can tell; to
-  the answer, which is given when the guest runs; and to the guest's first words on the console. One
+- start: from the request to the guest's first instruction (as root, where the kernel can tell); to
+  the answer, which comes when the guest runs; and to the guest's first output on the console. One
   VM after another, each after a pause.
-- rate: VMs started one after the other without a pause, until the last has spoken.
+- rate: VMs started one after the other without a pause, until the last has printed.
 - status: processor time of `vmctl status`, and of a Python that does nothing.
-- memory: PSS of VM processes, without what their guests map, divided by the number of VMs. Page
-  tables and the kernel's own memory are in no PSS. With `--ksm`, as root, once more after the
-  host's kernel has merged equal pages, which is turned on for that long.
+- memory: PSS of VM processes, without the mappings of their guests, divided by the number of VMs.
+  Page tables and the kernel's own memory are in no PSS. With `--ksm`, as root, once more after the
+  host's kernel has merged equal pages; KSM is on for that time only.
 - idle: processor time of the daemon's own processes, and of VMs, over some seconds.
 
-A busy machine shows in the times: as root, `nice -n -10` helps. Prints a table and writes JSON.
+On a busy machine times grow: as root, `nice -n -10` helps. Prints a table and writes JSON.
 Run as `python -m bench.daemon`; as root it measures separated processes.
 """
 
@@ -39,7 +39,7 @@ from tests.system.vmd.daemon import READY, Client, Daemon, descendants, process_
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 _MIB = 1 << 20
-_PAUSE_S = 1.5  # in which the daemon makes itself ready for the next start
+_PAUSE_S = 1.5  # the daemon prepares the next process meanwhile
 _SETTLING_S = 3.0
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 _STATUS_RUNS = 20
@@ -53,16 +53,16 @@ _DAEMON_TITLES = (
     "disk",
 )
 _RAM = 64 * _MIB
-# What the guest maps: its RAM, which has no name or this one, and its firmware.
+# Mappings of the guest: its RAM, which has no name or this one, and its firmware.
 _GUEST_MAPPINGS = ("/memfd:vmm:", "/dev/zero")
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What was measured; times in seconds, memory in bytes."""
+    """Results; times in seconds, memory in bytes."""
 
     instructions_s: tuple[float, ...]
-    """Empty where the kernel does not tell."""
+    """Empty if the kernel cannot tell."""
     answers_s: tuple[float, ...]
     consoles_s: tuple[float, ...]
     vms: int
@@ -71,12 +71,12 @@ class Figures:
     status_cpu_s: float
     python_cpu_s: float
     status_s: float
-    """A `status` of all VMs, by a client that is connected already."""
+    """A `status` of all VMs, by a connected client."""
     pss: float
     """Of all processes of VMs, divided by the number of VMs."""
     private: float
     merged_pss: float | None
-    """The same after the host has merged equal pages; None where it was not asked to."""
+    """The same after the host has merged equal pages; None without `--ksm`."""
     merged_private: float | None
     daemon_pss: float
     """Of all other processes of the daemon together."""
@@ -142,10 +142,10 @@ def measure(vms: int, rounds: int, idle_s: float, *, merges: bool) -> Figures:
 
 
 class _Start(NamedTuple):
-    """How long things took from the request to start a VM, in seconds."""
+    """Times from the request to start a VM, in seconds."""
 
     instruction: float | None
-    """None where the kernel does not tell."""
+    """None if the kernel cannot tell."""
     answer: float
     console: float
 
@@ -179,7 +179,7 @@ def _time_start(client: Client, name: str, instructions: Instructions | None) ->
     if instructions:
         try:
             instruction = instructions.first_of(pid) - begun
-        except LookupError as err:  # guests of others have filled the kernel's notes
+        except LookupError as err:  # other guests have filled the trace buffer
             print(f"{name}: {err}", file=sys.stderr)
     assert client.ask("stop", name=name, force=True, wait=True)["type"] == "terminated"
     return _Start(instruction, answered, spoken)
@@ -219,14 +219,14 @@ def _memory_per_vm(pids: Sequence[int], vms: int) -> tuple[float, float]:
 
 
 class Merging:
-    """Equal pages of this host are merged meanwhile; a context manager. Needs root.
+    """Merge equal pages of this host meanwhile; a context manager. Needs root.
 
     Source: Linux Documentation/admin-guide/mm/ksm.rst
     """
 
     _KSM = Path("/sys/kernel/mm/ksm")
     _SETTINGS = (("pages_to_scan", "4000"), ("run", "1"))
-    _SCANS = 4  # one to see a page, one to see that it stays, and some for what moved meanwhile
+    _SCANS = 4  # one to see a page, one to see that it stays, and some for pages that moved
 
     def __enter__(self) -> Self:
         self._before = [(name, (self._KSM / name).read_text()) for name, _ in self._SETTINGS]
@@ -235,7 +235,7 @@ class Merging:
         return self
 
     def wait(self) -> None:
-        """Wait until everything has been looked at often enough."""
+        """Wait for enough scans of all pages."""
         end = self._scans() + self._SCANS
         while self._scans() < end:
             time.sleep(0.5)
@@ -249,7 +249,7 @@ class Merging:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """Return the PSS and the private memory of a process, without what a guest maps; bytes.
+    """Return the PSS and the private memory of a process, without the guest's mappings; bytes.
 
     Source: proc_pid_smaps(5).
     """
@@ -271,7 +271,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def table(found: Figures) -> str:
-    """Return the figures as text, with what they are to be."""
+    """Return the figures as text, with their limits."""
     rows = (
         ("start, to the first instruction", _median_and_fastest(found.instructions_s), "15 ms"),
         ("  to the answer", _median_and_fastest(found.answers_s), ""),
@@ -317,7 +317,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "daemon.json")
     given = parser.parse_args()
     for name in [name for name in os.environ if name.startswith("PYTHON")]:
-        del os.environ[name]  # byte code is kept, and streams are buffered, as where people run it
+        del os.environ[name]  # keep byte code, and buffer streams, as users do
     found = measure(given.vms, given.rounds, given.idle, merges=given.ksm)
     print(table(found))
     given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 /*
- * Load a disk for a time and say how much it did: bench/disk.py's program in the guest.
+ * Put load on a disk for a time, and print the number of requests: bench/disk.py's program in the guest.
  *
  *     load DEVICE read|write BYTES DEPTH sequential|random MILLISECONDS
  *

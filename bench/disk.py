@@ -1,28 +1,28 @@
-"""Disks: requests per second and the host's CPU time for each, ours against QEMU's virtio-blk.
+"""Measure disks: requests per second and the host's CPU time for each, beside QEMU's virtio-blk.
 
 One guest for each way to serve a disk: in the VM's process, by a device process, by
-qemu-storage-daemon with io_uring, as memory (pmem), and QEMU with aio=threads and aio=io_uring,
-without an iothread; and QEMU with qemu-storage-daemon, to tell what of the third is the daemon's.
-All have a raw image of the same size and contents, in memory. All guests are there from the
-beginning and take turns: a round puts each load on one disk after the other. While one is measured
-the others are stopped: seven idle guests would use half of the processor. The figures are medians
-of the rounds; a ratio is of two figures of one round, measured within seconds, so that it cancels
-what else the machine did. QEMU's with which all are compared is the one with the better median.
+qemu-storage-daemon with io_uring, as memory (pmem), and by QEMU with aio=threads and aio=io_uring,
+without an iothread; and QEMU with qemu-storage-daemon, to tell that daemon's part in the third.
+All have a raw image of the same size and contents, in memory. All guests run from the beginning and
+take turns: a round puts each load on one disk after the other. While one guest is measured the
+others are stopped: seven idle guests would use half of the processor. The figures are medians of
+the rounds; a ratio compares two figures of one round, measured within seconds, so that other work
+on the machine cancels out. All are compared with the one of QEMU's that has the better median.
 
 `--only` and `--loads` measure a part, in a few minutes: loads that are left out stay in the JSON
-file as they were, so that parts add up to the whole. `--show` prints what is in it.
+file unchanged, so that parts add up to the whole. `--show` prints the file.
 
-It runs in the rig on its plain clock, with one processor, so that what a request costs the guest,
-KVM and the device decides how many there are in a second. A second is one that the rig's processor
-ran: what this machine gave to others meanwhile does not count. That processor has no ERMS and no
+It runs in the rig on its plain clock, with one processor, so that the costs of a request for the
+guest, KVM and the device determine the rate. Seconds are those that the rig's processor ran:
+time that this machine gave to other programs does not count. That processor has no ERMS and no
 FSRM, for all alike (`rig --copy-words`; docs/testing.md says why). `--here` measures on this
 machine's KVM, by the clock.
 
-The CPU time of a request is what all processes of a VM used besides running their guest. The kernel
-tells the latter by samples, so that small figures are uncertain.
+The CPU time of a request is that of all processes of a VM except the time in their guest. The
+kernel samples the latter, so small figures are uncertain.
 
-Other work on the machine still costs caches, and some of the ratio: look at the least and the
-largest of the rounds' ratios.
+Other work on the machine still displaces caches, and changes ratios: compare the least and the
+largest ratio of the rounds.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Load(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Its name in the table."""
         size = f"{self.size >> 20} MiB" if self.size >= _MIB else f"{self.size >> 10} KiB"
         return f"{size} {self.order} {self.verb}, depth {self.depth}"
 
@@ -90,7 +90,7 @@ LOADS = (
 
 
 class Figure(NamedTuple):
-    """What one measurement gave."""
+    """The result of one measurement."""
 
     per_second: float
     cpu_us: float
@@ -106,7 +106,7 @@ class Disk:
     pids: tuple[int, ...]
 
     def touch(self) -> None:
-        """Read all of it once: a page that the guest has not seen costs faults, most with pmem."""
+        """Read all of it once: the guest's first access to a page costs faults, most with pmem."""
         self.signal(signal.SIGCONT)
         command = f"busybox dd if={self.device} of=/dev/null bs=1M iflag=direct"
         self.console.send(f"{command} && echo al''l\n")
@@ -115,7 +115,7 @@ class Disk:
         self.signal(signal.SIGSTOP)
 
     def measure(self, load: Load, milliseconds: int) -> Figure:
-        """Put a load on the disk, and return what it gave."""
+        """Put a load on the disk, and return the result."""
         self.signal(signal.SIGCONT)
         time.sleep(_SETTLE_S)
         words = f"{self.device} {load.verb} {load.size} {load.depth} {load.order}"
@@ -130,7 +130,7 @@ class Disk:
         return Figure(count * 1e9 / ran, used * 1e6 / count)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to every process that has to do with it."""
+        """Send a signal to every process of this way to serve the disk."""
         for pid in _with_children(self.pids):
             os.kill(pid, number)
 
@@ -157,7 +157,7 @@ def _with_children(pids: Sequence[int]) -> list[int]:
 
 
 def disks(stack: ExitStack, folder: Path, only: str) -> dict[str, Disk]:
-    """Boot a guest for each way in whose name `only` is found; `stack` ends them."""
+    """Boot a guest for each way whose name contains `only`; `stack` ends them."""
     found: dict[str, Disk] = {}
     image = folder / "image.raw"
     block = b"".join(number.to_bytes(8, "little") * 64 for number in range(2048))
@@ -234,17 +234,17 @@ def _daemon(image: Path, socket: Path) -> list[str]:
 
 
 def initrd(load: Path) -> bytes:
-    """Return an initramfs of a guest with disks, and with the program that loads them."""
+    """Return an initramfs of a guest with disks, and with the program that puts load on them."""
     image = artifacts.disk_initramfs(artifacts.kernel("cloud")).read_bytes()
     entries = newc_entry(1, "load", 0o100755, load.read_bytes()) + newc_entry(
         0, "TRAILER!!!", 0, b""
     )
-    # Archives follow one another at multiples of four bytes.
+    # Each archive begins at a multiple of four bytes.
     return image + bytes(-len(image) % 4) + entries
 
 
 def measure(folder: Path, given: argparse.Namespace) -> None:
-    """Measure what the arguments ask for and write `figures.json` into `$RIG_OUT`."""
+    """Measure as the arguments say, and write `figures.json` into `$RIG_OUT`."""
     deadline = time.monotonic() + given.seconds
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir="/dev/shm"))
     figures: dict[str, dict[str, list[Figure]]] = {}
@@ -270,7 +270,7 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
 def table(figures: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
     """Return the figures as text, each way beside QEMU's better one: medians of the rounds.
 
-    A ratio is of two figures of the same round, so that it cancels what a round's time was like.
+    A ratio compares two figures of the same round, so that changes of speed cancel out.
     """
     lines = [
         f"{'':32}{'requests':>10}  {'ratio':>9}{'rounds':>13}{'same daemon':>13}{'CPU each':>12}"

@@ -1,8 +1,8 @@
 /*
- * The smallest loop that serves a guest's exits, to hold the Python one against.
+ * The smallest loop that handles a guest's exits, for comparison with the Python one.
  *
  * exits <code in hex>: loads the code at 0x1000 of a VM with 64 KiB of RAM, runs it in real mode
- * until HLT, and prints "<exits> <nanoseconds of processor time>". Each access is looked at as a bus would:
+ * until HLT, and prints "<exits> <nanoseconds of processor time>". It decodes each access as a bus does:
  * direction, address, size and value; reads get zero.
  */
 #include <err.h>

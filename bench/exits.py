@@ -1,10 +1,10 @@
-"""What an exit handled in Python costs more than one handled by the smallest C loop.
+"""Compare the cost of an exit handled in Python with one handled by the smallest C loop.
 
-The same guests for both: a port write, a port read and an MMIO write of one byte in a loop. The
+Both run the same guests: a port write, a port read and an MMIO write of one byte in a loop. The
 Python side is the machine's own: `dispatch`, a `Bus`, and a device that does nothing. Time is the
-thread's own processor time, so that other work on the machine counts little. C and Python take
-turns, so that a change of the machine's speed hits both; the medians count. The interpreter
-counts too: one built without optimisation costs half as much again.
+thread's own processor time, so that other work on the machine matters little. C and Python take
+turns, so that a change of the machine's speed affects both; the medians count. The interpreter
+matters too: one built without optimisation costs half as much again.
 
 Run as `python -m bench.exits`.
 """
@@ -37,7 +37,7 @@ _GUESTS: dict[str, Callable[[int], bytes]] = {
 
 
 class _Sink:
-    """A device of which nothing is expected."""
+    """A device that does nothing."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -1,18 +1,19 @@
-"""What a guest that floods does to others' pings, ours and QEMU's, beside what else there is.
+"""Measure pings of guests, ours and QEMU's, while another guest floods the network.
 
-Four guests are on one bridge, each with a tap of the same kind: of ours and of QEMU's one that
-pings the host, and one that floods. Those that have no part are stopped. In each case ours pings,
+Four guests are on one bridge, each with a tap of the same kind: of ours and of QEMU's, one that
+pings the host, and one that floods. Guests without a part are stopped. In each case ours pings,
 and then QEMU's:
 
-- quiet: nobody else does anything;
-- spin: our guest, and then QEMU's, computes without an end and sends nothing;
-- ours, QEMU: a guest's kernel (pktgen) sends datagrams of 64 bytes, to the host, to an lladdr that
-  nobody has (the bridge shows such frames to every port), or as broadcasts; as fast as it can, or
-  `--rate` of them a second, so that ours sends no more than QEMU's.
+- quiet: no other guest does anything;
+- spin: our guest, and then QEMU's, computes without end and sends nothing;
+- ours, QEMU: a guest's kernel (pktgen) sends datagrams of 64 bytes, to the host, to an unused
+  lladdr (the bridge sends such frames to every port), or as broadcasts; as fast as it can, or at
+  most `--rate` of them a second, so that ours sends no more than QEMU's.
 
-What our pings take longer than QEMU's in the same flood, and pings of either in our flood longer
-than in QEMU's of the same rate, is by our doing; the rest is the processor, and the bridge, that
-all share. Prints a table. Runs as root in a network namespace of its own, in the rig:
+Two differences are our doing: how much longer our pings take than QEMU's in the same flood, and how
+much longer pings of either take in our flood than in QEMU's of the same rate. The rest is due to
+the processor and the bridge, which all share. Prints a table. Runs as root in a network namespace
+of its own, in the rig:
 `tests/rig/rig run --cpus 1 --mem 4096 --project -- .venv/bin/python bench/flood.py`.
 """
 
@@ -45,31 +46,31 @@ NET = "10.96.0."
 HOST = "1"
 PINGING = {"ours": "2", "QEMU": "3"}
 FLOODING = {"ours": "4", "QEMU": "5"}
-"""The guests, by the end of their address."""
+"""The flooding guests, by the end of their address."""
 LLADDR = "02:00:00:00:00:0"
 TARGETS = {
     "the host": (f"{LLADDR}{HOST}", HOST),
     "nobody": ("02:00:00:00:00:99", "99"),
     "all": ("ff:ff:ff:ff:ff:ff", "255"),
 }
-"""Whom a flood is sent to: lladdr, and the end of the address."""
+"""The target of a flood: lladdr, and the end of the address."""
 PATHS = {
     "vhost": ("", ",vhost=on"),
     "thread": (",user", ",vhost=off"),
     "process": (",process", ",vhost=off"),
 }
-"""Options of our interface, and of QEMU's that it is compared with."""
+"""Options of our interface, and of the interface of QEMU's that it is compared with."""
 _BOOT_S = 400.0
 _INTERVAL_S = 0.1
 _SETTLE_S = 5
-"""What it takes a flood to fill every queue that it will fill, and a guest to empty them."""
+"""The time for a flood to fill all queues, and for a guest to empty them."""
 _FRAME = 64 + 42
 """Bytes of a frame: headers, and 64 of payload."""
 _PORT = 9
 
 
 class Round(NamedTuple):
-    """What guests measured that ping the host, in the order of PINGING."""
+    """Results of the guests that ping the host, in the order of PINGING."""
 
     times: tuple[float, ...]
     """Median round trips, in ms."""
@@ -80,18 +81,18 @@ class Round(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The bridge and who is on it."""
+    """The bridge and its guests."""
 
     where: Namespace
     shells: dict[str, Shell]
     pings: int
     targets: Sequence[str]
     rates: Sequence[int]
-    """Frames per second of floods; 0 is as many as there can be."""
+    """Frames per second of floods; 0 for no limit."""
 
 
 def pktgen(lladdr: str, address: str, rate: int) -> tuple[str, str]:
-    """Return the commands that begin a flood to a neighbour, and end it."""
+    """Return the commands that begin and end a flood to a neighbour."""
     place = "/proc/net/pktgen"
     settings = (
         *("count 0", f"ratep {rate}" if rate else "delay 0", f"pkt_size {_FRAME}"),
@@ -108,12 +109,12 @@ def pktgen(lladdr: str, address: str, rate: int) -> tuple[str, str]:
 
 
 SPIN = f"(while :; do :; done) & echo $! >/pid; sleep {_SETTLE_S}", "kill -9 $(cat /pid); sleep 1"
-"""The commands that begin to compute without an end, and end it."""
+"""The commands that begin and end an endless computation."""
 
 
 @contextmanager
 def awake(shell: Shell) -> Iterator[None]:
-    """Let a guest run that has been stopped, and empty its queues."""
+    """Let a stopped guest run, and empty its queues."""
     os.killpg(shell.console.pid, signal.SIGCONT)
     try:
         yield
@@ -123,7 +124,7 @@ def awake(shell: Shell) -> Iterator[None]:
 
 @contextmanager
 def busy(shell: Shell, begin: str, end: str) -> Iterator[None]:
-    """Have a guest do something meanwhile."""
+    """Run a guest's command meanwhile."""
     with awake(shell):
         time.sleep(_SETTLE_S)
         shell.run(begin)
@@ -134,13 +135,13 @@ def busy(shell: Shell, begin: str, end: str) -> Iterator[None]:
 
 
 def frames(place: Place) -> int:
-    """Return how many frames guests have sent."""
+    """Return the number of frames that guests have sent."""
     links = [f"/sys/class/net/tap{number}/statistics/rx_packets" for number in place.shells]
     return sum(int(line) for line in place.where.run("cat", *links).split())
 
 
 def ping(place: Place, shell: Shell) -> tuple[float, int, float]:
-    """Return the median round trip in ms, how many pings had no answer, and frames per second."""
+    """Return the median round trip in ms, the number of lost pings, and frames per second."""
     begin, before = time.monotonic(), frames(place)
     shown = shell.run(f"ping -c {place.pings} -i {_INTERVAL_S} {NET}{HOST} || true", 300)
     rate = (frames(place) - before) / (time.monotonic() - begin)
@@ -149,7 +150,7 @@ def ping(place: Place, shell: Shell) -> tuple[float, int, float]:
 
 
 def measure(place: Place, flooding: str | None = None, does: tuple[str, str] = ("", "")) -> Round:
-    """Have each guest ping the host, while another does something."""
+    """Have each guest ping the host, while another one runs a command."""
     found = []
     for number in PINGING.values():
         shell = place.shells[number]
@@ -181,7 +182,7 @@ def running(path: str, folder: Path) -> Iterator[tuple[Namespace, dict[str, Shel
     """Boot the four guests on one bridge, and stop them."""
     kernel = artifacts.kernel("cloud")
     initramfs = artifacts.initramfs_with(kernel, (*MODULES, "pktgen"), "flood")
-    disk = tools_disk(folder / "tools.img")  # QEMU's guest has one in any case
+    disk = tools_disk(folder / "tools.img")  # QEMU's guest always has one
     options, of_qemu = PATHS[path]
     with ExitStack() as stack:
         where = stack.enter_context(namespace("-flood"))
@@ -223,7 +224,7 @@ def running(path: str, folder: Path) -> Iterator[tuple[Namespace, dict[str, Shel
 
 
 def table(found: dict[str, list[Round]]) -> list[str]:
-    """Return medians of rounds, ours to QEMU's within a round, pings lost and frames sent."""
+    """Return medians of rounds, ratios of ours to QEMU's, lost pings and sent frames."""
     names = "".join(f"{f'{name}, ms':>10}" for name in PINGING)
     lines = [f"{'':24}{names}{'ratio':>8}{'lost':>10}{'frames/s':>10}"]
     for name, rounds in found.items():

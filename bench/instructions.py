@@ -1,8 +1,8 @@
-"""When a guest runs its first instruction, by the kernel's own note of it.
+"""Tell when a guest runs its first instruction, by the kernel's tracepoints.
 
 KVM's tracepoint kvm_entry fires each time a vCPU enters the guest, kvm_emulate_insn at each
 instruction that KVM emulates instead. A tracing instance of our own keeps the oldest events, with
-the time of CLOCK_MONOTONIC; nothing of ours is in the way of what is measured.
+the time of CLOCK_MONOTONIC; it adds none of our code to the measured path.
 
 Source: Linux Documentation/trace/ftrace.rst, Documentation/trace/events.rst
 """
@@ -22,13 +22,13 @@ _LINE = re.compile(rf"-(?P<thread>\d+)\s.* (?P<seconds>\d+\.\d+): ({'|'.join(_EV
 
 
 class Instructions:
-    """Instructions of guests; a context manager. Needs root."""
+    """Trace first instructions of guests; a context manager. Needs root."""
 
     def __init__(self) -> None:
-        """Begin to note them.
+        """Start tracing.
 
         Raises:
-            OSError: the kernel has no such tracepoint, or we may not look at it.
+            OSError: the kernel has no such tracepoint, or we may not read it.
         """
         if not (_TRACING / "events").exists():
             subprocess.run(["mount", "-t", "tracefs", "tracefs", str(_TRACING)], check=False)
@@ -55,14 +55,14 @@ class Instructions:
         self._instance.rmdir()
 
     def forget(self) -> None:
-        """Drop what was noted so far."""
+        """Drop all events so far."""
         (self._instance / "trace").write_text("")
 
     def first_of(self, pid: int) -> float:
         """Return when the VM process `pid` first ran an instruction of its guest, as `monotonic()`.
 
         Raises:
-            LookupError: no such event was noted.
+            LookupError: there is no such event.
         """
         threads = {path.name for path in Path(f"/proc/{pid}/task").iterdir()}
         with (self._instance / "trace").open() as trace:

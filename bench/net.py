@@ -1,15 +1,15 @@
-"""Networks of guests, beside QEMU's: TCP both ways, small packets, round trips, processor time.
+"""Measure networks of guests: TCP both ways, small packets, round trips, processor time.
 
 Four guests run at once, each with a tap of its own: ours and QEMU's with vhost-net, ours and
 QEMU's with frames moved by the program itself. Same kernel, same initramfs, one vCPU. They are
-measured in turn, A B C D A B C D, and in each round ours is compared with QEMU's of the same path.
+measured in turn, A B C D A B C D, and each round compares ours with QEMU's of the same path.
 
-Runs in the rig on its plain clock, as root in a namespace of its own; `--here` measures on this
-machine's KVM. A second is one that the rig's processor ran, so that other work on the machine
-matters less. What counts is what passes the tap from when a transfer is well under way; guests that
-are not measured stand still. Processor time is that of the whole machine, guest included, per GiB
-of TCP; in the rig, where one processor does it all, that says the same as the rate. Round trips,
-by the clock, do not overlap: a ping is sent when the one before has long been answered.
+It runs in the rig on its plain clock, as root in a namespace of its own; `--here` measures on this
+machine's KVM. Seconds are those that the rig's processor ran, so that other work on the machine
+matters less. It counts what passes the tap once a transfer is well under way; guests that are not
+measured are stopped. Processor time is that of the whole machine, guest included, per GiB of TCP;
+in the rig, where one processor does it all, it says the same as the rate. Round trips, by the
+clock, do not overlap: a ping is sent long after the answer to the one before.
 
 Prints a table and writes JSON. `--path` measures one path and QEMU's, in half of the time.
 """
@@ -51,7 +51,7 @@ _BOOT_S = 400.0
 _PINGS, _PING_INTERVAL_S = 50, 0.05
 _SETTLE_S = 0.5
 _UNDER_WAY = 100
-"""Frames that have passed when a transfer is under way."""
+"""Frames that must have passed before a transfer counts as under way."""
 _RIG_TIMEOUT_S = 3000
 _RIG_MIB = 4096
 _TICKS = 100  # per second, of /proc/stat
@@ -67,7 +67,7 @@ class Guest(NamedTuple):
     options: str
     """Of `-i tap:x` for ours, of `-netdev tap` for QEMU's."""
     peer: str | None
-    """Whom to compare with."""
+    """The guest that it is compared with."""
 
 
 GUESTS = (
@@ -80,7 +80,7 @@ GUESTS = (
 
 @dataclass(slots=True)
 class Sample:
-    """What one round measured."""
+    """Results of one round."""
 
     to_host: float
     """TCP, bytes of frames per second."""
@@ -95,7 +95,7 @@ class Sample:
 
 
 class Running(NamedTuple):
-    """A guest that runs, and where."""
+    """A running guest, and its tap."""
 
     guest: Guest
     shell: Shell
@@ -105,7 +105,7 @@ class Running(NamedTuple):
 
 
 def busy_s() -> float:
-    """Return the seconds that processors of this machine have worked."""
+    """Return the seconds that this machine's processors have worked."""
     fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return sum(value for at, value in enumerate(fields) if at not in {_IDLE, _IOWAIT}) / _TICKS
 
@@ -163,7 +163,7 @@ def running(
 
 
 class Rate(NamedTuple):
-    """How much passes in a second, one way."""
+    """Rates in one direction."""
 
     bytes: float
     frames: float
@@ -172,7 +172,7 @@ class Rate(NamedTuple):
 
 
 def _passed(run: Running, *, is_to_guest: bool) -> tuple[int, int]:
-    """Return how many bytes and frames have passed the tap."""
+    """Return the number of bytes and frames that have passed the tap."""
     seen = parse_counters(Path(f"/proc/{run.shell.console.pid}/net/dev").read_text())[run.tap]
     if is_to_guest:
         return seen.sent, seen.sent_packets
@@ -180,7 +180,7 @@ def _passed(run: Running, *, is_to_guest: bool) -> tuple[int, int]:
 
 
 def iperf(run: Running, seconds: int, *options: str) -> Rate:
-    """Run iperf3 from the guest for longer than `seconds`; returns what passes within those."""
+    """Run iperf3 from the guest for longer than `seconds`; returns the rates within those."""
     is_to_guest = "-R" in options
     client = f"iperf3 -c {run.host} {' '.join(options)} --connect-timeout 5000 -t {seconds + 3}"
     server = run.where.command("iperf3", "--forceflush", "-s", "-1", "-B", run.host)
@@ -197,7 +197,7 @@ def iperf(run: Running, seconds: int, *options: str) -> Rate:
         time.sleep(_SETTLE_S)
         begin, busy, first = processor_ns(), busy_s(), _passed(run, is_to_guest=is_to_guest)
         last = first
-        while last[0] == first[0]:  # on a very busy machine TCP may wait for longer
+        while last[0] == first[0]:  # on a very busy machine TCP may stall for longer
             assert time.monotonic() < deadline, run.shell.run("cat /iperf.log")
             time.sleep(seconds)
             last = _passed(run, is_to_guest=is_to_guest)
@@ -211,7 +211,7 @@ def iperf(run: Running, seconds: int, *options: str) -> Rate:
 
 
 def measure(run: Running, seconds: int) -> Sample:
-    """Measure one guest once; the others stand still."""
+    """Measure one guest once, while the others are stopped."""
     small = ("-u", "-b", "0", "-l", str(SMALL))
     os.killpg(run.shell.console.pid, signal.SIGCONT)
     time.sleep(_SETTLE_S)
@@ -238,9 +238,9 @@ COLUMNS: tuple[tuple[str, Callable[[Sample], float], float, bool], ...] = (
 
 
 def table(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
-    """Return medians, their ratio to QEMU's where it is measured too, and the spread of rounds.
+    """Return medians, their ratio to QEMU's if that is measured too, and the spread of rounds.
 
-    The ratio is the median of each round's, whose two halves had the same load of the machine;
+    The ratio is the median of the rounds' ratios, whose halves had the same load of the machine;
     above 1 it is in our favour. The spread is the largest deviation from the median.
     """
     guests = [guest for guest in GUESTS if samples.get(guest.name)]
@@ -269,7 +269,7 @@ def table(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
 
 
 def measure_all(rounds: int, seconds: int, path: str | None, out: Path) -> None:
-    """Measure guests of one path, or all, in turn, and write what was measured to `out`."""
+    """Measure guests of one path, or all, in turn, and write the results to `out`."""
     guests = [guest for guest in GUESTS if path in {None, guest.name.partition(",")[0]}]
     kernel = artifacts.kernel("cloud")
     samples: dict[str, list[dict[str, float]]] = {guest.name: [] for guest in guests}

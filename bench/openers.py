@@ -1,4 +1,4 @@
-"""What it costs to open a client's file in a process of its own: processor time and wall time.
+"""Measure the opening of a client's file in a process of its own: processor time and wall time.
 
 As root, at the root of the tree: `python -m bench.openers [COUNT]`.
 """
@@ -23,7 +23,7 @@ SIZE = 1 << 20
 
 
 def _open_once(path: str) -> float:
-    """Have a disk opened, locked and probed; returns the milliseconds until it is there."""
+    """Have a disk opened, locked and probed; returns the milliseconds until the answer."""
     wanted = WantedFile(use=FileUse.DISK, path=path, writes=True, format=DiskKind.PROBE)
     began = time.perf_counter()
     child = spawn(opener_plan(USER))
@@ -36,7 +36,7 @@ def _open_once(path: str) -> float:
 
 
 def main() -> None:
-    """Open a file so many times, and print what one time costs."""
+    """Open a file `COUNT` times, and print the time of one."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     with NamedTemporaryFile() as file:
         file.truncate(SIZE)

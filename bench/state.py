@@ -1,15 +1,15 @@
-"""What it takes to clone a machine by fork, and to save and restore one: here, on this KVM.
+"""Time clones of a machine by fork, and saving and restoring one: here, on this KVM.
 
 The guest is the self-test guest, which counts seconds and echoes a byte. For each memory size the
-same number of pages has been touched, by the host, before the first clone. Measured are:
+host touches the same number of pages before the first clone. It measures:
 
-- clone: from the start of `pause` to the first byte that the clone answers;
-- still: how long the source stands still for it: pause, state, fork, resume;
-- state: to save what KVM and the devices have, and to restore it into a new machine;
-- private: memory that is a clone's own, after it has answered;
+- clone: from the start of `pause` to the clone's first byte;
+- still: the time for which the source is paused: pause, state, fork, resume;
+- state: saving the state of KVM and the devices, and restoring it into a new machine;
+- private: the clone's private memory, after it has answered;
 - many: COUNT clones of one source, from the first fork until all have answered;
-- sent: how long it stands still while it is written into a pipe to another process, and how long
-  when it is copied while it runs; and how long when that goes into a file, as of a snapshot.
+- sent: the time for which the machine is paused while it is written into a pipe to another process,
+  when it is copied while it runs, and when it is copied into a file, as for a snapshot.
 
 `python -m bench.state [--rounds N] [--clones N] [--touched MIB] [--json FILE]`
 """
@@ -81,7 +81,7 @@ class Source:
     """A machine with the self-test guest, and what it printed."""
 
     def __init__(self, vmm: Vmm, memory_mib: int, cpus: int) -> None:
-        """Describe it; nothing runs."""
+        """Describe it; nothing runs yet."""
         self.vmm = vmm
         self.loop = EventLoop()
         self.output = bytearray()
@@ -190,7 +190,7 @@ def _measure(
 
 
 def _send(machine: Machine, *, is_live: bool) -> float:
-    """Return for how many milliseconds a machine stands still to be written into a pipe."""
+    """Return for how many milliseconds a machine is paused to be written into a pipe."""
     reader, writer = os.pipe()
     drain = subprocess.Popen(["cat"], stdin=reader, stdout=subprocess.DEVNULL)
     os.close(reader)
@@ -235,7 +235,7 @@ def _manifest(machine: Machine) -> Manifest:
 
 
 def _snapshot(machine: Machine) -> tuple[float, float]:
-    """Return for how long a machine stands still for a snapshot, and how long all takes, in ms."""
+    """Return for how long a machine is paused for a snapshot, and the time of it all, in ms."""
     stopped = []
 
     def halt() -> bytes:
@@ -258,7 +258,7 @@ def _snapshot(machine: Machine) -> tuple[float, float]:
 
 
 def _clone_once(source: Source, machine: Machine) -> tuple[float, float, int]:
-    """Return milliseconds to the first byte, those that the source stands still, and bytes."""
+    """Return milliseconds to the first byte, milliseconds of the source's pause, and bytes."""
     reader, writer = os.pipe()
     began = time.perf_counter()
     machine.pause()
@@ -295,7 +295,7 @@ def _clone_many(source: Source, machine: Machine, count: int) -> float:
 
 
 def _child(source: Source, machine: Machine, writer: int) -> int:
-    """Fork a clone that writes the first byte that its guest answers, and waits to be killed."""
+    """Fork a clone that writes its guest's first byte, and waits to be killed."""
     pid = fork(machine)
     if pid:
         return pid
@@ -322,7 +322,7 @@ def _end(pids: list[int]) -> None:
 
 
 def private_size(pid: int) -> int:
-    """Return how many bytes of memory are a process's own."""
+    """Return the private memory of a process, in bytes."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     return sum(
         int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""What the vsock device itself costs: processor time for bytes in each direction.
+"""Measure the vsock device alone: its processor time for bytes in each direction.
 
-At the root of the tree: `python -m bench.vsock [MIB]`. The driver is the tests', in this process,
-and its time is not counted: no guest, no interrupts, no KVM.
+At the root of the tree: `python -m bench.vsock [MIB]`. The driver of the tests is in this process,
+and its time does not count: no guest, no interrupts, no KVM.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PIECE = bytes(64 << 10)
 
 
 class TimedRig(Rig):
-    """A rig that knows how long its device has taken."""
+    """A rig that measures the time of its device."""
 
     def __init__(self) -> None:
         self.spent = 0.0
@@ -39,7 +39,7 @@ def _take(rig: Rig, stream: GuestStream) -> None:
 
 
 def to_guest(size: int) -> float:
-    """Return the seconds for so many bytes in packets of 4 KiB, as Linux has room for them."""
+    """Return the seconds for `size` bytes in packets of 4 KiB, as Linux has room for them."""
     rig = TimedRig()
     rig.driver.offer()
     stream, sock = rig.from_guest()
@@ -53,7 +53,7 @@ def to_guest(size: int) -> float:
 
 
 def from_guest(size: int) -> float:
-    """Return the seconds for so many bytes in packets of 64 KiB, as Linux sends them."""
+    """Return the seconds for `size` bytes in packets of 64 KiB, as Linux sends them."""
     rig = TimedRig()
     rig.driver.offer()
     stream, sock = rig.from_guest()

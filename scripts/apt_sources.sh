@@ -1,8 +1,8 @@
 # shellcheck shell=sh
-# Sourced by scripts that need to know where this machine gets its packages.
+# Sourced by scripts that need the origin of this machine's packages.
 
-# The URI, component-less, of the entry that brings this release's own suite, and its keyring:
-# "URI<TAB>KEYRING". Reads both formats that apt knows. See sources.list(5).
+# debian_source SUITE: print the URI of apt's entry for a suite, and its keyring: "URI<TAB>KEYRING".
+# Reads both formats of apt. See sources.list(5).
 debian_source() {
     codename=$1
     for file in /etc/apt/sources.list.d/*.sources; do

@@ -1,6 +1,6 @@
 """Make the completions of vmctl for bash, zsh and fish from its table of verbs.
 
-Without arguments they are written to completions/. A test compares.
+Without arguments they are written to completions/. A test compares them with the table.
 """
 
 import sys

@@ -2,9 +2,9 @@
 
     scripts/deb.py [--bundle NAME]...
 
-A tree is made in build/deb: the files that git knows, and packaging/debian as its debian directory.
-What the release has of the dependencies, the package depends on; the others, and those named with
---bundle, are downloaded as locked and come along. Then dpkg-buildpackage -b runs.
+build/deb/vmm-kvm gets the files that git tracks, and packaging/debian as its debian directory. The
+package depends on Debian's packages of the dependencies where the release has them; the others, and
+those named with --bundle, are downloaded as locked and bundled. Then dpkg-buildpackage -b runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OUT = ROOT / "dist"
 
 
 class BuildError(Exception):
-    """There can be no package; `str()` is one line."""
+    """The package cannot be built; `str()` is one line."""
 
 
 def candidate(package: str) -> str | None:
@@ -40,7 +40,7 @@ def candidate(package: str) -> str | None:
 
 
 def lacking() -> list[Requirement]:
-    """Return what this release has not, or in a version that does not serve."""
+    """Return the requirements that this release lacks, or has in an unsuitable version."""
     if candidate("python3") is None:
         raise BuildError("apt knows no packages: run apt-get update")
     found = []
@@ -52,18 +52,18 @@ def lacking() -> list[Requirement]:
 
 
 def make_tree() -> None:
-    """Copy what belongs to the project."""
+    """Copy the project's files."""
     shutil.rmtree(BUILD, ignore_errors=True)
     copy_files(TREE)
     shutil.copytree(TREE / "packaging" / "debian", TREE / "debian")
 
 
 def build() -> list[Path]:
-    """Build the package in the tree; returns what was made, in `OUT`."""
+    """Build the package in the tree; returns the packages, in `OUT`."""
     subprocess.run(
         ["dpkg-buildpackage", "-b", "-us", "-uc"],
         cwd=TREE,
-        env={**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym"},  # there is no C of ours
+        env={**os.environ, "DEB_BUILD_OPTIONS": "noautodbgsym"},  # we have no C code
         check=True,
     )
     OUT.mkdir(exist_ok=True)

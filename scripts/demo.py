@@ -1,8 +1,8 @@
 """Show what the project does: a self-test guest, a daemon with several, then a Debian kernel.
 
-The self-test guest runs on this machine's own /dev/kvm. The Debian kernel does too if this
-machine's KVM runs distribution kernels; where it only emulates guest kernels, the demo says so
-and boots it in the rig, a full KVM host under QEMU's software emulation.
+The self-test guest runs on this machine's own /dev/kvm, and the Debian kernel too if this machine's
+KVM runs distribution kernels. If it only emulates guest kernels, the demo says so and boots the
+Debian kernel in the rig, a full KVM host under QEMU's software emulation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vmm_kvm.standard_streams import run_program  # noqa: E402
 
 # The shell may ask where the cursor is; a terminal's answer would be typed into the next program.
 CURSOR_QUERY = b"\x1b[6n"
-PROMPT = r"^[/~] # (\x1b\[6n)?$"  # the home is / too, which newer shells call ~
+PROMPT = r"^[/~] # (\x1b\[6n)?$"  # newer shells show / as ~, because it is the home too
 COMMANDS = (
     "uname -a",
     "nproc",
@@ -36,7 +36,7 @@ COMMANDS = (
 VMCTL = vmctl_run()[0]
 
 
-# The second and third VM start two seconds after the one before; the last by hand.
+# The second and third VM start two seconds after the one before; "spare" is started by hand.
 VM_CONF = """\
 staggered start parallel 1 delay 2
 selftest = "{selftest}"
@@ -68,7 +68,7 @@ def say(text: str) -> None:
 
 
 def show(data: bytes) -> None:
-    """Pass on what a guest's console shows, without its questions to a terminal."""
+    """Pass on the output of a guest's console, without its questions to a terminal."""
     sys.stdout.buffer.write(data.replace(CURSOR_QUERY, b""))
     sys.stdout.buffer.flush()
 
@@ -111,10 +111,10 @@ def vmctl(*words: str) -> None:
 
 
 def running(count: int) -> None:
-    """Wait until so many VMs run, showing `vmctl status` whenever it changes.
+    """Wait until `count` VMs run, showing `vmctl status` whenever it changes.
 
     Raises:
-        ConsoleTimeoutError: they do not within a minute.
+        ConsoleTimeoutError: they do not run within a minute.
     """
     shown = ""
     deadline = time.monotonic() + 60
@@ -180,7 +180,7 @@ def wait_for_end(name: str) -> None:
     command = (VMCTL, "wait", name)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as waiter:
         assert waiter.stdout is not None
-        told = waiter.stdout.read(1)  # so that it waits before the VM stops
+        told = waiter.stdout.read(1)  # it waits from here on, before the VM stops
         vmctl("stop", "-f", name)
         told += waiter.stdout.read()
     say(f"$ vmctl wait {name}    # since before it was stopped")

@@ -1,12 +1,12 @@
-"""What the programs depend on: what this system has of it, what it lacks, and how to bundle that.
+"""List the programs' dependencies, and those that this system lacks, and bundle them.
 
-    scripts/dependencies.py missing              # of the interpreter that runs this
+    scripts/dependencies.py missing              # those that the interpreter running this lacks
     scripts/dependencies.py bundle DIR [NAME...] # download those (the missing ones) into DIR
     scripts/dependencies.py lock                 # lines of requirements.lock for all of them
-    scripts/dependencies.py debian [DIR]         # what a Debian package without DIR's depends on
+    scripts/dependencies.py debian [DIR]         # Depends: of a Debian package with DIR bundled
 
-The versions that serve are those of pyproject.toml; what is bundled has the version and the hashes
-of requirements.lock. Needs nothing but Python, and pip and the network to bundle.
+pyproject.toml names the suitable versions; a bundle has the versions and hashes of
+requirements.lock. Needs only Python, and pip and the network to bundle.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Requirement(NamedTuple):
 
     name: str
     least: str
-    """The oldest version that serves."""
+    """The oldest suitable version."""
     below: str | None
-    """The first version that does not serve any more."""
+    """The first version that is too new."""
 
     @property
     def debian(self) -> str:
@@ -42,27 +42,27 @@ class Requirement(NamedTuple):
 
     @property
     def debian_relations(self) -> list[str]:
-        """What a Debian package says that depends on it."""
+        """The relations of a Debian package that depends on it."""
         relations = [f"{self.debian} (>= {self.least})"]
         if self.below:
             relations.append(f"{self.debian} (<< {self.below}~)")
         return relations
 
     def is_met_by(self, version: str) -> bool:
-        """Tell whether a version serves."""
+        """Tell whether a version is suitable."""
         given = _numbers(version)
         return _numbers(self.least) <= given and (
             self.below is None or given < _numbers(self.below)
         )
 
     def __str__(self) -> str:
-        """Return it as a person is told."""
+        """Return it as users read it."""
         before = f", older than {self.below}" if self.below else " or newer"
         return f"{self.name} {self.least}{before}"
 
 
 def requirements() -> list[Requirement]:
-    """Return what pyproject.toml says that the programs need."""
+    """Return the dependencies that pyproject.toml names."""
     found = []
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         read = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", text)
@@ -73,7 +73,7 @@ def requirements() -> list[Requirement]:
 
 
 def missing() -> list[Requirement]:
-    """Return what the interpreter that runs this lacks, or has in a version that does not serve."""
+    """Return those that the interpreter running this lacks, or has in an unsuitable version."""
     lacking = []
     for requirement in requirements():
         try:
@@ -94,12 +94,12 @@ def bundled(directory: Path | None) -> set[str]:
 
 
 def bundle(directory: Path, names: set[str]) -> None:
-    """Download packages, and what they depend on in turn, as locked, into `directory`.
+    """Download packages and their dependencies, as locked, into `directory`.
 
-    A dependency that pyproject.toml names itself comes along only if it is among `names`.
+    A dependency that pyproject.toml names itself is included only if it is among `names`.
 
     Raises:
-        subprocess.CalledProcessError: pip has said why it could not.
+        subprocess.CalledProcessError: pip failed, and has printed why.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,20 +115,20 @@ def bundle(directory: Path, names: set[str]) -> None:
             ],
             check=True,
         )
-    # Modules and their licences are enough.
+    # Keep only modules and their licences.
     for extra in (directory / "bin", *directory.glob("*/.*")):
         if extra.is_dir():
             shutil.rmtree(extra)
 
 
 def locked(names: set[str]) -> str:
-    """Return the lines of requirements.lock for `names`, and for what they depend on in turn."""
+    """Return the lines of requirements.lock for `names` and their dependencies."""
     wanted = _closure(names)
     return "".join(text for name, text in _locked().items() if name in wanted)
 
 
 def debian_depends(directory: Path | None) -> list[str]:
-    """Return the relations of a Debian package that brings the packages in `directory` itself."""
+    """Return the relations of a Debian package that bundles the packages in `directory`."""
     own = bundled(directory)
     relations = [
         relation
@@ -159,7 +159,7 @@ def _locked() -> dict[str, str]:
 
 
 def _closure(names: set[str]) -> set[str]:
-    """Return `names` with what they need; the lock file says for whom each package is there."""
+    """Return `names` with their dependencies; the lock file tells which package needs which."""
     direct = {requirement.name for requirement in requirements()}
     reasons = {
         name: {_normal(word) for word in re.findall(r"#(?: +via)? +([\w.-]+)$", text, re.MULTILINE)}
@@ -193,7 +193,7 @@ def _say_missing() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the words say; returns the exit status."""
+    """Run the command of the arguments; returns the exit status."""
     match arguments:
         case ["missing"]:
             return _say_missing()

@@ -1,14 +1,14 @@
-"""Put the programs into a directory tree such as /usr/local, or take them away again.
+"""Install the programs into a directory tree such as /usr/local, or uninstall them.
 
     scripts/install.py [--prefix /usr/local] [--destdir DIR] [--bundle DIR] [--uninstall]
 
-The interpreter that runs this runs the programs. They are in `PREFIX/lib/vmm-kvm`, which no other
-program sees, with what `--bundle` names (see dependencies.py) beside them; the commands in
-`PREFIX/bin` find them there. pyproject.toml lists packages, commands and the files that a wheel
-brings; systemd's files are added here. Units run the commands of this prefix.
+The interpreter that runs this will run the programs. Modules go to `PREFIX/lib/vmm-kvm`, where no
+other program finds them, with the packages of `--bundle` (see dependencies.py) beside them; the
+commands in `PREFIX/bin` find them there. pyproject.toml lists packages, commands and the files of a
+wheel; this script adds systemd's files. Units run the commands of this prefix.
 
-`--destdir` is put before every path that is written to, and stands in none. Nothing is installed
-where a dependency is missing, unless `--no-check` says that a package manager will see to it.
+`--destdir` is put before every path that is written to; no installed file mentions it. If a
+dependency is missing, nothing is installed; `--no-check` leaves dependencies to a package manager.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import dependencies
 ROOT = dependencies.ROOT
 HOME = "lib/vmm-kvm"
 BUNDLE = f"{HOME}/bundle"
-# Besides what a wheel brings: what the service manager reads, and only as root.
+# Files that a wheel does not bring, because only the system's service manager reads them.
 SYSTEM_FILES = {
     "packaging/vmd.service": "lib/systemd/system/vmd.service",
     "packaging/vmd.socket": "lib/systemd/system/vmd.socket",
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     sys.exit({function}())
 """
 _SEARCHED = ("/usr", "/usr/local")
-"""Where systemd looks for its files, and man for pages, without being told."""
+"""Prefixes below which systemd looks for its files, and man for pages."""
 
 
 class File(NamedTuple):
@@ -59,7 +59,7 @@ class File(NamedTuple):
 
 
 def files(prefix: str, python: str, bundle: Path | None) -> Iterator[File]:
-    """Yield all that is installed, compiled modules apart."""
+    """Yield all files to install, except compiled modules."""
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project, wheel = tables["project"], tables["tool"]["hatch"]["build"]["targets"]["wheel"]
     for package in wheel["packages"]:
@@ -67,7 +67,7 @@ def files(prefix: str, python: str, bundle: Path | None) -> Iterator[File]:
             yield File(f"{HOME}/{path.relative_to(ROOT)}", path.read_bytes())
     for source, place in wheel["force-include"].items():
         yield File(f"{HOME}/{place}", (ROOT / source).read_bytes())
-    # As pip would have it: importlib.metadata tells the version by this.
+    # importlib.metadata reads the version here, as after an installation by pip.
     about = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
     info = f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     yield File(f"{HOME}/{info}/METADATA", about.encode())
@@ -102,12 +102,12 @@ def _tree(top: Path) -> list[Path]:
 
 
 def install(found: list[File], top: Path, prefix: str, *, compiles: bool) -> None:
-    """Write the files below `top`, which is the prefix as seen from here."""
+    """Write the files below `top`: the destination directory and the prefix."""
     shutil.rmtree(top / HOME, ignore_errors=True)  # an older version's modules
     for file in found:
         path = top / file.place
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A new file each: programs that run keep theirs.
+        # Make a new file: running programs keep the old one.
         path.unlink(missing_ok=True)
         path.write_bytes(file.content)
         path.chmod(file.mode)
@@ -118,7 +118,7 @@ def install(found: list[File], top: Path, prefix: str, *, compiles: bool) -> Non
 
 
 def uninstall(found: list[File], top: Path) -> None:
-    """Take the files away, and directories that only held them."""
+    """Remove the files, and directories that held nothing else."""
     shutil.rmtree(top / HOME, ignore_errors=True)
     for file in found:
         path = top / file.place
@@ -133,7 +133,7 @@ def uninstall(found: list[File], top: Path) -> None:
 
 
 def _is_ready(bundle: Path | None) -> bool:
-    """Tell whether the programs would run; says what is missing."""
+    """Tell whether the programs would run; prints missing dependencies."""
     if sys.version_info[:2] < dependencies.PYTHON:
         needed = ".".join(map(str, dependencies.PYTHON))
         print(f"install: {sys.executable}: Python {needed} or newer is needed", file=sys.stderr)
@@ -160,7 +160,7 @@ def _say_next(prefix: str) -> None:
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit status."""
+    """Install or uninstall; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prefix", default="/usr/local")
     parser.add_argument("--destdir", default="")

@@ -5,13 +5,13 @@
 #
 # SUITE is bookworm, trixie or testing, by default each of them; GROUP is one of scripts/test.sh,
 # by default unit and kvm. mmdebstrap makes a tree for each suite, once, in $VMM_CACHE/trees, or
-# ~/.cache/vmm-kvm-tests/trees; remove it for newer packages. In the tree scripts/setup.sh does
-# what it does on any machine. What is tested is this repository's last commit with the changes to
-# files that git knows.
+# ~/.cache/vmm-kvm-tests/trees; remove it to get newer packages. scripts/setup.sh runs in the tree as
+# on any machine. The groups test this repository's last commit, with uncommitted changes to tracked
+# files.
 #
-# Ends with one line per suite. MATRIX_TIMEOUT bounds each suite, in seconds; 5400 by default.
-# The exit status is 0 if all is well, 1 if a check failed, 77 if all is well but a tree could
-# not be made, or a suite was not through in its time. Needs root.
+# It prints one line per suite at the end. MATRIX_TIMEOUT bounds each suite, in seconds; 5400 by
+# default. The exit status is 0 if all groups passed, 1 if a check failed, 77 if no check failed but a
+# tree could not be made, or a suite exceeded its time. Needs root.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 . scripts/apt_sources.sh
@@ -43,19 +43,19 @@ limit=${MATRIX_TIMEOUT:-5400}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
-# The mirror of this machine; without one mmdebstrap knows Debian's own.
+# The mirror of this machine; without one mmdebstrap uses Debian's own.
 codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
 source=$(debian_source "$codename" | head -n 1)
 mirror=${source%%"	"*}
 
-# make_tree SUITE: fill its directory.
+# make_tree SUITE: make its tree, if there is none.
 make_tree() {
     local suite=$1 tree=$trees/$1
     [ ! -d "$tree" ] || return 0
     say "making $tree"
     mkdir -p "$trees"
     rm -rf --one-file-system "$tree.part"
-    # A suite's index is out of date by design where a mirror keeps one for long.
+    # The index of a mirror may be older than its validity.
     mmdebstrap --quiet --mode=root --variant=apt --include=ca-certificates,git,mount,python3 \
         --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='Acquire::Retries 3' \
         --aptopt='APT::Install-Recommends "false"' \
@@ -63,7 +63,7 @@ make_tree() {
         mv "$tree.part" "$tree"
 }
 
-# copy_repository SUITE: bring the tree's clone to what this one is, keeping its .venv.
+# copy_repository SUITE: update the tree's clone to this repository, keeping its .venv.
 copy_repository() {
     local clone=$trees/$1/$place commit
     commit=$(git -c user.name=matrix -c user.email=matrix@localhost stash create) || return 1
@@ -73,14 +73,14 @@ copy_repository() {
         git -C "$clone" clean -q -d --force
 }
 
-# The directories that pip finds packages in, if its configuration names any.
+# The directories in which pip finds packages, if its configuration names any.
 pip_directories() {
     { python3 -m pip config list 2>/dev/null; env | grep '^PIP_'; } |
         grep -oE "/[^ '\"]+" | sed 's|^//*|/|; s|/simple/*$||' | sort -u |
         while read -r path; do [ ! -d "$path" ] || echo "$path"; done
 }
 
-# What runs in the new mount namespace: the tree becomes its root.
+# This runs in the new mount namespace: the tree becomes its root.
 # shellcheck disable=SC2016 # expanded there
 enter='
 set -e
@@ -116,7 +116,8 @@ scripts/setup.sh
 scripts/test.sh "$@"
 '
 
-# test_in SUITE GROUP...: a process namespace ends whatever is left when its first process does.
+# test_in SUITE GROUP...: run the groups. The pid namespace kills remaining processes when its first one
+# ends.
 test_in() {
     local suite=$1
     shift
@@ -125,7 +126,7 @@ test_in() {
         </dev/null
 }
 
-# counted LOG: the lines of the groups' summary, in one.
+# counted LOG: print the lines of the groups' summary as one.
 counted() { sed '1,/^== summary/d' "$1" | tr -d '\r' | paste -sd ';' | sed 's/;/; /g'; }
 
 summary=()

@@ -1,4 +1,4 @@
-"""The files of the project as git knows them, those that are not committed included."""
+"""The files of the project that git tracks, and new ones that it does not ignore."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def copy_files(place: Path) -> None:
-    """Copy them below `place`; what git ignores stays behind."""
+    """Copy them below `place`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -20,6 +20,6 @@ def copy_files(place: Path) -> None:
     )
     for name in filter(None, listed.stdout.split("\0")):
         source, target = ROOT / name, place / name
-        if source.is_file():  # git may know one that was deleted
+        if source.is_file():  # a tracked file may have been deleted
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)

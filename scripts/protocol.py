@@ -1,6 +1,6 @@
 """Make docs/protocol.md from the message types of vmd/wire/messages.py.
 
-Without arguments it is printed; --write puts it in its place. A test compares.
+Without arguments, print it; with --write, write it to its place. A test compares.
 """
 
 import ast
@@ -131,8 +131,8 @@ def _words(kind: type[enum.StrEnum], documentation: dict[tuple[str, str], str]) 
 
 
 def _paragraphs(kind: type) -> str:
-    """Return the paragraphs of a docstring, each on one line, without its source."""
-    # Python 3.13 removes the indentation of docstrings when it compiles; cleandoc does so for all.
+    """Return the paragraphs of a docstring, each on one line, without the source."""
+    # Python 3.13 removes the indentation of docstrings at compile time; cleandoc does so for all.
     paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
     lines = [" ".join(paragraph.split()) for paragraph in paragraphs]
     return "\n\n".join(line for line in lines if not line.startswith("Source:"))
@@ -168,7 +168,7 @@ def _json(value: object) -> str:
 
 
 def _attribute_documentation(source: str) -> dict[tuple[str, str], str]:
-    """Return the text behind each attribute, by class and name."""
+    """Return the docstring after each attribute, by class and name."""
     found = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Install what the project's tests, demo and benchmarks need: Debian packages, then .venv.
 #
-# Does nothing, without the network, where everything is there. Packages need root; without it the
-# script names those that are missing. Kernels for guests are not installed: tests/artifacts.py
-# downloads them into a cache.
+# If everything is installed, it does nothing and needs no network. It installs packages as root, and
+# otherwise names the missing ones. It does not install kernels for guests: tests/artifacts.py downloads
+# them into a cache.
 set -eu
 cd "$(dirname "$0")/.."
 
-# What each package is for stands beside it.
+# Each package, and its use.
 packages='
     acpica-tools        iasl checks our ACPI tables
     binutils            assembles the self-test guest again and compares
@@ -28,7 +28,7 @@ packages='
     grub-efi-amd64-bin  GRUB for UEFI
     grub-pc-bin         GRUB for BIOS
     iperf3              tests of networks, and their benchmark
-    iproute2            ip shows the tests what the daemon has made of interfaces
+    iproute2            ip lists interfaces of the daemon, in tests
     ipxe                a guest, on a disc
     isolinux            boots a disc
     kmod                modprobe and depmod find kernel modules in load order
@@ -39,30 +39,30 @@ packages='
     mandoc              checks the manual pages
     memtest86+          a guest
     mmdebstrap          makes Debian for guests
-    mount               a small file system that gets full
+    mount               mounts a small file system that a test fills
     mtools              grub-mkrescue needs it; makes an EFI system partition
     nftables            NAT, forwarded ports and locked lladdrs of the daemon
-    openssh-client      the tutorial logs in to a guest, a VM moves by ssh
-    openssh-server      what a VM moves to, in its test
+    openssh-client      logs in to a guest of the tutorial, moves a VM
+    openssh-server      accepts a VM that moves, in a test
     ovmf                UEFI firmware
     passt               user-mode networking of guests
-    passwd              adds the user that the daemon runs as
+    passwd              adds the user of the daemon
     procps              free, in the demo
     python3             runs everything
     python3-venv        makes .venv
     seabios             firmware
     systemd             runs the units of vmd
     snmp                snmpget and snmpwalk, for the tests of agentx
-    snmpd               the SNMP agent that vmd is a part of
+    snmpd               the SNMP agent that vmd connects to
     syslinux-common     isolinux needs it
     tcpdump             captures inside guests and outside, which are compared
     wget                the tutorial asks a web server in a guest
     xorriso             makes CD-ROM images
     xz-utils            makes kernel payloads for the boot tests
-    zsh                 the same
+    zsh                 completes command lines, in its tests
     zstd                packs initramfs images
 '
-# The rig, and what judges our disk images and serves others.
+# They run the rig, check our disk images, and serve other ones.
 qemu_packages='qemu-system-x86 qemu-utils'
 qemu_minimum=1:10.0  # 7.2 loses interrupts under nested SVM and hangs
 
@@ -96,7 +96,8 @@ add_backports() {
     } > "/etc/apt/sources.list.d/$suite.sources"
 }
 
-# Kernels for guests are in the cache, or apt knows some; Debian 12 has a second series in backports.
+# True if the cache has kernels for guests, or apt knows some; Debian 12 has a second series in
+# backports.
 kernels_are_known() {
     cache=${VMM_CACHE:-$HOME/.cache/vmm-kvm-tests}/kernels
     [ -e "$cache/series" ] && [ -n "$(find "$cache" -maxdepth 1 -name '*-cloud')" ] && return
@@ -139,7 +140,7 @@ if [ -n "$missing$wanted_qemu" ] || [ -z "$known" ]; then
     fi
 fi
 
-# What the daemon's processes run as; a package would have systemd-sysusers make it.
+# The user of the daemon's processes; in an installed package systemd-sysusers makes it.
 if ! getent passwd _vmd >/dev/null; then
     [ "$(id -u)" = 0 ] || { say "add the user _vmd as root: useradd --system _vmd"; exit 1; }
     say "adding the user _vmd"
@@ -148,8 +149,8 @@ if ! getent passwd _vmd >/dev/null; then
 fi
 
 # The virtual environment: pinned and hashed wheels, then this tree in place, without dependencies.
-# (Its build back end is fetched by pip for this one step.) The distribution's interpreter comes
-# first: it is built with profiles, and serves an exit in two thirds of the time of a plain build.
+# (For this one step pip fetches its build back end.) The distribution's interpreter comes first: it is
+# built with profiles, and handles an exit in two thirds of the time of a plain build.
 python=
 for candidate in /usr/bin/python3 python3 python3.11 python3.12 python3.13 python3.14; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \

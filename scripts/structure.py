@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print the folders of the tree, their sizes and the edges between them, out of tests/layers.py.
+"""Print the folders of the tree, their sizes and the edges between them, by tests/layers.py.
 
 scripts/structure.py            folders, sizes, edges, cycles
 scripts/structure.py --write    put the table of layers into docs/architecture.md
@@ -21,7 +21,7 @@ END = "<!-- end of layers -->\n"
 
 
 def purpose(name: str, files: dict[str, Path]) -> str:
-    """Return the first sentence of what a folder or module says of itself."""
+    """Return the first sentence of the docstring of a folder or module."""
     path = files.get(name)
     text = ast.get_docstring(ast.parse(path.read_text())) if path else None
     return (text or "").split("\n\n")[0].split(". ")[0].replace("\n", " ").rstrip(".")

@@ -3,13 +3,13 @@
 #
 #     scripts/test.sh lint unit kvm core
 #
-# `core` and `guest` are the guest level, its core and all of it; only one of them can be asked for.
+# `core` and `guest` are the core of the guest level, and all of it; name only one of them.
 # `smoke` is the part of `kvm` in which interpreters and distributions differ most.
-# Every group runs even if an earlier one failed; the exit status is 1 if any did. Up to three tests
-# of a group that failed run once more, alone, and the summary names those that passed then. A level
-# that this machine can run may not be skipped. The guest group runs on the host's KVM where that runs
-# a distribution kernel, else in two rigs, one after the other, beside the other groups: one
-# emulated processor is one busy core.
+# Every group runs even if an earlier one failed; the exit status is 1 if any did. If at most three
+# tests of a group fail, they run once more, alone, and the summary names those that passed then. Skips
+# fail in a level that this machine can run. The guest group runs on the host's KVM if that runs a
+# distribution kernel, else in two rigs, one after the other, beside the other groups: one emulated
+# processor keeps one core busy.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -19,7 +19,7 @@ trap 'rm -rf "$logs"; [ -z "$background" ] || kill -- "-$background" 2>/dev/null
 summary=()
 failed=0
 
-# group NAME COMMAND...: run it visibly, remember its outcome and what pytest counted.
+# group NAME COMMAND...: run it visibly, and note its outcome and pytest's counts for the summary.
 group() {
     local name=$1 log=$logs/$1 start=$SECONDS verdict=ok counted
     shift
@@ -35,9 +35,8 @@ group() {
     [ -z "${second[*]}" ] || summary+=("$name: only the second time: ${second[*]}")
 }
 
-# tests NAME PYTEST'S...: run tests, and those that failed once more, if they are few: some measure
-# time, on machines that do other things too. A fault of ours fails again, or often enough to be
-# seen in the summary.
+# tests NAME PYTEST'S...: run tests, and repeat failed ones if they are few: some tests measure time,
+# and the machine may be busy. A fault of ours fails again, or shows up in the summary often enough.
 tests() {
     local cache=$logs/cache-$1 failures=$logs/cache-$1/v/cache/lastfailed status=0 names
     shift
@@ -60,7 +59,7 @@ lint() {
     return $status
 }
 
-# Kicks, a machine's whole life, the daemon's and its processes', networks without privileges.
+# Kicks, the whole life of a machine, of the daemon and its processes, networks without privileges.
 smoke_files=(tests/kvm/test_kicks.py tests/kvm/test_machine.py tests/kvm/test_run.py
     tests/system/vmd/test_life.py tests/system/vmd/test_passt.py)
 
@@ -70,8 +69,8 @@ in_rig() {
         .venv/bin/pytest -q --color=no --timeout 300 -p no:cacheprovider -m "$guests" "$@"
 }
 
-# in_rigs PYTEST'S...: the same, and what failed once more, if it is little: by a fault of QEMU's
-# emulation a guest in the rig can stand still (docs/testing.md). A fault of ours fails again.
+# in_rigs PYTEST'S...: the same, and repeat failed tests in another rig if they are few: by a fault of
+# QEMU's emulation a guest in the rig can hang (docs/testing.md). A fault of ours fails again.
 in_rigs() {
     local log status=0 again
     log=$(mktemp -p "$logs")
@@ -91,7 +90,7 @@ second_files() {
     find tests/guest -name 'test_*.py' | grep -vxF "$(first_files)" | sort
 }
 
-# The guest group, which runs beside the others.
+# The guest group; it runs beside the others.
 guest_tests() {
     local status=0
     if [ "$guests_run_here" = yes ]; then
@@ -127,13 +126,13 @@ case " $* " in
     *" core "*) guests='guest and core' ;;
 esac
 
-# Kernels are parsed by unit tests too. What cannot be fetched is said again by the tests.
+# Unit tests parse kernels too. If a download fails here, the tests report it again.
 case " $* " in
     *" unit "* | *" guest "* | *" core "*) $python -m tests.artifacts || failed=1 ;;
 esac
 [ -z "$guests" ] || $python -m tests.debian >/dev/null || failed=1
 
-# What this machine has is required: a skip would hide that a test did not run.
+# Require the levels that this machine can run: a skip would hide that a test did not run.
 required=$($python -c '
 from tests import host
 print(",".join(name for name, missing in (("kvm", host.missing_kvm()), ("root", host.missing_root()))

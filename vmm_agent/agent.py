@@ -3,9 +3,9 @@
 
 usage: vmm-agent [--port number | --unix path | --fd number]
 
-One file for Python 3.9 and later, without dependencies: it is copied into guests. It listens on
-vsock port 1024 and serves the host (CID 2) alone; with `--unix` or `--fd` any peer, for tests and
-for proxies. docs/agent.md describes the protocol.
+One file for Python 3.9 and later, without dependencies, because it is copied into guests. It
+listens on vsock port 1024 and serves the host (CID 2) alone; with `--unix` or `--fd` any peer, for
+tests and for proxies. docs/agent.md describes the protocol.
 
 Each connection is one operation and has a process of its own. A command runs in a session of its
 own: when its connection ends first, its process group gets SIGHUP, and SIGKILL after a while.
@@ -40,28 +40,28 @@ PORT = 1024
 HOST_CID = 2
 
 FRAME_MAX = 256 << 10
-"""Bytes of a frame behind its header, at most."""
+"""Bytes of a frame after its header, at most."""
 PIECE = 32 << 10
-"""Bytes of a frame with data, as they are sent."""
+"""Bytes of data in a frame, as the agent sends them."""
 WINDOW = 256 << 10
-"""Bytes of a channel that may be under way: sent, and not yet said to be taken."""
+"""Bytes of a channel that may be under way: sent, and not yet acknowledged by TAKEN."""
 SESSIONS_MAX = 64
 REQUEST_S = 30.0
-"""How long a connection may stay without a request."""
+"""A connection without a request is closed after this time."""
 HANGUP_S = 5.0
-"""How long a process group has between SIGHUP and SIGKILL."""
+"""The time of a process group between SIGHUP and SIGKILL."""
 DRAIN_S = 2.0
-"""How long to wait for the last output of a terminal."""
+"""The time to wait for the last output of a terminal."""
 CLOSE_S = 5.0
-"""How long a client has to take the end of its operation."""
+"""The time for a client to close the connection after its operation."""
 POLL_S = 0.1
-"""Between two looks at what a client waits for."""
+"""The interval in which `wait` checks its condition."""
 
 # Kinds of frames. From the agent:
 HELLO, STARTED, DONE, FAILED, EXIT = 1, 2, 3, 4, 5
 # From the client:
 REQUEST, WINDOW_SIZE, SIGNAL = 16, 17, 18
-# Data: INPUT from the client, the others from the agent. TAKEN is the receiver's word.
+# Data: INPUT from the client, the others from the agent. The receiver of data sends TAKEN.
 INPUT, OUTPUT, ERRORS, TAKEN = 32, 33, 34, 35
 
 _HEADER = struct.Struct("!BI")
@@ -89,7 +89,7 @@ class RefusedError(Exception):
 
 
 class GoneError(Exception):
-    """The client has closed the connection, or does not keep to the protocol."""
+    """The client has closed the connection, or breaks the protocol."""
 
 
 class Wire:
@@ -102,17 +102,17 @@ class Wire:
         self._received = bytearray()
         self._waiting = bytearray()
         self.room = {OUTPUT: WINDOW, ERRORS: WINDOW}
-        """How many bytes of each channel the client has room for."""
+        """Bytes of each channel that the client has room for."""
         self._pending = WINDOW
         self._taken = 0
 
     @property
     def is_sending(self) -> bool:
-        """Whether something waits to be sent."""
+        """Whether frames are queued."""
         return bool(self._waiting)
 
     def send(self, kind: int, payload: bytes = b"") -> None:
-        """Send a frame, or keep it until there is room."""
+        """Send a frame, or queue it until there is room."""
         if kind in self.room:
             self.room[kind] -= len(payload)
         self._waiting += _HEADER.pack(kind, len(payload)) + payload
@@ -123,7 +123,7 @@ class Wire:
         self.send(kind, json.dumps(fields).encode())
 
     def flush(self) -> None:
-        """Send what waits, as far as there is room."""
+        """Send queued frames, as far as there is room."""
         try:
             while self._waiting:
                 del self._waiting[: self.stream.send(self._waiting)]
@@ -133,7 +133,7 @@ class Wire:
             raise GoneError from err
 
     def took(self, count: int) -> None:
-        """Let the client send as many bytes of input again; it is told now and then."""
+        """Let the client send as many bytes of input again; TAKEN is sent now and then."""
         self._pending += count
         self._taken += count
         if self._taken >= WINDOW // 4:
@@ -141,7 +141,7 @@ class Wire:
             self._taken = 0
 
     def frames(self) -> Iterator[tuple[int, bytes]]:
-        """Receive once, and yield the frames that are whole; credit is taken note of here."""
+        """Receive once, and yield the whole frames; TAKEN is handled here."""
         try:
             data = self.stream.recv(FRAME_MAX)
         except BlockingIOError:
@@ -177,7 +177,7 @@ class Wire:
             raise GoneError
         self.room[channel] += count
 
-    # For operations that do one thing after the other:
+    # For operations that wait for one thing after the other:
 
     def wait(self, until: float) -> list[tuple[int, bytes]]:
         """Wait for the socket, up to a time of the monotonic clock; returns the frames."""
@@ -198,9 +198,9 @@ class Wire:
             view = view[size:]
 
     def finish(self) -> None:
-        """Have all sent, and wait for a while until the client has closed."""
+        """Send all that is queued, and wait for a while until the client has closed."""
         with contextlib.suppress(GoneError):
-            while self._waiting:  # a client may be stopped, and go on later
+            while self._waiting:  # a client may be stopped, and continue later
                 self.wait(float("inf"))
             until = time.monotonic() + CLOSE_S
             while time.monotonic() < until:
@@ -208,7 +208,7 @@ class Wire:
 
 
 class Input(io.BufferedIOBase):
-    """What the client sends for an operation, as a file that is read."""
+    """The data that the client sends for an operation, as a file to read."""
 
     def __init__(self, wire: Wire) -> None:
         """Read from `wire`."""
@@ -217,7 +217,7 @@ class Input(io.BufferedIOBase):
         self._is_over = False
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return so many bytes, fewer only at the end."""
+        """Return `size` bytes, fewer only at the end."""
         assert size is not None
         assert size >= 0
         while len(self._data) < size and not self._is_over:
@@ -233,7 +233,7 @@ class Input(io.BufferedIOBase):
 
 
 class Output(io.BufferedIOBase):
-    """What an operation sends, as a file that is written."""
+    """The data that an operation sends, as a file to write."""
 
     def __init__(self, wire: Wire) -> None:
         """Write to `wire`."""
@@ -281,7 +281,7 @@ def _texts(request: Mapping[str, object], name: str) -> list[str]:
 
 
 def _bytes(text: str) -> bytes:
-    """Return what was no text as the bytes that it is."""
+    """Return a text's bytes; surrogates stand for bytes that are no UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -376,14 +376,14 @@ class Account:
         self._is_other = entry.pw_uid != os.getuid()
 
     def become(self) -> None:
-        """Give this process to the user."""
+        """Give this process the user's rights."""
         if self._is_other or os.getuid() == 0:
             os.initgroups(self.entry.pw_name, self.entry.pw_gid)
             os.setgid(self.entry.pw_gid)
             os.setuid(self.entry.pw_uid)
 
     def environment(self) -> dict[bytes, bytes]:
-        """Return what a command finds in its environment."""
+        """Return the environment of a command."""
         entry = self.entry
         found = {"HOME": entry.pw_dir, "USER": entry.pw_name, "LOGNAME": entry.pw_name}
         found |= {"SHELL": entry.pw_shell or "/bin/sh", "PATH": _PATH}
@@ -395,7 +395,7 @@ class Command:
     """A command with its streams, in a session of its own."""
 
     def __init__(self, wire: Wire, request: Mapping[str, object], report: int | None) -> None:
-        """Read what is to be run; nothing is started yet."""
+        """Check the request; nothing starts yet."""
         self._wire = wire
         self._report = report
         self._arguments = [_bytes(one) for one in _texts(request, "arguments")]
@@ -427,7 +427,7 @@ class Command:
         self._is_ended = False
 
     def run(self) -> None:
-        """Run it to its end, or to that of the connection."""
+        """Run it until the command or the connection ends."""
         woken, wakes = os.pipe()
         os.set_blocking(woken, False)
         os.set_blocking(wakes, False)
@@ -451,13 +451,13 @@ class Command:
             self._wire.say(EXIT, status=os.WEXITSTATUS(status))
 
     def _end(self, _number: int, _frame: object) -> None:
-        """End as if the client had gone: the agent ends."""
+        """The agent ends: end as if the client had gone."""
         self._is_ended = True
 
     # From a request to a process
 
     def _start(self) -> None:
-        told, tells = os.pipe()  # the errors of the child, until it has become the program
+        told, tells = os.pipe()  # errors of the child, until it executes the program
         theirs = self._streams()
         pid = os.fork()
         if not pid:
@@ -465,8 +465,8 @@ class Command:
         self._pid = pid
         os.close(tells)
         if self._has_terminal:
-            # Without a reader and writer of it the terminal hangs up, as soon as the command closes
-            # its streams, which many do before they end.
+            # The terminal hangs up when its last descriptor is closed, and many commands close
+            # their streams before they end: keep one open.
             self._terminal = theirs[0]
         else:
             for fd in theirs:
@@ -485,7 +485,7 @@ class Command:
             )
 
     def _streams(self) -> list[int]:
-        """Make pipes, or a terminal; returns the child's three, which are to be closed."""
+        """Make pipes, or a terminal; returns the child's three descriptors, to be closed here."""
         if self._has_terminal:
             ours, theirs = os.openpty()
             fcntl.ioctl(
@@ -508,7 +508,7 @@ class Command:
         return [first, second, third]
 
     def _become(self, theirs: list[int], tells: int) -> None:
-        """Be the program, in the child; never returns."""
+        """Become the program, in the child; never returns."""
         step = "exec"
         try:
             signal.set_wakeup_fd(-1)
@@ -541,7 +541,7 @@ class Command:
     # Between the client and the process
 
     def _pass_on(self, woken: int) -> None:
-        """Serve all streams until the process has ended and all that it wrote is sent."""
+        """Serve all streams until the process has ended and all its output is sent."""
         sock = self._wire.stream.fileno()
         while True:
             wanted = {woken: select.POLLIN, sock: select.POLLIN}
@@ -577,12 +577,12 @@ class Command:
         if not pid:
             return
         self._status = status
-        if self._has_terminal:  # its end is that of its output, unless others keep it open
+        if self._has_terminal:  # output ends with the terminal, unless other processes keep it open
             os.close(self._terminal)
             self._left = {}
             self._drain_until = time.monotonic() + DRAIN_S
             return
-        # What others that still have the pipes write from now on is not the command's.
+        # Later output of other processes that still have the pipes is not the command's.
         self._left = {}
         for fd in self._outputs:
             self._left[fd] = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))[0]
@@ -590,7 +590,7 @@ class Command:
     def _is_drained(self) -> bool:
         if self._has_terminal:
             if self._wire.is_sending or not self._wire.room[OUTPUT]:
-                self._drain_until = time.monotonic() + DRAIN_S  # the client is not there yet
+                self._drain_until = time.monotonic() + DRAIN_S  # the client has not caught up
             return not self._outputs or time.monotonic() >= self._drain_until
         return not any(self._left.values()) if self._left else True
 
@@ -643,7 +643,7 @@ class Command:
             raise GoneError
 
     def _type(self) -> None:
-        """Give the process what was typed, as far as it takes it."""
+        """Write queued input to the process, as far as it takes it."""
         if self._input is None or (not self._has_terminal and not self._has_input):
             self._wire.took(len(self._typed))
             self._typed.clear()
@@ -662,7 +662,7 @@ class Command:
                 return
         except BlockingIOError:
             return
-        except OSError:  # nobody reads it: what comes is dropped
+        except OSError:  # no reader is left: drop the input
             self._wire.took(len(self._typed))
             self._typed.clear()
             if self._has_terminal:
@@ -671,7 +671,7 @@ class Command:
         self._input = None
 
     def _end_group(self) -> None:
-        """End the process group, which may clean up for a while."""
+        """End the process group: SIGHUP, some time to clean up, SIGKILL."""
         for number, seconds in ((signal.SIGHUP, HANGUP_S), (signal.SIGKILL, HANGUP_S)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._pid, number)
@@ -729,12 +729,12 @@ def _put(source: Input, request: Mapping[str, object]) -> None:
 
 
 def _part(path: bytes) -> bytes:
-    """Return what a file is called until it is whole."""
+    """Return the name of a file until it is whole."""
     return path + b".part-%d" % os.getpid()
 
 
 def _write_file(source: Input, path: bytes, mode: int) -> None:
-    """Write a file under another name, which it has only when it is whole."""
+    """Write a file under another name, and rename it when it is whole."""
     if os.path.lexists(path) and not os.path.isfile(path):
         with open(path, "wb", buffering=0) as file:
             shutil.copyfileobj(source, file, PIECE)
@@ -808,7 +808,7 @@ def _get(wire: Wire, request: Mapping[str, object]) -> None:
 
 
 def _pack(archive: tarfile.TarFile, path: bytes, name: bytes, *, is_followed: bool) -> None:
-    """Add files, directories and symbolic links; others, such as sockets, are left out."""
+    """Add files, directories and symbolic links; leave out others, such as sockets."""
     found = os.stat(path, follow_symlinks=is_followed)
     member = tarfile.TarInfo(_shown(name))
     member.mode = stat.S_IMODE(found.st_mode)
@@ -828,11 +828,11 @@ def _pack(archive: tarfile.TarFile, path: bytes, name: bytes, *, is_followed: bo
             archive.addfile(member, file)
 
 
-# What a clone needs, and what a client waits for
+# For clones, and `wait`
 
 
 def _add_entropy(request: Mapping[str, object]) -> None:
-    """Have the kernel mix in what the host has drawn, and draw from it at once."""
+    """Give the kernel the host's random bytes, and have it reseed at once."""
     try:
         data = bytes.fromhex(_text(request, "data"))
     except ValueError:
@@ -856,7 +856,7 @@ def _set_clock(request: Mapping[str, object]) -> None:
 
 
 def _set_identity(request: Mapping[str, object]) -> None:
-    """Write the machine-id and the host name; either may be empty, and stays then."""
+    """Write the machine-id and the host name; an empty one stays unchanged."""
     machine, name = _text(request, "machine_id"), _text(request, "host_name")
     if machine and (len(machine) != 32 or set(machine) - set("0123456789abcdef")):
         raise RefusedError("invalid", "machine_id: invalid")
@@ -886,7 +886,7 @@ def _replace(path: str, line: str) -> None:
 
 
 def _nothing(_request: Mapping[str, object]) -> None:
-    """Do nothing: the answer alone is of interest."""
+    """Do nothing: `ping` wants only the answer."""
 
 
 _SIMPLE = {
@@ -898,7 +898,7 @@ _SIMPLE = {
 
 
 def _wait(wire: Wire, request: Mapping[str, object]) -> None:
-    """Wait until a file exists, a TCP port of this guest is listened on, or a unit is active."""
+    """Wait until a file exists, a program listens on a TCP port, or a unit is active."""
     kind, what = _text(request, "for"), _text(request, "what")
     if kind not in {"file", "port", "unit"} or not what:
         raise RefusedError("invalid", "for: invalid")
@@ -983,7 +983,7 @@ class Server:
                     self._sessions[pid] = group
 
     def _reap(self) -> None:
-        """Forget sessions that are over; a command whose session was killed is killed too."""
+        """Forget sessions that are over; if a session was killed, kill its command too."""
         while self._sessions:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
