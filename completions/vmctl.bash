@@ -59,7 +59,7 @@ _vmctl() {
 	fi
 	case $verb in
 	image)
-		set -- check info resize
+		set -- check info list prune pull resize rm
 		;;
 	*) set -- ;;
 	esac
@@ -151,9 +151,41 @@ _vmctl() {
 		options=(--json)
 		operands=('<file>')
 		;;
+	'image list '*)
+		options=(--json)
+		operands=()
+		;;
+	'image prune '*)
+		options=()
+		operands=()
+		;;
+	'image pull --digest')
+		_vmctl_offer "$word"
+		return
+		;;
+	'image pull --limit')
+		_vmctl_offer "$word"
+		return
+		;;
+	'image pull --sums')
+		_vmctl_offer "$word"
+		return
+		;;
+	'image pull --timeout')
+		_vmctl_offer "$word"
+		return
+		;;
+	'image pull '*)
+		options=(--digest --limit --sums --timeout)
+		operands=()
+		;;
 	'image resize '*)
 		options=(--shrink)
 		operands=('<file>')
+		;;
+	'image rm '*)
+		options=()
+		operands=()
 		;;
 	'list '*)
 		options=(-r --json)

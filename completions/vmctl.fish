@@ -18,7 +18,7 @@ complete -c vmctl -n __fish_use_subcommand -a events -d 'Print what happens to V
 complete -c vmctl -n __fish_use_subcommand -a exec -d 'Run a command in a guest, by its agent.'
 complete -c vmctl -n __fish_use_subcommand -a gdb -d 'Debug a VM\'s guest with GDB, which takes the arguments.'
 complete -c vmctl -n __fish_use_subcommand -a help -d 'Tell what commands there are, or how one is used.'
-complete -c vmctl -n __fish_use_subcommand -a image -d 'Tell about disk images.'
+complete -c vmctl -n __fish_use_subcommand -a image -d 'Get, describe, check and resize disk images.'
 complete -c vmctl -n __fish_use_subcommand -a list -d 'Print the names of the VMs that the configuration has.'
 complete -c vmctl -n __fish_use_subcommand -a load -d 'Let the daemon read another configuration file in addition.'
 complete -c vmctl -n __fish_use_subcommand -a log -d 'Let the daemon log little or much, or print what it has logged of a VM.'
@@ -38,9 +38,13 @@ complete -c vmctl -n __fish_use_subcommand -a top -d 'Show what VMs use, again a
 complete -c vmctl -n __fish_use_subcommand -a metrics -d 'Print what VMs use, as text for OpenMetrics.'
 complete -c vmctl -n __fish_use_subcommand -a unpause -d 'Let a paused VM continue.'
 complete -c vmctl -n __fish_use_subcommand -a wait -d 'Wait until a VM ends or reboots.'
-complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a check -d 'Tell whether a disk image is sound; the exit status is 1 if it is not.'
-complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a info -d 'Tell what a disk image is: format, sizes, bases, snapshots.'
-complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info resize' -a resize -d 'Make a disk image larger, or smaller.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a check -d 'Tell whether a disk image is sound; the exit status is 1 if it is not.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a info -d 'Tell what a disk image is: format, sizes, bases, snapshots.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a list -d 'Print the images that were pulled.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a prune -d 'Remove images without a name, and what was pulled in part.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a pull -d 'Get an image, by a known name or an address, and check its digest.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a resize -d 'Make a disk image larger, or smaller.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a rm -d 'Remove images that were pulled.'
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -s n -d 'How many; each has another number for %d.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -a '(__vmctl_vms)'
@@ -67,6 +71,11 @@ complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcomm
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from list' -l json -d 'Print JSON.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from pull' -l digest -d 'It has this digest.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from pull' -l limit -d 'Take no more than this; 64G by default.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from pull' -l sums -d 'Its digest is in this list.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from pull' -l timeout -d 'Give up after this time without data.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from resize' -l shrink -d 'Allow that the end of the disk is lost.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from resize' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from list' -s r -d 'Only VMs that run.'

@@ -200,7 +200,7 @@ _vmctl "$@"
 
 
 def _group_help(word: str) -> str:
-    return VERBS[word].help if word in VERBS else "Tell about disk images."
+    return VERBS[word].help if word in VERBS else "Get, describe, check and resize disk images."
 
 
 def _zsh_case(word: str) -> str:

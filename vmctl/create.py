@@ -8,11 +8,12 @@ Source: section 3.5 of OpenBSD's behaviour.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from vmctl.disk_files import DiskFile, parse_disk, set_up_logging
 from vmctl.disk_files import reason as why
+from vmctl.image_store import note_overlay, stored_path
 from vmctl.messages import bytes_hint, fail, warn
 from vmctl.signals import cleaning_up
 from vmctl.verbs import VERBS, usage
@@ -68,6 +69,7 @@ def _create(
     else:
         base_format = Format.QCOW2
         if base is not None:
+            base = stored_path(base)
             named_base = _parse_base(base, target.path)
             number, base_format = _over_base(named_base, target.path, number)
             base = named_base.path
@@ -80,6 +82,7 @@ def _create(
                 create_image(target.path, target.disk_format, number)
             else:
                 create_qcow2(target.path, number, base, base_format)
+                note_overlay(base, target.path)
         except (OSError, ValueError) as err:
             raise RefusedError(f"create imagefile operation failed: {why(err)}") from err
     warn(f"{target.disk_format} imagefile created")
@@ -189,31 +192,12 @@ def _fill(fd: int, target: DiskFile, image: StoredImage) -> None:
     """Copy a disk into the new image at `fd`, which stays the caller's."""
     copied = open_image(os.dup(fd), target.disk_format, False, name=target.path)
     try:
-        with _progress(image.size) as advance:
+        if image.size < _LONG_COPY:
+            copy(image, copied, lambda _: None)
+            return
+        from vmctl.progress import progress  # noqa: PLC0415 - few copies take long
+
+        with progress("copy", image.size) as advance:
             copy(image, copied, advance)
     finally:
         copied.close()
-
-
-@contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the number of bytes done, and shows progress if it takes long."""
-    if size < _LONG_COPY or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console  # noqa: PLC0415 - only a terminal gets a bar
-    from rich.progress import (  # noqa: PLC0415 - same
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        *(BarColumn(), DownloadColumn(binary_units=True)),
-        *(TransferSpeedColumn(), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("copy", total=size)
-        yield lambda done: bar.advance(task, done)

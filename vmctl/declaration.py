@@ -36,7 +36,7 @@ def make_app(perform: Perform = lambda _verb, _given: None) -> typer.Typer:
             app.command(first, context_settings=_SETTINGS)(_command(verb, perform))
             continue
         if first not in groups:
-            groups[first] = _group(first, "Tell about disk images.")
+            groups[first] = _group(first, "Get, describe, check and resize disk images.")
             app.add_typer(groups[first])
         groups[first].command(second, context_settings=_SETTINGS)(_command(verb, perform))
     return app

@@ -3,6 +3,7 @@
 import os
 from typing import NamedTuple
 
+from vmctl.image_store import stored_path
 from vmm_kvm import log
 from vmm_kvm.block.headers import SECTOR_SIZE, foreign, foreign_name
 from vmm_kvm.block.image import Format
@@ -21,6 +22,7 @@ def parse_disk(argument: str) -> DiskFile:
     """Tell path and format: by prefix, by the file's first bytes, by extension; else it is raw.
 
     Raises:
+        SpecError: it is an image of the store, by `image:`, and there is none of that name.
         ImageError: it is, or would be named like, an image of a format that is not supported, or
             compressed, and its format was not said.
 
@@ -29,6 +31,7 @@ def parse_disk(argument: str) -> DiskFile:
     for disk_format in Format:
         if argument.startswith(f"{disk_format}:"):
             return DiskFile(argument[len(disk_format) + 1 :], disk_format)
+    argument = stored_path(argument)
     try:
         descriptor = os.open(argument, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from vmctl.image_store import stored_disk
 from vmd.config.disks import (
     DiskError,
     DiskKind,
@@ -85,7 +86,7 @@ def refuse_twice(texts: Sequence[str]) -> None:
 
 def _parse(text: str) -> DiskOption:
     try:
-        return parse_disk(text)
+        return stored_disk(parse_disk(text))
     except DiskError as err:
         raise SpecError(str(err)) from None
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vmctl.disk_files import DiskFile, parse_disk, reason, set_up_logging
+from vmctl.image_store import PREFIX
 from vmctl.messages import fail
 from vmd.config.sizes import fmt_scaled
 from vmm_kvm.block.file import HostFile
@@ -85,6 +86,8 @@ def resize_image(words: Sequence[str], *, shrink: bool = False) -> int:
     try:
         if words[1].startswith("+"):
             return fail(f"{words[1]}: a size is the whole disk's, not what is added to it")
+        if words[0].startswith(PREFIX):
+            return fail(f"{words[0]}: images of the store are not changed")
         named, size = parse_disk(words[0]), disk_size(words[1])
         resize(named.path, named.disk_format, size, may_shrink=shrink)
     except (RefusedError, VmmError) as err:

@@ -20,6 +20,7 @@ from vmctl.client import (
     check_name,
     parse_target,
 )
+from vmctl.image_store import stored_disk
 from vmctl.messages import choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.starting import open_chain, open_file, say_started, why_not_started
@@ -324,7 +325,7 @@ def _forward(text: str) -> Fields:
 def _disk(text: str) -> DiskOption:
     """Return a disk that is an image, with an absolute path."""
     try:
-        disk = parse_disk(text)
+        disk = stored_disk(parse_disk(text))
     except DiskError as err:
         raise CommandError(str(err)) from None
     if disk.kind not in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}:

@@ -190,6 +190,42 @@ _TABLE = (
         completes=(FILE,),
     ),
     Verb(
+        "image list",
+        "",
+        "Print the images that were pulled.",
+        "image_pull",
+        "show_list",
+        (JSON,),
+        *(0, 0),
+    ),
+    Verb(
+        "image prune",
+        "",
+        "Remove images without a name, and what was pulled in part.",
+        "image_pull",
+        "prune",
+        (),
+        *(0, 0),
+    ),
+    Verb(
+        "image pull",
+        "image [name]",
+        "Get an image, by a known name or an address, and check its digest.",
+        "image_pull",
+        "pull",
+        (
+            Option("--digest", "digest", "It has this digest.", "sha256:digits"),
+            Option("--limit", "limit", "Take no more than this; 64G by default.", "size"),
+            Option("--sums", "sums", "Its digest is in this list.", "address"),
+            Option("--timeout", "timeout", "Give up after this time without data.", "seconds"),
+        ),
+        *(1, 2),
+        usage=(
+            "[--digest algorithm:digits | --sums address] [--limit size]\n"
+            "\t\t[--timeout seconds] name | address [name]"
+        ),
+    ),
+    Verb(
         "image resize",
         "disk size",
         "Make a disk image larger, or smaller.",
@@ -198,6 +234,15 @@ _TABLE = (
         (Option("--shrink", "shrink", "Allow that the end of the disk is lost."),),
         *(2, 2),
         completes=(FILE,),
+    ),
+    Verb(
+        "image rm",
+        "name ...",
+        "Remove images that were pulled.",
+        "image_pull",
+        "remove",
+        (),
+        *(1, 1 << 16),
     ),
     Verb(
         "list",

@@ -52,7 +52,10 @@ def complete(line: str) -> set[str]:
         ("vmctl run -i b", {"bridge:"}),
         ("vmctl create -", {"-b", "-i", "-s", "--help"}),
         ("vmctl cr /etc/passw", {"/etc/passwd", "/etc/passwd-"}),
-        ("vmctl image ", {"check", "info", "resize", "--help"}),
+        (
+            "vmctl image ",
+            {"check", "info", "list", "prune", "pull", "resize", "rm", "--help"},
+        ),
         ("vmctl image info --j", {"--json"}),
         ("vmctl im inf /etc/passw", {"/etc/passwd", "/etc/passwd-"}),
         ("vmctl doctor --", {"--json", "--help"}),

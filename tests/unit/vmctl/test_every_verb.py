@@ -71,6 +71,7 @@ LINES = {
     "create": "create -s 1M {new}",
     "exec": "exec {vsock} -- true",
     "help": "help start",
+    "image pull": "image pull http://127.0.0.1:1/web.img",
     "image resize": "image resize {new} 4M",
     "load": "load {here}/vm.conf",
     "log": "log verbose",
@@ -82,9 +83,9 @@ LINES = {
 }
 """Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
 images in it, `{new}` the name of a file that is not there, `{vsock}` the way to a guest."""
-FAILS = {"events", "gdb", "image resize", "receive", "run"}
-"""The daemon ends, there is no such image or kernel, nothing comes that could be received, or the
-daemon here has no stream to debug by."""
+FAILS = {"events", "gdb", "image pull", "image resize", "image rm", "receive", "run"}
+"""The daemon ends, there is no such image, server or kernel, nothing comes that could be received,
+or the daemon here has no stream to debug by."""
 OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
 
 
@@ -185,14 +186,15 @@ def place(folder: Path) -> Iterator[dict[str, str]]:
     with FakeDaemon(socket_path, answer), Vsock(folder / "vsock"):
         image = folder / "disk.qcow2"
         subprocess.run([VMCTL, "create", "-s", "4M", image], check=True, capture_output=True)
-        yield {"VMD_SOCKET": str(socket_path)}
+        yield {"VMD_SOCKET": str(socket_path), "VMCTL_IMAGES": str(folder / "images")}
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a disk image in it, with the daemon that commands find."""
     with place(tmp_path) as environment:
-        monkeypatch.setenv("VMD_SOCKET", environment["VMD_SOCKET"])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         yield tmp_path
 
 
@@ -367,7 +369,8 @@ def test_names_that_are_no_text(here: Path, lines: list[Line]) -> None:
         ended = run([VMCTL, *words], LC_ALL="C.UTF-8")
         text = ended.errors + ended.output
         wrong = ended.status not in {0, 1} or TROUBLE.search(text) or bad in text
-        if line.words.startswith("image") and len(words) == 3 and line.status == 0:
+        is_shown = line.words.startswith("image") and len(words) == 3 and bad in words[2]
+        if is_shown and line.status == 0:
             shown = (ended, on_terminal([VMCTL, *words], 80), run([VMCTL, *words], LC_ALL="C"))
             wrong = wrong or any(one.status or escaped not in one.output for one in shown)
         return f"{words}: {ended}" if wrong else ""
