@@ -116,6 +116,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that ke
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from send' -s l -d 'Let it go on.'
@@ -154,6 +155,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -l save -d 'Make a file
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l template -d 'Once it is paused, it stays so: clones go on from it.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from start' -a '(__vmctl_vms)'

@@ -85,7 +85,7 @@ def page() -> str:
             messages.InterfaceInfo,
             messages.ForwardInfo,
         ),
-        *(parts.Statistics, parts.Moved, parts.Exits, messages.LogLine),
+        *(parts.Statistics, parts.MemoryUse, parts.Moved, parts.Exits, messages.LogLine),
     )
     made += [_message(each, documentation) for each in structs]
     made.append("## Words\n")

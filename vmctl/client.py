@@ -40,6 +40,14 @@ _STATISTICS: Mapping[str, Shape] = {
     "disks": [_MOVED],
     "streams": [_MOVED],
     "exits": [{"reason": str, "count": int}],
+    "guest_memory": (
+        None,
+        dict.fromkeys(
+            ("total", "free", "available", "caches", "swapped_in", "swapped_out", "major_faults"),
+            (int, None),
+        ),
+    ),
+    "given_back": (int, None),
 }
 _INTERFACE: Mapping[str, Shape] = {
     **dict.fromkeys(("lladdr", "tap", "switch", "group", "problem"), str),

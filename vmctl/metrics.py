@@ -136,11 +136,37 @@ def _exits(vm: Fields) -> Iterator[Sample]:
         yield Sample({"reason": exits["reason"]}, exits["count"], "_total")
 
 
+def _available(vm: Fields) -> Iterator[Sample]:
+    use = (vm["statistics"] or _NOTHING).get("guest_memory")
+    if use and use["available"] is not None:
+        yield Sample({}, use["available"])
+
+
+def _given_back(vm: Fields) -> Iterator[Sample]:
+    given_back = (vm["statistics"] or _NOTHING).get("given_back")
+    if given_back is not None:
+        yield Sample({}, given_back, "_total")
+
+
 FAMILIES = (
     Family("vmd_vm", "info", "VMs that the daemon knows.", "", _info),
     Family("vmd_vm_processors", "gauge", "Virtual processors.", "", _processors),
     Family("vmd_vm_memory_limit_bytes", "gauge", "Memory that the guest has.", "bytes", _limit),
     Family("vmd_vm_memory_bytes", "gauge", "Memory of the host's in use for it.", "bytes", _memory),
+    Family(
+        "vmd_vm_guest_memory_available_bytes",
+        "gauge",
+        "What the guest could have without swapping, as it says.",
+        "bytes",
+        _available,
+    ),
+    Family(
+        "vmd_vm_memory_given_back_bytes",
+        "counter",
+        "Memory that the guest freed and the host took back.",
+        "bytes",
+        _given_back,
+    ),
     Family("vmd_vm_cpu_seconds", "counter", "Processor time of the VM's process.", "seconds", _cpu),
     Family("vmd_vm_disk_read_bytes", "counter", "Read by the guest.", "bytes", _disks("to_guest")),
     Family(

@@ -155,6 +155,7 @@ _MACHINE_OPTIONS = (
         "virtio_console",
         "Add a virtio console, hvc0, which takes the input once its driver is ready.",
     ),
+    Option("--balloon", "balloon", "Add a memory balloon: what the guest frees, the host gets."),
     Option(
         "--vsock",
         "vsock",
@@ -195,15 +196,15 @@ def _options(refused: Mapping[str, str]) -> tuple[Option, ...]:
 RUN_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
     "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
-    "\t\t[--console-log file] [--firmware name] [--forward forward]\n"
-    "\t\t[--from path] [--gdb path[,wait]] [--initrd path] [--json] [--no-reboot]\n"
-    "\t\t[--nvram path] [--selftest] [--timeout seconds] [--virtio-console]\n"
-    "\t\t[--vsock path] [--wait condition] [name]"
+    "\t\t[--balloon] [--console-log file] [--firmware name]\n"
+    "\t\t[--forward forward] [--from path] [--gdb path[,wait]] [--initrd path]\n"
+    "\t\t[--json] [--no-reboot] [--nvram path] [--selftest] [--timeout seconds]\n"
+    "\t\t[--virtio-console] [--vsock path] [--wait condition] [name]"
 )
 START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
-    "\t\t[--append string] [--clock policy] [--firmware name]\n"
+    "\t\t[--append string] [--balloon] [--clock policy] [--firmware name]\n"
     "\t\t[--forward forward] [--from snapshot] [--initrd path] [--json]\n"
     "\t\t[--save] [--selftest] [--template] [--timeout seconds]\n"
     "\t\t[--vsock auto] [--wait condition] id | name"

@@ -167,6 +167,10 @@ def _devices(manifest: "Manifest", stack: ExitStack) -> "Iterator[DeviceSpec]":
         from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
 
         yield ConsoleSpec()
+    if manifest.has_balloon:
+        from vmm_kvm.virtio.balloon import BalloonSpec  # noqa: PLC0415 - the same
+
+        yield BalloonSpec()
 
 
 def _vsock(manifest: "Manifest", option: "VsockOption | None") -> "Iterator[DeviceSpec]":

@@ -89,6 +89,7 @@ class RunOptions(NamedTuple):
     nvram: tuple[str, ...] = ()
     virtio_console: bool = False
     vsock: tuple[str, ...] = ()
+    balloon: bool = False
     initrd: tuple[str, ...] = ()
     append: tuple[str, ...] = ()
     timeout: tuple[str, ...] = ()
@@ -253,6 +254,10 @@ def _console(options: RunOptions) -> "Iterator[DeviceSpec]":
         from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
 
         yield ConsoleSpec()
+    if options.balloon:
+        from vmm_kvm.virtio.balloon import BalloonSpec  # noqa: PLC0415 - the same
+
+        yield BalloonSpec()
 
 
 def _vsock(options: RunOptions) -> "VsockOption | None":

@@ -86,6 +86,7 @@ def _config(
         append=fields.get("append"),
         firmware=fields.get("firmware"),
         has_vsock=fields.get("has_vsock", False),
+        has_balloon=fields.get("has_balloon", False),
         boot_device=BootDevice(fields.get("boot_device", BootDevice.AUTO)),
         disks=tuple(disks),
         cdrom=cdrom,

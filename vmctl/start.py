@@ -61,6 +61,7 @@ class StartOptions(NamedTuple):
     append: tuple[str, ...] = ()
     firmware: tuple[str, ...] = ()
     vsock: tuple[str, ...] = ()
+    balloon: bool = False
     forwards: tuple[str, ...] = ()
     selftest: bool = False
     is_template: bool = False
@@ -248,6 +249,8 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         if vsock != "auto":
             raise CommandError(f"invalid vsock: {vsock}: vmd makes no socket, use --vsock auto")
         fields["has_vsock"] = True
+    if options.balloon:
+        fields["has_balloon"] = True
     _check(fields, has_kernel=boot is not None)
     if boot is not None:
         boot = _path(boot, "boot image")
@@ -273,7 +276,7 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
     if len(interfaces) > INTERFACES_MAX:
         raise CommandError("too many network interfaces")
     says_something = fields.keys() - {
-        *("boot_device", "append", "instance", "has_vsock", "is_template")
+        *("boot_device", "append", "instance", "has_vsock", "has_balloon", "is_template")
     }
     if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
         return

@@ -13,8 +13,20 @@ from vmctl.messages import fail
 from vmctl.status import shown_state
 from vmd.config.sizes import fmt_scaled
 
-HEADER = ("ID", "PID", "CPU", "CURMEM", "READ/S", "WRITE/S", "IN/S", "OUT/S", "STATE", "NAME")
-_FORMAT = "%5s %5s %6s %7s %7s %7s %7s %7s %8s %s"
+HEADER = (
+    "ID",
+    "PID",
+    "CPU",
+    "CURMEM",
+    "AVAIL",
+    "READ/S",
+    "WRITE/S",
+    "IN/S",
+    "OUT/S",
+    "STATE",
+    "NAME",
+)
+_FORMAT = "%5s %5s %6s %7s %7s %7s %7s %7s %7s %8s %s"
 _RATES = ("disk_read", "disk_written", "net_received", "net_sent")
 
 
@@ -78,12 +90,15 @@ def _sample(client: Client) -> dict[int, Fields]:
 def rates(before: Fields | None, after: Fields, seconds: float) -> Fields:
     """Return what a VM has used per second; nothing is known of one that was not there before.
 
-    `cpu` is a share of one processor, 1.0 for all of it; the others are bytes.
+    `cpu` is a share of one processor, 1.0 for all of it; the others are bytes. What the guest says
+    of its memory, and what it has given back, is from the last look before.
     """
     row: Fields = {name: after[name] for name in ("id", "pid", "name", "memory_used")}
     row["state"] = shown_state(after)
-    old = before["statistics"] if before and before["pid"] == after["pid"] else None
     new = after["statistics"]
+    row["guest_memory"] = new["guest_memory"] if new else None
+    row["given_back"] = new["given_back"] if new else None
+    old = before["statistics"] if before and before["pid"] == after["pid"] else None
     if old is None or new is None or seconds <= 0:
         return row | dict.fromkeys(("cpu", *_RATES))
     row["cpu"] = (new["cpu_ns"] - old["cpu_ns"]) / seconds / 1e9
@@ -98,11 +113,13 @@ def columns(row: Fields) -> Sequence[str]:
     def size(name: str) -> str:
         return "-" if row[name] is None else fmt_scaled(row[name])
 
+    available = (row["guest_memory"] or {}).get("available")
     return (
         str(row["id"]),
         str(row["pid"]),
         "-" if row["cpu"] is None else f"{row['cpu']:.1%}",
         size("memory_used"),
+        "-" if available is None else fmt_scaled(available),
         *map(size, _RATES),
         row["state"],
         row["name"],

@@ -174,6 +174,7 @@ def request_of(manifest: Manifest, fds: list[int]) -> Fields:
         "append": boot.append,
         "boot_device": boot.device,
         "has_vsock": manifest.vsock_cid is not None,
+        "has_balloon": manifest.has_balloon,
     }
     if manifest.cdrom is not None:
         fields["cdrom"] = manifest.cdrom

@@ -22,6 +22,7 @@ LIBC.unshare.argtypes = (ctypes.c_int,)
 LIBC.mount.argtypes = (*[ctypes.c_char_p] * 3, ctypes.c_ulong, ctypes.c_char_p)
 LIBC.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 LIBC.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = (
     *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
@@ -50,6 +51,18 @@ def map_over(
     flags = _MAP_FIXED | (mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED)
     if LIBC.mmap(address, size, protection, flags, fd, offset) != address:
         raise OSError(ctypes.get_errno(), "mmap")
+
+
+def madvise(address: int, size: int, advice: int) -> None:
+    """Advise about `size` bytes of this process's memory at `address`, a multiple of 4096.
+
+    Raises:
+        OSError: the kernel does not take it, or not all of it is mapped (ENOMEM).
+
+    Source: madvise(2).
+    """
+    if LIBC.madvise(address, size, advice):
+        raise OSError(ctypes.get_errno(), "madvise")
 
 
 def mincore(address: int, size: int) -> bytes:

@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 
 from vmm_kvm.bits import MIB, PAGE_SIZE, align_up
 from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
-from vmm_kvm.libc import map_over, mincore
+from vmm_kvm.libc import madvise, map_over, mincore
 from vmm_kvm.memfd import ALL_SEALS, make_memory, make_scratch, seal
 from vmm_kvm.write_log import Place, WriteLog
 
@@ -202,6 +202,24 @@ class GuestMemory:
             GuestMemoryError: the range is not inside one region.
         """
         self.view(gpa, len(data))[:] = data
+
+    def discard(self, view: memoryview) -> int:
+        """Give the whole pages of a view of guest RAM back to the host; returns their bytes.
+
+        Whoever reads them next finds zeros, or in RAM that began as a file's what the file has. Of
+        memory that is no RAM nothing is given back.
+
+        Raises:
+            OSError: the kernel does not take the pages.
+        """
+        first = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        start, end = align_up(first, PAGE_SIZE), (first + len(view)) & -PAGE_SIZE
+        if not self.hva <= start < end <= self.hva + self.size:
+            return 0
+        # Shared pages stay in the memfd unless they are removed from it.
+        advice = mmap.MADV_REMOVE if self.fd >= 0 else mmap.MADV_DONTNEED
+        madvise(start, end - start, advice)
+        return end - start
 
     def resident_size(self) -> int:
         """Return how many bytes of the host's memory hold guest RAM; pages never touched do not.

@@ -50,6 +50,7 @@ from vmm_kvm.scsi.cdrom import CdRom
 from vmm_kvm.scsi.spc import Opcode
 from vmm_kvm.state import Json
 from vmm_kvm.virtio import abi
+from vmm_kvm.virtio.balloon import BalloonSpec
 from vmm_kvm.virtio.blk import BlkSpec
 from vmm_kvm.virtio.common_cfg import CommonCfg
 from vmm_kvm.virtio.console import ConsoleSpec
@@ -73,7 +74,8 @@ RAM_SIZE = 16 * MIB
 _FIRMWARE_VOLUME = bytes(40) + b"_FVH"
 _PCIEXBAR, _ECAM = 0x60, 0xB000_0000
 KVM_PARTS = ("clock", "vcpu0", "vcpu1", "irqchip", "pit")
-SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_PMEM, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK, SLOT_VMMCI = range(1, 9)
+SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_PMEM, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK = range(1, 8)
+SLOT_BALLOON, SLOT_VMMCI = 8, 9
 
 # Held by the state of another class, whose `save` and `restore` call theirs.
 INNER = {CommonCfg, Msix, PciFunction}
@@ -120,7 +122,8 @@ class Stand:
             cpus=2,
             devices=(
                 *(RngSpec(), net, BlkSpec(disk, "disk"), PmemSpec(pmem, "pmem")),
-                *(ScsiCdSpec(medium), ConsoleSpec(), VsockSpec(CID), VmmciSpec()),
+                *(ScsiCdSpec(medium), ConsoleSpec(), VsockSpec(CID), BalloonSpec()),
+                VmmciSpec(),
             ),
             variables=enter(Variables(b"\xff" * FLASH_SIZE, None)),
         )
@@ -259,6 +262,9 @@ def _change_virtio(stand: Stand, machine: Machine) -> None:
     _change_cdrom(machine)
     _change_console(stand, machine)
     Driver(machine, SLOT_VSOCK).begin((0, 1, 2))
+    balloon = Driver(machine, SLOT_BALLOON)
+    balloon.begin((0, 1, 2, 3))
+    machine.mmio.write(balloon.structures[abi.VIRTIO_PCI_CAP_DEVICE_CFG] + 4, 4, 77)
 
 
 def _change_net(machine: Machine) -> None:
@@ -377,7 +383,7 @@ def observe(machine: Machine) -> Iterator[tuple[str, int]]:
         for register in range(0, 256, 4):
             _select(machine, slot, register)
             yield f"{slot}:{register:#x}", machine.pio.read(layout.PORT_PCI_CONFIG + 4, 4)
-    for slot in (SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK):
+    for slot in (SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK, SLOT_BALLOON):
         driver = Driver(machine, slot)
         for queue in range(4):
             driver.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, queue)
@@ -577,7 +583,7 @@ def test_a_machine_with_other_devices_is_refused(stand: Stand) -> None:
     spec = stand.spec()
     state = save(stand.machine(spec))
     other = stand.machine(spec._replace(devices=spec.devices[:-1]), is_restored=True)
-    with pytest.raises(StateError, match=r"'pci\.00:08\.0/vmmci': not in this machine"):
+    with pytest.raises(StateError, match=r"'pci\.00:09\.0/vmmci': not in this machine"):
         restore(other, state)
 
 

@@ -171,6 +171,8 @@ class VmConfig(NamedTuple):
     is_sev_es: bool = False
     has_vsock: bool = False
     """It has a vsock device, by which clients of the daemon reach ports of the guest."""
+    has_balloon: bool = False
+    """It has a memory balloon, by which memory that the guest frees goes back to the host."""
     after: tuple[str, ...] = ()
     """VMs that run before the daemon starts this one, and that it stops after this one."""
     stop_timeout_s: int | None = None

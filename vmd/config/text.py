@@ -144,6 +144,8 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield f"\t{_interface(interface)}"
     if vm.has_vsock:
         yield "\tvsock"
+    if vm.has_balloon:
+        yield "\tballoon"
     for name in vm.after:
         yield f"\tafter {quoted(name)}"
     if vm.stop_timeout_s is not None:

@@ -28,7 +28,7 @@ DISK_OPTIONS = ("ro", "serial", "queues", "error", "private", "snapshot")
 """Words of the block of a disk, which OpenBSD does not have."""
 SNAPSHOT = "snapshot"
 """Words of `allow` that are ours."""
-OWN_OPTIONS = ("after", "append", "cpus", "firmware", "initrd", "limit", "stop", "vsock")
+OWN_OPTIONS = ("after", "append", "balloon", "cpus", "firmware", "initrd", "limit", "stop", "vsock")
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
 CPU_LIMIT_MAX = 100 * VCPUS_MAX
@@ -84,7 +84,7 @@ class VmRule:
               | "cdrom" string | "interfaces" NUMBER | memory | "owner" owner | allow
               | "cpus" NUMBER | "limit" "cpu" STRING
               | "initrd" string | "append" string | "firmware" string
-              | "after" string | "stop" "timeout" NUMBER | "vsock"
+              | "after" string | "stop" "timeout" NUMBER | "vsock" | "balloon"
         """
         tokens = self._tokens
         if tokens.accept("enable"):
@@ -141,6 +141,8 @@ class VmRule:
                 self._stop_timeout()
             case "vsock":
                 self._vm = self._vm._replace(has_vsock=True)
+            case "balloon":
+                self._vm = self._vm._replace(has_balloon=True)
             case _:
                 self._firmware()
 

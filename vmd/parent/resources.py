@@ -105,6 +105,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             device_cgroup=device_cgroup,
             boot_device=vm.config.boot_device,
             has_vsock=vm.config.has_vsock,
+            has_balloon=vm.config.has_balloon,
             received=opener.received(),
             is_template=vm.state.is_template,
         )

@@ -168,6 +168,7 @@ def make_instance(
         firmware=kernel.firmware,
         after=wanted.after or template.after,
         has_vsock=wanted.has_vsock or template.has_vsock,
+        has_balloon=wanted.has_balloon or template.has_balloon,
         stop_timeout_s=(
             template.stop_timeout_s if wanted.stop_timeout_s is None else wanted.stop_timeout_s
         ),

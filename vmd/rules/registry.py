@@ -264,7 +264,9 @@ class Registry:
         if vm is not None and not request.instance:
             if not self._users.may(uid, vm.config.owner):
                 return Denied(ErrorCode.EPERM, "the VM is not yours")
-            asks_more = wanted.has_vsock > vm.config.has_vsock
+            asks_more = (wanted.has_vsock and not vm.config.has_vsock) or (
+                wanted.has_balloon and not vm.config.has_balloon
+            )
             if vm.state.phase is Phase.STARTING and not (passed or wanted.given or asks_more):
                 return vm, []  # the client hears of the start under way, unless another one does
             if vm.state.phase not in IDLE:

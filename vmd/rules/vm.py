@@ -290,6 +290,7 @@ def received_config(request: Receive, owner: Owner) -> VmConfig:
         firmware=request.firmware or None,
         boot_device=request.boot_device,
         has_vsock=request.has_vsock,
+        has_balloon=request.has_balloon,
         disks=tuple(_disk(disk, _RECEIVED_KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(
@@ -341,6 +342,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         firmware=request.firmware or None,
         boot_device=request.boot_device,
         has_vsock=request.has_vsock,
+        has_balloon=request.has_balloon,
         disks=tuple(_disk(disk, _KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(

@@ -23,6 +23,7 @@ from vmm_kvm.machine.net import NetSpec
 from vmm_kvm.machine.spec import BASIC_DEVICES, MachineSpec
 from vmm_kvm.net.ethernet import parse_lladdr
 from vmm_kvm.net.paths import Path, RemotePath, StreamPath, Traffic, VhostPath
+from vmm_kvm.virtio.balloon import BalloonSpec
 from vmm_kvm.virtio.pmem import PmemSpec
 from vmm_kvm.virtio.scsi import ScsiCdSpec
 from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
@@ -100,7 +101,7 @@ def machine_spec_of(
         variables=variables,
         memory_size=spec.memory,
         cpus=spec.cpus,
-        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms, *_vsock(spec, received)),
+        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms, *_vsock(spec, received), *_balloon(spec)),
         boot_device=spec.boot_device,
         name=spec.name,
         command_line=spec.append,
@@ -117,6 +118,10 @@ def _vsock(spec: VmSpec, received: Arrived | None) -> tuple[VsockSpec, ...]:
         return ()
     cid = received.manifest.vsock_cid if received else None
     return (VsockSpec() if cid is None else VsockSpec(cid),)
+
+
+def _balloon(spec: VmSpec) -> tuple[BalloonSpec, ...]:
+    return (BalloonSpec(),) if spec.has_balloon else ()
 
 
 def _disk(

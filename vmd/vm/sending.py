@@ -357,6 +357,7 @@ def manifest_of(
         cdrom=spec.cdrom_path or None,
         interfaces=tuple(map(_interface, spec.interfaces)),
         vsock_cid=machine.vsock.cid if machine.vsock else None,
+        has_balloon=spec.has_balloon,
     )
 
 

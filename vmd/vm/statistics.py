@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmd.shared.counters import Counters
 from vmd.wire.internal import VmStatistics
-from vmd.wire.parts import Exits, Moved, Statistics
+from vmd.wire.parts import Exits, MemoryUse, Moved, Statistics
 from vmm_kvm.net.paths import Traffic
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ def statistics_of(
         Moved(index=index, to_guest=stream.received, from_guest=stream.sent)
         for index, stream in streams.items()
     )
+    balloon = machine.balloon
+    if balloon:
+        balloon.ask()
+    use = balloon.memory_use if balloon else None
     return VmStatistics(
         statistics=Statistics(
             cpu_ns=time.process_time_ns(),
@@ -37,6 +41,8 @@ def statistics_of(
             exits=tuple(
                 Exits(reason=reason, count=count) for reason, count in machine.exit_counts().items()
             ),
+            guest_memory=MemoryUse(**use._asdict()) if use else None,
+            given_back=balloon.given_back if balloon else None,
         ),
         memory_used=machine.info().used_size,
     )

@@ -317,6 +317,7 @@ class VmSpec(Part, frozen=True, kw_only=True):
     """Index of the same for its device processes."""
     boot_device: BootDevice = BootDevice.AUTO
     has_vsock: bool = False
+    has_balloon: bool = False
     received: ReceivedSpec | None = None
     """None for one that boots."""
     is_template: bool = False

@@ -220,6 +220,8 @@ class Start(VmRequest, frozen=True, kw_only=True):
     has_vsock: bool = False
     """It has a vsock device, so that `connect` reaches ports of its guest; an instance also where
     its template has one."""
+    has_balloon: bool = False
+    """It has a memory balloon; an instance also where its template has one."""
     is_template: bool = False
     """Clones are to go on from it: once it is paused, it stays so."""
 

@@ -45,6 +45,21 @@ class Exits(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_d
     count: int
 
 
+class MemoryUse(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """How a guest uses its memory, as its driver says; bytes. None: it does not tell."""
+
+    total: int | None = None
+    free: int | None = None
+    available: int | None = None
+    """What could be had without swapping."""
+    caches: int | None = None
+    """Of files."""
+    swapped_in: int | None = None
+    swapped_out: int | None = None
+    major_faults: int | None = None
+    """A count."""
+
+
 class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
     """What a VM has used since its process began."""
 
@@ -61,6 +76,11 @@ class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, o
     """Interfaces whose frames go to passt: the VM's process counts them."""
     exits: tuple[Exits, ...] = ()
     """How often the guest was left, as KVM counts."""
+    guest_memory: MemoryUse | None = None
+    """What the guest said last, if it has a memory balloon and a driver of it. It is asked each
+    time, and its answer told the next time."""
+    given_back: int | None = None
+    """Bytes of memory that the guest freed and the host took back; None without a balloon."""
 
 
 def tag_of(name: str) -> str:

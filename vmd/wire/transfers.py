@@ -92,6 +92,7 @@ class Receive(Request, frozen=True, kw_only=True):
     append: Path | None = None
     boot_device: BootDevice = BootDevice.AUTO
     has_vsock: bool = False
+    has_balloon: bool = False
 
 
 class Snapshot(VmRequest, frozen=True, kw_only=True):

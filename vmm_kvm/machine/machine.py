@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmm_kvm.devices.pflash import Pflash
+    from vmm_kvm.virtio.balloon import VirtioBalloon
     from vmm_kvm.virtio.vhost_user.frontend import VhostUser
     from vmm_kvm.virtio.vsock import VirtioVsock
 
@@ -238,6 +239,11 @@ class Machine:
         return self._devices.vsock
 
     @property
+    def balloon(self) -> "VirtioBalloon | None":
+        """The memory balloon, if there is one."""
+        return self._devices.balloon
+
+    @property
     def remote_disks(self) -> "Sequence[VhostUser]":
         """Disks that other processes serve, in their order."""
         return self._devices.remote_disks
@@ -249,10 +255,9 @@ class Machine:
     def pause(self) -> None:
         """Pause the machine; returns when no vCPU runs and no device works.
 
-        Each vCPU has completed its last exit's access, the devices have completed the guest's
-        requests, and their threads have ended: only other processes change guest memory, until
-        `machine.state.save` stops them. Of the machine's threads only those of vCPUs are left, and
-        wait.
+        Each vCPU has completed its last exit's access, the devices the guest's requests, and their
+        threads have ended: only other processes change guest memory, until `machine.state.save`
+        stops them. Of the machine's threads only those of vCPUs are left, and wait.
         """
         primitives.pause(self._vmm, self._vm_id)
         self._devices.settle()
@@ -270,8 +275,7 @@ class Machine:
         primitives.unpause(self._vmm, self._vm_id)
         self._devices.announce()
 
-    # For a debugger: vCPUs alone stand still; devices and clocks go on
-
+    # For a debugger: vCPUs alone stand still
     def hold(self, vcpus: Iterable[int] | None = None, *, wait: bool = True) -> None:
         """Keep every vCPU out of the guest, or those of these indices alone.
 
@@ -285,7 +289,6 @@ class Machine:
         return primitives.kvm_vcpu(self._vmm, self._vm_id, index)
 
     # State, see `machine.state`; while the machine is paused, on the event loop's thread
-
     def parts(self) -> Iterator[Part]:
         """Yield all parts but RAM, disks and KVM's state, in the order of the wiring."""
         yield Part("pci", self.pci)

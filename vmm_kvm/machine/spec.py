@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # loaded by what makes a record of it
     from vmm_kvm.boot.cache import Kernels
     from vmm_kvm.boot.nvram import Variables
     from vmm_kvm.machine.net import NetSpec
+    from vmm_kvm.virtio.balloon import BalloonSpec
     from vmm_kvm.virtio.blk import BlkSpec
     from vmm_kvm.virtio.console import ConsoleSpec
     from vmm_kvm.virtio.pmem import PmemSpec
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # loaded by what makes a record of it
 
 DiskSpec: TypeAlias = "BlkSpec | RemoteBlkSpec | PmemSpec"
 DeviceSpec: TypeAlias = (
-    "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | ConsoleSpec | VsockSpec | VmmciSpec"
+    "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | ConsoleSpec | VsockSpec | BalloonSpec | VmmciSpec"
 )
 
 BASIC_DEVICES: Final = (RngSpec(), VmmciSpec())

@@ -37,6 +37,7 @@ from vmm_kvm.write_log import SharedLog
 if TYPE_CHECKING:  # loaded where there is such a device
     from vmm_kvm.machine.net import Net
     from vmm_kvm.machine.spec import DeviceSpec, MachineSpec
+    from vmm_kvm.virtio.balloon import VirtioBalloon
     from vmm_kvm.virtio.console import VirtioConsole
     from vmm_kvm.virtio.pmem import PmemSpec
     from vmm_kvm.virtio.vhost_user.frontend import VhostUser
@@ -51,7 +52,8 @@ _ORDER = {
     "scsi-cd": 3,
     "console": 4,
     "vsock": 5,
-    "vmmci": 6,
+    "balloon": 6,
+    "vmmci": 7,
 }
 _PIN_INTA = 1
 
@@ -150,6 +152,7 @@ class Devices:
         self._vmmci: Vmmci | None = None
         self.console: VirtioConsole | None = None
         self.vsock: VirtioVsock | None = None
+        self.balloon: VirtioBalloon | None = None
         self.first_disk: int | None = None
         """Its slot."""
         self.cdrom: int | None = None
@@ -293,6 +296,11 @@ class Devices:
                 self.vsock.attach(
                     self._add_backend(self.vsock, CLASS_COMMUNICATIONS_OTHER, "vsock")[1]
                 )
+            case "balloon":
+                from vmm_kvm.virtio.balloon import VirtioBalloon  # noqa: PLC0415 - see above
+
+                self.balloon = VirtioBalloon(self._memory)
+                self.balloon.attach(self._add_backend(self.balloon, CLASS_OTHER, "balloon")[1])
             case "vmmci":
                 line = self._intx.input(self._host.next_slot, _PIN_INTA)
                 self._vmmci = Vmmci(self._clock, line, self._on_expired, pin=_PIN_INTA)

@@ -31,7 +31,7 @@ from vmm_kvm.state import U8, U32, Json, Length, Line, Range
 from vmm_kvm.state import decode as decode_record
 from vmm_kvm.state import encode as encode_record
 
-MAJOR, MINOR = 1, 3
+MAJOR, MINOR = 1, 4
 """Of the format. Minor versions add fields; a reader knows every minor version of its major one.
 
 A manifest is written as the least minor version that has the fields that it needs, for older
@@ -160,6 +160,8 @@ class Manifest(NamedTuple):
     """The guest's address by its vsock device; None if it has none."""
     kept: Annotated[tuple[_Kept | None, ...], Length(0, DISKS_MAX)] = ()
     """Of each disk that is in the snapshot's file as the guest reads it, its place and size."""
+    has_balloon: bool = False
+    """It has a memory balloon."""
     minor: U32 = 0
 
 
@@ -171,7 +173,12 @@ class _Added(NamedTuple):
     """What it is in those before."""
 
 
-_ADDED = (_Added("is_live", 1, False), _Added("vsock_cid", 2, None), _Added("kept", 3, []))
+_ADDED = (
+    _Added("is_live", 1, False),
+    _Added("vsock_cid", 2, None),
+    _Added("kept", 3, []),
+    _Added("has_balloon", 4, False),
+)
 
 
 class _Version(NamedTuple):

@@ -105,8 +105,9 @@ def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
 
 def test_a_later_minor_version_may_have_more() -> None:
     """Fields that a later minor version has added are passed over, and no others."""
-    later = changed(format=[1, 4], is_live=False, vsock_cid=None, kept=[], added=[1])
-    assert decode(later) == MANIFEST._replace(minor=4)
+    known: dict[str, Json] = {"is_live": False, "vsock_cid": None, "kept": [], "has_balloon": False}
+    later = changed(format=[1, 5], **known, added=[1])
+    assert decode(later) == MANIFEST._replace(minor=5)
 
 
 def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
@@ -129,6 +130,14 @@ def test_a_vsock_device(cid: int, is_live: bool) -> None:
         decode(changed(vsock_cid=3))
     with pytest.raises(SnapshotError, match="vsock_cid: 2 is not 3 to 4294967294"):
         decode(changed(format=[1, 2], is_live=False, vsock_cid=2))
+
+
+def test_a_balloon() -> None:
+    """It is part of a manifest of a minor version of its own."""
+    wanted = MANIFEST._replace(has_balloon=True, minor=4)
+    assert decode(encode(wanted._replace(minor=0))) == wanted
+    with pytest.raises(SnapshotError, match=r"has_balloon: not in format 1\.0"):
+        decode(changed(has_balloon=True))
 
 
 def test_what_cannot_be_described_is_not_written() -> None:

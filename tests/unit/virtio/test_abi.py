@@ -7,7 +7,19 @@ from pathlib import Path
 
 from vmm_kvm.virtio import abi
 
-HEADERS = ("ids", "config", "ring", "pci", "blk", "net", "scsi", "console", "pmem", "vsock")
+HEADERS = (
+    "ids",
+    "config",
+    "ring",
+    "pci",
+    "blk",
+    "net",
+    "scsi",
+    "console",
+    "pmem",
+    "vsock",
+    "balloon",
+)
 # Newer than the headers of Linux 6.1; anything else that is absent there is a mistake in the table.
 NEWER_THAN_6_1 = {f"VIRTIO_NET_F_{name}" for name in ("GUEST_USO4", "GUEST_USO6", "HOST_USO")}
 

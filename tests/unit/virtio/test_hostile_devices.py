@@ -15,6 +15,8 @@ from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
 from vmm_kvm.block.file import HostFile
 from vmm_kvm.block.raw import RawImage
 from vmm_kvm.errors import GuestError
+from vmm_kvm.memory import GuestMemory
+from vmm_kvm.virtio.balloon import VirtioBalloon
 from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.console import VirtioConsole
 from vmm_kvm.virtio.device import Backend
@@ -92,6 +94,7 @@ DEVICES: dict[str, Callable[[], Backend]] = {
     "console": console,
     "pmem": lambda: VirtioPmem(0, IMAGE_SIZE, lambda: None, name="pmem0"),
     "vsock": vsock,
+    "balloon": lambda: VirtioBalloon(GuestMemory(((0, MEMORY_SIZE),))),
 }
 
 

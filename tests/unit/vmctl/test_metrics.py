@@ -32,6 +32,8 @@ def vm(number: int, name: str, *, runs: bool = True) -> Fields:
         "disks": moved,
         "streams": [{"index": 1, "to_guest": 70, "from_guest": 80}],
         "exits": [{"reason": "io", "count": 11 * number}, {"reason": "other", "count": 3}],
+        "guest_memory": {"available": 300 << 20, "total": None},
+        "given_back": 5 << 20,
     }
     return {
         "id": number,
@@ -72,6 +74,8 @@ def test_every_value_is_read_as_it_was_told(name: str) -> None:
     assert value("vmd_vm_memory_limit_bytes") == 512 << 20
     assert value("vmd_vm_memory_bytes") == 9 << 20
     assert value("vmd_vm_cpu_seconds_total") == 4.5
+    assert value("vmd_vm_guest_memory_available_bytes") == 300 << 20
+    assert value("vmd_vm_memory_given_back_bytes_total") == 5 << 20
     disks = told["statistics"]["disks"]
     for disk in disks:
         at = str(disk["index"])
