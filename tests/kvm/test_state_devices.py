@@ -219,7 +219,7 @@ def _change_ports(stand: Stand, machine: Machine) -> None:
     com = layout.PORT_COM1
     for offset, value in (
         *((3, int(Lcr.DLAB)), (0, 7), (1, 1), (3, 3)),  # divisor
-        *((4, int(Mcr.LOOP | Mcr.RTS)), (4, 0x0B)),  # MSR's deltas
+        *((4, Mcr.LOOP | Mcr.RTS), (4, 0x0B)),  # MSR's deltas
         *((2, 0xC1), (7, 0x5A)),
     ):
         pio.write(com + offset, 1, value)
@@ -232,7 +232,7 @@ def _change_ports(stand: Stand, machine: Machine) -> None:
     for register, value in ((0x0A, 0x2F), (0x0B, 0x42), (0x06, 0x05), (0x00, 0x21), (0x44, 0x99)):
         pio.write(rtc, 1, register)
         pio.write(rtc + 1, 1, value)
-    pio.write(layout.PORT_PM1A_EVENT + 2, 2, int(Pm1Enable.PWRBTN))
+    pio.write(layout.PORT_PM1A_EVENT + 2, 2, Pm1Enable.PWRBTN)
     pio.write(layout.PORT_PM1A_CONTROL, 2, 5 << 10)
     stand.clock.advance(700 * SECOND)
     machine.acpi_pm.press_power_button()
@@ -358,7 +358,7 @@ def _change_pci(machine: Machine) -> None:
     # Move a BAR: what it shows is somewhere else from now on.
     bar = _bar(machine, SLOT_BLK, 4)
     _config_write(machine, SLOT_BLK, Register.BAR0 + 16, 4, bar + 16 * MIB)
-    _config_write(machine, SLOT_PMEM, Register.COMMAND, 2, int(Command.MEMORY_SPACE))
+    _config_write(machine, SLOT_PMEM, Register.COMMAND, 2, Command.MEMORY_SPACE)
 
 
 def _select(machine: Machine, slot: int, register: int) -> None:

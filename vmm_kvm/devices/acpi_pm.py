@@ -8,7 +8,6 @@ no RTC wake-up: their bits can be set and cleared but never come by themselves.
 
 import threading
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
 from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
@@ -22,7 +21,7 @@ TIMER_HZ = 3_579_545
 TIMER_BITS = 32
 
 
-class Register(IntEnum):
+class Register:
     """Offsets; the ports of the three blocks are contiguous."""
 
     PM1_STS = 0
@@ -31,7 +30,7 @@ class Register(IntEnum):
     PM_TMR = 8
 
 
-class Pm1Status(IntFlag):
+class Pm1Status:
     """PM1 status register (ACPI 6.5 §4.8.3.1.1); written ones clear."""
 
     TMR = 1 << 0
@@ -43,7 +42,7 @@ class Pm1Status(IntFlag):
     WAK = 1 << 15
 
 
-class Pm1Enable(IntFlag):
+class Pm1Enable:
     """PM1 enable register (ACPI 6.5 §4.8.3.1.2)."""
 
     TMR = 1 << 0
@@ -53,7 +52,7 @@ class Pm1Enable(IntFlag):
     RTC = 1 << 10
 
 
-class Pm1Control(IntFlag):
+class Pm1Control:
     """PM1 control register (ACPI 6.5 §4.8.3.2.1); SLP_TYP is bits 10 to 12."""
 
     SCI_EN = 1 << 0
@@ -65,11 +64,19 @@ class Pm1Control(IntFlag):
 SLP_TYP_SHIFT = 10
 SLP_TYP_MASK = 0b111
 
-_TMR = int(Pm1Status.TMR)
-_STATUS_BITS = sum(map(int, Pm1Status))
-_ENABLE_BITS = sum(map(int, Pm1Enable))
+_TMR = Pm1Status.TMR
+_STATUS_BITS = (
+    Pm1Status.TMR
+    | Pm1Status.BM
+    | Pm1Status.GBL
+    | Pm1Status.PWRBTN
+    | Pm1Status.SLPBTN
+    | Pm1Status.RTC
+    | Pm1Status.WAK
+)
+_ENABLE_BITS = Pm1Enable.TMR | Pm1Enable.GBL | Pm1Enable.PWRBTN | Pm1Enable.SLPBTN | Pm1Enable.RTC
 # GBL_RLS and SLP_EN are commands and read as zero; SCI_EN is read-only here.
-_CONTROL_STORED = int(Pm1Control.BM_RLD) | SLP_TYP_MASK << SLP_TYP_SHIFT
+_CONTROL_STORED = Pm1Control.BM_RLD | SLP_TYP_MASK << SLP_TYP_SHIFT
 _CARRY_TICKS = 1 << (TIMER_BITS - 1)  # TMR_STS is set when the highest bit changes either way
 
 
@@ -183,7 +190,7 @@ class AcpiPm:
     def press_power_button(self) -> bool:
         """Set PWRBTN_STS; returns whether that interrupts the guest. Any thread."""
         with self.lock:
-            self._status |= int(Pm1Status.PWRBTN)
+            self._status |= Pm1Status.PWRBTN
             self._update()
             return bool(self._enable & Pm1Enable.PWRBTN)
 
@@ -195,7 +202,7 @@ class AcpiPm:
     def wake(self) -> None:
         """Set WAK_STS: the machine returned from a sleeping state. Any thread."""
         with self.lock:
-            self._status |= int(Pm1Status.WAK)
+            self._status |= Pm1Status.WAK
 
     def reset(self) -> None:
         """Clear the registers; the timer starts from zero."""

@@ -6,7 +6,6 @@ write through DMA is an error and a write to the data port is lost.
 
 import struct
 import threading
-from enum import IntEnum, IntFlag
 from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
@@ -21,7 +20,7 @@ SIZE = 12
 """I/O ports."""
 
 
-class Key(IntEnum):
+class Key:
     """Selectors of numbered items (QEMU docs/specs/fw_cfg and its users' names)."""
 
     SIGNATURE = 0x00
@@ -34,7 +33,7 @@ class Key(IntEnum):
     FILE_FIRST = 0x20
 
 
-class Register(IntEnum):
+class Register:
     """Offsets of the I/O port interface."""
 
     SELECTOR = 0
@@ -43,7 +42,7 @@ class Register(IntEnum):
     DMA_ADDRESS_LOW = 8
 
 
-class Control(IntFlag):
+class Control:
     """The low half of a DMA request's control word; the high half is a selector."""
 
     ERROR = 1 << 0

@@ -8,21 +8,20 @@ and its self-test fails, which ends the probing of drivers at once.
 import threading
 from collections import deque
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
 from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.state import U8
 
 
-class Status(IntFlag):
+class Status:
     """Status register, read at 0x64."""
 
     OBF = 1 << 0
     SYSTEM = 1 << 2
 
 
-class Command(IntEnum):
+class Command:
     """Controller commands, written to 0x64."""
 
     READ_OUTPUT_PORT = 0xD0
@@ -32,7 +31,7 @@ class Command(IntEnum):
     """With a low nibble: pulse low the output port bits whose bit is clear."""
 
 
-class OutputPort(IntFlag):
+class OutputPort:
     """The controller's output port."""
 
     RESET_N = 1 << 0
@@ -40,7 +39,7 @@ class OutputPort(IntFlag):
 
 
 SELF_TEST_FAILED = 0xFC
-_OUTPUT_PORT = int(OutputPort.RESET_N | OutputPort.A20)
+_OUTPUT_PORT = OutputPort.RESET_N | OutputPort.A20
 
 
 class I8042State(NamedTuple):
@@ -91,7 +90,7 @@ class I8042Reset:
 
     def read(self, offset: int, size: int) -> int:
         """Return the status: ready for a command; nothing drives further bytes."""
-        status = int(Status.SYSTEM | (Status.OBF if self._output else 0))
+        status = Status.SYSTEM | (Status.OBF if self._output else 0)
         ones = all_ones(size)
         return ones if offset else ones & ~0xFF | status
 

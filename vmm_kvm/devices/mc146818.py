@@ -11,7 +11,6 @@ other frequencies than the divider setting says.
 """
 
 import threading
-from enum import IntEnum, IntFlag
 from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.arch.x86.layout import PCI_HOLE_END, ram_ranges
@@ -26,7 +25,7 @@ SIZE = 2
 NVRAM_SIZE = 128
 
 
-class Register(IntEnum):
+class Register:
     """Indices (MC146818 figure 11; the century where the ACPI FADT says)."""
 
     SECONDS = 0x00
@@ -46,13 +45,13 @@ class Register(IntEnum):
     CENTURY = 0x32
 
 
-class RegisterA(IntFlag):
+class RegisterA:
     """Register A; bits 4 to 6 are the divider DV, bits 0 to 3 the periodic rate RS."""
 
     UIP = 1 << 7
 
 
-class RegisterB(IntFlag):
+class RegisterB:
     """Register B."""
 
     DSE = 1 << 0
@@ -65,7 +64,7 @@ class RegisterB(IntFlag):
     SET = 1 << 7
 
 
-class RegisterC(IntFlag):
+class RegisterC:
     """Register C: flags, at the bits of their enables in B; reading clears them."""
 
     UF = 1 << 4
@@ -90,8 +89,8 @@ _TIME = (
     Register.YEAR,
     Register.CENTURY,
 )
-_UIE, _AIE, _PIE = int(RegisterB.UIE), int(RegisterB.AIE), int(RegisterB.PIE)
-_UF, _AF, _PF, _IRQF = map(int, RegisterC)
+_UIE, _AIE, _PIE = RegisterB.UIE, RegisterB.AIE, RegisterB.PIE
+_UF, _AF, _PF, _IRQF = RegisterC.UF, RegisterC.AF, RegisterC.PF, RegisterC.IRQF
 _FLAGS = _UF | _AF | _PF
 _DONT_CARE = 0xC0  # an alarm byte with both bits matches every value
 _DIVIDER_RUNS_MAX = 2  # DV 0 to 2 select an oscillator; higher values hold the divider in reset
@@ -199,7 +198,7 @@ class Mc146818:
             case Register.D:
                 return VRT
             case index if index in _TIME and not self._is_held():
-                return self._time()[_TIME.index(Register(index))]
+                return self._time()[_TIME.index(index)]
             case index:
                 return self._memory[index]
 

@@ -8,14 +8,13 @@ Source: Intel 82371AB §2.2.2.6, "PORT92".
 
 import threading
 from collections.abc import Callable
-from enum import IntFlag
 from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.state import U8
 
 
-class Control(IntFlag):
+class Control:
     """The port's bits."""
 
     FAST_INIT = 1 << 0
@@ -42,7 +41,7 @@ class Port92:
     def __init__(self, on_reset: Callable[[], None]) -> None:
         self.lock = threading.Lock()
         self._on_reset = on_reset
-        self._value = int(Control.FAST_A20)
+        self._value = Control.FAST_A20
 
     def read(self, offset: int, size: int) -> int:
         """Return what was written last, but for the reset; nothing drives further bytes."""
@@ -53,14 +52,14 @@ class Port92:
         """Keep the bits, and reset if bit 0 is set."""
         if offset != 0 or not size:
             return
-        self._value = value & 0xFF & ~int(Control.FAST_INIT)
+        self._value = value & 0xFF & ~Control.FAST_INIT
         if value & Control.FAST_INIT:
             self._on_reset()
 
     def reset(self) -> None:
         """Let address line 20 through, as after power-on."""
         with self.lock:
-            self._value = int(Control.FAST_A20)
+            self._value = Control.FAST_A20
 
     def save(self) -> Port92State:
         """Return a snapshot; any thread."""
@@ -70,4 +69,4 @@ class Port92:
     def restore(self, state: Port92State) -> None:
         """Continue from a snapshot."""
         with self.lock:
-            self._value = state.value & 0xFF & ~int(Control.FAST_INIT)
+            self._value = state.value & 0xFF & ~Control.FAST_INIT

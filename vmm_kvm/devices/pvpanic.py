@@ -2,13 +2,12 @@
 
 import threading
 from collections.abc import Callable
-from enum import IntFlag
 from typing import Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
 
 
-class PanicEvent(IntFlag):
+class PanicEvent:
     """What happened in the guest (QEMU docs/specs/pvpanic)."""
 
     PANICKED = 1 << 0
@@ -35,14 +34,14 @@ class Pvpanic:
 
     __slots__ = ("_on_event", "lock")
 
-    def __init__(self, on_event: Callable[[PanicEvent], None]) -> None:
+    def __init__(self, on_event: Callable[[int], None]) -> None:
         self.lock = threading.Lock()
         self._on_event = on_event
 
     def read(self, offset: int, size: int) -> int:
         """Return the supported events in the first byte; nothing drives the others."""
         ones = all_ones(size)
-        return ones if offset else ones & ~0xFF | int(SUPPORTED_EVENTS)
+        return ones if offset else ones & ~0xFF | SUPPORTED_EVENTS
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Report the events; bits that mean nothing are ignored."""

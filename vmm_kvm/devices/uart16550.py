@@ -10,7 +10,6 @@ carrier, DSR and CTS.
 import threading
 from collections import deque
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
 from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.errors import StateError
@@ -21,7 +20,7 @@ REGISTERS = 8
 FIFO_DEPTH = 16
 
 
-class Register(IntEnum):
+class Register:
     """Register offsets (16550D §8.0, table 2)."""
 
     RBR_THR = 0  # DLL while LCR.DLAB is set
@@ -34,7 +33,7 @@ class Register(IntEnum):
     SCR = 7
 
 
-class Ier(IntFlag):
+class Ier:
     """Interrupt enable (16550D §8.7)."""
 
     RDI = 1 << 0
@@ -43,7 +42,7 @@ class Ier(IntFlag):
     MSI = 1 << 3
 
 
-class Iir(IntEnum):
+class Iir:
     """Interrupt identification (16550D §8.6, table 4), highest priority first."""
 
     RLS = 0x06
@@ -55,7 +54,7 @@ class Iir(IntEnum):
     FIFOS_ENABLED = 0xC0
 
 
-class Fcr(IntFlag):
+class Fcr:
     """FIFO control (16550D §8.5); bits 6 and 7 select the receive trigger level."""
 
     ENABLE = 1 << 0
@@ -64,14 +63,14 @@ class Fcr(IntFlag):
     DMA_MODE = 1 << 3
 
 
-class Lcr(IntFlag):
+class Lcr:
     """Line control (16550D §8.1), the bits that do something here."""
 
     SET_BREAK = 1 << 6
     DLAB = 1 << 7
 
 
-class Mcr(IntFlag):
+class Mcr:
     """Modem control (16550D §8.8)."""
 
     DTR = 1 << 0
@@ -81,7 +80,7 @@ class Mcr(IntFlag):
     LOOP = 1 << 4
 
 
-class Lsr(IntFlag):
+class Lsr:
     """Line status (16550D §8.4)."""
 
     DR = 1 << 0
@@ -94,7 +93,7 @@ class Lsr(IntFlag):
     FIFO_ERROR = 1 << 7
 
 
-class Msr(IntFlag):
+class Msr:
     """Modem status (16550D §8.9)."""
 
     DCTS = 1 << 0
@@ -107,27 +106,29 @@ class Msr(IntFlag):
     DCD = 1 << 7
 
 
-# Plain integers for the code below: arithmetic on enum members costs ten times as much, and nearly
-# every exit of a booting guest ends here.
-_RDI, _THRI, _RLSI, _MSI = map(int, Ier)
-_DR, _OE, _, _, _BI, _THRE, _TEMT, _FIFO_ERROR = map(int, Lsr)
-_RLS, _RDA, _CTI, _THRE_CAUSE, _MSI_CAUSE, _NONE, _FIFOS_ENABLED = map(int, Iir)
-_LSR_OFFSET = int(Register.LSR)
+# One look-up each: nearly every exit of a booting guest ends here.
+_RDI, _THRI, _RLSI, _MSI = Ier.RDI, Ier.THRI, Ier.RLSI, Ier.MSI
+_DR, _OE, _BI = Lsr.DR, Lsr.OE, Lsr.BI
+_THRE, _TEMT, _FIFO_ERROR = Lsr.THRE, Lsr.TEMT, Lsr.FIFO_ERROR
+_RLS, _RDA, _CTI = Iir.RLS, Iir.RDA, Iir.CTI
+_THRE_CAUSE, _MSI_CAUSE, _NONE = Iir.THRE, Iir.MSI, Iir.NONE
+_FIFOS_ENABLED = Iir.FIFOS_ENABLED
+_LSR_OFFSET = Register.LSR
 PLAIN_LSR = _THRE | _TEMT
 """LSR while nothing is received."""
-_LSR_ERRORS = int(Lsr.OE | Lsr.PE | Lsr.FE | Lsr.BI)
+_LSR_ERRORS = Lsr.OE | Lsr.PE | Lsr.FE | Lsr.BI
 _LSR_CLEARED_BY_READ = _LSR_ERRORS | _FIFO_ERROR
-_OUT2 = int(Mcr.OUT2)
-_LOOP = int(Mcr.LOOP)
-_DLAB = int(Lcr.DLAB)
-_FIFO_ENABLE = int(Fcr.ENABLE)
+_OUT2 = Mcr.OUT2
+_LOOP = Mcr.LOOP
+_DLAB = Lcr.DLAB
+_FIFO_ENABLE = Fcr.ENABLE
 
 _IER_WRITABLE = 0x0F
 _MCR_WRITABLE = 0x1F
-_MSR_DELTAS = int(Msr.DCTS | Msr.DDSR | Msr.TERI | Msr.DDCD)
-_MSR_CHANGES = int(Msr.DCTS | Msr.DDSR | Msr.DDCD)
+_MSR_DELTAS = Msr.DCTS | Msr.DDSR | Msr.TERI | Msr.DDCD
+_MSR_CHANGES = Msr.DCTS | Msr.DDSR | Msr.DDCD
 _LOOPED_LINES = ((Mcr.DTR, Msr.DSR), (Mcr.RTS, Msr.CTS), (Mcr.OUT1, Msr.RI), (Mcr.OUT2, Msr.DCD))
-_PEER_LINES = int(Msr.CTS | Msr.DSR | Msr.DCD)
+_PEER_LINES = Msr.CTS | Msr.DSR | Msr.DCD
 _TRIGGER_LEVELS = (1, 4, 8, 14)
 _RESET_DIVISOR = 12  # 9600 baud: what firmware traditionally leaves
 _BYTES = tuple(bytes((value,)) for value in range(256))

@@ -583,7 +583,7 @@ class Machine:
     def _debug_exit(self, value: int) -> None:
         self._end(DebugExitStatus(value))
 
-    def _panic(self, event: PanicEvent) -> None:
+    def _panic(self, event: int) -> None:
         if event & PanicEvent.PANICKED:
             self._end(Crash(f"{self.spec.name}: the guest panicked"))
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from vmm_kvm.arch.x86.image import BootImage
 from vmm_kvm.bits import MIB
+from vmm_kvm.boot.cache import Kernels
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.virtio.rng import RngSpec
 from vmm_kvm.virtio.vmmci import VmmciSpec
 
 if TYPE_CHECKING:  # loaded by what makes a record of it
-    from vmm_kvm.boot.cache import Kernels
     from vmm_kvm.boot.nvram import Variables
     from vmm_kvm.machine.net import NetSpec
     from vmm_kvm.virtio.balloon import BalloonSpec
@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # loaded by what makes a record of it
     from vmm_kvm.virtio.scsi import ScsiCdSpec
     from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
     from vmm_kvm.virtio.vsock import VsockSpec
+else:  # to read an annotation in quotes, NamedTuple compiles it: as slow as ten modules
+    Variables = object
 
 DiskSpec: TypeAlias = "BlkSpec | RemoteBlkSpec | PmemSpec"
 DeviceSpec: TypeAlias = (
@@ -47,14 +49,14 @@ class MachineSpec(NamedTuple):
     """vCPUs, 1 to 64 and no more than KVM allows."""
     name: str = "vm"
     """At most 63 bytes."""
-    devices: "tuple[DeviceSpec, ...]" = BASIC_DEVICES
+    devices: tuple[DeviceSpec, ...] = BASIC_DEVICES
     """PCI devices; those of one kind in their order. At most one each but disks and interfaces."""
     command_line: str | None = None
     initrd: tuple[str | FileSource, ...] = ()
     """Open, or by path; more than one only for Multiboot kernels."""
-    variables: "Variables | None" = None
+    variables: Variables | None = None
     """UEFI variables, in flash memory below the firmware's image; stays the caller's."""
-    kernels: "Kernels | None" = None
+    kernels: Kernels | None = None
     """Where unpacked kernels are kept; None for this user's cache."""
     boot_device: BootDevice = BootDevice.AUTO
     """The device that firmware boots from, and an OpenBSD kernel's root."""

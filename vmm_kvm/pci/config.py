@@ -19,8 +19,22 @@ from vmm_kvm.irq import IrqLine
 from vmm_kvm.pci.ids import BARS, CONFIG_SIZE, Command, Register, Status
 from vmm_kvm.state import Length
 
-_COMMAND_WRITABLE = sum(map(int, Command))
-_STATUS_CLEARABLE = sum(map(int, Status)) & 0xFF00
+_COMMAND_WRITABLE = (
+    Command.IO_SPACE
+    | Command.MEMORY_SPACE
+    | Command.BUS_MASTER
+    | Command.PARITY_ERROR_RESPONSE
+    | Command.SERR_ENABLE
+    | Command.INTERRUPT_DISABLE
+)
+_STATUS_CLEARABLE = (
+    Status.MASTER_PARITY_ERROR
+    | Status.SIGNALED_TARGET_ABORT
+    | Status.RECEIVED_TARGET_ABORT
+    | Status.RECEIVED_MASTER_ABORT
+    | Status.SIGNALED_SYSTEM_ERROR
+    | Status.PARITY_ERROR
+)
 _BAR_IO = 0b01
 _BAR_MEMORY_64 = 0b100
 _BAR_PREFETCHABLE = 0b1000
@@ -137,8 +151,8 @@ class PciFunction:
         self._clearable[Register.STATUS + 1] = _STATUS_CLEARABLE >> 8
         self._bars: list[Bar] = []
         self._capabilities: list[Capability] = []
-        self._capabilities_end = int(Register.END)
-        self._capability_link = int(Register.CAPABILITIES)  # where the next one's offset goes
+        self._capabilities_end = Register.END
+        self._capability_link = Register.CAPABILITIES  # where the next one's offset goes
         self._intx = intx
         self._intx_lock = threading.Lock()
         self._is_intx_asserted = False
@@ -307,9 +321,9 @@ class PciFunction:
         self._put(offset, size, value & all_ones(size))
 
     @property
-    def command(self) -> Command:
+    def command(self) -> int:
         """The command register."""
-        return Command(self.peek(Register.COMMAND, 2))
+        return self.peek(Register.COMMAND, 2)
 
     @property
     def is_bus_master(self) -> bool:

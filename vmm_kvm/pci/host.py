@@ -11,7 +11,6 @@ lead back here.
 
 import threading
 from collections.abc import Callable, Iterator
-from enum import IntEnum, IntFlag
 from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.arch.x86 import layout
@@ -37,7 +36,7 @@ SIZE = 8
 """I/O ports of configuration mechanism 1."""
 
 
-class Port(IntEnum):
+class Port:
     """Offsets of the ports."""
 
     CONFIG_ADDRESS = 0
@@ -45,7 +44,7 @@ class Port(IntEnum):
     CONFIG_DATA = 4
 
 
-class ResetControl(IntFlag):
+class ResetControl:
     """The reset control register, as PC chipsets have it."""
 
     SYSTEM_RESET = 1 << 1
@@ -55,7 +54,7 @@ class ResetControl(IntFlag):
 
 _ADDRESS_ENABLE = 1 << 31
 _ADDRESS_BITS = 0x80FF_FFFC
-_RESET_CONTROL_STORED = sum(map(int, ResetControl))
+_RESET_CONTROL_STORED = ResetControl.SYSTEM_RESET | ResetControl.RESET_CPU | ResetControl.FULL_RESET
 _HIGH_MEMORY = 4 * GIB  # what only 64-bit BARs reach
 
 

@@ -1,7 +1,5 @@
 """Numbers of PCI: vendors, devices, classes, capabilities, and the type 0 configuration header."""
 
-from enum import IntEnum, IntFlag
-
 VENDOR_INTEL = 0x8086
 VENDOR_OPENBSD = 0x0B5D
 """OpenBSD's vmm(4)."""
@@ -25,7 +23,7 @@ SLOTS = 32
 BARS = 6
 
 
-class Register(IntEnum):
+class Register:
     """Offsets in a type 0 header (PCI LB 3.0 §6.1, figure 6-1)."""
 
     VENDOR_ID = 0x00
@@ -48,7 +46,7 @@ class Register(IntEnum):
     END = 0x40
 
 
-class Command(IntFlag):
+class Command:
     """Command register (PCI LB 3.0 §6.2.2)."""
 
     IO_SPACE = 1 << 0
@@ -59,7 +57,7 @@ class Command(IntFlag):
     INTERRUPT_DISABLE = 1 << 10
 
 
-class Status(IntFlag):
+class Status:
     """Status register (PCI LB 3.0 §6.2.3); the error bits are cleared by writing ones."""
 
     INTERRUPT = 1 << 3
@@ -72,7 +70,7 @@ class Status(IntFlag):
     PARITY_ERROR = 1 << 15
 
 
-class CapabilityId(IntEnum):
+class CapabilityId:
     """Capabilities (PCI Code and ID Assignment §2)."""
 
     VENDOR_SPECIFIC = 0x09

@@ -45,7 +45,7 @@ _HIGH_START = 1 << 32
 _LANE = 8 * DESCRIPTOR_SIZE
 _PLACE = struct.Struct("<QI")  # address and length of a descriptor
 _PIECES_MAX = LONG_MAX - 2
-_EACH = sum(1 << _LANE * number for number in range(_PIECES_MAX))
+_EACH = int.from_bytes((1).to_bytes(DESCRIPTOR_SIZE, "little") * _PIECES_MAX, "little")
 _LENGTH, _FLAGS, _NEXT = 64, 96, 112  # where they begin, in bits
 _ADDRESSES = _EACH * ((1 << 64) - 1)
 _LENGTHS = _EACH * ((1 << 32) - 1)
@@ -58,9 +58,8 @@ _RECENT_MAX = 64  # tables that are remembered themselves
 
 def _links(flags: int) -> int:
     """Return flags and next of all pieces; the first piece is the table's second descriptor."""
-    return sum(
-        (number + 2 << _NEXT | flags << _FLAGS) << _LANE * number for number in range(_PIECES_MAX)
-    )
+    pieces = (_DESCRIPTOR.pack(0, 0, flags, number + 2) for number in range(_PIECES_MAX))
+    return int.from_bytes(b"".join(pieces), "little")
 
 
 _READABLE = _links(VRING_DESC_F_NEXT)

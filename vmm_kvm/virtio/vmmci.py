@@ -12,7 +12,7 @@ Source: OpenBSD vmd/virtio.c, sys/dev/pv/vmmci.c; virtio 1.2 §4.1.4.8 (legacy i
 import struct
 import threading
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Annotated, Literal, NamedTuple
 
 from vmm_kvm.bits import all_ones
@@ -48,7 +48,7 @@ class Command(IntEnum):
 _ENDINGS = (Command.SHUTDOWN, Command.REBOOT)
 
 
-class Feature(IntFlag):
+class Feature:
     """Feature bits."""
 
     TIME_SYNC = 1 << 0
@@ -56,7 +56,7 @@ class Feature(IntFlag):
     SYNC_RTC = 1 << 2
 
 
-class Register(IntEnum):
+class Register:
     """Offsets of the legacy interface, without MSI-X."""
 
     DEVICE_FEATURES = 0
@@ -67,7 +67,7 @@ class Register(IntEnum):
     CONFIG = 20
 
 
-class Config(IntEnum):
+class Config:
     """Offsets in the device's configuration, behind the registers."""
 
     COMMAND = 0
@@ -76,7 +76,7 @@ class Config(IntEnum):
     END = 20
 
 
-_FEATURES = sum(map(int, Feature))
+_FEATURES = Feature.TIME_SYNC | Feature.ACK | Feature.SYNC_RTC
 _CONFIG = struct.Struct("<IQQ")  # command, seconds and microseconds since 1970
 _REGISTERS = struct.Struct("<IIIHHHBB")
 

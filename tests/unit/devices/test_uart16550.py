@@ -41,7 +41,7 @@ def rig() -> Rig:
         (Register.RBR_THR, 0),
     ],
 )
-def test_power_on_values(rig: Rig, register: Register, value: int) -> None:
+def test_power_on_values(rig: Rig, register: int, value: int) -> None:
     """After power-on nothing is enabled, the transmitter is empty, the peer is there."""
     assert value == rig.read(register)
 
@@ -56,14 +56,14 @@ def test_power_on_values(rig: Rig, register: Register, value: int) -> None:
     ],
 )
 @pytest.mark.parametrize("value", [0x00, 0x55, 0xAA, 0xFF])
-def test_writable_bits(rig: Rig, register: Register, readable: int, value: int) -> None:
+def test_writable_bits(rig: Rig, register: int, readable: int, value: int) -> None:
     """Registers keep the bits that exist on a 16550A; the others read as zero."""
     rig.write(register, value)
     assert value & readable == rig.read(register)
 
 
 @pytest.mark.parametrize("register", [Register.LSR, Register.MSR])
-def test_status_registers_ignore_writes(rig: Rig, register: Register) -> None:
+def test_status_registers_ignore_writes(rig: Rig, register: int) -> None:
     """Line and modem status cannot be written."""
     before = rig.read(register)
     rig.write(register, 0xFF)
@@ -185,7 +185,7 @@ def test_collected_bytes_leave_together(rig: Rig) -> None:
 
 def test_enabling_the_empty_transmitters_interrupt(rig: Rig) -> None:
     """IER.THRI going up interrupts; reading it from IIR withdraws it."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     rig.write(Register.IER, Ier.THRI)
     assert rig.irq.levels == [True]
     assert rig.read(Register.IIR_FCR) == Iir.FIFOS_ENABLED | Iir.THRE
@@ -219,7 +219,7 @@ def test_each_transmission_interrupts_anew(rig: Rig) -> None:
     ("register", "value"),
     [(Register.IER, Ier.THRI), (Register.MCR, Mcr.LOOP), (Register.LCR, Lcr.DLAB)],
 )
-def test_plain_output_is_announced(rig: Rig, register: Register, value: int) -> None:
+def test_plain_output_is_announced(rig: Rig, register: int, value: int) -> None:
     """Whoever batches output hears when THR begins to do more than send, and when that ends."""
     rig.write(Register.IER, Ier.RDI | Ier.MSI)
     assert rig.plain == []
@@ -261,7 +261,7 @@ def test_one_byte_fits_without_fifo(rig: Rig) -> None:
 
 def test_sixteen_bytes_fit_with_fifo(rig: Rig) -> None:
     """The FIFO takes what fits, in order, and never overruns from outside."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     assert rig.uart.receive(bytes(range(10))) == 10
     assert rig.uart.receive(bytes(range(10, 20))) == 6
     assert rig.uart.receive(b"x") == 0
@@ -278,7 +278,7 @@ def test_receiving_nothing(rig: Rig) -> None:
 
 def test_room_is_announced_when_the_fifo_runs_empty(rig: Rig) -> None:
     """The sender hears of room once the last byte was read, with the lock held, and only then."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     rig.uart.receive(b"ab")
     rig.read(Register.RBR_THR)
     assert rig.rooms == []
@@ -300,7 +300,7 @@ def test_clearing_the_fifo_makes_room(rig: Rig) -> None:
 
 def test_changing_fifo_mode_clears_it(rig: Rig) -> None:
     """Turning the FIFOs on or off drops what waits."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     rig.uart.receive(b"abc")
     rig.write(Register.IIR_FCR, 0)
     assert rig.read(Register.LSR) == EMPTY
@@ -392,7 +392,7 @@ def test_break_is_reported_with_its_character(rig: Rig) -> None:
 
 def test_break_waits_for_room(rig: Rig) -> None:
     """A BREAK that finds the FIFO full comes as soon as a character was read."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     rig.uart.receive(bytes(16))
     rig.uart.receive_break()
     assert not rig.read(Register.LSR) & Lsr.FIFO_ERROR
@@ -419,7 +419,7 @@ def test_break_waits_for_rbr(rig: Rig) -> None:
 
 def test_causes_are_reported_by_priority(rig: Rig) -> None:
     """Line status, received data, empty transmitter, modem status: in that order."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     rig.write(Register.MCR, Mcr.LOOP | Mcr.OUT2)  # modem lines change
     rig.write(Register.MCR, Mcr.OUT2)
     rig.uart.receive_break()
@@ -436,10 +436,10 @@ def test_causes_are_reported_by_priority(rig: Rig) -> None:
     assert rig.irq.levels == [True, False]
 
 
-@pytest.mark.parametrize("ier", [Ier.RDI, Ier.RLSI, Ier.MSI, Ier(0)])
-def test_only_enabled_causes_interrupt(rig: Rig, ier: Ier) -> None:
+@pytest.mark.parametrize("ier", [Ier.RDI, Ier.RLSI, Ier.MSI, 0])
+def test_only_enabled_causes_interrupt(rig: Rig, ier: int) -> None:
     """IIR and the line follow the enabled causes alone."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     rig.write(Register.MCR, Mcr.LOOP | Mcr.OUT2)
     rig.write(Register.MCR, Mcr.OUT2)
     rig.uart.receive_break()
@@ -456,12 +456,12 @@ def test_only_enabled_causes_interrupt(rig: Rig, ier: Ier) -> None:
     ("output", "line"),
     [(Mcr.DTR, Msr.DSR), (Mcr.RTS, Msr.CTS), (Mcr.OUT1, Msr.RI), (Mcr.OUT2, Msr.DCD)],
 )
-def test_loopback_reflects_modem_lines(rig: Rig, output: Mcr, line: Msr) -> None:
+def test_loopback_reflects_modem_lines(rig: Rig, output: int, line: int) -> None:
     """In loopback each output drives one input; deltas say what changed, until they are read."""
     rig.write(Register.MCR, Mcr.LOOP)
     rig.read(Register.MSR)
     rig.write(Register.MCR, Mcr.LOOP | output)
-    rising = {Msr.DSR: Msr.DDSR, Msr.CTS: Msr.DCTS, Msr.RI: Msr(0), Msr.DCD: Msr.DDCD}[line]
+    rising = {Msr.DSR: Msr.DDSR, Msr.CTS: Msr.DCTS, Msr.RI: 0, Msr.DCD: Msr.DDCD}[line]
     assert line | rising == rig.read(Register.MSR)
     assert line == rig.read(Register.MSR)
     rig.write(Register.MCR, Mcr.LOOP)
@@ -493,7 +493,7 @@ def test_loopback_returns_data(rig: Rig) -> None:
 
 def test_input_waits_during_loopback(rig: Rig) -> None:
     """Outside data and BREAKs are not taken in loopback; leaving it announces room."""
-    rig.enable(Ier(0))
+    rig.enable(0)
     rig.write(Register.MCR, Mcr.LOOP)
     assert rig.uart.receive(b"abc") == 0
     rig.uart.receive_break()
@@ -548,7 +548,7 @@ def test_reset(rig: Rig) -> None:
     assert not rig.irq.level
     assert rig.plain == [False, True]
     assert rig.rooms == [True]
-    assert [rig.read(register) for register in Register] == [
+    assert [rig.read(register) for register in range(8)] == [
         0, 0, Iir.NONE, 0, 0, EMPTY, PEER, 0x77,
     ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from tests.fakes import RecordingIrqLine
-from vmm_kvm.devices.uart16550 import Fcr, Ier, Lsr, Mcr, Msr, Register, Uart16550
+from vmm_kvm.devices.uart16550 import Fcr, Lsr, Mcr, Msr, Register, Uart16550
 
 EMPTY = Lsr.THRE | Lsr.TEMT
 PEER = Msr.CTS | Msr.DSR | Msr.DCD
@@ -36,7 +36,7 @@ class Rig:
         with self.uart.lock:
             self.uart.write(register, size, value)
 
-    def enable(self, ier: Ier, *, fifo: bool = True, trigger: int = 0) -> None:
+    def enable(self, ier: int, *, fifo: bool = True, trigger: int = 0) -> None:
         """Do what a driver does at open."""
         self.write(Register.MCR, Mcr.DTR | Mcr.RTS | Mcr.OUT2)
         self.write(Register.IIR_FCR, (Fcr.ENABLE if fifo else 0) | trigger << 6)

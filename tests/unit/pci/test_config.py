@@ -60,7 +60,7 @@ def test_only_writable_bits_are_written() -> None:
     before[Register.CACHE_LINE_SIZE] = before[Register.LATENCY_TIMER] = 0xFF
     before[Register.INTERRUPT_LINE] = 0xFF
     assert before == after
-    assert int(function.command) == COMMAND_BITS
+    assert function.command == COMMAND_BITS
     assert function.is_bus_master
 
 
@@ -173,7 +173,7 @@ def test_decoding_follows_the_command_register() -> None:
     function.add_bar(0, BarKind.IO, 4, RecordingDevice())
     function.add_bar(1, BarKind.MEMORY32, 16, RecordingDevice())
     decoded = []
-    for command in (Command(0), Command.IO_SPACE, Command.MEMORY_SPACE):
+    for command in (0, Command.IO_SPACE, Command.MEMORY_SPACE):
         assert function.write_config(Register.COMMAND, 2, command)
         decoded.append([function.is_decoded(bar) for bar in function.bars])
     assert decoded == [[False, False], [True, False], [False, True]]

@@ -1,18 +1,16 @@
 """What the user asks of a boot, besides the image itself."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vmm_kvm.arch.x86.acpi import AcpiTables
 from vmm_kvm.arch.x86.e820 import E820Entry, e820_map
 from vmm_kvm.arch.x86.layout import SMBIOS_START
 from vmm_kvm.arch.x86.smbios import SmbiosTables
+from vmm_kvm.boot.cache import Kernels
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
-
-if TYPE_CHECKING:
-    from vmm_kvm.boot.cache import Kernels
 
 _E820_MAX = 128
 
@@ -42,7 +40,7 @@ class BootConfig(NamedTuple):
     """Unpack Linux on the host where possible; else the kernel's own decompressor runs."""
     cache_directory: str | None = None
     """Where unpacked kernels are kept, such as `cache.default_directory()`; None keeps none."""
-    kernels: "Kernels | None" = None
+    kernels: Kernels | None = None
     """Where they are kept instead."""
 
 
