@@ -1,4 +1,4 @@
-"""A guest's agent as a process of this host, for tests of what the host's side does with it."""
+"""A guest's agent as a process of this host, for tests of the host's side."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vmctl.agent import Agent
 ROOT = Path(__file__).resolve().parents[1]
 AGENT = ROOT / "vmm_agent" / "agent.py"
 BOUND_S = 60.0
-"""How long anything may take on a busy machine."""
+"""The limit for any step, on a busy machine."""
 
 
 class HostAgent:
-    """An agent that listens on a UNIX socket; a context manager, which ends it and its commands."""
+    """An agent that listens on a UNIX socket; a context manager that ends it and its commands."""
 
     def __init__(
         self, path: Path, *, interpreter: str = sys.executable, through: Sequence[str] = ()
     ) -> None:
-        """Listen at `path`; the kernel keeps what connects before the agent accepts.
+        """Listen at `path`; the kernel queues connections until the agent accepts them.
 
         `through` is a program that runs the agent, such as unshare(1), with its arguments.
         """
@@ -91,7 +91,7 @@ class Vsock:
 
     @property
     def pids(self) -> list[int]:
-        """Of the agents, in the order of their connections."""
+        """The agents, in the order of their connections."""
         return [agent.pid for agent in self._agents]
 
     def _accept(self) -> None:
@@ -105,7 +105,7 @@ class Vsock:
                     if stream.recv(len(_CONNECT), socket.MSG_WAITALL) != _CONNECT:
                         continue
                     stream.sendall(b"OK 1073741824\n")
-                except ConnectionError:  # the client was ended meanwhile
+                except ConnectionError:  # the client has ended meanwhile
                     continue
                 fd = stream.fileno()
                 arguments = [sys.executable, "-I", str(AGENT), "--fd", str(fd)]
@@ -116,11 +116,11 @@ _CONNECT = b"CONNECT 1024\n"
 
 
 def spliced(near: socket.socket, far: socket.socket) -> threading.Thread:
-    """Join two streams, the first after what the daemon says; returns the thread that does."""
+    """Join two streams after the daemon's answer; returns the thread that copies."""
 
     def work() -> None:
         with near, far:
-            with suppress(ConnectionError):  # then it finds the end below
+            with suppress(ConnectionError):  # the loop below finds the end
                 near.sendall(b"OK 1073741824\n")
             while True:
                 for one in select.select([near, far], [], [])[0]:
@@ -143,7 +143,7 @@ def parent_of(pid: int) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a process is there, and no zombie."""
+    """Tell whether a process exists, and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -151,7 +151,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = BOUND_S) -> None:
-    """Look until something is so, for no longer than that."""
+    """Wait until a condition holds, for at most `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -1,8 +1,8 @@
-"""What the guest tests boot: Debian's kernels, a busybox initramfs, memtest86+, SeaBIOS.
+"""Kernels and images for guest tests: Debian's kernels, a busybox initramfs, memtest86+, SeaBIOS.
 
 Kernel packages are downloaded with apt and unpacked into a cache, never installed. The cache is
-`$VMM_CACHE`, else `~/.cache/vmm-kvm-tests`; a kernel that is there once is not asked for again,
-so that later runs need no network and compare with the same guest. Run as a module
+`$VMM_CACHE`, else `~/.cache/vmm-kvm-tests`; a kernel in the cache is not downloaded again, so that
+later runs need no network and compare with the same guest. Run as a module
 (`python -m tests.artifacts [kernel ...]`) it fills the cache.
 
 Concurrent callers are serialised by a lock file in the cache.
@@ -27,7 +27,7 @@ from tests.rig import initramfs, kvm_amd
 
 
 class ArtifactError(Exception):
-    """Something that a guest test boots is missing; the text says what to install."""
+    """Something that guest tests boot is missing; the text says what to install."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Kernel:
         return self.tree / "boot" / f"vmlinuz-{self.release}"
 
     def modules(self, names: Sequence[str]) -> tuple[Path, ...]:
-        """Return the files of the modules and of what they depend on, in load order.
+        """Return the files of the modules and of their dependencies, in load order.
 
         A module that is built into this kernel contributes no file.
 
@@ -75,22 +75,23 @@ class Kernel:
         return tuple(found)
 
 
-# What a kernel is called here: its flavour, and whether it is of the older or the newer of the two
-# upstream series that the host's suites have. Where they have one, both are the same.
+# Names of kernels: the flavour, and whether the kernel is of the older or the newer of the two
+# upstream series that the host's suites have. If they have one series, both are the same.
 KERNELS = ("cloud", "generic", "newer-cloud", "newer-generic")
 _NEWER = "newer-"
 # Flavour to the metapackage that depends on the newest kernel of its suite.
 _METAPACKAGES = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
 
-# What a guest loads before it reports: the power button, its event device, the panic device.
+# Modules that a guest loads before it reports: the power button, its event device, the panic
+# device.
 GUEST_MODULES = ("button", "evdev", "pvpanic-mmio")
-# What a guest loads that has disks; built into some kernels.
+# Modules of a guest with disks; some kernels have them built in.
 DISK_MODULES = ("virtio_pci", "virtio_blk", "ext4", "nd_pmem", "virtio_pmem")
 
-# What a guest loads that has everything else of ours.
+# Modules of a guest with all our other devices.
 MEDIA_MODULES = ("virtio_pci", "virtio_scsi", "sr_mod", "isofs", "virtio_rng", "virtio_console")
 
-# What a guest loads that has a network.
+# Modules of a guest with a network.
 NET_MODULES = ("virtio_pci", "virtio_net", "af_packet", "ipv6")
 
 _MEMTEST = (Path("/boot/memtest86+x64.bin"), Path("/boot/mt86+x64"))
@@ -98,7 +99,7 @@ _SEABIOS = (Path("/usr/share/seabios/bios-256k.bin"), Path("/usr/share/qemu/bios
 
 
 def cache_dir() -> Path:
-    """Return the cache directory, created if need be."""
+    """Return the cache directory; makes it if there is none."""
     configured = os.environ.get("VMM_CACHE")
     path = Path(configured) if configured else Path.home() / ".cache" / "vmm-kvm-tests"
     path.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def kernel(name: str) -> Kernel:
         with _locked():
             shown = _shown(_METAPACKAGES[flavour])
             if not candidates(shown, _series_of(place)):
-                # The suite has gone on to another series since the choice was made.
+                # The suite has moved to another series since the choice was made.
                 _choice().unlink(missing_ok=True)
             place = _place(name, flavour)
             if not _is_unpacked(place):
@@ -127,9 +128,9 @@ def kernel(name: str) -> Kernel:
 
 
 def distinct_kernels() -> tuple[str, ...]:
-    """Return the names of `KERNELS` without those that are another one's kernel.
+    """Return the names of `KERNELS` that stand for different kernels.
 
-    All of them where the package lists know no kernel: `kernel` then says so.
+    All of them if the package lists know no kernel: `kernel` then says so.
     """
     try:
         older, newer = _series()
@@ -252,7 +253,7 @@ def plain_initramfs() -> Path:
 
 
 def rig_initramfs(of: Kernel) -> Path:
-    """Return the initramfs that starts the rig with this kernel, built at the first call.
+    """Return the rig's initramfs for this kernel, built at the first call.
 
     Raises:
         ArtifactError: static busybox or zstd is not installed, or its KVM is not as expected.
@@ -265,7 +266,7 @@ def rig_initramfs(of: Kernel) -> Path:
 
 
 def _rig_kvm(of: Kernel, module: Path) -> Path:
-    """Return the kernel's module as the rig loads it, made at the first call."""
+    """Return the kernel's module changed for the rig, made at the first call."""
     code = hashlib.sha256(Path(kvm_amd.__file__).read_bytes()).hexdigest()[:12]
     place = cache_dir() / f"rig-{of.release}-{code}" / "kvm-amd.ko"
     if not place.exists():
@@ -300,7 +301,7 @@ def seabios() -> Path:
 
 
 def _installed(paths: Sequence[Path], package: str) -> Path:
-    """Return the first of `paths` that is there: distributions call one file differently."""
+    """Return the first of `paths` that exists: distributions name one file differently."""
     for path in paths:
         if path.exists():
             return path
@@ -342,7 +343,7 @@ def candidates(shown: str, series: str) -> list[str]:
 
 
 def _download(packages: Sequence[str], metapackage: str, place: Path) -> None:
-    # An index may name a version that the archive has replaced since: fall back to an older one.
+    # An index may name a version that the archive has replaced meanwhile: try an older one.
     errors = []
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="download-") as scratch:
         for package in packages:
@@ -364,13 +365,13 @@ def _download(packages: Sequence[str], metapackage: str, place: Path) -> None:
 
 
 def _parts(package: str) -> list[str]:
-    """Return the packages that hold a kernel; Debian testing has it in several."""
+    """Return the packages that hold a kernel; Debian testing splits it into several."""
     shown = _shown(package).partition("\n\n")[0]
     return [package, *re.findall(r"\b(linux-(?:base|binary|modules)-\d[^\s,]+)", shown)]
 
 
 def _unpack(archives: Sequence[Path], tree: Path, place: Path) -> None:
-    """Lay a kernel's packages out as `Kernel` says, wherever they have their files."""
+    """Arrange a kernel's files as `Kernel` says, whatever their places in the packages."""
     environment = _tool_environment()
     for archive in archives:
         subprocess.run(["dpkg", "-x", archive, tree], check=True, env=environment)

@@ -1,6 +1,6 @@
 """Start programs with some of descriptors 0 to 2 closed, as a shell's `<&-` and `>&-` do.
 
-And a guest for them: a disk that SeaBIOS boots, which writes to itself and then much to COM1.
+Also a guest for them: a disk that SeaBIOS boots, which writes to itself and then much to COM1.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tests.vmctl_driver import ROOT
 COMBINATIONS = tuple(
     "".join(fds) for size in range(1, 4) for fds in combinations(("0", "1", "2"), size)
 )
-"""Every choice of descriptors to close but none at all, such as `02`."""
+"""Every choice of descriptors to close except none, such as `02`."""
 
 DISK_SIZE = 1 << 20
-PACKET = 0x60  # of the boot sector: what INT 13h is asked for
+PACKET = 0x60  # offset in the boot sector: the parameters of INT 13h
 LBA = 128
 SECTORS = 64
 PATTERN = b"U" * (SECTORS << 9)
@@ -29,7 +29,7 @@ _REDIRECTIONS = {"0": "<&-", "1": ">&-", "2": "2>&-"}
 
 
 class Ended(NamedTuple):
-    """How a program ended, and what it wrote on what was open."""
+    """A program's exit status, and its output on open descriptors."""
 
     status: int
     output: str
@@ -51,7 +51,7 @@ def run_closed(
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 90,
 ) -> Ended:
-    """Run a program to its end; what is not closed is /dev/null to read, and pipes to write."""
+    """Run a program to its end; open descriptors are /dev/null to read, and pipes to write."""
     done = subprocess.run(
         closing(closed, arguments),
         stdin=subprocess.DEVNULL,
@@ -75,7 +75,7 @@ def sector() -> bytes:
             bytes.fromhex("8ed8"),  # mov %ax, %ds
             bytes.fromhex("8ed0"),  # mov %ax, %ss
             bytes.fromhex("bc007c"),  # mov $0x7c00, %sp
-            # Interrupts stay off: SeaBIOS prints what it has collected when its clock ticks.
+            # Interrupts stay off: SeaBIOS prints its buffered output at ticks of its clock.
             bytes.fromhex("90"),  # nop
             bytes.fromhex("b80020"),  # mov $0x2000, %ax
             bytes.fromhex("8ec0"),  # mov %ax, %es
@@ -110,7 +110,7 @@ def sector() -> bytes:
 
 
 def image(path: Path) -> tuple[Path, bytes]:
-    """Write a disk that boots the sector; returns it, and what it has to hold afterwards."""
+    """Write a disk that boots the sector; returns it, and its expected contents afterwards."""
     before = sector().ljust(DISK_SIZE, b"\0")
     path.write_bytes(before)
     at = LBA * 512

@@ -1,6 +1,6 @@
-"""Conventions of the whole test tree: what may be skipped, what a test may not leave behind.
+"""Conventions of the whole test tree: allowed skips, and checks for leaks.
 
-- A test marked `kvm`, `guest` or `root` is skipped, with the reason, where that is missing.
+- A test marked `kvm`, `guest` or `root` is skipped, with the reason, on a machine that lacks it.
   `VMD_REQUIRE=kvm,guest,root` turns each such skip into a failure.
 - No test leaves a file descriptor, a child process, a thread or a logger's level behind.
 - Property tests have no deadline: a busy machine is no defect.
@@ -58,7 +58,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def level(item: pytest.Item) -> str:
-    """Return the level that a test counts for: the costliest of its needs."""
+    """Return the level that a test counts for: the most demanding of its needs."""
     if item.get_closest_marker("guest") is not None:
         return "guest"
     if item.get_closest_marker("kvm") is not None:
@@ -67,7 +67,7 @@ def level(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Note each test's level where the final count finds it."""
+    """Note each test's level for the final count."""
     for item in items:
         item.user_properties.append(("level", level(item)))
 
@@ -91,7 +91,7 @@ def _open_files() -> dict[int, str]:
     for entry in Path("/proc/self/fd").iterdir():
         try:
             found[int(entry.name)] = str(entry.readlink())
-        except FileNotFoundError:  # the descriptor of this very listing
+        except FileNotFoundError:  # the descriptor of this listing itself
             continue
     return found
 
@@ -129,7 +129,7 @@ def leak_check() -> Iterator[None]:
     for thread in set(threading.enumerate()) - threads:
         thread.join(_THREAD_GRACE_S)
     if _leaks(files, children, threads):
-        gc.collect()  # what only a reference cycle kept, such as a raised exception's frame
+        gc.collect()  # free objects in reference cycles, such as the frame of a raised exception
         leaked = _leaks(files, children, threads)
         if leaked:
             pytest.fail(f"left behind: {'; '.join(leaked)}", pytrace=False)
@@ -137,7 +137,7 @@ def leak_check() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def levels_of_loggers() -> Iterator[None]:
-    """Put the level of every logger back: what a program sets up is for its own process."""
+    """Restore the level of every logger: programs set levels for their own process."""
     known = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
     before = {logger: logger.level for logger in known}
     yield

@@ -1,9 +1,9 @@
-"""A guest that counts, for saving and restoring: it notices a lost interrupt or a wrong access.
+"""A guest that counts, for saving and restoring: it detects lost interrupts and wrong accesses.
 
-The first processor reads port 0x92 again and again, also 64 times with one instruction, checks what
-it reads, and halts after every eighth round. Its APIC timer comes by a TSC deadline, a new one with
-each interrupt; and whenever all other processors have counted the last IPI, the handler sends them
-another one. They halt between IPIs. So the counters go on only as long as no timer, no IPI and no
+The first processor reads port 0x92 again and again, also 64 times with one instruction, checks the
+values, and halts after every eighth round. Each interrupt of its APIC timer sets the next TSC
+deadline; and whenever all other processors have counted the last IPI, the handler sends them
+another one. They halt between IPIs. So the counters advance only as long as no timer, no IPI and no
 half-done access is lost. A wrong value ends the run with `BAD` at isa-debug-exit.
 
 Real mode, all segments at 0, x2APIC. The counters have 32 bits.
@@ -146,7 +146,7 @@ _CODE = b"".join(
     )
 )
 _AP = 0x123
-assert _CODE[_AP] == 0xFA  # the cli behind the label that _AP_JUMP has
+assert _CODE[_AP] == 0xFA  # the cli at the label of _AP_JUMP
 
 
 def counting_guest() -> bytes:
@@ -159,10 +159,10 @@ def counting_guest() -> bytes:
 
 
 class Counters(NamedTuple):
-    """How far a guest has come."""
+    """The guest's counters."""
 
     rounds: int
-    """Of the first processor."""
+    """Rounds of the first processor."""
     others: int
     """Processors that have started."""
     ticks: int
@@ -172,11 +172,11 @@ class Counters(NamedTuple):
 
     @classmethod
     def of(cls, machine: Machine) -> Counters:
-        """Read a machine's."""
+        """Read a machine's counters."""
         return cls(*_COUNTERS.unpack(machine.memory.read(_AT, _COUNTERS.size)))
 
     def is_past(self, other: Counters) -> bool:
-        """Tell whether every part of the guest has gone on since `other`."""
+        """Tell whether every counter has advanced since `other`."""
         return (
             self.rounds > other.rounds
             and self.ticks > other.ticks + 1
@@ -185,7 +185,7 @@ class Counters(NamedTuple):
 
 
 class Stand:
-    """Machines of one specification in this process."""
+    """Makes machines of one specification in this process."""
 
     def __init__(self, image: Path, cpus: int) -> None:
         self.spec = MachineSpec(open_image(str(image)), RAM_SIZE, cpus, devices=())
@@ -193,7 +193,7 @@ class Stand:
 
     @contextmanager
     def machine(self, *, is_restored: bool = False) -> Iterator[Machine]:
-        """Make one, with a table and a loop of its own."""
+        """Make a machine, with a table and a loop of its own."""
         install_kick_signal()
         with (
             Kvm() as kvm,
@@ -212,7 +212,7 @@ class Stand:
             yield machine
 
     def wait(self, machine: Machine, condition: Callable[[Counters], bool]) -> Counters:
-        """Wait until the guest has come so far; it must not end meanwhile."""
+        """Wait until the guest's counters meet a condition; the guest must not end meanwhile."""
         deadline = time.monotonic() + DEADLINE_S
         while not condition(counters := Counters.of(machine)):
             assert not self.outcomes, self.outcomes
@@ -222,7 +222,7 @@ class Stand:
 
 
 def take(machine: Machine) -> tuple[MachineState, bytes]:
-    """Pause a machine and return all of it."""
+    """Pause a machine and return its state and memory."""
     machine.pause()
     return save(machine), machine.memory.read(0, RAM_SIZE)
 
@@ -230,7 +230,7 @@ def take(machine: Machine) -> tuple[MachineState, bytes]:
 def give(
     machine: Machine, saved: tuple[MachineState, bytes], policy: ClockPolicy = ClockPolicy.FROZEN
 ) -> None:
-    """Let a new machine go on from there."""
+    """Let a new machine continue from there."""
     state, memory = saved
     machine.memory.write(0, memory)
     restore(machine, state._replace(parts=json.loads(json.dumps(state.parts))), policy)
@@ -239,7 +239,7 @@ def give(
 
 
 def in_new_process(act: Callable[[], None]) -> int:
-    """Do it in a process of its own; return the exit status, 0 if nothing was raised."""
+    """Call `act` in a new process; return the exit status, 0 if nothing was raised."""
     pid = os.fork()
     if pid == 0:
         status = 1

@@ -1,4 +1,4 @@
-"""A guest for debuggers: two processors that count for ever, at addresses that are known.
+"""A guest for debuggers: two processors that count for ever, at known addresses.
 
 Real mode; the code is copied to low RAM, so that RIP is the linear address.
 """
@@ -12,7 +12,7 @@ AFTER_COUNTING = MAIN + 5
 AFTER_NOP = MAIN + 6
 JUMP = MAIN + 8
 END = 0x5040
-"""Code that ends the VM, which the guest itself never gets to."""
+"""Code that ends the VM; the guest itself never reaches it."""
 END_STATUS = 0x07 << 1 | 1
 SECOND = 0x6009
 SECOND_JUMP = 0x600E

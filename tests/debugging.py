@@ -1,4 +1,4 @@
-"""Guests of `vmctl run --gdb`, and debuggers for them: gdb itself, and one that says anything."""
+"""Guests of `vmctl run --gdb`, and debuggers for them: gdb itself, and one that sends anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAIN = {**os.environ, "TERM": "dumb", "LC_ALL": "C"}
 
 @contextmanager
 def debugged(tmp_path: Path, *options: str, ends: bool = False) -> Iterator[Path]:
-    """Run the guest; yields the socket of its debugger. It runs to the end of this, or `ends`."""
+    """Run the guest; yields its debugger's socket. Kill it at the end, or wait if it `ends`."""
     image, path = tmp_path / "guest.rom", tmp_path / "gdb"
     image.write_bytes(guest.make())
     words = ("--firmware", str(image), "-m", "4M", "-p", "2", "--gdb", f"{path}{''.join(options)}")
@@ -44,7 +44,7 @@ def debugged(tmp_path: Path, *options: str, ends: bool = False) -> Iterator[Path
 
 
 def wait_for(path: Path) -> None:
-    """Wait until somebody listens at a socket."""
+    """Wait until a program listens at a socket."""
     end = time.monotonic() + DEADLINE_S
     while not re.search(
         rf" {_LISTENING} 0001 .* {re.escape(str(path))}$",
@@ -56,7 +56,7 @@ def wait_for(path: Path) -> None:
 
 
 def run_gdb(path: Path, script: str, end: str = "detach") -> str:
-    """Let gdb do what a script says; returns what it prints."""
+    """Run gdb with a script; returns its output."""
     words = ["gdb", "-nx", "-batch", "-ex", "set confirm off", "-ex", "set width 0"]
     for line in (f"target remote {path}", *script.strip().splitlines(), end):
         words += ["-ex", line]
@@ -67,10 +67,10 @@ def run_gdb(path: Path, script: str, end: str = "detach") -> str:
 
 
 class Conversation:
-    """A debugger of our own, which says what gdb would not."""
+    """A debugger of our own, which sends packets that gdb would not."""
 
     def __init__(self, sock: socket.socket) -> None:
-        """Talk through `sock`, and own it."""
+        """Talk through `sock`, and take ownership of it."""
         self.sock = sock
         self.sock.settimeout(DEADLINE_S)
         self._reader = Reader()
@@ -82,7 +82,7 @@ class Conversation:
         self.sock.close()
 
     def ask(self, packet: bytes) -> bytes:
-        """Send a packet, and return what it is answered."""
+        """Send a packet, and return its answer."""
         self.send(packet)
         return self.answer()
 
@@ -91,7 +91,7 @@ class Conversation:
         self.sock.sendall(framed(packet))
 
     def answer(self) -> bytes:
-        """Return the next packet that comes; empty at the end."""
+        """Return the next packet; empty at the end."""
         while True:
             received = self._reader.next()
             if isinstance(received, Packet):
@@ -103,13 +103,13 @@ class Conversation:
 
 
 class Client(Conversation):
-    """A debugger of the guest, by its socket."""
+    """A debugger of the guest, connected to its socket."""
 
     def __init__(self, path: Path) -> None:
-        """Connect to it."""
+        """Connect to `path`."""
         super().__init__(socket.socket(socket.AF_UNIX))
         self.sock.connect(str(path))
 
     def counter(self, address: int = guest.COUNTER) -> int:
-        """Return a counter of the guest, which stands still."""
+        """Return a counter of the guest, which is stopped."""
         return int.from_bytes(bytes.fromhex(self.ask(b"m%x,4" % address).decode()), "little")

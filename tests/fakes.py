@@ -1,6 +1,6 @@
-"""Stand-ins for what devices are given: interrupt lines, time, devices on a bus.
+"""Fakes for devices: interrupt lines, time, devices on a bus.
 
-They implement the protocols of `vmm_kvm` and record or obey; nothing here checks anything.
+They implement the protocols of `vmm_kvm` and record or obey; they check nothing.
 """
 
 import threading
@@ -18,7 +18,7 @@ Operation = tuple[bool, int, int, int]
 
 
 class RecordingIrqLine:
-    """An IrqLine that remembers every level it was set to."""
+    """An IrqLine that records the levels it is set to."""
 
     def __init__(self) -> None:
         self.levels: list[bool] = []
@@ -34,7 +34,7 @@ class RecordingIrqLine:
 
     @property
     def rises(self) -> int:
-        """How often the level went from low to high."""
+        """The number of changes from low to high."""
         return sum(
             level and not before
             for before, level in zip([False, *self.levels], self.levels, strict=False)
@@ -42,7 +42,7 @@ class RecordingIrqLine:
 
 
 class FakeTimer:
-    """A Timer that fires when its clock, or a test, says so."""
+    """A Timer that its clock, or a test, fires."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self.callback = callback
@@ -58,14 +58,14 @@ class FakeTimer:
 
 
 class FakeClock:
-    """A Clock that stands still until a test moves it; timers fire within `advance`."""
+    """A Clock that only a test moves; timers fire within `advance`."""
 
     def __init__(self, realtime_ns: int = REALTIME_NS, monotonic_ns: int = 1_000) -> None:
         self._realtime_ns = realtime_ns
         self._monotonic_ns = monotonic_ns
         self.timers: list[FakeTimer] = []
         self.fired = 0
-        """How many timers have fired."""
+        """The number of timers that have fired."""
 
     def monotonic_ns(self) -> int:
         """Return the time that `advance` has moved."""
@@ -112,7 +112,7 @@ class FakeClock:
 
 
 class RecordingDevice:
-    """A BusDevice that remembers what was written and returns `value` to reads."""
+    """A BusDevice that records writes and returns `value` to reads."""
 
     def __init__(self, value: int = 0) -> None:
         self.lock = threading.Lock()
@@ -133,7 +133,7 @@ class RecordingDevice:
 
 
 def exercise(device: BusDevice, operations: Iterable[Operation]) -> None:
-    """Do what a hostile guest might, with the lock held; every read has to fit its size."""
+    """Do the accesses of a hostile guest, with the lock held; each value read must fit its size."""
     for is_write, offset, size, value in operations:
         with device.lock:
             if is_write:

@@ -1,7 +1,7 @@
 """A guest that writes much to the disk that it boots from, and a file system that it fills.
 
-The boot sector writes blocks of 32 KiB behind each other by the BIOS, each full of its number, and
-says on COM1 what came of it.
+The boot sector writes blocks of 32 KiB one after the other by the BIOS, each full of its number,
+and reports each result on COM1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_SIZE = 32 << 10
 DISK_SIZE = 16 << 20
 HAS_WRITTEN, WAS_REFUSED = b"=w=", b"=r="
 _FIRST = 64  # sectors
-_PACKET = 0x80  # of the boot sector: what INT 13h is asked for
+_PACKET = 0x80  # offset in the boot sector: the parameters of INT 13h
 
 _CODE = b"".join(
     (
@@ -81,7 +81,7 @@ def make_disk(path: Path, disk_format: Format) -> None:
 
 
 def is_filled(path: Path, disk_format: Format) -> bool:
-    """Tell whether the disk has everything that the guest wrote, and nothing else."""
+    """Tell whether the disk has all that the guest wrote, and nothing else."""
     image = open_image(str(path), disk_format, True)
     data = bytearray(DISK_SIZE)
     image.readv(0, [memoryview(data)])
@@ -103,20 +103,20 @@ class SmallFileSystem:
         self.fill()
 
     def fill(self) -> None:
-        """Leave room for a quarter of what the guest writes."""
+        """Leave room for a quarter of the guest's writes."""
         status = os.statvfs(self.place)
         free = status.f_bavail * status.f_frsize
         with self._ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, free - BLOCKS * BLOCK_SIZE // 4)
 
     def free(self) -> None:
-        """Make room enough."""
+        """Make room for all of them."""
         self._ballast.unlink()
 
 
 @contextmanager
 def small_file_system(place: Path) -> Iterator[SmallFileSystem]:
-    """Mount one; skip the test where that cannot be."""
+    """Mount one; skip the test if it cannot be mounted."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     place.mkdir()

@@ -1,4 +1,4 @@
-"""A port for frames without a host: what a device is given, and what it sends."""
+"""A port for frames without a host: frames for a device, and the frames that it sends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmm_kvm.virtio.net import CSUM, TSO4
 
 
 class FakePort:
-    """Frames in, frames out, headers as they are: a `FramePort` of one thread."""
+    """Frames in, frames out, headers unchanged: a `FramePort` of one thread."""
 
     def __init__(self, *, pairs: int = 1, has_filter: bool = True) -> None:
         self.fds: tuple[int, ...] = tuple(range(77, 77 + pairs))
@@ -20,21 +20,21 @@ class FakePort:
         """Frames for the device, oldest first."""
         self.sent: list[bytes] = []
         self.queues = pairs
-        """How many queues are to have frames."""
+        """The number of queues with frames."""
         self.is_full = False
 
     def set_offloads(self, offloads: int) -> None:
-        """Ignore it."""
+        """Ignore them."""
 
     def set_queues(self, count: int) -> None:
-        """Note it."""
+        """Record it."""
         self.queues = count
 
     def set_filter(self, wanted: Filter | None) -> None:
         """Ignore it."""
 
     def receive(self, _queue: int, buffers: Sequence[memoryview]) -> int:
-        """Take the oldest frame; what has no room is lost."""
+        """Take the oldest frame; drop what has no room."""
         if not self.arrived:
             return 0
         data, at = self.arrived.popleft(), 0
@@ -51,4 +51,4 @@ class FakePort:
         return not self.is_full
 
     def close(self) -> None:
-        """Nothing to leave."""
+        """Do nothing: it holds no resource."""

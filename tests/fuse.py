@@ -1,7 +1,7 @@
-"""A FUSE file system of a few files for tests, whose answers stop when the test says so.
+"""A FUSE file system of a few files, which stops answering when a test wants it to.
 
-The server is a process of its own, which ends with the test. It speaks the kernel's protocol, so no
-program and no library is needed; mounting it needs root.
+The server is a process of its own, which ends with the test. It speaks the kernel's protocol, so it
+needs no other program or library; mounting it needs root.
 
 Source: Linux include/uapi/linux/fuse.h, fuse(4), mount(2)
 """
@@ -28,7 +28,7 @@ _REQUEST_MAX = (128 << 10) + 4096
 _VERSION = (7, 31)
 _WRITEBACK_CACHE = 1 << 16
 _ROOT = 1
-_VALID_S = 3600  # names and attributes are never asked for again
+_VALID_S = 3600  # the kernel asks for names and attributes only once
 _IN = struct.Struct("=IIQQIIIHH")  # struct fuse_in_header
 _OUT = struct.Struct("=IiQ")
 _INIT_OUT = struct.Struct("=IIIIHHIIHHI7I")
@@ -42,7 +42,7 @@ _STATFS_OUT = struct.Struct("=QQQQQIIII6I")
 
 
 class Call(IntEnum):
-    """What the kernel asks; enum fuse_opcode."""
+    """The kernel's requests; enum fuse_opcode."""
 
     LOOKUP = 1
     FORGET = 2
@@ -78,7 +78,7 @@ class FuseMount:
     def __init__(self, folder: Path, files: Mapping[str, bytes], uid: int) -> None:
         """Mount files of the user `uid` at `folder`; others may use them too."""
         self._folder = folder
-        # One byte for each call: whether it is answered; then how many were not.
+        # One byte for each call: whether the server answers it; then the number of unanswered ones.
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
         self._uid = uid
         self._files = {
@@ -101,25 +101,25 @@ class FuseMount:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """End it, and take it away."""
+        """End the server, and unmount."""
         self.end()
         assert LIBC.umount2(os.fsencode(self._folder), _MNT_DETACH) == 0
         self._shared.close()
 
     def end(self) -> None:
-        """End the server: whatever waits for an answer is told that there is none; idempotent."""
+        """End the server: waiting requests fail; idempotent."""
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             self._pid = 0
 
     def hang(self, *calls: Call) -> None:
-        """Answer these no more."""
+        """Answer these calls no more."""
         for call in calls:
             self._shared[call] = 1
 
     def unanswered(self, call: Call) -> int:
-        """Return how often a call was not answered."""
+        """Return the number of unanswered calls of one kind."""
         return self._shared[128 + call]
 
     # The server
@@ -132,7 +132,7 @@ class FuseMount:
                 try:
                     self._serve(fd, os.read(fd, _REQUEST_MAX))
                 except OSError as err:
-                    if err.errno not in {errno.ENOENT, errno.EINTR}:  # a request was taken back
+                    if err.errno not in {errno.ENOENT, errno.EINTR}:  # the request was aborted
                         break
         finally:
             os._exit(0)
@@ -169,7 +169,7 @@ class FuseMount:
             case Call.READ:
                 _handle, offset, size = _READ_IN.unpack_from(body)
                 return self._file(node).data[offset : offset + size]
-            case Call.WRITE:  # what is written is forgotten
+            case Call.WRITE:  # forget the data
                 return _WRITE_OUT.pack(_READ_IN.unpack_from(body)[2], 0)
             case Call.STATFS:
                 return _STATFS_OUT.pack(0, 0, 0, 0, 0, 4096, 255, 4096, *[0] * 7)

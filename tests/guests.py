@@ -1,8 +1,8 @@
 """Tiny guests: machine code as bytes, one assembler line each, and a VM to run them in.
 
 All start in real mode at CODE with every segment at 0 and interrupts off, on one vCPU with 64 KiB
-of RAM from address 0; what lies above is MMIO. They report through PORT or MMIO, and end in HLT,
-which leaves as an exit when the VM has no irqchip.
+of RAM from address 0; addresses above are MMIO. They report through PORT or MMIO, and end in HLT,
+which is an exit if the VM has no irqchip.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ SET_UP_PIC = b"".join(
         bytes.fromhex("e6f4"),  # out %al, $PORT: ready
     )
 )
-"""Lets the master PIC deliver GSI 0 as INTERRUPT_VECTOR; goes before another guest's code."""
+"""Makes the master PIC deliver GSI 0 as INTERRUPT_VECTOR; put it before another guest's code."""
 
 
 def out_loop(count: int) -> bytes:
@@ -179,7 +179,7 @@ def out_loop(count: int) -> bytes:
 
 
 def out_countdown(count: int) -> bytes:
-    """Return a guest that writes the low byte of `count`, and so down to 1, to PORT; then halts."""
+    """Return a guest that writes `count` to 1 to PORT, the low byte of each; then halts."""
     return b"".join(
         (
             bytes.fromhex("66b9") + _u32(count),  # mov $count, %ecx
@@ -193,9 +193,9 @@ def out_countdown(count: int) -> bytes:
 
 
 def printing(count: int) -> bytes:
-    """Return code that prints the low byte of `count`, and so down to 1, on COM1.
+    """Return code that prints `count` to 1 on COM1, the low byte of each.
 
-    It reads LSR before each; what is to come after it has to follow.
+    It reads LSR before each; further code must follow it.
     """
     return b"".join(
         (
@@ -212,7 +212,7 @@ def printing(count: int) -> bytes:
     )
 
 
-# Sends 0x5a to itself on COM1, writes LSR (high) and RBR (low) to PORT, a word, and halts.
+# Sends 0x5a to itself on COM1, writes LSR (high) and RBR (low) to PORT, as a word, and halts.
 LOOP_BACK = b"".join(
     (
         bytes.fromhex("bafc03"),  # mov $0x3fc, %dx
@@ -234,7 +234,7 @@ LOOP_BACK = b"".join(
 
 
 def firmware(code: bytes) -> bytes:
-    """Return a flat firmware image that runs `code`, which needs no place of its own."""
+    """Return a flat firmware image that runs position-independent `code`."""
     image = bytearray(64 << 10)
     image[: len(code)] = code
     image[-16:-11] = bytes.fromhex("ea000000f0")  # ljmp $0xf000, $0
@@ -306,7 +306,7 @@ def start(vcpu: Vcpu, address: int = CODE) -> None:
 
 @contextmanager
 def guest(code: bytes, *, irqchip: bool = False, log_dirty: bool = False) -> Iterator[Guest]:
-    """Make a VM whose only vCPU is about to run `code`, with an irqchip and a PIT or without."""
+    """Make a VM whose only vCPU will run `code`, with an irqchip and a PIT or without."""
     ram = mmap.mmap(-1, RAM_SIZE)
     hva = ctypes.addressof(ctypes.c_char.from_buffer(ram))
     with Kvm() as kvm, kvm.create_vm() as vm:

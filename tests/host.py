@@ -1,6 +1,6 @@
-"""What this machine can run: a KVM at all, a KVM that runs a distribution kernel, root.
+"""Probes of this machine: a KVM at all, a KVM that runs a distribution kernel, root.
 
-Each probe returns None, or one line that says what is missing and what to do.
+Each returns None, or one line that says what is missing and what to do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def missing_guest_kvm() -> str | None:
     """Return why guests with a distribution kernel cannot run on this machine's KVM.
 
     The first call after the machine's start boots one under QEMU, for at most 15 seconds; later
-    calls remember. In the rig there is nothing to find out.
+    calls read the noted result. The rig needs no probe.
     """
     if os.environ.get("RIG"):
         return None

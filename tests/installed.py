@@ -1,7 +1,7 @@
-"""What installed systems show of disks: boots through firmware and GRUB, and fio's verified load.
+"""Checks of disks by installed systems: boots through firmware and GRUB, and fio's verified load.
 
-`tests/guest/test_installed.py` has a slice of it, `tests/campaigns/installed.py` all. Everything
-is copied into a directory that should be memory.
+`tests/guest/test_installed.py` runs a part of them, `tests/campaigns/installed.py` all. All images
+are copied into a directory that should be in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.guest.linux_guest import Shell
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 
 _MIB = 1 << 20
-# Reads, writes, discards and flushes that were done. Source: Linux Documentation/block/stat.rst.
+# Completed reads, writes, discards and flushes. Source: Linux Documentation/block/stat.rst.
 _STAT_FIELDS = (0, 4, 11, 15)
 FIRMWARE_S = 300.0
 _MARKS, _MARK_LINES = "/var/boots", 20_000  # what each boot adds to a file of the guest
@@ -41,7 +41,7 @@ def run(*command: str | Path) -> str:
 def boot_to_login(disk: str, *options: str | Path, firmware: str = "pc") -> None:
     """Boot an installed system from `disk`, as `-d` takes it; log in, write, and power off.
 
-    `firmware` is what GRUB says that it runs on: pc or efi.
+    `firmware` is the platform that GRUB reports: pc or efi.
     """
     with ConsoleProcess(vmctl_run("-m", "384M", "-d", disk, *options)) as console:
         console.expect(f"grub: {firmware}", FIRMWARE_S)
@@ -58,23 +58,23 @@ def boot_to_login(disk: str, *options: str | Path, firmware: str = "pc") -> None
 
 
 def firmware_options(firmware: str, nvram: Path) -> tuple[str | Path, ...]:
-    """Return the options of `vmctl run` for a firmware as `boot_to_login` calls it."""
+    """Return the options of `vmctl run` for a firmware in the words of `boot_to_login`."""
     return ("--firmware", "uefi", "--nvram", nvram) if firmware == "efi" else ()
 
 
 def boots(raw: Path) -> int:
-    """Return how many boots left their mark on a raw image of the system."""
+    """Return the number of boots that left their mark on a raw image of the system."""
     shown = run("debugfs", "-R", f"cat {_MARKS}", f"{raw}?offset={root_offset()}")
     return shown.count("\n") // _MARK_LINES
 
 
 def check_file_system(raw: Path) -> None:
-    """Have e2fsck look at the root file system of a raw image; it must find nothing."""
+    """Check the root file system of a raw image by e2fsck; it must find nothing."""
     run("e2fsck", "-fn", f"{raw}?offset={root_offset()}")
 
 
 def check_qcow2(image: Path, raw: Path) -> None:
-    """Have `qemu-img` look at an image, and e2fsck at the file system in it, by a copy at `raw`."""
+    """Check an image by `qemu-img`, and its file system by e2fsck, in a copy at `raw`."""
     run("qemu-img", "check", "-q", "-f", "qcow2", image)
     raw.unlink(missing_ok=True)
     create("-i", image, f"raw:{raw}")
@@ -95,7 +95,7 @@ def ours(debian: Debian, disks: Sequence[str]) -> Iterator[Shell]:
 
 @contextmanager
 def qemus(debian: Debian, options: Sequence[str]) -> Iterator[Shell]:
-    """Boot the same under QEMU on the same KVM; `options` are its own, for disks from /dev/vdb."""
+    """Boot the same under QEMU on the same KVM; `options` are QEMU's, for disks from /dev/vdb."""
     arguments = [
         *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-nodefaults"),
         *("-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"),
@@ -118,14 +118,14 @@ def _shell(arguments: Sequence[str]) -> Iterator[Shell]:
     with ConsoleProcess(arguments) as console:
         console.expect("# ", LOGIN_S)
         yield Shell(console)
-        # There is no init to ask.
+        # There is no init that could power off.
         console.send("sync; echo o > /proc/sysrq-trigger; sleep 60\n")
         assert console.wait() == 0, console.errors
 
 
 @contextmanager
 def served(*command: str | Path, socket: Path) -> Iterator[Path]:
-    """Run a vhost-user server while the context lasts; it has to end by itself or by SIGTERM."""
+    """Run a vhost-user server while the context lasts; it must end by itself or by SIGTERM."""
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
             deadline = time.monotonic() + 60
@@ -145,8 +145,9 @@ def load(device: str, megabytes: int) -> list[str]:
 
     The first quarter gets bytes that depend on nothing but the seed. On the second and third two
     jobs write at random and flush, 8 requests deep each, while a third trims the last; each reads
-    back what it wrote, with a checksum of each block. Then the last is written so too. At the end
-    all but the first quarter is zeroed, so what is there then is the same each time.
+    back its own writes, with a checksum of each block. Then the last quarter is written the same
+    way. At the end all but the first quarter is zeroed, so that the final contents are always the
+    same.
     """
     size = f"--size={megabytes}m"
     common = (
@@ -169,7 +170,7 @@ def load(device: str, megabytes: int) -> list[str]:
 
 
 class Fio:
-    """Disks of every kind under the same load, ours and QEMU's, and whether they end up equal."""
+    """Disks of every kind under the same load, ours and QEMU's, which must end up equal."""
 
     def __init__(self, debian: Debian, folder: Path, megabytes: int) -> None:
         """Make blank images and a base in `folder`; `megabytes` is a quarter of a disk."""
@@ -178,7 +179,7 @@ class Fio:
         self.megabytes = megabytes
         self.size = f"{4 * megabytes}M"
         plain = folder / "plain.raw"
-        # Half noise and half zeros, so that a load meets both in the base.
+        # Half noise and half zeros, so that a load reads and overwrites both in the base.
         noise = debian.disk.open("rb")
         with noise, plain.open("wb") as file:
             noise.seek(root_offset() + 64 * _MIB)
@@ -212,12 +213,12 @@ class Fio:
         return path
 
     def under_ours(self, disks: Mapping[str, str]) -> None:
-        """Put the load on disks by `vmctl run`, and print the seconds that each took."""
+        """Put the load on disks by `vmctl run`, and print the seconds of each."""
         with ours(self.debian, list(disks.values())) as shell:
             self._load(shell, disks)
 
     def under_qemu(self, disks: Mapping[str, Sequence[str]]) -> None:
-        """Put the load on disks by QEMU, whose options for each are given."""
+        """Put the load on disks by QEMU, with the given options for each."""
         options = [word for words in disks.values() for word in words]
         with qemus(self.debian, options) as shell:
             self._load(shell, disks)
@@ -234,12 +235,12 @@ class Fio:
 
 
 def compare(one: Path, other: Path) -> None:
-    """Have `qemu-img` compare two images; it must find no difference."""
+    """Compare two images by `qemu-img`; it must find no difference."""
     assert "identical" in run("qemu-img", "compare", one, other)
 
 
 def drive(image: Path, form: str, options: str = "discard=unmap") -> list[str]:
-    """Return QEMU's words for an image on a virtio disk; disks get letters in their order."""
+    """Return QEMU's options for an image on a virtio disk; disks get letters in their order."""
     name = image.stem
     return [
         *("-drive", f"if=none,id={name},format={form},{options},file={image}"),
@@ -248,7 +249,7 @@ def drive(image: Path, form: str, options: str = "discard=unmap") -> list[str]:
 
 
 def whole_fio(debian: Debian, folder: Path, megabytes: int) -> None:
-    """Load disks of every kind by ours and by QEMU, with servers of both, and compare them all."""
+    """Load disks of every kind under ours and QEMU, with servers of both, and compare them all."""
     fio = Fio(debian, folder, megabytes)
     raw, process = fio.raw("ours"), fio.qcow2("process")
     qcow2, by_daemon = fio.qcow2("ours"), fio.raw("by-daemon")

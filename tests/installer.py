@@ -1,9 +1,10 @@
 """Debian's installer: its netboot images, and a mirror of a few packages for it.
 
-The kernel and the initrd are those of a package, unchanged; behind the initrd lies an archive with
-answers to its questions. The mirror has Debian's own installer packages (udebs) with drivers of
-that kernel for disks and a file system, and one of ours, the step that partitions. Debian's own,
-partman, is a dozen packages, which not every mirror keeps; ours calls Debian's sfdisk and mke2fs.
+The kernel and the initrd are those of a package, unchanged; an archive with answers to the
+installer's questions follows the initrd. The mirror has Debian's own installer packages (udebs)
+with drivers of that kernel for disks and a file system, and one of ours, which partitions. Debian's
+own, partman, is a dozen packages, which not every mirror keeps; ours calls Debian's sfdisk and
+mke2fs.
 
 The images and udebs are downloaded once, with apt, into the cache of `tests.artifacts`: 135 MB.
 """
@@ -26,21 +27,21 @@ from tests.rig.initramfs import newc_entry
 SUITE = "bookworm"
 _NETBOOT = "debian-installer-12-netboot-amd64"
 _IMAGES = "usr/lib/debian-installer/images/12/amd64/text/debian-installer/amd64"
-# Drivers, after which `-VERSION-di` follows, and those that they need.
+# Drivers, whose names end in `-VERSION-di`, and those that they need.
 _DRIVERS = (
     *("scsi-modules", "scsi-core-modules", "ata-modules", "cdrom-core-modules"),
     *("ext4-modules", "crc-modules"),
 )
-# Where a kernel image says its version. Source: Linux boot protocol 2.15, kernel_version.
+# The place of a kernel image's version. Source: Linux boot protocol 2.15, kernel_version.
 _VERSION_AT, _VERSION_BASE = 0x20E, 0x200
 
-# What the step puts on the disk, and says on the console.
+# The label and the file that the step writes to the disk, and its last line on the console.
 LABEL, MARK, DONE = "installed", "etc/hostname", "partition: done"
 _STEP = "vmm-partition"
 _TOOLS = f"usr/lib/{_STEP}"
 _PROGRAMS = ("sfdisk", "mke2fs")
 _LOADER = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x", re.MULTILINE)
-# It is called by the main menu, as every step of the installer is.
+# The main menu calls it, as it calls every step of the installer.
 _POSTINST = f"""#!/bin/sh
 set -e
 exec >/dev/console 2>&1
@@ -90,7 +91,7 @@ _ANSWERS = {
     "mirror/suite": f"string {SUITE}",
     "debian-installer/allow_unauthenticated": "boolean true",
 }
-# On a terminal that can do more the installer would run in screen(1).
+# On a more capable terminal the installer would run in screen(1).
 COMMAND_LINE = "console=ttyS0 auto=true priority=critical DEBIAN_FRONTEND=text TERM=dumb"
 
 
@@ -117,12 +118,12 @@ def installer() -> Installer:
 
 
 def preseeded(found: Installer, mirror: str, path: Path) -> Path:
-    """Write the initrd with answers behind it; `mirror` is the mirror's host."""
+    """Write the initrd followed by the answers; `mirror` is the mirror's host."""
     answers = {**_ANSWERS, "mirror/http/hostname": f"string {mirror}"}
     text = "".join(f"d-i {question} {answer}\n" for question, answer in answers.items())
     archive = newc_entry(1, "preseed.cfg", stat.S_IFREG | 0o644, text.encode())
     packed = found.initrd.read_bytes()
-    # The kernel looks for an archive at a multiple of 4 bytes.
+    # The kernel looks for an archive at each multiple of 4 bytes.
     path.write_bytes(
         packed + bytes(-len(packed) % 4) + archive + newc_entry(0, "TRAILER!!!", 0, b"")
     )
@@ -130,7 +131,7 @@ def preseeded(found: Installer, mirror: str, path: Path) -> Path:
 
 
 def make_mirror(found: Installer, root: Path) -> None:
-    """Make the folder `debian` below `root` what a mirror of installer packages is."""
+    """Make the folder `debian` below `root` a mirror of installer packages."""
     pool, index = root / "debian" / "pool", root / "debian" / "dists" / SUITE
     name = "main/debian-installer/binary-amd64/Packages"
     (index / name).parent.mkdir(parents=True)
@@ -138,7 +139,7 @@ def make_mirror(found: Installer, root: Path) -> None:
     _build_step(root / "step", pool / f"{_STEP}.udeb")
     packages = "\n".join(_paragraph(udeb) for udeb in sorted(pool.iterdir())).encode()
     (index / name).write_bytes(packages)
-    # That it is there tells the installer that the mirror has this architecture.
+    # This file tells the installer that the mirror has this architecture.
     architecture = index / "main" / "binary-amd64"
     architecture.mkdir()
     (architecture / "Release").write_text("Component: main\nArchitecture: amd64\n")
@@ -165,7 +166,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _apt_options(scratch: Path) -> list[str]:
-    """Return options for an apt that knows the suite from where the host does, udebs included."""
+    """Return options for an apt that reads the suite from the host's mirror, udebs included."""
     uris = _run(
         *("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"),
         *(f"Codename: {SUITE}", "Component: main", "Origin: Debian"),
@@ -195,7 +196,7 @@ def _kernel_version(image: bytes) -> str:
 
 
 def _build_step(tree: Path, udeb: Path) -> None:
-    """Make our package: the host's programs, with all that they are linked to."""
+    """Make our package: the host's programs, with the libraries that they need."""
     tools = tree / _TOOLS
     tools.mkdir(parents=True)
     for name in _PROGRAMS:
@@ -217,7 +218,7 @@ def _build_step(tree: Path, udeb: Path) -> None:
 
 
 def _paragraph(udeb: Path) -> str:
-    """Return what a mirror's index says of a package."""
+    """Return a package's paragraph in a mirror's index."""
     control = _run("dpkg-deb", "-f", udeb, folder=udeb.parent)
     data = udeb.read_bytes()
     return (

@@ -7,7 +7,7 @@ import struct
 SECTOR = 2048
 _BOOT_RECORD, _TERMINATOR, _CATALOG = 17, 18, 19
 BOOT_IMAGE = 20
-"""The sector that is booted."""
+"""The number of the boot image's sector."""
 _X86, _NO_EMULATION, _BOOTABLE = 0, 0, 0x88
 _SYSTEM = b"EL TORITO SPECIFICATION"
 _LOADED_SECTORS = 4  # of 512 bytes

@@ -1,6 +1,6 @@
-"""The layers of the tree as data: each folder or module, and what it may import.
+"""The layers of the tree as data: each folder or module, and its allowed imports.
 
-`LAYERS` is the one table. `tests/unit/test_architecture.py` holds the imports against it, and
+`LAYERS` is the one table. `tests/unit/test_architecture.py` compares it with the imports, and
 `scripts/structure.py` prints it, also into docs/architecture.md.
 """
 
@@ -585,10 +585,10 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmm_agent": (),
 }
-"""By the folder or module, what it may import besides itself and the standard library.
+"""Allowed imports of each folder or module, besides itself and the standard library.
 
-A module belongs to the longest name that it lies in. Names without a dot at the end of a list are
-packages of others.
+A module belongs to the longest name that contains it. Names without a dot at the end of a list are
+third-party packages.
 """
 
 CYCLES: Mapping[frozenset[str], str] = {
@@ -596,14 +596,14 @@ CYCLES: Mapping[frozenset[str], str] = {
         "a Kvm makes Vms, and a Vm names the class of its Kvm, for types alone"
     ),
 }
-"""Modules of one folder that import each other, and why they may."""
+"""Modules of one folder that import each other, and the reason."""
 
 EXPLAINED = "docs/architecture.md"
 
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """One import statement: which module imports what, where, and whether at the module's top."""
+    """One import statement: its module, the imported one, its line, whether at the module's top."""
 
     importer: str
     imported: str
@@ -614,7 +614,7 @@ class Import:
         return f"{self.importer}:{self.line} imports {self.imported}"
 
     def is_of(self, *prefixes: str) -> bool:
-        """Tell whether what is imported is one of these modules or inside one of them."""
+        """Tell whether the imported module is one of these or inside one of them."""
         return any(_lies_in(self.imported, prefix) for prefix in prefixes)
 
     @property
@@ -677,7 +677,7 @@ def all_imports(root: Path = ROOT) -> tuple[Import, ...]:
 
 
 def layer_of(name: str, layers: Mapping[str, tuple[str, ...]] = LAYERS) -> str | None:
-    """Return the entry of the table that a module or a package of others belongs to."""
+    """Return the table's entry for a module or a third-party package."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         prefix = ".".join(parts[:count])
@@ -687,16 +687,16 @@ def layer_of(name: str, layers: Mapping[str, tuple[str, ...]] = LAYERS) -> str |
 
 
 def folder_of(name: str, files: Mapping[str, Path], root: Path = ROOT) -> str:
-    """Return the folder that a module lies in, as a dotted name.
+    """Return the folder of a module, as a dotted name.
 
-    A module that lies in no folder of its package, such as `vmm_kvm.bus`, stands for itself.
+    A module directly in its package, such as `vmm_kvm.bus`, stands for itself.
     """
     folder = ".".join(files[name].relative_to(root).parent.parts)
     return name if folder in PACKAGES else folder
 
 
 def edges(imports: Iterable[Import]) -> dict[tuple[str, str], list[Import]]:
-    """Return the imports from one layer to another, by both; a module without one is its own."""
+    """Return the imports from one layer to another, by both; a module without layer is its own."""
     found: dict[tuple[str, str], list[Import]] = {}
     for one in imports:
         if not (one.is_ours or one.is_foreign):
@@ -719,7 +719,7 @@ def forbidden(imports: Iterable[Import]) -> list[str]:
 
 
 def unused(imports: Iterable[Import]) -> list[str]:
-    """Return what the table allows and nothing needs, a line each."""
+    """Return the allowed edges that no import needs, a line each."""
     found = edges(imports)
     return [
         f"{source} -> {target}"
@@ -730,7 +730,7 @@ def unused(imports: Iterable[Import]) -> list[str]:
 
 
 def cycles(graph: Mapping[str, Iterable[str]]) -> list[frozenset[str]]:
-    """Return the sets of names of which each reaches every other."""
+    """Return the sets of names that all reach each other."""
     reached: dict[str, set[str]] = {}
     for start in graph:
         seen: set[str] = set()

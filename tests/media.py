@@ -1,6 +1,6 @@
 """Bootable CD-ROM images with boot loaders of distributions: GRUB, ISOLINUX, iPXE.
 
-Each is made anew, in less than a second; what it is made of comes from packages.
+Each is built in less than a second, at each call; packages provide the parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ISOLINUX = (
     Path("/usr/lib/ISOLINUX/isolinux.bin"),
     Path("/usr/lib/syslinux/modules/bios/ldlinux.c32"),
 )
-# Code for the first sector, with which the same image boots as a disk.
+# Code for the first sector; it boots the same image as a disk.
 _ISOLINUX_MBR = Path("/usr/lib/ISOLINUX/isohdpfx.bin")
 _IPXE = Path("/usr/lib/ipxe/ipxe.iso")
 _IPXE_KERNEL = Path("/usr/lib/ipxe/ipxe.lkrn")
@@ -46,8 +46,8 @@ def data_iso(path: Path, files: Mapping[str, bytes], *options: str) -> Path:
 def isolinux_iso(path: Path, configuration: str, files: Mapping[str, bytes] | None = None) -> Path:
     """Write a disc that boots ISOLINUX on the BIOS's console, which also boots as a disk.
 
-    (With a serial line in its configuration every character would come twice: SeaBIOS has its
-    console there too.)
+    (With a serial line in its configuration every character would appear twice: SeaBIOS's console
+    is there too.)
 
     Raises:
         ArtifactError: xorriso, isolinux or syslinux-common is not installed.
@@ -70,8 +70,8 @@ def isolinux_iso(path: Path, configuration: str, files: Mapping[str, bytes] | No
 def grub_iso(path: Path, commands: str, *, firmware: str = "bios") -> Path:
     """Write a disc that boots GRUB, which also boots as a disk.
 
-    `firmware` is bios or uefi; with bios, GRUB is on the serial port, with uefi where the firmware
-    has its console.
+    `firmware` is bios or uefi; GRUB uses the serial port with bios, the firmware's console with
+    uefi.
 
     Raises:
         ArtifactError: grub-common, its modules, xorriso or mtools are not installed.

@@ -1,7 +1,7 @@
-"""What users of machine monitors stumble over, and the tests that hold each kind of fault off.
+"""Faults that users of machine monitors report, and the tests for each kind of fault.
 
-A kind is in the words of whoever meets it. The tests of a kind try several inputs of it, those that
-were reported and others. A sample was run on the tree before the kinds were mended, and failed.
+Each kind is in the users' words. Its tests try several inputs, reported ones and others. A sample
+was run on the tree before the kinds were mended, and failed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ STUMBLES: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/vmctl/test_unexpected.py::test_unexpected_answers",
         "tests/unit/vmctl/test_unexpected.py::test_no_answer_is_a_traceback",
     ),
-    # The daemon says yes and does nothing, or no without a reason
+    # The daemon reports success and does nothing, or fails without a reason
     "a configuration that is not there, or not found from elsewhere, is an empty one": (
         "tests/system/vmd/test_life.py::test_relative_paths_in_the_background",
         "tests/system/vmd/test_life.py::test_a_named_configuration_has_to_be_there",
@@ -131,7 +131,7 @@ STUMBLES: Final[dict[str, tuple[str, ...]]] = {
         "tests/unit/boot/test_multiboot.py::test_low_kernels",
         "tests/kvm/test_run.py::test_resets_in_a_row_are_told_once",
     ),
-    # What was missed first
+    # Missing features
     "a disk that is thrown away": (
         "tests/kvm/test_disks.py::test_a_snapshot_is_thrown_away",
         "tests/system/vmd/test_throw_away_disks.py::test_of_the_configuration",
@@ -160,7 +160,7 @@ STUMBLES: Final[dict[str, tuple[str, ...]]] = {
         "tests/system/vmd/test_tools.py::test_vman",
         "tests/system/vmd/test_tools.py::test_syzkaller",
     ),
-    # Held before, and tried since
+    # No faults of ours, but tested since
     "large discs, tags, groups, discards, reboots, kexec": (
         "tests/unit/scsi/test_cdrom.py::test_a_disc_of_more_than_4_gib",
         "tests/system/test_taps.py::test_tagged_frames_and_groups",

@@ -1,13 +1,13 @@
-"""A page of docs/ as something to do: what a reader types, and into what.
+"""A page of docs/ as a script: the lines that a reader types, and the program that reads them.
 
 Only blocks in the language `console` count. In these, a line is
 
     $ command       typed into the reader's shell, with the lines up to END if it has `<<END`
     # command       typed into root's shell in the guest
-    NAME login: who typed where the guest asks
+    NAME login: user    typed at the guest's prompt
     ~.              leaves a console
 
-and all else is an answer.
+and any other line is output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOGIN = re.compile(r"\w+ login: (\w+)")
 
 
 class Where(Enum):
-    """Who asks for what is typed."""
+    """The program that reads the typed lines."""
 
     SHELL = "the reader's shell"
     GUEST = "root's shell in the guest"
@@ -33,14 +33,14 @@ class Where(Enum):
 
 
 class Typed(NamedTuple):
-    """What a reader types at a time."""
+    """A command or answer that a reader types."""
 
     where: Where
     text: str
 
 
 def steps(page: str) -> Iterator[Typed]:
-    """Yield what the text of a page has its readers type, in order."""
+    """Yield the steps of a page's text, in order."""
     for block in _BLOCK.findall(page):
         lines = iter(block.splitlines())
         for line in lines:
@@ -56,7 +56,7 @@ def steps(page: str) -> Iterator[Typed]:
 
 
 def _whole(command: str, lines: Iterator[str]) -> Iterator[str]:
-    """Yield a command, and what follows of it up to the END of its here-document."""
+    """Yield a command, and its lines up to the END of its here-document."""
     yield command
     end = re.search(r"<<'?(\w+)", command)
     if end:

@@ -1,4 +1,4 @@
-"""The driver's side of a virtqueue, in plain memory: what a guest does, honest or not."""
+"""The driver's side of a virtqueue, in plain memory: actions of a guest, honest or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver's side of virtio over PCI: what a guest's kernel does to find and start a device."""
+"""The driver's side of virtio over PCI: how a guest's kernel finds and starts a device."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class FakeLine:
         self.held = 0
 
     def route(self, message: MsixMessage | None) -> None:
-        """Send from now on, and what was held back at once."""
+        """Send messages from now on, and a pending one at once."""
         self.message = message
         if message and self.held:
             self.held = 0
             self._host.deliver(message)
 
     def signal(self) -> None:
-        """Send, or hold back."""
+        """Send, or hold back, a message."""
         if self.message:
             self._host.deliver(self.message)
         else:
             self.held += 1
 
     def is_pending(self) -> bool:
-        """Tell whether anything is held back."""
+        """Tell whether a message is held back."""
         return self.held > 0
 
 
@@ -67,7 +67,7 @@ class PinLine(RecordingIrqLine):
         self.rose = threading.Semaphore(0)
 
     def set(self, level: bool) -> None:
-        """Remember, and wake whoever waits."""
+        """Record the level, and wake waiting threads."""
         was_high = self.level
         super().set(level)
         if level and not was_high:
@@ -76,7 +76,7 @@ class PinLine(RecordingIrqLine):
 
 @dataclass
 class FakeHost:
-    """A `Host` that remembers; `delivered` counts interrupt messages for whoever waits."""
+    """A `Host` that records calls; waiting threads read `delivered` interrupt messages."""
 
     bound: dict[int, int] = field(default_factory=dict)
     """Eventfd by port."""
@@ -84,16 +84,16 @@ class FakeHost:
     delivered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def bind_notification(self, fd: int, port: int) -> None:
-        """Remember."""
+        """Record the eventfd."""
         assert port not in self.bound
         self.bound[port] = fd
 
     def unbind_notification(self, fd: int, port: int) -> None:
-        """Forget what has to be there."""
+        """Remove the record, which must exist."""
         assert self.bound.pop(port) == fd
 
     def msi_line(self) -> FakeLine:
-        """Make a line."""
+        """Make a line whose messages arrive here."""
         return FakeLine(self)
 
     def send_msi(self, address: int, data: int) -> None:
@@ -101,13 +101,13 @@ class FakeHost:
         self.deliver(MsixMessage(address, data))
 
     def deliver(self, message: MsixMessage) -> None:
-        """Remember a message and wake whoever waits for one."""
+        """Record a message, and wake threads that wait for one."""
         self.messages.append(message)
         self.delivered.release()
 
 
 class BusDriver:
-    """A driver of the virtio function in a slot, which it reaches by the buses of its machine."""
+    """A driver of the virtio function in a slot, reached over the machine's buses."""
 
     def __init__(self, pio: Bus, mmio: Bus, slot: int) -> None:
         self.pio, self.mmio, self.slot = pio, mmio, slot
@@ -127,12 +127,12 @@ class BusDriver:
         self.pio.write(layout.PORT_PCI_CONFIG + 4 + (register & 3), size, value)
 
     def bar(self, index: int) -> int:
-        """Return where a BAR is."""
+        """Return a BAR's address."""
         value = self.config_read(Register.BAR0 + 4 * index)
         return value & ~(0x3 if value & 1 else 0xF)
 
     def capabilities(self, wanted: int) -> list[int]:
-        """Return where the capabilities of one ID are."""
+        """Return the offsets of the capabilities of one ID."""
         found, at = [], self.config_read(Register.CAPABILITIES, 1)
         while at:
             if self.config_read(at, 1) == wanted:
@@ -141,7 +141,7 @@ class BusDriver:
         return found
 
     def _find_structures(self) -> Mapping[int, int]:
-        """Return where each structure lies, by its type: on the memory bus.
+        """Return the address of each structure on the memory bus, by its type.
 
         Notification addresses are ports as well, and that capability comes first.
         """
@@ -193,13 +193,13 @@ class BusDriver:
         return features
 
     def accept(self, features: int) -> None:
-        """Say which features the driver wants."""
+        """Write the features that the driver wants."""
         for half in range(2):
             self.write(abi.VIRTIO_PCI_COMMON_GFSELECT, 4, half)
             self.write(abi.VIRTIO_PCI_COMMON_GF, 4, features >> (32 * half) & 0xFFFF_FFFF)
 
     def place(self, index: int, queue: DriverQueue, vector: int | None = None) -> None:
-        """Say where a queue is, and enable it."""
+        """Write a queue's addresses, and enable it."""
         ring = queue.ring
         self.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, index)
         self.write(abi.VIRTIO_PCI_COMMON_Q_SIZE, 2, ring.size)
@@ -253,7 +253,7 @@ class BusDriver:
         return self.bar(ports) + self.notify_address(index) % PAGE_SIZE
 
     def notify_address(self, index: int) -> int:
-        """Return where in memory a write notifies queue `index`."""
+        """Return the memory address to which a write notifies queue `index`."""
         self.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, index)
         offset = self.read(abi.VIRTIO_PCI_COMMON_Q_NOFF, 2)
         return self.structures[abi.VIRTIO_PCI_CAP_NOTIFY_CFG] + offset * self.notify_multiplier

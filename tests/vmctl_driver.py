@@ -1,6 +1,6 @@
 """Drive a program that shows a guest's console: `vmctl run`, or QEMU for comparison.
 
-One class, no threads: what the program prints is collected while a call waits for it, and
+One class, no threads: it collects the program's output while a call waits for it, and
 `close()`, the end of the context, leaves no process and no descriptor.
 """
 
@@ -20,7 +20,7 @@ from typing import IO, Self
 ROOT = Path(__file__).resolve().parents[1]
 VMCTL = ROOT / ".venv" / "bin" / "vmctl"
 
-# What a guest needs to reach user space where everything is emulated and the machine is busy.
+# Time for a guest to reach user space under full emulation on a busy machine.
 BOOT_TIMEOUT_S = 240.0
 _CHUNK = 65536
 
@@ -51,7 +51,7 @@ class ConsoleProcess:
     ) -> None:
         """Start the program, with `environment` added to this process's own.
 
-        `on_output` is handed what the program writes, standard error included, as it is read.
+        `on_output` gets all output of the program, standard error included, as it is read.
         """
         self._on_output = on_output
         self.output = b""
@@ -145,7 +145,7 @@ class ConsoleProcess:
         return match
 
     def expect_errors(self, pattern: str, timeout_s: float = BOOT_TIMEOUT_S) -> re.Match[str]:
-        """Wait as `expect` does, but for what standard error says.
+        """Wait as `expect` does, but for output on standard error.
 
         Raises:
             ConsoleTimeoutError: there is no match after that time, or at the output's end.
@@ -199,14 +199,14 @@ class ConsoleProcess:
                 raise ConsoleTimeoutError(f"no {pattern!r} {self._told()}")
 
     def _collect(self, timeout_s: float) -> bool:
-        """Read what is there, waiting for it; False once both outputs have ended."""
+        """Read available output, waiting for it; False once both outputs have ended."""
         waiting = [fd for fd in (self._output, self._errors) if fd is not None]
         if not waiting:
             return False
         for fd in select.select(waiting, [], [], timeout_s)[0]:
             try:
                 data = os.read(fd, _CHUNK)
-            except OSError:  # a pseudo-terminal's way to say that its other side is gone
+            except OSError:  # the other side of the pseudo-terminal is gone
                 data = b""
             if self._on_output:
                 self._on_output(data)
@@ -230,7 +230,7 @@ class ConsoleProcess:
 
 
 def _detach(stream: IO[bytes] | None) -> int:
-    """Take over the descriptor of a pipe's file object, which is closed."""
+    """Take over the descriptor of a pipe's file object, and close the object."""
     assert stream is not None
     with stream:
         return os.dup(stream.fileno())

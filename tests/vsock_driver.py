@@ -13,7 +13,7 @@ from vmm_kvm.virtio.vsock_packet import HEADER_SIZE, HOST_CID, STREAM, Header, O
 
 CID = 3
 ROOM = 1 << 20
-"""What a guest has room for in these tests, if they do not say otherwise."""
+"""The guest's receive space in these tests, unless they choose another."""
 BUFFER = HEADER_SIZE + 4096
 _LARGE_SIZE, _LARGE_MAX = 0x11000, 3
 _SMALL, _SMALL_MAX = 64, 256
@@ -22,14 +22,14 @@ _AREA = 0x40000
 
 
 class Got(NamedTuple):
-    """A packet of the device's."""
+    """A packet from the device."""
 
     header: Header
     data: bytes
 
     @property
     def op(self) -> int:
-        """What it is for."""
+        """The packet's operation."""
         return self.header.op
 
 
@@ -51,11 +51,11 @@ class VsockDriver:
         self._sent = self._taken = 0
         self._free = deque(range(base, base + buffers * 0x1100, 0x1100))
         self._places: dict[int, int] = {}
-        """Of the buffers that are offered, by head."""
+        """The addresses of the offered buffers, by head."""
         self._events: dict[int, int] = {}
 
     def copied(self, memory: memoryview, notify: Callable[[int], None]) -> VsockDriver:
-        """Return the same driver in another memory, which has been copied."""
+        """Return the same driver for a copy of the memory."""
         other = copy.copy(self)
         other._memory, other._notify = memory, notify
         other._queues = {index: copy.copy(queue) for index, queue in self._queues.items()}
@@ -67,7 +67,7 @@ class VsockDriver:
 
     @property
     def free(self) -> int:
-        """How many receive buffers the device does not have."""
+        """The number of receive buffers that the device does not have."""
         return len(self._free)
 
     def offer(self, count: int | None = None) -> None:
@@ -105,14 +105,14 @@ class VsockDriver:
         return found
 
     def send(self, op: int, ports: tuple[int, int], data: bytes = b"", **fields: int) -> None:
-        """Send a packet from the first port, the guest's; `fields` of its header may be others."""
+        """Send a packet from the first port, the guest's, with any `fields` of its header."""
         header = Header(
             CID, HOST_CID, ports[0], ports[1], len(data), STREAM, op, 0, ROOM, 0
         )._replace(**fields)
         self.send_raw(header.pack() + data)
 
     def send_raw(self, data: bytes) -> None:
-        """Send whatever this is."""
+        """Send any bytes."""
         place = self._base + _AREA
         if len(data) <= _SMALL:
             place += _LARGE_MAX * _LARGE_SIZE + self._sent % _SMALL_MAX * _SMALL
@@ -128,13 +128,13 @@ class VsockDriver:
         self._notify(TRANSMIT_QUEUE)
 
     def taken(self) -> int:
-        """Return how many of the guest's packets the device has given back since the last call."""
+        """Return how many of the guest's packets the device has returned since the last call."""
         count = len(self._queues[TRANSMIT_QUEUE].used())
         self._taken += count
         return count
 
     def can_send(self) -> bool:
-        """Tell whether there is room for a large packet, which no other is in."""
+        """Tell whether there is room for a large packet."""
         self.taken()
         return self._sent - self._taken < _LARGE_MAX
 
@@ -151,7 +151,7 @@ class GuestStream:
         self.received = bytearray()
         self._told = 0
         self.ended = Shutdown.NONE
-        """What the host's side does no more."""
+        """Directions that the host's side has shut down."""
         self.is_reset = False
 
     def credit(self) -> int:
@@ -182,11 +182,11 @@ class GuestStream:
         )
 
     def update(self) -> None:
-        """Say how much room there is."""
+        """Tell the device how much room there is."""
         self._send(Op.CREDIT_UPDATE)
 
     def write(self, data: bytes) -> int:
-        """Send as much as there is credit for; returns how much that is."""
+        """Send as much as there is credit for; returns the number of bytes."""
         count = min(len(data), self.credit(), 0x10000) if self._driver.can_send() else 0
         if count:
             self._sent += count
@@ -194,5 +194,5 @@ class GuestStream:
         return count
 
     def shut(self, flags: Shutdown) -> None:
-        """Say what the guest does no more."""
+        """Shut down directions of the guest's side."""
         self._send(Op.SHUTDOWN, flags=flags)

@@ -1,4 +1,4 @@
-"""A web server for guests, which notes what it was asked."""
+"""A web server for guests that records their requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked, by whom, and the status that it got."""
+    """A request's line, its client, and the status of the answer."""
 
     client: str
     path: str
@@ -23,7 +23,7 @@ class Request:
 class WebServer(http.server.ThreadingHTTPServer):
     """A web server on every address of the network of the thread that makes it.
 
-    `requests` are those that were answered.
+    `requests` are the answered ones.
     """
 
     def __init__(self, root: Path, port: int = 80) -> None:
@@ -52,8 +52,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         code: int | str = "-",
         size: int | str = "-",  # noqa: ARG002 - the base class's
     ) -> None:
-        """Note a request."""
+        """Record a request."""
         self.server.requests.append(Request(self.client_address[0], self.path, int(code)))
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-        """Say nothing."""
+        """Log nothing."""

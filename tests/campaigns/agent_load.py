@@ -3,9 +3,9 @@
     tests/campaigns/agent_load.py [--count N] [--mib N] [--python PATH]
 
 COUNT commands (1,000) run 20 at a time, each with input, output, errors and a status of its own;
-then MIB MiB (100) go through `cat` in a guest by `vmctl exec -i`, and the sums of both ends are
-compared. Nothing may differ, no process may be left, and neither end's memory may grow with what
-passes through it.
+then MIB MiB (100) go through `cat` in a guest by `vmctl exec -i`, and the checksums of both ends
+are compared. They must be equal, no process may be left, and neither end's memory may grow with the
+data.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tests.vmctl_driver import VMCTL  # noqa: E402 - same
 MIB = 1 << 20
 AT_A_TIME = 20
 GROWTH_MAX = 24 * MIB
-"""How much larger than at its start a process may become."""
+"""The largest growth of a process since its start."""
 
 
 def commands(count: int, interpreter: str = sys.executable) -> float:
-    """Run `count` commands, AT_A_TIME side by side; returns how many seconds they took."""
+    """Run `count` commands, AT_A_TIME side by side; returns the seconds."""
     with (
         tempfile.TemporaryDirectory() as folder,
         HostAgent(Path(folder) / "agent", interpreter=interpreter) as host,

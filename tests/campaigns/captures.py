@@ -1,16 +1,16 @@
-"""Campaign: tcpdump inside a guest and outside see the same, with every checksum on the wire right.
+"""Campaign: tcpdump sees the same frames inside a guest and outside, with right checksums.
 
-A guest's tap and a wire are on a bridge. At the wire's other end is a peer; the wire has no
-offloads, so frames are segmented and have their checksums when they are on it, as on a network
-card. Streams and datagrams of many sizes go both ways, between guest and peer and between guest
+A guest's tap and a veth pair's end are on a bridge. A peer has the other end; the pair has no
+offloads, so that frames on it are segmented and have their checksums, as on a network card.
+Streams and datagrams of many sizes go both ways, between guest and peer and between guest
 and host, with the guest's offloads and without, by IPv4 and IPv6, MEBIBYTES in all. Then:
 
 - the guest's capture of its interface and the host's of the tap have the same frames, in the same
-  order: lengths, and the first bytes of each; but those, of streams at full speed, that the host
-  counts as dropped by the tap's queue of 500;
-- no receiver has counted a wrong checksum (that it would is tried out first), and tcpdump finds
-  none among the first frames on the wire;
-- of datagrams, sent at a moderate rate, none is lost.
+order: lengths, and the first bytes of each; except frames, of streams at full speed, that the
+tap's queue of 500 has dropped by the host's count;
+- no receiver has counted a wrong checksum (a trial shows that it would), and tcpdump finds
+none among the first frames on the wire;
+- no datagram, sent at a moderate rate, is lost.
 
 Any deviation is printed, and the exit status is 1. Needs root, tcpdump, ethtool and iperf3, and a
 KVM that runs a distribution kernel, as the rig's does.
@@ -54,15 +54,15 @@ _NO_SEGMENTS = "tso off gso off"
 _NOTHING = "tso off gso off tx off"
 _FILTER = "(ip or ip6) and not icmp and not icmp6"
 _LOOKED_AT = 2000
-"""Frames on the wire whose checksums tcpdump looks at, in each phase."""
+"""Frames on the wire whose checksums tcpdump verifies, in each phase."""
 _GUEST_BUFFER_KIB, _HOST_BUFFER_KIB = 32768, 131072
 _BAD_PORT = 9
 _SHOWN = 12
-"""Frames that are shown of each capture where they begin to differ."""
+"""Frames of each capture that are shown from the first difference on."""
 
 
 Frame = tuple[int, bytes]
-"""Its length, and its first bytes."""
+"""A frame's length, and its first bytes."""
 
 
 class Phase(NamedTuple):
@@ -72,11 +72,11 @@ class Phase(NamedTuple):
     server: str
     """PEER or HOST."""
     options: str
-    """Of iperf3 in the guest."""
+    """Options of iperf3 in the guest."""
     share: float = 0.0
-    """Of all bytes; 0 for datagrams, of which there is a number."""
+    """Its share of all bytes; 0 for datagrams, whose number is fixed."""
     offloads: str = _ALL_ON
-    """Of the guest's interface, as ethtool -K takes them."""
+    """Offloads of the guest's interface, as ethtool -K takes them."""
     is_ipv6: bool = False
 
 
@@ -102,7 +102,7 @@ PHASES = (
 
 
 class Place(NamedTuple):
-    """Where everything is."""
+    """The host, the peer and the guest."""
 
     host: Namespace
     peer: Namespace
@@ -135,7 +135,7 @@ def networks() -> Iterator[tuple[Namespace, Namespace]]:
 
 
 def checksum_errors(snmp: str, snmp6: str) -> int:
-    """Return how many packets with a wrong checksum were received, as /proc/net tells it."""
+    """Return the number of received packets with a wrong checksum, by /proc/net."""
     total = 0
     rows = [line.split() for line in snmp.splitlines()]
     for names, values in zip(rows[::2], rows[1::2], strict=True):
@@ -152,22 +152,22 @@ def checksum_errors(snmp: str, snmp6: str) -> int:
 
 
 def counted(where: Namespace) -> int:
-    """Return the wrong checksums that a namespace has received."""
+    """Return the number of wrong checksums that a namespace has received."""
     return checksum_errors(where.run("cat", "/proc/net/snmp"), where.run("cat", "/proc/net/snmp6"))
 
 
 def counted_by(shell: Shell) -> int:
-    """Return those that the guest has received."""
+    """Return the number of those that the guest has received."""
     return checksum_errors(shell.run("cat /proc/net/snmp"), shell.run("cat /proc/net/snmp6"))
 
 
 def drops(host: Namespace) -> int:
-    """Return how many frames to the guest its tap has dropped."""
+    """Return the number of frames to the guest that its tap has dropped."""
     return int(host.run("cat", "/sys/class/net/tap0/statistics/tx_dropped"))
 
 
 def frames(capture: Path) -> list[Frame]:
-    """Return of each frame of a capture its length and its first bytes."""
+    """Return the length and the first bytes of each frame of a capture."""
     data, at, found = capture.read_bytes(), 24, []
     while at + 16 <= len(data):
         kept, length = struct.unpack_from("<8xII", data, at)
@@ -179,11 +179,11 @@ def frames(capture: Path) -> list[Frame]:
 def differences(
     inside: Sequence[Frame], outside: Sequence[Frame], dropped: int
 ) -> tuple[list[str], int]:
-    """Return how two captures differ, if they do, for each sender by itself; and how many are lost.
+    """Return the differences of two captures, for each sender by itself; and the lost frames.
 
     The host counts frames that the tap's queue had no room for, `dropped`, after tcpdump has seen
-    them: so many may be missing inside. It counts others, too, that nobody captures: those to
-    groups that the guest has not joined.
+    them: so many may be missing inside. It also counts frames that no capture has: those to groups
+    that the guest has not joined.
     """
     told, absent = [], 0
     for sender in sorted({frame[1][6:12] for frame in (*inside, *outside)}):
@@ -210,7 +210,7 @@ class Capture:
     """A tcpdump of the host's side; `stop` ends it."""
 
     def __init__(self, where: Namespace, link: str, place: Path, *options: str) -> None:
-        """Begin; it has begun when this returns."""
+        """Start it; it captures when this returns."""
         self._where = where
         self._process = subprocess.Popen(
             where.command(
@@ -226,7 +226,7 @@ class Capture:
                 break
 
     def stop(self) -> list[str]:
-        """End it; returns a line if it has missed frames."""
+        """Stop it; returns a line if it has missed frames."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         _, said = self._process.communicate(timeout=60)
@@ -235,7 +235,7 @@ class Capture:
 
 
 def run_phase(place: Place, phase: Phase, mebibytes: int) -> tuple[list[str], int, int]:
-    """Run one phase; returns what is wrong, and how many bytes and frames the guest has seen."""
+    """Run one phase; returns its deviations, and the bytes and frames that the guest has seen."""
     host, peer, shell, folder = place
     where = peer if phase.server == PEER else host
     address = (NET6 if phase.is_ipv6 else NET4) + phase.server
@@ -283,7 +283,7 @@ def run_phase(place: Place, phase: Phase, mebibytes: int) -> tuple[list[str], in
 
 
 def try_detection(place: Place) -> list[str]:
-    """Send the peer a datagram whose checksum is wrong; returns a line if it does not count it."""
+    """Send the peer a datagram with a wrong checksum; returns a line if the peer counts none."""
     before = counted(place.peer)
     lladdr = bytes.fromhex(
         place.peer.run("cat", "/sys/class/net/wire/address").strip().replace(":", "")
@@ -311,7 +311,7 @@ def try_detection(place: Place) -> list[str]:
 
 
 def campaign(path: str, mebibytes: int, *, folder: Path) -> list[str]:
-    """Run all phases on one data path; returns what is wrong."""
+    """Run all phases on one data path; returns the deviations."""
     kernel = artifacts.kernel("cloud")
     disk = tools_disk(folder / "tools", *PROGRAMS)
     with ExitStack() as stack:

@@ -1,12 +1,12 @@
-"""Campaign: processes of the daemon that were taken over, and say what their channel can carry.
+"""Campaign: compromised processes of the daemon, which send all that their channel can carry.
 
-The daemon is a copy with one kind of process patched; nothing else is. A VM process floods vmm with
-reports, valid and not, with descriptors and texts, or stops reading. A disk process says anything
-to its VM. The control process asks in the name of clients that do not exist, as fast as it can, and
-reads no answer.
+The daemon is a copy in which one kind of process is patched. A VM process floods vmm with reports,
+valid and not, with descriptors and texts, or stops reading. A disk process sends anything to its
+VM. The control process sends requests in the name of clients that do not exist, as fast as it can,
+and reads no answer.
 
 A VM or disk process ends its own VM, alone. Control is ended and started again. The other VMs run
-on, another user's status comes within a second, and the parent's memory stays below a limit.
+on, another user's status arrives within a second, and the parent's memory stays below a limit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.campaigns.valid_floods import RSS_MAX, STATUS_MAX_S, rss  # noqa: E40
 from tests.system.vmd.daemon import Daemon, vm_block  # noqa: E402
 
 EVIL = "evil"
-"""Begins the names of VMs whose processes are patched."""
+"""The prefix of VMs whose processes are patched."""
 _FLOOD = 1_000_000
 _CONTROL_S = 30.0
 _END_S = 10.0
@@ -48,7 +48,7 @@ def _title() -> str:
 
 
 def _vm_says(number: int) -> Callable[[socket.socket, random.Random], None]:
-    """Return what the process of the VM with this number does to its channel."""
+    """Return the actions of the process of the VM with this number on its channel."""
     from vmd.wire import internal  # noqa: PLC0415 - in the daemon only
     from vmd.wire.parts import Statistics  # noqa: PLC0415 - likewise
 
@@ -90,7 +90,7 @@ def _vm_says(number: int) -> Callable[[socket.socket, random.Random], None]:
 
 VM_WAYS = 10
 DEAF = VM_WAYS - 1
-"""The way that says nothing."""
+"""The way of a process that neither sends nor reads."""
 
 
 def _patch_vm(seed: int) -> None:
@@ -133,7 +133,7 @@ def _patch_control(seed: int) -> None:
     from vmd.control import process  # noqa: PLC0415 - in the daemon only
     from vmd.wire import internal, messages  # noqa: PLC0415 - likewise
 
-    begun = mmap.mmap(-1, mmap.PAGESIZE)  # what the next control process sees
+    begun = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the next control process
     serve = process.Control.__init__
 
     def patched(self: process.Control, loop: object, parent: object, listener: object) -> None:
@@ -151,7 +151,7 @@ def _patch_control(seed: int) -> None:
             messages.Console(name="good"),
             messages.Start(name="x", instance="good"),
         ]
-        if seed % 2:  # what is answered at once, so that nothing but the answers tells
+        if seed % 2:  # requests with an immediate answer, so that only the answers give it away
             requests = requests[:2]
         listener.setblocking(True)  # type: ignore[attr-defined]
         connection = listener.accept()[0]  # type: ignore[attr-defined]
@@ -169,12 +169,12 @@ def _patch_control(seed: int) -> None:
 
 
 CLIENTS = 500
-"""That control says it has."""
+"""The number of clients that control claims to have."""
 _PATCHES = {"vm": _patch_vm, "disk": _patch_disk, "control": _patch_control}
 
 
 def _be_daemon(kind: str, arguments: list[str]) -> None:
-    """Be a vmd with processes of this kind patched."""
+    """Run a vmd with patched processes of this kind."""
     from vmd.__main__ import main as vmd  # noqa: PLC0415 - in the daemon only
 
     _PATCHES[kind](int(os.environ.get(_SEED, "1")))
@@ -192,7 +192,7 @@ def _daemon(directory: Path, config: str, kind: str, seed: int) -> Daemon:
 
 
 def _check(vmd: Daemon, good: object) -> float:
-    """Look after the VM that nobody took over; returns how long the status took, seconds."""
+    """Check the VM that is not compromised; returns the seconds of a status."""
     begun = time.monotonic()
     with vmd.client() as client:
         vm = client.vm("good")
@@ -207,10 +207,10 @@ def _check(vmd: Daemon, good: object) -> float:
 
 
 def run_vms(directory: Path, kind: str, rounds: int, seed: int) -> str:
-    """Take over the VM or disk processes of `rounds` VMs, one after the other; returns a line.
+    """Compromise the VM or disk processes of `rounds` VMs, one after the other; returns a line.
 
     Raises:
-        Failure: anything but that VM suffered.
+        Failure: anything but that VM was affected.
     """
     (directory / "disk.evil").write_bytes(bytes(1 << 20))
     line = f'disk "{directory}/disk.evil"' if kind == "disk" else ""
@@ -222,7 +222,7 @@ def run_vms(directory: Path, kind: str, rounds: int, seed: int) -> str:
         good = client.wait_for_state("good", "running")["pid"]
         for number in range(rounds):
             name = f"{EVIL}{number}"
-            client.ask("start", name=name)  # whether or not it says that it has started
+            client.ask("start", name=name)  # the answer does not matter
             slowest = max(slowest, _check(vmd, good))
             if kind == "vm" and number % VM_WAYS == DEAF:
                 for _ in range(2000):
@@ -241,7 +241,7 @@ def run_vms(directory: Path, kind: str, rounds: int, seed: int) -> str:
 
 
 def run_control(directory: Path, seed: int) -> str:
-    """Take over the control process; returns a line.
+    """Compromise the control process; returns a line.
 
     Raises:
         Failure: a VM is lost, memory grew, or there is no other control process in time.

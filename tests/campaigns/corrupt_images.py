@@ -2,9 +2,9 @@
 
 A set of sound images of every kind is made with `qemu-img`. Each case takes one, breaks it (bits,
 words of extreme values and pointers in the header, the tables or anywhere; truncation; pieces
-swapped) and uses it as a machine and as `vmctl image` would. What may happen is a result, an
-ImageError or an OSError, of one line. Never another exception, nor more than a time and an amount
-of memory.
+swapped) and uses it as a machine and as `vmctl image` would. Each use may succeed, or raise an
+ImageError or an OSError of one line; never another exception. Time and memory of a case are
+limited.
 
 Any deviation is printed, with the seed that repeats it, and the exit status is 1.
 """
@@ -40,7 +40,7 @@ from vmm_kvm.errors import ImageError  # noqa: E402
 from vmm_kvm.images.opening import image_chain, open_image  # noqa: E402
 
 TIMEOUT_S = 5.0
-"""Of processor time: how busy the machine is does not count."""
+"""Seconds of processor time, which does not depend on other work on the machine."""
 MEMORY_BYTES = 512 << 20
 SIZE = 4 << 20
 KINDS = (
@@ -67,7 +67,7 @@ def make_seeds(directory: Path) -> list[bytes]:
         create = ("qemu-img", "create", "-q", "-f", "qcow2", "-o", kind, plain, str(SIZE))
         subprocess.run(create, check=True)
         for command in ("write -P 1 1M 300k", "write -z 2M 128k", "write -c -P 3 2M 2M"):
-            # A part that is not compressible in this way is not the point here.
+            # A part that does not compress in this way does not matter here.
             subprocess.run(["qemu-io", "-c", command, plain], check=False, capture_output=True)
         if "refcount_bits=1" not in kind:
             subprocess.run(["qemu-img", "snapshot", "-c", "one", plain], check=True)
@@ -118,7 +118,7 @@ def corrupted(sound: bytes, chance: random.Random) -> bytearray:
 
 
 def use(path: str, chance: random.Random) -> None:
-    """Do with an image what is ever done with one."""
+    """Do all that programs do with an image."""
     tries: list[Callable[[], object]] = [
         lambda: image_chain(path, None),
         lambda: _check(path),
@@ -194,7 +194,7 @@ def _hang(_: int, __: FrameType | None) -> NoReturn:
 
 
 def run_case(sound: Sequence[bytes], seed: int, directory: Path) -> str | None:
-    """Run one case; return what deviates, if anything does."""
+    """Run one case; return its deviation, if there is one."""
     chance = random.Random(seed)
     path = directory / "corrupt.qcow2"
     path.write_bytes(corrupted(chance.choice(sound), chance))

@@ -1,4 +1,4 @@
-"""What the campaigns against the daemon have in common: how they fail, and how they are started."""
+"""Shared by campaigns against the daemon: their failure, and their command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Failure(Exception):  # noqa: N818 - of the daemon, not of the campaign
-    """The daemon is not as it should be; `str()` says how."""
+    """The daemon has a fault; `str()` says which."""
 
 
 def main(
@@ -22,8 +22,8 @@ def main(
 ) -> int:
     """Run a campaign in a directory of its own; returns the exit status.
 
-    `options` are numbers by name, each with its default and what it means. `run` returns what to
-    tell, and raises Failure.
+    `options` are numbers by name, each with its default and its meaning. `run` returns a line to
+    print, and raises Failure.
     """
     parser = argparse.ArgumentParser(prog=name, description=description)
     for option, (default, meaning) in options.items():

@@ -1,10 +1,10 @@
-"""Campaign: broken units of AgentX, as a master agent that is not one would send them.
+"""Campaign: broken AgentX PDUs from a faulty master agent.
 
-Each unit is a right one with bytes changed, cut off, doubled or added. The process may answer,
-refuse or leave; it comes back each time. Every so often it is asked for the number of VMs, and
-tells it.
+Each PDU is a right one with bytes changed, cut off, doubled or added. The process may answer,
+refuse or disconnect; it connects again each time. Every so often the campaign asks for the number
+of VMs, and the process must answer.
 
-The first deviation is printed, and the exit status is 1. The same --seed sends the same units.
+The first deviation is printed, and the exit status is 1. The same --seed sends the same PDUs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CHECKED_IN = 50
 
 
 def broken(unit: bytes, chance: random.Random) -> bytes:
-    """Return the unit with something wrong, its size mended half of the time."""
+    """Return the PDU with a fault, its size mended half of the time."""
     data = bytearray(unit)
     for _ in range(chance.randrange(1, 5)):
         at = chance.randrange(len(data)) if data else 0
@@ -61,7 +61,7 @@ def broken(unit: bytes, chance: random.Random) -> bytes:
 
 
 class Campaign:
-    """A process that is sent units, and how often it was in session again."""
+    """Sends PDUs to a process, and counts its sessions."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -69,7 +69,7 @@ class Campaign:
         self.told = 0
 
     def send(self, data: bytes) -> None:
-        """Send a unit, in a session; answer whatever the process asks its parent meanwhile."""
+        """Send a PDU in a session; answer the process's questions to its parent meanwhile."""
         if not self.sessions:
             self.rig.open()
             self.sessions = 1
@@ -85,7 +85,7 @@ class Campaign:
 
 
 def campaign(count: int, seed: int) -> tuple[int, str | None]:
-    """Send so many units; returns how many sessions that took, and the first deviation."""
+    """Send `count` PDUs; returns the number of sessions, and the first deviation."""
     chance = random.Random(seed)
     with EventLoop() as loop, closing(Rig(loop, retry_s=0)) as rig:
         run = Campaign(rig)
@@ -94,7 +94,7 @@ def campaign(count: int, seed: int) -> tuple[int, str | None]:
             try:
                 run.send(data)
                 if number % _CHECKED_IN == 0:
-                    # A unit that was cut off would take this one for its end.
+                    # A PDU that was cut off would take this one for its end.
                     rig.leave()
                     run.send(b"")
                     run.told += 1
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=100_000, help="units (100000)")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args(arguments)
-    logging.disable()  # of each refusal there is a line
+    logging.disable()  # each refusal is logged
     begin = time.monotonic()
     sessions, deviation = campaign(given.count, given.seed)
     elapsed = time.monotonic() - begin

@@ -1,8 +1,8 @@
-"""Campaign: broken DHCP requests and router solicitations, as a hostile guest would send them.
+"""Campaign: broken DHCP requests and router solicitations of a hostile guest.
 
 Each frame is a right one, of one of several kinds, with bytes changed, cut off, doubled or added,
-and its checksums mended half of the time, so that what is inside is looked at. Nothing may be
-raised, what is answered is an answer for this guest alone, and it has the one address there is.
+and its checksums mended half of the time, so that the server reads the contents. The server may
+raise nothing; an answer goes to this guest alone, with its one address.
 
 The first deviation is printed, and the exit status is 1. The same --seed sends the same frames.
 """
@@ -37,11 +37,11 @@ FRAMES = (
     solicitation(),
 )
 _HEADERS = 14 + 20 + 8
-_CHECKED_IN = 50  # one answer of so many is read by scapy, which takes a while
+_CHECKED_IN = 50  # scapy, which is slow, reads one of so many answers
 
 
 def broken(frame: bytes, chance: random.Random) -> bytes:
-    """Return the frame with something wrong."""
+    """Return the frame with a fault."""
     data = bytearray(frame)
     for _ in range(chance.randrange(1, 6)):
         at = chance.randrange(len(data)) if data else 0
@@ -58,7 +58,7 @@ def broken(frame: bytes, chance: random.Random) -> bytes:
 
 
 def mended(frame: bytes) -> bytes:
-    """Return what is in the frame in a datagram that is right in itself."""
+    """Return the frame's contents in a datagram with right headers."""
     if len(frame) <= _HEADERS:
         return frame
     addresses = (bytes(4), b"\xff" * 4)
@@ -67,7 +67,7 @@ def mended(frame: bytes) -> bytes:
 
 
 def campaign(count: int, seed: int) -> tuple[int, str | None]:
-    """Send so many frames; returns how many were answered, and the first deviation."""
+    """Send `count` frames; returns the number of answers, and the first deviation."""
     chance = random.Random(seed)
     answered = 0
     for number in range(count):

@@ -1,12 +1,12 @@
 """Campaign: hostile drivers against virtio-net's queues, frames, header and commands.
 
 COUNT drivers, each with three rings in memory of its own: descriptors, indirect tables, indices and
-contents are random, biased towards what nearly works; frames of random sizes arrive meanwhile, and
-while a frame is on its way out the driver changes it. Whatever they do:
+contents are random, biased towards values that nearly work; frames of random sizes arrive
+meanwhile, and the driver changes frames while they are sent. Then:
 
-- nothing comes out of the device but a GuestError, and no more chains come back than were offered;
-- from a locked address no frame with another source leaves, and none to another station comes in;
-- frames that the device hands to the driver are frames that arrived, whole and in order.
+- the device raises nothing but GuestError, and returns no more chains than were offered;
+- from a locked address no frame with another source leaves, and none to another station arrives;
+- frames that the driver gets are frames that arrived, whole and in order.
 
 Any deviation is printed, and the exit status is 1. The same --seed gives the same drivers.
 """
@@ -65,14 +65,14 @@ _COMMANDS = 1 << abi.VIRTIO_NET_F_CTRL_VQ | 1 << abi.VIRTIO_NET_F_CTRL_VLAN
 
 
 class Port(FakePort):
-    """Frames in, frames out; the driver changes a frame just before it leaves."""
+    """Frames in, frames out; the driver changes a frame just before it is sent."""
 
     def __init__(self, chance: random.Random, *, has_filter: bool) -> None:
         super().__init__(has_filter=has_filter)
         self._chance = chance
 
     def send(self, _queue: int, buffers: Sequence[memoryview | bytes]) -> bool:
-        """Keep a frame, after its owner has had a last chance to change it."""
+        """Keep a frame, after the driver has had a last chance to change it."""
         if self._chance.random() < 0.5:
             for buffer in buffers:
                 if isinstance(buffer, memoryview) and not buffer.readonly:
@@ -82,7 +82,7 @@ class Port(FakePort):
 
 
 class Driver:
-    """One random driver; what it does is decided by `chance` alone."""
+    """A random driver; `chance` alone decides its actions."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -170,7 +170,7 @@ class Driver:
             )
 
     def run(self) -> str | None:
-        """Act and be served; return what deviated."""
+        """Act and be served; return the deviation."""
         for _ in range(ROUNDS):
             self.act()
             for index, side in enumerate(self.sides):
@@ -207,7 +207,7 @@ class Honest:
         self.device.start(_MERGEABLE | EVENT_IDX)
 
     def run(self) -> str | None:
-        """Receive frames; return what deviated."""
+        """Receive frames; return the deviation."""
         chance, queue = self.chance, self.queue
         arrived: list[bytes] = []
         places: dict[int, tuple[int, int]] = {}
@@ -237,7 +237,7 @@ class Honest:
         for number, frame in enumerate(arrived):
             piece = bytes(got[at : at + len(frame)])
             if len(piece) < len(frame):
-                break  # waits for buffers
+                break  # it waits for buffers
             if piece[:10] + piece[_HEADER:] != frame[:10] + frame[_HEADER:]:
                 return f"frame {number}: of {len(frame)} bytes, not what arrived"
             at += len(frame)
@@ -245,7 +245,7 @@ class Honest:
 
 
 def campaign(count: int, seed: int) -> list[str]:
-    """Let `count` drivers of each kind have their way; return what deviated, a line each."""
+    """Run `count` drivers of each kind; return the deviations, a line each."""
     chance = random.Random(seed)
     deviations = []
     for number in range(count):
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=10_000, help="drivers of each kind")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)  # the device says what it drops
+    logging.disable(logging.WARNING)  # the device logs dropped frames
     begun = time.monotonic()
     deviations = campaign(given.count, given.seed)
     for line in deviations:

@@ -1,10 +1,10 @@
 """Campaign: random and malformed front-ends against a vhost-user server.
 
-COUNT conversations, each over a connection of its own, most of them beginning like a good one so
+COUNT conversations, each over a connection of its own, most of which start like a good one so
 that rings run while nonsense arrives: mutated payloads and headers, requests in any order, wrong,
 missing and strange descriptors, rings and chains full of random bytes, messages in pieces, and
-ends in the middle. After each the server has to serve an honest driver; it may neither end, nor
-say more than a line for each conversation, nor grow, nor keep a descriptor.
+ends in the middle. After each the server must serve an honest driver; it may neither end, nor
+print more than a line for each conversation, nor grow, nor keep a descriptor.
 
 Any deviation is printed, and the exit status is 1. The same --seed gives the same conversations.
 """
@@ -56,10 +56,10 @@ from vmm_kvm.virtio.vhost_user.messages import (  # noqa: E402
 IMAGE_SIZE = 1 << 20
 MESSAGES_MAX = 40
 TIMEOUT_S = 20
-# Of resident memory over the whole campaign; the server itself takes about 25 MiB.
+# Resident memory over the whole campaign; the server itself takes about 25 MiB.
 GROWTH_MAX = 16 << 20
 WARM_UP = 50
-# A line for the end of the connection, and those for rings that the driver broke.
+# A line for the end of the connection, and one for each ring that the driver broke.
 LINES_MAX = 9
 _EVENT_IDX, _INDIRECT = 1 << 29, 1 << 28
 _EDGES32 = (0, 1, 2, 3, 7, 8, 255, 256, 257, 4096, 0x8000, 0xFFFF, 0x10000, 2**31, 2**32 - 1)
@@ -68,7 +68,7 @@ _RINGS_SIZE = 0x6000
 
 
 class FrontEnd:
-    """One random front-end: what it says is decided by `chance` alone; a context manager."""
+    """A random front-end: `chance` alone decides its messages; a context manager."""
 
     def __init__(self, chance: random.Random, guest: Driver, connection: socket.socket) -> None:
         """Speak over `connection`, with the memory and eventfds of `guest`."""
@@ -90,7 +90,7 @@ class FrontEnd:
             os.close(fd)
 
     def talk(self) -> None:
-        """Say everything that there is to say, or as much as the server listens to."""
+        """Send all messages, or as many as the server reads."""
         chance = self._chance
         messages = self._honest() if chance.random() < 0.85 else []
         messages += [self._message() for _ in range(chance.randrange(MESSAGES_MAX))]
@@ -242,7 +242,7 @@ class FrontEnd:
             os.eventfd_write(chance.choice(guest.kick), 1)
 
     def _drain(self) -> None:
-        """Read replies, so that the server never has to wait for that."""
+        """Read replies, so that the server never has to wait for its reader."""
         while select.select([self._socket], [], [], 0)[0]:
             if not self._socket.recv(4096):
                 raise ConnectionResetError
@@ -283,7 +283,7 @@ class Server:
         self.process.wait()
 
     def connect(self) -> socket.socket:
-        """Return a connection to it; it may be in the backlog for a while."""
+        """Return a connection to it, which may be in the backlog for a while."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(TIMEOUT_S)
@@ -294,7 +294,7 @@ class Server:
         return connection
 
     def descriptors(self) -> int:
-        """Return how many descriptors it has open."""
+        """Return the number of its open descriptors."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def resident(self) -> int:
@@ -310,7 +310,7 @@ class Server:
 
 
 def check(server: Server) -> str | None:
-    """Be an honest driver; return what is wrong with the server."""
+    """Be an honest driver; return the server's fault."""
     try:
         with driver() as guest, Client(server.connect()) as client:
             guest.start(client)
@@ -321,7 +321,7 @@ def check(server: Server) -> str | None:
 
 
 def settled_descriptors(server: Server, expected: int) -> int:
-    """Return how many descriptors the server has, once it has noticed that we left."""
+    """Return the number of the server's descriptors, once it has noticed that we disconnected."""
     deadline = time.monotonic() + TIMEOUT_S
     while (count := server.descriptors()) != expected and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -329,13 +329,13 @@ def settled_descriptors(server: Server, expected: int) -> int:
 
 
 def campaign(count: int, seed: int) -> list[str]:
-    """Hold `count` conversations; return what deviated, a line each."""
+    """Hold `count` conversations; return the deviations, a line each."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder)) as server:
         wrong = check(server)
         if wrong is not None:
             return [f"at the start: {wrong}"]
-        with Client(server.connect()):  # which has one connection, and nothing else
+        with Client(server.connect()):  # an idle connection
             descriptors = server.descriptors() - 1
         resident = 0
         for number in range(count):

@@ -1,13 +1,13 @@
-"""Campaign: clients that mean ill, against a daemon that has a VM to look after.
+"""Campaign: hostile clients, against a daemon that runs a VM.
 
-Packets of random bytes, damaged requests, requests cut short, packets that are too large, numbers
-and depths beyond measure, descriptors by the dozen, floods of requests, connections that say
-nothing, that say something after a long time, that end half, that never read; and in the end as
-many connections as one user gets. As root, all come from a user without rights. Nine in ten packets
+Packets of random bytes, damaged requests, requests cut short, packets that are too large, absurd
+numbers and depths, descriptors by the dozen, floods of requests, connections that send nothing,
+that send after a long time, that are half closed, that never read; and at the end as many
+connections as one user gets. As root, all come from a user without rights. Nine in ten packets
 are no request that the daemon understands.
 
-Meanwhile another client asks for the status. It is answered within a second, each time; memory does
-not grow, no descriptor is left, the VM runs on, and so do all of the daemon's processes.
+Meanwhile another client asks for the status. The answer comes within a second, each time; memory
+does not grow, no descriptor is left, and the VM and all of the daemon's processes run on.
 
 Any deviation is printed, and the exit status is 1. The same --seed gives the same packets.
 """
@@ -37,7 +37,7 @@ NOBODY = 65534
 CONNECTIONS = 1000
 STATUS_MAX_S = 1.0
 GROWTH_MAX = 8 << 20
-"""Bytes that all of the daemon's processes may have grown, once each has seen everything."""
+"""Bytes that all of the daemon's processes together may grow, after a warm-up."""
 _FLOOD = 20
 _HELD_MAX = 60
 _VALID_SHARE_MAX = 0.2
@@ -45,7 +45,7 @@ _STATUS_EVERY = 200
 _WARM_UP = 2000
 _PACKET_MAX = 300 << 10
 _FDS = 100
-_FDS_MAX = 253  # as many as the kernel passes on
+_FDS_MAX = 253  # the kernel's limit for a message
 _FDS_REFUSED = 65
 _FLOOD_SHARE = 0.005
 _RESUMED_SHARE = 0.2
@@ -68,7 +68,7 @@ _REQUESTS: tuple[dict[str, object], ...] = (
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Be a user without rights, if that is possible; connections tell who made them."""
+    """Become a user without rights, if possible; the daemon sees the user of a connection."""
     if os.geteuid() != 0:
         yield
         return
@@ -93,7 +93,7 @@ class Attacker:
         self._null = os.open(os.devnull, os.O_RDONLY)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
         for held in self._held:
             held.close()
         self._held.clear()
@@ -120,15 +120,15 @@ class Attacker:
                 for _ in range(_FLOOD):
                     self._send(connection, self._request(), is_valid=True)
             else:
-                # What is no request ends its connection: the daemon sees the first of these.
+                # An invalid request ends its connection: the daemon reads the first of these.
                 ways = (self._noise, self._damaged, self._cut, self._large, self._absurd)
                 self._send(connection, self._random.choice(ways)())
-        except OSError:  # it has thrown us out, or does not read any more
+        except OSError:  # the daemon has closed it, or does not read any more
             pass
         self._leave(connection)
 
     def _resumed(self) -> socket.socket | None:
-        """Return a connection that has said nothing, or not enough, for some time."""
+        """Return a connection that has been silent, or incomplete, for some time."""
         if self._held and self._random.random() < _RESUMED_SHARE:
             return self._held.pop(self._random.randrange(len(self._held)))
         return None
@@ -144,7 +144,7 @@ class Attacker:
                 connection.recv(1 << 16)
 
     def _leave(self, connection: socket.socket) -> None:
-        """Close it, or keep it half open, or say nothing for now."""
+        """Close it, or keep it half open, or leave it silent for now."""
         fate = self._random.random()
         if fate < 0.1:
             with suppress(OSError):
@@ -155,7 +155,7 @@ class Attacker:
         self._held.append(connection)
         if len(self._held) > _HELD_MAX:
             self._held.pop(self._random.randrange(_HELD_MAX)).close()
-        if fate > 0.15:  # another that says nothing yet
+        if fate > 0.15:  # another silent one
             self._held.append(self.connect())
 
     def _noise(self) -> bytes:
@@ -179,7 +179,7 @@ class Attacker:
         return b'{"type":"status","name":"' + b"n" * size + b'"}'
 
     def _absurd(self) -> bytes:
-        """Return JSON that is none of our requests."""
+        """Return JSON that is no request of ours."""
         return self._random.choice(
             (
                 b"[" * _DEPTH,
@@ -200,7 +200,7 @@ class Attacker:
 
 
 class Watch:
-    """What must not change while the daemon is attacked."""
+    """Properties that must not change during the attack."""
 
     def __init__(self, vmd: Daemon) -> None:
         self._vmd = vmd
@@ -222,11 +222,11 @@ class Watch:
             raise Failure(f"a status took {taken:.2f} s")
 
     def remember(self) -> None:
-        """Note what there is, before."""
+        """Note them before the attack."""
         self._memory, self._fds = self.memory(), self._open_fds()
 
     def look(self) -> None:
-        """Compare; once all hostile connections are closed."""
+        """Compare them, once all hostile connections are closed."""
         if (titles := self._titles()) != self._processes:
             raise Failure(f"processes were {self._processes}, are {titles}")
         if (grown := self.memory() - self._memory) > GROWTH_MAX:
@@ -238,7 +238,7 @@ class Watch:
             time.sleep(0.05)
 
     def memory(self) -> int:
-        """Return the resident memory of the processes that clients reach, bytes."""
+        """Return the resident memory of the processes that clients can connect to, bytes."""
         pages = [
             int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             for pid in (self._vmd.process.pid, self._vmd.child("vmd: control"))
@@ -252,7 +252,7 @@ class Watch:
         )
 
     def _titles(self) -> dict[int, str]:
-        """Return the processes by pid, but for those that wait to be a VM or to serve a disk."""
+        """Return the processes by pid, except those that wait to be a VM or to serve a disk."""
         vmm = self._vmd.child("vmd: vmm")
         below = set(descendants(vmm))
         found = {pid: process_title(pid) for pid in descendants(self._vmd.process.pid)}
@@ -264,10 +264,10 @@ class Watch:
 
 
 def run(directory: Path, count: int, seed: int) -> str:
-    """Send `count` packets, and crowd the socket; returns what to tell.
+    """Send `count` packets, then open many connections; returns a line to print.
 
     Raises:
-        Failure: something is not as it should be.
+        Failure: the daemon has a fault.
     """
     is_user = os.geteuid() != 0
     directory.chmod(0o711)
@@ -276,7 +276,7 @@ def run(directory: Path, count: int, seed: int) -> str:
         with vmd.client() as client:
             client.wait_for_state("one", "running")
         watch = Watch(vmd)
-        # Where an ordinary user runs it, whoever gets to the socket has every right.
+        # A daemon of an ordinary user grants every right to any client of its socket.
         attacker = Attacker(vmd.socket, seed, _REQUESTS[:1] if is_user else _REQUESTS)
         try:
             _attack(attacker, watch, min(count, _WARM_UP))
@@ -308,7 +308,7 @@ def _attack(attacker: Attacker, watch: Watch, until: int) -> None:
 
 
 def _crowd(attacker: Attacker, watch: Watch) -> int:
-    """Connect as often as it takes, and ask for the status in between; returns how often."""
+    """Connect as often as possible, and ask for the status in between; returns the number."""
     crowd = []
     try:
         for number in range(CONNECTIONS):

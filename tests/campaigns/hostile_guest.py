@@ -1,8 +1,8 @@
-"""Campaign: the hostile guest of bios/, which writes at random wherever a guest can.
+"""Campaign: the hostile guest of bios/, which writes at random wherever a guest can write.
 
-COUNT accesses are shared out among several machines, each with its own seed and in a process of
-its own. Each has to reach the guest's own end and power off; its process may neither fail, nor
-print more than a handful of lines, nor grow, nor end with more descriptors than it began with.
+COUNT accesses are divided among several machines, each with its own seed and in a process of
+its own. Each must reach the guest's own end and power off; its process may neither fail, nor
+print more than a handful of lines, nor grow, nor leak descriptors.
 
 Any deviation is printed, and the exit status is 1. The same --seed gives the same accesses.
 """
@@ -24,7 +24,7 @@ from tests.vmctl_driver import ConsoleProcess, ConsoleTimeoutError  # noqa: E402
 
 IMAGE = ROOT / "bios" / "hostile.bin"
 MEMORY = 64 << 20
-# A log line that a guest can cause is limited per device: this many are a flood.
+# Log lines that a guest can cause are limited per device: this many are a flood.
 LINES_MAX = 100
 # Beyond the guest's RAM; an idle machine takes less than 30 MiB.
 GROWTH_MAX = 64 << 20
@@ -33,8 +33,8 @@ SLOWEST_RATE = 5_000
 
 
 def machine(count: int, seed: int) -> int:
-    """Run one machine in this process; return the exit status, and say on stderr what is wrong."""
-    # Of the child process alone: the campaign itself needs no hypervisor.
+    """Run one machine in this process; return the exit status, and print faults on stderr."""
+    # For the child process alone: the campaign itself needs no hypervisor.
     from vmm_kvm.arch.x86.image import open_image  # noqa: PLC0415
     from vmm_kvm.kvm.system import Kvm  # noqa: PLC0415
     from vmm_kvm.kvm.vcpu import install_kick_signal  # noqa: PLC0415
@@ -80,7 +80,7 @@ def machine(count: int, seed: int) -> int:
 
 
 def watch(count: int, seed: int) -> list[str]:
-    """Run one machine in a child process; return what deviated, a line each."""
+    """Run one machine in a child process; return the deviations, a line each."""
     arguments = [sys.executable, __file__, "--machine", str(count), "--seed", str(seed)]
     wrong = []
     with ConsoleProcess(arguments) as process:

@@ -1,7 +1,7 @@
-"""What the campaigns share that kill whoever writes to a qcow2 image.
+"""Shared by campaigns that kill the writer of a qcow2 image.
 
-A campaign kills once a round. The image goes on to the next round, so that what one kill leaves is
-what the next one meets; after a sixth of the rounds it gives way to an image of another kind.
+A campaign kills once a round. The next round continues with the image that a kill has left; after a
+sixth of the rounds an image of another kind replaces it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Disk = TypeVar("Disk")
 
 
 class Round(NamedTuple):
-    """What one kill gave."""
+    """The result of one kill."""
 
     operations: int
-    """How many were begun, or acknowledged: what the campaign counts."""
+    """The number of operations that the campaign counts: those begun, or acknowledged."""
     wrong: list[str]
 
 
 def examine(path: str, size: int) -> tuple[bytes, list[str]]:
-    """Check an image of `size` bytes that nobody has open; return what it holds, and what is wrong.
+    """Check an image of `size` bytes that no program has open; return its contents and faults.
 
-    Ours and `qemu-img check` may find leaks only.
+    Ours and `qemu-img check` may find only leaks.
     """
     wrong = list(checked(path).errors)
     done = subprocess.run(
@@ -65,17 +65,17 @@ def run_rounds(
     make_disk: Callable[[], Disk],
     run_round: Callable[[str, Disk, random.Random, int], Round],
 ) -> tuple[int, list[str]]:
-    """Kill `count` times; return how many operations there were, and what deviated.
+    """Kill `count` times; return the number of operations, and the deviations.
 
-    How far it is, is printed with each new image.
+    Progress is printed with each new image.
 
     Args:
-        count: how many rounds; the images take turns within them.
-        seed: of the generator that each round is given.
+        count: number of rounds; the images take turns within them.
+        seed: of the generator that each round gets.
         size: of the images, bytes.
-        make_disk: makes what is known of a new image.
-        run_round: does a round: with the image's path, what is known of it, the generator, and the
-            round's number.
+        make_disk: makes the model of a new image.
+        run_round: does a round, with the image's path, its model, the generator, and the
+        round's number.
     """
     chance = random.Random(seed)
     operations, deviations = 0, []
@@ -105,7 +105,7 @@ def run_campaign(
 ) -> int:
     """Run a campaign as its command line says, and print its summary; returns the exit status.
 
-    `noun` is what it calls its operations.
+    `noun` names the campaign's operations.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--count", type=int, default=300, help="how many kills")

@@ -1,7 +1,6 @@
-"""Campaign: Debian, installed, on disks of every kind, and fio's verified load on each of them.
+"""Campaign: an installed Debian, on disks of every kind, and fio's verified load on each of them.
 
-It needs a KVM that runs a distribution kernel; the rig is one. Each part prints a line with the
-seconds that it took:
+It needs a KVM that runs a distribution kernel; the rig is one. Each part prints its seconds:
 
 - `boot`: a qcow2 image made by `vmctl create` boots twice through SeaBIOS and GRUB to its login
   prompt; so do a raw image, an overlay on a read-only base, and a disk with a device process.
@@ -84,7 +83,7 @@ def _timed(what: str, action: Callable[[], None]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts that are named, by default all."""
+    """Run the named parts, by default all."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))

@@ -1,10 +1,10 @@
-"""Campaign: Debian's installer, under vmd, on a network of vmd's with a mirror on the host's side.
+"""Campaign: Debian's installer under vmd, on a network of vmd's with a mirror on the host's side.
 
-The netboot kernel and initrd are started with answers to all questions. The installer, on the
-serial console, gets its address and its name from vmd's DHCP server, downloads an index, drivers
-and the step that partitions from the mirror, and makes a file system on a virtio disk. After its
-power-off, the mirror's requests came from the address that was lent, and e2fsck and `qemu-img
-check` find the disk sound and the file there that was written.
+The netboot kernel and initrd start with answers to all questions. The installer, on the serial
+console, gets its address and its name from vmd's DHCP server, downloads an index, drivers and the
+step that partitions from the mirror, and makes a file system on a virtio disk. After its power-off,
+the mirror must have requests from the lent address alone, e2fsck and `qemu-img check` must find the
+disk sound, and the written file must be there.
 
 The console is shown. The first deviation ends the campaign with its text and status 1. It needs
 root and a KVM that runs a distribution kernel; the rig is one.
@@ -30,12 +30,12 @@ from tests.webserver import WebServer  # noqa: E402
 NAME = "installer"
 HOST, GUEST = "100.64.1.2", "100.64.1.3"
 _SECTOR = 512
-# The longest silence: unpacking 40 MB where each instruction of the guest is emulated twice.
+# The longest silence: unpacking 40 MB when each instruction of the guest is emulated twice.
 SILENCE_S = 600.0
 
 
 def install(folder: Path) -> None:
-    """Let the installer run to the end of its partitioning, and look at what it leaves."""
+    """Run the installer to the end of its partitioning, and check its results."""
     found = installer.installer()
     installer.make_mirror(found, folder / "mirror")
     disk = folder / "disk.qcow2"
@@ -76,13 +76,13 @@ def install(folder: Path) -> None:
 
 
 def show(data: bytes) -> None:
-    """Pass on what the console shows."""
+    """Pass on the console's output."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
 
 def check_requests(mirror: WebServer) -> None:
-    """Compare what was asked of the mirror with what an installer has to ask."""
+    """Compare the mirror's requests with those of an installer."""
     assert {request.client for request in mirror.requests} == {GUEST}
     got = {request.path for request in mirror.requests if request.status == 200}
     drivers = [path for path in got if path.startswith("/debian/pool/ext4-modules-")]
@@ -92,7 +92,7 @@ def check_requests(mirror: WebServer) -> None:
 
 
 def check_disk(disk: Path, raw: Path) -> None:
-    """Look at the partition and the file system in it."""
+    """Check the partition and the file system in it."""
     installed.run("qemu-img", "check", "-q", "-f", "qcow2", disk)
     installed.create("-i", disk, f"raw:{raw}")
     (partition,) = json.loads(installed.run("sfdisk", "--json", raw))["partitiontable"][

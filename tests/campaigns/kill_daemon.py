@@ -1,15 +1,15 @@
-"""Campaign: each kind of the daemon's processes, killed while clients work it.
+"""Campaign: each kind of the daemon's processes, killed while clients send requests.
 
-A daemon runs VMs with and without disks; clients ask for their status, pause them, let them go on,
+A daemon runs VMs with and without disks; clients ask for their status, pause and unpause them, and
 read their consoles. Round after round, SIGKILL ends one process of each kind. Afterwards:
 
-- every client that waits for a VM which that ended is told so, in time;
-- VMs that it did not end run on, in the same processes; the others are stopped, and can be started;
+- every client that waits for a VM that ended gets its answer, in time;
+- other VMs run on, in the same processes; ended ones are stopped, and can be started;
 - each process of a VM belongs to one that runs: there are no orphans;
 - the daemon is the same process as before, and answers.
 
-Any deviation is printed, and the exit status is 1. The same --seed picks the same victims; when the
-kill comes is up to the clock.
+Any deviation is printed, and the exit status is 1. The same --seed picks the same victims, but not
+the same moments.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS = ("vm", "disk", "control", "priv", "local", "vmm", "zygote", "ready vm", 
 OF_ROOT = {"priv", "local"}
 TIMEOUT_S = 60.0
 CYCLE_S = 5.2
-"""So long at least, or the daemon takes the fifth end of one kind within 10 s for a bad sign; vmm
+"""The least time of a cycle: the daemon ends at the fifth end of one kind within 10 s; vmm
 ends twice, once with the zygote."""
 _VMS = 6
 _WITH_DISKS = 3
@@ -59,7 +59,7 @@ def _until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
 
 
 class Load(threading.Thread):
-    """A client that never rests, until `stop` is set; it connects again when it is cut off."""
+    """A client that sends requests until `stop` is set; it connects again when it is cut off."""
 
     def __init__(self, vmd: Daemon, names: list[str], seed: int, stop: threading.Event) -> None:
         super().__init__(daemon=True)
@@ -69,7 +69,7 @@ class Load(threading.Thread):
         self.faults: list[str] = []
 
     def run(self) -> None:
-        """Ask one thing after another."""
+        """Send one request after another."""
         while not self._stopping.is_set():
             try:
                 with self._vmd.client() as client:
@@ -92,7 +92,7 @@ class Load(threading.Thread):
 
 
 class Campaign:
-    """The daemon under test, and what is known of its VMs."""
+    """The daemon under test, and the state of its VMs."""
 
     def __init__(self, vmd: Daemon, seed: int) -> None:
         self.vmd = vmd
@@ -101,7 +101,7 @@ class Campaign:
         self._random = random.Random(seed)
 
     def start_all(self) -> None:
-        """Start what is stopped, as soon as the daemon lets us."""
+        """Start stopped VMs, as soon as the daemon lets us."""
         with self.vmd.client() as client:
             for name in self.names:
                 deadline = time.monotonic() + TIMEOUT_S
@@ -110,7 +110,7 @@ class Campaign:
                         break
                     if answer["code"] != "EPERM" or time.monotonic() > deadline:
                         raise Failure(f"{name}: does not start: {answer}")
-                    time.sleep(0.2)  # restarted too quickly
+                    time.sleep(0.2)  # refused: restarted too quickly
 
     def pids(self) -> dict[str, object]:
         """Return the process of each VM, None for one that does not run."""
@@ -121,7 +121,7 @@ class Campaign:
             }
 
     def kill(self, kind: str) -> None:
-        """Kill one process of a kind, and look at what is left."""
+        """Kill one process of a kind, and check what is left."""
         name = self._random.choice(self.names[:_WITH_DISKS] if kind == "disk" else self.names)
         title = _TITLES.get(kind, f"{kind}/{name}")
         before = self.pids()
@@ -149,7 +149,7 @@ class Campaign:
         self._look(title, before, ended)
 
     def _ended_with(self, kind: str, name: str) -> set[str]:
-        """Return the VMs that end when a process of a kind does, which may be `name`'s."""
+        """Return the VMs that end with a process of a kind, which may be `name`'s."""
         if kind in {"vm", "disk"}:
             return {name}
         return set(self.names) if kind in {"vmm", "zygote"} else set()
@@ -197,10 +197,10 @@ class Campaign:
 
 
 def run(directory: Path, count: int, seed: int) -> Counter[str]:
-    """Kill a process of each kind `count` times; returns how many were killed of each.
+    """Kill a process of each kind `count` times; returns the kills of each.
 
     Raises:
-        Failure: something is not as it should be.
+        Failure: the daemon has a fault.
     """
     blocks = []
     for number in range(_VMS):

@@ -2,12 +2,11 @@
 
 Each round a device process serves a qcow2 image, and a driver in this process has it write, zero,
 discard and flush, up to four requests at a time. SIGKILL ends the device process. Afterwards the
-image opens, is checked by us and by `qemu-img check`: nothing but leaks; and each sector holds what
-was there at the last acknowledged flush, or what was written later. The image goes on to the next
-round.
+image opens, we and `qemu-img check` find nothing but leaks, and each sector has its contents at the
+last acknowledged flush, or those of a later write. The next round continues with the image.
 
-Any deviation is printed, and the exit status is 1. The same --seed gives the same requests; when
-the kill comes is up to the clock.
+Any deviation is printed, and the exit status is 1. The same --seed gives the same requests, but not
+the same moments.
 """
 
 from __future__ import annotations
@@ -53,17 +52,17 @@ from vmm_kvm.virtio.vhost_user.process import DeviceProcess, spawn_device_proces
 FEATURES = VERSION_1 | 1 << 9 | 1 << 13 | 1 << 14  # FLUSH, DISCARD, WRITE_ZEROES
 DEPTH = 4
 DELAY_S = 0.4
-# What fits a slot of the driver's memory, and what a range may be.
+# The size of a slot in the driver's memory, and of a range.
 LENGTHS = (512, 1024, 4096, 7680)
 RANGES = (512, 4096, 65536, 1 << 20)
 _TYPES = {WRITE: 1, FLUSH: 4, DISCARD: 11, ZERO: 13}
 
 
 class Load:
-    """A driver that keeps a device process busy until that is killed."""
+    """A driver that keeps a device process busy until the process is killed."""
 
     def __init__(self, guest: Driver, disk: Disk, chance: random.Random) -> None:
-        """Begin with the disk's next operation; `disk` is told what begins and what is durable."""
+        """Begin with the disk's next operation; `disk` notes operations begun and durable ones."""
         self._guest = guest
         self._disk = disk
         self._chance = chance
@@ -108,7 +107,7 @@ class Load:
         return self._guest.offer(header + data, room=1)
 
     def _finish(self, slots: Sequence[int], deadline: float) -> bool:
-        """Notify, and wait until all is done; False if the time is over before."""
+        """Notify, and wait until all requests are done; False if the time is over before."""
         guest = self._guest
         guest.notify()
         while guest.used() != guest.available[0]:
@@ -142,7 +141,7 @@ def run_round(path: str, disk: Disk, chance: random.Random, _number: int) -> Rou
 
 
 def campaign(count: int, seed: int) -> tuple[int, list[str]]:
-    """Kill `count` device processes; return how many requests there were, and what deviated."""
+    """Kill `count` device processes; return the number of requests, and the deviations."""
     logging.getLogger("vmm_kvm.virtio.vhost_user.process").setLevel(logging.CRITICAL)
     return run_rounds(count, seed, SIZE, Disk, run_round)
 

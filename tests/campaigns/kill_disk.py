@@ -1,12 +1,12 @@
 """Campaign: a process that writes to a qcow2 image, killed at random moments.
 
-Each round a child opens the image and writes, discards and flushes at random, telling what it is
-about to do and what is done through a pipe; SIGKILL ends it. Afterwards the image is checked, by us
-and by `qemu-img check`: nothing but leaks. Each sector holds what was last flushed or what was
-written later. The image goes on to the next round: what one kill leaves is what the next one meets.
+Each round a child opens the image and writes, discards and flushes at random, and reports through a
+pipe each operation that it begins or has done; SIGKILL ends it. Afterwards we and `qemu-img check`
+find nothing but leaks, and each sector has its contents at the last flush, or those of a later
+write. The next round continues with the image that a kill has left.
 
-Any deviation is printed, and the exit status is 1. The same --seed gives the same writes; when
-the kill comes is up to the clock.
+Any deviation is printed, and the exit status is 1. The same --seed gives the same writes, but not
+the same moments.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from vmm_kvm.images.opening import open_image  # noqa: E402
 SIZE = 64 << 20
 LENGTHS = (512, 4096, 65536, 1 << 20)
 DELAY_S = 0.4
-_RECORD = struct.Struct("<BIQQ")  # what, round and number of the operation, offset, size
+_RECORD = struct.Struct("<BIQQ")  # kind, round and number of the operation, offset, size
 WRITE, ZERO, DISCARD, FLUSH, FLUSHED = range(5)
 
 
 def stamp(number: int, sector: int) -> bytes:
-    """Return the sector that operation `number` writes at `sector`: nothing else looks like it."""
+    """Return the sector that operation `number` writes at `sector`: no other equals it."""
     return struct.pack("<QQ", number, sector) * (SECTOR // 16)
 
 
@@ -70,12 +70,12 @@ def load(path: str, pipe: int, chance: random.Random, number: int) -> None:
 
 
 class Disk:
-    """What each sector may hold: numbers of operations, 0 for zeros."""
+    """The possible contents of each sector: numbers of operations, 0 for zeros."""
 
     def __init__(self) -> None:
         """Begin with an empty disk."""
         self.number = 1
-        """Of the next operation."""
+        """The number of the next operation."""
         self._versions: dict[int, list[int]] = {}
 
     def note(self, what: int, number: int, offset: int, size: int) -> None:
@@ -88,7 +88,7 @@ class Disk:
             return
         for sector in range(offset // SECTOR, (offset + size) // SECTOR):
             versions = self._versions.setdefault(sector, [0])
-            # A discarded sector reads as before, or as zero; a later flush does not say which.
+            # A discarded sector reads as before, or as zero; a later flush does not decide which.
             versions.append({WRITE: number, ZERO: 0, DISCARD: -1}[what])
 
     def _durable(self, versions: list[int]) -> int:
@@ -98,7 +98,7 @@ class Disk:
         return last
 
     def settle(self, found: bytes) -> list[str]:
-        """Compare with what the disk holds, which is what it holds from now on."""
+        """Compare with the disk's contents, which count from now on."""
         wrong = []
         for sector, versions in self._versions.items():
             data = found[sector * SECTOR : (sector + 1) * SECTOR]
@@ -155,7 +155,7 @@ def run_round(path: str, disk: Disk, chance: random.Random, _number: int) -> Rou
 
 
 def campaign(count: int, seed: int) -> tuple[int, list[str]]:
-    """Kill `count` writers; return how many operations there were, and what deviated."""
+    """Kill `count` writers; return the number of operations, and the deviations."""
     return run_rounds(count, seed, SIZE, Disk, run_round)
 
 

@@ -1,12 +1,12 @@
-"""Campaign: kill -9 of what carries the traffic of Linux guests.
+"""Campaign: kill -9 of processes that move the frames of Linux guests.
 
 Three guests under vmd, in a network namespace of its own, are on one switch, and have a local
-interface each. Two send to the third, which sends to the host, as fast as they can (iperf3). Then
-are killed, one after the other: the process that moves the first one's frames (on the path that has
-one), the VM of the second, priv, and at last the daemon. After each of the first three, the third
-guest reaches the host on both of its interfaces, and its stream goes on; the taps and rules of who
-was killed are gone. After the last one, `ip link`, `ip addr`, `nft list ruleset` and `ip netns` are
-what they were before, also after another daemon has come and gone.
+interface each. Two send to the third, which sends to the host, as fast as they can (iperf3). The
+campaign kills, one after the other: the process that moves the first one's frames (on the path that
+has one), the VM of the second, priv, and at last the daemon. After each of the first three, the
+third guest reaches the host on both of its interfaces, and its stream continues; taps and rules of
+the killed one are gone. After the last one, `ip link`, `ip addr`, `nft list ruleset` and `ip netns`
+print the same as before, also after another daemon has come and gone.
 
 Each round does all of it on both data paths. Needs root, nft, iperf3 and a KVM that runs a
 distribution kernel, as the rig's does.
@@ -45,17 +45,17 @@ from tests.vmctl_driver import BOOT_TIMEOUT_S  # noqa: E402
 
 PATHS = ("vhost", "process")
 HOST = "10.0.0.1"
-# Whose process of frames is killed, whose VM is, and who goes on.
+# The guest whose process of frames is killed, the one whose VM is, and the one that runs on.
 MOVER, VICTIM, OTHER = "mover", "victim", "other"
 VMS = {MOVER: "10.0.0.2", VICTIM: "10.0.0.3", OTHER: "10.0.0.4"}
 PORTS = {MOVER: 5201, VICTIM: 5202, OTHER: 5203}
 WAIT_S = 60.0
 _MOVED = 100_000
-"""Bytes that show that a stream goes on."""
+"""Bytes that show that a stream continues."""
 
 
 def wait_until(what: str, is_so: Callable[[], bool]) -> None:
-    """Wait; raises Failure if it never is."""
+    """Wait until a condition holds; raises Failure if it never does."""
     deadline = time.monotonic() + WAIT_S
     while not is_so():
         if time.monotonic() > deadline:
@@ -67,7 +67,7 @@ class Guests:
     """The guests of a daemon, and their traffic."""
 
     def __init__(self, space: Namespace, client: Client, stack: ExitStack) -> None:
-        """Start them all."""
+        """Start all guests."""
         self._space, self._client = space, client
         self._shells: dict[str, Shell] = {}
         self._taps: dict[str, list[str]] = {}
@@ -87,7 +87,7 @@ class Guests:
             shell.run(f"ip link set eth1 up; ip addr add {mine} dev eth1")
 
     def send(self, stack: ExitStack) -> None:
-        """Have all of them send without an end."""
+        """Have all of them send without end."""
         server = [*self._space.prefix, "iperf3", "-s", "-p", str(PORTS[OTHER]), "-B", HOST]
         process = stack.enter_context(subprocess.Popen(server, stdout=subprocess.DEVNULL))
         stack.callback(process.kill)
@@ -99,13 +99,13 @@ class Guests:
         self.check_streams(*VMS)
 
     def check_streams(self, *names: str) -> None:
-        """Wait until more of these guests' streams has arrived; raises Failure if nothing does."""
+        """Wait until more bytes of these guests' streams arrive; raises Failure if none do."""
         for name in names:
             wanted = self._sent(name) + _MOVED
             wait_until(f"the stream of {name} stands still", partial(self._has_sent, name, wanted))
 
     def check_other(self) -> None:
-        """See that the other guest reaches the host on both interfaces; raises Failure."""
+        """Check that the third guest reaches the host on both interfaces; raises Failure."""
         for address in (HOST, self._routers[OTHER]):
             if not self._shells[OTHER].reaches(address):
                 raise Failure(f"the other guest does not reach {address}")
@@ -139,7 +139,7 @@ def _first(interface: dict[str, object], name: str) -> str:
 
 
 def processes(vmd: Daemon, title: str) -> list[int]:
-    """Return the daemon's processes of a title."""
+    """Return the daemon's processes with a title."""
     return [pid for pid in descendants(vmd.process.pid) if process_title(pid) == title]
 
 
@@ -157,7 +157,7 @@ def config(disk: Path) -> str:
 
 
 def round_of(path: str, folder: Path) -> str:
-    """Kill everything once; returns what was killed. Raises Failure."""
+    """Kill each process once; returns the names of the killed. Raises Failure."""
     told = []
     text = config(tools_disk(folder / "tools", "iperf3"))
     with Namespace() as space:
@@ -210,13 +210,13 @@ def round_of(path: str, folder: Path) -> str:
 
 
 def state(space: Namespace) -> tuple[str, ...]:
-    """Return all that could be left behind."""
+    """Return the state in which leftovers would show."""
     shown = subprocess.run(["ip", "netns"], check=True, capture_output=True, text=True).stdout
     return (*space.state(), shown)
 
 
 def check_state(space: Namespace, before: tuple[str, ...]) -> None:
-    """Wait until everything is as it was; raises Failure."""
+    """Wait until the state is as before; raises Failure."""
     deadline = time.monotonic() + WAIT_S
     while (after := state(space)) != before:
         if time.monotonic() > deadline:
@@ -225,7 +225,7 @@ def check_state(space: Namespace, before: tuple[str, ...]) -> None:
 
 
 def run(folder: Path, given: argparse.Namespace) -> str:
-    """Do so many rounds on each path; raises Failure."""
+    """Do the rounds on each path; raises Failure."""
     for number in range(given.count):
         for path in PATHS:
             print(f"round {number + 1}: {round_of(path, folder)}", flush=True)

@@ -1,12 +1,11 @@
-"""Campaign: a VM on its way from one daemon to another, and whoever has a part in it killed.
+"""Campaign: while a VM moves from one daemon to another, one of the processes involved is killed.
 
 Two daemons on this host, `vmctl migrate`, a VM with a disk; ssh is a script. At a random moment
 SIGKILL ends one of the commands, ssh, the process of the VM or of its disk on either side.
-Afterwards never do two copies run; where none does, a command has said so, or the VM is paused in
-doubt and `unpause -f` lets it go on; the disk's lock is free for whoever starts next; and no
-process is left.
+Afterwards two copies never run; if none runs, a command has said so, or the VM is paused in doubt
+and continues by `unpause -f`; the disk's lock is free for the next start; and no process is left.
 
-Any deviation is printed, and the exit status is 1. When the kill comes is up to the clock.
+Any deviation is printed, and the exit status is 1. The moment of the kill is not repeatable.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Side(NamedTuple):
     client: Client
 
     def state(self) -> str:
-        """Return what the VM does here: running, paused, in doubt, or nothing."""
+        """Return the VM's state here: running, paused, in doubt, or nothing."""
         vms = self.client.ask("status", name="one")["vms"]
         assert isinstance(vms, list)
         if not vms:
@@ -91,7 +90,7 @@ def _words(pid: int) -> list[str]:
 
 
 def _settled(sides: dict[str, Side]) -> tuple[str, str]:
-    """Return what the VM does on both sides, once that has been the same for a while."""
+    """Return the VM's states on both sides, once they have been the same for a while."""
     deadline = time.monotonic() + TIMEOUT_S
     before, since = ("", ""), time.monotonic()
     while True:
@@ -110,11 +109,11 @@ def _is_sending(side: Side) -> bool:
 
 
 def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple[str, list[str]]:
-    """Hand the VM over once, kill somebody; return what came of it, and what deviates."""
+    """Hand the VM over once, kill a process; return the outcome, and the deviations."""
     wrong: list[str] = []
     here, there = sides["here"], sides["there"]
     if here.state() != "running":
-        time.sleep(EARLY_S)  # a VM that is started too often is refused
+        time.sleep(EARLY_S)  # the daemon refuses a VM that starts too often
         answer = here.client.ask("start", name="one")
         if answer["type"] != "started":
             return "lost", [f"one cannot be started: {answer}"]
@@ -136,7 +135,7 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
     running = [state for state in states if state == "running"]
     if len(running) > 1 or ("in doubt" in states and states[1] == "in doubt"):
         wrong.append(f"two copies: {told}")
-    # One that was killed where it had arrived has ended by that.
+    # If the process was killed on the side where the VM had arrived, the VM has ended there.
     was_lost_there = party.startswith("there") and not command.returncode
     if not (running or "in doubt" in states or command.returncode or was_lost_there):
         wrong.append(f"none runs, and nobody says so: {told}")
@@ -144,7 +143,7 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
         wrong.append(told)
     if states[0] == "in doubt" and states[1] == "gone":
         answer = here.client.ask("unpause", name="one", force=True)
-        # A disk process that was killed has not let go of anything, and cannot take it back.
+        # A disk process that was killed has not released anything, and cannot take it back.
         if answer["type"] != "done" and "disk" not in party:
             wrong.append(f"it cannot go on: {answer}: {told}")
     if there.state() != "gone":

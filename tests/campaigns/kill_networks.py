@@ -1,13 +1,13 @@
 """Campaign: VMs with four interfaces each, started, stopped and killed, and the daemon with them.
 
 Each round starts a VM in a network namespace of its own, or stops it, by force or by kill -9 of its
-process, or kills one of the processes that move its frames; now and then priv, local, vmm or the
-whole daemon is killed, while VMs start. All the while frames go to every interface. After each
-round a VM that is stopped has no tap left, and one that runs has all four. At the end, interfaces,
-addresses, rules and namespaces are what they were before.
+process, or kills one of the processes that move its frames; now and then it kills priv, local, vmm
+or the whole daemon, while VMs start. All the while frames go to every interface. After each
+round a stopped VM has no tap left, and a running one has all four. At the end, interfaces,
+addresses, rules and namespaces are as before.
 
-Any deviation is printed, and the exit status is 1. The same --seed does the same; when a kill meets
-what is under way is up to the clock. Needs root, nft and /dev/kvm.
+Any deviation is printed, and the exit status is 1. The same --seed does the same, but not at the
+same moments. Needs root, nft and /dev/kvm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from tests.system.vmd.daemon import Daemon, descendants, process_title, vm_block  # noqa: E402
 from tests.system.vmd.netns import Namespace  # noqa: E402
 
-# Broadcasts to every interface that there is, as fast as a busy network has them.
+# Broadcasts to every interface, as fast as on a busy network.
 TRAFFIC = """
 import socket, time
 frame = b"\\xff" * 6 + bytes.fromhex("525400000099") + b"\\x88\\xb5" + bytes(1000)
@@ -46,14 +46,14 @@ while True:
             continue
     time.sleep(0.01)
 """
-# One that starts three times within 6 s of the time before is refused, so there are many.
+# The daemon refuses a VM that starts three times within 6 s of the time before: have many.
 VMS = tuple(f"vm{number}" for number in range(1, 41))
 RUNNING_MAX = 6
 WAIT_S = 30.0
 # More than five ends of one kind within 10 s end the daemon, as they should.
 BETWEEN_KILLS_S = 2.5
 CHANCE_OF_KILL = 0.05
-CHANCE_OF_STOP, CHANCE_OF_MOVER = 0.4, 0.25  # of a VM that runs; else it is killed
+CHANCE_OF_STOP, CHANCE_OF_MOVER = 0.4, 0.25  # of a running VM; else it is killed
 _PROCESSES = ("vmd: priv", "vmd: local", "vmd: vmm", "vmd")
 
 
@@ -76,7 +76,7 @@ def config() -> str:
 
 
 class Campaign:
-    """One run of it."""
+    """One run of the campaign."""
 
     def __init__(self, space: Namespace, directory: Path, seed: int) -> None:
         self.space = space
@@ -90,7 +90,7 @@ class Campaign:
         return Daemon(self.directory, config(), is_user=False, prefix=self.space.prefix)
 
     def round(self) -> list[str]:
-        """Do something to a VM, and perhaps to the daemon; returns what is wrong afterwards."""
+        """Act on a VM, and perhaps on the daemon; returns the deviations afterwards."""
         with self.daemon.client() as client:
             running = [name for name in VMS if client.vm(name)["pid"] is not None]
             name = self.chance.choice(running if len(running) >= RUNNING_MAX else VMS)
@@ -116,7 +116,7 @@ class Campaign:
         return self.check()
 
     def _kill_mover(self, name: str) -> None:
-        """Kill a process that moves a VM's frames, if it has one; the VM goes on without."""
+        """Kill a process that moves a VM's frames, if it has one; the VM runs on without."""
         pids = descendants(self.daemon.process.pid)
         movers = [pid for pid in pids if process_title(pid) == f"nic/{name}"]
         if movers:
@@ -125,7 +125,7 @@ class Campaign:
             self.counts["device processes killed"] += 1
 
     def _kill_something(self) -> bool:
-        """Perhaps kill a process of the daemon; True if a client's answer may not come."""
+        """Perhaps kill a process of the daemon; True if a client's answer may be lost."""
         is_early = time.monotonic() - self.last_kill < BETWEEN_KILLS_S
         if is_early or self.chance.random() > CHANCE_OF_KILL:
             return False
@@ -142,12 +142,12 @@ class Campaign:
         return True
 
     def _oldest(self, title: str) -> int:
-        """Return the process of this title; those that it has just forked have it too."""
+        """Return the process with this title; processes that it has just forked have it too."""
         pids = descendants(self.daemon.process.pid)
         return min(pid for pid in pids if process_title(pid) == title)
 
     def check(self) -> list[str]:
-        """Wait until the taps are those of VMs that run; return what is wrong if they never are."""
+        """Wait until the taps are those of running VMs; return the deviations if they never are."""
         deadline = time.monotonic() + WAIT_S
         while True:
             wrong = self._wrong()
@@ -178,7 +178,7 @@ class Campaign:
 
 
 def run(count: int, seed: int, *, is_quiet: bool = False) -> int:
-    """Run so many rounds; returns the exit status."""
+    """Run `count` rounds; returns the exit status."""
     namespaces = subprocess.run(["ip", "netns"], check=True, capture_output=True).stdout
     problems: list[str] = []
     with Namespace() as space, tempfile.TemporaryDirectory(prefix="vmd-networks-") as directory:

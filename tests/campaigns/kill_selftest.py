@@ -4,7 +4,7 @@ Each run starts `vmctl run --selftest` and ends it by SIGKILL, by one or two SIG
 --timeout, after a random delay that covers everything from the interpreter's start to a guest
 that idles. Afterwards nothing may be left: no process that inherited this run's environment, no
 descriptor in this process, no file in the run's own temporary directory, no memfd of a dead
-guest. The exit status has to be the documented one.
+guest. The exit status must be the documented one.
 
 Any deviation is printed, and the exit status is 1. The same --seed gives the same delays.
 """
@@ -34,14 +34,14 @@ from tests.vmctl_driver import ConsoleProcess, ConsoleTimeoutError, vmctl_run  #
 MARKER = "VMM_CAMPAIGN"
 EXIT_TIMEOUT = 124
 EXIT_KILLED = 128 + signal.SIGTERM
-# How long a guest that is told to end may take, on a busy machine.
+# The time for a guest to end after its power button is pressed, on a busy machine.
 END_TIMEOUT_S = 30.0
-# From here on `vmctl` is surely in its event loop, with its signal handlers in place.
+# From then on `vmctl` is surely in its event loop, with its signal handlers in place.
 READY = "selftest: ready"
 
 
 class Way(enum.Enum):
-    """How a run is ended."""
+    """The way in which a run is ended."""
 
     KILL = "SIGKILL"
     TERM = "SIGTERM once"
@@ -51,9 +51,9 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run: how it ends, and after how many seconds.
+    """One run: the way of its end, and the delay in seconds.
 
-    `waits_for_guest` counts the delay from the guest's last word instead of from the start.
+    `waits_for_guest` counts the delay from the guest's last output instead of from the start.
     """
 
     way: Way
@@ -61,11 +61,11 @@ class Plan:
     waits_for_guest: bool
 
     def statuses(self) -> set[int]:
-        """Return the exit statuses that are right.
+        """Return the allowed exit statuses.
 
         SIGTERM before `vmctl` has its handler, which is set last, kills the process as it kills
         any other; before the guest has its power button enabled a press is lost or kept, and the
-        driver then sends the second one. The second of two may come too late.
+        driver then sends the second SIGTERM. The second of two may come too late.
         """
         died = {-signal.SIGTERM, EXIT_KILLED} if not self.waits_for_guest else set()
         match self.way:
@@ -133,18 +133,18 @@ def marked_processes(mark: str) -> list[int]:
 
 
 def open_files() -> set[str]:
-    """Return this process's descriptors, each with what it refers to."""
+    """Return this process's descriptors, each with its target."""
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:
             found.add(f"{entry.name}: {entry.readlink()}")
-        except FileNotFoundError:  # the listing's own
+        except FileNotFoundError:  # the listing's own descriptor
             continue
     return found
 
 
 def leftovers(mark: str, before: set[str], scratch: Path) -> list[str]:
-    """Return what a run left behind, a line each."""
+    """Return the leftovers of a run, a line each."""
     left = [f"process {pid}" for pid in marked_processes(mark)]
     left += [f"descriptor {one}" for one in open_files() - before]
     left += [f"file {path}" for path in scratch.rglob("*")]
@@ -154,7 +154,7 @@ def leftovers(mark: str, before: set[str], scratch: Path) -> list[str]:
 
 
 def run(plan: Plan, scratch: Path) -> list[str]:
-    """Carry out one plan; return what deviated, a line each."""
+    """Carry out one plan; return the deviations, a line each."""
     before = open_files()
     mark = uuid.uuid4().hex
     options = ["--timeout", f"{plan.delay_s + 0.05:.3f}"] if plan.way is Way.TIMEOUT else []
@@ -175,7 +175,7 @@ def run(plan: Plan, scratch: Path) -> list[str]:
 
 
 def _was_starting(plan: Plan) -> bool:
-    """Tell whether the interpreter itself may have been interrupted."""
+    """Tell whether the interpreter's own start may have been interrupted."""
     return not plan.waits_for_guest and plan.way is not Way.TIMEOUT
 
 

@@ -1,11 +1,11 @@
-"""Campaign: a VM on its way from one name to another, and whoever carries it killed.
+"""Campaign: while a VM is sent from one name to another, one of the processes involved is killed.
 
 One daemon, `vmctl send | vmctl receive`, a VM with a disk. At a random moment SIGKILL ends one of
-the two commands, the VM process that sends, or the one that receives. Afterwards never do two
-copies run; where none does, a command has said so; the disk's lock is free for whoever starts next;
-and no process is left.
+the two commands, the VM process that sends, or the one that receives. Afterwards two copies never
+run; if none runs, a command has said so; the disk's lock is free for the next start; and no process
+is left.
 
-Any deviation is printed, and the exit status is 1. When the kill comes is up to the clock.
+Any deviation is printed, and the exit status is 1. The moment of the kill is not repeatable.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _kill(party: str, vmd: Daemon, commands: dict[str, subprocess.Popen[bytes]])
 
 
 def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, list[str]]:
-    """Send and receive once, kill somebody; return what came of it, and what deviates."""
+    """Send and receive once, kill a process; return the outcome, and the deviations."""
     wrong: list[str] = []
     if not _runs(client, "one"):
         answer = client.ask("start", name="one")
@@ -83,7 +83,7 @@ def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, 
     _kill(party, vmd, commands)
     said = {name: one.communicate(timeout=TIMEOUT_S)[1] for name, one in commands.items()}
     deadline = time.monotonic() + TIMEOUT_S
-    while True:  # a command that was killed does not wait for what it began
+    while True:  # a command that was killed does not wait for the operation that it began
         running = [name for name in ("one", "two") if _runs(client, name)]
         if len(running) < 2 or time.monotonic() > deadline:
             break

@@ -1,11 +1,11 @@
-"""Campaign: a VM that is written into snapshots and started from them, and a party killed.
+"""Campaign: while a VM is written into a snapshot or started from one, a process is killed.
 
 One daemon, a VM, `vmctl snapshot` and `vmctl start --from`. At a random moment SIGKILL ends the
-command, the VM's process, or the process of the VM that goes on from the snapshot; or the daemon's
-vmm. Afterwards the store has whole snapshots only: each starts a VM that answers, or has never had
-a name. The source goes on where it was not what was killed. No file, process or lock is left.
+command, the VM's process, the process of the VM that starts from the snapshot, or the daemon's vmm.
+Afterwards the store has only whole snapshots: each starts a VM that answers, or has never had a
+name. The source runs on unless it was killed. No file, process or lock is left.
 
-Any deviation is printed, and the exit status is 1. When the kill comes is up to the clock.
+Any deviation is printed, and the exit status is 1. The moment of the kill is not repeatable.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ PARTIES = ("snapshot", "snapshot", "start", "vm/one", "vm/two", "vmd: vmm")
 
 
 def _answers(client: Client, name: str) -> None:
-    """Fail unless a guest hears what is typed."""
+    """Fail unless a guest answers typed input."""
     with client.console(name) as console:
         console.type(b"e")
         console.expect(b"e", console.output.count(b"e") + 1)
 
 
 def _ensure_source(client: Client) -> None:
-    """Have the source running; what was killed may still look alive."""
+    """Make sure that the source runs; a killed one may still look alive."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        client.ask("start", name=SOURCE)  # refused while it runs or ends, or there is no vmm
+        client.ask("start", name=SOURCE)  # refused while it runs or ends, or vmm is down
         try:
             with client.console(SOURCE) as console:
                 console.expect(READY)
@@ -66,7 +66,7 @@ def _ensure_source(client: Client) -> None:
 
 
 def _kill(party: str, vmd: Daemon, command: subprocess.Popen[bytes]) -> bool:
-    """Kill a party; tell whether the source is to go on."""
+    """Kill a process; tell whether the source must run on."""
     if party in {"snapshot", "start"}:
         command.kill()
         return True
@@ -103,7 +103,7 @@ def _is_gone(client: Client, name: str) -> bool:
 def run_round(
     vmd: Daemon, client: Client, chance: random.Random, number: int
 ) -> tuple[str, list[str]]:
-    """Write a snapshot or start from one, and kill somebody; return the outcome, and deviations."""
+    """Write a snapshot or start from one, kill a process; return the outcome, and deviations."""
     wrong: list[str] = []
     _ensure_source(client)
     party = chance.choice(PARTIES)

@@ -1,14 +1,14 @@
 """Campaign: a whole VM, killed at random moments while its guest writes to a disk.
 
 The guest is a boot sector, which any /dev/kvm runs: by SeaBIOS it writes 4 KiB of its own number at
-one place after the other, and says a byte for each write that the BIOS calls done. SeaBIOS knows no
-flush, so each of them has to be durable by then. SIGKILL ends `vmctl run`; its device process, in
-every other round, goes with it. Afterwards the image is checked by us and by `qemu-img check`:
-nothing but leaks; and each sector holds what was acknowledged last, or a later write. The image
-goes on to the next round.
+one place after the other, and prints a byte for each write that the BIOS reports done. SeaBIOS does
+not flush, so each write must be durable by then. SIGKILL ends `vmctl run` and, in every other
+round, its device process. Afterwards we and `qemu-img check` find nothing but leaks in the image;
+and each sector has the last acknowledged write, or a later one. The next round continues with the
+image.
 
-Any deviation is printed, and the exit status is 1. The same --seed gives the same writes; when
-the kill comes is up to the clock.
+Any deviation is printed, and the exit status is 1. The same --seed gives the same writes, but not
+the same moments.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ PLACES = 1 << 14
 SIZE = 16 << 20
 DELAY_S = 1.5
 LATER = 1 << 14
-"""How many writes a guest may be ahead of what its console has said."""
+"""The number of writes that a guest may be ahead of its console's output."""
 _START_S = 180.0
 _END_S = 120.0
-"""20 s were not enough once, on a machine with four times as much to do as it has processors."""
+"""20 s can be too short on a machine with four times as much to do as it has processors."""
 
 _CODE = b"".join(
     (
@@ -87,13 +87,13 @@ _CODE = b"".join(
 )
 _PACKET = struct.Struct("<BBHIQIBBH")  # INT 13h's packet at 0x7de0; number; drive, unused, place
 _PACKET_AT = 0x1E0
-# What the guest says. No text of SeaBIOS's has these bytes: its last line comes when the guest
+# The guest's output. No text of SeaBIOS's has these bytes: its last line appears when the guest
 # already runs.
 _BEGINS, _DONE, _FAILED = b"\1", b"\2", b"\3"
 
 
 def boot_sector(number: int, place: int) -> bytes:
-    """Return the guest that goes on after write `number`, at the place that follows `place`."""
+    """Return the guest that continues after write `number`, at the place that follows `place`."""
     variables = _PACKET.pack(16, 0, WRITE_SECTORS, 0x8000, 0, number, 0, 0, place)
     return (_CODE.ljust(_PACKET_AT, b"\0") + variables).ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
 
@@ -106,7 +106,7 @@ def places(place: int) -> Iterator[int]:
 
 
 class Disk:
-    """What each sector has to hold: the number of the write, 0 for none."""
+    """The required contents of each sector: the number of the write, 0 for none."""
 
     def __init__(self) -> None:
         """Begin with an empty disk."""
@@ -115,7 +115,7 @@ class Disk:
         self._durable: dict[int, int] = {}
 
     def settle(self, acknowledged: int, found: bytes) -> list[str]:
-        """Compare with a disk on which so many more writes were done, at least."""
+        """Compare with a disk on which at least so many more writes were done."""
         wrong = []
         later: dict[int, set[int]] = {}
         last = self.number
@@ -136,7 +136,7 @@ class Disk:
                 wrong.append(f"sector {sector} holds {number}, not {durable} or a later one")
             self._durable[sector] = number
             last = max(last, number)
-        # What was done without a word is behind us too.
+        # Later writes that were done, but not acknowledged, count too.
         last = max(last, self.number + acknowledged)
         for _, state in zip(range(last - self.number), places(self.place), strict=False):
             self.place = state
@@ -145,7 +145,7 @@ class Disk:
 
 
 def opened(path: str) -> Image:
-    """Open the image for writing once the processes of a dead VM have let go of it."""
+    """Open the image for writing once the processes of a dead VM have released it."""
     deadline = time.monotonic() + _END_S
     while True:
         try:
@@ -171,13 +171,13 @@ def run_round(path: str, disk: Disk, chance: random.Random, number: int) -> Roun
         said = guest.output.partition(_BEGINS)[2]
     acknowledged = said.count(_DONE)
     wrong = ["the BIOS reported an error"] if _FAILED in said else []
-    opened(path).close()  # as soon as nobody has it open any more
+    opened(path).close()  # as soon as no process has it open any more
     found, unsound = examine(path, SIZE)
     return Round(acknowledged, [*wrong, *unsound, *disk.settle(acknowledged, found)])
 
 
 def campaign(count: int, seed: int) -> tuple[int, list[str]]:
-    """Kill `count` VMs; return how many writes were acknowledged, and what deviated."""
+    """Kill `count` VMs; return the number of acknowledged writes, and the deviations."""
     return run_rounds(count, seed, SIZE, Disk, run_round)
 
 

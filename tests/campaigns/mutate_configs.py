@@ -2,9 +2,9 @@
 
 The golden files of `tests/config` are the seeds. Each case takes one or two, breaks them (bytes,
 words, lines, pieces of other files, numbers of extreme size, files that include each other), and
-reads the result. What may happen is that it is accepted or that there are lines about what is
-wrong, each of them one line that a terminal can show. Never an exception, nor more than a time. And
-what is accepted, written out and read again, says the same.
+reads the result. The parser may accept it, or report faults, each in one line that a terminal can
+show; never an exception. The time of a case is limited. An accepted file, written out and read
+again, says the same.
 
 Any deviation is printed, with the seed that repeats it, and the exit status is 1.
 """
@@ -63,12 +63,12 @@ def mutated(seeds: Sequence[bytes], sound: Sequence[bytes], chance: random.Rando
                 data[at % len(data)] ^= 1 << chance.randrange(8)
             case 1:
                 data[at:at] = _word(chance)
-            case 2:  # a word for a word
+            case 2:  # a word replaced
                 words = list(re.finditer(rb"\S+", data))
                 if words:
                     word = chance.choice(words)
                     data[word.start() : word.end()] = _word(chance)
-            case 3:  # a word less
+            case 3:  # a word removed
                 words = list(re.finditer(rb"\S+\s*", data))
                 if words:
                     word = chance.choice(words)
@@ -109,14 +109,14 @@ def _swap(lines: list[bytearray], chance: random.Random) -> None:
 
 
 def plain(config: Config) -> Config:
-    """Return what a configuration says, without where it says it."""
+    """Return a configuration without its places in files."""
     return config._replace(
         vms=tuple(vm._replace(where="") for vm in config.vms), warnings=(), includes=()
     )
 
 
 def read(files: Mapping[str, bytes]) -> str:
-    """Read a case as `vmd -nv` does; return what came of it."""
+    """Read a case as `vmd -nv` does; return the outcome."""
     lines, status = check(NAME, MACROS, is_verbose=True, host=FakeHost(files))
     for line in lines:
         if not line.replace("\t", "").isprintable():
@@ -139,7 +139,7 @@ def _hang(_: int, __: FrameType | None) -> NoReturn:
 
 
 def run_case(files: Mapping[str, bytes], seed: int) -> tuple[str, str | None]:
-    """Run one case; return what came of it, and what deviates, if anything does."""
+    """Run one case; return the outcome, and the deviation, if there is one."""
     chance = random.Random(seed)
     seeds = [files[name] for name in sorted(files) if name.endswith(".conf")]
     sound = [files[name] for name in sorted(files) if re.fullmatch(r"pass-.*\.conf", name)]

@@ -1,10 +1,10 @@
-"""Campaign: mutated snapshots, files and streams, as somebody who restores one reads them.
+"""Campaign: mutated snapshots, files and streams, as programs that restore them read them.
 
 A small machine is the seed, as a file and as a stream, raw and compressed. Each case breaks one:
 bits, words of extreme values, pieces moved, dropped and doubled, truncation; or fields of its
-manifest and the index of its state, and then sizes and checksums are put right, so that the fault
-is found by what it says. What may happen is that it is accepted, or refused in one line. Never
-another exception, nor more than a time and an amount of memory.
+manifest and the index of its state, and then mends sizes and checksums, so that the reader finds
+the fault by its contents. The reader may accept it, or refuse it in one line; never another
+exception. Time and memory of a case are limited.
 
 Any deviation is printed, with the seed that repeats it, and the exit status is 1.
 """
@@ -49,7 +49,7 @@ from vmm_kvm.snapshot.stream import StreamReader  # noqa: E402
 
 TIMEOUT_S = 5.0
 MEMORY = 512 * MIB
-"""More than this process had at the start, and no case may need."""
+"""Memory beyond this process's at the start, the limit of a case."""
 EXTREMES = (0, 1, -1, 0xFF, 0xFFFF, 1 << 31, 0xFFFF_FFFF, 1 << 62, (1 << 64) - 1, 4096, 2 << 20)
 VALUES: tuple[object, ...] = (
     *(None, True, False, "", "x" * 5000, "\0", "\ud800", [], {}, [[]], [{}], {"": None}, 1.5),
@@ -64,7 +64,7 @@ class HangError(BaseException):
 
 
 class Seeds:
-    """The machine, as files and streams have it."""
+    """The machine, as files and as streams."""
 
     def __init__(self, directory: Path) -> None:
         self.streams = (stream(), stream(compresses=True), live_stream())
@@ -101,7 +101,7 @@ def broken(data: bytes, chance: random.Random, most: int) -> bytes:
 
 
 def retold(text: bytes, chance: random.Random) -> bytes:
-    """Return a JSON text with one to three other values, fields more, or fields less."""
+    """Return a JSON text with one to three values changed, fields added, or fields removed."""
     value = json.loads(text)
     for _ in range(chance.randrange(1, 4)):
         value = _changed(value, chance)
@@ -178,7 +178,7 @@ def read_stream(data: bytes, chance: random.Random) -> None:
 
 
 def read_file(data: bytes) -> None:
-    """Read a case as one that starts from a file does."""
+    """Read a case as a start from a file does."""
     fd = os.memfd_create("mutated")
     os.truncate(fd, len(data))
     for at in range(0, len(data), 4096):
@@ -191,7 +191,7 @@ def read_file(data: bytes) -> None:
 
 
 def run_case(seeds: Seeds, seed: int) -> tuple[str, str | None]:
-    """Run one case; return what came of it, and what deviates, if anything does."""
+    """Run one case; return the outcome, and the deviation, if there is one."""
     chance = random.Random(seed)
     try:
         is_file = chance.random() < 0.3
@@ -201,7 +201,7 @@ def run_case(seeds: Seeds, seed: int) -> tuple[str, str | None]:
         else:
             sound = chance.choice(seeds.streams)
             data = told_stream(sound, chance) if tells else broken(sound, chance, 1800)
-    except (ValueError, struct.error):  # the changes do not go together
+    except (ValueError, struct.error):  # the changes contradict each other
         return "unmade", None
     old = signal.signal(signal.SIGALRM, _hang)
     signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S)
@@ -230,7 +230,7 @@ def _hang(_: int, __: FrameType | None) -> NoReturn:
 
 
 def _limit_memory() -> None:
-    """Let this process have no more than MEMORY besides what it has."""
+    """Limit this process's memory to MEMORY more than it has."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

@@ -1,9 +1,9 @@
 """Campaign: random qcow2 images, made and changed in turn by QEMU and by this program.
 
 Each case makes an image of random features, perhaps on a base, and has `qemu-img`, `qemu-io` and
-our image class change it in turn; a model in memory knows what the disk has to hold. After each
-turn of ours the disk is read back by us and by `qemu-img compare`, and `qemu-img check` and our
-check have to find nothing, not even a leak.
+our image class change it in turn; a model in memory has the required contents. After each turn of
+ours we read the disk back, and so does `qemu-img compare`; `qemu-img check` and our check must find
+nothing, not even a leak.
 
 Any deviation is printed, with the seed that repeats it, and the exit status is 1.
 """
@@ -33,7 +33,7 @@ BEYOND = 700
 
 
 class DeviationError(Exception):
-    """An image does not hold what it should; the message says where."""
+    """An image has wrong contents; the message says where."""
 
 
 def tool(*arguments: str) -> str:
@@ -56,7 +56,7 @@ def read(image: Image, offset: int, size: int) -> bytes:
 
 
 class Case:
-    """One image, and the model of what it holds; all of it follows from the seed."""
+    """One image, and the model of its contents; all of it follows from the seed."""
 
     def __init__(self, seed: int, directory: Path) -> None:
         """Make the image, and its base if it has one, in `directory`, which is empty."""
@@ -123,7 +123,7 @@ class Case:
         """Change the image in turns.
 
         Raises:
-            DeviationError: an image does not hold what it should.
+            DeviationError: an image has wrong contents.
         """
         for number in range(rounds):
             self._turn_of_qemu(number)
@@ -141,7 +141,7 @@ class Case:
             value = chance.randrange(1, 255)
             what = chance.choice(("-P", "-z", "-z -u", "-c -P"))
             start, size = self._range(self._cluster_size if "-c" in what else 512)
-            if "-c" in what:  # one cluster: of more, part might be written before it fails
+            if "-c" in what:  # one cluster: if more fail, a part might be written
                 size = min(self._cluster_size, size)
             command = f"write {what} {value if 'P' in what else ''} {start} {size}"
             arguments = ["qemu-io", "-f", "qcow2", "-c", command, self.path]
@@ -214,7 +214,7 @@ class Case:
 
 
 def run_case(seed: int) -> str | None:
-    """Run one case in a directory of its own; return what deviates, if anything does."""
+    """Run one case in a directory of its own; return the deviation, if there is one."""
     with tempfile.TemporaryDirectory(prefix="qcow2-oracle-") as directory:
         case = Case(seed, Path(directory))
         try:

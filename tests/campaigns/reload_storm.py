@@ -1,8 +1,8 @@
 """Campaign: a hundred VMs that start staggered, and SIGHUP without end.
 
-Every VM of the configuration starts in its turn, and all run at once. Then the daemon is told again
-and again to read its configuration: no VM ends, none is started twice, every request in between is
-answered, and in the end the daemon leaves nothing behind.
+Every VM of the configuration starts in its turn, and all run at once. Then the daemon must read its
+configuration again and again: no VM ends or starts twice, every request in between gets its answer,
+and at the end the daemon leaves nothing behind.
 
 Any deviation is printed, and the exit status is 1.
 """
@@ -30,7 +30,7 @@ _ASK_EVERY = 10
 
 
 def _start_all(client: Client, count: int) -> float:
-    """Wait until all VMs run and have spoken; returns after how long the last one ran."""
+    """Wait until all VMs run and have printed; returns the seconds until the last one ran."""
     begun = time.monotonic()
     limit = _TIMEOUT_S + count / PARALLEL * DELAY_S * 4
     while waiting := [vm["name"] for vm in client.vms() if vm["state"] != "running"]:
@@ -45,10 +45,10 @@ def _start_all(client: Client, count: int) -> float:
 
 
 def run(directory: Path, storms: int, count: int = 8) -> str:
-    """Start `count` VMs and send SIGHUP `storms` times; returns what to tell.
+    """Start `count` VMs and send SIGHUP `storms` times; returns a line to print.
 
     Raises:
-        Failure: something is not as it should be.
+        Failure: the daemon has a fault.
     """
     config = f"staggered start parallel {PARALLEL} delay {DELAY_S}\n" + "".join(
         vm_block(f"v{number}", enabled=True) for number in range(count)

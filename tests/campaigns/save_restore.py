@@ -1,9 +1,9 @@
 """Campaign: a counting guest is saved and restored again and again, at random moments.
 
 Each cycle builds a new machine, every eighth in a new process by fork, restores what the last one
-saved, lets the guest run for a random time, and saves it. The guest counts on only as long as no
-timer, IPI or half-done port access is lost; one that stands still, counts back, or reads what it
-should not is printed, and the exit status is 1. vCPUs take turns: 1, 2, 4.
+saved, lets the guest run for a random time, and saves it. The guest's counters advance only if no
+timer, IPI or half-done port access is lost. If a guest stops counting, counts back, or reads a
+wrong value, that is printed, and the exit status is 1. vCPUs take turns: 1, 2, 4.
 
 The same --seed gives the same delays.
 """

@@ -1,13 +1,13 @@
-"""Campaign: clients that ask without end, and only what they may, against a daemon with VMs.
+"""Campaign: floods of valid requests, against a daemon with VMs.
 
-Many connections of a user without rights send valid requests as fast as they are taken: some read
-their answers at once, some a little at a time, some never. Meanwhile another user asks for the
-status, and stops and starts a VM. No VM is lost, the status comes within a second, a forced stop
+Many connections of a user without rights send valid requests as fast as the daemon takes them: some
+read their answers at once, some a little at a time, some never. Meanwhile another user asks for the
+status, and stops and starts a VM. No VM is lost, the status arrives within a second, a forced stop
 within two, and the memory of control and of the parent stays below a limit.
 
 Others start VMs under ever new names, which fail, and leave nothing; or ask for events by the
-thousand. Each request is answered once, a VM starts within a second,
-and the daemon ends when it is told to.
+thousand. Each request is answered once, a VM starts within a second, and the daemon ends at
+SIGTERM.
 
 Any deviation is printed, and the exit status is 1.
 """
@@ -46,7 +46,7 @@ END_MAX_S = 10.0
 STATUS_MAX_S = 1.0
 STOP_MAX_S = 2.0
 RSS_MAX = 64 << 20
-"""Bytes, of control and of the parent."""
+"""Bytes of control and of the parent."""
 _VMS = 20
 _PROBES_S = 0.2
 _SLOW_READS = 4  # packets that a slow reader takes in a round
@@ -57,10 +57,10 @@ _READERS = ("fast", "slow", "never")
 
 
 class Figures(NamedTuple):
-    """What was measured."""
+    """The results."""
 
     answers: int
-    """That the flood has read."""
+    """Answers that the flood has read."""
     statuses: int
     slowest_status_s: float
     slowest_stop_s: float
@@ -86,11 +86,11 @@ def _connect(path: Path) -> socket.socket:
 
 
 class Flood:
-    """Connections that are kept full of requests, on a thread of its own."""
+    """Connections with a constant supply of requests, on a thread of its own."""
 
     def __init__(self, path: Path, count: int, packet: bytes) -> None:
         self.make: Callable[[], bytes] = lambda: packet
-        """Makes what is sent next."""
+        """Makes the next packet."""
         self._sockets = [_connect(path) for _ in range(count)]
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -101,7 +101,7 @@ class Flood:
         self._thread.start()
 
     def stop(self) -> None:
-        """End; the connections close."""
+        """Stop, and close the connections."""
         self._is_over.set()
         self._thread.join()
         for sock in self._sockets:
@@ -133,7 +133,7 @@ class Flood:
                 if not sock.recv(_PACKET_MAX):
                     return
                 self.answers += 1
-        except OSError:  # no more now, or it has been cut off
+        except OSError:  # no room for more, or it has been cut off
             return
 
     def _write(self, sock: socket.socket) -> None:
@@ -164,7 +164,7 @@ def run(directory: Path, connections: int, seconds: float) -> Figures:
     """Flood a daemon; returns the figures.
 
     Raises:
-        Failure: something is not as it should be.
+        Failure: the daemon has a fault.
     """
     is_user = os.geteuid() != 0
     directory.chmod(0o711)
@@ -207,14 +207,14 @@ def _flood(vmd: Daemon, pids: dict[str, object], connections: int, seconds: floa
 
 
 def _stop_and_start(vmd: Daemon, name: str) -> float:
-    """Force a VM to stop, and start it again; returns how long the stop took, seconds."""
+    """Force a VM to stop, and start it again; returns the seconds of the stop."""
     with vmd.client() as client:
         begun = time.monotonic()
         answer = client.ask("stop", name=name, force=True, wait=True)
         taken = time.monotonic() - begun
         if answer["type"] != "terminated":
             raise Failure(f"stop -f: {answer}")
-        time.sleep(6.1)  # starts that follow sooner count as too quick
+        time.sleep(6.1)  # sooner starts count as too quick
         answer = client.ask("start", name=name)
         if answer["type"] != "started":
             raise Failure(f"start: {answer}")
@@ -222,7 +222,7 @@ def _stop_and_start(vmd: Daemon, name: str) -> float:
 
 
 def _ask_for_events(path: Path, connections: int, count: int, told: socket.socket) -> None:
-    """Ask on each connection `count` times; tells how many were answered how often, and granted."""
+    """Ask on each connection `count` times; send how many were answered how often, and granted."""
     answers = [[0] * count for _ in range(connections)]
     granted = 0
     asked = [0] * connections
@@ -258,7 +258,7 @@ def _ask_for_events(path: Path, connections: int, count: int, told: socket.socke
 
 
 def run_events(directory: Path, count: int) -> str:
-    """Ask for events `count` times; returns what to tell.
+    """Ask for events `count` times; returns a line to print.
 
     Raises:
         Failure: a start took long, a request was not answered once, or the daemon did not end.
@@ -307,10 +307,10 @@ def run_events(directory: Path, count: int) -> str:
 
 
 def run_starts(directory: Path, seconds: float) -> str:
-    """Have a user fail to start VMs under new names; returns what to tell.
+    """Have a user fail to start VMs under new names; returns a line to print.
 
     Raises:
-        Failure: another user is kept waiting, or something is left of the starts.
+        Failure: another user waits too long, or a start leaves something.
     """
     is_user = os.geteuid() != 0
     directory.chmod(0o711)
@@ -344,7 +344,7 @@ def run_starts(directory: Path, seconds: float) -> str:
             flood.stop()
         with vmd.client() as client:
             client.ask("stop", name="one", force=True, wait=True)
-            time.sleep(6.1)  # a start that follows sooner counts as too quick
+            time.sleep(6.1)  # a sooner start counts as too quick
             last = client.ask("start", name="one")
             left = [vm["name"] for vm in client.vms() if str(vm["name"]).startswith("x")]
         lines = vmd.log.read_text().count("\n")

@@ -1,6 +1,6 @@
-"""Fuzz target: what a hostile guest's agent answers, whatever it was asked.
+"""Fuzz target: answers of a hostile guest's agent to any request.
 
-The client ends with a result, or with an error of one line; what it keeps is bounded.
+The client ends with a result, or with an error of one line; its buffers are bounded.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from vmctl.agent_frames import SIZE_BODY, TAKEN_BODY, WINDOW, Kind, frame
 from vmctl.client import CommandError
 
 _DATA_MAX = 60 << 10
-"""Bytes that a socket takes while nobody reads."""
+"""Bytes that a socket takes while its other side does not read."""
 _OUTPUTS = (Kind.OUTPUT, Kind.ERRORS)
 
 
 def run(data: bytes) -> None:
-    """Answer with these bytes; the first says how much the client feeds, takes and resizes."""
+    """Answer with these bytes; the first chooses how much the client sends, takes and resizes."""
     given = Input(data)
     how = given.number(1)
     theirs, ours = socket.socketpair()

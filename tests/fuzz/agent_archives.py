@@ -1,7 +1,7 @@
 """Fuzz target: tar streams that a hostile guest's agent sends for `vmctl cp -r`.
 
-Whatever they hold, nothing is written, removed or changed but below the target, and no link that
-is made leads out of it. The bytes are a stream, or say which members one is made of.
+Whatever they hold, the client writes, removes or changes nothing outside the target, and makes no
+link that leads out of it. The bytes are a stream, or describe its members.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PLACE = "/dev/shm"
 
 
 def run(data: bytes) -> None:
-    """Unpack a stream; the first byte says of what kind it is, and where it goes."""
+    """Unpack a stream; the first byte chooses its kind and its target."""
     given = Input(data)
     how = given.number(1)
     stream = io.BytesIO(given.rest() if how & 1 else _made(given, _FORMATS[(how >> 2) % 3]))
@@ -75,7 +75,7 @@ def _check(top: Path) -> None:
         for name in (*folders, *files):
             path = Path(where) / name
             if path.is_symlink() and path != tree / "mine":
-                # A part of the way may be missing: what is there leads no further.
+                # A part of the path may be missing: existing parts lead no further.
                 found = os.path.realpath(path)
                 through_mine = found == str(top / "canary")
                 assert through_mine or f"{found}/".startswith(f"{tree}/"), (path, found)

@@ -1,7 +1,7 @@
-"""Fuzz target: what clients say, by the daemon's own rules up to the answer.
+"""Fuzz target: requests of clients, decided by the daemon's own rules, up to the answer.
 
-Each line of an input is a request of one of three users. What is none is refused in one line; else
-the parent decides, as it does in the daemon, and a client understands each answer.
+Each line of an input is a request of one of three users. An invalid one is refused in one line; for
+others the parent decides, as in the daemon, and a client understands each answer.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run(data: bytes) -> None:
 
 
 def _ask(host: Host, request: AnyRequest, uid: int) -> None:
-    """Pass a request on as control does, and hold the answer to what clients are promised."""
+    """Pass a request on as control does, and check the answer as a client would."""
     assert DAEMON_TO_CLIENT.decode(msgspec.json.encode(request)) == request
     if isinstance(request, Events):
         return

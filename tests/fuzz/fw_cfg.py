@@ -1,7 +1,7 @@
 """Fuzz target: fw_cfg's ports and its DMA, with requests anywhere in guest memory.
 
-Nothing is raised, RAM outside of what a request names stays as it is, and a device that is restored
-from a snapshot goes on as the first one.
+The device raises nothing, RAM outside the range of a request stays unchanged, and a device that is
+restored from a snapshot behaves like the first one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _drive(given: Input, memory: GuestMemory) -> None:
 
 
 def _dma(device: FwCfg, memory: GuestMemory, given: Input) -> None:
-    """Have a request done that lies in RAM, and look at what became of RAM."""
+    """Have a request in RAM done, and check what changed in RAM."""
     control = given.number(1) | given.number(1) << 16
     length = given.number(4 if given.number(1) == 255 else 2)
     target = given.number(8) if given.number(1) == 255 else given.number(2)
@@ -83,7 +83,7 @@ def _dma(device: FwCfg, memory: GuestMemory, given: Input) -> None:
 
 
 def seeds() -> list[bytes]:
-    """Return the reads and requests that firmware does."""
+    """Return the reads and requests of firmware."""
     select_read = bytes([2, Key.FILE_DIR, 0, 0, 1, 0, 2, 1])
     dma = bytes([3, Control.SELECT | Control.READ, Key.FILE_DIR, 0, 0, 2, 0, 0, 0x20])
     skip = bytes([3, Control.SKIP, 0, 0, 9, 0, 0, 0, 0]) + bytes([3, Control.WRITE, 0, 0, 4, 0, 0])

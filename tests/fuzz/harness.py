@@ -1,11 +1,12 @@
-"""Run fuzz targets: with atheris, which is led by what an input covers, or without.
+"""Run fuzz targets: with atheris, guided by coverage, or without.
 
     python -m tests.fuzz.harness [--seconds N] [--count N] [--seed N] [TARGET...]
 
-A target is a module of this folder with `run(data)`, which raises what must not be, and `seeds()`,
-the inputs to begin with; its corpus is a folder below `corpus/`. With atheris each runs for so many
-seconds in a process of its own, and new inputs that cover more are left in `out/fuzz/TARGET`, as is
-what fails. Without atheris, COUNT random changes of the corpus are run instead.
+A target is a module of this folder with `run(data)`, which raises an exception at a fault, and
+`seeds()`, the inputs to start with; its corpus is a folder below `corpus/`. With atheris each runs
+for so many seconds in a process of its own, which leaves new inputs that cover more, and inputs
+that fail, in `out/fuzz/TARGET`. Without atheris, COUNT random changes of the corpus are run
+instead.
 
     python -m tests.fuzz.harness --minimise TARGET...
 
@@ -56,28 +57,28 @@ TARGETS = (
 CORPUS_MAX = 200 << 10
 """Bytes of one target's corpus."""
 INPUT_MAX = 64 << 10
-"""Bytes of one input, also of those that atheris makes."""
+"""Bytes of one input, those of atheris too."""
 _TIMEOUT_S = 20
 _MEMORY_MIB = 2048
 _PACKAGES = ("vmm_kvm", "vmd", "vmctl")
 _EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFF_FFFF, 0xFFFF_FFFF, (1 << 64) - 1)
 
 Arc = tuple[str, int, int]
-"""File, and the lines that one leads from and to."""
+"""A file, and the lines between which control passed."""
 
 
 class Target(Protocol):
     """A module with a target."""
 
     def run(self, data: bytes) -> None:
-        """Run one input; whatever it raises is a finding."""
+        """Run one input; any exception is a finding."""
 
     def seeds(self) -> list[bytes]:
-        """Return the inputs to begin with."""
+        """Return the inputs to start with."""
 
 
 class Figures(NamedTuple):
-    """What a run of atheris has come to."""
+    """The results of a run of atheris."""
 
     executions: int
     edges: int
@@ -96,7 +97,7 @@ def corpus(name: str) -> list[Path]:
 
 
 def run_input(one: Target, data: bytes) -> None:
-    """Run one input, and hold the target to leave no descriptor."""
+    """Run one input, and check that the target leaves no descriptor open."""
     before = os.listdir("/proc/self/fd")  # noqa: PTH208 - by far the fastest way
     one.run(data)
     after = os.listdir("/proc/self/fd")  # noqa: PTH208
@@ -132,7 +133,7 @@ def changed(inputs: Sequence[bytes], chance: random.Random) -> bytes:
 
 
 def run_changes(name: str, count: int, seed: int) -> None:
-    """Run so many changes of a target's corpus; an input that fails is named by its number."""
+    """Run `count` changes of a target's corpus; an error names the failing input by its number."""
     one, chance = target(name), random.Random(f"{seed} {name}")
     inputs = [path.read_bytes() for path in corpus(name)]
     for number in range(count):
@@ -153,7 +154,7 @@ def has_atheris() -> bool:
 
 
 def run_atheris(name: str, seconds: int, seed: int, count: int = 0) -> Figures | None:
-    """Have atheris run a target for so long; None if it has found something, which it has shown."""
+    """Run a target by atheris for `seconds`; None if it has found a fault, which it has shown."""
     folder = OUT / name
     folder.mkdir(parents=True, exist_ok=True)
     command = [
@@ -180,7 +181,7 @@ def run_atheris(name: str, seconds: int, seed: int, count: int = 0) -> Figures |
 
 
 def arcs(run: Callable[[], None]) -> set[Arc]:
-    """Return which lines of our packages lead to which, in what `run` does."""
+    """Return the arcs between lines of our packages that `run` covers."""
     found: set[Arc] = set()
     prefixes = tuple(f"{ROOT}/{package}/" for package in _PACKAGES)
 
@@ -209,7 +210,7 @@ def arcs(run: Callable[[], None]) -> set[Arc]:
 
 
 def minimised(name: str) -> list[bytes]:
-    """Return the seeds and the smallest inputs that cover what all cover, within CORPUS_MAX."""
+    """Return the seeds and the smallest inputs that cover all arcs, within CORPUS_MAX."""
     one = target(name)
     seeds = sorted(set(one.seeds()), key=_by_size)
     known = {
@@ -243,7 +244,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def write_corpus(name: str, inputs: Sequence[bytes]) -> None:
-    """Make a target's corpus these inputs, each named by its hash."""
+    """Make these inputs a target's corpus, each named by its hash."""
     folder = HERE / "corpus" / name
     folder.mkdir(parents=True, exist_ok=True)
     for path in _files(folder):
@@ -256,7 +257,7 @@ def write_corpus(name: str, inputs: Sequence[bytes]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked for; returns the exit status."""
+    """Run the command of the arguments; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=int, default=60, help="of atheris for each target (60)")
     parser.add_argument("--count", type=int, default=10_000, help="changes without it (10000)")

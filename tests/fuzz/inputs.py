@@ -1,6 +1,6 @@
-"""From the bytes of a fuzzer to what a target is fed with: numbers, choices, pieces.
+"""Read a fuzzer's bytes as numbers, choices and pieces for a target.
 
-Without an end: behind the last byte everything is zero, so that each prefix of an input is one.
+An input has no end: after its last byte follow zeros, so that each prefix of an input is one too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 class Input:
-    """An input that is read from its beginning."""
+    """An input, read from its beginning."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -30,7 +30,7 @@ class Input:
         return piece
 
     def rest(self) -> bytes:
-        """Return all that is left."""
+        """Return the remaining bytes."""
         return self.piece(len(self._data))
 
     def number(self, size: int) -> int:
@@ -43,5 +43,5 @@ class Input:
 
 
 def check_line(text: str) -> None:
-    """Hold an error's text to one line; what a terminal obeys is escaped where it is shown."""
+    """Check that an error's text is one line; control characters are escaped where it is shown."""
     assert len(text.splitlines()) == 1, f"not a line: {text!r}"

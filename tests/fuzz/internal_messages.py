@@ -1,8 +1,8 @@
-"""Fuzz target: what the daemon's processes say to each other, as packets with descriptors.
+"""Fuzz target: messages between the daemon's processes, as packets with descriptors.
 
-Packets come over a real socket to each kind of process's end. What is no message for it is told in
-one line, and ends the channel; what is one says the same when it is sent on. Each descriptor is
-closed once, whatever became of the message.
+Packets come over a real socket to the end of each kind of process. An invalid message ends the
+channel, with one line; a valid one decodes to the same when it is sent on. Each descriptor is
+closed once, in any case.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACKET_MAX = 4096
 
 
 class End(NamedTuple):
-    """One process's end of a channel: what it takes, and how that was written."""
+    """One process's end of a channel: the messages that it takes, and their encoder."""
 
     takes: Wire[object, object]
     writes: Wire[object, object]
@@ -72,7 +72,7 @@ def run(data: bytes) -> None:
     finally:
         theirs.close()
         os.close(write_end)
-        # Nobody has the other end any more.
+        # The other end is closed.
         assert os.read(read_end, 1) == b""
         os.close(read_end)
 

@@ -1,7 +1,7 @@
 """One fuzz target under atheris, in a process of its own: `python -m tests.fuzz.led TARGET ...`.
 
-What follows the target are arguments of libFuzzer's. The packages under test are imported within
-`instrument_imports`, so that each branch of theirs is counted.
+The arguments after the target are libFuzzer's. The packages under test are imported within
+`instrument_imports`, which counts each of their branches.
 """
 
 from __future__ import annotations

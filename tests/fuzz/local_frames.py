@@ -1,7 +1,7 @@
 """Fuzz target: frames that a guest sends to the host on a local interface: DHCP, IPv6, any other.
 
-What is answered goes to this guest alone, and lends the one address there is. The filter of a
-locked interface lets pass what is sent to its lladdr, to groups or to all.
+An answer goes to this guest alone, and lends its one address. The filter of a locked interface
+passes frames to its lladdr, to groups and to all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HEADER_SIZE = 14
 
 
 def run(data: bytes) -> None:
-    """Send a frame; the first byte says whether it is mended first, and whether it is summed."""
+    """Send a frame; the first byte chooses whether it is mended first, and given a checksum."""
     given = Input(data)
     how = given.number(1)
     frame = given.rest()
@@ -37,5 +37,5 @@ def run(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    """Return the requests of the campaign, mended and as they are."""
+    """Return the requests of the campaign, mended and unchanged."""
     return [bytes([how]) + frame for frame in FRAMES for how in (0, 1, 2, 3)]

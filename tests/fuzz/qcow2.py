@@ -1,7 +1,7 @@
 """Fuzz target: qcow2 images, opened, read, written, checked, on a base or alone.
 
-What may happen is a result, an ImageError or an OSError, of one line. An image that the check finds
-sound holds what is written to it, and is sound when it is closed.
+Each step has a result, or an ImageError or OSError of one line. If the check finds an image sound,
+it holds what is written to it, and is sound when it is closed.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ SEED_SIZE = 24 << 10
 
 
 class Model:
-    """What the parts of an image hold that were written to: bytes, by their offset."""
+    """The contents of the written parts of an image: bytes, by their offset."""
 
     def __init__(self) -> None:
         self._known: list[tuple[int, bytes]] = []
 
     def note(self, offset: int, data: bytes) -> None:
-        """Remember what a piece holds from now on."""
+        """Note the contents of a piece."""
         self._known.append((offset, data))
 
     def check(self, offset: int, found: bytes) -> None:
-        """Hold what was read against all that was written, of which the last counts."""
+        """Compare read bytes with all that was written; the last write counts."""
         expected = bytearray(found)
         for start, data in self._known:
             first, last = max(start, offset), min(start + len(data), offset + len(found))
@@ -80,7 +80,7 @@ def run(data: bytes) -> None:
 
 
 def _attempt(action: Callable[[], bool]) -> bool | None:
-    """Return what came of it; None for an error, which is a line."""
+    """Return the action's result; None for an error, which must be one line."""
     try:
         return action()
     except (ImageError, OSError) as err:
@@ -89,7 +89,7 @@ def _attempt(action: Callable[[], bool]) -> bool | None:
 
 
 def _check(fd: int) -> bool:
-    """Tell whether nothing is wrong with an image; leaks are no fault."""
+    """Tell whether the check finds no fault in an image; leaks are none."""
     file = HostFile(os.dup(fd), "image", is_read_only=True)
     try:
         header = read_header(file)
@@ -103,7 +103,7 @@ def _check(fd: int) -> bool:
 
 
 def _use(fd: int, steps: bytes, model: Model | None) -> bool:
-    """Do what a machine does: reads, writes, and the rest, and open it again in between."""
+    """Use the image as a machine does: reads, writes, and the rest, and open it again between."""
     image = _open(fd, is_read_only=False)
     try:
         given = Input(steps)
@@ -170,8 +170,8 @@ def _step(image: StoredImage, given: Input, model: Model | None) -> None:
         fault = str(err)
         check_line(fault)
         if _DAMAGED in fault:
-            raise  # how far a write came, nobody knows
-    # A write that failed may have written a part.
+            raise  # the write may have ended anywhere
+    # A failed write may have written a part.
     assert not (fault and model), f"it is sound, and {fault}"
 
 

@@ -1,6 +1,6 @@
-"""Fuzz target: our end of vhost-user where another process has the device, and says anything.
+"""Fuzz target: our end of vhost-user with a server that answers anything.
 
-The server's answers are an input, as messages or as bytes. The device comes to be, or is refused in
+The input is the server's answers, as messages or as bytes. The device is made, or refused in
 one line; the driver finds it working or failed. Nothing waits for an answer that cannot come.
 """
 
@@ -32,7 +32,7 @@ _FEATURES = VERSION_1 | FEATURE_PROTOCOL_FEATURES | 1 << 12 | 1 << 22 | 1 << 17
 
 
 class Frontend:
-    """What the device tells its driver."""
+    """Receives the device's calls for its driver."""
 
     def __init__(self, guest: Driver) -> None:
         self._guest = guest
@@ -43,23 +43,23 @@ class Frontend:
         os.eventfd_write(self._guest.call[index], 1)
 
     def interrupt_fd(self, index: int) -> int | None:
-        """Interrupt by ourselves, for the odd ones."""
+        """Return no eventfd for odd queues: the device then calls `interrupt`."""
         return None if index & 1 else self._guest.call[index % len(self._guest.call)]
 
     def config_changed(self) -> None:
-        """Look at nothing."""
+        """Ignore it."""
 
     def fail(self, reason: str) -> None:
-        """Remember why."""
+        """Record the reason."""
         self.failures.append(reason)
 
     def halt(self, err: HaltError) -> None:
-        """Remember why."""
+        """Record the reason."""
         self.failures.append(str(err))
 
 
 def _answer(given: Input) -> bytes:
-    """Return one answer of the server: a right one, mostly."""
+    """Return one answer of the server, mostly a right one."""
     kind = given.number(1)
     match kind % 8:
         case 0:
@@ -76,7 +76,7 @@ def _answer(given: Input) -> bytes:
         case 4:
             payload = VringState(given.number(1), given.number(4)).pack()
             return _message(Request.GET_VRING_BASE, payload)
-        case 5:  # what is asked by FLAG_NEED_REPLY
+        case 5:  # the answer that FLAG_NEED_REPLY asks for
             return _message(given.number(1), pack_u64(given.number(1)))
         case 6:
             return _message(given.number(1), given.piece(given.number(1)), given.number(1))
@@ -89,7 +89,7 @@ def _message(request: int, payload: bytes, flags: int = 5) -> bytes:
 
 
 def run(data: bytes) -> None:
-    """Be a driver whose device such a server has."""
+    """Be a driver of a device of such a server."""
     given = Input(data)
     kind = given.choice(KINDS)
     steps = Input(given.piece(given.number(1) % (STEPS_MAX + 1)))
@@ -142,7 +142,7 @@ def _drive(device: VhostUser, guest: Driver, frontend: Frontend, steps: Input) -
 
 
 def seeds() -> list[bytes]:
-    """Return servers of each kind that work, and one that has nothing to say."""
+    """Return servers of each kind that work, and one that answers nothing."""
     common = bytes([0, 0, 0, 0x81])
     acknowledged = b"".join(bytes([5, request, 0]) for request in (5, 8, 10, 9, 14, 13, 12, 18))
     first = bytes([5, Request.SET_OWNER, 0])

@@ -1,8 +1,8 @@
-"""Fuzz target: a vhost-user server, which a front-end tells anything, and whose rings it breaks.
+"""Fuzz target: a vhost-user server whose front-end sends anything and breaks its rings.
 
-The front-end of the test suite is behind it: its memory, eventfds and rings are right, and an input
-says in which order it says what, with what wrong in it. After each step the server does all that
-there is for it to do. The connection ends with one line, or goes on; the server keeps nothing.
+It uses the test suite's front-end: its memory, eventfds and rings are right, and the input chooses
+the order of messages and their faults. After each step the server does all its pending work. The
+connection ends with one line, or continues; the server leaks nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _RINGS_SIZE = 0x6000
 
 
 class FrontEnd:
-    """Says what an input has it say; a step is followed by the server's."""
+    """Sends the messages of an input; the server works after each step."""
 
     def __init__(self, guest: Driver, connection: socket.socket) -> None:
         self._guest = guest
@@ -50,12 +50,12 @@ class FrontEnd:
         self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Go away."""
+        """Close the connection."""
         self._socket.close()
         os.close(self._null)
 
     def step(self, given: Input) -> None:
-        """Say or do one thing."""
+        """Send or do one thing."""
         match given.number(1) % 6:
             case 0 | 1:
                 request = given.choice(REQUESTS)
@@ -78,7 +78,7 @@ class FrontEnd:
                 self._send(given.piece(given.number(1)), 0)
 
     def _start_ring(self, ring: int) -> None:
-        """Say all that starts a ring, as an honest front-end does."""
+        """Send all messages that start a ring, as an honest front-end does."""
         guest = self._guest
         self._say(Request.SET_FEATURES, pack_u64(VERSION_1 | FEATURE_PROTOCOL_FEATURES), 0)
         self._say(Request.SET_MEM_TABLE, pack_regions([guest.region]), 1)
@@ -136,7 +136,7 @@ class FrontEnd:
                 return pack_u64(number) if given.number(1) & 1 else b""
 
     def _say(self, request: Request, payload: bytes, how: int) -> None:
-        """Send a message; `how` has a number of descriptors, and which they are."""
+        """Send a message; `how` gives the number of descriptors, and chooses them."""
         size = len(payload) + (1 if how & 0x40 else 0)
         flags = 1 | (8 if how & 0x20 else 0) | (4 if how & 0x80 else 0)
         self._send(Header(request, flags, size).pack() + payload, how & 0xF, is_memory=how & 0x10)
@@ -152,12 +152,12 @@ class FrontEnd:
             if data:
                 self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
             self._socket.recv(4096)
-        except OSError:  # nothing was said, or the server has ended the conversation
+        except OSError:  # nothing was sent, or the server has ended the connection
             return
 
 
 def run(data: bytes) -> None:
-    """Have a conversation."""
+    """Run a conversation."""
     given = Input(data)
     image = os.memfd_create("disk", os.MFD_CLOEXEC)
     os.ftruncate(image, DISK_SIZE)
@@ -191,14 +191,14 @@ def run(data: bytes) -> None:
 
 
 def _turn(loop: EventLoop) -> None:
-    """Have the loop do what there is to do; at most a few rounds of it."""
+    """Run the loop until it is idle, for at most a few rounds."""
     for _ in range(3):
         loop.call_soon(loop.stop)
         loop.run()
 
 
 def seeds() -> list[bytes]:
-    """Return conversations of each kind: rings that are started and served, each request alone."""
+    """Return conversations of each kind: rings started and served, each request alone."""
     started = bytes([2, 0, 2, 1])
     read, write = bytes([3, 0, 0, 2, 0, 0]) + bytes(8), bytes([3, 0, 0, 2, 0, 1]) + bytes(8)
     served = started + (read + b"\x01\x02" + write + b"\x01\x00") * 2

@@ -1,7 +1,7 @@
-"""Fuzz target: virtqueues, whose driver writes anything, anywhere, at any time between two calls.
+"""Fuzz target: virtqueues whose driver writes anything, anywhere, between any two calls.
 
-A reading of the specification, which follows one descriptor after the other, says what each chain
-has to be: the queue takes the same buffers on each of its paths, or refuses where that refuses.
+A model of the specification, which follows one descriptor after the other, gives each chain's
+buffers: on each of its paths the queue takes the same buffers, or refuses if the model refuses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Buffer = tuple[int, int, bool]
 
 
 class RefusedError(Exception):
-    """The specification has no such chain."""
+    """The specification allows no such chain."""
 
 
 class Memory:
@@ -63,7 +63,7 @@ class Memory:
         raise GuestMemoryError(gpa, size)
 
     def put(self, gpa: int, data: bytes) -> None:
-        """Write what fits."""
+        """Write the bytes that fit."""
         for start, piece in self._pieces:
             if start <= gpa <= start + len(piece) - len(data):
                 piece[gpa - start : gpa - start + len(data)] = data
@@ -73,7 +73,7 @@ class Memory:
         return int.from_bytes(self.view(gpa, size), "little")
 
     def buffer(self, view: memoryview, is_writable: bool) -> Buffer:
-        """Return which buffer a view is."""
+        """Return the buffer of a view."""
         assert len(view), "an empty buffer"
         at = ctypes.addressof(ctypes.c_char.from_buffer(view))
         for address, start, size in self._places:
@@ -83,7 +83,7 @@ class Memory:
 
 
 class Reference:
-    """What the specification says that a queue takes."""
+    """A model of the specification: the chains that a queue takes."""
 
     def __init__(self, memory: Memory, ring: Ring, features: int, next_available: int) -> None:
         self._memory = memory
@@ -143,7 +143,7 @@ class Session:
     """One queue, its driver and its device."""
 
     def __init__(self, given: Input) -> None:
-        """Read where the queue is; GuestError if it cannot be there."""
+        """Read the queue's place; GuestError if it cannot be there."""
         self.memory = Memory()
         features = given.choice(FEATURES)
         size = given.choice(SIZES)
@@ -161,7 +161,7 @@ class Session:
         self.taken: deque[Chain] = deque()
 
     def step(self, given: Input) -> bool:
-        """Do one thing; False once the queue has refused what the driver did."""
+        """Do one thing; False once the queue has refused an action of the driver."""
         queue, memory, ring = self.queue, self.memory, self.ring
         match given.number(1) % 12:
             case 0 | 1:

@@ -1,7 +1,7 @@
 """Fuzz target: vm.conf, as `vmd -nv` reads it.
 
-It is accepted or refused in lines that a terminal can show; what is accepted, written out and read
-again, says the same.
+vmd accepts it, or refuses it in lines that a terminal can show; an accepted file, written out and
+read again, says the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _files() -> dict[str, bytes]:
 
 
 def run(data: bytes) -> None:
-    """Read a file, which may include those of the tests."""
+    """Read a file, which may include the tests' files."""
     read({**_files(), NAME: data})
 
 

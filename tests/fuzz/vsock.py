@@ -1,8 +1,8 @@
 """Fuzz target: the vsock device, between a driver and clients of the host that do anything.
 
-What a guest has sent arrives in its order or not at all; packets to it are well-formed, and never
-more than it has room for where it keeps the rules; nothing that waits is without a bound, and the
-device comes to rest after each step.
+Data of a guest arrive in order or not at all; packets to it are well-formed, and never more than it
+has room for if it keeps the rules; all queues are bounded, and the device comes to rest after each
+step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vmm_kvm.virtio.vsock_packet import HOST_CID, STREAM, Header, Op
 
 STEPS_MAX = 200
 ROUNDS_MAX = 64
-"""In which the device has done all that a step brings."""
+"""Rounds in which the device must finish a step's work."""
 _GUEST_PORTS = (1, 2, 3, 0xFFFF_FFFF)
 _HOST_PORTS = (7, 8, 9, 10, 1 << 30, (1 << 30) + 1)
 _EXTREMES = (0, 1, 0x1000, 0x2_0000, 0x8000_0000, 0xFFFF_F000, 0xFFFF_FFFF)
@@ -29,7 +29,7 @@ _ROOM = 1 << 20
 
 
 class Opened:
-    """A connection that the guest has opened: what it said there, and what has arrived."""
+    """A connection that the guest has opened: the data that it sent, and those that arrived."""
 
     def __init__(self, ports: tuple[int, int], sock: socket.socket) -> None:
         self.ports = ports
@@ -104,7 +104,7 @@ class Session:
     def _write(self, given: Input) -> None:
         sock, size = self._ours(given), given.number(2)
         if sock and sock.fileno() >= 0:
-            with suppress(OSError):  # full, or broken
+            with suppress(OSError):  # full, or reset
                 sock.send(_PATTERN[:size])
             self.rig.serve()
 
@@ -137,7 +137,7 @@ class Session:
         self.rig.serve()
 
     def check(self) -> None:
-        """Hold the device to its promises."""
+        """Check the device's promises."""
         for packet in self.rig.driver.packets():
             header = packet.header
             assert header.dst_cid == CID

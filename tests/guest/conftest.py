@@ -20,16 +20,16 @@ def kernel(request: pytest.FixtureRequest) -> artifacts.Kernel:
 
 @pytest.fixture
 def cloud_kernel() -> artifacts.Kernel:
-    """The older cloud kernel, for what does not depend on the kernel."""
+    """The older cloud kernel, for tests that do not depend on the kernel."""
     return artifacts.kernel("cloud")
 
 
 @pytest.fixture(scope="session")
 def qemu_report() -> Callable[[artifacts.Kernel], Report]:
-    """Return what a guest of two vCPUs and 256 MiB reports under QEMU, by kernel.
+    """Return the report of a guest of two vCPUs and 256 MiB under QEMU, by kernel.
 
-    Each is asked for once in a session. Complaints are those of `-M pc` and of `-M q35` together:
-    a guest may complain of what either of QEMU's machines lacks too.
+    Each is made once in a session. It has the complaints of `-M pc` and of `-M q35` together: a
+    guest may complain of a part that either of QEMU's machines lacks too.
     """
     known: dict[str, Report] = {}
 
@@ -51,7 +51,7 @@ def _report(kernel: artifacts.Kernel, machine: str) -> Report:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `CORE`, before any is left out for its markers."""
+    """Mark the tests of `CORE`, before any is deselected for its markers."""
     for item in items:
         if item.nodeid.removeprefix("tests/guest/") in CORE:
             item.add_marker("core")

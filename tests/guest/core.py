@@ -1,9 +1,9 @@
 """The guest tests that `make test` runs: each capability of a Linux guest once.
 
-In the rig a guest's boot takes a minute of a slow machine, so that all of the guest level is more
-than an hour there. The rest are the same capabilities with other kernels, other numbers of vCPUs,
-other data paths and other media, and what the kvm level shows with the self-test guest too (time-
-outs, second signals, ways to reboot). `make test-guest` and `make test-all` run them all.
+In the rig a guest's boot takes a minute of a slow machine, and all of the guest level more than an
+hour. The other tests cover the same capabilities with other kernels, other numbers of vCPUs, other
+data paths and other media, and capabilities that the kvm level covers with the self-test guest
+(time-outs, second signals, ways to reboot). `make test-guest` and `make test-all` run them all.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ CORE: Final = {
     "test_other_images.py::test_memtest_starts_its_test_on_the_serial_console": "memtest86+",
     "test_vsock.py::test_both_sides_connect": "virtio-vsock",
 }
-"""Each core test, by its place below tests/guest, and the capability that it is there for."""
+"""Each core test, by its place below tests/guest, and the capability that it covers."""
 
 WITHOUT: Final = {
     "test_tutorial.py": "the tutorial, to the letter: as long as half of the core",
 }
-"""Files of guest tests that have no share in the core, and why."""
+"""Files of guest tests without a test in the core, and the reason."""

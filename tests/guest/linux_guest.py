@@ -1,4 +1,4 @@
-"""Debian guests under test, and the same guests under QEMU to compare with."""
+"""Debian guests under test, and the same guests under QEMU for comparison."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ COMMAND_LINE = "console=ttyS0 quiet panic=-1"
 
 COMMAND_S = 120.0
 
-# Said by any guest, QEMU's too, whose host was busy in the wrong moment: it says nothing of ours.
+# A guest prints this, QEMU's too, if its host was busy at the wrong moment: it is no fault of ours.
 _OF_THE_HOSTS_LOAD = "hrtimer: interrupt took"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a guest said about itself.
+    """A guest's own report.
 
     `memory` is what `free` calls total and `ram` the sum of the firmware's RAM ranges, both in
     bytes; `complaints` are the kernel's messages of levels 0 to 4, numbers and times made equal.
@@ -55,9 +55,9 @@ class Report:
 
 
 def complaint(raw: str) -> str:
-    """Return a line of `dmesg -r` without what differs between two runs.
+    """Return a line of `dmesg -r` without the parts that differ between two runs.
 
-    Goes: the time stamp, and the value of each number, but not its presence.
+    It loses the time stamp and the value of each number, but not the number's presence.
     """
     text = re.sub(r"^(<\d>)\[ *\d+\.\d+\] ", r"\1", raw.strip())
     return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{8,16}\b|\b\d+\b", "N", text)
@@ -115,11 +115,11 @@ class Shell:
         self._count = 0
 
     def run(self, command: str, timeout_s: float = COMMAND_S) -> str:
-        """Run a command, which has to succeed in that time; returns what it printed."""
+        """Run a command, which must succeed in that time; returns its output."""
         self._count += 1
         begin, end = f"begin-{self._count}", f"end-{self._count}="
         seen = len(self.console.output)
-        # The marks are put together by the shell, so that their echo is not taken for them.
+        # The shell puts the marks together, so that their echo does not match.
         quoted = [mark.replace("-", "''-") for mark in (begin, end)]
         self.console.send(f"echo {quoted[0]}; {command}; echo {quoted[1]}$?\n")
         self.console.expect(rf"{end}\d+\s", timeout_s)
@@ -128,7 +128,7 @@ class Shell:
         return shown.partition(f"{begin}\n")[2].partition(end)[0].strip()
 
     def power_off(self) -> None:
-        """Power off; the command has to end well."""
+        """Power off; the command must end with status 0."""
         self.console.send("poweroff -f\n")
         assert self.console.wait() == 0, self.console.errors
         assert self.console.errors == b""

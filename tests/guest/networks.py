@@ -15,7 +15,7 @@ def host(number: int = 0) -> str:
 
 
 def guest(number: int = 0) -> str:
-    """Return the guest's."""
+    """Return the guest's address."""
     return f"10.99.{number}.2"
 
 
@@ -25,28 +25,28 @@ def host6(number: int = 0) -> str:
 
 
 def guest6(number: int = 0) -> str:
-    """Return the guest's."""
+    """Return the guest's IPv6 address."""
     return f"fd99:{number}::2"
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A network namespace by its name."""
+    """A network namespace, by its name."""
 
     name: str
 
     def command(self, *arguments: str) -> list[str]:
-        """Return what runs a command in it."""
+        """Return the words that run a command in it."""
         return ["ip", "netns", "exec", self.name, *arguments]
 
     def run(self, *arguments: str) -> str:
-        """Run a command in it, which has to succeed; returns what it printed."""
+        """Run a command in it, which must succeed; returns its output."""
         done = subprocess.run(self.command(*arguments), check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def ip(self, *arguments: str) -> str:
-        """Run the command `ip` for it, which has to succeed; returns what it printed."""
+        """Run the command `ip` for it, which must succeed; returns its output."""
         return subprocess.run(
             ["ip", "-n", self.name, *arguments], check=True, capture_output=True, text=True
         ).stdout

@@ -1,4 +1,4 @@
-"""The guest agent where it belongs: in a Linux guest, reached by its vsock device."""
+"""The guest agent in a Linux guest, reached by the guest's vsock device."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ print(json.dumps(sorted({one for one in found if one and "/locale/" not in one})
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """A disk with Debian's Python, as much of it as the agent uses, and the agent."""
+    """A disk with the agent, and the parts of Debian's Python that it uses."""
     done = subprocess.run(
         [PYTHON, "-I", "-c", _FILES, AGENT], check=True, capture_output=True, text=True
     )
@@ -59,7 +59,7 @@ def disk(tmp_path: Path) -> Path:
             path = Path(name)
             if not path.is_file() or path == AGENT:
                 continue
-            # Libraries are looked for by another name than they are mapped by.
+            # The loader looks for libraries by another name than they are mapped by.
             stem = path.name.partition(".so")[0]
             others = path.parent.glob(f"{stem}.so*") if ".so" in path.name else (path,)
             for one in others:
@@ -87,7 +87,7 @@ def _vmctl(*words: str | Path, stdin: bytes | None = None) -> subprocess.Complet
 
 
 def test_an_agent_in_a_guest(disk: Path, tmp_path: Path) -> None:
-    """Commands, files, what a clone needs, and every kind of end, by `vmctl run --vsock`."""
+    """Commands, files, operations for clones, and every kind of end, by `vmctl run --vsock`."""
     kernel = artifacts.kernel("cloud")
     path = tmp_path / "vsock"
     arguments = vmctl_run(
@@ -169,7 +169,7 @@ def _ends(path: Path, shell: Shell) -> None:
                 process.send_signal(signal.SIGKILL)
                 assert process.wait(COMMAND_S) == -signal.SIGKILL
             elif number == "session":
-                # The parent of the command is the agent's process for it.
+                # The command's parent is the agent's process for its connection.
                 shell.run(f"kill -9 $(awk '{{ print $4 }}' /proc/{pid}/stat)")
                 assert process.wait(COMMAND_S) == 255
                 assert b"has ended" in process.stderr.read()

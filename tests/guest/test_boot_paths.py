@@ -1,4 +1,4 @@
-"""Ways into a kernel that need a KVM with all of the processor's modes; the others: tests/kvm."""
+"""Ways into a kernel that need a KVM with all processor modes; tests/kvm has the others."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ pytestmark = pytest.mark.guest
 
 @pytest.mark.parametrize("name", NEEDS_GUEST_KVM)
 def test_kernel_finds_what_its_protocol_promises(name: str, tmp_path: Path) -> None:
-    """Registers and memory are as the protocol says at the first instruction."""
+    """At the first instruction, registers and memory are as the protocol says."""
     assert run_image(tmp_path / name, IMAGES[name]) == (STATUS, b"")

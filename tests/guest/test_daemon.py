@@ -1,4 +1,4 @@
-"""Unmodified Debian kernels under vmd with separated processes: their lives, from start to end."""
+"""Unmodified Debian kernels under vmd with separated processes, from start to end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 PAUSE_S = 5.0
-# What a second hand says may be a second old, and the host takes time to ask and to read.
+# The second that a guest prints may be a second old, and the host takes time to ask and to read.
 CLOCK_TOLERANCE_S = 2.0
 
 Start = Callable[[str], Daemon]
@@ -29,7 +29,7 @@ Start = Callable[[str], Daemon]
 
 @pytest.fixture
 def start_vmd(tmp_path: Path, cloud_kernel: artifacts.Kernel) -> Start:
-    """Return how to start a vmd with one VM, `linux`, whose /init does what is asked."""
+    """Return a function that starts a vmd with one VM, `linux`, whose /init does as it says."""
 
     def start(test: str) -> Daemon:
         lines = (
@@ -43,14 +43,14 @@ def start_vmd(tmp_path: Path, cloud_kernel: artifacts.Kernel) -> Start:
 
 
 def _wait_for_end(client: Client) -> None:
-    """Have `client` be told of the VM's end, from now on."""
+    """Let `client` wait for the VM's end."""
     client.send("wait", name="linux")
     client.send("status", serial=1)
     assert client.receive()[0]["serial"] == 1
 
 
 def _guest_is_ahead_s(console: Stream) -> float:
-    """Return by how much the guest's clock is ahead of the host's."""
+    """Return how far the guest's clock is ahead of the host's."""
     count = len(re.findall(rb"now=\d+", console.output))
     console.type(b"echo now=$(date +%s)\n")
     while len(found := re.findall(rb"now=(\d+)\r?\n", console.output)) == count:
@@ -60,7 +60,7 @@ def _guest_is_ahead_s(console: Stream) -> float:
 
 
 def test_the_power_button_stops_a_guest(start_vmd: Start) -> None:
-    """A stop presses the ACPI power button; the guest ends itself, and every waiter is told."""
+    """A stop presses the ACPI power button; the guest ends itself, and every waiter is answered."""
     with (
         start_vmd("button") as vmd,
         vmd.client(BOOT_TIMEOUT_S) as client,
@@ -97,7 +97,7 @@ def test_a_reboot_keeps_id_and_terminal(start_vmd: Start) -> None:
             time.sleep(0.1)
         assert (after["id"], after["tty"]) == (before["id"], before["tty"])
         with client.console("linux") as console:
-            console.expect(b"init: up", 2)  # the first is what the ring has kept
+            console.expect(b"init: up", 2)  # the first is in the ring's history
             console.expect(b"# ", 2)
             _wait_for_end(waiter)
             console.type(b"poweroff -f\n")
@@ -106,7 +106,7 @@ def test_a_reboot_keeps_id_and_terminal(start_vmd: Start) -> None:
 
 
 def test_a_pause_leaves_the_clock_right(start_vmd: Start) -> None:
-    """A paused guest does not answer; when it goes on, its clock tells that time has passed."""
+    """A paused guest does not answer; once it continues, its clock shows that time has passed."""
     with start_vmd("shell") as vmd, vmd.client(BOOT_TIMEOUT_S) as client:
         assert client.ask("start", name="linux")["type"] == "started"
         with client.console("linux") as console:

@@ -1,4 +1,4 @@
-"""Networks of unmodified Debian kernels under vmd: an address by DHCP, whoever moves the frames."""
+"""Networks of unmodified Debian kernels under vmd: an address by DHCP, on each data path."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def space() -> Iterator[Namespace]:
 
 
 def run(console: Stream, command: str, number: int) -> str:
-    """Run a command in the guest's shell; returns what it printed, the command's echo included."""
+    """Run a command in the guest's shell; returns its output, with the command's echo."""
     seen = len(console.output)
     console.type(f"{command}; echo end''-{number}=$?\n".encode())
     console.expect(f"end-{number}=".encode())
@@ -96,7 +96,7 @@ def test_a_local_interface(
 def test_ipxe_boots_a_kernel_of_the_hosts(
     space: Namespace, tmp_path: Path, cloud_kernel: artifacts.Kernel
 ) -> None:
-    """A boot loader gets its address from the daemon, and files from a server of the host's."""
+    """A boot loader gets its address from the daemon, and files from a server on the host."""
     files = tmp_path / "files"
     files.mkdir()
     shutil.copy(cloud_kernel.vmlinuz, files / "linux")

@@ -1,4 +1,4 @@
-"""Networks of vmd under unmodified Debian kernels: addresses, the way out, and the way in."""
+"""Networks of vmd with unmodified Debian kernels: addresses, the way out, and the way in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORLD, HOST = "192.0.2.2", "192.0.2.1"
 WORLD6, HOST6 = "2001:db8::2", "2001:db8::1"
 DATA = bytes(range(256)) * 4096
 
-# udhcpc hands what it was told to a script.
+# udhcpc passes the answer to a script.
 _CONFIGURE = (
     "printf '%s\\n' '#!/bin/busybox sh' '[ \"$1\" = bound ] || exit 0'"
     " 'ip addr add $ip/$mask dev eth0' 'ip route add $router dev eth0'"
@@ -52,7 +52,7 @@ def space() -> Iterator[Namespace]:
 
 @pytest.fixture
 def world(space: Namespace) -> Iterator[Namespace]:
-    """Make another beyond it, which knows no way to its guests."""
+    """Make another namespace beyond it, without a route to its guests."""
     with Namespace() as found:
         space.connect(found, f"{HOST}/24", f"{WORLD}/24")
         space.run("sysctl", "-q", "net.ipv6.conf.all.forwarding=1")
@@ -79,9 +79,9 @@ def _digest(data: bytes) -> str:
 def test_a_local_interface(
     space: Namespace, world: Namespace, cloud_kernel: artifacts.Kernel, tmp_path: Path
 ) -> None:
-    """A guest has an address by DHCP, reaches host and world, and is reached by a port of the host.
+    """A guest gets an address by DHCP, reaches host and world, and is reached by a host's port.
 
-    By IPv4 and by IPv6, whose address the guest makes by itself.
+    By IPv4 and by IPv6, whose address the guest configures itself.
     """
     config = (
         "local prefix 100.64.0.0/10 nat\nlocal inet6 prefix fd12:3456:789a:bcde::/64\n"
@@ -130,13 +130,13 @@ def _digest_in(shown: str) -> str:
 
 
 def _moved(shown: str) -> float:
-    """Return how many bytes arrived, as iperf3's report says."""
+    """Return the number of bytes that arrived, by iperf3's report."""
     report = json.loads(shown[shown.index("{") : shown.rindex("}") + 1])
     return float(report["end"]["sum_received"]["bytes"])
 
 
 def _arp(link: str) -> socket.socket:
-    """Return a socket that hears ARP."""
+    """Return a socket that receives ARP packets."""
     heard = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
     heard.bind((link, 0x0806))
     heard.settimeout(30)
@@ -144,7 +144,7 @@ def _arp(link: str) -> socket.socket:
 
 
 def _announces(frame: bytes, address: str) -> bool:
-    """Tell whether somebody asks for his own address. Source: RFC 5227 §2.3."""
+    """Tell whether the frame asks for its sender's own address. Source: RFC 5227 §2.3."""
     wanted = socket.inet_aton(address)
     return frame[28:32] == frame[38:42] == wanted
 
@@ -152,10 +152,10 @@ def _announces(frame: bytes, address: str) -> bool:
 def test_two_guests_on_a_switch(
     space: Namespace, cloud_kernel: artifacts.Kernel, tmp_path: Path
 ) -> None:
-    """They reach each other, the host and another machine, and their cables follow the switch.
+    """They reach each other, the host and another machine, and their links follow the switch.
 
-    Also by iperf3 and in whole frames of 9000 bytes. With a locked lladdr, they reach nobody from
-    any other address. One that was paused tells where it is.
+    Also by iperf3 and in whole frames of 9000 bytes. With a locked lladdr, they reach no machine
+    from another address. A VM that was paused announces its address.
     """
     disk = f'disk "{tools_disk(tmp_path / "tools", "iperf3")}" {{ ro }}'
     own = 'interface {\nmtu 9000\nswitch "lan"\nqueues 2\n}'
@@ -213,9 +213,9 @@ def test_two_guests_on_a_switch(
 def test_an_rdomain(
     space: Namespace, world: Namespace, cloud_kernel: artifacts.Kernel, tmp_path: Path
 ) -> None:
-    """An interface in one reaches the host within it and nothing else; another of the guest does.
+    """An interface in a routing domain reaches the host in it and nothing else; another one does.
 
-    The rig's kernel has VRFs; without, the interface would be down.
+    The rig's kernel has VRFs; without them the interface would be down.
     """
     assert world.links()
     config = "local prefix 100.64.0.0/10 nat\n" + linux(
@@ -253,7 +253,7 @@ def test_an_rdomain(
 
 
 def test_systemd_networkd(space: Namespace, tmp_path: Path) -> None:
-    """An installed Debian has its address, its router and its name by systemd's own DHCP client."""
+    """An installed Debian gets address, router and name server by systemd's own DHCP client."""
     system, image = debian(), tmp_path / "disk.qcow2"
     installed.create("-i", system.disk, image)
     config = vm_block(

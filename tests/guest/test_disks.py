@@ -52,10 +52,10 @@ def digest(path: Path) -> str:
 
 @pytest.mark.parametrize("kernel", ["cloud", "newer-generic"])
 def test_a_guest_reads_and_writes(kernel: str, tmp_path: Path) -> None:
-    """What the guest reads is what the file holds, and the other way about, for disks of all kinds.
+    """A guest reads the file's contents, and the file gets its writes, on disks of all kinds.
 
-    Each of two processors has a queue of the first disk; the second is read-only, the third a
-    qcow2 image, the fourth served by a process of its own.
+    Each of two processors has a queue of the first disk; the second disk is read-only, the third a
+    qcow2 image, and a process of its own serves the fourth.
     """
     files = [make_disk(tmp_path / f"{i}.img", seed=i, size=SIZE >> i) for i in range(4)]
     qcow2 = tmp_path / "2.qcow2"
@@ -92,7 +92,7 @@ def test_a_guest_reads_and_writes(kernel: str, tmp_path: Path) -> None:
 
 
 def test_a_file_system_survives_a_reboot(tmp_path: Path) -> None:
-    """Files are there after the guest has rebooted in the same process, and discards work."""
+    """Files survive a reboot of the guest in the same process, and discards work."""
     disk = make_disk(tmp_path / "disk.img", size=2 * SIZE)
     with booted([f"raw:{disk}"]) as shell:
         shell.run("mke2fs -F /dev/vda >/dev/null 2>&1 && mkdir /mnt && mount /dev/vda /mnt")
@@ -121,7 +121,7 @@ def test_more_disks_than_interrupt_pins(append: str, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_memory(tmp_path: Path) -> None:
-    """The guest reads and writes the file as memory; of a private one the file stays as it was."""
+    """The guest reads and writes the file as memory; a private one leaves the file unchanged."""
     shared = make_disk(tmp_path / "shared.img", seed=1)
     private = make_disk(tmp_path / "private.img", seed=2)
     before = digest(private)
@@ -141,7 +141,7 @@ def test_a_disk_that_is_memory(tmp_path: Path) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("form", ["raw", "qcow2"])
 def test_a_full_host_disk(form: str, tmp_path: Path) -> None:
-    """The guest gets EIO, the image stays sound, and with room again everything goes on."""
+    """The guest gets EIO, the image stays sound, and once there is room writes succeed again."""
     host = tmp_path / "host"
     host.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", host], check=True)

@@ -1,4 +1,4 @@
-"""Debugging a kernel, and memory that is watched, which a KVM that emulates does not look at."""
+"""Debugging a kernel, and watchpoints, which a KVM that emulates guests does not check."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.guest.linux_guest import ours
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
 
 FUNCTIONS = ("sync", "sethostname", "sysinfo", "umask")
-"""Of system calls: as many as there are registers for. The rig does not intercept INT3."""
+"""Functions of system calls, as many as debug registers. The rig does not intercept INT3."""
 
 
 def test_memory_is_watched(tmp_path: Path) -> None:
-    """A write to a watched number stops the guest, with the old value and the new one."""
+    """A write to a watched number stops the guest, and shows the old and the new value."""
     script = f"""
 hbreak *{guest.AFTER_COUNTING:#x}
 continue
@@ -34,7 +34,7 @@ continue
 
 
 def test_a_kernel_stops_at_its_functions(cloud_kernel: artifacts.Kernel, tmp_path: Path) -> None:
-    """Breakpoints in four functions of Linux: it stops in the one that is called, and goes on."""
+    """With breakpoints in four functions of Linux, it stops in the called one, and continues."""
     path = tmp_path / "gdb"
     with ours(cloud_kernel, "shell", cpus=2, options=["--gdb", str(path)]) as vm:
         vm.expect("# ")

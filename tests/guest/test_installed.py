@@ -1,6 +1,6 @@
-"""Debian, installed: through firmware and GRUB to its login prompt, and fio's verified load.
+"""An installed Debian: through firmware and GRUB to its login prompt, and fio's verified load.
 
-A slice of tests/campaigns/installed.py.
+A part of tests/campaigns/installed.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def system() -> Debian:
 
 @pytest.mark.parametrize("firmware", ["pc", "efi"])
 def test_debian_boots_twice(firmware: str, system: Debian, tmp_path: Path) -> None:
-    """From a qcow2 image of `vmctl create`; the file system and the image are clean after each."""
+    """Debian boots twice from a qcow2 image of `vmctl create`; file system and image stay clean."""
     image, raw = tmp_path / "disk.qcow2", tmp_path / "disk.raw"
     installed.create("-i", system.disk, image)
     options = installed.firmware_options(firmware, tmp_path / "nvram")
@@ -37,7 +37,7 @@ def test_debian_boots_twice(firmware: str, system: Debian, tmp_path: Path) -> No
 
 
 def test_debian_boots_from_an_overlay(system: Debian, tmp_path: Path) -> None:
-    """On a base that nobody may write, which stays as it was; what is written is the overlay's."""
+    """Debian boots from an overlay on a read-only base; writes go to the overlay alone."""
     base, overlay, raw = tmp_path / "base.qcow2", tmp_path / "disk.qcow2", tmp_path / "disk.raw"
     installed.create("-i", system.disk, base)
     base.chmod(0o400)
@@ -50,10 +50,10 @@ def test_debian_boots_from_an_overlay(system: Debian, tmp_path: Path) -> None:
 
 
 def test_fio_verifies_what_it_wrote(system: Debian, tmp_path: Path) -> None:
-    """Random writes, trims and flushes, on a raw disk and on an overlay of a compressed base."""
+    """Random writes, trims and flushes by fio verify, on a raw disk and an overlay."""
     fio = installed.Fio(system, tmp_path, MEGABYTES)
     raw, overlay = fio.raw("raw"), fio.overlay("overlay", "zstd")
     fio.under_ours({"raw": f"raw:{raw}", "overlay": f"qcow2:{overlay},process"})
     installed.run("qemu-img", "check", "-q", "-f", "qcow2", overlay)
-    # What fio wrote last depends on its seed alone, and the rest is zeroed.
+    # fio's last writes depend on its seed alone, and the rest is zeroed.
     installed.compare(raw, overlay)

@@ -1,4 +1,4 @@
-"""Unmodified Debian kernels under `vmctl run`: what they see, and how they end."""
+"""Unmodified Debian kernels under `vmctl run`: the machine that they find, and their ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QemuReport = Callable[[artifacts.Kernel], Report]
 
 # A `struct page` for each page of RAM, and hash tables that grow with it.
 KERNEL_SHARE_OF_RAM = 0.025
-# With memory above 4 GiB the kernel sets aside buffers for devices that cannot reach it.
+# With memory above 4 GiB the kernel reserves buffers for devices that cannot reach it.
 BOUNCE_BUFFERS = 64 * MIB
 
 
@@ -27,7 +27,7 @@ BOUNCE_BUFFERS = 64 * MIB
 def test_a_kernel_sees_the_machine_that_was_asked_for(
     kernel: artifacts.Kernel, cpus: int, memory: int, qemu_report: QemuReport
 ) -> None:
-    """The guest counts the vCPUs and the memory, complains no more than QEMU's, powers off."""
+    """The guest finds its vCPUs and memory, complains no more than QEMU's, and powers off."""
     with ours(kernel, "report", cpus=cpus, memory=memory) as guest:
         guest.expect("report: end")
         status = guest.wait()
@@ -37,7 +37,7 @@ def test_a_kernel_sees_the_machine_that_was_asked_for(
     assert guest.errors == b""
     assert report.release == kernel.release
     assert report.nproc == cpus
-    # The ranges leave out what lies between 640 KiB and 1 MiB, and tables.
+    # The ranges leave out addresses from 640 KiB to 1 MiB, and tables.
     assert memory - MIB <= report.ram <= memory
     taken_by_kernel = theirs.ram - theirs.memory + KERNEL_SHARE_OF_RAM * memory
     if memory > 4 * GIB:
@@ -47,7 +47,7 @@ def test_a_kernel_sees_the_machine_that_was_asked_for(
 
 
 def test_power_off_exits_with_0(cloud_kernel: artifacts.Kernel) -> None:
-    """A guest that powers off by ACPI ends the command with 0 and no word."""
+    """If a guest powers off by ACPI, the command ends with status 0 and prints nothing."""
     with ours(cloud_kernel, "poweroff") as guest:
         assert guest.wait() == 0, guest.errors
     assert guest.errors == b""
@@ -58,7 +58,7 @@ def test_power_off_exits_with_0(cloud_kernel: artifacts.Kernel) -> None:
 def test_each_way_to_reboot_is_one(cloud_kernel: artifacts.Kernel, way: str) -> None:
     """ACPI, the keyboard controller, a triple fault and 0xcf9 all end a run with --no-reboot.
 
-    A triple fault is how some kernels reboot, but nothing tells it from a crash: status 1.
+    Some kernels reboot by a triple fault, but it looks like a crash: status 1.
     """
     with ours(cloud_kernel, f"reboot reboot={way}", options=["--no-reboot"]) as guest:
         guest.expect("init: up")
@@ -79,7 +79,7 @@ def test_a_reboot_stays_in_the_process(kernel: artifacts.Kernel) -> None:
 
 
 def test_sigterm_presses_the_power_button(kernel: artifacts.Kernel) -> None:
-    """SIGTERM reaches the guest as its ACPI power button; a guest that obeys it ends with 0."""
+    """SIGTERM presses the guest's ACPI power button; if the guest obeys, the status is 0."""
     with ours(kernel, "button", cpus=2) as guest:
         guest.expect("init: waiting for the button")
         guest.signal(signal.SIGTERM)
@@ -88,7 +88,7 @@ def test_sigterm_presses_the_power_button(kernel: artifacts.Kernel) -> None:
 
 
 def test_a_panic_is_a_crash(kernel: artifacts.Kernel) -> None:
-    """A guest whose kernel panics, as pvpanic tells, ends with 1 and one line that says so."""
+    """If a guest's kernel panics, pvpanic reports it; the status is 1, with one line about it."""
     with ours(kernel, "panic") as guest:
         assert guest.wait() == 1
     assert b"init: up" in guest.output
@@ -98,15 +98,15 @@ def test_a_panic_is_a_crash(kernel: artifacts.Kernel) -> None:
 
 
 def test_a_guest_that_does_not_end_times_out(cloud_kernel: artifacts.Kernel) -> None:
-    """--timeout ends a running guest with 124, however far it has come."""
+    """--timeout ends a running guest with status 124, at any stage of its boot."""
     with ours(cloud_kernel, "idle", options=["--timeout", "10"]) as guest:
         assert guest.wait() == 124
 
 
 def test_a_second_sigterm_kills(cloud_kernel: artifacts.Kernel) -> None:
-    """A guest that ignores the power button is killed by a second SIGTERM.
+    """A second SIGTERM kills a guest that ignores the power button.
 
-    A signal that comes while the same one is pending is lost, so the first is given time.
+    A signal that comes while the same one is pending is lost, so the test waits after the first.
     """
     with ours(cloud_kernel, "idle") as guest:
         guest.expect("init: idle")
@@ -118,7 +118,7 @@ def test_a_second_sigterm_kills(cloud_kernel: artifacts.Kernel) -> None:
 
 
 def test_the_console_takes_input(cloud_kernel: artifacts.Kernel) -> None:
-    """What is piped in reaches the guest's shell, whose every byte of output comes back."""
+    """Piped input reaches the guest's shell, and every byte of its output comes back."""
     with ours(cloud_kernel, "shell") as guest:
         guest.expect("# ")
         guest.send("stty -onlcr; seq 1 500; poweroff -f\n")

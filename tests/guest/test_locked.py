@@ -1,8 +1,8 @@
-"""`locked lladdr` with unmodified Debian kernels, both ways, whoever moves the frames.
+"""`locked lladdr` with unmodified Debian kernels, in both directions, on each data path.
 
-Each guest has two interfaces, one of which is locked. What the host receives of the guest is
-counted behind everything that could drop it, by its ICMP; what the guest receives, by a driver that
-takes every frame.
+Each guest has two interfaces, one of which is locked. The host counts the guest's frames by its
+ICMP, behind everything that could drop them; in the guest, a driver that takes every frame counts
+the host's.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ pytestmark = [
 ]
 
 ANOTHER = "02:00:00:00:00:66"
-"""An lladdr that is nobody's."""
+"""An lladdr without an owner."""
 COUNT = 20
 
 
 class Passes(NamedTuple):
-    """Which frames arrive."""
+    """The kinds of frames that arrive."""
 
     from_its_own: bool
     from_another: bool
@@ -51,14 +51,14 @@ class Run(Protocol):
     """Runs a command."""
 
     def __call__(self, *command: str) -> str:
-        """Return what it prints."""
+        """Return its output."""
 
 
 class Wire(NamedTuple):
     """A guest's interface and the host's end."""
 
     in_guest: Callable[[str], str]
-    """Runs a command there, and returns what it prints, perhaps after the command itself."""
+    """Runs a command there, and returns its output, perhaps after the command itself."""
     on_host: Run
     nic: str
     link: str
@@ -72,7 +72,7 @@ class Wire(NamedTuple):
         self.in_guest(f"arp -s {self.host} {link['address']}")
         shown = self.in_guest(f"cat /sys/class/net/{self.nic}/address")
         mine = re.findall(r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b", shown)[-1]
-        # The driver without CTRL_MAC_ADDR takes the address for its own; the device does not.
+        # The driver, without CTRL_MAC_ADDR, changes its own address; the device does not.
         to_its_own, to_another = self._sent_to(mine), self._sent_to(ANOTHER)
         from_its_own, from_another = self._sent_from(mine), self._sent_from(ANOTHER)
         self.in_guest(f"ip link set {self.nic} address {mine}")
@@ -101,7 +101,7 @@ class Wire(NamedTuple):
         ping = f"busybox ping -c {COUNT} -i 0.02 -W 1 {self.guest} >/dev/null; true"
         self.on_host("sh", "-c", ping)
         arrived = self._received() - before
-        assert not COUNT // 2 < arrived < COUNT  # something else may be among them
+        assert not COUNT // 2 < arrived < COUNT  # other frames may be among them
         return arrived >= COUNT
 
     def _received(self) -> int:
@@ -111,7 +111,7 @@ class Wire(NamedTuple):
 
 @pytest.mark.parametrize("path", ["user", "process"])
 def test_under_vmctl_run(path: str) -> None:
-    """A locked interface lets nothing from or to another lladdr through; one that is not, does."""
+    """A locked interface passes no frame from or to another lladdr; an unlocked one does."""
     nics = (f"tap:tap0,{path},locked", f"tap:tap1,{path}")
     with network(2) as where, booted(where, *nics) as shell:
         shell.run("dmesg -n 1; echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6")
@@ -130,7 +130,7 @@ def test_under_vmctl_run(path: str) -> None:
 @pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
 @pytest.mark.parametrize("path", ["vhost", "process"])
 def test_under_vmd(path: str, tmp_path: Path, cloud_kernel: artifacts.Kernel) -> None:
-    """So do interfaces on a switch, by the host's packet filter where the kernel moves frames."""
+    """So do interfaces on a switch, by the host's packet filter if the kernel moves frames."""
     if path == "vhost" and not Path("/dev/vhost-net").exists():
         pytest.skip("no /dev/vhost-net")
     switch = 'switch "{0}" {{\ncreate\naddress "10.0.{1}.1/24"\n}}\n'

@@ -1,4 +1,4 @@
-"""CD-ROMs, firmware, and the smaller devices, with what distributions boot and drive them by."""
+"""CD-ROMs, firmware, and the smaller devices, with boot loaders and drivers of distributions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRMWARE_S = 200.0
 
 @contextmanager
 def linux(*options: str | Path, append: str = "") -> Iterator[Shell]:
-    """Boot a kernel that knows all our devices to its shell."""
+    """Boot a kernel with drivers for all our devices to its shell."""
     kernel = artifacts.kernel("cloud")
     arguments = vmctl_run(
         *("-m", "256M", "-b", kernel.vmlinuz, "--initrd", artifacts.media_initramfs(kernel)),
@@ -37,7 +37,7 @@ def linux(*options: str | Path, append: str = "") -> Iterator[Shell]:
 
 
 def test_linux_reads_a_disc(tmp_path: Path) -> None:
-    """The drive is sr0; its device and a file on it read as what is on the host, to the end."""
+    """The drive is sr0; its device and a file on it read as on the host, to the end."""
     content = random.Random(1).randbytes(3_000_001)
     disc = media.data_iso(tmp_path / "data.iso", {"folder/content": content})
     with linux("-r", disc) as shell:
@@ -75,10 +75,10 @@ def test_linux_knows_entropy_and_identity() -> None:
 
 
 def test_linux_talks_on_hvc0() -> None:
-    """With the virtio console, the shell is there, and nothing is lost in either direction.
+    """The shell on the virtio console loses no byte in either direction.
 
     (Few bytes: Linux writes 16 at a time there, and spins until the device has taken them, which
-    is slow where all threads share one emulated processor.)
+    is slow if all threads share one emulated processor.)
     """
     with linux("--virtio-console", append="console=hvc0") as shell:
         assert shell.run("cat /sys/class/tty/console/active").split()[-1] == "hvc0"
@@ -88,7 +88,7 @@ def test_linux_talks_on_hvc0() -> None:
 
 
 def shown(text: str) -> str:
-    """Return what matches `text` where SeaBIOS shows it, which moves the cursor anywhere in it."""
+    """Return a pattern of `text` as SeaBIOS shows it, with cursor movements anywhere in it."""
     return r"(?:\r|\x1b\[[0-9;]*[A-Za-z])*".join(map(re.escape, text))
 
 
@@ -138,14 +138,14 @@ def test_memtest_starts_from_a_medium(option: str, tmp_path: Path) -> None:
 
 @as_disc_and_disk
 def test_ipxe_starts(option: str) -> None:
-    """The image of iPXE says who it is, and that there is no network to boot from."""
+    """The image of iPXE names itself, and reports that there is no network to boot from."""
     with booted(option, media.ipxe_iso()) as guest:
         guest.expect(shown("iPXE"), FIRMWARE_S)
         guest.expect(shown("No more network devices"), FIRMWARE_S)
 
 
 def test_uefi_boots_a_disc_and_keeps_variables(tmp_path: Path) -> None:
-    """UEFI firmware boots GRUB from a CD-ROM; its variables are there at the next start."""
+    """UEFI firmware boots GRUB from a CD-ROM; its variables are kept until the next start."""
     image = media.grub_iso(tmp_path / "grub.iso", "echo grub-is-up", firmware="uefi")
     nvram = tmp_path / "guest.nvram"
     template = Path("/usr/share/OVMF/OVMF_VARS_4M.fd").read_bytes()

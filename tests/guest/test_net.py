@@ -1,4 +1,4 @@
-"""Networks under unmodified Debian kernels: every way that frames can take."""
+"""Networks under unmodified Debian kernels, on every data path."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def answers(shell: Shell, number: int = 0, *, size: int = 56) -> bool:
 
 
 def features(shell: Shell, number: int = 0) -> set[int]:
-    """Return the bits that the driver and the device agreed on."""
+    """Return the feature bits that driver and device negotiated."""
     shown = shell.run(f"cat /sys/class/net/eth{number}/device/features")
     return {number for number, bit in enumerate(shown) if bit == "1"}
 
 
-# One connection: send a file and close, or take everything and tell its digest.
+# One connection: send a file and close, or receive everything and print its digest.
 _PEER = """
 import hashlib, pathlib, socket, sys
 server = socket.create_server((sys.argv[1], int(sys.argv[2])))
@@ -114,9 +114,9 @@ with connection.makefile("rb") as received:
 
 @contextmanager
 def peer(where: Namespace, *arguments: str, address: str = "0.0.0.0") -> Iterator[IO[bytes]]:
-    """Run the other end of a connection on the host's side; what it prints is yielded.
+    """Run the other end of a connection on the host's side; yields its output.
 
-    It is over at the end: somebody between may not tell it that the guest has closed.
+    It is killed at the end: with a proxy between, it may never learn that the guest has closed.
     """
     with subprocess.Popen(
         where.command(sys.executable, "-c", _PEER, address, str(PORT), *arguments),
@@ -131,7 +131,7 @@ def peer(where: Namespace, *arguments: str, address: str = "0.0.0.0") -> Iterato
 
 
 def transfer(where: Namespace, shell: Shell, tmp_path: Path) -> None:
-    """Send a file each way over TCP; what arrives is what was sent."""
+    """Send a file each way over TCP; it must arrive unchanged."""
     data = b"".join(hashlib.sha256(i.to_bytes(8, "big")).digest() for i in range(SIZE // 32))
     source = tmp_path / "source"
     source.write_bytes(data)
@@ -146,7 +146,7 @@ def transfer(where: Namespace, shell: Shell, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", list(PATHS))
 def test_a_guest_and_its_host_talk(path: str, tmp_path: Path) -> None:
-    """Ping by IPv4 and IPv6 loses nothing, and TCP brings files over whole, on every data path."""
+    """On every data path IPv4 and IPv6 pings are answered, and TCP transfers whole files."""
     with network() as where, booted(where, f"tap:tap0{PATHS[path]}") as shell:
         configure(shell)
         for target in (host(), host6()):
@@ -159,7 +159,7 @@ def test_a_guest_and_its_host_talk(path: str, tmp_path: Path) -> None:
 
 
 def test_a_server_of_another_program(tmp_path: Path) -> None:
-    """A vhost-user-net server that has queue pairs, and no more, moves the frames just as well."""
+    """A vhost-user-net server with queue pairs, and no other features, moves the frames too."""
     path = tmp_path / "socket"
     with network(queues=2) as where:
         command = where.command(
@@ -184,7 +184,7 @@ def test_a_server_of_another_program(tmp_path: Path) -> None:
 def test_queues_sizes_and_locks(tmp_path: Path) -> None:
     """Two queue pairs, packets of 9000 bytes, and a locked address, also after a reboot.
 
-    The first interface is vhost-net's, the second is moved by the VM's process, as it is locked.
+    vhost-net moves the frames of the first interface, the VM's process those of the locked second.
     """
     nics = ("tap:tap0,queues=2,mtu=9000", "tap:tap1,queues=2,mtu=9000,locked")
     with network(2, queues=2, mtu=9000) as where, booted(where, *nics, cpus=2) as shell:
@@ -210,7 +210,7 @@ def test_queues_sizes_and_locks(tmp_path: Path) -> None:
         assert b"bad source address 02:00:00:00:00:01" in shell.console.errors
 
 
-# Broadcasts, with a pause now and then, in which vhost-net takes what it has buffers for.
+# Broadcasts, with pauses in which vhost-net refills its buffers.
 _FLOOD = """
 import socket, sys, time
 with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
@@ -223,7 +223,7 @@ with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as out:
 
 
 def waiting(where: Namespace, shell: Shell, tap: str) -> int:
-    """Return how many frames wait for a guest, at most, before the next is dropped."""
+    """Return the largest number of frames that wait for a guest before one is dropped."""
     count = 4000
     dropped = f"/sys/class/net/{tap}/statistics/tx_dropped"
     shell.run("ip link set eth0 up")
@@ -240,7 +240,7 @@ def waiting(where: Namespace, shell: Shell, tap: str) -> int:
 
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
 def test_no_more_waits_for_a_guest_than_for_qemus() -> None:
-    """A ping to a guest that a flood keeps from its network is behind no more frames than QEMU's.
+    """During a flood, a ping to a guest waits behind no more frames than a ping to QEMU's guest.
 
     They are as many as the guest's ring, vhost-net and the tap's own queue hold.
     """
@@ -251,7 +251,7 @@ def test_no_more_waits_for_a_guest_than_for_qemus() -> None:
     ):
         mine, usual = waiting(where, ours, "tap0"), waiting(where, theirs, "tap1")
         print(f"frames that wait: {mine}, QEMU {usual}")
-        assert mine < usual + 128  # buffers that the driver has not given back yet
+        assert mine < usual + 128  # buffers that the driver has not returned yet
         ours.power_off()
         theirs.console.send("poweroff -f\n")
         theirs.console.wait()
@@ -284,10 +284,10 @@ ip addr add $ip/$mask dev $interface && ip route add default via $router
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_without_privileges(tmp_path: Path) -> None:
-    """With passt there is an address by DHCP, a way out, and a way in for clients that speak first.
+    """With passt there is an address by DHCP, a way out, and a way in if the client sends first.
 
-    The passt of Debian 12 (2023-03-09) answers a guest's SYN-ACK with the first data of the host's
-    side alone, so a server that waits to be connected before it speaks hears nothing.
+    The passt of Debian 12 (2023-03-09) answers a guest's SYN-ACK only with the first data of the
+    host's side, so a server that sends first does not learn of the connection.
     """
     with namespace("-passt") as where:
         where.ip("link", "add", "out0", "type", "veth", "peer", "name", "out1")
@@ -301,8 +301,8 @@ def test_without_privileges(tmp_path: Path) -> None:
             shell.run(f"({lines}) >/lease && chmod +x /lease")
             assert "192.0.2.10" in shell.run("udhcpc -i eth0 -n -q -s /lease 2>&1")
             with peer(where, "/proc/version", address="127.0.0.1"):
-                # The guest has the host's own address; the router's leads to the host.
-                # Whoever closes his side at once is not heard any more.
+                # The guest has the host's own address; the router's address leads to the host.
+                # A side that closes at once is not heard any more.
                 shown = shell.run(f"sleep 5 | timeout 60 nc 192.0.2.1 {PORT}; true")
                 assert shown == Path("/proc/version").read_text().strip()
             shell.run("mkdir /www; head -c 1000000 /dev/urandom >/www/data; httpd -h /www")

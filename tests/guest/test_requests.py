@@ -1,4 +1,4 @@
-"""What a Linux guest asks of its machine beyond a boot: processors, an alarm, another kernel."""
+"""Requests of a Linux guest after its boot: processors, an alarm, another kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _guest_is_ahead_s(shell: Shell) -> float:
 
 
 def test_processors_an_alarm_and_a_stopped_process(cloud_kernel: artifacts.Kernel) -> None:
-    """A processor goes and comes, and none is added; the RTC rings; SIGSTOP costs no time.
+    """A processor can go and come, and none is added; the alarm works; SIGSTOP costs no time.
 
     `make test` boots once for all three.
     """
@@ -54,7 +54,7 @@ def test_processors_an_alarm_and_a_stopped_process(cloud_kernel: artifacts.Kerne
 
 
 def test_kexec(cloud_kernel: artifacts.Kernel, tmp_path: Path) -> None:
-    """A kernel that another one starts, without a reset, finds the machine as it needs it."""
+    """A kernel that kexec starts, without a reset, finds the machine as it needs it."""
     program, image = tmp_path / "kexec", tmp_path / "more.img"
     subprocess.run(["gcc", "-O2", "-static", "-o", program, _SOURCE], check=True)
     initrd = artifacts.guest_initramfs(cloud_kernel)

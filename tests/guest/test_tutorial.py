@@ -42,7 +42,7 @@ PROMPTS = {
 
 @pytest.fixture
 def space() -> Iterator[Namespace]:
-    """A network with a way out, which passt looks for."""
+    """A network with a way out, which passt needs."""
     with namespace("-tutorial") as made:
         made.ip("link", "add", "out0", "type", "veth", "peer", "name", "out1")
         made.ip("link", "set", "out0", "up")
@@ -56,7 +56,7 @@ def space() -> Iterator[Namespace]:
 
 
 def _end(space: Namespace) -> None:
-    """End what runs in the namespace: the daemon that was started there, with its VMs."""
+    """End the processes in the namespace: the daemon that was started there, with its VMs."""
     deadline = time.monotonic() + STEP_S
     while pids := subprocess.run(
         ["ip", "netns", "pids", space.name], check=True, capture_output=True, text=True
@@ -69,7 +69,7 @@ def _end(space: Namespace) -> None:
 
 
 def reader(here: Path, space: Namespace) -> ConsoleProcess:
-    """Start the reader's shell on a terminal; what it downloads is an image of ours."""
+    """Start the reader's shell on a terminal; it downloads our image."""
     programs = here / "bin"
     programs.mkdir()
     image = here / "published.qcow2"
@@ -91,7 +91,7 @@ def reader(here: Path, space: Namespace) -> ConsoleProcess:
             "PATH": f"{programs}:{VMCTL.parent}:{os.environ['PATH']}",
             "PS1": PROMPT,
             "TERM": "dumb",
-            # Root's commands would look for the daemon of the system.
+            # root's commands would connect to the system's daemon.
             "VMD_SOCKET": str(home / "vmd.sock"),
             "XDG_RUNTIME_DIR": str(home),
             "XDG_STATE_HOME": str(home / "state"),
@@ -100,17 +100,17 @@ def reader(here: Path, space: Namespace) -> ConsoleProcess:
 
 
 def follow(shell: ConsoleProcess, typed: Typed, key: Path) -> None:
-    """Wait until somebody asks, and type."""
+    """Wait for the prompt, and type."""
     shell.expect(PROMPTS[typed.where], STEP_S)
     text = typed.text
     if KEY in text:
         text = text.replace(KEY, key.read_text().strip())
-    # The last line of a terminal is ended by Enter, which a console's escape does not need.
+    # Enter ends the last line of a terminal; a console's escape needs none.
     shell.send(text if typed.where is Where.CONSOLE else f"{text}\n")
 
 
 def test_the_tutorial(space: Namespace, tmp_path: Path) -> None:
-    """Its readers end in a session by ssh, and see the page of a web server in the guest."""
+    """A reader ends in a session by ssh, and sees the page of a web server in the guest."""
     wanted = list(steps((ROOT / "docs" / "tutorial.md").read_text()))
     assert [one for one in wanted if KEY in one.text]
     with reader(tmp_path, space) as shell:
@@ -119,7 +119,7 @@ def test_the_tutorial(space: Namespace, tmp_path: Path) -> None:
             follow(shell, typed, tmp_path / "home" / "first.key.pub")
             begins[typed.text] = len(shell.output)
         shell.expect(PROMPTS[Where.SHELL], STEP_S)
-        # The daemon may say what it logs on this terminal: it does not end with the shell.
+        # The daemon may log to this terminal: it does not end with the shell.
         shown = shell.output
     assert b"debian\r\n" in shown[begins["hostname"] : begins["exit"]]
     assert b"configuration OK" in shown

@@ -47,12 +47,12 @@ def disk(tmp_path: Path) -> Path:
 
 
 def md5(data: bytes) -> str:
-    """Return what md5sum prints first."""
+    """Return the digest as md5sum prints it."""
     return hashlib.md5(data).hexdigest()
 
 
 def exchange(sock: socket.socket, data: bytes) -> bytes:
-    """Send all and the end of it, and meanwhile read to the end; closes the socket."""
+    """Send all data and shut down, while reading to the end; closes the socket."""
     received = bytearray()
 
     def write() -> None:
@@ -83,7 +83,7 @@ def connected(path: Path, port: int) -> socket.socket:
 
 @contextmanager
 def accepting(path: Path) -> Iterator[socket.socket]:
-    """Listen for what the guest opens."""
+    """Listen for connections of the guest."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.settimeout(COMMAND_S)
         listener.bind(str(path))
@@ -92,7 +92,7 @@ def accepting(path: Path) -> Iterator[socket.socket]:
 
 
 def test_both_sides_connect(disk: Path, tmp_path: Path) -> None:
-    """Whoever opens the connection: both directions at once, compared by their sums."""
+    """Either side opens a connection: both directions carry data at once, compared by digests."""
     data, path = random.Random(2).randbytes(SIZE), tmp_path / "vsock"
     theirs = (tmp_path / "data").read_bytes()
     kernel = artifacts.kernel("cloud")
@@ -120,7 +120,7 @@ def test_both_sides_connect(disk: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
 def test_under_vmd(disk: Path, tmp_path: Path) -> None:
-    """The same by a VM's process of the daemon, which may do little else; and after a pause."""
+    """The same with a confined VM process of the daemon; and after a pause."""
     data = random.Random(2).randbytes(SIZE)
     kernel = artifacts.kernel("cloud")
     lines = (

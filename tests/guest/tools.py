@@ -1,4 +1,4 @@
-"""Programs for a guest that has busybox alone: a disk with them and their libraries."""
+"""Programs for a guest that has only busybox: a disk with them and their libraries."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from tests import artifacts
 
 MODULES = (*artifacts.NET_MODULES, "virtio_blk")
-"""What the guest has to load."""
+"""Modules that the guest has to load."""
 UNPACK = (
     "mkdir -p /tmp /etc; echo root:x:0:0::/:/bin/sh >/etc/passwd;"
     " tar -x -f /dev/vda -C / 2>/dev/null; true"
 )
-"""What the guest's shell has to run; the disk is its first. tcpdump wants to know who root is."""
+"""Setup for the guest's shell; the disk is its first. tcpdump needs a passwd entry for root."""
 _BLOCK = 1 << 20
 
 
@@ -31,7 +31,7 @@ def tools_disk(place: Path, *programs: str) -> Path:
 
 
 def missing(programs: Sequence[str]) -> str:
-    """Return which of these programs this host has not, in words; empty if it has all."""
+    """Return the missing ones of these programs, in words; empty if there are none."""
     absent = [name for name in programs if _found(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else ""
 

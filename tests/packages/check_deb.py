@@ -1,6 +1,6 @@
 """Debian's package and pipx in a fresh Debian system that systemd runs: `make test-deb`.
 
-By default Debian 13; `DEB_SUITE=bookworm` or `testing` is another one.
+The system is Debian 13; `DEB_SUITE=bookworm` or `testing` chooses another suite.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ EXPOSURE_MAX = 4.4
 _BUILD_S = 600.0
 _OFFLINE = ("env", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/srv/given/wheels")
 _PATIENCE_S = 60.0
-# Its arguments are folders of ours: the project's clone, and wheels.
+# Its arguments are our folders: the project's clone, and wheels.
 _PREPARE = """
 mkdir -p srv/given
 mount --bind "$1" srv/given
 """
-# As user@.service has it, without a login and D-Bus.
+# As in user@.service, without a login and D-Bus.
 _USER_MANAGER = """
 [Service]
 User=alice
@@ -44,7 +44,7 @@ Delegate=yes
 Environment=XDG_RUNTIME_DIR=/run/user/{uid}
 ExecStart=/lib/systemd/systemd --user
 """
-# Changed by the users that stay, by dpkg's and systemd's own accounts, by logs and caches.
+# Files that lasting users, dpkg's and systemd's own accounts, logs and caches change.
 _NOT_OURS = re.compile(
     r"/(proc|sys|dev|run|tmp|var/tmp|var/log|var/cache|srv|root)(/|$)"
     r"|/etc/(passwd|group|shadow|gshadow|subuid|subgid)-?$"
@@ -70,7 +70,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemdHost]:
 
 
 def _copy_project(place: Path) -> None:
-    """Copy the files that git knows, as they are, into a repository of their own."""
+    """Copy the files that git tracks, as they are, into a repository of their own."""
     copy_files(place)
     subprocess.run(["git", "init", "-q", place], check=True)
     subprocess.run(["git", "-C", place, "add", "-A"], check=True)
@@ -121,7 +121,7 @@ def _eventually(is_so: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def before(host: SystemdHost, package: str) -> set[str]:
-    """Return the files of the system with what the package depends on, and without it."""
+    """Return the system's files without the package, once its dependencies are installed."""
     told = host.run("dpkg-deb", "--field", package, "Depends")
     names = [re.split(r"[ (|]", relation)[0] for relation in told.strip().split(", ")]
     _apt(host, "install", *(name for name in names if name.startswith("python3-")))
@@ -139,7 +139,7 @@ def installed(host: SystemdHost, package: str, before: set[str]) -> SystemdHost:
 
 
 def test_the_daemon_runs(installed: SystemdHost) -> None:
-    """Once installed it is enabled and serves; it can be stopped and started."""
+    """Once installed the unit is enabled and the daemon serves; it can be stopped and started."""
     assert installed.run("systemctl", "is-enabled", "vmd").strip() == "enabled"
     _eventually(lambda: installed.states() == {"one": "running", "two": "stopped"})
     installed.run("systemctl", "stop", "vmd")
@@ -149,14 +149,14 @@ def test_the_daemon_runs(installed: SystemdHost) -> None:
 
 
 def test_who_may_speak_with_it(installed: SystemdHost) -> None:
-    """A member of the group vmd, and no other user."""
+    """A member of the group vmd may connect, and no other user."""
     assert _as(installed, "alice", "vmctl", "status").splitlines()[1].split()[-1] == "one"
     said = _as(installed, "mallory", "vmctl", "status", check=False)
     assert said.splitlines()[0] == "vmctl: connect: /run/vmd.sock: Permission denied"
 
 
 def test_what_came_along(installed: SystemdHost, package: str) -> None:
-    """Pages, completions, examples and versions are there, and every command runs."""
+    """Pages, completions, examples and versions are installed, and every command runs."""
     for page in (*("vmctl.8", "vmd.8", "vmm-blk.8", "vmm-net.8"), "vm.conf.5"):
         name, _, section = page.rpartition(".")
         assert "vm" in installed.run("man", "--where", section, name)
@@ -172,7 +172,7 @@ def test_what_came_along(installed: SystemdHost, package: str) -> None:
 
 
 def test_the_units(installed: SystemdHost) -> None:
-    """Systemd understands them, and counts no more exposure than it did."""
+    """Systemd understands the units, and counts no more exposure than before."""
     for unit in ("vmd.service", "vmd.socket"):
         assert installed.run("systemd-analyze", "verify", "--man=no", unit) == ""
     said = installed.run("systemd-analyze", "security", "--no-pager", "vmd.service")
@@ -182,7 +182,7 @@ def test_the_units(installed: SystemdHost) -> None:
 
 
 def test_an_upgrade_lets_vms_run(installed: SystemdHost, package: str) -> None:
-    """VMs end with the daemon, so that the daemon goes on."""
+    """An upgrade leaves the daemon running, because VMs end with it."""
     pid = installed.shown("vmd", "MainPID")
     _apt(installed, "install", "--reinstall", package)
     assert installed.shown("vmd", "MainPID") == pid
@@ -190,7 +190,7 @@ def test_an_upgrade_lets_vms_run(installed: SystemdHost, package: str) -> None:
 
 
 def test_a_purge_leaves_nothing(installed: SystemdHost, before: set[str]) -> None:
-    """No process, file or unit is left; users stay, as policy has it, and what is not ours."""
+    """No process, file or unit is left, except users, as policy says, and files of others."""
     installed.run("systemctl", "enable", "vmd.socket")
     installed.run("touch", "/var/lib/vmd/old.nvram", "/var/lib/vmd/disk.img")
     _apt(installed, "purge", "vmm-kvm")
@@ -203,7 +203,7 @@ def test_a_purge_leaves_nothing(installed: SystemdHost, before: set[str]) -> Non
 
 @pytest.fixture(scope="module")
 def pipx(host: SystemdHost) -> SystemdHost:
-    """Let a user in the group kvm install from the tree."""
+    """Let a user in the group kvm install from the tree by pipx."""
     host.run("systemd-sysusers", "/srv/given/project/packaging/vmd.sysusers")
     host.run("sh", "-euc", "chgrp kvm /dev/kvm; chmod 660 /dev/kvm; usermod -aG kvm alice")
     uid = host.run("id", "-u", "alice").strip()
@@ -218,7 +218,7 @@ def pipx(host: SystemdHost) -> SystemdHost:
 
 
 def _venv(host: SystemdHost) -> str:
-    """Return where pipx has installed; releases of it differ."""
+    """Return pipx's folder of the installation; its releases differ."""
     venvs = _as(host, "alice", "pipx", "environment", "--value", "PIPX_LOCAL_VENVS")
     return f"{venvs.strip()}/vmm-kvm"
 
@@ -239,7 +239,7 @@ def test_a_daemon_of_a_user(pipx: SystemdHost) -> None:
 
 
 def test_units_of_a_user(pipx: SystemdHost) -> None:
-    """The service manager of a user starts the daemon that pipx has installed, for a client."""
+    """A user's service manager starts pipx's daemon when a client connects."""
     uid = pipx.run("id", "-u", "alice").strip()
     pipx.write("/run/systemd/system/alice.service", _USER_MANAGER.format(uid=uid))
     pipx.run("systemctl", "daemon-reload")

@@ -1,8 +1,8 @@
-"""A Debian system in a directory, as a fresh machine has it, with all that installing us needs.
+"""A Debian system in a directory, like a fresh machine, with all that our installation needs.
 
-mmdebstrap makes it once, with what builds and runs a package. Beside it lie the packages that ours
-depends on, not installed, so that apt installs them without a network. It is kept in the cache of
-`tests.artifacts`; it takes some minutes, the network and root to make.
+mmdebstrap makes it once, with the packages that build and run ours. Beside it lie the packages that
+ours depends on, not installed, so that apt installs them without a network. It is kept in the cache
+of `tests.artifacts`; it takes some minutes, the network and root to make.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PACKAGES = (
     *("python3", "python3-venv", "pipx", "ca-certificates"),
 )
 _DEPENDENCIES = ("lz4", "msgspec", "pyroute2", "rich", "typer", "zstandard")
-# The package brings along what a release lacks.
+# The package bundles dependencies that a release lacks.
 _FETCH = """
 set -eu
 cp /etc/resolv.conf etc/resolv.conf
@@ -59,7 +59,7 @@ def debian_tree(suite: str) -> Path:
         subprocess.run(["rm", "-rf", "--one-file-system", part], check=True)
         command = [
             *("mmdebstrap", "--quiet", "--mode=root", "--variant=apt"),
-            # A suite's index is out of date by design where a mirror keeps one for long.
+            # The index of a mirror may be older than its validity.
             *('--aptopt=Acquire::Check-Valid-Until "false"', "--aptopt=Acquire::Retries 3"),
             *(f"--include={','.join(_PACKAGES)}", suite, str(part), *_sources(suite)),
         ]
@@ -74,7 +74,7 @@ def debian_tree(suite: str) -> Path:
 
 
 def _sources(suite: str) -> list[str]:
-    """Return the line of apt's that names this machine's mirror; mmdebstrap knows one itself."""
+    """Return apt's line for this machine's mirror; without one mmdebstrap uses its own."""
     ask = """
     . scripts/apt_sources.sh
     debian_source "$(. /etc/os-release; echo "${VERSION_CODENAME:-}")" | head -n 1 | cut -f 1
@@ -86,9 +86,9 @@ def _sources(suite: str) -> list[str]:
 
 
 def wheels(python: str) -> Path:
-    """Return a folder with what pip needs for an interpreter such as `3.13`, without a network."""
+    """Return a folder of pip's packages for an interpreter such as `3.13`, without a network."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    # pipx renews pip first.
+    # pipx first updates pip.
     tools = [*project["build-system"]["requires"], "pip>=23.1"]
     lock = subprocess.run(
         [sys.executable, ROOT / "scripts" / "dependencies.py", "lock"],

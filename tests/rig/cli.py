@@ -1,19 +1,19 @@
 """`rig run`: run a command under a full KVM host, on any machine.
 
-The rig sees this machine's whole file system read-only with a scratch layer on top; what the
-command writes under $RIG_OUT comes back in --out DIR, everything else is lost. $RIG is plain or
-counted in it, as its clock is.
+The rig sees this machine's whole file system read-only with a scratch layer on top. Files that the
+command writes under $RIG_OUT come back in --out DIR; all other changes are lost. $RIG names the
+rig's clock there: plain or counted.
 The exit status is the command's; 124 is a time-out, 125 a rig that did not come up.
 
 --icount runs one processor whose clock counts instructions instead of time. Two runs of the same
 work then agree to within about one per cent, however busy the machine is, which makes ratios
 between two programs repeatable. That holds for work that waits for nothing outside: the file
 system comes over 9p, every wait for it makes that clock jump, and so does every failed look-up of
-a Python import. Copy what a benchmark reads into memory first (--stage PATH for a directory, with
-patterns to leave out, or a file; --project for this repository, its virtual environment and its
-interpreter) and run everything once before measuring. Disk and network work is too slow under
---icount (minutes a megabyte): measure it on the plain clock, two programs in turn, medians of
-several rounds.
+a Python import. Copy the files that a benchmark reads into memory first (--stage PATH for a
+directory, with patterns to leave out, or a file; --project for this repository, its virtual
+environment and its interpreter) and run everything once before measuring. Disk and network work is
+too slow under --icount (minutes a megabyte): measure it on the plain clock, two programs in turn,
+medians of several rounds.
 """
 
 from __future__ import annotations

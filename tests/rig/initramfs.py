@@ -14,8 +14,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-# The script says where it is before anything else: benchmarks stop their clock at this line.
-# The kernel hands words of its command line that it does not know (`test=poweroff`) to /init as
+# The script reports before it does anything else: benchmarks stop their clock at this line.
+# The kernel passes unknown words of its command line (`test=poweroff`) to /init as
 # environment variables. busybox's dmesg has no --level, so raw priorities are filtered.
 GUEST_INIT = """#!/bin/busybox sh
 echo "init: up"
@@ -173,7 +173,7 @@ def build(busybox: Path, modules: Sequence[Path], init: str) -> bytes:
 
 
 def recipe(busybox: Path, modules: Sequence[Path], init: str) -> str:
-    """Return a short name for what this version of `build` would make of these parts."""
+    """Return a short name for the image that this version of `build` makes of these parts."""
     code = Path(__file__).read_text()
     parts = [code, init, str(busybox.stat().st_size), *(str(module) for module in modules)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -1,13 +1,13 @@
-"""Keep the rig from a fault of QEMU's: leave out one function of its kernel's kvm-amd module.
+"""Protect the rig from a fault of QEMU: remove one function of its kernel's kvm-amd module.
 
-QEMU's emulation of SVM aborts when a guest writes CR8 while KVM waits to give it an interrupt:
-target/i386/tcg/system/misc_helper.c, helper_write_crN, calls `cpu_interrupt` without the lock
-that it needs (seen with 10.0 and 11.1). UEFI firmware does so at the end of each tick of its
-timer, when the next may be due already.
+QEMU's emulation of SVM aborts when a guest writes CR8 while KVM has an interrupt pending for it:
+target/i386/tcg/system/misc_helper.c, helper_write_crN, calls `cpu_interrupt` without the required
+lock (seen with 10.0 and 11.1). UEFI firmware writes CR8 at the end of each tick of its timer, when
+the next tick may be due already.
 
-A vCPU begins with KVM intercepting writes of CR8 (INTERCEPT_CR8_WRITE). Later KVM's
-`svm_update_cr8_intercept` lets through those of which it would learn nothing, to save their exits.
-A return at its beginning leaves all of them to KVM. Guests see no difference.
+At first KVM intercepts a vCPU's writes of CR8 (INTERCEPT_CR8_WRITE). Later KVM's
+`svm_update_cr8_intercept` lets through writes that do not matter to KVM, to save their exits. A
+return at the function's beginning keeps all intercepted. Guests see no difference.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 import struct
 
 _FUNCTION = b"svm_update_cr8_intercept"
-# What every function of the kernel begins with, a landing pad for indirect branches (in 6.12) and
-# a call for its tracer, and what we put behind it.
+# Every function of the kernel begins with a landing pad for indirect branches (in 6.12) and a call
+# for its tracer; our return follows them.
 _LANDING_PAD = bytes.fromhex("f30f1efa")  # endbr64
 _CALL, _CALL_SIZE, _RETURN = 0xE8, 5, 0xC3
 
-# Source: Linux scripts/sign-file.c, what follows a module's own bytes: the signature, its
+# Source: Linux scripts/sign-file.c, the end of a signed module: the signature, its
 # description, which ends with the signature's length, and this.
 _SIGNED = b"~Module signature appended~\n"
 _DESCRIPTION = struct.Struct(">8xI")
@@ -39,7 +39,7 @@ class ModuleError(Exception):
 
 
 def with_cr8_intercepted(module: bytes) -> bytes:
-    """Return the module with that function left out, and without its signature, now wrong.
+    """Return the module without that function, and without its signature, now wrong.
 
     Raises:
         ModuleError: it is no module for x86-64, or has no such function.

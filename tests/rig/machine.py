@@ -3,8 +3,8 @@
 Many machines (CI runners, cloud guests) have no usable hardware virtualisation, or a /dev/kvm
 that emulates guest kernels one instruction at a time. The rig boots a distribution kernel under
 QEMU's software emulation of an AMD processor with SVM. Inside it kvm_amd (less one function:
-kvm_amd.py), vhost, tun, bridge, nftables and the rest of the kernel are the real ones, so that an
-unmodified Linux guest boots under the code being tested.
+kvm_amd.py), vhost, tun, bridge, nftables and the rest of the kernel are the real ones, so that the
+tested code runs an unmodified Linux guest.
 
 QEMU has to be 10.0 or newer: 7.2 loses interrupts under nested SVM and hangs.
 """
@@ -33,19 +33,19 @@ _GUARD = "no_pv_eoi.so"
 _KEY = b'{"execute": "send-key", "arguments": {"keys": [{"type": "qcode", "data": "shift"}]}}\n'
 _KEY_INTERVAL_S = 1.0
 
-# On a busy machine the kernel was seen to take delays of emulation for a wrong TSC, to read the
-# HPET instead, and to move the TSC of guests. That boots are faster or safer so is not shown.
-# Nor does its timer always tick there before it gives it up and panics (`no_timer_check`).
+# On a busy machine the kernel can take delays of emulation for a wrong TSC; it then reads the HPET
+# instead, and moves the TSC of guests (`tsc=reliable`). Nor does its timer always tick in time: it
+# gives up and panics (`no_timer_check`).
 _COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check"
 
 THREADS = Path("/run/threads")
-"""In the rig: this machine's /proc/PID/task of the QEMU that the rig is."""
+"""In the rig: this machine's /proc/PID/task of the rig's QEMU."""
 
 
 def processor_ns() -> int:
-    """Return how long the rig's processor has run; outside of it the clock, in nanoseconds.
+    """Return the run time of the rig's processor; outside the rig the clock; nanoseconds.
 
-    A busy machine makes the rig slower, but not what it does in a second of its processor.
+    On a busy machine the rig is slower, but does as much in a second of its processor.
     """
     for thread in THREADS.glob("*/comm"):
         if thread.read_text().startswith("CPU "):
@@ -56,8 +56,8 @@ def processor_ns() -> int:
 EXIT_TIMEOUT = 124
 EXIT_NOT_UP = 125
 
-# The first process after the switch to the shared root. Stages are unpacked in the order given,
-# so that one may lie inside another. The end asks no process, and has the kernel say nothing.
+# The first process after the switch to the shared root. It unpacks stages in the given order,
+# so that one may lie inside another. At the end it powers off without stopping other processes.
 _MAIN = """#!/bin/bash
 exec >/dev/console 2>&1 </dev/null
 . /run/rig/env
@@ -86,7 +86,7 @@ echo 0 > /proc/sys/kernel/printk
 busybox poweroff -f
 """
 
-# What a run of the project's own tests never reads.
+# Files that a run of the project's own tests never reads.
 _REPOSITORY_LEAVES = (".git", ".venv", ".cache", ".*_cache", "build", "dist", "out")
 _VENV_LEAVES = ("bin/ruff", "bin/uv*", "mypy", "mypyc", "pip", "setuptools", "share", "include")
 _STDLIB_LEAVES = (
@@ -99,8 +99,8 @@ _STDLIB_LEAVES = (
 class Stage:
     """A path whose content is copied into the rig's memory before the command starts.
 
-    A directory is hidden by a copy of it without what the `tar --exclude` patterns match; a file
-    by a copy of itself.
+    A copy of a directory, without the files that the `tar --exclude` patterns match, covers the
+    directory; a copy of a file covers the file.
     """
 
     path: Path
@@ -113,7 +113,7 @@ class Stage:
         return cls(Path(path), tuple(part for part in patterns.split(",") if part))
 
     def save(self, place: Path) -> None:
-        """Write what the rig unpacks into the directory `place`, which is created."""
+        """Write the files for the rig to unpack into the directory `place`, and make it."""
         place.mkdir()
         source = self.path.resolve()
         (place / "place").write_text(str(source))
@@ -128,13 +128,13 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """What to run and in which machine.
+    """A command, and the machine to run it in.
 
     `memory` is in bytes; `timeout_s` counts from the start of the rig; `is_counted` gives it one
     processor whose clock counts instructions; `copies_words` gives it processors without ERMS and
     FSRM, so that kernels copy by eight bytes a step instead of by `rep movsb`, of which QEMU
-    emulates each byte; `out`, if set, receives what the command left in
-    the directory `$RIG_OUT`, also if it ran out of time; `patience_s`, if set, is for how long
+    emulates each byte; `out`, if set, receives the files that the command left in
+    the directory `$RIG_OUT`, also after a time-out; `patience_s`, if set, limits the time for which
     the rig may print nothing.
     """
 
@@ -199,13 +199,13 @@ def wait(
 ) -> bool:
     """Wait for QEMU's end; False if it still runs after that time, or is silent for too long.
 
-    What it prints is passed on, if it comes by a pipe.
+    Passes on QEMU's output, if it comes by a pipe.
 
     QEMU's SVM can lose the interrupt of the rig's timer while a nested guest waits for one: the
     entry into the guest sets a bit in a word without the lock that the timer holds when it sets
     another (10.0, target/i386/tcg/system/svm_helper.c, helper_vmrun:
     `cs->interrupt_request |= CPU_INTERRUPT_VIRQ`). The timer is not armed again before its
-    interrupt is served, so the rig would stand still for ever.
+    interrupt is served, so the rig would hang for ever.
     Any other interrupt makes QEMU look again: a key, pressed through `qmp` once a second.
     """
     deadline = time.monotonic() + timeout_s
@@ -236,7 +236,7 @@ def wait(
 
 
 def _pass_on(fd: int, timeout_s: float) -> bool:
-    """Print what can be read from a pipe; False if there is nothing in that time, or its end."""
+    """Print available output of a pipe; False if there is none in that time, or at its end."""
     if not select.select([fd], [], [], timeout_s)[0]:
         return False
     data = os.read(fd, 65536)
@@ -246,7 +246,7 @@ def _pass_on(fd: int, timeout_s: float) -> bool:
 
 
 def _press_key(control: socket.socket) -> None:
-    # Answers are of no interest, but have to be read; an end of QEMU is seen by its exit.
+    # Read and drop the answers; QEMU's exit shows its end.
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         control.recv(65536)
     with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
@@ -254,13 +254,13 @@ def _press_key(control: socket.socket) -> None:
 
 
 def build_guard(target: Path) -> None:
-    """Build what keeps guests from being interrupted twice; its source says how."""
+    """Build the library that keeps guests from getting an interrupt twice; its source says how."""
     source = Path(__file__).with_name("no_pv_eoi.c")
     subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", target, source], check=True)
 
 
 def main_script(directory: Path, command: Sequence[str], *, is_counted: bool = False) -> str:
-    """Return the script that runs the command in the rig, in that working directory."""
+    """Return the script that runs the command in the rig, in this working directory."""
     return _MAIN.format(
         directory=shlex.quote(str(directory)),
         command=shlex.join(command),
@@ -270,7 +270,7 @@ def main_script(directory: Path, command: Sequence[str], *, is_counted: bool = F
 
 
 def environment_script(environment: Mapping[str, str]) -> str:
-    """Return shell lines that set the environment; names that no shell knows are left out."""
+    """Return shell lines that set the environment, without names that no shell accepts."""
     skipped = {"_", "SHLVL", "PWD", "OLDPWD"}
     return "".join(
         f"export {name}={shlex.quote(value)}\n"
