@@ -18,7 +18,7 @@ DEADLINE_S = 20.0
 CODE_SEGMENT = SegmentRegister(0, 0, 0xFFFF, 0x9B)
 
 mapped: list[Ram] = []
-"""Guest memory belongs to the test: it has to stay mapped as long as its VM."""
+"""Guest memory belongs to the test: it must stay mapped as long as its VM lives."""
 
 
 class Ram:
@@ -31,7 +31,7 @@ class Ram:
         mapped.append(self)
 
     def params(self, *, ncpus: int = 1, name: str = "test") -> CreateParams:
-        """Return a VM of this memory."""
+        """Return the parameters of a VM with this memory."""
         return CreateParams([MemoryRange(0, self.va, self.size)], ncpus, name)
 
     def put(self, address: int, data: bytes) -> None:
@@ -66,7 +66,7 @@ def state(vmm: Vmm, vm_id: int, vcpu_id: int = 0) -> VcpuState:
 
 
 class Runner:
-    """A thread that runs a vCPU as long as it needs no help."""
+    """A thread that runs a vCPU until `run` needs help."""
 
     def __init__(self, vmm: Vmm, vm_id: int, vcpu_id: int = 0, *, is_paused: bool = False) -> None:
         self.results: list[RunResult] = []
@@ -93,10 +93,10 @@ class Runner:
             self.errors.append(err)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the table is in some state."""
+        """Wait until the table meets a condition."""
         vmm = self._arguments[0]
         with vmm.changed:
-            while not condition():  # entering the guest is not notified
+            while not condition():  # no notification tells of an entry into the guest
                 assert self.thread.is_alive()
                 vmm.changed.wait(0.01)
 

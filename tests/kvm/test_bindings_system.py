@@ -26,7 +26,7 @@ def test_version_and_mapping() -> None:
 
 
 def test_from_fd() -> None:
-    """An open descriptor serves as well, and is closed with the object."""
+    """An open descriptor serves as well, and closing the object closes it."""
     fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     with Kvm.from_fd(fd) as kvm:
         assert kvm.fd == fd
@@ -36,7 +36,7 @@ def test_from_fd() -> None:
 
 
 def test_close_is_idempotent() -> None:
-    """Closing twice is allowed; using it afterwards is an error with the request's name."""
+    """Closing twice is allowed; later use raises an error with the request's name."""
     kvm = Kvm()
     kvm.close()
     kvm.close()
@@ -46,7 +46,7 @@ def test_close_is_idempotent() -> None:
 
 
 def test_capabilities() -> None:
-    """What every KVM has is there; a number that means nothing is not."""
+    """Capabilities that every KVM has are there; an unknown number is not."""
     with Kvm() as kvm:
         for capability in (abi.KVM_CAP_USER_MEMORY, abi.KVM_CAP_IRQCHIP, abi.KVM_CAP_EXT_CPUID):
             assert kvm.check_extension(capability) > 0
@@ -55,7 +55,7 @@ def test_capabilities() -> None:
 
 
 def test_supported_cpuid() -> None:
-    """The table has the basic leaves once, and the TSC-deadline bit as the capability says."""
+    """The table has each basic leaf once, and the TSC-deadline bit as the capability says."""
     with Kvm() as kvm:
         entries = kvm.supported_cpuid()
         features = [e for e in entries if e.function == 1]
@@ -66,7 +66,7 @@ def test_supported_cpuid() -> None:
 
 
 def test_msr_indices() -> None:
-    """The list of state-holding MSRs has the time-stamp counter, and nothing twice."""
+    """The list of state-holding MSRs has the time-stamp counter, and no MSR twice."""
     with Kvm() as kvm:
         indices = kvm.msr_indices()
     assert MSR_IA32_TSC in indices
@@ -74,7 +74,7 @@ def test_msr_indices() -> None:
 
 
 def test_vms_outlive_the_system() -> None:
-    """A VM goes on when /dev/kvm is closed."""
+    """A VM works on after /dev/kvm is closed."""
     with Kvm() as kvm:
         vm = kvm.create_vm()
     with vm, vm.create_vcpu(0) as vcpu:

@@ -71,7 +71,7 @@ def kick_signal() -> Iterator[None]:
 
 
 def test_regs(vcpu: Vcpu) -> None:
-    """General registers, each with a value of its own."""
+    """General registers, each with another value, read back as set."""
     regs = abi.kvm_regs(*range(0x1_0000_0001, 0x1_0000_0011), 0x1234, 2)
     vcpu.set_regs(regs)
     assert bytes(regs) == bytes(vcpu.get_regs())
@@ -79,7 +79,7 @@ def test_regs(vcpu: Vcpu) -> None:
 
 
 def test_sregs(vcpu: Vcpu) -> None:
-    """Segments, tables and control registers."""
+    """Segments, tables and control registers read back as set."""
     sregs = vcpu.get_sregs()
     sregs.ds.base, sregs.ds.selector = 0x1230, 0x123
     sregs.gdt.base, sregs.gdt.limit = 0x5000, 0x7F
@@ -89,7 +89,7 @@ def test_sregs(vcpu: Vcpu) -> None:
 
 
 def test_invalid_sregs_are_refused(vcpu: Vcpu) -> None:
-    """Paging without protection cannot be."""
+    """KVM refuses paging without protection."""
     sregs = vcpu.get_sregs()
     sregs.cr0 = 1 << 31
     with pytest.raises(KvmError) as caught:
@@ -98,7 +98,7 @@ def test_invalid_sregs_are_refused(vcpu: Vcpu) -> None:
 
 
 def test_fpu(vcpu: Vcpu) -> None:
-    """The x87 control word and an SSE register."""
+    """The x87 control word and an SSE register read back as set."""
     fpu = vcpu.get_fpu()
     fpu.fcw = 0x27F
     fpu.xmm[3][:] = range(16)
@@ -108,7 +108,7 @@ def test_fpu(vcpu: Vcpu) -> None:
 
 
 def test_xsave(vcpu: Vcpu) -> None:
-    """The whole XSAVE area, of the size that KVM tells."""
+    """The whole XSAVE area, of KVM's size, reads back as set."""
     fcw, xmm5, header = 0, 160 + 5 * 16, 512
     state = vcpu.get_xsave()
     raw = bytearray(bytes(state))
@@ -124,13 +124,13 @@ def test_xsave(vcpu: Vcpu) -> None:
 
 
 def test_short_xsave_is_refused(vcpu: Vcpu) -> None:
-    """A buffer that the kernel would read beyond does not reach it."""
+    """A buffer that is too small for the kernel's read is refused before the call."""
     with pytest.raises(ValueError, match="XSAVE state of 520 bytes"):
         vcpu.set_xsave(abi.kvm_irqchip())
 
 
 def test_xcrs(vcpu: Vcpu) -> None:
-    """XCR0 with only x87 state enabled."""
+    """XCR0 can be set to x87 state alone."""
     xcrs = vcpu.get_xcrs()
     assert xcrs.nr_xcrs == 1
     xcrs.xcrs[0].value = XCR0_X87
@@ -139,7 +139,7 @@ def test_xcrs(vcpu: Vcpu) -> None:
 
 
 def test_msrs(vcpu: Vcpu) -> None:
-    """Model-specific registers; those that KVM does not have are left out."""
+    """Model-specific registers read back as set; those that KVM lacks are left out."""
     vcpu.set_msrs({MSR_SYSENTER_CS: 0x10, MSR_SYSENTER_EIP: 0xFFFF_8000_0000_1000})
     indices = [MSR_SYSENTER_CS, MSR_NOBODY_HAS, MSR_SYSENTER_EIP]
     expected = {MSR_SYSENTER_CS: 0x10, MSR_SYSENTER_EIP: 0xFFFF_8000_0000_1000}
@@ -147,19 +147,19 @@ def test_msrs(vcpu: Vcpu) -> None:
 
 
 def test_all_msrs_go_there_and_back(vcpu: Vcpu) -> None:
-    """What the list of state-holding MSRs yields can be set again, and is the same afterwards."""
+    """The values of all state-holding MSRs can be set again, and read back the same."""
     with Kvm() as kvm:
         indices = kvm.msr_indices()
     values = vcpu.get_msrs(indices)
     vcpu.set_msrs(values)
-    moving = {0x10, 0x3B, 0x4B56_4D00, 0x4B56_4D01, 0x11, 0x12}  # the TSC and kvmclock go on
+    moving = {0x10, 0x3B, 0x4B56_4D00, 0x4B56_4D01, 0x11, 0x12}  # the TSC and kvmclock advance
     assert {i: v for i, v in values.items() if i not in moving} == {
         i: v for i, v in vcpu.get_msrs(indices).items() if i not in moving
     }
 
 
 def test_refused_msr_is_named(vcpu: Vcpu) -> None:
-    """An MSR that cannot be set is named, with its value."""
+    """The error for an MSR that cannot be set names it, with its value."""
     with pytest.raises(KvmError) as caught:
         vcpu.set_msrs({MSR_SYSENTER_CS: 1, MSR_NOBODY_HAS: 2})
     text = "KVM_SET_MSRS: Invalid argument (MSR 0x12345678 cannot be 0x2)"
@@ -174,7 +174,7 @@ def test_more_msrs_than_one_call_takes(vcpu: Vcpu) -> None:
 
 
 def test_lapic(vcpu: Vcpu) -> None:
-    """The local APIC's registers, with the task priority changed."""
+    """The local APIC's registers, with a changed task priority, read back as set."""
     task_priority = 0x80
     lapic = vcpu.get_lapic()
     lapic.regs[task_priority] = 0x50
@@ -183,7 +183,7 @@ def test_lapic(vcpu: Vcpu) -> None:
 
 
 def test_vcpu_events(vcpu: Vcpu) -> None:
-    """A pending NMI and the NMI mask."""
+    """A pending NMI and the NMI mask read back as set."""
     events = vcpu.get_vcpu_events()
     events.nmi.pending, events.nmi.masked = 1, 1
     events.flags |= abi.KVM_VCPUEVENT_VALID_NMI_PENDING
@@ -193,7 +193,7 @@ def test_vcpu_events(vcpu: Vcpu) -> None:
 
 
 def test_debugregs(vcpu: Vcpu) -> None:
-    """DR0 to DR3, and DR7 with its fixed bit."""
+    """DR0 to DR3, and DR7 with its fixed bit, read back as set."""
     debugregs = vcpu.get_debugregs()
     debugregs.db[:] = [0x1000, 0x2000, 0x3000, 0x4000]
     debugregs.dr7 = 0x402
@@ -203,13 +203,13 @@ def test_debugregs(vcpu: Vcpu) -> None:
 
 @pytest.mark.parametrize("state", [abi.KVM_MP_STATE_HALTED, abi.KVM_MP_STATE_RUNNABLE])
 def test_mp_state(vcpu: Vcpu, state: int) -> None:
-    """Halted and runnable."""
+    """A vCPU's state can be set to halted and to runnable."""
     vcpu.set_mp_state(state)
     assert state == vcpu.get_mp_state()
 
 
 def test_cpuid(vcpu: Vcpu) -> None:
-    """Topology and signature as they were set; KVM keeps other bits up to date, drops zeros."""
+    """CPUID keeps topology and signature; KVM updates other bits, and drops zeros."""
     with Kvm() as kvm:
         entries = {(e.function, e.subleaf): e for e in guest_cpuid(kvm.supported_cpuid(), 0, 4)}
     vcpu.set_cpuid(list(entries.values()))
@@ -221,7 +221,7 @@ def test_cpuid(vcpu: Vcpu) -> None:
 
 
 def test_tsc_khz(vcpu: Vcpu) -> None:
-    """The TSC's rate; setting the host's own again is always possible."""
+    """The TSC's rate can be read; setting the host's own again is always possible."""
     khz = vcpu.get_tsc_khz()
     assert khz > 100_000
     vcpu.set_tsc_khz(khz)
@@ -229,7 +229,7 @@ def test_tsc_khz(vcpu: Vcpu) -> None:
 
 
 def test_kvmclock_ctrl_needs_a_clock(vcpu: Vcpu) -> None:
-    """A guest that has not set kvmclock up cannot be told that it was paused."""
+    """KVM refuses to tell a guest without kvmclock that it was paused."""
     with pytest.raises(KvmError) as caught:
         vcpu.kvmclock_ctrl()
     assert caught.value.errno == EINVAL
@@ -242,7 +242,7 @@ def test_translate() -> None:
 
 
 def test_load_entry_keeps_the_apic(vcpu: Vcpu) -> None:
-    """An Entry sets the registers it has and leaves the local APIC where it is."""
+    """An Entry sets its registers and leaves the local APIC unchanged."""
     load_entry(vcpu, RESET_VECTOR)
     sregs = vcpu.get_sregs()
     assert sregs.apic_base & APICBASE_ENABLE
@@ -254,7 +254,7 @@ def test_load_entry_keeps_the_apic(vcpu: Vcpu) -> None:
 
 
 def test_port_writes() -> None:
-    """OUT of one, two and four bytes."""
+    """OUT of one, two and four bytes is an exit with the value."""
     with guest(guests.WRITE_PORT) as g:
         seen = []
         while isinstance(reason := g.vcpu.run(), IoExit):
@@ -267,7 +267,7 @@ def test_port_writes() -> None:
 
 
 def test_port_reads() -> None:
-    """IN gets what the exit is answered with."""
+    """IN reads the exit's answer."""
     with guest(guests.READ_PORT) as g:
         for size, answer in ((1, 0xA5), (4, 0xCAFE_BABE)):
             reason = g.vcpu.run()
@@ -280,7 +280,7 @@ def test_port_reads() -> None:
 
 
 def test_string_io() -> None:
-    """REP OUTS and REP INS move all items, in as many exits as KVM likes."""
+    """REP OUTS and REP INS move all items, in any number of exits."""
     with guest(guests.STRING_IO) as g:
         g.put(guests.STRING_SOURCE, b"ping")
         sent, answers = bytearray(), bytearray(b"pong")
@@ -296,7 +296,7 @@ def test_string_io() -> None:
 
 
 def test_mmio() -> None:
-    """Writes and reads of memory that is not there."""
+    """Writes and reads of unmapped memory are MMIO exits."""
     with guest(guests.ACCESS_MMIO) as g:
         for address, size, value in ((0x10, 4, 0xDEAD_BEEF), (0x14, 1, 0x77)):
             reason = g.vcpu.run()
@@ -313,7 +313,7 @@ def test_mmio() -> None:
 
 
 def test_exits_are_the_same_objects() -> None:
-    """Nothing is allocated per exit: each kind has one object, which shows the latest."""
+    """An exit allocates nothing: each kind has one object, which shows the latest."""
     with guest(guests.WRITE_PORT) as g:
         first = g.vcpu.run()
         second = g.vcpu.run()
@@ -343,7 +343,7 @@ def test_shutdown() -> None:
 
 
 def test_internal_error() -> None:
-    """Running code where there is no memory is more than KVM can emulate."""
+    """KVM cannot emulate code that runs where there is no memory: an internal error."""
     with guest(guests.HALT) as g:
         guests.start(g.vcpu, 0)
         sregs = g.vcpu.get_sregs()
@@ -357,7 +357,7 @@ def test_internal_error() -> None:
 
 
 def test_interrupt_window() -> None:
-    """Without an irqchip the user injects interrupts, when the guest can take them."""
+    """Without an irqchip the user injects interrupts, once the guest can take them."""
     with guest(guests.WAIT_FOR_INTERRUPT + guests.SPIN) as g:
         g.put(guests.INTERRUPT_HANDLER, guests.INTERRUPT_REPORT)
         g.set_vector(guests.INTERRUPT_VECTOR, guests.INTERRUPT_HANDLER)
@@ -372,7 +372,7 @@ def test_interrupt_window() -> None:
 
 
 def test_interrupt_needs_no_irqchip(vcpu: Vcpu) -> None:
-    """With one, interrupts come by lines and messages only; a vector has eight bits."""
+    """With an irqchip, interrupts come by lines and messages only; a vector has eight bits."""
     with pytest.raises(KvmError) as caught:
         vcpu.interrupt(0x20)
     assert caught.value.operation == "KVM_INTERRUPT"
@@ -385,7 +385,7 @@ def test_interrupt_needs_no_irqchip(vcpu: Vcpu) -> None:
 
 
 def test_single_step() -> None:
-    """Single-stepping leaves after each instruction, until it is switched off."""
+    """Single-stepping exits after each instruction, until it is switched off."""
     with guest(guests.NOPS) as g:
         g.vcpu.set_guest_debug(abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP)
         seen = []
@@ -400,7 +400,7 @@ def test_single_step() -> None:
 
 
 def test_hardware_breakpoint() -> None:
-    """A breakpoint in DR0 leaves at its address."""
+    """A breakpoint in DR0 exits at its address."""
     with guest(guests.NOPS) as g:
         control = abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_USE_HW_BP
         g.vcpu.set_guest_debug(control, (guests.CODE + 2, 0, 0, 0, 0, 0, 0, 0x402))
@@ -425,7 +425,7 @@ def test_nmi() -> None:
 
 
 class _Runner:
-    """A thread that runs a vCPU until it is interrupted once."""
+    """A thread that runs a vCPU until it has been interrupted once."""
 
     def __init__(self, vcpu: Vcpu, *, before: Callable[[], object] = lambda: None) -> None:
         self.entered = threading.Event()
@@ -453,7 +453,7 @@ class _Runner:
 @pytest.mark.usefixtures("kick_signal")
 @pytest.mark.parametrize("irqchip", [False, True])
 def test_kick_ends_a_spinning_guest(irqchip: bool) -> None:
-    """A guest that never leaves by itself is brought out from another thread."""
+    """A kick from another thread interrupts a guest that never exits by itself."""
     with guest(guests.SPIN, irqchip=irqchip) as g:
         with _Runner(g.vcpu) as runner:
             pass
@@ -462,7 +462,7 @@ def test_kick_ends_a_spinning_guest(irqchip: bool) -> None:
 
 @pytest.mark.usefixtures("kick_signal")
 def test_kick_ends_a_halted_guest() -> None:
-    """So is one that sleeps in the kernel."""
+    """A kick interrupts a vCPU that sleeps in the kernel."""
     with guest(guests.HALT, irqchip=True) as g:
         with _Runner(g.vcpu) as runner:
             pass
@@ -471,7 +471,7 @@ def test_kick_ends_a_halted_guest() -> None:
 
 @pytest.mark.usefixtures("kick_signal")
 def test_kick_before_the_first_run() -> None:
-    """A kick that comes too early ends the next run, and every one until it is cleared."""
+    """A kick that comes too early ends the next run, and every later one until it is cleared."""
     with guest(guests.HALT) as g:
         g.vcpu.kick()
         assert isinstance(g.vcpu.run(), Interrupted)
@@ -482,7 +482,7 @@ def test_kick_before_the_first_run() -> None:
 
 @pytest.mark.usefixtures("kick_signal")
 def test_kicks_are_never_lost() -> None:
-    """Kicks at any moment of many short runs all end a run that would spin forever."""
+    """Kicks at any moment of many short runs end each run that would spin for ever."""
     rounds = 200
     with guest(guests.SPIN) as g:
         turns = threading.Semaphore(0)
@@ -532,7 +532,7 @@ def test_kick_after_the_thread_has_ended() -> None:
 
 
 def test_kick_without_a_handler(vcpu: Vcpu) -> None:
-    """Without its handler the signal would end the process, so it is not sent."""
+    """Without its handler the signal would end the process, so a kick does not send it."""
     before = signal.signal(KICK_SIGNAL, signal.SIG_DFL)
     try:
         with pytest.raises(VmmError, match=r"kick: install_kick_signal\(\) has not been called"):
@@ -542,7 +542,7 @@ def test_kick_without_a_handler(vcpu: Vcpu) -> None:
 
 
 def test_signal_mask() -> None:
-    """A signal that is blocked outside and not inside ends a run; the other way round it waits."""
+    """A signal that is blocked only outside ends a run; one that is blocked only inside waits."""
     code = """
 import signal
 from tests import guests
@@ -571,7 +571,7 @@ print(first is Interrupted, second is Hlt)
 
 
 def test_closed_vcpu_cannot_run(vcpu: Vcpu) -> None:
-    """Running a closed vCPU is an error, closing it again is not."""
+    """Running a closed vCPU raises an error, closing it again does not."""
     vcpu.close()
     vcpu.close()
     with pytest.raises(KvmError) as caught:
@@ -580,7 +580,7 @@ def test_closed_vcpu_cannot_run(vcpu: Vcpu) -> None:
 
 
 def test_application_processors_wait() -> None:
-    """A vCPU that waits for its start-up IPI is brought out by a kick like any other."""
+    """A kick interrupts a vCPU that waits for its start-up IPI."""
     before = signal.getsignal(KICK_SIGNAL)
     install_kick_signal()
     with contextlib.ExitStack() as stack:

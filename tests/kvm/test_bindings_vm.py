@@ -33,7 +33,7 @@ IOAPIC_ROUTES = [IrqchipRoute(pin, Irqchip.IOAPIC, pin) for pin in range(24)]
 
 @pytest.fixture
 def vm() -> Iterator[Vm]:
-    """A VM without anything."""
+    """A VM without parts."""
     with Kvm() as kvm, kvm.create_vm() as made:
         yield made
 
@@ -73,7 +73,7 @@ def _errno(caught: pytest.ExceptionInfo[KvmError]) -> int | None:
 
 
 def test_slot_moves(vm: Vm) -> None:
-    """A slot shows its memory at its new address only."""
+    """A slot that moves shows its memory at the new address only."""
     memory, hva = _anonymous(2 * PAGE)
     memory[PAGE] = guests.HALT[0]
     vm.set_memory_region(0, 0, PAGE, hva)
@@ -85,7 +85,7 @@ def test_slot_moves(vm: Vm) -> None:
 
 
 def test_slot_is_deleted(vm: Vm) -> None:
-    """What a deleted slot backed becomes MMIO; deleting it again is refused or does nothing."""
+    """Addresses of a deleted slot become MMIO; deleting it again is refused or does nothing."""
     memory, hva = _anonymous(2 * PAGE)
     memory[0:5] = bytes.fromhex("a00010") + guests.HALT + b"\0"  # mov 0x1000, %al; hlt
     vm.set_memory_region(0, 0, PAGE, hva)
@@ -110,7 +110,7 @@ def test_overlapping_slots_are_refused(vm: Vm) -> None:
 
 @pytest.mark.parametrize(("gpa", "size"), [(1, PAGE), (0, 100), (0, PAGE + 1)])
 def test_misaligned_slots_are_refused(vm: Vm, gpa: int, size: int) -> None:
-    """Slots are whole pages."""
+    """A slot must consist of whole pages."""
     _, hva = _anonymous(2 * PAGE)
     with pytest.raises(KvmError) as caught:
         vm.set_memory_region(0, gpa, size, hva)
@@ -118,7 +118,7 @@ def test_misaligned_slots_are_refused(vm: Vm, gpa: int, size: int) -> None:
 
 
 def test_read_only_slot() -> None:
-    """The guest reads a read-only slot; its writes leave as exits and change nothing."""
+    """The guest reads a read-only slot; its writes are exits and change nothing."""
     code = bytes.fromhex("a00090 a20090") + guests.HALT  # mov 0x9000, %al; mov %al, 0x9000; hlt
     with Kvm() as kvm, kvm.create_vm() as made:
         memory, hva = _anonymous(16 * PAGE)
@@ -143,7 +143,7 @@ def _dirty_pages(bitmap: bytes) -> set[int]:
 
 
 def test_dirty_log() -> None:
-    """The log names the pages that the guest wrote since it was last read."""
+    """The log names the pages that the guest wrote since the last read of it."""
     with guest(guests.STORE, log_dirty=True) as g:
         g.vm.get_dirty_log(0, guests.RAM_SIZE)
         assert isinstance(g.vcpu.run(), Hlt)
@@ -154,7 +154,7 @@ def test_dirty_log() -> None:
 
 
 def test_dirty_log_can_be_switched_on_later() -> None:
-    """A slot begins to log when it is set again with logging."""
+    """A slot starts to log when it is set again with logging."""
     with guest(guests.STORE) as g:
         with pytest.raises(KvmError) as caught:
             g.vm.get_dirty_log(0, guests.RAM_SIZE)
@@ -202,7 +202,7 @@ def _enable_lapic(g: Guest) -> None:
 
 
 def test_irq_line_reaches_the_guest() -> None:
-    """A rising line goes through PIC and vector to the guest's handler."""
+    """A rising line interrupts the guest through PIC and vector."""
     with guest(guests.SET_UP_PIC + guests.WAIT_FOR_INTERRUPT, irqchip=True) as g:
         g.put(guests.INTERRUPT_HANDLER, guests.INTERRUPT_REPORT)
         g.set_vector(guests.INTERRUPT_VECTOR, guests.INTERRUPT_HANDLER)
@@ -214,7 +214,7 @@ def test_irq_line_reaches_the_guest() -> None:
 
 
 def test_kvm_irq_line_tells_changes_only(chipped: Vm) -> None:
-    """The kernel hears a level once; a closed VM is noticed only by a change."""
+    """The kernel gets a level once; a closed VM is noticed only at a change."""
     line: IrqLine = KvmIrqLine(chipped, 4)
     line.set(True)
     assert chipped.get_irqchip(Irqchip.PIC_MASTER).chip.pic.irr & 1 << 4
@@ -228,14 +228,14 @@ def test_kvm_irq_line_tells_changes_only(chipped: Vm) -> None:
 
 
 def test_level_triggered_inputs(chipped: Vm) -> None:
-    """The PICs remember which inputs count by level; the timer's and the cascade cannot."""
+    """The PICs keep which inputs are level-triggered; the timer's and the cascade cannot be."""
     set_level_triggered(chipped, (0, 2, 5, 10, 11, 12))
     chips = [chipped.get_irqchip(chip).chip.pic for chip in (Irqchip.PIC_MASTER, Irqchip.PIC_SLAVE)]
     assert [chip.elcr for chip in chips] == [1 << 5, 1 << 2 | 1 << 3 | 1 << 4]
 
 
 def test_irq_line_status(chipped: Vm) -> None:
-    """The kernel tells whether an edge arrived, or fell together with one still pending."""
+    """The kernel reports whether an edge arrived, or merged with one still pending."""
     with chipped.create_vcpu(0):
         assert chipped.irq_line_status(4, 1) >= 1
         chipped.irq_line(4, 0)
@@ -249,7 +249,7 @@ def test_irq_line_needs_an_irqchip(vm: Vm) -> None:
 
 
 def test_msi() -> None:
-    """A message reaches the local APIC once it is enabled, and is dropped before."""
+    """A message reaches the local APIC once that is enabled, and is dropped before."""
     with guest(guests.HALT, irqchip=True) as g:
         _enable_lapic(g)
         assert g.vm.signal_msi(MSI_ADDRESS, 0x41)
@@ -258,7 +258,7 @@ def test_msi() -> None:
 
 
 def test_gsi_routing() -> None:
-    """A GSI sends the message that its route names, until the routes are replaced."""
+    """A GSI sends the message of its route, until the routes are replaced."""
     with guest(guests.HALT, irqchip=True) as g:
         _enable_lapic(g)
         g.vm.set_gsi_routing([*IOAPIC_ROUTES, MsiRoute(40, MSI_ADDRESS, 0x51)])
@@ -270,7 +270,7 @@ def test_gsi_routing() -> None:
 
 
 def test_impossible_route_is_refused(chipped: Vm) -> None:
-    """A pin beyond the IOAPIC's 24 cannot be routed to; no routes at all are possible."""
+    """A route to a pin beyond the IOAPIC's 24 is refused; an empty table of routes is allowed."""
     with pytest.raises(KvmError) as caught:
         chipped.set_gsi_routing([IrqchipRoute(0, Irqchip.IOAPIC, 24)])
     assert _errno(caught) == EINVAL
@@ -292,7 +292,7 @@ def test_irqfd(eventfd: int) -> None:
 
 
 def test_irqfd_wants_an_eventfd(chipped: Vm) -> None:
-    """Another kind of file is refused."""
+    """A descriptor of another kind of file is refused."""
     read, write = os.pipe()
     try:
         with pytest.raises(KvmError) as caught:
@@ -304,7 +304,7 @@ def test_irqfd_wants_an_eventfd(chipped: Vm) -> None:
 
 
 def test_resampling_irqfd(eventfd: int) -> None:
-    """A level interrupt by descriptor stays until the guest's EOI, which signals the other one."""
+    """A level interrupt by descriptor stays until the guest's EOI, which signals another one."""
     resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
         with guest(guests.SET_UP_PIC + guests.WAIT_FOR_INTERRUPT, irqchip=True) as g:
@@ -318,7 +318,7 @@ def test_resampling_irqfd(eventfd: int) -> None:
             assert reason.value == guests.INTERRUPT_VECTOR
             assert not _is_signalled(resample)
             g.vcpu.set_guest_debug(abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP)
-            for _ in range(8):  # out, iret, and what the guest does then
+            for _ in range(8):  # out, iret, and the guest's next instructions
                 g.vcpu.run()
             assert _is_signalled(resample)
     finally:
@@ -326,7 +326,7 @@ def test_resampling_irqfd(eventfd: int) -> None:
 
 
 def test_split_irqchip() -> None:
-    """A split irqchip has local APICs, which take messages, but no PICs to ask for."""
+    """A split irqchip has local APICs, which take messages, but no PICs to read."""
     with Kvm() as kvm, kvm.create_vm() as made:
         made.enable_split_irqchip()
         with made.create_vcpu(0) as vcpu:
@@ -364,7 +364,7 @@ def test_ioeventfd_for_a_port(eventfd: int) -> None:
 
 @pytest.mark.parametrize(("value", "signals"), [(0xDEAD_BEEF, True), (0xDEAD_BEEE, False)])
 def test_ioeventfd_with_datamatch(eventfd: int, value: int, signals: bool) -> None:
-    """Only the value that is asked for signals; any other write is an exit."""
+    """Only a write of the bound value signals; any other write is an exit."""
     with guest(guests.ACCESS_MMIO) as g:
         g.vm.ioeventfd(eventfd, guests.MMIO + 0x10, 4, datamatch=value)
         reason = g.vcpu.run()
@@ -382,7 +382,7 @@ def test_ioeventfd_of_any_length(eventfd: int) -> None:
 
 
 def test_ioeventfd_is_bound_once(eventfd: int) -> None:
-    """The same binding twice, and removing one that is not there, are refused."""
+    """Binding twice is refused, and so is removing a binding that does not exist."""
     with guest(guests.HALT) as g:
         g.vm.ioeventfd(eventfd, guests.MMIO, 4)
         with pytest.raises(KvmError) as caught:
@@ -394,7 +394,7 @@ def test_ioeventfd_is_bound_once(eventfd: int) -> None:
 
 
 def _collected(vcpu: Vcpu) -> list[tuple[bool, int, int, int]]:
-    """Return the collected writes: is it to a port, address, size, value."""
+    """Return the collected writes: whether to a port, address, size, value."""
     seen: list[tuple[bool, int, int, int]] = []
     is_any = vcpu.write_collected(
         lambda *write: seen.append((True, *write)), lambda *write: seen.append((False, *write))
@@ -408,7 +408,7 @@ def _fail(_address: int, _size: int, value: int) -> None:
 
 
 def test_coalesced_port_writes() -> None:
-    """Collected port writes come out once, in order, with size and value."""
+    """Collected port writes are read once, in order, with size and value."""
     with guest(guests.WRITE_PORT) as g:
         if not g.kvm.check_extension(abi.KVM_CAP_COALESCED_PIO):
             pytest.skip("KVM here cannot collect port writes")
@@ -424,7 +424,7 @@ def test_coalesced_port_writes() -> None:
 
 
 def test_coalesced_bytes() -> None:
-    """What is collected of one port comes out as bytes, in order, also around the ring's end."""
+    """Collected writes of one port are read as bytes, in order, also around the ring's end."""
     count = 400
     with guest(guests.out_countdown(count)) as g:
         if not g.kvm.check_extension(abi.KVM_CAP_COALESCED_PIO):
@@ -461,7 +461,7 @@ def test_coalesced_mmio_writes_end() -> None:
 
 
 def test_full_ring_makes_exits() -> None:
-    """No write is lost when the ring is full: the next ones are exits, after the collected ones."""
+    """A full ring loses no write: the next ones are exits, after the collected ones."""
     count = 1000
     with guest(guests.mmio_loop(count)) as g:
         g.vm.register_coalesced(guests.MMIO, PAGE)
@@ -477,7 +477,7 @@ def test_full_ring_makes_exits() -> None:
 
 
 def test_ring_is_left_tidy_when_a_write_fails() -> None:
-    """If serving a collected write raises, that write is done with and the rest stays."""
+    """If handling a collected write raises, that write is done and the rest stays."""
     with guest(guests.ACCESS_MMIO) as g:
         g.vm.register_coalesced(guests.MMIO, PAGE)
         g.vcpu.run()
@@ -516,13 +516,13 @@ def test_pit_state(chipped: Vm) -> None:
 
 
 def test_pit_reinjection(chipped: Vm) -> None:
-    """Delivery of lost ticks can be switched off and on."""
+    """Delivery of lost timer ticks can be switched off and on."""
     chipped.set_pit_reinject(False)
     chipped.set_pit_reinject(True)
 
 
 def test_clock(vm: Vm) -> None:
-    """The clock of kvmclock goes on from what it is set to."""
+    """The clock of kvmclock continues from the value it is set to."""
     hour_ns = 3600 * 10**9
     vm.set_clock(abi.kvm_clock_data(clock=hour_ns))
     passed = vm.get_clock().clock - hour_ns
@@ -530,7 +530,7 @@ def test_clock(vm: Vm) -> None:
 
 
 def test_boot_cpu() -> None:
-    """The vCPU that starts can be another than number 0."""
+    """The boot vCPU can be another than number 0."""
     with Kvm() as kvm, kvm.create_vm() as made:
         made.create_irqchip()
         made.set_boot_cpu(1)
@@ -540,7 +540,7 @@ def test_boot_cpu() -> None:
 
 
 def test_addresses_beyond_int() -> None:
-    """Addresses above 2 GiB pass by value and by reference, and only below 4 GiB."""
+    """Addresses above 2 GiB pass by value and by reference; those above 4 GiB are refused."""
     with Kvm() as kvm, kvm.create_vm() as made:
         made.set_tss_address(0xFFFB_D000)
         made.set_identity_map_address(0xFFFB_C000)
@@ -549,7 +549,7 @@ def test_addresses_beyond_int() -> None:
 
 
 def test_vcpu_index_is_taken(vm: Vm) -> None:
-    """An index can be used once."""
+    """A vCPU index can be used only once."""
     with vm.create_vcpu(0), pytest.raises(KvmError) as caught:
         vm.create_vcpu(0)
     assert str(caught.value) == "KVM_CREATE_VCPU: File exists"

@@ -1,7 +1,7 @@
-"""Every way into a kernel, on real KVM: a few instructions look at what they were given.
+"""Every way into a kernel, on real KVM: a few instructions check the state at their entry.
 
 Each guest compares the registers and memory that its boot protocol promises, and ends the run
-through isa-debug-exit: 42 if all is there, 1 if not.
+through isa-debug-exit: with 42 if all are right, with 1 if not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATUS = GOOD << 1 | 1
 
 
 def _check(*comparisons: bytes) -> bytes:
-    """Return code, for 32-bit as for 64-bit mode, that reports whether all compared equal."""
+    """Return code, for 32-bit as for 64-bit mode, that reports whether all are equal."""
     report = (
         b"\xb0\x2a"  # mov al, 42
         b"\xe6\xf4"  # out 0xf4, al
@@ -98,6 +98,6 @@ def run_image(path: Path, image: bytes) -> tuple[int, bytes]:
 def test_kernel_finds_what_its_protocol_promises(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Registers and memory are as the protocol says at the first instruction."""
+    """At the first instruction, registers and memory are as the protocol says."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert run_image(tmp_path / name, IMAGES[name]) == (STATUS, b"")

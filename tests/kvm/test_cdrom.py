@@ -17,13 +17,13 @@ BIOS_S = 60.0
 
 
 def run(*arguments: str | Path) -> tuple[int, bytes]:
-    """Run what firmware finds; returns the exit status and the errors."""
+    """Run whatever firmware finds; returns the exit status and the errors."""
     with ConsoleProcess(vmctl_run("-m", "64M", "--timeout", "60", *arguments)) as guest:
         return guest.wait(), guest.errors
 
 
 def disc(path: Path, *further: bytes) -> Path:
-    """Write a disc that reports the first byte of the sector behind its boot image."""
+    """Write a disc that reports the first byte of the sector after its boot image."""
     path.write_bytes(bootable_iso(boot_sector(0x42, BOOT_IMAGE + 1), *further))
     return path
 
@@ -35,7 +35,7 @@ def test_firmware_boots_from_a_disc(tmp_path: Path) -> None:
 
 
 def test_a_sector_behind_the_end(tmp_path: Path) -> None:
-    """Reading behind the last sector is an error that the BIOS reports."""
+    """Reading past the last sector is an error that the BIOS reports."""
     assert run("-r", disc(tmp_path / "boot.iso")) == (1 << 1 | 1, b"")
 
 
@@ -43,14 +43,14 @@ def test_a_sector_behind_the_end(tmp_path: Path) -> None:
     ("device", "status"), [("cdrom", STATUS), ("disk", OTHER << 1 | 1)], ids=["cdrom", "disk"]
 )
 def test_what_firmware_boots_from(tmp_path: Path, device: str, status: int) -> None:
-    """Of a disk and a disc, both bootable, -B chooses."""
+    """With a bootable disk and a bootable disc, -B chooses."""
     image = disc(tmp_path / "boot.iso", bytes((GOOD,)) * SECTOR)
     other = disk(tmp_path / "disk.img", boot_sector(0x42, 1), bytes((OTHER,)) * 512)
     assert run("-B", device, "-r", image, "-d", f"raw:{other}") == (status, b"")
 
 
 def test_a_disc_that_nothing_boots_from(tmp_path: Path) -> None:
-    """Any file is a disc; the BIOS shows the drive by its name, and finds nothing on it."""
+    """Any file serves as a disc; the BIOS shows the drive's name, and finds nothing to boot."""
     image = tmp_path / "data.iso"
     image.write_bytes(bytes(20 * SECTOR))
     with ConsoleProcess(vmctl_run("-m", "64M", "--timeout", "60", "-r", image)) as guest:
@@ -59,7 +59,7 @@ def test_a_disc_that_nothing_boots_from(tmp_path: Path) -> None:
 
 
 def test_discs_may_be_shared(tmp_path: Path) -> None:
-    """A disc is only read: several machines may have it at once."""
+    """A disc is only read, so several machines may have it at once."""
     image = disc(tmp_path / "boot.iso", bytes((GOOD,)) * SECTOR)
     with ConsoleProcess(vmctl_run("--selftest", "-r", image, "--timeout", "60")) as guest:
         guest.expect("selftest: ready", BIOS_S)
@@ -67,7 +67,7 @@ def test_discs_may_be_shared(tmp_path: Path) -> None:
 
 
 def test_firmware_knows_the_machine(tmp_path: Path) -> None:
-    """The BIOS finds our SMBIOS tables: it prints the system's UUID, which the name makes."""
+    """The BIOS finds our SMBIOS tables: it prints the system's UUID, derived from the name."""
     image = disc(tmp_path / "boot.iso", bytes((GOOD,)) * SECTOR)
     uuids = set()
     for name in ("one", "two", "one"):

@@ -1,4 +1,4 @@
-"""Clones by fork: both machines go on, each by itself."""
+"""Clones by fork: source and clone run on, each by itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def status_of(pid: int) -> int:
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_both_go_on(cpus: int) -> None:
-    """Clone and source each count on from where the source stood, and obey their own keys."""
+    """Clone and source each count on from the moment of the fork, and obey their own keys."""
     with bench(cpus) as stand, stand.machine() as machine:
 
         def count_on() -> None:
@@ -64,7 +64,7 @@ def test_both_go_on(cpus: int) -> None:
 
 
 def test_only_a_paused_machine_is_cloned() -> None:
-    """One that runs is refused, and runs on."""
+    """Cloning a running machine is refused, and the machine runs on."""
     with bench() as stand, stand.machine() as machine:
         machine.start()
         with pytest.raises(RefusedError, match="not paused"):
@@ -73,7 +73,7 @@ def test_only_a_paused_machine_is_cloned() -> None:
 
 
 def test_events_are_the_childs_own() -> None:
-    """What a child writes to its eventfd, or watches, the parent does not see; counts are kept."""
+    """A child's writes to its eventfds, and its watches, do not affect the parent."""
     event = os.eventfd(5, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     poll = select.epoll()
     poll.register(event, select.EPOLLIN | select.EPOLLET)
@@ -92,7 +92,7 @@ def test_events_are_the_childs_own() -> None:
 
 
 def test_a_clone_is_told_that_it_is_one() -> None:
-    """It has another generation identifier; the source keeps its own."""
+    """A clone has another generation identifier; the source keeps its own."""
     with bench() as stand, stand.machine() as machine:
         machine.start()
         assert stand.says(b"selftest: ready")

@@ -25,10 +25,10 @@ def run(closed: str, disk: str, *, redirection: str = "") -> Ended:
 
 @pytest.mark.parametrize("closed", COMBINATIONS)
 def test_a_closed_descriptor_is_never_a_disk(closed: str, tmp_path: Path) -> None:
-    """Whichever of 0 to 2 are closed, the image holds what the guest wrote to it and no more."""
+    """With any of 0 to 2 closed, the image holds exactly the guest's writes."""
     disk, expected = image(tmp_path / "disk.img")
     ended = run(closed, f"raw:{disk}")
-    # Comparing, not showing: a difference would print both images.
+    # Compare without showing: a difference would print both images.
     assert (disk.read_bytes() == expected, ended.status) == (True, STATUS)
     line = "vmctl: standard output: Bad file descriptor\n" if "1" in closed else ""
     assert ended.errors == ("" if "2" in closed else line)
@@ -37,14 +37,14 @@ def test_a_closed_descriptor_is_never_a_disk(closed: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("options", [",process", ",queues=2"])
 def test_a_closed_descriptor_is_never_a_disk_elsewhere(options: str, tmp_path: Path) -> None:
-    """The same holds where a process of its own serves the disk, and with several queues."""
+    """The same holds if a process of its own serves the disk, and with several queues."""
     disk, expected = image(tmp_path / "disk.img")
     ended = run("012", f"raw:{disk}{options}")
     assert (disk.read_bytes() == expected, ended.status) == (True, STATUS)
 
 
 def test_all_that_a_guest_prints_is_there(tmp_path: Path) -> None:
-    """With every descriptor open, each byte that the guest prints arrives, and no other."""
+    """With every descriptor open, the guest's output arrives, each byte once."""
     disk, expected = image(tmp_path / "disk.img")
     ended = run("", f"raw:{disk}")
     assert (disk.read_bytes() == expected, ended.status) == (True, STATUS)
@@ -53,7 +53,7 @@ def test_all_that_a_guest_prints_is_there(tmp_path: Path) -> None:
 
 
 def test_a_full_output_changes_no_status(tmp_path: Path) -> None:
-    """Output that cannot be written is one line; the guest goes on and chooses the status."""
+    """Failing output causes one line; the guest runs on and chooses the status."""
     disk, expected = image(tmp_path / "disk.img")
     ended = run("", f"raw:{disk}", redirection=">/dev/full")
     assert (disk.read_bytes() == expected, ended.status) == (True, STATUS)
@@ -61,7 +61,7 @@ def test_a_full_output_changes_no_status(tmp_path: Path) -> None:
 
 
 def test_a_full_error_output_changes_no_status(tmp_path: Path) -> None:
-    """Where even that line cannot be written, nothing else changes."""
+    """If even that line cannot be written, nothing else changes."""
     disk, expected = image(tmp_path / "disk.img")
     ended = run("1", f"raw:{disk}", redirection="2>/dev/full")
     assert (disk.read_bytes() == expected, ended.status) == (True, STATUS)

@@ -17,19 +17,19 @@ GOOD = 42
 OPTIONS = "(ro, serial=, queues=, process, snapshot, error= or private)"
 STATUS = GOOD << 1 | 1
 DISK_SIZE = 1 << 20
-PACKET = 0x40  # of the boot sector: what INT 13h is asked for
+PACKET = 0x40  # offset in the boot sector: the parameters of INT 13h
 LOADED = 0x8000
 
 
 def boot_sector(function: int, sector: int) -> bytes:
     """Return a boot sector that asks the BIOS for one sector of its own disk.
 
-    It ends the run through isa-debug-exit: with the first byte of the sector when it was read, with
-    42 when it was written, with 1 when the BIOS reports an error.
+    It ends the run through isa-debug-exit: with the first byte of a sector that was read, with 42
+    after a write, with 1 if the BIOS reports an error.
 
     Args:
         function: of INT 13h: 0x42 reads to LOADED, 0x43 writes the boot sector itself.
-        sector: which one.
+        sector: its number.
     """
     address = LOADED if function == 0x42 else 0x7C00
     code = b"".join(
@@ -87,7 +87,7 @@ def test_firmware_boots_from_a_disk(tmp_path: Path, options: str) -> None:
 
 @pytest.mark.parametrize("options", ["", ",process"])
 def test_firmware_writes_to_a_disk(tmp_path: Path, options: str) -> None:
-    """What the BIOS writes is in the file when the command ends."""
+    """The BIOS's writes are in the file when the command ends."""
     sector = boot_sector(0x43, 2)
     image = disk(tmp_path / "disk.img", sector)
     assert run("-d", f"raw:{image}{options}") == (STATUS, b"")
@@ -134,12 +134,12 @@ def test_no_device_to_boot_from(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused(arguments: tuple[str, ...], message: str) -> None:
-    """One line says what is wrong."""
+    """A wrong disk is reported in one line."""
     assert run(*arguments) == (1, f"vmctl: {message}\n".encode())
 
 
 def test_an_image_that_is_in_use(tmp_path: Path) -> None:
-    """One disk twice is refused: two writers would destroy it. To read it twice is fine."""
+    """Writing one disk as two is refused, because writers would destroy it; reading it is not."""
     image = disk(tmp_path / "disk.img", boot_sector(0x42, 1), bytes((GOOD,)) * 512)
     (tmp_path / "link.img").symlink_to(image)
     for options in ("", ",ro", ",process"):
@@ -149,7 +149,7 @@ def test_an_image_that_is_in_use(tmp_path: Path) -> None:
 
 
 def test_who_uses_an_image_is_told(tmp_path: Path) -> None:
-    """The process that has the image open is named."""
+    """The error names the process that has the image open."""
     image = disk(tmp_path / "disk.img")
     command = vmctl_run("-m", "64M", "-b", artifacts.seabios(), "-d", f"raw:{image}")
     with ConsoleProcess(command) as vm:
@@ -162,7 +162,7 @@ def test_who_uses_an_image_is_told(tmp_path: Path) -> None:
 
 
 def test_more_devices_than_slots(tmp_path: Path) -> None:
-    """A bus has 31 slots besides the host bridge's."""
+    """A bus has 31 slots besides the host bridge's; more disks are refused."""
     images = [disk(tmp_path / f"{i}.img") for i in range(32)]
     arguments = [word for path in images for word in ("-d", f"raw:{path}")]
     assert run(*arguments) == (1, b"vmctl: more than 31 PCI devices\n")
@@ -171,7 +171,7 @@ def test_more_devices_than_slots(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", ["snapshot", "snapshot,process"])
 @pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
 def test_a_snapshot_is_thrown_away(disk_format: str, options: str, tmp_path: Path) -> None:
-    """The guest writes its disk, and the image is as before; no file is left, even by SIGKILL."""
+    """The guest writes its disk, but the image does not change, and SIGKILL leaves no file."""
     image, scratch = tmp_path / "disk", tmp_path / "scratch"
     scratch.mkdir()
     source = tmp_path / "source.img"

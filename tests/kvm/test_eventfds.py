@@ -33,7 +33,7 @@ def halted() -> Iterator[Guest]:
 
 
 def pending(of: Guest) -> set[int]:
-    """Return the vectors that wait in the local APIC."""
+    """Return the vectors that are pending in the local APIC."""
     regs = bytes(byte & 0xFF for byte in of.vcpu.get_lapic().regs)
     return {
         vector
@@ -43,7 +43,7 @@ def pending(of: Guest) -> set[int]:
 
 
 def arrives(of: Guest, vector: int) -> bool:
-    """Wait until a vector is pending: what was held back is sent by a thread of the kernel."""
+    """Wait until a vector is pending: a thread of the kernel sends held-back messages."""
     deadline = time.monotonic() + DEADLINE_S
     while vector not in pending(of) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -51,7 +51,7 @@ def arrives(of: Guest, vector: int) -> bool:
 
 
 def test_lines_send_their_messages(halted: Guest) -> None:
-    """Each line has a message of its own, and sends it when its eventfd is written."""
+    """Each line has a message of its own, and sends it on a write to its eventfd."""
     with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
         first, second = eventfds.msi_line(), eventfds.msi_line()
         first.route((MSI_ADDRESS, 0x41))
@@ -63,7 +63,7 @@ def test_lines_send_their_messages(halted: Guest) -> None:
 
 
 def test_a_line_without_a_message_waits(halted: Guest) -> None:
-    """What is signalled before there is a message, or while it is held back, is sent with it."""
+    """A signal before there is a message, or while it is held back, is sent with it."""
     with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
         line = eventfds.msi_line()
         line.signal()
@@ -83,7 +83,7 @@ def test_a_line_without_a_message_waits(halted: Guest) -> None:
 
 
 def test_a_message_without_a_line(halted: Guest) -> None:
-    """A message can be sent directly."""
+    """A message can be sent without a line."""
     with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
         eventfds.send_msi(MSI_ADDRESS, 0x61)
         assert pending(halted) == {0x61}
@@ -93,7 +93,7 @@ def test_a_message_without_a_line(halted: Guest) -> None:
     "message", [(0, 0), ((1 << 64) - 1, (1 << 32) - 1), (MSI_ADDRESS, 0x700), (0xFEE7_F000, 0x41)]
 )
 def test_messages_that_cannot_be(halted: Guest, message: tuple[int, int]) -> None:
-    """A guest may name any address: nothing arrives, nothing fails, and the line still works."""
+    """A message to any address of the guest's choice is harmless, and the line works on."""
     with EventFds(halted.vm, (), FIRST_GSI) as eventfds:
         eventfds.send_msi(*message)
         line = eventfds.msi_line()
@@ -107,7 +107,7 @@ def test_messages_that_cannot_be(halted: Guest, message: tuple[int, int]) -> Non
 
 
 def test_notifications() -> None:
-    """A guest's write of any size signals the eventfd and makes no exit, until it is unbound."""
+    """A guest's write of any size signals the eventfd and is no exit, until it is unbound."""
     fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     code = guests.WRITE_PORT[:-1] + guests.READ_PORT[:-1] + guests.WRITE_PORT
     try:
@@ -116,7 +116,7 @@ def test_notifications() -> None:
             EventFds(made.vm, (), FIRST_GSI) as eventfds,
         ):
             eventfds.bind_notification(fd, guests.PORT)
-            eventfds.bind_notification(fd, guests.PORT)  # refused by KVM, which does no harm
+            eventfds.bind_notification(fd, guests.PORT)  # KVM refuses it, which does no harm
             reason = made.vcpu.run()
             assert isinstance(reason, IoExit)
             assert not reason.is_write

@@ -1,4 +1,4 @@
-"""Guests of `vmctl run` whose host has no room left: they are told, or stand still until it has."""
+"""Guests of `vmctl run` on a full host disk: they get an error, or pause until there is room."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ STANDS_STILL = "vmctl: disk0: No space left on device: paused until it succeeds"
 
 
 def end(guest: ConsoleProcess) -> None:
-    """End a guest that listens to nothing, in order."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # two of one kind may be taken for one
+    """End a guest that ignores the power button."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # two of one kind may merge
         guest.signal(number)
     assert guest.wait(30) == 143
 
@@ -34,7 +34,7 @@ def end(guest: ConsoleProcess) -> None:
 def test_a_guest_stands_still_until_there_is_room(
     disk_format: Format, options: str, tmp_path: Path
 ) -> None:
-    """It is not told of anything, and all that it wrote is there."""
+    """The guest sees no error, and all its writes are on the disk."""
     with small_file_system(tmp_path / "small") as small:
         disk = small.place / "disk.img"
         make_disk(disk, disk_format)
@@ -50,7 +50,7 @@ def test_a_guest_stands_still_until_there_is_room(
 
 @pytest.mark.parametrize("options", ["", ",error=report", ",error=report,process"])
 def test_a_guest_is_told_that_there_is_no_room(options: str, tmp_path: Path) -> None:
-    """By default, or where that was asked for, the write fails and the guest goes on."""
+    """By default, or with `error`, the write fails and the guest runs on."""
     with small_file_system(tmp_path / "small") as small:
         disk = small.place / "disk.img"
         make_disk(disk, Format.RAW)

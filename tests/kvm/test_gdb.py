@@ -1,4 +1,4 @@
-"""Debugging a guest of `vmctl run --gdb`: by gdb itself, and by what gdb would never send."""
+"""Debugging a guest of `vmctl run --gdb`: by gdb itself, and with packets that gdb never sends."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ delete
 
 
 def test_gdb_finds_what_qemus_stub_shows(tmp_path: Path) -> None:
-    """Breakpoints of each kind, steps, registers, two processors: the same words as with QEMU."""
+    """Breakpoints of each kind, steps, registers, two processors: gdb prints as on QEMU."""
     with debugged(tmp_path, ",wait") as path:
         ours = run_gdb(path, SCRIPT)
     qemu_path = tmp_path / "qemu"
@@ -82,14 +82,14 @@ def test_gdb_finds_what_qemus_stub_shows(tmp_path: Path) -> None:
 
 
 def _plain(text: str) -> list[str]:
-    """Return gdb's lines without how threads are named, and without where the second one is."""
+    """Return gdb's lines without names of threads, and without the place of the second one."""
     second = f"0x0*({guest.SECOND:x}|{guest.SECOND_JUMP:x})"
     lines = [re.sub(r"Thread [\d.]+( \(.*?\))?", "THREAD", line) for line in text.splitlines()]
     return [re.sub(second, "SECOND", line) for line in lines if not line.endswith("detached]")]
 
 
 def test_a_vm_waits_for_its_debugger(tmp_path: Path) -> None:
-    """With wait nothing runs before; detached it runs, and breakpoints in its memory are gone."""
+    """With wait nothing runs before gdb; once detached it runs, without breakpoints in memory."""
     with debugged(tmp_path, ",wait") as path:
         with Client(path) as client:
             assert client.ask(b"?").startswith(b"T02thread:1;")
@@ -113,10 +113,10 @@ def test_a_vm_waits_for_its_debugger(tmp_path: Path) -> None:
 
 
 def test_breakpoints_in_memory_are_there_only_while_it_runs(tmp_path: Path) -> None:
-    """More than the processor has registers for: the debugger never sees what was written."""
+    """More breakpoints than registers work, and the debugger never sees the patched bytes."""
     with debugged(tmp_path) as path, Client(path) as client:
         before = client.ask(b"m%x,40" % guest.END)
-        for offset in range(6):  # where it never comes
+        for offset in range(6):  # addresses that it never reaches
             assert client.ask(b"Z0,%x,1" % (guest.END + offset)) == b"OK"
         client.send(b"vCont;c")
         time.sleep(0.2)
@@ -126,7 +126,7 @@ def test_breakpoints_in_memory_are_there_only_while_it_runs(tmp_path: Path) -> N
 
 
 def test_interrupting_and_ending(tmp_path: Path) -> None:
-    """A running guest is stopped by 0x03; what it ends with is told, and the socket is gone."""
+    """0x03 stops a running guest; the debugger learns its end, and the socket is gone."""
     with debugged(tmp_path, ends=True) as path, Client(path) as client:
         first = client.counter()
         client.sock.sendall(framed(b"vCont;c"))
@@ -143,10 +143,10 @@ def test_interrupting_and_ending(tmp_path: Path) -> None:
 
 
 def test_only_those_that_are_told_run(tmp_path: Path) -> None:
-    """A processor that is not named stands still, while the other one runs or steps."""
+    """A processor that is not named stays stopped, while the other one runs or steps."""
     with debugged(tmp_path) as path, Client(path) as client:
         assert client.ask(b"qfThreadInfo") == b"m1,2"
-        while client.counter(guest.SECOND_COUNTER) == 0:  # it has not been started yet
+        while client.counter(guest.SECOND_COUNTER) == 0:  # it has not started yet
             client.sock.sendall(framed(b"vCont;c"))
             time.sleep(0.2)
             client.sock.sendall(b"\x03")
@@ -174,7 +174,7 @@ def _run_second(client: Client) -> None:
 
 
 def test_a_lost_debugger_lets_go(tmp_path: Path) -> None:
-    """Gdb ended by SIGKILL, and a second one beside it: the VM goes on, the second is refused."""
+    """If SIGKILL ends gdb, the VM runs on; a second gdb beside the first is refused."""
     with debugged(tmp_path) as path:
         first = subprocess.Popen(
             ["gdb", "-nx", "-q", "-ex", f"target remote {path}"],
@@ -198,7 +198,7 @@ def test_a_lost_debugger_lets_go(tmp_path: Path) -> None:
             try:
                 with Client(path) as client:
                     counts.add(client.counter())
-            except (OSError, ValueError):  # the end of the first has not been seen
+            except (OSError, ValueError):  # the first one's end has not been noticed yet
                 time.sleep(0.05)
 
 
@@ -228,7 +228,7 @@ _REFUSED = (
 
 
 def test_nonsense_is_refused(tmp_path: Path) -> None:
-    """Each packet that makes no sense is an error or empty, and the session goes on."""
+    """The answer to each malformed packet is an error or empty, and the session continues."""
     with debugged(tmp_path) as path, Client(path) as client:
         for packet in _REFUSED:
             answer = client.ask(packet)
@@ -240,7 +240,7 @@ def test_nonsense_is_refused(tmp_path: Path) -> None:
 
 
 def test_garbage_ends_a_session_at_most(tmp_path: Path) -> None:
-    """Random bytes, a packet without an end, one that nobody takes: the VM runs on."""
+    """The VM survives random bytes, a packet without end, and an answer that nobody reads."""
     random_ = random.Random(1)
     with debugged(tmp_path) as path:
         for size in (10, 1000, 200_000):
@@ -253,14 +253,14 @@ def test_garbage_ends_a_session_at_most(tmp_path: Path) -> None:
         with Client(path) as client:
             for _ in range(300):
                 letters = bytes(random_.choice(b"gGpPmMXZzHTcsvqQ?,;:=0123abf-") for _ in range(9))
-                if letters[:1] in b"csvqQ":  # what lets it run has no answer of its own
+                if letters[:1] in b"csvqQ":  # packets that resume the guest have no own answer
                     letters = b"m" + letters
                 client.ask(letters)
             assert client.ask(b"?").startswith(b"T")
 
 
 def test_what_is_refused_before_a_start(tmp_path: Path) -> None:
-    """A socket that cannot be: one line, status 1, and what is there is left alone."""
+    """An unusable socket is reported in one line with status 1; existing files are left alone."""
     taken = tmp_path / "taken"
     taken.write_bytes(b"mine")
     for words, line in (

@@ -1,4 +1,4 @@
-"""A VM stands still because nobody reads its output, or is paused, or both."""
+"""A VM is held because its output is not read, or by a pause, or both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def vmm() -> Iterator[Vmm]:
 
 
 def test_a_vm_stands_still_for_two_reasons(vmm: Vmm) -> None:
-    """Whoever throttles a VM, or pauses it, ends that alone: it goes on when neither holds it."""
+    """Throttle and pause are lifted one by one: the VM runs when neither holds it."""
     vm_id, ram = create(vmm, guests.SPIN)
     runner = Runner(vmm, vm_id)
     primitives.pause(vmm, vm_id)
@@ -56,7 +56,7 @@ def test_a_vm_stands_still_for_two_reasons(vmm: Vmm) -> None:
 
 
 def test_a_throttled_vm_is_not_paused(vmm: Vmm) -> None:
-    """Its state cannot be saved: a device may still work."""
+    """The state of a throttled VM cannot be saved: a device may still work."""
     params = Ram().params()._replace(controllers=Controllers.KERNEL)
     vm_id = primitives.create(vmm, params)
     throttle(vmm, vm_id, hold=True)

@@ -1,7 +1,7 @@
-"""A vCPU is out of the guest within a second of being asked, whatever it does there.
+"""A kick gets a vCPU out of the guest within a second, whatever the guest does.
 
 A Python that repeats an interrupted ioctl(2) by itself (`fcntl.ioctl` does from 3.14 on) never
-comes back from KVM_RUN: so these run on every Python of the matrix.
+returns from KVM_RUN: so these tests run on every Python of the matrix.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Thread:
         self._left.set()
 
     def wait_inside(self) -> None:
-        """Wait until the guest has run for a while, or the vCPU stands still in it."""
+        """Wait until the guest has run for a while, or the vCPU sleeps in it."""
         self._left.wait(_INSIDE_S)
         assert self.reason is None
 
@@ -114,7 +114,7 @@ def test_before_entry(enter: Callable[[Vcpu], Exit]) -> None:
 
 @_WAYS
 def test_immediate_exit(enter: Callable[[Vcpu], Exit]) -> None:
-    """So does `immediate_exit` alone, without a signal."""
+    """`immediate_exit` alone, without a signal, keeps the vCPU out of the guest."""
     with guests.guest(guests.SPIN) as g:
         g.vcpu.set_immediate_exit()
         _Thread(g.vcpu, enter).assert_leaves()

@@ -1,4 +1,4 @@
-"""A slice of the campaign of killed VMs; all of it is in tests/campaigns."""
+"""A part of the campaign that kills VMs; tests/campaigns has all of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.slow]
 
 
 def test_acknowledged_writes_survive_the_vm() -> None:
-    """What a VM's guest was told is done is on the disk after SIGKILL, and the image is sound."""
+    """After SIGKILL the disk has all acknowledged writes, and the image is sound."""
     writes, deviations = campaign(2, seed=1)
     assert deviations == []
     assert writes > 0

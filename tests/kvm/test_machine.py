@@ -1,4 +1,4 @@
-"""A machine with the self-test guest: pause and resume, outcomes, output that KVM collects."""
+"""A machine with the self-test guest: pause and resume, outcomes, output collected by KVM."""
 
 import socket
 import threading
@@ -48,7 +48,7 @@ DEADLINE_S = 30
 
 @dataclass
 class Bench:
-    """A machine on a bench: its loop, what it printed, how it ended."""
+    """A machine on a bench: its loop, its output, its outcome."""
 
     vmm: Vmm
     loop: EventLoop
@@ -102,7 +102,7 @@ def bench() -> Iterator[Bench]:
 
 @pytest.mark.parametrize("cpus", [1, 3])
 def test_pause_and_resume(bench: Bench, cpus: int) -> None:
-    """While paused no vCPU runs and nothing is printed; afterwards the guest goes on."""
+    """While paused no vCPU runs and nothing is printed; afterwards the guest continues."""
     with bench.machine(cpus) as machine:
         machine.start()
         assert bench.says(b"selftest: ready")
@@ -120,7 +120,7 @@ def test_pause_and_resume(bench: Bench, cpus: int) -> None:
 
 
 def test_loopback_after_output(bench: Bench, tmp_path: Path) -> None:
-    """A byte that a guest loops back is there at its next look at LSR, whatever it printed."""
+    """A byte in loopback is there at the guest's next read of LSR, whatever it printed before."""
     image = tmp_path / "firmware.bin"
     image.write_bytes(guests.firmware(guests.printing(3) + guests.LOOP_BACK))
     with bench.machine(image=image) as machine:
@@ -132,7 +132,7 @@ def test_loopback_after_output(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_a_pause_shows_all_that_was_printed(bench: Bench, tmp_path: Path) -> None:
-    """What KVM has collected waits for no timer when the machine stands still."""
+    """Output that KVM has collected is delivered at a pause, without a timer."""
     image = tmp_path / "firmware.bin"
     image.write_bytes(guests.firmware(guests.printing(9) + guests.SPIN))
     clock = FakeClock()  # whose timers do not fire
@@ -180,21 +180,21 @@ def test_only_the_first_outcome_counts(bench: Bench) -> None:
 
 
 def test_a_machine_that_never_starts(bench: Bench) -> None:
-    """A machine can be built and closed without ever running."""
+    """A machine can be built and closed without running."""
     with bench.machine() as machine:
         machine.close()
         machine.close()
 
 
 def test_more_vcpus_than_kvm_allows(bench: Bench) -> None:
-    """The error says how many there may be."""
+    """The error names the limit of vCPUs."""
     limit = min(VCPUS_MAX, bench.vmm.kvm.max_vcpus)
     with pytest.raises(RefusedError, match=rf"^{limit + 1} vCPUs: not 1 to {limit}$"):
         bench.machine(cpus=limit + 1)
 
 
 def test_a_machine_is_a_vm_of_the_table(bench: Bench) -> None:
-    """The table tells of the machine what vmm(4) tells, and can end it before it is closed."""
+    """The table reports the machine as vmm(4) does, and can end it before it is closed."""
     with bench.machine(cpus=2) as machine:
         told = machine.info()
         assert [vm for vm in primitives.info(bench.vmm) if vm.id is not None] == [told]
@@ -214,7 +214,7 @@ def test_a_machine_is_a_vm_of_the_table(bench: Bench) -> None:
 
 
 def test_what_vmm_refuses_no_machine_has(bench: Bench) -> None:
-    """More vCPUs in a table than vmm(4) allows are refused, and nothing is left of the machine."""
+    """A table refuses more vCPUs than vmm(4) allows, and nothing is left of the machine."""
     with ExitStack() as stack:
         most = min(VCPUS_MAX, bench.vmm.kvm.max_vcpus)
         for _ in range(TABLE_VCPUS_MAX // most):
@@ -226,7 +226,7 @@ def test_what_vmm_refuses_no_machine_has(bench: Bench) -> None:
 
 
 def test_devices_lie_in_openbsds_order(bench: Bench) -> None:
-    """Whatever order they are told in: entropy, interfaces, disks, drive, console, vsock, vmmci."""
+    """Devices keep one order: entropy, interfaces, disks, drive, console, vsock, vmmci."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         net = NetSpec(b"\xfe\xe1\xbb\0\0\1", StreamPath(ours.fileno(), Traffic()), "net")
@@ -247,7 +247,7 @@ def test_devices_lie_in_openbsds_order(bench: Bench) -> None:
 
 
 def test_a_machine_without_vmmci(bench: Bench) -> None:
-    """A machine has the devices that its specification has, and can be paused without any."""
+    """A machine has the devices of its specification, and can be paused without any."""
     spec = MachineSpec(open_image(str(selftest_path())), 16 * MIB, devices=())
     with Machine(
         spec,

@@ -1,4 +1,4 @@
-"""A machine is copied while it runs: what arrives is what it had when it stood still."""
+"""A machine is copied while it runs: the copy equals the machine at its pause."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def stand() -> Iterator[Stand]:
 
 
 def manifest(machine: Machine) -> Manifest:
-    """Return one of a machine."""
+    """Return a manifest of a machine."""
     regions = tuple((region.gpa, region.size) for region in machine.memory.regions)
     return Manifest(
         name="dirtying",
@@ -108,12 +108,12 @@ def manifest(machine: Machine) -> Manifest:
 
 @dataclass
 class Sent:
-    """What has gone through a pair of sockets."""
+    """The data that went through a pair of sockets."""
 
     arrived: GuestMemory
     state: MachineState
     memory: bytes
-    """The source's, at its pause."""
+    """The source's memory, at its pause."""
     progress: list[Progress]
 
 
@@ -180,7 +180,7 @@ def differing(one: bytes, other: bytes) -> list[int]:
 
 
 def counted(memory: GuestMemory) -> list[int]:
-    """Return what the guest has counted in each page."""
+    """Return the guest's counter in each page."""
     return [
         int.from_bytes(memory.read(0x10010 + PAGE_SIZE * page, 4), "little")
         for page in range(PAGES)
@@ -188,7 +188,7 @@ def counted(memory: GuestMemory) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
@@ -196,7 +196,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_guest_that_writes_all_the_time(stand: Stand) -> None:
-    """It arrives as it was when it stood still, after several rounds, and goes on there."""
+    """The copy equals the source at its pause, after several rounds, and runs on."""
     with stand.machine() as first:
         first.start()
         wait_for(lambda: all(counted(first.memory)))
@@ -214,7 +214,7 @@ def test_a_guest_that_writes_all_the_time(stand: Stand) -> None:
 
 
 def test_what_fw_cfg_writes_is_sent(stand: Stand) -> None:
-    """A file that the guest has had put into its memory meanwhile arrives."""
+    """A file that fw_cfg's DMA has put into guest memory meanwhile arrives."""
     with stand.machine() as first:
         first.start()
         at = 0x70_0000
@@ -233,7 +233,7 @@ def test_what_fw_cfg_writes_is_sent(stand: Stand) -> None:
 
 
 def test_what_a_device_writes_is_sent(stand: Stand) -> None:
-    """What a device of this process has put into a buffer meanwhile arrives, and its ring does."""
+    """Data that a device of this process has written meanwhile arrive, and so does its ring."""
     with stand.machine() as first:
         first.start()
         driver = DriverQueue(first.memory.view(0, SIZE), base=0x60_0000)

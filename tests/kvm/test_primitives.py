@@ -1,4 +1,4 @@
-"""vmm(4)'s operations on the host's KVM: what they do, what they refuse, who waits for whom."""
+"""vmm(4)'s operations on the host's KVM: their effects, their refusals, their waits."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def vmm() -> Iterator[Vmm]:
 
 
 def own_info(vmm: Vmm) -> list[primitives.VmInfo]:
-    """Return what `info` tells of this table alone."""
+    """Return `info`'s entries of this table alone."""
     return [vm for vm in primitives.info(vmm) if vm.id is not None]
 
 
 def refusal(operation: Callable[[], object]) -> Refusal:
-    """Return why `operation` is refused."""
+    """Return the reason for which `operation` is refused."""
     with pytest.raises(RefusedError) as caught:
         operation()
     assert "\n" not in str(caught.value)
@@ -71,7 +71,7 @@ def refusal(operation: Callable[[], object]) -> Refusal:
 
 
 def test_ids_only_grow(vmm: Vmm) -> None:
-    """Ids start at 1, and none is given twice."""
+    """Ids start at 1, and no id is used twice."""
     ram = Ram()
     assert primitives.create(vmm, ram.params()) == 1
     assert primitives.create(vmm, ram.params()) == 2
@@ -80,7 +80,7 @@ def test_ids_only_grow(vmm: Vmm) -> None:
 
 
 def test_info(vmm: Vmm) -> None:
-    """VMs are told newest first, with sizes, vCPUs, process and name."""
+    """`info` lists VMs newest first, with sizes, vCPUs, process and name."""
     ram = Ram(1 << 20)
     ram.put(0, b"x" * 8192)
     ranges = [
@@ -101,7 +101,7 @@ def test_info(vmm: Vmm) -> None:
 
 
 def test_info_tells_other_programs(vmm: Vmm) -> None:
-    """A VM of another process is found, with its name, vCPUs and memory; the doctor shows it."""
+    """`info` finds a VM of another process, with name, vCPUs and memory; the doctor shows it."""
     code = """
 import ctypes, mmap, sys
 from vmm_kvm.kvm.system import Kvm
@@ -167,7 +167,7 @@ def test_room_for_512_vcpus(vmm: Vmm) -> None:
 
 
 def test_unknown_ids(vmm: Vmm) -> None:
-    """Every operation on a VM or vCPU that is not there is ENOENT."""
+    """Every operation on a missing VM or vCPU is ENOENT."""
     vm_id, _ = create(vmm, guests.HALT)
     registers = entry(vmm, vm_id)
     for wrong_vm, wrong_vcpu in ((99, 0), (0, 0), (vm_id, 1), (vm_id, -1)):
@@ -188,7 +188,7 @@ def test_unknown_ids(vmm: Vmm) -> None:
 
 
 def test_terminate_a_stopped_vm(vmm: Vmm) -> None:
-    """A VM is gone once it is terminated, with all its descriptors."""
+    """A terminated VM is gone, with all its descriptors."""
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a count is all there is to know
     vm_id, _ = create(vmm, guests.HALT, ncpus=2)
     primitives.terminate(vmm, vm_id)
@@ -207,7 +207,7 @@ def test_terminate_brings_running_vcpus_out(vmm: Vmm) -> None:
 
 
 def test_closing_the_table_terminates() -> None:
-    """Leaving the table ends what still runs in it."""
+    """Leaving the table ends running VMs."""
     before = signal.getsignal(KICK_SIGNAL)
     install_kick_signal()
     with Kvm() as kvm:
@@ -251,14 +251,14 @@ def _kinds(vmm: Vmm, vm_id: int) -> list[type[Exit | Terminated | NoHelpNeeded]]
 
 
 def test_exits(vmm: Vmm) -> None:
-    """Accesses, HLT and a triple fault come out as they do of KVM."""
+    """Port and memory accesses, HLT and a triple fault return as KVM's exits."""
     assert _kinds(vmm, create(vmm, guests.WRITE_PORT)[0]) == [IoExit, IoExit, IoExit, Hlt]
     assert _kinds(vmm, create(vmm, guests.ACCESS_MMIO)[0]) == [MmioExit, MmioExit, MmioExit, Hlt]
     assert _kinds(vmm, create(vmm, guests.TRIPLE_FAULT)[0]) == [Shutdown]
 
 
 def test_a_running_vcpu_is_busy(vmm: Vmm) -> None:
-    """A vCPU that runs, or has ended, can be neither run nor reset."""
+    """A running or ended vCPU can be neither run nor reset."""
     vm_id, _ = create(vmm, guests.SPIN, ncpus=2)
     registers = entry(vmm, vm_id, 1)
     runner = Runner(vmm, vm_id)
@@ -289,7 +289,7 @@ def _port_value(result: RunResult) -> int:
 
 
 def test_interrupt_is_injected_when_ready(vmm: Vmm) -> None:
-    """With an interrupt pending the vCPU comes out when it can take one, and then takes it."""
+    """A vCPU with a pending interrupt exits once it can take one, and then takes it."""
     vm_id = _with_handlers(vmm, WAIT)
     result = primitives.run(vmm, vm_id, 0, intr_pending=True)
     assert isinstance(result.exit, IrqWindowOpen)
@@ -299,13 +299,13 @@ def test_interrupt_is_injected_when_ready(vmm: Vmm) -> None:
 
 
 def test_nmi_is_injected(vmm: Vmm) -> None:
-    """An NMI is taken whatever the guest does."""
+    """An NMI is taken in any state of the guest."""
     vm_id = _with_handlers(vmm, guests.SPIN)
     assert _port_value(primitives.run(vmm, vm_id, 0, inject=Inject(InjectType.NMI))) == 2
 
 
 def test_exception_is_injected(vmm: Vmm) -> None:
-    """An exception goes through its vector."""
+    """An exception reaches the handler of its vector."""
     vm_id = _with_handlers(vmm, guests.SPIN)
     inject = Inject(InjectType.EXCEPTION, 6)
     assert _port_value(primitives.run(vmm, vm_id, 0, inject=inject)) == 2
@@ -321,7 +321,7 @@ def test_exception_is_injected(vmm: Vmm) -> None:
     ],
 )
 def test_impossible_events(vmm: Vmm, inject: Inject) -> None:
-    """Vectors that there are not are EINVAL, and the vCPU stays stopped."""
+    """Invalid vectors are EINVAL, and the vCPU stays stopped."""
     vm_id, _ = create(vmm, guests.HALT)
     assert refusal(lambda: primitives.run(vmm, vm_id, 0, inject=inject)) is Refusal.EINVAL
     assert state(vmm, vm_id) is VcpuState.STOPPED
@@ -329,7 +329,7 @@ def test_impossible_events(vmm: Vmm, inject: Inject) -> None:
 
 
 def test_intr_line(vmm: Vmm) -> None:
-    """Raising the INTR line brings a running vCPU out; lowered, it asks for nothing."""
+    """Raising the INTR line interrupts a running vCPU; lowering it does nothing."""
     vm_id = _with_handlers(vmm, WAIT)
     runner = Runner(vmm, vm_id)
     primitives.interrupt(vmm, vm_id, 0, level=True)
@@ -343,7 +343,7 @@ def test_intr_line(vmm: Vmm) -> None:
 
 
 def test_every_thread_can_be_brought_out(vmm: Vmm) -> None:
-    """A vCPU may change its thread with each run, also to one that got an ended one's identity."""
+    """A vCPU may change its thread with each run, even to one with an ended thread's identity."""
     vm_id, _ = create(vmm, WAIT)
     for _ in range(20):
         runner = Runner(vmm, vm_id)
@@ -356,7 +356,7 @@ def test_every_thread_can_be_brought_out(vmm: Vmm) -> None:
 
 
 def test_all_registers_go_there_and_back(vmm: Vmm) -> None:
-    """What was read can be written to another vCPU, and reads the same there."""
+    """Registers read from one vCPU can be written to another, and read the same there."""
     vm_id, _ = create(vmm, guests.HALT, ncpus=2)
     registers = entry(vmm, vm_id)
     assert registers.gprs is not None
@@ -402,7 +402,7 @@ def test_one_group(vmm: Vmm, group: RegisterGroup) -> None:
 
 @pytest.mark.parametrize("groups", [RegisterGroup(0), RegisterGroup(0x20), RegisterGroup(0x3F)])
 def test_unknown_groups(vmm: Vmm, groups: RegisterGroup) -> None:
-    """No group, or one that there is not, is EINVAL."""
+    """An empty or unknown mask is EINVAL."""
     vm_id, _ = create(vmm, guests.HALT)
     registers = entry(vmm, vm_id)
     where = (vmm, vm_id, 0)
@@ -411,7 +411,7 @@ def test_unknown_groups(vmm: Vmm, groups: RegisterGroup) -> None:
 
 
 def test_incomplete_registers(vmm: Vmm) -> None:
-    """A reset needs all registers, a write all of the groups it names."""
+    """A reset needs all registers, a write all of the groups in its mask."""
     vm_id, _ = create(vmm, guests.HALT)
     registers = entry(vmm, vm_id)._replace(drs=None, gprs={"rip": 0})
     with pytest.raises(RefusedError) as caught:
@@ -423,7 +423,7 @@ def test_incomplete_registers(vmm: Vmm) -> None:
 
 
 def test_invalid_state(vmm: Vmm) -> None:
-    """A state that no processor can be in is EIO."""
+    """A state that no processor can have is EIO."""
     vm_id, _ = create(vmm, guests.HALT)
     registers = entry(vmm, vm_id)
     assert registers.crs is not None
@@ -434,7 +434,7 @@ def test_invalid_state(vmm: Vmm) -> None:
 
 
 def test_reset_forgets_what_was_pending(vmm: Vmm) -> None:
-    """After a reset a vCPU starts over, without the NMI that it had not taken."""
+    """After a reset a vCPU starts over, without its pending NMI."""
     vm_id, _ = create(vmm, guests.HALT)
     registers = entry(vmm, vm_id)
     assert isinstance(primitives.run(vmm, vm_id, 0).exit, Hlt)
@@ -445,7 +445,7 @@ def test_reset_forgets_what_was_pending(vmm: Vmm) -> None:
 
 
 def test_registers_of_a_running_vcpu(vmm: Vmm) -> None:
-    """A running vCPU is brought out, read and written, and goes on with what was written."""
+    """A running vCPU is interrupted, read and written, and continues with the written values."""
     vm_id, ram = create(vmm, guests.SPIN)
     ram.put(0x1800, guests.HALT)
     runner = Runner(vmm, vm_id)
@@ -458,7 +458,7 @@ def test_registers_of_a_running_vcpu(vmm: Vmm) -> None:
 
 
 def test_cpuid_hides_the_local_apic(vmm: Vmm) -> None:
-    """A guest of these operations has no local APIC, and CPUID does not claim one."""
+    """A guest of these operations has no local APIC, and CPUID reports none."""
     vm_id, _ = create(vmm, guests.HALT, ncpus=2)
     leaves = vmm.vms[vm_id].vcpus[1].vcpu.get_cpuid()
     leaf = next(e for e in leaves if e.function == 1)
@@ -470,7 +470,7 @@ def test_cpuid_hides_the_local_apic(vmm: Vmm) -> None:
 
 
 def test_pause(vmm: Vmm) -> None:
-    """A paused VM's vCPUs stand still until it is unpaused; both may be said twice."""
+    """A paused VM's vCPUs do not run until it is unpaused; both may be repeated."""
     vm_id, ram = create(vmm, guests.SPIN)
     ram.put(0x1800, guests.HALT)
     runner = Runner(vmm, vm_id)
@@ -488,7 +488,7 @@ def test_pause(vmm: Vmm) -> None:
 
 
 def test_a_waiting_vcpu_is_busy(vmm: Vmm) -> None:
-    """A vCPU whose `run` waits for the end of a pause cannot be run or reset by others."""
+    """While a vCPU's `run` waits for the end of a pause, others can neither run nor reset it."""
     vm_id, _ = create(vmm, guests.SPIN)
     registers = entry(vmm, vm_id)
     runner = Runner(vmm, vm_id)
@@ -516,7 +516,7 @@ def test_a_pause_that_waits_for_nobody(vmm: Vmm) -> None:
 
 
 def test_a_request_ends_every_run(vmm: Vmm) -> None:
-    """After it each `run` returns Terminated, that of the caller too; the VM can still be seen."""
+    """After terminate each `run` returns Terminated, the caller's too; the VM stays visible."""
     vm_id, _ = create(vmm, guests.SPIN, ncpus=3)
     runner = Runner(vmm, vm_id)
 
@@ -536,7 +536,7 @@ def test_a_request_ends_every_run(vmm: Vmm) -> None:
 
 
 def test_an_error_while_the_vcpu_is_entered(vmm: Vmm) -> None:
-    """What `enter` raises reaches the caller, and the vCPU has ended."""
+    """An exception of `enter` reaches the caller, and the vCPU has ended."""
     vm_id, _ = create(vmm, guests.SPIN)
 
     def enter(_vcpu: Vcpu) -> Exit:
@@ -551,7 +551,7 @@ def test_an_error_while_the_vcpu_is_entered(vmm: Vmm) -> None:
 
 
 def test_interrupt_controllers_of_kvm(vmm: Vmm) -> None:
-    """With them a VM has local APICs, takes no injected interrupt, and has no INTR line."""
+    """With interrupt controllers a VM has local APICs, and refuses injection and the INTR line."""
     params = Ram().params()._replace(controllers=Controllers.KERNEL)
     vm_id = primitives.create(vmm, params)
     leaf = next(e for e in primitives.kvm_vcpu(vmm, vm_id, 0).get_cpuid() if e.function == 1)
@@ -563,7 +563,7 @@ def test_interrupt_controllers_of_kvm(vmm: Vmm) -> None:
 
 
 def test_mappings(vmm: Vmm) -> None:
-    """A mapping is memory of the guest until it is taken away; a read-only one takes no write."""
+    """A mapping is guest memory until it is removed; a read-only one takes no write."""
     ram, rom = Ram(), Ram(0x1000)
     rom.put(0x20, b"\x12\x34\x56\x78")
     ram.put(guests.CODE, guests.ACCESS_MMIO)
@@ -580,6 +580,6 @@ def test_mappings(vmm: Vmm) -> None:
 
 
 def test_all_groups_are_read_by_default(vmm: Vmm) -> None:
-    """Without a mask every group is there."""
+    """Without a mask every group is read."""
     vm_id, _ = create(vmm, guests.HALT)
     assert primitives.read_registers(vmm, vm_id, 0).groups == ALL_GROUPS

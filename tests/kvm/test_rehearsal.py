@@ -1,4 +1,4 @@
-"""A VM process's life, as the zygote plays it before anybody needs one."""
+"""A VM process's life, as the zygote rehearses it in advance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rehearsal() -> Iterator[Rehearsal]:
 
 
 def test_the_guest_ends_by_itself(rehearsal: Rehearsal, caplog: pytest.LogCaptureFixture) -> None:
-    """Every play ends with the guest's last instruction, and nothing goes wrong meanwhile."""
+    """Every rehearsal ends with the guest's last instruction, and without an error."""
     with Kvm() as kvm, caplog.at_level(logging.WARNING):
         for _ in range(3):
             rehearsal.play(partial(be_vm, kvm))

@@ -1,4 +1,4 @@
-"""`vmctl run` with the self-test guest: how it ends, what the console does, what is refused."""
+"""`vmctl run` with the self-test guest: its ends, its console, its refusals."""
 
 import fcntl
 import json
@@ -27,7 +27,7 @@ MEANT = "512 is a number of bytes: did you mean 512M?"
 
 
 def selftest(*arguments: str, is_tty: bool = False) -> ConsoleProcess:
-    """Start the self-test guest; it is killed after a minute whatever happens."""
+    """Start the self-test guest, with a time-out of a minute."""
     return ConsoleProcess(vmctl_run("--selftest", "--timeout", "60", *arguments), is_tty=is_tty)
 
 
@@ -79,7 +79,7 @@ def test_reboot_in_the_same_process(key: str) -> None:
 
 
 def test_triple_fault_without_reboot() -> None:
-    """With --no-reboot a triple fault is status 1 and one line with the registers that matter."""
+    """With --no-reboot a triple fault is status 1 and one line with the important registers."""
     with selftest("--no-reboot") as vm:
         vm.expect("selftest: ready", READY_S)
         vm.send("t")
@@ -91,7 +91,7 @@ def test_triple_fault_without_reboot() -> None:
 
 
 def test_triple_faults_in_a_row() -> None:
-    """A guest that does nothing but triple fault is not started for ever."""
+    """A guest that only triple faults is not restarted for ever."""
     with selftest() as vm:
         for _ in range(3):
             vm.expect("selftest: ready", READY_S)
@@ -102,7 +102,7 @@ def test_triple_faults_in_a_row() -> None:
 
 
 def test_resets_in_a_row_are_told_once() -> None:
-    """A guest that does nothing but reset goes on, and standard error says so once."""
+    """A guest that only resets runs on, and standard error says so once."""
     told = b"vmctl: the guest resets again and again, soon after each start: --no-reboot ends"
     with selftest() as vm:
         for count in range(5):
@@ -146,7 +146,7 @@ def test_timeout(key: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_presses_the_power_button(number: signal.Signals) -> None:
-    """The guest hears the power button and powers off: status 0."""
+    """The guest obeys the power button and powers off: status 0."""
     with selftest() as vm:
         vm.expect("selftest: ready", READY_S)
         vm.signal(number)
@@ -154,7 +154,7 @@ def test_signal_presses_the_power_button(number: signal.Signals) -> None:
 
 
 def test_second_signal_kills() -> None:
-    """A guest that spins does not hear the power button; the second signal ends it: status 143."""
+    """A guest that spins ignores the power button; the second signal ends it: status 143."""
     with selftest() as vm:
         vm.expect("selftest: ready", READY_S)
         vm.send("s")
@@ -168,7 +168,7 @@ def test_second_signal_kills() -> None:
 
 
 def test_several_vcpus() -> None:
-    """All vCPUs start, each with its own APIC id."""
+    """All vCPUs start, each with another APIC id."""
     with selftest("-p", "4") as vm:
         vm.expect("cpus: 4 of 4 running", READY_S)
         vm.expect("selftest: ready", READY_S)
@@ -180,7 +180,7 @@ def test_several_vcpus() -> None:
     ("size", "kib"), [("1M", 1024), ("3M", 3072), ("64M", 65536), ("5G", 5 << 20)]
 )
 def test_memory_sizes(size: str, kib: int) -> None:
-    """The guest sees the memory that was asked for, from 1 MiB to more than 4 GiB."""
+    """The guest sees the configured memory, from 1 MiB to more than 4 GiB."""
     with selftest("-m", size) as vm:
         vm.expect(f"memory: {kib} KiB usable", READY_S)
         vm.expect("selftest: ready", READY_S)
@@ -189,7 +189,7 @@ def test_memory_sizes(size: str, kib: int) -> None:
 
 
 def test_end_of_input_is_not_the_end() -> None:
-    """What was typed before standard input ended still reaches the guest, which goes on."""
+    """Input before the end of standard input reaches the guest, which runs on."""
     with selftest() as vm:
         vm.expect("selftest: ready", READY_S)
         vm.send("n")
@@ -200,7 +200,7 @@ def test_end_of_input_is_not_the_end() -> None:
 
 
 def test_closed_output_changes_no_status() -> None:
-    """When nobody reads standard output any more the VM goes on: one line, and its own status."""
+    """When the reader of standard output is gone the VM runs on: one line, and its own status."""
     with selftest() as vm:
         vm.expect("selftest: ready", READY_S)
         vm.close_output()
@@ -211,7 +211,7 @@ def test_closed_output_changes_no_status() -> None:
 
 
 def test_wait_for_a_text() -> None:
-    """The VM ends when the console shows it, even in pieces; status 124 if it never does."""
+    """The VM ends when the console shows the text, even in pieces; status 124 if it never does."""
     words = vmctl_run("--selftest", "--json", "--timeout", "60", "--wait", "console=test: ready")
     done = subprocess.run(words, capture_output=True, check=False, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -239,7 +239,7 @@ def test_wait_for_a_text() -> None:
     ],
 )
 def test_what_a_newcomer_types(arguments: tuple[str, ...], lines: str) -> None:
-    """What is wrong is told together with what would be right."""
+    """An error says what is wrong, and what would be right."""
     done = subprocess.run(
         vmctl_run(*arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
@@ -252,7 +252,7 @@ def test_what_a_newcomer_types(arguments: tuple[str, ...], lines: str) -> None:
     [("p", 0, "power off"), ("x\x15", 43, "debug exit 21"), ("c", 1, "selftest.bin: the guest ")],
 )
 def test_json_and_console_log(key: str, status: int, reason: str, tmp_path: Path) -> None:
-    """How it ended is the last line of output; the log has what the console showed."""
+    """The last line of output is JSON about the end; the log has the console's output."""
     log = tmp_path / "console.log"
     log.write_bytes(b"of a run before" * 1000)
     with selftest("--json", "--console-log", str(log)) as vm:
@@ -274,7 +274,7 @@ def test_json_and_console_log(key: str, status: int, reason: str, tmp_path: Path
     ],
 )
 def test_a_lost_result_changes_no_status(redirection: str, errors: str, tmp_path: Path) -> None:
-    """Neither output nor JSON can be written: the status is the guest's, and the log is whole."""
+    """If neither output nor JSON can be written, the status is the guest's, and the log whole."""
     log = tmp_path / "console.log"
     words = vmctl_run("--selftest", "--json", "--timeout", "3", "--console-log", log)
     done = subprocess.run(
@@ -289,7 +289,7 @@ def test_a_lost_result_changes_no_status(redirection: str, errors: str, tmp_path
 
 
 def test_a_console_log_that_cannot_be_written() -> None:
-    """It is one line, and the VM goes on; one that cannot be made is refused."""
+    """A log that fails causes one line, and the VM runs on; one that cannot be made is refused."""
     with selftest("--console-log", "/dev/full") as vm:
         vm.expect("selftest: ready", READY_S)
         vm.send("p")
@@ -300,7 +300,7 @@ def test_a_console_log_that_cannot_be_written() -> None:
 
 
 def test_long_input_is_not_lost() -> None:
-    """More input than any buffer holds is echoed in full: the guest's speed holds the sender."""
+    """More input than any buffer holds is echoed in full: the sender waits for the guest."""
     text = bytes(33 + i % 10 for i in range(3000))
     with selftest() as vm:
         vm.expect("selftest: ready", READY_S)
@@ -328,7 +328,7 @@ def test_input_from_a_file(tmp_path: Path) -> None:
 
 
 def test_output_to_a_file(tmp_path: Path) -> None:
-    """A regular file as standard output gets everything."""
+    """A regular file as standard output gets all output."""
     log = tmp_path / "log"
     with log.open("wb") as stdout:
         status = subprocess.run(
@@ -409,19 +409,19 @@ def test_terminal_escapes() -> None:
     ],
 )
 def test_refusals(arguments: tuple[str, ...], error: str) -> None:
-    """What cannot be is refused in one line, before anything is made."""
+    """Impossible options are refused in one line, before anything is made."""
     assert error == refused(*arguments)
 
 
 def test_options_that_firmware_cannot_use() -> None:
-    """An option that the image has no use for is an error that names both."""
+    """An option that the image cannot use is an error that names both."""
     line = refused("--selftest", "--append", "quiet")
     assert "selftest.bin" in line
     assert "command line" in line
 
 
 def test_leaves_nothing_behind() -> None:
-    """No process, and no file in the temporary directory, is left by a VM that was killed."""
+    """A killed VM leaves no process, and no file in the temporary directory."""
     before = set(Path("/dev/shm").iterdir()) | set(Path("/tmp").iterdir())
     with selftest() as vm:
         vm.expect("selftest: ready", READY_S)
@@ -433,7 +433,7 @@ def test_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize("name", ["bios-256k.bin", "bios.bin"])
 def test_seabios_finds_nothing_to_boot(name: str) -> None:
-    """SeaBIOS, on its serial console, gets as far as to say that there is no bootable device."""
+    """SeaBIOS, on its serial console, reports that there is no bootable device."""
     firmware = Path("/usr/share/seabios") / name
     if not firmware.exists():
         pytest.skip(f"{firmware} is missing: install seabios")

@@ -1,4 +1,4 @@
-"""Output that KVM collects: in batches while THR only sends, in its order always."""
+"""Serial output that KVM collects: in batches while THR only sends, and always in order."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ SOON_NS = 10_000_000
 
 
 class Rig:
-    """A guest that prints, its UART, what takes its output, and what came out."""
+    """A guest that prints, its UART, the receiver of its output, and the output."""
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
@@ -41,7 +41,7 @@ class Rig:
         self.output.note_plain(is_plain)
 
     def look_at_lsr(self) -> None:
-        """Run the guest to its next look at LSR, and answer that THR is empty."""
+        """Run the guest to its next read of LSR, and answer that THR is empty."""
         reason = self.vcpu.run()
         assert isinstance(reason, IoExit)
         assert reason.port == layout.PORT_COM1 + Register.LSR
@@ -61,7 +61,7 @@ def printing(count: int) -> Iterator[Rig]:
 
 
 def test_bytes_printed_in_a_row_come_in_batches() -> None:
-    """A guest that looks at LSR before each byte pays for a few batches; loopback is exact."""
+    """A guest that reads LSR before each byte costs few batches; loopback is exact."""
     pio, port = Bus(1 << 16), RecordingDevice()
     with printing(COUNT) as rig:
         pio.insert(layout.PORT_COM1, 8, rig.uart)
@@ -75,7 +75,7 @@ def test_bytes_printed_in_a_row_come_in_batches() -> None:
 
 
 def test_output_is_looked_for_ever_less_often_in_silence() -> None:
-    """Without output the timer comes rarely; a byte brings it back soon, and no byte waits long."""
+    """Without output the timer fires rarely; a byte speeds it up, and no byte waits long."""
     with printing(3) as rig:
         rig.clock.advance(60 * 1_000_000_000)
         assert rig.clock.fired < 80
@@ -95,7 +95,7 @@ def test_output_is_looked_for_ever_less_often_in_silence() -> None:
 
 
 def test_no_look_is_early_while_bytes_do_more_than_leave() -> None:
-    """Neither a drain nor the timer lets LSR be read early while THR loops back or interrupts."""
+    """Neither a drain nor the timer lets KVM answer LSR while THR loops back or interrupts."""
     with printing(3) as rig:
         rig.output.note_plain(False)
         rig.look_at_lsr()
@@ -109,7 +109,7 @@ def test_no_look_is_early_while_bytes_do_more_than_leave() -> None:
 
 
 def test_no_look_is_early_while_a_byte_waits() -> None:
-    """A guest that looks at LSR between bytes sees what was sent to it."""
+    """A guest that reads LSR between bytes sees its input."""
     with printing(3) as rig:
         rig.look_at_lsr()
         rig.look_at_lsr()

@@ -1,4 +1,4 @@
-"""A machine's state leaves it and goes on in a new one: KVM's parts, devices, memory."""
+"""A machine's state is taken, and continues in a new one: KVM's parts, devices, memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEADLINE_S = 20
 
 @dataclass
 class Bench:
-    """Machines one after the other on one loop; what they print is one text."""
+    """Machines one after the other on one loop; their output is one text."""
 
     vmm: Vmm
     loop: EventLoop
@@ -80,7 +80,7 @@ def bench(cpus: int = 1) -> Iterator[Bench]:
 
 
 def take(machine: Machine) -> tuple[MachineState, list[bytes]]:
-    """Pause a machine; return its state, which has been JSON, and its memory."""
+    """Pause a machine; return its state, after a trip through JSON, and its memory."""
     machine.pause()
     state = save(machine)
     memory = [machine.memory.read(region.gpa, region.size) for region in machine.memory.regions]
@@ -88,7 +88,7 @@ def take(machine: Machine) -> tuple[MachineState, list[bytes]]:
 
 
 def give(machine: Machine, state: MachineState, memory: list[bytes]) -> None:
-    """Let a machine go on from there."""
+    """Let a machine continue from there."""
     for region, data in zip(machine.memory.regions, memory, strict=True):
         machine.memory.write(region.gpa, data)
     restore(machine, state)
@@ -98,7 +98,7 @@ def give(machine: Machine, state: MachineState, memory: list[bytes]) -> None:
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_a_guest_goes_on_in_a_new_machine(cpus: int) -> None:
-    """It counts on from where it was, and obeys keys."""
+    """The guest counts on from its state, and obeys keys."""
     with bench(cpus) as stand:
         with stand.machine() as first:
             first.start()

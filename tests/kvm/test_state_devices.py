@@ -1,4 +1,4 @@
-"""Each device's state: changed as a guest changes it, saved, restored, and compared by looking."""
+"""Each device's state: changed by accesses, saved, restored, and compared by reading it back."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ KVM_PARTS = ("clock", "vcpu0", "vcpu1", "irqchip", "pit")
 SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_PMEM, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK = range(1, 8)
 SLOT_BALLOON, SLOT_VMMCI = 8, 9
 
-# Held by the state of another class, whose `save` and `restore` call theirs.
+# Parts of another class's state, whose `save` and `restore` call theirs.
 INNER = {CommonCfg, Msix, PciFunction}
 
-# What is the same in machines of one specification: it is compared, and a difference refused.
+# Fields that are equal in machines of one specification: restore refuses a difference.
 SAME = {
     "BlkState": {"capacity", "is_read_only"},
     "PmemState": {"gpa", "size"},
@@ -93,7 +93,7 @@ SAME = {
 
 @dataclass
 class Stand:
-    """What machines of one specification need; one after the other."""
+    """The resources of machines of one specification; one after the other."""
 
     vmm: Vmm
     directory: Path
@@ -129,12 +129,12 @@ class Stand:
         )
 
     def successor(self, spec: MachineSpec) -> MachineSpec:
-        """Describe the machine that goes on, whose flash is another one."""
+        """Describe the machine that continues, whose flash is another file."""
         variables = self.stack.enter_context(Variables(bytes(FLASH_SIZE), None))
         return spec._replace(variables=variables)
 
     def machine(self, spec: MachineSpec, *, is_restored: bool = False) -> Machine:
-        """Build one; it stands paused."""
+        """Build one, paused."""
 
         def transmit(data: bytes) -> None:
             self.output.extend(data)
@@ -158,7 +158,7 @@ class Stand:
 
 @pytest.fixture
 def stand(tmp_path: Path) -> Iterator[Stand]:
-    """Machines on real KVM, with time that stands still."""
+    """Machines on real KVM, with a clock that only the test moves."""
     install_kick_signal()
     with Kvm() as kvm, Vmm(kvm) as vmm, ExitStack() as stack:
         yield Stand(vmm, tmp_path, stack)
@@ -196,7 +196,7 @@ class Driver(BusDriver):
 
     @staticmethod
     def wait(condition: Callable[[], bool]) -> None:
-        """Wait for what a device's thread does."""
+        """Wait for the effect of a device's thread."""
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             assert time.monotonic() < deadline, "the device does nothing"
@@ -204,7 +204,7 @@ class Driver(BusDriver):
 
 
 def change_everything(stand: Stand, machine: Machine) -> None:
-    """Do to every register what a guest, or the host, can do to it."""
+    """Change every register by each access that a guest, or the host, can do."""
     machine.resume()
     _change_ports(stand, machine)
     _change_virtio(stand, machine)
@@ -286,7 +286,7 @@ def _change_net(machine: Machine) -> None:
         assert net.request(2, command, 1) == bytes((abi.VIRTIO_NET_OK,))
     machine.set_link(0, is_up=False)
     machine.pause()
-    machine.resume()  # which announces
+    machine.resume()  # which announces the address
 
 
 def _change_cdrom(machine: Machine) -> None:
@@ -299,7 +299,7 @@ def _change_cdrom(machine: Machine) -> None:
     eject = bytes((Opcode.START_STOP_UNIT, 0, 0, 0, 2, 0))
     for command in (
         eject,
-        eject[:4] + b"\3\0",  # and in again: it says that the medium may be another one
+        eject[:4] + b"\3\0",  # insert it again: the drive reports that the medium may have changed
         bytes((Opcode.TEST_UNIT_READY,)),
         eject,
         bytes((Opcode.PREVENT_ALLOW_MEDIUM_REMOVAL, 0, 0, 0, 1, 0)),
@@ -355,7 +355,7 @@ def _change_pci(machine: Machine) -> None:
     machine.pio.write(layout.PORT_RESET, 1, 0b010)
     for slot in (SLOT_BLK, SLOT_NET):
         _config_write(machine, slot, Register.INTERRUPT_LINE, 1, 14 - slot)
-    # Move a BAR: what it shows is somewhere else from now on.
+    # Move a BAR: its registers are at another address from now on.
     bar = _bar(machine, SLOT_BLK, 4)
     _config_write(machine, SLOT_BLK, Register.BAR0 + 16, 4, bar + 16 * MIB)
     _config_write(machine, SLOT_PMEM, Register.COMMAND, 2, Command.MEMORY_SPACE)
@@ -377,7 +377,7 @@ def _bar(machine: Machine, slot: int, index: int) -> int:
 
 
 def observe(machine: Machine) -> Iterator[tuple[str, int]]:
-    """Yield all that a guest can read; reading changes things, and in the same way everywhere."""
+    """Yield all that a guest can read; reads change things, equally in every machine."""
     yield "address", machine.pio.read(layout.PORT_PCI_CONFIG, 4)
     for slot in range(32):
         for register in range(0, 256, 4):
@@ -398,7 +398,7 @@ def observe(machine: Machine) -> Iterator[tuple[str, int]]:
 
 
 def _claimed(bus: Bus) -> Iterator[int]:
-    """Yield addresses at which something answers: of large ranges the first and last KiB."""
+    """Yield claimed addresses: of large ranges the first and last KiB."""
     address = 0
     for base, end in bus.ranges():
         if end - base <= 0x4000:
@@ -414,7 +414,7 @@ def _through_json(state: MachineState) -> MachineState:
 
 
 def _of_devices(state: MachineState) -> MachineState:
-    """Leave out what KVM has, whose time goes on."""
+    """Leave out KVM's part, whose time advances."""
     return MachineState(
         {name: part for name, part in state.parts.items() if name not in KVM_PARTS},
         {name: blob for name, blob in state.blobs.items() if name.split("/")[0] not in KVM_PARTS},
@@ -423,7 +423,7 @@ def _of_devices(state: MachineState) -> MachineState:
 
 @pytest.mark.parametrize("is_uefi", [False, True])
 def test_a_restored_machine_looks_the_same(stand: Stand, is_uefi: bool) -> None:
-    """Whatever its guest did: ports, configuration space, BARs, and what is under way."""
+    """Ports, configuration space, BARs and pending work are equal after a restore."""
     spec = stand.spec()
     if is_uefi:  # another host bridge
         rom = _FIRMWARE_VOLUME.ljust(64 << 10, b"\xff")
@@ -449,12 +449,12 @@ def test_a_restored_machine_looks_the_same(stand: Stand, is_uefi: bool) -> None:
 
 
 def _goes_on(stand: Stand, machine: Machine) -> None:
-    """What was under way is done, and devices serve their queues from where they were."""
+    """Pending work is done, and devices continue to serve their queues."""
     stand.on_output = lambda: None
     stand.output.clear()
     machine.resume()
     machine.throttle(False)
-    Driver.wait(lambda: stand.output == b"x" * 0x8000)  # the rest of what was half printed
+    Driver.wait(lambda: stand.output == b"x" * 0x8000)  # the rest of the half-printed output
     rng = Driver(machine, SLOT_RNG)
     at = rng.base + 0x10_000
     queue = DriverQueue(rng.ram, 8, rng.base)
@@ -467,12 +467,12 @@ def _goes_on(stand: Stand, machine: Machine) -> None:
     queues = {index: DriverQueue(vsock.ram, 8, vsock.base + 0x1000 * index) for index in range(3)}
     driver = VsockDriver(queues, vsock.base + 0x10_000, vsock.notify)
     driver.offer_event()
-    vsock.wait(lambda: driver.events() == [0])  # its connections are gone
+    vsock.wait(lambda: driver.events() == [0])  # the event: its connections are gone
     machine.pause()
 
 
 def test_a_disk_under_load(stand: Stand) -> None:
-    """Requests from machine to machine: each is answered once, and what was written is there."""
+    """Over several machines each request is answered once, and all writes are on the disk."""
     spec = stand.spec()
     machine = stand.machine(spec)
     machine.resume()
@@ -484,7 +484,7 @@ def test_a_disk_under_load(stand: Stand) -> None:
         for request in range(_LOAD_REQUESTS):
             _add_write(queue, driver.base, number * _LOAD_REQUESTS + request)
         driver.notify(0)
-        machine.pause()  # with requests under way, or all done, or none
+        machine.pause()  # with requests pending, or all done, or none
         state, memory = save(machine), machine.memory.read(0, RAM_SIZE)
         machine = stand.machine(stand.successor(spec), is_restored=True)
         machine.memory.write(0, memory)
@@ -522,21 +522,21 @@ def _add_write(queue: DriverQueue, base: int, number: int) -> None:
 
 
 def test_every_field_is_one_that_a_guest_can_change(stand: Stand) -> None:
-    """Of each record every field differs from a new machine's, or is the same in all."""
+    """Each field of a record differs from a new machine's, or is known to be equal in all."""
     spec = stand.spec()
     first = stand.machine(spec)
     change_everything(stand, first)
     fresh = stand.machine(stand.successor(spec), is_restored=True)
     same: dict[str, set[str]] = {}
     _note_same(first, fresh, same)
-    _drive(first).reset()  # says so to the next command, but is locked no longer
+    _drive(first).reset()  # the next command learns of it, but the drive is not locked any more
     _note_same(first, fresh, same)
     expected = {kind: {"version"} | SAME.get(kind, set()) for kind in same}
     assert expected == same
 
 
 def _note_same(machine: Machine, fresh: Machine, same: dict[str, set[str]]) -> None:
-    """Take out of `same`, the fields by the name of their record, those that differ somewhere."""
+    """Remove from `same`, fields by the name of their record, those that differ somewhere."""
     others = {part.name: part for part in fresh.parts()}
     for part in machine.parts():
         old, new = _record(others[part.name].device), _record(part.device)
@@ -560,7 +560,7 @@ def _names(record: tuple[object, ...]) -> tuple[str, ...]:
 
 
 def test_every_class_with_a_state_is_in_the_walk(stand: Stand) -> None:
-    """A part that the machine above does not have, or whose owner forgets it, fails here."""
+    """A part that the machine above lacks, or that its owner forgets, fails here."""
     machine = stand.machine(stand.spec())
     walked = {type(part.device) for part in machine.parts()}
     found = set()
@@ -579,7 +579,7 @@ def test_every_class_with_a_state_is_in_the_walk(stand: Stand) -> None:
 
 
 def test_a_machine_with_other_devices_is_refused(stand: Stand) -> None:
-    """The names of the parts say which."""
+    """The names of the parts identify them."""
     spec = stand.spec()
     state = save(stand.machine(spec))
     other = stand.machine(spec._replace(devices=spec.devices[:-1]), is_restored=True)
@@ -588,7 +588,7 @@ def test_a_machine_with_other_devices_is_refused(stand: Stand) -> None:
 
 
 def _paths(value: Json, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Yield the way to every value within `value`."""
+    """Yield the path to every value within `value`."""
     yield path
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -627,7 +627,7 @@ _JSON: st.SearchStrategy[Json] = (
 def test_a_mutated_state_is_taken_or_refused(
     mutable: tuple[Machine, MachineState], data: st.DataObject
 ) -> None:
-    """Any value anywhere: the device goes on from it, or refuses it in one line."""
+    """With any value anywhere, the device continues from the state, or refuses it in one line."""
     machine, state = mutable
     name = data.draw(st.sampled_from([part.name for part in machine.parts()]))
     fields = state.parts[name]
@@ -650,7 +650,7 @@ def test_a_mutated_state_is_taken_or_refused(
 
 @pytest.fixture
 def mutable(stand: Stand) -> tuple[Machine, MachineState]:
-    """A machine, and a state that it can go on from."""
+    """A machine, and a state from which it can continue."""
     spec = stand.spec()
     first = stand.machine(spec)
     change_everything(stand, first)

@@ -1,4 +1,4 @@
-"""Guests in every situation go on in another process: halted, with timers, IPIs, half an access."""
+"""Guests continue in another process: halted, with timers, with IPIs, within an access."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_a_guest_goes_on_in_a_new_process(image: Path, cpus: int) -> None:
-    """Timers by TSC deadline, IPIs, halted processors and port accesses: nothing is lost."""
+    """TSC deadlines, IPIs, halted processors and port accesses lose nothing in a new process."""
     stand = Stand(image, cpus)
     with stand.machine() as machine:
         machine.start()
@@ -58,7 +58,7 @@ def test_a_guest_goes_on_in_a_new_process(image: Path, cpus: int) -> None:
 
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_cycles(image: Path, cpus: int) -> None:
-    """A guest survives one cycle after the other, whenever it is interrupted."""
+    """A guest survives one cycle after the other, at any moment."""
     chance = random.Random(cpus)
     stand = Stand(image, cpus)
     with stand.machine() as machine:
@@ -79,7 +79,7 @@ def _is_past(before: Counters, now: Counters) -> bool:
 
 
 def test_a_state_is_the_same_again(image: Path) -> None:
-    """To save changes nothing, and what is restored is what was saved, to the last register."""
+    """Saving changes nothing, and the restored state equals the saved one, to the last register."""
     stand = Stand(image, 2)
     with stand.machine() as machine:
         machine.start()
@@ -95,7 +95,7 @@ def test_a_state_is_the_same_again(image: Path) -> None:
 
 
 def _without_time(state: MachineState) -> dict[str, object]:
-    """Return what does not move while a guest stands still."""
+    """Return the parts that do not change while a guest is paused."""
     times = {"clock", "rtc", "acpi_pm", "pit"}
     parts = {
         name: {key: value for key, value in part.items() if key != "tsc_offset"}
@@ -111,7 +111,7 @@ def _without_time(state: MachineState) -> dict[str, object]:
     return {**parts, **blobs}
 
 
-# Reports through COM1's scratch register, so that a test sees it without an exit of its own.
+# Reports through COM1's scratch register, which a test can read without an exit.
 _PENDING_IPI = b"".join(
     (
         bytes.fromhex("fa"),  # cli
@@ -138,7 +138,7 @@ _HANDLER = _PENDING_IPI.rindex(bytes.fromhex("c606083001"))
 
 
 def test_an_ipi_that_is_pending(tmp_path: Path) -> None:
-    """It is taken in the new process, once the guest lets it."""
+    """A pending interrupt is taken in the new process, once the guest allows it."""
     path = tmp_path / "ipi.bin"
     code = bytearray(_PENDING_IPI)
     at = code.index(bytes.fromhex("c7068400")) + 4
@@ -163,13 +163,13 @@ def test_an_ipi_that_is_pending(tmp_path: Path) -> None:
 
 
 def test_a_halted_processor(image: Path) -> None:
-    """Those that wait for IPIs are saved as halted, and woken by the next."""
+    """Processors that wait for IPIs are saved as halted, and the next IPI wakes them."""
     stand = Stand(image, 4)
     with stand.machine() as machine:
         machine.start()
         stand.wait(machine, lambda now: now.others == 3 and now.sent > 3)
         states = []
-        for _ in range(100):  # until one is not on its way
+        for _ in range(100):  # until no IPI is on its way
             machine.pause()
             state = save(machine)
             machine.resume()
@@ -183,7 +183,7 @@ def test_a_halted_processor(image: Path) -> None:
     ("policy", "least_s", "most_s"), [(ClockPolicy.FROZEN, 0, 1.5), (ClockPolicy.NOW, 2, 9)]
 )
 def test_time(image: Path, policy: ClockPolicy, least_s: float, most_s: float) -> None:
-    """The TSC and kvmclock go on from where they were, or from where they would be."""
+    """The TSC and kvmclock continue from the saved values, or from those plus the time between."""
     stand = Stand(image, 1)
     with stand.machine() as machine:
         machine.start()
@@ -203,7 +203,7 @@ def test_time(image: Path, policy: ClockPolicy, least_s: float, most_s: float) -
 
 
 def _can_move_tsc() -> bool:
-    """Tell whether this KVM gives guests a TSC of their own; one that only emulates does not."""
+    """Tell whether this KVM gives guests a TSC of their own; one that emulates guests does not."""
     with Kvm() as kvm, kvm.create_vm() as vm:
         vm.create_irqchip()
         with vm.create_vcpu(0) as vcpu:

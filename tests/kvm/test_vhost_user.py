@@ -1,4 +1,4 @@
-"""Disks of other processes on real KVM: guests boot from them, and outlive them."""
+"""Disks of other processes on real KVM: guests boot from them, and survive their ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GONE = "vmctl: disk0: needs reset: vhost-user: the server closed the connection"
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """A disk that boots, and then ends at the letter q."""
+    """A disk that boots, and then ends the VM at the letter q."""
     path = tmp_path / "disk.img"
     path.write_bytes(boot_disk(waits=True))
     return path
@@ -42,7 +42,7 @@ def leave(console: ConsoleProcess) -> None:
 
 
 def test_a_disk_of_vmm_blk(tmp_path: Path, image: Path) -> None:
-    """Firmware and guest read what vmm-blk serves, for one VM after another."""
+    """Firmware and guest read vmm-blk's disk, for one VM after another."""
     path = tmp_path / "disk.sock"
     with serving(path, "--socket", path, image) as server:
         for _ in range(2):
@@ -55,7 +55,7 @@ def test_a_disk_of_vmm_blk(tmp_path: Path, image: Path) -> None:
 
 
 def test_a_disk_of_qemu_storage_daemon(image: Path) -> None:
-    """Firmware and guest read what a server that is not ours serves."""
+    """Firmware and guest read the disk of a server that is not ours."""
     with daemon(image) as (path, _), run(f"vhost-user:{path}") as console:
         console.expect(BOOTED)
         leave(console)
@@ -63,7 +63,7 @@ def test_a_disk_of_qemu_storage_daemon(image: Path) -> None:
 
 
 def test_the_server_is_killed(tmp_path: Path, image: Path) -> None:
-    """One line says so, and the guest runs on."""
+    """If the server dies, one line says so, and the guest runs on."""
     path = tmp_path / "disk.sock"
     with serving(path, "--socket", path, image) as server, run(f"vhost-user:{path}") as console:
         console.expect(BOOTED)
@@ -74,7 +74,7 @@ def test_the_server_is_killed(tmp_path: Path, image: Path) -> None:
 
 
 def test_the_device_process_is_killed(image: Path) -> None:
-    """The same for a disk with a process of its own, which is named at the end."""
+    """If a disk's own process dies, one line names it, and the guest runs on."""
     with run(f"{image},process") as console:
         console.expect(BOOTED)
         (child,) = children(console.pid)
@@ -86,7 +86,7 @@ def test_the_device_process_is_killed(image: Path) -> None:
 
 
 def test_a_reboot_gets_another_device_process(image: Path) -> None:
-    """The machine is made anew, and the process of its disk with it; the image has one writer."""
+    """After a reboot the machine has a new disk process; the image has one writer."""
     with run(f"{image},process") as console:
         console.expect(BOOTED)
         before = children(console.pid)
@@ -100,7 +100,7 @@ def test_a_reboot_gets_another_device_process(image: Path) -> None:
 
 
 def test_a_reboot_connects_again(tmp_path: Path, image: Path) -> None:
-    """A server sees a front-end leave and another come."""
+    """A server survives one front-end's end and serves the next."""
     path = tmp_path / "disk.sock"
     with serving(path, "--socket", path, image) as server, run(f"vhost-user:{path}") as console:
         console.expect(BOOTED)
@@ -113,7 +113,7 @@ def test_a_reboot_connects_again(tmp_path: Path, image: Path) -> None:
 
 
 def test_no_device_process_outlives_its_vm(image: Path) -> None:
-    """When the VM is killed, its disk's process ends by itself, and lets go of the image."""
+    """When the VM is killed, its disk's process ends by itself, and releases the image."""
     with run(f"{image},process") as console:
         console.expect(BOOTED)
         (child,) = children(console.pid)

@@ -56,14 +56,14 @@ class Guest:
     waiting: deque[Got] = field(default_factory=deque)
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Wait for what the device's thread does."""
+        """Wait for the effect of the device's thread."""
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             assert time.monotonic() < deadline, "the device does nothing"
             time.sleep(0.001)
 
     def packet(self) -> Got:
-        """Wait for the next packet, and give its buffer back."""
+        """Wait for the next packet, and return its buffer."""
 
         def has_come() -> bool:
             self.waiting.extend(self.driver.packets())
@@ -76,17 +76,17 @@ class Guest:
 
 @dataclass
 class Stand:
-    """What machines need."""
+    """The resources of machines."""
 
     vmm: Vmm
     stack: ExitStack
     dialled: list[socket.socket]
     image: BootImage = field(default_factory=lambda: open_image(str(selftest_path())))
     pairs: list[tuple[socket.socket, socket.socket]] = field(default_factory=list)
-    """Made beforehand, for a process that makes none."""
+    """Pairs made beforehand, for a process that may make none."""
 
     def dial(self, port: int) -> HostStream | None:
-        """Listen on port 7 alone."""
+        """Connect to port 7; no other port listens."""
         if port != 7:
             return None
         ours, theirs = self.pair()
@@ -94,14 +94,14 @@ class Stand:
         return HostStream(theirs)
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
-        """Make connected sockets, of which the first is closed at the end."""
+        """Make connected sockets; the stand closes the first one at the end."""
         ours, theirs = self.pairs.pop() if self.pairs else socket.socketpair()
         self.stack.callback(ours.close)
         ours.settimeout(DEADLINE_S)
         return ours, theirs
 
     def machine(self, *, is_restored: bool = False) -> Machine:
-        """Build a machine that has nothing but a vsock device."""
+        """Build a machine with a vsock device alone."""
         spec = MachineSpec(self.image, RAM_SIZE, devices=(VsockSpec(CID, self.dial),))
         return self.stack.enter_context(
             Machine(
@@ -116,7 +116,7 @@ class Stand:
         )
 
     def guest(self) -> Guest:
-        """Build one, and start its device."""
+        """Build a guest, and start its device."""
         machine = self.machine()
         bus, queues = BusDriver(machine.pio, machine.mmio, _SLOT), self.queues(machine)
         bus.start(queues, msix=False)
@@ -135,7 +135,7 @@ class Stand:
 
     @staticmethod
     def driver(_machine: Machine, bus: BusDriver, queues: dict[int, DriverQueue]) -> VsockDriver:
-        """Return a driver of queues that are placed."""
+        """Return a driver of queues that are set up already."""
 
         def notify(index: int) -> None:
             bus.pio.write(bus.notify_port(index), 2, index)
@@ -170,7 +170,7 @@ def stand() -> Iterator[Stand]:
 
 
 def test_megabytes_in_both_directions(stand: Stand) -> None:
-    """Both at once, with credit, through a socket whose reader is a thread: nothing is lost."""
+    """Data flow in both directions at once, with credit, through a slow reader, without loss."""
     guest = stand.guest()
     stream, sock = stand.from_host(guest)
     chance = random.Random(1)
@@ -204,7 +204,7 @@ def test_megabytes_in_both_directions(stand: Stand) -> None:
 
 
 def test_the_guest_opens_connections(stand: Stand) -> None:
-    """To whatever listens, and is refused otherwise; a reset of the device ends them."""
+    """A guest's connection to a listener succeeds, others are refused; a device reset ends them."""
     guest = stand.guest()
     guest.driver.send(Op.REQUEST, (5, 6))
     assert guest.packet().op == Op.RST
@@ -218,7 +218,7 @@ def test_the_guest_opens_connections(stand: Stand) -> None:
 
 
 def test_a_machine_that_stands_still(stand: Stand) -> None:
-    """Nothing moves while it is paused, connections outlive it, and new ones wait."""
+    """While paused no data move, connections survive, and new ones wait."""
     guest = stand.guest()
     stream, sock = stand.from_host(guest)
     guest.machine.pause()
@@ -236,7 +236,7 @@ def test_a_machine_that_stands_still(stand: Stand) -> None:
 
 
 def test_a_restored_machine_has_no_connections(stand: Stand) -> None:
-    """Its guest hears of it, and new ones work; those of the first machine go on."""
+    """A restored guest gets the reset event, and connects anew; the source's connections live."""
     guest = stand.guest()
     stream, sock = stand.from_host(guest)
     guest.machine.pause()
@@ -276,7 +276,7 @@ def _successor(guest: Guest, machine: Machine) -> Guest:
 
 
 def test_a_clone_has_connections_of_its_own(stand: Stand) -> None:
-    """Its guest hears that the old ones are gone, in it; in the source they go on."""
+    """A clone's guest learns that its connections are gone; the source's live on."""
     guest = stand.guest()
     stream, sock = stand.from_host(guest)
     guest.machine.pause()
@@ -306,7 +306,7 @@ def test_a_clone_has_connections_of_its_own(stand: Stand) -> None:
 
 
 def _exchange_confined() -> None:
-    """Do what a VM's process of the daemon does, with what is left to it."""
+    """Do the work of a VM's process of the daemon, under its filter."""
     install_kick_signal()
     with Kvm() as kvm, Vmm(kvm) as vmm, ExitStack() as stack:
         stand = Stand(vmm, stack, [], pairs=[socket.socketpair() for _ in range(4)])
@@ -329,7 +329,7 @@ def _exchange_confined() -> None:
 
 
 def test_in_a_confined_process() -> None:
-    """The system calls that are left to a VM's process are all that the device needs."""
+    """The device needs no system call that a VM's process lacks."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -361,12 +361,12 @@ _LINES = (
 def _is_sent_away(client: socket.socket) -> bool:
     try:
         return client.recv(1) == b""
-    except ConnectionResetError:  # it has said more than was read
+    except ConnectionResetError:  # it has sent more than was read
         return True
 
 
 def test_a_guest_without_a_driver(tmp_path: Path) -> None:
-    """Whatever a client says, it is sent away; the VM goes on, and cleans up at its end."""
+    """A client that sends nonsense is disconnected; the VM runs on, and cleans up at its end."""
     path = tmp_path / "vsock"
     arguments = vmctl_run("--selftest", "--timeout", "60", "--vsock", f"{path},cid=7")
     with ConsoleProcess(arguments) as vm:
@@ -398,7 +398,7 @@ def test_a_guest_without_a_driver(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused(tmp_path: Path, value: str, message: str) -> None:
-    """One line says what is wrong with the option."""
+    """A wrong option is reported in one line."""
     (tmp_path / "file").touch()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as served:
         served.bind(str(tmp_path / "served"))
@@ -411,7 +411,7 @@ def test_what_is_refused(tmp_path: Path, value: str, message: str) -> None:
 
 
 def _refused(*arguments: str) -> str:
-    """Run a command that must fail; returns what it says."""
+    """Run a command that must fail; returns its message."""
     done = subprocess.run(
         [VMCTL, "run", *arguments],
         capture_output=True,
