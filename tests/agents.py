@@ -17,6 +17,8 @@ from vmctl.agent import Agent
 
 ROOT = Path(__file__).resolve().parents[1]
 AGENT = ROOT / "vmm_agent" / "agent.py"
+CLONES_AGENT = ROOT / "tests" / "clones_agent.py"
+"""An agent that writes down what a clone is told, instead of changing this host."""
 BOUND_S = 60.0
 """The limit for any step, on a busy machine."""
 
@@ -25,11 +27,17 @@ class HostAgent:
     """An agent that listens on a UNIX socket; a context manager that ends it and its commands."""
 
     def __init__(
-        self, path: Path, *, interpreter: str = sys.executable, through: Sequence[str] = ()
+        self,
+        path: Path,
+        *,
+        interpreter: str = sys.executable,
+        through: Sequence[str] = (),
+        program: Path = AGENT,
     ) -> None:
         """Listen at `path`; the kernel queues connections until the agent accepts them.
 
         `through` is a program that runs the agent, such as unshare(1), with its arguments.
+        `program` is the agent.
         """
         self.path = path
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -37,7 +45,7 @@ class HostAgent:
             listener.listen(64)
             fd = listener.fileno()
             self.process = subprocess.Popen(
-                [*through, interpreter, "-I", AGENT, "--fd", str(fd)],
+                [*through, interpreter, "-I", program, "--fd", str(fd)],
                 pass_fds=(fd,),
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

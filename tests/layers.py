@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("vmm_kvm", "vmd", "vmctl", "vmm_agent")
+PACKAGES = ("vmm_kvm", "vmd", "vmctl", "vmm_agent", "vmm_pytest")
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm": (),
@@ -584,6 +584,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl",
     ),
     "vmm_agent": (),
+    "vmm_pytest": ("vmm_kvm.libc", "vmctl", "vmctl.copying", "pytest", "pluggy"),
 }
 """Allowed imports of each folder or module, besides itself and the standard library.
 
@@ -634,7 +635,7 @@ def _lies_in(name: str, prefix: str) -> bool:
 
 
 def module_files(root: Path = ROOT) -> dict[str, Path]:
-    """Return the file of each module of the four packages, by its dotted name."""
+    """Return the file of each module of the five packages, by its dotted name."""
     found = {}
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):

@@ -20,15 +20,16 @@ _REFUSALS = {
 }
 
 
-def agent_of(word: str, deadline: float | None = None) -> Agent:
+def agent_of(word: str, deadline: float | None = None, *, daemon: str | None = None) -> Agent:
     """Return the agent of the VM that is named on a command line; nothing is connected yet.
 
-    `deadline` is of the monotonic clock: connecting takes no longer.
+    `deadline` is of the monotonic clock: connecting takes no longer. `daemon` is the daemon's
+    socket, by default the commands'.
     """
-    return Agent(lambda: _connected(word, deadline))
+    return Agent(lambda: _connected(word, deadline, daemon))
 
 
-def _connected(word: str, deadline: float | None) -> socket.socket:
+def _connected(word: str, deadline: float | None, daemon: str | None) -> socket.socket:
     """Connect to the agent.
 
     Raises:
@@ -38,16 +39,18 @@ def _connected(word: str, deadline: float | None) -> socket.socket:
     """
     left = _CONNECT_S if deadline is None else min(_CONNECT_S, deadline - time.monotonic())
     try:
-        return _through_socket(word, left) if "/" in word else _through_daemon(word, left)
+        if "/" in word:
+            return _through_socket(word, left)
+        return _through_daemon(word, left, daemon)
     except TimeoutError:
         if deadline is not None and time.monotonic() >= deadline:
             raise
         raise AgentError("the guest does not answer") from None
 
 
-def _through_daemon(word: str, seconds: float) -> socket.socket:
+def _through_daemon(word: str, seconds: float, daemon: str | None) -> socket.socket:
     target = parse_target(word)
-    with Client() as client:
+    with Client(daemon) as client:
         try:
             return client.connect(target.id or target.name, PORT, seconds)
         except RefusedError as err:

@@ -1,0 +1,104 @@
+"""The pytest plugin in runs without machines, and its parts that need none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vmm_pytest.console import LOG_MAX, ConsoleError, ConsoleLog
+from vmm_pytest.run import NoMachinesError, Run, RunError
+
+ROOT = Path(__file__).resolve().parents[3]
+LOADED = """
+import pytest, sys
+before = set(sys.modules)
+import vmm_pytest.plugin
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_its_import_is_light() -> None:
+    """Every run of pytest imports it: of this tree, two modules and nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["vmm_pytest", "vmm_pytest.plugin"]
+
+
+def test_a_run_without_machines(tmp_path: Path) -> None:
+    """A test passes, and nothing of the daemon or its clients is loaded."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    (tmp_path / "test_it.py").write_text(
+        "import sys\n"
+        "def test_it(tmp_path):\n"
+        "    assert not [name for name in sys.modules if name.startswith(('vmctl', 'vmd'))]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--strict-markers", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if "PYTEST" not in name},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert "1 passed" in done.stdout, done.stdout
+    assert done.returncode == 0
+
+
+def test_a_host_without_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no machines, unless a daemon is named."""
+    monkeypatch.setattr("vmm_pytest.run._KVM", str(tmp_path / "kvm"))
+    with pytest.raises(NoMachinesError, match="kvm: No such file or directory"):
+        Run("one")
+    assert Run("one", "vmd.sock").daemon == str(Path.cwd() / "vmd.sock")
+
+
+def test_processes_of_a_run_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same identifier leads to the same folder and names of its own; none, to another run."""
+    monkeypatch.setattr("vmm_pytest.run._KVM", os.devnull)
+    one, two, other = Run("x"), Run("x"), Run()
+    assert one.folder == two.folder
+    assert one.folder != other.folder
+    names = {run.new_name() for run in (one, two, other) for _ in range(2)}
+    assert len(names) == 6
+    assert all(name.startswith(one.name) for name in (one.new_name(), two.new_name()))
+
+
+def test_a_folder_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link, or a file, where the folder would be is refused."""
+    monkeypatch.setattr("vmm_pytest.run._KVM", os.devnull)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = Run("x")
+    run.folder.symlink_to(tmp_path)
+    with pytest.raises(RunError, match="not a directory of ours"), run:
+        pass
+
+
+def test_a_console() -> None:
+    """Each search begins behind the one before; what is kept is bounded; an end is an end."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    console = ConsoleLog(near)
+    with far:
+        far.send(b"one two one\r\n")
+        end = time.monotonic() + 60
+        assert [console.wait_for("o(n)e", end) for _ in range(2)] == ["one", "one"]
+        with pytest.raises(TimeoutError, match="has not shown 'one'"):
+            console.wait_for("one", time.monotonic())
+        console.send("typed")
+        assert far.recv(100) == b"\0typed"
+        for _ in range(LOG_MAX // 4096):
+            far.send(b"x" * 4096)
+        far.send(b"\xffend")
+        assert console.wait_for("end$", end) == "end"
+        text = console.text()
+        assert text.startswith("[17 bytes before]\nxxx")
+        assert text.endswith("x\N{REPLACEMENT CHARACTER}end")
+    with pytest.raises(ConsoleError, match="the console has ended, and has not shown 'never'"):
+        console.wait_for("never", end)
+    console.close()

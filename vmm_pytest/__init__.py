@@ -1,0 +1,1 @@
+"""A pytest plugin: a fresh virtual machine for each test. See docs/pytest.md."""
