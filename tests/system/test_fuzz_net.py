@@ -1,4 +1,4 @@
-"""A slice of the campaign of hostile network drivers; all of it is in tests/campaigns."""
+"""A part of the campaign of hostile network drivers; tests/campaigns has all of it."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tests.campaigns.fuzz_net import campaign
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_hostile_drivers(seed: int) -> None:
-    """None of them gets anything out of the device, or past it, that is not allowed."""
+    """No hostile driver gets an exception, a foreign frame or a broken one out of the device."""
     assert campaign(300, seed) == []

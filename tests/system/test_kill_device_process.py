@@ -1,4 +1,4 @@
-"""A slice of the campaign of killed device processes; all of it is in tests/campaigns."""
+"""A part of the campaign that kills device processes; tests/campaigns has all of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.campaigns.kill_device_process import campaign
 
 
 def test_flushed_data_survive() -> None:
-    """One kill for each kind of image: it is sound, and what was flushed is there."""
+    """After a kill, each kind of image is sound, and flushed data are there."""
     operations, deviations = campaign(len(OPTIONS), seed=1)
     assert deviations == []
     assert operations > len(OPTIONS)

@@ -51,7 +51,7 @@ def daemon(image: Path, *, writable: bool = True) -> Iterator[tuple[Path, subpro
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            # Orders are answered once everything is set up: the greeting, and two answers.
+            # Commands are answered once everything is set up: the greeting, and two answers.
             process.stdin.write(b'{"execute": "qmp_capabilities"}{"execute": "query-version"}\n')
             process.stdin.flush()
             for _ in range(3):
@@ -83,14 +83,14 @@ def request(kind: int, sector: int = 0, data: bytes = b"") -> bytes:
 
 
 def segment(sector: int, sectors: int, flags: int = 0) -> bytes:
-    """Return what discard and write zeroes have as data."""
+    """Return the data of a discard or of a write of zeroes."""
     return (
         sector.to_bytes(8, "little") + sectors.to_bytes(4, "little") + flags.to_bytes(4, "little")
     )
 
 
 def test_what_it_offers(image: Path) -> None:
-    """Size, queues and features come through."""
+    """The device has the server's size, queues and features."""
     with daemon(image) as (path, _), device(path) as (disk, _, _):
         assert disk.queue_sizes == (QUEUE_SIZE,) * 2
         assert int.from_bytes(disk.config()[:8], "little") == MIB // 512
@@ -121,7 +121,7 @@ def test_requests(image: Path, features: int, has_fds: bool) -> None:
 
 
 def test_a_reset_and_another_start(image: Path) -> None:
-    """Rings stop and begin anew, one of them or both, as after a reboot."""
+    """Rings stop and start again, one of them or both, as after a reboot."""
     with daemon(image) as (path, _), device(path) as (disk, guest, transport):
         for _ in range(3):
             guest.forget()
@@ -134,7 +134,7 @@ def test_a_reset_and_another_start(image: Path) -> None:
 
 
 def test_it_is_read_only(image: Path) -> None:
-    """A disk that may not be written says so, and nothing is."""
+    """A read-only disk says so, and no write changes it."""
     before = image.read_bytes()
     with daemon(image, writable=False) as (path, _), device(path) as (disk, guest, _):
         assert disk.features >> 5 & 1
@@ -144,7 +144,7 @@ def test_it_is_read_only(image: Path) -> None:
 
 
 def test_it_is_killed(image: Path) -> None:
-    """The device fails once, with one line; what was served before stands."""
+    """When the server is killed the device fails once, with one line; earlier writes stay."""
     with daemon(image) as (path, process), device(path) as (disk, guest, transport):
         disk.start(VERSION_1, {0: guest.ring(0)})
         assert guest.request(request(OUT, 1, b"x" * 512), size=1) == OK
@@ -157,7 +157,7 @@ def test_it_is_killed(image: Path) -> None:
 
 
 def test_a_broken_chain(image: Path) -> None:
-    """A driver that breaks the rules costs its device at most: closing and reading go on."""
+    """A driver that breaks the rules loses at most its device, which can be closed and reset."""
     with daemon(image) as (path, process):
         with device(path) as (disk, guest, _):
             disk.start(VERSION_1, {0: guest.ring(0)})

@@ -1,4 +1,4 @@
-"""Taps of this host's kernel: frames, filters, queues, and the device that sits on them.
+"""Taps of this host's kernel: frames, filters, queues, and a device on them.
 
 Each test has a network namespace of its own; the host's network is not touched.
 """
@@ -60,7 +60,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @pytest.fixture(autouse=True)
 def namespace() -> Iterator[None]:
-    """Have the main thread in a network namespace of its own, without IPv6's own chatter."""
+    """Put the main thread into a network namespace of its own, without IPv6's own traffic."""
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if _libc.unshare(_CLONE_NEWNET):
@@ -106,7 +106,7 @@ def arrived(device: Tap, queue: int = 0) -> list[bytes]:
 
 
 def test_frames_pass_both_ways() -> None:
-    """A frame that is sent comes out at the other end, either way."""
+    """A frame sent at one end arrives at the other, in both directions."""
     with tap() as (device, outside):
         outside.send(frame(MAC))
         assert arrived(device) == [frame(MAC)]
@@ -115,7 +115,7 @@ def test_frames_pass_both_ways() -> None:
 
 
 def test_the_kernel_checks_what_a_guest_says() -> None:
-    """A header that makes no sense loses its frame, and nothing else."""
+    """An invalid header loses its frame, and nothing else."""
     with tap() as (device, outside):
         nonsense = b"\1\xff" + b"\xff" * (HEADER_SIZE - 2)
         assert not device.send(0, [nonsense, frame(OTHER, MAC)])
@@ -136,7 +136,7 @@ def test_the_kernel_checks_what_a_guest_says() -> None:
     ],
 )
 def test_the_kernel_filters(wanted: Filter | None, targets: list[bytes]) -> None:
-    """Frames that the guest does not want are dropped before anyone sees them."""
+    """The kernel drops frames that the guest does not want."""
     with tap() as (device, outside):
         device.set_filter(wanted)
         for target in (MAC, OTHER, GROUP):
@@ -148,7 +148,7 @@ def test_the_kernel_filters(wanted: Filter | None, targets: list[bytes]) -> None
 
 
 def test_queues_come_and_go() -> None:
-    """Only queues that are in use get frames, and saying so twice does no harm."""
+    """Only queues in use get frames, and setting the same number twice does no harm."""
     with tap(2) as (device, outside):
         for _ in range(2):
             device.set_queues(1)
@@ -172,7 +172,7 @@ def test_what_is_no_tap() -> None:
 
 
 def test_a_tap_on_a_bridge() -> None:
-    """It is made, up, as large as asked for, and gone when its descriptor is closed."""
+    """A tap is made, up, with its MTU, on the bridge, and is gone when it is closed."""
     subprocess.run(["ip", "link", "add", "br0", "type", "bridge"], check=True)
     with pytest.raises(SpecError, match="nobr: no such bridge"):
         tap_on_bridge("nobr", 1, 1500)
@@ -198,22 +198,22 @@ class RecordingFrontend:
         self.failures: list[str] = []
 
     def interrupt(self, index: int) -> None:
-        """Write what the test waits for."""
+        """Write to the test's eventfd."""
         os.eventfd_write(self._calls[index], 1)
 
     def interrupt_fd(self, _index: int) -> int | None:
-        """Have it done by hand."""
+        """Return none: the device then calls `interrupt`."""
         return None
 
     def config_changed(self) -> None:
         """Ignore it."""
 
     def fail(self, reason: str) -> None:
-        """Remember why."""
+        """Record the reason."""
         self.failures.append(reason)
 
     def halt(self, err: HaltError) -> None:
-        """It never should."""
+        """Fail: it must never be called."""
         raise err
 
 
@@ -234,7 +234,7 @@ class SharedMemory(PlainMemory):
 
 @contextmanager
 def dataplane(kind: str, backend: VirtioNet, memory: GuestMemory) -> Iterator[Dataplane]:
-    """Serve a device by a thread of ours, or as a device process does."""
+    """Serve a device by a thread, or as a device process does."""
     if kind == "worker":
         worker = Worker(backend, memory, NAME)
         backend.attach(worker)
@@ -264,7 +264,7 @@ def test_a_device_on_a_tap(kind: str, is_locked: bool) -> None:
             with dataplane(kind, backend, guest) as device:
                 assert len(device.queue_sizes) == 3
                 device.attach(frontend)
-                for _ in range(2):  # a driver may come back
+                for _ in range(2):  # a driver may start again
                     guest.view(0, 0x4000)[:] = bytes(0x4000)
                     queues = [DriverQueue(memory, 8, base) for base in (0x1000, 0x2000)]
                     device.start(features, {at: queue.ring for at, queue in enumerate(queues)})
@@ -280,7 +280,7 @@ def test_a_device_on_a_tap(kind: str, is_locked: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["worker", "vhost-user"])
 def test_tagged_frames_and_groups(kind: str) -> None:
-    """Frames of VLANs and to multicast groups pass both ways as they are, tags included."""
+    """Frames of VLANs and to multicast groups pass unchanged in both directions, tags included."""
     calls = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(3)]
     frontend = RecordingFrontend(calls)
     features = 1 << abi.VIRTIO_F_VERSION_1 | 1 << abi.VIRTIO_NET_F_MRG_RXBUF
@@ -332,7 +332,7 @@ def tag(untagged: bytes, vlan: int) -> bytes:
 
 
 def with_tag(outside: socket.socket) -> bytes:
-    """Return the next frame from the guest; its tag, which the kernel takes out, is back in it."""
+    """Return the next frame from the guest, with its tag, which the kernel had taken out."""
     data, ancillary, _, address = outside.recvmsg(2000, 64)
     while address[2] == socket.PACKET_OUTGOING:
         data, ancillary, _, address = outside.recvmsg(2000, 64)
@@ -360,7 +360,7 @@ def exchange(
     device.kick(0)
     outside.send(frame(MAC, size=60 + number))
     used: list[tuple[int, int]] = []
-    while not used:  # an interrupt may be one of the start
+    while not used:  # an earlier interrupt may come first
         wait(calls[0])
         used = queues[0].used()
     received = bytes(memory[at + HEADER_SIZE : at + used[0][1]])
@@ -374,7 +374,7 @@ def exchange(
 
 
 def test_vmm_net(tmp_path: Path) -> None:
-    """The command serves a tap to whoever connects, and ends in order at a signal."""
+    """vmm-net serves a tap to any front-end, and ends properly at a signal."""
     path = tmp_path / "socket"
     command = [sys.executable, "-m", "vmm_kvm.commands.vmm_net", "--socket", str(path)]
     options = ["--lladdr", "fe:e1:bb:00:00:01", "--mtu", "9000", "--queues", "2", NAME]
@@ -404,7 +404,7 @@ def test_vmm_net(tmp_path: Path) -> None:
     ],
 )
 def test_vmm_net_fails_with_one_line(options: list[str], error: str) -> None:
-    """What cannot be opened is told, and why."""
+    """If something cannot be opened, one line says what, and why."""
     done = subprocess.run(
         [sys.executable, "-m", "vmm_kvm.commands.vmm_net", *options],
         check=False,
@@ -417,7 +417,7 @@ def test_vmm_net_fails_with_one_line(options: list[str], error: str) -> None:
 
 
 def have_a_way_out() -> None:
-    """Give this namespace what passt looks for: 127.0.0.1, an interface, an address, a route."""
+    """Give this namespace what passt needs: 127.0.0.1, an interface, an address, a route."""
     commands = (
         "link set lo up",
         "link add out0 type veth peer name out1",
@@ -432,7 +432,7 @@ def have_a_way_out() -> None:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_passt() -> None:
-    """It is there when its connection is, answers DHCP, and ends with it."""
+    """A passt exists as long as its connection, and answers DHCP."""
     have_a_way_out()
     with ExitStack() as stack:
         nic = open_nic(parse_nic("passt,forward=tcp:8080:80"), 0, "web", stack)
@@ -461,7 +461,7 @@ def test_passt() -> None:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_passt_that_cannot_start() -> None:
-    """What passt does not like, here a port that is taken, is told in one line."""
+    """If passt refuses to start, here for a port in use, one line says why."""
     have_a_way_out()
     with (
         socket.create_server(("", 8080)),

@@ -32,7 +32,7 @@ PYTHON = str(ROOT / ".venv" / "bin" / "python")
 MIB = 1 << 20
 TIMEOUT_S = 20
 GUEST_S = 180
-"""What a Linux guest may take where everything is emulated, and the machine is busy."""
+"""The limit for a Linux guest under full emulation, on a busy machine."""
 READ, WRITE = 0, 1
 
 
@@ -56,7 +56,7 @@ def result(*arguments: str | Path) -> tuple[int, str, str]:
 
 
 class Running:
-    """A vmm-blk that runs; `errors` is what it has said by its end."""
+    """A running vmm-blk; `errors` is its standard error, after its end."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -91,7 +91,7 @@ def serving(
 
 
 def wait_for_socket(path: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until somebody listens at `path`."""
+    """Wait until a program listens at `path`."""
     pidfd = os.pidfd_open(process.pid)
     try:
         while True:
@@ -120,14 +120,14 @@ def request(kind: int, sector: int, data: bytes = b"") -> bytes:
 
 
 def test_capabilities() -> None:
-    """Management tools learn as JSON what it is."""
+    """`--print-capabilities` prints JSON for management tools."""
     status, out, errors = result("--print-capabilities")
     assert (status, errors) == (0, "")
     assert json.loads(out) == {"type": "block", "features": ["read-only", "blk-file"]}
 
 
 def test_errors_are_one_line(tmp_path: Path, image: Path) -> None:
-    """What cannot be opened is named."""
+    """An error names the file or socket that cannot be opened."""
     path = tmp_path / "disk.sock"
     nowhere = tmp_path / "nowhere"
     cases: list[tuple[tuple[str | Path, ...], str]] = [
@@ -164,7 +164,7 @@ def test_misuse(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it(tmp_path: Path, image: Path, number: signal.Signals) -> None:
-    """It removes its socket, says nothing and exits 0, also with a front-end connected."""
+    """At a signal it removes its socket, prints nothing and exits 0, even with a front-end."""
     path = tmp_path / "disk.sock"
     with serving(path, "--socket", path, image) as server, connect(str(path)):
         assert server.end(number) == 0
@@ -173,20 +173,20 @@ def test_a_signal_ends_it(tmp_path: Path, image: Path, number: signal.Signals) -
 
 
 def test_many_signals_end_it_once(tmp_path: Path, image: Path) -> None:
-    """A second signal neither hurries it, so that the image is closed well, nor is an error."""
+    """Further signals neither cut short the closing of the image, nor are an error."""
     path = tmp_path / "disk.sock"
     with serving(path, "--socket", path, image) as server, connect(str(path)):
         for _ in range(50):
             server.process.send_signal(signal.SIGINT)
             server.process.send_signal(signal.SIGTERM)
-        # One that comes when everything is closed may still end the interpreter.
+        # A signal after everything is closed may still end the interpreter.
         assert server.end(None) in {0, -signal.SIGTERM, -signal.SIGINT}
         assert server.errors == ""
         assert not path.exists()
 
 
 def test_requests(tmp_path: Path, image: Path) -> None:
-    """Sectors are read and written; the image holds what the driver wrote."""
+    """Sectors are read and written; the image holds the driver's writes."""
     path = tmp_path / "disk.sock"
     with serving(path, "--socket", path, image) as server:
         with driver() as guest, connect(str(path)) as client:
@@ -202,14 +202,14 @@ def test_requests(tmp_path: Path, image: Path) -> None:
 
 @pytest.mark.parametrize("closed", COMBINATIONS)
 def test_closed_descriptors(closed: str, tmp_path: Path, image: Path) -> None:
-    """Whatever was closed at the start, the image holds what drivers write, and no message."""
+    """Whichever descriptors are closed at the start, the image holds only the drivers' writes."""
     path = tmp_path / "disk.sock"
     expected = bytearray(image.read_bytes())
     expected[3 * 512 : 4 * 512] = b"w" * 512
     with serving(path, "--socket", path, image, closed=closed) as server:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
             bad.connect(str(path))
-            bad.sendall(b"GET / HTTP/1.1\r\n\r\n")  # of which it complains
+            bad.sendall(b"GET / HTTP/1.1\r\n\r\n")  # it logs an error about this
             with suppress(ConnectionResetError):
                 assert bad.recv(100) == b""
         with driver() as guest, connect(str(path)) as client:
@@ -220,7 +220,7 @@ def test_closed_descriptors(closed: str, tmp_path: Path, image: Path) -> None:
 
 
 def test_read_only(tmp_path: Path, image: Path) -> None:
-    """Writes are refused, and the image may be one that nobody can write."""
+    """With --read-only writes are refused, and the image needs no write permission."""
     path = tmp_path / "disk.sock"
     before = image.read_bytes()
     image.chmod(0o400)
@@ -234,7 +234,7 @@ def test_read_only(tmp_path: Path, image: Path) -> None:
 
 
 def test_a_connected_descriptor(image: Path) -> None:
-    """With a connected socket it serves that one and ends with it."""
+    """With a connected socket it serves that connection and ends with it."""
     ours, theirs = socket.socketpair()
     fd = theirs.fileno()
     with serving(Path(), "--fd", str(fd), "--blk-file", image, pass_fds=[fd]) as server:
@@ -260,7 +260,7 @@ def test_one_shot(tmp_path: Path, image: Path) -> None:
 
 
 def test_a_bad_front_end_costs_one_line(tmp_path: Path, image: Path) -> None:
-    """It loses its connection; the next one is served."""
+    """A front-end that breaks the protocol loses its connection; the next one is served."""
     path = tmp_path / "disk.sock"
     with serving(path, "--socket", path, image) as server:
         for _ in range(3):
@@ -279,7 +279,7 @@ def test_a_bad_front_end_costs_one_line(tmp_path: Path, image: Path) -> None:
 
 
 def qemu(path: Path, *arguments: str, reconnects: bool = False) -> list[str]:
-    """Return the argument vector of a QEMU whose disk is served at `path`."""
+    """Return the argument vector of a QEMU with the disk served at `path`."""
     again = ",reconnect-ms=100" if reconnects else ""
     return [
         *("qemu-system-x86_64", "-accel", "tcg", "-m", "256M"),
@@ -309,7 +309,7 @@ def test_seabios_boots(tmp_path: Path) -> None:
 
 
 def _report(path: Path, device: str, *, cpus: int = 1) -> tuple[dict[str, list[str]], str]:
-    """Boot a Debian kernel with the disk; return what it said, by first word, and QEMU's errors."""
+    """Boot a Debian kernel with the disk; return its report, by first word, and QEMU's errors."""
     kernel = artifacts.kernel("cloud")
     boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
     boot += ["-append", "console=ttyS0 quiet", "-smp", str(cpus), "-device", device]
@@ -350,7 +350,7 @@ def test_linux_uses_the_disk(tmp_path: Path, disk_format: str) -> None:
 
 
 def qemu_io(image: Path, disk_format: str, order: str) -> str:
-    """Have qemu-io do something with an image; return what it says."""
+    """Run a command of qemu-io on an image; return its output."""
     arguments = ["qemu-io", "-f", disk_format, "-c", order, str(image)]
     return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
 
@@ -358,7 +358,7 @@ def qemu_io(image: Path, disk_format: str, order: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_linux_sees_a_read_only_disk_with_several_queues(tmp_path: Path, image: Path) -> None:
-    """QEMU uses as many queues as it has vCPUs, and no write gets through."""
+    """QEMU uses as many queues as it has vCPUs, and no write reaches a read-only disk."""
     path = tmp_path / "disk.sock"
     before = image.read_bytes()
     with serving(path, "--socket", path, "--read-only", "--queues", "4", image) as server:
@@ -373,7 +373,7 @@ def test_linux_sees_a_read_only_disk_with_several_queues(tmp_path: Path, image: 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_guest_reboots(tmp_path: Path, image: Path) -> None:
-    """QEMU resets the device and sets it up again over the same connection."""
+    """At a reboot QEMU resets the device and starts it again over the same connection."""
     path = tmp_path / "disk.sock"
     kernel = artifacts.kernel("cloud")
     boot = ["-kernel", str(kernel.vmlinuz), "-initrd", str(disk_initramfs(kernel))]
@@ -392,7 +392,7 @@ def test_a_guest_reboots(tmp_path: Path, image: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_successor_goes_on_after_a_crash(tmp_path: Path) -> None:
-    """A server is killed under load, another one started: QEMU connects to it, nothing is lost."""
+    """After a kill under load QEMU connects to a new server, and no data are lost."""
     path, image = tmp_path / "disk.sock", tmp_path / "disk.img"
     image.write_bytes(bytes(16 * MIB))
     kernel = artifacts.kernel("cloud")
@@ -417,7 +417,7 @@ def test_a_successor_goes_on_after_a_crash(tmp_path: Path) -> None:
 
 
 def written(server: Running) -> int:
-    """Return how many bytes a server has written."""
+    """Return the number of bytes that a server has written."""
     counts = Path(f"/proc/{server.process.pid}/io").read_text()
     found = re.search(r"^wchar: (\d+)$", counts, re.MULTILINE)
     assert found is not None

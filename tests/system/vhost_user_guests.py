@@ -55,13 +55,13 @@ _END_CODE = b"".join(
     )
 )
 BOOT_STATUS = 0x10 << 1 | 1
-_BOOT_DISK_SIZE = 1 << 20  # the BIOS wants a cylinder at least
+_BOOT_DISK_SIZE = 1 << 20  # the BIOS needs at least a cylinder
 
 
 def boot_disk(*, waits: bool = False) -> bytes:
     """Return a disk whose boot sector prints the text of the second sector, and ends the VM.
 
-    With `waits` it first echoes what is typed; the letter q ends the VM, and r reboots it.
+    With `waits` it first echoes typed letters; q ends the VM, and r reboots it.
     """
     code = _BOOT_CODE + (_ECHO_CODE if waits else b"") + _END_CODE
     first = code.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
@@ -99,12 +99,12 @@ HAS_WRITTEN, WAS_REFUSED = b"=w=", b"=r="
 
 
 def overwriting_disk(sector: bytes) -> bytes:
-    """Return a disk whose boot sector writes `sector` over itself, and says what came of it."""
+    """Return a disk whose boot sector writes `sector` over itself, and reports the result."""
     first = _WRITE_CODE.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
     return (first + sector.ljust(SECTOR, b"\0")).ljust(_BOOT_DISK_SIZE, b"\0")
 
 
-# What it prints is what the tests expect, in this order. The disk is 16 MiB or larger.
+# Its output is the tests' expectation, in this order. The disk is 16 MiB or larger.
 _DISK_INIT = """#!/bin/busybox sh
 echo "init: up"
 mount -t devtmpfs dev /dev
@@ -168,6 +168,6 @@ poweroff -f
 
 
 def disk_initramfs(kernel: artifacts.Kernel) -> Path:
-    """Return an initramfs whose /init exercises /dev/vda and prints what it found."""
+    """Return an initramfs whose /init exercises /dev/vda and prints the results."""
     modules = kernel.modules(("virtio_pci", "virtio_blk"))
     return artifacts._initramfs(f"vhost-user-{kernel.release}", modules, _DISK_INIT)

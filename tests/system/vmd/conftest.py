@@ -1,4 +1,4 @@
-"""What the tests of the daemon share."""
+"""Fixtures of the daemon's tests."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _skip(reason: str | None) -> None:
 
 @pytest.fixture
 def networks() -> None:
-    """Skip a test where there can be no networks."""
+    """Skip a test on a host where networks are impossible."""
     _skip(missing_networks())
 
 
 @pytest.fixture(params=["user", "root"])
 def start_vmd(request: pytest.FixtureRequest, tmp_path: Path) -> Start:
-    """Return how to start a vmd with a configuration, the way that the test is run for."""
+    """Return a function that starts a vmd with a configuration, in each of the test's ways."""
     is_user = request.param == "user"
     _skip(None if is_user else missing_separation())
     return lambda config: Daemon(tmp_path, config, is_user=is_user)
@@ -60,7 +60,7 @@ def start_vmd(request: pytest.FixtureRequest, tmp_path: Path) -> Start:
 
 @pytest.fixture
 def reachable() -> Iterator[Path]:
-    """Return a directory that every user can get to; pytest closes those that it makes."""
+    """Return a directory that every user can enter; pytest's own are closed to others."""
     with TemporaryDirectory(prefix="vmd-") as directory:
         path = Path(directory)
         path.chmod(0o711)

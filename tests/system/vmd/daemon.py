@@ -1,4 +1,4 @@
-"""Run vmd in a test, and speak to it as any client would: sockets and JSON, nothing of ours."""
+"""Run vmd in a test, and speak to it as a foreign client: sockets and JSON, none of our code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Client:
     """A connection to the control socket; a context manager."""
 
     def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
-        """Connect; nothing may take longer than `timeout_s`."""
+        """Connect; no answer may take longer than `timeout_s`."""
         self._timeout_s = timeout_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -57,7 +57,7 @@ class Client:
         self._socket.sendmsg([json.dumps({"type": kind, **fields}).encode()], rights)
 
     def receive(self) -> tuple[Answer, list[int]]:
-        """Return the next answer, and the descriptors that came along."""
+        """Return the next answer, and its descriptors."""
         data, ancillary, _, _ = self._socket.recvmsg(_PACKET_MAX, 1024, socket.MSG_CMSG_CLOEXEC)
         if not data:
             raise ConnectionError("the daemon closed the connection")
@@ -110,7 +110,7 @@ class Client:
         return vm
 
     def console(self, name: str, on_output: Callable[[bytes], None] | None = None) -> Stream:
-        """Attach to a VM's console; `on_output` is handed what it shows, as it is read."""
+        """Attach to a VM's console; `on_output` gets its output, as it is read."""
         self.send("console", name=name)
         answer, fds = self.receive()
         assert answer["type"] == "console-opened", answer
@@ -139,7 +139,7 @@ class Stream:
         self._socket.close()
 
     def expect(self, text: bytes, count: int = 1) -> None:
-        """Read until `text` was there so many times."""
+        """Read until `text` has appeared `count` times."""
         while self.output.count(text) < count:
             assert self._read(), f"the console ended: {self.output!r}"
 
@@ -178,8 +178,8 @@ class Daemon:
     ) -> None:
         """Start it in `directory`, with the text of a vm.conf; `prefix` are words before it.
 
-        `program` is how Python, the `interpreter`, finds it; a test may have something changed
-        before.
+        `program` is the program for Python, the `interpreter`; a test may have it patch something
+        first.
         `environ` is added to the environment.
         """
         self.socket = directory / "vmd.sock"
@@ -254,7 +254,7 @@ class Daemon:
         return self.process.returncode
 
     def child(self, title: str) -> int:
-        """Return the pid of the process of this title, such as `vmd: vmm` or `vm/alpine`."""
+        """Return the pid of the process with this title, such as `vmd: vmm` or `vm/alpine`."""
         # A new process has the zygote's title for a moment.
         below = children if title.startswith("vmd: ") else descendants
         found = [pid for pid in below(self.process.pid) if process_title(pid) == title[:15]]
@@ -262,7 +262,7 @@ class Daemon:
         return found[0]
 
     def wait_for_child(self, title: str, parent: int | None = None) -> int:
-        """Wait until there is a process of this title, `parent`'s own if given; returns its pid."""
+        """Wait for a process with this title, a child of `parent` if given; returns its pid."""
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             for pid in children(parent) if parent else descendants(self.process.pid):
@@ -293,7 +293,7 @@ def vmctl(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def process_title(pid: int) -> str:
-    """Return what the kernel calls a process; empty if it is gone."""
+    """Return the kernel's name for a process; empty if it is gone."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
     except (FileNotFoundError, ProcessLookupError):
@@ -301,7 +301,7 @@ def process_title(pid: int) -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether there is such a process, zombies not counted."""
+    """Tell whether a process exists; zombies do not count."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

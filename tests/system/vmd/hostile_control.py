@@ -1,6 +1,6 @@
 """A daemon whose control process lies: it tells the parent that its clients are root.
 
-As a program, it takes the arguments of vmd. Each connection makes the process try the next lie.
+As a program, it takes the arguments of vmd. At each connection the process tries the next lie.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vmd.wire.messages import Reset, ResetMode
 
 
 class Liar(control.Control):
-    """Control, taken over by a client."""
+    """A control process that a client has compromised."""
 
     def _came(self, connection: socket.socket) -> None:
-        """Take a client, and ask for its connection what root alone may ask."""
+        """Take a client, and send for its connection a request that only root may make."""
         lie = connection.recvmsg(100)[0]
         reset = ClientRequest(client=1, request=Reset(mode=ResetMode.ALL))
         match lie:
@@ -41,7 +41,7 @@ class Liar(control.Control):
         self._victim = connection
 
     def _take(self, received: Received[ParentToControl]) -> None:
-        """Let the client see what came of it."""
+        """Let the client see the outcome."""
         received.fds.close()
         if isinstance(received.message, ClientAnswer):
             self._victim.sendmsg([msgspec.json.encode(received.message.answer)])

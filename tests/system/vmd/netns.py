@@ -1,7 +1,7 @@
 """A network of a test's own: a namespace, and the guest's end of a tap in it.
 
-The host's network is never touched: the daemon runs in the namespace, and all that it makes is
-there.
+The host's network is never touched: the daemon runs in the namespace, and so does all that it
+makes.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Namespace:
 
     @property
     def prefix(self) -> list[str]:
-        """The words before a command that is to run here."""
+        """Words that run the following command here."""
         return ["nsenter", f"--net=/proc/{self.pid}/ns/net"]
 
     def run(self, *command: str) -> str:
-        """Run a command here, and return what it prints."""
+        """Run a command here, and return its output."""
         done = subprocess.run(
             [*self.prefix, *command], check=False, capture_output=True, text=True, timeout=60
         )
@@ -90,7 +90,7 @@ class Namespace:
         return found[0]
 
     def connect(self, other: Namespace, here: str, there: str) -> None:
-        """Lay a wire to another namespace, with an address such as `10.0.0.1/24` at each end."""
+        """Connect it to another namespace, with an address such as `10.0.0.1/24` at each end."""
         ends = f"to{other.pid}", f"to{self.pid}"
         self.run(
             *("ip", "link", "add", ends[0], "type", "veth"),
@@ -109,12 +109,12 @@ class Namespace:
         return self.run("nft", "list", "ruleset")
 
     def state(self) -> tuple[str, str, str]:
-        """Return all that somebody could leave behind."""
+        """Return the state in which leftovers would show."""
         links = re.sub(r"\bqdisc \S+|\bstate \S+|@\S+", "", self.run("ip", "link"))
         return links, self.run("ip", "addr"), self.rules()
 
     def wait_for_links(self, expected: set[str]) -> None:
-        """Wait until there are just these interfaces."""
+        """Wait until there are exactly these interfaces."""
         deadline = time.monotonic() + TIMEOUT_S
         while self.links() != expected:
             assert time.monotonic() < deadline, (self.links(), expected)
@@ -122,9 +122,9 @@ class Namespace:
 
 
 class TapGuest:
-    """What a guest is to its tap: it sends and receives frames; a context manager.
+    """The guest behind a tap: it sends and receives frames; a context manager.
 
-    Its VM must not: the self-test guest has no driver.
+    The VM itself must not: the self-test guest has no driver.
     """
 
     def __init__(self, pid: int, tap: str, lladdr: str, address: str = "") -> None:
@@ -148,7 +148,7 @@ class TapGuest:
         return self._header + bytes(packet)
 
     def write(self, frame: bytes) -> None:
-        """Send what `frame` returned."""
+        """Send a frame that `frame` has made."""
         os.write(self._fd, frame)
 
     def send(self, packet: Packet) -> None:
@@ -158,7 +158,7 @@ class TapGuest:
     def receive(
         self, wanted: Callable[[Packet], bool], timeout_s: float = TIMEOUT_S
     ) -> Packet | None:
-        """Return the first frame that is wanted; None if none comes in time."""
+        """Return the first wanted frame; None if none arrives in time."""
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
@@ -178,7 +178,7 @@ class TapGuest:
     def ask(
         self, packet: Packet, wanted: Callable[[Packet], bool], timeout_s: float = TIMEOUT_S
     ) -> Packet:
-        """Send a frame, again and again, until what is wanted comes back."""
+        """Send a frame, again and again, until a wanted one arrives."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.send(packet)
@@ -189,7 +189,7 @@ class TapGuest:
 
     @contextmanager
     def flooding(self, frame: bytes) -> Iterator[None]:
-        """Send what `frame` returned as fast as can be, meanwhile."""
+        """Meanwhile send a frame that `frame` has made, as fast as possible."""
         is_over = threading.Event()
 
         def body() -> None:
@@ -205,10 +205,10 @@ class TapGuest:
             thread.join()
 
     def time_to_answer(self, frame: bytes, mark: bytes, timeout_s: float = TIMEOUT_S) -> float:
-        """Send what `frame` returned; returns after how many seconds a frame with `mark` came."""
+        """Send a frame of `frame`; returns the seconds until a frame with `mark` arrives."""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
-        time.sleep(0.01)  # questions are to meet every moment of what else goes on
+        time.sleep(0.01)  # so that questions come at any moment of the other work
         begin = time.monotonic()
         self.write(frame)
         while poll.poll(timeout_s * 1000):
@@ -244,7 +244,7 @@ class TapGuest:
 
 
 def udp_server(address: str, port: int) -> socket.socket:
-    """Return a UDP socket there; within a namespace, of that one."""
+    """Return a UDP socket at this address; called within a namespace, of that one."""
     server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     server.bind((address, port))
     server.settimeout(TIMEOUT_S)

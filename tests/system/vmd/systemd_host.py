@@ -1,8 +1,8 @@
-"""systemd as the init process of a host of a test's own: namespaces, and some system's files.
+"""systemd as the init process of a host of a test's own: namespaces, and a system's files.
 
 It sees this machine's root file system, or that of another directory, below a scratch layer, has
-devices, a process table, a network and a cgroup of its own, and starts nothing but what a test's
-target asks for. The rest of the machine is never touched.
+devices, a process table, a network and a cgroup of its own, and starts only the units of a test's
+target. The rest of the machine is never touched.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _TIMEOUT_S = 60.0
 _TARGET = "vmd-test.target"
 _PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 _PLACE = Path("/usr/lib/vmd-test")
-"""Where the project is there."""
+"""The project's place there."""
 _SELFTEST = _PLACE / SELFTEST.relative_to(ROOT)
-# What an early boot needs here; the other units are for machines.
+# The units of an early boot that are needed here; the others are for machines.
 _EARLY = ("systemd-sysusers", "systemd-tmpfiles-setup", "systemd-tmpfiles-setup-dev")
 _SETUP = r"""
 scratch=$1
@@ -80,7 +80,7 @@ umount -l run/old
 exec env -i container=vmd-test PATH="$path" \
     /lib/systemd/systemd --unit=$target --log-target=null --show-status=0
 """
-# Run in the new root directory: the units, and commands that run the modules of the tree.
+# Run in the new root directory: install the units, and commands that run the modules of the tree.
 _PREPARE = r"""
 project=$1 place=%s
 sed -i '/^_vmd:/d; /^vmd:/d; /^kvm:/d' etc/passwd etc/group etc/shadow etc/gshadow
@@ -102,7 +102,7 @@ cp "$project"/packaging/vmd.tmpfiles usr/lib/tmpfiles.d/vmd.conf
 
 
 def missing_systemd() -> str | None:
-    """Return why there can be no such host here."""
+    """Return why such a host is impossible here."""
     if not INIT.exists():
         return "systemd is not installed"
     if _cgroups() is None:
@@ -111,7 +111,7 @@ def missing_systemd() -> str | None:
 
 
 def _cgroups() -> Path | None:
-    """Return where the unified cgroup hierarchy is mounted."""
+    """Return the mount point of the unified cgroup hierarchy."""
     found = re.search(r"^\S+ (\S+) cgroup2 ", Path("/proc/mounts").read_text(), re.MULTILINE)
     return Path(found[1]) if found else None
 
@@ -133,7 +133,7 @@ class SystemdHost:
         cgroups = _cgroups()
         assert cgroups is not None
         self._cgroup = Path(tempfile.mkdtemp(prefix="vmd-test-", dir=cgroups))
-        self._cgroup.chmod(0o755)  # users have cgroups of their own below
+        self._cgroup.chmod(0o755)  # users have cgroups of their own in it
         self._scratch = Path(tempfile.mkdtemp(prefix="vmd-test-"))
         join = f"echo $$ > {self._cgroup}/cgroup.procs; "
         unshare = (
@@ -171,7 +171,7 @@ class SystemdHost:
     def __exit__(self, *exc: object) -> None:
         pid = self._init()
         if pid:
-            os.kill(pid, 9)  # with its process namespace, all that is in it
+            os.kill(pid, 9)  # ends all processes of its pid namespace
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._scratch)
@@ -190,7 +190,7 @@ class SystemdHost:
         return int(words[0]) if words else 0
 
     def run(self, *command: str, check: bool = True, timeout_s: float = _TIMEOUT_S) -> str:
-        """Run a command there; returns what it said, all of it.
+        """Run a command there; returns all its output.
 
         Raises:
             AssertionError: it failed, and `check` is true.
@@ -213,7 +213,7 @@ class SystemdHost:
         self.run("sh", "-euc", 'mkdir -p "$(dirname "$1")"; printf %s "$2" > "$1"', "-", path, text)
 
     def state(self, unit: str) -> str:
-        """Return what systemd says that a unit is."""
+        """Return systemd's word for the state of a unit."""
         return self.run("systemctl", "is-active", unit, check=False).strip()
 
     def shown(self, unit: str, name: str) -> str:
@@ -221,15 +221,15 @@ class SystemdHost:
         return self.run("systemctl", "show", "--property", name, "--value", unit).strip()
 
     def states(self) -> dict[str, str]:
-        """Return what `vmctl status` calls each VM's state."""
+        """Return each VM's state in the words of `vmctl status`."""
         rows = [line.split() for line in self.run("vmctl", "status").splitlines()[1:]]
         return {row[-1]: row[-2] for row in rows}
 
 
 class TreeHost(SystemdHost):
-    """One of this machine's files, with the tree's units and users installed.
+    """A host with this machine's files, with the tree's units and users installed.
 
-    Nothing of vmd runs, and vm.conf has a VM that starts with vmd, `one`, and one that does not,
+    vmd does not run yet, and vm.conf has a VM that starts with vmd, `one`, and one that does not,
     `two`.
     """
 

@@ -1,4 +1,4 @@
-"""VMs as Net-SNMP's agent tells of them, beside what the daemon's clients are told."""
+"""VMs in Net-SNMP's agent, compared with the answers to the daemon's clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATIENCE_S = 30
 
 
 def free_port() -> int:
-    """Return a UDP port that nobody has now."""
+    """Return a UDP port that is free now."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
@@ -60,7 +60,7 @@ def snmpd(directory: Path, port: int) -> Iterator[None]:
 
 
 def snmp(port: int, tool: str, *words: str) -> dict[str, str]:
-    """Ask the agent; returns values by their names, as numbers."""
+    """Query the agent; returns values by their names, as numbers."""
     done = subprocess.run(
         [tool, "-v2c", "-c", "public", "-On", "-Oq", "-OU", "-t", "3", f"127.0.0.1:{port}", *words],
         capture_output=True,
@@ -82,7 +82,7 @@ def wait_for_value(port: int, name: str, value: str) -> None:
 
 
 def expected(client: Client) -> dict[str, str]:
-    """Return what the daemon tells a client, as the table of the MIB."""
+    """Return the daemon's answer to a client, as the table of the MIB."""
     states = {"running": RUNNING, "paused": PAUSED, "stopped": SHUT_DOWN, "waiting": SHUT_DOWN}
     told = {NUMBER: str(len(client.vms()))}
     for vm in client.vms():
@@ -120,14 +120,14 @@ def test_the_agent_tells_what_status_tells(start_vmd: Start, tmp_path: Path) -> 
 
 
 def test_the_agent_and_the_daemon_may_come_and_go(start_vmd: Start, tmp_path: Path) -> None:
-    """An agent that starts later, or again, is told within five seconds; a reload changes that."""
+    """The daemon connects within five seconds to an agent that starts later, or again."""
     port = free_port()
     config = f'agentx path "{tmp_path}/master"\n{vm_block("one")}'
     with start_vmd(config) as vmd, vmd.client() as client:
         vmd.wait_for_log("master: No such file or directory: trying again every 3 s")
         for _ in range(2):
             with snmpd(tmp_path, port):
-                deadline = time.monotonic() + 5 + 1  # what snmpd takes to start
+                deadline = time.monotonic() + 5 + 1  # and the time of snmpd's start
                 while snmp(port, "snmpget", NUMBER).get(NUMBER) != "1":
                     assert time.monotonic() < deadline
         with snmpd(tmp_path, port):
@@ -139,7 +139,7 @@ def test_the_agent_and_the_daemon_may_come_and_go(start_vmd: Start, tmp_path: Pa
 
 
 def test_without_agentx_there_is_no_process_for_it(start_vmd: Start) -> None:
-    """The process is started when a configuration asks for it, once."""
+    """The process starts only when a configuration asks for it, and once."""
     with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
         with pytest.raises(AssertionError):
             vmd.child("vmd: agentx")

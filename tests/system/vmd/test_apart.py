@@ -1,4 +1,4 @@
-"""What the processes of a running daemon have: descriptors, users, capabilities, filters."""
+"""Rights of the processes of a running daemon: descriptors, users, capabilities, filters."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_children_have_no_terminal(tmp_path: Path, is_user: bool) -> None:
 
 
 def _uid(pid: int) -> int:
-    """Return the user of a process, which is all four of its users, and its groups' number."""
+    """Return the user of a process, which must be all four of its users, and its groups' number."""
     status = _status(pid)
     (uid,) = set(status["Uid"].split())
     assert set(status["Gid"].split()) == {str(_GIDS.get(int(uid), uid))}
@@ -73,7 +73,7 @@ _GIDS = {find_identity().uid: find_identity().gid} if missing_separation() is No
 
 
 def _disks(directory: Path, *names: str) -> list[str]:
-    """Return lines of vm.conf for disks, which are made."""
+    """Make disks, and return their lines of vm.conf."""
     for name in names:
         (directory / name).write_bytes(bytes(1 << 20))
     return [f'disk "{directory / name}"' for name in names]
@@ -81,7 +81,7 @@ def _disks(directory: Path, *names: str) -> list[str]:
 
 @pytest.mark.root
 def test_no_child_is_root(tmp_path: Path) -> None:
-    """Each is a process of `_vmd` or of a uid of its own; two have a capability; all, filters."""
+    """Each child runs as `_vmd` or a uid of its own; two have a capability; all have filters."""
     if reason := missing_separation():
         pytest.skip(reason)
     with Daemon(tmp_path, vm_block("one"), is_user=False) as vmd, vmd.client() as client:
@@ -107,14 +107,14 @@ def test_no_child_is_root(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_each_vm_has_a_uid(tmp_path: Path) -> None:
-    """All processes of one VM have it, and nothing else; a VM that starts again has another."""
+    """All processes of one VM have its uid, and no others; a VM that starts again gets another."""
     if reason := missing_separation():
         pytest.skip(reason)
     lines = _disks(tmp_path, "a", "b"), _disks(tmp_path, "c")
     config = vm_block("one", *lines[0], enabled=True) + vm_block("two", *lines[1], enabled=True)
     with Daemon(tmp_path, config, is_user=False) as vmd, vmd.client() as client:
         pids = {name: client.wait_for_state(name, "running")["pid"] for name in ("one", "two")}
-        vmd.wait_for_child("disk")  # one that waits ready
+        vmd.wait_for_child("disk")  # it waits ready
         found: dict[str, list[int]] = {}
         for pid in descendants(vmd.process.pid):
             if is_alive(pid):
@@ -132,7 +132,7 @@ def test_each_vm_has_a_uid(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_vms_have_numbers_of_their_own(tmp_path: Path) -> None:
-    """In their pid namespace, where init is the first; a client is told the host's."""
+    """VM processes live in a pid namespace, where init is the first; clients get host pids."""
     if reason := missing_separation():
         pytest.skip(reason)
     config = vm_block("one", *_disks(tmp_path, "a"), enabled=True)
@@ -179,7 +179,7 @@ runpy.run_module('vmd', run_name='__main__', alter_sys=True)
 
 @pytest.mark.root
 def test_a_vm_process_without_filters_reaches_none_of_another_vm(tmp_path: Path) -> None:
-    """In a copy without filters and Landlock, its uid keeps it from all but its own disk."""
+    """Without filters and Landlock, its uid still keeps a VM process from all but its own disk."""
     if reason := missing_separation():
         pytest.skip(reason)
     if int(Path("/proc/sys/kernel/pid_max").read_text()) > _PIDS:
@@ -200,7 +200,7 @@ _PIDS = 1 << 16
 
 
 def test_a_kernel_without_landlock_is_said_loudly(tmp_path: Path) -> None:
-    """The log begins with it, `vmd -n` says it, and VMs start."""
+    """The log begins with the warning, `vmd -n` prints it, and VMs start."""
     program = ("-c", _NO_LANDLOCK)
     with Daemon(tmp_path, vm_block("one"), program=program) as vmd, vmd.client() as client:
         assert client.ask("start", name="one")["type"] == "started"

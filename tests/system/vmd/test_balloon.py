@@ -1,4 +1,4 @@
-"""Memory balloons of the daemon's VMs: told of in the statistics, and part of what is sent."""
+"""Memory balloons of the daemon's VMs: shown in the statistics, and sent along."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Start = Callable[[str], Daemon]
 
 
 def given_back(vmd: Daemon) -> dict[str, int | None]:
-    """Return how much memory each VM has given back; None: it has no balloon."""
+    """Return the memory that each VM has given back; None for a VM without balloon."""
     done = vmctl(vmd, "top", "-d", "0.1", "-n", "1", "--json")
     rows = json.loads(done.stdout)
     assert all(row["guest_memory"] is None for row in rows), "this guest has no driver"
@@ -25,7 +25,7 @@ def given_back(vmd: Daemon) -> dict[str, int | None]:
 
 
 def test_balloons(start_vmd: Start, tmp_path: Path) -> None:
-    """By vm.conf and by an option; clones and received VMs have one too, the others none."""
+    """vm.conf and an option give a balloon; clones and received VMs keep it, others have none."""
     config = vm_block("with", "balloon", enabled=True) + vm_block("without", enabled=True)
     with start_vmd(config) as vmd, vmd.client() as client:
         for name in ("with", "without"):

@@ -1,4 +1,4 @@
-"""Slices of the campaigns against the daemon; all of them is in tests/campaigns."""
+"""Parts of the campaigns against the daemon; tests/campaigns has all of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SEED = 11
 
 
 def test_killed_processes(tmp_path: Path) -> None:
-    """One process of each kind, killed under load, takes along what it has to and no more."""
+    """A process of each kind, killed under load, ends the VMs that need it and no others."""
     killed = kill_daemon.run(tmp_path, 1, SEED)
     kinds = set(kill_daemon.KINDS) - (set() if os.geteuid() == 0 else kill_daemon.OF_ROOT)
     assert killed == dict.fromkeys(kinds, 1)
 
 
 def test_hostile_clients(reachable: Path) -> None:
-    """Clients that mean ill neither slow nor grow the daemon, and leave nothing."""
+    """Hostile clients neither slow nor grow the daemon, and leave nothing."""
     assert "packets" in hostile_clients.run(reachable, 3000, SEED)
 
 
@@ -33,14 +33,14 @@ def test_storms_of_signals(tmp_path: Path) -> None:
 
 
 def test_valid_floods(tmp_path: Path) -> None:
-    """Users that ask all the time cost no VM, and keep others waiting for a moment at most."""
+    """Users with endless requests cost no VM, and delay others for a moment at most."""
     for directory in tmp_path.parents[:3]:
         directory.chmod(directory.stat().st_mode | 0o011)
     assert valid_floods.run(tmp_path, 64, 12.0).statuses
 
 
 def test_floods_of_subscriptions(tmp_path: Path) -> None:
-    """A connection is told of events once, however often it asks, and a start does not wait."""
+    """A connection gets events once, however often it asks, and a start does not wait."""
     for directory in tmp_path.parents[:3]:
         directory.chmod(directory.stat().st_mode | 0o011)
     assert "not answered once" in valid_floods.run_events(tmp_path, 16_000)
@@ -48,18 +48,18 @@ def test_floods_of_subscriptions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "rounds"), [("vm", compromised.VM_WAYS), ("disk", 1)])
 def test_processes_of_vms_that_were_taken_over(tmp_path: Path, kind: str, rounds: int) -> None:
-    """Whatever one says on its channels, its own VM alone ends."""
+    """A compromised VM or disk process ends its own VM alone, whatever it sends."""
     assert "taken over" in compromised.run_vms(tmp_path, kind, rounds, SEED)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_control_process_that_was_taken_over(tmp_path: Path, seed: int) -> None:
-    """One that asks more than it may, or reads no answer, costs no VM, and is replaced."""
+    """A compromised control process costs no VM, and is replaced."""
     assert "replaced" in compromised.run_control(tmp_path, seed)
 
 
 def test_floods_of_failing_starts(tmp_path: Path) -> None:
-    """Names without end keep nobody waiting, use no ids, and have their share of the log."""
+    """Endless names delay no other user, use no ids, and have their share of the log."""
     for directory in tmp_path.parents[:3]:
         directory.chmod(directory.stat().st_mode | 0o011)
     assert "under new names" in valid_floods.run_starts(tmp_path, 5.0)
@@ -67,7 +67,7 @@ def test_floods_of_failing_starts(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's connection needs root")
 def test_consoles_that_one_user_does_not_take(tmp_path: Path) -> None:
-    """Another user's console opens all the same: the kernel counts descriptors under way."""
+    """Another user's console still opens: the kernel counts descriptors under way."""
     for directory in tmp_path.parents[:3]:
         directory.chmod(directory.stat().st_mode | 0o011)
     tmp_path.chmod(0o711)

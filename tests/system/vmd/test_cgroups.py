@@ -1,4 +1,4 @@
-"""Control groups of VMs, in a cgroup that a test hands to the daemon, as a service manager does."""
+"""Control groups of VMs, in a cgroup that a test gives the daemon, as a service manager does."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _eventually(is_so: Callable[[], bool]) -> None:
 
 
 def _remove(group: Path) -> None:
-    """Remove a group without processes, and what is below."""
+    """Remove a group without processes, and the groups in it."""
     for folder, _, _ in os.walk(group, topdown=False):
         Path(folder).rmdir()
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """Return a new control group, which is gone with all below it at the end."""
+    """Return a new control group; remove it with all groups in it at the end."""
     found = re.search(r"^\S+ (\S+) cgroup2 ", Path("/proc/mounts").read_text(), re.MULTILINE)
     if reason := missing_separation() or (None if found else "no cgroup2 is mounted"):
         pytest.skip(reason)
@@ -64,7 +64,7 @@ def _procs(group: Path) -> set[int]:
 
 
 def test_each_vm_has_a_group(tmp_path: Path, group: Path) -> None:
-    """Its processes are in it, the daemon's are in another; it is gone when they are."""
+    """A VM's processes are in its group, the daemon's in another; the group goes with the VM."""
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(MIB))
     config = vm_block("one", f'disk "{image}"', enabled=True) + vm_block("two", enabled=True)
@@ -85,7 +85,7 @@ def test_each_vm_has_a_group(tmp_path: Path, group: Path) -> None:
 
 
 def test_what_a_killed_daemon_has_left(tmp_path: Path, group: Path) -> None:
-    """The next daemon removes its groups, and makes others."""
+    """The next daemon removes the groups of a killed one, and makes others."""
     with _daemon(tmp_path, group, vm_block("one", enabled=True)) as vmd:
         with vmd.client() as client:
             client.wait_for_state("one", "running")
@@ -100,7 +100,7 @@ def test_what_a_killed_daemon_has_left(tmp_path: Path, group: Path) -> None:
 
 
 def test_a_group_with_others_is_not_taken(tmp_path: Path, group: Path) -> None:
-    """What is not the daemon's alone is left as it is, and the log says that nothing is limited."""
+    """A group with other processes is left alone, and the log says that nothing is limited."""
     pid = os.fork()
     if pid == 0:
         while True:
@@ -137,7 +137,7 @@ def test_limits(tmp_path: Path, group: Path) -> None:
 
 
 def _child_in(group: Path, work: Callable[[], None]) -> int:
-    """Run something by a child in a control group; returns its pid."""
+    """Run a function in a child in a control group; returns its pid."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -162,7 +162,7 @@ def _counted(path: Path, key: str) -> int:
 
 
 def test_limits_at_work(tmp_path: Path, group: Path) -> None:
-    """What is in a VM's groups waits, is refused, or is killed, as if it were a VM's process."""
+    """Processes in a VM's groups are throttled, refused or killed, at the VM's limits."""
     if missing := {"cpu", "memory", "pids"} - set(
         (group / "cgroup.controllers").read_text().split()
     ):

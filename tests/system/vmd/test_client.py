@@ -1,4 +1,4 @@
-"""The Python client that programs use, with a real daemon; and its example."""
+"""The Python client for programs, with a real daemon; and its example."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_a_life(start_vmd: Start) -> None:
 
 
 def test_nobody_listens() -> None:
-    """It is said as the commands say it."""
+    """Without a daemon the exception has the text of the commands."""
     with pytest.raises(CommandError, match=r"connect: /nonexistent/vmd.sock: No such file"):
         Client("/nonexistent/vmd.sock")
 
 
 @pytest.mark.parametrize(("text", "status"), [("selftest: ready", 0), ("never", 1)])
 def test_the_example(text: str, status: int, start_vmd: Start) -> None:
-    """It starts a VM, waits for a text on its console, and stops it whatever comes."""
+    """The example starts a VM, waits for a text on its console, and stops it in any case."""
     with start_vmd(vm_block("web")) as vmd, vmd.client() as client:
         done = subprocess.run(
             [sys.executable, EXAMPLE, "web", text, "5"],
@@ -78,7 +78,7 @@ def test_the_example(text: str, status: int, start_vmd: Start) -> None:
 
 
 def test_the_page() -> None:
-    """docs/client.md has the example as it is, and every public name of the client."""
+    """docs/client.md has the example unchanged, and every public name of the client."""
     page = (ROOT / "docs" / "client.md").read_text()
     assert f"```python\n{EXAMPLE.read_text()}```" in page
     for one in (Client, Console, Vm, Started):

@@ -1,4 +1,4 @@
-"""VMs that are cloned by vmctl, with a real daemon: who goes on where, and what is left of it."""
+"""VMs that vmctl clones, with a real daemon: the clones' resources, and what is left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start_template(vmd: Daemon, client: Client, name: str = "template") -> None:
 
 
 def test_a_running_vm_is_cloned(start_vmd: Start) -> None:
-    """Both go on and hear what is typed; the clone tells whose it is, and is cloned again."""
+    """Source and clone run on and answer input; status names the source; a clone can be cloned."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         pid = started(vmd, "one")
         cloned = vmctl(vmd, "clone", "one", "two")
@@ -57,7 +57,7 @@ def test_a_running_vm_is_cloned(start_vmd: Start) -> None:
 
 
 def test_clones_of_a_template(start_vmd: Start) -> None:
-    """It stays paused; its clones are numbered, go on without it, and boot when they reboot."""
+    """A template stays paused; its clones are numbered, run without it, and boot at a reboot."""
     with start_vmd("") as vmd, vmd.client() as client:
         start_template(vmd, client)
         refused = vmctl(vmd, "unpause", "template")
@@ -83,7 +83,7 @@ def test_clones_of_a_template(start_vmd: Start) -> None:
 
 
 def test_clones_have_a_templates_disks(start_vmd: Start, tmp_path: Path) -> None:
-    """What they write vanishes with them; nobody writes to the image as long as one is there."""
+    """Clones' writes vanish with them; the image is not writable while a clone lives."""
     image = tmp_path / "disk.raw"
     image.write_bytes(b"\x55" * (1 << 20))
     block = vm_block("template", f'disk "{image}" format raw')
@@ -109,7 +109,7 @@ def test_clones_have_a_templates_disks(start_vmd: Start, tmp_path: Path) -> None
 @pytest.mark.usefixtures("networks")
 @pytest.mark.root
 def test_clones_have_interfaces_of_their_own(tmp_path: Path) -> None:
-    """The guest's lladdr is the same, addresses and the host's side are others."""
+    """A clone keeps the guest's lladdr; addresses and the host's side are new."""
     config = vm_block("template", "local interface")
     with Daemon(tmp_path, config, is_user=False) as vmd, vmd.client() as client:
         assert client.ask("start", name="template", is_template=True)["type"] == "started"
@@ -129,7 +129,7 @@ def test_clones_have_interfaces_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_template_that_runs_is_not_cloned(start_vmd: Start) -> None:
-    """One line says what to do."""
+    """Cloning a running template fails with one line that says what to do."""
     with start_vmd("") as vmd:
         assert vmctl(vmd, "start", "--template", "--selftest", "-m", "64M", "t").returncode == 0
         refused = vmctl(vmd, "clone", "t", "c")
@@ -141,7 +141,7 @@ def test_a_template_that_runs_is_not_cloned(start_vmd: Start) -> None:
 
 
 def test_what_cannot_be_cloned(start_vmd: Start) -> None:
-    """Each is refused in a line, and nothing is made."""
+    """What cannot be cloned is refused in a line, and nothing is made."""
     with start_vmd(vm_block("one", enabled=True) + vm_block("off")) as vmd, vmd.client() as client:
         started(vmd, "one")
         for words, text in (
@@ -162,7 +162,7 @@ def test_what_cannot_be_cloned(start_vmd: Start) -> None:
 
 
 def wait_until_gone(client: Client, *names: str) -> None:
-    """Ask until there are no such VMs."""
+    """Ask until these VMs are gone."""
     deadline = time.monotonic() + TIMEOUT_S
     while left := {str(vm["name"]) for vm in client.vms()} & set(names):
         assert time.monotonic() < deadline, f"{left} are still there"
@@ -170,13 +170,13 @@ def wait_until_gone(client: Client, *names: str) -> None:
 
 
 def memfds(pid: int) -> int:
-    """Return how many descriptors of memory of guests a process has."""
+    """Return the number of a process's descriptors of guest memory."""
     names = (str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir())
     return sum(name.startswith(("/memfd:vmm:", "/memfd:state:")) for name in names)
 
 
 def test_nothing_is_left_of_clones(start_vmd: Start) -> None:
-    """Killed source, killed clones: the memory that they shared is gone with the last of them."""
+    """Shared memory goes with the last of killed source and clones."""
     with start_vmd("") as vmd, vmd.client() as client:
         start_template(vmd, client)
         assert vmctl(vmd, "clone", "-n", "4", "template", "c%d").returncode == 0
@@ -194,9 +194,9 @@ def test_nothing_is_left_of_clones(start_vmd: Start) -> None:
 
 
 def kill_when_there(vmd: Daemon, victim: str, delay_s: float) -> None:
-    """Kill the first VM process whose title begins so, after a while; nothing if there is none.
+    """Kill the first VM process whose title begins so, after a while; none is no error.
 
-    One that is only to become a VM's is called `vm`.
+    A process that waits to become a VM's is called `vm`.
     """
     time.sleep(delay_s)
     for pid in descendants(vmd.process.pid):
@@ -208,7 +208,7 @@ def kill_when_there(vmd: Daemon, victim: str, delay_s: float) -> None:
 
 
 def test_kills_at_every_step(start_vmd: Start) -> None:
-    """Whoever is killed while clones are made: one answer, no half clone, nothing kept."""
+    """A kill of any process during cloning gives one answer, no half clone, and no leftovers."""
     rounds = [
         (victim, delay_ms / 1000)
         for victim in ("vm/one", "vm/c", "vm")
@@ -228,7 +228,7 @@ def test_kills_at_every_step(start_vmd: Start) -> None:
             for vm in vms:
                 if vm["code"]:
                     assert vm["name"] not in there
-                elif victim == "vm/one":  # clones do not need their source
+                elif victim == "vm/one":  # clones run on without their source
                     running(vmd, vm["name"])
             for name in there:
                 client.ask("stop", name=name, force=True, wait=True)

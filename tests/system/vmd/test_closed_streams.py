@@ -1,4 +1,4 @@
-"""A daemon that is started with some of descriptors 0 to 2 closed."""
+"""A daemon that starts with some of descriptors 0 to 2 closed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.kvm
 def test_a_closed_descriptor_is_never_a_disk(
     closed: str, is_user: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever was closed, an image holds what its guest wrote, and the console what it said."""
+    """Whichever are closed, an image holds its guest's writes, and the console its output."""
     reason = None if is_user else missing_separation()
     if reason:
         pytest.skip(reason)

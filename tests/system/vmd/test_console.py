@@ -1,4 +1,4 @@
-"""`vmctl console` and a real daemon: what is shown over reboots, once."""
+"""`vmctl console` and a real daemon: output over reboots is shown once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAIT_S = 30.0
 
 
 def test_a_console_that_stays_attached_shows_nothing_twice(start_vmd: Start) -> None:
-    """Over a reboot what was shown is repeated by the daemon, and is not shown again."""
+    """At a reboot the daemon repeats earlier output, and vmctl does not show it again."""
     with start_vmd(vm_block("one") + vm_block("two")) as vmd, vmd.client() as client:
         for name in ("one", "two"):
             assert client.ask("start", name=name)["type"] == "started"
@@ -38,7 +38,7 @@ def test_a_console_that_stays_attached_shows_nothing_twice(start_vmd: Start) -> 
 
 
 def test_the_daemon_says_where_history_ends(start_vmd: Start) -> None:
-    """A console that comes late is told how much of what it is sent is old."""
+    """A console that attaches late learns how much of its output is old."""
     with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
         assert client.ask("start", name="one")["type"] == "started"
         with client.console("one") as console:

@@ -1,4 +1,4 @@
-"""Disks of kinds that need no device process, and what firmware keeps, under a real daemon."""
+"""Disks without a device process, and the variables of firmware, under a real daemon."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _mappings(pid: object) -> str:
 def test_a_disk_that_is_memory(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory, private: bool
 ) -> None:
-    """The VM's own process maps the image, shared or privately; nobody else serves it."""
+    """The VM's own process maps the image, shared or privately; there is no disk process."""
     image = _image(tmp_path_factory.mktemp("pmem"))
     options = " { private }" if private else ""
     with (
@@ -65,7 +65,7 @@ def test_a_disk_that_is_memory(
 def test_a_disk_that_is_memory_is_locked(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Two VMs cannot both write the same memory."""
+    """Two VMs cannot both write the same memory disk."""
     image = _image(tmp_path_factory.mktemp("pmem"))
     lines = f'disk "{image}" format pmem'
     with (
@@ -80,7 +80,7 @@ def test_a_disk_that_is_memory_is_locked(
 def test_a_disk_of_a_wrong_size_is_no_memory(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The complaint is the VM process's, in one line."""
+    """The VM process reports a wrong size, in one line."""
     image = _image(tmp_path_factory.mktemp("pmem"), 4096)
     with (
         start_vmd(vm_block("one", f'disk "{image}" format pmem')) as vmd,
@@ -94,7 +94,7 @@ def test_a_disk_of_a_wrong_size_is_no_memory(
 def test_a_disk_that_somebody_else_serves(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A vhost-user server that runs already has the disk; the VM stops without it."""
+    """A vhost-user server that runs already serves the disk; the VM stops if the server ends."""
     folder = tmp_path_factory.mktemp("server")
     image, path = _image(folder), folder / "socket"
     server = subprocess.Popen(
@@ -122,7 +122,7 @@ def test_a_disk_that_somebody_else_serves(
 def test_what_a_guest_reads_is_counted(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Statistics tell how much came from the disk: firmware has read two sectors at least."""
+    """Statistics count reads of a disk: firmware has read at least two sectors."""
     image = tmp_path_factory.mktemp("disk") / "boot.raw"
     image.write_bytes(boot_disk(waits=True))
     config = f'vm "one" {{\n\tmemory 64M\n\tdisk "{image}"\n\tdisable\n}}\n'
@@ -141,7 +141,7 @@ def test_what_a_guest_reads_is_counted(
 def test_a_guest_cannot_change_the_format_of_its_disk(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory, is_said: bool
 ) -> None:
-    """A header with a base is not written where the format was found out, and is just data else."""
+    """A header with a base cannot be written to a probed image, and is plain data otherwise."""
     folder = tmp_path_factory.mktemp("disk")
     image, overlay = folder / "disk.raw", folder / "overlay"
     create_qcow2(str(overlay), 1 << 20, "/etc/passwd")
@@ -162,7 +162,7 @@ def test_a_guest_cannot_change_the_format_of_its_disk(
 
 
 def test_memory_that_is_to_be_encrypted(start_vmd: Start) -> None:
-    """A VM that asks for AMD SEV is not started without it."""
+    """A VM that asks for AMD SEV does not start on a host without it."""
     with start_vmd(vm_block("one", "sev")) as vmd, vmd.client() as client:
         refused = client.ask("start", name="one")
         assert (refused["type"], refused["code"]) == ("failed", "EINVAL")
@@ -171,7 +171,7 @@ def test_memory_that_is_to_be_encrypted(start_vmd: Start) -> None:
 
 
 def test_variables_of_uefi_are_kept(start_vmd: Start, tmp_path: Path) -> None:
-    """A VM with UEFI firmware has a file of variables, which begins as the firmware's template."""
+    """A VM with UEFI firmware has a file of variables, which starts as the firmware's template."""
     config = 'vm "one" {\n\tmemory 128M\n\tfirmware "uefi"\n\tdisable\n}\n'
     path = tmp_path / "state" / f"one-{os.geteuid()}.nvram"
     with start_vmd(config) as vmd, vmd.client() as client:
@@ -183,7 +183,7 @@ def test_variables_of_uefi_are_kept(start_vmd: Start, tmp_path: Path) -> None:
             template = find_firmware("uefi").variables
             assert template is not None
             assert len(before) == Path(template).stat().st_size
-            if before[-1:] != MARK:  # what a guest would write there
+            if before[-1:] != MARK:  # as a guest's write would change it
                 with path.open("r+b") as file:
                     file.seek(-1, os.SEEK_END)
                     file.write(MARK)
@@ -192,7 +192,7 @@ def test_variables_of_uefi_are_kept(start_vmd: Start, tmp_path: Path) -> None:
 
 
 def test_a_failed_start_leaves_no_variables(start_vmd: Start, tmp_path: Path) -> None:
-    """The file of UEFI variables that a start has made is gone again if the guest never ran."""
+    """If the guest never ran, the file of UEFI variables that its start has made is removed."""
     disk = tmp_path / "disk.raw"
     disk.write_bytes(bytes(1 << 20))
     lines = ["memory 128M", 'firmware "uefi"', f'disk "{disk}" format raw', "disable"]
@@ -204,7 +204,7 @@ def test_a_failed_start_leaves_no_variables(start_vmd: Start, tmp_path: Path) ->
 
 
 def test_a_disk_process_ends_in_order(start_vmd: Start, tmp_path: Path) -> None:
-    """When its VM has ended, and without a word about that."""
+    """A disk process ends after its VM, and logs nothing."""
     disk = tmp_path / "disk.raw"
     disk.write_bytes(bytes(1 << 20))
     config = vm_block("one", f'disk "{disk}" format raw')

@@ -1,4 +1,4 @@
-"""`vmctl exec` and `vmctl cp` with a real daemon, and guests that have no agent."""
+"""`vmctl exec` and `vmctl cp` with a real daemon, and guests without an agent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_AGENT = "vmctl: the guest has no agent: nobody listens on its vsock port\n"
 
 
 def test_guests_without_an_agent(start_vmd: Start) -> None:
-    """Each is one line: no driver, no device, not running, no such VM; and cp says the same."""
+    """No driver, no device, not running, no such VM: each is one line; cp prints the same."""
     with start_vmd(vm_block("web", "vsock") + vm_block("plain") + vm_block("off", "vsock")) as vmd:
         for name in ("web", "plain"):
             assert vmctl(vmd, "start", name).returncode == 0

@@ -1,4 +1,4 @@
-"""What is left when a process of the daemon dies: kill -9 of each kind."""
+"""The consequences when a process of the daemon dies: kill -9 of each kind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _kill(pid: int) -> None:
 
 
 def test_a_vm_process(start_vmd: Start) -> None:
-    """Its VM is stopped and its waiter answered; the other VM and the daemon go on."""
+    """If a VM process dies, its VM is stopped and its waiter answered; all else runs on."""
     config = vm_block("one", enabled=True) + vm_block("two", enabled=True)
     with start_vmd(config) as vmd, vmd.client() as client, vmd.client() as waiter:
         other = client.wait_for_state("two", "running")["pid"]
@@ -53,7 +53,7 @@ def test_a_vm_process(start_vmd: Start) -> None:
 
 
 def test_a_device_process(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A VM that has lost its disk ends, and no other does; it can be started again."""
+    """A VM that has lost its disk process ends, and no other does; it can be started again."""
     image = tmp_path_factory.mktemp("disk") / "disk.raw"
     image.write_bytes(bytes(1 << 20))
     config = vm_block("one", f'disk "{image}"', enabled=True) + vm_block("two", enabled=True)
@@ -68,7 +68,7 @@ def test_a_device_process(start_vmd: Start, tmp_path_factory: pytest.TempPathFac
 
 
 def test_control(start_vmd: Start) -> None:
-    """Clients lose their connections; VMs go on, and new clients are served."""
+    """If control dies, clients lose their connections, VMs run on, and new clients are served."""
     with start_vmd(vm_block("one", enabled=True)) as vmd:
         with vmd.client() as client:
             pid = client.wait_for_state("one", "running")["pid"]
@@ -83,13 +83,13 @@ def test_control(start_vmd: Start) -> None:
 
 
 def test_an_answer_for_a_client_that_control_took_along(start_vmd: Start) -> None:
-    """What a client of the last control process asked is not answered to one of the next."""
+    """A request of a client of the last control process is not answered to the next one's."""
     with start_vmd(vm_block("one", enabled=True)) as vmd:
         with vmd.client() as client:
             pid = client.wait_for_state("one", "running")["pid"]
             assert isinstance(pid, int)
-            os.kill(pid, signal.SIGSTOP)  # its silence holds up whoever asks for its status
-            time.sleep(2 * FRESH_NS / NANOSECONDS)  # what it has told before is too old then
+            os.kill(pid, signal.SIGSTOP)  # its silence delays the answer about its status
+            time.sleep(2 * FRESH_NS / NANOSECONDS)  # its earlier statistics are too old then
             client.send("status", serial=7)
             assert client.ask("log", level=1, serial=8)["serial"] == 8
             _kill(vmd.child("vmd: control"))
@@ -100,7 +100,7 @@ def test_an_answer_for_a_client_that_control_took_along(start_vmd: Start) -> Non
 
 
 def test_vmm(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """All its VMs end, with their processes, and are accounted for; they can be started again."""
+    """If vmm dies, all its VMs end, with their processes, are reported, and can start again."""
     image = tmp_path_factory.mktemp("disk") / "disk.raw"
     image.write_bytes(bytes(1 << 20))
     config = vm_block("one", f'disk "{image}"', enabled=True) + vm_block("two", enabled=True)
@@ -124,9 +124,9 @@ def test_vmm(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None
 
 
 def test_the_process_that_is_ready(start_vmd: Start) -> None:
-    """When the process that waits to be a VM is killed, the next start makes one of its own."""
+    """If the process that waits to be a VM is killed, the next start makes a new one."""
     with start_vmd(vm_block("one") + vm_block("two")) as vmd, vmd.client() as client:
-        vmm = vmd.wait_for_child("vmd: vmm")  # the zygote has one that is for nobody
+        vmm = vmd.wait_for_child("vmd: vmm")  # the zygote has a waiting one
         ready = vmd.wait_for_child("vm", vmm)
         _kill(ready)
         vmd.wait_for_log("the vm process made ahead has ended, status -9")
@@ -137,7 +137,7 @@ def test_the_process_that_is_ready(start_vmd: Start) -> None:
 
 
 def test_the_disk_process_that_is_ready(start_vmd: Start, tmp_path: Path) -> None:
-    """It serves the next disk; when it is killed, that disk gets a new one."""
+    """A waiting disk process serves the next disk; if it is killed, that disk gets a new one."""
     image = tmp_path / "disk"
     image.write_bytes(bytes(1 << 20))
     with start_vmd(vm_block("one", f'disk "{image}"')) as vmd, vmd.client() as client:
@@ -151,7 +151,7 @@ def test_the_disk_process_that_is_ready(start_vmd: Start, tmp_path: Path) -> Non
 
 
 def test_the_zygote(start_vmd: Start) -> None:
-    """Without it vmm ends as well, its VMs with it; the next of both start them again."""
+    """If the zygote dies vmm and its VMs end as well; the next start starts both again."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         before = vmd.child("vmd: vmm")
@@ -176,10 +176,10 @@ def test_the_zygote(start_vmd: Start) -> None:
     ],
 )
 def test_a_zygote_that_hangs(tmp_path: Path, *, is_user: bool) -> None:
-    """The parent kills what it cannot: a VM process that hangs too; then there is another vmm."""
+    """If the zygote hangs, the parent kills a hanging VM process, and vmm starts again."""
     program = ("-c", f"{_IMPATIENT}\n{_RUN}")
     config = vm_block("one", enabled=True) + vm_block("two", enabled=True)
-    environ = {"VMD_WARM": "off"}  # it serves soon
+    environ = {"VMD_WARM": "off"}  # it serves sooner
     with (
         Daemon(tmp_path, config, is_user=is_user, program=program, environ=environ) as vmd,
         vmd.client() as client,
@@ -197,13 +197,13 @@ def test_a_zygote_that_hangs(tmp_path: Path, *, is_user: bool) -> None:
         vmd.wait_for_log("lost child: vmm")
         vmd.wait_for_child("vmd: vmm", vmd.process.pid)
         deadline = time.monotonic() + 30
-        while client.ask("start", name="one")["type"] != "started":  # the next vmm begins
+        while client.ask("start", name="one")["type"] != "started":  # until the next vmm serves
             assert time.monotonic() < deadline
             time.sleep(0.2)
 
 
 def test_the_parent(start_vmd: Start) -> None:
-    """Without it nothing is left, and the next daemon takes the socket over."""
+    """If the parent dies nothing is left, and the next daemon takes over the socket."""
     with start_vmd(vm_block("one", enabled=True)) as vmd:
         with vmd.client() as client:
             client.wait_for_state("one", "running")
@@ -218,7 +218,7 @@ def test_the_parent(start_vmd: Start) -> None:
 
 
 def test_a_process_that_dies_again_and_again(start_vmd: Start) -> None:
-    """A kind of process that cannot live ends the daemon, with an error."""
+    """A kind of process that dies again and again ends the daemon, with an error."""
     with start_vmd(vm_block("one", enabled=True)) as vmd:
         with vmd.client() as client:
             client.wait_for_state("one", "running")
@@ -241,7 +241,7 @@ def _is_control(pid: int) -> bool:
 
 
 def test_the_guest_is_not_disturbed(start_vmd: Start) -> None:
-    """A console that is attached stays so when control dies: its stream leads to the VM."""
+    """A console stays attached when control dies: its stream leads to the VM."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as console:
@@ -252,7 +252,7 @@ def test_the_guest_is_not_disturbed(start_vmd: Start) -> None:
 
 
 def test_a_parent_without_descriptors_refuses(start_vmd: Start) -> None:
-    """Requests with more descriptors than it has room for are refused; nothing ends or restarts."""
+    """Requests with more descriptors than the parent has room for are refused; all runs on."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         before = client.wait_for_state("one", "running")["pid"]
         control = vmd.child("vmd: control")

@@ -1,4 +1,4 @@
-"""Files that a user names to a daemon of root's: that user's rights, and no side effect."""
+"""Files that a user names to root's daemon: opened with that user's rights, no side effect."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ pytestmark = [
 
 @pytest.fixture
 def vmd(reachable: Path) -> Iterator[Daemon]:
-    """Run a daemon where a VM of root's runs, and the user may make instances with own files."""
+    """Run a daemon with a VM of root's, where the user may make instances with own files."""
     disk = reachable / "disk"
     disk.write_bytes(bytes(1 << 20))
     config = (
         f"socket owner {USER}\n"
-        # A disk has a process, with which the VM's shares the guest's RAM.
+        # A disk has a process, which shares the guest's RAM with the VM's.
         + vm_block("victim", f'disk "{disk}" format raw', enabled=True)
         + vm_block(
             "template", "allow instance { boot, cdrom, disk }", f"allow instance {{ owner {USER} }}"
@@ -61,7 +61,7 @@ def _disk(client: Client, path: str | Path, *, is_read_only: bool = False) -> An
 
 
 def _memfds(pid: int) -> dict[str, str]:
-    """Return the memfds that a process has open: what /proc calls each, by what it is."""
+    """Return the memfds that a process has open: /proc's path of each, by its name."""
     found = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         target = str(link.readlink())
@@ -71,7 +71,7 @@ def _memfds(pid: int) -> dict[str, str]:
 
 
 def test_memory_of_other_vms_cannot_be_named(vmd: Daemon, user: Client, reachable: Path) -> None:
-    """No path leads into what the daemon's processes have open: guests' RAM, consoles, counters."""
+    """No path leads to open files of the daemon's processes: guests' RAM, consoles, counters."""
     pid = user.vm("victim")["pid"]
     assert isinstance(pid, int)
     paths = [*_memfds(pid).values()]
@@ -91,7 +91,7 @@ def test_memory_of_other_vms_cannot_be_named(vmd: Daemon, user: Client, reachabl
 
 
 def test_memory_is_for_its_owner_alone(vmd: Daemon, user: Client) -> None:
-    """Every memfd of every process of the daemon has the mode 0600, and a size that is sealed."""
+    """Every memfd of every process of the daemon has the mode 0600, and a sealed size."""
     pid = user.vm("victim")["pid"]
     assert isinstance(pid, int)
     found = {**_memfds(pid), **_memfds(vmd.process.pid), **_memfds(vmd.child("vmd: vmm"))}
@@ -102,7 +102,7 @@ def test_memory_is_for_its_owner_alone(vmd: Daemon, user: Client) -> None:
 
 
 def test_directories_on_the_way_count(user: Client, reachable: Path) -> None:
-    """A file that all may write, in a closed directory, is not to be had; nor is its name."""
+    """A world-writable file in a closed directory cannot be opened, nor is its name revealed."""
     home = reachable / "home"
     home.mkdir(mode=0o700)
     notes = home / "notes"
@@ -120,7 +120,7 @@ def test_directories_on_the_way_count(user: Client, reachable: Path) -> None:
 
 
 def test_nothing_but_files_is_opened(user: Client, reachable: Path) -> None:
-    """Whoever waits at a FIFO sees nobody come; sockets, devices and directories stay closed."""
+    """The daemon never opens a FIFO, a socket, a device or a directory, not even for a moment."""
     fifo = reachable / "fifo"
     os.mkfifo(fifo)
     fifo.chmod(0o666)
@@ -144,7 +144,7 @@ def test_nothing_but_files_is_opened(user: Client, reachable: Path) -> None:
 
 
 def test_a_base_is_opened_with_the_rights_of_the_user(user: Client, reachable: Path) -> None:
-    """An image of the user's leads to no file that the user could not read."""
+    """A user's image leads to no file that the user could not read."""
     secret, image = reachable / "secret", reachable / "image"
     secret.write_bytes(bytes(1 << 20))
     secret.chmod(0o644)
@@ -165,7 +165,7 @@ def _passed(client: Client, fds: list[int], path: str = "passed", **disk: object
 
 
 def test_a_disk_that_is_passed_stays_over_a_reboot(user: Client, reachable: Path) -> None:
-    """The daemon needs no name for it: not to start, and not when the guest reboots."""
+    """The daemon needs no name of a passed disk: not at the start, nor at a reboot."""
     image = reachable / "image"
     image.write_bytes(boot_disk(waits=True))
     fd = os.open(image, os.O_RDWR)
@@ -191,7 +191,7 @@ def test_a_disk_that_is_passed_stays_over_a_reboot(user: Client, reachable: Path
 
 
 def test_what_is_passed_is_judged(user: Client, reachable: Path) -> None:
-    """It has to be a file that was opened for what the disk is for, and all that it refers to."""
+    """A passed disk must be a file opened for its use, with all files that it refers to."""
     base, image, disk = reachable / "base", reachable / "overlay", reachable / "raw"
     create_qcow2(str(base), 1 << 20)
     create_qcow2(str(image), 1 << 20, str(base))
@@ -221,7 +221,7 @@ def test_what_is_passed_is_judged(user: Client, reachable: Path) -> None:
 
 
 def test_bases_that_an_owner_may_have_written(reachable: Path) -> None:
-    """What a probed image of the configuration refers to is opened with its owner's rights."""
+    """Files that a probed image of the configuration refers to open with its owner's rights."""
     secret, image = reachable / "secret", reachable / "image"
     create_qcow2(str(secret), 1 << 20)
     create_qcow2(str(image), 1 << 20, str(secret))

@@ -1,4 +1,4 @@
-"""Zygotes with layouts of their own: `vmd --zygotes`."""
+"""Zygotes with address layouts of their own: `vmd --zygotes`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VMS = ("one", "two", "three", "four")
 
 
 def _base(pid: int) -> int:
-    """Return where the C library is in a process."""
+    """Return the address of the C library in a process."""
     text = Path(f"/proc/{pid}/maps").read_text()
     found = re.search(r"^([0-9a-f]+)-.*/libc\.so\.6$", text, re.MULTILINE)
     assert found
@@ -44,7 +44,7 @@ def _zygotes(vmd: Daemon) -> set[int]:
     ],
 )
 def test_layouts(tmp_path: Path, *, is_user: bool) -> None:
-    """VMs are spread over zygotes, which have other layouts than the rest, and start and end."""
+    """VMs are spread over zygotes, whose layouts differ from all others, and start and end."""
     config = "".join(vm_block(name, memory="4M") for name in _VMS)
     with Daemon(tmp_path, config, is_user=is_user, options=("--zygotes", "2")) as vmd:
         with vmd.client() as client:

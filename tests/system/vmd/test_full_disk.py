@@ -1,4 +1,4 @@
-"""VMs whose host has no room left for their disks, under a real daemon."""
+"""VMs on a host without room for their disks, under a real daemon."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(small: SmallFileSystem, disk_format: Format, options: str = "") -> st
 
 
 def wait_for_pause(events: Client, message: str) -> None:
-    """Wait for the event that the VM is paused, and why."""
+    """Wait for the event that the VM is paused, with this reason."""
     while True:
         event, _ = events.receive()
         assert event["kind"] not in {"failed", "stopped"}, event
@@ -47,7 +47,7 @@ def wait_for_pause(events: Client, message: str) -> None:
 
 
 def vmctl(vmd: Daemon, *words: str) -> str:
-    """Run a command; returns what it prints."""
+    """Run a command; returns its output."""
     done = subprocess.run(
         [str(VMCTL), *words],
         check=True,
@@ -62,7 +62,7 @@ def vmctl(vmd: Daemon, *words: str) -> str:
 def test_a_vm_is_paused_until_there_is_room(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory, disk_format: Format
 ) -> None:
-    """It is shown as paused, and why; unpause tries again, once in vain; nothing is lost."""
+    """A VM is shown as paused, with the reason; unpause retries, once in vain; nothing is lost."""
     with small_file_system(tmp_path_factory.mktemp("full") / "small") as small:
         disk = small.place / "disk.img"
         with (
@@ -113,7 +113,7 @@ def test_a_guest_is_told_where_that_was_asked_for(
 def test_a_vm_without_room_can_be_stopped(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory, is_forced: bool
 ) -> None:
-    """It is ended when its time is over, or at once."""
+    """A VM without room can be stopped: it ends at its time-out, or at once."""
     with (
         small_file_system(tmp_path_factory.mktemp("full") / "small") as small,
         start_vmd(config(small, Format.RAW)) as vmd,
@@ -129,7 +129,7 @@ def test_a_vm_without_room_can_be_stopped(
 def test_a_vm_that_is_stopped_goes_on_with_room(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """While it stops nobody can unpause it: its write is tried again and again."""
+    """During a stop no unpause is possible: the write is tried again and again."""
     with (
         small_file_system(tmp_path_factory.mktemp("full") / "small") as small,
         start_vmd(config(small, Format.RAW)) as vmd,
@@ -146,7 +146,7 @@ def test_a_vm_that_is_stopped_goes_on_with_room(
 def test_a_pause_and_a_full_disk_at_once(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A VM that somebody pauses too goes on by one unpause."""
+    """One unpause lifts a user's pause and retries the write."""
     with (
         small_file_system(tmp_path_factory.mktemp("full") / "small") as small,
         start_vmd(config(small, Format.RAW)) as vmd,

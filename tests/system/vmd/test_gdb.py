@@ -1,4 +1,4 @@
-"""Debuggers of VMs, through a real daemon: who may, what stands still, what goes on."""
+"""Debuggers of VMs, through a real daemon: rights, pauses, and the end of a session."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _started(vmd: Daemon) -> None:
 
 
 def test_a_vm_is_debugged(start_vmd: Start, tmp_path: Path) -> None:
-    """It stands still for one debugger, is not sent meanwhile, and goes on without it."""
+    """A VM stops for one debugger, cannot be sent meanwhile, and runs on when it leaves."""
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         _started(vmd)
         with debug(client, "web") as debugger:
@@ -55,14 +55,14 @@ def test_a_vm_is_debugged(start_vmd: Start, tmp_path: Path) -> None:
 
 
 def _wait_until_it_is_sent(vmd: Daemon, path: Path) -> None:
-    """Send the VM away as soon as its process has seen the debugger's end."""
+    """Send the VM as soon as its process has noticed the debugger's end."""
     end = time.monotonic() + TIMEOUT_S
     while send_to(path, vmd, "web").returncode:
         assert time.monotonic() < end
 
 
 def test_gdb_debugs_a_vm(start_vmd: Start) -> None:
-    """`vmctl gdb` starts gdb, which finds the guest; its end lets the guest go on."""
+    """`vmctl gdb` starts gdb, which finds the guest; at its end the guest runs on."""
     with start_vmd(CONFIGURATION) as vmd:
         _started(vmd)
         words = ("-nx", "-batch", "-ex", "info threads", "-ex", "info registers cr0")
@@ -82,7 +82,7 @@ def test_gdb_debugs_a_vm(start_vmd: Start) -> None:
 
 
 def test_who_is_refused(start_vmd: Start) -> None:
-    """A VM that is not there or does not run: told why, and no gdb."""
+    """For a VM that is missing or stopped, vmctl prints why, and starts no gdb."""
     with start_vmd(CONFIGURATION) as vmd:
         for name, text in (("none", "no such VM"), ("off", "vm is not running")):
             done = vmctl(vmd, "gdb", name)
@@ -91,7 +91,7 @@ def test_who_is_refused(start_vmd: Start) -> None:
 
 
 def test_a_debugger_ends_a_vm(start_vmd: Start) -> None:
-    """`kill` of gdb's ends the VM, and the end is told."""
+    """The command `kill` of gdb ends the VM, and the end is reported."""
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         _started(vmd)
         with debug(client, "web") as debugger:

@@ -1,4 +1,4 @@
-"""A slice of the campaign of killed networks; all of it is in tests/campaigns."""
+"""A part of the campaign that kills networks; tests/campaigns has all of it."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ pytestmark = [
 
 
 def test_nothing_is_left_behind() -> None:
-    """Forty starts, stops and kills of VMs and processes: the network is as it was before."""
+    """Forty starts, stops and kills of VMs and processes leave the network as before."""
     assert run(40, seed=3) == 0

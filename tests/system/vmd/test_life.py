@@ -36,7 +36,7 @@ def _parent_of(pid: int) -> int:
 
 
 def _end(pid: int) -> None:
-    """End a process that is no child of ours, and wait until it is gone."""
+    """Kill a process that is no child of ours, and wait until it is gone."""
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + 60
     while is_alive(pid):
@@ -45,7 +45,7 @@ def _end(pid: int) -> None:
 
 
 def test_enabled_vms_start_and_others_do_not(start_vmd: Start) -> None:
-    """A VM of vm.conf runs when the daemon is ready, unless it is disabled; it can use its tty."""
+    """A VM of vm.conf runs when the daemon is ready, unless it is disabled; its tty works."""
     config = vm_block("one", enabled=True) + vm_block("two")
     with start_vmd(config) as vmd, vmd.client() as client:
         one = client.wait_for_state("one", "running")
@@ -58,7 +58,7 @@ def test_enabled_vms_start_and_others_do_not(start_vmd: Start) -> None:
 
 
 def test_start_and_stop_by_hand(start_vmd: Start) -> None:
-    """A start is answered when the guest runs; a stop that waits, when its process is gone."""
+    """A start is answered once the guest runs; a waiting stop once its process is gone."""
     with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
         started = client.ask("start", name="one", serial=7)
         assert (started["type"], started["serial"], started["id"]) == ("started", 7, 1)
@@ -73,7 +73,7 @@ def test_start_and_stop_by_hand(start_vmd: Start) -> None:
 
 
 def test_a_kernel_is_unpacked_once(start_vmd: Start) -> None:
-    """A VM process gets what another has unpacked of the same kernel, and boots it."""
+    """A VM process gets a kernel that another has unpacked, and boots it."""
     kernel = artifacts.kernel("cloud").vmlinuz
     with start_vmd(vm_block("one", boot=kernel, memory="128M")) as vmd, vmd.client() as client:
         client.ask("log", level=2)
@@ -85,7 +85,7 @@ def test_a_kernel_is_unpacked_once(start_vmd: Start) -> None:
 
 
 def test_every_waiter_is_answered(start_vmd: Start) -> None:
-    """Two clients that wait for a VM, and one that stops it by force, all hear of its end."""
+    """Two clients that wait for a VM, and one that stops it by force, all get an answer."""
     with (
         start_vmd(vm_block("one", enabled=True)) as vmd,
         vmd.client() as first,
@@ -106,7 +106,7 @@ def test_every_waiter_is_answered(start_vmd: Start) -> None:
 
 
 def test_a_guest_that_does_nothing_is_counted(start_vmd: Start) -> None:
-    """The process of a VM whose guest is halted tells its statistics, asked for the first time."""
+    """A VM with a halted guest has statistics at the first request."""
     with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
         assert client.ask("start", name="one")["type"] == "started"
         with client.console("one") as console:
@@ -118,7 +118,7 @@ def test_a_guest_that_does_nothing_is_counted(start_vmd: Start) -> None:
 
 
 def test_pause_and_unpause(start_vmd: Start) -> None:
-    """A paused guest does not run: what is typed has no echo until it goes on."""
+    """A paused guest does not run: typed input has no echo until it is unpaused."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as console:
@@ -132,7 +132,7 @@ def test_pause_and_unpause(start_vmd: Start) -> None:
             assert client.ask("pause", name="one")["type"] == "done"
             assert client.ask("unpause", name="one")["type"] == "done"
             assert client.vm("one")["state"] == "running"
-            console.type(b"r")  # reboots the guest, which hence runs
+            console.type(b"r")  # reboots the guest, which shows that it runs
             console.read_to_end()
 
 
@@ -142,7 +142,7 @@ def _cpu_ticks(pid: object) -> int:
 
 
 def test_a_reboot_keeps_id_and_terminal_and_what_was_shown(start_vmd: Start) -> None:
-    """A guest that reboots has another process, the same name of its tty, and all its output."""
+    """After a reboot a VM has another process, but the same tty, id and all earlier output."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         before = client.vm("one")
@@ -158,7 +158,7 @@ def test_a_reboot_keeps_id_and_terminal_and_what_was_shown(start_vmd: Start) -> 
 
 
 def test_a_wait_ends_with_a_reboot(start_vmd: Start) -> None:
-    """As in OpenBSD, whoever waits for a VM is answered when its guest reboots."""
+    """As in OpenBSD, a reboot of the guest answers clients that wait for the VM."""
     with (
         start_vmd(vm_block("one", enabled=True)) as vmd,
         vmd.client() as client,
@@ -175,7 +175,7 @@ def test_a_wait_ends_with_a_reboot(start_vmd: Start) -> None:
 
 
 def test_a_guest_that_powers_off_is_stopped(start_vmd: Start) -> None:
-    """The VM of a guest that powers off stays known, and stops."""
+    """A VM whose guest powers off stays known, and is stopped."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as console:
@@ -187,7 +187,7 @@ def test_a_guest_that_powers_off_is_stopped(start_vmd: Start) -> None:
 
 
 def test_the_console_of_a_late_client_and_of_a_terminal(start_vmd: Start) -> None:
-    """Output from before anybody was there is shown to streams and to the terminal, to each."""
+    """Earlier output is shown to each stream and to the terminal, when they attach."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as first, client.console("one") as second:
@@ -201,7 +201,7 @@ def test_the_console_of_a_late_client_and_of_a_terminal(start_vmd: Start) -> Non
                 while READY not in shown:
                     assert select.select([terminal], [], [], 30)[0], shown
                     shown += os.read(terminal, 4096)
-                # What is typed at the terminal reaches the guest too.
+                # Input at the terminal reaches the guest too.
                 os.write(terminal, b"p")
                 first.read_to_end()
             finally:
@@ -209,16 +209,16 @@ def test_the_console_of_a_late_client_and_of_a_terminal(start_vmd: Start) -> Non
 
 
 def test_the_console_of_a_vm_that_is_about_to_start(start_vmd: Start) -> None:
-    """Whoever asks for it before there is a process gets the terminal and all that is shown."""
+    """A console opened before the VM has a process gets the terminal and all output."""
     with start_vmd(vm_block("one")) as vmd, vmd.client() as client:
         client.send("start", name="one")
-        with client.console("one") as console:  # answered before the start is
+        with client.console("one") as console:  # answered before the start
             assert client.receive()[0]["type"] == "started"
             console.expect(READY)
         client.send("start", name="none", disks=[{"path": "/nowhere"}], memory=64 << 20)
         client.send("console", name="none")
         answers = {client.receive()[0]["code"] for _ in range(2)}
-        # A VM that its start alone has defined is gone once that has failed.
+        # A VM that only its start has defined is gone after a failed start.
         assert answers in ({"disk-missing", "not-running"}, {"disk-missing", "ENOENT"})
 
 
@@ -240,7 +240,7 @@ def test_an_image_that_another_vm_uses(
 
 
 def test_files_that_are_gone(start_vmd: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A kernel or disk that vanished after the configuration was read: the start says which."""
+    """If a kernel or disk has vanished since the configuration was read, the start names it."""
     directory = tmp_path_factory.mktemp("gone")
     kernel, disk = directory / "kernel", directory / "disk"
     kernel.write_bytes(SELFTEST.read_bytes())
@@ -259,7 +259,7 @@ def test_files_that_are_gone(start_vmd: Start, tmp_path_factory: pytest.TempPath
 def test_a_boot_image_that_is_nothing(
     start_vmd: Start, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """What the VM's process finds wrong with an image reaches whoever started the VM."""
+    """A fault of a boot image that the VM's process finds reaches the client."""
     kernel = tmp_path_factory.mktemp("kernel") / "kernel"
     kernel.write_bytes(b"no kernel")
     with start_vmd(vm_block("one", boot=kernel)) as vmd, vmd.client() as client:
@@ -270,7 +270,7 @@ def test_a_boot_image_that_is_nothing(
 
 
 def test_reload_keeps_vms_that_run(start_vmd: Start) -> None:
-    """SIGHUP forgets what does not run, reads the file again, and leaves running VMs alone."""
+    """SIGHUP forgets VMs that do not run, reads the file again, and leaves running VMs alone."""
     with start_vmd(vm_block("one", enabled=True) + vm_block("two")) as vmd, vmd.client() as client:
         pid = client.wait_for_state("one", "running")["pid"]
         vmd.config.write_text(vm_block("one", enabled=True) + vm_block("three"))
@@ -305,7 +305,7 @@ def test_reload_keeps_vms_that_run(start_vmd: Start) -> None:
 def test_a_configuration_with_a_mistake_changes_nothing(
     start_vmd: Start, text: str, lines: list[str]
 ) -> None:
-    """Reload and load say what is wrong and where; VMs that run and that do not run stay."""
+    """Reload and load report faults and their places; all VMs stay, running or not."""
     with start_vmd(vm_block("one", enabled=True) + vm_block("two")) as vmd, vmd.client() as client:
         pid = client.wait_for_state("one", "running")["pid"]
         vmd.config.write_text(text)
@@ -321,7 +321,7 @@ def test_a_configuration_with_a_mistake_changes_nothing(
 
 
 def test_broken_vms_can_be_skipped(tmp_path: Path) -> None:
-    """With --skip-broken a VM that names a missing file, or has a bad name, holds up no other."""
+    """With --skip-broken a VM with a missing file, or a bad name, does not affect the others."""
     config = vm_block("one", 'disk "/none.img"', enabled=True)
     config += vm_block("my vm", enabled=True) + vm_block("two", enabled=True)
     with Daemon(tmp_path, config, options=("--skip-broken",)) as vmd, vmd.client() as client:
@@ -332,7 +332,7 @@ def test_broken_vms_can_be_skipped(tmp_path: Path) -> None:
 
 
 def test_relative_paths_in_the_background(tmp_path: Path) -> None:
-    """`vmd -f vm.conf` that detaches finds the file, and what it names, also at a reload."""
+    """`vmd -f vm.conf` in the background finds relative paths, also at a reload."""
     (tmp_path / "vm.conf").write_text(vm_block("one", boot=Path("boot.bin")))
     (tmp_path / "boot.bin").write_bytes(SELFTEST.read_bytes())
     command = [sys.executable, "-m", "vmd", "--user", "--socket", "vmd.sock", "-f", "vm.conf"]
@@ -352,7 +352,7 @@ def test_relative_paths_in_the_background(tmp_path: Path) -> None:
 
 
 def test_a_named_configuration_has_to_be_there(tmp_path: Path) -> None:
-    """Only the default file may be absent: in the background too, the start fails with its name."""
+    """Only the default file may be absent: a start with another name fails, and names it."""
     command = [sys.executable, "-m", "vmd", "--user", "--socket", "vmd.sock", "-f", "none.conf"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STATE_DIRECTORY": str(tmp_path)}
     for option in ("-n", "-d"):
@@ -377,7 +377,7 @@ def test_a_named_configuration_has_to_be_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [["-d"], []], ids=["foreground", "background"])
 def test_a_start_that_fails_ends(tmp_path: Path, options: list[str]) -> None:
-    """A daemon whose configuration cannot be read is not there for minutes."""
+    """A daemon that cannot read its configuration ends at once."""
     command = [sys.executable, "-m", "vmd", "--user", *options, "-f", str(tmp_path / "none")]
     done = subprocess.run(
         [*command, "--socket", str(tmp_path / "vmd.sock")],
@@ -392,7 +392,7 @@ def test_a_start_that_fails_ends(tmp_path: Path, options: list[str]) -> None:
 
 
 def test_reset_ends_all_vms(start_vmd: Start) -> None:
-    """Reset is answered when no VM is left; ids begin anew."""
+    """Reset is answered when no VM is left; ids start again at 1."""
     config = vm_block("one", enabled=True) + vm_block("two", enabled=True)
     with start_vmd(config) as vmd, vmd.client() as client:
         pids = [client.wait_for_state(name, "running")["pid"] for name in ("one", "two")]
@@ -404,7 +404,7 @@ def test_reset_ends_all_vms(start_vmd: Start) -> None:
 
 
 def test_a_kernel_that_the_client_opened(start_vmd: Start) -> None:
-    """A VM that a client makes boots the descriptor that came along, and vanishes at its end."""
+    """A VM that a client makes boots the passed descriptor, and vanishes at its end."""
     with start_vmd("") as vmd, vmd.client() as client, SELFTEST.open("rb") as kernel:
         started = client.ask(
             *("start", (kernel.fileno(),)),
@@ -421,7 +421,7 @@ def test_a_kernel_that_the_client_opened(start_vmd: Start) -> None:
 
 
 def test_a_vm_that_dies_right_after_its_start_leaves_a_trace(start_vmd: Start) -> None:
-    """A VM that nobody has configured is gone then; how it ended and what was logged is known."""
+    """A VM that no file configures vanishes at its end; its end and its log stay known."""
     with start_vmd(vm_block("template", "allow instance { boot }")) as vmd, vmd.client() as client:
         started = client.ask("start", name="brief", instance="template")
         assert started["type"] == "started", started
@@ -445,7 +445,7 @@ def test_a_vm_that_dies_right_after_its_start_leaves_a_trace(start_vmd: Start) -
 
 
 def test_what_a_vm_boots_and_its_disks_are_shown(start_vmd: Start, tmp_path: Path) -> None:
-    """The kernel, and each disk with its options."""
+    """Show tells the kernel, and each disk with its options."""
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     lines = (f'disk "{disk}" format raw {{ ro serial "x" }}', 'append "quiet"')

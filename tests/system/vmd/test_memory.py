@@ -1,4 +1,4 @@
-"""What the memory of VM processes is, as the kernel shows it."""
+"""The memory of VM processes, as the kernel reports it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MERGEABLE = "mg"
 
 
 def _flags_by_name(pid: object) -> dict[str, list[list[str]]]:
-    """Return the flags of a process's mappings by what they map. Source: proc_pid_smaps(5)."""
+    """Return the flags of a process's mappings by the mapped file. Source: proc_pid_smaps(5)."""
     found: dict[str, list[list[str]]] = {}
     name = ""
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""`vmctl metrics` of a daemon that runs, as Prometheus' own parser reads it."""
+"""`vmctl metrics` of a running daemon, read by Prometheus' own parser."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.kvm
 
 Start = Callable[[str], Daemon]
 Values = dict[tuple[str, str], dict[str, float]]
-"""By the sample's name and its VM's: values by the label that is left, if one is."""
+"""By the sample's name and its VM's: values by the remaining label, if there is one."""
 
 
 def scraped(vmd: Daemon) -> Values:
-    """Return what vmctl prints, read."""
+    """Return the parsed output of vmctl."""
     done = subprocess.run(
         [sys.executable, "-m", "vmctl", "metrics"],
         cwd=ROOT,
@@ -45,7 +45,7 @@ def scraped(vmd: Daemon) -> Values:
 
 
 def test_what_is_scraped_is_what_clients_are_told(start_vmd: Start, tmp_path: Path) -> None:
-    """States, sizes, what a disk moved, exits that only grow, and how many starts there were."""
+    """Metrics have states, sizes, disk transfers, growing counts of exits, and starts."""
     disk = tmp_path / "disk.img"
     disk.write_bytes(b"\xf4" * 510 + b"\x55\xaa" + bytes(1 << 20))  # its boot sector halts
     config = vm_block("one", enabled=True) + vm_block("two")

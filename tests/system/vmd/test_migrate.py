@@ -1,4 +1,4 @@
-"""VMs that are handed over from one daemon to another, both on this host; ssh is a script."""
+"""VMs that move from one daemon to another, both on this host; ssh is a script."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMEOUT_S = 120
 
 @dataclass
 class Hosts:
-    """Two daemons, and what leads from the first to the second."""
+    """Two daemons, and the script that leads from the first to the second."""
 
     first: Daemon
     second: Daemon
@@ -34,7 +34,7 @@ class Hosts:
     directory: Path
 
     def migrate(self, *words: str) -> subprocess.Popen[bytes]:
-        """Begin to hand over the VM `one`."""
+        """Start to migrate the VM `one`."""
         return subprocess.Popen(
             [VMCTL, "migrate", "--ssh", str(self.ssh), *words, "one", "second"],
             env={**os.environ, "VMD_SOCKET": str(self.first.socket)},
@@ -44,7 +44,7 @@ class Hosts:
         )
 
     def migrated(self, *words: str) -> tuple[int, str]:
-        """Hand it over; return the exit status, and what was said."""
+        """Migrate it; return the exit status, and the output."""
         command = self.migrate(*words)
         said = command.communicate(timeout=TIMEOUT_S)[1].decode()
         return command.returncode, said
@@ -78,7 +78,7 @@ def hosts(directory: Path, *lines: str, seconds: tuple[str, ...] = ()) -> Iterat
 
 
 def answers(client: Client, name: str) -> None:
-    """Fail unless a VM's guest hears what is typed."""
+    """Fail unless a VM's guest answers input."""
     with client.console(name) as console:
         console.type(b"e")
         console.expect(b"e", console.output.count(b"e") + 1)
@@ -92,7 +92,7 @@ def disk_of(directory: Path, kind: str = "qcow2") -> str:
 
 
 def test_a_vm_goes_on_elsewhere(tmp_path: Path) -> None:
-    """It runs there with its disks and is gone here; it can come back."""
+    """A migrated VM runs there with its disks and is gone here; it can come back."""
     disks = [disk_of(tmp_path, kind) for kind in ("raw", "qcow2")]
     with (
         hosts(tmp_path, *disks) as both,
@@ -111,12 +111,12 @@ def test_a_vm_goes_on_elsewhere(tmp_path: Path) -> None:
             event = watcher.receive()[0]
             kinds.append(event["kind"])
         assert kinds[-3:] == ["migrating", "sent", "stopped"]
-        # Its disks are the other's now.
+        # The other daemon has its disks now.
         assert here.ask("start", name="one")["code"] == "disk-missing"
 
 
 def test_a_receiver_that_cannot(tmp_path: Path) -> None:
-    """There is a VM of that name: the receiver says so, and the VM goes on here."""
+    """If a VM of that name exists, the receiver says so, and the VM runs on here."""
     with hosts(tmp_path, disk_of(tmp_path), seconds=(vm_block("one"),)) as both:
         status, said = both.migrated()
         assert status == 1
@@ -125,11 +125,11 @@ def test_a_receiver_that_cannot(tmp_path: Path) -> None:
         with both.first.client() as here:
             here.wait_for_state("one", "running")
             answers(here, "one")
-        assert both.migrated()[0] == 1  # and again
+        assert both.migrated()[0] == 1  # once more
 
 
 def test_a_disk_that_is_not_shared(tmp_path: Path) -> None:
-    """A disk of the same name that nobody writes to is another one: refused, by its name."""
+    """A disk of the same name without a lock is another one: refused, by its name."""
     line = disk_of(tmp_path, "raw")
     disk = tmp_path / "disk.raw"
     with hosts(tmp_path, line) as both:
@@ -149,7 +149,7 @@ def test_a_disk_that_is_not_shared(tmp_path: Path) -> None:
 
 
 def test_it_is_interrupted(tmp_path: Path) -> None:
-    """The VM goes on here; nothing is left there."""
+    """If the migration is interrupted, the VM runs on here; nothing is left there."""
     with hosts(tmp_path) as both, both.first.client() as here, both.second.client() as there:
         both.leads_by("sleep 3 <&0 & wait; exit 1")  # reads nothing
         command = both.migrate()
@@ -166,11 +166,11 @@ def test_it_is_interrupted(tmp_path: Path) -> None:
 
 
 def test_it_takes_too_long(tmp_path: Path) -> None:
-    """With a downtime of nothing it is cancelled in time, or forced, as it is asked for."""
+    """With a downtime of nothing the migration is cancelled in time, or forced, as requested."""
     with hosts(tmp_path) as both, both.first.client() as here, both.second.client() as there:
         both.leads_by('exec sh -c "$*"')
         status, said = both.migrated("--downtime", "0", "--timeout", "0.001")
-        if status:  # the guest may have written nothing during a round
+        if status:  # the guest may not have written during a round
             assert "it has not come to 0 ms in 1 s" in said
             here.wait_for_state("one", "running")
             status, said = both.migrated(
@@ -181,10 +181,10 @@ def test_it_takes_too_long(tmp_path: Path) -> None:
 
 
 def test_nobody_knows_whether_it_runs_there(tmp_path: Path) -> None:
-    """A connection that ends between GO and RUNNING: it stands still, says so, and is forced on."""
+    """If the connection ends between GO and RUNNING, the VM is paused in doubt until forced on."""
     line = disk_of(tmp_path)
     with hosts(tmp_path, line) as both, both.first.client() as here:
-        # What the receiver says is lost behind the first line; it says that it is ready.
+        # The receiver's output is lost after the first line, which says that it is ready.
         both.leads_by("exec 3<&0; cat <&3 > /dev/null & echo 'vmm-kvm: ready'; sleep 2")
         status, said = both.migrated()
         assert status == 1
@@ -197,7 +197,7 @@ def test_nobody_knows_whether_it_runs_there(tmp_path: Path) -> None:
             assert here.ask(request, fds, name="one", **extra)["code"] == "EBUSY"
             for fd in fds:
                 os.close(fd)
-        # Its disk is free for whoever has it, and then it cannot go on.
+        # Its disk is unlocked; once another VM has it, the VM cannot continue.
         disk = tmp_path / "disk.qcow2"
         other = subprocess.Popen(
             ["qemu-io", "-f", "qcow2", disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -216,7 +216,7 @@ def test_nobody_knows_whether_it_runs_there(tmp_path: Path) -> None:
 
 
 def test_a_receiver_that_fails_after_it_was_let_go(tmp_path: Path) -> None:
-    """It says that it never runs there: the VM takes its disks back, and goes on here."""
+    """If the receiver reports that the VM never runs there, it gets its disks back and runs on."""
     with hosts(tmp_path, disk_of(tmp_path)) as both, both.first.client() as here:
         both.leads_by(
             "exec 3<&0; cat <&3 > /dev/null &\n"
@@ -231,7 +231,7 @@ def test_a_receiver_that_fails_after_it_was_let_go(tmp_path: Path) -> None:
 
 @contextmanager
 def sshd(directory: Path, environment: str) -> Iterator[str]:
-    """Run an sshd of our own on localhost; yield how ssh gets to it."""
+    """Run an sshd of our own on localhost; yield the ssh command for it."""
     program = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
     if program is None or shutil.which("ssh") is None:
         pytest.skip("sshd or ssh is not installed")
@@ -260,7 +260,7 @@ def sshd(directory: Path, environment: str) -> Iterator[str]:
 
 
 def test_through_ssh(tmp_path: Path) -> None:
-    """A real sshd carries the VM and its hand-over."""
+    """A migration works through a real sshd."""
     if os.geteuid() != 0:
         pytest.skip("an sshd of one's own needs root")
     with hosts(tmp_path, disk_of(tmp_path)) as both, both.second.client() as there:
@@ -283,5 +283,5 @@ def test_through_ssh(tmp_path: Path) -> None:
 
 
 def test_kills() -> None:
-    """A slice of the campaign: whoever is killed, never two run, and never none without a word."""
+    """In a part of the campaign, after any kill two VMs never run, and none only with a message."""
     assert kill_migrate.main(["--count", "4", "--seed", "2"]) == 0

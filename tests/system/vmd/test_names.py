@@ -1,4 +1,4 @@
-"""Files whose names are no UTF-8, under a real daemon: in vm.conf, and as clients name them."""
+"""Files whose names are no UTF-8, under a real daemon: in vm.conf, and named by clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_files_of_the_configuration(start_vmd: Start, named: Path) -> None:
-    """The VM runs with them, its disk in a process of its own; what is missing is shown escaped."""
+    """A VM of vm.conf runs with such files, its disk in a process; messages escape the names."""
     disk, boot = named / os.fsdecode(b"d\xfe"), named / os.fsdecode(RAW)
     missing = named / os.fsdecode(b"m\xff")
     config = (
@@ -53,7 +53,7 @@ def test_files_of_the_configuration(start_vmd: Start, named: Path) -> None:
 
 
 def test_files_of_vmctl(start_vmd: Start, named: Path) -> None:
-    """`vmctl start` passes them open, and says what is wrong with one in a line."""
+    """`vmctl start` passes such files open, and reports a faulty one in a line."""
     with start_vmd("") as vmd:
         vmctl: list[str | Path] = [sys.executable, "-m", "vmctl", "start"]
         options: list[str | Path] = [

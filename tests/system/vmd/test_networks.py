@@ -1,4 +1,4 @@
-"""Networks of a real daemon, in network namespaces: what there is, what passes, what is left."""
+"""Networks of a real daemon, in network namespaces: interfaces, traffic, leftovers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ GUEST_ADDRESS, HOST_ADDRESS = "100.64.1.3", "100.64.1.2"
 
 
 class Start(Protocol):
-    """How to start a daemon."""
+    """Starts a daemon."""
 
     def __call__(self, config: str, *, prefix: tuple[str, ...] = ()) -> Daemon:
         """Start one in the test's namespace, with the text of a vm.conf."""
@@ -61,14 +61,14 @@ def local_vm(*options: str, name: str = "web", enabled: bool = True) -> str:
 
 @pytest.fixture
 def space(networks: None) -> Iterator[Namespace]:  # noqa: ARG001 - skips
-    """Make a namespace to run a daemon in."""
+    """Make a namespace for a daemon."""
     with Namespace() as found:
         yield found
 
 
 @pytest.fixture
 def world(space: Namespace) -> Iterator[Namespace]:
-    """Make another namespace, 192.0.2.2, which knows the daemon's as 192.0.2.1 and no other."""
+    """Make another namespace, 192.0.2.2, which has a route to 192.0.2.1, the daemon's, alone."""
     with Namespace() as found:
         space.connect(found, "192.0.2.1/24", "192.0.2.2/24")
         yield found
@@ -76,7 +76,7 @@ def world(space: Namespace) -> Iterator[Namespace]:
 
 @pytest.fixture
 def start(space: Namespace, tmp_path: Path) -> Start:
-    """Return how to start a daemon there."""
+    """Return a function that starts a daemon there."""
 
     def started(config: str, *, prefix: tuple[str, ...] = ()) -> Daemon:
         words = [*space.prefix, *prefix]
@@ -86,7 +86,7 @@ def start(space: Namespace, tmp_path: Path) -> Start:
 
 
 def guest_of(vmd: Daemon, tap: str = "tap0", address: str = GUEST_ADDRESS) -> TapGuest:
-    """Be the guest behind a tap of the daemon's."""
+    """Return the guest behind a tap of the daemon's."""
     return TapGuest(vmd.process.pid, tap, GUEST, address)
 
 
@@ -97,7 +97,7 @@ def running(client: Client, *names: str) -> None:
 
 
 def kill(vmd: Daemon) -> None:
-    """End a daemon without a chance to tidy up."""
+    """Kill a daemon, which cannot tidy up."""
     vmd.process.kill()
     vmd.process.wait()
 
@@ -106,7 +106,7 @@ def kill(vmd: Daemon) -> None:
 
 
 def test_interfaces_of_a_vm(space: Namespace, start: Start) -> None:
-    """Each has its tap, named, described, grouped and sized as vm.conf says, on its bridge."""
+    """Each interface has its tap, on its bridge: name, description, group, MTU as in vm.conf."""
     space.run("ip", "link", "add", "br7", "address", BRIDGE, "type", "bridge")
     before = space.links()
     config = (
@@ -135,7 +135,7 @@ def test_interfaces_of_a_vm(space: Namespace, start: Start) -> None:
 
 
 def test_a_switch_of_our_own(space: Namespace, start: Start) -> None:
-    """It is made with its address, and goes with the daemon; a bridge of others stays."""
+    """A switch's bridge is made with its address, and goes with the daemon; foreign ones stay."""
     space.run("ip", "link", "add", "br7", "address", BRIDGE, "type", "bridge")
     before = space.state()
     config = (
@@ -152,7 +152,7 @@ def test_a_switch_of_our_own(space: Namespace, start: Start) -> None:
 
 
 def test_reset_and_reload_of_switches(space: Namespace, start: Start) -> None:
-    """Switches that are in the configuration no more are removed, and made again when they are."""
+    """A reload removes switches that the configuration no longer has, and makes new ones."""
     before = space.links()
     vm = vm_block("web", 'interface { switch "two" }')
     config = 'switch "one" { create }\nswitch "two" { create }\n' + vm
@@ -170,7 +170,7 @@ def test_reset_and_reload_of_switches(space: Namespace, start: Start) -> None:
 
 
 def test_up_and_down(space: Namespace, start: Start) -> None:
-    """A reload brings taps of VMs that run up and down, and cables of those on a dead switch.
+    """A reload brings taps of running VMs up and down, and the links of those on a down switch.
 
     Both ends have the same queues, as many as vm.conf says.
     """
@@ -203,7 +203,7 @@ def test_up_and_down(space: Namespace, start: Start) -> None:
 
 
 def test_start_with_interfaces(space: Namespace, start: Start) -> None:
-    """What `vmctl start -L -n lan -i 3` asks for: local, on a switch, and with no cable."""
+    """`vmctl start -L -n lan -i 3` makes interfaces: local, on a switch, and without link."""
     kernel = os.open(SELFTEST, os.O_RDONLY)
     with start('switch "lan" { create }\n') as vmd, vmd.client() as client:
         wanted = [{"is_local": True}, {"switch": "lan"}, {}]
@@ -219,7 +219,7 @@ def test_start_with_interfaces(space: Namespace, start: Start) -> None:
 
 
 def test_thirty_at_once(space: Namespace, start: Start) -> None:
-    """Thirty VMs that are started together all have their interfaces, and leave none."""
+    """Thirty VMs that start together all have their interfaces, and leave none."""
     names = [f"vm{number}" for number in range(30)]
     interfaces = ("local interface { locked lladdr }", 'interface { switch "lan" }')
     config = 'local prefix 100.64.0.0/10 nat\nswitch "lan" { create }\n'
@@ -244,7 +244,7 @@ def test_thirty_at_once(space: Namespace, start: Start) -> None:
 def test_nothing_is_left_of_a_daemon_that_was_killed(
     space: Namespace, start: Start, victims: list[str]
 ) -> None:
-    """By priv, when the daemon dies; by the next daemon, when both have."""
+    """After a kill of the daemon priv cleans up; the next daemon does if priv has died too."""
     before = space.state()
     config = (
         'local prefix 100.64.0.0/10 nat\nswitch "own" { create }\n'
@@ -257,7 +257,7 @@ def test_nothing_is_left_of_a_daemon_that_was_killed(
     assert {"tap0", "tap1", "own"} < space.links()
     priv = vmd.child("vmd: priv")
     if len(victims) > 1:
-        os.kill(priv, signal.SIGSTOP)  # it must not notice
+        os.kill(priv, signal.SIGSTOP)  # it must not notice the end
     kill(vmd)
     if len(victims) > 1:
         os.kill(priv, signal.SIGKILL)
@@ -270,7 +270,7 @@ def test_nothing_is_left_of_a_daemon_that_was_killed(
 
 
 def test_a_bridge_that_was_about_to_be_marked(space: Namespace, start: Start) -> None:
-    """A priv that is killed between making a bridge and describing it leaves none behind."""
+    """If priv is killed between making a bridge and describing it, no bridge is left."""
     vmd = start('switch "own" { create }\n')
     space.wait_for_links({"lo", "own"})
     _eventually(lambda: "alias vmd" in space.run("ip", "link", "show", "own"))
@@ -292,7 +292,7 @@ def _eventually(is_so: Callable[[], bool]) -> None:
 
 
 def test_a_reboot_keeps_the_interface(space: Namespace, start: Start) -> None:
-    """A guest that reboots finds the tap that it had."""
+    """After a reboot the guest has the same tap."""
     with start(local_vm()) as vmd, vmd.client() as client:
         pid = client.wait_for_state("web", "running")["pid"]
         before = space.run("ip", "-o", "link", "show", "tap0").split(":")[0]
@@ -305,7 +305,7 @@ def test_a_reboot_keeps_the_interface(space: Namespace, start: Start) -> None:
 
 
 def test_what_cannot_be_had(space: Namespace, start: Start) -> None:
-    """A missing bridge is told of; a tap that is in use keeps the VM from starting."""
+    """A missing bridge is logged; a tap in use keeps the VM from starting."""
     config = (
         'switch "gone" { interface br7 }\n'
         + vm_block("one", 'interface tap5 { switch "gone" }', enabled=True)
@@ -338,7 +338,7 @@ _WITHOUT = {
 
 @pytest.mark.parametrize("missing", list(_WITHOUT))
 def test_a_host_that_lacks_something(space: Namespace, start: Start, missing: str) -> None:
-    """One line says what there is not; VMs run with what there is, and a lock still holds."""
+    """One line names a feature that the host lacks; VMs run without it, and locks still hold."""
     hide, line, links = _WITHOUT[missing]
     prefix = ("unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh")
     config = "local prefix 100.64.0.0/10 nat\n" + local_vm(LOCKED, 'forward tcp "*" 8080 to 80')
@@ -347,7 +347,7 @@ def test_a_host_that_lacks_something(space: Namespace, start: Start, missing: st
         vmd.wait_for_log(line)
         assert vmd.log.read_text().count(line) == 1
         assert space.links() == links
-        # Where no rule locks the address, a process of ours does, and not vhost-net.
+        # If no rule can lock the address, a process of ours does it instead of vhost-net.
         movers = [pid for pid in descendants(vmd.process.pid) if process_title(pid) == "nic/web"]
         assert len(movers) == (missing == "nftables")
         assert vmd.stop() == 0
@@ -365,7 +365,7 @@ def test_an_address_beyond_the_prefix(start: Start) -> None:
 
 
 def test_one_port_leads_to_one_guest(start: Start) -> None:
-    """A forward that another VM has keeps a VM from starting, until that one is gone."""
+    """A forward that another VM has keeps a VM from starting until that VM is gone."""
     forward = "forward tcp 8080 to 80"
     config = local_vm(forward, name="one") + local_vm(forward, name="two", enabled=False)
     with start(config) as vmd, vmd.client() as client:
@@ -388,7 +388,7 @@ def _told(answer: Answer) -> tuple[dict[str, object], dict[str, object]]:
 
 
 def test_what_is_told_of_interfaces(start: Start) -> None:
-    """A status with interfaces has their addresses; what went through counts for the VM as well."""
+    """A status with interfaces has their addresses; their traffic counts for the VM as well."""
     with start(local_vm('forward tcp "*" 80 to 8080')) as vmd, vmd.client() as client:
         running(client, "web")
         with guest_of(vmd) as guest:
@@ -408,7 +408,7 @@ def test_what_is_told_of_interfaces(start: Start) -> None:
 
 
 def test_what_a_switch_says_of_its_interfaces(start: Start) -> None:
-    """They are locked and in its rdomain, number and all, though it is defined after the VM."""
+    """A switch's interfaces are locked and in its rdomain, even of VMs defined before it."""
     switch = 'switch "later" {\ncreate\nlocked lladdr\nrdomain 5\n}\n'
     plain = 'interface { switch "later" }'
     own = 'interface {\nswitch "later"\nrdomain 7\n}'
@@ -421,7 +421,7 @@ def test_what_a_switch_says_of_its_interfaces(start: Start) -> None:
 
 
 def test_what_a_file_says_no_longer_counts_no_longer(start: Start) -> None:
-    """A reload without local prefixes gives the next start addresses of the default one."""
+    """After a reload without local prefixes, the next start has addresses of the default one."""
 
     def addresses(client: Client) -> list[str]:
         assert client.ask("start", name="web")["type"] == "started"
@@ -441,7 +441,7 @@ def test_what_a_file_says_no_longer_counts_no_longer(start: Start) -> None:
 
 
 def test_rdomains(space: Namespace, start: Start) -> None:
-    """An interface is in the VRF of its rdomain, or stays down where the kernel has none."""
+    """An interface is in the VRF of its rdomain, or stays down if the kernel has none."""
     with start(local_vm("rdomain 5")) as vmd, vmd.client() as client:
         running(client, "web")
         shown = space.run("ip", "link", "show", "tap0")
@@ -477,7 +477,7 @@ def _dhcp(guest: TapGuest, kind: str) -> Packet:
 
 
 def test_dhcp(start: Start) -> None:
-    """A guest is told its address, its router and its name, also by a server that has crashed."""
+    """DHCP gives a guest address, router and name, also from a server that has crashed before."""
     with start(local_vm(LOCKED)) as vmd, vmd.client() as client:
         running(client, "web")
         with guest_of(vmd) as guest:
@@ -493,9 +493,9 @@ def test_dhcp(start: Start) -> None:
 
 
 def test_a_flood_delays_no_other_guest(start: Start) -> None:
-    """While one asks without end, another is answered as fast as while it floods with nonsense.
+    """A guest's flood of DHCP delays another's answer no more than a flood of nonsense.
 
-    What both floods cost the host is the same; only the first one's frames reach a process of ours.
+    Both floods cost the host the same; only DHCP frames reach a process of ours.
     """
     other = "local interface {\nlladdr fe:e1:bb:d2:00:01\n}"
     with start(local_vm() + vm_block("two", other, enabled=True)) as vmd:
@@ -519,7 +519,7 @@ def test_a_flood_delays_no_other_guest(start: Start) -> None:
 
 
 def test_a_flood_is_passed_over(start: Start) -> None:
-    """A guest that asks without end is answered again later."""
+    """A guest that floods with requests is answered again later."""
     with start(local_vm()) as vmd:
         with vmd.client() as client:
             running(client, "web")
@@ -532,9 +532,9 @@ def test_a_flood_is_passed_over(start: Start) -> None:
 
 
 def test_nat(world: Namespace, start: Start) -> None:
-    """The world sees the host's address, and its answers reach the guest; without nat it does not.
+    """With nat the world sees the host's address, and its answers reach the guest.
 
-    The world knows no way to the guest.
+    The world has no route to the guest.
     """
     server = world.within(lambda: udp_server("192.0.2.2", 7))
     with server, start("local prefix 100.64.0.0/10 nat\n" + local_vm()) as vmd:
@@ -578,9 +578,9 @@ def test_forwarded_ports(space: Namespace, world: Namespace, start: Start, origi
 def test_forwards_from_the_loopback(
     space: Namespace, world: Namespace, start: Start, address: str
 ) -> None:
-    """127.0.0.1 leads to the guest, also where no other address does; the guest gets nowhere by it.
+    """A forward from 127.0.0.1 leads to the guest, and gives the guest no access.
 
-    From outside, a port of that address alone, which is the default, is not to be had.
+    From outside, a port of that address alone, which is the default, is unreachable.
     """
     quoted = f'"{address}" ' if address else ""
     config = "local prefix 100.64.0.0/10\n" + local_vm(f"forward udp {quoted}8053 to 53")
@@ -609,7 +609,7 @@ def test_forwards_from_the_loopback(
 
 
 def test_locked_lladdr(space: Namespace, start: Start) -> None:
-    """Frames from another address, and to one, are dropped; others and broadcasts pass."""
+    """A locked interface drops frames from and to another address; others and broadcasts pass."""
     with start(local_vm(LOCKED)) as vmd, vmd.client() as client:
         running(client, "web")
         ping = IP(src=GUEST_ADDRESS, dst=HOST_ADDRESS) / ICMP()
@@ -619,7 +619,7 @@ def test_locked_lladdr(space: Namespace, start: Start) -> None:
             assert reply.dst == GUEST
             guest.send(Ether(src="fe:e1:bb:d1:00:09", dst=HOST) / ping)
             assert guest.receive(lambda frame: ICMP in frame, 0.5) is None
-            # The host sends to a wrong address if it is told to.
+            # The host sends to a wrong address if a neighbour entry says so.
             wrong = ("lladdr", "fe:e1:bb:d1:00:09", "dev", "tap0")
             space.run("ip", "neigh", "replace", GUEST_ADDRESS, *wrong)
             server = space.within(lambda: udp_server(HOST_ADDRESS, 999))
@@ -633,7 +633,7 @@ def test_locked_lladdr(space: Namespace, start: Start) -> None:
 
 
 def test_the_host_heeds_no_router_behind_a_tap(space: Namespace, start: Start) -> None:
-    """A guest that says it is a router changes nothing on the host."""
+    """A router advertisement of a guest changes nothing on the host."""
     config = "local inet6 prefix fd12:3456:789a:bcde::/64\n" + local_vm()
     with start(config) as vmd, vmd.client() as client:
         running(client, "web")
@@ -646,7 +646,7 @@ def test_the_host_heeds_no_router_behind_a_tap(space: Namespace, start: Start) -
 
 
 def test_ipv6(space: Namespace, start: Start) -> None:
-    """The host advertises itself; the address that the guest makes of that leads to it."""
+    """The host sends router advertisements; the address that the guest derives is reachable."""
     config = "local inet6 prefix fd12:3456:789a:bcde::/64\n" + local_vm()
     with start(config) as vmd, vmd.client() as client:
         running(client, "web")
@@ -662,7 +662,7 @@ def test_ipv6(space: Namespace, start: Start) -> None:
 
 
 def test_dns(space: Namespace, start: Start, tmp_path: Path) -> None:
-    """Questions to the host's address there go to its own server, and the answers come back."""
+    """DNS questions to the host's address there go to the host's server, and answers come back."""
     own = tmp_path / "resolv.conf"
     own.write_text("# ours\nsearch example\nnameserver 127.0.0.9\n")
     replaced = f'mount --bind {own} /etc/resolv.conf && exec "$@"'
@@ -689,7 +689,7 @@ def test_dns(space: Namespace, start: Start, tmp_path: Path) -> None:
 
 
 def test_priv_can_be_killed(space: Namespace, start: Start) -> None:
-    """VMs keep their interfaces and rules; another priv makes new ones, and tidies up."""
+    """If priv is killed, VMs keep interfaces and rules; a new priv makes new ones and tidies up."""
     before = space.state()
     config = (
         'local prefix 100.64.0.0/10 nat\nswitch "own" { create }\n'
@@ -715,7 +715,7 @@ def test_priv_can_be_killed(space: Namespace, start: Start) -> None:
 
 
 def test_an_end_without_priv(space: Namespace, start: Start) -> None:
-    """A daemon that ends while a VM waits for a priv process that is gone does not wait for it."""
+    """A daemon that ends while a VM waits for a dead priv process does not wait for it."""
     with start(vm_block("web", "local interface")) as vmd, vmd.client() as client:
         priv = vmd.wait_for_child("vmd: priv")
         os.kill(priv, signal.SIGSTOP)
@@ -731,7 +731,7 @@ def test_an_end_without_priv(space: Namespace, start: Start) -> None:
 
 
 def test_two_daemons_leave_each_other_alone(space: Namespace, tmp_path: Path) -> None:
-    """What one makes and removes is not the other's."""
+    """Two daemons do not touch each other's interfaces and rules."""
     config = 'local prefix {}.0.0.0/8 nat\nswitch "own{}" {{ create }}\n'
     with ExitStack() as stack:
         daemons = []
@@ -750,7 +750,7 @@ def test_two_daemons_leave_each_other_alone(space: Namespace, tmp_path: Path) ->
 
 
 def test_rules_of_others_are_not_touched(space: Namespace, start: Start) -> None:
-    """Tables, bridges and addresses that were there stay as they were, through all of it."""
+    """Tables, bridges and addresses of others stay unchanged all the time."""
     theirs = "table inet mine {\nchain c {\ntype filter hook forward priority 0;\n}\n}"
     space.run("nft", theirs)
     space.run("ip", "link", "add", "br7", "address", BRIDGE, "type", "bridge")

@@ -1,4 +1,4 @@
-"""The process that moves a VM's frames where vhost-net is not: what it has, and its end."""
+"""The process that moves a VM's frames without vhost-net: its rights, and its end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def movers(name: str) -> list[int]:
 
 
 def test_a_vm_lives_on_without_it(tmp_path: Path) -> None:
-    """Each interface has one, which has a tap's queue and no user; a VM outlives it."""
+    """Each interface has a process with a tap's queue and no user; a VM runs on without it."""
     config = vm_block("nicvm", "interface", "interface")
     with (
         Namespace() as space,
@@ -47,7 +47,7 @@ def test_a_vm_lives_on_without_it(tmp_path: Path) -> None:
         assert client.ask("start", name="nicvm")["type"] == "started"
         client.wait_for_state("nicvm", "running")
         with client.console("nicvm") as console:
-            console.expect(b"selftest: ready")  # the machine is made: both are ready
+            console.expect(b"selftest: ready")  # the machine is built: both are ready
         pids = movers("nicvm")
         assert len(pids) == 2
         taps = []

@@ -22,7 +22,7 @@ def _passts(vmd: Daemon) -> list[int]:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_each_local_interface_has_a_passt(tmp_path: Path) -> None:
-    """It is there from the start to the end, over reboots and the end of vmm, and not after."""
+    """Each local interface has a passt from start to end, over reboots and the end of vmm."""
     config = 'switch "lan" { interface br0 }\n' + vm_block(
         "web",
         "local interface",
@@ -64,7 +64,7 @@ def test_each_local_interface_has_a_passt(tmp_path: Path) -> None:
 
 
 def test_without_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A VM starts all the same, with interfaces that lead nowhere, and the log says why."""
+    """Without passt a VM starts all the same, with unplugged interfaces, and the log says why."""
     monkeypatch.setenv("PATH", str(tmp_path))
     config = vm_block("web", "local interface", "interface")
     with Daemon(tmp_path, config) as vmd, vmd.client() as client:
@@ -79,13 +79,13 @@ def test_without_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 @pytest.mark.root
 def stays_offline() -> bool:
-    """Tell whether this passt runs where there is no way out, as new ones do, in local mode."""
+    """Tell whether this passt runs without a way out, as new ones do, in local mode."""
     program = shutil.which("passt")
     return program is not None and b" local mode" in Path(program).read_bytes()
 
 
 def test_a_host_that_is_offline(tmp_path: Path) -> None:
-    """The guest runs; the log, an event and the status say what passt said at its end."""
+    """Offline the guest runs; the log, an event and the status have passt's last message."""
     if stays_offline():
         pytest.skip("this passt does not end where there is no way out")
     config = vm_block("web", "local interface")
@@ -111,7 +111,7 @@ def test_a_host_that_is_offline(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_a_port_that_somebody_has(tmp_path: Path) -> None:
-    """The log and the status name it; the guest runs without a network."""
+    """The log and the status name a port in use; the guest runs without a network."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -128,7 +128,7 @@ def test_a_port_that_somebody_has(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 def test_a_passt_that_is_killed(tmp_path: Path) -> None:
-    """The guest goes on, its cable unplugged; after a reboot it has another one."""
+    """If passt is killed the guest runs on without link; after a reboot it has another passt."""
 
     def is_up() -> object:
         vms = client.ask("status", name="web", interfaces=True)["vms"]

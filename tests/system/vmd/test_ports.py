@@ -1,4 +1,4 @@
-"""Ports of guests, through a real daemon: who reaches one, who does not, what is left behind."""
+"""Ports of guests, through a real daemon: rights, refusals, leftovers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _ready(vmd: Daemon, name: str) -> None:
 
 
 def test_who_is_refused(start_vmd: Start) -> None:
-    """A VM without the device, one that does not run, none, and a guest that has no driver."""
+    """A connection is refused without device, VM or driver, or if the VM does not run."""
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         client.start("web")
         client.start("plain")
@@ -50,7 +50,7 @@ def test_who_is_refused(start_vmd: Start) -> None:
 
 
 def test_the_protocol(start_vmd: Start) -> None:
-    """The answer has a stream, which ends; nothing of many is left in the VM's process."""
+    """The answer has a stream, which ends; many connections leave nothing in the VM's process."""
     with start_vmd(CONFIGURATION) as vmd, vmd.client() as client:
         pid = client.ask("start", name="web")["pid"]
         _ready(vmd, "web")
@@ -64,11 +64,11 @@ def test_the_protocol(start_vmd: Start) -> None:
                 stream.settimeout(TIMEOUT_S)
                 assert stream.type == socket.SOCK_STREAM
                 assert stream.recv(1) == b""
-        assert len(list(fds.iterdir())) <= before  # a console less
+        assert len(list(fds.iterdir())) <= before  # one console less
 
 
 def test_vmctl_start(start_vmd: Start) -> None:
-    """`--vsock auto` gives a new VM the device, and not one that is there."""
+    """`--vsock auto` gives a new VM the device, and is refused for an existing one."""
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         made = vmctl(vmd, "start", "-b", str(SELFTEST), "-m", "64M", "--vsock", "auto", "own")
         assert made.returncode == 0, made.stderr
@@ -83,7 +83,7 @@ def test_vmctl_start(start_vmd: Start) -> None:
 
 
 def test_a_vm_that_is_sent_keeps_it(start_vmd: Start, tmp_path: Path) -> None:
-    """Where it is received it has the device, and `run --from` has it too."""
+    """A received VM keeps the device, and `run --from` has it too."""
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         client.start("web")
         _ready(vmd, "web")
@@ -105,7 +105,7 @@ def test_a_vm_that_is_sent_keeps_it(start_vmd: Start, tmp_path: Path) -> None:
 
 
 def test_a_clone_has_it_too(start_vmd: Start) -> None:
-    """Both answer for themselves: neither guest has a driver."""
+    """Source and clone both answer; neither guest has a driver."""
     with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
         client.start("web")
         _ready(vmd, "web")

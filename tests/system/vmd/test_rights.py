@@ -1,4 +1,4 @@
-"""Who may do what: users other than root, at a daemon of root's."""
+"""Rights of users other than root, at root's daemon."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def test_a_user_without_rights(reachable: Path) -> None:
-    """Whoever may use the socket sees all VMs, and can do nothing with those of others."""
+    """A user of the socket sees all VMs, and can do nothing with those of others."""
     config = f"socket owner {USER}\n" + vm_block("one", enabled=True)
     with (
         Daemon(reachable, config, is_user=False) as vmd,
@@ -46,7 +46,7 @@ def test_a_user_without_rights(reachable: Path) -> None:
 
 
 def test_an_owner(reachable: Path) -> None:
-    """Whoever owns a VM starts, pauses and stops it, and has its terminal."""
+    """An owner starts, pauses and stops a VM, and has its terminal."""
     config = f"socket owner {USER}\n" + vm_block("one", f"owner {USER}")
     with Daemon(reachable, config, is_user=False) as vmd, connection(vmd, USER) as client:
         started = client.ask("start", name="one")
@@ -78,7 +78,7 @@ def test_files_of_an_instance_are_opened_with_its_makers_rights(reachable: Path)
 
 
 def test_nobody_else_gets_to_the_socket(reachable: Path) -> None:
-    """Without an owner, the socket is root's."""
+    """Without an owner, the socket belongs to root alone."""
     with Daemon(reachable, "", is_user=False) as vmd:
         status = vmd.socket.stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 0, 0o660)
@@ -87,7 +87,7 @@ def test_nobody_else_gets_to_the_socket(reachable: Path) -> None:
 
 
 def test_one_user_cannot_shut_others_out(reachable: Path) -> None:
-    """Connections of one user are limited; root still gets through, and is served."""
+    """Connections of one user are limited; root still connects, and is served."""
     with Daemon(reachable, f"socket owner {USER}\n", is_user=False) as vmd:
         with being(USER):
             crowd = [vmd.client() for _ in range(300)]
@@ -100,7 +100,7 @@ def test_one_user_cannot_shut_others_out(reachable: Path) -> None:
 
 
 def test_a_control_process_that_lies(reachable: Path) -> None:
-    """One that was taken over cannot speak for root: each try ends it, and nothing is reset."""
+    """A compromised control process cannot act as root: each try ends it, and nothing is reset."""
     config = f"socket owner {USER}\n" + vm_block("one", enabled=True)
     program = ("-m", "tests.system.vmd.hostile_control")
     with Daemon(reachable, config, is_user=False, program=program) as vmd:
@@ -125,7 +125,7 @@ def test_a_control_process_that_lies(reachable: Path) -> None:
 
 
 def test_the_parent_keeps_what_it_needs(reachable: Path) -> None:
-    """Of root's capabilities the parent has those of the table, and no program could gain more."""
+    """The parent keeps the table's capabilities of root's, and no program could gain more."""
     with Daemon(reachable, "", is_user=False) as vmd:
         status = Path(f"/proc/{vmd.process.pid}/status").read_text()
         found = dict(line.split(":\t") for line in status.splitlines())
@@ -137,7 +137,7 @@ def test_the_parent_keeps_what_it_needs(reachable: Path) -> None:
 
 
 def test_the_unit_leaves_the_parent_as_much() -> None:
-    """The service's bounding set is the one that the parent keeps for itself."""
+    """The service's bounding set equals the parent's own."""
     unit = (ROOT / "packaging" / "vmd.service").read_text()
     (line,) = [each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet=")]
     names = {reason.partition(":")[0] for reason in PARENT_CAPABILITIES.values()}
@@ -145,7 +145,7 @@ def test_the_unit_leaves_the_parent_as_much() -> None:
 
 
 def test_snapshots_are_their_users_alone(reachable: Path) -> None:
-    """An owner makes some where that is allowed, of a file of the owner's; nobody sees others'."""
+    """An owner makes snapshots if allowed, with the owner's files; other users cannot see them."""
     config = (
         f"socket owner {USER}\nlimit snapshots 1\n"
         + vm_block("one", f"owner {USER}", "allow snapshot", enabled=True)
@@ -170,7 +170,7 @@ def test_snapshots_are_their_users_alone(reachable: Path) -> None:
         (path,) = (reachable / "state" / "snapshots" / str(USER)).iterdir()
         assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (USER, 0o600)
         with being(USER), pytest.raises(PermissionError):
-            path.open("rb")  # by no name: the directory is the daemon's
+            path.open("rb")  # not by name: the directory is the daemon's
         for who in (client, root):
             found = who.ask("snapshots")["snapshots"]
             assert isinstance(found, list)

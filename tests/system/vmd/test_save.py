@@ -1,4 +1,4 @@
-"""`vmctl start --save`: a VM that becomes a part of the configuration."""
+"""`vmctl start --save`: a VM becomes a part of the configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.kvm
 
 
 def test_a_vm_that_is_saved(tmp_path: Path) -> None:
-    """It runs, stays when it ends, and is there when the daemon starts again, as it was."""
+    """A saved VM runs, stays when it ends, and is there unchanged after a restart of the daemon."""
     config = f'include "{tmp_path}/vm.conf.d/*.conf"\n'
     disk = tmp_path / "a disk.img"
     disk.write_bytes(bytes(1 << 20))
@@ -39,7 +39,7 @@ def test_a_vm_that_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_does_not_include_it(tmp_path: Path) -> None:
-    """The line that is missing is named; nothing is made and nothing starts."""
+    """The error names the missing include line; nothing is made and nothing starts."""
     with Daemon(tmp_path, vm_block("other")) as vmd, vmd.client() as client:
         done = vmctl(vmd, "start", "--save", "-b", str(SELFTEST), "web")
         assert done.returncode == 1
@@ -50,7 +50,7 @@ def test_a_configuration_that_does_not_include_it(tmp_path: Path) -> None:
 
 
 def test_a_file_that_the_daemon_refuses(tmp_path: Path) -> None:
-    """It is removed again, and its fault is told with file and line."""
+    """A file that the daemon refuses is removed again; the error has its file and line."""
     config = f'include "{tmp_path}/vm.conf.d/*.conf"\n'
     with Daemon(tmp_path, config) as vmd, vmd.client() as client:
         done = vmctl(vmd, "start", "--save", "-t", "nobody", "-b", str(SELFTEST), "web")
@@ -62,7 +62,7 @@ def test_a_file_that_the_daemon_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("obstacle", ["file", "directory"])
 def test_a_file_that_cannot_be_written(tmp_path: Path, obstacle: str) -> None:
-    """One that is there stays, and a path that is no directory is told of."""
+    """An existing file stays, and a path that is no directory is reported."""
     config = f'include "{tmp_path}/vm.conf.d/*.conf"\n'
     directory = tmp_path / "vm.conf.d"
     with Daemon(tmp_path, config) as vmd, vmd.client() as client:

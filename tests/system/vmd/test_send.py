@@ -1,4 +1,4 @@
-"""VMs that are sent and received by vmctl, with real daemons, pipes and files."""
+"""VMs that vmctl sends and receives, with real daemons, pipes and files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def receive_from(path: Path, vmd: Daemon, *words: str) -> subprocess.CompletedPr
 
 
 def wait_until_sending(client: Client, name: str) -> None:
-    """Wait until a VM that runs is being sent."""
+    """Wait until a running VM is being sent."""
     deadline = time.monotonic() + TIMEOUT_S
     while client.ask("unpause", name=name).get("code") != "EBUSY":
         assert time.monotonic() < deadline
@@ -57,7 +57,7 @@ def wait_until_sending(client: Client, name: str) -> None:
 
 
 def test_a_vm_goes_through_a_file(start_vmd: Start, tmp_path: Path) -> None:
-    """What is sent has ended here, and goes on where it is received: it hears what is typed."""
+    """A sent VM has ended here, and runs on where it is received: it answers input."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         pid = client.wait_for_state("one", "running")["pid"]
         with client.console("one") as console:
@@ -95,7 +95,7 @@ def started(vmd: Daemon, name: str) -> int:
 
 
 def test_a_vm_goes_through_a_pipe_on_one_host(start_vmd: Start, tmp_path: Path) -> None:
-    """The receiver has the disks as soon as the sender has ended, and not before."""
+    """The receiver gets the disks as soon as the sender has ended, and not before."""
     disks = []
     for name in ("raw", "qcow2"):
         path = tmp_path / f"disk.{name}"
@@ -118,14 +118,14 @@ def test_a_vm_goes_through_a_pipe_on_one_host(start_vmd: Start, tmp_path: Path) 
         assert receiver.returncode == 0, errors
         assert not is_alive(pid)
         running(vmd, "two")
-        # Its disks are locked for it, and no longer for the other.
+        # The receiver has locked its disks; the sender has not.
         assert client.ask("start", name="one")["code"] == "disk-missing"
         assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
         assert client.ask("start", name="one")["type"] == "started"
 
 
 def test_a_copy_is_sent_while_the_vm_goes_on(start_vmd: Start, tmp_path: Path) -> None:
-    """With -l both run; what was paused stays paused, here, and with -p there."""
+    """With -l both run; a paused VM stays paused here, and with -p there."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         pid = started(vmd, "one")
         sent = send_to(tmp_path / "stream", vmd, "-l", "one")
@@ -142,7 +142,7 @@ def test_a_copy_is_sent_while_the_vm_goes_on(start_vmd: Start, tmp_path: Path) -
 
 
 def test_a_vm_that_is_not_sent_goes_on(start_vmd: Start) -> None:
-    """A reader that is gone, and a sender that is interrupted, are no end of a VM."""
+    """If the reader is gone, or the sender is interrupted, the VM runs on."""
     with start_vmd(vm_block("one", enabled=True)) as vmd:
         pid = started(vmd, "one")
         read_fd, write_fd = os.pipe()
@@ -153,7 +153,7 @@ def test_a_vm_that_is_not_sent_goes_on(start_vmd: Start) -> None:
         assert (sent.stderr, sent.returncode) == (text, 1)
         running(vmd, "one")
 
-        read_fd, write_fd = os.pipe()  # nobody reads
+        read_fd, write_fd = os.pipe()  # without a reader
         sender = subprocess.Popen(
             [VMCTL, "send", "one"],
             env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
@@ -174,7 +174,7 @@ def test_a_vm_that_is_not_sent_goes_on(start_vmd: Start) -> None:
 
 
 def test_a_vm_is_stopped_while_it_is_sent(start_vmd: Start) -> None:
-    """A stop is heard though nobody reads the stream: the guest goes on, and powers off."""
+    """A stop during a stalled send resumes the guest, which powers off."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         started(vmd, "one")
         read_fd, write_fd = os.pipe()
@@ -199,7 +199,7 @@ def edited(stream: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def test_a_stream_that_is_no_vm_is_refused(start_vmd: Start, tmp_path: Path) -> None:
-    """Cut short, damaged, or of another processor: one line, and nothing is left of it."""
+    """A stream that is cut short, damaged, or of another processor: one line, nothing is left."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         started(vmd, "one")
         path = tmp_path / "stream"
@@ -240,7 +240,7 @@ def test_a_stream_that_is_no_vm_is_refused(start_vmd: Start, tmp_path: Path) -> 
 
 
 def test_a_vm_that_was_sent_runs_without_a_daemon(start_vmd: Start, tmp_path: Path) -> None:
-    """`vmctl run --from` goes on from the file with its disks, again and again; or says why not."""
+    """`vmctl run --from` continues from the file with its disks, repeatedly; or says why not."""
     disk, path = tmp_path / "disk.raw", tmp_path / "stream"
     subprocess.run(["qemu-img", "create", "-q", "-f", "raw", disk, "8M"], check=True)
     with start_vmd(vm_block("one", f'disk "{disk}" format raw', enabled=True)) as vmd:

@@ -1,4 +1,4 @@
-"""The daemon under a service manager: a socket that is there already, and a watchdog."""
+"""The daemon under a service manager: an inherited socket, and a watchdog."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vmd.shared import log
 pytestmark = pytest.mark.kvm
 
 WATCHDOG_S = 0.4
-# As a service manager does between fork and exec: the socket becomes descriptor 3.
+# As in a service manager, between fork and exec: the socket becomes descriptor 3.
 _HAND_OVER = """
 import os, sys
 words = sys.argv[1:]
@@ -65,7 +65,7 @@ def _service(
 
 
 def test_a_socket_of_the_service_manager(tmp_path: Path) -> None:
-    """Clients are served on it, those too that came before the daemon; it is not removed."""
+    """Clients are served on the inherited socket, earlier ones too; it is not removed."""
     path = tmp_path / "activated"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
@@ -78,7 +78,7 @@ def test_a_socket_of_the_service_manager(tmp_path: Path) -> None:
 
 
 def test_the_watchdog_is_fed(tmp_path: Path) -> None:
-    """A daemon that goes round says so twice in each interval; one that hangs does not."""
+    """A live daemon notifies the watchdog twice in each interval; a hanging one does not."""
     with _service(tmp_path, WATCHDOG_USEC=str(int(WATCHDOG_S * 1e6))) as notifications:
         begun = time.monotonic()
         for _ in range(6):
@@ -106,7 +106,7 @@ def test_messages_go_to_syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_log_that_nobody_reads(tmp_path: Path) -> None:
-    """It stops no process: clients are answered, VMs run and end, and so does the daemon."""
+    """An unread log stops no process: clients are answered, VMs run and end, the daemon ends."""
     config = tmp_path / "vm.conf"
     config.write_text(vm_block("one"))
     reader, writer = os.pipe()
@@ -139,7 +139,7 @@ def test_a_log_that_nobody_reads(tmp_path: Path) -> None:
 
 
 def test_requests_are_told_with_who_asked(tmp_path: Path) -> None:
-    """What was done is a line, and so is what was refused, in the name of the user."""
+    """Each action and each refusal is a log line with the user's name."""
     user = pwd.getpwuid(os.getuid()).pw_name
     with Daemon(tmp_path, vm_block("one")) as vmd, vmd.client() as client:
         client.ask("start", name="one")

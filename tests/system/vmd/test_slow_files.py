@@ -1,4 +1,4 @@
-"""Clients' files whose file systems do not answer: the daemon's other clients do not notice."""
+"""Clients' files on file systems that hang: the daemon's other clients do not notice."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ pytestmark = [
 ]
 
 _ANSWER_S = 30.0
-"""Within which a busy machine answers; a file system that hangs never does."""
+"""A busy machine answers within this time; a hanging file system never does."""
 _OTHER = 65533
-"""Another user, who is not root either."""
+"""A third user, neither root nor the first."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def fuse(reachable: Path) -> Iterator[FuseMount]:
 
 @pytest.fixture
 def vmd(reachable: Path, fuse: FuseMount) -> Iterator[Daemon]:  # noqa: ARG001 - it ends later
-    """Run a daemon whose socket is for everybody, and where the user may make instances."""
+    """Run a daemon whose socket every user may use, and where the user may make instances."""
     config = (
         vm_block("one")
         + vm_block("template", f"allow instance {{ boot, disk, owner {USER} }}")
@@ -64,7 +64,7 @@ def _wait_for(fuse: FuseMount, call: Call) -> None:
 
 
 def _has_files(pid: int, folder: Path) -> bool:
-    """Tell whether a process has files of a folder open."""
+    """Tell whether a process has files below a folder open."""
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -73,12 +73,12 @@ def _has_files(pid: int, folder: Path) -> bool:
 
 
 def _close(fd: int) -> None:
-    with suppress(OSError):  # there is no server any more
+    with suppress(OSError):  # the server is gone
         os.close(fd)
 
 
 def _others_are_served(vmd: Daemon, folder: Path) -> None:
-    """Have root and another user ask for things, with files of their own."""
+    """Have root and another user send requests, with files of their own."""
     disk = folder / "others.raw"
     disk.write_bytes(bytes(1 << 20))
     disk.chmod(0o666)
@@ -97,7 +97,7 @@ def _others_are_served(vmd: Daemon, folder: Path) -> None:
 
 
 def test_a_file_that_is_never_closed(vmd: Daemon, fuse: FuseMount, reachable: Path) -> None:
-    """Who may do nothing but connect passes files that cannot be closed, nor written back."""
+    """A user without rights passes files that hang at close and write-back: all are served."""
     fds = [_open(reachable, name) for name in ("disk", "other")]
     os.pwrite(fds[0], b"not written back", 0)
     try:
@@ -106,7 +106,7 @@ def test_a_file_that_is_never_closed(vmd: Daemon, fuse: FuseMount, reachable: Pa
             client.send("start", tuple(fds), name="one", kernel=0, initrd=[1])
             assert client.receive()[0]["type"] == "failed"
             _wait_for(fuse, Call.WRITE)
-            for _ in range(100):  # and again, until nothing more is read
+            for _ in range(100):  # again and again, until reads stop
                 client.send("start", tuple(fds), name="one", kernel=0, initrd=[1])
             with connection(vmd, USER) as again:
                 again.send("status")
@@ -127,7 +127,7 @@ def test_a_file_that_is_never_closed(vmd: Daemon, fuse: FuseMount, reachable: Pa
 def test_a_vm_whose_disk_hangs(
     vmd: Daemon, fuse: FuseMount, reachable: Path, *, is_passed: bool
 ) -> None:
-    """A user's VM runs from such a disk, and does not end; everybody else's do, and the daemon."""
+    """A user's VM runs from a hanging disk, and cannot end; other VMs and the daemon can."""
     fds = (_open(reachable),) if is_passed else ()
     disk: dict[str, object] = {"path": str(reachable / "mount" / "disk"), "format": "raw"}
     if is_passed:

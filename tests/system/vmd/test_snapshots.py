@@ -1,4 +1,4 @@
-"""Snapshots of VMs by vmctl, in the daemon's store and in files; VMs that go on from them."""
+"""Snapshots of VMs by vmctl, in the daemon's store and in files; VMs that start from them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.kvm
 
 Start = Callable[[str], Daemon]
 TIMEOUT_S = 120
-_AT = 0x3000  # of the counting guest's counters
+_AT = 0x3000  # address of the counting guest's counters
 _HEAD = struct.Struct("<8sIIQQQ32s")
 
 
 def vmctl(vmd: Daemon, *words: str) -> tuple[int, str]:
-    """Run vmctl; return its exit status and what it has said."""
+    """Run vmctl; return its exit status and its output."""
     done = subprocess.run(
         [VMCTL, *words],
         env={**os.environ, "VMD_SOCKET": str(vmd.socket)},
@@ -46,12 +46,12 @@ def vmctl(vmd: Daemon, *words: str) -> tuple[int, str]:
 
 
 def stored(vmd: Daemon) -> list[Path]:
-    """Return all that is in the store."""
+    """Return all files of the store."""
     return sorted((vmd.socket.parent / "state" / "snapshots").glob("*/*"))
 
 
 def test_a_vm_is_made_of_a_snapshot_again_and_again(start_vmd: Start) -> None:
-    """The source goes on, each copy goes on from there, and all of them answer."""
+    """The source runs on, each copy continues from the snapshot, and all of them answer."""
     with (
         start_vmd(vm_block("one", enabled=True)) as vmd,
         vmd.client() as client,
@@ -73,14 +73,14 @@ def test_a_vm_is_made_of_a_snapshot_again_and_again(start_vmd: Start) -> None:
             assert (status, text[: len(told)]) == (0, told)
             running(vmd, name)
         running(vmd, "one")
-        # The file is theirs even when its name is gone.
+        # They keep the file even when its name is gone.
         assert vmctl(vmd, "snapshot", "-r", "first") == (0, "")
         assert stored(vmd) == []
         running(vmd, "three")
 
 
 def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
-    """A user's file appears when it is complete; a VM is made of it, also without the daemon."""
+    """A user's file appears when it is complete; a VM starts from it, also without the daemon."""
     path = tmp_path / "file"
     with start_vmd(vm_block("one", enabled=True)) as vmd:
         started(vmd, "one")
@@ -101,7 +101,7 @@ def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
 
 
 def test_a_paused_vm_stays_paused(start_vmd: Start) -> None:
-    """The source is as it was before; the copy runs."""
+    """After a snapshot of a paused VM the source is still paused; the copy runs."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         started(vmd, "one")
         assert client.ask("pause", name="one")["type"] == "done"
@@ -113,7 +113,7 @@ def test_a_paused_vm_stays_paused(start_vmd: Start) -> None:
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_disks_that_are_left_out(start_vmd: Start, tmp_path: Path, kind: str) -> None:
-    """Without its disk a copy needs the lock of it, and what was in it."""
+    """A copy of a snapshot without disks needs the disk's lock, and its contents."""
     disk = tmp_path / f"disk.{kind}"
     subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "8M"], check=True)
     block = vm_block("one", f'disk "{disk}" format {kind}', enabled=True)
@@ -142,7 +142,7 @@ def test_disks_that_are_left_out(start_vmd: Start, tmp_path: Path, kind: str) ->
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str) -> None:
-    """Copies have the disks as they were, beside the VM and after them; a reboot finds them too."""
+    """Copies have the disks of the snapshot, beside the VM and after it, and at a reboot."""
     disk, path = tmp_path / f"disk.{kind}", tmp_path / "file"
     subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "8M"], check=True)
     fill = ["qemu-io", "-f", kind, "-c"]
@@ -180,7 +180,7 @@ def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_snapshot_that_fails_leaves_nothing(start_vmd: Start) -> None:
-    """What is no file, a name that is taken, a client that is killed: the VM goes on."""
+    """If the target or the name is unusable, or the client killed, the VM runs on."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         started(vmd, "one")
         with Path("/dev/full").open("wb") as full:
@@ -224,7 +224,7 @@ def edited(whole: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def test_a_full_disk_is_no_end_of_a_vm(start_vmd: Start, tmp_path: Path) -> None:
-    """What there is of a snapshot that has no room is gone, in the store and elsewhere."""
+    """A snapshot without room is removed, in the store and elsewhere, and the VM runs on."""
     with small_file_system(tmp_path / "small") as small:
         room = os.statvfs(small.place)
         with (small.place / "more").open("wb") as file:
@@ -246,7 +246,7 @@ def test_a_full_disk_is_no_end_of_a_vm(start_vmd: Start, tmp_path: Path) -> None
 
 
 def test_an_edited_snapshot_is_refused(start_vmd: Start, tmp_path: Path) -> None:
-    """Cut short, damaged, of another version or machine: a line or two, and no VM is left."""
+    """A damaged, cut or foreign snapshot is refused in a line or two, and leaves no VM."""
     path = tmp_path / "file"
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         pid = started(vmd, "one")
@@ -286,7 +286,7 @@ def test_an_edited_snapshot_is_refused(start_vmd: Start, tmp_path: Path) -> None
 
 
 def test_a_guest_loses_no_tick(start_vmd: Start, tmp_path: Path) -> None:
-    """A guest that counts goes on, here and in its copies, from one snapshot to the next."""
+    """A counting guest counts on, here and in its copies, from one snapshot to the next."""
     image = tmp_path / "counting.bin"
     image.write_bytes(counting_guest())
     with start_vmd(vm_block("one", enabled=True, boot=image, memory="4M")) as vmd:
@@ -314,5 +314,5 @@ def test_a_guest_loses_no_tick(start_vmd: Start, tmp_path: Path) -> None:
 
 
 def test_killed_parties(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever is killed: snapshots are whole or never were, and no file is left."""
+    """After any kill snapshots are whole or do not exist, and no file is left."""
     assert kill_snapshot.main(["--count", "6", "--seed", "3"]) == 0, capsys.readouterr().out

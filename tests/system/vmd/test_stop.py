@@ -1,4 +1,4 @@
-"""How guests are asked to stop, and what happens to those that do not listen."""
+"""How the daemon stops guests, and ends those that do not obey."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Start = Callable[[str], Daemon]
 
 
 def test_a_guest_takes_the_power_button(start_vmd: Start) -> None:
-    """A guest that listens for the ACPI power button is asked by it, and powers off in order."""
+    """A guest that obeys the ACPI power button powers off properly at a stop."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as console:
@@ -29,9 +29,9 @@ def test_a_guest_takes_the_power_button(start_vmd: Start) -> None:
 
 
 def test_a_guest_that_does_not_listen_has_three_seconds(start_vmd: Start) -> None:
-    """A guest that spins does not take the button's interrupt; it is ended when its time is over.
+    """A guest that spins ignores the button; the daemon ends it at its time-out.
 
-    Meanwhile it is shown as stopping, and cannot be asked again.
+    Meanwhile it is shown as stopping, and a second stop is refused.
     """
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
@@ -49,7 +49,7 @@ def test_a_guest_that_does_not_listen_has_three_seconds(start_vmd: Start) -> Non
 
 
 def test_a_spinning_guest_is_killed_at_once(start_vmd: Start) -> None:
-    """Force waits for nothing."""
+    """A forced stop does not wait."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as console:
@@ -62,7 +62,7 @@ def test_a_spinning_guest_is_killed_at_once(start_vmd: Start) -> None:
 
 
 def test_a_paused_guest_can_be_stopped(start_vmd: Start) -> None:
-    """It goes on to do as it is asked."""
+    """A paused guest is resumed for the stop, and powers off."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as console:
@@ -98,7 +98,7 @@ def test_the_daemon_can_be_ended_at_any_moment(start_vmd: Start) -> None:
 
 
 def test_a_long_name(start_vmd: Start) -> None:
-    """A name may have as many characters as OpenBSD allows; processes show what fits."""
+    """A name may be as long as OpenBSD allows; titles of processes are cut."""
     name = "n" * 63
     with start_vmd(vm_block(name)) as vmd, vmd.client() as client:
         assert client.ask("start", name=name)["type"] == "started"
@@ -107,7 +107,7 @@ def test_a_long_name(start_vmd: Start) -> None:
 
 
 def test_a_stop_of_all_leaves_none_to_start(start_vmd: Start) -> None:
-    """Those that run, start, and wait for their turn: after it nothing runs, and nothing starts."""
+    """After a stop of all, no VM runs, no starting one survives, and no waiting one starts."""
     names = [f"vm{index}" for index in range(6)]
     config = "staggered start parallel 2 delay 1\n" + "".join(
         vm_block(name, enabled=True) for name in names
@@ -119,13 +119,13 @@ def test_a_stop_of_all_leaves_none_to_start(start_vmd: Start) -> None:
             f"stopping vm {name}" for name in names
         ]
         assert {vm["state"] for vm in client.vms()} == {"stopped"}
-        time.sleep(1.5)  # the turn that there would have been
+        time.sleep(1.5)  # its turn would have come
         assert {vm["state"] for vm in client.vms()} == {"stopped"}
         assert client.ask("start", name="vm5")["type"] == "started"
 
 
 def test_vms_start_and_stop_in_order(start_vmd: Start) -> None:
-    """One that starts after another runs later, and is gone sooner; each is asked in order."""
+    """A VM that starts after another is stopped before it; each is asked in order."""
     config = (
         "staggered start parallel 3 delay 60\n"
         + vm_block("web", 'after "app"', enabled=True)
@@ -150,7 +150,7 @@ def test_vms_start_and_stop_in_order(start_vmd: Start) -> None:
 
 
 def test_a_guest_has_the_time_that_its_configuration_says(start_vmd: Start) -> None:
-    """A guest that spins has neither 3 seconds nor 123, but its own time; the end is told."""
+    """A guest that spins gets its configured time, not 3 or 123 seconds; the end is logged."""
     with start_vmd(vm_block("one", "stop timeout 1", enabled=True)) as vmd, vmd.client() as client:
         client.wait_for_state("one", "running")
         with client.console("one") as console:
@@ -167,7 +167,7 @@ def test_a_guest_has_the_time_that_its_configuration_says(start_vmd: Start) -> N
 
 
 def test_a_process_that_does_not_end_is_ended(start_vmd: Start) -> None:
-    """A VM process that is stopped by SIGSTOP can do nothing when it is told to; vmd ends it."""
+    """A VM process stopped by SIGSTOP does not react to a stop; vmd kills it."""
     with start_vmd(vm_block("one", "stop timeout 1", enabled=True)) as vmd, vmd.client() as client:
         pid = client.wait_for_state("one", "running")["pid"]
         assert isinstance(pid, int)
@@ -180,7 +180,7 @@ def test_a_process_that_does_not_end_is_ended(start_vmd: Start) -> None:
 
 
 def test_a_pause_of_a_process_that_is_stopped(start_vmd: Start) -> None:
-    """Whoever asks is told what is wrong with it, each time; it is listed, goes on, and ends."""
+    """A pause of a VM process in SIGSTOP fails each time; it is listed, runs on, and ends."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
         pid = client.wait_for_state("one", "running")["pid"]
         assert isinstance(pid, int)

@@ -1,4 +1,4 @@
-"""vmd's units under a systemd that runs: as installed, hardened, watched, activated."""
+"""vmd's units under a running systemd: as installed, hardened, watched, activated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def systemd() -> Iterator[TreeHost]:
 
 @pytest.fixture
 def host(systemd: TreeHost) -> Iterator[TreeHost]:
-    """Return it with nothing of vmd's running."""
+    """Return it once nothing of vmd's runs."""
     systemd.write("/etc/vm.conf", systemd.configuration)
     yield systemd
     systemd.run("systemctl", "stop", SOCKET, SERVICE)
@@ -48,7 +48,7 @@ def _main_pid(host: TreeHost) -> str:
 
 
 def test_users_and_devices(host: TreeHost) -> None:
-    """The daemon's user is made by sysusers, and /dev/kvm given to its group by tmpfiles."""
+    """The daemon's user is made by sysusers, and tmpfiles gives /dev/kvm to its group."""
     assert "_vmd:" in host.run("getent", "passwd", "_vmd")
     assert host.run("stat", "-c", "%a %U:%G", "/dev/kvm") == "660 root:kvm\n"
 
@@ -59,7 +59,7 @@ def _socket_rights(host: TreeHost) -> str:
 
 @pytest.mark.parametrize("unit", [SERVICE, SOCKET])
 def test_who_may_connect(host: TreeHost, unit: str) -> None:
-    """Root and the group vmd, or the owner in vm.conf, whoever has made the socket."""
+    """Root and the group vmd, or the owner in vm.conf, may connect, with and without vmd.socket."""
     host.run("systemctl", "start", unit)
     host.states()
     assert _socket_rights(host) == "660 root:vmd"
@@ -72,7 +72,7 @@ def test_who_may_connect(host: TreeHost, unit: str) -> None:
 
 
 def test_a_user_that_is_missing(host: TreeHost) -> None:
-    """Without the user _vmd the daemon does not start, and says by which command it would."""
+    """Without the user _vmd the daemon does not start, and prints the command that makes it."""
     host.run("sed", "-i", "/^_vmd:/d", "/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow")
     said = host.run("vmd", "-d", check=False)
     found = re.fullmatch(r"vmd: unknown user _vmd \(make it: (.*)\)\n", said)
@@ -82,14 +82,14 @@ def test_a_user_that_is_missing(host: TreeHost) -> None:
 
 
 def test_the_units_are_right(host: TreeHost) -> None:
-    """Every line of them is understood."""
+    """The units have no line that systemd does not understand."""
     paths = [f"/lib/systemd/system/{unit}" for unit in (SERVICE, SOCKET)]
     said = host.run("systemd-analyze", "verify", "--man=no", *paths)
     assert said == ""
 
 
 def test_from_start_to_stop(host: TreeHost) -> None:
-    """A start is over when VMs can be asked for, a reload reads vm.conf; a stop asks guests to."""
+    """A start is over when the daemon serves, a reload reads vm.conf; a stop asks guests."""
     host.run("systemctl", "start", SERVICE)
     _eventually(lambda: host.states() == {"one": "running", "two": "stopped"})
     host.run("vmctl", "start", "two")
@@ -107,7 +107,7 @@ def test_from_start_to_stop(host: TreeHost) -> None:
 
 
 def test_the_unit_leaves_what_networks_need(host: TreeHost) -> None:
-    """Hardened as it is, interfaces, bridges, NAT and the settings below /proc/sys/net are made."""
+    """The hardened unit still makes interfaces, bridges, NAT and settings below /proc/sys/net."""
     host.write(
         "/etc/vm.conf",
         'local prefix 100.64.0.0/10 nat\nswitch "lab" {\n\tcreate\n\tlocked lladdr\n}\n'
@@ -125,7 +125,7 @@ def test_the_unit_leaves_what_networks_need(host: TreeHost) -> None:
 
 
 def test_the_exposure_of_the_unit(host: TreeHost) -> None:
-    """Systemd's own figure for what the unit leaves open does not grow."""
+    """The figure of systemd for the unit's exposure does not grow."""
     said = host.run("systemd-analyze", "security", "--no-pager", SERVICE)
     found = re.search(r"exposure level for vmd.service: ([\d.]+)", said)
     assert found
@@ -133,7 +133,7 @@ def test_the_exposure_of_the_unit(host: TreeHost) -> None:
 
 
 def test_the_socket_starts_the_daemon(host: TreeHost) -> None:
-    """A client that comes first is answered, by a daemon that starts for it."""
+    """The daemon starts for the first client, and answers it."""
     host.run("systemctl", "start", SOCKET)
     assert host.state(SERVICE) == "inactive"
     assert host.states().keys() == {"one", "two"}
@@ -142,12 +142,12 @@ def test_the_socket_starts_the_daemon(host: TreeHost) -> None:
 
 @pytest.mark.parametrize("signal", ["STOP", "KILL"])
 def test_a_daemon_that_fails_is_started_again(host: TreeHost, signal: str) -> None:
-    """One that hangs is killed by the watchdog; its VMs run again, under another daemon."""
+    """The watchdog kills a hanging daemon; its VMs run again, under another daemon."""
     host.write("/run/systemd/system/vmd.service.d/watchdog.conf", "[Service]\nWatchdogSec=2\n")
     host.run("systemctl", "daemon-reload")
     host.run("systemctl", "start", SERVICE)
     before = _main_pid(host)
-    time.sleep(3)  # longer than the watchdog waits
+    time.sleep(3)  # longer than the watchdog's time
     assert _main_pid(host) == before
     host.run("kill", f"-{signal}", before)
     _eventually(lambda: _main_pid(host) not in {before, "0"})

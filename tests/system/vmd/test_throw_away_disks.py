@@ -1,4 +1,4 @@
-"""Throw-away disks of the daemon: what the guest writes is gone with the VM, not with a reboot."""
+"""Throw-away disks of the daemon: the guest's writes are gone with the VM, not with a reboot."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.system.vmd.daemon import ROOT, Client, Daemon
 pytestmark = pytest.mark.kvm
 
 Start = Callable[[str], Daemon]
-# Prints a letter of the second sector between signs, and writes the next one there; reboots when
-# something is typed.
+# Prints a letter of the second sector between signs, and writes the next one there; reboots at
+# any typed input.
 _COUNTING = b"".join(
     (
         bytes.fromhex("31c0"),  # xor %ax, %ax
@@ -67,7 +67,7 @@ def _disk(folder: Path, disk_format: str) -> Path:
 
 
 def vmctl(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, which has to succeed."""
+    """Run a command, which must succeed."""
     return subprocess.run(
         [sys.executable, "-m", "vmctl", *words],
         cwd=ROOT,
@@ -79,7 +79,7 @@ def vmctl(vmd: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _boots(client: Client, name: str) -> None:
-    """Have a VM boot, reboot, and end: the second boot finds what the first has written."""
+    """Have a VM boot, reboot, and end: the second boot finds the first one's writes."""
     with client.console(name) as console:
         console.expect(b"=a=")
         pid = client.vm(name)["pid"]
@@ -91,7 +91,7 @@ def _boots(client: Client, name: str) -> None:
 
 
 def test_of_the_configuration(start_vmd: Start, tmp_path: Path) -> None:
-    """It lasts over a reboot and no longer, and two VMs share the image, which stays as it was."""
+    """The disk keeps its writes over a reboot only; two VMs share the image, which is unchanged."""
     image = _disk(tmp_path, "qcow2")
     before = image.read_bytes()
     disk = f'disk "{image}" format qcow2 {{ snapshot }}'
@@ -117,7 +117,7 @@ def test_of_the_configuration(start_vmd: Start, tmp_path: Path) -> None:
 
 
 def test_of_a_client(tmp_path: Path, start_vmd: Start) -> None:
-    """`vmctl start` takes the option that `vmctl run` has; the image is only read."""
+    """`vmctl start` has the same option as `vmctl run`; the image is only read."""
     image = _disk(tmp_path, "raw")
     before = image.read_bytes()
     with start_vmd("") as vmd, vmd.client() as client:

@@ -1,7 +1,7 @@
-"""Public tools that drive OpenBSD's vmctl: the commands that they give, and how they read answers.
+"""Public tools that drive OpenBSD's vmctl: their commands, and their reading of the output.
 
-In our own words. Some write operands before options, as OpenBSD's vmctl had it before 6.5, and some
-join an option to its value by a blank within one word.
+In our own words. Some write operands before options, as OpenBSD's vmctl took them before 6.5, and
+some join an option to its value by a blank within one word.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Start = Callable[[str], Daemon]
 
 
 class Tool:
-    """What a tool has: a vmctl that finds the daemon."""
+    """The environment of a tool: a vmctl that finds the daemon."""
 
     def __init__(self, vmd: Daemon) -> None:
         """Speak with `vmd`."""
@@ -51,7 +51,7 @@ class Tool:
 
 @pytest.mark.parametrize("is_name_first", [True, False])
 def test_packer(is_name_first: bool, tmp_path: Path) -> None:
-    """A disk, a start with -B whose console is piped, and the id as the first digits of status."""
+    """packer: a disk, a start with -B and a piped console, and the id as status's first digits."""
     disk = tmp_path / "packed.qcow2"
     with Daemon(tmp_path, "") as vmd:
         tool = Tool(vmd)
@@ -84,7 +84,7 @@ def _salts_status(tool: Tool) -> dict[str, dict[str, str]]:
 
 
 def test_salt(start_vmd: Start, tmp_path: Path) -> None:
-    """One line on standard error names the terminal; another start says what it is already doing.
+    """salt: one line on standard error names the terminal; another start says EALREADY.
 
     An option and its value are one word with a blank in it.
     """
@@ -118,7 +118,7 @@ def _columns(header: str, row: str) -> dict[str, str]:
 
 
 def test_ansible(start_vmd: Start) -> None:
-    """A play gathers facts by the header, changes what is to change, and finds it changed."""
+    """ansible: a play reads facts by the header, changes a VM, and finds it changed."""
     with start_vmd(vm_block("web") + vm_block("a-name-of-some-length")) as vmd:
         tool = Tool(vmd)
 
@@ -144,7 +144,7 @@ def test_ansible(start_vmd: Start) -> None:
 
 
 def test_vman(start_vmd: Start, tmp_path: Path) -> None:
-    """What fails ends the script: a file that cannot be loaded, a name that is taken.
+    """vman: a failure ends the script: a file that cannot be loaded, a name in use.
 
     It waits for the end of an installation by a pattern over the table.
     """
@@ -168,7 +168,7 @@ def test_vman(start_vmd: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_name_first", [True, False])
 def test_syzkaller(is_name_first: bool, tmp_path: Path) -> None:
-    """An instance on an overlay, both outputs in one pipe, its address by the id in status."""
+    """syzkaller: an instance on an overlay, both outputs in one pipe, its address by its id."""
     base, disk = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
     config = (
         'vm "syzkaller" {\n\tdisable\n\tmemory 64M\n\tdisk "/dev/null" format raw\n'
@@ -194,7 +194,7 @@ def test_syzkaller(is_name_first: bool, tmp_path: Path) -> None:
 
 
 def test_shell_wrappers(start_vmd: Start) -> None:
-    """Column 6 is the terminal, 8 the state and the last one the name, for awk."""
+    """awk: column 6 is the terminal, 8 the state and the last one the name."""
     with start_vmd(vm_block("web") + vm_block("db")) as vmd, vmd.client() as client:
         tool = Tool(vmd)
         assert tool.vmctl("start", "web").returncode == 0

@@ -1,4 +1,4 @@
-"""Warming up is optional: VMs start without it, whatever goes wrong in it."""
+"""Warming up is optional: VMs start without it, after any failure in it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _COLD = "zygote: not warmed up, so each VM costs more memory: "
     ids=["off", "malloc", "raises", "unknown", "hangs", "ready one hangs", "ready one fails"],
 )
 def test_vms_start(tmp_path: Path, environ: dict[str, str], patch: str, line: str | None) -> None:
-    """VMs start before and after one line says what is done without."""
+    """VMs start before and after one log line about the missing warm-up."""
     config = vm_block("one", enabled=True) + vm_block("two")
     program = ("-c", f"{patch}\n{_RUN}")
     with (
@@ -80,7 +80,7 @@ def test_vms_start(tmp_path: Path, environ: dict[str, str], patch: str, line: st
         client.wait_for_state("one", "running")
         if line:
             vmd.wait_for_log(line)
-        vmd.wait_for_child("vm")  # one that is ready, or is to be
+        vmd.wait_for_child("vm")  # it is ready, or will be
         assert client.ask("start", name="two")["type"] == "started"
         for name in ("one", "two"):
             with client.console(name) as console:
@@ -96,7 +96,7 @@ def test_vms_start(tmp_path: Path, environ: dict[str, str], patch: str, line: st
 
 
 def test_an_unknown_warmth_is_an_error(tmp_path: Path) -> None:
-    """The daemon does not start with a value that it does not know, and says so in one line."""
+    """The daemon does not start with an unknown value, and says so in one line."""
     with pytest.raises(
         AssertionError, match=r"vmd: VMD_WARM: 'hot' is none of off, rehearse, all\n$"
     ):

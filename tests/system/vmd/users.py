@@ -1,4 +1,4 @@
-"""Users other than root, at a daemon of root's."""
+"""Users other than root, at root's daemon."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from tests.system.vmd.daemon import Client, Daemon
 
 USER = 65534
-"""Any user but root: nobody."""
+"""A user other than root: nobody."""
 
 
 @contextmanager
 def connection(vmd: Daemon, uid: int) -> Iterator[Client]:
-    """Connect as a user; the kernel notes who it was at that moment."""
+    """Connect as a user; the kernel notes the user at that moment."""
     with being(uid):
         client = vmd.client()
     with client:
@@ -23,7 +23,7 @@ def connection(vmd: Daemon, uid: int) -> Iterator[Client]:
 
 @contextmanager
 def being(uid: int) -> Iterator[None]:
-    """Be another user, in no group but the user's own."""
+    """Become another user, in no group but the user's own."""
     groups = os.getgroups()
     os.setgroups([])
     os.setegid(uid)
