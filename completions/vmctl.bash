@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list migrate run snapshot top metrics; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in clone cp doctor events exec gdb help image list migrate run snapshot top metrics; do
+		for verb in clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone cp doctor events exec gdb help image list migrate run snapshot top metrics --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics --help --version -v
 		return
 	fi
 	case $verb in
@@ -81,6 +81,10 @@ _vmctl() {
 		;;
 	'clone '*)
 		options=(-n --json)
+		operands=('<vm>')
+		;;
+	'connect '*)
+		options=()
 		operands=('<vm>')
 		;;
 	'console '*)
@@ -141,7 +145,7 @@ _vmctl() {
 		;;
 	'help '*)
 		options=()
-		operands=('clone' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'gdb' 'help' 'image' 'list' 'load' 'log' 'migrate' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
+		operands=('clone' 'connect' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'gdb' 'help' 'image' 'list' 'load' 'log' 'migrate' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'ssh' 'ssh-config' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)
@@ -341,6 +345,34 @@ _vmctl() {
 		;;
 	'snapshot '*)
 		options=(-l -o -r --check --info --json --no-disks)
+		operands=('<vm>')
+		;;
+	'ssh -i')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
+	'ssh -l')
+		_vmctl_offer "$word"
+		return
+		;;
+	'ssh -o')
+		_vmctl_offer "$word"
+		return
+		;;
+	'ssh -p')
+		_vmctl_offer "$word"
+		return
+		;;
+	'ssh --ssh')
+		_vmctl_offer "$word"
+		return
+		;;
+	'ssh '*)
+		options=(-i -l -o -p --ssh)
+		operands=('<vm>')
+		;;
+	'ssh-config '*)
+		options=()
 		operands=('<vm>')
 		;;
 	'start -B')

@@ -10,6 +10,7 @@ complete -c vmctl -n __fish_use_subcommand -s v -d 'Log what happens, in detail.
 complete -c vmctl -n __fish_use_subcommand -l version -d 'Print the version.'
 complete -c vmctl -l help -d 'Tell how it is used.'
 complete -c vmctl -n __fish_use_subcommand -a clone -d 'Make VMs that go on where another one stands.'
+complete -c vmctl -n __fish_use_subcommand -a connect -d 'Be standard input and output of a guest\'s port, by vsock or by its agent.'
 complete -c vmctl -n __fish_use_subcommand -a console -d 'Attach to the console of a VM.'
 complete -c vmctl -n __fish_use_subcommand -a cp -d 'Copy a file or a directory into a guest, or out of it, by its agent.'
 complete -c vmctl -n __fish_use_subcommand -a create -d 'Create a disk image: empty, as an overlay, or as a copy of another disk.'
@@ -31,6 +32,8 @@ complete -c vmctl -n __fish_use_subcommand -a run -d 'Run a VM in the foreground
 complete -c vmctl -n __fish_use_subcommand -a send -d 'Send a VM to standard output, for vmctl receive, and end it.'
 complete -c vmctl -n __fish_use_subcommand -a show -d 'List VMs, as status does, or tell all of one: disks, interfaces, how it ended.'
 complete -c vmctl -n __fish_use_subcommand -a snapshot -d 'Make a snapshot of a VM, which goes on; or list, describe or remove those there are.'
+complete -c vmctl -n __fish_use_subcommand -a ssh -d 'Log in to a guest by ssh, which needs no address.'
+complete -c vmctl -n __fish_use_subcommand -a ssh-config -d 'Print lines for ssh_config(5), by which ssh reaches a VM, or each of them.'
 complete -c vmctl -n __fish_use_subcommand -a start -d 'Start a VM that exists, or make one and start it.'
 complete -c vmctl -n __fish_use_subcommand -a status -d 'List VMs.'
 complete -c vmctl -n __fish_use_subcommand -a stop -d 'Stop a VM.'
@@ -48,6 +51,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_sub
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -s n -d 'How many; each has another number for %d.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from connect' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from console' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from cp' -s r -d 'Copy a directory, with all that is in it.'
 complete -c vmctl -n '__fish_seen_subcommand_from cp' -a '(__fish_complete_path)'
@@ -66,7 +70,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from exec' -l timeout -d 'End it af
 complete -c vmctl -n '__fish_seen_subcommand_from exec' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from gdb' -l stdio -d 'Be what gdb talks to, on standard input and output.'
 complete -c vmctl -n '__fish_seen_subcommand_from gdb' -a '(__vmctl_vms)'
-complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'clone console cp create doctor events exec gdb help image list load log migrate pause receive reload reset run send show snapshot start status stop top metrics unpause wait'
+complete -c vmctl -n '__fish_seen_subcommand_from help' -a 'clone connect console cp create doctor events exec gdb help image list load log migrate pause receive reload reset run send show snapshot ssh ssh-config start status stop top metrics unpause wait'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from check' -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and __fish_seen_subcommand_from info' -l json -d 'Print JSON.'
@@ -133,6 +137,13 @@ complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -l info -d 'Tell wha
 complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -l json -d 'Print JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -l no-disks -d 'Leave out the disks that the VM writes.'
 complete -c vmctl -n '__fish_seen_subcommand_from snapshot' -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from ssh' -s i -d 'A file with a private key.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from ssh' -s l -d 'The user of the guest; root by default.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from ssh' -s o -d 'An option of ssh, as of ssh_config(5).' -x
+complete -c vmctl -n '__fish_seen_subcommand_from ssh' -s p -d 'The guest\'s port; 22 by default.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from ssh' -l ssh -d 'The command to use for ssh, with its options.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from ssh' -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from ssh-config' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s B -d 'What the VM boots from.' -x -a 'disk cdrom net'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s b -d 'Kernel or firmware image to boot.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s c -d 'Attach the console; run always does.'

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from vmctl.agent import Agent
+from vmctl.agent_frames import PORT
 
 ROOT = Path(__file__).resolve().parents[1]
 AGENT = ROOT / "vmm_agent" / "agent.py"
@@ -77,8 +78,14 @@ class Vsock:
     Each connection has an agent of its own. Source: Firecracker's docs/vsock.md.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Listen at `path`."""
+    def __init__(
+        self, path: Path, others: Mapping[int, Sequence[str | Path]] | None = None
+    ) -> None:
+        """Listen at `path`.
+
+        `others` are programs for further ports, with a connection as their standard streams.
+        """
+        self._programs: dict[int, Sequence[str | Path]] = dict(others or {})
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(64)
@@ -110,17 +117,30 @@ class Vsock:
                 return
             with stream:
                 try:
-                    if stream.recv(len(_CONNECT), socket.MSG_WAITALL) != _CONNECT:
+                    port = _port(stream)
+                    if port != PORT and port not in self._programs:
                         continue
                     stream.sendall(b"OK 1073741824\n")
                 except ConnectionError:  # the client has ended meanwhile
                     continue
                 fd = stream.fileno()
-                arguments = [sys.executable, "-I", str(AGENT), "--fd", str(fd)]
-                self._agents.append(subprocess.Popen(arguments, pass_fds=(fd,)))
+                if port == PORT:
+                    arguments = [sys.executable, "-I", str(AGENT), "--fd", str(fd)]
+                    started = subprocess.Popen(arguments, pass_fds=(fd,))
+                else:
+                    started = subprocess.Popen(self._programs[port], stdin=fd, stdout=fd)
+                self._agents.append(started)
 
 
-_CONNECT = b"CONNECT 1024\n"
+def _port(stream: socket.socket) -> int:
+    """Read which port a client wants; 0 if it does not say so."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = stream.recv(1)
+        if not byte:
+            return 0
+        line += byte
+    return int(line.removeprefix(b"CONNECT "))
 
 
 def spliced(near: socket.socket, far: socket.socket) -> threading.Thread:

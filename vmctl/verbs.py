@@ -83,6 +83,16 @@ _TABLE = (
         *(2, 2),
         completes=(VM,),
     ),
+    Verb(
+        "connect",
+        "id port",
+        "Be standard input and output of a guest's port, by vsock or by its agent.",
+        "connecting",
+        "connect",
+        (),
+        *(2, 2),
+        completes=(VM,),
+    ),
     Verb("console", "id", "Attach to the console of a VM.", "attach", "console")._replace(
         completes=(VM,)
     ),
@@ -378,6 +388,36 @@ _TABLE = (
             "\tvmctl snapshot [--json] -l | --check snapshot | --info snapshot\n"
             "\tvmctl snapshot -r snapshot"
         ),
+        completes=(VM,),
+    ),
+    Verb(
+        "ssh",
+        "[user@]id [command [arg ...]]",
+        "Log in to a guest by ssh, which needs no address.",
+        "connecting",
+        "ssh",
+        (
+            Option("-i", "identity", "A file with a private key.", "file", True, (FILE,)),
+            Option("-l", "user", "The user of the guest; root by default.", "user"),
+            Option("-o", "options", "An option of ssh, as of ssh_config(5).", "option", True),
+            Option("-p", "port", "The guest's port; 22 by default.", "port"),
+            Option("--ssh", "command", "The command to use for ssh, with its options.", "command"),
+        ),
+        *(1, 1 << 16),
+        usage=(
+            "[-i file] [-l user] [-o option] [-p port] [--ssh command]\n"
+            "\t\t[user@]id [-- command [arg ...]]"
+        ),
+        completes=(VM,),
+    ),
+    Verb(
+        "ssh-config",
+        "[id]",
+        "Print lines for ssh_config(5), by which ssh reaches a VM, or each of them.",
+        "connecting",
+        "show_config",
+        (),
+        *(0, 1),
         completes=(VM,),
     ),
     Verb(

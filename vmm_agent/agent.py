@@ -342,6 +342,9 @@ def _do(wire: Wire, request: Mapping[str, object], report: int | None) -> None:
     elif what == "get":
         _get(wire, request)
         wire.say(DONE)
+    elif what == "connect":
+        _connect(wire, request)
+        wire.say(DONE)
     elif what in _SIMPLE:
         _SIMPLE[what](request)
         wire.say(DONE)
@@ -826,6 +829,111 @@ def _pack(archive: tarfile.TarFile, path: bytes, name: bytes, *, is_followed: bo
         with open(path, "rb") as file:
             member.size = os.fstat(file.fileno()).st_size
             archive.addfile(member, file)
+
+
+# TCP ports of this guest
+
+
+def _connect(wire: Wire, request: Mapping[str, object]) -> None:
+    """Join the connection to a TCP port of this guest, until what listens there ends it."""
+    port = _number(request, "port", 1, 0xFFFF)
+    with _loopback(port) as stream:
+        wire.say(STARTED)
+        Joint(wire, stream).run()
+
+
+def _loopback(port: int) -> socket.socket:
+    problem = OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        try:
+            stream = socket.socket(family)
+        except OSError as err:
+            problem = err
+            continue
+        try:
+            stream.settimeout(CLOSE_S)
+            stream.connect((address, port))
+        except OSError as err:
+            problem = err
+            stream.close()
+            continue
+        stream.setblocking(False)
+        return stream
+    raise _refusal(problem, f"port {port}")
+
+
+class Joint:
+    """The client's stream and one of this guest, joined."""
+
+    def __init__(self, wire: Wire, stream: socket.socket) -> None:
+        """Join `wire` and `stream`, which does not block and stays the caller's."""
+        self._wire = wire
+        self._stream = stream
+        self._waiting = bytearray()
+        self._is_over = False
+        """The client sends no more."""
+
+    def run(self) -> None:
+        """Pass data on until `stream` ends."""
+        sock, own = self._wire.stream.fileno(), self._stream.fileno()
+        while True:
+            events = select.POLLOUT if self._waiting else 0
+            if self._wire.is_sending:
+                wanted = {sock: select.POLLIN | select.POLLOUT}
+            else:
+                wanted = {sock: select.POLLIN}
+                events |= select.POLLIN if self._wire.room[OUTPUT] else 0
+            if events:
+                wanted[own] = events
+            ready = _poll(wanted, float("inf"))
+            self._wire.flush()
+            if ready.get(sock, 0) & ~select.POLLOUT:
+                for kind, payload in self._wire.frames():
+                    self._obey(kind, payload)
+            if self._waiting:
+                self._write()
+            if ready.get(own, 0) & ~select.POLLOUT and not self._read():
+                return
+
+    def _obey(self, kind: int, payload: bytes) -> None:
+        if kind != INPUT or self._is_over:
+            raise GoneError
+        self._waiting += payload
+        if not payload:
+            self._is_over = True
+            if not self._waiting:
+                self._shut()
+
+    def _write(self) -> None:
+        try:
+            count = self._stream.send(self._waiting)
+        except BlockingIOError:
+            return
+        except OSError:  # nobody reads it; the end is found when it is read
+            count = len(self._waiting)
+        del self._waiting[:count]
+        self._wire.took(count)
+        if self._is_over and not self._waiting:
+            self._shut()
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self._stream.shutdown(socket.SHUT_WR)
+
+    def _read(self) -> bool:
+        """Send what has come; returns whether there may be more."""
+        size = min(PIECE, self._wire.room[OUTPUT])
+        if not size or self._wire.is_sending:
+            return True
+        try:
+            data = self._stream.recv(size)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if data:
+            self._wire.send(OUTPUT, data)
+        return bool(data)
 
 
 # For clones, and `wait`

@@ -154,7 +154,7 @@ def _manual_sections() -> dict[str, list[str]]:
     """Return what the manual says of each verb, which may have several forms."""
     begin = MANUAL.index("The commands are as follows")
     text = MANUAL[begin : MANUAL.index("\nWhere an\n.Ar id", begin)]
-    parts = re.split(r"^\.It (?:Xo )?Cm ((?:image )?\w+)", text, flags=re.MULTILINE)
+    parts = re.split(r"^\.It (?:Xo )?Cm ((?:image )?[\w-]+)", text, flags=re.MULTILINE)
     found: dict[str, list[str]] = {}
     for name, section in zip(parts[1::2], parts[2::2], strict=True):
         found.setdefault(name, []).append(section)

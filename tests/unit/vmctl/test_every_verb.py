@@ -66,6 +66,7 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 LINES = {
     "clone": "clone 1 web%d",
+    "connect": "connect {vsock} 7",
     "console": "console 1",
     "cp": "cp {here}/disk.qcow2 {vsock}:{new}",
     "create": "create -s 1M {new}",
@@ -78,6 +79,7 @@ LINES = {
     "migrate": "migrate --ssh true web second",
     "receive": "receive web",
     "run": "run -b {here}/none",
+    "ssh": "ssh --ssh true {vsock}",
     "start": "start web",
     "top": "top -d 0.1 -n 2",
 }
@@ -183,7 +185,7 @@ def place(folder: Path) -> Iterator[dict[str, str]]:
     Yields what names it in the environment.
     """
     socket_path = folder / "vmd.sock"
-    with FakeDaemon(socket_path, answer), Vsock(folder / "vsock"):
+    with FakeDaemon(socket_path, answer), Vsock(folder / "vsock", {7: ["true"]}):
         image = folder / "disk.qcow2"
         subprocess.run([VMCTL, "create", "-s", "4M", image], check=True, capture_output=True)
         yield {"VMD_SOCKET": str(socket_path), "VMCTL_IMAGES": str(folder / "images")}
