@@ -316,7 +316,7 @@ _vmctl() {
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --balloon --vsock --wait)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --balloon --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --vsock --wait --watchdog)
 		operands=()
 		;;
 	'send '*)
@@ -448,7 +448,7 @@ _vmctl() {
 		return
 		;;
 	'start '*)
-		options=(-B -b -c -d -i -L -m -n -p -r -t --append --clock --firmware --forward --from --initrd --json --save --selftest --template --timeout --balloon --vsock --wait)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --append --balloon --clock --firmware --forward --from --initrd --json --save --selftest --template --timeout --vsock --wait --watchdog)
 		operands=('<vm>')
 		;;
 	'status '*)

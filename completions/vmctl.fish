@@ -108,6 +108,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -s n -d 'Add a network in
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s p -d 'Number of vCPUs, 1 to 64.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l append -d 'Kernel command line.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l console-log -d 'Write what the console shows to this file too.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
@@ -120,9 +121,9 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that ke
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
-complete -c vmctl -n '__fish_seen_subcommand_from run' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l watchdog -d 'Add a watchdog, which resets a guest that hangs.'
 complete -c vmctl -n '__fish_seen_subcommand_from send' -s l -d 'Let it go on.'
 complete -c vmctl -n '__fish_seen_subcommand_from send' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from show' -s r -d 'Only VMs that run.'
@@ -156,6 +157,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -s p -d 'Number of vCPU
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s t -d 'Make an instance of this VM.' -x -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l append -d 'Kernel command line.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l clock -d 'What the clock of a VM shows that goes on from a snapshot.' -x -a 'frozen now'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
@@ -166,9 +168,9 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -l save -d 'Make a file
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l template -d 'Once it is paused, it stays so: clones go on from it.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
-complete -c vmctl -n '__fish_seen_subcommand_from start' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l watchdog -d 'Add a watchdog, which resets a guest that hangs.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from status' -s r -d 'Only VMs that run.'
 complete -c vmctl -n '__fish_seen_subcommand_from status' -s a -d 'Those that are gone too, with addresses and how each ended.'

@@ -233,6 +233,28 @@ LOOP_BACK = b"".join(
 )
 
 
+def hanging(slot: int) -> bytes:
+    """Return a guest that enables the watchdog in a PCI slot, for two seconds, and halts."""
+    function = 0x8000_0000 | slot << 11
+    return b"".join(
+        (
+            bytes.fromhex("66b8") + _u32(function | 0x60),  # mov $config, %eax
+            bytes.fromhex("baf80c"),  # mov $0xcf8, %dx
+            bytes.fromhex("66ef"),  # out %eax, %dx
+            bytes.fromhex("bafc0c"),  # mov $0xcfc, %dx
+            bytes.fromhex("b80700"),  # mov $7, %ax: short ticks, no interrupt
+            bytes.fromhex("ef"),  # out %ax, %dx
+            bytes.fromhex("66b8") + _u32(function | 0x68),  # mov $control, %eax
+            bytes.fromhex("baf80c"),  # mov $0xcf8, %dx
+            bytes.fromhex("66ef"),  # out %eax, %dx
+            bytes.fromhex("bafc0c"),  # mov $0xcfc, %dx
+            bytes.fromhex("b002"),  # mov $2, %al: enabled
+            bytes.fromhex("ee"),  # out %al, %dx
+            bytes.fromhex("f4"),  # hlt
+        )
+    )
+
+
 def firmware(code: bytes) -> bytes:
     """Return a flat firmware image that runs position-independent `code`."""
     image = bytearray(64 << 10)

@@ -109,6 +109,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.arch.x86.layout",
     ),
     "vmm_kvm.pci": (
+        "vmm_kvm.clock",
         "vmm_kvm.errors",
         "vmm_kvm.state",
         "vmm_kvm.bits",
@@ -303,6 +304,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.shared",
     ),
     "vmd.vm": (
+        "vmm_kvm.pci",
         "vmm_kvm.errors",
         "vmm_kvm.bits",
         "vmm_kvm.clock",
@@ -533,6 +535,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.gdb_socket": ("vmm_kvm.errors", "vmm_kvm.loop", "vmm_kvm.gdb", "vmctl.values"),
     "vmctl.run": (
+        "vmm_kvm.pci",
         "vmm_kvm.boot_device",
         "vmm_kvm.standard_streams",
         "vmm_kvm.errors",
@@ -559,6 +562,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.vsock",
     ),
     "vmctl.restoring": (
+        "vmm_kvm.pci",
         "vmm_kvm.boot_device",
         "vmm_kvm.errors",
         "vmm_kvm.bits",

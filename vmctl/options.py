@@ -81,6 +81,7 @@ _MACHINE_OPTIONS = (
     Option("-r", "cdrom", _CDROM, "path", True, (FILE,)),
     Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
     Option("--append", "append", "Kernel command line.", "string", True),
+    Option("--balloon", "balloon", "Add a memory balloon: what the guest frees, the host gets."),
     Option(
         "--clock",
         "clock",
@@ -155,7 +156,6 @@ _MACHINE_OPTIONS = (
         "virtio_console",
         "Add a virtio console, hvc0, which takes the input once its driver is ready.",
     ),
-    Option("--balloon", "balloon", "Add a memory balloon: what the guest frees, the host gets."),
     Option(
         "--vsock",
         "vsock",
@@ -172,6 +172,7 @@ _MACHINE_OPTIONS = (
         True,
         ("console=",),
     ),
+    Option("--watchdog", "watchdog", "Add a watchdog, which resets a guest that hangs."),
 )
 _NOT_FOR_RUN = {
     "-t": "there is no daemon that knows a template: give all options here",
@@ -199,7 +200,8 @@ RUN_USAGE = (
     "\t\t[--balloon] [--console-log file] [--firmware name]\n"
     "\t\t[--forward forward] [--from path] [--gdb path[,wait]] [--initrd path]\n"
     "\t\t[--json] [--no-reboot] [--nvram path] [--selftest] [--timeout seconds]\n"
-    "\t\t[--virtio-console] [--vsock path] [--wait condition] [name]"
+    "\t\t[--virtio-console] [--vsock path] [--wait condition]\n"
+    "\t\t[--watchdog] [name]"
 )
 START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
@@ -207,7 +209,7 @@ START_USAGE = (
     "\t\t[--append string] [--balloon] [--clock policy] [--firmware name]\n"
     "\t\t[--forward forward] [--from snapshot] [--initrd path] [--json]\n"
     "\t\t[--save] [--selftest] [--template] [--timeout seconds]\n"
-    "\t\t[--vsock auto] [--wait condition] id | name"
+    "\t\t[--vsock auto] [--wait condition] [--watchdog] id | name"
 )
 
 

@@ -171,6 +171,10 @@ def _devices(manifest: "Manifest", stack: ExitStack) -> "Iterator[DeviceSpec]":
         from vmm_kvm.virtio.balloon import BalloonSpec  # noqa: PLC0415 - the same
 
         yield BalloonSpec()
+    if manifest.has_watchdog:
+        from vmm_kvm.pci.i6300esb import WatchdogSpec  # noqa: PLC0415 - the same
+
+        yield WatchdogSpec()
 
 
 def _vsock(manifest: "Manifest", option: "VsockOption | None") -> "Iterator[DeviceSpec]":

@@ -90,6 +90,7 @@ class RunOptions(NamedTuple):
     virtio_console: bool = False
     vsock: tuple[str, ...] = ()
     balloon: bool = False
+    watchdog: bool = False
     initrd: tuple[str, ...] = ()
     append: tuple[str, ...] = ()
     timeout: tuple[str, ...] = ()
@@ -258,6 +259,10 @@ def _console(options: RunOptions) -> "Iterator[DeviceSpec]":
         from vmm_kvm.virtio.balloon import BalloonSpec  # noqa: PLC0415 - the same
 
         yield BalloonSpec()
+    if options.watchdog:
+        from vmm_kvm.pci.i6300esb import WatchdogSpec  # noqa: PLC0415 - the same
+
+        yield WatchdogSpec()
 
 
 def _vsock(options: RunOptions) -> "VsockOption | None":

@@ -87,6 +87,7 @@ def _config(
         firmware=fields.get("firmware"),
         has_vsock=fields.get("has_vsock", False),
         has_balloon=fields.get("has_balloon", False),
+        has_watchdog=fields.get("has_watchdog", False),
         boot_device=BootDevice(fields.get("boot_device", BootDevice.AUTO)),
         disks=tuple(disks),
         cdrom=cdrom,

@@ -62,6 +62,7 @@ class StartOptions(NamedTuple):
     firmware: tuple[str, ...] = ()
     vsock: tuple[str, ...] = ()
     balloon: bool = False
+    watchdog: bool = False
     forwards: tuple[str, ...] = ()
     selftest: bool = False
     is_template: bool = False
@@ -251,6 +252,8 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["has_vsock"] = True
     if options.balloon:
         fields["has_balloon"] = True
+    if options.watchdog:
+        fields["has_watchdog"] = True
     _check(fields, has_kernel=boot is not None)
     if boot is not None:
         boot = _path(boot, "boot image")
@@ -276,7 +279,8 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
     if len(interfaces) > INTERFACES_MAX:
         raise CommandError("too many network interfaces")
     says_something = fields.keys() - {
-        *("boot_device", "append", "instance", "has_vsock", "has_balloon", "is_template")
+        *("boot_device", "append", "instance", "is_template"),
+        *("has_vsock", "has_balloon", "has_watchdog"),
     }
     if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
         return

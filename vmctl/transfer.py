@@ -175,6 +175,7 @@ def request_of(manifest: Manifest, fds: list[int]) -> Fields:
         "boot_device": boot.device,
         "has_vsock": manifest.vsock_cid is not None,
         "has_balloon": manifest.has_balloon,
+        "has_watchdog": manifest.has_watchdog,
     }
     if manifest.cdrom is not None:
         fields["cdrom"] = manifest.cdrom

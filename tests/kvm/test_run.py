@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import guests
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
 
 pytestmark = pytest.mark.kvm
@@ -76,6 +77,16 @@ def test_reboot_in_the_same_process(key: str) -> None:
         vm.expect("selftest: ready", READY_S)
         vm.send("p")
         assert vm.wait() == 0
+
+
+def test_the_watchdog_resets_a_guest_that_hangs(tmp_path: Path) -> None:
+    """It is told in one line, and --no-reboot ends the VM then."""
+    image = tmp_path / "hangs"
+    image.write_bytes(guests.firmware(guests.hanging(2)))
+    arguments = ("-b", image, "--watchdog", "--no-reboot", "--timeout", "60")
+    with ConsoleProcess(vmctl_run(*arguments)) as vm:
+        assert vm.wait() == 0
+        assert vm.errors == b"vmctl: watchdog: the guest hangs, and is reset\n"
 
 
 def test_triple_fault_without_reboot() -> None:

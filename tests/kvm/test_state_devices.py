@@ -43,6 +43,7 @@ from vmm_kvm.machine.spec import MachineSpec
 from vmm_kvm.machine.state import MachineState, restore, save
 from vmm_kvm.net.paths import StreamPath, Traffic
 from vmm_kvm.pci.config import PciFunction
+from vmm_kvm.pci.i6300esb import WatchdogSpec
 from vmm_kvm.pci.ids import VENDOR_INTEL, Command, Register
 from vmm_kvm.pci.msix import Msix
 from vmm_kvm.primitives import Vmm
@@ -75,7 +76,7 @@ _FIRMWARE_VOLUME = bytes(40) + b"_FVH"
 _PCIEXBAR, _ECAM = 0x60, 0xB000_0000
 KVM_PARTS = ("clock", "vcpu0", "vcpu1", "irqchip", "pit")
 SLOT_RNG, SLOT_NET, SLOT_BLK, SLOT_PMEM, SLOT_CD, SLOT_CONSOLE, SLOT_VSOCK = range(1, 8)
-SLOT_BALLOON, SLOT_VMMCI = 8, 9
+SLOT_BALLOON, SLOT_WATCHDOG, SLOT_VMMCI = 8, 9, 10
 
 # Parts of another class's state, whose `save` and `restore` call theirs.
 INNER = {CommonCfg, Msix, PciFunction}
@@ -123,7 +124,7 @@ class Stand:
             devices=(
                 *(RngSpec(), net, BlkSpec(disk, "disk"), PmemSpec(pmem, "pmem")),
                 *(ScsiCdSpec(medium), ConsoleSpec(), VsockSpec(CID), BalloonSpec()),
-                VmmciSpec(),
+                *(WatchdogSpec(), VmmciSpec()),
             ),
             variables=enter(Variables(b"\xff" * FLASH_SIZE, None)),
         )
@@ -207,6 +208,7 @@ def change_everything(stand: Stand, machine: Machine) -> None:
     """Change every register by each access that a guest, or the host, can do."""
     machine.resume()
     _change_ports(stand, machine)
+    _change_watchdog(stand, machine)
     _change_virtio(stand, machine)
     _change_vmmci(machine)
     _change_flash(machine)
@@ -324,6 +326,25 @@ def _change_console(stand: Stand, machine: Machine) -> None:
     stand.output.clear()
     console.notify(1)
     console.wait(lambda: len(stand.output) == 0x10000)
+
+
+def _change_watchdog(stand: Stand, machine: Machine) -> None:
+    base = _bar(machine, SLOT_WATCHDOG, 0)
+
+    def load(ticks: int) -> None:
+        for offset in (0x0, 0x4):
+            for step in (0x80, 0x86):
+                machine.mmio.write(base + 0xC, 2, step)
+            machine.mmio.write(base + offset, 4, ticks + offset)
+
+    load(1)
+    for offset, size, value in ((0x60, 2, 0x27), (0x68, 1, 7)):
+        _select(machine, SLOT_WATCHDOG, offset)
+        machine.pio.write(layout.PORT_PCI_CONFIG + 4, size, value)
+    for _ in range(3):  # both timers, and the first one again
+        stand.clock.advance(SECOND // 1000)
+    load(0x12345)
+    machine.mmio.write(base + 0xC, 2, 0x80)
 
 
 def _change_vmmci(machine: Machine) -> None:
@@ -583,7 +604,7 @@ def test_a_machine_with_other_devices_is_refused(stand: Stand) -> None:
     spec = stand.spec()
     state = save(stand.machine(spec))
     other = stand.machine(spec._replace(devices=spec.devices[:-1]), is_restored=True)
-    with pytest.raises(StateError, match=r"'pci\.00:09\.0/vmmci': not in this machine"):
+    with pytest.raises(StateError, match=r"'pci\.00:0a\.0/vmmci': not in this machine"):
         restore(other, state)
 
 

@@ -173,6 +173,8 @@ class VmConfig(NamedTuple):
     """It has a vsock device, by which clients of the daemon reach ports of the guest."""
     has_balloon: bool = False
     """It has a memory balloon, by which memory that the guest frees goes back to the host."""
+    has_watchdog: bool = False
+    """It has a watchdog, which resets a guest that hangs."""
     after: tuple[str, ...] = ()
     """VMs that run before the daemon starts this one, and that it stops after this one."""
     stop_timeout_s: int | None = None

@@ -146,6 +146,8 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield "\tvsock"
     if vm.has_balloon:
         yield "\tballoon"
+    if vm.has_watchdog:
+        yield "\twatchdog"
     for name in vm.after:
         yield f"\tafter {quoted(name)}"
     if vm.stop_timeout_s is not None:

@@ -28,7 +28,10 @@ DISK_OPTIONS = ("ro", "serial", "queues", "error", "private", "snapshot")
 """Words of the block of a disk, which OpenBSD does not have."""
 SNAPSHOT = "snapshot"
 """Words of `allow` that are ours."""
-OWN_OPTIONS = ("after", "append", "balloon", "cpus", "firmware", "initrd", "limit", "stop", "vsock")
+OWN_OPTIONS = (
+    *("after", "append", "balloon", "cpus", "firmware", "initrd", "limit", "stop", "vsock"),
+    "watchdog",
+)
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
 CPU_LIMIT_MAX = 100 * VCPUS_MAX
@@ -85,6 +88,7 @@ class VmRule:
               | "cpus" NUMBER | "limit" "cpu" STRING
               | "initrd" string | "append" string | "firmware" string
               | "after" string | "stop" "timeout" NUMBER | "vsock" | "balloon"
+              | "watchdog"
         """
         tokens = self._tokens
         if tokens.accept("enable"):
@@ -143,6 +147,8 @@ class VmRule:
                 self._vm = self._vm._replace(has_vsock=True)
             case "balloon":
                 self._vm = self._vm._replace(has_balloon=True)
+            case "watchdog":
+                self._vm = self._vm._replace(has_watchdog=True)
             case _:
                 self._firmware()
 

@@ -106,6 +106,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             boot_device=vm.config.boot_device,
             has_vsock=vm.config.has_vsock,
             has_balloon=vm.config.has_balloon,
+            has_watchdog=vm.config.has_watchdog,
             received=opener.received(),
             is_template=vm.state.is_template,
         )

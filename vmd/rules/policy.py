@@ -169,6 +169,7 @@ def make_instance(
         after=wanted.after or template.after,
         has_vsock=wanted.has_vsock or template.has_vsock,
         has_balloon=wanted.has_balloon or template.has_balloon,
+        has_watchdog=wanted.has_watchdog or template.has_watchdog,
         stop_timeout_s=(
             template.stop_timeout_s if wanted.stop_timeout_s is None else wanted.stop_timeout_s
         ),

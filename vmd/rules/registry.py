@@ -31,7 +31,7 @@ from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
 from vmd.rules.ports import open_stream
 from vmd.rules.transfers import received_vm, sink_of
-from vmd.rules.vm import Passed, Vm, completed, config_of, info, with_states
+from vmd.rules.vm import Passed, Vm, asks_for_devices, completed, config_of, info, with_states
 from vmd.rules.vm_state import IDLE, Phase, Ticket, VmState
 from vmd.wire.messages import (
     Console,
@@ -264,9 +264,7 @@ class Registry:
         if vm is not None and not request.instance:
             if not self._users.may(uid, vm.config.owner):
                 return Denied(ErrorCode.EPERM, "the VM is not yours")
-            asks_more = (wanted.has_vsock and not vm.config.has_vsock) or (
-                wanted.has_balloon and not vm.config.has_balloon
-            )
+            asks_more = asks_for_devices(wanted, vm.config)
             if vm.state.phase is Phase.STARTING and not (passed or wanted.given or asks_more):
                 return vm, []  # the client hears of the start under way, unless another one does
             if vm.state.phase not in IDLE:

@@ -291,6 +291,7 @@ def received_config(request: Receive, owner: Owner) -> VmConfig:
         boot_device=request.boot_device,
         has_vsock=request.has_vsock,
         has_balloon=request.has_balloon,
+        has_watchdog=request.has_watchdog,
         disks=tuple(_disk(disk, _RECEIVED_KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(
@@ -309,6 +310,15 @@ def received_config(request: Receive, owner: Owner) -> VmConfig:
         ),
         owner=owner,
         given=frozenset({Right.BOOT, Right.MEMORY}),
+    )
+
+
+def asks_for_devices(wanted: VmConfig, config: VmConfig) -> bool:
+    """Tell whether a request wants devices that a VM does not have."""
+    return (
+        (wanted.has_vsock and not config.has_vsock)
+        or (wanted.has_balloon and not config.has_balloon)
+        or (wanted.has_watchdog and not config.has_watchdog)
     )
 
 
@@ -343,6 +353,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         boot_device=request.boot_device,
         has_vsock=request.has_vsock,
         has_balloon=request.has_balloon,
+        has_watchdog=request.has_watchdog,
         disks=tuple(_disk(disk, _KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(

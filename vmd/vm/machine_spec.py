@@ -2,7 +2,7 @@
 
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from vmd.config.disks import DiskKind
@@ -23,6 +23,7 @@ from vmm_kvm.machine.net import NetSpec
 from vmm_kvm.machine.spec import BASIC_DEVICES, MachineSpec
 from vmm_kvm.net.ethernet import parse_lladdr
 from vmm_kvm.net.paths import Path, RemotePath, StreamPath, Traffic, VhostPath
+from vmm_kvm.pci.i6300esb import WatchdogSpec
 from vmm_kvm.virtio.balloon import BalloonSpec
 from vmm_kvm.virtio.pmem import PmemSpec
 from vmm_kvm.virtio.scsi import ScsiCdSpec
@@ -101,7 +102,7 @@ def machine_spec_of(
         variables=variables,
         memory_size=spec.memory,
         cpus=spec.cpus,
-        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms, *_vsock(spec, received), *_balloon(spec)),
+        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms, *_vsock(spec, received), *_own(spec)),
         boot_device=spec.boot_device,
         name=spec.name,
         command_line=spec.append,
@@ -120,8 +121,11 @@ def _vsock(spec: VmSpec, received: Arrived | None) -> tuple[VsockSpec, ...]:
     return (VsockSpec() if cid is None else VsockSpec(cid),)
 
 
-def _balloon(spec: VmSpec) -> tuple[BalloonSpec, ...]:
-    return (BalloonSpec(),) if spec.has_balloon else ()
+def _own(spec: VmSpec) -> Iterator[BalloonSpec | WatchdogSpec]:
+    if spec.has_balloon:
+        yield BalloonSpec()
+    if spec.has_watchdog:
+        yield WatchdogSpec()
 
 
 def _disk(

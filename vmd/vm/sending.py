@@ -358,6 +358,7 @@ def manifest_of(
         interfaces=tuple(map(_interface, spec.interfaces)),
         vsock_cid=machine.vsock.cid if machine.vsock else None,
         has_balloon=spec.has_balloon,
+        has_watchdog=spec.has_watchdog,
     )
 
 

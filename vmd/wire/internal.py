@@ -318,6 +318,7 @@ class VmSpec(Part, frozen=True, kw_only=True):
     boot_device: BootDevice = BootDevice.AUTO
     has_vsock: bool = False
     has_balloon: bool = False
+    has_watchdog: bool = False
     received: ReceivedSpec | None = None
     """None for one that boots."""
     is_template: bool = False

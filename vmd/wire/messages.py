@@ -222,6 +222,8 @@ class Start(VmRequest, frozen=True, kw_only=True):
     its template has one."""
     has_balloon: bool = False
     """It has a memory balloon; an instance also where its template has one."""
+    has_watchdog: bool = False
+    """It has a watchdog; an instance also where its template has one."""
     is_template: bool = False
     """Clones are to go on from it: once it is paused, it stays so."""
 

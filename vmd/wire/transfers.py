@@ -93,6 +93,7 @@ class Receive(Request, frozen=True, kw_only=True):
     boot_device: BootDevice = BootDevice.AUTO
     has_vsock: bool = False
     has_balloon: bool = False
+    has_watchdog: bool = False
 
 
 class Snapshot(VmRequest, frozen=True, kw_only=True):

@@ -552,6 +552,7 @@ class Machine:
                 on_receive_room=on_receive_room,
                 on_expired=lambda _command: self._end(Ending.POWER_OFF),
                 on_halt=self._on_halt,
+                on_bite=self._reset,
             )
         )
         self._devices.plug_all(self.spec.devices)
@@ -559,8 +560,7 @@ class Machine:
         if order is not None:
             self.fw_cfg.add_file("bootorder", order)
 
-    # Actions of the guest on the machine; on a vCPU thread
-
+    # Actions of the guest on the machine; on a vCPU thread, or the clock's
     def _end(self, outcome: Outcome) -> None:
         with self._outcome_lock:
             if self._has_ended:

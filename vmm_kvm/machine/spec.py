@@ -20,6 +20,7 @@ from vmm_kvm.virtio.vmmci import VmmciSpec
 if TYPE_CHECKING:  # loaded by what makes a record of it
     from vmm_kvm.boot.nvram import Variables
     from vmm_kvm.machine.net import NetSpec
+    from vmm_kvm.pci.i6300esb import WatchdogSpec
     from vmm_kvm.virtio.balloon import BalloonSpec
     from vmm_kvm.virtio.blk import BlkSpec
     from vmm_kvm.virtio.console import ConsoleSpec
@@ -32,7 +33,8 @@ else:  # to read an annotation in quotes, NamedTuple compiles it: as slow as ten
 
 DiskSpec: TypeAlias = "BlkSpec | RemoteBlkSpec | PmemSpec"
 DeviceSpec: TypeAlias = (
-    "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | ConsoleSpec | VsockSpec | BalloonSpec | VmmciSpec"
+    "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | ConsoleSpec | VsockSpec | BalloonSpec"
+    " | WatchdogSpec | VmmciSpec"
 )
 
 BASIC_DEVICES: Final = (RngSpec(), VmmciSpec())

@@ -37,6 +37,7 @@ from vmm_kvm.write_log import SharedLog
 if TYPE_CHECKING:  # loaded where there is such a device
     from vmm_kvm.machine.net import Net
     from vmm_kvm.machine.spec import DeviceSpec, MachineSpec
+    from vmm_kvm.pci.i6300esb import Watchdog
     from vmm_kvm.virtio.balloon import VirtioBalloon
     from vmm_kvm.virtio.console import VirtioConsole
     from vmm_kvm.virtio.pmem import PmemSpec
@@ -53,7 +54,8 @@ _ORDER = {
     "console": 4,
     "vsock": 5,
     "balloon": 6,
-    "vmmci": 7,
+    "watchdog": 7,
+    "vmmci": 8,
 }
 _PIN_INTA = 1
 
@@ -128,11 +130,12 @@ class Devices:
         on_receive_room: Callable[[], None],
         on_expired: Callable[[Command], None],
         on_halt: Callable[[HaltError], None],
+        on_bite: Callable[[], None],
     ) -> None:
         """Use what belongs to the machine; all of it has to outlive the devices.
 
         `transmit` and `on_receive_room` are for a console, see `VirtioConsole`; `on_expired` is
-        for vmmci, see there; `on_halt` for disks, see `VirtioPci`.
+        for vmmci, see there; `on_halt` for disks, see `VirtioPci`; `on_bite` for a watchdog.
         """
         self._host = host
         self._memory = memory
@@ -144,12 +147,14 @@ class Devices:
         self._on_receive_room = on_receive_room
         self._on_expired = on_expired
         self._on_halt = on_halt
-        self._functions: dict[int, VirtioPci | Vmmci] = {}
+        self._on_bite = on_bite
+        self._functions: dict[int, VirtioPci | Vmmci | Watchdog] = {}
         """By slot."""
         self._nets: list[Net] = []
         self.remote_disks: list[VhostUser] = []
         """Disks that other processes serve, in their order."""
         self._vmmci: Vmmci | None = None
+        self._watchdog: Watchdog | None = None
         self.console: VirtioConsole | None = None
         self.vsock: VirtioVsock | None = None
         self.balloon: VirtioBalloon | None = None
@@ -171,12 +176,16 @@ class Devices:
 
     def suspend(self) -> None:
         """Stop every device's thread, with nothing forgotten; when no vCPU runs."""
+        if self._watchdog:
+            self._watchdog.suspend()
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.suspend()
 
     def resume(self) -> None:
         """Let every device go on; before a vCPU runs."""
+        if self._watchdog:
+            self._watchdog.resume()
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.resume()
@@ -219,8 +228,10 @@ class Devices:
             name = f"pci.00:{slot:02x}.0"
             if isinstance(function, VirtioPci):
                 yield from function.parts(name)
-            else:
+            elif isinstance(function, Vmmci):
                 yield Part(f"{name}/vmmci", function)
+            else:
+                yield Part(f"{name}/watchdog", function)
 
     def __enter__(self) -> Self:
         return self
@@ -301,6 +312,12 @@ class Devices:
 
                 self.balloon = VirtioBalloon(self._memory)
                 self.balloon.attach(self._add_backend(self.balloon, CLASS_OTHER, "balloon")[1])
+            case "watchdog":
+                from vmm_kvm.pci.i6300esb import Watchdog  # noqa: PLC0415 - see above
+
+                self._watchdog = Watchdog(self._clock, self._on_bite)
+                self._functions[self._host.next_slot] = self._watchdog
+                self._host.add(self._watchdog.function)
             case "vmmci":
                 line = self._intx.input(self._host.next_slot, _PIN_INTA)
                 self._vmmci = Vmmci(self._clock, line, self._on_expired, pin=_PIN_INTA)

@@ -31,7 +31,7 @@ from vmm_kvm.state import U8, U32, Json, Length, Line, Range
 from vmm_kvm.state import decode as decode_record
 from vmm_kvm.state import encode as encode_record
 
-MAJOR, MINOR = 1, 4
+MAJOR, MINOR = 1, 5
 """Of the format. Minor versions add fields; a reader knows every minor version of its major one.
 
 A manifest is written as the least minor version that has the fields that it needs, for older
@@ -162,6 +162,8 @@ class Manifest(NamedTuple):
     """Of each disk that is in the snapshot's file as the guest reads it, its place and size."""
     has_balloon: bool = False
     """It has a memory balloon."""
+    has_watchdog: bool = False
+    """It has a watchdog."""
     minor: U32 = 0
 
 
@@ -178,6 +180,7 @@ _ADDED = (
     _Added("vsock_cid", 2, None),
     _Added("kept", 3, []),
     _Added("has_balloon", 4, False),
+    _Added("has_watchdog", 5, False),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.snapshot.samples import MANIFEST
 from vmm_kvm.errors import SnapshotError
 from vmm_kvm.snapshot.json_text import parse
-from vmm_kvm.snapshot.manifest import MANIFEST_MAX, Boot, Owner, decode, encode
+from vmm_kvm.snapshot.manifest import MANIFEST_MAX, Boot, Manifest, Owner, decode, encode
 from vmm_kvm.state import Json
 
 TEXT = encode(MANIFEST)
@@ -105,9 +105,10 @@ def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
 
 def test_a_later_minor_version_may_have_more() -> None:
     """Fields that a later minor version has added are passed over, and no others."""
-    known: dict[str, Json] = {"is_live": False, "vsock_cid": None, "kept": [], "has_balloon": False}
-    later = changed(format=[1, 5], **known, added=[1])
-    assert decode(later) == MANIFEST._replace(minor=5)
+    known: dict[str, Json] = {"is_live": False, "vsock_cid": None, "kept": []}
+    known |= {"has_balloon": False, "has_watchdog": False}
+    later = changed(format=[1, 6], **known, added=[1])
+    assert decode(later) == MANIFEST._replace(minor=6)
 
 
 def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
@@ -132,12 +133,18 @@ def test_a_vsock_device(cid: int, is_live: bool) -> None:
         decode(changed(format=[1, 2], is_live=False, vsock_cid=2))
 
 
-def test_a_balloon() -> None:
-    """It is part of a manifest of a minor version of its own."""
-    wanted = MANIFEST._replace(has_balloon=True, minor=4)
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        ("has_balloon", MANIFEST._replace(has_balloon=True, minor=4)),
+        ("has_watchdog", MANIFEST._replace(has_watchdog=True, minor=5)),
+    ],
+)
+def test_devices_of_later_versions(field: str, wanted: Manifest) -> None:
+    """Each is part of a manifest of a minor version of its own."""
     assert decode(encode(wanted._replace(minor=0))) == wanted
-    with pytest.raises(SnapshotError, match=r"has_balloon: not in format 1\.0"):
-        decode(changed(has_balloon=True))
+    with pytest.raises(SnapshotError, match=rf"{field}: not in format 1\.0"):
+        decode(changed(**{field: True}))
 
 
 def test_what_cannot_be_described_is_not_written() -> None:

@@ -1,0 +1,33 @@
+"""The watchdog of the daemon's VMs: it resets a guest that hangs, and waits while it is paused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import guests
+from tests.system.vmd.daemon import Daemon
+
+pytestmark = pytest.mark.kvm
+
+Start = Callable[[str], Daemon]
+HANGS = "vm/hangs: watchdog: the guest hangs, and is reset"
+
+
+def test_a_hanging_guest(start_vmd: Start, tmp_path: Path) -> None:
+    """Paused for longer than it has, it is reset only when it goes on."""
+    image = tmp_path / "hangs"
+    image.write_bytes(guests.firmware(guests.hanging(2)))
+    config = f'vm "hangs" {{\nboot "{image}"\nmemory 16M\nwatchdog\ndisable\n}}\n'
+    with start_vmd(config) as vmd, vmd.client() as client:
+        assert client.ask("start", name="hangs")["type"] == "started"
+        assert client.ask("pause", name="hangs")["type"] == "done"
+        already = vmd.log.read_text().count(HANGS)  # a busy host may have taken its time
+        time.sleep(3)
+        assert vmd.log.read_text().count(HANGS) == already
+        assert client.ask("unpause", name="hangs")["type"] == "done"
+        vmd.wait_for_log(HANGS)
+        client.wait_for_state("hangs", "running")
