@@ -1,4 +1,4 @@
-"""A slice of the campaign with agents, which `make soak` runs in full."""
+"""A part of the campaign with agents; `make soak` runs all of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ MIB = 1 << 20
 
 
 def test_commands_side_by_side() -> None:
-    """Commands that run twenty at a time have each its own input, output and status."""
+    """Of twenty commands at a time, each has its own input, output and status."""
     agent_load.commands(60)
 
 
 def test_much_data() -> None:
-    """What goes through a command in a guest comes back, and is kept by nobody."""
+    """Data come back unchanged through a command in a guest, and no process buffers them."""
     agent_load.through(16 * MIB)

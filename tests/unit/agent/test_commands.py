@@ -1,4 +1,4 @@
-"""Commands through an agent: how they end, and what they read and write."""
+"""Commands through an agent: their ends, their input and their output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 def test_hello(agent: Agent) -> None:
-    """An agent says which protocol it speaks, and its version."""
+    """An agent reports its protocol, and its version."""
     assert agent.ping(timeout=60) == (1, guest_side.VERSION)
 
 
@@ -31,20 +31,20 @@ def test_every_exit_status(agent: Agent) -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 6, 9, 11, 13, 15, 34, 64])
 def test_signals(agent: Agent, number: int) -> None:
-    """A command that a signal ends has 128 and its number as its status."""
+    """A command that a signal ends has 128 plus the signal's number as its status."""
     done = agent.run(["sh", "-c", f"kill -{number} $$"], timeout=60)
     assert done.status == 128 + number
 
 
 def test_streams_stay_apart(agent: Agent) -> None:
-    """Standard output and error are two; the status comes behind the last byte of both."""
+    """Standard output and error are separate; the status comes after the last byte of both."""
     script = "head -c 300000 /dev/zero; echo bad >&2; exit 3"
     for _ in range(5):
         assert agent.run(["sh", "-c", script], timeout=60) == (3, bytes(300000), b"bad\n")
 
 
 def test_input_that_nobody_reads(agent: Agent) -> None:
-    """A command that closes its input, or ends before it, holds nobody up."""
+    """A command that closes its input, or ends before it, blocks nothing."""
     assert agent.run(["true"], stdin=bytes(MIB), timeout=60).status == 0
     script = "exec <&-; sleep 0.3; echo end"
     assert agent.run(["sh", "-c", script], stdin=bytes(MIB), timeout=60).output == b"end\n"
@@ -56,7 +56,7 @@ def test_without_input(agent: Agent) -> None:
 
 
 def test_a_background_process_is_not_waited_for(agent: Agent) -> None:
-    """What a command leaves in the background keeps neither its end nor its output."""
+    """A background process delays neither the command's end nor its output."""
     began = time.monotonic()
     done = agent.run(["sh", "-c", "sleep 1000 & echo $!"], timeout=60)
     assert done.status == 0
@@ -67,7 +67,7 @@ def test_a_background_process_is_not_waited_for(agent: Agent) -> None:
 
 
 def test_user_directory_and_environment(agent: Agent, tmp_path: Path) -> None:
-    """A command runs where it is to, with what is added to the agent's environment."""
+    """A command runs in its directory, with the client's variables and those of its user."""
     script = 'pwd; echo "$A"; echo "$HOME"; echo "$PATH"'
     done = agent.run(
         ["sh", "-c", script], directory=str(tmp_path), environment={"A": "b=\udcff"}, timeout=60
@@ -109,7 +109,7 @@ def test_what_cannot_be_started(agent: Agent, given: dict[str, object], code: st
 
 
 def test_too_many_at_a_time(agent: Agent) -> None:
-    """More than an agent's bound are refused, and taken again when others have ended."""
+    """An agent refuses more commands than its bound, and takes more after others have ended."""
     sessions = []
     try:
         for _ in range(guest_side.SESSIONS_MAX):
@@ -133,12 +133,12 @@ def test_too_many_at_a_time(agent: Agent) -> None:
 
 
 def test_a_terminal_with_resize(agent: Agent) -> None:
-    """A command has a terminal of the size that is asked for, and hears of another."""
+    """A terminal has the requested size, and the command learns of a new one."""
     script = "stty size; read x; stty size; tty >/dev/null && exit 7"
     with agent.execute(
         ["sh", "-c", script], terminal=(24, 80), reads=True, deadline=time.monotonic() + 60
     ) as session:
-        shown = session.take(Kind.OUTPUT)  # some may have come with the agent's first word
+        shown = session.take(Kind.OUTPUT)  # some may have come with the agent's first frame
         while b"24 80\r\n" not in shown:
             session.wait()
             shown += session.take(Kind.OUTPUT)
@@ -152,7 +152,7 @@ def test_a_terminal_with_resize(agent: Agent) -> None:
 
 
 def test_end_of_input_on_a_terminal(agent: Agent) -> None:
-    """The end of input is the terminal's own character for it."""
+    """The end of input becomes the terminal's own character for it."""
     with agent.execute(
         ["cat"], terminal=(24, 80), reads=True, deadline=time.monotonic() + 60
     ) as session:
@@ -162,7 +162,7 @@ def test_end_of_input_on_a_terminal(agent: Agent) -> None:
 
 
 def test_a_terminal_that_is_read_late(agent: Agent) -> None:
-    """What a command has written on a terminal before its end waits for the reader."""
+    """Output that a command has written to a terminal before its end waits for the reader."""
     last = 40500
     with agent.execute(["seq", str(last)], terminal=(24, 80), deadline=_soon(60)) as session:
         session._deadline = _soon(guest_side.DRAIN_S + 2)
@@ -177,7 +177,7 @@ def test_a_terminal_that_is_read_late(agent: Agent) -> None:
 
 
 def test_a_client_that_is_stopped(agent: Agent) -> None:
-    """What is written meanwhile, and the status, wait for a client that reads nothing."""
+    """Later output, and the status, wait for a client that does not read."""
     with agent.execute(["seq", "40500"], deadline=_soon(60)) as session:
         pid = session.started["pid"]
         assert isinstance(pid, int)
@@ -200,7 +200,7 @@ def test_a_signal_for_the_group(agent: Agent) -> None:
 
 
 def test_a_time_out_ends_the_group(agent: Agent) -> None:
-    """A run that takes too long is given up, and its process group ends."""
+    """After its time-out a run is given up, and its process group ends."""
     with pytest.raises(TimeoutError):
         agent.run(["sleep", "1234.5"], timeout=1)
     wait_until(lambda: not _with_argument("1234.5"))
@@ -231,7 +231,7 @@ def test_a_client_that_goes_away(agent: Agent, trap: str) -> None:
 
 
 def test_a_session_of_the_agent_is_killed(agent: Agent) -> None:
-    """The client hears that the connection has ended; the command is killed; others go on."""
+    """If a session is killed, its client sees the end and its command is killed; others run on."""
     with agent.execute(["sleep", "1000"], deadline=time.monotonic() + 60) as session:
         pid = session.started["pid"]
         assert isinstance(pid, int)
@@ -243,7 +243,7 @@ def test_a_session_of_the_agent_is_killed(agent: Agent) -> None:
 
 
 def test_the_agent_is_killed(tmp_path: Path) -> None:
-    """Commands that run go on to their end, and nobody waits for one that cannot begin."""
+    """If the agent is killed, running commands end by themselves; new ones are refused at once."""
     with HostAgent(tmp_path / "agent") as host:
         with host.agent.execute(["cat"], reads=True, deadline=time.monotonic() + 60) as session:
             host.process.kill()

@@ -1,4 +1,4 @@
-"""The two ends of the protocol, which share no code, held against each other."""
+"""The two ends of the protocol, which share no code, compared with each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_both_have_the_same_numbers() -> None:
 @given(st.lists(st.tuples(st.sampled_from(FROM_AGENT), st.binary(max_size=2000)), max_size=8))
 @settings(max_examples=100)
 def test_what_the_agent_sends_is_read(frames: list[tuple[Kind, bytes]]) -> None:
-    """The client reads each frame of the agent as it was sent, however it is cut."""
+    """The client reads each frame of the agent as it was sent, however the stream is cut."""
     near, far = socket.socketpair()
     with near, far:
         wire = theirs.Wire(far)
@@ -51,7 +51,7 @@ def test_what_the_agent_sends_is_read(frames: list[tuple[Kind, bytes]]) -> None:
 @given(st.lists(st.tuples(st.sampled_from(FROM_CLIENT), st.binary(max_size=2000)), max_size=8))
 @settings(max_examples=100)
 def test_what_the_client_sends_is_read(frames: list[tuple[Kind, bytes]]) -> None:
-    """The agent reads each frame of the client as it was sent, however it is cut."""
+    """The agent reads each frame of the client as it was sent, however the stream is cut."""
     near, far = socket.socketpair()
     with near, far:
         wire = theirs.Wire(far)
@@ -72,7 +72,7 @@ def test_what_the_client_sends_is_read(frames: list[tuple[Kind, bytes]]) -> None
     ],
 )
 def test_frames_that_are_refused(data: bytes, problem: str) -> None:
-    """What no agent sends is refused by its header, before anything of it is kept."""
+    """The client refuses a frame that no agent sends by its header, before it reads more."""
     reader = FrameReader()
     reader.feed(data)
     with pytest.raises(ProtocolError, match=f"^{problem}$"):
@@ -107,7 +107,7 @@ def _pass_on(near: socket.socket, data: bytes, wire: theirs.Wire) -> None:
 
 
 def test_the_agent_is_python_3_9() -> None:
-    """It is one file, of Python 3.9's syntax, and imports its standard library alone."""
+    """The agent is one file, of Python 3.9's syntax, and imports only its standard library."""
     tree = ast.parse(AGENT.read_text(), feature_version=(3, 9))
     found = {
         name
@@ -133,7 +133,7 @@ def test_the_agent_is_python_3_9() -> None:
     ],
 )
 def test_misuse(words: list[str], status: int, told: str) -> None:
-    """A command line that makes no sense, or names what is not there, is one line."""
+    """A wrong command line, or one with a missing file, is reported in one line."""
     done = subprocess.run(
         [sys.executable, AGENT, *words], capture_output=True, text=True, check=False, timeout=60
     )
@@ -143,7 +143,7 @@ def test_misuse(words: list[str], status: int, told: str) -> None:
 
 
 def test_a_unix_socket_is_its_owners(tmp_path: Path) -> None:
-    """With --unix nobody but the agent's user can connect."""
+    """With --unix only the agent's user can connect."""
     path = tmp_path / "agent"
     with subprocess.Popen([sys.executable, AGENT, "--unix", path]) as process:
         try:

@@ -1,4 +1,4 @@
-"""What a clone needs of its agent, what a client waits for, and requests that make no sense."""
+"""Operations for clones, waits, and malformed requests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def separate(tmp_path: Path) -> Iterator[HostAgent]:
 
 @pytest.mark.root
 def test_identity(separate: HostAgent, tmp_path: Path) -> None:
-    """A clone gets a machine-id and a host name, which are there after the next boot too."""
+    """A clone gets a machine-id and a host name, which last over its next boot."""
     agent = separate.agent
     agent.set_identity(machine_id=MACHINE, host_name="clone-7")
     assert (tmp_path / "etc/machine-id").read_text() == f"{MACHINE}\n"
@@ -64,14 +64,14 @@ def test_identity(separate: HostAgent, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_identity(agent: Agent, given: dict[str, object]) -> None:
-    """Nothing is changed where a part makes no sense."""
+    """If a part is malformed nothing is changed."""
     with pytest.raises(AgentRefusedError, match="invalid"):
         agent._do("identity", **given)
 
 
 @pytest.mark.root
 def test_entropy(agent: Agent) -> None:
-    """The kernel takes what the host has drawn; the device counts it as entropy."""
+    """The kernel takes the host's random bytes; the device counts them as entropy."""
     agent.add_entropy()
     agent.add_entropy(bytes(512))
 
@@ -85,7 +85,7 @@ def test_what_is_no_entropy(agent: Agent, data: object) -> None:
 
 @pytest.mark.root
 def test_a_clock_that_cannot_be_set(tmp_path: Path) -> None:
-    """An agent that may not set the clock says so: the clone is not to run on."""
+    """An agent that may not set the clock says so: the clone must not run on."""
     through = ["setpriv", "--bounding-set", "-sys_time"]
     with (
         HostAgent(tmp_path / "agent", through=through) as host,
@@ -96,7 +96,7 @@ def test_a_clock_that_cannot_be_set(tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_file(agent: Agent, tmp_path: Path) -> None:
-    """The answer comes when the file is there, and not before."""
+    """The answer comes when the file exists, and not before."""
     waited = threading.Event()
 
     def wait() -> None:
@@ -112,13 +112,13 @@ def test_waiting_for_a_file(agent: Agent, tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_port(agent: Agent) -> None:
-    """A port that is listened on, on one address or the other, is waited for."""
+    """A wait for a port ends when a program listens on it, on one address or the other."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         agent.wait_for(port=listener.getsockname()[1], timeout=60)
 
 
 def test_waiting_in_vain(agent: Agent, tmp_path: Path) -> None:
-    """A wait ends when its time is over, in the guest too."""
+    """A wait ends at its time-out, in the guest too."""
     with pytest.raises(TimeoutError, match=r"file .*/none: timed out"):
         agent.wait_for(file=str(tmp_path / "none"), timeout=0.3)
 
@@ -127,13 +127,13 @@ def test_waiting_in_vain(agent: Agent, tmp_path: Path) -> None:
     ("kind", "what"), [("port", "0"), ("port", "x"), ("port", "65536"), ("file", ""), ("", "x")]
 )
 def test_what_cannot_be_waited_for(agent: Agent, kind: str, what: str) -> None:
-    """What makes no sense is refused at once."""
+    """A malformed wait is refused at once."""
     with pytest.raises(AgentRefusedError, match="invalid"):
         agent._do("wait", **{"for": kind, "what": what, "timeout_ms": 60000})
 
 
 def test_an_unknown_request(agent: Agent) -> None:
-    """What an agent does not know it refuses by name, in one line that no terminal obeys."""
+    """An agent refuses an unknown operation by name, in one line without control characters."""
     with pytest.raises(AgentRefusedError) as caught:
         agent._do("\x1b[2J")
     assert str(caught.value) == "this agent cannot do '\\x1b[2J'"
@@ -152,7 +152,7 @@ def test_an_unknown_request(agent: Agent) -> None:
     ],
 )
 def test_a_hostile_client(host: HostAgent, data: bytes) -> None:
-    """A connection that does not begin with a request is closed, without a word more."""
+    """A connection that does not start with a request is closed, without an answer."""
     with host.connect() as stream:
         stream.settimeout(60)
         stream.sendall(data)
@@ -167,7 +167,7 @@ def test_a_hostile_client(host: HostAgent, data: bytes) -> None:
 
 
 def test_an_agent_that_does_not_speak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A listener that says nothing is given up."""
+    """The client gives up a listener that sends nothing."""
     monkeypatch.setattr("vmctl.agent.ANSWER_S", 0.2)
     near, far = socket.socketpair()
     with far, pytest.raises(AgentError, match=r"^the guest's agent does not answer$"):
@@ -175,13 +175,13 @@ def test_an_agent_that_does_not_speak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_that_is_too_long(agent: Agent) -> None:
-    """A command line that no frame takes is refused on this side."""
+    """The client refuses a command line that is longer than a frame."""
     with pytest.raises(CommandError, match="too long"):
         agent.run(["true", "x" * (256 << 10)], timeout=60)
 
 
 def test_a_connected_descriptor() -> None:
-    """With --fd and a connected stream an agent serves that, and ends."""
+    """With --fd and a connected stream an agent serves that stream, and ends."""
     near, far = socket.socketpair()
     with far:
         process = subprocess.Popen(

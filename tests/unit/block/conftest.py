@@ -1,4 +1,4 @@
-"""What the disk tests need of the machine."""
+"""Requirements of the disk tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture
 def qemu_img() -> None:
-    """Skip a test where QEMU's tools, which judge our images, are missing."""
+    """Skip a test without QEMU's tools, which check our images."""
     if shutil.which("qemu-img") is None or shutil.which("qemu-io") is None:
         pytest.skip("qemu-img and qemu-io are missing: apt install qemu-utils")

@@ -1,6 +1,6 @@
-"""A file that keeps a journal, so that a crash at any moment can be played afterwards.
+"""A file that keeps a journal, so that a crash at any moment can be replayed afterwards.
 
-Two kinds of crash: of the process, after which the file has every write made so far; and of the
+Two kinds of crash: of the process, after which the file has every write so far; and of the
 host, after which it has those before the last fdatasync, and of each later sector the old contents
 or any that were written since.
 """
@@ -23,7 +23,7 @@ SECTOR = 512
 
 
 class Write(NamedTuple):
-    """One transfer to the file; a hole is one of zeros, and makes no file longer."""
+    """One transfer to the file; a hole is a write of zeros that does not extend the file."""
 
     offset: int
     data: bytes
@@ -31,7 +31,7 @@ class Write(NamedTuple):
 
 
 class Journal(HostFile):
-    """A file whose writes are noted, besides being done."""
+    """A file that notes its writes, besides doing them."""
 
     __slots__ = ("events",)
 
@@ -40,7 +40,7 @@ class Journal(HostFile):
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         super().__init__(descriptor, path, is_read_only=False)
         self.events: list[Write | None] = []
-        """In order; None is a sync."""
+        """Events in order; None is a sync."""
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write, and note it."""
@@ -66,7 +66,7 @@ class Journal(HostFile):
 
 
 def open_journal(path: str, base: StoredImage | None) -> tuple[Journal, Qcow2Image]:
-    """Open an image for writing whose writes are noted."""
+    """Open an image for writing, whose file notes the writes."""
     journal = Journal(path)
     return journal, Qcow2Image(journal, read_header(journal), base)
 
@@ -120,12 +120,12 @@ def contents(path: str, base: StoredImage | None) -> bytes:
     image = Qcow2Image(file, read_header(file), base)
     data = bytearray(image.size)
     image.readv(0, [memoryview(data)])
-    file.close()  # not the image: the base goes on
+    file.close()  # not the image: its base stays open
     return bytes(data)
 
 
 class History:
-    """What each sector may hold after a crash: what was last flushed, or anything later."""
+    """The possible contents of each sector after a crash: the flushed ones, or any later ones."""
 
     def __init__(self, disk: bytes) -> None:
         """Begin with a disk that is durable."""
@@ -137,7 +137,7 @@ class History:
             self._versions[(offset + at) // SECTOR].append(data[at : at + SECTOR])
 
     def flush(self) -> None:
-        """Note that all is durable now."""
+        """Note that all writes are durable now."""
         self._versions = [versions[-1:] for versions in self._versions]
 
     def copy(self) -> History:
@@ -147,7 +147,7 @@ class History:
         return twin
 
     def lost(self, disk: bytes) -> list[int]:
-        """Return the sectors of `disk` that hold what they never may."""
+        """Return the sectors of `disk` with impossible contents."""
         return [
             number
             for number, versions in enumerate(self._versions)

@@ -1,4 +1,4 @@
-"""Slices of the campaigns of corrupted images and of killed writers."""
+"""Parts of the campaigns of corrupted images and of killed writers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COUNT = os.environ.get("VMM_FUZZ_COUNT", "60")
 
 
 def campaign(name: str, count: str) -> str:
-    """Run a campaign in a process of its own; return what it says."""
+    """Run a campaign in a process of its own; return its output."""
     done = subprocess.run(
         [sys.executable, f"tests/campaigns/{name}.py", "--count", count, "--seed", SEED],
         check=False,
@@ -27,7 +27,7 @@ def campaign(name: str, count: str) -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("qemu_img")
 def test_corrupted_images() -> None:
-    """Whatever is wrong with an image, it is used, or refused in one line."""
+    """A corrupted image is used, or refused in one line."""
     assert campaign("corrupt_images", COUNT).endswith(" 0 deviations\n")
 
 
@@ -35,5 +35,5 @@ def test_corrupted_images() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("qemu_img")
 def test_killed_writers() -> None:
-    """A writer that is killed leaves a sound image with all that was flushed."""
+    """A killed writer leaves a sound image with all flushed data."""
     assert campaign("kill_disk", "4").endswith(" 0 deviations\n")

@@ -1,4 +1,4 @@
-"""Crashes at every moment of a write load: the image stays sound, what was flushed stays there."""
+"""Crashes at every moment of a write load: the image stays sound, and keeps flushed data."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make(directory: Path, chance: random.Random) -> tuple[str, StoredImage | Non
 @pytest.mark.usefixtures("qemu_img")
 @pytest.mark.parametrize("seed", range(SEED, SEED + COUNT))
 def test_crash(seed: int, tmp_path: Path) -> None:
-    """At no moment has the image more than leaks, nor lost what was flushed."""
+    """At any moment the image has at most leaks, and all flushed data."""
     chance = random.Random(seed)
     path, base = make(tmp_path, chance)
     before = Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""Faults of the host's disk: they reach the user, the image stays sound and goes on."""
+"""Faults of the host's disk: the user sees them, and the image stays sound and usable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNT = max(int(os.environ.get("VMM_FUZZ_COUNT", "0")) // 10, 12)
 
 
 class FaultyFile(HostFile):
-    """A file on a disk that is full, or fails to read, for as long as it is told to."""
+    """A file on a disk that is full, or fails to read, while a test wants it to."""
 
     __slots__ = ("chance", "is_full", "is_unreadable", "share")
 
@@ -62,7 +62,7 @@ class FaultyFile(HostFile):
 def open_faulty(
     path: str, base: str | None, chance: random.Random
 ) -> tuple[FaultyFile, Qcow2Image]:
-    """Open an image on a disk that can be told to fail."""
+    """Open an image on a disk that a test can make fail."""
     file = FaultyFile(path, chance)
     lower = open_image(base, Format.RAW, True) if base else None
     return file, Qcow2Image(file, read_header(file), lower)
@@ -71,7 +71,7 @@ def open_faulty(
 @pytest.mark.usefixtures("qemu_img")
 @pytest.mark.parametrize("seed", range(SEED, SEED + COUNT))
 def test_faults_at_random(seed: int, tmp_path: Path) -> None:
-    """After any fault the disk holds old or new data; with room again all goes on, no leak left."""
+    """After a fault the disk holds old or new data; with room again it works, without leaks."""
     chance = random.Random(seed)
     path, base = make(tmp_path, chance)
     history = History(contents(path, base))
@@ -107,7 +107,7 @@ def test_faults_at_random(seed: int, tmp_path: Path) -> None:
         disk = bytearray(SIZE)
         image.readv(0, [memoryview(disk)])
         assert history.lost(bytes(disk)) == []
-        history = History(bytes(disk))  # what is there now is there until the next change
+        history = History(bytes(disk))  # these contents stay until the next change
     image.flush()
     image.close()
     assert faults <= {errno.ENOSPC, errno.EIO}
@@ -121,7 +121,7 @@ def test_faults_at_random(seed: int, tmp_path: Path) -> None:
 
 
 def test_a_lost_flush_stays_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once data may be lost no flush succeeds any more, whatever the kernel says later."""
+    """Once data may be lost no flush succeeds any more, even if the kernel reports success."""
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(4096))
     image = open_image(str(path), Format.RAW, False)

@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> str:
 
 @contextmanager
 def qemu_io(path: str, *options: str) -> Iterator[None]:
-    """Have QEMU keep an image open."""
+    """Let QEMU keep an image open."""
     process = subprocess.Popen(
         ["qemu-io", "-f", "qcow2", *options, path],
         stdin=subprocess.PIPE,
@@ -48,7 +48,7 @@ def qemu_io(path: str, *options: str) -> Iterator[None]:
 
 
 def locked_bytes(path: str) -> dict[str, set[int]]:
-    """Return which bytes of a file are locked, and how, as the kernel lists it."""
+    """Return the locked bytes of a file, and how they are locked, by the kernel's list."""
     inode = Path(path).stat().st_ino
     found: dict[str, set[int]] = {}
     for line in Path("/proc/locks").read_text().splitlines():
@@ -62,7 +62,7 @@ def locked_bytes(path: str) -> dict[str, set[int]]:
 @pytest.mark.usefixtures("qemu_img")
 @pytest.mark.parametrize(("options", "read_only"), [((), False), (("-r",), True)])
 def test_we_lock_what_qemu_locks(path: str, options: tuple[str, ...], read_only: bool) -> None:
-    """The bytes that we lock, of an image and of its base, are those that QEMU locks."""
+    """We lock the same bytes as QEMU, of an image and of its base."""
     base = str(Path(path).with_name("base.qcow2"))
     with qemu_io(path, *options):
         wanted = locked_bytes(path), locked_bytes(base)
@@ -89,7 +89,7 @@ def test_one_writer(path: str) -> None:
 
 
 def test_a_base_is_not_written_to(path: str) -> None:
-    """While an overlay is in use nobody writes to its base; other overlays may use it."""
+    """While an overlay is in use its base cannot be written; other overlays may use it."""
     base = str(Path(path).with_name("base.qcow2"))
     overlay = open_image(path, Format.QCOW2, False)
     with pytest.raises(ImageError, match=r"base.qcow2: in use by another process"):
@@ -100,7 +100,7 @@ def test_a_base_is_not_written_to(path: str) -> None:
 
 @pytest.mark.usefixtures("qemu_img")
 def test_qemu_keeps_us_out(path: str) -> None:
-    """While QEMU writes to an image we do not even read it; while it reads we do not write."""
+    """While QEMU writes to an image we cannot even read it; while it reads we cannot write."""
     with qemu_io(path), pytest.raises(ImageError, match=r"disk.qcow2: another process writes"):
         open_image(path, Format.QCOW2, True)
     with qemu_io(path, "-r"):
@@ -117,7 +117,7 @@ def test_qemu_keeps_us_out(path: str) -> None:
 def test_we_keep_qemu_out(
     path: str, read_only: bool, options: tuple[str, ...], is_refused: bool
 ) -> None:
-    """QEMU refuses an image that we use, save to read with us."""
+    """QEMU refuses an image that we use, except to read with us."""
     image = open_image(path, Format.QCOW2, read_only)
     done = subprocess.run(
         ["qemu-io", "-f", "qcow2", *options, "-c", "length", path],
@@ -131,7 +131,7 @@ def test_we_keep_qemu_out(
 
 
 def test_a_lock_goes_with_the_descriptor(path: str) -> None:
-    """Whoever is handed a locked descriptor has its lock, until both are closed."""
+    """A process that gets a locked descriptor has its lock, until both are closed."""
     first = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     second = os.dup(first)
     image = open_image(first, Format.RAW, False)
@@ -144,7 +144,7 @@ def test_a_lock_goes_with_the_descriptor(path: str) -> None:
 
 @pytest.mark.parametrize("wants_to_write", [False, True])
 def test_who_has_the_lock_is_named(path: str, wants_to_write: bool) -> None:
-    """Not others that have the file open, nor whoever has handed us the descriptor."""
+    """The error names the lock's holder, not other users of the file or its earlier holder."""
     fd = os.open(path, os.O_RDWR if wants_to_write else os.O_RDONLY)
     with subprocess.Popen(["sleep", "100"], pass_fds=[fd]) as other:
         try:

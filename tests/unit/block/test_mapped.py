@@ -36,7 +36,7 @@ def test_writes_reach_the_file(disk: Path) -> None:
 
 
 def test_private_writes_vanish(disk: Path) -> None:
-    """A private mapping never changes the file, and works with one that nobody may write."""
+    """A private mapping never changes the file, and needs no write permission."""
     disk.chmod(0o400)
     with MappedImage(str(disk), is_private=True) as image:
         image.view[:6] = b"behind"
@@ -55,7 +55,7 @@ def test_one_writer(disk: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 512, SIZE + 4096])
 def test_sizes_that_are_refused(tmp_path: Path, size: int) -> None:
-    """Linux takes memory in pieces of 2 MiB."""
+    """Linux takes memory in units of 2 MiB: other sizes are refused."""
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(size))
     with pytest.raises(ImageError) as caught:
@@ -64,7 +64,7 @@ def test_sizes_that_are_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_files_that_are_refused(tmp_path: Path) -> None:
-    """A missing file, and what is no file."""
+    """A missing file is refused, and so is a directory or device."""
     with pytest.raises(ImageError, match=r"missing: No such file or directory$"):
         MappedImage(str(tmp_path / "missing"))
     os.mkfifo(tmp_path / "fifo")

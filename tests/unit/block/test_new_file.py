@@ -1,4 +1,4 @@
-"""Files that appear when they are whole: by whatever means the file system has."""
+"""Files that appear when they are whole, by the means of each file system."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def names(place: Path) -> set[str]:
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_file_appears_when_it_is_published(place: Path, replaces: bool) -> None:
-    """Before, nothing has its name; then it is there, whole, for its owner alone."""
+    """Before publication no file has the name; then it is there, whole, for its owner alone."""
     path = place / "disk.img"
     with NewFile(str(path), replaces=replaces) as new:
         write_whole(new.fd, (b"whole", b" disk"))
@@ -60,14 +60,14 @@ def test_a_file_appears_when_it_is_published(place: Path, replaces: bool) -> Non
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_a_file_that_is_not_published_is_gone(place: Path, replaces: bool) -> None:
-    """A block that is left early leaves nothing."""
+    """A block that ends without publication leaves nothing."""
     with NewFile(str(place / "disk.img"), replaces=replaces) as new:
         write_whole(new.fd, (b"half",))
     assert names(place) == set()
 
 
 def test_a_file_that_is_there_stays(place: Path) -> None:
-    """A new file takes nobody's place: not at first, not when the other came meanwhile."""
+    """A new file replaces no other: not one that exists, nor one made meanwhile."""
     path = place / "disk.img"
     with NewFile(str(path)) as new:
         write_whole(new.fd, (b"mine",))
@@ -80,7 +80,7 @@ def test_a_file_that_is_there_stays(place: Path) -> None:
 
 
 def test_a_link_that_leads_nowhere_is_a_file_that_is_there(place: Path) -> None:
-    """A new file is never made where a symbolic link leads."""
+    """A new file is never made at the target of a symbolic link."""
     (place / "disk.img").symlink_to("elsewhere")
     with pytest.raises(FileExistsError), NewFile(str(place / "disk.img")):
         pass
@@ -88,7 +88,7 @@ def test_a_link_that_leads_nowhere_is_a_file_that_is_there(place: Path) -> None:
 
 
 def test_a_replacement_takes_the_place(place: Path) -> None:
-    """A file that replaces does so at once."""
+    """A file that replaces another does so at once."""
     path = place / "stamp"
     path.write_bytes(b"old")
     with NewFile(str(path), replaces=True) as new:
@@ -99,7 +99,7 @@ def test_a_replacement_takes_the_place(place: Path) -> None:
 
 
 def test_long_names(place: Path) -> None:
-    """A name may be as long as the file system has it; the temporary one is no longer."""
+    """A name may have the file system's full length; the temporary one is no longer."""
     path = place / ("d" * 255)
     with NewFile(str(path)) as new:
         new.publish()
@@ -119,7 +119,7 @@ def test_long_names(place: Path) -> None:
     ],
 )
 def test_names_that_cannot_be(place: Path, name: str, error: type[Exception]) -> None:
-    """What cannot be made is an error before anything is written."""
+    """A file that cannot be made is an error before anything is written."""
     (place / "directory").mkdir()
     (place / "file").touch()
     with pytest.raises(error), NewFile(f"{place}/{name}"):
@@ -128,7 +128,7 @@ def test_names_that_cannot_be(place: Path, name: str, error: type[Exception]) ->
 
 
 def test_a_relative_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bare name is one in the working directory."""
+    """A bare name is a file in the working directory."""
     monkeypatch.chdir(place)
     with NewFile("disk.img") as new:
         new.publish()
@@ -153,13 +153,13 @@ os.open = refuse
 
 
 def test_a_killed_process_leaves_no_name(tmp_path: Path) -> None:
-    """SIGKILL in the middle leaves nothing where files may be unnamed."""
+    """SIGKILL in the middle leaves nothing if the file system has unnamed files."""
     ended = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False)
     assert (ended.returncode, names(tmp_path)) == (-9, set())
 
 
 def test_a_killed_process_leaves_a_part(tmp_path: Path) -> None:
-    """Elsewhere SIGKILL leaves what is called a part, and of what."""
+    """Elsewhere SIGKILL leaves a file whose name ends in `.part` and tells of which file."""
     program = KILLED.replace("with New", f"{NO_UNNAMED}with New")
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False)
     (left,) = names(tmp_path)

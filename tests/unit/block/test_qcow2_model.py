@@ -1,4 +1,4 @@
-"""Any sequence of operations on a small qcow2 image does what it does to an array of bytes."""
+"""Any operations on a small qcow2 image have the same effect as on an array of bytes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def images() -> Iterator[list[bytes]]:
 def test_operations(
     images: list[bytes], tmp_path: Path, kind: int, operations: list[tuple[str, int, int, bool]]
 ) -> None:
-    """What is read is what was written, zeroed, or (discarded) zeros; the image stays clean."""
+    """Reads return written data, zeros, or (after a discard) zeros; the image stays clean."""
     path = tmp_path / "disk.qcow2"
     path.write_bytes(images[kind])
     model = bytearray(SIZE)

@@ -1,4 +1,4 @@
-"""What is refused when a qcow2 image is opened, by name; chains of bases; the feature bits."""
+"""Refusals when a qcow2 image is opened, by name; chains of bases; the feature bits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def patched(path: str, changes: dict[int, bytes]) -> None:
 
 
 def u32(value: int) -> bytes:
-    """Return a 32-bit number as qcow2 has it."""
+    """Return a 32-bit number in qcow2's byte order."""
     return value.to_bytes(4, "big")
 
 
 def u64(value: int) -> bytes:
-    """Return a 64-bit number as qcow2 has it."""
+    """Return a 64-bit number in qcow2's byte order."""
     return value.to_bytes(8, "big")
 
 
@@ -128,7 +128,7 @@ def test_marked_as_corrupt(tmp_path: Path) -> None:
 
 
 def test_unknown_autoclear_features_are_cleared(tmp_path: Path) -> None:
-    """A writer clears the features that it does not know; a reader leaves them."""
+    """A writer clears unknown autoclear features; a reader leaves them."""
     path = tmp_path / "disk.qcow2"
     create_qcow2(str(path), MIB)
     patched(str(path), {88: u64(0xF0)})
@@ -149,7 +149,7 @@ def test_unknown_autoclear_features_are_cleared(tmp_path: Path) -> None:
 def test_corrupt_tables(
     tmp_path: Path, offset: int, entry: int, error: str, read_only: bool
 ) -> None:
-    """A corrupt table is EIO where it is met; an image that is written is marked, for good."""
+    """A corrupt table causes EIO; a written image is then marked as corrupt, for good."""
     path = tmp_path / "disk.qcow2"
     create_qcow2(str(path), MIB)
     image = open_image(str(path), Format.QCOW2, False)
@@ -168,7 +168,7 @@ def test_corrupt_tables(
 
 
 def test_counts_that_would_overwrite_metadata(tmp_path: Path) -> None:
-    """An allocation never yields a cluster with metadata, though the counts say it is free."""
+    """An allocation never yields a cluster with metadata, even if the counts say it is free."""
     path = tmp_path / "disk.qcow2"
     create_qcow2(str(path), MIB)
     patched(str(path), {3 * 65536: bytes(8)})
@@ -186,7 +186,7 @@ def test_counts_that_would_overwrite_metadata(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("qemu_img")
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_an_image_that_was_not_closed(tmp_path: Path, snapshot: bool) -> None:
-    """Counts that QEMU had put off are repaired before anything is written."""
+    """Counts that QEMU had deferred are repaired before anything is written."""
     path = tmp_path / "disk.qcow2"
     options = "lazy_refcounts=on,cluster_size=4096"
     subprocess.run(
@@ -215,7 +215,7 @@ def test_an_image_that_was_not_closed(tmp_path: Path, snapshot: bool) -> None:
 
 @pytest.mark.usefixtures("qemu_img")
 def test_snapshots_survive(tmp_path: Path) -> None:
-    """What is written after an internal snapshot does not change what the snapshot holds."""
+    """Writes after an internal snapshot do not change the snapshot."""
     path = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "8M"], check=True)
     subprocess.run(["qemu-io", "-c", "write -P 1 0 4M", path], check=True, capture_output=True)
@@ -233,7 +233,7 @@ def test_snapshots_survive(tmp_path: Path) -> None:
 
 
 def chain(directory: Path, names: list[str], link: Callable[[str], str]) -> str:
-    """Make images, each on the one before, and write a byte of its own to each."""
+    """Make images, each on the one before, and write another byte to each."""
     for number, name in enumerate(names):
         path = str(directory / name)
         if number == 0:
@@ -250,7 +250,7 @@ def chain(directory: Path, names: list[str], link: Callable[[str], str]) -> str:
 
 @pytest.mark.parametrize("is_relative", [False, True])
 def test_a_chain_of_four(tmp_path: Path, is_relative: bool) -> None:
-    """Four files are read as one disk; their paths may be relative to where each lies."""
+    """Four files are read as one disk; their paths may be relative to the overlay's directory."""
     names = ["a.raw", "b.qcow2", "c.qcow2", "d.qcow2"]
     top = chain(tmp_path, names, lambda name: name if is_relative else str(tmp_path / name))
     assert image_chain(top, None) == [
@@ -263,7 +263,7 @@ def test_a_chain_of_four(tmp_path: Path, is_relative: bool) -> None:
 
 
 def test_a_chain_of_five(tmp_path: Path) -> None:
-    """A fifth file is one too many, and a chain that bites its tail is as well."""
+    """A chain of five files is refused, and so is one that loops."""
     names = ["a.raw", "b.qcow2", "c.qcow2", "d.qcow2", "e.qcow2"]
     with pytest.raises(ImageError, match=r"e.qcow2: more than 3 base images"):
         chain(tmp_path, names, str)
@@ -276,7 +276,7 @@ def test_a_chain_of_five(tmp_path: Path) -> None:
 
 
 def test_bases_by_descriptor(tmp_path: Path) -> None:
-    """Who is handed descriptors opens no path; each of them is closed, whatever happens."""
+    """Given descriptors, no path is opened; each of them is closed in any case."""
     made = tmp_path / "made"
     made.mkdir()
     chain(made, ["a.raw", "b.qcow2", "c.qcow2"], str)
@@ -307,7 +307,7 @@ def test_bases_by_descriptor(tmp_path: Path) -> None:
     ],
 )
 def test_a_base_that_cannot_be_opened(tmp_path: Path, base: str, error: str) -> None:
-    """A base that is missing, or no file at all, is refused by name."""
+    """A base that is missing, or no file, is refused by name."""
     path = str(tmp_path / "disk.qcow2")
     create_qcow2(path, MIB, base)
     with pytest.raises(ImageError) as caught:
@@ -316,7 +316,7 @@ def test_a_base_that_cannot_be_opened(tmp_path: Path, base: str, error: str) -> 
 
 
 def test_the_format_of_a_base(tmp_path: Path) -> None:
-    """A base is of the format that its overlay names: it is not probed, nor another allowed."""
+    """A base has the format that its overlay names: it is not probed, and no other is allowed."""
     path = str(tmp_path / "disk.qcow2")
     create_qcow2(str(tmp_path / "base"), MIB)
     create_qcow2(path, MIB, "base")
@@ -330,7 +330,7 @@ def test_the_format_of_a_base(tmp_path: Path) -> None:
 
 
 def test_a_short_base(tmp_path: Path) -> None:
-    """Behind the end of a base an overlay reads as zero, also after its own first write there."""
+    """Past the end of a base an overlay reads as zero, also after its own first write there."""
     (tmp_path / "base").write_bytes(b"x" * 700)
     path = str(tmp_path / "disk.qcow2")
     create_qcow2(path, MIB, "base")

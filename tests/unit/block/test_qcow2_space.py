@@ -1,4 +1,4 @@
-"""What images cost: system calls and space, and what happens where there is no space."""
+"""Costs of images: system calls and space, and errors without space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLUSTER = 65536
 
 
 class CountingFile(HostFile):
-    """A file that counts what is done with it."""
+    """A file that counts its calls."""
 
     __slots__ = ("calls",)
 
@@ -44,12 +44,12 @@ class CountingFile(HostFile):
         super().writev(offset, buffers)
 
     def sync(self) -> None:
-        """Count a sync that is not for nothing."""
+        """Count a sync that has something to do."""
         self.calls["sync"] += self._is_written
         super().sync()
 
     def since(self) -> dict[str, int]:
-        """Return the counts since the last look."""
+        """Return the counts since the last call."""
         found = dict(self.calls)
         self.calls.clear()
         return found
@@ -71,11 +71,11 @@ def counted(tmp_path: Path) -> Iterator[tuple[CountingFile, Qcow2Image]]:
 
 
 def test_sequential_transfers(counted: tuple[CountingFile, Qcow2Image]) -> None:
-    """A large request is one system call, whether clusters are new or not, in one piece or many."""
+    """A large request is one system call, to new clusters or old, in one piece or many."""
     file, image = counted
     data = memoryview(bytearray(MIB))
     image.writev(0, [data])
-    file.since()  # the first has read a block of counts
+    file.since()  # the first has read a refcount block
     for start in range(MIB, 16 * MIB, MIB):
         image.writev(start, [data])
     assert file.since() == {"write": 15}
@@ -87,7 +87,7 @@ def test_sequential_transfers(counted: tuple[CountingFile, Qcow2Image]) -> None:
 
 
 def test_small_writes(counted: tuple[CountingFile, Qcow2Image]) -> None:
-    """A small write to a new cluster at the end of the file writes just its data."""
+    """A small write to a new cluster at the end of the file writes only its data."""
     file, image = counted
     image.writev(0, [memoryview(b"x" * 512)])
     file.since()
@@ -98,7 +98,7 @@ def test_small_writes(counted: tuple[CountingFile, Qcow2Image]) -> None:
 
 
 def test_flushes(counted: tuple[CountingFile, Qcow2Image]) -> None:
-    """A flush costs what there is to be made durable, in as few steps as its order allows."""
+    """A flush makes only pending changes durable, in as few steps as their order allows."""
     file, image = counted
     image.flush()
     assert file.since() == {"sync": 0}
@@ -149,7 +149,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.root
 def test_a_full_disk(small_disk: Path) -> None:
-    """Where the disk is full writes fail, nothing is lost, and with room again all goes on."""
+    """On a full disk writes fail and nothing is lost; with room again writes succeed."""
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(4 * MIB))
     path = small_disk / "disk.qcow2"
@@ -181,7 +181,7 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 @pytest.mark.root
 def test_discard_makes_room_on_a_full_disk(small_disk: Path) -> None:
-    """A write on a full disk uses what the guest has discarded, though it has not flushed."""
+    """A write on a full disk uses space that the guest has discarded, even before a flush."""
     path = small_disk / "disk.qcow2"
     create_qcow2(str(path), 64 * MIB)
     image = open_image(str(path), Format.QCOW2, False)

@@ -1,4 +1,4 @@
-"""Raw images: transfers, bounds, holes, and what is refused."""
+"""Raw images: transfers, bounds, holes, and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> str:
 
 
 def test_transfers(path: str) -> None:
-    """What is written is read, by this and by the next opening."""
+    """Written data are read back, in this opening and in the next."""
     image = open_image(path, Format.RAW, False)
     assert image.size == 1 << 20
     write(image, 1000, b"hello world")
@@ -62,7 +62,7 @@ def test_more_buffers_than_one_call_takes(path: str) -> None:
 
 
 def test_a_size_of_part_sectors(tmp_path: Path) -> None:
-    """A last sector that the file has in part belongs to the disk; its rest reads as zero."""
+    """A partial last sector of the file belongs to the disk; its rest reads as zero."""
     path = tmp_path / "odd"
     path.write_bytes(b"x" * 700)
     image = open_image(str(path), Format.RAW, False)
@@ -74,7 +74,7 @@ def test_a_size_of_part_sectors(tmp_path: Path) -> None:
 
 
 def test_what_others_append_is_not_the_disk(path: str) -> None:
-    """The size of a disk is what it was at its opening."""
+    """A disk keeps the size that it had when it was opened."""
     image = open_image(path, Format.RAW, True)
     with Path(path).open("ab") as file:
         file.write(b"secret")
@@ -110,7 +110,7 @@ def test_beyond_the_end(path: str, change: Callable[[Image], None], number: int)
     ],
 )
 def test_read_only(path: str, change: Callable[[Image], None]) -> None:
-    """A read-only image is not written; a flush of it is nothing."""
+    """A read-only image is not written; its flush does nothing."""
     image = open_image(path, Format.RAW, True)
     with pytest.raises(OSError, match="Read-only") as caught:
         change(image)
@@ -121,7 +121,7 @@ def test_read_only(path: str, change: Callable[[Image], None]) -> None:
 
 @pytest.mark.parametrize("may_unmap", [True, False])
 def test_zeroes(path: str, may_unmap: bool) -> None:
-    """Zeroes are zeroes, exactly where they were asked for; unmapped ones use no space."""
+    """Zeroing clears exactly the requested range; unmapped zeros use no space."""
     image = open_image(path, Format.RAW, False)
     before = Path(path).stat().st_blocks
     image.write_zeroes(8192 + 100, 65536, may_unmap=may_unmap)
@@ -148,7 +148,7 @@ def test_discard_frees(path: str) -> None:
     ],
 )
 def test_not_an_image(tmp_path: Path, name: str, error: str) -> None:
-    """What is no file is refused in one line, and no FIFO is waited for."""
+    """Anything but a file or block device is refused in one line, without waiting for a FIFO."""
     os.mkfifo(tmp_path / "fifo")
     path = f"{tmp_path}/{name}"
     with pytest.raises(ImageError) as caught:
@@ -157,7 +157,7 @@ def test_not_an_image(tmp_path: Path, name: str, error: str) -> None:
 
 
 def test_a_descriptor_is_taken_over(path: str) -> None:
-    """An image can be opened by descriptor, which is closed with it, and when it is refused."""
+    """An image takes ownership of its descriptor, and closes it, also when it is refused."""
     descriptor = os.open(path, os.O_RDONLY)
     image = open_image(descriptor, Format.RAW, True, name="disk0")
     image.close()
@@ -171,7 +171,7 @@ def test_a_descriptor_is_taken_over(path: str) -> None:
 
 
 def test_probe(path: str) -> None:
-    """Four bytes tell qcow2; all else is raw. A format that is given is not doubted."""
+    """Four bytes tell qcow2; all else is raw. A given format is not questioned."""
     assert probe(b"QFI\xfb\0\0\0\3") is Format.QCOW2
     assert probe(b"QFI") is Format.RAW
     with Path(path).open("r+b") as file:
@@ -195,7 +195,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
 def test_a_probed_disk_stays_raw(path: str, header: bytes) -> None:
-    """Where nobody said the format, no guest writes another one's header; all else it may."""
+    """On a disk with a probed format a guest cannot write another format's header."""
     image = open_image(path, None, False)
     sector = header.ljust(512, b"x")
     before = read(image, 0, 2048)
@@ -203,7 +203,7 @@ def test_a_probed_disk_stays_raw(path: str, header: bytes) -> None:
         with pytest.raises(LastingError, match="a disk of which nobody has said"):
             write(image, 0, data)
     write(image, 0, header[:2])
-    with pytest.raises(LastingError):  # piece by piece neither
+    with pytest.raises(LastingError):  # nor piece by piece
         write(image, 2, header[2:])
     write(image, 512, sector)
     assert read(image, 512, 512) == sector
@@ -217,7 +217,7 @@ def test_a_probed_disk_stays_raw(path: str, header: bytes) -> None:
 
 
 def test_a_probed_disk_takes_a_large_write(path: str) -> None:
-    """The first sector is copied and looked at; what follows it is written with it."""
+    """The first sector is copied and checked; the rest of the request is written with it."""
     image = open_image(path, None, False)
     data = os.urandom(3 * 4096)
     image.writev(0, [memoryview(data)[at : at + 100] for at in range(0, len(data), 100)])

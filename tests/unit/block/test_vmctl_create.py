@@ -66,7 +66,7 @@ def read(path: str, disk_format: Format, offset: int, size: int) -> bytes:
     ],
 )
 def test_format(argument: str, contents: bytes | None, found: DiskFile) -> None:
-    """The format is the prefix's, the first bytes', the extension's, or raw, in this order."""
+    """The format is that of the prefix, of the first bytes, of the extension, or raw."""
     if contents is not None:
         Path(found.path).write_bytes(contents)
     assert parse_disk(argument) == found
@@ -169,7 +169,7 @@ def test_format(argument: str, contents: bytes | None, found: DiskFile) -> None:
 def test_create(
     arguments: list[str], status: int, errors: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is made or refused is said in OpenBSD's words; a refusal leaves nothing behind."""
+    """Successes and refusals have OpenBSD's words; a refusal leaves nothing behind."""
     Path("old").write_bytes(b"text")
     Path("empty").write_bytes(b"")
     create_qcow2("base.qcow2", 4 * MIB)
@@ -204,7 +204,7 @@ def test_qemu_takes_what_is_created(size: int) -> None:
 
 
 def test_an_overlay_reads_its_base(directory: Path) -> None:
-    """A relative base begins at the new image's directory; what is written stays in the overlay."""
+    """A relative base starts at the new image's directory; writes stay in the overlay."""
     (directory / "sub").mkdir()
     create_qcow2("sub/base.qcow2", 4 * MIB)
     write("sub/base.qcow2", Format.QCOW2, MIB, b"base")
@@ -215,7 +215,7 @@ def test_an_overlay_reads_its_base(directory: Path) -> None:
 
 
 def test_a_copy_is_whole_and_sparse() -> None:
-    """A copy holds what the chain holds; zeros use no space in it."""
+    """A copy holds the contents of the chain; zeros use no space in it."""
     create_qcow2("base.qcow2", 64 * MIB)
     write("base.qcow2", Format.QCOW2, 5 * MIB + 7, b"hello")
     write("base.qcow2", Format.QCOW2, 9 * MIB, bytes(MIB))
@@ -233,7 +233,7 @@ def test_a_copy_that_fails_is_removed(capsys: pytest.CaptureFixture[str]) -> Non
     """A source that cannot be read leaves no half copy."""
     create_qcow2("a.qcow2", 4 * MIB)
     write("a.qcow2", Format.QCOW2, 0, b"x")
-    with Path("a.qcow2").open("r+b") as file:  # the L1 entry of its only table
+    with Path("a.qcow2").open("r+b") as file:  # damage the L1 entry of its only table
         file.seek(65536)
         file.write((0x8000000000040200).to_bytes(8, "big"))
     assert main(["create", "-i", "a.qcow2", "copy.raw"]) == 1
@@ -242,7 +242,7 @@ def test_a_copy_that_fails_is_removed(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def under_way(source: str, target: str, *command: str) -> subprocess.Popen[bytes]:
-    """Return the process of a copy that is stopped in the middle."""
+    """Return the process of a copy that is stopped halfway."""
     while True:
         process = subprocess.Popen(
             [*command, VMCTL, "create", "-i", source, target], stderr=subprocess.PIPE
@@ -259,7 +259,7 @@ def under_way(source: str, target: str, *command: str) -> subprocess.Popen[bytes
 
 
 def has_begun(process: subprocess.Popen[bytes], target: str) -> bool:
-    """Tell whether a copy has written to its file, which has no name, or that of a part."""
+    """Tell whether a copy has written to its file, which has no name, or a temporary one."""
     directory = Path(f"/proc/{process.pid}/fd")
     for entry in directory.iterdir():
         try:
@@ -276,7 +276,7 @@ def has_begun(process: subprocess.Popen[bytes], target: str) -> bool:
 )
 @pytest.mark.parametrize("target", ["copy.img", "copy.qcow2"])
 def test_a_copy_that_is_ended_leaves_nothing(number: signal.Signals, target: str) -> None:
-    """Whatever signal ends it, no image is left, nor anything that looks like one."""
+    """If a signal ends a copy, no image or part of one is left."""
     Path("source.img").write_bytes(b"x" * (64 * MIB))
     with under_way("source.img", target) as process:
         assert not Path(target).exists()
@@ -288,7 +288,7 @@ def test_a_copy_that_is_ended_leaves_nothing(number: signal.Signals, target: str
 
 
 def test_a_signal_that_is_ignored_ends_no_copy() -> None:
-    """As under nohup."""
+    """A signal that is ignored, as under nohup, does not end a copy."""
     Path("source.img").write_bytes(b"x" * (16 * MIB))
     shell = ("/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh")
     with under_way("source.img", "x", *shell) as process:
@@ -300,7 +300,7 @@ def test_a_signal_that_is_ignored_ends_no_copy() -> None:
 
 
 def test_a_copy_takes_no_place_that_was_taken_meanwhile() -> None:
-    """A file that is made under the copy's name while it is under way stays as it is."""
+    """A file that is made meanwhile under the copy's name stays unchanged."""
     Path("source.img").write_bytes(b"x" * (64 * MIB))
     with under_way("source.img", "copy.img") as process:
         Path("copy.img").write_bytes(b"another")
@@ -315,7 +315,7 @@ def test_a_copy_takes_no_place_that_was_taken_meanwhile() -> None:
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    """The facts about an image, also as JSON, and while it is in use."""
+    """`image info` prints the facts about an image, also as JSON, and while it is in use."""
     create_qcow2("base.qcow2", 4 * MIB)
     create_qcow2("top.qcow2", 4 * MIB, "base.qcow2")
     image = open_image("top.qcow2", Format.QCOW2, False)
@@ -352,7 +352,7 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("verb", ["info", "check"])
 def test_no_image(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is no image is one line of error."""
+    """A file that is no image is one line of error."""
     assert main(["image", verb, "missing.qcow2"]) == 1
     Path("text.qcow2").write_bytes(b"text" * 200)
     assert main(["image", verb, "text.qcow2"]) == 1
@@ -366,7 +366,7 @@ def test_no_image(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_wants_the_image_unused(capsys: pytest.CaptureFixture[str]) -> None:
-    """An image that somebody writes to cannot be checked."""
+    """An image that another program writes cannot be checked."""
     create_qcow2("a.qcow2", 4 * MIB)
     image = open_image("a.qcow2", Format.QCOW2, False)
     assert main(["image", "check", "a.qcow2"]) == 1
@@ -390,7 +390,7 @@ QEMU_FORMATS = (
 def test_foreign_formats_are_refused(
     name: str, called: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image of another format is not copied as if it were raw, unless that is said."""
+    """An image of a foreign format is not copied as raw, unless raw is named."""
     subprocess.run(["qemu-img", "create", "-q", "-f", name, *options, "disk.img", "4M"], check=True)
     problem = (
         f"vmctl: disk.img: {called} images are not supported: "
@@ -411,7 +411,7 @@ def test_foreign_formats_are_refused(
 def test_compressed_images_are_refused(
     command: str, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A compressed image is no disk; the line says what to do."""
+    """A compressed image is refused; the line says what to do."""
     data = subprocess.run([command, "-c"], input=bytes(MIB), capture_output=True, check=True)
     Path("disk.img").write_bytes(data.stdout)
     assert main(["create", "-i", "disk.img", "x.raw"]) == 1
@@ -450,7 +450,7 @@ def _zip() -> bytes:
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
 def test_archives_are_refused(data: bytes, what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What only holds an image is no disk, unless raw is said."""
+    """An archive that holds an image is refused as a disk, unless raw is named."""
     Path("disk.img").write_bytes(data)
     assert main(["create", "-i", "disk.img", "x.raw"]) == 1
     assert capsys.readouterr().err == f"vmctl: disk.img: {what}, or say raw:disk.img\n"
@@ -458,7 +458,7 @@ def test_archives_are_refused(data: bytes, what: str, capsys: pytest.CaptureFixt
 
 
 def test_a_tar_archive_is_a_disk() -> None:
-    """Guests read and write such without a file system."""
+    """A tar archive is accepted: guests use one without a file system."""
     with tarfile.open("disk.img", "w") as archive:
         archive.addfile(tarfile.TarInfo("disk.raw"))
     assert main(["create", "-i", "disk.img", "x.raw"]) == 0
@@ -470,7 +470,7 @@ def test_a_tar_archive_is_a_disk() -> None:
 def test_a_new_image_is_not_named_like_another_format(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`create -s 1M foo.vmdk` makes no raw file of that name, unless raw is said."""
+    """`create -s 1M foo.vmdk` makes no raw file of that name, unless raw is named."""
     assert main(["create", "-s", "1M", name]) == 1
     assert "images are not supported" in capsys.readouterr().err
     assert not Path(name).exists()
@@ -479,7 +479,7 @@ def test_a_new_image_is_not_named_like_another_format(
 
 
 def test_raw_images_of_all_kinds_are_taken() -> None:
-    """Empty files, file systems, partition tables and text are raw disks, whatever their size."""
+    """Empty files, file systems, partition tables and text are raw disks of any size."""
     for index, data in enumerate((b"", b"x", bytes(510) + b"\x55\xaa", b"\x1f" * 600)):
         path = f"{index}.img"
         Path(path).write_bytes(data)
@@ -491,7 +491,7 @@ def test_raw_images_of_all_kinds_are_taken() -> None:
 @pytest.mark.parametrize("base_format", list(Format))
 @pytest.mark.parametrize("size", [4 * MIB, 20 * 1024 * MIB])
 def test_an_overlay_may_be_larger_than_its_base(base_format: Format, size: int) -> None:
-    """On bases of either format; QEMU reads the same, and zeros behind the base's end."""
+    """An overlay may be larger than a base of either format; QEMU reads the same, then zeros."""
     base = f"base.{base_format}"
     create_image(base, base_format, 4 * MIB)
     write(base, base_format, 4 * MIB - 4, b"last")
@@ -513,7 +513,7 @@ def test_an_overlay_may_be_larger_than_its_base(base_format: Format, size: int) 
 
 
 def test_a_base_that_is_no_image_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """A base of another format is named as what it is, unless raw is said."""
+    """The refusal names the base's format, unless raw is named."""
     Path("disk.vmdk").write_bytes(b"KDMV" + bytes(MIB))
     assert main(["create", "-b", "disk.vmdk", "x.qcow2"]) == 1
     assert "VMDK images are not supported" in capsys.readouterr().err
@@ -522,7 +522,7 @@ def test_a_base_that_is_no_image_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_no_overlay_on_an_image_that_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    """A base that a VM writes to would change under its overlay: none is made."""
+    """A base that a VM writes would change under its overlay: the overlay is refused."""
     create_qcow2("web.qcow2", 4 * MIB)
     writer = open_image("web.qcow2", Format.QCOW2, False)
     try:
@@ -539,7 +539,7 @@ def test_no_overlay_on_an_image_that_is_written(capsys: pytest.CaptureFixture[st
 
 
 def test_no_overlay_that_nobody_can_open(capsys: pytest.CaptureFixture[str]) -> None:
-    """The chain ends where opening it would fail: an image and three bases."""
+    """An overlay is refused if opening it would fail: on an image with three bases."""
     create_qcow2("0.qcow2", 4 * MIB)
     for index in range(3):
         assert main(["create", "-b", f"{index}.qcow2", f"{index + 1}.qcow2"]) == 0
@@ -555,7 +555,7 @@ def test_no_overlay_that_nobody_can_open(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_huge_disk_with_little_in_it(
     disk_format: Format, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy goes from data to data: 8 TiB with one block take few questions, and are equal."""
+    """A copy skips holes: 8 TiB with one block take few system calls, and are equal."""
     create_image("a.img", disk_format, 8 << 40)
     write("a.img", disk_format, place, b"data")
     image = open_image("a.img", disk_format, True)
@@ -579,7 +579,7 @@ def test_a_huge_disk_with_little_in_it(
 
 
 def test_a_read_only_device_is_not_written(tmp_path: Path) -> None:
-    """A block device that takes no writes is refused for writing, and can be read."""
+    """A read-only block device is refused for writing, and can be read."""
     if os.geteuid() != 0:
         pytest.skip("a loop device needs root")
     disk = tmp_path / "disk.img"
@@ -607,7 +607,7 @@ def test_a_read_only_device_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("disk_format", list(Format))
 @pytest.mark.parametrize("said", [True, False])
 def test_a_snapshot_of_an_image(disk_format: Format, said: bool) -> None:
-    """What is written lies in a file of its own, is read back, and lasts as long as that does."""
+    """A snapshot's writes go to a file of its own, are read back, and last as long as it."""
     create_image("disk", disk_format, 4 * MIB)
     write("disk", disk_format, MIB, b"base")
     before = Path("disk").read_bytes()
@@ -633,7 +633,7 @@ def test_a_snapshot_of_an_image(disk_format: Format, said: bool) -> None:
 @pytest.mark.parametrize("disk_format", list(Format))
 @pytest.mark.parametrize("size", [8 * MIB, 40 * 1024 * MIB])
 def test_resize(disk_format: Format, size: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image grows, what is added is zeros; it shrinks only if that is said, and QEMU agrees."""
+    """An image grows by zeros; it shrinks only if that is requested, and QEMU agrees."""
     create_image("disk", disk_format, 4 * MIB)
     write("disk", disk_format, 4 * MIB - 8, b"the end.")
     named = f"{disk_format}:disk"
@@ -658,7 +658,7 @@ def test_resize(disk_format: Format, size: int, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.usefixtures("qemu_img")
 def test_resize_of_an_overlay() -> None:
-    """What an overlay did not show of a longer base, it does not show when it grows either."""
+    """Contents of a longer base that an overlay did not show stay hidden when it grows."""
     create_image("base", Format.RAW, 8 * MIB)
     write("base", Format.RAW, 0, b"b" * (8 * MIB))
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "top", "3M"]
@@ -670,7 +670,7 @@ def test_resize_of_an_overlay() -> None:
 
 
 def test_resize_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """An image in use, a directory, and a size that its table has no room for stay as they are."""
+    """An image in use, a directory, and a size too large for its table are refused, unchanged."""
     create_qcow2("a.qcow2", 4 * MIB)
     before = Path("a.qcow2").read_bytes()
     image = open_image("a.qcow2", Format.QCOW2, True)

@@ -32,7 +32,7 @@ def make(path: Path) -> Path:
 
 
 def test_a_part_is_a_disk(tmp_path: Path) -> None:
-    """It has the size of the part, and nothing of what is around it."""
+    """A window has the size of its part, and nothing of the file around it."""
     fd = os.open(make(tmp_path / "file"), os.O_RDONLY)
     image = open_image(fd, Format.RAW, True, window=(START, SIZE))
     try:
@@ -46,7 +46,7 @@ def test_a_part_is_a_disk(tmp_path: Path) -> None:
 
 
 def test_what_is_written_over_a_part_leaves_the_file(tmp_path: Path) -> None:
-    """An overlay reads the part, and keeps what is written."""
+    """An overlay reads the part, and keeps its own writes."""
     path = make(tmp_path / "file")
     before = path.read_bytes()
     scratch = os.open(tmp_path / "scratch", os.O_RDWR | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""What the tests of boot paths share: files to boot, memory to boot them in."""
+"""Shared by the tests of boot paths: files to boot, memory to boot them in."""
 
 from __future__ import annotations
 

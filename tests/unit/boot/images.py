@@ -51,7 +51,7 @@ class ElfSpec:
     type: int = 2
     sections: Sequence[Section] = ()
     prefix: bytes = b""
-    """Bytes right behind the program headers: a Multiboot header, say."""
+    """Bytes right after the program headers: a Multiboot header, say."""
 
     def build(self) -> bytes:
         """Return the file."""
@@ -128,7 +128,7 @@ def note_segment(*notes: bytes) -> Segment:
 
 
 def vmlinux(code: bytes = CODE, bss: int = 0x5000) -> bytes:
-    """Return what a bzImage's payload unpacks to: an ELF linked for `KERNEL_ADDRESS`."""
+    """Return the unpacked payload of a bzImage: an ELF linked for `KERNEL_ADDRESS`."""
     return ElfSpec(
         segments=(
             Segment(code, vaddr=0xFFFF_FFFF_8100_0000),
@@ -169,7 +169,7 @@ def multiboot_elf(*, is_64: bool = False, flags: int = 3, code: bytes = CODE) ->
 
 
 def multiboot_flat(size: int = 0x3000) -> bytes:
-    """Return a Multiboot kernel that says itself where it goes: 2 MiB."""
+    """Return a Multiboot kernel whose header gives its load address: 2 MiB."""
     start = 2 * MIB
     header = multiboot_header(0x1_0003, (start + 16, start, start + size, start + 0x8000, start))
     return (bytes(16) + header).ljust(size, b"\xcc")
@@ -232,14 +232,14 @@ BZIMAGE_FIELDS: Mapping[str, tuple[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class BzImage:
-    """A bzImage to be made; `fields` are set last, over what is right."""
+    """A bzImage to be made; `fields` are set last, over the right values."""
 
     payload: bytes = b""
     setup_sects: int = 3
     entry32: bytes = b"\xfc\xfa"
     """Code at the start of the protected-mode part, at most 512 bytes."""
     entry64: bytes = b"\xfa\xf4"
-    """Code behind it, at most 256 bytes."""
+    """Code after it, at most 256 bytes."""
     fields: Mapping[str, int] = field(default_factory=dict)
 
     def but(self, **fields: int) -> BzImage:

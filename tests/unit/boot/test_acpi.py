@@ -1,4 +1,4 @@
-"""ACPI tables: sums, pointers, contents; and what firmware makes of the loader script."""
+"""ACPI tables: sums, pointers, contents; and the result of firmware's loader script."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _table(tables: AcpiTables, address: int) -> bytes:
 
 
 def _walk(tables: AcpiTables) -> dict[str, bytes]:
-    """Return all tables by signature, found as an operating system finds them."""
+    """Return all tables by signature, found by an operating system's way."""
     found = {}
     xsdt = _table(tables, _u(tables, tables.rsdp + 24, 8))
     rsdt = _table(tables, _u(tables, tables.rsdp + 16, 4))
@@ -78,7 +78,7 @@ def test_tables_are_disjoint_and_fit(config: AcpiConfig) -> None:
 
 
 def test_fixed_hardware() -> None:
-    """The FADT names the registers that the machine has, twice, and a reset register."""
+    """The FADT names the machine's registers, twice, and a reset register."""
     fadt = _walk(build_tables(AcpiConfig()))["FACP"]
     event, control, timer = (struct.unpack_from("<I", fadt, at)[0] for at in (56, 64, 76))
     assert (
@@ -102,7 +102,7 @@ def test_fixed_hardware() -> None:
 
 
 def test_what_the_machine_has_not() -> None:
-    """No 8042, no VGA, no sleep button; the power button is in fixed hardware."""
+    """The FADT reports no 8042, no VGA, no sleep button; the power button is in fixed hardware."""
     fadt = _walk(build_tables(AcpiConfig()))["FACP"]
     boot_arch = struct.unpack_from("<H", fadt, 109)[0]
     flags = struct.unpack_from("<I", fadt, 112)[0]
@@ -139,7 +139,7 @@ def test_ecam() -> None:
 
 
 def test_ecam_that_firmware_places() -> None:
-    """There is no MCFG that would name a place."""
+    """Without a place for ECAM there is no MCFG."""
     assert "MCFG" not in _walk(build_tables(AcpiConfig(is_q35=True)))
 
 
@@ -148,7 +148,7 @@ def test_ecam_that_firmware_places() -> None:
     [(0, 4 * GIB), (256 << 20, 4 * GIB), (6 * GIB, 6 * GIB), (6 * GIB + 4096, 7 * GIB)],
 )
 def test_window_for_64_bit_bars(memory_end: int, start: int) -> None:
-    """It begins above 4 GiB and all RAM."""
+    """The window for 64-bit BARs begins above 4 GiB and all RAM."""
     assert start == AcpiConfig(memory_end=memory_end).mmio64_start
 
 
@@ -162,7 +162,7 @@ def _tables_in_files(tables: AcpiTables, directory: Path) -> Iterator[Path]:
 @pytest.mark.skipif(shutil.which("iasl") is None, reason="iasl is not installed")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_iasl_has_nothing_to_say(config: AcpiConfig, tmp_path: Path) -> None:
-    """Each table disassembles and compiles again without errors, warnings or remarks."""
+    """Each table disassembles and compiles by iasl without errors, warnings or remarks."""
     for path in list(_tables_in_files(build_tables(config), tmp_path)):
         shown = subprocess.run(
             ["iasl", "-d", path], check=True, capture_output=True, text=True, cwd=tmp_path
@@ -232,9 +232,10 @@ _END_TAG = bytes.fromhex("7900")
     ids=lambda resource: resource.partition(",")[0],
 )
 def test_resources(resource: str, tmp_path: Path) -> None:
-    """The DSDT has each resource as iasl encodes it.
+    """The DSDT has each resource in iasl's encoding.
 
-    It is not disassembled: the iasl of 2026 shows resources as plain buffers, its own as well.
+    The test does not disassemble it: the iasl of 2026 shows resources as plain buffers, even its
+    own.
     """
     template = f"Name (R000, ResourceTemplate () {{ {resource} }})"
     (tmp_path / "one.asl").write_text(
@@ -243,7 +244,7 @@ def test_resources(resource: str, tmp_path: Path) -> None:
     subprocess.run(["iasl", tmp_path / "one.asl"], check=True, capture_output=True)
     compiled = (tmp_path / "one.aml").read_bytes()
     assert compiled.endswith(_END_TAG)
-    # Behind the name: an opcode, the buffer's length, and its size in bytes as an integer.
+    # After the name: an opcode, the buffer's length, and its size in bytes as an integer.
     descriptor = compiled[compiled.index(b"R000") + 8 : -len(_END_TAG)]
     assert descriptor in _walk(build_tables(AcpiConfig(cpus=3, memory_end=5 * GIB)))["DSDT"]
 
@@ -282,7 +283,7 @@ class Firmware:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_firmware_installs_the_same_tables(config: AcpiConfig) -> None:
-    """What the script makes, at the addresses of a direct boot, is what a direct boot has."""
+    """The script makes the same tables as a direct boot, at the same addresses."""
     tables = build_tables(config)
     files = loader_files(tables)
     addresses = {"etc/acpi/rsdp": tables.base, "etc/acpi/tables": tables.base + 64}
@@ -292,7 +293,7 @@ def test_firmware_installs_the_same_tables(config: AcpiConfig) -> None:
 
 
 def test_firmware_installs_tables_anywhere() -> None:
-    """Elsewhere the pointers lead elsewhere and all sums are right."""
+    """At other addresses pointers and sums are right too."""
     files = loader_files(build_tables(AcpiConfig()))
     rsdp, at = 0xF_5A40, 0x0BFF_E000
     firmware = Firmware(files, {"etc/acpi/rsdp": rsdp, "etc/acpi/tables": at})

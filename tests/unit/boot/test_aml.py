@@ -1,4 +1,4 @@
-"""AML: encodings as the specification's grammar has them."""
+"""AML: encodings by the specification's grammar."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_integer_too_large() -> None:
     ],
 )
 def test_names(path: str, encoded: bytes) -> None:
-    """Segments are padded with underscores; two and more have their own prefixes."""
+    """Segments are padded with underscores; names of two and more have prefixes of their own."""
     assert encoded == aml.name_string(path)
 
 
@@ -62,7 +62,7 @@ def test_name_too_long() -> None:
     ],
 )
 def test_package_lengths(size: int, length: str) -> None:
-    """A length counts itself and the `size` bytes behind it, in one to four bytes."""
+    """A length counts itself and the `size` bytes after it, in one to four bytes."""
     encoded = aml.if_(b"", bytes(size))
     assert (b"\xa0" + bytes.fromhex(length)).ljust(size + 1 + len(length) // 2, b"\0") == encoded
 

@@ -1,4 +1,4 @@
-"""Firmware: where a flat image lies, and what is not taken for one."""
+"""Firmware: the place of a flat image, and files that are none."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _open(open_bytes: Open, data: bytes) -> FirmwareImage:
 
 @pytest.mark.parametrize("size", [16, 4095, 4096, 4097, 64 * KIB, 256 * KIB, 16 * MIB])
 def test_ends_at_4_gib(open_bytes: Open, size: int) -> None:
-    """An image of any size ends at 4 GiB, padded in front to whole pages as erased flash."""
+    """An image of any size ends at 4 GiB, padded at its front to whole pages of erased flash."""
     data = firmware(size)
     image = _open(open_bytes, data)
     padding = -size % 4096
@@ -44,7 +44,7 @@ def test_ends_at_4_gib(open_bytes: Open, size: int) -> None:
 
 @pytest.mark.parametrize(("size", "low"), [(100, 100), (64 * KIB,) * 2, (MIB, 256 * KIB)])
 def test_copy_below_1_mib(open_bytes: Open, memory: GuestMemory, size: int, low: int) -> None:
-    """The end of the image, at most 256 KiB, also ends at 1 MiB; nothing is in front of it."""
+    """The end of the image, at most 256 KiB, also ends at 1 MiB; nothing is before it."""
     data = firmware(size)
     entry = load(_open(open_bytes, data), memory, BootConfig())
     assert entry == RESET_VECTOR
@@ -52,7 +52,7 @@ def test_copy_below_1_mib(open_bytes: Open, memory: GuestMemory, size: int, low:
 
 
 def test_acpi_tables_are_left_to_firmware(open_bytes: Open, memory: GuestMemory) -> None:
-    """Firmware installs the tables itself, so that they are not in its way."""
+    """Firmware installs the tables itself: none are placed in its way."""
     load(_open(open_bytes, firmware()), memory, BootConfig(acpi=build_tables(AcpiConfig())))
     assert bytes(64) == memory.read(0xE_0000, 64)
 
@@ -64,7 +64,7 @@ def test_smallest_machine(open_bytes: Open) -> None:
 
 
 def test_too_large(open_bytes: Open) -> None:
-    """More than 16 MiB would cover what else lies below 4 GiB."""
+    """More than 16 MiB would cover other parts below 4 GiB, and is refused."""
     with pytest.raises(BootError) as caught:
         open_bytes(firmware(16 * MIB + 1))
     assert str(caught.value).endswith(
@@ -84,7 +84,7 @@ def test_too_large(open_bytes: Open) -> None:
     ],
 )
 def test_anything_else(open_bytes: Open, data: bytes) -> None:
-    """What has no code at the reset vector is nothing that boots."""
+    """A file without code at the reset vector is refused as nothing that boots."""
     with pytest.raises(BootError) as caught:
         open_bytes(data)
     assert str(caught.value).endswith("image: not a kernel or firmware image")
@@ -99,7 +99,7 @@ def test_anything_else(open_bytes: Open, data: bytes) -> None:
     ],
 )
 def test_a_disk_is_no_kernel(open_bytes: Open, data: bytes, hint: str) -> None:
-    """Somebody who boots what belongs into a drive is told that."""
+    """A disk or disc given as a kernel is refused with the option to use."""
     with pytest.raises(BootError) as caught:
         open_bytes(data)
     assert str(caught.value).endswith(f"image: not a kernel or firmware image: {hint}")
@@ -116,14 +116,14 @@ def test_a_disk_is_no_kernel(open_bytes: Open, data: bytes, hint: str) -> None:
 def test_options_of_no_use(
     open_bytes: Open, memory: GuestMemory, config: BootConfig, message: str
 ) -> None:
-    """What firmware cannot use is refused, naming both."""
+    """Options that firmware cannot use are refused, naming both."""
     with pytest.raises(BootError) as caught:
         load(open_bytes(firmware()), memory, config)
     assert str(caught.value).endswith(message)
 
 
 def test_empty_command_line(open_bytes: Open, memory: GuestMemory) -> None:
-    """An empty command line asks for nothing."""
+    """An empty command line is accepted."""
     assert load(open_bytes(firmware()), memory, BootConfig(command_line="")) == RESET_VECTOR
 
 
@@ -135,7 +135,7 @@ def test_selftest_image() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path("/usr/share/OVMF").glob("OVMF_CODE*.fd")), ids=str)
 def test_builds_of_ovmf(path: Path) -> None:
-    """Each build that Debian ships is firmware, also those that begin in another mode."""
+    """Each build that Debian ships is firmware, even one that starts in another mode."""
     image = open_image(str(path))
     assert isinstance(image, FirmwareImage)
     assert image.is_uefi
@@ -167,7 +167,7 @@ def test_programs_are_named_as_what_they_are(path: str, message: str) -> None:
 
 
 def test_an_efi_program_is_named_as_what_it_is(open_bytes: Open) -> None:
-    """A PE executable that is no Linux kernel is for EFI, or Windows; MZ alone says nothing."""
+    """A PE executable that is no Linux kernel is for EFI, or Windows; MZ alone means nothing."""
     header = b"MZ".ljust(0x3C, b"\0") + (0x80).to_bytes(4, "little")
     with pytest.raises(BootError, match="a program for EFI or Windows") as caught:
         open_bytes((header.ljust(0x80, b"\0") + b"PE\0\0").ljust(4096, b"\0"))

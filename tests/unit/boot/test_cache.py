@@ -1,4 +1,4 @@
-"""The cache of unpacked kernels: what is found again, and what is not believed."""
+"""The cache of unpacked kernels: hits, and entries that are not trusted."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LONG_AGO_NS = 1_000_000_000_000_000_001
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Where the cache is; not there yet."""
+    """The place of the cache, not made yet."""
     return tmp_path / "kernels"
 
 
 class Image:
-    """A kernel image whose change time, which nobody can set, seems to be long ago."""
+    """A kernel image whose change time, which no program can set, seems to be long ago."""
 
     def __init__(self, path: Path, data: bytes = b"image") -> None:
         path.write_bytes(data)
@@ -62,7 +62,7 @@ def _contents(source: FileSource | None) -> bytes | None:
 
 
 def test_empty_cache(directory: Path, image: Image) -> None:
-    """Nothing is found where nothing was kept, and looking makes no directory."""
+    """An empty cache finds nothing, and a look-up makes no directory."""
     cache = KernelCache(str(directory))
     assert (
         cache.find(image.open()),
@@ -109,7 +109,7 @@ def test_new_image_gets_no_stamp(directory: Path, tmp_path: Path) -> None:
 
 
 def test_changed_kernel_is_thrown_away(directory: Path, image: Image) -> None:
-    """A kept kernel that was changed is never returned, and is gone after its digest failed."""
+    """A kept kernel that was changed is never returned, and is removed at the failed digest."""
     cache = KernelCache(str(directory))
     cache.keep(image.open(), image.digest, [KERNEL])
     path = directory / image.digest
@@ -133,7 +133,7 @@ def test_truncated_kernel_is_thrown_away(directory: Path, image: Image, size: in
 
 @pytest.mark.parametrize("text", ["", "x", "../../etc/passwd y", "a b c", "\xff", "0" * 64 + " z"])
 def test_nonsense_in_a_stamp(directory: Path, image: Image, text: str) -> None:
-    """A stamp that makes no sense leads nowhere."""
+    """A stamp with nonsense in it is ignored."""
     cache = KernelCache(str(directory))
     cache.keep(image.open(), image.digest, [KERNEL])
     (stamp,) = directory.glob("*.stamp")
@@ -142,7 +142,7 @@ def test_nonsense_in_a_stamp(directory: Path, image: Image, text: str) -> None:
 
 
 def test_directory_that_others_can_write(directory: Path, image: Image) -> None:
-    """A cache that somebody else could have filled is not used."""
+    """A cache that another user could have filled is not used."""
     cache = KernelCache(str(directory))
     cache.keep(image.open(), image.digest, [KERNEL])
     directory.chmod(0o777)
@@ -153,7 +153,7 @@ def test_directory_that_others_can_write(directory: Path, image: Image) -> None:
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path, image: Image) -> None:
-    """Without a place for it nothing is kept, and nothing is said."""
+    """Without a place for the cache nothing is kept, and no error is reported."""
     cache = KernelCache(f"{image.path}/kernels")
     cache.keep(image.open(), image.digest, [KERNEL])
     assert cache.find(image.open()) is None
@@ -161,19 +161,19 @@ def test_directory_that_cannot_be_made(tmp_path: Path, image: Image) -> None:
 
 
 def test_bounded(directory: Path, tmp_path: Path) -> None:
-    """Eight kernels are kept, those used last."""
+    """The cache keeps eight kernels, those used last."""
     cache = KernelCache(str(directory))
     for index in range(12):
         image = Image(tmp_path / "vmlinuz", bytes((index,)))
         cache.keep(image.open(), image.digest, [KERNEL])
-        # The order of use must not depend on how fine the clock is.
+        # The order of use must not depend on the clock's resolution.
         os.utime(directory / image.digest, ns=(LONG_AGO_NS + index, LONG_AGO_NS + index))
     kept = {hashlib.sha256(bytes((index,))).hexdigest() for index in range(4, 12)}
     assert kept == {path.name for path in directory.iterdir()}
 
 
 def test_abandoned_files_are_removed(directory: Path, image: Image) -> None:
-    """What a start that was killed left behind goes after a while; what is being written stays."""
+    """Remains of a killed start are removed after a while; files being written stay."""
     directory.mkdir(mode=0o700)
     (directory / ".old").write_bytes(b"")
     (directory / ".new").write_bytes(b"")
@@ -194,7 +194,7 @@ def test_abandoned_files_are_removed(directory: Path, image: Image) -> None:
 def test_default_directory(
     monkeypatch: pytest.MonkeyPatch, xdg: str, home: str, expected: str | None
 ) -> None:
-    """The XDG directory, else one in the home directory, else none."""
+    """The default is the XDG directory, else one in the home directory, else none."""
     monkeypatch.setenv("XDG_CACHE_HOME", xdg)
     monkeypatch.setenv("HOME", home)
     assert expected == default_directory()

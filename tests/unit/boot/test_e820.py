@@ -41,19 +41,19 @@ def test_one_mebibyte() -> None:
 
 @pytest.mark.parametrize("size", [MIB, 3 * GIB, 5 * GIB])
 def test_ascending_and_disjoint(size: int) -> None:
-    """No entry begins before the one in front of it ends, around the PCI hole too."""
+    """No entry begins before the previous one ends, around the PCI hole too."""
     entries = e820_map(_regions(size))
     assert all(a.address + a.size <= b.address for a, b in pairwise(entries))
     assert size - MIB == sum(e.size for e in entries if e.type is RAM and e.address >= MIB)
 
 
 def test_firmware_divides_low_memory_itself() -> None:
-    """Firmware is told of RAM from 0 on, without holes."""
+    """Firmware gets RAM from 0 on, without holes."""
     assert E820Entry(0, 256 * MIB, RAM) == firmware_e820_map(_regions(256 * MIB))[0]
 
 
 def test_firmware_that_places_ecam() -> None:
-    """Then nothing is reserved for it; KVM's own pages are."""
+    """If firmware places ECAM, nothing is reserved for it; KVM's own pages are."""
     usual = firmware_e820_map(_regions(256 * MIB))
     (gone,) = set(usual) - set(firmware_e820_map(_regions(256 * MIB), has_ecam=False))
     assert gone.address == ECAM_START

@@ -1,4 +1,4 @@
-"""ELF headers: what is read from them, and what breaks them."""
+"""ELF headers: reading them, and errors in them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _patched(spec: ElfSpec, offset: int, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("spec", [SPEC, SPEC32])
 def test_reads_both_classes(spec: ElfSpec) -> None:
-    """Entry and segments come out of 32-bit and 64-bit files alike."""
+    """Entry and segments are read from 32-bit and 64-bit files alike."""
     elf = read_elf(BytesSource("k", spec.build()))
     (segment,) = elf.loads
     assert (KERNEL_ADDRESS, KERNEL_ADDRESS, len(CODE)) == (
@@ -69,7 +69,7 @@ def test_places_segments(memory: GuestMemory) -> None:
 
 
 def test_finds_physical_addresses() -> None:
-    """A virtual address leads to where its byte is loaded; others lead nowhere."""
+    """A virtual address yields the place where its byte is loaded; others yield none."""
     spec = replace(SPEC, segments=(Segment(CODE, vaddr=0xFFFF_FFFF_8100_0000),))
     elf = read_elf(BytesSource("k", spec.build()))
     assert elf.physical(0xFFFF_FFFF_8100_0005) == KERNEL_ADDRESS + 5
@@ -87,7 +87,7 @@ def test_reads_notes(align: int) -> None:
 
 
 def test_damaged_notes_end_the_list() -> None:
-    """A note that runs out of its segment is left out, and so is what follows."""
+    """A note that leaves its segment is left out, and so are all after it."""
     broken = struct.pack("<III", 4, 1000, 18) + b"Xen\0"
     spec = replace(SPEC, segments=(Segment(CODE), note_segment(note(b"A", 1, b""), broken)))
     assert [n.owner for n in read_notes(read_elf(BytesSource("k", spec.build())))] == [b"A"]
@@ -109,7 +109,7 @@ def test_reads_sections() -> None:
     [(183, "AArch64"), (243, "RISC-V"), (40, "ARM"), (22, "S/390"), (999, "machine 999")],
 )
 def test_other_architectures(machine: int, name: str) -> None:
-    """A kernel for another processor is called that."""
+    """A kernel for another processor is reported as that."""
     assert f"k: built for {name}, not x86" == _error(replace(SPEC, machine=machine).build())
 
 
@@ -138,7 +138,7 @@ def test_other_architectures(machine: int, name: str) -> None:
     ],
 )
 def test_broken_fields(spec: ElfSpec, offset: int, value: bytes, message: str) -> None:
-    """Each field that is out of range gives an error of its own."""
+    """Each field that is out of range has an error of its own."""
     patched = _patched(spec, offset, value)
     if offset == 60:
         patched = patched[:58] + b"\x11\0" + patched[60:]
@@ -147,7 +147,7 @@ def test_broken_fields(spec: ElfSpec, offset: int, value: bytes, message: str) -
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 63, 64, 119])
 def test_truncated_headers(size: int) -> None:
-    """A file that ends within its headers is an error wherever it ends."""
+    """A file that ends within its headers is an error at any length."""
     assert "k: " in _error(SPEC.build()[:size])
 
 
@@ -170,7 +170,7 @@ def test_segments_that_cover_each_other(memory: GuestMemory) -> None:
 
 
 def test_kernels_that_leave_the_first_mib_alone() -> None:
-    """`check_high` refuses a segment below 1 MiB by its number; an empty one is no matter."""
+    """`check_high` refuses a segment below 1 MiB by its number; an empty one is allowed."""
     high = Segment(CODE, paddr=KERNEL_ADDRESS)
     for low, problem in ((Segment(CODE, paddr=0x8000), True), (Segment(b"", paddr=0), False)):
         elf = read_elf(BytesSource("k", ElfSpec(segments=(high, low)).build()))

@@ -17,7 +17,7 @@ PAGE = 4096
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that is the only place where firmware is looked for."""
+    """A directory that is the only place with firmware."""
     code, variables = f"{tmp_path}/code.fd", f"{tmp_path}/vars.fd"
     known = {
         BIOS: (Firmware(f"{tmp_path}/bios-256k.bin"), Firmware(f"{tmp_path}/bios.bin")),
@@ -28,7 +28,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_first_that_is_installed(installed: Path) -> None:
-    """The second choice serves while the first is missing."""
+    """The second choice is used while the first is missing."""
     (installed / "bios.bin").touch()
     assert find_firmware("bios").code == f"{installed}/bios.bin"
     (installed / "bios-256k.bin").touch()
@@ -36,7 +36,7 @@ def test_the_first_that_is_installed(installed: Path) -> None:
 
 
 def test_nothing_is_installed(installed: Path) -> None:
-    """One line says what to install."""
+    """If no firmware is installed, one line says what to install."""
     assert not list(installed.iterdir())
     with pytest.raises(BootError, match=r"^no BIOS firmware found: install the package seabios"):
         find_firmware("bios")
@@ -45,7 +45,7 @@ def test_nothing_is_installed(installed: Path) -> None:
 
 
 def test_uefi_needs_both_files(installed: Path) -> None:
-    """Code without the variables' template is not found."""
+    """Code without the template of variables is not found."""
     (installed / "code.fd").touch()
     with pytest.raises(BootError):
         find_firmware("uefi")
@@ -56,13 +56,13 @@ def test_uefi_needs_both_files(installed: Path) -> None:
 
 
 def test_any_other_path_is_taken_as_it_is(installed: Path) -> None:
-    """Whether there is such a file shows when it is opened."""
+    """A path is taken without a check: opening it shows whether it exists."""
     assert find_firmware(f"{installed}/own.bin") == Firmware(f"{installed}/own.bin")
 
 
 @pytest.mark.parametrize(("start", "is_uefi"), [(b"_FVH", True), (b"\0\0\0\0", False)])
 def test_uefi_is_known_by_its_volume(start: bytes, is_uefi: bool) -> None:
-    """The signature of a firmware volume, at byte 40 of the file, also of one that is padded."""
+    """UEFI is known by the signature of a firmware volume, at byte 40, also of a padded file."""
     contents = (bytes(40) + start).ljust(PAGE - 512, b"\0")
     image = FirmwareImage("x", contents.rjust(PAGE, b"\xff"), len(contents))
     assert image.is_uefi == is_uefi
@@ -70,7 +70,7 @@ def test_uefi_is_known_by_its_volume(start: bytes, is_uefi: bool) -> None:
 
 @pytest.fixture
 def template(tmp_path: Path) -> str:
-    """What variables begin with: three pages."""
+    """The initial variables: three pages."""
     path = tmp_path / "template.fd"
     path.write_bytes(bytes(range(256)) * (3 * PAGE // 256))
     return str(path)
@@ -85,7 +85,7 @@ def test_variables_begin_as_the_template(template: str, tmp_path: Path) -> None:
 
 
 def test_variables_are_kept(template: str, tmp_path: Path) -> None:
-    """What was stored is there at the next opening, and the template is as it was."""
+    """Stored variables are there at the next opening, and the template is unchanged."""
     path = str(tmp_path / "guest.nvram")
     before = Path(template).read_bytes()
     with open_variables(template, path) as variables:
@@ -124,7 +124,7 @@ def test_variables_of_another_firmware(template: str, tmp_path: Path, size: int)
 
 
 def test_files_that_are_not_there(template: str, tmp_path: Path) -> None:
-    """A missing template or directory, or a template that is none, is told in one line."""
+    """A missing template or directory, or an invalid template, is reported in one line."""
     with pytest.raises(BootError, match=r"nowhere: No such file"):
         open_variables(str(tmp_path / "nowhere"), None)
     with pytest.raises(BootError, match=r"nowhere/guest.nvram: No such file"):

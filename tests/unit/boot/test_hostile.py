@@ -2,7 +2,7 @@
 
 `VMM_FUZZ_COUNT` corruptions of each image are tried (`make fuzz` sets 1,000), from
 `VMM_FUZZ_SEED`: truncations, flipped bits, bytes and words of extreme value, pieces that are
-moved, removed or repeated. Nothing but BootError may come out.
+moved, removed or repeated. Only BootError may be raised.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vmm_kvm.memory import GuestMemory
 COUNT = int(os.environ.get("VMM_FUZZ_COUNT", "60"))
 SEED = int(os.environ.get("VMM_FUZZ_SEED", "1"))
 SECONDS_MAX = 5.0
-"""For one image; many times what any of them takes."""
+"""The limit for one image; many times more than any of them takes."""
 HEADERS_SIZE = 0x300
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, (1 << 63), (1 << 64) - 1)
 
@@ -79,7 +79,7 @@ def _overwrite(rng: random.Random, image: bytearray) -> None:
 
 
 def _nudge(rng: random.Random, image: bytearray) -> None:
-    """Add a little to a word, which moves what it points to or counts."""
+    """Add a little to a word, which changes a pointer or a count."""
     size = rng.choice((2, 4, 8))
     at = _position(rng, image) & -size
     word = int.from_bytes(image[at : at + size], "little") + rng.randrange(-16, 17)
@@ -87,7 +87,7 @@ def _nudge(rng: random.Random, image: bytearray) -> None:
 
 
 def _field(rng: random.Random, image: bytearray) -> None:
-    """Set a header field of a bzImage, whatever the image is."""
+    """Set a header field of a bzImage, in any kind of image."""
     at, form = rng.choice(list(BZIMAGE_FIELDS.values()))
     size = {"B": 1, "H": 2, "I": 4, "Q": 8}[form[-1]]
     image[at : at + size] = (rng.choice(EXTREMES) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
@@ -128,13 +128,13 @@ def _attempt(path: Path, data: bytes, config: BootConfig) -> str | None:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_whole_images_load(name: str, tmp_path: Path) -> None:
-    """What the campaign starts from is valid."""
+    """The images that the campaign starts from are valid."""
     assert _attempt(tmp_path / "image", IMAGES[name], BootConfig(cache_directory=None)) is None
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_corruptions(name: str, tmp_path: Path) -> None:
-    """Every corruption ends in a loaded image or in one line that names the file, and soon."""
+    """Every corruption ends in a loaded image or in one line that names the file, in time."""
     rng = random.Random(f"{SEED} {name}")
     path = tmp_path / "image"
     config = BootConfig(cache_directory=None)

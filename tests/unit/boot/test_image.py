@@ -1,4 +1,4 @@
-"""What a file is taken for."""
+"""Recognising the kind of a file."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_kinds(open_bytes: Open, data: bytes, kind: type) -> None:
     ],
 )
 def test_order_of_marks(open_bytes: Open, data: bytes, kind: type) -> None:
-    """An executable with several marks is what comes first; one without any is guessed."""
+    """The first mark of an executable with several decides; one without any is guessed."""
     assert kind is type(open_bytes(data))
 
 
@@ -123,14 +123,14 @@ def test_gzipped_executables(open_bytes: Open, data: bytes, kind: type) -> None:
     ],
 )
 def test_nothing_that_boots(open_bytes: Open, data: bytes, message: str) -> None:
-    """What is almost an image is named for what it is."""
+    """A file that is almost an image is reported as what it is."""
     with pytest.raises(BootError) as caught:
         open_bytes(data)
     assert message in str(caught.value)
 
 
 def test_gzip_bomb(open_bytes: Open) -> None:
-    """A small file that unpacks to more than any kernel is refused by what it says."""
+    """A small file that claims to unpack to more than any kernel is refused by that claim."""
     packed = gzip.compress(bytes(100))[:-4] + b"\xff" * 4
     with pytest.raises(BootError, match="unpacks to 0xffffffff bytes, not 0x10000000 or less"):
         open_bytes(packed)

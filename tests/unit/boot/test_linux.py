@@ -1,4 +1,4 @@
-"""Linux: a bzImage's header, what is placed where, and how the kernel is entered."""
+"""Linux: a bzImage's header, the placement of its parts, and the entry into the kernel."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def _walk(memory: GuestMemory, cr3: int, address: int) -> int:
 
 @pytest.mark.parametrize("kind", PACKERS)
 def test_enters_the_unpacked_kernel(open_bytes: Open, memory: GuestMemory, kind: str) -> None:
-    """Whatever the payload's format, vmlinux lies where it is linked and is entered there."""
+    """In any format of the payload, vmlinux is placed where it is linked and entered there."""
     image = open_bytes(BzImage(PACKERS[kind](VMLINUX)).build())
     entry = load(image, memory, BootConfig())
     assert (entry.rip, _is_vmlinux_there(memory)) == (KERNEL_ADDRESS, True)
 
 
 def test_second_start_takes_the_kernel_from_the_cache(open_bytes: Open, tmp_path: Path) -> None:
-    """The unpacked kernel is kept, and what is loaded from there is the same."""
+    """The unpacked kernel is kept, and a load from the cache is equal."""
     image = open_bytes(PACKED.build())
     config = BootConfig(cache_directory=str(tmp_path / "kernels"))
     for _ in range(2):
@@ -95,7 +95,7 @@ def test_processor_state(open_bytes: Open, memory: GuestMemory) -> None:
 
 
 def test_descriptor_table(open_bytes: Open, memory: GuestMemory) -> None:
-    """The GDT holds what the hidden parts of the segment registers say."""
+    """The GDT agrees with the hidden parts of the segment registers."""
     entry = load(open_bytes(PACKED.build()), memory, BootConfig())
     assert _descriptor(memory, entry, 0x10) == 0x00AF_9B00_0000_FFFF
     assert _descriptor(memory, entry, 0x18) == 0x00CF_9300_0000_FFFF
@@ -125,7 +125,7 @@ def test_boot_params(open_bytes: Open, memory: GuestMemory) -> None:
 
 
 def test_nothing_before_or_behind_the_header(open_bytes: Open, memory: GuestMemory) -> None:
-    """What the kernel does not expect from a loader is zero, the sentinel above all."""
+    """Bytes outside the header and the loader's fields are zero, above all the sentinel."""
     load(open_bytes(PACKED.build()), memory, BootConfig())
     assert bytes(0x1E8) == memory.read(PARAMS, 0x1E8)
     assert bytes(8) == memory.read(PARAMS + 0x1E9, 8)
@@ -133,7 +133,7 @@ def test_nothing_before_or_behind_the_header(open_bytes: Open, memory: GuestMemo
 
 
 def test_random_seed(open_bytes: Open, memory: GuestMemory) -> None:
-    """The kernel gets 32 random bytes, others each time."""
+    """The kernel gets 32 random bytes, different ones each time."""
     image = open_bytes(PACKED.build())
     seeds = set()
     for _ in range(2):
@@ -145,7 +145,7 @@ def test_random_seed(open_bytes: Open, memory: GuestMemory) -> None:
 
 
 def test_no_random_seed(open_bytes: Open, memory: GuestMemory) -> None:
-    """Without a seed there is no list of further data."""
+    """Without a seed there is no list of setup data."""
     load(open_bytes(PACKED.build()), memory, BootConfig(seed=False))
     assert _u64(memory, 0x250) == 0
 
@@ -163,7 +163,7 @@ def test_kaslr_flag(
 
 
 def test_own_decompressor(open_bytes: Open, memory: GuestMemory) -> None:
-    """When asked for, the protected-mode part is placed and entered 0x200 behind its start."""
+    """On request the protected-mode part is placed, and entered 0x200 after its start."""
     entry = load(open_bytes(PACKED.build()), memory, OWN_DECOMPRESSOR)
     assert entry.rip == KERNEL_ADDRESS + 0x200
     assert PACKED.payload == memory.read(KERNEL_ADDRESS + STUB_SIZE, len(PACKED.payload))
@@ -184,13 +184,13 @@ def test_own_decompressor(open_bytes: Open, memory: GuestMemory) -> None:
 def test_falls_back_to_the_decompressor(
     open_bytes: Open, memory: GuestMemory, payload: bytes
 ) -> None:
-    """What the host cannot unpack or enter directly is left to the kernel itself."""
+    """A payload that the host cannot unpack or enter directly is left to the kernel itself."""
     entry = load(open_bytes(BzImage(payload).build()), memory, BootConfig())
     assert entry.rip == KERNEL_ADDRESS + 0x200
 
 
 def test_kernel_linked_elsewhere_falls_back(open_bytes: Open, memory: GuestMemory) -> None:
-    """A kernel that has to be moved from its link address is left to its decompressor."""
+    """A kernel that must move from its link address is left to its decompressor."""
     image = open_bytes(PACKED.but(pref_address=32 * MIB).build())
     assert load(image, memory, BootConfig()).rip == 32 * MIB + 0x200
 
@@ -211,7 +211,7 @@ def test_relocatable_kernel_goes_low_if_it_must(open_bytes: Open) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"relocatable_kernel": 0}])
 def test_too_little_memory(open_bytes: Open, fields: dict[str, int]) -> None:
-    """A kernel that does not fit says what it needs."""
+    """A kernel that does not fit is refused with the memory that it needs."""
     image = open_bytes(PACKED.but(**fields).build())
     with GuestMemory(ram_ranges(4 * MIB)) as memory, pytest.raises(BootError) as caught:
         load(image, memory, OWN_DECOMPRESSOR)
@@ -220,7 +220,7 @@ def test_too_little_memory(open_bytes: Open, fields: dict[str, int]) -> None:
 
 
 def test_unpacked_kernel_in_too_little_memory(open_bytes: Open) -> None:
-    """So does one that was unpacked."""
+    """An unpacked kernel that does not fit is refused the same way."""
     image = open_bytes(PACKED.build())
     with GuestMemory(ram_ranges(17 * MIB)) as memory, pytest.raises(BootError) as caught:
         load(image, memory, BootConfig())
@@ -323,7 +323,7 @@ def test_vmlinux_without_a_header(open_bytes: Open, memory: GuestMemory) -> None
     ],
 )
 def test_broken_fields(open_bytes: Open, fields: dict[str, int], message: str) -> None:
-    """Each header field that cannot be right has an error of its own."""
+    """Each header field with an impossible value has an error of its own."""
     with pytest.raises(BootError) as caught:
         open_bytes(PACKED.but(**fields).build())
     assert f"image: Linux header: {message}" in str(caught.value)
@@ -342,7 +342,7 @@ def test_broken_fields(open_bytes: Open, fields: dict[str, int], message: str) -
     ],
 )
 def test_odd_fields(open_bytes: Open, memory: GuestMemory, fields: dict[str, int]) -> None:
-    """Odd values that mean something, or that this version does not have, are no error."""
+    """Odd values that have a meaning, or that this protocol version ignores, are no error."""
     setup = 4 if "setup_sects" in fields else 3
     image = open_bytes(BzImage(PACKED.payload, setup, fields=fields).build())
     assert isinstance(image, LinuxImage)
@@ -351,13 +351,13 @@ def test_odd_fields(open_bytes: Open, memory: GuestMemory, fields: dict[str, int
 
 @pytest.mark.parametrize("size", [0x206, 0x263, 0x300, 0x800, 0xA00])
 def test_truncated(open_bytes: Open, size: int) -> None:
-    """A bzImage that ends early is truncated wherever it ends."""
+    """A bzImage that ends early is truncated, at any length."""
     with pytest.raises(BootError, match="image: Linux header: truncated"):
         open_bytes(PACKED.build()[:size])
 
 
 def test_size_is_rounded_up(open_bytes: Open, memory: GuestMemory) -> None:
-    """A file that ends within its last paragraph is whole: memtest86+ does."""
+    """A file that ends within its last paragraph is whole, as memtest86+ does."""
     whole = BzImage(bytes(range(1, 100))).build()
     assert load(open_bytes(whole[:-8]), memory, OWN_DECOMPRESSOR).rip == KERNEL_ADDRESS + 0x200
     with pytest.raises(BootError, match="truncated"):
@@ -380,7 +380,7 @@ def test_payload_larger_than_the_kernel_needs(open_bytes: Open, memory: GuestMem
 
 
 def test_a_program_with_a_kernels_header_needs_a_bios(open_bytes: Open) -> None:
-    """Without a 32-bit entry, as ipxe.lkrn has it, only real-mode code can be entered."""
+    """A kernel without a 32-bit entry, such as ipxe.lkrn, is refused: its code is real-mode."""
     with pytest.raises(BootError, match="no Linux kernel, but a program that needs a BIOS"):
         open_bytes(BzImage().but(code32_start=0, xloadflags=0).build())
 
@@ -388,7 +388,7 @@ def test_a_program_with_a_kernels_header_needs_a_bios(open_bytes: Open) -> None:
 def test_an_empty_initrd_beside_another_is_refused(
     open_bytes: Open, memory: GuestMemory, tmp_path: Path
 ) -> None:
-    """It is a mistake, as an empty one alone is."""
+    """An empty initrd is a mistake beside others, as it is alone."""
     full, empty = tmp_path / "full", tmp_path / "empty"
     full.write_bytes(b"x")
     empty.touch()

@@ -60,14 +60,14 @@ def test_elf_with_virtual_entry(open_bytes: Open, memory: GuestMemory) -> None:
 
 
 def test_flat(open_bytes: Open, memory: GuestMemory) -> None:
-    """A file that says itself where it goes needs no other headers."""
+    """A file whose header gives its addresses needs no other headers."""
     data = multiboot_flat()
     entry = load(open_bytes(data), memory, BootConfig())
     assert (START, data) == (entry.rip, memory.read(START, len(data)))
 
 
 def test_flat_to_the_end_of_the_file(open_bytes: Open, memory: GuestMemory) -> None:
-    """A load end of 0 means all of the file, from where the header's address says."""
+    """A load end of 0 means all of the file, from the place of the header's address."""
     header = multiboot_header(0x1_0000, (START + 0x10, START, 0, 0, START + 4))
     data = b"skipped!" + bytes(0x10) + header + CODE
     entry = load(open_bytes(data), memory, BootConfig())
@@ -75,7 +75,7 @@ def test_flat_to_the_end_of_the_file(open_bytes: Open, memory: GuestMemory) -> N
 
 
 def test_information(open_bytes: Open, memory: GuestMemory) -> None:
-    """The kernel learns its memory, its command line, and who loaded it."""
+    """The kernel gets its memory, its command line, and the loader's name."""
     tables = build_tables(AcpiConfig())
     config = BootConfig(command_line="-s verbose", acpi=tables)
     entry = load(open_bytes(multiboot_elf()), memory, config)
@@ -90,7 +90,7 @@ def test_information(open_bytes: Open, memory: GuestMemory) -> None:
 
 
 def test_modules(open_bytes: Open, memory: GuestMemory, tmp_path: Path) -> None:
-    """Modules lie behind the kernel and its bss, on pages, in the order given."""
+    """Modules are placed after the kernel and its bss, on pages, in the given order."""
     (tmp_path / "a").write_bytes(b"first")
     (tmp_path / "b").write_bytes(b"second")
     config = BootConfig(initrd=(f"{tmp_path}/a",), modules=((f"{tmp_path}/b", "-x"),))
@@ -123,7 +123,7 @@ def _flat(*addresses: int) -> bytes:
     ],
 )
 def test_broken_headers(open_bytes: Open, data: bytes, message: str) -> None:
-    """A header that asks for the impossible or contradicts the file has its own error."""
+    """A header that is impossible or contradicts the file has an error of its own."""
     with pytest.raises(BootError) as caught:
         open_bytes(data)
     assert f"image: Multiboot header: {message}" in str(caught.value)
@@ -138,7 +138,7 @@ def test_entry_outside_of_elf(open_bytes: Open) -> None:
 
 @pytest.mark.parametrize("at", [2, 8188, 8192])
 def test_header_where_none_may_be(open_bytes: Open, at: int) -> None:
-    """A header off its alignment, or not wholly in the first 8192 bytes, is none."""
+    """A header off its alignment, or not wholly in the first 8192 bytes, is ignored."""
     data = (bytes(at) + multiboot_header(0x1_0000, (START, START, 0, 0, START))).ljust(9000, b"\0")
     with pytest.raises(BootError, match="not a kernel or firmware image"):
         open_bytes(data)
@@ -148,7 +148,7 @@ def test_header_where_none_may_be(open_bytes: Open, at: int) -> None:
     ("address", "bss_end"), [(65 * MIB, 0), (START, 65 * MIB), (0xFFFF_0000, 0)]
 )
 def test_does_not_fit(open_bytes: Open, memory: GuestMemory, address: int, bss_end: int) -> None:
-    """A flat kernel, with its bss, has to lie in RAM."""
+    """A flat kernel, with its bss, must be in RAM."""
     data = _flat(address + 16, address, 0, bss_end, address)
     with pytest.raises(BootError, match="does not fit between 1 MiB and 64 MiB"):
         load(open_bytes(data), memory, BootConfig())
@@ -163,14 +163,14 @@ def test_module_does_not_fit(open_bytes: Open, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", [0x9_D000, 0xA_0000, 0xF_F000])
 def test_beyond_conventional_memory(open_bytes: Open, memory: GuestMemory, address: int) -> None:
-    """What a BIOS has below 1 MiB is no place for a kernel."""
+    """A kernel cannot be placed in the BIOS's areas below 1 MiB."""
     data = _flat(address + 16, address, 0, 0, address)
     with pytest.raises(BootError, match="reaches beyond conventional memory, 0x9fc00"):
         load(open_bytes(data), memory, BootConfig())
 
 
 def test_low_kernels(open_bytes: Open, memory: GuestMemory, tmp_path: Path) -> None:
-    """A kernel at 0x8000 is placed there; its information, line and modules lie behind it."""
+    """A kernel at 0x8000 is placed there; its information, line and modules follow it."""
     (tmp_path / "m").write_bytes(b"module")
     data = _flat(0x8010, 0x8000, 0, 0x9_0000, 0x8000)
     config = BootConfig(command_line="-x", modules=((f"{tmp_path}/m", "-y"),))
@@ -190,13 +190,13 @@ def test_low_kernels(open_bytes: Open, memory: GuestMemory, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("is_64", [False, True])
 def test_xen_needs_a_bios(open_bytes: Open, is_64: bool) -> None:
-    """Xen entered by Multiboot calls one, and hangs without: one line says so."""
+    """Xen entered by Multiboot would call a BIOS, and hang: one line says so."""
     with pytest.raises(BootError, match=r"Xen needs a BIOS, .*: boot it from a disk or CD"):
         open_bytes(multiboot_elf(is_64=is_64) + b"\0Xen version %d.%d%s\0")
 
 
 def test_a_program_for_efi_with_a_multiboot_header(open_bytes: Open) -> None:
-    """As xen.efi is: what it is comes before what it contains."""
+    """A program for EFI, such as xen.efi, is known as that, despite a Multiboot header."""
     pe = bytearray(0x100)
     pe[:2], pe[0x3C], pe[0x80:0x84] = b"MZ", 0x80, b"PE\0\0"
     with pytest.raises(BootError, match="a program for EFI or Windows"):
@@ -207,7 +207,7 @@ def test_a_program_for_efi_with_a_multiboot_header(open_bytes: Open) -> None:
 def test_an_empty_module_is_refused(
     open_bytes: Open, memory: GuestMemory, tmp_path: Path, order: tuple[int, ...]
 ) -> None:
-    """Also beside others, wherever it stands."""
+    """An empty module is refused, also beside others, at any place."""
     files = (tmp_path / "module", tmp_path / "empty")
     files[0].write_bytes(b"x")
     files[1].touch()

@@ -76,7 +76,7 @@ def test_64_bit_paging(open_bytes: Open, memory: GuestMemory) -> None:
 
 
 def test_32_bit_entry(open_bytes: Open, memory: GuestMemory) -> None:
-    """A 32-bit kernel starts with 4 MiB pages that map all to itself."""
+    """A 32-bit kernel starts with 4 MiB pages that map all memory to itself."""
     entry = load(open_bytes(openbsd_kernel(is_64=False)), memory, BootConfig())
     assert (
         entry.rip,
@@ -113,7 +113,7 @@ def test_boot_arguments(open_bytes: Open, memory: GuestMemory) -> None:
 
 
 def test_boot_from_the_network(open_bytes: Open, memory: GuestMemory) -> None:
-    """The first NIC's address is told only to a kernel that boots from it."""
+    """The first NIC's address is given only to a kernel that boots from it."""
     config = BootConfig(boot_device=BootDevice.NET, lladdr=MAC)
     load(open_bytes(openbsd_kernel()), memory, config)
     assert _arguments(memory)[-1] == (7, MAC + b"\0\0")
@@ -121,7 +121,7 @@ def test_boot_from_the_network(open_bytes: Open, memory: GuestMemory) -> None:
 
 @pytest.mark.parametrize("is_64", [True, False])
 def test_symbols(open_bytes: Open, memory: GuestMemory, is_64: bool) -> None:
-    """Behind the kernel: ELF header, section headers, and the sections for the debugger."""
+    """After the kernel follow its ELF header, section headers, and sections for the debugger."""
     load(open_bytes(openbsd_kernel(is_64=is_64)), memory, BootConfig())
     word = 8 if is_64 else 4
     start = -(-KERNEL_END // word) * word
@@ -151,7 +151,7 @@ def test_symbols(open_bytes: Open, memory: GuestMemory, is_64: bool) -> None:
 
 
 def test_stripped_kernel_has_only_headers(open_bytes: Open, memory: GuestMemory) -> None:
-    """Without a symbol table no contents are placed, but their room is kept."""
+    """Without a symbol table no contents are placed, but room for them is kept."""
     load(open_bytes(openbsd_kernel(symbols=False)), memory, BootConfig())
     start = -(-KERNEL_END // 8) * 8
     end = _words(memory, 0xFFEC, 1)[0]
@@ -161,7 +161,7 @@ def test_stripped_kernel_has_only_headers(open_bytes: Open, memory: GuestMemory)
 
 
 def test_random_data(open_bytes: Open) -> None:
-    """The segment for random data is filled, with other bytes each time."""
+    """The segment for random data is filled, with different bytes each time."""
     image = open_bytes(openbsd_kernel())
     seen = set()
     for _ in range(2):
@@ -173,7 +173,7 @@ def test_random_data(open_bytes: Open) -> None:
 
 
 def test_gzipped(open_bytes: Open, memory: GuestMemory) -> None:
-    """A gzipped kernel loads as it does unpacked."""
+    """A gzipped kernel loads as the unpacked one does."""
     plain = openbsd_kernel()
     entry = load(open_bytes(gzip.compress(plain)), memory, BootConfig())
     assert (START + 0x10, CODE[:64]) == (entry.rip, memory.read(START, 64))
@@ -197,7 +197,7 @@ def test_acpi_tables(open_bytes: Open, memory: GuestMemory) -> None:
 def test_options_of_no_use(
     open_bytes: Open, memory: GuestMemory, config: BootConfig, message: str
 ) -> None:
-    """What an OpenBSD kernel cannot use is refused, naming both."""
+    """Options that an OpenBSD kernel cannot use are refused, naming both."""
     with pytest.raises(BootError, match=message):
         load(open_bytes(openbsd_kernel()), memory, config)
 
@@ -210,7 +210,7 @@ def test_no_sections(open_bytes: Open) -> None:
 
 
 def test_entry_outside(open_bytes: Open) -> None:
-    """A kernel that is entered outside its segments is refused."""
+    """A kernel with its entry outside its segments is refused."""
     kernel = bytearray(openbsd_kernel())
     struct.pack_into("<Q", kernel, 24, 0xFFFF_FFFF_8000_0000)
     with pytest.raises(BootError, match="entry 0xffffffff80000000: outside the kernel"):
@@ -222,7 +222,7 @@ def test_entry_outside(open_bytes: Open) -> None:
 def test_section_of_impossible_size(
     open_bytes: Open, memory: GuestMemory, size: int, symbols: bool
 ) -> None:
-    """A section that leaves memory is refused, whether it would be copied or not."""
+    """A section that leaves memory is refused, even one that would not be copied."""
     kernel = bytearray(openbsd_kernel(symbols=symbols))
     shoff = int.from_bytes(kernel[40:48], "little")
     struct.pack_into("<Q", kernel, shoff + 2 * 64 + 32, size)
@@ -231,7 +231,7 @@ def test_section_of_impossible_size(
 
 
 def test_random_data_outside_memory(open_bytes: Open, memory: GuestMemory) -> None:
-    """Random data is written only inside RAM above 1 MiB."""
+    """Random data are written only inside RAM above 1 MiB."""
     kernel = bytearray(openbsd_kernel())
     struct.pack_into("<Q", kernel, 64 + 56 + 24, 0x1000)
     with pytest.raises(BootError, match="random data: 0x40 bytes at 0x1000"):
@@ -239,7 +239,7 @@ def test_random_data_outside_memory(open_bytes: Open, memory: GuestMemory) -> No
 
 
 def test_needs_room_for_symbols(open_bytes: Open) -> None:
-    """Symbols that do not fit behind the kernel are an error of their own."""
+    """Symbols that do not fit after the kernel are an error of their own."""
     image = open_bytes(openbsd_kernel())
     assert isinstance(image, OpenbsdImage)
     segment = image.elf.segments[0]._replace(memory_size=2 * MIB - 64)

@@ -19,7 +19,7 @@ LIMIT = 1 << 20
 
 @pytest.mark.parametrize("kind", PACKERS)
 def test_unpacks(kind: str) -> None:
-    """Each format is recognised by its magic and unpacks to what was packed."""
+    """Each format is recognised by its magic and unpacks to the packed data."""
     packed = PACKERS[kind](DATA)
     assert (kind, DATA) == (payload_format(packed), unpack("k", packed, LIMIT))
 
@@ -31,7 +31,7 @@ def test_several_lz4_blocks() -> None:
 
 
 def test_unknown_format() -> None:
-    """LZO, which the host cannot unpack, is nobody's format."""
+    """LZO, which the host cannot unpack, is no known format."""
     assert payload_format(b"\x89LZO\0\r\n\x1a\n") is None
 
 
@@ -46,7 +46,7 @@ def test_exactly_the_limit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PACKERS)
 def test_says_less_than_it_is(kind: str) -> None:
-    """A payload that unpacks to more than it says stops there: a bomb does not go off."""
+    """A payload that unpacks to more than its header says stops there: no bomb goes off."""
     bomb = PACKERS[kind](bytes(64 << 20))
     bomb = bomb[:-4] + struct.pack("<I", 0x1000)
     with pytest.raises(BootError, match=rf"^k: {kind} payload: damaged: "):
@@ -55,7 +55,7 @@ def test_says_less_than_it_is(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PACKERS)
 def test_says_more_than_it_is(kind: str) -> None:
-    """A payload that unpacks to less than it says is damaged."""
+    """A payload that unpacks to less than its header says is damaged."""
     packed = PACKERS[kind](DATA)[:-4] + struct.pack("<I", len(DATA) + 1)
     with pytest.raises(BootError, match=rf"^k: {kind} payload: damaged: "):
         unpack("k", packed, LIMIT)
@@ -64,7 +64,7 @@ def test_says_more_than_it_is(kind: str) -> None:
 @pytest.mark.parametrize("kind", PACKERS)
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
 def test_truncated(kind: str, keep: float) -> None:
-    """A payload that lost its middle is damaged, wherever it breaks off."""
+    """A payload without its middle is damaged, wherever it breaks off."""
     packed = PACKERS[kind](DATA)
     body = packed[: max(8, int((len(packed) - 4) * keep))]
     with pytest.raises(BootError, match=rf"^k: {kind} payload: damaged: "):
@@ -73,7 +73,7 @@ def test_truncated(kind: str, keep: float) -> None:
 
 @pytest.mark.parametrize("kind", PACKERS)
 def test_damaged_in_the_middle(kind: str) -> None:
-    """Bytes that make no sense are an error, or other contents of the same size."""
+    """Nonsense in a payload is an error, or yields other contents of the same size."""
     packed = bytearray(PACKERS[kind](DATA))
     middle = len(packed) // 2
     packed[middle : middle + 8] = b"\xff" * 8
@@ -88,13 +88,13 @@ def test_only_a_magic() -> None:
 
 
 def test_empty_lz4_block() -> None:
-    """A block of no bytes would never end."""
+    """A block of no bytes, which would never end, is an error."""
     with pytest.raises(BootError, match="block of 0 bytes"):
         unpack("k", b"\x02\x21\x4c\x18" + bytes(64) + struct.pack("<I", 100), LIMIT)
 
 
 def test_zstd_with_a_huge_window() -> None:
-    """A frame that wants more memory than the kernel's own would is refused."""
+    """A frame that needs more memory than the kernel's own unpacker has is refused."""
     parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=False)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     packed = compressor.compress(DATA) + compressor.flush() + struct.pack("<I", len(DATA))

@@ -26,7 +26,7 @@ def _start_info(memory: GuestMemory, address: int) -> tuple[int, ...]:
 
 
 def test_entry(open_bytes: Open, memory: GuestMemory) -> None:
-    """The kernel is entered where its note says: protected mode, no paging, start info in EBX."""
+    """The kernel is entered at its note's address: protected mode, no paging, EBX as promised."""
     image = open_bytes(pvh_kernel())
     entry = load(image, memory, BootConfig())
     assert isinstance(image, PvhImage)
@@ -86,7 +86,7 @@ def test_module_too_large(open_bytes: Open, tmp_path: Path) -> None:
 
 
 def test_too_many_modules(open_bytes: Open, memory: GuestMemory, tmp_path: Path) -> None:
-    """The list of modules has an end."""
+    """A list with too many modules is refused."""
     path = tmp_path / "module"
     path.write_bytes(b"m")
     with pytest.raises(BootError, match="image: 65 modules, 64 at most"):
@@ -103,7 +103,7 @@ def test_long_module_command_lines(open_bytes: Open, memory: GuestMemory, tmp_pa
 
 @pytest.mark.parametrize("entry", [0, KERNEL_ADDRESS - 1, KERNEL_ADDRESS + len(CODE), 1 << 40])
 def test_entry_outside(open_bytes: Open, entry: int) -> None:
-    """A note that leads out of the kernel is an error."""
+    """A note whose entry is outside the kernel is an error."""
     with pytest.raises(BootError) as caught:
         open_bytes(pvh_kernel(entry))
     assert str(caught.value).endswith(f"image: PVH entry {entry:#x}: outside the kernel")

@@ -1,4 +1,4 @@
-"""Images that distributions ship, where this machine has them; nothing is downloaded here."""
+"""Images of distributions, if this machine has them; nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _load(path: str, config: BootConfig) -> tuple[int, bytes]:
     or [pytest.param("", marks=pytest.mark.skip("no distribution kernel; see tests/artifacts.py"))],
 )
 def test_distribution_kernels(path: str) -> None:
-    """A kernel is unpacked, found in the cache again, and loads without being unpacked too."""
+    """A kernel is unpacked, found in the cache again, and loads unpacked and packed."""
     image = open_image(path)
     assert isinstance(image, LinuxImage)
     start = image.header.load_address

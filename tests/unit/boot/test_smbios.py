@@ -1,4 +1,4 @@
-"""SMBIOS tables: structurally sound by our own reading, and as dmidecode understands them."""
+"""SMBIOS tables: sound by our own reading, and as dmidecode reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEMORY = ((0, 3 * GIB), (4 * GIB, GIB))
 
 
 def structures(tables: SmbiosTables) -> list[tuple[int, int, bytes, list[bytes]]]:
-    """Read the structures: type, handle, formatted area behind the header, strings."""
+    """Read the structures: type, handle, formatted area after the header, strings."""
     data, at, found = tables.tables, 0, []
     while at < len(data):
         kind, length, handle = struct.unpack_from("<BBH", data, at)
@@ -58,28 +58,28 @@ def test_the_anchor_leads_to_the_tables() -> None:
 
 
 def test_each_structure_has_a_handle_of_its_own() -> None:
-    """Every type is there, the end last, and no handle twice."""
+    """Every type is there, the end last, and no handle occurs twice."""
     found = structures(build_smbios(UUID, "serial-1", 4, MEMORY, 0xF0000))
     assert [kind for kind, *_ in found] == [0, 1, 3, 4, 16, 17, 19, 19, 32, 127]
     assert len({handle for _, handle, *_ in found}) == len(found)
 
 
 def test_firmware_describes_itself() -> None:
-    """Without a place there is no type 0, and the address is for firmware to fill in."""
+    """Without a firmware's place there is no type 0, and firmware fills in the address."""
     tables = build_smbios(UUID, "serial-1", 4, MEMORY, None)
     assert 0 not in [kind for kind, *_ in structures(tables)]
     assert struct.unpack_from("<I", tables.anchor, 24) == (0,)
 
 
 def test_a_machine_without_a_serial_number() -> None:
-    """Then there is none: no empty string, which would end the table."""
+    """Without a serial number there is no string for one: an empty one would end the table."""
     tables = build_smbios(UUID, "", 1, MEMORY, None)
     assert strings_of(tables, 1) == [b"OpenBSD", b"VMM"]
 
 
 @given(st.text(max_size=100))
 def test_any_text_is_a_serial_number(serial: str) -> None:
-    """What a table cannot hold is replaced or cut; the structures stay sound."""
+    """Text that a table cannot hold is replaced or cut; the structures stay sound."""
     tables = build_smbios(UUID, serial, 1, MEMORY, None)
     strings = strings_of(tables, 1)
     assert len(strings) == 2 + bool(serial)
@@ -105,7 +105,7 @@ def dmidecode() -> str:
 
 
 def decode(dmidecode: str, memory: Sequence[tuple[int, int]], path: Path) -> str:
-    """Return what dmidecode says of a machine with four vCPUs."""
+    """Return dmidecode's output for a machine with four vCPUs."""
     path.write_bytes(build_smbios(UUID, "serial-1", 4, memory, 0).blob)
     done = subprocess.run(
         [dmidecode, "--from-dump", path], check=True, capture_output=True, text=True
@@ -115,7 +115,7 @@ def decode(dmidecode: str, memory: Sequence[tuple[int, int]], path: Path) -> str
 
 
 def test_dmidecode_agrees(dmidecode: str, tmp_path: Path) -> None:
-    """Identity, processors and memory are what was asked for, within the specification."""
+    """By dmidecode identity, processors and memory are the configured ones, without fault."""
     text = decode(dmidecode, MEMORY, tmp_path / "dump")
     for line in (
         "SMBIOS 2.8 present.",
@@ -143,13 +143,13 @@ def test_dmidecode_agrees(dmidecode: str, tmp_path: Path) -> None:
 def test_sizes_around_the_limit_of_a_field(
     dmidecode: str, tmp_path: Path, size: int, told: str
 ) -> None:
-    """From 32767 MiB on a module's size lies in another field."""
+    """From 32767 MiB on a module's size is in another field."""
     text = decode(dmidecode, ((0, size),), tmp_path / "dump")
     assert re.findall(r"\t(?:Size|Maximum Capacity|Range Size): (.*)", text) == [told] * 3
 
 
 def test_a_name_has_one_uuid() -> None:
-    """The same names give the same UUID, of version 8 and the usual variant; others another."""
+    """The same names give the same UUID, of version 8 and the usual variant; others differ."""
     made = name_uuid("host", "alpine")
     assert made == name_uuid("host", "alpine")
     assert made not in (name_uuid("host", "debian"), name_uuid("hostalpine"))

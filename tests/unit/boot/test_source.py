@@ -1,4 +1,4 @@
-"""Files to boot from: what is refused, what is read, and how it gets into memory."""
+"""Files to boot from: refusals, reading, and placing them in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _sources(path: Path) -> list[Source]:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    """A file that is not there is named with the reason."""
+    """A missing file is named with the reason."""
     with pytest.raises(BootError) as caught:
         FileSource.open(f"{tmp_path}/none")
     assert f"{tmp_path}/none: No such file or directory" == str(caught.value)
@@ -49,7 +49,7 @@ def test_empty_file(write: Callable[[bytes], str]) -> None:
 
 
 def test_nul_in_path() -> None:
-    """A path that the system cannot even be asked for is an error like any other."""
+    """A path that system calls refuse is an error like any other."""
     with pytest.raises(BootError, match=r"'a\\x00b': a path has no NUL"):
         FileSource.open("a\0b")
 
@@ -63,14 +63,14 @@ def test_reads_pieces(write: Callable[[bytes], str]) -> None:
 
 @pytest.mark.parametrize(("offset", "size"), [(90, 11), (101, 0), (-1, 4), (0, -1), (1 << 70, 1)])
 def test_reads_nothing_outside(write: Callable[[bytes], str], offset: int, size: int) -> None:
-    """A piece that is not wholly inside is truncated, whatever the numbers are."""
+    """A piece that is not wholly inside is truncated, for any numbers."""
     for source in _sources(Path(write(bytes(100)))):
         with pytest.raises(BootError, match="truncated"):
             source.read(offset, size)
 
 
 def test_places_at_any_offset(write: Callable[[bytes], str], memory: GuestMemory) -> None:
-    """Neither file offset nor address has to be aligned; what is around stays as it is."""
+    """File offset and address need no alignment; surrounding memory stays unchanged."""
     data = os.urandom(20_000)
     for index, source in enumerate(_sources(Path(write(data)))):
         gpa = 0x10_0003 + index * 0x10_0000
@@ -79,7 +79,7 @@ def test_places_at_any_offset(write: Callable[[bytes], str], memory: GuestMemory
 
 
 def test_places_nothing(write: Callable[[bytes], str], memory: GuestMemory) -> None:
-    """Zero bytes are placed anywhere in memory."""
+    """Zero bytes can be placed at any address."""
     for source in _sources(Path(write(b"x"))):
         source.place(memory, 0x1000, 1, 0)
         assert bytes(16) == memory.read(0x1000, 16)
@@ -97,7 +97,7 @@ def test_file_that_shrinks_is_an_error(write: Callable[[bytes], str], memory: Gu
 
 
 def test_places_without_sendfile(write: Callable[[bytes], str], memory: GuestMemory) -> None:
-    """Where sendfile does not work, here because memory is opened to append, bytes are copied."""
+    """If sendfile fails, here because memory is opened to append, bytes are copied."""
     fcntl.fcntl(memory.fd, fcntl.F_SETFL, os.O_APPEND)
     source = FileSource.open(write(bytes(range(256))))
     source.place(memory, 0x1003, 5, 250)

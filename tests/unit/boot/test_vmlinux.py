@@ -1,4 +1,4 @@
-"""What of an unpacked kernel is kept: the same memory in fewer bytes."""
+"""The trimmed form of an unpacked kernel: the same memory in fewer bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _loaded(data: bytes) -> tuple[int, bytes]:
     ],
 )
 def test_loads_the_same(data: bytes) -> None:
-    """Whatever runs of zeros a segment has, memory is the same after trimming."""
+    """With any runs of zeros in a segment, memory after trimming is the same."""
     segments = (
         Segment(data, memory_size=len(data) + 5000),
         Segment(PAGE, paddr=KERNEL_ADDRESS + 8 * MIB),
@@ -57,7 +57,7 @@ def test_leaves_long_runs_of_zeros_out() -> None:
 
 
 def test_keeps_entry_and_lowest_address() -> None:
-    """Where the kernel begins and is entered does not change."""
+    """The kernel's lowest address and its entry do not change."""
     spec = ElfSpec(segments=(Segment(bytes(MIB) + PAGE),), entry=KERNEL_ADDRESS + MIB)
     whole = spec.build()
     elf = read_elf(BytesSource("k", b"".join(trim(read_elf(BytesSource("k", whole)), whole))))

@@ -16,7 +16,7 @@ IMAGES = frozenset(
         *("bsd.rd", "vmlinuz", "initrd.img", "modules.img", "OVMF.fd", "disk.sock"),
     }
 )
-"""Files that are there, in the directory /vm."""
+"""Existing files, in the directory /vm."""
 USERS = {"root": 0, "alice": 1000}
 GROUPS = {"root": 0, "staff": 50}
 
@@ -33,7 +33,7 @@ class FakeHost:
         self._files = files
 
     def read_file(self, path: str) -> FileText:
-        """Read a file of the mapping; `unreadable.conf` is not for us."""
+        """Read a file of the mapping; `unreadable.conf` is not readable."""
         if path == "unreadable.conf":
             raise error(errno.EACCES, path)
         if path not in self._files:
@@ -56,7 +56,7 @@ class FakeHost:
         raise error(errno.ENOENT, path)
 
     def absolute(self, path: str) -> str:
-        """Return a path as it is."""
+        """Return a path unchanged."""
         return path
 
     def memory_size(self) -> int:

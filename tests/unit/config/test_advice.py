@@ -1,4 +1,4 @@
-"""What is odd in a vm.conf, though nothing in it is wrong."""
+"""Warnings about a vm.conf that has no error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GIB = 1 << 30
 
 
 def odd(text: str, *, is_user: bool = False, memory_size: int = 64 * GIB) -> list[str]:
-    """Return what is odd in a file called `f`."""
+    """Return the warnings about a file called `f`."""
     config = parse_config("f", {}, host=FakeHost({"f": text.encode()}))
     return list(advice(config, is_user=is_user, memory_size=memory_size))
 
 
 def test_an_unknown_vm_to_start_after() -> None:
-    """It is told of, as it may be a mistyped name; one that comes later in the file is known."""
+    """A missing VM to start after is reported, as it may be mistyped; a later one is known."""
     text = 'vm "a" { disable\nafter "db"\nafter "dbb"\n}\nvm "db" { disk "disk0.img" }\n'
     assert odd(text) == [
         'f:4: warning: vm "a": after "dbb", which is not defined: it waits for nothing'
@@ -39,7 +39,7 @@ TWO = 'vm "a" {{ {0} }}\nvm "b" {{ {1} }}\n'
     ],
 )
 def test_what_two_vms_cannot_have(option: str, what: str) -> None:
-    """The second of two enabled VMs that name the same thing is told of, with the first."""
+    """If two enabled VMs name the same thing, the second is reported, with the first."""
     text = TWO.format(option, option)
     assert odd(text) == [f'f:2: warning: vm "b": {what} is also used by vm "a"']
 
@@ -55,18 +55,18 @@ def test_what_two_vms_cannot_have(option: str, what: str) -> None:
     ],
 )
 def test_what_two_vms_can_have(one: str, other: str) -> None:
-    """Disks that are only read, other things, and those of disabled VMs are no matter."""
+    """Read-only disks, other things, and those of disabled VMs cause no warning."""
     assert odd(f'vm "a" {{\n{one}\n}}\nvm "b" {{\n{other}\n}}\n') == []
 
 
 def test_the_same_name_twice() -> None:
-    """The first counts, which is told; what the second has is no claim."""
+    """The first name counts, which is reported; the second VM claims nothing."""
     text = TWO.format('disk "disk0.img"', 'disk "disk0.img"').replace('"b"', '"a"')
     assert odd(text) == ['f:2: warning: vm "a": only the first of this name counts, f:1']
 
 
 def test_switches() -> None:
-    """One that is not defined is named; without privileges there are none at all."""
+    """An undefined switch is named; without privileges switches do not exist."""
     defined = 'switch "up" { interface bridge0 }\n'
     text = 'vm "a" {\n interface { switch "up" }\n interface { switch "up" }\n}\n'
     assert odd(defined + text) == []
@@ -77,7 +77,7 @@ def test_switches() -> None:
 
 
 def test_more_memory_than_there_is() -> None:
-    """It may be swapped; but it is told."""
+    """More memory than the host has is reported: it might be swapped."""
     text = 'vm "a" { memory 4G }\n'
     assert odd(text, memory_size=4 * GIB) == []
     assert odd(text, memory_size=2 * GIB) == [

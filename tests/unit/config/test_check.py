@@ -16,12 +16,12 @@ COUNT = os.environ.get("VMM_FUZZ_COUNT", "300")
 
 
 def test_a_file_that_is_right() -> None:
-    """It is said to be."""
+    """`vmd -n` says that a right file is right."""
     assert check("f", {}, host=FakeHost({"f": b"vm x { disable }"})) == (["configuration OK"], 0)
 
 
 def test_a_file_that_is_wrong() -> None:
-    """Lines about errors have the daemon's name; those about macros do not."""
+    """Lines about errors start with the daemon's name; those about macros do not."""
     host = FakeHost({"f": b'a = b\nvm x { disk "none" }'})
     assert check("f", {}, host=host) == (
         [
@@ -34,7 +34,7 @@ def test_a_file_that_is_wrong() -> None:
 
 
 def test_a_missing_file() -> None:
-    """The default one need not be there; one that somebody named does."""
+    """The default file may be absent; one that the user named may not."""
     line = "vmd: failed to open none: No such file or directory"
     assert check("none", {}, host=FakeHost({})) == ([line], 1)
     optional = check("none", {}, is_optional=True, host=FakeHost({}))
@@ -42,14 +42,14 @@ def test_a_missing_file() -> None:
 
 
 def test_macros_of_the_command_line() -> None:
-    """They stand above those of the file, and it is no matter whether they are used."""
+    """Macros of the command line override the file's, and need not be used."""
     host = FakeHost({"f": b"m = wrong\nvm $m { disable }"})
     lines, _ = check("f", {"m": "right", "unused": "x"}, is_verbose=True, host=host)
     assert lines == ['vm "right" {', "\tdisable", "}", "configuration OK"]
 
 
 def test_what_was_read_can_be_shown() -> None:
-    """No control character reaches a terminal, not even by a name."""
+    """No control character reaches a terminal, not even in a name."""
     host = FakeHost({"f": b'vm "\x1b[2J\\\\\n" { disable }'})
     lines, status = check("f", {}, is_verbose=True, host=host)
     assert (lines, status) == (
@@ -70,12 +70,12 @@ def test_what_was_read_can_be_shown() -> None:
     ],
 )
 def test_definitions_of_macros(text: str, macro: tuple[str, str] | None) -> None:
-    """They are divided at the last equals sign."""
+    """Definitions are divided at the last equals sign."""
     assert parse_macro(text) == macro
 
 
 def test_mutated_files() -> None:
-    """Whatever is wrong with a file, there are lines about it; what is right reads again."""
+    """Each mutated file is reported in lines, or accepted and read again equally."""
     done = subprocess.run(
         [
             *(sys.executable, "tests/campaigns/mutate_configs.py"),

@@ -1,4 +1,4 @@
-"""Forwarded ports, as they are typed."""
+"""Forwarded ports, as users type them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vmd.config.model import ForwardConfig
     ],
 )
 def test_forwards(text: str, expected: ForwardConfig, passt: str) -> None:
-    """Only the host itself gets there, unless an address is said or a star for all."""
+    """Only the host itself may connect, unless an address is given or a star for all."""
     assert parse_forward(text) == expected
     assert expected.passt_ports == passt
 
@@ -38,7 +38,7 @@ def test_forwards(text: str, expected: ForwardConfig, passt: str) -> None:
     ],
 )
 def test_what_is_no_forward(text: str) -> None:
-    """It is refused in one line that has it."""
+    """A wrong forward is refused in one line that quotes it."""
     with pytest.raises(ForwardError, match=r"^invalid forward: ") as caught:
         parse_forward(text)
     assert text in str(caught.value)
@@ -46,7 +46,7 @@ def test_what_is_no_forward(text: str) -> None:
 
 @given(st.text(alphabet="tcpud:.*[]0189af", max_size=30) | st.text())
 def test_nothing_else_is_raised(text: str) -> None:
-    """Whatever is typed, it is a forward or refused."""
+    """Any text is a forward, or refused; nothing else is raised."""
     try:
         forward = parse_forward(text)
     except ForwardError:
@@ -58,6 +58,6 @@ def test_nothing_else_is_raised(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "localhost", "1.2.3", "1.2.3.4/8", "::g", "1.2.3.4\0"])
 def test_what_is_no_address(text: str) -> None:
-    """A request cannot bring anything else into a rule."""
+    """A request cannot bring anything but an address into a rule."""
     with pytest.raises(ForwardError, match="invalid address"):
         host_address(text)

@@ -1,8 +1,8 @@
 """Golden files: every keyword and every text of vm.conf, as `vmd -nv` prints them.
 
 `tests/config/pass-*.conf` are accepted and `fail-*.conf` are not; the file `.ok` beside each has
-what is printed. A first line `# -D name=value` defines a macro. `VMD_GOLDEN=write` writes the files
-of what is printed now, to be looked at before it is believed.
+the expected output. A first line `# -D name=value` defines a macro. `VMD_GOLDEN=write` writes the
+files from the current output: check them before you trust them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def macros_of(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_golden(topic: str) -> None:
-    """What is printed is what the golden file has, and the status says whether it is accepted."""
+    """The output is that of the golden file, and the status says whether the file is accepted."""
     files = directory(DIRECTORY)
     name = f"{topic}.conf"
     macros = macros_of(files[name].decode())
@@ -52,14 +52,14 @@ def test_golden(topic: str) -> None:
 
 
 def test_every_golden_file_is_read() -> None:
-    """No file is left that nothing compares."""
+    """Every golden file belongs to a configuration."""
     assert {path.stem for path in DIRECTORY.glob("*.ok")} == set(TOPICS)
     others = {path.name for path in DIRECTORY.glob("*.conf") if path.stem not in TOPICS}
     assert {name for name in others if not name.startswith(("part-", "open-"))} == set()
 
 
 def test_every_keyword_is_in_an_accepted_file() -> None:
-    """Each keyword of OpenBSD's, but for three that mean nothing, and each of ours, is tried."""
+    """Each keyword of OpenBSD's, except three without meaning, and each of ours occurs."""
     text = "".join(path.read_text() for path in sorted(DIRECTORY.glob("p*.conf")))
     words = set(re.findall(r"[\w-]+", text))
     assert RESERVED - {"add", "id", "size"} - words == set()
@@ -68,14 +68,14 @@ def test_every_keyword_is_in_an_accepted_file() -> None:
 
 
 def test_every_text_is_in_a_golden_file() -> None:
-    """Each complaint that the code can make is in what some file makes it print."""
+    """Each message of the parser occurs in a golden file."""
     printed = "".join(path.read_text() for path in DIRECTORY.glob("*.ok"))
     missing = [text for text in complaints() if not re.search(text, printed)]
     assert missing == []
 
 
 def complaints() -> list[str]:
-    """Return the texts that the parser complains with, as patterns."""
+    """Return the parser's messages, as patterns."""
     found = []
     for module in ("lexer", "grammar", "values", "interfaces", "vms", "parser"):
         tree = ast.parse((SOURCES / f"{module}.py").read_text())
@@ -93,7 +93,7 @@ def _called(node: ast.Call) -> str:
 
 
 def _pattern(node: ast.expr) -> str | None:
-    """Return what a literal matches; None for a variable, or where nothing is fixed."""
+    """Return the pattern of a literal; None for a variable, or if nothing is fixed."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.escape(node.value)
     if not isinstance(node, ast.JoinedStr):

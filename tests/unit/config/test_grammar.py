@@ -1,7 +1,7 @@
-"""The parser of vm.conf against the grammar: it complains where yacc's would, and only there.
+"""The parser of vm.conf against the grammar: it reports the same errors as yacc's parser.
 
 The grammar below is that of OpenBSD's vm.conf as its behaviour is described, in section 4.2, in the
-form that yacc takes. Includes are left out, as is what OpenBSD does not have.
+form of yacc. It leaves out includes, and all that OpenBSD does not have.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def text_of(chance: random.Random) -> str:
 
 
 def errors_of(automaton: Automaton, data: bytes) -> list[str]:
-    """Return what yacc's parser says of a file."""
+    """Return the errors of yacc's parser for a file."""
     found: list[str] = []
 
     def report(message: str = "syntax error") -> None:
@@ -135,7 +135,7 @@ def errors_of(automaton: Automaton, data: bytes) -> list[str]:
 
 
 def test_complaints_are_those_of_yacc() -> None:
-    """Whether a file is right, and which lines are told of if not, is as the grammar says."""
+    """Both parsers agree whether a file is right, and which lines are wrong."""
     automaton = Automaton(GRAMMAR)
     chance = random.Random(1)
     right = wrong = 0
@@ -143,7 +143,7 @@ def test_complaints_are_those_of_yacc() -> None:
         data = text_of(chance).encode()
         reading = read_config("f", {}, host=FakeHost({"f": data}))
         if any(": syntax error" not in line for line in reading.errors):
-            continue  # a value that is wrong, of which the grammar knows nothing
+            continue  # a wrong value, which the grammar does not describe
         told = [line.partition(" error")[0] + " error" for line in reading.errors]
         assert (data, told) == (data, errors_of(automaton, data))
         right, wrong = right + (not reading.errors), wrong + bool(reading.errors)
@@ -152,6 +152,6 @@ def test_complaints_are_those_of_yacc() -> None:
 
 
 def test_a_grammar_with_conflicts_is_told() -> None:
-    """The automaton would not hide that a grammar means two things."""
+    """The automaton refuses an ambiguous grammar."""
     with pytest.raises(ConflictError):
         Automaton({"sum": ("sum + sum", "NUMBER")})

@@ -1,4 +1,4 @@
-"""What reading a vm.conf asks of this very host."""
+"""The use of this host when a vm.conf is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(path: Path, data: bytes = b"", mode: int = 0o600) -> Path:
     ],
 )
 def test_files_that_others_can_write(tmp_path: Path, mode: int, complaint: str | None) -> None:
-    """They are read, and told of; that everyone can read a file is no matter."""
+    """Files that others can write are read, with a warning; world-readable ones are fine."""
     path = write(tmp_path / "f", b"data", mode)
     assert HOST.read_file(str(path)) == (b"data", complaint)
 
@@ -42,14 +42,14 @@ def test_files_that_others_can_write(tmp_path: Path, mode: int, complaint: str |
     [(0, None), (1000, None), (1001, "owner not root or current user")],
 )
 def test_files_of_others(tmp_path: Path, uid: int, complaint: str | None) -> None:
-    """A file is root's or the user's own."""
+    """A file must belong to root or the user."""
     fields = list(write(tmp_path / "f").stat())
     fields[4] = uid
     assert secrecy_complaint(os.stat_result(fields), 1000) == complaint
 
 
 def test_a_device_is_nobodys_matter() -> None:
-    """Who may write to a device or pipe says nothing about what is read from it."""
+    """Write permission of a device or pipe does not matter."""
     assert HOST.read_file("/dev/null") == (b"", None)
 
 
@@ -57,7 +57,7 @@ def test_a_device_is_nobodys_matter() -> None:
     ("name", "number"), [("none", ENOENT), (".", EISDIR), ("large", EFBIG), ("loop", ELOOP)]
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, number: int) -> None:
-    """A directory, a loop of links, or a file too large to be one, says so."""
+    """A directory, a loop of links, or a file that is too large is an error."""
     with write(tmp_path / "large").open("wb") as file:
         file.truncate(SIZE_MAX + 1)
     (tmp_path / "loop").symlink_to("loop")
@@ -67,13 +67,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, number: int) -> No
 
 
 def test_an_endless_file_is_not_read_for_ever() -> None:
-    """Nothing is read beyond what a vm.conf can have."""
+    """Reading stops at the largest size of a vm.conf."""
     lines, status = check("/dev/zero", {})
     assert (lines, status) == (["vmd: failed to open /dev/zero: File too large"], 1)
 
 
 def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path is made absolute, from the directory of the start, and links are followed."""
+    """A path becomes absolute, from the directory of the start, and links are followed."""
     monkeypatch.chdir(tmp_path)
     host = SystemHost()
     monkeypatch.chdir("/")
@@ -87,7 +87,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("path", ["", "none", "none/x", "link", "\udcff"])
 def test_paths_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """What is not there, not even an empty name, has no path."""
+    """A missing file, or an empty name, has no path."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("none")
     with pytest.raises(OSError, match="No such file or directory") as caught:
@@ -96,14 +96,14 @@ def test_paths_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path:
 
 
 def test_users_and_groups() -> None:
-    """Names are the host's."""
+    """Names of users and groups are the host's."""
     assert (HOST.find_user("root"), HOST.find_group("root")) == (0, 0)
     name = "no-such-name-\udcff"
     assert (HOST.find_user(name), HOST.find_group(name)) == (None, None)
 
 
 def test_a_file_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All together: includes, disks and owners are found."""
+    """Includes, disks and owners of one file are found on this host."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "disk.img")
     write(tmp_path / "part.conf", b"owner = root\n")
@@ -123,7 +123,7 @@ def test_a_file_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_patterns(tmp_path: Path) -> None:
     """Matches come in the order of their names, from the host's directory; there may be none.
 
-    Hidden files are none of them, and a file that is called like a pattern is meant itself.
+    Hidden files do not match, and a file whose name is the pattern is that file.
     """
     for name in ("b.conf", "a.conf", ".hidden.conf", "a.conf~", "x[1].conf"):
         (tmp_path / name).touch()

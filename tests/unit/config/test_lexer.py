@@ -10,7 +10,7 @@ from vmd.config.lexer import RESERVED, Kind, Lexer, Macros, Token
 
 
 def tokens_of(data: bytes, macros: dict[str, str] | None = None) -> tuple[list[Token], list[str]]:
-    """Return the tokens of a file, without the last newline, and what was reported, with lines."""
+    """Return the tokens of a file, without the last newline, and the errors, with lines."""
     reports: list[str] = []
     lexer = Lexer(
         "f", data, Macros(macros or {}), lambda text: reports.append(f"{lexer.where}: {text}")
@@ -18,13 +18,13 @@ def tokens_of(data: bytes, macros: dict[str, str] | None = None) -> tuple[list[T
     found = []
     while (token := lexer.next()).kind is not Kind.END:
         found.append(token)
-    # There is none after a quote that does not end, or where a line goes on and then does not.
+    # There is none after an open quote, or if the last line ends in a backslash.
     assert reports or not found or found[-1].kind is Kind.NEWLINE
     return found[:-1], reports
 
 
 def texts(data: bytes, macros: dict[str, str] | None = None) -> list[str]:
-    """Return what the tokens say, where nothing is wrong."""
+    """Return the values of the tokens of a file without errors."""
     found, reports = tokens_of(data, macros)
     assert reports == []
     return [token.text for token in found]
@@ -81,7 +81,7 @@ def test_tokens(data: bytes, expected: list[str]) -> None:
     ],
 )
 def test_quotes(data: bytes, expected: str) -> None:
-    """In quotes a backslash escapes that quote and blanks; line breaks vanish."""
+    """In quotes a backslash escapes the quote and blanks; line breaks vanish."""
     assert tokens_of(data) == ([Token(Kind.QUOTED, expected)], [])
 
 
@@ -94,7 +94,7 @@ def test_kinds() -> None:
 
 @pytest.mark.parametrize("after", list(" \t\n\v\f\r),/}="))
 def test_what_ends_a_number(after: str) -> None:
-    """A number ends before white space and a few characters; else it is a word."""
+    """A number ends before white space and a few characters; otherwise it is a word."""
     found, _ = tokens_of(f"12{after}".encode())
     assert (found[0] if found else Token(Kind.NUMBER, "12", 12)) == Token(Kind.NUMBER, "12", 12)
 
@@ -109,7 +109,7 @@ def test_what_ends_a_number(after: str) -> None:
     ],
 )
 def test_large_numbers(text: str, number: int) -> None:
-    """Numbers have 64 bits, however many zeros they begin with."""
+    """Numbers have 64 bits, with any number of leading zeros."""
     found, reports = tokens_of(text.encode())
     assert (found[0].number, reports) == (number, [])
 
@@ -128,7 +128,7 @@ def test_large_numbers(text: str, number: int) -> None:
     ],
 )
 def test_what_cannot_be_a_token(data: bytes, reports: list[str]) -> None:
-    """It is reported, and the rest of the line is dropped; the next line is read."""
+    """An invalid token is reported, and the rest of the line dropped; the next line is read."""
     found, told = tokens_of(data + b" $undefined\nb")
     assert told == reports
     assert found[-3:] == [
@@ -170,7 +170,7 @@ def test_a_quote_that_does_not_end(data: bytes) -> None:
     ],
 )
 def test_macros(data: bytes, expected: list[str]) -> None:
-    """The characters of a macro stand in its place, but no macro within them is replaced."""
+    """A macro is replaced by its characters, but no macro within them is replaced."""
     macros = {
         "one": "1 b",
         "empty": "",
@@ -186,7 +186,7 @@ def test_macros(data: bytes, expected: list[str]) -> None:
 
 
 def test_macros_of_the_command_line_stand() -> None:
-    """A file cannot define what the command line does; what it defines for nothing is told."""
+    """A file cannot redefine macros of the command line; its unused ones are reported."""
     macros = Macros({"fixed": "1"})
     macros.define("fixed", "2")
     macros.define("used", "3")
@@ -200,7 +200,7 @@ def test_macros_of_the_command_line_stand() -> None:
 
 
 def test_an_included_file_stands_in_its_place() -> None:
-    """Lines are counted in each file, and an included one ends with a line of its own."""
+    """Lines are counted per file, and an included one ends with a line of its own."""
     lexer = Lexer("outer", b"a\nb\n", Macros({}), pytest.fail)
     seen = [(lexer.next().text, lexer.where), (lexer.next().text, lexer.where)]
     lexer.include([("inner", b"c\nd")])
@@ -218,7 +218,7 @@ def test_an_included_file_stands_in_its_place() -> None:
     st.binary(max_size=300) | st.text(alphabet=st.sampled_from("ab \\\n\"'$#1-")).map(str.encode)
 )
 def test_any_bytes_are_tokens(data: bytes) -> None:
-    """Whatever a file holds, it comes to its end, and every token is what its kind says."""
+    """Any file is read to its end, and every token is of its kind."""
     found, reports = tokens_of(data, {"a": '"$b', "b": "\\"})
     for token in found:
         assert (token.kind is Kind.KEYWORD) <= (token.text in RESERVED)

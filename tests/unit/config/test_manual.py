@@ -1,4 +1,4 @@
-"""The manual page of vm.conf, and the examples, against the parser."""
+"""The manual page of vm.conf, and the examples, checked by the parser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGE = ROOT / "man" / "vm.conf.5"
 EXAMPLES = sorted((ROOT / "examples").glob("*.conf"))
 
 WITHOUT_MEANING = {"add", "id", "size"}
-"""Words that are reserved and that no statement has."""
+"""Reserved words that no statement has."""
 KEYWORD_MACROS = {"Ic", "Cm"}
 OTHER_MACROS = {"Ar", "Oo", "Oc", "Op", "Ns", "No", "Sy", "Li", "Pa", "It", "D1", "Fl"}
 OTHER_OWN = {*OWN_WORDS, *("cpu", "nat", "snapshot", "storage", "timeout", "to", "vms")}
@@ -49,31 +49,31 @@ def documented(text: str) -> set[str]:
 
 
 def test_every_keyword_is_documented() -> None:
-    """The page has the keywords and values that the parser knows, and no other."""
+    """The page has the parser's keywords and values, and no others."""
     own = {*OWN_OPTIONS, *DISK_OPTIONS, *INTERFACE_OWN_OPTIONS, *SWITCH_OWN_OPTIONS, *OTHER_OWN}
     known = (RESERVED - WITHOUT_MEANING) | own | VALUES
     assert documented(PAGE.read_text()) == known
 
 
 def test_every_kind_of_disk_has_a_format() -> None:
-    """What `vmctl run -d` can name as a kind of disk, vm.conf can as a format."""
+    """Every kind of disk of `vmctl run -d` is a format of vm.conf."""
     assert set(FORMATS) == set(DiskKind) - {DiskKind.PROBE}
 
 
 @pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")
 def test_the_page_is_well_formed() -> None:
-    """Mandoc finds nothing to complain of, but pages that are not installed."""
+    """Mandoc has no complaint, except about pages that are not installed."""
     done = subprocess.run(
         ["mandoc", "-T", "lint", PAGE], check=False, capture_output=True, text=True
     )
     lines = (done.stdout + done.stderr).splitlines()
-    # Which other pages are there, and whether mandoc's index knows, is not the page's fault.
+    # Whether other pages are installed and indexed is not this page's fault.
     others = ("referenced manual not found", "outdated mandoc.db")
     assert [line for line in lines if not any(text in line for text in others)] == []
 
 
 class AnyHost(FakeHost):
-    """A host that has every file, user and group an example speaks of."""
+    """A host with every file, user and group of an example."""
 
     def read_file(self, path: str) -> FileText:
         """Read one of the files of the test, by the name at the end of its path."""
@@ -91,20 +91,20 @@ class AnyHost(FakeHost):
 
 
 def examples_of(page: str) -> list[str]:
-    """Return what the page shows as it is."""
+    """Return the literal examples of the page."""
     return re.findall(r"\.Bd -literal.*?\n(.*?)\n\.Ed", page, re.DOTALL)
 
 
 @pytest.mark.parametrize("text", examples_of(PAGE.read_text()))
 def test_what_the_page_shows_is_right(text: str) -> None:
-    """Each piece of a file in the page is one that is accepted."""
+    """The parser accepts each example of the page."""
     lines, status = check("f", {}, host=AnyHost({"f": text.encode()}))
     assert (lines, status) == (["configuration OK"], 0)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_right(path: Path) -> None:
-    """Each example is accepted without a warning: as it is shipped, and with all that it offers."""
+    """Each example file is accepted without a warning: as shipped, and with all its options."""
     assert check(str(path), {}) == (["configuration OK"], 0)
     text = path.read_text()
     offered = re.sub(r"^#(?! )", "", text, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The parser of vm.conf: what a file means. What it says of mistakes is in the golden files."""
+"""The parser of vm.conf: the meaning of a file. The golden files have its error messages."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class CountingHost(FakeHost):
     reads = 0
 
     def read_file(self, path: str) -> FileText:
-        """Read a file, and count that."""
+        """Read a file, and count it."""
         self.reads += 1
         return super().read_file(path)
 
 
 def parse(text: str, **files: str) -> Config:
-    """Parse a text that is right; includes are found among the files, by name and `.conf`."""
+    """Parse a right text; includes are found among the files, by name and `.conf`."""
     contents = {f"{name}.conf": inner.encode() for name, inner in files.items()}
     return parse_config("f", {}, host=FakeHost({"f": text.encode(), **contents}))
 
 
 def vm_of(options: str) -> VmConfig:
-    """Return a VM with these options, without where it stands."""
+    """Return a VM with these options, without its place."""
     (vm,) = parse(f'vm "x" {{\n{options}\n}}').vms
     return vm._replace(where="")
 
 
 def test_an_empty_file() -> None:
-    """What a file does not say is not said: its reader has the defaults."""
+    """Settings that a file leaves out stay unset: the reader has the defaults."""
     assert parse("") == Config()
     assert vm_of("enable") == VmConfig("x")
 
@@ -83,12 +83,12 @@ def test_globals() -> None:
     ],
 )
 def test_short_prefixes(text: str, prefix: Prefix) -> None:
-    """What is left out of an address is zero; of a mask, sixteen bits."""
+    """Missing parts of an address are zero; a missing mask is sixteen bits."""
     assert parse(f"local prefix {text}").local_prefix == prefix
 
 
 def test_switches() -> None:
-    """A switch has what its options say; the last of a kind counts."""
+    """A switch has its options' values; the last of a kind counts."""
     text = """
         switch "a" { disable
             group g
@@ -106,7 +106,7 @@ def test_switches() -> None:
 
 
 def test_a_vm_with_everything() -> None:
-    """Each option of a VM fills its field, and says what an instance would claim."""
+    """Each option of a VM fills its field, and counts as a claim of an instance."""
     vm = vm_of(
         "disable\nmemory 1.5G\ncpus 3\nboot bsd.rd\ninitrd initrd.img\nappend 'a b'\n"
         "boot device net\ncdrom x.iso\nowner alice\nsev\n"
@@ -154,12 +154,12 @@ def test_a_vm_with_everything() -> None:
     ],
 )
 def test_what_a_block_speaks_of(option: str, given: set[Right]) -> None:
-    """An option says that the VM has something of its own, be it none."""
+    """An option marks the VM as having something of its own, even none."""
     assert vm_of(option).given == given
 
 
 def test_instances() -> None:
-    """The first name is the template's; an instance says that it is one."""
+    """The first name is the template's; an instance is marked as one."""
     (vm,) = parse("vm a b instance c {\n\tdisable\n}").vms
     assert vm == VmConfig(
         "c", parent="ab", is_enabled=False, given=frozenset({Right.INSTANCE}), where="f:3"
@@ -189,36 +189,36 @@ def test_instances() -> None:
     ],
 )
 def test_interfaces(options: str, interfaces: tuple[InterfaceConfig, ...]) -> None:
-    """There are as many as are described, or as are asked for, if that is more."""
+    """A VM has its described interfaces, or the requested number, if that is larger."""
     assert vm_of(options).interfaces == interfaces
 
 
 def test_settings_of_an_interface_do_not_reach_the_next() -> None:
-    """Each interface begins anew."""
+    """Each interface starts with the defaults."""
     vm = vm_of("interface tap1 { down }\ninterface")
     assert vm.interfaces == (InterfaceConfig(tap="tap1", is_up=False), InterfaceConfig())
 
 
 def test_bytes_of_a_character_in_two_strings() -> None:
-    """Strings in a row are one string of bytes, and text if that is."""
+    """Adjacent strings are one string of bytes, and text if it is valid."""
     host = FakeHost({"f": b'vm "\xc3" "\xa9" { disable }'})
     assert parse_config("f", {}, host=host).vms[0].name == "é"
 
 
 def test_where_a_vm_stands() -> None:
-    """A VM knows file and line of the end of its block, in an included file too."""
+    """A VM has the file and line of its block's end, in an included file too."""
     config = parse('vm a { disable }\ninclude "p.conf"\n', p="\nvm b {\n\tdisable\n}\n")
     assert [vm.where for vm in config.vms] == ["f:1", "p.conf:4"]
 
 
 def test_macros_are_the_same_in_included_files() -> None:
-    """A file defines macros for those that include it and that it includes."""
+    """Macros of a file are visible in files that include it and that it includes."""
     config = parse('a = x\ninclude "p.conf"\nvm $b { disable }', p="b = y\nvm $a { disable }")
     assert [vm.name for vm in config.vms] == ["x", "y"]
 
 
 def test_errors_are_all_told() -> None:
-    """Every line about what is wrong is in the exception, warnings apart, and nothing is used."""
+    """The exception has every line about an error, without warnings, and nothing is used."""
     host = FakeHost({"f": b'a = b\nvm "x" { memory 1 }\n\n\nvm "y" { bogus }\n'})
     with pytest.raises(ConfigErrors) as caught:
         parse_config("f", {}, host=host)
@@ -232,7 +232,7 @@ def test_errors_are_all_told() -> None:
 
 
 def test_warnings_go_with_what_is_read() -> None:
-    """What is no error is in the configuration, files that others can write to first."""
+    """Warnings are in the configuration, those about writable files first."""
     config = parse_config(
         "f", {}, host=FakeHost({"f": b'a = b\ninclude "open.conf"\n', "open.conf": b""})
     )
@@ -241,7 +241,7 @@ def test_warnings_go_with_what_is_read() -> None:
 
 
 def test_a_missing_file() -> None:
-    """The default one is as good as an empty one; one that somebody named is an error."""
+    """A missing default file counts as empty; another missing file is an error."""
     host = FakeHost({})
     assert parse_config("none", {}, host=host, is_optional=True) == Config()
     with pytest.raises(ConfigErrors, match=r"^failed to open none: No such"):
@@ -249,7 +249,7 @@ def test_a_missing_file() -> None:
 
 
 def test_broken_vms_can_be_left_out() -> None:
-    """With `skips_broken`, a VM that names a missing file is told of and left out, no other is."""
+    """With `skips_broken`, a VM with a missing file is reported and left out, and no other."""
     text = (
         b'vm "a" { disk "none.img" }\nvm "b" { disk "disk0.img" }\n'
         b'vm "c" {\n\tboot "none"\n\tdisk "disk1.img"\n}\n'
@@ -270,13 +270,13 @@ def test_broken_vms_can_be_left_out() -> None:
 
 
 def test_a_file_that_cannot_be_read() -> None:
-    """Any other reason is an error, of the default file as well."""
+    """Any other reason is an error, for the default file as well."""
     with pytest.raises(ConfigErrors, match=r"^failed to open unreadable\.conf: Permission"):
         parse_config("unreadable.conf", {}, host=FakeHost({}), is_optional=True)
 
 
 def test_included_files_are_limited() -> None:
-    """Files that include one another end, also where each includes two."""
+    """Files that include one another are limited, even if each includes two."""
     text = b'include "a.conf"\ninclude "a.conf"\n'
     host = CountingHost({"f": text, "a.conf": text})
     reading = read_config("f", {}, host=host)
@@ -286,7 +286,7 @@ def test_included_files_are_limited() -> None:
 
 
 def test_macros_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short file cannot stand for one without end."""
+    """A short file cannot expand without end by macros."""
     monkeypatch.setattr("vmd.config.lexer._EXPANSION_MAX", 100_000)
     data = b"m = " + b"a" * 8000 + b"\nvm x { append " + b"$m " * 13 + b"}\n"
     reading = read_config("f", {}, host=FakeHost({"f": data}))
@@ -294,7 +294,7 @@ def test_macros_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_told_can_be_shown() -> None:
-    """Control characters and bytes that are no text are written as numbers."""
+    """Control characters and bytes that are no text are shown as numbers."""
     reading = read_config("f\x1b", {}, host=FakeHost({"f\x1b": b'local prefix "\x1b\xff\xc2\x9b"'}))
     assert reading.errors == ("f\\x1b:1: invalid local prefix: invalid format",)
     reading = read_config("f", {}, host=FakeHost({"f": b'socket owner "\x1b[2J\xff\xc2\x9b"'}))
@@ -302,14 +302,14 @@ def test_what_is_told_can_be_shown() -> None:
 
 
 def test_lengths_are_of_bytes() -> None:
-    """A name of 63 bytes is as long as can be, however few letters those are."""
+    """A name may have 63 bytes, even if they are fewer letters."""
     assert parse(f'vm "{"é" * 31}x" {{ disable }}').vms[0].name == "é" * 31 + "x"
     with pytest.raises(ConfigErrors, match=r"^f:1: vm name too long$"):
         parse(f'vm "{"é" * 32}" {{ disable }}')
 
 
 def test_our_words_are_no_keywords_elsewhere() -> None:
-    """A file of OpenBSD's may use them as names, without quotes."""
+    """A file of OpenBSD's may use our words as names, without quotes."""
     config = parse("cpus = append\nvm cpus { cdrom $cpus }\nswitch queues { interface initrd }")
     assert (config.vms[0].name, config.vms[0].cdrom) == ("cpus", "append")
     assert (config.switches[0].name, config.switches[0].interface) == ("queues", "initrd")
@@ -327,7 +327,7 @@ WORDS = st.sampled_from(
 @settings(deadline=None)
 @given(st.binary(max_size=400) | st.lists(WORDS).map(lambda words: " ".join(words).encode()))
 def test_any_file_is_read_or_refused(data: bytes) -> None:
-    """Whatever a file holds, there is a configuration, or lines about what is wrong."""
+    """Any file yields a configuration, or lines about its errors."""
     files = {"f": data, "p.conf": b"vm p { disable }", "g": data + b"\nbogus bogus bogus"}
     reading = read_config("f", {"m": "x { up"}, host=FakeHost(files))
     for line in (*reading.errors, *reading.warnings):
@@ -337,7 +337,7 @@ def test_any_file_is_read_or_refused(data: bytes) -> None:
 
 
 def test_reading_imports_little() -> None:
-    """`vmd -n` and every start of the daemon read a file: nothing large is imported for that."""
+    """Reading a file imports nothing large, for `vmd -n` and every start of the daemon."""
     code = "import sys, vmd.config.check; print(' '.join(sys.modules))"
     done = run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     large = {"asyncio", "dataclasses", "inspect", "ipaddress", "logging", "msgspec", "socket"}
@@ -345,7 +345,7 @@ def test_reading_imports_little() -> None:
 
 
 def test_many_files_by_one_pattern() -> None:
-    """More than may be nested; each is complained of by its own name and lines, in its turn."""
+    """A pattern may include more files than the nesting limit; errors name their own file."""
     files = {
         f"d/{number:02}.conf": f'vm "v{number}" {{ disable }}\n'.encode() for number in range(40)
     }

@@ -1,4 +1,4 @@
-"""A configuration written as text reads again as what it was."""
+"""A configuration written as text reads again as the same one."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from vmm_kvm.boot_device import BootDevice
 
 
 def read_again(config: Config) -> Config:
-    """Write a configuration and read that, without the places of VMs."""
+    """Write a configuration and read it again, without the places of VMs."""
     text = "\n".join(config_lines(config)).encode("utf-8", "surrogateescape")
     again = parse_config("f", {}, host=FakeHost({"f": text}))
     return again._replace(vms=tuple(vm._replace(where="") for vm in again.vms))
 
 
-# All that can stand between quotes: bytes of text or not, without NUL and line breaks.
+# All that quotes may contain: bytes of text or not, without NUL and line breaks.
 TEXTS = st.binary(max_size=40).map(
     lambda data: data.translate(None, b"\0\n").decode("utf-8", "surrogateescape")
 ) | st.text(st.sampled_from("ab\\\"' \t#$={"), max_size=12)
@@ -198,18 +198,18 @@ def configs(draw: st.DrawFn) -> Config:
 @settings(max_examples=40, deadline=None)
 @given(configs())
 def test_a_configuration_reads_again(config: Config) -> None:
-    """Whatever a file can describe is read as it was written."""
+    """Any configuration that a file can describe is read as it was written."""
     assert read_again(config) == config
 
 
 @given(TEXTS)
 def test_a_string_reads_again(text: str) -> None:
-    """Quotes, blanks and backslashes are kept, wherever they stand."""
+    """Quotes, blanks and backslashes are kept, in any place."""
     assert read_again(Config(vms=(VmConfig("x", append=text, given=BOOT),))).vms[0].append == text
 
 
 def test_a_very_long_string_reads_again() -> None:
-    """Strings that are one are written as several where one would be too long."""
+    """A string that is too long for one is written as several adjacent ones."""
     assert quoted("a" * 4_000_000).count('" "') == 1999
     text = "é\U0001f600\\" * 5000
     assert read_again(Config(vms=(VmConfig("x", append=text, given=BOOT),))).vms[0].append == text
@@ -232,5 +232,5 @@ BOOT = frozenset({Right.BOOT})
     ],
 )
 def test_quotes(text: str, expected: str) -> None:
-    """Only what would be read differently is escaped."""
+    """Only characters that would be read differently are escaped."""
     assert quoted(text) == expected

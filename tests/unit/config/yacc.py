@@ -1,8 +1,8 @@
-"""Parsers as yacc(1) makes them, to compare the hand-written one of vm.conf with.
+"""Parsers as yacc(1) makes them, for comparison with the hand-written one of vm.conf.
 
-`Automaton` is an LALR(1) automaton of a grammar; `errors` runs it as yacc's parsers run: what has
-only one reduction is reduced without looking ahead, and after a syntax error the symbol `error`
-stands for all that is discarded, until three tokens have been shifted.
+`Automaton` is an LALR(1) automaton of a grammar; `errors` runs it as yacc's parsers run: a state
+with only one reduction reduces without looking ahead, and after a syntax error the symbol `error`
+stands for all discarded tokens, until three tokens have been shifted.
 
 Source: POSIX yacc, "Error Handling".
 """
@@ -19,7 +19,7 @@ _SHIFTS = 3
 
 
 class Rule(NamedTuple):
-    """`name` may be these symbols, one after the other."""
+    """`name` may consist of these symbols, one after the other."""
 
     name: str
     symbols: tuple[str, ...]
@@ -73,7 +73,7 @@ class Automaton:
         self._defaults = [self._default_of(actions) for actions in self._actions]
 
     def errors(self, next_token: Callable[[], str], report: Callable[[], None]) -> None:
-        """Parse; `report` is called for each syntax error that yacc's parser would tell of."""
+        """Parse; calls `report` for each syntax error that yacc's parser would report."""
         stack, to_shift, ahead = [0], 0, None
         while True:
             action: Shift | Reduce | None = self._defaults[stack[-1]]
@@ -104,7 +104,7 @@ class Automaton:
                     stack.append(self._goto[stack[-1], _ERROR])
 
     def _find_first(self) -> None:
-        """Find out which tokens each name may begin with, and whether it may be nothing."""
+        """Find the tokens that each name may begin with, and whether it may be empty."""
         before = -1
         while before != (before := sum(map(len, self._first.values())) + len(self._nullable)):
             for rule in self._rules:
@@ -138,7 +138,7 @@ class Automaton:
         return found
 
     def _find_states(self) -> None:
-        """Find all states; those that differ only in what may come next are one (LALR)."""
+        """Find all states; those that differ only in their look-ahead are one (LALR)."""
         self._states.append(self._closure({Item(0, 0, END)}))
         numbers = {_core(self._states[0]): 0}
         work = [0]

@@ -21,7 +21,7 @@ SIZES = {
 
 
 def test_numbers_and_sizes(tmp_path: Path) -> None:
-    """Every constant has the value that the headers give it, and every structure the size."""
+    """Every constant has its value in the headers, and every structure its size."""
     numbers = {
         name: value
         for name, value in vars(abi).items()
@@ -33,7 +33,7 @@ def test_numbers_and_sizes(tmp_path: Path) -> None:
     for name in numbers:
         lines += [f"#ifdef {name}", f'printf("{name}=%llu\\n", (unsigned long long){name});']
         lines.append("#endif")
-    # ifreq is 40 bytes on x86-64; what follows the flags is a union.
+    # ifreq is 40 bytes on x86-64; a union follows the flags.
     lines += [f'printf("{name}=%zu\\n", sizeof({name}));' for name in SIZES]
     source, program = tmp_path / "abi.c", tmp_path / "abi"
     source.write_text("\n".join([*lines, "return 0; }", ""]))

@@ -1,4 +1,4 @@
-"""What tests/campaigns/captures.py makes of captures and counters."""
+"""Reading of captures and counters in tests/campaigns/captures.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SENT: list[Frame] = [(100, A + b"1"), (60, B + b"1"), (100, A + b"2"), (100, A +
 
 
 def test_frames_of_a_capture(tmp_path: Path) -> None:
-    """Each has its length on the wire, and the bytes that were kept; half a one does not count."""
+    """Each frame has its length on the wire, and its kept bytes; a cut one does not count."""
     head = struct.pack("<8xII", 3, 1500)
     place = tmp_path / "capture"
     place.write_bytes(bytes(24) + head + b"abc" + head + b"def" + head[:9])
@@ -22,7 +22,7 @@ def test_frames_of_a_capture(tmp_path: Path) -> None:
 
 
 def test_the_same_frames() -> None:
-    """Frames of two senders may pass each other; what the tap has dropped may be missing."""
+    """Frames of two senders may change places; those that the tap has dropped may be missing."""
     assert differences(SENT, SENT, 2) == ([], 0)
     assert differences([SENT[1], SENT[0], *SENT[2:]], SENT, 0) == ([], 0)
     assert differences([SENT[0], SENT[1], SENT[3]], SENT, 1) == ([], 1)
@@ -39,12 +39,12 @@ def test_the_same_frames() -> None:
     ],
 )
 def test_other_frames(inside: list[Frame], dropped: int, expected: str) -> None:
-    """What is missing, changed, out of order or there twice is told."""
+    """A missing, changed, disordered or doubled frame is reported."""
     assert any(expected in line for line in differences(inside, SENT, dropped)[0])
 
 
 def test_wrong_checksums() -> None:
-    """Those of every protocol are added up."""
+    """Wrong checksums of every protocol are added up."""
     snmp = (
         "Ip: InReceives InHdrErrors\nIp: 900 1\nTcp: InSegs InCsumErrors\nTcp: 800 2\n"
         "Udp: InErrors InCsumErrors\nUdp: 7 4\n"

@@ -1,4 +1,4 @@
-"""virtio-net's control queue: what a driver may ask for, and what it gets."""
+"""virtio-net's control queue: a driver's commands, and their effects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OK, ERR = 0, 1
 
 
 class RecordingPort:
-    """Remembers what it is told last."""
+    """Remembers its last settings."""
 
     def __init__(self) -> None:
         self.offloads = self.pairs = -1
@@ -81,7 +81,7 @@ def table(*groups: list[bytes]) -> bytes:
 
 
 def test_configuration() -> None:
-    """Address, link, queue pairs and MTU are where the specification has them."""
+    """Address, link, queue pairs and MTU are at the specification's places."""
     rig = Rig()
     assert rig.control.config() == MAC + struct.pack("<HHH", 1, 4, 9000)
     rig.control.set_link(False)
@@ -89,7 +89,7 @@ def test_configuration() -> None:
 
 
 def test_it_begins_open() -> None:
-    """Until the driver says something, everything comes, by one pair, with what was negotiated."""
+    """Without a command, all frames are received, by one pair, with the negotiated offloads."""
     rig = Rig(features=1 << abi.VIRTIO_NET_F_GUEST_CSUM | 1 << abi.VIRTIO_NET_F_CSUM)
     assert rig.port.wanted == Filter(MAC)
     assert (rig.port.pairs, rig.port.offloads) == (1, 1 << abi.VIRTIO_NET_F_GUEST_CSUM)
@@ -115,7 +115,7 @@ def test_receive_modes(code: int, field: str) -> None:
 
 
 def test_address_table() -> None:
-    """Both lists replace what was there; more than can be told apart lets everything in."""
+    """Both lists replace the former ones; too long ones let all frames in."""
     rig = Rig()
     kind, code = abi.VIRTIO_NET_CTRL_MAC, abi.VIRTIO_NET_CTRL_MAC_TABLE_SET
     assert rig.ask(kind, code, table([OTHER], [GROUP])) == OK
@@ -131,7 +131,7 @@ def test_address_table() -> None:
     "data", [b"", table([OTHER]), table([OTHER], [GROUP])[:-1], b"\xff\xff\xff\xff" * 2]
 )
 def test_tables_that_end_early(data: bytes) -> None:
-    """A list that is not all there is refused, and changes nothing."""
+    """An incomplete list is refused, and changes nothing."""
     rig = Rig()
     before = rig.control.filter
     assert rig.ask(abi.VIRTIO_NET_CTRL_MAC, abi.VIRTIO_NET_CTRL_MAC_TABLE_SET, data) == ERR
@@ -139,7 +139,7 @@ def test_tables_that_end_early(data: bytes) -> None:
 
 
 def test_address() -> None:
-    """The driver may take another address, but no multicast one; a reset gives its own back."""
+    """The driver may choose another address, but no multicast one; a reset restores its own."""
     rig = Rig()
     kind, code = abi.VIRTIO_NET_CTRL_MAC, abi.VIRTIO_NET_CTRL_MAC_ADDR_SET
     assert rig.ask(kind, code, GROUP) == ERR
@@ -150,7 +150,7 @@ def test_address() -> None:
 
 
 def test_a_locked_address() -> None:
-    """A locked one stays as it is, whatever the driver asks, and so does what may reach it."""
+    """A locked address, and with it the filter, stays unchanged, whatever the driver asks."""
     rig = Rig(is_locked=True)
     kind = abi.VIRTIO_NET_CTRL_MAC
     assert not rig.control.features >> abi.VIRTIO_NET_F_CTRL_MAC_ADDR & 1
@@ -161,7 +161,7 @@ def test_a_locked_address() -> None:
 
 
 def test_vlans() -> None:
-    """VLANs that were negotiated begin with none, and come and go."""
+    """With negotiated VLANs the list starts empty, and VLANs can be added and removed."""
     rig = Rig()
     kind = abi.VIRTIO_NET_CTRL_VLAN
     assert rig.control.filter.vlans == frozenset()
@@ -174,7 +174,7 @@ def test_vlans() -> None:
 
 
 def test_queue_pairs() -> None:
-    """One to as many as there are."""
+    """A driver may use one to all queue pairs."""
     rig = Rig()
     kind, code = abi.VIRTIO_NET_CTRL_MQ, abi.VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET
     assert rig.ask(kind, code, b"\4\0") == OK
@@ -184,7 +184,7 @@ def test_queue_pairs() -> None:
 
 
 def test_offloads() -> None:
-    """A driver may give up offloads that it negotiated, and take them back, but no others."""
+    """A driver may give up negotiated offloads, and take them back, but no others."""
     rig = Rig(features=0b11 << abi.VIRTIO_NET_F_GUEST_TSO4)
     kind, code = abi.VIRTIO_NET_CTRL_GUEST_OFFLOADS, abi.VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET
     assert rig.ask(kind, code, struct.pack("<Q", 1 << abi.VIRTIO_NET_F_GUEST_TSO4)) == OK
@@ -194,7 +194,7 @@ def test_offloads() -> None:
 
 
 def test_announcing() -> None:
-    """The driver sees that it is to announce itself until it says that it has."""
+    """The driver is asked to announce itself until it acknowledges."""
     rig = Rig()
     assert rig.control.announce()
     assert rig.control.config()[6] == abi.VIRTIO_NET_S_LINK_UP | abi.VIRTIO_NET_S_ANNOUNCE
@@ -203,21 +203,21 @@ def test_announcing() -> None:
 
 
 def test_a_driver_that_cannot_announce_itself() -> None:
-    """One that has not negotiated it is not asked to."""
+    """A driver that has not negotiated announcing is not asked to."""
     rig = Rig(features=1 << abi.VIRTIO_NET_F_CTRL_VQ)
     assert not rig.control.announce()
     assert rig.control.config()[6] == abi.VIRTIO_NET_S_LINK_UP
 
 
 def test_an_interface_that_is_gone() -> None:
-    """What the host refuses is refused to the driver."""
+    """If the host refuses a setting, so does the device."""
     rig = Rig()
     rig.port.is_gone = True
     assert rig.ask(abi.VIRTIO_NET_CTRL_RX, abi.VIRTIO_NET_CTRL_RX_PROMISC, b"\0") == ERR
 
 
 def test_where_commands_come_in() -> None:
-    """Behind all pairs, but behind the first where the driver knows no more."""
+    """The control queue follows all pairs, or the first one if only one is negotiated."""
     control, commands = Rig().control, 1 << abi.VIRTIO_NET_F_CTRL_VQ
     assert control.control_queue(0) is None
     assert control.control_queue(commands) == 2
@@ -246,7 +246,7 @@ def test_what_is_no_command(buffers: tuple[tuple[int, int, bool], ...]) -> None:
     )
 )
 def test_no_command_does_harm(commands: list[tuple[int, int, bytes]]) -> None:
-    """Whatever is asked is answered, and a locked interface stays locked."""
+    """Any command is answered, and a locked interface stays locked."""
     rig = Rig(is_locked=True)
     for kind, code, data in commands:
         assert rig.ask(kind, code, data) in {OK, ERR}

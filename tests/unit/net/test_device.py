@@ -1,4 +1,4 @@
-"""virtio-net's data queues: frames between a port and guest memory, honest guests and others."""
+"""virtio-net's data queues: frames between a port and guest memory, with any guest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECEIVE, TRANSMIT = 0, 1
 
 
 class Rig:
-    """An interface with both queues of its driver; it serves a queue when it says so itself."""
+    """An interface with both queues of its driver; the test calls `serve`."""
 
     def __init__(
         self, *, features: int = MERGEABLE, is_locked: bool = False, has_filter: bool = True
@@ -39,7 +39,7 @@ class Rig:
         self.device.start(features)
 
     def notify(self, index: int) -> None:
-        """Note that the device wants to go on."""
+        """Note that the device wants to continue."""
         self.asked.append(index)
 
     def config_changed(self) -> None:
@@ -55,7 +55,7 @@ class Rig:
         self.watched.discard(fd)
 
     def offer(self, *sizes: int) -> list[int]:
-        """Make a chain of one buffer available for each size; returns where they are."""
+        """Make a chain of one buffer available for each size; returns the buffers' addresses."""
         places = []
         for size in sizes:
             places.append(DATA + 0x1000 * (self.queues[RECEIVE].added % 128))
@@ -63,7 +63,7 @@ class Rig:
         return places
 
     def serve(self, index: int = RECEIVE) -> list[int]:
-        """Serve a queue; returns the sizes of what came back."""
+        """Serve a queue; returns the sizes of the returned chains."""
         self.device.process(index, self.sides[index])
         return [written for _, written in self.queues[index].used()]
 
@@ -85,12 +85,12 @@ class Rig:
 
 
 def frame(size: int, target: bytes = MAC, source: bytes = OTHER) -> bytes:
-    """Return a frame of `size` bytes with a header in front."""
+    """Return a frame of `size` bytes with a header before it."""
     return HEADER + (target + source + bytes(i % 251 for i in range(size)))[:size]
 
 
 def test_what_it_is() -> None:
-    """An interface with a queue pair and commands, and the offloads of its port."""
+    """The device offers a queue pair and commands, and the offloads of its port."""
     device = Rig().device
     assert (device.device_id, device.queue_sizes) == (1, (256, 256, 64))
     offered = {number for number in range(64) if device.features >> number & 1}
@@ -99,7 +99,7 @@ def test_what_it_is() -> None:
 
 
 def test_a_frame_that_fits() -> None:
-    """It is in one buffer, which says that it is the only one."""
+    """A frame that fits is in one buffer, which says that it is the only one."""
     rig = Rig()
     (place,) = rig.offer(1526)
     rig.port.arrived.append(frame(60))
@@ -108,7 +108,7 @@ def test_a_frame_that_fits() -> None:
 
 
 def test_a_frame_in_several_buffers() -> None:
-    """It is spread over as many as it needs, and the first says how many."""
+    """A longer frame is spread over as many buffers as it needs, and the first has the number."""
     rig = Rig()
     places = rig.offer(1000, 1000, 1000, 1000)
     data = frame(2500)
@@ -119,7 +119,7 @@ def test_a_frame_in_several_buffers() -> None:
 
 
 def test_a_frame_that_has_to_wait() -> None:
-    """It comes whole once there are enough buffers, and before those behind it."""
+    """A frame waits until there are enough buffers, and arrives before later ones."""
     rig = Rig()
     first = rig.offer(1000)
     data = frame(1500)
@@ -131,7 +131,7 @@ def test_a_frame_that_has_to_wait() -> None:
 
 
 def test_without_merging_a_frame_that_is_too_long_is_lost() -> None:
-    """The next one that fits is received."""
+    """Without merging a frame that is too long is lost, and the next one that fits arrives."""
     rig = Rig(features=0)
     rig.offer(100)
     rig.port.arrived += [frame(200), frame(60)]
@@ -140,7 +140,7 @@ def test_without_merging_a_frame_that_is_too_long_is_lost() -> None:
 
 
 def test_a_frame_that_never_fits_is_lost() -> None:
-    """Not even all buffers of the queue hold it: the interface goes on with the next."""
+    """A frame larger than all buffers of the queue is lost, and the next one arrives."""
     rig = Rig()
     rig.offer(*[20] * 64)
     rig.port.arrived += [frame(2000), frame(8)]
@@ -150,7 +150,7 @@ def test_a_frame_that_never_fits_is_lost() -> None:
 
 @pytest.mark.parametrize("first", [1, 9, 10, 11, 12])
 def test_headers_cut_anywhere(first: int) -> None:
-    """Where a driver splits the header makes no difference."""
+    """The header may be split at any place."""
     rig = Rig()
     rig.queues[RECEIVE].add((DATA, first, True), (DATA + first, 1000, True))
     rig.port.arrived.append(frame(60))
@@ -159,7 +159,7 @@ def test_headers_cut_anywhere(first: int) -> None:
 
 
 def test_a_share_of_the_thread() -> None:
-    """After its budget a queue waits for the others, and says that it wants to go on."""
+    """After its budget a queue waits for the others, and asks to be served again."""
     rig = Rig()
     rig.port.arrived += [frame(60)] * (BUDGET + 1)
     rig.offer(*[100] * 64)
@@ -170,7 +170,7 @@ def test_a_share_of_the_thread() -> None:
 
 
 def test_sending() -> None:
-    """What the driver sends leaves as it is, header and all, however it is cut."""
+    """The port gets the driver's frame unchanged, header included, however it is cut."""
     rig = Rig()
     for cuts in ((), (12,), (5, 12, 30)):
         rig.send(frame(60), *cuts)
@@ -178,7 +178,7 @@ def test_sending() -> None:
 
 
 def test_a_port_that_takes_nothing() -> None:
-    """Frames are lost, and the driver has its buffers back."""
+    """If the port is full frames are lost, and the driver gets its buffers back."""
     rig = Rig()
     rig.port.is_full = True
     rig.send(frame(60))
@@ -188,7 +188,7 @@ def test_a_port_that_takes_nothing() -> None:
 
 @pytest.mark.parametrize("cuts", [(), (12,), (3, 13, 20)])
 def test_a_locked_address(cuts: tuple[int, ...]) -> None:
-    """Frames from it leave; those from another do not, and short ones neither."""
+    """Frames from the locked address are sent; those from another, and short ones, are not."""
     rig = Rig(is_locked=True)
     rig.send(frame(60, OTHER, MAC), *cuts)
     rig.send(frame(60, OTHER, OTHER), *cuts)
@@ -198,7 +198,7 @@ def test_a_locked_address(cuts: tuple[int, ...]) -> None:
 
 
 def test_filtering_what_arrives() -> None:
-    """Where the port does not, the device drops what is not wanted before the guest can see it."""
+    """If the port does not filter, the device drops unwanted frames before the guest sees them."""
     rig = Rig(is_locked=True, has_filter=False)
     (place,) = rig.offer(1526)
     rig.port.arrived += [frame(60, OTHER)]
@@ -210,7 +210,7 @@ def test_filtering_what_arrives() -> None:
 
 
 def test_a_reset_forgets_everything() -> None:
-    """Buffers and frames that wait are gone, and nothing is watched any more."""
+    """A reset forgets waiting buffers and frames, and watches nothing any more."""
     rig = Rig()
     assert rig.watched == {77}
     rig.offer(100)
@@ -255,7 +255,7 @@ def test_hostile_queues(  # noqa: PLR0917 - what is varied
     is_locked: bool,
     has_filter: bool,
 ) -> None:
-    """Whatever is in the rings, nothing but a GuestError comes out, and all memory is the guest's.
+    """With any contents of the rings only GuestError is raised, and all memory is the guest's.
 
     No more chains are given back than were offered.
     """
@@ -279,7 +279,7 @@ def test_hostile_queues(  # noqa: PLR0917 - what is varied
     [(0, {0, 1, 2, 3}, 2), (0, {0, 1}, 1), (0, set(), 1), (COMMANDS, {0, 1, 2, 3}, 1)],
 )
 def test_pairs_that_a_front_end_serves(features: int, served: set[int], expected: int) -> None:
-    """Frames come by the pairs that are served, unless the driver's commands say which."""
+    """Frames arrive on the served pairs, unless the driver's commands choose others."""
     port = FakePort(pairs=2)
     device = VirtioNet(port, MAC, name="nic0")
     device.start(features)

@@ -1,4 +1,4 @@
-"""The DHCP server of local interfaces, against scapy, which is another's idea of the protocol."""
+"""The DHCP server of local interfaces, against scapy, an independent implementation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ XID = 0x1234_5678
 
 
 class Ask(NamedTuple):
-    """A request, with what can be wrong in it."""
+    """A request, with its possible faults."""
 
     kind: str | None = "discover"
     requested: str | None = None
@@ -75,7 +75,7 @@ class Ask(NamedTuple):
 
 
 def decoded(frame: bytes | None) -> tuple[Ether, dict[str, object]]:
-    """Return an answer as scapy reads it, checksums compared, and its options."""
+    """Return an answer as scapy reads it, with checksums compared, and its options."""
     assert frame is not None
     packet = Ether(frame)
     again = Ether(frame)
@@ -86,7 +86,7 @@ def decoded(frame: bytes | None) -> tuple[Ether, dict[str, object]]:
 
 
 def test_discover_is_answered_by_an_offer() -> None:
-    """The offer has the guest's address and all that the section lists, in the right fields."""
+    """The offer has the guest's address and all listed options, in the right fields."""
     packet, options = decoded(answer(Ask().frame(), LEASE))
     assert (packet.dst, packet.src) == (GUEST, HOST)
     assert (packet[IP].src, packet[IP].dst) == ("100.64.1.2", "100.64.1.3")
@@ -122,7 +122,7 @@ def test_discover_is_answered_by_an_offer() -> None:
     ],
 )
 def test_kinds_of_messages(kind: str, requested: str | None, expected: MessageType | None) -> None:
-    """Only the guest's own address is acknowledged; what wants no answer has none."""
+    """Only the guest's own address is acknowledged; messages that want no answer get none."""
     reply = answer(Ask(kind, requested).frame(), LEASE)
     if expected is None:
         assert reply is None
@@ -144,20 +144,20 @@ def test_bootp_is_answered_without_a_type() -> None:
 
 
 def test_a_renewal_is_acknowledged() -> None:
-    """A guest that has its address asks the host itself, from there."""
+    """A guest that has its address may ask the host by unicast."""
     ask = Ask("request", ethernet_to=HOST, ciaddr="100.64.1.3")
     assert decoded(answer(ask.frame(), LEASE))[1]["message-type"] == MessageType.ACK
 
 
 def test_boot_file() -> None:
-    """A guest that boots from the network is told what to load; others are told nothing."""
+    """A guest that boots from the network gets the file's name; others do not."""
     lease = LEASE._replace(boot_file=dhcp.BOOT_FILE)
     assert decoded(answer(Ask().frame(), lease))[0][BOOTP].file.rstrip(b"\0") == b"auto_install"
     assert decoded(answer(Ask().frame(), LEASE))[0][BOOTP].file.rstrip(b"\0") == b""
 
 
 def test_no_host_name() -> None:
-    """A lease without a name sends none."""
+    """A lease without a name has no such option."""
     assert "hostname" not in decoded(answer(Ask().frame(), LEASE._replace(host_name=b"")))[1]
 
 
@@ -182,7 +182,7 @@ def test_no_host_name() -> None:
     ),
 )
 def test_what_is_not_answered(ask: Ask) -> None:
-    """A frame for somebody else, from somebody else, or of another kind is passed over."""
+    """A frame for or from another station, or of another kind, is ignored."""
     assert answer(ask.frame(), LEASE) is None
 
 
@@ -208,14 +208,14 @@ def _with(at: int, value: int) -> Callable[[bytes], bytes]:
     ],
 )
 def test_damaged_frames(damage: Callable[[bytes], bytes]) -> None:
-    """No part of a frame is believed that does not fit the others."""
+    """A frame whose parts contradict each other is ignored."""
     frame = Ask().frame()
     assert answer(frame, LEASE) is not None
     assert answer(damage(frame), LEASE) is None
 
 
 def test_a_checksum_that_is_left_to_hardware() -> None:
-    """Where the kernel says that nobody has computed it, UDP's checksum is not looked at."""
+    """UDP's checksum is not verified if the kernel says that it is not computed yet."""
     frame = Ask().frame()
     frame = frame[:40] + b"\x12\x34" + frame[42:]
     assert answer(frame, LEASE) is None
@@ -224,13 +224,13 @@ def test_a_checksum_that_is_left_to_hardware() -> None:
 
 @given(st.binary(max_size=1600), st.booleans())
 def test_any_bytes_do_no_harm(data: bytes, is_summed: bool) -> None:
-    """Whatever a guest sends is answered or not, and raises nothing."""
+    """Any frame of a guest is answered or not, and raises nothing."""
     assert answer(data, LEASE, is_summed=is_summed) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8))
 def test_damaged_requests_do_no_harm(changes: list[tuple[int, int]]) -> None:
-    """A request with any bytes changed is answered with the one lease that there is, or not."""
+    """A request with any bytes changed gets the one lease, or no answer."""
     frame = bytearray(Ask("request", "100.64.1.3", padding=40).frame())
     for at, value in changes:
         frame[at % len(frame)] = value
@@ -244,7 +244,7 @@ OPTIONS = st.lists(st.tuples(st.integers(1, 254), st.binary(max_size=255)), max_
 
 @given(OPTIONS, st.integers(0, 5))
 def test_options_read_as_they_were_written(options: list[tuple[int, bytes]], pads: int) -> None:
-    """The first of each number counts; padding between them does not."""
+    """The first option of each number counts; padding between them is skipped."""
     field = dhcp.MAGIC
     expected: dict[int, bytes] = {}
     for number, value in options:
@@ -255,14 +255,14 @@ def test_options_read_as_they_were_written(options: list[tuple[int, bytes]], pad
 
 @given(st.binary(max_size=300))
 def test_options_never_reach_beyond_the_field(data: bytes) -> None:
-    """Lengths that point beyond the end are not followed."""
+    """Lengths beyond the end are not followed."""
     found = parse_options(dhcp.MAGIC + data)
     assert sum(2 + len(value) for value in found.values()) <= len(data)
 
 
 @given(st.binary(min_size=1, max_size=60), st.integers(0, 0xFFFFFFFF))
 def test_scapy_reads_every_lease(name: bytes, xid: int) -> None:
-    """Any host name and transaction comes out of scapy as it went in."""
+    """Any host name and transaction is read back unchanged by scapy."""
     frame = Ask("request").frame()
     at = frame.index(struct.pack(">I", XID))
     frame = frame[:at] + struct.pack(">I", xid) + frame[at + 4 :]

@@ -1,4 +1,4 @@
-"""Which frames a station wants."""
+"""The filter of a station: frames that pass it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def frame(target: bytes, vlan: int | None = None) -> bytes:
     ],
 )
 def test_targets(wanted: Filter, accepted: set[bytes]) -> None:
-    """Each mode lets through what its name says, and nothing else."""
+    """Each mode passes the frames of its name, and no others."""
     targets = {MAC, OTHER, GROUP, OTHER_GROUP, BROADCAST}
     assert {target for target in targets if wanted.accepts(frame(target))} == accepted
 
 
 def test_vlans() -> None:
-    """Of tagged frames those of listed VLANs pass; VLAN 0 is none, and no list is all."""
+    """Of tagged frames those of listed VLANs pass; VLAN 0 counts as untagged, no list as all."""
     some = Filter(MAC, vlans=frozenset({5}))
     assert [vlan for vlan in (0, 4, 5) if some.accepts(frame(MAC, vlan))] == [0, 5]
     assert some.accepts(frame(MAC))
@@ -49,7 +49,7 @@ def test_vlans() -> None:
 
 
 def test_text() -> None:
-    """Addresses are shown as people write them."""
+    """Addresses are shown in the usual notation."""
     assert text(MAC) == "fe:e1:bb:00:00:01"
     assert [is_group(address) for address in (MAC, GROUP, BROADCAST)] == [False, True, True]
 
@@ -69,6 +69,6 @@ def test_addresses_of_stations() -> None:
     ],
 )
 def test_what_no_station_has(written: str) -> None:
-    """Other ways to write one, addresses of groups, broadcast and zero are refused."""
+    """Other notations, group addresses, broadcast and zero are refused."""
     with pytest.raises(ValueError, match=r"^not an address"):
         parse_lladdr(written)

@@ -1,4 +1,4 @@
-"""A slice of the campaign of broken frames; all of it is in tests/campaigns."""
+"""A part of the campaign of broken frames; tests/campaigns has all of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.campaigns.fuzz_local import campaign
 
 
 def test_broken_frames_do_no_harm() -> None:
-    """Nothing is raised, and some frames are still right enough to be answered."""
+    """Broken frames raise nothing, and some are still right enough to be answered."""
     answered, deviation = campaign(5000, seed=2)
     assert deviation is None
     assert answered > 100

@@ -1,4 +1,4 @@
-"""Interfaces of `vmctl run`, as they are typed."""
+"""Interfaces of `vmctl run`, as users type them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from vmm_kvm.errors import SpecError
     ],
 )
 def test_interfaces(text: str, expected: NicOption) -> None:
-    """Kinds and options mean what their names say."""
+    """Kinds and options have the meaning of their names."""
     assert parse_nic(text) == expected
 
 
@@ -68,7 +68,7 @@ def test_interfaces(text: str, expected: NicOption) -> None:
     ],
 )
 def test_what_is_refused(text: str, problem: str) -> None:
-    """The message names the interface and says what is wrong with it."""
+    """The message names the interface and its fault."""
     with pytest.raises(SpecError) as raised:
         parse_nic(text)
     assert str(raised.value).startswith("invalid interface: ")
@@ -76,7 +76,7 @@ def test_what_is_refused(text: str, problem: str) -> None:
 
 
 def test_counts() -> None:
-    """A count adds interfaces without a cable, after those that are described."""
+    """A count adds unplugged interfaces after the described ones."""
     none, local = NicOption(NicKind.NONE), NicOption(NicKind.PASST)
     assert read_nics([]) == []
     assert read_nics(["2"], local=1) == [local, none]
@@ -90,7 +90,7 @@ def test_counts() -> None:
 
 @given(st.text())
 def test_nothing_else_is_raised(text: str) -> None:
-    """Whatever is typed is an interface, or is refused."""
+    """Any text is an interface, or is refused; nothing else is raised."""
     try:
         read_nics([text, f"tap:{text}", f"tap:t,{text}", f"passt,forward={text}"])
     except SpecError:

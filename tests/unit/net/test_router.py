@@ -25,7 +25,7 @@ ROUTER = Router(HOST, link_local(HOST), ADDRESS[:8] + bytes(8), ADDRESS)
 
 
 def solicitation(source: str = "fe:e1:bb:d1:23:45", hops: int = 255, to: str = "ff02::2") -> bytes:
-    """Return what a guest sends when its interface comes up."""
+    """Return the solicitation of a guest whose interface comes up."""
     packet = Ether(src=source, dst="33:33:00:00:00:02") / IPv6(src="::", dst=to, hlim=hops)
     return bytes(packet / ICMPv6ND_RS())
 
@@ -52,12 +52,12 @@ def test_what_is_advertised() -> None:
 
 
 def test_the_end_of_a_router() -> None:
-    """A lifetime of nothing says that it is none any more."""
+    """A lifetime of zero ends the router."""
     assert Ether(advertisement(ROUTER, lifetime_s=0))[ICMPv6ND_RA].routerlifetime == 0
 
 
 def test_solicitations() -> None:
-    """The guest's own question is one; what has come over a router, or from others, is not."""
+    """Only the guest's own solicitation counts, none through a router or from others."""
     assert is_solicitation(solicitation(), GUEST)
     assert not is_solicitation(solicitation(source="fe:e1:bb:d1:23:44"), GUEST)
     assert not is_solicitation(solicitation(hops=254), GUEST)
@@ -68,5 +68,5 @@ def test_solicitations() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_no_solicitation(data: bytes) -> None:
-    """Whatever arrives is looked at within its bounds."""
+    """Any frame is read within its bounds."""
     assert not is_solicitation(data, GUEST)

@@ -1,4 +1,4 @@
-"""An interface whose frames somebody else moves: who is told what."""
+"""An interface whose frames another process moves: the calls to each part."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WAIT_S = 10.0
 
 
 class DataQueues:
-    """A dataplane that notes what it is told."""
+    """A dataplane that records its calls."""
 
     device_id = abi.VIRTIO_ID_NET
     features = 1 << abi.VIRTIO_NET_F_CSUM | 1 << abi.VIRTIO_RING_F_EVENT_IDX
@@ -106,7 +106,7 @@ class DataQueues:
         self.kicked.append(index)
 
     def kick_fd(self, index: int) -> int:
-        """Return a number that shows which queue it is of."""
+        """Return a number that identifies the queue."""
         return -100 - index
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class DataQueues:
 
 
 class Port:
-    """A port that remembers how many pairs are in use."""
+    """A port that remembers the number of used pairs."""
 
     pairs = 0
 
@@ -139,11 +139,11 @@ class Calls:
         self.changes = 0
 
     def interrupt(self, _index: int) -> None:
-        """Write what the test waits for."""
+        """Write to the test's eventfd."""
         os.eventfd_write(self.fd, 1)
 
     def interrupt_fd(self, _index: int) -> int | None:
-        """Have it done by hand."""
+        """Return none: the device then calls `interrupt`."""
         return None
 
     def config_changed(self) -> None:
@@ -151,11 +151,11 @@ class Calls:
         self.changes += 1
 
     def fail(self, reason: str) -> None:
-        """It never should."""
+        """Fail: it must never be called."""
         raise AssertionError(reason)
 
     def halt(self, err: HaltError) -> None:
-        """It never should."""
+        """Fail: it must never be called."""
         raise err
 
 
@@ -195,7 +195,7 @@ def rig() -> Iterator[Rig]:
 
 
 def test_what_it_is(rig: Rig) -> None:
-    """It offers what either part offers, and no queue feature that one of them lacks."""
+    """The device offers the features of either part, but no queue feature that one lacks."""
     offered = {number for number in range(64) if rig.device.features >> number & 1}
     assert {abi.VIRTIO_NET_F_CSUM, abi.VIRTIO_NET_F_MQ, abi.VIRTIO_NET_F_CTRL_VQ} <= offered
     assert abi.VIRTIO_RING_F_EVENT_IDX in offered
@@ -206,7 +206,7 @@ def test_what_it_is(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("features", "index"), [(COMMANDS | MQ, 4), (COMMANDS, 2)])
 def test_commands_are_obeyed_here(rig: Rig, features: int, index: int) -> None:
-    """The queue of commands is behind all pairs, or behind the first; the others are the data's."""
+    """The control queue follows all pairs, or the first; the other queues are the dataplane's."""
     rings = dict.fromkeys((0, 1, index), rig.queue.ring)
     rig.device.start(features, rings)
     assert rig.data.served == {0, 1}
@@ -223,7 +223,7 @@ def test_commands_are_obeyed_here(rig: Rig, features: int, index: int) -> None:
 
 
 def test_a_start_that_fails(rig: Rig) -> None:
-    """Neither part serves anything then."""
+    """After a failed start neither part serves anything."""
     rig.data.is_refusing = True
     with pytest.raises(VirtqueueError):
         rig.device.start(COMMANDS | MQ, {4: rig.queue.ring})
@@ -233,16 +233,16 @@ def test_a_start_that_fails(rig: Rig) -> None:
 
 
 def test_the_link(rig: Rig) -> None:
-    """A cable that is pulled out shows in the configuration space, and the driver is told."""
+    """An unplugged link shows in the configuration space, and the driver is notified."""
     rig.device.set_link(False)
     assert (rig.device.config()[6], rig.calls.changes) == (0, 1)
 
 
 def test_announcing(rig: Rig) -> None:
-    """A driver that can announce itself is told to; one that cannot is left alone."""
+    """A driver that can announce itself is asked to; another is not."""
     for features, told in ((COMMANDS, 0), (COMMANDS | 1 << abi.VIRTIO_NET_F_GUEST_ANNOUNCE, 1)):
         rig.device.start(features, {2: rig.queue.ring})
-        assert rig.command(2, 9, 9) == abi.VIRTIO_NET_ERR  # it has begun
+        assert rig.command(2, 9, 9) == abi.VIRTIO_NET_ERR  # the device has started
         rig.device.announce()
         assert (rig.device.config()[6] >> 1 & 1, rig.calls.changes) == (told, told)
         rig.device.stop()
@@ -255,7 +255,7 @@ def test_what_is_no_vhost_net() -> None:
 
 
 def test_a_successor_goes_on(rig: Rig) -> None:
-    """Positions are of both halves; the other device has what the driver said, and obeys on."""
+    """A state has both parts' positions; the new device has the driver's settings, and works on."""
     features, rings = COMMANDS | MQ, dict.fromkeys((0, 1, 4), rig.queue.ring)
     rig.device.start(features, rings)
     pairs = (abi.VIRTIO_NET_CTRL_MQ, abi.VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, PAIRS, 0)

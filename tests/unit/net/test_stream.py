@@ -39,7 +39,7 @@ def wire() -> Iterator[tuple[Stream, socket.socket]]:
 
 
 def arrived(stream: Stream) -> list[bytes]:
-    """Return the frames that are there, without their headers."""
+    """Return the received frames, without their headers."""
     buffer = memoryview(bytearray(FRAME_MAX + 12))
     found = []
     while size := stream.receive(0, [buffer]):
@@ -48,7 +48,7 @@ def arrived(stream: Stream) -> list[bytes]:
 
 
 def test_frames_pass_both_ways(wire: tuple[Stream, socket.socket]) -> None:
-    """The length stands in front of a frame; the header is ours alone."""
+    """A frame's length precedes it on the stream; the virtio header does not appear there."""
     stream, other = wire
     other.sendall(packed(b"one") + packed(b"two"))
     assert arrived(stream) == [b"one", b"two"]
@@ -57,7 +57,7 @@ def test_frames_pass_both_ways(wire: tuple[Stream, socket.socket]) -> None:
 
 
 def test_what_goes_through_is_counted() -> None:
-    """Bytes of frames that are given and taken count, those of a lost one do not."""
+    """Bytes of sent and received frames count, those of a lost one do not."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         traffic = Traffic()
@@ -73,7 +73,7 @@ def test_what_goes_through_is_counted() -> None:
 
 @given(frames=st.lists(st.binary(min_size=1, max_size=40), max_size=5), data=st.data())
 def test_frames_in_pieces(frames: list[bytes], data: st.DataObject) -> None:
-    """Where the stream is cut makes no difference."""
+    """A frame may be cut at any place of the stream."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         stream = Stream(ours.fileno(), "nic0", Traffic())
@@ -87,14 +87,14 @@ def test_frames_in_pieces(frames: list[bytes], data: st.DataObject) -> None:
 
 
 def test_a_length_that_is_none(wire: tuple[Stream, socket.socket]) -> None:
-    """What cannot be a frame ends the reading, and takes no memory."""
+    """An impossible length ends the reading, and takes no memory."""
     stream, other = wire
     other.sendall(b"\xff" * 1000)
     assert arrived(stream) == []
 
 
 def test_a_reader_that_is_slow(wire: tuple[Stream, socket.socket]) -> None:
-    """Frames are lost then, but never a part of one."""
+    """A slow reader loses frames, but never a part of one."""
     stream, other = wire
     frames = [bytes((number % 256,)) * 9000 for number in range(200)]
     sent = [frame for frame in frames if stream.send(0, [HEADER, frame])]
@@ -102,12 +102,12 @@ def test_a_reader_that_is_slow(wire: tuple[Stream, socket.socket]) -> None:
     got = bytearray()
     while len(got) < sum(map(len, sent)) + 4 * len(sent):
         got += other.recv(1 << 20)
-        stream.receive(0, [])  # which sends what is left of the last
+        stream.receive(0, [])  # which sends the rest of the last frame
     assert bytes(got) == b"".join(map(packed, sent))
 
 
 def test_an_end(wire: tuple[Stream, socket.socket]) -> None:
-    """A peer that is gone is a cable that leads nowhere."""
+    """A peer that is gone counts as an unplugged link."""
     stream, other = wire
     other.close()
     assert arrived(stream) == []
@@ -121,27 +121,27 @@ class Calls:
         self.fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2)]
 
     def interrupt(self, index: int) -> None:
-        """Write what the test waits for."""
+        """Write to the test's eventfd."""
         os.eventfd_write(self.fds[index], 1)
 
     def interrupt_fd(self, _index: int) -> int | None:
-        """Have it done by hand."""
+        """Return none: the device then calls `interrupt`."""
         return None
 
     def config_changed(self) -> None:
         """Ignore it."""
 
     def fail(self, reason: str) -> None:
-        """It never should."""
+        """Fail: it must never be called."""
         raise AssertionError(reason)
 
     def halt(self, err: HaltError) -> None:
-        """It never should."""
+        """Fail: it must never be called."""
         raise err
 
 
 def test_a_device_on_a_stream(wire: tuple[Stream, socket.socket]) -> None:
-    """Each frame that arrives wakes the device, also when several come at once, or late."""
+    """Each frame that arrives wakes the device, also if several come at once, or late."""
     stream, other = wire
     memory, calls = PlainMemory(), Calls()
     queues = [DriverQueue(memory, 8, base) for base in (0x1000, 0x2000)]

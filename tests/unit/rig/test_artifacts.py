@@ -1,4 +1,4 @@
-"""Kernel packages: which one a metapackage's paragraphs name."""
+"""Kernel packages: the choice among those that a metapackage's paragraphs name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Description: x
 
 
 def test_the_newest_of_a_series_comes_first() -> None:
-    """Versions compare by number, not as text; older ones follow as a way out."""
+    """Versions compare by number, not as text; older ones follow as alternatives."""
     assert candidates(SHOWN, "6.1") == [
         "linux-image-6.1.0-56-cloud-amd64",
         "linux-image-6.1.0-23-cloud-amd64",
@@ -41,13 +41,13 @@ def test_other_dependencies_come_first() -> None:
 
 
 def test_an_unknown_series_has_no_candidates() -> None:
-    """Nothing is chosen in place of what was asked for."""
+    """No other kernel is chosen in place of an unknown series."""
     assert candidates(SHOWN, "6.18") == []
     assert candidates("", "6.1") == []
 
 
 def test_series_are_told_by_age() -> None:
-    """Series compare by number, each is told once, and none where there is no package."""
+    """Series compare by number, each is listed once, and none if there is no package."""
     assert known_series(SHOWN) == ["6.1", "6.12"]
     assert known_series(SHOWN.replace("6.12.95", "6.1.95")) == ["6.1"]
     assert known_series("") == []

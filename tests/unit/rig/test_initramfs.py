@@ -1,4 +1,4 @@
-"""The initramfs builder: its archive is what cpio reads, in the order that /init relies on."""
+"""The initramfs builder: cpio reads its archive, in the order that /init relies on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def members(archive: bytes) -> dict[str, tuple[int, bytes]]:
 
 @pytest.fixture
 def busybox(tmp_path: Path) -> Path:
-    """A file that stands for the busybox program."""
+    """A file in place of the busybox program."""
     path = tmp_path / "busybox"
     path.write_bytes(b"\x7fELF busybox")
     return path
@@ -75,7 +75,7 @@ def test_the_same_parts_give_the_same_bytes(busybox: Path) -> None:
 
 
 def test_a_recipe_changes_with_each_part(busybox: Path) -> None:
-    """A cached image is not taken for one with another /init or other modules."""
+    """A cached image is not used for another /init or other modules."""
     recipes = {
         initramfs.recipe(busybox, [], "a"),
         initramfs.recipe(busybox, [], "b"),
@@ -92,7 +92,7 @@ def test_the_scripts_parse(script: str) -> None:
 
 
 def test_cpio_reads_an_archive(busybox: Path) -> None:
-    """GNU cpio lists what was put in."""
+    """GNU cpio lists the archive's members."""
     archive = initramfs.archive(busybox, ["sh"], [], "#!init")
     listed = subprocess.run(
         ["cpio", "-it", "--quiet"], input=archive, capture_output=True, check=True

@@ -1,4 +1,4 @@
-"""The rig's kvm-amd module: one function returns at once, all else is as it was."""
+"""The rig's kvm-amd module: one function returns at once, all else is unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ svm_later: .byte 0xe8, 0, 0, 0, 0, 0x53
 def assembled(
     folder: Path, *, function: str = FUNCTION, start: int = 0xE8, landing: str = ""
 ) -> bytes:
-    """Return an object file whose `function` begins with the byte `start`, behind `landing`."""
+    """Return an object file whose `function` starts with the byte `start`, after `landing`."""
     if shutil.which("as") is None:
         pytest.skip("as not installed (Debian package binutils)")
     path = folder / "module.ko"
@@ -48,7 +48,7 @@ def test_the_function_returns_behind_its_tracers_call(landing: str, tmp_path: Pa
 
 
 def test_another_kernel_is_refused(tmp_path: Path) -> None:
-    """A module without the function, or with one that begins otherwise, is left alone."""
+    """A module without the function, or with a different one, is refused."""
     with pytest.raises(ModuleError, match=f"^no function {FUNCTION}$"):
         with_cr8_intercepted(assembled(tmp_path, function=f"{FUNCTION}s"))
     with pytest.raises(ModuleError, match=f"^{FUNCTION}: begins with 0x90, not with a call$"):

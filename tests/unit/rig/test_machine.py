@@ -1,4 +1,4 @@
-"""The rig's command line, scripts and stages: what can be told without booting it."""
+"""The rig's command line, scripts and stages, as far as no boot is needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vmm_kvm.kvm import abi
 
 
 def test_the_command_line_is_read() -> None:
-    """Every option lands in its field; memory is told in MiB."""
+    """Every option lands in its field; memory is given in MiB."""
     rig = parse(
         [
             *("run", "--cpus", "3", "--mem", "512", "--timeout", "7.5"),
@@ -86,7 +86,7 @@ def test_the_root_is_shared_read_only() -> None:
 
 
 def test_the_environment_survives_quoting() -> None:
-    """Values with quotes and newlines arrive as they are; names no shell knows are left out."""
+    """Values with quotes and newlines arrive unchanged; names that no shell knows are left out."""
     odd = 'it\'s "a"\n$HOME `b` \\'
     script = environment_script({"ODD": odd, "BASH_FUNC_x%%": "() { :; }", "PWD": "/"})
     shown = subprocess.run(
@@ -116,7 +116,7 @@ def test_a_command_is_told_the_clock(is_counted: bool, clock: str) -> None:
 
 
 def test_a_folder_is_staged_without_what_is_left_out(tmp_path: Path) -> None:
-    """A stage's archive holds the folder but not what matches its patterns."""
+    """A stage's archive holds the folder without files that match its patterns."""
     folder = tmp_path / "folder"
     (folder / "cache").mkdir(parents=True)
     (folder / "keep.py").touch()
@@ -129,7 +129,7 @@ def test_a_folder_is_staged_without_what_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_file_is_staged_by_what_it_points_at(tmp_path: Path) -> None:
-    """A symbolic link cannot be mounted over: its target is."""
+    """A symbolic link cannot be mounted over, so its target is."""
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("text")
     link.symlink_to(target)
@@ -140,7 +140,7 @@ def test_a_file_is_staged_by_what_it_points_at(tmp_path: Path) -> None:
 
 
 def test_a_silent_rig_is_given_up(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """What it prints is passed on as it comes; after that long without any it is not waited for."""
+    """Output is passed on as it comes; a rig that is silent for too long is given up."""
     script = "echo one; sleep 0.3; echo two; exec sleep 60"
     with subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE) as process:
         assert not wait(process, timeout_s=60, patience_s=1, qmp=None)
@@ -156,7 +156,7 @@ def test_the_end_of_a_rig_is_seen() -> None:
 
 
 def test_guests_get_no_paravirtual_end_of_interrupt(tmp_path: Path) -> None:
-    """The preloaded ioctl takes the feature, and only that, out of what a vCPU is to be told."""
+    """The preloaded ioctl removes the feature, and only that, from a vCPU's CPUID."""
     build_guard(tmp_path / "guard.so")
     guard = ctypes.CDLL(str(tmp_path / "guard.so"))
     cpuid = abi.with_entries(abi.kvm_cpuid2, abi.kvm_cpuid_entry2, 2)(nent=2)

@@ -1,4 +1,4 @@
-"""The CD-ROM drive: what it answers to what drivers ask, and to anything else."""
+"""The CD-ROM drive: its answers to drivers' commands, and to any others."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def data(drive: CdRom, cdb: str | bytes) -> bytes:
 
 
 def sense(drive: CdRom, cdb: str | bytes) -> Sense:
-    """Execute a command that fails; return why."""
+    """Execute a command that fails; return its sense data."""
     outcome = drive.execute(bytes.fromhex(cdb) if isinstance(cdb, str) else cdb)
     assert isinstance(outcome, Check), outcome
     return outcome.sense
 
 
 def test_inquiry_says_who_it_is(drive: CdRom) -> None:
-    """A removable CD drive with OpenBSD's names."""
+    """INQUIRY reports a removable CD drive with OpenBSD's names."""
     answer = data(drive, "12 00 00 0024 00")
     assert len(answer) == 36
     assert answer[:2] == b"\x05\x80"
@@ -65,12 +65,12 @@ def test_inquiry_says_who_it_is(drive: CdRom) -> None:
 
 
 def test_inquiry_is_cut_to_what_was_asked_for(drive: CdRom) -> None:
-    """SeaBIOS asks for 36 bytes, others for 5 first."""
+    """INQUIRY data are cut to the allocation length: SeaBIOS asks for 36 bytes, others for 5."""
     assert data(drive, "12 00 00 0005 00") == data(drive, "12 00 00 0024 00")[:5]
 
 
 def test_vital_product_data(drive: CdRom) -> None:
-    """Pages 0, 80h and 83h; the first lists them all, and each tells its length."""
+    """Pages 0, 80h and 83h exist; the first lists them all, and each has its length."""
     assert data(drive, "12 01 00 00ff 00") == bytes.fromhex("05 00 0003 00 80 83")
     assert data(drive, "12 01 80 00ff 00") == b"\x05\x80\x00\x07vmm-cd0"
     identification = data(drive, "12 01 83 00ff 00")
@@ -81,12 +81,12 @@ def test_vital_product_data(drive: CdRom) -> None:
 
 @pytest.mark.parametrize("cdb", ["12 01 b0 00ff 00", "12 00 80 00ff 00", "12 02 00 0024 00"])
 def test_inquiry_without_such_a_page(drive: CdRom, cdb: str) -> None:
-    """A page that is not there, or a page without EVPD, is an invalid field."""
+    """A missing page, or a page without EVPD, is an invalid field."""
     assert sense(drive, cdb) == spc.INVALID_FIELD
 
 
 def test_report_luns_lists_one(drive: CdRom) -> None:
-    """LUN 0 alone; no well-known ones; too little room is an error."""
+    """REPORT LUNS lists LUN 0 alone, and no well-known ones; too little room is an error."""
     assert data(drive, "a0 00 00 000000 00000100 00 00") == bytes.fromhex("00000008") + bytes(12)
     assert data(drive, "a0 00 01 000000 00000100 00 00") == bytes(8)
     assert sense(drive, "a0 00 00 000000 0000000f 00 00") == spc.INVALID_FIELD
@@ -95,7 +95,7 @@ def test_report_luns_lists_one(drive: CdRom) -> None:
 
 @pytest.mark.parametrize("cdb", NEEDING_A_MEDIUM)
 def test_an_empty_drive_is_not_ready(cdb: bytes) -> None:
-    """What needs a medium says that there is none: 3Ah."""
+    """Commands that need a medium report that there is none: 3Ah."""
     assert sense(CdRom(None), cdb) == Sense(spc.SenseKey.NOT_READY, 0x3A, 0x01)
 
 
@@ -106,19 +106,19 @@ def test_a_loaded_drive_is_ready(drive: CdRom, cdb: bytes) -> None:
 
 
 def test_capacity(drive: CdRom) -> None:
-    """The last block and the block size, in both commands."""
+    """Both commands report the last block and the block size."""
     assert data(drive, READ_CAPACITY) == bytes.fromhex("000003e7 00000800")
     longer = data(drive, "9e 10 0000000000000000 00000020 00 00")
     assert longer == bytes.fromhex("00000000000003e7 00000800") + bytes(20)
 
 
 def test_capacity_of_an_image_that_ends_within_a_block() -> None:
-    """The rest of the last block counts: it reads as zeros."""
+    """A partial last block counts: its rest reads as zeros."""
     assert CdRom(BLOCK_SIZE + 512).blocks == 2
 
 
 def test_capacity_too_large_for_ten_bytes() -> None:
-    """All ones say that READ CAPACITY(16) knows."""
+    """All ones refer the driver to READ CAPACITY(16)."""
     drive = CdRom((1 << 33) * BLOCK_SIZE)
     assert data(drive, READ_CAPACITY)[:4] == b"\xff" * 4
     longer = data(drive, "9e 10 0000000000000000 0000000c 00 00")
@@ -126,7 +126,7 @@ def test_capacity_too_large_for_ten_bytes() -> None:
 
 
 def test_another_service_action_is_an_invalid_field(drive: CdRom) -> None:
-    """Only READ CAPACITY(16) of SERVICE ACTION IN."""
+    """Of SERVICE ACTION IN only READ CAPACITY(16) exists."""
     assert sense(drive, "9e 11 0000000000000000 00000020 00 00") == spc.INVALID_FIELD
 
 
@@ -143,7 +143,7 @@ def test_another_service_action_is_an_invalid_field(drive: CdRom) -> None:
     ],
 )
 def test_reads_name_an_extent(drive: CdRom, cdb: str, block: int, count: int) -> None:
-    """Each READ leads to the bytes of its blocks."""
+    """Each READ yields the bytes of its blocks."""
     expected = Extent(block * BLOCK_SIZE, count * BLOCK_SIZE)
     assert drive.execute(bytes.fromhex(cdb)) == expected
 
@@ -165,7 +165,7 @@ def test_beyond_the_end_is_out_of_range(drive: CdRom, cdb: str) -> None:
 
 
 def test_toc_of_one_track(drive: CdRom) -> None:
-    """Track 1 from block 0, the lead-out behind the last block."""
+    """The TOC has track 1 at block 0, and the lead-out after the last block."""
     toc = data(drive, "43 00 00 000000 00 0324 00")
     assert toc == bytes.fromhex("0012 01 01  00 14 01 00 00000000  00 14 aa 00 000003e8")
 
@@ -186,7 +186,7 @@ def test_toc_from_the_lead_out(drive: CdRom) -> None:
 
 @pytest.mark.parametrize("cdb", ["43 00 01 000000 00 000c 00", "43 00 00 000000 00 000c 40"])
 def test_session_information(drive: CdRom, cdb: str) -> None:
-    """Format 1, in either place, says that the last session begins with track 1, at block 0."""
+    """Format 1, in either place, reports that the last session begins with track 1, at block 0."""
     assert data(drive, cdb) == bytes.fromhex("000a 01 01  00 14 01 00 00000000")
 
 
@@ -207,12 +207,12 @@ def test_raw_toc(drive: CdRom) -> None:
 
 
 def test_other_toc_formats_are_invalid(drive: CdRom) -> None:
-    """No PMA, ATIP or CD-TEXT on a pressed disc."""
+    """PMA, ATIP and CD-TEXT are invalid: a pressed disc has none."""
     assert sense(drive, "43 00 05 000000 00 0100 00") == spc.INVALID_FIELD
 
 
 def test_msf_ends() -> None:
-    """A DVD's later blocks have the last MSF there is."""
+    """Later blocks of a DVD have the largest MSF."""
     assert mmc.msf(0) == bytes((0, 2, 0))
     assert mmc.msf(10_000_000) == bytes((255, 59, 74))
 
@@ -221,7 +221,7 @@ def test_msf_ends() -> None:
     ("size", "profile"), [(None, 0x00), (700 << 20, 0x08), (4 << 30, 0x10)], ids=str
 )
 def test_profile_follows_the_size(size: int | None, profile: int) -> None:
-    """Up to 80 minutes are a CD, more is a DVD; the profile list marks the current one."""
+    """Up to 80 minutes are a CD, more are a DVD; the profile list marks the current one."""
     answer = data(CdRom(size), "46 00 0000 000000 ffff 00")
     assert int.from_bytes(answer[:4], "big") == len(answer) - 4
     assert int.from_bytes(answer[6:8], "big") == profile
@@ -230,7 +230,7 @@ def test_profile_follows_the_size(size: int | None, profile: int) -> None:
 
 
 def test_features_from_a_number(drive: CdRom) -> None:
-    """RT 0 starts at a feature, RT 2 asks for one, RT 3 does not exist."""
+    """RT 0 starts at a feature, RT 2 returns one, RT 3 does not exist."""
     assert data(drive, "46 02 0003 000000 ffff 00")[8:10] == b"\x00\x03"
     assert len(data(drive, "46 02 0003 000000 ffff 00")) == 16
     assert data(drive, "46 00 0010 000000 ffff 00")[8:10] == b"\x00\x10"
@@ -239,14 +239,14 @@ def test_features_from_a_number(drive: CdRom) -> None:
 
 
 def test_current_features_only(drive: CdRom) -> None:
-    """RT 1 leaves out what this medium has not: reading a DVD."""
+    """RT 1 leaves out features that do not fit the medium: reading a DVD."""
     listed = data(drive, "46 01 001e 000000 ffff 00")[8:]
     assert listed[:2] == b"\x00\x1e"
     assert b"\x00\x1f" not in listed
 
 
 def test_disc_information(drive: CdRom) -> None:
-    """A finished disc with one session and one track."""
+    """Disc information describes a finished disc with one session and one track."""
     answer = data(drive, "51 00 0000000000 0022 00")
     assert len(answer) == 34
     assert answer[:9] == bytes.fromhex("0020 0e 01 01 01 01 20 00")
@@ -254,7 +254,7 @@ def test_disc_information(drive: CdRom) -> None:
 
 
 def test_mode_sense_capabilities(drive: CdRom) -> None:
-    """Page 2Ah says that a tray locks and ejects; it has no block descriptor."""
+    """Page 2Ah reports that a tray locks and ejects; it has no block descriptor."""
     answer = data(drive, "5a 00 2a 00 000000 0080 00")
     assert int.from_bytes(answer[:2], "big") == len(answer) - 2
     assert answer[6:8] == b"\0\0"
@@ -269,7 +269,7 @@ def test_mode_sense_capabilities(drive: CdRom) -> None:
 
 
 def test_mode_sense_all_pages(drive: CdRom) -> None:
-    """Page 3Fh is every page in order; nothing of them can be changed."""
+    """Page 3Fh is every page in order; no field can be changed."""
     answer = data(drive, "1a 00 3f 00 ff 00")
     assert answer[4:8] == bytes((0x01, 6, 0, 5))
     assert answer[12] == 0x2A
@@ -294,13 +294,13 @@ def test_mode_sense_without_such_a_page(drive: CdRom, cdb: str, expected: Sense)
 
 @pytest.mark.parametrize("cdb", ["04 00 00 00 00 00", "15 10 00 00 10 00", "2a 00", "be", "ff", ""])
 def test_what_it_does_not_know(drive: CdRom, cdb: str) -> None:
-    """Anything else is an invalid operation code, but for no bytes: TEST UNIT READY."""
+    """Other commands are an invalid operation code; only an empty one is TEST UNIT READY."""
     outcome = drive.execute(bytes.fromhex(cdb))
     assert outcome == (Check(spc.INVALID_OPCODE) if cdb else spc.DONE)
 
 
 def test_eject_and_load(drive: CdRom) -> None:
-    """An open tray has no medium; closed again, the drive says once that it may have changed."""
+    """An open tray has no medium; closed again, the drive reports once that it may have changed."""
     assert drive.execute(EJECT) == spc.DONE
     assert sense(drive, TEST_UNIT_READY) == spc.NO_MEDIUM_TRAY_OPEN
     assert sense(drive, READ_CAPACITY) == spc.NO_MEDIUM_TRAY_OPEN
@@ -348,7 +348,7 @@ def test_events_of_other_kinds(drive: CdRom) -> None:
 
 
 def test_mechanism_status(drive: CdRom) -> None:
-    """Eight bytes, with one bit for an open door."""
+    """The answer is eight bytes, with one bit for an open door."""
     command = "bd 00 00000000 0000 0008 00 00"
     assert data(drive, command) == bytes(8)
     drive.execute(EJECT)
@@ -356,7 +356,7 @@ def test_mechanism_status(drive: CdRom) -> None:
 
 
 def test_request_sense_is_empty(drive: CdRom) -> None:
-    """A failed command's sense data went with it: nothing waits."""
+    """REQUEST SENSE is empty: a failed command returned its sense data itself."""
     drive.execute(b"\xff")
     answer = data(drive, "03 00 00 00 ff 00")
     assert answer == bytes.fromhex("70 00 00 00000000 0a") + bytes(10)
@@ -365,7 +365,7 @@ def test_request_sense_is_empty(drive: CdRom) -> None:
 
 
 def test_reset_unlocks_and_is_told(drive: CdRom) -> None:
-    """After a reset the next command learns of it, and the tray opens."""
+    """After a reset the next command reports it, and the tray opens."""
     drive.execute(LOCK)
     drive.reset()
     assert len(data(drive, "12 00 00 0024 00")) == 36
@@ -374,14 +374,14 @@ def test_reset_unlocks_and_is_told(drive: CdRom) -> None:
 
 
 def test_request_sense_takes_an_attention(drive: CdRom) -> None:
-    """Whoever asks by REQUEST SENSE is not told again."""
+    """REQUEST SENSE reports an attention, which is then not reported again."""
     drive.reset()
     assert data(drive, "03 00 00 00 12 00")[2] == 6
     assert drive.execute(TEST_UNIT_READY) == spc.DONE
 
 
 def test_sense_data_are_fixed_format() -> None:
-    """Eighteen bytes: key, additional length, code and qualifier."""
+    """Sense data have eighteen bytes: key, additional length, code and qualifier."""
     assert spc.REMOVAL_PREVENTED.encode() == bytes.fromhex(
         "70 00 05 00000000 0a 00000000 53 02 00000000"
     )
@@ -409,7 +409,7 @@ def test_any_bytes_are_answered(size: int | None, commands: list[tuple[int, byte
 
 
 def test_a_disc_of_more_than_4_gib() -> None:
-    """Its blocks beyond 4 GiB of bytes are told and read by every command, and none behind it."""
+    """Every command can report and read blocks beyond 4 GiB of bytes, and none after the end."""
     blocks, far = (9 << 30) // BLOCK_SIZE, (5 << 30) // BLOCK_SIZE + 3
     drive = CdRom(blocks * BLOCK_SIZE)
     drive.execute(TEST_UNIT_READY)
