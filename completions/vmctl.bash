@@ -303,6 +303,10 @@ _vmctl() {
 		_vmctl_offer "$word" '<file>'
 		return
 		;;
+	'run --share')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'run --timeout')
 		_vmctl_offer "$word"
 		return
@@ -316,7 +320,7 @@ _vmctl() {
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --balloon --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --timeout --virtio-console --vsock --wait --watchdog)
+		options=(-B -b -c -d -i -L -m -n -p -r --append --balloon --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --share --timeout --virtio-console --vsock --wait --watchdog)
 		operands=()
 		;;
 	'send '*)

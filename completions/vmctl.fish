@@ -119,6 +119,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l json -d 'Print what ha
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l no-reboot -d 'End when the guest reboots, instead of booting again.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that keeps the variables of UEFI firmware; made if it is missing.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l share -d 'Share a directory by virtio-fs, which the guest mounts by its tag; may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'

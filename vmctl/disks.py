@@ -41,7 +41,7 @@ def open_disk(text: str, index: int, stack: ExitStack) -> "DiskSpec":
     option = _parse(text)
     name = f"disk{index}"
     if option.kind is DiskKind.VHOST_USER:
-        return _remote(lambda: _connect(option.path), name)
+        return _remote(lambda: connect_server(option.path), name)
     if option.kind is DiskKind.PMEM:
         from vmm_kvm.block.mapped import MappedImage  # noqa: PLC0415 - few disks are memory
         from vmm_kvm.virtio.pmem import PmemSpec  # noqa: PLC0415 - the same
@@ -138,7 +138,12 @@ def _close(image: Image, path: str) -> None:
         print(f"vmctl: {path}: {err.strerror}", file=sys.stderr)
 
 
-def _connect(path: str) -> "socket.socket":
+def connect_server(path: str) -> "socket.socket":
+    """Connect to a vhost-user server.
+
+    Raises:
+        SpecError: it does not listen there.
+    """
     import socket  # noqa: PLC0415 - see above
 
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

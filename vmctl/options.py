@@ -143,6 +143,14 @@ _MACHINE_OPTIONS = (
     ),
     Option("--save", "save", "Make a file of vm.conf.d of the VM, which then stays."),
     Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
+    Option(
+        "--share",
+        "shares",
+        "Share a directory by virtio-fs, which the guest mounts by its tag; may be repeated.",
+        "directory:tag[:ro]",
+        True,
+        (FILE,),
+    ),
     Option("--template", "is_template", "Once it is paused, it stays so: clones go on from it."),
     Option(
         "--timeout",
@@ -185,6 +193,7 @@ _NOT_FOR_START = {
     "--gdb": "vmd makes no socket for it: 'vmctl gdb' debugs the VM",
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
+    "--share": "VMs of vmd have no shared directories",
     "--virtio-console": "VMs of vmd have a serial port alone",
 }
 
@@ -199,9 +208,9 @@ RUN_USAGE = (
     "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
     "\t\t[--balloon] [--console-log file] [--firmware name]\n"
     "\t\t[--forward forward] [--from path] [--gdb path[,wait]] [--initrd path]\n"
-    "\t\t[--json] [--no-reboot] [--nvram path] [--selftest] [--timeout seconds]\n"
-    "\t\t[--virtio-console] [--vsock path] [--wait condition]\n"
-    "\t\t[--watchdog] [name]"
+    "\t\t[--json] [--no-reboot] [--nvram path] [--selftest]\n"
+    "\t\t[--share directory:tag[:ro]] [--timeout seconds] [--virtio-console]\n"
+    "\t\t[--vsock path] [--wait condition] [--watchdog] [name]"
 )
 START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"

@@ -53,7 +53,6 @@ EXIT_KILLED = 128 + signal.SIGTERM
 # vmd(8)'s limit of restarts: the third in a row so soon after its start is the last.
 _EARLY_NS = 6 * NANOSECONDS
 _EARLY_CRASHES = _EARLY_RESETS = 3
-_EARLY_RESETS = 3
 _RESETS = (
     "vmctl: the guest resets again and again, soon after each start:"
     " --no-reboot ends the run at a reset"
@@ -88,6 +87,7 @@ class RunOptions(NamedTuple):
     firmware: tuple[str, ...] = ()
     nvram: tuple[str, ...] = ()
     virtio_console: bool = False
+    shares: tuple[str, ...] = ()
     vsock: tuple[str, ...] = ()
     balloon: bool = False
     watchdog: bool = False
@@ -211,7 +211,7 @@ def _spec(options: RunOptions, vsock: "VsockOption | None", stack: ExitStack) ->
     devices = (
         *_nics(options, name, stack),
         *_media(options, stack),
-        *_console(options),
+        *_others(options, stack),
         *((vsock.spec(),) if vsock else ()),
     )
     return MachineSpec(
@@ -250,7 +250,11 @@ def _media(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
         yield open_cdrom(cdrom, stack)
 
 
-def _console(options: RunOptions) -> "Iterator[DeviceSpec]":
+def _others(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
+    if options.shares:
+        from vmctl.shares import open_shares  # noqa: PLC0415 - few VMs have one
+
+        yield from open_shares(options.shares, stack)
     if options.virtio_console:
         from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
 

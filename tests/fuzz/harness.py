@@ -44,6 +44,7 @@ TARGETS = (
     "agent_archives",
     "boot_images",
     "client_messages",
+    "fuse_requests",
     "fw_cfg",
     "internal_messages",
     "local_frames",

@@ -74,6 +74,7 @@ class Kind(StrEnum):
     DISK = "disk"
     NIC = "nic"
     OPENER = "opener"
+    SHARE = "share"
 
 
 def _all(reason: str, *names: str) -> tuple[Allow, ...]:
@@ -231,6 +232,23 @@ _OPENER = (
         "fcntl", 1, {_F_OFD_SETLK: "locks on images", _F_OFD_GETLK: "who else has an image open"}
     ),
 )
+_SHARE = (
+    *_NAMED,
+    *_all("files below the shared directory, by name", "openat2"),
+    *_all("their contents", "preadv", "preadv2", "pread64"),
+    *_all("what links say, entries of directories", "readlinkat", "getdents64"),
+    *_all("how much room there is", "fstatfs"),
+    *_all("flushes", "fsync", "fdatasync"),
+    *_all("the connection's messages", "sendto", "recvfrom", "shutdown"),
+)
+_CHANGES = (
+    *_all("contents of files", "pwritev", "pwritev2", "pwrite64", "ftruncate", "fallocate"),
+    *_all(
+        "names", "mkdirat", "mknodat", "symlinkat", "linkat", "unlinkat", "renameat", "renameat2"
+    ),
+    *_all("permissions and times", "fchmodat", "utimensat"),
+)
+"""What else a share takes that can be written to."""
 _CONTROL = (
     *_THREADS,
     *_PARCELS,
@@ -333,7 +351,27 @@ CONFINEMENTS = {
     Kind.NIC: Confinement(
         Filter((*_BASE, *_NIC), _REFUSED), (*_NO_CORE, (resource.RLIMIT_NOFILE, 256))
     ),
+    # See `share_confinement`.
+    Kind.SHARE: Confinement(
+        Filter((*_BASE, *_SHARE), _REFUSED),
+        # Of files that its guest knows, and of those that it has open.
+        (*_NO_CORE, (resource.RLIMIT_NOFILE, 16384)),
+        is_isolated=False,
+    ),
 }
+
+
+def share_confinement(own: int, *, is_writable: bool) -> Confinement:
+    """Return the confinement of a process that shares a directory.
+
+    `own` is its descriptor of its own descriptors, by which it opens files that it has one of.
+    """
+    base = CONFINEMENTS[Kind.SHARE]
+    table = base.filter
+    opening = Allow("openat", "files that it has a descriptor of", (Argument(0, own),))
+    changes = _CHANGES if is_writable else ()
+    # Unlike in other processes, nothing may be opened by a name of anywhere else.
+    return base._replace(filter=Filter((*table.allowed, opening, *changes), table.refused))
 
 
 def zygote_confinement(uids: Uids | None) -> Confinement:

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vmd.confine.syscalls import SYSCALLS
 from vmm_kvm.libc import LIBC
@@ -26,6 +27,15 @@ _TCP_RIGHTS = 0b11  # bind, connect
 _SCOPES = 0b11  # abstract UNIX sockets, signals
 _RULE_PATH_BENEATH = 1
 _WRITE_AND_READ_FILE = 0b110
+_READ_FILE, _READ_DIR = 1 << 2, 1 << 3
+_CHANGES = (
+    1 << 1  # writing files
+    | 0b11 << 4  # removing directories and files
+    | 0b111 << 7  # making directories, files, sockets
+    | 1 << 10  # FIFOs
+    | 1 << 12  # symbolic links
+    | 0b11 << 13  # names in other directories, truncating
+)
 _CONTENTS = _WRITE_AND_READ_FILE | 0b11 << 14
 """Reading, writing, truncating and device controls: an open file keeps them for others too."""
 
@@ -48,6 +58,13 @@ class _LandlockPathBeneathAttr(ctypes.Structure):
     _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
+class Subtree(NamedTuple):
+    """A directory below which files may be used by descriptor and name."""
+
+    fd: int
+    is_writable: bool
+
+
 def version() -> int:
     """Return the version of the kernel's interface, 0 if it has none or it is switched off."""
     found = LIBC.syscall(
@@ -66,11 +83,14 @@ def missing() -> str | None:
     )
 
 
-def restrict(writable: Sequence[str] = (), *, opens_files: bool = False) -> bool:
+def restrict(
+    writable: Sequence[str] = (), *, opens_files: bool = False, subtree: Subtree | None = None
+) -> bool:
     """Restrict this thread and its later threads and children; needs no_new_privs.
 
     Files below the directories of `writable` can still be opened, to be read and written; one that
-    is not there is passed over. With `opens_files`, files that exist can be everywhere.
+    is not there is passed over. With `opens_files`, files that exist can be everywhere. Below
+    `subtree` files and directories can be read, and made, changed and removed if it is writable.
 
     Returns False where the kernel has no Landlock.
 
@@ -91,6 +111,9 @@ def restrict(writable: Sequence[str] = (), *, opens_files: bool = False) -> bool
     try:
         for path in writable:
             _allow(fd, path)
+        if subtree:
+            rights = _READ_FILE | _READ_DIR | (_CHANGES if subtree.is_writable else 0)
+            _allow_below(fd, subtree.fd, rights & known)
         _call("landlock_restrict_self", fd)
     finally:
         os.close(fd)
@@ -103,10 +126,14 @@ def _allow(ruleset_fd: int, path: str) -> None:
     except FileNotFoundError:
         return
     try:
-        attr = _LandlockPathBeneathAttr(_WRITE_AND_READ_FILE, directory)
-        _call("landlock_add_rule", ruleset_fd, _RULE_PATH_BENEATH, ctypes.byref(attr))
+        _allow_below(ruleset_fd, directory, _WRITE_AND_READ_FILE)
     finally:
         os.close(directory)
+
+
+def _allow_below(ruleset_fd: int, directory: int, rights: int) -> None:
+    attr = _LandlockPathBeneathAttr(rights, directory)
+    _call("landlock_add_rule", ruleset_fd, _RULE_PATH_BENEATH, ctypes.byref(attr))
 
 
 def _call(name: str, *arguments: object) -> int:

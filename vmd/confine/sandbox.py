@@ -113,11 +113,15 @@ def client_identity(uid: int) -> Identity:
     return Identity(uid, user.pw_gid, tuple(groups))
 
 
-def confine(confinement: Confinement, identity: Identity | None) -> None:
+def confine(
+    confinement: Confinement,
+    identity: Identity | None,
+    subtree: landlock.Subtree | None = None,
+) -> None:
     """Confine this process to `confinement`.
 
     `identity` is None if an ordinary user runs the daemon: user, namespaces and capabilities then
-    stay as they are, and the rest is the same.
+    stay as they are, and the rest is the same. Below `subtree` it may use files.
 
     Raises:
         SandboxError: a step failed; the process must end.
@@ -142,7 +146,9 @@ def confine(confinement: Confinement, identity: Identity | None) -> None:
         # A change of user resets both: no process may trace us, and we do not outlive our parent.
         _prctl(_PR_SET_DUMPABLE, 0)
         seccomp.no_new_privileges()
-        landlock.restrict(confinement.writable, opens_files=confinement.opens_files)
+        landlock.restrict(
+            confinement.writable, opens_files=confinement.opens_files, subtree=subtree
+        )
         seccomp.install(seccomp.compile_filter(confinement.filter))
     except OSError as err:
         raise SandboxError(err.strerror or str(err)) from err

@@ -27,14 +27,15 @@ if TYPE_CHECKING:  # loaded by what makes a record of it
     from vmm_kvm.virtio.pmem import PmemSpec
     from vmm_kvm.virtio.scsi import ScsiCdSpec
     from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
+    from vmm_kvm.virtio.vhost_user.fs import RemoteFsSpec
     from vmm_kvm.virtio.vsock import VsockSpec
 else:  # to read an annotation in quotes, NamedTuple compiles it: as slow as ten modules
     Variables = object
 
 DiskSpec: TypeAlias = "BlkSpec | RemoteBlkSpec | PmemSpec"
 DeviceSpec: TypeAlias = (
-    "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | ConsoleSpec | VsockSpec | BalloonSpec"
-    " | WatchdogSpec | VmmciSpec"
+    "RngSpec | NetSpec | DiskSpec | ScsiCdSpec | RemoteFsSpec | ConsoleSpec | VsockSpec"
+    " | BalloonSpec | WatchdogSpec | VmmciSpec"
 )
 
 BASIC_DEVICES: Final = (RngSpec(), VmmciSpec())
@@ -52,7 +53,8 @@ class MachineSpec(NamedTuple):
     name: str = "vm"
     """At most 63 bytes."""
     devices: tuple[DeviceSpec, ...] = BASIC_DEVICES
-    """PCI devices; those of one kind in their order. At most one each but disks and interfaces."""
+    """PCI devices; those of one kind in their order. At most one each but disks,
+    interfaces and file systems."""
     command_line: str | None = None
     initrd: tuple[str | FileSource, ...] = ()
     """Open, or by path; more than one only for Multiboot kernels."""
@@ -83,7 +85,7 @@ def pmems_of(devices: "Iterable[DeviceSpec]") -> "list[PmemSpec]":
 def has_servers(devices: "Sequence[DeviceSpec]") -> bool:
     """Tell whether another process serves a device, which needs the guest's memory for it."""
     nets = nets_of(devices)
-    if any(spec.kind == "remote-blk" for spec in devices):
+    if any(spec.kind in {"remote-blk", "remote-fs"} for spec in devices):
         return True
     if not nets:
         return False

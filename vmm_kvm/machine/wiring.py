@@ -19,6 +19,7 @@ from vmm_kvm.memory import GuestMemory
 from vmm_kvm.pci.host import PciHost
 from vmm_kvm.pci.ids import (
     CLASS_COMMUNICATIONS_OTHER,
+    CLASS_MASS_STORAGE_OTHER,
     CLASS_MASS_STORAGE_SCSI,
     CLASS_NETWORK_ETHERNET,
     CLASS_OTHER,
@@ -51,11 +52,12 @@ _ORDER = {
     "remote-blk": 2,
     "pmem": 2,
     "scsi-cd": 3,
-    "console": 4,
-    "vsock": 5,
-    "balloon": 6,
-    "watchdog": 7,
-    "vmmci": 8,
+    "remote-fs": 4,
+    "console": 5,
+    "vsock": 6,
+    "balloon": 7,
+    "watchdog": 8,
+    "vmmci": 9,
 }
 _PIN_INTA = 1
 
@@ -294,6 +296,12 @@ class Devices:
 
                 drive = VirtioScsi(spec.image, owns_image=False)
                 self.cdrom = self._add_backend(drive, CLASS_MASS_STORAGE_SCSI, "cdrom")[0]
+            case "remote-fs":
+                from vmm_kvm.virtio.vhost_user.fs import (  # noqa: PLC0415 - see above
+                    make_remote_fs,
+                )
+
+                self._add(make_remote_fs(spec, self._memory), CLASS_MASS_STORAGE_OTHER, spec.name)
             case "console":
                 from vmm_kvm.virtio.console import VirtioConsole  # noqa: PLC0415 - see above
 

@@ -14,6 +14,7 @@ VIRTIO_ID_RNG = 4
 VIRTIO_ID_BALLOON = 5
 VIRTIO_ID_SCSI = 8
 VIRTIO_ID_VSOCK = 19
+VIRTIO_ID_FS = 26
 VIRTIO_ID_PMEM = 27
 
 # linux/virtio_config.h: device status

@@ -15,11 +15,14 @@ from tests.virtio_driver import EVENT_IDX, INDIRECT, DriverQueue, PlainMemory
 from vmm_kvm.block.file import HostFile
 from vmm_kvm.block.raw import RawImage
 from vmm_kvm.errors import GuestError
+from vmm_kvm.fs.server import FuseServer
+from vmm_kvm.fs.tree import Tree, open_root
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.virtio.balloon import VirtioBalloon
 from vmm_kvm.virtio.blk import VirtioBlk
 from vmm_kvm.virtio.console import VirtioConsole
 from vmm_kvm.virtio.device import Backend
+from vmm_kvm.virtio.fs import VirtioFs
 from vmm_kvm.virtio.pmem import VirtioPmem
 from vmm_kvm.virtio.rng import VirtioRng
 from vmm_kvm.virtio.scsi import VirtioScsi
@@ -86,6 +89,19 @@ def vsock() -> Backend:
     return device
 
 
+class SharedFolder(VirtioFs):
+    """A file system that owns its root too."""
+
+    def __init__(self) -> None:
+        self._root = open_root("/usr/share")
+        super().__init__(FuseServer(Tree(self._root), is_writable=False), b"tag")
+
+    def close(self) -> None:
+        """Close it."""
+        super().close()
+        os.close(self._root)
+
+
 DEVICES: dict[str, Callable[[], Backend]] = {
     "blk": lambda: VirtioBlk(image(), name="disk0", queues=2),
     "scsi": lambda: VirtioScsi(image()),
@@ -95,6 +111,7 @@ DEVICES: dict[str, Callable[[], Backend]] = {
     "pmem": lambda: VirtioPmem(0, IMAGE_SIZE, lambda: None, name="pmem0"),
     "vsock": vsock,
     "balloon": lambda: VirtioBalloon(GuestMemory(((0, MEMORY_SIZE),))),
+    "fs": SharedFolder,
 }
 
 

@@ -168,6 +168,7 @@ def test_run_and_start_have_the_same_options() -> None:
             "--gdb",
             "--no-reboot",
             "--nvram",
+            "--share",
             "--virtio-console",
         },
     }

@@ -18,7 +18,13 @@ from pathlib import Path
 import pytest
 
 from vmd.confine import landlock
-from vmd.confine.confinements import CONFINEMENTS, PARENT_DENIALS, Kind, zygote_confinement
+from vmd.confine.confinements import (
+    CONFINEMENTS,
+    PARENT_DENIALS,
+    Kind,
+    share_confinement,
+    zygote_confinement,
+)
 from vmd.confine.sandbox import (
     TASKS_MAX,
     Identity,
@@ -44,8 +50,8 @@ FORBIDDEN = (
     *("pidfd_getfd", "openat2"),
     *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "perf_event_open", "userfaultfd"),
 )
-# The local process asks the host's DNS server, the opener opens files.
-EXEMPT = {Kind.LOCAL: {"connect"}, Kind.OPENER: {"openat2"}}
+# The local process asks the host's DNS server, the opener and shares open files.
+EXEMPT = {Kind.LOCAL: {"connect"}, Kind.OPENER: {"openat2"}, Kind.SHARE: {"openat2"}}
 # What some kinds may and others may not.
 OF_FEW = {
     "fork": {Kind.ZYGOTE},
@@ -627,7 +633,11 @@ def test_the_manual_counts_right() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     table = {row[0]: row[1:] for row in rows if row}
     assert table[""] == [str(kind) for kind in KINDS]
-    confinements = {**CONFINEMENTS, Kind.ZYGOTE: zygote_confinement(UIDS)}
+    confinements = {
+        **CONFINEMENTS,
+        Kind.ZYGOTE: zygote_confinement(UIDS),
+        Kind.SHARE: share_confinement(0, is_writable=True),
+    }
     calls = [len({one.name for one in confinements[kind].filter.allowed}) for kind in KINDS]
     assert table["system calls, some with certain arguments alone"] == list(map(str, calls))
     beside = {Kind.VM: "VM", Kind.DISK: "disk", Kind.NIC: "network"}
