@@ -160,6 +160,9 @@ def _bounds(metas: tuple[object, ...]) -> str:
             told.append(f"{meta.ge} to {meta.le}")
         if meta.max_length is not None:
             told.append(f"at most {meta.max_length}")
+        if meta.pattern is not None:
+            assert meta.pattern == parts.WITHOUT_NULL
+            told.append("no null character")
     return f" ({', '.join(told)})" if told else ""
 
 

@@ -15,7 +15,9 @@ PROTOCOL_VERSION = 1
 VmId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
 Word = Annotated[str, msgspec.Meta(max_length=255)]
 """A name; policy decides whether it is valid."""
-Path = Annotated[str, msgspec.Meta(max_length=4096)]
+WITHOUT_NULL = r"^[^\x00]*$"
+Path = Annotated[str, msgspec.Meta(max_length=4096, pattern=WITHOUT_NULL)]
+"""No system call takes a name with a null character."""
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """Bytes."""
 Port = Annotated[int, msgspec.Meta(ge=1, le=PORT_MAX)]

@@ -99,6 +99,18 @@ def test_random_bytes_are_never_more_than_an_error(data: bytes, name: str) -> No
     assert "\n" not in problem
 
 
+@pytest.mark.parametrize(
+    "request_", ['{"type":"load","path":"%s"}', '{"type":"start","disks":[{"path":"%s"}]}']
+)
+def test_no_path_has_a_null_character(request_: str) -> None:
+    """No call of the daemon's would take one: it is no request."""
+    decode = messages.DAEMON_TO_CLIENT.decode
+    decode((request_ % r"/a\nb").encode())
+    for path in (r"/a\u0000b", r"\u0000", r"/a\u0000\n", r"\n\u0000"):
+        with pytest.raises(WireError):
+            decode((request_ % path).encode())
+
+
 def test_requests_look_as_documented() -> None:
     """Clients in other languages write these very bytes."""
     encode = messages.CLIENT_TO_DAEMON.encode
