@@ -8,14 +8,14 @@ _vmctl_vms() {
 # Prints what a word stands for among the verbs of OpenBSD, or else among ours.
 _vmctl_verb() {
 	local word=$1 verb found=()
-	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics; do
+	for verb in console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics web; do
 		[[ $verb == "$word" ]] && printf '%s' "$verb" && return
 	done
 	for verb in console create load log pause receive reload reset send show start status stop unpause wait; do
 		[[ $verb == "$word"* ]] && found+=("$verb")
 	done
 	if [[ ${#found[@]} -eq 0 ]]; then
-		for verb in clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics; do
+		for verb in clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics web; do
 			[[ $verb == "$word"* ]] && found+=("$verb")
 		done
 	fi
@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics web --help --version -v
 		return
 	fi
 	case $verb in
@@ -145,7 +145,7 @@ _vmctl() {
 		;;
 	'help '*)
 		options=()
-		operands=('clone' 'connect' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'gdb' 'help' 'image' 'list' 'load' 'log' 'migrate' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'ssh' 'ssh-config' 'start' 'status' 'stop' 'top' 'metrics' 'unpause' 'wait')
+		operands=('clone' 'connect' 'console' 'cp' 'create' 'doctor' 'events' 'exec' 'gdb' 'help' 'image' 'list' 'load' 'log' 'migrate' 'pause' 'receive' 'reload' 'reset' 'run' 'send' 'show' 'snapshot' 'ssh' 'ssh-config' 'start' 'status' 'stop' 'top' 'metrics' 'web' 'unpause' 'wait')
 		;;
 	'image check '*)
 		options=(--json)
@@ -477,6 +477,14 @@ _vmctl() {
 		;;
 	'metrics '*)
 		options=()
+		operands=()
+		;;
+	'web --port')
+		_vmctl_offer "$word"
+		return
+		;;
+	'web '*)
+		options=(--port)
 		operands=()
 		;;
 	'unpause '*)

@@ -111,6 +111,7 @@ umount -l old-root
 cd "/$place"
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
 unset VMM_CACHE VIRTUAL_ENV PYTHONPATH
+export VMM_NO_CHROMIUM=1
 printf "python %s\n" "$(python3 -c "import platform; print(platform.python_version())")"
 scripts/setup.sh
 scripts/test.sh "$@"

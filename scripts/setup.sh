@@ -110,6 +110,10 @@ apt_get() {
         -o DPkg::Lock::Timeout=300 --no-install-recommends "$@" </dev/null
 }
 
+# A browser for the page of vmctl web, in its tests; a tree of the matrix goes without.
+[ -n "${VMM_NO_CHROMIUM:-}" ] || packages="$packages
+    chromium"
+
 missing=
 for package in $(printf '%s\n' "$packages" | awk 'NF { print $1 }'); do
     installed "$package" || missing="$missing $package"

@@ -599,6 +599,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.config",
         "vmctl",
     ),
+    "vmctl.web": (
+        "vmm_kvm.version",
+        "vmd.wire",
+        "vmctl",
+        "msgspec",
+        "starlette",
+        "uvicorn",
+    ),
     "vmm_agent": (),
     "vmm_pytest": ("vmm_kvm.libc", "vmctl", "vmctl.copying", "pytest", "pluggy"),
 }

@@ -472,6 +472,15 @@ _TABLE = (
         most=0,
     ),
     Verb(
+        "web",
+        "",
+        "Serve a page for this user's browser, on 127.0.0.1.",
+        "web.command",
+        "web",
+        (Option("--port", "port", "Where; any port that is free by default.", "port"),),
+        *(0, 0),
+    ),
+    Verb(
         "unpause",
         "id",
         "Let a paused VM continue.",

@@ -82,12 +82,13 @@ LINES = {
     "ssh": "ssh --ssh true {vsock}",
     "start": "start web",
     "top": "top -d 0.1 -n 2",
+    "web": "web --port 65536",
 }
 """Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
 images in it, `{new}` the name of a file that is not there, `{vsock}` the way to a guest."""
-FAILS = {"events", "gdb", "image pull", "image resize", "image rm", "receive", "run"}
-"""The daemon ends, there is no such image, server or kernel, nothing comes that could be received,
-or the daemon here has no stream to debug by."""
+FAILS = {"events", "gdb", "image pull", "image resize", "image rm", "receive", "run", "web"}
+"""The daemon ends, there is no such image, server, kernel or port, nothing comes that could be
+received, or the daemon here has no stream to debug by."""
 OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
 
 
