@@ -245,6 +245,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.wire",
         "vmd.confine",
     ),
+    "vmd.unusable": (
+        "vmm_kvm.errors",
+        "vmm_kvm.block",
+        "vmm_kvm.images",
+        "vmm_kvm.boot",
+        "vmm_kvm.arch.x86",
+        "vmd.config",
+    ),
     "vmd.opener": ("vmm_kvm.log", "vmd.wire", "vmd.shared"),
     "vmd.parent": (
         "vmm_kvm.boot_device",
@@ -392,6 +400,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.confine",
         "vmd.shared",
         "vmd.options",
+        "vmd.unusable",
         "vmd.daemon",
     ),
     "vmctl": (

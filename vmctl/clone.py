@@ -4,7 +4,15 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vmctl.client import Client, CommandError, Fields, RefusedError, parse_target, text_of
+from vmctl.client import (
+    Client,
+    CommandError,
+    Fields,
+    RefusedError,
+    check_name,
+    parse_target,
+    text_of,
+)
 from vmctl.messages import fail
 from vmctl.values import number_of, once
 from vmm_kvm.errors import SpecError
@@ -23,6 +31,7 @@ def clone(words: Sequence[str], *, count: tuple[str, ...] = (), as_json: bool = 
     """
     try:
         target = parse_target(words[0])
+        check_name(words[1].replace("%d", "1", 1))
         asked = once(count, "count")
         number = 1 if asked is None else number_of(asked, "count", _COUNT_MAX)
         with Client() as client:

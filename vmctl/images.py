@@ -18,7 +18,7 @@ from vmm_kvm.block.locks import lock
 from vmm_kvm.block.qcow2.header import Compatible, Header, Incompatible, read_header
 from vmm_kvm.block.qcow2.snapshots import read_snapshots
 from vmm_kvm.errors import ImageError, VmmError
-from vmm_kvm.images.opening import image_chain
+from vmm_kvm.images.opening import check_kind, image_chain
 from vmm_kvm.text import printable
 
 Facts = dict[str, str | int | bool | list[str] | None]
@@ -147,6 +147,7 @@ def _opened(path: str) -> Iterator[HostFile]:
     except (OSError, ValueError) as err:
         raise ImageError(f"{path}: {reason(err)}") from err
     try:
+        check_kind(descriptor, path)
         yield HostFile(descriptor, path, is_read_only=True)
     except OSError as err:
         raise ImageError(f"{path}: {reason(err)}") from err

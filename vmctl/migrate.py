@@ -54,11 +54,11 @@ def migrate(
     try:
         target, host = parse_target(words[0]), words[1]
         _check_host(host)
-        plan = _plan(downtime, timeout, on_timeout)
+        plan, command = _plan(downtime, timeout, on_timeout), _command(ssh)
         with Client() as client:
             name = _name(client, target)
         with cleaning_up():
-            _migrate(name, [*shlex.split(ssh), host], plan)
+            _migrate(name, [*command, host], plan)
     except RefusedError as err:
         return fail(f"migrate vm command failed: {err}")
     except (CommandError, ValueError) as err:
@@ -91,6 +91,19 @@ def _plan(downtime: str, timeout: str, on_timeout: str) -> _Plan:
     if on_timeout not in {"cancel", "force"}:
         raise CommandError(f"invalid on-timeout: {on_timeout}: cancel or force")
     return _Plan(int(downtime), -int(-seconds // 1), on_timeout == "force")
+
+
+def _command(ssh: str) -> list[str]:
+    """Return the words of a command.
+
+    Raises:
+        CommandError: there are none.
+        ValueError: a quotation does not end.
+    """
+    words = shlex.split(ssh)
+    if not words:
+        raise CommandError("invalid ssh: no command")
+    return words
 
 
 def _name(client: Client, target: Target) -> str:
@@ -142,6 +155,9 @@ def _migrate(name: str, ssh: Sequence[str], plan: _Plan) -> None:
             while ours:
                 os.close(ours.pop())
             _leave(remote, is_over=is_over)
+            if is_over and remote.returncode:
+                ended = f"status {remote.returncode}" if remote.returncode > 0 else "a signal"
+                fail(f"{ssh[0]} ended with {ended}")
     finally:
         while ours:
             os.close(ours.pop())

@@ -5,6 +5,7 @@ daemon makes network interfaces: a VM that has some is for `vmctl receive`.
 """
 
 import os
+import stat
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,7 +75,8 @@ def open_saved(
 
 def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | None") -> Saved:
     source: SnapshotFile | StreamReader
-    if os.pread(fd, len(files.MAGIC), 0) == files.MAGIC:
+    is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+    if is_file and os.pread(fd, len(files.MAGIC), 0) == files.MAGIC:
         source = stack.enter_context(SnapshotFile(fd))
     else:
         source = StreamReader(stack.enter_context(FdSource(fd, _PATIENCE_S)))

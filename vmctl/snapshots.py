@@ -50,6 +50,7 @@ def snapshot(
         if listed:
             _list(as_json=as_json)
         elif removed:
+            _check_stored(removed)
             with Client() as client:
                 client.ask("remove-snapshot", "done", {"snapshot": removed})
         elif described or checked:
@@ -67,6 +68,8 @@ def _make(words: Sequence[str], output: str, *, no_disks: bool) -> int | None:
     target = parse_target(words[0])
     if output and len(words) > 1:
         return None
+    if len(words) > 1:
+        _check_stored(words[1])
     fields: Fields = {**target.fields(), "without_disks": no_disks}
     with Client() as client:
         if output:
@@ -79,6 +82,16 @@ def _make(words: Sequence[str], output: str, *, no_disks: bool) -> int | None:
             answer = client.ask("snapshot", "done", {**fields, "snapshot": made})
     print(f"vmctl: made snapshot {printable(made)} of vm {answer['id']}", file=sys.stderr)
     return 0
+
+
+def _check_stored(name: str) -> None:
+    """Refuse what is too long for the name of a snapshot; the daemon refuses the rest.
+
+    Raises:
+        CommandError: it is.
+    """
+    if len(name) > NAME_MAX:
+        raise CommandError("snapshot name too long")
 
 
 def _made_name(client: Client, target: Fields) -> str:
@@ -123,6 +136,7 @@ def _open(origin: str) -> int:
             return os.open(origin, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as err:
             raise CommandError(f"{origin}: {err.strerror}") from err
+    _check_stored(origin)
     with Client() as client:
         client.send("open-snapshot", {"snapshot": origin})
         answer, fds = client.receive("snapshot-opened")

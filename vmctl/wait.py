@@ -107,6 +107,8 @@ def check_condition(condition: str) -> None:
         from vmctl.readiness import check_guest_condition  # noqa: PLC0415 - only for these
 
         check_guest_condition(condition)
+    elif condition == CONSOLE_CONDITION:  # every console has that
+        raise CommandError(f"invalid condition: {condition}")
     elif condition not in _STATES and not condition.startswith(CONSOLE_CONDITION):
         in_guest = ("ready", "file=path", "port=number", "unit=name")
         known = choice((*_STATES, *in_guest, f"{CONSOLE_CONDITION}text"))

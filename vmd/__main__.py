@@ -40,6 +40,7 @@ def _check(options: Options) -> int:
     from vmd.confine import landlock  # noqa: PLC0415 - as above
     from vmd.rules.trial import trial  # noqa: PLC0415 - as above
     from vmd.shared.paths import SYSTEM_CONFIG, user_config  # noqa: PLC0415 - as above
+    from vmd.unusable import unusable  # noqa: PLC0415 - as above
 
     macros = {}
     for text in options.macros:
@@ -56,6 +57,7 @@ def _check(options: Options) -> int:
         is_verbose=options.verbosity > 0,
         is_user=options.is_user,
         judge=trial,
+        inspect=unusable,
     )
     if advice := landlock.missing():
         lines = [*lines, f"vmd: {advice}"]

@@ -17,12 +17,14 @@ def check(
     is_verbose: bool = False,
     is_user: bool = False,
     judge: Callable[[Sequence[VmConfig]], Sequence[str]] = lambda _vms: (),
+    inspect: Callable[[Sequence[VmConfig]], Sequence[str]] = lambda _vms: (),
     host: Host | None = None,
 ) -> tuple[list[str], int]:
     """Return the lines of `vmd -n`, for standard error, and its exit status.
 
     Arguments are those of `parse_config`; `is_verbose` adds what was read. `judge` returns a line
-    for each VM that the daemon would refuse to register. Disks, kernels and firmware must exist;
+    for each VM that the daemon would refuse to register, `inspect` one for each image that a VM
+    could not use. Disks, kernels and firmware must exist;
     permissions and interfaces are not checked. `is_user`: it is for `vmd --user`.
 
     Source: section 4.6 of OpenBSD's behaviour.
@@ -33,6 +35,7 @@ def check(
     lines = [f"vmd: {line}" for line in (*reading.notes, *errors)]
     lines += reading.warnings[len(reading.notes) :]
     lines += map(shown, advice(reading.config, is_user=is_user, memory_size=host.memory_size()))
+    lines += map(shown, inspect(reading.config.vms))
     if not errors:
         if is_verbose:
             text = config_lines(reading.config)

@@ -284,6 +284,8 @@ class VmRule:
             resolved = self._host.resolve(path)
         except OSError as err:
             text = f"{what} path not found: {err.strerror}"
+            if what == "firmware" and "/" not in path:
+                text += f": use {', '.join(FIRMWARE_NAMES)} or the path of an image"
             if not self._skips_missing:
                 self._tokens.refuse(text)
             self.missing.append(f"{self._tokens.where}: {text}")

@@ -195,11 +195,13 @@ def clone_names(pattern: str, count: int, is_taken: Callable[[str], bool]) -> li
     before, found, after = pattern.partition(NUMBER)
     if not is_name(f"{before}{1 if found else ''}{after}"):
         return Denied(ErrorCode.EINVAL, "invalid VM name")
+    if (before + after).isdecimal() or pattern == NUMBER:
+        return Denied(ErrorCode.EINVAL, "invalid VM name: a number stands for an id")
     if not found:
         if count != 1:
             return Denied(ErrorCode.EINVAL, f'{count} clones need a "{NUMBER}" in their name')
         if is_taken(pattern):
-            return Denied(ErrorCode.EPROCLIM, f'there is a VM "{pattern}"')
+            return Denied(ErrorCode.EALREADY, f'there is a VM "{pattern}"')
         return [pattern]
     names: list[str] = []
     number = 1

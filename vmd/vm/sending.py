@@ -36,7 +36,7 @@ from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink, FdSource
 from vmm_kvm.snapshot.file import FileWriter, Layout, check_file, write_into
 from vmm_kvm.snapshot.generations import Generation, with_generations
-from vmm_kvm.snapshot.handover import hand_over
+from vmm_kvm.snapshot.handover import hand_over, why_gone
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
 from vmm_kvm.snapshot.precopy import Plan, Progress, Writer, copy_into
 from vmm_kvm.snapshot.state import State
@@ -51,6 +51,8 @@ HANDOVER_PATIENCE_S = 2 * PATIENCE_S
 """How long the receiver may take to check what has arrived, and to build the machine."""
 _SNAPSHOT_DOWNTIME_S = 0.01
 """Target of the pause for memory when a machine is written to a file."""
+_LAST_WORDS_S = 5.0
+"""For a receiver that takes nothing any more to say why."""
 _STATE_ROOM = 8 << 20  # devices and vCPUs: some 20 KiB of each
 _KERNEL = os.uname().release  # asked before this process is confined
 
@@ -236,6 +238,11 @@ class Sending:
             self._sink.finish()
             if self._replies:
                 hand_over(self._sink, self._replies, subject.machine.lend_disks)
+        except (BrokenPipeError, ConnectionResetError) as err:
+            failure = err
+            if self._replies:
+                self._replies.wait_at_most(_LAST_WORDS_S)
+                failure = why_gone(self._replies) or err
         except (VmmError, OSError) as err:
             failure = err
         self._loop.call_soon(lambda: self._end(failure))

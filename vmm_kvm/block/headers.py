@@ -35,6 +35,10 @@ _COMPRESSED = (
     ("bzip2", b"BZh"),
     ("lz4", b"\x04\x22\x4d\x18"),
     ("lzip", b"LZIP"),
+    ("lzop", b"\x89LZO\0\r\n\x1a\n"),
+    ("lzma", b"\x5d\0\0\x80\0" + b"\xff" * 8),
+    ("lrzip", b"LRZI"),
+    ("compress", b"\x1f\x9d"),
 )
 # A tar archive is none: guests read and write such on whole disks.
 _ARCHIVES = (
@@ -42,7 +46,21 @@ _ARCHIVES = (
     ("7z", b"7z\xbc\xaf\x27\x1c"),
     ("RAR", b"Rar!\x1a\x07"),
     ("WIM", b"MSWIM\0\0\0"),
+    ("cabinet", b"MSCF\0\0\0\0"),
+    ("xar", b"xar!\0\x1c\0\1"),
+    ("Proxmox backup", b"VMA\0\0\0\0\1"),
+    ("partclone", b"partclone-image"),
 )
+# What a download that failed leaves behind.
+_PAGES = (
+    ("a web page", b"<!doctype html"),
+    ("a web page", b"<html"),
+    ("an XML document", b"<?xml version="),
+    ("a pointer of Git LFS", b"version https://git-lfs.github.com/"),
+)
+_SPARSE = b"\x3a\xff\x26\xed\1\0"
+"""Source: Android's libsparse, sparse_format.h."""
+_EWF = b"EVF\t\r\n\xff\0"
 _DMG_FOOTER = b"koly"
 _TAR, _TAR_OFFSET, _TAR_NAME_MAX = b"ustar", 257, 100
 _OVF = b".ovf"
@@ -57,7 +75,13 @@ _EXTENSIONS = {
     "hds": "Parallels",
     "dmg": "DMG",
     "qcow": "QCOW",
+    "e01": "EWF",
+    "simg": "Android sparse",
 }
+_PACKED = (
+    *("gz", "tgz", "xz", "txz", "zst", "zstd", "bz2", "lz4", "lzma", "lzo", "lz", "z"),
+    *("zip", "7z", "rar", "ova", "wim"),
+)
 
 
 def image_format(sector: bytes) -> str | None:
@@ -83,6 +107,10 @@ def foreign(name: str, first: bytes, last: bytes) -> str | None:
     for kind, signature in _ARCHIVES:
         if first.startswith(signature):
             return f"{name}: a {kind} archive: unpack it first, or say raw:{name}"
+    begin = first.lstrip()[:64].lower()
+    for what, signature in _PAGES:
+        if begin.startswith(signature):
+            return f"{name}: {what}, not a disk: download it again, or say raw:{name}"
     member = first[:_TAR_NAME_MAX].partition(b"\0")[0]
     if first.startswith(_TAR, _TAR_OFFSET) and member.endswith(_OVF):
         return f"{name}: an OVA archive: unpack it by tar first, or say raw:{name}"
@@ -90,12 +118,17 @@ def foreign(name: str, first: bytes, last: bytes) -> str | None:
     if found is None:
         ends = (("VHD", _VHD_FOOTER), ("DMG", _DMG_FOOTER))
         found = next((each for each, footer in ends if last.startswith(footer)), None)
+        begins = (("Android sparse", _SPARSE), ("EWF", _EWF))
+        found = found or next((each for each, mark in begins if first.startswith(mark)), None)
     return None if found in {None, "qcow2"} else _refusal(name, found)
 
 
 def foreign_name(name: str) -> str | None:
     """Say in one line why a new image of this name would mislead, if it would; see `foreign`."""
-    found = _EXTENSIONS.get(name.rpartition(".")[2].lower())
+    extension = name.rpartition(".")[2].lower()
+    if extension in _PACKED:
+        return f"{name}: named like a packed file: choose another name, or say raw:{name}"
+    found = _EXTENSIONS.get(extension)
     return None if found is None else _refusal(name, found)
 
 

@@ -117,6 +117,17 @@ def image_chain(
     return chain
 
 
+def check_kind(descriptor: int, name: str) -> None:
+    """Refuse what no image can be in.
+
+    Raises:
+        ImageError: it is neither a regular file nor a block device.
+    """
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ImageError(f"{name}: neither a regular file nor a block device")
+
+
 def _open_file(
     source: str | int, name: str | None, stack: ExitStack, *, writes: bool, locks: bool = True
 ) -> HostFile:
@@ -134,14 +145,15 @@ def _open_file(
         except ValueError as err:  # a null character
             raise ImageError(f"{name!r}: {err}") from err
         stack.callback(os.close, descriptor)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-        raise ImageError(f"{name}: neither a regular file nor a block device")
-    if writes and stat.S_ISBLK(mode) and is_read_only_device(descriptor):
+    check_kind(descriptor, name)
+    if writes and stat.S_ISBLK(os.fstat(descriptor).st_mode) and is_read_only_device(descriptor):
         raise ImageError(f"{name}: the device is read-only")
     if locks:
         lock(descriptor, name, writes=writes)
-    return HostFile(descriptor, name, is_read_only=not writes)
+    try:
+        return HostFile(descriptor, name, is_read_only=not writes)
+    except OSError as err:  # a file of /proc, which has no end
+        raise ImageError(f"{name}: {err.strerror}") from err
 
 
 def _header(file: HostFile, disk_format: Format | None) -> "Header | None":

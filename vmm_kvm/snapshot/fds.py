@@ -41,6 +41,10 @@ class _End:
         """Go on from now on, whatever the descriptor for cancelling says."""
         self._cancel_fd = -1
 
+    def wait_at_most(self, patience_s: float) -> None:
+        """Have other patience from now on, in seconds."""
+        self._patience_ms = int(patience_s * 1000)
+
     def __enter__(self) -> Self:
         return self
 

@@ -87,6 +87,23 @@ def hand_over(sink: Sink, answers: Source, lend: Callable[[bool], None]) -> None
     raise SnapshotError(f"the receiver says: {text}")
 
 
+def why_gone(answers: Source) -> SnapshotError | None:
+    """Return why the receiver does not take the stream any more, if it has said so.
+
+    Only before GO was written: then it does not run.
+    """
+    try:
+        line = _read_line(answers)
+    except (VmmError, OSError):
+        return None
+    if line == _READY:
+        try:
+            line = _read_line(answers)
+        except (VmmError, OSError):
+            return None
+    return SnapshotError(f"the receiver says: {line.removeprefix(_FAILED)}")
+
+
 def say_ready(sink: Sink) -> None:
     """Tell the sender that all has arrived.
 

@@ -122,10 +122,14 @@ def test_a_receiver_that_cannot(tmp_path: Path) -> None:
         assert status == 1
         assert "vmctl: start vm command failed: Operation already in progress" in said
         assert "vmctl: migrate vm command failed: Input/output error" in said
+        assert "vmctl: the receiver says: start vm command failed: Operation already in " in said
         with both.first.client() as here:
             here.wait_for_state("one", "running")
             answers(here, "one")
         assert both.migrated()[0] == 1  # once more
+        both.leads_by("exit 127")
+        status, said = both.migrated()
+        assert (status, f"vmctl: {both.ssh} ended with status 127" in said) == (1, True)
 
 
 def test_a_disk_that_is_not_shared(tmp_path: Path) -> None:

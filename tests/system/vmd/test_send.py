@@ -251,6 +251,12 @@ def test_a_vm_that_was_sent_runs_without_a_daemon(start_vmd: Start, tmp_path: Pa
         done = subprocess.run(run, input=b"ep", capture_output=True, check=False)
         assert (done.stderr, done.returncode) == (b"", 0)
         assert done.stdout.startswith(b"e")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen(["/bin/sh", "-c", f"cat {path} > {fifo}"]) as writer:
+        through = [str(fifo) if word == str(path) else word for word in run]
+        done = subprocess.run(through, input=b"ep", capture_output=True, check=False)
+        assert (done.stderr, done.returncode, writer.wait(10)) == (b"", 0, 0)
     done = subprocess.run([*run, "-m", "64M"], capture_output=True, check=False)
     assert (done.stderr, done.returncode) == (
         b"vmctl: --from says all of the VM: use no options that say what it is\n",

@@ -53,7 +53,7 @@ def read(image: StoredImage, offset: int, size: int) -> bytes:
     ("changes", "error"),
     [
         ({0: b"QFI\0"}, "invalid magic numbers"),
-        ({4: u32(1)}, "unknown qcow2 version 1"),
+        ({4: u32(1)}, "unknown qcow2 version 1, QCOW: use qemu-img convert -O qcow2"),
         ({4: u32(4)}, "unknown qcow2 version 4"),
         ({20: u32(8)}, "cluster size of 2^8 bytes: not 2^9 to 2^21"),
         ({20: u32(22)}, "cluster size of 2^22 bytes: not 2^9 to 2^21"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import os
 import signal
 import stat
@@ -442,6 +443,25 @@ def _zip() -> bytes:
         (b"MSWIM\0\0\0" + bytes(1000), "a WIM archive: unpack it first"),
         (_ova(), "an OVA archive: unpack it by tar first"),
         (b"LZIP\1" + bytes(1000), "compressed by lzip: unpack it first"),
+        (b"\x89LZO\0\r\n\x1a\n" + bytes(1000), "compressed by lzop: unpack it first"),
+        (b"\x1f\x9d\x90" + bytes(1000), "compressed by compress: unpack it first"),
+        (lzma.compress(bytes(1000), lzma.FORMAT_ALONE), "compressed by lzma: unpack it first"),
+        (b"MSCF\0\0\0\0" + bytes(1000), "a cabinet archive: unpack it first"),
+        (b"VMA\0\0\0\0\1" + bytes(1000), "a Proxmox backup archive: unpack it first"),
+        (b"\n <!DOCTYPE html>\n<html>404", "a web page, not a disk: download it again"),
+        (b'<?xml version="1.0"?>\n<Error/>', "an XML document, not a disk: download it again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a pointer of Git LFS, not a disk: download it again",
+        ),
+        (
+            b"\x3a\xff\x26\xed\1\0\0\0" + bytes(1000),
+            "Android sparse images are not supported: use qemu-img convert -O qcow2",
+        ),
+        (
+            b"EVF\t\r\n\xff\0" + bytes(1000),
+            "EWF images are not supported: use qemu-img convert -O qcow2",
+        ),
         (
             bytes(8192) + b"koly".ljust(512, b"\0"),
             "DMG images are not supported: use qemu-img convert -O qcow2",
@@ -476,6 +496,38 @@ def test_a_new_image_is_not_named_like_another_format(
     assert not Path(name).exists()
     assert main(["create", "-s", "1M", f"raw:{name}"]) == 0
     assert main(["create", "-s", "1M", f"qcow2:{name}.2"]) == 0
+
+
+@pytest.mark.parametrize("name", ["a.img.gz", "b.raw.XZ", "c.zip", "d.qcow2.zst", "e.ova", "f.7z"])
+def test_a_new_image_is_not_named_like_a_packed_file(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever unpacks it would find that it is none, unless raw is said."""
+    error = f"vmctl: {name}: named like a packed file: choose another name, or say raw:{name}\n"
+    assert main(["create", "-s", "1M", name]) == 1
+    assert capsys.readouterr().err == error
+    assert not Path(name).exists()
+    assert main(["create", "-s", "1M", f"raw:{name}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("fifo", "neither a regular file nor a block device"),
+        ("/dev/null", "neither a regular file nor a block device"),
+        ("/dev/zero", "neither a regular file nor a block device"),
+        ("/proc/self/mem", "Invalid argument"),
+        (".", "neither a regular file nor a block device"),
+    ],
+)
+def test_what_no_disk_can_be_in(path: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each verb says so in one line, about the file."""
+    os.mkfifo("fifo")
+    for words in (["image", "info", path], ["image", "check", path], ["create", "-i", path, "x"]):
+        assert main(words) == 1
+        told = capsys.readouterr().err.splitlines()[0]
+        assert told in {f"vmctl: {path}: {why}", f"vmctl: {path}: Is a directory"}
+    assert not Path("x").exists()
 
 
 def test_raw_images_of_all_kinds_are_taken() -> None:

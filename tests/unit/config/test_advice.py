@@ -83,3 +83,31 @@ def test_more_memory_than_there_is() -> None:
     assert odd(text, memory_size=2 * GIB) == [
         'f:1: warning: vm "a": 4096 MB of memory, but this host has 2048 MB'
     ]
+
+
+@pytest.mark.parametrize(("one", "other"), [("", "{ ro }"), ("", "{ snapshot }"), ("{ ro }", "")])
+def test_a_disk_that_one_reads_and_another_writes(one: str, other: str) -> None:
+    """They cannot run at once, whichever comes first."""
+    (line,) = odd(TWO.format(f'disk "disk0.img" {one}', f'disk "disk0.img" {other}'))
+    told = "also used by" if one else "written by"
+    assert line == f'f:2: warning: vm "b": disk /vm/disk0.img is {told} vm "a"'
+
+
+def test_a_disk_twice_in_one_vm() -> None:
+    """The VM could not lock the second; what is only read may come twice."""
+    text = 'vm "a" {{\ndisk "disk0.img" {0}\ndisk "/vm/disk0.img" {1}\n}}\n'
+    assert odd(text.format("", "")) == ['f:4: warning: vm "a": disk /vm/disk0.img comes twice']
+    assert odd(text.format("{ ro }", "{ ro }")) == []
+
+
+def test_a_number_for_a_name() -> None:
+    """Verbs would look for an id."""
+    (line,) = odd('vm "15" { memory 1G }\n')
+    assert line == 'f:1: warning: vm "15": vmctl takes a number for an id'
+    assert odd('vm "15a" { memory 1G }\n') == []
+
+
+def test_two_switches_of_one_name() -> None:
+    """The second is never used."""
+    text = 'switch "up" { interface bridge0 }\nswitch "up" { interface bridge1 }\n'
+    assert odd(text) == ['warning: switch "up": only the first of this name counts']

@@ -13,6 +13,7 @@ from vmm_kvm.snapshot.handover import (
     failed,
     hand_over,
     say_ready,
+    why_gone,
 )
 
 
@@ -116,3 +117,20 @@ def test_what_fails_is_one_line() -> None:
     line = failed("a\nb\x1b" + "c" * 5000)
     assert (line.count(b"\n"), len(line)) == (1, 1024)
     assert line.startswith(b"vmm-kvm: failed: a\\x0ab\\x1bc")
+
+
+@pytest.mark.parametrize(
+    ("heard", "why"),
+    [
+        (failed("no room"), "no room"),
+        (ready() + failed("no room"), "no room"),
+        (b"command not found\n", "command not found"),
+        (b"", None),
+        (ready(), None),
+        (b"half a line", None),
+    ],
+)
+def test_a_receiver_that_has_gone(heard: bytes, why: str | None) -> None:
+    """What it said last is the reason, if it said something."""
+    found = why_gone(Line(heard))
+    assert (found and str(found)) == (why and f"the receiver says: {why}")

@@ -651,6 +651,31 @@ def test_names_are_checked_first(
     assert len(daemon.requests) == (1 if errors == "" else 0)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("clone web {}", "vm name too long"),
+        ("clone web {}%d", "vm name too long"),
+        ("clone web a/b", "invalid VM name"),
+        ("snapshot web {}", "snapshot name too long"),
+        ("snapshot -r {}", "snapshot name too long"),
+        ("snapshot --info {}", "snapshot name too long"),
+        ("snapshot --check {}", "snapshot name too long"),
+        ("start web --from {}", "snapshot name too long"),
+        ("start {} --from x", "name too long"),
+        ("stop {}", "name too long"),
+    ],
+)
+def test_long_names_are_told_in_words(
+    line: str, told: str, serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not in those of the protocol, whose messages have limits of their own."""
+    daemon = serve(lambda _: [STARTED])
+    assert vmctl(line.format("x" * 300).split()) == 1
+    assert capsys.readouterr().err.splitlines()[0] == f"vmctl: {told}"
+    assert daemon.requests == []
+
+
 def test_a_dot_is_a_local_interface(serve: Serve) -> None:
     """As in OpenBSD, where -L is -n with a dot."""
     daemon = serve(lambda _: [STARTED])

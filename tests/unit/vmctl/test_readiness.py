@@ -82,7 +82,7 @@ def test_a_vm_that_does_not_run(serve: Serve, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "condition", ["port=0", "port=x", "port=65536", "file=", "unit=", "readyx"]
+    "condition", ["port=0", "port=x", "port=65536", "file=", "unit=", "console=", "readyx"]
 )
 def test_what_makes_no_sense(condition: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It is refused before anything is asked."""

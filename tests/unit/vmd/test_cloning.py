@@ -233,7 +233,7 @@ def test_all_clones_are_made_or_none(host: Host) -> None:
     for request, uid, wanted in (
         (Clone(name="none", clone="a"), ALICE, ErrorCode.ENOENT),
         (Clone(name="source", clone="a"), BOB, ErrorCode.EPERM),
-        (Clone(name="source", clone="source"), ALICE, ErrorCode.EPROCLIM),
+        (Clone(name="source", clone="source"), ALICE, ErrorCode.EALREADY),
         (Clone(name="source", clone="a", count=2), ALICE, ErrorCode.EINVAL),
         (Clone(name="source", clone="a%d", count=4), ALICE, ErrorCode.EPERM),
     ):
@@ -253,7 +253,7 @@ def test_what_has_happened_meanwhile_counts(host: Host) -> None:
     key = host.begin(Clone(name="source", clone="late"), ALICE)
     host.run(host.registry.load([SOURCE._replace(name="late")]))
     host.capture(source)
-    assert code(host.answers[key]) == ErrorCode.EPROCLIM
+    assert code(host.answers[key]) == ErrorCode.EALREADY
     assert source.state.phase is Phase.RUNNING
 
 
@@ -330,3 +330,10 @@ def test_a_clone_that_is_to_stop_is_told_of(host: Host) -> None:
     assert [vm.code for vm in told(host, key)] == ["EINTR"]
     answer = host.ask(Start(name="source"))
     assert not isinstance(answer, Started)
+
+
+@pytest.mark.parametrize("name", ["7", "7%d", "%d"])
+def test_a_number_is_no_name(host: Host, name: str) -> None:
+    """Verbs would look for an id."""
+    assert code(host.ask(Clone(name="source", clone=name), ALICE)) == ErrorCode.EINVAL
+    assert [vm.name for vm in host.registry.vms] == ["source"]

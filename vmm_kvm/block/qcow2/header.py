@@ -189,7 +189,8 @@ def parse_header(data: bytes) -> Header:
     if magic != MAGIC:
         raise ImageError("invalid magic numbers")
     if version not in {2, 3}:
-        raise ImageError(f"unknown qcow2 version {version}")
+        advice = ", QCOW: use qemu-img convert -O qcow2" if version == 1 else ""
+        raise ImageError(f"unknown qcow2 version {version}{advice}")
     if not CLUSTER_BITS_MIN <= cluster_bits <= CLUSTER_BITS_MAX:
         raise ImageError(f"cluster size of 2^{cluster_bits} bytes: not 2^9 to 2^21")
     cluster_size = 1 << cluster_bits
