@@ -34,7 +34,7 @@ from vmm_kvm.machine.state import save
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink, FdSource
-from vmm_kvm.snapshot.file import FileWriter, Layout, check_file, write_into
+from vmm_kvm.snapshot.file import FileWriter, Layout, empty_file, write_into
 from vmm_kvm.snapshot.generations import Generation, with_generations
 from vmm_kvm.snapshot.handover import hand_over, why_gone
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
@@ -126,7 +126,7 @@ class Sending:
         self._cancel_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             if is_snapshot:
-                check_file(sink_fd)
+                empty_file(sink_fd)  # before disks are copied there, which RAM follows
             self._sink = FdSink(sink_fd, PATIENCE_S, self._cancel_fd)
             self._file = sink_fd if is_snapshot else None
             self._replies = None

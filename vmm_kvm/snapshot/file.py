@@ -46,15 +46,16 @@ def write_file(path: str, manifest: Manifest, state: bytes, ram: Ram) -> None:
         new.publish()
 
 
-def check_file(fd: int) -> None:
-    """Refuse a descriptor that no snapshot can be written to.
+def empty_file(fd: int) -> None:
+    """Empty a file for a snapshot, before anything is written there; it stays the caller's.
 
     Raises:
         SnapshotError: it is no regular file, or not open for writing.
-        OSError: it is closed.
+        OSError: it is closed, or cannot be written.
     """
     if not stat.S_ISREG(check_kind(fd, os.O_WRONLY)):
         raise SnapshotError("not a file: a snapshot is read from any place of it")
+    os.ftruncate(fd, 0)
 
 
 class Layout(NamedTuple):
@@ -88,7 +89,7 @@ class FileWriter:
         layout: Layout,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Empty the file, which stays the caller's.
+        """Begin with a file that is empty, or has nothing but disks; it stays the caller's.
 
         Args:
             fd: of the file.
@@ -105,7 +106,6 @@ class FileWriter:
         self._start = layout.ram
         self.written = 0
         """Bytes."""
-        os.ftruncate(fd, 0)
         os.ftruncate(fd, layout.size)
 
     def write_run(self, offset: int, data: bytes) -> None:

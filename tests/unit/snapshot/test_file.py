@@ -16,7 +16,7 @@ from vmm_kvm.snapshot.file import (
     FileWriter,
     Layout,
     SnapshotFile,
-    check_file,
+    empty_file,
     write_file,
     write_into,
 )
@@ -133,9 +133,19 @@ def test_what_was_in_a_file_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "snap"
     path.write_bytes(b"x" * (8 * MIB))
     with path.open("r+b") as file, filled() as memory:
-        check_file(file.fileno())
+        empty_file(file.fileno())
         write_into(FileWriter(file.fileno(), MANIFEST, LAYOUT), STATE_BYTES, memory)
     assert path.read_bytes() == written(tmp_path / "other").read_bytes()
+
+
+def test_disks_that_are_there_stay(tmp_path: Path) -> None:
+    """What was copied behind RAM before RAM itself is part of the file."""
+    path, layout = tmp_path / "snap", Layout.of(len(STATE_BYTES), MANIFEST.memory_size, [4096])
+    with path.open("w+b") as file, filled() as memory:
+        empty_file(file.fileno())
+        os.pwrite(file.fileno(), b"disk", layout.disks[0])
+        write_into(FileWriter(file.fileno(), MANIFEST, layout), STATE_BYTES, memory)
+        assert os.pread(file.fileno(), 5000, layout.disks[0]) == b"disk".ljust(4096, b"\0")
 
 
 def test_one_that_is_cancelled_is_no_snapshot(tmp_path: Path) -> None:
@@ -153,7 +163,7 @@ def test_a_snapshot_goes_into_a_file_alone() -> None:
     read_fd, write_fd = os.pipe()
     try:
         with pytest.raises(SnapshotError, match="not a file"):
-            check_file(write_fd)
+            empty_file(write_fd)
     finally:
         os.close(read_fd)
         os.close(write_fd)
