@@ -7,6 +7,8 @@ file has its name when it is complete.
 
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,8 @@ from vmm_kvm.text import printable
 
 if TYPE_CHECKING:
     from vmm_kvm.snapshot.manifest import Manifest
+
+_CREDENTIALS = struct.Struct("iII")  # pid, uid, gid
 
 
 def snapshot(
@@ -194,6 +198,25 @@ def _facts(manifest: "Manifest", status: os.stat_result) -> dict[str, str | int 
     }
 
 
+def _daemon_uid(client: Client) -> int:
+    """Return the user who has made the daemon's socket."""
+    with socket.socket(fileno=os.dup(client.fileno())) as connection:
+        size = _CREDENTIALS.size
+        data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return int(_CREDENTIALS.unpack(data)[1])
+
+
+def _is_like(client: Client, name: str, source: str) -> bool:
+    """Tell whether the VM called `name` is as one that the daemon has.
+
+    It is the VM of that name, or for users other than root like the one called `source`.
+    """
+    if client.ask("status", "vms", {"name": name})["vms"]:
+        return True
+    is_administrator = os.geteuid() in {0, _daemon_uid(client)}
+    return not is_administrator and bool(client.ask("status", "vms", {"name": source})["vms"])
+
+
 def start_from(client: Client, name: str, origin: str, *, clock: str = "") -> Fields:
     """Start a VM called `name` from a snapshot; returns the daemon's answer.
 
@@ -205,8 +228,10 @@ def start_from(client: Client, name: str, origin: str, *, clock: str = "") -> Fi
     try:
         with _opened(origin) as (file, fd):
             fds.append(os.dup(fd))
+            source = file.manifest.name
             fields = {
-                **request_of(file.manifest, fds),
+                **request_of(file.manifest, fds, is_like=_is_like(client, name, source)),
+                "source": source,
                 "name": name,
                 "stream": 0,
                 "manifest": file.text.decode(),

@@ -155,8 +155,11 @@ def _begin() -> StreamReader:
         raise CommandError(f"standard input: {err}") from err
 
 
-def request_of(manifest: Manifest, fds: list[int]) -> Fields:
-    """Return what the VM needs; descriptors that it names are added to `fds`."""
+def request_of(manifest: Manifest, fds: list[int], *, is_like: bool = False) -> Fields:
+    """Return what the VM needs; descriptors that it names are added to `fds`.
+
+    One that `is_like` another VM has files as this one, except those in the snapshot.
+    """
     boot = manifest.boot
     fields: Fields = {
         "uid": manifest.owner.uid,
@@ -164,7 +167,7 @@ def request_of(manifest: Manifest, fds: list[int]) -> Fields:
         "memory": manifest.memory_size,
         "cpus": manifest.cpus,
         "disks": [
-            _disk(disk, fds) if kept is None else _kept_disk(disk, kept, fds)
+            _disk(disk, None if is_like else fds) if kept is None else _kept_disk(disk, kept, fds)
             for disk, kept in zip(manifest.disks, _kept(manifest), strict=True)
         ],
         "interfaces": [_interface(each) for each in manifest.interfaces],
@@ -179,7 +182,8 @@ def request_of(manifest: Manifest, fds: list[int]) -> Fields:
     }
     if manifest.cdrom is not None:
         fields["cdrom"] = manifest.cdrom
-        fields["cdrom_image"] = open_file(manifest.cdrom, "iso image", fds)
+        if not is_like:
+            fields["cdrom_image"] = open_file(manifest.cdrom, "iso image", fds)
     return fields
 
 
@@ -201,7 +205,7 @@ def _kept_disk(disk: Disk, kept: tuple[int, int], fds: list[int]) -> Fields:
     }
 
 
-def _disk(disk: Disk, fds: list[int]) -> Fields:
+def _disk(disk: Disk, fds: list[int] | None) -> Fields:
     try:
         kind = DiskKind(disk.kind)
     except ValueError:
@@ -210,7 +214,9 @@ def _disk(disk: Disk, fds: list[int]) -> Fields:
         kind, disk.path, disk.is_read_only, disk.serial, disk.queues, is_private=disk.is_private
     )
     chain: list[int] = []
-    if kind is DiskKind.PMEM:
+    if fds is None:
+        pass
+    elif kind is DiskKind.PMEM:
         writes = not disk.is_private
         chain = [open_file(disk.path, "disk", fds, writes=writes, allows_devices=True)]
     elif kind is not DiskKind.VHOST_USER:

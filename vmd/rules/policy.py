@@ -59,7 +59,9 @@ def needs_administrator(request: ParentRequest) -> bool:
 
     Source: section 6 of OpenBSD's behaviour.
     """
-    return isinstance(request, Load | Reload | Source | Reset | Log | Hold | Send | Receive)
+    if isinstance(request, Receive):
+        return not (request.is_snapshot and request.is_copy)
+    return isinstance(request, Load | Reload | Source | Reset | Log | Hold | Send)
 
 
 def is_name(text: str) -> bool:

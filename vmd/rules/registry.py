@@ -26,6 +26,7 @@ from vmd.rules.actions import (
 from vmd.rules.addressing import made_lladdr
 from vmd.rules.clock import Clock
 from vmd.rules.cloning import Clones, Table
+from vmd.rules.copies import Fitted
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
@@ -126,14 +127,11 @@ class Registry:
         actions: list[Action] = []
         ticket = Ticket(client, request.serial)
         if needs_administrator(request) and uid not in self._users.administrators:
-            denied = Denied(ErrorCode.EPERM, "only for root")
-            actions.append(_refuse(ticket, denied))
+            actions.append(_refuse(ticket, Denied(ErrorCode.EPERM, "only for root")))
         elif self.is_emptying and isinstance(request, Start | Receive | Clone | Load | Reload):
-            denied = Denied(ErrorCode.EAGAIN, "all VMs are being removed")
-            actions.append(_refuse(ticket, denied))
-        elif self._holders and isinstance(request, Start | Clone):
-            denied = Denied(ErrorCode.EAGAIN, "all VMs are being stopped")
-            actions.append(_refuse(ticket, denied))
+            actions.append(_refuse(ticket, Denied(ErrorCode.EAGAIN, "all VMs are being removed")))
+        elif self._holders and isinstance(request, Start | Clone | Receive):
+            actions.append(_refuse(ticket, Denied(ErrorCode.EAGAIN, "all VMs are being stopped")))
         elif isinstance(request, Start):
             return self._start(ticket, uid, request, passed)
         elif isinstance(request, Receive):
@@ -395,21 +393,30 @@ class Registry:
     def _receive(
         self, ticket: Ticket, uid: int, request: Receive, passed: Passed | None
     ) -> list[Action]:
-        """Register a VM as described, and let it start; only root may, and vouches for it."""
-        config = received_vm(request, uid, self.find(0, request.name))
-        received = (
-            config
-            if isinstance(config, Denied)
-            else self._register(config, uid, has_kernel=passed is not None)
-        )
+        """Let a VM start as described: a new one, or one that continues from a snapshot."""
+        fitted = received_vm(request, passed, uid, self._users, lambda name: self.find(0, name))
+        if isinstance(fitted, Denied):
+            return [_refuse(ticket, fitted), *_dropped(passed)]
+        received = self._received(fitted, uid)
         if isinstance(received, Denied):
             return [_refuse(ticket, received), *_dropped(passed)]
         vm, actions = received
+        passed = fitted.passed
         if passed and request.is_copy and request.clock is None:
             passed = passed._replace(clock=self.clock)
         vm.passed = passed
         vm.passed_is_lasting = any(disk.window for disk in vm.config.disks)
-        return [*actions, *self._step(vm, vm_state.Start(ticket, request.stays_paused))]
+        start = vm_state.Start(ticket, request.stays_paused)
+        return [*actions, *_dropped(fitted.unused), *self._step(vm, start)]
+
+    def _received(self, fitted: Fitted, uid: int) -> tuple[Vm, list[Action]] | Denied:
+        vm, config = fitted.vm, fitted.config
+        if vm:
+            vm.configured, vm.config = vm.config, config
+            return vm, []
+        if uid in self._users.administrators:
+            return self._register(config, uid, has_kernel=fitted.passed is not None)
+        return self._over_limit([config], uid) or self._add(config, uid)
 
     # What has happened
 
@@ -571,16 +578,12 @@ class Registry:
                     yield from self._emptied()
                 case vm_state.Release():
                     yield Perform(vm, effect)
-                    yield from self._drop_passed(vm)
+                    yield from _dropped(vm.drop_passed())
                 case _:
                     yield Perform(vm, effect)
         vm.give_back(is_forgotten=vm.id not in self._vms)
         if vm.state.phase in IDLE:  # it may not have started at all
-            yield from self._drop_passed(vm)
-
-    def _drop_passed(self, vm: Vm) -> list[Action]:
-        """Forget the image of a single boot once it has booted."""
-        return _dropped(vm.drop_passed())
+            yield from _dropped(vm.drop_passed())
 
     def _tell(self, vm: Vm, kind: EventKind, message: str) -> list[Action]:
         at = self._clock.realtime_s()

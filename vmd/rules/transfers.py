@@ -1,8 +1,11 @@
 """Which VMs may be written and received, and into what: decisions alone."""
 
+from collections.abc import Callable
+
 from vmd.config.disks import DiskKind
 from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
+from vmd.rules.copies import Fitted, copied, reverted
 from vmd.rules.policy import Denied, Users, is_name
 from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config
 from vmd.rules.vm_state import Ticket
@@ -58,13 +61,22 @@ def _check_disks(config: VmConfig, request: Snapshot) -> Denied | None:
     return None
 
 
-def received_vm(request: Receive, uid: int, existing: Vm | None) -> VmConfig | Denied:
-    """Return the configuration of a VM that `uid` receives; `existing` has its name already."""
+def received_vm(
+    request: Receive,
+    passed: Passed | None,
+    uid: int,
+    users: Users,
+    find: Callable[[str], Vm | None],
+) -> Fitted | Denied:
+    """Return a VM that `uid` receives; `find` finds one by its name."""
+    existing = find(request.name)
     if existing:
-        return Denied(ErrorCode.EALREADY, f'there is a VM "{request.name}"')
+        return reverted(existing, request, passed, uid, users)
+    if uid not in users.administrators:
+        return copied(find(request.source), request, passed, uid, users)
     # The owner that the stream tells of is one of this host's users only for root.
     owner = Owner(uid if request.uid is None or uid else request.uid, request.gid)
     try:
-        return received_config(request, owner)
+        return Fitted(received_config(request, owner), passed)
     except ValueError as err:
         return Denied(ErrorCode.EINVAL, str(err))

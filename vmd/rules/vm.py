@@ -16,7 +16,7 @@ from vmd.config.model import (
 )
 from vmd.rules import lifecycle
 from vmd.rules.ends import History
-from vmd.rules.vm_state import Phase, VmState
+from vmd.rules.vm_state import IDLE, Phase, VmState
 from vmd.wire.leaving import HandoverPlan
 from vmd.wire.messages import EndInfo, ForwardRequest, Start, State, VmInfo
 from vmd.wire.parts import DiskRequest
@@ -125,13 +125,15 @@ class Vm:
     __slots__ = (
         *("checked", "config", "has_run", "new_file", "passed", "passed_is_lasting", "requester"),
         *("history", "last_end", "sink", "started_at", "state"),
-        *("captured", "clone_of", "inherited", "lent", "origin"),
+        *("captured", "clone_of", "configured", "inherited", "lent", "origin"),
     )
 
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
         """Make a VM that `requester`, a user id, has asked for."""
         self.config = config
         """Complete, and with an lladdr for each interface."""
+        self.configured: VmConfig | None = None
+        """What it is again when it has ended, if it continues from a snapshot."""
         self.state = state
         self.requester = requester
         self.checked: frozenset[Right] = frozenset()
@@ -188,6 +190,9 @@ class Vm:
     def drop_passed(self) -> Passed | None:
         """Forget what is for one boot alone; returns what is to be closed, if anything."""
         passed = self.passed
+        if self.configured is not None and self.state.phase in IDLE:
+            self.config, self.configured = with_states(self.configured, self.config), None
+            self.passed_is_lasting = False
         if not self.passed_is_lasting:
             self.passed = None
             return passed

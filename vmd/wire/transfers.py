@@ -49,15 +49,22 @@ class ReceivedInterface(Part, frozen=True, kw_only=True):
 
 
 class Receive(Request, frozen=True, kw_only=True):
-    """Make a VM of a stream or a snapshot, and let it go on; root only.
+    """Make a VM of a stream or a snapshot, and let it go on; a stream is for root only.
 
     Answered by `started` once it runs. The client has read the beginning, `manifest`, and says here
     what the VM needs of this host; files are opened by it, or by the daemon with its rights, as for
     `start`.
+
+    A copy of a snapshot may have the name of a VM that is there, and stopped: it is what the
+    configuration says, with the snapshot's memory and the disks that are in it, until it ends. For
+    users other than root that is one of theirs, or the copy is like `source`. Both have to be as
+    the request says; files that the snapshot lacks are opened as those VMs' are.
     """
 
     name: Word
     """The VM's from now on."""
+    source: Word = ""
+    """The VM that the snapshot was made of."""
     stream: Index
     """Index of the descriptor of a pipe, socket or file; the next byte is the first one behind the
     manifest. Of a snapshot the file."""

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import ROOT, SELFTEST, Daemon, process_title, vm_block
+from tests.system.vmd.daemon import (
+    ROOT,
+    SELFTEST,
+    TIMEOUT_S,
+    Daemon,
+    process_title,
+    vm_block,
+    vmctl,
+)
 from tests.system.vmd.users import USER, being, connection
 from vmd.confine.confinements import PARENT_CAPABILITIES
 
@@ -185,3 +195,57 @@ def test_snapshots_are_their_users_alone(reachable: Path) -> None:
         assert client.ask("remove-snapshot", snapshot="a")["type"] == "done"
         assert client.ask("remove-snapshot", snapshot="a")["code"] == "ENOENT"
         assert root.ask("remove-snapshot", snapshot="a")["type"] == "done"
+
+
+def as_user(vmd: Daemon, *words: str) -> tuple[int, str]:
+    """Run vmctl as a user; returns its status, and its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmctl", *words],
+        env={**os.environ, "VMD_SOCKET": str(vmd.socket), "HOME": "/nonexistent"},
+        cwd=ROOT,
+        user=USER,
+        group=USER,
+        extra_groups=[],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return done.returncode, (done.stdout.splitlines() or [""])[-1]
+
+
+def test_an_owner_starts_from_snapshots(reachable: Path) -> None:
+    """The owner's VM goes back, and has copies within limits; one of another VM is refused."""
+    disk, tools = reachable / "disk.raw", reachable / "tools"
+    for path in (disk, tools):
+        path.write_bytes(bytes(1 << 20))
+        path.chmod(0o600)  # root's
+    lines = (f'disk "{disk}" format raw', f'disk "{tools}" {{ ro }}', "allow snapshot")
+    config = (
+        f"socket owner {USER}\nlimit vms 1\n"
+        + vm_block("one", f"owner {USER}", *lines, enabled=True)
+        + vm_block("two", "allow snapshot", enabled=True)
+    )
+    with Daemon(reachable, config, is_user=False) as vmd, vmd.client() as root:
+        for name in ("one", "two"):
+            root.wait_for_state(name, "running")
+        assert as_user(vmd, "snapshot", "one", "first")[0] == 0
+        status, _ = as_user(vmd, "start", "copy", "--from", "first")
+        assert status == 0
+        shown = root.vm("copy")
+        assert (shown["state"], shown["uid"]) == ("running", USER)
+        assert as_user(vmd, "start", "more", "--from", "first") == (
+            1,
+            "vmctl: limit of 1 VMs of one user",
+        )
+        for name in ("copy", "one"):
+            assert as_user(vmd, "stop", "-fw", name)[0] == 0
+        assert as_user(vmd, "start", "one", "--from", "first")[0] == 0
+        assert root.vm("one")["state"] == "running"
+        path = reachable / "others"
+        assert vmctl(vmd, "snapshot", "-o", str(path), "two").returncode == 0
+        path.chmod(0o644)
+        for name, text in (("two", "the VM is not yours"), ("new", 'vm "two" is not yours')):
+            assert as_user(vmd, "start", name, "--from", str(path)) == (1, f"vmctl: {text}")

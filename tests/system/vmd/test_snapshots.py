@@ -100,6 +100,33 @@ def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
     assert (done.stderr, done.returncode, done.stdout[:1]) == (b"", 0, b"e")
 
 
+def test_a_vm_goes_back_to_a_snapshot(start_vmd: Start, tmp_path: Path) -> None:
+    """Stopped, it continues under its own name; when that has ended, it is what it was."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"before".ljust(1 << 20, b"\0"))
+    block = vm_block("one", f'disk "{disk}" format raw', enabled=True)
+    other = vm_block("other", memory="32M")
+    with start_vmd(block + other) as vmd, vmd.client() as client:
+        started(vmd, "one")
+        assert vmctl(vmd, "snapshot", "one", "first")[0] == 0
+        wanted = "vmctl: start vm command failed: Operation already in progress\n"
+        assert vmctl(vmd, "start", "one", "--from", "first") == (1, wanted)
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        disk.write_bytes(b"later".ljust(1 << 20, b"\0"))
+        assert vmctl(vmd, "start", "one", "--from", "first")[0] == 0
+        running(vmd, "one")
+        assert client.vm("one")["id"] == 1
+        status, text = vmctl(vmd, "start", "other", "--from", "first")
+        wanted = "vmctl: the snapshot is of a VM with other memory than other"
+        assert (status, text.splitlines()[-1]) == (1, wanted)
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert vmctl(vmd, "start", "one")[0] == 0
+        started(vmd, "one")
+        assert vmctl(vmd, "snapshot", "-r", "first")[0] == 0
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        assert disk.read_bytes()[:5] == b"later"
+
+
 def test_a_paused_vm_stays_paused(start_vmd: Start) -> None:
     """After a snapshot of a paused VM the source is still paused; the copy runs."""
     with start_vmd(vm_block("one", enabled=True)) as vmd, vmd.client() as client:
@@ -140,8 +167,8 @@ def test_disks_that_are_left_out(start_vmd: Start, tmp_path: Path, kind: str) ->
         )
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
-def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "pauses"), [("raw", True), ("qcow2", False)])
+def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str, *, pauses: bool) -> None:
     """Copies have the disks of the snapshot, beside the VM and after it, and at a reboot."""
     disk, path = tmp_path / f"disk.{kind}", tmp_path / "file"
     subprocess.run(["qemu-img", "create", "-q", "-f", kind, disk, "8M"], check=True)
@@ -151,7 +178,11 @@ def test_disks_are_kept(start_vmd: Start, tmp_path: Path, kind: str) -> None:
     with start_vmd(block) as vmd, vmd.client() as client:
         started(vmd, "one")
         assert vmctl(vmd, "snapshot", "one", "first")[0] == 0
+        if pauses:
+            assert client.ask("pause", name="one")["type"] == "done"
         assert vmctl(vmd, "snapshot", "-o", str(path), "one")[0] == 0
+        if pauses:
+            assert client.ask("unpause", name="one")["type"] == "done"
         running(vmd, "one")
         for name, origin in (("two", "first"), ("three", str(path))):
             assert vmctl(vmd, "start", name, "--from", origin)[0] == 0
