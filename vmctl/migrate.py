@@ -8,7 +8,6 @@ the two daemons off from each other in the middle of the hand-over.
 """
 
 import os
-import select
 import shlex
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmctl.awaiting import await_done
 from vmctl.client import (
     Client,
     CommandError,
@@ -147,7 +147,7 @@ def _migrate(name: str, ssh: Sequence[str], plan: _Plan) -> None:
                 while ours:
                     os.close(ours.pop())
                 try:
-                    _await(client, events, name)
+                    await_done(client, events, lambda event: _shown(event, name))
                 except RefusedError:
                     is_over = True
                     raise
@@ -176,30 +176,5 @@ def _leave(remote: "subprocess.Popen[bytes]", *, is_over: bool) -> None:
             remote.terminate()
 
 
-def _await(client: Client, events: Client, name: str) -> None:
-    """Wait for the answer, and tell a terminal how far it is."""
-    poll = select.poll()
-    for each in (client, events):
-        poll.register(each.fileno(), select.POLLIN)
-    shows = sys.stderr.isatty()
-    try:
-        while True:
-            ready = [fd for fd, _ in poll.poll()]
-            if client.fileno() in ready:
-                _, fds = client.receive("done")
-                assert not fds
-                return
-            try:
-                event, _ = events.receive("event")
-            except CommandError:  # what counts is the answer
-                poll.unregister(events.fileno())
-                continue
-            if shows and _tells(event, name):
-                print(f"\r\x1b[K{printable(event['message'])}", end="", file=sys.stderr, flush=True)
-    finally:
-        if shows:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _tells(event: Fields, name: str) -> bool:
-    return bool(event["kind"] == "migrating" and event["name"] == name)
+def _shown(event: Fields, name: str) -> str:
+    return str(event["message"]) if (event["kind"], event["name"]) == ("migrating", name) else ""

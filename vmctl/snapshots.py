@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from vmctl.awaiting import await_done
 from vmctl.client import Client, CommandError, Fields, RefusedError, check_name, parse_target
 from vmctl.messages import fail
 from vmctl.moment import moment
@@ -30,6 +31,7 @@ from vmm_kvm.text import printable
 if TYPE_CHECKING:
     from vmm_kvm.snapshot.manifest import Manifest
 
+_BAR = 40  # characters
 _CREDENTIALS = struct.Struct("iII")  # pid, uid, gid
 
 
@@ -78,12 +80,12 @@ def _make(words: Sequence[str], output: str, *, no_disks: bool) -> int | None:
     with Client() as client:
         if output:
             with _new_file(output) as new:
-                answer = client.ask("snapshot", "done", {**fields, "file": 0}, [new.fd])
+                answer = _ask(client, {**fields, "file": 0}, [new.fd])
                 new.publish(durable=False)  # the daemon has seen to that
             made = output
         else:
             made = words[1] if len(words) > 1 else _made_name(client, target.fields())
-            answer = client.ask("snapshot", "done", {**fields, "snapshot": made})
+            answer = _ask(client, {**fields, "snapshot": made}, [])
     print(f"vmctl: made snapshot {printable(made)} of vm {answer['id']}", file=sys.stderr)
     return 0
 
@@ -96,6 +98,26 @@ def _check_stored(name: str) -> None:
     """
     if len(name) > NAME_MAX:
         raise CommandError("snapshot name too long")
+
+
+def _ask(client: Client, fields: Fields, fds: Sequence[int]) -> Fields:
+    """Ask for a snapshot; a terminal is shown how far it is. Returns the answer."""
+    if not sys.stderr.isatty():
+        return client.ask("snapshot", "done", fields, fds)
+    with Client() as events:
+        events.ask("events", "done")
+        client.send("snapshot", fields, fds)
+        return await_done(client, events, lambda event: _bar(event, fields))
+
+
+def _bar(event: Fields, asked: Fields) -> str:
+    if event["kind"] != "writing" or asked.get("name", event["name"]) != event["name"]:
+        return ""
+    if asked.get("id", event["id"]) != event["id"]:
+        return ""
+    percent = str(event["message"]).removesuffix("%")
+    done = int(percent) * _BAR // 100 if percent.isdecimal() else 0
+    return f"{event['name']} [{'#' * done}{'.' * (_BAR - done)}] {event['message']}"
 
 
 def _made_name(client: Client, target: Fields) -> str:

@@ -173,8 +173,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
                 vm = _as_before(vm)
             return _told_sender(vm, is_sent=True)
         case Migrating(message):
-            is_moving = vm.phase is Phase.SENDING
-            return vm, (Publish(EventKind.MIGRATING, message),) if is_moving else ()
+            kind = EventKind.MIGRATING if vm.snapshot is None else EventKind.WRITING
+            return vm, (Publish(kind, message),) if vm.phase is Phase.SENDING else ()
         case Sent():
             return _sent(vm)
         case SendFailed(code, message):

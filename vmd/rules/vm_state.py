@@ -225,7 +225,7 @@ class Sent(NamedTuple):
 
 
 class Migrating(NamedTuple):
-    """It is on its way to another host."""
+    """It is on its way to another host, or into a snapshot."""
 
     message: str
     """How far it is."""

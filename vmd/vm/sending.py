@@ -99,7 +99,7 @@ class Sending:
         """Take ownership of the descriptors.
 
         `replies_fd` is what the receiver says, if the VM is handed over. `on_progress` is told how
-        far that is, on the loop's thread.
+        far that is, or a snapshot that takes longer than a second, on the loop's thread.
 
         `on_end` is called once, on the loop's thread, when nothing is written any more: with None
         if all is, else with what went wrong. Of a snapshot, `on_written` is called before, when the
@@ -118,6 +118,7 @@ class Sending:
         self.is_written = False
         """Whether all of a snapshot is written, and is becoming durable."""
         self._said = 0
+        self._percent = 0
         self._has_state = threading.Event()
         self._state: tuple[Manifest, bytes] | None = None
         self._failure: VmmError | OSError | None = None
@@ -257,13 +258,22 @@ class Sending:
 
     def _file_writer(self, subject: "_Subject", fd: int) -> FileWriter:
         manifest = subject.manifest(0)
-        return FileWriter(fd, manifest, subject.layout, lambda: self._is_cancelled)
+        size, began = subject.machine.memory.size, time.monotonic()
+
+        def tell(end: int) -> None:
+            seconds, percent = time.monotonic() - began, end * 100 // size
+            # Rounds after the first begin anew, and are short.
+            if seconds >= self._said + 1 and percent > self._percent:
+                self._percent = percent
+                self._say(f"{percent}%")
+
+        return FileWriter(fd, manifest, subject.layout, lambda: self._is_cancelled, tell)
 
     def _write_running(self, subject: "_Subject") -> None:
         dirty = subject.machine.dirty_pages()
         unable = dirty.begin()
         if unable:
-            self._say(f"it stands still from the beginning, for {', '.join(unable)}")
+            self._say_of_handover(f"it stands still from the beginning, for {', '.join(unable)}")
             self._write(subject)
             return
         try:
@@ -285,10 +295,14 @@ class Sending:
     def _tell_progress(self, progress: Progress) -> None:
         left = -(-progress.left // MIB)
         done = progress.written // MIB
-        self._say(f"round {progress.round}: {done} MiB sent, {left} MiB left")
+        self._say_of_handover(f"round {progress.round}: {done} MiB sent, {left} MiB left")
+
+    def _say_of_handover(self, text: str) -> None:
+        if self._replies:
+            self._say(text)
 
     def _say(self, text: str) -> None:
-        if self._replies and self._said < MIGRATING_MAX:
+        if self._said < MIGRATING_MAX:
             self._said += 1
             self._loop.call_soon(lambda: self._on_progress(text))
 

@@ -40,11 +40,11 @@ class CancelSendVm(Internal, frozen=True, kw_only=True):
 
 
 MIGRATING_MAX = 60
-"""How often a VM process tells of one hand-over how far it is."""
+"""How often a VM process tells of one hand-over, or snapshot, how far it is."""
 
 
 class VmMigrating(Internal, frozen=True, kw_only=True):
-    """How far its hand-over to another host is."""
+    """How far its hand-over to another host, or a snapshot, is."""
 
     message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
 

@@ -156,6 +156,8 @@ class EventKind(StrEnum):
     """It is being handed over to another host; the message says how far that is."""
     SENT = "sent"
     """All of it is in a stream. It continues, or `stopped` follows."""
+    WRITING = "writing"
+    """It is being written into a snapshot; the message says how much of its memory is, in %."""
     SNAPSHOT = "snapshot"
     """All of it is in a snapshot, of the daemon's store if the message has a name; it goes on."""
     CLONED = "cloned"

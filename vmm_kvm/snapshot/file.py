@@ -88,6 +88,7 @@ class FileWriter:
         manifest: Manifest,
         layout: Layout,
         is_cancelled: Callable[[], bool] = lambda: False,
+        on_run: Callable[[int], None] = lambda _end: None,
     ) -> None:
         """Begin with a file that is empty, or has nothing but disks; it stays the caller's.
 
@@ -96,13 +97,14 @@ class FileWriter:
             manifest: of the machine; the size of its state is filled in.
             layout: of the file.
             is_cancelled: is asked now and then.
+            on_run: is told the end of each run in RAM, in bytes, once that is written.
 
         Raises:
             OSError: it cannot be written.
         """
         self._fd = fd
         self._manifest = manifest
-        self._is_cancelled = is_cancelled
+        self._is_cancelled, self._on_run = is_cancelled, on_run
         self._start = layout.ram
         self.written = 0
         """Bytes."""
@@ -119,6 +121,7 @@ class FileWriter:
             raise SnapshotError("it was cancelled")
         _write(self._fd, data, self._start + offset)
         self.written += len(data)
+        self._on_run(offset + len(data))
 
     def finish(self, state: bytes) -> None:
         """Write the state, and say that all is complete.

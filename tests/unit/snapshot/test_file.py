@@ -20,6 +20,7 @@ from vmm_kvm.snapshot.file import (
     write_file,
     write_into,
 )
+from vmm_kvm.snapshot.ram import runs
 
 LAYOUT = Layout.of(len(STATE_BYTES), MANIFEST.memory_size)
 
@@ -136,6 +137,15 @@ def test_what_was_in_a_file_is_gone(tmp_path: Path) -> None:
         empty_file(file.fileno())
         write_into(FileWriter(file.fileno(), MANIFEST, LAYOUT), STATE_BYTES, memory)
     assert path.read_bytes() == written(tmp_path / "other").read_bytes()
+
+
+def test_it_tells_how_far_it_is(tmp_path: Path) -> None:
+    """After each run, where that ends in RAM."""
+    ends: list[int] = []
+    with (tmp_path / "snap").open("w+b") as file, filled() as memory:
+        writer = FileWriter(file.fileno(), MANIFEST, LAYOUT, on_run=ends.append)
+        write_into(writer, STATE_BYTES, memory)
+        assert ends == sorted({offset + len(data) for offset, data in runs(memory)})
 
 
 def test_disks_that_are_there_stay(tmp_path: Path) -> None:

@@ -95,6 +95,9 @@ def test_a_vm_goes_on_and_the_snapshot_is_told_of() -> None:
     event = vm_state.Send(TICKET, keeps_running=True, is_snapshot=True, snapshot="one")
     sending, effects = lifecycle.step(VmState(1, phase=Phase.PAUSED, pid=7), event, 1.0)
     assert effects == (SendState(keeps_running=True),)
+    assert lifecycle.step(sending, vm_state.Migrating("7%"), 1.5)[1] == (
+        Publish(EventKind.WRITING, "7%"),
+    )
     done, effects = lifecycle.step(sending, vm_state.Sent(), 2.0)
     assert (done.phase, done.snapshot) == (Phase.PAUSED, None)
     assert effects == (Reply(TICKET, Done(serial=4, id=1)), Publish(EventKind.SNAPSHOT, "one"))
