@@ -179,6 +179,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.machine": (
         "vmm_kvm.boot_device",
         "vmm_kvm.errors",
+        "vmm_kvm.irq",
         "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.clock",

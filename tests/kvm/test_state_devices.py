@@ -214,6 +214,7 @@ def change_everything(stand: Stand, machine: Machine) -> None:
     _change_flash(machine)
     machine.pause()
     _change_pci(machine)
+    machine.become_another(is_copy=False)
 
 
 def _change_ports(stand: Stand, machine: Machine) -> None:

@@ -309,8 +309,7 @@ class VmProcess:
                 check_generations(images, received.generations, found)
                 policy = _POLICIES[going_on.clock]
                 restore(self._machine, received.state, policy)
-                if going_on.is_copy:
-                    self._machine.become_another()
+                self._machine.become_another(is_copy=going_on.is_copy)
             except BaseException:
                 self._machine.close()
                 raise

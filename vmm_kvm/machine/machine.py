@@ -35,7 +35,6 @@ from vmm_kvm.devices.port92 import Port92
 from vmm_kvm.devices.pvpanic import PanicEvent, Pvpanic
 from vmm_kvm.devices.rom import Rom
 from vmm_kvm.devices.uart16550 import Uart16550
-from vmm_kvm.devices.vm_generation import VmGeneration
 from vmm_kvm.errors import HaltError, Refusal, RefusedError
 from vmm_kvm.holding import hold_vcpus, throttle
 from vmm_kvm.kvm.eventfds import EventFds
@@ -45,6 +44,7 @@ from vmm_kvm.kvm.stats import ExitCounts
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.machine.bad_exits import outcome_of
 from vmm_kvm.machine.dirty import DirtyPages
+from vmm_kvm.machine.identity import Identity
 from vmm_kvm.machine.routes import interrupt_routes
 from vmm_kvm.machine.runner import Runner
 from vmm_kvm.machine.serial_output import SerialOutput
@@ -302,7 +302,7 @@ class Machine:
         yield Part("debug_exit", self._debug_exit_port)
         yield Part("pvpanic", self._pvpanic)
         yield Part("debugcon", self._debugcon)
-        yield Part("vm_generation", self._generation)
+        yield from self._identity.parts()
         if self._rom:
             yield Part("rom", self._rom)
         if self._flash:
@@ -344,13 +344,14 @@ class Machine:
         """
         primitives.restore_state(self._vmm, self._vm_id, record, policy)
 
-    def become_another(self) -> None:
-        """Tell the guest that it is a copy: a clone, or from a snapshot; while it is paused.
+    def become_another(self, *, is_copy: bool = True) -> None:
+        """Tell the guest that it is a copy, or with `is_copy` false that it has moved.
 
-        After `machine.state.restore`. A moved guest is no copy.
+        After `machine.state.restore`, while it is paused.
         """
-        self._generation.renew()
-        self._devices.become_another()
+        self._identity.change(is_copy=is_copy)
+        if is_copy:
+            self._devices.become_another()
 
     def adopt_fork(self, record: KvmRecord, policy: ClockPolicy) -> None:
         """Become a clone, in a child forked from a process with this machine paused.
@@ -417,12 +418,8 @@ class Machine:
     def _make_vm(self, stack: ExitStack) -> None:
         spec, memory = self.spec, self.memory
         self._flash_mapping = 0
-        mappings = []
-        self._generation = VmGeneration(os.urandom)
-        page = self._generation.memory
-        mappings.append(
-            Mapping(layout.VM_GENERATION_ADDRESS, _address(page), len(page), is_readonly=True)
-        )
+        self._identity = Identity(os.urandom)
+        mappings = self._identity.mappings()
         self._rom: Rom | None = None
         self._flash: Pflash | None = None
         if isinstance(spec.image, FirmwareImage):
@@ -468,7 +465,7 @@ class Machine:
             on_receive_room=on_receive_room,
             on_plain=self._note_plain,
         )
-        self._generation.attach(self._line(layout.GSI_VM_GENERATION))
+        self._identity.attach(self._line(layout.GSI_VM_GENERATION))
         self.acpi_pm = AcpiPm(self._line(layout.GSI_SCI), clock, self._sleep)
         self.rtc = Mc146818(
             self._line(layout.GSI_RTC),

@@ -7,7 +7,8 @@ r"""What the machine's devices are, in ACPI's words: the contents of the DSDT.
 \_SB.MBRD       what nothing else may claim: ECAM, power management
 \_SB.COM1, RTC, FWCF, PVPN
 \_SB.VGEN       where the VM's generation identifier lies
-\_SB.GED        the interrupt that says that it has changed
+\_SB.VCLK       the page of the VM's clock
+\_SB.GED        the interrupt that says that one of both has changed
 """
 
 from collections.abc import Sequence
@@ -40,9 +41,11 @@ from vmm_kvm.arch.x86.layout import (
     PORT_PVPANIC,
     PORT_RTC,
     UEFI_HOLE_START,
+    VM_CLOCK_ADDRESS,
     VM_GENERATION_ADDRESS,
     line_index,
 )
+from vmm_kvm.bits import PAGE_SIZE
 
 # Where 32-bit BARs may be: (address, size).
 _WINDOWS = (
@@ -81,6 +84,7 @@ def dsdt_body(cpus: int, mmio64_start: int, *, is_q35: bool = False) -> bytes:
                 _emulated("FWCF", "QEMU0002", aml.io_ports(PORT_FW_CFG, PORT_FW_CFG_SIZE)),
                 _emulated("PVPN", "QEMU0001", aml.io_ports(PORT_PVPANIC, 1)),
                 _generation(),
+                _clock(),
                 _generic_events(),
             ),
         )
@@ -178,6 +182,18 @@ def _generation() -> bytes:
     )
 
 
+def _clock() -> bytes:
+    """Source: UAPI.13 VMClock; for its identifiers Linux drivers/ptp/ptp_vmclock.c."""
+    clock = aml.string("VMCLOCK")
+    return aml.device(
+        "VCLK",
+        aml.name("_HID", aml.string("AMZNC10C")),
+        aml.name("_CID", clock),
+        aml.name("_DDN", clock),
+        aml.name("_CRS", aml.resources(aml.fixed_memory(VM_CLOCK_ADDRESS, PAGE_SIZE))),
+    )
+
+
 def _generic_events() -> bytes:
     """Source: ACPI 6.5 §5.6.9."""
     return aml.device(
@@ -185,7 +201,13 @@ def _generic_events() -> bytes:
         aml.name("_HID", aml.string("ACPI0013")),
         aml.name("_UID", aml.integer(0)),
         aml.name("_CRS", aml.resources(aml.edge_interrupt(GSI_VM_GENERATION))),
-        aml.method("_EVT", 1, aml.notify("\\_SB.VGEN", _CHANGED), is_serialized=True),
+        aml.method(
+            "_EVT",
+            1,
+            aml.notify("\\_SB.VCLK", _CHANGED),
+            aml.notify("\\_SB.VGEN", _CHANGED),
+            is_serialized=True,
+        ),
     )
 
 

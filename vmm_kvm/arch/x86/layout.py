@@ -13,6 +13,7 @@ Memory:
     0xe010_0000  PCI memory BARs, 32-bit, that firmware places
     0xfec0_0000  IOAPIC
     0xfee0_0000  local APICs
+    0xfeff_a000  the VM's clock, one page
     0xfeff_b000  the VM's generation identifier, one page
     0xfeff_c000  KVM's identity-map page and the three TSS pages behind it
     0xff00_0000  firmware ROM, ending at 4 GiB
@@ -40,6 +41,7 @@ PCI_MMIO32_HIGH_START = ECAM_START + ECAM_SIZE
 """Firmware assigns BARs downward from the IOAPIC: here."""
 PCI_MMIO32_HIGH_SIZE = IOAPIC_ADDRESS - PCI_MMIO32_HIGH_START
 LOCAL_APIC_ADDRESS = 0xFEE0_0000
+VM_CLOCK_ADDRESS = 0xFEFF_A000
 VM_GENERATION_ADDRESS = 0xFEFF_B000
 IDENTITY_MAP_ADDRESS = 0xFEFF_C000
 TSS_ADDRESS = 0xFEFF_D000
@@ -94,7 +96,7 @@ GSI_RTC = 8
 GSI_SCI = 9
 GSI_PCI_INTX = (16, 17, 18, 19)
 GSI_VM_GENERATION = 20
-"""An edge, at the IOAPIC alone: the VM's generation identifier has changed."""
+"""An edge, at the IOAPIC alone: the VM's generation identifier or its clock has changed."""
 GSI_MSI = 24
 """From here on GSIs are messages; the IOAPIC's pins end before."""
 PIC_PCI_INTX = (5, 10, 11, 12)
