@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests import artifacts
@@ -20,9 +21,16 @@ UNPACK = (
 _BLOCK = 1 << 20
 
 
-def tools_disk(place: Path, *programs: str) -> Path:
-    """Write a disk image, a tar archive, that holds programs of this host; returns its path."""
+def tools_disk(place: Path, *programs: str, scripts: Mapping[str, str] | None = None) -> Path:
+    """Write a disk image, a tar archive, that holds programs of this host; returns its path.
+
+    `scripts` are texts by their paths in the guest, which it can execute.
+    """
     with tarfile.open(place, "w") as archive:
+        for name, text in (scripts or {}).items():
+            member, data = tarfile.TarInfo(name.removeprefix("/")), text.encode()
+            member.mode, member.size = 0o755, len(data)
+            archive.addfile(member, io.BytesIO(data))
         for name in sorted({file for program in programs for file in _files(program)}):
             archive.add(Path(name).resolve(), arcname=name.removeprefix("/"))
     with place.open("ab") as image:
