@@ -79,8 +79,16 @@ _vmctl() {
 		_vmctl_offer "$word"
 		return
 		;;
+	'clone --timeout')
+		_vmctl_offer "$word"
+		return
+		;;
+	'clone --wait')
+		_vmctl_offer "$word" 'ready'
+		return
+		;;
 	'clone '*)
-		options=(-n --json)
+		options=(-n --json --timeout --wait)
 		operands=('<vm>')
 		;;
 	'connect '*)

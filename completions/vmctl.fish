@@ -51,6 +51,8 @@ complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_sub
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a rm -d 'Remove images that were pulled.'
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -s n -d 'How many; each has another number for %d.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -l json -d 'Print JSON.'
+complete -c vmctl -n '__fish_seen_subcommand_from clone' -l timeout -d 'With --wait: wait no longer.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from clone' -l wait -d 'Wait until each clone\'s agent has renewed entropy, clock and identity; else it is killed.' -x -a 'ready'
 complete -c vmctl -n '__fish_seen_subcommand_from clone' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from connect' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from console' -a '(__vmctl_vms)'

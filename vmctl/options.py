@@ -33,6 +33,15 @@ class Option(NamedTuple):
 
 JSON = Option("--json", "as_json", "Print JSON.")
 CLONES = Option("-n", "count", "How many; each has another number for %d.", "count", True)
+CLONES_READY = Option(
+    "--wait",
+    "until",
+    "Wait until each clone's agent has renewed entropy, clock and identity; else it is killed.",
+    "ready",
+    True,
+    ("ready",),
+)
+CLONES_TIMEOUT = Option("--timeout", "timeout", "With --wait: wait no longer.", "seconds", True)
 RUNNING = Option("-r", "running", "Only VMs that run.")
 _BOOT_DEVICES = ("disk", "cdrom", "net")
 _FIRMWARE = ("bios", "uefi", FILE)

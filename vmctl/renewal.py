@@ -30,7 +30,7 @@ def renew(agent: Agent, name: str, deadline: float) -> None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError("timed out")
-            agent.ping(timeout=left)
+            agent.ping(timeout=None if left == float("inf") else left)
             agent.add_entropy()
             agent.set_clock()
             agent.set_identity(machine_id=uuid4().hex, host_name=host_name)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from vmctl.options import (
     CLONES,
+    CLONES_READY,
+    CLONES_TIMEOUT,
     ENDED,
     FILE,
     JSON,
@@ -79,7 +81,7 @@ _TABLE = (
         "Make VMs that go on where another one stands.",
         "clone",
         "clone",
-        (CLONES, JSON),
+        (CLONES, JSON, CLONES_TIMEOUT, CLONES_READY),
         *(2, 2),
         completes=(VM,),
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts
-from tests.agents import AGENT
+from tests.guest.agent_guest import MODULES, files
 from tests.guest.linux_guest import COMMAND_LINE, Shell
 from tests.guest.tools import UNPACK
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
@@ -24,49 +23,21 @@ from vmctl.guest import agent_of
 
 pytestmark = [pytest.mark.guest, pytest.mark.core, pytest.mark.slow, pytest.mark.timeout(900)]
 
-MODULES = ("virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport")
 COMMAND_S = 240.0
 START_S = 300.0
-PYTHON = "/usr/bin/python3"
-LOADER = "/lib64/ld-linux-x86-64.so.2"
 SIZE = 1 << 20
 MACHINE = "fedcba9876543210" * 2
 NOW = 2_000_000_000
 _BLOCK = 1 << 20
-_FILES = """
-import json, runpy, sys
-sys.argv = [sys.argv[1], "--help"]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit:
-    pass
-names = ("__file__", "__cached__")
-found = [getattr(one, name, None) for one in sys.modules.values() for name in names]
-found += [line.split()[-1] for line in open("/proc/self/maps") if "/" in line]
-print(json.dumps(sorted({one for one in found if one and "/locale/" not in one})))
-"""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """A disk with the agent, and the parts of Debian's Python that it uses."""
-    done = subprocess.run(
-        [PYTHON, "-I", "-c", _FILES, AGENT], check=True, capture_output=True, text=True
-    )
     disk = tmp_path / "disk"
     with tarfile.open(disk, "w") as archive:
-        for name in json.loads(done.stdout):
-            path = Path(name)
-            if not path.is_file() or path == AGENT:
-                continue
-            # The loader looks for libraries by another name than they are mapped by.
-            stem = path.name.partition(".so")[0]
-            others = path.parent.glob(f"{stem}.so*") if ".so" in path.name else (path,)
-            for one in others:
-                archive.add(one.resolve(), arcname=str(one).removeprefix("/"))
-        archive.add(Path(LOADER).resolve(), arcname=LOADER.removeprefix("/"))
-        archive.add(Path(PYTHON).resolve(), arcname="bin/python3")
-        archive.add(AGENT, arcname="bin/vmm-agent")
+        for name, path in files().items():
+            archive.add(path, arcname=name)
     with disk.open("ab") as image:
         image.truncate(-(-image.tell() // _BLOCK) * _BLOCK)
     return disk

@@ -7,106 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.agents import wait_until
-from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, Daemon, is_alive
+from tests.system.vmd.daemon import ROOT, TIMEOUT_S, Daemon
+from tests.system.vmd.pytest_runs import Runs, runs
+
+__all__ = ("runs",)
 
 pytestmark = pytest.mark.kvm
-
-CONFTEST = f"""
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, {str(ROOT)!r})
-from tests.agents import CLONES_AGENT, HostAgent
-
-pytestmark = pytest.mark.vm(kernel={str(SELFTEST)!r}, memory="16M")
-
-@pytest.fixture(scope="session")
-def vm_agent(tmp_path_factory):
-    with HostAgent(tmp_path_factory.mktemp("agent") / "agent", program=CLONES_AGENT) as host:
-        yield lambda name: host.agent
-"""
-HEADER = f"""
-import os, time
-import pytest
-pytestmark = pytest.mark.vm(kernel={str(SELFTEST)!r}, memory="16M")
-"""
-
-
-class Runs:
-    """Runs of pytest in a directory; what they leave behind is told."""
-
-    def __init__(self, directory: Path) -> None:
-        """Prepare the directory."""
-        self.directory = directory
-        self.temporary = directory / "tmp"
-        self.temporary.mkdir()
-        self.told = directory / "told"
-        (directory / "pytest.ini").write_text("[pytest]\n")
-        (directory / "conftest.py").write_text(CONFTEST)
-        self.environ = {
-            **{name: value for name, value in os.environ.items() if "PYTEST" not in name},
-            "TMPDIR": str(self.temporary),
-            "TOLD": str(self.told),
-            "REFUSES": str(directory / "refuses"),
-        }
-
-    def start(self, text: str, *options: str, **environ: str) -> subprocess.Popen[str]:
-        """Start pytest with a test module."""
-        (self.directory / "test_it.py").write_text(HEADER + text)
-        return subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
-            cwd=self.directory,
-            env={**self.environ, **environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, text: str, *options: str, **environ: str) -> tuple[int, str]:
-        """Run pytest with a test module; returns its exit status and what it printed."""
-        with self.start(text, *options, **environ) as process:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-            return process.returncode, output
-
-    def processes(self, argument: bytes = b"") -> list[int]:
-        """Return the processes of these runs; with `argument` those that have it."""
-        wanted = f"TMPDIR={self.temporary}".encode()
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                is_ours = wanted in (path / "environ").read_bytes()
-                arguments = (path / "cmdline").read_bytes().split(b"\0")
-            except OSError:  # it has ended
-                continue
-            if is_ours and (not argument or argument in arguments) and is_alive(int(path.name)):
-                found.append(int(path.name))
-        return found
-
-    def folders(self) -> list[str]:
-        """Return the folders of runs that are there."""
-        return [path.name for path in self.temporary.glob("vmm-pytest-*")]
-
-    def wait_until_clean(self) -> None:
-        """Wait until neither a process nor a folder is left."""
-        wait_until(lambda: not self.processes() and not self.folders())
-
-
-@pytest.fixture
-def runs() -> Iterator[Runs]:
-    """Yield where pytest runs; the test fails if a run leaves something behind."""
-    with TemporaryDirectory(prefix="vmm-") as directory:
-        runs = Runs(Path(directory))
-        yield runs
-        runs.wait_until_clean()
 
 
 def test_a_fresh_machine_for_each_test(runs: Runs) -> None:
