@@ -1,4 +1,4 @@
-"""Accepting connections where there are no descriptors to accept them with."""
+"""Accepting connections when descriptors run out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TURNS = 50
 
 
 class Listener(socket.socket):
-    """A listening socket that counts how often it is asked for a connection."""
+    """A listening socket that counts calls of accept."""
 
     tries = 0
 
@@ -29,7 +29,7 @@ class Listener(socket.socket):
 
 
 class Rig:
-    """An acceptor on an event loop, and what it has accepted."""
+    """An acceptor on an event loop, and its accepted connections."""
 
     def __init__(self, loop: EventLoop, path: Path, burst: int) -> None:
         """Listen at `path`."""
@@ -49,7 +49,7 @@ class Rig:
         self.clients.append(client)
 
     def turn(self, count: int = TURNS) -> None:
-        """Have the loop look so often, without waiting."""
+        """Run `count` rounds of the loop, without waiting."""
         for _ in range(count):
             self.loop.call_soon(self.loop.stop)
             self.loop.run()
@@ -63,7 +63,7 @@ class Rig:
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    """Return an acceptor that has been started."""
+    """Return a started acceptor."""
     with EventLoop() as loop:
         made = Rig(loop, tmp_path / "socket", burst=2)
         made.acceptor.start()
@@ -73,7 +73,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """Let this process open nothing more."""
+    """Keep this process from opening any more descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)
     os.close(lowest)
@@ -85,7 +85,7 @@ def no_descriptors() -> Iterator[None]:
 
 
 def test_connections_are_accepted(rig: Rig) -> None:
-    """All that wait, and those that come later."""
+    """All waiting connections are accepted, and later ones too."""
     for count in (1, 5):
         for _ in range(count):
             rig.connect()
@@ -94,7 +94,7 @@ def test_connections_are_accepted(rig: Rig) -> None:
 
 
 def test_a_stopped_one_lets_them_wait(rig: Rig) -> None:
-    """They are in the backlog until it is started again, also when it is stopped twice."""
+    """Connections stay in the backlog until it is started again, also if it is stopped twice."""
     rig.acceptor.stop()
     rig.acceptor.stop()
     rig.connect()
@@ -124,7 +124,7 @@ def test_without_descriptors_it_does_not_spin(rig: Rig) -> None:
 
 
 def test_without_descriptors_time_helps(rig: Rig) -> None:
-    """Where others use up the host's, it tries again after a while."""
+    """If other processes use up the host's descriptors, it tries again after a while."""
     begin = rig.loop.monotonic_ns()
     rig.connect()
     with no_descriptors():
@@ -138,7 +138,7 @@ def test_without_descriptors_time_helps(rig: Rig) -> None:
 
 
 def test_the_owner_may_stop_within_a_burst(rig: Rig) -> None:
-    """After one connection that is enough, no other is taken."""
+    """The owner may stop the acceptor after one connection; no other is taken."""
     rig.acceptor.stop()
     taken: list[socket.socket] = []
 

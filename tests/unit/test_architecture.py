@@ -1,4 +1,4 @@
-"""The layer rules: which folder and module may import which, held against every import."""
+"""The layer rules: each folder's and module's allowed imports, compared with every import."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.layers import Import, layer_of
 FILES = layers.module_files()
 IMPORTS = layers.all_imports()
 
-# Codecs that a compressed kernel or disk cluster needs; loaded there and nowhere else.
+# Codecs that a compressed kernel or disk cluster needs; imported there and nowhere else.
 CODECS = ("zstandard", "lz4")
-# Commands that run a VM in this very process, without a daemon, load the hypervisor.
+# Commands that run a VM in this very process, without a daemon, import the hypervisor.
 VMCTL_WITH_HYPERVISOR = (
     *("vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio", "vmctl.restoring"),
     "vmctl.vsock",
 )
-# Pure modules decide; what they decide about, time included, is handed to them.
+# Pure modules decide; they are given all facts, time included.
 PURE = (
     *("vmm_kvm.bits", "vmm_kvm.irq", "vmm_kvm.bus", "vmm_kvm.limits", "vmm_kvm.arch.x86.e820"),
     *("vmm_kvm.arch.x86.layout", "vmm_kvm.arch.x86.entry", "vmm_kvm.arch.x86.cpuid"),
@@ -35,10 +35,10 @@ PURE = (
 IMPURE = {"os", "socket", "time", "asyncio", "logging", "threading"}
 # A bus holds one lock per device, which its docstring describes.
 PURE_WITH_LOCK = {"vmm_kvm.bus"}
-# What touches the host: a device is handed its interrupt line, clock and memory.
+# Modules that touch the host: a device is given its interrupt line, clock and memory.
 HOST = ("time", "socket", "asyncio", "os", "fcntl")
 CHIPS = ("vmm_kvm.devices", "vmm_kvm.pci", "vmm_kvm.virtio")
-# The protocol between a VM and a device process is made of sockets and descriptors.
+# The protocol between a VM and a device process consists of sockets and descriptors.
 BETWEEN_PROCESSES = ("vmm_kvm.virtio.vhost_user", ("os", "socket"))
 # Threads of devices wait for eventfds.
 DEVICE_THREADS = {("vmm_kvm.virtio.worker", "os"), ("vmm_kvm.virtio.ring_events", "os")}
@@ -153,7 +153,7 @@ def test_only_a_command_body_loads_the_hypervisor() -> None:
 
 @pytest.mark.parametrize("folder", CHIPS)
 def test_devices_know_no_host(folder: str) -> None:
-    """A device is handed its interrupt line, clock and memory: it opens and waits for nothing."""
+    """A device is given its interrupt line, clock and memory: it opens and waits for nothing."""
     between, allowed = BETWEEN_PROCESSES
     wrong = [
         one
@@ -197,7 +197,7 @@ def test_pure_modules_exist() -> None:
 
 
 def test_the_page_has_the_table() -> None:
-    """docs/architecture.md has the table of layers as it is; scripts/structure.py --write does."""
+    """docs/architecture.md has the current table of layers, by scripts/structure.py --write."""
     page = (layers.ROOT / layers.EXPLAINED).read_text()
     assert structure.documented(page, structure.table(FILES)) == page
 

@@ -1,4 +1,4 @@
-"""Buses: who answers an address, and what happens when nobody does."""
+"""Buses: the device at an address, and accesses without one."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ SIZES = (1, 2, 4, 8)
 
 
 def test_access_reaches_the_device_at_its_offset() -> None:
-    """A device sees offsets from its base, sizes, and values as the guest wrote them."""
+    """A device sees offsets from its base, sizes, and the guest's values."""
     bus = Bus(0x10000)
     device = RecordingDevice(value=0x12345678)
     bus.insert(0x3F8, 8, device)
@@ -35,7 +35,7 @@ def test_lock_is_held_and_released() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_unclaimed_reads_are_all_ones(size: int) -> None:
-    """Nobody drives the bus: reads are all ones of their size, writes vanish."""
+    """Unclaimed reads are all ones of their size, and writes vanish."""
     bus = Bus(0x100)
     bus.write(0x10, size, 0)
     assert all_ones(size) == bus.read(0x10, size)
@@ -100,7 +100,7 @@ def test_insertion_takes_effect_at_once() -> None:
 
 
 def test_a_watched_table_is_emptied_by_every_change() -> None:
-    """What a vCPU learnt is forgotten when a range comes or goes, and kept afterwards."""
+    """A vCPU's look-ups are forgotten when a range comes or goes, and kept afterwards."""
     bus = Bus(0x100)
     table = {1: "learnt"}
     with bus.watched(table):
@@ -116,7 +116,7 @@ def test_a_watched_table_is_emptied_by_every_change() -> None:
 
 @pytest.mark.parametrize("base", [0x0F, 0x11, 0x20])
 def test_removing_what_is_not_there(base: int) -> None:
-    """Only the base of a range names it."""
+    """A range can be removed only by its base."""
     bus = Bus(0x100)
     bus.insert(0x10, 4, RecordingDevice())
     with pytest.raises(BusError, match="not on this bus"):
@@ -124,7 +124,7 @@ def test_removing_what_is_not_there(base: int) -> None:
 
 
 def test_memory_of_lookups_is_bounded() -> None:
-    """A guest that touches very many addresses does not make the host remember them all."""
+    """The host remembers a bounded number of addresses that a guest touches."""
     bus = Bus(1 << 20)
     bus.insert(0, 1 << 19, RecordingDevice())
     for address in range(20_000):
@@ -138,7 +138,7 @@ def test_memory_of_lookups_is_bounded() -> None:
     )
 )
 def test_bus_agrees_with_a_plain_map(changes: list[tuple[bool, int, int]]) -> None:
-    """Whatever is inserted and removed, each address belongs to who a table says."""
+    """After any insertions and removals, each address belongs to the range of a plain table."""
     bus = Bus(64)
     owners: dict[int, int] = {}
     bases: dict[int, int] = {}

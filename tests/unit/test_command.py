@@ -1,4 +1,4 @@
-"""The command line itself: verbs, prefixes, misuse, the manual, and what it imports."""
+"""The command line itself: verbs, prefixes, misuse, the manual, and its imports."""
 
 import importlib
 import re
@@ -73,7 +73,7 @@ def test_misuse(arguments: list[str], error: str, capsys: pytest.CaptureFixture[
         ("strat", "start"),
         ("satrt", "start"),
         ("stauts", "status"),
-        ("creat", None),  # that is a prefix
+        ("creat", None),  # a prefix
         ("cerate", "create"),
         ("unpuase", "unpause"),
         ("dotcor", "doctor"),
@@ -83,7 +83,7 @@ def test_misuse(arguments: list[str], error: str, capsys: pytest.CaptureFixture[
     ],
 )
 def test_typing_errors(word: str, meant: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """A verb that is near to one word and to no other is asked for, on a second line."""
+    """A second line suggests the one verb that a mistyped word is near to."""
     main([word])
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "mean" in line] == (
@@ -103,7 +103,7 @@ def test_typing_errors(word: str, meant: str | None, capsys: pytest.CaptureFixtu
 def test_typing_errors_of_options(
     line: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same holds for options."""
+    """A second line suggests the one option that a mistyped one is near to."""
     assert main(line.split()) == 1
     assert capsys.readouterr().err.splitlines()[1] == f"did you mean {meant}?"
 
@@ -151,7 +151,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _manual_sections() -> dict[str, list[str]]:
-    """Return what the manual says of each verb, which may have several forms."""
+    """Return the manual's section of each verb, which may have several forms."""
     begin = MANUAL.index("The commands are as follows")
     text = MANUAL[begin : MANUAL.index("\nWhere an\n.Ar id", begin)]
     parts = re.split(r"^\.It (?:Xo )?Cm ((?:image )?[\w-]+)", text, flags=re.MULTILINE)
@@ -173,7 +173,7 @@ def _options_told(text: str) -> set[str]:
 
 
 def test_manual_has_every_verb_and_option() -> None:
-    """The manual names the verbs of the table, in its order, and of each the same options."""
+    """The manual has the verbs of the table, in its order, and each with the same options."""
     sections = _manual_sections()
     assert list(sections) == sorted(VERBS)
     for name, texts in sections.items():
@@ -182,7 +182,7 @@ def test_manual_has_every_verb_and_option() -> None:
 
 
 def test_every_verb_has_its_function() -> None:
-    """The function that the table names is there."""
+    """The function in the table of each verb exists."""
     for verb in VERBS.values():
         module = importlib.import_module(f"vmctl.{verb.module}")
         assert callable(getattr(module, verb.function)), verb.name
@@ -197,7 +197,7 @@ def test_help_is_light() -> None:
 
 
 def test_images_are_light(tmp_path: Path) -> None:
-    """What is told of images, and a new one, need neither typer, rich nor logging."""
+    """Information on images, and new images, need neither typer, rich nor logging."""
     image = tmp_path / "disk.qcow2"
     heavy = {"rich", "asyncio", "typer", "inspect", "json", "logging", "pathlib", "dataclasses"}
     for arguments in (["create", "-s", "1M", str(image)], ["image", "info", str(image)]):
@@ -207,7 +207,7 @@ def test_images_are_light(tmp_path: Path) -> None:
 
 
 def test_run_is_light() -> None:
-    """A run loads no codec that its kernel does not need, no rich, no asyncio, no pyroute2."""
+    """A run imports no codec that its kernel does not need, no rich, no asyncio, no pyroute2."""
     modules = loaded_modules("run", "-b", "/nonexistent")
     assert "vmm_kvm.machine" in modules
     heavy = {"rich", "asyncio", "zstandard", "lz4", "pyroute2", "msgspec", "json"}
@@ -215,7 +215,7 @@ def test_run_is_light() -> None:
 
 
 def test_the_machine_is_light() -> None:
-    """What makes a guest run loads nothing that generates code, and no log that is not written."""
+    """Running a guest imports nothing that generates code, and no unused logging."""
     program = "import sys, vmctl.run; print(*sys.modules)"
     words = [sys.executable, "-c", program]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -224,7 +224,7 @@ def test_the_machine_is_light() -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error_of_ours() -> None:
-    """What `vmctl ... | head -0` leaves unread ends quietly, whatever it is."""
+    """If `head -0` leaves output unread, vmctl ends quietly."""
     program = (
         "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
         "import vmctl.__main__ as command\nsys.argv = ['vmctl', *sys.argv[1:]]\ncommand.main()"

@@ -1,4 +1,4 @@
-"""cu's escapes, found in what is typed."""
+"""cu's escapes, in typed input."""
 
 import pytest
 from hypothesis import given
@@ -30,7 +30,7 @@ def test_escapes(typed: bytes, parts: list[bytes | Escape]) -> None:
 
 @given(st.lists(st.binary(max_size=8)))
 def test_chunks_do_not_matter(chunks: list[bytes]) -> None:
-    """Escapes are found wherever the reads happen to split."""
+    """Escapes are found however the reads split the input."""
     whole = _joined(list(EscapeParser().feed(b"".join(chunks))))
     parser = EscapeParser()
     assert whole == _joined([part for chunk in chunks for part in parser.feed(chunk)])

@@ -1,4 +1,4 @@
-"""What CPUID tells a vCPU, from made-up tables of an Intel and an AMD host."""
+"""CPUID of a vCPU, from made-up tables of an Intel and an AMD host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _vendor_leaf(highest: int, vendor: bytes) -> CpuidEntry:
 
 INTEL = (
     _vendor_leaf(0x1F, b"GenuineIntel"),
-    # A host of 16 threads whose CPU 5 is asked, HTT on, OSXSAVE on; CLFLUSH line size 8.
+    # A host of 16 threads, read on CPU 5, HTT on, OSXSAVE on; CLFLUSH line size 8.
     _leaf(1, 0x806F8, 0x05_10_08_00, 1 << 27 | ECX1_TSC_DEADLINE | 1, 1 << 28 | 1),
     _leaf(4, 7 << 26 | 1 << 14 | _L1_DATA, 0x2C0003F, 63, index=0),
     _leaf(4, 7 << 26 | 1 << 14 | _L2, 0x3C0003F, 2047, index=1),
@@ -67,7 +67,7 @@ def _find(entries: tuple[CpuidEntry, ...], function: int, index: int = 0) -> Cpu
 @pytest.mark.parametrize("table", [INTEL, AMD])
 @pytest.mark.parametrize(("index", "count"), [(0, 1), (1, 2), (2, 4), (6, 7), (63, 64)])
 def test_apic_id_and_count(table: tuple[CpuidEntry, ...], index: int, count: int) -> None:
-    """Leaf 1 tells the vCPU's APIC id and how many there are, and HTT from two on."""
+    """Leaf 1 has the vCPU's APIC id and the number of vCPUs, and HTT from two on."""
     leaf = _find(guest_cpuid(table, index, count), 1)
     assert index == leaf.ebx >> 24
     assert count == leaf.ebx >> 16 & 0xFF
@@ -77,7 +77,7 @@ def test_apic_id_and_count(table: tuple[CpuidEntry, ...], index: int, count: int
 
 @pytest.mark.parametrize("table", [INTEL, AMD])
 def test_feature_bits(table: tuple[CpuidEntry, ...]) -> None:
-    """A guest sees a hypervisor and x2APIC, no OSXSAVE of the host's, and keeps other bits."""
+    """A guest sees a hypervisor and x2APIC, not the host's OSXSAVE, and keeps other bits."""
     leaf = _find(guest_cpuid(table, 0, 1), 1)
     assert leaf.ecx & 1 << 31
     assert leaf.ecx & 1 << 21
@@ -87,14 +87,14 @@ def test_feature_bits(table: tuple[CpuidEntry, ...]) -> None:
 
 
 def test_tsc_deadline_is_kept() -> None:
-    """The TSC-deadline timer is the guest's where the supported table has it, only there."""
+    """The guest has the TSC-deadline timer exactly if the supported table has it."""
     assert _find(guest_cpuid(INTEL, 0, 1), 1).ecx & ECX1_TSC_DEADLINE
     assert not _find(guest_cpuid(AMD, 0, 1), 1).ecx & ECX1_TSC_DEADLINE
 
 
 @pytest.mark.parametrize("table", [INTEL, AMD])
 def test_kvm_leaves(table: tuple[CpuidEntry, ...]) -> None:
-    """The KVM leaves are there whatever the supported table says, and name kvmclock."""
+    """The KVM leaves exist whatever the supported table says, and name kvmclock."""
     entries = guest_cpuid(table, 0, 1)
     leaf = _find(entries, KVM_CPUID_SIGNATURE)
     signature = b"".join(r.to_bytes(4, "little") for r in (leaf.ebx, leaf.ecx, leaf.edx))
@@ -105,7 +105,7 @@ def test_kvm_leaves(table: tuple[CpuidEntry, ...]) -> None:
 
 
 def test_kvm_features_of_the_host_are_kept() -> None:
-    """What KVM offers in its feature leaf passes unchanged."""
+    """KVM's feature leaf passes unchanged."""
     assert _find(guest_cpuid(INTEL, 0, 1), KVM_CPUID_FEATURES).eax == 0x0100_7EFB
 
 
@@ -114,7 +114,7 @@ def test_kvm_features_of_the_host_are_kept() -> None:
 )
 @pytest.mark.parametrize("function", [0xB, 0x1F])
 def test_extended_topology(function: int, count: int, width: int) -> None:
-    """Leaves 0xb and 0x1f tell one thread per core, `count` cores, and the x2APIC id."""
+    """Leaves 0xb and 0x1f report one thread per core, `count` cores, and the x2APIC id."""
     entries = guest_cpuid(INTEL, count - 1, count)
     threads, cores, end = (_find(entries, function, index) for index in range(3))
     flags = SIGNIFICANT_INDEX
@@ -124,7 +124,7 @@ def test_extended_topology(function: int, count: int, width: int) -> None:
 
 
 def test_extended_topology_without_the_hosts() -> None:
-    """An AMD table without leaf 0xb gets one, as its highest leaf is beyond; 0x1f it does not."""
+    """An AMD table gets leaf 0xb, because its highest leaf is beyond, but no leaf 0x1f."""
     functions = {e.function for e in guest_cpuid(AMD, 0, 2)}
     assert 0xB in functions
     assert 0x1F not in functions
@@ -145,7 +145,7 @@ def test_intel_caches(count: int, ids: int) -> None:
 
 @pytest.mark.parametrize(("count", "width"), [(1, 0), (2, 1), (3, 2), (4, 2), (64, 6)])
 def test_amd_topology(count: int, width: int) -> None:
-    """AMD's leaves tell cores, the width of an APIC id, and this core's number."""
+    """AMD's leaves have the number of cores, the width of an APIC id, and this core's number."""
     entries = guest_cpuid(AMD, count - 1, count)
     assert _find(entries, 0x8000_0008).ecx == width << 12 | count - 1
     assert _find(entries, 0x8000_0001).ecx == 1 << 22 | (2 if count > 1 else 0)
@@ -157,20 +157,20 @@ def test_amd_topology(count: int, width: int) -> None:
 
 
 def test_hosts_topology_is_left_out() -> None:
-    """Leaf 0x80000026, the host's topology, is not the guest's; Intel's 0x80000008 has no count."""
+    """Leaf 0x80000026, the host's topology, is left out; Intel's 0x80000008 has no count."""
     assert 0x8000_0026 not in {e.function for e in guest_cpuid(AMD, 0, 2)}
     assert _find(guest_cpuid(INTEL, 0, 2), 0x8000_0008).ecx == 0
 
 
 def test_frequencies_of_the_host_are_kept() -> None:
-    """Leaves 0x15 and 0x16 pass as they are when the host fills them in."""
+    """Leaves 0x15 and 0x16 pass unchanged if the host fills them in."""
     entries = guest_cpuid(INTEL, 0, 1, tsc_khz=2_600_000)
     assert _find(entries, 0x15) == _find(INTEL, 0x15)
     assert _find(entries, 0x16) == _find(INTEL, 0x16)
 
 
 def test_half_filled_frequencies_are_left_out() -> None:
-    """A TSC leaf without a ratio and a frequency leaf without a base say nothing to the guest."""
+    """A TSC leaf without a ratio and a frequency leaf without a base are left out."""
     kept = [e for e in INTEL if e.function not in {0x15, 0x16}]
     table = (*kept, _leaf(0x15, 0, 0, 24_000_000), _leaf(0x16, 0, 3500, 100))
     entries = guest_cpuid(table, 0, 1)
@@ -190,6 +190,6 @@ def test_tsc_leaf_is_made_up_when_invariant() -> None:
 
 @pytest.mark.parametrize("table", [INTEL, AMD])
 def test_entries_are_unique_and_sorted(table: tuple[CpuidEntry, ...]) -> None:
-    """No leaf is told twice, and they come in order."""
+    """Each leaf occurs once, and they are in order."""
     keys = [(e.function, e.subleaf) for e in guest_cpuid(table, 1, 4)]
     assert sorted(set(keys)) == keys

@@ -34,7 +34,7 @@ OPTIONS = "(ro, serial=, queues=, process, snapshot, error= or private)"
     ],
 )
 def test_disks(text: str, expected: DiskOption) -> None:
-    """The kind is what stands before the first colon, if it is one; options follow commas."""
+    """The kind is the part before the first colon, if it is one; options follow commas."""
     assert parse_disk(text) == expected
 
 
@@ -74,7 +74,7 @@ def test_disks(text: str, expected: DiskOption) -> None:
     ],
 )
 def test_disks_that_are_refused(text: str, message: str) -> None:
-    """One line says which disk and what is wrong with it."""
+    """One line names the disk and its fault."""
     with pytest.raises(DiskError) as caught:
         parse_disk(text)
     assert str(caught.value) == message
@@ -82,5 +82,5 @@ def test_disks_that_are_refused(text: str, message: str) -> None:
 
 @given(st.text(min_size=1))
 def test_any_path_can_be_written(path: str) -> None:
-    """With `./` in front and commas doubled, every path comes out as it is."""
+    """With `./` in front and commas doubled, every path is read back unchanged."""
     assert parse_disk("./" + path.replace(",", ",,")).path == "./" + path

@@ -1,4 +1,4 @@
-"""Exit objects over a kvm_run page, without any vCPU: also those that are hard to bring about."""
+"""Exit objects over a kvm_run page, without any vCPU: also those that are hard to provoke."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def _page() -> tuple[abi.kvm_run, Exits]:
     ],
 )
 def test_each_reason_has_its_class(reason: int, kind: type[Exit]) -> None:
-    """Every reason leads to its class, whatever a newer kernel may invent to Unknown."""
+    """Every reason has its class, and an unknown one of a newer kernel is Unknown."""
     _, exits = _page()
     assert isinstance(exits.find(reason), kind)
 
 
 @pytest.mark.parametrize("reason", [abi.KVM_EXIT_EXCEPTION, abi.KVM_EXIT_MEMORY_FAULT, 1000])
 def test_unknown_tells_its_reason(reason: int) -> None:
-    """An Unknown exit keeps the number that KVM gave, and what the processor said."""
+    """An Unknown exit has KVM's number, and the processor's."""
     run, exits = _page()
     run.hw.hardware_exit_reason = 0x80
     found = exits.find(reason)
@@ -72,7 +72,7 @@ def test_unknown_tells_its_reason(reason: int) -> None:
 
 
 def test_fail_entry() -> None:
-    """A failed entry tells why."""
+    """A failed entry has its reason."""
     run, exits = _page()
     run.fail_entry.hardware_entry_failure_reason = 0x8000_0021
     found = exits.find(abi.KVM_EXIT_FAIL_ENTRY)
@@ -81,7 +81,7 @@ def test_fail_entry() -> None:
 
 
 def test_internal_error_of_an_instruction() -> None:
-    """An instruction that KVM cannot emulate is shown, if KVM tells it."""
+    """An instruction that KVM cannot emulate is shown, if KVM reports it."""
     run, exits = _page()
     run.emulation_failure.suberror = abi.KVM_INTERNAL_ERROR_EMULATION
     run.emulation_failure.ndata = 3
@@ -97,7 +97,7 @@ def test_internal_error_of_an_instruction() -> None:
 
 
 def test_internal_error_of_another_kind() -> None:
-    """Other internal errors have numbers only, never more than there is room for."""
+    """Other internal errors have numbers only, at most as many as fit."""
     run, exits = _page()
     run.internal.suberror = abi.KVM_INTERNAL_ERROR_DELIVERY_EV
     run.internal.ndata = 1000
@@ -108,7 +108,7 @@ def test_internal_error_of_another_kind() -> None:
 
 
 def test_system_event() -> None:
-    """A system event tells its type."""
+    """A system event has its type."""
     run, exits = _page()
     run.system_event.type = abi.KVM_SYSTEM_EVENT_CRASH
     found = exits.find(abi.KVM_EXIT_SYSTEM_EVENT)
@@ -117,7 +117,7 @@ def test_system_event() -> None:
 
 
 def test_small_exits() -> None:
-    """The vector of an EOI, an MSR's number, a hypercall's number."""
+    """Exits have the vector of an EOI, an MSR's number, a hypercall's number."""
     run, exits = _page()
     run.eoi.vector = 0x31
     eoi = exits.find(abi.KVM_EXIT_IOAPIC_EOI)

@@ -28,32 +28,32 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_corpus_holds(name: str) -> None:
-    """Nothing that any committed input does is a finding, each of which becomes one of them."""
+    """No committed input is a finding."""
     one = harness.target(name)
     for path in harness.corpus(name):
         harness.run_input(one, path.read_bytes())
 
 
 def test_changes_of_the_corpus_hold(name: str) -> None:
-    """Neither are some random changes of them."""
+    """Some random changes of committed inputs are no findings."""
     harness.run_changes(name, CHANGES, seed=1)
 
 
 def test_the_corpus_is_small(name: str) -> None:
-    """The tree holds no more of a target's inputs than it is to."""
+    """A target's committed inputs stay below their limit."""
     sizes = [path.stat().st_size for path in harness.corpus(name)]
     assert 0 < sum(sizes) <= harness.CORPUS_MAX
 
 
 def test_each_module_with_a_target_is_listed() -> None:
-    """A target that nobody runs shows nothing."""
+    """Each module with a target is in the list of targets."""
     modules = {path.stem for path in harness.HERE.glob("*.py") if "def run(" in path.read_text()}
     assert modules - {"harness"} == set(harness.TARGETS)
     assert sorted(path.name for path in (harness.HERE / "corpus").iterdir()) == [*harness.TARGETS]
 
 
 def test_without_atheris() -> None:
-    """Where atheris is not installed, one line says so, and random changes are run."""
+    """Without atheris one line says so, and random changes are run."""
     ended = subprocess.run(
         [sys.executable, "-c", ONE_CHANGE],
         cwd=harness.ROOT,
@@ -67,7 +67,7 @@ def test_without_atheris() -> None:
 
 
 def test_an_input_has_no_end() -> None:
-    """Numbers come little-endian; behind the last byte all is zero."""
+    """Numbers are little-endian; zeros follow the last byte."""
     given = Input(b"\x01\x02\x03")
     assert (given.number(2), given.choice("abcd"), given.is_over) == (0x201, "d", True)
     assert (given.number(8), given.piece(4), given.rest()) == (0, b"", b"")
@@ -82,7 +82,7 @@ def test_what_is_no_line(text: str) -> None:
 
 
 def test_a_descriptor_that_is_left_is_a_finding(tmp_path: Path) -> None:
-    """A target that closes not all that it opens has failed."""
+    """A target that leaves a descriptor open has failed."""
     opened = []
 
     class Leaky:
@@ -98,7 +98,7 @@ def test_a_descriptor_that_is_left_is_a_finding(tmp_path: Path) -> None:
 
 
 def test_the_corpus_is_what_covers_more() -> None:
-    """Of inputs that cover the same lines the smallest is kept; seeds are kept in any case."""
+    """Of inputs that cover the same lines the smallest is kept; seeds are always kept."""
     one = harness.target("fw_cfg")
     first = harness.arcs(lambda: one.run(one.seeds()[0]))
     again = harness.arcs(lambda: one.run(one.seeds()[0]))

@@ -31,7 +31,7 @@ def _read(*pieces: bytes) -> list[Received]:
 
 @given(st.lists(st.binary(max_size=64), max_size=5), st.integers(1, 40))
 def test_packets_come_as_they_were_sent(texts: list[bytes], size: int) -> None:
-    """Whatever bytes they have, and in whatever pieces they come."""
+    """Packets are read unchanged, with any bytes, in any pieces."""
     data = b"".join(framed(text) for text in texts)
     pieces = [data[at : at + size] for at in range(0, len(data), size)]
     assert _read(*pieces) == [Packet(text) for text in texts]
@@ -39,13 +39,13 @@ def test_packets_come_as_they_were_sent(texts: list[bytes], size: int) -> None:
 
 @given(st.lists(st.binary(max_size=200), max_size=20))
 def test_any_bytes_are_read_without_an_end(pieces: list[bytes]) -> None:
-    """Bytes that no debugger sends give packets, or nothing, and never an exception."""
+    """Bytes that no debugger sends yield packets, or nothing, and never an exception."""
     for received in _read(*pieces):
         assert isinstance(received, Packet | Interrupt | Damaged | Again)
 
 
 def test_what_stands_between_packets() -> None:
-    """Acknowledgements are passed over; an interrupt, a resend and a wrong checksum are told."""
+    """Acknowledgements are skipped; an interrupt, a resend and a wrong checksum are reported."""
     assert _read(b"+++\x03$g#67-$g#68+$g#6", b"7") == [
         *(Interrupt(), Packet(b"g"), Again(), Damaged(), Packet(b"g"))
     ]
@@ -53,7 +53,7 @@ def test_what_stands_between_packets() -> None:
 
 @pytest.mark.parametrize("data", [b"$" + b"a" * PACKET_MAX, b"+" * (5 * PACKET_MAX)])
 def test_a_packet_without_an_end_is_refused(data: bytes) -> None:
-    """Neither a long packet nor bytes that nobody takes fill memory."""
+    """Neither a long packet nor unread bytes fill memory."""
     with pytest.raises(OverflowedError):
         _read(data, data)
 

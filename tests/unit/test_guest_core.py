@@ -1,4 +1,4 @@
-"""The core of the guest tests: it names tests that exist, and leaves out no file of them."""
+"""The core of the guest tests: its tests exist, and no file is left out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_core_is_what_the_marker_selects() -> None:
 
 
 def test_each_file_has_a_share() -> None:
-    """No file of guest tests is left out of the core, but for a reason."""
+    """No file of guest tests is left out of the core without a reason."""
     files = {path.name for path in (ROOT / "tests" / "guest").glob("test_*.py")}
     assert files - WITHOUT.keys() == {name.partition("::")[0] for name in CORE}
     assert WITHOUT.keys() <= files

@@ -51,7 +51,7 @@ def _links(*vcpus: str) -> list[str]:
 
 
 def test_a_vm(tmp_path: Path) -> None:
-    """A process with a VM: its vCPUs, its memory by the largest mappings, its name."""
+    """A VM has its vCPUs, its memory by the largest mappings, and its name."""
     arguments = ("qemu", "-name", "guest=web,debug-threads=on", "-m", "512M")
     _process(tmp_path, 42, _links(":0", ":1"), arguments=arguments)
     expected = HostVm(42, "web", 1, 2, (512 + 64) * MIB, (102400 + 1024) * KIB)
@@ -67,7 +67,7 @@ def test_other_processes(tmp_path: Path) -> None:
 
 
 def test_order_and_exception(tmp_path: Path) -> None:
-    """They come by process id, without the one to leave out."""
+    """VMs come by process id, without the one to leave out."""
     for pid in (300, 20, 100):
         _process(tmp_path, pid, _links(":0"))
     assert [vm.pid for vm in host_vms(tmp_path, but=100)] == [20, 300]
@@ -99,11 +99,11 @@ def test_names(tmp_path: Path, arguments: Sequence[str], name: str) -> None:
         (_links(), 1, 0),
         (_links(":0", ":0", ":1", ":1"), 1, 2),  # each open twice
         (_links(":0") + _links(":0", ":1"), 2, 3),
-        (_links("", ""), 1, 2),  # without an index, as old kernels have it
+        (_links("", ""), 1, 2),  # without an index, as in old kernels
     ],
 )
 def test_counts(tmp_path: Path, links: list[str], vms: int, vcpus: int) -> None:
-    """Those vCPUs that are open twice count once; two VMs have a vCPU 0 each."""
+    """A vCPU that is open twice counts once; two VMs have a vCPU 0 each."""
     _process(tmp_path, 42, links)
     assert [(vm.vms, vm.vcpus) for vm in host_vms(tmp_path)] == [(vms, vcpus)]
 

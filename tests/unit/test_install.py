@@ -1,4 +1,4 @@
-"""What `make install` puts where, and that it can be taken away; the tables of packagers agree."""
+"""The files and places of `make install`, and their removal; the tables of packagers agree."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _project() -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
-    """Return where everything is installed."""
+    """Return the prefix of an installation."""
     done = _install("--prefix", str(tmp_path / "prefix"), "--no-compile")
     assert (done.returncode, done.stderr) == (0, "")
     return tmp_path / "prefix"
@@ -57,7 +57,7 @@ def test_what_is_installed(prefix: Path) -> None:
 
 
 def test_each_completion_and_page_is_in_the_wheel() -> None:
-    """A file that is added to the tree's folder of them is not forgotten."""
+    """Each completion and page in the tree is in the wheel's list."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     there = set(wheel["targets"]["wheel"]["shared-data"])
     folders = ("man", "completions", "examples", "packaging/user")
@@ -66,7 +66,7 @@ def test_each_completion_and_page_is_in_the_wheel() -> None:
 
 
 def test_the_commands_run(prefix: Path, tmp_path: Path) -> None:
-    """They find their modules, wherever they are called from, and whatever PYTHONPATH says."""
+    """The commands find their modules, from any directory, and with any PYTHONPATH."""
     (tmp_path / "vm.conf").write_text("")
     done = subprocess.run(
         [prefix / "bin" / "vmd", "-n", "-f", tmp_path / "vm.conf"],
@@ -81,13 +81,13 @@ def test_the_commands_run(prefix: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_units_run_the_commands_of_their_prefix(prefix: Path, unit: str) -> None:
-    """A unit names no command of another installation."""
+    """A unit runs no command of another installation."""
     commands = re.findall(r"^Exec\w+=-?(\S*vm\S*)", (prefix / unit).read_text(), re.MULTILINE)
     assert commands == [f"{prefix}/bin/vmd", f"{prefix}/bin/vmctl"]
 
 
 def test_a_staged_installation_names_its_final_place(tmp_path: Path) -> None:
-    """DESTDIR is in no file."""
+    """No installed file contains DESTDIR."""
     done = _install("--destdir", str(tmp_path), "--prefix", "/usr", "--python", "/usr/bin/python3")
     assert (done.returncode, done.stdout) == (0, "")
     top = tmp_path / "usr"
@@ -97,7 +97,7 @@ def test_a_staged_installation_names_its_final_place(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left(prefix: Path) -> None:
-    """What was installed can be taken away, and what others have put beside it stays."""
+    """Installed files can be removed, and foreign files beside them stay."""
     (prefix / "share" / "man" / "man8" / "other.8").write_text("")
     done = _install("--prefix", str(prefix), "--uninstall")
     assert (done.returncode, done.stderr) == (0, "")
@@ -116,7 +116,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 
 def test_a_bundle_is_found(tmp_path: Path) -> None:
-    """What is in a bundle is not missing, and the commands look for it there."""
+    """Packages in a bundle are not missing, and the commands look for them there."""
     bundle = tmp_path / "bundle"
     for name in _names():
         (bundle / f"{name}-1.dist-info").mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_a_bundle_is_found(tmp_path: Path) -> None:
 
 
 def test_a_bundle_needs_no_package_of_debians(tmp_path: Path) -> None:
-    """The Debian package depends on what it does not bring along."""
+    """The Debian package depends only on packages that it does not bundle."""
     (tmp_path / "msgspec-1.dist-info").mkdir()
     done = subprocess.run(
         [sys.executable, "-B", DEPENDENCIES, "debian", tmp_path],
@@ -141,7 +141,7 @@ def test_a_bundle_needs_no_package_of_debians(tmp_path: Path) -> None:
 
 
 def test_the_debian_package_has_the_projects_version() -> None:
-    """Its changelog begins with it."""
+    """The Debian changelog begins with the project's version."""
     changelog = (ROOT / "packaging" / "debian" / "changelog").read_text()
     assert changelog.startswith(f"vmm-kvm ({_project()['version']}) ")
 

@@ -12,11 +12,11 @@ import pytest
 
 from vmm_kvm.kvm import abi, ioctl
 
-# What only fills a gap is called otherwise by other headers, or has become part of a union (the
-# `pad` of `kvm_run.hypercall`, since 6.12): the sizes and the offsets of the rest hold it in place.
+# Padding has other names in other headers, or has become part of a union (the `pad` of
+# `kvm_run.hypercall`, since 6.12): sizes and the offsets of other fields hold it in place.
 _PADDING = re.compile(r"pad(ding)?\d*|reserved\d*")
 
-# Newer than the headers of Linux 6.1; anything else that is absent there is a mistake in the table.
+# Newer than the headers of Linux 6.1; any other missing name is a mistake in the table.
 NEWER_THAN_6_1 = frozenset({"KVM_EXIT_MEMORY_FAULT"})
 
 _SCALARS = (
@@ -49,7 +49,7 @@ def _constants() -> dict[str, int]:
 
 
 def _fields(data: _Data, path: str = "", base: int = 0) -> Iterator[tuple[str, str, str]]:
-    """Yield every field but padding, also of nameless structures.
+    """Yield every field except padding, also of nameless structures.
 
     Each is its path as in C, C expressions, and their values.
 
@@ -77,7 +77,7 @@ def _fields(data: _Data, path: str = "", base: int = 0) -> Iterator[tuple[str, s
 
 
 def _program(structures: dict[str, type[ctypes.Structure]], constants: dict[str, int]) -> str:
-    """Write the C program that prints what the headers say, a line per fact."""
+    """Write the C program that prints the headers' facts, a line each."""
     lines = [
         "#include <stddef.h>",
         "#include <stdio.h>",
@@ -106,7 +106,7 @@ def _program(structures: dict[str, type[ctypes.Structure]], constants: dict[str,
 def _expected(
     structures: dict[str, type[ctypes.Structure]], constants: dict[str, int]
 ) -> dict[str, str]:
-    """Return the same facts as the table has them."""
+    """Return the same facts from the table."""
     facts = {name: str(value) for name, value in constants.items()}
     for name, structure in structures.items():
         facts[name] = str(ctypes.sizeof(structure))
@@ -139,12 +139,12 @@ def disagreements(
 
 
 def test_table_agrees_with_headers(tmp_path: Path) -> None:
-    """Every structure, field, request and constant is as <linux/kvm.h> has it."""
+    """Every structure, field, request and constant equals that of <linux/kvm.h>."""
     assert disagreements(_structures(), _constants(), tmp_path) == []
 
 
 def test_table_is_looked_at() -> None:
-    """The comparison finds the table: structures, nested fields and requests are in it."""
+    """The comparison covers the table: structures, nested fields and requests."""
     facts = _expected(_structures(), _constants())
     for name in ("KVM_RUN", "KVM_CAP_IRQCHIP", "kvm_run.io.data_offset", "kvm_irq_level.irq"):
         assert name in facts
@@ -175,7 +175,7 @@ class kvm_clock_data(ctypes.Structure):  # noqa: N801 - same
 
 
 class kvm_pit_channel_state(ctypes.Structure):  # noqa: N801 - same
-    """The time lost its sign."""
+    """The time has lost its sign."""
 
     _fields_ = (*abi.kvm_pit_channel_state._fields_[:-1], ("count_load_time", ctypes.c_uint64))
 

@@ -1,4 +1,4 @@
-"""A /dev/kvm that cannot be used: one line that says what is wrong and what to do."""
+"""A /dev/kvm that cannot be used: one line with the fault and the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_KVM = "not a KVM device: name /dev/kvm, or a copy of that device node"
 
 
 def test_missing(tmp_path: Path) -> None:
-    """A path without a device says which module makes one."""
+    """A path without a device names the module that makes one."""
     path = str(tmp_path / "kvm")
     with pytest.raises(KvmError) as caught:
         Kvm(path)
@@ -30,14 +30,14 @@ def test_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
 def test_another_device(path: str) -> None:
-    """Another device is told from KVM by its refusal to tell a version."""
+    """Another device is recognised by its error at the version's request."""
     with pytest.raises(KvmError) as caught:
         Kvm(path)
     assert str(caught.value) == f"{path}: Inappropriate ioctl for device ({NOT_KVM})"
 
 
 def test_a_plain_file(tmp_path: Path) -> None:
-    """So is a file."""
+    """A plain file is recognised the same way."""
     path = tmp_path / "kvm"
     path.touch()
     with pytest.raises(KvmError) as caught:
@@ -54,7 +54,7 @@ def test_a_directory(tmp_path: Path) -> None:
 
 
 def test_fd_that_is_no_kvm_is_closed() -> None:
-    """`from_fd` takes the descriptor over, and closes it when it is of no use."""
+    """`from_fd` takes ownership of the descriptor, and closes it if it is unusable."""
     fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     with pytest.raises(KvmError) as caught:
         Kvm.from_fd(fd)
@@ -64,7 +64,7 @@ def test_fd_that_is_no_kvm_is_closed() -> None:
 
 
 def test_fd_that_is_not_open() -> None:
-    """A number that is no descriptor is refused like any other."""
+    """A number that is no open descriptor is refused like any other."""
     fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     os.close(fd)
     with pytest.raises(KvmError) as caught:
@@ -105,7 +105,7 @@ def _drop_overrides() -> None:
 
 
 def test_forbidden_with_a_group(tmp_path: Path) -> None:
-    """A device that a group may use says how to join that group."""
+    """For a device that a group may use, the advice is to join that group."""
     path = tmp_path / "kvm"
     path.touch()
     try:
@@ -118,7 +118,7 @@ def test_forbidden_with_a_group(tmp_path: Path) -> None:
 
 
 def test_forbidden_without_a_group(tmp_path: Path) -> None:
-    """A device that only root may use says how to change that."""
+    """For a device that only root may use, the advice is to change that."""
     path = tmp_path / "kvm"
     path.touch()
     path.chmod(0)
@@ -127,7 +127,7 @@ def test_forbidden_without_a_group(tmp_path: Path) -> None:
 
 
 def test_forbidden_out_of_sight(tmp_path: Path) -> None:
-    """Where not even the device's group can be seen, the advice is the plain one."""
+    """If not even the device's group is visible, the advice is the plain one."""
     assert open_hint(str(tmp_path / "gone"), EACCES) == "run as root"
 
 
@@ -141,7 +141,7 @@ def test_forbidden_out_of_sight(tmp_path: Path) -> None:
     ],
 )
 def test_other_refusals_to_open(errno: int, hint: str) -> None:
-    """A device node without a driver, a busy one, and what nothing is known about."""
+    """A device node without a driver, a busy one, and any other error have a line each."""
     assert open_hint("/dev/kvm", errno) == hint
 
 
@@ -155,7 +155,7 @@ def test_other_refusals_to_open(errno: int, hint: str) -> None:
     ],
 )
 def test_refusals_to_make_a_vm(errno: int, hint: str) -> None:
-    """A processor that another hypervisor holds, or that has no virtualisation."""
+    """A processor that another hypervisor uses, or without virtualisation, is reported."""
     assert create_hint(errno) == hint
 
 
@@ -170,5 +170,5 @@ def test_wrong_version(version: int) -> None:
 
 
 def test_right_version() -> None:
-    """Version 12 passes."""
+    """Version 12 is accepted."""
     check_api_version("/dev/kvm", 12)

@@ -1,4 +1,4 @@
-"""The event loop: descriptors, timers, posted calls, and a clock that can stand still."""
+"""The event loop: descriptors, timers, posted calls, and a clock that can be stopped."""
 
 import os
 import threading
@@ -11,7 +11,7 @@ MS = 1_000_000
 
 
 def test_timers_fire_in_order() -> None:
-    """Timers fire by deadline, whatever the order in which they were armed."""
+    """Timers fire by deadline, in any order of arming."""
     fired: list[str] = []
     with EventLoop() as loop:
         now = loop.monotonic_ns()
@@ -26,7 +26,7 @@ def test_timers_fire_in_order() -> None:
 
 
 def test_cancelled_and_rearmed_timers() -> None:
-    """A cancelled timer is silent; one that is armed anew fires once, at its new deadline."""
+    """A cancelled timer does not fire; one that is armed again fires once, at its new deadline."""
     fired: list[str] = []
     with EventLoop() as loop:
         now = loop.monotonic_ns()
@@ -59,7 +59,7 @@ def test_calls_from_other_threads() -> None:
 
 
 def test_readers_and_writers() -> None:
-    """A pipe's ends are called when they are ready, and no more once they were removed."""
+    """A pipe's ends are called when they are ready, and not after their removal."""
     read_fd, write_fd = os.pipe()
     got: list[bytes] = []
 
@@ -102,7 +102,7 @@ def test_a_callback_may_remove_another_descriptor() -> None:
 
 
 def test_regular_files_cannot_be_watched(tmp_path: Path) -> None:
-    """A regular file is always ready; the caller is told to use it directly."""
+    """Watching a regular file is refused: it is always ready."""
     fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
     with EventLoop() as loop:
         assert not loop.add_reader(fd, loop.stop)
@@ -110,7 +110,7 @@ def test_regular_files_cannot_be_watched(tmp_path: Path) -> None:
 
 
 def test_stopped_clock() -> None:
-    """While the clock is stopped time stands still; afterwards it goes on where it stood."""
+    """A stopped clock does not advance; afterwards it continues from the same time."""
     with EventLoop() as loop:
         loop.stop_clock()
         before = loop.monotonic_ns()

@@ -1,4 +1,4 @@
-"""Memory with a descriptor: who may open it, and what its seals leave to be changed."""
+"""Memory with a descriptor: its access rights, and the changes that its seals allow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vmm_kvm.memfd import ALL_SEALS, SIZE_SEALS, make_constant, make_memory, mak
     ],
 )
 def test_nobody_else_may_open_it(make: Callable[[], int], seals: int) -> None:
-    """Its mode is 0600 and stays one that executes nothing; it is inherited by nobody."""
+    """The mode is 0600 without execution, and no child inherits the descriptor."""
     fd = make()
     assert os.fstat(fd).st_mode & 0o7777 == 0o600
     assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & ALL_SEALS == seals
@@ -30,7 +30,7 @@ def test_nobody_else_may_open_it(make: Callable[[], int], seals: int) -> None:
 
 
 def test_memory_keeps_its_size() -> None:
-    """It can be mapped and written, and neither cut off nor made longer, nor sealed further."""
+    """Memory can be mapped and written, but not truncated, extended or sealed further."""
     fd = make_memory("memory", 8192)
     with mmap.mmap(fd, 8192) as mapping:
         mapping[4096] = 7
@@ -44,7 +44,7 @@ def test_memory_keeps_its_size() -> None:
 
 
 def test_a_constant_cannot_be_changed() -> None:
-    """It holds what it was made of, for whoever opens it anew as well."""
+    """A constant keeps its contents, even for a process that opens it anew."""
     fd = make_constant("constant", (b"one ", memoryview(b"two")))
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     for each in (fd, again):

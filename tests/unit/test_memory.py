@@ -1,4 +1,4 @@
-"""Guest memory: what is allocated, and that nothing outside it can be reached."""
+"""Guest memory: its allocation, and bounds that no access crosses."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ def test_regions_follow_each_other_in_the_memfd() -> None:
 
 
 def test_writes_are_read_back() -> None:
-    """What is written at an address is read there, and lies in the memfd where the region says."""
+    """A write at an address is read back, and is at the region's place in the memfd."""
     with GuestMemory(RANGES) as memory:
         memory.write(0x10_0010, b"guest")
         assert memory.read(0x10_0010, 5) == b"guest"
@@ -35,7 +35,7 @@ def test_writes_are_read_back() -> None:
 
 
 def test_private_memory_is_nobody_elses() -> None:
-    """Private memory has no memfd, and begins where a huge page of the host does."""
+    """Private memory has no memfd, and starts on a huge page of the host."""
     with GuestMemory(RANGES, is_private=True) as memory:
         memory.write(0x10_0000 + 64 * KIB - 5, b"guest")
         assert memory.read(0x10_0000 + 64 * KIB - 5, 5) == b"guest"
@@ -86,7 +86,7 @@ def test_accesses_outside_ram_are_refused(gpa: int, size: int) -> None:
 
 
 def test_a_refused_write_changes_nothing() -> None:
-    """A write that begins in RAM but leaves it is not done in part."""
+    """A write that starts in RAM but leaves it changes nothing."""
     with GuestMemory(RANGES) as memory:
         with pytest.raises(GuestMemoryError):
             memory.write(64 * KIB - 2, b"abcd")
@@ -106,7 +106,7 @@ def test_a_refused_write_changes_nothing() -> None:
     ],
 )
 def test_impossible_ranges_are_refused(ranges: tuple[tuple[int, int], ...]) -> None:
-    """Ranges have to be aligned, not empty, ascending and disjoint."""
+    """Ranges that are unaligned, empty, not ascending or not disjoint are refused."""
     with pytest.raises(SpecError):
         GuestMemory(ranges)
 
@@ -125,7 +125,7 @@ def test_closing_twice() -> None:
 
 @given(st.integers(-PAGE_SIZE, 0x12_0000), st.integers(0, 0x12_0000))
 def test_an_access_is_inside_one_region_or_refused(gpa: int, size: int) -> None:
-    """`contains` and `view` agree, and views are as long as asked."""
+    """`contains` and `view` agree, and views have the requested length."""
     with GuestMemory(RANGES) as memory:
         inside = any(base <= gpa and gpa + size <= base + length for base, length in RANGES)
         assert inside == memory.contains(gpa, size)
@@ -138,7 +138,7 @@ def test_an_access_is_inside_one_region_or_refused(gpa: int, size: int) -> None:
 
 @pytest.mark.parametrize("is_private", [False, True])
 def test_only_what_was_touched_is_there(is_private: bool) -> None:
-    """Pages that were written to count, with whatever the host gives at once; others do not."""
+    """Only written pages count as resident, with those that the host adds to them."""
     with GuestMemory(((0, 64 * MIB),), is_private=is_private) as memory:
         assert memory.resident_size() == 0
         memory.write(5, b"guest")
@@ -147,7 +147,7 @@ def test_only_what_was_touched_is_there(is_private: bool) -> None:
 
 
 def test_other_memory_can_be_attached() -> None:
-    """Attached memory is reached at its address, is in no region, and is let go at the end."""
+    """Attached memory is reached at its address, is in no region, and is released at the end."""
     other = bytearray(PAGE_SIZE)
     with GuestMemory(RANGES) as memory:
         memory.attach(4 * GIB, memoryview(other))
@@ -163,7 +163,7 @@ def test_other_memory_can_be_attached() -> None:
 
 @pytest.mark.parametrize("is_private", [False, True])
 def test_more_memory_than_there_can_be(is_private: bool) -> None:
-    """What was asked for is in the message, and why there is none."""
+    """The message has the requested size, and the reason."""
     with pytest.raises(RefusedError, match="68719476736 MiB of memory: ") as caught:
         GuestMemory(((0, 1 << 56),), is_private=is_private)
     assert caught.value.refusal is Refusal.ENOMEM
@@ -173,13 +173,13 @@ FROZEN = ((0, 5 * MIB), (16 * MIB, 3 * MIB))
 
 
 def test_frozen_memory_is_a_copy_from_which_its_owner_goes_on() -> None:
-    """What is written afterwards is the owner's alone; nobody can change the copy."""
+    """Later writes are the owner's alone; no process can change the copy."""
     with GuestMemory(FROZEN, is_private=True) as memory:
         for gpa in (0, 3 * MIB, 16 * MIB, 19 * MIB - 1):
             memory.write(gpa, b"\x07")
         fd = freeze(memory, "test", lambda: True)
         assert fd is not None
-        # What was never touched takes no room, and a page is the least that does.
+        # Untouched memory takes no room, and a page is the smallest unit.
         assert os.fstat(fd).st_blocks * 512 == 4 * PAGE_SIZE
         assert [memory.read(gpa, 1) for gpa in (0, 3 * MIB, 19 * MIB - 1)] == [b"\x07"] * 3
         memory.write(0, b"\x08")
@@ -198,7 +198,7 @@ def test_frozen_memory_is_a_copy_from_which_its_owner_goes_on() -> None:
 
 
 def test_freezing_that_is_given_up_harms_nothing() -> None:
-    """The memory is as it was, and nothing is left open."""
+    """The memory is unchanged, and no descriptor is left open."""
     calls = iter((True, True, False))
     with GuestMemory(FROZEN, is_private=True) as memory:
         memory.write(0, b"\x07")

@@ -1,4 +1,4 @@
-"""The committed guest images are what their sources say."""
+"""The committed guest images agree with their sources."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_rebuilding_gives_the_committed_bytes(name: str, tmp_path: Path) -> None
         pytest.skip(f"{' and '.join(missing)} not installed (Debian package binutils)")
     rebuilt = tmp_path / f"{name}.bin"
     build(name, rebuilt)
-    # Not the bytes themselves: a difference would print both images.
+    # Compare without showing: a difference would print both images.
     assert (_BIOS / f"{name}.bin").read_bytes() == rebuilt.read_bytes(), (
         f"bios/{name}.bin is stale: run python bios/build.py"
     )
@@ -27,7 +27,7 @@ def test_rebuilding_gives_the_committed_bytes(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("entry", [-16, -4096], ids=["reset", "start-up page"])
 def test_an_image_starts_with_a_jump_below_1_mib(name: str, entry: int) -> None:
-    """The reset vector and the page that start-up IPIs name hold a far jump into segment f000."""
+    """The reset vector and the page of start-up IPIs hold a far jump into segment f000."""
     image = (_BIOS / f"{name}.bin").read_bytes()
     assert len(image) == IMAGE_SIZE
     assert bytes.fromhex("ea") == image[entry:][:1]

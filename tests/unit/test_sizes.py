@@ -30,7 +30,7 @@ GIB = 1 << 30
     ],
 )
 def test_scan_scaled(text: str, size: int) -> None:
-    """A number, at most one point, at most one unit; a bare number is bytes."""
+    """A size is a number with at most one point and one unit; a bare number is bytes."""
     assert size == scan_scaled(text)
 
 
@@ -50,7 +50,7 @@ def test_scan_scaled(text: str, size: int) -> None:
     ],
 )
 def test_scan_scaled_refuses(text: str, error: str) -> None:
-    """What is not a size, or beyond 64 bits, is an error with strerror's text."""
+    """Text that is no size, or beyond 64 bits, is an error with strerror's text."""
     with pytest.raises(SizeError, match=f"^{error}$"):
         scan_scaled(text)
 
@@ -72,13 +72,13 @@ def test_scan_scaled_refuses(text: str, error: str) -> None:
     ],
 )
 def test_fmt_scaled(size: int, text: str) -> None:
-    """At most three digits and a unit."""
+    """A size is written with at most three digits and a unit."""
     assert text == fmt_scaled(size)
 
 
 @given(st.integers(0, 1 << 62))
 def test_what_is_written_reads_back_near(size: int) -> None:
-    """Writing rounds to a tenth of the unit at the worst."""
+    """Writing rounds to at most a tenth of the unit."""
     assert abs(scan_scaled(fmt_scaled(size)) - size) <= max(size * 0.06, 1)
 
 

@@ -14,7 +14,7 @@ from tests.closed_streams import COMBINATIONS, run_closed
 from tests.vmctl_driver import ROOT, VMCTL
 
 PYTHON = sys.executable
-# Says in a file, which is opened first of all, where each descriptor and stream leads.
+# Writes to a file, its first open one, where each descriptor and stream leads.
 PROBE = """
 import json, os, sys
 from vmm_kvm.standard_streams import run_program
@@ -48,7 +48,7 @@ def redirected(redirection: str, *arguments: str | Path) -> tuple[int, str, str]
 
 @pytest.mark.parametrize("closed", COMBINATIONS)
 def test_closed_descriptors_are_opened_first(closed: str, tmp_path: Path) -> None:
-    """Each of 0 to 2 that is closed is /dev/null, and inherited; the first file is none of them."""
+    """Each closed one of 0 to 2 becomes /dev/null, and is inherited; no file gets its number."""
     report = tmp_path / "report"
     assert run_closed(closed, [PYTHON, "-c", PROBE, report]) == (7, "", "")
     first, told, kept, streams, read = json.loads(report.read_text())
@@ -59,7 +59,7 @@ def test_closed_descriptors_are_opened_first(closed: str, tmp_path: Path) -> Non
 
 
 def test_a_result_that_cannot_be_written() -> None:
-    """It is one line and status 1, whether it fails in the midst or at the last flush."""
+    """A result that cannot be written is one line and status 1, at any write or the last flush."""
     for size in (1, 1 << 20):
         text = f"def body():\n    print('x' * {size})\n    return 0\nrun_program('probe', body)"
         program = f"from vmm_kvm.standard_streams import run_program\n{text}"
@@ -74,7 +74,7 @@ def test_a_result_that_cannot_be_written() -> None:
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    """What a program does not expect is told in full, also where its output is lost."""
+    """An unexpected error has its whole traceback, even if the output is lost."""
     program = "from vmm_kvm.standard_streams import run_program\nrun_program('p', lambda: [][0])"
     status, _, errors = redirected(">/dev/full", PYTHON, "-c", program)
     assert status == 1
@@ -83,7 +83,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 @pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
 def test_messages_come_at_once(options: list[str]) -> None:
-    """A line on standard error is there when it is said, not when the program ends."""
+    """A line on standard error appears at once, not when the program ends."""
     program = (
         "import os, sys\nfrom vmm_kvm.standard_streams import run_program\n"
         "run_program('p', lambda: print('said', file=sys.stderr) or os._exit(3))"
@@ -92,7 +92,7 @@ def test_messages_come_at_once(options: list[str]) -> None:
 
 
 def test_a_non_blocking_output_is_waited_for() -> None:
-    """A pipe that another program made non-blocking gets everything all the same."""
+    """A pipe that another program made non-blocking still gets all output."""
     program = (
         "import os\nfrom vmm_kvm.standard_streams import run_program\n"
         "os.set_blocking(1, False)\nrun_program('p', lambda: print('x' * 300000) or 0)"
@@ -127,7 +127,7 @@ PRINTING = (
 def test_verbs_whose_output_is_lost(
     words: list[str], redirection: str, why: str, image: Path
 ) -> None:
-    """Each says so in one line, with status 1."""
+    """If its output is lost, each verb says so in one line, with status 1."""
     arguments = [str(image) if word == "IMAGE" else word for word in words]
     assert redirected(redirection, VMCTL, *arguments) == (
         *(1, ""),
@@ -137,7 +137,7 @@ def test_verbs_whose_output_is_lost(
 
 @pytest.mark.parametrize("words", PRINTING, ids=" ".join)
 def test_verbs_that_nobody_reads(words: list[str], image: Path) -> None:
-    """A reader that has left is status 1 without a word."""
+    """If the reader has left, the status is 1 without a message."""
     arguments = [str(image) if word == "IMAGE" else word for word in words]
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
@@ -164,7 +164,7 @@ def test_verbs_that_nobody_reads(words: list[str], image: Path) -> None:
 def test_lost_messages_change_no_status(
     words: list[str], status: int, redirection: str, image: Path
 ) -> None:
-    """What standard error cannot take is lost, and standard output has nothing of it."""
+    """If standard error fails its messages are lost, and do not go to standard output."""
     arguments = [str(image) if word == "IMAGE" else word for word in words]
     got, output, errors = redirected(redirection, VMCTL, *arguments)
     assert (got, errors) == (status, "")
@@ -198,7 +198,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_create_with_closed_descriptors(
     closed: str, images: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """An image is the same, byte for byte, whatever was closed when it was made."""
+    """An image is the same, byte for byte, with any descriptors closed at its making."""
     made = create_all(closed, tmp_path / "images")
     assert [name for name in images if made[name] != images[name]] == []
 

@@ -1,4 +1,4 @@
-"""States as JSON: what is written is read again, and what cannot be a state is refused."""
+"""States as JSON: a written one is read again, and an invalid one is refused."""
 
 import enum
 import json
@@ -38,7 +38,7 @@ class _State(NamedTuple):
 
 
 class _Chip:
-    """A part that refuses what only it can judge."""
+    """A part that refuses values by a check of its own."""
 
     def __init__(self) -> None:
         self.state = SAMPLE
@@ -68,7 +68,7 @@ SAMPLE = _State(
 
 
 def test_a_state_survives_json() -> None:
-    """A record becomes JSON with its blobs apart, and the same record again."""
+    """A record becomes JSON, its blobs separate, and the same record again."""
     fields, blobs = encode(SAMPLE)
     assert blobs == {"raw": SAMPLE.raw}
     assert decode(_State, json.loads(json.dumps(fields)), blobs) == SAMPLE
@@ -103,7 +103,7 @@ def test_a_state_survives_json() -> None:
     ],
 )
 def test_what_is_no_state_is_refused(change: dict[str, object], text: str) -> None:
-    """Another type, a value out of range, a field too few or too many: one line says which."""
+    """One line reports another type, a value out of range, a missing or an extra field."""
     fields, blobs = encode(SAMPLE)
     with pytest.raises(StateError) as caught:
         Part("chip", _Chip()).restore({**fields, **change}, blobs)
@@ -112,7 +112,7 @@ def test_what_is_no_state_is_refused(change: dict[str, object], text: str) -> No
 
 @pytest.mark.parametrize("blobs", [{}, {"raw": b"", "more": b""}])
 def test_blobs_are_those_of_the_record(blobs: dict[str, bytes]) -> None:
-    """A blob that is missing, or that nobody asked for, is refused."""
+    """A missing or an extra blob is refused."""
     with pytest.raises(StateError, match=r"blob '(raw|more)' is missing or not known"):
         decode(_State, encode(SAMPLE)[0], blobs)
 
@@ -125,7 +125,7 @@ _JSON = st.recursive(
 
 @given(st.sampled_from(_State._fields[:-2]), _JSON)
 def test_anything_else_is_refused_in_one_way(field: str, value: object) -> None:
-    """Whatever JSON a field is, there is a state or a StateError of one line."""
+    """With any JSON in a field, there is a state or a StateError of one line."""
     fields, blobs = encode(SAMPLE)
     part = Part("chip", _Chip())
     refusal = ""
@@ -134,5 +134,5 @@ def test_anything_else_is_refused_in_one_way(field: str, value: object) -> None:
     except StateError as err:
         refusal = str(err)
     assert "\n" not in refusal
-    if not refusal and field != "pending":  # whose order may be another
+    if not refusal and field != "pending":  # its order may differ
         assert part.save()[0] == {**fields, field: value}

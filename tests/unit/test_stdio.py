@@ -73,7 +73,7 @@ def spin(loop: EventLoop, for_ms: int = 20) -> None:
 
 
 def test_bytes_go_both_ways(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:
-    """A pipe is a plain byte pipe: nothing is an escape."""
+    """A pipe carries plain bytes: nothing is an escape."""
     stdin, typing, reading, stdout = pipes
     guest = RecordingGuest()
     stdio = Stdio(loop, guest, stdin, stdout)
@@ -90,7 +90,7 @@ def test_bytes_go_both_ways(loop: EventLoop, pipes: tuple[int, int, int, int]) -
 def test_slow_reader_throttles_and_loses_nothing(
     loop: EventLoop, pipes: tuple[int, int, int, int]
 ) -> None:
-    """A long backlog holds the guest until the reader has caught up; every byte arrives."""
+    """A long backlog throttles the guest until the reader has caught up; every byte arrives."""
     stdin, _, reading, stdout = pipes
     guest = RecordingGuest()
     stdio = Stdio(loop, guest, stdin, stdout)
@@ -109,7 +109,7 @@ def test_slow_reader_throttles_and_loses_nothing(
 
 
 def test_finish_writes_what_is_left(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:
-    """Output of the guest's last moment is written before the process ends."""
+    """The guest's last output is written before the process ends."""
     stdin, _, reading, stdout = pipes
     stdio = Stdio(loop, RecordingGuest(), stdin, stdout)
     stdio.start()
@@ -135,7 +135,7 @@ def test_end_of_input(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None
 def test_closed_output(
     loop: EventLoop, pipes: tuple[int, int, int, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A reader that goes away is one line, also when nothing is written; the guest goes on."""
+    """A reader that leaves causes one line, even without output; the guest runs on."""
     stdin, _, reading, stdout = pipes
     guest = RecordingGuest()
     stdio = Stdio(loop, guest, stdin, stdout)
@@ -152,7 +152,7 @@ def test_closed_output(
 def test_a_guest_that_waits_for_a_reader_goes_on_without_it(
     loop: EventLoop, pipes: tuple[int, int, int, int]
 ) -> None:
-    """A guest that is held because nobody reads is let go when nobody ever will."""
+    """A guest that is held for its reader is released when the reader leaves."""
     stdin, _, reading, stdout = pipes
     guest = RecordingGuest()
     stdio = Stdio(loop, guest, stdin, stdout)
@@ -175,7 +175,7 @@ def test_a_guest_that_waits_for_a_reader_goes_on_without_it(
 def test_output_that_cannot_be_written(
     path: str, flags: int, why: str, loop: EventLoop, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is one line however much the guest says, during the run and at its end."""
+    """Output that cannot be written causes one line, during the run and at its end."""
     stdin, stdout = os.open("/dev/null", os.O_RDONLY), os.open(path, flags)
     guest = RecordingGuest()
     stdio = Stdio(loop, guest, stdin, stdout)
@@ -192,7 +192,7 @@ def test_output_that_cannot_be_written(
 
 
 def test_a_terminal_that_hangs_up_ends_the_vm(loop: EventLoop) -> None:
-    """Nobody can reach the guest any more: it is ended, and the reason is told."""
+    """If the terminal hangs up the VM is ended, with the reason: no user can reach it."""
     master, slave = pty.openpty()
     guest = RecordingGuest()
     stdio = Stdio(loop, guest, slave, slave)
@@ -206,7 +206,7 @@ def test_a_terminal_that_hangs_up_ends_the_vm(loop: EventLoop) -> None:
 
 
 def test_input_waits_for_room(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:
-    """What the serial port has no room for is given to it when it has."""
+    """Input for which the serial port has no room waits until it has."""
     stdin, typing, _, stdout = pipes
     guest = RecordingGuest(room=3)
     stdio = Stdio(loop, guest, stdin, stdout)
@@ -225,7 +225,7 @@ def test_input_waits_for_room(loop: EventLoop, pipes: tuple[int, int, int, int])
 def test_input_from_a_regular_file(
     loop: EventLoop, pipes: tuple[int, int, int, int], tmp_path: Path
 ) -> None:
-    """A file cannot be waited for; it is read as the guest has room."""
+    """A file, which cannot be polled, is read as the guest has room."""
     _, _, _, stdout = pipes
     path = tmp_path / "typed"
     path.write_bytes(b"x" * 10000)
@@ -245,7 +245,7 @@ def test_input_from_a_regular_file(
 
 
 def test_terminal_is_raw_and_restored(loop: EventLoop) -> None:
-    """On a terminal keys come raw, escapes work, and the terminal is as before afterwards."""
+    """On a terminal keys are raw, escapes work, and the terminal is restored afterwards."""
     master, slave = pty.openpty()
     guest = RecordingGuest()
     before = termios.tcgetattr(slave)
@@ -265,7 +265,7 @@ def test_terminal_is_raw_and_restored(loop: EventLoop) -> None:
 
 
 def test_a_terminal_is_given_back_as_it_was(loop: EventLoop) -> None:
-    """What a guest did to the terminal is undone at the end, and a line that was begun ended."""
+    """The guest's changes to the terminal are undone at the end, and an open line is ended."""
     master, slave = pty.openpty()
     stdio = Stdio(loop, RecordingGuest(), slave, slave)
     stdio.start()
@@ -283,7 +283,7 @@ def test_a_terminal_is_given_back_as_it_was(loop: EventLoop) -> None:
 
 
 def test_a_pipe_gets_nothing_of_ours(loop: EventLoop, pipes: tuple[int, int, int, int]) -> None:
-    """Nobody's terminal is behind it: it gets what the guest wrote and no more."""
+    """A pipe gets the guest's output and nothing else, because no terminal is behind it."""
     stdin, _, reading, stdout = pipes
     stdio = Stdio(loop, RecordingGuest(), stdin, stdout)
     stdio.start()

@@ -1,4 +1,4 @@
-"""The table of what users stumble over names tests that exist."""
+"""The table of users' complaints names tests that exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("kind", STUMBLES)
 def test_each_kind_has_its_tests(kind: str) -> None:
-    """Each is a function of its file."""
+    """Each test of a kind is a function of its file."""
     for place in STUMBLES[kind]:
         path, _, name = place.partition("::")
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Conventions of the whole tree that no linter knows: what a file may hold, and how much."""
+"""Conventions of the whole tree that no linter knows: contents and sizes of files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REGISTRY_HOSTS = tuple(
         *("proxy.golang org", "conda.anaconda org", "docker io"),
     )
 )
-# Lists of register names, tables of structures: a table may be as long as what it describes.
+# Lists of register names, tables of structures: a table may be as long as its subject.
 TABLES = ("vmm_kvm/kvm/abi.py",)
 # Released by others, with the hashes that docs/web.md has.
 VENDORED = ROOT / "vmctl" / "web" / "page" / "xterm"
@@ -37,7 +37,7 @@ WHOLE = ("vmm_agent/agent.py",)
 
 
 def _tracked() -> list[Path]:
-    """Return the files of this tree: what git knows or would add, and that is still there."""
+    """Return the files of this tree: those that git tracks or would add, and that exist."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -76,7 +76,7 @@ def test_nothing_is_left_open() -> None:
 
 
 def test_no_file_names_a_package_registry() -> None:
-    """Where packages come from is the machine's business: its pip and apt know."""
+    """No file names a package registry: the machine's pip and apt know their mirrors."""
     assert _with(REGISTRY_HOSTS) == []
 
 
@@ -101,7 +101,7 @@ def test_the_lock_file_covers_the_project() -> None:
 
 
 def test_modules_are_small() -> None:
-    """A module of more than 600 lines is two modules; of tests, 800."""
+    """A module has at most 600 lines; one of tests 800."""
     large = set()
     for path in _python_files():
         name = str(path.relative_to(ROOT))
@@ -125,7 +125,7 @@ def test_every_test_says_what_it_shows() -> None:
 
 
 def test_unit_tests_neither_sleep_nor_mock() -> None:
-    """A test that waits for time, or that replaces what it tests, shows nothing for certain."""
+    """No unit test waits for time, or replaces the code that it tests."""
     wrong = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in (ROOT / "tests" / "unit").rglob("*.py")

@@ -1,4 +1,4 @@
-"""Pages for people: vmctl takes each command in them, and vmd each configuration."""
+"""Pages for users: vmctl accepts each command in them, and vmd each configuration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _commands(page: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_right(page: str) -> None:
-    """Each is understood as it is printed."""
+    """Each command is accepted as printed."""
     commands = _commands((ROOT / page).read_text())
     assert len(commands) >= 3
     for words in commands:
@@ -34,7 +34,7 @@ def test_commands_are_right(page: str) -> None:
 
 
 def test_steps_of_the_tutorial(tmp_path: Path) -> None:
-    """Commands, logins and a console's escape are told apart; the file of VMs is accepted."""
+    """Commands, logins and a console's escape are recognised; vmd accepts the configuration."""
     found = list(steps((ROOT / "docs" / "tutorial.md").read_text()))
     assert found[0] == Typed(Where.SHELL, "vmctl doctor")
     assert {one.where for one in found} == set(Where)

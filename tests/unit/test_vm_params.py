@@ -1,4 +1,4 @@
-"""What vmm(4)'s create refuses, before anything is created."""
+"""Refusals of vmm(4)'s create, before anything is created."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _ram(gpa: int, size: int, va: int = VA) -> MemoryRange:
     ],
 )
 def test_good_ranges(ranges: list[MemoryRange]) -> None:
-    """One to sixteen ascending ranges, also with gaps, up to 128 GiB."""
+    """One to sixteen ascending ranges are accepted, also with gaps, up to 128 GiB."""
     check_params(CreateParams(ranges), 64)
 
 
@@ -72,7 +72,7 @@ def test_good_ranges(ranges: list[MemoryRange]) -> None:
     ],
 )
 def test_bad_ranges(ranges: list[MemoryRange], message: str) -> None:
-    """Each kind of bad range is EINVAL, with a line that says which and why."""
+    """Each kind of bad range is EINVAL, with a line that names it and the reason."""
     with pytest.raises(RefusedError) as caught:
         check_params(CreateParams(ranges), 64)
     assert (str(caught.value), caught.value.refusal) == (message, Refusal.EINVAL)
@@ -80,7 +80,7 @@ def test_bad_ranges(ranges: list[MemoryRange], message: str) -> None:
 
 @pytest.mark.parametrize(("ncpus", "most"), [(1, 1), (64, 64), (64, 4096), (4, 4)])
 def test_good_vcpu_counts(ncpus: int, most: int) -> None:
-    """One vCPU to 64, or as many as KVM allows."""
+    """One to 64 vCPUs are accepted, or as many as KVM allows."""
     check_params(CreateParams([_ram(0, PAGE)], ncpus), most)
 
 
@@ -94,7 +94,7 @@ def test_good_vcpu_counts(ncpus: int, most: int) -> None:
     ],
 )
 def test_bad_vcpu_counts(ncpus: int, most: int, message: str) -> None:
-    """None, more than 64, and more than KVM allows are EINVAL."""
+    """No vCPU, more than 64, or more than KVM allows is EINVAL."""
     with pytest.raises(RefusedError) as caught:
         check_params(CreateParams([_ram(0, PAGE)], ncpus), most)
     assert (str(caught.value), caught.value.refusal) == (message, Refusal.EINVAL)
@@ -109,7 +109,7 @@ def test_bad_names(name: str) -> None:
 
 
 def test_memory_size() -> None:
-    """MMIO has no memory; reserved ranges have."""
+    """MMIO counts as no memory; reserved ranges count."""
     ranges = [
         _ram(0, MIB),
         MemoryRange(MIB, 0, MIB, MemoryType.MMIO),
@@ -123,7 +123,7 @@ def test_memory_size() -> None:
     [(128 * GIB, 3 * GIB, 127), (127 * GIB + MIB, 3 * GIB, 127), (128 * GIB, 2 * GIB, 126)],
 )
 def test_memory_that_ends_too_high(size: int, hole_start: int, most: int) -> None:
-    """The limit is on addresses, so the hole below 4 GiB counts; the line says what is possible."""
+    """The limit is on addresses, so the hole below 4 GiB counts; the line gives the maximum."""
     with pytest.raises(RefusedError, match=f": {most * 1024} MiB at most") as caught:
         check_memory_end(size, sum(ram_ranges(size, hole_start)[-1]))
     assert caught.value.refusal is Refusal.EINVAL

@@ -1,4 +1,4 @@
-"""The console driver, against programs that stand for a guest."""
+"""The console driver, with programs in place of a guest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_conversation(is_tty: bool) -> None:
 
 
 def test_what_was_matched_is_used_up() -> None:
-    """A text that came before the last match is not matched again."""
+    """Text before the last match is not matched again."""
     with sh("echo one; echo two") as program:
         program.expect("two")
         with pytest.raises(ConsoleTimeoutError, match="no 'one'"):
@@ -35,7 +35,7 @@ def test_what_was_matched_is_used_up() -> None:
 
 
 def test_standard_error_is_apart() -> None:
-    """What the program says on standard error is collected for itself."""
+    """Standard error is collected separately."""
     with sh("echo out; echo err >&2; exit 1") as program:
         program.expect_errors("err")
         assert program.wait() == 1
@@ -44,7 +44,7 @@ def test_standard_error_is_apart() -> None:
 
 
 def test_a_silent_program_times_out_with_its_last_words() -> None:
-    """The failure shows what the console had."""
+    """The failure shows the console's output."""
     with sh("echo last words; read x") as program:
         program.expect("last")
         with pytest.raises(ConsoleTimeoutError, match="last words"):
@@ -54,7 +54,7 @@ def test_a_silent_program_times_out_with_its_last_words() -> None:
 
 
 def test_a_signal_is_a_negative_status() -> None:
-    """A program that a signal ended has its number below zero."""
+    """The status of a program that a signal ended is the negative signal's number."""
     with sh("echo up; read x") as program:
         program.expect("up")
         program.signal(signal.SIGTERM)
@@ -62,7 +62,7 @@ def test_a_signal_is_a_negative_status() -> None:
 
 
 def test_leaving_kills_what_still_runs() -> None:
-    """The end of the context leaves no process, in whatever state it was."""
+    """The end of the context kills a program in any state."""
     with sh("trap '' TERM; echo up; read x; read y") as program:
         program.expect("up")
         pid = program.pid
@@ -71,7 +71,7 @@ def test_leaving_kills_what_still_runs() -> None:
 
 
 def test_output_is_passed_on_as_it_comes() -> None:
-    """A listener sees every byte in order, and what is said on standard error."""
+    """A listener gets every byte in order, standard error included."""
     heard: list[bytes] = []
     script = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 1024)"
     with ConsoleProcess([sys.executable, "-c", script], on_output=heard.append) as program:

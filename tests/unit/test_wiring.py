@@ -1,4 +1,4 @@
-"""Where devices go: the boot order for firmware, and memory that is a disk."""
+"""Places of devices: the boot order for firmware, and memory that is a disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vmm_kvm.virtio.pmem import PmemSpec
 def test_boot_order(
     device: BootDevice, disk: int | None, cdrom: int | None, expected: bytes | None
 ) -> None:
-    """The device that was asked for and no other, if there is one; slots are hexadecimal."""
+    """The boot order has the chosen device and no other, if it exists; slots are hexadecimal."""
     assert boot_order(device, disk, cdrom) == expected
 
 
@@ -43,7 +43,7 @@ def test_boot_order(
 def test_memory_that_is_a_disk(
     tmp_path: Path, memory_end: int, places: list[int], end: int
 ) -> None:
-    """Each goes above all RAM, to a multiple of 1 GiB; what comes after knows where they end."""
+    """Each memory disk is above all RAM, on a multiple of 1 GiB; the end of all is known."""
     images = []
     for index, size in enumerate((2 * MIB, 4 * MIB)):
         path = tmp_path / f"{index}.img"

@@ -1,4 +1,4 @@
-"""What devices write to guest memory is marked, and nothing is missed."""
+"""Devices' writes to guest memory are marked, all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmm_kvm.write_log import SharedLog, log_size
 
 HIGH = 4 << 30
 GROUP = 8 * PAGE_SIZE
-"""Pages are marked so many at a time."""
+"""Pages are marked in groups of this size."""
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def memory() -> Iterator[GuestMemory]:
 
 
 def test_marks(log: SharedLog, memory: GuestMemory) -> None:
-    """Whole groups are marked, once; views are found in either region, and others in none."""
+    """Whole groups are marked, once; views are found in both regions, and nowhere else."""
     assert log_size(HIGH + MIB) == log.size
     memory.log_writes(log.view)
     memory.writes.mark(5, 1)
@@ -50,7 +50,7 @@ def test_marks(log: SharedLog, memory: GuestMemory) -> None:
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_chain_that_is_given_back(log: SharedLog, memory: GuestMemory, together: bool) -> None:
-    """All that a device may have written is marked, and the ring, but nothing that it read."""
+    """A returned chain marks all its writable buffers, and the ring, but no readable one."""
     driver = DriverQueue(memory.view(0, MIB), base=0x1000)
     queue = Virtqueue(memory, driver.ring, 0)
     driver.add((2 * GROUP, 16, False), (4 * GROUP, 16, True), (6 * GROUP + 8, GROUP, True))

@@ -15,7 +15,7 @@ ENABLE_BITS = int(
 
 
 class Rig:
-    """The registers, the SCI, time, and the sleep types that the guest entered."""
+    """The registers, the SCI, time, and the sleep types that the guest has entered."""
 
     def __init__(self) -> None:
         self.sci = RecordingIrqLine()
@@ -41,7 +41,7 @@ def rig() -> Rig:
 
 
 def test_power_on_values(rig: Rig) -> None:
-    """Nothing happened, nothing is enabled, and ACPI mode is on for good."""
+    """At power-on no event is pending or enabled, and ACPI mode is always on."""
     assert rig.read(Register.PM1_STS) == 0
     assert rig.read(Register.PM1_EN) == 0
     assert rig.read(Register.PM1_CNT) == Pm1Control.SCI_EN
@@ -50,7 +50,7 @@ def test_power_on_values(rig: Rig) -> None:
 
 
 def test_writable_bits(rig: Rig) -> None:
-    """Enables and the sleep type are kept; commands read as zero; reserved bits too."""
+    """Enables and the sleep type are kept; command and reserved bits read as zero."""
     rig.write(Register.PM1_EN, 0xFFFF)
     assert rig.read(Register.PM1_EN) == ENABLE_BITS
     rig.write(Register.PM1_CNT, 0xFFFF)
@@ -84,7 +84,7 @@ def test_sleep_by_dword(rig: Rig) -> None:
 
 
 def test_waking_up(rig: Rig) -> None:
-    """WAK_STS says that the machine slept, until it is cleared; it does not interrupt."""
+    """WAK_STS records a sleep until it is cleared; it does not interrupt."""
     rig.pm.wake()
     assert rig.read(Register.PM1_STS) == Pm1Status.WAK
     rig.write(Register.PM1_STS, Pm1Status.WAK)
@@ -108,7 +108,7 @@ def test_power_button(rig: Rig) -> None:
 
 
 def test_power_button_before_it_is_enabled(rig: Rig) -> None:
-    """A press that nobody waited for is remembered and interrupts when it is enabled."""
+    """A press is remembered while it is disabled, and interrupts once it is enabled."""
     rig.pm.press_power_button()
     assert rig.sci.levels == []
     rig.write(Register.PM1_EN, Pm1Enable.PWRBTN)
@@ -137,7 +137,7 @@ def test_enable_by_bytes(rig: Rig) -> None:
 
 
 def test_timer_frequency(rig: Rig) -> None:
-    """The timer counts 3579545 per second, at any alignment of the reader."""
+    """The timer counts 3579545 per second, whenever it is read."""
     rig.clock.advance(NANOSECONDS)
     assert rig.read(Register.PM_TMR, 4) == TIMER_HZ
     assert rig.read(Register.PM_TMR, 1) == TIMER_HZ & 0xFF
@@ -187,7 +187,7 @@ def test_carry_interrupts(rig: Rig) -> None:
 
 
 def test_reset(rig: Rig) -> None:
-    """Reset clears everything; the timer starts from zero."""
+    """A reset clears everything; the timer starts from zero."""
     rig.write(Register.PM1_EN, ENABLE_BITS)
     rig.write(Register.PM1_CNT, 5 << 10)
     rig.pm.press_power_button()
@@ -233,7 +233,7 @@ def test_snapshot(rig: Rig) -> None:
     )
 )
 def test_any_access_is_survived(steps: list[tuple[Operation, int]]) -> None:
-    """Whatever is accessed, nothing raises; SCI agrees with status and enable."""
+    """No access raises anything; the SCI agrees with status and enable."""
     rig = Rig()
     for operation, passed_ns in steps:
         exercise(rig.pm, [operation])

@@ -78,7 +78,7 @@ def dma(
 
 
 def test_signature_and_features(fw_cfg: FwCfg) -> None:
-    """Guests find the signature, and that DMA is there."""
+    """The signature is there, and a feature bit for DMA."""
     select(fw_cfg, Key.SIGNATURE)
     assert read(fw_cfg, 4) == b"QEMU"
     select(fw_cfg, Key.ID)
@@ -94,7 +94,7 @@ def test_signature_is_selected_first(fw_cfg: FwCfg) -> None:
 
 
 def test_data_port_reads_on_and_then_zeros(fw_cfg: FwCfg) -> None:
-    """Each read is the next byte; behind the end there are zeros; selecting starts over."""
+    """Each read yields the next byte; zeros follow the end; a selection starts over."""
     select(fw_cfg, ITEM)
     assert read(fw_cfg, 103) == CONTENT + bytes(3)
     select(fw_cfg, ITEM)
@@ -109,7 +109,7 @@ def test_absent_items_are_empty(fw_cfg: FwCfg, key: int) -> None:
 
 
 def test_write_channel_bit_is_ignored(fw_cfg: FwCfg) -> None:
-    """Bit 14 of a selector does not change what is selected."""
+    """Bit 14 of a selector does not change the selection."""
     select(fw_cfg, ITEM | 0x4000)
     assert read(fw_cfg, 2) == CONTENT[:2]
 
@@ -147,13 +147,13 @@ def test_directory_is_sorted(fw_cfg: FwCfg) -> None:
 
 @pytest.mark.parametrize("name", ["", "x" * 56, "é"])
 def test_impossible_names(fw_cfg: FwCfg, name: str) -> None:
-    """A name has to fit the directory, with its terminator."""
+    """A name that does not fit the directory, with its terminator, is refused."""
     with pytest.raises(SpecError, match="not a name"):
         fw_cfg.add_file(name, b"")
 
 
 def test_longest_name(fw_cfg: FwCfg) -> None:
-    """55 characters fit."""
+    """A name of 55 characters fits."""
     fw_cfg.add_file("x" * 55, b"")
     select(fw_cfg, Key.FILE_DIR)
     assert read(fw_cfg, 4 + 64)[-56:] == b"x" * 55 + b"\0"
@@ -170,7 +170,7 @@ def test_nothing_is_added_twice(fw_cfg: FwCfg) -> None:
 
 @pytest.mark.parametrize("key", [-1, 0x10000, 0x4000])
 def test_impossible_selectors(fw_cfg: FwCfg, key: int) -> None:
-    """Selectors have 16 bits, of which one is not theirs."""
+    """A selector of more than 16 bits, or with the write bit, is refused."""
     with pytest.raises(SpecError, match="out of range"):
         fw_cfg.add_item(key, b"")
 
@@ -198,7 +198,7 @@ def test_dma_read(fw_cfg: FwCfg, memory: GuestMemory) -> None:
 
 
 def test_dma_and_data_port_share_the_position(fw_cfg: FwCfg, memory: GuestMemory) -> None:
-    """Both interfaces read the same item on."""
+    """Both interfaces share the position in an item."""
     dma(fw_cfg, memory, ITEM << 16 | Control.SELECT, 0)
     assert read(fw_cfg, 2) == CONTENT[:2]
     dma(fw_cfg, memory, Control.READ, 2)
@@ -207,7 +207,7 @@ def test_dma_and_data_port_share_the_position(fw_cfg: FwCfg, memory: GuestMemory
 
 
 def test_dma_skip(fw_cfg: FwCfg, memory: GuestMemory) -> None:
-    """Skipping moves on without touching the target, at most to the end."""
+    """Skipping moves the position, at most to the end, without touching the target."""
     assert dma(fw_cfg, memory, ITEM << 16 | Control.SELECT | Control.SKIP, 10, target=HOLE) == 0
     assert read(fw_cfg, 1) == CONTENT[10:11]
     assert dma(fw_cfg, memory, Control.SKIP, 0xFFFF_FFFF) == 0
@@ -215,7 +215,7 @@ def test_dma_skip(fw_cfg: FwCfg, memory: GuestMemory) -> None:
 
 
 def test_dma_write_is_an_error(fw_cfg: FwCfg, memory: GuestMemory) -> None:
-    """Nothing is writable."""
+    """A write by DMA is an error."""
     assert dma(fw_cfg, memory, ITEM << 16 | Control.SELECT | Control.WRITE, 4) == Control.ERROR
     assert read(fw_cfg, 2) == CONTENT[:2]
 
@@ -227,7 +227,7 @@ def test_dma_of_absent_items(fw_cfg: FwCfg, memory: GuestMemory) -> None:
 
 
 def test_large_items_are_complete(fw_cfg: FwCfg, memory: GuestMemory) -> None:
-    """An item larger than one piece of the copy arrives whole, and zeros behind it."""
+    """An item larger than one piece of the copy arrives whole, with zeros after it."""
     content = bytes(i * 7 & 0xFF for i in range(MIB - 1))
     fw_cfg.add_file("etc/large", content)
     assert dma(fw_cfg, memory, 0x20 << 16 | Control.SELECT | Control.READ, 2 * MIB) == 0
@@ -275,7 +275,7 @@ def test_high_half_is_used_once(fw_cfg: FwCfg, memory: GuestMemory) -> None:
     ],
 )
 def test_targets_outside_ram(fw_cfg: FwCfg, memory: GuestMemory, target: int, length: int) -> None:
-    """A read to where RAM is not fails as a whole: error bit, nothing written, nothing consumed."""
+    """A read to an address outside RAM fails as a whole: error bit, nothing written or consumed."""
     before = memory.read(TARGET, PAGE_SIZE)
     control = ITEM << 16 | Control.SELECT | Control.READ
     assert dma(fw_cfg, memory, control, length, target) == Control.ERROR
@@ -301,7 +301,7 @@ def test_request_at_the_edge_of_ram(fw_cfg: FwCfg, memory: GuestMemory) -> None:
 
 
 def test_request_that_reads_over_itself(fw_cfg: FwCfg, memory: GuestMemory) -> None:
-    """The control word is written last, over whatever the request read there."""
+    """The control word is written last, over any data that the request read there."""
     assert dma(fw_cfg, memory, ITEM << 16 | Control.SELECT | Control.READ, 16, REQUEST) == 0
     assert memory.read(REQUEST, 16) == bytes(4) + CONTENT[4:16]
 
@@ -320,7 +320,7 @@ def test_narrow_writes_start_nothing(fw_cfg: FwCfg, memory: GuestMemory) -> None
 
 
 def test_snapshot(fw_cfg: FwCfg, memory: GuestMemory) -> None:
-    """Another device with the same items reads on where a snapshot was taken."""
+    """Another device with the same items continues at the snapshot's position."""
     select(fw_cfg, ITEM)
     read(fw_cfg, 7)
     with fw_cfg.lock:
@@ -345,7 +345,7 @@ OPERATIONS = st.lists(
 
 @given(OPERATIONS, st.binary(min_size=64, max_size=128))
 def test_any_access_is_survived(operations: list[Operation], requests: bytes) -> None:
-    """Whatever is written to the ports, and whatever lies where requests are, nothing raises."""
+    """With any port writes and any bytes in requests, nothing raises."""
     with GuestMemory(((0, PAGE_SIZE),)) as memory:
         memory.write(0, requests)
         device = FwCfg(memory)

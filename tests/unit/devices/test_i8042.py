@@ -1,4 +1,4 @@
-"""The keyboard controller that only resets: no driver waits for it, and it pulls the line."""
+"""The keyboard controller that can only reset: drivers never wait, and it pulls the line."""
 
 import pytest
 from hypothesis import given
@@ -46,7 +46,7 @@ def rig() -> Rig:
 
 
 def test_always_ready(rig: Rig) -> None:
-    """The input buffer is never full, so that a guest may write; nothing waits to be read."""
+    """The input buffer is never full, so that a guest may write; the output buffer is empty."""
     assert rig.status() == Status.SYSTEM
     rig.command(0x60)
     rig.write(0x47)
@@ -74,12 +74,12 @@ def test_output_port(rig: Rig, value: int, resets: int) -> None:
     rig.command(Command.WRITE_OUTPUT_PORT)
     rig.write(value)
     assert resets == rig.resets
-    rig.write(0)  # no longer an operand
+    rig.write(0)  # not an operand any more
     assert resets == rig.resets
 
 
 def test_reading_the_output_port(rig: Rig) -> None:
-    """The output port says that A20 is open and nobody pulls reset."""
+    """The output port reports that A20 is open and reset is not pulled."""
     rig.command(Command.READ_OUTPUT_PORT)
     assert rig.status() == Status.SYSTEM | Status.OBF
     assert rig.read() == 0x03
@@ -131,7 +131,7 @@ OPERATIONS = st.lists(
 
 @given(OPERATIONS, OPERATIONS)
 def test_any_access_is_survived(commands: list[Operation], data: list[Operation]) -> None:
-    """Whatever is read and written at both ports, nothing raises."""
+    """No reads and writes of both ports raise anything."""
     rig = Rig()
     exercise(rig.controller, commands)
     exercise(rig.controller.data_port, data)

@@ -18,7 +18,7 @@ RATE_1024_HZ = 0x26
 
 
 class Rig:
-    """A clock chip, the time that it runs on, and the line that it interrupts."""
+    """A clock chip, its time source, and its interrupt line."""
 
     def __init__(self, memory_size: int = 256 * MIB, realtime_ns: int = REALTIME_NS) -> None:
         self.irq = RecordingIrqLine()
@@ -80,7 +80,7 @@ class Rig:
         self[Register.SECONDS_ALARM] = seconds
 
     def enable(self, bits: int) -> None:
-        """Enable interrupts, and clear what happened before."""
+        """Enable interrupts, and clear pending flags."""
         self[Register.B] = RegisterB.H24 | bits
         _ = self[Register.C]
 
@@ -95,7 +95,7 @@ def rig() -> Rig:
 
 
 def test_power_on_time_is_the_hosts(rig: Rig) -> None:
-    """The clock shows the host's UTC, in BCD and 24 hours; Tuesday is day 3."""
+    """At power-on the clock shows the host's UTC, in BCD and 24 hours; Tuesday is day 3."""
     assert rig[Register.B] == RegisterB.H24
     assert rig.time == (0x20, 0x23, 0x11, 0x14, 0x22, 0x13, 0x20, 3)
 
@@ -110,7 +110,7 @@ def test_power_on_time_is_the_hosts(rig: Rig) -> None:
     ],
 )
 def test_formats(rig: Rig, mode: int, expected: tuple[int, ...]) -> None:
-    """BCD or binary, 24 hours or 12 with the PM bit, as register B says."""
+    """Times are BCD or binary, in 24 hours or 12 with the PM bit, as register B says."""
     rig[Register.B] = mode
     assert expected == rig.time
 
@@ -120,7 +120,7 @@ def test_formats(rig: Rig, mode: int, expected: tuple[int, ...]) -> None:
     [(0, 0x12), (1, 0x01), (11, 0x11), (12, 0x92), (13, 0x81), (23, 0x91)],
 )
 def test_twelve_hour_mode(hour: int, register: int) -> None:
-    """Midnight and noon are 12, after noon has the PM bit; both ways."""
+    """Midnight and noon are 12, and afternoon has the PM bit, in reads and writes."""
     midnight = datetime(2024, 2, 29, tzinfo=UTC)
     rig = Rig(realtime_ns=int((midnight + timedelta(hours=hour)).timestamp()) * NANOSECONDS)
     rig[Register.B] = 0
@@ -149,7 +149,7 @@ def test_time_passes(rig: Rig) -> None:
     ],
 )
 def test_calendar(rig: Rig, before: tuple[int, ...], after: tuple[int, ...]) -> None:
-    """Leap years, centuries included."""
+    """The calendar knows leap years, also of centuries."""
     rig.set_time(*before, 0x23, 0x59, 0x59, 7)
     rig.clock.advance(NANOSECONDS)
     assert (*after, 0, 0, 0, 1) == rig.time
@@ -157,7 +157,7 @@ def test_calendar(rig: Rig, before: tuple[int, ...], after: tuple[int, ...]) -> 
 
 @given(st.datetimes(datetime(1, 1, 1), datetime(9999, 12, 30)))  # noqa: DTZ001 - UTC is meant
 def test_any_date_is_kept(when: datetime) -> None:
-    """A date that the guest sets is the date that it reads, a day later the next one."""
+    """A date that the guest sets reads back, and a day later the next date."""
     rig = Rig()
     rig[Register.B] = RegisterB.H24 | RegisterB.DM
     for expected in (when, when + timedelta(days=1)):
@@ -177,21 +177,21 @@ def test_any_date_is_kept(when: datetime) -> None:
 
 
 def test_guest_time_is_an_offset(rig: Rig) -> None:
-    """What the guest sets keeps its distance from the host's time, also when that is stepped."""
+    """A time set by the guest keeps its distance from the host's, even when that is stepped."""
     rig.set_time(0x20, 0x30, 0x01, 0x01, 0x00, 0x00, 0x00, 3)
     rig.clock.step_realtime(3_600 * NANOSECONDS)
     assert rig.time == (0x20, 0x30, 0x01, 0x01, 0x01, 0x00, 0x00, 3)
 
 
 def test_writing_a_running_clock(rig: Rig) -> None:
-    """Without SET a register can be written too; the others go on."""
+    """Without SET a register can be written too; the others continue."""
     rig[Register.MINUTES] = 0x59
     rig.clock.advance(41 * NANOSECONDS)
     assert rig.time == (0x20, 0x23, 0x11, 0x14, 0x23, 0x00, 0x01, 3)
 
 
 def test_day_of_week_is_the_guests(rig: Rig) -> None:
-    """The day of the week counts on from what the guest wrote, whatever the date."""
+    """The day of the week counts on from the guest's value, whatever the date is."""
     rig[Register.DAY_OF_WEEK] = 7
     assert rig[Register.DAY_OF_WEEK] == 7
     rig.clock.advance(86_400 * NANOSECONDS)
@@ -199,7 +199,7 @@ def test_day_of_week_is_the_guests(rig: Rig) -> None:
 
 
 def test_set_holds_the_registers(rig: Rig) -> None:
-    """While SET is set the registers hold what was written, valid or not, and time stands still."""
+    """While SET is set the registers hold their values, valid or not, and do not advance."""
     rig[Register.B] = RegisterB.H24 | RegisterB.SET
     rig[Register.SECONDS] = 0xFF
     rig.clock.advance(5 * NANOSECONDS)
@@ -256,7 +256,7 @@ def test_register_d(rig: Rig) -> None:
 
 
 def test_register_a_keeps_rate_and_divider(rig: Rig) -> None:
-    """All of A but UIP can be written."""
+    """All bits of A except UIP can be written."""
     rig[Register.A] = 0xAF
     assert rig[Register.A] == 0x2F
 
@@ -278,7 +278,7 @@ def test_ports(rig: Rig) -> None:
 
 
 def test_memory_is_kept(rig: Rig) -> None:
-    """Every byte that is not a register is memory, and survives a reset."""
+    """Every byte that is no register is memory, and survives a reset."""
     indices = [i for i in range(0x0E, 0x80) if i != Register.CENTURY]
     for index in indices:
         rig[index] = index ^ 0xFF
@@ -298,7 +298,7 @@ def test_memory_is_kept(rig: Rig) -> None:
     ],
 )
 def test_memory_sizes(size: int, extended: int, above_16m: int, above_4g: int) -> None:
-    """Firmware finds the memory sizes where SeaBIOS and OpenBSD's vmd have them."""
+    """Firmware finds the memory sizes at the places of SeaBIOS and OpenBSD's vmd."""
     rig = Rig(size)
     assert rig[0x15] | rig[0x16] << 8 == 640
     assert extended == rig[0x17] | rig[0x18] << 8
@@ -309,7 +309,7 @@ def test_memory_sizes(size: int, extended: int, above_16m: int, above_4g: int) -
 
 
 def test_extra_vcpus() -> None:
-    """0x5f counts the vCPUs besides the first."""
+    """Register 0x5f has the number of vCPUs besides the first."""
     rtc = Mc146818(RecordingIrqLine(), FakeClock(), memory_size=MIB, vcpu_count=4)
     with rtc.lock:
         rtc.write(0, 1, 0x5F)
@@ -318,7 +318,7 @@ def test_extra_vcpus() -> None:
 
 @pytest.mark.parametrize(("size", "vcpus"), [(MIB - 1, 1), (MIB, 0), (MIB, 257)])
 def test_impossible_machines(size: int, vcpus: int) -> None:
-    """Sizes that no byte can hold are refused."""
+    """Sizes that do not fit their bytes are refused."""
     with pytest.raises(SpecError):
         Mc146818(RecordingIrqLine(), FakeClock(), memory_size=size, vcpu_count=vcpus)
 
@@ -327,7 +327,7 @@ def test_impossible_machines(size: int, vcpus: int) -> None:
 
 
 def test_idle_clock_wakes_nobody(rig: Rig) -> None:
-    """Without an enabled interrupt no timer is armed, however much the registers are used."""
+    """Without an enabled interrupt no timer is armed, whatever accesses there are."""
     rig[Register.A] = RATE_1024_HZ
     rig.alarm(0xC0, 0xC0, 0xC0)
     rig.clock.advance(10 * NANOSECONDS)
@@ -359,7 +359,7 @@ def test_update_ended_interrupt(rig: Rig) -> None:
 
 
 def test_unread_interrupts_coalesce(rig: Rig) -> None:
-    """While C is not read nothing more is waited for, and one read serves all that passed."""
+    """Until C is read no timer is armed, and one read acknowledges all passed interrupts."""
     rig.enable(RegisterB.UIE | RegisterB.PIE)
     rig.clock.advance(5 * NANOSECONDS)
     assert rig.clock.fired == 1
@@ -426,7 +426,7 @@ def test_periodic_interrupt_does_not_drift(rig: Rig) -> None:
 
 @pytest.mark.parametrize("a", [0x20, 0x70, 0x60, 0x36])
 def test_no_periodic_interrupt(rig: Rig, a: int) -> None:
-    """Rate 0 and a divider in reset give none."""
+    """Rate 0, or a divider in reset, yields no periodic interrupt."""
     rig[Register.A] = a
     rig.enable(RegisterB.PIE)
     rig.clock.advance(5 * NANOSECONDS)
@@ -458,7 +458,7 @@ def test_rate_change_takes_effect(rig: Rig) -> None:
     ],
 )
 def test_alarms(rig: Rig, alarm: tuple[int, int, int], seconds: int) -> None:
-    """The alarm interrupts at the next second that matches; from 0xc0 up anything matches."""
+    """The alarm interrupts at the next matching second; values from 0xc0 up always match."""
     rig.alarm(*alarm)
     rig.enable(RegisterB.AIE)
     rig.clock.advance(seconds * NANOSECONDS - 1)
@@ -487,14 +487,14 @@ def test_alarm_formats(rig: Rig, mode: int, alarm: tuple[int, int, int]) -> None
 
 
 def test_impossible_alarm_never_comes(rig: Rig) -> None:
-    """An alarm at a time that does not exist waits for nothing."""
+    """An alarm at an impossible time arms no timer."""
     rig.alarm(0x24, 0x00, 0x00)
     rig.enable(RegisterB.AIE)
     assert rig.clock.next_deadline_ns is None
 
 
 def test_alarm_sees_a_step_of_real_time(rig: Rig) -> None:
-    """When the host's clock jumps over the alarm, it comes within a minute."""
+    """If the host's clock jumps over the alarm, the alarm comes within a minute."""
     rig.alarm(0x23, 0x00, 0x00)
     rig.enable(RegisterB.AIE)
     rig.clock.step_realtime(3_600 * NANOSECONDS)
@@ -503,7 +503,7 @@ def test_alarm_sees_a_step_of_real_time(rig: Rig) -> None:
 
 
 def test_setting_time_does_not_ring_passed_alarms(rig: Rig) -> None:
-    """Setting the time past the alarm is not a match; the alarm comes at the next one."""
+    """Setting the time past the alarm is no match; the alarm comes at the next one."""
     rig.alarm(0x23, 0x00, 0x00)
     rig.enable(RegisterB.AIE)
     rig.set_time(0x20, 0x23, 0x11, 0x15, 0x10, 0x00, 0x00, 4)
@@ -525,7 +525,7 @@ def test_enabling_a_flag_that_is_set(rig: Rig) -> None:
 
 
 def test_reset(rig: Rig) -> None:
-    """Reset disables and clears interrupts; the time goes on."""
+    """A reset disables and clears interrupts; the time continues."""
     rig.enable(RegisterB.UIE | RegisterB.PIE | RegisterB.AIE | RegisterB.SQWE)
     rig.clock.advance(NANOSECONDS)
     rig.rtc.reset()
@@ -537,7 +537,7 @@ def test_reset(rig: Rig) -> None:
 
 
 def test_snapshot(rig: Rig) -> None:
-    """Another clock goes on from a snapshot: time, phase, flags and interrupts."""
+    """Another clock continues from a snapshot: time, phase, flags and interrupts."""
     rig[Register.A] = 0x2F
     rig.set_time(0x20, 0x30, 0x01, 0x01, 0x12, 0x00, 0x00, 5)
     rig.enable(RegisterB.PIE)
@@ -582,7 +582,7 @@ def test_snapshot_of_a_pending_interrupt(rig: Rig) -> None:
     )
 )
 def test_any_access_is_survived(steps: list[tuple[Operation, int, int]]) -> None:
-    """Whatever is accessed while time passes and jumps, nothing raises or spins."""
+    """Accesses at any moment, with any steps of time, raise nothing, and never spin."""
     rig = Rig()
     for operation, passed_ns, stepped_ns in steps:
         exercise(rig.rtc, [operation])

@@ -1,4 +1,4 @@
-"""The flash chip: Intel's commands, when it is mapped, and what it keeps."""
+"""The flash chip: Intel's commands, its mapping, and its file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READY, ERASE_ERROR, PROGRAM_ERROR = 0x80, 0x20, 0x10
 
 
 class Rig:
-    """A chip whose array counts up, and a file that stores what it is told."""
+    """A chip whose array counts up, and a file that records stores."""
 
     def __init__(self) -> None:
         self.array = bytearray(range(256)) * (SIZE // 256)
@@ -51,14 +51,14 @@ def rig() -> Rig:
 
 
 def test_it_begins_by_reading(rig: Rig) -> None:
-    """The array can be read in any width, and is mapped."""
+    """At first the array can be read in any width, and is mapped."""
     assert rig.read(5) == 5
     assert rig.read(0x10, 4) == 0x13121110
     assert rig.mapped == []
 
 
 def test_how_ovmf_detects_flash(rig: Rig) -> None:
-    """Clear the status, read it: zero; program what is there: no error."""
+    """OVMF clears the status and reads zero; programming the same byte causes no error."""
     rig.write(0, Command.CLEAR_STATUS)
     assert rig.read(0) == 0
     rig.write(0, Command.READ_STATUS)
@@ -86,7 +86,7 @@ def test_programming_a_byte(rig: Rig, command: int) -> None:
 
 
 def test_programming_a_run_is_one_store(rig: Rig) -> None:
-    """Neighbours are stored together; a distant byte is stored after them."""
+    """Neighbouring bytes are stored together; a distant byte is stored after them."""
     for offset in (0x100, 0x101, 0x102, 0x300):
         rig.write(offset, Command.PROGRAM, 0x77)
     rig.write(0, Command.READ_ARRAY)
@@ -94,18 +94,18 @@ def test_programming_a_run_is_one_store(rig: Rig) -> None:
 
 
 def test_erasing_a_block(rig: Rig) -> None:
-    """The block around the offset becomes ones, and no other."""
+    """An erasure fills the block around the offset with ones, and no other block."""
     rig.write(BLOCK_SIZE + 5, Command.ERASE, Command.CONFIRM)
     assert rig.read(0) == READY
     rig.write(0, Command.READ_ARRAY)
     assert rig.array[BLOCK_SIZE : 2 * BLOCK_SIZE] == b"\xff" * BLOCK_SIZE
-    assert rig.read(BLOCK_SIZE - 1) == 0xFF  # as it was: the last of 256
+    assert rig.read(BLOCK_SIZE - 1) == 0xFF  # unchanged: the last of 256
     assert rig.read(2 * BLOCK_SIZE) == 0
     assert rig.stores == [(BLOCK_SIZE, BLOCK_SIZE)]
 
 
 def test_an_unconfirmed_erasure_is_an_error(rig: Rig) -> None:
-    """Nothing is erased; both error bits say that the sequence was wrong."""
+    """An unconfirmed erasure erases nothing; both error bits report a wrong sequence."""
     rig.write(0, Command.ERASE, 0x00)
     assert rig.read(0) == READY | ERASE_ERROR | PROGRAM_ERROR
     rig.write(0, Command.CLEAR_STATUS)
@@ -114,7 +114,7 @@ def test_an_unconfirmed_erasure_is_an_error(rig: Rig) -> None:
 
 
 def test_a_buffered_write(rig: Rig) -> None:
-    """Count, data, confirmation; nothing happens before the last."""
+    """A buffered write takes count, data and confirmation; before the last nothing changes."""
     rig.write(BLOCK_SIZE, Command.WRITE_BUFFER)
     assert rig.read(BLOCK_SIZE) == READY
     rig.write(BLOCK_SIZE, 2)
@@ -138,7 +138,7 @@ def test_a_buffered_write(rig: Rig) -> None:
     ids=["too long", "elsewhere", "unconfirmed"],
 )
 def test_a_wrong_buffered_write_is_an_error(rig: Rig, writes: list[tuple[int, int]]) -> None:
-    """Nothing is written; the status says that the sequence was wrong."""
+    """A wrong buffered write changes nothing; the status reports a wrong sequence."""
     before = bytes(rig.array)
     rig.write(0, Command.WRITE_BUFFER)
     for offset, value in writes:
@@ -148,14 +148,14 @@ def test_a_wrong_buffered_write_is_an_error(rig: Rig, writes: list[tuple[int, in
 
 
 def test_who_it_is(rig: Rig) -> None:
-    """Manufacturer and device; nothing is locked."""
+    """The chip reports manufacturer and device; no block is locked."""
     rig.write(0, Command.READ_ID)
     assert (rig.read(0), rig.read(1), rig.read(2)) == (0x89, 0x18, 0)
     assert rig.read(0, 2) == 0x1889
 
 
 def test_the_query_table(rig: Rig) -> None:
-    """CFI: the command set, the size, the erase blocks."""
+    """The CFI query reports command set, size and erase blocks."""
     rig.write(0x55, Command.QUERY)
     assert bytes(map(rig.read, range(0x10, 0x13))) == b"QRY"
     assert rig.read(0x13, 2) == 1
@@ -167,7 +167,7 @@ def test_the_query_table(rig: Rig) -> None:
 
 
 def test_locking_does_nothing(rig: Rig) -> None:
-    """A driver that unlocks a block before it writes is content."""
+    """A driver that unlocks a block before a write succeeds."""
     rig.write(0, Command.LOCK, Command.CONFIRM)
     assert rig.read(0) == READY
 
@@ -181,7 +181,7 @@ def test_an_unknown_command_reads_the_array(rig: Rig, command: int) -> None:
 
 
 def test_what_cannot_be_stored_is_stored_later(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """A full disk is logged once; the next change that can be stored brings all of it."""
+    """A full disk is logged once; the next successful store has all changes."""
     rig.is_full = True
     with caplog.at_level(logging.WARNING):
         for offset in (0x10, 0x2000, 0x30):
@@ -194,7 +194,7 @@ def test_what_cannot_be_stored_is_stored_later(rig: Rig, caplog: pytest.LogCaptu
 
 
 def test_closing_stores_the_rest(rig: Rig) -> None:
-    """A guest that ends within a command loses nothing."""
+    """Closing within a command loses no change."""
     rig.write(0x10, Command.PROGRAM, 0xEE)
     rig.chip.close()
     assert rig.file[0x10] == 0xEE
@@ -209,7 +209,7 @@ def test_reset_reads_the_array(rig: Rig) -> None:
 
 
 def test_a_snapshot_continues(rig: Rig) -> None:
-    """A buffered write goes on in another chip, which is not mapped meanwhile."""
+    """Another chip continues a buffered write, and is not mapped meanwhile."""
     rig.write(0, Command.WRITE_BUFFER, 1)
     rig.write(0x20, 0xC1)
     other = Rig()
@@ -233,7 +233,7 @@ OPERATION = st.integers(0, 3).flatmap(
 
 @given(st.lists(OPERATION, max_size=60))
 def test_any_accesses_keep_file_and_array_together(operations: list[Operation]) -> None:
-    """After anything, a reset leaves the chip mapped and the file as the array."""
+    """After any accesses, a reset leaves the chip mapped, and its file equal to the array."""
     rig = Rig()
     exercise(rig.chip, operations)
     rig.chip.reset()

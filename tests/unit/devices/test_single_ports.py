@@ -22,7 +22,7 @@ def test_debugcon_transmits_bytes() -> None:
 
 
 def test_debugcon_is_detected() -> None:
-    """Firmware recognizes the port by what it reads."""
+    """Firmware recognizes the port by its value."""
     assert Debugcon(bytearray().extend).read(0, 1) == 0xE9
 
 
@@ -31,7 +31,7 @@ def test_debugcon_is_detected() -> None:
     [(1, 0x31, 0x31), (1, 0x1FF, 0xFF), (2, 0x12345, 0x2345), (4, 0xDEADBEEF, 0xDEADBEEF)],
 )
 def test_debug_exit_reports_the_value(size: int, value: int, reported: int) -> None:
-    """The value is reported as wide as it was written."""
+    """The value is reported in the width of the write."""
     values: list[int] = []
     DebugExit(values.append).write(0, size, value)
     assert values == [reported]
@@ -58,7 +58,7 @@ def test_debug_exit_is_its_first_port() -> None:
     ],
 )
 def test_pvpanic_reports_supported_events(value: int, events: list[int]) -> None:
-    """Known events are reported, other bits are not."""
+    """Known events are reported, other bits are ignored."""
     reported: list[int] = []
     Pvpanic(reported.append).write(0, 1, value)
     assert events == reported
@@ -75,7 +75,7 @@ def ignore(_: object) -> None:
 
 @pytest.mark.parametrize("device", [Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)])
 def test_there_is_no_state(device: Debugcon | DebugExit | Pvpanic) -> None:
-    """Reset changes nothing; all snapshots are equal."""
+    """These devices have no state: a reset changes nothing, and all snapshots are equal."""
     before = device.save()
     device.write(0, 1, 1)
     device.reset()
@@ -103,13 +103,13 @@ def test_snapshots_are_restored() -> None:
     )
 )
 def test_any_access_is_survived(operations: list[Operation]) -> None:
-    """Whatever is read and written, nothing raises."""
+    """No reads and writes raise anything."""
     for device in (Debugcon(ignore), DebugExit(ignore), Pvpanic(ignore)):
         exercise(device, operations)
 
 
 def test_port92_resets() -> None:
-    """Bit 0 resets each time that it is written, and reads back 0."""
+    """Bit 0 resets at each write, and reads back as 0."""
     resets: list[None] = []
     port = Port92(lambda: resets.append(None))
     for value, count in ((0x02, 0), (0x03, 1), (0x01, 2), (0xFE, 2), (0x1FF, 3)):
@@ -121,7 +121,7 @@ def test_port92_resets() -> None:
 
 
 def test_port92_keeps_the_gate_of_line_20() -> None:
-    """Address line 20 is let through at first; a guest reads what it has written."""
+    """Address line 20 is open at first; a guest reads back its own value."""
     port = Port92(lambda: None)
     assert port.read(0, 1) == Control.FAST_A20
     assert port.read(0, 2) == 0xFF00 | Control.FAST_A20

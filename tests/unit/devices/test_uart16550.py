@@ -1,4 +1,4 @@
-"""The UART at register level: what drivers probe, FIFOs, interrupt causes, loopback."""
+"""The UART at register level: drivers' probes, FIFOs, interrupt causes, loopback."""
 
 import pytest
 from hypothesis import given
@@ -42,7 +42,7 @@ def rig() -> Rig:
     ],
 )
 def test_power_on_values(rig: Rig, register: int, value: int) -> None:
-    """After power-on nothing is enabled, the transmitter is empty, the peer is there."""
+    """After power-on no interrupt is enabled, the transmitter is empty, the peer is there."""
     assert value == rig.read(register)
 
 
@@ -71,7 +71,7 @@ def test_status_registers_ignore_writes(rig: Rig, register: int) -> None:
 
 
 def test_divisor_latch(rig: Rig) -> None:
-    """DLAB swaps the divisor in for data and IER, and leaves both alone."""
+    """With DLAB the divisor replaces data and IER, and leaves both unchanged."""
     rig.write(Register.IER, Ier.RDI)
     rig.write(Register.LCR, Lcr.DLAB | 3)
     rig.write(Register.RBR_THR, 0x34)
@@ -172,7 +172,7 @@ def test_transmitted_bytes_leave_at_once(rig: Rig) -> None:
 
 
 def test_collected_bytes_leave_together(rig: Rig) -> None:
-    """Bytes that were collected go out at once, with one interrupt for all; in loopback, back."""
+    """Collected bytes are sent at once, with one interrupt for all; in loopback they come back."""
     rig.enable(Ier.THRI)
     rig.uart.write_all(b"boot>")
     assert rig.sent == b"boot>"
@@ -184,7 +184,7 @@ def test_collected_bytes_leave_together(rig: Rig) -> None:
 
 
 def test_enabling_the_empty_transmitters_interrupt(rig: Rig) -> None:
-    """IER.THRI going up interrupts; reading it from IIR withdraws it."""
+    """A rising IER.THRI interrupts; reading IIR withdraws the interrupt."""
     rig.enable(0)
     rig.write(Register.IER, Ier.THRI)
     assert rig.irq.levels == [True]
@@ -220,7 +220,7 @@ def test_each_transmission_interrupts_anew(rig: Rig) -> None:
     [(Register.IER, Ier.THRI), (Register.MCR, Mcr.LOOP), (Register.LCR, Lcr.DLAB)],
 )
 def test_plain_output_is_announced(rig: Rig, register: int, value: int) -> None:
-    """Whoever batches output hears when THR begins to do more than send, and when that ends."""
+    """The batcher of output learns when THR starts to do more than send, and when that ends."""
     rig.write(Register.IER, Ier.RDI | Ier.MSI)
     assert rig.plain == []
     rig.write(register, value)
@@ -231,7 +231,7 @@ def test_plain_output_is_announced(rig: Rig, register: int, value: int) -> None:
 
 
 def test_what_lsr_has_to_tell_ends_plain_output(rig: Rig) -> None:
-    """Whoever answers reads of LSR hears of a byte, an error, and their end."""
+    """The keeper of LSR learns of a byte, an error, and their end."""
     rig.uart.receive(b"a")
     assert rig.plain == [False]
     rig.read(Register.RBR_THR)
@@ -260,7 +260,7 @@ def test_one_byte_fits_without_fifo(rig: Rig) -> None:
 
 
 def test_sixteen_bytes_fit_with_fifo(rig: Rig) -> None:
-    """The FIFO takes what fits, in order, and never overruns from outside."""
+    """The FIFO takes as many bytes as fit, in order, and never overruns from outside."""
     rig.enable(0)
     assert rig.uart.receive(bytes(range(10))) == 10
     assert rig.uart.receive(bytes(range(10, 20))) == 6
@@ -277,7 +277,7 @@ def test_receiving_nothing(rig: Rig) -> None:
 
 
 def test_room_is_announced_when_the_fifo_runs_empty(rig: Rig) -> None:
-    """The sender hears of room once the last byte was read, with the lock held, and only then."""
+    """The sender learns of room once the last byte is read, with the lock held, and only then."""
     rig.enable(0)
     rig.uart.receive(b"ab")
     rig.read(Register.RBR_THR)
@@ -289,7 +289,7 @@ def test_room_is_announced_when_the_fifo_runs_empty(rig: Rig) -> None:
 
 
 def test_clearing_the_fifo_makes_room(rig: Rig) -> None:
-    """FCR's clear bit drops what waits, and the sender hears of it."""
+    """FCR's clear bit drops waiting bytes, and the sender learns of room."""
     rig.enable(Ier.RDI)
     rig.uart.receive(b"abc")
     rig.write(Register.IIR_FCR, Fcr.ENABLE | Fcr.CLEAR_RECEIVE)
@@ -299,7 +299,7 @@ def test_clearing_the_fifo_makes_room(rig: Rig) -> None:
 
 
 def test_changing_fifo_mode_clears_it(rig: Rig) -> None:
-    """Turning the FIFOs on or off drops what waits."""
+    """Turning the FIFOs on or off drops waiting bytes."""
     rig.enable(0)
     rig.uart.receive(b"abc")
     rig.write(Register.IIR_FCR, 0)
@@ -310,7 +310,7 @@ def test_changing_fifo_mode_clears_it(rig: Rig) -> None:
 
 
 def test_fcr_without_enable_programs_nothing(rig: Rig) -> None:
-    """A clear or trigger setting without the enable bit is not taken."""
+    """A clear or trigger setting without the enable bit is ignored."""
     rig.uart.receive(b"a")
     rig.write(Register.IIR_FCR, Fcr.CLEAR_RECEIVE | 0xC0)
     assert rig.read(Register.IIR_FCR) == Iir.NONE
@@ -341,7 +341,7 @@ def test_received_data_interrupts_until_read(rig: Rig) -> None:
 
 
 def test_out2_gates_the_line(rig: Rig) -> None:
-    """Without MCR.OUT2 the cause is there but the line is low."""
+    """Without MCR.OUT2 the cause is pending but the line is low."""
     rig.write(Register.IER, Ier.RDI)
     rig.uart.receive(b"a")
     assert rig.read(Register.IIR_FCR) == Iir.RDA
@@ -367,13 +367,13 @@ def test_break_is_a_zero_byte_with_bi(rig: Rig) -> None:
 
 
 def test_break_without_fifo(rig: Rig) -> None:
-    """In 16450 mode BI is set alike, and the FIFO error bit does not exist."""
+    """In 16450 mode BI is set the same way, and the FIFO error bit does not exist."""
     rig.uart.receive_break()
     assert rig.read(Register.LSR) == EMPTY | Lsr.DR | Lsr.BI
 
 
 def test_break_is_reported_with_its_character(rig: Rig) -> None:
-    """Behind other characters, BI waits until they were read; the FIFO error bit tells before."""
+    """After other characters, BI waits until they are read; the FIFO error bit is set before."""
     rig.enable(Ier.RLSI)
     rig.uart.receive(b"a")
     rig.uart.receive_break()
@@ -391,7 +391,7 @@ def test_break_is_reported_with_its_character(rig: Rig) -> None:
 
 
 def test_break_waits_for_room(rig: Rig) -> None:
-    """A BREAK that finds the FIFO full comes as soon as a character was read."""
+    """A BREAK at a full FIFO arrives as soon as a character is read."""
     rig.enable(0)
     rig.uart.receive(bytes(16))
     rig.uart.receive_break()

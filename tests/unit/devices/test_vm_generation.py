@@ -1,4 +1,4 @@
-"""The VM's generation identifier: where it is, when it changes, and how the guest hears of it."""
+"""The VM's generation identifier: its address, its changes, and the guest's notification."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmm_kvm.devices.vm_generation import SIZE, VmGeneration
 
 
 def made() -> tuple[VmGeneration, RecordingIrqLine]:
-    """Return one whose random numbers are counted."""
+    """Return a device whose random numbers are counted."""
     numbers = count(1)
     irq = RecordingIrqLine()
     generation = VmGeneration(lambda size: bytes((next(numbers),)) * size)
@@ -18,14 +18,14 @@ def made() -> tuple[VmGeneration, RecordingIrqLine]:
 
 
 def test_a_new_vm_has_one_and_says_nothing() -> None:
-    """It lies at the beginning of its page; the rest is zero."""
+    """A new VM has an identifier at the beginning of its page, and is not notified."""
     generation, irq = made()
     assert generation.memory[:] == (b"\1" * SIZE).ljust(4096, b"\0")
     assert irq.levels == []
 
 
 def test_another_vm_has_another_one_and_says_so() -> None:
-    """One edge for each change."""
+    """A copy gets another identifier, with one edge for each change."""
     generation, irq = made()
     for number in (2, 3):
         generation.renew()
@@ -35,7 +35,7 @@ def test_another_vm_has_another_one_and_says_so() -> None:
 
 
 def test_a_restored_vm_is_the_same() -> None:
-    """Until somebody says that it is not."""
+    """A restored VM keeps its identifier until it is declared a copy."""
     generation, _ = made()
     other, irq = made()
     other.renew()

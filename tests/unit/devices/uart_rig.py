@@ -37,7 +37,7 @@ class Rig:
             self.uart.write(register, size, value)
 
     def enable(self, ier: int, *, fifo: bool = True, trigger: int = 0) -> None:
-        """Do what a driver does at open."""
+        """Do the accesses of a driver's open."""
         self.write(Register.MCR, Mcr.DTR | Mcr.RTS | Mcr.OUT2)
         self.write(Register.IIR_FCR, (Fcr.ENABLE if fifo else 0) | trigger << 6)
         self.write(Register.IER, ier)

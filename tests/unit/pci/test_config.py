@@ -1,4 +1,4 @@
-"""PCI functions: what of configuration space can be written, BARs, capabilities, INTx."""
+"""PCI functions: writable bits of configuration space, BARs, capabilities, INTx."""
 
 import pytest
 from hypothesis import given
@@ -38,7 +38,7 @@ def make(intx: RecordingIrqLine | None = None) -> PciFunction:
 
 
 def test_header() -> None:
-    """The identity is where the specification has it."""
+    """The identity is at the specification's places."""
     function = make(RecordingIrqLine())
     assert function.read_config(Register.VENDOR_ID, 4) == 0x1041_1AF4
     assert function.read_config(Register.REVISION_ID, 4) == 0x02_00_00_01
@@ -66,7 +66,7 @@ def test_only_writable_bits_are_written() -> None:
 
 @pytest.mark.parametrize(("offset", "size"), [(0xFD, 4), (0x100, 1), (0xFFF, 1), (0xFF, 2)])
 def test_behind_the_end(offset: int, size: int) -> None:
-    """Conventional configuration space ends after 256 bytes; behind it are ones."""
+    """Conventional configuration space ends after 256 bytes; ones follow."""
     function = make()
     assert all_ones(size) == function.read_config(offset, size)
     assert not function.write_config(offset, size, 0)
@@ -82,7 +82,7 @@ def test_bytes_and_words() -> None:
 
 
 def test_status_errors_are_cleared_by_ones() -> None:
-    """The error bits of the status register are write-one-to-clear; others do not move."""
+    """The error bits of the status register are cleared by ones; others do not change."""
     function = make()
     function.poke(Register.STATUS, 2, Status.PARITY_ERROR | Status.RECEIVED_MASTER_ABORT)
     function.write_config(Register.STATUS, 2, Status.PARITY_ERROR | Status.INTERRUPT)
@@ -118,7 +118,7 @@ def test_pin_and_line_belong_together(pin: int, has_line: bool) -> None:
     ],
 )
 def test_sizing(kind: BarKind, size: int, prefetchable: bool, sized: int) -> None:
-    """Writing ones and reading back tells size and kind, and restoring the address works."""
+    """After writing ones a read tells size and kind; writing the address back restores it."""
     function = make()
     function.add_bar(2, kind, size, RecordingDevice(), is_prefetchable=prefetchable)
     bar = function.bars[0]
@@ -160,7 +160,7 @@ def test_absent_bars_are_zero() -> None:
     ],
 )
 def test_impossible_bars(index: int, kind: BarKind, size: int) -> None:
-    """BARs have to exist, be free, and have a size that their kind can express."""
+    """A BAR that does not exist, is taken, or has a wrong size for its kind is refused."""
     function = make()
     function.add_bar(1, BarKind.MEMORY64, 16, RecordingDevice())
     with pytest.raises(SpecError):
@@ -225,7 +225,7 @@ def test_capabilities_are_read_only_but_for_their_mask() -> None:
 
 
 def test_capability_callbacks() -> None:
-    """Callbacks hear of accesses that touch the capability; reads before they happen."""
+    """Callbacks are called for accesses that touch the capability; for reads, before them."""
     reads: list[tuple[int, int]] = []
     writes: list[tuple[int, int]] = []
 
@@ -290,7 +290,7 @@ def test_intx_disable() -> None:
 
 
 def test_intx_without_a_pin() -> None:
-    """A function without a pin can be told to interrupt; nothing is driven."""
+    """A function without a pin may interrupt; no line is driven."""
     function = make()
     function.set_intx(True)
     assert function.interrupt_pin == 0
@@ -300,7 +300,7 @@ def test_intx_without_a_pin() -> None:
 
 
 def test_reset() -> None:
-    """Reset returns what the guest wrote to what was built, and deasserts the pin."""
+    """A reset restores the built values, and deasserts the pin."""
     line = RecordingIrqLine()
     function = make(line)
     function.add_bar(0, BarKind.MEMORY32, 4096, RecordingDevice(), is_prefetchable=True)
@@ -345,7 +345,7 @@ def test_snapshot() -> None:
     )
 )
 def test_any_access_is_survived(operations: list[tuple[bool, int, int, int]]) -> None:
-    """Whatever is read and written, nothing raises and the identity stays."""
+    """No reads and writes raise anything, and the identity stays."""
     function = make(RecordingIrqLine())
     function.add_bar(0, BarKind.MEMORY64, 4096, RecordingDevice())
     function.add_bar(2, BarKind.IO, 16, RecordingDevice())

@@ -21,7 +21,7 @@ MMIO_SIZE = 1 << 40
 
 
 class Rig:
-    """A machine's buses with a PCI host; every access goes through them, as a guest's does."""
+    """A machine's buses with a PCI host; every access goes through them, like a guest's."""
 
     def __init__(self) -> None:
         self.pio = Bus(0x10000)
@@ -92,7 +92,7 @@ def test_host_bridge(rig: Rig) -> None:
 )
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_absent_functions_are_ones(rig: Rig, address: int, size: int) -> None:
-    """Where no function is, and while the mechanism is disabled, everything reads as ones."""
+    """Without a function, and while the mechanism is disabled, everything reads as ones."""
     rig.pio.write(ADDRESS, 4, address)
     rig.pio.write(DATA, size, 0)
     assert all_ones(size) == rig.pio.read(DATA, size)
@@ -107,7 +107,7 @@ def test_data_port_sizes(rig: Rig) -> None:
 
 
 def test_linux_finds_mechanism_1(rig: Rig) -> None:
-    """The address register keeps its dword, and bytes of it are not the older mechanism.
+    """The address register keeps its dword, and its bytes are not the older mechanism's.
 
     Source: Linux arch/x86/pci/direct.c, pci_check_type1 and pci_check_type2
     """
@@ -151,7 +151,7 @@ def test_accesses_across_both_registers(rig: Rig) -> None:
     ],
 )
 def test_reset_control(rig: Rig, values: tuple[int, ...], resets: int) -> None:
-    """The machine resets when bit 2 rises; the other bits say how hard."""
+    """The machine resets when bit 2 rises; the other bits choose the kind."""
     for value in values:
         rig.pio.write(layout.PORT_RESET, 1, value)
     assert resets == rig.resets
@@ -159,7 +159,7 @@ def test_reset_control(rig: Rig, values: tuple[int, ...], resets: int) -> None:
 
 
 def test_address_writes_do_not_reset(rig: Rig) -> None:
-    """A dword write of the address is not one of the reset register inside it."""
+    """A dword write of the address does not write the reset register inside it."""
     rig.pio.write(ADDRESS, 4, 0xFFFF_FFFF)
     rig.pio.write(ADDRESS + 1, 2, 0x0606)
     assert rig.resets == 0
@@ -169,7 +169,7 @@ def test_address_writes_do_not_reset(rig: Rig) -> None:
 
 
 def test_ecam_is_the_same_space(rig: Rig) -> None:
-    """What one mechanism writes the other reads."""
+    """Writes by one mechanism are read by the other."""
     slot, _ = rig.add()
     ecam = layout.ECAM_START + (slot << 15)
     assert rig.mmio.read(ecam, 4) == 0x1041_1AF4
@@ -189,7 +189,7 @@ def test_ecam_is_the_same_space(rig: Rig) -> None:
     ],
 )
 def test_ecam_elsewhere_is_ones(rig: Rig, offset: int) -> None:
-    """Where no function has registers, ECAM reads as ones and drops writes."""
+    """Outside functions' registers ECAM reads as ones and drops writes."""
     rig.mmio.write(layout.ECAM_START + offset, 1, 0)
     assert rig.mmio.read(layout.ECAM_START + offset, 1) == 0xFF
 
@@ -207,7 +207,7 @@ def test_slots_are_given_in_order(rig: Rig) -> None:
 
 
 def test_interrupt_lines_rotate(rig: Rig) -> None:
-    """Each slot is told the PIC input that its pin leads to; without a pin there is none."""
+    """Each slot knows the PIC input of its pin; without a pin there is none."""
     slots = [rig.add()[0] for _ in range(4)]
     inta, intb, intc, intd = layout.PIC_PCI_INTX
     lines = [rig.read(slot, Register.INTERRUPT_LINE, 1) for slot in slots]
@@ -246,7 +246,7 @@ def test_bars_move(rig: Rig) -> None:
 
 
 def test_who_answers_learns_where(rig: Rig) -> None:
-    """A BAR's listener is told each address from which on it is decoded, and when it is not."""
+    """A BAR's listener learns each address at which the BAR is decoded, and its end."""
     heard: list[int | None] = []
     function = PciFunction(vendor_id=1, device_id=2, class_code=0)
     device = RecordingDevice()
@@ -260,7 +260,7 @@ def test_who_answers_learns_where(rig: Rig) -> None:
 
 
 def test_sizing_while_decoded(rig: Rig) -> None:
-    """A guest may size a BAR without disabling it first; it returns where it was."""
+    """A guest may size a BAR without disabling it first; the BAR returns to its address."""
     slot, _ = rig.add((BarKind.MEMORY32, 4 * KIB), (BarKind.IO, 16))
     rig.write(slot, Register.BAR0, MEMORY_BASE)
     rig.write(slot, Register.BAR0 + 4, IO_BASE)
@@ -276,7 +276,7 @@ def test_sizing_while_decoded(rig: Rig) -> None:
 
 
 def test_sixty_four_bit_bars(rig: Rig) -> None:
-    """A 64-bit BAR is decoded above 4 GiB too, wherever the bus reaches."""
+    """A 64-bit BAR is decoded above 4 GiB too, as far as the bus reaches."""
     slot, _ = rig.add((BarKind.MEMORY64, 16 * KIB))
     rig.write(slot, Register.BAR0, 0)
     rig.write(slot, Register.BAR0 + 4, 0x20)
@@ -319,7 +319,7 @@ def test_ports_outside_the_window(rig: Rig, base: int) -> None:
 
 
 def test_firmware_may_allocate_below_the_ioapic(rig: Rig) -> None:
-    """Firmware that allocates downward from the IOAPIC is served as well."""
+    """A BAR that firmware allocates downward from the IOAPIC is decoded as well."""
     slot, _ = rig.add((BarKind.MEMORY32, 4 * KIB))
     base = layout.IOAPIC_ADDRESS - 4 * KIB
     rig.write(slot, Register.BAR0, base)
@@ -368,7 +368,7 @@ def test_assignment(rig: Rig) -> None:
 
 
 def test_assignment_wastes_nothing(rig: Rig) -> None:
-    """Large BARs come first, so that a full window is really full."""
+    """Large BARs are placed first, so that a full window is really full."""
     half = layout.PCI_MMIO32_SIZE // 2
     rig.add((BarKind.MEMORY32, 16), (BarKind.MEMORY32, half // 2))
     slot, _ = rig.add((BarKind.MEMORY32, half))
@@ -390,7 +390,7 @@ def test_assignment_above_4g(rig: Rig) -> None:
 
 
 def test_reset(rig: Rig) -> None:
-    """Reset takes every BAR from the buses; assignment puts them back."""
+    """A reset takes every BAR from the buses; assignment puts them back."""
     slot, _ = rig.add((BarKind.MEMORY32, 4 * KIB))
     rig.host.assign_bars()
     base = rig.read(slot, Register.BAR0)
@@ -443,7 +443,7 @@ SIZES = st.sampled_from((1, 2, 4, 8))
     st.lists(st.tuples(st.booleans(), st.integers(0, 7), SIZES, VALUES), max_size=40),
 )
 def test_any_access_is_survived(ecam: list[Operation], ports: list[Operation]) -> None:
-    """Whatever is written, nothing raises, and the buses agree with the registers afterwards."""
+    """No writes raise anything, and the buses agree with the registers afterwards."""
     rig = Rig()
     kinds = ((BarKind.IO, 16), (BarKind.MEMORY32, 4 * KIB), (BarKind.MEMORY64, 8 * KIB))
     slots = [rig.add(*kinds) for _ in range(2)]

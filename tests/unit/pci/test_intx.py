@@ -12,7 +12,7 @@ from vmm_kvm.pci.intx import IntxLines, SharedLine
     ("slot", "pin", "line"), [(0, 1, 0), (1, 1, 1), (3, 2, 0), (31, 4, 2), (4, 1, 0)]
 )
 def test_rotation(slot: int, pin: int, line: int) -> None:
-    """Pins rotate by slot, so that INTA of neighbours does not meet."""
+    """Pins rotate by slot, so that neighbours' INTA pins have different lines."""
     assert line == line_index(slot, pin)
 
 
@@ -32,7 +32,7 @@ def test_a_shared_line_is_high_while_any_input_is() -> None:
 
 
 def test_lines_of_a_bus() -> None:
-    """Each pin of each slot reaches its line; pins that meet share it."""
+    """Each pin of each slot reaches its line; two pins may share it."""
     lines = [RecordingIrqLine() for _ in range(4)]
     intx = IntxLines(lines)
     inputs = [intx.input(slot, 1) for slot in (1, 2, 5)]
@@ -45,6 +45,6 @@ def test_lines_of_a_bus() -> None:
 
 
 def test_there_are_four_lines() -> None:
-    """Another number is refused."""
+    """A number beyond the four lines is refused."""
     with pytest.raises(SpecError):
         IntxLines([RecordingIrqLine()])

@@ -1,4 +1,4 @@
-"""MSI-X: delivery, masks, pending bits, and what irqfd routes hear."""
+"""MSI-X: delivery, masks, pending bits, and the routes of irqfds."""
 
 import pytest
 from hypothesis import given
@@ -76,7 +76,7 @@ def rig() -> Rig:
 
 
 def test_capability() -> None:
-    """The capability tells table size, and where table and pending bits are."""
+    """The capability has the table's size, and the places of table and pending bits."""
     rig = Rig()
     assert rig.function.read_config(rig.capability, 1) == 0x11
     assert rig.function.read_config(rig.capability + 2, 2) == VECTORS - 1
@@ -103,19 +103,19 @@ def test_bar_size(vectors: int, bar_size: int) -> None:
 
 @pytest.mark.parametrize("vectors", [0, -1, 2049])
 def test_impossible_counts(vectors: int) -> None:
-    """A function has 1 to 2048 vectors."""
+    """A function with no vector, or more than 2048, is refused."""
     with pytest.raises(SpecError):
         Msix(vectors, lambda *_: None)
 
 
 def test_vectors_are_masked_at_first() -> None:
-    """Before a driver came, every vector is masked and empty."""
+    """Before a driver programs it, every vector is masked and empty."""
     rig = Rig()
     assert [rig.read(at) for at in range(0, VECTORS * ENTRY_SIZE, 4)] == [0, 0, 0, 1] * VECTORS
 
 
 def test_delivery(rig: Rig) -> None:
-    """A notification sends what the table entry says."""
+    """A notification sends the message of the table entry."""
     rig.msix.notify(0)
     rig.msix.notify(3)
     assert rig.sent == [(LOCAL_APIC, 0x40), (LOCAL_APIC, 0x43)]
@@ -145,13 +145,13 @@ def test_nothing_is_sent_while_disabled() -> None:
 
 @pytest.mark.parametrize("vector", [-1, VECTORS, 1 << 16, 0xFFFF])
 def test_vectors_that_do_not_exist(rig: Rig, vector: int) -> None:
-    """A device may be told to use a vector that is not there; nothing happens."""
+    """A notification of a vector that does not exist does nothing."""
     rig.msix.notify(vector)
     assert (rig.sent, rig.pending) == ([], 0)
 
 
 def test_masked_vector_waits(rig: Rig) -> None:
-    """A masked vector sets its pending bit; unmasking sends once, as programmed by then."""
+    """A masked vector sets its pending bit; unmasking sends once, by the current entry."""
     rig.program(2, 0x42, masked=True)
     rig.msix.notify(2)
     rig.msix.notify(2)
@@ -163,7 +163,7 @@ def test_masked_vector_waits(rig: Rig) -> None:
 
 
 def test_function_mask(rig: Rig) -> None:
-    """The function mask holds every vector back; those that wait are sent when it goes."""
+    """The function mask holds every vector back; pending ones are sent when it is cleared."""
     rig.control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK)
     rig.program(1, 0x41, masked=True)
     for vector in (0, 1, 3):
@@ -185,7 +185,7 @@ def test_pending_bits_are_read_only(rig: Rig) -> None:
 
 
 def test_reserved_bits_read_as_zero(rig: Rig) -> None:
-    """Vector control has its mask bit alone; between table and pending bits nothing is stored."""
+    """Vector control has only its mask bit; between table and pending bits nothing is stored."""
     rig.write(12, 0xFFFF_FFFF)
     assert rig.read(12) == 1
     rig.write(VECTORS * ENTRY_SIZE, 0xFFFF_FFFF)
@@ -195,8 +195,8 @@ def test_reserved_bits_read_as_zero(rig: Rig) -> None:
 
 
 def test_routes_are_announced(rig: Rig) -> None:
-    """Whoever keeps irqfd routes hears of every change of what is delivered, and of no other."""
-    rig.write(8, 0x40)  # as it was
+    """The keeper of irqfd routes is called at every change of delivery, and at no other."""
+    rig.write(8, 0x40)  # unchanged
     assert rig.routes == []
     rig.write(8, 0x50)
     rig.write(12, 1)
@@ -253,7 +253,7 @@ def test_snapshot(rig: Rig) -> None:
     st.lists(st.integers(-2, VECTORS + 2), max_size=20),
 )
 def test_any_access_is_survived(operations: list[Operation], vectors: list[int]) -> None:
-    """Whatever is accessed and notified, nothing raises; a vector is sent or pending, not both."""
+    """No accesses and notifications raise anything; a vector is sent or pending, not both."""
     rig = Rig()
     rig.control(CONTROL_ENABLE)
     exercise(rig.msix, operations)

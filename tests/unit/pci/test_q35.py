@@ -1,4 +1,4 @@
-"""The chipset that UEFI firmware believes in: IDs, where ECAM is, where power management is."""
+"""The chipset that UEFI firmware expects: IDs, and the places of ECAM and power management."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def rig() -> Rig:
 
 
 def test_the_bridges_are_intels(rig: Rig) -> None:
-    """The host bridge in slot 0, the ISA bridge in slot 31, with its class."""
+    """The host bridge is in slot 0, the ISA bridge in slot 31, with its class."""
     assert rig.read(0, Register.VENDOR_ID) == MCH_ID
     assert rig.read(LPC_SLOT, Register.VENDOR_ID) == LPC_ID
     assert rig.read(LPC_SLOT, Register.REVISION_ID) >> 8 == 0x06_01_00
 
 
 def test_power_management_is_where_the_layout_has_it(rig: Rig) -> None:
-    """PMBASE cannot be moved, and is enabled; there are no GPIOs, no root complex registers."""
+    """PMBASE is fixed and enabled; there are no GPIOs and no root complex registers."""
     rig.write(LPC_SLOT, 0x40, 0x1234_5678)
     assert rig.read(LPC_SLOT, 0x40) == layout.PORT_PM1A_EVENT | 1
     assert rig.read(LPC_SLOT, 0x44, 1) == 0x80
@@ -80,7 +80,7 @@ def test_power_management_is_where_the_layout_has_it(rig: Rig) -> None:
 
 @pytest.mark.parametrize("base", [0xB000_0000, 0xE000_0000, 0x8_0000_0000], ids=hex)
 def test_ecam_goes_where_the_guest_wants_it(rig: Rig, base: int) -> None:
-    """Wherever a version of OVMF expects ECAM, it finds both bridges there."""
+    """At the ECAM address of each version of OVMF both bridges are found."""
     assert rig.mmio.read(base, 4) == NOBODY
     rig.set_ecam(base)
     assert rig.mmio.read(base, 4) == MCH_ID
@@ -89,7 +89,7 @@ def test_ecam_goes_where_the_guest_wants_it(rig: Rig, base: int) -> None:
 
 
 def test_ecam_moves_and_goes(rig: Rig) -> None:
-    """There is one window; without the enable bit there is none, and a reset takes it away."""
+    """There is one window; without the enable bit, or after a reset, there is none."""
     rig.set_ecam(0xB000_0000)
     rig.set_ecam(0xE000_0000)
     assert rig.mmio.read(0xB000_0000, 4) == NOBODY
@@ -99,7 +99,7 @@ def test_ecam_moves_and_goes(rig: Rig) -> None:
 
 
 def test_a_snapshot_brings_ecam_back(rig: Rig) -> None:
-    """Where the window was, it is after restoring."""
+    """A restore brings the ECAM window back to its address."""
     rig.set_ecam(0xB000_0000)
     other = Rig()
     other.host.restore(rig.host.save())
@@ -107,7 +107,7 @@ def test_a_snapshot_brings_ecam_back(rig: Rig) -> None:
 
 
 def test_ecam_where_something_else_is(rig: Rig) -> None:
-    """It is nowhere then, and what was there stays."""
+    """Over another device ECAM is not mapped, and the device stays."""
     rig.mmio.insert(0xB000_0000, 4, RecordingDevice(value=7))
     rig.set_ecam(0xB000_0000)
     assert rig.mmio.read(0xB000_0000, 4) == 7
@@ -137,7 +137,7 @@ def test_a_slot_is_taken_once(rig: Rig) -> None:
 
 
 def test_registers_and_capabilities_do_not_meet() -> None:
-    """Capabilities go behind registers, and are linked from the header; overlap is refused."""
+    """Capabilities follow registers, and are linked from the header; an overlap is refused."""
     function = PciFunction(vendor_id=1, device_id=2, class_code=0)
     function.add_registers(0x50, b"\x01\x02\x03", writable=b"\x00\xff")
     first = function.add_capability(CapabilityId.VENDOR_SPECIFIC, b"abc")
@@ -154,7 +154,7 @@ def test_registers_and_capabilities_do_not_meet() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 255)), max_size=30))
 def test_any_writes_leave_one_window_or_none(writes: list[tuple[int, int]]) -> None:
-    """However the register is written, its low half says where the window is."""
+    """After any writes, the register's low half gives the window's address."""
     rig = Rig()
     for at, value in writes:
         rig.write(0, PCIEXBAR + at, value, 1)

@@ -1,4 +1,4 @@
-"""A small machine that was written down, and the parts of it."""
+"""A small machine in written form, and its parts."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ MANIFEST = Manifest(
     interfaces=(Interface("fe:e1:bb:d1:00:01", 1500, switch="uplink"),),
 )
 PAGES = {0: b"\1" * PAGE_SIZE, 2 * MIB - PAGE_SIZE: b"end of low memory".ljust(PAGE_SIZE, b"\0")}
-"""What RAM holds, by the guest-physical address."""
+"""The contents of RAM, by the guest-physical address."""
 HIGH = (4096 * MIB + 5 * PAGE_SIZE, bytes(range(256)) * 32)
 
 
 class Buffer:
-    """Both ends of a stream, in memory: what was written is read, a few bytes at a time."""
+    """Both ends of a stream, in memory: written data are read, a few bytes at a time."""
 
     def __init__(self, data: bytes = b"", most: int = 1 << 20) -> None:
         self.data = bytearray(data)
@@ -83,7 +83,7 @@ def empty(*, is_private: bool = False) -> Iterator[GuestMemory]:
 
 
 def contents(memory: GuestMemory) -> list[bytes]:
-    """Return what each region holds."""
+    """Return the contents of each region."""
     return [memory.read(region.gpa, region.size) for region in memory.regions]
 
 
@@ -96,7 +96,7 @@ def stream(manifest: Manifest = MANIFEST, *, compresses: bool = False) -> bytes:
 
 
 def live_stream() -> bytes:
-    """Return the sample as a stream that was written while it ran: everything comes twice."""
+    """Return the sample as a stream of a running machine: everything occurs twice."""
     buffer = Buffer()
     writer = LiveWriter(buffer, MANIFEST)
     with filled() as memory:

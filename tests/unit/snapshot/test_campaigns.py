@@ -1,4 +1,4 @@
-"""A slice of the campaign of mutated snapshots."""
+"""A part of the campaign of mutated snapshots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COUNT = "400"
 
 
 def test_mutated_snapshots_are_refused_in_one_line() -> None:
-    """Whatever is wrong with a file or a stream, it is refused in one line, in bounded memory."""
+    """A faulty file or stream is refused in one line, in bounded memory."""
     command = (sys.executable, "tests/campaigns/mutate_snapshots.py", "--count", COUNT)
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.stdout.endswith(" 0 deviations\n"), done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What a processor has to have for a guest that comes from another one, in OpenBSD's words."""
+"""Requirements of a guest for a new host's processor, in OpenBSD's words."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def with_register(code: int, register: str, value: int) -> list[CpuidRecord]:
 
 
 def test_a_guest_goes_on_with_the_same_processor() -> None:
-    """The processor that the guest has seen will do."""
+    """The processor that the guest has seen is accepted."""
     check_cpuid(CPUID, CPUID)
 
 
 def test_a_better_processor_will_do() -> None:
-    """A higher level, more features and more room are no reason to refuse a guest."""
+    """A higher level, more features and more room are accepted."""
     better = [one._replace(c=one.c | 1 << 31, d=one.d | 1 << 31) for one in CPUID]
     better[0] = CPUID[0]._replace(a=99)
     better[3] = CPUID[3]._replace(b=9999, c=9999)
@@ -76,14 +76,14 @@ def test_a_better_processor_will_do() -> None:
     ],
 )
 def test_what_a_processor_lacks_is_told(code: int, register: str, value: int, message: str) -> None:
-    """Each register that is compared has its line, as OpenBSD's vmd logs it."""
+    """Each compared register has its line, as OpenBSD's vmd logs it."""
     with pytest.raises(SnapshotError) as caught:
         check_cpuid(CPUID, with_register(code, register, value))
     assert str(caught.value).startswith(message)
 
 
 def test_the_signature_of_amd_processors_is_compared() -> None:
-    """OpenBSD holds eax of leaf 0x80000001 to be a set of features too."""
+    """As in OpenBSD, eax of leaf 0x80000001 is compared as a set of features too."""
     sender = with_register(0x80000001, "a", 0x800F12)
     with pytest.raises(SnapshotError, match=r"reg: a \(eax lacks 0x800f12\)"):
         check_cpuid(sender, CPUID)
@@ -97,21 +97,21 @@ def test_the_signature_of_amd_processors_is_compared() -> None:
     ],
 )
 def test_what_is_not_compared_is_refused(record: CpuidRecord, message: str) -> None:
-    """A stream that has other leaves is none that this program understands."""
+    """A stream with leaves that are not compared is refused."""
     with pytest.raises(SnapshotError) as caught:
         check_cpuid([record], CPUID)
     assert str(caught.value) == message
 
 
 def test_the_first_difference_is_told() -> None:
-    """The records are compared in OpenBSD's order, the registers of each too."""
+    """Records are compared in OpenBSD's order, and the registers of each too."""
     worse = [one._replace(a=0, b=0, c=0, d=0) for one in CPUID]
     with pytest.raises(SnapshotError, match="incompatible cpuid level"):
         check_cpuid(CPUID, worse)
 
 
 def test_a_leaf_that_is_missing_is_zeros() -> None:
-    """A vCPU without a leaf reads zeros there; subleaves above the first are not looked at."""
+    """A missing leaf of a vCPU counts as zeros; only the first subleaf is compared."""
     entries = [CpuidEntry(7, 0, 1, 1, 2, 3, 4), CpuidEntry(7, 1, 1, 5, 6, 7, 8)]
     assert cpuid_records(entries) == (
         CpuidRecord(0, 0, 0, 0, 0, 0),

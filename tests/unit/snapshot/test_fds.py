@@ -1,4 +1,4 @@
-"""The ends of a stream: nothing is waited for for ever, whatever the descriptor leads to."""
+"""The ends of a stream: no wait is endless, with any kind of descriptor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_all(fd: int) -> bytes:
 
 
 def through(read_fd: int, write_fd: int) -> bytes:
-    """Send much through a pipe or socket; return what arrives."""
+    """Send much through a pipe or socket; return the received data."""
     found: list[bytes] = []
     reader = threading.Thread(target=lambda: found.append(read_all(read_fd)))
     reader.start()
@@ -40,7 +40,7 @@ def through(read_fd: int, write_fd: int) -> bytes:
 
 
 def test_all_goes_through_a_pipe_and_a_socket() -> None:
-    """More than a pipe holds arrives, as it is read."""
+    """More data than a pipe holds arrive, as they are read."""
     wanted = bytes(range(256)) * (SIZE // 256)
     one, other = socket.socketpair()
     assert through(*os.pipe()) == wanted
@@ -57,7 +57,7 @@ def test_a_file_is_written_and_read(tmp_path: Path) -> None:
 
 
 def test_one_that_does_not_read_is_not_waited_for() -> None:
-    """A pipe and a socket that nobody reads fail when the patience is over."""
+    """An unread pipe or socket fails at the time-out."""
     for read_fd, write_fd in (os.pipe(), [end.detach() for end in socket.socketpair()]):
         stalled = pytest.raises(SnapshotError, match=r"the other end has not read for 0\.01 s")
         with FdSink(write_fd, AT_ONCE_S) as sink, stalled:
@@ -66,7 +66,7 @@ def test_one_that_does_not_read_is_not_waited_for() -> None:
 
 
 def test_one_that_sends_nothing_is_not_waited_for() -> None:
-    """A pipe into which nobody writes fails when the patience is over."""
+    """A pipe without a sender's data fails at the time-out."""
     read_fd, write_fd = os.pipe()
     stalled = pytest.raises(SnapshotError, match=r"has not sent anything for 0\.01 s")
     with FdSource(read_fd, AT_ONCE_S) as source, stalled:
@@ -75,7 +75,7 @@ def test_one_that_sends_nothing_is_not_waited_for() -> None:
 
 
 def test_a_broken_pipe_is_an_error() -> None:
-    """One that has gone is noticed."""
+    """A peer that has closed is noticed."""
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
     with FdSink(write_fd, AT_ONCE_S) as sink, pytest.raises(BrokenPipeError):
@@ -83,14 +83,14 @@ def test_a_broken_pipe_is_an_error() -> None:
 
 
 def test_a_full_disk_is_an_error() -> None:
-    """/dev/full is no file, and refused; a directory too."""
+    """/dev/full is no file, and refused; so is a directory."""
     for path, flags in (("/dev/full", os.O_WRONLY), ("/", os.O_RDONLY)):
         with pytest.raises(SnapshotError, match="not a pipe, socket or file"):
             FdSink(os.open(path, flags), AT_ONCE_S)
 
 
 def test_one_end_of_a_pipe_is_not_the_other(tmp_path: Path) -> None:
-    """The wrong end of a pipe, and a file that is open for the other thing, are refused at once."""
+    """The wrong end of a pipe, or a file opened for the other direction, is refused at once."""
     path = tmp_path / "file"
     path.write_bytes(b"")
     read_fd, write_fd = os.pipe()

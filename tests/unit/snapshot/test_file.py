@@ -38,14 +38,14 @@ def opened(path: Path) -> SnapshotFile:
 
 
 def refusal(path: Path) -> str:
-    """Return why a file is refused."""
+    """Return the refusal of a file."""
     with pytest.raises(SnapshotError) as caught:
         opened(path)
     return str(caught.value)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """Memory, state and manifest come back as they were."""
+    """Memory, state and manifest are read back unchanged."""
     with opened(written(tmp_path / "snap")) as file, empty() as memory, filled() as wanted:
         file.read_ram(memory)
         assert (file.manifest, file.state) == (MANIFEST, STATE_BYTES)
@@ -53,7 +53,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_a_file_is_its_owners_alone_and_sparse(tmp_path: Path) -> None:
-    """Nobody else may read a guest's secrets, and zeros take no room."""
+    """Other users cannot read a guest's secrets, and zeros take no room."""
     found = written(tmp_path / "snap").stat()
     assert stat.S_IMODE(found.st_mode) == 0o600
     assert found.st_size == 2 * MIB + 3 * MIB
@@ -61,7 +61,7 @@ def test_a_file_is_its_owners_alone_and_sparse(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
-    """A snapshot never takes another file's place, and leaves nothing behind then."""
+    """A snapshot never replaces an existing file, and leaves nothing behind then."""
     path = tmp_path / "snap"
     path.write_text("mine")
     with pytest.raises(FileExistsError):
@@ -80,7 +80,7 @@ def test_nothing_is_left_of_one_that_fails(tmp_path: Path) -> None:
 def test_a_file_without_that_name_has_another_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a file system that has no files without a name, a hidden one is used, and removed."""
+    """On a file system without unnamed files, a hidden name is used, and removed."""
     monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_RDWR)  # refused: it is a directory
     with opened(written(tmp_path / "snap")) as file:
         assert file.manifest == MANIFEST
@@ -98,7 +98,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    """A bit that flipped in the manifest or the state shows in the checksum."""
+    """A flipped bit in the manifest or the state fails the checksum."""
     path = written(tmp_path / "snap")
     data = bytearray(path.read_bytes())
     data[200] ^= 1
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
-    """One that was cut short after it was opened is refused, and ends nobody."""
+    """A file that is truncated after it was opened is refused, and kills no process."""
     path = written(tmp_path / "snap")
     with opened(path) as file, empty() as memory:
         os.truncate(path, 2 * MIB + 100)
@@ -116,7 +116,7 @@ def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
 
 
 def test_memory_is_mapped_and_the_file_stays(tmp_path: Path) -> None:
-    """Memory that begins with what a file holds has all of it; writing changes no file."""
+    """Mapped memory has the file's contents; a write changes no file."""
     path = written(tmp_path / "snap")
     before = path.read_bytes()
     with opened(path) as file, filled() as wanted:
@@ -130,7 +130,7 @@ def test_memory_is_mapped_and_the_file_stays(tmp_path: Path) -> None:
 
 
 def test_what_was_in_a_file_is_gone(tmp_path: Path) -> None:
-    """An open file that held something else is a snapshot, and nothing else, afterwards."""
+    """The former contents of an open file are gone after a snapshot is written into it."""
     path = tmp_path / "snap"
     path.write_bytes(b"x" * (8 * MIB))
     with path.open("r+b") as file, filled() as memory:
@@ -159,7 +159,7 @@ def test_disks_that_are_there_stay(tmp_path: Path) -> None:
 
 
 def test_one_that_is_cancelled_is_no_snapshot(tmp_path: Path) -> None:
-    """What has been written until then has no header."""
+    """A cancelled snapshot has no header."""
     path = tmp_path / "snap"
     with path.open("w+b") as file, filled() as memory:
         writer = FileWriter(file.fileno(), MANIFEST, LAYOUT, lambda: True)
@@ -169,7 +169,7 @@ def test_one_that_is_cancelled_is_no_snapshot(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_goes_into_a_file_alone() -> None:
-    """A pipe can be read once, and in one direction."""
+    """A pipe is refused: it can be read once, and in one direction."""
     read_fd, write_fd = os.pipe()
     try:
         with pytest.raises(SnapshotError, match="not a file"):

@@ -1,4 +1,4 @@
-"""Whether disks are what they were."""
+"""Detecting changes of disks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAS = Generation(8192, 1_700_000_000_000_000_001, 42)
 
 
 def test_generations_travel_with_the_state() -> None:
-    """They come back by their places, and the state is what it was."""
+    """Generations are read back with their places, and the state is unchanged."""
     with_them = with_generations(STATE, {0: WAS, 2: WAS})
     assert take_generations(with_them, 3) == (STATE, {0: WAS, 2: WAS})
     assert take_generations(STATE, 3) == (STATE, {})
@@ -29,7 +29,7 @@ def test_generations_travel_with_the_state() -> None:
 
 @pytest.mark.parametrize("field", [{"size": -1}, {"size": "x"}, {"number": None}, {"odd": 1}])
 def test_what_is_no_generation_is_refused(field: dict[str, int]) -> None:
-    """A state may come from anywhere."""
+    """A malformed generation is refused: a state may come from anywhere."""
     with_it = with_generations(STATE, {0: WAS})
     parts = {**with_it.parts, "image0": {**with_it.parts["image0"], **field}}
     with pytest.raises(SnapshotError, match="image0: "):
@@ -47,7 +47,7 @@ def test_what_is_no_generation_is_refused(field: dict[str, int]) -> None:
     ],
 )
 def test_a_disk_that_has_changed_is_refused(now: Generation, is_same: bool) -> None:
-    """Another time or size is a change; of a copy the size alone is known."""
+    """Another time or size is a change; for a copy only the size is known."""
     if is_same:
         check_generations(["/vm/a", "/vm/b"], {1: WAS}, {0: WAS, 1: now})
         return
@@ -56,7 +56,7 @@ def test_a_disk_that_has_changed_is_refused(now: Generation, is_same: bool) -> N
 
 
 def test_a_file_that_is_written_has_another(tmp_path: Path) -> None:
-    """To read a file changes nothing."""
+    """A write gives a file another generation; a read does not."""
     path = tmp_path / "disk"
     path.write_bytes(b"one")
     with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""The hand-over of a VM: of what either side hears, at most one of the two runs it."""
+"""The hand-over of a VM: after any messages, at most one of the two sides runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmm_kvm.snapshot.handover import (
 
 
 class Line:
-    """One direction: what was written is read; where it ends, the peer is gone."""
+    """One direction: written data are read; at its end, the peer is gone."""
 
     def __init__(self, data: bytes = b"", *, breaks: bool = False) -> None:
         self.data = data
@@ -43,14 +43,14 @@ class Line:
 
 
 def ready() -> bytes:
-    """Return what a receiver says first."""
+    """Return a receiver's first message."""
     line = Line()
     say_ready(line)
     return line.data
 
 
 def test_it_runs_there() -> None:
-    """The disks are let go of before the receiver may run, and not taken back."""
+    """The disks are released before the receiver may run, and not taken back."""
     sink, said, lent = Line(), Line(ready() + RUNNING), list[bool]()
     hand_over(sink, said, lent.append)
     assert (sink.data, lent) == (GO, [True])
@@ -62,7 +62,7 @@ def test_it_runs_there() -> None:
     "heard", [b"", b"ready", failed("no room"), b"x" * 2000, b"hello\n" + RUNNING]
 )
 def test_it_is_not_ready(heard: bytes) -> None:
-    """The receiver never gets leave to run."""
+    """A receiver that is not ready never gets leave to run."""
     sink, lent = Line(), list[bool]()
     with pytest.raises(SnapshotError) as caught:
         hand_over(sink, Line(heard), lent.append)
@@ -73,7 +73,7 @@ def test_it_is_not_ready(heard: bytes) -> None:
 
 
 def test_leave_cannot_be_given() -> None:
-    """A connection that is gone before that: the disks are taken back."""
+    """If the connection ends before leave is given, the disks are taken back."""
     lent: list[bool] = []
     with pytest.raises(BrokenPipeError):
         hand_over(Line(breaks=True), Line(ready() + RUNNING), lent.append)
@@ -81,7 +81,7 @@ def test_leave_cannot_be_given() -> None:
 
 
 def test_it_fails_there() -> None:
-    """The receiver says that it never runs: the disks are taken back; if they can be."""
+    """If the receiver reports that it never runs, the disks are taken back, if possible."""
     lent: list[bool] = []
     with pytest.raises(SnapshotError, match="the receiver says: no room") as caught:
         hand_over(Line(), Line(ready() + failed("no room")), lent.append)
@@ -98,7 +98,7 @@ def test_it_fails_there() -> None:
 
 @pytest.mark.parametrize("heard", [b"", RUNNING[:-1], b"what?\n"])
 def test_nobody_knows(heard: bytes) -> None:
-    """After leave was given, only the receiver can say that it does not run."""
+    """Once leave is given, only the receiver can say that it does not run."""
     lent: list[bool] = []
     with pytest.raises(InDoubtError, match="nobody knows whether it runs there"):
         hand_over(Line(), Line(ready() + heard), lent.append)
@@ -107,13 +107,13 @@ def test_nobody_knows(heard: bytes) -> None:
 
 @pytest.mark.parametrize("heard", [b"", GO[:-1], GO.upper()])
 def test_a_receiver_without_leave(heard: bytes) -> None:
-    """It does not run."""
+    """A receiver without leave does not run."""
     with pytest.raises(SnapshotError):
         await_go(Line(heard))
 
 
 def test_what_fails_is_one_line() -> None:
-    """Whatever an error says, the sender reads one line that a terminal may show."""
+    """Any error becomes one line for the sender that a terminal may show."""
     line = failed("a\nb\x1b" + "c" * 5000)
     assert (line.count(b"\n"), len(line)) == (1, 1024)
     assert line.startswith(b"vmm-kvm: failed: a\\x0ab\\x1bc")

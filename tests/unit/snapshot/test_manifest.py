@@ -1,4 +1,4 @@
-"""A snapshot's description of itself: exactly what is expected, or a line that says what is not."""
+"""A snapshot's manifest: exactly the expected fields, or a line about the fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def changed(**fields: object) -> bytes:
 
 
 def test_it_reads_what_it_writes() -> None:
-    """A manifest comes back as it was, whether its optional parts are there or not."""
+    """A manifest is read back unchanged, with its optional parts and without."""
     plain = MANIFEST._replace(
         firmware=None,
         cdrom=None,
@@ -36,7 +36,7 @@ def test_it_reads_what_it_writes() -> None:
 
 
 def test_the_text_stays_as_it_is() -> None:
-    """Snapshots outlive programs: the text of a manifest is the one of the first version."""
+    """The text of a manifest stays that of the first version: snapshots outlive programs."""
     assert TEXT.decode() == (
         '{"format":[1,0],"name":"web","created_ns":1700000000000000000,'
         '"host":{"kernel":"6.1.0","tsc_khz":2400000},'
@@ -96,7 +96,7 @@ def test_the_text_stays_as_it_is() -> None:
     ],
 )
 def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
-    """Each fault of a manifest is one line that says where it is."""
+    """Each fault of a manifest is one line with its place."""
     with pytest.raises(SnapshotError) as caught:
         decode(text)
     assert message in str(caught.value)
@@ -104,7 +104,7 @@ def test_what_is_not_expected_is_refused(text: bytes, message: str) -> None:
 
 
 def test_a_later_minor_version_may_have_more() -> None:
-    """Fields that a later minor version has added are passed over, and no others."""
+    """Fields of a later minor version are ignored, and no others."""
     known: dict[str, Json] = {"is_live": False, "vsock_cid": None, "kept": []}
     known |= {"has_balloon": False, "has_watchdog": False}
     later = changed(format=[1, 6], **known, added=[1])
@@ -112,7 +112,7 @@ def test_a_later_minor_version_may_have_more() -> None:
 
 
 def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
-    """Readers of the first version refuse it; all else is written as they read it."""
+    """A live stream has a minor version of its own, which readers of the first version refuse."""
     live = MANIFEST._replace(is_live=True, minor=1)
     assert decode(encode(MANIFEST._replace(is_live=True))) == live
     with pytest.raises(SnapshotError, match="'is_live' is missing"):
@@ -122,7 +122,7 @@ def test_a_live_stream_is_of_a_minor_version_of_its_own() -> None:
 @pytest.mark.parametrize("cid", [3, 4294967294])
 @pytest.mark.parametrize("is_live", [False, True])
 def test_a_vsock_device(cid: int, is_live: bool) -> None:
-    """The guest's address is part of a manifest of a minor version of its own."""
+    """The guest's vsock address raises the manifest's minor version."""
     wanted = MANIFEST._replace(vsock_cid=cid, is_live=is_live, minor=2)
     assert decode(encode(wanted._replace(minor=0))) == wanted
     with pytest.raises(SnapshotError, match="'vsock_cid' is missing"):
@@ -148,13 +148,13 @@ def test_devices_of_later_versions(field: str, wanted: Manifest) -> None:
 
 
 def test_what_cannot_be_described_is_not_written() -> None:
-    """A machine with a path that no manifest can hold is refused when it is written."""
+    """A machine with a path that no manifest can hold is refused at writing."""
     with pytest.raises(SnapshotError, match="boot: image: not a line of 0 to 4096 characters"):
         encode(MANIFEST._replace(boot=Boot(image="line\nbreak")))
 
 
 def test_numbers_of_any_length_take_no_time() -> None:
-    """A number is not converted before its length is known."""
+    """The length of a number is checked before the number is converted."""
     with pytest.raises(SnapshotError, match="more than 64 bits"):
         parse(b"-" + b"1" * 1_000_000, "it")
 
@@ -164,7 +164,7 @@ def test_numbers_of_any_length_take_no_time() -> None:
     [[[4096, 512]], [[4096, 512], None], [[-1, 512]], [[1 << 61, 512]], [[4096]], [4096], None],
 )
 def test_where_disks_are(kept: Json) -> None:
-    """Each disk that is in the file has a place and a size; there are as many as disks."""
+    """Each disk in the file has a place and a size; there are as many as disks."""
     text = changed(format=[1, 3], is_live=False, vsock_cid=None, kept=kept)
     if kept == [[4096, 512]]:
         manifest = decode(text)

@@ -1,4 +1,4 @@
-"""A machine is copied in rounds: how many, and what a reader makes of the stream."""
+"""A machine is copied in rounds: their number, and the resulting stream."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ RAW, ZERO, STATE = 1, 3, 4
 
 
 class Dirty:
-    """A log of which each round finds what it is told."""
+    """A log in which each round finds the pages that a test wants."""
 
     def __init__(self, memory: GuestMemory, rounds: list[int]) -> None:
-        """`rounds`: how many pages have changed in each, from the first on; the last for ever."""
+        """`rounds`: the numbers of pages changed in each, from the first on; the last for ever."""
         self._memory = memory
         self._rounds = rounds
         self._found: list[tuple[int, int]] = []
@@ -42,7 +42,7 @@ class Dirty:
         self._found = [(at, MIB) for at in range(0, self._memory.size, MIB)]
 
     def find(self, *, is_still: bool = False) -> int:
-        """Return what has changed, and change it."""
+        """Return the changed pages, and change their contents."""
         if self.finds and not is_still:
             count = self._rounds.pop(0) if len(self._rounds) > 1 else self._rounds[0]
             for page in range(count):
@@ -79,25 +79,25 @@ def copied(rounds: list[int], plan: Callable[[], Plan]) -> list[Progress]:
 
 
 def test_little_is_left_after_the_first_round() -> None:
-    """The machine stands still for the second."""
+    """With little left after the first round, the machine is paused for the second."""
     assert [one.round for one in copied([1], lambda: Plan(1.0))] == [1, 2]
 
 
 def test_a_machine_that_writes_too_much_is_stopped() -> None:
-    """It stands still for longer when a round has not made what is left shorter by a quarter."""
+    """If a round does not reduce the rest by a quarter, the machine is paused for all of it."""
     left = [one.left for one in copied([256, 128, 100, 1], lambda: Plan(0))]
     assert left == [3 * MIB, MIB, MIB // 2, 100 * PAGE_SIZE]
 
 
 def test_a_machine_that_is_not_to_be_stopped() -> None:
-    """It is waited for until it writes less, or until the caller says otherwise."""
+    """With a limit the copy waits until the machine writes less, or the caller gives up."""
     assert len(copied([256] * 50 + [0], lambda: Plan(0, waits=True))) == 52
     plans = [Plan(0, waits=True)] * 40 + [Plan(0)]
     assert len(copied([256], lambda: plans.pop(0))) == 41
 
 
 def test_a_page_that_becomes_zeros() -> None:
-    """It arrives as zeros, though it was something else before."""
+    """A page that becomes zeros arrives as zeros."""
     buffer = Buffer()
     writer = LiveWriter(buffer, MANIFEST)
     writer.write_run(0, PAGES[0])
@@ -128,7 +128,7 @@ def record(kind: int, offset: int, size: int, body: bytes = b"") -> bytes:
     ],
 )
 def test_what_is_no_live_stream(records: bytes, message: str) -> None:
-    """Each fault is one line."""
+    """Each fault of a live stream is one line."""
     buffer = Buffer()
     LiveWriter(buffer, MANIFEST)
     buffer.data += records
@@ -137,7 +137,7 @@ def test_what_is_no_live_stream(records: bytes, message: str) -> None:
 
 
 def test_its_checksum() -> None:
-    """A stream that is damaged on the way is refused."""
+    """A stream that is damaged on the way is refused by its checksum."""
     buffer = Buffer()
     writer = LiveWriter(buffer, MANIFEST)
     writer.write_run(0, PAGES[0])

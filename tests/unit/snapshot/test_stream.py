@@ -33,7 +33,7 @@ HEADER = len(stream()) - 32 - RECORD.size - 3 * RECORD.size - 2 * PAGE_SIZE - 81
 
 
 def read(data: bytes, most: int = 1 << 20) -> list[bytes]:
-    """Read a stream into memory; return what that holds."""
+    """Read a stream into memory; return the memory's contents."""
     reader = StreamReader(Buffer(data, most))
     with empty() as memory:
         assert reader.read_state() == STATE_BYTES
@@ -42,7 +42,7 @@ def read(data: bytes, most: int = 1 << 20) -> list[bytes]:
 
 
 def refusal(data: bytes) -> str:
-    """Return why a stream is refused."""
+    """Return the refusal of a stream."""
     with pytest.raises(SnapshotError) as caught:
         read(data)
     assert "\n" not in str(caught.value)
@@ -52,7 +52,7 @@ def refusal(data: bytes) -> str:
 @pytest.mark.parametrize("compresses", [False, True])
 @pytest.mark.parametrize("most", [1, 1 << 20])
 def test_what_is_sent_is_received(compresses: bool, most: int) -> None:
-    """Memory, state and manifest arrive as they were, in pieces of any size."""
+    """Memory, state and manifest arrive unchanged, in pieces of any size."""
     data = stream(compresses=compresses)
     with filled() as memory:
         wanted = contents(memory)
@@ -61,20 +61,20 @@ def test_what_is_sent_is_received(compresses: bool, most: int) -> None:
 
 
 def test_a_stream_of_the_first_version_is_read() -> None:
-    """The stream that is kept with the tests is read, and what is written stays the same."""
+    """The stream kept with the tests is read, and the written form stays the same."""
     assert hashlib.sha256(stream()).hexdigest() == WRITTEN
     with filled() as memory:
         assert read(GOLDEN.read_bytes()) == contents(memory)
 
 
 def test_zeros_are_not_sent() -> None:
-    """A stream has the pages that hold something, and hardly more."""
+    """A stream has the pages with contents, and hardly more."""
     assert len(stream()) == HEADER + 4 * RECORD.size + 4 * PAGE_SIZE + 32
     assert len(stream(compresses=True)) < HEADER + 1500
 
 
 def test_another_reader_may_have_read_the_manifest() -> None:
-    """A reader takes up behind the manifest what another one has begun to read."""
+    """A reader continues after the manifest that another one has read."""
     buffer = Buffer(stream())
     text = StreamReader(buffer).text
     reader = StreamReader(buffer, text)
@@ -86,7 +86,7 @@ def test_another_reader_may_have_read_the_manifest() -> None:
 
 
 def test_nothing_behind_the_checksum_is_read() -> None:
-    """What follows a stream stays in the pipe."""
+    """Data after a stream stay in the pipe."""
     buffer = Buffer(stream() + b"next")
     reader = StreamReader(buffer)
     reader.read_state()
@@ -96,21 +96,21 @@ def test_nothing_behind_the_checksum_is_read() -> None:
 
 
 def test_a_stream_that_breaks_off_is_refused() -> None:
-    """However short a stream is cut, it is no machine."""
+    """A stream that breaks off anywhere is refused."""
     data = stream()
     for end in (0, 5, 12, 40, HEADER - 1, HEADER, HEADER + 5, HEADER + 100, len(data) - 1):
         assert refusal(data[:end]).endswith("the stream ends too early")
 
 
 def test_a_damaged_stream_is_refused() -> None:
-    """A bit that flipped in memory shows in the checksum."""
+    """A flipped bit in memory fails the checksum."""
     data = bytearray(stream())
     data[HEADER + RECORD.size + 7] ^= 1
     assert refusal(bytes(data)) == "the checksum is wrong: the stream is damaged"
 
 
 def test_what_is_no_stream_is_refused() -> None:
-    """Something else is refused in OpenBSD's words, and an older OpenBSD's dump too."""
+    """Other data are refused in OpenBSD's words, and so is an older OpenBSD's dump."""
     assert refusal(b"OpenBSDVMM58".ljust(4096, b"\0")) == "incompatible dump signature"
 
 
@@ -134,18 +134,18 @@ def test_what_is_no_stream_is_refused() -> None:
 def test_a_record_out_of_place_is_refused(
     record: tuple[int, int, int, int], body: bytes, message: str
 ) -> None:
-    """No record writes outside RAM, or makes more bytes than it says."""
+    """No record writes outside RAM, or yields more bytes than it announces."""
     assert message in refusal(stream()[:HEADER] + RECORD.pack(*record) + body)
 
 
 def test_records_go_forward() -> None:
-    """No byte of RAM is written twice: a stream is as long as memory, and not longer."""
+    """No byte of RAM is written twice: a stream is at most as long as memory."""
     one = RECORD.pack(1, 4096, 4096, 4096) + bytes(4096)
     assert refusal(stream()[:HEADER] + one + one).endswith("at 0x1000: out of place")
 
 
 def test_a_promise_of_much_state_takes_no_memory() -> None:
-    """A stream that says it has much state, and ends, is refused for its end."""
+    """A stream that announces much state, and ends, is refused for its end."""
     large = MANIFEST._replace(state_size=100 * MIB)
     with pytest.raises(SnapshotError, match="state: the stream ends too early"):
         StreamReader(Buffer(stream(large)[:8000])).read_state()
@@ -161,7 +161,7 @@ def test_private_memory_and_files_are_read_alike() -> None:
 
 
 def test_state_is_bytes_and_comes_back() -> None:
-    """Parts and KVM's structures come back as they were."""
+    """Parts and KVM's structures are read back unchanged."""
     assert states.decode(STATE_BYTES) == STATE
     assert states.decode(states.encode(State({}, {}))) == State({}, {})
 
@@ -179,7 +179,7 @@ def test_state_is_bytes_and_comes_back() -> None:
     ],
 )
 def test_state_that_is_none_is_refused(data: bytes, message: str) -> None:
-    """State that is cut short, or is something else, is refused in one line."""
+    """State that is cut short, or malformed, is refused in one line."""
     with pytest.raises(SnapshotError) as caught:
         states.decode(data)
     assert message in str(caught.value)
