@@ -1,4 +1,4 @@
-"""A device type for tests: it gives back what it is sent."""
+"""A device type for tests: it returns what it gets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EchoBackend:
         self.fault: int | None = None
 
     def config(self) -> bytes:
-        """Return what `write_config` left."""
+        """Return the contents that `write_config` has left."""
         return bytes(self.contents)
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -89,5 +89,5 @@ def ask(memory: PlainMemory, text: bytes) -> tuple[tuple[int, int, bool], tuple[
 
 
 def answer(memory: PlainMemory, size: int) -> bytes:
-    """Return what the device wrote."""
+    """Return the device's answer."""
     return bytes(memory.bytes[ANSWER : ANSWER + size])

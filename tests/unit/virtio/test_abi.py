@@ -20,12 +20,12 @@ HEADERS = (
     "vsock",
     "balloon",
 )
-# Newer than the headers of Linux 6.1; anything else that is absent there is a mistake in the table.
+# Newer than the headers of Linux 6.1; any other missing name is a mistake in the table.
 NEWER_THAN_6_1 = {f"VIRTIO_NET_F_{name}" for name in ("GUEST_USO4", "GUEST_USO6", "HOST_USO")}
 
 
 def test_numbers(tmp_path: Path) -> None:
-    """Every constant has the value that the header of its name gives it."""
+    """Every constant has its value in the header of its name."""
     constants = {
         name: value
         for name, value in vars(abi).items()

@@ -1,4 +1,4 @@
-"""Chains that wait: in order, of one queue only, and never more than it has."""
+"""Waiting chains: in order, of one queue only, and never more than the queue has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DATA = 0x10000
 
 
 def test_chains_wait_in_order() -> None:
-    """Collecting again adds what came meanwhile, and leaves what was not taken."""
+    """Collecting again adds new chains, and keeps those that were not taken."""
     memory = PlainMemory()
     driver = DriverQueue(memory)
     queue, backlog = driver.device(memory), Backlog()
@@ -36,7 +36,7 @@ def test_another_queue_begins_anew() -> None:
 
 
 def test_a_driver_that_offers_a_chain_again_and_again() -> None:
-    """More chains than descriptors cannot wait: it is a fault, not an endless list."""
+    """More chains than descriptors are a fault, not an endless list."""
     memory = PlainMemory()
     driver = DriverQueue(memory, size=4)
     queue, backlog = driver.device(memory), Backlog()

@@ -1,4 +1,4 @@
-"""virtio-balloon: what a guest does not use goes back to the host, and nothing else does."""
+"""virtio-balloon: memory that a guest does not use goes back to the host, and no other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmm_kvm.virtio.queue import Virtqueue
 INFLATE, DEFLATE, STATISTICS, REPORT = range(4)
 SIZE = 16 * MIB
 BUFFER = 0x20000
-"""Where the driver has page numbers or statistics."""
+"""The address of the driver's page numbers or statistics."""
 ALL = (
     1 << abi.VIRTIO_BALLOON_F_STATS_VQ
     | 1 << abi.VIRTIO_BALLOON_F_DEFLATE_ON_OOM
@@ -72,7 +72,7 @@ class Rig:
 
 @contextmanager
 def ram(kind: str, size: int = SIZE) -> Iterator[GuestMemory]:
-    """Make guest memory of one of the kinds that there are, full of ones."""
+    """Make guest memory of one of its kinds, full of ones."""
     ranges = ((0, size // 2), (1 << 32, size // 2))
     if kind == "mapped":
         fd = make_constant("base", (b"\2" * size,))
@@ -85,7 +85,7 @@ def ram(kind: str, size: int = SIZE) -> Iterator[GuestMemory]:
     with memory:
         for region in memory.regions:
             memory.write(region.gpa, b"\1" * region.size)
-        memory.write(0, bytes(MIB))  # where the rings are
+        memory.write(0, bytes(MIB))  # the rings' place
         yield memory
 
 
@@ -93,7 +93,7 @@ kinds = pytest.mark.parametrize("kind", ["shared", "private", "mapped"])
 
 
 def test_what_it_is() -> None:
-    """A balloon with four queues, and a target of nothing."""
+    """The device is a balloon with four queues, and a target of zero."""
     with ram("private") as memory:
         backend: Backend = Rig(memory).device
         assert (backend.device_id, backend.features, len(backend.queue_sizes)) == (5, ALL, 4)
@@ -108,12 +108,12 @@ def test_what_it_is() -> None:
 
 @kinds
 def test_reported_memory_is_the_hosts_again(kind: str) -> None:
-    """A report of 6 MiB lowers what RAM takes by as much; what lies beside it stays."""
+    """A report of 6 MiB frees as much of the RAM's memory; neighbouring bytes stay."""
     with ram(kind) as memory:
         rig = Rig(memory)
         before = memory.resident_size()
         rig.report((2 * MIB, 4 * MIB), (1 << 32, 2 * MIB))
-        if kind != "mapped":  # its pages are the file's then, which is in memory too
+        if kind != "mapped":  # its pages belong to the file, which is in memory too
             assert memory.resident_size() <= before - 6 * MIB
         content = 2 if kind == "mapped" else 0
         for gpa, value in ((2 * MIB, content), (6 * MIB - 1, content), (1 << 32, content)):
@@ -126,7 +126,7 @@ def test_reported_memory_is_the_hosts_again(kind: str) -> None:
 
 @kinds
 def test_inflated_pages_are_the_hosts_again(kind: str) -> None:
-    """Page numbers in any order, some twice; deflating them gives nothing back."""
+    """Pages in any order, some twice, are freed; deflating them does nothing."""
     with ram(kind) as memory:
         rig = Rig(memory)
         rig.inflate(520, 513, 512, 513, 1 << 20)
@@ -167,7 +167,7 @@ def test_memory_that_is_no_ram_stays() -> None:
 
 
 def test_pages_outside_of_ram_end_the_device() -> None:
-    """Neither page numbers beyond RAM nor too many of them are taken."""
+    """Page numbers beyond RAM, or too many of them, stop the device."""
     with ram("private") as memory:
         with pytest.raises(GuestMemoryError):
             Rig(memory).inflate(0xFFFF_FFFF)
@@ -193,7 +193,7 @@ def test_queues_are_counted_as_linux_does(features: int, index: int) -> None:
 
 
 def test_a_queue_without_its_feature_is_dead() -> None:
-    """Nothing is done for a feature that the driver did not take."""
+    """A queue does nothing if the driver has not accepted its feature."""
     with ram("private") as memory:
         rig = Rig(memory, 0)
         rig.report((2 * MIB, MIB))
@@ -203,10 +203,10 @@ def test_a_queue_without_its_feature_is_dead() -> None:
 
 
 def test_statistics_are_asked_for() -> None:
-    """The driver's buffer stays with the device until somebody asks."""
+    """The device keeps the driver's buffer until statistics are requested."""
     with ram("private") as memory:
         rig = Rig(memory)
-        rig.device.ask()  # before there is a buffer: it is given back at once
+        rig.device.ask()  # before there is a buffer: it is returned at once
         tags = {0: 11, 1: 12, 2: 13, 3: 99, 4: 14, 5: 1 << 63, 6: 15, 7: 16, 12: 98}
         data = b"".join(struct.pack("<HQ", tag, value) for tag, value in tags.items())
         rig.tell(data + b"\6\0\1")
@@ -223,7 +223,7 @@ def test_statistics_are_asked_for() -> None:
 
 
 def test_a_second_buffer_of_statistics_ends_the_device() -> None:
-    """A driver has one; more could be taken without an end."""
+    """A driver has one buffer; a second one stops the device."""
     with ram("private") as memory:
         rig = Rig(memory)
         rig.tell(b"\0")
@@ -232,7 +232,7 @@ def test_a_second_buffer_of_statistics_ends_the_device() -> None:
 
 
 def test_state() -> None:
-    """The size of the balloon goes along; the driver's buffer is taken again from its queue."""
+    """A state has the balloon's size; the driver's buffer is taken again from its queue."""
     with ram("private") as memory:
         rig = Rig(memory)
         rig.device.write_config(4, struct.pack("<I", 1234))
@@ -260,7 +260,7 @@ def test_state() -> None:
 def test_a_hostile_driver_discards_its_own_ram_alone(
     chains: list[tuple[int, list[tuple[int, int, bool]]]],
 ) -> None:
-    """Whatever it sends: errors are the guest's, and memory beside RAM keeps its contents."""
+    """With any requests only guest errors are raised, and memory outside RAM stays unchanged."""
     with ram("shared", MIB * 4) as memory:
         beside = bytearray(b"\5" * 64 * KIB)
         memory.attach(SIZE, memoryview(beside))

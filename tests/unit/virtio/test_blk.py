@@ -1,4 +1,4 @@
-"""virtio-blk: requests as drivers build them, well and badly, against a disk in memory."""
+"""virtio-blk: right and wrong requests of drivers, on a disk in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLUSH_FEATURE = 1 << abi.VIRTIO_BLK_F_FLUSH
 
 
 class MemoryImage:
-    """An `Image` in memory that notes what it was asked; `fault` makes everything fail."""
+    """An `Image` in memory that records calls; `fault` makes every call fail."""
 
     def __init__(self, *, is_read_only: bool = False) -> None:
         self.size = SIZE
@@ -105,7 +105,7 @@ class Bench:
         return written, self.memory.bytes[STATUS]
 
     def request(self, kind: int, sector: int, *data: Buffer) -> tuple[int, int]:
-        """Serve a request laid out as every driver does."""
+        """Serve a request in every driver's usual layout."""
         struct.pack_into("<IIQ", self.memory.bytes, HEADER, kind, 0, sector)
         return self.serve((HEADER, 16, False), *data, (STATUS, 1, True))
 
@@ -145,7 +145,7 @@ def test_flush(bench: Bench) -> None:
 
 
 def test_a_driver_without_flush_gets_write_through() -> None:
-    """A driver that cannot flush finds every write flushed."""
+    """For a driver without FLUSH every write is flushed."""
     bench = Bench(features=0)
     bench.request(OUT, 0, (DATA, 512, False))
     bench.segments(ZEROES, (0, 1, 0))
@@ -154,7 +154,7 @@ def test_a_driver_without_flush_gets_write_through() -> None:
 
 @pytest.mark.parametrize(("room", "expected"), [(20, b"serial-0" + bytes(12)), (4, b"seri")])
 def test_identity(bench: Bench, room: int, expected: bytes) -> None:
-    """The serial is 20 bytes, or as many as there is room for."""
+    """The serial is 20 bytes, or as many as fit."""
     kind = abi.VIRTIO_BLK_T_GET_ID
     assert bench.request(kind, 0, (DATA, room, True)) == (room + 1, OK)
     assert bench.memory.bytes[DATA : DATA + room] == expected
@@ -197,7 +197,7 @@ def test_impossible_segments(
 
 
 def test_half_a_segment(bench: Bench) -> None:
-    """Segments come whole."""
+    """A partial segment is an error."""
     assert bench.request(DISCARD, 0, (DATA, 24, False))[1] == IOERR
 
 
@@ -206,21 +206,21 @@ def test_half_a_segment(bench: Bench) -> None:
     ("sector", "size"), [(SECTORS, 512), (SECTORS - 1, 1024), ((1 << 64) - 1, 512), (0, 100)]
 )
 def test_transfers_outside_the_disk(bench: Bench, kind: int, sector: int, size: int) -> None:
-    """Sectors that do not exist, and parts of sectors, are an error; nothing is read."""
-    written = 0 if kind == IN else 1  # the status lies behind what was not read
+    """Missing sectors, and parts of sectors, are an error; nothing is read."""
+    written = 0 if kind == IN else 1  # the status follows the part that was not read
     assert bench.request(kind, sector, (DATA, size, kind == IN)) == (written, IOERR)
     assert bench.image.calls == []
 
 
 @pytest.mark.parametrize("kind", [2, 3, 10, 14, 16, 0x8000_0000])
 def test_unknown_requests(bench: Bench, kind: int) -> None:
-    """What was not offered is unsupported; of its buffers nothing counts as written."""
+    """A request that was not offered is unsupported; none of its buffers counts as written."""
     assert bench.request(kind, 0, (DATA, 512, True)) == (0, UNSUPP)
 
 
 @pytest.mark.parametrize("kind", [OUT, DISCARD, ZEROES])
 def test_read_only(kind: int) -> None:
-    """A read-only disk says so, refuses to change, and can be read."""
+    """A read-only disk says so, refuses changes, and can be read."""
     bench = Bench(is_read_only=True)
     assert bench.disk.features >> abi.VIRTIO_BLK_F_RO & 1
     assert not bench.disk.features >> abi.VIRTIO_BLK_F_DISCARD & 1
@@ -241,7 +241,7 @@ def test_faults(bench: Bench, error: int, caplog: pytest.LogCaptureFixture) -> N
     assert bench.request(OUT, 7, (DATA, 512, False))[1] == OK
 
 
-# Layouts of requests: where a buffer ends means nothing
+# Layouts of requests: the ends of buffers mean nothing
 
 
 def test_everything_in_two_buffers(bench: Bench) -> None:
@@ -272,7 +272,7 @@ def test_a_header_in_pieces(bench: Bench) -> None:
     ],
 )
 def test_requests_that_are_none(bench: Bench, buffers: Sequence[Buffer], message: str) -> None:
-    """Without a header or a place for the status there is nothing that one could answer."""
+    """A request without a header or a place for the status stops the device."""
     bench.driver.add(*buffers)
     with pytest.raises(VirtqueueError) as caught:
         bench.disk.process(0, bench.queue)
@@ -280,7 +280,7 @@ def test_requests_that_are_none(bench: Bench, buffers: Sequence[Buffer], message
 
 
 def test_configuration(bench: Bench) -> None:
-    """What struct virtio_blk_config says, field by field."""
+    """The configuration equals struct virtio_blk_config, field by field."""
     config = VirtioBlk(bench.image, name="disk0", queues=3).config()
     assert len(config) == 60
     assert struct.unpack_from("<Q", config, 0) == (SECTORS,)
@@ -301,7 +301,7 @@ def test_several_queues_are_a_feature(bench: Bench) -> None:
 
 
 def test_close(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """Closing the device closes its image; one that cannot be closed cleanly says so."""
+    """Closing the device closes its image; an error at the close is logged."""
     bench.image.fault = errno.EIO
     bench.disk.close()
     assert bench.image.calls == ["close"]
@@ -309,7 +309,7 @@ def test_close(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_borrowed_image_outlives_the_device(bench: Bench) -> None:
-    """An image that is not the device's stays open: a reboot makes another device of it."""
+    """An image that is not the device's stays open: after a reboot another device uses it."""
     VirtioBlk(bench.image, name="disk0", owns_image=False).close()
     assert bench.image.calls == []
 
@@ -326,7 +326,7 @@ def test_a_borrowed_image_outlives_the_device(bench: Bench) -> None:
 def test_any_request_is_survived(
     kind: int, sector: int, buffers: list[Buffer], data: bytes
 ) -> None:
-    """Whatever a chain holds: it is answered, or the device stops; the image keeps its size."""
+    """Any chain is answered, or the device stops; the image keeps its size."""
     bench = Bench()
     bench.memory.bytes[DATA : DATA + len(data)] = data
     struct.pack_into("<IIQ", bench.memory.bytes, HEADER, kind, 0, sector)
@@ -353,7 +353,7 @@ REQUESTS = [
 def test_a_request_waits_for_the_host(
     kind: int, data: Buffer | None, written: int, fault: int
 ) -> None:
-    """A disk that stops at errors gives no request back before the host has done it."""
+    """A disk that stops at errors returns no request before the host has done it."""
     bench = Bench(stops_at_errors=True)
     struct.pack_into("<QII", bench.memory.bytes, DATA, 0, 1, 0)
     struct.pack_into("<IIQ", bench.memory.bytes, HEADER, kind, 0, 0)
@@ -375,7 +375,7 @@ def test_a_request_waits_for_the_host(
 
 
 def test_what_came_before_a_fault_is_given_back() -> None:
-    """Requests are served in order: those before the one that waits are done, none behind it."""
+    """Requests are served in order: those before the waiting one are done, and none after it."""
     bench = Bench(stops_at_errors=True)
     struct.pack_into("<IIQ", bench.memory.bytes, HEADER, abi.VIRTIO_BLK_T_GET_ID, 0, 0)
     struct.pack_into("<IIQ", bench.memory.bytes, HEADER + 16, OUT, 0, 7)
@@ -392,7 +392,7 @@ def test_what_came_before_a_fault_is_given_back() -> None:
 
 
 def test_a_fault_that_stays_is_reported() -> None:
-    """To wait for what never succeeds helps nobody, whatever was asked for."""
+    """An error that can never succeed is reported, even if the disk stops at errors."""
     bench = Bench(stops_at_errors=True)
     bench.image.fault, bench.image.fault_lasts = errno.EIO, True
     assert bench.request(OUT, 0, (DATA, 512, False)) == (1, IOERR)
@@ -400,7 +400,7 @@ def test_a_fault_that_stays_is_reported() -> None:
 
 
 def test_what_cannot_be_is_reported() -> None:
-    """A guest's own mistakes have nobody wait."""
+    """A guest's own mistakes are reported at once."""
     bench = Bench(stops_at_errors=True)
     assert bench.request(OUT, SECTORS, (DATA, 512, False)) == (1, IOERR)
     assert bench.request(99, 0, (DATA, 512, False)) == (1, UNSUPP)

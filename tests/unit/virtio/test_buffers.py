@@ -1,4 +1,4 @@
-"""Lists of buffers: the data are the same however they are divided."""
+"""Lists of buffers: their division does not change the data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def views(parts: list[bytes]) -> list[memoryview]:
 
 @given(PARTS, st.integers(0, 200))
 def test_gather(parts: list[bytes], size: int) -> None:
-    """The first bytes come out, or all there are."""
+    """Gather returns the first bytes, or all that there are."""
     assert gather(views(parts), size) == b"".join(parts)[:size]
     assert total(views(parts)) == len(b"".join(parts))
 
 
 @given(PARTS, st.binary(max_size=200))
 def test_scatter(parts: list[bytes], data: bytes) -> None:
-    """What fits is copied, in order, and nothing behind it is touched."""
+    """Scatter copies as much as fits, in order, and touches nothing after it."""
     buffers = views(parts)
     before = b"".join(parts)
     count = scatter(buffers, data)

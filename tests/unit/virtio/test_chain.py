@@ -1,4 +1,4 @@
-"""Long indirect tables as a whole: what following each descriptor gives, or nothing."""
+"""Long indirect tables taken as a whole: the same as following each descriptor, or nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TABLE_AT = 0x8000
 HIGH = 1 << 32
 Entry = tuple[int, int, int, int]
 
-# Where sums of an address and a length are the largest, and where they pass an end by one.
+# Here sums of an address and a length are largest, or pass an end by one.
 ADDRESSES = st.one_of(
     st.integers(0, MEMORY_SIZE),
     st.integers(MEMORY_SIZE - 3, MEMORY_SIZE + 3),
@@ -86,14 +86,14 @@ def pop(memory: PlainMemory | HighMemory, table: list[Entry], *, with_pieces: bo
 
 
 def places(chain: Chain) -> list[list[tuple[int, int]]]:
-    """Return where all buffers lie."""
+    """Return the addresses of all buffers."""
     chain.spread()
     lists = chain.readable, chain.writable
     return [[(addressof(c_char.from_buffer(one)), len(one)) for one in part] for part in lists]
 
 
 def outcome(memory: PlainMemory | HighMemory, table: list[Entry], *, with_pieces: bool) -> object:
-    """Return where the buffers lie, or what is wrong."""
+    """Return the addresses of the buffers, or the error."""
     try:
         return places(pop(memory, table, with_pieces=with_pieces))
     except GuestError as err:
@@ -110,7 +110,7 @@ def test_a_table_is_what_its_descriptors_are(
     is_writable: bool,
     fault: tuple[int, int, st.DataObject] | None,
 ) -> None:
-    """Whatever one of them holds instead, the request or the error is that of following them."""
+    """With anything in one descriptor, the request or error is that of following them."""
     table = entries(pieces, is_writable=is_writable)
     if fault:
         number, field, data = fault
@@ -124,7 +124,7 @@ def test_a_table_is_what_its_descriptors_are(
 
 @given(st.binary(min_size=16 * LONG_MIN, max_size=16 * 40), st.integers(0, 15))
 def test_noise(noise: bytes, start: int) -> None:
-    """A table of random bytes is none, and nothing comes of it."""
+    """A table of random bytes is not taken, and does no harm."""
     memory = PlainMemory(MEMORY_SIZE)
     noise = noise[: len(noise) // 16 * 16]
     assert Span(memory.view(0, MEMORY_SIZE), start << 30).divide(0, noise) is None
@@ -135,7 +135,7 @@ def test_noise(noise: bytes, start: int) -> None:
     st.sampled_from([0, 0x3000, HIGH]),
 )
 def test_only_what_lies_inside_is_taken(pieces: list[tuple[int, int]], start: int) -> None:
-    """A span has all pieces from its first byte to its last, none of them empty, or takes none."""
+    """A span has all pieces from its first byte to its last, none of them empty, or fails."""
     size = 0x2000
     view = memoryview(bytearray(size))
     table = entries(pieces, is_writable=True)
@@ -149,7 +149,7 @@ def test_only_what_lies_inside_is_taken(pieces: list[tuple[int, int]], start: in
 @pytest.mark.parametrize("start", [0, HIGH])
 @pytest.mark.parametrize("is_writable", [False, True])
 def test_usual_requests_are_taken_as_tables(start: int, is_writable: bool) -> None:
-    """In low and in high memory; one that lies in both is not, and is found all the same."""
+    """A table in low or high memory is taken; one in both is not, and is followed."""
     memory = HighMemory()
     pieces = [(0x1000 * number, 0x1000) for number in range(3, 28)]
     table = entries(pieces, is_writable=is_writable, start=start)
@@ -168,7 +168,7 @@ def test_usual_requests_are_taken_as_tables(start: int, is_writable: bool) -> No
 
 
 def test_the_longest_table() -> None:
-    """256 descriptors are taken, also when no two pieces are of the same size."""
+    """256 descriptors are taken, even if all pieces have different sizes."""
     memory = PlainMemory(MEMORY_SIZE)
     pieces = [(64 * number, number % 1000 + 1) for number in range(LONG_MAX - 2)]
     found = Span(memory.view(0, MEMORY_SIZE), 0).divide(0, pack(entries(pieces, is_writable=True)))
@@ -181,7 +181,7 @@ def test_the_longest_table() -> None:
 @pytest.mark.parametrize("number", [0, 3, -1])
 @pytest.mark.parametrize("flags", range(16))
 def test_flags_of_any_descriptor(number: int, flags: int) -> None:
-    """Header, pieces and status are taken for what they are, or the request is none."""
+    """Header, pieces and status are recognised by their flags, or the request is refused."""
     table = entries([(0x1000, 0x1000)] * LONG_MIN, is_writable=True)
     is_right = flags == table[number][2]
     table[number] = (*table[number][:2], flags, table[number][3])
@@ -189,7 +189,7 @@ def test_flags_of_any_descriptor(number: int, flags: int) -> None:
 
 
 def test_a_wrong_link_is_no_length() -> None:
-    """In memory so large that flags, if they counted, would be a length inside of it."""
+    """In memory so large that flags could count as a length inside it, a wrong link fails."""
     fd = os.memfd_create("large")
     os.ftruncate(fd, 12 << 30)
     span = Span(memoryview(mmap.mmap(fd, 12 << 30)), 0)
@@ -202,7 +202,7 @@ def test_a_wrong_link_is_no_length() -> None:
 
 @pytest.mark.parametrize("is_writable", [False, True])
 def test_longer_tables_are_followed(is_writable: bool) -> None:
-    """More descriptors than are taken as a whole give the same buffers."""
+    """More descriptors than can be taken as a whole give the same buffers by following."""
     memory = PlainMemory(MEMORY_SIZE)
     table = entries([(64 * n, n % 64 + 1) for n in range(LONG_MAX - 1)], is_writable=is_writable)
     chain = pop(memory, table, with_pieces=True)
@@ -211,7 +211,7 @@ def test_longer_tables_are_followed(is_writable: bool) -> None:
 
 
 def test_any_number_of_kinds_of_tables() -> None:
-    """A driver that never sends the same twice costs no more memory than others."""
+    """A driver that never repeats a table costs no more memory than others."""
     memory = PlainMemory(MEMORY_SIZE)
     span = Span(memory.view(0, MEMORY_SIZE), 0)
     for size in range(1, 700):
@@ -226,7 +226,7 @@ def test_any_number_of_kinds_of_tables() -> None:
 
 @given(st.lists(st.lists(PIECES, min_size=LONG_MIN, max_size=LONG_MIN + 2), max_size=4), st.data())
 def test_tables_that_come_again(kinds: list[list[tuple[int, int]]], data: st.DataObject) -> None:
-    """The pieces are those of this table, whatever came before: the same, or nearly."""
+    """The pieces are those of this table, after an equal or nearly equal one."""
     memory = PlainMemory(MEMORY_SIZE)
     span = Span(memory.view(0, MEMORY_SIZE), 0)
     kinds.append([(0x1000, 0x1000)] * LONG_MIN)
@@ -244,7 +244,7 @@ def test_tables_that_come_again(kinds: list[list[tuple[int, int]]], data: st.Dat
         ] == pieces
 
 
-# What the kernel does with them
+# The kernel's part
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_views_of_pieces(scatter: tuple[bytearray, Scatter]) -> None:
 
 
 def test_a_file_is_read_and_written(scatter: tuple[bytearray, Scatter]) -> None:
-    """What lies beyond the end of the file is zero; every byte written is there."""
+    """Reads past the end of the file yield zeros; every written byte is in the file."""
     data, pieces = scatter
     with tempfile.TemporaryFile() as plain:
         content = bytes(number % 251 for number in range(950))
@@ -286,7 +286,7 @@ def test_a_file_is_read_and_written(scatter: tuple[bytearray, Scatter]) -> None:
 
 
 def test_faults_of_the_file(scatter: tuple[bytearray, Scatter], tmp_path: Path) -> None:
-    """A fault is the kernel's, with its number."""
+    """A fault has the kernel's error number."""
     _, pieces = scatter
     path = tmp_path / "file"
     path.write_bytes(b"content")
@@ -332,7 +332,7 @@ def test_a_disk_serves_them(count: int, header: int, tmp_path: Path) -> None:
         assert memory.bytes[0x200] == abi.VIRTIO_BLK_S_OK
         data = b"".join(memory.bytes[at : at + size] for at, size in pieces)
         assert driver.used()[0][1] == (len(data) + 1 if is_writable else 1)
-        # With a header in two parts, all that is to be written is of one kind, the rest of it too.
+        # With a header in two parts, all buffers to write are of one kind, and so is the rest.
         is_table = len(first) + count + 1 >= LONG_MIN and (len(first) == 1 or not is_writable)
         assert queue.is_streaming == is_table
         queue.disable_kicks()
@@ -346,7 +346,7 @@ def test_a_disk_serves_them(count: int, header: int, tmp_path: Path) -> None:
 
 
 def test_memory_that_is_not_there() -> None:
-    """A queue in memory without anything at 0 has no table taken as a whole."""
+    """In memory without anything at 0, no table is taken as a whole."""
 
     class Far(PlainMemory):
         def view(self, gpa: int, size: int) -> memoryview:

@@ -1,4 +1,4 @@
-"""virtio-console: bytes in both directions, none lost, and both sides can hold the other."""
+"""virtio-console: bytes in both directions, none lost, and each side can hold the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Rig:
         self.rooms = 0
         self.changes = 0
         self.written = OUTPUT
-        """Where the guest's next output goes."""
+        """The address of the guest's next output."""
         self.device = VirtioConsole(self._transmit, on_receive_room=self._room, size=(80, 25))
         self.device.attach(self)
         if is_started:
@@ -63,7 +63,7 @@ class Rig:
         self.notify(RECEIVE_QUEUE)
 
     def typed(self) -> list[bytes]:
-        """Return what came back since the last call, by chain."""
+        """Return the returned chains' contents since the last call."""
         starts = [
             (INPUT + 0x100 * head, written) for head, written in self.queues[RECEIVE_QUEUE].used()
         ]
@@ -77,7 +77,7 @@ def rig() -> Rig:
 
 
 def test_what_it_is(rig: Rig) -> None:
-    """A console with a size and emergency output, one port, two queues."""
+    """The device is a console with a size and emergency output, one port, two queues."""
     backend: Backend = rig.device
     assert (backend.device_id, backend.features, len(backend.queue_sizes)) == (3, 0b101, 2)
     assert struct.unpack("<HHII", backend.config()) == (80, 25, 1, 0)
@@ -85,21 +85,21 @@ def test_what_it_is(rig: Rig) -> None:
 
 
 def test_output_is_one_chain(rig: Rig) -> None:
-    """All buffers of a chain in order; the chain comes back with nothing written."""
+    """Output is all buffers of a chain in order; the chain returns with nothing written."""
     rig.write(b"hello, ", b"world\n")
     assert rig.output == b"hello, world\n"
     assert rig.queues[TRANSMIT_QUEUE].used() == [(0, 0)]
 
 
 def test_large_output_comes_in_pieces(rig: Rig) -> None:
-    """No single piece is larger than 64 KiB."""
+    """No single piece of output is larger than 64 KiB."""
     data = bytes(range(256)) * 700
     rig.write(data)
     assert rig.output == data
 
 
 def test_output_waits_for_a_slow_reader(rig: Rig) -> None:
-    """While held, output stays in the guest's memory; released, all of it comes."""
+    """While held, output stays in the guest's memory; after release all of it comes."""
     rig.device.throttle(hold=True)
     rig.write(b"one")
     rig.write(b"two")
@@ -111,7 +111,7 @@ def test_output_waits_for_a_slow_reader(rig: Rig) -> None:
 
 
 def test_a_hold_within_a_chain() -> None:
-    """A reader that is overwhelmed by a large chain gets the rest of it later, once."""
+    """A reader that holds during a large chain gets the rest of it later, once."""
 
     class Slow(Rig):
         def _transmit(self, data: bytes) -> None:
@@ -133,7 +133,7 @@ def test_a_hold_within_a_chain() -> None:
 
 
 def test_a_queue_that_was_reset_begins_anew() -> None:
-    """What was under way in the old queue is neither finished nor given back in the new one."""
+    """A pending chain of the old queue is neither finished nor returned in the new one."""
     rig = Rig()
     rig.device.throttle(hold=True)
     rig.write(b"old")
@@ -155,7 +155,7 @@ def test_emergency_output_needs_no_queue() -> None:
 
 
 def test_input_fills_what_the_guest_offers(rig: Rig) -> None:
-    """Input goes into the next chain, as much as it holds, and the rest into the one behind."""
+    """Input fills the next chain, and its rest goes into the one after."""
     rig.offer(4)
     assert rig.device.receive(b"hello") == 5
     assert rig.typed() == [b"hell"]
@@ -164,7 +164,7 @@ def test_input_fills_what_the_guest_offers(rig: Rig) -> None:
 
 
 def test_input_waits_outside_until_there_is_room(rig: Rig) -> None:
-    """What does not fit is not taken; `on_receive_room` says when to offer it again."""
+    """Input that does not fit is not taken; `on_receive_room` says when to offer it again."""
     taken = rig.device.receive(bytes(10_000))
     assert 0 < taken < 10_000
     assert rig.device.receive(b"x") == 0
@@ -175,7 +175,7 @@ def test_input_waits_outside_until_there_is_room(rig: Rig) -> None:
 
 
 def test_no_input_before_the_driver_is_ready() -> None:
-    """Nothing is taken before DRIVER_OK and after a reset; starting says that there is room."""
+    """Before DRIVER_OK and after a reset no input is taken; a start announces room."""
     rig = Rig(is_started=False)
     assert rig.device.receive(b"early") == 0
     rig.device.start(0)
@@ -189,7 +189,7 @@ def test_no_input_before_the_driver_is_ready() -> None:
 
 
 def test_a_chain_without_room_comes_back_empty(rig: Rig) -> None:
-    """A buffer that the guest wrote holds no input; the next one does."""
+    """A buffer that the guest wrote takes no input; the next one does."""
     rig.device.receive(b"a")
     rig.queues[RECEIVE_QUEUE].add((INPUT, 8, False))
     rig.queues[RECEIVE_QUEUE].add((INPUT, 8, True))
@@ -198,7 +198,7 @@ def test_a_chain_without_room_comes_back_empty(rig: Rig) -> None:
 
 
 def test_the_guest_learns_of_a_new_size(rig: Rig) -> None:
-    """A change of the size is a change of the configuration; the same size is none."""
+    """A new size is a change of the configuration; the same size is none."""
     rig.device.resize(80, 25)
     assert rig.changes == 0
     rig.device.resize(132, 50)
@@ -216,7 +216,7 @@ def test_the_guest_learns_of_a_new_size(rig: Rig) -> None:
     )
 )
 def test_no_byte_of_input_is_lost(steps: list[bytes | int]) -> None:
-    """However typing and room interleave, the guest reads what was taken, in order."""
+    """In any order of typing and room, the guest reads the taken input, in order."""
     rig = Rig()
     taken, read = b"", b""
     for step in steps:

@@ -1,4 +1,4 @@
-"""Every device type against drivers that make any ring available: answers, or the device stops."""
+"""Every device type with drivers that offer any ring: answers, or the device stops."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MEMORY_SIZE = 0x8000
 DATA, DATA_SIZE = 0x4000, 0x400
 IMAGE_SIZE = 64 << 10
 FEATURES = st.sampled_from([0, INDIRECT, EVENT_IDX, INDIRECT | EVENT_IDX])
-# Requests are small numbers, and most buffers are the size that some part of one has.
+# Requests are small numbers, and most buffers have the size of some part of one.
 BYTES = st.lists(st.sampled_from([0, 1, 2, 4, 8, 11, 13, 0x12, 0x28, 0x43, 0xFF]), max_size=64)
 LENGTHS = st.sampled_from([0, 1, 4, 5, 8, 16, 24, 51, 108, 512, 4096, MEMORY_SIZE, (1 << 32) - 1])
 DESCRIPTORS = st.tuples(
@@ -45,7 +45,7 @@ DESCRIPTORS = st.tuples(
 
 
 class Transport:
-    """What a device may ask for: here nothing comes of it."""
+    """A transport that ignores the device's calls."""
 
     def notify(self, index: int) -> None:
         """Ignore it."""
@@ -61,7 +61,7 @@ class Transport:
 
 
 def image() -> RawImage:
-    """Return an empty disk in memory; whoever has it closes it."""
+    """Return an empty disk in memory; the caller closes it."""
     fd = os.memfd_create("disk")
     os.ftruncate(fd, IMAGE_SIZE)
     return RawImage(HostFile(fd, "disk", is_read_only=False), is_probed=False)
@@ -75,7 +75,7 @@ def rng() -> Backend:
 
 
 def console() -> Backend:
-    """Return a console that loses what is written, with some input waiting."""
+    """Return a console that drops output, with some input waiting."""
     device = VirtioConsole(lambda _: None, on_receive_room=lambda: None)
     device.attach(Transport())
     device.receive(bytes(100))
@@ -83,7 +83,7 @@ def console() -> Backend:
 
 
 def vsock() -> Backend:
-    """Return a socket device on whose ports nobody listens."""
+    """Return a socket device without listeners on the host."""
     device = VirtioVsock(VsockSpec())
     device.attach(Transport())
     return device
@@ -141,7 +141,7 @@ def test_any_ring(
     heads: list[int],
     data: list[list[int]],
 ) -> None:
-    """Nothing but a GuestError comes out, and nothing is given back that was not taken."""
+    """Only GuestError is raised, and only taken chains are returned."""
     with started(make, features) as device:
         for number in range(len(device.queue_sizes)):
             memory = PlainMemory(MEMORY_SIZE)
@@ -156,5 +156,5 @@ def test_any_ring(
             queue = driver.device(memory, features)
             with suppress(GuestError):
                 device.process(number, queue)
-            # By the device's own count: what it wrote may have hit the rings.
+            # By the device's own count: its writes may have hit the rings.
             assert queue.next_used <= queue.next_available

@@ -61,7 +61,7 @@ def check(chain: Chain) -> None:
 def test_any_ring(
     features: int, table: list[tuple[int, int, int, int]], heads: list[int], index: int
 ) -> None:
-    """Whatever the ring holds, what comes out is in bounds, and it comes to an end."""
+    """With any ring the buffers are in bounds, and the queue comes to an end."""
     _, _, queue = hostile(features, table, heads, index)
     try:
         for _ in range(POPS):
@@ -80,7 +80,7 @@ def test_any_ring(
 
 @given(FEATURES, st.binary(min_size=512, max_size=512), st.data())
 def test_rings_that_change(features: int, noise: bytes, data: st.DataObject) -> None:
-    """A driver that rewrites its ring between two looks gets in-bounds buffers or an error."""
+    """A driver that rewrites its ring between two reads causes in-bounds buffers or an error."""
     memory, driver, queue = hostile(features, [(0x4000, 16, 0, 0)] * SIZE, [0] * SIZE, 1)
     for _ in range(POPS):
         offset = data.draw(st.integers(0, 256))
@@ -98,7 +98,7 @@ def test_rings_that_change(features: int, noise: bytes, data: st.DataObject) -> 
 
 @given(TABLES, st.binary(min_size=16 * 16, max_size=16 * 16))
 def test_any_indirect_table(table: list[tuple[int, int, int, int]], noise: bytes) -> None:
-    """A table of random bytes is no worse than a table of random descriptors."""
+    """A table of random bytes does no more harm than a table of random descriptors."""
     memory, driver, queue = hostile(INDIRECT, table, [0] * SIZE, 1)
     memory.bytes[TABLE_AT : TABLE_AT + len(noise)] = noise
     driver.describe(0, (TABLE_AT, len(noise), VRING_DESC_F_INDIRECT, 0))
@@ -129,7 +129,7 @@ def test_a_table_in_any_order(
     one: int,
     other: int,
 ) -> None:
-    """Entries that lie one behind the other give what the same entries give in other places."""
+    """Entries one after the other give the same as the same entries in other places."""
     entries = [
         (address, length, 0 if number < readable else WRITE)
         for number, (address, length) in enumerate(buffers)
@@ -143,7 +143,7 @@ def test_a_table_in_any_order(
 
 
 def _taken(entries: list[tuple[int, int, int]], places: Sequence[int]) -> object:
-    """Return offsets and sizes of the buffers of a chain of `entries`, or what is wrong with it."""
+    """Return offsets and sizes of the buffers of a chain of `entries`, or its error."""
     memory, driver, queue = hostile(INDIRECT, [(0, 0, 0, 0)] * SIZE, [0] * SIZE, 1)
     driver.describe(0, (TABLE_AT, 16 * SIZE, VRING_DESC_F_INDIRECT, 0))
     followers = [*places[1:], None]

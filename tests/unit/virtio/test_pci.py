@@ -53,7 +53,7 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """A device that nobody has touched."""
+    """A device in its initial state."""
     bench = Bench()
     yield bench
     bench.driver.device.close()
@@ -71,7 +71,7 @@ def test_identity(bench: Bench) -> None:
 
 
 def test_registers_after_reset(bench: Bench) -> None:
-    """Nothing is negotiated, no vector is chosen, queues have their largest sizes."""
+    """At reset nothing is negotiated, no vector is chosen, queues have their largest sizes."""
     driver = bench.driver
     assert driver.offered() == OFFERED
     assert driver.read(abi.VIRTIO_PCI_COMMON_NUMQ, 2) == 2
@@ -87,7 +87,7 @@ def test_registers_after_reset(bench: Bench) -> None:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_request_is_answered(bench: Bench, index: int) -> None:
-    """Notification, processing, used ring and the queue's own interrupt."""
+    """Notification, processing, used ring and the queue's own interrupt work together."""
     bench.start()
     head = bench.send(b"hello", index)
     assert bench.driver.interrupted() == index + 1
@@ -98,7 +98,7 @@ def test_a_request_is_answered(bench: Bench, index: int) -> None:
 
 
 def test_requests_before_the_driver_is_ready(bench: Bench) -> None:
-    """What is available before DRIVER_OK is served after it, without a notification."""
+    """Requests made available before DRIVER_OK are served after it, without a notification."""
     head = bench.queues[0].add(*ask(bench.memory, b"early"))
     bench.start()
     assert bench.driver.interrupted() == 1
@@ -115,7 +115,7 @@ def test_nothing_happens_before_the_driver_is_ready(bench: Bench) -> None:
 
 @pytest.mark.parametrize("by_port", [False, True])
 def test_notifications_by_access(bench: Bench, by_port: bool) -> None:
-    """A notification that is an access after all works the same, to a port or in memory."""
+    """A notification that is an exit after all works the same, to a port or in memory."""
     bench.start()
     head = bench.queues[0].add(*ask(bench.memory, b"hello"))
     driver = bench.driver
@@ -128,7 +128,7 @@ def test_notifications_by_access(bench: Bench, by_port: bool) -> None:
 
 
 def test_notifications_follow_the_bar(bench: Bench) -> None:
-    """Eventfds are bound to ports where the BAR is decoded, for queues that are served."""
+    """Eventfds are bound to the decoded BAR's ports, for enabled queues."""
     driver = bench.driver
     bench.start()
     base = driver.bar(BAR_NOTIFY)
@@ -170,7 +170,7 @@ def test_masked_vectors_wait(bench: Bench) -> None:
 
 
 def test_a_queue_without_vector_is_silent(bench: Bench) -> None:
-    """With MSI-X, a queue that has no vector does not interrupt, by pin neither."""
+    """With MSI-X, a queue without a vector does not interrupt, not even by pin."""
     bench.start()
     bench.driver.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, 0)
     bench.driver.write(abi.VIRTIO_PCI_COMMON_Q_MSIX, 2, abi.VIRTIO_MSI_NO_VECTOR)
@@ -184,7 +184,7 @@ def test_a_queue_without_vector_is_silent(bench: Bench) -> None:
 
 @pytest.mark.parametrize("vector", [3, 0xFFFF])
 def test_vectors_that_do_not_exist(bench: Bench, vector: int) -> None:
-    """A vector that cannot be had reads back as none."""
+    """A vector that does not exist reads back as none."""
     bench.driver.write(abi.VIRTIO_PCI_COMMON_MSIX, 2, vector)
     assert bench.driver.read(abi.VIRTIO_PCI_COMMON_MSIX, 2) == abi.VIRTIO_MSI_NO_VECTOR
     bench.driver.write(abi.VIRTIO_PCI_COMMON_Q_MSIX, 2, vector)
@@ -212,7 +212,7 @@ def test_features_that_are_refused(bench: Bench, features: int) -> None:
 
 
 def test_features_are_fixed_once_they_are_ok(bench: Bench) -> None:
-    """What is accepted after FEATURES_OK does not count."""
+    """Features written after FEATURES_OK do not count."""
     bench.start(features=VERSION_1)
     bench.driver.accept(OFFERED)
     bench.send(b"hello")
@@ -231,7 +231,7 @@ def test_ready_without_features(bench: Bench, caplog: pytest.LogCaptureFixture) 
 
 
 def test_status_bits_stay(bench: Bench) -> None:
-    """A driver cannot clear a bit other than by a reset, and cannot set NEEDS_RESET."""
+    """A driver can clear bits only by a reset, and cannot set NEEDS_RESET."""
     bench.driver.status = 3
     bench.driver.status = 1 | NEEDS_RESET
     assert bench.driver.status == 3
@@ -260,7 +260,7 @@ def test_reset(bench: Bench) -> None:
 
 
 def test_one_queue_is_reset_and_placed_anew(bench: Bench) -> None:
-    """RING_RESET stops one queue, forgets what was set for it, and lets it be enabled again."""
+    """RING_RESET stops one queue, forgets its settings, and lets it be enabled again."""
     bench.start()
     driver = bench.driver
     driver.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, 0)
@@ -302,7 +302,7 @@ def test_an_enabled_queue_stays_as_it_is(bench: Bench) -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 16, 0x8000])
 def test_impossible_queue_sizes(bench: Bench, size: int) -> None:
-    """A size that is no power of two, or more than was offered, is an error of the driver's."""
+    """A size that is no power of two, or larger than offered, is an error of the driver's."""
     bench.driver.write(abi.VIRTIO_PCI_COMMON_Q_SELECT, 2, 0)
     bench.driver.write(abi.VIRTIO_PCI_COMMON_Q_SIZE, 2, size)
     assert bench.driver.status == NEEDS_RESET
@@ -329,7 +329,7 @@ def test_a_malformed_request_stops_the_device(
 
 
 def test_a_ring_outside_memory_stops_the_device(bench: Bench) -> None:
-    """Rings are looked at when the driver is ready; nothing is served then."""
+    """Rings are checked when the driver is ready; then nothing is served."""
     bench.queues[1] = DriverQueue(bench.memory, 16, 1 << 40)
     bench.start()
     assert bench.driver.status == READY | NEEDS_RESET
@@ -339,7 +339,7 @@ def test_a_ring_outside_memory_stops_the_device(bench: Bench) -> None:
 
 
 def test_a_late_ring_outside_memory_stops_the_device(bench: Bench) -> None:
-    """So is a queue that is enabled later."""
+    """A queue with a ring outside memory that is enabled later stops the device too."""
     late = bench.queues.pop(1)
     late.ring = late.ring._replace(used=1 << 40)
     bench.start()
@@ -349,12 +349,12 @@ def test_a_late_ring_outside_memory_stops_the_device(bench: Bench) -> None:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_request_waits_for_the_host(bench: Bench, index: int) -> None:
-    """The machine is told of each attempt; what waits is answered once the host can."""
+    """The machine learns of each attempt; the waiting request is answered once the host can."""
     bench.backend.fault = errno.ENOSPC
     bench.start()
     head = bench.send(b"host", index)
     assert bench.driver.halted.acquire(timeout=DEADLINE_S)
-    bench.driver.device.settle()  # which is another attempt
+    bench.driver.device.settle()  # makes another attempt
     assert bench.driver.halted.acquire(timeout=DEADLINE_S)
     bench.driver.device.suspend()
     bench.driver.device.resume()
@@ -372,7 +372,7 @@ def test_a_request_waits_for_the_host(bench: Bench, index: int) -> None:
 
 
 def test_a_reset_forgets_what_waits_for_the_host(bench: Bench) -> None:
-    """The driver resets the device: nothing of the old queue is touched any more."""
+    """After a reset of the device nothing of the old queue is touched any more."""
     bench.backend.fault = errno.EIO
     bench.start()
     bench.send(b"host")
@@ -386,7 +386,7 @@ def test_a_reset_forgets_what_waits_for_the_host(bench: Bench) -> None:
 
 
 def test_a_bug_stops_the_device_alone(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """An exception that no rule explains is logged, and the device asks for a reset."""
+    """An unexpected exception is logged, and the device asks for a reset."""
     bench.start()
     bench.send(b"crash")
     assert bench.driver.interrupted() == 0
@@ -395,7 +395,7 @@ def test_a_bug_stops_the_device_alone(bench: Bench, caplog: pytest.LogCaptureFix
 
 
 def test_errors_do_not_flood_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """A guest that fails for ever is not heard for ever."""
+    """A guest that fails for ever does not log for ever."""
     for _ in range(20):
         bench.driver.status = 7
         bench.driver.status = 0
@@ -406,7 +406,7 @@ def test_errors_do_not_flood_the_log(bench: Bench, caplog: pytest.LogCaptureFixt
 
 
 def test_device_configuration(bench: Bench) -> None:
-    """Its bytes can be read in any width, and written; behind them are zeros."""
+    """The configuration can be read in any width, and written; zeros follow it."""
     driver = bench.driver
     assert driver.device_config(0, 4) == int.from_bytes(b"conf", "little")
     assert driver.device_config(12, 2) == ord("n")
@@ -415,7 +415,7 @@ def test_device_configuration(bench: Bench) -> None:
 
 
 def test_generation(bench: Bench) -> None:
-    """It changes with the contents, and only with them."""
+    """The generation changes with the contents, and only with them."""
     driver = bench.driver
     before = driver.read(abi.VIRTIO_PCI_COMMON_CFGGENERATION, 1)
     assert driver.read(abi.VIRTIO_PCI_COMMON_CFGGENERATION, 1) == before
@@ -428,7 +428,7 @@ def test_generation(bench: Bench) -> None:
 
 
 def test_changes_are_told(bench: Bench) -> None:
-    """A backend that changes its configuration interrupts a driver that is ready, only."""
+    """A backend that changes its configuration interrupts only a driver that is ready."""
     bench.worker.config_changed()
     bench.start()
     bench.worker.config_changed()
@@ -442,7 +442,7 @@ def test_a_backend_completes_by_itself(bench: Bench) -> None:
     bench.start()
     head = bench.send(b"later")
     while not bench.driver.host.delivered.acquire(timeout=0.1):
-        bench.worker.notify(0)  # one that came in the request's own round was spent on it
+        bench.worker.notify(0)  # a notification in the request's own round was used up by it
     assert bench.queues[0].used() == [(head, 5)]
 
 
@@ -487,14 +487,14 @@ def test_any_access_is_survived(operations: list[Operation]) -> None:
 
 
 def test_a_successor_goes_on(bench: Bench) -> None:
-    """Registers, vectors, pending bits and positions: another function serves what waits."""
+    """With registers, vectors, pending bits and positions another function serves the rest."""
     bench.start()
     bench.send(b"first")
     assert bench.driver.interrupted() == 1
     bench.driver.mask(1, is_masked=True)
     device = bench.driver.device
     device.suspend()
-    bench.send(b"second")  # nobody looks
+    bench.send(b"second")  # not served
     other = Bench(bench.memory)
     other.driver.pci.restore(bench.driver.pci.save())
     other.driver.device.restore(device.save())
@@ -511,7 +511,7 @@ def test_a_successor_goes_on(bench: Bench) -> None:
 
 
 def test_suspended_and_resumed(bench: Bench) -> None:
-    """The same device goes on, and its backend has not begun anew."""
+    """After suspend and resume the device continues, and its backend has not restarted."""
     bench.start()
     bench.send(b"first")
     assert bench.driver.interrupted() == 1
@@ -542,7 +542,7 @@ def test_suspended_and_resumed(bench: Bench) -> None:
 def test_a_state_that_cannot_be(
     bench: Bench, change: Callable[[VirtioPciState], VirtioPciState], text: str
 ) -> None:
-    """It is refused in one line."""
+    """An impossible state is refused in one line."""
     bench.start()
     bench.driver.device.suspend()
     state = bench.driver.device.save()

@@ -1,4 +1,4 @@
-"""virtio-pmem: where the memory is, and flushes."""
+"""virtio-pmem: the memory's address, and flushes."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def bench() -> Bench:
 
 
 def test_configuration(bench: Bench) -> None:
-    """Address and size."""
+    """The configuration has address and size."""
     assert bench.device.config() == struct.pack("<QQ", GPA, SIZE)
 
 
 def test_one_flush_serves_all_who_wait(bench: Bench) -> None:
-    """Requests that are available together need one flush, after all of them were made."""
+    """Requests that are available together need one flush, after all of them."""
     for number in range(3):
         bench.request(number=number)
     assert bench.answers(3) == [0, 0, 0]
@@ -65,7 +65,7 @@ def test_one_flush_serves_all_who_wait(bench: Bench) -> None:
 
 
 def test_a_failed_flush(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """The guest is told, each time; the log once."""
+    """The guest learns of each failed flush; the log has it once."""
     bench.fault = OSError(5, "Input/output error")
     for _ in range(2):
         bench.request()
@@ -74,13 +74,13 @@ def test_a_failed_flush(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_unknown_requests_fail(bench: Bench) -> None:
-    """There is but one type."""
+    """An unknown type fails: there is only one."""
     bench.request(kind=7)
     assert bench.answers(1) == [1]
 
 
 def test_requests_that_are_none(bench: Bench) -> None:
-    """Without a type, or room for the answer, the device stops."""
+    """A request without a type, or room for the answer, stops the device."""
     bench.driver.add((REQUEST, 3, False), (ANSWER, 4, True))
     with pytest.raises(VirtqueueError, match=r"^disk0: a request of 3 bytes$"):
         bench.device.process(0, bench.queue)

@@ -1,4 +1,4 @@
-"""Split virtqueues: chains come out as they went in, interrupts and notifications are right."""
+"""Split virtqueues: chains are taken as offered, interrupts and notifications are right."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def driver(memory: PlainMemory) -> DriverQueue:
 
 
 def pop(queue: Virtqueue) -> Chain:
-    """Take a chain that has to be there."""
+    """Take a chain, which must exist."""
     chain = queue.pop()
     assert chain is not None
     return chain
@@ -46,7 +46,7 @@ def sizes(chain: Chain) -> tuple[list[int], list[int]]:
 
 
 def test_an_empty_queue_has_no_chain(memory: PlainMemory, driver: DriverQueue) -> None:
-    """Nothing is available before the driver says so."""
+    """A queue is empty until the driver makes a chain available."""
     assert driver.device(memory).pop() is None
 
 
@@ -99,7 +99,7 @@ def test_chains_may_be_used_out_of_order(memory: PlainMemory, driver: DriverQueu
 
 
 def test_a_queue_goes_on_where_another_stopped(memory: PlainMemory, driver: DriverQueue) -> None:
-    """A successor that is told both indices continues with the next chain."""
+    """A queue that gets both indices of another continues with the next chain."""
     queue = driver.device(memory)
     driver.add((DATA, 1, True))
     queue.push(pop(queue), 1)
@@ -116,7 +116,7 @@ def test_a_queue_goes_on_where_another_stopped(memory: PlainMemory, driver: Driv
 
 
 def test_a_stopped_queue_is_empty(memory: PlainMemory, driver: DriverQueue) -> None:
-    """After stop, what becomes available is not taken any more, and nobody waits for it."""
+    """After stop, chains made available are not taken any more, and no interrupt is due."""
     queue = driver.device(memory)
     queue.stop()
     driver.add((DATA, 1, True))
@@ -128,7 +128,7 @@ def test_a_stopped_queue_is_empty(memory: PlainMemory, driver: DriverQueue) -> N
 
 
 def test_no_interrupt_without_a_push(memory: PlainMemory, driver: DriverQueue) -> None:
-    """What was told once is not told again."""
+    """An interrupt is not repeated without a new push."""
     queue = driver.device(memory, INDIRECT)
     assert not queue.needs_interrupt()
     driver.add((DATA, 1, True))
@@ -185,7 +185,7 @@ def test_the_driver_asks_for_an_interrupt_at_an_index(
 
 
 def test_notifications_are_suppressed_by_a_flag(memory: PlainMemory, driver: DriverQueue) -> None:
-    """Without EVENT_IDX the used ring's flag says whether the driver may keep quiet."""
+    """Without EVENT_IDX the used ring's flag tells whether the driver must notify."""
     queue = driver.device(memory, INDIRECT)
     queue.disable_kicks()
     assert driver.used_flags == VRING_USED_F_NO_NOTIFY
@@ -208,7 +208,7 @@ def test_notifications_are_asked_for_at_an_index(memory: PlainMemory, driver: Dr
 def test_a_chain_that_came_without_notification_is_seen(
     memory: PlainMemory, driver: DriverQueue, features: int
 ) -> None:
-    """What became available before notifications were asked for is not lost."""
+    """Chains made available before notifications were enabled are not lost."""
     queue = driver.device(memory, features)
     queue.disable_kicks()
     assert queue.pop() is None
@@ -218,7 +218,7 @@ def test_a_chain_that_came_without_notification_is_seen(
     assert not queue.enable_kicks()
 
 
-# What a driver may not do
+# Errors of drivers
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_impossible_rings_are_refused(memory: PlainMemory, ring: Ring, message: 
     ],
 )
 def test_rings_outside_memory_are_refused(memory: PlainMemory, ring: Ring) -> None:
-    """No part of a ring may leave RAM."""
+    """A ring that leaves RAM is refused."""
     with pytest.raises(GuestMemoryError):
         Virtqueue(memory, ring, 0)
 
@@ -280,7 +280,7 @@ def test_malformed_chains_are_refused(
     descriptors: list[tuple[int, int, int, int]],
     message: str,
 ) -> None:
-    """Loops, empty buffers, wrong links, orders and tables end in an error that says which."""
+    """Loops, empty buffers, wrong links, orders and tables have an error that names them."""
     queue = driver.device(memory)
     for number, descriptor in enumerate(descriptors):
         driver.describe(number, descriptor)
@@ -291,7 +291,7 @@ def test_malformed_chains_are_refused(
 
 
 def test_a_table_in_a_table_is_refused(memory: PlainMemory, driver: DriverQueue) -> None:
-    """Indirect tables have one level."""
+    """Indirect tables have one level: a table in a table is refused."""
     queue = driver.device(memory)
     driver.describe(0, (0x8000, 16, TABLE, 0))
     driver.put(0x8000, "QIHH", 0x9000, 16, TABLE, 0)
@@ -323,7 +323,7 @@ def test_tables_have_to_be_negotiated(memory: PlainMemory, driver: DriverQueue) 
 def test_buffers_outside_memory_are_refused(
     memory: PlainMemory, driver: DriverQueue, address: int, length: int
 ) -> None:
-    """A buffer has to be RAM from its first byte to its last."""
+    """A buffer must be RAM from its first byte to its last."""
     queue = driver.device(memory)
     driver.add((address, length, True))
     with pytest.raises(GuestMemoryError):
@@ -331,7 +331,7 @@ def test_buffers_outside_memory_are_refused(
 
 
 def test_a_head_outside_the_table_is_refused(memory: PlainMemory, driver: DriverQueue) -> None:
-    """The available ring holds numbers of descriptors."""
+    """A head in the available ring that is no descriptor's number is refused."""
     queue = driver.device(memory)
     driver.make_available(8)
     with pytest.raises(VirtqueueError, match=r"^descriptor 8 of 8$"):
@@ -339,7 +339,7 @@ def test_a_head_outside_the_table_is_refused(memory: PlainMemory, driver: Driver
 
 
 def test_an_index_that_leaps_is_refused(memory: PlainMemory, driver: DriverQueue) -> None:
-    """More chains than the queue has descriptors cannot be available."""
+    """An index that makes more chains available than descriptors is refused."""
     queue = driver.device(memory)
     driver.put(driver.ring.available + 2, "H", 9)
     with pytest.raises(
@@ -373,7 +373,7 @@ class HolyMemory(PlainMemory):
     ],
 )
 def test_memory_with_a_hole(address: int, length: int, is_ram: bool) -> None:
-    """Buffers may lie on either side of a hole, but not in it or across."""
+    """Buffers may be on either side of a hole, but not in it or across it."""
     memory = HolyMemory()
     driver = DriverQueue(memory)
     queue = driver.device(memory)
@@ -386,7 +386,7 @@ def test_memory_with_a_hole(address: int, length: int, is_ram: bool) -> None:
 
 
 def test_memory_without_address_zero() -> None:
-    """No region needs to begin at 0."""
+    """A queue works in memory without a region at 0."""
     memory = HolyMemory()
     memory.HOLE = 0
     driver = DriverQueue(memory, base=0x5_0000)

@@ -1,4 +1,4 @@
-"""Events of rings that somebody else serves: who is told what, and until when."""
+"""Events of rings that another process serves: the calls, and their end."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _WAIT_S = 20.0
 
 
 class Transport:
-    """A Frontend that has an eventfd for ring 0 alone, and remembers what it is told."""
+    """A Frontend that has an eventfd for ring 0 alone, and records calls."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.told: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     def interrupt(self, index: int) -> None:
-        """Remember which."""
+        """Record it."""
         self.told.put(index)
 
     def interrupt_fd(self, index: int) -> int | None:
@@ -35,7 +35,7 @@ class Transport:
         raise AssertionError
 
     def fail(self, reason: str) -> None:
-        """Remember why."""
+        """Record the reason."""
         self.told.put(reason)
 
     def halt(self, err: HaltError) -> None:
@@ -50,7 +50,7 @@ def events() -> RingEvents:
 
 
 def test_a_notification_reaches_its_own_ring(events: RingEvents) -> None:
-    """To kick a ring writes the eventfd that its server has, and no other."""
+    """A kick writes the eventfd of the ring's server, and no other."""
     events.kick(1)
     assert os.eventfd_read(events.kick_fd(1)) == 1
     with pytest.raises(BlockingIOError):
@@ -59,7 +59,7 @@ def test_a_notification_reaches_its_own_ring(events: RingEvents) -> None:
 
 
 def test_interrupts_take_the_shortest_way(events: RingEvents) -> None:
-    """A ring whose interrupt has an eventfd of the transport's needs no hand; others have one."""
+    """A ring with an eventfd of the transport's needs no call for interrupts; others have one."""
     transport = Transport(os.eventfd(0))
     assert events.call_fd(transport, 0) == transport.fd
     own = events.call_fd(transport, 1)
@@ -72,7 +72,7 @@ def test_interrupts_take_the_shortest_way(events: RingEvents) -> None:
 
 
 def test_a_broken_ring_fails_the_device(events: RingEvents) -> None:
-    """What the server writes to the error descriptor becomes a failure with the given reason."""
+    """A write of the server to the error descriptor is a failure with the given reason."""
     transport = Transport(-1)
     events.watch(transport, lambda: transport.fail(BROKEN))
     os.eventfd_write(events.error_fd, 1)
@@ -81,7 +81,7 @@ def test_a_broken_ring_fails_the_device(events: RingEvents) -> None:
 
 
 def test_the_end_of_the_connection_is_told_once(events: RingEvents) -> None:
-    """A server that goes away is noticed once, and the rest is watched further."""
+    """A server's end is reported once, and other descriptors are watched further."""
     transport = Transport(-1)
     ours, theirs = socket.socketpair()
     events.watch(
@@ -97,7 +97,7 @@ def test_the_end_of_the_connection_is_told_once(events: RingEvents) -> None:
 
 
 def test_nobody_is_told_after_unwatch(events: RingEvents) -> None:
-    """What happens between two watches is told by the second."""
+    """Events between two watches are reported by the second."""
     transport = Transport(-1)
     events.watch(transport, lambda: transport.fail(BROKEN))
     events.unwatch()

@@ -1,4 +1,4 @@
-"""virtio-rng: random bytes at a limited rate, and nothing that waits."""
+"""virtio-rng: random bytes at a limited rate, without waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATA = 0x10000
 
 
 class Rig:
-    """A source of 1, 2, 3, … with a queue; it serves the queue when it says so itself."""
+    """A source of 1, 2, 3, … with a queue; the test serves the queue."""
 
     def __init__(self, rate: int = RATE, burst: int = BURST) -> None:
         self.clock = FakeClock()
@@ -40,18 +40,18 @@ class Rig:
         raise AssertionError
 
     def ask(self, *buffers: Buffer) -> list[int]:
-        """Make a chain available and notify; returns the sizes of what came back."""
+        """Make a chain available and notify; returns the sizes of returned chains."""
         self.queue.add(*buffers)
         self.notify(0)
         return self.used()
 
     def used(self) -> list[int]:
-        """Return how many bytes each chain got that came back since the last call."""
+        """Return the number of bytes in each chain returned since the last call."""
         return [written for _, written in self.queue.used()]
 
 
 def test_what_it_is() -> None:
-    """Entropy source, one queue, no features, no configuration."""
+    """The device is an entropy source with one queue, no features, no configuration."""
     backend: Backend = Rig().device
     backend.write_config(0, b"\1")
     assert (backend.device_id, backend.features, len(backend.queue_sizes)) == (4, 0, 1)
@@ -59,7 +59,7 @@ def test_what_it_is() -> None:
 
 
 def test_buffers_are_filled() -> None:
-    """Every byte of every buffer, in one request."""
+    """Every byte of every buffer is filled, in one request."""
     rig = Rig()
     assert rig.ask((DATA, 100, True), (DATA + 200, 28, True)) == [128]
     assert rig.memory.bytes[DATA : DATA + 100] == b"\1" * 100
@@ -68,18 +68,18 @@ def test_buffers_are_filled() -> None:
 
 
 def test_a_large_request_gets_a_part() -> None:
-    """At most what one burst allows: the driver asks again."""
+    """A large request gets at most one burst: the driver asks again."""
     rig = Rig()
     assert rig.ask((DATA, 0x20000, True)) == [BURST]
 
 
 def test_a_chain_without_room_comes_back() -> None:
-    """A request that only the driver wrote gets nothing, and nothing fails."""
+    """A request without a writable buffer gets nothing, and nothing fails."""
     assert Rig().ask((DATA, 8, False)) == [0]
 
 
 def test_who_asks_for_more_waits() -> None:
-    """Behind the burst, requests wait until the timer says that there are tokens."""
+    """After the burst, requests wait for the timer, which brings new tokens."""
     rig = Rig(rate=1024, burst=512)
     assert rig.ask((DATA, 512, True)) == [512]
     assert rig.ask((DATA, 256, True)) == []
@@ -91,7 +91,7 @@ def test_who_asks_for_more_waits() -> None:
 
 
 def test_reset_and_close_stop_the_timer() -> None:
-    """Nobody is notified any more."""
+    """After a reset or close no timer fires."""
     for end in (VirtioRng.reset, VirtioRng.close):
         rig = Rig(rate=1024, burst=512)
         rig.ask((DATA, 512, True))
@@ -102,7 +102,7 @@ def test_reset_and_close_stop_the_timer() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, NANOSECONDS)), max_size=40))
 def test_no_guest_gets_more_than_the_rate(requests: list[tuple[int, int]]) -> None:
-    """Over any time: at most the burst, and the rate times what passed."""
+    """In any time a guest gets at most the burst, plus the rate times the time."""
     rate, burst = 3000, 1000
     rig = Rig(rate=rate, burst=burst)
     got = passed_ns = 0
@@ -117,7 +117,7 @@ def test_no_guest_gets_more_than_the_rate(requests: list[tuple[int, int]]) -> No
 
 
 def test_a_bucket_loses_nothing_to_rounding() -> None:
-    """A million looks at it gain as much as one."""
+    """A million reads of the bucket gain as much as one."""
     bucket = TokenBucket(1000, 1000, 0)
     bucket.take(bucket.level(0))
     for now_ns in range(0, 1_000_000_000, 999_983):

@@ -22,7 +22,7 @@ REQUEST, RESPONSE, DATA = 0x4000, 0x5000, 0x8000
 
 
 class Disc:
-    """An Image whose every block begins with its number; a bad one cannot be read."""
+    """An Image whose blocks start with their numbers; a bad one cannot be read."""
 
     is_read_only = True
 
@@ -76,7 +76,7 @@ class Rig:
         self.device.start(0)
 
     def submit(self, index: int, *buffers: Buffer) -> int:
-        """Have a chain served; returns how many bytes the device says that it wrote."""
+        """Have a chain served; returns the number of bytes that the device reports written."""
         self.queues[index].add(*buffers)
         self.device.process(index, self.sides[index])
         ((_, written),) = self.queues[index].used()
@@ -126,7 +126,7 @@ def rig() -> Rig:
 
 
 def test_configuration(rig: Rig) -> None:
-    """One request queue, standard sizes, and what OpenBSD's driver insists on."""
+    """The adapter has one request queue, standard sizes, and all that OpenBSD's driver needs."""
     backend: Backend = rig.device
     fields = struct.unpack("<IIIIIIIHHI", backend.config())
     assert len(backend.config()) == 36
@@ -137,7 +137,7 @@ def test_configuration(rig: Rig) -> None:
 
 
 def test_a_command_with_data(rig: Rig) -> None:
-    """INQUIRY's data follow the response; what is left of the buffer is the residual."""
+    """INQUIRY's data follow the response; the rest of the buffer is the residual."""
     response, status, residual, sense, data = rig.command("12 00 00 00ff 00", 255)
     assert (response, status, sense) == (OK, 0, b"")
     assert len(data) == 255 - residual == 36
@@ -145,14 +145,14 @@ def test_a_command_with_data(rig: Rig) -> None:
 
 
 def test_a_read_goes_into_the_guests_buffer(rig: Rig) -> None:
-    """READ(10) of two blocks."""
+    """READ(10) puts two blocks into the guest's buffer."""
     response, status, residual, _, data = rig.command("28 00 00000007 00 0002 00", 2 * BLOCK_SIZE)
     assert (response, status, residual) == (OK, 0, 0)
     assert [data[at : at + 4] for at in (0, BLOCK_SIZE)] == [b"\0\0\0\7", b"\0\0\0\x08"]
 
 
 def test_a_failed_command_has_sense_data(rig: Rig) -> None:
-    """CHECK CONDITION with 18 bytes, nothing transferred."""
+    """A failed command has CHECK CONDITION and 18 bytes of sense data, without other data."""
     response, status, residual, sense, _ = rig.command("28 00 00000064 00 0001 00", BLOCK_SIZE)
     assert (response, status, residual) == (OK, 2, BLOCK_SIZE)
     assert (len(sense), sense[2], sense[12]) == (18, 5, 0x21)
@@ -167,14 +167,14 @@ def test_an_unreadable_block_is_a_medium_error(rig: Rig) -> None:
 
 
 def test_a_buffer_that_is_too_small_is_overrun(rig: Rig) -> None:
-    """Neither data nor blocks are cut: the driver's buffer has to hold them."""
+    """A buffer that is too small is an overrun: neither data nor blocks are cut."""
     assert rig.command("28 00 00000000 00 0002 00", BLOCK_SIZE)[0] == OVERRUN
     assert rig.command("12 00 00 0024 00", 35)[0] == OVERRUN
     assert rig.command("12 00 00 0023 00", 35)[0] == OK
 
 
 def test_no_blocks_are_no_error(rig: Rig) -> None:
-    """A READ of nothing reads nothing."""
+    """A READ of no blocks succeeds."""
     assert rig.command("28 00 00000000 00 0000 00") == (OK, 0, 0, b"", b"")
 
 
@@ -203,7 +203,7 @@ def test_both_forms_of_a_single_level_lun(rig: Rig) -> None:
 
 
 def test_an_empty_drive() -> None:
-    """Without a disc, the drive is there and not ready."""
+    """Without a disc, the drive exists and is not ready."""
     rig = Rig(None)
     assert rig.command("12 00 00 0024 00", 36)[:2] == (OK, 0)
     _, status, _, sense, _ = rig.command("00" * 6)
@@ -213,7 +213,7 @@ def test_an_empty_drive() -> None:
 
 @pytest.mark.parametrize("cut", [1, 7, 19, 50])
 def test_buffers_may_be_cut_anywhere(rig: Rig, cut: int) -> None:
-    """The chain's buffers say nothing: request, response and data may begin in any of them."""
+    """Request, response and data may start in any buffer of the chain."""
     rig.put(REQUEST, DRIVE + bytes(11) + bytes.fromhex("12 00 00 0024 00").ljust(32, b"\0"))
     whole = RESPONSE_SIZE + 36
     rig.submit(
@@ -230,13 +230,13 @@ def test_buffers_may_be_cut_anywhere(rig: Rig, cut: int) -> None:
 
 @pytest.mark.parametrize(("readable", "writable"), [(REQUEST_SIZE - 1, 200), (REQUEST_SIZE, 107)])
 def test_a_short_command_stops_the_device(rig: Rig, readable: int, writable: int) -> None:
-    """A request without room for its headers is the driver's fault."""
+    """A request without room for its headers stops the device."""
     with pytest.raises(VirtqueueError):
         rig.submit(REQUEST_QUEUE, (REQUEST, readable, False), (RESPONSE, writable, True))
 
 
 def test_the_driver_may_change_the_sizes(rig: Rig) -> None:
-    """Sense data and commands of other sizes move what follows; a reset brings them back."""
+    """Sense data and commands of other sizes move the later parts; a reset restores the sizes."""
     rig.device.write_config(20, (8).to_bytes(4, "little"))
     rig.device.write_config(24, (16).to_bytes(4, "little"))
     assert struct.unpack_from("<II", rig.device.config(), 20) == (8, 16)
@@ -254,7 +254,7 @@ def test_the_driver_may_change_the_sizes(rig: Rig) -> None:
     [(20, b"\xfd\0\0\0"), (24, bytes(4)), (24, b"\0\2\0\0"), (20, b"\1"), (0, b"\2\0\0\0")],
 )
 def test_other_writes_to_the_configuration_are_ignored(rig: Rig, offset: int, data: bytes) -> None:
-    """Impossible sizes, parts of a field, and read-only fields."""
+    """Writes of impossible sizes, parts of a field, and read-only fields are ignored."""
     before = rig.device.config()
     rig.device.write_config(offset, data)
     assert rig.device.config() == before
@@ -266,19 +266,19 @@ def task(function: int, lun: bytes = DRIVE) -> bytes:
 
 
 def test_there_is_never_a_task_to_manage(rig: Rig) -> None:
-    """Every function is complete at once; what no standard knows is rejected."""
+    """Every known function is complete at once; unknown ones are rejected."""
     assert [rig.manage(task(function)) for function in range(8)] == [OK] * 8
     assert rig.manage(task(8)) == REJECTED
 
 
 def test_management_of_other_units(rig: Rig) -> None:
-    """A target that is not there is a bad one; another LUN is an incorrect one."""
+    """A missing target is a bad one; another LUN is an incorrect one."""
     assert rig.manage(task(0, bytes.fromhex("01 01 40 00 00000000"))) == BAD_TARGET
     assert rig.manage(task(0, bytes.fromhex("01 00 40 01 00000000"))) == INCORRECT_LUN
 
 
 def test_a_reset_of_the_unit_reaches_the_drive(rig: Rig) -> None:
-    """The next command learns that the drive was reset."""
+    """After a reset of the unit the next command reports it."""
     assert rig.manage(task(5)) == OK
     assert rig.command("00" * 6)[3][12:14] == b"\x29\x03"
     assert rig.command("00" * 6)[1] == 0
@@ -295,13 +295,13 @@ def test_there_are_no_asynchronous_events(rig: Rig, kind: int) -> None:
 
 @pytest.mark.parametrize("request_", [b"\0\0\0", task(0)[:23], struct.pack("<I", 9).ljust(24)])
 def test_a_malformed_control_request_stops_the_device(rig: Rig, request_: bytes) -> None:
-    """Short or unknown ones are the driver's fault."""
+    """A short or unknown control request stops the device."""
     with pytest.raises(VirtqueueError):
         rig.manage(request_)
 
 
 def test_event_buffers_stay(rig: Rig) -> None:
-    """The device takes what it may report events in, and gives nothing back."""
+    """The device takes buffers for events, and returns none."""
     rig.queues[EVENT_QUEUE].add((DATA, 16, True))
     rig.device.process(EVENT_QUEUE, rig.sides[EVENT_QUEUE])
     assert rig.queues[EVENT_QUEUE].used() == []
@@ -309,7 +309,7 @@ def test_event_buffers_stay(rig: Rig) -> None:
 
 
 def test_closing_closes_the_image() -> None:
-    """The device owns the image, unless it was told otherwise."""
+    """The device owns the image, unless it is borrowed."""
     mine, yours = Disc(1), Disc(1)
     VirtioScsi(mine).close()
     VirtioScsi(yours, owns_image=False).close()
@@ -337,7 +337,7 @@ def test_a_hostile_driver_gets_an_answer_or_a_fault(
     for offset, data in writes:
         rig.device.write_config(offset, data)
     rig.put(REQUEST, DRIVE + bytes(11) + request)
-    # A queue itself refuses readable buffers behind writable ones.
+    # A queue itself refuses readable buffers after writable ones.
     ordered = sorted(buffers, key=lambda buffer: buffer[2])
     try:
         written = rig.submit(index, *ordered)

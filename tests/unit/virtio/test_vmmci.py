@@ -17,7 +17,7 @@ ACK_S, SHUTDOWN_S = 3, 120
 
 
 class Rig:
-    """A device, and what an OpenBSD guest does with it."""
+    """A device, with an OpenBSD guest's driver."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -67,7 +67,7 @@ def rig() -> Rig:
 
 
 def test_its_function_is_openbsds() -> None:
-    """Vendor and device, class and subsystem by which OpenBSD's driver finds it."""
+    """OpenBSD's driver finds the device by vendor and device, class and subsystem."""
     function = Rig().device.function
     assert function.read_config(PciRegister.VENDOR_ID, 4) == 0x0777_0B5D
     assert function.read_config(PciRegister.SUBSYSTEM_VENDOR_ID, 4) == 0xFFFF_0B5D
@@ -77,7 +77,7 @@ def test_its_function_is_openbsds() -> None:
 
 
 def test_it_has_features_and_no_queues(rig: Rig) -> None:
-    """Three features, of which the driver takes what it knows; every queue has size 0."""
+    """The device has three features, of which the driver accepts any; every queue has size 0."""
     assert rig.read(Register.DEVICE_FEATURES) == FEATURES
     rig.write(Register.GUEST_FEATURES, 0xFFFF_FFFF)
     assert rig.read(Register.GUEST_FEATURES) == FEATURES
@@ -88,7 +88,7 @@ def test_it_has_features_and_no_queues(rig: Rig) -> None:
 
 @pytest.mark.parametrize("command", [Command.SHUTDOWN, Command.REBOOT])
 def test_a_request_that_is_acknowledged(rig: Rig, command: Command) -> None:
-    """The guest is interrupted, reads the command, acknowledges, and has 120 s from then."""
+    """The guest is interrupted, reads the command, acknowledges, and then has 120 s."""
     assert rig.device.request(command)
     assert rig.interrupted() == command
     rig.wait(ACK_S - 0.001)
@@ -100,7 +100,7 @@ def test_a_request_that_is_acknowledged(rig: Rig, command: Command) -> None:
 
 
 def test_a_request_without_an_acknowledgement(rig: Rig) -> None:
-    """Three seconds, no more."""
+    """Without an acknowledgement the guest has three seconds."""
     rig.device.request(Command.REBOOT)
     rig.wait(ACK_S - 0.001)
     assert rig.expired == []
@@ -110,7 +110,7 @@ def test_a_request_without_an_acknowledgement(rig: Rig) -> None:
 
 @pytest.mark.parametrize("status", [None, 0, ACKNOWLEDGE | DRIVER])
 def test_nobody_listens(status: int | None) -> None:
-    """Without a ready driver a request is refused, and nothing is waited for."""
+    """Without a ready driver a request is refused, and no timer runs."""
     rig = Rig()
     if status is not None:
         rig.attach()
@@ -121,7 +121,7 @@ def test_nobody_listens(status: int | None) -> None:
 
 
 def test_asking_twice_changes_nothing(rig: Rig) -> None:
-    """The same request again neither interrupts nor prolongs; another one replaces it."""
+    """A repeated request neither interrupts nor prolongs; a different one replaces it."""
     rig.device.request(Command.REBOOT)
     rig.wait(2)
     assert rig.device.request(Command.REBOOT)
@@ -133,7 +133,7 @@ def test_asking_twice_changes_nothing(rig: Rig) -> None:
 
 
 def test_another_answer_is_no_acknowledgement(rig: Rig) -> None:
-    """Only the value that was asked for prolongs the wait."""
+    """Only the requested value prolongs the wait."""
     rig.device.request(Command.REBOOT)
     rig.answer(Command.SHUTDOWN)
     rig.answer(77)
@@ -143,14 +143,14 @@ def test_another_answer_is_no_acknowledgement(rig: Rig) -> None:
 
 
 def test_an_answer_without_a_request(rig: Rig) -> None:
-    """REBOOT or SYNC_RTC out of the blue mean nothing."""
+    """REBOOT or SYNC_RTC without a request are ignored."""
     rig.answer(Command.REBOOT)
     rig.answer(Command.SYNC_RTC)
     assert rig.clock.next_deadline_ns is None
 
 
 def test_a_guest_that_powers_down_by_itself(rig: Rig) -> None:
-    """It has three seconds to reboot; then it is taken to be off."""
+    """A guest that shuts down by itself has three seconds to reboot; then it counts as off."""
     rig.answer(Command.SHUTDOWN)
     rig.wait(ACK_S - 0.001)
     assert rig.expired == []
@@ -159,7 +159,7 @@ def test_a_guest_that_powers_down_by_itself(rig: Rig) -> None:
 
 
 def test_the_clock_can_be_synchronised(rig: Rig) -> None:
-    """The guest is asked to read its clock, and says when it has."""
+    """The guest is asked to read its clock, and answers when it has."""
     rig.device.sync_rtc()
     assert rig.interrupted() == Command.SYNC_RTC
     rig.answer(Command.SYNC_RTC)
@@ -168,7 +168,7 @@ def test_the_clock_can_be_synchronised(rig: Rig) -> None:
 
 
 def test_powering_down_while_asked_for_the_time(rig: Rig) -> None:
-    """A guest that did not answer SYNC_RTC can still say that it goes."""
+    """A guest that has not answered SYNC_RTC can still announce its shutdown."""
     rig.device.sync_rtc()
     rig.answer(Command.SHUTDOWN)
     rig.wait(ACK_S)
@@ -176,7 +176,7 @@ def test_powering_down_while_asked_for_the_time(rig: Rig) -> None:
 
 
 def test_only_who_knows_how_is_asked_for_the_time() -> None:
-    """Without the feature, or with a request pending, nothing happens."""
+    """Without the feature, or with a request pending, no synchronisation is requested."""
     rig = Rig()
     rig.attach(features=0b011)
     rig.device.sync_rtc()
@@ -188,7 +188,7 @@ def test_only_who_knows_how_is_asked_for_the_time() -> None:
 
 
 def test_the_hosts_time(rig: Rig) -> None:
-    """Seconds latch the time: microseconds, read later, belong to them."""
+    """A read of the seconds latches the time for a later read of the microseconds."""
     rig.clock.advance(123_456_789)
     assert rig.read(Register.CONFIG + 8) == 0
     assert rig.read(Register.CONFIG + 4) == REALTIME_NS // NANOSECONDS
@@ -201,7 +201,7 @@ def test_the_hosts_time(rig: Rig) -> None:
 
 
 def test_a_driver_that_leaves_keeps_its_deadline(rig: Rig) -> None:
-    """A reset of the device takes the interrupt back; the request stays."""
+    """A reset of the device withdraws the interrupt; the request stays."""
     rig.device.request(Command.SHUTDOWN)
     rig.write(Register.STATUS, 0, 1)
     assert not rig.irq.level
@@ -221,7 +221,7 @@ def test_nothing_expires_after_the_end(rig: Rig, end: object) -> None:
 
 
 def test_a_snapshot_continues(rig: Rig) -> None:
-    """Command, interrupt cause and what is left of the time move with the guest."""
+    """Command, interrupt cause and the remaining time move with the guest."""
     rig.device.request(Command.REBOOT)
     rig.answer(Command.REBOOT)
     rig.wait(100)
@@ -235,7 +235,7 @@ def test_a_snapshot_continues(rig: Rig) -> None:
 
 
 def test_a_snapshot_in_peace(rig: Rig) -> None:
-    """Restoring a state without a request forgets the one that was pending."""
+    """Restoring a state without a request forgets a pending one."""
     state = rig.device.save()
     rig.device.request(Command.REBOOT)
     rig.device.restore(state)
@@ -244,7 +244,7 @@ def test_a_snapshot_in_peace(rig: Rig) -> None:
 
 
 def test_what_is_not_there_reads_as_ones(rig: Rig) -> None:
-    """Behind the configuration."""
+    """Registers after the configuration read as ones."""
     assert rig.read(40) == 0xFFFF_FFFF
     assert rig.read(38) == 0xFFFF_FFFF
     assert rig.read(36) == 0
@@ -260,7 +260,7 @@ OPERATION = st.tuples(
 
 @given(st.lists(OPERATION, max_size=40))
 def test_a_hostile_guest_only_ends_itself(operations: list[Operation]) -> None:
-    """Any accesses are answered, and time only ever leads to an end."""
+    """Any accesses are answered, and a timer can only end the guest."""
     rig = Rig()
     exercise(rig.device, operations)
     rig.device.request(Command.SHUTDOWN)

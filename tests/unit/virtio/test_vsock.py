@@ -1,4 +1,4 @@
-"""virtio-vsock: streams in both directions, credit, ends of each kind, and guests that lie."""
+"""virtio-vsock: streams in both directions, credit, ends of each kind, and hostile guests."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def rig() -> Iterator[Rig]:
 
 
 def ops(packets: list[Got]) -> list[int]:
-    """Return what packets are for."""
+    """Return the packets' operations."""
     return [packet.op for packet in packets]
 
 
 def ended(sock: socket.socket) -> bool:
-    """Tell whether the other end sends no more."""
+    """Tell whether the other end has shut down."""
     try:
         return sock.recv(1) == b""
     except BlockingIOError:
@@ -51,14 +51,14 @@ def ended(sock: socket.socket) -> bool:
 
 
 def pump(rig: Rig, stream: GuestStream) -> None:
-    """Take what has come for one connection, and give the buffers back."""
+    """Take the packets of one connection, and return their buffers."""
     for packet in rig.driver.packets():
         stream.take(packet)
     rig.driver.offer()
 
 
 def test_what_it_is(rig: Rig) -> None:
-    """Three queues, the guest's address, no features: stream sockets alone."""
+    """The device has three queues, the guest's address, no features: stream sockets alone."""
     backend: Backend = rig.device
     assert backend.device_id == abi.VIRTIO_ID_VSOCK
     assert backend.features == 0
@@ -69,7 +69,7 @@ def test_what_it_is(rig: Rig) -> None:
 
 
 def test_the_guest_connects(rig: Rig) -> None:
-    """What it sends arrives, and what is sent to it; every packet has the addresses of both."""
+    """Data arrive in both directions; every packet has both addresses."""
     stream, sock = rig.from_guest()
     assert stream.write(b"question") == 8
     assert sock.recv(64) == b"question"
@@ -83,14 +83,14 @@ def test_the_guest_connects(rig: Rig) -> None:
 
 
 def test_nobody_listens(rig: Rig) -> None:
-    """A port of the host that nobody serves answers with RST."""
+    """A port of the host without a listener answers with RST."""
     rig.driver.send(Op.REQUEST, (1024, 10))
     (packet,) = rig.driver.packets()
     assert packet == (Header(HOST_CID, CID, 10, 1024, 0, STREAM, Op.RST, 0, 0, 0), b"")
 
 
 def test_the_host_connects(rig: Rig) -> None:
-    """The client reads OK once the guest has accepted; what it sent before comes then."""
+    """The client reads OK once the guest has accepted; its earlier data follow then."""
     sock = rig.connect()
     sock.send(b"early")
     (request,) = rig.driver.packets()
@@ -112,7 +112,7 @@ def test_connections_of_the_host_have_ports_of_their_own(rig: Rig) -> None:
 
 
 def test_the_guest_refuses(rig: Rig) -> None:
-    """The client reads the end of the file, and no OK."""
+    """If the guest refuses, the client reads the end of the file, and no OK."""
     sock = rig.connect()
     (request,) = rig.driver.packets()
     rig.driver.send(Op.RST, (22, request.header.src_port))
@@ -121,7 +121,7 @@ def test_the_guest_refuses(rig: Rig) -> None:
 
 
 def test_a_client_that_goes_before_the_guest_answers(rig: Rig) -> None:
-    """The guest is told, and its late answer is refused."""
+    """If the client closes early, the guest is reset, and its late answer is refused."""
     sock = rig.connect()
     (request,) = rig.driver.packets()
     sock.close()
@@ -132,7 +132,7 @@ def test_a_client_that_goes_before_the_guest_answers(rig: Rig) -> None:
 
 
 def test_without_a_driver_clients_are_sent_away() -> None:
-    """No driver listens yet, or it was reset: the end of the file at once."""
+    """Without a driver, or after its reset, a client reads the end of the file at once."""
     rig = Rig(is_started=False)
     assert ended(rig.connect())
     rig.device.start(0)
@@ -148,7 +148,7 @@ def test_without_a_driver_clients_are_sent_away() -> None:
 
 
 def test_a_slow_host_holds_the_guest(rig: Rig) -> None:
-    """What the socket does not take waits, one window at most; the guest learns when it left."""
+    """At most one window waits for a slow host; the guest gets credit as it drains."""
     stream, sock = rig.from_guest()
     while stream.credit():
         stream.write(bytes(0x8000))
@@ -160,11 +160,11 @@ def test_a_slow_host_holds_the_guest(rig: Rig) -> None:
         rig.serve()
         pump(rig, stream)
     assert stream.credit() >= UPDATE
-    assert received <= WINDOW + 0x80000  # and what the sockets' own buffer holds
+    assert received <= WINDOW + 0x80000  # plus the sockets' own buffer
 
 
 def test_more_than_there_is_credit_for(rig: Rig) -> None:
-    """A guest that sends more is reset, with all that waited."""
+    """A guest that sends more than its credit is reset, and all waiting data are dropped."""
     stream, sock = rig.from_guest()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     packets: list[Got] = []
@@ -180,7 +180,7 @@ def test_more_than_there_is_credit_for(rig: Rig) -> None:
 
 
 def test_the_guest_asks_for_credit(rig: Rig) -> None:
-    """It gets an update."""
+    """A request for credit is answered by an update."""
     stream, _sock = rig.from_guest()
     rig.driver.send(Op.CREDIT_REQUEST, stream.ports)
     (packet,) = rig.driver.packets()
@@ -189,7 +189,7 @@ def test_the_guest_asks_for_credit(rig: Rig) -> None:
 
 
 def test_a_guest_without_room(rig: Rig) -> None:
-    """It gets no more than it has room for, is asked once, and the rest when it has room."""
+    """A guest gets no more than it has room for, one request, and the rest when it has room."""
     ports = PORTS
     rig.driver.send(Op.REQUEST, ports, buf_alloc=10)
     assert ops(rig.driver.packets()) == [Op.RESPONSE]
@@ -209,7 +209,7 @@ def test_a_guest_without_room(rig: Rig) -> None:
 
 
 def test_counts_go_round_at_4_gib(rig: Rig) -> None:
-    """A fwd_cnt before the beginning means bytes that nobody has sent: no room, and no fault."""
+    """A fwd_cnt before the beginning counts as no room, and is no fault."""
     rig.driver.send(Op.REQUEST, PORTS, buf_alloc=0x1000, fwd_cnt=0xFFFF_F000)
     assert ops(rig.driver.packets()) == [Op.RESPONSE, Op.CREDIT_REQUEST]
     rig.dialled[-1].send(b"x")
@@ -221,7 +221,7 @@ def test_counts_go_round_at_4_gib(rig: Rig) -> None:
 
 
 def test_a_guest_without_buffers(rig: Rig) -> None:
-    """Data stay in their sockets until it offers some; both connections get their turns."""
+    """Without buffers data stay in their sockets; then both connections get their turns."""
     (one, first), (other, second) = rig.from_guest(), rig.from_guest((1025, 8))
     rig.driver.offer(0)
     for _ in range(14 - len(rig.driver.packets())):  # use the buffers up
@@ -244,7 +244,7 @@ def test_a_guest_without_buffers(rig: Rig) -> None:
 
 
 def test_the_guest_sends_no_more(rig: Rig) -> None:
-    """The host reads the end, after all data, and may still send."""
+    """When the guest shuts down sending, the host reads the end after all data, and may send."""
     stream, sock = rig.from_guest()
     stream.write(b"last")
     stream.shut(Shutdown.SEND)
@@ -256,7 +256,7 @@ def test_the_guest_sends_no_more(rig: Rig) -> None:
 
 
 def test_the_guest_receives_no_more(rig: Rig) -> None:
-    """The host's next write fails, and the guest may still send."""
+    """When the guest shuts down receiving, the host's next write fails; the guest may send."""
     stream, sock = rig.from_guest()
     stream.shut(Shutdown.RECEIVE)
     with pytest.raises(BrokenPipeError):
@@ -267,7 +267,7 @@ def test_the_guest_receives_no_more(rig: Rig) -> None:
 
 
 def test_the_guest_closes(rig: Rig) -> None:
-    """It is answered with RST at once; what it sent before is written without it."""
+    """A close of the guest gets RST at once; its earlier data still reach the host."""
     stream, sock = rig.from_guest()
     data = bytes(range(256)) * 256
     sent = bytearray()
@@ -287,7 +287,7 @@ def test_the_guest_closes(rig: Rig) -> None:
 
 
 def test_ends_in_two_steps(rig: Rig) -> None:
-    """RECEIVE after SEND is both, though each packet says one."""
+    """RECEIVE after SEND counts as both, though each packet has one."""
     stream, sock = rig.from_guest()
     stream.shut(Shutdown.SEND)
     stream.shut(Shutdown.RECEIVE)
@@ -296,7 +296,7 @@ def test_ends_in_two_steps(rig: Rig) -> None:
 
 
 def test_the_host_sends_no_more(rig: Rig) -> None:
-    """The guest is told after all data, and may still send."""
+    """When the host shuts down sending, the guest learns it after all data, and may still send."""
     stream, sock = rig.from_guest()
     sock.send(b"last")
     sock.shutdown(socket.SHUT_WR)
@@ -312,7 +312,7 @@ def test_the_host_sends_no_more(rig: Rig) -> None:
 
 
 def test_the_host_closes(rig: Rig) -> None:
-    """The guest gets what was sent before, then hears that nothing is sent or received."""
+    """When the host closes, the guest gets all data, then both shutdowns."""
     stream, sock = rig.from_guest()
     sock.send(b"last")
     sock.close()
@@ -327,7 +327,7 @@ def test_the_host_closes(rig: Rig) -> None:
 
 
 def test_data_for_a_host_that_is_gone(rig: Rig) -> None:
-    """The guest hears that nobody receives; what it sends does not use its credit up."""
+    """A guest whose receiver is gone is told, and its later data use no credit."""
     stream, sock = rig.from_guest()
     sock.shutdown(socket.SHUT_RD)
     stream.write(b"x")
@@ -340,7 +340,7 @@ def test_data_for_a_host_that_is_gone(rig: Rig) -> None:
 
 
 def test_a_host_that_never_reads_is_no_room_for_others() -> None:
-    """So many connections and no more; one that the guest has ended is no obstacle."""
+    """Connections that the host never reads are limited; ended ones do not count."""
     rig = Rig(buffers=32)
     rig.driver.offer()
     for number in range(CONNECTIONS_MAX):
@@ -350,7 +350,7 @@ def test_a_host_that_never_reads_is_no_room_for_others() -> None:
     rig.driver.send(Op.REQUEST, (1, 7))
     assert ops(rig.driver.packets()) == [Op.RST]
     assert ended(rig.connect())
-    rig.dialled[3].close()  # of which the guest takes no notice
+    rig.dialled[3].close()  # the guest does not react
     rig.serve()
     assert ops(rig.driver.packets()) == [Op.SHUTDOWN]
     rig.driver.offer()
@@ -360,12 +360,12 @@ def test_a_host_that_never_reads_is_no_room_for_others() -> None:
     rig.close()
 
 
-# What no guest should send
+# Packets that no guest should send
 
 
 @pytest.mark.parametrize("op", [Op.RESPONSE, Op.SHUTDOWN, Op.RW, Op.CREDIT_UPDATE, 0, 8, 0xFFFF])
 def test_packets_of_no_connection(rig: Rig, op: int) -> None:
-    """They are answered with RST; a RST is not."""
+    """A packet without a connection is answered with RST; a RST is not."""
     rig.driver.send(op, (5, 6))
     (packet,) = rig.driver.packets()
     assert (packet.op, packet.header.src_port, packet.header.dst_port) == (Op.RST, 6, 5)
@@ -375,7 +375,7 @@ def test_packets_of_no_connection(rig: Rig, op: int) -> None:
 
 @pytest.mark.parametrize("op", [Op.REQUEST, Op.RESPONSE, 0, 8, 0xFFFF])
 def test_packets_that_end_a_connection(rig: Rig, op: int) -> None:
-    """What cannot be said on an open connection ends it."""
+    """An operation that an open connection does not allow ends it."""
     stream, sock = rig.from_guest()
     rig.driver.send(op, stream.ports)
     assert ops(rig.driver.packets()) == [Op.RST]
@@ -384,7 +384,7 @@ def test_packets_that_end_a_connection(rig: Rig, op: int) -> None:
 
 @pytest.mark.parametrize("op", [Op.RW, Op.SHUTDOWN, Op.CREDIT_UPDATE, Op.CREDIT_REQUEST])
 def test_packets_before_the_guest_has_accepted(rig: Rig, op: int) -> None:
-    """It has to answer the request first."""
+    """A packet before the guest's answer to the request ends the connection."""
     sock = rig.connect()
     (request,) = rig.driver.packets()
     rig.driver.send(op, (22, request.header.src_port))
@@ -394,7 +394,7 @@ def test_packets_before_the_guest_has_accepted(rig: Rig, op: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 4, 6, 0xFFFF_FFFF])
 def test_a_length_that_is_not_the_datas(rig: Rig, length: int) -> None:
-    """Fewer bytes than are there are taken; more than are there end the connection."""
+    """A length below the data's takes fewer bytes; one above ends the connection."""
     stream, sock = rig.from_guest()
     rig.driver.send(Op.RW, stream.ports, b"12345", length=length)
     if length < 5:
@@ -406,7 +406,7 @@ def test_a_length_that_is_not_the_datas(rig: Rig, length: int) -> None:
 
 
 def test_other_addresses_and_types(rig: Rig) -> None:
-    """What is not for the host, or no stream, is refused; what another guest says is ignored."""
+    """Other types or targets are refused; packets from another address are ignored."""
     stream, sock = rig.from_guest()
     for fields in ({"dst_cid": 9}, {"dst_cid": 1 << 63}, {"type": 2}, {"type": 0xFFFF}):
         rig.driver.send(Op.REQUEST, PORTS, b"", **fields)
@@ -426,7 +426,7 @@ def test_other_addresses_and_types(rig: Rig) -> None:
 
 
 def test_a_flood_without_room_for_replies() -> None:
-    """Packets that need replies stay in the guest's queue while there is no room for those."""
+    """Packets that need replies stay in the guest's queue while there is no room for replies."""
     rig = Rig()
     for number in range(REPLIES_MAX + 40):
         rig.driver.send(Op.RW, (number, 5))
@@ -445,7 +445,7 @@ def test_a_flood_without_room_for_replies() -> None:
 
 @pytest.mark.parametrize("size", [1, HEADER_SIZE - 1, HEADER_SIZE])
 def test_receive_buffers_without_room(size: int) -> None:
-    """A buffer that has no room for data is the driver's fault; all connections end."""
+    """A buffer without room for data is the driver's fault; all connections end."""
     rig = Rig()
     waiting = rig.connect()
     rig.queues[RECEIVE_QUEUE].add((0x20000, size, True))
@@ -457,7 +457,7 @@ def test_receive_buffers_without_room(size: int) -> None:
 
 
 def test_headers_and_data_divided_in_any_way(rig: Rig) -> None:
-    """A packet may lie in buffers of any sizes, in both directions."""
+    """A packet may be in buffers of any sizes, in both directions."""
     stream, sock = rig.from_guest()
     memory = rig.memory.bytes
     packet = Header(CID, HOST_CID, *PORTS, 6, STREAM, Op.RW, 0, 1 << 20, 0).pack() + b"pieces"
@@ -483,7 +483,7 @@ def test_headers_and_data_divided_in_any_way(rig: Rig) -> None:
 
 
 def test_a_restored_guest_is_told() -> None:
-    """TRANSPORT_RESET as soon as there is a buffer; what it still sends is refused."""
+    """A restored guest gets TRANSPORT_RESET at its first buffer; its old packets are refused."""
     rig = Rig()
     rig.device.restore(VsockState(CID))
     rig.driver.offer()
@@ -501,7 +501,7 @@ def test_a_restored_guest_is_told() -> None:
 
 
 def test_a_guest_without_a_driver_is_not_told() -> None:
-    """Who starts after the restore has no connections that could be gone."""
+    """A guest without a driver at the restore gets no event."""
     rig = Rig(is_started=False)
     rig.device.restore(VsockState(CID))
     rig.device.start(0)
@@ -511,13 +511,13 @@ def test_a_guest_without_a_driver_is_not_told() -> None:
 
 
 def test_a_state_of_another_address(rig: Rig) -> None:
-    """It is refused."""
+    """A state with another address is refused."""
     with pytest.raises(StateError, match=r"^cid: 4 is not this device's, 3$"):
         rig.device.restore(VsockState(4))
 
 
 def test_another_machine(rig: Rig) -> None:
-    """A copy leaves the connections, and its guest is told."""
+    """A copy drops the connections, and its guest is told."""
     _stream, sock = rig.from_guest()
     waiting = rig.connect()
     rig.device.become_another()
@@ -530,7 +530,7 @@ def test_another_machine(rig: Rig) -> None:
 
 
 def test_a_reset_ends_everything(rig: Rig) -> None:
-    """The driver starts anew, without connections, and with new queues."""
+    """After a reset the driver starts again, without connections, and with new queues."""
     _stream, sock = rig.from_guest()
     rig.device.reset()
     assert ended(sock)
@@ -554,7 +554,7 @@ def test_a_reset_ends_everything(rig: Rig) -> None:
     room=st.sampled_from([100, 5000, 1 << 18]),
 )
 def test_no_byte_is_lost(steps: list[tuple[str, int]], room: int) -> None:
-    """Whatever the order in which both sides write and read, both read what was written."""
+    """In any order of writes and reads, both sides read all written data."""
     rig = Rig()
     rig.driver.offer()
     rig.driver.send(Op.REQUEST, PORTS, buf_alloc=room)

@@ -12,7 +12,7 @@ from vmm_kvm.virtio.vsock import RECEIVE_QUEUE, VirtioVsock, VsockSpec
 from vmm_kvm.virtio.vsock_packet import Op
 
 PORTS = (1024, 7)
-"""The guest's, and the host's that the guest connects to."""
+"""The guest's port, and the host's port that the guest connects to."""
 
 
 class Rig:
@@ -25,7 +25,7 @@ class Rig:
         }
         self.sides = {index: queue.device(self.memory) for index, queue in self.queues.items()}
         self.dialled: list[socket.socket] = []
-        """The host's ends of what the guest has opened."""
+        """The host's ends of the guest's connections."""
         self.opened: list[socket.socket] = []
         self.device = VirtioVsock(VsockSpec(CID, self._dial))
         self.device.attach(self)
@@ -53,7 +53,7 @@ class Rig:
     # The transport
 
     def notify(self, _index: int) -> None:
-        """Serve all queues, as a worker's thread would, until nobody asks for more."""
+        """Serve all queues, as a worker's thread would, until none asks for more."""
         self._is_due = True
         if self._is_serving:
             return
@@ -72,7 +72,7 @@ class Rig:
         self.device.process(index, queue)
 
     def serve(self) -> None:
-        """Look at the sockets, as their events would have it."""
+        """Serve the sockets, as at their events."""
         self.notify(RECEIVE_QUEUE)
 
     def config_changed(self) -> None:
@@ -80,12 +80,12 @@ class Rig:
         raise AssertionError
 
     def watch(self, _fd: int, _index: int) -> None:
-        """`serve` is called by hand."""
+        """Ignore it: tests call `serve`."""
 
     def unwatch(self, _fd: int) -> None:
-        """The same."""
+        """Ignore it."""
 
-    # What tests begin with
+    # First steps of tests
 
     def connect(self, port: int = 22) -> socket.socket:
         """Connect to the guest; returns the host's end."""

@@ -1,4 +1,4 @@
-"""A daemon that answers as a test says, and checks every request as the real one does."""
+"""A daemon that answers as a test wants, and checks every request as the real one does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FakeDaemon:
     """Serves one connection after the other on a thread; a context manager."""
 
     def __init__(self, path: Path, answer: Callable[[AnyRequest], Answers]) -> None:
-        """Listen at `path`; `answer` returns answers, with descriptors that become its own."""
+        """Listen at `path`; `answer` returns answers, with descriptors that it then owns."""
         self.requests: list[AnyRequest] = []
         self.fd_counts: list[int] = []
         self._answer = answer

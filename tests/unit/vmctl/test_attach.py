@@ -1,4 +1,4 @@
-"""The console: both directions, escapes on a terminal, and reboots that are not noticed."""
+"""The console: both directions, escapes on a terminal, and reboots that do not show."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEAVE = b"\r~."
 
 
 class Vm:
-    """The far end of a console: what it has shown, and the stream of the moment."""
+    """The far end of a console: its output so far, and the current stream."""
 
     def __init__(self) -> None:
         self.history = b""
@@ -38,7 +38,7 @@ class Vm:
         self.is_running = True
 
     def answer(self, request: AnyRequest) -> Answers:
-        """Open a console: what was shown comes first."""
+        """Open a console: earlier output comes first."""
         if not self.is_running:
             return [Failed(code=ErrorCode.NOT_RUNNING)]
         if type(request).__name__ == "Start":
@@ -54,12 +54,12 @@ class Vm:
         return [(opened, [theirs.detach()])]
 
     def show(self, data: bytes) -> None:
-        """Say something."""
+        """Print something."""
         self.history += data
         self.streams[-1].send(data)
 
     def end(self, missed: bytes = b"") -> None:
-        """Let the process end; the next one has said `missed` before anybody looked."""
+        """Let the process end; the next one has printed `missed` before the console attaches."""
         self.history += missed
         self.streams[-1].close()
 
@@ -70,12 +70,12 @@ class Vm:
 
 
 def attach(*arguments: str, is_tty: bool = True) -> ConsoleProcess:
-    """Start `vmctl` with these arguments; VMD_SOCKET says where the daemon is."""
+    """Start `vmctl` with these arguments; VMD_SOCKET gives the daemon's socket."""
     return ConsoleProcess([str(VMCTL), *arguments], is_tty=is_tty)
 
 
 def test_a_console_on_a_terminal(serve: Serve) -> None:
-    """What was shown is shown, what is typed arrives, escapes stay here."""
+    """Earlier output is shown, typed input arrives, escapes stay here."""
     vm = Vm()
     vm.history = b"login: "
     serve(vm.answer)
@@ -96,7 +96,7 @@ def test_a_console_on_a_terminal(serve: Serve) -> None:
 
 
 def test_a_console_survives_reboots(serve: Serve) -> None:
-    """The stream ends, another begins, and nothing is lost or shown twice."""
+    """One stream ends, another begins, and no output is lost or shown twice."""
     vm = Vm()
     serve(vm.answer)
     with attach("console", "web", is_tty=False) as console:
@@ -115,7 +115,7 @@ def test_a_console_survives_reboots(serve: Serve) -> None:
 
 
 def test_a_terminal_is_given_back(serve: Serve) -> None:
-    """The hint comes behind what was shown of late; leaving undoes what the guest has changed."""
+    """The hint follows earlier output; at the end the guest's changes are undone."""
     vm = Vm()
     vm.history = b"\x1b[?7l\x1b[?25l" + b"line\r\n" * 500 + b"\x1b[?25hlogin: "
     serve(vm.answer)
@@ -138,7 +138,7 @@ def test_a_terminal_is_given_back(serve: Serve) -> None:
 
 
 def test_what_was_missed_is_missing(serve: Serve) -> None:
-    """Where more was said between two streams than is kept, the rest of it is shown."""
+    """If more was printed between two streams than the history holds, only its rest is shown."""
     vm = Vm()
     serve(vm.answer)
     with attach("console", "web", is_tty=False) as console:
@@ -161,7 +161,7 @@ def test_what_was_missed_is_missing(serve: Serve) -> None:
 
 
 def test_a_slow_repetition_is_not_shown_again(serve: Serve) -> None:
-    """After a reboot what is repeated may take its time: it is no news for all that."""
+    """After a reboot repeated output may come slowly, and still is not shown again."""
     vm = Vm()
     serve(vm.answer)
     with attach("console", "web", is_tty=False) as console:
@@ -185,7 +185,7 @@ def test_a_slow_repetition_is_not_shown_again(serve: Serve) -> None:
 
 
 def test_an_answer_without_a_stream(serve: Serve) -> None:
-    """A console without its descriptor, or with two, is one line."""
+    """A console without its descriptor, or with two, is one line of error."""
     counts = iter([0, 0, 2, 2])
 
     def answer(_: AnyRequest) -> Answers:
@@ -200,7 +200,7 @@ def test_an_answer_without_a_stream(serve: Serve) -> None:
 
 
 def test_start_attaches(serve: Serve, tmp_path: Path) -> None:
-    """With -c the console of what was started follows."""
+    """With -c the console of the started VM follows."""
     del tmp_path
     vm = Vm()
     vm.history = b"booting"
@@ -213,7 +213,7 @@ def test_start_attaches(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_status_on_a_terminal(serve: Serve) -> None:
-    """People get a table with colours, of the same cells."""
+    """On a terminal the table has colours, and the same cells."""
     vm = VmInfo(id=1, name="web[1]", state=State.RUNNING, cpus=2, memory=1 << 30, pid=71234)
     serve(lambda _: [Vms(vms=(vm,))])
     with ConsoleProcess(

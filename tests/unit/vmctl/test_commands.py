@@ -1,4 +1,4 @@
-"""The commands: what each asks of the daemon, and what it says of the answer."""
+"""The commands: each one's request to the daemon, and its report of the answer."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ STARTED = Started(id=7, pid=700, tty="/dev/pts/7")
 
 
 def failed(code: ErrorCode, message: str = "") -> Failed:
-    """Return an answer that something failed."""
+    """Return a failed answer."""
     return Failed(code=code, message=message)
 
 
@@ -221,7 +221,7 @@ def test_requests_and_texts(  # noqa: PLR0917 - fixtures come by name
     serve: Serve,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One request, as the daemon understands it; OpenBSD's text and exit status for the answer."""
+    """Each command sends one request; the answer has OpenBSD's text and exit status."""
     daemon = serve(lambda _: [answer])
     assert vmctl(arguments.split()) == status
     assert daemon.requests == [request_]
@@ -243,7 +243,7 @@ def test_requests_and_texts(  # noqa: PLR0917 - fixtures come by name
 def test_status(
     arguments: list[str], expected: str, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """OpenBSD's columns; what the VM is called picks rows, and never makes it fail."""
+    """Status has OpenBSD's columns; a name picks rows, and never makes it fail."""
     serve(lambda _: [Vms(vms=(WEB,), has_more=True), Vms(vms=(DB,))])
     for verb in ("status", "show", "stat"):
         assert vmctl([verb, *arguments]) == 0
@@ -257,14 +257,14 @@ def test_status_of_nothing(
     serve: Serve,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Where there is no VM at all, or none that runs, the exit status is 1."""
+    """If there is no VM at all, or none that runs, the exit status is 1."""
     serve(lambda _: [Vms(vms=vms)])
     assert vmctl(["status", *arguments]) == 1
     assert capsys.readouterr() == (HEADER, "")
 
 
 def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """The fields are the protocol's."""
+    """Status as JSON has the protocol's fields."""
     serve(lambda _: [Vms(vms=(WEB, DB))])
     assert vmctl(["status", "--json", "db"]) == 0
     (vm,) = json.loads(capsys.readouterr().out)
@@ -314,7 +314,7 @@ INTERFACE = InterfaceInfo(
 
 
 def test_show(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a name, the interfaces follow the row; without one, nothing does."""
+    """With a name, the VM's details follow the row; without one, nothing does."""
     stopped = InterfaceInfo(lladdr="fe:e1:bb:d2:00:01", switch="uplink", rdomain=0, is_up=False)
     web = replace(WEB, interfaces=(INTERFACE, stopped))
     daemon = serve(lambda _: [Vms(vms=(web, DB))])
@@ -376,7 +376,7 @@ def test_json_of_what_has_become_of_a_vm(
     serve: Serve,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One line with the same fields each time, whatever came of it."""
+    """The outcome is one line of JSON with the same fields each time."""
     serve(lambda _: [answer])
     verb, rest = line.split(" ", 1)
     status = vmctl([verb, "--json", *rest.split()])
@@ -433,7 +433,7 @@ def test_start_with_everything(
 
 
 def test_start_warns(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a VM will lack, or how much memory it really gets, is said; it starts."""
+    """A warning names what a VM will lack, or its real amount of memory; it starts."""
     serve(lambda _: [STARTED])
     assert vmctl(["start", "-m", "1025K", "-d", "/etc/passwd", "web"]) == 0
     assert capsys.readouterr().err == (
@@ -450,14 +450,14 @@ def test_start_warns(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_ids(word: str, errors: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What can be neither id nor name is refused by every command alike."""
+    """Every command refuses a word that is neither id nor name."""
     for verb in ("start", "stop", "pause", "unpause", "wait", "console", "status"):
         assert vmctl([verb, word]) == 1
         assert capsys.readouterr().err == "".join(f"vmctl: {one}\n" for one in errors.split("\n"))
 
 
 def test_large_numbers_are_names(serve: Serve) -> None:
-    """A number that no id can be is a name."""
+    """A number too large for an id is a name."""
     daemon = serve(lambda _: [Done(id=1)])
     assert vmctl(["pause", "4294967295"]) == 0
     assert vmctl(["pause", "4294967296"]) == 0
@@ -467,7 +467,7 @@ def test_large_numbers_are_names(serve: Serve) -> None:
 def test_no_daemon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where nobody listens, every command says where it has looked."""
+    """If no daemon listens, every command names the socket that it has tried."""
     monkeypatch.setenv("VMD_SOCKET", str(tmp_path / "none"))
     for arguments in (["status"], ["stop", "x"], ["reload"], ["events"], ["top"], ["console", "x"]):
         assert vmctl(arguments) == 1
@@ -480,7 +480,7 @@ def test_no_daemon(
 
 
 def test_a_daemon_that_goes_away(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """An answer that never comes is an error, not a hang or a traceback."""
+    """A missing answer is an error, not a hang or a traceback."""
 
     def leave(_: AnyRequest) -> list[AnyAnswer]:
         raise ChannelError("gone")
@@ -492,7 +492,7 @@ def test_a_daemon_that_goes_away(serve: Serve, capsys: pytest.CaptureFixture[str
 
 
 def test_another_version(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """A daemon that speaks another version says so."""
+    """A daemon with another version of the protocol says so."""
     serve(lambda _: [failed(ErrorCode.VERSION, "this daemon speaks version 2")])
     assert vmctl(["pause", "web"]) == 1
     assert capsys.readouterr().err == (
@@ -508,7 +508,7 @@ def an_event(kind: EventKind, message: str = "") -> Event:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_events(as_json: bool, serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each event, until the daemon ends; a terminal obeys nothing of it."""
+    """Each event is a line, until the daemon ends; control characters are escaped."""
     daemon = serve(
         lambda _: [
             Done(),
@@ -537,7 +537,7 @@ def test_events(as_json: bool, serve: Serve, capsys: pytest.CaptureFixture[str])
 
 
 def test_wait_for_a_state(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """It looks again after each event, and ends when the state is there."""
+    """The command looks again after each event, and ends at the state."""
     states = iter([State.WAITING, State.WAITING, State.RUNNING])
 
     def answer(request: AnyRequest) -> list[AnyAnswer]:
@@ -572,7 +572,7 @@ def test_wait_for_a_state(serve: Serve, capsys: pytest.CaptureFixture[str]) -> N
 def test_wait_ends(
     options: list[str], status: int, errors: str, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A time-out has the status that it has everywhere; what makes no sense is a failure."""
+    """A time-out has its usual status; an impossible wait is a failure."""
 
     def answer(request: AnyRequest) -> list[AnyAnswer]:
         if isinstance(request, Wait):
@@ -587,7 +587,7 @@ def test_wait_ends(
 
 
 def test_wait_for_a_vm_that_is_not_there(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """What does not exist is stopped, and will not run."""
+    """A VM that does not exist counts as stopped, and will not run."""
     serve(lambda request: [Done() if isinstance(request, Events) else Vms(vms=())])
     assert vmctl(["wait", "--for", "stopped", "web"]) == 0
     assert vmctl(["wait", "--for", "running", "web"]) == 1
@@ -597,7 +597,7 @@ def test_wait_for_a_vm_that_is_not_there(serve: Serve, capsys: pytest.CaptureFix
 
 
 def test_top(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rates are differences by time; nothing is known of a VM at its first sight."""
+    """Rates are differences by time; a VM that is new has none."""
     samples = iter(range(1, 10))
 
     def answer(_: AnyRequest) -> list[AnyAnswer]:
@@ -643,7 +643,7 @@ def test_top(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
 def test_names_are_checked_first(
     name: str, errors: str | None, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What no VM can be called is refused in OpenBSD's words, before the daemon is asked."""
+    """Impossible names are refused in OpenBSD's words, before the daemon is asked."""
     daemon = serve(lambda _: [STARTED])
     assert vmctl(["start", name]) == (0 if errors == "" else 1)
     if errors:
@@ -677,7 +677,7 @@ def test_long_names_are_told_in_words(
 
 
 def test_a_dot_is_a_local_interface(serve: Serve) -> None:
-    """As in OpenBSD, where -L is -n with a dot."""
+    """As in OpenBSD, -L is -n with a dot."""
     daemon = serve(lambda _: [STARTED])
     assert vmctl(["start", "-b", "/etc/passwd", "-n", ".", "-n", "uplink", "x"]) == 0
     (request,) = daemon.requests
@@ -692,7 +692,7 @@ def test_a_dot_is_a_local_interface(serve: Serve) -> None:
 def test_wait_in_its_own_words(
     options: list[str], serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A VM that does not run cannot be waited for; it is not said that it cannot be stopped."""
+    """A wait for a stopped VM fails in its own words, not in those of a stop."""
     serve(lambda _: [failed(ErrorCode.NOT_RUNNING)])
     assert vmctl(["wait", *options, "web"]) == 1
     text = "waiting for vm web: cannot wait for vm that is not running\n"
@@ -702,7 +702,7 @@ def test_wait_in_its_own_words(
 def test_a_path_that_is_no_text(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The daemon cannot be told of it, which is said; the protocol is JSON."""
+    """A path that JSON cannot hold is refused with a line."""
     path = tmp_path / "vm\udcff.conf"
     path.write_bytes(b"x")
     daemon = serve(lambda _: [STARTED])
@@ -716,7 +716,7 @@ def test_a_path_that_is_no_text(
 def test_who_may_connect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the socket is there and not for this user, the group that may is named."""
+    """If this user may not use the socket, the message names the group that may."""
     path = tmp_path / "vmd.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
@@ -732,7 +732,7 @@ def test_who_may_connect(
         if os.getuid() == 0:
             assert may_connect(str(path)) == told
     monkeypatch.setenv("VMD_SOCKET", str(path))
-    assert vmctl(["status"]) == 1  # nobody listens
+    assert vmctl(["status"]) == 1  # no daemon listens
     assert capsys.readouterr().err.splitlines()[1].startswith("vmctl: vmd is not running: ")
     monkeypatch.setenv("VMD_SOCKET", f"{tmp_path}/{'x' * 200}")
     assert vmctl(["status"]) == 1

@@ -1,4 +1,4 @@
-"""Completion in bash, zsh and fish: verbs, options and names of VMs, as they are."""
+"""Completion in bash, zsh and fish: verbs, options and names of VMs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABLE = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME"
 
 
 def complete(line: str) -> set[str]:
-    """Return what bash offers for the last word of a line, with two VMs on the host."""
+    """Return bash's offers for the last word of a line, with two VMs on the host."""
     words = line.split(" ")
     quoted = " ".join(f"'{word}'" for word in words)
     program = f"""
@@ -70,12 +70,12 @@ def complete(line: str) -> set[str]:
     ],
 )
 def test_completion(line: str, offered: set[str]) -> None:
-    """What fits is offered, and nothing else."""
+    """All fitting words are offered, and no others."""
     assert {one for one in complete(line) if one != "/etc/passwd-"} == offered - {"/etc/passwd-"}
 
 
 def test_completion_knows_every_verb_and_option() -> None:
-    """All verbs are offered, and of each every option."""
+    """All verbs are offered, and every option of each."""
     assert complete("vmctl ") == {*names(), "-v", "--help", "--version"}
     for name, verb in VERBS.items():
         options = {option.name for option in verb.taken}
@@ -84,7 +84,7 @@ def test_completion_knows_every_verb_and_option() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_completions_are_made_of_the_table(name: str) -> None:
-    """What is in completions/ is what scripts/completions.py makes."""
+    """The files in completions/ equal the output of scripts/completions.py."""
     made = (ROOT / "completions" / name).read_text()
     assert made == FILES[name](), "run python scripts/completions.py"
 
@@ -113,7 +113,7 @@ def test_completions_are_no_syntax_error(shell: str, name: str) -> None:
     ],
 )
 def test_fish_completes(line: str, offered: set[str], tmp_path: Path) -> None:
-    """Fish offers what fits."""
+    """Fish offers the fitting words."""
     if shutil.which("fish") is None:
         pytest.skip("fish is not installed")
     program = tmp_path / "vmctl"

@@ -1,4 +1,4 @@
-"""`vmctl cp` with an agent on this host: both ways, and what a hostile one is denied."""
+"""`vmctl cp` with an agent on this host: both ways, and bounds for a hostile one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Iterator[str]:
-    """What names a guest on a command line, which is this host."""
+    """The name of a guest on a command line; the guest is this host."""
     with Vsock(tmp_path / "vsock"):
         yield f"{tmp_path}/vsock"
 
@@ -47,7 +47,7 @@ def _is_silent(done: subprocess.CompletedProcess[bytes]) -> bool:
 
 
 def _tree(top: Path) -> dict[str, object]:
-    """Return all that is below a directory: kinds, modes, contents, targets."""
+    """Return all files below a directory: kinds, modes, contents, targets."""
     found: dict[str, object] = {}
     for path in sorted(top.rglob("*")):
         name = str(path.relative_to(top))
@@ -83,7 +83,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_file_in_and_out(guest: str, tmp_path: Path) -> None:
-    """A file that goes in and comes out is the same, under the name that is asked for."""
+    """A file that goes in and comes out is unchanged, under the requested name."""
     data = os.urandom(3 * MIB + 17)
     (tmp_path / "a").write_bytes(data)
     (tmp_path / "a").chmod(0o751)
@@ -96,7 +96,7 @@ def test_a_file_in_and_out(guest: str, tmp_path: Path) -> None:
 
 
 def test_into_a_directory(guest: str, tmp_path: Path) -> None:
-    """Where the target is a directory, the copy has the source's name in it."""
+    """If the target is a directory, the copy gets the source's name in it."""
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "a").write_text("one")
@@ -106,7 +106,7 @@ def test_into_a_directory(guest: str, tmp_path: Path) -> None:
 
 
 def test_a_file_is_replaced(guest: str, tmp_path: Path) -> None:
-    """One that is there keeps its mode, here, and is replaced as a whole."""
+    """A file that exists keeps its mode, here, and is replaced as a whole."""
     (tmp_path / "a").write_text("new")
     (tmp_path / "b").write_text("old and longer")
     (tmp_path / "b").chmod(0o600)
@@ -127,7 +127,7 @@ def test_streams(guest: str, tmp_path: Path) -> None:
 
 
 def test_tar_streams(guest: str, tree: Path, tmp_path: Path) -> None:
-    """A tree is written as a tar stream, which can be unpacked in a guest again."""
+    """A tree is written as a tar stream, which a guest can unpack again."""
     done = _cp("-r", f"{guest}:{tree}", "-")
     assert (done.returncode, done.stderr) == (0, b"")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
@@ -138,7 +138,7 @@ def test_tar_streams(guest: str, tree: Path, tmp_path: Path) -> None:
 
 
 def test_a_tree_in_and_out(guest: str, tree: Path, tmp_path: Path) -> None:
-    """A tree is the same after both ways; sockets are left out; a name is the target's."""
+    """A tree is unchanged after both ways; sockets are left out; a name is the target's."""
     before = _tree(tree)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tree / "socket"))
@@ -149,7 +149,7 @@ def test_a_tree_in_and_out(guest: str, tree: Path, tmp_path: Path) -> None:
 
 
 def test_a_tree_into_a_directory(guest: str, tree: Path, tmp_path: Path) -> None:
-    """Where the target is a directory, the tree is in it; with a dot at its end, what it holds."""
+    """In a directory the tree gets its name; with a dot at its end, its contents go there."""
     for name in ("in", "out", "dot"):
         (tmp_path / name).mkdir()
     assert _is_silent(_cp("-r", tree, f"{guest}:{tmp_path}/in"))
@@ -160,7 +160,7 @@ def test_a_tree_into_a_directory(guest: str, tree: Path, tmp_path: Path) -> None
 
 
 def test_a_tree_over_another(guest: str, tree: Path, tmp_path: Path) -> None:
-    """Files are replaced, what is only in the target stays, and so do modes of directories."""
+    """Files are replaced; other files of the target stay, and so do modes of directories."""
     out = tmp_path / "out"
     (out / "tree" / "d0").mkdir(parents=True)
     (out / "tree" / "d0").chmod(0o700)
@@ -176,7 +176,7 @@ def test_a_tree_over_another(guest: str, tree: Path, tmp_path: Path) -> None:
 
 
 def test_links_that_lead_out(guest: str, tmp_path: Path) -> None:
-    """A link that leads out of what is copied is left out, with a line and status 1."""
+    """A link that leads out of the tree is left out, with a line and status 1."""
     top = tmp_path / "top"
     (top / "d" / "e").mkdir(parents=True)
     targets = {
@@ -216,7 +216,7 @@ def test_links_that_lead_out(guest: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_copied(guest: str, tmp_path: Path, words: Sequence[str], told: str) -> None:
-    """One line, status 1, and nothing half made is left."""
+    """What cannot be copied is one line and status 1, and nothing half made is left."""
     top = tmp_path / "top"
     top.mkdir()
     (top / "a").write_text("x" * 100)
@@ -231,7 +231,7 @@ def test_what_cannot_be_copied(guest: str, tmp_path: Path, words: Sequence[str],
 
 
 def _answering(path: Path, answer: bytes) -> threading.Thread:
-    """Have an agent at `path` that says this once."""
+    """Run an agent at `path` that sends this once."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen()
@@ -259,7 +259,7 @@ def _answering(path: Path, answer: bytes) -> threading.Thread:
     ],
 )
 def test_half_a_file(tmp_path: Path, answer: bytes) -> None:
-    """A file whose end the agent does not tell leaves nothing, and one that was there stays."""
+    """A file whose end the agent does not send leaves nothing, and an existing one stays."""
     (tmp_path / "old").write_text("old")
     for number, name in enumerate(("old", "new")):
         thread = _answering(tmp_path / f"vsock{number}", answer)
@@ -272,7 +272,7 @@ def test_half_a_file(tmp_path: Path, answer: bytes) -> None:
 
 
 def test_a_hostile_name_for_a_file(tmp_path: Path) -> None:
-    """The name of a copy is of the command line, and set-user-ID of nobody's."""
+    """The command line chooses the copy's name, and set-user-ID bits are dropped."""
     thread = _answering(
         tmp_path / "vsock", frame(Kind.OUTPUT, b"data") + frame(Kind.DONE, b'{"name": "../evil"}')
     )
@@ -325,7 +325,7 @@ FILE, FOLDER, SYMLINK = tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE
     ],
 )
 def test_hostile_trees(tmp_path: Path, archive: bytes, told: str) -> None:
-    """Nothing is written but below the target, through no link, old or new."""
+    """Nothing is written outside the target, through no link, old or new."""
     (tmp_path / "victim").write_text("victim")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "to" / "out").mkdir(parents=True)
@@ -344,7 +344,7 @@ def test_hostile_trees(tmp_path: Path, archive: bytes, told: str) -> None:
 
 
 def test_a_file_in_the_place_of_a_link(tmp_path: Path) -> None:
-    """A file that has the name of a link replaces the link, and not what it leads to."""
+    """A file with the name of a link replaces the link, not the link's target."""
     (tmp_path / "victim").write_text("victim")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").symlink_to("../victim")

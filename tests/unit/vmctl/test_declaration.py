@@ -22,7 +22,7 @@ Reading = tuple[str, Values, list[str]]
 
 
 def _by_typer(arguments: list[str]) -> Reading | None:
-    """Return what typer makes of a command line; None if it refuses it."""
+    """Return typer's reading of a command line; None if it refuses it."""
     seen: list[Reading] = []
 
     def remember(verb: Verb, given: dict[str, object]) -> None:
@@ -68,17 +68,17 @@ def _lines(draw: st.DrawFn) -> list[str]:
 @example(["image", "resize", "-"])
 @settings(max_examples=400)
 def test_both_readings_agree(line: list[str]) -> None:
-    """Whatever a command line has, both understand the same, or neither understands anything."""
+    """For any command line both readings agree, or both refuse it."""
     ours, typers = _by_us(line), _by_typer(line)
     verb = VERBS[line[0] if line[0] in VERBS else " ".join(line[:2])]
     if ours is None and typers is not None and not verb.least <= len(typers[2]) <= verb.most:
-        return  # typer knows whether a word has to be there; how many may be only we know
+        return  # typer knows whether an operand must be there; only we know how many may be
     assert ours == typers
 
 
 @pytest.mark.parametrize("name", sorted(VERBS))
 def test_every_option_is_understood(name: str) -> None:
-    """Each option alone, with a value where it has one, is read as the table says."""
+    """Each option alone, with a value if it has one, is read as the table says."""
     words = ["x"] * VERBS[name].least
     for option in VERBS[name].taken:
         line = [*name.split(), option.name, *(["value"] if option.value else []), *words]
@@ -93,14 +93,14 @@ def test_every_option_is_understood(name: str) -> None:
 def test_records_have_the_fields_of_the_table(
     name: str, options: type[RunOptions | StartOptions]
 ) -> None:
-    """What is read of a long verb is a record with the same fields."""
+    """A long verb is read as a record with the table's fields."""
     fields = {option.field for option in VERBS[name].taken}
-    # What every verb of VMs prints is no part of how one is made.
+    # Options for the output of every verb are no part of the record.
     assert set(options._fields) - {"name", "as_json"} == fields - {"as_json"}
 
 
 def test_values_joined_and_not() -> None:
-    """A value may be joined to its option; what begins with a dash is one too; -- ends options."""
+    """A value may be joined to its option, and may begin with a dash; -- ends options."""
     assert _by_us(["run", "-m256M"]) == ("run", {"memory": ("256M",)}, [])
     assert _by_us(["run", "--append=-x"]) == ("run", {"append": ("-x",)}, [])
     assert _by_us(["run", "--append", "--no-reboot"]) == ("run", {"append": ("--no-reboot",)}, [])
@@ -113,7 +113,7 @@ def test_values_joined_and_not() -> None:
 
 
 def test_options_behind_operands() -> None:
-    """Tools for old releases of OpenBSD write the name first; what follows -- is no option."""
+    """Tools for old releases of OpenBSD write the name first; after -- there is no option."""
     wanted = {"boot": ("kernel",), "console": True}
     for line in ("web -b kernel -c", "-b kernel web -c", "-b kernel -c -- web"):
         words = ["start", *line.split()]

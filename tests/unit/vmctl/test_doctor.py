@@ -1,4 +1,4 @@
-"""What the report on a host has to say, of the parts that a test can bring about."""
+"""The report on a host, as far as a test can change its parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
 def test_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Programs that networks need are found by PATH, or the package that has them is named."""
+    """Programs for networks are found by PATH, or the missing package is named."""
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "passt").write_text("#!/bin/sh\n")
     (tmp_path / "passt").chmod(0o755)
@@ -35,7 +35,7 @@ def test_the_daemon(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is told whether one listens, and if not, how to start one."""
+    """The report says whether a daemon listens, and if not, how to start one."""
     serve(lambda _: [])
     found = findings(capsys)["vmd"]
     told = f"listens at {tmp_path}/vmd.sock: only root"
@@ -49,7 +49,7 @@ def test_the_daemon(
 
 
 def test_memory_and_what_nothing_uses(capsys: pytest.CaptureFixture[str]) -> None:
-    """Memory is told; a device that no VM uses is not asked for."""
+    """Memory is reported; a device that no VM uses is not asked for."""
     found = findings(capsys)
     assert found["memory"]["detail"].endswith(" available")
     assert {"user", "tun", "seabios"} <= set(found)

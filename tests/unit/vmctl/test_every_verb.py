@@ -1,4 +1,4 @@
-"""Every verb under every condition that a shell, a terminal and a locale can bring about.
+"""Every verb under every condition that a shell, a terminal and a locale can cause.
 
 The command lines are made from the table of verbs. Commands run two at a time.
 """
@@ -84,16 +84,16 @@ LINES = {
     "top": "top -d 0.1 -n 2",
     "web": "web --port 65536",
 }
-"""Where a verb does more than what follows from the table of verbs; `{here}` is a folder with
-images in it, `{new}` the name of a file that is not there, `{vsock}` the way to a guest."""
+"""Command lines of verbs that need more than the table of verbs; `{here}` is a folder with
+images in it, `{new}` the name of a missing file, `{vsock}` the path to a guest."""
 FAILS = {"events", "gdb", "image pull", "image resize", "image rm", "receive", "run", "web"}
-"""The daemon ends, there is no such image, server, kernel or port, nothing comes that could be
-received, or the daemon here has no stream to debug by."""
+"""The daemon ends, there is no such image, server, kernel or port, no stream to receive, or no
+stream to debug by."""
 OPERANDS = {VM: "1", FILE: "{here}/disk.qcow2"}
 
 
 class Line(NamedTuple):
-    """A command line, and how it ends where nothing is in its way."""
+    """A command line, and its status without a disturbance."""
 
     words: str
     status: int
@@ -110,7 +110,7 @@ class Ended(NamedTuple):
 
 
 def vms() -> Vms:
-    """Return twelve VMs with names that begin alike."""
+    """Return twelve VMs with names that start alike."""
     return Vms(
         vms=tuple(
             VmInfo(
@@ -131,7 +131,7 @@ def vms() -> Vms:
 
 
 def answer(request: AnyRequest) -> Answers:
-    """Do what is asked."""
+    """Do the request."""
     match request:
         case Status():
             return [vms()]
@@ -153,7 +153,7 @@ def answer(request: AnyRequest) -> Answers:
         case Events():
             event = Event(kind=EventKind.STARTED, id=1, name="web", at=1e9)
             return [Done(), event, Failed(code=ErrorCode.EINTR)]
-        case Console(id=7777):  # again, when it has ended
+        case Console(id=7777):  # again, after its end
             return [Failed(code=ErrorCode.NOT_RUNNING)]
         case Console():
             theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -165,9 +165,9 @@ def answer(request: AnyRequest) -> Answers:
 
 
 def lines_of(verb: Verb) -> Iterator[str]:
-    """Yield command lines of a verb, which follow from the table: a new verb has them by itself.
+    """Yield command lines of a verb, made from the table: a new verb has them by itself.
 
-    What it does, its help, its result as JSON, and a mistake.
+    They are its work, its help, its result as JSON, and a mistake.
     """
     operand = next((OPERANDS[one] for one in verb.completes if one in OPERANDS), "web")
     count = max(verb.least, int(VM in verb.completes))
@@ -181,9 +181,9 @@ def lines_of(verb: Verb) -> Iterator[str]:
 
 @contextmanager
 def place(folder: Path) -> Iterator[dict[str, str]]:
-    """Have a disk image in a folder, and a daemon that does what it is asked.
+    """Make a folder with a disk image, and run a daemon that does each request.
 
-    Yields what names it in the environment.
+    Yields the environment that names it.
     """
     socket_path = folder / "vmd.sock"
     with FakeDaemon(socket_path, answer), Vsock(folder / "vsock", {7: ["true"]}):
@@ -205,7 +205,7 @@ _number = itertools.count()
 
 
 def words_of(line: str, here: Path) -> list[str]:
-    """Return the words of a command line, with a folder for it alone, below this one."""
+    """Return the words of a command line, with a new folder for it below this one."""
     own = here / str(next(_number))
     if "{here}" in line or "{new}" in line:
         own.mkdir()
@@ -220,13 +220,13 @@ Made = TypeVar("Made")
 
 
 def two_at_a_time(work: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
-    """Return what `work` makes of each, in order; as many processors are at hand everywhere."""
+    """Return `work` of each item, in order; two run at a time, on any machine."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(work, given))
 
 
 def run(arguments: Sequence[str | Path], **environment: str) -> Ended:
-    """Run a command with pipes; what is no UTF-8 is kept as Python does."""
+    """Run a command with pipes; bytes that are no UTF-8 become surrogates."""
     done = subprocess.run(
         arguments,
         stdin=subprocess.DEVNULL,
@@ -241,7 +241,7 @@ def run(arguments: Sequence[str | Path], **environment: str) -> Ended:
 
 
 def on_terminal(arguments: Sequence[str | Path], columns: int, rows: int = 40) -> Ended:
-    """Run a command on a terminal of its own, but for standard error, which is a pipe."""
+    """Run a command on a terminal of its own, with a pipe for standard error."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm"}
@@ -274,7 +274,7 @@ def on_terminal(arguments: Sequence[str | Path], columns: int, rows: int = 40) -
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
-    """All command lines of all verbs, and how each ends with pipes."""
+    """All command lines of all verbs, and their ends with pipes."""
     folder = tmp_path_factory.mktemp("plain")
 
     def line(words: str) -> Line:
@@ -288,14 +288,14 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
 
 
 def without_help(lines: list[Line]) -> list[Line]:
-    """Leave out the lines that ask for help, and those that are wrong."""
+    """Leave out requests for help, and mistakes."""
     return [line for line in lines if not line.words.endswith(("--help", "--mistaken"))]
 
 
 def test_plain(lines: list[Line]) -> None:
-    """Help is printed, a mistake is not; and each verb does what it can, but for those that fail.
+    """Help goes to standard output, mistakes do not; each verb works, except failing ones.
 
-    What a host lacks is no matter here: doctor may say either.
+    A host may lack parts: doctor may have either status.
     """
     by_words = {line.words: line for line in lines}
     for name, verb in VERBS.items():
@@ -334,10 +334,10 @@ CONDITIONS: dict[str, Callable[[Sequence[str | Path]], Ended]] = {
     ),
 }
 NOT_FOR_PEOPLE = {"send"}
-"""What it prints is no text: it refuses to print that on a terminal."""
+"""Its output is no text: it refuses to write that to a terminal."""
 LOST = {"stdout closed", "all closed", "stdout full"}
 OF_OUTPUT = {"stdout closed", "stdout full", "stderr full", "20 columns", "LC_ALL=C"}
-"""Where help and mistakes are tried too: no other condition is a matter of these."""
+"""Conditions that matter for help and mistakes too."""
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -362,7 +362,7 @@ def test_conditions(condition: str, here: Path, lines: list[Line]) -> None:
 
 
 def test_names_that_are_no_text(here: Path, lines: list[Line]) -> None:
-    """A name that is not UTF-8 is an error of the name at most, and is shown by escapes."""
+    """A name that is not UTF-8 is at most an error of the name, and is shown with escapes."""
     bad = os.fsdecode(b"\xff\xfe\x1b[2J")
     escaped = "\\xff\\xfe\\x1b[2J"
 
@@ -397,7 +397,7 @@ def _renamed(word: str, bad: str) -> str:
 @pytest.mark.parametrize("columns", [20, 80, 200])
 @pytest.mark.parametrize("words", ["status", "show 1", "top -d 0.1 -n 1"])
 def test_tables_are_never_cropped(words: str, columns: int, here: Path) -> None:
-    """Ids, pids, states and names are whole, however narrow the terminal is."""
+    """Ids, pids, states and names are never cut, on a terminal of any width."""
     del here
     ended = on_terminal([VMCTL, *words.split()], columns, rows=400)
     assert ended.status == 0
@@ -411,7 +411,7 @@ def test_tables_are_never_cropped(words: str, columns: int, here: Path) -> None:
 
 
 def test_a_terminal_costs_no_library(here: Path) -> None:
-    """A table on a terminal is shown without what `status` on a pipe does without."""
+    """A table on a terminal imports no more libraries than `status` on a pipe."""
     del here
     program = (
         "import sys\nfrom vmctl.__main__ import main\ntry: main()\nexcept SystemExit: pass\n"
@@ -426,9 +426,9 @@ def test_a_terminal_costs_no_library(here: Path) -> None:
 
 
 def _wait_until_ours(pid: int) -> bool:
-    """Wait until Python's own handler of SIGINT was there and is replaced; False if it has ended.
+    """Wait until Python's own handler of SIGINT is replaced; False if the process has ended.
 
-    Before that ^C is Python's, which prints a traceback.
+    Before that ^C reaches Python's handler, which prints a traceback.
     """
     bit = 1 << (signal.SIGINT - 1)
     was_there = False
@@ -451,7 +451,7 @@ def _wait_until_ours(pid: int) -> bool:
 
 @pytest.mark.parametrize("moment", range(10))
 def test_interrupts(moment: int, here: Path, lines: list[Line]) -> None:
-    """^C ends each verb by SIGINT, in silence, at whatever moment it comes."""
+    """^C ends each verb by SIGINT, silently, at any moment."""
 
     def is_right(line: Line) -> str:
         with subprocess.Popen(
@@ -462,7 +462,7 @@ def test_interrupts(moment: int, here: Path, lines: list[Line]) -> None:
             text=True,
         ) as process:
             if _wait_until_ours(process.pid):
-                # Not a wait for anything: a moment in the midst of what it does.
+                # Not a wait for anything: a moment during its work.
                 with subprocess.Popen(["sleep", str(moment * 0.006)]) as sleep:
                     sleep.wait()
                 process.send_signal(signal.SIGINT)
@@ -485,7 +485,7 @@ def test_interrupts(moment: int, here: Path, lines: list[Line]) -> None:
     ],
 )
 def test_waiting_is_interrupted(words: str, serve: Serve) -> None:
-    """What waits for the daemon dies of ^C at once, without a word more than it had said."""
+    """A verb that waits for the daemon dies of ^C at once, without further output."""
     daemon = serve(lambda request: [Done()] if isinstance(request, Events) else [])
     with subprocess.Popen(
         [VMCTL, *words.split()],

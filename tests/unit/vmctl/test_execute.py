@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def vsock(tmp_path: Path) -> Iterator[Path]:
-    """The vsock socket of a VM, whose guest is this host."""
+    """The vsock socket of a VM, with this host in place of the guest."""
     with Vsock(tmp_path / "vsock"):
         yield tmp_path / "vsock"
 
@@ -57,14 +57,14 @@ def test_streams_and_status(vsock: Path) -> None:
 
 
 def test_input(vsock: Path) -> None:
-    """Standard input is passed on to its end with -i alone."""
+    """Standard input is passed on to its end, with -i only."""
     data = os.urandom(3 * MIB + 1)
     assert _exec(vsock, "cat", options=["-i"], stdin=data).stdout == data
     assert _exec(vsock, "cat", stdin=b"lost").stdout == b""
 
 
 def test_user_directory_and_environment(vsock: Path, tmp_path: Path) -> None:
-    """-C, -e and -u are the command's; a variable without a value is that of vmctl."""
+    """The command gets -C, -e and -u; a variable without a value has vmctl's."""
     options = [
         "-C",
         str(tmp_path),
@@ -103,7 +103,7 @@ def test_user_directory_and_environment(vsock: Path, tmp_path: Path) -> None:
 def test_statuses(
     vsock: Path, words: list[str], options: Sequence[str], status: int, told: str
 ) -> None:
-    """Each way in which a command ends, or does not begin, has its status."""
+    """Each way in which a command ends, or does not start, has its status."""
     done = _exec(vsock, "sh", "-c", *words, options=options)
     assert (done.returncode, done.stderr.decode()) == (status, told)
 
@@ -118,14 +118,14 @@ def test_statuses(
     ],
 )
 def test_commands_that_cannot_run(vsock: Path, command: str, status: int, why: str) -> None:
-    """The status is that of a shell, and the line is one that no terminal obeys."""
+    """The status is that of a shell, and the line has no control characters."""
     done = _exec(vsock, command)
     shown = command.replace("\x1b", "\\x1b")
     assert (done.returncode, done.stderr.decode()) == (status, f"vmctl: {shown}: {why}\n")
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
-    """Without a socket, with one of nobody's, and without a VM the status is 255."""
+    """Without a socket, without a listener, and without a VM the status is 255."""
     done = _exec(tmp_path / "none", "true")
     assert done.returncode == 255
     assert done.stderr.decode() == f"vmctl: connect: {tmp_path}/none: No such file or directory\n"
@@ -154,7 +154,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     ],
 )
 def test_hostile_answers(tmp_path: Path, answer: bytes, told: str) -> None:
-    """Whatever answers: one line, status 255, or 125 where an agent refuses."""
+    """Any answer yields one line and status 255, or 125 if an agent refuses."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "vsock"))
         listener.listen()
@@ -185,7 +185,7 @@ def test_hostile_answers(tmp_path: Path, answer: bytes, told: str) -> None:
     ],
 )
 def test_what_the_daemon_refuses(serve: Serve, answer: Failed, told: str) -> None:
-    """A VM that cannot be reached is status 255, and a line that says why."""
+    """A VM that cannot be reached is status 255, with the reason in a line."""
     daemon = serve(lambda _request: [answer])
     done = _exec(Path("web"), "true")
     assert (done.returncode, done.stderr.decode()) == (255, f"vmctl: {told}\n")
@@ -193,7 +193,7 @@ def test_what_the_daemon_refuses(serve: Serve, answer: Failed, told: str) -> Non
 
 
 def test_by_the_daemon(serve: Serve, tmp_path: Path) -> None:
-    """A name or an id is a VM's of the daemon, which answers with the stream."""
+    """A name or an id is a VM of the daemon, which answers with the stream."""
     with HostAgent(tmp_path / "agent") as host:
 
         def answer(_request: AnyRequest) -> Answers:
@@ -212,7 +212,7 @@ def test_by_the_daemon(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_output_that_nobody_reads(vsock: Path) -> None:
-    """A reader that has enough ends the command, in silence."""
+    """A reader that leaves ends the command, silently."""
     line = f"{VMCTL} exec {vsock} -- yes | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", line], capture_output=True, check=True, text=True, timeout=BOUND_S
@@ -221,7 +221,7 @@ def test_output_that_nobody_reads(vsock: Path) -> None:
 
 
 def test_a_slow_reader(vsock: Path) -> None:
-    """A reader that waits loses nothing, and the time-out counts meanwhile too."""
+    """A slow reader loses nothing, and the time-out counts meanwhile too."""
     with subprocess.Popen(
         [VMCTL, "exec", vsock, "--", "head", "-c", str(2 * MIB), "/dev/zero"],
         stdout=subprocess.PIPE,
@@ -245,7 +245,7 @@ def _group_of(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_the_client_is_killed(vsock: Path, number: int) -> None:
-    """The guest's process group ends, whatever ended vmctl."""
+    """The guest's process group ends, however vmctl has ended."""
     script = "sleep 1000 & echo $$; sleep 1000; :"
     with subprocess.Popen(
         [VMCTL, "exec", vsock, "--", "sh", "-c", script],
@@ -262,7 +262,7 @@ def test_the_client_is_killed(vsock: Path, number: int) -> None:
 
 
 def test_the_agent_is_killed(tmp_path: Path) -> None:
-    """The connection ends: one line, status 255."""
+    """If the agent is killed the connection ends: one line, status 255."""
     with (
         Vsock(tmp_path / "vsock") as vsock,
         subprocess.Popen(
@@ -276,7 +276,7 @@ def test_the_agent_is_killed(tmp_path: Path) -> None:
         assert process.wait(BOUND_S) == 255
         assert process.stderr
         told = process.stderr.read()
-        os.killpg(group, signal.SIGKILL)  # nothing above this agent does it
+        os.killpg(group, signal.SIGKILL)  # no parent of this agent does it
     assert told == b"vmctl: the connection to the guest's agent has ended\n"
 
 
@@ -309,7 +309,7 @@ class Terminal:
         os.close(self.slave)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Be of another size."""
+        """Change its size."""
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def type(self, text: bytes) -> None:
@@ -326,7 +326,7 @@ class Terminal:
 
 
 def test_a_terminal(vsock: Path) -> None:
-    """The command has a terminal of this one's size and kind, told of changes; keys are its own."""
+    """The command's terminal has this one's size and kind, and follows changes; keys reach it."""
     script = "stty size; echo $TERM; stty -echo; echo ready; read x; stty size; sleep 1000"
     with Terminal("-it", vsock, "--", "sh", "-c", script) as terminal:
         terminal.expect(b"ready\r\n")
@@ -345,7 +345,7 @@ def _is_raw(terminal: Terminal) -> bool:
 
 
 def test_a_terminal_is_put_back(vsock: Path) -> None:
-    """What a command does to the terminal is taken back, also where vmctl is terminated."""
+    """The command's changes to the terminal are undone, even if vmctl is terminated."""
     with Terminal(
         "-it", vsock, "--", "sh", "-c", "printf '\\033[?25lhidden'; sleep 1000"
     ) as terminal:

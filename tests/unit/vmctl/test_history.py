@@ -1,4 +1,4 @@
-"""What is told of the past of VMs: `log` of one, its last end, and VMs that are gone."""
+"""The past of VMs: `log` of one, its last end, and VMs that are gone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GONE = replace(DB, id=9, name="old", state=State.GONE, last_end=CRASH)
 
 
 def test_what_was_logged_of_a_vm(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each line with its time; what a terminal would obey is written out. JSON has it as it is."""
+    """Each log line has its time; control characters are escaped. JSON has them unchanged."""
     daemon = serve(lambda _: [LINES])
     assert vmctl(["log", "web"]) == 0
     output, errors = capsys.readouterr()
@@ -57,21 +57,21 @@ def test_what_was_logged_of_a_vm(serve: Serve, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(("word", "level"), [("b", 0), ("BRIEF", 0), ("v", 2), ("verbose", 2)])
 def test_levels_are_openbsds(word: str, level: int, serve: Serve) -> None:
-    """A word that can be a level is one, in any case of letters, and prints nothing."""
+    """A word that can be a level is one, in upper or lower case, and prints nothing."""
     daemon = serve(lambda _: [Done()])
     assert vmctl(["log", word]) == 0
     assert daemon.requests == [Log(level=level)]
 
 
 def test_a_vm_whose_name_is_a_level(serve: Serve) -> None:
-    """An option, or its id, says that a VM is meant."""
+    """An option, or its id, chooses the VM."""
     daemon = serve(lambda _: [LINES])
     assert vmctl(["log", "--json", "brief"]) == 0
     assert daemon.requests == [History(name="brief")]
 
 
 def test_what_is_logged_from_now_on(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """With -f only new lines follow, until the daemon knows of no such VM any more."""
+    """With -f only new lines follow, until the daemon has forgotten the VM."""
     answers: list[AnyAnswer] = [
         LINES,
         Lines(lines=(), position=2),
@@ -101,14 +101,14 @@ def test_what_is_logged_from_now_on(serve: Serve, capsys: pytest.CaptureFixture[
 def test_a_log_that_is_refused(
     code: ErrorCode, text: str, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is one line and status 1."""
+    """A refused log is one line and status 1."""
     serve(lambda _: [failed(code)])
     assert vmctl(["log", "web"]) == 1
     assert capsys.readouterr() == ("", text)
 
 
 def test_status_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behind OpenBSD's columns come the guest's address, and when and why the VM ended."""
+    """After OpenBSD's columns follow the guest's address, and when and why the VM ended."""
     interface = InterfaceInfo(lladdr="", guest_addresses=("100.64.1.3/31", "fd00::2/64"))
     web = replace(WEB, interfaces=(InterfaceInfo(lladdr=""), interface))
     daemon = serve(lambda _: [Vms(vms=(web, GONE))])
@@ -130,7 +130,7 @@ def test_status_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_show_tells_all_of_a_vm(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """What it boots, its disks, since when it runs, and how it ended the last time."""
+    """Show has the boot image, the disks, the time of the start, and the last end."""
     web = replace(
         WEB,
         started_at=time.time() - 3700,
@@ -160,7 +160,7 @@ def test_show_tells_all_of_a_vm(serve: Serve, capsys: pytest.CaptureFixture[str]
 
 
 def test_show_of_one_that_is_gone(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """The latest of its name, unless there is one that is not gone."""
+    """A name stands for its latest VM, unless there is one that is not gone."""
     vms = [GONE, replace(GONE, id=4)]
 
     def answer(_request: AnyRequest) -> list[AnyAnswer]:
@@ -177,7 +177,7 @@ def test_show_of_one_that_is_gone(serve: Serve, capsys: pytest.CaptureFixture[st
 
 
 def test_times_that_have_passed() -> None:
-    """The two largest units, and never less than nothing."""
+    """Times have their two largest units, and are never negative."""
     assert [span(seconds) for seconds in (-5, 0, 59.9, 61, 7260, 90000, 9e6)] == [
         "0s",
         "0s",
@@ -192,7 +192,7 @@ def test_times_that_have_passed() -> None:
 def test_show_tells_of_a_network_that_is_down(
     serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Why it is, and without a host's side the guest's addresses all the same."""
+    """Show has the reason, and without a host's side still the guest's addresses."""
     interfaces = (
         InterfaceInfo(lladdr="a", is_local=True, is_up=False, problem="passt has ended: offline"),
         InterfaceInfo(lladdr="b", is_local=True, guest_addresses=("192.0.2.2", "fd00::2")),
@@ -209,7 +209,7 @@ def test_show_tells_of_a_network_that_is_down(
 
 
 def test_a_vm_whose_process_was_killed(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its exit is minus the signal's number, and every list of VMs can show it."""
+    """The exit of a killed process is the negative signal, in every list of VMs."""
     killed = EndInfo(at=AT, reason=EndCause.KILLED, exit=-9)
     serve(lambda _: [Vms(vms=(replace(WEB, last_end=killed),))])
     assert vmctl(["status"]) == vmctl(["status", "-a"]) == vmctl(["list"]) == 0

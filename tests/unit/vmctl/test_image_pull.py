@@ -1,6 +1,6 @@
-"""Pulling images from servers that are as bad as they can be, and what is left of it: nothing.
+"""Pulling images from servers with every fault, without leftovers.
 
-But for what has come, which the next pull goes on with.
+Except the received part, with which the next pull continues.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STORED = f"sha256-{SHA256}"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of the test's own, as yet without a directory."""
+    """A store of the test's own, whose directory is not made yet."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -72,7 +72,7 @@ def whole(_asked: Asked, to: Connection) -> None:
 
 
 def ranged(asked: Asked, to: Connection) -> None:
-    """Answer with the image, or the part of it that was asked for."""
+    """Answer with the image, or the requested part of it."""
     match = re.fullmatch(r"bytes=(\d+)-", asked.headers.get("Range", ""))
     if not match:
         to.answer(IMAGE)
@@ -85,7 +85,7 @@ def ranged(asked: Asked, to: Connection) -> None:
 
 
 def test_pull(store: Path) -> None:
-    """The image is in the store under its digest, only read, with the name of its file."""
+    """The image is in the store under its digest, read-only, with the name of its file."""
     with HostileWeb(whole) as web:
         status, output, errors = pull(f"{web.url}/some/Disk-1.qcow2")
     assert (status, output, errors) == (
@@ -99,7 +99,7 @@ def test_pull(store: Path) -> None:
 
 
 def test_pull_again(store: Path) -> None:
-    """What is there already is not asked for again, and may get another name."""
+    """An image in the store is not downloaded again, and may get another name."""
     with HostileWeb(whole) as web:
         pull(f"{web.url}/a.img")
         status, _, errors = pull(f"{web.url}/a.img", "second")
@@ -185,7 +185,7 @@ BAD: dict[str, tuple[Answer, str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_servers(case: str, store: Path) -> None:
-    """Each ends with one line and status 1; no image is there, and nothing to go on with."""
+    """Each ends with one line and status 1; no image or part of one is left."""
     answer, told = BAD[case]
     with HostileWeb(answer) as web:
         status, output, errors = vmctl(
@@ -201,7 +201,7 @@ def test_bad_servers(case: str, store: Path) -> None:
 
 
 def test_an_image_that_names_a_file_of_this_host(store: Path) -> None:
-    """An overlay would show its guest whatever file it names as its base: it is refused."""
+    """An overlay is refused: it would show its guest the file that it names as its base."""
     with HostileWeb(_with_base) as web:
         digest = hashlib.sha256(HOSTILE).hexdigest()
         status, _, errors = pull(f"{web.url}/a.qcow2", digest=f"sha256:{digest}")
@@ -213,7 +213,7 @@ def test_an_image_that_names_a_file_of_this_host(store: Path) -> None:
 
 
 def test_resume(store: Path) -> None:
-    """What came before the connection broke is not asked for again."""
+    """The part that came before the connection broke is not downloaded again."""
 
     def broken(_asked: Asked, to: Connection) -> None:
         to.answer(IMAGE[:300_000], size=len(IMAGE))
@@ -236,12 +236,12 @@ def test_resume(store: Path) -> None:
     ("part", "answer"),
     [
         (IMAGE[:1000], whole),  # a server without ranges
-        (IMAGE, ranged),  # all was there, but for its name
+        (IMAGE, ranged),  # complete, but without its name
         (b"other" * 100, whole),
     ],
 )
 def test_resume_with_what_is_there(part: bytes, answer: Answer, store: Path) -> None:
-    """Whatever the part is, and whatever the server can, the image is right in the end."""
+    """With any part, and any server, the image is right in the end."""
     (store / "partial").mkdir(parents=True)
     (store / "partial" / STORED).write_bytes(part)
     with HostileWeb(answer) as web:
@@ -250,7 +250,7 @@ def test_resume_with_what_is_there(part: bytes, answer: Answer, store: Path) -> 
 
 
 def test_resume_with_something_else(store: Path) -> None:
-    """A part of another file is found by the digest; the next pull begins anew."""
+    """A part of another file is found by the digest; the next pull starts anew."""
     (store / "partial").mkdir(parents=True)
     (store / "partial" / STORED).write_bytes(b"other" * 100)
     with HostileWeb(ranged) as web:
@@ -260,7 +260,7 @@ def test_resume_with_something_else(store: Path) -> None:
 
 
 def test_another_part_than_asked_for(store: Path) -> None:
-    """It is refused, and what was there stays."""
+    """Another part than requested is refused, and the former part stays."""
 
     def shifted(_asked: Asked, to: Connection) -> None:
         told = f"Content-Range: bytes 5-{len(IMAGE) - 1}/{len(IMAGE)}"
@@ -302,7 +302,7 @@ def test_two_at_once(store: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_killed(number: int, store: Path) -> None:
-    """A pull that is ended leaves what has come, unlocked: prune removes it, a pull goes on."""
+    """A killed pull leaves its part, unlocked: prune removes it, or a pull continues."""
 
     def held(_asked: Asked, to: Connection) -> None:
         to.send(f"HTTP/1.1 200 OK\r\nContent-Length: {len(IMAGE)}\r\n\r\n".encode())
@@ -331,7 +331,7 @@ def test_killed(number: int, store: Path) -> None:
 
 
 def test_full_disk(tmp_path: Path, store: Path) -> None:
-    """One that does not fit is refused before it comes, or removed when the disk is full."""
+    """An image that does not fit is refused in advance, or removed when the disk is full."""
     if os.geteuid():
         pytest.skip("mounting a small file system needs root")
     del store
@@ -369,7 +369,7 @@ def test_full_disk(tmp_path: Path, store: Path) -> None:
 
 
 def test_offline(store: Path) -> None:
-    """Nobody answers: one line."""
+    """If no server answers, that is one line."""
     with HostileWeb(whole) as web:
         url = web.url
     assert pull(f"{url}/a.img") == (1, "", f"vmctl: {url}/a.img: Connection refused\n")
@@ -396,7 +396,7 @@ def test_offline(store: Path) -> None:
     ],
 )
 def test_what_makes_no_sense(words: list[str], told: str, store: Path) -> None:
-    """It is one line, and nothing is asked or made."""
+    """A malformed request is one line, and nothing is asked or made."""
     status, output, errors = vmctl("image", "pull", *words)
     assert (status, output) == (1, "")
     assert told in errors
@@ -423,7 +423,7 @@ class Site:
         self.image = IMAGE
 
     def answer(self, asked: Asked, to: Connection) -> None:
-        """Answer."""
+        """Answer a request."""
         if asked.path.endswith("web.qcow2"):
             to.answer(self.image)
         elif asked.path == f"/cloud/{self.name}":
@@ -436,7 +436,7 @@ class Site:
 def site(
     tls: tuple[ssl.SSLContext, Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Site, HostileWeb]]:
-    """A distribution's server, whose certificate is known here, and which a name stands for."""
+    """A distribution's server, with a known certificate and a name in the table."""
     context, path = tls
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
     site = Site()
@@ -449,7 +449,7 @@ def site(
 
 
 def test_a_name_of_the_users_table(site: tuple[Site, HostileWeb], store: Path) -> None:
-    """The image comes with the digest that the list has, and a newer one takes its name."""
+    """The image has the digest of the list, and a newer one takes over its name."""
     server, web = site
     assert vmctl("image", "pull", "web")[:2] == (0, f"{store}/sha512-{SHA512}\n")
     assert vmctl("image", "pull", "web")[0] == 0
@@ -490,7 +490,7 @@ def test_an_address_with_a_list_beside_it(site: tuple[Site, HostileWeb], store: 
     ],
 )
 def test_bad_lists(text: bytes, told: str, site: tuple[Site, HostileWeb], store: Path) -> None:
-    """One line each, and nothing stays."""
+    """A bad list is one line, and nothing stays."""
     site[0].text = text
     status, _, errors = vmctl("image", "pull", "web")
     assert (status, errors.count("\n")) == (1, 1)
@@ -512,7 +512,7 @@ def test_no_list(site: tuple[Site, HostileWeb]) -> None:
 def test_an_unknown_certificate(
     site: tuple[Site, HostileWeb], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that is not known to be itself is not believed."""
+    """A server with an unknown certificate is refused."""
     monkeypatch.delenv("SSL_CERT_FILE")
     status, _, errors = vmctl("image", "pull", "web")
     assert (status, errors) == (
@@ -524,7 +524,7 @@ def test_an_unknown_certificate(
 def test_no_way_from_https_to_http(
     tls: tuple[ssl.SSLContext, Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A redirection does not lead out of https."""
+    """A redirection may not leave https."""
     monkeypatch.setenv("SSL_CERT_FILE", str(tls[1]))
     with HostileWeb(whole) as plain:
 
@@ -539,7 +539,7 @@ def test_no_way_from_https_to_http(
 
 
 def test_a_bad_table(store: Path) -> None:
-    """A mistake in the user's own names is told with its place."""
+    """A mistake in the user's own table is reported with its place."""
     del store
     table = Path(os.environ["XDG_CONFIG_HOME"]) / "vmm-kvm" / "images"
     table.parent.mkdir(parents=True)
@@ -550,7 +550,7 @@ def test_a_bad_table(store: Path) -> None:
 
 
 def test_names_we_know(store: Path) -> None:
-    """Each is a name, of an image at an https address, with a list."""
+    """Each known name has an image at an https address, and a list."""
     del store
     for name, source in sources().items():
         assert check_name(name) == source.name
@@ -565,7 +565,7 @@ def test_names_we_know(store: Path) -> None:
 
 @pytest.fixture
 def pulled(store: Path, tmp_path: Path) -> Path:
-    """A qcow2 image that was pulled, as `web`."""
+    """A qcow2 image in the store, as `web`."""
     disk = tmp_path / "disk.qcow2"
     vmctl("create", "-s", "4M", disk)
     data = disk.read_bytes()
@@ -576,7 +576,7 @@ def pulled(store: Path, tmp_path: Path) -> Path:
 
 
 def test_list(pulled: Path) -> None:
-    """It has what there is."""
+    """The list has all images."""
     lines = vmctl("image", "list")[1].splitlines()
     assert lines[0].split() == ["SIZE", "PULLED", "DIGEST", "NAME"]
     assert lines[1].split()[2:] == [pulled.name[:19], "web"]
@@ -588,7 +588,7 @@ def test_list(pulled: Path) -> None:
 
 
 def test_overlays_keep_their_image(pulled: Path, tmp_path: Path) -> None:
-    """An image that a disk was made on is not removed, until that is gone."""
+    """An image is not removed while it is the base of a disk."""
     overlay = tmp_path / "web.qcow2"
     assert vmctl("create", "-b", "image:web", overlay)[0] == 0
     assert f"{pulled}" in vmctl("image", "info", overlay)[1]
@@ -601,7 +601,7 @@ def test_overlays_keep_their_image(pulled: Path, tmp_path: Path) -> None:
 
 
 def test_an_image_in_use_stays(pulled: Path) -> None:
-    """A VM's lock on it counts."""
+    """An image that a VM has locked is not removed."""
     with pulled.open("rb") as file:
         record = b"".join(  # a reader's byte of QEMU's convention
             (
@@ -618,7 +618,7 @@ def test_an_image_in_use_stays(pulled: Path) -> None:
 
 
 def test_disks_by_name(pulled: Path) -> None:
-    """A disk of `start` or `run` can be one of the store, but is never written there."""
+    """A disk of `start` or `run` can be an image of the store, but read-only."""
     del pulled
     for verb in ("start", "run"):
         options = ["-b", "/none"] if verb == "run" else []

@@ -1,4 +1,4 @@
-"""`vmctl metrics`: what prometheus_client reads in it is what the daemon told."""
+"""`vmctl metrics`: prometheus_client reads the daemon's values in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOTALS: Fields = {
 
 
 def vm(number: int, name: str, *, runs: bool = True) -> Fields:
-    """Return a VM as the daemon tells of it."""
+    """Return a VM as the daemon reports it."""
     rng = random.Random(number)
     moved = [
         {"index": 0, "to_guest": rng.randrange(1 << 40), "from_guest": rng.randrange(1 << 40)},
@@ -51,7 +51,7 @@ def vm(number: int, name: str, *, runs: bool = True) -> Fields:
 
 
 def parsed(*vms: Fields) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Return what the reference parser finds, by name and labels."""
+    """Return the reference parser's results, by name and labels."""
     text = "\n".join(lines(vms, TOTALS)) + "\n"
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -62,7 +62,7 @@ def parsed(*vms: Fields) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_value_is_read_as_it_was_told(name: str) -> None:
-    """Whatever the name: labels, sums, and which values there are."""
+    """With any name: labels, sums, and the set of values are right."""
     told = vm(3, name)
     found = parsed(told)
 
@@ -88,7 +88,7 @@ def test_every_value_is_read_as_it_was_told(name: str) -> None:
 
 
 def test_a_vm_that_does_not_run_has_no_counters() -> None:
-    """It has its information and its limits, and nothing that would look like a zero."""
+    """A stopped VM has its information and its limits, and no counters that would be zero."""
     names = {name for name, labels in parsed(vm(1, "web", runs=False)) if labels}
     assert names == {
         "vmd_vm_info",

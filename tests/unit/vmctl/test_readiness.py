@@ -1,4 +1,4 @@
-"""`vmctl wait --for` and `start --wait` with conditions that a guest's agent knows of."""
+"""`vmctl wait --for` and `start --wait` with conditions that need a guest's agent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vmd.wire.ports import Connect, Connected
 
 @contextmanager
 def _guest(serve: Serve, path: Path, *, refusals: int = 0) -> Iterator[list[AnyRequest]]:
-    """Have a VM whose agent is there after so many attempts; yields what is asked of the daemon."""
+    """Run a VM whose agent answers after some attempts; yields the requests to the daemon."""
     threads: list[threading.Thread] = []
     asked: list[AnyRequest] = []
     with HostAgent(path) as host:
@@ -52,7 +52,7 @@ def test_the_agent_comes(serve: Serve, tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_is_in_the_guest(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file, and a port, which the agent looks for."""
+    """The agent waits for a file, and for a port."""
     (tmp_path / "file").touch()
     with (
         _guest(serve, tmp_path / "agent"),
@@ -75,7 +75,7 @@ def test_in_vain(
 
 
 def test_a_vm_that_does_not_run(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """What can never come is not waited for."""
+    """A wait for a stopped VM fails at once."""
     serve(lambda _request: [Failed(code=ErrorCode.NOT_RUNNING)])
     assert main(["wait", "--for", "ready", "web"]) == 1
     assert capsys.readouterr().err == "waiting for vm web: \nvmctl: vm is not running\n"
@@ -85,6 +85,6 @@ def test_a_vm_that_does_not_run(serve: Serve, capsys: pytest.CaptureFixture[str]
     "condition", ["port=0", "port=x", "port=65536", "file=", "unit=", "console=", "readyx"]
 )
 def test_what_makes_no_sense(condition: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is refused before anything is asked."""
+    """A malformed condition is refused before anything is asked."""
     assert main(["wait", "--for", condition, "web"]) == 1
     assert capsys.readouterr().err.startswith(f"vmctl: invalid condition: {condition}")

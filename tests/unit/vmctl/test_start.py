@@ -1,4 +1,4 @@
-"""`vmctl start`: ports that lead to the guest, and what it waits for."""
+"""`vmctl start`: ports that lead to the guest, and its waits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STARTED = Started(id=7, pid=700, tty="/dev/pts/7")
 
 
 def test_start_with_forwards(serve: Serve) -> None:
-    """They lead to the first local interface, which is there for them alone if need be."""
+    """Forwards lead to the first local interface, which is made for them if there is none."""
     daemon = serve(lambda _: [STARTED])
     ssh = ForwardRequest(protocol=Transport.TCP, port=8022, to_port=22, address="127.0.0.1")
     dns = ForwardRequest(protocol=Transport.UDP, port=53, to_port=53)
@@ -54,7 +54,7 @@ def test_start_and_wait(
     serve: Serve,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What is started is said first; then its console is read, and the status says what came."""
+    """The start is reported first; then the console is read, and the status tells the outcome."""
     with ExitStack() as stack:
 
         def answer(request: AnyRequest) -> Answers:
@@ -75,7 +75,7 @@ def test_start_and_wait(
 
 
 def test_start_of_the_selftest(serve: Serve) -> None:
-    """It is opened as any other boot image is."""
+    """The self-test image is opened like any other boot image."""
     daemon = serve(lambda _: [STARTED])
     assert vmctl(["start", "--selftest", "new"]) == 0
     (request,) = daemon.requests
@@ -142,7 +142,7 @@ def test_start_of_the_selftest(serve: Serve) -> None:
 def test_what_start_refuses_itself(
     options: str, errors: str, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong options are told in OpenBSD's words, and nothing is asked of the daemon."""
+    """Wrong options are refused in OpenBSD's words, without a request to the daemon."""
     daemon = serve(lambda _: [STARTED])
     assert vmctl(["start", *options.split(), "web"]) == 1
     assert daemon.requests == []

@@ -19,7 +19,7 @@ STARTED = Started(id=7, pid=700, tty="/dev/pts/7")
 def test_start_sends_every_file_of_a_disk(
     serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image comes with its bases, also where a name is no text; one that is missing is told."""
+    """An image is sent with its bases, even if a name is no text; a missing one is reported."""
     create_qcow2(str(tmp_path / "base"), 1 << 20)
     image = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.qcow2")
     create_qcow2(image, 1 << 20, "base")
@@ -55,7 +55,7 @@ def test_start_refuses_the_same_disk_twice(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By name, also by a link to it, and asks the daemon nothing; readers share an image."""
+    """The same disk twice, also by a link, is refused here; readers may share an image."""
     image, link = tmp_path / "disk.img", tmp_path / "link"
     image.write_bytes(bytes(1 << 20))
     link.symlink_to(image)
@@ -68,7 +68,7 @@ def test_start_refuses_the_same_disk_twice(
 
 
 def test_a_snapshot_is_only_read(serve: Serve, tmp_path: Path) -> None:
-    """Of a throw-away disk the daemon gets an image that cannot be written by what it is sent."""
+    """The daemon gets a throw-away disk's image by a descriptor that cannot write."""
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
     image.chmod(0o444)

@@ -1,4 +1,4 @@
-"""`vmctl stop -a`: what it asks of the daemon, in which order, and what it says of the answers."""
+"""`vmctl stop -a`: its requests, their order, and its report of the answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vmd.wire.messages import (
 
 
 def test_stop_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each but the stopped, one after the other; a failure does not show in the status."""
+    """All but stopped VMs are stopped, one after the other; a failure leaves the status 0."""
     other = VmInfo(id=3, name="x", state=State.PAUSED, cpus=1, memory=1 << 29, pid=3)
 
     def answer(request: AnyRequest) -> list[AnyAnswer]:
@@ -55,10 +55,10 @@ def test_stop_of_all(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stop_of_all_and_wait(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    """All are asked before one is waited for; the status tells whether each is stopped.
+    """All are asked before the first wait; the status tells whether each is stopped.
 
-    Those that start, wait for their turn, or are stopping already, count as well; one that has
-    ended meanwhile is stopped. Starts are held before the VMs are looked at.
+    VMs that start, wait for their turn, or are stopping already, count as well; one that has ended
+    meanwhile is stopped. Starts are held before the VMs are listed.
     """
     states = (State.PAUSED, State.STARTING, State.WAITING, State.STOPPING, State.STOPPED)
     others = [
@@ -116,7 +116,7 @@ def test_stop_of_all_and_wait(serve: Serve, capsys: pytest.CaptureFixture[str]) 
 def test_a_vm_that_reboots_before_its_turn_to_stop(
     serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wait that ends with a reboot is no end: it is waited for again."""
+    """A wait that ends with a reboot is repeated."""
     shown = [Vms(vms=(WEB,)), Vms(vms=(WEB,)), Vms(vms=(replace(WEB, state=State.STOPPED),))]
 
     def answer(request: AnyRequest) -> list[AnyAnswer]:
@@ -135,7 +135,7 @@ def test_a_vm_that_reboots_before_its_turn_to_stop(
 
 
 def test_the_last_is_asked_first() -> None:
-    """Each VM is asked behind all that start after it; the others stay as they are."""
+    """Each VM is asked after all that start after it; the others keep their order."""
 
     def a_vm(name: str, *after: str) -> dict[str, object]:
         return {"name": name, "after": after}

@@ -34,13 +34,13 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
     ],
 )
 def test_width(text: str, shown: str, columns: int) -> None:
-    """Characters of East Asia take two columns; what could move the cursor is an escape."""
+    """East Asian characters take two columns; characters that move the cursor are escaped."""
     assert printable(text) == shown
     assert width(shown) == columns
 
 
 def test_columns_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers end, and words begin, in the same column of every line; nothing is cut."""
+    """Numbers end, and words start, in the same column of every line; nothing is cut."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     rows = [("1", "15395", "running", "日本"), ("12", "7", "stopped", "x" * 300)]
@@ -55,7 +55,7 @@ def test_columns_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_that_is_a_state_has_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the state has one."""
+    """Only the column of states has colours."""
     monkeypatch.setenv("TERM", "xterm")
     line = table_lines(HEADER, [("1", "2", "paused", "running")])[1]
     assert "\x1b[33mpaused" in line.shown
@@ -64,14 +64,14 @@ def test_a_name_that_is_a_state_has_no_colour(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
 def test_no_colours(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Terminals and people without them get none."""
+    """Terminals without colours, and users who switch them off, get none."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv(name, value)
     assert "\x1b" not in table_lines(HEADER, [("1", "2", "paused", "x")])[1].shown
 
 
 def test_lines_that_fit() -> None:
-    """What a terminal has no room for is counted; long lines take several of its lines."""
+    """Lines that do not fit are counted; long lines take several of the terminal's."""
     rows = [(str(number), "7", "running", "x" * 100) for number in range(10)]
     lines = table_lines(HEADER, rows)
     assert _fitting(lines, 80, 100) == lines

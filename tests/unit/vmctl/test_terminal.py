@@ -1,4 +1,4 @@
-"""What guests do to a terminal, and how it is given back."""
+"""Guests' changes to a terminal, and their undoing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN = b"\x1b[0m"
 
 
 def restored(*pieces: bytes) -> bytes:
-    """Return what puts the terminal back after these pieces of output."""
+    """Return the sequences that restore the terminal after these pieces of output."""
     state = TerminalState()
     for piece in pieces:
         state.note(piece)
@@ -49,7 +49,7 @@ def restored(*pieces: bytes) -> bytes:
     ],
 )
 def test_what_was_changed_is_undone(output: bytes, undone: bytes) -> None:
-    """Only that, whatever the pieces are in which it came; a line that was begun is ended."""
+    """Only changes are undone, however the output is cut; an open line is ended."""
     assert restored(output) == undone
     for at in range(len(output)):
         assert restored(output[:at], output[at:]) == undone
@@ -58,14 +58,14 @@ def test_what_was_changed_is_undone(output: bytes, undone: bytes) -> None:
 
 @given(st.lists(st.binary(max_size=40)))
 def test_any_output_is_taken(pieces: list[bytes]) -> None:
-    """No output is too odd, and what puts it back is made of nothing but known sequences."""
+    """Any output is accepted, and only known sequences undo it."""
     text = restored(*pieces)
     assert bool(text) == any(pieces)
     assert len(text) < 400
 
 
 def test_long_output_costs_no_memory() -> None:
-    """A sequence without an end is forgotten."""
+    """A sequence without end is forgotten."""
     state = TerminalState()
     for _ in range(1000):
         state.note(b"\x1b[?" + b"1;" * 1000)

@@ -1,4 +1,4 @@
-"""`vmctl send` and `vmctl receive`: what they ask for, and every text and exit status.
+"""`vmctl send` and `vmctl receive`: their requests, and every text and exit status.
 
 Source: section 3.10 of OpenBSD's behaviour; OpenBSD vmctl/vmctl.c, send_vm, vm_start_complete.
 """
@@ -27,7 +27,7 @@ PLAIN = MANIFEST._replace(disks=(), cdrom=None)
 def run(
     *words: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.PIPE
 ) -> tuple[int, str]:
-    """Run vmctl; return its exit status and what it says on standard error."""
+    """Run vmctl; return its exit status and its standard error."""
     done = subprocess.run(
         [VMCTL, *words],
         stdin=stdin,
@@ -66,7 +66,7 @@ def refuse(code: ErrorCode, message: str = "") -> Failed:
     ],
 )
 def test_send(words: tuple[str, ...], request_: SendRequest, text: str, serve: Serve) -> None:
-    """A VM is sent by its id or name, and told of as it was named, as OpenBSD tells it."""
+    """A VM is sent by its id or name, and reported by that, as in OpenBSD."""
     daemon = serve(lambda _: [Done(id=7)])
     assert run("send", *words) == (0, f"vmctl: {text}\n")
     assert (daemon.requests, daemon.fd_counts) == ([request_], [1])
@@ -97,13 +97,13 @@ def test_send(words: tuple[str, ...], request_: SendRequest, text: str, serve: S
     ],
 )
 def test_send_fails(answer: Failed, text: str, serve: Serve) -> None:
-    """A VM that is not sent is an error; OpenBSD's vmctl would not know."""
+    """A failed send is an error; OpenBSD's vmctl would not notice."""
     serve(lambda _: [answer])
     assert run("send", "web") == (1, f"vmctl: send vm command failed: {text}\n")
 
 
 def test_send_into_a_terminal_is_refused() -> None:
-    """A guest's memory is not for a terminal."""
+    """A guest's memory is not written to a terminal."""
     ours, theirs = os.openpty()
     try:
         assert run("send", "web", stdout=theirs) == (
@@ -120,7 +120,7 @@ def test_send_into_a_terminal_is_refused() -> None:
 
 
 def test_receive(serve: Serve, tmp_path: Path) -> None:
-    """What the beginning of the stream names is opened, and the rest is the daemon's."""
+    """Files that the stream names are opened here, and the daemon does the rest."""
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     manifest = MANIFEST._replace(
@@ -201,7 +201,7 @@ def test_receive(serve: Serve, tmp_path: Path) -> None:
     ],
 )
 def test_receive_fails(answer: Failed, text: str, serve: Serve) -> None:
-    """The texts are those of a start that fails, as OpenBSD has them."""
+    """A failed receive has the texts of a failed start, as in OpenBSD."""
     serve(lambda _: [answer])
     assert receive(stream(PLAIN), "new") == (1, f"vmctl: {text}\n")
 
@@ -239,7 +239,7 @@ def test_receive_fails(answer: Failed, text: str, serve: Serve) -> None:
 def test_what_receive_refuses_itself(
     words: tuple[str, ...], data: bytes, text: str, serve: Serve
 ) -> None:
-    """What is no stream of a VM that can be here is refused before the daemon is asked."""
+    """A stream that is no VM, or none for this host, is refused before the daemon is asked."""
 
     def refuse_all(request: AnyRequest) -> list[Failed]:
         raise AssertionError(request)

@@ -114,7 +114,7 @@ ODD = (
 
 
 class Daemon:
-    """Answers every request by the same bytes."""
+    """Answers every request with the same bytes."""
 
     def __init__(self, path: Path) -> None:
         self.data = b""
@@ -136,7 +136,7 @@ class Daemon:
                     connection.send(self.data)
 
     def close(self) -> None:
-        """End it."""
+        """End the daemon."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
@@ -144,7 +144,7 @@ class Daemon:
 
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    """A daemon that the commands find."""
+    """A daemon at the commands' socket."""
     path = tmp_path / "vmd.sock"
     monkeypatch.setenv("VMD_SOCKET", str(path))
     found = Daemon(path)
@@ -153,7 +153,7 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
 
 
 def wrong_ones(command: str) -> tuple[bytes, ...]:
-    """Return answers of the right form that are none to this command."""
+    """Return well-formed answers that do not belong to this command."""
     expected = {
         "status": "vms",
         "list": "vms",
@@ -197,7 +197,7 @@ def test_unexpected_answers(
 
 
 def test_shapes_are_those_of_the_protocol() -> None:
-    """What the commands rely on is what the daemon sends, answer by answer."""
+    """The commands rely only on fields that the daemon sends, answer by answer."""
     told = {}
     for answer in ANSWERS:
         fields = json.loads(msgspec.json.encode(answer))
@@ -225,7 +225,7 @@ def test_shapes_are_those_of_the_protocol() -> None:
 )
 @settings(max_examples=300)
 def test_no_answer_is_a_traceback(value: object) -> None:
-    """Whatever JSON comes, it is understood, refused, or unexpected."""
+    """Any JSON is understood, refused, or unexpected."""
     assert _outcome(json.dumps(value).encode()) in {"understood", "refused", UNEXPECTED}
 
 
@@ -240,7 +240,7 @@ def _outcome(data: bytes) -> str:
 
 
 def test_numbers_at_the_edge(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
-    """The largest numbers that are taken can be shown."""
+    """The largest accepted numbers can be shown."""
     vm = json.loads(msgspec.json.encode(Vms(vms=(VM,))))
     for name in ("id", "memory", "memory_used", "pid", "cpus", "uid", "gid"):
         for value in ((1 << 63) - 1, 0):

@@ -1,4 +1,4 @@
-"""The table of verbs: what words stand for, and how misuse is told."""
+"""The table of verbs: abbreviations, and the report of misuse."""
 
 from __future__ import annotations
 
@@ -37,47 +37,47 @@ SHORTEST = (
 
 @pytest.mark.parametrize("line", WRONG)
 def test_misuse(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Too many words, too few, or the wrong ones are answered by the usage of the verb alone."""
+    """Too many, too few, or wrong words are answered by the usage of the verb alone."""
     assert main(line.split()) == 1
     shown = usage(VERBS[line.split(maxsplit=1)[0]]) + "\n"
     assert capsys.readouterr() == ("", shown)
 
 
 def test_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is named, with the usage of the verb."""
+    """An unknown option is named, with the usage of the verb."""
     assert main(["pause", "-x", "web"]) == 1
     assert capsys.readouterr().err == "vmctl: no such option: -x\nusage:\tvmctl [-v] pause id\n"
 
 
 @pytest.mark.parametrize("word", ["", "sta", "st", "s", "re", "lo", "c", "r"])
 def test_ambiguous_prefixes(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What OpenBSD calls ambiguous is so here."""
+    """Prefixes that OpenBSD calls ambiguous are so here."""
     assert main([word]) == 1
     assert capsys.readouterr().err == f"ambiguous argument: {word}\n{USAGE}"
 
 
 def test_openbsd_has_its_verbs() -> None:
-    """The table marks those that are OpenBSD's, and no other."""
+    """The table marks OpenBSD's verbs, and no others."""
     assert tuple(name for name, verb in VERBS.items() if verb.is_openbsd) == OPENBSD
 
 
 @pytest.mark.parametrize(("word", "name"), list(zip(SHORTEST, OPENBSD, strict=True)))
 def test_shortest_prefixes(word: str, name: str) -> None:
-    """OpenBSD's shortest forms mean the same here, whatever verbs of ours begin so."""
+    """OpenBSD's shortest prefixes mean the same here, whatever verbs of ours start with them."""
     ours = dict.fromkeys((f"{word}x", "waiting", "pull", "restore", "resume", "upload"), False)
     assert matches(word, names() | ours) == [name]
 
 
 COMING = ("snapshot", "clone", "migrate", "exec", "cp", "ssh", "list", "metrics", "web", "gdb")
-"""Verbs that we may have one day, of which none may change what a word stands for today."""
+"""Possible later verbs, none of which may change the meaning of a word today."""
 LETTERS = sorted({name[:size] for name in names() for size in range(1, len(name) + 1)})
 
 
 @pytest.mark.parametrize("word", LETTERS)
 def test_every_prefix(word: str) -> None:
-    """OpenBSD's verbs come first, whole names and prefixes; ours only where none of them matches.
+    """OpenBSD's verbs come first, whole names and prefixes; ours only if none of them matches.
 
-    Also beside verbs that we do not have yet, but where one of them is the only one to match.
+    The same holds with later verbs, unless one of them is the only match.
     """
     openbsd = [name for name in OPENBSD if name.startswith(word)]
     known = names() | dict.fromkeys(COMING, False)
@@ -95,18 +95,18 @@ def test_every_prefix(word: str) -> None:
     ("word", "name"), [("run", "run"), ("ru", "run"), ("t", "top"), ("d", "doctor"), ("h", "help")]
 )
 def test_prefixes_of_ours(word: str, name: str) -> None:
-    """Where no verb of OpenBSD's begins so, one of ours is meant."""
+    """If no verb of OpenBSD's starts with it, a prefix means one of ours."""
     assert matches(word, names()) == [name]
 
 
 def test_a_whole_name_is_that_verb() -> None:
-    """A name that begins another, of OpenBSD's or of ours, is not ambiguous."""
+    """A whole name that another verb starts with, OpenBSD's or ours, is not ambiguous."""
     known = {"log": True, "login": True, "run": False, "runner": False}
     assert [matches(word, known) for word in known] == [[word] for word in known]
 
 
 def test_verbose_comes_first() -> None:
-    """-v stands before the verb, once or more often, and is none of its options."""
+    """-v comes before the verb, once or more often, and is none of its options."""
     assert [read(line.split()).is_verbose for line in ("status", "-v status", "-vv -v status")] == [
         *(False, True, True)
     ]
@@ -114,7 +114,7 @@ def test_verbose_comes_first() -> None:
 
 @pytest.mark.parametrize("name", sorted(VERBS))
 def test_usage_has_every_option(name: str) -> None:
-    """The usage of a verb shows all of its options, and none that it has not."""
+    """The usage of a verb shows all of its options, and no others."""
     text = VERBS[name].usage or usage(VERBS[name]).partition(name)[2]
     long = set(re.findall(r"--[\w-]+", text))
     short = {f"-{one}" for group in re.findall(r"(?<![\w-])-(\w+)", text) for one in group}
@@ -122,7 +122,7 @@ def test_usage_has_every_option(name: str) -> None:
 
 
 def test_status_is_light(tmp_path: Path) -> None:
-    """On a pipe it loads none of the libraries, nor the hypervisor."""
+    """On a pipe `status` imports none of the libraries, nor the hypervisor."""
     program = "import sys\nfrom vmctl.__main__ import main\ntry: main()\nexcept SystemExit: pass\n"
     done = subprocess.run(
         [sys.executable, "-c", f"{program}print(*sys.modules)", "status"],
@@ -143,7 +143,7 @@ def test_status_is_light(tmp_path: Path) -> None:
 
 
 def test_verbs_import_nothing() -> None:
-    """The table costs next to nothing to load."""
+    """The table imports next to nothing."""
     assert _imports(verbs) == ["collections.abc", "typing", "vmctl.options"]
     assert _imports(options) == ["collections.abc", "typing"]
 
@@ -154,7 +154,7 @@ def _imports(module: ModuleType) -> list[str]:
 
 
 def test_run_and_start_have_the_same_options() -> None:
-    """Both take the same in the same words; what one cannot do it refuses, and says why."""
+    """Both take the same options; what one cannot do it refuses, with the reason."""
     run, start = ({one.name: one for one in VERBS[name].options} for name in ("run", "start"))
     assert run.keys() == start.keys()
     for name, option in run.items():
@@ -179,7 +179,7 @@ def test_run_and_start_have_the_same_options() -> None:
     [(verb.name, one) for verb in VERBS.values() for one in verb.options if one.refused],
 )
 def test_refused_options(verb: str, option: Option, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line that has the reason; neither help nor usage has the option."""
+    """A refusal is one line with the reason; neither help nor usage has the option."""
     assert main([verb, option.name, "x", "y"]) == 1
     line = f"vmctl: {option.name} is not for {verb}: {option.refused}\n"
     assert capsys.readouterr() == ("", line)

@@ -29,10 +29,10 @@ QUEUE_SIZE = 8
 RINGS = 4
 MEMORY_SIZE = 0x4_0000
 GPA = 0x10_0000
-"""Where the driver's memory lies in guest-physical addresses."""
+"""The guest-physical address of the driver's memory."""
 USER = 0x7F00_0000_0000
-"""And in the front-end's process, as far as the server knows."""
-# Each ring has a page for its descriptors and one for each ring; buffers come behind all rings.
+"""Its address in the front-end's process, as the server learns it."""
+# Each ring has a page for its descriptors and one for each ring; buffers follow all rings.
 _RING_STRIDE = 0x3000
 _BUFFERS = 0x2_0000
 _SLOT_HALF = 0x2000
@@ -42,7 +42,7 @@ EVENT_TIMEOUT_MS = 10_000
 
 
 class EchoBackend:
-    """A device type with two queues that writes back what it reads, in capitals."""
+    """A device type with two queues that returns what it reads, in capitals."""
 
     device_id = 42
     features = BACKEND_FEATURE
@@ -59,7 +59,7 @@ class EchoBackend:
         return bytes(self.space)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take what fits."""
+        """Take the part that fits."""
         if offset + len(data) <= len(self.space):
             self.space[offset : offset + len(data)] = data
 
@@ -95,7 +95,7 @@ class EchoBackend:
 
 
 class ServerThread:
-    """An event loop with a Server in a thread of its own; `ended` is set when it has ended."""
+    """An event loop with a Server in a thread of its own; `ended` is set at its end."""
 
     def __init__(self, sock: socket.socket, backend: Backend, *, is_one_shot: bool) -> None:
         self.ended = threading.Event()
@@ -181,12 +181,12 @@ class Driver:
         return MemoryRegion(GPA, MEMORY_SIZE, USER, 0)
 
     def address(self, ring: int) -> VringAddress:
-        """Return where a ring lies, in user addresses."""
+        """Return a ring's place, in user addresses."""
         base = USER + ring * _RING_STRIDE
         return VringAddress(ring, 0, base, base + 0x2000, base + 0x1000, 0)
 
     def ring(self, ring: int) -> Ring:
-        """Return where a ring lies, in guest-physical addresses."""
+        """Return a ring's place, in guest-physical addresses."""
         base = GPA + ring * _RING_STRIDE
         return Ring(QUEUE_SIZE, base, base + 0x1000, base + 0x2000)
 
@@ -207,7 +207,7 @@ class Driver:
         self.set_up(client, 0)
 
     def forget(self) -> None:
-        """Make the rings as they are after a reset of the device."""
+        """Put the rings into the state after a reset of the device."""
         self.memory[: RINGS * _RING_STRIDE] = bytes(RINGS * _RING_STRIDE)
         self.available = [0] * RINGS
 
@@ -248,12 +248,12 @@ class Driver:
         return index
 
     def answer(self, slot: int, size: int, ring: int = 0) -> bytes:
-        """Return what the device wrote for the request in `slot`."""
+        """Return the device's answer to the request in `slot`."""
         place = self.answer_place(slot, ring)
         return self.memory[place : place + size]
 
     def answer_place(self, slot: int, ring: int = 0) -> int:
-        """Return where in the memory that begins."""
+        """Return the address at which that begins."""
         return self._slot(ring, slot) + _SLOT_HALF
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Messages over a real socket pair: pieces, descriptors, and what a broken peer sends."""
+"""Messages over a real socket pair: pieces, descriptors, and a broken peer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
 
 @pytest.fixture
 def null() -> Iterator[int]:
-    """A descriptor that may be passed on."""
+    """A descriptor that may be sent."""
     fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     yield fd
     os.close(fd)
@@ -74,7 +74,7 @@ def test_descriptors_belong_to_their_message(null: int) -> None:
 
 
 def test_a_message_may_arrive_byte_by_byte(null: int) -> None:
-    """Reception goes on where it was interrupted; descriptors may come with any part."""
+    """Reception continues where it was interrupted; descriptors may come with any part."""
     data = Header(5, 1, 8).pack() + pack_u64(7)
     with channels() as (left, right):
         for number, byte in enumerate(data):
@@ -100,7 +100,7 @@ def test_the_end_between_messages_is_orderly() -> None:
 
 @pytest.mark.parametrize("size", [1, 11, 12, 19])
 def test_the_end_within_a_message_is_an_error(size: int) -> None:
-    """A message cut short is told from an orderly end."""
+    """A message cut short is not taken for an orderly end."""
     data = Header(5, 1, 8).pack() + pack_u64(7)
     with channels() as (left, right):
         left.socket.sendall(data[:size])
@@ -119,7 +119,7 @@ def test_too_many_descriptors_are_refused_and_closed(null: int) -> None:
 
 
 def test_descriptors_in_pieces_are_counted_together(null: int) -> None:
-    """A message in pieces cannot carry more descriptors than one in whole."""
+    """A message in pieces cannot carry more descriptors than a whole one."""
     with channels() as (left, right):
         data = Header(5, 1, 8).pack() + pack_u64(7)
         for byte in data:
@@ -129,7 +129,7 @@ def test_descriptors_in_pieces_are_counted_together(null: int) -> None:
 
 
 def test_unclaimed_descriptors_of_an_unfinished_message_are_closed(null: int) -> None:
-    """Closing the channel closes what arrived with half a message."""
+    """Closing the channel closes descriptors of a partial message."""
     with channels() as (left, right):
         left.socket.sendmsg([b"\x05"], _with_fds([null]))
         with pytest.raises(BlockingIOError):
@@ -137,7 +137,7 @@ def test_unclaimed_descriptors_of_an_unfinished_message_are_closed(null: int) ->
 
 
 def test_a_peer_that_does_not_read_is_an_error() -> None:
-    """Replies that nobody takes do not make this side wait."""
+    """Unread replies do not make this side wait."""
 
     def flood(channel: Channel) -> None:
         for _ in range(1 << 20):
@@ -148,7 +148,7 @@ def test_a_peer_that_does_not_read_is_an_error() -> None:
 
 
 def test_a_socket_is_refused() -> None:
-    """It could be the connection's own other end, and keep it open for ever."""
+    """A socket is refused: it could be the connection's own other end, and keep it open."""
     with channels() as (left, right):
         left.send(5, fds=[left.fileno()])
         with pytest.raises(VhostUserError, match="a socket among the descriptors"):

@@ -1,4 +1,4 @@
-"""A front-end's requests: answers that are right, wrong, late, or never come."""
+"""A front-end's requests: answers that are right, wrong, late, or missing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ GREETING = [
 
 @contextmanager
 def answered(*answers: bytes) -> Iterator[socket.socket]:
-    """Yield a connection to a server that has said all this already, and says no more."""
+    """Yield a connection to a server that has sent all this already, and sends no more."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b"".join(answers))
@@ -78,14 +78,14 @@ def test_a_server_without_protocol_features() -> None:
     ],
 )
 def test_bad_greetings(answers: list[bytes], message: str) -> None:
-    """A server that cannot be talked to is refused, by what it said."""
+    """An unusable server is refused, by its answers."""
     with answered(*answers) as connection, pytest.raises(VhostUserError, match=message):
         Client(connection)
 
 
 @pytest.mark.parametrize("count", [0, 257, 2**64 - 1])
 def test_impossible_numbers_of_queues(count: int) -> None:
-    """Between 1 and 256 queues are believed."""
+    """Only 1 to 256 queues are accepted."""
     answer = reply(Request.GET_QUEUE_NUM, pack_u64(count))
     with answered(*GREETING, answer) as connection:
         client = Client(connection)
@@ -95,7 +95,7 @@ def test_impossible_numbers_of_queues(count: int) -> None:
 
 @pytest.mark.parametrize("access", [ConfigAccess(1, 0, bytes(60)), ConfigAccess(0, 0, b"short")])
 def test_another_piece_of_configuration(access: ConfigAccess) -> None:
-    """What was not asked for is not taken."""
+    """A piece of configuration that was not requested is refused."""
     with answered(*GREETING, reply(Request.GET_CONFIG, access.pack())) as connection:
         client = Client(connection)
         with pytest.raises(VhostUserError, match="GET_CONFIG: another piece than was asked for"):
@@ -103,7 +103,7 @@ def test_another_piece_of_configuration(access: ConfigAccess) -> None:
 
 
 def test_another_ring_is_stopped() -> None:
-    """The answer to GET_VRING_BASE is about the ring that was asked for."""
+    """The answer to GET_VRING_BASE must be about the requested ring."""
     answer = reply(Request.GET_VRING_BASE, VringState(1, 5).pack())
     with answered(*GREETING, answer) as connection:
         client = Client(connection)
@@ -112,7 +112,7 @@ def test_another_ring_is_stopped() -> None:
 
 
 def test_unwanted_descriptors_are_closed() -> None:
-    """A server that sends descriptors along breaks the protocol, and none of them stays."""
+    """A server that sends descriptors breaks the protocol, and all of them are closed."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         rights = array.array("i", [os.open("/dev/null", os.O_RDONLY)])
@@ -124,7 +124,7 @@ def test_unwanted_descriptors_are_closed() -> None:
 
 
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a while it counts as gone."""
+    """A server that does not answer counts as gone after a while."""
     monkeypatch.setattr(client_module, "REPLY_TIMEOUT_S", 0.05)
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(VhostUserError, match="GET_FEATURES: no answer"):
@@ -132,7 +132,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_shut_down_connection() -> None:
-    """It stays a descriptor that can be waited for, and every request fails."""
+    """A shut-down connection can still be polled, and every request fails."""
     with answered(*GREETING) as connection:
         client = Client(connection)
         client.shut_down()
@@ -157,7 +157,7 @@ PAYLOADS = (
     st.binary(max_size=20),
 )
 def test_any_answers(answers: list[bytes], rest: bytes) -> None:
-    """Whatever a server says, what comes of it is an answer or a VhostUserError."""
+    """Any answer of a server yields a result or a VhostUserError."""
     with answered(*GREETING, *answers, rest) as connection, driver() as guest:
         ask(Client(connection), guest)
 
@@ -165,7 +165,7 @@ def test_any_answers(answers: list[bytes], rest: bytes) -> None:
 @settings(deadline=None)
 @given(st.binary(min_size=60, max_size=60), U64)
 def test_any_device(config: bytes, features: int) -> None:
-    """Whatever device a server says it has, there is one in range, or a VhostUserError."""
+    """Any device that a server reports is in range, or a VhostUserError."""
     features |= FEATURE_PROTOCOL_FEATURES
     with ExitStack() as stack:
         answers = [
@@ -183,7 +183,7 @@ def test_any_device(config: bytes, features: int) -> None:
 
 
 def ask(client: Client, guest: Driver) -> None:
-    """Ask everything that there is to ask, until the server fails."""
+    """Send every request, until the server fails."""
     with suppress(VhostUserError):
         client.queue_count()
         client.config(60)

@@ -1,4 +1,4 @@
-"""The dataplane in another process: what the server is told, and what happens when it goes."""
+"""The dataplane in another process: messages to the server, and the server's end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RING_RESET = 1 << 40
 
 
 class BlkBackend(EchoBackend):
-    """A backend with two queues in the place where a block device's configuration has them."""
+    """A backend with two queues, their number where a block device's configuration has it."""
 
     features = BACKEND_FEATURE | MQ
 
@@ -57,7 +57,7 @@ class RecordingTransport:
         self.halts: queue.SimpleQueue[HaltError] = queue.SimpleQueue()
 
     def interrupt(self, index: int) -> None:
-        """Do by hand what the eventfd would have done."""
+        """Do what the eventfd would have done."""
         assert not self.has_fds
         os.eventfd_write(self.guest.call[index], 1)
 
@@ -70,11 +70,11 @@ class RecordingTransport:
         self.changes += 1
 
     def fail(self, reason: str) -> None:
-        """Remember why."""
+        """Record the reason."""
         self.failures.put(reason)
 
     def halt(self, err: HaltError) -> None:
-        """Remember why."""
+        """Record the reason."""
         self.halts.put(err)
 
 
@@ -100,7 +100,7 @@ def dataplane(
 
 
 def test_what_the_driver_is_offered() -> None:
-    """Features of the device and of queues; queues as the configuration says; RING_RESET."""
+    """The driver is offered features of device and queues, the queues' number, RING_RESET."""
     with dataplane(BlkBackend()) as (device, _, _):
         assert device.device_id == 2
         assert device.queue_sizes == (QUEUE_SIZE,) * 2
@@ -109,7 +109,7 @@ def test_what_the_driver_is_offered() -> None:
 
 
 def test_a_log_of_what_the_server_writes() -> None:
-    """It is kept over a new start of the device, and ends when it is to."""
+    """The log survives a new start of the device, and ends on request."""
     log = SharedLog(GPA + MEMORY_SIZE)
     with dataplane(BlkBackend()) as (device, guest, _):
         assert device.log_writes(log)
@@ -123,7 +123,7 @@ def test_a_log_of_what_the_server_writes() -> None:
 
 
 def test_what_is_decided_here() -> None:
-    """A piece of the configuration space can be this side's; the driver is told of changes."""
+    """This side can own a part of the configuration space; the driver is told of changes."""
     with dataplane(BlkBackend()) as (device, guest, transport):
         theirs = device.config()
         for data, changes in ((b"\x05\x06", 1), (b"\x05\x06", 1), (bytes(2), 2)):
@@ -136,7 +136,7 @@ def test_what_is_decided_here() -> None:
 
 
 class NetBackend(EchoBackend):
-    """A backend with two pairs of queues, as those of an interface are counted."""
+    """A backend with two pairs of queues, counted as an interface's are."""
 
     device_id = VIRTIO_ID_NET
     features = 1 << VIRTIO_NET_F_CSUM
@@ -152,7 +152,7 @@ class NetBackend(EchoBackend):
 
 
 def test_pairs_of_queues() -> None:
-    """A server of an interface is told which pairs are in use, whenever that is decided."""
+    """A server of an interface learns the pairs in use, at each decision."""
     backend = NetBackend()
     with dataplane(backend, kind=net_data(2)) as (device, guest, _):
         assert device.queue_sizes == (QUEUE_SIZE,) * 4
@@ -169,14 +169,14 @@ def test_pairs_of_queues() -> None:
 
 
 def test_too_few_pairs() -> None:
-    """A server that has not so many is not used."""
+    """A server with fewer pairs than needed is refused."""
     expected = "the server has 2 of 3 queue pairs"
     with pytest.raises(VhostUserError, match=expected), dataplane(NetBackend(), kind=net_data(3)):
         pass
 
 
 def test_the_cache_mode_is_left_to_flushes() -> None:
-    """A server's word that it writes through is not handed on: FLUSH alone says what is durable."""
+    """A server's write-through mode is not offered: FLUSH alone makes data durable."""
     backend = BlkBackend()
     backend.features |= CONFIG_WCE | FLUSH
     with dataplane(backend) as (device, _, _):
@@ -185,7 +185,7 @@ def test_the_cache_mode_is_left_to_flushes() -> None:
 
 @pytest.mark.parametrize("has_fds", [True, False])
 def test_requests_are_served(has_fds: bool) -> None:
-    """Notifications and interrupts take their ways, with MSI-X or by hand."""
+    """Notifications and interrupts arrive, with MSI-X or by hand."""
     with dataplane(BlkBackend(), has_fds=has_fds) as (device, guest, _):
         device.start(VERSION_1, {0: guest.ring(0)})
         for number in range(20):
@@ -205,7 +205,7 @@ def test_what_is_available_before_the_start_is_served() -> None:
 
 
 def test_settling() -> None:
-    """When it returns, what the driver had asked for is done; without a start there is nothing."""
+    """When `settle` returns, all requests of the driver are done; without a start it returns."""
     with dataplane(BlkBackend()) as (device, guest, _):
         device.settle()
         device.start(VERSION_1, {0: guest.ring(0), 1: guest.ring(1)})
@@ -218,7 +218,7 @@ def test_settling() -> None:
 
 
 def test_a_reset_and_another_start() -> None:
-    """After a stop the server leaves the rings alone; after a start they begin anew."""
+    """After a stop the server leaves the rings alone; after a start they begin again."""
     backend = BlkBackend()
     with dataplane(backend) as (device, guest, _):
         for _ in range(2):
@@ -236,7 +236,7 @@ def test_a_reset_and_another_start() -> None:
 
 
 def test_one_queue_stops() -> None:
-    """The other goes on, and the stopped one can be started again from its beginning."""
+    """One queue stops while the other runs on, and can be started again from its beginning."""
     with dataplane(BlkBackend()) as (device, guest, _):
         device.start(VERSION_1 | RING_RESET, {0: guest.ring(0), 1: guest.ring(1)})
         assert guest.request(b"one") == b"ONE"
@@ -250,7 +250,7 @@ def test_one_queue_stops() -> None:
 
 
 def test_configuration_writes_reach_the_server() -> None:
-    """What the driver writes shows in the configuration that it reads; outside it is ignored."""
+    """The driver's writes show in the configuration; those outside it are ignored."""
     backend = BlkBackend()
     with dataplane(backend) as (device, _, _):
         device.write_config(32, b"\x01")
@@ -260,7 +260,7 @@ def test_configuration_writes_reach_the_server() -> None:
 
 
 def test_impossible_rings_are_the_drivers_fault() -> None:
-    """The server does not even hear of a ring outside guest memory, or misaligned."""
+    """A ring outside guest memory, or misaligned, is not sent to the server."""
     backend = BlkBackend()
     with dataplane(backend) as (device, guest, transport):
         for part in (2**64 - 16, GPA + MEMORY_SIZE, GPA + 1):
@@ -274,7 +274,7 @@ def test_impossible_rings_are_the_drivers_fault() -> None:
 
 
 def test_a_broken_ring_fails_the_device() -> None:
-    """The server's error descriptor ends in DEVICE_NEEDS_RESET."""
+    """A write to the server's error descriptor leads to DEVICE_NEEDS_RESET."""
     with dataplane(BlkBackend()) as (device, guest, transport):
         device.start(VERSION_1, {0: guest.ring(0)})
         guest.offer(b"bad", gpa=1)
@@ -285,7 +285,7 @@ def test_a_broken_ring_fails_the_device() -> None:
 
 
 def test_a_request_waits_for_the_host() -> None:
-    """A server of ours has the VM stand still; a notification has the request tried again."""
+    """Our server can hold a request and pause the VM; a notification retries it."""
     backend = BlkBackend()
     with dataplane(backend, may_halt=True) as (device, guest, transport):
         device.start(VERSION_1, {0: guest.ring(0), 1: guest.ring(1)})
@@ -312,7 +312,7 @@ def test_a_request_waits_for_the_host() -> None:
 
 
 def test_a_pause_has_a_request_that_waits_tried_again() -> None:
-    """What the host could not do before a pause it is asked for once more after it."""
+    """A request that failed before a pause is tried once more after it."""
     backend = BlkBackend()
     with dataplane(backend, may_halt=True) as (device, guest, transport):
         device.start(VERSION_1, {0: guest.ring(0)})
@@ -331,7 +331,7 @@ def test_a_pause_has_a_request_that_waits_tried_again() -> None:
 
 
 def test_a_server_of_others_does_not_wait_for_the_host() -> None:
-    """Of a server that is not ours nothing is asked: it gave up a ring."""
+    """A server that is not ours is not asked to wait: it gives up a ring."""
     backend = BlkBackend()
     backend.fault = errno.EIO
     with dataplane(backend) as (device, guest, transport):
@@ -343,7 +343,7 @@ def test_a_server_of_others_does_not_wait_for_the_host() -> None:
 
 
 def test_a_server_that_goes_away() -> None:
-    """The device fails once, with one line; everything else does nothing; a start fails again."""
+    """At the server's end the device fails once, with one line; a new start fails again."""
     ours, theirs = socket.socketpair()
     with driver() as guest:
         with serving(theirs, BlkBackend()):
@@ -368,7 +368,7 @@ def test_a_server_that_goes_away() -> None:
 
 
 def test_a_server_that_is_gone_at_the_start() -> None:
-    """Nobody watches before the driver is ready: the first request to the server shows it."""
+    """Before the driver is ready nothing is watched: the first request shows the server's end."""
     ours, theirs = socket.socketpair()
     with driver() as guest:
         with serving(theirs, BlkBackend()):
@@ -381,7 +381,7 @@ def test_a_server_that_is_gone_at_the_start() -> None:
 
 
 def test_servers_that_will_not_do() -> None:
-    """A server without modern virtio, or with a number of queues that cannot be, is refused."""
+    """A server without modern virtio, or with an impossible number of queues, is refused."""
 
     class NoQueues(BlkBackend):
         def __init__(self) -> None:
@@ -414,7 +414,7 @@ def test_the_drivers_events_are_its_own() -> None:
 
 
 def test_a_pause_keeps_what_the_server_knows() -> None:
-    """Suspended and resumed, a server has its rings all along, and its state."""
+    """Over a suspend and resume a server keeps its rings and its state."""
     backend = BlkBackend()
     with dataplane(backend) as (device, guest, _):
         device.start(VERSION_1, {0: guest.ring(0)})
@@ -426,7 +426,7 @@ def test_a_pause_keeps_what_the_server_knows() -> None:
 
 
 def test_a_state_is_asked_for_and_the_same_server_goes_on() -> None:
-    """Asked where it is, the server lets go of its rings; resumed, it has them again."""
+    """For a state the server stops its rings; after a resume it has them again."""
     with dataplane(BlkBackend()) as (device, guest, _):
         device.start(VERSION_1, {0: guest.ring(0), 1: guest.ring(1)})
         assert guest.request(b"before") == b"BEFORE"
@@ -441,7 +441,7 @@ def test_a_state_is_asked_for_and_the_same_server_goes_on() -> None:
 
 
 def test_another_server_goes_on() -> None:
-    """With the first one's positions, and what it had not served."""
+    """Another server continues with the first one's positions, and its unserved requests."""
     with dataplane(BlkBackend()) as (device, guest, _):
         device.start(VERSION_1, {0: guest.ring(0)})
         assert guest.request(b"before") == b"BEFORE"
@@ -463,7 +463,7 @@ def test_another_server_goes_on() -> None:
 
 
 def test_a_server_that_is_gone_has_no_positions() -> None:
-    """The device has failed then; a resume changes nothing."""
+    """For a server that is gone the device has failed; a resume changes nothing."""
     with dataplane(BlkBackend()) as (device, guest, transport):
         device.start(VERSION_1, {0: guest.ring(0)})
         device.suspend()

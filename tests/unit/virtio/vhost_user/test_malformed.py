@@ -1,4 +1,4 @@
-"""What a front-end may not say: each ends its connection with one line, and nothing else."""
+"""Forbidden messages of a front-end: each ends its connection with one line, and nothing else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def guest() -> Iterator[Driver]:
 
 
 CASES: list[tuple[int, bytes, int, str]] = [
-    # Request, payload, how many of the driver's memory descriptor, what the line says.
+    # Request, payload, number of copies of the driver's memory descriptor, the line.
     (R.SET_FEATURES, pack_u64(1 << 63), 0, "SET_FEATURES: 0x8000000000000000 was not offered"),
     (R.SET_FEATURES, pack_u64(VERSION_1 | 1 << 5), 0, "SET_FEATURES: changed while a ring is"),
     (R.SET_FEATURES, bytes(7), 0, "SET_FEATURES: payload of 7 bytes, not 8"),
@@ -110,7 +110,7 @@ CASES: list[tuple[int, bytes, int, str]] = [
 def test_a_malformed_request_ends_the_connection(
     case: tuple[int, bytes, int, str], guest: Driver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is refused by name, the device is reset, and no descriptor stays."""
+    """A malformed request is refused by name, the device is reset, and no descriptor stays."""
     request, payload, fds, line = case
     backend = EchoBackend()
     with connection(backend) as client:
@@ -134,7 +134,7 @@ def end_of(client: Client) -> None:
 
 
 def test_a_refused_request_is_answered_first(guest: Driver) -> None:
-    """With REPLY_ACK a front-end learns which request was wrong before the connection ends."""
+    """With REPLY_ACK a front-end learns the wrong request before the connection ends."""
     with connection(EchoBackend()) as client:
         guest.start(client)
         with pytest.raises(VhostUserError, match="SET_VRING_NUM: the server refuses it"):
@@ -169,12 +169,12 @@ def test_bytes_that_are_no_message(
 def test_a_front_end_cannot_keep_its_own_connection_open(
     guest: Driver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A connection's other end among our own descriptors would never let it end."""
+    """A connection's other end among our own descriptors would keep it open: it is refused."""
     ours, theirs = socket.socketpair()
     with serving(theirs, EchoBackend()) as server:
         with Client(ours) as client:
             guest.start(client)
-            # In a message that is never complete, so that nobody looks at its descriptors.
+            # In an incomplete message, whose descriptors are never read.
             rights = array.array("i", [client.fileno()])
             ours.sendmsg([b"\5"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         assert server.ended.wait(10)
@@ -184,7 +184,7 @@ def test_a_front_end_cannot_keep_its_own_connection_open(
 def test_descriptors_for_events_come_one_by_one(
     guest: Driver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A second one has no meaning."""
+    """A second descriptor for an event is refused."""
     with connection(EchoBackend()) as client:
         client._channel.send(R.SET_VRING_CALL, pack_u64(0), fds=guest.call)
         end_of(client)
@@ -194,7 +194,7 @@ def test_descriptors_for_events_come_one_by_one(
 def test_a_kick_pipe_that_closes_ends_the_connection(
     guest: Driver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A hung-up descriptor would be readable for ever."""
+    """A hung-up kick pipe, which would be readable for ever, ends the connection."""
     with connection(EchoBackend()) as client:
         guest.start(client)
         read_end, write_end = os.pipe()
@@ -209,7 +209,7 @@ def test_a_kick_pipe_that_closes_ends_the_connection(
 def test_a_call_pipe_that_closes_ends_the_connection(
     guest: Driver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An interrupt that cannot be delivered would leave the driver waiting."""
+    """A call pipe that closes ends the connection: no interrupt could be delivered."""
     with connection(EchoBackend()) as client:
         guest.start(client)
         read_end, write_end = os.pipe()
@@ -223,7 +223,7 @@ def test_a_call_pipe_that_closes_ends_the_connection(
 
 
 def test_a_full_call_descriptor_does_not_block(guest: Driver) -> None:
-    """An eventfd at its limit, or a full pipe, already says what there is to say."""
+    """An eventfd at its limit, or a full pipe, is left alone: it signals already."""
     with connection(EchoBackend()) as client:
         guest.start(client)
         full = os.eventfd(0, os.EFD_CLOEXEC)
@@ -258,7 +258,7 @@ def test_a_full_call_descriptor_does_not_block(guest: Driver) -> None:
 def test_any_messages_leave_a_server_that_works(
     tmp_path_factory: pytest.TempPathFactory, messages: list[tuple[int, int, bytes, int]]
 ) -> None:
-    """Whatever a front-end sends, the next one is served."""
+    """After any messages of a front-end, the next one is served."""
     path = str(tmp_path_factory.mktemp("server") / "disk.sock")
     with serving(listen(path), EchoBackend()), driver() as guest, ExitStack() as stack:
         one = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

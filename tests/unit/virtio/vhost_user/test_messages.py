@@ -1,4 +1,4 @@
-"""The codec of vhost-user's messages: sizes, round trips, and what it refuses."""
+"""The codec of vhost-user's messages: sizes, round trips, and refusals."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ REGION = st.builds(MemoryRegion, U64, U64, U64, U64)
 @settings(deadline=None)
 @given(U32, U32)
 def test_a_ring_state_survives_the_wire(index: int, num: int) -> None:
-    """A ring state is decoded to what was encoded."""
+    """A ring state is decoded as encoded."""
     assert VringState.unpack(VringState(index, num).pack()) == VringState(index, num)
 
 
 @settings(deadline=None)
 @given(st.builds(VringAddress, U32, U32, U64, U64, U64, U64))
 def test_ring_addresses_survive_the_wire(address: VringAddress) -> None:
-    """Ring addresses are decoded to what was encoded."""
+    """Ring addresses are decoded as encoded."""
     assert VringAddress.unpack(address.pack()) == address
 
 
 @settings(deadline=None)
 @given(st.lists(REGION, max_size=REGIONS_MAX))
 def test_a_memory_table_survives_the_wire(regions: list[MemoryRegion]) -> None:
-    """A memory table is decoded to what was encoded, also with unused regions behind it."""
+    """A memory table is decoded as encoded, also with unused regions after it."""
     assert unpack_regions(pack_regions(regions)) == regions
     assert unpack_regions(pack_regions(regions) + bytes(32 * (8 - len(regions)))) == regions
 
@@ -69,21 +69,21 @@ def test_a_single_region_survives_the_wire(region: MemoryRegion) -> None:
 @settings(deadline=None)
 @given(U64)
 def test_a_number_survives_the_wire(value: int) -> None:
-    """A 64-bit number is decoded to what was encoded."""
+    """A 64-bit number is decoded as encoded."""
     assert unpack_u64(pack_u64(value)) == value
 
 
 @settings(deadline=None)
 @given(st.integers(0, 200), U32, st.binary(max_size=56))
 def test_a_config_access_survives_the_wire(offset: int, flags: int, data: bytes) -> None:
-    """A piece of configuration space is decoded to what was encoded."""
+    """A piece of configuration space is decoded as encoded."""
     access = ConfigAccess(offset, flags, data)
     assert ConfigAccess.unpack(access.pack()) == access
 
 
 @pytest.mark.parametrize("size", [0, 4, 7, 9])
 def test_a_payload_of_another_size_is_refused(size: int) -> None:
-    """Neither a shorter nor a longer payload is taken for a number or a ring state."""
+    """A shorter or longer payload is not accepted as a number or a ring state."""
     with pytest.raises(VhostUserError, match=f"payload of {size} bytes, not 8"):
         unpack_u64(bytes(size))
     with pytest.raises(VhostUserError, match=f"payload of {size} bytes, not 8"):
@@ -102,7 +102,7 @@ def test_a_table_of_too_many_regions_is_refused() -> None:
 
 
 def test_a_config_access_out_of_range_is_refused() -> None:
-    """Configuration space has 256 bytes, and the size has to be that of the payload."""
+    """Configuration space has 256 bytes, and the size must be the payload's."""
     with pytest.raises(VhostUserError, match=r"configuration space 0xff\+0x2: out of range"):
         ConfigAccess.unpack(ConfigAccess(CONFIG_MAX - 1, 0, b"ab").pack())
     with pytest.raises(VhostUserError, match=r"configuration space 0x0\+0x2: out of range"):
@@ -119,7 +119,7 @@ def test_a_header_of_another_version_is_refused() -> None:
 
 
 def test_a_header_with_a_huge_payload_is_refused() -> None:
-    """A peer cannot make this side wait for, or store, more than any message holds."""
+    """A header with more payload than any message has is refused at once."""
     with pytest.raises(VhostUserError, match="SET_MEM_TABLE: payload of 1025 bytes"):
         Header.unpack(Header(Request.SET_MEM_TABLE, 1, PAYLOAD_MAX + 1).pack())
 

@@ -17,7 +17,7 @@ from vmm_kvm.virtio.vhost_user.process import DeviceProcess, spawn_device_proces
 
 
 class FileBackend(EchoBackend):
-    """A backend that leaves a file behind when it is closed in good order."""
+    """A backend that leaves a file behind at an orderly close."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def _pid(process: DeviceProcess) -> int:
 
 
 def test_it_serves_and_ends_with_its_connection(tmp_path: Path) -> None:
-    """A request is answered by another process; when we close, it closes its backend and ends."""
+    """Another process answers a request; when we close, it closes its backend and ends."""
     path = tmp_path / "closed"
     with spawn_device_process(lambda: FileBackend(path), "disk0") as process:
         assert _pid(process) != os.getpid()
@@ -47,7 +47,7 @@ def test_it_serves_and_ends_with_its_connection(tmp_path: Path) -> None:
 
 
 def test_it_has_only_its_own_descriptors(tmp_path: Path) -> None:
-    """Of ours it has the standard ones, its connection, and what it was told to keep."""
+    """The process has the standard descriptors, its connection, and those that it is to keep."""
     file = (tmp_path / "file").open("w")
     kept = (tmp_path / "kept").open("w")
     with (
@@ -88,7 +88,7 @@ def test_a_crash_at_its_start_is_told(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_crash_is_noticed_by_the_connection(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever uses the connection gets an error, and one line says what happened."""
+    """The user of the connection gets an error, and one line tells of the crash."""
     with (
         spawn_device_process(EchoBackend, "disk0") as process,
         Client(process.connection) as client,
@@ -105,7 +105,7 @@ def test_a_crash_is_noticed_by_the_connection(caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_for_the_group_do_not_reach_it(number: signal.Signals) -> None:
-    """It serves until the VM is done with it, also when everybody is told to end."""
+    """Signals for the whole group do not end it before its VM does."""
     with spawn_device_process(EchoBackend, "disk0") as process:
         os.kill(_pid(process), number)
         with driver() as guest, Client(process.connection) as client:

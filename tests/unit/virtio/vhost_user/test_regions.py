@@ -26,7 +26,7 @@ def memfd() -> Iterator[int]:
 
 
 def test_two_regions_of_one_file(memfd: int) -> None:
-    """Views lead to the right place of the file by guest-physical address, and writes there."""
+    """Views by guest-physical address are the right place of the file, for reads and writes."""
     regions = Regions()
     regions.add(MemoryRegion(0x10_0000, SIZE, USER + 0x10_0000, 0x4000), memfd)
     regions.add(MemoryRegion(0, SIZE, USER, 0), memfd)
@@ -40,7 +40,7 @@ def test_two_regions_of_one_file(memfd: int) -> None:
 
 
 def test_a_region_may_begin_within_a_page(memfd: int) -> None:
-    """An offset that is no multiple of the page size is mapped all the same."""
+    """An offset that is no multiple of the page size can be mapped."""
     regions = Regions()
     regions.add(MemoryRegion(0x1000, 0x2000, USER, 0x0FFF), memfd)
     assert bytes(regions.view(0x1000, 2)) == b"\x00\x01"
@@ -51,7 +51,7 @@ def test_a_region_may_begin_within_a_page(memfd: int) -> None:
     ("gpa", "size"), [(0xFFF, 2), (0x4FFF, 2), (0x5000, 1), (0, 0), (0x1000, -1), (2**64, 1)]
 )
 def test_memory_outside_is_refused(memfd: int, gpa: int, size: int) -> None:
-    """A view reaches neither before nor behind its region."""
+    """A view reaches neither before nor after its region."""
     regions = Regions()
     regions.add(MemoryRegion(0x1000, SIZE, USER, 0), memfd)
     with pytest.raises(GuestMemoryError):
@@ -82,7 +82,7 @@ def test_a_user_address_outside_is_refused(memfd: int) -> None:
     ],
 )
 def test_a_bad_region_is_refused(memfd: int, region: MemoryRegion) -> None:
-    """Empty, wrapping, overlapping, or outside its file: nothing is mapped."""
+    """A region that is empty, wraps, overlaps, or leaves its file is not mapped."""
     regions = Regions()
     regions.add(MemoryRegion(0x20000, SIZE, USER + 0x20000, 0), memfd)
     with pytest.raises(VhostUserError, match="memory region"):
@@ -91,7 +91,7 @@ def test_a_bad_region_is_refused(memfd: int, region: MemoryRegion) -> None:
 
 
 def test_a_file_that_cannot_be_mapped_is_refused() -> None:
-    """A pipe, or a file that may only be read, is no guest memory."""
+    """A pipe, or a read-only file, is refused as guest memory."""
     regions = Regions()
     read_end, write_end = os.pipe()
     with Path("/proc/self/exe").open("rb") as program:
@@ -103,7 +103,7 @@ def test_a_file_that_cannot_be_mapped_is_refused() -> None:
 
 
 def test_removal_needs_the_same_addresses(memfd: int) -> None:
-    """A region goes by guest address, user address and size; a view outlives it."""
+    """A region is removed by guest address, user address and size; a view outlives it."""
     regions = Regions()
     region = MemoryRegion(0x1000, SIZE, USER, 0)
     regions.add(region, memfd)

@@ -1,4 +1,4 @@
-"""The server under a well-behaved front-end: rings start, stop, move, and go on."""
+"""The server with a well-behaved front-end: rings start, stop, move, and continue."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_the_server_offers() -> None:
 
 
 def test_configuration_space() -> None:
-    """It is read from any offset, with zeroes behind its end, and written by the driver."""
+    """Configuration is read from any offset, with zeros after its end, and can be written."""
     with connection(EchoBackend()) as client:
         assert client.config(16) == b"configuration\0\0\0"
         client.write_config(3, b"FIG")
@@ -62,7 +62,7 @@ def test_configuration_space() -> None:
 
 @pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | EVENT_IDX | BACKEND_FEATURE])
 def test_requests_are_served(features: int) -> None:
-    """A notification brings an answer and an interrupt, round the ring several times."""
+    """A notification causes an answer and an interrupt, round the ring several times."""
     backend = EchoBackend()
     with driver() as guest, connection(backend) as client:
         guest.start(client, features)
@@ -74,7 +74,7 @@ def test_requests_are_served(features: int) -> None:
 
 
 def test_what_is_written_is_logged() -> None:
-    """Answers and used rings are marked, from when the front-end wants it until it does not."""
+    """Answers and used rings are marked in the log, while the front-end wants it."""
     log = SharedLog(GPA + MEMORY_SIZE)
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
@@ -106,7 +106,7 @@ def test_what_is_available_before_the_start_is_served() -> None:
 
 
 def test_two_rings() -> None:
-    """Each ring has its own descriptors; the backend begins and ends once for both."""
+    """Each ring has its own descriptors; the backend starts and ends once for both."""
     backend = EchoBackend()
     with driver() as guest, connection(backend) as client:
         guest.start(client)
@@ -120,7 +120,7 @@ def test_two_rings() -> None:
 
 
 def test_a_stopped_ring_is_left_alone() -> None:
-    """After GET_VRING_BASE nothing is served; the ring goes on where it was stopped."""
+    """After GET_VRING_BASE nothing is served; the ring continues from its position."""
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
         assert guest.request(b"one") == b"ONE"
@@ -135,7 +135,7 @@ def test_a_stopped_ring_is_left_alone() -> None:
 
 
 def test_a_disabled_ring_is_left_alone() -> None:
-    """A disabled ring waits; once it is enabled, what became available is served."""
+    """A disabled ring waits; once it is enabled, its available chains are served."""
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
         client.enable(0, False)
@@ -149,7 +149,7 @@ def test_a_disabled_ring_is_left_alone() -> None:
 
 
 def test_a_ring_without_kick_descriptor_is_polled() -> None:
-    """Bit 8 of SET_VRING_KICK means that nobody notifies."""
+    """Bit 8 of SET_VRING_KICK means that the ring is polled."""
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
         client.set_kick(0, None)
@@ -176,7 +176,7 @@ def test_a_ring_without_call_descriptor_is_served() -> None:
 
 
 def test_a_start_interrupts() -> None:
-    """An interrupt that a crashed predecessor did not deliver is made up for."""
+    """A start interrupts, in case a crashed predecessor did not."""
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
         assert is_set(guest.call[0])
@@ -201,7 +201,7 @@ def test_a_successor_goes_on_where_the_used_ring_ends() -> None:
 
 
 def test_memory_may_move_while_rings_run() -> None:
-    """A new memory table takes effect at once, and rings go on in it."""
+    """A new memory table takes effect at once, and rings continue in it."""
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
         assert guest.request(b"before") == b"BEFORE"
@@ -214,7 +214,7 @@ def test_memory_may_move_while_rings_run() -> None:
 
 
 def test_memory_by_slots() -> None:
-    """Regions come and go one by one; a ring waits while its own is away."""
+    """Regions come and go one by one; a ring waits while its own is missing."""
     with driver() as guest, connection(EchoBackend()) as client:
         client.set_features(VERSION_1)
         client._order(Request.ADD_MEM_REG, pack_region(guest.region), [guest.fd])
@@ -232,7 +232,7 @@ def test_memory_by_slots() -> None:
 
 @pytest.mark.parametrize("request_", [Request.RESET_DEVICE, Request.RESET_OWNER])
 def test_a_reset_stops_everything(request_: Request) -> None:
-    """After a reset no ring is started, and the device can be set up anew."""
+    """After a reset no ring is started, and the device can be set up again."""
     backend = EchoBackend()
     with driver() as guest, connection(backend) as client:
         guest.start(client)
@@ -264,7 +264,7 @@ def test_device_status() -> None:
 
 
 def test_a_broken_ring_is_the_drivers_fault(caplog: pytest.LogCaptureFixture) -> None:
-    """It is reported by the error descriptor and one line; others go on; a restart helps."""
+    """The error descriptor and one line report a broken ring; others run; a restart helps."""
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
         guest.set_up(client, 1)
@@ -272,7 +272,7 @@ def test_a_broken_ring_is_the_drivers_fault(caplog: pytest.LogCaptureFixture) ->
         guest.notify(0)
         wait_for(guest.error[0])
         assert guest.request(b"other", 1) == b"OTHER"
-        assert client.stop(0) == 0  # where a successor finds it
+        assert client.stop(0) == 0  # a successor continues here
         guest.set_up(client, 0, 1)
         slot = guest.offer(b"good")
         guest.notify()
@@ -282,7 +282,7 @@ def test_a_broken_ring_is_the_drivers_fault(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_a_driver_cannot_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """A ring that is broken again and again is logged a few times."""
+    """A ring that breaks again and again is logged a few times."""
     with driver() as guest, connection(EchoBackend()) as client:
         guest.start(client)
         for number in range(20):
@@ -309,7 +309,7 @@ def test_a_ring_in_an_impossible_place_is_the_drivers_fault(
 
 
 def test_front_ends_come_one_after_another(tmp_path: Path) -> None:
-    """A listening server serves the next front-end when the first has gone."""
+    """A listening server serves the next front-end when the first has left."""
     path = str(tmp_path / "disk.sock")
     backend = EchoBackend()
     with serving(listen(path), backend) as server:
@@ -337,7 +337,7 @@ def test_a_second_front_end_waits(tmp_path: Path) -> None:
 
 
 def test_one_shot(tmp_path: Path) -> None:
-    """A one-shot server, and one with a connected socket, is done when its front-end leaves."""
+    """A one-shot server, and one with a connected socket, ends when its front-end leaves."""
     path = str(tmp_path / "disk.sock")
     with serving(listen(path), EchoBackend(), is_one_shot=True) as server:
         connect(path).close()
@@ -349,7 +349,7 @@ def test_one_shot(tmp_path: Path) -> None:
 
 
 def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
-    """A socket that nobody listens to is made anew; one in use, or another file, is not touched."""
+    """A stale socket is made again; one in use, or another file, is not touched."""
     path = tmp_path / "disk.sock"
     listen(str(path)).close()
     with listen(str(path)):
@@ -364,7 +364,7 @@ def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
 
 
 def test_inherited_descriptors() -> None:
-    """A descriptor handed down has to be a UNIX stream socket."""
+    """An inherited descriptor must be a UNIX stream socket."""
     ours, theirs = socket.socketpair()
     with ours, inherited(theirs.detach()) as sock:
         assert not sock.get_inheritable()
