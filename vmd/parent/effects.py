@@ -40,6 +40,7 @@ from vmd.rules.actions import (
 from vmd.rules.registry import Registry
 from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
+from vmd.shared.log import tell_of
 from vmd.shared.opening import OpeningError
 from vmd.shared.pty import Pty
 from vmd.shared.ring import Replay
@@ -459,9 +460,8 @@ class Effects:
                 vm = self._registry.find(vm_id, "")
                 if vm:
                     vm.new_file = None
-                    log.info(
-                        "started %s (vm %d) successfully, tty %s", vm.name, vm_id, vm.state.tty
-                    )
+                    told = "started %s (vm %d) successfully, tty %s"
+                    tell_of(vm.name, told, vm.name, vm_id, vm.state.tty)
             case VmPaused():
                 self._silences.end(vm_id)
                 self._happened(vm_id, vm_state.Paused())
@@ -498,13 +498,13 @@ class Effects:
             event = vm_state.SendFailed(report.failure, report.message)
         vm = self._registry.find(vm_id, "")
         if vm and isinstance(event, vm_state.SendFailed):
-            log.warning("%s: cannot be sent: %s", vm.name, event.message)
+            tell_of(vm.name, "%s: cannot be sent: %s", vm.name, event.message, is_bad=True)
         elif vm and vm.state.snapshot is None:
             self._tell_sent(vm_id)
         self._happened(vm_id, event)
 
     def _send_failed(self, vm: Vm, event: vm_state.SendFailed) -> None:
-        log.warning("%s: cannot be sent: %s", vm.name, event.message)
+        tell_of(vm.name, "%s: cannot be sent: %s", vm.name, event.message, is_bad=True)
         # The registry may be in the middle of the step that this comes of.
         self._loop.call_soon(lambda: self._happened(vm.id, event))
 
@@ -522,7 +522,7 @@ class Effects:
 
     def _tell_sent(self, vm_id: int) -> None:
         if vm := self._registry.find(vm_id, ""):
-            log.info("%s: sent vm %d successfully.", vm.name, vm_id)
+            tell_of(vm.name, "%s: sent vm %d successfully.", vm.name, vm_id)
 
     def _exited(self, message: VmExited) -> None:
         self._forget_process(message.id)

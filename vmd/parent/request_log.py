@@ -113,7 +113,15 @@ class RequestLog:
             text = f"{_DONE[asked.kind]} by {user}"
             if isinstance(answer, Started):
                 vm_id = answer.id
-        logging.tell(f"requests of {user}", "%s: %s", asked.what, text)
+        logging.tell(
+            logging.Asked(
+                f"requests of {user}",
+                asked.uid,
+                str(asked.kind.__struct_config__.tag),
+                asked.what if issubclass(asked.kind, VmRequest | Receive) else "",
+            ),
+            *("%s: %s", asked.what, text),
+        )
         self._note(vm_id, text)
 
     def gone(self, client: int) -> None:

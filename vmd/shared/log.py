@@ -7,7 +7,11 @@ OpenBSD's: 0 and 1 show events, 2 also debugging messages.
 A message is one line, whatever it contains. A log without a reader blocks no process, and one
 source of messages leaves room for others.
 
-Source: section 5.1 of OpenBSD's behaviour; sd-daemon(3), RFC 3164.
+Where the journal reads standard error, messages go to its own socket, with fields by which they
+can be found: `VM`, `UID` of the user who has asked, `REQUEST`. Without that socket they are lines.
+
+Source: section 5.1 of OpenBSD's behaviour; sd-daemon(3), RFC 3164, systemd's Native Journal
+Protocol.
 """
 
 import logging
@@ -20,7 +24,9 @@ import threading
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from enum import Enum
+from typing import NamedTuple
 
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.text import printable
@@ -36,6 +42,13 @@ VERBOSE = 2
 """From here on, debugging messages are logged."""
 
 _DEV_LOG = "/dev/log"
+_JOURNAL = "/run/systemd/journal/socket"
+_FIELDS = {"vm": "VM", "uid": "UID", "request": "REQUEST"}
+"""Fields of the journal, by the attributes of records that have them."""
+_VM_TITLE = "vm/"
+"""The title of a VM's process, before its name."""
+_ABOUT_VM = "vm/%s"
+"""What messages about a VM begin with; its name is their first argument."""
 _FACILITY_DAEMON = 3 << 3
 _LINE_MAX = 4096  # what a pipe takes whole
 _WARNING = 4
@@ -55,6 +68,7 @@ class Sink(Enum):
 
     STDERR = "standard error"
     JOURNAL = "standard error, which the journal reads"
+    NATIVE = "the journal's socket"
     SYSLOG = "syslog"
 
 
@@ -125,8 +139,9 @@ class _Descriptor(logging.Handler):
             trace = traceback.format_exception(*record.exc_info)
             lines += [printable(line) for line in "".join(trace).splitlines()]
         priority = next((value for level, value in _PRIORITIES if record.levelno >= level), 7)
+        fields = self._fields(record) if self.sink is Sink.NATIVE else ""
         for line in lines:
-            self._say(line, priority)
+            self._say(line, priority, fields)
 
     def _guard(self) -> threading.RLock:
         assert self.lock is not None
@@ -144,8 +159,25 @@ class _Descriptor(logging.Handler):
             share = self._shares[source] = _Share(source)
         return share
 
-    def _say(self, line: str, priority: int) -> None:
-        if self.sink is Sink.SYSLOG:
+    def _fields(self, record: logging.LogRecord) -> str:
+        """Return the fields that a message has besides its text."""
+        found = {name: getattr(record, name, "") for name in _FIELDS}
+        if found["vm"] == "" and str(record.msg).startswith(_ABOUT_VM) and record.args:
+            found["vm"] = record.args[0] if isinstance(record.args, tuple) else ""
+        if found["vm"] == "" and self.title.startswith(_VM_TITLE):
+            found["vm"] = self.title.removeprefix(_VM_TITLE)
+        return "".join(
+            f"{_FIELDS[name]}={printable(str(value))}\n"
+            for name, value in found.items()
+            if value != ""
+        )
+
+    def _say(self, line: str, priority: int, fields: str = "") -> None:
+        if self.sink is Sink.NATIVE:
+            head = f"PRIORITY={priority}\nSYSLOG_IDENTIFIER=vmd\n{fields}MESSAGE={self.title}: "
+            text = f"{head}{line}"
+            data = text.encode(errors="replace")[: _LINE_MAX - 1] + b"\n"
+        elif self.sink is Sink.SYSLOG:
             text = f"<{_FACILITY_DAEMON | priority}>vmd[{os.getpid()}]: {self.title}: {line}"
             data = text.encode(errors="replace")[:_LINE_MAX]
         else:
@@ -244,10 +276,17 @@ def open_log(*, is_foreground: bool) -> None:
         root.addHandler(_handler)
     if is_foreground:
         _handler.open(2, Sink.JOURNAL if _is_journal() else Sink.STDERR)
+        if _handler.sink is Sink.JOURNAL:
+            with suppress(OSError):  # an old journal, or none that this root directory shows
+                _connect(_JOURNAL, Sink.NATIVE)
         return
+    _connect(_DEV_LOG, Sink.SYSLOG)
+
+
+def _connect(path: str, sink: Sink) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.connect(_DEV_LOG)
-        _handler.open(sock.detach(), Sink.SYSLOG)
+        sock.connect(path)
+        _handler.open(sock.detach(), sink)
 
 
 def set_verbosity(level: int) -> None:
@@ -281,9 +320,26 @@ def follow(loop: EventLoop | None) -> None:
     _handler.follow(loop)
 
 
-def tell(source: str, message: str, *arguments: object) -> None:
-    """Log the result of a request; `source` names the user whose share of the log it takes."""
-    logging.getLogger(__name__).info(message, *arguments, extra={"source": source})
+class Asked(NamedTuple):
+    """A request, as the log tells of it."""
+
+    source: str
+    """The user whose share of the log it takes."""
+    uid: int
+    request: str
+    vm: str = ""
+    """The VM that it names, if it does."""
+
+
+def tell(asked: Asked, message: str, *arguments: object) -> None:
+    """Log the result of a request."""
+    logging.getLogger(__name__).info(message, *arguments, extra=asked._asdict())
+
+
+def tell_of(vm: str, message: str, *arguments: object, is_bad: bool = False) -> None:
+    """Log what has happened to a VM, if the message begins with something else than `vm/%s`."""
+    level = logging.WARNING if is_bad else logging.INFO
+    logging.getLogger(__name__).log(level, message, *arguments, extra={"vm": vm})
 
 
 def set_title(title: str) -> None:

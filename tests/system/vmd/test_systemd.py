@@ -103,6 +103,9 @@ def test_from_start_to_stop(host: TreeHost) -> None:
     assert (host.state(SERVICE), host.shown(SERVICE, "Result")) == ("inactive", "success")
     log = host.run("journalctl", "--unit", SERVICE, "--output=cat")
     assert all(f"stopping vm {name}: terminated vm" in log for name in ("one", "two", "three"))
+    found = host.run("journalctl", "VM=two", "REQUEST=start", "UID=0", "--output=cat")
+    assert found == "vmd: two: started by root\n"
+    assert "started two (vm 2)" in host.run("journalctl", "VM=two", "--output=cat")
     assert "bin/vmd" not in host.run("ps", "-e", "-o", "args")
 
 
