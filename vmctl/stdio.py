@@ -135,6 +135,7 @@ class Stdio:
         while self._written:
             self._take(self._written.popleft())
         self._write()
+        self._throttle()  # the reader may take nothing at all
 
     def _take(self, data: bytes) -> None:
         """Put what the guest wrote where it goes."""
@@ -181,6 +182,10 @@ class Stdio:
         if not self._backlog and self._is_waiting:
             self._loop.remove_writer(self._stdout)
             self._is_waiting = False
+        self._throttle()
+
+    def _throttle(self) -> None:
+        """Hold the guest while too much of its output waits for a reader."""
         limit = _BACKLOG_LOW if self._is_throttled else _BACKLOG_HIGH
         if self._is_throttled != (len(self._backlog) > limit):
             self._is_throttled = not self._is_throttled

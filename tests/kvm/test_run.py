@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -377,6 +378,36 @@ def test_slow_reader_holds_the_guest() -> None:
         process.stdin.close()
     os.close(read_fd)
     assert output.count(b"selftest: ready") == 17
+
+
+def busy_s(pid: int) -> float:
+    """Return how much processor time a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_guest_that_reboots_is_held_by_its_reader(tmp_path: Path) -> None:
+    """It stands still while nobody reads, whatever it has rebooted before, and loses nothing."""
+    text = bytes(number & 0xFF for number in range(10000, 0, -1))
+    reset = bytes.fromhex("b0fe e664 ebfe")  # mov $0xfe, %al; out %al, $0x64; jmp .
+    image = tmp_path / "image"
+    image.write_bytes(guests.firmware(guests.printing(len(text)) + reset))
+    command = [VMCTL, "run", "-m", "64M", "-b", image, "--timeout", "100"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout
+        try:
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+            deadline, before = time.monotonic() + 60, -1.0
+            while busy_s(process.pid) - before > 0.05:
+                assert time.monotonic() < deadline
+                before = busy_s(process.pid)
+                time.sleep(1)
+            read = process.stdout.read(150_000)
+            assert read == (text * (len(read) // len(text) + 1))[: len(read)]
+        finally:
+            process.kill()
 
 
 def test_terminal_escapes() -> None:
