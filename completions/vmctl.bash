@@ -283,6 +283,10 @@ _vmctl() {
 		_vmctl_offer "$word"
 		return
 		;;
+	'run --cloud-init')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'run --console-log')
 		_vmctl_offer "$word" '<file>'
 		return
@@ -315,6 +319,10 @@ _vmctl() {
 		_vmctl_offer "$word" '<file>'
 		return
 		;;
+	'run --ssh-key')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'run --timeout')
 		_vmctl_offer "$word"
 		return
@@ -328,7 +336,7 @@ _vmctl() {
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --append --balloon --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --share --timeout --virtio-console --vsock --wait --watchdog)
+		options=(-B -b -c -d -i -L -m -n -p -r --agent --append --balloon --cloud-init --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --share --ssh-key --timeout --virtio-console --vsock --wait --watchdog)
 		operands=()
 		;;
 	'send '*)
@@ -431,6 +439,10 @@ _vmctl() {
 		_vmctl_offer "$word" 'frozen' 'now'
 		return
 		;;
+	'start --cloud-init')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'start --firmware')
 		_vmctl_offer "$word" 'bios' 'uefi' '<file>'
 		return
@@ -447,6 +459,10 @@ _vmctl() {
 		_vmctl_offer "$word" '<file>'
 		return
 		;;
+	'start --ssh-key')
+		_vmctl_offer "$word" '<file>'
+		return
+		;;
 	'start --timeout')
 		_vmctl_offer "$word"
 		return
@@ -460,7 +476,7 @@ _vmctl() {
 		return
 		;;
 	'start '*)
-		options=(-B -b -c -d -i -L -m -n -p -r -t --append --balloon --clock --firmware --forward --from --initrd --json --save --selftest --template --timeout --vsock --wait --watchdog)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --agent --append --balloon --clock --cloud-init --firmware --forward --from --initrd --json --save --selftest --ssh-key --template --timeout --vsock --wait --watchdog)
 		operands=('<vm>')
 		;;
 	'status '*)

@@ -110,8 +110,10 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -s m -d 'Memory, such as 
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s n -d 'Add a network interface on a switch; for run on a bridge of this host.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s p -d 'Number of vCPUs, 1 to 64.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l agent -d 'Install vmm-agent in the guest, by cloud-init.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l append -d 'Kernel command line.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l cloud-init -d 'Let cloud-init in the guest set it up by this.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l console-log -d 'Write what the console shows to this file too.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
@@ -123,6 +125,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l no-reboot -d 'End when
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that keeps the variables of UEFI firmware; made if it is missing.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l share -d 'Share a directory by virtio-fs, which the guest mounts by its tag; may be repeated.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l ssh-key -d 'Let the owner of this public key log in, by cloud-init; may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
@@ -160,9 +163,11 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -s n -d 'Add a network 
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s p -d 'Number of vCPUs, 1 to 64.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s r -d 'ISO image in the CD-ROM drive.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -s t -d 'Make an instance of this VM.' -x -a '(__vmctl_vms)'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l agent -d 'Install vmm-agent in the guest, by cloud-init.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l append -d 'Kernel command line.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l balloon -d 'Add a memory balloon: what the guest frees, the host gets.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l clock -d 'What the clock of a VM shows that goes on from a snapshot.' -x -a 'frozen now'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l cloud-init -d 'Let cloud-init in the guest set it up by this.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l firmware -d 'Boot firmware; bios is the default where there are disks or an ISO image.' -x -a 'bios uefi (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l forward -d 'Let a port of this host lead to one of the guest\'s, on its first local interface.' -x -a 'tcp: udp:'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l from -d 'Go on from this snapshot; one with a slash is a file, for run it always is.' -x -a '(__fish_complete_path)'
@@ -170,6 +175,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -l initrd -d 'Initial R
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l save -d 'Make a file of vm.conf.d of the VM, which then stays.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l selftest -d 'Boot the self-test guest that comes along.'
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l ssh-key -d 'Let the owner of this public key log in, by cloud-init; may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l template -d 'Once it is paused, it stays so: clones go on from it.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'

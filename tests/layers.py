@@ -434,6 +434,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.starting",
         "vmctl.snapshots",
         "vmctl.image_store",
+        "vmctl.seed",
     ),
     "vmctl.clone": ("vmm_kvm.errors", "vmm_kvm.text", "vmctl", "vmctl.values"),
     "vmctl.transfer": (
@@ -463,6 +464,13 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.block.qcow2",
         "vmd.config",
         "vmctl.image_sources",
+    ),
+    "vmctl.seed": (
+        "vmm_kvm.errors",
+        "vmm_kvm.new_file",
+        "vmctl",
+        "vmctl.values",
+        "vmm_agent",
     ),
     "vmctl.image_pull": (
         "vmm_kvm.errors",
@@ -555,6 +563,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.virtio",
     ),
     "vmctl.gdb_socket": ("vmm_kvm.errors", "vmm_kvm.loop", "vmm_kvm.gdb", "vmctl.values"),
+    "vmctl.endings": ("vmm_kvm.machine",),
     "vmctl.run": (
         "vmm_kvm.pci",
         "vmm_kvm.boot_device",
@@ -576,10 +585,12 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.gdb",
         "vmctl.gdb_socket",
         "vmctl.disks",
+        "vmctl.endings",
         "vmctl.nics",
         "vmctl.nic_options",
         "vmctl.restoring",
         "vmctl.shares",
+        "vmctl.seed",
         "vmctl.stdio",
         "vmctl.vsock",
     ),

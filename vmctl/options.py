@@ -89,6 +89,7 @@ _MACHINE_OPTIONS = (
     Option("-p", "cpus", _CPUS, "count", True),
     Option("-r", "cdrom", _CDROM, "path", True, (FILE,)),
     Option("-t", "template", "Make an instance of this VM.", "name", True, (VM,)),
+    Option("--agent", "agent", "Install vmm-agent in the guest, by cloud-init."),
     Option("--append", "append", "Kernel command line.", "string", True),
     Option("--balloon", "balloon", "Add a memory balloon: what the guest frees, the host gets."),
     Option(
@@ -98,6 +99,14 @@ _MACHINE_OPTIONS = (
         "frozen|now",
         True,
         ("frozen", "now"),
+    ),
+    Option(
+        "--cloud-init",
+        "cloud_init",
+        "Let cloud-init in the guest set it up by this.",
+        "user-data|directory",
+        True,
+        (FILE,),
     ),
     Option(
         "--console-log",
@@ -160,6 +169,12 @@ _MACHINE_OPTIONS = (
         True,
         (FILE,),
     ),
+    Option(
+        "--ssh-key",
+        "ssh_keys",
+        "Let the owner of this public key log in, by cloud-init; may be repeated.",
+        *("file", True, (FILE,)),
+    ),
     Option("--template", "is_template", "Once it is paused, it stays so: clones go on from it."),
     Option(
         "--timeout",
@@ -214,20 +229,21 @@ def _options(refused: Mapping[str, str]) -> tuple[Option, ...]:
 
 RUN_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count | interface]\n"
-    "\t\t[-m size] [-n bridge] [-p count] [-r path] [--append string]\n"
-    "\t\t[--balloon] [--console-log file] [--firmware name]\n"
+    "\t\t[-m size] [-n bridge] [-p count] [-r path] [--agent] [--append string]\n"
+    "\t\t[--balloon] [--cloud-init path] [--console-log file] [--firmware name]\n"
     "\t\t[--forward forward] [--from path] [--gdb path[,wait]] [--initrd path]\n"
     "\t\t[--json] [--no-reboot] [--nvram path] [--selftest]\n"
-    "\t\t[--share directory:tag[:ro]] [--timeout seconds] [--virtio-console]\n"
-    "\t\t[--vsock path] [--wait condition] [--watchdog] [name]"
+    "\t\t[--share directory:tag[:ro]] [--ssh-key file] [--timeout seconds]\n"
+    "\t\t[--virtio-console] [--vsock path] [--wait condition] [--watchdog] [name]"
 )
 START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"
     "\t\t[-m size] [-n switch] [-p count] [-r path] [-t name]\n"
-    "\t\t[--append string] [--balloon] [--clock policy] [--firmware name]\n"
-    "\t\t[--forward forward] [--from snapshot] [--initrd path] [--json]\n"
-    "\t\t[--save] [--selftest] [--template] [--timeout seconds]\n"
-    "\t\t[--vsock auto] [--wait condition] [--watchdog] id | name"
+    "\t\t[--agent] [--append string] [--balloon] [--clock policy]\n"
+    "\t\t[--cloud-init path] [--firmware name] [--forward forward]\n"
+    "\t\t[--from snapshot] [--initrd path] [--json] [--save] [--selftest]\n"
+    "\t\t[--ssh-key file] [--template] [--timeout seconds] [--vsock auto]\n"
+    "\t\t[--wait condition] [--watchdog] id | name"
 )
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmctl.endings import EXIT_ERROR, EXIT_KILLED, Ended, reason_of, status_of
 from vmctl.messages import CONSOLE_CONDITION, choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.stdio import Stdio
@@ -28,8 +29,6 @@ from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.machine import Machine
 from vmm_kvm.machine.spec import (
     BASIC_DEVICES,
-    Crash,
-    DebugExitStatus,
     Ending,
     MachineSpec,
     Outcome,
@@ -47,8 +46,6 @@ if TYPE_CHECKING:  # loaded if there is a disk, or an interface
     from vmm_kvm.net.host_stream import HostStream
 
 _MEMORY = "512M"
-EXIT_ERROR = 1
-EXIT_KILLED = 128 + signal.SIGTERM
 
 # vmd(8)'s limit of restarts: the third in a row so soon after its start is the last.
 _EARLY_NS = 6 * NANOSECONDS
@@ -58,16 +55,6 @@ _RESETS = (
     " --no-reboot ends the run at a reset"
 )
 _RETRY_NS = NANOSECONDS
-
-
-class Ended(NamedTuple):
-    """The VM ended for an outside reason, not by the guest."""
-
-    status: int
-    message: str | None = None
-    discard_output: bool = False
-    reason: str = "left"
-    """Where there is no message."""
 
 
 class RunOptions(NamedTuple):
@@ -89,6 +76,9 @@ class RunOptions(NamedTuple):
     virtio_console: bool = False
     shares: tuple[str, ...] = ()
     vsock: tuple[str, ...] = ()
+    cloud_init: tuple[str, ...] = ()
+    ssh_keys: tuple[str, ...] = ()
+    agent: bool = False
     balloon: bool = False
     watchdog: bool = False
     initrd: tuple[str, ...] = ()
@@ -210,7 +200,7 @@ def _spec(options: RunOptions, vsock: "VsockOption | None", stack: ExitStack) ->
     name = options.name or _name_of(path)
     devices = (
         *_nics(options, name, stack),
-        *_media(options, stack),
+        *_media(options, name, stack),
         *_others(options, stack),
         *((vsock.spec(),) if vsock else ()),
     )
@@ -232,10 +222,14 @@ def _name_of(path: str) -> str:
     return os.fsdecode(os.fsencode(os.path.basename(path))[:NAME_MAX])
 
 
-def _media(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
+def _media(options: RunOptions, name: str, stack: ExitStack) -> "Iterator[DeviceSpec]":
     """Open the disks, and the CD-ROM drive's image."""
-    cdrom = once(options.cdrom, "iso image")
-    if not options.disks and cdrom is None:
+    disks, cdrom = options.disks, once(options.cdrom, "iso image")
+    if options.cloud_init or options.ssh_keys or options.agent:
+        from vmctl.seed import seed_disk  # noqa: PLC0415 - few VMs have one
+
+        disks = (*disks, seed_disk(name, options))
+    if not disks and cdrom is None:
         return
     from vmctl.disks import (  # noqa: PLC0415 - not every VM has a disk
         open_cdrom,
@@ -243,8 +237,8 @@ def _media(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
         refuse_twice,
     )
 
-    refuse_twice(options.disks)
-    for index, text in enumerate(options.disks):
+    refuse_twice(disks)
+    for index, text in enumerate(disks):
         yield open_disk(text, index, stack)
     if cdrom is not None:
         yield open_cdrom(cdrom, stack)
@@ -432,8 +426,8 @@ class Foreground:
                 self._outcome = None
                 machine = stack.enter_context(self._new_machine())
             self._stdio.finish(discard=isinstance(outcome, Ended) and outcome.discard_output)
-        status, message = _status(self._outcome)
-        return status, message, _reason(self._outcome)
+        status, message = status_of(self._outcome)
+        return status, message, reason_of(self._outcome)
 
     @property
     def leaves_line_open(self) -> bool:
@@ -567,32 +561,3 @@ class Foreground:
     def quit(self, reason: str | None) -> None:
         """End the VM: the user typed `~.`, or the console went away."""
         self._finish(Ended(0 if reason is None else EXIT_ERROR, reason))
-
-
-def _reason(outcome: Outcome | Ended | None) -> str | None:
-    """Return the reason of an end without a message."""
-    match outcome:
-        case Ending():
-            return outcome.value
-        case DebugExitStatus(value):
-            return f"debug exit {value}"
-        case Ended(message=None, reason=reason):
-            return reason
-        case _:
-            return None
-
-
-def _status(outcome: Outcome | Ended | None) -> tuple[int, str | None]:
-    match outcome:
-        case Ended(status, message):
-            return status, message
-        case DebugExitStatus(value):
-            return (value << 1 | 1) & 0xFF, None
-        case Crash(message):
-            return EXIT_ERROR, message
-        case TripleFault(message):
-            return EXIT_ERROR, message
-        case Ending():
-            return 0, None
-        case None:
-            raise AssertionError("the event loop stopped by itself")

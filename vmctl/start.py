@@ -61,6 +61,9 @@ class StartOptions(NamedTuple):
     append: tuple[str, ...] = ()
     firmware: tuple[str, ...] = ()
     vsock: tuple[str, ...] = ()
+    cloud_init: tuple[str, ...] = ()
+    ssh_keys: tuple[str, ...] = ()
+    agent: bool = False
     balloon: bool = False
     watchdog: bool = False
     forwards: tuple[str, ...] = ()
@@ -92,6 +95,8 @@ def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> 
             check_name(target.name)
         condition = _condition(options)
         origin = _origin(options)
+        if not origin:
+            options = _with_seed(options, target)
         asked = {} if origin else _request(options, fds)
         with Client() as client:
             if origin:
@@ -133,6 +138,18 @@ def _origin(options: StartOptions) -> str | None:
     if origin and any(value for field, value in options._asdict().items() if field not in about):
         raise CommandError("--from says all of the VM: use no options that say what it is")
     return origin
+
+
+def _with_seed(options: StartOptions, target: Target) -> StartOptions:
+    """Add the disk of --cloud-init, --ssh-key and --agent; an agent is reached by vsock."""
+    if not (options.cloud_init or options.ssh_keys or options.agent):
+        return options
+    from vmctl.seed import seed_disk  # noqa: PLC0415 - few VMs have one
+
+    if options.agent and not options.vsock:
+        options = options._replace(vsock=("auto",))
+    disk = seed_disk(target.name or f"vm{target.id}", options)
+    return options._replace(disks=(*options.disks, disk))
 
 
 def _start_from(client: Client, target: Target, origin: str, clock: str | None) -> Fields:

@@ -21,8 +21,8 @@ PACKET = 0x40  # offset in the boot sector: the parameters of INT 13h
 LOADED = 0x8000
 
 
-def boot_sector(function: int, sector: int) -> bytes:
-    """Return a boot sector that asks the BIOS for one sector of its own disk.
+def boot_sector(function: int, sector: int, drive: int | None = None) -> bytes:
+    """Return a boot sector that asks the BIOS for one sector of its own disk, or of another.
 
     It ends the run through isa-debug-exit: with the first byte of a sector that was read, with 42
     after a write, with 1 if the BIOS reports an error.
@@ -30,6 +30,7 @@ def boot_sector(function: int, sector: int) -> bytes:
     Args:
         function: of INT 13h: 0x42 reads to LOADED, 0x43 writes the boot sector itself.
         sector: its number.
+        drive: the BIOS's number of another disk.
     """
     address = LOADED if function == 0x42 else 0x7C00
     code = b"".join(
@@ -43,6 +44,7 @@ def boot_sector(function: int, sector: int) -> bytes:
             b"\xc6\x06" + LOADED.to_bytes(2, "little") + bytes((GOOD,)),  # movb $42, LOADED
             b"\xbe" + (0x7C00 + PACKET).to_bytes(2, "little"),  # mov $packet, %si
             b"\xb8" + bytes((0, function)),  # mov $(function << 8), %ax
+            b"" if drive is None else bytes((0xB2, drive)),  # mov $drive, %dl
             bytes.fromhex("cd13"),  # int $0x13; %dl is the disk that we come from
             bytes.fromhex("b001"),  # mov $1, %al
             bytes.fromhex("7203"),  # jc report
