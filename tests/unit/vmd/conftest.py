@@ -1,4 +1,4 @@
-"""What tests of the daemon's processes share."""
+"""Shared by tests of the daemon's processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Says what it was started with, and lives as long as its stream does, or ends at once.
+# Prints its arguments, and lives as long as its stream, or ends at once.
 _PASST = """\
 #!{python}
 import os, sys
@@ -24,7 +24,7 @@ while os.read(fd, 4096):
 
 @pytest.fixture
 def fake_passt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a passt that is started first, and moves no frames."""
+    """Put a passt first in PATH that moves no frames."""
     directory = tmp_path / "bin"
     directory.mkdir()
     program = directory / "passt"

@@ -18,7 +18,7 @@ _PATIENCE_NS = 20_000_000_000
 
 
 def run_until(loop: EventLoop, is_so: Callable[[], bool]) -> None:
-    """Run a loop until `is_so`, for some seconds at most."""
+    """Run a loop until a condition holds, for some seconds at most."""
     deadline = loop.monotonic_ns() + _PATIENCE_NS
 
     def look() -> None:
@@ -34,7 +34,7 @@ def run_until(loop: EventLoop, is_so: Callable[[], bool]) -> None:
 
 
 class Far(Generic[Sent, Taken]):
-    """Speaks by a channel, and remembers what it hears; a context manager that closes all."""
+    """Sends and records messages of a channel; a context manager that closes all."""
 
     def __init__(self, loop: EventLoop, wire: Wire[Sent, Taken]) -> None:
         self.near, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -57,20 +57,20 @@ class Far(Generic[Sent, Taken]):
         self.channel.send(message, fds)
 
     def of(self, kind: type[Kind]) -> list[Kind]:
-        """Return what it has heard of one kind."""
+        """Return the received messages of one kind."""
         return [one for one in self.heard if isinstance(one, kind)]
 
     def wait(self, kind: type[Kind], count: int = 1) -> Kind:
-        """Run until it has heard so many messages of a kind; returns the last of those."""
+        """Run until `count` messages of a kind have arrived; returns the last of those."""
         run_until(self.loop, lambda: len(self.of(kind)) >= count)
         return self.of(kind)[count - 1]
 
     def fds_of(self, message: object) -> Fds:
-        """Return the descriptors that came with a message."""
+        """Return the descriptors of a message."""
         return next(fds for one, fds in zip(self.heard, self.fds, strict=True) if one is message)
 
     def close(self) -> None:
-        """Close the channel, its near end, and what nobody has taken; idempotent."""
+        """Close the channel, its near end, and descriptors that were not taken; idempotent."""
         self.channel.close()
         self.near.close()
         for fds in self.fds:

@@ -1,4 +1,4 @@
-"""Names of files that a user has who means ill, in a directory that the user can get to."""
+"""Names of files that a hostile user could use, in a directory that the user can enter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NOBODY = 0xFFFF_FFFF
 
 
 class Tree:
-    """The files, and what to remember of them."""
+    """The files, and their properties."""
 
     def __init__(self, root: Path) -> None:
-        """Begin in `root`, which everybody can search."""
+        """Start in `root`, which every user can search."""
         self.root = root
         self.mounts: list[Path] = []
         self.sockets: list[socket.socket] = []
 
     def close(self) -> None:
-        """Take away what is no file."""
+        """Remove mounts and other things that are no files."""
         for mount in self.mounts:
             # A process that was killed while it swapped mounts may have left another one there.
             while str(mount) in Path("/proc/self/mountinfo").read_text().split():
@@ -56,7 +56,7 @@ class Tree:
 
 
 def openable(tree: Tree) -> Iterator[str]:
-    """Yield names that the kernel decides about: the user's own open says what comes of it."""
+    """Yield names that the kernel decides about: the user's own open gives the expected result."""
     for owner, group in ((USER, 0), (0, GROUP), (0, 0)):
         for bits in range(0, 0o1000, 0o11 if owner else 0o22):
             yield tree.file(f"m{owner}-{group}-{bits:o}", bits, owner, group)
@@ -100,7 +100,7 @@ def _of_directories(tree: Tree) -> Iterator[str]:
 
 
 def _of_lists(tree: Tree) -> Iterator[str]:
-    """Access control lists that say more than the mode, and less."""
+    """Access control lists that grant more than the mode, and less."""
     for mode in (0o600, 0o644, 0o666):
         for allowed in (0, 4, 6):
             path = tree.file(f"acl{mode:o}-{allowed}", mode, 0)
@@ -114,7 +114,7 @@ def _of_lists(tree: Tree) -> Iterator[str]:
             data = _ACL_VERSION + b"".join(_ACL.pack(*each) for each in entries)
             try:
                 os.setxattr(path, "system.posix_acl_access", data)
-            except OSError:  # a file system without any
+            except OSError:  # the file system has none
                 continue
             yield path
 
@@ -163,7 +163,7 @@ def _mounts(tree: Tree, own: str) -> Iterator[str]:
 
 
 def closed(tree: Tree, fds: list[int]) -> Iterator[str]:
-    """Yield names that nobody is to open for a user, whatever the kernel would let the user do.
+    """Yield names that may never be opened for a user, whatever the kernel would let the user do.
 
     `fds` are descriptors of this process: a deleted file's, memory's.
     """

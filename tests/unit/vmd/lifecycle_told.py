@@ -1,4 +1,4 @@
-"""Effects in short words, for tables that people read."""
+"""Effects in short words, for readable tables."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def told(effect: Effect) -> str:
 
 
 def a_vm(phase: Phase) -> VmState:
-    """Return a configured VM in a phase, with everybody waiting who can."""
+    """Return a configured VM in a phase, with every kind of waiting client that it can have."""
     is_active = phase not in {Phase.STOPPED, Phase.WAITING}
     return VmState(
         7,
@@ -103,6 +103,6 @@ def a_vm(phase: Phase) -> VmState:
 
 
 def outcome(vm: VmState, event: Event, now: float = 100.0) -> str:
-    """Return the phase that an event leads to and what is done: `running: asker=done`."""
+    """Return the phase after an event and its effects: `running: asker=done`."""
     after, effects = step(vm, event, now)
     return " ".join([f"{after.phase.value}:", *map(told, effects)])

@@ -14,7 +14,7 @@ INTEGER, OCTETS, OID_TYPE, NO_OBJECT, NO_INSTANCE, END = 2, 4, 6, 128, 129, 130
 
 
 class Unit(NamedTuple):
-    """A unit that the sub-agent sent."""
+    """A PDU from the sub-agent."""
 
     type: int
     flags: int
@@ -25,24 +25,24 @@ class Unit(NamedTuple):
 
 
 def octets(data: bytes) -> bytes:
-    """Return a string as it is sent."""
+    """Return a string in its encoding."""
     return struct.pack(">I", len(data)) + data + bytes(-len(data) % 4)
 
 
 def oid(numbers: Oid, *, is_included: bool = False) -> bytes:
-    """Return an object identifier as it is sent, without a prefix."""
+    """Return an object identifier in its encoding, without a prefix."""
     return struct.pack(f">BBBB{len(numbers)}I", len(numbers), 0, is_included, 0, *numbers)
 
 
 def unit(kind: int, payload: bytes, *, session: int, packet: int = 1, flags: int = 0) -> bytes:
-    """Return a unit of the master's in network byte order."""
+    """Return a PDU of the master's in network byte order."""
     version, order = VERSION_AND_ORDER
     start = struct.pack(">BBBB", version, kind, flags | order, 0)
     return start + struct.pack(">4I", session, 7, packet, len(payload)) + payload
 
 
 def parse_units(data: bytes) -> tuple[list[Unit], bytes]:
-    """Return the whole units at the start of `data`, and the rest."""
+    """Return the whole PDUs at the start of `data`, and the rest."""
     units = []
     while len(data) >= 20:
         _, kind, flags, _, session, transaction, packet, size = struct.unpack_from(">BBBB4I", data)
@@ -54,7 +54,7 @@ def parse_units(data: bytes) -> tuple[list[Unit], bytes]:
 
 
 def read_oid(data: bytes) -> tuple[Oid, bytes]:
-    """Return the object identifier at the start of `data`, and what follows it."""
+    """Return the object identifier at the start of `data`, and the bytes after it."""
     count, prefix, _, _ = data[:4]
     numbers = struct.unpack_from(f">{count}I", data, 4)
     return ((1, 3, 6, 1, prefix) if prefix else ()) + numbers, data[4 + 4 * count :]

@@ -1,8 +1,8 @@
-"""A host for a registry: its effects are carried out by the parent's own code, on things in memory.
+"""A host for a registry: the parent's own code carries out its effects, on fakes.
 
-Networks, consoles, files, clients and the vmm process are stand-ins that keep the books. They hold
-the registry and its effects to their promises: exactly one answer to each request, descriptors
-closed once, no process, interfaces or console without a VM, and none for a VM that is stopped.
+Networks, consoles, files, clients and the vmm process are fakes that keep the books. They check
+promises of the registry and its effects: exactly one answer to each request, descriptors closed
+once, no process, interfaces or console without a VM, and none for a stopped VM.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ STAFF = 50
 
 
 class FakeClock:
-    """Time that goes on when it is told to."""
+    """Time that a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -85,7 +85,7 @@ class FakeClock:
 
 
 class FakeLoop:
-    """A loop on the clock of a test: what is to be called soon is called by `settle`."""
+    """A loop on a test's clock: `settle` makes the calls that are due soon."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
@@ -102,17 +102,17 @@ class FakeLoop:
         return self.timers[-1]
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Remember a call."""
+        """Record a call."""
         self._posted.append(callback)
 
     def settle(self) -> None:
-        """Call what is to be called, and what that wants called."""
+        """Make the recorded calls, and those that they record."""
         while self._posted:
             self._posted.popleft()()
 
 
 class FakeNetworks:
-    """Interfaces that take their time, if they are slow."""
+    """Interfaces that are made later, if they are slow."""
 
     def __init__(self) -> None:
         self.is_slow = False
@@ -129,7 +129,7 @@ class FakeNetworks:
             then(())
 
     def make(self, vm_id: int) -> None:
-        """Have made what was to be made."""
+        """Make the waiting interfaces."""
         self.held.add(vm_id)
         self.waiting.pop(vm_id)(())
 
@@ -146,13 +146,13 @@ class Host:
         self.clock = FakeClock()
         users = Users(frozenset({ROOT}), lambda uid, gid: (uid, gid) == (BOB, STAFF))
         self.registry = Registry(users, self.clock, Staggered(parallelism, delay_s), b"host")
-        self.launches: list[int] = []  # of VMs whose process is under way
+        self.launches: list[int] = []  # VMs whose process is being made
         self.processes: dict[int, int] = {}  # by VM
-        self.told: dict[int, list[str]] = {}  # what each process was told
+        self.told: dict[int, list[str]] = {}  # messages to each process
         self.consoles: set[int] = set()
         self.networks = FakeNetworks()
         self.failing: set[int] = set()  # VMs whose resources cannot be opened
-        self.booted: list[tuple[int, int | None]] = []  # which kernel descriptor each launch had
+        self.booted: list[tuple[int, int | None]] = []  # the kernel descriptor of each launch
         self.operations: list[Operate] = []
         self.pending: set[tuple[int, int]] = set()  # requests without an answer yet
         self.answers: dict[tuple[int, int], AnyAnswer] = {}
@@ -160,7 +160,7 @@ class Host:
         self.gone: set[int] = set()
         self._serial = 0
         self._pid = 100
-        self._kernels: dict[int, int] = {}  # inodes of descriptors that clients have passed
+        self._kernels: dict[int, int] = {}  # inodes of clients' descriptors
         weakref.finalize(self, _close_open, self._kernels)
         self._loop = FakeLoop(self.clock)
         self._effects = Effects(
@@ -183,27 +183,27 @@ class Host:
 
     @property
     def boots(self) -> set[int]:
-        """Descriptors of kernels that clients have passed, and that are open."""
+        """Open descriptors of kernels that clients have passed."""
         return _open(self._kernels)
 
     @property
     def turn_at(self) -> float | None:
-        """When the next VMs are to start, in seconds."""
+        """The time of the next staggered start, in seconds."""
         deadlines = [timer.deadline_ns for timer in self._loop.timers if timer.deadline_ns]
         return min(deadlines) / 1e9 if deadlines else None
 
-    # What happens
+    # Events
 
     def ask(
         self, request: ParentRequest, uid: int = ROOT, client: int = 1, *, with_kernel: bool = False
     ) -> AnyAnswer | None:
-        """Ask; returns the answer, if it came at once."""
+        """Send a request; returns the answer, if it came at once."""
         return self.answers.get(self.begin(request, uid, client, with_kernel=with_kernel))
 
     def begin(
         self, request: ParentRequest, uid: int = ROOT, client: int = 1, *, with_kernel: bool = False
     ) -> tuple[int, int]:
-        """Ask; returns where the answer will be."""
+        """Send a request; returns the place of its answer."""
         self._serial += 1
         key = (client, self._serial)
         self.pending.add(key)
@@ -228,14 +228,14 @@ class Host:
         self.run(self.registry.client_left(client))
 
     def report(self, vm: Vm | int, *events: vm_state.Event) -> None:
-        """Let vmm say what leads to these events of a VM."""
+        """Let vmm send the messages that cause these events of a VM."""
         vm_id = vm if isinstance(vm, int) else vm.id
         for event in events:
             self._effects.take(_message(vm_id, event), Fds())
             self._settle()
 
     def launch(self, name: str) -> Vm:
-        """Let the process of a VM that is starting come to be."""
+        """Let the process of a starting VM be ready."""
         vm = self.vm(name)
         self.launches.remove(vm.id)
         self._pid += 1
@@ -251,7 +251,7 @@ class Host:
         self.report(vm_id, event)
 
     def capture(self, vm: Vm) -> None:
-        """Let the process of a VM hand over what its clones go on from."""
+        """Let the process of a VM hand over the memory for its clones."""
         fds = [make_constant("state", [b"state"]), make_memory("memory", PAGE_SIZE)]
         self._effects.take(FromVm(id=vm.id, report=VmCaptured()), Fds(fds))
         self._settle()
@@ -264,12 +264,12 @@ class Host:
         self._settle()
 
     def make_networks(self, vm_id: int) -> None:
-        """Let the interfaces of a VM that waits for them come to be."""
+        """Make the interfaces of a VM that waits for them."""
         self.networks.make(vm_id)
         self._settle()
 
     def wait_for_turn(self) -> None:
-        """Let time go on until the next VMs are to start."""
+        """Advance the time to the next staggered start."""
         assert self.turn_at is not None
         self.clock.now = self.turn_at
         for timer in self._loop.timers:
@@ -278,7 +278,7 @@ class Host:
                 timer.callback()
         self._settle()
 
-    # What is seen
+    # State
 
     def vm(self, name: str) -> Vm:
         """Return the VM of this name."""
@@ -287,13 +287,13 @@ class Host:
         return vm
 
     def states(self) -> dict[str, State]:
-        """Return what users see."""
+        """Return the states that users see."""
         return {vm.name: info(vm).state for vm in self.registry.vms}
 
-    # What is done
+    # Effects
 
     def run(self, actions: list[Action]) -> None:
-        """Do what is to be done, in order, and what comes of it."""
+        """Carry out actions, in order, and their consequences."""
         self._effects.run(actions)
         self._settle()
 
@@ -303,7 +303,7 @@ class Host:
         self.check()
 
     def answer(self, client: int, answer: AnyAnswer, fds: Sequence[int] = ()) -> None:
-        """Be a client that is answered."""
+        """Receive a client's answer."""
         Fds(fds).close()
         key = (client, answer.serial)
         assert client not in self.gone
@@ -312,7 +312,7 @@ class Host:
         self.answers[key] = answer
 
     def tell(self, event: Event) -> None:
-        """Be those who listen."""
+        """Receive an event, as a listener."""
         self.events.append(event)
 
     def list_vms(self, question: List, _inquiries: Inquiries, running: frozenset[int]) -> None:
@@ -327,7 +327,7 @@ class Host:
         assert tuple(operation.ticket) in self.pending
 
     def send(self, message: ParentToVmm, fds: Sequence[int] = ()) -> bool:
-        """Be the vmm process."""
+        """Receive a message, as the vmm process."""
         Fds(fds).close()
         match message:
             case LaunchVm(spec=spec):
@@ -336,13 +336,13 @@ class Host:
                 assert spec.id in self.consoles
                 vm = self.registry.find(spec.id, "")
                 assert vm is not None
-                assert vm.state.phase is Phase.STARTING  # nobody has stopped it meanwhile
+                assert vm.state.phase is Phase.STARTING  # it has not been stopped meanwhile
                 self.told[spec.id] = []
                 self.launches.append(spec.id)
             case KillVm(id=vm_id):
                 self._told(vm_id, message)
             case ToVm(id=vm_id, command=AttachConsole()):
-                assert vm_id in self.processes  # nobody else could show anything
+                assert vm_id in self.processes  # only its process can show anything
             case ToVm(id=vm_id, command=command):
                 self._told(vm_id, command)
             case _:
@@ -350,7 +350,7 @@ class Host:
         return True
 
     def _told(self, vm_id: int, message: object) -> None:
-        if vm_id in self.networks.waiting:  # vmm has not been told of it yet
+        if vm_id in self.networks.waiting:  # vmm does not know it yet
             return
         assert vm_id in self.processes or vm_id in self.launches
         self.told[vm_id].append(type(message).__name__)
@@ -362,12 +362,12 @@ class Host:
         return Pty(f"/dev/pts/{vm.id}", -1, -1)
 
     def replay(self, vm_id: int) -> Replay:
-        """Have shown nothing."""
+        """Replay nothing."""
         assert vm_id in self.consoles
         return Replay(0, 0)
 
     def close(self, vm_id: int) -> None:
-        """Have a console no more."""
+        """Close a console."""
         assert vm_id not in self.processes
         self.consoles.discard(vm_id)
 
@@ -392,7 +392,7 @@ class Host:
         return Resources(spec, [], Stamp(""))
 
     def check(self) -> None:
-        """Hold the registry's table against the books."""
+        """Compare the registry's table with the books."""
         by_id = {vm.id: vm for vm in self.registry.vms}
         assert len({vm.name for vm in by_id.values()}) == len(by_id)
         networks = (*self.networks.held, *self.networks.waiting)
@@ -417,7 +417,7 @@ class Host:
 
 
 def _message(vm_id: int, event: vm_state.Event) -> AboutVm:
-    """Return what vmm says so that an event comes of it."""
+    """Return vmm's message that causes an event."""
     report: VmReport
     match event:
         case vm_state.LaunchFailed(code, message):
@@ -441,7 +441,7 @@ def _message(vm_id: int, event: vm_state.Event) -> AboutVm:
 
 
 def _open(files: dict[int, int]) -> set[int]:
-    """Return those descriptors that are open, and still of the same file."""
+    """Return the descriptors that are open, and still of the same file."""
     found = set()
     for fd, inode in files.items():
         try:
@@ -458,6 +458,6 @@ def _close_open(files: dict[int, int]) -> None:
 
 
 def code(answer: AnyAnswer | None) -> str:
-    """Return why a request failed."""
+    """Return the error code of a failed request."""
     assert isinstance(answer, Failed)
     return answer.code

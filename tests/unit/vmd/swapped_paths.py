@@ -1,7 +1,7 @@
-"""Names in a user's directory that lead somewhere else every time: the steps from one to the next.
+"""Names in a user's directory whose target changes again and again: the steps of a change.
 
-Each function makes a name, and steps that a process repeats as fast as it can. An opener may open
-what belongs to the user by that name, and never what belongs to root.
+Each function makes a name, and steps that a process repeats as fast as it can. By that name an
+opener may open files of the user, and never files of root.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AT_FDCWD = -100
 
 
 def symbolic_links(tree: Tree) -> tuple[str, Sequence[Step]]:
-    """Return a link to the user's file, root's, a FIFO, memory of a process."""
+    """Return a link to the user's file, root's, a FIFO, memory of a process, in turn."""
     name = tree.root / "name"
     targets = (tree.file("own"), tree.file("secret", owner=0), str(tree.root / "fifo"))
 
@@ -60,7 +60,7 @@ def bind_mounts(tree: Tree) -> tuple[str, Sequence[Step]]:
     """Return the user's file, over which root's and the FIFO are mounted in turn."""
     name = tree.file("name").encode()
     tree.mounts.append(tree.root / "name")
-    _mount(tree.file("own").encode(), name)  # what `Tree.close` unmounts, in any case
+    _mount(tree.file("own").encode(), name)  # `Tree.close` unmounts it, in any case
 
     def step(target: str) -> None:
         _mount(target.encode(), name)

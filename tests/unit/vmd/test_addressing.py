@@ -39,7 +39,7 @@ LLADDR = "fe:e1:bb:d1:23:45"
     ],
 )
 def test_ipv4(prefix: str, vm_id: int, index: int, host: str, guest: str) -> None:
-    """The VM's id and the interface's place make the address; two are a network."""
+    """The VM's id and the interface's index give the address; two addresses are a network."""
     found = local_addresses(prefix4_of(prefix), None, vm_id, index, LLADDR)
     assert (str(found.host4), str(found.guest4)) == (host, guest)
     assert found.host6 == found.guest6 == ""
@@ -63,14 +63,14 @@ def test_what_does_not_fit(prefix: str, vm_id: int, index: int) -> None:
 
 
 def test_ipv6() -> None:
-    """The IPv4 address of the guest is a part of the network; the guest makes its own address."""
+    """The guest's IPv4 address is a part of the network; the guest makes its own address."""
     found = local_addresses(DEFAULT_PREFIX, prefix6_of("fd12:3456:789a:bcde::/64"), 1, 0, LLADDR)
     assert found.host6 == "fd12:3456:789a:bcde:6440:103:0:1"
     assert found.guest6 == "fd12:3456:789a:bcde:fce1:bbff:fed1:2345"
 
 
 def test_a_random_prefix_is_a_unique_local_one() -> None:
-    """The first byte is fd, the rest of 64 bits is as random as what it is made of."""
+    """The first byte is fd, the rest of 64 bits is as random as the given bytes."""
     prefix = random_prefix6(bytes(range(1, 8)))
     assert subnet6(prefix) == "fd01:203:405:607::/64"
 
@@ -92,7 +92,7 @@ def test_no_two_interfaces_share_a_network(one: int, first: int, other: int, sec
 
 
 def test_the_prefix_itself_is_no_address() -> None:
-    """VM ids begin with 1 and indices with 0: the network's own address is never given away."""
+    """VM ids start at 1 and indices at 0: the network's own address is never used."""
     found = local_addresses(prefix4_of("10.1.0.0/16"), None, 1, 0, LLADDR)
     assert IPv4Address(found.host4) > IPv4Address("10.1.0.0")
 
@@ -119,12 +119,12 @@ def test_the_host_is_next_to_the_guest() -> None:
     ],
 )
 def test_host_names(name: str, expected: bool) -> None:
-    """Not every name of a VM is one that a host can have."""
+    """A VM's name is the guest's host name only if it is a valid one."""
     assert is_host_name(name) == expected
 
 
 def test_addresses_that_nobody_chose() -> None:
-    """The same at each start, and another one for another host, owner, VM or interface."""
+    """Generated addresses last over starts, and differ by host, owner, VM and interface."""
 
     def made(host: bytes = b"h", uid: int = 0, name: str = "web", index: int = 0) -> str:
         return made_lladdr(host, uid, name, index, ())
@@ -137,7 +137,7 @@ def test_addresses_that_nobody_chose() -> None:
 
 
 def test_an_address_that_is_taken_is_passed_over() -> None:
-    """The next one is as lasting; if all were taken, there would be one all the same."""
+    """The next one is as lasting; if all were taken, one would be returned all the same."""
     first = made_lladdr(b"h", 0, "web", 0, ())
     second = made_lladdr(b"h", 0, "web", 0, {first})
     assert second != first

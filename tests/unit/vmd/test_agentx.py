@@ -1,6 +1,6 @@
-"""The agentx process: what it answers a master agent of AgentX, and a hostile one.
+"""The agentx process: its answers to a master agent of AgentX, also a hostile one.
 
-The master is the test, over a socket; so is the parent, over a channel.
+The test is the master, over a socket, and the parent, over a channel.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def walk(mib: Mib, start: Oid = REGION) -> list[Oid]:
 
 
 def test_a_walk_finds_every_variable_once_in_order() -> None:
-    """Scalars, then the table by columns, and by id in each."""
+    """A walk finds scalars, then the table by columns, and by id in each."""
     names = walk(Mib(SOFTWARE, "1.0", ROWS))
     columns = [(*ENTRY, column, number) for column in range(2, 16) for number in (1, 3, 5, 12)]
     scalars = [(*REGION, 1, 1, 1, 0), (*REGION, 1, 1, 2, 0), (*REGION, 1, 1, 3, 0)]
@@ -91,7 +91,7 @@ def test_a_walk_finds_every_variable_once_in_order() -> None:
     ],
 )
 def test_a_vm_has_the_values_of_openbsd(number: int, values: tuple[int | bytes, ...]) -> None:
-    """Each column of a VM, in each state."""
+    """Each column of a VM is right, in each state."""
     mib = Mib(SOFTWARE, "1.0", ROWS)
     found = [mib.get((*ENTRY, column, number)).value.content for column in range(2, 16)]
     assert tuple(found) == values
@@ -99,7 +99,7 @@ def test_a_vm_has_the_values_of_openbsd(number: int, values: tuple[int | bytes, 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_ranges_are_what_an_exact_oracle_says(seed: int) -> None:
-    """GETNEXT with an end, and with the start itself, for random ranges around real names."""
+    """GETNEXT is right for random ranges, with an end, and with the start itself."""
     rng = random.Random(seed)
     mib = Mib(SOFTWARE, "1.0", ROWS)
     names = walk(mib)
@@ -128,7 +128,7 @@ def bulk(ranges: tuple[Range, ...], singles: int, repetitions: int) -> Request:
 
 
 def test_a_bulk_request_repeats_only_what_it_should() -> None:
-    """The first ranges once, each other one on and on, in turns, until no range has more."""
+    """The first ranges are answered once, each other one in turns, until all are exhausted."""
     mib = Mib(SOFTWARE, "1.0", ROWS)
     names = walk(mib)
     number = (*REGION, 1, 2)
@@ -143,7 +143,7 @@ def test_a_bulk_request_repeats_only_what_it_should() -> None:
 
 
 def test_a_bulk_request_is_never_answered_without_bound() -> None:
-    """However much is asked for, a response has so many variables at most."""
+    """A response has a bounded number of variables, however many are requested."""
     many = [row(number, f"vm{number}", State.STOPPED) for number in range(1, 1000)]
     ranges = (Range((*ENTRY, 2), False, ()), Range((*ENTRY, 3), False, ()))
     assert len(Mib(SOFTWARE, "1.0", many).answer(bulk(ranges, 0, 65535))) == BINDINGS_MAX
@@ -177,11 +177,11 @@ class Rig:
         self.master.close()
 
     def configure(self, path: str = "/agentx", context: str = "") -> None:
-        """Say where the master is."""
+        """Send the master's path."""
         self.parent.say(SetSession(path=path, context=context))
 
     def connect(self) -> None:
-        """Wait for the question for a connection, and hand one over."""
+        """Wait for the request for a connection, and send one."""
         self.connections += 1
         self.parent.wait(Connect, self.connections)
         self.master.close()
@@ -202,7 +202,7 @@ class Rig:
         self.received += units
 
     def hear(self, count: int = 1) -> master.Unit:
-        """Wait for so many units in all; returns the last."""
+        """Wait for `count` PDUs in all; returns the last."""
 
         def is_there() -> bool:
             self._look()
@@ -212,12 +212,12 @@ class Rig:
         return self.received[count - 1]
 
     def open(self, context: str = "") -> None:
-        """Go through the opening of the first session."""
+        """Open the first session."""
         self.configure(context=context)
         self.reopen()
 
     def reopen(self) -> None:
-        """Go through the opening of a session."""
+        """Open a session again."""
         self.has_left = False
         self.connect()
         first = self.hear()
@@ -228,11 +228,11 @@ class Rig:
         self.say(master.RESPONSE, bytes(8), packet=second.packet)
 
     def say(self, kind: int, payload: bytes, *, packet: int = 1, flags: int = 0) -> None:
-        """Send a unit of the session's."""
+        """Send a PDU of the session."""
         self.master.send(master.unit(kind, payload, session=SESSION, packet=packet, flags=flags))
 
     def send(self, data: bytes) -> None:
-        """Send anything, if the process is still there."""
+        """Send any bytes, if the process is still connected."""
         with suppress(ConnectionError):
             self.master.send(data)
 
@@ -242,7 +242,7 @@ class Rig:
         self.has_left = True
 
     def turn(self) -> None:
-        """Let everybody do what there is to do now, and hear what comes of it."""
+        """Let all sides do their pending work, and receive the results."""
         for _ in range(4):
             self.loop.call_soon(self.loop.stop)
             self.loop.run()
@@ -250,7 +250,7 @@ class Rig:
             self._look()
 
     def ask(self, kind: int, payload: bytes, *, packet: int = 9) -> tuple[int, list[object]]:
-        """Ask, tell the rows when that is asked for, and return the error and variables."""
+        """Send a request, send the rows if they are wanted, and return error and variables."""
         count, asked = len(self.received), len(self.parent.of(AskVms))
         self.say(kind, payload, packet=packet)
         self.parent.wait(AskVms, asked + 1)
@@ -264,7 +264,7 @@ class Rig:
 
 
 def has_ended(connection: socket.socket) -> bool:
-    """Tell whether the other end is closed; reads what is there."""
+    """Tell whether the other end is closed; reads available bytes."""
     try:
         return connection.recv(1 << 16) == b""
     except BlockingIOError:
@@ -273,7 +273,7 @@ def has_ended(connection: socket.socket) -> bool:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    """Return a process's work that nothing has been said to."""
+    """Return a process's work without any messages yet."""
     with EventLoop() as loop:
         rig = Rig(loop)
         try:
@@ -283,7 +283,7 @@ def rig() -> Iterator[Rig]:
 
 
 def test_it_opens_a_session_and_registers_the_region(rig: Rig) -> None:
-    """Its name is vmd, the region is the VM-MIB's, and a context is told if there is one."""
+    """The session's name is vmd, the region is the VM-MIB's, with a context if there is one."""
     rig.open(context="inside")
     first, second = rig.received
     assert first.payload == struct.pack(">B3x", 5) + master.oid(()) + master.octets(b"vmd")
@@ -295,7 +295,7 @@ def test_it_opens_a_session_and_registers_the_region(rig: Rig) -> None:
 
 
 def test_it_answers_get_next_and_bulk(rig: Rig) -> None:
-    """Values by name; GETNEXT; GETBULK; what is not there, and past the end."""
+    """GET, GETNEXT and GETBULK are answered, for missing names, and past the end."""
     rig.open()
     unknown = (*ENTRY, 2, 99)
     get = b"".join(master.oid(name) + master.oid(()) for name in ((*ENTRY, 2, 3), unknown, (1, 2)))
@@ -321,7 +321,7 @@ def test_it_answers_get_next_and_bulk(rig: Rig) -> None:
 
 
 def test_nothing_can_be_set(rig: Rig) -> None:
-    """A TestSet is refused as not writable, and the session goes on."""
+    """A TestSet is refused as not writable, and the session continues."""
     rig.open()
     rig.say(master.TEST_SET, b"")
     assert master.read_response(rig.hear(3).payload)[0] == 17
@@ -330,7 +330,7 @@ def test_nothing_can_be_set(rig: Rig) -> None:
 
 
 def test_another_context_or_session_is_refused(rig: Rig) -> None:
-    """Each by its own error, without asking the parent."""
+    """Another context or session has an error of its own, without a request to the parent."""
     rig.open()
     get = master.oid((*REGION, 1, 2, 0)) + master.oid(())
     rig.say(master.GET, master.octets(b"other") + get, flags=master.CONTEXT)
@@ -341,7 +341,7 @@ def test_another_context_or_session_is_refused(rig: Rig) -> None:
 
 
 def test_one_request_is_answered_at_a_time(rig: Rig) -> None:
-    """Of a thousand requests sent at once, one is with the parent; each is answered, in order."""
+    """Of a thousand requests at once, one is with the parent; each is answered, in order."""
     rig.open()
     get = master.oid((*REGION, 1, 2, 0)) + master.oid(())
     units = [master.unit(master.GET, get, session=SESSION, packet=at) for at in range(1000)]
@@ -357,7 +357,7 @@ def test_one_request_is_answered_at_a_time(rig: Rig) -> None:
 
 
 def test_it_comes_back_when_the_master_does(rig: Rig) -> None:
-    """A master that ends, refuses or is not there is asked for again, in a while."""
+    """After a master's end or refusal, or without one, the process tries again after a while."""
     rig.open()
     began = rig.loop.monotonic_ns()
     rig.master.close()
@@ -371,12 +371,12 @@ def test_it_comes_back_when_the_master_does(rig: Rig) -> None:
 
 
 def test_an_interval_is_what_openbsd_has() -> None:
-    """Three seconds between two attempts."""
+    """Attempts are three seconds apart."""
     assert RETRY_S == 3
 
 
 def test_another_configuration_makes_another_session(rig: Rig) -> None:
-    """The old session is closed in order; without a path there is no new one."""
+    """The old session is closed properly; without a path there is no new one."""
     rig.open()
     rig.configure(path="/other")
     closed = rig.hear(3)
@@ -390,7 +390,7 @@ def test_another_configuration_makes_another_session(rig: Rig) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_broken_units_are_read_or_refused(seed: int) -> None:
-    """Nothing else comes of them, and a refusal is one line."""
+    """A broken PDU is decoded or refused, and a refusal is one line."""
     rng = random.Random(seed)
     get = master.unit(
         master.GET_NEXT, master.oid(REGION) + master.oid((*REGION, 9)), session=SESSION
@@ -410,7 +410,7 @@ def test_broken_units_are_read_or_refused(seed: int) -> None:
 
 
 def test_a_hostile_master_gets_nowhere(rig: Rig) -> None:
-    """After each unit that is none, the process asks for a new connection, in its time."""
+    """After each invalid PDU, the process asks for a new connection, after its delay."""
     rig.open()
     rig.master.send(b"\x02" * 64)  # another version
     rig.connect()

@@ -1,4 +1,4 @@
-"""Channels: messages whole and in order, descriptors owned by somebody, hostile peers cut off."""
+"""Channels: messages whole and in order, owned descriptors, hostile peers cut off."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def pair() -> Iterator[tuple[Client, Daemon]]:
 
 @pytest.fixture
 def raw() -> Iterator[tuple[socket.socket, Daemon]]:
-    """A client that says what it wants, and the daemon's channel."""
+    """A client that sends any bytes, and the daemon's channel."""
     before = _open_fds()
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with left, Channel(right, DAEMON_TO_CLIENT) as daemon:
@@ -80,7 +80,7 @@ def _pipe_end() -> int:
 
 
 def test_messages_arrive_whole_and_in_order(pair: tuple[Client, Daemon]) -> None:
-    """Each packet is one message; there is nothing more when all have been received."""
+    """Each packet is one message; after the last there is none."""
     client, daemon = pair
     client.send(Status(serial=1))
     client.send(Start(serial=2, name="web"))
@@ -93,7 +93,7 @@ def test_messages_arrive_whole_and_in_order(pair: tuple[Client, Daemon]) -> None
 
 
 def test_descriptors_come_along(pair: tuple[Client, Daemon]) -> None:
-    """A descriptor that is sent is the channel's; what arrives is another for the same file."""
+    """The channel owns a sent descriptor; the received one is another for the same file."""
     client, daemon = pair
     reader, writer = os.pipe()
     client.send(Start(name="web", kernel=0), [reader])
@@ -113,7 +113,7 @@ def test_descriptors_come_along(pair: tuple[Client, Daemon]) -> None:
 
 
 def test_descriptors_that_nobody_took_are_closed(pair: tuple[Client, Daemon]) -> None:
-    """The fixture finds no descriptor left of a message that was received and ignored."""
+    """Descriptors of a message that was received and ignored are closed."""
     client, daemon = pair
     client.send(Reload(), [_pipe_end(), _pipe_end()])
     with daemon.receive().fds as fds:
@@ -121,7 +121,7 @@ def test_descriptors_that_nobody_took_are_closed(pair: tuple[Client, Daemon]) ->
 
 
 def test_descriptors_keep_their_places_when_they_are_passed_on() -> None:
-    """What is left of a message's descriptors can be sent on and taken by the same indices."""
+    """A message's remaining descriptors can be sent on and taken by the same indices."""
     ends = [_pipe_end() for _ in range(3)]
     first = Fds(ends)
     os.close(first.take(1))
@@ -139,13 +139,13 @@ def test_descriptors_keep_their_places_when_they_are_passed_on() -> None:
 
 @pytest.mark.parametrize("places", [(), (0, 1), (-1,), (FDS_MAX,)])
 def test_places_that_do_not_fit_are_refused(places: tuple[int, ...]) -> None:
-    """There are as many places as descriptors, and each is one that a message can have."""
+    """There must be as many places as descriptors, and each must be possible in a message."""
     with Fds([_pipe_end()]) as fds, pytest.raises(MalformedError, match="1 descriptors for"):
         fds.spread(places)
 
 
 def test_descriptors_that_are_not_there_have_no_places() -> None:
-    """What is lost or has been taken cannot be spread, which is told as for any other."""
+    """A lost or taken descriptor cannot be spread, which has the usual error."""
     with Fds(are_lost=True) as lost, pytest.raises(DescriptorsLostError):
         lost.spread((0,))
     with Fds([_pipe_end(), _pipe_end()]) as fds:
@@ -157,7 +157,7 @@ def test_descriptors_that_are_not_there_have_no_places() -> None:
 
 
 def test_the_end_is_told(pair: tuple[Client, Daemon]) -> None:
-    """A peer that has closed can neither be read nor written."""
+    """A channel whose peer has closed can neither be read nor written."""
     client, daemon = pair
     client.close()
     client.close()
@@ -185,7 +185,7 @@ def test_the_end_is_told(pair: tuple[Client, Daemon]) -> None:
 def test_malformed_messages_are_refused(
     raw: tuple[socket.socket, Daemon], data: bytes, why: str
 ) -> None:
-    """What is no request ends in MalformedError with one line, and its descriptors are closed."""
+    """A malformed request ends in MalformedError with one line, and its descriptors are closed."""
     peer, daemon = raw
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MESSAGE_MAX)
     fd = _pipe_end()
@@ -197,7 +197,7 @@ def test_malformed_messages_are_refused(
 
 
 def test_a_bomb_of_descriptors_is_lost(raw: tuple[socket.socket, Daemon]) -> None:
-    """More descriptors than a message may have are closed, those that arrived among them."""
+    """More descriptors than a message may have are all closed, those received too."""
     peer, daemon = raw
     fd = _pipe_end()
     socket.send_fds(peer, [b'{"type":"status"}'], [fd] * (FDS_MAX + 1))
@@ -208,7 +208,7 @@ def test_a_bomb_of_descriptors_is_lost(raw: tuple[socket.socket, Daemon]) -> Non
 def test_descriptors_that_this_process_has_no_room_for_are_lost(
     raw: tuple[socket.socket, Daemon],
 ) -> None:
-    """The message arrives without any of them, and the channel goes on."""
+    """Without room the message arrives without descriptors, and the channel works on."""
     peer, daemon = raw
     fd = _pipe_end()
     for count in (40, 0):
@@ -236,7 +236,7 @@ def _expect_lost(daemon: Daemon) -> None:
 
 
 def test_a_packet_of_nothing_is_the_end(raw: tuple[socket.socket, Daemon]) -> None:
-    """An empty packet cannot be told from the end, and is no message either."""
+    """An empty packet, which looks like the end, is no message either."""
     peer, daemon = raw
     peer.sendmsg([b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [peer.fileno()]))])
     with pytest.raises(ChannelClosedError):
@@ -245,7 +245,7 @@ def test_a_packet_of_nothing_is_the_end(raw: tuple[socket.socket, Daemon]) -> No
 
 @given(data=st.binary(min_size=1, max_size=200) | st.text(min_size=1).map(str.encode))
 def test_random_bytes_are_refused(data: bytes) -> None:
-    """Whatever a client sends is a request, or refused."""
+    """Any bytes of a client are a request, or refused."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with left, Channel(right, DAEMON_TO_CLIENT) as daemon:
         left.send(data)
@@ -254,7 +254,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 
 def test_what_the_peer_has_no_room_for_goes_out_later(pair: tuple[Client, Daemon]) -> None:
-    """Messages wait in order, with their descriptors, and go out when the peer has read."""
+    """Messages wait in order, with their descriptors, until the peer has read."""
     client, daemon = pair
     sent = 0
     while client.backlog_size < 3 * 50_000:
@@ -277,7 +277,7 @@ def test_what_the_peer_has_no_room_for_goes_out_later(pair: tuple[Client, Daemon
 
 
 def test_a_full_channel_holds_its_sources_and_loses_nothing(pair: tuple[Client, Daemon]) -> None:
-    """One that answers more than the peer reads is not asked on until the peer has read most."""
+    """A source whose answers the peer does not read is not read until most of them are."""
     client, daemon = pair
     answers: list[AnyAnswer] = []
     asked: list[int] = []
@@ -316,7 +316,7 @@ def test_a_full_channel_holds_its_sources_and_loses_nothing(pair: tuple[Client, 
 
 
 def test_a_source_is_held_by_each_reason(pair: tuple[Client, Daemon]) -> None:
-    """It is read when the last one is released; what came meanwhile is there."""
+    """A source is read once its last reason is released; its data are still there."""
     client, daemon = pair
     taken: list[int] = []
     with EventLoop() as loop, daemon:
@@ -342,7 +342,7 @@ def test_a_source_is_held_by_each_reason(pair: tuple[Client, Daemon]) -> None:
 def test_the_end_of_a_full_channel_releases_its_sources(
     pair: tuple[Client, Daemon],
 ) -> None:
-    """Whoever waited for the peer to read does not wait for one that is gone."""
+    """The peer's end releases all sources that waited for it."""
     client, daemon = pair
     peer, sink = channel_pair(CLIENT_TO_DAEMON, DAEMON_TO_CLIENT)
     taken: list[int] = []
@@ -367,7 +367,7 @@ def test_the_end_of_a_full_channel_releases_its_sources(
 def test_everything_goes_out_before_a_trusted_peer_is_waited_for(
     pair: tuple[Client, Daemon],
 ) -> None:
-    """`send_all` returns when the peer has made room for all, with nothing left behind."""
+    """`send_all` returns once the peer has made room for all, and leaves nothing behind."""
     client, daemon = pair
     count = 0
     while client.backlog_size < 100_000:
@@ -388,7 +388,7 @@ def test_everything_goes_out_before_a_trusted_peer_is_waited_for(
 
 
 def test_descriptors_under_way_are_waited_for(pair: tuple[Client, Daemon]) -> None:
-    """The kernel refuses what would be too many descriptors of a user under way: that passes.
+    """The kernel refuses too many descriptors under way of a user: the channel retries.
 
     Source: unix(7), "ETOOMANYREFS".
     """
@@ -396,7 +396,7 @@ def test_descriptors_under_way_are_waited_for(pair: tuple[Client, Daemon]) -> No
     tried: list[int] = []
 
     class Short(socket.socket):
-        """A socket of a user who has too many descriptors under way at first."""
+        """A socket of a user who at first has too many descriptors under way."""
 
         def sendmsg(  # type: ignore[override]
             self, buffers: list[bytes], ancillary: list[tuple[int, int, bytes]], flags: int
@@ -424,7 +424,7 @@ def test_descriptors_under_way_are_waited_for(pair: tuple[Client, Daemon]) -> No
 
 
 def test_a_message_of_ours_that_is_too_large_is_refused(pair: tuple[Client, Daemon]) -> None:
-    """The largest message goes through; a larger one is an error at its sender."""
+    """The largest message is sent; a larger one is an error at its sender."""
     client, daemon = pair
     room = MESSAGE_MAX - len(DAEMON_TO_CLIENT.encode(Failed(code=ErrorCode.EIO, message="")))
     daemon.send(Failed(code=ErrorCode.EIO, message="m" * room))
@@ -440,7 +440,7 @@ def test_a_message_of_ours_that_is_too_large_is_refused(pair: tuple[Client, Daem
 
 
 def test_an_event_loop_receives_and_sends(pair: tuple[Client, Daemon]) -> None:
-    """The loop calls back for each message, sends what waited, and tells of the end once."""
+    """The loop calls back for each message, sends waiting ones, and reports the end once."""
     client, daemon = pair
     answers: list[AnyAnswer] = []
     ends: list[ChannelError] = []
@@ -490,7 +490,7 @@ def test_a_channel_may_be_closed_by_its_own_callback(pair: tuple[Client, Daemon]
 
 
 def test_a_malformed_message_ends_the_watch_only(raw: tuple[socket.socket, Daemon]) -> None:
-    """The reader is gone, but an answer that says why can still be sent."""
+    """The reader is removed, but an answer with the reason can still be sent."""
     peer, daemon = raw
     with EventLoop() as loop:
 
@@ -507,7 +507,7 @@ def test_a_malformed_message_ends_the_watch_only(raw: tuple[socket.socket, Daemo
 
 
 def test_peers_are_known(tmp_path: Path) -> None:
-    """The kernel says who connects."""
+    """The kernel tells the user of a peer."""
     path = str(tmp_path / "socket")
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,

@@ -1,4 +1,4 @@
-"""Files of clients in parcels: who has them, for how long, and how many."""
+"""Files of clients in parcels: their owners, their lifetime, their number."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def loop() -> Iterator[EventLoop]:
 
 @pytest.fixture
 def told() -> list[int]:
-    """Return the users whose files have been closed, as they are."""
+    """Return the users whose files have been closed, as a list that grows."""
     return []
 
 
@@ -41,7 +41,7 @@ def files(loop: EventLoop, told: list[int]) -> ClientFiles:
 
 @contextmanager
 def _pipe() -> Iterator[tuple[int, int]]:
-    """Return a pipe's ends; the second is whoever's it is given to."""
+    """Return a pipe's ends; the receiver owns the second one."""
     read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         yield read_fd, write_fd
@@ -50,7 +50,7 @@ def _pipe() -> Iterator[tuple[int, int]]:
 
 
 def _is_open(read_fd: int) -> bool:
-    """Tell whether anybody has the other end of a pipe."""
+    """Tell whether the other end of a pipe is open."""
     try:
         return os.read(read_fd, 1) != b""
     except BlockingIOError:
@@ -73,7 +73,7 @@ def _run_until(loop: EventLoop, is_so: Callable[[], bool]) -> None:
 
 
 def test_a_parcel_gives_the_same_open_file_again_and_again(tmp_path: Path) -> None:
-    """What is taken out has one position; the parcel keeps it, and tells when it is gone."""
+    """All descriptors from a parcel share one position; the keeper reports the parcel's end."""
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -89,7 +89,7 @@ def test_a_parcel_gives_the_same_open_file_again_and_again(tmp_path: Path) -> No
 
 
 def test_what_is_no_parcel_stays_as_it_is() -> None:
-    """A file, and a socket of another kind, are none; a parcel without a file is an error."""
+    """A file, or a socket of another kind, is no parcel; a parcel without a file is an error."""
     one, other = socket.socketpair()
     with one, other, _pipe() as (read_fd, write_fd):
         assert unwrap(read_fd) is None
@@ -106,18 +106,18 @@ def test_what_is_no_parcel_stays_as_it_is() -> None:
 def test_a_file_is_kept_as_long_as_its_parcel(
     loop: EventLoop, files: ClientFiles, told: list[int]
 ) -> None:
-    """The last reference to an ordinary user's file goes in control, on another thread."""
+    """The control process closes a user's file after its last reference, on another thread."""
     with _pipe() as (read_fd, write_fd):
         parcels = files.take(ALICE, [write_fd])
         assert parcels
-        assert os.get_inheritable(write_fd) is False  # it is still there
+        assert os.get_inheritable(write_fd) is False  # it is still open
         Fds(parcels).close()
         _run_until(loop, lambda: told == [ALICE])
         assert not _is_open(read_fd)
 
 
 def test_a_file_of_an_administrators(loop: EventLoop, files: ClientFiles, told: list[int]) -> None:
-    """Control closes it at once, so that a lock on it ends with the VM."""
+    """The control process closes such a file at once: a lock on it ends with the VM."""
     with _pipe() as (read_fd, write_fd):
         parcels = files.take(ROOT_USER, [write_fd])
         _run_until(loop, lambda: told == [ROOT_USER])
@@ -130,7 +130,7 @@ def test_a_file_of_an_administrators(loop: EventLoop, files: ClientFiles, told: 
 def test_a_file_that_an_opener_has_opened(
     loop: EventLoop, files: ClientFiles, told: list[int]
 ) -> None:
-    """Control keeps it by the parcel and the keeper that it is handed."""
+    """The control process keeps an opened file by the parcel and the keeper that it gets."""
     with _pipe() as (read_fd, write_fd):
         parcel, keeper = wrap(write_fd)
         os.close(write_fd)
@@ -144,7 +144,7 @@ def test_a_file_that_an_opener_has_opened(
 def test_a_user_has_so_many(
     loop: EventLoop, files: ClientFiles, told: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One more is lost, all of its message; it is another's turn, and the user's own later."""
+    """A message with one file too many is lost; other users' are not, nor later ones."""
     monkeypatch.setattr(module, "FILES_PER_USER", 2)
     kept = files.take(ALICE, [os.open(os.devnull, os.O_RDONLY) for _ in range(2)])
     assert kept

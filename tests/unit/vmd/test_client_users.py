@@ -1,4 +1,4 @@
-"""Who clients are, as the kernel tells it: whatever the control process says."""
+"""Users of clients, by the kernel's word: the control process is not believed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_kernel_says_who_connected(listener: socket.socket) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's connection needs root")
 def test_another_user(listener: socket.socket) -> None:
-    """It is the one that connected that counts, not the one that has the connection."""
+    """The user that has connected counts, not the one that holds the connection."""
     peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         os.seteuid(NOBODY)
@@ -67,7 +67,7 @@ def test_another_user(listener: socket.socket) -> None:
 
 
 def test_what_is_no_connection_of_ours(listener: socket.socket, tmp_path: Path) -> None:
-    """Sockets whose peer is root by their making prove nothing, nor does what is no socket."""
+    """Sockets whose peer is root by their making prove nothing, nor do other descriptors."""
     peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -90,7 +90,7 @@ def test_what_is_no_connection_of_ours(listener: socket.socket, tmp_path: Path) 
 
 
 def test_a_number_is_one_connection(listener: socket.socket) -> None:
-    """A client that is known does not become another one."""
+    """A known client's number cannot stand for another connection."""
     peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         peers.came(1, Fds([_accepted(listener, stack)]))
@@ -99,14 +99,14 @@ def test_a_number_is_one_connection(listener: socket.socket) -> None:
 
 
 def test_a_connection_that_is_lost(listener: socket.socket) -> None:
-    """Where there was no room for its descriptor, nobody knows who a client is."""
+    """Without room for its descriptor, the user of a client is unknown."""
     peers = ClientUsers(listener.getsockname())
     peers.came(1, Fds(are_lost=True))
     assert peers.asks(1) is None
 
 
 def test_what_a_client_waits_for_is_counted(listener: socket.socket) -> None:
-    """Control lets none wait for more answers than it may, nor has more clients: else it is not."""
+    """Too many clients, or too many waiting requests of one, show a compromised control."""
     peers = ClientUsers(listener.getsockname())
     with ExitStack() as stack:
         peers.came(7, Fds([_accepted(listener, stack)]))

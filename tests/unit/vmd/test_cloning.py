@@ -1,4 +1,4 @@
-"""Clones in the table of VMs: which there may be, all of them or none, and who is told what."""
+"""Clones in the table of VMs: refusals, all or none, and answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FORWARD = ForwardConfig("tcp", 8080, 80)
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    """A host with a VM that runs, and is ALICE's; nothing is left of it at the end."""
+    """A host with a running VM of ALICE's; nothing is left of it at the end."""
     host = Host()
     host.run(host.registry.load([SOURCE]))
     run(host, "source")
@@ -64,7 +64,7 @@ def run(host: Host, name: str, *, is_template: bool = False) -> Vm:
 
 
 def told(host: Host, key: tuple[int, int]) -> tuple[ClonedVm, ...]:
-    """Return what a request for clones was answered."""
+    """Return the answer to a request for clones."""
     answer = host.answers[key]
     assert isinstance(answer, Cloned)
     return answer.vms
@@ -90,7 +90,7 @@ def told(host: Host, key: tuple[int, int]) -> tuple[ClonedVm, ...]:
 def test_names_of_clones(
     pattern: str, count: int, taken: tuple[str, ...], names: list[str] | None
 ) -> None:
-    """The lowest numbers that are free stand for %d; what is no name, or is taken, is refused."""
+    """%d becomes the lowest free numbers; names that are invalid or in use are refused."""
     found = clone_names(pattern, count, lambda name: name in taken)
     assert (None if isinstance(found, Denied) else found) == names
 
@@ -130,13 +130,13 @@ def test_names_of_clones(
     ],
 )
 def test_what_cannot_be_cloned(config: VmConfig, is_template: bool, problem: str | None) -> None:
-    """What two VMs cannot both have is refused by its name."""
+    """A property that two VMs cannot both have is refused by its name."""
     found = clone_config(Vm(config, VmState(1, is_template=is_template), ROOT))
     assert (found.message if isinstance(found, Denied) else None) == problem
 
 
 def test_what_a_clone_has_instead() -> None:
-    """Its writes vanish with it; a tap's name and forwarded ports are the other's."""
+    """A clone's writes vanish with it; it has no tap's name and no forwarded ports."""
     config = SOURCE._replace(
         disks=(DiskOption(DiskKind.RAW, "/a"), DiskOption(DiskKind.RAW, "/b", is_read_only=True)),
         interfaces=(
@@ -152,7 +152,7 @@ def test_what_a_clone_has_instead() -> None:
 
 
 def test_a_format_that_its_process_has_a_part_of() -> None:
-    """Of a qcow2 image not all is in the file while somebody writes it."""
+    """A writable qcow2 image is refused: its process has a part of its contents in memory."""
     source = Vm(
         SOURCE._replace(disks=(DiskOption(DiskKind.PROBE, "/a"),)),
         VmState(1, is_template=True),
@@ -167,7 +167,7 @@ def test_a_format_that_its_process_has_a_part_of() -> None:
 
 
 def test_a_running_vm_is_cloned(host: Host) -> None:
-    """It is captured, goes on, and its clones start; the client is told when each of them runs."""
+    """A running VM is captured, runs on, and its clones start; the answer comes when all run."""
     source = host.vm("source")
     key = host.begin(Clone(name="source", clone="c%d", count=2), ALICE)
     assert host.told[source.id] == ["CaptureVm"]
@@ -195,7 +195,7 @@ def test_a_running_vm_is_cloned(host: Host) -> None:
 
 
 def test_a_paused_vm_is_captured_once(host: Host) -> None:
-    """As long as it stands still, later clones go on from the same; not when it has gone on."""
+    """While it is paused, later clones use the same capture; not after it has continued."""
     source = host.vm("source")
     host.begin(Pause(name="source"))
     host.report(source, Paused())
@@ -212,7 +212,7 @@ def test_a_paused_vm_is_captured_once(host: Host) -> None:
 
 
 def test_a_template_is_cloned_when_it_is_paused(host: Host) -> None:
-    """And says so before."""
+    """A template that is not paused yet is refused."""
     host.run(host.registry.load([SOURCE._replace(name="template")]))
     template = run(host, "template", is_template=True)
     answer = host.ask(Clone(name="template", clone="a"))
@@ -227,7 +227,7 @@ def test_a_template_is_cloned_when_it_is_paused(host: Host) -> None:
 
 
 def test_all_clones_are_made_or_none(host: Host) -> None:
-    """A name that is taken, one that is too many, and a stranger change nothing."""
+    """With a name in use, one clone too many, or no right, nothing changes."""
     host.registry.limits = Limits(vms=3)
     source = host.vm("source")
     for request, uid, wanted in (
@@ -247,7 +247,7 @@ def test_all_clones_are_made_or_none(host: Host) -> None:
 
 
 def test_what_has_happened_meanwhile_counts(host: Host) -> None:
-    """A name that somebody else took while the VM was captured is refused then."""
+    """A name that another user took while the VM was captured is refused then."""
     host.run(host.registry.load([SOURCE._replace(name="other")]))
     source = host.vm("source")
     key = host.begin(Clone(name="source", clone="late"), ALICE)
@@ -258,7 +258,7 @@ def test_what_has_happened_meanwhile_counts(host: Host) -> None:
 
 
 def test_some_clones_fail(host: Host) -> None:
-    """Those that run are told of beside those that do not."""
+    """The answer has running clones beside failed ones."""
     key = host.begin(Clone(name="source", clone="c%d", count=2), ALICE)
     host.capture(host.vm("source"))
     host.report(host.launch("c1"), Running())
@@ -272,7 +272,7 @@ def test_some_clones_fail(host: Host) -> None:
 
 
 def test_a_vm_that_cannot_be_captured_goes_on(host: Host) -> None:
-    """Its process says why, or hands over what is no memory, or ends; none of it makes a clone."""
+    """If its process fails, sends no memory, or ends, there is no clone, and the VM runs on."""
     source = host.vm("source")
     key = host.begin(Clone(name="source", clone="a"))
     host.report(source, SendFailed(ErrorCode.EIO, "no room"))
@@ -285,7 +285,7 @@ def test_a_vm_that_cannot_be_captured_goes_on(host: Host) -> None:
 
 
 def test_the_same_serial_twice_is_two_requests(host: Host) -> None:
-    """What a client calls its requests is its own affair."""
+    """Two requests with the same serial are two requests."""
     host.run(host.registry.load([SOURCE._replace(name="other")]))
     run(host, "other")
     for source, name in (("source", "a"), ("other", "b")):
@@ -297,7 +297,7 @@ def test_the_same_serial_twice_is_two_requests(host: Host) -> None:
 
 
 def test_a_client_that_leaves_wants_no_clones(host: Host) -> None:
-    """Nothing is made of what is captured then; clones that start already go on."""
+    """If the client leaves, a capture makes no clones; clones that start already continue."""
     source = host.vm("source")
     host.begin(Clone(name="source", clone="a"), client=3)
     host.leave(3)
@@ -312,7 +312,7 @@ def test_a_client_that_leaves_wants_no_clones(host: Host) -> None:
 
 
 def test_nothing_is_kept_without_need(host: Host) -> None:
-    """Memory is given back when the last clone has gone on from it, and its source goes on."""
+    """The capture is freed when its last clone has started and its source runs."""
     before = set(Path("/proc/self/fd").iterdir())
     host.begin(Clone(name="source", clone="a"))
     host.capture(host.vm("source"))
@@ -323,7 +323,7 @@ def test_nothing_is_kept_without_need(host: Host) -> None:
 
 
 def test_a_clone_that_is_to_stop_is_told_of(host: Host) -> None:
-    """Whoever stops it, the one who asked for it hears of it."""
+    """If a starting clone is stopped by any user, its requester gets an answer."""
     key = host.begin(Clone(name="source", clone="a"))
     host.capture(host.vm("source"))
     host.begin(Stop(name="a", force=True), client=2)

@@ -30,14 +30,14 @@ def test_version() -> None:
 
 
 def test_misuse() -> None:
-    """What cannot be understood is answered by the usage."""
+    """A wrong command line is answered by the usage."""
     for arguments in (["--frobnicate"], ["operand"], ["-f"]):
         status, output, errors = vmd(*arguments)
         assert (status, output, errors.startswith("usage: vmd [-dnv]")) == (1, "", True)
 
 
 def test_what_is_shown_is_one_line() -> None:
-    """Names of files and words that come back in errors move no cursor, and make no line."""
+    """Names in errors cannot move the cursor, nor break the line."""
     odd, shown = "a\x1b[31m\nb", "a\\x1b[31m\\x0ab"
     status, _, errors = vmd("-n", "-D", odd, "-f", f"/{odd}")
     first, second, *rest = errors.splitlines()

@@ -1,4 +1,4 @@
-"""The configuration as the parent reads it: what is wrong is returned, what is odd is logged."""
+"""The configuration as the parent reads it: errors are returned, warnings logged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def settings(*, is_user: bool = False, skips_broken: bool = False) -> Settings:
 
 
 def test_what_is_wrong_is_returned() -> None:
-    """A file with a mistake is not used at all, unless broken VMs are to be left out."""
+    """A file with a mistake is not used at all, unless broken VMs are skipped."""
     read = read_configuration(settings(), "f", lambda _vms: (), is_optional=False)
     assert read == (
         "disk none.img: No such file or directory",

@@ -1,4 +1,4 @@
-"""What a confined process can and cannot do: each kind, in a child of its own."""
+"""Rights of a confined process: each kind, in a child of its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from vmd.confine.syscalls import SYSCALLS
 from vmd.confine.uids import UidRange, Uids
 
 KINDS = list(Kind)
-# Calls that none of the processes has any business with.
+# Calls that no process needs.
 FORBIDDEN = (
     *("execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev"),
     *("mount", "umount2", "pivot_root", "unshare", "setns", "chroot", "reboot"),
@@ -52,7 +52,7 @@ FORBIDDEN = (
 )
 # The local process asks the host's DNS server, the opener and shares open files.
 EXEMPT = {Kind.LOCAL: {"connect"}, Kind.OPENER: {"openat2"}, Kind.SHARE: {"openat2"}}
-# What some kinds may and others may not.
+# Calls that some kinds may make and others may not.
 OF_FEW = {
     "fork": {Kind.ZYGOTE},
     "seccomp": {Kind.ZYGOTE},
@@ -82,7 +82,7 @@ def _calling(name: str) -> Callable[[], None]:
 
 
 def _end_of(body: Callable[[], None]) -> int:
-    """Run `body` in a child; returns how that ended: an exit status, or minus a signal."""
+    """Run `body` in a child; returns the child's end: an exit status, or minus a signal."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -104,7 +104,7 @@ def _confined(kind: Kind, body: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forbidden_call_ends_the_process(kind: Kind) -> None:
-    """Each call that no process needs is the last one that a process of any kind makes."""
+    """A call that no process needs ends a process of any kind."""
     survived = {
         name: status
         for name in FORBIDDEN
@@ -116,7 +116,7 @@ def test_a_forbidden_call_ends_the_process(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_vmm_and_the_zygote_have_children(kind: Kind) -> None:
-    """To start processes and to end them is for the zygote alone, to look after them for vmm."""
+    """Only the zygote starts processes and ends them; vmm only waits for them."""
     for name, kinds in OF_FEW.items():
         if kind not in kinds:
             assert _confined(kind, _calling(name)) == -signal.SIGSYS, name
@@ -124,7 +124,7 @@ def test_only_vmm_and_the_zygote_have_children(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sockets_are_for_networks_alone(kind: Kind) -> None:
-    """No process makes a socket of its own, but those that speak netlink, and DNS."""
+    """No process makes sockets, except those that speak netlink, and DNS."""
     status = _confined(kind, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close())
     assert status == (0 if kind in {Kind.PRIV, Kind.LOCAL} else -signal.SIGSYS)
     status = _confined(kind, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close())
@@ -151,7 +151,7 @@ def test_files_cannot_be_opened(kind: Kind) -> None:
 
 @pytest.mark.skipif(landlock.version() == 0, reason="this kernel has no Landlock")
 def test_priv_opens_settings_of_the_network() -> None:
-    """Below /proc/sys/net, priv reads and writes; its neighbours there are closed to it."""
+    """Below /proc/sys/net, priv reads and writes; other settings are closed to it."""
 
     def body() -> None:
         os.close(os.open("/proc/sys/net/ipv4/ip_forward", os.O_RDONLY))
@@ -166,9 +166,9 @@ def test_priv_opens_settings_of_the_network() -> None:
 
 @pytest.mark.skipif(landlock.version() == 0, reason="this kernel has no Landlock")
 def test_an_opener_opens_what_there_is(tmp_path: Path) -> None:
-    """Files that exist, to read and write them and to truncate them later; it makes and lists none.
+    """An opener opens existing files, to read, write and truncate; it makes and lists none.
 
-    The system call filter cannot tell: openat2 has its flags in memory.
+    The system call filter cannot check this: openat2 has its flags in memory.
     """
     tmp_path.chmod(0o777)
     there = tmp_path / "there"
@@ -197,7 +197,7 @@ def test_an_opener_opens_what_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_never_becomes_code(kind: Kind) -> None:
-    """A mapping that can be executed is refused by the process's end."""
+    """An executable mapping ends the process."""
     prot_exec, private_anonymous = 4, 0x22
 
     def body() -> None:
@@ -208,7 +208,7 @@ def test_memory_never_becomes_code(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_every_process_does_is_allowed(kind: Kind) -> None:
-    """Memory, locks, the log, messages, clocks and a traceback do no harm to any kind."""
+    """Memory, locks, the log, messages, clocks and a traceback are allowed to every kind."""
 
     def body() -> None:
         import time  # noqa: PLC0415 - loaded already
@@ -248,7 +248,7 @@ def test_a_vm_process_has_threads() -> None:
 
 @pytest.mark.parametrize("kind", [Kind.VM, Kind.DISK, Kind.NIC])
 def test_blank_processes_name_themselves(kind: Kind) -> None:
-    """A process that is told what it is when it is confined shows that in process lists."""
+    """A process that learns its role when it is confined shows that in process lists."""
 
     def body() -> None:
         with Path("/proc/self/comm").open() as comm:
@@ -264,7 +264,7 @@ def _fork() -> None:
 
 
 def test_the_zygote_starts_processes_that_are_confined_further() -> None:
-    """The zygote forks; what it forks can take more from itself, and does."""
+    """The zygote forks; its children can give up more rights, and do."""
 
     def child_of_zygote() -> None:
         status = _confined(Kind.DISK, lambda: None)
@@ -298,7 +298,7 @@ def test_root_becomes_nobody_in_particular(kind: Kind) -> None:
 
 @pytest.mark.root
 def test_an_isolated_process_sees_nothing() -> None:
-    """The root directory is empty and read-only, and there is no interface but a dead loopback."""
+    """The root directory is empty and read-only, and the only interface is a dead loopback."""
     from vmd.confine.namespaces import leave_everything  # noqa: PLC0415 - for this test alone
 
     def body() -> None:
@@ -313,7 +313,7 @@ def test_an_isolated_process_sees_nothing() -> None:
 
 @pytest.mark.root
 def test_priv_keeps_one_capability() -> None:
-    """The priv process is another user, with power over the network, settings of it included."""
+    """The priv process is another user, with power over the network and its settings."""
     clone_newnet = 0x40000000
 
     def body() -> None:
@@ -350,7 +350,7 @@ def _as_zygote(body: Callable[[], None]) -> int:
 
 
 def test_the_zygote_makes_no_namespaces() -> None:
-    """It forks with its own flags, or the C library's; with any other it ends."""
+    """The zygote forks with its own flags, or the C library's; with any others it ends."""
     for flags in (0x02000000, 0x00020000, 0x10000000, 0x20000000, 0x40000000, 0x08000000):
         for others in (signal.SIGCHLD, signal.SIGCHLD | 0x8000):
             body = partial(_attack, "clone", [flags | others, 0])
@@ -359,7 +359,7 @@ def test_the_zygote_makes_no_namespaces() -> None:
 
 @pytest.mark.root
 def test_the_zygote_becomes_users_of_its_range_alone() -> None:
-    """It has the two capabilities for that; any number beyond the range is its end."""
+    """The zygote has two capabilities to change users; any number beyond the range ends it."""
 
     def look() -> None:
         with Path("/proc/self/status").open() as status:
@@ -380,7 +380,7 @@ def test_the_zygote_becomes_users_of_its_range_alone() -> None:
 
 @pytest.mark.root
 def test_a_user_of_the_range_is_one_for_good() -> None:
-    """It has no capability to become another, and so many threads at most."""
+    """A user of the range has no capability to become another, and limited threads."""
 
     def body() -> None:
         become(FIRST_VM)
@@ -422,7 +422,7 @@ def _wait_as(uid: int) -> int:
 
 @pytest.mark.root
 def test_users_of_the_range_do_not_reach_each_other() -> None:
-    """Without filters, Landlock and namespaces, too: signals, traces, /proc are refused."""
+    """Even without filters, Landlock and namespaces, signals, traces and /proc are refused."""
     other, same = _wait_as(SECOND_VM), _wait_as(FIRST_VM)
 
     def body() -> None:
@@ -430,7 +430,7 @@ def test_users_of_the_range_do_not_reach_each_other() -> None:
         for number in (0, signal.SIGKILL, signal.SIGSTOP):
             assert _call("kill", other, number) == -errno.EPERM
             assert _call("tgkill", other, other, number) == -errno.EPERM
-        assert _call("kill", same, 0) == 0  # what is refused above is not refused to everybody
+        assert _call("kill", same, 0) == 0  # a process of the same user is allowed
         pidfd = os.pidfd_open(other)
         assert _call("pidfd_send_signal", pidfd, signal.SIGKILL, 0, 0) == -errno.EPERM
         assert _call("pidfd_getfd", pidfd, 0, 0) == -errno.EPERM
@@ -452,8 +452,8 @@ def test_users_of_the_range_do_not_reach_each_other() -> None:
 
 @pytest.mark.root
 def test_the_zygote_ends_processes_of_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It acts as a user for that, and only for that; of others it reaches none."""
-    # It would refuse what this process has not confined.
+    """The zygote acts as a user only to kill; it reaches no process outside its range."""
+    # It would refuse a process that this test has not confined.
     monkeypatch.setattr(landlock, "version", lambda: 0)
     victim, bystander = _wait_as(FIRST_VM), _wait_as(SECOND_VM)
     pidfds = [os.pidfd_open(victim), os.pidfd_open(bystander), os.pidfd_open(os.getpid())]
@@ -485,7 +485,7 @@ def test_the_zygote_ends_processes_of_its_range(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_arguments_are_compared_under_their_mask() -> None:
-    """A call with conditions is allowed when one of its cases fits as a whole, else it ends us."""
+    """A call with conditions is allowed if one of its cases fits as a whole, else it ends us."""
     table = Filter(
         (
             *(Allow(name, "the end") for name in ("exit_group", "write", "rt_sigprocmask")),
@@ -515,14 +515,14 @@ def test_arguments_are_compared_under_their_mask() -> None:
 
 
 def test_each_allowance_has_a_reason() -> None:
-    """No call is allowed, and none refused, without a word why."""
+    """Every allowed and every refused call has a reason."""
     for kind, confinement in CONFINEMENTS.items():
         table = confinement.filter
         reasons = [one.reason for one in table.allowed] + [one.reason for one in table.refused]
         assert min(map(len, reasons)) >= 3, kind
 
 
-# Ways to reach another process: the call and its arguments, in which None stands for its number.
+# Ways to reach another process: the call and its arguments; None stands for its number.
 _ATTACKS: tuple[tuple[str, tuple[int | None, ...]], ...] = (
     *(("kill", (None, number)) for number in (0, 9, 19)),
     ("tkill", (None, 9)),
@@ -550,7 +550,7 @@ def _attack(name: str, numbers: list[int]) -> None:
 def test_no_other_process_can_be_reached(
     kind: Kind, abi: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of ours signals, traces or reads another, whatever the kernel has of Landlock."""
+    """No process can signal, trace or read another, even on a kernel without Landlock."""
     if abi is not None:
         monkeypatch.setattr(landlock, "version", lambda: min(abi, _LANDLOCK))
     victim = os.fork()
@@ -575,17 +575,17 @@ def test_no_other_process_can_be_reached(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_may_abort(kind: Kind) -> None:
-    """What the C library does about a corrupt heap ends the process as it should."""
+    """The C library's abort at a corrupt heap ends the process as it should."""
 
     def body() -> None:
-        faulthandler.disable()  # it has nothing to tell
+        faulthandler.disable()  # it would print a traceback
         os.abort()
 
     assert _confined(kind, body) == -signal.SIGABRT
 
 
 def test_only_vm_processes_kick_their_threads() -> None:
-    """A VM process interrupts its own threads by the one signal that is for that."""
+    """A VM process interrupts its own threads, by the one signal for that."""
 
     def body(number: int) -> None:
         signal.signal(number, lambda *_: None)
@@ -613,7 +613,7 @@ def test_children_of_the_zygote_reach_themselves_alone() -> None:
 
 
 def test_the_parent_cannot_do_what_it_never_does() -> None:
-    """Each call of the table fails there, for a reason; children confine themselves as before."""
+    """Each call of the table fails there, with a reason; children confine themselves as before."""
 
     def body() -> None:
         deny(PARENT_DENIALS)

@@ -41,7 +41,7 @@ class Port:
 
 
 class Rig:
-    """A console in an event loop that runs until something is so."""
+    """A console in an event loop that runs until a condition holds."""
 
     def __init__(self) -> None:
         """Make a console on a terminal of its own."""
@@ -64,11 +64,11 @@ class Rig:
         return ours
 
     def has_received(self, data: bytes) -> bool:
-        """Tell whether this, and nothing else, was typed."""
+        """Tell whether exactly these bytes were typed."""
         return self.port.received == data
 
     def run_until(self, is_so: Callable[[], bool]) -> None:
-        """Run the loop until `is_so`, at most some seconds."""
+        """Run the loop until a condition holds, at most some seconds."""
         timer = self.loop.timer(lambda: None)
         deadline = self.loop.monotonic_ns() + _PATIENCE_NS
 
@@ -84,7 +84,7 @@ class Rig:
         assert is_so()
 
     def read(self, end: socket.socket | int, size: int) -> bytes:
-        """Run until so many bytes came out of a stream or terminal."""
+        """Run until `count` bytes have come out of a stream or terminal."""
         data = bytearray()
 
         def is_read() -> bool:
@@ -118,7 +118,7 @@ def rig() -> Iterator[Rig]:
 
 
 def test_output_reaches_every_stream(rig: Rig) -> None:
-    """Each of several clients sees all output, those who come late what was there before."""
+    """Each of several clients sees all output, late ones the earlier output too."""
     first = rig.attach()
     rig.console.transmit(b"hello ")
     assert rig.read(first, 6) == b"hello "
@@ -129,7 +129,7 @@ def test_output_reaches_every_stream(rig: Rig) -> None:
 
 
 def test_a_reader_that_does_not_read_holds_nobody(rig: Rig) -> None:
-    """While one client reads nothing, another sees everything; the first gets the newest later."""
+    """While one client does not read, another sees everything; the first later gets the newest."""
     lazy, eager = rig.attach(), rig.attach()
     for _ in range(64):
         rig.console.transmit(b"x" * 16384)
@@ -143,7 +143,7 @@ def test_a_reader_that_does_not_read_holds_nobody(rig: Rig) -> None:
 
 
 def test_typing_and_breaks(rig: Rig) -> None:
-    """What a stream sends behind a zero is typed, a single one is a BREAK, all else its end."""
+    """Bytes after a zero are typed, a lone zero is a BREAK, anything else ends the stream."""
     stream = rig.attach()
     stream.send(b"\0ls\r")
     stream.send(b"\1")
@@ -156,7 +156,7 @@ def test_typing_and_breaks(rig: Rig) -> None:
 
 
 def test_where_history_ends(rig: Rig) -> None:
-    """A stream begins where it was said; what was there then is history, the rest is new."""
+    """A stream starts at the given position; earlier output is history, the rest is new."""
     rig.console.transmit(b"old")
     rig.run_until(lambda: replay(rig.pty.ring) == Replay(0, 3))
     past = replay(rig.pty.ring)
@@ -167,7 +167,7 @@ def test_where_history_ends(rig: Rig) -> None:
     rig.console.transmit(bytes(2 * CAPACITY))
     total = 6 + 2 * CAPACITY
     rig.run_until(lambda: replay(rig.pty.ring) == Replay(total - REPLAY, REPLAY))
-    late = rig.attach(0)  # what is not there any more is not sent
+    late = rig.attach(0)  # overwritten output is not sent
     size = 0
     while size < CAPACITY:
         rig.run_until(lambda: bool(select.select([late], [], [], 0)[0]))
@@ -176,7 +176,7 @@ def test_where_history_ends(rig: Rig) -> None:
 
 
 def test_input_waits_for_room(rig: Rig) -> None:
-    """A guest that does not read is not flooded; when it does, nothing typed is lost."""
+    """A guest that does not read is not flooded; when it does, no input is lost."""
     rig.port.room = 10
     stream = rig.attach()
     stream.setblocking(True)
@@ -196,7 +196,7 @@ def test_too_many_streams(rig: Rig) -> None:
 
 
 def test_a_terminal_that_is_opened_late(rig: Rig) -> None:
-    """Whoever opens the terminal sees what was written before, again after each closing."""
+    """A terminal shows earlier output when it is opened, again after each closing."""
     rig.console.transmit(b"booted\r\n")
     for typed in (b"w", b"ww"):
         terminal = os.open(rig.pty.name, os.O_RDWR | os.O_NOCTTY)
@@ -207,7 +207,7 @@ def test_a_terminal_that_is_opened_late(rig: Rig) -> None:
 
 
 def test_nothing_is_echoed_to_the_guest(rig: Rig) -> None:
-    """A terminal that nobody has set up does not send output back as input."""
+    """A terminal without settings does not send output back as input."""
     terminal = os.open(rig.pty.name, os.O_RDWR | os.O_NOCTTY)
     rig.console.transmit(b"login: ")
     assert rig.read(terminal, 7) == b"login: "

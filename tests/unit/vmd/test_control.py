@@ -1,4 +1,4 @@
-"""The control process: what clients may send, and that none gets in another's way."""
+"""The control process: limits on clients, so that none disturbs another."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PATIENCE_NS = 5_000_000_000
 
 
 class Rig:
-    """A control process's work in an event loop, with a parent that remembers."""
+    """A control process's work in an event loop, with a parent that records."""
 
     def __init__(self, path: str) -> None:
         """Listen at `path`."""
@@ -62,11 +62,11 @@ class Rig:
             self.fd_counts.append(len(fds))
 
     def requests(self) -> list[ClientRequest]:
-        """Return the requests among what the parent has heard."""
+        """Return the requests that the parent has received."""
         return [one for one in self.heard if isinstance(one, ClientRequest)]
 
     def consider(self, at: int) -> None:
-        """Wait for a request by its place, and be done with it, without an answer."""
+        """Wait for a request by its place, and finish it without an answer."""
         self.run_until(lambda: len(self.requests()) > at)
         self.parent.send(Considered(client=self.requests()[at].client))
 
@@ -78,7 +78,7 @@ class Rig:
         return client
 
     def run_until(self, is_so: Callable[[], bool]) -> None:
-        """Run the loop until `is_so`, at most some seconds."""
+        """Run the loop until a condition holds, at most some seconds."""
         deadline = self.loop.monotonic_ns() + _PATIENCE_NS
 
         def look() -> None:
@@ -132,7 +132,7 @@ def _status(serial: int) -> bytes:
 
 
 def test_requests_and_answers_find_their_way(rig: Rig) -> None:
-    """A request goes to the parent with who asks; its answer, and no other's, comes back."""
+    """A request goes to the parent with its client; its answer, and no other's, comes back."""
     with rig.connect() as one, rig.connect() as two:
         one.send(_status(1))
         two.send(_status(2))
@@ -152,7 +152,7 @@ def test_requests_and_answers_find_their_way(rig: Rig) -> None:
     [b"{", b"\xff\xfe", b"[]", b'{"type":"none"}', b'{"type":"status","id":-1}', b"x" * 200_000],
 )
 def test_what_is_no_message_ends_its_connection(rig: Rig, packet: bytes) -> None:
-    """Its sender is told why and cut off; the parent hears nothing of it."""
+    """A malformed message is answered with the reason and the connection closed."""
     with rig.connect() as bad, rig.connect() as good:
         bad.send(packet)
         assert json.loads(rig.packet(bad))["type"] == "failed"
@@ -163,7 +163,7 @@ def test_what_is_no_message_ends_its_connection(rig: Rig, packet: bytes) -> None
 
 
 def test_another_version_is_refused(rig: Rig) -> None:
-    """A client of another version is told so, and may go on with ours."""
+    """A client of another version is told so, and may continue with ours."""
     with rig.connect() as client:
         client.send(b'{"type":"status","serial":4,"version":99}')
         answer = json.loads(rig.packet(client))
@@ -173,7 +173,7 @@ def test_another_version_is_refused(rig: Rig) -> None:
 
 
 def test_the_parent_is_given_few_requests_at_a_time(rig: Rig) -> None:
-    """Others wait for their turn, connection by connection; each is passed on once."""
+    """Further requests wait, connection by connection; each is passed on once."""
     with ExitStack() as stack:
         clients = [stack.enter_context(rig.connect()) for _ in range(20)]
         for number, client in enumerate(clients):
@@ -192,7 +192,7 @@ def test_the_parent_is_given_few_requests_at_a_time(rig: Rig) -> None:
 
 
 def test_a_client_that_asks_without_end(rig: Rig) -> None:
-    """One that has many requests unanswered is not read on before some are answered."""
+    """A client with many unanswered requests is not read until some are answered."""
     with rig.connect() as greedy, rig.connect() as modest:
         for serial in range(50):
             greedy.send(_status(serial))
@@ -207,7 +207,7 @@ def test_a_client_that_asks_without_end(rig: Rig) -> None:
 
 
 def test_a_client_that_does_not_read_is_not_read(rig: Rig) -> None:
-    """It asks no more before it has read its answers; then it is answered on."""
+    """A client is not read while it does not read its answers; then it is answered again."""
     with rig.connect() as client:
         answer = Failed(code=ErrorCode.EIO, message="m" * 60_000)
         client.send(_status(0))
@@ -230,7 +230,7 @@ def test_a_client_that_does_not_read_is_not_read(rig: Rig) -> None:
 
 
 def test_events_are_told_once_to_each_connection_that_asked(rig: Rig) -> None:
-    """With the serial of the request, however often it asks; the parent hears nothing of it."""
+    """A connection gets events once, with its request's serial; the parent does not notice."""
     with rig.connect() as one, rig.connect() as two, rig.connect() as deaf:
         for serial in range(3):
             one.send(json.dumps({"type": "events", "serial": serial}).encode())
@@ -250,7 +250,7 @@ def test_events_are_told_once_to_each_connection_that_asked(rig: Rig) -> None:
 
 
 def test_a_listener_that_does_not_read_is_cut_off(rig: Rig) -> None:
-    """It would miss events; others are told of all."""
+    """A listener that does not read is cut off, because it would miss events; others get all."""
     with rig.connect() as deaf, rig.connect() as listener:
         for client in (deaf, listener):
             client.send(b'{"type":"events"}')
@@ -265,7 +265,7 @@ def test_a_listener_that_does_not_read_is_cut_off(rig: Rig) -> None:
 
 
 def test_what_a_user_may_have_waiting_is_limited(rig: Rig) -> None:
-    """Requests beyond it are refused with the reason, not those of connections that have few."""
+    """Requests beyond a user's limits of descriptors and bytes are refused with the reason."""
     with ExitStack() as stack:
         clients = [stack.enter_context(rig.connect()) for _ in range(40)]
         for client in clients[:16]:
@@ -287,7 +287,7 @@ def test_what_a_user_may_have_waiting_is_limited(rig: Rig) -> None:
 
 
 def test_consoles_that_nobody_takes_are_limited(rig: Rig) -> None:
-    """The kernel keeps the descriptors: a user may have some under way, and more when it reads."""
+    """The kernel keeps unread descriptors: a user may have some, and more after reading."""
     ask = b'{"type":"console","name":"one"}'
     with rig.connect() as client, rig.connect() as other:
         for at in range(32):
@@ -308,7 +308,7 @@ def test_consoles_that_nobody_takes_are_limited(rig: Rig) -> None:
 
 
 def test_one_user_has_so_many_connections(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One too many is told so; root is no ordinary user, and has some when all others are taken."""
+    """One connection too many is refused; root has some in reserve."""
     monkeypatch.setattr(control, "CLIENTS_MAX", 2)
     monkeypatch.setattr(control, "CLIENTS_OF_ROOT", 0)
     with rig.connect(), rig.connect(), rig.connect() as third:
@@ -318,7 +318,7 @@ def test_one_user_has_so_many_connections(rig: Rig, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_client_that_goes_is_reported_once(rig: Rig) -> None:
-    """The parent is told, and an answer that comes too late hurts nobody."""
+    """The parent learns of a client's end once, and a late answer does no harm."""
     client = rig.connect()
     client.send(_status(1))
     rig.run_until(lambda: len(rig.heard) == 1)
@@ -333,7 +333,7 @@ def test_a_client_that_goes_is_reported_once(rig: Rig) -> None:
 
 
 def test_descriptors_are_passed_on(rig: Rig) -> None:
-    """What a client opened reaches the parent with its request."""
+    """A client's open file reaches the parent with its request."""
     with rig.connect() as client:
         socket.send_fds(client, [_status(1)], [0, 1, 2])
         rig.run_until(lambda: len(rig.heard) == 1)
@@ -341,7 +341,7 @@ def test_descriptors_are_passed_on(rig: Rig) -> None:
 
 
 def test_descriptors_that_are_lost(rig: Rig) -> None:
-    """A request with more than a message may have is refused with a line; its client may go on."""
+    """A request with too many descriptors is refused with a line; its client may continue."""
     with rig.connect() as client:
         socket.send_fds(client, [_status(7)], [0] * (FDS_MAX + 1))
         answer = json.loads(rig.packet(client))

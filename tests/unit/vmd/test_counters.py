@@ -1,4 +1,4 @@
-"""Counters of a device: two processes see the same numbers, and what an image moves is counted."""
+"""Counters of a device: two processes see the same numbers, and transfers are counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZE = 1 << 16
 
 
 def test_what_an_image_moves_is_counted(tmp_path: Path) -> None:
-    """Transfers that fail are not; whoever has the same memory reads the same numbers."""
+    """Failed transfers do not count; every process with the memory reads the same numbers."""
     path = tmp_path / "image"
     path.write_bytes(bytes(SIZE))
     fd = make_counters()
@@ -32,7 +32,7 @@ def test_what_an_image_moves_is_counted(tmp_path: Path) -> None:
 
 
 def test_nobody_cuts_the_memory_off() -> None:
-    """A process that means ill cannot end the one that reads."""
+    """A hostile process cannot truncate the memory and so end the one that reads it."""
     fd = make_counters()
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 0)

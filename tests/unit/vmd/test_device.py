@@ -1,4 +1,4 @@
-"""The process of a disk or an interface: from what vmm says to a device, or why there is none."""
+"""The process of a disk or an interface: from vmm's order to a device, or the reason for none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")
 
 @pytest.fixture(autouse=True)
 def names() -> Iterator[None]:
-    """Put back what the process is called, and how much it logs."""
+    """Restore the process's title, and its log level."""
     comm = Path("/proc/self/comm")
     before = comm.read_text()
     yield
@@ -44,12 +44,12 @@ class Rig:
         vm.close()
 
     def begin(self, begin: BeginDisk | BeginNic, *own: int) -> None:
-        """Say what the process is to be."""
+        """Send the order for the process."""
         fds = [*own, make_counters(), self._vm.detach(), self._status]
         self.vmm.send(begin, fds)
 
     def run(self, make: Make) -> tuple[int, bytes]:
-        """Be the process; returns its status, and what it told the VM."""
+        """Run the process; returns its status, and its messages to the VM."""
         self.vmm.close()
         status = run("disk", self.near, make)
         told = os.read(self.status, 4096)
@@ -78,14 +78,14 @@ def _open(path: Path) -> int:
 
 @pytest.mark.parametrize("kind", [DiskKind.RAW, DiskKind.PROBE])
 def test_a_disk(image: Path, kind: DiskKind) -> None:
-    """It says that it is ready, serves its VM, and ends when that is gone."""
+    """A disk's process reports that it is ready, serves its VM, and ends with it."""
     rig = Rig()
     rig.begin(_disk(image, kind), _open(image))
     assert rig.run(disk.make) == (0, READY)
 
 
 def test_what_is_no_image(image: Path) -> None:
-    """The VM is told why, in one line; the process ends in order."""
+    """The VM gets the reason in one line; the process ends properly."""
     rig = Rig()
     rig.begin(_disk(image, DiskKind.QCOW2), _open(image))
     status, told = rig.run(disk.make)
@@ -94,7 +94,7 @@ def test_what_is_no_image(image: Path) -> None:
 
 
 def test_what_is_no_tap() -> None:
-    """An interface's process is told by the kernel that a file is no tap."""
+    """An interface's process learns from the kernel that a file is no tap."""
     rig = Rig()
     spec = NicSpec(name="tap7", config=INTERFACE, taps=(0,))
     rig.begin(BeginNic(nic=spec, vm="one", verbosity=0), os.open(os.devnull, os.O_RDWR))
@@ -104,7 +104,7 @@ def test_what_is_no_tap() -> None:
 
 
 def test_a_process_is_of_one_kind(image: Path) -> None:
-    """A disk's serves no interface, and the other way round."""
+    """A disk's process serves no interface, and the other way round."""
     rig = Rig()
     spec = NicSpec(name="tap7", config=INTERFACE, taps=(0,))
     rig.begin(BeginNic(nic=spec, vm="one", verbosity=0), _open(image))
@@ -115,7 +115,7 @@ def test_a_process_is_of_one_kind(image: Path) -> None:
 
 
 def test_a_process_that_nobody_needs(image: Path) -> None:
-    """Vmm is gone, or says something else first: there is nothing to serve."""
+    """If vmm is gone, or sends another message first, the process ends."""
     rig = Rig()
     os.close(rig._status)
     assert rig.run(disk.make) == (0, b"")

@@ -21,14 +21,14 @@ TEXT = st.text(st.one_of(st.characters(), st.sampled_from(["\udc80", "\udcff", E
 
 @given(TEXT)
 def test_names_arrive_as_they_are(text: str) -> None:
-    """Whatever is in a string, the other process of the daemon has the same string."""
+    """Any string arrives unchanged in another process of the daemon."""
     message = VmLaunchFailed(id=1, code=ErrorCode.EIO, message=text)
     assert PARENT_AND_VMM.decode(VMM_AND_PARENT.encode(message)) == message
 
 
 @given(st.binary(max_size=40))
 def test_bytes_of_a_name_arrive(name: bytes) -> None:
-    """In records within records too: a path of any bytes is the same path."""
+    """Paths of any bytes arrive unchanged, in records within records too."""
     option = DiskOption(DiskKind.RAW, os.fsdecode(name), is_read_only=True, queues=4)
     begin = BeginDisk(disk=DiskSpec(option=option, chain=(3, 1)), vm="web", verbosity=1)
     received = DEVICE_AND_VMM.decode(VMM_AND_DEVICE.encode(begin))
@@ -48,7 +48,7 @@ def test_bytes_of_a_name_arrive(name: bytes) -> None:
     ],
 )
 def test_clients_are_shown_text(text: str, shown: str) -> None:
-    """JSON has no such bytes: a client reads them as escapes, and everything else as it is."""
+    """JSON cannot hold such bytes: a client reads them as escapes, and all else unchanged."""
     data = DAEMON_TO_CLIENT.encode(Failed(code=ErrorCode.EIO, message=text, lines=(text,)))
     expected = Failed(code=ErrorCode.EIO, message=shown, lines=(shown,))
     assert CLIENT_TO_DAEMON.decode(data) == expected
@@ -56,7 +56,7 @@ def test_clients_are_shown_text(text: str, shown: str) -> None:
 
 @given(st.text(st.sampled_from([ESCAPE, "\0", "\x7f", "\u07ff", "\u0800", "a"])))
 def test_what_a_broken_peer_says_is_text(said: str) -> None:
-    """An escape that nothing belongs to is no error: no process of the daemon writes any."""
+    """An incomplete escape is no error: no process of the daemon writes any."""
     raw = msgspec.msgpack.encode(
         {"type": "VmLaunchFailed", "id": 1, "code": "EIO", "message": said}
     )

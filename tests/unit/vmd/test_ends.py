@@ -1,4 +1,4 @@
-"""What remains of a VM: how it ended the last time, and what was logged of it."""
+"""Remains of a VM: its last end, and its log."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DISKS = (DiskRequest(path="/disk"),)
 
 @pytest.fixture
 def host() -> Host:
-    """A host with a template whose instances anybody may make."""
+    """A host with a template whose instances any user may make."""
     host = Host()
     template = VmConfig(
         "template",
@@ -50,7 +50,7 @@ def host() -> Host:
 def live(
     host: Host, name: str, uid: int = ROOT, reason: EndReason | None = EndReason.POWER_OFF
 ) -> None:
-    """Let an ad hoc VM begin and end."""
+    """Let an ad hoc VM start and end."""
     template = "" if uid == ROOT else "template"
     host.begin(Start(name=name, instance=template, disks=DISKS), uid)
     vm = host.launch(name)
@@ -60,7 +60,7 @@ def live(
 
 
 def shown(host: Host, **wanted: bool | str | int) -> tuple[VmInfo, ...]:
-    """Return what `status` lists, but for the template."""
+    """Return the VMs that `status` lists, except the template."""
     key = host.begin(Status(**wanted))  # type: ignore[arg-type] # fields by name
     answer = host.answers[key]
     assert isinstance(answer, Vms)
@@ -68,14 +68,14 @@ def shown(host: Host, **wanted: bool | str | int) -> tuple[VmInfo, ...]:
 
 
 def lines(host: Host, uid: int = ROOT, **wanted: str | int) -> list[str]:
-    """Return what was logged of a VM."""
+    """Return the log lines of a VM."""
     answer = host.answers[host.begin(History(**wanted), uid)]  # type: ignore[arg-type] # the same
     assert isinstance(answer, Lines)
     return [line.text for line in answer.lines]
 
 
 def test_the_end_of_a_vm_that_is_gone(host: Host) -> None:
-    """It is listed where those are asked for, and only there, with when it ran, and why not now."""
+    """A gone VM is listed only on request, with its times and the reason of its end."""
     live(host, "a")
     assert shown(host) == ()
     (vm,) = shown(host, gone=True)
@@ -85,7 +85,7 @@ def test_the_end_of_a_vm_that_is_gone(host: Host) -> None:
 
 
 def test_the_end_of_a_vm_that_stays(host: Host) -> None:
-    """It is told of until the next one, also while the VM runs again."""
+    """The last end is shown until the next one, also while the VM runs again."""
     host.begin(Start(name="template"))
     vm = host.launch("template")
     host.report(vm, Running())
@@ -98,7 +98,7 @@ def test_the_end_of_a_vm_that_stays(host: Host) -> None:
 
 
 def test_a_start_that_fails_is_an_end(host: Host) -> None:
-    """Also of a VM that never had a process: it has no exit, and never ran."""
+    """Even a VM that never had a process has an end: it has no exit, and never ran."""
     host.begin(Start(name="a", disks=DISKS))
     host.launches.clear()
     host.report(host.vm("a"), LaunchFailed(ErrorCode.EIO, "no memory"))
@@ -109,7 +109,7 @@ def test_a_start_that_fails_is_an_end(host: Host) -> None:
 
 
 def test_a_vm_that_is_there_again(host: Host) -> None:
-    """The next one of the same name and user goes on with what was known, and is listed once."""
+    """The next VM of the same name and user keeps the history, and is listed once."""
     live(host, "a", reason=EndReason.CRASHED)
     live(host, "a", ALICE)
     host.begin(Start(name="a", disks=DISKS))
@@ -123,7 +123,7 @@ def test_a_vm_that_is_there_again(host: Host) -> None:
 
 
 def test_a_reload_forgets_no_end(host: Host) -> None:
-    """VMs of the configuration are forgotten and made again; how they ended stays known."""
+    """A reload forgets VMs of the configuration and makes them again; their ends stay known."""
     config = host.vm("template").config
     host.begin(Start(name="template"))
     vm = host.launch("template")
@@ -139,7 +139,7 @@ def test_a_reload_forgets_no_end(host: Host) -> None:
 
 
 def test_so_many_are_remembered(host: Host) -> None:
-    """The latest of each user's, whatever the others do, and the latest of all."""
+    """The latest VMs of each user are remembered, whatever others do, and the latest of all."""
     live(host, "bobs", BOB)
     for number in range(GONE_PER_USER + 5):
         live(host, f"v{number}", ALICE)
@@ -152,7 +152,7 @@ def test_so_many_are_remembered(host: Host) -> None:
 
 
 def test_what_was_logged_of_a_vm(host: Host) -> None:
-    """What happened to it, and what was noted, in order; those that the client has are left out."""
+    """Events and notes are listed in order; those that the client has are left out."""
     live(host, "a")
     vm_id = shown(host, gone=True)[0].id
     expected = ["registered", "starting", "started", "stopped", "removed"]
@@ -165,7 +165,7 @@ def test_what_was_logged_of_a_vm(host: Host) -> None:
 
 
 def test_who_may_read_what_was_logged(host: Host) -> None:
-    """Root, and the owner; of VMs that are gone too. An unknown VM is no VM."""
+    """Root and the owner may read the log, of gone VMs too. An unknown VM is an error."""
     live(host, "a", ALICE)
     assert lines(host, ALICE, name="a") == lines(host, ROOT, name="a")
     assert code(host.answers[host.begin(History(name="a"), BOB)]) == "EPERM"
@@ -174,7 +174,7 @@ def test_who_may_read_what_was_logged(host: Host) -> None:
 
 
 def test_what_is_kept_is_bounded(host: Host) -> None:
-    """So many lines of so many characters; the answer fits into a packet whatever they are."""
+    """Number and length of lines are bounded; the answer always fits into a packet."""
     vm = host.vm("template")
     for number in range(LINES_KEPT + 10):
         host.registry.note(vm.id, f"{number} " + "\x00" * 2 * LINE_MAX)
@@ -188,7 +188,7 @@ def test_what_is_kept_is_bounded(host: Host) -> None:
 
 
 def test_the_end_of_all(host: Host) -> None:
-    """Ids begin anew after a reset; what was there is still known by its name."""
+    """Ids start again after a reset; earlier VMs are still known by name."""
     live(host, "a")
     host.begin(Reset())
     host.run(host.registry.remove_all())

@@ -1,4 +1,4 @@
-"""Files by name: which are opened, with whose rights, and that nothing else is touched."""
+"""Files by name: those that are opened, the rights used, and no other effects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _open(path: str | Path, *, writes: bool = False) -> bytes:
 
 
 def test_a_regular_file(tmp_path: Path) -> None:
-    """It is opened by its name or by a symbolic link, to be read, or read and written."""
+    """A regular file opens by its name or by a symbolic link, to be read, or read and written."""
     path = tmp_path / "file"
     path.write_bytes(b"contents")
     (tmp_path / "link").symlink_to(path)
@@ -42,7 +42,7 @@ def test_a_regular_file(tmp_path: Path) -> None:
     "name", ["/proc/self/fd/{}", "/dev/fd/{}", "/proc/thread-self/fd/{}", "link"]
 )
 def test_no_link_to_an_open_file(tmp_path: Path, name: str) -> None:
-    """What a process has open cannot be named, by whatever way."""
+    """An open file of a process cannot be named, in any way."""
     fd = os.memfd_create("secret")
     (tmp_path / "link").symlink_to(f"/proc/self/fd/{fd}")
     with pytest.raises(FileError, match="a link of /proc to an open file"):
@@ -52,7 +52,7 @@ def test_no_link_to_an_open_file(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("path", ["/proc/self/root/etc/passwd", "/proc/self/cwd/pyproject.toml"])
 def test_no_way_through_another_process(path: str) -> None:
-    """Nor do directories that a process is in lead anywhere."""
+    """Directories of a process lead nowhere either."""
     with pytest.raises(FileError) as caught:
         _open(path)
     assert caught.value.errno == errno.ELOOP
@@ -60,7 +60,7 @@ def test_no_way_through_another_process(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/version", "/sys/power/state"])
 def test_no_file_of_the_kernels(path: str) -> None:
-    """To write one may do anything to the host."""
+    """Files of the kernel are refused: a write could do anything to the host."""
     if not Path(path).exists():
         pytest.skip(f"there is no {path}")
     with pytest.raises(FileKindError, match=r"a file of (procfs|sysfs)"):
@@ -100,7 +100,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_no_file(tmp_path: Path, name: str, number: int) -> None:
-    """Each is one error of ours, whatever is in it."""
+    """Each bad name is one error of ours, with any characters in it."""
     with pytest.raises(FileError) as caught:
         _open(f"{tmp_path}/{name}")
     assert caught.value.errno == number
@@ -120,7 +120,7 @@ def test_names_of_no_file(tmp_path: Path, name: str, number: int) -> None:
     ],
 )
 def test_what_others_have_opened(tmp_path: Path, flags: int, writes: bool, why: str | None) -> None:
-    """It is taken if it was opened for what it is to be used for."""
+    """A passed file is accepted if it was opened for its use."""
     path = tmp_path / "file"
     path.write_bytes(b"contents")
     fd = os.open(path, flags)
@@ -135,7 +135,7 @@ def test_what_others_have_opened(tmp_path: Path, flags: int, writes: bool, why: 
 
 
 def test_what_others_have_opened_that_is_no_file(tmp_path: Path) -> None:
-    """Pipes, devices, directories and files of the kernel's are refused here too."""
+    """Passed pipes, devices, directories and files of the kernel are refused too."""
     reader, writer = os.pipe()
     fds = [reader, writer]
     fds += [os.open(path, os.O_RDONLY) for path in ("/dev/null", tmp_path, "/proc/version")]

@@ -1,4 +1,4 @@
-"""A slice of the campaign of broken units of AgentX; all of it is in tests/campaigns."""
+"""A part of the campaign of broken AgentX PDUs; tests/campaigns has all of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.campaigns.fuzz_agentx import campaign
 
 
 def test_broken_units_do_no_harm() -> None:
-    """Whatever a master sends, the process answers, or leaves and comes back."""
+    """After any PDU of a master the process answers, or disconnects and connects again."""
     sessions, deviation = campaign(1500, seed=2)
     assert deviation is None
     assert sessions > 100

@@ -1,4 +1,4 @@
-"""What is known to run, and what that writes to, moves together."""
+"""Code that is known to run, and objects that it writes to, are moved together."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _inner_code(code: CodeType) -> CodeType:
 
 
 def test_code_that_ran_is_replaced_by_copies() -> None:
-    """A function that ran, and what is defined in it, has other code that does the same."""
+    """A function that ran, and functions in it, get another code object of the same effect."""
     before, inner, untouched = _outer.__code__, _inner_code(_outer.__code__), _other.__code__
     with Recorder() as recorder:
         _outer()
@@ -69,7 +69,7 @@ class _Kind:
 
     @property
     def value(self) -> int:
-        """What was set."""
+        """The value that was set."""
         return self.made
 
     @value.setter
@@ -88,9 +88,9 @@ def _use(kind: _Kind) -> tuple[object, ...]:
 
 
 def test_functions_that_ran_are_replaced_by_copies_that_do_the_same() -> None:
-    """Functions, methods and properties are others afterwards, and all that they have is the same.
+    """Functions, methods and properties are replaced, with all their properties unchanged.
 
-    What holds on to an original may go on with it.
+    A holder of an original may continue to use it.
     """
     method, static, prop = (vars(_Kind)[name] for name in ("plain", "fixed", "value"))
     method.__dict__["note"] = "kept"
@@ -116,7 +116,7 @@ def test_functions_that_ran_are_replaced_by_copies_that_do_the_same() -> None:
 
 
 def test_functions_that_are_known_to_run_count_as_those_that_ran() -> None:
-    """A function that is added is replaced, and what is no function is passed over."""
+    """A function that is added is replaced, and other objects are skipped."""
     before, untouched = _other, _use
     recorder = Recorder()
     recorder.add([_other, _Kind, 7])
@@ -136,7 +136,7 @@ def test_threads_are_recorded() -> None:
 
 
 def test_code_that_runs_in_a_forked_process_is_recorded() -> None:
-    """What a child runs counts, until it says that it ends; what it has defined itself does not."""
+    """Code of a child counts, until it says that it ends; its own definitions do not."""
 
     def live(_fd: int, at_end: Callable[[], None]) -> NoReturn:
         _other()
@@ -153,7 +153,7 @@ def test_code_that_runs_in_a_forked_process_is_recorded() -> None:
 
 
 def test_a_forked_process_that_dies_tells_nothing() -> None:
-    """Without its word, what was recorded before is all there is."""
+    """If a child dies without a word, only earlier records count."""
 
     def live(_fd: int, _at_end: Callable[[], None]) -> NoReturn:
         _other()
@@ -187,7 +187,7 @@ def _call() -> tuple[object, ...]:
     sys.version_info[:2] not in CONSTANT_VERSIONS, reason="no tuples are written to on this version"
 )
 def test_names_constants_and_base_classes_are_copied() -> None:
-    """They are other objects afterwards, that equal what was there, and all goes on as before."""
+    """They are replaced by equal objects, and all code works as before."""
     names, constants = _describe.__code__.co_names, _describe.__code__.co_consts
     at = names.index("left_side")
     name, mro, getter = names[at], _Below.__mro__, vars(_Pair)["left_side"]
@@ -211,12 +211,12 @@ def test_names_constants_and_base_classes_are_copied() -> None:
     assert _describe.__globals__["__name__"] == module
     assert before == (101_000, "constant", "another", b"some bytes")
     assert _call() == before
-    for _ in range(100):  # once the interpreter has found quicker ways, too
+    for _ in range(100):  # until the interpreter has specialised the code, too
         assert _call() == before
 
 
 def test_classes_that_cannot_be_changed_stay() -> None:
-    """A class whose metaclass or whose implementation forbids changes is no obstacle."""
+    """A class that cannot be changed, by its metaclass or implementation, is left alone."""
 
     class Strict(type):
         def __setattr__(cls, name: str, value: object) -> None:
@@ -255,7 +255,7 @@ def test_base_classes_of_used_classes_lie_side_by_side() -> None:
 
 
 def test_tuples_stay_what_they_are() -> None:
-    """Unless it is asked for, code has the very names and constants that it had."""
+    """By default, code keeps its very names and constants."""
     code = _call.__code__
     with Recorder() as recorder:
         before = _call()

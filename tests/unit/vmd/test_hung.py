@@ -1,4 +1,4 @@
-"""The parent kills processes of VMs for vmm, and no others, whatever vmm asks for."""
+"""The parent kills processes of VMs for vmm, and no others, whatever vmm requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def uid() -> int | None:
 
 @pytest.fixture
 def process(uid: int | None) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Run something that waits; with a pidfd of it."""
+    """Start a process that waits, with a pidfd of it."""
     with subprocess.Popen(["sleep", "60"], user=uid) as running:
         pidfd = os.pidfd_open(running.pid)
         yield running, pidfd
@@ -41,7 +41,7 @@ Process = tuple[subprocess.Popen[bytes], int]
 @needs_root
 @pytest.mark.parametrize("uid", [_VM])
 def test_a_process_of_a_vm(process: Process) -> None:
-    """It is killed; that it has ended already is nothing to tell."""
+    """The process is killed; if it has ended already, that is no error."""
     running, pidfd = process
     for _ in range(2):
         child = end_hung(pidfd, _VM, _UIDS, ())
@@ -53,7 +53,7 @@ def test_a_process_of_a_vm(process: Process) -> None:
 @pytest.mark.parametrize("uid", [0, 65534, _UIDS.control, _UIDS.zygote, _UIDS.vms[6]])
 @pytest.mark.parametrize("said", [_VM, 0, 65534, _UIDS.zygote])
 def test_processes_of_others(process: Process, uid: int, said: int) -> None:
-    """Root's, a user's, control, and another VM's are not killed, whoever's vmm says they are."""
+    """Processes of root, a user, control, and another VM are not killed, whatever vmm claims."""
     assert said != uid or said not in _UIDS.vms
     running, pidfd = process
     child = end_hung(pidfd, said, _UIDS, (os.getpid(),))
@@ -65,7 +65,7 @@ def test_processes_of_others(process: Process, uid: int, said: int) -> None:
 
 
 def test_where_all_have_one_user(process: Process, caplog: pytest.LogCaptureFixture) -> None:
-    """Children of vmm are killed, and no others; another descriptor is none of a process."""
+    """Only children of vmm are killed; a descriptor that is no pidfd is refused."""
     running, pidfd = process
     end_hung(pidfd, 0, None, (os.getppid(),))
     with open(os.devnull, "rb") as file:  # noqa: PTH123 - a descriptor

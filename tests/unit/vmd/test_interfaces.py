@@ -1,4 +1,4 @@
-"""What there is to tell of a VM's interface interfaces."""
+"""The status of a VM's interfaces."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ colls carrier compressed
 
 
 def test_counters() -> None:
-    """Each interface's columns are found, also where its name has a colon in it."""
+    """Each interface's columns are found, even with a colon in its name."""
     found = parse_counters(SHOWN)
     assert found.keys() == {"lo", "tap3", "br:0"}
     assert found["tap3"] == Counters(123456789012, 9000, 7000, 70, 9)
@@ -30,7 +30,7 @@ def test_counters() -> None:
 
 
 def test_an_interface_that_is_not_there() -> None:
-    """Only what is configured is told of a VM that does not run."""
+    """A stopped VM has only configured values."""
     config = InterfaceConfig(
         is_local=True, lladdr=LLADDR, rdomain=3, forwards=(ForwardConfig("udp", 53, 5353),)
     )
@@ -44,7 +44,7 @@ def test_an_interface_that_is_not_there() -> None:
 
 
 def test_an_interface_that_is_there() -> None:
-    """It has the name, addresses and switch's options that it was made with."""
+    """A made interface has its name, its addresses and its switch's options."""
     local = LocalAddresses(
         host4="100.64.1.2",
         guest4="100.64.1.3",

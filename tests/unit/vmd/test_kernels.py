@@ -1,4 +1,4 @@
-"""The store of unpacked kernels: who may put something there, and what is found."""
+"""The store of unpacked kernels: who may add one, and look-ups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vmm_kvm.boot.source import FileSource, Stamp
 
 CONTENTS = b"an unpacked kernel"
 VM = 7
-# The interpreter's own files: nobody writes them while tests run.
+# The interpreter's own files: no process writes them while tests run.
 LEFT_ALONE = [str(module.__file__) for module in (ast, enum, heapq, json, os, stat)]
 
 
@@ -35,7 +35,7 @@ def store() -> Iterator[KernelStore]:
 
 @pytest.fixture
 def image() -> Iterator[int]:
-    """The descriptor of a file that has been left alone for a while, for a boot image."""
+    """The descriptor of an old file, as a boot image."""
     fd = os.open(LEFT_ALONE[0], os.O_RDONLY)
     yield fd
     os.close(fd)
@@ -46,7 +46,7 @@ def _stamp(image: int) -> Stamp:
 
 
 def _unpacked(image: int, contents: bytes = CONTENTS) -> int:
-    """Return what a VM process hands over that has unpacked `image`."""
+    """Return the message of a VM process that has unpacked `image`."""
     handed: list[int] = []
     source = FileSource(os.dup(image), "vmlinuz")
     LentKernel(None, handed.append).keep(source, "", [contents[:3], contents[3:]])
@@ -65,7 +65,7 @@ def _read(fd: int | None) -> bytes | None:
 
 
 def test_a_kernel_is_found_for_the_same_file(store: KernelStore, image: int) -> None:
-    """What a VM process unpacked is lent to the next one, which reads it from the start."""
+    """A kernel that a VM process unpacked is lent to the next one, read from its start."""
     assert store.find(_stamp(image)) is None
     store.expect(VM, _stamp(image))
     assert store.keep(VM, _unpacked(image))
@@ -74,7 +74,7 @@ def test_a_kernel_is_found_for_the_same_file(store: KernelStore, image: int) -> 
 
 
 def test_another_file_has_another_kernel(store: KernelStore, image: int) -> None:
-    """A boot image of which nothing is known is unpacked."""
+    """An unknown boot image has no kernel in the store."""
     store.expect(VM, _stamp(image))
     assert store.keep(VM, _unpacked(image))
     other = os.open(LEFT_ALONE[1], os.O_RDONLY)
@@ -85,7 +85,7 @@ def test_another_file_has_another_kernel(store: KernelStore, image: int) -> None
 def test_a_file_that_was_written_just_now_is_not_remembered(
     store: KernelStore, tmp_path: Path
 ) -> None:
-    """Its next change might not show in its time stamps."""
+    """A file written just now is not remembered: its time stamps might miss the next change."""
     path = tmp_path / "new"
     path.write_bytes(b"a boot image")
     fd = os.open(path, os.O_RDONLY)
@@ -96,7 +96,7 @@ def test_a_file_that_was_written_just_now_is_not_remembered(
 
 
 def test_what_nobody_expects_is_refused(store: KernelStore, image: int) -> None:
-    """Not from another VM, not twice, and not when the guest runs already."""
+    """A kernel is refused from another VM, a second time, and once the guest runs."""
     assert not store.keep(VM, _unpacked(image))
     store.expect(VM, _stamp(image))
     assert not store.keep(VM + 1, _unpacked(image))
@@ -109,7 +109,7 @@ def test_what_nobody_expects_is_refused(store: KernelStore, image: int) -> None:
 
 
 def test_memory_that_can_be_changed_is_refused(store: KernelStore, image: int) -> None:
-    """Only memory with every seal is kept: no file, and nothing with a seal too few."""
+    """Only memory with every seal is kept: no file, and none with a seal too few."""
     for seals in (
         fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
         fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
@@ -125,7 +125,7 @@ def test_memory_that_can_be_changed_is_refused(store: KernelStore, image: int) -
 
 
 def test_the_least_recently_used_go_first(store: KernelStore) -> None:
-    """There is a limit to how many are kept."""
+    """The store has a limit; the least recently used kernel goes first."""
     images = [os.open(path, os.O_RDONLY) for path in LEFT_ALONE[: KERNELS_MAX + 1]]
     for number, image in enumerate(images[:-1]):
         store.expect(number, _stamp(image))

@@ -91,8 +91,8 @@ EVENTS: dict[str, Event] = {
     "was sent": Exited(EndReason.SENT),
 }
 
-# What each event leads to: the phase afterwards, and what is done. In each phase everybody waits
-# who can: a starter while it starts, a waiter while it lives, a pauser, an unpauser.
+# The result of each event: the phase afterwards, and the effects. In each phase every possible
+# client waits: a starter while it starts, a waiter while it lives, a pauser, an unpauser.
 TABLE = {
     "start": {
         "stopped": "starting: +starting launch",
@@ -478,17 +478,17 @@ TABLE = {
 @pytest.mark.parametrize("phase", Phase, ids=lambda phase: phase.value)
 @pytest.mark.parametrize("event", EVENTS)
 def test_every_event_in_every_phase(event: str, phase: Phase) -> None:
-    """The table says what happens, cell by cell."""
+    """The table has the result, cell by cell."""
     assert outcome(a_vm(phase), EVENTS[event]) == TABLE[event][phase.value]
 
 
 def test_the_table_has_every_event() -> None:
-    """A new kind of event is not forgotten."""
+    """A new kind of event must have its row."""
     assert {type(event) for event in EVENTS.values()} == set(typing.get_args(Event))
 
 
 def test_states_have_openbsds_names() -> None:
-    """Eight phases are OpenBSD's five words to a user, and one of ours."""
+    """A user sees eight phases as OpenBSD's five words, and one of ours."""
     assert {phase.value: shown_state(a_vm(phase)) for phase in Phase} == {
         "stopped": State.STOPPED,
         "waiting": State.WAITING,
@@ -503,7 +503,7 @@ def test_states_have_openbsds_names() -> None:
 
 
 def test_a_template_stays_paused() -> None:
-    """It is cloned when it is paused, and not before; nobody lets it go on."""
+    """A template can be cloned once it is paused, and not before; it cannot be unpaused."""
     template = a_vm(Phase.RUNNING)._replace(is_template=True)
     assert outcome(template, Capture(ASKER)) == "running: asker!EBUSY"
     paused = template._replace(phase=Phase.PAUSED)
@@ -518,7 +518,7 @@ HALTED = EVENTS["halted"]
 
 
 def test_a_vm_that_may_run_elsewhere() -> None:
-    """It stands still, says so, and goes on or stops only where somebody insists."""
+    """A VM in doubt is paused, shown as such, and continues or stops only by force."""
     in_doubt, failed = Halted(HaltReason.IN_DOUBT, "nobody knows"), SendFailed(ErrorCode.EIO, "it")
     for events in ((failed, in_doubt), (in_doubt, failed)):
         vm = a_vm(Phase.SENDING)
@@ -549,7 +549,7 @@ def test_a_vm_that_may_run_elsewhere() -> None:
     ],
 )
 def test_a_vm_tells_why_it_stands_still(events: tuple[Event, ...]) -> None:
-    """Whether somebody asks for a pause at the same time or not, the reason is kept."""
+    """The reason is kept, whether a user requests a pause at the same time or not."""
     vm = a_vm(Phase.RUNNING)
     published = []
     for event in events:
@@ -570,7 +570,7 @@ def test_a_vm_tells_why_it_stands_still(events: tuple[Event, ...]) -> None:
     ],
 )
 def test_a_vm_that_goes_on_has_no_reason(events: tuple[Event, ...]) -> None:
-    """What held it is over when it goes on, stops or ends."""
+    """The reason is cleared when it continues, stops or ends."""
     vm, _ = step(a_vm(Phase.RUNNING), HALTED, 100.0)
     for event in events:
         vm, _ = step(vm, event, 100.0)
@@ -578,7 +578,7 @@ def test_a_vm_that_goes_on_has_no_reason(events: tuple[Event, ...]) -> None:
 
 
 def test_a_vm_without_configuration_vanishes() -> None:
-    """What was made by vmctl is forgotten when it ends, or cannot start."""
+    """A VM made by vmctl is forgotten when it ends, or cannot start."""
     ad_hoc = a_vm(Phase.RUNNING)._replace(is_from_config=False)
     assert outcome(ad_hoc, EVENTS["power off"]) == (
         "stopped: release waiter=terminated +stopped +removed forget"
@@ -590,7 +590,7 @@ def test_a_vm_without_configuration_vanishes() -> None:
 
 
 def test_a_discarded_vm_vanishes_when_it_has_ended() -> None:
-    """A configured VM that is discarded is killed, and forgotten when its process is gone."""
+    """A discarded VM of the configuration is killed, and forgotten when its process is gone."""
     doomed, _ = step(a_vm(Phase.RUNNING), Discard(), 100.0)
     assert outcome(doomed, EVENTS["reboot"]) == (
         "stopped: release waiter=terminated +stopped +removed forget"
@@ -598,13 +598,13 @@ def test_a_discarded_vm_vanishes_when_it_has_ended() -> None:
 
 
 def test_a_vm_with_a_boot_device_stops_instead_of_rebooting() -> None:
-    """As OpenBSD's do: an installer that reboots does not begin again."""
+    """As in OpenBSD, the VM stops: an installer that reboots does not begin again."""
     vm = a_vm(Phase.RUNNING)._replace(stops_at_reboot=True)
     assert outcome(vm, EVENTS["reboot"]) == "stopped: release waiter=terminated +stopped"
 
 
 def test_a_reboot_keeps_identity_and_console() -> None:
-    """Id and terminal stay; the process, and what waits for it, does not."""
+    """Id and terminal stay; the process, and requests to it, do not."""
     rebooted, _ = step(a_vm(Phase.RUNNING), Exited(EndReason.REBOOT), 100.0)
     assert (rebooted.id, rebooted.tty, rebooted.pid) == (7, "/dev/pts/7", None)
     again, _ = step(rebooted, Launched(702, "/dev/pts/7"), 100.0)
@@ -613,7 +613,7 @@ def test_a_reboot_keeps_identity_and_console() -> None:
 
 
 def _watched() -> VmState:
-    """Return a VM that starts without a process yet, and whose console somebody wants."""
+    """Return a VM that starts without a process yet, with a waiting console."""
     vm, _ = step(a_vm(Phase.STOPPED), Start(STARTER), 100.0)
     assert outcome(vm, Attach(WATCHER)) == "starting:"
     vm, _ = step(vm, Attach(WATCHER), 100.0)
@@ -621,14 +621,14 @@ def _watched() -> VmState:
 
 
 def test_a_console_waits_for_the_process() -> None:
-    """Who wants the console of a VM that starts has it once there is a process, and once only."""
+    """A waiting console of a starting VM is answered once there is a process, and only once."""
     assert outcome(_watched(), Launched(702, "/dev/pts/7")) == "starting: watcher=console"
     launched, _ = step(_watched(), Launched(702, "/dev/pts/7"), 100.0)
     assert outcome(launched, Running()) == "running: starter=started +started"
 
 
 def test_a_console_that_does_not_come() -> None:
-    """A start that fails or is stopped has no console; a client that left is not told."""
+    """If the start fails or is stopped there is no console; a client that left gets no answer."""
     assert outcome(_watched(), LaunchFailed(ErrorCode.ENOMEM)) == (
         "stopped: release starter!ENOMEM watcher!not-running +failed"
     )
@@ -648,7 +648,7 @@ def _start_and_end(vm: VmState, now: float) -> tuple[VmState, list[str]]:
 
 
 def test_starts_in_quick_succession_are_refused() -> None:
-    """The third start in a row that is early is refused, and the next one until time has passed."""
+    """The third early start in a row is refused, and later ones until time has passed."""
     vm = a_vm(Phase.STOPPED)
     for number in range(EARLY_MAX):
         vm, effects = _start_and_end(vm, number * 1.0)
@@ -661,7 +661,7 @@ def test_starts_in_quick_succession_are_refused() -> None:
 
 
 def test_starts_at_leisure_are_not_refused() -> None:
-    """A start that is not early forgets those that were."""
+    """A start that is not early resets the count of early ones."""
     vm = a_vm(Phase.STOPPED)
     for number in range(20):
         vm, effects = _start_and_end(vm, number * EARLY_S)
@@ -683,7 +683,7 @@ def test_a_guest_that_reboots_in_a_loop_ends() -> None:
 
 
 def test_any_number_may_wait() -> None:
-    """Two waiters, and one who stopped it, are all told once."""
+    """Two waiters, and one who stopped it, each get one answer."""
     vm, _ = step(a_vm(Phase.RUNNING), Wait(ASKER), 1.0)
     vm, _ = step(vm, Stop(STARTER, wait=True), 2.0)
     assert outcome(vm, Exited(EndReason.STOPPED)) == (
@@ -692,7 +692,7 @@ def test_any_number_may_wait() -> None:
 
 
 def test_who_left_is_not_answered() -> None:
-    """A connection that has ended takes its requests along, and nobody else's."""
+    """The end of a connection removes its own requests, and no others."""
     vm, _ = step(a_vm(Phase.STARTING), Wait(ASKER), 1.0)
     vm, _ = step(vm, ClientLeft(STARTER.client), 2.0)
     vm, _ = step(vm, ClientLeft(WAITER.client), 2.0)
@@ -700,7 +700,7 @@ def test_who_left_is_not_answered() -> None:
 
 
 def test_pausing_and_unpausing_cross() -> None:
-    """What is asked while the VM is still at something else is done afterwards, in turn."""
+    """A request during another operation is done afterwards, in turn."""
     vm, _ = step(a_vm(Phase.PAUSING), Unpause(ASKER), 1.0)
     assert outcome(vm, Paused()) == "unpausing: pauser=done +paused unpause"
     vm, _ = step(vm, Paused(), 1.0)
@@ -709,14 +709,14 @@ def test_pausing_and_unpausing_cross() -> None:
 
 
 def test_a_process_that_is_silent_may_answer_yet() -> None:
-    """Whoever asked for the pause has been told; it comes all the same, and others hear of it."""
+    """The pauser has an answer already; a late report still counts, and listeners hear of it."""
     vm, _ = step(a_vm(Phase.PAUSING), Silent("it does not answer"), 1.0)
     vm, _ = step(vm, Pause(ASKER), 1.0)
     assert outcome(vm, Paused()) == "paused: asker=done +paused"
 
 
 def test_how_a_vm_ended_is_told() -> None:
-    """Each end has its cause, what became of the process, and a line where there is more to say."""
+    """Each end has its cause, its process's status, and a line if there is more to say."""
 
     def end(phase: Phase, event: Event, **more: bool) -> tuple[str, int | None, str]:
         vm = a_vm(phase)._replace(**more)  # type: ignore[arg-type] # fields by name
@@ -740,7 +740,7 @@ def test_how_a_vm_ended_is_told() -> None:
 
 
 def test_the_third_quick_reboot_says_so() -> None:
-    """That is the reason of the end, with what the guest did."""
+    """The reason of the end is that it restarted too quickly, with the guest's action."""
     vm = a_vm(Phase.RUNNING)._replace(last_start=99.0, early_starts=EARLY_MAX - 1)
     _, effects = step(vm, Exited(EndReason.REBOOT, message="triple fault"), 100.0)
     (told,) = [each for each in effects if isinstance(each, Publish)]
@@ -749,16 +749,16 @@ def test_the_third_quick_reboot_says_so() -> None:
 
 
 def test_a_vm_that_is_not_sent_is_as_before() -> None:
-    """One that stood still before it was to be sent stands still afterwards."""
+    """A VM that was paused before a failed send is paused afterwards."""
     vm, _ = step(a_vm(Phase.PAUSED), Send(SENDER), 1.0)
     assert outcome(vm, SendFailed(ErrorCode.ENOSPC)) == "paused: sender!ENOSPC"
     assert outcome(vm, Sent()) == "paused: sender=done +sent"
-    # Before its guest is asked to stop, it has to go on.
+    # Before its guest is asked to stop, it has to continue.
     assert outcome(vm, Stop(ASKER)) == "stopping: asker=done +stopping cancel unpause stop"
 
 
 def test_what_nobody_waits_for_is_not_sent() -> None:
-    """A sender that leaves does not want its VM sent, and is not told what became of it."""
+    """If the sender leaves, its VM is not sent, and it gets no answer."""
     vm = a_vm(Phase.SENDING)
     assert outcome(vm, ClientLeft(SENDER.client)) == "sending: cancel"
     left, _ = step(vm, ClientLeft(SENDER.client), 1.0)
@@ -769,7 +769,7 @@ def test_what_nobody_waits_for_is_not_sent() -> None:
 
 
 def test_a_stop_does_not_decide_what_becomes_of_a_stream() -> None:
-    """Who sends a VM that is stopped meanwhile is told what its process says: sent, or not."""
+    """The sender of a VM that is stopped meanwhile gets its process's report: sent, or not."""
     vm, _ = step(a_vm(Phase.SENDING), Stop(ASKER), 1.0)
     assert outcome(vm, Exited(EndReason.SENT)) == (
         "stopped: release sender=done waiter=terminated +sent +stopped"
@@ -779,10 +779,10 @@ def test_a_stop_does_not_decide_what_becomes_of_a_stream() -> None:
 
 
 def test_a_vm_is_received_running_or_paused() -> None:
-    """One that is to stand still is told of as started, and is paused then."""
+    """A received VM that is to be paused is reported as started, and is paused then."""
     vm, _ = step(a_vm(Phase.STOPPED), Start(STARTER, stays_paused=True), 1.0)
     assert outcome(vm, Running()) == "paused: starter=started +started +paused"
-    # Asked to stop before it is there, it is to go on first.
+    # Asked to stop before it runs, it has to continue first.
     assert outcome(vm, Stop(ASKER)) == ("stopping: asker=done +stopping starter!EINTR unpause stop")
     running, _ = step(vm, Running(), 1.0)
     assert not running.stays_paused

@@ -1,6 +1,6 @@
-"""The local process: guests are answered by DHCP, router advertisements and DNS, and not too often.
+"""The local process: DHCP, router advertisements and DNS for guests, with limited rates.
 
-Sockets of a pair stand in for a tap's packet socket, those of 127.0.0.1 for the host's addresses.
+Socket pairs stand in for a tap's packet socket, and 127.0.0.1 for the host's addresses.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Rig:
         self.parent.say(message, [self._frames.detach(), self._dns.detach()])
 
     def receive(self, sock: socket.socket) -> bytes:
-        """Run until something comes; return it."""
+        """Run until a packet arrives; return it."""
         found: list[bytes] = []
 
         def is_there() -> bool:
@@ -90,7 +90,7 @@ class Rig:
         return found[0]
 
     def settle(self) -> None:
-        """Run until all that was said has been read."""
+        """Run until all messages have been read."""
         self.loop.timer(self.loop.stop).arm(self.loop.monotonic_ns() + 20_000_000)
         self.loop.run()
 
@@ -105,7 +105,7 @@ class Rig:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    """Return a local process that serves nobody yet."""
+    """Return a local process without guests yet."""
     with EventLoop() as loop:
         made = Rig(loop)
         yield made
@@ -124,7 +124,7 @@ def _discover() -> bytes:
 
 
 def test_dhcp(rig: Rig) -> None:
-    """The guest is offered its address, a name, and what to boot; other frames get no answer."""
+    """The guest gets its address, a name, and a boot file; other frames get no answer."""
     rig.parent.say(SetVerbosity(level=1))
     rig.serve()
     rig.guest.send(b"\0" * 60)
@@ -136,7 +136,7 @@ def test_dhcp(rig: Rig) -> None:
 
 
 def test_router_advertisements(rig: Rig) -> None:
-    """With IPv6 the guest is told of the prefix at once, and again whenever it asks."""
+    """With IPv6 the guest gets the prefix at once, and at each solicitation."""
     rig.serve(IPV6)
     assert Ether(rig.receive(rig.guest))[ICMPv6ND_RA].code == 0
     solicitation = Ether(src=GUEST, dst="33:33:00:00:00:02") / IPv6(dst="ff02::2", hlim=255)
@@ -145,7 +145,7 @@ def test_router_advertisements(rig: Rig) -> None:
 
 
 def test_dns(rig: Rig) -> None:
-    """A question goes to the host's server, and its answer back; what is neither goes nowhere."""
+    """A question goes to the host's server, and its answer back; other packets are dropped."""
     rig.serve()
     for data in (b"short", ANSWER, QUESTION):
         rig.asker.sendto(data, rig.dns)
@@ -168,7 +168,7 @@ def _has(sock: socket.socket) -> bool:
 
 
 def test_a_dns_server_that_is_not_there(rig: Rig) -> None:
-    """The question is forgotten; the next one is asked all the same."""
+    """Without an answer the question is forgotten, and the next one is sent all the same."""
     rig.serve()
     port = rig.server.getsockname()[1]
     rig.server.close()
@@ -182,7 +182,7 @@ def test_a_dns_server_that_is_not_there(rig: Rig) -> None:
 
 @pytest.mark.parametrize("resolver", ["", "::ffff:0:0:0:0"])
 def test_a_host_without_a_dns_server(rig: Rig, resolver: str) -> None:
-    """Its guests' questions are not answered; DHCP is."""
+    """Guests of a host without a DNS server get DHCP, and no DNS answers."""
     rig.serve(resolver=resolver)
     rig.asker.sendto(QUESTION, rig.dns)
     rig.guest.send(_discover())
@@ -191,7 +191,7 @@ def test_a_host_without_a_dns_server(rig: Rig, resolver: str) -> None:
 
 
 def test_a_guest_that_asks_too_often(rig: Rig) -> None:
-    """It is not heard for the rest of the second; of its DNS questions the oldest are forgotten."""
+    """A guest above the limit is ignored until the next second; old DNS questions are dropped."""
     rig.serve()
     asked = 0
     for _ in range(RATE_MAX + 50):
@@ -208,7 +208,7 @@ def test_a_guest_that_asks_too_often(rig: Rig) -> None:
 
 
 def test_a_vm_that_is_gone(rig: Rig) -> None:
-    """Its guest is answered no more; one whose sockets were lost never is."""
+    """A guest that is gone gets no answers; one whose sockets were lost never does."""
     rig.serve()
     rig.guest.send(_discover())
     assert rig.receive(rig.guest)
@@ -219,6 +219,6 @@ def test_a_vm_that_is_gone(rig: Rig) -> None:
 
 
 def test_the_parents_end(rig: Rig) -> None:
-    """The loop stops, so the process ends."""
+    """If the parent ends the loop stops, so the process ends."""
     rig.parent.channel.close()
     rig.loop.run()

@@ -1,4 +1,4 @@
-"""The daemon's log: it waits for nobody, a message is a line, and one source leaves room."""
+"""The daemon's log: it never blocks, a message is a line, and no source takes all room."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vmd.wire.device import DEVICE_AND_VMM, VMM_AND_DEVICE
 from vmd.wire.internal import SetVerbosity
 from vmm_kvm.loop import EventLoop
 
-Handler = log._Descriptor  # what the daemon has one of for each process
+Handler = log._Descriptor  # each process of the daemon has one
 
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe: the end that is read, which does not block, and the other."""
+    """A pipe: the read end, which does not block, and the other."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     yield reader, writer
@@ -51,7 +51,7 @@ def _record(message: str, *arguments: object, source: str = "") -> logging.LogRe
 
 
 def _read(reader: int) -> list[str]:
-    """Return the lines that there are."""
+    """Return the available lines."""
     data = b""
     with suppress(BlockingIOError):
         while part := os.read(reader, 1 << 20):
@@ -60,13 +60,13 @@ def _read(reader: int) -> list[str]:
 
 
 def test_a_message_is_one_line(handler: log._Descriptor, pipe: tuple[int, int]) -> None:
-    """Whatever a client, a guest or a file put into it."""
+    """A message is one line, with any text of a client, a guest or a file in it."""
     handler.handle(_record("%s: no such file", "/tmp/\x1b[2J\nvmd: root said so\udcff"))
     assert _read(pipe[0]) == ["vmd: /tmp/\\x1b[2J\\x0avmd: root said so\\xff: no such file"]
 
 
 def test_a_traceback_has_its_lines(handler: log._Descriptor, pipe: tuple[int, int]) -> None:
-    """A bug of ours is told with all that helps to find it, and no escape in it."""
+    """A traceback is logged with all its lines, and no control characters."""
     err = ValueError("a\x1b")
     record = logging.LogRecord("vmd", logging.ERROR, "", 0, "bug", (), (ValueError, err, None))
     handler.handle(record)
@@ -78,7 +78,7 @@ def test_a_traceback_has_its_lines(handler: log._Descriptor, pipe: tuple[int, in
 def test_a_log_that_nobody_reads_holds_up_nobody(
     handler: log._Descriptor, pipe: tuple[int, int]
 ) -> None:
-    """Some lines are kept, in order; the others are counted, and told of when it is read again."""
+    """Some lines are kept, in order; the others are counted, and reported when it is read again."""
     said = 0
     begun = time.monotonic()
     for number in range(3000):
@@ -106,13 +106,13 @@ def test_a_log_that_nobody_reads_holds_up_nobody(
 def test_others_may_block_where_the_log_does_not(
     handler: log._Descriptor, pipe: tuple[int, int]
 ) -> None:
-    """The descriptor that a terminal or a service manager gave us stays as it was."""
+    """The descriptor of a terminal or a service manager stays blocking for others."""
     handler.handle(_record("one"))
     assert os.get_blocking(pipe[1])
 
 
 def test_a_stream_to_the_journal_is_not_waited_for() -> None:
-    """A socket takes what it has room for, without a flag that others would see."""
+    """A socket takes what it has room for, without a flag that other processes would see."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         handler = Handler(ours.fileno(), log.Sink.JOURNAL)
@@ -129,7 +129,7 @@ def test_a_stream_to_the_journal_is_not_waited_for() -> None:
 def test_one_source_leaves_room_for_others(
     handler: log._Descriptor, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has some lines at once and so many a second; what was left out is told with its next."""
+    """A source has some lines at once and so many a second; its next line counts the lost ones."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for number in range(1000):
@@ -147,7 +147,7 @@ def test_one_source_leaves_room_for_others(
 
 
 def test_verbosity_is_for_our_own_messages() -> None:
-    """Libraries have their own to say to those who debug them."""
+    """Verbosity applies to our own messages, not to libraries' debug output."""
     before = {name: logging.getLogger(name).level for name in ("", "vmd", "vmm_kvm")}
     try:
         log.set_verbosity(2)
@@ -162,7 +162,7 @@ def test_verbosity_is_for_our_own_messages() -> None:
 
 
 def test_a_device_process_is_told_how_much_to_log() -> None:
-    """While it serves, as the others are; that vmm is gone does not end it."""
+    """A serving device process gets the log level too; vmm's end does not end it."""
     vmm, device = channel_pair(VMM_AND_DEVICE, DEVICE_AND_VMM)
     before = {name: logging.getLogger(name).level for name in ("", "vmd", "vmm_kvm")}
     try:

@@ -36,7 +36,7 @@ MESSAGES = [
 
 
 def _example(kind: type) -> object:
-    """Make a message with something in every field, nested messages included."""
+    """Make a message with a value in every field, nested messages included."""
     fields: dict[str, object] = {}
     for field in msgspec.structs.fields(kind):
         fields[field.encode_name] = _example_of(field.type)
@@ -66,7 +66,7 @@ def _example_of(wanted: object) -> object:
 def test_every_message_survives_the_wire(
     message: type, union: object, encoding: WireEncoding
 ) -> None:
-    """What is encoded is decoded as the same, whatever fields it has."""
+    """Every message is decoded as encoded, with any fields."""
     wire: Wire[object, object] = Wire(union, encoding)
     sent = _example(message)
     assert wire.decode(wire.encode(sent)) == sent
@@ -76,7 +76,7 @@ def test_every_message_survives_the_wire(
 def test_no_message_is_taken_from_the_wrong_side(
     message: type, union: object, encoding: WireEncoding
 ) -> None:
-    """A process that says what only another may say is not understood."""
+    """A message of another sender is not understood."""
     data = Wire[object, object](union, encoding).encode(_example(message))
     for other, other_encoding in UNIONS.values():
         if message in typing.get_args(other) or other_encoding is not encoding:
@@ -112,7 +112,7 @@ def test_no_path_has_a_null_character(request_: str) -> None:
 
 
 def test_requests_look_as_documented() -> None:
-    """Clients in other languages write these very bytes."""
+    """The bytes of a request, which clients in other languages write, do not change."""
     encode = messages.CLIENT_TO_DAEMON.encode
     assert encode(messages.Status(serial=1)) == b'{"type":"status","serial":1}'
     assert (
@@ -122,7 +122,7 @@ def test_requests_look_as_documented() -> None:
 
 
 def test_answers_say_all_fields() -> None:
-    """A client in a language without defaults finds every field."""
+    """An answer has every field, for clients in languages without defaults."""
     encode = messages.DAEMON_TO_CLIENT.encode
     assert encode(messages.Done()) == b'{"type":"done","serial":0,"id":0}'
     vm = messages.VmInfo(id=1, name="web", state=messages.State.STOPPED, cpus=1, memory=1 << 29)
@@ -152,6 +152,6 @@ def test_answers_say_all_fields() -> None:
     ],
 )
 def test_values_out_of_range_are_refused(text: str) -> None:
-    """The decoder checks every bound, so that nobody behind it has to."""
+    """The decoder checks every bound, so that later code need not."""
     with pytest.raises(WireError):
         messages.DAEMON_TO_CLIENT.decode(text.encode())

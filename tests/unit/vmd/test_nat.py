@@ -35,7 +35,7 @@ EVERYTHING = (
 
 
 def test_nothing_makes_no_table() -> None:
-    """Without rules, what is left is to remove those that there were."""
+    """Without rules, the text only removes former ones."""
     assert ruleset("vmd", ()) == clearing("vmd")
 
 
@@ -129,7 +129,7 @@ def test_nft_takes_it() -> None:
 
 
 def test_a_forward_from_an_address_that_the_guest_lacks() -> None:
-    """A guest without IPv6 has nothing of a forward from an IPv6 address."""
+    """A forward from an IPv6 address does not exist for a guest without IPv6."""
     config = WEB._replace(address="2001:db8::1")
     assert list(forward(config, _guest("100.64.1.3"), TAP0)) == []
 
@@ -140,7 +140,7 @@ def _numbered(*numbers: int) -> tuple[Piece, ...]:
 
 @pytest.mark.parametrize("bad", [(), (0,), (5,), (19,), (3, 4), tuple(range(20))])
 def test_what_is_refused_takes_nothing_with_it(bad: tuple[int, ...]) -> None:
-    """All others are applied, in few tries; the last that was applied is what there is."""
+    """If a rule is refused all others are applied, in few tries."""
     refused_ones = _numbered(*bad)
     tries: list[tuple[Piece, ...]] = []
     there: tuple[Piece, ...] = _numbered(99)
@@ -187,7 +187,7 @@ print(*refused.values())
 @pytest.mark.root
 @pytest.mark.skipif(shutil.which("nft") is None, reason="nft is not installed")
 def test_what_the_kernel_refuses() -> None:
-    """By the kernel's own word: the other rules are there, and it says which one is not."""
+    """If the kernel refuses a rule, the others are applied, and the rule is named."""
     script = f"{shlex.quote(sys.executable)} - <<'END' && nft list ruleset\n{_REFUSED}\nEND\n"
     done = subprocess.run(
         ["unshare", "--net", "sh", "-c", script],
@@ -200,6 +200,6 @@ def test_what_the_kernel_refuses() -> None:
     expected = "['nat of 100.64.0.0/10', 'nat of 10.0.0.0/8', 'nat of fd00::/64'] ['early']"
     first, second, *rest = done.stdout.splitlines()
     assert first == expected
-    # In the words of older releases of nftables, and of newer ones.
+    # Messages of older releases of nftables, and of newer ones.
     assert "Could not process rule" in second or "must have a priority" in second
     assert "\n".join(rest).count("masquerade") == 3

@@ -1,4 +1,4 @@
-"""Openers: what a client names is what the client's own open gives, and nothing else is touched."""
+"""Openers: a client's name gives the same file as the client's own open, with no side effect."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="another user's rights
 USERS = Users(frozenset({0}), lambda _uid, _gid: False)
 T = TypeVar("T")
 SWAPPED = 60
-"""Times that a name that changes is opened."""
+"""The number of opens of a changing name."""
 Result = tuple[int, int] | str
-"""Device and inode of what is opened, or why it is not."""
+"""Device and inode of the opened file, or the error."""
 
 
 @pytest.fixture
 def tree() -> Iterator[Tree]:
-    """Return a directory that every user can get to."""
+    """Return a directory that every user can enter."""
     with TemporaryDirectory(prefix="vmd-") as directory:
         Path(directory).chmod(0o711)
         made = Tree(Path(directory))
@@ -47,14 +47,14 @@ def tree() -> Iterator[Tree]:
 
 
 class Host:
-    """Openers in an event loop, and what came of each."""
+    """Openers in an event loop, and their results."""
 
     def __init__(self, loop: EventLoop, plan: object = opener_plan) -> None:
         self.loop = loop
         self.openers = Openers(loop, USERS, plan)  # type: ignore[arg-type] # see the tests
         self.results: list[Result] = []
         self.owners: set[int] = set()
-        """Of all files that were opened."""
+        """The owners of all opened files."""
 
     def ask(self, path: str, *, writes: bool, uid: int = USER) -> None:
         """Have a file opened."""
@@ -87,7 +87,7 @@ class Host:
         return results
 
     def result(self, path: str, *, writes: bool) -> Result:
-        """Have a file opened; returns what came of it."""
+        """Have a file opened; returns the result."""
         self.ask(path, writes=writes)
         return self.finish()[0]
 
@@ -117,13 +117,13 @@ def batched(items: list[T], count: int) -> list[list[T]]:
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    """Return what opens files."""
+    """Return the host of the openers."""
     with EventLoop() as loop:
         yield Host(loop)
 
 
 def _own_opens(paths: list[str]) -> list[list[Result]]:
-    """Return what the user's own open gives, for reading and for writing."""
+    """Return the results of the user's own open, for reading and for writing."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -156,7 +156,7 @@ def _own_open(path: str, flags: int) -> Result:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_names_are_opened_as_by_their_user(tree: Tree, host: Host) -> None:
-    """Hundreds of names: the same file as the user's own open gives, or none where that fails."""
+    """Hundreds of names open the same file as the user's own open, or fail as it does."""
     paths = list(openable(tree))
     expected = _own_opens(paths)
     wrong = [
@@ -173,7 +173,7 @@ def test_names_are_opened_as_by_their_user(tree: Tree, host: Host) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_names_that_nobody_opens_for_a_user(tree: Tree, host: Host) -> None:
-    """Links of /proc, devices, FIFOs, sockets, directories: refused, and nobody notices."""
+    """Links of /proc, devices, FIFOs, sockets, directories are refused without side effects."""
     deleted = os.open(tree.file("deleted", 0o666), os.O_RDWR)
     (tree.root / "deleted").unlink()
     memory = os.memfd_create("memory")
@@ -196,7 +196,7 @@ def test_names_that_nobody_opens_for_a_user(tree: Tree, host: Host) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: str(swap.__name__))
 def test_a_name_that_changes_while_it_is_opened(tree: Tree, host: Host, swap: Swap) -> None:
-    """What a name leads to in turn is the user's file or none, whatever it leads to meanwhile."""
+    """A name that changes all the time opens the user's file or none, never root's."""
     os.mkfifo(tree.root / "fifo", 0o666)
     waiting = os.open(tree.root / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     name, steps = swap(tree)
@@ -223,7 +223,7 @@ def test_a_name_that_changes_while_it_is_opened(tree: Tree, host: Host, swap: Sw
 
 
 def test_the_error_tells_nothing_of_a_closed_directory(tree: Tree, host: Host) -> None:
-    """Missing and forbidden are the same to one who may not search the directory."""
+    """A user who may not search a directory gets the same error for missing and closed files."""
     home = tree.root / "home"
     home.mkdir(mode=0o700)
     tree.file("home/notes", 0o666, 0)
@@ -235,7 +235,7 @@ def test_the_error_tells_nothing_of_a_closed_directory(tree: Tree, host: Host) -
 
 
 def test_one_that_takes_too_long_is_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start fails in time, and the process is gone."""
+    """If an opener takes too long the start fails in time, and the process is gone."""
 
     def plan(_uid: int) -> Plan:
         made = opener_plan(USER)
@@ -248,7 +248,7 @@ def test_one_that_takes_too_long_is_ended(host: Host, monkeypatch: pytest.Monkey
 
 
 def test_a_user_has_a_few_at_a_time(host: Host) -> None:
-    """More are refused at once, whoever they are for not."""
+    """More openers of one user are refused at once; other users' are not."""
 
     def plan(_uid: int) -> Plan:
         return opener_plan(USER)._replace(body=lambda _connection: signal.pause())
@@ -266,7 +266,7 @@ def test_a_user_has_a_few_at_a_time(host: Host) -> None:
 
 
 def test_administrators_need_none(host: Host, tree: Tree) -> None:
-    """Their files are opened by the daemon itself, links of /proc excepted."""
+    """The daemon itself opens administrators' files, except links of /proc."""
     path = tree.file("secret", 0o600, 0)
     status = Path(path).stat()
     host.ask(path, writes=True, uid=0)

@@ -1,4 +1,4 @@
-"""In which order VMs start and stop, and what an end of all of them means for those to come."""
+"""The order of starts and stops, and the effect of a stop of all on later starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def a_vm(name: str, *after: str, enabled: bool = True) -> VmConfig:
 
 @pytest.fixture
 def host() -> Host:
-    """A host with room for as many starts as there are."""
+    """A host that can start any number at once."""
     host = Host()
     host.registry.staggered = Staggered(8, 30)
     return host
@@ -51,7 +51,7 @@ def run(host: Host, *names: str) -> None:
 
 
 def test_a_vm_starts_when_those_before_it_run(host: Host) -> None:
-    """Wherever they stand in the file; a process alone is not enough."""
+    """A VM starts once those before it run, in any order of the file; a process is not enough."""
     load(host, a_vm("web", "app", "db"), a_vm("app", "db"), a_vm("db"))
     waiting, starting, running = State.WAITING, State.STARTING, State.RUNNING
     assert host.states() == {"web": waiting, "app": waiting, "db": starting}
@@ -64,7 +64,7 @@ def test_a_vm_starts_when_those_before_it_run(host: Host) -> None:
 
 
 def test_one_that_fails_or_does_not_start_holds_up_nobody(host: Host) -> None:
-    """It is an order, not a condition: unknown and disabled VMs are waited for as little."""
+    """It is an order, not a condition: failed, unknown and disabled VMs do not delay others."""
     load(host, a_vm("off", enabled=False), a_vm("db"), a_vm("web", "db", "off", "nobody"))
     host.launches.remove(host.vm("db").id)
     host.report(host.vm("db"), LaunchFailed(ErrorCode.EIO, "no disk"))
@@ -72,7 +72,7 @@ def test_one_that_fails_or_does_not_start_holds_up_nobody(host: Host) -> None:
 
 
 def test_starts_in_order_are_staggered_too(host: Host) -> None:
-    """What has become ready waits for the next turn if this one's room is used up."""
+    """A VM whose turn has come waits for the next round if this one is full."""
     host.registry.staggered = Staggered(2, 30)
     load(host, a_vm("db"), a_vm("web", "db"), a_vm("other"))
     assert host.launches == [host.vm("db").id, host.vm("other").id]
@@ -83,14 +83,14 @@ def test_starts_in_order_are_staggered_too(host: Host) -> None:
 
 
 def test_a_start_by_hand_waits_for_nothing(host: Host) -> None:
-    """Who asks for a VM gets it."""
+    """A start by hand does not wait."""
     load(host, a_vm("db"), a_vm("web", "db"))
     host.begin(Start(name="web"))
     assert host.states()["web"] is State.STARTING
 
 
 def test_stopping_what_is_waited_for_lets_the_others_start(host: Host) -> None:
-    """A VM that was to start first, and starts no more, is waited for no more."""
+    """If a VM that was to start first is stopped, the others start."""
     host.registry.staggered = Staggered(1, 30)
     load(host, a_vm("first"), a_vm("db"), a_vm("web", "db"))
     key = host.begin(Stop(name="db"))
@@ -112,20 +112,20 @@ def test_stopping_what_is_waited_for_lets_the_others_start(host: Host) -> None:
     ],
 )
 def test_a_ring_is_refused(configs: list[VmConfig], what: str) -> None:
-    """The VM that closes it is named, and all on the way."""
+    """The refusal names the VM that closes the ring, and all on the way."""
     (line,) = trial(configs)
     assert line == f'vm "{configs[-1].name}" failed: it starts after itself: {what}'
 
 
 def test_a_ring_over_two_files_is_refused(host: Host) -> None:
-    """A file that is loaded later closes no ring with what is there."""
+    """A file that is loaded later is refused if it closes a ring with VMs that exist."""
     load(host, a_vm("a", "b"))
     (line,) = host.registry.judge([a_vm("b", "a")])
     assert "it starts after itself" in line
 
 
 def test_two_ways_to_one_vm_are_no_ring() -> None:
-    """Many may start after one, and one after many."""
+    """Many VMs may start after one, and one after many."""
     assert trial([a_vm("db"), a_vm("a", "db"), a_vm("b", "db"), a_vm("web", "a", "b")]) == []
 
 
@@ -133,7 +133,7 @@ def test_two_ways_to_one_vm_are_no_ring() -> None:
 
 
 def test_a_turn_that_is_cancelled(host: Host) -> None:
-    """`stop` of a VM that waits takes it off the queue, with or without a wait; `start` works."""
+    """`stop` of a waiting VM removes it from the queue, with or without a wait; `start` works."""
     host.registry.staggered = Staggered(1, 30)
     load(host, a_vm("a"), a_vm("b"), a_vm("c"))
     plain = host.begin(Stop(name="b"))
@@ -147,7 +147,7 @@ def test_a_turn_that_is_cancelled(host: Host) -> None:
 
 
 def test_vms_stop_in_the_reverse_order(host: Host) -> None:
-    """Each is asked when those that start after it have ended; nobody's wait is lost."""
+    """Each VM is asked when those that start after it have ended; every waiter is answered."""
     load(host, a_vm("db"), a_vm("app", "db"), a_vm("web", "app"), a_vm("alone"))
     run(host, "db", "alone")
     run(host, "app")
@@ -168,7 +168,7 @@ def test_vms_stop_in_the_reverse_order(host: Host) -> None:
 
 
 def test_an_order_without_a_wait(host: Host) -> None:
-    """Whoever asked is answered at once, and may leave: the order is kept."""
+    """Without a wait the client is answered at once, and may leave: the order is kept."""
     load(host, a_vm("db"), a_vm("web", "db"))
     run(host, "db")
     run(host, "web")
@@ -183,7 +183,7 @@ def test_an_order_without_a_wait(host: Host) -> None:
 
 
 def test_one_that_is_not_being_stopped_is_not_waited_for(host: Host) -> None:
-    """A VM whose follower goes on, or that is not to stop in order, is asked at once."""
+    """A VM is stopped at once if its follower is not being stopped, or it is not in order."""
     load(host, a_vm("db"), a_vm("web", "db"))
     run(host, "db")
     run(host, "web")
@@ -192,7 +192,7 @@ def test_one_that_is_not_being_stopped_is_not_waited_for(host: Host) -> None:
 
 
 def test_an_end_by_force_waits_for_nobody(host: Host) -> None:
-    """`stop -f` ends it now; a plain `stop` does not wait either."""
+    """`stop -f` ends a VM now; a later plain `stop` does not wait either."""
     load(host, a_vm("db"), a_vm("web", "db"))
     run(host, "db")
     run(host, "web")
@@ -203,7 +203,7 @@ def test_an_end_by_force_waits_for_nobody(host: Host) -> None:
 
 
 def test_a_vm_that_is_starting_is_stopped(host: Host) -> None:
-    """Before it has a process as well as after."""
+    """A starting VM is stopped in order, before it has a process and after."""
     load(host, a_vm("early"), a_vm("late"))
     host.launch("late")
     keys = [host.begin(Stop(name=name, wait=True, in_order=True)) for name in ("early", "late")]
@@ -219,7 +219,7 @@ def test_a_vm_that_is_starting_is_stopped(host: Host) -> None:
 
 
 def test_nothing_starts_while_starts_are_held(host: Host) -> None:
-    """Neither by hand nor in its turn; what waits starts when the last of the holders leaves."""
+    """Nothing starts while held; waiting VMs start when the last holder leaves."""
     host.registry.staggered = Staggered(1, 30)
     load(host, a_vm("a"), a_vm("b"), a_vm("c", enabled=False))
     for client in (7, 8):
@@ -239,7 +239,7 @@ def test_nothing_starts_while_starts_are_held(host: Host) -> None:
 
 
 def test_only_root_holds(host: Host) -> None:
-    """No user keeps the others' VMs from starting."""
+    """A user cannot keep other users' VMs from starting."""
     key = host.begin(Hold(), ALICE)
     assert code(host.answers[key]) == "EPERM"
     load(host, a_vm("a"))
@@ -247,7 +247,7 @@ def test_only_root_holds(host: Host) -> None:
 
 
 def test_a_start_by_hand_of_one_that_starts_in_its_turn(host: Host) -> None:
-    """Whoever asks hears when it runs; a second one is told that it is starting."""
+    """The starter gets an answer when it runs; a second one is told that it is starting."""
     load(host, a_vm("web"))
     first, second = (host.begin(Start(name="web"), client=client) for client in (1, 2))
     assert code(host.answers[second]) == "EALREADY"

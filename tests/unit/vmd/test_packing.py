@@ -16,7 +16,7 @@ def _pages_of_new_objects() -> int:
 
 
 def test_new_objects_lie_side_by_side() -> None:
-    """New objects go into few pages, where they went one by one into holes between others."""
+    """New objects go into few pages, instead of one by one into holes between others."""
     objects = [bytes(150) for _ in range(40_000)]
     del objects[::40]
     gc.collect()
@@ -37,7 +37,7 @@ def test_the_next_object_lies_on_the_page_of_its_pool_s_header() -> None:
 
 
 def test_small_blocks_of_the_c_library_lie_side_by_side() -> None:
-    """A lock's few bytes do not go into a hole that is no larger."""
+    """A lock's few bytes do not go into a hole of just that size."""
     program = (
         "from vmd.zygote.warm.packing import fill_holes\n"
         "from vmm_kvm.libc import LIBC_WITHOUT_ERRNO as libc\n"
@@ -51,7 +51,7 @@ def test_small_blocks_of_the_c_library_lie_side_by_side() -> None:
 
 
 def test_it_ends_without_pools() -> None:
-    """With the allocator of the C library, which has no pools to fill, it ends all the same."""
+    """With the C library's allocator, which has no pools to fill, packing ends all the same."""
     program = "from vmd.zygote.warm.packing import fill_holes; fill_holes()"
     environ = {**os.environ, "PYTHONMALLOC": "malloc"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environ, timeout=60)

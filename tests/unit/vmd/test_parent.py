@@ -1,6 +1,6 @@
-"""The parent: what clients ask goes to the registry, files are opened, and vmm makes processes.
+"""The parent: requests go to the registry, files are opened, and vmm makes processes.
 
-The control and vmm processes are the test; networks, consoles and files are the real ones.
+The test is the control and vmm processes; networks, consoles and files are the real ones.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Rig:
         openers = Openers(loop, settings.users, opener_plan)
         self.started: list[Kind] = []
         self.hung: list[int] = []
-        """Users of VMs that the parent was asked to kill processes of."""
+        """Users whose VM processes the parent was asked to kill."""
         self.parent = Parent(
             loop,
             settings,
@@ -149,69 +149,69 @@ class Rig:
     def start(
         self, kind: Kind, far: Far[ControlToParent, ParentToControl] | Far[VmmToParent, ParentToVmm]
     ) -> None:
-        """Be a process of this kind."""
+        """Start a process of this kind."""
         self.parent.peers[kind].started(far.near, lambda: self.killed.append(kind))
 
     def connect(self, client: int) -> None:
-        """Have a client come."""
+        """Let a client connect."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.connect(self._listener.getsockname())
             accepted = self._listener.accept()[0].detach()
         self.control.say(ClientCame(client=client), (accepted,))
 
     def configure(self, text: str) -> tuple[str, ...]:
-        """Write a configuration, and have it read; returns what is wrong with it."""
+        """Write a configuration, and have it read; returns its errors."""
         self.config.write_text(text)
         return self.parent.configure()
 
     def request(self, request: ParentRequest, fds: Sequence[int] = (), client: int = 1) -> None:
-        """Ask for something as a client."""
+        """Send a request as a client."""
         self.control.say(ClientRequest(client=client, request=request), fds)
 
     def answers(self) -> list[AnyAnswer]:
-        """Return what clients have been answered."""
+        """Return the answers to clients."""
         return [one.answer for one in self.control.of(ClientAnswer)]
 
     def ask(self, request: ParentRequest, fds: Sequence[int] = ()) -> AnyAnswer:
-        """Ask for something; returns the answer."""
+        """Send a request; returns the answer."""
         before = len(self.answers())
         self.request(request, fds)
         run_until(self.loop, lambda: len(self.answers()) > before)
         return self.answers()[before]
 
     def error(self, request: ParentRequest, fds: Sequence[int] = ()) -> str:
-        """Ask for something that fails; returns why."""
+        """Send a request that fails; returns the error."""
         answer = self.ask(request, fds)
         assert isinstance(answer, Failed)
         return answer.message
 
     def say(self, report: VmReport, fds: Sequence[int] = ()) -> None:
-        """Be VM 1's process."""
+        """Send a message as VM 1's process."""
         self.vmm.say(FromVm(id=1, report=report), fds)
 
     def launch(self, count: int = 1) -> LaunchVm:
-        """Be a vmm that launches a VM, which runs; returns what it was told."""
+        """Be a vmm that launches a VM, which runs; returns the order."""
         launch = self.vmm.wait(LaunchVm, count)
         self.vmm.say(VmLaunched(id=launch.spec.id, pid=PID))
         self.vmm.say(FromVm(id=launch.spec.id, report=VmStarted()))
         return launch
 
     def commands(self) -> list[VmCommand]:
-        """Return what VM processes were told."""
+        """Return the messages to VM processes."""
         return [one.command for one in self.vmm.of(ToVm)]
 
     def told(self, command: type[VmCommand], count: int = 1) -> None:
-        """Run until VM processes have been told something so often."""
+        """Run until VM processes have got a message so often."""
         run_until(
             self.loop, lambda: sum(isinstance(one, command) for one in self.commands()) >= count
         )
 
     def events(self) -> list[EventKind]:
-        """Return what those who listen have heard."""
+        """Return the events for listeners."""
         return [one.event.kind for one in self.control.of(Happened)]
 
     def run_vm(self) -> None:
-        """Have the VM of the configuration run."""
+        """Let the VM of the configuration run."""
         assert self.configure(vm_block("one", f'boot "{self.kernel}"')) == ()
         self.launch()
         run_until(self.loop, lambda: EventKind.STARTED in self.events())
@@ -253,7 +253,7 @@ def _contents(fds: Fds, index: int | None) -> bytes:
 
 
 def test_a_vm_is_started(rig: Rig) -> None:
-    """Its files are opened, its process made; the request is answered when the guest runs."""
+    """A VM's files are opened, its process made; the answer comes when the guest runs."""
     assert rig.configure(vm_block("one", "disable", f'boot "{rig.kernel}"')) == ()
     rig.request(Start(name="one", serial=7))
     launch = rig.launch()
@@ -268,7 +268,7 @@ def test_a_vm_is_started(rig: Rig) -> None:
 
 
 def test_requests_of_a_vm_that_runs(rig: Rig) -> None:
-    """Pause, unpause, console and stop reach its process, and are answered when it says so."""
+    """Pause, unpause, console and stop reach its process, and are answered at its report."""
     rig.run_vm()
     rig.request(Pause(name="one", serial=2))
     rig.told(PauseVm)
@@ -290,7 +290,7 @@ def test_requests_of_a_vm_that_runs(rig: Rig) -> None:
 
 
 def test_a_kernel_that_a_client_passes(rig: Rig) -> None:
-    """It is booted instead, once; one that is named and did not come along is refused."""
+    """A passed kernel is booted instead, once; a named one without a descriptor is refused."""
     assert rig.configure(vm_block("one", "disable", f'boot "{rig.kernel}"')) == ()
     other = rig.path / "other"
     other.write_bytes(b"another kernel")
@@ -310,7 +310,7 @@ def test_a_kernel_that_a_client_passes(rig: Rig) -> None:
 
 
 def test_one_that_cannot_be_launched(rig: Rig) -> None:
-    """Whether a file is missing, or vmm says so, the request fails with the reason."""
+    """If a file is missing, or vmm refuses, the request fails with the reason."""
     missing = rig.path / "gone"
     missing.write_bytes(b"")
     assert rig.configure(vm_block("one", "disable", f'boot "{missing}"')) == ()
@@ -327,7 +327,7 @@ def test_one_that_cannot_be_launched(rig: Rig) -> None:
 
 
 def test_without_vmm_nothing_starts(rig: Rig) -> None:
-    """VMs end with it, and start again with the next one."""
+    """VMs end with vmm, and start again with the next one."""
     rig.run_vm()
     rig.request(Wait(name="one", serial=2))
     run_until(rig.loop, lambda: len(rig.control.of(Considered)) == 1)
@@ -342,7 +342,7 @@ def test_without_vmm_nothing_starts(rig: Rig) -> None:
 
 
 def test_a_process_that_is_killed_and_one_that_reboots(rig: Rig) -> None:
-    """The first is a failure, with how it ended; the second is launched again, with its console."""
+    """A killed process is a failure, with its signal; a reboot launches again, same console."""
     rig.run_vm()
     ending = VmEnding(reason=EndReason.REBOOT)
     rig.vmm.say(VmExited(id=1, pid=PID, status=0, ending=ending))
@@ -357,7 +357,7 @@ def test_a_process_that_is_killed_and_one_that_reboots(rig: Rig) -> None:
 
 
 def test_status(rig: Rig) -> None:
-    """Processes that run are asked; a client that goes is not answered."""
+    """Running processes are asked for their status; a client that leaves gets no answer."""
     rig.run_vm()
     rig.request(Status(serial=2, statistics=True, interfaces=True))
     rig.told(AskStatistics)
@@ -375,7 +375,7 @@ def test_status(rig: Rig) -> None:
 
 
 def test_the_next_control_process_has_no_clients(rig: Rig) -> None:
-    """Whoever waited is forgotten, and numbers begin again."""
+    """Waiting clients are forgotten, and numbers start again."""
     rig.run_vm()
     rig.request(Wait(name="one", serial=2))
     rig.request(Status(serial=3))
@@ -391,7 +391,7 @@ def test_the_next_control_process_has_no_clients(rig: Rig) -> None:
 
 
 def test_control_that_says_nonsense_is_killed(rig: Rig) -> None:
-    """A client that has not come can ask nothing."""
+    """The control process is killed for a request of a client that has not connected."""
     rig.request(Status(), client=99)
     run_until(rig.loop, lambda: rig.killed == [Kind.CONTROL])
 
@@ -421,7 +421,7 @@ def test_administrators_requests(rig: Rig) -> None:
 
 
 def test_the_end(rig: Rig) -> None:
-    """All VMs are killed; the daemon is told once the last is gone."""
+    """All VMs are killed; the daemon learns when the last is gone."""
     rig.run_vm()
     ends: list[str] = []
     rig.parent.shut_down(lambda: ends.append("idle"))
@@ -433,7 +433,7 @@ def test_the_end(rig: Rig) -> None:
 
 @pytest.mark.usefixtures("fake_passt")
 def test_links_follow_the_configuration(rig: Rig) -> None:
-    """A guest is told of a cable that is plugged in or out, and only then."""
+    """A guest learns of a link that goes up or down, and only then."""
     boot = f'boot "{rig.kernel}"'
     assert rig.configure(vm_block("one", boot, "local interface")) == ()
     assert rig.launch().spec.interfaces[0].is_up
@@ -447,7 +447,7 @@ def test_links_follow_the_configuration(rig: Rig) -> None:
 
 
 def test_a_terminal_that_is_opened(rig: Rig) -> None:
-    """Its VM is told to look at it."""
+    """If its terminal is opened, the VM is told to look at it."""
     rig.run_vm()
     opened = rig.ask(Console(name="one"))
     assert isinstance(opened, ConsoleOpened)
@@ -456,7 +456,7 @@ def test_a_terminal_that_is_opened(rig: Rig) -> None:
 
 
 def test_what_a_vm_unpacks_is_kept(rig: Rig) -> None:
-    """Only sealed memory, and only before its guest runs; anything else is closed."""
+    """Only sealed memory is kept, and only before its guest runs; anything else is closed."""
     rig.run_vm()
     read_fd, write_fd = os.pipe()
     rig.say(VmUnpacked(), (write_fd,))

@@ -1,4 +1,4 @@
-"""Which files of a VM are a client's, and with whose rights they are opened."""
+"""The files of a VM that belong to a client, and the rights used to open them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_a_client_names() -> None:
 
 
 def test_what_the_configuration_names_is_no_clients() -> None:
-    """Its files are opened by the parent, and its servers are no files, for instances neither."""
+    """Files of the configuration are opened by the parent, for instances too; servers are none."""
     disks = (DiskOption(DiskKind.RAW, "/d"), DiskOption(DiskKind.VHOST_USER, "/s"))
     config = VmConfig("x", boot="/k", cdrom="/c", disks=disks, owner=Owner(ALICE))
     assert _wanted(ClientFiles(_vm(config, checked=frozenset()), USERS)) == []
@@ -55,7 +55,7 @@ def test_what_the_configuration_names_is_no_clients() -> None:
 
 
 def test_what_a_client_passes() -> None:
-    """It is judged, and handed back as descriptors in the same places."""
+    """A passed file is checked, and returned as a descriptor in the same place."""
     null = os.open("/dev/null", os.O_RDONLY)
     config = VmConfig("x", append="theirs", disks=(DiskOption(DiskKind.RAW, "/d"),))
     vm = _vm(config, checked=frozenset({Right.DISK}))
@@ -71,13 +71,13 @@ def test_what_a_client_passes() -> None:
     assert (judged.disks, judged.formats) == (((71, 72),), ((DiskKind.QCOW2, DiskKind.RAW),))
     assert judged.fds == [70, 71, 72]
     vm.passed = judged
-    assert ClientFiles(vm, USERS).wanted == []  # when it reboots
+    assert ClientFiles(vm, USERS).wanted == []  # at a reboot
     for fd in (null, *files.fds):
         os.close(fd)
 
 
 def test_bases_of_probed_images_are_their_owners(tmp_path: Path) -> None:
-    """The image is opened here, with our rights; what it refers to with the owner's."""
+    """A probed image is opened with our rights, the files that it refers to with the owner's."""
     image = tmp_path / "image"
     image.write_bytes(b"x")
     config = VmConfig(

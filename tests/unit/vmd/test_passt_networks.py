@@ -34,7 +34,7 @@ def _vm(*interfaces: InterfaceConfig, number: int = 1) -> Vm:
 
 @pytest.fixture
 def networks() -> Iterator[PasstNetworks]:
-    """Return networks of nobody; every process has ended afterwards."""
+    """Return networks for this user; every process has ended afterwards."""
     made = PasstNetworks()
     yield made
     made.close()
@@ -61,7 +61,7 @@ def _first_words(network: Interface) -> str:
 
 @pytest.mark.usefixtures("fake_passt")
 def test_a_local_interface_has_a_passt(networks: PasstNetworks) -> None:
-    """It is told which ports lead to the guest, and stays over a reboot."""
+    """Each passt gets the ports that lead to the guest, and stays over a reboot."""
     vm = _vm(LOCAL, SWITCHED)
     local, switched = _attached(networks, vm)
     words = _first_words(local)
@@ -83,7 +83,7 @@ def test_a_local_interface_has_a_passt(networks: PasstNetworks) -> None:
 def test_without_passt_there_is_no_cable(
     networks: PasstNetworks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The VM starts; what is missing is told."""
+    """Without passt the VM starts, and its absence is reported."""
     monkeypatch.setenv("PATH", "/nonexistent")
     told = _troubles(networks)
     networks.configure(Config(switches=(SwitchConfig("lan", "bridge0"),)))
@@ -99,7 +99,7 @@ def test_without_passt_there_is_no_cable(
 
 
 def _troubles(networks: PasstNetworks) -> list[tuple[int, int, str]]:
-    """Return what is told of trouble from now on."""
+    """Return the troubles reported from now on."""
     told: list[tuple[int, int, str]] = []
     networks.watch(lambda vm_id, index, text: told.append((vm_id, index, text)))
     return told
@@ -133,7 +133,7 @@ def _reap(networks: PasstNetworks) -> None:
 def test_a_passt_that_ends_is_told_of(
     said: str, why: str, networks: PasstNetworks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cable is unplugged, and what passt said last is the reason, without its idle talk."""
+    """At a passt's end the link goes down, with passt's last message as the reason."""
     monkeypatch.setenv("PASST_SAYS", said)
     monkeypatch.setenv("PASST_ENDS", "1")
     told = _troubles(networks)
@@ -149,7 +149,7 @@ def test_a_passt_that_ends_is_told_of(
 
 @pytest.mark.usefixtures("fake_passt")
 def test_a_reboot_tries_again(networks: PasstNetworks) -> None:
-    """A guest whose passt has ended has another one after its reboot; the others keep theirs."""
+    """At its reboot a guest whose passt has ended gets a new one; the others keep theirs."""
     lasting = LOCAL._replace(forwards=())
     vm = _vm(lasting, LOCAL)
     first, second = _attached(networks, vm)
@@ -169,7 +169,7 @@ def test_a_reboot_tries_again(networks: PasstNetworks) -> None:
 def test_the_addresses_of_a_guest_are_told(
     networks: PasstNetworks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are what passt says that it assigns, of both families."""
+    """The guest has the addresses that passt reports, of both families."""
     text = "DHCP:\n    assign: 192.0.2.2\n    mask: 255.255.255.0\nNDP:\n    assign: fd00::2\n"
     monkeypatch.setenv("PASST_SAYS", text)
     vm = _vm(LOCAL, SWITCHED)
@@ -190,9 +190,9 @@ def test_the_addresses_of_a_guest_are_told(
 def test_a_port_in_use_is_told_of(
     protocol: str, family: socket.AddressFamily, address: str, networks: PasstNetworks
 ) -> None:
-    """Whoever has it, on whatever address: passt may go on with the other family, and say nothing.
+    """A port in use is reported, on any address: passt itself may use the other family silently.
 
-    Then there is no network, rather than one that lacks what was asked for.
+    Then there is no network, rather than one that lacks a forward.
     """
     is_tcp = protocol == "tcp"
     with socket.socket(family, socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM) as other:
@@ -211,7 +211,7 @@ def test_a_port_in_use_is_told_of(
 
 @pytest.mark.usefixtures("fake_passt")
 def test_a_port_is_waited_for_that_is_about_to_be_free(networks: PasstNetworks) -> None:
-    """A VM that starts as soon as the one before has ended waits until that one's passt is gone."""
+    """A VM that starts right after another waits for the end of that one's passt."""
     _attached(networks, _vm(LOCAL))
     networks.release(1)
     found: list[Sequence[Interface] | ResourceError] = []
@@ -227,7 +227,7 @@ def test_a_port_is_waited_for_that_is_about_to_be_free(networks: PasstNetworks) 
 
 @pytest.mark.usefixtures("fake_passt")
 def test_cables_follow_the_configuration(networks: PasstNetworks) -> None:
-    """Those that changed are told of, once; what is told of an interface agrees."""
+    """Changed links are reported, once; the status of an interface agrees."""
     vm = _vm(LOCAL, SWITCHED)
     assert [info.is_up for info in networks.told(vm)] == [True, True]
     _attached(networks, vm)
@@ -243,6 +243,6 @@ def test_cables_follow_the_configuration(networks: PasstNetworks) -> None:
 
 
 def test_a_vm_without_interfaces(networks: PasstNetworks) -> None:
-    """It needs nothing, and no process."""
+    """A VM without interfaces needs no process."""
     assert _attached(networks, _vm()) == ()
     assert (networks.peers, networks.pids) == ({}, set())

@@ -1,4 +1,4 @@
-"""The parent's side of any other process: its start, its end, and what waits for it."""
+"""The parent's side of any other process: its start, its end, and requests to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vmm_kvm.loop import EventLoop
 
 
 class Rig:
-    """A peer whose processes are the test."""
+    """A peer with the test in place of its processes."""
 
     def __init__(self, loop: EventLoop, patience_ns: int | None = None) -> None:
         self.loop = loop
@@ -70,7 +70,7 @@ def _large() -> LaunchVm:
 
 
 def test_each_process_is_told_how_much_to_log(rig: Rig) -> None:
-    """Also one that is started after the level was set; then what depends on it can be sent."""
+    """Each process gets the log level, also a later one, before any other message."""
     rig.peer.set_verbosity(2)
     with rig.start() as far:
         assert far.wait(SetVerbosity) == SetVerbosity(level=2)
@@ -80,7 +80,7 @@ def test_each_process_is_told_how_much_to_log(rig: Rig) -> None:
 
 
 def test_without_a_process_nothing_is_sent(rig: Rig) -> None:
-    """Descriptors are closed; so it is once the process has ended."""
+    """Without a process descriptors of a message are closed, also after a process has ended."""
     read_fd, write_fd = os.pipe()
     assert not rig.peer.send(KillVm(id=1), (write_fd,))
     assert os.read(read_fd, 1) == b""
@@ -96,7 +96,7 @@ def test_without_a_process_nothing_is_sent(rig: Rig) -> None:
 
 
 def test_one_that_is_gone_cannot_be_sent_to(rig: Rig) -> None:
-    """Until its end has been accounted for, what is sent is lost; nothing is raised."""
+    """A message to a process that has ended is lost; nothing is raised."""
     with rig.start() as far:
         far.channel.close()
         assert not rig.peer.send(KillVm(id=1))
@@ -104,7 +104,7 @@ def test_one_that_is_gone_cannot_be_sent_to(rig: Rig) -> None:
 
 
 def test_what_is_too_large(rig: Rig) -> None:
-    """It is lost, or raised for whoever has something smaller to send."""
+    """A message that is too large is lost, or raised for a caller with a smaller one."""
     spec = VmSpec(id=1, name="x" * (1 << 20), memory=0, cpus=1, boot=0, boot_path="", tty=0, ring=0)
     with rig.start() as far:
         assert not rig.peer.send(LaunchVm(spec=spec))
@@ -115,7 +115,7 @@ def test_what_is_too_large(rig: Rig) -> None:
 
 
 def test_one_that_says_what_is_no_message_is_killed(rig: Rig) -> None:
-    """Whether the channel finds that, or whoever takes the message."""
+    """Nonsense ends a process, whether the channel finds it or the receiver of the message."""
     with rig.start() as far:
         far.say(VmLaunched(id=7, pid=1))
         far.say(VmLaunched(id=0, pid=1))
@@ -130,7 +130,7 @@ def test_one_that_says_what_is_no_message_is_killed(rig: Rig) -> None:
 
 
 def test_one_that_does_not_read_holds_its_sources(rig: Rig) -> None:
-    """They go on when it has read, or when it is gone; the next process does not inherit that."""
+    """Sources are read again when it has read, or when it is gone; the next process is fresh."""
     with EventLoop() as loop:
         source = Rig(loop)
         rig.peer.add_source(source.peer)
@@ -161,7 +161,7 @@ def test_one_that_does_not_read_holds_its_sources(rig: Rig) -> None:
 
 
 def test_patience_with_one_that_does_not_read_ends() -> None:
-    """It is killed when it has left the channel full for as long as it may."""
+    """A process that leaves its channel full for too long is killed."""
     with EventLoop() as loop:
         rig = Rig(loop, patience_ns=1_000_000)
         with rig.start() as far:

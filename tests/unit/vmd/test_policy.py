@@ -1,4 +1,4 @@
-"""Who may do what: owners, names, limits, and what an instance takes of its template."""
+"""Rights: owners, names, limits, and an instance's part of its template."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def instance(wanted: VmConfig, uid: int = BOB, *rights: Right) -> VmConfig | Den
     ],
 )
 def test_owners(uid: int, owner: Owner | None, may: bool) -> None:
-    """Root, the owner, and members of the owning group."""
+    """Root, the owner, and members of the owning group may control a VM."""
     assert USERS.may(uid, owner) is may
 
 
@@ -65,7 +65,7 @@ def test_owners(uid: int, owner: Owner | None, may: bool) -> None:
     ],
 )
 def test_names(name: str, is_good: bool) -> None:
-    """Letters, digits, and three marks that cannot come first; 63 bytes at most."""
+    """Names are letters, digits, and three marks that cannot come first; 63 bytes at most."""
     assert is_name(name) is is_good
 
 
@@ -88,20 +88,20 @@ def test_names(name: str, is_good: bool) -> None:
     ],
 )
 def test_vms_that_cannot_be(config: VmConfig, why: str) -> None:
-    """A VM needs something to boot, within limits."""
+    """A VM without anything to boot, or outside the limits, is refused."""
     denied = check_vm(config)
     assert denied is not None
     assert denied.message == why
 
 
 def test_a_kernel_is_enough() -> None:
-    """Unlike OpenBSD's, a configuration with a kernel and nothing else is one."""
+    """Unlike in OpenBSD, a kernel and nothing else is enough."""
     assert check_vm(VmConfig("x", boot="/bsd", given=frozenset({Right.BOOT}))) is None
     assert check_vm(VmConfig("x", given=frozenset({Right.BOOT})), has_kernel=True) is None
 
 
 def test_what_an_instance_inherits() -> None:
-    """All but disks, tap and lladdr: those can be one VM's only."""
+    """An instance inherits all but disks, tap and lladdr, which only one VM can have."""
     made = instance(VmConfig("i", parent="base", owner=Owner(BOB)))
     assert made == VmConfig(
         "i",
@@ -118,7 +118,7 @@ def test_what_an_instance_inherits() -> None:
 
 
 def test_an_instance_of_nobody_is_its_templates_owners() -> None:
-    """Where nobody is named, the owner is inherited."""
+    """Without an owner of its own, an instance has its template's."""
     made = instance(VmConfig("i", parent="base"), ROOT)
     assert isinstance(made, VmConfig)
     assert made.owner == TEMPLATE.owner
@@ -146,7 +146,7 @@ def test_an_instance_of_nobody_is_its_templates_owners() -> None:
     ],
 )
 def test_rights_of_instances(wanted: VmConfig, right: Right, word: str) -> None:
-    """What the template allows, and for root all, may differ from it."""
+    """An instance may differ in what the template allows, and root's in all."""
     assert instance(wanted) == Denied(ErrorCode.EPERM, f'vm "i" no permission to set {word}')
     assert isinstance(instance(wanted, BOB, right), VmConfig)
     assert isinstance(instance(wanted, ROOT), VmConfig)
@@ -160,7 +160,7 @@ def test_rights_of_instances(wanted: VmConfig, right: Right, word: str) -> None:
     ],
 )
 def test_what_does_not_differ_needs_no_right(wanted: VmConfig) -> None:
-    """Saying what the template says is no claim."""
+    """A value equal to the template's needs no right."""
     assert isinstance(instance(wanted), VmConfig)
 
 
@@ -173,12 +173,12 @@ def test_what_does_not_differ_needs_no_right(wanted: VmConfig) -> None:
     ],
 )
 def test_what_is_the_templates_cannot_be_reused(wanted: VmConfig, what: str) -> None:
-    """Not even by root: two VMs would share it."""
+    """Disks, taps and lladdrs of the template cannot be reused, not even by root."""
     assert instance(wanted, ROOT) == Denied(ErrorCode.EBUSY, f'vm "i" {what} cannot be reused')
 
 
 def test_forwarded_ports_are_an_administrators() -> None:
-    """Ports of the host are nobody's to give away by a right of a template."""
+    """Ports of the host cannot be granted by a template: only administrators forward them."""
     local = InterfaceConfig(is_local=True, forwards=(ForwardConfig("tcp", 80, 80),))
     wanted = VmConfig("i", parent="base", interfaces=(InterfaceConfig(), local))
     denied = Denied(ErrorCode.EPERM, 'vm "i" no permission to forward ports')
@@ -189,7 +189,7 @@ def test_forwarded_ports_are_an_administrators() -> None:
 
 
 def test_who_may_make_instances() -> None:
-    """The instance owner and root; of a template without one, root alone."""
+    """The instance owner and root may make instances; without an instance owner, root alone."""
     wanted = VmConfig("i")
     assert instance(wanted, CAROL) == Denied(
         ErrorCode.EPERM, 'vm "base" no permission to create vm instance'
@@ -200,7 +200,7 @@ def test_who_may_make_instances() -> None:
 
 
 def test_instances_belong_to_nobody_else() -> None:
-    """An instance is its maker's, or its template's owner's."""
+    """An instance belongs to its maker, or to its template's owner."""
     assert instance(VmConfig("i", owner=Owner(CAROL))) == Denied(
         ErrorCode.EPERM, 'vm "i" user mismatch'
     )

@@ -1,4 +1,4 @@
-"""Ports of guests: whom the parent connects with one."""
+"""Ports of guests: users whom the parent connects."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ CONFIG = VmConfig(
 
 @pytest.fixture
 def host() -> Host:
-    """A host with a VM that has a vsock device, and one that has none."""
+    """A host with a VM that has a vsock device, and one without."""
     one = Host()
     one.run(one.registry.load((CONFIG, CONFIG._replace(name="plain", has_vsock=False))))
     return one
 
 
 def code(answer: object) -> ErrorCode:
-    """Return why a request failed."""
+    """Return the error code of a failed request."""
     assert isinstance(answer, Failed), answer
     return answer.code
 
 
 def test_only_owners_connect(host: Host) -> None:
-    """Its user, its group, and root; the VM's process is told of the port."""
+    """The VM's user, its group, and root may connect; its process gets the port."""
     host.ask(Start(name="web"), ROOT)
     assert code(host.ask(Connect(name="web", port=22), ALICE)) == ErrorCode.NOT_RUNNING
     host.report(host.launch("web"), Running())
@@ -50,7 +50,7 @@ def test_only_owners_connect(host: Host) -> None:
 
 
 def test_which_vms_have_ports(host: Host) -> None:
-    """One that has no device says so first; one that stands still is as good as any."""
+    """A VM without the device is refused first; a paused one is fine."""
     assert code(host.ask(Connect(name="plain", port=1))) == ErrorCode.EINVAL
     assert code(host.ask(Connect(name="web", port=1))) == ErrorCode.NOT_RUNNING
     assert code(host.ask(Connect(name="none", port=1))) == ErrorCode.ENOENT
@@ -62,7 +62,7 @@ def test_which_vms_have_ports(host: Host) -> None:
 
 
 def test_instances_have_the_device_of_their_template(host: Host) -> None:
-    """And a request for one that is there already changes nothing."""
+    """A request for an existing VM does not add the device."""
     host.ask(Start(name="mine", instance="web"), BOB)
     assert host.vm("mine").config.has_vsock
     host.ask(Start(name="own", instance="plain", has_vsock=True), BOB)

@@ -1,6 +1,6 @@
-"""The priv process: what it does to the host's network for what the parent says.
+"""The priv process: its changes to the host's network for the parent.
 
-rtnetlink, nftables and the settings are stand-ins that remember; tests/system/vmd has the kernel's.
+rtnetlink, nftables and the settings are fakes; tests/system/vmd uses the kernel's.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ LOCAL = LocalAddresses(
 
 
 class FakeNetlink:
-    """A host's interfaces; it remembers what is done to them, and refuses what it is to refuse."""
+    """A host's interfaces; it records changes, and refuses those that a test chooses."""
 
     def __init__(self) -> None:
         self.table: dict[str, Link] = {}
@@ -62,7 +62,7 @@ class FakeNetlink:
         self._indices = iter(range(1, 1000))
 
     def add(self, name: str, kind: str, lladdr: str = "", alias: str = "") -> Link:
-        """Have an interface."""
+        """Add an existing interface."""
         link = Link(next(self._indices), name, kind, alias, lladdr, 0, is_up=False)
         self.table[name] = link
         return link
@@ -149,12 +149,12 @@ class FakeNetlink:
 
 
 class FakeFilter:
-    """A packet filter that remembers."""
+    """A packet filter that records rules."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.refused = ""
-        """What no rules may have in them; empty for nothing."""
+        """Text that no rules may contain; empty for none."""
 
     def run(self, rules: str) -> None:
         """Take rules."""
@@ -183,7 +183,7 @@ class Rig:
         self.channel.watch(loop, priv.take, lambda _: priv.parent_left())
 
     def configure(self, **fields: object) -> None:
-        """Say what there is to be."""
+        """Send a configuration."""
         message = Configure(mark=MARK, table=TABLE, **fields)  # type: ignore[arg-type] # fields of its own
         count = len(self.parent.of(Configured))
         self.parent.say(message)
@@ -198,12 +198,12 @@ class Rig:
         return self.parent.wait(TapsMade, count + 1)
 
     def done(self) -> list[str]:
-        """Return what has been done since the last time."""
+        """Return the operations since the last call."""
         done, self.netlink.done = self.netlink.done, []
         return done
 
     def setting(self, name: str, value: str = "") -> Path:
-        """Have a setting; returns its file."""
+        """Make a setting; returns its file."""
         path = self.settings / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(value)
@@ -246,7 +246,7 @@ LOCKED = InterfaceConfig(is_locked=True)
 
 
 def test_a_switch_that_is_made(rig: Rig) -> None:
-    """Its bridge bears the mark, has its address, and goes when it is wanted no more."""
+    """A bridge of ours has the mark and its address, and goes when it is not needed any more."""
     accept_ra = rig.setting("ipv6/conf/bridge9/accept_ra", "1")
     switch = SwitchConfig(name="lan", interface="bridge9", is_created=True, address="10.0.0.1/24")
     rig.configure(switches=(switch,))
@@ -262,7 +262,7 @@ def test_a_switch_that_is_made(rig: Rig) -> None:
 
 
 def test_a_switch_that_the_host_has(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """It is used as it is, and never removed; one that is missing, or no bridge, is told of."""
+    """An existing bridge is used unchanged, and never removed; a wrong one is reported."""
     rig.netlink.add("bridge0", "bridge")
     rig.netlink.add("eth0", "")
     rig.configure(
@@ -282,7 +282,7 @@ def test_a_switch_that_the_host_has(rig: Rig, caplog: pytest.LogCaptureFixture) 
 
 
 def test_what_a_killed_priv_has_left(rig: Rig) -> None:
-    """What bears the mark is removed, unless more is about to be told; what is others' is not."""
+    """Marked interfaces are removed, unless more messages follow; others are not."""
     rig.netlink.add("bridge7", "bridge", alias=f"{MARK}: switch old")
     rig.netlink.add("bridge8", "bridge", alias="vmd /other: switch old")
     rig.configure(is_partial=True)
@@ -292,7 +292,7 @@ def test_what_a_killed_priv_has_left(rig: Rig) -> None:
 
 
 def test_rdomains(rig: Rig) -> None:
-    """A VRF is made for each, and goes with the last that is in it."""
+    """Each routing domain has a VRF, which goes with its last interface."""
     switch = SwitchConfig(name="lan", interface="bridge9", is_created=True, rdomain=5)
     rig.configure(switches=(switch,))
     assert rig.done()[2:] == [
@@ -341,7 +341,7 @@ def test_a_local_interface(rig: Rig) -> None:
 
 
 def test_an_interface_on_a_switch(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """It joins the bridge, also one that is there only later; without one, the log says so."""
+    """An interface joins its bridge, even one that appears later; without one, the log says so."""
     rig.configure()
     rig.make(_tap(InterfaceConfig(is_up=False), bridge="bridge0"))
     assert rig.done()[-1] == "down tap0"
@@ -354,7 +354,7 @@ def test_an_interface_on_a_switch(rig: Rig, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_what_cannot_be_made(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """The VM has no interfaces, for a reason; what is only refused in part is logged."""
+    """The VM has no interfaces, with a reason; a partial refusal is logged."""
     rig.parent.say(MakeTaps(id=1, taps=(_tap(),)), [os.open(os.devnull, os.O_RDWR)])
     assert rig.parent.wait(TapsFailed).message == "nothing is configured"
     rig.configure()
@@ -390,7 +390,7 @@ def test_what_cannot_be_made(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
 def test_rules_that_are_refused(
     rig: Rig, refused: str, what: str, needs: str, is_filtered: bool
 ) -> None:
-    """The parent is told whose they are and what they need; all the others are there."""
+    """The parent gets the VMs of refused rules and the missing features; all others apply."""
     loopback = rig.setting("ipv4/conf/tap1/route_localnet", "0\n")
     rig.configure(nat4="100.64.0.0/10")
     rig.filter.refused = refused
@@ -408,14 +408,14 @@ def test_rules_that_are_refused(
     assert "ip saddr 100.64.0.0/10" in there
     assert refused not in there
     assert ("@ll,48,48" in there) == is_filtered
-    # Nothing that the guest sends gets to the loopback network without the guard.
+    # The guard keeps the guest's packets from the loopback network.
     assert loopback.read_text().startswith("1") == ("127.0.0.0/8 drop" in there)
     rig.make(_tap(), vm_id=5)
     assert rig.parent.of(RulesRefused) == told
 
 
 def test_a_refused_nat_leaves_forwards(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """What is nobody's alone is logged, with what it needs."""
+    """A refused rule that belongs to no VM is logged, with the missing feature."""
     rig.setting("ipv4/ip_forward", "1\n")
     rig.filter.refused = "daddr != 100.64.0.0/10 masquerade"
     rig.configure(nat4="100.64.0.0/10")
@@ -432,14 +432,14 @@ def test_a_refused_nat_leaves_forwards(rig: Rig, caplog: pytest.LogCaptureFixtur
 
 
 def test_rules_that_are_there_are_not_sent(rig: Rig) -> None:
-    """The same configuration twice makes the same rules once."""
+    """The same configuration twice applies its rules once."""
     rig.configure()
     rig.configure()
     assert rig.filter.texts == [clearing(TABLE)]
 
 
 def test_without_nftables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The rest is done; what is missing is told of once for each configuration."""
+    """Without nftables all else is done; its absence is reported once per configuration."""
     with EventLoop() as loop:
         rig = Rig(loop, tmp_path, has_filter=False)
         rig.configure()
@@ -451,7 +451,7 @@ def test_without_nftables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_forwarding(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """IPv4's is turned on for NAT; IPv6's is the operator's."""
+    """IPv4's forwarding is turned on for NAT; the operator decides on IPv6's."""
     ipv4 = rig.setting("ipv4/ip_forward", "0\n")
     rig.setting("ipv6/conf/all/forwarding", "0\n")
     rig.configure(nat4="100.64.0.0/10", nat6="fd00::/64")
@@ -465,7 +465,7 @@ def test_forwarding(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_parents_end(rig: Rig) -> None:
-    """What was made is removed, and the loop stops."""
+    """At the parent's end everything made is removed, and the loop stops."""
     rig.parent.say(SetVerbosity(level=1))
     rig.configure(switches=(SwitchConfig(name="lan", interface="bridge9", is_created=True),))
     rig.done()
@@ -476,7 +476,7 @@ def test_the_parents_end(rig: Rig) -> None:
 
 
 class Call(NamedTuple):
-    """What pyroute2 was asked for."""
+    """A call to pyroute2."""
 
     what: str
     command: str
@@ -497,7 +497,7 @@ class FakeMessage(dict[str, int]):
 
 
 class FakeRoute:
-    """pyroute2's connection, which remembers what it was asked for."""
+    """pyroute2's connection, which records calls."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -520,7 +520,7 @@ class FakeRoute:
 
 
 def test_requests_to_rtnetlink() -> None:
-    """Each operation is one request, or two where IPv4 and IPv6 each have their own."""
+    """Each operation is one request, or two if IPv4 and IPv6 have one each."""
     route = FakeRoute()
     netlink = Rtnetlink(route)
     link = Link(7, "tap7", "tun", "vm1", "", 4, is_up=True)
@@ -567,6 +567,6 @@ def test_requests_to_rtnetlink() -> None:
 
 
 def test_what_is_no_tap() -> None:
-    """Any other file is refused, by its name."""
+    """A file that is no tap is refused, by its name."""
     with open(os.devnull, "rb") as file, pytest.raises(LinkError, match=r"^tap5: Inappropriate"):  # noqa: PTH123
         Rtnetlink.attach_tap(file.fileno(), "tap5", is_multi_queue=True)

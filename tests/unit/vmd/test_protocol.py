@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_page_is_up_to_date() -> None:
-    """docs/protocol.md is what scripts/protocol.py makes of the messages."""
+    """docs/protocol.md equals the output of scripts/protocol.py."""
     made = subprocess.run(
         [sys.executable, ROOT / "scripts" / "protocol.py"],
         check=True,
@@ -45,7 +45,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_client_in_c(client: Path, tmp_path: Path) -> None:
-    """It asks what the daemon understands, and reads all parts of an answer."""
+    """The client in C sends requests, and reads all parts of an answer."""
     vm = VmInfo(id=1, name="web", state=State.STOPPED, cpus=1, memory=1 << 29)
 
     def answer(request: AnyRequest) -> list[AnyAnswer]:

@@ -69,7 +69,7 @@ def host() -> Host:
 
 
 def load(host: Host, *configs: VmConfig) -> list[str]:
-    """Let the registry have a configuration; returns what it found wrong before."""
+    """Let the registry have a configuration; returns its earlier complaints."""
     complaints = host.registry.judge(configs)
     host.run(host.registry.load(configs))
     return complaints
@@ -88,7 +88,7 @@ def start(host: Host, name: str, uid: int = ROOT) -> int:
 
 
 def test_ids_stick_to_name_and_user(host: Host) -> None:
-    """A name has the same id again with the same user, after it was forgotten too."""
+    """A name has the same id again for the same user, even after it was forgotten."""
     ids: dict[str, int] = {}
     for name in ("a", "b", "a", "c", "b"):
         key = host.begin(Start(name=name, disks=DISKS))
@@ -103,7 +103,7 @@ def test_ids_stick_to_name_and_user(host: Host) -> None:
 
 
 def test_a_failed_start_uses_no_id(host: Host) -> None:
-    """However many names somebody makes up, the numbers, and their addresses, are there again."""
+    """Failed starts under any number of names use up no ids and no addresses."""
     for number in range(2000):
         host.begin(Start(name=f"x{number}", disks=DISKS))
         host.launches.remove(1)
@@ -112,7 +112,7 @@ def test_a_failed_start_uses_no_id(host: Host) -> None:
 
 
 def test_ids_of_forgotten_vms_are_used_again(host: Host) -> None:
-    """Those of the latest names are kept for them, so many and no more."""
+    """Ids of the latest names are reserved for them, a limited number."""
     ids = []
     for number in [*range(IDS_KEPT + 100), 0, IDS_KEPT + 99]:
         host.begin(Start(name=f"x{number}", disks=DISKS))
@@ -126,7 +126,7 @@ def test_ids_of_forgotten_vms_are_used_again(host: Host) -> None:
 
 
 def test_what_one_user_may_have_is_limited(host: Host) -> None:
-    """In VMs, vCPUs and memory together; root may have more, and so may other users."""
+    """A user's VMs, vCPUs and memory are limited together; root's and other users' are not."""
     everyone = Owner(None, STAFF)
     rights = frozenset({Right.DISK, Right.MEMORY, Right.CPUS})
     base = a_config("base", allow_instance=rights, instance_owner=everyone._replace(uid=ALICE))
@@ -155,7 +155,7 @@ def test_what_one_user_may_have_is_limited(host: Host) -> None:
 
 
 def test_another_user_gets_another_id(host: Host) -> None:
-    """The same name is another VM when somebody else makes it."""
+    """The same name is another VM for another user."""
     everyone = Owner(None, STAFF)
     load(
         host,
@@ -177,7 +177,7 @@ def test_another_user_gets_another_id(host: Host) -> None:
 
 
 def test_a_reset_forgets_ids(host: Host) -> None:
-    """After it, numbers begin at one; it is answered when all is gone."""
+    """After a reset numbers start at one; the answer comes when all is gone."""
     load(host, a_config("a"), a_config("b", enabled=True))
     vm = host.launch("b")
     host.report(vm, Running())
@@ -197,7 +197,7 @@ def test_a_reset_forgets_ids(host: Host) -> None:
 
 
 def test_a_reset_without_vms_is_answered_at_once(host: Host) -> None:
-    """There is nothing to wait for; the one who asked may also have left."""
+    """Without VMs there is nothing to wait for; the client may also have left."""
     reset = host.begin(Reset())
     host.run(host.registry.remove_all(host.operations[0].ticket))
     assert host.answers[reset] == Done(serial=reset[1])
@@ -214,7 +214,7 @@ def test_a_reset_without_vms_is_answered_at_once(host: Host) -> None:
 
 
 def test_the_life_of_a_vm_of_a_configuration(host: Host) -> None:
-    """Started, paused, unpaused, stopped: it is still there, and stopped."""
+    """A VM of the configuration is started, paused, unpaused, stopped, and stays known."""
     load(host, a_config("web"))
     assert start(host, "web") == 1
     pausing = host.begin(Pause(name="web"))
@@ -232,7 +232,7 @@ def test_the_life_of_a_vm_of_a_configuration(host: Host) -> None:
 
 
 def test_a_vm_of_vmctl_vanishes(host: Host) -> None:
-    """What only a command has made is forgotten when it ends; its defaults are OpenBSD's."""
+    """A VM made by a command is forgotten when it ends; its defaults are OpenBSD's."""
     host.begin(Start(name="web", disks=DISKS, interfaces=(InterfaceRequest(is_local=True),)))
     vm = host.launch("web")
     assert (vm.config.memory, vm.config.cpus) == (512 << 20, 1)
@@ -243,7 +243,7 @@ def test_a_vm_of_vmctl_vanishes(host: Host) -> None:
 
 
 def test_a_reboot_keeps_id_terminal_and_addresses(host: Host) -> None:
-    """A reboot is a new process of the same VM; who waited for its end is told."""
+    """A reboot is a new process of the same VM; clients that wait for its end get an answer."""
     load(host, a_config("web", interfaces=(InterfaceConfig(), InterfaceConfig())))
     start(host, "web")
     before = host.vm("web").config.interfaces
@@ -260,7 +260,7 @@ def test_a_reboot_keeps_id_terminal_and_addresses(host: Host) -> None:
 
 
 def test_an_explicit_boot_device_stops_at_reboot(host: Host) -> None:
-    """As OpenBSD's."""
+    """As in OpenBSD, a VM with a boot device stops at a reboot."""
     load(host, a_config("web", boot_device=BootDevice.CDROM))
     start(host, "web")
     host.end(1, REBOOT)
@@ -268,7 +268,7 @@ def test_an_explicit_boot_device_stops_at_reboot(host: Host) -> None:
 
 
 def test_resources_that_cannot_be_opened_fail_the_start(host: Host) -> None:
-    """The one who started it hears why."""
+    """If resources cannot be opened the starter gets the reason."""
     load(host, a_config("web"))
     host.failing.add(1)
     assert code(host.ask(Start(name="web"))) == ErrorCode.DISK_MISSING
@@ -276,7 +276,7 @@ def test_resources_that_cannot_be_opened_fail_the_start(host: Host) -> None:
 
 
 def test_a_start_may_be_stopped(host: Host) -> None:
-    """Who started hears that it was interrupted, who stopped when it is over."""
+    """The starter is told of the interruption, the stopper of the end."""
     load(host, a_config("web"))
     starter = host.begin(Start(name="web"))
     stopper = host.begin(Stop(name="web", force=True, wait=True), client=2)
@@ -317,7 +317,7 @@ def test_a_start_may_be_stopped(host: Host) -> None:
 def test_what_cannot_be_is_refused(
     host: Host, request_: ParentRequest, expected: ErrorCode
 ) -> None:
-    """With web running and idle stopped, root hears why not."""
+    """With web running and idle stopped, root gets the reason."""
     load(host, a_config("web"), a_config("idle"))
     start(host, "web")
     assert code(host.ask(request_)) == expected
@@ -328,7 +328,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_kernel_for_one_boot(host: Host) -> None:
-    """A configured VM boots another kernel once: not after a reboot, nor when started again."""
+    """A configured VM boots another kernel once: not after a reboot, nor at another start."""
     load(host, a_config("web"))
     host.begin(Start(name="web", kernel=0), with_kernel=True)
     (kernel,) = host.boots
@@ -372,7 +372,7 @@ def test_a_kernel_that_is_not_booted_is_closed(host: Host) -> None:
 
 
 def test_only_owners_command_a_vm(host: Host) -> None:
-    """Its user, its group, and root; everybody sees it."""
+    """The VM's user, its group, and root command it; every user sees it."""
     load(host, a_config("web", owner=Owner(ALICE, STAFF)))
     for uid, may in ((ALICE, True), (BOB, True), (CAROL, False), (ROOT, True)):
         answer = host.ask(Status(), uid)
@@ -392,14 +392,14 @@ def test_only_owners_command_a_vm(host: Host) -> None:
 
 @pytest.mark.parametrize("request_", [Load(path="/x"), Reload(), Reset(), Log(level=2)])
 def test_only_root_commands_the_daemon(host: Host, request_: Load | Reload | Reset | Log) -> None:
-    """Others are refused; root's requests are for the parent process to do."""
+    """Other users are refused; the parent process carries out root's requests."""
     assert code(host.ask(request_, ALICE)) == ErrorCode.EPERM
     assert host.ask(request_) is None
     assert type(host.operations[0].request) is type(request_)
 
 
 def test_ordinary_users_make_no_vms(host: Host) -> None:
-    """They start what is theirs, or instances that they may have."""
+    """Users start their own VMs, or instances that they may make."""
     assert code(host.ask(Start(name="x", disks=DISKS), ALICE)) == ErrorCode.EPERM
     assert code(host.ask(Start(name="x"), ALICE)) == ErrorCode.EPERM
 
@@ -430,7 +430,7 @@ def test_an_instance_is_its_makers(host: Host) -> None:
 
 
 def test_vms_start_in_turn(host: Host) -> None:
-    """A few at once, in order, the next after a while; disabled ones never."""
+    """A few VMs start at once, in order, the next ones later; disabled ones never."""
     host.registry.staggered = Staggered(2, 30)
     load(host, *(a_config(name, enabled=name != "c") for name in "abcdef"))
     waiting, starting, stopped = State.WAITING, State.STARTING, State.STOPPED
@@ -444,7 +444,7 @@ def test_vms_start_in_turn(host: Host) -> None:
 
 
 def test_a_manual_start_ends_the_waiting(host: Host) -> None:
-    """It does not start again when it would have been its turn, nor if it was stopped since."""
+    """A VM started or stopped by hand does not start again in its turn."""
     host.registry.staggered = Staggered(1, 30)
     load(host, *(a_config(name, enabled=True) for name in "abc"))
     start(host, "c")
@@ -456,7 +456,7 @@ def test_a_manual_start_ends_the_waiting(host: Host) -> None:
 
 
 def test_a_failed_start_does_not_hold_up_the_others(host: Host) -> None:
-    """Each VM stands for itself; a parallelism of none is one."""
+    """A failed start does not delay the others; a parallelism of none counts as one."""
     host.registry.staggered = Staggered(0, 5)
     host.failing.add(1)
     load(host, *(a_config(name, enabled=True) for name in "ab"))
@@ -469,7 +469,7 @@ def test_a_failed_start_does_not_hold_up_the_others(host: Host) -> None:
 
 
 def test_a_reload_leaves_running_vms_alone(host: Host) -> None:
-    """Those that run keep what they have; the others are as the file says now, with their ids."""
+    """Running VMs keep their properties; the others get those of the file, with their ids."""
     load(host, a_config("a"), a_config("b"), a_config("c"))
     start(host, "b")
     host.run(host.registry.forget_idle())
@@ -483,7 +483,7 @@ def test_a_reload_leaves_running_vms_alone(host: Host) -> None:
 
 
 def test_a_reload_brings_interfaces_up_and_down(host: Host) -> None:
-    """Of a VM that runs that much follows the file; nothing if it has another number of them."""
+    """Links of running VMs follow the file, unless the number of interfaces differs."""
     up, down = InterfaceConfig(mtu=1400), InterfaceConfig(mtu=9000, is_up=False)
     load(host, a_config("a", interfaces=(up, up)))
     start(host, "a")
@@ -495,7 +495,7 @@ def test_a_reload_brings_interfaces_up_and_down(host: Host) -> None:
 
 
 def test_a_configuration_is_complained_about(host: Host) -> None:
-    """What cannot be registered is told, with where it is written; the rest is."""
+    """VMs that cannot be registered are reported with their place; the rest is registered."""
     complaints = load(
         host,
         a_config("_bad"),
@@ -513,7 +513,7 @@ def test_a_configuration_is_complained_about(host: Host) -> None:
 
 
 def test_judging_changes_nothing(host: Host) -> None:
-    """A configuration that is judged is not registered, and nobody is told of a VM."""
+    """Checking a configuration registers nothing, and causes no events."""
     load(host, a_config("runs"), a_config("idle", is_enabled=False))
     before = host.states()
     wanted = (a_config("new"), a_config("child", parent="idle"))
@@ -525,7 +525,7 @@ def test_judging_changes_nothing(host: Host) -> None:
 
 
 def test_instances_of_a_configuration(host: Host) -> None:
-    """An instance in the file takes what it does not say from a VM above it."""
+    """An instance in the file inherits from a VM above it."""
     load(
         host,
         a_config("base", memory=1 << 30, boot="/bsd", owner=Owner(ALICE, STAFF)),
@@ -539,7 +539,7 @@ def test_instances_of_a_configuration(host: Host) -> None:
 
 
 def test_vms_are_listed_in_openbsds_order(host: Host) -> None:
-    """Running ones first, the latest foremost; then the others as they came."""
+    """Running VMs are listed first, the latest foremost; then the others in their order."""
     load(host, *(a_config(name) for name in "abcd"))
     for name in "bd":
         start(host, name)
@@ -559,7 +559,7 @@ def test_vms_are_listed_in_openbsds_order(host: Host) -> None:
 
 
 def test_events_are_told_in_order(host: Host) -> None:
-    """What happens to a VM is told as it happens, with why, and whether or not anyone listens."""
+    """Events of a VM are sent as they happen, with the reason, with and without listeners."""
     load(host, a_config("web"))
     start(host, "web")
     host.end(1, Exited(EndReason.CRASHED, message="the guest panicked"))
@@ -572,7 +572,7 @@ def test_events_are_told_in_order(host: Host) -> None:
 
 
 def test_reports_about_unknown_vms_are_nothing() -> None:
-    """A process may be told of when its VM has been forgotten."""
+    """A report about a VM that has been forgotten is ignored."""
     registry: Registry = Host().registry
     assert registry.report(77, Exited(None)) == []
 
@@ -583,7 +583,7 @@ def test_reports_about_unknown_vms_are_nothing() -> None:
     ids=["kernel", "firmware", "cdrom"],
 )
 def test_an_instance_may_have_all_of_its_template(host: Host, lent: dict[str, str]) -> None:
-    """Without an option of its own it is what the template is, if that can boot without a disk."""
+    """Without options of its own an instance equals its template, if that boots without a disk."""
     template = a_config("t")._replace(**lent)  # type: ignore[arg-type] # fields by name
     load(host, template)
     key = host.begin(Start(name="new", instance="t"))
@@ -592,7 +592,7 @@ def test_an_instance_may_have_all_of_its_template(host: Host, lent: dict[str, st
 
 
 def test_an_instance_that_could_not_boot_says_so(host: Host) -> None:
-    """A template's disks are not lent: where there is nothing else, that is the complaint."""
+    """A template's disks are not inherited: without anything else, that is the complaint."""
     load(host, a_config("t"))
     answer = host.answers[host.begin(Start(name="new", instance="t"))]
     assert isinstance(answer, Failed)

@@ -1,6 +1,6 @@
-"""The registry under any sequence of requests and events: promises are kept, state by state.
+"""The registry under any sequence of requests and events keeps its promises, step by step.
 
-`registry_host.Host` checks them as it goes; this makes up what happens.
+`registry_host.Host` checks them; this class makes the sequence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHORT = settings(max_examples=60, stateful_step_count=50, deadline=None)
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """Users ask, processes live and die, time passes."""
+    """Users send requests, processes live and die, time passes."""
 
     users = st.sampled_from([ROOT] * 6 + [ALICE, BOB, CAROL])
     clients = st.sampled_from([1, 2, 3])
@@ -48,20 +48,20 @@ class RegistryMachine(RuleBasedStateMachine):
         self.live = [1, 2, 3]
         self.ids: dict[tuple[str, int], int] = {}
         self.lasting: set[tuple[str, int]] = set()
-        """Names whose ids stay theirs when the VMs are gone."""
+        """Names whose ids stay reserved when the VMs are gone."""
 
     @initialize()
     def begin(self) -> None:
-        """Begin with a configuration, whose second VM runs."""
+        """Start with a configuration, whose second VM runs."""
         self.load()
         self._ask(Start(name="b"), ROOT, 0)
         self.host.report(self.host.launch("b"), Running())
 
-    # What users do
+    # Users
 
     @rule(user=users, client=choices, name=names, with_kernel=st.booleans())
     def start(self, user: int, client: int, name: str, with_kernel: bool) -> None:
-        """Start what there is, maybe with another kernel."""
+        """Start an existing VM, maybe with another kernel."""
         self._ask(Start(name=name, kernel=0 if with_kernel else None), user, client, with_kernel)
 
     @rule(user=users, client=choices, name=names, instance=st.sampled_from(["", "", "a", "x"]))
@@ -88,7 +88,7 @@ class RegistryMachine(RuleBasedStateMachine):
         name: str,
         kind: type[Wait | Pause | Unpause | Console | Status],
     ) -> None:
-        """Ask something else of a VM."""
+        """Send another request about a VM."""
         self._ask(kind(name=name), user, client)
 
     @rule(client=choices)
@@ -99,7 +99,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.live.append(self.next_client)
         self.next_client += 1
 
-    # What root does
+    # Root
 
     @precondition(lambda self: not self.host.registry.is_emptying)
     @rule()
@@ -114,7 +114,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.host.registry.is_emptying)
     @rule()
     def reload(self) -> None:
-        """Forget what does not run, and load again."""
+        """Forget stopped VMs, and load again."""
         self.host.run(self.host.registry.forget_idle())
         assert all(vm.state.phase not in IDLE for vm in self.host.registry.vms)
         self.load()
@@ -130,7 +130,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.ids.clear()
             self.lasting.clear()
 
-    # What happens
+    # Events
 
     @precondition(lambda self: self.host.turn_at is not None)
     @rule()
@@ -145,20 +145,20 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def break_or_mend(self, name: str) -> None:
-        """Let a VM's files be missing, or be back."""
+        """Make a VM's files disappear, or appear again."""
         vm = self.host.registry.find(0, name)
         if vm:
             self.host.failing ^= {vm.id}
 
     @rule()
     def slow_down_or_speed_up(self) -> None:
-        """Let interfaces take their time from now on, or not."""
+        """Make interfaces slow from now on, or fast."""
         self.host.networks.is_slow = not self.host.networks.is_slow
 
     @precondition(lambda self: self.host.networks.waiting)
     @rule(choice=choices)
     def make_networks(self, choice: int) -> None:
-        """Let the interfaces of a VM come to be, whatever has become of it meanwhile."""
+        """Make the interfaces of a VM, in any state of it."""
         waiting = list(self.host.networks.waiting)
         was_emptying = self.host.registry.is_emptying
         self.host.make_networks(waiting[choice % len(waiting)])
@@ -176,7 +176,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.host.launches)
     @rule(choice=choices, does_run=st.booleans())
     def launch(self, choice: int, does_run: bool) -> None:
-        """Let a process come to be, or not."""
+        """Let a process be ready, or fail."""
         launches = self.host.launches
         vm_id = launches[choice % len(launches)]
         (vm,) = [vm for vm in self.host.registry.vms if vm.id == vm_id]
@@ -193,14 +193,14 @@ class RegistryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.host.processes)
     @rule(client=choices, pause=st.booleans(), choice=choices)
     def pause_or_unpause(self, client: int, pause: bool, choice: int) -> None:
-        """Ask a VM that has a process to stand still, or to go on."""
+        """Pause or unpause a VM that has a process."""
         vm_id = self._process(choice)
         self._ask(Pause(id=vm_id) if pause else Unpause(id=vm_id), ROOT, client)
 
     @precondition(lambda self: self.host.processes)
     @rule(choice=choices, event=st.sampled_from([Running(), Paused(), Unpaused()]))
     def say(self, choice: int, event: Running | Paused | Unpaused) -> None:
-        """Let a process say something, expected or not."""
+        """Let a process send something, expected or not."""
         self.host.report(self._process(choice), event)
 
     @precondition(lambda self: self.host.processes)
@@ -211,16 +211,16 @@ class RegistryMachine(RuleBasedStateMachine):
         self.host.end(self._process(choice), Exited(reason, ErrorCode.EIO, "it ended"))
         self._note_emptied(was_emptying)
 
-    # What is always so
+    # Invariants
 
     @invariant()
     def books_are_right(self) -> None:
-        """Hold the table against the books."""
+        """The table agrees with the books."""
         self.host.check()
 
     @invariant()
     def ids_stick(self) -> None:
-        """A name has one id with a user, and no two have the same; a failed start uses none."""
+        """A name has one id per user, and ids are unique; a failed start uses none."""
         there = {(vm.name, vm.requester): vm for vm in self.host.registry.vms}
         for key, vm in there.items():
             assert self.ids.setdefault(key, vm.id) == vm.id
@@ -232,7 +232,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def who_is_unanswered_is_waited_for(self) -> None:
-        """Each request without an answer is known to wait, and nobody else."""
+        """Exactly the requests without an answer are known to wait."""
         waiting = {
             tuple(ticket)
             for vm in self.host.registry.vms
@@ -250,18 +250,18 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_comes_while_all_goes(self) -> None:
-        """While all VMs are removed none is made or started."""
+        """While all VMs are being removed none is made or started."""
         if self.host.registry.is_emptying:
             assert all(vm.state.is_doomed for vm in self.host.registry.vms)
 
     @invariant()
     def every_turn_comes(self) -> None:
-        """Whoever waits for its turn has one coming."""
+        """Every VM that waits for its turn has one coming."""
         waiting = [vm for vm in self.host.registry.vms if vm.state.phase is Phase.WAITING]
         assert not waiting or self.host.turn_at is not None
 
     def teardown(self) -> None:
-        """End every process: then nobody waits, and nothing is left."""
+        """End every process: then no request waits, and nothing is left."""
         self.host.run(self.host.registry.remove_all())
         for vm_id in list(self.host.networks.waiting):
             self.host.make_networks(vm_id)

@@ -1,4 +1,4 @@
-"""What a VM needs of the host: its files are opened and locked, or there is a reason why not."""
+"""A VM's resources of the host: its files are opened and locked, or there is a reason."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Rig:
         boot: Passed | None = None,
         requester: int | None = None,
     ) -> VmSpec:
-        """Open what a VM needs, by default one of this user's; the descriptors are in `fds`."""
+        """Open a VM's resources, by default one of this user's; the descriptors are in `fds`."""
         uid = os.geteuid() if requester is None else requester
         vm = Vm(config._replace(owner=Owner(requester or 0)), VmState(1), uid)
         vm.passed = boot
@@ -64,23 +64,23 @@ class Rig:
         return spec
 
     def open_disk(self, kind: DiskKind, path: Path, **fields: bool) -> VmSpec:
-        """Open what a VM with one disk needs."""
+        """Open the resources of a VM with one disk."""
         option = DiskOption(kind, str(path))._replace(**fields)  # type: ignore[arg-type] # flags
         return self.open(VmConfig("one", boot=str(self.kernel), disks=(option,)))
 
     def error(self, config: VmConfig, requester: int | None = None) -> tuple[ErrorCode, str]:
-        """Return why a VM cannot have what it needs; nothing stays open."""
+        """Return the reason for which a VM's resources fail; nothing stays open."""
         with pytest.raises(ResourceError) as caught:
             self.open(config, requester=requester)
         return caught.value.code, str(caught.value)
 
     def path_of(self, index: int | None) -> str:
-        """Return the path of what a descriptor leads to."""
+        """Return the path of a descriptor's file."""
         assert index is not None
         return str(Path(f"/proc/self/fd/{self.fds[index]}").readlink())
 
     def close(self) -> None:
-        """Close what was opened."""
+        """Close everything opened."""
         for fd in self.fds:
             os.close(fd)
         self.fds.clear()
@@ -96,7 +96,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 
 def test_a_kernel_and_ram_disks(rig: Rig) -> None:
-    """They are opened by their paths, unless a client has passed others."""
+    """Kernel and ram disks open by their paths, unless a client has passed others."""
     initrd = rig.path / "initrd"
     initrd.write_bytes(b"initrd")
     config = VmConfig("one", boot=str(rig.kernel), initrd=(str(initrd),), append="quiet", cpus=2)
@@ -113,7 +113,7 @@ def test_a_kernel_and_ram_disks(rig: Rig) -> None:
 
 
 def test_a_user_keeps_so_many_variables(rig: Rig) -> None:
-    """Files of UEFI variables outlive their VMs: a user has a limit, other users their own."""
+    """Files of UEFI variables outlive their VMs: each user has a limit of them."""
     try:
         find_firmware("uefi")
     except BootError as err:
@@ -135,7 +135,7 @@ def test_a_user_keeps_so_many_variables(rig: Rig) -> None:
 
 @pytest.mark.parametrize("kind", [DiskKind.PROBE, DiskKind.RAW])
 def test_a_raw_disk_is_locked(rig: Rig, kind: DiskKind) -> None:
-    """Nobody else may write to it meanwhile; two may read."""
+    """A writer excludes all others; two may read."""
     path = rig.path / "disk.img"
     create_raw(str(path), SIZE)
     (disk,) = rig.open_disk(kind, path).disks
@@ -148,7 +148,7 @@ def test_a_raw_disk_is_locked(rig: Rig, kind: DiskKind) -> None:
 
 
 def test_a_qcow2_disk_with_a_base(rig: Rig) -> None:
-    """Its base is opened too, to be read."""
+    """A qcow2 disk's base is opened too, for reading."""
     base, overlay = rig.path / "base.qcow2", rig.path / "overlay.qcow2"
     create_qcow2(str(base), SIZE)
     create_qcow2(str(overlay), SIZE, str(base))
@@ -162,7 +162,7 @@ def test_a_qcow2_disk_with_a_base(rig: Rig) -> None:
 
 
 def test_a_disk_that_is_memory(rig: Rig) -> None:
-    """It is locked as others are; a private one is only read."""
+    """A memory disk is locked like others; a private one is only read."""
     path = rig.path / "disk.img"
     create_raw(str(path), SIZE)
     (disk,) = rig.open_disk(DiskKind.PMEM, path).disks
@@ -175,7 +175,7 @@ def test_a_disk_that_is_memory(rig: Rig) -> None:
 
 
 def test_a_disk_that_somebody_serves(rig: Rig) -> None:
-    """Its socket is connected to; where nobody listens, the reason names it."""
+    """A vhost-user disk's socket is connected; without a listener, the reason names it."""
     path = rig.path / "s"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -188,7 +188,7 @@ def test_a_disk_that_somebody_serves(rig: Rig) -> None:
 
 
 def test_what_is_missing(rig: Rig) -> None:
-    """The text says which file and why, the code which kind; nothing is left open."""
+    """The text names the file and the reason, the code the kind; nothing is left open."""
     gone = str(rig.path / "gone")
     kernel = VmConfig("one", boot=str(rig.kernel))
     text = "No such file or directory"
@@ -208,7 +208,7 @@ def test_what_is_missing(rig: Rig) -> None:
 
 
 def test_an_interface(rig: Rig) -> None:
-    """Its queues, or its stream, are passed on with its configuration."""
+    """An interface's queues, or its stream, are passed on with its configuration."""
     config = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01", mtu=9000, is_locked=True)
     tap = TapSpec(config=config, alias="vm1-if0-one")
     null = os.open(os.devnull, os.O_RDWR)

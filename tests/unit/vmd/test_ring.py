@@ -1,4 +1,4 @@
-"""The ring of a console's output: positions, wrapping, what survives its process."""
+"""The ring of a console's output: positions, wrapping, and the end of its process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _read_all(ring: OutputRing, position: int) -> bytes:
 
 
 def test_what_is_written_can_be_read(ring_fd: int) -> None:
-    """Bytes come back in order, to every reader from its own position."""
+    """Bytes come back in order, for every reader from its own position."""
     ring = OutputRing(ring_fd)
     ring.append(b"one ")
     ring.append(b"two")
@@ -39,7 +39,7 @@ def test_what_is_written_can_be_read(ring_fd: int) -> None:
 
 
 def test_another_process_finds_what_was_written(ring_fd: int) -> None:
-    """A second mapping of the same memory goes on where the first one ended."""
+    """A second mapping of the same memory continues at the first one's position."""
     first = OutputRing(ring_fd)
     first.append(b"before the reboot, ")
     first.close()
@@ -50,7 +50,7 @@ def test_another_process_finds_what_was_written(ring_fd: int) -> None:
 
 
 def test_a_late_reader_begins_64_kib_back(ring_fd: int) -> None:
-    """A reader who comes late sees the last 64 KiB, one who was slow the whole ring."""
+    """A late reader starts at the last 64 KiB, a slow one at the start of the ring."""
     ring = OutputRing(ring_fd)
     ring.append(b"a" * CAPACITY)
     ring.append(b"b" * REPLAY)
@@ -60,14 +60,14 @@ def test_a_late_reader_begins_64_kib_back(ring_fd: int) -> None:
 
 
 def test_the_ring_cannot_be_made_smaller(ring_fd: int) -> None:
-    """Nobody who has the descriptor can take the memory away under a reader."""
+    """No holder of the descriptor can take the memory away under a reader."""
     with pytest.raises(PermissionError):
         os.ftruncate(ring_fd, 0)
 
 
 @given(st.lists(st.integers(0, 2 * CAPACITY), max_size=8))
 def test_the_ring_is_the_end_of_all_that_was_written(sizes: list[int]) -> None:
-    """Whatever the sizes of writes, the ring holds the last bytes and knows how many there were."""
+    """With writes of any size, the ring holds the last bytes and their total number."""
     fd = make_ring("test")
     ring = OutputRing(fd)
     written = b""

@@ -1,4 +1,4 @@
-"""docs/security.md: each attack that it lists has tests."""
+"""docs/security.md: each listed attack has tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _functions(path: str) -> set[str]:
 
 
 def test_every_attack_has_a_test() -> None:
-    """A row for each attack, with tests that there are."""
+    """Each attack has a row, with existing tests."""
     _, _, section = PAGE.read_text().partition("## Attacks, and the tests that repeat them")
     rows = [line.split("|")[1:-1] for line in section.splitlines() if re.match(r"\| \d", line)]
     assert [int(row[0]) for row in rows] == [*range(1, ATTACKS + 1)]

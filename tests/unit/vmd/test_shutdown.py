@@ -1,4 +1,4 @@
-"""Stopping a guest: how long it is waited for, and how often it is asked."""
+"""Stopping a guest: its time, and the number of presses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTICED = LOOK_NS
 
 
 class Guest:
-    """A guest that may listen to its power button, and what became of it."""
+    """A guest that may obey its power button, and its outcome."""
 
     def __init__(self, *, listens: bool = True, notices: bool = True) -> None:
         self.clock = FakeClock()
@@ -25,7 +25,7 @@ class Guest:
         return self.clock.monotonic_ns() - self.begun_ns
 
     def press_power_button(self) -> bool:
-        """Note when it was pressed."""
+        """Note the time of the press."""
         self.presses.append(self._now())
         return self.listens
 
@@ -35,7 +35,7 @@ class Guest:
 
 
 def test_a_guest_that_stops_in_time_is_left_alone() -> None:
-    """It has been asked once, and is not ended."""
+    """A guest that stops in time is asked once, and not ended."""
     guest = Guest()
     guest.shutdown.begin()
     guest.clock.advance(AGAIN_NS)
@@ -44,7 +44,7 @@ def test_a_guest_that_stops_in_time_is_left_alone() -> None:
 
 
 def test_the_button_is_pressed_again_and_again() -> None:
-    """Every 10 s after the guest has noticed, until 120 s after that it is ended."""
+    """The button is pressed every 10 s after the guest's reaction; after 120 s it is ended."""
     guest = Guest()
     guest.shutdown.begin()
     guest.clock.advance(2 * SHUTDOWN_NS)
@@ -54,7 +54,7 @@ def test_the_button_is_pressed_again_and_again() -> None:
 
 
 def test_a_guest_that_does_not_react_is_ended_soon() -> None:
-    """It has 3 s, and is not asked again."""
+    """A guest that does not react has 3 s, and is not asked again."""
     guest = Guest(notices=False)
     guest.shutdown.begin()
     guest.clock.advance(2 * SHUTDOWN_NS)
@@ -62,7 +62,7 @@ def test_a_guest_that_does_not_react_is_ended_soon() -> None:
 
 
 def test_a_late_reaction_counts() -> None:
-    """A guest that reacts just before its time is over gets all the time to stop."""
+    """A guest that reacts just before its time-out gets all the time to stop."""
     guest = Guest(notices=False)
     guest.shutdown.begin()
     guest.clock.advance(REACTION_NS - LOOK_NS)
@@ -75,7 +75,7 @@ def test_a_late_reaction_counts() -> None:
 
 
 def test_a_guest_that_does_not_listen_is_ended_at_once() -> None:
-    """There is nobody to wait for."""
+    """A guest that does not listen to the button is ended at once."""
     guest = Guest(listens=False)
     guest.shutdown.begin()
     assert guest.ended == [0]
@@ -83,7 +83,7 @@ def test_a_guest_that_does_not_listen_is_ended_at_once() -> None:
 
 @pytest.mark.parametrize("listens", [True, False])
 def test_a_second_stop_is_the_first(listens: bool) -> None:
-    """Who asks again does not press the button, nor give the guest more time."""
+    """A second stop neither presses the button, nor gives the guest more time."""
     guest = Guest(listens=listens)
     for _ in range(2):
         guest.shutdown.begin()

@@ -17,7 +17,7 @@ STATUS = 7
 
 
 def _forked(body: Callable[[], int]) -> int:
-    """Run `body` in a child, which exits with what it returns; returns its pid."""
+    """Run `body` in a child, which exits with its result; returns the child's pid."""
     pid = os.fork()
     if pid == 0:
         status = 99
@@ -30,7 +30,7 @@ def _forked(body: Callable[[], int]) -> int:
 
 
 def _live() -> int:
-    """Do what a process does: threads, memory, handlers."""
+    """Do a process's usual work: threads, memory, handlers."""
     done: list[int] = []
     thread = threading.Thread(target=lambda: done.append(threading.get_native_id()))
     thread.start()
@@ -55,7 +55,7 @@ def _sibling(body: Callable[[], int]) -> int:
 
 
 def _ends() -> list[int]:
-    """Wait for all children; returns how they ended, in numerical order."""
+    """Wait for all children; returns their ends, in numerical order."""
     found = []
     while True:
         try:
@@ -65,13 +65,13 @@ def _ends() -> list[int]:
 
 
 def test_a_sibling_is_our_child() -> None:
-    """What our child forks so is reaped by us, and does what any process does."""
+    """A process that our child forks as a sibling is reaped by us, and works as usual."""
     _forked(lambda: _sibling(_live))
     assert _ends() == [0, STATUS]
 
 
 def test_a_sibling_may_abort() -> None:
-    """An assertion of the C library ends it."""
+    """An assertion of the C library ends a sibling."""
 
     def abort() -> int:
         os.abort()
@@ -82,7 +82,7 @@ def test_a_sibling_may_abort() -> None:
 
 @pytest.mark.root
 def test_a_sibling_in_a_pid_namespace() -> None:
-    """It has a number of its own there, its parent has none, and that is us."""
+    """In its pid namespace it has a number of its own; its parent, which is us, has none."""
 
     def numbers() -> int:
         assert os.getppid() == 0

@@ -23,7 +23,7 @@ def user() -> int:
 
 
 def store(directory: Path, limits: Limits | None = None, *, is_free: bool = False) -> SnapshotStore:
-    """Make a store, whose only user is an ordinary one, unless it is free."""
+    """Make a store whose only user is an ordinary one, unless it is free."""
     users = Users(frozenset({user()} if is_free else ()), lambda _uid, _gid: False)
     return SnapshotStore(str(directory / "snapshots"), users, lambda: limits or Limits())
 
@@ -40,14 +40,14 @@ def put(found: SnapshotStore, name: str, size: int = PAGE) -> None:
 
 
 def refusal(found: SnapshotStore, name: str, size: int = PAGE) -> tuple[ErrorCode, str]:
-    """Return why a snapshot is refused."""
+    """Return the reason for which a snapshot is refused."""
     with pytest.raises(StoreError) as caught:
         put(found, name, size)
     return caught.value.code, str(caught.value)
 
 
 def test_a_snapshot_is_its_users_alone(tmp_path: Path) -> None:
-    """Nobody else gets at the file, and it is there under its name, listed, and opened."""
+    """Only its user can open the file; it is there under its name, listed, and opened."""
     found = store(tmp_path)
     put(found, "one")
     directory = tmp_path / "snapshots" / str(user())
@@ -64,7 +64,7 @@ def test_a_snapshot_is_its_users_alone(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_one_that_is_not_finished(tmp_path: Path) -> None:
-    """A snapshot that is closed before it is published never was."""
+    """A snapshot that is closed before its publication leaves nothing."""
     found = store(tmp_path)
     new = found.begin(user(), "one")
     os.write(new.fd, b"half of it")
@@ -73,7 +73,7 @@ def test_nothing_is_left_of_one_that_is_not_finished(tmp_path: Path) -> None:
 
 
 def test_a_name_is_used_once_and_free_again(tmp_path: Path) -> None:
-    """A snapshot never takes another's place; one that is removed is gone."""
+    """A snapshot never replaces another; a removed one is gone."""
     found = store(tmp_path)
     put(found, "one")
     assert refusal(found, "one") == (ErrorCode.EEXIST, "there is a snapshot one already")
@@ -88,7 +88,7 @@ def test_a_name_is_used_once_and_free_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../0/one", "a/b", "-x", "a" * 64, "a\0b"])
 def test_a_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
-    """Whatever is no name is refused before anything is opened."""
+    """An invalid name is refused before anything is opened."""
     found = store(tmp_path)
     for act in (found.begin, found.open, found.remove):
         with pytest.raises(StoreError, match="invalid snapshot name"):
@@ -97,7 +97,7 @@ def test_a_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
 
 
 def test_what_a_user_may_have_is_limited(tmp_path: Path) -> None:
-    """Number and storage are limited, of what is there by then; an administrator's are not."""
+    """A user's number and storage are limited, by existing files; an administrator's are not."""
     limits = Limits(snapshots=2, storage=3 * PAGE)
     found = store(tmp_path, limits)
     put(found, "one")
@@ -113,7 +113,7 @@ def test_what_a_user_may_have_is_limited(tmp_path: Path) -> None:
 
 
 def test_what_is_no_snapshot_is_not_listed(tmp_path: Path) -> None:
-    """Files that a killed daemon, or somebody else, has left there are passed over."""
+    """Files that a killed daemon, or a user, has left there are ignored."""
     found = store(tmp_path)
     put(found, "one")
     directory = tmp_path / "snapshots" / str(user())

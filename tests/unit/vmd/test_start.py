@@ -1,4 +1,4 @@
-"""What vmd looks at before it starts: command line, service manager, socket, rights."""
+"""Checks of vmd before it starts: command line, service manager, socket, rights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmd.shared.paths import user_config, user_socket
 
 
 def test_options() -> None:
-    """Flags may be joined, -v and -D come more than once."""
+    """Flags may be joined, -v and -D may be repeated."""
     options = parse_options(["-dvv", "-D", "a=b", "-Dc=d", "-f", "x", "--user", "--socket", "s"])
     assert options == Options(
         is_foreground=True,
@@ -36,7 +36,7 @@ def test_what_is_no_option(arguments: list[str]) -> None:
 
 
 def test_where_an_ordinary_users_files_are() -> None:
-    """They follow the XDG directories, and are nowhere without any."""
+    """Files follow the XDG directories; without any there are none."""
     assert user_socket({"XDG_RUNTIME_DIR": "/run/user/1"}) == "/run/user/1/vmd.sock"
     assert user_socket({}) is None
     assert user_config({"HOME": "/home/u"}) == "/home/u/.config/vm.conf"
@@ -45,7 +45,7 @@ def test_where_an_ordinary_users_files_are() -> None:
 
 
 def test_the_service_manager_is_told(tmp_path: Path) -> None:
-    """States go to the socket that the environment names; without one nothing happens."""
+    """States go to the socket of the environment; without one nothing happens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}).notify("READY=1")
@@ -54,13 +54,13 @@ def test_the_service_manager_is_told(tmp_path: Path) -> None:
 
 
 def test_sockets_for_others_are_not_taken() -> None:
-    """Descriptors that were meant for another process are left alone."""
+    """Descriptors for another process are left alone."""
     assert inherited_socket({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) is None
     assert inherited_socket({}) is None
 
 
 def test_a_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
-    """One that a daemon serves is not, nor is any other file."""
+    """A stale socket is replaced; one that a daemon serves is not, nor is any other file."""
     path = tmp_path / "s"
     listen(str(path)).close()
     with listen(str(path)):
@@ -74,7 +74,7 @@ def test_a_socket_that_nobody_serves_is_replaced(tmp_path: Path) -> None:
 
 
 def test_the_owner_of_a_socket_that_is_there(tmp_path: Path) -> None:
-    """What the service manager has set can be asked for, and set again."""
+    """The service manager's owner of a socket can be read, and set again."""
     path = tmp_path / "socket"
     with listen(str(path)):
         present = present_owner(str(path))
@@ -84,7 +84,7 @@ def test_the_owner_of_a_socket_that_is_there(tmp_path: Path) -> None:
 
 
 def test_a_socket_that_is_gone_has_no_owner(tmp_path: Path) -> None:
-    """Both answers name the path and say why."""
+    """Both errors for a missing socket have its path and the reason."""
     path = str(tmp_path / "socket")
     with pytest.raises(ListenerError, match=f"^{path}: No such file or directory$"):
         present_owner(path)

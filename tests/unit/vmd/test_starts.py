@@ -1,4 +1,4 @@
-"""How many VMs were started, and how long that took."""
+"""Counts and durations of VMs' starts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from vmd.parent.starts import BOUNDS_S, Starts
 
 
 def test_starts_are_counted_by_how_long_they_took() -> None:
-    """Each class has its upper bound in it; what failed is in none."""
+    """Each class includes its upper bound; failed starts are in none."""
     now = 0
     starts = Starts(lambda: now)
     for vm_id, took_ms in enumerate((5, 6, 10, 11_000)):
         starts.begin(vm_id)
         now += took_ms * 1_000_000
         starts.succeed(vm_id)
-        starts.end(vm_id)  # later, when the guest is done
+        starts.end(vm_id)  # later, when the guest has ended
     starts.begin(9)
     starts.end(9)
     starts.end(9)

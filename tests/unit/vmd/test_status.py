@@ -1,4 +1,4 @@
-"""The status of VMs, put together from what their processes and the host's interfaces tell."""
+"""The status of VMs, from their processes and the host's interfaces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INTERFACES = (
 
 
 class Rig:
-    """Questions for the status of VM 1, whose process is the test."""
+    """Questions for the status of VM 1, with the test as its process."""
 
     def __init__(self, loop: EventLoop) -> None:
         self.loop = loop
@@ -53,7 +53,7 @@ class Rig:
         self.loop.run()
 
     def told(self) -> list[Statistics | None]:
-        """Return what the answers say so far."""
+        """Return the answers so far."""
         return [vm.statistics for one in self.answers if isinstance(one, Vms) for vm in one.vms]
 
 
@@ -65,14 +65,14 @@ def rig() -> Iterator[Rig]:
 
 
 def test_traffic_of_taps_and_of_streams_is_added(rig: Rig) -> None:
-    """The host counts what goes through taps, the VM's process what goes through streams."""
+    """The host counts traffic of taps, the VM's process that of streams."""
     rig.ask()
     rig.tell(5)
     assert rig.told() == [Statistics(disk_read=5, net_received=301, net_sent=32)]
 
 
 def test_a_vm_process_is_asked_once_for_all(rig: Rig) -> None:
-    """Questions that come while one is under way share its answer, as those just after it do."""
+    """Questions during another one share its answer, and so do those right after."""
     rig.loop.stop_clock()
     for serial in range(100):
         rig.ask(serial)
@@ -85,7 +85,7 @@ def test_a_vm_process_is_asked_once_for_all(rig: Rig) -> None:
 
 
 def test_a_vm_process_is_asked_again_after_a_while(rig: Rig) -> None:
-    """An answer is told on for a tenth of a second, and never after the process has ended."""
+    """An answer is reused for a tenth of a second, and never after the process has ended."""
     rig.ask()
     rig.tell(5)
     rig.run_for(110_000_000)
@@ -98,7 +98,7 @@ def test_a_vm_process_is_asked_again_after_a_while(rig: Rig) -> None:
 
 
 def test_a_vm_process_that_does_not_answer_is_not_asked_again(rig: Rig) -> None:
-    """Who asks is answered without it, soon or when it ends; one question stays under way."""
+    """Clients are answered without it, soon or at its end; one question stays pending."""
     rig.ask(1)
     rig.run_for(400_000_000)
     assert rig.told() == [None]
@@ -109,7 +109,7 @@ def test_a_vm_process_that_does_not_answer_is_not_asked_again(rig: Rig) -> None:
 
 
 def test_a_question_that_is_cancelled_is_not_answered(rig: Rig) -> None:
-    """Others who wait for the same answer are."""
+    """Other clients that wait for the same answer get it."""
     cancelled = rig.ask(1)
     rig.ask(2)
     cancelled.cancel()

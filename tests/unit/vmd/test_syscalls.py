@@ -8,7 +8,7 @@ from vmd.confine.syscalls import SYSCALLS
 
 
 def test_numbers_are_the_kernels() -> None:
-    """Each name has the number that <asm/unistd.h> gives it."""
+    """Each name has its number in <asm/unistd.h>."""
     source = "#include <asm/unistd.h>\n" + "".join(f"{name} __NR_{name}\n" for name in SYSCALLS)
     expanded = subprocess.run(
         ["gcc", "-E", "-P", "-xc", "-"], input=source, capture_output=True, text=True, check=True

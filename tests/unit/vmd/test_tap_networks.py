@@ -1,6 +1,6 @@
-"""Networks of taps: what the parent asks of priv and of local, and when a VM may start.
+"""Networks of taps: the parent's requests to priv and local, and when a VM may start.
 
-Both are the test. /dev/null stands in for /dev/net/tun: it can be opened, and is no tap.
+The test is both. /dev/null stands in for /dev/net/tun: it can be opened, and is no tap.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Rig:
         self.found: dict[int, Found] = {}
 
     def start_priv(self) -> Far[PrivToParent, ParentToPriv]:
-        """Be a new priv process."""
+        """Start a new priv process."""
         self.priv = Far(self.loop, PRIV_AND_PARENT)
         self.networks.peers[Kind.PRIV].started(self.priv.near, lambda: None)
         return self.priv
@@ -82,13 +82,13 @@ class Rig:
         self.networks.attach(vm, lambda found: self.found.__setitem__(vm.id, found))
 
     def error(self, vm_id: int = 1) -> str:
-        """Return why a VM has no interfaces."""
+        """Return the reason for which a VM has no interfaces."""
         found = self.found.pop(vm_id)
         assert isinstance(found, ResourceError)
         return str(found)
 
     def make(self, count: int = 1, *, is_filtered: bool = True) -> MakeTaps:
-        """Be a priv that makes taps; returns what it was told."""
+        """Be a priv that makes taps; returns the request."""
         told = self.priv.wait(MakeTaps, count)
         taps = tuple(
             MadeTap(name=f"notap{index}", index=index + 5) for index in range(len(told.taps))
@@ -124,7 +124,7 @@ def rig() -> Iterator[Rig]:
 
 
 def test_the_configuration_is_told(rig: Rig) -> None:
-    """Switches that are enabled, prefixes for NAT; files that are added count after."""
+    """The priv process gets enabled switches and NAT prefixes; later files count too."""
     rig.networks.add(Config(switches=(LAN,)))  # before there is any
     rig.networks.configure(
         Config(
@@ -148,7 +148,7 @@ def test_the_configuration_is_told(rig: Rig) -> None:
 
 
 def test_what_an_interface_inherits(rig: Rig) -> None:
-    """Its switch's bridge, group, lock and rdomain; priv says when the VM may start."""
+    """An interface has its switch's bridge, group, lock and rdomain; then the VM may start."""
     rig.networks.configure(Config(switches=(LAN,)))
     vm = _vm(SWITCHED, LOCAL)
     rig.attach(vm)
@@ -172,7 +172,7 @@ def test_what_an_interface_inherits(rig: Rig) -> None:
 
 
 def test_a_reboot_keeps_the_taps(rig: Rig) -> None:
-    """The second time they are there at once; after the end they are forgotten, and closed."""
+    """At a reboot the taps are there at once; after the end they are forgotten, and closed."""
     rig.networks.configure(Config())
     vm = _vm(LOCAL)
     before = rig.made(vm)
@@ -182,7 +182,7 @@ def test_a_reboot_keeps_the_taps(rig: Rig) -> None:
     assert rig.priv.wait(ForgetTaps).id == vm.id
     assert rig.local.wait(ForgetLocal).id == vm.id
     other = _vm(LOCAL, number=2)
-    rig.attach(other)  # whose taps may have the same names
+    rig.attach(other)  # its taps may have the same names
     rig.priv.say(TapsForgotten(id=vm.id))
     assert rig.make(2).id == 2
     run_until(rig.loop, lambda: 2 in rig.found)
@@ -209,7 +209,7 @@ def test_ports_that_are_taken(rig: Rig) -> None:
 
 
 def test_priv_cannot(rig: Rig) -> None:
-    """The VM does not start, for priv's reason; what was opened for it is forgotten."""
+    """If priv fails the VM does not start, with priv's reason; its descriptors are closed."""
     rig.networks.configure(Config())
     rig.attach(_vm(LOCAL))
     rig.priv.wait(MakeTaps)
@@ -222,7 +222,7 @@ def test_priv_cannot(rig: Rig) -> None:
 
 
 def test_the_next_priv_is_told_what_there_is(rig: Rig) -> None:
-    """First the taps that exist, without their descriptors; then those that wait are made."""
+    """First the new priv gets existing taps, without their descriptors; then it makes others."""
     rig.networks.configure(Config())
     rig.made(_vm(LOCAL))
     rig.attach(_vm(SWITCHED, number=2))
@@ -243,7 +243,7 @@ def test_the_next_priv_is_told_what_there_is(rig: Rig) -> None:
 
 
 def test_when_there_will_be_no_priv(rig: Rig) -> None:
-    """VMs that wait for one do not start; what is released then goes at once."""
+    """Waiting VMs do not start without a priv; releases then take effect at once."""
     rig.networks.configure(Config())
     rig.made(_vm(LOCAL))
     rig.attach(_vm(SWITCHED, number=2))
@@ -255,7 +255,7 @@ def test_when_there_will_be_no_priv(rig: Rig) -> None:
 
 
 def test_cables_and_states_follow_the_configuration(rig: Rig) -> None:
-    """Priv is told of interfaces that go up or down, the guest of cables that lead nowhere."""
+    """Interfaces that go up or down are told to priv, links that do are told to the guest."""
     rig.networks.configure(Config(switches=(LAN,)))
     vm = _vm(SWITCHED)
     rig.made(vm)
@@ -269,7 +269,7 @@ def test_cables_and_states_follow_the_configuration(rig: Rig) -> None:
 
 
 def test_interfaces_that_change_while_they_are_made(rig: Rig) -> None:
-    """Priv is told again, once it has made them."""
+    """Changes are sent to priv again, once it has made the interfaces."""
     rig.networks.configure(Config())
     vm = _vm(SWITCHED)
     rig.attach(vm)
@@ -281,7 +281,7 @@ def test_interfaces_that_change_while_they_are_made(rig: Rig) -> None:
 
 
 def test_without_taps_vms_start_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    """The log says what is missing; an interface that cannot be opened is an error."""
+    """The log names missing taps; an interface that cannot be opened is an error."""
     with EventLoop() as loop:
         rig = Rig(loop, "/nonexistent")
         rig.attach(_vm(LOCAL))
@@ -298,7 +298,7 @@ def test_without_taps_vms_start_all_the_same(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_guest_that_cannot_be_answered(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """There is no such interface, so the local process has no socket; the VM starts."""
+    """Without its interface, the local process has no socket; the VM starts."""
     rig.networks.configure(Config())
     vm = _vm(LOCAL)
     vm.config = vm.config._replace(boot_device=BootDevice.NET)
@@ -312,7 +312,7 @@ def test_a_guest_that_cannot_be_answered(rig: Rig, caplog: pytest.LogCaptureFixt
 
 
 def test_groups_have_numbers(tmp_path: Path) -> None:
-    """The operator's, or one that is made of the name, and nobody else's."""
+    """A group has the operator's number, or one derived from its name, and no other's."""
     names = tmp_path / "group"
     names.write_text("# comment\n0 default\n7 guests # ours\nx odd\n")
     assert group_number("guests", str(names)) == 7
@@ -321,7 +321,7 @@ def test_groups_have_numbers(tmp_path: Path) -> None:
 
 
 def test_rules_that_priv_is_refused(rig: Rig) -> None:
-    """What of an interface does not work is told at once, and as long as the VM is there."""
+    """A rule that fails is reported at once, and shown as long as the VM exists."""
     told: list[tuple[int, int, str]] = []
     rig.networks.watch(lambda *trouble: told.append(trouble))
     rig.networks.configure(Config())

@@ -1,4 +1,4 @@
-"""Terminals that somebody opens or closes, watched by one descriptor."""
+"""Opening and closing of terminals, watched by one descriptor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _run_for_a_moment(loop: EventLoop) -> None:
 
 
 def test_who_is_told(loop: EventLoop) -> None:
-    """Opening and closing a terminal is told once to its own callback, until that is removed."""
+    """A terminal's callback gets its opening and closing, once, until it is removed."""
     told: list[str] = []
     with ExitStack() as stack:
         watch = TerminalWatch(loop)
@@ -64,7 +64,7 @@ def test_hundreds_of_terminals(loop: EventLoop) -> None:
 
 
 def test_a_terminal_that_is_not_there(loop: EventLoop) -> None:
-    """What cannot be watched is an error that names it."""
+    """A terminal that cannot be watched is an error that names it."""
     watch = TerminalWatch(loop)
     with pytest.raises(FileNotFoundError, match="/dev/pts/none"):
         watch.add("/dev/pts/none", lambda: None)

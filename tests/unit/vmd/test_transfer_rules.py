@@ -1,4 +1,4 @@
-"""Which VMs may be written into a snapshot, and what becomes of them."""
+"""Rules for snapshots of VMs, and their effects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PMEM = DiskOption(DiskKind.PMEM, RAW.path)
 def decide(
     request: Snapshot, config: VmConfig, uid: int = ROOT, fd: int | None = None
 ) -> tuple[Sink, vm_state.Send] | Denied:
-    """Return what is decided about a snapshot of a VM of alice's."""
+    """Return the decision about a snapshot of a VM of alice's."""
     vm = Vm(config, VmState(1, phase=Phase.RUNNING), ROOT)
     passed = None if fd is None else Passed(uid=uid, stream=fd)
     wanted = sink_of(vm, request, passed, ticket=TICKET, uid=uid, users=USERS)
@@ -40,7 +40,7 @@ def config(*disks: DiskOption, allowed: bool = False) -> VmConfig:
 
 
 def test_where_a_snapshot_goes() -> None:
-    """It goes to the store under a name, for whoever asks, or into the file that came along."""
+    """A snapshot goes to the store under a name, for its requester, or into a passed file."""
     named = decide(Snapshot(snapshot="one"), config(allowed=True), ALICE)
     assert not isinstance(named, Denied)
     assert named == (
@@ -60,7 +60,7 @@ def test_an_owner_needs_permission() -> None:
 
 
 def test_a_name_has_to_be_one() -> None:
-    """A snapshot has a name as VMs have."""
+    """A snapshot's name follows the rules of VMs' names."""
     assert decide(Snapshot(snapshot="../one"), config()) == Denied(
         ErrorCode.EINVAL, "invalid snapshot name"
     )
@@ -80,7 +80,7 @@ def test_a_name_has_to_be_one() -> None:
     ],
 )
 def test_disks_that_a_snapshot_would_lack(disk: DiskOption, text: str | None) -> None:
-    """One that cannot be copied is refused by name, and left out only where that is said."""
+    """A disk that cannot be copied is refused by name, and left out only on request."""
     denied = decide(Snapshot(snapshot="one"), config(disk))
     if text is None:
         assert not isinstance(denied, Denied)
@@ -91,7 +91,7 @@ def test_disks_that_a_snapshot_would_lack(disk: DiskOption, text: str | None) ->
 
 
 def test_a_vm_goes_on_and_the_snapshot_is_told_of() -> None:
-    """Whoever asked is answered, listeners are told its name, and the VM is what it was."""
+    """The client gets an answer, listeners the name, and the VM is unchanged."""
     event = vm_state.Send(TICKET, keeps_running=True, is_snapshot=True, snapshot="one")
     sending, effects = lifecycle.step(VmState(1, phase=Phase.PAUSED, pid=7), event, 1.0)
     assert effects == (SendState(keeps_running=True),)

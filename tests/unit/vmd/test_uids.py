@@ -1,4 +1,4 @@
-"""Which uids a daemon has: the range, and the part of it that is leased."""
+"""A daemon's uids: the range, and the leased part of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANGE = UidRange(0x10000, 0x1000)
 
 
 def test_ranges() -> None:
-    """A range is a first number and a count; its numbers are those that fit under its mask."""
+    """A range is a first number and a count; its numbers fit under its mask."""
     assert parse_range("65536:4096") == RANGE
     assert str(RANGE) == "65536 to 69631"
     assert {uid & RANGE.mask for uid in (65536, 69631)} == {65536}
@@ -39,14 +39,14 @@ def test_ranges() -> None:
     ],
 )
 def test_what_is_no_range(text: str, why: str) -> None:
-    """What a filter cannot express, or holds root, is refused in one line."""
+    """A range that a filter cannot express, or that holds root, is refused in one line."""
     with pytest.raises(UidsError, match=f"^uids {text}: {why}$"):
         parse_range(text)
 
 
 @pytest.mark.root
 def test_no_two_daemons_have_one_uid(tmp_path: Path) -> None:
-    """A part is leased as long as any process has the descriptor; then it is free again."""
+    """A part is leased while any process has the descriptor; then it is free again."""
     lock = str(tmp_path / "uids-")
     leases = [lease(RANGE, lock) for _ in range(PARTS)]
     taken = [uid for one in leases for uid in (one.control, one.zygote, *one.vms)]
@@ -65,7 +65,7 @@ def test_no_two_daemons_have_one_uid(tmp_path: Path) -> None:
 
 
 def test_uids_of_another_user_namespace(tmp_path: Path) -> None:
-    """Where a container has not got the numbers, the reason is one line."""
+    """In a container without the numbers, the reason is one line."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -87,7 +87,7 @@ _NOT_HERE = "not in this user namespace (choose others by --uids)"
 
 
 def test_a_uid_comes_again_as_late_as_possible() -> None:
-    """It is free when its VM is forgotten and the last of its processes is reaped."""
+    """A uid is free when its VM is forgotten and the last of its processes is reaped."""
     pool = UidPool((1, 2, 3))
     first = pool.take()
     assert first is not None

@@ -1,4 +1,4 @@
-"""The vmm process with a real zygote; what that forks only talks like VMs and devices."""
+"""The vmm process with a real zygote, whose children only talk like VMs and devices."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from vmd.zygote import process as zygote
 from vmm_kvm.loop import EventLoop
 
 INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")
-FLOOD, CRASH, DEAF = "flood", "crash", "deaf"  # names of VMs, by what they do
+FLOOD, CRASH, DEAF = "flood", "crash", "deaf"  # names of VMs, by their behaviour
 
 
 def _prepare(_rehearses: bool) -> None:
@@ -64,7 +64,7 @@ def _prepare(_rehearses: bool) -> None:
 
 
 def _be_vm(connection: socket.socket) -> int:
-    """Be a VM's process, which does as it is told, or as its name says."""
+    """Be a VM's process, which obeys, or does as its name says."""
     with Channel(connection, VM_AND_VMM) as vmm:
         begin, fds, _size = vmm.wait()
         assert isinstance(begin, Begin)
@@ -162,12 +162,12 @@ class Rig:
     def tell(
         self, *commands: PauseVm | UnpauseVm | StopVm | AskStatistics | LookAtTerminal
     ) -> None:
-        """Tell VM 1 something."""
+        """Send a message to VM 1."""
         for command in commands:
             self.parent.say(ToVm(id=1, command=command))
 
     def reports(self) -> list[str]:
-        """Return the kinds of what VM 1 has said."""
+        """Return the kinds of VM 1's messages."""
         return [type(one.report).__name__ for one in self.parent.of(FromVm)]
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class Rig:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    """Return a vmm without VMs; what it has made is gone at the end."""
+    """Return a vmm without VMs; its processes are gone at the end."""
     before = signal.getsignal(signal.SIGCHLD)
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -200,7 +200,7 @@ def rig() -> Iterator[Rig]:
 
 
 def test_a_vm_from_its_launch_to_its_end(rig: Rig) -> None:
-    """What it is told goes to it, what it says comes back; its end is told with its last word."""
+    """Messages reach the VM, its messages come back; its end has its last message."""
     pid = rig.run_vm()
     rig.parent.say(SetVerbosity(level=1))
     rig.tell(PauseVm(), UnpauseVm(), AskStatistics(), LookAtTerminal())
@@ -212,25 +212,25 @@ def test_a_vm_from_its_launch_to_its_end(rig: Rig) -> None:
     rig.tell(StopVm())
     exited = rig.parent.wait(VmExited)
     assert exited == VmExited(id=1, pid=pid, status=0, ending=VmEnding(reason=EndReason.STOPPED))
-    rig.tell(PauseVm())  # to nobody
+    rig.tell(PauseVm())  # there is no receiver
     rig.parent.say(KillVm(id=1))
     rig.launch("one")  # its id is free
     assert rig.parent.wait(VmLaunched, 2).pid != pid
 
 
 def test_devices_have_processes(rig: Rig) -> None:
-    """They end with the VM, and it is gone only when they are."""
+    """A VM's devices have processes; they end with it, and it is gone only when they are."""
     pid = rig.run_vm("one", "disk.img", nics=1)
     rig.parent.say(SetVerbosity(level=0))
     rig.parent.say(KillVm(id=1))
     assert rig.parent.wait(VmExited) == VmExited(id=1, pid=pid, status=-signal.SIGKILL)
-    assert os.waitpid(-1, os.WNOHANG) == (0, 0)  # the zygote lives, and nobody else is left
+    assert os.waitpid(-1, os.WNOHANG) == (0, 0)  # only the zygote is left, and lives
     with pytest.raises(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
 
 
 def test_a_vm_whose_disk_has_crashed(rig: Rig) -> None:
-    """It is ended: a guest must not believe that it wrote. One whose interface has goes on."""
+    """A VM whose disk has crashed is ended: its writes would be lost. With an interface it runs."""
     rig.launch("one", CRASH)
     ending = rig.parent.wait(VmExited).ending
     assert ending is not None
@@ -239,21 +239,21 @@ def test_a_vm_whose_disk_has_crashed(rig: Rig) -> None:
 
 
 def test_a_vm_that_crashes(rig: Rig) -> None:
-    """Its status is told, without a last word."""
+    """A crashed VM is reported with its status, without a last message."""
     rig.launch(CRASH)
     exited = rig.parent.wait(VmExited)
     assert (exited.status, exited.ending) == (7, None)
 
 
 def test_a_vm_that_says_what_it_was_not_asked(rig: Rig) -> None:
-    """It is killed."""
+    """A VM that sends an unexpected message is killed."""
     rig.launch(FLOOD)
     assert rig.parent.wait(VmExited).status == -signal.SIGKILL
     assert rig.reports() == ["VmStarted"]
 
 
 def test_a_vm_that_does_not_read(rig: Rig) -> None:
-    """What need not be told many times is not kept for it; it can be killed."""
+    """Repeatable messages are not queued for a VM that does not read; it can be killed."""
     rig.run_vm(DEAF)
     for _ in range(20_000):
         rig.tell(LookAtTerminal())
@@ -263,7 +263,7 @@ def test_a_vm_that_does_not_read(rig: Rig) -> None:
 
 
 def test_what_cannot_be_launched(rig: Rig) -> None:
-    """A descriptor that is missing, and an id that is taken; the reason is one line."""
+    """With a missing descriptor, or an id in use, the launch fails with one line."""
     rig.launch("one", "disk.img", count=3)
     failed = rig.parent.wait(VmLaunchFailed)
     assert failed.code is ErrorCode.EINVAL
@@ -274,7 +274,7 @@ def test_what_cannot_be_launched(rig: Rig) -> None:
 
 
 def test_without_a_zygote_vmm_ends(rig: Rig) -> None:
-    """Nothing can be started any more; the VMs' channels close, and the daemon starts another."""
+    """Without a zygote vmm ends; the VMs' channels close, and the daemon starts another."""
     rig.run_vm()
     os.kill(rig.zygote, signal.SIGKILL)
     rig.loop.run()

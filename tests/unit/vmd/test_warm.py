@@ -1,4 +1,4 @@
-"""Warming up: what goes on afterwards, whatever happens meanwhile."""
+"""Warming up: the process that continues afterwards, after any failure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _warm(
     log: pytest.LogCaptureFixture,
     patience_s: float = 30,
 ) -> tuple[str, list[str]]:
-    """Warm up in a process of its own; returns which process went on, and what it logged."""
+    """Warm up in a process of its own; returns which process continued, and its log."""
     read_fd, write_fd = os.pipe()
     first = os.fork()
     if first == 0:
@@ -63,20 +63,20 @@ def _warm(
     os.close(write_fd)
     with open(read_fd, "rb") as told:  # noqa: PTH123 - a descriptor
         who, *messages = told.read().decode().split("\n")
-    with suppress(ChildProcessError):  # two, of which we are the parent
+    with suppress(ChildProcessError):  # two children, of which we are the parent
         while True:
             os.wait()
     return who, messages
 
 
 def test_the_warm_one_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    """If all goes well, a process that is warm takes the first one's place."""
+    """After success, a warm process takes the first one's place."""
     who, _ = _warm(_be_vm, log=caplog)
     assert who == "other"
 
 
 def test_nothing_is_done_where_that_is_wanted(caplog: pytest.LogCaptureFixture) -> None:
-    """With `off`, the first one goes on, and nothing is rehearsed."""
+    """With `off`, the first one continues, and nothing is rehearsed."""
 
     def be_vm(_channel: Channel[VmReport, VmmToVm]) -> None:
         raise RuntimeError("a rehearsal")
@@ -112,12 +112,12 @@ def _die(_channel: Channel[VmReport, VmmToVm]) -> None:
     ],
 )
 def test_a_failure_is_one_line(be_vm: BeVm, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever goes wrong, the first one goes on as if it had not tried, and says why."""
+    """After any failure the first one continues as if it had not tried, and logs the reason."""
     assert _warm(be_vm, log=caplog) == ("first", [LINE + why])
 
 
 def test_a_rehearsal_that_hangs_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
-    """What does not end in time is killed, and the first one goes on."""
+    """A rehearsal that exceeds its time is killed, and the first process continues."""
 
     def hang(_channel: Channel[VmReport, VmmToVm]) -> None:
         while True:
@@ -131,7 +131,7 @@ def test_a_rehearsal_that_hangs_is_given_up(caplog: pytest.LogCaptureFixture) ->
 def test_gathering_that_fails_is_one_line(
     warmth: Warmth, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure of gathering is no worse than one of a rehearsal."""
+    """A failure of gathering has the same effect as one of a rehearsal."""
 
     def gather(_recorder: object, *, writes_tuples: bool) -> None:
         assert writes_tuples is (warmth is Warmth.ALL)
@@ -154,7 +154,7 @@ def test_gathering_that_fails_is_one_line(
 def test_an_unknown_interpreter_does_without(
     table: str, what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On another version than those of a table, the rest is done, with one line."""
+    """On an unknown version gathering is skipped, with one line."""
     known = {sys.version_info[:2]}
     for one in ("GATHERING_VERSIONS", "CONSTANT_VERSIONS"):
         versions = known if one != table else set[tuple[int, int]]()
@@ -168,7 +168,7 @@ def test_an_unknown_interpreter_does_without(
 def test_python_3_12_does_without(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is supported, and no Debian release has it to measure with: lives are rehearsed alone."""
+    """Python 3.12, which no Debian release has, only rehearses."""
     monkeypatch.setattr(sys, "version_info", (3, 12, 0, "final", 0))
     line = f"no objects are gathered: not tested on {sys.implementation.name} 3.12"
     assert _warm(_be_vm, Warmth.REHEARSE, log=caplog) == ("other", [line])
@@ -176,7 +176,7 @@ def test_python_3_12_does_without(
 
 @pytest.mark.parametrize("warmth", [Warmth.REHEARSE, Warmth.ALL])
 def test_known_interpreters_are_silent(warmth: Warmth, caplog: pytest.LogCaptureFixture) -> None:
-    """On versions of the tables, all is done without a word."""
+    """On versions of the tables, everything is done without a log line."""
     versions = CONSTANT_VERSIONS if warmth is Warmth.ALL else GATHERING_VERSIONS
     if sys.version_info[:2] not in versions:
         pytest.skip("it is not done on this version")
@@ -185,7 +185,7 @@ def test_known_interpreters_are_silent(warmth: Warmth, caplog: pytest.LogCapture
 
 
 def test_the_environment_says_how_much() -> None:
-    """The variable names one of three; without it, lives are rehearsed."""
+    """The variable has one of three values; by default lives are rehearsed."""
     assert Warmth.of({}) is Warmth.of({"VMD_WARM": ""}) is Warmth.REHEARSE
     assert [Warmth.of({"VMD_WARM": text}) for text in ("off", "rehearse", "all")] == list(Warmth)
     for text in ("on", "All"):

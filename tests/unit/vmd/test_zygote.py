@@ -32,7 +32,7 @@ def _channel(connection: socket.socket) -> Channel[VmmToZygote, ZygoteToVmm]:
 
 
 def _answer(connection: socket.socket) -> int:
-    """Be a process that tells what it knows, and ends with the status that it is told."""
+    """Be a process that reports its state, and ends with the requested status."""
     connection.send(f"{os.getppid()} {_rehearsed}".encode())
     return int(connection.recv(16) or b"0")
 
@@ -63,7 +63,7 @@ def _prepare_for_ever(_rehearses: bool) -> str | None:
 
 
 def _tell_level(connection: socket.socket) -> int:
-    """Be a process that tells whether it logs what helps to find out why."""
+    """Be a process that reports whether it logs debug messages."""
     is_verbose = logging.getLogger("vmd").isEnabledFor(logging.DEBUG)
     connection.send(b"verbose" if is_verbose else b"brief")
     return 0
@@ -89,13 +89,13 @@ def loop() -> Iterator[EventLoop]:
 
 @pytest.fixture
 def prepare() -> Prepare:
-    """Return what a process does before it waits; a test may have another."""
+    """Return a process's work before it waits; a test may replace it."""
     return _prepare
 
 
 @pytest.fixture
 def zygote_connection(prepare: Prepare) -> Iterator[socket.socket]:
-    """Return the connection to a zygote, whose processes become ours, and are gone at the end."""
+    """Return the connection to a zygote, whose children are ours, and are gone at the end."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         here.close()
@@ -110,7 +110,7 @@ def zygote_connection(prepare: Prepare) -> Iterator[socket.socket]:
 
 @pytest.fixture
 def blanks(loop: EventLoop, zygote_connection: socket.socket) -> Iterator[Blanks]:
-    """Return vmm's side; a process that is to be a VM is kept ready."""
+    """Return vmm's side; a process for a VM is kept ready."""
     channel = _channel(zygote_connection)
     made = Blanks(loop, channel, 0, (Role.VM,), rehearses=True)
     yield made
@@ -118,7 +118,7 @@ def blanks(loop: EventLoop, zygote_connection: socket.socket) -> Iterator[Blanks
 
 
 def _take(blanks: Blanks, loop: EventLoop, role: Role, uid: int = 0) -> Blank:
-    """Return a process that exists."""
+    """Return a process, made or waiting."""
     pids: list[int] = []
     failures: list[ForkError] = []
     blank = blanks.take(role, uid, pids.append, failures.append)
@@ -138,14 +138,14 @@ def _first_words(connection: socket.socket) -> bytes:
 
 
 def _wait_for_spares(loop: EventLoop, delays: int = 1) -> None:
-    """Let vmm work for as long as it takes to make a process ahead so many times."""
+    """Let vmm work until it has made a process ahead `count` times."""
     timer = loop.timer(loop.stop)
     timer.arm(loop.monotonic_ns() + SPARE_DELAY_NS * (2 * delays + 1) // 2)
     loop.run()
 
 
 def test_what_it_forks_is_a_child_of_vmm(blanks: Blanks, loop: EventLoop) -> None:
-    """A process that was asked for is ours: it sees that, and we are told its exit status."""
+    """A requested process is our child, and we get its exit status."""
     blank = _take(blanks, loop, Role.DISK)
     with blank.connection as connection:
         assert _first_words(connection) == f"{os.getpid()} False".encode()
@@ -154,7 +154,7 @@ def test_what_it_forks_is_a_child_of_vmm(blanks: Blanks, loop: EventLoop) -> Non
 
 
 def test_one_waits_ready(blanks: Blanks, loop: EventLoop) -> None:
-    """While nothing starts, a process is made that rehearses; then it is the next one."""
+    """When idle, a process is made ahead and rehearses; then it is the next one used."""
     _wait_for_spares(loop)
     with (
         _take(blanks, loop, Role.VM).connection as ready,
@@ -186,7 +186,7 @@ def test_without_a_zygote_there_are_no_processes(loop: EventLoop) -> None:
 
 
 def test_a_zygote_that_hangs_is_abandoned(loop: EventLoop) -> None:
-    """What is asked of it fails after its time, in one line; vmm works meanwhile, and is told."""
+    """Requests to a hanging zygote fail at their time-out, in one line; vmm works on."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     blanks = Blanks(loop, _channel(here), 0, (), rehearses=False, patience_s=0.05)
     failures: list[str] = []
@@ -213,9 +213,9 @@ def test_a_zygote_that_hangs_is_abandoned(loop: EventLoop) -> None:
 
 
 def test_what_ended_before_it_was_told_of(loop: EventLoop) -> None:
-    """Vmm may reap a process before it reads that there is one: its end is told then."""
+    """If vmm reaps a process before it reads of its start, the end is reported then."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid, status = os.getpid(), 7  # the kernel says who says that it was forked
+    pid, status = os.getpid(), 7  # the kernel gives the sender's pid
     with Channel(there, ZYGOTE_AND_VMM) as far:
         blanks = Blanks(loop, _channel(here), 0, (), rehearses=False)
         seen: list[tuple[int, ...]] = []
@@ -237,7 +237,7 @@ def _order_of(far: Channel[ZygoteToVmm, VmmToZygote]) -> int:
 
 
 def test_a_process_that_ends_before_it_says_that_it_is_there(loop: EventLoop) -> None:
-    """Its order alone fails; the zygote is not to blame."""
+    """If a process ends early only its order fails; the zygote is not to blame."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     failures: list[str] = []
     with Channel(there, ZYGOTE_AND_VMM) as far:
@@ -253,7 +253,7 @@ def test_a_process_that_ends_before_it_says_that_it_is_there(loop: EventLoop) ->
 
 
 def test_each_vm_has_a_uid(loop: EventLoop) -> None:
-    """One that is in use is nobody else's; without any left, the reason is one line."""
+    """A uid in use is not given twice; without any left, the reason is one line."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with Channel(there, ZYGOTE_AND_VMM) as far:
         blanks = Blanks(loop, _channel(here), 0, (), rehearses=False, uids=(5, 6))
@@ -278,7 +278,7 @@ def test_each_vm_has_a_uid(loop: EventLoop) -> None:
 def test_the_zygote_logs_as_much_as_the_others(
     loop: EventLoop, zygote_connection: socket.socket
 ) -> None:
-    """What it forks does so from the start."""
+    """The zygote and its children have the log level from the start."""
     blanks = Blanks(loop, _channel(zygote_connection), 0, (), rehearses=False)
     told = []
     for level in (1, 2):
@@ -292,7 +292,7 @@ def test_the_zygote_logs_as_much_as_the_others(
 
 
 def _reap(blanks: Blanks) -> list[int]:
-    """Be vmm when children have ended; returns those that were made ahead."""
+    """Reap ended children as vmm does; returns those that were made ahead."""
     found = []
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -306,7 +306,7 @@ def _reap(blanks: Blanks) -> list[int]:
 def test_a_rehearsal_that_fails_is_not_tried_again(
     blanks: Blanks, loop: EventLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The next process that is made ahead does not rehearse, and is ready."""
+    """The next process made ahead does not rehearse, and is ready."""
     _wait_for_spares(loop)
     assert len(_reap(blanks)) == 1
     assert caplog.messages == ["the vm process made ahead has ended, status 1"]
@@ -318,7 +318,7 @@ def test_a_rehearsal_that_fails_is_not_tried_again(
 
 @pytest.mark.parametrize("prepare", [_prepare_coldly], ids=["cold"])
 def test_what_cannot_rehearse_is_of_use(blanks: Blanks, loop: EventLoop) -> None:
-    """It is the next that is taken; the one after does not try."""
+    """The unrehearsed process is the next one used; the one after does not try."""
     _wait_for_spares(loop)
     with _take(blanks, loop, Role.VM).connection as ready:
         assert _first_words(ready) == f"{os.getpid()} True".encode()
@@ -334,7 +334,7 @@ def test_a_process_that_is_never_ready_is_given_up(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is killed after its time, as is the next that does not rehearse; then none is made."""
+    """It is killed at its time-out, as is the next, which does not rehearse; then none is made."""
     monkeypatch.setattr("vmd.vmm.blanks.SPARE_PATIENCE_NS", SPARE_DELAY_NS // 4)
     _wait_for_spares(loop, 4)
     assert caplog.messages == ["the vm process made ahead is not ready: killed"] * 2
