@@ -54,7 +54,7 @@ _vmctl() {
 		fi
 	done
 	if [[ -z $verb ]]; then
-		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics web --help --version -v
+		_vmctl_offer "$word" console create load log pause receive reload reset send show start status stop unpause wait clone connect cp doctor events exec gdb help image list migrate run snapshot ssh ssh-config top metrics web --help --version -H -v
 		return
 	fi
 	case $verb in

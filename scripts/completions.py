@@ -14,7 +14,7 @@ from vmctl.verbs import VERBS, Verb, names  # noqa: E402 - found by the line abo
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
 _MADE = "Made by scripts/completions.py from vmctl/verbs.py: change that, and run it."
-_GLOBAL = ("--help", "--version", "-v")
+_GLOBAL = ("--help", "--version", "-H", "-v")
 _LIST_VMS = "vmctl status 2>/dev/null | awk 'NR > 1 { print $9 }'"
 
 

@@ -18,6 +18,7 @@ EXIT_ERROR = 1
 
 _HELP = ("-h", "--help")
 _VERSION = Verb("--version", "", "Print the version.", "help", "show_version", (), 0, 0)
+_REMOTE = Verb("-H", "host command", "Run vmctl at a host, by ssh.", "remote", "remote")
 
 Value = bool | int | str | tuple[str, ...]
 Values = dict[str, Value]
@@ -68,6 +69,8 @@ def read(arguments: Sequence[str]) -> Invocation:
             return Invocation(VERBS["help"], {}, [])
         if option == "--version":
             return Invocation(_VERSION, {}, [])
+        if option == "-H" and rest:
+            return _at_host(rest.pop(0), ["-v"] * is_verbose, rest)
         if option.strip("v") != "-" or option == "-":
             raise UsageError(f"vmctl: no such option: {option}\n{GLOBAL_USAGE}")
         is_verbose = True
@@ -84,6 +87,14 @@ def read(arguments: Sequence[str]) -> Invocation:
     if not VERBS[name].least <= len(words) <= VERBS[name].most:
         raise UsageError(usage(VERBS[name]))
     return Invocation(VERBS[name], values, words, is_verbose)
+
+
+def _at_host(host: str, options: list[str], words: list[str]) -> Invocation:
+    """Return what runs vmctl at a host; it reads the words behind the verb there."""
+    while words and words[0].startswith("-"):
+        options.append(words.pop(0))
+    verb = resolve(words)[0] if words else ""
+    return Invocation(_REMOTE, {}, [host, verb, *options, *words])
 
 
 def resolve(words: Sequence[str]) -> tuple[str, list[str]]:

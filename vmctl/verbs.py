@@ -28,7 +28,7 @@ from vmctl.options import (
     Option,
 )
 
-GLOBAL_USAGE = "usage:\tvmctl [-v] command [arg ...]"
+GLOBAL_USAGE = "usage:\tvmctl [-v] [-H host] command [arg ...]"
 
 _OPENBSD = """console create load log pause receive reload reset send show start status stop
 unpause wait"""

@@ -13,7 +13,7 @@ from vmctl.verbs import VERBS, usage
 
 ROOT = Path(__file__).resolve().parents[2]
 MANUAL = (ROOT / "man" / "vmctl.8").read_text()
-USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
+USAGE = "usage:\tvmctl [-v] [-H host] command [arg ...]\n"
 IMAGE_USAGE = "".join(
     f"{usage(verb)}\n" for name, verb in sorted(VERBS.items()) if name.startswith("image ")
 )

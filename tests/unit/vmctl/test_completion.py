@@ -76,7 +76,7 @@ def test_completion(line: str, offered: set[str]) -> None:
 
 def test_completion_knows_every_verb_and_option() -> None:
     """All verbs are offered, and every option of each."""
-    assert complete("vmctl ") == {*names(), "-v", "--help", "--version"}
+    assert complete("vmctl ") == {*names(), "-H", "-v", "--help", "--version"}
     for name, verb in VERBS.items():
         options = {option.name for option in verb.taken}
         assert complete(f"vmctl {name} -") == {*options, "--help"}

@@ -18,7 +18,7 @@ from vmctl.verbs import VERBS, matches, names, usage
 
 ROOT = Path(__file__).resolve().parents[3]
 _MAKERS = (VERBS["run"], VERBS["start"])
-USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
+USAGE = "usage:\tvmctl [-v] [-H host] command [arg ...]\n"
 
 WRONG = (
     *("stop", "stop -a web", "start", "start a b", "pause", "pause a b", "load", "reload x"),
