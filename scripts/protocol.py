@@ -56,10 +56,10 @@ in C.
 def page() -> str:
     """Return the whole page."""
     documentation = {
-        **_attribute_documentation(Path(parts.__file__).read_text()),
-        **_attribute_documentation(Path(transfers.__file__).read_text()),
-        **_attribute_documentation(Path(ports.__file__).read_text()),
-        **_attribute_documentation(Path(messages.__file__).read_text()),
+        **attribute_documentation(Path(parts.__file__).read_text()),
+        **attribute_documentation(Path(transfers.__file__).read_text()),
+        **attribute_documentation(Path(ports.__file__).read_text()),
+        **attribute_documentation(Path(messages.__file__).read_text()),
     }
     made = [
         _INTRODUCTION.format(version=parts.PROTOCOL_VERSION, size=MESSAGE_MAX >> 10, fds=FDS_MAX)
@@ -170,7 +170,7 @@ def _json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _attribute_documentation(source: str) -> dict[tuple[str, str], str]:
+def attribute_documentation(source: str) -> dict[tuple[str, str], str]:
     """Return the docstring after each attribute, by class and name."""
     found = {}
     for node in ast.parse(source).body:

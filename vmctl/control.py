@@ -82,7 +82,7 @@ def events(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
 
     def line(event: Fields) -> str:
         if as_json:
-            return json.dumps({name: event[name] for name in _EVENT_FIELDS})
+            return json.dumps({name: event[name] for name in EVENT_FIELDS})
         at = moment(event["at"])
         why = f": {event['message']}" if event["message"] else ""
         return printable(f"{at} {event['id']} {event['name']} {event['kind']}{why}")
@@ -97,4 +97,4 @@ def events(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
         return fail(err)
 
 
-_EVENT_FIELDS = ("at", "id", "name", "kind", "message")
+EVENT_FIELDS = ("at", "id", "name", "kind", "message")

@@ -31,6 +31,10 @@ def document() -> Schema:
     answers = {answer for operation in OPERATIONS.values() for answer in operation.answers}
     kinds = [*requests, *sorted(answers, key=lambda kind: kind.__name__), Failed, Event]
     _, components = msgspec.json.schema_components(kinds, ref_template=_REFERENCE)
+    _, asked = msgspec.json.schema_components(requests)
+    for name, schema in components.items():
+        if name not in asked and "properties" in schema:  # answers leave no field out
+            schema["required"] = list(schema["properties"])
     for struct in (*requests, DiskRequest):
         _leave_out(components[struct.__name__], struct)
     for schema in components.values():
