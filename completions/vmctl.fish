@@ -127,6 +127,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the 
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l share -d 'Share a directory by virtio-fs, which the guest mounts by its tag; may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l ssh-key -d 'Let the owner of this public key log in, by cloud-init; may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l tpm -d 'Add a TPM, which keeps its secrets in this directory; needs swtpm.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l virtio-console -d 'Add a virtio console, hvc0, which takes the input once its driver is ready.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='

@@ -54,8 +54,10 @@ packages='
     systemd             runs the units of vmd
     snmp                snmpget and snmpwalk, for the tests of agentx
     snmpd               the SNMP agent that vmd connects to
+    swtpm               a TPM for guests
     syslinux-common     isolinux needs it
     tcpdump             captures inside guests and outside, which are compared
+    tpm2-tools          asks the TPM in a guest
     wget                the tutorial asks a web server in a guest
     xorriso             makes CD-ROM images
     xz-utils            makes kernel payloads for the boot tests

@@ -184,6 +184,14 @@ _MACHINE_OPTIONS = (
         True,
     ),
     Option(
+        "--tpm",
+        "tpm",
+        "Add a TPM, which keeps its secrets in this directory; needs swtpm.",
+        "directory",
+        True,
+        (FILE,),
+    ),
+    Option(
         "--virtio-console",
         "virtio_console",
         "Add a virtio console, hvc0, which takes the input once its driver is ready.",
@@ -216,6 +224,7 @@ _NOT_FOR_START = {
     "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
     "--gdb": "vmd makes no socket for it: 'vmctl gdb' debugs the VM",
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
+    "--tpm": "vmd starts no swtpm: use run",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
     "--share": "VMs of vmd have no shared directories",
     "--virtio-console": "VMs of vmd have a serial port alone",
@@ -234,7 +243,8 @@ RUN_USAGE = (
     "\t\t[--forward forward] [--from path] [--gdb path[,wait]] [--initrd path]\n"
     "\t\t[--json] [--no-reboot] [--nvram path] [--selftest]\n"
     "\t\t[--share directory:tag[:ro]] [--ssh-key file] [--timeout seconds]\n"
-    "\t\t[--virtio-console] [--vsock path] [--wait condition] [--watchdog] [name]"
+    "\t\t[--tpm directory] [--virtio-console] [--vsock path] [--wait condition]\n"
+    "\t\t[--watchdog] [name]"
 )
 START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"

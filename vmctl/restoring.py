@@ -9,6 +9,7 @@ import stat
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmctl.own_devices import own_devices
 from vmm_kvm.arch.x86.cpuid import guest_cpuid
 from vmm_kvm.arch.x86.image import FirmwareImage, RestoredImage, open_image
 from vmm_kvm.bits import PAGE_SIZE, align_up
@@ -165,18 +166,7 @@ def _devices(manifest: "Manifest", stack: ExitStack) -> "Iterator[DeviceSpec]":
             yield open_disk(_disk_text(disk), index, stack)
         if manifest.cdrom is not None:
             yield open_cdrom(manifest.cdrom, stack)
-    if manifest.has_console:
-        from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
-
-        yield ConsoleSpec()
-    if manifest.has_balloon:
-        from vmm_kvm.virtio.balloon import BalloonSpec  # noqa: PLC0415 - the same
-
-        yield BalloonSpec()
-    if manifest.has_watchdog:
-        from vmm_kvm.pci.i6300esb import WatchdogSpec  # noqa: PLC0415 - the same
-
-        yield WatchdogSpec()
+    yield from own_devices(manifest.has_console, manifest.has_balloon, manifest.has_watchdog)
 
 
 def _vsock(manifest: "Manifest", option: "VsockOption | None") -> "Iterator[DeviceSpec]":

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # loaded if there is a disk, or an interface
     from vmm_kvm.machine.net import NetSpec
     from vmm_kvm.machine.spec import DeviceSpec
     from vmm_kvm.net.host_stream import HostStream
+    from vmm_kvm.swtpm import Swtpm
 
 _MEMORY = "512M"
 
@@ -81,6 +82,7 @@ class RunOptions(NamedTuple):
     agent: bool = False
     balloon: bool = False
     watchdog: bool = False
+    tpm: tuple[str, ...] = ()
     initrd: tuple[str, ...] = ()
     append: tuple[str, ...] = ()
     timeout: tuple[str, ...] = ()
@@ -214,6 +216,7 @@ def _spec(options: RunOptions, vsock: "VsockOption | None", stack: ExitStack) ->
         name=name,
         command_line=once(options.append, "append"),
         initrd=options.initrd,
+        tpm=_tpm(options, stack),
     )
 
 
@@ -249,18 +252,19 @@ def _others(options: RunOptions, stack: ExitStack) -> "Iterator[DeviceSpec]":
         from vmctl.shares import open_shares  # noqa: PLC0415 - few VMs have one
 
         yield from open_shares(options.shares, stack)
-    if options.virtio_console:
-        from vmm_kvm.virtio.console import ConsoleSpec  # noqa: PLC0415 - few VMs have one
+    if options.virtio_console or options.balloon or options.watchdog:
+        from vmctl.own_devices import own_devices  # noqa: PLC0415 - the same
 
-        yield ConsoleSpec()
-    if options.balloon:
-        from vmm_kvm.virtio.balloon import BalloonSpec  # noqa: PLC0415 - the same
+        yield from own_devices(options.virtio_console, options.balloon, options.watchdog)
 
-        yield BalloonSpec()
-    if options.watchdog:
-        from vmm_kvm.pci.i6300esb import WatchdogSpec  # noqa: PLC0415 - the same
 
-        yield WatchdogSpec()
+def _tpm(options: RunOptions, stack: ExitStack) -> "Swtpm | None":
+    path = once(options.tpm, "tpm")
+    if path is None:
+        return None
+    from vmctl.tpm import start_swtpm  # noqa: PLC0415 - few VMs have one
+
+    return start_swtpm(path, stack)
 
 
 def _vsock(options: RunOptions) -> "VsockOption | None":

@@ -25,6 +25,7 @@ def tools_disk(place: Path, *programs: str, scripts: Mapping[str, str] | None = 
     """Write a disk image, a tar archive, that holds programs of this host; returns its path.
 
     `scripts` are texts by their paths in the guest, which it can execute.
+    A program with a slash in it is a file, which can be a library.
     """
     with tarfile.open(place, "w") as archive:
         for name, text in (scripts or {}).items():
@@ -52,4 +53,6 @@ def _files(program: str) -> list[str]:
 
 
 def _found(program: str) -> str | None:
+    if "/" in program:
+        return program
     return shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")

@@ -47,6 +47,7 @@ from vmm_kvm.machine.dirty import DirtyPages
 from vmm_kvm.machine.identity import Identity
 from vmm_kvm.machine.routes import interrupt_routes
 from vmm_kvm.machine.runner import Runner
+from vmm_kvm.machine.security import make_flash, make_tpm
 from vmm_kvm.machine.serial_output import SerialOutput
 from vmm_kvm.machine.spec import (
     Crash,
@@ -68,7 +69,6 @@ from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, c
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmm_kvm.devices.pflash import Pflash
     from vmm_kvm.virtio.balloon import VirtioBalloon
     from vmm_kvm.virtio.vhost_user.frontend import VhostUser
     from vmm_kvm.virtio.vsock import VirtioVsock
@@ -140,7 +140,7 @@ class Machine:
         with ExitStack() as stack:
             self.memory = stack.enter_context(ram_of(spec, hole_start, memory))
             self._pmem, memory_end = place_pmem(pmems_of(spec.devices), self.memory.regions[-1].end)
-            acpi = AcpiConfig(cpus=spec.cpus, memory_end=memory_end, is_q35=self._is_q35)
+            acpi = AcpiConfig(spec.cpus, memory_end, self._is_q35, spec.tpm is not None)
             tables = build_tables(acpi)
             smbios = build_smbios(
                 spec.uuid or name_uuid(spec.name),
@@ -156,7 +156,8 @@ class Machine:
             self._make_devices(clock, on_receive_room)
             self._make_pci_host(hole_start)
             self._make_pci_devices(stack, on_receive_room)
-            self._make_flash(stack)
+            self._flash = make_flash(spec, self.mmio, self._map_flash, stack)
+            make_tpm(spec.tpm, self.mmio, stack)
             ranges = firmware_e820_map(self.memory.regions, has_ecam=not self._is_q35)
             self.fw_cfg.add_file("etc/e820", encode(ranges))
             for name, data in loader_files(tables).items():
@@ -421,7 +422,6 @@ class Machine:
         self._identity = Identity(os.urandom)
         mappings = self._identity.mappings()
         self._rom: Rom | None = None
-        self._flash: Pflash | None = None
         if isinstance(spec.image, FirmwareImage):
             self._rom = Rom(spec.image.rom_base, spec.image.rom)
             memory_of_rom = self._rom.memory
@@ -520,21 +520,6 @@ class Machine:
         host.add(q35.isa_bridge(), q35.LPC_SLOT)
         return host
 
-    def _make_flash(self, stack: ExitStack) -> None:
-        """Put the variables right below the firmware: memory to read, a device to write."""
-        image, variables = self.spec.image, self.spec.variables
-        if not isinstance(image, FirmwareImage) or variables is None:
-            return
-        from vmm_kvm.devices.pflash import Pflash  # noqa: PLC0415 - for UEFI guests only
-
-        def set_mapped(is_mapped: bool) -> None:
-            primitives.set_mapped(self._vmm, self._vm_id, self._flash_mapping, is_mapped=is_mapped)
-
-        array = memoryview(variables.array)
-        self._flash = Pflash(array, set_mapped=set_mapped, store=variables.store)
-        stack.callback(self._flash.close)
-        self.mmio.insert(image.rom_base - variables.size, variables.size, self._flash)
-
     def _make_pci_devices(self, stack: ExitStack, on_receive_room: Callable[[], None]) -> None:
         intx = IntxLines([self._line(gsi) for gsi in layout.GSI_PCI_INTX])
         self._devices = stack.enter_context(
@@ -565,6 +550,9 @@ class Machine:
             self._has_ended = True
         primitives.request_termination(self._vmm, self._vm_id)
         self._on_outcome(outcome)
+
+    def _map_flash(self, is_mapped: bool) -> None:
+        primitives.set_mapped(self._vmm, self._vm_id, self._flash_mapping, is_mapped=is_mapped)
 
     def _note_plain(self, is_plain: bool) -> None:
         if self._output:

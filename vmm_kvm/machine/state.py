@@ -19,7 +19,7 @@ from vmm_kvm.arch.x86.kvm_state import (
     PitRecord,
     VcpuRecord,
 )
-from vmm_kvm.errors import StateError
+from vmm_kvm.errors import Refusal, RefusedError, StateError
 from vmm_kvm.state import Record, decode, encode
 
 if TYPE_CHECKING:
@@ -42,9 +42,11 @@ def save(machine: "Machine") -> MachineState:
     """Return the state of a paused machine; on its event loop's thread. It changes nothing.
 
     Raises:
-        RefusedError: the machine is not paused.
+        RefusedError: the machine is not paused, or has a TPM.
         KvmError: KVM refused.
     """
+    if machine.spec.tpm is not None:
+        raise RefusedError(Refusal.EBUSY, "a TPM keeps its secrets to itself: it cannot be saved")
     state = MachineState({}, {})
     record = machine.save_kvm()
     for part in machine.parts():

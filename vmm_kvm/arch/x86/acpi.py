@@ -24,6 +24,8 @@ from vmm_kvm.arch.x86.layout import (
     PORT_PM1A_EVENT,
     PORT_PM_TIMER,
     PORT_RESET,
+    TPM_ADDRESS,
+    TPM_CONTROL_AREA,
 )
 from vmm_kvm.bits import GIB, align_up
 
@@ -68,6 +70,10 @@ _ACTIVE_HIGH = 1
 _LEVEL = 3 << 2
 _PIT_GSI = 2
 
+# TPM2: class of the platform, and how a command is started
+_TPM_CLIENT = 0
+_TPM_BY_CRB = 7
+
 # Files for firmware, and the commands of the script among them
 _RSDP_FILE = "etc/acpi/rsdp"
 _TABLES_FILE = "etc/acpi/tables"
@@ -96,6 +102,7 @@ class AcpiConfig(NamedTuple):
     """The first guest-physical address behind RAM: 64-bit BARs go above it."""
     is_q35: bool = False
     """Whether UEFI firmware places devices: BARs from 2 GiB up, and ECAM where it chooses."""
+    has_tpm: bool = False
 
     @property
     def mmio64_start(self) -> int:
@@ -123,22 +130,26 @@ class AcpiTables(NamedTuple):
 
 def build_tables(config: AcpiConfig, base: int = BIOS_AREA_START) -> AcpiTables:
     """Build the tables for guest-physical address `base`, a multiple of 64 below 4 GiB."""
-    return _build(config.cpus, config.mmio64_start, config.is_q35, base)
+    return _build(
+        config.cpus, config.mmio64_start, base, is_q35=config.is_q35, has_tpm=config.has_tpm
+    )
 
 
 # VM processes are forked from one that has made machines, and inherit what is the same for all.
 @lru_cache(_REMEMBERED)
-def _build(cpus: int, mmio64_start: int, is_q35: bool, base: int) -> AcpiTables:
+def _build(cpus: int, mmio64_start: int, base: int, *, is_q35: bool, has_tpm: bool) -> AcpiTables:
     layout = _Layout(base)
     layout.skip(_TABLES_AT)  # the RSDP is written last
     facs = layout.add(_facs(), alignment=_FACS_ALIGNMENT)
-    body = dsdt_body(cpus, mmio64_start, is_q35=is_q35)
+    body = dsdt_body(cpus, mmio64_start, is_q35=is_q35, has_tpm=has_tpm)
     dsdt = layout.add_table(b"DSDT", 2, body)
     fadt = layout.add_table(b"FACP", 6, _fadt(facs, dsdt), pointers=((36, 4), (40, 4), (140, 8)))
     madt = layout.add_table(b"APIC", 5, _madt(cpus))
     tables = [fadt, madt]
     if not is_q35:
         tables.append(layout.add_table(b"MCFG", 1, _mcfg()))
+    if has_tpm:
+        tables.append(layout.add_table(b"TPM2", 4, _tpm2()))
     rsdt = layout.add_table(
         b"RSDT",
         1,
@@ -294,6 +305,11 @@ def _madt(cpus: int) -> bytes:
     body += struct.pack("<BBBBIH", 2, 10, 0, 0, _PIT_GSI, 0)
     body += struct.pack("<BBBBIH", 2, 10, 0, GSI_SCI, GSI_SCI, _ACTIVE_HIGH | _LEVEL)
     return body + struct.pack("<BBBHB", 4, 6, _ALL_PROCESSORS, 0, 1)
+
+
+def _tpm2() -> bytes:
+    """Return the TPM2 table behind its header. Source: TCG ACPI Specification 1.4 §8."""
+    return struct.pack("<HHQI", _TPM_CLIENT, 0, TPM_ADDRESS + TPM_CONTROL_AREA, _TPM_BY_CRB)
 
 
 def _mcfg() -> bytes:

@@ -9,6 +9,7 @@ r"""What the machine's devices are, in ACPI's words: the contents of the DSDT.
 \_SB.VGEN       where the VM's generation identifier lies
 \_SB.VCLK       the page of the VM's clock
 \_SB.GED        the interrupt that says that one of both has changed
+\_SB.TPM        where the TPM's registers lie, if there is one
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ from vmm_kvm.arch.x86.layout import (
     PORT_PM1A_EVENT,
     PORT_PVPANIC,
     PORT_RTC,
+    TPM_ADDRESS,
+    TPM_SIZE,
     UEFI_HOLE_START,
     VM_CLOCK_ADDRESS,
     VM_GENERATION_ADDRESS,
@@ -62,7 +65,9 @@ _CHANGED = 0x80
 _PRESENT = 0x0F  # present, enabled, shown, working
 
 
-def dsdt_body(cpus: int, mmio64_start: int, *, is_q35: bool = False) -> bytes:
+def dsdt_body(
+    cpus: int, mmio64_start: int, *, is_q35: bool = False, has_tpm: bool = False
+) -> bytes:
     """Return the AML of the DSDT, without the table's header.
 
     `cpus` is 1 to 64; `mmio64_start` is where 64-bit BARs may go, above all RAM. With `is_q35`
@@ -86,6 +91,7 @@ def dsdt_body(cpus: int, mmio64_start: int, *, is_q35: bool = False) -> bytes:
                 _generation(),
                 _clock(),
                 _generic_events(),
+                *((_tpm(),) if has_tpm else ()),
             ),
         )
     )
@@ -191,6 +197,16 @@ def _clock() -> bytes:
         aml.name("_CID", clock),
         aml.name("_DDN", clock),
         aml.name("_CRS", aml.resources(aml.fixed_memory(VM_CLOCK_ADDRESS, PAGE_SIZE))),
+    )
+
+
+def _tpm() -> bytes:
+    """Source: TCG ACPI Specification 1.4 §6."""
+    return aml.device(
+        "TPM",
+        aml.name("_HID", aml.string("MSFT0101")),
+        aml.name("_CRS", aml.resources(aml.fixed_memory(TPM_ADDRESS, TPM_SIZE))),
+        aml.name("_STA", aml.integer(_PRESENT)),
     )
 
 

@@ -1,0 +1,59 @@
+"""The TPM of `vmctl run --tpm`: a swtpm process for each VM."""
+
+import shutil
+import socket
+import subprocess
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from vmm_kvm.errors import SpecError
+from vmm_kvm.swtpm import Swtpm
+
+_END_S = 10.0
+_MODE = 0o700
+
+
+def start_swtpm(directory: str, stack: ExitStack) -> Swtpm:
+    """Start a TPM whose secrets lie in `directory`, made if it is missing; `stack` ends it.
+
+    It ends with this process too, however that ends.
+
+    Raises:
+        SpecError: there is no swtpm, or no such directory can be.
+        SwtpmError: it does not answer.
+        OSError: the host has no descriptors left.
+    """
+    program = shutil.which("swtpm")
+    if program is None:
+        raise SpecError("--tpm: swtpm is not installed")
+    path = Path(directory)
+    if "," in directory:  # swtpm has no way to say that it is part of a name
+        raise SpecError(f"--tpm: {directory}: swtpm takes no comma in a path")
+    try:
+        path.mkdir(_MODE, exist_ok=True)
+    except OSError as err:
+        raise SpecError(f"--tpm: {directory}: {err.strerror}") from err
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [
+                *(program, "socket", "--tpm2", "--tpmstate", f"dir={directory}", "--terminate"),
+                *("--ctrl", f"type=unixio,clientfd={theirs.fileno()}"),
+            ],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # ^C is for the VM
+        )
+    stack.callback(_end, process)
+    return stack.enter_context(Swtpm(ours))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until swtpm has written its state and ended; it has been disconnected."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)
+        return
+    process.kill()
+    process.wait()
