@@ -392,7 +392,7 @@ def test_a_guest_that_reboots_is_held_by_its_reader(tmp_path: Path) -> None:
     reset = bytes.fromhex("b0fe e664 ebfe")  # mov $0xfe, %al; out %al, $0x64; jmp .
     image = tmp_path / "image"
     image.write_bytes(guests.firmware(guests.printing(len(text)) + reset))
-    command = [VMCTL, "run", "-m", "64M", "-b", image, "--timeout", "100"]
+    command = vmctl_run("-m", "64M", "-b", image, "--timeout", "100")
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
