@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vmctl.client import Client, CommandError, socket_path
 from vmctl.messages import fail
@@ -72,11 +74,15 @@ def _serve(path: str, listener: socket.socket) -> None:
     port: int = listener.getsockname()[1]
     access = Access(port, time.monotonic)
 
-    def show_link() -> None:
-        print(f"http://{_ADDRESS}:{port}{access.path}", flush=True)
+    def link() -> str:
+        return f"http://{_ADDRESS}:{port}{access.path}"
+
+    def show_next_link() -> None:
+        with suppress(OSError):  # a script may have read the first one alone
+            os.write(1, f"{link()}\n".encode())
 
     config = Config(
-        application(path, access, show_link),
+        application(path, access, show_next_link),
         http="h11",
         ws="wsproto",
         lifespan="off",
@@ -90,5 +96,5 @@ def _serve(path: str, listener: socket.socket) -> None:
         timeout_graceful_shutdown=_LEAVE_S,
     )
     print("vmctl: each link logs a browser in once; ^C ends this", file=sys.stderr)
-    show_link()
+    print(link(), flush=True)
     Server(config).run(sockets=[listener])

@@ -184,6 +184,11 @@ def test_the_daemon_ends(tmp_path: Path) -> None:
         assert server.ask("GET", "/metrics").status == 503
         with Daemon(tmp_path, "") as again:
             assert server.ask("GET", "/api/status").status == 200
+            assert server.process.stdout
+            server.process.stdout.close()
+            # The next link has no reader: the one before logs in all the same.
+            path = server.link.partition(str(server.port))[2]
+            assert server.ask("GET", path, headers={"cookie": None}).status == 200
             cookie, port = server.cookie, server.port
             server.process.terminate()
             server.process.wait(TIMEOUT_S)
