@@ -21,7 +21,7 @@ from vmd.config.disks import (
 )
 from vmm_kvm.block.image import Format, Image
 from vmm_kvm.errors import SpecError
-from vmm_kvm.images.opening import open_image
+from vmm_kvm.images.opening import open_disc, open_image
 from vmm_kvm.virtio.blk import BlkSpec, VirtioBlk
 
 if TYPE_CHECKING:  # loaded if a disk is in another process
@@ -99,7 +99,7 @@ def open_cdrom(path: str, stack: ExitStack) -> "ScsiCdSpec":
     """
     from vmm_kvm.virtio.scsi import ScsiCdSpec  # noqa: PLC0415 - few machines have a drive
 
-    image = open_image(path, Format.RAW, read_only=True)
+    image = open_disc(path)
     stack.callback(_close, image, path)
     return ScsiCdSpec(image)
 

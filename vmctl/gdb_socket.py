@@ -20,10 +20,14 @@ def open_server(
         SpecError: there is no path, several, or an unusable one.
     """
     text = once(given, "gdb socket") or ""
-    path = text.removesuffix(",wait")
+    path, comma, option = text.rpartition(",")
+    if not comma:
+        path, option = text, ""
+    elif option != "wait":
+        raise SpecError(f"--gdb: unknown option {option!r} (wait)")
     if not path:
         raise SpecError("--gdb: no socket named: path[,wait]")
-    server = GdbServer(loop, lambda: quit_(None), waits=path != text)
+    server = GdbServer(loop, lambda: quit_(None), waits=bool(option))
     try:
         listener = GdbListener(loop, path, server)
     except OSError as err:

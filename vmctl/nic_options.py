@@ -30,7 +30,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from vmctl.messages import choice
-from vmd.config.forwards import ForwardError, parse_forward
+from vmd.config.forwards import ForwardError, check_ports, parse_forward
 from vmd.config.model import ForwardConfig
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import MTU_DEFAULT, MTU_MAX, MTU_MIN, QUEUE_PAIRS_MAX
@@ -117,6 +117,10 @@ def _with_forwards(nics: list[NicOption], texts: Sequence[str]) -> list[NicOptio
         nics.append(NicOption(NicKind.PASST))
     index = next(index for index, nic in enumerate(nics) if nic.kind is NicKind.PASST)
     forwards = (*nics[index].forwards, *map(_forward, texts))
+    try:
+        check_ports(forwards)
+    except ForwardError as err:
+        raise SpecError(str(err)) from None
     nics[index] = nics[index]._replace(forwards=forwards)
     return nics
 

@@ -343,7 +343,8 @@ class _Limits(NamedTuple):
 
 def _limits(options: RunOptions) -> _Limits:
     timeout, until = once(options.timeout, "time-out"), once(options.until, "condition")
-    if until is not None and not until.startswith(CONSOLE_CONDITION):
+    is_text = until and until.startswith(CONSOLE_CONDITION) and until != CONSOLE_CONDITION
+    if until is not None and not is_text:
         known = f"{CONSOLE_CONDITION}text: the VM runs from the beginning to the end of run"
         raise SpecError(f"invalid condition: {until} ({known})")
     return _Limits(

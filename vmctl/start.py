@@ -223,6 +223,9 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         if boot is not None:
             raise CommandError("--selftest and -b name two boot images: use one")
         boot = selftest_path()
+    if boot is not None and options.firmware:
+        named = "--selftest" if options.selftest else "-b"
+        raise CommandError(f"{named} and --firmware name two boot images: use one")
     device = once(options.boot_device, "boot device")
     memory = once(options.memory, "memory")
     cpus = once(options.cpus, "cpus")
@@ -324,7 +327,7 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
         if local is None:
             local = {"is_local": True}
             interfaces.insert(0, local)
-        local["forwards"] = [_forward(text) for text in options.forwards]
+        local["forwards"] = _forwards(options.forwards)
     if count is not None:
         try:
             wanted = number_of(count, "count", _INT_MAX)
@@ -336,14 +339,19 @@ def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
     return interfaces
 
 
-def _forward(text: str) -> Fields:
-    from vmd.config.forwards import ForwardError, parse_forward  # noqa: PLC0415 - only here
+def _forwards(texts: Sequence[str]) -> list[Fields]:
+    from vmd.config.forwards import (  # noqa: PLC0415 - only here
+        ForwardError,
+        check_ports,
+        parse_forward,
+    )
 
     try:
-        protocol, port, to_port, address = parse_forward(text)
+        forwards = [parse_forward(text) for text in texts]
+        check_ports(forwards)
     except ForwardError as err:
         raise CommandError(str(err)) from None
-    return {"protocol": protocol, "port": port, "to_port": to_port, "address": address}
+    return [forward._asdict() for forward in forwards]
 
 
 def _disk(text: str) -> DiskOption:

@@ -12,7 +12,7 @@ from vmm_kvm.arch.x86.image import FirmwareImage, open_firmware, open_image
 from vmm_kvm.block.image import Format
 from vmm_kvm.boot.firmware import find_firmware
 from vmm_kvm.errors import BootError, ImageError
-from vmm_kvm.images.opening import image_chain
+from vmm_kvm.images.opening import image_chain, open_disc
 
 _FORMATS = {DiskKind.PROBE: None, DiskKind.RAW: Format.RAW, DiskKind.QCOW2: Format.QCOW2}
 
@@ -33,6 +33,11 @@ def _disks(vm: VmConfig) -> Iterator[str]:
                 image_chain(disk.path, _FORMATS[disk.kind])
             except ImageError as err:
                 yield f"disk {err}"
+    if vm.cdrom is not None:
+        try:
+            open_disc(vm.cdrom).close()
+        except ImageError as err:
+            yield f"cdrom {err}"
 
 
 def _boot(vm: VmConfig) -> Iterator[str]:

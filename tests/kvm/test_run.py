@@ -25,6 +25,7 @@ CONDITION = (
     "vmctl: invalid condition: running (console=text: the VM runs from the beginning to the end of"
     " run)"
 )
+TWICE = "vmctl: forwarded port tcp 80 comes twice"
 MEANT = "512 is a number of bytes: did you mean 512M?"
 
 
@@ -448,6 +449,10 @@ def test_terminal_escapes() -> None:
         (("--selftest", "-i", "passt,forward=tcp:x"), f"vmctl: {IN_INTERFACE}{FORWARD[7:]}"),
         (("--selftest", "-t", "base"), TEMPLATE),
         (("--selftest", "--wait", "running"), CONDITION),
+        (("--selftest", "--wait", "console="), CONDITION.replace("running", "console=", 1)),
+        (("--selftest", "--gdb", "x,y"), "vmctl: --gdb: unknown option 'y' (wait)"),
+        (("--selftest", "--forward", "tcp:80", "--forward", "tcp:*:80"), TWICE),
+        (("--selftest", "-r", "/proc/self/mem"), "vmctl: /proc/self/mem: Invalid argument"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], error: str) -> None:

@@ -7,6 +7,7 @@ disabled, or skipped because another one has their name, claim nothing.
 from collections.abc import Iterator
 
 from vmd.config.disks import DiskKind, DiskOption, writes_image
+from vmd.config.forwards import ForwardError, check_ports
 from vmd.config.model import Config, SwitchConfig, VmConfig
 
 _ID_MAX = 0xFFFF_FFFF
@@ -69,6 +70,10 @@ def _of_one(vm: VmConfig, switches: set[str], is_user: bool, memory_size: int) -
     for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
         if any(_is_written(disk) for disk in vm.disks if disk.path == path):
             yield f"disk {path} comes twice"
+    try:
+        check_ports([forward for each in vm.interfaces for forward in each.forwards])
+    except ForwardError as err:
+        yield str(err)
     for switch in dict.fromkeys(each.switch for each in vm.interfaces if each.switch):
         if is_user:
             yield f'switch "{switch}": vmd --user has local interfaces only'

@@ -8,6 +8,8 @@ address only the host itself can connect, through 127.0.0.1: access from elsewhe
 for.
 """
 
+from collections.abc import Sequence
+
 from vmd.config.model import ForwardConfig
 from vmm_kvm.limits import PORT_MAX
 
@@ -34,6 +36,20 @@ def parse_forward(text: str) -> ForwardConfig:
     host, colon, guest = ports.partition(":")
     port = _port(host, text)
     return ForwardConfig(protocol, port, _port(guest, text) if colon else port, address)
+
+
+def check_ports(forwards: Sequence[ForwardConfig]) -> None:
+    """Refuse two forwards from the same port.
+
+    Raises:
+        ForwardError: which.
+    """
+    for index, one in enumerate(forwards):
+        for other in forwards[:index]:
+            addresses = {one.address, other.address}
+            is_same = (one.protocol, one.port) == (other.protocol, other.port)
+            if is_same and (len(addresses) == 1 or "" in addresses):
+                raise ForwardError(f"forwarded port {one.protocol} {one.port} comes twice")
 
 
 def host_address(text: str) -> str:

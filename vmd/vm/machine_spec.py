@@ -18,7 +18,7 @@ from vmm_kvm.block.mapped import MappedImage
 from vmm_kvm.boot.nvram import Variables
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.errors import ImageError, SpecError
-from vmm_kvm.images.opening import open_image
+from vmm_kvm.images.opening import open_disc, open_image
 from vmm_kvm.machine.net import NetSpec
 from vmm_kvm.machine.spec import BASIC_DEVICES, MachineSpec
 from vmm_kvm.net.ethernet import parse_lladdr
@@ -78,7 +78,7 @@ def machine_spec_of(
         variables = stack.enter_context(Variables.of(file))
     cdroms = []
     if spec.cdrom is not None:
-        cdrom = open_image(fds.take(spec.cdrom), Format.RAW, read_only=True, name="cdrom")
+        cdrom = open_disc(fds.take(spec.cdrom), name="cdrom")
         stack.callback(cdrom.close)
         cdroms.append(ScsiCdSpec(cdrom))
     disks = tuple(

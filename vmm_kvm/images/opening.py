@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CHAIN_MAX = 4
 """Files in one chain: an image and at most three bases. Source: section 1 of OpenBSD's limits."""
 
+_DISC_MARK, _DISC_MARK_AT = b"CD001", 0x8001
+"""Source: ECMA-119 §8.1."""
 _QCOW2_MAGIC = b"QFI\xfb"
 
 
@@ -89,6 +91,45 @@ def open_image(
         assert image is not None
         stack.pop_all()
         return image
+
+
+def open_disc(source: str | int, name: str | None = None) -> StoredImage:
+    """Open the image of a disc: its bytes as they are, to be read only.
+
+    Takes ownership of `source` if it is a descriptor, whatever happens.
+
+    Raises:
+        ImageError: it cannot be opened, or is plainly no disc but an image of a disk, compressed,
+            or an archive.
+    """
+    image = open_image(source, Format.RAW, read_only=True, name=name)
+    called = name or str(source)
+    try:
+        problem = _no_disc(image, called)
+    except OSError as err:
+        problem = f"{called}: {err.strerror}"
+    if problem:
+        image.close()
+        raise ImageError(problem)
+    return image
+
+
+def _no_disc(image: StoredImage, called: str) -> str:
+    """Say what an image is that is plainly none of a disc; empty if it may be one."""
+
+    def read(offset: int, size: int) -> bytes:
+        data = bytearray(max(0, min(size, image.size - offset)))
+        if data:
+            image.readv(offset, [memoryview(data)])
+        return bytes(data)
+
+    if read(_DISC_MARK_AT, len(_DISC_MARK)) == _DISC_MARK:
+        return ""
+    first = read(0, SECTOR_SIZE)
+    if probe(first) is Format.QCOW2:
+        return f"{called}: a qcow2 image, not a disc's"
+    last = read(max(0, image.size - SECTOR_SIZE), SECTOR_SIZE)
+    return (foreign(called, first, last) or "").partition(", or say ")[0]
 
 
 def image_chain(

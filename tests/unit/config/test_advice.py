@@ -111,3 +111,15 @@ def test_two_switches_of_one_name() -> None:
     """The second is never used."""
     text = 'switch "up" { interface bridge0 }\nswitch "up" { interface bridge1 }\n'
     assert odd(text) == ['warning: switch "up": only the first of this name counts']
+
+
+def test_a_forwarded_port_twice() -> None:
+    """Only one of the two can lead somewhere, whichever interface it is for."""
+
+    def vm(first: str, second: str) -> str:
+        ports = (f"local interface {{ forward {port} to 80 }}" for port in (first, second))
+        return "\n".join(('vm "a" {', *ports, "}\n"))
+
+    found = ['f:4: warning: vm "a": forwarded port tcp 80 comes twice']
+    assert odd(vm("tcp 80", "tcp 80")) == found
+    assert odd(vm("tcp 80", "udp 80")) == odd(vm("tcp 80", "tcp 81")) == []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmd.config.forwards import ForwardError, host_address, parse_forward
+from vmd.config.forwards import ForwardError, check_ports, host_address, parse_forward
 from vmd.config.model import ForwardConfig
 
 
@@ -61,3 +61,24 @@ def test_what_is_no_address(text: str) -> None:
     """A request cannot bring anything but an address into a rule."""
     with pytest.raises(ForwardError, match="invalid address"):
         host_address(text)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_refused"),
+    [
+        ("tcp:80", "tcp:80:81", True),
+        ("tcp:80", "tcp:*:80:81", True),
+        ("tcp:0.0.0.0:80", "tcp:192.0.2.1:80", True),
+        ("tcp:80", "udp:80", False),
+        ("tcp:80", "tcp:81:80", False),
+        ("tcp:192.0.2.1:80", "tcp:192.0.2.2:80", False),
+    ],
+)
+def test_the_same_port_twice(one: str, other: str, is_refused: bool) -> None:
+    """An address and all addresses are the same port as well."""
+    forwards = [parse_forward(one), parse_forward(other)]
+    if is_refused:
+        with pytest.raises(ForwardError, match="port tcp 80 comes twice"):
+            check_ports(forwards)
+    else:
+        check_ports(forwards)

@@ -20,6 +20,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("disk.raw").write_bytes(bytes(4 << 20))
     Path("disk.gz").write_bytes(gzip.compress(bytes(1 << 20)))
     Path("page.img").write_text("<html>404")
+    Path("empty").touch()
     Path("text").write_text("x" * 100)
     make = ["qemu-img", "create", "-q", "-f", "qcow2"]
     subprocess.run([*make, "disk.qcow2", "4M"], check=True)
@@ -39,6 +40,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ('disk "orphan.qcow2"', "disk {}/gone: No such file or directory"),
         ('disk "disk.raw" format qcow2', "disk {}/disk.raw: invalid magic numbers"),
         ('disk "."', "disk {}: neither a regular file nor a block device"),
+        ('cdrom "disk.gz"', "cdrom {}/disk.gz: compressed by gzip: unpack it first"),
+        ('cdrom "disk.qcow2"', "cdrom {}/disk.qcow2: a qcow2 image, not a disc's"),
+        ('cdrom "page.img"', "cdrom {}/page.img: a web page, not a disk: download it again"),
+        ('cdrom "."', "cdrom {}/.: neither a regular file nor a block device"),
+        ('cdrom "gone"', "cdrom {}/gone: No such file or directory"),
+        ('cdrom "disk.raw"', ""),
+        ('cdrom "empty"', ""),
         ('boot "text"', "boot {}/text: not a kernel or firmware image"),
         ('boot "/bin/sh"', "a program or library of an operating system, not a kernel"),
         ('firmware "text"\nappend "x"', "boot {}/text: firmware takes no command line"),
