@@ -340,7 +340,7 @@ _vmctl() {
 		return
 		;;
 	'run '*)
-		options=(-B -b -c -d -i -L -m -n -p -r --agent --append --balloon --cloud-init --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --selftest --share --ssh-key --timeout --tpm --virtio-console --vsock --wait --watchdog)
+		options=(-B -b -c -d -i -L -m -n -p -r --agent --append --balloon --cloud-init --console-log --firmware --forward --from --gdb --initrd --json --no-reboot --nvram --rw --selftest --share --ssh-key --timeout --tpm --virtio-console --vsock --wait --watchdog)
 		operands=()
 		;;
 	'send '*)

@@ -123,6 +123,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from run' -l initrd -d 'Initial RAM
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l json -d 'Print what has become of the VM as JSON.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l no-reboot -d 'End when the guest reboots, instead of booting again.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l nvram -d 'File that keeps the variables of UEFI firmware; made if it is missing.' -x -a '(__fish_complete_path)'
+complete -c vmctl -n '__fish_seen_subcommand_from run' -l rw -d 'Let the command change this host\'s files.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l selftest -d 'Boot the self-test guest that comes along.'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l share -d 'Share a directory by virtio-fs, which the guest mounts by its tag; may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -l ssh-key -d 'Let the owner of this public key log in, by cloud-init; may be repeated.' -x -a '(__fish_complete_path)'

@@ -137,10 +137,13 @@ def read_options(verb: Verb, words: Sequence[str]) -> tuple[Values | None, list[
     """
     known = {option.name: option for option in verb.options}
     values: Values = {}
-    rest, operands = list(words), []
+    rest, operands = list(words), list[str]()
     while rest:
         word = rest.pop(0)
         if word == "--":
+            if verb.behind and rest:
+                values[verb.behind] = tuple(rest)
+                return values, operands
             break
         if word == "-" or not word.startswith("-"):
             operands.append(word)

@@ -11,11 +11,11 @@ import stat
 import struct
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from select import POLLIN, POLLOUT
 
-from vmctl.agent import AgentRefusedError, Session
+from vmctl.agent import Agent, AgentRefusedError, Session
 from vmctl.agent_frames import Kind
 from vmctl.client import CommandError
 from vmctl.console import RawTerminal
@@ -55,9 +55,41 @@ def execute(
     try:
         deadline = _deadline(timeout)
         added = _variables(environment)
-        if terminal:
-            added.setdefault("TERM", os.environ.get("TERM", "dumb"))
-        with agent_of(name, deadline).execute(
+    except CommandError as err:
+        fail(err)
+        return EXIT_NO_CONNECTION
+    return execute_by(
+        agent_of(name, deadline),
+        command,
+        deadline=deadline,
+        interactive=interactive,
+        user=user,
+        directory=directory,
+        environment=added,
+        terminal=terminal,
+    )
+
+
+def execute_by(
+    agent: Agent,
+    command: Sequence[str],
+    *,
+    deadline: float | None = None,
+    interactive: bool = False,
+    terminal: bool = False,
+    user: str = "",
+    directory: str = "",
+    environment: Mapping[str, str],
+) -> int:
+    """Run a command by an agent, its streams ours; returns its exit status, or one of the above.
+
+    `deadline` is of the monotonic clock.
+    """
+    added = dict(environment)
+    if terminal:
+        added.setdefault("TERM", os.environ.get("TERM", "dumb"))
+    try:
+        with agent.execute(
             command,
             deadline=deadline,
             reads=interactive,

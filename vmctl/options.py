@@ -159,6 +159,7 @@ _MACHINE_OPTIONS = (
         True,
         (FILE,),
     ),
+    Option("--rw", "is_writable", "Let the command change this host's files."),
     Option("--save", "save", "Make a file of vm.conf.d of the VM, which then stays."),
     Option("--selftest", "selftest", "Boot the self-test guest that comes along."),
     Option(
@@ -226,6 +227,7 @@ _NOT_FOR_START = {
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
     "--tpm": "vmd starts no swtpm: use run",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
+    "--rw": "it is for a command of run, behind --",
     "--share": "VMs of vmd have no shared directories",
     "--virtio-console": "VMs of vmd have a serial port alone",
 }
@@ -244,7 +246,8 @@ RUN_USAGE = (
     "\t\t[--json] [--no-reboot] [--nvram path] [--selftest]\n"
     "\t\t[--share directory:tag[:ro]] [--ssh-key file] [--timeout seconds]\n"
     "\t\t[--tpm directory] [--virtio-console] [--vsock path] [--wait condition]\n"
-    "\t\t[--watchdog] [name]"
+    "\t\t[--watchdog] [name]\n"
+    "\trun [options] [--rw] [name] -- command [arg ...]"
 )
 START_USAGE = (
     "[-cL] [-B device] [-b path] [-d disk] [-i count]\n"

@@ -83,6 +83,8 @@ class RunOptions(NamedTuple):
     balloon: bool = False
     watchdog: bool = False
     tpm: tuple[str, ...] = ()
+    is_writable: bool = False
+    """For a command, which is no option."""
     initrd: tuple[str, ...] = ()
     append: tuple[str, ...] = ()
     timeout: tuple[str, ...] = ()
@@ -104,14 +106,21 @@ def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) 
 
     Args:
         words: the VM's name, or nothing.
-        given: fields of RunOptions.
+        given: fields of RunOptions; a `command` runs in a VM of this host's root instead.
     """
+    command = given.pop("command", ())
+    if isinstance(command, tuple) and command:
+        from vmctl.run_command import run_command  # noqa: PLC0415 - few VMs are for one
+
+        return run_command("".join(words), command, given, run)
     options = RunOptions(**given, name="".join(words))  # type: ignore[arg-type] # as the table has it
     log.set_up_with(_set_up_logging)
     report = Report(options.as_json)
     reason = None
     has_lost_output = False
     try:
+        if options.is_writable:
+            raise SpecError("--rw is for a command, which follows --")
         with ExitStack() as stack:
             origin = _origin(options)
             vsock = _vsock(options)

@@ -56,6 +56,8 @@ class Verb(NamedTuple):
     """Options and operands as OpenBSD shows them, in its lines; else they follow from the above."""
     completes: tuple[str, ...] = ()
     """As of options."""
+    behind: str = ""
+    """The field for words behind `--`, where they are no operands."""
 
     @property
     def is_openbsd(self) -> bool:
@@ -349,6 +351,7 @@ _TABLE = (
         RUN_OPTIONS,
         *(0, 1),
         usage=RUN_USAGE,
+        behind="command",
     ),
     Verb(
         "send",

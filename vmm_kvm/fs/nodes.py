@@ -21,6 +21,8 @@ DEPTH_MAX = 4096
 DESCRIPTORS_MIN = 16
 """Descriptors that a table needs: the directories of one request are never taken away from it."""
 
+_DEVICES_MAX, _DEVICE_SHIFT = 255, 56
+
 Key = tuple[int, int, int]
 """Device, inode number, kind."""
 
@@ -61,6 +63,8 @@ class Nodes:
         self._next = FUSE_ROOT_ID + 1
         self.root = Node(FUSE_ROOT_ID, key_of(os.fstat(tree.root)), tree.root, None, b"")
         self.root.pins = 1
+        self._devices = {self.root.key[0]: 0}
+        """Numbers of file systems, in the order in which they were met."""
         self._by_id = {FUSE_ROOT_ID: self.root}
         self._by_key = {self.root.key: self.root}
         self._recent: OrderedDict[int, Node] = OrderedDict()
@@ -94,6 +98,18 @@ class Nodes:
         if node is None:
             fail(errno.ESTALE)
         return node
+
+    def inode_of(self, status: os.stat_result) -> int:
+        """Return an inode number for the guest, to which all that is shared is one file system.
+
+        Those of other file systems than the root's differ from its own in the upper byte.
+        """
+        number = self._devices.get(status.st_dev)
+        if number is None:
+            number = min(len(self._devices), _DEVICES_MAX)
+            if number < _DEVICES_MAX:
+                self._devices[status.st_dev] = number
+        return status.st_ino ^ number << _DEVICE_SHIFT
 
     def has_room(self) -> bool:
         """Tell whether one more can be known."""

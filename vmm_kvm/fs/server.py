@@ -229,12 +229,19 @@ class FuseServer:
     # Names and attributes
 
     def _look_up(self, parent: int, body: bytes) -> bytes:
-        return entry_out(*self.nodes.look_up(self.nodes.get(parent), name_in(body)))
+        return self._entry_out(*self.nodes.look_up(self.nodes.get(parent), name_in(body)))
 
     def _get_attributes(self, number: int, body: bytes) -> bytes:
         flags, _, handle = abi.GETATTR_IN.unpack_from(body)
         node = self.nodes.get(number)
-        return attributes_out(os.fstat(self._either(node, flags & abi.FUSE_GETATTR_FH, handle)))
+        return self._attributes_out(self._either(node, flags & abi.FUSE_GETATTR_FH, handle))
+
+    def _attributes_out(self, fd: int) -> bytes:
+        status = os.fstat(fd)
+        return attributes_out(status, self.nodes.inode_of(status))
+
+    def _entry_out(self, node: Node, status: os.stat_result) -> bytes:
+        return entry_out(node, status, self.nodes.inode_of(status))
 
     def _either(self, node: Node, has_handle: int, handle: int) -> int:
         """Return a descriptor of a node: of a handle, if the guest names one, or its own."""
@@ -258,7 +265,7 @@ class FuseServer:
         if times != (AS_IT_IS, AS_IT_IS):
             self._tree.set_times(fd, *times)
         # Owners stay as they are: all that a guest writes is its user's on the host.
-        return attributes_out(os.fstat(fd))
+        return self._attributes_out(fd)
 
     def _resize(self, node: Node, number: int, size: int) -> None:
         handle = self._handles.get(number)
@@ -402,7 +409,7 @@ class FuseServer:
         if entry.name in {b".", b".."} or not self.nodes.has_room():
             return _NO_NODE
         try:
-            return entry_out(*self.nodes.look_up(directory, entry.name))
+            return self._entry_out(*self.nodes.look_up(directory, entry.name))
         except OSError:
             return _NO_NODE
 
@@ -435,7 +442,7 @@ class FuseServer:
             except OSError:
                 os.close(fd)
                 raise
-        return entry_out(node, status) + self._opened(node, fd, access)
+        return self._entry_out(node, status) + self._opened(node, fd, access)
 
     def _directory_with_room(self, number: int) -> Node:
         """Return a directory that something is to be made in, which the guest will know."""
@@ -456,20 +463,20 @@ class FuseServer:
             self._tree.make_node(self.nodes.fd_of(parent), name, kind | permissions)
         else:
             fail(errno.EPERM)
-        return entry_out(*self.nodes.look_up(parent, name))
+        return self._entry_out(*self.nodes.look_up(parent, name))
 
     def _make_directory(self, number: int, body: bytes) -> bytes:
         mode, _umask = abi.MKDIR_IN.unpack_from(body)
         name = name_in(body[abi.MKDIR_IN.size :])
         parent = self._directory_with_room(number)
         self._tree.make_directory(self.nodes.fd_of(parent), name, mode & _PERMISSIONS)
-        return entry_out(*self.nodes.look_up(parent, name))
+        return self._entry_out(*self.nodes.look_up(parent, name))
 
     def _symlink(self, number: int, body: bytes) -> bytes:
         name, target = names_in(body)
         parent = self._directory_with_room(number)
         self._tree.make_symlink(self.nodes.fd_of(parent), name, target)
-        return entry_out(*self.nodes.look_up(parent, name))
+        return self._entry_out(*self.nodes.look_up(parent, name))
 
     def _link(self, number: int, body: bytes) -> bytes:
         old, name = (
@@ -484,7 +491,7 @@ class FuseServer:
             self._tree.link(old.fd, self.nodes.fd_of(parent), name)
         finally:
             self.nodes.unpin(old)
-        return entry_out(*self.nodes.look_up(parent, name))
+        return self._entry_out(*self.nodes.look_up(parent, name))
 
     def _unlink(self, number: int, body: bytes) -> bytes:
         self._tree.remove(self._fd(number), name_in(body))

@@ -67,13 +67,13 @@ def front(buffers: Views, size: int) -> list[memoryview]:
     return front
 
 
-def attributes(status: os.stat_result) -> bytes:
-    """Return a fuse_attr."""
+def attributes(status: os.stat_result, ino: int) -> bytes:
+    """Return a fuse_attr with an inode number."""
     accessed, accessed_ns = divmod(status.st_atime_ns, _BILLION)
     modified, modified_ns = divmod(status.st_mtime_ns, _BILLION)
     changed, changed_ns = divmod(status.st_ctime_ns, _BILLION)
     return abi.ATTR.pack(
-        *(status.st_ino, status.st_size, status.st_blocks),
+        *(ino, status.st_size, status.st_blocks),
         *(accessed & MASK64, modified & MASK64, changed & MASK64),
         *(accessed_ns, modified_ns, changed_ns),
         *(status.st_mode, min(status.st_nlink, 0xFFFF_FFFF), status.st_uid, status.st_gid),
@@ -81,11 +81,11 @@ def attributes(status: os.stat_result) -> bytes:
     )
 
 
-def attributes_out(status: os.stat_result) -> bytes:
+def attributes_out(status: os.stat_result, ino: int) -> bytes:
     """Return a fuse_attr_out."""
-    return abi.ATTR_OUT.pack(VALID_S, 0, 0) + attributes(status)
+    return abi.ATTR_OUT.pack(VALID_S, 0, 0) + attributes(status, ino)
 
 
-def entry_out(node: Node, status: os.stat_result) -> bytes:
+def entry_out(node: Node, status: os.stat_result, ino: int) -> bytes:
     """Return a fuse_entry_out."""
-    return abi.ENTRY_OUT.pack(node.id, 0, VALID_S, VALID_S, 0, 0) + attributes(status)
+    return abi.ENTRY_OUT.pack(node.id, 0, VALID_S, VALID_S, 0, 0) + attributes(status, ino)

@@ -375,3 +375,13 @@ def test_values_of_time(client: FuseClient) -> None:
     """What the guest may believe, it believes for a second: the host changes files too."""
     answer = client.call(abi.FUSE_LOOKUP, ROOT, b"file\0")
     assert abi.ENTRY_OUT.unpack_from(answer)[2:4] == (VALID_S, VALID_S) == (1, 1)
+
+
+def test_mount_points_below() -> None:
+    """What is mounted below is shared, and its inode numbers are not those of the root's."""
+    with FuseClient(Path("/"), is_writable=False) as client:
+        root = client.attributes(ROOT)
+        proc = client.look_up(b"proc").attributes
+        assert root.ino == Path("/").stat().st_ino
+        assert proc.ino == Path("/proc").stat().st_ino + (1 << 56)
+        assert client.look_up(b"proc").attributes.ino == proc.ino

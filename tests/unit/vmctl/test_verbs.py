@@ -168,7 +168,9 @@ def test_run_and_start_have_the_same_options() -> None:
             "--gdb",
             "--no-reboot",
             "--nvram",
+            "--rw",
             "--share",
+            "--tpm",
             "--virtio-console",
         },
     }
