@@ -620,7 +620,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "uvicorn",
     ),
     "vmm_agent": (),
-    "vmm_pytest": ("vmm_kvm.libc", "vmctl", "vmctl.copying", "pytest", "pluggy"),
+    "vmm_pytest": ("vmm_kvm.libc", "vmm_kvm.text", "vmctl", "vmctl.copying", "pytest", "pluggy"),
 }
 """Allowed imports of each folder or module, besides itself and the standard library.
 

@@ -146,6 +146,26 @@ def copy_tree_in(agent: Agent, source: str, path: str) -> None:
         session.finish()
 
 
+def copy_contents_in(agent: Agent, source: str, path: str) -> None:
+    """Copy all that is in a directory of this host into the directory `path` of a guest.
+
+    Raises:
+        CommandError: the agent does not take it.
+        OSError: something of it cannot be read.
+    """
+    names = sorted(os.listdir(os.fsencode(source)))
+    with agent.open("put", None, form="tar", path=path, into=True) as session:
+        try:
+            with tarfile.open(fileobj=_Writer(session), mode="w|", bufsize=PIECE) as archive:
+                for name in names:
+                    place = os.path.join(os.fsencode(source), name)
+                    _pack(archive, place, name, is_followed=False)
+        except tarfile.TarError as err:
+            raise CommandError(f"tar: {err}") from None
+        session.end_input()
+        session.finish()
+
+
 class _Writer(io.BufferedIOBase):
     """A session's input as a writable file."""
 

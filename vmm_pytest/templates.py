@@ -80,18 +80,9 @@ class Template(NamedTuple):
         try:
             with Client(self.run.daemon) as client:
                 self._ask(client, name, deadline)
-                client.send("console", {"name": name})
-                console = ConsoleLog(opened(client)[0])
         except CommandError as err:
             raise MachineError(f"{name}: not cloned: {err}") from None
-        machine = Machine(self.run.daemon, name, self.agent_of(name), console, self.timeout)
-        on_made(machine)
-        try:
-            renew(machine.agent, name, deadline)
-        except (CommandError, TimeoutError) as err:
-            machine.close()
-            raise MachineError(f"{name}: the clone cannot be made another one: {err}") from None
-        return machine
+        return adopt(self.run, name, self.agent_of, self.timeout, on_made)
 
     def _ask(self, client: Client, name: str, deadline: float) -> None:
         """Make a clone, as soon as the template's state is not being taken for another process."""
@@ -107,6 +98,36 @@ class Template(NamedTuple):
             if vm["code"]:
                 raise RefusedError(vm["code"], vm["message"])
             return
+
+
+def adopt(
+    run: Run,
+    name: str,
+    agent_of: FindAgent,
+    timeout: float,
+    on_made: Callable[[Machine], None] = lambda _: None,
+) -> Machine:
+    """Return the machine of a VM that is a copy of another; see `Template.clone`.
+
+    Raises:
+        MachineError: it is not ready in time.
+    """
+    __tracebackhide__ = True
+    deadline = time.monotonic() + timeout
+    try:
+        with Client(run.daemon) as client:
+            client.send("console", {"name": name})
+            console = ConsoleLog(opened(client)[0])
+    except CommandError as err:
+        raise MachineError(f"{name}: no console: {err}") from None
+    machine = Machine(run.daemon, name, agent_of(name), console, timeout)
+    on_made(machine)
+    try:
+        renew(machine.agent, name, deadline)
+    except (CommandError, TimeoutError) as err:
+        machine.close()
+        raise MachineError(f"{name}: the clone cannot be made another one: {err}") from None
+    return machine
 
 
 class Templates:
@@ -195,13 +216,15 @@ class Templates:
             return ["-d", f"{kind}{path.replace(',', ',,')},ro"]
         copy = self._run.folder / f"disk-{key}.raw"
         copy.unlink(missing_ok=True)
-        self._vmctl("create", "-i", f"{kind}{path}", f"raw:{copy}", seconds=_COPY_S)
+        run_vmctl(self._run, "create", "-i", f"{kind}{path}", f"raw:{copy}", seconds=_COPY_S)
         return ["-d", f"raw:{copy}"]
 
     def _build(self, client: Client, name: str, words: list[str], seconds: float) -> None:
         __tracebackhide__ = True
         deadline = time.monotonic() + seconds
-        self._vmctl("start", "--template", "--vsock", "auto", *words, name, seconds=_START_S)
+        run_vmctl(
+            self._run, "start", "--template", "--vsock", "auto", *words, name, seconds=_START_S
+        )
         console = None
         try:
             client.send("console", {"name": name})
@@ -230,23 +253,24 @@ class Templates:
             else:
                 return
 
-    def _vmctl(self, *words: str, seconds: float) -> None:
-        """Run vmctl.
 
-        Raises:
-            MachineError: it fails, and with its message.
-        """
-        __tracebackhide__ = True
-        done = subprocess.run(
-            [sys.executable, "-m", "vmctl", *words],
-            env={**os.environ, "VMD_SOCKET": self._run.daemon},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            check=False,
-        )
-        if done.returncode:
-            text = done.stderr.strip() or text_of("command-failed")
-            raise MachineError(f"vmctl {' '.join(words)}: {text}")
+def run_vmctl(run: Run, *words: str, seconds: float) -> None:
+    """Run vmctl for the daemon of a run.
+
+    Raises:
+        MachineError: it fails, and with its message.
+    """
+    __tracebackhide__ = True
+    done = subprocess.run(
+        [sys.executable, "-m", "vmctl", *words],
+        env={**os.environ, "VMD_SOCKET": run.daemon},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=seconds,
+        check=False,
+    )
+    if done.returncode:
+        text = done.stderr.strip() or text_of("command-failed")
+        raise MachineError(f"vmctl {' '.join(words)}: {text}")
