@@ -21,6 +21,12 @@ pytestmark = [
 ]
 
 WIDTHS = (1280, 400)
+FITS = """(() => {
+    const [inner, outer] = ['#terminal .xterm-screen', '#terminal'].map(
+        (one) => document.querySelector(one).getBoundingClientRect());
+    return inner.bottom <= outer.bottom && inner.right <= outer.right && inner.height > 200;
+})()"""
+"""The terminal's rows and columns are all to be seen."""
 
 
 @contextmanager
@@ -62,6 +68,7 @@ def pictures(page: Browser, name: str) -> None:
         page.resize(width, 900)
         page.wait_for(f"innerWidth === {width}")
         assert page.value("document.documentElement.scrollWidth <= innerWidth"), (name, width)
+        page.wait_for(FITS)
         for scheme in ("light", "dark"):
             page.prefer(scheme)
             if folder:

@@ -114,6 +114,19 @@ def test_refusals_have_statuses() -> None:
     assert operations.status_of(messages.Done()) == 200
 
 
+def test_the_page_makes_no_html_of_text() -> None:
+    """Names and messages are set as text; nothing is evaluated, no script stands in the page."""
+    page = XTERM.parent
+    for path in page.glob("*.js"):
+        text = path.read_text()
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|\.write\w*\(<|eval\(|srcdoc", text
+        )
+    html = (page / "index.html").read_text()
+    assert re.findall(r"<script[^>]*>", html) == ['<script type="module" src="/app.js">']
+    assert not re.search(r"\son\w+=|\sstyle=|<style|javascript:|https?:", html)
+
+
 def test_vendored_files_are_what_was_released() -> None:
     """docs/web.md has the hash of each file that is not ours, and no other is there."""
     page = (ROOT / "docs" / "web.md").read_text()

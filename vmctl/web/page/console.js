@@ -23,7 +23,12 @@ class Attached {
     this.timer = null;
     this.isClosed = false;
     this.hasShown = false;
-    this.terminal = new Terminal({ scrollback: 5000, theme: { background: "#101317" } });
+    this.terminal = new Terminal({
+      scrollback: 5000,
+      theme: { background: "#101317" },
+      // A guest can print links, which lead wherever it likes.
+      linkHandler: { activate: () => {} },
+    });
     this.fit = new FitAddon();
     this.terminal.loadAddon(this.fit);
     this.terminal.open(place);
