@@ -30,7 +30,7 @@ class Timer(Protocol):
 
 
 class Loop(Protocol):
-    """What an acceptor needs of an event loop."""
+    """The event loop, as far as an acceptor needs it."""
 
     def monotonic_ns(self) -> int:
         """Return nanoseconds on the loop's clock."""

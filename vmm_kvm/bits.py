@@ -7,7 +7,7 @@ PAGE_SIZE = 4096
 
 
 def all_ones(size: int) -> int:
-    """Return what a bus that nobody drives reads as: `size` bytes of 0xff."""
+    """Return the value of an unclaimed read: `size` bytes of 0xff."""
     return (1 << (8 * size)) - 1
 
 

@@ -1,10 +1,10 @@
-"""What a VM boots from."""
+"""The device that a VM boots from."""
 
 from enum import StrEnum
 
 
 class BootDevice(StrEnum):
-    """What firmware boots from, as vm.conf(5) and the `-B` of vmctl(8) name it."""
+    """The device that firmware boots from, as vm.conf(5) and the `-B` of vmctl(8) name it."""
 
     AUTO = "auto"
     DISK = "disk"

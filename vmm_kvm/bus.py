@@ -18,12 +18,12 @@ from typing import NamedTuple, Protocol, Self
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import BusError
 
-# A guest may touch any number of addresses: drop what was learnt after this many.
+# A guest may touch any number of addresses: drop the look-ups after this many.
 _CACHED_ADDRESSES = 4096
 
 
 class BusDevice(Protocol):
-    """What a bus needs of a device."""
+    """A device, as far as a bus needs it."""
 
     lock: threading.Lock
 
@@ -35,14 +35,14 @@ class BusDevice(Protocol):
 
 
 class Clearable(Protocol):
-    """A table of what was learnt from a bus."""
+    """A table of look-ups on a bus."""
 
     def clear(self) -> None:
         """Forget everything."""
 
 
 class Claim(NamedTuple):
-    """What an access needs, found once per address.
+    """The parts that an access needs, found once per address.
 
     It holds the methods themselves: after an exit caches are cold, and `with` and two attribute
     look-ups cost half a microsecond.
@@ -80,7 +80,7 @@ _UNCLAIMED = Claim.of(0, 0, _Undriven())
 class Bus:
     """A map from disjoint address ranges to devices.
 
-    Reads that nobody claims return all ones, writes are dropped, as on real hardware; so do
+    Unclaimed reads return all ones, writes are dropped, as on real hardware; so do
     accesses that straddle the end of a range. Ranges may change while vCPUs run.
     """
 
@@ -90,7 +90,7 @@ class Bus:
         """Make an empty bus of `size` addresses."""
         self.size = size
         self.version = 0
-        """Changes whenever a range does: what was learnt from `find` before is stale then."""
+        """Changes whenever a range does: earlier results of `find` are stale then."""
         self._watched: list[Clearable] = []
         self._lock = threading.Lock()  # guards all below; vCPUs look into _claims without it
         self._bases: list[int] = []

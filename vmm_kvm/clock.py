@@ -20,7 +20,7 @@ class Clock(Protocol):
     """A source of time and timers."""
 
     def monotonic_ns(self) -> int:
-        """Return nanoseconds since an arbitrary start; it goes on while the VM is paused."""
+        """Return nanoseconds since an arbitrary start; it advances while the VM is paused."""
 
     def realtime_ns(self) -> int:
         """Return nanoseconds since 1970-01-01 UTC."""

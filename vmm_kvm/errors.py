@@ -1,4 +1,4 @@
-"""The exceptions of this package, sorted by what the caller does about them.
+"""The exceptions of this package, sorted by the caller's reaction.
 
 VmmError
 ├── KvmError          a KVM operation failed (also an OSError): the host's fault
@@ -8,8 +8,8 @@ VmmError
 ├── BootError         the boot image cannot be loaded: the image's fault
 ├── ImageError        a disk image cannot be opened, or is corrupt: the image's fault
 ├── StateError        a saved state is not one of this machine: its author's fault
-├── SnapshotError     a snapshot is damaged, or of a machine that cannot go on here
-├── HaltError         a device cannot go on until the host can: the VM has to stand still
+├── SnapshotError     a snapshot is damaged, or of a machine that cannot continue here
+├── HaltError         a device cannot continue until the host can: the VM has to be paused
 ├── VhostUserError    the peer broke the vhost-user protocol (in `virtio.vhost_user.messages`)
 └── GuestError        the guest did something invalid: its device goes into an error state
     ├── GuestMemoryError   an access outside guest RAM
@@ -83,16 +83,16 @@ class StateError(VmmError):
 
 
 class SnapshotError(VmmError):
-    """A snapshot or its stream is damaged, incomplete, or of a machine that cannot go on here."""
+    """A snapshot or its stream is damaged, incomplete, or of a machine that cannot run here."""
 
 
 class HaltReason(enum.StrEnum):
-    """Why a device cannot go on."""
+    """The reason for which a device cannot continue."""
 
     NO_SPACE = "no space"
     IO_ERROR = "I/O error"
     IN_DOUBT = "in doubt"
-    """No fault of a device: the VM was handed over, and nobody knows whether it runs elsewhere."""
+    """No fault of a device: the VM was handed over, and may run elsewhere."""
 
 
 class HaltError(VmmError):
@@ -114,7 +114,7 @@ class HaltError(VmmError):
 
 
 class GuestError(VmmError):
-    """The guest did something invalid; its device stops, the host goes on."""
+    """The guest did something invalid; its device stops, the host continues."""
 
 
 class GuestMemoryError(GuestError):

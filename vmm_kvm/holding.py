@@ -1,4 +1,4 @@
-"""Holding a VM's vCPUs for its output's sake or a debugger's, whoever else has paused the VM."""
+"""Holding a VM's vCPUs for its output's or a debugger's sake, besides any pause of the VM."""
 
 from collections.abc import Collection
 from contextlib import suppress
@@ -8,7 +8,7 @@ from vmm_kvm.vm_table import VmEntry, Vmm, check_owner, find_vm, wait_until_out
 
 
 def throttle(vmm: Vmm, vm_id: int, *, hold: bool) -> None:
-    """Let `run` wait and bring every vCPU out, without waiting for it; or let them go on.
+    """Make `run` wait and interrupt every vCPU, without waiting for it; or let them run.
 
     Again changes nothing. A VM that is paused as well stands still until both have ended. A guest
     with a kvmclock is told that it was held, so that its watchdogs do not fire. Any thread.

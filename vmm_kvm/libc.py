@@ -13,7 +13,7 @@ _MAP_FIXED = 0x10  # the mmap module lacks it
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC_WITHOUT_ERRNO = ctypes.CDLL(None)
-"""For calls whose errno nobody reads: copying it takes time."""
+"""For calls whose errno is not read: copying it takes time."""
 
 LIBC.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 LIBC.syscall.restype = ctypes.c_long
@@ -40,7 +40,7 @@ def map_over(
     """Map `size` bytes of `fd` from `offset` on over what this process has at `address`.
 
     All are multiples of 4096. They are shared, or with `is_private` copied page by page as this
-    process writes to them. Python mappings that lie there go on as views of it.
+    process writes to them. Python mappings that lie there continue as views of it.
 
     Raises:
         OSError: the descriptor cannot be mapped.

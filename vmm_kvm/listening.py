@@ -1,4 +1,4 @@
-"""Listening UNIX sockets in the file system, in place of ones that nobody listens to any more."""
+"""Listening UNIX sockets in the file system, which replace stale ones."""
 
 import errno
 import os
@@ -14,10 +14,10 @@ def listen(
 ) -> socket.socket:
     """Make a listening UNIX socket at `path` with the permissions `mode`.
 
-    One that nobody listens to any more is replaced; `server` names the other listener in messages.
+    A stale socket, without a listener, is replaced; messages call the other listener `server`.
 
     Raises:
-        SpecError: somebody listens there, or something else is there.
+        SpecError: another program listens there, or another file is there.
         OSError: it cannot be made.
     """
     sock = socket.socket(socket.AF_UNIX, kind)

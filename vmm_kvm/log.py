@@ -40,7 +40,7 @@ def show_lines(program: str, level: str) -> None:
 
 
 class Log:
-    """What `logging.getLogger(name)` returns, as far as this package uses it; any thread.
+    """The result of `logging.getLogger(name)`, as far as this package uses it; any thread.
 
     Messages are lines without a newline; arguments are formatted into them as `%` does, and only
     if the message is wanted.

@@ -91,12 +91,12 @@ class EventLoop:
         return time.time_ns()
 
     def stop_clock(self) -> None:
-        """Let `monotonic_ns` stand still, and no timer fire, until `start_clock`."""
+        """Stop `monotonic_ns` and all timers until `start_clock`."""
         if self._stopped_at_ns is None:
             self._stopped_at_ns = time.monotonic_ns()
 
     def start_clock(self) -> None:
-        """Let time go on where `stop_clock` stopped it."""
+        """Let time advance from where `stop_clock` stopped it."""
         if self._stopped_at_ns is not None:
             self._lost_ns += time.monotonic_ns() - self._stopped_at_ns
             self._stopped_at_ns = None

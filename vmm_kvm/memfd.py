@@ -84,6 +84,6 @@ def seal(fd: int, seals: int) -> None:
     """Keep everyone from changing memory in these ways from now on.
 
     Raises:
-        OSError: it is no such memory, or somebody still can: it is mapped for writing.
+        OSError: it is no such memory, or it can still be written: it is mapped for writing.
     """
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)

@@ -39,7 +39,7 @@ class Region(NamedTuple):
     size: int
     """Bytes, a multiple of 4096."""
     offset: int
-    """Where it begins in the memfd or mapping, bytes."""
+    """Its start in the memfd or mapping, bytes."""
 
     @property
     def end(self) -> int:
@@ -99,7 +99,7 @@ class GuestMemory:
         self.regions = tuple(regions)
         self.size = offset
         self.writes = WriteLog()
-        """Where devices mark what they wrote."""
+        """The log in which devices mark their writes."""
         self._attached: list[tuple[int, memoryview]] = []
         # Nearly every access is to the region at 0, so it is checked first.
         self._low_end = regions[0].end if regions[0].gpa == 0 else 0
@@ -155,7 +155,7 @@ class GuestMemory:
         self.close()
 
     def log_writes(self, log: memoryview) -> None:
-        """Have devices of this process mark what they write in `log`, until `writes` is off."""
+        """Let devices of this process mark their writes in `log`, until `writes` is off."""
         starts = [(self.hva + region.offset, region) for region in self.regions]
         places = [Place(start, start + region.size, region.gpa) for start, region in starts]
         self.writes.turn_on(log, places)
@@ -224,7 +224,7 @@ class GuestMemory:
     def resident_size(self) -> int:
         """Return how many bytes of the host's memory hold guest RAM; pages never touched do not.
 
-        Of private memory, what has been swapped out does not count.
+        Of private memory, swapped-out pages do not count.
 
         Raises:
             OSError: the kernel does not tell.

@@ -20,7 +20,7 @@ _NAME_BYTES = 200
 
 
 class NewFile:
-    """A file that is being made; a context manager, which removes what was not published.
+    """A file that is being made; a context manager, which removes an unpublished file.
 
     The descriptor `fd`, for reading and writing, is open inside the block and belongs to it.
     """
@@ -64,7 +64,7 @@ class NewFile:
         self._remove()
 
     def publish(self, *, durable: bool = True) -> None:
-        """Give the file its name, after what was written to it is durable.
+        """Give the file its name, once its contents are durable.
 
         Without `durable` a crash of the host may leave an incomplete file under its name.
 

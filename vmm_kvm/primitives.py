@@ -93,7 +93,7 @@ _NMI_VECTOR = 2
 
 
 class InjectType(enum.Enum):
-    """What `run` makes the guest take first."""
+    """The event that `run` makes the guest take first."""
 
     INTR = "interrupt"
     EXCEPTION = "exception"

@@ -90,7 +90,7 @@ class Scatter(Sequence[memoryview]):
 
 
 def _may_go_on() -> None:
-    """Raise what has failed, unless it was interrupted."""
+    """Raise the error, unless the call was interrupted."""
     error = ctypes.get_errno()
     if error != errno.EINTR:
         raise OSError(error, os.strerror(error))

@@ -76,7 +76,7 @@ class _Written(io.RawIOBase):
         return True
 
     def write(self, data: object) -> int:
-        assert isinstance(data, memoryview)  # which is what a BufferedWriter writes
+        assert isinstance(data, memoryview)  # a BufferedWriter writes nothing else
         size = data.nbytes
         if self._has_failed:
             return size

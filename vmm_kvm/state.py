@@ -75,7 +75,7 @@ class Stateful(Protocol[S]):
     """A part with a state that a guest can observe; `S` is a NamedTuple."""
 
     def save(self) -> S:
-        """Return the state; while the machine stands still."""
+        """Return the state; while the machine is paused."""
 
     def restore(self, state: S) -> None:
         """Continue from a state of a part of the same make, before the guest runs.

@@ -16,7 +16,7 @@ _USER_END = 0x7FFF_FFFF_F000
 
 
 class MemoryType(enum.IntEnum):
-    """What a range of guest-physical addresses is, by OpenBSD's numbers."""
+    """The kind of a range of guest-physical addresses, by OpenBSD's numbers."""
 
     RAM = 0
     RESERVED = 1
@@ -29,7 +29,7 @@ class MemoryRange(NamedTuple):
 
     gpa: int
     va: int
-    """Where it lies in this process; not looked at for MMIO. Stays mapped as long as the VM."""
+    """Its address in this process; ignored for MMIO. Stays mapped as long as the VM."""
     size: int
     """Bytes; like both addresses a multiple of 4096."""
     type: MemoryType = MemoryType.RAM
@@ -50,7 +50,7 @@ class Mapping(NamedTuple):
 
 
 class Controllers(enum.Enum):
-    """Which interrupt controllers a VM has."""
+    """The interrupt controllers of a VM."""
 
     NONE = "none"
     """None, as vmm(4) has it: one INTR line a vCPU, and HLT leaves as an exit."""
@@ -59,7 +59,7 @@ class Controllers(enum.Enum):
 
 
 class CreateParams(NamedTuple):
-    """What VM to create."""
+    """The VM to create."""
 
     ranges: Sequence[MemoryRange]
     """1 to 16, ascending and disjoint, up to 128 GiB, not all of them MMIO."""

@@ -22,7 +22,7 @@ from vmm_kvm.vm_params import MAX_MEMORY_RANGES, Controllers, CreateParams, Mapp
 
 
 class VcpuState(enum.IntEnum):
-    """What a vCPU does, by OpenBSD's numbers."""
+    """A vCPU's state, by OpenBSD's numbers."""
 
     STOPPED = 0
     RUNNING = 1
@@ -100,7 +100,7 @@ class VmEntry:
         """It is no longer in the table."""
 
     def keeps_out(self, vcpu_id: int) -> bool:
-        """Tell whether a vCPU may not enter the guest, for whatever reason."""
+        """Tell whether a vCPU may not enter the guest, for any reason."""
         is_still = self.holds or self.is_paused or self.is_throttled
         return bool(is_still) or vcpu_id in self.held_vcpus
 
@@ -122,7 +122,7 @@ class VmEntry:
 
 
 class Vmm:
-    """A table of VMs; a context manager that terminates what is left in it.
+    """A table of VMs; a context manager that terminates the remaining ones.
 
     `kvm` stays the caller's. Everything else here is for `vmm_kvm.primitives`.
     """

@@ -1,4 +1,4 @@
-"""Which pages of guest RAM devices write to, while somebody wants to know.
+"""The pages of guest RAM that devices write to, while a log is wanted.
 
 KVM logs what vCPUs write. Everything else that writes into guest memory marks it here: threads of
 this process when they give a chain of buffers back, fw_cfg, and other processes through the same
@@ -41,7 +41,7 @@ def log_size(end: int) -> int:
 
 
 class WriteLog:
-    """Where writers of this process mark what they wrote; each memory has one, mostly off."""
+    """The log for writers of this process; each memory has one, mostly off."""
 
     __slots__ = ("_log", "_places", "is_on")
 

@@ -39,7 +39,7 @@ class HostFile:
         self.is_read_only = is_read_only
         self._unsupported: set[Callable[[int, int, int], None]] = set()
         self._is_sync_lost = False
-        # What another process wrote before may not be durable yet.
+        # Earlier writes of another process may not be durable yet.
         self._is_written = True
         self.end = self.size()
         """Offset from which the file was never written: it reads as zero there."""

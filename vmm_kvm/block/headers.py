@@ -51,7 +51,7 @@ _ARCHIVES = (
     ("Proxmox backup", b"VMA\0\0\0\0\1"),
     ("partclone", b"partclone-image"),
 )
-# What a download that failed leaves behind.
+# Left behind by a failed download.
 _PAGES = (
     ("a web page", b"<!doctype html"),
     ("a web page", b"<html"),

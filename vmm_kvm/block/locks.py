@@ -28,7 +28,7 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock of x86-64: type, whence, start
 
 
 class Permission(IntEnum):
-    """What a user of an image does with it; QEMU's numbers."""
+    """Uses of an image; QEMU's numbers."""
 
     CONSISTENT_READ = 0
     WRITE = 1
@@ -47,13 +47,13 @@ def lock(fd: int, name: str, *, writes: bool) -> None:
     image: there, nothing is locked.
 
     Raises:
-        ImageError: another process uses the image; `name` is what the message calls it.
+        ImageError: another process uses the image; messages call it `name`.
     """
     try:
         _lock(fd, name, _WRITER if writes else _READER)
     except ImageError as err:
         unlock(fd)
-        if isinstance(err, _UsedError):  # what is locked now is locked by others
+        if isinstance(err, _UsedError):  # bytes locked now are locked by others
             raise ImageError(f"{err}{_holders(fd)}") from err
         raise
 
@@ -63,7 +63,7 @@ class _UsedError(ImageError):
 
 
 def unlock(fd: int) -> None:
-    """Let others lock the image open at `fd`, whatever process had it locked by this description.
+    """Release the locks of the open file description of `fd`, of any process that has made them.
 
     Raises:
         OSError: the file system has failed.

@@ -40,7 +40,7 @@ class MappedImage:
         """
         self.name = path
         self.is_private = is_private
-        """Whether what is written stays in memory."""
+        """Whether writes stay in memory."""
         self._fd = _open(path, is_private=is_private) if fd is None else fd
         try:
             self.size = self._checked_size()
@@ -60,7 +60,7 @@ class MappedImage:
         self.view = memoryview(mapping)
         """All of it. The mapping goes when the last view does."""
         self.hva = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        """Where it is in this process."""
+        """The address in this process."""
 
     def _checked_size(self) -> int:
         status = os.fstat(self._fd)

@@ -59,7 +59,7 @@ def default_directory() -> str | None:
 
 
 class Kernels(Protocol):
-    """Where unpacked kernels are kept: the cache, or somebody who has access to one."""
+    """Keeps unpacked kernels: the cache, or a process with access to one."""
 
     def find(self, image: FileSource) -> FileSource | None:
         """Return the unpacked kernel of `image` if both are known to be unchanged."""
@@ -68,7 +68,7 @@ class Kernels(Protocol):
         """Return the unpacked kernel of the payload with SHA-256 `digest`."""
 
     def keep(self, image: FileSource, digest: str, kernel: Sequence[bytes | memoryview]) -> None:
-        """Keep what the payload of `image`, with the SHA-256 `digest`, unpacks to."""
+        """Keep the unpacked payload of `image`, whose SHA-256 is `digest`."""
 
 
 def has_settled(status: os.stat_result) -> bool:
@@ -139,7 +139,7 @@ class KernelCache:
         return None
 
     def keep(self, image: FileSource, digest: str, kernel: Sequence[bytes | memoryview]) -> None:
-        """Keep what the payload of `image`, with the SHA-256 `digest`, unpacks to."""
+        """Keep the unpacked payload of `image`, whose SHA-256 is `digest`."""
         import hashlib  # noqa: PLC0415 - not needed by a start that finds a stamp
 
         checksum = hashlib.sha256()
@@ -186,7 +186,7 @@ class KernelCache:
             new.publish(durable=durable)
 
     def _touch(self, stamp: str) -> None:
-        """Note the use of a kernel: in the stamp's time, as the kernel's own must stand still."""
+        """Note the use of a kernel in the stamp's time: the kernel's own must not change."""
         try:
             os.utime(stamp)
         except OSError as err:

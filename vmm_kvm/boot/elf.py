@@ -85,7 +85,7 @@ class ElfSection(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A note: who defines it, what it is, and its contents."""
+    """A note: its owner, its type, and its contents."""
 
     owner: bytes
     type: int
@@ -286,7 +286,7 @@ def check_loads(name: str, loads: Sequence[ElfSegment], memory: GuestMemory) -> 
 def place_loads(elf: Elf, memory: GuestMemory) -> int:
     """Copy all segments to their physical addresses; return the end of the highest.
 
-    What a segment has beyond its file contents is left alone: fresh guest memory is zero.
+    Memory of a segment beyond its file contents is left alone: fresh guest memory is zero.
 
     Raises:
         BootError: a segment does not fit, or the file changed while it was read.

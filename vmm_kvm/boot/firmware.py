@@ -1,4 +1,4 @@
-"""Where a distribution keeps firmware, by the names that users give it.
+"""The places of firmware in distributions, by the names that users give it.
 
 Nothing is shipped but the self-test guest: see bios/README.md.
 """

@@ -54,11 +54,11 @@ class Variables:
 
     @property
     def is_kept(self) -> bool:
-        """Whether what the guest changes outlives this process."""
+        """Whether the guest's changes outlive this process."""
         return self._image is not None
 
     def store(self, offset: int, data: memoryview) -> None:
-        """Keep what the guest changed at `offset`.
+        """Keep the guest's change at `offset`.
 
         Raises:
             OSError: the file cannot be written.
@@ -81,7 +81,7 @@ class Variables:
 def open_variables(template: str, path: str | None) -> Variables:
     """Open the variables at `path`, a copy of `template` if there is no such file yet.
 
-    With None they are a copy that nobody keeps.
+    With None they are a copy that is not kept.
 
     Raises:
         BootError: the template or the directory is missing, or the sizes differ.

@@ -26,7 +26,7 @@ class CodecMissingError(Exception):
 
 
 class _Decoder(Protocol):
-    """What the decoders of the standard library have in common."""
+    """The common part of the standard library's decoders."""
 
     @property
     def eof(self) -> bool:
@@ -37,7 +37,7 @@ class _Decoder(Protocol):
 
 
 def _decode(decoder: _Decoder, data: bytes, size: int) -> bytes:
-    # Asking for one byte more makes the decoder go on to the check sum at the end.
+    # Asking for one byte more makes the decoder continue to the check sum at the end.
     unpacked = decoder.decompress(data, size + 1)
     if len(unpacked) <= size and not decoder.eof:
         raise ValueError("truncated")

@@ -24,7 +24,7 @@ class Source(Protocol):
     """Something of known size that can be read in pieces."""
 
     name: str
-    """What error messages begin with: the path as the user gave it."""
+    """The prefix of error messages: the path as the user gave it."""
     size: int
     """Bytes."""
 

@@ -137,7 +137,7 @@ def trim(elf: Elf, data: bytes) -> list[bytes | memoryview]:
 
 
 def _extents(data: bytes, offset: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, bytes) of what is not zero in `size` bytes at `offset`, from there."""
+    """Yield (start, bytes) of the data that are not zero in `size` bytes at `offset`."""
     zeros = bytes(MIB)
     start = end = 0
     at = 0

@@ -225,7 +225,7 @@ class AcpiPm:
             )
 
     def restore(self, state: AcpiPmState) -> None:
-        """Continue from a snapshot; the timer goes on where it was."""
+        """Continue from a snapshot; the timer continues from its value."""
         with self.lock:
             self._status = state.status & _STATUS_BITS
             self._enable = state.enable & _ENABLE_BITS

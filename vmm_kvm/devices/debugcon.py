@@ -10,7 +10,7 @@ from vmm_kvm.log import Log
 log = Log(__name__)
 
 READBACK = 0xE9
-"""What the port reads as, which is how firmware detects it."""
+"""The port's value at reads, by which firmware detects it."""
 _LINE_MAX = 1024
 
 
@@ -54,7 +54,7 @@ class Debugcon:
 
 
 class DebugLog:
-    """What firmware prints on its debug port, logged line by line."""
+    """Firmware's output on its debug port, logged line by line."""
 
     def __init__(self, name: str) -> None:
         """Log for the VM of this name."""

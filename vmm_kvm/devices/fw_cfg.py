@@ -265,5 +265,5 @@ class FwCfg:
 
 
 def _swap(value: int, size: int) -> int:
-    """Turn what the bus carries into the big-endian register value that the guest meant."""
+    """Turn the bus's value into the big-endian register value that the guest meant."""
     return int.from_bytes((value & all_ones(size)).to_bytes(size, "little"), "big")

@@ -67,7 +67,7 @@ class I8042DataPort:
         return ones if offset else ones & ~0xFF | self._controller.take_output()
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Take the operand of a command; what is for a keyboard is lost."""
+        """Take the operand of a command; bytes for a keyboard are lost."""
         if offset == 0 and size:
             self._controller.write_data(value & 0xFF)
 

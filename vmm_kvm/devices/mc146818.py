@@ -432,7 +432,7 @@ class Mc146818:
             self._update()
 
     def reset(self) -> None:
-        """Do what the reset pin does: disable and clear interrupts; time and memory stay.
+        """Act as at the reset pin: disable and clear interrupts; time and memory stay.
 
         Source: MC146818 data sheet, signal description of RESET
         """

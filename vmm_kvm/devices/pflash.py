@@ -54,7 +54,7 @@ class Status(IntFlag):
 
 
 class Mode(IntEnum):
-    """What a read returns, and what the next write is."""
+    """The result of a read, and the meaning of the next write."""
 
     ARRAY = 0
     STATUS = 1
@@ -274,7 +274,7 @@ class Pflash:
             self._enter(Mode.ARRAY)
 
     def close(self) -> None:
-        """Store what has not been stored yet."""
+        """Store pending changes."""
         with self.lock:
             self._save()
 

@@ -44,7 +44,7 @@ class Port92:
         self._value = Control.FAST_A20
 
     def read(self, offset: int, size: int) -> int:
-        """Return what was written last, but for the reset; nothing drives further bytes."""
+        """Return the last written value, without the reset bit; further bytes are not driven."""
         ones = all_ones(size)
         return ones if offset else ones & ~0xFF | self._value
 

@@ -8,7 +8,7 @@ from vmm_kvm.bits import all_ones
 
 
 class PanicEvent:
-    """What happened in the guest (QEMU docs/specs/pvpanic)."""
+    """Events in the guest (QEMU docs/specs/pvpanic)."""
 
     PANICKED = 1 << 0
     CRASH_LOADED = 1 << 1

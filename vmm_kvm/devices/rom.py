@@ -8,7 +8,7 @@ from vmm_kvm.state import U64, Blob
 
 
 class RomState(NamedTuple):
-    """What a guest reads, and where."""
+    """Contents for a guest to read, and their address."""
 
     gpa: U64
     contents: Blob

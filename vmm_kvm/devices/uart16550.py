@@ -440,7 +440,7 @@ class Uart16550:
                 self._update_irq()
 
     def reset(self) -> None:
-        """Do what the master reset pin does; divisor, scratch and RBR keep their values.
+        """Act as at the master reset pin; divisor, scratch and RBR keep their values.
 
         Source: 16550D table 1
         """

@@ -19,7 +19,7 @@ SIZE = 16
 
 
 class VmGenerationState(NamedTuple):
-    """What a guest reads."""
+    """The page for the guest."""
 
     identifier: Annotated[bytes, Length(SIZE, SIZE)]
     version: Literal[1] = 1

@@ -1,4 +1,4 @@
-"""What a debugger does to a machine: breakpoints, steps, memory, and who runs.
+"""A debugger's operations on a machine: breakpoints, steps, memory, and running vCPUs.
 
 Everything runs on the event loop's thread but `_hit`, which runs on a vCPU's. While the debugger
 has stopped the machine no vCPU is in the guest; its devices and its clocks go on.
@@ -56,7 +56,7 @@ class Breakpoint(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Why the machine stands still."""
+    """The reason for which the machine is stopped."""
 
     vcpu: int
     breakpoint: Breakpoint | None = None
@@ -65,7 +65,7 @@ class Stop(NamedTuple):
 
 
 class Action(enum.Enum):
-    """What a vCPU does when the machine goes on."""
+    """A vCPU's action when the machine continues."""
 
     HOLD = enum.auto()
     STEP = enum.auto()
@@ -121,7 +121,7 @@ class Debugger:
                 machine.hold(())
 
     def detach(self) -> None:
-        """Let the machine go on as if nobody had looked; idempotent."""
+        """Let the machine continue without a trace of the debugger; idempotent."""
         if self._machine is None:
             return
         self.stop()
@@ -180,7 +180,7 @@ class Debugger:
     def _restore_memory(self) -> None:
         memory = self._held().memory
         for gpa, original in self._patched.values():
-            # Where the guest has written something else since, it stays.
+            # If the guest has written something else since, that stays.
             if memory.read(gpa, 1)[0] == _INT3:
                 memory.write(gpa, bytes((original,)))
         self._patched.clear()
@@ -195,7 +195,7 @@ class Debugger:
         return bits
 
     def _hit(self, vcpu: Vcpu, exit_: Debug) -> None:
-        """Stop the machine, or give the guest what is its own; on the vCPU's thread."""
+        """Stop the machine, or give the guest its own exception; on the vCPU's thread."""
         machine = self._machine
         if machine is None:  # it has been let go meanwhile
             return
@@ -251,7 +251,7 @@ class Debugger:
         """Write at a linear address, as vCPU `index` sees it.
 
         Raises:
-            DebugError: it is no RAM; what came before is written.
+            DebugError: it is no RAM; bytes before that are written.
         """
         done = 0
         for gpa, length in self._places(index, address, len(data)):

@@ -35,14 +35,14 @@ class Again(NamedTuple):
 
 
 class OverflowedError(Exception):
-    """What came is longer than any packet may be."""
+    """More data came than any packet may have."""
 
 
 Received = Packet | Interrupt | Damaged | Again
 
 
 class Reader:
-    """Collects bytes and yields what they are; at most one packet is kept."""
+    """Collects bytes and yields packets; at most one packet is kept."""
 
     def __init__(self) -> None:
         """Begin between two packets."""
@@ -52,7 +52,7 @@ class Reader:
         """Take bytes as they came.
 
         Raises:
-            OverflowedError: a packet that has no end, or several that nobody takes.
+            OverflowedError: a packet that has no end, or several unread ones.
         """
         self._bytes += data
         if len(self._bytes) > 4 * PACKET_MAX:

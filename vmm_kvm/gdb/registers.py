@@ -20,7 +20,7 @@ _REGS = (
 _SEGMENTS = ["cs", "ss", "ds", "es", "fs", "gs"]
 _CONTROL = ["cr0", "cr2", "cr3", "cr4", "cr8", "efer"]
 _FPU = ["fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop"]
-# Where they lie in the legacy region of XSAVE: Intel SDM vol. 1 §13.4.1, table 10-2.
+# Their offsets in the legacy region of XSAVE: Intel SDM vol. 1 §13.4.1, table 10-2.
 _TAGS = 4
 _FPU_NUMBERS = {
     "fctrl": (0, 2),
@@ -134,7 +134,7 @@ def _vectors() -> tuple[str, ...]:
 
 
 class _State:
-    """What KVM has of a vCPU's registers: read once where it is needed, and written back.
+    """KVM's registers of a vCPU: read once when they are needed, and written back.
 
     x87 and SSE by XSAVE: what KVM_SET_FPU sets is lost where the guest has not used them yet.
     """

@@ -115,7 +115,7 @@ class GdbServer:
         self._serve()
 
     def _serve(self) -> None:
-        """Do what has come, as long as what was answered has been sent."""
+        """Serve received packets, as long as earlier answers have been sent."""
         while self._session and not self._unsent:
             received = self._next()
             if received is None:
@@ -186,7 +186,7 @@ class GdbListener:
         """Listen at `path`, for this user alone, and have `server` serve who comes.
 
         Raises:
-            SpecError: somebody listens there, or something else is there.
+            SpecError: another program listens there, or another file is there.
             OSError: it cannot be made.
         """
         self._loop = loop

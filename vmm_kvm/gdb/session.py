@@ -1,4 +1,4 @@
-"""A session of GDB with a machine: what each packet asks, and what it is answered.
+"""A session of GDB with a machine: the meaning of each packet, and its answer.
 
 Threads are vCPUs: thread n is vCPU n - 1. All-stop: when one vCPU stops, all do. A packet that is
 not known is answered by an empty one, as the protocol wants.
@@ -32,15 +32,15 @@ class Session:
         self._debugger = debugger
         self._on_kill = on_kill
         self._vcpu = 0
-        """Which registers and memory are asked for."""
+        """The thread of requests for registers and memory."""
         self._continued = -1
-        """What `c` and `s` are for; all for -1."""
+        """The thread of `c` and `s`; all for -1."""
         self._last = Stop(0, is_asked=True)
         self.needs_acknowledgements = True
         self.is_over = False
 
     def stopped(self, stop: Stop) -> bytes:
-        """Return the packet that tells why the machine stands still."""
+        """Return the packet with the reason of the machine's stop."""
         self._last = stop
         self._vcpu = stop.vcpu
         signal = _SIGINT if stop.is_asked else _SIGTRAP
@@ -53,7 +53,7 @@ class Session:
         return text + (b"swbreak:;" if kind is Kind.SOFTWARE else b"hwbreak:;")
 
     def handle(self, packet: bytes) -> bytes | None:
-        """Do what a packet asks; return the answer, None if it comes with the next stop."""
+        """Obey a packet; return the answer, None if it comes with the next stop."""
         try:
             return self._handle(packet)
         except (DebugError, KvmError, ValueError):  # also what makes no sense

@@ -243,5 +243,5 @@ def _write_blocks(target: StoredImage, start: int, piece: memoryview) -> None:
 
 
 def rounded_up(size: int) -> int:
-    """Return `size` in whole megabytes, which is what a copy of a disk has."""
+    """Return `size` in whole megabytes, as a copy of a disk has it."""
     return -(-size // MIB) * MIB

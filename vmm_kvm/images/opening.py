@@ -1,4 +1,4 @@
-"""Opening a disk image: which format a file has, its chain of bases, and who may write.
+"""Opening a disk image: the format of a file, its chain of bases, and write locks.
 
 An overlay is opened with its whole chain of bases, each read-only. A process that may not open
 files by name gets their descriptors instead: `image_chain` tells the files that an image needs, and

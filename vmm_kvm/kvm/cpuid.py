@@ -7,7 +7,7 @@ ECX1_TSC_DEADLINE = 1 << 24
 
 
 class CpuidEntry(NamedTuple):
-    """What CPUID answers for one leaf, or one subleaf if `flags` has SIGNIFICANT_INDEX."""
+    """CPUID's answer for one leaf, or one subleaf if `flags` has SIGNIFICANT_INDEX."""
 
     function: int
     subleaf: int

@@ -190,7 +190,7 @@ class EventFds:
     def bind_notification(self, fd: int, port: int) -> None:
         """Let guest writes of any size to `port` signal the eventfd `fd`, instead of an exit.
 
-        Where KVM cannot, they stay exits.
+        If KVM cannot, they stay exits.
         """
         try:
             self.vm.ioeventfd(fd, port, _ANY_SIZE, pio=True)

@@ -118,14 +118,14 @@ class Shutdown:
 
 
 class InternalError(abi.kvm_run.Internal):
-    """KVM cannot go on, for example because it cannot emulate an instruction."""
+    """KVM cannot continue, for example because it cannot emulate an instruction."""
 
     suberror: int
     ndata: int
 
     @property
     def words(self) -> list[int]:
-        """What KVM tells about the error, at most 16 numbers of 64 bits."""
+        """KVM's data about the error, at most 16 numbers of 64 bits."""
         return list(self.data[: min(self.ndata, len(self.data))])
 
     @property
@@ -147,7 +147,7 @@ class FailEntry(abi.kvm_run.FailEntry):
 
     @property
     def reason(self) -> int:
-        """What the processor said; for VMX, Intel SDM vol. 3 §27.8."""
+        """The processor's reason; for VMX, Intel SDM vol. 3 §27.8."""
         return self.hardware_entry_failure_reason
 
 

@@ -1,4 +1,4 @@
-"""Which programs run VMs on this host, and how much memory they have, as /proc tells.
+"""Programs that run VMs on this host, and the memory of their VMs, by /proc.
 
 A process that holds a descriptor of `anon_inode:kvm-vm` runs VMs. Processes that cannot be read,
 because they are another user's or have just ended, are left out. Nothing here talks to KVM.

@@ -70,7 +70,7 @@ def operation(request: int) -> str:
 
 
 def ioctl(fd: int, request: int, argument: int | ctypes.Structure | ctypes.c_uint64 = 0) -> int:
-    """Perform `request` on `fd` and return what the kernel returned, 0 or more.
+    """Perform `request` on `fd` and return the kernel's result, 0 or more.
 
     `argument` is passed by value if it is an int, else by reference; the kernel may change it.
     EINTR is an error like any other here.
@@ -86,7 +86,7 @@ def ioctl(fd: int, request: int, argument: int | ctypes.Structure | ctypes.c_uin
 
 
 def exchange(fd: int, request: int, buffer: "ctypes.Array[ctypes.c_char]") -> int:
-    """Perform `request` on `buffer`, which the kernel may change; return what it returned.
+    """Perform `request` on `buffer`, which the kernel may change; return its result.
 
     Raises:
         KvmError: the kernel refused.

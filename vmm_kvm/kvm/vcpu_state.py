@@ -19,7 +19,7 @@ _SIGSET_BYTES = 8  # the kernel's sigset_t, not libc's
 
 
 class VcpuState:
-    """What `Vcpu` can get and set; called by the thread that runs it, or while none does."""
+    """The state that `Vcpu` can get and set; called by its thread, or while it does not run."""
 
     __slots__ = ("_has_xsave2", "fd", "xsave_size")
 
@@ -322,7 +322,7 @@ class VcpuState:
         ioctl(self.fd, abi.KVM_SET_TSC_KHZ, khz)
 
     def get_tsc_offset(self) -> int:
-        """Return what is added to the host's TSC, modulo 2**64, to make the guest's.
+        """Return the guest's offset from the host's TSC, modulo 2**64.
 
         Raises:
             KvmError: the kernel is older than 5.16.
@@ -334,7 +334,7 @@ class VcpuState:
         return value.value
 
     def set_tsc_offset(self, offset: int) -> None:
-        """Set what is added to the host's TSC, modulo 2**64, to make the guest's.
+        """Set the guest's offset from the host's TSC, modulo 2**64.
 
         Raises:
             KvmError: the kernel is older than 5.16.

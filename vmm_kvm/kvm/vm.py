@@ -430,7 +430,7 @@ class Vm:
         ioctl(self.fd, abi.KVM_REGISTER_COALESCED_MMIO, zone)
 
     def unregister_coalesced(self, address: int, size: int, *, pio: bool = False) -> None:
-        """Undo `register_coalesced`; what the ring holds stays to be drained.
+        """Undo `register_coalesced`; writes in the ring stay to be drained.
 
         Raises:
             KvmError: KVM cannot.

@@ -2,7 +2,7 @@
 
 Three kinds of writers: vCPUs and what KVM does for them, which KVM logs; devices of this process;
 device processes. The latter two mark a `SharedLog`. Between `begin` and `end` guests are slower:
-KVM write-protects what has been copied, and maps small pages.
+KVM write-protects copied pages, and maps small pages.
 
 One thread at a time. A page is copied after `clear`, not before: the next `find` sees a write in
 between.

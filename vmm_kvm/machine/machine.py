@@ -276,7 +276,7 @@ class Machine:
         primitives.unpause(self._vmm, self._vm_id)
         self._devices.announce()
 
-    # For a debugger: vCPUs alone stand still
+    # For a debugger: only vCPUs stop
     def hold(self, vcpus: Iterable[int] | None = None, *, wait: bool = True) -> None:
         """Keep every vCPU out of the guest, or those of these indices alone.
 
@@ -310,13 +310,13 @@ class Machine:
             yield Part("flash", self._flash)
 
     def dirty_pages(self) -> DirtyPages:
-        """Return the log of what is written to RAM, which logs nothing yet; ends before `close`."""
+        """Return the log of writes to RAM, which logs nothing yet; ends before `close`."""
         return DirtyPages(self._vm, self.memory, self._devices)
 
     def lend_disks(self, is_lent: bool) -> None:
         """Have the processes of disks let others use the images, or take them back.
 
-        The machine stands still, and its state has been saved. Any thread.
+        The machine is paused, and its state has been saved. Any thread.
 
         Raises:
             VmmError: one cannot, or another process has the image.
@@ -479,7 +479,7 @@ class Machine:
         self.fw_cfg.add_item(_FW_CFG_NB_CPUS, spec.cpus.to_bytes(2, "little"))
         self.fw_cfg.add_item(_FW_CFG_MAX_CPUS, spec.cpus.to_bytes(2, "little"))
         self.fw_cfg.add_file("etc/screen-and-debug", bytes(4))
-        self.fw_cfg.add_file("etc/show-boot-menu", bytes(2))  # nobody is waited for
+        self.fw_cfg.add_file("etc/show-boot-menu", bytes(2))  # no user is waited for
         self.fw_cfg.add_file("etc/sercon-port", layout.PORT_COM1.to_bytes(2, "little"))
         pio.insert(layout.PORT_COM1, 8, self.uart)
         pio.insert(layout.PORT_RTC, 2, self.rtc)

@@ -50,7 +50,7 @@ class Net(NamedTuple):
     """An interface as its machine has it."""
 
     dataplane: Dataplane
-    """Who serves its queues."""
+    """The server of its queues."""
     set_link: Callable[[bool], None]
     """Sets its link, and tells the driver; any thread."""
     announce: Callable[[], None]
@@ -61,7 +61,7 @@ def make_net(spec: NetSpec, memory: NetMemory) -> Net:
     """Return the interface, its link as `spec` has it.
 
     Raises:
-        VmmError: a descriptor is not what it has to be, or a server does not do what it should.
+        VmmError: a descriptor is unsuitable, or a server does not do its part.
         OSError: the host has no descriptors left.
     """
     path = spec.path

@@ -1,4 +1,4 @@
-"""Which inputs of the interrupt controllers the machine's interrupt lines lead to."""
+"""The inputs of the interrupt controllers that the machine's interrupt lines lead to."""
 
 from collections.abc import Iterator
 

@@ -40,11 +40,11 @@ DeviceSpec: TypeAlias = (
 )
 
 BASIC_DEVICES: Final = (RngSpec(), VmmciSpec())
-"""What every machine of this project has."""
+"""Properties of every machine of this project."""
 
 
 class MachineSpec(NamedTuple):
-    """What machine to build."""
+    """The machine to build."""
 
     image: BootImage
     memory_size: int = 512 * MIB
@@ -62,7 +62,7 @@ class MachineSpec(NamedTuple):
     variables: Variables | None = None
     """UEFI variables, in flash memory below the firmware's image; stays the caller's."""
     kernels: Kernels | None = None
-    """Where unpacked kernels are kept; None for this user's cache."""
+    """Keeps unpacked kernels; None for this user's cache."""
     boot_device: BootDevice = BootDevice.AUTO
     """The device that firmware boots from, and an OpenBSD kernel's root."""
     uuid: bytes | None = None
@@ -119,7 +119,7 @@ class DebugExitStatus(NamedTuple):
 
 
 class Crash(NamedTuple):
-    """The guest panicked, or KVM cannot go on; `message` is one line."""
+    """The guest panicked, or KVM cannot continue; `message` is one line."""
 
     message: str
 

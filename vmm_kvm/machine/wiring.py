@@ -185,7 +185,7 @@ class Devices:
                 function.suspend()
 
     def resume(self) -> None:
-        """Let every device go on; before a vCPU runs."""
+        """Let every device continue; before a vCPU runs."""
         if self._watchdog:
             self._watchdog.resume()
         for function in self._functions.values():
@@ -247,7 +247,7 @@ class Devices:
         The kinds are put in OpenBSD's order: unit numbers in a guest follow it.
 
         Raises:
-            SpecError: all slots are taken, or a descriptor is not what it has to be.
+            SpecError: all slots are taken, or a descriptor is unsuitable.
             VmmError, OSError: a server cannot be connected to, or does not serve such a device.
         """
         for spec in sorted(specs, key=lambda spec: _ORDER[spec.kind]):

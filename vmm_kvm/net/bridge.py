@@ -1,4 +1,4 @@
-"""A tap of one's own on a bridge of the host, for users who may make one.
+"""A new tap on a bridge of the host, for users who may make one.
 
 The tap is there as long as its descriptor is open. Bridges are found, never made.
 

@@ -75,7 +75,7 @@ class Lease(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a client asks."""
+    """A client's request."""
 
     xid: int
     htype: int
@@ -190,7 +190,7 @@ def _reply(request: Request, lease: Lease) -> bytes | None:
 
 
 def _reply_type(request: Request, lease: Lease) -> MessageType | None:
-    """Return the kind of the answer; None for BOOTP, and for what has no answer.
+    """Return the kind of the answer; None for BOOTP, and for messages without an answer.
 
     OpenBSD refuses every kind that it does not know; a DECLINE or RELEASE wants no answer, and an
     INFORM one without a lease, which a guest with another address would misunderstand.

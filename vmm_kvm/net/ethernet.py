@@ -45,7 +45,7 @@ def text(address: bytes) -> str:
 
 
 class Filter(NamedTuple):
-    """Which frames a station wants to receive."""
+    """The frames that a station wants to receive."""
 
     lladdr: bytes
     """Its own address."""

@@ -35,10 +35,10 @@ class HostStream:
             return None
 
     def write(self, buffers: Sequence[memoryview | bytes]) -> int:
-        """Write what there is room for; returns the bytes, 0 if there is none.
+        """Write as much as there is room for; returns the bytes, 0 if there is none.
 
         Raises:
-            OSError: nobody reads any more.
+            OSError: there is no reader any more.
         """
         try:
             return os.writev(self.fd, buffers)
@@ -51,7 +51,7 @@ class HostStream:
             self._socket.shutdown(socket.SHUT_WR)
 
     def end_input(self) -> None:
-        """Let what the other end writes from now on fail."""
+        """Let later writes of the other end fail."""
         with suppress(OSError):  # it is gone
             self._socket.shutdown(socket.SHUT_RD)
 

@@ -27,7 +27,7 @@ _FOREVER = 0xFFFF_FFFF
 
 
 class Router(NamedTuple):
-    """What the host advertises on a local interface."""
+    """The host's advertisement on a local interface."""
 
     lladdr: bytes
     link_local: bytes

@@ -38,7 +38,7 @@ class Stream:
         os.set_blocking(fd, False)
 
     def close(self) -> None:
-        """Forget what is half read."""
+        """Forget a half-read frame."""
         self._input.clear()
 
     def set_offloads(self, _offloads: int) -> None:

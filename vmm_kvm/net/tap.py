@@ -97,7 +97,7 @@ class Tap:
     def receive(self, queue: int, buffers: Sequence[memoryview]) -> int:
         """Read the next frame of a queue, its header first; returns its bytes, 0 if there is none.
 
-        What the buffers do not hold is lost.
+        Bytes that do not fit into the buffers are lost.
         """
         try:
             return os.readv(self.fds[queue], buffers)

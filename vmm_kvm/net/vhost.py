@@ -45,7 +45,7 @@ class VhostRing(NamedTuple):
     error_fd: int
     """Written when the ring is broken."""
     base: int = 0
-    """Where it goes on, in both rings, 0 to 65535."""
+    """The position in both rings, 0 to 65535."""
 
 
 class VhostNet:
@@ -69,7 +69,7 @@ class VhostNet:
         except OSError as err:
             raise SpecError(f"descriptor {fd}: /dev/vhost-net: {err.strerror}") from err
         self.features: int = _U64.unpack(offered)[0]
-        """What this kernel can do, a mask of virtio features."""
+        """The kernel's features, a mask of virtio features."""
 
     def set_up(self, features: int, regions: Sequence[VhostRegion]) -> None:
         """Tell the negotiated features and where guest memory lies; no ring is served.
@@ -110,7 +110,7 @@ class VhostNet:
     def stop_ring(self, index: int) -> int:
         """Stop serving a ring; the kernel does not touch its memory any more when this returns.
 
-        Returns where it would go on, 0 to 65535. Idempotent, after `set_up`. Raises OSError for
+        Returns its next position, 0 to 65535. Idempotent, after `set_up`. Raises OSError for
         what would be a bug.
         """
         for request in (

@@ -178,7 +178,7 @@ class PciFunction:
             index: 0 to 5; a 64-bit BAR takes the next one too.
             kind: the address space and width.
             size: a power of two: 4 to 256 ports, or 16 bytes to 2 GiB (64-bit: any).
-            device: what is read and written, at offsets into the BAR.
+            device: the device for reads and writes, at offsets into the BAR.
             is_prefetchable: for memory without side effects of reads.
             on_decode: told where on the bus it is decoded, and with None that it is not any more;
                 called with the host's lock held.
@@ -256,7 +256,7 @@ class PciFunction:
         """Put registers of the device's own at `offset`; capabilities go behind them.
 
         Args:
-            offset: behind the header and what was added before.
+            offset: after the header and earlier capabilities.
             data: their contents after a reset.
             writable: as of a capability.
             on_write: as of a capability.
@@ -388,7 +388,7 @@ class PciFunction:
         """Continue from a snapshot of a function of the same make.
 
         Raises:
-            StateError: a register differs that nobody can write.
+            StateError: a read-only register differs.
         """
         for at, (old, new) in enumerate(zip(self._config, state.config, strict=True)):
             if (old ^ new) & ~(self._writable[at] | self._clearable[at]):

@@ -325,7 +325,7 @@ class PciHost:
         """Continue from a snapshot of a host with the same functions.
 
         Raises:
-            StateError: the slots differ, or what is in one of them.
+            StateError: the slots differ, or the function in one of them.
         """
         with self.lock:
             if [slot for slot, _ in state.functions] != list(self._functions):

@@ -93,7 +93,7 @@ class WatchdogState(NamedTuple):
     """Steps towards a change of a register that have been taken."""
     has_timed_out: bool
     stage: Annotated[int, Range(0, 1)]
-    """Which timer runs."""
+    """The timer that runs."""
     left_ns: Annotated[int, Range(0, LEFT_MAX_NS)] | None
     """Until it ends; None while none runs."""
     version: Literal[1] = 1
@@ -112,7 +112,7 @@ class Watchdog:
         self._on_bite = on_bite
         self._timer = clock.timer(self._expire)
         self._deadline_ns: int | None = None
-        self._left_ns: int | None = None  # while the machine stands still
+        self._left_ns: int | None = None  # while the machine is paused
         self._is_still = False
         self._preloads = [PRELOAD_MAX, PRELOAD_MAX]
         self._config = Config(0)
@@ -140,7 +140,7 @@ class Watchdog:
     # Time
 
     def suspend(self) -> None:
-        """Stop the timers: the machine stands still. Idempotent."""
+        """Stop the timers: the machine is paused. Idempotent."""
         with self.lock:
             if not self._is_still:
                 self._left_ns = self._left()
@@ -148,7 +148,7 @@ class Watchdog:
                 self._is_still = True
 
     def resume(self) -> None:
-        """Let the timers go on; idempotent."""
+        """Let the timers continue; idempotent."""
         with self.lock:
             if self._is_still:
                 self._is_still = False

@@ -32,7 +32,7 @@ _RESET_ENTRY = bytes(_VECTOR_CONTROL_OFFSET) + bytes((VECTOR_MASKED, 0, 0, 0))
 
 
 class MsixMessage(NamedTuple):
-    """What a vector writes to interrupt: 32 bits of `data` at the 64-bit `address`."""
+    """A vector's write to interrupt: 32 bits of `data` at the 64-bit `address`."""
 
     address: int
     data: int
@@ -102,7 +102,7 @@ class Msix:
 
     @property
     def pba_offset(self) -> int:
-        """Where the pending bits begin in the BAR."""
+        """The offset of the pending bits in the BAR."""
         return self.bar_size // 2
 
     def attach(self, function: PciFunction, bar: int) -> None:
@@ -147,7 +147,7 @@ class Msix:
     # The guest's side; the bus holds the lock
 
     def read(self, offset: int, size: int) -> int:
-        """Read the table or the pending bits; what is between and behind them reads as zero."""
+        """Read the table or the pending bits; bytes between and after them read as zero."""
         end = offset + size
         if offset < self.pba_offset:
             return int.from_bytes(self._table[offset:end], "little")

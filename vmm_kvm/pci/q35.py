@@ -19,7 +19,7 @@ from vmm_kvm.pci.ids import CLASS_HOST_BRIDGE, CLASS_ISA_BRIDGE, VENDOR_INTEL
 log = Log(__name__)
 
 LPC_SLOT = 31
-"""Where the ISA bridge has to be."""
+"""The slot of the ISA bridge."""
 
 _DEVICE_MCH = 0x29C0
 _DEVICE_LPC = 0x2918

@@ -76,7 +76,7 @@ class CdRom:
         return 0 if self._is_open else self._blocks
 
     def reset(self) -> None:
-        """Do what a logical unit reset does: unlock the tray, and let the next command know."""
+        """Act as at a logical unit reset: unlock the tray, and let the next command report it."""
         self._is_locked = False
         self._attention = spc.RESET_OCCURRED
 

@@ -49,7 +49,7 @@ class Profile(IntEnum):
 
 
 class MediaEvent(IntEnum):
-    """What happened to the medium (MMC-5 table 303)."""
+    """Events of the medium (MMC-5 table 303)."""
 
     NO_CHANGE = 0
     NEW_MEDIA = 2

@@ -101,7 +101,7 @@ DONE = Data(b"")
 
 
 class Identity(NamedTuple):
-    """Who a device says that it is; ASCII."""
+    """A device's identity; ASCII."""
 
     vendor: str
     """At most 8 characters."""

@@ -21,7 +21,7 @@ _CODES = (_LEVEL, _FEATURES, _EXTENDED, _SAVE_AREA, _AMD_FEATURES)
 
 
 class CpuidRecord(NamedTuple):
-    """What CPUID answers for one leaf; OpenBSD's `vmh_cpuids`."""
+    """CPUID's answer for one leaf; OpenBSD's `vmh_cpuids`."""
 
     code: U32
     leaf: U32

@@ -38,7 +38,7 @@ class _End:
             os.close(fd)
 
     def cancel_no_more(self) -> None:
-        """Go on from now on, whatever the descriptor for cancelling says."""
+        """Ignore the descriptor for cancelling from now on."""
         self._cancel_fd = -1
 
     def wait_at_most(self, patience_s: float) -> None:
@@ -64,7 +64,7 @@ class _End:
 
 
 class FdSink(_End):
-    """Where a stream goes; owns the descriptor."""
+    """The end of a stream that is written; owns the descriptor."""
 
     def __init__(self, fd: int, patience_s: float, cancel_fd: int = -1) -> None:
         """Take ownership of `fd`, and let it not block.
@@ -118,7 +118,7 @@ class FdSink(_End):
 
 
 class FdSource(_End):
-    """Where a stream comes from; owns the descriptor."""
+    """The end of a stream that is read; owns the descriptor."""
 
     def __init__(self, fd: int, patience_s: float, cancel_fd: int = -1) -> None:
         """Take ownership of `fd`; `patience_s` is how long nothing may come, in seconds.

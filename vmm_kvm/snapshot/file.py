@@ -34,7 +34,7 @@ _HEAD = struct.Struct("<8sIIQQQ32s")
 
 
 def write_file(path: str, manifest: Manifest, state: bytes, ram: Ram) -> None:
-    """Write a machine that stands still into a new file.
+    """Write a paused machine into a new file.
 
     Raises:
         SnapshotError: the machine cannot be described.
@@ -59,7 +59,7 @@ def empty_file(fd: int) -> None:
 
 
 class Layout(NamedTuple):
-    """Where the parts of a file are, in bytes."""
+    """The places of a file's parts, in bytes."""
 
     ram: int
     disks: tuple[int, ...]
@@ -111,11 +111,11 @@ class FileWriter:
         os.ftruncate(fd, layout.size)
 
     def write_run(self, offset: int, data: bytes) -> None:
-        """Write what is at `offset` in RAM now.
+        """Write the present RAM at `offset`.
 
         Raises:
             SnapshotError: it was cancelled.
-            OSError: it cannot be written; what is in the file is of no use then.
+            OSError: it cannot be written; the file is useless then.
         """
         if self._is_cancelled():
             raise SnapshotError("it was cancelled")
@@ -140,7 +140,7 @@ class FileWriter:
 
 
 def write_into(writer: FileWriter, state: bytes, ram: Ram) -> None:
-    """Write a machine that stands still.
+    """Write a paused machine.
 
     Raises:
         SnapshotError, OSError: of `writer`.
@@ -205,7 +205,7 @@ class SnapshotFile:
 
     @property
     def mapped(self) -> tuple[int, int]:
-        """What RAM can be mapped from: the descriptor, and where RAM begins in the file."""
+        """The source of a mapping of RAM: the descriptor, and RAM's offset in the file."""
         return self._fd, self._start
 
     def close(self) -> None:
@@ -232,7 +232,7 @@ class SnapshotFile:
                 offset = at - self._start
                 for region in ram.regions:
                     self._read_piece(ram, region.offset, region.size, offset, min(PIECE, end - at))
-        if os.fstat(self._fd).st_size < self._end:  # what is missing would be zeros
+        if os.fstat(self._fd).st_size < self._end:  # missing pages would be zeros
             raise SnapshotError("memory: the file ends too early")
 
     def _read_piece(self, ram: Ram, first: int, room: int, offset: int, size: int) -> None:

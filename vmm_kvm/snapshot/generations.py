@@ -1,4 +1,4 @@
-"""Whether disks are what they were when a machine was written down.
+"""Detecting changes of disks since a machine was written down.
 
 A guest's memory knows what is on its disks: with other contents, the guest damages them. So the
 state of a written machine has a *generation* of each image, by which a change of the file shows.

@@ -33,20 +33,20 @@ class InDoubtError(SnapshotError):
 
 
 class Sink(Protocol):
-    """Where bytes go."""
+    """Takes bytes."""
 
     def write(self, data: bytes) -> None:
         """Write all of it."""
 
 
 class Source(Protocol):
-    """Where bytes come from."""
+    """Gives bytes."""
 
     def readinto(self, view: memoryview) -> int:
         """Read at least one byte; 0 at the end."""
 
     def cancel_no_more(self) -> None:
-        """Go on, whoever cancels."""
+        """Ignore cancelling from now on."""
 
 
 def hand_over(sink: Sink, answers: Source, lend: Callable[[bool], None]) -> None:
@@ -54,7 +54,7 @@ def hand_over(sink: Sink, answers: Source, lend: Callable[[bool], None]) -> None
 
     Args:
         sink: where the stream went, all of it.
-        answers: what the receiver says.
+        answers: lines of the receiver.
         lend: lets go of the disks, with True, or takes them back.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The JSON of snapshots: written in one way, and read strictly, whoever wrote it.
+"""The JSON of snapshots: written in one way, and read strictly, from any writer.
 
 `vmm_kvm.state` makes records of the values.
 """
@@ -13,7 +13,7 @@ _INT_MAX = 1 << 64
 
 
 def parse(text: bytes, what: str) -> Json:
-    """Return what a JSON text says.
+    """Return the value of a JSON text.
 
     Raises:
         SnapshotError: it is none, names a field twice, or has a number that is no integer of 64

@@ -1,4 +1,4 @@
-"""What a snapshot says of itself before anything else: which machine it is, and of what host.
+"""A snapshot's description at its beginning: its machine, and its host.
 
 Whoever receives it has to know that much before there is a machine: which disks to open, how much
 memory to get, whether the processor will do. It is small, and JSON, so that people read it too.
@@ -56,7 +56,7 @@ _Region = tuple[Annotated[int, Range(0, 2 * MEMORY_MAX)], Annotated[int, Range(1
 
 
 class Host(NamedTuple):
-    """Where the snapshot was made; for people."""
+    """The place where the snapshot was made; for people."""
 
     kernel: _Word
     """Release of the host's kernel."""
@@ -65,7 +65,7 @@ class Host(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Who owned the VM, on its host."""
+    """The VM's owner, on its host."""
 
     uid: _Id | None
     gid: _Id | None
@@ -76,12 +76,12 @@ class Disk(NamedTuple):
 
     path: _Path
     kind: _Word
-    """What stands in front of the colon on a command line; empty for an image of any format."""
+    """The part before the colon on a command line; empty for an image of any format."""
     serial: Annotated[str, Line(0, DISK_SERIAL_MAX)] = ""
     queues: Annotated[int, Range(1, DISK_QUEUES_MAX)] = 1
     is_read_only: bool = False
     is_private: bool = False
-    """What the guest writes is in its memory alone; of a disk that is memory."""
+    """The guest's writes are in its memory alone; for a disk that is memory."""
     is_process: bool = False
     """A process of its own serves it, though the user might have had it otherwise."""
 
@@ -103,7 +103,7 @@ class Interface(NamedTuple):
 
 
 class Boot(NamedTuple):
-    """What the guest was booted from, and is again when it reboots."""
+    """The image that the guest was booted from, and boots again at a reboot."""
 
     image: _Long | None = None
     """Path of a kernel or firmware image."""
@@ -132,7 +132,7 @@ class Manifest(NamedTuple):
     """Nanoseconds since 1970-01-01 UTC."""
     host: Host
     cpuid: Annotated[tuple[CpuidRecord, ...], Length(0, CPUID_RECORDS)]
-    """What the receiver's processor is compared with."""
+    """The data that the receiver's processor is compared with."""
     owner: Owner
     memory_size: Annotated[int, Range(MEMORY_MIN, MEMORY_MAX)]
     """Bytes of RAM."""
@@ -172,7 +172,7 @@ class _Added(NamedTuple):
     minor: int
     """The minor version that has it first."""
     default: Json
-    """What it is in those before."""
+    """Its value in earlier versions."""
 
 
 _ADDED = (
@@ -243,7 +243,7 @@ def _decode(found: Json) -> Manifest:
             if each.field in found:
                 raise StateError(f"{each.field}: not in format {major}.{minor}")
             found[each.field] = each.default
-    if minor > MINOR:  # this version does not have to know what a later one adds
+    if minor > MINOR:  # this version need not know the additions of a later one
         found = {name: value for name, value in found.items() if name in Manifest._fields}
     rows = found.get("cpuid")
     if isinstance(rows, list):

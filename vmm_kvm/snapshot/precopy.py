@@ -13,43 +13,43 @@ from vmm_kvm.snapshot.manifest import Manifest
 from vmm_kvm.snapshot.ram import Ram, place, runs_of
 from vmm_kvm.snapshot.stream import LiveWriter, Sink
 
-_SPEED_MIN = 1 << 20  # bytes a second: what is assumed before anything has gone out
+_SPEED_MIN = 1 << 20  # bytes a second: assumed before anything is sent
 
 
 class Dirty(Protocol):
-    """Which pages change; a `DirtyPages` that has begun."""
+    """The pages that change; a `DirtyPages` that has begun."""
 
     def begin_all(self) -> None:
         """Begin with every page."""
 
     def find(self, *, is_still: bool = False) -> int:
-        """Look at what has changed; returns how many bytes are to be copied."""
+        """Find changed pages; returns the number of bytes to copy."""
 
     def take(self) -> Iterator[tuple[int, int]]:
-        """Yield what is to be copied, from where in RAM and how many bytes."""
+        """Yield ranges to copy: offset in RAM and number of bytes."""
 
 
 class Writer(Protocol):
-    """What a machine is written with: a `LiveWriter` or a `FileWriter`."""
+    """Writes a machine: a `LiveWriter` or a `FileWriter`."""
 
     @property
     def written(self) -> int:
         """Bytes, so far."""
 
     def write_run(self, offset: int, data: bytes) -> None:
-        """Write what is at `offset` in RAM now: whole pages, at most 1 MiB of them."""
+        """Write the present RAM at `offset`: whole pages, at most 1 MiB of them."""
 
     def finish(self, state: bytes) -> None:
         """Write the state and the end."""
 
 
 class Plan(NamedTuple):
-    """How long a machine may stand still."""
+    """The time for which a machine may be paused."""
 
     downtime_s: float = 0.3
     """For the last round, in seconds; it is hoped for, and not promised."""
     waits: bool = False
-    """It is not to stand still for longer: if there is too much left, go on until it is less."""
+    """The pause may not be longer: if too much is left, continue until it is less."""
 
 
 class Progress(NamedTuple):
@@ -98,8 +98,8 @@ def copy_into(
         writer: where to.
         ram: its memory.
         dirty: its log.
-        halt: lets the machine stand still and returns its state, as `state.encode` does.
-        plan: says before each round what is allowed.
+        halt: pauses the machine and returns its state, as `state.encode` does.
+        plan: gives the limits before each round.
         on_progress: is told at the beginning of each round.
 
     Raises:

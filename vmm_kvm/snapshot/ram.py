@@ -31,7 +31,7 @@ class Region(Protocol):
 
     @property
     def offset(self) -> int:
-        """Where it begins among all RAM, bytes."""
+        """Its start among all RAM, bytes."""
 
 
 class Ram(Protocol):
@@ -47,7 +47,7 @@ class Ram(Protocol):
 
     @property
     def regions(self) -> "tuple[Region, ...]":
-        """What it consists of, one behind the other."""
+        """Its parts, one after the other."""
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a writable view of a piece of one region."""
@@ -73,7 +73,7 @@ def runs(ram: Ram) -> Iterator[Run]:
 
 
 def runs_of(ram: Ram, offset: int, size: int) -> Iterator[Run]:
-    """Yield what a piece of one region holds that is not zero, as `runs` does; at most 1 MiB."""
+    """Yield the non-zero runs of a piece of one region, as `runs` does; at most 1 MiB."""
     for start, stop in _extents(ram.fd, offset, offset + size):
         view = place(ram, start, stop - start)
         assert view is not None, "a piece is inside of one region"

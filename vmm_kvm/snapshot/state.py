@@ -27,7 +27,7 @@ class _Index(NamedTuple):
 
 
 class State(NamedTuple):
-    """What devices and vCPUs hold."""
+    """The state of devices and vCPUs."""
 
     parts: Mapping[str, dict[str, Json]]
     blobs: Mapping[str, bytes]

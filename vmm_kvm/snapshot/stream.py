@@ -36,7 +36,7 @@ _WORTH_IT = 0.9  # of a run's size: else it travels as it is
 
 
 class Sink(Protocol):
-    """Where a stream goes."""
+    """Takes a stream."""
 
     def write(self, data: bytes) -> None:
         """Write all of it.
@@ -47,7 +47,7 @@ class Sink(Protocol):
 
 
 class Source(Protocol):
-    """Where a stream comes from."""
+    """Gives a stream."""
 
     def readinto(self, view: memoryview) -> int:
         """Read at least one byte, and at most as many as there is room for; 0 at the end.
@@ -80,7 +80,7 @@ class LiveWriter:
         self.written += len(data)
 
     def write_run(self, offset: int, data: bytes) -> None:
-        """Write what is at `offset` in RAM now: whole pages, at most 1 MiB of them."""
+        """Write the present RAM at `offset`: whole pages, at most 1 MiB of them."""
         if is_zero(data):
             self._write(_RECORD.pack(_ZERO, 0, offset, len(data)))
         else:
@@ -100,7 +100,7 @@ class LiveWriter:
 def write_stream(
     sink: Sink, manifest: Manifest, state: bytes, ram: Ram, *, compresses: bool = False
 ) -> None:
-    """Write a machine that stands still.
+    """Write a paused machine.
 
     Args:
         sink: where to.
@@ -296,7 +296,7 @@ def _unpack(body: bytes, size: int) -> bytes:
 
 
 def _exactly(source: Source, size: int, what: str) -> bytes:
-    """Read `size` bytes; room is made as they come, whatever a stream promises."""
+    """Read `size` bytes; room is made as they come, not as a stream promises."""
     data = bytearray()
     while len(data) < size:
         piece = bytearray(min(PIECE, size - len(data)))

@@ -1,4 +1,4 @@
-"""virtio-balloon: what the guest does not use goes back to the host.
+"""virtio-balloon: memory that the guest does not use goes back to the host.
 
 The driver reports the pages that it has freed, two MiB and more at a time, and the host takes them
 back at once: free page reporting. Nobody asks the guest to free anything: the target is always 0.
@@ -35,8 +35,8 @@ QUEUE_SIZE = 128
 _PAGES_MAX = 4096  # of a chain of the balloon's pages; Linux gives 256
 _STATISTICS_MAX = 64  # Linux has 16
 _STATISTIC = struct.Struct("<HQ")  # tag, value; packed
-_PAGE_NUMBER = struct.Struct("<I")  # in pages of 4096 bytes, whatever the guest's size of pages is
-_CONFIG = struct.Struct("<II")  # the target, what the balloon has; in pages
+_PAGE_NUMBER = struct.Struct("<I")  # in pages of 4096 bytes, for any size of the guest's pages
+_CONFIG = struct.Struct("<II")  # the target, the present size; in pages
 _PAGES_AT = 4
 _STATISTICS_QUEUE = 2
 
@@ -48,7 +48,7 @@ class BalloonSpec(NamedTuple):
 
 
 class BalloonState(NamedTuple):
-    """What the driver has told."""
+    """The driver's reports."""
 
     pages: U32
     """In the balloon, of 4096 bytes."""
@@ -64,7 +64,7 @@ class GuestMemoryUse(NamedTuple):
     total: int | None
     free: int | None
     available: int | None
-    """What could be had without swapping."""
+    """Memory available without swapping."""
     caches: int | None
     """Of files."""
     swapped_in: int | None
@@ -111,7 +111,7 @@ class VirtioBalloon:
         self.memory_use: GuestMemoryUse | None = None
         """The driver's last answer; any thread."""
         self.given_back = 0
-        """Bytes, since the device was made; what the guest has used again since counts too."""
+        """Bytes, since the device was made; memory that the guest has used again counts too."""
         self._memory = memory
         self._pages = 0
         self._roles: tuple[Callable[[Virtqueue], None], ...] = ()  # of the queues, by index
@@ -195,7 +195,7 @@ class VirtioBalloon:
             self._statistics = None
 
     def reset(self) -> None:
-        """Forget what the driver said; the balloon is empty."""
+        """Forget the driver's reports; the balloon is empty."""
         self._statistics = self.memory_use = None
         self._roles = ()
         self._pages = 0
@@ -208,7 +208,7 @@ class VirtioBalloon:
         return [Part(f"{name}/balloon", self)]
 
     def save(self) -> BalloonState:
-        """Return what the driver has told and cannot be asked again."""
+        """Return the driver's reports, which cannot be requested again."""
         return BalloonState(self._pages)
 
     def restore(self, state: BalloonState) -> None:
@@ -230,7 +230,7 @@ def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 
 def _read(data: bytes) -> GuestMemoryUse:
-    """Return what a driver's statistics say; unknown tags, and the rest of a cut one, are left."""
+    """Return a driver's statistics; unknown tags, and the rest of a cut one, are left."""
     told = dict(_STATISTIC.iter_unpack(data[: len(data) // _STATISTIC.size * _STATISTIC.size]))
     return GuestMemoryUse(
         total=told.get(abi.VIRTIO_BALLOON_S_MEMTOT),

@@ -29,7 +29,7 @@ log = Log(__name__)
 
 QUEUE_SIZE = 256
 SECTOR_SIZE = 512
-"""Of the protocol, whatever the image's and the guest's blocks are."""
+"""Of the protocol, for any block size of the image and the guest."""
 
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _HEADER_SIZE = _HEADER.size
@@ -40,7 +40,7 @@ _SEGMENT_SECTORS_MAX = (1 << 31) // SECTOR_SIZE
 # writeback, unused, num_queues, discard (sectors, segments, alignment), write zeroes (sectors,
 # segments, may unmap), unused.
 _CONFIG = struct.Struct("<QIIIIBBHIBBHIIIIIB3s")
-_PHYSICAL_BLOCK_EXPONENT = 3  # 4 KiB: what the host's file systems and partitioning tools like
+_PHYSICAL_BLOCK_EXPONENT = 3  # 4 KiB: good for the host's file systems and partitioning tools
 _PHYSICAL_BLOCK_SECTORS = 1 << _PHYSICAL_BLOCK_EXPONENT
 
 _OK, _IOERR, _UNSUPP = (
@@ -82,7 +82,7 @@ class BlkSpec(NamedTuple):
 
 
 class BlkState(NamedTuple):
-    """What must be equal in a disk that is restored; requests are in the queues."""
+    """Properties that must be equal in a restored disk; requests are in the queues."""
 
     capacity: U64
     """Bytes."""
@@ -117,7 +117,7 @@ class VirtioBlk:
         stops_at_errors: bool = False,
         owns_image: bool = True,
     ) -> None:
-        """Make a disk of `image`, which nobody else uses while the device exists.
+        """Make a disk of `image`, which has no other user while the device exists.
 
         Args:
             image: the contents.
@@ -210,7 +210,7 @@ class VirtioBlk:
         return [Part(f"{name}/blk", self)]
 
     def save(self) -> BlkState:
-        """Return what the disk is."""
+        """Return the disk's properties."""
         return BlkState(self._capacity, self._image.is_read_only)
 
     def restore(self, state: BlkState) -> None:
@@ -272,7 +272,7 @@ class VirtioBlk:
                 raise HaltError(self._name, err.errno or EIO) from err
             result = _IOERR
         status[0] = result
-        # What lies before the status counts only if all of it was written (virtio 1.2 §2.7.8.2).
+        # Data before the status count only if all of them were written (virtio 1.2 §2.7.8.2).
         return room + 1 if size == room else size
 
     def _unpack_header(self, readable: Sequence[memoryview]) -> tuple[int, int, int]:

@@ -71,7 +71,7 @@ class Memory(Protocol):
 
     @property
     def writes(self) -> WriteLog:
-        """Where what was written is marked."""
+        """The log in which writes are marked."""
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a writable view of `size` bytes at `gpa`; raises GuestMemoryError."""
@@ -95,9 +95,9 @@ class Chain:
         self.head = head
         """Number of its first descriptor, which names the chain."""
         self.readable = readable
-        """What the driver wrote for the device, in order; none is empty."""
+        """The driver's data for the device, in order; none is empty."""
         self.writable = writable
-        """Where the device may write, in order; none is empty."""
+        """Buffers for the device's writes, in order; none is empty."""
         self.pieces = pieces
         """What lies between the readable buffer and the writable one, which are then the only
         ones; None unless a caller has asked for it."""
@@ -117,15 +117,15 @@ class _Kind(NamedTuple):
     each: int
     """1 for each piece."""
     links: int
-    """What flags and next have to be."""
+    """The required values of flags and next."""
     usual: int
     """The same, and the lengths, if they are all alike."""
     inside: int
     """A bit that is set if an address or an end was compared and is inside of the span."""
     room: int
-    """What addresses are subtracted from, to compare them, if lengths are alike."""
+    """The number that addresses are subtracted from, to compare them, if lengths are alike."""
     below_start: int
-    """What an address is added to, to compare it."""
+    """The number that is added to an address, to compare it."""
     distance: int
     """From an address of the guest to ours."""
     usual_distance: int
@@ -242,7 +242,7 @@ class Span:
 
 
 class Decoder:
-    """Tells what the chains of one queue are."""
+    """Decodes the chains of one queue."""
 
     __slots__ = (
         "_descriptors",

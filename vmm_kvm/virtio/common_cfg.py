@@ -57,7 +57,7 @@ _FIELD_AT = {
 
 
 class Actions(Protocol):
-    """What follows from what the driver writes."""
+    """The consequences of the driver's writes."""
 
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
         """The driver is ready: serve the enabled queues."""
@@ -76,7 +76,7 @@ class Actions(Protocol):
 
 
 class QueueState(NamedTuple):
-    """What the driver has set for one queue."""
+    """The driver's settings of one queue."""
 
     size: U16
     vector: U16
@@ -100,7 +100,7 @@ class CommonCfgState(NamedTuple):
 
 
 class QueueRegisters:
-    """What the driver has set for one queue."""
+    """The driver's settings of one queue."""
 
     __slots__ = ("available", "descriptors", "is_enabled", "size", "size_max", "used", "vector")
 
@@ -117,7 +117,7 @@ class QueueRegisters:
 
     @property
     def ring(self) -> Ring:
-        """Where the queue lies."""
+        """The place of the queue."""
         return Ring(self.size, self.descriptors, self.available, self.used)
 
 
@@ -169,7 +169,7 @@ class CommonCfg:
         self._status = 0
         self._device_select = self._driver_select = self._queue_select = 0
         self.driver_features = 0
-        """What the driver has accepted, a mask; negotiated once `is_started`."""
+        """The features that the driver has accepted, a mask; negotiated once `is_started`."""
         self.config_vector = abi.VIRTIO_MSI_NO_VECTOR
         """The MSI-X vector for changes of the configuration space."""
         for queue in self.queues:
@@ -237,7 +237,7 @@ class CommonCfg:
     # Accesses
 
     def read(self, offset: int, size: int) -> int:
-        """Read `size` bytes at `offset`; what is behind the structure reads as zero."""
+        """Read `size` bytes at `offset`; bytes after the structure read as zero."""
         value, at, end = 0, offset, offset + size
         while at < end:
             start, width = _FIELD_AT.get(at, (at, 1))
@@ -367,7 +367,7 @@ class CommonCfg:
         if value == 0:
             self.reset()
             return
-        # A driver must not clear bits, so what is missing from `value` means nothing.
+        # A driver must not clear bits, so bits missing from `value` mean nothing.
         new = value & ~self._status & _DRIVER_STATUS
         if new & abi.VIRTIO_CONFIG_S_FEATURES_OK and not self._is_acceptable():
             new &= ~abi.VIRTIO_CONFIG_S_FEATURES_OK

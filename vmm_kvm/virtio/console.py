@@ -38,10 +38,10 @@ class ConsoleSpec(NamedTuple):
 
 
 class ConsoleState(NamedTuple):
-    """Everything that a guest can observe of a console, and what is under way."""
+    """Everything that a guest can observe of a console, and pending data."""
 
     input: Annotated[bytes, Length(0, _INPUT_MAX)]
-    """What waits for room."""
+    """Output that waits for room."""
     sent: U32
     """Bytes of the oldest output chain that have been handed on."""
     size: tuple[U16, U16]
@@ -95,7 +95,7 @@ class VirtioConsole:
         self._is_held = False
         self._offered = Backlog()  # room for input
         self._written = Backlog()  # output
-        # The oldest chain of them, and what is left of it, last buffer first.
+        # The oldest chain of them, and the rest of it, last buffer first.
         self._output: tuple[Chain, list[memoryview]] | None = None
         self._sent = 0  # bytes of it that have been handed on
 
@@ -213,7 +213,7 @@ class VirtioConsole:
         return count
 
     def throttle(self, hold: bool) -> None:
-        """Keep output in the guest's buffers while its reader is slow, or let it go on."""
+        """Keep output in the guest's buffers while its reader is slow, or let it flow."""
         self._is_held = hold
         if not hold:
             self._notify(TRANSMIT_QUEUE)

@@ -29,7 +29,7 @@ class Backend(Protocol):
     """
 
     device_id: int
-    """Which device type (VIRTIO_ID_*)."""
+    """The device type (VIRTIO_ID_*)."""
     features: int
     """Offered feature bits of the device type, a mask: bits 0 to 23 and 50 to 63."""
     queue_sizes: tuple[int, ...]
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Return the configuration space as it is now."""
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take what the driver wrote; it may be outside the configuration space: then ignore it."""
+        """Take the driver's write; ignore it if it is outside the configuration space."""
 
     def start(self, features: int) -> None:
         """Begin with the negotiated features, a mask: the driver is ready (DRIVER_OK)."""
@@ -59,14 +59,14 @@ class Backend(Protocol):
         """Forget every request; `process` is not called before the next `start`."""
 
     def close(self) -> None:
-        """Release what the backend owns; idempotent."""
+        """Release the backend's resources; idempotent."""
 
     def parts(self, name: str) -> list[Part]:
         """Return its parts that have a state; their names begin with `name`."""
 
 
 class Transport(Protocol):
-    """What a backend that acts by itself may call; any thread, also with locks held."""
+    """The calls of a backend that acts by itself; any thread, also with locks held."""
 
     def notify(self, index: int) -> None:
         """Have `process(index, ...)` called soon, as if the driver had notified.
@@ -80,7 +80,7 @@ class Transport(Protocol):
 
 
 class InputTransport(Transport, Protocol):
-    """What a backend with input from descriptors may call; on the device's own thread."""
+    """The calls of a backend with input from descriptors; on the device's own thread."""
 
     def watch(self, fd: int, index: int) -> None:
         """Have `process(index, ...)` called whenever input arrives at `fd`, once for each arrival.
@@ -102,7 +102,7 @@ class ActiveBackend(Protocol):
 
 @runtime_checkable
 class LendingBackend(Protocol):
-    """A backend that can let another process use what it serves, besides being a Backend.
+    """A backend that can lend its resource to another process, besides being a Backend.
 
     Both on the device's thread, between `reset` and `start`.
     """
@@ -146,7 +146,7 @@ class CopyingBackend(Protocol):
 
 
 class Frontend(Protocol):
-    """What a dataplane tells its transport; any thread."""
+    """The calls of a dataplane to its transport; any thread."""
 
     def interrupt(self, index: int) -> None:
         """Tell the driver that queue `index` has used chains that it wants to hear of."""
@@ -189,7 +189,7 @@ class Dataplane(Protocol):
         """Return the configuration space as it is now."""
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take what the driver wrote to the configuration space."""
+        """Take the driver's write to the configuration space."""
 
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
         """Serve the enabled queues from now on, with the negotiated features (DRIVER_OK).
@@ -202,7 +202,7 @@ class Dataplane(Protocol):
         """Serve one more queue, between `start` and `stop`.
 
         Raises:
-            GuestError: the ring is impossible; the others go on.
+            GuestError: the ring is impossible; the others continue.
         """
 
     def stop_queue(self, index: int) -> None:
@@ -220,7 +220,7 @@ class Dataplane(Protocol):
     def suspend(self) -> None:
         """Stop all threads, so that this process changes nothing; no vCPU runs.
 
-        Nothing is forgotten: what the driver asked for is done after `resume`. Idempotent.
+        Nothing is forgotten: the driver's requests are done after `resume`. Idempotent.
         """
 
     def resume(self) -> None:
@@ -247,7 +247,7 @@ class Dataplane(Protocol):
         """
 
     def log_writes(self, log: SharedLog | None) -> bool:
-        """Have other processes mark in `log` what they write to guest memory; None: no more.
+        """Have other processes mark in `log` their writes to guest memory; None: no more.
 
         False if one cannot; then nothing has changed. What this process writes is marked by the
         memory's own log.

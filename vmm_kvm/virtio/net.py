@@ -43,7 +43,7 @@ _ONE = (1).to_bytes(2, "little")
 _num_buffers = struct.Struct("<H").pack
 _SOURCE = slice(_VNET_SIZE + ADDRESS_SIZE, _VNET_SIZE + 2 * ADDRESS_SIZE)
 
-# Which frames a port can take (TUN_F_*), and the features that say so: to the guest, and from it.
+# The frames that a port can take (TUN_F_*), and the features for them: to the guest, and from it.
 CSUM, TSO4, TSO6, TSO_ECN, UFO, USO4, USO6 = (1 << bit for bit in range(7))
 _TO_GUEST = (
     (abi.VIRTIO_NET_F_GUEST_CSUM, CSUM),
@@ -65,14 +65,14 @@ _FROM_GUEST = (
 
 
 class FramePort(Protocol):
-    """Where frames come from and go to; a frame has a header of 12 bytes in front."""
+    """The source and target of frames; a frame has a header of 12 bytes in front."""
 
     fds: tuple[int, ...]
     """Of each queue a descriptor that is readable when a frame has come."""
     offloads: int
-    """Which unfinished frames it can take and give, a mask of CSUM to USO6."""
+    """The unfinished frames that it can take and give, a mask of CSUM to USO6."""
     has_filter: bool
-    """Whether it looks itself at who is meant, after `set_filter`."""
+    """Whether it checks a frame's target itself, after `set_filter`."""
 
     def set_offloads(self, offloads: int) -> None:
         """Give such unfinished frames; raises OSError."""
@@ -219,7 +219,7 @@ class VirtioNet:
             self._receive(index >> 1, queue)
 
     def reset(self) -> None:
-        """Forget every buffer, and what the driver said."""
+        """Forget every buffer, and the driver's settings."""
         if self._transport:
             for fd in self._port.fds:
                 self._transport.unwatch(fd)

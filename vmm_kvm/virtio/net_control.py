@@ -69,7 +69,7 @@ class Port(Protocol):
         """Use the first `count` queue pairs for frames to the driver."""
 
     def set_filter(self, wanted: Filter) -> None:
-        """Send the driver what it wants, as far as possible."""
+        """Send the driver the frames that it wants, as far as possible."""
 
 
 def link_status(*, is_up: bool) -> bytes:
@@ -83,7 +83,7 @@ _Addresses = Annotated[
 
 
 class NetState(NamedTuple):
-    """What a driver has said about its interface."""
+    """The driver's settings of its interface."""
 
     lladdr: Annotated[bytes, Length(ADDRESS_SIZE, ADDRESS_SIZE)]
     is_promiscuous: bool
@@ -131,7 +131,7 @@ class NetControl:
         if not is_locked:
             self.features |= 1 << abi.VIRTIO_NET_F_CTRL_MAC_ADDR
         self.filter = locked_filter(lladdr) if is_locked else Filter(lladdr)
-        """Which frames the driver is to get."""
+        """The frames that the driver is to get."""
         self._own_lladdr = lladdr
         self._is_locked = is_locked
         self._port = port
@@ -211,7 +211,7 @@ class NetControl:
     # Snapshots; when nothing runs
 
     def save(self) -> NetState:
-        """Return what the driver has said."""
+        """Return the driver's settings."""
         wanted = self.filter
         return NetState(
             lladdr=wanted.lladdr,
@@ -373,7 +373,7 @@ class NetControl:
         return self._set_filter(self.filter)
 
     def _set_filter(self, wanted: Filter) -> bool:
-        """Apply the filter, within what a locked address allows."""
+        """Apply the filter, within the limits of a locked address."""
         if self._negotiated >> abi.VIRTIO_NET_F_CTRL_VLAN & 1:
             wanted = wanted._replace(vlans=frozenset(self._vlans))
         else:

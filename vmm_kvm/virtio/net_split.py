@@ -116,7 +116,7 @@ class SplitNet:
         """Serve one more queue, between `start` and `stop`.
 
         Raises:
-            GuestError: the ring is impossible; the others go on.
+            GuestError: the ring is impossible; the others continue.
         """
         if index == self._control_queue:
             self._worker.start_queue(index, ring)
@@ -170,7 +170,7 @@ class SplitNet:
         self._worker.restore(features, commands, positions)
 
     def log_writes(self, log: SharedLog | None) -> bool:
-        """Have whoever moves the frames mark what it writes; see `Dataplane`."""
+        """Have the mover of the frames mark its writes; see `Dataplane`."""
         return self._data.log_writes(log)
 
     def parts(self, name: str) -> list[Part]:

@@ -39,7 +39,7 @@ DEVICE_ID_BASE = 0x1040
 """Plus the device type: the PCI device ID (virtio 1.2 §4.1.2.1)."""
 BAR_MSIX, BAR_NOTIFY, BAR_STRUCTURES = 1, 2, 4
 COMMON, ISR, DEVICE, NOTIFY = (page * PAGE_SIZE for page in range(4))
-"""Where the structures lie in the BAR."""
+"""The places of the structures in the BAR."""
 BAR_SIZE = 4 * PAGE_SIZE
 NOTIFY_MULTIPLIER = 4
 """Bytes, or ports, between the notification addresses of two queues."""
@@ -66,7 +66,7 @@ class VirtioPciState(NamedTuple):
     """The device's configuration, as the driver may have read it."""
     generation: U8
     positions: tuple[tuple[Annotated[int, Range(0, QUEUES_MAX - 1)], U16], ...]
-    """Of each queue that is served, where it goes on in both rings."""
+    """The next position in both rings, for each queue that is served."""
     version: Literal[1] = 1
 
 
@@ -87,12 +87,12 @@ class MsiLine(Protocol):
 
 
 class Host(Protocol):
-    """What a function needs of the machine. No method may wait or call back."""
+    """A function's requests to the machine. No method may wait or call back."""
 
     def bind_notification(self, fd: int, port: int) -> None:
         """Let guest writes of any size to `port` signal the eventfd `fd`, instead of an access.
 
-        Where that is impossible, writes stay accesses.
+        If that is impossible, writes stay exits.
         """
 
     def unbind_notification(self, fd: int, port: int) -> None:
@@ -189,7 +189,7 @@ class VirtioPci:
     # Dirty pages
 
     def log_writes(self, log: SharedLog | None) -> bool:
-        """Have other processes mark what they write for the device; see `Dataplane`."""
+        """Have other processes mark their writes for the device; see `Dataplane`."""
         with self.lock:
             return self._dataplane.log_writes(log)
 
@@ -200,7 +200,7 @@ class VirtioPci:
             for ring in (self._registers.queues[index].ring for index in self._serving)
         ]
 
-    # Snapshots; while it stands still
+    # Snapshots; while it is paused
 
     def parts(self, name: str) -> list[Part]:
         """Return the function and its device's parts; their names begin with `name`."""

@@ -38,7 +38,7 @@ class PmemSpec(NamedTuple):
 
 
 class PmemState(NamedTuple):
-    """Where the memory of a pmem device lies; its contents are the image's."""
+    """The place of a pmem device's memory; its contents are the image's."""
 
     gpa: U64
     size: U64

@@ -35,7 +35,7 @@ _FLAGS, _INDEX, _RING = 0, 1, 2
 
 
 class Ring(NamedTuple):
-    """Where the driver put a queue, as the transport learnt it."""
+    """A queue's place by the driver's word, as the transport learnt it."""
 
     size: int
     """Descriptors, a power of two up to 32768."""
@@ -127,7 +127,7 @@ class Virtqueue:
 
     @property
     def next_available(self) -> int:
-        """How many chains were taken, modulo 65536: where a successor goes on."""
+        """The number of taken chains, modulo 65536: a successor's position."""
         return self._next_available
 
     @property
@@ -208,7 +208,7 @@ class Virtqueue:
             self._writes.mark(*self._used_place)
 
     def needs_interrupt(self) -> bool:
-        """Tell whether the driver wants to be interrupted for what was pushed since the last call.
+        """Tell whether the driver wants an interrupt for chains pushed since the last call.
 
         Source: virtio 1.2 §2.7.7.2
         """
@@ -235,7 +235,7 @@ class Virtqueue:
     def enable_kicks(self) -> bool:
         """Ask the driver to notify again; True if something became available meanwhile.
 
-        Then go on: there may be no notification for it.
+        Then continue: there may be no notification for it.
 
         Source: virtio 1.2 §2.7.10
         """
@@ -249,7 +249,7 @@ class Virtqueue:
         return self._available[_INDEX] != self._next_available
 
     def _mark(self, chain: Chain) -> None:
-        """Note what the device may have written: all that it could."""
+        """Note all writes that the device may have done."""
         self._writes.mark_views(chain.writable)
         if chain.pieces is not None and chain.pieces.is_writable:
             self._writes.mark_views(chain.pieces)

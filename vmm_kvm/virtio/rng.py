@@ -56,7 +56,7 @@ class TokenBucket:
 
     @property
     def parts_left(self) -> int:
-        """What is in it, in tokens times nanoseconds, as of the last look."""
+        """Its contents, in tokens times nanoseconds, at the last look."""
         return self._level
 
     def refill(self, parts: int, now_ns: int) -> None:

@@ -57,7 +57,7 @@ _RESETS = frozenset(
 
 
 class Target(NamedTuple):
-    """What the eight bytes of a LUN name."""
+    """The meaning of the eight bytes of a LUN."""
 
     target: int
     lun: int
@@ -77,7 +77,7 @@ class ScsiCdSpec(NamedTuple):
     """A CD-ROM drive of a machine."""
 
     image: Image | None
-    """What is in it, which stays the caller's."""
+    """The medium in it, which stays the caller's."""
     kind: Literal["scsi-cd"] = "scsi-cd"
 
 
@@ -149,7 +149,7 @@ class VirtioScsi:
         """Execute every command or task management function in queue `index`.
 
         Raises:
-            VirtqueueError: a request is too short for what it says it is.
+            VirtqueueError: a request is shorter than its kind.
         """
         if index == EVENT_QUEUE:
             while queue.pop() is not None:

@@ -45,7 +45,7 @@ class MappedMemory(Protocol):
 
     @property
     def writes(self) -> WriteLog:
-        """Where what was written is marked."""
+        """The log in which writes are marked."""
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a view of `size` bytes at `gpa`; raises GuestMemoryError."""
@@ -143,7 +143,7 @@ class Vhost:
         """Serve one more queue, between `start` and `stop`.
 
         Raises:
-            GuestError: the ring is impossible; the others go on.
+            GuestError: the ring is impossible; the others continue.
         """
         self._check(ring)
         self._events.unwatch()
@@ -191,7 +191,7 @@ class Vhost:
         self._watch()
 
     def positions(self) -> Mapping[int, int]:
-        """Return where each ring goes on."""
+        """Return the next position of each ring."""
         return self._bases or {}
 
     def restore(
@@ -201,7 +201,7 @@ class Vhost:
 
         Raises:
             GuestError: a ring is impossible.
-            StateError: the kernel refuses what was negotiated.
+            StateError: the kernel refuses the negotiated features.
         """
         self.stop()
         for ring in rings.values():
@@ -214,7 +214,7 @@ class Vhost:
         self._bases = {index: positions.get(index, 0) for index in rings}
 
     def log_writes(self, log: SharedLog | None) -> bool:
-        """Return False: the kernel is not asked to mark what it writes."""
+        """Return False: the kernel is not asked to mark its writes."""
         return log is None
 
     def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
@@ -267,7 +267,7 @@ class Vhost:
             ),
             self._tap.fds[index >> 1],
         )
-        self.kick(index)  # what was available before the driver was ready
+        self.kick(index)  # for chains that were available before the driver was ready
 
     def _stop_rings(self) -> None:
         for index in sorted(self._started):

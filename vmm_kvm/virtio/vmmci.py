@@ -37,7 +37,7 @@ SHUTDOWN_TIMEOUT_NS = 120 * NANOSECONDS
 
 
 class Command(IntEnum):
-    """What the host asks of the guest."""
+    """The host's requests to the guest."""
 
     NONE = 0
     SHUTDOWN = 1
@@ -82,7 +82,7 @@ _REGISTERS = struct.Struct("<IIIHHHBB")
 
 
 class VmmciState(NamedTuple):
-    """Everything that a guest can observe of a Vmmci, and what the host waits for."""
+    """Everything that a guest can observe of a Vmmci, and the host's pending request."""
 
     status: U8
     features: U32

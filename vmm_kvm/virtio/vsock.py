@@ -239,7 +239,7 @@ class VirtioVsock:
         return [Part(f"{name}/vsock", self)]
 
     def save(self) -> VsockState:
-        """Return what is left of it elsewhere."""
+        """Return the part of it that is left elsewhere."""
         return VsockState(self.cid)
 
     def restore(self, state: VsockState) -> None:
@@ -265,7 +265,7 @@ class VirtioVsock:
     # Connections
 
     def _begin_arrivals(self) -> None:
-        """Ask the guest to accept what has come from outside."""
+        """Ask the guest to accept connections from outside."""
         while self._arrivals and not self._is_reset_due:
             with self._lock:
                 stream, guest_port = self._arrivals.popleft()
@@ -332,7 +332,7 @@ class VirtioVsock:
         self._replies.append(Header(cid, self.cid, host_port, guest_port, 0, kind, Op.RST, 0, 0, 0))
 
     def _settle(self, connection: Connection) -> None:
-        """Do what is due after anything has happened to a connection."""
+        """Do what an event of a connection makes due."""
         if not connection.is_listed:
             if not connection.buffered:
                 self._close(connection)
@@ -340,7 +340,7 @@ class VirtioVsock:
         if connection.is_connecting and connection.is_hung_up:
             self._drop(connection)
             return
-        if connection.guest_ended == Shutdown.BOTH:  # what is left to write needs no guest
+        if connection.guest_ended == Shutdown.BOTH:  # the remaining writes need no guest
             self._unlist(connection, is_told=True)
             self._settle(connection)
             return
@@ -409,7 +409,7 @@ class VirtioVsock:
             chain = waiting.popleft()
             queue.push(chain, scatter(chain.writable, _EVENT.pack(EVENT_TRANSPORT_RESET)))
             self._is_reset_due = False
-            self._notify()  # for what has arrived meanwhile
+            self._notify()  # for later arrivals
 
     # From the guest
 
@@ -425,7 +425,7 @@ class VirtioVsock:
             self._notify()
 
     def _take(self, chain: Chain) -> None:
-        """Do what a packet says; one that is none is ignored."""
+        """Obey a packet; ignore an invalid one."""
         header = Header.read(chain.readable)
         if header is None or header.src_cid != self.cid:
             return
@@ -450,7 +450,7 @@ class VirtioVsock:
                 self._drop(connection)
 
     def _obey(self, connection: Connection, header: Header, chain: Chain) -> bool:
-        """Do what a packet says to a connection; False if it may not say that."""
+        """Obey a packet of a connection; False if it is not allowed."""
         match header.op:
             case Op.RESPONSE:
                 return connection.is_connecting and connection.accept()

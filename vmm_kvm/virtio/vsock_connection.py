@@ -76,7 +76,7 @@ class Connection:
         self.guest_port = guest_port
         self.host_port = host_port
         self.greeting = b"" if is_from_guest else b"OK %d\n" % host_port
-        """What a client gets once the guest has accepted."""
+        """The client's line once the guest has accepted."""
         self.is_connecting = not is_from_guest
         """Whether the guest has still to accept."""
         self.is_active = False
@@ -88,9 +88,9 @@ class Connection:
         self.is_hung_up = False
         """Whether the other end of the socket is gone."""
         self.ended = Shutdown.NONE
-        """What the host's side does no more."""
+        """Directions that the host's side has shut down."""
         self.guest_ended = Shutdown.NONE
-        """What the guest does no more."""
+        """Directions that the guest has shut down."""
         self._has_ended_output = False
         self._owed = Owed.RESPONSE if is_from_guest else Owed.REQUEST
         self._buffer = bytearray()
@@ -174,7 +174,7 @@ class Connection:
         """Write to the socket; returns how many bytes it took."""
         try:
             done = self.stream.write(pieces)
-        except OSError:  # nobody reads any more
+        except OSError:  # there is no reader any more
             self.end(Shutdown.RECEIVE)
             return 0
         if not done:

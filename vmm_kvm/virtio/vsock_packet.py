@@ -23,7 +23,7 @@ _U32 = (1 << 32) - 1
 
 
 class Op(IntEnum):
-    """What a packet is for (VIRTIO_VSOCK_OP_*)."""
+    """A packet's operation (VIRTIO_VSOCK_OP_*)."""
 
     REQUEST = 1
     RESPONSE = 2
@@ -35,7 +35,7 @@ class Op(IntEnum):
 
 
 class Shutdown(IntFlag):
-    """What a side does no more (VIRTIO_VSOCK_SHUTDOWN_F_*)."""
+    """Directions that a side shuts down (VIRTIO_VSOCK_SHUTDOWN_F_*)."""
 
     NONE = 0
     RECEIVE = 1
@@ -72,7 +72,7 @@ class Header(NamedTuple):
 
 
 class Packet(NamedTuple):
-    """What a connection has to say to the guest; its data lie in the guest's buffer already."""
+    """A connection's packet for the guest; its data are in the guest's buffer already."""
 
     op: Op
     flags: int = 0

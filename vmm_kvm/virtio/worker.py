@@ -81,7 +81,7 @@ class Worker:
         return self._backend.config()
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take what the driver wrote to the configuration space."""
+        """Take the driver's write to the configuration space."""
         self._backend.write_config(offset, data)
 
     def start(self, features: int, rings: Mapping[int, Ring]) -> None:
@@ -100,7 +100,7 @@ class Worker:
         """Serve one more queue, between `start` and `stop`.
 
         Raises:
-            GuestError: the ring is impossible; the others go on.
+            GuestError: the ring is impossible; the others continue.
         """
         queue = self._queue(ring)
         self._order(lambda: self._queues.update({index: queue}))
@@ -163,7 +163,7 @@ class Worker:
         self._backend.start(features)
 
     def log_writes(self, log: SharedLog | None) -> bool:  # noqa: ARG002 - this process's have one
-        """Return True: the queues mark what they give back."""
+        """Return True: the queues mark returned chains."""
         return True
 
     def parts(self, name: str) -> list[Part]:
@@ -174,7 +174,7 @@ class Worker:
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name=self._name)
         self._thread.start()
-        os.eventfd_write(self._kick_fd, 1)  # what was available before
+        os.eventfd_write(self._kick_fd, 1)  # for chains that were available before
 
     def _end_thread(self) -> bool:
         """End the thread between two rounds; False if there is none."""

@@ -94,7 +94,7 @@ _TABLES_ALIGNMENT = 64
 
 
 class AcpiConfig(NamedTuple):
-    """What differs between machines."""
+    """The differences between machines."""
 
     cpus: int = 1
     """1 to 64; local APIC IDs count from 0."""
@@ -106,7 +106,7 @@ class AcpiConfig(NamedTuple):
 
     @property
     def mmio64_start(self) -> int:
-        """Where the window for 64-bit BARs begins: a multiple of 1 GiB above 4 GiB."""
+        """The start of the window for 64-bit BARs: a multiple of 1 GiB above 4 GiB."""
         return align_up(max(self.memory_end, PCI_HOLE_END), GIB)
 
 
@@ -120,7 +120,7 @@ class AcpiTables(NamedTuple):
     pointers: tuple[tuple[int, int], ...]
     """(offset in `blob`, bytes) of each address in it."""
     checksums: tuple[tuple[int, int, int], ...]
-    """(offset in `blob` of the checksum, offset and bytes of what it covers)."""
+    """(offset in `blob` of the checksum, offset and bytes of the range that it covers)."""
 
     @property
     def rsdp(self) -> int:
@@ -135,7 +135,7 @@ def build_tables(config: AcpiConfig, base: int = BIOS_AREA_START) -> AcpiTables:
     )
 
 
-# VM processes are forked from one that has made machines, and inherit what is the same for all.
+# VM processes are forked from one that has made machines, and inherit the parts common to all.
 @lru_cache(_REMEMBERED)
 def _build(cpus: int, mmio64_start: int, base: int, *, is_q35: bool, has_tpm: bool) -> AcpiTables:
     layout = _Layout(base)

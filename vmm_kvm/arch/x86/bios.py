@@ -24,7 +24,7 @@ _FIRST_INSTRUCTIONS = (
     b"\x0f\x08", b"\x0f\x20\xc0",
 )  # fmt: skip
 _ERASED = b"\xff"
-# What boots from a drive. Source: qcow2 specification; ECMA-119 §8.1; a BIOS's boot sector.
+# Images that boot from a drive. Source: qcow2 specification; ECMA-119 §8.1; a BIOS's boot sector.
 _MEDIA = (
     (0, b"QFI\xfb", "a qcow2 image, which is a disk"),
     (0x8001, b"CD001", "a disc image, for the CD-ROM drive"),
@@ -68,7 +68,7 @@ def probe_firmware(source: Source) -> FirmwareImage:
 
 
 def _hint(source: Source) -> str:
-    """Say what somebody has probably meant, if the image is plainly a disk or a disc."""
+    """Raise an error with the probable intention, if the image is plainly a disk or a disc."""
     for at, mark, hint in _MEDIA:
         if source.size >= at + len(mark) and source.read(at, len(mark)) == mark:
             return f": {hint}"

@@ -1,4 +1,4 @@
-"""What the user asks of a boot, besides the image itself."""
+"""The user's options of a boot, besides the image itself."""
 
 from typing import NamedTuple
 
@@ -39,9 +39,9 @@ class BootConfig(NamedTuple):
     unpack: bool = True
     """Unpack Linux on the host where possible; else the kernel's own decompressor runs."""
     cache_directory: str | None = None
-    """Where unpacked kernels are kept, such as `cache.default_directory()`; None keeps none."""
+    """The directory of unpacked kernels, such as `cache.default_directory()`; None keeps none."""
     kernels: Kernels | None = None
-    """Where they are kept instead."""
+    """Keeps them instead."""
 
 
 def command_line_bytes(name: str, config: BootConfig, limit: int) -> bytes:

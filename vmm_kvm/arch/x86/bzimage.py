@@ -34,7 +34,7 @@ _INIT_SIZE_FACTOR = 4
 """Kernels before 2.10 do not say how much memory they need: they unpack to less than this."""
 _SETUP_SECTORS_DEFAULT = 4
 
-# Where each field is
+# Offsets of fields
 _SETUP_SECTS = 0x1F1
 _SYSSIZE = 0x1F4
 _BOOT_FLAG = 0x1FE
@@ -57,20 +57,20 @@ _HEADER_ENDS = ((0x206, 0x23C), (_VERSION_PAYLOAD, 0x250), (_VERSION_INIT_SIZE, 
 
 
 class SetupHeader(NamedTuple):
-    """What the loader needs of the header; offsets are in the file, all checked."""
+    """The loader's part of the header; offsets are in the file, all checked."""
 
     raw: bytes
     """The header from 0x1f1 to its own end, for boot_params."""
     version: int
     kernel_offset: int
-    """Where the protected-mode part begins."""
+    """The start of the protected-mode part."""
     kernel_size: int
     """Its bytes."""
     payload_offset: int
     payload_size: int
     """Bytes; 0 if the header names no payload."""
     load_address: int
-    """Where the kernel wants to be, above 1 MiB."""
+    """The kernel's preferred address, above 1 MiB."""
     init_size: int
     """Bytes that it needs from there on until it knows its memory."""
     alignment: int
@@ -84,7 +84,7 @@ class SetupHeader(NamedTuple):
 
     @property
     def entry_offset(self) -> int:
-        """Where in the protected-mode part it is entered."""
+        """Its entry in the protected-mode part."""
         return _ENTRY64_OFFSET if self.is_64 else 0
 
 

@@ -1,4 +1,4 @@
-"""What CPUID tells a vCPU: the host's features, KVM's own leaves, and a plain topology.
+"""CPUID of a vCPU: the host's features, KVM's own leaves, and a plain topology.
 
 Pure: supported entries, vCPU index and vCPU count in, the vCPU's entries out. The topology is one
 socket with as many cores as there are vCPUs, one thread each; a vCPU's APIC id is its index. On

@@ -31,7 +31,7 @@ _Access = tuple[
 # By the first word of a port access; by the address of an MMIO access.
 _Known = dict[int, _Access]
 
-# A guest may use any number of addresses in many ways: forget what was learnt after many.
+# A guest may use any number of addresses in many ways: drop the look-ups after many.
 _KNOWN_ACCESSES = 4096
 
 

@@ -50,7 +50,7 @@ from vmm_kvm.arch.x86.layout import (
 )
 from vmm_kvm.bits import PAGE_SIZE
 
-# Where 32-bit BARs may be: (address, size).
+# Windows for 32-bit BARs: (address, size).
 _WINDOWS = (
     (PCI_MMIO32_START, PCI_MMIO32_SIZE),
     (PCI_MMIO32_HIGH_START, PCI_MMIO32_HIGH_SIZE),

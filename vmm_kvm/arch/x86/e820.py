@@ -22,7 +22,7 @@ _ENTRY = struct.Struct("<QQI")
 
 
 class E820Type(IntEnum):
-    """What a range is good for (ACPI 6.5 table 15.6)."""
+    """The use of a range (ACPI 6.5 table 15.6)."""
 
     RAM = 1
     RESERVED = 2

@@ -8,7 +8,7 @@ from vmm_kvm.kvm.vcpu import Vcpu
 def load_entry(vcpu: Vcpu, entry: Entry) -> None:
     """Set the registers of a vCPU that has not run yet to what `entry` describes.
 
-    What an Entry leaves out, such as the local APIC's base, stays as after reset.
+    Parts that an Entry leaves out, such as the local APIC's base, stay as after reset.
 
     Raises:
         KvmError: KVM refuses the state.

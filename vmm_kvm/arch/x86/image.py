@@ -1,4 +1,4 @@
-"""Boot images: what a file is, and how it gets into guest memory.
+"""Boot images: finding the kind of a file, and loading it into guest memory.
 
 `open_image` decides by contents, in this order:
 
@@ -10,7 +10,7 @@
 4. a Multiboot header makes a Multiboot kernel that says where to load it;
 5. code at the reset vector makes firmware.
 
-Whatever can be checked without a machine is checked here; `load` checks sizes against its memory.
+All checks that need no machine are done here; `load` checks sizes against its memory.
 """
 
 from typing import NamedTuple, assert_never
@@ -52,7 +52,7 @@ class RestoredImage(NamedTuple):
     """Image of a restored guest without firmware, which continues from its saved state."""
 
     name: str
-    """What it was booted from; for messages."""
+    """The file that it was booted from; for messages."""
 
 
 BootImage = (
@@ -66,12 +66,12 @@ _ARM64_MAGIC_AT = 56
 _LINUX_NOTE_OWNER = b"Linux"
 _GNU_NOTE_OWNER, _NT_GNU_ABI_TAG = b"GNU", 1
 _XEN_BANNER = b"Xen version %d.%d"
-"""What Xen prints first; entered by Multiboot, it calls the BIOS from its very beginning."""
+"""Xen's first output; entered by Multiboot, it calls the BIOS from its very beginning."""
 _DOS_MAGIC, _PE_OFFSET_AT, _PE_MAGIC = b"MZ", 0x3C, b"PE\0\0"
 
 
 def open_image(path: str) -> BootImage:
-    """Open the file at `path`, find out what it is, and check it.
+    """Open the file at `path`, recognise its kind, and check it.
 
     The image keeps the file open, save for firmware, until it is collected.
 
@@ -82,7 +82,7 @@ def open_image(path: str) -> BootImage:
 
 
 def open_firmware(path: str) -> FirmwareImage:
-    """Open the file at `path`, which the user says is firmware, whatever it looks like.
+    """Open the file at `path` as firmware, at the user's word, without recognising its kind.
 
     Raises:
         BootError: the file cannot be read, or has a size that no firmware has.

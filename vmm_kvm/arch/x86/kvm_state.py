@@ -1,4 +1,4 @@
-"""What KVM keeps of a PC: the states of vCPUs, interrupt controllers, PIT and clock, as bytes.
+"""KVM's state of a PC: vCPUs, interrupt controllers, PIT and clock, as bytes.
 
 A state holds the kernel's own structures, unread: to restore a vCPU from bytes takes a seventh of
 the time that ctypes objects take. The order of the calls matters, and each reason stands beside
@@ -60,7 +60,7 @@ class VcpuRecord(NamedTuple):
     tsc_khz: U32
     """The rate of its TSC; 0 where the host's is not stable."""
     tsc_offset: U64 | None
-    """What was added to the host's TSC; None where the kernel does not tell."""
+    """The offset from the host's TSC; None if the kernel does not tell it."""
     regs: Blob
     sregs: Blob
     """A kvm_sregs2."""
@@ -113,7 +113,7 @@ class KvmRecord(NamedTuple):
 
 
 class ClockPolicy(enum.Enum):
-    """From where a restored guest's clocks go on."""
+    """The value from which a restored guest's clocks continue."""
 
     FROZEN = "frozen"
     """From where they were when it was saved; a TSC only where KVM can set its offset."""
@@ -153,7 +153,7 @@ def _save_clock(vm: Vm) -> ClockRecord:
     clock = vm.get_clock()
     return ClockRecord(
         clock.clock,
-        # Where KVM does not tell both at once, they are some microseconds apart.
+        # If KVM does not return both at once, they are some microseconds apart.
         clock.realtime if clock.flags & abi.KVM_CLOCK_REALTIME else time.time_ns(),
         clock.host_tsc if clock.flags & abi.KVM_CLOCK_HOST_TSC else None,
     )

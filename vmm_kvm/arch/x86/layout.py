@@ -32,7 +32,7 @@ UEFI_HOLE_START = 2 * GIB
 PCI_HOLE_END = 4 * GIB
 PCI_MMIO32_START = PCI_HOLE_START
 PCI_MMIO32_SIZE = 512 * MIB
-"""Where this program places BARs that no firmware has placed."""
+"""The address from which this program places BARs that no firmware has placed."""
 ECAM_START = 0xE000_0000
 ECAM_BUSES = 1
 ECAM_SIZE = ECAM_BUSES * MIB
@@ -72,7 +72,7 @@ BOOT_MODULES = 0x1_A000
 EBDA_START = 0x9_FC00
 BIOS_AREA_START = 0xE_0000
 SMBIOS_START = 0xF_0000
-"""Where kernels begin to look for the anchor."""
+"""The address from which kernels look for the anchor."""
 HIGH_MEMORY_START = MIB
 
 # I/O ports
@@ -106,7 +106,7 @@ GSI_MSI = 24
 """From here on GSIs are messages; the IOAPIC's pins end before."""
 PIC_PCI_INTX = (5, 10, 11, 12)
 ACPI_S5_SLEEP_TYPE = 5
-"""What \\_S5 tells the guest to write to SLP_TYPa."""
+"""The value that \\_S5 tells the guest to write to SLP_TYPa."""
 
 
 def ram_ranges(size: int, hole_start: int = PCI_HOLE_START) -> tuple[tuple[int, int], ...]:

@@ -11,7 +11,7 @@ from vmm_kvm.memory import GuestMemory
 
 
 class PlacedModule(NamedTuple):
-    """Where a module is."""
+    """The place of a module."""
 
     address: int
     size: int

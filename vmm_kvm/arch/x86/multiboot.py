@@ -75,7 +75,7 @@ class Load(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Guest-physical addresses of what the loader leaves for the kernel."""
+    """Guest-physical addresses of the loader's data for the kernel."""
 
     gdt: int
     info: int

@@ -38,7 +38,7 @@ MSRS = (
 _FPU_CONTROL = 0x37F  # Intel SDM vol. 1 §8.1.5: after FNINIT
 _MXCSR = 0x1F80  # Intel SDM vol. 1 §10.2.3: after reset
 
-# Where the bits of a segment lie in its attributes. Source: Intel SDM vol. 3 table 25-2.
+# Positions of the bits of a segment in its attributes. Source: Intel SDM vol. 3 table 25-2.
 _ATTRIBUTES = (
     ("type", 0, 0xF),
     ("s", 4, 1),
@@ -53,7 +53,7 @@ _ATTRIBUTES = (
 
 
 class RegisterGroup(enum.IntFlag):
-    """Which registers, by OpenBSD's bits."""
+    """Groups of registers, by OpenBSD's bits."""
 
     GPR = 0x1
     SEGMENT = 0x2
@@ -108,7 +108,7 @@ class Registers(NamedTuple):
 
     @property
     def groups(self) -> RegisterGroup:
-        """Which groups are there, with all that belongs to them."""
+        """The present groups, with all their registers."""
         groups = RegisterGroup(0)
         if self.gprs is not None and set(self.gprs) == set(GPRS):
             groups |= RegisterGroup.GPR

@@ -62,7 +62,7 @@ _NEEDS_EXTENDED_SIZE = 0x7FFF
 
 
 class SmbiosTables:
-    """The entry point and what it leads to."""
+    """The entry point and the structures that it leads to."""
 
     __slots__ = ("anchor", "tables")
 
@@ -93,7 +93,7 @@ def name_uuid(*names: str) -> bytes:
 
 
 class _Table:
-    """Structures, one behind the other, and what the entry point says of them."""
+    """Structures, one after the other, and their description in the entry point."""
 
     def __init__(self) -> None:
         self.data = bytearray()

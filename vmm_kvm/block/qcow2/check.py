@@ -17,12 +17,12 @@ _TYPE_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 class Report(NamedTuple):
-    """What a check has found."""
+    """The result of a check."""
 
     errors: tuple[str, ...]
     """The first hundred, a line each."""
     error_count: int
-    """What can lose data: clusters in use that are not counted as often, invalid offsets."""
+    """Faults that can lose data: clusters counted too low, invalid offsets."""
     leaked_clusters: int
     """Clusters that are counted more often than they are in use: they cost space."""
     data_clusters: int
@@ -38,7 +38,7 @@ class Difference(NamedTuple):
 
 
 def check(file: HostFile, header: Header) -> Report:
-    """Check the image in `file`, which nobody may write to meanwhile. Nothing is changed.
+    """Check the image in `file`, which must not be written meanwhile. Nothing is changed.
 
     Raises:
         OSError: the file cannot be read.
@@ -62,7 +62,7 @@ def check(file: HostFile, header: Header) -> Report:
 
 
 def differences(references: References, refcounts: Refcounts) -> Iterator[Difference]:
-    """Yield the clusters whose counts are not what they should be, block by block.
+    """Yield the clusters with wrong counts, block by block.
 
     A block that cannot be read is an error of `references`, and holds zeros.
     """
@@ -139,4 +139,4 @@ def _count(refcounts: Refcounts, cluster: int) -> int:
     try:
         return refcounts.get(cluster)
     except OSError:
-        return 0  # what is wrong with the block has been told
+        return 0  # the block's fault has been reported

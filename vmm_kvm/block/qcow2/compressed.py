@@ -1,4 +1,4 @@
-"""Compressed clusters: where they are, and what they hold.
+"""Compressed clusters: their places, and their contents.
 
 Source: qcow2 specification, "Compressed Clusters Descriptor".
 """

@@ -28,7 +28,7 @@ def unpack(data: bytearray, bits: int) -> bytearray:
 
 
 def pack(counts: bytearray, bits: int) -> bytearray:
-    """Turn counts as they are in memory, a multiple of 8 of them, into what is on disk."""
+    """Turn counts in memory, a multiple of 8 of them, into their form on disk."""
     if bits >= 8:
         return counts
     step = 8 // bits

@@ -1,4 +1,4 @@
-"""What happens when an image that is in use turns out to be corrupt."""
+"""The reaction to an image that turns out to be corrupt while it is in use."""
 
 import errno
 
@@ -22,7 +22,7 @@ class Faults:
         self.is_corrupt = False
 
     def corrupt(self, what: str) -> OSError:
-        """Mark the image so that nobody writes to it, and return the fault to raise.
+        """Mark the image so that it is not written any more, and return the fault to raise.
 
         Source: qcow2 specification, "incompatible_features", bit 1.
         """

@@ -1,4 +1,4 @@
-"""The header of a qcow2 image: what it says, checked, and the geometry that follows from it."""
+"""The header of a qcow2 image: its checked fields, and the geometry that follows from it."""
 
 import os
 import struct
@@ -79,7 +79,7 @@ _ENCRYPTION = {1: "AES", 2: "LUKS"}
 
 
 class Backing(NamedTuple):
-    """What an overlay says of its base."""
+    """An overlay's reference to its base."""
 
     path: str
     """As it stands in the header: a relative one begins at the overlay's directory."""
@@ -87,7 +87,7 @@ class Backing(NamedTuple):
 
 
 class Bitmaps(NamedTuple):
-    """Where the directory of persistent bitmaps lies."""
+    """The place of the directory of persistent bitmaps."""
 
     total: int
     size: int
@@ -149,7 +149,7 @@ def read_header(file: HostFile) -> Header:
     """Read and check the header of the image in `file`.
 
     Raises:
-        ImageError: it is not a qcow2 image, uses what is not supported, or is corrupt.
+        ImageError: it is not a qcow2 image, uses an unsupported feature, or is corrupt.
         OSError: it cannot be read.
 
     Source: qcow2 specification, "Header".

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Changes:
-    """What only an image that is open for writing has."""
+    """The parts that only an image open for writing has."""
 
     __slots__ = ("eraser", "metadata", "writer")
 
@@ -121,7 +121,7 @@ class Qcow2Image:
         try:
             if changes:
                 changes.metadata.commit()
-                changes.metadata.commit()  # what the first one released
+                changes.metadata.commit()  # writes the releases of the first one
         finally:
             self._file.close()
             if self._base:

@@ -18,7 +18,7 @@ ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 
 
 class Kind(IntEnum):
-    """What a range of the disk is."""
+    """The kind of a range of the disk."""
 
     HOLE = 0
     """Not allocated: the base's contents, or zeros without one."""
@@ -105,7 +105,7 @@ class Mapping:
         return found
 
     def _append(self, found: list[Extent], kind: Kind, host: int, size: int) -> None:
-        """Add an extent, as one with the last if it goes on there."""
+        """Add an extent, merged with the last one if it continues that."""
         if found and found[-1].kind is kind:
             last = found[-1]
             if kind <= Kind.ZERO or (kind is not Kind.COMPRESSED and last.host + last.size == host):

@@ -35,7 +35,7 @@ class Metadata:
     """Tables and reference counts of one image that is open for writing."""
 
     def __init__(self, file: HostFile, header: Header, tables: Tables, faults: Faults) -> None:
-        """Read what is needed to change the image whose mapping is `tables`.
+        """Read the metadata for changes of the image whose mapping is `tables`.
 
         Raises:
             OSError: the refcount table cannot be read.
@@ -85,7 +85,7 @@ class Metadata:
         """Write all changes, and make them and all of the guest's data durable.
 
         Raises:
-            OSError: not everything is written; what is not will be by the next commit.
+            OSError: not everything is written; the next commit writes the rest.
         """
         tables, refcounts = self.tables, self.refcounts
         if not (tables.is_clean() and refcounts.is_clean()) and not self.faults.is_corrupt:

@@ -62,7 +62,7 @@ class Reader:
             fill_zeros(buffers)
 
     def reads_zero(self, offset: int, size: int) -> bool:
-        """Tell whether a range reads as zero by what the tables say, without reading it."""
+        """Tell by the tables whether a range reads as zero, without reading it."""
         for extent in self._mapping.extents(offset, size):
             if extent.kind > Kind.ZERO:
                 return False

@@ -42,7 +42,7 @@ class Block:
         self.is_new = is_new
         """Nothing on disk refers to it, nor has it ever been written."""
         self.first = len(counts)
-        """What has changed since it was written: bytes from `first` to before `last`."""
+        """The part changed since the last write: bytes from `first` to before `last`."""
         self.last = 0
 
     def change(self, start: int, data: bytes) -> None:
@@ -84,7 +84,7 @@ class Refcounts:
         self._old_tables: list[tuple[int, int]] = []
         self._hint = 0  # no cluster before this one is free
         self.released: list[tuple[int, int]] = []
-        """What to release at the next commit: first cluster, how many."""
+        """Releases for the next commit: first cluster, number."""
         self.reserved: set[int] = set()
         """Clusters with metadata; an allocation that yields one shows that the counts are wrong."""
         self._reserve_own()
@@ -166,7 +166,7 @@ class Refcounts:
             return first, found
 
     def cancel(self, first: int, count: int) -> None:
-        """Give back what was allocated and has not been referred to by anything."""
+        """Release allocated clusters to which nothing refers yet."""
         self._add(first, count, -1)
 
     def release(self, first: int, count: int = 1) -> None:
@@ -339,7 +339,7 @@ class Refcounts:
         self._dirty.discard(index)
 
     def apply_releases(self) -> list[tuple[int, int]]:
-        """Release what was noted; return the runs of clusters that nothing uses any more."""
+        """Make the noted releases; return the runs of clusters that are free now."""
         runs: list[tuple[int, int]] = []
         self.released.sort(reverse=True)
         while self.released:

@@ -1,4 +1,4 @@
-"""What an image refers to: how often its own tables name each host cluster.
+"""An image's references: the number of times that its own tables name each host cluster.
 
 Source: qcow2 specification, "Host cluster management", "Snapshots", "Bitmaps".
 """
@@ -23,7 +23,7 @@ _FINDINGS_MAX = 100
 
 
 class References:
-    """The references to each host cluster, counted; and what is wrong with them."""
+    """The counted references to each host cluster, and faults among them."""
 
     def __init__(self, file: HostFile, header: Header) -> None:
         """Count every reference of the image in `file`.
@@ -40,7 +40,7 @@ class References:
         self.chunks: dict[int, array[int]] = {}
         """Counts of CHUNK clusters each; those that are missing are zero."""
         self.errors: list[str] = []
-        """Of what is wrong, the first hundred."""
+        """The first hundred faults."""
         self.error_count = 0
         self.data_clusters = 0
         """Clusters of the disk that have data in the file."""

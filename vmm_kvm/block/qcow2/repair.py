@@ -14,7 +14,7 @@ from vmm_kvm.errors import ImageError
 
 
 def repair(file: HostFile, header: Header, metadata: Metadata) -> None:
-    """Set each count to what the tables say, and the tables' flags to what the counts say.
+    """Set each count by the tables, and the tables' flags by the counts.
 
     Raises:
         ImageError: more is wrong than counts.

@@ -34,7 +34,7 @@ class L2Table:
         self.is_new = is_new
         """Nothing on disk refers to it, nor has it ever been written."""
         self.first = len(words)
-        """What has changed since it was written: words from `first` to before `last`."""
+        """The part changed since the last write: words from `first` to before `last`."""
         self.last = 0
 
 
@@ -151,7 +151,7 @@ class Tables:
                 self._dirty.discard(index)
 
     def write_links(self) -> None:
-        """Write what has changed in other tables, then in the L1 table."""
+        """Write changes of other tables, then those of the L1 table."""
         for index in sorted(self._dirty):
             table = self._cache[index]
             self._write(table, table.first, table.last)

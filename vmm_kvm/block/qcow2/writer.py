@@ -207,7 +207,7 @@ class Writer:
         return start >= stop or self._reader.reads_zero(start, stop - start)
 
     def _contents(self, start: int, stop: int) -> memoryview:
-        """Return what the disk holds; zeros beyond its end."""
+        """Return the disk's contents; zeros beyond its end."""
         data = memoryview(bytearray(stop - start))
         size = min(stop, self._size) - start
         if size > 0:
@@ -242,7 +242,7 @@ class Writer:
         return (1 << (last + 1)) - (1 << first)
 
     def _link(self, segment: Segment, host: int, start: int, stop: int) -> None:
-        """Let the clusters of a segment be those from `host` on; release what they were."""
+        """Map a segment to the clusters from `host` on; release its former ones."""
         words = segment.table.words
         first = segment.first * self._step
         end = first + segment.count * self._step

@@ -60,7 +60,7 @@ class Fds:
         return self._fds.pop(0)
 
     def close(self) -> None:
-        """Close what is left; idempotent."""
+        """Close the remaining ones; idempotent."""
         while self._fds:
             os.close(self._fds.pop())
 
@@ -97,7 +97,7 @@ class Channel:
         self._header: Header | None = None
 
     def close(self) -> None:
-        """Close the socket and what was received with an unfinished message; idempotent."""
+        """Close the socket and descriptors of an unfinished message; idempotent."""
         self._fds.close()
         self.socket.close()
 

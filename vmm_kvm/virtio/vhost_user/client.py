@@ -59,7 +59,7 @@ class Client:
         self._protocol_features = ProtocolFeature(0)
         try:
             self.features = unpack_u64(self._query(Request.GET_FEATURES))
-            """What the server offers, a mask of virtio features."""
+            """The server's features, a mask of virtio features."""
             if self.features & FEATURE_PROTOCOL_FEATURES:
                 offered = unpack_u64(self._query(Request.GET_PROTOCOL_FEATURES))
                 wanted = WANTED & ProtocolFeature(offered)
@@ -131,7 +131,7 @@ class Client:
         self._order(Request.SET_FEATURES, pack_u64(features))
 
     def set_log(self, size: int, fd: int) -> None:
-        """Share a log of `size` bytes, in which the server marks what it writes when it is to.
+        """Share a log of `size` bytes, in which the server marks its writes on request.
 
         The server has FEATURE_LOG_ALL, and `has_log`; the descriptor stays the caller's.
         """
@@ -139,12 +139,12 @@ class Client:
 
     @property
     def has_log(self) -> bool:
-        """Whether the server can mark what it writes."""
+        """Whether the server can mark its writes."""
         has_memory = bool(self._protocol_features & ProtocolFeature.LOG_SHMFD)
         return has_memory and bool(self.features & FEATURE_LOG_ALL)
 
     def lend(self, is_lent: bool) -> bool:
-        """Have a server of ours let another process use what it serves, or take it back.
+        """Have a server of ours lend its resource to another process, or take it back.
 
         Returns whether it has.
         """
@@ -186,7 +186,7 @@ class Client:
             self._order(Request.SET_VRING_ENABLE, VringState(ring, is_enabled).pack())
 
     def stop(self, ring: int) -> int:
-        """Stop a ring; returns where in the available ring its server would go on.
+        """Stop a ring; returns its server's next position in the available ring.
 
         Guest memory is not touched for it any more when this returns.
         """

@@ -30,7 +30,7 @@ class Command(NamedTuple):
     name: str
     description: str
     capabilities: dict[str, str | list[str]]
-    """What `--print-capabilities` prints."""
+    """The output of `--print-capabilities`."""
 
     def parser(self) -> argparse.ArgumentParser:
         """Return a parser for the common options, to which the command's own can be added."""
@@ -61,7 +61,7 @@ class Command(NamedTuple):
 
     def print_capabilities(self) -> int:
         """Print the program's capabilities; returns the exit status."""
-        print(json.dumps(self.capabilities))  # noqa: T201 - what it is asked for
+        print(json.dumps(self.capabilities))  # noqa: T201 - the requested output
         return 0
 
     def run(self, given: argparse.Namespace, what: str, make: Callable[[], Backend]) -> int:
@@ -85,7 +85,7 @@ class Command(NamedTuple):
             serve(sock, backend, is_one_shot=given.one_shot, signals=_SIGNALS)
         finally:
             if given.socket is not None:
-                with suppress(FileNotFoundError):  # somebody tidied up
+                with suppress(FileNotFoundError):  # it has been removed
                     Path(given.socket).unlink()
         return 0
 

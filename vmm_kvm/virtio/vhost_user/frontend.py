@@ -92,7 +92,7 @@ class SharedMemory(Protocol):
 
     @property
     def writes(self) -> WriteLog:
-        """Where what was written is marked."""
+        """The log in which writes are marked."""
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return a view of `size` bytes at `gpa`; raises GuestMemoryError."""
@@ -112,7 +112,7 @@ def _net_queues(features: int, config: bytes) -> int:
 
 
 class DeviceKind(NamedTuple):
-    """What has to be known of a device type."""
+    """The needed properties of a device type."""
 
     device_id: int
     features: int
@@ -205,7 +205,7 @@ class VhostUser:
         return self._config[:offset] + data + self._config[offset + len(data) :]
 
     def override(self, offset: int, data: bytes) -> None:
-        """Show the driver `data` at `offset` from now on, whatever the server has there.
+        """Show the driver `data` at `offset` from now on, instead of the server's.
 
         For fields that this side decides. The driver is notified of a change; any thread.
         """
@@ -270,7 +270,7 @@ class VhostUser:
         """Have one more queue served, between `start` and `stop`.
 
         Raises:
-            GuestError: the ring is impossible; the others go on.
+            GuestError: the ring is impossible; the others continue.
         """
         self._check(ring)
         if self._lost is not None:
@@ -355,7 +355,7 @@ class VhostUser:
 
         Raises:
             GuestError: a ring is impossible.
-            StateError: the server does not take what was negotiated.
+            StateError: the server does not accept the negotiated features.
         """
         self.stop()
         for ring in rings.values():
@@ -370,7 +370,7 @@ class VhostUser:
         self._is_suspended = True
 
     def lend(self, is_lent: bool) -> None:
-        """Have the server let another process use what it serves, or take it back; suspended.
+        """Have the server lend its resource to another process, or take it back; suspended.
 
         Raises:
             VhostUserError: it is not a server of ours, or cannot.
@@ -390,7 +390,7 @@ class VhostUser:
             raise VhostUserError(f"{self._name}: {why}")
 
     def log_writes(self, log: SharedLog | None) -> bool:
-        """Have the server mark in `log` what it writes; None: no more. False if it cannot."""
+        """Have the server mark its writes in `log`; None: no more. False if it cannot."""
         if not self._client.has_log:
             return False
         with self._lock:
@@ -410,7 +410,7 @@ class VhostUser:
         return []
 
     def settle(self) -> None:
-        """Return when the server has served what was available; no vCPU runs.
+        """Return when the server has served all available chains; no vCPU runs.
 
         A server with one thread, such as ours, has seen every notification from before the first
         question when it answers the second.
@@ -431,7 +431,7 @@ class VhostUser:
         return sectors * 512 if self.device_id == BLOCK.device_id else 0
 
     def copy_image(self, fd: int, part: ImageCopy) -> None:
-        """Have a part of a disk of ours copied into a file; it stands still.
+        """Have a part of a disk of ours copied into a file; it is paused.
 
         Raises:
             OSError: it cannot be read, or the file cannot be written.
@@ -489,7 +489,7 @@ class VhostUser:
         # Requests may be there already, and older servers wait for the first notification.
         self.kick(index)
 
-    # What goes wrong
+    # Failures
 
     def _watch(self) -> None:
         self._events.watch(

@@ -89,7 +89,7 @@ class Request(enum.IntEnum):
     SET_STATUS = 39
     GET_STATUS = 40
     LEND = 0x6B76_6D01
-    """Ours, of no specification: 1 lets go of what the device serves, 0 takes it back."""
+    """Ours, of no specification: 1 releases the device's resource, 0 takes it back."""
     COPY_IMAGE = 0x6B76_6D02
     """Ours alone: copy a part of a disk, `ImageCopy`, into the file that comes along."""
 
@@ -178,7 +178,7 @@ class VringState(NamedTuple):
 
 
 class VringAddress(NamedTuple):
-    """Where the parts of a ring lie, as addresses in the front-end's process."""
+    """The places of a ring's parts, as addresses in the front-end's process."""
 
     ring: int
     """The ring's index."""
@@ -206,7 +206,7 @@ class MemoryRegion(NamedTuple):
     user_address: int
     """The address of its first byte in the front-end's process, which ring addresses refer to."""
     mmap_offset: int
-    """Where it begins in the descriptor's file, bytes."""
+    """Its start in the descriptor's file, bytes."""
 
 
 class ConfigAccess(NamedTuple):

@@ -27,7 +27,7 @@ from vmm_kvm.virtio.vhost_user.server import Server
 log = Log(__name__)
 
 EXIT_TIMEOUT_S = 30.0
-"""How long a device process may take to write back what it holds when its connection ends."""
+"""The time for a device process to write back its data when its connection ends."""
 
 _READY = b"\0"
 _MESSAGE_MAX = 4096
@@ -49,7 +49,7 @@ class DeviceProcess:
         self._name = name
 
     def close(self) -> None:
-        """Close the connection if nobody else has, and wait for the process; idempotent.
+        """Close the connection if it is still open, and wait for the process; idempotent.
 
         One that does not end by itself within `EXIT_TIMEOUT_S` is killed.
         """

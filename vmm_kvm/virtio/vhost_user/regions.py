@@ -44,7 +44,7 @@ class Regions:
         self._starts: list[int] = []  # their first addresses, to search in
         self._log = memoryview(b"")
         self.writes = WriteLog()
-        """Where what was written to them is marked."""
+        """The log in which writes to them are marked."""
 
     def __len__(self) -> int:
         return len(self._mapped)
@@ -82,7 +82,7 @@ class Regions:
         self._follow()
 
     def map_log(self, size: int, offset: int, fd: int) -> None:
-        """Map a log of what is written, a bit for each page; `fd` stays the caller's.
+        """Map a log of writes, a bit for each page; `fd` stays the caller's.
 
         Raises:
             VhostUserError: it does not lie in the file, or cannot be mapped.
@@ -96,7 +96,7 @@ class Regions:
         self._follow()
 
     def log_writes(self, *, is_on: bool) -> None:
-        """Mark in the log, if there is one, what is written from now on, or mark no more."""
+        """Mark writes in the log, if there is one, from now on, or mark no more."""
         self.writes.is_on = is_on
         self._follow()
 

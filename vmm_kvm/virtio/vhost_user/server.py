@@ -84,10 +84,10 @@ class Server:
 def listen(path: str) -> socket.socket:
     """Make a listening UNIX socket at `path` that only this user may connect to.
 
-    One that nobody listens to any more is replaced.
+    A stale socket, without a listener, is replaced.
 
     Raises:
-        SpecError: somebody listens there, or something else is there.
+        SpecError: another program listens there, or another file is there.
         OSError: it cannot be made.
     """
     return listening.listen(

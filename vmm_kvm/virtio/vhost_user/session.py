@@ -140,7 +140,7 @@ class Session:
             self.close()
             self._on_end(reason)
 
-    # What the backend may ask for (InputTransport)
+    # The backend's requests (InputTransport)
 
     def notify(self, index: int) -> None:
         """Have the backend process ring `index` soon; any thread."""
@@ -324,7 +324,7 @@ class Session:
             self._reset()
 
     def _lend(self, is_lent: int) -> bool:
-        """Let go of what the device serves, with every ring stopped, or take it back.
+        """Release the device's resource, with every ring stopped, or take it back.
 
         Returns whether that could not be: then all is as it was.
         """
@@ -343,7 +343,7 @@ class Session:
         return False
 
     def _config(self, access: ConfigAccess) -> ConfigAccess:
-        """Return a piece of configuration space; zeroes behind what the device type has."""
+        """Return a piece of configuration space; zeros after the device type's part."""
         space = self._backend.config().ljust(CONFIG_MAX, b"\0")
         piece = space[access.offset : access.offset + len(access.data)]
         return access._replace(data=piece)
@@ -482,7 +482,7 @@ class Session:
             self._poll_timer.arm(self._loop.monotonic_ns() + _POLL_NS)
 
     def _serve(self, ring: Vring) -> None:
-        """Serve what is available in a ring, but leave others their turn."""
+        """Serve a ring's available chains, but leave others their turn."""
         queue = ring.queue
         if queue is None:
             return

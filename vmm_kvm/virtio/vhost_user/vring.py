@@ -65,7 +65,7 @@ class Vring:
         self._next_used: int | None = None
 
     def close(self) -> None:
-        """Forget everything, and close the descriptors, which nobody watches any more."""
+        """Forget everything, and close the descriptors, which are not watched any more."""
         self.reset()
         self.kick_fd = _replaced(self.kick_fd, None)
         self.call_fd = _replaced(self.call_fd, None)
@@ -86,7 +86,7 @@ class Vring:
         self._size = size
 
     def set_base(self, base: int) -> None:
-        """Set where in the available ring a stopped ring goes on, 0 to 65535."""
+        """Set a stopped ring's next position in the available ring, 0 to 65535."""
         self._must_be_stopped()
         if base > INDEX_MAX:
             raise VhostUserError(f"ring {self.index}: base {base:#x}")
@@ -95,7 +95,7 @@ class Vring:
 
     def set_address(self, address: VringAddress) -> None:
         """Set where the ring lies; also while it is started."""
-        if address.flags & ~VRING_LOG:  # what is written to rings is marked anyway
+        if address.flags & ~VRING_LOG:  # writes to rings are marked anyway
             raise VhostUserError(f"ring {self.index}: flags {address.flags:#x}: not offered")
         self.suspend()
         self._address = address
@@ -162,7 +162,7 @@ class Vring:
             self.queue = None
 
     def stop(self) -> int:
-        """Stop the ring; returns where in the available ring a successor goes on."""
+        """Stop the ring; returns a successor's position in the available ring."""
         self.suspend()
         self.set_kick(None)
         self._next_used = None
