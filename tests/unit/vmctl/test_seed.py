@@ -16,6 +16,7 @@ import pytest
 
 from tests.agents import AGENT
 from tests.unit.vmctl.conftest import Serve
+from tests.vmctl_driver import VMCTL
 from vmctl.iso9660 import SECTOR, iso_image
 from vmctl.seed import seed_disk
 from vmctl.start import start
@@ -240,9 +241,7 @@ def test_a_state_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         seed(Options(agent=True))
 
 
-def test_start(
-    serve: Serve, key: Path, tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_start(serve: Serve, key: Path, tmp_path: Path, state: Path) -> None:
     """`start` sends the seed as the last disk, read-only, and a VM with an agent has vsock."""
 
     def answer(request: AnyRequest) -> list[Started]:
@@ -252,8 +251,7 @@ def test_start(
     daemon = serve(answer)
     disk = tmp_path / "disk.raw"
     disk.write_bytes(bytes(1 << 20))
-    monkeypatch.setenv("TERM", "dumb")
-    assert start(["web"], disks=(str(disk),), ssh_keys=(str(key),), agent=True) == 0
+    subprocess.run([VMCTL, "start", "-d", disk, "--ssh-key", key, "--agent", "web"], check=True)
     (request,) = daemon.requests
     assert isinstance(request, Start)
     assert request.has_vsock
