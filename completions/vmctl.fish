@@ -1,5 +1,5 @@
 # Completion of vmctl for fish: verbs, options, names of VMs, files.
-# Made by scripts/completions.py from vmctl/verbs.py: change that, and run it.
+# Made by scripts/completions.py from vmctl/line/verbs.py: change that, and run it.
 
 function __vmctl_vms
 	vmctl status 2>/dev/null | awk 'NR > 1 { print $9 }'

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vmctl.options import FILE, VM, Option  # noqa: E402 - found by the line above
-from vmctl.verbs import VERBS, Verb, names  # noqa: E402 - found by the line above
+from vmctl.line.options import FILE, VM, Option  # noqa: E402 - found by the line above
+from vmctl.line.verbs import VERBS, Verb, names  # noqa: E402 - found by the line above
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 
-_MADE = "Made by scripts/completions.py from vmctl/verbs.py: change that, and run it."
+_MADE = "Made by scripts/completions.py from vmctl/line/verbs.py: change that, and run it."
 _GLOBAL = ("--help", "--version", "-H", "-v")
 _LIST_VMS = "vmctl status 2>/dev/null | awk 'NR > 1 { print $9 }'"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from scripts.protocol import attribute_documentation  # noqa: E402 - found by the line above
-from vmctl.control import EVENT_FIELDS  # noqa: E402 - same
+from vmctl.daemon.control import EVENT_FIELDS  # noqa: E402 - same
 from vmd.wire import messages, parts  # noqa: E402 - same
 from vmm_kvm.standard_streams import run_program  # noqa: E402 - same
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from vmctl.agent import Agent
-from vmctl.agent_frames import PORT
+from vmctl.guest.agent import Agent
+from vmctl.guest.frames import PORT
 
 ROOT = Path(__file__).resolve().parents[1]
 AGENT = ROOT / "vmm_agent" / "agent.py"

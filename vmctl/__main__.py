@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def _main() -> int:
-    from vmctl.cli import main as run_command_line  # noqa: PLC0415 - when all streams are open
+    from vmctl.line.cli import main as run_command_line  # noqa: PLC0415 - when all streams are open
 
     return run_command_line(on_loaded=_keep_modules)
 

@@ -110,7 +110,7 @@ def doctor(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
 
 
 def _print_table(findings: list[Finding]) -> None:
-    from vmctl.table import show_table  # noqa: PLC0415 - only people see it
+    from vmctl.screen.table import show_table  # noqa: PLC0415 - only people see it
 
     header = ("CHECK", "STATUS", "DETAIL")
     rows = []

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from vmctl.agent import Agent, Finished
 from vmctl.client import Client, CommandError, RefusedError
-from vmctl.copying import copy_file_in, copy_file_out, copy_tree_in, copy_tree_out
+from vmctl.guest.agent import Agent, Finished
+from vmctl.guest.copying import copy_file_in, copy_file_out, copy_tree_in, copy_tree_out
 from vmm_pytest.console import ConsoleError, ConsoleLog
 
 TIMEOUT_S = 60.0

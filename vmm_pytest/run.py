@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
-from vmctl.agent import Agent
 from vmctl.client import Client, CommandError
-from vmctl.guest import agent_of
+from vmctl.guest.access import agent_of
+from vmctl.guest.agent import Agent
 
 KEEPER_S = 120.0
 """How long the daemon may take to start, and to end before another one starts."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from vmctl.agent import Agent, AgentError
 from vmctl.client import Client, CommandError, RefusedError, opened, text_of
-from vmctl.renewal import renew
+from vmctl.guest.agent import Agent, AgentError
+from vmctl.guest.renewal import renew
 from vmm_pytest.console import ConsoleLog
 from vmm_pytest.machine import TIMEOUT_S, Machine, MachineError
 from vmm_pytest.run import Run

@@ -19,9 +19,9 @@ from types import FrameType
 from typing import Self, TextIO
 from urllib.parse import quote, unquote
 
-from vmctl.agent import AgentError
 from vmctl.client import Client, CommandError, socket_path
-from vmctl.copying import copy_contents_in, copy_file_in, copy_file_out, copy_tree_out
+from vmctl.guest.agent import AgentError
+from vmctl.guest.copying import copy_contents_in, copy_file_in, copy_file_out, copy_tree_out
 from vmm_kvm.text import printable
 from vmm_pytest.machine import Machine, MachineError
 from vmm_pytest.run import NoMachinesError, Run, RunError

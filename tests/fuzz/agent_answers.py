@@ -10,9 +10,9 @@ import json
 import socket
 
 from tests.fuzz.inputs import Input, check_line
-from vmctl.agent import Agent, Session
-from vmctl.agent_frames import SIZE_BODY, TAKEN_BODY, WINDOW, Kind, frame
 from vmctl.client import CommandError
+from vmctl.guest.agent import Agent, Session
+from vmctl.guest.frames import SIZE_BODY, TAKEN_BODY, WINDOW, Kind, frame
 
 _DATA_MAX = 60 << 10
 """Bytes that a socket takes while its other side does not read."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.fuzz.inputs import Input, check_line
 from vmctl.client import CommandError
-from vmctl.unpack import unpack
+from vmctl.guest.unpack import unpack
 from vmm_kvm.text import printable
 
 _PARTS = ("a", "b", "c", "..", ".", "", "mine", "\udcff")

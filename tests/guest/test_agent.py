@@ -17,9 +17,9 @@ from tests.guest.agent_guest import MODULES, files
 from tests.guest.linux_guest import COMMAND_LINE, Shell
 from tests.guest.tools import UNPACK
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
-from vmctl.agent import Agent
 from vmctl.client import CommandError
-from vmctl.guest import agent_of
+from vmctl.guest.access import agent_of
+from vmctl.guest.agent import Agent
 
 pytestmark = [pytest.mark.guest, pytest.mark.core, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -25,7 +25,7 @@ pytestmark = [
 
 COMMAND_S = 240.0
 MODULES = ("virtio_pci", "virtio_blk")
-TOOLS = "export TPM2TOOLS_TCTI=device:/dev/tpm0 LD_LIBRARY_PATH=/lib; cd /tmp"
+TOOLS = "export TPM2TOOLS_TCTI=device:/dev/tpmrm0 LD_LIBRARY_PATH=/lib; cd /tmp"
 PRIMARY = "tpm2 createprimary -Q -c primary"
 SEAL = "echo -n swordfish | tpm2 create -Q -C primary -i - -u public -r private"
 UNSEAL = "tpm2 load -Q -C primary -u public -r private -c sealed && tpm2 unseal -c sealed"

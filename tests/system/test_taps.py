@@ -26,8 +26,8 @@ from scapy.layers.l2 import Ether
 from tests.unit.virtio.vhost_user.rig import connect, serving
 from tests.virtio_driver import DriverQueue, PlainMemory
 from tests.vmctl_driver import ROOT
-from vmctl.nic_options import parse_nic
-from vmctl.nics import open_nic
+from vmctl.foreground.nic_options import parse_nic
+from vmctl.foreground.nics import open_nic
 from vmm_kvm.errors import HaltError, SpecError
 from vmm_kvm.memory import GuestMemory
 from vmm_kvm.net.bridge import tap_on_bridge

@@ -16,7 +16,7 @@ import pytest
 
 from tests import tpm_commands as tpm
 from tests.vmctl_driver import VMCTL, ConsoleProcess, vmctl_run
-from vmctl.tpm import start_swtpm
+from vmctl.foreground.tpm import start_swtpm
 from vmm_kvm.errors import SpecError
 from vmm_kvm.swtpm import Swtpm, SwtpmError
 

@@ -18,8 +18,15 @@ IMPORTS = layers.all_imports()
 CODECS = ("zstandard", "lz4")
 # Commands that run a VM in this very process, without a daemon, import the hypervisor.
 VMCTL_WITH_HYPERVISOR = (
-    *("vmctl.run", "vmctl.nics", "vmctl.disks", "vmctl.doctor", "vmctl.stdio", "vmctl.restoring"),
-    "vmctl.vsock",
+    *(
+        "vmctl.foreground.run",
+        "vmctl.foreground.nics",
+        "vmctl.foreground.disks",
+        "vmctl.doctor",
+        "vmctl.foreground.stdio",
+        "vmctl.foreground.restoring",
+    ),
+    "vmctl.foreground.vsock",
 )
 # Pure modules decide; they are given all facts, time included.
 PURE = (
@@ -69,7 +76,7 @@ MUTATIONS = (
     ("vmd.vm.process", "from vmd.device.process import run"),
     ("vmd.device.process", "from vmd.vm.process import run"),
     ("vmctl.client", "from vmd.parent.process import Parent"),
-    ("vmctl.status", "import pyroute2"),
+    ("vmctl.daemon.status", "import pyroute2"),
 )
 """Imports that the table forbids: a module, and a line that it must not have."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmctl.cli import read
+from vmctl.line.cli import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "ci.md").read_text()

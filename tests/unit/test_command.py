@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vmctl.cli import main
-from vmctl.verbs import VERBS, usage
+from vmctl.line.cli import main
+from vmctl.line.verbs import VERBS, usage
 
 ROOT = Path(__file__).resolve().parents[2]
 MANUAL = (ROOT / "man" / "vmctl.8").read_text()
@@ -22,7 +22,7 @@ IMAGE_USAGE = "".join(
 def loaded_modules(*arguments: str) -> set[str]:
     """Run vmctl in an interpreter of its own; return the top-level modules that it loaded."""
     program = (
-        "import sys\nfrom vmctl.cli import main\n"
+        "import sys\nfrom vmctl.line.cli import main\n"
         f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
         "print(*sys.modules, file=sys.stderr)"
     )
@@ -191,7 +191,7 @@ def test_every_verb_has_its_function() -> None:
 def test_help_is_light() -> None:
     """Help in a pipe loads neither the hypervisor nor typer."""
     modules = loaded_modules("run", "--help")
-    assert "vmctl.cli" in modules
+    assert "vmctl.line.cli" in modules
     heavy = {"vmm_kvm", "rich", "asyncio", "typer", "inspect", "json"}
     assert not {name for name in modules if name.split(".")[0] in heavy}
 
@@ -216,7 +216,7 @@ def test_run_is_light() -> None:
 
 def test_the_machine_is_light() -> None:
     """Running a guest imports nothing that generates code, and no unused logging."""
-    program = "import sys, vmctl.run; print(*sys.modules)"
+    program = "import sys, vmctl.foreground.run; print(*sys.modules)"
     words = [sys.executable, "-c", program]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
     heavy = {"typer", "dataclasses", "inspect", "pathlib", "logging"}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl.console import Escape, EscapeParser
+from vmctl.screen.console import Escape, EscapeParser
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmctl.stdio import Stdio
+from vmctl.foreground.stdio import Stdio
 from vmm_kvm.loop import EventLoop
 
 MS = 1_000_000

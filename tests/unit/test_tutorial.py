@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.tutorial import ROOT, Typed, Where, steps
-from vmctl.cli import read
+from vmctl.line.cli import read
 from vmd.config.check import check
 
 PAGES = ("README.md", "docs/tutorial.md", "docs/ci.md")

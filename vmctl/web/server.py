@@ -18,7 +18,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from vmctl.metrics import lines
+from vmctl.daemon.metrics import lines
 from vmctl.web import operations, streams
 from vmctl.web.access import LOGIN_PATH, Access
 from vmctl.web.daemon import Connection, DaemonError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.agents import HostAgent
-from vmctl.agent import Agent
+from vmctl.guest.agent import Agent
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.agents import HostAgent, is_running, left_in_group, parent_of, wait_until
-from vmctl.agent import Agent, AgentError, AgentRefusedError, Session
-from vmctl.agent_frames import Kind
+from vmctl.guest.agent import Agent, AgentError, AgentRefusedError, Session
+from vmctl.guest.frames import Kind
 from vmm_agent import agent as guest_side
 
 MIB = 1 << 20

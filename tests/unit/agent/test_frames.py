@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.agents import AGENT, wait_until
-from vmctl import agent_frames as ours
-from vmctl.agent_frames import FrameReader, Kind, ProtocolError, frame
+from vmctl.guest import frames as ours
+from vmctl.guest.frames import FrameReader, Kind, ProtocolError, frame
 from vmm_agent import agent as theirs
 
 FROM_CLIENT = (Kind.REQUEST, Kind.WINDOW_SIZE, Kind.SIGNAL, Kind.INPUT)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.agents import AGENT, HostAgent
-from vmctl.agent import Agent, AgentError, AgentRefusedError
-from vmctl.agent_frames import Kind, frame
 from vmctl.client import CommandError
+from vmctl.guest.agent import Agent, AgentError, AgentRefusedError
+from vmctl.guest.frames import Kind, frame
 from vmm_agent import agent as guest_side
 
 MACHINE = "0123456789abcdef" * 2
@@ -168,7 +168,7 @@ def test_a_hostile_client(host: HostAgent, data: bytes) -> None:
 
 def test_an_agent_that_does_not_speak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client gives up a listener that sends nothing."""
-    monkeypatch.setattr("vmctl.agent.ANSWER_S", 0.2)
+    monkeypatch.setattr("vmctl.guest.agent.ANSWER_S", 0.2)
     near, far = socket.socketpair()
     with far, pytest.raises(AgentError, match=r"^the guest's agent does not answer$"):
         Agent(lambda: near).ping()

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.vmctl_driver import VMCTL
-from vmctl.cli import main
-from vmctl.disk_files import DiskFile, parse_disk
+from vmctl.images.disk_files import DiskFile, parse_disk
+from vmctl.line.cli import main
 from vmm_kvm.block.device import is_read_only_device
 from vmm_kvm.block.image import Format, StoredImage
 from vmm_kvm.errors import ImageError

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl.nic_options import NicKind, NicOption, parse_nic, read_nics
+from vmctl.foreground.nic_options import NicKind, NicOption, parse_nic, read_nics
 from vmd.config.model import ForwardConfig
 from vmm_kvm.errors import SpecError
 

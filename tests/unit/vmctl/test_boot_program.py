@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmctl.boot_program import RESULT, Call, assemble
+from vmctl.foreground.boot_program import RESULT, Call, assemble
 
 _WRITE, _OPEN, _EXECVE, _EXIT, _PWRITE, _MMAP = 1, 2, 59, 60, 18, 9
 

@@ -18,7 +18,7 @@ import pytest
 from tests.agents import BOUND_S, CLONES_AGENT, ROOT, HostAgent, spliced, wait_until
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers, FakeDaemon
-from vmctl.cli import main
+from vmctl.line.cli import main
 from vmd.wire.messages import AnyRequest, ErrorCode, Failed, Stop, Terminated
 from vmd.wire.ports import Connect, Connected
 from vmd.wire.transfers import Clone, Cloned, ClonedVm

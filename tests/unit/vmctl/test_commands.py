@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from tests.unit.vmctl.conftest import Serve
 from vmctl.advice import advice, may_connect
-from vmctl.cli import main as vmctl
+from vmctl.line.cli import main as vmctl
 from vmd.wire.channel import ChannelError
 from vmd.wire.messages import (
     AnyAnswer,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.completions import FILES
-from vmctl.verbs import VERBS, names
+from vmctl.line.verbs import VERBS, names
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "completions" / "vmctl.bash"

@@ -17,7 +17,7 @@ import pytest
 
 from tests.agents import BOUND_S, Vsock
 from tests.vmctl_driver import VMCTL
-from vmctl.agent_frames import Kind, frame
+from vmctl.guest.frames import Kind, frame
 
 MIB = 1 << 20
 

@@ -7,11 +7,11 @@ import typer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vmctl.cli import UsageError, Values, read
-from vmctl.declaration import make_app
-from vmctl.run import RunOptions
-from vmctl.start import StartOptions
-from vmctl.verbs import VERBS, Verb
+from vmctl.daemon.start import StartOptions
+from vmctl.foreground.run import RunOptions
+from vmctl.line.cli import UsageError, Values, read
+from vmctl.line.declaration import make_app
+from vmctl.line.verbs import VERBS, Verb
 
 _ODD = (
     *("-x", "-", "--", "", "web", "256M", "--append=a=b", "--initrd=", "--no-reboot=1", "-m256M"),

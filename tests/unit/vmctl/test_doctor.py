@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.conftest import Serve
-from vmctl.cli import main
+from vmctl.line.cli import main
 
 
 def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:

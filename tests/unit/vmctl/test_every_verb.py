@@ -31,8 +31,8 @@ from tests.closed_streams import closing
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers, FakeDaemon
 from tests.vmctl_driver import VMCTL
-from vmctl.options import FILE, VM
-from vmctl.verbs import VERBS, Verb
+from vmctl.line.options import FILE, VM
+from vmctl.line.verbs import VERBS, Verb
 from vmd.wire.messages import (
     AnyRequest,
     Console,
@@ -420,7 +420,7 @@ def test_a_terminal_costs_no_library(here: Path) -> None:
     ended = on_terminal([sys.executable, "-c", program, "status"], 80)
     modules = set(ended.errors.split())
     assert NAMES[0] in ended.output
-    assert "vmctl.table" in modules
+    assert "vmctl.screen.table" in modules
     heavy = {"rich", "typer", "msgspec", "asyncio", "dataclasses", "inspect", "logging"}
     assert {name for name in modules if name.split(".")[0] in heavy} == set()
 

@@ -23,7 +23,7 @@ from tests.agents import BOUND_S, HostAgent, Vsock, is_running, left_in_group, s
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
 from tests.vmctl_driver import VMCTL
-from vmctl.agent_frames import Kind, frame
+from vmctl.guest.frames import Kind, frame
 from vmd.wire.messages import AnyRequest, ErrorCode, Failed
 from vmd.wire.ports import Connect, Connected
 

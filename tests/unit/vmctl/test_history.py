@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.test_commands import DB, HEADER, WEB, WEB_LINE, failed
-from vmctl.cli import main as vmctl
+from vmctl.line.cli import main as vmctl
 from vmctl.moment import span
 from vmd.wire.messages import (
     AnyAnswer,

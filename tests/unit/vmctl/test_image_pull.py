@@ -27,7 +27,7 @@ import pytest
 from tests.agents import wait_until
 from tests.hostile_web import Answer, Asked, Connection, HostileWeb, certificate
 from tests.vmctl_driver import VMCTL
-from vmctl.image_sources import LISTS, check_name, sources
+from vmctl.images.sources import LISTS, check_name, sources
 from vmm_kvm.errors import SpecError
 
 BOUND_S = 60

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from vmctl.client import Fields
-from vmctl.metrics import lines
+from vmctl.daemon.metrics import lines
 
 NAMES = ("web", 'quo"te', "back\\slash", "new\nline", "ümlaut", "{a=b}")
 TOTALS: Fields = {

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
-from vmctl.snapshots import snapshot
+from vmctl.daemon.snapshots import snapshot
 from vmd.wire.messages import AnyRequest, Done, Event, EventKind, Events
 from vmd.wire.transfers import Snapshot
 

@@ -13,7 +13,7 @@ import pytest
 from tests.agents import HostAgent, spliced
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
-from vmctl.cli import main
+from vmctl.line.cli import main
 from vmd.wire.messages import AnyRequest, ErrorCode, Failed
 from vmd.wire.ports import Connect, Connected
 

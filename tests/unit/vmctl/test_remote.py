@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.vmctl_driver import VMCTL, ConsoleProcess
-from vmctl.cli import UsageError, read
 from vmctl.client import CommandError
-from vmctl.remote import command_for
+from vmctl.line.cli import UsageError, read
+from vmctl.line.remote import command_for
 
 # The words in front of "--" are ssh's, behind it are the host and the command.
 SSH = """#!/bin/sh

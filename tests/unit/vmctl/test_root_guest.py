@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vmctl.cli import UsageError, read
-from vmctl.root_guest import Kernel, find_kernel, initramfs, load_order
+from vmctl.foreground.root_guest import Kernel, find_kernel, initramfs, load_order
+from vmctl.line.cli import UsageError, read
 from vmm_kvm.errors import SpecError
 
 TABLE = """kernel/a/virtiofs.ko.xz: kernel/a/fuse.ko.xz

@@ -17,9 +17,9 @@ import pytest
 from tests.agents import AGENT
 from tests.unit.vmctl.conftest import Serve
 from tests.vmctl_driver import VMCTL
-from vmctl.iso9660 import SECTOR, iso_image
-from vmctl.seed import seed_disk
-from vmctl.start import start
+from vmctl.daemon.start import start
+from vmctl.images.iso9660 import SECTOR, iso_image
+from vmctl.images.seed import seed_disk
 from vmd.wire.messages import AnyRequest, Start, Started
 from vmm_kvm.errors import SpecError
 

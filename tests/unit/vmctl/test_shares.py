@@ -13,7 +13,7 @@ import pytest
 from tests.fuse_client import FuseCalls
 from tests.virtio_driver import DriverQueue
 from tests.virtio_pci_driver import PciDriver
-from vmctl.shares import ShareOption, open_shares, parse_share
+from vmctl.foreground.shares import ShareOption, open_shares, parse_share
 from vmd.confine import landlock
 from vmm_kvm.bits import MIB
 from vmm_kvm.errors import SpecError

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
-from vmctl.cli import main as vmctl
+from vmctl.line.cli import main as vmctl
 from vmd.wire.messages import (
     AnyRequest,
     Console,

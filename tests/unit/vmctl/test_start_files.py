@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.conftest import Serve
-from vmctl.cli import main as vmctl
+from vmctl.line.cli import main as vmctl
 from vmd.wire.messages import Start, Started
 from vmd.wire.parts import DiskRequest
 from vmm_kvm.images.create import create_qcow2

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.test_commands import DB, WEB, failed
-from vmctl.cli import main as vmctl
-from vmctl.stop import last_first
+from vmctl.daemon.stop import last_first
+from vmctl.line.cli import main as vmctl
 from vmd.wire.messages import (
     AnyAnswer,
     AnyRequest,

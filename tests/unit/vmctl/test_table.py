@@ -13,7 +13,7 @@ import termios
 
 import pytest
 
-from vmctl.table import _fitting, _rows, table_lines, width
+from vmctl.screen.table import _fitting, _rows, table_lines, width
 from vmm_kvm.text import printable
 
 HEADER = ("ID", "PID", "STATE", "NAME")
@@ -84,7 +84,7 @@ def test_lines_that_fit() -> None:
 def test_a_table_is_drawn_over_the_last() -> None:
     """The cursor goes back as many lines as the last table took on the terminal."""
     program = (
-        "from vmctl.table import Screen\n"
+        "from vmctl.screen.table import Screen\n"
         "screen = Screen()\n"
         "for name in ('x' * 25, 'y'):\n"
         "    screen.show(('ID', 'NAME'), [('1', name)])"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl.terminal import TerminalState
+from vmctl.screen.terminal import TerminalState
 
 SEABIOS = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS (version 1.16.3)\n"
 PLAIN = b"\x1b[0m"

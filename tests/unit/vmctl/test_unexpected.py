@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmctl.cli import main
 from vmctl.client import SHAPES, CommandError, RefusedError, _understood, fits
+from vmctl.line.cli import main
 from vmd.wire.messages import (
     AnyAnswer,
     ConsoleOpened,

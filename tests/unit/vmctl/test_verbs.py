@@ -10,11 +10,11 @@ from types import ModuleType
 
 import pytest
 
-from vmctl import options, verbs
-from vmctl.cli import main, read
-from vmctl.help import help_text
-from vmctl.options import Option
-from vmctl.verbs import VERBS, matches, names, usage
+from vmctl.line import options, verbs
+from vmctl.line.cli import main, read
+from vmctl.line.help import help_text
+from vmctl.line.options import Option
+from vmctl.line.verbs import VERBS, matches, names, usage
 
 ROOT = Path(__file__).resolve().parents[3]
 _MAKERS = (VERBS["run"], VERBS["start"])
@@ -133,7 +133,7 @@ def test_status_is_light(tmp_path: Path) -> None:
         env={"VMD_SOCKET": str(tmp_path / "none"), "PATH": "/usr/bin:/bin"},
     )
     modules = set(done.stdout.split())
-    assert "vmctl.status" in modules
+    assert "vmctl.daemon.status" in modules
     heavy = {"typer", "msgspec", "rich", "asyncio", "dataclasses", "inspect", "logging"}
     assert {name for name in modules if name.split(".")[0] in heavy} == set()
     hypervisor = {name for name in modules if name.split(".")[0] == "vmm_kvm"}
@@ -144,7 +144,7 @@ def test_status_is_light(tmp_path: Path) -> None:
 
 def test_verbs_import_nothing() -> None:
     """The table imports next to nothing."""
-    assert _imports(verbs) == ["collections.abc", "typing", "vmctl.options"]
+    assert _imports(verbs) == ["collections.abc", "typing", "vmctl.line.options"]
     assert _imports(options) == ["collections.abc", "typing"]
 
 

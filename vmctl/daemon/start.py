@@ -1,0 +1,400 @@
+"""`vmctl start`: from its options to a request, and from the answer to OpenBSD's texts.
+
+This opens the user's files with the user's rights, and sends descriptors: kernel, initial RAM
+disks, disks with all their bases, ISO image. The daemon checks each, and opens nothing by its name.
+
+Source: section 3.6 of OpenBSD's behaviour.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmctl.client import (
+    Client,
+    CommandError,
+    Fields,
+    RefusedError,
+    Target,
+    check_name,
+    parse_target,
+)
+from vmctl.daemon.starting import open_chain, open_file, say_started, why_not_started
+from vmctl.daemon.wait import ExpiredError, check_condition, wait_for
+from vmctl.images.store import stored_disk
+from vmctl.messages import choice, fail
+from vmctl.report import EXIT_TIMEOUT, Report
+from vmctl.values import cpus_of, memory_of, number_of, once, seconds_of
+from vmd.config.disks import (
+    DiskError,
+    DiskKind,
+    DiskOption,
+    check_distinct,
+    parse_disk,
+)
+from vmm_kvm.errors import SpecError
+from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
+
+_INT_MAX = (1 << 31) - 1
+_BOOT_DEVICES = ("disk", "cdrom", "net")
+_FIRMWARE = ("bios", "uefi")
+_CLOCKS = ("frozen", "now")
+
+
+class StartOptions(NamedTuple):
+    """The command line of `vmctl start`, as typed; options that may come once are lists too."""
+
+    boot: tuple[str, ...] = ()
+    boot_device: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
+    """-i"""
+    local: int = 0
+    """How many -L."""
+    memory: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
+    cpus: tuple[str, ...] = ()
+    cdrom: tuple[str, ...] = ()
+    template: tuple[str, ...] = ()
+    initrd: tuple[str, ...] = ()
+    append: tuple[str, ...] = ()
+    firmware: tuple[str, ...] = ()
+    vsock: tuple[str, ...] = ()
+    cloud_init: tuple[str, ...] = ()
+    ssh_keys: tuple[str, ...] = ()
+    agent: bool = False
+    balloon: bool = False
+    watchdog: bool = False
+    forwards: tuple[str, ...] = ()
+    selftest: bool = False
+    is_template: bool = False
+    console: bool = False
+    until: tuple[str, ...] = ()
+    """--wait"""
+    timeout: tuple[str, ...] = ()
+    save: bool = False
+    origin: tuple[str, ...] = ()
+    """--from"""
+    clock: tuple[str, ...] = ()
+
+
+def start(words: Sequence[str], **given: bool | int | str | tuple[str, ...]) -> int:
+    """Start a VM; returns the exit status, which is 124 after a time-out.
+
+    Args:
+        words: its id or name.
+        given: fields of StartOptions.
+    """
+    report = Report(bool(given.pop("as_json", False)))
+    options = StartOptions(**given)  # type: ignore[arg-type] # as the table of verbs has it
+    fds: list[int] = []
+    try:
+        target = parse_target(words[0])
+        if target.name:
+            check_name(target.name)
+        condition = _condition(options)
+        origin = _origin(options)
+        if not origin:
+            options = _with_seed(options, target)
+        asked = {} if origin else _request(options, fds)
+        with Client() as client:
+            if origin:
+                answer = _start_from(client, target, origin, once(options.clock, "clock"))
+            elif options.save:
+                answer = _save(client, target, asked, options)
+            else:
+                answer = client.ask("start", "started", {**target.fields(), **asked}, fds)
+            if condition:
+                say_started(answer)
+                return _wait(condition, client, answer, report)
+    except RefusedError as err:
+        why = why_not_started(err)
+        fail(why)
+        return report.end(1, err.detail or why)
+    except (CommandError, SpecError) as err:
+        fail(err)
+        return report.end(1, str(err))
+    finally:
+        for fd in fds:
+            os.close(fd)
+    report.end(0, "started", answer["id"], answer["pid"], answer["tty"])
+    if options.console:
+        from vmctl.daemon.attach import console  # noqa: PLC0415 - only with -c
+
+        return console([str(answer["id"])])
+    say_started(answer)
+    return 0
+
+
+def _origin(options: StartOptions) -> str | None:
+    """Return the snapshot to continue from, which describes the whole VM."""
+    origin, clock = once(options.origin, "snapshot"), once(options.clock, "clock")
+    if clock is not None and clock not in _CLOCKS:
+        raise CommandError(f"unknown clock {clock}\n{choice(_CLOCKS)}")
+    if clock is not None and not origin:
+        raise CommandError("--clock is for --from")
+    about = ("origin", "clock", "timeout", "until", "console")
+    if origin and any(value for field, value in options._asdict().items() if field not in about):
+        raise CommandError("--from says all of the VM: use no options that say what it is")
+    return origin
+
+
+def _with_seed(options: StartOptions, target: Target) -> StartOptions:
+    """Add the disk of --cloud-init, --ssh-key and --agent; an agent is reached by vsock."""
+    if not (options.cloud_init or options.ssh_keys or options.agent):
+        return options
+    from vmctl.images.seed import seed_disk  # noqa: PLC0415 - few VMs have one
+
+    if options.agent and not options.vsock:
+        options = options._replace(vsock=("auto",))
+    disk = seed_disk(target.name or f"vm{target.id}", options)
+    return options._replace(disks=(*options.disks, disk))
+
+
+def _start_from(client: Client, target: Target, origin: str, clock: str | None) -> Fields:
+    from vmctl.daemon.snapshots import start_from  # noqa: PLC0415 - only with --from
+
+    if not target.name:
+        raise CommandError("--from needs a name, not an id")
+    return start_from(client, target.name, origin, clock=clock or "")
+
+
+def _save(client: Client, target: Target, asked: Fields, options: StartOptions) -> Fields:
+    """Make a VM part of the configuration; returns the answer to its start."""
+    from vmctl.daemon.save import save  # noqa: PLC0415 - only with --save
+
+    if options.is_template:
+        raise CommandError("--save and --template: use one")
+    disks = [_disk(text) for text in options.disks]
+    save(client, target.name, asked, disks, [_path(each, "initrd") for each in options.initrd])
+    try:
+        return client.ask("start", "started", target.fields())
+    except RefusedError as err:
+        vms: list[Fields] = client.ask("status", "vms", target.fields())["vms"]
+        if err.code != "EALREADY" or not vms or vms[0]["pid"] is None:
+            raise
+        return vms[0]  # it runs already: the daemon starts configured VMs
+
+
+class _Condition(NamedTuple):
+    """What `--wait` waits for."""
+
+    text: str
+    deadline: float | None
+    """By the monotonic clock."""
+
+
+def _condition(options: StartOptions) -> _Condition | None:
+    until, timeout = once(options.until, "condition"), once(options.timeout, "time-out")
+    seconds = None if timeout is None else seconds_of(timeout)
+    if until is None:
+        if timeout is not None:
+            raise SpecError("--timeout is for --wait")
+        return None
+    if options.console:
+        raise SpecError("-c and --wait: use one")
+    check_condition(until)
+    return _Condition(until, None if seconds is None else time.monotonic() + seconds)
+
+
+def _wait(condition: _Condition, client: Client, answer: Fields, report: Report) -> int:
+    """Wait for the started VM as `vmctl wait` does."""
+    told = answer["id"], answer["pid"], answer["tty"]
+    try:
+        text = wait_for(client, Target(id=answer["id"]), condition.text, condition.deadline)
+    except ExpiredError:
+        fail("timed out")
+        return report.end(EXIT_TIMEOUT, "timed out", *told)
+    except CommandError as err:
+        fail(err)
+        return report.end(1, str(err), *told)
+    return report.end(0, text, *told)
+
+
+def _request(options: StartOptions, fds: list[int]) -> Fields:
+    """Return the request's fields; descriptors that they name are added to `fds`."""
+    fields: Fields = {}
+    disks: list[DiskOption] = []
+    boot = once(options.boot, "boot image")
+    if options.selftest:
+        from vmm_kvm.boot.firmware import selftest_path  # noqa: PLC0415 - only with --selftest
+
+        if boot is not None:
+            raise CommandError("--selftest and -b name two boot images: use one")
+        boot = selftest_path()
+    if boot is not None and options.firmware:
+        named = "--selftest" if options.selftest else "-b"
+        raise CommandError(f"{named} and --firmware name two boot images: use one")
+    device = once(options.boot_device, "boot device")
+    memory = once(options.memory, "memory")
+    cpus = once(options.cpus, "cpus")
+    cdrom = once(options.cdrom, "iso image")
+    count = once(options.interfaces, "interfaces")
+    if options.is_template:
+        fields["is_template"] = True
+    if device is not None:
+        if device not in _BOOT_DEVICES:
+            raise CommandError(f"unknown boot device {device}\n{choice(_BOOT_DEVICES)}")
+        fields["boot_device"] = device
+    if memory is not None:
+        fields["memory"] = memory_of(memory)
+    if cpus is not None:
+        fields["cpus"] = cpus_of(cpus)
+    if options.disks:
+        disks = [_disk(text) for text in options.disks]
+        try:
+            check_distinct(disks)
+        except DiskError as err:
+            raise CommandError(str(err)) from None
+        fields["disks"] = [_named(disk) for disk in disks]
+    if cdrom is not None:
+        cdrom = _path(cdrom, "iso image")
+        fields["cdrom"] = _shown(cdrom)
+    interfaces = _interfaces(options, count)
+    if interfaces:
+        fields["interfaces"] = interfaces
+    if options.template:
+        fields["instance"] = options.template[-1]
+        if len(fields["instance"]) > NAME_MAX:
+            raise CommandError(f"instance vm name too long\ninvalid name: {fields['instance']}")
+        check_name(fields["instance"])
+    firmware = once(options.firmware, "firmware")
+    if firmware is not None:
+        fields["firmware"] = firmware if firmware in _FIRMWARE else _firmware(firmware)
+    append = once(options.append, "append")
+    if append is not None:
+        fields["append"] = append
+    vsock = once(options.vsock, "vsock")
+    if vsock is not None:
+        if vsock != "auto":
+            raise CommandError(f"invalid vsock: {vsock}: vmd makes no socket, use --vsock auto")
+        fields["has_vsock"] = True
+    if options.balloon:
+        fields["has_balloon"] = True
+    if options.watchdog:
+        fields["has_watchdog"] = True
+    _check(fields, has_kernel=boot is not None)
+    if boot is not None:
+        boot = _path(boot, "boot image")
+        fields["kernel_path"] = _shown(boot)
+        fields["kernel"] = open_file(boot, "kernel", fds)
+    if options.initrd:
+        if boot is None:
+            raise CommandError("--initrd is for a kernel: use -b")
+        paths = [_path(each, "initrd") for each in options.initrd]
+        fields["initrd"] = [open_file(path, "initrd", fds) for path in paths]
+    for disk, named in zip(disks, fields.get("disks", ()), strict=True):
+        named["chain"] = open_chain(disk, fds)
+    if cdrom is not None:
+        fields["cdrom_image"] = open_file(cdrom, "iso image", fds)
+    return fields
+
+
+def _check(fields: Fields, *, has_kernel: bool) -> None:
+    """Refuse, or warn of, missing options of a new VM; an instance takes them from its template."""
+    disks, interfaces = fields.get("disks", ()), fields.get("interfaces", ())
+    if len(disks) > DISKS_MAX:
+        raise CommandError("too many disks")
+    if len(interfaces) > INTERFACES_MAX:
+        raise CommandError("too many network interfaces")
+    says_something = fields.keys() - {
+        *("boot_device", "append", "instance", "is_template"),
+        *("has_vsock", "has_balloon", "has_watchdog"),
+    }
+    if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
+        return
+    if not disks:
+        fail("starting without disks")
+        if "cdrom" not in fields:
+            raise CommandError("no kernel or disk/cdrom specified")
+    if not interfaces:
+        fail("starting without network interfaces")
+
+
+def _interfaces(options: StartOptions, count: str | None) -> list[Fields]:
+    # Parsers of command lines do not preserve the order of -L and -n: local ones come first.
+    interfaces: list[Fields] = [{"is_local": True} for _ in range(options.local)]
+    for switch in options.switches:
+        if not switch:
+            raise CommandError(f"invalid network: {switch}")
+        if len(switch) > NAME_MAX:
+            raise CommandError("interface name too long")
+        # OpenBSD's vmctl accepts a dot for a local interface.
+        interfaces.append({"is_local": True} if switch == "." else {"switch": switch})
+    if options.forwards:
+        local = next((one for one in interfaces if "is_local" in one), None)
+        if local is None:
+            local = {"is_local": True}
+            interfaces.insert(0, local)
+        local["forwards"] = _forwards(options.forwards)
+    if count is not None:
+        try:
+            wanted = number_of(count, "count", _INT_MAX)
+        except SpecError as err:
+            raise CommandError(f"{err}\ninvalid interface count: {count}") from None
+        if wanted > INTERFACES_MAX:
+            raise CommandError("too many network interfaces")
+        interfaces += [{}] * (wanted - len(interfaces))
+    return interfaces
+
+
+def _forwards(texts: Sequence[str]) -> list[Fields]:
+    from vmd.config.forwards import (  # noqa: PLC0415 - only here
+        ForwardError,
+        check_ports,
+        parse_forward,
+    )
+
+    try:
+        forwards = [parse_forward(text) for text in texts]
+        check_ports(forwards)
+    except ForwardError as err:
+        raise CommandError(str(err)) from None
+    return [forward._asdict() for forward in forwards]
+
+
+def _disk(text: str) -> DiskOption:
+    """Return a disk that is an image, with an absolute path."""
+    try:
+        disk = stored_disk(parse_disk(text))
+    except DiskError as err:
+        raise CommandError(str(err)) from None
+    if disk.kind not in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}:
+        raise CommandError(f"invalid disk: {text}: only for 'vmctl run' and vm.conf")
+    return disk._replace(path=_path(disk.path, "disk"))
+
+
+def _named(disk: DiskOption) -> Fields:
+    """Return a disk's fields of a request, without its files."""
+    return {
+        "path": _shown(disk.path),
+        "format": str(disk.kind),
+        "is_read_only": disk.is_read_only,
+        "serial": disk.serial,
+        "queues": disk.queues,
+        **({} if disk.on_error is None else {"error": str(disk.on_error)}),
+        **({"is_snapshot": True} if disk.is_snapshot else {}),
+    }
+
+
+def _firmware(text: str) -> str:
+    try:
+        return os.path.realpath(text, strict=True)
+    except OSError as err:
+        if "/" in text:
+            raise CommandError(f"invalid firmware path: {text}: {err.strerror}") from err
+        known = choice((*_FIRMWARE, "the path of an image"))
+        raise CommandError(f"unknown firmware {text}: {err.strerror} ({known})") from err
+
+
+def _path(path: str, what: str) -> str:
+    try:
+        return os.path.realpath(path, strict=True)
+    except OSError as err:
+        raise CommandError(f"invalid {what} path: {path}: {err.strerror}") from err
+
+
+def _shown(path: str) -> str:
+    """Return a path as text for messages."""
+    return os.fsencode(path).decode(errors="backslashreplace")

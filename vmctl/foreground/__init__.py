@@ -1,0 +1,1 @@
+"""`vmctl run`: a VM in this very process, without a daemon."""

@@ -1,0 +1,1 @@
+"""Into the guest: its agent, and the commands that go through it."""
