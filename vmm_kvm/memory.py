@@ -9,6 +9,7 @@ know what firmware, E820 or ACPI say about it.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -59,9 +60,11 @@ class GuestMemory:
         "_attached",
         "_finalizer",
         "_low_end",
+        "_pieces",
         "_view",
         "fd",
         "hva",
+        "is_mapped",
         "regions",
         "size",
         "writes",
@@ -101,6 +104,9 @@ class GuestMemory:
         self.writes = WriteLog()
         """The log in which devices mark their writes."""
         self._attached: list[tuple[int, memoryview]] = []
+        self.is_mapped = mapped is not None
+        """Whether all of it began as a file: reading what is a hole there makes a page."""
+        self._pieces: set[int] = set()  # positions in RAM that `freeze` or `adopt` has mapped
         # Nearly every access is to the region at 0, so it is checked first.
         self._low_end = regions[0].end if regions[0].gpa == 0 else 0
         self.fd = -1
@@ -137,6 +143,14 @@ class GuestMemory:
             self._finalizer = weakref.finalize(self, os.close, self.fd)
             mapping = mmap.mmap(self.fd, size)
         return mapping
+
+    def note_file(self, offset: int) -> None:
+        """Remember that a piece of RAM, at `offset`, is mapped from a file from now on."""
+        self._pieces.add(offset)
+
+    def is_file_at(self, offset: int) -> bool:
+        """Tell whether the piece of RAM at `offset` is mapped from a file."""
+        return self.is_mapped or offset in self._pieces
 
     def close(self) -> None:
         """Close the memfd and drop the mapping; idempotent."""
@@ -287,12 +301,55 @@ def freeze(memory: GuestMemory, name: str, goes_on: Callable[[], bool]) -> int |
                 size = min(piece, region.size - start)
                 at = region.offset + start
                 if _copy_pages(memory.view(region.gpa + start, size), fd, at):
-                    map_over(memory.hva + at, size, fd, at, is_private=True)
+                    _map_piece(memory, fd, at, size)
         seal(fd, ALL_SEALS)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def adopt(memory: GuestMemory, fd: int) -> None:
+    """Let private RAM go on from a memfd that has the same contents, and can never change then.
+
+    The guest stands still. The host has its pages once again; what the guest writes is its own.
+
+    Raises:
+        OSError: the kernel has no room for the mappings.
+    """
+    piece = align_up(max(_HUGE, memory.size // _FROZEN_PIECES), _HUGE)
+    runs: list[tuple[int, int, bool]] = []  # begin, end, whether from the file
+    for region in memory.regions:
+        for start in range(0, region.size, piece):
+            at, size = region.offset + start, min(piece, region.size - start)
+            is_file = memory.is_file_at(at) or _has_data(fd, at, size)
+            if is_file:
+                memory.note_file(at)
+            if runs and runs[-1][2] == is_file:
+                at = runs.pop()[0]  # one mapping is as quick as many are slow
+            runs.append((at, region.offset + start + size, is_file))
+    for begin, end, is_file in runs:
+        if is_file:
+            _map_piece(memory, fd, begin, end - begin)
+        else:  # zeros that reading has made would count as touched by the guest
+            madvise(memory.hva + begin, end - begin, mmap.MADV_DONTNEED)
+    seal(fd, ALL_SEALS)
+
+
+def _map_piece(memory: GuestMemory, fd: int, offset: int, size: int) -> None:
+    map_over(memory.hva + offset, size, fd, offset, is_private=True)
+    memory.note_file(offset)
+    with suppress(OSError):  # a kernel that merges nothing
+        madvise(memory.hva + offset, size, mmap.MADV_UNMERGEABLE)
+
+
+def _has_data(fd: int, offset: int, size: int) -> bool:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) < offset + size
+    except OSError as err:
+        if err.errno != errno.ENXIO:
+            raise
+        return False  # up to the end
 
 
 def _copy_pages(view: memoryview, fd: int, offset: int) -> bool:

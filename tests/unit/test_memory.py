@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from vmm_kvm.bits import GIB, KIB, MIB, PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
-from vmm_kvm.memory import GuestMemory, Region, freeze
+from vmm_kvm.memfd import make_scratch
+from vmm_kvm.memory import GuestMemory, Region, adopt, freeze
 
 RANGES = ((0, 64 * KIB), (0x10_0000, 64 * KIB))
 
@@ -195,6 +196,33 @@ def test_frozen_memory_is_a_copy_from_which_its_owner_goes_on() -> None:
                 assert clone.read(19 * MIB - 1, 1) == b"\x07"
         assert memory.read(0, 1) == b"\x08"
         os.close(fd)
+
+
+def test_memory_goes_on_from_a_copy_that_was_made_of_it() -> None:
+    """Its pages are the copy's, until it writes; what is empty holds no page. Twice in a row."""
+    with GuestMemory(FROZEN, is_private=True) as memory:
+        for number in (7, 8):
+            for gpa in (3 * MIB, 16 * MIB):
+                memory.write(gpa, bytes([number]))
+            fd = make_scratch("test")
+            os.ftruncate(fd, memory.size)
+            for region in memory.regions:
+                for at in range(0, region.size, PAGE_SIZE):
+                    data = memory.read(region.gpa + at, PAGE_SIZE)  # which makes pages of zeros
+                    if data.strip(b"\0"):
+                        os.pwrite(fd, data, region.offset + at)
+            adopt(memory, fd)
+            assert memory.resident_size() <= 3 * MIB
+            read = [memory.read(gpa, 1)[0] for gpa in (0, 3 * MIB, 16 * MIB, 19 * MIB - 1)]
+            assert read == [0 if number == 7 else 9, number, number, 0]
+            with pytest.raises(PermissionError):
+                os.pwrite(fd, b"\x09", 0)
+            memory.write(3 * MIB, b"\x09")
+            memory.write(0, b"\x09")
+            with GuestMemory(FROZEN, is_private=True, mapped=(fd, 0)) as clone:
+                assert clone.read(3 * MIB, 1)[0] == number
+                assert clone.read(0, 1) == (b"\0" if number == 7 else b"\x09")
+            os.close(fd)
 
 
 def test_freezing_that_is_given_up_harms_nothing() -> None:

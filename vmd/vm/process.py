@@ -450,7 +450,7 @@ class VmProcess:
         )
 
     def _written(self) -> None:
-        """Go on: of a snapshot, all is written but not yet durable."""
+        """Go on: of a snapshot, all is written but not yet durable; of a clone, all is copied."""
         assert self._sending
         self._sending.is_still = False
         self._sending.is_written = True
@@ -462,11 +462,12 @@ class VmProcess:
             told = VmCaptured(failure=ErrorCode.EALREADY, message="it is being sent")
             _tell(self._channel, told)
             return
-        capturing = Capturing(self._loop, lambda failure: self._captured(capturing, failure))
+        capturing = Capturing(
+            self._loop, lambda failure: self._captured(capturing, failure), self._written
+        )
         self._sending = capturing
-        if not self._is_paused:
-            self._machine.pause()
-        capturing.begin(self._machine, self._spec, own_cpuid(self._kvm, self._spec))
+        halt = None if self._is_paused else self._machine.pause
+        capturing.begin(self._machine, self._spec, own_cpuid(self._kvm, self._spec), halt)
 
     def _captured(self, capturing: Capturing, failure: "VmmError | OSError | None") -> None:
         """Go on when nothing is copied any more."""
@@ -477,7 +478,7 @@ class VmProcess:
             code, text = why_not_sent(failure)
             _tell(self._channel, VmCaptured(failure=code, message=text))
         self._sending = None
-        self._go_on(stood_still=True)
+        self._go_on(stood_still=capturing.is_still)
 
     def _sent(self, failure: "VmmError | OSError | None") -> None:
         """Continue, or end, when writing has ended."""

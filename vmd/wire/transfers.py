@@ -172,8 +172,8 @@ class Clone(VmRequest, frozen=True, kw_only=True):
     """Make VMs that go on where one stands, and let them run; for its owner and root.
 
     Answered by `cloned` once each runs or has failed; by `failed`, and then none was made, if one
-    of them cannot be. A VM that runs stands still until its memory is copied. A template has to be
-    paused.
+    of them cannot be. A VM that runs is copied while it does, if its memory allows, or else stands
+    still until its memory is copied. A template has to be paused.
     """
 
     clone: Word

@@ -23,6 +23,8 @@ from tests.system.vmd.daemon import (
     vm_block,
 )
 from tests.system.vmd.test_send import running, started, vmctl
+from tests.touching_guest import READY as TOUCHED
+from tests.touching_guest import touching_guest
 
 pytestmark = pytest.mark.kvm
 
@@ -54,6 +56,24 @@ def test_a_running_vm_is_cloned(start_vmd: Start) -> None:
         assert vmctl(vmd, "stop", "-fw", "two").returncode == 0
         for name in ("one", "three"):
             running(vmd, name)
+
+
+def test_a_vm_is_cloned_while_it_runs(start_vmd: Start, tmp_path: Path) -> None:
+    """What has touched half of its memory, and what has touched more, and again."""
+    blocks = ""
+    for name, size in (("small", 8), ("large", 40)):
+        image = tmp_path / name
+        image.write_bytes(touching_guest(size << 20))
+        blocks += vm_block(name, boot=image, enabled=True)
+    with start_vmd(blocks) as vmd, vmd.client() as client:
+        for name in ("small", "large"):
+            client.wait_for_state(name, "running")
+            with client.console(name) as console:
+                console.expect(TOUCHED)
+            for number in (1, 2):
+                assert vmctl(vmd, "clone", name, f"{name}{number}").returncode == 0
+                running(vmd, f"{name}{number}")
+                running(vmd, name)
 
 
 def test_clones_of_a_template(start_vmd: Start) -> None:
