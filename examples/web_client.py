@@ -1,7 +1,7 @@
 """Run a VM over HTTP, by the OpenAPI document: `web_client.py LINK NAME`.
 
 LINK is what `vmctl web` prints; it logs in once. The methods of `Api` are the document's
-operations: `api.start(name="web")` is what it calls `start`. Nothing beyond Python is needed.
+operations: `api.start(name="web")` calls its operation `start`. Nothing beyond Python is needed.
 """
 
 import json

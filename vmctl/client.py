@@ -194,7 +194,7 @@ class Client:
         """Connect to the socket at `path`, by default the commands'.
 
         Raises:
-            CommandError: nobody listens, or does not let this user in.
+            CommandError: no daemon listens, or it does not let this user in.
         """
         path = path or socket_path()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -235,7 +235,7 @@ class Client:
 
         Raises:
             RefusedError: the answer is that it failed.
-            CommandError: there is no answer, or one that nobody expects.
+            CommandError: there is no answer, or an unexpected one.
         """
         self.send(kind, fields, fds)
         answer, received = self.receive(expected)
@@ -433,7 +433,7 @@ class Vm(NamedTuple):
 
 
 class Started(NamedTuple):
-    """What has been started."""
+    """A VM that has been started."""
 
     id: int
     pid: int

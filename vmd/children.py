@@ -180,7 +180,7 @@ def _number_anew(uids: Uids) -> Child | None:
         return None
 
     def body(connection: socket.socket) -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what is orphaned there is reaped
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps orphans there
         confine(CONFINEMENTS[Kind.INIT], Identity(uids.zygote, uids.zygote))
         connection.recvmsg(1)
 

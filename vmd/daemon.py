@@ -59,7 +59,7 @@ _SHUTDOWN_NS = 40 * NANOSECONDS
 _ORPHANS_NS = 30 * NANOSECONDS
 _FILES_MAX = 65536
 _EXPOSED = frozenset({Kind.CONTROL, Kind.LOCAL, Kind.AGENTX})
-"""Processes that read from others: even if one is taken over, VMs go on."""
+"""Processes that read from others: even if one is compromised, VMs run on."""
 _READY = b"\0"
 _KVM = "/dev/kvm"
 _MACHINE_ID = "/etc/machine-id"

@@ -536,7 +536,7 @@ class Command:
             os.execvpe(self._arguments[0], self._arguments, self._environment)
         except OSError as err:
             os.write(tells, f"{step} {err.errno}".encode())
-        except BaseException:  # noqa: BLE001 - told to the parent, whatever it is
+        except BaseException:  # noqa: BLE001 - any error is told to the parent
             os.write(tells, f"{step} {errno.EINVAL}".encode())
         finally:
             os._exit(127)
@@ -909,7 +909,7 @@ class Joint:
             count = self._stream.send(self._waiting)
         except BlockingIOError:
             return
-        except OSError:  # nobody reads it; the end is found when it is read
+        except OSError:  # there is no reader; the end is found when it is read
             count = len(self._waiting)
         del self._waiting[:count]
         self._wire.took(count)
@@ -921,7 +921,7 @@ class Joint:
             self._stream.shutdown(socket.SHUT_WR)
 
     def _read(self) -> bool:
-        """Send what has come; returns whether there may be more."""
+        """Send received bytes; returns whether there may be more."""
         size = min(PIECE, self._wire.room[OUTPUT])
         if not size or self._wire.is_sending:
             return True

@@ -93,7 +93,7 @@ class Attached:
         self._stream.close()
 
     def restore_screen(self) -> None:
-        """Take back what the guest did to the terminal that shows it."""
+        """Undo the guest's changes to the terminal that shows it."""
         with suppress(OSError):  # it has hung up: no reader is left
             os.write(1, self._state.restore())
 

@@ -1,4 +1,4 @@
-"""`vmctl migrate`: a VM goes on at another host, to which `ssh` leads.
+"""`vmctl migrate`: a VM continues at another host, to which `ssh` leads.
 
 `vmctl receive --live` runs there. Its standard input and output are the ends of two pipes, whose
 other ends the daemon here has. So authentication, encryption and rights there are those of ssh.

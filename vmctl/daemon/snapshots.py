@@ -91,7 +91,7 @@ def _make(words: Sequence[str], output: str, *, no_disks: bool) -> int | None:
 
 
 def _check_stored(name: str) -> None:
-    """Refuse what is too long for the name of a snapshot; the daemon refuses the rest.
+    """Refuse a name that is too long for a snapshot; the daemon refuses other ones.
 
     Raises:
         CommandError: it is.
@@ -221,7 +221,7 @@ def _facts(manifest: "Manifest", status: os.stat_result) -> dict[str, str | int 
 
 
 def _daemon_uid(client: Client) -> int:
-    """Return the user who has made the daemon's socket."""
+    """Return the owner of the daemon's socket."""
     with socket.socket(fileno=os.dup(client.fileno())) as connection:
         size = _CREDENTIALS.size
         data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)

@@ -178,7 +178,7 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
 
 
 class _Condition(NamedTuple):
-    """What `--wait` waits for."""
+    """The condition of `--wait`."""
 
     text: str
     deadline: float | None

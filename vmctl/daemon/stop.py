@@ -50,13 +50,13 @@ def _stop(client: Client, target: Target, report: Report, *, force: bool, wait: 
 
 
 def _begin_line(doing: str, target: Target) -> None:
-    """Begin a line that says what is waited for."""
+    """Begin a line about a wait."""
     name = f" {target.name}" if target.name else ""
     print(f"{doing} vm{printable(name)}: ", end="", file=sys.stderr, flush=True)
 
 
 def _complete(client: Client, kind: str, target: Target, report: Report, **fields: object) -> int:
-    """Ask for something, and end the line that says so with what has become of it."""
+    """Send a request, and end the line about it with the outcome."""
     expected = "terminated" if fields.get("wait") else "done terminated"
     with _ending_the_line():
         client.send(kind, {**target.fields(), **fields})
@@ -65,7 +65,7 @@ def _complete(client: Client, kind: str, target: Target, report: Report, **field
 
 @contextmanager
 def _ending_the_line() -> Iterator[None]:
-    """End the line that says what is waited for, before an error has lines of its own."""
+    """End the line about a wait, before an error has lines of its own."""
     try:
         yield
     except CommandError:
@@ -74,7 +74,7 @@ def _ending_the_line() -> Iterator[None]:
 
 
 def finish(client: Client, kind: str, expected: str, report: Report) -> int:
-    """End the line that says what is waited for with what has become of it.
+    """End the line about a wait with the outcome.
 
     Raises:
         CommandError: there is no answer, or one that is not among `expected`.
@@ -94,7 +94,7 @@ def finish(client: Client, kind: str, expected: str, report: Report) -> int:
 
 
 def why_not(kind: str, code: str) -> str:
-    """Return what is said of a `stop` or `wait` that failed with `code`."""
+    """Return the text for a `stop` or `wait` that failed with `code`."""
     return {
         "not-running": f"cannot {'stop' if kind == 'stop' else 'wait for'} vm that is not running",
         "ENOENT": "vm not found",
@@ -111,7 +111,7 @@ def _stop_all(client: Client, *, force: bool, wait: bool, as_json: bool) -> int:
     Raises:
         CommandError: the daemon does not answer.
     """
-    with suppress(RefusedError):  # who is not root lets others start theirs
+    with suppress(RefusedError):  # without root, starts of other users continue
         client.ask("hold", "done")
     vms = [vm for vm in client.vms() if vm["state"] != "stopped"]
     asked: list[tuple[Fields, Report]] = []

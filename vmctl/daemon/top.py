@@ -88,7 +88,7 @@ def _sample(client: Client) -> dict[int, Fields]:
 
 
 def rates(before: Fields | None, after: Fields, seconds: float) -> Fields:
-    """Return what a VM has used per second; nothing is known of one that was not there before.
+    """Return a VM's use per second; a VM that is new has no figures yet.
 
     `cpu` is a share of one processor, 1.0 for all of it; the others are bytes. What the guest says
     of its memory, and what it has given back, is from the last look before.

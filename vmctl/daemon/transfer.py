@@ -60,7 +60,7 @@ def send(words: Sequence[str], *, keeps_running: bool = False) -> int:
 def _sink() -> int:
     """Return a descriptor of standard output, which does not block if it is a pipe.
 
-    It is another open file description then: the user's own goes on blocking.
+    It is another open file description then: the user's own stays blocking.
     """
     try:
         mode = os.fstat(_STDOUT).st_mode

@@ -77,7 +77,7 @@ def _wait(
 
 
 def wait_for(client: Client, target: Target, condition: str, deadline: float | None) -> str:
-    """Wait until a condition holds, by a connection without other requests; returns what has come.
+    """Wait until a condition holds, by a connection without other requests; returns the last event.
 
     `deadline` is of the monotonic clock, seconds.
 

@@ -16,7 +16,7 @@ class Ended(NamedTuple):
     message: str | None = None
     discard_output: bool = False
     reason: str = "left"
-    """Where there is no message."""
+    """The line if there is no message."""
 
 
 def reason_of(outcome: Outcome | Ended | None) -> str | None:

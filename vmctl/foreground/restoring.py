@@ -51,7 +51,7 @@ class Saved(NamedTuple):
 def open_saved(
     path: str, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | None" = None
 ) -> Saved:
-    """Read a VM from the file at `path`, and open its disks; `stack` closes what is open.
+    """Read a VM from the file at `path`, and open its disks; `stack` closes them.
 
     Its name is `name`, or its former one if that is empty. `vsock` is the path of its vsock device,
     if it has one.

@@ -502,7 +502,7 @@ class Foreground:
         else:
             stream.close()
 
-    # A host that cannot do what a disk needs
+    # A host that cannot serve a disk's request
 
     def _stand_still(self, err: HaltError) -> None:
         """Pause, and repeat a disk's request until the host can execute it."""

@@ -24,7 +24,7 @@ _VHOST_USER = "vhost-user:"
 
 
 class ShareOption(NamedTuple):
-    """What `--share` says."""
+    """The value of `--share`."""
 
     path: str
     """Of a directory, or of a server's socket."""

@@ -25,7 +25,7 @@ _BACKLOG_LOW = 16 * 1024
 
 
 class Guest(Protocol):
-    """What the console needs of the VM; called on the loop's thread."""
+    """The VM, as far as the console needs it; called on the loop's thread."""
 
     def receive(self, data: bytes) -> int:
         """Take input; return how many bytes were taken."""
@@ -92,7 +92,7 @@ class Stdio:
             self._loop.add_reader(self._stdout, self._reader_left)
 
     def finish(self, discard: bool) -> None:
-        """Write what is left, unless `discard`, and restore the terminal; idempotent."""
+        """Write pending output, unless `discard`, and restore the terminal; idempotent."""
         self._loop.remove_reader(self._stdin)
         self._loop.remove_reader(self._stdout)
         self._loop.remove_writer(self._stdout)
@@ -103,7 +103,7 @@ class Stdio:
             self._take(self._written.popleft())
         if discard:
             self._backlog.clear()
-        if self._state:  # what the guest did to the terminal, which it shares with the shell
+        if self._state:  # the guest's changes to the terminal, which it shares with the shell
             self._backlog += self._state.restore()
             self._state = None
         try:
@@ -138,7 +138,7 @@ class Stdio:
         self._throttle()  # the reader may take nothing at all
 
     def _take(self, data: bytes) -> None:
-        """Put what the guest wrote where it goes."""
+        """Write the guest's output to its target."""
         self._record(data)
         if not self.is_closed:
             self.leaves_line_open = not self._parser and not data.endswith(b"\n")
@@ -216,7 +216,7 @@ class Stdio:
     # Input
 
     def feed(self) -> None:
-        """Give the guest what was typed, as far as it has room; called when it has."""
+        """Give the guest typed bytes, as far as it has room; called when it has."""
         while True:
             if self._typed:
                 del self._typed[: self._guest.receive(bytes(self._typed))]

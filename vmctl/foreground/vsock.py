@@ -134,7 +134,7 @@ def dial(path: str, port: int) -> HostStream | None:
 
 
 class VsockOption(NamedTuple):
-    """What `--vsock` says."""
+    """The value of `--vsock`."""
 
     path: str
     cid: int = CID_MIN

@@ -46,7 +46,7 @@ def connect_port(
     """Connect to a vsock port of the VM that is named on a command line; see `agent_of`.
 
     Raises:
-        NobodyListensError: nobody listens there.
+        NobodyListensError: no program listens there.
         AgentError: it does not answer.
         CommandError: there is no VM, or no daemon.
         TimeoutError: the deadline has come.

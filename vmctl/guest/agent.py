@@ -1,4 +1,4 @@
-"""A guest's agent: commands, files, and what a clone needs, over a connected stream.
+"""A guest's agent: commands, files, and operations for clones, over a connected stream.
 
 A public interface, synchronous; docs/agent.md shows how. Each operation has a connection of its
 own, which `connect` makes. The agent is the guest's, so nothing that it sends is trusted: a
@@ -40,7 +40,7 @@ _STATUS_MAX = 255
 _SIGNAL_MAX = 64
 _RECEIVED_MAX = 64 << 10
 _POLL_MAX_S = 1e5
-"""What poll takes at a time."""
+"""The longest time of one poll."""
 _OUTPUTS = (Kind.OUTPUT, Kind.ERRORS)
 
 
@@ -52,13 +52,13 @@ class AgentRefusedError(CommandError):
     """The agent refused a request; `code` is for programs."""
 
     def __init__(self, code: str, message: str) -> None:
-        """Remember both; what the guest says is shown as text that no terminal obeys."""
+        """Remember both; control characters in the guest's text are escaped."""
         super().__init__(printable(message))
         self.code = code
 
 
 class Finished(NamedTuple):
-    """How a command has ended, and what it wrote."""
+    """A command's end, and its output."""
 
     status: int
     """0 to 255; of a command that a signal ended, 128 and the signal's number."""
@@ -67,7 +67,7 @@ class Finished(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """What an agent says of itself."""
+    """An agent's protocol and version."""
 
     protocol: int
     version: str
@@ -147,13 +147,13 @@ class Session:
 
     @property
     def hello(self) -> Hello:
-        """What the agent has said of itself."""
+        """The agent's own description."""
         assert self._hello is not None
         return self._hello
 
     @property
     def started(self) -> Fields:
-        """What the agent has said when it began."""
+        """The agent's message at its start."""
         return self._started or {}
 
     @property
@@ -349,7 +349,7 @@ class Agent:
         return Session(self._connect(), {"do": what, **fields}, deadline)
 
     def ping(self, *, timeout: float | None = None) -> Hello:
-        """Return what the agent says of itself.
+        """Return the agent's own description.
 
         Raises:
             AgentError: there is none; as of each of these methods.
@@ -369,14 +369,14 @@ class Agent:
         environment: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> Finished:
-        """Run a command, and return how it ended and what it wrote, up to OUTPUT_MAX bytes.
+        """Run a command, and return its end and its output, up to OUTPUT_MAX bytes.
 
         Args:
             arguments: the program, looked for in PATH, and its arguments.
-            stdin: what it reads; without any it has /dev/null.
+            stdin: its input; without any it has /dev/null.
             user: name or uid; the agent's own, root, by default.
             directory: where it runs; the user's home by default.
-            environment: added to what the agent gives it.
+            environment: added to the agent's.
             timeout: seconds, after which its process group is ended.
 
         Raises:

@@ -94,7 +94,7 @@ class _Output:
 
 
 def _read_input(size: int) -> bytes | None:
-    """Return what is at standard input, nothing at its end; None if there is nothing yet."""
+    """Return available bytes of standard input, none at its end; None if there are none yet."""
     try:
         return os.read(0, size)
     except BlockingIOError:
@@ -153,7 +153,7 @@ class _Raw:
             self._to_guest = self._to_guest[self._stream.send(self._to_guest) :]
         except BlockingIOError:
             return
-        except OSError:  # nobody reads it; the end is found when it is read
+        except OSError:  # there is no reader; the end is found when it is read
             self._to_guest = b""
 
     def _receive(self) -> bool:

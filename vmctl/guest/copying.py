@@ -26,11 +26,11 @@ _NEW_MODE = 0o644
 
 
 class _Place(NamedTuple):
-    """Where to copy from or to."""
+    """The source or the target of a copy."""
 
     path: str
     guest: str = ""
-    """Which guest; empty for this host."""
+    """The guest; empty for this host."""
 
 
 def copy(words: Sequence[str], *, recursive: bool = False) -> int:
@@ -198,7 +198,7 @@ def _pack(archive: tarfile.TarFile, path: bytes, name: bytes, *, is_followed: bo
 
 
 def _base(path: str) -> str:
-    """Return what a copy of `path` is called."""
+    """Return the name of a copy of `path`."""
     name = os.path.basename(path.rstrip("/"))
     return (
         name if name not in {"", ".", ".."} else os.path.basename(os.path.realpath(path)) or "root"

@@ -227,11 +227,11 @@ class _Streams:
         except OSError as err:
             if fd == 1:
                 raise OutputError from err
-            count = len(data)  # nobody can read it
+            count = len(data)  # there is no reader
         self._session.take(channel, count)
 
     def _restore_screen(self) -> None:
-        """Take back what the command did to the terminal that shows it."""
+        """Undo the command's changes to the terminal that shows it."""
         if self._state:
             with suppress(OSError):  # it has hung up: no reader is left
                 os.write(1, self._state.restore().removesuffix(b"\r\n"))

@@ -25,7 +25,7 @@ SIZE_BODY = struct.Struct("!HH")
 
 
 class Kind(enum.IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     # From the agent.
     HELLO = 1
@@ -63,7 +63,7 @@ class FrameReader:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Take what was received."""
+        """Take received bytes."""
         self._data += data
 
     def next(self) -> tuple[Kind, bytes] | None:

@@ -1,7 +1,7 @@
-"""What makes a clone another machine than its source, by its agent.
+"""Making a clone another machine than its source, by its agent.
 
 A clone draws the random numbers that its source draws, and has its clock, machine-id and host name.
-It counts as ready when all of that is renewed, and must not go on if it cannot be.
+It counts as ready when all of that is renewed, and must not run on if it cannot be.
 """
 
 import time

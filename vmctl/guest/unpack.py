@@ -322,7 +322,7 @@ class Tree:
 
 
 def unpack(read: Callable[[int], bytes], folder: str, first: str | None) -> list[str]:
-    """Unpack a stream into `folder`; returns lines about what was left out, at most a hundred.
+    """Unpack a stream into `folder`; returns lines about omissions, at most a hundred.
 
     Raises:
         CommandError: of the stream, or something is in the way.

@@ -1,4 +1,4 @@
-"""Downloads by HTTP, from servers that need not be what they should be.
+"""Downloads by HTTP, from servers that are not trusted.
 
 Addresses are https; plain http only for data whose digest is known from elsewhere. Redirections are
 followed five times, and never from https to http. Certificates are verified; the proxies and
@@ -29,7 +29,7 @@ _PROGRESS = 64 << 10
 _MOVED = {301, 302, 303, 307, 308}
 _OK, _PARTIAL, _NOT_FOUND, _BEHIND_END = 200, 206, 404, 416
 _SAFE = "%/:=&?~#+!$,;'@()*[]"
-"""What a redirection's address may hold besides letters and digits; as of RFC 3986."""
+"""Characters of a redirection's address besides letters and digits; as of RFC 3986."""
 
 
 class DownloadError(CommandError):
@@ -160,7 +160,7 @@ def _number(text: str) -> int | None:
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Turn what the libraries raise into one line.
+    """Turn an exception of the libraries into one line.
 
     Raises:
         DownloadError: with that line.
@@ -210,7 +210,7 @@ def fetch(url: str, limits: Limits) -> bytes:
 
 
 def _read(url: str, body: Body) -> bytes:
-    """Return what has come, or nothing at the end."""
+    """Return received bytes, or none at the end."""
     try:
         return body.response.read1(_PIECE)
     except IncompleteRead:
@@ -224,7 +224,7 @@ def _expired(url: str, limits: Limits) -> DownloadError:
 
 
 class Sink(NamedTuple):
-    """Where a download goes."""
+    """The target of a download."""
 
     fd: int
     """A file, of which the first bytes are there."""
@@ -237,11 +237,11 @@ class Sink(NamedTuple):
 
 
 def download(url: str, limits: Limits, start: int, sink: Sink) -> None:
-    """Get a file, from its byte `start` on if the server can; what has come stays after a failure.
+    """Get a file, from its byte `start` on if the server can; received bytes stay after a failure.
 
     Raises:
         MissingError: the server has none.
-        DownloadError: it ends early, goes on for too long, or stands still.
+        DownloadError: it ends early, takes too long, or makes no progress.
         OSError: of the sink.
     """
     done = start

@@ -40,7 +40,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Digest(NamedTuple):
-    """What an image has to be."""
+    """The requirements of an image."""
 
     algorithm: str
     hexadecimal: str
@@ -320,7 +320,7 @@ def _remove(store: ImageStore, name: str) -> None:
 
 
 def prune(words: Sequence[str]) -> int:
-    """Remove images without a name, and what was pulled in part; returns the exit status."""
+    """Remove images without a name, and partial ones; returns the exit status."""
     del words
     store = ImageStore()
     freed = 0

@@ -51,7 +51,7 @@ fi
 
 
 class SeedOptions(Protocol):
-    """What the command line says of it, as typed."""
+    """The command line's words for it."""
 
     @property
     def cloud_init(self) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def _given(path: str) -> dict[str, bytes]:
 
 
 def _user_data(path: str) -> bytes:
-    """Read user-data; cloud-init ignores what does not say in its first line what it is."""
+    """Read user-data; cloud-init ignores data whose first line does not name their kind."""
     data = _read(path, _FILE_MAX)
     if data.strip() and not data.startswith(_BEGINNINGS):
         raise SpecError(f"{path}: no user-data: the first line is '#cloud-config', or '#!'")

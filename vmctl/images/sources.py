@@ -1,4 +1,4 @@
-"""Where images come from: the table of names that `vmctl image pull` knows.
+"""Sources of images: the table of names that `vmctl image pull` knows.
 
 Each line is a name, the address of the image, and that of the list of digests which its
 distribution publishes beside it. Users add lines of the same form in a file of their own.
@@ -19,7 +19,7 @@ ubuntu-24.04  https://cloud-images.ubuntu.com/releases/noble/release/ubuntu-24.0
 """  # noqa: E501 - an address is a line
 
 LISTS = ("SHA512SUMS", "SHA256SUMS")
-"""What lists of digests are called."""
+"""The usual names of lists of digests."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _EXTENSIONS = (".qcow2", ".img", ".raw", ".iso")
 _FILE_MAX = 1 << 20
@@ -83,7 +83,7 @@ def _read(text: str, path: str) -> dict[str, Source]:
 
 
 def source_of(word: str, name: str = "") -> Source:
-    """Return what a word of the command line names: one of the table, or an address.
+    """Return the source that a word of the command line names: of the table, or an address.
 
     Raises:
         SpecError: the name is unknown, or none follows from the address.

@@ -104,7 +104,7 @@ class ImageStore:
     """This user's store."""
 
     def __init__(self) -> None:
-        """Know where it is; what is missing is made when it is needed."""
+        """Know its place; missing directories are made when they are needed."""
         self.directory = _own()
 
     def path(self, digest: str) -> str:
@@ -116,7 +116,7 @@ class ImageStore:
         return _target(self.directory, name)
 
     def images(self) -> list[Stored]:
-        """Return what is there, sorted by name; those without a name come last.
+        """Return the images, sorted by name; those without a name come last.
 
         Raises:
             OSError: it cannot be read.
@@ -133,7 +133,7 @@ class ImageStore:
         return sorted(found, key=lambda one: (not one.names, one.names, one.digest))
 
     def partials(self) -> list[str]:
-        """Return the paths of what was pulled in part."""
+        """Return the paths of partial images."""
         return [
             os.path.join(self.directory, "partial", name)
             for name in self._listed("partial")
@@ -148,7 +148,7 @@ class ImageStore:
 
     @contextmanager
     def partial(self, digest: str, on_wait: Callable[[], None]) -> Iterator[int | None]:
-        """Open what was pulled of an image, locked; None if it is there, as a whole.
+        """Open the part of an image that was pulled, locked; None if the whole image is there.
 
         Another process that pulls it is waited for, after `on_wait`: it gives up by itself when
         nothing comes.
@@ -180,7 +180,7 @@ class ImageStore:
                 os.close(fd)
 
     def drop(self, digest: str) -> None:
-        """Remove what was pulled of an image, which is locked."""
+        """Remove the part of an image that was pulled, which is locked."""
         os.unlink(os.path.join(self.directory, "partial", digest))
 
     def publish(self, fd: int, digest: str, name: str) -> None:
@@ -271,7 +271,7 @@ class ImageStore:
 
 
 def remove_partial(path: str) -> bool:
-    """Remove what was pulled in part, unless it is being pulled; returns whether it was removed.
+    """Remove a partial image, unless it is being pulled; returns whether it was removed.
 
     Raises:
         OSError: it cannot be removed.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from vmctl.line.cli import resolve
 from vmctl.line.verbs import GLOBAL_USAGE, VERBS, Verb, usage
 
-_WIDTH = 24  # of what is told of
+_WIDTH = 24  # of the left column
 
 
 def show_version(_words: Sequence[str] = ()) -> int:

@@ -1,4 +1,4 @@
-"""The table of verbs: how each is written, what it does, and which function does it.
+"""The table of verbs: each one's form, its purpose, and its function.
 
 Everything else that knows verbs is made from it or held against it by tests: the command line is
 read by it (`cli`), help is printed from it (`help`, and on a terminal `declaration`, for typer),
@@ -520,7 +520,7 @@ VERBS = {verb.name: verb for verb in _TABLE}
 
 
 def usage(verb: Verb) -> str:
-    """Return what is printed when a verb is misused."""
+    """Return the text for a misused verb."""
     return f"usage:\tvmctl [-v] {verb.name} {verb.usage or _usage(verb)}".rstrip()
 
 

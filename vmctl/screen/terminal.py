@@ -1,4 +1,4 @@
-"""What a guest does to the terminal that shows its console, and how that is taken back.
+"""A guest's changes to the terminal that shows its console, and their undoing.
 
 A guest writes to the person's terminal as if it were its own: SeaBIOS turns line wrap off, editors
 switch to another screen, and a guest that ends or is left leaves it so. Each change is noted as it
@@ -46,7 +46,7 @@ _MODES: Final = {
 
 
 class TerminalState:
-    """What the output that has passed leaves changed."""
+    """The changes that the output so far has left."""
 
     def __init__(self) -> None:
         """Begin with a terminal as a shell has it."""
@@ -56,7 +56,7 @@ class TerminalState:
         self._end = b""
 
     def note(self, data: bytes) -> None:
-        """Take a piece of what the guest has written, in order."""
+        """Take a piece of the guest's output, in order."""
         self._end = (self._end + data)[-_TAIL:]
         if b"\x1b" not in data and not self._tail and b"\x0e" not in data:
             return

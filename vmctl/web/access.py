@@ -1,4 +1,4 @@
-"""Which requests are let in: those of a browser that was logged in by a link, for this very host.
+"""Admission of requests: those of a browser that was logged in by a link, for this very host.
 
 Any user of this host can connect to the port, any page in the user's browser can send requests to
 it, and a page of a foreign name can resolve that name to 127.0.0.1. So a request needs a cookie

@@ -68,7 +68,7 @@ def _listen(port: str) -> socket.socket:
 def _serve(path: str, listener: socket.socket) -> None:
     from uvicorn import Config, Server  # noqa: PLC0415 - only here if it is installed
 
-    from vmctl.web.access import Access  # noqa: PLC0415 - what it is for comes with them
+    from vmctl.web.access import Access  # noqa: PLC0415 - imports its libraries too
     from vmctl.web.server import application  # noqa: PLC0415 - the same
 
     port: int = listener.getsockname()[1]

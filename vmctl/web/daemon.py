@@ -20,17 +20,17 @@ _FDS_MAX = 64
 
 
 class DaemonError(Exception):
-    """The daemon is not there, is gone, or has answered what nobody understands."""
+    """The daemon is not there, is gone, or has sent an unexpected answer."""
 
 
 class Connection:
-    """A connection; a context manager that closes it, which cancels what is still under way."""
+    """A connection; a context manager that closes it, which cancels pending requests."""
 
     def __init__(self, path: str) -> None:
         """Connect to the socket at `path`.
 
         Raises:
-            DaemonError: nobody listens, or does not let this user in.
+            DaemonError: no daemon listens, or it does not let this user in.
         """
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setblocking(False)

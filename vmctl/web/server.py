@@ -39,7 +39,7 @@ from vmd.wire.messages import (
 
 _JSON = "application/json"
 _LEFT = 499
-"""What nobody reads: the client has left."""
+"""An answer that is not read: the client has left."""
 _CODES = {
     401: ErrorCode.EPERM,
     403: ErrorCode.EPERM,
@@ -155,7 +155,7 @@ class _Gate:
 
 
 class _Web:
-    """What answers requests that have been let in."""
+    """Answers requests that have been let in."""
 
     def __init__(self, path: str, access: Access, on_login: Callable[[], None]) -> None:
         self._path = path

@@ -29,7 +29,7 @@ REFUSED = 4000
 
 _ENDED = 1000
 _PATIENCE_S = 30.0
-"""The daemon answers, and a guest takes what was typed, within this time."""
+"""The daemon must answer, and a guest take typed bytes, within this time."""
 _OUTPUT_MAX = 256 << 10
 _INPUT_MAX = 4096
 _REASON_MAX = 120
@@ -84,13 +84,13 @@ async def _send_events(daemon: Connection, websocket: WebSocket) -> None:
 
 
 async def _ignore(websocket: WebSocket) -> None:
-    """Read what a client has no reason to send, until it leaves."""
+    """Read unexpected messages of a client, until it leaves."""
     while (await websocket.receive())["type"] != "websocket.disconnect":
         pass
 
 
 async def console(websocket: WebSocket, path: str) -> None:
-    """Pass a console's output on, and what is typed, until the VM ends or the client leaves."""
+    """Pass on a console's output, and typed bytes, until the VM ends or the client leaves."""
     request = from_query(Console, websocket.query_params.multi_items())
     with Connection(path) as daemon:
         await daemon.send(request)

@@ -15,7 +15,7 @@ from vmd.wire.agentx import VmRow
 from vmd.wire.messages import State
 
 REGION: Oid = (1, 3, 6, 1, 2, 1, 236)
-"""vmMIB: what the sub-agent registers."""
+"""vmMIB: the region that the sub-agent registers."""
 BINDINGS_MAX = 2048
 """Variables in one response: a GET_BULK for more gets fewer repetitions."""
 

@@ -102,7 +102,7 @@ class Range(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What each unit begins with."""
+    """The header of each PDU."""
 
     type: int
     flags: int
@@ -192,7 +192,7 @@ def parse(header: Header, payload: bytes) -> Request | Response | None:
     """Read a unit, or None for one that has no content of interest here.
 
     Raises:
-        PduError: the payload is not what the header says.
+        PduError: the payload does not fit the header.
     """
     reader = _Reader(header, payload)
     if header.type == PduType.RESPONSE:

@@ -212,7 +212,7 @@ class Agentx:
         self._forget()
 
     def take(self, received: Received[ParentToAgentx]) -> None:
-        """Do what a message says."""
+        """Obey a message."""
         with received.fds as fds:
             match received.message:
                 case SetSession(path=path, context=context):
@@ -281,7 +281,7 @@ class Agentx:
         tell("%s: %s: trying again every %g s", self._path, why, self._retry_s)
         self._retry.arm(self._loop.monotonic_ns() + int(self._retry_s * NANOSECONDS))
 
-    # What the master says
+    # Messages of the master
 
     def _take_unit(self, header: Header, payload: bytes) -> None:
         if header.type == PduType.CLOSE:
@@ -327,7 +327,7 @@ class Agentx:
             self._connection.hold()
             self._ask()
 
-    # What the parent says
+    # Messages of the parent
 
     def _ask(self) -> None:
         # The answer to a question of a former session serves this one too.

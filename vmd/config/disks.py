@@ -71,7 +71,7 @@ class DiskOption(NamedTuple):
 
 
 _IMAGES = frozenset({DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2})
-# Which kinds each option makes sense for.
+# The kinds for which each option makes sense.
 _KINDS = {
     "ro": _IMAGES,
     "serial": _IMAGES,

@@ -16,7 +16,7 @@ from vmm_kvm.limits import PORT_MAX
 PROTOCOLS = ("tcp", "udp")
 LOOPBACK = "127.0.0.1"
 ANY = "*"
-_UNSPECIFIED = {ANY, "0.0.0.0", "::"}  # noqa: S104 - what a user has asked for
+_UNSPECIFIED = {ANY, "0.0.0.0", "::"}  # noqa: S104 - requested by a user
 
 
 class ForwardError(ValueError):

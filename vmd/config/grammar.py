@@ -55,7 +55,7 @@ class Tokens:
         self._lexer.include(files)
 
     def report(self, message: str) -> None:
-        """Complain of what was read last."""
+        """Report an error about the last token."""
         self.complaints.append(f"{self.where}: {message}")
 
     def refuse(self, message: str) -> NoReturn:
@@ -84,7 +84,7 @@ class Tokens:
         raise StatementError
 
     def recover(self) -> bool:
-        """Skip what is left of a line; returns False at the end of the file."""
+        """Skip the rest of a line; returns False at the end of the file."""
         self._silent = _RIGHT_TOKENS
         while (token := self.peek()).kind is not Kind.END:
             if token.kind is Kind.NEWLINE:

@@ -12,14 +12,14 @@ SIZE_MAX = 4 << 20
 
 
 class FileText(NamedTuple):
-    """A file's contents, and a complaint about who may write to it."""
+    """A file's contents, and a warning about its write permissions."""
 
     data: bytes
     complaint: str | None = None
 
 
 class Host(Protocol):
-    """Where a configuration is read. OSError says what is unavailable, and why."""
+    """The host on which a configuration is read. OSError names a missing thing, and the reason."""
 
     def read_file(self, path: str) -> FileText:
         """Read a file; raises OSError."""
@@ -28,7 +28,7 @@ class Host(Protocol):
         """Return the paths that match a pattern, as it is written, in the order of their names."""
 
     def resolve(self, path: str) -> str:
-        """Return the absolute path, without links, of what is there; raises OSError."""
+        """Return the absolute path, without links, of an existing file; raises OSError."""
 
     def absolute(self, path: str) -> str:
         """Return a path that means the same wherever this process goes; nothing need be there."""
@@ -81,7 +81,7 @@ class SystemHost:
         return sorted(glob(pattern, root_dir=self._directory))
 
     def resolve(self, path: str) -> str:
-        """Return the absolute path, without links, of what is there; raises OSError."""
+        """Return the absolute path, without links, of an existing file; raises OSError."""
         if not path:
             raise OSError(ENOENT, os.strerror(ENOENT), path)
         return os.path.realpath(self.absolute(path), strict=True)

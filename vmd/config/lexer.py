@@ -45,7 +45,7 @@ _MACRO_ENDS = "<end"
 
 
 class Kind(Enum):
-    """What a token is."""
+    """The kind of a token."""
 
     KEYWORD = auto()
     WORD = auto()

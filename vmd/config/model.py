@@ -90,13 +90,13 @@ class ForwardConfig(NamedTuple):
 
     @property
     def passt_ports(self) -> str:
-        """What passt's options `-t` and `-u` take."""
+        """A value of passt's options `-t` and `-u`."""
         ports = f"{self.port}:{self.to_port}"
         return f"{self.address}/{ports}" if self.address else ports
 
 
 class SwitchConfig(NamedTuple):
-    """A switch: a bridge of the host, and what the interfaces on it inherit."""
+    """A switch: a bridge of the host, and the properties that interfaces on it inherit."""
 
     name: str
     interface: str

@@ -248,7 +248,7 @@ _CHANGES = (
     ),
     *_all("permissions and times", "fchmodat", "utimensat"),
 )
-"""What else a share takes that can be written to."""
+"""Further rights of a share that can be written to."""
 _CONTROL = (
     *_THREADS,
     *_PARCELS,

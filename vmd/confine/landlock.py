@@ -106,7 +106,7 @@ def restrict(
         handled_access_net=_TCP_RIGHTS if found >= _TCP_SINCE else 0,
         scoped=_SCOPES if found >= _SCOPES_SINCE else 0,
     )
-    # An older kernel takes a larger structure as long as what it does not know is zero.
+    # An older kernel takes a larger structure if the part that it does not know is zero.
     fd = _call("landlock_create_ruleset", ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)))
     try:
         for path in writable:

@@ -29,7 +29,7 @@ _MAKE_USER = f"useradd --system --user-group --no-create-home --shell /usr/sbin/
 TASKS_MAX = 256
 """Threads and processes of a uid that is one VM's: 64 vCPUs, its devices, and some to spare."""
 NO_GROUP = 65534
-"""The group of a user who is in none. Source: Linux include/linux/highuid.h, DEFAULT_OVERFLOWGID"""
+"""The group of a user without one. Source: Linux include/linux/highuid.h, DEFAULT_OVERFLOWGID"""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4

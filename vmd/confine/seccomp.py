@@ -66,7 +66,7 @@ class Argument(NamedTuple):
     """A condition on an argument: its low 32 bits, masked, equal `value`."""
 
     number: int
-    """Which one, 0 to 5."""
+    """The argument's number, 0 to 5."""
     value: int | OwnPid
     mask: int = 0xFFFFFFFF
 

@@ -1,4 +1,4 @@
-"""What clients pass: control keeps it, gives parcels to the others, and closes it in the end.
+"""Clients' files: control keeps them, gives parcels to others, and closes them in the end.
 
 To close a client's file may take as long as its file system likes, and in the kernel nothing can
 end the wait. So one thread for each user closes that user's files, one after the other. A user
@@ -129,7 +129,7 @@ class ClientFiles:
             self._workers.discard(uid)
 
     def _work(self, uid: int) -> None:
-        """Close what there is of a user: a thread's work."""
+        """Close the pending files of a user: a thread's work."""
         while True:
             with self._lock:
                 queue = self._queues[uid]

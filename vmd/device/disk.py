@@ -1,6 +1,6 @@
 """A disk's process: it serves one image to one VM, and has nothing else.
 
-It ends when the VM's process does, having written back what it holds.
+It ends when the VM's process does, after it has written back its data.
 """
 
 import math

@@ -28,7 +28,7 @@ log = Log(__name__)
 READY = b"\0"
 """Written to the status pipe when the device can be used."""
 STATUS_MAX = 4096
-"""Bytes of what it says otherwise."""
+"""Bytes of its other messages."""
 
 # The last writes of a VM that is ended must reach the disk.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

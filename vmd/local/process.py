@@ -235,7 +235,7 @@ class Local:
         self._services: dict[int, list[Service]] = {}
 
     def take(self, received: Received[ParentToLocal]) -> None:
-        """Do what a message says."""
+        """Obey a message."""
         with received.fds as fds:
             match received.message:
                 case ServeLocal(id=vm_id, interface=interface) if fds.are_lost:
@@ -252,7 +252,7 @@ class Local:
                     assert_never(received.message)
 
     def close(self) -> None:
-        """Serve nobody any more."""
+        """Stop serving guests."""
         for services in self._services.values():
             for service in services:
                 service.close()

@@ -42,7 +42,7 @@ def serve(parent: Channel[OpenerToParent, OpenFiles]) -> None:
 def _open(
     parent: Channel[OpenerToParent, OpenFiles], request: OpenFiles, passed: Fds, files: Files
 ) -> None:
-    """Open files, and send them: what came in a parcel in the same one, the others in new ones."""
+    """Open files, and send them: those of a parcel in the same one, the others in new ones."""
     parcels: dict[int, int] = {}
     with Fds() as found:
         for fd in passed.left:

@@ -1,4 +1,4 @@
-"""What a VM that is captured for its clones hands over: judged, and kept while it is needed."""
+"""The captured state of a VM, for its clones: checked, and kept while it is needed."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ class CaptureError(Exception):
 
 
 def keep(vm: Vm, fds: Fds) -> Captured:
-    """Take what a VM's process has handed over: its state and its RAM.
+    """Take the state and RAM that a VM's process has handed over.
 
     Both are opened anew, for reading alone: a clone can change neither. Nothing is opened but
     memory whose size is sealed, since it is the VM's process which says what it is.

@@ -81,7 +81,7 @@ class Clients:
         )
         """The process that has their connections."""
 
-    # What they are told
+    # Answers
 
     def answer(self, client: int, answer: AnyAnswer, fds: Sequence[int] = ()) -> None:
         """Answer a client; takes ownership of `fds`."""
@@ -117,7 +117,7 @@ class Clients:
         """Have a file kept that an opener has opened, see `parcels`; takes over both."""
         self.control.send(KeepFile(uid=uid), [parcel, keeper])
 
-    # What they ask
+    # Requests
 
     def _take(self, message: ControlToParent, fds: Fds) -> None:
         match message:

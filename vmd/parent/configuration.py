@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     host_id: bytes = b""
     """This host's identity, of which lladdrs are made."""
     host: Host = SystemHost("/")
-    """Where the configuration and its files are looked up."""
+    """The host on which the configuration and its files are looked up."""
 
 
 def read_configuration(

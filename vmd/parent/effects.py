@@ -174,7 +174,7 @@ class Means(NamedTuple):
     close_vm: Callable[[int], None]
     """Releases what `open_vm` made for a VM, by its id; its processes are gone."""
     end_vm: Callable[[int], None]
-    """Releases what a VM has kept over its reboots, by its id."""
+    """Releases resources that a VM has kept over its reboots, by its id."""
     operate: Callable[[Operate], None]
     """Executes an administrator's request of the daemon itself, and answers."""
 
@@ -217,7 +217,7 @@ class Effects:
         """The ids of VMs that vmm knows."""
         return frozenset(self._launched)
 
-    # What is to be done
+    # Effects
 
     def run(self, actions: Sequence[Action]) -> None:
         """Carry out actions in order."""
@@ -405,7 +405,7 @@ class Effects:
         self._close_vm(vm.id)
         self._happened(vm.id, vm_state.LaunchFailed(code, message))
 
-    # What vmm says
+    # Reports of vmm
 
     def take(self, message: AboutVm, fds: Fds) -> None:
         """Account for what vmm says."""

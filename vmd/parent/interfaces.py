@@ -59,7 +59,7 @@ def open_vhosts(count: int) -> list[int]:
 
 
 class Counters(NamedTuple):
-    """Counters of an interface on the host's side, which receives what the guest sends."""
+    """Counters of an interface on the host's side, which receives the guest's frames."""
 
     received: int
     received_packets: int

@@ -70,7 +70,7 @@ class Openers:
         self._plan = plan
         self._openers: dict[int, _Opener] = {}
         self.keep: Keep = lambda _uid, *fds: Fds(fds).close()
-        """What is done with the keepers of new parcels: the parcels are all that the parent has."""
+        """Called with the keepers of new parcels: the parent itself has only the parcels."""
 
     @property
     def pids(self) -> Collection[int]:

@@ -24,7 +24,7 @@ from vmm_kvm.boot.firmware import KNOWN
 
 
 def take_passed(request: Start | Send | Receive | Snapshot, uid: int, fds: Fds) -> Passed | None:
-    """Take what the client `uid` has opened; all or nothing.
+    """Take the open files of the client `uid`; all or nothing.
 
     Raises:
         MalformedError: it names descriptors that did not come along.

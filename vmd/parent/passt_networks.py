@@ -50,7 +50,7 @@ class _Stream:
         self.passt = passt
         """The pid of the process at the other end; 0 if there is none."""
         self.said = said
-        """What that has said."""
+        """Its messages."""
         self.problem = problem
         """Why there is none."""
 
@@ -268,7 +268,7 @@ def port_problem(forward: ForwardConfig) -> str:
             with socket.socket(family, kind) as sock:
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                if is_tcp:  # what was closed a moment ago does not count
+                if is_tcp:  # connections closed a moment ago do not count
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.bind((tried, forward.port))
         except OSError as err:

@@ -34,7 +34,7 @@ def _nothing() -> None:
 
 
 class AnyPeer(Source, Protocol):
-    """A peer, whatever its messages, for starting, restarting and ending processes."""
+    """A peer with any messages, for starting, restarting and ending processes."""
 
     def started(self, connection: socket.socket, kill: Callable[[], None]) -> None:
         """Talk to a new process, which `kill` ends; takes ownership of `connection`."""
@@ -175,7 +175,7 @@ class Peer(Generic[Sent, Taken]):
         if self._channel:
             self._channel.release(reason)
 
-    # What it says
+    # Messages
 
     def _take(self, received: Received[Taken]) -> None:
         with received.fds as fds:

@@ -236,7 +236,7 @@ class Parent:
         question = StatusQuestion(self._loop, asked, self._effects.inquiries, told, lambda _vm: ())
         question.ask(self._effects.running)
 
-    # What administrators ask
+    # Administrators' requests
 
     def _source(self, serial: int) -> SourceIs:
         """Return where the configuration is, and where files of single VMs go."""

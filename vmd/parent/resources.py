@@ -52,7 +52,7 @@ class Resources(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What this host has for all VMs."""
+    """This host's resources for all VMs."""
 
     users: Users
     kernels: KernelStore
@@ -115,7 +115,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
 
 
 def _is_firmware(vm: Vm) -> bool:
-    """Tell whether what a VM boots is firmware, not a kernel."""
+    """Tell whether a VM boots firmware, not a kernel."""
     if vm.files is not None and vm.files.kernel is not None:
         return vm.files.is_firmware
     return vm.config.boot is None
@@ -305,7 +305,7 @@ class _Opener:
         return found.chain[0], found.stamp
 
     def _find(self, wanted: WantedFile) -> FoundFile:
-        """Open a file of the configuration's, and what it refers to, by name."""
+        """Open a file of the configuration, and the files that it refers to, by name."""
         with Files() as files:
             try:
                 files.open([wanted], Fds())

@@ -23,7 +23,7 @@ TellVm = Callable[[int, SendVm, Sequence[int]], None]
 
 
 class Sendings:
-    """What is being written, on the event loop's thread."""
+    """The VM that is being written, on the event loop's thread."""
 
     def __init__(self, store: SnapshotStore, tell_vm: TellVm) -> None:
         """Begin with nothing."""
@@ -67,7 +67,7 @@ class Sendings:
             new.close()
 
     def answer(self, question: LookIntoStore) -> tuple[AnyAnswer, Sequence[int]]:
-        """Return what a user is answered, with descriptors."""
+        """Return the answer to a user, with descriptors."""
         (_, serial), uid, request = question
         try:
             match request:

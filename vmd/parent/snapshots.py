@@ -149,7 +149,7 @@ class SnapshotStore:
             raise _refusal(name, err) from err
 
     def remove(self, uid: int, name: str) -> None:
-        """Remove a user's snapshot; who has it open keeps it.
+        """Remove a user's snapshot; processes that have it open keep it.
 
         Raises:
             StoreError: there is none, or it cannot be removed.

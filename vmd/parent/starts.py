@@ -39,7 +39,7 @@ class Starts:
             self._failed += 1
 
     def totals(self, serial: int) -> Totals:
-        """Return what a client is answered."""
+        """Return the answer to a client."""
         return Totals(
             serial=serial,
             starts=sum(self._counts),

@@ -59,7 +59,7 @@ class Inquiries:
         self._waiting.get(vm_id, {}).pop(question, None)
 
     def told(self, vm_id: int, statistics: VmStatistics) -> None:
-        """Take what a VM process said."""
+        """Take a VM process's answer."""
         self._told[vm_id] = self._loop.monotonic_ns(), statistics
         for question in self._waiting.pop(vm_id, ()):
             question.told(vm_id, statistics)
@@ -111,7 +111,7 @@ class StatusQuestion:
             self._finish()
 
     def told(self, vm_id: int, statistics: VmStatistics) -> None:
-        """Take what a VM process said."""
+        """Take a VM process's answer."""
         self._told[vm_id] = statistics
         self.lost(vm_id)
 

@@ -161,7 +161,7 @@ class TapNetworks:
                 self._attach(vm_id, held)
 
     def _priv_ended(self) -> None:
-        """Wait for another priv process, and drop references to what is about to go."""
+        """Wait for another priv process, and drop references to taps that are about to go."""
         for vm_id in tuple(self._leaving):
             self._left(vm_id)
 
@@ -297,7 +297,7 @@ class TapNetworks:
         if then:
             then(ResourceError(ErrorCode.EIO, message))
 
-    # What priv says
+    # Messages of priv
 
     def _from_priv(self, message: PrivToParent, _fds: Fds) -> None:
         match message:

@@ -58,7 +58,7 @@ class TapPlan:
         """Whether there has been a configuration."""
 
     def configure(self, config: Config) -> None:
-        """Be what a vm.conf says."""
+        """Plan by a vm.conf."""
         self._switches = {}
         self.add(config)
         self._prefix4 = config.local_prefix or DEFAULT_PREFIX
@@ -78,7 +78,7 @@ class TapPlan:
         """Have no switches."""
         self._switches = {}
 
-    # What there is to be
+    # The plan
 
     def configuration(self, *, is_partial: bool = False) -> Configure:
         """Return priv's message about everything but the interfaces of VMs."""

@@ -188,6 +188,6 @@ def install(
             refused.update(dict.fromkeys(some, why))
 
     add(pieces)
-    if pieces and not accepted:  # what there was before is wanted no more
+    if pieces and not accepted:  # the former rules are not wanted any more
         apply([])
     return accepted, refused

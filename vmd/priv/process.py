@@ -95,17 +95,17 @@ class Priv:
         self._nftables = nftables
         self._wanted: Configure | None = None
         self._taps: dict[int, tuple[_Tap, ...]] = {}
-        self._rules: str | None = None  # what the kernel has, once that is known
+        self._rules: str | None = None  # the kernel's rules, once they are known
         self._pieces_tried: tuple[Piece, ...] | None = None
         self._accepted: list[Piece] = []
         self._refused: dict[Piece, str] = {}
         self._opened: set[str] = set()  # taps that the loopback network reaches
         self._has_told = False
 
-    # What the parent says
+    # Messages of the parent
 
     def take(self, received: Received[ParentToPriv]) -> None:
-        """Do what a message says, and answer it."""
+        """Obey a message, and answer it."""
         with received.fds as fds:
             match received.message:
                 case Configure():

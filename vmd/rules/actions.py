@@ -62,7 +62,7 @@ class Operate(NamedTuple):
 
 
 class LookIntoStore(NamedTuple):
-    """Do what a user asks of the store of snapshots, and answer."""
+    """Carry out a user's request to the store of snapshots, and answer."""
 
     ticket: Ticket
     uid: int

@@ -4,7 +4,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What time it is."""
+    """The present time."""
 
     def monotonic_s(self) -> float:
         """Return seconds on a clock that does not jump."""

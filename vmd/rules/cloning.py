@@ -64,7 +64,7 @@ class Clones:
         self._starting: dict[Ticket, _Starting] = {}
 
     def request(self, ticket: Ticket, uid: int, source: Vm, request: Clone) -> list[Action]:
-        """Return what is to be done for a request of user `uid`, who may have `source` cloned."""
+        """Return the actions for a request of user `uid`, who may have `source` cloned."""
         plan = _Plan(ticket, uid, source, request)
         configs = self._configs(plan)
         if isinstance(configs, Denied):
@@ -175,7 +175,7 @@ def _why_not_shared(interface: InterfaceConfig) -> str:
 
 
 def _why_not_cloned(source: Vm, index: int, disk: DiskOption) -> str:
-    """Return why a clone cannot have a disk of a template; what it writes vanishes with it."""
+    """Return why a clone cannot have a disk of a template; its writes vanish with it."""
     if disk.kind in {DiskKind.PMEM, DiskKind.VHOST_USER}:
         return f"{disk.kind} cannot be cloned"
     if disk.is_read_only:

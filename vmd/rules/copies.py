@@ -22,7 +22,7 @@ class Fitted(NamedTuple):
 
     config: VmConfig
     passed: Passed | None
-    """What is used of the client's files."""
+    """The uses of the client's files."""
     unused: Passed | None = None
     """The rest of them."""
     vm: Vm | None = None

@@ -199,7 +199,7 @@ def why_already(phase: Phase) -> str:
 def _start(vm: VmState, event: Start, now: float) -> Step:
     ticket = event.ticket
     if vm.phase is Phase.STARTING and vm.starter is None and ticket:
-        return vm._replace(starter=ticket), ()  # in its turn, or anew: it is what is asked for
+        return vm._replace(starter=ticket), ()  # in its turn, or anew: that is the request
     if vm.phase not in IDLE:
         return vm, _failed(ticket, ErrorCode.EALREADY, why_already(vm.phase))
     if ticket is None and vm.phase is Phase.STOPPED:  # started or stopped by hand meanwhile
@@ -372,7 +372,7 @@ def _without(vm: VmState, client: int) -> Step:
     return vm, effects
 
 
-# What has happened
+# Reports
 
 
 def _running(vm: VmState) -> Step:

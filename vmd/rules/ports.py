@@ -8,7 +8,7 @@ from vmd.wire.ports import Connect, Debug
 
 
 def open_stream(ticket: Ticket, vm: Vm, request: Connect | Debug) -> Action:
-    """Return what is to be done for a client that may reach the guest.
+    """Return the actions for a client that may reach the guest.
 
     A guest that is paused, or boots, accepts later or not at all, as over a network.
     """

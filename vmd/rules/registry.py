@@ -84,7 +84,7 @@ class Registry:
         """May change with the configuration, as the limits."""
         self.limits = Limits()
         self.clock = GuestClock.FROZEN
-        """Of copies, where nobody says otherwise; as the limits."""
+        """Of copies, by default; as the limits."""
         self._host = host
         self._vms: dict[int, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
@@ -118,7 +118,7 @@ class Registry:
             return self._vms.get(vm_id)
         return next((vm for vm in self._vms.values() if vm.name == name), None)
 
-    # What clients ask
+    # Clients' requests
 
     def request(
         self, client: int, uid: int, request: ParentRequest, passed: Passed | None = None
@@ -418,7 +418,7 @@ class Registry:
             return self._register(config, uid, has_kernel=fitted.passed is not None)
         return self._over_limit([config], uid) or self._add(config, uid)
 
-    # What has happened
+    # Reports
 
     def report(self, vm_id: int, event: vm_state.Event) -> list[Action]:
         """Return the actions for an event of a VM."""
@@ -465,7 +465,7 @@ class Registry:
             actions += self._step(vm, vm_state.Stop(None))
         return [*actions, *self._start_waiting()]
 
-    # What administrators do
+    # Administrators' requests
 
     def judge(
         self, configs: Iterable[VmConfig], uid: int = 0, *, keeps_idle: bool = True

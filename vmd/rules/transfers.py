@@ -1,4 +1,4 @@
-"""Which VMs may be written and received, and into what: decisions alone."""
+"""The VMs that may be written and received, and their targets: decisions alone."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Whether the daemon would register what a configuration has, for `vmd -n`."""
+"""A trial registration of a configuration's VMs, for `vmd -n`."""
 
 from collections.abc import Sequence
 

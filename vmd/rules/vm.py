@@ -50,11 +50,11 @@ class Passed(NamedTuple):
     stamp: str = ""
     """Of the kernel, once that is judged; empty if a change might not show in it."""
     stream: int | None = None
-    """Where the VM comes from that is received, or goes to that is sent."""
+    """The source of a VM that is received, or the target of one that is sent."""
     replies: int | None = None
     """The receiver's messages to the sender, when a VM is handed over."""
     manifest: str = ""
-    """What was read of the stream."""
+    """The manifest of the stream."""
     stays_paused: bool = False
     """It is to be paused when it is received."""
     is_snapshot: bool = False
@@ -86,7 +86,7 @@ class Passed(NamedTuple):
 
 
 class Sink(NamedTuple):
-    """Where a VM is to be written."""
+    """The target of writing a VM."""
 
     fd: int | None = None
     """A stream, or an empty file; its holder's. None for the daemon's store."""
@@ -96,7 +96,7 @@ class Sink(NamedTuple):
     name: str = ""
     """Of the snapshot there."""
     replies: int | None = None
-    """What the receiver says, where the VM is handed over; its holder's."""
+    """The receiver's messages, if the VM is handed over; its holder's."""
     keeps_disks: bool = False
     """The snapshot has the disks that the VM writes."""
 
@@ -133,17 +133,17 @@ class Vm:
         self.config = config
         """Complete, and with an lladdr for each interface."""
         self.configured: VmConfig | None = None
-        """What it is again when it has ended, if it continues from a snapshot."""
+        """Its configuration after it has ended, if it continues from a snapshot."""
         self.state = state
         self.requester = requester
         self.checked: frozenset[Right] = frozenset()
-        """Which of BOOT, CDROM and DISK are opened with the requester's rights, not with root's."""
+        """Those of BOOT, CDROM and DISK that open with the requester's rights, not with root's."""
         self.passed: Passed | None = None
         """Files instead of those that `config` names."""
         self.passed_is_lasting = False
         """It is for every boot of this VM, not only for the next."""
         self.sink: Sink | None = None
-        """Where it is to be written, until its process has it."""
+        """The target to which it is to be written, until its process has it."""
         self.captured: Captured | None = None
         """State for its clones, while it is paused."""
         self.origin: Captured | None = None
@@ -188,7 +188,7 @@ class Vm:
             self.origin = self.inherited = None
 
     def drop_passed(self) -> Passed | None:
-        """Forget what is for one boot alone; returns what is to be closed, if anything."""
+        """Forget the settings of one boot; returns descriptors to close, if any."""
         passed = self.passed
         if self.configured is not None and self.state.phase in IDLE:
             self.config, self.configured = with_states(self.configured, self.config), None

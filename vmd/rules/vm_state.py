@@ -50,11 +50,11 @@ class Halted(NamedTuple):
 
     reason: HaltReason
     message: str
-    """Which disk, and what the host said."""
+    """The disk, and the host's error."""
 
 
 class VmState(NamedTuple):
-    """Where a VM is in its life."""
+    """The phase of a VM's life."""
 
     id: int
     is_from_config: bool = False
@@ -181,7 +181,7 @@ class ClientLeft(NamedTuple):
     client: int
 
 
-# Events: what has happened
+# Events: reports
 
 
 class Launched(NamedTuple):
@@ -288,7 +288,7 @@ class Reply(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Open what the VM needs and make its process; `Launched` or `LaunchFailed` comes of it."""
+    """Open the VM's resources and make its process; `Launched` or `LaunchFailed` follows."""
 
     keeps_tty: bool
     """The console is still there from before the reboot."""

@@ -63,7 +63,7 @@ class CountedImage:
     """A disk image whose transfers are counted; owns the image, and is used as that is."""
 
     def __init__(self, image: StoredImage, counters: Counters) -> None:
-        """Count what is read from and written to `image`."""
+        """Count reads and writes of `image`."""
         self._image = image
         self._values = counters.values
         self.size = image.size

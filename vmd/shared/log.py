@@ -48,9 +48,9 @@ _FIELDS = {"vm": "VM", "uid": "UID", "request": "REQUEST"}
 _VM_TITLE = "vm/"
 """The title of a VM's process, before its name."""
 _ABOUT_VM = "vm/%s"
-"""What messages about a VM begin with; its name is their first argument."""
+"""The beginning of messages about a VM; its name is their first argument."""
 _FACILITY_DAEMON = 3 << 3
-_LINE_MAX = 4096  # what a pipe takes whole
+_LINE_MAX = 4096  # a pipe takes as many bytes as a whole
 _WARNING = 4
 _OURS = ("vmd", "vmm_kvm")  # not the debugging messages of libraries
 # Priorities of syslog(3), for levels of at least so much.
@@ -337,7 +337,7 @@ def tell(asked: Asked, message: str, *arguments: object) -> None:
 
 
 def tell_of(vm: str, message: str, *arguments: object, is_bad: bool = False) -> None:
-    """Log what has happened to a VM, if the message begins with something else than `vm/%s`."""
+    """Log an event of a VM, if the message begins with something else than `vm/%s`."""
     level = logging.WARNING if is_bad else logging.INFO
     logging.getLogger(__name__).log(level, message, *arguments, extra={"vm": vm})
 

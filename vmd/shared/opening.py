@@ -106,7 +106,7 @@ class _Opening:
         fds += self._passed
 
     def file(self) -> FoundFile:
-        """Return what is found."""
+        """Return the result."""
         wanted = self._wanted
         if wanted.use is FileUse.DISK:
             formats = self._image()

@@ -1,4 +1,4 @@
-"""Where the daemon's socket and configuration are; nothing is opened here."""
+"""Paths of the daemon's socket and configuration; nothing is opened here."""
 
 from collections.abc import Mapping
 

@@ -55,7 +55,7 @@ class OutputRing:
         self._map = mmap.mmap(fd, _SIZE)
         self._data = memoryview(self._map)[_TOTAL.size :]
         self.total: int = _TOTAL.unpack_from(self._map)[0]
-        """Where the next byte goes."""
+        """The position of the next byte."""
 
     def append(self, data: bytes | bytearray) -> None:
         """Append, overwriting the oldest bytes."""

@@ -10,7 +10,7 @@ class DeviceConnection(NamedTuple):
     """The VM's side of a device process; the holder owns the descriptors."""
 
     counters: int
-    """Memory where it counts what it moves; see `counters`."""
+    """Memory for its counts of transfers; see `counters`."""
     socket: int
     """To the device process, by vhost-user."""
     status: int

@@ -45,7 +45,7 @@ class Console:
     def __init__(self, loop: EventLoop, master: int, ring: int) -> None:
         """Serve the terminal at `master`; see `pty.Pty` for both."""
         self.port: SerialPort | None = None
-        """Where input goes; to be set before the guest runs."""
+        """The receiver of input; to be set before the guest runs."""
         self._loop = loop
         self._ring = OutputRing(ring)
         os.close(ring)
@@ -83,7 +83,7 @@ class Console:
     # Output
 
     def transmit(self, data: bytes) -> None:
-        """Take what the guest wrote; any thread, never blocks."""
+        """Take the guest's output; any thread, never blocks."""
         self._written.append(data)
         if not self._is_armed:
             self._is_armed = True
@@ -110,7 +110,7 @@ class Console:
         self._listen()
 
     def typed(self, data: bytes) -> None:
-        """Take what came from a terminal or stream."""
+        """Take bytes of a terminal or stream."""
         self._typed += data
         self.feed()
 
@@ -204,7 +204,7 @@ class _Stream:
             self._console.break_typed()
         elif packet.startswith(CONSOLE_INPUT):
             self._console.typed(packet[1:])
-        else:  # its end, or somebody who speaks otherwise
+        else:  # its end, or a client of another protocol
             self.close()
 
 

@@ -1,4 +1,4 @@
-"""The disks of a VM that go into its snapshot, copied by their processes while it stands still."""
+"""The disks of a VM that go into its snapshot, copied by their processes while it is paused."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple

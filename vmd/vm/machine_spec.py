@@ -60,15 +60,15 @@ def machine_spec_of(
     """Return the machine of a VM, made of open descriptors; `stack` closes what is opened of them.
 
     Args:
-        spec: what the VM is.
+        spec: the VM's specification.
         fds: the descriptors that it names.
         connections: to its device processes.
         stack: of the caller's.
-        received: what it goes on from, if it does not boot.
+        received: the state from which it continues, if it does not boot.
         lend: is handed an unpacked kernel, which it owns.
 
     Raises:
-        VmmError, OSError: something is not what it has to be.
+        VmmError, OSError: a descriptor or file is unsuitable.
     """
     kernel = None if spec.kernel is None else FileSource(fds.take(spec.kernel), spec.boot_path)
     image = _image(spec, fds, received)

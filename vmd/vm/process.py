@@ -106,7 +106,7 @@ def prepare(kvm: Kvm, rehearses: bool) -> str | None:
         signal.signal(number, signal.SIG_IGN)
     install_kick_signal()
     set_title("vm")
-    die_with(os.getppid())  # nobody could stop us without vmm
+    die_with(os.getppid())  # without vmm nothing could stop us
     confine(CONFINEMENTS[Kind.VM], None)
     if rehearses:
         try:
@@ -265,7 +265,7 @@ class VmProcess:
     ) -> None:
         """Build the machine; everything else stays the caller's.
 
-        `received` is what it goes on from, if it does not boot.
+        `received` is the state from which it continues, if it does not boot.
 
         Raises:
             VmmError, OSError: it cannot be made.
@@ -351,7 +351,7 @@ class VmProcess:
         else:
             self._loop.stop()
 
-    # What vmm says
+    # Messages of vmm
 
     def _take(self, received: Received[VmmToVm]) -> None:
         with received.fds as fds:
@@ -485,7 +485,7 @@ class VmProcess:
         stood_still = self._stands_still()
         self._sending = None
         if failure is None and not self._sent_keeps_running:
-            self._is_sent = True  # whatever happens now, it runs elsewhere
+            self._is_sent = True  # from now on it runs elsewhere
             self._loop.stop()
             return
         if isinstance(failure, InDoubtError):
@@ -517,7 +517,7 @@ class VmProcess:
         }
 
     def _stands_still(self) -> bool:
-        """Tell whether the machine stands still to be sent."""
+        """Tell whether the machine is paused to be sent."""
         return self._sending is not None and self._sending.is_still
 
     def _pause(self) -> None:

@@ -46,7 +46,7 @@ class Arrived(NamedTuple):
     generations: Mapping[int, Generation]
     """Of the images of disks, by their places."""
     replies: FdSink | None = None
-    """What the sender hears, if it hands the VM over, and has let go of it; the holder's."""
+    """The messages to the sender, if it hands the VM over; the holder's."""
 
 
 def receive(
@@ -184,7 +184,7 @@ def _image(manifest: Manifest, rom: bytes) -> FirmwareImage | None:
 
 
 def tell_sender(arrived: Arrived, line: bytes) -> None:
-    """Tell a sender that hands a VM over what has become of it, and no more."""
+    """Tell the outcome to a sender that hands a VM over, and no more."""
     if arrived.replies is None:
         return
     with arrived.replies as replies:

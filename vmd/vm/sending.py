@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 PATIENCE_S = 30.0
 """How long the peer may take no byte, or send none."""
 HANDOVER_PATIENCE_S = 2 * PATIENCE_S
-"""How long the receiver may take to check what has arrived, and to build the machine."""
+"""The time for the receiver to check all data, and to build the machine."""
 _SNAPSHOT_DOWNTIME_S = 0.01
 """Target of the pause for memory when a machine is written to a file."""
 _LAST_WORDS_S = 5.0
@@ -63,7 +63,7 @@ OnEnd = Callable[["VmmError | OSError | None"], None]
 
 
 class _Subject(NamedTuple):
-    """What is written."""
+    """The form of the target."""
 
     machine: "Machine"
     spec: VmSpec
@@ -114,7 +114,7 @@ class Sending:
         self._on_progress = on_progress
         self._thread: threading.Thread | None = None
         self.is_still = False
-        """Whether the machine stands still to be written."""
+        """Whether the machine is paused to be written."""
         self.is_written = False
         """Whether all of a snapshot is written, and is becoming durable."""
         self._said = 0
@@ -208,7 +208,7 @@ class Sending:
         """Return the state of the machine, which is paused from now on.
 
         Raises:
-            VmmError, OSError: it cannot be taken, or nobody wants it any more.
+            VmmError, OSError: it cannot be taken, or is not wanted any more.
         """
         if subject.halt:
             self._loop.call_soon(lambda: self._save(subject))
@@ -329,7 +329,7 @@ def check_handover(spec: VmSpec) -> None:
 
 
 def _plan(subject: _Subject) -> Plan:
-    """Return for how long a machine may stand still now.
+    """Return for how long a machine may be paused now.
 
     Raises:
         SnapshotError: it has taken too long already.

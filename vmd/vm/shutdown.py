@@ -31,7 +31,7 @@ class Button(Protocol):
     """The machine, as far as it can be asked to stop."""
 
     def press_power_button(self) -> bool:
-        """Ask the guest; False if nobody listens."""
+        """Ask the guest; False if it does not listen."""
 
     def has_noticed_power_button(self) -> bool:
         """Tell whether the guest has reacted."""

@@ -1,4 +1,4 @@
-"""What a VM has used and moved, as its process tells it."""
+"""A VM's statistics, as its process reports them."""
 
 import time
 from collections.abc import Mapping

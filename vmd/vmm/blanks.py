@@ -85,7 +85,7 @@ class _Order(NamedTuple):
     def has_died(self) -> bool:
         """Whether the process ended before it reported itself."""
         if self.connection is None or self.connection.fileno() < 0:
-            return False  # nobody knows
+            return False  # unknown
         poll = select.poll()
         poll.register(self.connection, 0)  # an end is always told
         return bool(poll.poll(0))

@@ -68,7 +68,7 @@ from vmm_kvm.loop import EventLoop, LoopTimer
 log = Log(__name__)
 
 _DEVICE_GRACE_NS = 30_000_000_000
-"""How long a device process may write back what it holds, once its VM is gone."""
+"""The time for a device process to write back its data, once its VM is gone."""
 _VM_HIGH_WATER = 64 << 10
 """Limit of bytes that wait for a VM process that does not read."""
 _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
@@ -78,7 +78,7 @@ _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
     CaptureVm: VmCaptured,
     AskStatistics: VmStatistics,
 }
-"""What a VM process says to a command, once."""
+"""Answers of a VM process to a command, sent once."""
 _UNASKED: dict[type[VmReport], int] = {VmStarted: 1, VmUnpacked: 1, VmHalted: 1, VmEnding: 1}
 """Messages that a VM process sends unasked, and how many; one more halt for each unpause."""
 _PASSED = {VmUnpacked, VmCaptured}
@@ -100,7 +100,7 @@ class _Vm:
         self.id = number
         self.name = name
         self.blanks = blanks
-        """What makes and ends its processes."""
+        """Makes and ends its processes."""
         self.uid = uid
         self.pid = 0
         """0 until its process exists."""
@@ -146,7 +146,7 @@ class _Vm:
         """Do nothing: omitted state is sent when there is room again."""
 
     def release(self, _reason: object) -> None:
-        """Tell what was left out."""
+        """Send omitted state, now that there is room."""
         if self._owes_look and self.channel and not self.channel.is_closed:
             self._owes_look = False
             try:
@@ -192,7 +192,7 @@ class Vmm:
             log.debug("parent: %s", err)
             self._parent_left()
 
-    # What the parent says
+    # Messages of the parent
 
     def _take(self, received: Received[ParentToVmm]) -> None:
         with received.fds as fds:
@@ -226,7 +226,7 @@ class Vmm:
     @staticmethod
     def _tell_devices(vm: _Vm, message: SetVerbosity) -> None:
         for device in vm.devices.values():
-            if device.channel.backlog_size:  # it does not read, and nobody waits for it
+            if device.channel.backlog_size:  # it does not read, and is not waited for
                 continue
             try:
                 device.channel.send(message)
@@ -404,7 +404,7 @@ class Vmm:
             DeviceConnection(counters, theirs, write_fd),
         )
 
-    # What VM processes say
+    # Messages of VM processes
 
     def _report(self, number: int, received: Received[VmReport]) -> None:
         vm = self._vms[number]

@@ -22,7 +22,7 @@ _UCRED = struct.Struct("=iII")
 RIGHTS_SIZE = socket.CMSG_SPACE(FDS_MAX * _INT_SIZE)
 """Bytes of room for descriptors."""
 CREDENTIALS_SIZE = socket.CMSG_SPACE(_UCRED.size)
-"""Bytes of room for who has sent a message."""
+"""Bytes of room for a message's sender."""
 
 
 class Credentials(NamedTuple):

@@ -12,10 +12,10 @@ class Role(StrEnum):
 
 
 class Preparation(StrEnum):
-    """What a process does before it waits for its task."""
+    """A process's work before it waits for its task."""
 
     NONE = "none"
-    """It confines itself: somebody waits for it."""
+    """It confines itself: a start waits for it."""
     CONFINED = "confined"
     """It says `BLANK_IS_READY` besides."""
     REHEARSED = "rehearsed"

@@ -15,7 +15,7 @@ _TEXT_MAX = 16384
 
 
 class CaptureVm(Internal, frozen=True, kw_only=True):
-    """Hand yourself over in memory, and say `VmCaptured`; go on then, if you ran before."""
+    """Hand yourself over in memory, and send `VmCaptured`; then continue, if you ran before."""
 
 
 class VmCaptured(Internal, frozen=True, kw_only=True):

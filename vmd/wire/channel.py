@@ -82,7 +82,7 @@ class OversizeError(Exception):
 
 
 class Source(Protocol):
-    """Whatever makes a channel's owner send on it."""
+    """Anything that makes a channel's owner send on it."""
 
     def hold(self, reason: object) -> None:
         """Stop until `reason`, which is compared by identity, is released."""
@@ -102,7 +102,7 @@ class Timer(Protocol):
 
 
 class Loop(Protocol):
-    """What a channel needs of an event loop."""
+    """The event loop, as far as a channel needs it."""
 
     def monotonic_ns(self) -> int:
         """Return nanoseconds on the loop's clock."""
@@ -124,7 +124,7 @@ class Loop(Protocol):
 
 
 class Fds:
-    """Descriptors that came with a message; a context manager that closes those nobody took."""
+    """Descriptors of a message; a context manager that closes those that were not taken."""
 
     __slots__ = ("_fds", "are_lost")
 
@@ -200,7 +200,7 @@ class Fds:
         return left
 
     def close(self) -> None:
-        """Close what is left; idempotent."""
+        """Close the remaining ones; idempotent."""
         for fd in self.take_all():
             os.close(fd)
 
@@ -469,7 +469,7 @@ class Channel(Generic[Sent, Taken]):
 
         Raises:
             BlockingIOError: there is none yet.
-            MalformedError: what came is no message for this end; what came with it is closed.
+            MalformedError: there is no message for this end; its descriptors are closed.
             ChannelClosedError: the peer is gone.
         """
         try:

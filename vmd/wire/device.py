@@ -19,7 +19,7 @@ class BeginDisk(Internal, frozen=True, kw_only=True):
 
     @property
     def device(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.disk.option.path
 
 
@@ -37,7 +37,7 @@ class BeginNic(Internal, frozen=True, kw_only=True):
 
     @property
     def device(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.nic.name
 
 

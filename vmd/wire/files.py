@@ -9,7 +9,7 @@ from vmd.wire.parts import Internal, Part
 
 
 class FileUse(StrEnum):
-    """What a file is to be for a VM."""
+    """A file's use for a VM."""
 
     BOOT = "boot image"
     FIRMWARE = "firmware"

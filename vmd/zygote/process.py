@@ -43,7 +43,7 @@ _PATIENCE_S = 60.0
 
 
 class Body(NamedTuple):
-    """What a process does."""
+    """A process's work."""
 
     prepare: Callable[[bool], str | None]
     """Confines it, and rehearses if that is asked for; returns why it cannot."""

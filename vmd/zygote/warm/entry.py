@@ -44,7 +44,7 @@ class WarmthError(Exception):
 
 
 class Warmth(StrEnum):
-    """What is done before a VM needs it."""
+    """Work done before a VM needs it."""
 
     OFF = "off"
     """Nothing."""
@@ -137,7 +137,7 @@ def _try(work: Callable[[], None], fd: int) -> None:
     try:
         work()
         told = _READY
-    except BaseException as err:  # noqa: BLE001 - the daemon goes on without, whatever it is
+    except BaseException as err:  # noqa: BLE001 - the daemon continues without, at any error
         lines = f"{type(err).__name__}: {err}".splitlines()
         told = lines[0][:_TEXT_MAX].encode(errors="replace")
     finally:

@@ -61,7 +61,7 @@ class Recorder:
     def __init__(self) -> None:
         """Note nothing yet."""
         self.code: dict[int, CodeType] = {}
-        """What ran, by its id."""
+        """Code that ran, by its id."""
 
     def __enter__(self) -> Self:
         threading.setprofile(self._note)
@@ -255,7 +255,7 @@ def _gather_mros(everything: Iterable[object], names: AbstractSet[str]) -> None:
     used.sort(key=lambda one: len(one.__mro__))  # a change to a class affects its subclasses
     for one in (*roots, *used):
         kept.append(one.__mro__)
-        # This rebuilds them, for the class and its subclasses, whatever its metaclass does.
+        # This rebuilds them, for the class and its subclasses, with any metaclass.
         _BASES.__set__(one, one.__bases__)
     kept.clear()
 

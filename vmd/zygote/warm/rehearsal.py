@@ -164,7 +164,7 @@ class Rehearsal:
                 os.close(fd)
 
     def _play_one(self, be_vm: BeVm, spec: VmSpec, files: Sequence[int]) -> list[int]:
-        """Let `be_vm` run one process; returns what it hands over for clones."""
+        """Let `be_vm` run one process; returns its handed-over state for clones."""
         here, there = channel_pair(VMM_AND_VM, VM_AND_VMM)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with here, ours:
