@@ -13,6 +13,8 @@ from vmm_kvm.fs.server import REQUEST_MAX, FuseServer
 from vmm_kvm.fs.tree import Tree, open_root
 
 ROOM = 1 << 16
+OWN_INODE = (1 << 56) - 1
+"""Of an inode number what is the host's: a mask."""
 _INIT_FLAGS = 0xFFFF_FFFF
 
 

@@ -63,6 +63,7 @@ _FALLOCATE_MODES = 0x1 | 0x2 | 0x10  # FALLOC_FL_KEEP_SIZE, _PUNCH_HOLE, _ZERO_R
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _SEEKS = {os.SEEK_DATA, os.SEEK_HOLE}
 _LISTING_MIN, _LISTING_MAX = 1 * KIB, 64 * KIB
+_INO: Final = struct.Struct("=Q")
 _NO_NODE = bytes(abi.ENTRY_OUT.size + abi.ATTR.size)
 
 
@@ -395,9 +396,12 @@ class FuseServer:
             padding = -length % 8
             if len(listing) + before + length + padding > limit:
                 break
-            if with_nodes:
-                listing += self._entry_of(handle.node, entry)
             ino = entry.ino
+            if with_nodes:
+                node = self._entry_of(handle.node, entry)
+                listing += node
+                if node is not _NO_NODE:  # of the same number as its attributes say
+                    (ino,) = _INO.unpack_from(node, abi.ENTRY_OUT.size)
             if entry.name == b".." and handle.node is self.nodes.root:
                 ino = handle.node.key[1]
             listing += abi.DIRENT.pack(ino, entry.following & MASK64, len(entry.name), entry.kind)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse_client import FuseClient
+from tests.fuse_client import OWN_INODE, FuseClient
 from vmm_kvm.fs import abi
 
 ATTEMPTS = 10_000
@@ -127,13 +127,13 @@ class Attacker:
 
     def _look_up(self) -> None:
         found = self._client.look_up(self._name(), self._node())
-        self.inodes.add(found.attributes.ino)
+        self.inodes.add(found.attributes.ino & OWN_INODE)
         self._keep(found.node)
 
     def _walk(self) -> None:
         found = self._client.look_up(b"swapped")
         inner = self._client.look_up(b"file", found.node)
-        self.inodes |= {found.attributes.ino, inner.attributes.ino}
+        self.inodes |= {one.attributes.ino & OWN_INODE for one in (found, inner)}
         self._keep(inner.node)
         self.got.append(self._client.content(inner.node))
 
