@@ -491,6 +491,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.images",
         "vmctl.guest",
         "zstandard",
+        "vmm_agent",
     ),
     "vmctl.doctor": (
         "vmm_kvm.errors",

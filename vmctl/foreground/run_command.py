@@ -95,6 +95,13 @@ def run_command(
         return EXIT_ERROR
 
 
+def agent_path() -> Path:
+    """Return the agent's file, which the guest finds in the same place."""
+    import vmm_agent  # noqa: PLC0415 - only its place is wanted
+
+    return Path(vmm_agent.__file__).absolute().with_name("agent.py")
+
+
 def _check(given: Mapping[str, Value]) -> None:
     for field, option in _REFUSED.items():
         if given.get(field):
@@ -115,11 +122,10 @@ class _Vm:
         is_writable = bool(given.get("is_writable"))
         boot = given.get("boot", ())
         kernel = find_kernel(once(boot, "boot image") if isinstance(boot, tuple) else None)
-        agent = Path(__file__).parents[1] / "vmm_agent" / "agent.py"
         folder = tempfile.mkdtemp(prefix="vmctl-run-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         image = Path(folder) / "initramfs"
-        image.write_bytes(initramfs(kernel, agent, is_writable=is_writable))
+        image.write_bytes(initramfs(kernel, agent_path(), is_writable=is_writable))
         self._socket = str(Path(folder) / "vsock")
         append = once(_texts(given, "append"), "append")
         options: dict[str, Value] = {

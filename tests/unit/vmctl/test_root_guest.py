@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmctl.foreground.root_guest import Kernel, find_kernel, initramfs, load_order
+from vmctl.foreground.run_command import agent_path
 from vmctl.line.cli import UsageError, read
 from vmm_kvm.errors import SpecError
 
@@ -97,6 +98,11 @@ def contents(archive: bytes) -> dict[str, bytes]:
         start = at + 110 + length + -(110 + length) % 4
         members[name] = archive[start : start + size]
         at = start + size + -size % 4
+
+
+def test_the_agent_is_there() -> None:
+    """The path that the guest executes is the agent's."""
+    assert agent_path().read_text().startswith("#!/usr/bin/env python3\n")
 
 
 def test_the_command_line() -> None:
