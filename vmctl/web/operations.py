@@ -93,7 +93,9 @@ def from_body(operation: Operation, body: bytes) -> AnyRequest:
         fields = msgspec.json.decode(body or b"{}")
     except UnicodeDecodeError as err:
         raise RequestError("Invalid UTF-8") from err
-    except (msgspec.MsgspecError, RecursionError) as err:
+    except RecursionError as err:
+        raise RequestError("Input data is nested too deep") from err
+    except msgspec.MsgspecError as err:
         raise RequestError(_line(err)) from err
     if not isinstance(fields, dict):
         raise RequestError("Expected `object`")
@@ -124,7 +126,7 @@ def _request(
     try:
         tagged = {"type": request.__struct_config__.tag, **fields}
         return msgspec.convert(tagged, request, strict=is_strict)
-    except (msgspec.ValidationError, RecursionError) as err:
+    except msgspec.ValidationError as err:
         raise RequestError(_line(err)) from err
 
 

@@ -83,7 +83,7 @@ def test_no_index_of_a_descriptor_is_described() -> None:
         ("snapshot", b'{"file": 0}', "a descriptor's index, `file`"),
         ("clone", b"{}", "Object missing required field `clone`"),
         ("pause", b'{"name": "\xff"}', "Invalid UTF-8"),
-        ("pause", b"[" * 60000, "recursion"),
+        ("pause", b"[" * 60000, "nested too deep"),
     ],
 )
 def test_what_is_no_request(kind: str, body: bytes, told: str) -> None:
