@@ -168,7 +168,7 @@ def test_vman(start_vmd: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_name_first", [True, False])
 def test_syzkaller(is_name_first: bool, tmp_path: Path) -> None:
-    """syzkaller: an instance on an overlay, both outputs in one pipe, its address by its id."""
+    """syzkaller: it starts an instance on an overlay, and finds its address by its id."""
     base, disk = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
     config = (
         'vm "syzkaller" {\n\tdisable\n\tmemory 64M\n\tdisk "/dev/null" format raw\n'

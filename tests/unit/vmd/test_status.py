@@ -98,7 +98,7 @@ def test_a_vm_process_is_asked_again_after_a_while(rig: Rig) -> None:
 
 
 def test_a_vm_process_that_does_not_answer_is_not_asked_again(rig: Rig) -> None:
-    """Clients are answered without it, soon or at its end; one question stays pending."""
+    """If a VM process does not answer, clients get a status without its statistics."""
     rig.ask(1)
     rig.run_for(400_000_000)
     assert rig.told() == [None]
