@@ -1,7 +1,8 @@
 """Campaign: while a VM moves from one daemon to another, one of the processes involved is killed.
 
-Two daemons on this host, `vmctl migrate`, a VM with a disk; ssh is a script. At a random moment
-SIGKILL ends one of the commands, ssh, the process of the VM or of its disk on either side.
+Two daemons on this host, `vmctl migrate`, VMs with a disk each; ssh is a script. Several VMs move
+at a time, as most of each move is waiting. At a random moment SIGKILL ends one of the commands,
+ssh, the process of the VM or of its disk on either side.
 Afterwards two copies never run; if none runs, a command has said so, or the VM is paused in doubt
 and continues by `unpause -f`; the disk's lock is free for the next start; and no process is left.
 
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -46,19 +48,20 @@ PARTIES = (
     "vmctl migrate",
     "ssh",
     "vmctl receive",
-    *(f"{side}: {title}" for side in ("here", "there") for title in ("vm/one", "disk/one")),
+    *(f"{side}: {title}" for side in ("here", "there") for title in ("vm", "disk")),
 )
 
 
 class Side(NamedTuple):
-    """A daemon, and a connection to it."""
+    """A daemon, a connection to it, and the name of a VM."""
 
     daemon: Daemon
     client: Client
+    name: str
 
     def state(self) -> str:
         """Return the VM's state here: running, paused, in doubt, or nothing."""
-        vms = self.client.ask("status", name="one")["vms"]
+        vms = self.client.ask("status", name=self.name)["vms"]
         assert isinstance(vms, list)
         if not vms:
             return "gone"
@@ -73,7 +76,7 @@ def _kill(party: str, sides: dict[str, Side], command: subprocess.Popen[bytes]) 
     with suppress(ProcessLookupError):
         if side:
             for pid in descendants(sides[side].daemon.process.pid):
-                if process_title(pid) == title:
+                if process_title(pid) == f"{title}/{sides[side].name}":
                     os.kill(pid, signal.SIGKILL)
             return
         for pid in descendants(command.pid):
@@ -104,7 +107,7 @@ def _settled(sides: dict[str, Side]) -> tuple[str, str]:
 
 
 def _is_sending(side: Side) -> bool:
-    answer = side.client.ask("unpause", name="one") if side.state() == "running" else {}
+    answer = side.client.ask("unpause", name=side.name) if side.state() == "running" else {}
     return answer.get("code") == "EBUSY"
 
 
@@ -112,15 +115,16 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
     """Hand the VM over once, kill a process; return the outcome, and the deviations."""
     wrong: list[str] = []
     here, there = sides["here"], sides["there"]
+    name = here.name
     if here.state() != "running":
         time.sleep(EARLY_S)  # the daemon refuses a VM that starts too often
-        answer = here.client.ask("start", name="one")
+        answer = here.client.ask("start", name=name)
         if answer["type"] != "started":
-            return "lost", [f"one cannot be started: {answer}"]
-    with here.client.console("one") as console:
+            return "lost", [f"{name} cannot be started: {answer}"]
+    with here.client.console(name) as console:
         console.expect(READY)
     command = subprocess.Popen(
-        [VMCTL, "migrate", "--ssh", str(ssh), "one", "there"],
+        [VMCTL, "migrate", "--ssh", str(ssh), name, "there"],
         env={**os.environ, "VMD_SOCKET": str(here.daemon.socket)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -131,7 +135,7 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
     _kill(party, sides, command)
     said = command.communicate(timeout=TIMEOUT_S)[1]
     states = _settled(sides)
-    told = f"{party} killed: {states}: {said!r}"
+    told = f"{name}, {party} killed: {states}: {said!r}"
     running = [state for state in states if state == "running"]
     if len(running) > 1 or ("in doubt" in states and states[1] == "in doubt"):
         wrong.append(f"two copies: {told}")
@@ -142,15 +146,50 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
     if b"Traceback" in said:
         wrong.append(told)
     if states[0] == "in doubt" and states[1] == "gone":
-        answer = here.client.ask("unpause", name="one", force=True)
+        answer = here.client.ask("unpause", name=name, force=True)
         # A disk process that was killed has not released anything, and cannot take it back.
         if answer["type"] != "done" and "disk" not in party:
             wrong.append(f"it cannot go on: {answer}: {told}")
     if there.state() != "gone":
-        there.client.ask("stop", name="one", force=True, wait=True)
+        there.client.ask("stop", name=name, force=True, wait=True)
     if here.state() not in {"running", "stopped"} or "disk" in party:
-        here.client.ask("stop", name="one", force=True, wait=True)
+        here.client.ask("stop", name=name, force=True, wait=True)
     return f"{states[0]} and {states[1]}", wrong
+
+
+class _Tally:
+    """What the rounds of all VMs have come to; for many threads."""
+
+    def __init__(self, count: int) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.deviations: list[str] = []
+        self._left, self._lock = count, threading.Lock()
+
+    def take(self) -> bool:
+        """Take a round, if one is left."""
+        with self._lock:
+            self._left -= 1
+            return self._left >= 0
+
+    def add(self, outcome: str, wrong: Sequence[str]) -> None:
+        """Count a round."""
+        with self._lock:
+            self.outcomes[outcome] += 1
+            self.deviations += wrong
+
+
+def _lane(name: str, daemons: Sequence[Daemon], ssh: Path, seed: str, tally: _Tally) -> None:
+    """Move one VM, as long as rounds are left."""
+    chance = random.Random(seed)
+    first, second = daemons
+    with first.client(TIMEOUT_S) as here, second.client(TIMEOUT_S) as there:
+        sides = {"here": Side(first, here, name), "there": Side(second, there, name)}
+        while tally.take():
+            try:
+                tally.add(*run_round(sides, ssh, chance))
+            except (AssertionError, OSError, subprocess.TimeoutExpired) as err:
+                tally.add("failed", [f"{name}: {err!r}"])
+                return
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,46 +198,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=100, help="how many kills")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lanes", type=int, default=6, help="how many VMs at a time")
     options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)
-    outcomes: Counter[str] = Counter()
-    deviations: list[str] = []
+    tally = _Tally(options.count)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-migrate-") as directory:
-        disk, ssh = Path(directory) / "disk.qcow2", Path(directory) / "ssh"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "8M"], check=True)
+        ssh = Path(directory) / "ssh"
+        names, config = [f"vm{lane}" for lane in range(min(options.lanes, options.count))], ""
+        for name in names:
+            disk = Path(directory) / f"{name}.qcow2"
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "8M"], check=True)
+            config += vm_block(name, f'disk "{disk}" format qcow2')
         places = [Path(directory) / name for name in ("here", "there")]
         for place in places:
             place.mkdir()
-        config = vm_block("one", f'disk "{disk}" format qcow2')
-        with (
-            Daemon(places[0], config) as first,
-            Daemon(places[1], "") as second,
-            first.client() as here,
-            second.client() as there,
-        ):
+        with Daemon(places[0], config) as first, Daemon(places[1], "") as second:
             ssh.write_text(
                 f"#!/bin/sh\nshift\nexport VMD_SOCKET={second.socket} PATH={VMCTL.parent}:$PATH\n"
                 'sh -c "$*"\n'
             )
             ssh.chmod(0o755)
-            sides = {"here": Side(first, here), "there": Side(second, there)}
-            for number in range(options.count):
-                outcome, wrong = run_round(sides, ssh, chance)
-                outcomes[outcome] += 1
-                deviations += [f"round {number}: {line}" for line in wrong]
+            lanes = [
+                threading.Thread(
+                    target=_lane, args=(name, (first, second), ssh, f"{options.seed}{name}", tally)
+                )
+                for name in names
+            ]
+            for lane in lanes:
+                lane.start()
+            for lane in lanes:
+                lane.join()
             pids = [*descendants(first.process.pid), *descendants(second.process.pid)]
             first.stop()
             second.stop()
             left = [pid for pid in pids if is_alive(pid)]
             if left:
-                deviations.append(f"processes left: {left}")
-    for line in deviations:
+                tally.deviations.append(f"processes left: {left}")
+    for line in tally.deviations:
         print(line)
-    told = ", ".join(f"{name} {count} times" for name, count in sorted(outcomes.items()))
+    told = ", ".join(f"{name} {count} times" for name, count in sorted(tally.outcomes.items()))
     taken = time.monotonic() - started
-    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(deviations)} deviations")
-    return 1 if deviations else 0
+    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(tally.deviations)} deviations")
+    return 1 if tally.deviations else 0
 
 
 if __name__ == "__main__":
