@@ -17,6 +17,7 @@ _ANY_LOCAL = "fib daddr type local"
 _LOOPBACK = "127.0.0.0/8"
 
 _NEEDS_NAT = "the kernel's nft_chain_nat and nft_masq"
+_NEEDS_BETWEEN = "the kernel's nft_ct"
 _NEEDS_FORWARD = "the kernel's nft_fib_inet, nft_chain_nat and nft_nat"
 _NEEDS_LOCK = "Linux 5.16 or later, with nftables for network devices"
 
@@ -36,6 +37,7 @@ _OUTPUT = Chain("inet", "output", "type nat hook output priority -100; policy ac
 _POSTROUTING = Chain(
     "inet", "postrouting", "type nat hook postrouting priority srcnat; policy accept;"
 )
+_BETWEEN = Chain("inet", "between", "type filter hook forward priority filter; policy accept;")
 _GUARD = Chain("inet", "guard", "type filter hook prerouting priority raw; policy accept;")
 
 
@@ -65,11 +67,18 @@ class Piece(NamedTuple):
 
 
 def nat(network4: str, network6: str) -> Iterator[Piece]:
-    """Yield rules that hide the addresses of guests, of networks that may be empty."""
+    """Yield rules that hide the addresses of guests, of networks that may be empty.
+
+    NAT needs a host that forwards, which would forward between guests too: the rules let through
+    what goes to a forwarded port.
+    """
     for family, network in (("ip", network4), ("ip6", network6)):
         if network:
             rule = f"{family} saddr {network} {family} daddr != {network} masquerade"
             yield Piece(f"nat of {network}", _NEEDS_NAT, ((_POSTROUTING, rule),))
+            between = f"{family} saddr {network} {family} daddr {network}"
+            rules = ((_BETWEEN, f"{between} ct status dnat accept"), (_BETWEEN, f"{between} drop"))
+            yield Piece(f"separation of guests of {network}", _NEEDS_BETWEEN, rules)
 
 
 def forward(config: ForwardConfig, guest: LocalAddresses, place: Place) -> Iterator[Piece]:

@@ -67,6 +67,13 @@ table inet vmd {
 		oifname "tap0" ip saddr 127.0.0.0/8 masquerade
 		oifname "tap10" ip saddr 127.0.0.0/8 masquerade
 	}
+	chain between {
+		type filter hook forward priority filter; policy accept;
+		ip saddr 100.64.0.0/10 ip daddr 100.64.0.0/10 ct status dnat accept
+		ip saddr 100.64.0.0/10 ip daddr 100.64.0.0/10 drop
+		ip6 saddr fd00::/64 ip6 daddr fd00::/64 ct status dnat accept
+		ip6 saddr fd00::/64 ip6 daddr fd00::/64 drop
+	}
 	chain prerouting {
 		type nat hook prerouting priority dstnat; policy accept;
 		fib daddr type local tcp dport 8080 dnat ip to 100.64.1.3:80
@@ -124,7 +131,7 @@ def test_nft_takes_it() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("masquerade") == 4
-    assert done.stdout.count("drop") == 6
+    assert done.stdout.count("drop") == 8
     assert "left:" not in done.stdout
 
 
@@ -197,7 +204,9 @@ def test_what_the_kernel_refuses() -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    expected = "['nat of 100.64.0.0/10', 'nat of 10.0.0.0/8', 'nat of fd00::/64'] ['early']"
+    networks = ("100.64.0.0/10", "10.0.0.0/8", "fd00::/64")
+    whats = [f"{what} of {each}" for each in networks for what in ("nat", "separation of guests")]
+    expected = f"{whats} ['early']"
     first, second, *rest = done.stdout.splitlines()
     assert first == expected
     # Messages of older releases of nftables, and of newer ones.
