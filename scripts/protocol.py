@@ -28,20 +28,20 @@ _INTRODUCTION = """\
 
 <!-- Made from vmd/wire/messages.py: change that, and run scripts/protocol.py --write. -->
 
-Version {version}. `vmctl` speaks it with `vmd`, and anybody else may: `examples/client.c` does so
+Version {version}. `vmctl` speaks it with `vmd`, and any program may: `examples/client.c` does so
 in C.
 
 - **The socket** is `/run/vmd.sock`, or `$XDG_RUNTIME_DIR/vmd.sock` of `vmd --user`: a UNIX socket
   of type `SOCK_SEQPACKET`. Each packet is one message: a JSON object in UTF-8 of at most
   {size} KiB, with at most {fds} descriptors beside it (`SCM_RIGHTS`).
-- **Who a client is** the daemon learns from the kernel (`SO_PEERCRED`).
+- **A client's user**: the daemon learns it from the kernel (`SO_PEERCRED`).
 - **`type`** names the message. A request may have a `serial`, any number, which its answer repeats:
   several requests may be under way at a time. A field with a default may be left out. The daemon
   refuses fields that it does not know; a client ignores them.
 - **Every request gets exactly one answer**, `failed` if it fails. A list of VMs may come in parts:
   as long as `has_more` is true, another `vms` follows. After the answer to `events` come `event`s,
   until the client closes the connection.
-- **What is no request** is answered with `failed`, and the connection is closed.
+- **An invalid request** is answered with `failed`, and the connection is closed.
 - **`version`** in a request is the version of the protocol that the client means. A daemon that
   does not speak it answers `failed` with the code `version`. Within a version, fields are only
   added.

@@ -92,7 +92,7 @@ class ErrorCode(StrEnum):
 
 
 class State(StrEnum):
-    """What a VM is doing, in OpenBSD's words."""
+    """The state of a VM, in OpenBSD's words."""
 
     STOPPED = "stopped"
     WAITING = "waiting"
@@ -117,7 +117,7 @@ class EndCause(StrEnum):
     SENT = "sent"
     """All of it is in a stream: it continues elsewhere."""
     CRASHED = "crashed"
-    """Its guest panicked, or KVM could not go on."""
+    """Its guest panicked, or KVM could not continue."""
     FAILED = "failed"
     """It could not be started."""
     KILLED = "killed"
@@ -127,7 +127,7 @@ class EndCause(StrEnum):
 
 
 class ResetMode(StrEnum):
-    """What `reset` forgets."""
+    """The things that `reset` forgets."""
 
     ALL = "all"
     SWITCHES = "switches"
@@ -142,7 +142,7 @@ class Transport(StrEnum):
 
 
 class EventKind(StrEnum):
-    """What has happened to a VM."""
+    """The kind of an event of a VM."""
 
     REGISTERED = "registered"
     WAITING = "waiting"
@@ -159,7 +159,7 @@ class EventKind(StrEnum):
     WRITING = "writing"
     """It is being written into a snapshot; the message says how much of its memory is, in %."""
     SNAPSHOT = "snapshot"
-    """All of it is in a snapshot, of the daemon's store if the message has a name; it goes on."""
+    """All of it is in a snapshot, of the daemon's store if the message has a name; it runs on."""
     CLONED = "cloned"
     """Others continue from it; the message has their names."""
     STOPPED = "stopped"
@@ -227,7 +227,7 @@ class Start(VmRequest, frozen=True, kw_only=True):
     has_watchdog: bool = False
     """It has a watchdog; an instance also where its template has one."""
     is_template: bool = False
-    """Clones are to go on from it: once it is paused, it stays so."""
+    """Clones are to be made of it: once it is paused, it stays so."""
 
 
 class Stop(VmRequest, frozen=True, kw_only=True):
@@ -254,10 +254,10 @@ class Pause(VmRequest, frozen=True, kw_only=True):
 
 
 class Unpause(VmRequest, frozen=True, kw_only=True):
-    """Let a paused VM go on; answered by `done`."""
+    """Let a paused VM continue; answered by `done`."""
 
     force: bool = False
-    """Also one of which nobody knows whether it runs on another host."""
+    """Also one that may run on another host."""
 
 
 class Console(VmRequest, frozen=True, kw_only=True):
@@ -268,7 +268,7 @@ class Status(VmRequest, frozen=True, kw_only=True):
     """List VMs: one, or all if neither id nor name is given; answered by `vms`."""
 
     statistics: bool = False
-    """With counters of what running VMs have used."""
+    """With the statistics of running VMs."""
     interfaces: bool = False
     """With the network interfaces of each."""
     devices: bool = False
@@ -345,7 +345,7 @@ class Failed(Answer, frozen=True, kw_only=True):
 
     code: ErrorCode
     message: str = ""
-    """What and why, in one line; may be empty."""
+    """The failure and its reason, in one line; may be empty."""
     lines: tuple[str, ...] = ()
     """Details: errors of a configuration, `file:line: text`; at most LINES_MAX."""
 
@@ -469,7 +469,7 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     """Path of the console; empty if there is none."""
     pause_reason: str = ""
     """Why it paused itself: `no space` or `I/O error`, of a disk;
-    `in doubt` if it was handed over and nobody knows whether it runs elsewhere."""
+    `in doubt` if it was handed over and may run elsewhere."""
     uid: int = 0
     """Of the owner."""
     gid: int | None = None
@@ -518,7 +518,7 @@ class LogLine(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit
 
 
 class Lines(Answer, frozen=True, kw_only=True):
-    """What was logged of a VM of late."""
+    """The latest log lines of a VM."""
 
     lines: tuple[LogLine, ...]
     position: int
@@ -526,7 +526,7 @@ class Lines(Answer, frozen=True, kw_only=True):
 
 
 class Totals(Answer, frozen=True, kw_only=True):
-    """What the daemon has done since it began."""
+    """The daemon's counts since its start."""
 
     starts: int
     """VMs whose guests ran; a reboot is one more."""

@@ -53,7 +53,7 @@ class MemoryUse(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, om
     total: int | None = None
     free: int | None = None
     available: int | None = None
-    """What could be had without swapping."""
+    """Memory available without swapping."""
     caches: int | None = None
     """Of files."""
     swapped_in: int | None = None
@@ -63,7 +63,7 @@ class MemoryUse(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, om
 
 
 class Statistics(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
-    """What a VM has used since its process began."""
+    """A VM's use since its process began."""
 
     cpu_ns: int = 0
     """Processor time of all its processes, in nanoseconds."""
@@ -98,7 +98,7 @@ class Request(
     omit_defaults=True,
     tag=tag_of,
 ):
-    """What every request has."""
+    """The part of every request."""
 
     serial: Size = 0
     """The client's own number for it, which its answer repeats."""
@@ -111,7 +111,7 @@ class Internal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=tag_of):
-    """What every answer has. A client ignores fields that it does not know."""
+    """The part of every answer. A client ignores fields that it does not know."""
 
     serial: int = 0
     """The request's."""

@@ -1,4 +1,4 @@
-"""What clients ask about ports of guests: requests of `messages`, and the answer."""
+"""Clients' requests about ports of guests, for `messages`, and the answer."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ class Connect(VmRequest, frozen=True, kw_only=True):
 class Debug(VmRequest, frozen=True, kw_only=True):
     """Debug a VM's guest; answered by `connected`, with a stream for GDB's remote protocol.
 
-    The guest stands still until the debugger lets it go on, or the stream ends. One debugger at a
+    The guest is stopped until the debugger lets it continue, or the stream ends. One debugger at a
     time: the stream of a second one ends.
     """
 
@@ -25,8 +25,8 @@ class Debug(VmRequest, frozen=True, kw_only=True):
 class Connected(Answer, frozen=True, kw_only=True):
     """A stream to a port of the guest, or for a debugger: a SOCK_STREAM socket.
 
-    What comes first from a port is a line, `OK ` and a number, once the guest has accepted. Where
-    it refuses, has no driver yet, or has too many connections, the stream ends instead.
+    A port's stream begins with a line, `OK ` and a number, once the guest has accepted. If the
+    guest refuses, has no driver yet, or has too many connections, the stream ends instead.
     """
 
     id: int

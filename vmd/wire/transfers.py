@@ -1,4 +1,4 @@
-"""What is said of VMs that leave the daemon, or come to it: for `messages` and `internal`."""
+"""Messages about VMs that leave the daemon, or come to it: for `messages` and `internal`."""
 
 from typing import Annotated
 
@@ -23,14 +23,14 @@ class Send(VmRequest, frozen=True, kw_only=True):
     keeps_running: bool = False
     """It does not end, but continues after it is written."""
     replies: Index | None = None
-    """Index of the descriptor of what the receiver says, if the VM is handed over: a pipe or
+    """Index of the descriptor with the receiver's messages, if the VM is handed over: a pipe or
     socket, open for reading. It ends when it runs there."""
     downtime_ms: Annotated[int, msgspec.Meta(ge=0, le=3_600_000)] = 300
-    """How long it may stand still for the end of it; if it is handed over."""
+    """How long it may be paused for the end of it; if it is handed over."""
     timeout_s: Annotated[int, msgspec.Meta(ge=0, le=604_800)] = 0
     """How long to wait until that is enough; 0 for ever."""
     forces: bool = False
-    """It stands still for as long as it takes then, instead of not being handed over."""
+    """It is then paused for as long as it takes, instead of not being handed over."""
 
 
 class ReceivedInterface(Part, frozen=True, kw_only=True):
@@ -49,16 +49,16 @@ class ReceivedInterface(Part, frozen=True, kw_only=True):
 
 
 class Receive(Request, frozen=True, kw_only=True):
-    """Make a VM of a stream or a snapshot, and let it go on; a stream is for root only.
+    """Make a VM of a stream or a snapshot, and let it continue; a stream is for root only.
 
-    Answered by `started` once it runs. The client has read the beginning, `manifest`, and says here
-    what the VM needs of this host; files are opened by it, or by the daemon with its rights, as for
-    `start`.
+    Answered by `started` once it runs. The client has read the beginning, `manifest`, and names
+    here the VM's needs of this host; the client opens files, or the daemon with the client's
+    rights, as for `start`.
 
-    A copy of a snapshot may have the name of a VM that is there, and stopped: it is what the
-    configuration says, with the snapshot's memory and the disks that are in it, until it ends. For
-    users other than root that is one of theirs, or the copy is like `source`. Both have to be as
-    the request says; files that the snapshot lacks are opened as those VMs' are.
+    A copy of a snapshot may have the name of a stopped VM: it then follows that VM's
+    configuration, with the snapshot's memory and the disks that are in it, until it ends. For
+    users other than root that is one of theirs, or the copy is like `source`. Both must agree with
+    the request; files that the snapshot lacks are opened as those VMs' are.
     """
 
     name: Word
@@ -71,15 +71,15 @@ class Receive(Request, frozen=True, kw_only=True):
     is_snapshot: bool = False
     """It is a snapshot: it is mapped, and may be started any number of times."""
     is_copy: bool = False
-    """It is somebody else from now on, and its guest is told so."""
+    """It is another machine from now on, and its guest is told so."""
     clock: GuestClock | None = None
     """None: for a copy as the configuration has it, else the host's time."""
     manifest: Annotated[str, msgspec.Meta(max_length=65536)]
     """The text of the stream's manifest."""
     stays_paused: bool = False
     replies: Index | None = None
-    """Index of the descriptor of what the sender hears, if the VM is handed over: a pipe or socket,
-    open for writing. It does not run before the sender has let go of it."""
+    """Index of the descriptor for messages to the sender, if the VM is handed over: a pipe or
+    socket, open for writing. It does not run before the sender has released it."""
     uid: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFE)] | None = None
     """Owner; None for the client."""
     gid: Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFE)] | None = None
@@ -104,7 +104,7 @@ class Receive(Request, frozen=True, kw_only=True):
 
 
 class Snapshot(VmRequest, frozen=True, kw_only=True):
-    """Write a VM into a snapshot, and let it go on; answered by `done` when all is written.
+    """Write a VM into a snapshot, and let it continue; answered by `done` when all is written.
 
     It stands still meanwhile. For its owner if the VM has `allow snapshot`, and for root. A client
     that leaves before the answer does not want it.
@@ -114,8 +114,8 @@ class Snapshot(VmRequest, frozen=True, kw_only=True):
     """Its name in the daemon's store, where there is none of this name; of no meaning with a
     file."""
     file: Index | None = None
-    """Index of the descriptor of a regular file, open for writing: the snapshot goes there. What
-    was in it is lost."""
+    """Index of the descriptor of a regular file, open for writing: the snapshot goes there. The
+    file's former contents are lost."""
     without_disks: bool = False
     """The disks that the VM writes are not in it."""
 
@@ -131,7 +131,7 @@ class OpenSnapshot(Request, frozen=True, kw_only=True):
 
 
 class RemoveSnapshot(Request, frozen=True, kw_only=True):
-    """Remove one of the client's snapshots; answered by `done`. VMs made of it go on."""
+    """Remove one of the client's snapshots; answered by `done`. VMs made of it run on."""
 
     snapshot: Word
 
@@ -169,7 +169,7 @@ CLONES_MAX = 256
 
 
 class Clone(VmRequest, frozen=True, kw_only=True):
-    """Make VMs that go on where one stands, and let them run; for its owner and root.
+    """Make VMs that continue from the state of one, and let them run; for its owner and root.
 
     Answered by `cloned` once each runs or has failed; by `failed`, and then none was made, if one
     of them cannot be. A VM that runs is copied while it does, if its memory allows, or else stands
@@ -182,7 +182,7 @@ class Clone(VmRequest, frozen=True, kw_only=True):
 
 
 class ClonedVm(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
-    """A clone, or why there is none of that name."""
+    """A clone, or the reason for which there is none of that name."""
 
     name: str
     id: int = 0
@@ -200,7 +200,7 @@ class Cloned(Answer, frozen=True, kw_only=True):
     vms: tuple[ClonedVm, ...]
 
 
-# What the daemon's processes say to each other of it
+# Messages between the daemon's processes about them
 
 
 class ReceivedSpec(Part, frozen=True, kw_only=True):
@@ -213,17 +213,17 @@ class ReceivedSpec(Part, frozen=True, kw_only=True):
     stays_paused: bool
     is_snapshot: bool = False
     memory: int | None = None
-    """Index of the descriptor of RAM, where that is no part of the stream, which nobody has read
-    then: it is a clone."""
+    """Index of the descriptor of RAM, if that is no part of the stream, which is then unread: it
+    is a clone."""
     is_copy: bool = False
-    """Its guest is to be told that it is somebody else."""
+    """Its guest is to be told that it is another machine."""
     clock: GuestClock = GuestClock.NOW
     replies: int | None = None
-    """Index of the descriptor of what the sender hears, if it hands the VM over."""
+    """Index of the descriptor for messages to the sender, if it hands the VM over."""
 
 
 class SentBoot(Part, frozen=True, kw_only=True):
-    """What a VM that is sent was booted from, as it is configured."""
+    """The boot files of a VM that is sent, as they are configured."""
 
     image: str | None
     firmware: str | None
