@@ -29,12 +29,16 @@ def _telling(what: str) -> Callable[[Request], None]:
         if refuses.exists() and refuses.read_text() == what:
             raise agent.RefusedError("EPERM", f"{what}: Operation not permitted")
         with Path(os.environ["TOLD"]).open("a") as file:
-            file.write(f"{json.dumps(dict(request))}\n")
+            file.write(f"{json.dumps({**request, 'do': what})}\n")
 
     return tell
 
 
-agent._SIMPLE |= {what: _telling(what) for what in ("entropy", "clock", "identity")}
+vars(agent).update(
+    _add_entropy=_telling("entropy"),
+    _set_clock=_telling("clock"),
+    _set_identity=_telling("identity"),
+)
 
 if __name__ == "__main__":
     LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

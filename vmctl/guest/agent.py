@@ -442,6 +442,19 @@ class Agent:
         """Give the guest a machine-id, 32 hexadecimal digits, or a host name, or both."""
         self._do("identity", machine_id=machine_id, host_name=host_name)
 
+    def renew(self, *, machine_id: str, host_name: str, deadline: float) -> None:
+        """Do all three of these at once, by `deadline` of the monotonic clock: for a clone.
+
+        Raises:
+            AgentRefusedError: one of them is refused: the clone must not go on.
+            TimeoutError: it has not answered by then.
+        """
+        data, now = os.urandom(64).hex(), time.time_ns()
+        with self.open(
+            "renew", deadline, data=data, ns=now, machine_id=machine_id, host_name=host_name
+        ) as session:
+            session.finish()
+
     def wait_for(
         self,
         *,

@@ -27,13 +27,7 @@ def renew(agent: Agent, name: str, deadline: float) -> None:
     host_name = name.replace("_", "-")[:_HOST_NAME_MAX].strip("-.")
     while True:
         try:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            agent.ping(timeout=None if left == float("inf") else left)
-            agent.add_entropy()
-            agent.set_clock()
-            agent.set_identity(machine_id=uuid4().hex, host_name=host_name)
+            agent.renew(machine_id=uuid4().hex, host_name=host_name, deadline=deadline)
         except AgentError:
             if time.monotonic() + _AGAIN_S >= deadline:
                 raise

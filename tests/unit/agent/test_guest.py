@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agents import AGENT, HostAgent
+from tests.agents import AGENT, CLONES_AGENT, HostAgent
 from vmctl.client import CommandError
 from vmctl.guest.agent import Agent, AgentError, AgentRefusedError
 from vmctl.guest.frames import Kind, frame
@@ -191,3 +192,26 @@ def test_a_connected_descriptor() -> None:
     assert Agent(lambda: near).run(["echo", "one"], timeout=60).output == b"one\n"
     assert process.wait(60) == 0
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("what", ["", "entropy", "clock", "identity"])
+def test_all_that_a_clone_needs(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request does all of it, or is refused."""
+    monkeypatch.setenv("TOLD", str(tmp_path / "told"))
+    monkeypatch.setenv("REFUSES", str(tmp_path / "refuses"))
+    (tmp_path / "refuses").write_text(what)
+    before = time.time_ns()
+    with HostAgent(tmp_path / "agent", program=CLONES_AGENT) as host:
+        deadline = time.monotonic() + 60
+        if what:
+            with pytest.raises(AgentRefusedError, match=f"{what}: Operation not permitted"):
+                host.agent.renew(machine_id=MACHINE, host_name="clone", deadline=deadline)
+            return
+        host.agent.renew(machine_id=MACHINE, host_name="clone", deadline=deadline)
+        with pytest.raises(TimeoutError):
+            host.agent.renew(machine_id=MACHINE, host_name="clone", deadline=time.monotonic())
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()][:3]
+    assert [one["do"] for one in told] == ["entropy", "clock", "identity"]
+    assert len(bytes.fromhex(told[0]["data"])) == 64
+    assert before <= told[1]["ns"] <= time.time_ns()
+    assert (told[2]["machine_id"], told[2]["host_name"]) == (MACHINE, "clone")
