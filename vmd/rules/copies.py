@@ -5,6 +5,7 @@ of a VM of that user's, which the snapshot has to fit. From the snapshot come th
 the disks that are in it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmd.config.disks import DiskKind, DiskOption
@@ -70,6 +71,19 @@ def copied(
         interfaces=tuple(each._replace(tap=None, forwards=()) for each in source.config.interfaces),
     )
     return _fitted(config, request, passed)
+
+
+def lladdr_twice(request: Receive, vms: Sequence[Vm]) -> Denied | None:
+    """Return why a copy would disturb a VM that is there: both guests would have one lladdr."""
+    for index, wanted in enumerate(request.interfaces):
+        for vm in vms:
+            if vm.state.phase in IDLE or not wanted.switch or wanted.is_local:
+                continue
+            for other in vm.config.interfaces:
+                if (other.switch, other.lladdr) == (wanted.switch, wanted.lladdr):
+                    text = f"interface {index}: {vm.name} has its lladdr, on switch {wanted.switch}"
+                    return Denied(ErrorCode.EBUSY, text)
+    return None
 
 
 def _fitted(config: VmConfig, request: Receive, passed: Passed | None) -> Fitted | Denied:

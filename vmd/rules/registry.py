@@ -394,7 +394,7 @@ class Registry:
         self, ticket: Ticket, uid: int, request: Receive, passed: Passed | None
     ) -> list[Action]:
         """Let a VM start as described: a new one, or one that continues from a snapshot."""
-        fitted = received_vm(request, passed, uid, self._users, lambda name: self.find(0, name))
+        fitted = received_vm(request, passed, uid, self._users, self.vms)
         if isinstance(fitted, Denied):
             return [_refuse(ticket, fitted), *_dropped(passed)]
         received = self._received(fitted, uid)

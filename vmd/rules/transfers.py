@@ -1,11 +1,11 @@
 """The VMs that may be written and received, and their targets: decisions alone."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from vmd.config.disks import DiskKind
 from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
-from vmd.rules.copies import Fitted, copied, reverted
+from vmd.rules.copies import Fitted, copied, lladdr_twice, reverted
 from vmd.rules.policy import Denied, Users, is_name
 from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config
 from vmd.rules.vm_state import Ticket
@@ -66,14 +66,18 @@ def received_vm(
     passed: Passed | None,
     uid: int,
     users: Users,
-    find: Callable[[str], Vm | None],
+    vms: Sequence[Vm],
 ) -> Fitted | Denied:
-    """Return a VM that `uid` receives; `find` finds one by its name."""
-    existing = find(request.name)
+    """Return a VM that `uid` receives; `vms` are those that there are."""
+    named = {vm.name: vm for vm in vms}
+    existing = named.get(request.name)
     if existing:
         return reverted(existing, request, passed, uid, users)
     if uid not in users.administrators:
-        return copied(find(request.source), request, passed, uid, users)
+        return copied(named.get(request.source), request, passed, uid, users)
+    twice = lladdr_twice(request, vms) if request.is_copy else None
+    if twice:
+        return twice
     # The owner that the stream tells of is one of this host's users only for root.
     owner = Owner(uid if request.uid is None or uid else request.uid, request.gid)
     try:

@@ -63,7 +63,7 @@ def decide(
 ) -> Fitted | Denied:
     """Return what is decided, where there is one VM."""
     vm = Vm(config, VmState(1, phase=phase), ROOT)
-    return received_vm(request, PASSED, uid, USERS, lambda name: vm if name == "web" else None)
+    return received_vm(request, PASSED, uid, USERS, [vm])
 
 
 def changed(**fields: object) -> Receive:
@@ -106,6 +106,19 @@ def test_root_has_what_the_snapshot_says() -> None:
 def switched(config: VmConfig) -> VmConfig:
     """Return a VM with its interface on a switch."""
     return config._replace(interfaces=(InterfaceConfig(switch="lan", lladdr=LLADDR),))
+
+
+@pytest.mark.parametrize(("phase", "is_busy"), [(Phase.RUNNING, True), (Phase.STOPPED, False)])
+def test_an_lladdr_is_on_a_switch_once(phase: Phase, *, is_busy: bool) -> None:
+    """Root has no copy beside the VM that it is of; after it, it may."""
+    interface = ReceivedInterface(lladdr=LLADDR, switch="lan")
+    wanted = changed(name="copy", interfaces=(interface,))
+    decided = decide(wanted, ROOT, switched(CONFIG), phase)
+    if not is_busy:
+        assert isinstance(decided, Fitted)
+        return
+    text = "interface 0: web has its lladdr, on switch lan"
+    assert decided == Denied(ErrorCode.EBUSY, text)
 
 
 @pytest.mark.parametrize(
