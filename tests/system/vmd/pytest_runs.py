@@ -31,7 +31,7 @@ def vm_agent(tmp_path_factory):
         yield lambda name: host.agent
 """
 HEADER = f"""
-import os, time
+import os, subprocess, sys, time
 import pytest
 pytestmark = pytest.mark.vm(kernel={str(SELFTEST)!r}, memory="16M")
 """

@@ -20,6 +20,10 @@ __all__ = ("runs",)
 pytestmark = pytest.mark.kvm
 
 
+MADE = 10
+"""Machines that the next test's tests make."""
+
+
 def test_a_fresh_machine_for_each_test(runs: Runs) -> None:
     """Tests share a template, and nothing else; the methods do what they say."""
     status, output = runs.run(
@@ -54,6 +58,19 @@ def test_commands(vm, tmp_path):
     vm.copy_to_host(f"{tmp_path}/later", tmp_path / "back")
     assert (tmp_path / "back").read_text() == "now"
 
+@pytest.fixture(scope="session")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "a,b.qcow2"
+    subprocess.run([sys.executable, "-m", "vmctl", "create", "-s", "4M", path], check=True)
+    return path
+
+@pytest.mark.parametrize("options", ["", ",ro"])
+def test_disks(vm_factory, image, options):
+    before = image.read_bytes()
+    for vm in [vm_factory(image=f"{image}{options}") for _ in range(2)]:
+        assert vm.wait_for_console_text("selftest: ready")
+    assert image.read_bytes() == before
+
 def test_ends(vm, vm_factory):
     other = vm_factory()
     other.send_console("p")
@@ -64,12 +81,12 @@ def test_ends(vm, vm_factory):
         vm.crash()
 """
     )
-    assert "5 passed" in output, output
+    assert "7 passed" in output, output
     assert status == 0
     told = [json.loads(line) for line in runs.told.read_text().splitlines()]
-    assert [one["do"] for one in told] == ["entropy", "clock", "identity"] * 6
-    assert len({one["data"] for one in told[::3]}) == 6
-    assert len({(one["machine_id"], one["host_name"]) for one in told[2::3]}) == 6
+    assert [one["do"] for one in told] == ["entropy", "clock", "identity"] * MADE
+    assert len({one["data"] for one in told[::3]}) == MADE
+    assert len({(one["machine_id"], one["host_name"]) for one in told[2::3]}) == MADE
 
 
 def test_what_a_failing_test_reports(runs: Runs) -> None:
