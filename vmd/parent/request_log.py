@@ -3,6 +3,8 @@
 Source: section 5.1 of OpenBSD's behaviour, for what is refused.
 """
 
+import errno
+import os
 import pwd
 from collections import deque
 from collections.abc import Callable
@@ -105,7 +107,7 @@ class RequestLog:
         user, vm_id = _user(asked.uid), asked.vm_id
         if isinstance(answer, Failed):
             verb = "remove" if asked.kind is RemoveSnapshot else asked.kind.__name__.lower()
-            why = answer.message or answer.code
+            why = answer.message or _words(answer.code)
             text = f"{verb} by {user} failed: {why}"
             if answer.code is ErrorCode.EPERM:  # no user fills the history of others' VMs
                 vm_id = 0
@@ -139,3 +141,11 @@ def _user(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def _words(code: ErrorCode) -> str:
+    """Return what a code says to people."""
+    if code is ErrorCode.EPROCLIM:  # which Linux has not
+        return "there is such a VM"
+    number = getattr(errno, code.value, None)
+    return os.strerror(number) if isinstance(number, int) else code.replace("-", " ")
