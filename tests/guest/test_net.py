@@ -38,19 +38,25 @@ pytestmark = [
 BOOT_S = 300.0
 PORT = 5000
 SIZE = 8 * MIB
+ANSWERED = " 0% packet loss"
 PATHS = {"vhost": "", "thread": ",user", "process": ",process"}
 
 
 @contextmanager
 def booted(
-    where: Namespace, *nics: str, kernel: str = "cloud", cpus: int = 1, append: str = ""
+    where: Namespace,
+    *nics: str,
+    kernel: str = "cloud",
+    cpus: int = 1,
+    append: str = "",
+    initrd: Path | None = None,
 ) -> Iterator[Shell]:
     """Boot a guest to its shell in a namespace."""
     booted_kernel = artifacts.kernel(kernel)
     arguments = vmctl_run(
         *("-m", "256M", "-p", str(cpus), "-b", booted_kernel.vmlinuz),
         *(word for nic in nics for word in ("-i", nic)),
-        *("--initrd", artifacts.net_initramfs(booted_kernel)),
+        *("--initrd", initrd or artifacts.net_initramfs(booted_kernel)),
         *("--append", f"{COMMAND_LINE} {append} test=shell"),
     )
     with ConsoleProcess(where.command(*arguments)) as console:
@@ -273,6 +279,35 @@ def test_without_messages() -> None:
         shell.run(f"ip link set eth{count} up")
         shown = shell.run("cat /sys/class/net/eth*/carrier")
         assert shown.split() == [*["1"] * count, "0"]
+        shell.power_off()
+
+
+def test_tags_and_groups() -> None:
+    """VLANs that the driver has asked for, and groups that the guest is in, on every data path."""
+    kernel = artifacts.kernel("cloud")
+    nics = [f"tap:tap{number}{option}" for number, option in enumerate(PATHS.values())]
+    initrd = artifacts.initramfs_with(kernel, (*artifacts.NET_MODULES, "8021q"), "vlan")
+    with network(len(nics)) as where, booted(where, *nics, initrd=initrd) as shell:
+        configure(shell, len(nics))
+        shell.run("echo 0 >/proc/sys/net/ipv4/icmp_echo_ignore_broadcasts")
+        for number in range(len(nics)):
+            tap, nic = f"tap{number}", f"eth{number}"
+            assert abi.VIRTIO_NET_F_CTRL_VLAN in features(shell, number)
+            for vlan in (5, 4094):
+                near, far = f"10.{number}.{vlan % 256}.1", f"10.{number}.{vlan % 256}.2"
+                kind = ("type", "vlan", "id", str(vlan))
+                where.ip("link", "add", "link", tap, "name", f"{tap}.{vlan}", *kind)
+                where.ip("addr", "add", f"{near}/24", "dev", f"{tap}.{vlan}")
+                where.ip("link", "set", f"{tap}.{vlan}", "up")
+                shell.run(f"vconfig add {nic} {vlan}")
+                shell.run(f"ip addr add {far}/24 dev {nic}.{vlan}")
+                shell.run(f"ip link set {nic}.{vlan} up")
+                # Frames of full size, whose tag comes on top.
+                assert ANSWERED in shell.run(f"ping -c 3 -i 0.2 -W 2 -s 1472 {near}")
+            for group in ("224.0.0.1", "ff02::1", "ff02::1:ff00:2"):
+                ping = where.run("busybox", "ping", "-c", "3", "-i", "0.2", "-I", tap, group)
+                assert ANSWERED in ping, (nic, group)
+            assert ANSWERED in shell.run(f"ping -c 3 -i 0.2 -W 2 -I {nic} ff02::1")
         shell.power_off()
 
 

@@ -95,7 +95,7 @@ RIG_MODULES = (
     *("9pnet_virtio", "9p", "overlay", "loop", "ext4"),
     *("kvm_amd", "tun", "bridge", "veth", "vhost_net", "vhost_vsock"),
     *("nf_tables", "nft_masq", "nft_nat", "nft_chain_nat", "nft_ct"),
-    *("nft_fib_inet", "vrf"),
+    *("nft_fib_inet", "vrf", "8021q"),
 )
 
 _FOLDERS = ("bin", "dev", "modules", "proc", "sys")
