@@ -74,6 +74,7 @@ soak: setup ## Kill COUNT (200) guests, 300 writers, device processes and VMs, a
 	$(PYTHON) tests/campaigns/kill_vm.py --count $(or $(COUNT),300) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_send.py --count $(or $(COUNT),100) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_migrate.py --count $(or $(COUNT),100) --seed $(SEED)
+	$(PYTHON) tests/campaigns/kill_clone.py --count $(or $(COUNT),100) --seed $(SEED)
 	$(PYTHON) tests/campaigns/kill_snapshot.py --count $(or $(COUNT),100) --seed $(SEED)
 	$(PYTHON) tests/campaigns/valid_floods.py
 	$(PYTHON) tests/campaigns/save_restore.py --count $(or $(COUNT),1000) --seed $(SEED)
