@@ -19,7 +19,7 @@ from vmctl.guest.frames import PORT
 ROOT = Path(__file__).resolve().parents[1]
 AGENT = ROOT / "vmm_agent" / "agent.py"
 CLONES_AGENT = ROOT / "tests" / "clones_agent.py"
-"""An agent that writes down what a clone is told, instead of changing this host."""
+"""An agent that records a clone's identity, instead of changing this host."""
 BOUND_S = 60.0
 """The limit for any step, on a busy machine."""
 

@@ -43,7 +43,7 @@ class Browser:
         self._buffer = b""
         self._session = ""
         self.problems: list[str] = []
-        """What the page has got wrong: exceptions, errors, and violations of the policy."""
+        """The page's faults: exceptions, errors, and violations of the policy."""
 
     def __enter__(self) -> Self:
         to_browser, self._write = os.pipe()
@@ -138,7 +138,7 @@ class Browser:
         assert "errorText" not in answer, answer
 
     def value(self, expression: str) -> object:
-        """Return what a JavaScript expression is, or what its promise is kept with."""
+        """Return the value of a JavaScript expression, or of its promise."""
         answer = self._call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
@@ -147,7 +147,7 @@ class Browser:
         return value
 
     def wait_for(self, expression: str) -> object:
-        """Look until an expression is true; returns what it is then."""
+        """Wait until an expression is true; returns its value then."""
         end = time.monotonic() + TIMEOUT_S
         while not (value := self.value(expression)):
             assert time.monotonic() < end, f"{expression}: {self.text()} {self.problems}"
@@ -155,7 +155,7 @@ class Browser:
         return value
 
     def text(self) -> str:
-        """Return what the page shows."""
+        """Return the text of the page."""
         return str(self.value("document.body.innerText"))
 
     def click(self, element: str) -> None:

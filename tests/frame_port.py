@@ -34,7 +34,7 @@ class FakePort:
         """Ignore it."""
 
     def receive(self, _queue: int, buffers: Sequence[memoryview]) -> int:
-        """Take the oldest frame; drop what has no room."""
+        """Take the oldest frame; drop the part without room."""
         if not self.arrived:
             return 0
         data, at = self.arrived.popleft(), 0

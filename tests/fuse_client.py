@@ -14,7 +14,7 @@ from vmm_kvm.fs.tree import Tree, open_root
 
 ROOM = 1 << 16
 OWN_INODE = (1 << 56) - 1
-"""Of an inode number what is the host's: a mask."""
+"""The host's part of an inode number: a mask."""
 _INIT_FLAGS = 0xFFFF_FFFF
 
 
@@ -217,7 +217,7 @@ class FuseCalls:
         return _found(answer[:front]), handle
 
     def make_node(self, name: bytes, mode: int, parent: int = abi.FUSE_ROOT_ID) -> Found:
-        """Make what is no directory."""
+        """Make a file that is no directory."""
         body = abi.MKNOD_IN.pack(mode, 0, 0, 0)
         return _found(self.call(abi.FUSE_MKNOD, parent, body + name + b"\0"))
 

@@ -23,7 +23,7 @@ class Asked(NamedTuple):
 
 
 class Connection:
-    """What a test answers by."""
+    """A test's answer to a request."""
 
     def __init__(self, stream: socket.socket, closing: threading.Event) -> None:
         """Answer on `stream`."""

@@ -1,4 +1,4 @@
-"""A guest that touches much of its memory, and then echoes what it gets on COM1."""
+"""A guest that touches much of its memory, and then echoes its input on COM1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of a TPM 2.0, as bytes, and what is needed of its responses.
+"""Commands of a TPM 2.0, as bytes, and the needed parts of its responses.
 
 Source: TCG TPM 2.0 Library, part 3
 """
@@ -54,7 +54,7 @@ def code(response: bytes) -> int:
 
 
 def data(response: bytes) -> bytes:
-    """Return what a successful response to `get_random` or `read` has."""
+    """Return the data of a successful response to `get_random` or `read`."""
     at = 10 if response[:2] == b"\x80\x01" else 14
     size = int.from_bytes(response[at : at + 2], "big")
     return response[at + 2 : at + 2 + size]

@@ -22,7 +22,7 @@ class Caller:
         return self.read()
 
     def send(self, name: str, *words: str) -> None:
-        """Give a command whose answer is read by nobody."""
+        """Give a command without reading its answer."""
         print(name, *map(quote, words), file=self._commands, flush=True)
 
     def run(self, *words: str, text: str = "") -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""What a machine's console has shown, read by a thread from the beginning."""
+"""The output of a machine's console, read by a thread from the beginning."""
 
 import re
 import socket
@@ -11,7 +11,7 @@ _PACKET_MAX = 256 << 10
 
 
 class ConsoleError(Exception):
-    """The console has ended before it showed what was waited for."""
+    """The console has ended before it showed the expected text."""
 
 
 class ConsoleLog:
@@ -23,14 +23,14 @@ class ConsoleLog:
         self._shown = bytearray()
         self._cut = 0
         self._seen = 0
-        """Where the next search begins, counted from the console's first byte."""
+        """The start of the next search, counted from the console's first byte."""
         self._has_ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, name="vm console", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop reading; what was shown stays."""
+        """Stop reading; earlier output stays."""
         try:
             self._stream.shutdown(socket.SHUT_RDWR)
         except OSError:  # the VM has ended
@@ -39,7 +39,7 @@ class ConsoleLog:
         self._stream.close()
 
     def text(self) -> str:
-        """Return what was shown, the latest LOG_MAX bytes of it."""
+        """Return the output, its latest LOG_MAX bytes."""
         with self._changed:
             text = self._shown.decode(errors="replace")
             return f"[{self._cut} bytes before]\n{text}" if self._cut else text

@@ -30,7 +30,7 @@ class CommandFailedError(MachineError):
     """A command has ended otherwise than a test wants."""
 
     def __init__(self, machine: str, command: str, done: Finished, wanted: str) -> None:
-        """Remember how it ended; `wanted` says what was expected."""
+        """Remember the end; `wanted` is the expectation."""
         lines = [f"{machine}: exit status {done.status}, {wanted}: {command}"]
         for name, data in (("output", done.output), ("errors", done.errors)):
             text = data.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""The plugin: options, the marker, the fixtures, and what a failing test's report shows.
+"""The plugin: options, the marker, the fixtures, and the report of a failing test.
 
 Every run of pytest in an environment with vmm-kvm imports this module, also a run without VMs: it
 imports nothing but pytest at its top.
@@ -85,7 +85,7 @@ def pytest_runtest_makereport(
 
 
 def _settings(request: pytest.FixtureRequest) -> dict[str, object]:
-    """Return what a test's markers say, the nearest first, and the options besides."""
+    """Return the values of a test's markers, the nearest first, and the options besides."""
     settings: dict[str, object] = {}
     for marker in request.node.iter_markers("vm"):
         if marker.args:

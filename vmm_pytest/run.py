@@ -54,9 +54,9 @@ class Run:
             _check_kvm()
         word = hashlib.sha256((identifier or uuid4().hex).encode()).hexdigest()[:12]
         self.folder = Path(tempfile.gettempdir()) / f"vmm-pytest-{word}"
-        """What the processes of the run share; the keeper removes it."""
+        """The directory that the processes of the run share; the keeper removes it."""
         self.name = f"pytest-{word[:6]}"
-        """What the names of all its VMs begin with."""
+        """The prefix of the names of all its VMs."""
         self.daemon = os.path.abspath(daemon) if daemon else str(self.folder / "vmd.sock")
         """The daemon's socket."""
         self._own = f"{self.name}-{uuid4().hex[:4]}"

@@ -24,7 +24,7 @@ _SHOWN = 2000
 
 
 class Settings(NamedTuple):
-    """What the marker says."""
+    """The values of the marker."""
 
     image: str | os.PathLike[str] | None = None
     kernel: str | os.PathLike[str] | None = None
@@ -131,7 +131,7 @@ def adopt(
 
 
 class Templates:
-    """The templates of a run. Processes of the run build each once, whoever needs it first."""
+    """The templates of a run. Each is built once, by the first process that needs it."""
 
     def __init__(self, run: Run, agent_of: FindAgent, root: Path) -> None:
         """Begin; relative paths are below `root`."""

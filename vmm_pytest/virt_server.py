@@ -40,7 +40,7 @@ _SCRATCH = (
 
 
 class ServerError(Exception):
-    """The server cannot go on; `str()` is one line."""
+    """The server cannot continue; `str()` is one line."""
 
 
 class _EndError(BaseException):

@@ -107,7 +107,7 @@ class FrontEnd:
             return
 
     def _honest(self) -> list[tuple[int, bytes, list[int]]]:
-        """Return what a front-end says to start its rings."""
+        """Return a front-end's messages that start its rings."""
         guest = self._guest
         features = VERSION_1 | self._chance.choice((0, _EVENT_IDX, _EVENT_IDX | _INDIRECT))
         said: list[tuple[int, bytes, list[int]]] = [

@@ -158,7 +158,7 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
 
 
 class _Tally:
-    """What the rounds of all VMs have come to; for many threads."""
+    """The results of the rounds of all VMs; for many threads."""
 
     def __init__(self, count: int) -> None:
         self.outcomes: Counter[str] = Counter()

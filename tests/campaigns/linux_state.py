@@ -1,4 +1,4 @@
-"""Campaign: Linux guests under load are written at random moments, and go on elsewhere.
+"""Campaign: Linux guests under load are written at random moments, and continue elsewhere.
 
 Guests of 1, 2 and 4 vCPUs under vmd, in a network namespace of their own, do all of this at once:
 write blocks of random bytes to a disk and read others back past the page cache, send to the host
@@ -7,7 +7,7 @@ a random time, and then one of two things happens:
 
 - a snapshot is made, and a copy started from it, which shows the time by the policy `frozen` or
   `now`. In the copy the load ends, and each block on the disk is as the guest's memory has it. The
-  copy gets an address by DHCP and reaches the host. The source goes on meanwhile.
+  copy gets an address by DHCP and reaches the host. The source runs on meanwhile.
 - it is sent, through a pipe, to a VM of another name, which takes its place in the next round.
 
 No guest's kernel warns of anything. Then, with a kernel that has a driver for the VM generation
@@ -48,11 +48,11 @@ BYTES = 1024
 DISK = 4 << 20
 COMMAND_S = 240.0
 TOLERANCE_S = 2.0
-"""Of a guest's clock, besides what the question takes: it has seconds."""
+"""The tolerance of a guest's clock, besides the question's time: it has seconds."""
 _RUN_MAX_S = 4.0
 _PROGRESS_S = 120.0
 _BLOCK, _BLOCKS = 16 << 10, 128
-# What a busy host makes a kernel say.
+# Messages of a kernel on a busy host.
 _OF_THE_HOSTS_LOAD = ("hrtimer: interrupt took", "clocksource: Long readout interval")
 
 SCRIPTS = {
@@ -125,16 +125,16 @@ echo "checked: $(ls /w | wc -l)"
 
 
 class Shell:
-    """The shell on a guest's console, whatever it shows besides."""
+    """The shell on a guest's console, with other output between."""
 
     def __init__(self, console: Stream) -> None:
         self._console = console
 
     def run(self, command: str) -> str:
-        """Run a command; returns what it printed."""
+        """Run a command; returns its output."""
         console, start = self._console, len(self._console.output)
         mark = os.urandom(4).hex()
-        # The echo of what is typed has quotes in the middle of the marks.
+        # The echo of the command has quotes in the middle of the marks.
         console.type(f"echo '<'{mark}; {command}; echo '>'{mark}\n".encode())
         console.expect(f">{mark}".encode())
         shown = console.output[start:].decode(errors="replace").replace("\r", "")
@@ -143,7 +143,7 @@ class Shell:
 
 
 class Host:
-    """The daemon, and what is done with its VMs."""
+    """The daemon, and operations on its VMs."""
 
     def __init__(self, space: Namespace, vmd: Daemon, client: Client, folder: Path) -> None:
         self.space, self.client, self.folder = space, client, folder
@@ -211,7 +211,7 @@ _boot_complaints: dict[str, int] = {}
 
 
 def check_kernel(host: Host, name: str) -> None:
-    """Remember what a kernel said before anything was done to it."""
+    """Remember a kernel's messages from before the campaign."""
     with host.shell(name) as shell:
         found = complaints(shell.run("dmesg -r | grep '^<[0-4]>'"))
     _boot_complaints[name.partition("-")[0]] = len(found)
@@ -228,7 +228,7 @@ def wait_for_count(shell: Shell, beyond: int) -> int:
 
 
 def snapshot_round(host: Host, name: str, policy: str) -> str:
-    """Make a snapshot, and check a copy; returns what was seen."""
+    """Make a snapshot, and check a copy; returns a line about it."""
     path = host.folder / "snapshot"
     path.unlink(missing_ok=True)
     copy = "copy"
@@ -272,7 +272,7 @@ def check_complaints(name: str, said: str) -> None:
 
 
 def move_round(host: Host, name: str) -> tuple[str, str]:
-    """Send a VM to another name; returns that, and what was seen."""
+    """Send a VM to another name; returns that, and a line about it."""
     stem, _, number = name.partition("-")
     to = f"{stem}-{int(number or 0) + 1}"
     with host.shell(name) as shell:
@@ -317,7 +317,7 @@ def rounds(host: Host, count: int, chance: random.Random) -> None:
 
 
 def randoms(host: Host, name: str, *, expected: Callable[[int], bool]) -> str:
-    """Have copies of one snapshot read random bytes; returns what was seen."""
+    """Have copies of one snapshot read random bytes; returns a line about them."""
     host.vmctl("start", name)
     with host.client.console(name) as console:
         console.expect(b"# ")

@@ -19,7 +19,7 @@ STEPS_MAX = 100
 NODES_MAX, HANDLES_MAX = 24, 8
 ROOM_MAX = 1 << 16
 ERRNO_MAX = 512
-"""What the kernel takes as an error of a server's."""
+"""The largest error number that the kernel accepts from a server."""
 SECRET = b"not for guests"
 _CALLS = sorted(
     value

@@ -1,4 +1,4 @@
-"""virtio-balloon with Linux's driver: what the guest frees, the host has again."""
+"""virtio-balloon with Linux's driver: memory that the guest frees goes back to the host."""
 
 from __future__ import annotations
 

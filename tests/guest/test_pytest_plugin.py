@@ -72,7 +72,7 @@ def options(tmp_path: Path) -> list[str]:
 
 
 class Row(NamedTuple):
-    """What a test has written."""
+    """A line that a test has written."""
 
     whole: float
     """Seconds until a clone has run a command."""
@@ -83,7 +83,7 @@ class Row(NamedTuple):
 
 
 def told(runs: Runs) -> list[Row]:
-    """Return what the tests have written, a line each."""
+    """Return the lines that the tests have written."""
     return [Row(*json.loads(line)) for line in runs.told.read_text().splitlines()]
 
 

@@ -47,7 +47,7 @@ def test_a_command_on_the_hosts_root(tmp_path: Path) -> None:
 
 
 def test_a_command_that_may_write(tmp_path: Path) -> None:
-    """With --rw the host has what it has written; a signal's status is as of a shell."""
+    """With --rw the host gets the command's writes; a signal's status is as in a shell."""
     done = run("--rw", command="echo new >new; mkdir d; kill -9 $$", folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (137, b"", b"")
     assert (tmp_path / "new").read_text() == "new\n"

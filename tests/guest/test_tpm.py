@@ -13,7 +13,7 @@ from tests.guest.tools import UNPACK, missing, tools_disk
 from tests.vmctl_driver import ConsoleProcess, vmctl_run
 
 LIBRARY = "libtss2-tcti-device.so.0"
-"""What the tools load at run time."""
+"""Libraries that the tools load at run time."""
 PROGRAMS = ("tpm2", "swtpm")
 
 pytestmark = [

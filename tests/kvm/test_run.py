@@ -388,7 +388,7 @@ def busy_s(pid: int) -> float:
 
 
 def test_a_guest_that_reboots_is_held_by_its_reader(tmp_path: Path) -> None:
-    """It stands still while nobody reads, whatever it has rebooted before, and loses nothing."""
+    """A guest whose output is not read is held, even after a reboot, and loses nothing."""
     text = bytes(number & 0xFF for number in range(10000, 0, -1))
     reset = bytes.fromhex("b0fe e664 ebfe")  # mov $0xfe, %al; out %al, $0x64; jmp .
     image = tmp_path / "image"

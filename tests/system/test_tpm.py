@@ -1,4 +1,4 @@
-"""A TPM by swtpm: what it keeps, who may use it, and how it ends."""
+"""A TPM by swtpm: its kept state, its exclusive use, and its end."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_one_vm_at_a_time(tmp_path: Path) -> None:
-    """The second one is refused, and the first goes on."""
+    """A second VM is refused, and the first runs on."""
     with started(tmp_path / "tpm") as first:
         with ExitStack() as stack:
             second = start_swtpm(str(tmp_path / "tpm"), stack)

@@ -92,7 +92,7 @@ def test_removal_takes_effect_at_once() -> None:
 
 
 def test_insertion_takes_effect_at_once() -> None:
-    """A device answers as soon as it is inserted, even where nobody answered before."""
+    """A device answers as soon as it is inserted, even at an address without one before."""
     bus = Bus(0x100)
     assert bus.read(0x11, 1) == 0xFF
     bus.insert(0x10, 4, RecordingDevice(0))

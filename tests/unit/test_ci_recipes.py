@@ -57,7 +57,7 @@ def test_commands_exist() -> None:
 
 
 def test_the_extra_exists() -> None:
-    """What the recipes install is what the project has."""
+    """The recipes name extras, a plugin and a program that the project has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name in re.findall(r"vmm-kvm\[(\w+)\]", PAGE):
         assert name in project["optional-dependencies"]

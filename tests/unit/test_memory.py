@@ -199,7 +199,7 @@ def test_frozen_memory_is_a_copy_from_which_its_owner_goes_on() -> None:
 
 
 def test_memory_goes_on_from_a_copy_that_was_made_of_it() -> None:
-    """Its pages are the copy's, until it writes; what is empty holds no page. Twice in a row."""
+    """Unwritten pages are the copy's, and empty ones hold none, twice in a row."""
     with GuestMemory(FROZEN, is_private=True) as memory:
         for number in (7, 8):
             for gpa in (3 * MIB, 16 * MIB):

@@ -1,4 +1,4 @@
-"""Runs of pytest with the plugin, in a directory of their own, and what they leave behind."""
+"""Runs of pytest with the plugin, in a directory of their own, and checks for leftovers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.vm(kernel={str(SELFTEST)!r}, memory="16M")
 
 
 class Runs:
-    """Runs of pytest in a directory; what they leave behind is told."""
+    """Runs of pytest in a directory; leftovers are reported."""
 
     def __init__(self, directory: Path) -> None:
         """Prepare the directory."""
@@ -68,7 +68,7 @@ class Runs:
         )
 
     def run(self, text: str, *options: str, **environ: str) -> tuple[int, str]:
-        """Run pytest with a test module; returns its exit status and what it printed."""
+        """Run pytest with a test module; returns its exit status and its output."""
         with self.start(text, *options, **environ) as process:
             output, _ = process.communicate(timeout=TIMEOUT_S)
             return process.returncode, output

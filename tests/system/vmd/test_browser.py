@@ -127,7 +127,7 @@ def test_a_person(reachable: Path) -> None:
 @pytest.mark.root
 @pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
 def test_another_users_vm(reachable: Path) -> None:
-    """It is shown; what is tried with it is refused, and the page says so."""
+    """Another user's VM is shown; operations on it are refused, and the page says so."""
     config = f"socket owner {USER}\n" + vm_block("web", enabled=True)
     with (
         Daemon(reachable, config, is_user=False) as vmd,

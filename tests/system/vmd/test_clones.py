@@ -59,7 +59,7 @@ def test_a_running_vm_is_cloned(start_vmd: Start) -> None:
 
 
 def test_a_vm_is_cloned_while_it_runs(start_vmd: Start, tmp_path: Path) -> None:
-    """What has touched half of its memory, and what has touched more, and again."""
+    """A VM with half of its memory touched, and one with more, are cloned, twice."""
     blocks = ""
     for name, size in (("small", 8), ("large", 40)):
         image = tmp_path / name

@@ -27,7 +27,7 @@ PROGRAM = "import vmd.shared.log as log; log._JOURNAL = {!r}; from vmd.__main__ 
 
 
 class Journal:
-    """A socket like the journal's, and what was sent to it; a context manager."""
+    """A socket like the journal's, and its messages; a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Listen at `path`, for the daemon's users."""
@@ -63,7 +63,7 @@ class Journal:
 
 
 def test_entries_have_fields(reachable: Path) -> None:
-    """Requests with user and VM, what has happened to a VM, what its own process says."""
+    """The journal has requests with user and VM, events of a VM, and its process's messages."""
     config = f"socket owner {USER}\n" + vm_block("web") + vm_block("own", f"owner {USER}")
     log = reachable / "log"
     log.touch()
@@ -84,7 +84,7 @@ def test_entries_have_fields(reachable: Path) -> None:
             assert refused["MESSAGE"].endswith("failed: the VM is not yours")
             expected = {"PRIORITY": "6", "SYSLOG_IDENTIFIER": "vmd", "VM": "web"}
             assert {**refused, **expected, "UID": str(USER), "REQUEST": "start"} == refused
-            # A name is what a client says: it makes no field of its own.
+            # A name is a client's text: it makes no field of its own.
             assert client.ask("stop", name="a\nUID=0\nVM=web")["type"] == "failed"
             hostile = journal.entry("stop by ")
             assert hostile["UID"] == str(USER)

@@ -1,4 +1,4 @@
-"""What commands print with `--json`, of a daemon that runs, fits the schemas of docs/schemas."""
+"""Output of `--json` from a running daemon, checked by the schemas of docs/schemas."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def kill(vmd: Daemon) -> None:
     vmd.process.wait()
 
 
-# What there is
+# Interfaces
 
 
 def test_interfaces_of_a_vm(space: Namespace, start: Start) -> None:
@@ -454,7 +454,7 @@ def test_rdomains(space: Namespace, start: Start) -> None:
             assert ",UP" not in shown
 
 
-# What passes
+# Traffic
 
 
 def _options(packet: Packet) -> dict[str, object]:

@@ -25,7 +25,7 @@ MADE = 10
 
 
 def test_a_fresh_machine_for_each_test(runs: Runs) -> None:
-    """Tests share a template, and nothing else; the methods do what they say."""
+    """Tests share a template, and nothing else; each method has its effect."""
     status, output = runs.run(
         r"""
 names = set()

@@ -101,7 +101,7 @@ def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
 
 
 def test_a_vm_goes_back_to_a_snapshot(start_vmd: Start, tmp_path: Path) -> None:
-    """Stopped, it continues under its own name; when that has ended, it is what it was."""
+    """A stopped VM continues from a snapshot under its own name; afterwards it is as before."""
     disk = tmp_path / "disk.raw"
     disk.write_bytes(b"before".ljust(1 << 20, b"\0"))
     block = vm_block("one", f'disk "{disk}" format raw', enabled=True)

@@ -18,7 +18,7 @@ HANGS = "vm/hangs: watchdog: the guest hangs, and is reset"
 
 
 def test_a_hanging_guest(start_vmd: Start, tmp_path: Path) -> None:
-    """Paused for longer than it has, it is reset only when it goes on."""
+    """A VM paused for longer than its watchdog's time is reset only after it continues."""
     image = tmp_path / "hangs"
     image.write_bytes(guests.firmware(guests.hanging(2)))
     config = f'vm "hangs" {{\nboot "{image}"\nmemory 16M\nwatchdog\ndisable\n}}\n'

@@ -1,4 +1,4 @@
-"""`vmctl web` on a daemon that runs: HTTP, WebSockets, and who is refused."""
+"""`vmctl web` on a running daemon: HTTP, WebSockets, and refusals."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _check_example(server: WebServer) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    """No token, a used one, a stale cookie, a foreign origin or host: nobody gets further."""
+    """No token, a used one, a stale cookie, a foreign origin or host: each is refused."""
     with served(tmp_path, vm_block("web")) as (server, client):
         host = f"127.0.0.1:{server.port}"
         stale = "a" * 43
@@ -244,7 +244,7 @@ def test_a_vm_of_another_user(reachable: Path) -> None:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line says what is missing: the extra, the daemon, a port."""
+    """One line names the missing part: the extra, the daemon, a port."""
 
     def said(port: str = "0") -> str:
         assert web(port=port) == 1
@@ -265,7 +265,7 @@ def test_the_command(
     assert said().startswith(f"vmctl: connect: {vmd.socket}: ")
 
 
-# What the document describes, and what it does not
+# Requests inside and outside the document
 
 
 def values(schema: Schema, schemas: Mapping[str, Schema]) -> st.SearchStrategy[Value]:
@@ -314,7 +314,7 @@ def values(schema: Schema, schemas: Mapping[str, Schema]) -> st.SearchStrategy[V
 
 
 EXAMPLES = 12
-"""Of each operation, of what it takes and of anything."""
+"""The number of requests for each operation, valid and random ones."""
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
@@ -323,7 +323,7 @@ ANY = st.recursive(
 
 
 def test_every_operation_with_any_fields(tmp_path: Path) -> None:
-    """What the document allows and what it does not: an answer of the protocol, never a 500."""
+    """Any request, valid by the document or not, gets an answer of the protocol, never a 500."""
     with served(tmp_path) as (server, client):
         document = server.ask("GET", "/api/openapi.json").told
         schemas = document["components"]["schemas"]

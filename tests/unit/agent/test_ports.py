@@ -17,7 +17,7 @@ PIECE = 65536
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """What listens in the guest."""
+    """The listener in the guest."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(BOUND_S)
         yield listener
@@ -67,7 +67,7 @@ def test_by_ipv6(agent: Agent) -> None:
 
 
 def test_the_end_of_input_is_passed_on(agent: Agent, listener: socket.socket) -> None:
-    """The program sees the end, and what it sends afterwards arrives."""
+    """The program reads the end of input, and its later answer arrives."""
     with agent.open("connect", None, port=port_of(listener)) as session:
         with accepted(listener) as stream:
             session.write(b"question")
@@ -80,7 +80,7 @@ def test_the_end_of_input_is_passed_on(agent: Agent, listener: socket.socket) ->
 
 
 def test_a_slow_client_slows_the_program_down(agent: Agent, listener: socket.socket) -> None:
-    """What the client does not take stays with the program, but for a window and the kernel's."""
+    """Data that the client does not read stay with the program, except a window and buffers."""
     with (
         agent.open("connect", None, port=port_of(listener)) as session,
         accepted(listener) as stream,
@@ -106,7 +106,7 @@ def test_a_program_that_reads_nothing_slows_the_client_down(
     """The client's room runs out; the connection's end is passed on all the same."""
     with agent.open("connect", None, port=port_of(listener)) as session:
         with accepted(listener) as stream:
-            # An end with data that nobody has read is a reset.
+            # An end with unread data is a reset.
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             while session.room:
                 session.feed(bytes(min(session.room, PIECE)))

@@ -502,7 +502,7 @@ def test_a_new_image_is_not_named_like_another_format(
 def test_a_new_image_is_not_named_like_a_packed_file(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever unpacks it would find that it is none, unless raw is said."""
+    """A new raw image with the name of a packed file is refused, unless raw is named."""
     error = f"vmctl: {name}: named like a packed file: choose another name, or say raw:{name}\n"
     assert main(["create", "-s", "1M", name]) == 1
     assert capsys.readouterr().err == error

@@ -123,7 +123,7 @@ def test_gzipped_executables(open_bytes: Open, data: bytes, kind: type) -> None:
     ],
 )
 def test_nothing_that_boots(open_bytes: Open, data: bytes, message: str) -> None:
-    """A file that is almost an image is reported as what it is."""
+    """A file that is almost an image is reported by its real kind."""
     with pytest.raises(BootError) as caught:
         open_bytes(data)
     assert message in str(caught.value)

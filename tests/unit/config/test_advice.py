@@ -94,7 +94,7 @@ def test_a_disk_that_one_reads_and_another_writes(one: str, other: str) -> None:
 
 
 def test_a_disk_twice_in_one_vm() -> None:
-    """The VM could not lock the second; what is only read may come twice."""
+    """A disk twice in one VM is reported, as its second lock would fail; read-only is fine."""
     text = 'vm "a" {{\ndisk "disk0.img" {0}\ndisk "/vm/disk0.img" {1}\n}}\n'
     assert odd(text.format("", "")) == ['f:4: warning: vm "a": disk /vm/disk0.img comes twice']
     assert odd(text.format("{ ro }", "{ ro }")) == []

@@ -52,7 +52,7 @@ class Tpm:
 
 
 class Driver:
-    """What a driver does with the interface."""
+    """A driver's accesses to the interface."""
 
     def __init__(self, tpm: Tpm) -> None:
         self.tpm = tpm
@@ -209,7 +209,7 @@ def test_closing_ends_a_command() -> None:
     )
 )
 def test_any_accesses(writes: list[tuple[int, int, int]]) -> None:
-    """No access fails, and what a guest cannot change stays."""
+    """No access fails, and read-only registers keep their values."""
     driver = Driver(Tpm())
     for offset, size, value in writes:
         driver.write(offset, value, size)

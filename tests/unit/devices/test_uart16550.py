@@ -479,7 +479,7 @@ def test_loopback_disconnects_the_peer(rig: Rig) -> None:
 
 
 def test_loopback_returns_data(rig: Rig) -> None:
-    """What is transmitted in loopback is received, with interrupts, and leaves no trace outside."""
+    """Bytes sent in loopback are received, with interrupts, and leave no trace outside."""
     rig.enable(Ier.RDI)
     rig.write(Register.MCR, Mcr.LOOP | Mcr.OUT2)
     rig.write(Register.RBR_THR, 0x5A)
@@ -586,7 +586,7 @@ OPERATIONS = st.lists(
 
 @given(OPERATIONS, st.binary(max_size=20))
 def test_any_access_is_survived(operations: list[Operation], data: bytes) -> None:
-    """Whatever is read and written, nothing raises, and the line agrees with what IIR says."""
+    """No reads and writes raise anything, and the line agrees with IIR."""
     rig = Rig()
     for operation in operations:
         exercise(rig.uart, [operation])

@@ -64,7 +64,7 @@ def test_numbers_differ_between_copies_and_from_before() -> None:
 
 
 def test_a_restored_clock_goes_on() -> None:
-    """Until somebody says that it is another one."""
+    """A restored clock is unchanged until it is declared another one."""
     clock, _ = made()
     clock.disrupt()
     other, irq = made(100)

@@ -1,4 +1,4 @@
-"""Ten thousand attempts to leave a shared directory, while the host swaps what is in it."""
+"""Ten thousand attempts to leave a shared directory, while the host swaps its contents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vmm_kvm.fs import abi
 ATTEMPTS = 10_000
 SECRET = b"not for guests"
 ROOT = abi.FUSE_ROOT_ID
-# Swaps a directory for links out, and a file in it, as fast as it can, whatever the guest does.
+# Swaps a directory for links out, and a file in it, as fast as it can, all the time.
 SWAPPER = """
 import os, sys
 from contextlib import suppress
@@ -70,7 +70,7 @@ def swapping(tree: Path, outside: Path) -> Iterator[None]:
 
 
 class Attacker:
-    """A guest that tries everything it can name; `got` is what it has read."""
+    """A guest that tries everything it can name; `got` is all that it has read."""
 
     def __init__(self, client: FuseClient, outside: Path, seed: int) -> None:
         self._client = client
@@ -82,7 +82,7 @@ class Attacker:
         self.made = 0
 
     def attempt(self) -> str:
-        """Do one thing; returns what came of it."""
+        """Do one thing; returns the result."""
         ways: tuple[Callable[[], None], ...] = (
             self._look_up,
             self._walk,
@@ -195,7 +195,7 @@ def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.parametrize("is_writable", [True, False])
 def test_nothing_leaves_the_tree(tmp_path: Path, is_writable: bool) -> None:
-    """No name, link, race or rename reads, changes, or even sees what is outside."""
+    """No name, link, race or rename reads, changes, or even sees a file outside."""
     tree, outside = tmp_path / "tree", tmp_path / "outside"
     (tree / "swapped").mkdir(parents=True)
     (tree / "swapped" / "file").write_bytes(b"inside")

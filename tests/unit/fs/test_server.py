@@ -1,4 +1,4 @@
-"""The FUSE server: each request on a real directory, and what a guest can use up."""
+"""The FUSE server: each request on a real directory, and limits on a guest's use."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_listing(reader: FuseClient, folder: Path, plus: bool, size: int) -> Non
 
 
 def test_the_root_has_no_parent(reader: FuseClient, folder: Path) -> None:
-    """What lies above the shared directory is not even a number."""
+    """The parent of the shared directory has not even a number."""
     handle, *_ = abi.OPEN_OUT.unpack(reader.call(abi.FUSE_OPENDIR, ROOT, abi.OPEN_IN.pack(0, 0)))
     piece = {entry.name: entry.ino for entry, _ in reader.list_piece(handle, 0, 4096, plus=False)}
     assert piece[b".."] == folder.stat().st_ino
@@ -294,7 +294,7 @@ def test_statistics(reader: FuseClient, folder: Path) -> None:
     "opcode", [21, 22, 23, 24, 25, 31, 34, 39, 40, 47, 48, 51, 4096, 2**32 - 1]
 )
 def test_what_is_not_served(reader: FuseClient, opcode: int) -> None:
-    """Extended attributes, locks, ioctls and what nobody knows."""
+    """Extended attributes, locks, ioctls and unknown requests are refused."""
     assert refused(reader.call, opcode, ROOT, bytes(64)) == errno.ENOSYS
 
 
@@ -323,7 +323,7 @@ def test_nodes_are_forgotten(client: FuseClient) -> None:
 
 
 def test_more_files_than_descriptors(folder: Path) -> None:
-    """What was not used of late loses its descriptor, and is opened again where it is now."""
+    """A node that was not used of late loses its descriptor, and is opened again by its name."""
     names = [b"f%d" % number for number in range(400)]
     deep = folder / "sub" / "deep"
     for name in names:
@@ -338,7 +338,7 @@ def test_more_files_than_descriptors(folder: Path) -> None:
         client.rename(b"f7", b"g7", parent)
         assert client.content(nodes[7]) == b"f7"
         assert [client.content(node) for node in nodes] == names
-        # Another file in its place is not the same, and what is gone is gone.
+        # Another file in its place is not the same, and a removed one stays gone.
         (folder / "moved/f9").rename(folder / "moved/f10")
         for node in nodes[20:60]:
             client.attributes(node)
@@ -351,7 +351,7 @@ def test_more_files_than_descriptors(folder: Path) -> None:
 
 
 def test_tables_have_an_end(folder: Path) -> None:
-    """A guest that keeps all it can is told so, and goes on with what it has."""
+    """A guest with full tables is refused more, and works on with what it has."""
     for number in range(30):
         (folder / f"f{number}").touch()
     with FuseClient(folder, nodes_max=16, handles_max=8) as client:
@@ -372,13 +372,13 @@ def test_tables_have_an_end(folder: Path) -> None:
 
 
 def test_values_of_time(client: FuseClient) -> None:
-    """What the guest may believe, it believes for a second: the host changes files too."""
+    """The guest may cache attributes for a second: the host changes files too."""
     answer = client.call(abi.FUSE_LOOKUP, ROOT, b"file\0")
     assert abi.ENTRY_OUT.unpack_from(answer)[2:4] == (VALID_S, VALID_S) == (1, 1)
 
 
 def test_mount_points_below() -> None:
-    """What is mounted below is shared, and its inode numbers are not those of the root's."""
+    """File systems mounted below are shared, and their inode numbers differ from the root's."""
     with FuseClient(Path("/"), is_writable=False) as client:
         root = client.attributes(ROOT)
         proc = client.look_up(b"proc").attributes

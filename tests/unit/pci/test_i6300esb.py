@@ -114,7 +114,7 @@ def test_nothing_happens_before_it_is_enabled() -> None:
 
 
 def test_a_locked_one_cannot_be_disabled() -> None:
-    """The register keeps its value, and what it reads as."""
+    """A locked watchdog keeps its control register and its reset."""
     rig = Rig()
     rig.begin(control=Control.ENABLED | Control.LOCKED)
     rig.configure(CONTROL, 1, 0)
@@ -163,7 +163,7 @@ def test_without_a_reset_it_only_tells(is_free_running: bool) -> None:
 
 
 def test_a_paused_guest_is_not_bitten() -> None:
-    """What was left is left still."""
+    """A pause stops the timers, which then continue with the remaining time."""
     rig = Rig()
     rig.begin()
     assert rig.wait(29) == 0
@@ -177,7 +177,7 @@ def test_a_paused_guest_is_not_bitten() -> None:
 
 
 def test_a_restored_one_goes_on_when_the_machine_does() -> None:
-    """With the timer that ran, and what was left of it."""
+    """A restored watchdog continues with its timer and the remaining time, once resumed."""
     rig, other = Rig(), Rig()
     rig.begin(control=Control.ENABLED | Control.LOCKED)
     rig.wait(20)
@@ -210,7 +210,7 @@ def test_closing_stops_it() -> None:
     st.lists(st.tuples(st.integers(CONFIG, CONTROL + 1), st.integers(0, 255)), max_size=8),
 )
 def test_any_accesses(writes: list[tuple[int, int, int]], configs: list[tuple[int, int]]) -> None:
-    """No access fails, and what it becomes is a state that can be restored."""
+    """No access fails, and any resulting state can be restored."""
     rig, other = Rig(), Rig()
     for offset, value in configs:
         rig.configure(offset, 1, value)

@@ -81,7 +81,7 @@ def test_a_folder_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_console() -> None:
-    """Each search begins behind the one before; what is kept is bounded; an end is an end."""
+    """Each search begins after the one before; kept output is bounded; an end is an end."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     console = ConsoleLog(near)
     with far:

@@ -149,7 +149,7 @@ def test_it_tells_how_far_it_is(tmp_path: Path) -> None:
 
 
 def test_disks_that_are_there_stay(tmp_path: Path) -> None:
-    """What was copied behind RAM before RAM itself is part of the file."""
+    """Disks copied after RAM's place, before RAM itself, are part of the file."""
     path, layout = tmp_path / "snap", Layout.of(len(STATE_BYTES), MANIFEST.memory_size, [4096])
     with path.open("w+b") as file, filled() as memory:
         empty_file(file.fileno())

@@ -131,6 +131,6 @@ def test_what_fails_is_one_line() -> None:
     ],
 )
 def test_a_receiver_that_has_gone(heard: bytes, why: str | None) -> None:
-    """What it said last is the reason, if it said something."""
+    """The receiver's last message is the reason, if there is one."""
     found = why_gone(Line(heard))
     assert (found and str(found)) == (why and f"the receiver says: {why}")

@@ -97,7 +97,7 @@ class Bench:
         self.queue = self.driver.device(self.memory)
 
     def serve(self, *buffers: Buffer) -> tuple[int, int]:
-        """Make a chain available and serve it; returns what was written, and the status."""
+        """Make a chain available and serve it; returns the written bytes, and the status."""
         self.memory.bytes[STATUS] = NO_STATUS
         self.driver.add(*buffers)
         self.disk.process(0, self.queue)

@@ -101,7 +101,7 @@ def test_a_clone_that_stays_the_same(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is killed, whatever it is that its agent does not do; the status is 1."""
+    """A clone whose agent fails at any step is killed; the status is 1."""
     (tmp_path / "refuses").write_text(what)
     with guests(serve, tmp_path, monkeypatch) as daemon:
         assert main([*WORDS, "--json", "-n", "2", "web", "w%d"]) == 1

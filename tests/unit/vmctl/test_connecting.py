@@ -55,7 +55,7 @@ def listening() -> Iterator[tuple[int, socket.socket]]:
 
 
 def echo(listener: socket.socket, count: int = 1) -> threading.Thread:
-    """Send back what comes, of some connections one after the other."""
+    """Echo the data of some connections, one after the other."""
 
     def work() -> None:
         for _ in range(count):
@@ -80,7 +80,7 @@ def test_a_vsock_port(tmp_path: Path) -> None:
 
 
 def test_a_tcp_port(tmp_path: Path) -> None:
-    """Where nobody listens by vsock, the agent connects to the port of the loopback address."""
+    """Without a listener on vsock, the agent connects to the port of the loopback address."""
     data = os.urandom(3 * MIB + 1)
     with listening() as (port, listener), Vsock(tmp_path / "vsock"):
         thread = echo(listener)
@@ -91,7 +91,7 @@ def test_a_tcp_port(tmp_path: Path) -> None:
 
 
 def test_the_end_is_the_guests(tmp_path: Path) -> None:
-    """What comes behind the end of input is passed on, and standard input need not end."""
+    """Data after the end of input are passed on, and standard input need not end."""
     with listening() as (port, listener), Vsock(tmp_path / "vsock", {7: ["echo", "ready"]}):
         for number in (7, port):
             with subprocess.Popen(

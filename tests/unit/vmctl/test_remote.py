@@ -40,7 +40,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ssh")
 def test_words_input_and_status() -> None:
-    """Words arrive as they are, whatever a shell would make of them; so do input and status."""
+    """Words arrive unchanged, with any characters of a shell; so do input and status."""
     words = ["exec", "-i", "web", "--", "a b", "$HOME", "'\"", "*", "", "\n", "\udcff", "-n"]
     command = [str(VMCTL), "-v", "-H", "me@there", *words]
     done = subprocess.run(command, input=b"typed", capture_output=True, check=False, timeout=60)
@@ -52,7 +52,7 @@ def test_words_input_and_status() -> None:
 
 @pytest.mark.usefixtures("ssh")
 def test_a_terminal() -> None:
-    """Where there is one here, there is one there."""
+    """The remote command has a terminal if this one has."""
     with ConsoleProcess([str(VMCTL), "-H", "there", "stat"], is_tty=True) as process:
         process.expect_errors("ssh -p 22 -t, there")
         process.expect("<stat>")
@@ -68,7 +68,7 @@ def test_input_is_left_alone() -> None:
 
 @pytest.mark.parametrize("host", ["", "-oProxyCommand=touch /tmp/x"])
 def test_what_is_no_host(host: str) -> None:
-    """What ssh would take for an option is refused."""
+    """A word that ssh would take for an option is refused."""
     with pytest.raises(CommandError, match="invalid host: "):
         command_for(host, "status", ["status"], {})
 

@@ -24,7 +24,7 @@ kernel/b/virtio_ring.ko:
 
 
 def test_the_order_of_modules() -> None:
-    """Each comes behind what it needs, once; what the table lacks is built in."""
+    """Each module follows those that it needs, once; one that the table lacks is built in."""
     order = load_order(TABLE, ("virtio_pci", "virtiofs", "overlay", "modern_dev"))
     assert order == [
         *("kernel/b/virtio_ring.ko", "kernel/b/virtio.ko", "kernel/b/modern-dev.ko"),
@@ -106,7 +106,7 @@ def test_the_agent_is_there() -> None:
 
 
 def test_the_command_line() -> None:
-    """What follows -- is the command, options and all; without it, a word is the VM's name."""
+    """Words after -- are the command, options and all; without it, a word is the VM's name."""
     invocation = read(["run", "-b", "kernel", "web", "--rw", "--", "ls", "-l", "--", "x"])
     assert invocation.words == ["web"]
     assert invocation.values["command"] == ("ls", "-l", "--", "x")

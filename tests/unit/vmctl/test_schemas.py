@@ -1,4 +1,4 @@
-"""The schemas of JSON that commands print: files that are what the types make of them."""
+"""The schemas of the commands' JSON: files made from the types."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFrikGGJGsPSsM+ivZDCFUk7O2IwRWV5TugyE
 
 
 class Options(NamedTuple):
-    """What a command line says."""
+    """The words of a command line."""
 
     cloud_init: tuple[str, ...] = ()
     ssh_keys: tuple[str, ...] = ()
@@ -262,7 +262,7 @@ def test_start(serve: Serve, key: Path, tmp_path: Path, state: Path) -> None:
 
 
 def test_no_seed_for_a_snapshot(key: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What goes on is set up already."""
+    """A VM that continues from a snapshot refuses a seed: it is set up already."""
     assert start(["web"], origin=("snap",), ssh_keys=(str(key),)) == 1
     assert capsys.readouterr().err == (
         "vmctl: --from says all of the VM: use no options that say what it is\n"

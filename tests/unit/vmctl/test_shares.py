@@ -26,7 +26,7 @@ RAM_SIZE = 8 * MIB
 _REQUEST, _DATA, _ANSWER, _ROOM = MIB, 2 * MIB, 4 * MIB, 6 * MIB
 _SILENT = {abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INTERRUPT}
 _SPLIT = 10
-"""Where a driver may split a header."""
+"""The offset at which a driver may split a header."""
 
 
 class Guest(FuseCalls):
@@ -132,7 +132,7 @@ def test_options(text: str, option: ShareOption) -> None:
     ],
 )
 def test_wrong_options(text: str, message: str) -> None:
-    """One line says what is wrong."""
+    """A wrong option is reported in one line."""
     with pytest.raises(SpecError, match=r".*") as err:
         parse_share(text)
     assert str(err.value) == message
@@ -230,7 +230,7 @@ def test_the_process_is_confined(folder: Path, mode: str) -> None:
         assert (status["Seccomp"].strip(), status["NoNewPrivs"].strip()) == ("2", "1")
         assert int(status["CapEff"], 16) & ~0b11110 == 0
         if os.geteuid() != 0:
-            return  # nobody else may look at its descriptors
+            return  # other processes may not look at its descriptors
         opened = {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
         files = {path for path in opened if path.startswith("/") and not path.startswith("/dev/")}
         assert files <= {str(folder), f"/proc/{pid}/fd", standard_error()}

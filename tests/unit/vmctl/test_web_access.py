@@ -1,4 +1,4 @@
-"""Which requests `vmctl web` lets in."""
+"""Admission of requests to `vmctl web`."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def log_in(rules: Access) -> dict[str, str]:
     ],
 )
 def test_hosts_and_origins(headers: list[tuple[str, str]], status: int | None) -> None:
-    """Only this host by its two names, and only pages of its own; whoever has a cookie."""
+    """With a cookie too, only requests to this host's two names, from its own pages, are let in."""
     rules, _ = access()
     refusal = rules.refusal("/api/status", headers, log_in(rules))
     assert (refusal.status if refusal else None) == status
 
 
 def test_cookies() -> None:
-    """Without one, with a wrong one, with one of another process or port, nobody is let in."""
+    """Without a cookie, or with one of another process or port, a request is refused."""
     rules, _ = access()
     other, _ = access()
     cookies = log_in(rules)

@@ -87,7 +87,7 @@ def test_no_index_of_a_descriptor_is_described() -> None:
     ],
 )
 def test_what_is_no_request(kind: str, body: bytes, told: str) -> None:
-    """It is refused in one line that says what is wrong."""
+    """A bad request is refused in one line with its fault."""
     with pytest.raises(RequestError) as refused:
         from_body(OPERATIONS[kind], body)
     assert told.lower() in str(refused.value).lower()

@@ -61,7 +61,7 @@ def decide(
     config: VmConfig = CONFIG,
     phase: Phase = Phase.STOPPED,
 ) -> Fitted | Denied:
-    """Return what is decided, where there is one VM."""
+    """Return the decision, with one VM in the table."""
     vm = Vm(config, VmState(1, phase=phase), ROOT)
     return received_vm(request, PASSED, uid, USERS, [vm])
 
@@ -86,7 +86,7 @@ def test_an_existing_vm_goes_back(uid: int) -> None:
 
 
 def test_an_owner_has_copies() -> None:
-    """They are as the VM that the snapshot was made of, whatever the snapshot says."""
+    """An owner's copies have the properties of the snapshot's VM, not of the snapshot."""
     fitted = decide(changed(name="copy"))
     assert isinstance(fitted, Fitted)
     assert fitted.vm is None

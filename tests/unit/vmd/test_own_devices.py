@@ -1,4 +1,4 @@
-"""Devices that a VM has only if somebody asks: which VMs have them."""
+"""Devices that a VM has only on request."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ def test_what_cannot_be_is_refused(
     assert host.states() == {"web": State.RUNNING, "idle": State.STOPPED}
 
 
-# What to boot instead
+# Other kernels
 
 
 def test_a_kernel_for_one_boot(host: Host) -> None:
@@ -368,7 +368,7 @@ def test_a_kernel_that_is_not_booted_is_closed(host: Host) -> None:
     assert host.boots == set()
 
 
-# Who may
+# Rights
 
 
 def test_only_owners_command_a_vm(host: Host) -> None:

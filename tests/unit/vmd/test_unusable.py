@@ -1,4 +1,4 @@
-"""What `vmd -n` says of images that a VM could not use."""
+"""Warnings of `vmd -n` about images that a VM could not use."""
 
 from __future__ import annotations
 
