@@ -132,7 +132,7 @@ class Session:
         if given.number(1) % 8:
             return
         self.rig.device.become_another()
-        self.rig.device.restore(VsockState(CID))
+        self.rig.device.restore(VsockState(cid=CID))
         self.by_ports.clear()
         self.rig.serve()
 

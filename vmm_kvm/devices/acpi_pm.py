@@ -8,12 +8,12 @@ no RTC wake-up: their bits can be set and cleared but never come by themselves.
 
 import threading
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.irq import IrqLine
-from vmm_kvm.state import U16, Range
+from vmm_kvm.state import U16, PartState, Range
 
 SIZE = 12
 """I/O ports: PM1 event block 4, PM1 control block 4, PM timer 4."""
@@ -80,7 +80,7 @@ _CONTROL_STORED = Pm1Control.BM_RLD | SLP_TYP_MASK << SLP_TYP_SHIFT
 _CARRY_TICKS = 1 << (TIMER_BITS - 1)  # TMR_STS is set when the highest bit changes either way
 
 
-class AcpiPmState(NamedTuple):
+class AcpiPmState(PartState):
     """Everything that a guest can observe of an AcpiPm."""
 
     status: U16

@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.bits import all_ones
+from vmm_kvm.state import PartState
 
 
-class DebugExitState(NamedTuple):
+class DebugExitState(PartState):
     """A DebugExit has no state."""
 
     version: Literal[1] = 1

@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.log import Log
+from vmm_kvm.state import PartState
 
 log = Log(__name__)
 
@@ -14,7 +15,7 @@ READBACK = 0xE9
 _LINE_MAX = 1024
 
 
-class DebugconState(NamedTuple):
+class DebugconState(PartState):
     """A Debugcon has no state."""
 
     version: Literal[1] = 1

@@ -6,13 +6,13 @@ write through DMA is an error and a write to the data port is lost.
 
 import struct
 import threading
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import GuestMemoryError, SpecError
 from vmm_kvm.log import Log
 from vmm_kvm.memory import GuestMemory
-from vmm_kvm.state import U16, U32
+from vmm_kvm.state import U16, U32, PartState
 
 log = Log(__name__)
 
@@ -68,7 +68,7 @@ _DIRECTORY_ENTRY = struct.Struct(f">IHH{FILE_NAME_SIZE}s")  # size, selector, re
 _CHUNK = 1 << 18
 
 
-class FwCfgState(NamedTuple):
+class FwCfgState(PartState):
     """Everything that a guest can observe of a FwCfg besides the items."""
 
     key: U16

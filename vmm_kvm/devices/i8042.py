@@ -8,10 +8,10 @@ and its self-test fails, which ends the probing of drivers at once.
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.bits import all_ones
-from vmm_kvm.state import U8
+from vmm_kvm.state import U8, PartState
 
 
 class Status:
@@ -42,7 +42,7 @@ SELF_TEST_FAILED = 0xFC
 _OUTPUT_PORT = OutputPort.RESET_N | OutputPort.A20
 
 
-class I8042State(NamedTuple):
+class I8042State(PartState):
     """Everything that a guest can observe of an I8042Reset."""
 
     output: U8 | None

@@ -11,14 +11,14 @@ other frequencies than the divider setting says.
 """
 
 import threading
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from vmm_kvm.arch.x86.layout import PCI_HOLE_END, ram_ranges
 from vmm_kvm.bits import KIB, MIB, all_ones
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.errors import SpecError
 from vmm_kvm.irq import IrqLine
-from vmm_kvm.state import U8, Length, Range
+from vmm_kvm.state import U8, Length, PartState, Range
 
 SIZE = 2
 """I/O ports: index and data."""
@@ -114,7 +114,7 @@ _ABOVE_4G = 0x5B  # 64 KiB units above 4 GiB, three bytes
 _EXTRA_CPUS = 0x5F
 
 
-class Mc146818State(NamedTuple):
+class Mc146818State(PartState):
     """Everything that a guest can observe of a Mc146818."""
 
     selected: Annotated[int, Range(0, NVRAM_SIZE - 1)]

@@ -13,11 +13,11 @@ Source: Intel 28FxxxJ3 datasheet §9 to §11; JEDEC JESD68.01 (CFI); QEMU hw/blo
 import threading
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from vmm_kvm.errors import StateError
 from vmm_kvm.log import Log
-from vmm_kvm.state import U8, U32, Blob, Length, Range
+from vmm_kvm.state import U8, U32, Blob, Length, PartState, Range
 
 log = Log(__name__)
 
@@ -74,7 +74,7 @@ _MANUFACTURER, _DEVICE = 0x89, 0x18  # Intel, 28F128J3
 _ERASED = 0xFF
 
 
-class PflashState(NamedTuple):
+class PflashState(PartState):
     """Everything that a guest can observe of a Pflash."""
 
     mode: Mode

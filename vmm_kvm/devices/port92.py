@@ -8,10 +8,10 @@ Source: Intel 82371AB §2.2.2.6, "PORT92".
 
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.bits import all_ones
-from vmm_kvm.state import U8
+from vmm_kvm.state import U8, PartState
 
 
 class Control:
@@ -23,7 +23,7 @@ class Control:
     """Let address line 20 through."""
 
 
-class Port92State(NamedTuple):
+class Port92State(PartState):
     """Everything that a guest can observe of a Port92."""
 
     value: U8
@@ -64,7 +64,7 @@ class Port92:
     def save(self) -> Port92State:
         """Return a snapshot; any thread."""
         with self.lock:
-            return Port92State(self._value)
+            return Port92State(value=self._value)
 
     def restore(self, state: Port92State) -> None:
         """Continue from a snapshot."""

@@ -2,9 +2,10 @@
 
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.bits import all_ones
+from vmm_kvm.state import PartState
 
 
 class PanicEvent:
@@ -17,7 +18,7 @@ class PanicEvent:
 SUPPORTED_EVENTS = PanicEvent.PANICKED | PanicEvent.CRASH_LOADED
 
 
-class PvpanicState(NamedTuple):
+class PvpanicState(PartState):
     """A Pvpanic has no state."""
 
     version: Literal[1] = 1

@@ -1,13 +1,13 @@
 """Read-only memory: firmware, which the guest executes where it lies."""
 
 import mmap
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.errors import StateError
-from vmm_kvm.state import U64, Blob
+from vmm_kvm.state import U64, Blob, PartState
 
 
-class RomState(NamedTuple):
+class RomState(PartState):
     """Contents for a guest to read, and their address."""
 
     gpa: U64
@@ -28,7 +28,7 @@ class Rom:
 
     def save(self) -> RomState:
         """Return a snapshot."""
-        return RomState(self._gpa, self.memory[:])
+        return RomState(gpa=self._gpa, contents=self.memory[:])
 
     def restore(self, state: RomState) -> None:
         """Take the contents that the guest knows, even if the host's firmware has changed since.

@@ -10,11 +10,11 @@ carrier, DSR and CTS.
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from vmm_kvm.errors import StateError
 from vmm_kvm.irq import IrqLine
-from vmm_kvm.state import U8, U16, Length
+from vmm_kvm.state import U8, U16, Length, PartState
 
 REGISTERS = 8
 FIFO_DEPTH = 16
@@ -135,7 +135,7 @@ _BYTES = tuple(bytes((value,)) for value in range(256))
 _BREAK = _BI << 8  # a received character: its LSR bits above its eight data bits
 
 
-class Uart16550State(NamedTuple):
+class Uart16550State(PartState):
     """Everything that a guest can observe of a Uart16550, in register terms."""
 
     ier: U8

@@ -8,17 +8,17 @@ Source: Microsoft, "Virtual Machine Generation ID"; QEMU docs/specs/vmgenid
 
 import mmap
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.irq import IrqLine
-from vmm_kvm.state import Length
+from vmm_kvm.state import Length, PartState
 
 SIZE = 16
 """Bytes of the identifier, at the beginning of its page."""
 
 
-class VmGenerationState(NamedTuple):
+class VmGenerationState(PartState):
     """The page for the guest."""
 
     identifier: Annotated[bytes, Length(SIZE, SIZE)]
@@ -53,7 +53,7 @@ class VmGeneration:
 
     def save(self) -> VmGenerationState:
         """Return a snapshot."""
-        return VmGenerationState(self.memory[:SIZE])
+        return VmGenerationState(identifier=self.memory[:SIZE])
 
     def restore(self, state: VmGenerationState) -> None:
         """Be the same VM; `renew` makes it another one."""

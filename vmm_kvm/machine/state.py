@@ -75,10 +75,10 @@ def restore(
         part.restore(state.parts[part.name], _blobs(state, part.name))
     machine.restore_kvm(
         KvmRecord(
-            _decode(ClockRecord, state, "clock"),
-            tuple(_decode(VcpuRecord, state, name) for name in vcpus),
-            _decode(IrqchipRecord, state, "irqchip"),
-            _decode(PitRecord, state, "pit"),
+            clock=_decode(ClockRecord, state, "clock"),
+            vcpus=tuple(_decode(VcpuRecord, state, name) for name in vcpus),
+            irqchip=_decode(IrqchipRecord, state, "irqchip"),
+            pit=_decode(PitRecord, state, "pit"),
         ),
         policy,
     )

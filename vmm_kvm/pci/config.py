@@ -17,7 +17,7 @@ from vmm_kvm.bus import BusDevice
 from vmm_kvm.errors import SpecError, StateError
 from vmm_kvm.irq import IrqLine
 from vmm_kvm.pci.ids import BARS, CONFIG_SIZE, Command, Register, Status
-from vmm_kvm.state import Length
+from vmm_kvm.state import Length, PartState
 
 _COMMAND_WRITABLE = (
     Command.IO_SPACE
@@ -88,7 +88,7 @@ class Capability(NamedTuple):
     on_write: Callable[[int, int], None] | None
 
 
-class PciFunctionState(NamedTuple):
+class PciFunctionState(PartState):
     """Everything that a guest can observe of a function's configuration space."""
 
     config: Annotated[bytes, Length(CONFIG_SIZE, CONFIG_SIZE)]
@@ -382,7 +382,7 @@ class PciFunction:
 
     def save(self) -> PciFunctionState:
         """Return a snapshot."""
-        return PciFunctionState(bytes(self._config), self._is_intx_asserted)
+        return PciFunctionState(config=bytes(self._config), is_intx_asserted=self._is_intx_asserted)
 
     def restore(self, state: PciFunctionState) -> None:
         """Continue from a snapshot of a function of the same make.

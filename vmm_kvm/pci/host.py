@@ -28,7 +28,7 @@ from vmm_kvm.pci.ids import (
     Command,
     Register,
 )
-from vmm_kvm.state import U8, U32, Range
+from vmm_kvm.state import U8, U32, PartState, Range
 
 log = Log(__name__)
 
@@ -58,7 +58,7 @@ _RESET_CONTROL_STORED = ResetControl.SYSTEM_RESET | ResetControl.RESET_CPU | Res
 _HIGH_MEMORY = 4 * GIB  # what only 64-bit BARs reach
 
 
-class PciHostState(NamedTuple):
+class PciHostState(PartState):
     """Everything that a guest can observe of a PciHost and its functions' configuration."""
 
     address: U32

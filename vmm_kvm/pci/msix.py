@@ -14,7 +14,7 @@ from vmm_kvm.bits import PAGE_SIZE, all_ones
 from vmm_kvm.errors import SpecError, StateError
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import CapabilityId
-from vmm_kvm.state import Range
+from vmm_kvm.state import PartState, Range
 
 VECTORS_MAX = 2048
 ENTRY_SIZE = 16
@@ -38,7 +38,7 @@ class MsixMessage(NamedTuple):
     data: int
 
 
-class MsixState(NamedTuple):
+class MsixState(PartState):
     """Everything that a guest can observe of an Msix besides its capability."""
 
     table: bytes

@@ -5,13 +5,13 @@ to read, which goes straight into the guest's buffers. It has the commands that 
 SeaBIOS, OVMF, GRUB and isolinux use, and answers others with sense data.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmm_kvm.errors import StateError
 from vmm_kvm.scsi import mmc, spc
 from vmm_kvm.scsi.mmc import BLOCK_SIZE, MediaEvent
 from vmm_kvm.scsi.spc import DONE, Check, Data, Extent, Identity, Opcode, Outcome, Sense
-from vmm_kvm.state import U8, U64
+from vmm_kvm.state import U8, U64, PartState
 
 DEVICE_TYPE = 0x05
 """CD/DVD (SPC-4 table 142)."""
@@ -38,7 +38,7 @@ _IGNORES_ATTENTION = frozenset(
 )
 
 
-class CdRomState(NamedTuple):
+class CdRomState(PartState):
     """Everything that a guest can observe of a drive."""
 
     blocks: U64
@@ -127,11 +127,13 @@ class CdRom:
         """Return a snapshot."""
         attention = self._attention
         return CdRomState(
-            self._blocks,
-            self._is_open,
-            self._is_locked,
-            self._event,
-            None if attention is None else (attention.key, attention.code, attention.qualifier),
+            blocks=self._blocks,
+            is_open=self._is_open,
+            is_locked=self._is_locked,
+            event=self._event,
+            attention=None
+            if attention is None
+            else (attention.key, attention.code, attention.qualifier),
         )
 
     def restore(self, state: CdRomState) -> None:

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Protocol
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.errors import VirtqueueError
 from vmm_kvm.scatter import total
-from vmm_kvm.state import U32, Part
+from vmm_kvm.state import U32, Part, PartState
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather
 from vmm_kvm.virtio.chain import Chain
@@ -47,7 +47,7 @@ class BalloonSpec(NamedTuple):
     kind: Literal["balloon"] = "balloon"
 
 
-class BalloonState(NamedTuple):
+class BalloonState(PartState):
     """The driver's reports."""
 
     pages: U32
@@ -209,7 +209,7 @@ class VirtioBalloon:
 
     def save(self) -> BalloonState:
         """Return the driver's reports, which cannot be requested again."""
-        return BalloonState(self._pages)
+        return BalloonState(pages=self._pages)
 
     def restore(self, state: BalloonState) -> None:
         """Continue with as many pages."""

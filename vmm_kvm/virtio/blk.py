@@ -19,7 +19,7 @@ from vmm_kvm.errors import HaltError, StateError, VirtqueueError
 from vmm_kvm.limits import DISK_QUEUES_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.scatter import total
-from vmm_kvm.state import U64, Part
+from vmm_kvm.state import U64, Part, PartState
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split
 from vmm_kvm.virtio.chain import Chain
@@ -81,7 +81,7 @@ class BlkSpec(NamedTuple):
     kind: Literal["blk"] = "blk"
 
 
-class BlkState(NamedTuple):
+class BlkState(PartState):
     """Properties that must be equal in a restored disk; requests are in the queues."""
 
     capacity: U64
@@ -211,7 +211,7 @@ class VirtioBlk:
 
     def save(self) -> BlkState:
         """Return the disk's properties."""
-        return BlkState(self._capacity, self._image.is_read_only)
+        return BlkState(capacity=self._capacity, is_read_only=self._image.is_read_only)
 
     def restore(self, state: BlkState) -> None:
         """Continue with another disk of the same kind.

@@ -9,11 +9,11 @@ Source: virtio 1.2 §2.1, §2.2, §3.1.1, §4.1.4.3
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from vmm_kvm.bits import all_ones
 from vmm_kvm.errors import StateError
-from vmm_kvm.state import U8, U16, U32, U64
+from vmm_kvm.state import U8, U16, U32, U64, PartState
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.queue import Ring
 
@@ -75,7 +75,7 @@ class Actions(Protocol):
         """The driver broke a rule; `needs_reset` is to be set."""
 
 
-class QueueState(NamedTuple):
+class QueueState(PartState):
     """The driver's settings of one queue."""
 
     size: U16
@@ -86,7 +86,7 @@ class QueueState(NamedTuple):
     used: U64
 
 
-class CommonCfgState(NamedTuple):
+class CommonCfgState(PartState):
     """Everything that a driver can observe of the registers, or has set."""
 
     status: U8
@@ -191,16 +191,23 @@ class CommonCfg:
     def save(self) -> CommonCfgState:
         """Return a snapshot."""
         return CommonCfgState(
-            self._status,
-            self._device_select,
-            self._driver_select,
-            self._queue_select,
-            self.driver_features,
-            self.config_vector,
-            self.needs_reset,
-            tuple(
-                QueueState(q.size, q.vector, q.is_enabled, q.descriptors, q.available, q.used)
-                for q in self.queues
+            status=self._status,
+            device_select=self._device_select,
+            driver_select=self._driver_select,
+            queue_select=self._queue_select,
+            driver_features=self.driver_features,
+            config_vector=self.config_vector,
+            needs_reset=self.needs_reset,
+            queues=tuple(
+                QueueState(
+                    size=queue.size,
+                    vector=queue.vector,
+                    is_enabled=queue.is_enabled,
+                    descriptors=queue.descriptors,
+                    available=queue.available,
+                    used=queue.used,
+                )
+                for queue in self.queues
             ),
         )
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
-from vmm_kvm.state import U16, U32, Length, Part
+from vmm_kvm.state import U16, U32, Length, Part, PartState
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import scatter, split
@@ -37,7 +37,7 @@ class ConsoleSpec(NamedTuple):
     kind: Literal["console"] = "console"
 
 
-class ConsoleState(NamedTuple):
+class ConsoleState(PartState):
     """Everything that a guest can observe of a console, and pending data."""
 
     input: Annotated[bytes, Length(0, _INPUT_MAX)]
@@ -183,7 +183,7 @@ class VirtioConsole:
     def save(self) -> ConsoleState:
         """Return the state; output that was not handed on is in the queue."""
         with self._lock:
-            return ConsoleState(bytes(self._input), self._sent, self._size)
+            return ConsoleState(input=bytes(self._input), sent=self._sent, size=self._size)
 
     def restore(self, state: ConsoleState) -> None:
         """Continue from a snapshot."""

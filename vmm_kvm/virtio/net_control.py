@@ -8,14 +8,14 @@ Source: virtio 1.2 §5.1.4, §5.1.6.5
 """
 
 import struct
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, Protocol
 
 from vmm_kvm.errors import StateError, VirtqueueError
 from vmm_kvm.limits import MTU_DEFAULT, QUEUE_PAIRS_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.net.ethernet import ADDRESS_SIZE, Filter, is_group, locked_filter, text
 from vmm_kvm.scatter import total
-from vmm_kvm.state import U64, Length, Range
+from vmm_kvm.state import U64, Length, PartState, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather
 from vmm_kvm.virtio.queue import Virtqueue
@@ -82,7 +82,7 @@ _Addresses = Annotated[
 ]
 
 
-class NetState(NamedTuple):
+class NetState(PartState):
     """The driver's settings of its interface."""
 
     lladdr: Annotated[bytes, Length(ADDRESS_SIZE, ADDRESS_SIZE)]

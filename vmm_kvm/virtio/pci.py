@@ -17,7 +17,7 @@ Source: virtio 1.2 §4.1
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, Protocol
 
 from vmm_kvm.bits import PAGE_SIZE, all_ones
 from vmm_kvm.errors import GuestError, HaltError, StateError
@@ -26,7 +26,7 @@ from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import VENDOR_OPENBSD, VENDOR_QUMRANET, CapabilityId
 from vmm_kvm.pci.msix import Msix, MsixMessage, MsixState
-from vmm_kvm.state import U8, U16, Length, Part, Range
+from vmm_kvm.state import U8, U16, Length, Part, PartState, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.common_cfg import CommonCfg, CommonCfgState
 from vmm_kvm.virtio.device import Dataplane
@@ -56,7 +56,7 @@ _WINDOW_BAR, _WINDOW_OFFSET, _WINDOW_LENGTH, _WINDOW_DATA = 4, 8, 12, 16
 _FAILURES_LOGGED = 5  # per function: a guest can fail as often as it likes
 
 
-class VirtioPciState(NamedTuple):
+class VirtioPciState(PartState):
     """Everything that a driver can observe of the function besides its configuration space."""
 
     msix: MsixState
@@ -216,12 +216,12 @@ class VirtioPci:
                 if line and not self._routed[vector] and line.is_pending()
             }
             return VirtioPciState(
-                msix._replace(pending=msix.pending | pending),
-                self._registers.save(),
-                self._isr,
-                self._config,
-                self._generation,
-                tuple(sorted(self._dataplane.positions().items())),
+                msix=msix.but(pending=msix.pending | pending),
+                registers=self._registers.save(),
+                isr=self._isr,
+                config=self._config,
+                generation=self._generation,
+                positions=tuple(sorted(self._dataplane.positions().items())),
             )
 
     def restore(self, state: VirtioPciState) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from vmm_kvm.block.mapped import MappedImage
 from vmm_kvm.errors import StateError, VirtqueueError
 from vmm_kvm.log import Log
-from vmm_kvm.state import U64, Part
+from vmm_kvm.state import U64, Part, PartState
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter
 from vmm_kvm.virtio.queue import Virtqueue
@@ -37,7 +37,7 @@ class PmemSpec(NamedTuple):
     kind: Literal["pmem"] = "pmem"
 
 
-class PmemState(NamedTuple):
+class PmemState(PartState):
     """The place of a pmem device's memory; its contents are the image's."""
 
     gpa: U64
@@ -115,7 +115,8 @@ class VirtioPmem:
 
     def save(self) -> PmemState:
         """Return where the memory lies."""
-        return PmemState(*_CONFIG.unpack(self._config))
+        gpa, size = _CONFIG.unpack(self._config)
+        return PmemState(gpa=gpa, size=size)
 
     def restore(self, state: PmemState) -> None:
         """Continue with a device at the same place.

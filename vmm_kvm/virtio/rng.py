@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from vmm_kvm.bits import KIB, MIB
 from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.scatter import total
-from vmm_kvm.state import Part, Range
+from vmm_kvm.state import Part, PartState, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import scatter
@@ -76,7 +76,7 @@ class RngSpec(NamedTuple):
     kind: Literal["rng"] = "rng"
 
 
-class RngState(NamedTuple):
+class RngState(PartState):
     """How much a guest may still take."""
 
     tokens: Annotated[int, Range(0, BURST * NANOSECONDS)]
@@ -165,7 +165,7 @@ class VirtioRng:
     def save(self) -> RngState:
         """Return how much the guest may still take."""
         self._bucket.level(self._clock.monotonic_ns())
-        return RngState(self._bucket.parts_left)
+        return RngState(tokens=self._bucket.parts_left)
 
     def restore(self, state: RngState) -> None:
         """Continue with as many tokens; waiting requests are served when the device resumes."""

@@ -15,7 +15,7 @@ from vmm_kvm.log import Log
 from vmm_kvm.scatter import total
 from vmm_kvm.scsi.cdrom import CdRom
 from vmm_kvm.scsi.spc import UNRECOVERED_READ_ERROR, Check, Data, Extent, Sense
-from vmm_kvm.state import Part, Range
+from vmm_kvm.state import Part, PartState, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.buffers import gather, scatter, split
 from vmm_kvm.virtio.chain import Chain
@@ -81,7 +81,7 @@ class ScsiCdSpec(NamedTuple):
     kind: Literal["scsi-cd"] = "scsi-cd"
 
 
-class ScsiState(NamedTuple):
+class ScsiState(PartState):
     """Everything that a guest can observe of the adapter besides its drive."""
 
     sense_size: Annotated[int, Range(0, _SENSE_SIZE_MAX)]
@@ -177,7 +177,7 @@ class VirtioScsi:
 
     def save(self) -> ScsiState:
         """Return a snapshot."""
-        return ScsiState(self._sense_size, self._cdb_size)
+        return ScsiState(sense_size=self._sense_size, cdb_size=self._cdb_size)
 
     def restore(self, state: ScsiState) -> None:
         """Continue from a snapshot."""

@@ -21,7 +21,7 @@ from vmm_kvm.irq import IrqLine
 from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import CLASS_COMMUNICATIONS_OTHER, DEVICE_OPENBSD_VMMCI, VENDOR_OPENBSD
-from vmm_kvm.state import U8, U16, U32, U64, Range
+from vmm_kvm.state import U8, U16, U32, U64, PartState, Range
 from vmm_kvm.virtio import abi
 
 log = Log(__name__)
@@ -81,7 +81,7 @@ _CONFIG = struct.Struct("<IQQ")  # command, seconds and microseconds since 1970
 _REGISTERS = struct.Struct("<IIIHHHBB")
 
 
-class VmmciState(NamedTuple):
+class VmmciState(PartState):
     """Everything that a guest can observe of a Vmmci, and the host's pending request."""
 
     status: U8

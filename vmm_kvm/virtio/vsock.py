@@ -24,7 +24,7 @@ from vmm_kvm.errors import GuestError, StateError, VirtqueueError
 from vmm_kvm.limits import CID_MAX, CID_MIN
 from vmm_kvm.net.host_stream import HostStream
 from vmm_kvm.scatter import total
-from vmm_kvm.state import Part, Range
+from vmm_kvm.state import Part, PartState, Range
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.backlog import Backlog
 from vmm_kvm.virtio.buffers import scatter, split
@@ -72,7 +72,7 @@ class VsockSpec(NamedTuple):
     kind: Literal["vsock"] = "vsock"
 
 
-class VsockState(NamedTuple):
+class VsockState(PartState):
     """Everything that a guest can observe of the device: its connections end with the process."""
 
     cid: Annotated[int, Range(CID_MIN, CID_MAX)]
@@ -240,7 +240,7 @@ class VirtioVsock:
 
     def save(self) -> VsockState:
         """Return the part of it that is left elsewhere."""
-        return VsockState(self.cid)
+        return VsockState(cid=self.cid)
 
     def restore(self, state: VsockState) -> None:
         """Tell the guest that its connections are gone.

@@ -238,7 +238,7 @@ def test_state() -> None:
         rig.device.write_config(4, struct.pack("<I", 1234))
         other = VirtioBalloon(memory)
         (part,), (target,) = rig.device.parts("p"), other.parts("p")
-        assert rig.device.save() == BalloonState(1234)
+        assert rig.device.save() == BalloonState(pages=1234)
         target.restore(*part.save())
         assert other.config() == rig.device.config()
 

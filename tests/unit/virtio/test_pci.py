@@ -533,7 +533,7 @@ def test_suspended_and_resumed(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda state: state._replace(positions=((2, 0),)), "positions: no queue 2"),
+        (lambda state: state.but(positions=((2, 0),)), "positions: no queue 2"),
         (lambda state: _with(state, status=0x40), "status: 0x40"),
         (lambda state: _with(state, queues=()), "0 queues, not 2"),
         (lambda state: _with(state, driver_features=1 << 60), "features 0x1000000000000000 are"),
@@ -562,9 +562,9 @@ def _with(
     driver_features: int | None = None,
 ) -> VirtioPciState:
     old = state.registers
-    registers = old._replace(
+    registers = old.but(
         status=old.status if status is None else status,
         queues=old.queues if queues is None else queues,
         driver_features=old.driver_features if driver_features is None else driver_features,
     )
-    return state._replace(registers=registers)
+    return state.but(registers=registers)

@@ -485,7 +485,7 @@ def test_headers_and_data_divided_in_any_way(rig: Rig) -> None:
 def test_a_restored_guest_is_told() -> None:
     """A restored guest gets TRANSPORT_RESET at its first buffer; its old packets are refused."""
     rig = Rig()
-    rig.device.restore(VsockState(CID))
+    rig.device.restore(VsockState(cid=CID))
     rig.driver.offer()
     waiting = rig.connect()
     assert rig.driver.packets() == []  # a connection before it would end by it
@@ -503,7 +503,7 @@ def test_a_restored_guest_is_told() -> None:
 def test_a_guest_without_a_driver_is_not_told() -> None:
     """A guest without a driver at the restore gets no event."""
     rig = Rig(is_started=False)
-    rig.device.restore(VsockState(CID))
+    rig.device.restore(VsockState(cid=CID))
     rig.device.start(0)
     rig.driver.offer_event()
     assert rig.driver.events() == []
@@ -513,7 +513,7 @@ def test_a_guest_without_a_driver_is_not_told() -> None:
 def test_a_state_of_another_address(rig: Rig) -> None:
     """A state with another address is refused."""
     with pytest.raises(StateError, match=r"^cid: 4 is not this device's, 3$"):
-        rig.device.restore(VsockState(4))
+        rig.device.restore(VsockState(cid=4))
 
 
 def test_another_machine(rig: Rig) -> None:
@@ -541,7 +541,7 @@ def test_a_reset_ends_everything(rig: Rig) -> None:
     rig.device.start(0)
     rig.driver.offer()
     rig.from_guest()
-    assert rig.device.save() == VsockState(CID)
+    assert rig.device.save() == VsockState(cid=CID)
     assert {EVENT_QUEUE} <= rig.sides.keys()
 
 

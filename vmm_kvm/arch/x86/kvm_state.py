@@ -16,14 +16,14 @@ import struct
 import time
 from collections.abc import Sequence
 from errno import EINVAL, ENXIO
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from vmm_kvm.errors import KvmError, StateError
 from vmm_kvm.kvm import abi
 from vmm_kvm.kvm.ioctl import exchange, get_bytes, set_bytes
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.kvm.vm import Vm
-from vmm_kvm.state import U32, U64, Blob, Range
+from vmm_kvm.state import U32, U64, Blob, PartState, Range
 
 _NANOSECONDS = 1_000_000_000
 _MSR_IA32_TSC = 0x10
@@ -53,7 +53,7 @@ _SIZES = {
 }
 
 
-class VcpuRecord(NamedTuple):
+class VcpuRecord(PartState):
     """The state of a vCPU; of the blobs, `cpuid` and `msrs` are entries without their header."""
 
     mp_state: Annotated[int, Range(0, abi.KVM_MP_STATE_SIPI_RECEIVED)]
@@ -76,7 +76,7 @@ class VcpuRecord(NamedTuple):
     version: Literal[1] = 1
 
 
-class IrqchipRecord(NamedTuple):
+class IrqchipRecord(PartState):
     """The state of the PICs and the IOAPIC: a kvm_irqchip each."""
 
     pic_master: Blob
@@ -85,14 +85,14 @@ class IrqchipRecord(NamedTuple):
     version: Literal[1] = 1
 
 
-class PitRecord(NamedTuple):
+class PitRecord(PartState):
     """The state of the i8254: a kvm_pit_state2."""
 
     pit: Blob
     version: Literal[1] = 1
 
 
-class ClockRecord(NamedTuple):
+class ClockRecord(PartState):
     """kvmclock at the instant that the rest belongs to."""
 
     clock_ns: U64
@@ -103,7 +103,7 @@ class ClockRecord(NamedTuple):
     version: Literal[1] = 1
 
 
-class KvmRecord(NamedTuple):
+class KvmRecord(PartState):
     """Everything that KVM keeps of a VM."""
 
     clock: ClockRecord
@@ -138,24 +138,24 @@ def save_kvm(vm: Vm, vcpus: Sequence[Vcpu], msrs: Sequence[int]) -> KvmRecord:
             msrs = [entry[0] for entry in _MSR_ENTRY.iter_unpack(record.msrs)]
         records.append(record)
     return KvmRecord(
-        clock,
-        tuple(records),
-        IrqchipRecord(
-            _get_irqchip(vm, abi.KVM_IRQCHIP_PIC_MASTER),
-            _get_irqchip(vm, abi.KVM_IRQCHIP_PIC_SLAVE),
-            _get_irqchip(vm, abi.KVM_IRQCHIP_IOAPIC),
+        clock=clock,
+        vcpus=tuple(records),
+        irqchip=IrqchipRecord(
+            pic_master=_get_irqchip(vm, abi.KVM_IRQCHIP_PIC_MASTER),
+            pic_slave=_get_irqchip(vm, abi.KVM_IRQCHIP_PIC_SLAVE),
+            ioapic=_get_irqchip(vm, abi.KVM_IRQCHIP_IOAPIC),
         ),
-        PitRecord(get_bytes(vm.fd, abi.KVM_GET_PIT2, ctypes.sizeof(abi.kvm_pit_state2))),
+        pit=PitRecord(pit=get_bytes(vm.fd, abi.KVM_GET_PIT2, ctypes.sizeof(abi.kvm_pit_state2))),
     )
 
 
 def _save_clock(vm: Vm) -> ClockRecord:
     clock = vm.get_clock()
     return ClockRecord(
-        clock.clock,
+        clock_ns=clock.clock,
         # If KVM does not return both at once, they are some microseconds apart.
-        clock.realtime if clock.flags & abi.KVM_CLOCK_REALTIME else time.time_ns(),
-        clock.host_tsc if clock.flags & abi.KVM_CLOCK_HOST_TSC else None,
+        realtime_ns=clock.realtime if clock.flags & abi.KVM_CLOCK_REALTIME else time.time_ns(),
+        host_tsc=clock.host_tsc if clock.flags & abi.KVM_CLOCK_HOST_TSC else None,
     )
 
 
@@ -171,19 +171,20 @@ def _save_vcpu(vcpu: Vcpu, vm: Vm, msrs: Sequence[int]) -> VcpuRecord:
     lapic = get_bytes(fd, abi.KVM_GET_LAPIC, _SIZES["lapic"])
     khz, offset = _tsc(vcpu)
     return VcpuRecord(
-        mp_state,
-        khz,
-        offset,
-        regs,
-        sregs,
-        xsave,
-        xcrs,
-        debugregs,
-        lapic,
-        _get_cpuid(fd),
-        _get_msrs(fd, [index for index in msrs if index != _MSR_IA32_MCG_CTL]),
-        _get_nested(fd, vm),
-        get_bytes(fd, abi.KVM_GET_VCPU_EVENTS, _SIZES["events"]),  # last: all else may add events
+        mp_state=mp_state,
+        tsc_khz=khz,
+        tsc_offset=offset,
+        regs=regs,
+        sregs=sregs,
+        xsave=xsave,
+        xcrs=xcrs,
+        debugregs=debugregs,
+        lapic=lapic,
+        cpuid=_get_cpuid(fd),
+        msrs=_get_msrs(fd, [index for index in msrs if index != _MSR_IA32_MCG_CTL]),
+        nested=_get_nested(fd, vm),
+        # Last: all else may add events.
+        events=get_bytes(fd, abi.KVM_GET_VCPU_EVENTS, _SIZES["events"]),
     )
 
 
