@@ -85,7 +85,12 @@ class Source:
         self.vmm = vmm
         self.loop = EventLoop()
         self.output = bytearray()
-        self.spec = MachineSpec(open_image(str(selftest_path())), memory_mib * MIB, cpus, "bench")
+        self.spec = MachineSpec(
+            image=open_image(str(selftest_path())),
+            memory_size=memory_mib * MIB,
+            cpus=cpus,
+            name="bench",
+        )
 
     def machine(self, *, is_restored: bool = False) -> Machine:
         """Build one."""

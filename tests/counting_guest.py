@@ -188,7 +188,9 @@ class Stand:
     """Makes machines of one specification in this process."""
 
     def __init__(self, image: Path, cpus: int) -> None:
-        self.spec = MachineSpec(open_image(str(image)), RAM_SIZE, cpus, devices=())
+        self.spec = MachineSpec(
+            image=open_image(str(image)), memory_size=RAM_SIZE, cpus=cpus, devices=()
+        )
         self.outcomes: list[Outcome] = []
 
     @contextmanager

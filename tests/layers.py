@@ -19,7 +19,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm": (),
     "vmm_kvm.errors": (),
     "vmm_kvm.bits": (),
-    "vmm_kvm.state": ("vmm_kvm.errors",),
+    "vmm_kvm.record": (),
+    "vmm_kvm.state": ("vmm_kvm.errors", "vmm_kvm.record"),
     "vmm_kvm.irq": (),
     "vmm_kvm.clock": (),
     "vmm_kvm.text": (),
@@ -46,7 +47,12 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.memfd",
         "vmm_kvm.write_log",
     ),
-    "vmm_kvm.vm_params": ("vmm_kvm.errors", "vmm_kvm.bits", "vmm_kvm.limits"),
+    "vmm_kvm.vm_params": (
+        "vmm_kvm.errors",
+        "vmm_kvm.bits",
+        "vmm_kvm.limits",
+        "vmm_kvm.record",
+    ),
     "vmm_kvm.kvm": ("vmm_kvm.errors", "vmm_kvm.bits", "vmm_kvm.log", "vmm_kvm.libc"),
     "vmm_kvm.block": (
         "vmm_kvm.errors",
@@ -88,6 +94,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.arch.x86": (
         "vmm_kvm.boot_device",
         "vmm_kvm.errors",
+        "vmm_kvm.record",
         "vmm_kvm.state",
         "vmm_kvm.bits",
         "vmm_kvm.limits",
@@ -180,6 +187,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm.machine": (
         "vmm_kvm.boot_device",
         "vmm_kvm.errors",
+        "vmm_kvm.record",
         "vmm_kvm.irq",
         "vmm_kvm.state",
         "vmm_kvm.bits",
@@ -437,6 +445,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.daemon": (
         "vmm_kvm.errors",
+        "vmm_kvm.record",
         "vmm_kvm.text",
         "vmm_kvm.boot_device",
         "vmm_kvm.limits",
@@ -455,6 +464,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.foreground": (
         "vmm_kvm.errors",
+        "vmm_kvm.record",
         "vmm_kvm.bits",
         "vmm_kvm.clock",
         "vmm_kvm.text",

@@ -53,7 +53,8 @@ _LATE_MODULES = (
     *("bz2", "hashlib", "lzma", "zlib", "traceback", "lz4.block", "zstandard"),
     *("encodings.latin_1", "encodings.ascii", "encodings.utf_16_le", "encodings.idna"),
     *("vmm_kvm.block.qcow2.header", "vmm_kvm.block.qcow2.image", "vmm_kvm.block.qcow2.repair"),
-    *("vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash", "vmm_kvm.pci.q35"),
+    *("vmm_kvm.arch.x86.kernels", "vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash"),
+    *("vmm_kvm.machine.dirty", "vmm_kvm.pci.q35"),
 )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from vmm_kvm.bits import GIB, MIB, PAGE_SIZE
 from vmm_kvm.errors import Refusal, RefusedError
 from vmm_kvm.limits import MEMORY_MAX, NAME_MAX, VCPUS_MAX
+from vmm_kvm.record import Record
 
 MAX_MEMORY_RANGES = 16
 
@@ -58,7 +59,7 @@ class Controllers(enum.Enum):
     """KVM's PICs, IOAPIC, local APICs and PIT: no exit per interrupt or HLT."""
 
 
-class CreateParams(NamedTuple):
+class CreateParams(Record):
     """The VM to create."""
 
     ranges: Sequence[MemoryRange]

@@ -45,7 +45,7 @@ def machine(count: int, seed: int) -> int:
 
     outcomes: list[Outcome] = []
     install_kick_signal()
-    spec = MachineSpec(open_image(str(IMAGE)), MEMORY, name="hostile")
+    spec = MachineSpec(image=open_image(str(IMAGE)), memory_size=MEMORY, name="hostile")
     before = set(Path("/proc/self/fd").iterdir())
     with Kvm() as kvm, Vmm(kvm) as vmm, EventLoop() as loop:
 

@@ -32,7 +32,7 @@ class Ram:
 
     def params(self, *, ncpus: int = 1, name: str = "test") -> CreateParams:
         """Return the parameters of a VM with this memory."""
-        return CreateParams([MemoryRange(0, self.va, self.size)], ncpus, name)
+        return CreateParams(ranges=[MemoryRange(0, self.va, self.size)], ncpus=ncpus, name=name)
 
     def put(self, address: int, data: bytes) -> None:
         """Copy `data` to `address`."""

@@ -64,7 +64,12 @@ class Bench:
     ) -> Machine:
         """Build the machine; nothing runs yet."""
         return Machine(
-            MachineSpec(open_image(str(image or selftest_path())), memory_size, cpus, "bench"),
+            MachineSpec(
+                image=open_image(str(image or selftest_path())),
+                memory_size=memory_size,
+                cpus=cpus,
+                name="bench",
+            ),
             self.vmm,
             clock or self.loop,
             transmit=self.output.extend,
@@ -231,7 +236,9 @@ def test_devices_lie_in_openbsds_order(bench: Bench) -> None:
     with ours, theirs:
         net = NetSpec(b"\xfe\xe1\xbb\0\0\1", StreamPath(ours.fileno(), Traffic()), "net")
         devices = (VmmciSpec(), VsockSpec(), ConsoleSpec(), ScsiCdSpec(None), net, RngSpec())
-        spec = MachineSpec(open_image(str(selftest_path())), 16 * MIB, devices=devices)
+        spec = MachineSpec(
+            image=open_image(str(selftest_path())), memory_size=16 * MIB, devices=devices
+        )
         with Machine(
             spec,
             bench.vmm,
@@ -248,7 +255,7 @@ def test_devices_lie_in_openbsds_order(bench: Bench) -> None:
 
 def test_a_machine_without_vmmci(bench: Bench) -> None:
     """A machine has the devices of its specification, and can be paused without any."""
-    spec = MachineSpec(open_image(str(selftest_path())), 16 * MIB, devices=())
+    spec = MachineSpec(image=open_image(str(selftest_path())), memory_size=16 * MIB, devices=())
     with Machine(
         spec,
         bench.vmm,

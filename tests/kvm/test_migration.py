@@ -85,7 +85,9 @@ def stand() -> Iterator[Stand]:
     """Make a stand."""
     install_kick_signal()
     rom = guests.firmware(DIRTYING)
-    spec = MachineSpec(FirmwareImage("dirtying", rom, len(rom)), SIZE, 1, "dirtying")
+    spec = MachineSpec(
+        image=FirmwareImage("dirtying", rom, len(rom)), memory_size=SIZE, cpus=1, name="dirtying"
+    )
     with Kvm() as kvm, Vmm(kvm) as vmm, EventLoop() as loop:
         yield Stand(vmm, loop, spec)
 

@@ -88,7 +88,7 @@ def test_info(vmm: Vmm) -> None:
         MemoryRange(0x8_0000, 0, 0x1000, MemoryType.MMIO),
         MemoryRange(0x10_0000, ram.va + 0x8_0000, 0x8_0000, MemoryType.RESERVED),
     ]
-    primitives.create(vmm, CreateParams(ranges, ncpus=2, name="older"))
+    primitives.create(vmm, CreateParams(ranges=ranges, ncpus=2, name="older"))
     primitives.create(vmm, ram.params(name="newer"))
     newer, older = own_info(vmm)
     assert [(newer.id, newer.name, newer.ncpus), (older.id, older.name, older.ncpus)] == [
@@ -141,8 +141,8 @@ def test_create_refuses(vmm: Vmm) -> None:
     """Bad parameters are EINVAL; nothing is created, and the id is not used up."""
     ram = Ram()
     bad = (
-        CreateParams([]),
-        CreateParams([MemoryRange(1, ram.va, ram.size)]),
+        CreateParams(ranges=[]),
+        CreateParams(ranges=[MemoryRange(1, ram.va, ram.size)]),
         ram.params(ncpus=0),
         ram.params(ncpus=65),
         ram.params(name="x" * 64),

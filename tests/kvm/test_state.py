@@ -74,7 +74,9 @@ class Bench:
 def bench(cpus: int = 1) -> Iterator[Bench]:
     """Make a bench for machines with the self-test guest."""
     install_kick_signal()
-    spec = MachineSpec(open_image(str(selftest_path())), 16 * MIB, cpus, "bench")
+    spec = MachineSpec(
+        image=open_image(str(selftest_path())), memory_size=16 * MIB, cpus=cpus, name="bench"
+    )
     with Kvm() as kvm, Vmm(kvm) as vmm, EventLoop() as loop:
         yield Bench(vmm, loop, spec)
 

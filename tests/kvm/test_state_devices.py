@@ -49,7 +49,7 @@ from vmm_kvm.pci.msix import Msix
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.scsi.cdrom import CdRom
 from vmm_kvm.scsi.spc import Opcode
-from vmm_kvm.state import Json
+from vmm_kvm.state import Json, PartState
 from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.balloon import BalloonSpec
 from vmm_kvm.virtio.blk import BlkSpec
@@ -118,8 +118,8 @@ class Stand:
         pmem = enter(MappedImage(str(self.directory / "pmem"), is_private=True))
         net = NetSpec(LLADDR, StreamPath(ours.fileno(), Traffic()), "net")
         return MachineSpec(
-            open_image(str(selftest_path())),
-            RAM_SIZE,
+            image=open_image(str(selftest_path())),
+            memory_size=RAM_SIZE,
             cpus=2,
             devices=(
                 *(RngSpec(), net, BlkSpec(disk, "disk"), PmemSpec(pmem, "pmem")),
@@ -132,7 +132,7 @@ class Stand:
     def successor(self, spec: MachineSpec) -> MachineSpec:
         """Describe the machine that continues, whose flash is another file."""
         variables = self.stack.enter_context(Variables(bytes(FLASH_SIZE), None))
-        return spec._replace(variables=variables)
+        return spec.but(variables=variables)
 
     def machine(self, spec: MachineSpec, *, is_restored: bool = False) -> Machine:
         """Build one, paused."""
@@ -449,7 +449,7 @@ def test_a_restored_machine_looks_the_same(stand: Stand, is_uefi: bool) -> None:
     spec = stand.spec()
     if is_uefi:  # another host bridge
         rom = _FIRMWARE_VOLUME.ljust(64 << 10, b"\xff")
-        spec = spec._replace(image=FirmwareImage("uefi", rom, len(rom)))
+        spec = spec.but(image=FirmwareImage("uefi", rom, len(rom)))
     first = stand.machine(spec)
     change_everything(stand, first)
     if is_uefi:
@@ -563,22 +563,13 @@ def _note_same(machine: Machine, fresh: Machine, same: dict[str, set[str]]) -> N
     for part in machine.parts():
         old, new = _record(others[part.name].device), _record(part.device)
         kind = type(new).__name__
-        equal = {
-            name
-            for name, before, after in zip(_names(new), old, new, strict=True)
-            if before == after
-        }
+        equal = {name for name, value in vars(new).items() if value == getattr(old, name)}
         same[kind] = same.get(kind, equal) & equal
 
 
-def _record(device: object) -> tuple[object, ...]:
-    record: tuple[object, ...] = getattr(device, "save")()  # noqa: B009 - of any type
+def _record(device: object) -> PartState:
+    record: PartState = getattr(device, "save")()  # noqa: B009 - of any type
     return record
-
-
-def _names(record: tuple[object, ...]) -> tuple[str, ...]:
-    names: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009 - a NamedTuple
-    return names
 
 
 def test_every_class_with_a_state_is_in_the_walk(stand: Stand) -> None:
@@ -604,7 +595,7 @@ def test_a_machine_with_other_devices_is_refused(stand: Stand) -> None:
     """The names of the parts identify them."""
     spec = stand.spec()
     state = save(stand.machine(spec))
-    other = stand.machine(spec._replace(devices=spec.devices[:-1]), is_restored=True)
+    other = stand.machine(spec.but(devices=spec.devices[:-1]), is_restored=True)
     with pytest.raises(StateError, match=r"'pci\.00:0a\.0/vmmci': not in this machine"):
         restore(other, state)
 

@@ -102,7 +102,9 @@ class Stand:
 
     def machine(self, *, is_restored: bool = False) -> Machine:
         """Build a machine with a vsock device alone."""
-        spec = MachineSpec(self.image, RAM_SIZE, devices=(VsockSpec(CID, self.dial),))
+        spec = MachineSpec(
+            image=self.image, memory_size=RAM_SIZE, devices=(VsockSpec(CID, self.dial),)
+        )
         return self.stack.enter_context(
             Machine(
                 spec,

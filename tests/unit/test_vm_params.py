@@ -38,7 +38,7 @@ def _ram(gpa: int, size: int, va: int = VA) -> MemoryRange:
 )
 def test_good_ranges(ranges: list[MemoryRange]) -> None:
     """One to sixteen ascending ranges are accepted, also with gaps, up to 128 GiB."""
-    check_params(CreateParams(ranges), 64)
+    check_params(CreateParams(ranges=ranges), 64)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_good_ranges(ranges: list[MemoryRange]) -> None:
 def test_bad_ranges(ranges: list[MemoryRange], message: str) -> None:
     """Each kind of bad range is EINVAL, with a line that names it and the reason."""
     with pytest.raises(RefusedError) as caught:
-        check_params(CreateParams(ranges), 64)
+        check_params(CreateParams(ranges=ranges), 64)
     assert (str(caught.value), caught.value.refusal) == (message, Refusal.EINVAL)
 
 
 @pytest.mark.parametrize(("ncpus", "most"), [(1, 1), (64, 64), (64, 4096), (4, 4)])
 def test_good_vcpu_counts(ncpus: int, most: int) -> None:
     """One to 64 vCPUs are accepted, or as many as KVM allows."""
-    check_params(CreateParams([_ram(0, PAGE)], ncpus), most)
+    check_params(CreateParams(ranges=[_ram(0, PAGE)], ncpus=ncpus), most)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_good_vcpu_counts(ncpus: int, most: int) -> None:
 def test_bad_vcpu_counts(ncpus: int, most: int, message: str) -> None:
     """No vCPU, more than 64, or more than KVM allows is EINVAL."""
     with pytest.raises(RefusedError) as caught:
-        check_params(CreateParams([_ram(0, PAGE)], ncpus), most)
+        check_params(CreateParams(ranges=[_ram(0, PAGE)], ncpus=ncpus), most)
     assert (str(caught.value), caught.value.refusal) == (message, Refusal.EINVAL)
 
 
@@ -104,7 +104,7 @@ def test_bad_vcpu_counts(ncpus: int, most: int, message: str) -> None:
 def test_bad_names(name: str) -> None:
     """A name has at most 63 bytes and no NUL."""
     with pytest.raises(RefusedError) as caught:
-        check_params(CreateParams([_ram(0, PAGE)], name=name), 64)
+        check_params(CreateParams(ranges=[_ram(0, PAGE)], name=name), 64)
     assert str(caught.value) == "name: more than 63 bytes, or a NUL"
 
 
@@ -115,7 +115,7 @@ def test_memory_size() -> None:
         MemoryRange(MIB, 0, MIB, MemoryType.MMIO),
         MemoryRange(2 * MIB, VA, PAGE, MemoryType.RESERVED),
     ]
-    assert memory_size(CreateParams(ranges)) == MIB + PAGE
+    assert memory_size(CreateParams(ranges=ranges)) == MIB + PAGE
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ Source: section 3.6 of OpenBSD's behaviour.
 import os
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from vmctl.client import (
     Client,
@@ -20,21 +20,16 @@ from vmctl.client import (
     check_name,
     parse_target,
 )
-from vmctl.daemon.starting import open_chain, open_file, say_started, why_not_started
-from vmctl.daemon.wait import ExpiredError, check_condition, wait_for
-from vmctl.images.store import stored_disk
+from vmctl.daemon.starting import open_file, path_of, say_started, shown, why_not_started
 from vmctl.messages import choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
 from vmctl.values import cpus_of, memory_of, number_of, once, seconds_of
-from vmd.config.disks import (
-    DiskError,
-    DiskKind,
-    DiskOption,
-    check_distinct,
-    parse_disk,
-)
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
+from vmm_kvm.record import Record
+
+if TYPE_CHECKING:  # loaded if there is a disk
+    from vmd.config.disks import DiskOption
 
 _INT_MAX = (1 << 31) - 1
 _BOOT_DEVICES = ("disk", "cdrom", "net")
@@ -42,7 +37,7 @@ _FIRMWARE = ("bios", "uefi")
 _CLOCKS = ("frozen", "now")
 
 
-class StartOptions(NamedTuple):
+class StartOptions(Record):
     """The command line of `vmctl start`, as typed; options that may come once are lists too."""
 
     boot: tuple[str, ...] = ()
@@ -135,7 +130,7 @@ def _origin(options: StartOptions) -> str | None:
     if clock is not None and not origin:
         raise CommandError("--clock is for --from")
     about = ("origin", "clock", "timeout", "until", "console")
-    if origin and any(value for field, value in options._asdict().items() if field not in about):
+    if origin and any(value for field, value in vars(options).items() if field not in about):
         raise CommandError("--from says all of the VM: use no options that say what it is")
     return origin
 
@@ -149,7 +144,7 @@ def _with_seed(options: StartOptions, target: Target) -> StartOptions:
     if options.agent and not options.vsock:
         options = options._replace(vsock=("auto",))
     disk = seed_disk(target.name or f"vm{target.id}", options)
-    return options._replace(disks=(*options.disks, disk))
+    return options.but(disks=(*options.disks, disk))
 
 
 def _start_from(client: Client, target: Target, origin: str, clock: str | None) -> Fields:
@@ -166,8 +161,13 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
 
     if options.is_template:
         raise CommandError("--save and --template: use one")
-    disks = [_disk(text) for text in options.disks]
-    save(client, target.name, asked, disks, [_path(each, "initrd") for each in options.initrd])
+    save(
+        client,
+        target.name,
+        asked,
+        _disks(options),
+        [path_of(each, "initrd") for each in options.initrd],
+    )
     try:
         return client.ask("start", "started", target.fields())
     except RefusedError as err:
@@ -177,7 +177,7 @@ def _save(client: Client, target: Target, asked: Fields, options: StartOptions) 
         return vms[0]  # it runs already: the daemon starts configured VMs
 
 
-class _Condition(NamedTuple):
+class _Condition(Record):
     """The condition of `--wait`."""
 
     text: str
@@ -194,12 +194,17 @@ def _condition(options: StartOptions) -> _Condition | None:
         return None
     if options.console:
         raise SpecError("-c and --wait: use one")
+    from vmctl.daemon.wait import check_condition  # noqa: PLC0415 - only with --wait
+
     check_condition(until)
-    return _Condition(until, None if seconds is None else time.monotonic() + seconds)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    return _Condition(text=until, deadline=deadline)
 
 
 def _wait(condition: _Condition, client: Client, answer: Fields, report: Report) -> int:
     """Wait for the started VM as `vmctl wait` does."""
+    from vmctl.daemon.wait import ExpiredError, wait_for  # noqa: PLC0415 - only with --wait
+
     told = answer["id"], answer["pid"], answer["tty"]
     try:
         text = wait_for(client, Target(id=answer["id"]), condition.text, condition.deadline)
@@ -215,7 +220,6 @@ def _wait(condition: _Condition, client: Client, answer: Fields, report: Report)
 def _request(options: StartOptions, fds: list[int]) -> Fields:
     """Return the request's fields; descriptors that they name are added to `fds`."""
     fields: Fields = {}
-    disks: list[DiskOption] = []
     boot = once(options.boot, "boot image")
     if options.selftest:
         from vmm_kvm.boot.firmware import selftest_path  # noqa: PLC0415 - only with --selftest
@@ -241,16 +245,14 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["memory"] = memory_of(memory)
     if cpus is not None:
         fields["cpus"] = cpus_of(cpus)
-    if options.disks:
-        disks = [_disk(text) for text in options.disks]
-        try:
-            check_distinct(disks)
-        except DiskError as err:
-            raise CommandError(str(err)) from None
-        fields["disks"] = [_named(disk) for disk in disks]
+    disks = _disks(options)
+    if disks:
+        from vmctl.daemon.start_disks import disk_fields  # noqa: PLC0415 - not every VM has a disk
+
+        fields["disks"] = [disk_fields(disk) for disk in disks]
     if cdrom is not None:
-        cdrom = _path(cdrom, "iso image")
-        fields["cdrom"] = _shown(cdrom)
+        cdrom = path_of(cdrom, "iso image")
+        fields["cdrom"] = shown(cdrom)
     interfaces = _interfaces(options, count)
     if interfaces:
         fields["interfaces"] = interfaces
@@ -276,19 +278,29 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["has_watchdog"] = True
     _check(fields, has_kernel=boot is not None)
     if boot is not None:
-        boot = _path(boot, "boot image")
-        fields["kernel_path"] = _shown(boot)
+        boot = path_of(boot, "boot image")
+        fields["kernel_path"] = shown(boot)
         fields["kernel"] = open_file(boot, "kernel", fds)
     if options.initrd:
         if boot is None:
             raise CommandError("--initrd is for a kernel: use -b")
-        paths = [_path(each, "initrd") for each in options.initrd]
+        paths = [path_of(each, "initrd") for each in options.initrd]
         fields["initrd"] = [open_file(path, "initrd", fds) for path in paths]
-    for disk, named in zip(disks, fields.get("disks", ()), strict=True):
-        named["chain"] = open_chain(disk, fds)
+    if disks:
+        from vmctl.daemon.start_disks import open_disks  # noqa: PLC0415 - see above
+
+        open_disks(disks, fields["disks"], fds)
     if cdrom is not None:
         fields["cdrom_image"] = open_file(cdrom, "iso image", fds)
     return fields
+
+
+def _disks(options: StartOptions) -> "list[DiskOption]":
+    if not options.disks:
+        return []
+    from vmctl.daemon.start_disks import read_disks  # noqa: PLC0415 - not every VM has a disk
+
+    return read_disks(options.disks)
 
 
 def _check(fields: Fields, *, has_kernel: bool) -> None:
@@ -354,30 +366,6 @@ def _forwards(texts: Sequence[str]) -> list[Fields]:
     return [forward._asdict() for forward in forwards]
 
 
-def _disk(text: str) -> DiskOption:
-    """Return a disk that is an image, with an absolute path."""
-    try:
-        disk = stored_disk(parse_disk(text))
-    except DiskError as err:
-        raise CommandError(str(err)) from None
-    if disk.kind not in {DiskKind.PROBE, DiskKind.RAW, DiskKind.QCOW2}:
-        raise CommandError(f"invalid disk: {text}: only for 'vmctl run' and vm.conf")
-    return disk._replace(path=_path(disk.path, "disk"))
-
-
-def _named(disk: DiskOption) -> Fields:
-    """Return a disk's fields of a request, without its files."""
-    return {
-        "path": _shown(disk.path),
-        "format": str(disk.kind),
-        "is_read_only": disk.is_read_only,
-        "serial": disk.serial,
-        "queues": disk.queues,
-        **({} if disk.on_error is None else {"error": str(disk.on_error)}),
-        **({"is_snapshot": True} if disk.is_snapshot else {}),
-    }
-
-
 def _firmware(text: str) -> str:
     try:
         return os.path.realpath(text, strict=True)
@@ -386,15 +374,3 @@ def _firmware(text: str) -> str:
             raise CommandError(f"invalid firmware path: {text}: {err.strerror}") from err
         known = choice((*_FIRMWARE, "the path of an image"))
         raise CommandError(f"unknown firmware {text}: {err.strerror} ({known})") from err
-
-
-def _path(path: str, what: str) -> str:
-    try:
-        return os.path.realpath(path, strict=True)
-    except OSError as err:
-        raise CommandError(f"invalid {what} path: {path}: {err.strerror}") from err
-
-
-def _shown(path: str) -> str:
-    """Return a path as text for messages."""
-    return os.fsencode(path).decode(errors="backslashreplace")

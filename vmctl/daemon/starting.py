@@ -3,10 +3,13 @@
 import os
 import stat
 import sys
+from typing import TYPE_CHECKING
 
 from vmctl.client import CommandError, Fields, RefusedError, text_of
-from vmd.config.disks import DiskKind, DiskOption, writes_image
 from vmm_kvm.text import printable
+
+if TYPE_CHECKING:  # loaded if there is a disk
+    from vmd.config.disks import DiskOption
 
 _OWN_TEXTS = {"bios-missing", "disk-missing", "cdrom-missing", "cdrom-invalid", "template-invalid"}
 
@@ -22,6 +25,19 @@ def say_started(answer: Fields) -> None:
     """Print that a VM has started, from the daemon's answer."""
     text = f"started vm {answer['id']} successfully, tty {answer['tty']}"
     print(f"vmctl: {printable(text)}", file=sys.stderr)
+
+
+def path_of(path: str, what: str) -> str:
+    """Return the absolute path of a file that is there, without symbolic links."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except OSError as err:
+        raise CommandError(f"invalid {what} path: {path}: {err.strerror}") from err
+
+
+def shown(path: str) -> str:
+    """Return a path as text for messages."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def open_file(
@@ -40,9 +56,10 @@ def open_file(
     return len(fds) - 1
 
 
-def open_chain(disk: DiskOption, fds: list[int]) -> list[int]:
+def open_chain(disk: "DiskOption", fds: list[int]) -> list[int]:
     """Open an image and its bases for the daemon, which follows no path; returns their indices."""
-    from vmm_kvm.block.image import Format  # noqa: PLC0415 - only with disks
+    from vmd.config.disks import DiskKind, writes_image  # noqa: PLC0415 - only with disks
+    from vmm_kvm.block.image import Format  # noqa: PLC0415 - same
     from vmm_kvm.errors import ImageError  # noqa: PLC0415 - same
     from vmm_kvm.images.opening import image_chain  # noqa: PLC0415 - same
 

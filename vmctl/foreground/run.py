@@ -35,6 +35,7 @@ from vmm_kvm.machine.spec import (
     TripleFault,
 )
 from vmm_kvm.primitives import Vmm
+from vmm_kvm.record import Record
 from vmm_kvm.standard_streams import OutputError
 
 if TYPE_CHECKING:  # loaded if there is a disk, or an interface
@@ -58,7 +59,7 @@ _RESETS = (
 _RETRY_NS = NANOSECONDS
 
 
-class RunOptions(NamedTuple):
+class RunOptions(Record):
     """The command line of `vmctl run`, as typed; options that may come once are lists too."""
 
     boot: tuple[str, ...] = ()
@@ -174,7 +175,7 @@ def _origin(options: RunOptions) -> str | None:
         *("name", "origin", "timeout", "until", "no_reboot", "as_json", "console_log", "console"),
         *("vsock", "gdb"),
     )
-    if origin and any(value for field, value in options._asdict().items() if field not in about):
+    if origin and any(value for field, value in vars(options).items() if field not in about):
         raise SpecError("--from says all of the VM: use no options that say what it is")
     return origin
 

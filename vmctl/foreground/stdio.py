@@ -11,10 +11,10 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
-from vmctl.screen.console import ESCAPES, Escape, EscapeParser, RawTerminal
 from vmm_kvm.loop import EventLoop
 
 if TYPE_CHECKING:  # loaded where there is a terminal
+    from vmctl.screen.console import Escape, EscapeParser, RawTerminal
     from vmctl.screen.terminal import TerminalState
 
 _BATCH_NS = 3_000_000  # how long a byte may wait for others to be written with
@@ -77,8 +77,10 @@ class Stdio:
         self._terminal: RawTerminal | None = None
         self._state: TerminalState | None = None
         if os.isatty(stdin) and os.isatty(stdout):
-            self._parser = EscapeParser()
-            self._terminal = RawTerminal(stdin)
+            from vmctl.screen import console  # noqa: PLC0415 - not for pipes
+
+            self._parser = console.EscapeParser()
+            self._terminal = console.RawTerminal(stdin)
 
     def start(self) -> None:
         """Begin to read; a terminal becomes raw."""
@@ -239,17 +241,19 @@ class Stdio:
             self._loop.remove_reader(self._stdin)
             return
         for part in self._parser.feed(data) if self._parser else (data,):
-            if isinstance(part, Escape):
-                self._escape(part)
-            else:
+            if isinstance(part, bytes):
                 self._typed += part
+            else:
+                self._escape(part)
         if not self._reads_directly:
             self.feed()
             if len(self._typed) >= _READ_SIZE:
                 self._is_held = True
                 self._loop.remove_reader(self._stdin)
 
-    def _escape(self, escape: Escape) -> None:
+    def _escape(self, escape: "Escape") -> None:
+        from vmctl.screen.console import ESCAPES, Escape  # noqa: PLC0415 - not for pipes
+
         match escape:
             case Escape.POWER_OFF:
                 self._guest.quit(None)

@@ -10,11 +10,11 @@ Source: UAPI.13 VMClock; for the flags and the generation counter's place <linux
 import mmap
 import struct
 from collections.abc import Callable
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal
 
 from vmm_kvm.bits import PAGE_SIZE
 from vmm_kvm.irq import IrqLine
-from vmm_kvm.state import Range
+from vmm_kvm.state import PartState, Range
 
 MAGIC: Final = 0x4B4C_4356  # "VCLK"
 VERSION: Final = 1
@@ -30,7 +30,7 @@ _AT_SEQUENCE, _AT_CHANGING, _AT_GENERATION = 0x0C, 0x10, 0x68
 _SEQUENCE_MASK, _COUNTER_MAX = (1 << 32) - 1, (1 << 64) - 1
 
 
-class VmClockState(NamedTuple):
+class VmClockState(PartState):
     """What a guest reads."""
 
     sequence: Annotated[int, Range(0, _SEQUENCE_MASK)]
@@ -54,7 +54,9 @@ class VmClock:
         self._irq: IrqLine | None = None
         constant = MAGIC, PAGE_SIZE, VERSION, COUNTER_INVALID, 0
         self.memory[: _CONSTANT.size] = _CONSTANT.pack(*constant)
-        self._state = VmClockState(0, self._number(), self._number())
+        self._state = VmClockState(
+            sequence=0, disruptions=self._number(), generation=self._number()
+        )
         self._write()
 
     def attach(self, irq: IrqLine) -> None:
@@ -63,13 +65,13 @@ class VmClock:
 
     def disrupt(self, *, is_copy: bool = False) -> None:
         """Tell the guest that its counters have jumped, or that it is a copy; no vCPU runs."""
-        sequence, disruptions, generation, _ = self._state
+        old = self._state
         # Odd while the page changes: a guest's program may have been interrupted while it read.
-        self.memory[_AT_SEQUENCE : _AT_SEQUENCE + 4] = _WORD.pack(sequence + 1 & _SEQUENCE_MASK)
+        self.memory[_AT_SEQUENCE : _AT_SEQUENCE + 4] = _WORD.pack(old.sequence + 1 & _SEQUENCE_MASK)
         self._state = VmClockState(
-            sequence + 2 & _SEQUENCE_MASK,
-            self._other(disruptions),
-            self._other(generation) if is_copy else generation,
+            sequence=old.sequence + 2 & _SEQUENCE_MASK,
+            disruptions=self._other(old.disruptions),
+            generation=self._other(old.generation) if is_copy else old.generation,
         )
         self._write()
         if self._irq:
@@ -82,15 +84,15 @@ class VmClock:
 
     def restore(self, state: VmClockState) -> None:
         """Be as in a snapshot; `disrupt` tells the guest that it is not."""
-        self._state = state._replace(sequence=state.sequence & ~1)
+        self._state = state.but(sequence=state.sequence & ~1)
         self._write()
 
     def _write(self) -> None:
-        sequence, disruptions, generation, _ = self._state
+        state = self._state
         flags = FLAG_GENERATION | FLAG_NOTIFICATION
-        _CHANGING.pack_into(self.memory, _AT_CHANGING, disruptions, flags)
-        _COUNTER.pack_into(self.memory, _AT_GENERATION, generation)
-        _WORD.pack_into(self.memory, _AT_SEQUENCE, sequence)
+        _CHANGING.pack_into(self.memory, _AT_CHANGING, state.disruptions, flags)
+        _COUNTER.pack_into(self.memory, _AT_GENERATION, state.generation)
+        _WORD.pack_into(self.memory, _AT_SEQUENCE, state.sequence)
 
     def _number(self) -> int:
         return int.from_bytes(self._random(8), "little")

@@ -8,7 +8,7 @@ nothing of the old one is left over.
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from mmap import mmap
 from typing import TYPE_CHECKING, Self
@@ -43,7 +43,6 @@ from vmm_kvm.kvm.irqline import KvmIrqLine, set_level_triggered
 from vmm_kvm.kvm.stats import ExitCounts
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.machine.bad_exits import outcome_of
-from vmm_kvm.machine.dirty import DirtyPages
 from vmm_kvm.machine.identity import Identity
 from vmm_kvm.machine.routes import interrupt_routes
 from vmm_kvm.machine.runner import Runner
@@ -67,8 +66,7 @@ from vmm_kvm.state import Part
 from vmm_kvm.vm_params import Controllers, CreateParams, Mapping, MemoryRange, check_vcpus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from vmm_kvm.machine.dirty import DirtyPages
     from vmm_kvm.virtio.balloon import VirtioBalloon
     from vmm_kvm.virtio.vhost_user.frontend import VhostUser
     from vmm_kvm.virtio.vsock import VirtioVsock
@@ -309,8 +307,10 @@ class Machine:
         if self._flash:
             yield Part("flash", self._flash)
 
-    def dirty_pages(self) -> DirtyPages:
+    def dirty_pages(self) -> "DirtyPages":
         """Return the log of writes to RAM, which logs nothing yet; ends before `close`."""
+        from vmm_kvm.machine.dirty import DirtyPages  # noqa: PLC0415 - few machines are copied
+
         return DirtyPages(self._vm, self.memory, self._devices)
 
     def lend_disks(self, is_lent: bool) -> None:
@@ -437,13 +437,13 @@ class Machine:
         self._vm_id = primitives.create(
             self._vmm,
             CreateParams(
-                [MemoryRange(r.gpa, memory.hva + r.offset, r.size) for r in memory.regions],
-                spec.cpus,
-                spec.name,
-                Controllers.KERNEL,
-                mappings,
-                (layout.PORT_COM1,) if self._vmm.kvm.can_coalesce_ports else (),
-                memory.resident_size,
+                ranges=[MemoryRange(r.gpa, memory.hva + r.offset, r.size) for r in memory.regions],
+                ncpus=spec.cpus,
+                name=spec.name,
+                controllers=Controllers.KERNEL,
+                mappings=mappings,
+                collected_ports=(layout.PORT_COM1,) if self._vmm.kvm.can_coalesce_ports else (),
+                used_size=memory.resident_size,
             ),
         )
         stack.callback(primitives.terminate, self._vmm, self._vm_id)

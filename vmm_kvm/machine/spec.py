@@ -14,6 +14,7 @@ from vmm_kvm.bits import MIB
 from vmm_kvm.boot.cache import Kernels
 from vmm_kvm.boot.source import FileSource
 from vmm_kvm.boot_device import BootDevice
+from vmm_kvm.record import Record
 from vmm_kvm.virtio.rng import RngSpec
 from vmm_kvm.virtio.vmmci import VmmciSpec
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:  # loaded by what makes a record of it
     from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
     from vmm_kvm.virtio.vhost_user.fs import RemoteFsSpec
     from vmm_kvm.virtio.vsock import VsockSpec
-else:  # to read an annotation in quotes, NamedTuple compiles it: as slow as ten modules
-    Variables = object
 
 DiskSpec: TypeAlias = "BlkSpec | RemoteBlkSpec | PmemSpec"
 DeviceSpec: TypeAlias = (
@@ -43,7 +42,7 @@ BASIC_DEVICES: Final = (RngSpec(), VmmciSpec())
 """Properties of every machine of this project."""
 
 
-class MachineSpec(NamedTuple):
+class MachineSpec(Record):
     """The machine to build."""
 
     image: BootImage
@@ -59,7 +58,7 @@ class MachineSpec(NamedTuple):
     command_line: str | None = None
     initrd: tuple[str | FileSource, ...] = ()
     """Open, or by path; more than one only for Multiboot kernels."""
-    variables: Variables | None = None
+    variables: "Variables | None" = None
     """UEFI variables, in flash memory below the firmware's image; stays the caller's."""
     kernels: Kernels | None = None
     """Keeps unpacked kernels; None for this user's cache."""

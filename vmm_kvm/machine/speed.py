@@ -51,7 +51,9 @@ def _time_loop(kvm: Kvm, rounds: int) -> float:
     ram[_CODE_ADDRESS : _CODE_ADDRESS + len(code)] = bytes(code)
     hva = ctypes.addressof(ctypes.c_char.from_buffer(ram))
     with Vmm(kvm) as vmm:
-        vm_id = primitives.create(vmm, CreateParams([MemoryRange(0, hva, len(ram))], name="speed"))
+        vm_id = primitives.create(
+            vmm, CreateParams(ranges=[MemoryRange(0, hva, len(ram))], name="speed")
+        )
         registers = primitives.read_registers(vmm, vm_id, 0)
         primitives.reset_vcpu(vmm, vm_id, 0, _at(registers, _CODE_ADDRESS))
         start = time.perf_counter()

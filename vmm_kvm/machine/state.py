@@ -20,13 +20,13 @@ from vmm_kvm.arch.x86.kvm_state import (
     VcpuRecord,
 )
 from vmm_kvm.errors import Refusal, RefusedError, StateError
-from vmm_kvm.state import Record, decode, encode
+from vmm_kvm.state import AnyRecord, decode, encode
 
 if TYPE_CHECKING:
     from vmm_kvm.machine.machine import Machine
     from vmm_kvm.state import Json
 
-T = TypeVar("T", bound=Record)
+T = TypeVar("T", bound=AnyRecord)
 
 
 class MachineState(NamedTuple):
@@ -84,7 +84,7 @@ def restore(
     )
 
 
-def _kvm_parts(record: KvmRecord) -> Iterator[tuple[str, Record]]:
+def _kvm_parts(record: KvmRecord) -> Iterator[tuple[str, AnyRecord]]:
     yield "clock", record.clock
     for index, vcpu in enumerate(record.vcpus):
         yield f"vcpu{index}", vcpu

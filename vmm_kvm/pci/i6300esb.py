@@ -21,7 +21,7 @@ from vmm_kvm.clock import NANOSECONDS, Clock
 from vmm_kvm.log import Log
 from vmm_kvm.pci.config import BarKind, PciFunction
 from vmm_kvm.pci.ids import CLASS_SYSTEM_OTHER, VENDOR_INTEL
-from vmm_kvm.state import Range
+from vmm_kvm.state import PartState, Range
 
 log = Log(__name__)
 
@@ -82,7 +82,7 @@ class WatchdogSpec(NamedTuple):
     kind: Literal["watchdog"] = "watchdog"
 
 
-class WatchdogState(NamedTuple):
+class WatchdogState(PartState):
     """Everything that a guest can observe; `config` and `control` as the registers have them."""
 
     preloads: tuple[Annotated[int, Range(0, PRELOAD_MAX)], Annotated[int, Range(0, PRELOAD_MAX)]]

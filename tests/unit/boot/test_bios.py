@@ -14,12 +14,12 @@ from vmm_kvm.arch.x86.image import (
     BootConfig,
     BootImage,
     FirmwareImage,
-    MultibootImage,
     load,
     open_firmware,
     open_image,
 )
 from vmm_kvm.arch.x86.layout import ram_ranges
+from vmm_kvm.arch.x86.multiboot import MultibootImage
 from vmm_kvm.bits import GIB, KIB, MIB
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory

@@ -28,13 +28,13 @@ from tests.unit.boot.images import (
 )
 from vmm_kvm.arch.x86.image import (
     BootImage,
-    ElfImage,
     FirmwareImage,
     LinuxImage,
-    MultibootImage,
-    OpenbsdImage,
-    PvhImage,
 )
+from vmm_kvm.arch.x86.linux import ElfImage
+from vmm_kvm.arch.x86.multiboot import MultibootImage
+from vmm_kvm.arch.x86.openbsd import OpenbsdImage
+from vmm_kvm.arch.x86.pvh import PvhImage
 from vmm_kvm.errors import BootError
 
 Open = Callable[[bytes], BootImage]

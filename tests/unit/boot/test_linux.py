@@ -13,8 +13,9 @@ from tests.unit.boot.packing import PACKERS
 from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables
 from vmm_kvm.arch.x86.e820 import e820_map, encode
 from vmm_kvm.arch.x86.entry import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, Entry
-from vmm_kvm.arch.x86.image import BootConfig, BootImage, ElfImage, LinuxImage, load
+from vmm_kvm.arch.x86.image import BootConfig, BootImage, LinuxImage, load
 from vmm_kvm.arch.x86.layout import ram_ranges
+from vmm_kvm.arch.x86.linux import ElfImage
 from vmm_kvm.bits import MIB
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory

@@ -21,8 +21,9 @@ from tests.unit.boot.images import (
 from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables
 from vmm_kvm.arch.x86.e820 import e820_map
 from vmm_kvm.arch.x86.entry import CR0_ET, CR0_PE
-from vmm_kvm.arch.x86.image import BootConfig, BootImage, MultibootImage, load
+from vmm_kvm.arch.x86.image import BootConfig, BootImage, load
 from vmm_kvm.arch.x86.layout import ram_ranges
+from vmm_kvm.arch.x86.multiboot import MultibootImage
 from vmm_kvm.bits import KIB, MIB
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory

@@ -12,8 +12,9 @@ from tests.unit.boot.images import CODE, ElfSpec, openbsd_kernel
 from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables
 from vmm_kvm.arch.x86.e820 import e820_map, encode
 from vmm_kvm.arch.x86.entry import CR0_ET, CR0_PE, CR0_PG, CR4_PAE, CR4_PSE, EFER_LMA, EFER_LME
-from vmm_kvm.arch.x86.image import BootConfig, BootImage, OpenbsdImage, load
+from vmm_kvm.arch.x86.image import BootConfig, BootImage, load
 from vmm_kvm.arch.x86.layout import ram_ranges
+from vmm_kvm.arch.x86.openbsd import OpenbsdImage
 from vmm_kvm.bits import GIB, MIB
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import BootError

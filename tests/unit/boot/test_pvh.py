@@ -12,8 +12,9 @@ from tests.unit.boot.images import CODE, KERNEL_ADDRESS, pvh_kernel
 from vmm_kvm.arch.x86.acpi import AcpiConfig, build_tables
 from vmm_kvm.arch.x86.e820 import e820_map
 from vmm_kvm.arch.x86.entry import CR0_ET, CR0_PE
-from vmm_kvm.arch.x86.image import BootConfig, BootImage, PvhImage, load
+from vmm_kvm.arch.x86.image import BootConfig, BootImage, load
 from vmm_kvm.arch.x86.layout import ram_ranges
+from vmm_kvm.arch.x86.pvh import PvhImage
 from vmm_kvm.bits import MIB
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory

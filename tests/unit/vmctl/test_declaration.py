@@ -100,7 +100,7 @@ def test_records_have_the_fields_of_the_table(
     """A long verb is read as a record with the table's fields."""
     fields = {option.field for option in VERBS[name].taken}
     # Options for the output of every verb are no part of the record.
-    assert set(options._fields) - {"name", "as_json"} == fields - {"as_json"}
+    assert set(options.__annotations__) - {"name", "as_json"} == fields - {"as_json"}
 
 
 def test_values_joined_and_not() -> None:

@@ -1,7 +1,5 @@
 """The user's options of a boot, besides the image itself."""
 
-from typing import NamedTuple
-
 from vmm_kvm.arch.x86.acpi import AcpiTables
 from vmm_kvm.arch.x86.e820 import E820Entry, e820_map
 from vmm_kvm.arch.x86.layout import SMBIOS_START
@@ -11,11 +9,12 @@ from vmm_kvm.boot.source import FileSource
 from vmm_kvm.boot_device import BootDevice
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
+from vmm_kvm.record import Record
 
 _E820_MAX = 128
 
 
-class BootConfig(NamedTuple):
+class BootConfig(Record):
     """The options of one boot."""
 
     command_line: str | None = None

@@ -10,35 +10,32 @@
 4. a Multiboot header makes a Multiboot kernel that says where to load it;
 5. code at the reset vector makes firmware.
 
-All checks that need no machine are done here; `load` checks sizes against its memory.
+All checks that need no machine are done here; `load` checks sizes against its memory. `kernels`
+tells kernels that are no bzImage apart, 1, 2 and 4; few machines need it.
 """
 
-from typing import NamedTuple, assert_never
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vmm_kvm.arch.x86.bios import FirmwareImage, load_firmware, probe_firmware, read_firmware
 from vmm_kvm.arch.x86.boot_config import BootConfig, place_smbios
-from vmm_kvm.arch.x86.bzimage import NEEDS_BIOS, is_bzimage
+from vmm_kvm.arch.x86.bzimage import is_bzimage
 from vmm_kvm.arch.x86.entry import Entry
-from vmm_kvm.arch.x86.linux import ElfImage, LinuxImage, load_linux, load_vmlinux, probe_linux
-from vmm_kvm.arch.x86.multiboot import SEARCH_SIZE, MultibootImage, load_multiboot, probe_multiboot
-from vmm_kvm.arch.x86.openbsd import OpenbsdImage, is_openbsd, load_openbsd, probe_openbsd
-from vmm_kvm.arch.x86.pvh import PvhImage, load_pvh, pvh_entry
+from vmm_kvm.arch.x86.linux import LinuxImage, load_linux, probe_linux
 from vmm_kvm.bits import MIB
-from vmm_kvm.boot.elf import EM_X86_64, MAGIC, Elf, check_high, read_elf, read_notes
+from vmm_kvm.boot.elf import MAGIC
 from vmm_kvm.boot.payload import payload_format, unpack
 from vmm_kvm.boot.source import BytesSource, FileSource, Source
 from vmm_kvm.errors import BootError
 from vmm_kvm.memory import GuestMemory
 
+if TYPE_CHECKING:
+    from vmm_kvm.arch.x86.kernels import KernelImage
+
 __all__ = [
     "BootConfig",
     "BootImage",
-    "ElfImage",
     "FirmwareImage",
     "LinuxImage",
-    "MultibootImage",
-    "OpenbsdImage",
-    "PvhImage",
     "RestoredImage",
     "load",
     "open_firmware",
@@ -55,18 +52,14 @@ class RestoredImage(NamedTuple):
     """The file that it was booted from; for messages."""
 
 
-BootImage = (
-    LinuxImage | PvhImage | ElfImage | MultibootImage | OpenbsdImage | FirmwareImage | RestoredImage
-)
+BootImage: TypeAlias = "LinuxImage | KernelImage | FirmwareImage | RestoredImage"
 
+_HEAD_SIZE = 8192
+"""Bytes from the start of a file that tell what it is."""
 _UNPACKED_MAX = 256 * MIB
 """A gzipped kernel says how large it is; more than this is not believed."""
 _ARM64_MAGIC = b"ARM\x64"
 _ARM64_MAGIC_AT = 56
-_LINUX_NOTE_OWNER = b"Linux"
-_GNU_NOTE_OWNER, _NT_GNU_ABI_TAG = b"GNU", 1
-_XEN_BANNER = b"Xen version %d.%d"
-"""Xen's first output; entered by Multiboot, it calls the BIOS from its very beginning."""
 _DOS_MAGIC, _PE_OFFSET_AT, _PE_MAGIC = b"MZ", 0x3C, b"PE\0\0"
 
 
@@ -96,7 +89,7 @@ def probe_image(source: FileSource) -> BootImage:
     Raises:
         BootError: it cannot be read, or is damaged, or nothing that boots here.
     """
-    head = source.read(0, min(source.size, SEARCH_SIZE))
+    head = source.read(0, min(source.size, _HEAD_SIZE))
     if payload_format(head) == "gzip":
         unpacked = unpack(source.name, source.read(0, source.size), _UNPACKED_MAX)
         if not unpacked.startswith(MAGIC):
@@ -109,6 +102,8 @@ def probe_image(source: FileSource) -> BootImage:
     if _is_pe(head):
         advice = "boot it from a disk, with UEFI firmware"
         raise BootError(f"{source.name}: a program for EFI or Windows (PE): {advice}")
+    from vmm_kvm.arch.x86.multiboot import probe_multiboot  # noqa: PLC0415 - few are none of these
+
     if (image := probe_multiboot(source, None)) is not None:
         return image
     if head[_ARM64_MAGIC_AT : _ARM64_MAGIC_AT + len(_ARM64_MAGIC)] == _ARM64_MAGIC:
@@ -127,35 +122,6 @@ def _is_pe(head: bytes) -> bool:
     return head[at : at + len(_PE_MAGIC)] == _PE_MAGIC
 
 
-def _probe_elf(source: Source) -> BootImage:
-    elf = read_elf(source)
-    notes = read_notes(elf)
-    # Every program of GNU systems says which kernel it needs; kernels need none.
-    if any(note.owner == _GNU_NOTE_OWNER and note.type == _NT_GNU_ABI_TAG for note in notes):
-        raise BootError(f"{source.name}: a program for Linux, not a kernel")
-    entry = pvh_entry(elf, notes)
-    if entry is None and (image := probe_multiboot(source, elf)) is not None:
-        if _XEN_BANNER in source.read(0, source.size):
-            raise BootError(f"{source.name}: Xen {NEEDS_BIOS}")
-        return image
-    check_high(elf)
-    if entry is not None:
-        return PvhImage(elf, entry)
-    if any(note.owner == _LINUX_NOTE_OWNER for note in notes):
-        return _probe_vmlinux(elf)
-    if not is_openbsd(elf, notes) and elf.is_64 and elf.holds_physical(elf.entry):
-        return _probe_vmlinux(elf)
-    return probe_openbsd(elf)
-
-
-def _probe_vmlinux(elf: Elf) -> ElfImage:
-    if not elf.is_64 or elf.machine != EM_X86_64:
-        raise BootError(f"{elf.source.name}: a 32-bit vmlinux without a PVH entry is not supported")
-    if not elf.holds_physical(elf.entry):
-        raise BootError(f"{elf.source.name}: entry {elf.entry:#x}: outside the kernel")
-    return ElfImage(elf)
-
-
 def load(image: BootImage, memory: GuestMemory, config: BootConfig) -> Entry:
     """Place `image` and all that `config` names into `memory`; return how to enter it.
 
@@ -169,17 +135,16 @@ def load(image: BootImage, memory: GuestMemory, config: BootConfig) -> Entry:
     match image:
         case LinuxImage():
             return load_linux(image, memory, config)
-        case ElfImage():
-            return load_vmlinux(image, memory, config)
-        case PvhImage():
-            return load_pvh(image, memory, config)
-        case MultibootImage():
-            return load_multiboot(image, memory, config)
-        case OpenbsdImage():
-            return load_openbsd(image, memory, config)
         case FirmwareImage():
             return load_firmware(image, memory, config)
         case RestoredImage(name):
             raise BootError(f"{name}: not in the snapshot: the guest cannot be booted again")
-        case _:
-            assert_never(image)
+    from vmm_kvm.arch.x86.kernels import load_kernel  # noqa: PLC0415 - for few machines
+
+    return load_kernel(image, memory, config)
+
+
+def _probe_elf(source: Source) -> "KernelImage":
+    from vmm_kvm.arch.x86.kernels import probe_elf  # noqa: PLC0415 - for few machines
+
+    return probe_elf(source)

@@ -1,0 +1,23 @@
+"""Records that cost little to define: for what every start defines, and makes once or never.
+
+CPython defines a class that is derived from SimpleNamespace in a tenth of the time of a NamedTuple,
+whose constructor it compiles, and makes an object of it in three times the time. mypy checks the
+fields as a dataclass's, also that nobody sets one.
+"""
+
+from types import SimpleNamespace
+from typing import Self, dataclass_transform
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Record(SimpleNamespace):
+    """Named values, given by keyword; a subclass annotates them, with defaults or without."""
+
+    def __init__(self, **fields: object) -> None:
+        kind = type(self)
+        defaults = {name: vars(kind)[name] for name in kind.__annotations__ if name in vars(kind)}
+        super().__init__(**{**defaults, **fields})
+
+    def but(self, **changes: object) -> Self:
+        """Return a record that differs from this one in some values."""
+        return type(self)(**{**vars(self), **changes})
