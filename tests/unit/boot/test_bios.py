@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def test_too_large(open_bytes: Open) -> None:
         b"\xea" * 15,
         bytes(4096),
         b"\xff" * 4096,
-        b"#!/bin/sh\n" * 100,
+        b"#/bin/sh\n" * 100,
         b"\x0f\x0b" * 100,
     ],
 )
@@ -96,6 +98,22 @@ def test_anything_else(open_bytes: Open, data: bytes) -> None:
         (b"QFI\xfb" + bytes(4096), "a qcow2 image, which is a disk"),
         (bytes(0x8001) + b"CD001" + bytes(4096), "a disc image, for the CD-ROM drive"),
         (bytes(510) + b"\x55\xaa" + bytes(4096), "it begins as a disk does"),
+        (b"\x55\xaa\x40\xeb\x10" + bytes(4096), "an option ROM of a card"),
+        (b"070701" + bytes(4096), "an initial RAM disk: use --initrd, with a kernel"),
+        (b"#!/bin/sh\n", "a script"),
+        (lzma.compress(bytes(4096)), "compressed by xz: unpack it first"),
+        (bz2.compress(bytes(4096)), "compressed by bzip2: unpack it first"),
+        (b"PK\x03\x04" + bytes(4096), "a zip archive: unpack it first"),
+        (b"!<arch>\ndebian-binary   ", "a package or library: unpack it first"),
+        (b"\x27\x05\x19\x56" + bytes(4096), "an image for U-Boot"),
+        (b"\xd0\x0d\xfe\xed" + bytes(4096), "a device tree, or an image for U-Boot"),
+        (b"ANDROID!" + bytes(4096), "an Android boot image"),
+        (b"\xcf\xfa\xed\xfe" + bytes(4096), "a program for macOS"),
+        (b"\xd6\x50\x52\xe8" + bytes(4096), "a Multiboot 2 kernel, which is not supported"),
+        (
+            bytes(40) + b"_FVH" + bytes(4096),
+            "the variables of UEFI firmware: use --firmware uefi, with --nvram",
+        ),
     ],
 )
 def test_a_disk_is_no_kernel(open_bytes: Open, data: bytes, hint: str) -> None:

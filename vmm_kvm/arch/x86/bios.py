@@ -24,11 +24,25 @@ _FIRST_INSTRUCTIONS = (
     b"\x0f\x08", b"\x0f\x20\xc0",
 )  # fmt: skip
 _ERASED = b"\xff"
-# Images that boot from a drive. Source: qcow2 specification; ECMA-119 §8.1; a BIOS's boot sector.
+# Files that are mistaken for kernels. Source: each format's own specification.
 _MEDIA = (
     (0, b"QFI\xfb", "a qcow2 image, which is a disk"),
     (0x8001, b"CD001", "a disc image, for the CD-ROM drive"),
     (510, b"\x55\xaa", "it begins as a disk does"),
+    (0, b"\x55\xaa", "an option ROM of a card"),
+    (0, b"070701", "an initial RAM disk: use --initrd, with a kernel"),
+    (0, b"#!", "a script"),
+    (0, b"\xd6\x50\x52\xe8", "a Multiboot 2 kernel, which is not supported"),
+    (0, b"\xfd7zXZ\0", "compressed by xz: unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first"),
+    (0, b"BZh", "compressed by bzip2: unpack it first"),
+    (0, b"PK\x03\x04", "a zip archive: unpack it first"),
+    (0, b"!<arch>\n", "a package or library: unpack it first"),
+    (0, b"\x27\x05\x19\x56", "an image for U-Boot"),
+    (0, b"\xd0\x0d\xfe\xed", "a device tree, or an image for U-Boot"),
+    (0, b"ANDROID!", "an Android boot image"),
+    (0, b"\xcf\xfa\xed\xfe", "a program for macOS"),
+    (40, b"_FVH", "the variables of UEFI firmware: use --firmware uefi, with --nvram"),
 )
 _VOLUME_SIGNATURE, _VOLUME_SIGNATURE_AT = b"_FVH", 40
 
@@ -68,7 +82,7 @@ def probe_firmware(source: Source) -> FirmwareImage:
 
 
 def _hint(source: Source) -> str:
-    """Raise an error with the probable intention, if the image is plainly a disk or a disc."""
+    """Return what an image plainly is, and the probable intention; empty for anything else."""
     for at, mark, hint in _MEDIA:
         if source.size >= at + len(mark) and source.read(at, len(mark)) == mark:
             return f": {hint}"
