@@ -9,7 +9,8 @@ host touches the same number of pages before the first clone. It measures:
 - private: the clone's private memory, after it has answered;
 - many: COUNT clones of one source, from the first fork until all have answered;
 - sent: the time for which the machine is paused while it is written into a pipe to another process,
-  when it is copied while it runs, and when it is copied into a file, as for a snapshot.
+  when it is copied while it runs, and when it is copied into a file, as for a snapshot;
+- captured: the same for the daemon's clones of a VM that runs.
 
 `python -m bench.state [--rounds N] [--clones N] [--touched MIB] [--json FILE]`
 """
@@ -39,6 +40,8 @@ from vmm_kvm.machine.clone import fork
 from vmm_kvm.machine.machine import Machine
 from vmm_kvm.machine.spec import MachineSpec
 from vmm_kvm.machine.state import restore, save
+from vmm_kvm.memfd import make_scratch
+from vmm_kvm.memory import adopt
 from vmm_kvm.primitives import Vmm
 from vmm_kvm.snapshot import state as states
 from vmm_kvm.snapshot.fds import FdSink
@@ -75,6 +78,8 @@ class Result:
     live_still_ms: float
     snapshot_still_ms: float
     snapshot_ms: float
+    capture_still_ms: float
+    capture_ms: float
 
 
 class Source:
@@ -129,7 +134,10 @@ def main() -> None:
     options = parser.parse_args()
     install_kick_signal()
     results = []
-    print("memory  vCPUs  clone p50 (least)  still  save  restore  private  many  sent  live  file")
+    print(
+        "memory  vCPUs  clone p50 (least)  still  save  restore  private  many  "
+        "sent  live  file  captured"
+    )
     for memory_mib in options.memory:
         for cpus in options.cpus:
             with _source(memory_mib, cpus, options.touched) as (source, machine):
@@ -141,7 +149,8 @@ def main() -> None:
                 f"{result.still_p50:6.1f} {result.save_p50:6.2f} {result.restore_p50:6.2f} "
                 f"{result.private_mib:6.1f}M {result.many} in {result.many_s:.2f} s "
                 f"{result.sent_still_ms:6.0f} {result.live_still_ms:6.0f} "
-                f"{result.snapshot_still_ms:6.1f} of {result.snapshot_ms:.0f} ms",
+                f"{result.snapshot_still_ms:6.1f} of {result.snapshot_ms:.0f} ms "
+                f"{result.capture_still_ms:6.1f} of {result.capture_ms:.0f} ms",
                 flush=True,
             )
     if options.json:
@@ -175,6 +184,7 @@ def _measure(
     still_ms = statistics.median(_send(machine, is_live=False) for _ in range(_SENDS))
     live_ms = statistics.median(_send(machine, is_live=True) for _ in range(_SENDS))
     snapshots = [_snapshot(machine) for _ in range(_SENDS)]
+    capture_still_ms, capture_ms = _capture(machine)  # the first one: later ones have small pages
     return Result(
         source.spec.memory_size // MIB,
         source.spec.cpus,
@@ -191,6 +201,8 @@ def _measure(
         live_ms,
         statistics.median(still for still, _ in snapshots),
         statistics.median(all_ms for _, all_ms in snapshots),
+        capture_still_ms,
+        capture_ms,
     )
 
 
@@ -259,6 +271,45 @@ def _snapshot(machine: Machine) -> tuple[float, float]:
         machine.resume()
         ended = time.perf_counter()
         dirty.end()
+    return (ended - stopped[0]) * 1000, (ended - began) * 1000
+
+
+class _Memory:
+    """RAM as clones of a running VM map it; see `precopy.Writer`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.written = 0
+
+    def write_run(self, offset: int, data: bytes) -> None:
+        """Write whole pages."""
+        self.written += os.pwrite(self._fd, data, offset)
+
+    def finish(self, _state: bytes) -> None:
+        """Write nothing."""
+
+
+def _capture(machine: Machine) -> tuple[float, float]:
+    """Return how long a machine is paused to be cloned by the daemon, and the time of it all."""
+    stopped = []
+
+    def halt() -> bytes:
+        stopped.append(time.perf_counter())
+        machine.pause()
+        saved = save(machine)
+        return states.encode(State(saved.parts, saved.blobs))
+
+    began = time.perf_counter()
+    fd = make_scratch("bench")
+    os.ftruncate(fd, machine.memory.size)
+    dirty = machine.dirty_pages()
+    dirty.begin()
+    copy_into(_Memory(fd), machine.memory, dirty, halt, plan=lambda: Plan(0.002))
+    adopt(machine.memory, fd)
+    machine.resume()
+    ended = time.perf_counter()
+    dirty.end()
+    os.close(fd)
     return (ended - stopped[0]) * 1000, (ended - began) * 1000
 
 
