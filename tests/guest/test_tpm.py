@@ -39,6 +39,7 @@ def _library() -> str:
 
 
 def _begin(console: ConsoleProcess) -> Shell:
+    console.expect("init: up")
     console.expect("# ")
     shell = Shell(console)
     shell.run(UNPACK, COMMAND_S)
