@@ -131,6 +131,7 @@ case " $* " in
     *" unit "* | *" guest "* | *" core "*) $python -m tests.artifacts || failed=1 ;;
 esac
 [ -z "$guests" ] || $python -m tests.debian >/dev/null || failed=1
+[ "$guests" != guest ] || $python -m tests.cloud_image >/dev/null || failed=1
 
 # Require the levels that this machine can run: a skip would hide that a test did not run.
 required=$($python -c '

@@ -54,6 +54,7 @@ CORE: Final = {
 """Each core test, by its place below tests/guest, and the capability that it covers."""
 
 WITHOUT: Final = {
+    "test_cloud_init.py": "a cloud's image on its first boot, which takes minutes",
     "test_pytest_plugin.py": "forty machines: the agent and clones have tests of their own",
     "test_tutorial.py": "the tutorial, to the letter: as long as half of the core",
 }

@@ -61,7 +61,7 @@ def debian_tree(suite: str) -> Path:
             *("mmdebstrap", "--quiet", "--mode=root", "--variant=apt"),
             # The index of a mirror may be older than its validity.
             *('--aptopt=Acquire::Check-Valid-Until "false"', "--aptopt=Acquire::Retries 3"),
-            *(f"--include={','.join(_PACKAGES)}", suite, str(part), *_sources(suite)),
+            *(f"--include={','.join(_PACKAGES)}", suite, str(part), *sources(suite)),
         ]
         subprocess.run(command, check=True)
         subprocess.run(
@@ -73,7 +73,7 @@ def debian_tree(suite: str) -> Path:
     return place
 
 
-def _sources(suite: str) -> list[str]:
+def sources(suite: str) -> list[str]:
     """Return apt's line for this machine's mirror; without one mmdebstrap uses its own."""
     ask = """
     . scripts/apt_sources.sh
