@@ -19,7 +19,7 @@ EXIT_ERROR = 1
 
 _HELP = ("-h", "--help")
 _VERSION = Verb("--version", "", "Print the version.", "line.help", "show_version", (), 0, 0)
-_REMOTE = Verb("-H", "host command", "Run vmctl at a host, by ssh.", "remote", "remote")
+_REMOTE = Verb("-H", "host command", "Run vmctl at a host, by ssh.", "line.remote", "remote")
 
 Value = bool | int | str | tuple[str, ...]
 Values = dict[str, Value]
