@@ -37,7 +37,7 @@ def test_through_ssh(tmp_path: Path) -> None:
                 return done.returncode, done.stdout, done.stderr
 
             status, output, errors = there("status")
-            assert (status, output.split()[-1], errors) == (0, "a-vm", "")
+            assert (status, output.split()[-1:], errors) == (0, ["a-vm"], "")
             assert there("start", "a-vm")[0] == 0
             status, _, errors = there("pause", "a b")
             assert status == 1
