@@ -142,7 +142,7 @@ def _with_seed(options: StartOptions, target: Target) -> StartOptions:
     from vmctl.images.seed import seed_disk  # noqa: PLC0415 - few VMs have one
 
     if options.agent and not options.vsock:
-        options = options._replace(vsock=("auto",))
+        options = options.but(vsock=("auto",))
     disk = seed_disk(target.name or f"vm{target.id}", options)
     return options.but(disks=(*options.disks, disk))
 
