@@ -150,8 +150,10 @@ fi
 if ! getent passwd _vmd >/dev/null; then
     [ "$(id -u)" = 0 ] || { say "add the user _vmd as root: useradd --system _vmd"; exit 1; }
     say "adding the user _vmd"
-    useradd --system --user-group --no-create-home --home-dir /nonexistent \
-        --shell /usr/sbin/nologin _vmd
+    group=--user-group
+    if getent group _vmd >/dev/null; then group='--gid _vmd'; fi
+    # shellcheck disable=SC2086 # two words
+    useradd --system $group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin _vmd
 fi
 
 # The virtual environment: pinned and hashed wheels, then this tree in place, without dependencies.
