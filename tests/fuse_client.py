@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from vmd.confine import landlock
 from vmm_kvm.fs import abi
 from vmm_kvm.fs.server import REQUEST_MAX, FuseServer
 from vmm_kvm.fs.tree import Tree, open_root
+from vmm_kvm.libc import LIBC
 
 ROOM = 1 << 16
 OWN_INODE = (1 << 56) - 1
 """The host's part of an inode number: a mask."""
 _INIT_FLAGS = 0xFFFF_FFFF
+_PR_SET_NO_NEW_PRIVS = 38
 
 
 class Attributes(NamedTuple):
@@ -260,11 +266,16 @@ class FuseCalls:
 
 
 class FuseClient(FuseCalls):
-    """Calls of a server in this process; a context manager that closes it."""
+    """Calls of a server in this process; a context manager that closes it.
+
+    The server runs in a thread of its own, which Landlock keeps to the directory around the served
+    one: a test of a server that follows a name out of it, as root, would else change this host.
+    """
 
     def __init__(self, folder: Path, *, is_writable: bool = True, **limits: int) -> None:
         """Serve a directory, and begin a session."""
         super().__init__(self._ask)
+        self._thread = ThreadPoolExecutor(1, "server", _keep_to, (folder.parent,))
         self._root = open_root(str(folder))
         self.server = FuseServer(Tree(self._root), is_writable=is_writable, **limits)
         self.begin()
@@ -273,16 +284,30 @@ class FuseClient(FuseCalls):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.server.close()
+        self._thread.submit(self.server.close).result()
+        self._thread.shutdown()
         os.close(self._root)
 
     def _ask(self, request: bytes, data: bytes, room: int) -> bytes:
         space = bytearray(room)
-        answer = self.server.answer(
+        answer = self._thread.submit(
+            self.server.answer,
             request[:REQUEST_MAX],
             [memoryview(data)] if data else [],
             [memoryview(space)] if room else [],
-        )
+        ).result()
         if answer is None:
             return b""
         return bytes(space[:answer]) if isinstance(answer, int) else answer
+
+
+def _keep_to(folder: Path) -> None:
+    """Let this thread use files below a directory alone."""
+    if LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs")
+    fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not landlock.restrict(subtree=landlock.Subtree(fd, is_writable=True)):
+            raise OSError(errno.EOPNOTSUPP, "no Landlock keeps this test from the host's files")
+    finally:
+        os.close(fd)

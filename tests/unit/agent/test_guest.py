@@ -31,7 +31,8 @@ def separate(tmp_path: Path) -> Iterator[HostAgent]:
     etc.mkdir()
     for name in ("passwd", "group"):
         shutil.copy(f"/etc/{name}", etc)
-    script = f'mount --bind {etc} /etc; exec "$@"'
+    # D-Bus may have a copy of the machine-id, which is this host's.
+    script = f'set -e; mount --bind {etc} /etc; mount -t tmpfs none /var/lib; exec "$@"'
     through = ["unshare", "--mount", "--uts", "sh", "-c", script, "sh"]
     with HostAgent(tmp_path / "agent", through=through) as host:
         yield host

@@ -218,7 +218,6 @@ def test_nothing_leaves_the_tree(tmp_path: Path, is_writable: bool) -> None:
             for _ in range(ATTEMPTS):
                 results[attacker.attempt()] += 1
         assert SECRET not in attacker.got
-        assert b"root:" not in b"".join(attacker.got)
         assert not attacker.inodes & forbidden
     assert state_of(outside) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "tree"]
