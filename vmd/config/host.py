@@ -3,12 +3,15 @@
 import grp
 import os
 import pwd
+import select
 import stat
-from errno import EFBIG, EISDIR, ENOENT
+from errno import EAGAIN, EFBIG, EISDIR, ENOENT
 from typing import NamedTuple, Protocol
 
 SIZE_MAX = 4 << 20
 """Bytes of a file; more is not a vm.conf."""
+PATIENCE_S = 5
+"""How long to wait for data of a file that is a pipe or a terminal."""
 
 
 class FileText(NamedTuple):
@@ -59,12 +62,18 @@ class SystemHost:
         self._directory = directory
 
     def read_file(self, path: str) -> FileText:
-        """Read a file, at most SIZE_MAX bytes; raises OSError."""
-        with open(self.absolute(path), "rb") as file:
-            status = os.fstat(file.fileno())
+        """Read a file, at most SIZE_MAX bytes; raises OSError.
+
+        A pipe or a terminal that gives nothing for PATIENCE_S holds nobody up any longer.
+        """
+        fd = os.open(self.absolute(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            status = os.fstat(fd)
             if stat.S_ISDIR(status.st_mode):
                 raise OSError(EISDIR, os.strerror(EISDIR), path)
-            data = file.read(SIZE_MAX + 1)
+            data = _read(fd, path)
+        finally:
+            os.close(fd)
         if len(data) > SIZE_MAX:
             raise OSError(EFBIG, os.strerror(EFBIG), path)
         return FileText(data, secrecy_complaint(status, os.getuid()))
@@ -107,6 +116,21 @@ class SystemHost:
             return grp.getgrnam(name).gr_gid
         except KeyError:
             return None
+
+
+def _read(fd: int, path: str) -> bytes:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    pieces, size = [], 0
+    while size <= SIZE_MAX:
+        if not poll.poll(PATIENCE_S * 1000):
+            raise OSError(EAGAIN, f"nothing to read for {PATIENCE_S} s", path)
+        piece = os.read(fd, SIZE_MAX + 1 - size)
+        if not piece:
+            break
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
 
 
 def secrecy_complaint(status: os.stat_result, uid: int) -> str | None:

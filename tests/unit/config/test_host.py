@@ -132,3 +132,29 @@ def test_patterns(tmp_path: Path) -> None:
     assert host.glob(f"{tmp_path}/?.conf") == [f"{tmp_path}/a.conf", f"{tmp_path}/b.conf"]
     assert host.glob("none*") == host.glob("none/*.conf") == []
     assert host.glob("x[1].conf") == ["x[1].conf"]
+
+
+def test_a_pipe_that_nobody_writes_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon reads files for its clients: it must not wait for ever, writer or not."""
+    monkeypatch.setattr("vmd.config.host.PATIENCE_S", 1)
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    for flags in (None, os.O_RDWR):
+        writer = None if flags is None else os.open(path, flags)
+        with pytest.raises(OSError, match="nothing to read for 1 s"):
+            HOST.read_file(str(path))
+        if writer is not None:
+            os.close(writer)
+
+
+def test_a_pipe_that_is_written_is_read() -> None:
+    """As the shell's `vmd -f <(command)`."""
+    reader, writer = os.pipe()
+    os.write(writer, b"data")
+    os.close(writer)
+    try:
+        assert HOST.read_file(f"/dev/fd/{reader}").data == b"data"
+    finally:
+        os.close(reader)
