@@ -56,7 +56,6 @@ CORE: Final = {
 WITHOUT: Final = {
     "test_balloon.py": "Linux's driver of balloons: two guests, which take minutes in the rig",
     "test_cloud_init.py": "a cloud's image on its first boot, which takes minutes",
-    "test_pytest_plugin.py": "forty machines: the agent and clones have tests of their own",
     "test_run_command.py": "commands on the host's root: two guests, which take minutes in the rig",
     "test_shares.py": "Linux's driver of shared directories, which takes minutes in the rig",
     "test_tpm.py": "Linux's driver of TPMs, and tools: a guest that boots twice",
