@@ -55,6 +55,7 @@ CORE: Final = {
 
 WITHOUT: Final = {
     "test_balloon.py": "Linux's driver of balloons: two guests, which take minutes in the rig",
+    "test_clones.py": "clones of a guest with an agent, which take minutes",
     "test_cloud_init.py": "a cloud's image on its first boot, which takes minutes",
     "test_run_command.py": "commands on the host's root: two guests, which take minutes in the rig",
     "test_shares.py": "Linux's driver of shared directories, which takes minutes in the rig",
