@@ -5,12 +5,21 @@ whose constructor it compiles, and makes an object of it in three times the time
 fields as a dataclass's, also that nobody sets one.
 """
 
-from types import SimpleNamespace
-from typing import Self, dataclass_transform
+from typing import TYPE_CHECKING, Self, dataclass_transform
+
+if TYPE_CHECKING:
+
+    class _Namespace:
+        """SimpleNamespace with no attributes but those of its subclass: mypy refuses others."""
+
+        def __init__(self, **fields: object) -> None: ...
+
+else:
+    from types import SimpleNamespace as _Namespace
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-class Record(SimpleNamespace):
+class Record(_Namespace):
     """Named values, given by keyword; a subclass annotates them, with defaults or without."""
 
     def __init__(self, **fields: object) -> None:

@@ -57,7 +57,7 @@ def test_a_vm_stands_still_for_two_reasons(vmm: Vmm) -> None:
 
 def test_a_throttled_vm_is_not_paused(vmm: Vmm) -> None:
     """The state of a throttled VM cannot be saved: a device may still work."""
-    params = Ram().params()._replace(controllers=Controllers.KERNEL)
+    params = Ram().params().but(controllers=Controllers.KERNEL)
     vm_id = primitives.create(vmm, params)
     throttle(vmm, vm_id, hold=True)
     with pytest.raises(RefusedError) as caught:

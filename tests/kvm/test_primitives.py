@@ -552,7 +552,7 @@ def test_an_error_while_the_vcpu_is_entered(vmm: Vmm) -> None:
 
 def test_interrupt_controllers_of_kvm(vmm: Vmm) -> None:
     """With interrupt controllers a VM has local APICs, and refuses injection and the INTR line."""
-    params = Ram().params()._replace(controllers=Controllers.KERNEL)
+    params = Ram().params().but(controllers=Controllers.KERNEL)
     vm_id = primitives.create(vmm, params)
     leaf = next(e for e in primitives.kvm_vcpu(vmm, vm_id, 0).get_cpuid() if e.function == 1)
     assert leaf.edx & 1 << 9
@@ -568,7 +568,7 @@ def test_mappings(vmm: Vmm) -> None:
     rom.put(0x20, b"\x12\x34\x56\x78")
     ram.put(guests.CODE, guests.ACCESS_MMIO)
     mapping = Mapping(guests.MMIO, rom.va, rom.size, is_readonly=True)
-    vm_id = primitives.create(vmm, ram.params()._replace(mappings=[mapping]))
+    vm_id = primitives.create(vmm, ram.params().but(mappings=[mapping]))
     registers = entry(vmm, vm_id)
     for is_mapped, kinds in ((True, 2), (False, 3), (True, 2)):
         primitives.set_mapped(vmm, vm_id, 0, is_mapped=is_mapped)
