@@ -91,6 +91,7 @@ class VirtioVsock:
         "_event_buffers",
         "_is_reset_due",
         "_is_started",
+        "_left_events",
         "_lock",
         "_next_port",
         "_offered",
@@ -129,6 +130,9 @@ class VirtioVsock:
         self._offered = Backlog()  # receive buffers
         self._packets = Backlog()  # packets of the guest that are not processed yet
         self._event_buffers = Backlog()
+        # Buffers that were left when the guest was told of a reset, until it gives another one: it
+        # has handled the event then. None while there is none to handle.
+        self._left_events: int | None = None
 
     def attach(self, transport: InputTransport) -> None:
         """Learn whom to ask for another call of `process`; before the guest runs."""
@@ -168,6 +172,7 @@ class VirtioVsock:
     def start(self, features: int) -> None:  # noqa: ARG002 - there is none
         """Begin; connections are taken from now on."""
         self._is_reset_due = False
+        self._left_events = None
         self._watch()
         with self._lock:
             self._is_started = True
@@ -265,8 +270,11 @@ class VirtioVsock:
     # Connections
 
     def _begin_arrivals(self) -> None:
-        """Ask the guest to accept connections from outside."""
-        while self._arrivals and not self._is_reset_due:
+        """Ask the guest to accept connections from outside.
+
+        One that it accepted before it handles a reset would end by that, without a word to us.
+        """
+        while self._arrivals and not self._is_reset_due and self._left_events is None:
             with self._lock:
                 stream, guest_port = self._arrivals.popleft()
             if self._has_room():
@@ -405,11 +413,14 @@ class VirtioVsock:
 
     def _send_event(self, queue: Virtqueue) -> None:
         waiting = self._event_buffers.collect(queue)
+        if self._left_events is not None and len(waiting) > self._left_events:
+            self._left_events = None
+            self._notify()  # for later arrivals
         if self._is_reset_due and waiting:
             chain = waiting.popleft()
             queue.push(chain, scatter(chain.writable, _EVENT.pack(EVENT_TRANSPORT_RESET)))
             self._is_reset_due = False
-            self._notify()  # for later arrivals
+            self._left_events = len(waiting)
 
     # From the guest
 

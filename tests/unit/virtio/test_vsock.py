@@ -493,9 +493,10 @@ def test_a_restored_guest_is_told() -> None:
     assert ops(rig.driver.packets()) == [Op.RST]
     rig.driver.offer_event()
     assert rig.driver.events() == [0]
-    assert ops(rig.driver.packets()) == [Op.REQUEST]
+    assert rig.driver.packets() == []  # the guest may not have handled the event yet
     rig.driver.offer_event()
     assert rig.driver.events() == []
+    assert ops(rig.driver.packets()) == [Op.REQUEST]
     assert not ended(waiting)
     rig.close()
 
