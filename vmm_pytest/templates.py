@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vmctl.client import Client, CommandError, RefusedError, opened, text_of
+from vmctl.guest.access import pauses
 from vmctl.guest.agent import Agent, AgentError
 from vmctl.guest.renewal import renew
 from vmm_pytest.console import ConsoleLog
@@ -243,13 +244,13 @@ class Templates:
 
     def _await_agent(self, name: str, deadline: float) -> None:
         agent = self._agent_of(name)
-        while True:
+        for pause in pauses():
             try:
                 agent.ping(timeout=max(0.0, deadline - time.monotonic()))
             except AgentError as err:  # not yet there
-                if time.monotonic() + _AGAIN_S >= deadline:
+                if time.monotonic() + pause >= deadline:
                     raise TimeoutError(str(err)) from None
-                time.sleep(_AGAIN_S)
+                time.sleep(pause)
             else:
                 return
 

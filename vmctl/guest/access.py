@@ -6,6 +6,7 @@ Firecracker; any other one names a VM of the daemon.
 
 import socket
 import time
+from collections.abc import Iterator
 
 from vmctl.client import Client, CommandError, RefusedError, parse_target
 from vmctl.guest.agent import Agent, AgentError
@@ -13,11 +14,23 @@ from vmctl.guest.frames import PORT
 from vmctl.ports import await_guest
 
 _CONNECT_S = 30.0
+_PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 2.0
 _NO_AGENT = "the guest has no agent: nobody listens on its vsock port"
 _REFUSALS = {
     "EINVAL": "the vm has no vsock device",
     "ENOENT": "vm not found",
 }
+
+
+def pauses() -> Iterator[float]:
+    """Yield the seconds between attempts to reach a guest that is not ready, without an end.
+
+    They grow: each attempt costs the host time, which a guest on a slow host needs for its start.
+    """
+    pause = _PAUSE_MIN_S
+    while True:
+        yield pause
+        pause = min(1.25 * pause, _PAUSE_MAX_S)
 
 
 class NobodyListensError(AgentError):

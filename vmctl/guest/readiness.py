@@ -3,11 +3,10 @@
 import time
 
 from vmctl.client import CommandError, Target
-from vmctl.guest.access import agent_of
+from vmctl.guest.access import agent_of, pauses
 from vmctl.guest.agent import AgentError
 from vmctl.messages import GUEST_CONDITIONS
 
-_AGAIN_S = 0.2
 _LONG_S = 1e8
 
 
@@ -33,7 +32,7 @@ def wait_for_guest(target: Target, condition: str, deadline: float) -> str:
     assert condition.startswith(GUEST_CONDITIONS)
     kind, _, what = condition.partition("=")
     word = str(target.id) if target.id else target.name
-    while True:
+    for pause in pauses():
         agent = agent_of(word, deadline)
         left = min(_LONG_S, deadline - time.monotonic())
         try:
@@ -47,8 +46,9 @@ def wait_for_guest(target: Target, condition: str, deadline: float) -> str:
                 timeout=left,
             )
         except AgentError:  # not yet there, or gone with a reboot
-            if time.monotonic() + _AGAIN_S >= deadline:
+            if time.monotonic() + pause >= deadline:
                 raise TimeoutError("timed out") from None
-            time.sleep(_AGAIN_S)
+            time.sleep(pause)
         else:
             return "found"
+    raise AssertionError("there is always another pause")

@@ -7,9 +7,9 @@ It counts as ready when all of that is renewed, and must not run on if it cannot
 import time
 from uuid import uuid4
 
+from vmctl.guest.access import pauses
 from vmctl.guest.agent import Agent, AgentError
 
-_AGAIN_S = 0.05
 _HOST_NAME_MAX = 64
 
 
@@ -25,12 +25,12 @@ def renew(agent: Agent, name: str, deadline: float) -> None:
         TimeoutError: it does not answer by then.
     """
     host_name = name.replace("_", "-")[:_HOST_NAME_MAX].strip("-.")
-    while True:
+    for pause in pauses():
         try:
             agent.renew(machine_id=uuid4().hex, host_name=host_name, deadline=deadline)
         except AgentError:
-            if time.monotonic() + _AGAIN_S >= deadline:
+            if time.monotonic() + pause >= deadline:
                 raise
-            time.sleep(_AGAIN_S)
+            time.sleep(pause)
         else:
             return
