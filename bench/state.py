@@ -212,14 +212,7 @@ def _send(machine: Machine, *, is_live: bool) -> float:
     drain = subprocess.Popen(["cat"], stdin=reader, stdout=subprocess.DEVNULL)
     os.close(reader)
     manifest = _manifest(machine)
-    stopped = []
-
-    def halt() -> bytes:
-        stopped.append(time.perf_counter())
-        machine.pause()
-        saved = save(machine)
-        return states.encode(State(saved.parts, saved.blobs))
-
+    halt = _Halt(machine)
     with FdSink(writer, _PATIENCE_S) as sink:
         if is_live:
             dirty = machine.dirty_pages()
@@ -229,7 +222,7 @@ def _send(machine: Machine, *, is_live: bool) -> float:
             state = halt()
             described = manifest._replace(state_size=len(state))
             write_stream(sink, described, state, machine.memory)
-    took = time.perf_counter() - stopped[0]
+    took = time.perf_counter() - halt.at
     if is_live:
         dirty.end()
     machine.resume()
@@ -251,16 +244,23 @@ def _manifest(machine: Machine) -> Manifest:
     )
 
 
-def _snapshot(machine: Machine) -> tuple[float, float]:
-    """Return for how long a machine is paused for a snapshot, and the time of it all, in ms."""
-    stopped = []
+class _Halt:
+    """Pauses a machine, and returns its state; `at` is when, of the performance counter."""
 
-    def halt() -> bytes:
-        stopped.append(time.perf_counter())
-        machine.pause()
-        saved = save(machine)
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.at = 0.0
+
+    def __call__(self) -> bytes:
+        self.at = time.perf_counter()
+        self._machine.pause()
+        saved = save(self._machine)
         return states.encode(State(saved.parts, saved.blobs))
 
+
+def _snapshot(machine: Machine) -> tuple[float, float]:
+    """Return for how long a machine is paused for a snapshot, and the time of it all, in ms."""
+    halt = _Halt(machine)
     began = time.perf_counter()
     with TemporaryFile() as file:
         dirty = machine.dirty_pages()
@@ -271,7 +271,7 @@ def _snapshot(machine: Machine) -> tuple[float, float]:
         machine.resume()
         ended = time.perf_counter()
         dirty.end()
-    return (ended - stopped[0]) * 1000, (ended - began) * 1000
+    return (ended - halt.at) * 1000, (ended - began) * 1000
 
 
 class _Memory:
@@ -291,14 +291,7 @@ class _Memory:
 
 def _capture(machine: Machine) -> tuple[float, float]:
     """Return how long a machine is paused to be cloned by the daemon, and the time of it all."""
-    stopped = []
-
-    def halt() -> bytes:
-        stopped.append(time.perf_counter())
-        machine.pause()
-        saved = save(machine)
-        return states.encode(State(saved.parts, saved.blobs))
-
+    halt = _Halt(machine)
     began = time.perf_counter()
     fd = make_scratch("bench")
     os.ftruncate(fd, machine.memory.size)
@@ -310,7 +303,7 @@ def _capture(machine: Machine) -> tuple[float, float]:
     ended = time.perf_counter()
     dirty.end()
     os.close(fd)
-    return (ended - stopped[0]) * 1000, (ended - began) * 1000
+    return (ended - halt.at) * 1000, (ended - began) * 1000
 
 
 def _clone_once(source: Source, machine: Machine) -> tuple[float, float, int]:

@@ -233,6 +233,20 @@ LOOP_BACK = b"".join(
 )
 
 
+# Begins in real mode; the table's descriptor lies at 0x100 of the code segment. All data are flat.
+REACH_ALL = b"".join(
+    (
+        bytes.fromhex("fa"),  # cli
+        bytes.fromhex("2e660f01160001"),  # lgdtl %cs:0x100
+        bytes.fromhex("0f20c0"),  # mov %cr0, %eax
+        bytes.fromhex("6683c801"),  # or $1, %eax
+        bytes.fromhex("0f22c0"),  # mov %eax, %cr0
+        bytes.fromhex("b81000"),  # mov $0x10, %ax
+        bytes.fromhex("8ed8"),  # mov %ax, %ds
+    )
+)
+
+
 def hanging(slot: int) -> bytes:
     """Return a guest that enables the watchdog in a PCI slot, for two seconds, and halts."""
     function = 0x8000_0000 | slot << 11

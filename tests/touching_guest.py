@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+from tests import guests
+
 READY = b"R"
 _SIZE, _GDT_AT = 64 << 10, 0x100
 _BASE = (1 << 32) - _SIZE
@@ -14,13 +16,7 @@ def touching_guest(size: int) -> bytes:
     """Return a flat firmware image; it touches each page of `size` bytes, from 16 MiB on."""
     code = b"".join(
         (
-            bytes.fromhex("fa"),  # cli
-            bytes.fromhex("2e660f01160001"),  # lgdtl %cs:0x100
-            bytes.fromhex("0f20c0"),  # mov %cr0, %eax
-            bytes.fromhex("6683c801"),  # or $1, %eax
-            bytes.fromhex("0f22c0"),  # mov %eax, %cr0
-            bytes.fromhex("b81000"),  # mov $0x10, %ax
-            bytes.fromhex("8ed8"),  # mov %ax, %ds
+            guests.REACH_ALL,
             b"\x66\xbe" + struct.pack("<I", _START),  # mov $start, %esi
             b"\x66\xb9" + struct.pack("<I", size // _PAGE),  # mov $pages, %ecx
             bytes.fromhex("66678936"),  # touch: mov %esi, (%esi)

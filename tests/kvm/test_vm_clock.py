@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import guests
 from tests.kvm.test_clone import in_child, status_of
 from tests.kvm.test_state import bench
 from tests.vmctl_driver import VMCTL
@@ -25,13 +26,7 @@ _READ = 12
 _END_STATUS = 0x07 << 1 | 1
 _CODE = b"".join(
     (
-        bytes.fromhex("fa"),  # cli
-        bytes.fromhex("2e660f01160001"),  # lgdtl %cs:0x100
-        bytes.fromhex("0f20c0"),  # mov %cr0, %eax
-        bytes.fromhex("6683c801"),  # or $1, %eax
-        bytes.fromhex("0f22c0"),  # mov %eax, %cr0
-        bytes.fromhex("b81000"),  # mov $0x10, %ax
-        bytes.fromhex("8ed8"),  # mov %ax, %ds
+        guests.REACH_ALL,
         b"\x66\xbe" + struct.pack("<I", VM_CLOCK_ADDRESS),  # mov $address, %esi
         bytes.fromhex("b9") + struct.pack("<H", _READ),  # mov $12, %cx
         bytes.fromhex("baf803"),  # mov $0x3f8, %dx

@@ -110,7 +110,7 @@ class Tree:
         if own >= 0:
             os.close(own)
 
-    # What is there
+    # Looking
 
     def open_child(self, parent: int, name: bytes) -> int:
         """Open what a directory has under a name, a link itself, without looking into it."""

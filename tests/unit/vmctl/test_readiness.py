@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from tests.agents import HostAgent, spliced
 from tests.unit.vmctl.conftest import Serve
 from tests.unit.vmctl.fake_daemon import Answers
+from vmctl.guest.access import pauses
 from vmctl.line.cli import main
 from vmd.wire.messages import AnyRequest, ErrorCode, Failed
 from vmd.wire.ports import Connect, Connected
@@ -88,3 +90,11 @@ def test_what_makes_no_sense(condition: str, capsys: pytest.CaptureFixture[str])
     """A malformed condition is refused before anything is asked."""
     assert main(["wait", "--for", condition, "web"]) == 1
     assert capsys.readouterr().err.startswith(f"vmctl: invalid condition: {condition}")
+
+
+def test_attempts_become_rarer() -> None:
+    """A guest that is there soon is found soon; one that is not costs little."""
+    found = list(itertools.islice(pauses(), 40))
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (0.05, 2.0)
+    assert sum(found[:10]) < 2
