@@ -414,7 +414,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.daemon",
     ),
     "vmctl": ("vmm_kvm.text", "vmm_kvm.limits", "vmd.shared"),
-    "vmctl.values": ("vmm_kvm.errors", "vmm_kvm.limits", "vmd.config", "vmctl"),
+    "vmctl.values": ("vmm_kvm.errors", "vmm_kvm.limits", "vmm_kvm.record", "vmd.config", "vmctl"),
     "vmctl.screen": ("vmm_kvm.text",),
     "vmctl.screen.progress": ("rich",),
     "vmctl.line": ("vmm_kvm.log", "vmm_kvm.version", "vmctl", "typer"),
@@ -464,7 +464,6 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     "vmctl.foreground": (
         "vmm_kvm.errors",
-        "vmm_kvm.record",
         "vmm_kvm.bits",
         "vmm_kvm.clock",
         "vmm_kvm.text",

@@ -7,6 +7,44 @@ from vmctl.moment import seconds_in
 from vmd.config.sizes import SizeError, fmt_scaled, scan_scaled
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX
+from vmm_kvm.record import Record
+
+
+class VmOptions(Record):
+    """Options that say the same in `vmctl start` and `vmctl run`, as typed.
+
+    Those that may come once are tuples too: whoever reads them refuses a second.
+    """
+
+    boot: tuple[str, ...] = ()
+    boot_device: tuple[str, ...] = ()
+    selftest: bool = False
+    memory: tuple[str, ...] = ()
+    cpus: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ()
+    """-i"""
+    local: int = 0
+    """How many -L."""
+    switches: tuple[str, ...] = ()
+    forwards: tuple[str, ...] = ()
+    cdrom: tuple[str, ...] = ()
+    initrd: tuple[str, ...] = ()
+    append: tuple[str, ...] = ()
+    firmware: tuple[str, ...] = ()
+    vsock: tuple[str, ...] = ()
+    cloud_init: tuple[str, ...] = ()
+    ssh_keys: tuple[str, ...] = ()
+    agent: bool = False
+    balloon: bool = False
+    watchdog: bool = False
+    console: bool = False
+    """-c; `run` always attaches its console."""
+    until: tuple[str, ...] = ()
+    """--wait"""
+    timeout: tuple[str, ...] = ()
+    origin: tuple[str, ...] = ()
+    """--from"""
 
 
 def once(given: Sequence[str], what: str) -> str | None:

@@ -20,11 +20,18 @@ else:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class Record(_Namespace):
-    """Named values, given by keyword; a subclass annotates them, with defaults or without."""
+    """Named values, given by keyword; a subclass annotates them, with defaults or without.
+
+    A class derived from a subclass has its fields too.
+    """
 
     def __init__(self, **fields: object) -> None:
-        kind = type(self)
-        defaults = {name: vars(kind)[name] for name in kind.__annotations__ if name in vars(kind)}
+        defaults = {
+            name: vars(kind)[name]
+            for kind in reversed(type(self).__mro__[: -len(Record.__mro__)])
+            for name in kind.__annotations__
+            if name in vars(kind)
+        }
         super().__init__(**{**defaults, **fields})
 
     def but(self, **changes: object) -> Self:

@@ -23,7 +23,7 @@ from vmctl.client import (
 from vmctl.daemon.starting import open_file, path_of, say_started, shown, why_not_started
 from vmctl.messages import choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
-from vmctl.values import cpus_of, memory_of, number_of, once, seconds_of
+from vmctl.values import VmOptions, cpus_of, memory_of, number_of, once, seconds_of
 from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
 from vmm_kvm.record import Record
@@ -37,40 +37,14 @@ _FIRMWARE = ("bios", "uefi")
 _CLOCKS = ("frozen", "now")
 
 
-class StartOptions(Record):
-    """The command line of `vmctl start`, as typed; options that may come once are lists too."""
+class StartOptions(VmOptions):
+    """The command line of `vmctl start`, as typed."""
 
-    boot: tuple[str, ...] = ()
-    boot_device: tuple[str, ...] = ()
-    disks: tuple[str, ...] = ()
-    interfaces: tuple[str, ...] = ()
-    """-i"""
-    local: int = 0
-    """How many -L."""
-    memory: tuple[str, ...] = ()
-    switches: tuple[str, ...] = ()
-    cpus: tuple[str, ...] = ()
-    cdrom: tuple[str, ...] = ()
     template: tuple[str, ...] = ()
-    initrd: tuple[str, ...] = ()
-    append: tuple[str, ...] = ()
-    firmware: tuple[str, ...] = ()
-    vsock: tuple[str, ...] = ()
-    cloud_init: tuple[str, ...] = ()
-    ssh_keys: tuple[str, ...] = ()
-    agent: bool = False
-    balloon: bool = False
-    watchdog: bool = False
-    forwards: tuple[str, ...] = ()
-    selftest: bool = False
+    """-t"""
     is_template: bool = False
-    console: bool = False
-    until: tuple[str, ...] = ()
-    """--wait"""
-    timeout: tuple[str, ...] = ()
+    """--template"""
     save: bool = False
-    origin: tuple[str, ...] = ()
-    """--from"""
     clock: tuple[str, ...] = ()
 
 

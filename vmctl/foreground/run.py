@@ -16,7 +16,7 @@ from vmctl.foreground.endings import EXIT_ERROR, EXIT_KILLED, Ended, reason_of, 
 from vmctl.foreground.stdio import Stdio
 from vmctl.messages import CONSOLE_CONDITION, choice, fail
 from vmctl.report import EXIT_TIMEOUT, Report
-from vmctl.values import cpus_of, memory_of, once, seconds_of
+from vmctl.values import VmOptions, cpus_of, memory_of, once, seconds_of
 from vmm_kvm import log
 from vmm_kvm.arch.x86.image import open_firmware, open_image
 from vmm_kvm.boot_device import BootDevice
@@ -35,7 +35,6 @@ from vmm_kvm.machine.spec import (
     TripleFault,
 )
 from vmm_kvm.primitives import Vmm
-from vmm_kvm.record import Record
 from vmm_kvm.standard_streams import OutputError
 
 if TYPE_CHECKING:  # loaded if there is a disk, or an interface
@@ -59,47 +58,20 @@ _RESETS = (
 _RETRY_NS = NANOSECONDS
 
 
-class RunOptions(Record):
-    """The command line of `vmctl run`, as typed; options that may come once are lists too."""
+class RunOptions(VmOptions):
+    """The command line of `vmctl run`, as typed."""
 
-    boot: tuple[str, ...] = ()
-    selftest: bool = False
-    memory: tuple[str, ...] = ()
-    cpus: tuple[str, ...] = ()
-    disks: tuple[str, ...] = ()
-    interfaces: tuple[str, ...] = ()
-    switches: tuple[str, ...] = ()
-    local: int = 0
-    forwards: tuple[str, ...] = ()
-    cdrom: tuple[str, ...] = ()
-    boot_device: tuple[str, ...] = ()
-    firmware: tuple[str, ...] = ()
+    name: str = ""
     nvram: tuple[str, ...] = ()
     virtio_console: bool = False
     shares: tuple[str, ...] = ()
-    vsock: tuple[str, ...] = ()
-    cloud_init: tuple[str, ...] = ()
-    ssh_keys: tuple[str, ...] = ()
-    agent: bool = False
-    balloon: bool = False
-    watchdog: bool = False
     tpm: tuple[str, ...] = ()
+    gdb: tuple[str, ...] = ()
     is_writable: bool = False
     """For a command, which is no option."""
-    initrd: tuple[str, ...] = ()
-    append: tuple[str, ...] = ()
-    timeout: tuple[str, ...] = ()
-    until: tuple[str, ...] = ()
-    """--wait"""
     no_reboot: bool = False
-    as_json: bool = False
     console_log: tuple[str, ...] = ()
-    origin: tuple[str, ...] = ()
-    """--from"""
-    gdb: tuple[str, ...] = ()
-    console: bool = False
-    """Ignored: the console is always attached."""
-    name: str = ""
+    as_json: bool = False
 
 
 def run(words: Sequence[str] = (), **given: bool | int | str | tuple[str, ...]) -> int:
