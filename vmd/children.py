@@ -212,6 +212,7 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
             partial(confine, zygote_confinement(uids), uids and Identity(uids.zygote, uids.zygote)),
             partial(vm.be_vm, kvm),
             partial(_live_untold, kvm, kvm_fd),
+            served=connection.fileno(),
             patience_s=WARMING_PATIENCE_S,
         )
         die_with(os.getppid())  # also one that hangs

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -43,16 +45,29 @@ def _warm(
     *,
     log: pytest.LogCaptureFixture,
     patience_s: float = 30,
+    leaves: bool = False,
 ) -> tuple[str, list[str]]:
-    """Warm up in a process of its own; returns which process continued, and its log."""
+    """Warm up in a process of its own; returns which process continued, and its log.
+
+    With `leaves`, the process that is to be served does not wait for it.
+    """
     read_fd, write_fd = os.pipe()
+    vmm, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     first = os.fork()
     if first == 0:
         try:
             log.clear()
             confined: list[int] = []
             me = os.getpid()
-            warm_up(warmth, lambda: confined.append(1), be_vm, _live, patience_s=patience_s)
+            vmm.close()
+            warm_up(
+                warmth,
+                lambda: confined.append(1),
+                be_vm,
+                _live,
+                served=served.fileno(),
+                patience_s=patience_s,
+            )
             who = "first" if os.getpid() == me else "other"
             assert confined == [1]
             os.write(write_fd, "\n".join([who, *log.messages]).encode())
@@ -61,7 +76,10 @@ def _warm(
         finally:
             os._exit(0)
     os.close(write_fd)
-    with open(read_fd, "rb") as told:  # noqa: PTH123 - a descriptor
+    served.close()
+    if leaves:
+        vmm.close()
+    with vmm, open(read_fd, "rb") as told:  # noqa: PTH123 - a descriptor
         who, *messages = told.read().decode().split("\n")
     with suppress(ChildProcessError):  # two children, of which we are the parent
         while True:
@@ -125,6 +143,18 @@ def test_a_rehearsal_that_hangs_is_given_up(caplog: pytest.LogCaptureFixture) ->
 
     said = _warm(hang, log=caplog, patience_s=0.25)
     assert said == ("first", [f"{LINE}not done in 0.25 seconds"])
+
+
+def test_nobody_warms_up_for_one_that_has_gone(caplog: pytest.LogCaptureFixture) -> None:
+    """When vmm ends meanwhile, both processes end at once, without a word."""
+
+    def hang(_channel: Channel[VmReport, VmmToVm]) -> None:
+        while True:
+            signal.pause()
+
+    began = time.monotonic()
+    assert _warm(hang, log=caplog, leaves=True) == ("", [])
+    assert time.monotonic() - began < 15, "it has waited for the end of the rehearsal's time"
 
 
 @pytest.mark.parametrize("warmth", [Warmth.REHEARSE, Warmth.ALL])

@@ -37,6 +37,7 @@ CONSTANT_VERSIONS = frozenset({(3, 11)})
 """Versions on which names and constants are gathered as well; on newer ones, most are immortal."""
 _TEXT_MAX = 200
 _READY = b"\0"
+_ALONE = b"\1"
 
 
 class WarmthError(Exception):
@@ -69,11 +70,18 @@ class Warmth(StrEnum):
 
 
 def warm_up(
-    warmth: Warmth, confine: Callable[[], None], be_vm: "BeVm", live: "Live", *, patience_s: float
+    warmth: Warmth,
+    confine: Callable[[], None],
+    be_vm: "BeVm",
+    live: "Live",
+    *,
+    served: int,
+    patience_s: float,
 ) -> None:
     """Confine and warm up a fork of this process, or else this one; the other ends.
 
     Returns in the process that serves; both have the same parent. `be_vm` and `live` are rehearsed.
+    Both end when the other end of `served`, a socket, is closed: nobody is left to serve then.
     Only for a process with one thread.
 
     Raises:
@@ -90,12 +98,14 @@ def warm_up(
         return
     other = os.pidfd_open(pid)
     os.close(write_fd)
-    told = _listen(read_fd, patience_s)
+    told = _listen(read_fd, served, patience_s)
     os.close(read_fd)
     if told == _READY:
         os._exit(0)
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(other, signal.SIGKILL)
+    if told == _ALONE:
+        os._exit(0)
     os.close(other)
     if told is None:
         why = f"not done in {patience_s:g} seconds"
@@ -147,13 +157,15 @@ def _try(work: Callable[[], None], fd: int) -> None:
             os._exit(1)
 
 
-def _listen(fd: int, patience_s: float) -> bytes | None:
+def _listen(fd: int, served: int, patience_s: float) -> bytes | None:
     """Return the other process's message; empty if it ends without one.
 
-    None if it takes too long.
+    None if it takes too long, and _ALONE if the other end of `served` is closed before.
     """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    if not poll.poll(patience_s * 1000):
-        return None
-    return os.read(fd, select.PIPE_BUF)
+    poll.register(served, 0)  # for POLLHUP alone
+    ready = dict(poll.poll(patience_s * 1000))
+    if fd in ready:
+        return os.read(fd, select.PIPE_BUF)
+    return _ALONE if ready else None
