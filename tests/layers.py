@@ -510,12 +510,14 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.primitives",
         "vmm_kvm.machine",
         "vmd.config",
+        "vmd.shared",
         "vmctl",
         "vmctl.screen",
     ),
     "vmctl.web": (
         "vmm_kvm.version",
         "vmd.wire",
+        "vmd.shared",
         "vmctl",
         "vmctl.daemon",
         "starlette",
@@ -523,7 +525,15 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "uvicorn",
     ),
     "vmm_agent": (),
-    "vmm_pytest": ("vmm_kvm.text", "vmm_kvm.libc", "vmctl", "vmctl.guest", "pytest", "pluggy"),
+    "vmm_pytest": (
+        "vmm_kvm.text",
+        "vmm_kvm.libc",
+        "vmd.shared",
+        "vmctl",
+        "vmctl.guest",
+        "pytest",
+        "pluggy",
+    ),
 }
 """Allowed imports of each folder or module, besides itself and the standard library.
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from vmctl.ports import await_guest
-from vmd.shared.paths import SYSTEM_SOCKET, user_socket
+from vmd.shared.paths import client_socket
 from vmm_kvm.limits import NAME_MAX
 
 Fields = dict[str, Any]  # type: ignore[explicit-any] # what JSON holds
@@ -178,15 +178,6 @@ def text_of(code: str) -> str:
     return _TEXTS.get(code) or (os.strerror(number) if isinstance(number, int) else code)
 
 
-def socket_path() -> str:
-    """Return the daemon's socket: VMD_SOCKET, else the user's own if it exists."""
-    path = os.environ.get("VMD_SOCKET")
-    if path:
-        return path
-    own = user_socket(os.environ) if os.getuid() else None
-    return own if own and os.path.exists(own) else SYSTEM_SOCKET
-
-
 class Client:
     """A connection to the daemon; a context manager that closes it."""
 
@@ -196,7 +187,7 @@ class Client:
         Raises:
             CommandError: no daemon listens, or it does not let this user in.
         """
-        path = path or socket_path()
+        path = path or client_socket(os.environ)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._serial = 0
         try:

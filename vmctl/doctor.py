@@ -4,6 +4,7 @@ Exit status: 0 when VMs can run, 1 when they cannot.
 """
 
 import json
+import os
 import pwd
 import shutil
 import sys
@@ -14,8 +15,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from vmctl.advice import may_connect
-from vmctl.client import Client, CommandError, socket_path
+from vmctl.client import Client, CommandError
 from vmd.config.sizes import fmt_scaled
+from vmd.shared.paths import client_socket
 from vmm_kvm import primitives
 from vmm_kvm.boot.firmware import BIOS, UEFI, find_firmware
 from vmm_kvm.errors import BootError, VmmError
@@ -213,7 +215,7 @@ def _user() -> Finding:
 def _daemon() -> Finding:
     try:
         with Client():
-            path = socket_path()
+            path = client_socket(os.environ)
             return Finding("vmd", Status.OK, f"listens at {path}: {may_connect(path)}")
     except CommandError as err:
         # The missing thing and, if known, its remedy.

@@ -19,9 +19,10 @@ from types import FrameType
 from typing import Self, TextIO
 from urllib.parse import quote, unquote
 
-from vmctl.client import Client, CommandError, socket_path
+from vmctl.client import Client, CommandError
 from vmctl.guest.agent import AgentError
 from vmctl.guest.copying import copy_contents_in, copy_file_in, copy_file_out, copy_tree_out
+from vmd.shared.paths import client_socket
 from vmm_kvm.text import printable
 from vmm_pytest.machine import Machine, MachineError
 from vmm_pytest.run import NoMachinesError, Run, RunError
@@ -230,7 +231,7 @@ def main() -> int:
     """Serve autopkgtest; returns the exit status."""
     given = _parser().parse_args()
     is_running = given.template or given.snapshot or given.socket
-    daemon = (given.socket or socket_path()) if is_running else None
+    daemon = (given.socket or client_socket(os.environ)) if is_running else None
     # The daemon, and vmctl, find their modules where this program does.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from vmctl.client import Client, CommandError, socket_path
+from vmctl.client import Client, CommandError
 from vmctl.messages import fail
+from vmd.shared.paths import client_socket
 
 _NEEDED = {"starlette": (0, 46), "uvicorn": (0, 32), "wsproto": (1, 2)}
 """The oldest versions that serve, as pyproject.toml has them."""
@@ -32,7 +33,7 @@ def web(_words: Sequence[str] = (), *, port: str = "0") -> int:
     if lacking:
         return fail(f"web needs {', '.join(lacking)} or newer: pip install 'vmm-kvm[web]'")
     try:
-        path = socket_path()
+        path = client_socket(os.environ)
         with Client(path):
             pass
         listener = _listen(port)

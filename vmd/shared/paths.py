@@ -1,6 +1,8 @@
 """Paths of the daemon's socket and configuration; nothing is opened here."""
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 SYSTEM_SOCKET = "/run/vmd.sock"
 """OpenBSD's is /var/run/vmd.sock, which is the same place on Linux."""
@@ -16,6 +18,23 @@ def user_socket(environ: Mapping[str, str]) -> str | None:
     """
     directory = environ.get("XDG_RUNTIME_DIR", "")
     return f"{directory}/{_SOCKET_NAME}" if directory.startswith("/") else None
+
+
+def client_socket(environ: Mapping[str, str]) -> str:
+    """Return the socket that commands connect to: VMD_SOCKET, else the user's own if it exists.
+
+    For root the system's comes first. A socket of another user is none of ours, though the
+    environment may name it, as after `sudo -E`: that user would be given our files.
+    """
+    given = environ.get("VMD_SOCKET")
+    if given:
+        return given
+    own = user_socket(environ)
+    if own and (os.getuid() or not os.path.exists(SYSTEM_SOCKET)):  # noqa: PTH110 - the plainest
+        with suppress(OSError):
+            if os.lstat(own).st_uid == os.getuid():
+                return own
+    return SYSTEM_SOCKET
 
 
 def user_config(environ: Mapping[str, str]) -> str | None:

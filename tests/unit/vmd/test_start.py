@@ -12,7 +12,7 @@ from vmd.config.model import Owner
 from vmd.options import Options, UsageError, parse_options
 from vmd.parent.listener import ListenerError, listen, present_owner, set_owner
 from vmd.parent.service import Notifier, inherited_socket
-from vmd.shared.paths import user_config, user_socket
+from vmd.shared.paths import client_socket, user_config, user_socket
 
 
 def test_options() -> None:
@@ -42,6 +42,37 @@ def test_where_an_ordinary_users_files_are() -> None:
     assert user_config({"HOME": "/home/u"}) == "/home/u/.config/vm.conf"
     assert user_config({"HOME": "/home/u", "XDG_CONFIG_HOME": "/c"}) == "/c/vm.conf"
     assert user_config({}) is None
+
+
+def test_which_daemon_commands_connect_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable's, the user's own, the system's; for root the system's before its own."""
+    own, system = tmp_path / "vmd.sock", tmp_path / "system"
+    monkeypatch.setattr("vmd.shared.paths.SYSTEM_SOCKET", str(system))
+    runtime = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    uid = tmp_path.stat().st_uid
+    for user in (uid, uid or 1000):
+        monkeypatch.setattr("os.getuid", lambda user=user: user)
+        for there in (), (own,), (system,), (own, system):
+            for path in own, system:
+                path.unlink(missing_ok=True)
+            for path in there:
+                path.touch()
+                os.chown(path, user, -1)
+            is_own = own in there and (user != 0 or system not in there)
+            assert client_socket(runtime) == str(own if is_own else system)
+            assert client_socket({**runtime, "VMD_SOCKET": "/x"}) == "/x"
+            assert client_socket({}) == str(system)
+
+
+def test_another_users_daemon_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that is kept from another user, as by `sudo -E`, names no daemon of ours."""
+    (tmp_path / "vmd.sock").touch()
+    monkeypatch.setattr("vmd.shared.paths.SYSTEM_SOCKET", str(tmp_path / "none"))
+    for other in 0, os.getuid() + 1:
+        monkeypatch.setattr("os.getuid", lambda other=other: other)
+        own = tmp_path.stat().st_uid == other
+        found = client_socket({"XDG_RUNTIME_DIR": str(tmp_path)})
+        assert (found == str(tmp_path / "vmd.sock")) is own
 
 
 def test_the_service_manager_is_told(tmp_path: Path) -> None:
