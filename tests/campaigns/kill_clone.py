@@ -10,35 +10,30 @@ Any deviation is printed, and the exit status is 1. The moment of the kill is no
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.system.vmd.daemon import (  # noqa: E402 - found by the line above
-    READY,
-    Client,
-    Daemon,
-    descendants,
-    is_alive,
-    process_title,
-    vm_block,
+from tests.campaigns.killing import (  # noqa: E402 - found by the line above
+    TIMEOUT_S,
+    RunRound,
+    expect_echo,
+    kill_titled,
+    run_campaign,
 )
+from tests.system.vmd.daemon import READY, Client, Daemon, vm_block  # noqa: E402
 from tests.vmctl_driver import VMCTL  # noqa: E402
 from vmd.rules.lifecycle import EARLY_S  # noqa: E402
 
-TIMEOUT_S = 90
 DELAY_S = 0.5
 CLONES = 2
 PARTIES = ("vmctl", "vm/running", "vm/paused", "vm/c", "vmd: vmm")
@@ -63,16 +58,6 @@ def _prepare(client: Client) -> None:
             assert client.ask("pause", name=name)["type"] == "done"
 
 
-def _kill(party: str, vmd: Daemon, command: subprocess.Popen[bytes]) -> None:
-    if party == "vmctl":
-        command.kill()
-        return
-    for pid in descendants(vmd.process.pid):
-        if process_title(pid).startswith(party):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
 def _settled(client: Client) -> dict[str, str]:
     """Return the states of all VMs, once none of them changes."""
     deadline = time.monotonic() + TIMEOUT_S
@@ -87,7 +72,9 @@ def _settled(client: Client) -> dict[str, str]:
     return _states(client)
 
 
-def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, list[str]]:
+def run_round(
+    vmd: Daemon, client: Client, chance: random.Random, _number: int
+) -> tuple[str, list[str]]:
     """Clone once, kill a process; return the outcome, and the deviations."""
     wrong: list[str] = []
     _prepare(client)
@@ -100,15 +87,16 @@ def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, 
         stderr=subprocess.PIPE,
     )
     time.sleep(chance.random() * DELAY_S)
-    _kill(party, vmd, command)
+    if party == "vmctl":
+        command.kill()
+    else:
+        kill_titled(vmd, party)
     said = command.communicate(timeout=TIMEOUT_S)[1]
     states = _settled(client)
     told = f"{source} cloned, {party} killed: {states}: {said!r}"
     for name, state in states.items():
         if state == "running":
-            with client.console(name) as console:
-                console.type(b"e")
-                console.expect(b"e", console.output.count(b"e") + 1)
+            expect_echo(client, name)
     sources = states["running"], states["paused"]
     if party in {"vmctl", "vm/c"} and sources != ("running", "paused"):
         wrong.append(f"a source is not as it was: {told}")
@@ -122,40 +110,22 @@ def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, 
     return f"{len(clones)} clones", wrong
 
 
+@contextmanager
+def scene(directory: Path) -> Iterator[tuple[Daemon, RunRound]]:
+    """Have a daemon with both sources."""
+    config = "".join(vm_block(name, enabled=True) for name in SOURCES)
+    with Daemon(directory, config) as vmd, vmd.client(TIMEOUT_S) as client:
+        for name in SOURCES:
+            client.wait_for_state(name, "running")
+            with client.console(name) as console:
+                console.expect(READY)
+        assert client.ask("pause", name="paused")["type"] == "done"
+        yield vmd, partial(run_round, vmd, client)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; returns the exit status."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=100, help="how many kills")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)
-    outcomes: Counter[str] = Counter()
-    deviations: list[str] = []
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-clone-") as directory:
-        config = "".join(vm_block(name, enabled=True) for name in SOURCES)
-        with Daemon(Path(directory), config) as vmd, vmd.client(TIMEOUT_S) as client:
-            for name in SOURCES:
-                client.wait_for_state(name, "running")
-                with client.console(name) as console:
-                    console.expect(READY)
-            assert client.ask("pause", name="paused")["type"] == "done"
-            for number in range(options.count):
-                outcome, wrong = run_round(vmd, client, chance)
-                outcomes[outcome] += 1
-                deviations += [f"round {number}: {line}" for line in wrong]
-            pids = descendants(vmd.process.pid)
-            vmd.stop()
-            left = [pid for pid in pids if is_alive(pid)]
-            if left:
-                deviations.append(f"processes left: {left}")
-    for line in deviations:
-        print(line)
-    told = ", ".join(f"{name} {count} times" for name, count in sorted(outcomes.items()))
-    taken = time.monotonic() - started
-    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(deviations)} deviations")
-    return 1 if deviations else 0
+    return run_campaign(__doc__, scene, arguments)
 
 
 if __name__ == "__main__":

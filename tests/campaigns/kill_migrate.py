@@ -11,7 +11,6 @@ Any deviation is printed, and the exit status is 1. The moment of the kill is no
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import signal
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,19 +27,22 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.system.vmd.daemon import (  # noqa: E402 - found by the line above
+from tests.campaigns.killing import (  # noqa: E402 - found by the line above
+    TIMEOUT_S,
+    Tally,
+    command_line,
+    kill_titled,
+)
+from tests.system.vmd.daemon import (  # noqa: E402
     READY,
     Client,
     Daemon,
     descendants,
-    is_alive,
-    process_title,
     vm_block,
 )
 from tests.vmctl_driver import VMCTL  # noqa: E402
 from vmd.rules.lifecycle import EARLY_S  # noqa: E402
 
-TIMEOUT_S = 90
 DELAY_S = 1.4
 SETTLE_S = 1.0
 PARTIES = (
@@ -75,9 +76,7 @@ def _kill(party: str, sides: dict[str, Side], command: subprocess.Popen[bytes]) 
     side, _, title = party.rpartition(": ")
     with suppress(ProcessLookupError):
         if side:
-            for pid in descendants(sides[side].daemon.process.pid):
-                if process_title(pid) == f"{title}/{sides[side].name}":
-                    os.kill(pid, signal.SIGKILL)
+            kill_titled(sides[side].daemon, f"{title}/{sides[side].name}")
             return
         for pid in descendants(command.pid):
             words = _words(pid)
@@ -157,28 +156,7 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
     return f"{states[0]} and {states[1]}", wrong
 
 
-class _Tally:
-    """The results of the rounds of all VMs; for many threads."""
-
-    def __init__(self, count: int) -> None:
-        self.outcomes: Counter[str] = Counter()
-        self.deviations: list[str] = []
-        self._left, self._lock = count, threading.Lock()
-
-    def take(self) -> bool:
-        """Take a round, if one is left."""
-        with self._lock:
-            self._left -= 1
-            return self._left >= 0
-
-    def add(self, outcome: str, wrong: Sequence[str]) -> None:
-        """Count a round."""
-        with self._lock:
-            self.outcomes[outcome] += 1
-            self.deviations += wrong
-
-
-def _lane(name: str, daemons: Sequence[Daemon], ssh: Path, seed: str, tally: _Tally) -> None:
+def _lane(name: str, daemons: Sequence[Daemon], ssh: Path, seed: str, tally: Tally) -> None:
     """Move one VM, as long as rounds are left."""
     chance = random.Random(seed)
     first, second = daemons
@@ -194,14 +172,10 @@ def _lane(name: str, daemons: Sequence[Daemon], ssh: Path, seed: str, tally: _Ta
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; returns the exit status."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=100, help="how many kills")
-    parser.add_argument("--seed", type=int, default=1)
+    parser = command_line(__doc__)
     parser.add_argument("--lanes", type=int, default=6, help="how many VMs at a time")
     options = parser.parse_args(arguments)
-    tally = _Tally(options.count)
-    started = time.monotonic()
+    tally = Tally(options.count)
     with tempfile.TemporaryDirectory(prefix="kill-migrate-") as directory:
         ssh = Path(directory) / "ssh"
         names, config = [f"vm{lane}" for lane in range(min(options.lanes, options.count))], ""
@@ -228,18 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 lane.start()
             for lane in lanes:
                 lane.join()
-            pids = [*descendants(first.process.pid), *descendants(second.process.pid)]
-            first.stop()
-            second.stop()
-            left = [pid for pid in pids if is_alive(pid)]
-            if left:
-                tally.deviations.append(f"processes left: {left}")
-    for line in tally.deviations:
-        print(line)
-    told = ", ".join(f"{name} {count} times" for name, count in sorted(tally.outcomes.items()))
-    taken = time.monotonic() - started
-    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(tally.deviations)} deviations")
-    return 1 if tally.deviations else 0
+            tally.stop(first, second)
+    return tally.report()
 
 
 if __name__ == "__main__":

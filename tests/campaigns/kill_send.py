@@ -10,34 +10,28 @@ Any deviation is printed, and the exit status is 1. The moment of the kill is no
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.system.vmd.daemon import (  # noqa: E402 - found by the line above
-    READY,
-    Client,
-    Daemon,
-    descendants,
-    is_alive,
-    process_title,
-    vm_block,
+from tests.campaigns.killing import (  # noqa: E402 - found by the line above
+    TIMEOUT_S,
+    RunRound,
+    kill_titled,
+    run_campaign,
 )
+from tests.system.vmd.daemon import READY, Client, Daemon, vm_block  # noqa: E402
 from tests.vmctl_driver import VMCTL  # noqa: E402
 
-TIMEOUT_S = 90
 DELAY_S = 1.2
 PARTIES = ("sender", "receiver", "vm/one", "vm/two")
 
@@ -47,17 +41,9 @@ def _runs(client: Client, name: str) -> bool:
     return isinstance(vms, list) and any(vm["state"] in {"running", "paused"} for vm in vms)
 
 
-def _kill(party: str, vmd: Daemon, commands: dict[str, subprocess.Popen[bytes]]) -> None:
-    with suppress(ProcessLookupError):
-        if party in commands:
-            commands[party].kill()
-            return
-        for pid in descendants(vmd.process.pid):
-            if process_title(pid) == party:
-                os.kill(pid, signal.SIGKILL)
-
-
-def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, list[str]]:
+def run_round(
+    vmd: Daemon, client: Client, chance: random.Random, _number: int
+) -> tuple[str, list[str]]:
     """Send and receive once, kill a process; return the outcome, and the deviations."""
     wrong: list[str] = []
     if not _runs(client, "one"):
@@ -80,7 +66,10 @@ def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, 
     os.close(write_fd)
     party = chance.choice(PARTIES)
     time.sleep(chance.random() * DELAY_S)
-    _kill(party, vmd, commands)
+    if party in commands:
+        commands[party].kill()
+    else:
+        kill_titled(vmd, party)
     said = {name: one.communicate(timeout=TIMEOUT_S)[1] for name, one in commands.items()}
     deadline = time.monotonic() + TIMEOUT_S
     while True:  # a command that was killed does not wait for the operation that it began
@@ -97,40 +86,22 @@ def run_round(vmd: Daemon, client: Client, chance: random.Random) -> tuple[str, 
         wrong.append(f"{party} killed: {said}")
     if "two" in running:
         client.ask("stop", name="two", force=True, wait=True)
-    return ", ".join(running) or "none", wrong
+    return f"{' and '.join(running) or 'none'} runs", wrong
+
+
+@contextmanager
+def scene(directory: Path) -> Iterator[tuple[Daemon, RunRound]]:
+    """Have a daemon with a VM that has a disk."""
+    disk = directory / "disk.img"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", disk, "8M"], check=True)
+    config = vm_block("one", f'disk "{disk}" format raw')
+    with Daemon(directory, config) as vmd, vmd.client() as client:
+        yield vmd, partial(run_round, vmd, client)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; returns the exit status."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=100, help="how many kills")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)
-    outcomes: Counter[str] = Counter()
-    deviations: list[str] = []
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-send-") as directory:
-        disk = Path(directory) / "disk.img"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "raw", disk, "8M"], check=True)
-        config = vm_block("one", f'disk "{disk}" format raw')
-        with Daemon(Path(directory), config) as vmd, vmd.client() as client:
-            for number in range(options.count):
-                outcome, wrong = run_round(vmd, client, chance)
-                outcomes[outcome] += 1
-                deviations += [f"round {number}: {line}" for line in wrong]
-            pids = descendants(vmd.process.pid)
-            vmd.stop()
-            left = [pid for pid in pids if is_alive(pid)]
-            if left:
-                deviations.append(f"processes left: {left}")
-    for line in deviations:
-        print(line)
-    told = ", ".join(f"{name} runs {count} times" for name, count in sorted(outcomes.items()))
-    taken = time.monotonic() - started
-    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(deviations)} deviations")
-    return 1 if deviations else 0
+    return run_campaign(__doc__, scene, arguments)
 
 
 if __name__ == "__main__":

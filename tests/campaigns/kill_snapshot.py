@@ -10,44 +10,32 @@ Any deviation is printed, and the exit status is 1. The moment of the kill is no
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.system.vmd.daemon import (  # noqa: E402 - found by the line above
-    READY,
-    Client,
-    Daemon,
-    descendants,
-    is_alive,
-    process_title,
-    vm_block,
+from tests.campaigns.killing import (  # noqa: E402 - found by the line above
+    TIMEOUT_S,
+    RunRound,
+    expect_echo,
+    kill_titled,
+    run_campaign,
 )
+from tests.system.vmd.daemon import READY, Client, Daemon, vm_block  # noqa: E402
 from tests.vmctl_driver import VMCTL  # noqa: E402
 
-TIMEOUT_S = 90
 DELAY_S = 0.4
 SOURCE, COPY = "one", "two"
 PARTIES = ("snapshot", "snapshot", "start", "vm/one", "vm/two", "vmd: vmm")
-
-
-def _answers(client: Client, name: str) -> None:
-    """Fail unless a guest answers typed input."""
-    with client.console(name) as console:
-        console.type(b"e")
-        console.expect(b"e", console.output.count(b"e") + 1)
 
 
 def _ensure_source(client: Client) -> None:
@@ -70,10 +58,7 @@ def _kill(party: str, vmd: Daemon, command: subprocess.Popen[bytes]) -> bool:
     if party in {"snapshot", "start"}:
         command.kill()
         return True
-    for pid in descendants(vmd.process.pid):
-        if process_title(pid) == party[:15]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    kill_titled(vmd, party)
     return party == "vm/two"
 
 
@@ -127,7 +112,7 @@ def run_round(
             assert time.monotonic() < deadline, "the source is written without end"
             time.sleep(0.02)
         client.ask("unpause", name=SOURCE)
-        _answers(client, SOURCE)
+        expect_echo(client, SOURCE)
     if not _is_gone(client, COPY):
         wrong.append(f"{party} killed: {COPY} does not end")
     found = _files(vmd)
@@ -142,7 +127,7 @@ def run_round(
         if started.returncode:
             wrong.append(f"{party} killed: no VM can be made of the snapshot: {text!r}")
         else:
-            _answers(client, COPY)
+            expect_echo(client, COPY)
         if not _is_gone(client, COPY):
             wrong.append(f"{COPY} does not end")
         client.ask("remove-snapshot", snapshot=name)
@@ -151,37 +136,16 @@ def run_round(
     return f"{party}: {outcome}", wrong
 
 
+@contextmanager
+def scene(directory: Path) -> Iterator[tuple[Daemon, RunRound]]:
+    """Have a daemon with the source."""
+    with Daemon(directory, vm_block(SOURCE, memory="256M")) as vmd, vmd.client() as client:
+        yield vmd, partial(run_round, vmd, client)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; returns the exit status."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=100, help="how many kills")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)
-    outcomes: Counter[str] = Counter()
-    deviations: list[str] = []
-    started = time.monotonic()
-    with (
-        tempfile.TemporaryDirectory(prefix="kill-snapshot-") as directory,
-        Daemon(Path(directory), vm_block(SOURCE, memory="256M")) as vmd,
-        vmd.client() as client,
-    ):
-        for number in range(options.count):
-            outcome, wrong = run_round(vmd, client, chance, number)
-            outcomes[outcome] += 1
-            deviations += [f"round {number}: {line}" for line in wrong]
-        pids = descendants(vmd.process.pid)
-        vmd.stop()
-        left = [pid for pid in pids if is_alive(pid)]
-        if left:
-            deviations.append(f"processes left: {left}")
-    for line in deviations:
-        print(line)
-    told = ", ".join(f"{name} {count} times" for name, count in sorted(outcomes.items()))
-    taken = time.monotonic() - started
-    print(f"{options.count} kills in {taken:.0f} s: {told}: {len(deviations)} deviations")
-    return 1 if deviations else 0
+    return run_campaign(__doc__, scene, arguments)
 
 
 if __name__ == "__main__":
