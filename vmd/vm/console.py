@@ -2,7 +2,8 @@
 
 Output goes into a ring; the terminal and each stream read it at their own pace, from 64 KiB back
 when they come late. A reader that lags by more than the ring misses some output: none delays the
-guest. Input waits until the serial port has room, and its reader with it.
+guest. Input waits until the serial port has room, and its reader with it. Output is shown in
+batches, but what follows input at once: somebody may wait for the answer.
 
 `transmit` may be called on any thread, the rest belongs to the event loop's thread.
 """
@@ -51,6 +52,7 @@ class Console:
         os.close(ring)
         self._written: deque[bytes] = deque()
         self._is_armed = False
+        self._is_answer = False  # what comes next
         self._timer = loop.timer(self._collect)
         self._typed = bytearray()
         self._terminal = _Terminal(self, master, loop, self._ring)
@@ -87,7 +89,9 @@ class Console:
         self._written.append(data)
         if not self._is_armed:
             self._is_armed = True
-            self._timer.arm(self._loop.monotonic_ns() + _BATCH_NS)
+            delay_ns = 0 if self._is_answer else _BATCH_NS
+            self._is_answer = False
+            self._timer.arm(self._loop.monotonic_ns() + delay_ns)
 
     def _collect(self) -> None:
         self._is_armed = False  # before the look: a byte that comes now arms the timer again
@@ -112,6 +116,7 @@ class Console:
     def typed(self, data: bytes) -> None:
         """Take bytes of a terminal or stream."""
         self._typed += data
+        self._is_answer = True
         self.feed()
 
     def break_typed(self) -> None:

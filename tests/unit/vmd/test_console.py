@@ -13,6 +13,7 @@ import pytest
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.shared.pty import Pty, open_pty
 from vmd.shared.ring import CAPACITY, REPLAY, Replay, replay
+from vmd.vm import console
 from vmd.vm.console import STREAMS_MAX, Console
 from vmm_kvm.loop import EventLoop
 
@@ -153,6 +154,19 @@ def test_typing_and_breaks(rig: Rig) -> None:
     assert select.select([stream], [], [], 0)[0] == []
     rig.run_until(lambda: bool(select.select([stream], [], [], 0)[0]))
     assert stream.recv(10) == b""
+
+
+def test_an_answer_is_not_held_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output waits to be shown with what follows it, unless it is the first after input."""
+    monkeypatch.setattr(console, "_BATCH_NS", 1 << 60)
+    stream = rig.attach()
+    stream.send(b"\0x")
+    rig.run_until(lambda: rig.has_received(b"x"))
+    rig.console.transmit(b"x")
+    assert rig.read(stream, 1) == b"x"
+    rig.console.transmit(b"later")
+    rig.run_until(lambda: True)
+    assert select.select([stream], [], [], 0)[0] == []
 
 
 def test_where_history_ends(rig: Rig) -> None:
