@@ -10,7 +10,8 @@ host touches the same number of pages before the first clone. It measures:
 - many: COUNT clones of one source, from the first fork until all have answered;
 - sent: the time for which the machine is paused while it is written into a pipe to another process,
   when it is copied while it runs, and when it is copied into a file, as for a snapshot;
-- captured: the same for the daemon's clones of a VM that runs.
+- captured: the same for the daemon's clones of a VM that runs, once and again; and the processor's
+  time in that pause, which others on the machine do not change.
 
 `python -m bench.state [--rounds N] [--clones N] [--touched MIB] [--json FILE]`
 """
@@ -79,7 +80,10 @@ class Result:
     snapshot_still_ms: float
     snapshot_ms: float
     capture_still_ms: float
+    capture_cpu_ms: float
     capture_ms: float
+    recapture_still_ms: float
+    recapture_cpu_ms: float
 
 
 class Source:
@@ -150,7 +154,9 @@ def main() -> None:
                 f"{result.private_mib:6.1f}M {result.many} in {result.many_s:.2f} s "
                 f"{result.sent_still_ms:6.0f} {result.live_still_ms:6.0f} "
                 f"{result.snapshot_still_ms:6.1f} of {result.snapshot_ms:.0f} ms "
-                f"{result.capture_still_ms:6.1f} of {result.capture_ms:.0f} ms",
+                f"{result.capture_still_ms:6.1f} ({result.capture_cpu_ms:.1f}), "
+                f"{result.recapture_still_ms:.1f} ({result.recapture_cpu_ms:.1f}) "
+                f"of {result.capture_ms:.0f} ms",
                 flush=True,
             )
     if options.json:
@@ -184,7 +190,11 @@ def _measure(
     still_ms = statistics.median(_send(machine, is_live=False) for _ in range(_SENDS))
     live_ms = statistics.median(_send(machine, is_live=True) for _ in range(_SENDS))
     snapshots = [_snapshot(machine) for _ in range(_SENDS)]
-    capture_still_ms, capture_ms = _capture(machine)  # the first one: later ones have small pages
+    capture_still_ms, capture_cpu_ms, capture_ms = _capture(machine)
+    source.output.clear()
+    machine.uart.receive(_ECHO)
+    source.wait_for(_ECHO)
+    recapture_still_ms, recapture_cpu_ms, _ = _capture(machine)  # of small pages
     return Result(
         source.spec.memory_size // MIB,
         source.spec.cpus,
@@ -202,7 +212,10 @@ def _measure(
         statistics.median(still for still, _ in snapshots),
         statistics.median(all_ms for _, all_ms in snapshots),
         capture_still_ms,
+        capture_cpu_ms,
         capture_ms,
+        recapture_still_ms,
+        recapture_cpu_ms,
     )
 
 
@@ -245,14 +258,17 @@ def _manifest(machine: Machine) -> Manifest:
 
 
 class _Halt:
-    """Pauses a machine, and returns its state; `at` is when, of the performance counter."""
+    """Pauses a machine, and returns its state.
+
+    `at` is when, of the performance counter; `cpu` of the thread's time.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self.at = 0.0
+        self.at = self.cpu = 0.0
 
     def __call__(self) -> bytes:
-        self.at = time.perf_counter()
+        self.at, self.cpu = time.perf_counter(), time.thread_time()
         self._machine.pause()
         saved = save(self._machine)
         return states.encode(State(saved.parts, saved.blobs))
@@ -289,8 +305,11 @@ class _Memory:
         """Write nothing."""
 
 
-def _capture(machine: Machine) -> tuple[float, float]:
-    """Return how long a machine is paused to be cloned by the daemon, and the time of it all."""
+def _capture(machine: Machine) -> tuple[float, float, float]:
+    """Return how long a machine is paused to be cloned by the daemon, and the time of it all.
+
+    In between is the processor's time of the pause; all in milliseconds.
+    """
     halt = _Halt(machine)
     began = time.perf_counter()
     fd = make_scratch("bench")
@@ -298,12 +317,13 @@ def _capture(machine: Machine) -> tuple[float, float]:
     dirty = machine.dirty_pages()
     dirty.begin()
     copy_into(_Memory(fd), machine.memory, dirty, halt, plan=lambda: Plan(0.002))
-    adopt(machine.memory, fd)
+    finish = adopt(machine.memory, fd)
     machine.resume()
-    ended = time.perf_counter()
+    ended, cpu = time.perf_counter(), time.thread_time() - halt.cpu
+    finish()
     dirty.end()
     os.close(fd)
-    return (ended - halt.at) * 1000, (ended - began) * 1000
+    return (ended - halt.at) * 1000, cpu * 1000, (ended - began) * 1000
 
 
 def _clone_once(source: Source, machine: Machine) -> tuple[float, float, int]:

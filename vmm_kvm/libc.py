@@ -9,7 +9,11 @@ import mmap
 
 from vmm_kvm.bits import PAGE_SIZE
 
-_MAP_FIXED = 0x10  # the mmap module lacks it
+# The mmap module lacks these.
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
+_MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC_WITHOUT_ERRNO = ctypes.CDLL(None)
@@ -27,6 +31,12 @@ LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = (
     *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
     ctypes.c_int64,
+)
+LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+LIBC.mremap.restype = ctypes.c_void_p
+LIBC.mremap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int),
+    ctypes.c_void_p,
 )
 LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 for _function in (LIBC.preadv64, LIBC.pwritev64):
@@ -51,6 +61,49 @@ def map_over(
     flags = _MAP_FIXED | (mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED)
     if LIBC.mmap(address, size, protection, flags, fd, offset) != address:
         raise OSError(ctypes.get_errno(), "mmap")
+
+
+def reserve(size: int) -> int:
+    """Return the address of `size` bytes that nothing else of this process gets, until `unmap`.
+
+    Raises:
+        OSError: there is no room.
+
+    Source: mmap(2).
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    address: int | None = LIBC.mmap(None, size, _PROT_NONE, flags, -1, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    return address
+
+
+def move_pages(address: int, size: int, target: int) -> None:
+    """Move the pages of one mapping of this process, or a part of it, to another address.
+
+    The mapping stays as it is, but without pages: what is read there next is zeros, or what its
+    file has. What was at `target` is gone. Quick if both are the same modulo 2 MiB.
+
+    Raises:
+        OSError: it is not all one mapping, or the kernel is older than 5.13.
+
+    Source: mremap(2), MREMAP_DONTUNMAP.
+    """
+    flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | _MREMAP_DONTUNMAP
+    if LIBC.mremap(address, size, size, flags, target) != target:
+        raise OSError(ctypes.get_errno(), "mremap")
+
+
+def unmap(address: int, size: int) -> None:
+    """Give back all that this process has mapped in a range.
+
+    Raises:
+        OSError: the kernel does not take it.
+
+    Source: munmap(2).
+    """
+    if LIBC.munmap(address, size):
+        raise OSError(ctypes.get_errno(), "munmap")
 
 
 def madvise(address: int, size: int, advice: int) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import NamedTuple, Self
 
 from vmm_kvm.bits import MIB, PAGE_SIZE, align_up
 from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
-from vmm_kvm.libc import madvise, map_over, mincore
+from vmm_kvm.libc import madvise, map_over, mincore, move_pages, reserve, unmap
 from vmm_kvm.memfd import ALL_SEALS, make_memory, make_scratch, seal
 from vmm_kvm.write_log import Place, WriteLog
 
@@ -292,7 +293,7 @@ def freeze(memory: GuestMemory, name: str, goes_on: Callable[[], bool]) -> int |
     fd = make_scratch(f"vmm:{name}")
     try:
         os.ftruncate(fd, memory.size)
-        piece = align_up(max(_HUGE, memory.size // _FROZEN_PIECES), _HUGE)
+        piece = _piece(memory)
         for region in memory.regions:
             for start in range(0, region.size, piece):
                 if not goes_on():
@@ -309,31 +310,118 @@ def freeze(memory: GuestMemory, name: str, goes_on: Callable[[], bool]) -> int |
     return fd
 
 
-def adopt(memory: GuestMemory, fd: int) -> None:
-    """Let private RAM go on from a memfd that has the same contents, and can never change then.
+def adopt(memory: GuestMemory, fd: int) -> Callable[[], None]:
+    """Let private RAM go on from a memfd that has the same contents.
 
-    The guest stands still. The host has its pages once again; what the guest writes is its own.
+    The guest stands still meanwhile; afterwards what it writes is its own. The caller then calls
+    what is returned: it gives back the pages that RAM had, which takes long, and seals the memfd,
+    so that nobody can change it.
 
     Raises:
         OSError: the kernel has no room for the mappings.
     """
-    piece = align_up(max(_HUGE, memory.size // _FROZEN_PIECES), _HUGE)
-    runs: list[tuple[int, int, bool]] = []  # begin, end, whether from the file
+    before = _runs(memory, lambda at, _size: memory.is_file_at(at))
+    data = _Data(fd)
+    after = _runs(memory, lambda at, size: memory.is_file_at(at) or data.is_in(at, size))
+    aside = _Aside(memory)
+    try:
+        for run in before:
+            aside.take(run.start, run.end - run.start)
+        for start, end, is_file in after:
+            if is_file:
+                _map_piece(memory, fd, start, end - start)
+            else:  # zeros that reading has made would count as touched by the guest
+                madvise(memory.hva + start, end - start, mmap.MADV_DONTNEED)
+    except BaseException:
+        aside.put_back()
+        raise
+    piece = _piece(memory)
+    for start, end, is_file in after:
+        if is_file:
+            for at in range(start, end, piece):
+                memory.note_file(at)
+
+    def finish() -> None:
+        aside.drop()
+        seal(fd, ALL_SEALS)
+
+    return finish
+
+
+class _Run(NamedTuple):
+    """A range of positions in RAM."""
+
+    start: int
+    end: int
+    is_file: bool
+    """Whether it is mapped from a file."""
+
+
+def _piece(memory: GuestMemory) -> int:
+    return align_up(max(_HUGE, memory.size // _FROZEN_PIECES), _HUGE)
+
+
+def _runs(memory: GuestMemory, is_file: Callable[[int, int], bool]) -> list[_Run]:
+    """Return RAM as runs of pieces for which `is_file` says the same: one mapping is quick."""
+    runs: list[_Run] = []
+    piece = _piece(memory)
     for region in memory.regions:
         for start in range(0, region.size, piece):
             at, size = region.offset + start, min(piece, region.size - start)
-            is_file = memory.is_file_at(at) or _has_data(fd, at, size)
-            if is_file:
-                memory.note_file(at)
-            if runs and runs[-1][2] == is_file:
-                at = runs.pop()[0]  # one mapping is as quick as many are slow
-            runs.append((at, region.offset + start + size, is_file))
-    for begin, end, is_file in runs:
-        if is_file:
-            _map_piece(memory, fd, begin, end - begin)
-        else:  # zeros that reading has made would count as touched by the guest
-            madvise(memory.hva + begin, end - begin, mmap.MADV_DONTNEED)
-    seal(fd, ALL_SEALS)
+            of_file = is_file(at, size)
+            begin = runs.pop().start if runs and runs[-1].is_file == of_file else at
+            runs.append(_Run(begin, at + size, of_file))
+    return runs
+
+
+class _Data:
+    """Where a file has data; asked for ascending ranges."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._next = -1
+
+    def is_in(self, offset: int, size: int) -> bool:
+        """Tell whether there is any in a range."""
+        if self._next < offset:
+            try:
+                self._next = os.lseek(self._fd, offset, os.SEEK_DATA)
+            except OSError as err:
+                if err.errno != errno.ENXIO:
+                    raise
+                self._next = sys.maxsize  # nothing but a hole follows
+        return self._next < offset + size
+
+
+class _Aside:
+    """Pages that RAM has had, where no guest sees them."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._hva = memory.hva
+        self._size = memory.size + _HUGE
+        self._start = reserve(self._size)
+        # The kernel moves whole tables of pages if addresses are the same modulo 2 MiB.
+        self._target = self._start + (memory.hva - self._start) % _HUGE
+        self._taken: list[tuple[int, int]] = []
+
+    def take(self, start: int, size: int) -> None:
+        """Move pages here, if the kernel can; else they stay."""
+        with suppress(OSError):
+            move_pages(self._hva + start, size, self._target + start)
+            self._taken.append((start, size))
+
+    def put_back(self) -> None:
+        """Undo all of it, over whatever has been mapped there since."""
+        try:
+            for start, size in self._taken:
+                move_pages(self._target + start, size, self._hva + start)
+        except OSError:
+            os.abort()  # no guest may go on without its memory
+        self.drop()
+
+    def drop(self) -> None:
+        """Give all of them back to the host."""
+        unmap(self._start, self._size)
 
 
 def _map_piece(memory: GuestMemory, fd: int, offset: int, size: int) -> None:
@@ -341,15 +429,6 @@ def _map_piece(memory: GuestMemory, fd: int, offset: int, size: int) -> None:
     memory.note_file(offset)
     with suppress(OSError):  # a kernel that merges nothing
         madvise(memory.hva + offset, size, mmap.MADV_UNMERGEABLE)
-
-
-def _has_data(fd: int, offset: int, size: int) -> bool:
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA) < offset + size
-    except OSError as err:
-        if err.errno != errno.ENXIO:
-            raise
-        return False  # up to the end
 
 
 def _copy_pages(view: memoryview, fd: int, offset: int) -> bool:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -198,6 +199,26 @@ def test_frozen_memory_is_a_copy_from_which_its_owner_goes_on() -> None:
         os.close(fd)
 
 
+def _mapped_size() -> int:
+    pages, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(pages) * PAGE_SIZE
+
+
+def test_a_copy_that_cannot_be_mapped_harms_nothing(tmp_path: Path) -> None:
+    """The memory has what it had."""
+    fd = os.open(tmp_path / "copy", os.O_CREAT | os.O_WRONLY)  # to be mapped it has to be read
+    with GuestMemory(FROZEN, is_private=True) as memory:
+        memory.write(3 * MIB, b"\x07")
+        os.pwrite(fd, b"\x08", 3 * MIB)
+        before = _mapped_size()
+        with pytest.raises(PermissionError):
+            adopt(memory, fd)
+        os.close(fd)
+        assert _mapped_size() == before
+        assert memory.read(3 * MIB, 1) == b"\x07"
+        memory.write(3 * MIB, b"\x08")
+
+
 def test_memory_goes_on_from_a_copy_that_was_made_of_it() -> None:
     """Unwritten pages are the copy's, and empty ones hold none, twice in a row."""
     with GuestMemory(FROZEN, is_private=True) as memory:
@@ -211,8 +232,11 @@ def test_memory_goes_on_from_a_copy_that_was_made_of_it() -> None:
                     data = memory.read(region.gpa + at, PAGE_SIZE)  # which makes pages of zeros
                     if data.strip(b"\0"):
                         os.pwrite(fd, data, region.offset + at)
-            adopt(memory, fd)
+            finish = adopt(memory, fd)
             assert memory.resident_size() <= 3 * MIB
+            before = _mapped_size()
+            finish()
+            assert before - _mapped_size() >= memory.size
             read = [memory.read(gpa, 1)[0] for gpa in (0, 3 * MIB, 16 * MIB, 19 * MIB - 1)]
             assert read == [0 if number == 7 else 9, number, number, 0]
             with pytest.raises(PermissionError):

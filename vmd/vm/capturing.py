@@ -104,6 +104,7 @@ class Capturing:
         self._is_cancelled = False
         self._is_saved = threading.Event()
         self._failure: VmmError | OSError | None = None
+        self._state = b""
         self._fds: list[int] = []
 
     def begin(
@@ -120,45 +121,44 @@ class Capturing:
         """
 
         def save_state() -> None:
-            self._save(machine, spec, cpuid, halt)
+            self._save(machine, halt)
+
+        def describe() -> None:
+            manifest = manifest_of(machine, spec, _NOTHING, len(self._state), cpuid)
+            self._fds.append(make_constant(f"state:{spec.name}", [head(manifest), self._state]))
 
         memory = machine.memory
         if memory.fd >= 0 and not spec.is_template:
             text = "a VM with device processes has to be a template, see start --template"
             self._fail(SnapshotError(text))
         elif halt and memory.fd < 0 and _has_room(memory):
-            self._start(lambda: self._copy_running(machine, save_state))
+            self._start(lambda: self._copy_running(machine, save_state, describe))
             return
         else:
             save_state()
-        failure = self._failure
-        if failure or memory.fd >= 0:
-            if not failure:
-                self._fds.append(os.dup(memory.fd))
-            self._loop.call_soon(lambda: self._end(failure))
+        if memory.fd < 0 and not self._failure:
+            self._start(lambda: self._copy_still(machine, describe))
             return
-        self._start(lambda: self._copy_still(machine))
+        try:
+            if not self._failure:
+                describe()
+                self._fds.append(os.dup(memory.fd))
+        except (VmmError, OSError) as err:
+            self._failure = err
+        self._loop.call_soon(lambda: self._end(self._failure))
 
     def _start(self, copy: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=self._copy, args=(copy,), name="capturing")
         self._thread.start()
 
-    def _save(
-        self,
-        machine: "Machine",
-        spec: VmSpec,
-        cpuid: tuple[CpuidRecord, ...],
-        halt: Halt | None,
-    ) -> None:
+    def _save(self, machine: "Machine", halt: Halt | None) -> None:
         """Take the state of a machine that stands still from now on; on the loop's thread."""
         try:
             self.is_still = True
             if halt:
                 halt()
             saved = save(machine)
-            state = states.encode(State(saved.parts, saved.blobs))
-            manifest = manifest_of(machine, spec, _NOTHING, len(state), cpuid)
-            self._fds.append(make_constant(f"state:{spec.name}", [head(manifest), state]))
+            self._state = states.encode(State(saved.parts, saved.blobs))
         except (VmmError, OSError) as err:
             self._failure = err
         self._is_saved.set()
@@ -192,13 +192,16 @@ class Capturing:
             failure = err
         self._loop.call_soon(lambda: self._end(failure))
 
-    def _copy_still(self, machine: "Machine") -> None:
+    def _copy_still(self, machine: "Machine", describe: Callable[[], None]) -> None:
+        describe()
         memory = freeze(machine.memory, machine.spec.name, lambda: not self._is_cancelled)
         if memory is None:
             raise SnapshotError("it was cancelled")
         self._fds.append(memory)
 
-    def _copy_running(self, machine: "Machine", save_state: Callable[[], None]) -> None:
+    def _copy_running(
+        self, machine: "Machine", save_state: Callable[[], None], describe: Callable[[], None]
+    ) -> None:
         """Copy a machine while it runs; `save_state` belongs on the loop's thread."""
 
         def stand_still() -> bytes:
@@ -211,7 +214,7 @@ class Capturing:
         memory, dirty = machine.memory, machine.dirty_pages()
         if dirty.begin():
             stand_still()
-            self._copy_still(machine)
+            self._copy_still(machine, describe)
             return
         try:
             fd = make_scratch(f"vmm:{machine.spec.name}")
@@ -219,12 +222,14 @@ class Capturing:
                 os.ftruncate(fd, memory.size)
                 writer = _MemoryWriter(fd, lambda: self._is_cancelled)
                 copy_into(writer, memory, dirty, stand_still, plan=lambda: _PLAN)
-                adopt(memory, fd)
+                finish = adopt(memory, fd)
+                self._loop.call_soon(self._on_written)
+                describe()
+                finish()
             except BaseException:
                 os.close(fd)
                 raise
             self._fds.append(fd)
-            self._loop.call_soon(self._on_written)
         finally:
             dirty.end()
 
