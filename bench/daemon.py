@@ -48,6 +48,7 @@ _DAEMON_TITLES = (
     "vmd: priv",
     "vmd: local",
     "vmd: vmm",
+    "vmd: init",
     "vmd: zygote",
     "vm",
     "disk",

@@ -60,6 +60,7 @@ _COLD = "zygote: not warmed up, so each VM costs more memory: "
     ("environ", "patch", "line"),
     [
         ({"VMD_WARM": "off"}, "", None),
+        ({"VMD_WARM": "all"}, "", None),
         ({"VMD_WARM": "rehearse", "PYTHONMALLOC": "malloc"}, "", None),
         ({}, _RAISES, f"{_COLD}RuntimeError: boom"),
         ({}, _UNKNOWN, "zygote: no objects are gathered: not tested on "),
@@ -67,7 +68,16 @@ _COLD = "zygote: not warmed up, so each VM costs more memory: "
         ({}, _READY_ONE_HANGS, "vmm: the vm process made ahead is not ready: killed"),
         ({}, _READY_ONE_FAILS, "vm: not rehearsed, so VMs start more slowly: RuntimeError: boom"),
     ],
-    ids=["off", "malloc", "raises", "unknown", "hangs", "ready one hangs", "ready one fails"],
+    ids=[
+        "off",
+        "all",
+        "malloc",
+        "raises",
+        "unknown",
+        "hangs",
+        "ready one hangs",
+        "ready one fails",
+    ],
 )
 def test_vms_start(tmp_path: Path, environ: dict[str, str], patch: str, line: str | None) -> None:
     """VMs start before and after one log line about the missing warm-up."""

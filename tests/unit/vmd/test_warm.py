@@ -19,6 +19,7 @@ from vmd.wire.internal import EndReason, VmEnding, VmmToVm, VmReport, VmStarted
 from vmd.zygote.warm.entry import (
     CONSTANT_VERSIONS,
     GATHERING_VERSIONS,
+    IMMORTAL_VERSIONS,
     Warmth,
     WarmthError,
     warm_up,
@@ -168,8 +169,13 @@ def test_gathering_that_fails_is_one_line(
         raise MemoryError("none left")
 
     monkeypatch.setattr("vmd.zygote.warm.rehearsal.gather", gather)
-    for table in ("GATHERING_VERSIONS", "CONSTANT_VERSIONS"):
-        monkeypatch.setattr(f"vmd.zygote.warm.entry.{table}", {sys.version_info[:2]})
+    known = {sys.version_info[:2]}
+    for table, versions in (
+        ("GATHERING_VERSIONS", known),
+        ("CONSTANT_VERSIONS", known),
+        ("IMMORTAL_VERSIONS", set[tuple[int, int]]()),
+    ):
+        monkeypatch.setattr(f"vmd.zygote.warm.entry.{table}", versions)
     said = _warm(_be_vm, warmth, log=caplog)
     assert said == ("first", [f"{LINE}MemoryError: none left"])
 
@@ -186,8 +192,10 @@ def test_an_unknown_interpreter_does_without(
 ) -> None:
     """On an unknown version gathering is skipped, with one line."""
     known = {sys.version_info[:2]}
+    unknown = set[tuple[int, int]]()
+    monkeypatch.setattr("vmd.zygote.warm.entry.IMMORTAL_VERSIONS", unknown)
     for one in ("GATHERING_VERSIONS", "CONSTANT_VERSIONS"):
-        versions = known if one != table else set[tuple[int, int]]()
+        versions = known if one != table else unknown
         monkeypatch.setattr(f"vmd.zygote.warm.entry.{one}", versions)
     monkeypatch.setattr("vmd.zygote.warm.rehearsal.gather", lambda *_, **__: None)
     version = ".".join(map(str, sys.version_info[:2]))
@@ -207,7 +215,9 @@ def test_python_3_12_does_without(
 @pytest.mark.parametrize("warmth", [Warmth.REHEARSE, Warmth.ALL])
 def test_known_interpreters_are_silent(warmth: Warmth, caplog: pytest.LogCaptureFixture) -> None:
     """On versions of the tables, everything is done without a log line."""
-    versions = CONSTANT_VERSIONS if warmth is Warmth.ALL else GATHERING_VERSIONS
+    versions = GATHERING_VERSIONS
+    if warmth is Warmth.ALL:
+        versions = CONSTANT_VERSIONS | IMMORTAL_VERSIONS
     if sys.version_info[:2] not in versions:
         pytest.skip("it is not done on this version")
     with caplog.at_level(logging.INFO):

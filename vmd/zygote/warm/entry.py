@@ -35,6 +35,8 @@ GATHERING_VERSIONS = frozenset({(3, 11), (3, 13), (3, 14)})
 """
 CONSTANT_VERSIONS = frozenset({(3, 11)})
 """Versions on which names and constants are gathered as well; on newer ones, most are immortal."""
+IMMORTAL_VERSIONS = frozenset({(3, 13), (3, 14)})
+"""Versions on which all other objects are made immortal instead."""
 _TEXT_MAX = 200
 _READY = b"\0"
 _ALONE = b"\1"
@@ -52,7 +54,7 @@ class Warmth(StrEnum):
     REHEARSE = "rehearse"
     """Lives of VMs are rehearsed, holes in memory filled, and functions that ran are gathered."""
     ALL = "all"
-    """Names and constants are gathered as well, by writing into tuples."""
+    """Tuples or counts of references are written to: `CONSTANT_VERSIONS`, `IMMORTAL_VERSIONS`."""
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "Warmth":
@@ -116,29 +118,42 @@ def warm_up(
 
 
 def _work(warmth: Warmth, confine: Callable[[], None], be_vm: "BeVm", live: "Live") -> None:
-    from vmd.zygote.warm.packing import fill_holes  # noqa: PLC0415 - what fails here fails alone
+    from vmd.zygote.warm.immortal import immortalise  # noqa: PLC0415 - what fails here fails alone
+    from vmd.zygote.warm.packing import fill_holes  # noqa: PLC0415 - likewise
     from vmd.zygote.warm.rehearsal import Rehearsal  # noqa: PLC0415 - likewise
 
     parent = os.getppid()
+    wants_all = warmth is Warmth.ALL
+    counts_less = wants_all and _runs_on(IMMORTAL_VERSIONS)
     with Rehearsal() as rehearsal:
         confine()
         die_with(parent)
         if _is_known("objects are gathered", GATHERING_VERSIONS):
-            writes = warmth is Warmth.ALL and _is_known("tuples are written to", CONSTANT_VERSIONS)
+            writes = (
+                wants_all
+                and not counts_less
+                and _is_known("tuples are written to", CONSTANT_VERSIONS)
+            )
             rehearsal.play_and_gather(be_vm, live, writes_tuples=writes)
         else:
             rehearsal.play_often(be_vm)
+    if counts_less:
+        immortalise()
     fill_holes()
 
 
 def _is_known(what: str, versions: Collection[tuple[int, int]]) -> bool:
     """Tell whether an optimisation is known to work on this interpreter; log it if not."""
-    name = sys.implementation.name
-    version = sys.version_info[:2]
-    if name == "cpython" and version in versions:
+    if _runs_on(versions):
         return True
-    log.warning("no %s: not tested on %s %d.%d", what, name, *version)
+    log.warning(
+        "no %s: not tested on %s %d.%d", what, sys.implementation.name, *sys.version_info[:2]
+    )
     return False
+
+
+def _runs_on(versions: Collection[tuple[int, int]]) -> bool:
+    return sys.implementation.name == "cpython" and sys.version_info[:2] in versions
 
 
 def _try(work: Callable[[], None], fd: int) -> None:
