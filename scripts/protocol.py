@@ -72,6 +72,7 @@ def page() -> str:
     structs = (
         *(
             parts.DiskRequest,
+            parts.ShareRequest,
             messages.InterfaceRequest,
             transfers.ReceivedInterface,
             transfers.ClonedVm,
@@ -81,6 +82,7 @@ def page() -> str:
         *(
             messages.VmInfo,
             messages.DiskInfo,
+            parts.ShareInfo,
             messages.EndInfo,
             messages.InterfaceInfo,
             messages.ForwardInfo,

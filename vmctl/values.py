@@ -22,6 +22,7 @@ class VmOptions(Record):
     memory: tuple[str, ...] = ()
     cpus: tuple[str, ...] = ()
     disks: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
     interfaces: tuple[str, ...] = ()
     """-i"""
     local: int = 0

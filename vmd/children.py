@@ -27,6 +27,7 @@ from vmd.confine.uids import Uids
 from vmd.fresh import Told, fresh_plan, resume_zygote
 from vmd.shared import log as logging
 from vmd.shared.privsep import Child, Plan, spawn
+from vmd.shared.shares import ShareOrder
 from vmd.wire.agentx import AGENTX_AND_PARENT
 from vmd.wire.channel import Channel
 from vmd.wire.files import OPENER_AND_PARENT, OpenerToParent, OpenFiles
@@ -116,6 +117,23 @@ def _prepare_opener() -> Callable[[Channel[OpenerToParent, OpenFiles]], None]:
     import_module("vmm_kvm.block.qcow2.header")
     compile_filter(CONFINEMENTS[Kind.OPENER].filter)
     return serve
+
+
+def share_plan(order: ShareOrder, *, is_user: bool) -> Plan:
+    """Return how to make a process that serves a shared directory.
+
+    `is_user`: the daemon runs without privileges.
+    """
+    from vmd.device.share import run  # noqa: PLC0415 - few VMs have one
+
+    if is_user:
+        order = order._replace(uid=None)
+
+    def body(connection: socket.socket) -> None:
+        connection.close()
+        run(order)
+
+    return Plan(Kind.SHARE, body, order.fds)
 
 
 def vmm_plan(

@@ -15,7 +15,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from vmd.children import agentx_plan, control_plan, local_plan, opener_plan, priv_plan, vmm_plan
+from vmd.children import (
+    agentx_plan,
+    control_plan,
+    local_plan,
+    opener_plan,
+    priv_plan,
+    share_plan,
+    vmm_plan,
+)
 from vmd.config.check import parse_macro
 from vmd.config.host import SystemHost
 from vmd.config.model import Owner
@@ -41,6 +49,7 @@ from vmd.parent.openers import Openers
 from vmd.parent.passt_networks import PasstNetworks
 from vmd.parent.process import ON_DEMAND, Parent
 from vmd.parent.service import Notifier, ServiceError, inherited_socket
+from vmd.parent.shares import Shares
 from vmd.parent.tap_networks import TapNetworks
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.policy import Users
@@ -239,12 +248,14 @@ class Daemon:
             PasstNetworks() if is_user else TapNetworks(loop, setting.socket_path)
         )
         self._openers = Openers(loop, setting.settings.users, opener_plan)
+        self._shares = Shares(lambda order: share_plan(order, is_user=is_user))
         self._parent = Parent(
             loop,
             setting.settings,
             self._networks,
             self._openers,
             terminals,
+            shares=self._shares,
             start=self._spawn,
             end_hung=self._end_hung,
         )
@@ -309,6 +320,7 @@ class Daemon:
         self._parent.close()
         self._networks.close()
         self._openers.close()
+        self._shares.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # So do the zygote, and the processes that it made ready.
         wait_for(lambda: orphans(set(self._openers.pids)))
@@ -375,6 +387,7 @@ class Daemon:
             kind = self._pids.pop(pid, None)
             self._networks.reaped(pid)
             self._openers.ended(pid)
+            self._shares.ended(pid, os.waitstatus_to_exitcode(waited))
             if kind is not None:
                 self._lost(kind, pid, os.waitstatus_to_exitcode(waited))
         if self._lost_vmm and not orphans(self._known()):
@@ -394,7 +407,7 @@ class Daemon:
 
     def _known(self) -> set[int]:
         """Return the children that are no vmm's."""
-        return {*self._pids, *self._networks.pids, *self._openers.pids}
+        return {*self._pids, *self._networks.pids, *self._openers.pids, *self._shares.pids}
 
     def _ended(self, kind: Kind) -> None:
         """Note that a process is gone with all its children; start another."""

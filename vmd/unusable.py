@@ -1,9 +1,11 @@
-"""Warnings of `vmd -n` about images that a VM could not use: disks, kernels and firmware.
+"""Warnings of `vmd -n` about what a VM could not use: disks, kernels, firmware, directories.
 
 They are read with the rights of whoever asks, which are root's for the daemon of root.
 """
 
+import stat
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from vmd.config.disks import DiskKind
 from vmd.config.model import VmConfig
@@ -22,7 +24,7 @@ def unusable(vms: Sequence[VmConfig]) -> list[str]:
     return [
         f'{vm.where}: warning: vm "{vm.name}": {text}' if vm.where else f"warning: {text}"
         for vm in vms
-        for text in (*_disks(vm), *_boot(vm))
+        for text in (*_disks(vm), *_boot(vm), *_shares(vm))
     ]
 
 
@@ -38,6 +40,17 @@ def _disks(vm: VmConfig) -> Iterator[str]:
             open_disc(vm.cdrom).close()
         except ImageError as err:
             yield f"cdrom {err}"
+
+
+def _shares(vm: VmConfig) -> Iterator[str]:
+    for share in vm.shares:
+        try:
+            mode = Path(share.path).stat().st_mode
+        except OSError as err:
+            yield f"share {share.path}: {err.strerror}"
+            continue
+        if not (stat.S_ISSOCK(mode) if share.is_server else stat.S_ISDIR(mode)):
+            yield f"share {share.path}: not a {'socket' if share.is_server else 'directory'}"
 
 
 def _boot(vm: VmConfig) -> Iterator[str]:

@@ -31,6 +31,10 @@ DISKS_MAX = 4
 """Of a VM of the daemon. Source: OpenBSD vmd(8), VM_MAX_DISKS_PER_VM."""
 INTERFACES_MAX = 4
 """Of a VM of the daemon. Source: OpenBSD vmd(8), VM_MAX_NICS_PER_VM."""
+SHARES_MAX = 8
+"""Shared directories of a VM of the daemon."""
+SHARE_TAG_MAX = 36
+"""Bytes of the tag of a shared directory. Source: virtio 1.3 §5.11.4."""
 DISK_QUEUES_MAX = 64
 DISK_SERIAL_MAX = 20
 """Of the identity of a disk. Source: virtio 1.2 §5.2.6, VIRTIO_BLK_T_GET_ID."""

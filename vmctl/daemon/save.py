@@ -11,6 +11,7 @@ from pathlib import Path
 from vmctl.client import Client, CommandError, Fields
 from vmd.config.disks import DiskOption
 from vmd.config.model import Config, ForwardConfig, InterfaceConfig, Right, VmConfig
+from vmd.config.shares import ShareOption
 from vmd.config.text import config_lines
 from vmm_kvm.boot_device import BootDevice
 
@@ -91,6 +92,10 @@ def _config(
         boot_device=BootDevice(fields.get("boot_device", BootDevice.AUTO)),
         disks=tuple(disks),
         cdrom=cdrom,
+        shares=tuple(
+            ShareOption(one["path"], one["tag"], one["is_read_only"])
+            for one in fields.get("shares", ())
+        ),
         interfaces=tuple(map(_interface, fields.get("interfaces", ()))),
         given=frozenset({Right.CDROM} if cdrom else ()),
     )

@@ -250,6 +250,10 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         fields["has_balloon"] = True
     if options.watchdog:
         fields["has_watchdog"] = True
+    if options.shares:
+        from vmctl.daemon.start_shares import open_shares  # noqa: PLC0415 - few VMs have any
+
+        fields["shares"] = open_shares(options.shares, fds)
     _check(fields, has_kernel=boot is not None)
     if boot is not None:
         boot = path_of(boot, "boot image")
@@ -286,7 +290,7 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
         raise CommandError("too many network interfaces")
     says_something = fields.keys() - {
         *("boot_device", "append", "instance", "is_template"),
-        *("has_vsock", "has_balloon", "has_watchdog"),
+        *("has_vsock", "has_balloon", "has_watchdog", "shares"),
     }
     if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
         return

@@ -143,6 +143,9 @@ def vm_lines(vm: Fields) -> list[str]:
         lines.append(" ".join(filter(None, words)))
     if vm["cdrom"]:
         lines.append(f"cdrom: {vm['cdrom']}")
+    for index, share in enumerate(vm["shares"]):
+        access = "server" if share["is_server"] else "ro" if share["is_read_only"] else "rw"
+        lines.append(f"share {index}: {share['path']} tag {share['tag']} {access}")
     if vm["clone_of"]:
         lines.append(f"clone of: {vm['clone_of']}")
     if vm["is_template"]:

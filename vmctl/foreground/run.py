@@ -64,7 +64,6 @@ class RunOptions(VmOptions):
     name: str = ""
     nvram: tuple[str, ...] = ()
     virtio_console: bool = False
-    shares: tuple[str, ...] = ()
     tpm: tuple[str, ...] = ()
     gdb: tuple[str, ...] = ()
     is_writable: bool = False

@@ -8,50 +8,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from vmd.config.shares import ShareError, ShareOption, check_tags, parse_share
 from vmm_kvm.errors import SpecError
-from vmm_kvm.virtio.fs_config import TAG_MAX
 from vmm_kvm.virtio.vhost_user.fs import RemoteFsSpec
 
 if TYPE_CHECKING:
     import socket
 
     from vmm_kvm.virtio.fs import VirtioFs
-
-_READ_ONLY = ":ro"
-_VHOST_USER = "vhost-user:"
-
-
-class ShareOption(NamedTuple):
-    """The value of `--share`."""
-
-    path: str
-    """Of a directory, or of a server's socket."""
-    tag: str
-    """By which the guest mounts it."""
-    is_read_only: bool = False
-    is_server: bool = False
-    """Whether the path is a vhost-user server's."""
-
-
-def parse_share(text: str) -> ShareOption:
-    """Return what `--share` says.
-
-    Raises:
-        SpecError: it says nothing that can be.
-    """
-    is_server = text.startswith(_VHOST_USER)
-    is_read_only = text.endswith(_READ_ONLY)
-    place = text.removeprefix(_VHOST_USER).removesuffix(_READ_ONLY)
-    path, colon, tag = place.rpartition(":")
-    if not colon or not path:
-        raise SpecError(f"invalid share: {text}: not directory:tag")
-    if not 0 < len(os.fsencode(tag)) <= TAG_MAX:
-        raise SpecError(f"invalid share: {text}: the tag has 1 to {TAG_MAX} bytes")
-    if is_server and is_read_only:
-        raise SpecError(f"invalid share: {text}: what may be written is up to its server")
-    return ShareOption(path, tag, is_read_only, is_server)
 
 
 def open_shares(texts: Sequence[str], stack: ExitStack) -> Iterator[RemoteFsSpec]:
@@ -60,11 +26,11 @@ def open_shares(texts: Sequence[str], stack: ExitStack) -> Iterator[RemoteFsSpec
     Raises:
         SpecError: one cannot be understood or opened, or two have the same tag.
     """
-    options = [parse_share(text) for text in texts]
-    tags = [option.tag for option in options]
-    for tag in tags:
-        if tags.count(tag) > 1:
-            raise SpecError(f"two shares have the tag {tag}")
+    try:
+        options = [parse_share(text) for text in texts]
+        check_tags(options)
+    except ShareError as err:
+        raise SpecError(str(err)) from None
     for option in options:
         if option.is_server:
             from vmctl.foreground.disks import connect_server  # noqa: PLC0415 - few shares are
@@ -123,7 +89,7 @@ class _ProcessShare:
 
     def _backend(self) -> "VirtioFs":
         """Confine this process, and make the device."""
-        from vmctl.foreground.share_process import make_share  # noqa: PLC0415 - in that process alone
+        from vmctl.foreground.share_process import begin_share  # noqa: PLC0415 - in that process alone
 
         option = self._option
-        return make_share(self._root, os.fsencode(option.tag), is_writable=not option.is_read_only)
+        return begin_share(self._root, os.fsencode(option.tag), is_writable=not option.is_read_only)

@@ -166,7 +166,7 @@ _MACHINE_OPTIONS = (
         "--share",
         "shares",
         "Share a directory by virtio-fs, which the guest mounts by its tag; may be repeated.",
-        "directory:tag[:ro]",
+        "directory:tag[:ro|:rw]",
         True,
         (FILE,),
     ),
@@ -228,7 +228,6 @@ _NOT_FOR_START = {
     "--tpm": "vmd starts no swtpm: use run",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
     "--rw": "it is for a command of run, behind --",
-    "--share": "VMs of vmd have no shared directories",
     "--virtio-console": "VMs of vmd have a serial port alone",
 }
 
@@ -244,7 +243,7 @@ RUN_USAGE = (
     "\t\t[--balloon] [--cloud-init path] [--console-log file] [--firmware name]\n"
     "\t\t[--forward forward] [--from path] [--gdb path[,wait]] [--initrd path]\n"
     "\t\t[--json] [--no-reboot] [--nvram path] [--selftest]\n"
-    "\t\t[--share directory:tag[:ro]] [--ssh-key file] [--timeout seconds]\n"
+    "\t\t[--share directory:tag[:ro|:rw]] [--ssh-key file] [--timeout seconds]\n"
     "\t\t[--tpm directory] [--virtio-console] [--vsock path] [--wait condition]\n"
     "\t\t[--watchdog] [name]\n"
     "\trun [options] [--rw] [name] -- command [arg ...]"
@@ -255,8 +254,9 @@ START_USAGE = (
     "\t\t[--agent] [--append string] [--balloon] [--clock policy]\n"
     "\t\t[--cloud-init path] [--firmware name] [--forward forward]\n"
     "\t\t[--from snapshot] [--initrd path] [--json] [--save] [--selftest]\n"
-    "\t\t[--ssh-key file] [--template] [--timeout seconds] [--vsock auto]\n"
-    "\t\t[--wait condition] [--watchdog] id | name"
+    "\t\t[--share directory:tag[:ro|:rw]] [--ssh-key file] [--template]\n"
+    "\t\t[--timeout seconds] [--vsock auto] [--wait condition] [--watchdog]\n"
+    "\t\tid | name"
 )
 
 

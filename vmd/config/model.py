@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from vmd.config.disks import DiskOption
+from vmd.config.shares import ShareOption
 from vmm_kvm.boot_device import BootDevice
 
 RDOMAIN_MAX = 255
@@ -39,6 +40,7 @@ class Right(StrEnum):
     INSTANCE = "instance"
     INTERFACE = "interface"
     MEMORY = "memory"
+    SHARE = "share"
 
 
 class GuestClock(StrEnum):
@@ -159,6 +161,8 @@ class VmConfig(NamedTuple):
     cdrom: str | None = None
     """Path as written; it is looked up when the VM starts."""
     interfaces: tuple[InterfaceConfig, ...] = ()
+    shares: tuple[ShareOption, ...] = ()
+    """With absolute paths; they are looked up when the VM starts."""
     owner: Owner = Owner()
     allow_instance: frozenset[Right] = frozenset()
     instance_owner: Owner | None = None

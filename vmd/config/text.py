@@ -17,6 +17,7 @@ from vmd.config.model import (
     SwitchConfig,
     VmConfig,
 )
+from vmd.config.shares import VHOST_USER, ShareOption
 from vmm_kvm.boot_device import BootDevice
 
 _MIB = 1 << 20
@@ -142,6 +143,8 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield "\tinterfaces 0"
     for interface in vm.interfaces:
         yield f"\t{_interface(interface)}"
+    for share in vm.shares:
+        yield f"\t{_share(share)}"
     if vm.has_vsock:
         yield "\tvsock"
     if vm.has_balloon:
@@ -182,6 +185,11 @@ def _disk(disk: DiskOption) -> str:
     if disk.is_snapshot:
         options.append("snapshot")
     return f"{found} {{ {' '.join(options)} }}" if options else found
+
+
+def _share(share: ShareOption) -> str:
+    found = f"share {quoted(f'{VHOST_USER * share.is_server}{share.path}')} tag {quoted(share.tag)}"
+    return found if share.is_server else f"{found} {'ro' if share.is_read_only else 'rw'}"
 
 
 def _interface(interface: InterfaceConfig) -> str:

@@ -18,19 +18,29 @@ from vmd.config.model import (
     Right,
     VmConfig,
 )
+from vmd.config.shares import (
+    ACCESS,
+    VHOST_USER,
+    ShareError,
+    ShareOption,
+    check_tag,
+    check_tags,
+)
 from vmd.config.values import ValueRefusedError, byte_length, memory_of
 from vmm_kvm.boot_device import BootDevice
-from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX, VCPUS_MAX
+from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX, SHARES_MAX, VCPUS_MAX
 
 FORMATS = tuple(DiskKind(name) for name in ("raw", "qcow2", "pmem", "vhost-user"))
 """Formats of disks. The first two are OpenBSD's."""
 DISK_OPTIONS = ("ro", "serial", "queues", "error", "private", "snapshot")
 """Words of the block of a disk, which OpenBSD does not have."""
+SHARE_OPTIONS = ("tag", *ACCESS)
+"""Words of a shared directory."""
 SNAPSHOT = "snapshot"
 """Words of `allow` that are ours."""
 OWN_OPTIONS = (
-    *("after", "append", "balloon", "cpus", "firmware", "initrd", "limit", "stop", "vsock"),
-    "watchdog",
+    *("after", "append", "balloon", "cpus", "firmware", "initrd", "limit", "share", "stop"),
+    *("vsock", "watchdog"),
 )
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
@@ -40,6 +50,7 @@ _RIGHTS = (
     *(Right.BOOT, Right.MEMORY, Right.INTERFACE, Right.DISK, Right.CDROM),
     Right.INSTANCE,
 )
+_OWN_RIGHTS = (Right.SHARE,)
 _BOOT_DEVICES = (BootDevice.CDROM, BootDevice.DISK, BootDevice.NET)
 
 
@@ -88,7 +99,7 @@ class VmRule:
               | "cpus" NUMBER | "limit" "cpu" STRING
               | "initrd" string | "append" string | "firmware" string
               | "after" string | "stop" "timeout" NUMBER | "vsock" | "balloon"
-              | "watchdog"
+              | "watchdog" | share
         """
         tokens = self._tokens
         if tokens.accept("enable"):
@@ -141,6 +152,8 @@ class VmRule:
                 self._give(Right.BOOT)
             case "after":
                 self._after()
+            case "share":
+                self._share()
             case "stop":
                 self._stop_timeout()
             case "vsock":
@@ -231,6 +244,40 @@ class VmRule:
 
         tokens.loose_block(option)
         return disk
+
+    def _share(self) -> None:
+        """Take `STRING [ "tag" STRING ] [ "ro" | "rw" ]`, after `"share"`.
+
+        Without a tag it is the directory's name; without a word for it, the guest only reads.
+        """
+        tokens = self._tokens
+        text = tokens.one_string()
+        is_server, tag, access = text.startswith(VHOST_USER), "", ""
+        path = text.removeprefix(VHOST_USER)
+        if tokens.is_at_own("tag"):
+            tokens.take()
+            tag = tokens.one_string()
+        else:
+            tag = path.rstrip("/").rpartition("/")[2]
+        if word := next((each for each in ACCESS if tokens.is_at_own(each)), ""):
+            tokens.take()
+            access = word
+        if not path or byte_length(self._host.absolute(path)) > PATH_BYTES_MAX:
+            tokens.refuse("share path too long" if path else "share without a path")
+        if is_server and access:
+            tokens.refuse(f"share {text}: what may be written is up to its server")
+        if len(self._vm.shares) >= SHARES_MAX:
+            tokens.refuse("too many shares")
+        is_read_only = not is_server and ACCESS[access or "ro"]
+        share = ShareOption(self._host.absolute(path), tag, is_read_only, is_server)
+        shares = (*self._vm.shares, share)
+        try:
+            check_tag(tag)
+            check_tags(shares)
+        except ShareError as err:
+            tokens.refuse(f"share {text}: {err}")
+        self._vm = self._vm._replace(shares=shares)
+        self._give(Right.SHARE)
 
     def _interface(self) -> None:
         rule = InterfaceRule(self._tokens)
@@ -376,14 +423,17 @@ class VmRule:
             self._right()
 
     def _right(self) -> None:
-        """Take `insflag = "boot" | "memory" | ... | "owner" owner`."""
+        """Take `insflag = "boot" | "memory" | ... | "share" | "owner" owner`."""
         tokens = self._tokens
         if tokens.accept("owner"):
             self._vm = self._vm._replace(instance_owner=tokens.owner(self._host))
             return
         right = next((each for each in _RIGHTS if tokens.accept(each)), None)
         if right is None:
-            tokens.syntax_error()
+            right = next((each for each in _OWN_RIGHTS if tokens.is_at_own(each)), None)
+            if right is None:
+                tokens.syntax_error()
+            tokens.take()
         self._vm = self._vm._replace(allow_instance=self._vm.allow_instance | {right})
 
 

@@ -356,7 +356,6 @@ CONFINEMENTS = {
         Filter((*_BASE, *_SHARE), _REFUSED),
         # Of files that its guest knows, and of those that it has open.
         (*_NO_CORE, (resource.RLIMIT_NOFILE, 16384)),
-        is_isolated=False,
     ),
 }
 

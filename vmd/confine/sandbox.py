@@ -211,13 +211,13 @@ def keep_capabilities(kept: frozenset[int]) -> None:
     """
     try:
         _drop_bounding_set(kept)
-        _keep_capabilities(kept & _capabilities())
+        _keep_capabilities(kept & held_capabilities())
         seccomp.no_new_privileges()
     except OSError as err:
         raise SandboxError(err.strerror or str(err)) from err
 
 
-def _capabilities() -> frozenset[int]:
+def held_capabilities() -> frozenset[int]:
     """Return what this thread may have."""
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)()

@@ -101,6 +101,7 @@ def _inherited(passed: Passed | None) -> Inherited | None:
             initrd=tuple(map(dup, passed.initrd)),
             cdrom=None if passed.cdrom is None else dup(passed.cdrom),
             disks=tuple(tuple(map(dup, chain)) for chain in passed.disks),
+            shares=(),  # no VM with any is cloned
             stream=None,
         )
         stack.pop_all()

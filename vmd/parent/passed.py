@@ -74,6 +74,10 @@ def _passed(
                 append=request.append,
                 cdrom=None if request.cdrom_image is None else take(request.cdrom_image),
                 disks=tuple(tuple(map(take, disk.chain)) for disk in request.disks),
+                shares=tuple(
+                    None if share.directory is None else take(share.directory)
+                    for share in request.shares
+                ),
             )
         case _:
             assert_never(request)
@@ -219,6 +223,7 @@ class ClientFiles:
             formats=tuple(
                 disks[index].formats if index in disks else () for index in range(len(config.disks))
             ),
+            shares=passed.shares,
             stamp=stamp,
             stream=passed.stream,
             replies=passed.replies,
@@ -245,7 +250,7 @@ def open_client_files(
 
     def then(found: list[FoundFile], fds: list[int]) -> None:
         if vm.passed:
-            kept = {vm.passed.stream, vm.passed.replies}
+            kept = {vm.passed.stream, vm.passed.replies, *vm.passed.shares}
             Fds([fd for fd in vm.passed.fds if fd not in kept]).close()
         vm.passed = files.judged(found, fds)
         done(None)

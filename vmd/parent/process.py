@@ -27,6 +27,7 @@ from vmd.parent.passed import open_client_files
 from vmd.parent.peer import AnyPeer, Peer
 from vmd.parent.resources import Host, open_resources
 from vmd.parent.scratches import Scratches
+from vmd.parent.shares import Shares
 from vmd.parent.snapshots import SnapshotStore
 from vmd.parent.status import StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
@@ -40,6 +41,7 @@ from vmd.wire.channel import Fds
 from vmd.wire.internal import (
     PARENT_AND_VMM,
     EndHung,
+    KillVm,
     LookAtTerminal,
     ParentToVmm,
     SetLinks,
@@ -87,6 +89,7 @@ class Parent:
         openers: Openers,
         terminals: TerminalWatch,
         *,
+        shares: Shares,
         start: Callable[[Kind], None],
         end_hung: Callable[[int, int], None],
     ) -> None:
@@ -106,7 +109,7 @@ class Parent:
         self._kernels = KernelStore()
         cgroups = settings.cgroups
         self._scratches = Scratches()
-        host = Host(settings.users, self._kernels, settings.state, self._scratches, cgroups)
+        host = Host(settings.users, self._kernels, settings.state, self._scratches, shares, cgroups)
         self._snapshots = SnapshotStore(None, settings.users, lambda: self._registry.limits)
         self._consoles = Consoles(terminals, self._look_at_terminal)
         users = ClientUsers(settings.address)
@@ -115,6 +118,13 @@ class Parent:
         vmm: Peer[ParentToVmm, VmmToParent] = Peer(
             "vmm", PARENT_AND_VMM, loop, self._from_vmm, on_end=self._vmm_ended
         )
+
+        def close_vm(vm_id: int) -> None:
+            shares.release(vm_id)
+            if cgroups:
+                cgroups.remove(vm_id)
+
+        shares.crashed = lambda vm_id, why: self._share_crashed(vmm, vm_id, why)
         means = Means(
             clients=self._clients,
             vmm=vmm,
@@ -124,7 +134,7 @@ class Parent:
             snapshots=self._snapshots,
             open_client_files=lambda vm, done: open_client_files(vm, openers, done),
             open_vm=lambda vm, pty, found: open_resources(vm, host, pty, found),
-            close_vm=lambda vm_id: cgroups.remove(vm_id) if cgroups else None,
+            close_vm=close_vm,
             end_vm=self._scratches.close,
             operate=self._operate,
         )
@@ -157,6 +167,10 @@ class Parent:
 
     def _look_at_terminal(self, vm_id: int) -> None:
         self._effects.tell_vm(vm_id, LookAtTerminal())
+
+    @staticmethod
+    def _share_crashed(vmm: Peer[ParentToVmm, VmmToParent], vm_id: int, why: str) -> None:
+        vmm.send(KillVm(id=vm_id, why=why))
 
     def _from_vmm(self, message: VmmToParent, fds: Fds) -> None:
         if not isinstance(message, EndHung):

@@ -15,12 +15,14 @@ from msgspec.structs import replace
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import MEMORY_DEFAULT, GuestClock
+from vmd.config.shares import ShareOption
 from vmd.parent.captures import open_again
 from vmd.parent.cgroups import Cgroups
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface, open_vhosts
 from vmd.parent.passed import wanted_disk
 from vmd.parent.scratches import Scratches
+from vmd.parent.shares import Shares
 from vmd.rules.policy import Users
 from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
@@ -28,7 +30,7 @@ from vmd.shared.opening import Files, OpeningError
 from vmd.shared.pty import Pty
 from vmd.wire.channel import Fds
 from vmd.wire.files import FileUse, FoundFile, WantedFile
-from vmd.wire.internal import DiskSpec, NicSpec, VmSpec
+from vmd.wire.internal import DiskSpec, NicSpec, ShareSpec, VmSpec
 from vmd.wire.messages import ErrorCode
 from vmd.wire.transfers import ReceivedSpec
 from vmm_kvm.block.locks import lock
@@ -59,6 +61,7 @@ class Host(NamedTuple):
     state: str | None
     """Directory of what VMs keep; None if there is none."""
     scratches: Scratches
+    shares: Shares
     cgroups: Cgroups | None = None
     """None if there are no control groups."""
 
@@ -82,6 +85,10 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
         cdrom = opener.cdrom()
         disks = tuple(opener.disk(*each) for each in enumerate(vm.config.disks))
         cgroup, device_cgroup = opener.cgroup(host.cgroups)
+        shares = tuple(
+            opener.share(place, share, device_cgroup)
+            for place, share in enumerate(vm.config.shares)
+        )
         tty, ring = (opener.keep(os.dup(fd)) for fd in pty[1:])
         spec = VmSpec(
             id=vm.id,
@@ -99,6 +106,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             cdrom=cdrom,
             cdrom_path=vm.config.cdrom or "",
             interfaces=tuple(opener.interface(one) for one in interfaces),
+            shares=shares,
             tty=tty,
             ring=ring,
             cgroup=cgroup,
@@ -129,6 +137,7 @@ class _Opener:
         self._state = host.state
         self._users = host.users
         self._scratches = host.scratches
+        self._shares = host.shares
         self._stack = stack
         self.fds: list[int] = []
 
@@ -243,7 +252,8 @@ class _Opener:
         For a received VM, the process that uses the image locks it.
         """
         if option.kind is DiskKind.VHOST_USER:
-            return DiskSpec(option=option, chain=(self._connect(option.path),))
+            server = self._connect(option.path, ErrorCode.DISK_MISSING)
+            return DiskSpec(option=option, chain=(server,))
         passed = self._vm.files
         locks = passed is None or not passed.has_sender
         if passed is not None and place < len(passed.disks) and passed.disks[place]:
@@ -259,6 +269,25 @@ class _Opener:
         return DiskSpec(
             option=option, chain=chain, formats=formats, scratch=scratch, is_locked=locks
         )
+
+    def share(self, place: int, option: ShareOption, cgroup: int | None) -> ShareSpec:
+        """Have a shared directory served, with its client's rights or the VM's owner's.
+
+        `cgroup` is the index of the control group of device processes.
+        """
+        if option.is_server:
+            server = self._connect(option.path, ErrorCode.ENOENT)
+            return ShareSpec(tag=option.tag, socket=server)
+        vm, passed = self._vm, self._vm.files
+        directory, uid = None, vm.config.owner.uid or 0
+        if passed is not None and place < len(passed.shares):
+            directory, uid = passed.shares[place], passed.uid
+        connection, status = self._shares.start(
+            *(vm.id, vm.name, option, uid),
+            directory=directory,
+            cgroup=None if cgroup is None else self.fds[cgroup],
+        )
+        return ShareSpec(tag=option.tag, socket=self.keep(connection), status=self.keep(status))
 
     def _variables(self, template: int) -> int:
         """Open the file that keeps the VM's UEFI variables; returns its index.
@@ -315,7 +344,7 @@ class _Opener:
             indices = [self.keep(fd) for fd in files.take()]
         return replace(found, chain=tuple(indices[at] for at in found.chain))
 
-    def _connect(self, path: str) -> int:
+    def _connect(self, path: str, code: ErrorCode) -> int:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(_SERVER_TIMEOUT_S)
         try:
@@ -323,6 +352,6 @@ class _Opener:
         except OSError as err:
             connection.close()
             text = f"vhost-user:{path}: {err.strerror or err}"
-            raise ResourceError(ErrorCode.DISK_MISSING, text) from err
+            raise ResourceError(code, text) from err
         connection.setblocking(True)
         return self.keep(connection.detach())

@@ -12,6 +12,7 @@ from vmd.rules.vm import Vm, info
 from vmd.wire.channel import Timer
 from vmd.wire.internal import VmStatistics
 from vmd.wire.messages import PART_MAX, AnyAnswer, DiskInfo, InterfaceInfo, VmInfo, Vms
+from vmd.wire.parts import ShareInfo
 from vmm_kvm.boot.firmware import BIOS
 
 PATIENCE_NS = 300_000_000
@@ -176,6 +177,7 @@ def _with_devices(shown: VmInfo, vm: Vm) -> VmInfo:
         boot=path or config.firmware or BIOS,
         append=append,
         cdrom=config.cdrom or "",
+        shares=tuple(ShareInfo(**share._asdict()) for share in config.shares),
         disks=tuple(
             DiskInfo(
                 path=disk.path,

@@ -14,7 +14,7 @@ from vmd.config.model import InterfaceConfig, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.actions import Action, Answer
 from vmd.rules.policy import Denied, is_name
-from vmd.rules.vm import Vm
+from vmd.rules.vm import Vm, why_not_saved
 from vmd.rules.vm_state import Phase, Ticket
 from vmd.wire.messages import AnyAnswer, ErrorCode, EventKind, Failed, Started
 from vmd.wire.transfers import Clone, Cloned, ClonedVm
@@ -151,6 +151,8 @@ def clone_config(source: Vm) -> VmConfig | Denied:
         problem = _why_not_cloned(source, index, disk)
         if problem:
             return Denied(ErrorCode.EINVAL, f"disk {disk.path}: {problem}")
+    if config.shares:
+        return Denied(ErrorCode.EINVAL, why_not_saved(config))
     if config.disks and not source.state.is_template:
         text = "a VM with disks has to be a template, see start --template"
         return Denied(ErrorCode.EINVAL, text)

@@ -93,6 +93,7 @@ def _fitted(config: VmConfig, request: Receive, passed: Passed | None) -> Fitted
         ("vsock", request.has_vsock, config.has_vsock),
         ("disks", len(request.disks), len(config.disks)),
         ("cdrom", bool(request.cdrom), config.cdrom is not None),
+        ("shares", 0, len(config.shares)),
         (
             "interfaces",
             [each.lladdr for each in request.interfaces],

@@ -17,10 +17,19 @@ from vmd.config.model import (
     Right,
     VmConfig,
 )
+from vmd.config.shares import ShareError, check_tags
 from vmd.config.sizes import fmt_scaled
 from vmd.wire.messages import ErrorCode, Hold, Load, Log, ParentRequest, Reload, Reset, Source
 from vmd.wire.transfers import Receive, Send
-from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, MEMORY_MAX, MEMORY_MIN, NAME_MAX, VCPUS_MAX
+from vmm_kvm.limits import (
+    DISKS_MAX,
+    INTERFACES_MAX,
+    MEMORY_MAX,
+    MEMORY_MIN,
+    NAME_MAX,
+    SHARES_MAX,
+    VCPUS_MAX,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
@@ -86,6 +95,12 @@ def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
         return _invalid("invalid number of disks")
     if len(config.interfaces) > INTERFACES_MAX:
         return _invalid("invalid number of interfaces")
+    if len(config.shares) > SHARES_MAX:
+        return _invalid("invalid number of shares")
+    try:
+        check_tags(config.shares)
+    except ShareError as err:
+        return _invalid(str(err))
     has_boot = has_kernel or config.boot is not None or config.firmware is not None
     is_template = bool(config.allow_instance) or config.instance_owner is not None
     if not (has_boot or config.disks or config.cdrom is not None or is_template):
@@ -111,10 +126,11 @@ def make_instance(
 
     `has_kernel`: a boot image comes along that `wanted` does not name.
 
-    Disks are never lent: two VMs would write them. Nor are a tap's name, an lladdr and forwarded
-    ports, which only one VM can have. Interfaces that lead elsewhere than the template's are a
-    right of their own; OpenBSD looks at their number alone. Unlike OpenBSD's, an instance takes its
-    template's kernel and may belong to another group.
+    Disks are never lent: two VMs would write them. Nor are shared directories, which are opened
+    with their owner's rights, nor a tap's name, an lladdr and forwarded ports, which only one VM
+    can have. Interfaces that lead elsewhere than the template's are a right of their own; OpenBSD
+    looks at their number alone. Unlike OpenBSD's, an instance takes its template's kernel and may
+    belong to another group.
 
     Source: sections 9.2 and 9.4 of OpenBSD's behaviour.
     """
@@ -133,6 +149,7 @@ def make_instance(
         ),
         (Right.BOOT, "boot image", Right.BOOT in wanted.given),
         (Right.CDROM, "cdrom", wanted.cdrom is not None),
+        (Right.SHARE, "shares", bool(wanted.shares)),
     ):
         if differs and not is_free and right not in template.allow_instance:
             return _forbidden(f'vm "{name}" no permission to set {word}')

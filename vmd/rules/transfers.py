@@ -7,7 +7,7 @@ from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.copies import Fitted, copied, lladdr_twice, reverted
 from vmd.rules.policy import Denied, Users, is_name
-from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config
+from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config, why_not_saved
 from vmd.rules.vm_state import Ticket
 from vmd.wire.messages import ErrorCode
 from vmd.wire.transfers import Receive, Send, Snapshot
@@ -30,6 +30,8 @@ def sink_of(
         return vm
     if vm.sink is not None:
         return Denied(ErrorCode.EALREADY, "the VM is being sent")
+    if vm.config.shares:
+        return Denied(ErrorCode.EBUSY, why_not_saved(vm.config))
     stream = passed.stream if passed else None
     if isinstance(request, Send):
         event = vm_state.Send(ticket, request.keeps_running, handover=handover_plan(request))

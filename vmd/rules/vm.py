@@ -14,6 +14,7 @@ from vmd.config.model import (
     Right,
     VmConfig,
 )
+from vmd.config.shares import ShareOption
 from vmd.rules import lifecycle
 from vmd.rules.ends import History
 from vmd.rules.vm_state import IDLE, Phase, VmState
@@ -47,6 +48,8 @@ class Passed(NamedTuple):
     """All are checked, the disks are locked, and no path needs to be followed any more."""
     formats: tuple[tuple[DiskKind, ...], ...] = ()
     """Of each file of each disk, once they are judged."""
+    shares: tuple[int | None, ...] = ()
+    """Of each shared directory; None for one that is named. Their processes check them."""
     stamp: str = ""
     """Of the kernel, once that is judged; empty if a change might not show in it."""
     stream: int | None = None
@@ -81,6 +84,7 @@ class Passed(NamedTuple):
         return [
             *(fd for fd in single if fd is not None),
             *self.initrd,
+            *(fd for fd in self.shares if fd is not None),
             *(fd for chain in self.disks for fd in chain),
         ]
 
@@ -318,6 +322,11 @@ def received_config(request: Receive, owner: Owner) -> VmConfig:
     )
 
 
+def why_not_saved(config: VmConfig) -> str:
+    """Return why a VM with shared directories is neither written nor cloned."""
+    return f"share {config.shares[0].tag}: what its guest has open there cannot be saved"
+
+
 def asks_for_devices(wanted: VmConfig, config: VmConfig) -> bool:
     """Tell whether a request wants devices that a VM does not have."""
     return (
@@ -347,6 +356,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         Right.INSTANCE: bool(request.instance),
         Right.INTERFACE: bool(request.interfaces),
         Right.MEMORY: request.memory is not None,
+        Right.SHARE: bool(request.shares),
     }
     return VmConfig(
         name=request.name,
@@ -368,6 +378,9 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
                 forwards=tuple(map(_forward, each.forwards)),
             )
             for each in request.interfaces
+        ),
+        shares=tuple(
+            ShareOption(share.path, share.tag, share.is_read_only) for share in request.shares
         ),
         owner=owner,
         given=frozenset(right for right, is_given in given.items() if is_given),

@@ -37,7 +37,7 @@ _LOOK_S = 0.5
 # A terminal or a service manager may send these to all processes; the parent decides.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE)
 
-_UNTOLD = frozenset({Kind.OPENER, Kind.INIT})
+_UNTOLD = frozenset({Kind.OPENER, Kind.INIT, Kind.SHARE})
 """Kinds of processes whose normal end is not logged."""
 
 Body = Callable[[socket.socket], None]

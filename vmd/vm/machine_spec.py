@@ -1,5 +1,6 @@
 """The machine of a VM process, made of the parent's descriptors."""
 
+import os
 import select
 import socket
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from vmd.shared.late_locks import LOCK_PATIENCE_S, lock_when_free
 from vmd.shared.vm_devices import Connections, DeviceConnection
 from vmd.vm.receiving import Arrived
 from vmd.wire.channel import Fds
-from vmd.wire.internal import DiskSpec, NicSpec, VmSpec
+from vmd.wire.internal import DiskSpec, NicSpec, ShareSpec, VmSpec
 from vmm_kvm.arch.x86.image import BootImage, RestoredImage, probe_image, read_firmware
 from vmm_kvm.block.image import Format
 from vmm_kvm.block.mapped import MappedImage
@@ -28,6 +29,7 @@ from vmm_kvm.virtio.balloon import BalloonSpec
 from vmm_kvm.virtio.pmem import PmemSpec
 from vmm_kvm.virtio.scsi import ScsiCdSpec
 from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
+from vmm_kvm.virtio.vhost_user.fs import RemoteFsSpec
 from vmm_kvm.virtio.vsock import VsockSpec
 
 _READY = b"\0"
@@ -36,8 +38,10 @@ _STATUS_MAX = 4096
 
 def has_servers(spec: VmSpec) -> bool:
     """Tell whether another process serves a device of a VM, as `spec.has_servers` will."""
-    return any(disk.option.kind is not DiskKind.PMEM for disk in spec.disks) or any(
-        nic.has_process for nic in spec.interfaces
+    return (
+        any(disk.option.kind is not DiskKind.PMEM for disk in spec.disks)
+        or any(nic.has_process for nic in spec.interfaces)
+        or bool(spec.shares)
     )
 
 
@@ -102,7 +106,11 @@ def machine_spec_of(
         variables=variables,
         memory_size=spec.memory,
         cpus=spec.cpus,
-        devices=(*BASIC_DEVICES, *nets, *disks, *cdroms, *_vsock(spec, received), *_own(spec)),
+        devices=(
+            *(*BASIC_DEVICES, *nets, *disks, *cdroms),
+            *(_share(share, fds) for share in spec.shares),
+            *(*_vsock(spec, received), *_own(spec)),
+        ),
         boot_device=spec.boot_device,
         name=spec.name,
         command_line=spec.append,
@@ -134,7 +142,9 @@ def _disk(
     """Return a disk's server: a process of ours, a foreign one, or this one's memory."""
     path = disk.option.path
     if connection is not None:
-        connected = _Connection(connection, path, is_locked=disk.is_locked)
+        connected = _Connection(
+            connection.socket, connection.status, path, is_locked=disk.is_locked
+        )
         return RemoteBlkSpec(connected.connect, path, may_halt=True)
     fd = fds.take(disk.chain[0])
     if disk.option.kind is DiskKind.PMEM:
@@ -145,10 +155,20 @@ def _disk(
     return RemoteBlkSpec(lambda: socket.socket(fileno=fd), path)
 
 
+def _share(share: ShareSpec, fds: Fds) -> RemoteFsSpec:
+    """Return a shared directory's server: a process of ours, or a foreign one."""
+    name, sock = f"share {share.tag}", fds.take(share.socket)
+    if share.status is None:
+        return RemoteFsSpec(lambda: socket.socket(fileno=sock), os.fsencode(share.tag), name)
+    connected = _Connection(sock, fds.take(share.status), name)
+    return RemoteFsSpec(connected.connect, os.fsencode(share.tag), name)
+
+
 def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
     """Return an interface's data path; the process owns the descriptors to its end."""
     if connection is not None:
-        return RemotePath(_Connection(connection, nic.name).connect, is_ours=True)
+        connected = _Connection(connection.socket, connection.status, nic.name)
+        return RemotePath(connected.connect, is_ours=True)
     taps = tuple(fds.take(at) for at in nic.taps)
     if nic.vhosts:
         return VhostPath(taps, tuple(fds.take(at) for at in nic.vhosts))
@@ -160,8 +180,8 @@ def _path(nic: NicSpec, fds: Fds, connection: DeviceConnection | None) -> Path:
 class _Connection:
     """A device process's connection, for the one machine that this process makes."""
 
-    def __init__(self, connection: DeviceConnection, path: str, *, is_locked: bool = True) -> None:
-        self._socket, self._status = connection.socket, connection.status
+    def __init__(self, sock: int, status: int, path: str, *, is_locked: bool = True) -> None:
+        self._socket, self._status = sock, status
         self._path = path
         self._is_locked = is_locked
 

@@ -199,7 +199,9 @@ class Vmm:
             match received.message:
                 case LaunchVm(spec=spec):
                     self._launch(spec, fds)
-                case KillVm(id=number):
+                case KillVm(id=number, why=why):
+                    if why:
+                        self._note_crash(number, why)
                     self._kill(number)
                 case ToVm(id=number, command=command):
                     self._pass_on(number, command, fds)
@@ -232,6 +234,11 @@ class Vmm:
                 device.channel.send(message)
             except ChannelError as err:  # it has ended
                 log.debug("vm/%s/%s: %s", vm.name, device.name, err)
+
+    def _note_crash(self, number: int, why: str) -> None:
+        vm = self._vms.get(number)
+        if vm is not None and vm.status is None:
+            vm.ending = vm.ending or VmEnding(reason=EndReason.CRASHED, message=why)
 
     def _kill(self, number: int) -> None:
         vm = self._vms.get(number)
@@ -502,9 +509,7 @@ class Vmm:
         log.warning("vm/%s/%s: its process %s", vm.name, device, how)
         if vm.status is None and not vm.has_failed and not device.startswith(_NIC):
             # A guest without its disk is useless, and must not believe that its writes arrived.
-            vm.ending = vm.ending or VmEnding(
-                reason=EndReason.CRASHED, message=f"{device}: its process {how}"
-            )
+            self._note_crash(vm.id, f"{device}: its process {how}")
             self._kill(vm.id)
 
     def _kill_devices(self, vm: _Vm) -> None:

@@ -257,6 +257,16 @@ class DiskSpec(Part, frozen=True, kw_only=True):
         return self.option.kind not in {DiskKind.VHOST_USER, DiskKind.PMEM}
 
 
+class ShareSpec(Part, frozen=True, kw_only=True):
+    """A shared directory, and who serves it."""
+
+    tag: str
+    socket: int
+    """Index of the descriptor of the connection to its server."""
+    status: int | None = None
+    """Index of another one: a process of ours says there when it is ready, or why it cannot be."""
+
+
 class NicSpec(InterfaceSpec, frozen=True, kw_only=True):
     """A network interface, open; see `vmm_kvm.net.paths` for what the descriptors are.
 
@@ -307,6 +317,7 @@ class VmSpec(Part, frozen=True, kw_only=True):
     cdrom_path: str = ""
     """For whoever receives the VM."""
     interfaces: tuple[NicSpec, ...] = ()
+    shares: tuple[ShareSpec, ...] = ()
     tty: int
     """Index of the descriptor of the pty's master side."""
     ring: int
@@ -335,6 +346,8 @@ class KillVm(Internal, frozen=True, kw_only=True):
     """Kill a VM process; `VmExited` follows."""
 
     id: int
+    why: str = ""
+    """What has crashed, if that is why; the VM has then."""
 
 
 class PauseVm(Internal, frozen=True, kw_only=True):

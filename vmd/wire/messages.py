@@ -28,6 +28,8 @@ from vmd.wire.parts import (
     Path,
     Port,
     Request,
+    ShareInfo,
+    ShareRequest,
     Size,
     Statistics,
     VmRequest,
@@ -218,6 +220,7 @@ class Start(VmRequest, frozen=True, kw_only=True):
     """Absolute path; for messages alone if `cdrom_image` is given."""
     cdrom_image: Index | None = None
     """Index of the descriptor of an ISO image."""
+    shares: Annotated[tuple[ShareRequest, ...], msgspec.Meta(max_length=64)] = ()
     boot_device: BootDevice = BootDevice.AUTO
     has_vsock: bool = False
     """It has a vsock device, so that `connect` reaches ports of its guest; an instance also where
@@ -492,6 +495,7 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     append: str | None = None
     disks: tuple[DiskInfo, ...] = ()
     cdrom: str = ""
+    shares: tuple[ShareInfo, ...] = ()
 
 
 class Vms(Answer, frozen=True, kw_only=True):

@@ -45,7 +45,7 @@ def unwrap(fd: int) -> int | None:
     try:
         parcel = socket.socket(fileno=fd)
     except OSError as err:
-        if err.errno != errno.ENOTSOCK:
+        if err.errno not in {errno.ENOTSOCK, errno.EBADF}:  # the latter with O_PATH
             raise
         return None
     try:

@@ -126,6 +126,29 @@ class VmRequest(Request, frozen=True, kw_only=True):
     """The VM's; of no meaning where there is an id."""
 
 
+class ShareRequest(Part, frozen=True, kw_only=True):
+    """A directory that a VM to start shares; all in it is done with the client's rights."""
+
+    path: Path
+    """Absolute; for messages alone if `directory` is given."""
+    tag: Annotated[str, msgspec.Meta(min_length=1, max_length=36, pattern=WITHOUT_NULL)]
+    """By which the guest mounts it; at most 36 bytes."""
+    directory: Index | None = None
+    """Index of the descriptor of the directory."""
+    is_read_only: bool = False
+
+
+class ShareInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_defaults=False):
+    """A shared directory of a VM, as it is configured."""
+
+    path: str
+    """Of the directory, or of the socket of a server."""
+    tag: str
+    is_read_only: bool = False
+    is_server: bool = False
+    """A vhost-user server has it, and decides what may be written."""
+
+
 class DiskRequest(Part, frozen=True, kw_only=True):
     """A disk of a VM to start; one without descriptors is opened with the client's rights."""
 

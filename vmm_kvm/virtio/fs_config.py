@@ -6,8 +6,6 @@ Source: virtio 1.3 §5.11.4
 import struct
 from typing import Final
 
-TAG_MAX = 36
-"""Bytes of a tag, by which the guest mounts the file system."""
 REQUEST_QUEUES = 1
 
 _CONFIG: Final = struct.Struct("<36sI")

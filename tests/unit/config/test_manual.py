@@ -17,7 +17,7 @@ from vmd.config.interfaces import INTERFACE_OWN_OPTIONS, SWITCH_OWN_OPTIONS
 from vmd.config.lexer import RESERVED
 from vmd.config.model import GuestClock
 from vmd.config.parser import OWN_WORDS
-from vmd.config.vms import DISK_OPTIONS, FIRMWARE_NAMES, FORMATS, OWN_OPTIONS
+from vmd.config.vms import DISK_OPTIONS, FIRMWARE_NAMES, FORMATS, OWN_OPTIONS, SHARE_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "man" / "vm.conf.5"
@@ -51,6 +51,7 @@ def documented(text: str) -> set[str]:
 def test_every_keyword_is_documented() -> None:
     """The page has the parser's keywords and values, and no others."""
     own = {*OWN_OPTIONS, *DISK_OPTIONS, *INTERFACE_OWN_OPTIONS, *SWITCH_OWN_OPTIONS, *OTHER_OWN}
+    own |= {*SHARE_OPTIONS}
     known = (RESERVED - WITHOUT_MEANING) | own | VALUES
     assert documented(PAGE.read_text()) == known
 

@@ -169,7 +169,6 @@ def test_run_and_start_have_the_same_options() -> None:
             "--no-reboot",
             "--nvram",
             "--rw",
-            "--share",
             "--tpm",
             "--virtio-console",
         },

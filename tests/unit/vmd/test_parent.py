@@ -14,13 +14,14 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.unit.vmd.far import Far, run_until
-from vmd.children import opener_plan
+from vmd.children import opener_plan, share_plan
 from vmd.config.host import SystemHost
 from vmd.confine.confinements import Kind
 from vmd.parent.configuration import Settings
 from vmd.parent.openers import Openers
 from vmd.parent.passt_networks import PasstNetworks
 from vmd.parent.process import Parent
+from vmd.parent.shares import Shares
 from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.policy import Users
 from vmd.wire.channel import Fds
@@ -134,6 +135,7 @@ class Rig:
             self.networks,
             openers,
             self.terminals,
+            shares=Shares(lambda order: share_plan(order, is_user=True)),
             start=self.started.append,
             end_hung=lambda _pidfd, uid: self.hung.append(uid),
         )

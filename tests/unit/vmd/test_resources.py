@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from vmd.children import share_plan
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, Owner, VmConfig
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface
 from vmd.parent.resources import VARIABLES_PER_USER, Host, open_resources
 from vmd.parent.scratches import Scratches
+from vmd.parent.shares import Shares
 from vmd.rules.policy import Users
 from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import VmState
@@ -39,7 +41,8 @@ class Rig:
         self.kernel.write_bytes(b"kernel")
         users = Users(frozenset({os.geteuid()}), lambda _uid, _gid: False)
         self.scratches = Scratches()
-        self.host = Host(users, KernelStore(), str(path), self.scratches)
+        shares = Shares(lambda order: share_plan(order, is_user=True))
+        self.host = Host(users, KernelStore(), str(path), self.scratches, shares)
         self.fds: list[int] = []
 
     def open(
