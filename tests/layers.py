@@ -276,6 +276,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmm_kvm.new_file",
         "vmm_kvm.loop",
         "vmm_kvm.scratch",
+        "vmm_kvm.kvm",
         "vmm_kvm.block",
         "vmm_kvm.boot",
         "vmd.config",

@@ -264,7 +264,9 @@ class PciDriver(BusDriver):
 
     SLOT = 1
 
-    def __init__(self, dataplane: Dataplane, class_code: int = 0xFF00) -> None:
+    def __init__(
+        self, dataplane: Dataplane, class_code: int = 0xFF00, *, is_restricted: bool = False
+    ) -> None:
         pio, mmio = Bus(0x10000), Bus(MMIO_SIZE)
         self.pci = PciHost(pio, mmio, on_reset=lambda: None)
         pio.insert(layout.PORT_PCI_CONFIG, 8, self.pci)
@@ -279,6 +281,7 @@ class PciDriver(BusDriver):
             class_code=class_code,
             name="device",
             on_halt=self._note_halt,
+            is_restricted=is_restricted,
         )
         assert self.pci.add(self.device.function) == self.SLOT
         self.pci.assign_bars()

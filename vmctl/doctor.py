@@ -22,6 +22,7 @@ from vmm_kvm import primitives
 from vmm_kvm.boot.firmware import BIOS, UEFI, find_firmware
 from vmm_kvm.errors import BootError, VmmError
 from vmm_kvm.kvm import abi
+from vmm_kvm.kvm.sev import DEVICE, platform
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.machine.speed import guest_speed
 from vmm_kvm.primitives import Vmm
@@ -71,6 +72,10 @@ _DEVICES = {
     "vhost-net": ("/dev/vhost-net", "networks at the kernel's speed", "modprobe vhost_net"),
 }
 
+_CPUINFO, _KVM_AMD = Path("/proc/cpuinfo"), Path("/sys/module/kvm_amd/parameters")
+_ENCRYPTION = {"sev": "sev", "sev_es": "seves"}
+"""The processor's flags, which are KVM's parameters too, and vm.conf's words."""
+
 _PROGRAMS = {
     "passt": ("networks without root", "apt install passt"),
     "nft": ("NAT, forwarded ports and locked addresses", "apt install nftables"),
@@ -97,6 +102,7 @@ def doctor(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
     findings = list(_kvm())
     findings.append(_nested())
     findings += [_device(name, *what) for name, what in _DEVICES.items()]
+    findings.append(encryption())
     findings += [_firmware(name, *what) for name, what in _FIRMWARE.items()]
     findings += [_program(name, *what) for name, what in _PROGRAMS.items()]
     findings += [_user(), _daemon(), _memory()]
@@ -185,6 +191,33 @@ def _device(name: str, path: str, use: str, remedy: str) -> Finding:
     except OSError as err:
         hint = remedy if isinstance(err, FileNotFoundError) else "run as root, or join its group"
         return Finding(name, Status.LIMITED, f"{path}: {err.strerror}; needed for {use}", hint)
+
+
+def encryption(
+    cpuinfo: Path = _CPUINFO, parameters: Path = _KVM_AMD, device: str = DEVICE
+) -> Finding:
+    """Tell whether memory can be encrypted; few need it, so that its absence is no fault."""
+    flags = set(_read(cpuinfo).split())
+    offered = [word for flag, word in _ENCRYPTION.items() if flag in flags]
+    if not offered:
+        return Finding("encryption", Status.OK, "no: the processor has no AMD SEV")
+    able = [
+        word
+        for flag, word in _ENCRYPTION.items()
+        if flag in flags and _read(parameters / flag).strip() in {"1", "Y"}
+    ]
+    if not able:
+        text = f"the processor has {', '.join(offered)}, but KVM does not use it"
+        hint = "load kvm_amd with sev=1 sev_es=1, and enable SEV in the firmware"
+        return Finding("encryption", Status.LIMITED, text, hint)
+    try:
+        with open(device, "rb", buffering=0) as opened:  # noqa: PTH123 - a device
+            found = platform(opened.fileno())
+    except OSError as err:
+        hint = "run as root" if isinstance(err, PermissionError) else "modprobe ccp"
+        return Finding("encryption", Status.LIMITED, f"{device}: {err.strerror}", hint)
+    text = f"{device}: {', '.join(able)}; PSP api {found.major}.{found.minor}, build {found.build}"
+    return Finding("encryption", Status.OK, f"{text}; never tried on such a processor")
 
 
 def _firmware(name: str, wanted: str, use: str, remedy: str) -> Finding:

@@ -12,7 +12,12 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, NoReturn
 
-from vmd.confine.confinements import CONFINEMENTS, Kind, zygote_confinement
+from vmd.confine.confinements import (
+    CONFINEMENTS,
+    Kind,
+    encrypted_vm_confinement,
+    zygote_confinement,
+)
 from vmd.confine.namespaces import number_children_anew
 from vmd.confine.sandbox import (
     Identity,
@@ -55,7 +60,7 @@ _LATE_MODULES = (
     *("encodings.latin_1", "encodings.ascii", "encodings.utf_16_le", "encodings.idna"),
     *("vmm_kvm.block.qcow2.header", "vmm_kvm.block.qcow2.image", "vmm_kvm.block.qcow2.repair"),
     *("vmm_kvm.arch.x86.kernels", "vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash"),
-    *("vmm_kvm.machine.dirty", "vmm_kvm.pci.q35"),
+    *("vmm_kvm.machine.dirty", "vmm_kvm.machine.encryption", "vmm_kvm.pci.q35"),
 )
 
 
@@ -224,6 +229,8 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
         os.environ.clear()
         for kind in (Kind.VM, Kind.DISK, Kind.NIC):
             compile_filter(CONFINEMENTS[kind].filter)
+        sealed = encrypted_vm_confinement()
+        compile_filter(sealed.filter)
         kvm = Kvm.from_fd(kvm_fd)
         warm_up(
             warmth,
@@ -239,6 +246,9 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
         gc.freeze()
         bodies = {
             Role.VM: zygote.Body(partial(vm.prepare, kvm), partial(vm.run, kvm), (kvm_fd, *held)),
+            Role.ENCRYPTED_VM: zygote.Body(
+                partial(vm.prepare, kvm, confinement=sealed), partial(vm.run, kvm), (kvm_fd, *held)
+            ),
             Role.DISK: zygote.Body(disk.prepare, disk.run, tuple(held)),
             Role.NIC: zygote.Body(nic.prepare, nic.run, tuple(held)),
         }

@@ -40,6 +40,7 @@ from vmd.confine.sandbox import (
 from vmd.confine.uids import UIDS_DEFAULT, Uids, UidsError, lease, parse_range
 from vmd.fresh import EXECUTING
 from vmd.options import Options
+from vmd.parent import encryption
 from vmd.parent.cgroups import Cgroups, NoCgroupsError, find_cgroups
 from vmd.parent.configuration import Settings
 from vmd.parent.hung import end_hung
@@ -303,6 +304,7 @@ class Daemon:
         log.info("startup")
         if self._no_cgroups:
             log.info("VMs have no limits of their own: %s", self._no_cgroups)
+        encryption.announce()
         if advice := landlock.missing():
             log.warning("%s", advice)
         for kind in self._parent.peers:
@@ -447,6 +449,7 @@ def run(options: Options) -> int:
     # Each VM has some descriptors here: the usual limit would not do for a few hundred.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _FILES_MAX), hard))
+    encryption.lift_limit()
     with ExitStack() as stack:
         setting = prepare(options, stack)
         ready: Callable[[], None] = lambda: None  # noqa: E731 - a default

@@ -3,7 +3,7 @@
 import enum
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from vmm_kvm.bits import GIB, MIB, PAGE_SIZE
 from vmm_kvm.errors import Refusal, RefusedError
@@ -59,6 +59,20 @@ class Controllers(enum.Enum):
     """KVM's PICs, IOAPIC, local APICs and PIT: no exit per interrupt or HLT."""
 
 
+class Launch(Protocol):
+    """A VM's way to encrypted memory."""
+
+    vm_type: int
+    """The type of KVM's VM."""
+    c_bit: int
+    """The bit of an address that says that the memory there is encrypted."""
+    is_es: bool
+    """Whether the vCPUs' registers are too."""
+
+    def begin(self, vm_fd: int) -> None:
+        """Make a new VM, whose vCPUs do not exist yet, an encrypted one."""
+
+
 class CreateParams(Record):
     """The VM to create."""
 
@@ -73,6 +87,8 @@ class CreateParams(Record):
     """Disjoint from the ranges and from each other; see `set_mapped`."""
     collected_ports: Sequence[int] = ()
     """Ports whose byte-sized writes KVM collects in the vCPUs' ring, without an exit for each."""
+    launch: Launch | None = None
+    """Makes its memory encrypted; it begins before there are vCPUs, the caller does the rest."""
     used_size: Callable[[], int] | None = None
     """Returns the bytes of the ranges that are in host memory, if the caller knows a quick way."""
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Self
 
 from vmm_kvm.arch.x86 import layout
-from vmm_kvm.arch.x86.cpuid import guest_cpuid, without_apic
+from vmm_kvm.arch.x86.cpuid import guest_cpuid, with_encryption, without_apic
 from vmm_kvm.errors import Refusal, RefusedError
 from vmm_kvm.kvm.system import Kvm
 from vmm_kvm.kvm.vcpu import Vcpu
@@ -284,7 +284,10 @@ def _build(
     kvm: Kvm, params: CreateParams, shown: Iterable[int], stack: ExitStack
 ) -> tuple[Vm, list[Vcpu]]:
     """Make a VM and its vCPUs, with the mappings `shown`; `stack` closes them."""
-    vm = stack.enter_context(kvm.create_vm())
+    launch = params.launch
+    vm = stack.enter_context(kvm.create_vm(launch.vm_type if launch else 0))
+    if launch:
+        launch.begin(vm.fd)
     vm.set_identity_map_address(layout.IDENTITY_MAP_ADDRESS)
     vm.set_tss_address(layout.TSS_ADDRESS)
     for slot, part in enumerate(params.ranges):
@@ -303,6 +306,8 @@ def _build(
     for index in range(params.ncpus):
         vcpu = stack.enter_context(vm.create_vcpu(index))
         leaves = guest_cpuid(supported, index, params.ncpus)
+        if launch:
+            leaves = with_encryption(leaves, launch.c_bit, is_es=launch.is_es)
         vcpu.set_cpuid(leaves if has_apics else without_apic(leaves))
         vcpus.append(vcpu)
     return vm, vcpus

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from vmm_kvm.kvm import abi, ioctl
+from vmm_kvm.kvm import abi, ioctl, sev_abi
 
 # Padding has other names in other headers, or has become part of a union (the `pad` of
 # `kvm_run.hypercall`, since 6.12): sizes and the offsets of other fields hold it in place.
@@ -30,20 +31,20 @@ _SCALARS = (
 _Data = type[ctypes.Structure] | type[ctypes.Union]
 
 
-def _structures() -> dict[str, type[ctypes.Structure]]:
+def _structures(table: ModuleType = abi) -> dict[str, type[ctypes.Structure]]:
     return {
         name: value
-        for name, value in vars(abi).items()
+        for name, value in vars(table).items()
         if isinstance(value, type)
         and issubclass(value, ctypes.Structure)
-        and value.__module__ == abi.__name__
+        and value.__module__ == table.__name__
     }
 
 
-def _constants() -> dict[str, int]:
+def _constants(table: ModuleType = abi) -> dict[str, int]:
     return {
         name: value
-        for name, value in vars(abi).items()
+        for name, value in vars(table).items()
         if isinstance(value, int) and name.isupper()
     }
 
@@ -76,16 +77,27 @@ def _fields(data: _Data, path: str = "", base: int = 0) -> Iterator[tuple[str, s
             yield from _fields(kind, f"{path}{name}.", offset)
 
 
-def _program(structures: dict[str, type[ctypes.Structure]], constants: dict[str, int]) -> str:
-    """Write the C program that prints the headers' facts, a line each."""
+def _program(
+    structures: dict[str, type[ctypes.Structure]],
+    constants: dict[str, int],
+    members: Iterable[str] = (),
+) -> str:
+    """Write the C program that prints the headers' facts, a line each.
+
+    `members` are the constants that are members of enumerations, which no preprocessor knows.
+    """
     lines = [
         "#include <stddef.h>",
         "#include <stdio.h>",
         "#include <linux/kvm.h>",
+        "#include <linux/psp-sev.h>",
         "#define SIGN(x) ((__typeof__(x))-1 < (__typeof__(x))1 ? 's' : 'u')",
         "int main(void) {",
     ]
     for name in constants:
+        if name in members:
+            lines.append(f'printf("{name} %llu\\n", (unsigned long long)({name}));')
+            continue
         lines += [
             f"#ifdef {name}",
             f'printf("{name} %llu\\n", (unsigned long long)({name}));',
@@ -115,11 +127,14 @@ def _expected(
 
 
 def disagreements(
-    structures: dict[str, type[ctypes.Structure]], constants: dict[str, int], directory: Path
+    structures: dict[str, type[ctypes.Structure]],
+    constants: dict[str, int],
+    directory: Path,
+    members: Iterable[str] = (),
 ) -> list[str]:
     """Compile and run the program; return one line per fact in which table and headers differ."""
     source, program = directory / "abi.c", directory / "abi"
-    source.write_text(_program(structures, constants))
+    source.write_text(_program(structures, constants, members))
     done = subprocess.run(
         ["gcc", "-o", str(program), str(source)],
         check=False,
@@ -141,6 +156,32 @@ def disagreements(
 def test_table_agrees_with_headers(tmp_path: Path) -> None:
     """Every structure, field, request and constant equals that of <linux/kvm.h>."""
     assert disagreements(_structures(), _constants(), tmp_path) == []
+
+
+# Since Linux 6.10, where <asm/kvm.h> has them; a macro of it tells.
+_WITH_TYPES = frozenset({"KVM_SEV_INIT2", "kvm_sev_init"})
+
+
+def test_sev_table_agrees_with_headers(tmp_path: Path) -> None:
+    """So do those of encrypted guests, as far as the installed headers are new enough."""
+    structures, constants = _structures(sev_abi), _constants(sev_abi)
+    probe = "#include <linux/kvm.h>\n#ifdef KVM_X86_SEV_VM\nyes\n#endif\n"
+    command = ["gcc", "-E", "-P", "-xc", "-"]
+    seen = subprocess.run(command, input=probe, check=True, capture_output=True, text=True).stdout
+    if "yes" not in seen.split():
+        structures = {k: v for k, v in structures.items() if k not in _WITH_TYPES}
+        types = {name for name in constants if name.startswith("KVM_X86_")}
+        newer = _WITH_TYPES | types | {"KVM_CAP_VM_TYPES"}
+        constants = {k: v for k, v in constants.items() if k not in newer}
+    members = [name for name in constants if name.startswith(("KVM_SEV_", "SEV_RET_"))]
+    members.append("SEV_PLATFORM_STATUS")
+    assert disagreements(structures, constants, tmp_path, members) == []
+    wrong = {"KVM_SEV_LAUNCH_MEASURE": 7, "SEV_ISSUE_CMD": 0}
+    expected = [
+        "KVM_SEV_LAUNCH_MEASURE: table 7, headers 6",
+        f"SEV_ISSUE_CMD: table 0, headers {sev_abi.SEV_ISSUE_CMD}",
+    ]
+    assert disagreements({}, wrong, tmp_path, ["KVM_SEV_LAUNCH_MEASURE"]) == expected
 
 
 def test_table_is_looked_at() -> None:

@@ -41,6 +41,11 @@ _CLONE_THREAD = 0x00010000
 _CLONE_PARENT = 0x00008000
 _CLONE_OWN_TID = 0x01200000  # CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID
 _KVM_TYPE = 0xAE00  # _IO(KVMIO, 0)
+_KVM_PLAIN = (
+    *((0x80, 0xFFE0), (0x00, 0xFF80), (0xA0, 0xFFF0), (0xB0, 0xFFF8)),
+    *((0xB8, 0xFFFE), (0xBD, 0xFFFF), (0xBE, 0xFFFE), (0xC0, 0xFFC0)),
+)
+_KVM_MEMORY_ENCRYPT_OP, _KVM_MEMORY_ENCRYPT_REG_REGION = 0xC008AEBA, 0x8010AEBB
 _VHOST_TYPE = 0xAF00  # _IO(VHOST_VIRTIO, 0)
 _TUNGETIFF, _TUNSETVNETHDRSZ, _TUNSETOFFLOAD = 0x800454D2, 0x400454D8, 0x400454D0
 _TUNSETTXFILTER, _TUNSETQUEUE = 0x400454D1, 0x400454D9
@@ -182,7 +187,13 @@ _VM = (
     Allow("ioctl", "all that vhost-net does", (Argument(1, _VHOST_TYPE, _TYPE_MASK),)),
     *_IMAGES,
     *_THREADS,
-    Allow("ioctl", "all that KVM does", (Argument(1, _KVM_TYPE, _TYPE_MASK),)),
+    # All requests but 0xba to 0xbc.
+    *(
+        Allow(
+            "ioctl", "all that KVM does with plain memory", (Argument(1, _KVM_TYPE + first, mask),)
+        )
+        for first, mask in _KVM_PLAIN
+    ),
     *_all("guest memory", "memfd_create"),
     *_with("fchmod", 1, {MODE: "that nobody else may open it"}),
     *_all("how much of it there is", "mincore"),
@@ -191,6 +202,14 @@ _VM = (
     *_all("images into guest memory", "sendfile"),
     *_all("flushes of what the guest has mapped", "msync"),
     *_all("connections to device processes", "sendto", "recvfrom", "shutdown"),
+)
+_ENCRYPTION = _with(
+    "ioctl",
+    1,
+    {
+        _KVM_MEMORY_ENCRYPT_OP: "commands of one VM's launch to the processor's firmware",
+        _KVM_MEMORY_ENCRYPT_REG_REGION: "encrypted memory that stays where it is",
+    },
 )
 _PROCESSES = (
     *_all("their ends", "wait4"),
@@ -206,6 +225,7 @@ _VMM = (
 )
 _ZYGOTE = (
     *_VM,
+    *_ENCRYPTION,
     *_DISK,
     *_NIC,
     *_PROCESSES,
@@ -358,6 +378,13 @@ CONFINEMENTS = {
         (*_NO_CORE, (resource.RLIMIT_NOFILE, 16384)),
     ),
 }
+
+
+def encrypted_vm_confinement() -> Confinement:
+    """Return the confinement of a VM process whose memory is encrypted."""
+    base = CONFINEMENTS[Kind.VM]
+    table = base.filter
+    return base._replace(filter=Filter((*table.allowed, *_ENCRYPTION), table.refused))
 
 
 def share_confinement(own: int, *, is_writable: bool) -> Confinement:

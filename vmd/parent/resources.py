@@ -18,6 +18,7 @@ from vmd.config.model import MEMORY_DEFAULT, GuestClock
 from vmd.config.shares import ShareOption
 from vmd.parent.captures import open_again
 from vmd.parent.cgroups import Cgroups
+from vmd.parent.encryption import open_sev
 from vmd.parent.errors import ResourceError
 from vmd.parent.interfaces import Interface, open_vhosts
 from vmd.parent.passed import wanted_disk
@@ -73,11 +74,9 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
         ResourceError: a file is missing, in use, not for this user, or of a wrong kind.
         OSError: the host has no descriptors left.
     """
-    if vm.config.is_sev:
-        text = "its memory cannot be encrypted: this vmd does not support AMD SEV"
-        raise ResourceError(ErrorCode.EINVAL, text)
     with ExitStack() as stack:
         opener = _Opener(vm, host, stack)
+        sev = opener.keep(open_sev(vm)) if vm.config.is_sev else None
         boot, boot_path, variables, initrd, append, stamp = opener.boot()
         known = host.kernels.find(Stamp(stamp))
         kernel = None if known is None else opener.keep(known)
@@ -117,6 +116,8 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             has_watchdog=vm.config.has_watchdog,
             received=opener.received(),
             is_template=vm.state.is_template,
+            sev=sev,
+            is_sev_es=vm.config.is_sev_es,
         )
         stack.pop_all()
     return Resources(spec, opener.fds, Stamp(stamp))

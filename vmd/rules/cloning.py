@@ -13,6 +13,7 @@ from vmd.config.disks import DiskKind, DiskOption, writes_image
 from vmd.config.model import InterfaceConfig, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.actions import Action, Answer
+from vmd.rules.encryption import why_denied
 from vmd.rules.policy import Denied, is_name
 from vmd.rules.vm import Vm, why_not_saved
 from vmd.rules.vm_state import Phase, Ticket
@@ -143,6 +144,9 @@ class Clones:
 def clone_config(source: Vm) -> VmConfig | Denied:
     """Return the configuration of a clone, but for its name; or why there can be none."""
     config = source.config
+    sealed = why_denied(config, "cloned")
+    if sealed:
+        return sealed
     for index, interface in enumerate(config.interfaces):
         problem = _why_not_shared(interface)
         if problem:

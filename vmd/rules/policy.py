@@ -186,6 +186,8 @@ def make_instance(
         append=kernel.append if wanted.append is None else wanted.append,
         firmware=kernel.firmware,
         after=wanted.after or template.after,
+        is_sev=wanted.is_sev or template.is_sev,
+        is_sev_es=wanted.is_sev_es or template.is_sev_es,
         has_vsock=wanted.has_vsock or template.has_vsock,
         has_balloon=wanted.has_balloon or template.has_balloon,
         has_watchdog=wanted.has_watchdog or template.has_watchdog,

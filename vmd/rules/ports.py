@@ -1,6 +1,7 @@
 """Access to ports of guests, and to debugging."""
 
 from vmd.rules.actions import Action, Answer, OpenDebugger, OpenPort
+from vmd.rules.encryption import why_denied
 from vmd.rules.vm import Vm
 from vmd.rules.vm_state import Phase, Ticket
 from vmd.wire.messages import ErrorCode, Failed
@@ -14,6 +15,9 @@ def open_stream(ticket: Ticket, vm: Vm, request: Connect | Debug) -> Action:
     """
     if isinstance(request, Connect) and not vm.config.has_vsock:
         return _refuse(ticket, ErrorCode.EINVAL, "the VM has no vsock device")
+    sealed = why_denied(vm.config, "debugged") if isinstance(request, Debug) else None
+    if sealed:
+        return _refuse(ticket, sealed.code, sealed.message)
     if vm.state.pid is None:
         return _refuse(ticket, ErrorCode.NOT_RUNNING)
     if vm.state.phase is Phase.SENDING:

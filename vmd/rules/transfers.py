@@ -6,6 +6,7 @@ from vmd.config.disks import DiskKind
 from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.copies import Fitted, copied, lladdr_twice, reverted
+from vmd.rules.encryption import why_denied
 from vmd.rules.policy import Denied, Users, is_name
 from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config, why_not_saved
 from vmd.rules.vm_state import Ticket
@@ -28,6 +29,9 @@ def sink_of(
     """
     if isinstance(vm, Denied):
         return vm
+    sealed = why_denied(vm.config, "sent, nor kept as a snapshot")
+    if sealed:
+        return sealed
     if vm.sink is not None:
         return Denied(ErrorCode.EALREADY, "the VM is being sent")
     if vm.config.shares:

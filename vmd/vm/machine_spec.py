@@ -5,6 +5,7 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from vmd.config.disks import DiskKind
 from vmd.shared.kernels import LentKernel
@@ -31,6 +32,9 @@ from vmm_kvm.virtio.scsi import ScsiCdSpec
 from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
 from vmm_kvm.virtio.vhost_user.fs import RemoteFsSpec
 from vmm_kvm.virtio.vsock import VsockSpec
+
+if TYPE_CHECKING:  # loaded for the VMs that have it
+    from vmm_kvm.kvm.sev import SevSpec
 
 _READY = b"\0"
 _STATUS_MAX = 4096
@@ -118,6 +122,7 @@ def machine_spec_of(
         uuid=received.manifest.uuid if received else None,
         serial=received.manifest.serial if received else "",
         shares_memory=spec.is_template,
+        sev=_sev(spec, fds, stack),
     )
 
 
@@ -127,6 +132,16 @@ def _vsock(spec: VmSpec, received: Arrived | None) -> tuple[VsockSpec, ...]:
         return ()
     cid = received.manifest.vsock_cid if received else None
     return (VsockSpec() if cid is None else VsockSpec(cid),)
+
+
+def _sev(spec: VmSpec, fds: Fds, stack: ExitStack) -> "SevSpec | None":
+    if spec.sev is None:
+        return None
+    from vmm_kvm.kvm.sev import SevSpec  # noqa: PLC0415 - few VMs have it
+
+    fd = fds.take(spec.sev)
+    stack.callback(os.close, fd)
+    return SevSpec(fd, spec.is_sev_es)
 
 
 def _own(spec: VmSpec) -> Iterator[BalloonSpec | WatchdogSpec]:

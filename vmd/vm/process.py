@@ -16,7 +16,7 @@ from typing import assert_never
 
 from vmd.config.model import GuestClock
 from vmd.confine.confinements import CONFINEMENTS, Kind
-from vmd.confine.sandbox import confine, die_with, set_title
+from vmd.confine.sandbox import Confinement, confine, die_with, set_title
 from vmd.shared import log as logging
 from vmd.shared.counters import Counters
 from vmd.shared.privsep import join_cgroup
@@ -96,7 +96,9 @@ _POLICIES = {GuestClock.FROZEN: ClockPolicy.FROZEN, GuestClock.NOW: ClockPolicy.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def prepare(kvm: Kvm, rehearses: bool) -> str | None:
+def prepare(
+    kvm: Kvm, rehearses: bool, confinement: Confinement = CONFINEMENTS[Kind.VM]
+) -> str | None:
     """Confine this process, a future VM's; returns the reason why it cannot rehearse, if any.
 
     With `rehearses` it makes and forgets a machine while it waits: afterwards, it has most of the
@@ -107,7 +109,7 @@ def prepare(kvm: Kvm, rehearses: bool) -> str | None:
     install_kick_signal()
     set_title("vm")
     die_with(os.getppid())  # without vmm nothing could stop us
-    confine(CONFINEMENTS[Kind.VM], None)
+    confine(confinement, None)
     if rehearses:
         try:
             rehearse(kvm)
@@ -300,6 +302,9 @@ class VmProcess:
             is_restored=received is not None,
             memory=received.memory if received else None,
         )
+        if measured := self._machine.measurement:
+            log.info("measurement 0x%s", measured.hmac.hex())
+            log.info("nonce 0x%s", measured.nonce.hex())
         if received:
             try:
                 going_on = spec.received

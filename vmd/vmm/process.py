@@ -318,7 +318,8 @@ class Vmm:
                     own = [*map(os.dup, cgroup), *map(fds.take, nic.taps)]
                     name = f"{_NIC}{index}"
                     connections.append(self._start_device(vm, name, move, own, stack))
-            blank = self._blank(vm, Role.VM, partial(self._launched, vm))
+            role = Role.VM if spec.sev is None else Role.ENCRYPTED_VM
+            blank = self._blank(vm, role, partial(self._launched, vm))
             vm.channel = Channel(blank.connection, VMM_AND_VM, high_water=_VM_HIGH_WATER)
             passed = [os.dup(fd) for fd in flattened(connections)]
             vm.channel.send(

@@ -7,6 +7,8 @@ class Role(StrEnum):
     """The role of a process that the zygote forks."""
 
     VM = "vm"
+    ENCRYPTED_VM = "encrypted vm"
+    """Besides, it may give commands to the processor's firmware."""
     DISK = "disk"
     NIC = "nic"
 

@@ -334,6 +334,9 @@ class VmSpec(Part, frozen=True, kw_only=True):
     """None for one that boots."""
     is_template: bool = False
     """Clones are to go on from it, once it is paused."""
+    sev: int | None = None
+    """Index of the descriptor of /dev/sev, if its memory is to be encrypted."""
+    is_sev_es: bool = False
 
 
 class LaunchVm(Internal, frozen=True, kw_only=True):

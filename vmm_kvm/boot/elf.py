@@ -286,13 +286,15 @@ def check_loads(name: str, loads: Sequence[ElfSegment], memory: GuestMemory) -> 
 def place_loads(elf: Elf, memory: GuestMemory) -> int:
     """Copy all segments to their physical addresses; return the end of the highest.
 
-    Memory of a segment beyond its file contents is left alone: fresh guest memory is zero.
+    Memory of a segment beyond its file contents is left alone: fresh guest memory is zero. It is
+    looked at, for a `RecordedMemory` to know of it.
 
     Raises:
         BootError: a segment does not fit, or the file changed while it was read.
     """
     check_loads(elf.source.name, elf.loads, memory)
     for segment in elf.loads:
+        memory.view(segment.paddr, segment.memory_size)
         if segment.file_size:
             elf.source.place(memory, segment.paddr, segment.offset, segment.file_size)
     return max(s.paddr + s.memory_size for s in elf.loads)

@@ -167,10 +167,10 @@ class Kvm:
         ioctl(self.fd, abi.KVM_GET_MSR_INDEX_LIST, table)
         return list(table.indices[: table.nmsrs])
 
-    def create_vm(self) -> Vm:
+    def create_vm(self, vm_type: int = 0) -> Vm:
         """Make a VM without memory, interrupt controllers or vCPUs.
 
-        Only the calling process can use it.
+        Only the calling process can use it. `vm_type` is a KVM_X86_*_VM that KVM offers.
 
         Raises:
             KvmError: the kernel refused; the hint says why when another hypervisor is in the way.
@@ -178,7 +178,7 @@ class Kvm:
         Source: KVM API §4.2.
         """
         try:
-            fd = retried_ioctl(self.fd, abi.KVM_CREATE_VM)
+            fd = retried_ioctl(self.fd, abi.KVM_CREATE_VM, vm_type)
         except KvmError as err:
             raise KvmError(err.operation, err.errno or EINVAL, create_hint(err.errno)) from err
         return Vm(self, fd)

@@ -46,7 +46,7 @@ from vmm_kvm.machine.bad_exits import outcome_of
 from vmm_kvm.machine.identity import Identity
 from vmm_kvm.machine.routes import interrupt_routes
 from vmm_kvm.machine.runner import Runner
-from vmm_kvm.machine.security import make_flash, make_tpm
+from vmm_kvm.machine.security import encrypt_memory, make_flash, make_launch, make_tpm
 from vmm_kvm.machine.serial_output import SerialOutput
 from vmm_kvm.machine.spec import (
     Crash,
@@ -121,6 +121,7 @@ class Machine:
         """
         check_vcpus(spec.cpus, vmm.kvm.max_vcpus)
         self.spec = spec
+        self._launch = make_launch(spec, vmm.kvm, is_restored)
         self._vmm = vmm
         self._transmit = transmit
         self._on_outcome = on_outcome
@@ -171,6 +172,8 @@ class Machine:
             else:
                 self.pci.assign_bars()
                 load_entry(first, entry)
+            self.measurement = encrypt_memory(self._launch, self.memory, self._rom)
+            """Of the memory with which it began, if that is encrypted."""
             self._runner = Runner(
                 vmm,
                 self._vm_id,
@@ -413,6 +416,8 @@ class Machine:
                 lladdr=nets[0].lladdr if nets else None,
                 acpi=acpi,
                 smbios=smbios,
+                seed=self._launch is None,  # what is measured is to be the same every time
+                encrypted=1 << self._launch.c_bit if self._launch else 0,
             ),
         )
 
@@ -443,6 +448,7 @@ class Machine:
                 controllers=Controllers.KERNEL,
                 mappings=mappings,
                 collected_ports=(layout.PORT_COM1,) if self._vmm.kvm.can_coalesce_ports else (),
+                launch=self._launch,
                 used_size=memory.resident_size,
             ),
         )
@@ -535,6 +541,7 @@ class Machine:
                 on_expired=lambda _command: self._end(Ending.POWER_OFF),
                 on_halt=self._on_halt,
                 on_bite=self._reset,
+                is_encrypted=self._launch is not None,
             )
         )
         self._devices.plug_all(self.spec.devices)

@@ -1,4 +1,4 @@
-"""What a machine has beside its firmware: flash memory for variables, and a TPM."""
+"""What protects a machine: flash memory for UEFI variables, a TPM, encrypted memory."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,8 +10,12 @@ from vmm_kvm.bus import Bus
 
 if TYPE_CHECKING:  # loaded for the machines that have one
     from vmm_kvm.devices.pflash import Pflash
+    from vmm_kvm.devices.rom import Rom
     from vmm_kvm.devices.tpm_crb import Executor
+    from vmm_kvm.kvm.sev import Launch, Measurement
+    from vmm_kvm.kvm.system import Kvm
     from vmm_kvm.machine.spec import MachineSpec
+    from vmm_kvm.memory import GuestMemory
 
 
 def make_flash(
@@ -45,3 +49,32 @@ def make_tpm(tpm: "Executor | None", mmio: Bus, stack: ExitStack) -> None:
     interface = TpmCrb(TPM_ADDRESS, tpm)
     stack.callback(interface.close)
     mmio.insert(TPM_ADDRESS, TPM_SIZE, interface)
+
+
+def make_launch(spec: "MachineSpec", kvm: "Kvm", is_restored: bool) -> "Launch | None":
+    """Return the launch of a machine with encrypted memory; None for any other.
+
+    Raises:
+        SpecError: the machine has something that does not go together with that.
+        KvmError: the processor has no SEV.
+    """
+    if spec.sev is None:
+        return None
+    from vmm_kvm.machine.encryption import plan_launch  # noqa: PLC0415 - few guests have it
+
+    return plan_launch(spec, spec.sev, kvm, is_restored=is_restored)
+
+
+def encrypt_memory(
+    launch: "Launch | None", memory: "GuestMemory", rom: "Rom | None"
+) -> "Measurement | None":
+    """Carry out a launch, if there is one; the vCPUs have their first registers.
+
+    Raises:
+        KvmError: KVM or the firmware refused.
+    """
+    if launch is None:
+        return None
+    from vmm_kvm.machine.encryption import encrypt  # noqa: PLC0415 - likewise
+
+    return encrypt(launch, memory, rom)

@@ -21,6 +21,7 @@ from vmm_kvm.virtio.vmmci import VmmciSpec
 if TYPE_CHECKING:  # loaded by what makes a record of it
     from vmm_kvm.boot.nvram import Variables
     from vmm_kvm.devices.tpm_crb import Executor
+    from vmm_kvm.kvm.sev import SevSpec
     from vmm_kvm.machine.net import NetSpec
     from vmm_kvm.pci.i6300esb import WatchdogSpec
     from vmm_kvm.virtio.balloon import BalloonSpec
@@ -70,6 +71,8 @@ class MachineSpec(Record):
     """Serial number of the system; empty for none."""
     shares_memory: bool = False
     """Whether RAM has a descriptor even if no other process serves a device, for others to map."""
+    sev: "SevSpec | None" = None
+    """Its memory is encrypted; such a machine cannot be saved, cloned or debugged."""
     tpm: "Executor | None" = None
     """A TPM, which stays the caller's; a machine with one cannot be saved."""
 

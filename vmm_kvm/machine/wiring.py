@@ -73,6 +73,10 @@ def ram_of(spec: "MachineSpec", hole_start: int, memory: GuestMemory | None) -> 
     ranges = ram_ranges(spec.memory_size, hole_start)
     check_memory_end(spec.memory_size, sum(ranges[-1]))
     is_private = not (spec.shares_memory or has_servers(spec.devices))
+    if spec.sev is not None:
+        from vmm_kvm.machine.encryption import RecordedMemory  # noqa: PLC0415 - few have this
+
+        return RecordedMemory(ranges, spec.name, is_private=is_private)
     if memory is None:
         return GuestMemory(ranges, spec.name, is_private=is_private)
     is_shared = memory.fd >= 0
@@ -133,11 +137,13 @@ class Devices:
         on_expired: Callable[[Command], None],
         on_halt: Callable[[HaltError], None],
         on_bite: Callable[[], None],
+        is_encrypted: bool = False,
     ) -> None:
         """Use what belongs to the machine; all of it has to outlive the devices.
 
         `transmit` and `on_receive_room` are for a console, see `VirtioConsole`; `on_expired` is
-        for vmmci, see there; `on_halt` for disks, see `VirtioPci`; `on_bite` for a watchdog.
+        for vmmci, see there; `on_halt` for disks, see `VirtioPci`; `on_bite` for a watchdog. With
+        `is_encrypted` they reach only memory that drivers share on purpose.
         """
         self._host = host
         self._memory = memory
@@ -150,6 +156,7 @@ class Devices:
         self._on_expired = on_expired
         self._on_halt = on_halt
         self._on_bite = on_bite
+        self._is_encrypted = is_encrypted
         self._functions: dict[int, VirtioPci | Vmmci | Watchdog] = {}
         """By slot."""
         self._nets: list[Net] = []
@@ -392,6 +399,7 @@ class Devices:
             class_code=class_code,
             name=name,
             on_halt=self._on_halt,
+            is_restricted=self._is_encrypted,
         )
         self._functions[slot] = function
         return self._host.add(function.function)

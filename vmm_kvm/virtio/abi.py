@@ -28,6 +28,7 @@ VIRTIO_CONFIG_S_FAILED = 0x80
 # linux/virtio_config.h: features of the transport
 VIRTIO_TRANSPORT_F_START = 28
 VIRTIO_F_VERSION_1 = 32
+VIRTIO_F_ACCESS_PLATFORM = 33
 VIRTIO_F_RING_RESET = 40
 
 # linux/virtio_ring.h

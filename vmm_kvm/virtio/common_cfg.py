@@ -28,6 +28,7 @@ _DRIVER_STATUS = (
     | abi.VIRTIO_CONFIG_S_FAILED
 )
 _VERSION_1 = 1 << abi.VIRTIO_F_VERSION_1
+_ACCESS_PLATFORM = 1 << abi.VIRTIO_F_ACCESS_PLATFORM
 _RING_RESET = 1 << abi.VIRTIO_F_RING_RESET
 
 _FIELDS = {
@@ -131,6 +132,7 @@ class CommonCfg:
         "_features",
         "_generation",
         "_queue_select",
+        "_required",
         "_status",
         "_vectors",
         "config_vector",
@@ -146,6 +148,8 @@ class CommonCfg:
         vectors: int,
         actions: Actions,
         generation: Callable[[], int],
+        *,
+        is_restricted: bool = False,
     ) -> None:
         """Make the registers of a device that was just reset.
 
@@ -155,8 +159,11 @@ class CommonCfg:
             vectors: how many MSI-X vectors there are.
             actions: what to do.
             generation: returns the generation of the configuration space, 0 to 255.
+            is_restricted: ACCESS_PLATFORM is offered and required too: the device reaches only
+            what the driver shares with it (virtio 1.2 §6).
         """
-        self._features = features | _VERSION_1
+        self._required = _VERSION_1 | (_ACCESS_PLATFORM if is_restricted else 0)
+        self._features = features | self._required
         self.queues = tuple(QueueRegisters(size) for size in queue_sizes)
         self._vectors = vectors
         self._actions = actions
@@ -391,7 +398,7 @@ class CommonCfg:
 
     def _is_acceptable(self) -> bool:
         accepted = self.driver_features
-        return not accepted & ~self._features and bool(accepted & _VERSION_1)
+        return not accepted & ~self._features and not self._required & ~accepted
 
     def _enable_queue(self, queue: QueueRegisters) -> None:
         queue.is_enabled = True

@@ -121,6 +121,7 @@ class VirtioPci:
         class_code: int,
         name: str,
         on_halt: Callable[[HaltError], None] = lambda _err: None,
+        is_restricted: bool = False,
     ) -> None:
         """Make the function of `dataplane`.
 
@@ -132,6 +133,7 @@ class VirtioPci:
             name: for the log.
             on_halt: pauses the VM, because a request waits for the host; called on the device's
             thread with no lock held; it may not wait for the pause.
+            is_restricted: the driver has to use memory that it shares with the device.
         """
         self.lock = threading.Lock()
         self.name = name
@@ -149,6 +151,7 @@ class VirtioPci:
             queues + 1,
             actions=self,
             generation=self._config_generation,
+            is_restricted=is_restricted,
         )
         self._config = dataplane.config()
         self._generation = 0

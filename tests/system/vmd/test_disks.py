@@ -162,12 +162,16 @@ def test_a_guest_cannot_change_the_format_of_its_disk(
 
 
 def test_memory_that_is_to_be_encrypted(start_vmd: Start) -> None:
-    """A VM that asks for AMD SEV does not start on a host without it."""
-    with start_vmd(vm_block("one", "sev")) as vmd, vmd.client() as client:
-        refused = client.ask("start", name="one")
-        assert (refused["type"], refused["code"]) == ("failed", "EINVAL")
-        assert "does not support AMD SEV" in str(refused["message"])
-        assert client.vm("one")["state"] == "stopped"
+    """On a host without AMD SEV, a VM that asks for it does not start, for OpenBSD's reason."""
+    if Path("/dev/sev").exists():
+        pytest.skip("this host has SEV: never tried")
+    blocks = vm_block("one", "sev") + vm_block("two", "seves")
+    with start_vmd(blocks) as vmd, vmd.client() as client:
+        for name in ("one", "two"):
+            refused = client.ask("start", name=name)
+            assert (refused["type"], refused["code"]) == ("failed", "EINVAL")
+            assert refused["message"] == "/dev/sev not available"
+            assert client.vm(name)["state"] == "stopped"
 
 
 def test_variables_of_uefi_are_kept(start_vmd: Start, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from vmm_kvm.virtio.worker import Worker
 
 VERSION_1 = 1 << abi.VIRTIO_F_VERSION_1
 RING_RESET = 1 << abi.VIRTIO_F_RING_RESET
+ACCESS_PLATFORM = 1 << abi.VIRTIO_F_ACCESS_PLATFORM
 OFFERED = FEATURE | VERSION_1 | RING_RESET | INDIRECT | EVENT_IDX
 NEEDS_RESET = abi.VIRTIO_CONFIG_S_NEEDS_RESET
 
@@ -30,11 +31,11 @@ NEEDS_RESET = abi.VIRTIO_CONFIG_S_NEEDS_RESET
 class Bench:
     """A driver, its queues, and the device type behind the function."""
 
-    def __init__(self, memory: PlainMemory | None = None) -> None:
+    def __init__(self, memory: PlainMemory | None = None, *, is_restricted: bool = False) -> None:
         self.memory = memory or PlainMemory()
         self.backend = EchoBackend()
         self.worker = Worker(self.backend, self.memory, "echo")
-        self.driver = PciDriver(self.worker)
+        self.driver = PciDriver(self.worker, is_restricted=is_restricted)
         self.queues = {
             0: DriverQueue(self.memory, 8, 0x1000),
             1: DriverQueue(self.memory, 16, 0x2000),
@@ -95,6 +96,23 @@ def test_a_request_is_answered(bench: Bench, index: int) -> None:
     assert answer(bench.memory, 5) == b"hello"
     assert bench.driver.status == READY
     assert bench.backend.events == [f"start {OFFERED:#x}", f"request {index}"]
+
+
+def test_restricted_memory() -> None:
+    """In encrypted memory, a device works for a driver that shares its buffers, and no other."""
+    bench = Bench(is_restricted=True)
+    try:
+        driver = bench.driver
+        assert driver.offered() == OFFERED | ACCESS_PLATFORM
+        driver.accept(OFFERED)
+        driver.status = abi.VIRTIO_CONFIG_S_FEATURES_OK
+        assert not driver.status & abi.VIRTIO_CONFIG_S_FEATURES_OK
+        bench.start()
+        head = bench.send(b"hello")
+        assert driver.interrupted() == 1
+        assert bench.queues[0].used() == [(head, 5)]
+    finally:
+        bench.driver.device.close()
 
 
 def test_requests_before_the_driver_is_ready(bench: Bench) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.conftest import Serve
+from vmctl.doctor import Status, encryption
 from vmctl.line.cli import main
 
 
@@ -54,3 +55,23 @@ def test_memory_and_what_nothing_uses(capsys: pytest.CaptureFixture[str]) -> Non
     assert found["memory"]["detail"].endswith(" available")
     assert {"user", "tun", "seabios"} <= set(found)
     assert "vhost-vsock" not in found
+
+
+def test_encryption(tmp_path: Path) -> None:
+    """The processor, KVM and the device have to have it; a host without is no worse for that."""
+    cpuinfo, parameters = tmp_path / "cpuinfo", tmp_path / "parameters"
+    parameters.mkdir()
+    cpuinfo.write_text("flags : fpu sse2\n")
+    found = encryption(cpuinfo, parameters)
+    assert (found.status, found.detail) == (Status.OK, "no: the processor has no AMD SEV")
+    cpuinfo.write_text("flags : fpu sev sev_es sse2\n")
+    (parameters / "sev").write_text("N\n")
+    found = encryption(cpuinfo, parameters)
+    assert found.status is Status.LIMITED
+    assert found.detail == "the processor has sev, seves, but KVM does not use it"
+    (parameters / "sev").write_text("Y\n")
+    missing = tmp_path / "device"
+    found = encryption(cpuinfo, parameters, str(missing))
+    assert (found.detail, found.hint) == (f"{missing}: No such file or directory", "modprobe ccp")
+    found = encryption(cpuinfo, parameters, "/dev/null")
+    assert found.detail == "/dev/null: Inappropriate ioctl for device"

@@ -22,11 +22,13 @@ from vmd.confine.confinements import (
     CONFINEMENTS,
     PARENT_DENIALS,
     Kind,
+    encrypted_vm_confinement,
     share_confinement,
     zygote_confinement,
 )
 from vmd.confine.sandbox import (
     TASKS_MAX,
+    Confinement,
     Identity,
     SandboxError,
     acting_as,
@@ -39,6 +41,9 @@ from vmd.confine.sandbox import (
 from vmd.confine.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
 from vmd.confine.syscalls import SYSCALLS
 from vmd.confine.uids import UidRange, Uids
+from vmm_kvm.kvm.abi import KVMIO
+from vmm_kvm.kvm.ioctl import OPERATIONS
+from vmm_kvm.kvm.sev_abi import KVM_MEMORY_ENCRYPT_OP, KVM_MEMORY_ENCRYPT_REG_REGION
 
 KINDS = list(Kind)
 # Calls that no process needs.
@@ -244,6 +249,26 @@ def test_a_vm_process_has_threads() -> None:
 
     assert _confined(Kind.VM, body) == 0
     assert _confined(Kind.DISK, body) != 0
+
+
+def test_only_an_encrypted_vm_speaks_to_the_firmware() -> None:
+    """VM processes may use all of KVM but a launch's commands, which are for encrypted VMs."""
+    requests = [number for number in OPERATIONS if number & 0xFF00 == KVMIO << 8]
+    assert len(requests) > 60
+
+    def refused_to(confinement: Confinement) -> int:
+        def body() -> None:
+            confine(confinement, None)
+            refused = {one for one in requests if _call("ioctl", -1, one) == -errno.ENOTTY}
+            expected = set() if confinement is not CONFINEMENTS[Kind.VM] else launch
+            assert refused == expected
+
+        launch = {KVM_MEMORY_ENCRYPT_OP, KVM_MEMORY_ENCRYPT_REG_REGION}
+        assert launch < set(requests)
+        return _end_of(body)
+
+    assert refused_to(CONFINEMENTS[Kind.VM]) == 0
+    assert refused_to(encrypted_vm_confinement()) == 0
 
 
 @pytest.mark.parametrize("kind", [Kind.VM, Kind.DISK, Kind.NIC])

@@ -108,6 +108,8 @@ def read_firmware(source: Source) -> FirmwareImage:
 def load_firmware(image: FirmwareImage, memory: GuestMemory, config: BootConfig) -> Entry:
     """Place the copy below 1 MiB; return the processor's reset state.
 
+    UEFI firmware in encrypted memory needs no copy, and is measured without it, as by QEMU.
+
     Raises:
         BootError: an option is set that firmware cannot use, or RAM does not reach 1 MiB.
     """
@@ -115,5 +117,6 @@ def load_firmware(image: FirmwareImage, memory: GuestMemory, config: BootConfig)
     size = min(image.size, LOW_FIRMWARE_MAX)
     if not memory.contains(LOW_FIRMWARE_END - size, size):
         raise BootError(f"{image.name}: firmware: needs 1 MiB of memory")
-    memory.write(LOW_FIRMWARE_END - size, image.rom[-size:])
+    if not config.encrypted:
+        memory.write(LOW_FIRMWARE_END - size, image.rom[-size:])
     return RESET_VECTOR

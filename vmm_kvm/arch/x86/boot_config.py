@@ -41,6 +41,8 @@ class BootConfig(Record):
     """The directory of unpacked kernels, such as `cache.default_directory()`; None keeps none."""
     kernels: Kernels | None = None
     """Keeps them instead."""
+    encrypted: int = 0
+    """The C-bit, as a mask, of a guest whose memory is encrypted; else 0."""
 
 
 def command_line_bytes(name: str, config: BootConfig, limit: int) -> bytes:

@@ -25,6 +25,8 @@ _EDX1_APIC = 1 << 9
 _EDX1_HTT = 1 << 28
 _ECX_AMD1_CMP_LEGACY = 1 << 1
 _EDX_APM_INVARIANT_TSC = 1 << 8
+_EAX_SEV, _EAX_SEV_ES = 1 << 1, 1 << 3
+_EBX_C_BIT = 0x3F
 
 _REMEMBERED = 64  # vCPUs: machines made one after the other in a process are often alike
 _LEVEL_SMT = 1
@@ -70,9 +72,33 @@ def without_apic(entries: Sequence[CpuidEntry]) -> tuple[CpuidEntry, ...]:
     )
 
 
+def with_encryption(
+    entries: Sequence[CpuidEntry], c_bit: int, *, is_es: bool
+) -> tuple[CpuidEntry, ...]:
+    """Return the entries of a vCPU whose memory, and with `is_es` registers, are encrypted."""
+    features = _EAX_SEV | (_EAX_SEV_ES if is_es else 0)
+    leaf = CpuidEntry(_LEAF_ENCRYPTION, 0, 0, features, c_bit, 0, 0)
+    others = (
+        one._replace(eax=max(one.eax, _LEAF_ENCRYPTION)) if one.function == _LEAF_EXTENDED else one
+        for one in entries
+        if one.function != _LEAF_ENCRYPTION
+    )
+    return tuple(sorted((*others, leaf), key=lambda e: (e.function, e.subleaf)))
+
+
+def c_bit(supported: Sequence[CpuidEntry]) -> int | None:
+    """Return the bit of an address that encrypts on this host; None without SEV."""
+    for entry in supported:
+        if entry.function == _LEAF_ENCRYPTION and entry.eax & _EAX_SEV:
+            return entry.ebx & _EBX_C_BIT
+    return None
+
+
 _LEAF_TOPOLOGY = 0x0B
 _LEAF_TOPOLOGY_V2 = 0x1F
 _LEAF_TSC = 0x15
+_LEAF_EXTENDED = 0x8000_0000
+_LEAF_ENCRYPTION = 0x8000_001F
 _LEAF_AMD_TOPOLOGY = 0x8000_0026
 
 # Made anew, or left out: 0x8000_0026 tells the host's topology, and zeros make guests use 0x0b.
@@ -126,6 +152,10 @@ class _Topology(NamedTuple):
                 return self._amd_cache(entry)
             case 0x8000_001E:
                 return entry._replace(eax=self.apic_id, ebx=self.apic_id & 0xFF, ecx=0)
+            case _ if (
+                entry.function == _LEAF_ENCRYPTION
+            ):  # memory that is not encrypted: Linux would read an MSR that is not
+                return entry._replace(eax=0, ebx=0, ecx=0, edx=0)
         return entry
 
     def leaf(self, function: int) -> Iterator[CpuidEntry]:

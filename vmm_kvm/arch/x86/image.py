@@ -130,6 +130,8 @@ def load(image: BootImage, memory: GuestMemory, config: BootConfig) -> Entry:
     Raises:
         BootError: something does not fit, cannot be read, or is of no use to this kind of image.
     """
+    if config.encrypted:
+        _check_encryptable(image)
     if not isinstance(image, FirmwareImage):
         place_smbios(memory, config)
     match image:
@@ -142,6 +144,29 @@ def load(image: BootImage, memory: GuestMemory, config: BootConfig) -> Entry:
     from vmm_kvm.arch.x86.kernels import load_kernel  # noqa: PLC0415 - for few machines
 
     return load_kernel(image, memory, config)
+
+
+def _check_encryptable(image: BootImage) -> None:
+    """Refuse an image that knows nothing of the C-bit, which its page tables would have to have.
+
+    Raises:
+        BootError: it does not, as far as that can be told.
+    """
+    match image:
+        case FirmwareImage(name):
+            if not image.is_uefi:
+                text = "its disks could not reach encrypted memory: use UEFI firmware"
+                raise BootError(f"{name}: {text}")
+        case LinuxImage(source, header):
+            if not header.is_64:
+                raise BootError(f"{source.name}: a 32-bit kernel knows no encrypted memory")
+        case RestoredImage():
+            pass  # `load` refuses it
+        case _:
+            from vmm_kvm.arch.x86.kernels import why_not_encrypted  # noqa: PLC0415 - for few machines
+
+            if (reason := why_not_encrypted(image)) is not None:
+                raise BootError(reason)
 
 
 def _probe_elf(source: Source) -> "KernelImage":

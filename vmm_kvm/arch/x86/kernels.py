@@ -56,6 +56,21 @@ def _probe_vmlinux(elf: Elf) -> ElfImage:
     return ElfImage(elf)
 
 
+def why_not_encrypted(image: KernelImage) -> str | None:
+    """Return why a kernel cannot run in encrypted memory, if it cannot."""
+    match image:
+        case ElfImage():
+            return None
+        case OpenbsdImage(elf):
+            return None if elf.is_64 else f"{elf.source.name}: a 32-bit kernel, without SEV"
+        case PvhImage(elf):
+            return f"{elf.source.name}: its PVH entry knows no encrypted memory: boot a bzImage"
+        case MultibootImage():
+            return f"{image.source.name}: a Multiboot kernel knows no encrypted memory"
+        case _:
+            assert_never(image)
+
+
 def load_kernel(image: KernelImage, memory: GuestMemory, config: BootConfig) -> Entry:
     """Place `image` and all that `config` names into `memory`; return how to enter it.
 

@@ -6,7 +6,8 @@ of a small boot. Nothing then relocates the kernel, so its text runs at the addr
 for, as with `nokaslr`; to have the text at a random place, use the kernel's own decompressor
 (`BootConfig.unpack`). The decompressor's other duties are done here: it tells the kernel by
 KASLR_FLAG that it may randomise its other regions (direct map, vmalloc, vmemmap, modules), which
-the kernel does by itself, and it finds the RSDP. Five-level paging stays off, SEV does not apply.
+the kernel does by itself, and it finds the RSDP. Five-level paging stays off. In encrypted memory
+the kernel finds its C-bit by CPUID, as after its decompressor; the page tables here have it.
 
 For a payload that the host cannot unpack the decompressor is loaded and entered: at its 64-bit
 entry, or for a 32-bit kernel at its 32-bit entry.
@@ -289,7 +290,7 @@ def _enter(
     )
     if not is_64:
         return state
-    write_identity_map(memory, BOOT_PAGE_TABLES, _IDENTITY_MAP_SIZE)
+    write_identity_map(memory, BOOT_PAGE_TABLES, _IDENTITY_MAP_SIZE, config.encrypted)
     return state._replace(
         cr0=CR0_PE | CR0_ET | CR0_PG,
         cr3=BOOT_PAGE_TABLES,

@@ -144,7 +144,7 @@ def load_openbsd(image: OpenbsdImage, memory: GuestMemory, config: BootConfig) -
     code = FLAT_CODE64 if elf.is_64 else FLAT_CODE32
     limit = write_gdt(memory, _GDT, (code, FLAT_DATA))
     if elf.is_64:
-        write_identity_map(memory, _PML4, GIB)
+        write_identity_map(memory, _PML4, GIB, config.encrypted)
         return Entry(
             rip=entry,
             cr0=CR0_PE | CR0_ET | CR0_PG,

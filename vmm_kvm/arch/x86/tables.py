@@ -46,16 +46,17 @@ def _descriptor(segment: Segment) -> int:
     )
 
 
-def write_identity_map(memory: GuestMemory, gpa: int, size: int) -> int:
+def write_identity_map(memory: GuestMemory, gpa: int, size: int, encrypted: int = 0) -> int:
     """Map the first `size` bytes (a multiple of 1 GiB, at most 512 GiB) to themselves.
 
     Writes a PML4, a PDPT and one page directory of 2 MiB pages per GiB, each 4096 bytes, from
-    `gpa` on. Returns the first address behind them.
+    `gpa` on. Returns the first address behind them. `encrypted` is the C-bit, as a mask, of a guest
+    whose memory is encrypted.
 
     Source: Intel SDM vol. 3 §4.5.
     """
     count = size // GIB
-    link = PTE_PRESENT | PTE_WRITE | PTE_ACCESSED
+    link = PTE_PRESENT | PTE_WRITE | PTE_ACCESSED | encrypted
     directories = gpa + 2 * PAGE_SIZE
     memory.write(gpa, array("Q", [gpa + PAGE_SIZE | link]).tobytes())
     memory.write(
