@@ -12,7 +12,7 @@ INSTALL = $(INTERPRETER) scripts/install.py --prefix "$(PREFIX)" --destdir "$(DE
 RIG = tests/rig/rig run --project
 
 .DEFAULT_GOAL = help
-.PHONY: help install uninstall bundle deb test-deb setup lint format test test-all test-unit test-kvm test-guest test-matrix demo soak soak-guests soak-state fuzz installed installer captures bench clean
+.PHONY: help install uninstall bundle deb test-deb setup lint format test test-all test-unit test-kvm test-guest test-matrix demo soak soak-guests soak-state soak-fleet fuzz installed installer captures bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -86,6 +86,9 @@ soak-guests: setup ## Kill processes that move Linux guests' frames, COUNT (3) t
 soak-state: setup ## Write Linux guests under load COUNT (100) times, and let them go on elsewhere; in the rig
 	$(RIG) --cpus 1 --mem 4096 --timeout 14400 -- $(PYTHON) tests/campaigns/linux_state.py \
 	    --count $(or $(COUNT),100) --seed $(SEED)
+
+soak-fleet: setup ## Have COUNT (200) jobs done by Dask on two hosts, and kill a worker and a vmd; SEED repeats a run
+	$(PYTHON) tests/campaigns/fleet.py --count $(or $(COUNT),200) --seed $(SEED)
 
 fuzz: setup ## Try COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	$(PYTHON) -m tests.fuzz.harness --seconds $(SECONDS) --count $(or $(COUNT),1000) --seed $(SEED)

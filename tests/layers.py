@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("vmm_kvm", "vmd", "vmctl", "vmm_agent", "vmm_pytest")
+PACKAGES = ("vmm_kvm", "vmd", "vmctl", "vmm_agent", "vmm_pytest", "vmm_fleet")
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "vmm_kvm": (),
@@ -537,6 +537,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "pytest",
         "pluggy",
     ),
+    "vmm_fleet": ("vmd.config", "vmd.shared", "vmctl", "vmctl.guest", "vmm_pytest", "distributed"),
 }
 """Allowed imports of each folder or module, besides itself and the standard library.
 

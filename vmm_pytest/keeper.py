@@ -54,7 +54,7 @@ class Keeper:
         self._process = None if daemon else _start_vmd(folder)
         self._daemon = daemon or str(folder / "vmd.sock")
         try:
-            Client(self._daemon).__exit__()
+            stop_all(self._daemon, f"{name}-", set())  # of a keeper that was killed
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             path = folder / "keeper"
             path.unlink(missing_ok=True)

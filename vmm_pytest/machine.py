@@ -4,7 +4,7 @@ import os
 import select
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from vmctl.client import Client, CommandError, RefusedError
 from vmctl.guest.agent import Agent, Finished
@@ -37,10 +37,14 @@ class CommandFailedError(MachineError):
             cut = "…" if len(text) > _SHOWN_MAX else ""
             lines += [f"{name}: {cut}{text[-_SHOWN_MAX:].rstrip()}"] if text else []
         super().__init__("\n".join(lines))
+        self._arguments = machine, command, done, wanted
         self.command = command
         self.status = done.status
         self.output = done.output.decode(errors="replace")
         self.errors = done.errors.decode(errors="replace")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, Finished, str]]:
+        return type(self), self._arguments
 
 
 class Machine:

@@ -6,8 +6,10 @@ daemon in common. `vmm_pytest.keeper` describes what is left when one of them is
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -42,10 +44,13 @@ class RunError(Exception):
 class Run:
     """See the module; a context manager, which ends this process's VMs."""
 
-    def __init__(self, identifier: str = "", daemon: str | None = None) -> None:
+    def __init__(
+        self, identifier: str = "", daemon: str | None = None, kind: str = "pytest"
+    ) -> None:
         """Join the run `identifier`, or begin one; nothing is started yet.
 
-        `daemon` is the socket of a running vmd, of which this run's VMs will be.
+        `daemon` is the socket of a running vmd, of which this run's VMs will be. `kind` begins
+        their names.
 
         Raises:
             NoMachinesError: KVM is missing here.
@@ -53,14 +58,14 @@ class Run:
         if daemon is None:
             _check_kvm()
         word = hashlib.sha256((identifier or uuid4().hex).encode()).hexdigest()[:12]
-        self.folder = Path(tempfile.gettempdir()) / f"vmm-pytest-{word}"
+        self.folder = Path(tempfile.gettempdir()) / f"vmm-{kind}-{word}"
         """The directory that the processes of the run share; the keeper removes it."""
-        self.name = f"pytest-{word[:6]}"
+        self.name = f"{kind}-{word[:6]}"
         """The prefix of the names of all its VMs."""
         self.daemon = os.path.abspath(daemon) if daemon else str(self.folder / "vmd.sock")
         """The daemon's socket."""
         self._own = f"{self.name}-{uuid4().hex[:4]}"
-        self._count = 0
+        self._numbers = itertools.count(1)
         self._given = daemon
         self._keeper: socket.socket | None = None
 
@@ -80,8 +85,12 @@ class Run:
 
     def new_name(self) -> str:
         """Return the name of another VM of this process."""
-        self._count += 1
-        return f"{self._own}-{self._count}"
+        return f"{self._own}-{next(self._numbers)}"
+
+    def has_keeper(self) -> bool:
+        """Tell whether the keeper is there; without it nobody ends the VMs of a killed process."""
+        # It says nothing unless it is asked: anything to read is its end.
+        return self._keeper is not None and not select.select([self._keeper], [], [], 0)[0]
 
     def keep(self, name: str) -> None:
         """Let a VM of this process run on when the run has ended, with its daemon."""

@@ -1,0 +1,136 @@
+"""Jobs over hosts: by Dask, each in a machine of a vmd."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.agents import CLONES_AGENT, HostAgent, wait_until
+from tests.campaigns import fleet
+from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, Daemon
+from vmm_fleet.host import Host, LostError
+from vmm_fleet.jobs import InVm
+from vmm_pytest.machine import CommandFailedError, Machine, MachineError
+
+pytestmark = pytest.mark.kvm
+
+SETTINGS = {"kernel": str(SELFTEST), "memory": "16M"}
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostAgent]:
+    """Yield an agent for all guests; temporary files are in the test's directory."""
+    monkeypatch.setenv("TOLD", str(tmp_path / "told"))
+    monkeypatch.setenv("REFUSES", str(tmp_path / "refuses"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with HostAgent(tmp_path / "agent", program=CLONES_AGENT) as host:
+        yield host
+
+
+def _names(vmd: Daemon) -> list[str]:
+    with vmd.client() as client:
+        return [str(vm["name"]) for vm in client.vms()]
+
+
+def _keeper(directory: Path) -> int:
+    """Return the keeper's pid."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"vmm_pytest.keeper" in words and any(str(directory).encode() in one for one in words):
+            return int(path.parent.name)
+    raise AssertionError("no keeper")
+
+
+def test_a_machine_for_each_job(tmp_path: Path, agent: HostAgent) -> None:
+    """A job's failure is its own; the loss of the daemon or of the keeper is another one."""
+    with Daemon(tmp_path, "") as vmd, Host(str(vmd.socket), lambda _: agent.agent) as host:
+        names: list[str] = []
+
+        def count(vm: Machine) -> str:
+            names.append(vm.name)
+            vm.send_console("n")
+            return vm.wait_for_console_text(r"seconds\s+\d+")
+
+        for _ in range(2):
+            assert host.run(count, SETTINGS).split() == ["seconds", "1"]
+        assert len(set(names)) == 2
+        with pytest.raises(CommandFailedError, match="exit status 7") as failed:
+            host.run(lambda vm: vm.succeed("echo out; exit 7"), SETTINGS)
+        again = pickle.loads(pickle.dumps(failed.value))
+        assert (again.status, again.output, str(again)) == (7, "out\n", str(failed.value))
+
+        def crash(vm: Machine) -> None:
+            vm.crash()
+            vm.wait_for_console_text("never")
+
+        with pytest.raises(MachineError, match="the console has ended"):
+            host.run(crash, SETTINGS)
+        with pytest.raises(MachineError, match="/none: No such file"):
+            host.run(count, {"kernel": "/none"})
+        (template,) = _names(vmd)
+
+        def lose_keeper(vm: Machine) -> None:
+            os.kill(_keeper(tmp_path), signal.SIGKILL)
+            names.append(vm.name)
+            vm.wait_for_console_text("never", timeout=0.1)
+
+        with pytest.raises(LostError):
+            host.run(lose_keeper, SETTINGS)
+        assert template in host.run(lambda _: _names(vmd), SETTINGS)
+        assert names[-1] not in _names(vmd)
+
+        def lose_daemon(vm: Machine) -> None:
+            vmd.process.kill()
+            vmd.process.wait()
+            vm.wait_for_console_text("never")
+
+        with pytest.raises(LostError):
+            host.run(lose_daemon, SETTINGS)
+        with Daemon(tmp_path, "") as other:
+            assert host.run(count, SETTINGS).split() == ["seconds", "1"]
+            assert len(_names(other)) == 1
+    wait_until(lambda: not list(tmp_path.glob("vmm-fleet-*")))
+
+
+def test_resources() -> None:
+    """What a job needs of a worker is what its machine has."""
+    job = InVm(lambda vm, word: vm.succeed(word), kernel="k", memory="1G", cpus=2)
+    assert job.resources == {"vm_memory": 1024, "vm_cpus": 2}
+    with pytest.raises(TypeError):
+        InVm(print, colour=1)
+    with pytest.raises(ValueError, match="invalid memory size: x"):
+        InVm(print, memory="x")
+
+
+def test_a_worker_that_declares_nothing() -> None:
+    """It ends, and says what is missing."""
+    words = ("-m", "distributed.cli.dask_worker", "tcp://127.0.0.1:1", "--no-nanny")
+    done = subprocess.run(
+        [sys.executable, *words, "--no-dashboard", "--preload", "vmm_fleet.worker"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode
+    assert "vmm_fleet: no resource vm_cpus, vm_memory: dask worker --resources" in done.stderr
+
+
+@pytest.mark.root
+@pytest.mark.timeout(300)
+def test_killed_workers_and_daemons(tmp_path: Path) -> None:
+    """Every job has one result, no host more machines than declared, and none is left."""
+    figures = fleet.run(tmp_path, 8, 1)
+    assert sum(figures.results.values()) == 8
