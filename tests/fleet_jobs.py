@@ -35,11 +35,11 @@ def count(vm: Machine, number: int, log: str) -> tuple[int, str, str]:
 def main(address: str, jobs: int, log: str) -> int:
     """Have the jobs done; returns the exit status."""
     in_vm = InVm(count, kernel=str(SELFTEST), memory=f"{MEMORY_MIB}M", cpus=CPUS)
-    with Client(address, timeout=60) as client:  # type: ignore[no-untyped-call] # as it is
+    with Client(address, timeout=60) as client:
         futures = client.map(
             in_vm, range(jobs), log=log, resources=in_vm.resources, pure=False, batch_size=jobs
         )
-        done = as_completed(futures, with_results=True)  # type: ignore[no-untyped-call] # the same
+        done = as_completed(futures, with_results=True)
         for _, result in done:
             print(*result, flush=True)
     return 0

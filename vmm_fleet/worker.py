@@ -22,7 +22,7 @@ class UndeclaredError(Exception):
     """The worker does not declare what its machines may take, or has no plugin."""
 
 
-class VmHost(WorkerPlugin):
+class VmHost(WorkerPlugin):  # type: ignore[misc] # distributed is not followed
     """A worker's Host."""
 
     def __init__(
