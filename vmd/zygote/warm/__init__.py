@@ -1,1 +1,1 @@
-"""Optimisations that make forks of the zygote cheap: rehearsal, gathering, immortal objects, packing."""
+"""Optimisations that make forks of the zygote cheap: rehearsal, gathering, immortals, packing."""
