@@ -84,19 +84,19 @@ def pytest_runtest_makereport(
         report.sections += [(f"{one.name} is kept", one.how_to_reach()) for one in machines]
 
 
-def _settings(request: pytest.FixtureRequest) -> dict[str, object]:
-    """Return the values of a test's markers, the nearest first, and the options besides."""
-    settings: dict[str, object] = {}
+def _settings(request: pytest.FixtureRequest, given: Mapping[str, object]) -> dict[str, object]:
+    """Return what is given, else by the nearest marker that says it, else by an option."""
+    settings = dict(given)
     for marker in request.node.iter_markers("vm"):
         if marker.args:
             pytest.fail("the marker vm takes keywords alone", pytrace=False)
         settings = {**marker.kwargs, **settings}
-    for name in ("image", "kernel", "initrd", "append"):
-        given = request.config.getoption(f"vm_{name}")
-        # A kernel's initial RAM disk and command line come with that kernel.
-        is_of_other = name in {"initrd", "append"} and "kernel" in settings
-        if given is not None and not is_of_other:
-            settings.setdefault(name, given)
+    # The options' initial RAM disk and command line are for the options' kernel.
+    names = ("image",) if "kernel" in settings else ("image", "kernel", "initrd", "append")
+    for name in names:
+        value = request.config.getoption(f"vm_{name}")
+        if value is not None:
+            settings.setdefault(name, value)
     return settings
 
 
@@ -138,11 +138,10 @@ def vm_factory(
 ) -> Iterator[MakeMachine]:
     """Yield a function that makes machines for a test; keywords go before those of the marker."""
     machines = request.node.stash.setdefault(_MACHINES, [])
-    settings = _settings(request)
 
     def make(**given: object) -> Machine:
         __tracebackhide__ = True
-        return vm_template(**{**settings, **given}).clone(machines.append)
+        return vm_template(**_settings(request, given)).clone(machines.append)
 
     try:
         yield make

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -223,9 +224,8 @@ class Templates:
     def _build(self, client: Client, name: str, words: list[str], seconds: float) -> None:
         __tracebackhide__ = True
         deadline = time.monotonic() + seconds
-        run_vmctl(
-            self._run, "start", "--template", "--vsock", "auto", *words, name, seconds=_START_S
-        )
+        words = ["start", "--template", "--vsock", "auto", *words, name]
+        run_vmctl(self._run, *words, seconds=_START_S)
         console = None
         try:
             client.send("console", {"name": name})
@@ -237,7 +237,8 @@ class Templates:
             if client.vm(name) is not None:
                 client.stop(name, force=True)
             text = f"its console ends with:\n{shown}" if shown else "its console has shown nothing"
-            raise MachineError(f"{name}: not ready: {err}; {text}") from None
+            by = f"it was started by: {shlex.join(['vmctl', *words])}"
+            raise MachineError(f"{name}: not ready: {err}\n{by}\n{text}") from None
         finally:
             if console is not None:
                 console.close()

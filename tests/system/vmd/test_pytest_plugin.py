@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.agents import wait_until
-from tests.system.vmd.daemon import ROOT, TIMEOUT_S, Daemon
+from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, Daemon
 from tests.system.vmd.pytest_runs import Runs, runs
 
 __all__ = ("runs",)
@@ -149,6 +149,20 @@ def test_left(vm_run):
     running = [vm["name"] for vm in json.loads(shown.stdout) if vm["state"] == "running"]
     assert running == [words[-1]]
     subprocess.run([*vmctl, *words], env=environ, cwd=ROOT, check=True, capture_output=True)
+
+
+def test_a_template_that_is_not_ready(runs: Runs) -> None:
+    """The test's error has the command that started it, to repeat, and its console's output."""
+    (runs.directory / "conftest.py").unlink()
+    text = "pytestmark = [pytestmark, pytest.mark.vm(timeout=6)]\ndef test_it(vm): pass\n"
+    status, output = runs.run(text)
+    assert status == 1
+    assert "not ready: the guest has no agent: nobody listens on its vsock port\n" in output
+    assert f"it was started by: vmctl start --template --vsock auto -m 16M -p 1 -b {SELFTEST}" in (
+        output
+    )
+    assert "its console ends with:\n" in output
+    assert "vmm-kvm self-test guest" in output
 
 
 SLEEPS = """

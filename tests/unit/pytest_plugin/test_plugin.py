@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -49,6 +50,77 @@ def test_a_run_without_machines(tmp_path: Path) -> None:
     )
     assert "1 passed" in done.stdout, done.stdout
     assert done.returncode == 0
+
+
+ASKED = """
+import json, os, pathlib
+import pytest
+
+@pytest.fixture(scope="session")
+def vm_run():
+    return None
+
+class Template:
+    def clone(self, on_made):
+        return None
+
+@pytest.fixture(scope="session")
+def vm_template():
+    def make(**settings):
+        with pathlib.Path(os.environ["ASKED"]).open("a") as file:
+            file.write(json.dumps(settings) + "\\n")
+        return Template()
+    return make
+"""
+ASKING = """
+import pytest
+
+@pytest.mark.vm(memory="16M")
+class TestOfOptions:
+    def test_it(self, vm): pass
+
+    @pytest.mark.vm(append="near", cpus=2)
+    def test_its_own_command_line(self, vm): pass
+
+    @pytest.mark.vm(kernel="own", image="disk")
+    def test_its_own_kernel(self, vm): pass
+
+    @pytest.mark.vm(append="near")
+    def test_keywords(self, vm_factory):
+        vm_factory(append="nearer")
+        vm_factory(kernel="own")
+"""
+OF_OPTIONS = {"image": "i", "kernel": "k", "initrd": "r", "append": "a b"}
+
+
+def test_what_describes_a_machine(tmp_path: Path) -> None:
+    """All options count where no marker names a kernel; else neither its RAM disk nor its words."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "conftest.py").write_text(ASKED)
+    (tmp_path / "test_it.py").write_text(ASKING)
+    asked = tmp_path / "asked"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+            *(f"--vm-{name}={value}" for name, value in OF_OPTIONS.items()),
+        ],
+        cwd=tmp_path,
+        env={
+            **{name: value for name, value in os.environ.items() if "PYTEST" not in name},
+            "ASKED": str(asked),
+        },
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert "4 passed" in done.stdout, done.stdout
+    assert [json.loads(line) for line in asked.read_text().splitlines()] == [
+        {"memory": "16M", **OF_OPTIONS},
+        {"memory": "16M", **OF_OPTIONS, "append": "near", "cpus": 2},
+        {"memory": "16M", "kernel": "own", "image": "disk"},
+        {"memory": "16M", **OF_OPTIONS, "append": "nearer"},
+        {"memory": "16M", "image": "i", "kernel": "own", "append": "near"},
+    ]
 
 
 def test_a_host_without_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
