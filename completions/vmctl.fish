@@ -45,7 +45,7 @@ complete -c vmctl -n __fish_use_subcommand -a wait -d 'Wait until a VM ends or r
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a check -d 'Tell whether a disk image is sound; the exit status is 1 if it is not.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a info -d 'Tell what a disk image is: format, sizes, bases, snapshots.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a list -d 'Print the images that were pulled.'
-complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a prune -d 'Remove images without a name, and what was pulled in part.'
+complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a prune -d 'Remove images without a name, what was pulled in part, and seeds that no VM needs.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a pull -d 'Get an image, by a known name or an address, and check its digest.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a resize -d 'Make a disk image larger, or smaller.'
 complete -c vmctl -n '__fish_seen_subcommand_from image; and not __fish_seen_subcommand_from check info list prune pull resize rm' -a rm -d 'Remove images that were pulled.'

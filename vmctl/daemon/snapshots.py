@@ -190,6 +190,16 @@ def _opened(origin: str) -> Iterator[tuple[SnapshotFile, int]]:
         raise CommandError(f"{origin}: {err.strerror}") from err
 
 
+def disks_of(origin: str) -> list[str]:
+    """Return the paths of the disks of a snapshot.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    with _opened(origin) as (file, _fd):
+        return [disk.path for disk in file.manifest.disks]
+
+
 def _tell(origin: str, *, is_check: bool, as_json: bool) -> None:
     """Describe a snapshot; for a damaged one print the error."""
     with _opened(origin) as (file, fd):

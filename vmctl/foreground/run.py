@@ -210,9 +210,15 @@ def _media(options: RunOptions, name: str, stack: ExitStack) -> "Iterator[Device
     """Open the disks, and the CD-ROM drive's image."""
     disks, cdrom = options.disks, once(options.cdrom, "iso image")
     if options.cloud_init or options.ssh_keys or options.agent:
-        from vmctl.images.seed import seed_disk  # noqa: PLC0415 - few VMs have one
+        from vmctl.images.seed import seed_image  # noqa: PLC0415 - few VMs have one
+        from vmm_kvm.memfd import make_constant  # noqa: PLC0415 - the same
 
-        disks = (*disks, seed_disk(name, options))
+        try:
+            seed = make_constant("seed", (seed_image(name, options),))
+        except OSError as err:
+            raise SpecError(f"no memory for a seed: {err.strerror}") from err
+        stack.callback(os.close, seed)
+        disks = (*disks, f"raw:/proc/self/fd/{seed},ro")
     if not disks and cdrom is None:
         return
     from vmctl.foreground.disks import (  # noqa: PLC0415 - not every VM has a disk

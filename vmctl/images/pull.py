@@ -319,23 +319,22 @@ def _remove(store: ImageStore, name: str) -> None:
         store.unname(name)
 
 
-def prune(words: Sequence[str]) -> int:
-    """Remove images without a name, and partial ones; returns the exit status."""
-    del words
+def prune_store() -> int:
+    """Remove images without a name, and partial ones; returns their bytes.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
     store = ImageStore()
     freed = 0
-    try:
-        for path in store.partials():
-            size = os.stat(path).st_size
-            if remove_partial(path):
-                freed += size
-        with store.locked():
-            for image in store.images():
-                freed += _prune(store, image)
-    except OSError as err:
-        return fail(_told(err))
-    print(f"{fmt_scaled(freed)} freed")
-    return 0
+    for path in store.partials():
+        size = os.stat(path).st_size
+        if remove_partial(path):
+            freed += size
+    with store.locked():
+        for image in store.images():
+            freed += _prune(store, image)
+    return freed
 
 
 def _prune(store: ImageStore, image: Stored) -> int:

@@ -3,8 +3,8 @@
 It is a small ISO image with the label cidata, which cloud-init looks for (its NoCloud source). The
 user's data stand in it as they are; ours are vendor-data, which cloud-init joins to them.
 
-The image is a file named by its content: a VM that boots again, or goes on from a snapshot, finds
-it, and cloud-init takes a seed with the same content for the same machine.
+For a VM of the daemon the image is a file named by its content: a VM that boots again, or goes on
+from a snapshot, finds it, and cloud-init takes a seed with the same content for the same machine.
 """
 
 import hashlib
@@ -12,13 +12,15 @@ import json
 import os
 import re
 import stat
+import time
 from base64 import encodebytes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from vmctl.images.iso9660 import iso_image
 from vmctl.values import once
-from vmm_kvm.errors import SpecError
+from vmm_kvm.errors import ImageError, SpecError
 from vmm_kvm.new_file import NewFile, write_whole
 
 LABEL = "cidata"
@@ -29,6 +31,9 @@ _KEYS_MAX = 64 << 10
 _NO_USER_DATA = b"#cloud-config\n{}\n"
 _BEGINNINGS = (b"#", b"Content-Type:", b"MIME-Version:", b"\x1f\x8b")
 _HOST_MAX = 63
+SETTLED_S = 3600
+"""How long a seed stays at least, for the VM that it was made for to open it."""
+_SEED = re.compile(r"[0-9a-f]{64}\.iso", re.ASCII)
 _KEY = re.compile(r"[a-z0-9@.-]+ +[A-Za-z0-9+/]+=*( .*)?", re.ASCII)
 _BOUNDARY = "=== vmctl ==="
 _AGENT_SCRIPT = """#!/bin/sh
@@ -71,7 +76,17 @@ class SeedOptions(Protocol):
 
 
 def seed_disk(name: str, options: SeedOptions) -> str:
-    """Return the disk, as `-d` takes it, that a VM of this name gets beside its own.
+    """Return the disk, as `-d` takes it, that a VM of this name gets beside its own: a file.
+
+    Raises:
+        SpecError: a file cannot be read or written, or makes no sense.
+    """
+    stored = _stored(seed_image(name, options))
+    return f"raw:{stored.replace(',', ',,')},ro"
+
+
+def seed_image(name: str, options: SeedOptions) -> bytes:
+    """Return the image of the disk that a VM of this name gets beside its own.
 
     Raises:
         SpecError: a file cannot be read, or makes no sense.
@@ -90,8 +105,7 @@ def seed_disk(name: str, options: SeedOptions) -> str:
         files[_VENDOR] = _vendor_data(has_keys=bool(keys), has_agent=options.agent)
     if _META not in files:
         files[_META] = _meta_data(name, keys, files)
-    stored = _stored(iso_image(LABEL, files))
-    return f"raw:{stored.replace(',', ',,')},ro"
+    return iso_image(LABEL, files)
 
 
 # The user's files
@@ -193,15 +207,60 @@ def _agent_script() -> str:
 # The image
 
 
-def _stored(image: bytes) -> str:
-    """Return the path of a file with this content, which this user alone can read."""
+def _folder() -> str:
     base = os.environ.get("XDG_STATE_HOME", "")
     base = base if os.path.isabs(base) else os.path.expanduser("~/.local/state")
-    folder = os.path.join(base, "vmm-kvm", "seeds")
+    return os.path.join(base, "vmm-kvm", "seeds")
+
+
+def seeds() -> list[str]:
+    """Return the paths of this user's seeds that are old enough for a VM to have them open.
+
+    Raises:
+        OSError: they cannot be listed.
+    """
+    folder, found = _folder(), []
+    with suppress(FileNotFoundError):
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if _SEED.fullmatch(name) and time.time() - os.lstat(path).st_mtime > SETTLED_S:
+                found.append(path)
+    return found
+
+
+def prune_seeds(needed: Collection[str]) -> int:
+    """Remove the seeds that no VM has, but for those with names in `needed`; returns their bytes.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    from vmm_kvm.block.locks import lock  # noqa: PLC0415 - only here
+
+    freed = 0
+    for path in seeds():
+        if os.path.basename(path) in needed:
+            continue
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            lock(fd, path, writes=True)
+            freed += os.fstat(fd).st_size
+            os.unlink(path)
+        except ImageError:  # a VM has it
+            continue
+        finally:
+            os.close(fd)
+    return freed
+
+
+def _stored(image: bytes) -> str:
+    """Return the path of a file with this content, which this user alone can read."""
+    folder = _folder()
     path = os.path.join(folder, f"{hashlib.sha256(image).hexdigest()}.iso")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        if not os.path.exists(path):
+        if os.path.exists(path):
+            os.utime(path)  # it is not removed before the VM has it open
+        else:
             with NewFile(path, replaces=True) as file:
                 write_whole(file.fd, [image])
                 file.publish()

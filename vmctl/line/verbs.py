@@ -215,8 +215,8 @@ _TABLE = (
     Verb(
         "image prune",
         "",
-        "Remove images without a name, and what was pulled in part.",
-        "images.pull",
+        "Remove images without a name, what was pulled in part, and seeds that no VM needs.",
+        "daemon.pruning",
         "prune",
         (),
         *(0, 0),
