@@ -228,7 +228,7 @@ _vmctl() {
 		return
 		;;
 	'migrate '*)
-		options=(--downtime --timeout --on-timeout --ssh)
+		options=(--downtime --timeout --on-timeout --ssh --copy-storage)
 		operands=('<vm>')
 		;;
 	'pause '*)
@@ -236,7 +236,7 @@ _vmctl() {
 		operands=('<vm>')
 		;;
 	'receive '*)
-		options=(-p --live)
+		options=(-p --live --copy-storage)
 		operands=()
 		;;
 	'reload '*)

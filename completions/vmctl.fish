@@ -95,10 +95,12 @@ complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l downtime -d 'How l
 complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l timeout -d 'How long to wait until that is enough.' -x
 complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l on-timeout -d 'What then: cancel, or let it stand still for longer.' -x -a 'cancel force'
 complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l ssh -d 'The command to use for ssh, with its options.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from migrate' -l copy-storage -d 'Copy disks that the other host lacks.'
 complete -c vmctl -n '__fish_seen_subcommand_from migrate' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from pause' -a '(__vmctl_vms)'
 complete -c vmctl -n '__fish_seen_subcommand_from receive' -s p -d 'Let it stand still.'
 complete -c vmctl -n '__fish_seen_subcommand_from receive' -l live -d 'Take part in a hand-over, by standard output.'
+complete -c vmctl -n '__fish_seen_subcommand_from receive' -l copy-storage -d 'Make the disks that are not here.'
 complete -c vmctl -n '__fish_seen_subcommand_from reset' -a 'all switches vms'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s B -d 'What the VM boots from.' -x -a 'disk cdrom net'
 complete -c vmctl -n '__fish_seen_subcommand_from run' -s b -d 'Kernel or firmware image to boot.' -x -a '(__fish_complete_path)'

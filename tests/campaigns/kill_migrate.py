@@ -5,6 +5,8 @@ at a time, as most of each move is waiting. At a random moment SIGKILL ends one 
 ssh, the process of the VM or of its disk on either side.
 Afterwards two copies never run; if none runs, a command has said so, or the VM is paused in doubt
 and continues by `unpause -f`; the disk's lock is free for the next start; and no process is left.
+With `--copy-storage` the disks go along, into a directory that only the commands of the other host
+see in place of theirs: there, a disk is left only if the VM runs or ran there, or is in doubt.
 
 Any deviation is printed, and the exit status is 1. The moment of the kill is not repeatable.
 """
@@ -110,8 +112,13 @@ def _is_sending(side: Side) -> bool:
     return answer.get("code") == "EBUSY"
 
 
-def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple[str, list[str]]:
-    """Hand the VM over once, kill a process; return the outcome, and the deviations."""
+def run_round(
+    sides: dict[str, Side], ssh: Path, chance: random.Random, copies: Path | None
+) -> tuple[str, list[str]]:
+    """Hand the VM over once, kill a process; return the outcome, and the deviations.
+
+    `copies` is where the copy of its disk appears, if it goes along.
+    """
     wrong: list[str] = []
     here, there = sides["here"], sides["there"]
     name = here.name
@@ -123,7 +130,7 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
     with here.client.console(name) as console:
         console.expect(READY)
     command = subprocess.Popen(
-        [VMCTL, "migrate", "--ssh", str(ssh), name, "there"],
+        [VMCTL, "migrate", *(["--copy-storage"] if copies else ()), "--ssh", ssh, name, "there"],
         env={**os.environ, "VMD_SOCKET": str(here.daemon.socket)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -144,6 +151,11 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
         wrong.append(f"none runs, and nobody says so: {told}")
     if b"Traceback" in said:
         wrong.append(told)
+    if copies:
+        is_there = states[1] != "gone" or "in doubt" in states or was_lost_there
+        left = [path.name for path in copies.iterdir() if name in path.name]
+        if left and not (is_there and left == [f"{name}.qcow2"]):
+            wrong.append(f"left there: {left}: {told}")
     if states[0] == "in doubt" and states[1] == "gone":
         answer = here.client.ask("unpause", name=name, force=True)
         # A disk process that was killed has not released anything, and cannot take it back.
@@ -151,12 +163,33 @@ def run_round(sides: dict[str, Side], ssh: Path, chance: random.Random) -> tuple
             wrong.append(f"it cannot go on: {answer}: {told}")
     if there.state() != "gone":
         there.client.ask("stop", name=name, force=True, wait=True)
+    if copies:
+        _check_copy(copies / f"{name}.qcow2", told, wrong)
     if here.state() not in {"running", "stopped"} or "disk" in party:
         here.client.ask("stop", name=name, force=True, wait=True)
     return f"{states[0]} and {states[1]}", wrong
 
 
-def _lane(name: str, daemons: Sequence[Daemon], ssh: Path, seed: str, tally: Tally) -> None:
+def _check_copy(copy: Path, told: str, wrong: list[str]) -> None:
+    """Check the copy of a disk, if there is one, and remove it."""
+    if not copy.exists():
+        return
+    command = ["qemu-img", "check", "-q", "-f", "qcow2", str(copy)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        wrong.append(f"the copy is damaged: {done.stdout!r}: {told}")
+    copy.unlink()
+
+
+def _lane(
+    name: str,
+    daemons: Sequence[Daemon],
+    ssh: Path,
+    seed: str,
+    tally: Tally,
+    *,
+    copies: Path | None,
+) -> None:
     """Move one VM, as long as rounds are left."""
     chance = random.Random(seed)
     first, second = daemons
@@ -164,7 +197,7 @@ def _lane(name: str, daemons: Sequence[Daemon], ssh: Path, seed: str, tally: Tal
         sides = {"here": Side(first, here, name), "there": Side(second, there, name)}
         while tally.take():
             try:
-                tally.add(*run_round(sides, ssh, chance))
+                tally.add(*run_round(sides, ssh, chance, copies))
             except (AssertionError, OSError, subprocess.TimeoutExpired) as err:
                 tally.add("failed", [f"{name}: {err!r}"])
                 return
@@ -174,27 +207,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; returns the exit status."""
     parser = command_line(__doc__)
     parser.add_argument("--lanes", type=int, default=6, help="how many VMs at a time")
+    parser.add_argument("--copy-storage", action="store_true", help="let the disks go along")
     options = parser.parse_args(arguments)
     tally = Tally(options.count)
     with tempfile.TemporaryDirectory(prefix="kill-migrate-") as directory:
         ssh = Path(directory) / "ssh"
+        disks, copies = Path(directory) / "disks", Path(directory) / "copies"
+        disks.mkdir()
+        copies.mkdir()
         names, config = [f"vm{lane}" for lane in range(min(options.lanes, options.count))], ""
         for name in names:
-            disk = Path(directory) / f"{name}.qcow2"
+            disk = disks / f"{name}.qcow2"
             subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "8M"], check=True)
+            if options.copy_storage:  # some MiB, so that copying takes a while
+                fill = ["qemu-io", "-f", "qcow2", "-c", "write -P 9 1M 6M", str(disk)]
+                subprocess.run(fill, check=True, stdout=subprocess.DEVNULL)
             config += vm_block(name, f'disk "{disk}" format qcow2')
         places = [Path(directory) / name for name in ("here", "there")]
         for place in places:
             place.mkdir()
         with Daemon(places[0], config) as first, Daemon(places[1], "") as second:
+            mount = f"mount --bind {copies} {disks} && " if options.copy_storage else ""
+            unshare = "unshare -m" if os.geteuid() == 0 else "unshare -rm"
             ssh.write_text(
                 f"#!/bin/sh\nshift\nexport VMD_SOCKET={second.socket} PATH={VMCTL.parent}:$PATH\n"
-                'sh -c "$*"\n'
+                f'{unshare if mount else ""} sh -c "{mount}$*"\n'
             )
             ssh.chmod(0o755)
             lanes = [
                 threading.Thread(
-                    target=_lane, args=(name, (first, second), ssh, f"{options.seed}{name}", tally)
+                    target=_lane,
+                    args=(name, (first, second), ssh, f"{options.seed}{name}", tally),
+                    kwargs={"copies": copies if options.copy_storage else None},
                 )
                 for name in names
             ]

@@ -40,6 +40,7 @@ class _Plan(NamedTuple):
     downtime_ms: int
     timeout_s: int
     forces: bool
+    copies_storage: bool
 
 
 def migrate(
@@ -49,12 +50,14 @@ def migrate(
     timeout: str = "0",
     on_timeout: str = "cancel",
     ssh: str = "ssh",
+    copies_storage: bool = False,
 ) -> int:
     """Hand a VM over to the daemon of another host; returns the exit status."""
     try:
         target, host = parse_target(words[0]), words[1]
         _check_host(host)
-        plan, command = _plan(downtime, timeout, on_timeout), _command(ssh)
+        plan = _plan(downtime, timeout, on_timeout)._replace(copies_storage=copies_storage)
+        command = _command(ssh)
         with Client() as client:
             name = _name(client, target)
         with cleaning_up():
@@ -90,7 +93,7 @@ def _plan(downtime: str, timeout: str, on_timeout: str) -> _Plan:
         raise CommandError(f"invalid timeout: {timeout}")
     if on_timeout not in {"cancel", "force"}:
         raise CommandError(f"invalid on-timeout: {on_timeout}: cancel or force")
-    return _Plan(int(downtime), -int(-seconds // 1), on_timeout == "force")
+    return _Plan(int(downtime), -int(-seconds // 1), on_timeout == "force", copies_storage=False)
 
 
 def _command(ssh: str) -> list[str]:
@@ -127,7 +130,8 @@ def _migrate(name: str, ssh: Sequence[str], plan: _Plan) -> None:
     try:
         os.set_blocking(sink, False)
         try:
-            command = [*ssh, f"exec vmctl receive --live {shlex.quote(name)}"]
+            options = "--live --copy-storage" if plan.copies_storage else "--live"
+            command = [*ssh, f"exec vmctl receive {options} {shlex.quote(name)}"]
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
             try:
                 remote = subprocess.Popen(command, stdin=stream, stdout=answers)

@@ -1,8 +1,7 @@
-"""`vmctl send` and `vmctl receive`: a VM out of the daemon into a stream, and back from one.
+"""`vmctl send`: a VM out of the daemon into a stream; and what a VM out of one needs of this host.
 
-The daemon writes to standard output itself, and reads standard input: nothing is copied here, but
-the beginning of a stream, which says what the VM needs of this host. Its files are opened here,
-with the user's rights, as those of `start` are.
+The daemon writes to standard output itself: nothing is copied here. Files of a VM that comes are
+opened here, with the user's rights, as those of `start` are.
 
 Different from OpenBSD: a VM that cannot be sent goes on, and the exit status is 1.
 
@@ -12,30 +11,25 @@ Source: section 3.10 of OpenBSD's behaviour.
 import os
 import stat
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 
 from vmctl.client import (
     Client,
     CommandError,
     Fields,
     RefusedError,
-    check_name,
     parse_target,
 )
-from vmctl.daemon.starting import open_chain, open_file, say_started, why_not_started
+from vmctl.daemon.starting import open_chain, open_file
 from vmctl.messages import fail
 from vmd.config.disks import DiskKind, DiskOption
 from vmm_kvm.block.locks import is_written
-from vmm_kvm.errors import SnapshotError
-from vmm_kvm.snapshot.fds import FdSource
-from vmm_kvm.snapshot.handover import failed
 from vmm_kvm.snapshot.manifest import Disk, Interface, Manifest
-from vmm_kvm.snapshot.stream import StreamReader
 from vmm_kvm.text import printable
 
-_STDIN, _STDOUT = 0, 1
-_PATIENCE_S = 1e6  # a sender on another host may be asked for a password first
+_STDOUT = 1
+SENDER_PATIENCE_S = 1e6
+"""For the beginning, in seconds: a sender on another host may be asked for a password first."""
 
 
 def send(words: Sequence[str], *, keeps_running: bool = False) -> int:
@@ -73,52 +67,7 @@ def _sink() -> int:
         raise CommandError(f"standard output: {err.strerror}") from err
 
 
-def receive(
-    words: Sequence[str], *, stays_paused: bool = False, is_handed_over: bool = False
-) -> int:
-    """Receive a VM from standard input; returns the exit status.
-
-    One that `is_handed_over` runs when its sender has let go of it, which hears by standard output
-    how far that is.
-    """
-    fds: list[int] = []
-    try:
-        name = _name(words[0])
-        reader = _begin()
-        fds.append(os.dup(_STDIN))
-        fields = {
-            **request_of(reader.manifest, fds),
-            "name": name,
-            "stream": 0,
-            "manifest": reader.text.decode(),
-            "stays_paused": stays_paused,
-        }
-        if is_handed_over:
-            _check_disks(reader.manifest, fields, fds)
-            fields["replies"] = len(fds)
-            fds.append(os.dup(_STDOUT))
-        with Client() as client:
-            answer = client.ask("receive", "started", fields, fds)
-    except RefusedError as err:
-        why = why_not_started(err)
-        return _failed(why) if is_handed_over else fail(why)
-    except CommandError as err:
-        return fail(err)
-    finally:
-        for fd in fds:
-            os.close(fd)
-    say_started(answer)
-    return 0
-
-
-def _failed(why: str) -> int:
-    """Tell the sender that its VM does not run here, and never will; its process is gone."""
-    with suppress(OSError):  # the sender is gone, or has given up
-        os.write(_STDOUT, failed(why.replace("\n", ": ")))
-    return fail(why)
-
-
-def _check_disks(manifest: Manifest, fields: Fields, fds: Sequence[int]) -> None:
+def check_disks(manifest: Manifest, fields: Fields, fds: Sequence[int]) -> None:
     """Refuse a disk that the sender does not use: it is another one, on storage of this host's.
 
     Raises:
@@ -134,31 +83,17 @@ def _check_disks(manifest: Manifest, fields: Fields, fds: Sequence[int]) -> None
             )
 
 
-def _name(word: str) -> str:
-    """Return the name of a VM; an id is none."""
-    if parse_target(word).id or word.isdecimal():
-        raise CommandError(f"invalid id: {word}")
-    check_name(word)
-    return word
-
-
-def _begin() -> StreamReader:
-    """Read the beginning of the stream, and not one byte more."""
-    if os.isatty(_STDIN):
-        raise CommandError("standard input is a terminal: receive from a file or a pipe")
-    try:
-        with FdSource(os.dup(_STDIN), _PATIENCE_S) as source:
-            return StreamReader(source)
-    except OSError as err:
-        raise CommandError(f"standard input: {err.strerror}") from err
-    except SnapshotError as err:
-        raise CommandError(f"standard input: {err}") from err
-
-
-def request_of(manifest: Manifest, fds: list[int], *, is_like: bool = False) -> Fields:
+def request_of(
+    manifest: Manifest,
+    fds: list[int],
+    *,
+    is_like: bool = False,
+    copied: Mapping[int, int] | None = None,
+) -> Fields:
     """Return what the VM needs; descriptors that it names are added to `fds`.
 
-    One that `is_like` another VM has files as this one, except those in the snapshot.
+    One that `is_like` another VM has files as this one, except those in the snapshot. Disks that
+    are `copied`, by their places, have these descriptors, which stay the caller's.
     """
     boot = manifest.boot
     fields: Fields = {
@@ -167,8 +102,10 @@ def request_of(manifest: Manifest, fds: list[int], *, is_like: bool = False) -> 
         "memory": manifest.memory_size,
         "cpus": manifest.cpus,
         "disks": [
-            _disk(disk, None if is_like else fds) if kept is None else _kept_disk(disk, kept, fds)
-            for disk, kept in zip(manifest.disks, _kept(manifest), strict=True)
+            _disk(disk, None if is_like else fds, (copied or {}).get(place))
+            if kept is None
+            else _kept_disk(disk, kept, fds)
+            for place, (disk, kept) in enumerate(zip(manifest.disks, _kept(manifest), strict=True))
         ],
         "interfaces": [_interface(each) for each in manifest.interfaces],
         "boot": boot.image or "",
@@ -205,7 +142,7 @@ def _kept_disk(disk: Disk, kept: tuple[int, int], fds: list[int]) -> Fields:
     }
 
 
-def _disk(disk: Disk, fds: list[int] | None) -> Fields:
+def _disk(disk: Disk, fds: list[int] | None, copied: int | None) -> Fields:
     try:
         kind = DiskKind(disk.kind)
     except ValueError:
@@ -216,6 +153,9 @@ def _disk(disk: Disk, fds: list[int] | None) -> Fields:
     chain: list[int] = []
     if fds is None:
         pass
+    elif copied is not None:
+        chain = [len(fds)]
+        fds.append(os.dup(copied))
     elif kind is DiskKind.PMEM:
         writes = not disk.is_private
         chain = [open_file(disk.path, "disk", fds, writes=writes, allows_devices=True)]

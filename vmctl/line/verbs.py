@@ -305,10 +305,11 @@ _TABLE = (
                 completes=("cancel", "force"),
             ),
             Option("--ssh", "ssh", "The command to use for ssh, with its options.", "command"),
+            Option("--copy-storage", "copies_storage", "Copy disks that the other host lacks."),
         ),
         *(2, 2),
-        usage="[--downtime ms] [--timeout s] [--on-timeout cancel | force] [--ssh command]\n"
-        "\t\tid [user@]host",
+        usage="[--copy-storage] [--downtime ms] [--timeout s] [--on-timeout cancel | force]\n"
+        "\t\t[--ssh command] id [user@]host",
         completes=(VM,),
     ),
     Verb("pause", "id", "Pause a VM.", "daemon.control", "pause", completes=(VM,)),
@@ -316,11 +317,12 @@ _TABLE = (
         "receive",
         "name",
         "Receive a VM that was sent, from standard input.",
-        "daemon.transfer",
+        "daemon.receive",
         "receive",
         (
             Option("-p", "stays_paused", "Let it stand still."),
             Option("--live", "is_handed_over", "Take part in a hand-over, by standard output."),
+            Option("--copy-storage", "copies_storage", "Make the disks that are not here."),
         ),
     ),
     Verb(

@@ -7,6 +7,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Sequence
+from errno import EINVAL
 
 from vmd.config.disks import DiskKind, OnError, writes_image
 from vmd.confine.confinements import Kind
@@ -16,6 +17,7 @@ from vmd.shared.late_locks import lock_when_free
 from vmd.wire.channel import Fds
 from vmd.wire.device import BeginDisk, DeviceBegin
 from vmd.wire.internal import DiskSpec
+from vmm_kvm.block.changes import Change, ChangeLog, LoggedImage
 from vmm_kvm.block.image import Format, Layer, StoredImage
 from vmm_kvm.block.locks import lock, unlock
 from vmm_kvm.errors import VmmError
@@ -57,7 +59,7 @@ class _Watch:
 class _Disk(VirtioBlk):
     """A disk whose image is complete whenever no queue of it is served."""
 
-    __slots__ = ("_counters", "_disk", "_is_lent", "_kept", "_settled", "_watch")
+    __slots__ = ("_changes", "_counters", "_disk", "_is_lent", "_kept", "_settled", "_watch")
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class _Disk(VirtioBlk):
             stops_at_errors=option.on_error is not OnError.REPORT,
         )
         self._settled = counted
+        self._changes: ChangeLog | None = None
         self._counters, self._watch, self._disk = counters, watch, disk
         self._kept = tuple(kept)
         self._is_lent = False
@@ -96,8 +99,14 @@ class _Disk(VirtioBlk):
             option = self._disk.option
             lock(self._kept[0], option.path, writes=writes_image(option))
             image = _open(self._disk, list(map(os.dup, self._kept)), None)
-            self._image = self._settled = CountedImage(image, self._counters)
+            self._settled = CountedImage(image, self._counters)
+            self._serve_settled()
             self._is_lent = False
+
+    def _serve_settled(self) -> None:
+        """Serve the image, with its changes marked if they are wanted."""
+        image, log = self._settled, self._changes
+        self._image = LoggedImage(image, log) if log else image
 
     def reset(self) -> None:
         """Write what is held back: whoever writes the VM down looks at the image now."""
@@ -123,6 +132,31 @@ class _Disk(VirtioBlk):
             image.peek(at, [memoryview(data)])
             if data.count(0) != length:
                 _write(fd, data, target + at - start)
+
+    def log_changes(self, *, is_on: bool) -> None:
+        """Mark all of the disk as changed, and then what changes; or do so no more."""
+        self._changes = ChangeLog(self._settled.size) if is_on else None
+        self._serve_settled()
+
+    def copy_changes(self, fd: int) -> Change:
+        """Copy what the guest would read in the next changed part to the beginning of a file.
+
+        Raises:
+            OSError: the image cannot be read, or the file cannot be written.
+        """
+        if self._changes is None:
+            raise OSError(EINVAL, os.strerror(EINVAL))
+        change = self._changes.take(self._settled)
+        if change.is_zero or not change.size:
+            return change
+        try:
+            data = bytearray(change.size)
+            self._settled.peek(change.start, [memoryview(data)])
+            _write(fd, data, 0)
+        except OSError:
+            self._changes.mark(change.start, change.size)
+            raise
+        return change
 
     def close(self) -> None:
         """Close the image."""

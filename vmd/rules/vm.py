@@ -419,4 +419,5 @@ def handover_plan(request: Send) -> HandoverPlan | None:
         downtime_ms=request.downtime_ms,
         timeout_s=request.timeout_s,
         forces=request.forces,
+        copies_storage=request.copies_storage,
     )

@@ -22,12 +22,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmd.config.disks import DiskKind
-from vmd.vm.disk_copies import KeptDisk, copies, kept_disks, with_kept
+from vmd.vm.disk_copies import (
+    DiskMirror,
+    KeptDisk,
+    copies,
+    kept_disks,
+    movable_disks,
+    with_kept,
+)
 from vmd.wire.internal import NicSpec, VmSpec
 from vmd.wire.leaving import MIGRATING_MAX, SendVm
 from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.smbios import name_uuid
-from vmm_kvm.bits import MIB
+from vmm_kvm.bits import MIB, PAGE_SIZE
 from vmm_kvm.errors import SnapshotError, VmmError
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.machine.state import save
@@ -36,10 +43,12 @@ from vmm_kvm.snapshot.cpu import CpuidRecord
 from vmm_kvm.snapshot.fds import FdSink, FdSource
 from vmm_kvm.snapshot.file import FileWriter, Layout, empty_file, write_into
 from vmm_kvm.snapshot.generations import Generation, with_generations
-from vmm_kvm.snapshot.handover import hand_over, why_gone
+from vmm_kvm.snapshot.handover import await_wanted_disks, hand_over, why_gone
 from vmm_kvm.snapshot.manifest import Boot, Disk, Firmware, Host, Interface, Manifest, Owner
-from vmm_kvm.snapshot.precopy import Plan, Progress, Writer, copy_into
+from vmm_kvm.snapshot.precopy import Plan, Progress, Writer, copy_into, copy_still
+from vmm_kvm.snapshot.ram import place
 from vmm_kvm.snapshot.state import State
+from vmm_kvm.snapshot.storage import StorageWriter
 from vmm_kvm.snapshot.stream import LiveWriter, write_stream
 
 if TYPE_CHECKING:
@@ -51,6 +60,7 @@ HANDOVER_PATIENCE_S = 2 * PATIENCE_S
 """The time for the receiver to check all data, and to build the machine."""
 _SNAPSHOT_DOWNTIME_S = 0.01
 """Target of the pause for memory when a machine is written to a file."""
+_DISKS_STEP = 5  # percent of disks, between two messages
 _LAST_WORDS_S = 5.0
 """For a receiver that takes nothing any more to say why."""
 _STATE_ROOM = 8 << 20  # devices and vCPUs: some 20 KiB of each
@@ -75,6 +85,12 @@ class _Subject(NamedTuple):
     """When it has taken too long, on the clock that does not jump."""
     kept: tuple[KeptDisk, ...]
     layout: Layout
+
+    @property
+    def saves_late(self) -> bool:
+        """Whether the state is not there when writing begins."""
+        plan = self.command.handover
+        return self.halt is not None or bool(plan and plan.copies_storage)
 
     def manifest(self, state_size: int) -> Manifest:
         """Describe it."""
@@ -121,6 +137,8 @@ class Sending:
         self._percent = 0
         self._has_state = threading.Event()
         self._state: tuple[Manifest, bytes] | None = None
+        self._storage: StorageWriter | None = None
+        self._copied: frozenset[int] = frozenset()  # disks that go to the receiver
         self._failure: VmmError | OSError | None = None
         self._is_cancelled = False
         self._on_written = on_written
@@ -161,7 +179,10 @@ class Sending:
         layout = Layout.of(_state_room(machine), machine.memory.size, sizes)
         subject = _Subject(machine, spec, command, cpuid, halt, generations, deadline, kept, layout)
         write = self._write_running
-        if halt is None:
+        if plan and plan.copies_storage:
+            write = self._write_with_storage
+            self.is_still = halt is None
+        elif halt is None:
             self._save(subject)
             write = self._write
         self._thread = threading.Thread(target=self._run, args=(write, subject), name="sending")
@@ -175,7 +196,7 @@ class Sending:
                 subject.halt()
             saved = save(subject.machine)
             found = State(saved.parts, saved.blobs)
-            kept = {disk.place for disk in subject.kept}
+            kept = {disk.place for disk in subject.kept} | self._copied
             known = {at: one for at, one in subject.generations().items() if at not in kept}
             state = states.encode(with_generations(found, known))
             manifest = subject.manifest(len(state))
@@ -210,7 +231,7 @@ class Sending:
         Raises:
             VmmError, OSError: it cannot be taken, or is not wanted any more.
         """
-        if subject.halt:
+        if subject.saves_late:
             self._loop.call_soon(lambda: self._save(subject))
         self._has_state.wait()
         if self._state is None:
@@ -238,7 +259,8 @@ class Sending:
                 self._loop.call_soon(self._on_written)
             self._sink.finish()
             if self._replies:
-                hand_over(self._sink, self._replies, subject.machine.lend_disks)
+                sink = self._storage or self._sink
+                hand_over(sink, self._replies, subject.machine.lend_disks)
         except (BrokenPipeError, ConnectionResetError) as err:
             failure = err
             if self._replies:
@@ -291,6 +313,50 @@ class Sending:
             )
         finally:
             dirty.end()
+
+    def _write_with_storage(self, subject: "_Subject") -> None:
+        """Write a machine, and disks that the receiver lacks."""
+        machine, memory = subject.machine, subject.machine.memory
+        assert self._replies is not None
+        disks = movable_disks(machine, subject.spec)
+        sizes = [disks[at].disk_size if at in disks else 0 for at in range(len(subject.spec.disks))]
+        self._storage = StorageWriter(self._sink, sizes)
+        writer = LiveWriter(self._storage, subject.manifest(0))
+        self._copied = await_wanted_disks(self._replies, len(sizes)) & disks.keys()
+
+        def halt() -> bytes:
+            return self._saved(subject)[1]
+
+        def plan() -> Plan:
+            return _plan(subject)
+
+        def keep_alive() -> None:  # of two copies of a page the later one counts
+            view = place(memory, 0, PAGE_SIZE)
+            assert view is not None
+            writer.write_run(0, bytes(view))
+
+        copied = {at: disks[at] for at in sorted(self._copied)}
+        with DiskMirror(copied, self._storage, keep_alive, self._tell_disks) as storage:
+            if subject.halt is None:
+                copy_still(writer, memory, halt, plan=plan, storage=storage)
+                return
+            dirty = machine.dirty_pages()
+            unable = dirty.begin()
+            if unable:
+                self._say_of_handover(f"it stands still for all of RAM, for {', '.join(unable)}")
+                copy_still(writer, memory, halt, plan=plan, storage=storage)
+                return
+            try:
+                tell = self._tell_progress
+                copy_into(writer, memory, dirty, halt, plan=plan, on_progress=tell, storage=storage)
+            finally:
+                dirty.end()
+
+    def _tell_disks(self, done: int, size: int) -> None:
+        percent = min(100, done * 100 // max(1, size))
+        if percent >= self._percent + _DISKS_STEP:
+            self._percent = percent
+            self._say_of_handover(f"disks: {percent}% copied")
 
     def _tell_progress(self, progress: Progress) -> None:
         left = -(-progress.left // MIB)

@@ -17,6 +17,8 @@ class HandoverPlan(Part, frozen=True, kw_only=True):
     """How long to wait until that is enough; 0 for ever."""
     forces: bool
     """It may stand still for longer then."""
+    copies_storage: bool = False
+    """Disks go along that the receiver wants."""
 
 
 class SendVm(Internal, frozen=True, kw_only=True):

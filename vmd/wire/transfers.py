@@ -31,6 +31,8 @@ class Send(VmRequest, frozen=True, kw_only=True):
     """How long to wait until that is enough; 0 for ever."""
     forces: bool = False
     """It is then paused for as long as it takes, instead of not being handed over."""
+    copies_storage: bool = False
+    """Disks that the receiver lacks are copied to it; if the VM is handed over."""
 
 
 class ReceivedInterface(Part, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ standing still.
 GO follows the stream's checksum; what the receiver says is lines of text the other way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from vmm_kvm.errors import SnapshotError, VmmError
@@ -23,6 +23,9 @@ from vmm_kvm.text import printable
 
 GO = b"vmm-kvm: go\n"
 _READY, _RUNNING, _FAILED = "vmm-kvm: ready", "vmm-kvm: running", "vmm-kvm: failed: "
+_COPY = "vmm-kvm: copy disks:"
+READY = f"{_READY}\n".encode()
+"""Tells the sender that all has arrived."""
 RUNNING = f"{_RUNNING}\n".encode()
 """Tells the sender that the VM runs at the receiver; right before it does."""
 _LINE_MAX = 1024
@@ -110,7 +113,28 @@ def say_ready(sink: Sink) -> None:
     Raises:
         SnapshotError, OSError: it cannot be told.
     """
-    sink.write(f"{_READY}\n".encode())
+    sink.write(READY)
+
+
+def wanted_disks(disks: Iterable[int]) -> bytes:
+    """Return what tells the sender which of its disks to copy, by their places."""
+    return " ".join([_COPY, *map(str, disks)]).encode() + b"\n"
+
+
+def await_wanted_disks(answers: Source, count: int) -> frozenset[int]:
+    """Return which of the `count` disks the receiver wants copied, by their places.
+
+    Raises:
+        SnapshotError: it does not take the VM, or says something else.
+        OSError: it is gone.
+    """
+    line = _read_line(answers)
+    words = line.removeprefix(_COPY).split()
+    if line.startswith(_COPY) and all(word.isascii() and word.isdecimal() for word in words):
+        disks = frozenset(map(int, words))
+        if all(disk < count for disk in disks):
+            return disks
+    raise SnapshotError(f"the receiver says: {line.removeprefix(_FAILED)}")
 
 
 def await_go(source: Source) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from vmm_kvm.snapshot.manifest import Manifest
-from vmm_kvm.snapshot.ram import Ram, place, runs_of
+from vmm_kvm.snapshot.ram import Ram, place, runs, runs_of
 from vmm_kvm.snapshot.stream import LiveWriter, Sink
 
 _SPEED_MIN = 1 << 20  # bytes a second: assumed before anything is sent
+_STORAGE_STEP = 64 << 20  # bytes of disks, after which the limits are looked at
+_STORAGE_ROUNDS = 3
 
 
 class Dirty(Protocol):
@@ -43,6 +45,39 @@ class Writer(Protocol):
         """Write the state and the end."""
 
 
+class Storage(Protocol):
+    """Disks that are copied along; all marked as changed in the beginning."""
+
+    @property
+    def written(self) -> int:
+        """Bytes, so far."""
+
+    def find(self) -> int:
+        """Return how many bytes of disks are to be copied now."""
+
+    def copy(self, size: int) -> None:
+        """Copy about `size` bytes of them, or all if there are fewer."""
+
+    def finish(self) -> None:
+        """Copy the rest, of disks that nobody uses now, and write that this was all."""
+
+
+class NoStorage:
+    """No disks are copied along."""
+
+    written = 0
+
+    def find(self) -> int:
+        """Return 0."""
+        return 0
+
+    def copy(self, size: int) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
 class Plan(NamedTuple):
     """The time for which a machine may be paused."""
 
@@ -61,6 +96,9 @@ class Progress(NamedTuple):
     """Bytes of the stream, so far."""
     left: int
     """Bytes that are to be copied in this round."""
+
+
+_NO_STORAGE = NoStorage()
 
 
 def copy_running(
@@ -91,6 +129,7 @@ def copy_into(
     *,
     plan: Callable[[], Plan] = Plan,
     on_progress: Callable[[Progress], None] = lambda _progress: None,
+    storage: Storage = _NO_STORAGE,
 ) -> None:
     """Write a machine that runs, and stop it for the end.
 
@@ -101,13 +140,15 @@ def copy_into(
         halt: pauses the machine and returns its state, as `state.encode` does.
         plan: gives the limits before each round.
         on_progress: is told at the beginning of each round.
+        storage: its disks, if they are copied; all of them before the first round.
 
     Raises:
         SnapshotError, OSError: of `writer`.
         KvmError: of `dirty`.
     """
+    _copy_storage(storage, plan)
     dirty.begin_all()
-    left, before, rounds, speed = dirty.find(), 0, 0, float(_SPEED_MIN)
+    left, before, rounds, speed = dirty.find() + storage.find(), 0, 0, float(_SPEED_MIN)
     while True:
         wanted = plan()
         is_stuck = 4 * left > 3 * before and not wanted.waits
@@ -115,17 +156,50 @@ def copy_into(
             break
         rounds += 1
         on_progress(Progress(rounds, writer.written, left))
-        began, written = time.monotonic(), writer.written
+        began, written = time.monotonic(), writer.written + storage.written
+        _copy_storage(storage, plan)
         _copy(writer, ram, dirty, is_first=rounds == 1)
-        sent, took = writer.written - written, time.monotonic() - began
+        sent, took = writer.written + storage.written - written, time.monotonic() - began
         if sent > _SPEED_MIN and took > 0:
             speed = sent / took
-        before, left = left, dirty.find()
+        before, left = left, dirty.find() + storage.find()
     on_progress(Progress(rounds + 1, writer.written, left))
     state = halt()
+    storage.finish()
     dirty.find(is_still=True)
     _copy(writer, ram, dirty, is_first=False)
     writer.finish(state)
+
+
+def copy_still(
+    writer: Writer,
+    ram: Ram,
+    halt: Callable[[], bytes],
+    *,
+    plan: Callable[[], Plan] = Plan,
+    storage: Storage = _NO_STORAGE,
+) -> None:
+    """Write a machine that stands still for its RAM, while it runs for most of its disks.
+
+    Raises:
+        SnapshotError, OSError: of `writer`.
+    """
+    for _ in range(_STORAGE_ROUNDS):
+        _copy_storage(storage, plan)
+    state = halt()
+    storage.finish()
+    for offset, data in runs(ram):
+        writer.write_run(offset, data)
+    writer.finish(state)
+
+
+def _copy_storage(storage: Storage, plan: Callable[[], Plan]) -> None:
+    """Copy as much as is to be copied now; what changes meanwhile is for the next time."""
+    left = storage.find()
+    while left > 0:
+        plan()
+        storage.copy(min(left, _STORAGE_STEP))
+        left -= _STORAGE_STEP
 
 
 def _copy(writer: Writer, ram: Ram, dirty: Dirty, *, is_first: bool) -> None:

@@ -9,7 +9,7 @@ the driver and tells the dataplane what the driver did.
                                            └ vhost-user ── (process) ── Worker's like ── Backend
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from vmm_kvm.errors import HaltError
@@ -142,6 +142,23 @@ class CopyingBackend(Protocol):
 
         Raises:
             OSError: it cannot.
+        """
+
+
+@runtime_checkable
+class MirroredBackend(Protocol):
+    """A Backend of a disk that can be copied while it is in use; all on the device's thread."""
+
+    def log_changes(self, *, is_on: bool) -> None:
+        """Begin anew, with all of the disk as changed; or end."""
+
+    def copy_changes(self, fd: int) -> Sequence[int]:
+        """Copy the next changed part to the beginning of a file.
+
+        Returns its start and size, 1 if it is zeros, and how much has changed besides, in bytes.
+
+        Raises:
+            OSError: it cannot; the part has still changed.
         """
 
 

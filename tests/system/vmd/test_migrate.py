@@ -289,3 +289,8 @@ def test_through_ssh(tmp_path: Path) -> None:
 def test_kills() -> None:
     """In a part of the campaign, after any kill two VMs never run, and none only with a message."""
     assert kill_migrate.main(["--count", "4", "--seed", "2"]) == 0
+
+
+def test_kills_with_disks() -> None:
+    """The same holds with disks that go along, and no half of one is left there."""
+    assert kill_migrate.main(["--count", "4", "--seed", "3", "--copy-storage"]) == 0

@@ -21,6 +21,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     QUEUES_MAX,
     VRING_NO_FD,
     ConfigAccess,
+    ImageChange,
     ImageCopy,
     MemoryRegion,
     ProtocolFeature,
@@ -206,6 +207,26 @@ class Client:
         number = unpack_u64(self._query(Request.COPY_IMAGE, part.pack(), [fd]))
         if number:
             raise OSError(number, os.strerror(number))
+
+    def log_changes(self, *, is_on: bool) -> None:
+        """Have the changes of a disk marked, or no more; only for servers of ours.
+
+        Raises:
+            VhostUserError: the connection failed.
+        """
+        unpack_u64(self._query(Request.LOG_CHANGES, pack_u64(is_on)))
+
+    def copy_changes(self, fd: int) -> ImageChange:
+        """Have the next changed part of a disk copied into the file at `fd`.
+
+        Raises:
+            OSError: the server cannot read or write it.
+            VhostUserError: the connection failed.
+        """
+        change = ImageChange.unpack(self._query(Request.COPY_CHANGES, b"", [fd]))
+        if change.error:
+            raise OSError(change.error, os.strerror(change.error))
+        return change
 
     @property
     def _has_protocol_features(self) -> bool:

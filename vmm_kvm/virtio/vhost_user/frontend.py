@@ -12,7 +12,7 @@ innermost, decides who reports that the server is gone. The transport calls one 
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from vmm_kvm.errors import HaltError, StateError
 from vmm_kvm.limits import DISK_QUEUES_MAX
@@ -46,6 +46,7 @@ from vmm_kvm.virtio.vhost_user.client import Client
 from vmm_kvm.virtio.vhost_user.messages import (
     FEATURE_LOG_ALL,
     HALT_SHIFT,
+    ImageChange,
     ImageCopy,
     MemoryRegion,
     VhostUserError,
@@ -60,6 +61,8 @@ QUEUE_SIZE = 256
 
 USER_BASE = 1 << 44
 """The user address that stands for guest-physical address 0; none is a real address."""
+
+_T = TypeVar("_T")
 
 _RING_FEATURES = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
 _INDEXES = 1 << 16  # of split rings
@@ -437,11 +440,31 @@ class VhostUser:
             OSError: it cannot be read, or the file cannot be written.
             VhostUserError: the server is gone.
         """
+        self._ask_disk(lambda client: client.copy_image(fd, part))
+
+    def log_changes(self, *, is_on: bool) -> None:
+        """Have the changes of a disk of ours marked, from all of it on, or no more; any thread.
+
+        Raises:
+            VhostUserError: the server is gone.
+        """
+        self._ask_disk(lambda client: client.log_changes(is_on=is_on))
+
+    def copy_changes(self, fd: int) -> ImageChange:
+        """Have the next changed part of a disk of ours copied into a file; any thread.
+
+        Raises:
+            OSError: it cannot be read, or the file cannot be written.
+            VhostUserError: the server is gone.
+        """
+        return self._ask_disk(lambda client: client.copy_changes(fd))
+
+    def _ask_disk(self, ask: Callable[[Client], _T]) -> _T:
         with self._lock:
             if self._lost is not None:
                 raise VhostUserError(f"{self._name}: {self._lost}")
             try:
-                self._client.copy_image(fd, part)
+                return ask(self._client)
             except VhostUserError as err:
                 self._lose(err)
                 raise

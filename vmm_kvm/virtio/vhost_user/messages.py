@@ -53,6 +53,7 @@ _REGION_COUNT = struct.Struct("<II")
 _REGION = struct.Struct("<QQQQ")
 _SINGLE_REGION = struct.Struct("<QQQQQ")
 _IMAGE_COPY = struct.Struct("<QQQ")
+_CHANGE = struct.Struct("<QQQQQ")
 _CONFIG = struct.Struct("<III")
 
 
@@ -92,6 +93,11 @@ class Request(enum.IntEnum):
     """Ours, of no specification: 1 releases the device's resource, 0 takes it back."""
     COPY_IMAGE = 0x6B76_6D02
     """Ours alone: copy a part of a disk, `ImageCopy`, into the file that comes along."""
+    LOG_CHANGES = 0x6B76_6D03
+    """Ours alone: 1 marks all of a disk as changed, and from now on what changes; 0 ends that."""
+    COPY_CHANGES = 0x6B76_6D04
+    """Ours alone: copy the next changed part of a disk to the beginning of the file that comes
+    along; answered by an `ImageChange`."""
 
 
 COPY_MAX = 64 << 20
@@ -119,6 +125,29 @@ class ImageCopy(NamedTuple):
         if len(data) != _IMAGE_COPY.size:
             raise VhostUserError(f"{len(data)} bytes of payload")
         return cls(*_IMAGE_COPY.unpack(data))
+
+
+class ImageChange(NamedTuple):
+    """A part of a disk that had changed, and has been copied; all in bytes."""
+
+    error: int
+    """The number of an error; 0 for none."""
+    start: int
+    size: int
+    """0: nothing has changed."""
+    is_zero: int
+    """1: it reads as zero, and is not in the file."""
+    left: int
+    """What has changed besides."""
+
+    def pack(self) -> bytes:
+        """Return the payload."""
+        return _CHANGE.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Read a payload; raises VhostUserError for another size."""
+        return cls(*_unpack(_CHANGE, data))
 
 
 class ProtocolFeature(enum.IntFlag):

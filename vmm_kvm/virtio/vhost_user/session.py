@@ -30,6 +30,7 @@ from vmm_kvm.virtio.device import (
     Backend,
     CopyingBackend,
     LendingBackend,
+    MirroredBackend,
     PairedBackend,
 )
 from vmm_kvm.virtio.vhost_user.channel import Channel, Fds, Message
@@ -44,6 +45,7 @@ from vmm_kvm.virtio.vhost_user.messages import (
     VRING_INDEX_MASK,
     VRING_NO_FD,
     ConfigAccess,
+    ImageChange,
     ImageCopy,
     ProtocolFeature,
     Request,
@@ -255,6 +257,11 @@ class Session:
                 fds.close()  # some front-ends send one along
             case Request.COPY_IMAGE if isinstance(self._backend, CopyingBackend):
                 reply = pack_u64(_copied(self._backend, ImageCopy.unpack(payload), fds.take()))
+            case Request.LOG_CHANGES if isinstance(self._backend, MirroredBackend):
+                self._backend.log_changes(is_on=bool(unpack_u64(payload)))
+                reply = pack_u64(0)
+            case Request.COPY_CHANGES if isinstance(self._backend, MirroredBackend):
+                reply = _copied_changes(self._backend, fds.take())
             case _:
                 reply = self._obey_for_ring(message)
         if fds:
@@ -530,3 +537,13 @@ def _copied(backend: CopyingBackend, part: ImageCopy, fd: int) -> int:
     finally:
         os.close(fd)
     return 0
+
+
+def _copied_changes(backend: MirroredBackend, fd: int) -> bytes:
+    """Copy the next changed part of a disk; returns the reply."""
+    try:
+        return ImageChange(0, *backend.copy_changes(fd)).pack()
+    except OSError as err:
+        return ImageChange(err.errno or errno.EIO, 0, 0, 0, 0).pack()
+    finally:
+        os.close(fd)
