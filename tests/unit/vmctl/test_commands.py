@@ -292,6 +292,7 @@ def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Non
         "append": None,
         "disks": [],
         "cdrom": "",
+        "shares": [],
     }
 
 
