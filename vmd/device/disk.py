@@ -14,6 +14,7 @@ from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
 from vmd.shared.counters import CountedImage, Counters
 from vmd.shared.late_locks import lock_when_free
+from vmd.wire.blank import Preparation
 from vmd.wire.channel import Fds
 from vmd.wire.device import BeginDisk, DeviceBegin
 from vmd.wire.internal import DiskSpec
@@ -32,7 +33,7 @@ log = Log(__name__)
 _PIECE = 1 << 20
 
 
-def prepare(_rehearses: bool) -> None:
+def prepare(_preparation: Preparation) -> None:
     """Confine this process, which is to serve a disk; it does not rehearse."""
     device_process.prepare("disk", Kind.DISK)
 

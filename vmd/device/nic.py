@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vmd.confine.confinements import Kind
 from vmd.device import process as device_process
+from vmd.wire.blank import Preparation
 from vmd.wire.channel import Fds
 from vmd.wire.device import BeginNic, DeviceBegin
 from vmm_kvm.errors import VmmError
@@ -17,7 +18,7 @@ from vmm_kvm.net.tap import Tap
 from vmm_kvm.virtio.net import VirtioNet
 
 
-def prepare(_rehearses: bool) -> None:
+def prepare(_preparation: Preparation) -> None:
     """Confine this process, which is to serve an interface; it does not rehearse."""
     device_process.prepare("nic", Kind.NIC)
 

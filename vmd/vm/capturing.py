@@ -32,7 +32,7 @@ from vmm_kvm.snapshot.stream import head
 if TYPE_CHECKING:
     from vmm_kvm.machine.machine import Machine
 
-_NOTHING = SendVm(
+NO_BOOT = SendVm(
     keeps_running=True,
     uid=None,
     gid=None,
@@ -124,7 +124,7 @@ class Capturing:
             self._save(machine, halt)
 
         def describe() -> None:
-            manifest = manifest_of(machine, spec, _NOTHING, len(self._state), cpuid)
+            manifest = manifest_of(machine, spec, NO_BOOT, len(self._state), cpuid)
             self._fds.append(make_constant(f"state:{spec.name}", [head(manifest), self._state]))
 
         memory = machine.memory

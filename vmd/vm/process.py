@@ -26,9 +26,11 @@ from vmd.vm.console import Console
 from vmd.vm.machine_spec import has_servers, machine_spec_of
 from vmd.vm.reasons import ending, error_code, send_code, why_not_sent
 from vmd.vm.receiving import Arrived, own_cpuid, receive, tell_sender
+from vmd.vm.rehearsing import rehearse
 from vmd.vm.sending import Sending, check_handover
 from vmd.vm.shutdown import Shutdown
 from vmd.vm.statistics import statistics_of
+from vmd.wire.blank import Preparation
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
 from vmd.wire.internal import (
@@ -59,9 +61,7 @@ from vmd.wire.leaving import CancelSendVm, SendVm, VmMigrating, VmSent
 from vmd.wire.messages import ErrorCode
 from vmd.wire.parcels import opened
 from vmd.wire.parts import TEXT_MAX
-from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.kvm_state import ClockPolicy
-from vmm_kvm.bits import MIB
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import (
     HaltError,
@@ -90,29 +90,24 @@ from vmm_kvm.snapshot.handover import RUNNING, InDoubtError, failed
 
 log = Log(__name__)
 
-_REHEARSAL_ROM = 4096  # bytes of firmware that never runs
 _RETRY_NS = NANOSECONDS
 _POLICIES = {GuestClock.FROZEN: ClockPolicy.FROZEN, GuestClock.NOW: ClockPolicy.NOW}
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def prepare(
-    kvm: Kvm, rehearses: bool, confinement: Confinement = CONFINEMENTS[Kind.VM]
+    kvm: Kvm, preparation: Preparation, confinement: Confinement = CONFINEMENTS[Kind.VM]
 ) -> str | None:
-    """Confine this process, a future VM's; returns the reason why it cannot rehearse, if any.
-
-    With `rehearses` it makes and forgets a machine while it waits: afterwards, it has most of the
-    pages that it needs to itself.
-    """
+    """Confine this process, a future VM's; returns the reason why it cannot rehearse, if any."""
     for number in _IGNORED:  # vmm ends us
         signal.signal(number, signal.SIG_IGN)
     install_kick_signal()
     set_title("vm")
     die_with(os.getppid())  # without vmm nothing could stop us
     confine(confinement, None)
-    if rehearses:
+    if preparation in {Preparation.REHEARSED, Preparation.CLONE}:
         try:
-            rehearse(kvm)
+            rehearse(kvm, is_clone=preparation is Preparation.CLONE)
         except Exception as err:  # noqa: BLE001 - the process of a real VM tells its own errors
             return f"{type(err).__name__}: {err}"
     return None
@@ -184,26 +179,6 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
             _tell(channel, VmEnding(reason=EndReason.FAILED, code=error_code(err), message=text))
             return
         process.run()
-
-
-def rehearse(kvm: Kvm) -> None:
-    """Make a small machine and forget it, so that the next one finds pages and code ready.
-
-    Raises:
-        VmmError, OSError: none can be made.
-    """
-    spec = MachineSpec(
-        image=FirmwareImage("rehearsal", bytes(_REHEARSAL_ROM), _REHEARSAL_ROM), memory_size=MIB
-    )
-    with Vmm(kvm) as vmm, EventLoop() as loop:
-        Machine(
-            spec,
-            vmm,
-            loop,
-            transmit=lambda _data: None,
-            on_receive_room=lambda: None,
-            on_outcome=lambda _outcome: None,
-        ).close()
 
 
 def _wait(

@@ -148,6 +148,8 @@ class Blanks:
         self._preparations = dict.fromkeys(ready, best)
         """How the next process of each role is made ahead; other roles have none."""
         self._spares: dict[Role, _Spare] = {}
+        self._unwanted: list[socket.socket] = []
+        """Connections of ready processes that are to end."""
         self._spare_uid: int | None = None
         """The uid of those made ahead; None if there is none."""
         self._timer = loop.timer(self._make_spares)
@@ -174,6 +176,7 @@ class Blanks:
         self._timer.cancel()
         self._patience.cancel()
         self._zygote_patience.cancel()
+        self._release_unwanted()
         for spare in tuple(self._spares.values()):
             self._forget(spare)
         self._zygote.close()
@@ -213,10 +216,12 @@ class Blanks:
         return Blank(self._fork(role, uid, Preparation.NONE, then, otherwise), 0)
 
     def settle(self, uid: int) -> None:
-        """Release ready processes that their VM has not taken."""
+        """Release ready processes that their VM has not taken, once it has the processors less."""
         for spare in tuple(self._spares.values()):
             if spare.uid == uid and uid:
-                self._forget(spare)
+                del self._spares[spare.role]
+                self._loop.remove_reader(spare.connection.fileno())
+                self._unwanted.append(spare.connection)
         self._plan_spares()
 
     def release(self, uid: int) -> None:
@@ -264,13 +269,21 @@ class Blanks:
                 return Ended.SPARE
         return None
 
+    def expect_clones(self, are_expected: bool) -> None:
+        """Prepare the next processes for clones, or for other VMs."""
+        rehearsed = {Preparation.REHEARSED, Preparation.CLONE}
+        if self._preparations.get(Role.VM) in rehearsed:
+            best = Preparation.CLONE if are_expected else Preparation.REHEARSED
+            self._preparations[Role.VM] = best
+
     # Those that are made ahead
 
     def _plan_spares(self) -> None:
-        if any(role not in self._spares for role in self._preparations):
+        if self._unwanted or any(role not in self._spares for role in self._preparations):
             self._timer.arm(self._loop.monotonic_ns() + SPARE_DELAY_NS)
 
     def _make_spares(self) -> None:
+        self._release_unwanted()
         for role, preparation in self._preparations.items():
             if role in self._spares:
                 continue
@@ -278,6 +291,10 @@ class Blanks:
                 self._make_spare(role, preparation)
             except ForkError as err:
                 log.debug("no %s process ready: %s", role, err)
+
+    def _release_unwanted(self) -> None:
+        while self._unwanted:
+            self._unwanted.pop().close()
 
     def _make_spare(self, role: Role, preparation: Preparation) -> None:
         if self._spare_uid is None:
@@ -332,7 +349,7 @@ class Blanks:
     def _failed(self, spare: _Spare) -> None:
         """Prepare the next one less if the last was not ready in time."""
         if not spare.is_ready:
-            if spare.preparation is Preparation.REHEARSED:
+            if spare.preparation is not Preparation.CONFINED:
                 self._preparations[spare.role] = Preparation.CONFINED
             else:
                 self._preparations.pop(spare.role, None)
@@ -426,6 +443,7 @@ class Blanks:
         self._zygote.close()
         self._timer.cancel()
         self._zygote_patience.cancel()
+        self._release_unwanted()
         for spare in tuple(self._spares.values()):
             self._forget(spare)
         self._preparations.clear()

@@ -268,6 +268,8 @@ class Vmm:
             return
         try:
             blanks = self._choose()
+            is_copy = spec.received is not None and spec.received.is_copy
+            blanks.expect_clones(spec.is_template or is_copy)
             vm = _Vm(spec.id, spec.name, blanks, blanks.claim())
         except ForkError as err:
             text = f"cannot start its processes: {err}"

@@ -22,6 +22,8 @@ class Preparation(StrEnum):
     """It says `BLANK_IS_READY` besides."""
     REHEARSED = "rehearsed"
     """It rehearses its task, and forgets it, before it reports itself ready."""
+    CLONE = "clone"
+    """It rehearses being a clone as well."""
 
 
 BLANK_IS_READY = b"\0"

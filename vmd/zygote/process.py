@@ -45,7 +45,7 @@ _PATIENCE_S = 60.0
 class Body(NamedTuple):
     """A process's work."""
 
-    prepare: Callable[[bool], str | None]
+    prepare: Callable[[Preparation], str | None]
     """Confines it, and rehearses if that is asked for; returns why it cannot."""
     run: Callable[[socket.socket], int]
     """Takes over its connection to vmm; returns the exit status."""
@@ -137,7 +137,7 @@ def begin(order: Fork, body: Body, connection: socket.socket) -> NoReturn:
     def run() -> int:
         if order.uid:
             become(order.uid)
-        failure = body.prepare(order.preparation is Preparation.REHEARSED)
+        failure = body.prepare(order.preparation)
         if order.preparation is not Preparation.NONE:
             _say_ready(connection, failure)
         return body.run(connection)

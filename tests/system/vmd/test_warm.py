@@ -35,21 +35,21 @@ _READY_ONE_HANGS = """
 import time
 from vmd.vm import process
 from vmd.vmm import blanks
-def rehearse(kvm):
+def rehearse(*_arguments, **_named):
     time.sleep(1000)
 process.rehearse = rehearse
 blanks.SPARE_PATIENCE_NS = 1_000_000_000
 """
 _READY_ONE_FAILS = """
-from vmd.vm import process
+from vmd.vm import process, rehearsing
 def make(*arguments, **named):
     raise RuntimeError("boom")
-def rehearse(kvm, rehearse=process.rehearse):
-    machine, process.Machine = process.Machine, make
+def rehearse(*arguments, rehearse=process.rehearse, **named):
+    machine, rehearsing.Machine = rehearsing.Machine, make
     try:
-        rehearse(kvm)
+        rehearse(*arguments, **named)
     finally:
-        process.Machine = machine
+        rehearsing.Machine = machine
 process.rehearse = rehearse
 """
 _RUN = "import runpy; runpy.run_module('vmd', run_name='__main__', alter_sys=True)"

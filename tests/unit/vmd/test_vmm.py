@@ -15,7 +15,7 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig
 from vmd.vmm.blanks import Blanks
 from vmd.vmm.process import Vmm
-from vmd.wire.blank import Role
+from vmd.wire.blank import Preparation, Role
 from vmd.wire.channel import Channel, ChannelError
 from vmd.wire.device import DEVICE_AND_VMM
 from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
@@ -59,7 +59,7 @@ INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")
 FLOOD, CRASH, DEAF = "flood", "crash", "deaf"  # names of VMs, by their behaviour
 
 
-def _prepare(_rehearses: bool) -> None:
+def _prepare(_preparation: Preparation) -> None:
     """Prepare nothing."""
 
 

@@ -13,18 +13,18 @@ import pytest
 
 from tests.unit.vmd.far import run_until
 from vmd.vmm.blanks import SPARE_DELAY_NS, Blank, Blanks, Ended, ForkError
-from vmd.wire.blank import Role
+from vmd.wire.blank import Preparation, Role
 from vmd.wire.channel import Channel
 from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM, Fork, Forked, VmmToZygote, ZygoteToVmm
 from vmd.zygote import process as zygote
 from vmm_kvm.errors import VmmError
 from vmm_kvm.loop import EventLoop
 
-Prepare = Callable[[bool], str | None]
+Prepare = Callable[[Preparation], str | None]
 
 TIMEOUT_S = 10.0
 
-_rehearsed = False
+_preparation: Preparation | None = None
 
 
 def _channel(connection: socket.socket) -> Channel[VmmToZygote, ZygoteToVmm]:
@@ -33,30 +33,30 @@ def _channel(connection: socket.socket) -> Channel[VmmToZygote, ZygoteToVmm]:
 
 def _answer(connection: socket.socket) -> int:
     """Be a process that reports its state, and ends with the requested status."""
-    connection.send(f"{os.getppid()} {_rehearsed}".encode())
+    connection.send(f"{os.getppid()} {_preparation}".encode())
     return int(connection.recv(16) or b"0")
 
 
-def _prepare(rehearses: bool) -> str | None:
-    global _rehearsed  # noqa: PLW0603 - of the process that is forked
-    _rehearsed = rehearses
+def _prepare(preparation: Preparation) -> str | None:
+    global _preparation  # noqa: PLW0603 - of the process that is forked
+    _preparation = preparation
     return None
 
 
-def _prepare_by_failing(rehearses: bool) -> str | None:
+def _prepare_by_failing(preparation: Preparation) -> str | None:
     """Fail to rehearse."""
-    if rehearses:
+    if preparation is Preparation.REHEARSED:
         raise VmmError("no rehearsal")
-    return _prepare(rehearses)
+    return _prepare(preparation)
 
 
-def _prepare_coldly(rehearses: bool) -> str | None:
+def _prepare_coldly(preparation: Preparation) -> str | None:
     """Say that no rehearsal is possible."""
-    _prepare(rehearses)
-    return "no machine" if rehearses else None
+    _prepare(preparation)
+    return "no machine" if preparation is Preparation.REHEARSED else None
 
 
-def _prepare_for_ever(_rehearses: bool) -> str | None:
+def _prepare_for_ever(_preparation: Preparation) -> str | None:
     """Never be ready."""
     signal.pause()
     return None
@@ -148,7 +148,7 @@ def test_what_it_forks_is_a_child_of_vmm(blanks: Blanks, loop: EventLoop) -> Non
     """A requested process is our child, and we get its exit status."""
     blank = _take(blanks, loop, Role.DISK)
     with blank.connection as connection:
-        assert _first_words(connection) == f"{os.getpid()} False".encode()
+        assert _first_words(connection) == f"{os.getpid()} none".encode()
         connection.send(b"7")
         assert os.waitstatus_to_exitcode(os.waitpid(blank.pid, 0)[1]) == 7
 
@@ -160,8 +160,36 @@ def test_one_waits_ready(blanks: Blanks, loop: EventLoop) -> None:
         _take(blanks, loop, Role.VM).connection as ready,
         _take(blanks, loop, Role.VM).connection as other,
     ):
-        assert _first_words(ready) == f"{os.getpid()} True".encode()
-        assert _first_words(other) == f"{os.getpid()} False".encode()
+        assert _first_words(ready) == f"{os.getpid()} rehearsed".encode()
+        assert _first_words(other) == f"{os.getpid()} none".encode()
+
+
+def test_clones_are_prepared_for(blanks: Blanks, loop: EventLoop) -> None:
+    """When clones are expected, the next process made ahead rehearses being one."""
+    for are_expected, told in ((True, "clone"), (False, "rehearsed")):
+        blanks.expect_clones(are_expected)
+        _wait_for_spares(loop)
+        with _take(blanks, loop, Role.VM).connection as ready:
+            assert _first_words(ready) == f"{os.getpid()} {told}".encode()
+
+
+def test_what_a_vm_has_not_taken_ends_later(loop: EventLoop) -> None:
+    """It does not take the processors from the VM that starts, but from nobody later."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with Channel(there, ZYGOTE_AND_VMM) as far:
+        blanks = Blanks(loop, _channel(here), 0, (Role.DISK,), rehearses=False, uids=(5, 6))
+        _wait_for_spares(loop)
+        order, fds, _size = far.wait()
+        assert isinstance(order, Fork)
+        with socket.socket(fileno=fds.take(0)) as spare:
+            spare.setblocking(False)
+            far.send(Forked(order=order.order))
+            blanks.settle(blanks.claim())
+            with pytest.raises(BlockingIOError):
+                spare.recv(1)
+            _wait_for_spares(loop)
+            assert spare.recv(1) == b""
+        blanks.close()
 
 
 def test_what_is_killed_ends(blanks: Blanks, loop: EventLoop) -> None:
@@ -313,7 +341,7 @@ def test_a_rehearsal_that_fails_is_not_tried_again(
     _wait_for_spares(loop)
     assert _reap(blanks) == []
     with _take(blanks, loop, Role.VM).connection as ready:
-        assert _first_words(ready) == f"{os.getpid()} False".encode()
+        assert _first_words(ready) == f"{os.getpid()} confined".encode()
 
 
 @pytest.mark.parametrize("prepare", [_prepare_coldly], ids=["cold"])
@@ -321,10 +349,10 @@ def test_what_cannot_rehearse_is_of_use(blanks: Blanks, loop: EventLoop) -> None
     """The unrehearsed process is the next one used; the one after does not try."""
     _wait_for_spares(loop)
     with _take(blanks, loop, Role.VM).connection as ready:
-        assert _first_words(ready) == f"{os.getpid()} True".encode()
+        assert _first_words(ready) == f"{os.getpid()} rehearsed".encode()
     _wait_for_spares(loop)
     with _take(blanks, loop, Role.VM).connection as ready:
-        assert _first_words(ready) == f"{os.getpid()} False".encode()
+        assert _first_words(ready) == f"{os.getpid()} confined".encode()
 
 
 @pytest.mark.parametrize("prepare", [_prepare_for_ever], ids=["hangs"])
