@@ -75,13 +75,26 @@ def copied(
 
 def lladdr_twice(request: Receive, vms: Sequence[Vm]) -> Denied | None:
     """Return why a copy would disturb a VM that is there: both guests would have one lladdr."""
-    for index, wanted in enumerate(request.interfaces):
+    wanted = [(each.switch, each.lladdr, each.is_local) for each in request.interfaces]
+    return _twice(wanted, vms)
+
+
+def lladdr_taken(vm: Vm, vms: Sequence[Vm]) -> Denied | None:
+    """Return why a VM cannot start beside a copy of it, say: both guests would have one lladdr."""
+    wanted = [(each.switch, each.lladdr, each.is_local) for each in vm.config.interfaces]
+    return _twice(wanted, [other for other in vms if other is not vm])
+
+
+def _twice(
+    wanted: Sequence[tuple[str | None, str | None, bool]], vms: Sequence[Vm]
+) -> Denied | None:
+    for index, (switch, lladdr, is_local) in enumerate(wanted):
         for vm in vms:
-            if vm.state.phase in IDLE or not wanted.switch or wanted.is_local:
+            if vm.state.phase in IDLE or not switch or is_local:
                 continue
             for other in vm.config.interfaces:
-                if (other.switch, other.lladdr) == (wanted.switch, wanted.lladdr):
-                    text = f"interface {index}: {vm.name} has its lladdr, on switch {wanted.switch}"
+                if (other.switch, other.lladdr) == (switch, lladdr):
+                    text = f"interface {index}: {vm.name} has its lladdr, on switch {switch}"
                     return Denied(ErrorCode.EBUSY, text)
     return None
 

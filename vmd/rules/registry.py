@@ -26,7 +26,7 @@ from vmd.rules.actions import (
 from vmd.rules.addressing import made_lladdr
 from vmd.rules.clock import Clock
 from vmd.rules.cloning import Clones, Table
-from vmd.rules.copies import Fitted
+from vmd.rules.copies import Fitted, lladdr_taken
 from vmd.rules.ends import Gone, GoneVms
 from vmd.rules.order import Stops, next_to_start, ring_of
 from vmd.rules.policy import Denied, Users, check_vm, make_instance, needs_administrator, over_limit
@@ -245,8 +245,7 @@ class Registry:
         if isinstance(started, Denied):
             return [_refuse(ticket, started), *_dropped(passed)]
         vm, actions = started
-        start = vm_state.Start(ticket, is_template=request.is_template)
-        return [*actions, *self._step(vm, start)]
+        return [*actions, *self._step(vm, vm_state.Start(ticket, is_template=request.is_template))]
 
     def _prepared(
         self, uid: int, request: Start, passed: Passed | None
@@ -269,11 +268,12 @@ class Registry:
                 return Denied(ErrorCode.EALREADY, lifecycle.why_already(vm.state.phase))
             if asks_more or wanted.given != ({Right.BOOT} if passed else set()):
                 return Denied(ErrorCode.EALREADY, "there is such a VM, which is as it is")
+            if taken := lladdr_taken(vm, self.vms):
+                return taken
             vm.passed, vm.passed_is_lasting = passed, False
             return vm, []
-        if request.id:
-            return Denied(ErrorCode.ENOENT, "no such VM")
-        if not request.instance and uid in self._users.administrators and not wanted.given:
+        is_named = not request.instance and uid in self._users.administrators and not wanted.given
+        if request.id or is_named:
             return Denied(ErrorCode.ENOENT, "no such VM")
         registered = self._register(wanted, uid, has_kernel=bool(passed and passed.has_kernel))
         if isinstance(registered, Denied):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from vmd.config.disks import DiskKind
 from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
-from vmd.rules.copies import Fitted, copied, lladdr_twice, reverted
+from vmd.rules.copies import Fitted, copied, lladdr_taken, lladdr_twice, reverted
 from vmd.rules.encryption import why_denied
 from vmd.rules.policy import Denied, Users, is_name
 from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config, why_not_saved
@@ -78,7 +78,8 @@ def received_vm(
     named = {vm.name: vm for vm in vms}
     existing = named.get(request.name)
     if existing:
-        return reverted(existing, request, passed, uid, users)
+        fitted = reverted(existing, request, passed, uid, users)
+        return fitted if isinstance(fitted, Denied) else lladdr_taken(existing, vms) or fitted
     if uid not in users.administrators:
         return copied(named.get(request.source), request, passed, uid, users)
     twice = lladdr_twice(request, vms) if request.is_copy else None

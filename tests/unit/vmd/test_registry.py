@@ -102,6 +102,29 @@ def test_ids_stick_to_name_and_user(host: Host) -> None:
     assert host.registry.vms == ()
 
 
+def test_two_vms_with_one_lladdr_do_not_run_on_one_switch(host: Host) -> None:
+    """A VM does not start while a copy of it has its lladdr on its switch; then it does."""
+    lan = InterfaceConfig(switch="lan", lladdr="fe:e1:bb:d1:00:01")
+    own = InterfaceConfig(is_local=True, lladdr="fe:e1:bb:d1:00:02")
+    load(
+        host,
+        a_config("web", interfaces=(own, lan)),
+        a_config("copy", interfaces=(lan, own)),
+        a_config("other", interfaces=(lan._replace(switch="wan"), own)),
+    )
+    vm_id = start(host, "copy")
+    start(host, "other")
+    answer = host.answers[host.begin(Start(name="web"))]
+    assert isinstance(answer, Failed)
+    assert (answer.code, answer.message) == (
+        ErrorCode.EBUSY,
+        "interface 1: copy has its lladdr, on switch lan",
+    )
+    host.end(vm_id, POWER_OFF)
+    host.clock.now += 10
+    start(host, "web")
+
+
 def test_a_failed_start_uses_no_id(host: Host) -> None:
     """Failed starts under any number of names use up no ids and no addresses."""
     for number in range(2000):
