@@ -87,8 +87,9 @@ soak-state: setup ## Write Linux guests under load COUNT (100) times, and let th
 	$(RIG) --cpus 1 --mem 4096 --timeout 14400 -- $(PYTHON) tests/campaigns/linux_state.py \
 	    --count $(or $(COUNT),100) --seed $(SEED)
 
-soak-fleet: setup ## Have COUNT (200) jobs done by Dask on two hosts, and kill a worker and a vmd; SEED repeats a run
+soak-fleet: setup ## Have COUNT (200) jobs done on two hosts by Dask, then by Slurm if it is installed, and kill parts of them
 	$(PYTHON) tests/campaigns/fleet.py --count $(or $(COUNT),200) --seed $(SEED)
+	$(PYTHON) tests/campaigns/fleet_slurm.py --count $(or $(COUNT),200) --seed $(SEED)
 
 fuzz: setup ## Try COUNT corruptions of boot and disk images, hostile guests and peers; SEED repeats a run
 	$(PYTHON) -m tests.fuzz.harness --seconds $(SECONDS) --count $(or $(COUNT),1000) --seed $(SEED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,18 +48,20 @@ class Runs:
         self.told = directory / "told"
         (directory / "pytest.ini").write_text("[pytest]\n")
         (directory / "conftest.py").write_text(CONFTEST)
+        self.of_agent = {"TOLD": str(self.told), "REFUSES": str(directory / "refuses")}
         self.environ = {
             **{name: value for name, value in os.environ.items() if "PYTEST" not in name},
             "TMPDIR": str(self.temporary),
-            "TOLD": str(self.told),
-            "REFUSES": str(directory / "refuses"),
+            **self.of_agent,
         }
 
-    def start(self, text: str, *options: str, **environ: str) -> subprocess.Popen[str]:
-        """Start pytest with a test module."""
+    def start(
+        self, text: str, *options: str, through: Sequence[str] = (), **environ: str
+    ) -> subprocess.Popen[str]:
+        """Start pytest with a test module; `through` are words before its command."""
         (self.directory / "test_it.py").write_text(HEADER + text)
         return subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
+            [*through, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
             cwd=self.directory,
             env={**self.environ, **environ},
             stdout=subprocess.PIPE,
@@ -67,9 +69,11 @@ class Runs:
             text=True,
         )
 
-    def run(self, text: str, *options: str, **environ: str) -> tuple[int, str]:
+    def run(
+        self, text: str, *options: str, through: Sequence[str] = (), **environ: str
+    ) -> tuple[int, str]:
         """Run pytest with a test module; returns its exit status and its output."""
-        with self.start(text, *options, **environ) as process:
+        with self.start(text, *options, through=through, **environ) as process:
             output, _ = process.communicate(timeout=TIMEOUT_S)
             return process.returncode, output
 

@@ -9,16 +9,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.agents import CLONES_AGENT, HostAgent, wait_until
-from tests.campaigns import fleet
+from tests.campaigns import fleet, fleet_slurm
+from tests.slurm import missing_slurm
 from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, Daemon
+from tests.system.vmd.netns import Namespace
+from tests.system.vmd.pytest_runs import Runs, runs
+from tests.system.vmd.test_migrate import sshd
 from vmm_fleet.host import Host, LostError
 from vmm_fleet.jobs import InVm
 from vmm_pytest.machine import CommandFailedError, Machine, MachineError
+
+__all__ = ("runs",)
 
 pytestmark = pytest.mark.kvm
 
@@ -134,3 +141,49 @@ def test_killed_workers_and_daemons(tmp_path: Path) -> None:
     """Every job has one result, no host more machines than declared, and none is left."""
     figures = fleet.run(tmp_path, 8, 1)
     assert sum(figures.results.values()) == 8
+
+
+@pytest.mark.skipif(bool(missing_slurm()), reason=f"Slurm: {missing_slurm()}")
+@pytest.mark.root
+@pytest.mark.timeout(300)
+def test_slurm(tmp_path: Path) -> None:
+    """Every job of sbatch has one result, though a slurmd is killed, and leaves no VM."""
+    figures = fleet_slurm.run(tmp_path, 8, 1, requeues=False)
+    assert sum(figures.results.values()) == 8
+
+
+SUITE = r"""
+import os
+
+@pytest.mark.parametrize("number", range(4))
+def test_it(vm, number):
+    vm.send_console("n")
+    assert vm.wait_for_console_text(r"seconds\s+\d+").split() == ["seconds", "1"]
+    with open(os.environ["DONE"], "a") as file:
+        file.write(f"{number} {os.environ['FLEET_HOST']} {vm.name}\n")
+"""
+
+
+@pytest.mark.root
+@pytest.mark.timeout(300)
+def test_a_suite_over_hosts(runs: Runs) -> None:
+    """Workers of pytest-xdist on two hosts have a daemon on each, and leave nothing."""
+    done = runs.directory / "done"
+    (runs.directory / "pytest.ini").write_text("[pytest]\nrsyncignore = tmp\n")
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(Namespace()) for _ in range(2))
+        one.connect(two, "10.0.0.1/24", "10.0.0.2/24")
+        options = ["-d", "--rsyncdir", str(runs.directory)]
+        for name, address, space in (("a", "10.0.0.1", one), ("b", "10.0.0.2", two)):
+            place = runs.temporary / name
+            place.mkdir()
+            environ = {**runs.of_agent, "FLEET_HOST": name, "DONE": str(done), "TMPDIR": str(place)}
+            words = " ".join(f"{key}={value}" for key, value in environ.items())
+            ssh = stack.enter_context(sshd(place, words, space.prefix, address))
+            where = f"root@{address} {ssh.removeprefix('ssh ')}"
+            options += ["--tx", f"ssh={where}//python={sys.executable}//chdir={place}"]
+        status, output = runs.run(SUITE, *options, through=one.prefix)
+        assert status == 0, output
+    told = [line.split() for line in done.read_text().splitlines()]
+    assert sorted(int(number) for number, _, _ in told) == list(range(4)), output
+    assert {host for _, host, _ in told} == {"a", "b"}

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,8 +234,13 @@ def test_a_receiver_that_fails_after_it_was_let_go(tmp_path: Path) -> None:
 
 
 @contextmanager
-def sshd(directory: Path, environment: str) -> Iterator[str]:
-    """Run an sshd of our own on localhost; yield the ssh command for it."""
+def sshd(
+    directory: Path, environment: str, prefix: Sequence[str] = (), address: str = "127.0.0.1"
+) -> Iterator[str]:
+    """Run an sshd of our own, by default on localhost; yield the ssh command for it.
+
+    `prefix` are words before its command.
+    """
     program = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
     if program is None or shutil.which("ssh") is None:
         pytest.skip("sshd or ssh is not installed")
@@ -247,13 +252,13 @@ def sshd(directory: Path, environment: str) -> Iterator[str]:
         port = free.getsockname()[1]
     config = directory / "sshd_config"
     config.write_text(
-        f"ListenAddress 127.0.0.1:{port}\nHostKey {directory}/host\nPidFile none\n"
+        f"ListenAddress {address}:{port}\nHostKey {directory}/host\nPidFile none\n"
         f"AuthorizedKeysFile {directory}/user.pub\nStrictModes no\nPermitRootLogin yes\n"
         f"SetEnv {environment}\n"
     )
     Path("/run/sshd").mkdir(exist_ok=True)
     log = (directory / "sshd.log").open("wb")
-    with log, subprocess.Popen([program, "-D", "-e", "-f", config], stderr=log) as process:
+    with log, subprocess.Popen([*prefix, program, "-D", "-e", "-f", config], stderr=log) as process:
         try:
             yield (
                 f"ssh -p {port} -i {directory}/user -o BatchMode=yes -o StrictHostKeyChecking=no"
