@@ -72,7 +72,7 @@ class Cgroups:
         self.controllers = frozenset(controllers)
         self._groups: dict[int, Path] = {}
         self._left = {path for path in base.iterdir() if path.name.startswith(_PREFIX)}
-        self._remove_left()
+        self.tidy()
 
     def open(self, vm_id: int, memory: int, cpu_limit: int | None) -> VmCgroup:
         """Make a VM's groups, with their limits; they last until `remove`.
@@ -80,7 +80,7 @@ class Cgroups:
         Raises:
             OSError: the kernel refused.
         """
-        self._remove_left()
+        self.tidy()
         path = self._groups[vm_id] = self._make(vm_id)
         if "pids" in self.controllers:
             _write(path / "pids.max", str(TASKS_MAX))
@@ -105,7 +105,7 @@ class Cgroups:
         path = self._groups.pop(vm_id, None)
         if path is not None:
             self._left.add(path)
-            self._remove_left()
+            self.tidy()
 
     def _make(self, vm_id: int) -> Path:
         """Make a group, under another name if an earlier process's is left."""
@@ -118,7 +118,8 @@ class Cgroups:
             return path
         raise FileExistsError(f"{self._base}: too many groups are left")
 
-    def _remove_left(self) -> None:
+    def tidy(self) -> None:
+        """Remove groups that were not empty before, and are now."""
         for path in tuple(self._left):
             try:
                 for name in _BELOW:

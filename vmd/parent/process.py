@@ -124,6 +124,8 @@ class Parent:
             if cgroups:
                 cgroups.remove(vm_id)
 
+        if cgroups:
+            shares.gone = cgroups.tidy
         shares.crashed = lambda vm_id, why: self._share_crashed(vmm, vm_id, why)
         means = Means(
             clients=self._clients,

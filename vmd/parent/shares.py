@@ -36,6 +36,8 @@ class Shares:
         self._released: set[int] = set()
         self.crashed: Callable[[int, str], None] = lambda _vm_id, _why: None
         """Called with the id of a VM that has lost one, and what has happened."""
+        self.gone: Callable[[], None] = lambda: None
+        """Called when the process of a VM that is gone has been reaped."""
 
     @property
     def pids(self) -> Collection[int]:
@@ -86,6 +88,7 @@ class Shares:
             return
         if pid in self._released:
             self._released.discard(pid)
+            self.gone()
         elif status:
             how = f"was killed by signal {-status}" if status < 0 else f"failed, status {status}"
             self.crashed(process.vm_id, f"{process.name}: its process {how}")
