@@ -484,7 +484,7 @@ _vmctl() {
 		return
 		;;
 	'start '*)
-		options=(-B -b -c -d -i -L -m -n -p -r -t --agent --append --balloon --clock --cloud-init --firmware --forward --from --initrd --json --save --selftest --share --ssh-key --template --timeout --vsock --wait --watchdog)
+		options=(-B -b -c -d -i -L -m -n -p -r -t --agent --append --balloon --clock --cloud-init --firmware --forward --from --initrd --json --save --selftest --share --ssh-key --template --timeout --tpm --vsock --wait --watchdog)
 		operands=('<vm>')
 		;;
 	'status '*)

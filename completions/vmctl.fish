@@ -183,6 +183,7 @@ complete -c vmctl -n '__fish_seen_subcommand_from start' -l share -d 'Share a di
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l ssh-key -d 'Let the owner of this public key log in, by cloud-init; may be repeated.' -x -a '(__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l template -d 'Once it is paused, it stays so: clones go on from it.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l timeout -d 'Wait no longer; status 124. A VM of run is killed then.' -x
+complete -c vmctl -n '__fish_seen_subcommand_from start' -l tpm -d 'Add a TPM, whose secrets vmd keeps; needs swtpm.'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l vsock -d 'Add a vsock device; for run, a socket of this path leads to it.' -x -a 'auto (__fish_complete_path)'
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l wait -d 'Wait until this has come, such as a text on the console; run ends then.' -x -a 'console='
 complete -c vmctl -n '__fish_seen_subcommand_from start' -l watchdog -d 'Add a watchdog, which resets a guest that hangs.'

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from vmd.confine.confinements import (
     CONFINEMENTS,
+    TPM_CAPABILITIES,
+    TPM_DENIALS,
     Kind,
     encrypted_vm_confinement,
     zygote_confinement,
@@ -23,6 +25,7 @@ from vmd.confine.sandbox import (
     Identity,
     client_identity,
     confine,
+    confine_executing,
     die_with,
     merge_memory,
     set_title,
@@ -43,6 +46,7 @@ from vmd.wire.internal import (
     VMM_AND_PARENT,
 )
 from vmd.wire.local import LOCAL_AND_PARENT
+from vmd.wire.tpm import TPM_AND_PARENT
 from vmd.zygote.warm.entry import WARMING_PATIENCE_S, Warmth, warm_up
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
@@ -61,6 +65,7 @@ _LATE_MODULES = (
     *("vmm_kvm.block.qcow2.header", "vmm_kvm.block.qcow2.image", "vmm_kvm.block.qcow2.repair"),
     *("vmm_kvm.arch.x86.kernels", "vmm_kvm.boot.nvram", "vmm_kvm.devices.pflash"),
     *("vmm_kvm.machine.dirty", "vmm_kvm.machine.encryption", "vmm_kvm.pci.q35"),
+    "vmm_kvm.devices.tpm_crb",
 )
 
 
@@ -345,3 +350,18 @@ def agentx_plan(identity: Identity | None) -> Plan:
             agentx.close()
 
     return Plan(Kind.AGENTX, body)
+
+
+def tpm_plan(identity: Identity | None) -> Plan:
+    """Return how to make a tpm process, which executes swtpm; before the parent may no more."""
+
+    def body(connection: socket.socket) -> None:
+        from vmd.tpm.process import Launcher  # noqa: PLC0415 - see the module's docstring
+
+        confine_executing(identity, frozenset(TPM_CAPABILITIES), TPM_DENIALS)
+        with followed(EventLoop()) as loop:
+            launcher = Launcher(loop, Channel(connection, TPM_AND_PARENT))
+            loop.run()
+            launcher.close()
+
+    return Plan(Kind.TPM, body)

@@ -22,13 +22,14 @@ from vmd.children import (
     opener_plan,
     priv_plan,
     share_plan,
+    tpm_plan,
     vmm_plan,
 )
 from vmd.config.check import parse_macro
 from vmd.config.host import SystemHost
 from vmd.config.model import Owner
 from vmd.confine import landlock
-from vmd.confine.confinements import PARENT_CAPABILITIES, PARENT_DENIALS, Kind
+from vmd.confine.confinements import EXECUTING, PARENT_CAPABILITIES, PARENT_DENIALS, Kind
 from vmd.confine.sandbox import (
     Identity,
     SandboxError,
@@ -38,7 +39,6 @@ from vmd.confine.sandbox import (
     keep_capabilities,
 )
 from vmd.confine.uids import UIDS_DEFAULT, Uids, UidsError, lease, parse_range
-from vmd.fresh import EXECUTING
 from vmd.options import Options
 from vmd.parent import encryption
 from vmd.parent.cgroups import Cgroups, NoCgroupsError, find_cgroups
@@ -56,7 +56,7 @@ from vmd.parent.terminal_watch import TerminalWatch
 from vmd.rules.policy import Users
 from vmd.shared import log as logging
 from vmd.shared.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, state_directory, user_config, user_socket
-from vmd.shared.privsep import RESTARTS_S, Plan, Restarts, orphans, spawn, wait_for
+from vmd.shared.privsep import RESTARTS_S, Child, Plan, Restarts, orphans, spawn, wait_for
 from vmd.zygote.warm.entry import Warmth, WarmthError
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log
@@ -110,7 +110,6 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         identity = None if options.is_user else find_identity()
         if identity is not None:
             keep_capabilities(frozenset(PARENT_CAPABILITIES))
-            deny(one for one in PARENT_DENIALS if not (options.zygotes and one.name in EXECUTING))
         uids, cgroups, no_cgroups = None, None, ""
         if not options.is_user:
             uids = lease(parse_range(options.uids) if options.uids else UIDS_DEFAULT)
@@ -144,6 +143,7 @@ def prepare(options: Options, stack: ExitStack) -> Setting:
         host_id=_host_id(),
         state=state_directory(os.environ, is_user=options.is_user),
         cgroups=cgroups,
+        tpm_uids=() if uids is None else uids.tpms,
     )
     return Setting(
         settings, listener, path, kvm_fd, identity, uids, warmth, options.zygotes, no_cgroups
@@ -239,9 +239,14 @@ class Daemon:
     """The parent process: starts the others, restarts them, and ends with them."""
 
     def __init__(
-        self, loop: EventLoop, setting: Setting, terminals: TerminalWatch, verbosity: int
+        self,
+        loop: EventLoop,
+        setting: Setting,
+        terminals: TerminalWatch,
+        verbosity: int,
+        tpm: Child,
     ) -> None:
-        """Prepare; nothing is started before `run`."""
+        """Prepare; nothing is started before `run`, but the tpm process, which is taken over."""
         self._loop = loop
         self._notifier = Notifier(os.environ)
         is_user = setting.identity is None
@@ -277,6 +282,7 @@ class Daemon:
             Kind.AGENTX: agentx_plan(setting.identity),
         }
         self._pids: dict[int, Kind] = {}
+        self._tpm = tpm
         self._restarts = Restarts(loop)
         # One that cannot start at all ends so often at once.
         self._is_settled_at = loop.monotonic_ns() + RESTARTS_S * NANOSECONDS
@@ -308,7 +314,9 @@ class Daemon:
         if advice := landlock.missing():
             log.warning("%s", advice)
         for kind in self._parent.peers:
-            if kind not in ON_DEMAND:
+            if kind is Kind.TPM:
+                self._started(kind, self._tpm)
+            elif kind not in ON_DEMAND:
                 self._spawn(kind)
         self._parent.set_verbosity(self._verbosity)
         if not self._parent.configure():
@@ -367,6 +375,9 @@ class Daemon:
             log.error("%s: cannot start: %s", kind, err.strerror)  # noqa: TRY400 - the host's doing
             self._end(1)
             return
+        self._started(kind, child)
+
+    def _started(self, kind: Kind, child: Child) -> None:
         self._pids[child.pid] = kind
         self._parent.peers[kind].started(child.connection, lambda: self._kill(child.pid))
 
@@ -417,6 +428,8 @@ class Daemon:
         peer.ended()
         if self._is_ending:
             peer.give_up()
+        elif kind is Kind.TPM:
+            log.error("no VM with a TPM can be started before vmd is started anew")
         elif self._restarts.count(kind):
             self._spawn(kind)
         elif kind in _EXPOSED and self._loop.monotonic_ns() > self._is_settled_at:
@@ -455,6 +468,7 @@ def run(options: Options) -> int:
         ready: Callable[[], None] = lambda: None  # noqa: E731 - a default
         if not options.is_foreground:
             ready = _detach()
+        tpm = _last_program(setting, has_zygotes=options.zygotes > 0)
         loop = stack.enter_context(EventLoop())
         logging.follow(loop)
         stack.callback(logging.follow, None)
@@ -463,7 +477,22 @@ def run(options: Options) -> int:
         except OSError as err:
             raise StartError(f"inotify: {err.strerror}") from err
         stack.callback(terminals.close)
-        return Daemon(loop, setting, terminals, options.verbosity).run(ready)
+        return Daemon(loop, setting, terminals, options.verbosity, tpm).run(ready)
+
+
+def _last_program(setting: Setting, *, has_zygotes: bool) -> Child:
+    """Start the tpm process; then root's daemon executes nothing any more, unless zygotes do.
+
+    Raises:
+        StartError: there can be no process, or the kernel refuses the filter.
+    """
+    try:
+        tpm = spawn(tpm_plan(setting.identity))
+        if setting.identity is not None:
+            deny(one for one in PARENT_DENIALS if not (has_zygotes and one.name in EXECUTING))
+    except (OSError, SandboxError) as err:
+        raise StartError(str(err)) from err
+    return tpm
 
 
 def _detach() -> Callable[[], None]:

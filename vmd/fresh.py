@@ -21,8 +21,6 @@ from vmd.shared import log as logging
 from vmd.shared.privsep import Plan, live
 from vmd.zygote.warm.entry import Warmth
 
-EXECUTING = frozenset({"execve", "execveat"})
-"""System calls that the parent's filter cannot refuse then: it binds vmm, which forks zygotes."""
 _CODE = "import sys; sys.path[:] = {path!r}; from vmd.children import resume; resume({told!r})"
 
 Body = Callable[[socket.socket], None]

@@ -1,7 +1,7 @@
 """A TPM by swtpm: its control channel, and the channel of commands.
 
 swtpm is a process of its own that emulates a TPM 2.0 and keeps its secrets in a directory. Each
-machine has one; whoever starts it owns the process.
+machine has one; whoever starts it owns the process, and has both channels connected.
 
 Source: swtpm(8); swtpm's man/man3/swtpm_ioctls.pod; TCG TPM 2.0 Library, part 1 §18
 """
@@ -18,11 +18,19 @@ CONTROL_S = 10.0
 COMMAND_S = 300.0
 """How long a command may take: making a large RSA key takes longest."""
 
-_INIT, _CANCEL, _SET_DATA_FD = 0x02, 0x09, 0x10
+_INIT, _CANCEL = 0x02, 0x09
 _RESULT = struct.Struct(">I")
 _HEADER = struct.Struct(">HII")  # tag, size, code
 _RESPONSE_MAX = 4096
 _IN_USE = 9  # TPM_FAIL: what swtpm says where it cannot read its state
+
+
+def arguments(control: int, data: int, directory: str) -> list[str]:
+    """Return swtpm's arguments: the descriptors of its channels, and where its state is."""
+    return [
+        *("socket", "--tpm2", "--tpmstate", f"dir={directory},mode=0600", "--terminate"),
+        *("--ctrl", f"type=unixio,clientfd={control}", "--fd", str(data)),
+    ]
 
 
 class SwtpmError(VmmError):
@@ -32,23 +40,12 @@ class SwtpmError(VmmError):
 class Swtpm:
     """A connection to a swtpm process; an `Executor` of `tpm_crb`, and a context manager."""
 
-    def __init__(self, control: socket.socket) -> None:
-        """Take over a connected control channel.
-
-        Raises:
-            SwtpmError: there is no swtpm at its other end.
-            OSError: the host has no descriptors left.
-        """
+    def __init__(self, control: socket.socket, data: socket.socket) -> None:
+        """Take over its channels, that of control and that of commands."""
         self._control = control
+        self._data = data
         control.settimeout(CONTROL_S)
-        self._data, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._data.settimeout(COMMAND_S)
-                self._ask(_SET_DATA_FD, fds=(theirs.fileno(),))
-            except BaseException:
-                self.close()
-                raise
+        data.settimeout(COMMAND_S)
 
     def __enter__(self) -> Self:
         return self
@@ -113,10 +110,10 @@ class Swtpm:
             data += piece
         return data
 
-    def _ask(self, command: int, body: bytes = b"", fds: tuple[int, ...] = ()) -> int:
+    def _ask(self, command: int, body: bytes) -> int:
         """Return the result of a command on the control channel; 0 is success."""
         try:
-            socket.send_fds(self._control, [_RESULT.pack(command) + body], fds)
+            self._control.sendall(_RESULT.pack(command) + body)
             answer = self._control.recv(_RESULT.size)
         except OSError as err:
             raise SwtpmError(f"swtpm: {err.strerror or err}") from err

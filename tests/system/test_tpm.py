@@ -44,7 +44,7 @@ def processes(directory: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if f"dir={directory}".encode() in words:
+        if f"dir={directory},mode=0600".encode() in words:
             found.append(int(path.parent.name))
     return found
 

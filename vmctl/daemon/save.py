@@ -89,6 +89,7 @@ def _config(
         has_vsock=fields.get("has_vsock", False),
         has_balloon=fields.get("has_balloon", False),
         has_watchdog=fields.get("has_watchdog", False),
+        has_tpm=fields.get("has_tpm", False),
         boot_device=BootDevice(fields.get("boot_device", BootDevice.AUTO)),
         disks=tuple(disks),
         cdrom=cdrom,

@@ -42,6 +42,7 @@ class StartOptions(VmOptions):
 
     template: tuple[str, ...] = ()
     """-t"""
+    tpm: bool = False
     is_template: bool = False
     """--template"""
     save: bool = False
@@ -254,6 +255,8 @@ def _request(options: StartOptions, fds: list[int]) -> Fields:
         from vmctl.daemon.start_shares import open_shares  # noqa: PLC0415 - few VMs have any
 
         fields["shares"] = open_shares(options.shares, fds)
+    if options.tpm:
+        fields["has_tpm"] = True
     _check(fields, has_kernel=boot is not None)
     if boot is not None:
         boot = path_of(boot, "boot image")
@@ -290,7 +293,7 @@ def _check(fields: Fields, *, has_kernel: bool) -> None:
         raise CommandError("too many network interfaces")
     says_something = fields.keys() - {
         *("boot_device", "append", "instance", "is_template"),
-        *("has_vsock", "has_balloon", "has_watchdog", "shares"),
+        *("has_vsock", "has_balloon", "has_watchdog", "has_tpm", "shares"),
     }
     if "instance" in fields or not says_something or has_kernel or "firmware" in fields:
         return

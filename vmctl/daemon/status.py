@@ -150,6 +150,8 @@ def vm_lines(vm: Fields) -> list[str]:
         lines.append(f"clone of: {vm['clone_of']}")
     if vm["is_template"]:
         lines.append("template: once paused, it stays so for its clones")
+    if vm["has_tpm"]:
+        lines.append("tpm: its secrets are kept by the VM's name and owner")
     if vm["after"]:
         lines.append(f"after: {', '.join(vm['after'])}")
     end = vm["last_end"]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vmm_kvm.errors import SpecError
-from vmm_kvm.swtpm import Swtpm
+from vmm_kvm.swtpm import Swtpm, arguments
 
 _END_S = 10.0
 _MODE = 0o700
@@ -20,8 +20,7 @@ def start_swtpm(directory: str, stack: ExitStack) -> Swtpm:
 
     Raises:
         SpecError: there is no swtpm, or no such directory can be.
-        SwtpmError: it does not answer.
-        OSError: the host has no descriptors left.
+        OSError: the host has no descriptors or processes left.
     """
     program = shutil.which("swtpm")
     if program is None:
@@ -33,21 +32,18 @@ def start_swtpm(directory: str, stack: ExitStack) -> Swtpm:
         path.mkdir(_MODE, exist_ok=True)
     except OSError as err:
         raise SpecError(f"--tpm: {directory}: {err.strerror}") from err
-    ours, theirs = socket.socketpair()
-    with theirs:
+    (control, its_control), (data, its_data) = socket.socketpair(), socket.socketpair()
+    with its_control, its_data:
         process = subprocess.Popen(
-            [
-                *(program, "socket", "--tpm2", "--tpmstate", f"dir={directory}", "--terminate"),
-                *("--ctrl", f"type=unixio,clientfd={theirs.fileno()}"),
-            ],
-            pass_fds=(theirs.fileno(),),
+            [program, *arguments(its_control.fileno(), its_data.fileno(), directory)],
+            pass_fds=(its_control.fileno(), its_data.fileno()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # ^C is for the VM
         )
     stack.callback(_end, process)
-    return stack.enter_context(Swtpm(ours))
+    return stack.enter_context(Swtpm(control, data))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

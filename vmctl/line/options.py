@@ -225,16 +225,26 @@ _NOT_FOR_START = {
     "--console-log": "vmd has the console: 'vmctl console' shows it, and the history too",
     "--gdb": "vmd makes no socket for it: 'vmctl gdb' debugs the VM",
     "--no-reboot": "vmd boots a VM again that reboots, but for one with -B",
-    "--tpm": "vmd starts no swtpm: use run",
     "--nvram": "vmd keeps the variables of each VM's firmware itself",
     "--rw": "it is for a command of run, behind --",
     "--virtio-console": "VMs of vmd have a serial port alone",
 }
 
 
-def _options(refused: Mapping[str, str]) -> tuple[Option, ...]:
+_OF_START = {
+    "--tpm": Option("--tpm", "tpm", "Add a TPM, whose secrets vmd keeps; needs swtpm."),
+}
+"""Options that `start` has otherwise than `run`."""
+
+
+def _options(
+    refused: Mapping[str, str], others: Mapping[str, Option] | None = None
+) -> tuple[Option, ...]:
     """Return the options of a VM for one of the verbs that make one."""
-    return tuple(one._replace(refused=refused.get(one.name, "")) for one in _MACHINE_OPTIONS)
+    return tuple(
+        (others or {}).get(one.name, one)._replace(refused=refused.get(one.name, ""))
+        for one in _MACHINE_OPTIONS
+    )
 
 
 RUN_USAGE = (
@@ -255,10 +265,10 @@ START_USAGE = (
     "\t\t[--cloud-init path] [--firmware name] [--forward forward]\n"
     "\t\t[--from snapshot] [--initrd path] [--json] [--save] [--selftest]\n"
     "\t\t[--share directory:tag[:ro|:rw]] [--ssh-key file] [--template]\n"
-    "\t\t[--timeout seconds] [--vsock auto] [--wait condition] [--watchdog]\n"
-    "\t\tid | name"
+    "\t\t[--timeout seconds] [--tpm] [--vsock auto] [--wait condition]\n"
+    "\t\t[--watchdog] id | name"
 )
 
 
 RUN_OPTIONS = _options(_NOT_FOR_RUN)
-START_OPTIONS = _options(_NOT_FOR_START)
+START_OPTIONS = _options(_NOT_FOR_START, _OF_START)

@@ -179,6 +179,8 @@ class VmConfig(NamedTuple):
     """It has a memory balloon, by which memory that the guest frees goes back to the host."""
     has_watchdog: bool = False
     """It has a watchdog, which resets a guest that hangs."""
+    has_tpm: bool = False
+    """It has a TPM, whose secrets the daemon keeps by the VM's name and owner."""
     after: tuple[str, ...] = ()
     """VMs that run before the daemon starts this one, and that it stops after this one."""
     stop_timeout_s: int | None = None

@@ -151,6 +151,8 @@ def _vm(vm: VmConfig) -> Iterator[str]:
         yield "\tballoon"
     if vm.has_watchdog:
         yield "\twatchdog"
+    if vm.has_tpm:
+        yield "\ttpm"
     for name in vm.after:
         yield f"\tafter {quoted(name)}"
     if vm.stop_timeout_s is not None:

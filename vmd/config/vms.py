@@ -40,7 +40,7 @@ SNAPSHOT = "snapshot"
 """Words of `allow` that are ours."""
 OWN_OPTIONS = (
     *("after", "append", "balloon", "cpus", "firmware", "initrd", "limit", "share", "stop"),
-    *("vsock", "watchdog"),
+    *("tpm", "vsock", "watchdog"),
 )
 """Options of a VM that OpenBSD does not have."""
 FIRMWARE_NAMES = ("bios", "uefi")
@@ -99,7 +99,7 @@ class VmRule:
               | "cpus" NUMBER | "limit" "cpu" STRING
               | "initrd" string | "append" string | "firmware" string
               | "after" string | "stop" "timeout" NUMBER | "vsock" | "balloon"
-              | "watchdog" | share
+              | "watchdog" | "tpm" | share
         """
         tokens = self._tokens
         if tokens.accept("enable"):
@@ -162,6 +162,8 @@ class VmRule:
                 self._vm = self._vm._replace(has_balloon=True)
             case "watchdog":
                 self._vm = self._vm._replace(has_watchdog=True)
+            case "tpm":
+                self._vm = self._vm._replace(has_tpm=True)
             case _:
                 self._firmware()
 

@@ -74,6 +74,7 @@ class Kind(StrEnum):
     AGENTX = "agentx"
     VMM = "vmm"
     INIT = "init"
+    TPM = "tpm"
     ZYGOTE = "zygote"
     VM = "vm"
     DISK = "disk"
@@ -321,6 +322,28 @@ PARENT_DENIALS = (
 It is no allow-list: the filter binds its children, which mount, change users and confine
 themselves.
 """
+
+EXECUTING = frozenset({"execve", "execveat"})
+"""System calls that the parent's filter cannot refuse where zygotes execute an interpreter."""
+
+TPM_DENIALS = (
+    *(one for one in PARENT_DENIALS if one.name not in EXECUTING),
+    *_never("the network: what is used is connected already", "socket", "connect"),
+    *_never("clients: the same", "bind", "listen", "accept", "accept4"),
+)
+"""Calls that fail in the process that executes swtpm, and in swtpm, which denies itself others."""
+TPM_CAPABILITIES = {
+    5: "CAP_KILL: ending a swtpm, which is another user",
+    CAP_SETGID: "CAP_SETGID: users of their own for each",
+    CAP_SETUID: "CAP_SETUID: the same",
+}
+"""Capabilities of that process, by number."""
+SWTPM_LIMITS = (
+    (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_NOFILE, 64),
+    # Its state has some 10 KiB: it cannot fill the disk.
+    (resource.RLIMIT_FSIZE, 1 << 20),
+)
 
 _NO_CORE = ((resource.RLIMIT_CORE, 0),)
 """A core dump would hold the memory of guests, or clients' messages."""

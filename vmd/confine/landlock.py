@@ -27,7 +27,7 @@ _TCP_RIGHTS = 0b11  # bind, connect
 _SCOPES = 0b11  # abstract UNIX sockets, signals
 _RULE_PATH_BENEATH = 1
 _WRITE_AND_READ_FILE = 0b110
-_READ_FILE, _READ_DIR = 1 << 2, 1 << 3
+_EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
 _CHANGES = (
     1 << 1  # writing files
     | 0b11 << 4  # removing directories and files
@@ -84,13 +84,18 @@ def missing() -> str | None:
 
 
 def restrict(
-    writable: Sequence[str] = (), *, opens_files: bool = False, subtree: Subtree | None = None
+    writable: Sequence[str] = (),
+    *,
+    opens_files: bool = False,
+    subtree: Subtree | None = None,
+    programs: Sequence[str] = (),
 ) -> bool:
     """Restrict this thread and its later threads and children; needs no_new_privs.
 
-    Files below the directories of `writable` can still be opened, to be read and written; one that
-    is not there is passed over. With `opens_files`, files that exist can be everywhere. Below
-    `subtree` files and directories can be read, and made, changed and removed if it is writable.
+    Files below the directories of `writable` can still be opened, to be read and written; those of
+    `programs` can be read and executed. One that is not there is passed over. With `opens_files`,
+    files that exist can be everywhere. Below `subtree` files and directories can be read, and made,
+    changed and removed if it is writable.
 
     Returns False where the kernel has no Landlock.
 
@@ -110,7 +115,9 @@ def restrict(
     fd = _call("landlock_create_ruleset", ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)))
     try:
         for path in writable:
-            _allow(fd, path)
+            _allow(fd, path, _WRITE_AND_READ_FILE)
+        for path in programs:
+            _allow(fd, path, _EXECUTE | _READ_FILE)
         if subtree:
             rights = _READ_FILE | _READ_DIR | (_CHANGES if subtree.is_writable else 0)
             _allow_below(fd, subtree.fd, rights & known)
@@ -120,13 +127,13 @@ def restrict(
     return True
 
 
-def _allow(ruleset_fd: int, path: str) -> None:
+def _allow(ruleset_fd: int, path: str, rights: int) -> None:
     try:
         directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        _allow_below(ruleset_fd, directory, _WRITE_AND_READ_FILE)
+        _allow_below(ruleset_fd, directory, rights)
     finally:
         os.close(directory)
 

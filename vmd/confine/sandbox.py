@@ -136,13 +136,7 @@ def confine(
         if identity is not None:
             if confinement.is_isolated:
                 namespaces.leave_everything()
-            _drop_bounding_set(frozenset())  # nothing is executed
-            _prctl(_PR_SET_KEEPCAPS, 1)
-            os.setgroups(identity.groups)
-            os.setresgid(identity.gid, identity.gid, identity.gid)
-            os.setresuid(identity.uid, identity.uid, identity.uid)
-            _prctl(_PR_SET_KEEPCAPS, 0)
-            _keep_capabilities(confinement.capabilities)
+            _change_user(identity, confinement.capabilities)
         # A change of user resets both: no process may trace us, and we do not outlive our parent.
         _prctl(_PR_SET_DUMPABLE, 0)
         seccomp.no_new_privileges()
@@ -152,6 +146,35 @@ def confine(
         seccomp.install(seccomp.compile_filter(confinement.filter))
     except OSError as err:
         raise SandboxError(err.strerror or str(err)) from err
+
+
+def _change_user(identity: Identity, kept: frozenset[int]) -> None:
+    _drop_bounding_set(frozenset())  # what is executed has none
+    _prctl(_PR_SET_KEEPCAPS, 1)
+    os.setgroups(identity.groups)
+    os.setresgid(identity.gid, identity.gid, identity.gid)
+    os.setresuid(identity.uid, identity.uid, identity.uid)
+    _prctl(_PR_SET_KEEPCAPS, 0)
+    _keep_capabilities(kept)
+
+
+def confine_executing(
+    identity: Identity | None, kept: frozenset[int], denials: Iterable[Denial]
+) -> None:
+    """Confine this process, which executes programs: some capabilities are kept, calls denied.
+
+    `identity` is None if an ordinary user runs the daemon; user and capabilities then stay.
+
+    Raises:
+        SandboxError: a step failed; the process must end.
+    """
+    try:
+        if identity is not None:
+            _change_user(identity, kept)
+        _prctl(_PR_SET_DUMPABLE, 0)
+    except OSError as err:
+        raise SandboxError(err.strerror or str(err)) from err
+    deny(denials)
 
 
 def become(uid: int) -> None:

@@ -1,4 +1,4 @@
-"""User ids of one daemon alone: for its control process, its zygote, and each VM.
+"""User ids of one daemon alone: for its control process, its zygote, each VM, and each TPM.
 
 They lie in a range that no account has. Several daemons may use one range: each leases a part of
 it, for as long as any of its processes lives, so that a daemon started after another was killed
@@ -65,7 +65,13 @@ class Uids(NamedTuple):
     @property
     def vms(self) -> range:
         """For VMs: all processes of one VM have the same uid, and no others have it."""
-        return range(self.part.first + 2, self.part.first + self.part.size)
+        return range(self.part.first + 2, self.tpms.start)
+
+    @property
+    def tpms(self) -> range:
+        """For the swtpm processes of VMs that have a TPM: the last quarter."""
+        end = self.part.first + self.part.size
+        return range(end - self.part.size // 4, end)
 
 
 def parse_range(text: str) -> UidRange:

@@ -31,6 +31,8 @@ class Settings(NamedTuple):
     """Directory of what VMs keep."""
     cgroups: Cgroups | None = None
     """Control groups of VMs; None where there are none."""
+    tpm_uids: Sequence[int] = ()
+    """Users of swtpm processes; without any they stay the daemon's user."""
     is_user: bool = False
     """It is `vmd --user`, even if root runs it: there are no switches."""
     skips_broken: bool = False

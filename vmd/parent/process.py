@@ -31,6 +31,7 @@ from vmd.parent.shares import Shares
 from vmd.parent.snapshots import SnapshotStore
 from vmd.parent.status import StatusQuestion
 from vmd.parent.terminal_watch import TerminalWatch
+from vmd.parent.tpms import Tpms
 from vmd.rules.actions import Action, List, Operate
 from vmd.rules.registry import Registry
 from vmd.rules.vm_state import Ticket
@@ -109,7 +110,10 @@ class Parent:
         self._kernels = KernelStore()
         cgroups = settings.cgroups
         self._scratches = Scratches()
-        host = Host(settings.users, self._kernels, settings.state, self._scratches, shares, cgroups)
+        tpms = Tpms(loop, settings.state, settings.users, settings.tpm_uids)
+        host = Host(
+            settings.users, self._kernels, settings.state, self._scratches, shares, tpms, cgroups
+        )
         self._snapshots = SnapshotStore(None, settings.users, lambda: self._registry.limits)
         self._consoles = Consoles(terminals, self._look_at_terminal)
         users = ClientUsers(settings.address)
@@ -148,6 +152,7 @@ class Parent:
             Kind.CONTROL: self._clients.control,
             Kind.VMM: vmm,
             Kind.AGENTX: self._snmp_agent.peer,
+            Kind.TPM: tpms.peer,
             **networks.peers,
         }
         """Its peers; the code that starts a process tells its peer."""

@@ -24,6 +24,7 @@ from vmd.parent.interfaces import Interface, open_vhosts
 from vmd.parent.passed import wanted_disk
 from vmd.parent.scratches import Scratches
 from vmd.parent.shares import Shares
+from vmd.parent.tpms import Tpms
 from vmd.rules.policy import Users
 from vmd.rules.vm import Vm
 from vmd.shared.kernels import KernelStore
@@ -63,6 +64,7 @@ class Host(NamedTuple):
     """Directory of what VMs keep; None if there is none."""
     scratches: Scratches
     shares: Shares
+    tpms: Tpms
     cgroups: Cgroups | None = None
     """None if there are no control groups."""
 
@@ -88,6 +90,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             opener.share(place, share, device_cgroup)
             for place, share in enumerate(vm.config.shares)
         )
+        tpm = opener.tpm(host.tpms, device_cgroup)
         tty, ring = (opener.keep(os.dup(fd)) for fd in pty[1:])
         spec = VmSpec(
             id=vm.id,
@@ -114,6 +117,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             has_vsock=vm.config.has_vsock,
             has_balloon=vm.config.has_balloon,
             has_watchdog=vm.config.has_watchdog,
+            tpm=tpm,
             received=opener.received(),
             is_template=vm.state.is_template,
             sev=sev,
@@ -233,6 +237,16 @@ class _Opener:
             return None, None
         made = cgroups.open(self._vm.id, self._vm.config.memory or MEMORY_DEFAULT, limit)
         return self.keep(made.guest), self.keep(made.devices)
+
+    def tpm(self, tpms: Tpms, device_cgroup: int | None) -> tuple[int, ...]:
+        """Start the VM's TPM, if it has one; returns the indices of its channels."""
+        if not self._vm.config.has_tpm:
+            return ()
+        if self._vm.state.is_template:
+            text = "a template has no TPM: its clones could not have the secrets"
+            raise ResourceError(ErrorCode.EINVAL, text)
+        cgroup = None if device_cgroup is None else self.fds[device_cgroup]
+        return tuple(map(self.keep, tpms.open(self._vm, cgroup)))
 
     def interface(self, interface: Interface) -> NicSpec:
         """Take an existing interface, and open vhost-net for it if it may be used."""

@@ -14,7 +14,7 @@ from vmd.config.model import InterfaceConfig, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.actions import Action, Answer
 from vmd.rules.encryption import why_denied
-from vmd.rules.policy import Denied, is_name
+from vmd.rules.policy import Denied, is_name, tied_to_host
 from vmd.rules.vm import Vm, why_not_saved
 from vmd.rules.vm_state import Phase, Ticket
 from vmd.wire.messages import AnyAnswer, ErrorCode, EventKind, Failed, Started
@@ -144,9 +144,9 @@ class Clones:
 def clone_config(source: Vm) -> VmConfig | Denied:
     """Return the configuration of a clone, but for its name; or why there can be none."""
     config = source.config
-    sealed = why_denied(config, "cloned")
-    if sealed:
-        return sealed
+    denied = why_denied(config, "cloned") or tied_to_host(config)
+    if denied:
+        return denied
     for index, interface in enumerate(config.interfaces):
         problem = _why_not_shared(interface)
         if problem:

@@ -104,6 +104,7 @@ def _fitted(config: VmConfig, request: Receive, passed: Passed | None) -> Fitted
         ("memory", request.memory, config.memory or MEMORY_DEFAULT),
         ("cpus", request.cpus, config.cpus or 1),
         ("vsock", request.has_vsock, config.has_vsock),
+        ("tpm", False, config.has_tpm),  # no VM with one is in a snapshot
         ("disks", len(request.disks), len(config.disks)),
         ("cdrom", bool(request.cdrom), config.cdrom is not None),
         ("shares", 0, len(config.shares)),

@@ -108,6 +108,13 @@ def check_vm(config: VmConfig, *, has_kernel: bool = False) -> Denied | None:
     return None
 
 
+def tied_to_host(config: VmConfig) -> Denied | None:
+    """Return the reason why a VM can be neither copied nor sent, if any."""
+    if config.has_tpm:
+        return Denied(ErrorCode.EINVAL, f'vm "{config.name}" has a TPM, whose secrets stay with it')
+    return None
+
+
 def over_limit(configs: Sequence[VmConfig], limits: Limits) -> Denied | None:
     """Return the reason why an ordinary user may not have all of these VMs at a time, if any."""
     if len(configs) > limits.vms:
@@ -191,6 +198,7 @@ def make_instance(
         has_vsock=wanted.has_vsock or template.has_vsock,
         has_balloon=wanted.has_balloon or template.has_balloon,
         has_watchdog=wanted.has_watchdog or template.has_watchdog,
+        has_tpm=wanted.has_tpm or template.has_tpm,
         stop_timeout_s=(
             template.stop_timeout_s if wanted.stop_timeout_s is None else wanted.stop_timeout_s
         ),

@@ -7,7 +7,7 @@ from vmd.config.model import Owner, VmConfig
 from vmd.rules import vm_state
 from vmd.rules.copies import Fitted, copied, lladdr_taken, lladdr_twice, reverted
 from vmd.rules.encryption import why_denied
-from vmd.rules.policy import Denied, Users, is_name
+from vmd.rules.policy import Denied, Users, is_name, tied_to_host
 from vmd.rules.vm import Passed, Sink, Vm, handover_plan, received_config, why_not_saved
 from vmd.rules.vm_state import Ticket
 from vmd.wire.messages import ErrorCode
@@ -29,9 +29,9 @@ def sink_of(
     """
     if isinstance(vm, Denied):
         return vm
-    sealed = why_denied(vm.config, "sent, nor kept as a snapshot")
-    if sealed:
-        return sealed
+    denied = why_denied(vm.config, "sent, nor kept as a snapshot") or tied_to_host(vm.config)
+    if denied:
+        return denied
     if vm.sink is not None:
         return Denied(ErrorCode.EALREADY, "the VM is being sent")
     if vm.config.shares:

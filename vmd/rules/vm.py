@@ -252,6 +252,7 @@ def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
         started_at=vm.started_at,
         clone_of=vm.clone_of,
         is_template=state.is_template,
+        has_tpm=config.has_tpm,
         after=config.after,
         last_end=vm.last_end,
     )
@@ -333,6 +334,7 @@ def asks_for_devices(wanted: VmConfig, config: VmConfig) -> bool:
         (wanted.has_vsock and not config.has_vsock)
         or (wanted.has_balloon and not config.has_balloon)
         or (wanted.has_watchdog and not config.has_watchdog)
+        or (wanted.has_tpm and not config.has_tpm)
     )
 
 
@@ -369,6 +371,7 @@ def config_of(request: Start, owner: Owner) -> VmConfig:
         has_vsock=request.has_vsock,
         has_balloon=request.has_balloon,
         has_watchdog=request.has_watchdog,
+        has_tpm=request.has_tpm,
         disks=tuple(_disk(disk, _KINDS) for disk in request.disks),
         cdrom=request.cdrom or (None if request.cdrom_image is None else "cdrom"),
         interfaces=tuple(

@@ -26,6 +26,7 @@ from vmm_kvm.machine.spec import BASIC_DEVICES, MachineSpec
 from vmm_kvm.net.ethernet import parse_lladdr
 from vmm_kvm.net.paths import Path, RemotePath, StreamPath, Traffic, VhostPath
 from vmm_kvm.pci.i6300esb import WatchdogSpec
+from vmm_kvm.swtpm import Swtpm
 from vmm_kvm.virtio.balloon import BalloonSpec
 from vmm_kvm.virtio.pmem import PmemSpec
 from vmm_kvm.virtio.scsi import ScsiCdSpec
@@ -123,6 +124,7 @@ def machine_spec_of(
         serial=received.manifest.serial if received else "",
         shares_memory=spec.is_template,
         sev=_sev(spec, fds, stack),
+        tpm=_tpm(spec, fds, stack),
     )
 
 
@@ -149,6 +151,13 @@ def _own(spec: VmSpec) -> Iterator[BalloonSpec | WatchdogSpec]:
         yield BalloonSpec()
     if spec.has_watchdog:
         yield WatchdogSpec()
+
+
+def _tpm(spec: VmSpec, fds: Fds, stack: ExitStack) -> Swtpm | None:
+    if not spec.tpm:
+        return None
+    control, data = (socket.socket(fileno=fds.take(at)) for at in spec.tpm)
+    return stack.enter_context(Swtpm(control, data))
 
 
 def _disk(

@@ -330,6 +330,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     has_vsock: bool = False
     has_balloon: bool = False
     has_watchdog: bool = False
+    tpm: tuple[int, ...] = ()
+    """Indices of the channels of its TPM, of control and of commands; none without one."""
     received: ReceivedSpec | None = None
     """None for one that boots."""
     is_template: bool = False

@@ -229,6 +229,8 @@ class Start(VmRequest, frozen=True, kw_only=True):
     """It has a memory balloon; an instance also where its template has one."""
     has_watchdog: bool = False
     """It has a watchdog; an instance also where its template has one."""
+    has_tpm: bool = False
+    """It has a TPM; an instance also where its template has one, and then one of its own."""
     is_template: bool = False
     """Clones are to be made of it: once it is paused, it stays so."""
 
@@ -483,6 +485,7 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     clone_of: str = ""
     """The VM that it is a clone of, by its name then."""
     is_template: bool = False
+    has_tpm: bool = False
     after: tuple[str, ...] = ()
     """VMs that start before it, and stop after it."""
     last_end: EndInfo | None = None

@@ -124,6 +124,7 @@ class TpmCrb:
         self._status = Status.IDLE
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._failure = ""
 
     def close(self) -> None:
         """Forget a command that runs: its response goes nowhere. Idempotent."""
@@ -208,7 +209,8 @@ class TpmCrb:
         try:
             response = self._executor.execute(command)
         except VmmError as err:
-            if not self._is_closed:
+            if not self._is_closed and str(err) != self._failure:  # a guest asks on and on
+                self._failure = str(err)
                 log.warning("tpm: %s", err)
         with self.lock:
             if HEADER_SIZE <= len(response) <= BUFFER_SIZE:

@@ -81,7 +81,7 @@ def _disks(directory: Path, *names: str) -> list[str]:
 
 @pytest.mark.root
 def test_no_child_is_root(tmp_path: Path) -> None:
-    """Each child runs as `_vmd` or a uid of its own; two have a capability; all have filters."""
+    """Each child runs as `_vmd` or a uid of its own; three have capabilities; all have filters."""
     if reason := missing_separation():
         pytest.skip(reason)
     with Daemon(tmp_path, vm_block("one"), is_user=False) as vmd, vmd.client() as client:
@@ -95,13 +95,14 @@ def test_no_child_is_root(tmp_path: Path) -> None:
         }
         assert _status(vmd.process.pid)["Seccomp"] == "2"
     for title, (status, uid) in found.items():
-        is_ours = title in {"vmd: priv", "vmd: local", "vmd: vmm"}
+        is_ours = title in {"vmd: priv", "vmd: local", "vmd: vmm", "vmd: tpm"}
         assert (uid == find_identity().uid) == is_ours, title
         assert (UIDS_DEFAULT.first == uid & UIDS_DEFAULT.mask) != is_ours, title
         assert status["Seccomp"] == "2", title
         assert int(status["CapBnd"], 16) == 0
-        capabilities = {"vmd: priv": 1 << 12, "vmd: zygote": 1 << 6 | 1 << 7}.get(title, 0)
-        assert int(status["CapPrm"], 16) == capabilities, title
+        setting = 1 << 6 | 1 << 7
+        kept = {"vmd: priv": 1 << 12, "vmd: zygote": setting, "vmd: tpm": setting | 1 << 5}
+        assert int(status["CapPrm"], 16) == kept.get(title, 0), title
     assert len({uid for _, uid in found.values()}) >= 4  # ours, control's, the zygote's, one's
 
 

@@ -284,6 +284,7 @@ def test_status_in_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> Non
         "started_at": None,
         "clone_of": "",
         "is_template": False,
+        "has_tpm": False,
         "after": [],
         "last_end": None,
         "statistics": None,

@@ -100,6 +100,11 @@ def test_names_of_clones(
     [
         (SOURCE, False, None),
         (
+            SOURCE._replace(has_tpm=True),
+            True,
+            'vm "source" has a TPM, whose secrets stay with it',
+        ),
+        (
             SOURCE._replace(interfaces=(InterfaceConfig(switch="lan"),)),
             True,
             "interface 0: its lladdr would be on switch lan twice",

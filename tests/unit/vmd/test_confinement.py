@@ -21,6 +21,7 @@ from vmd.confine import landlock
 from vmd.confine.confinements import (
     CONFINEMENTS,
     PARENT_DENIALS,
+    TPM_DENIALS,
     Kind,
     encrypted_vm_confinement,
     share_confinement,
@@ -45,7 +46,9 @@ from vmm_kvm.kvm.abi import KVMIO
 from vmm_kvm.kvm.ioctl import OPERATIONS
 from vmm_kvm.kvm.sev_abi import KVM_MEMORY_ENCRYPT_OP, KVM_MEMORY_ENCRYPT_REG_REGION
 
-KINDS = list(Kind)
+KINDS: list[Kind] = [
+    kind for kind in Kind if kind is not Kind.TPM
+]  # it executes a program of others
 # Calls that no process needs.
 FORBIDDEN = (
     *("execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev"),
@@ -648,6 +651,19 @@ def test_the_parent_cannot_do_what_it_never_does() -> None:
         for kind in KINDS:
             assert _confined(kind, lambda: None) == 0, kind
             assert _confined(kind, _calling("mount")) == -signal.SIGSYS, kind
+
+    assert _end_of(body) == 0
+
+
+def test_what_executes_swtpm_cannot_do_more_than_the_parent() -> None:
+    """Of the parent's denials it lacks those of programs, and it makes no sockets."""
+    names = {one.name for one in TPM_DENIALS}
+    sockets = {"socket", "connect", "bind", "listen", "accept", "accept4"}
+    assert names == {one.name for one in PARENT_DENIALS} - {"execve", "execveat"} | sockets
+
+    def body() -> None:
+        deny(TPM_DENIALS)
+        assert {_call(name, -1, -1, -1) for name in names} == {-errno.EPERM}
 
     assert _end_of(body) == 0
 

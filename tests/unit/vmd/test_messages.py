@@ -129,7 +129,7 @@ def test_answers_say_all_fields() -> None:
     assert encode(messages.Vms(vms=(vm,))) == (
         b'{"type":"vms","serial":0,"vms":[{"id":1,"name":"web","state":"stopped","cpus":1,'
         b'"memory":536870912,"memory_used":null,"pid":null,"tty":"","pause_reason":"","uid":0,"gid":null,'
-        b'"is_from_config":false,"started_at":null,"clone_of":"","is_template":false,"after":[],"last_end":null,"statistics":null,"interfaces":[],"boot":"","append":null,"disks":[],"cdrom":"","shares":[]}],"has_more":false}'
+        b'"is_from_config":false,"started_at":null,"clone_of":"","is_template":false,"has_tpm":false,"after":[],"last_end":null,"statistics":null,"interfaces":[],"boot":"","append":null,"disks":[],"cdrom":"","shares":[]}],"has_more":false}'
     )
 
 

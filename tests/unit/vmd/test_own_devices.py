@@ -22,11 +22,13 @@ ASKS = {
     "has_vsock": Start(name="", has_vsock=True),
     "has_balloon": Start(name="", has_balloon=True),
     "has_watchdog": Start(name="", has_watchdog=True),
+    "has_tpm": Start(name="", has_tpm=True),
 }
 HAVE = {
     "has_vsock": PLAIN._replace(name="web", has_vsock=True),
     "has_balloon": PLAIN._replace(name="web", has_balloon=True),
     "has_watchdog": PLAIN._replace(name="web", has_watchdog=True),
+    "has_tpm": PLAIN._replace(name="web", has_tpm=True),
 }
 
 

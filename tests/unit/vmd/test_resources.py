@@ -18,6 +18,7 @@ from vmd.parent.interfaces import Interface
 from vmd.parent.resources import VARIABLES_PER_USER, Host, open_resources
 from vmd.parent.scratches import Scratches
 from vmd.parent.shares import Shares
+from vmd.parent.tpms import Tpms
 from vmd.rules.policy import Users
 from vmd.rules.vm import Passed, Vm
 from vmd.rules.vm_state import VmState
@@ -28,6 +29,7 @@ from vmd.wire.messages import ErrorCode
 from vmm_kvm.boot.firmware import find_firmware
 from vmm_kvm.errors import BootError
 from vmm_kvm.images.create import create_qcow2, create_raw
+from vmm_kvm.loop import EventLoop
 
 SIZE = 1 << 20
 
@@ -42,7 +44,9 @@ class Rig:
         users = Users(frozenset({os.geteuid()}), lambda _uid, _gid: False)
         self.scratches = Scratches()
         shares = Shares(lambda order: share_plan(order, is_user=True))
-        self.host = Host(users, KernelStore(), str(path), self.scratches, shares)
+        self.loop = EventLoop()
+        tpms = Tpms(self.loop, str(path), users)
+        self.host = Host(users, KernelStore(), str(path), self.scratches, shares, tpms)
         self.fds: list[int] = []
 
     def open(
@@ -95,6 +99,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made = Rig(tmp_path)
     yield made
     made.close()
+    made.loop.close()
     made.scratches.close_all()
 
 

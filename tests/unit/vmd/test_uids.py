@@ -49,7 +49,7 @@ def test_no_two_daemons_have_one_uid(tmp_path: Path) -> None:
     """A part is leased while any process has the descriptor; then it is free again."""
     lock = str(tmp_path / "uids-")
     leases = [lease(RANGE, lock) for _ in range(PARTS)]
-    taken = [uid for one in leases for uid in (one.control, one.zygote, *one.vms)]
+    taken = [uid for one in leases for uid in (one.control, one.zygote, *one.vms, *one.tpms)]
     assert sorted(taken) == list(range(RANGE.first, RANGE.first + RANGE.size))
     with pytest.raises(UidsError, match="all are in use by other daemons"):
         lease(RANGE, lock)
