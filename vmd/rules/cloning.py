@@ -22,6 +22,8 @@ from vmd.wire.transfers import Clone, Cloned, ClonedVm
 
 NUMBER = "%d"
 """The placeholder of a number in the name of clones."""
+CAPTURE_REQUESTS_MAX = 64
+"""Requests that share one capture of a VM."""
 
 
 class Table(NamedTuple):
@@ -60,8 +62,8 @@ class Clones:
         """Begin with none."""
         self._table = table
         self._numbers = itertools.count(1)
-        # By tickets of ours, which no client can have.
-        self._plans: dict[Ticket, _Plan] = {}
+        # Those that wait for one capture of a VM, by a ticket of ours, which no client can have.
+        self._plans: dict[Ticket, list[_Plan]] = {}
         self._starting: dict[Ticket, _Starting] = {}
 
     def request(self, ticket: Ticket, uid: int, source: Vm, request: Clone) -> list[Action]:
@@ -72,17 +74,26 @@ class Clones:
             return [_refused(ticket, configs)]
         if source.captured and source.state.phase is Phase.PAUSED:
             return list(self._start(plan))
-        own = self._ticket(ticket.client)
-        self._plans[own] = plan
+        for others in self._plans.values():
+            if others[0].source is source:
+                if len(others) >= CAPTURE_REQUESTS_MAX:
+                    text = "too many requests wait for its state"
+                    return [_refused(ticket, Denied(ErrorCode.EAGAIN, text))]
+                others.append(plan)
+                return []
+        number = -next(self._numbers)
+        own = Ticket(number, number)
+        self._plans[own] = [plan]
         return list(self._table.step(source, vm_state.Capture(own)))
 
     def replied(self, ticket: Ticket, vm: Vm, answer: AnyAnswer) -> Iterable[Action] | None:
         """Return what follows from the answer to a request of a VM; None if it is for a client."""
-        plan = self._plans.pop(ticket, None)
-        if plan:
+        plans = self._plans.pop(ticket, None)
+        if plans:
             if isinstance(answer, Failed):
-                return [_refused(plan.ticket, Denied(answer.code, answer.message))]
-            return self._start(plan)
+                denied = Denied(answer.code, answer.message)
+                return [_refused(plan.ticket, denied) for plan in plans]
+            return itertools.chain.from_iterable(map(self._start, plans))
         starting = self._starting.get(ticket)
         if starting is None:
             return None
@@ -99,10 +110,19 @@ class Clones:
         vms = tuple(starting.found[name] for name in starting.names)
         return [Answer(ticket.client, Cloned(serial=starting.ticket.serial, vms=vms))]
 
-    def client_left(self, client: int) -> None:
-        """Forget a client's requests; clones that are starting continue."""
-        self._plans = {key: plan for key, plan in self._plans.items() if key.client != client}
+    def client_left(self, client: int) -> Iterable[Action]:
+        """Forget a client's requests; clones that are starting continue.
+
+        A capture goes on while anybody waits for it.
+        """
         self._starting = {key: each for key, each in self._starting.items() if key.client != client}
+        for own, plans in tuple(self._plans.items()):
+            left = [plan for plan in plans if plan.ticket.client != client]
+            if left:
+                self._plans[own] = left
+            else:
+                del self._plans[own]
+                yield from self._table.step(plans[0].source, vm_state.ClientLeft(own.client))
 
     def _configs(self, plan: _Plan) -> list[VmConfig] | Denied:
         """Return the configurations of all clones that a request asks for."""

@@ -428,10 +428,9 @@ class Registry:
     def client_left(self, client: int) -> list[Action]:
         """Forget a client's pending requests, and cancel its unfinished sending."""
         self._emptiers = [one for one in self._emptiers if one.client != client]
-        self._clones.client_left(client)
-        actions = [
-            action for vm in self.vms for action in self._step(vm, vm_state.ClientLeft(client))
-        ]
+        actions = list(self._clones.client_left(client))
+        for vm in self.vms:
+            actions += self._step(vm, vm_state.ClientLeft(client))
         if client not in self._holders:
             return actions
         self._holders.discard(client)

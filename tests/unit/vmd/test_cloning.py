@@ -11,7 +11,7 @@ import pytest
 from tests.unit.vmd.registry_host import ALICE, BOB, ROOT, Host, code
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import ForwardConfig, InterfaceConfig, Limits, Owner, Right, VmConfig
-from vmd.rules.cloning import clone_config, clone_names
+from vmd.rules.cloning import CAPTURE_REQUESTS_MAX, clone_config, clone_names
 from vmd.rules.policy import Denied
 from vmd.rules.vm import Inherited, Passed, Vm
 from vmd.rules.vm_state import (
@@ -314,6 +314,49 @@ def test_a_client_that_leaves_wants_no_clones(host: Host) -> None:
     host.leave(4)
     host.report(host.launch("b"), Running())
     assert host.states() == {"source": State.RUNNING, "b": State.RUNNING}
+
+
+def test_requests_at_once_share_a_capture(host: Host) -> None:
+    """The VM is captured once for all who want clones meanwhile, also if the first one leaves."""
+    source = host.vm("source")
+    host.begin(Clone(name="source", clone="c%d"), client=3)
+    second = host.begin(Clone(name="source", clone="c%d", count=2), client=4)
+    third = host.begin(Clone(name="source", clone="c1"), client=5)
+    host.leave(3)
+    host.capture(source)
+    assert host.told[source.id] == ["CaptureVm"]
+    assert set(host.states()) == {"source", "c1", "c2"}
+    assert code(host.answers[third]) == ErrorCode.EALREADY  # the name is taken meanwhile
+    for name in ("c1", "c2"):
+        host.report(host.launch(name), Running())
+    assert [vm.name for vm in told(host, second)] == ["c1", "c2"]
+    assert source.state.phase is Phase.RUNNING
+
+
+def test_a_capture_that_fails_fails_for_all(host: Host) -> None:
+    """Each request is answered, and the last one that leaves cancels the capture."""
+    source = host.vm("source")
+    keys = [host.begin(Clone(name="source", clone=name)) for name in ("a", "b")]
+    host.report(source, SendFailed(ErrorCode.EIO, "no room"))
+    assert [code(host.answers[key]) for key in keys] == [ErrorCode.EIO] * 2
+    for client in (3, 4):
+        host.begin(Clone(name="source", clone=f"c{client}"), client=client)
+    host.leave(4)
+    assert host.told[source.id] == ["CaptureVm", "CaptureVm"]
+    host.leave(3)
+    assert host.told[source.id] == ["CaptureVm", "CaptureVm", "CancelSendVm"]
+    host.capture(source)
+    assert set(host.states()) == {"source"}
+
+
+def test_only_so_many_requests_wait_for_a_capture(host: Host) -> None:
+    """One more is refused, and the others get their clones."""
+    source = host.vm("source")
+    for number in range(CAPTURE_REQUESTS_MAX):
+        host.begin(Clone(name="source", clone=f"c{number}"))
+    assert code(host.ask(Clone(name="source", clone="more"))) == ErrorCode.EAGAIN
+    host.capture(source)
+    assert len(host.states()) == 1 + CAPTURE_REQUESTS_MAX
 
 
 def test_nothing_is_kept_without_need(host: Host) -> None:
