@@ -131,6 +131,24 @@ def test_a_host_without_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Run("one", "vmd.sock").daemon == str(Path.cwd() / "vmd.sock")
 
 
+@pytest.mark.parametrize(("options", "told"), [((), "1 skipped"), (("--vm-require",), "1 error")])
+def test_a_test_without_kvm(tmp_path: Path, options: tuple[str, ...], told: str) -> None:
+    """It is skipped, with the reason; with --vm-require it is an error."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "conftest.py").write_text("import vmm_pytest.run\nvmm_pytest.run._KVM = '/none'\n")
+    (tmp_path / "test_it.py").write_text("def test_it(vm): pass\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *options],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if "PYTEST" not in name},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert f"= {told} in" in done.stdout, done.stdout
+    assert "/none: No such file or directory" in done.stdout
+
+
 def test_processes_of_a_run_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same identifier leads to the same folder and names of its own; none, to another run."""
     monkeypatch.setattr("vmm_pytest.run._KVM", os.devnull)
