@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from vmd.confine.sandbox import (
     deny,
     find_identity,
     keep_capabilities,
+    kill_as,
 )
 from vmd.confine.uids import UIDS_DEFAULT, Uids, UidsError, lease, parse_range
 from vmd.options import Options
@@ -230,6 +232,14 @@ def _socket_path(options: Options) -> str:
     return path
 
 
+def _users(setting: Setting) -> tuple[int, ...]:
+    """Return the users of the daemon's processes, but for openers; none if all have one."""
+    identity, uids = setting.identity, setting.uids
+    if identity is None or uids is None:
+        return ()
+    return (identity.uid, uids.control, uids.zygote, *uids.vms)
+
+
 def _remove(path: str) -> None:
     with suppress(OSError):
         Path(path).unlink()
@@ -267,6 +277,7 @@ class Daemon:
         )
         self._verbosity = verbosity
         self._uids = setting.uids
+        self._find_users = partial(_users, setting)
         self._no_cgroups = setting.no_cgroups
         self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.uids),
@@ -333,7 +344,7 @@ class Daemon:
         self._shares.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # So do the zygote, and the processes that it made ready.
-        wait_for(lambda: orphans(set(self._openers.pids)))
+        wait_for(lambda: orphans(set(self._openers.pids)), self._find_users())
         log.info("terminating")
         return self._status
 
@@ -383,7 +394,7 @@ class Daemon:
 
     def _kill(self, pid: int) -> None:
         if pid in self._pids:  # else it has been reaped, and the number may be another's
-            os.kill(pid, signal.SIGKILL)
+            kill_as(pid, self._find_users())
 
     def _end_hung(self, pidfd: int, uid: int) -> None:
         vmms = {pid for pid, kind in self._pids.items() if kind is Kind.VMM}
@@ -448,7 +459,7 @@ class Daemon:
         for pid in orphans(self._known()):
             log.warning("pid %d of the vmm process that ended does not end: killed", pid)
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                kill_as(pid, self._find_users())
 
 
 def run(options: Options) -> int:

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.root, pytest.mark.slow, pytest.mark.t
 SUITE = os.environ.get("DEB_SUITE", "trixie")
 SELFTEST = Path("/usr/lib/vmm-kvm/vmm_kvm/bios/selftest.bin")
 CONFIGURATION = vm_block("one", enabled=True, boot=SELFTEST) + vm_block("two", boot=SELFTEST)
-EXPOSURE_MAX = 4.4
+EXPOSURE_MAX = 3.9
 _BUILD_S = 600.0
 _OFFLINE = ("env", "PIP_NO_INDEX=1", "PIP_FIND_LINKS=/srv/given/wheels")
 _PATIENCE_S = 60.0

@@ -22,10 +22,8 @@ from vmm_kvm.net.abi import TUNSETIFF
 CAP_SETGID, CAP_SETUID = 6, 7
 CAP_NET_ADMIN = 12
 PARENT_CAPABILITIES = {
-    0: "CAP_CHOWN: consoles and the control socket belong to their owners",
     1: "CAP_DAC_OVERRIDE: files that vm.conf names, whoever they belong to",
     3: "CAP_FOWNER: modes of consoles that belong to others already",
-    5: "CAP_KILL: ending processes of other users",
     CAP_SETGID: "CAP_SETGID: processes that become other users",
     CAP_SETUID: "CAP_SETUID: the same",
     8: "CAP_SETPCAP: processes that give capabilities up",

@@ -14,7 +14,7 @@ import pwd
 import resource
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from vmd.confine import landlock, namespaces, seccomp
@@ -195,8 +195,52 @@ def become(uid: int) -> None:
 
 
 @contextmanager
+def owning(uid: int, gid: int) -> Iterator[None]:
+    """In the parent of root's daemon, let new files belong to a user and a group.
+
+    Files of the user may be given to the group, too. All capabilities stay. CAP_CHOWN is not
+    needed.
+
+    Raises:
+        OSError: the kernel refused.
+
+    Source: setfsuid(2), capabilities(7) "Effect of user ID changes on capabilities"
+    """
+    try:
+        # They report no errors: the second call of each only asks.
+        LIBC.setfsgid(gid)
+        LIBC.setfsuid(uid)
+        if (LIBC.setfsuid(-1), LIBC.setfsgid(-1)) != (uid, gid):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        _keep_capabilities(held_capabilities())
+        yield
+    finally:
+        LIBC.setfsuid(os.geteuid())
+        LIBC.setfsgid(os.getegid())
+
+
+def kill_as(pid: int, users: Iterable[int]) -> None:
+    """In the parent of root's daemon, kill a child that has one of `users`, if not its own user.
+
+    CAP_KILL is not needed.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+        PermissionError: it is another user's.
+    """
+    with suppress(PermissionError):
+        os.kill(pid, signal.SIGKILL)
+        return
+    for uid in users:
+        with acting_as(uid), suppress(PermissionError):
+            os.kill(pid, signal.SIGKILL)
+            return
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@contextmanager
 def acting_as(uid: int) -> Iterator[None]:
-    """In the zygote, gain the right to signal a user's processes; this undoes `die_with`.
+    """Gain the right to signal a user's processes; this undoes `die_with`.
 
     The kernel checks the effective user of the process that signals, and the real and the saved
     one of the process that is signalled: so that user gets no rights over us.

@@ -6,12 +6,12 @@ until it does.
 """
 
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from vmd.confine.confinements import Kind
+from vmd.confine.sandbox import kill_as
 from vmd.rules.policy import Users
 from vmd.shared.opening import Files, OpeningError
 from vmd.shared.privsep import Plan, spawn
@@ -156,7 +156,7 @@ class Openers:
         opener = self._openers[pid]
         log.warning("opener for uid %d: not done in %d s: killed", opener.uid, TIME_LIMIT_S)
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            kill_as(pid, (opener.uid,))
         self._fail(opener, ErrorCode.EIO, f"the files could not be opened in {TIME_LIMIT_S} s")
 
     def ended(self, pid: int) -> None:
@@ -182,7 +182,7 @@ class Openers:
             opener.otherwise = None
             opener.channel.close()
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                kill_as(pid, (opener.uid,))
 
 
 def _are_there(opened: FilesOpened, fds: Fds) -> bool:

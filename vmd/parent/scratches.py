@@ -1,8 +1,10 @@
 """Files without a name for the throw-away disks of VMs; they survive reboots."""
 
 import os
+from contextlib import nullcontext
 
 from vmd.config.model import Owner
+from vmd.confine.sandbox import owning
 from vmd.parent.errors import ResourceError
 from vmd.wire.messages import ErrorCode
 from vmm_kvm.scratch import open_scratch, scratch_directory
@@ -28,9 +30,9 @@ class Scratches:
         if place in files:
             return files[place]
         try:
-            scratch = files[place] = open_scratch()
-            if os.geteuid() == 0:
-                os.fchown(scratch, owner.uid or 0, owner.gid or 0)
+            is_root = os.geteuid() == 0
+            with owning(owner.uid or 0, owner.gid or 0) if is_root else nullcontext():
+                scratch = files[place] = open_scratch()
         except OSError as err:
             text = f"no file for a throw-away disk: {scratch_directory()}: {err.strerror}"
             raise ResourceError(ErrorCode.EIO, text) from err

@@ -6,13 +6,13 @@ earlier takes its VM along, whose guest would wait for ever.
 """
 
 import os
-import signal
 import socket
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from vmd.config.shares import ShareOption
+from vmd.confine.sandbox import kill_as
 from vmd.shared.privsep import Plan, spawn
 from vmd.shared.shares import ShareOrder
 from vmm_kvm.log import Log
@@ -24,6 +24,8 @@ class _Process(NamedTuple):
     vm_id: int
     name: str
     """For messages."""
+    uid: int
+    """Of the process, if root's daemon made it."""
 
 
 class Shares:
@@ -78,7 +80,7 @@ class Shares:
                 os.close(read_fd)
                 raise
             child.connection.close()
-            self._processes[child.pid] = _Process(vm_id, f"share {option.tag}")
+            self._processes[child.pid] = _Process(vm_id, f"share {option.tag}", uid)
             return ours.detach(), read_fd
 
     def ended(self, pid: int, status: int) -> None:
@@ -99,7 +101,7 @@ class Shares:
             if process.vm_id == vm_id and pid not in self._released:
                 self._released.add(pid)
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    kill_as(pid, (process.uid,))
 
     def close(self) -> None:
         """End all; others reap them."""

@@ -7,13 +7,14 @@ nothing of a file: what is in it was written by a VM's process.
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from errno import EEXIST, ENOENT
 from pathlib import Path
 from typing import NamedTuple
 
 from vmd.config.model import Limits
 from vmd.config.sizes import fmt_scaled
+from vmd.confine.sandbox import owning
 from vmd.rules.policy import Users, is_name
 from vmd.wire.messages import ErrorCode
 from vmd.wire.transfers import SnapshotInfo
@@ -100,15 +101,10 @@ class SnapshotStore:
         try:
             for directory in (self.directory or "", self._directory_of(uid)):
                 Path(directory).mkdir(_DIRECTORY_MODE, parents=True, exist_ok=True)
-            new.__enter__()
+            with owning(uid, os.getegid()) if os.geteuid() != uid else nullcontext():
+                new.__enter__()
         except OSError as err:
             raise _refusal(name, err) from err
-        if os.geteuid() != uid:
-            try:
-                os.fchown(new.fd, uid, -1)
-            except OSError as err:
-                new.__exit__(None, None, None)
-                raise _refusal(name, err) from err
         return NewSnapshot(self, uid, name, new)
 
     def check_room(self, uid: int, size: int) -> None:

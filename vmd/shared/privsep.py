@@ -13,12 +13,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
 from typing import NamedTuple, NoReturn
 
 from vmd.confine.confinements import Kind
-from vmd.confine.sandbox import SandboxError, set_title
+from vmd.confine.sandbox import SandboxError, kill_as, set_title
 from vmd.shared import log as logging
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import VmmError
@@ -165,13 +165,13 @@ class Restarts:
         return len(recent) + 1 < RESTARTS_MAX
 
 
-def wait_for(find: Callable[[], set[int]]) -> None:
+def wait_for(find: Callable[[], set[int]], users: Collection[int] = ()) -> None:
     """Reap the children that `find` returns, until there are none; their channels are closed.
 
-    When none has ended for some time, they are killed. They are reaped in the order in which they
-    end: the first of a pid namespace ends when all others there are reaped. `find` is called
-    repeatedly, because one may have forked another meanwhile. Those that the kernel does not let
-    end, because they wait for a client's file system, are left.
+    When none has ended for some time, they are killed, also if they have one of `users`. They are
+    reaped in the order in which they end: the first of a pid namespace ends when all others there
+    are reaped. `find` is called repeatedly, because one may have forked another meanwhile. Those
+    that the kernel does not let end, because they wait for a client's file system, are left.
     """
     quiet_since = time.monotonic()
     killed: set[int] = set()
@@ -184,7 +184,8 @@ def wait_for(find: Callable[[], set[int]]) -> None:
                 return
             for pid in pids - killed:
                 log.warning("pid %d does not end: killed", pid)
-                os.kill(pid, signal.SIGKILL)
+                with suppress(PermissionError):  # it is killed already, as another user
+                    kill_as(pid, users)
             killed |= pids
             quiet_since = time.monotonic()
 

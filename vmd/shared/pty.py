@@ -11,12 +11,11 @@ Source: section 11 of OpenBSD's behaviour; pty(7)
 import errno
 import grp
 import os
-import stat
 import tty
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
 
+from vmd.confine.sandbox import owning
 from vmd.shared.ring import make_ring
 
 _TERMINAL_GROUP = "tty"
@@ -44,44 +43,38 @@ def open_pty(name: str, uid: int, gid: int | None) -> Pty:
     An ordinary user's terminals stay the user's.
 
     Raises:
-        OSError: the host has no terminals or descriptors left.
+        OSError: the host has no terminals or descriptors left, or its terminal cannot be given to
+            them, on a file system that can be written.
     """
+    is_root = os.geteuid() == 0
+    group, mode = _group_and_mode(gid)
     with ExitStack() as stack:
-        master, slave = os.openpty()
-        stack.callback(os.close, master)
-        try:
-            tty.setraw(slave)
-            path = os.ttyname(slave)
-            set_owner(path, uid, gid)
-        finally:
-            # The first closing of the slave side makes the master tell whether it is open.
-            os.close(slave)
+        with owning(uid, group) if is_root else nullcontext():
+            master, slave = os.openpty()
+            stack.callback(os.close, master)
+            try:
+                tty.setraw(slave)
+                path = os.ttyname(slave)
+                if is_root:
+                    os.fchown(slave, -1, group)
+                os.fchmod(slave, mode)
+            except OSError as err:
+                if err.errno not in _READ_ONLY:
+                    raise
+            finally:
+                # The first closing of the slave side makes the master tell whether it is open.
+                os.close(slave)
         os.set_blocking(master, False)
         ring = make_ring(name)
         stack.pop_all()
     return Pty(path, master, ring)
 
 
-def set_owner(path: str, uid: int, gid: int | None) -> None:
-    """Let the owner use the terminal, and the group if there is one; else `tty` may write to it.
-
-    Raises:
-        OSError: it cannot be changed, on a file system that can be written.
-    """
+def _group_and_mode(gid: int | None) -> tuple[int, int]:
+    """Return the group and the mode of a terminal; without a group, `tty` may write to it."""
     if gid is not None:
-        group, mode = gid, 0o660
-    else:
-        try:
-            group, mode = grp.getgrnam(_TERMINAL_GROUP).gr_gid, 0o620
-        except KeyError:
-            group, mode = 0, 0o600
-    terminal = Path(path)
-    status = terminal.stat()
+        return gid, 0o660
     try:
-        if os.geteuid() == 0 and (status.st_uid, status.st_gid) != (uid, group):
-            os.chown(path, uid, group)
-        if stat.S_IMODE(status.st_mode) != mode:
-            terminal.chmod(mode)
-    except OSError as err:
-        if err.errno not in _READ_ONLY:
-            raise
+        return grp.getgrnam(_TERMINAL_GROUP).gr_gid, 0o620
+    except KeyError:
+        return 0, 0o600

@@ -20,6 +20,7 @@ import pytest
 from vmd.confine import landlock
 from vmd.confine.confinements import (
     CONFINEMENTS,
+    PARENT_CAPABILITIES,
     PARENT_DENIALS,
     TPM_DENIALS,
     Kind,
@@ -37,6 +38,9 @@ from vmd.confine.sandbox import (
     confine,
     deny,
     find_identity,
+    keep_capabilities,
+    kill_as,
+    owning,
     set_title,
 )
 from vmd.confine.seccomp import Allow, Argument, Filter, Refuse, compile_filter, install
@@ -476,6 +480,50 @@ def test_users_of_the_range_do_not_reach_each_other() -> None:
         for pid in (other, same):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+@pytest.mark.root
+def test_files_of_others_without_cap_chown(tmp_path: Path) -> None:
+    """The parent makes files of a user and a group, anywhere, and is root again afterwards."""
+
+    def body() -> None:
+        keep_capabilities(frozenset(PARENT_CAPABILITIES))
+        (tmp_path / "own").touch()
+        with pytest.raises(PermissionError):
+            os.chown(tmp_path / "own", FIRST_VM, -1)
+        with owning(FIRST_VM, SECOND_VM):
+            (tmp_path / "theirs").touch()
+            os.chown(tmp_path / "theirs", -1, SECOND_VM)
+        status = (tmp_path / "theirs").stat()
+        assert (status.st_uid, status.st_gid) == (FIRST_VM, SECOND_VM)
+        (tmp_path / "after").touch()
+        assert (tmp_path / "after").stat().st_uid == 0
+        with owning(0, 0), pytest.raises(PermissionError):
+            os.chown(tmp_path / "own", -1, SECOND_VM)
+
+    assert _end_of(body) == 0
+
+
+@pytest.mark.root
+def test_ends_of_others_without_cap_kill() -> None:
+    """The parent kills processes of the users that it names, and of no others."""
+    victim, bystander = _wait_as(FIRST_VM), _wait_as(SECOND_VM)
+
+    def body() -> None:
+        keep_capabilities(frozenset(PARENT_CAPABILITIES))
+        for users in ((), (FIRST_VM,)):
+            with pytest.raises(PermissionError):
+                kill_as(bystander, users)
+        kill_as(victim, (SECOND_VM, FIRST_VM))
+        assert os.geteuid() == 0
+
+    try:
+        assert _end_of(body) == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]) == -signal.SIGKILL
+        assert os.waitpid(bystander, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(bystander, signal.SIGKILL)
+        os.waitpid(bystander, 0)
 
 
 @pytest.mark.root

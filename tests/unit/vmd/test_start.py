@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +116,50 @@ def test_the_owner_of_a_socket_that_is_there(tmp_path: Path) -> None:
         assert present == Owner(os.geteuid(), path.stat().st_gid)
         set_owner(str(path), present)
         assert present_owner(str(path)) == present
+
+
+@pytest.mark.root
+def test_another_user_is_let_in(tmp_path: Path) -> None:
+    """A user and a group may connect to root's socket until it is another's; no others may."""
+    tmp_path.chmod(0o755)
+    path = tmp_path / "socket"
+
+    def connects(uid: int, gid: int) -> bool:
+        # pytest's own directories are closed to others: this child is in this one already.
+        program = f"""
+import os, socket
+os.setgroups([]); os.setresgid({gid}, {gid}, {gid}); os.setresuid({uid}, {uid}, {uid})
+try: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect("socket")
+except PermissionError: raise SystemExit(1)
+"""
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False)
+        return done.returncode == 0
+
+    with listen(str(path)):
+        for owner in (Owner(65501, 65502), Owner(65503), Owner(0, 65502), Owner(0, 0)):
+            set_owner(str(path), owner)
+            status = path.stat()
+            assert (status.st_uid, status.st_gid) == (0, owner.gid or 0)
+            assert stat.S_IMODE(status.st_mode) == 0o660
+            assert connects(0, 0)
+            for uid in (65501, 65503):
+                assert connects(uid, 65504) is (uid == owner.uid)
+            assert connects(65505, 65502) is (owner.gid == 65502)
+
+
+@pytest.mark.root
+def test_a_user_who_owns_the_socket_is_shut_out(tmp_path: Path) -> None:
+    """The user to whom a unit gives the socket may not connect if vm.conf names another."""
+    path = tmp_path / "socket"
+    with listen(str(path)):
+        os.chown(path, 65501, 0)
+        present = present_owner(str(path))
+        set_owner(str(path), Owner(65503))
+        granted = os.getxattr(path, "system.posix_acl_access")
+        assert granted[4:12] == struct.pack("<HHI", 1, 0, 0xFFFFFFFF)  # ACL_USER_OBJ: nothing
+        set_owner(str(path), present)
+        assert present_owner(str(path)) == present
+        assert os.listxattr(path) == []
 
 
 def test_a_socket_that_is_gone_has_no_owner(tmp_path: Path) -> None:
