@@ -4,10 +4,12 @@
 - clone: from the request to clone a template to its answer, and to the clone's first byte;
 - running: from the request to clone a running VM to its answer; its memory is copied;
 - private: the private memory of a clone's process, after the clone has answered;
-- many: COUNT clones by one request, until its answer, and until all have answered a byte.
+- many: COUNT clones by one request, until its answer, and until all have answered a byte; and the
+  private memory of one of them, with `--ksm` also after the host's kernel has merged equal pages.
 
 Processes wait ready for each clone and start, except those of `many`. `bench.state` measures the
-same by fork in a library, without a daemon. `python -m bench.clones [--rounds N] [--clones N]`
+same by fork in a library, without a daemon.
+`python -m bench.clones [--rounds N] [--clones N] [--ksm]`
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.daemon import Merging
 from bench.state import private_size
 from tests.system.vmd.daemon import READY, Client, Daemon, vm_block
 
@@ -32,6 +35,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--clones", type=int, default=100)
     parser.add_argument("--memory", type=int, nargs="*", default=[64, 2048], help="MiB")
+    parser.add_argument(
+        "--ksm", action="store_true", help="also have the host merge equal pages, for a while"
+    )
     options = parser.parse_args()
     print("memory   start answer, words   clone answer, byte (least)   running   private   many")
     for memory in options.memory:
@@ -50,10 +56,12 @@ def main() -> None:
             ) as vmd,
             vmd.client() as client,
         ):
-            print(f"{memory:5}M   {_measure(client, options.rounds, options.clones)}", flush=True)
+            print(f"{memory:5}M   {_measure(client, options)}", flush=True)
 
 
-def _measure(client: Client, rounds: int, clones: int) -> str:
+def _measure(client: Client, options: argparse.Namespace) -> str:
+    rounds: int = options.rounds
+    clones: int = options.clones
     starts, words, answers, bytes_, stills, privates = [], [], [], [], [], []
     for plain in _plain(rounds):
         time.sleep(_PAUSE_S)
@@ -88,13 +96,22 @@ def _measure(client: Client, rounds: int, clones: int) -> str:
     for vm in vms:
         _echo(client, str(vm["name"]))
     all_answer = time.perf_counter() - begun
-    private = statistics.median(private_size(int(str(vm["pid"]))) for vm in vms)
+    private = f"{_private(vms):.1f}M"
+    if options.ksm:
+        with Merging() as merging:
+            merging.wait()
+            private += f" ({_private(vms):.1f}M merged)"
     return (
         f"{_ms(starts):.1f}, {_ms(words):.1f} ms   {_ms(answers):.1f}, {_ms(bytes_):.1f} "
         f"({min(bytes_) * 1000:.1f}) ms   {_ms(stills):.1f} ms   "
-        f"{statistics.median(privates) / _MIB:.1f}M, {private / _MIB:.1f}M of many   "
+        f"{statistics.median(privates) / _MIB:.1f}M, {private} of many   "
         f"{clones} in {all_run:.2f}, {all_answer:.2f} s"
     )
+
+
+def _private(vms: list[dict[str, object]]) -> float:
+    """Return the private memory of one of these VMs, in MiB."""
+    return statistics.median(private_size(int(str(vm["pid"]))) for vm in vms) / _MIB
 
 
 def _plain(count: int) -> list[str]:
