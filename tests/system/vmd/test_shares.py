@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import (
     READY,
+    ROOT,
     SELFTEST,
     TIMEOUT_S,
     Daemon,
@@ -96,6 +99,44 @@ def test_shares_from_start_to_end(start_vmd: Start, tmp_path: Path) -> None:
         assert failed["message"] == f"share {tmp_path}/gone: No such file or directory"
         for name in ("web", "lacks"):
             wait_for_no_shares(vmd, name)
+
+
+SERVER = """
+import socket, sys
+from vmm_kvm.fs.server import FuseServer
+from vmm_kvm.fs.tree import Tree, open_root
+from vmm_kvm.virtio.fs import VirtioFs
+from vmm_kvm.virtio.vhost_user.process import serve
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[2])
+listener.listen()
+print("listening", flush=True)
+for _ in range(2):
+    server = FuseServer(Tree(open_root(sys.argv[1])), is_writable=False)
+    serve(listener.accept()[0], VirtioFs(server, b"unused"))
+"""
+
+
+def test_a_server_of_somebody_elses(tmp_path: Path) -> None:
+    """The parent connects to it at each boot; without it the VM does not start."""
+    path = tmp_path / "fs.sock"
+    config = vm_block("web", f'share "vhost-user:{path}" tag "t"')
+    with Daemon(tmp_path, config) as vmd, vmd.client() as client:
+        failed = client.ask("start", name="web")
+        assert failed["message"] == f"vhost-user:{path}: No such file or directory"
+        words = [sys.executable, "-c", SERVER, str(tmp_path), str(path)]
+        with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as server:
+            assert server.stdout
+            assert server.stdout.readline() == b"listening\n"
+            pid = client.ask("start", name="web")["pid"]
+            with client.console("web") as console:
+                console.expect(READY)
+                console.type(b"r")
+            client.wait_for_reboot("web", pid)
+            assert shares_of(vmd, "web") == []
+            assert f"share 0: {path} tag t server\n" in vmctl(vmd, "show", "web").stdout
+            assert client.ask("stop", name="web", force=True, wait=True)["type"] == "terminated"
+            assert server.wait(TIMEOUT_S) == 0
 
 
 def test_shares_of_start(tmp_path: Path) -> None:
