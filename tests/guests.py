@@ -269,6 +269,46 @@ def hanging(slot: int) -> bytes:
     )
 
 
+def hanging_once(slot: int) -> bytes:
+    """Return a guest that hangs like `hanging`, unless the watchdog has timed out before.
+
+    Then it ends with 42 as its debug exit. The watchdog's registers are at 0xd0000000, which it
+    reaches with 32-bit addresses in real mode. For `firmware`.
+    """
+    function = 0x8000_0000 | slot << 11
+    configure = b"".join(
+        bytes.fromhex("66b8")  # mov $register, %eax
+        + _u32(function | register)
+        + bytes.fromhex("baf80c66ef")  # mov $0xcf8, %dx; out %eax, %dx
+        + bytes.fromhex("66b8")  # mov $value, %eax
+        + _u32(value)
+        + bytes.fromhex("bafc0c66ef")  # mov $0xcfc, %dx; out %eax, %dx
+        for register, value in ((0x10, 0xD000_0000), (0x04, 2))  # BAR 0, command: memory
+    )
+    code = b"".join(
+        (
+            configure,
+            bytes.fromhex("2e0f0116"),  # lgdt %cs:gdt
+            _u16(_GDT_AT),
+            bytes.fromhex("0f20c00c010f22c0"),  # mov %cr0, %eax; or $1, %al; mov %eax, %cr0
+            bytes.fromhex("bb08008edb"),  # mov $8, %bx; mov %bx, %ds
+            bytes.fromhex("24fe0f22c0"),  # and $0xfe, %al; mov %eax, %cr0
+            bytes.fromhex("6766a10c0000d0"),  # mov 0xd000000c, %eax
+            bytes.fromhex("f6c402"),  # test $2, %ah
+            bytes.fromhex("7406"),  # jz 1f
+            bytes.fromhex("b02ae6f4"),  # mov $42, %al; out %al, $0xf4
+            bytes.fromhex("ebfe"),  # jmp .
+            hanging(slot),  # 1:
+        )
+    ).ljust(_GDT_AT, b"\0")
+    table = _GDT_AT + 8
+    pointer = _u16(15) + _u32(0xF_0000 + table)
+    return code + pointer.ljust(8, b"\0") + bytes(8) + bytes.fromhex("ffff00000092cf00")
+
+
+_GDT_AT = 0x100
+
+
 def firmware(code: bytes) -> bytes:
     """Return a flat firmware image that runs position-independent `code`."""
     image = bytearray(64 << 10)

@@ -1,6 +1,6 @@
 """Devices that a VM in the foreground has if they are asked for; modules are loaded only then."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,3 +21,11 @@ def own_devices(console: bool, balloon: bool, watchdog: bool) -> "Iterator[Devic
         from vmm_kvm.pci.i6300esb import WatchdogSpec  # noqa: PLC0415 - the same
 
         yield WatchdogSpec()
+
+
+def with_timeout(devices: "Sequence[DeviceSpec]", has_timed_out: bool) -> "tuple[DeviceSpec, ...]":
+    """Return the records for the machine after a reset, whose watchdog knows whose doing it was."""
+    return tuple(
+        one._replace(has_timed_out=has_timed_out) if one.kind == "watchdog" else one
+        for one in devices
+    )

@@ -416,6 +416,12 @@ class Foreground:
                 if resets == _EARLY_RESETS:
                     self._stdio.tell(_RESETS)
                 self._outcome = None
+                from vmctl.foreground.own_devices import (  # noqa: PLC0415 - few VMs are reset
+                    with_timeout,
+                )
+
+                devices = with_timeout(self._spec.devices, machine.has_timed_out)
+                self._spec = self._spec.but(devices=devices)
                 machine = stack.enter_context(self._new_machine())
             self._stdio.finish(discard=isinstance(outcome, Ended) and outcome.discard_output)
         status, message = status_of(self._outcome)

@@ -532,6 +532,7 @@ class Effects:
             self._tell_sent(message.id)
         if vm:
             _remove_new(vm)
+            vm.has_timed_out = message.ending is not None and message.ending.has_timed_out
         self._happened(message.id, event)
 
 

@@ -122,6 +122,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             is_template=vm.state.is_template,
             sev=sev,
             is_sev_es=vm.config.is_sev_es,
+            has_timed_out=vm.has_timed_out,
         )
         stack.pop_all()
     return Resources(spec, opener.fds, Stamp(stamp))

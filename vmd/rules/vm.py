@@ -129,7 +129,7 @@ class Vm:
     __slots__ = (
         *("checked", "config", "has_run", "new_file", "passed", "passed_is_lasting", "requester"),
         *("history", "last_end", "sink", "started_at", "state"),
-        *("captured", "clone_of", "configured", "inherited", "lent", "origin"),
+        *("captured", "clone_of", "configured", "has_timed_out", "inherited", "lent", "origin"),
     )
 
     def __init__(self, config: VmConfig, state: VmState, requester: int) -> None:
@@ -158,6 +158,8 @@ class Vm:
         """Files of the VM that it is a clone of, for all of its starts."""
         self.clone_of = ""
         """The name of that VM."""
+        self.has_timed_out = False
+        """Its watchdog has reset it, and no driver has cleared that: of the last start."""
         self.has_run = False
         """Its guest has been running at some time."""
         self.new_file: str | None = None

@@ -150,7 +150,7 @@ def _own(spec: VmSpec) -> Iterator[BalloonSpec | WatchdogSpec]:
     if spec.has_balloon:
         yield BalloonSpec()
     if spec.has_watchdog:
-        yield WatchdogSpec()
+        yield WatchdogSpec(has_timed_out=spec.has_timed_out)
 
 
 def _tpm(spec: VmSpec, fds: Fds, stack: ExitStack) -> Swtpm | None:

@@ -320,7 +320,8 @@ class VmProcess:
         if self._is_sent:
             _tell(self._channel, VmEnding(reason=EndReason.SENT))
         elif self._outcome or self._shutdown.has_begun:
-            _tell(self._channel, ending(self._outcome, self._shutdown))
+            has_timed_out = self._machine.has_timed_out
+            _tell(self._channel, ending(self._outcome, self._shutdown, has_timed_out))
 
     def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome

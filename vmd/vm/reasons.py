@@ -45,8 +45,8 @@ def why_not_sent(failure: "VmmError | OSError") -> tuple[ErrorCode, str]:
     return send_code(failure), (text or str(failure))[:TEXT_MAX]
 
 
-def ending(outcome: Outcome | None, shutdown: Shutdown) -> VmEnding:
-    """Return how a guest has ended."""
+def ending(outcome: Outcome | None, shutdown: Shutdown, has_timed_out: bool) -> VmEnding:
+    """Return how a guest has ended, and if by a reset, whether its watchdog has timed out."""
     if shutdown.has_begun:
         if shutdown.is_over and outcome is None:
             text = "the guest did not stop in time"
@@ -54,9 +54,10 @@ def ending(outcome: Outcome | None, shutdown: Shutdown) -> VmEnding:
         return VmEnding(reason=EndReason.STOPPED)
     match outcome:
         case Ending.REBOOT:
-            return VmEnding(reason=EndReason.REBOOT)
+            return VmEnding(reason=EndReason.REBOOT, has_timed_out=has_timed_out)
         case TripleFault(message):
-            return VmEnding(reason=EndReason.REBOOT, message=message)
+            reason = EndReason.REBOOT
+            return VmEnding(reason=reason, message=message, has_timed_out=has_timed_out)
         case Crash(message):
             return VmEnding(reason=EndReason.CRASHED, message=message)
         case DebugExitStatus(value):

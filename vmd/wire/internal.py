@@ -339,6 +339,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     sev: int | None = None
     """Index of the descriptor of /dev/sev, if its memory is to be encrypted."""
     is_sev_es: bool = False
+    has_timed_out: bool = False
+    """Its watchdog has reset it before this start."""
 
 
 class LaunchVm(Internal, frozen=True, kw_only=True):
@@ -493,6 +495,8 @@ class VmEnding(Internal, frozen=True, kw_only=True):
     code: ErrorCode = ErrorCode.EIO
     """Where it could not be made."""
     message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)] = ""
+    has_timed_out: bool = False
+    """After a reset: its watchdog has ended, and no driver has cleared that."""
 
 
 _Went = VmPaused | VmHalted | VmUnpaused | VmMigrating | VmSent | VmCaptured

@@ -199,7 +199,6 @@ class Machine:
         self.close()
 
     # Operations; none of them on a vCPU thread
-
     def start(self) -> None:
         """Let every vCPU run; once."""
         if self._output:
@@ -217,6 +216,7 @@ class Machine:
         """
         if self._devices.console:
             self._devices.console.throttle(hold)
+        self._devices.stand_still("throttled", is_still=hold)
         throttle(self._vmm, self._vm_id, hold=hold)
 
     def receive(self, data: bytes) -> int:
@@ -234,6 +234,11 @@ class Machine:
         """Tell the guest how large the screen behind hvc0 is; each up to 65535."""
         if self._devices.console:
             self._devices.console.resize(columns, rows)
+
+    @property
+    def has_timed_out(self) -> bool:
+        """Whether its watchdog has reset it, which no driver has cleared; also after `close`."""
+        return self._devices.has_timed_out
 
     @property
     def vsock(self) -> "VirtioVsock | None":
@@ -261,6 +266,7 @@ class Machine:
         threads have ended: only other processes change guest memory, until `machine.state.save`
         stops them. Of the machine's threads only those of vCPUs are left, and wait.
         """
+        self._devices.stand_still("paused")
         primitives.pause(self._vmm, self._vm_id)
         self._devices.settle()
         self._devices.suspend()
@@ -275,6 +281,7 @@ class Machine:
         self._devices.resume()
         self._devices.prepare_to_resume()
         primitives.unpause(self._vmm, self._vm_id)
+        self._devices.stand_still("paused", is_still=False)
         self._devices.announce()
 
     # For a debugger: only vCPUs stop
@@ -284,6 +291,7 @@ class Machine:
         With every one, returns when they are out; without `wait` at once.
         """
         held = range(self.spec.cpus) if vcpus is None else tuple(vcpus)
+        self._devices.stand_still("debugged", is_still=bool(held))
         hold_vcpus(self._vmm, self._vm_id, held, wait=wait)
 
     def vcpu(self, index: int) -> Vcpu:

@@ -185,22 +185,29 @@ class Devices:
 
     def suspend(self) -> None:
         """Stop every device's thread, with nothing forgotten; when no vCPU runs."""
-        if self._watchdog:
-            self._watchdog.suspend()
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.suspend()
 
     def resume(self) -> None:
         """Let every device continue; before a vCPU runs."""
-        if self._watchdog:
-            self._watchdog.resume()
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.resume()
 
+    def stand_still(self, reason: str, *, is_still: bool = True) -> None:
+        """Have a watchdog wait while the guest cannot run, or go on; any thread."""
+        if self._watchdog:
+            (self._watchdog.suspend if is_still else self._watchdog.resume)(reason)
+
+    @property
+    def has_timed_out(self) -> bool:
+        """Whether a watchdog has reset the machine, and no driver has cleared that."""
+        return self._watchdog is not None and self._watchdog.has_timed_out
+
     def bind_again(self) -> None:
         """Bind all notifications again, in a VM that replaces the machine's one before."""
+        self.stand_still("throttled", is_still=False)  # its output has a reader of its own
         for function in self._functions.values():
             if isinstance(function, VirtioPci):
                 function.bind_again()
@@ -330,7 +337,9 @@ class Devices:
             case "watchdog":
                 from vmm_kvm.pci.i6300esb import Watchdog  # noqa: PLC0415 - see above
 
-                self._watchdog = Watchdog(self._clock, self._on_bite)
+                self._watchdog = Watchdog(
+                    self._clock, self._on_bite, has_timed_out=spec.has_timed_out
+                )
                 self._functions[self._host.next_slot] = self._watchdog
                 self._host.add(self._watchdog.function)
             case "vmmci":

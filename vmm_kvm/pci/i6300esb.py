@@ -4,7 +4,9 @@ Two timers run one after the other. The driver loads both and starts them, and h
 before the second one ends; else the machine is reset. Linux has a driver, i6300esb, as QEMU has
 this device. The interrupt after the first timer goes to nobody, as in QEMU: drivers switch it off.
 
-The timers stand still while the machine does: a paused guest cannot reload them.
+The timers stand still while the machine does, for any reason: the guest cannot reload them then.
+After the reset, a register says that they have ended, until the driver clears that: the watchdog of
+the next machine is made with it.
 
 Locks: `lock`, taken by the bus and by every public method, also with the host bridge's lock held.
 
@@ -30,6 +32,8 @@ SIZE = 16
 """Bytes of registers in memory."""
 PRELOAD_MAX = 0xFFFFF
 """Of a timer, in ticks."""
+PAUSED = "paused"
+"""Why the timers stand still after `restore`."""
 CONFIG, CONTROL = 0x60, 0x68
 """Offsets of its registers in configuration space."""
 
@@ -80,6 +84,8 @@ class WatchdogSpec(NamedTuple):
     """A watchdog of a machine."""
 
     kind: Literal["watchdog"] = "watchdog"
+    has_timed_out: bool = False
+    """It has reset the machine before this one, and no driver has looked yet."""
 
 
 class WatchdogState(PartState):
@@ -105,20 +111,22 @@ class Watchdog:
     `on_bite` is called, on the clock's thread, when the guest has not reloaded in time.
     """
 
-    def __init__(self, clock: Clock, on_bite: Callable[[], None]) -> None:
-        """Make one that is not enabled."""
+    def __init__(
+        self, clock: Clock, on_bite: Callable[[], None], *, has_timed_out: bool = False
+    ) -> None:
+        """Make one that is not enabled; `has_timed_out` is from before a reset."""
         self.lock = threading.Lock()
         self._clock = clock
         self._on_bite = on_bite
         self._timer = clock.timer(self._expire)
         self._deadline_ns: int | None = None
         self._left_ns: int | None = None  # while the machine is paused
-        self._is_still = False
+        self._still: set[str] = set()
         self._preloads = [PRELOAD_MAX, PRELOAD_MAX]
         self._config = Config(0)
         self._control = Control(0)
         self._unlocked = 0
-        self._has_timed_out = False
+        self._has_timed_out = has_timed_out
         self._stage = 0
         self.function = PciFunction(
             vendor_id=VENDOR_INTEL, device_id=DEVICE_ID, class_code=CLASS_SYSTEM_OTHER
@@ -139,21 +147,29 @@ class Watchdog:
 
     # Time
 
-    def suspend(self) -> None:
-        """Stop the timers: the machine is paused. Idempotent."""
+    def suspend(self, reason: str = PAUSED) -> None:
+        """Stop the timers; again changes nothing."""
         with self.lock:
-            if not self._is_still:
-                self._left_ns = self._left()
+            if not self._still:
+                left_ns = self._left()
                 self._disarm()
-                self._is_still = True
+                self._left_ns = left_ns
+            self._still.add(reason)
 
-    def resume(self) -> None:
-        """Let the timers continue; idempotent."""
+    def resume(self, reason: str = PAUSED) -> None:
+        """Let the timers continue, unless there is another reason; again changes nothing."""
         with self.lock:
-            if self._is_still:
-                self._is_still = False
-                if self._left_ns is not None:
-                    self._arm(self._left_ns)
+            if reason not in self._still:
+                return
+            self._still.remove(reason)
+            if not self._still and self._left_ns is not None:
+                self._arm(self._left_ns)
+                self._left_ns = None
+
+    @property
+    def has_timed_out(self) -> bool:
+        """Whether it has ended, and no driver has cleared that; any thread."""
+        return self._has_timed_out
 
     def close(self) -> None:
         """Stop the timers for good."""
@@ -161,18 +177,21 @@ class Watchdog:
             self._disarm()
 
     def _left(self) -> int | None:
-        if self._is_still:
+        if self._still:
             return self._left_ns
         if self._deadline_ns is None:
             return None
         return min(max(0, self._deadline_ns - self._clock.monotonic_ns()), LEFT_MAX_NS)
 
     def _arm(self, left_ns: int) -> None:
+        if self._still:  # a vCPU's last access on its way out of the guest
+            self._left_ns = left_ns
+            return
         self._deadline_ns = self._clock.monotonic_ns() + left_ns
         self._timer.arm(self._deadline_ns)
 
     def _disarm(self) -> None:
-        self._deadline_ns = None
+        self._deadline_ns = self._left_ns = None
         self._timer.cancel()
 
     def _begin(self, stage: int) -> None:
@@ -281,5 +300,5 @@ class Watchdog:
             self._unlocked = state.unlocked
             self._has_timed_out = state.has_timed_out
             self._stage = state.stage
-            self._is_still = True
+            self._still.add(PAUSED)
             self._left_ns = state.left_ns

@@ -31,3 +31,19 @@ def test_a_hanging_guest(start_vmd: Start, tmp_path: Path) -> None:
         assert client.ask("unpause", name="hangs")["type"] == "done"
         vmd.wait_for_log(HANGS)
         client.wait_for_state("hangs", "running")
+
+
+def test_the_guest_learns_who_has_reset_it(start_vmd: Start, tmp_path: Path) -> None:
+    """The watchdog's "timed out" is there after the reset, and not at the start before it."""
+    image = tmp_path / "hangs"
+    image.write_bytes(guests.firmware(guests.hanging_once(2)))
+    config = f'vm "hangs" {{\nboot "{image}"\nmemory 16M\nwatchdog\ndisable\n}}\n'
+    with start_vmd(config) as vmd, vmd.client() as client:
+        for _ in range(2):
+            bites = vmd.log.read_text().count(HANGS)
+            assert client.ask("start", name="hangs")["type"] == "started"
+            client.wait_for_state("hangs", "stopped")
+            assert vmd.log.read_text().count(HANGS) == bites + 1
+            end = client.vm("hangs")["last_end"]
+            assert isinstance(end, dict)
+            assert end["message"] == "debug exit 0x2a"

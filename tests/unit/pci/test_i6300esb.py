@@ -31,10 +31,10 @@ TICKS = TIMEOUT_S << 9  # of each timer, as Linux has it: a tick is about a mill
 class Rig:
     """A watchdog, its driver, and how often it has bitten."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_timed_out: bool = False) -> None:
         self.clock = FakeClock()
         self.bites = 0
-        self.device = Watchdog(self.clock, self._bite)
+        self.device = Watchdog(self.clock, self._bite, has_timed_out=has_timed_out)
 
     def _bite(self) -> None:
         assert not self.device.lock.locked()
@@ -174,6 +174,39 @@ def test_a_paused_guest_is_not_bitten() -> None:
         rig.device.resume()
     assert rig.wait(1.4) == 0  # a tick is a bit less than a millisecond's 1/1024
     assert rig.wait(0.2) == 1
+
+
+def test_every_reason_stops_the_timers() -> None:
+    """They continue when the last reason is gone, and begin nothing meanwhile."""
+    rig = Rig()
+    rig.device.suspend("debugged")
+    rig.begin()
+    rig.device.suspend()
+    assert rig.wait(1000) == 0
+    rig.device.resume()
+    rig.device.resume("throttled")
+    assert rig.wait(1000) == 0
+    rig.device.resume("debugged")
+    assert rig.wait(30.4) == 0
+    assert rig.wait(0.3) == 1
+    rig.device.suspend("debugged")
+    rig.configure(CONTROL, 1, 0)
+    rig.device.resume("debugged")
+    assert rig.wait(1000) == 1
+
+
+def test_a_reset_is_remembered_until_the_driver_has_seen_it() -> None:
+    """The next machine's watchdog says that the last one's has bitten; a driver clears that."""
+    rig = Rig()
+    assert not rig.device.has_timed_out
+    rig.begin()
+    assert rig.wait(31) == 1
+    assert rig.device.save().has_timed_out
+    after = Rig(has_timed_out=True)
+    assert after.read(Register.RELOAD, 2) == Reload.TIMEOUT
+    after.change(Register.RELOAD, Reload.TIMEOUT | Reload.RELOAD, 2)
+    assert after.read(Register.RELOAD, 2) == 0
+    assert not after.device.has_timed_out
 
 
 def test_a_restored_one_goes_on_when_the_machine_does() -> None:
