@@ -64,6 +64,7 @@ from vmd.wire.internal import (
     VmCommand,
     VmExited,
     VmHalted,
+    VmHeld,
     VmLaunched,
     VmLaunchFailed,
     VmPaused,
@@ -424,6 +425,10 @@ class Effects:
                 self._happened(vm_id, vm_state.LaunchFailed(code, text))
             case FromVm(id=vm_id, report=report):
                 self._reported(vm_id, report, fds)
+            case VmHeld(id=vm_id, message=text):
+                if vm := self._registry.find(vm_id, ""):
+                    log.warning("vm/%s: %s", vm.name, text)
+                self._happened(vm_id, vm_state.Held(text))
             case VmExited():
                 self._exited(message)
             case _:

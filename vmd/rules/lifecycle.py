@@ -22,6 +22,7 @@ Source: sections 7 and 8 of OpenBSD's behaviour, with the advice of its section 
 
 from typing import assert_never
 
+from vmd.rules.replies import NOT_RUNNING, done, failed, not_running, terminated
 from vmd.rules.vm_state import (
     IDLE,
     Attach,
@@ -37,6 +38,7 @@ from vmd.rules.vm_state import (
     Exited,
     Forget,
     Halted,
+    Held,
     Kill,
     Launch,
     Launched,
@@ -71,14 +73,11 @@ from vmd.rules.vm_state import (
 )
 from vmd.wire.internal import EndReason
 from vmd.wire.messages import (
-    Done,
     EndCause,
     ErrorCode,
     EventKind,
-    Failed,
     Started,
     State,
-    Terminated,
 )
 from vmm_kvm.errors import HaltReason
 
@@ -89,7 +88,6 @@ EARLY_MAX = 3
 
 
 _ORDERLY = {EndReason.POWER_OFF, EndReason.REBOOT, EndReason.STOPPED, EndReason.SENT}
-_NOT_RUNNING = "the VM is not running"
 _PAUSED = {Phase.PAUSING, Phase.PAUSED}
 _BEING_SENT = "the VM is being sent"
 _IS_TEMPLATE = "it is a template, and stays as it is for its clones"
@@ -125,7 +123,9 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             return _stop(vm, event)
         case Wait(ticket):
             if vm.phase in IDLE:
-                return vm, (_not_running(ticket),)
+                return vm, (not_running(ticket),)
+            if vm.held:
+                return vm, failed(ticket, ErrorCode.EBUSY, vm.held)
             return vm._replace(waiters=(*vm.waiters, ticket)), ()
         case Pause(ticket):
             return _pause(vm, ticket)
@@ -137,7 +137,7 @@ def step(vm: VmState, event: Event, now: float) -> Step:
         case Capture(ticket):
             if vm.is_template and vm.phase is Phase.RUNNING:
                 text = "the template still runs: it has to be paused"
-                return vm, _failed(ticket, ErrorCode.EBUSY, text)
+                return vm, failed(ticket, ErrorCode.EBUSY, text)
             return _send(vm, ticket, SendCapture())
         case Attach(ticket):
             return _attach(vm, ticket)
@@ -145,6 +145,8 @@ def step(vm: VmState, event: Event, now: float) -> Step:
             if vm.phase is not Phase.STOPPED:
                 return vm, ()
             return vm._replace(phase=Phase.WAITING), (Publish(EventKind.WAITING),)
+        case Held(message):
+            return _held(vm, message)
         case Overdue():
             return _overdue(vm)
         case Discard():
@@ -201,14 +203,14 @@ def _start(vm: VmState, event: Start, now: float) -> Step:
     if vm.phase is Phase.STARTING and vm.starter is None and ticket:
         return vm._replace(starter=ticket), ()  # in its turn, or anew: that is the request
     if vm.phase not in IDLE:
-        return vm, _failed(ticket, ErrorCode.EALREADY, why_already(vm.phase))
+        return vm, failed(ticket, ErrorCode.EALREADY, why_already(vm.phase))
     if ticket is None and vm.phase is Phase.STOPPED:  # started or stopped by hand meanwhile
         return vm, ()
     vm, is_allowed = _count_start(vm, now)
     if not is_allowed:
         text = _too_quickly(vm)
         stopped, effects = _stopped(vm, Publish(EventKind.FAILED, text, End(EndCause.FAILED)))
-        return stopped, (*_failed(ticket, ErrorCode.EPERM, text), *effects)
+        return stopped, (*failed(ticket, ErrorCode.EPERM, text), *effects)
     return (
         vm._replace(
             phase=Phase.STARTING,
@@ -223,24 +225,26 @@ def _start(vm: VmState, event: Start, now: float) -> Step:
 def _stop(vm: VmState, event: Stop) -> Step:
     ticket = event.ticket
     if vm.phase is Phase.STOPPED:
-        return vm, _failed(ticket, ErrorCode.NOT_RUNNING, _NOT_RUNNING)
+        return vm, failed(ticket, ErrorCode.NOT_RUNNING, NOT_RUNNING)
     if vm.phase is Phase.WAITING:
-        answer = _terminated if event.wait else _done
+        answer = terminated if event.wait else done
         stopped, effects = _stopped(vm, Publish(EventKind.STOPPED, "it starts no more in its turn"))
         return stopped, (*((answer(vm, ticket),) if ticket else ()), *effects)
+    if vm.held:
+        return vm, failed(ticket, ErrorCode.EBUSY, vm.held)
     if vm.phase is Phase.STOPPING and not event.force:
-        return vm, _failed(ticket, ErrorCode.EALREADY, "the VM is stopping")
+        return vm, failed(ticket, ErrorCode.EALREADY, "the VM is stopping")
     force = event.force
     if _is_in_doubt(vm) and not force:
         if ticket:
             text = "it may run on another host: if it does, use stop -f"
-            return vm, _failed(ticket, ErrorCode.EBUSY, text)
+            return vm, failed(ticket, ErrorCode.EBUSY, text)
         force = True  # its guest must not be asked, for that it would have to run
     reply: tuple[Effect, ...] = ()
     if ticket and event.wait:
         vm = vm._replace(waiters=(*vm.waiters, ticket))
     elif ticket:
-        reply = (_done(vm, ticket),)
+        reply = (done(vm, ticket),)
     stopping, effects = _stopping(vm, force=force)
     return stopping, (*reply, *effects)
 
@@ -250,7 +254,7 @@ def _stopping(vm: VmState, *, force: bool) -> Step:
     effects: list[Effect] = []
     if vm.phase is not Phase.STOPPING:
         effects.append(Publish(EventKind.STOPPING))
-        effects += _failed(vm.starter, ErrorCode.EINTR, "the VM stops")
+        effects += failed(vm.starter, ErrorCode.EINTR, "the VM stops")
         effects += _interrupt(vm)
         if vm.phase is Phase.SENDING:  # what becomes of the stream is not known yet
             effects.append(CancelSend())
@@ -267,18 +271,18 @@ def _send(
 ) -> Step:
     match vm.phase:
         case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
-            return vm, (_not_running(ticket),)
+            return vm, (not_running(ticket),)
         case Phase.STARTING:
-            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
+            return vm, failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
         case Phase.PAUSING | Phase.UNPAUSING:
-            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is being paused, or goes on")
+            return vm, failed(ticket, ErrorCode.EAGAIN, "the VM is being paused, or goes on")
         case Phase.SENDING:
-            return vm, _failed(ticket, ErrorCode.EALREADY, _BEING_SENT)
+            return vm, failed(ticket, ErrorCode.EALREADY, _BEING_SENT)
         case Phase.PAUSED if vm.halt:
             text = "a request of a disk waits for the host"
             if _is_in_doubt(vm):
                 text = "it may run on another host"
-            return vm, _failed(ticket, ErrorCode.EBUSY, text)
+            return vm, failed(ticket, ErrorCode.EBUSY, text)
         case Phase.RUNNING | Phase.PAUSED:
             was_paused = vm.phase is Phase.PAUSED
             vm = vm._replace(
@@ -292,17 +296,17 @@ def _send(
 def _pause(vm: VmState, ticket: Ticket) -> Step:
     match vm.phase:
         case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
-            return vm, (_not_running(ticket),)
+            return vm, (not_running(ticket),)
         case Phase.STARTING:
-            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
+            return vm, failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
         case Phase.RUNNING:
             return vm._replace(phase=Phase.PAUSING, pausers=(ticket,)), (SendPause(),)
         case Phase.PAUSING | Phase.UNPAUSING:
             return vm._replace(pausers=(*vm.pausers, ticket)), ()
         case Phase.PAUSED:
-            return vm, (_done(vm, ticket),)
+            return vm, (done(vm, ticket),)
         case Phase.SENDING:
-            return vm, _failed(ticket, ErrorCode.EBUSY, _BEING_SENT)
+            return vm, failed(ticket, ErrorCode.EBUSY, _BEING_SENT)
         case _:
             assert_never(vm.phase)
 
@@ -311,25 +315,25 @@ def _unpause(vm: VmState, event: Unpause) -> Step:
     ticket = event.ticket
     match vm.phase:
         case Phase.STOPPED | Phase.WAITING | Phase.STOPPING:
-            return vm, (_not_running(ticket),)
+            return vm, (not_running(ticket),)
         case Phase.STARTING:
-            return vm, _failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
+            return vm, failed(ticket, ErrorCode.EAGAIN, "the VM is starting")
         case Phase.RUNNING:
-            return vm, (_done(vm, ticket),)
+            return vm, (done(vm, ticket),)
         case Phase.PAUSING if vm.is_template:
-            return vm, _failed(ticket, ErrorCode.EBUSY, _IS_TEMPLATE)
+            return vm, failed(ticket, ErrorCode.EBUSY, _IS_TEMPLATE)
         case Phase.PAUSING | Phase.UNPAUSING:
             return vm._replace(unpausers=(*vm.unpausers, ticket)), ()
         case Phase.PAUSED if vm.is_template:
-            return vm, _failed(ticket, ErrorCode.EBUSY, _IS_TEMPLATE)
+            return vm, failed(ticket, ErrorCode.EBUSY, _IS_TEMPLATE)
         case Phase.PAUSED if _is_in_doubt(vm) and not event.force:
             text = "it may run on another host: if it does not, use unpause -f"
-            return vm, _failed(ticket, ErrorCode.EBUSY, text)
+            return vm, failed(ticket, ErrorCode.EBUSY, text)
         case Phase.PAUSED:
             unpausing = vm._replace(phase=Phase.UNPAUSING, unpausers=(ticket,))
             return unpausing, (SendUnpause(event.force),)
         case Phase.SENDING:
-            return vm, _failed(ticket, ErrorCode.EBUSY, _BEING_SENT)
+            return vm, failed(ticket, ErrorCode.EBUSY, _BEING_SENT)
         case _:
             assert_never(vm.phase)
 
@@ -339,13 +343,24 @@ def _attach(vm: VmState, ticket: Ticket) -> Step:
         return vm, (OpenConsole(ticket),)
     if vm.phase is Phase.STARTING:
         return vm._replace(watchers=(*vm.watchers, ticket)), ()
-    return vm, (_not_running(ticket),)
+    return vm, (not_running(ticket),)
 
 
 def _overdue(vm: VmState) -> Step:
     if vm.phase is not Phase.STOPPING:
         return vm, ()
     return vm._replace(is_overdue=True), (Kill(),)
+
+
+def _held(vm: VmState, message: str) -> Step:
+    """Tell those who wait for its end that it does not come; it may yet."""
+    if vm.phase in IDLE:
+        return vm, ()
+    effects: tuple[Effect, ...] = ()
+    if vm.phase is not Phase.STOPPING:
+        vm, effects = _stopping(vm, force=True)
+    replies = (each for ticket in vm.waiters for each in failed(ticket, ErrorCode.EBUSY, message))
+    return vm._replace(held=message, waiters=()), (*effects, *replies)
 
 
 def _discard(vm: VmState) -> Step:
@@ -391,7 +406,7 @@ def _running(vm: VmState) -> Step:
 def _paused(vm: VmState) -> Step:
     if vm.phase is not Phase.PAUSING:
         return vm, ()
-    effects: list[Effect] = [_done(vm, ticket) for ticket in vm.pausers]
+    effects: list[Effect] = [done(vm, ticket) for ticket in vm.pausers]
     effects.append(_published_pause(vm))
     vm = vm._replace(pausers=())
     if vm.unpausers:  # a client has unpaused it since
@@ -403,7 +418,7 @@ def _halted(vm: VmState, event: Halted) -> Step:
     if vm.phase is Phase.UNPAUSING and event.reason is HaltReason.IN_DOUBT:
         waiting, vm = vm.unpausers, vm._replace(phase=Phase.PAUSED, halt=event, unpausers=())
         code, text = ErrorCode.EBUSY, event.message
-        return vm, tuple(one for ticket in waiting for one in _failed(ticket, code, text))
+        return vm, tuple(one for ticket in waiting for one in failed(ticket, code, text))
     if vm.phase is Phase.SENDING and event.reason is HaltReason.IN_DOUBT:
         vm = vm._replace(phase=Phase.PAUSED, halt=event)
         vm, told = _told_sender(vm, is_sent=False, message=event.message)
@@ -441,7 +456,7 @@ def _unpaused(vm: VmState) -> Step:
     if vm.phase is not Phase.UNPAUSING:
         return vm, ()
     vm = vm._replace(halt=None)
-    effects: list[Effect] = [_done(vm, ticket) for ticket in vm.unpausers]
+    effects: list[Effect] = [done(vm, ticket) for ticket in vm.unpausers]
     effects.append(Publish(EventKind.UNPAUSED))
     vm = vm._replace(unpausers=())
     if vm.pausers:
@@ -454,7 +469,7 @@ def _silent(vm: VmState, message: str) -> Step:
     effects = (
         effect
         for ticket in (*vm.pausers, *vm.unpausers)
-        for effect in _failed(ticket, ErrorCode.EAGAIN, message)
+        for effect in failed(ticket, ErrorCode.EAGAIN, message)
     )
     return vm._replace(pausers=(), unpausers=()), tuple(effects)
 
@@ -488,7 +503,7 @@ def _told_sender(
     vm = vm._replace(sender=None, was_paused=False, snapshot=None)
     if sender is None:
         return vm, ()
-    return vm, (_done(vm, sender),) if is_sent else _failed(sender, code, message)
+    return vm, (done(vm, sender),) if is_sent else failed(sender, code, message)
 
 
 def _end(vm: VmState, now: float, exited: Exited) -> Step:
@@ -506,15 +521,15 @@ def _end(vm: VmState, now: float, exited: Exited) -> Step:
     )
     replies = [
         *told,
-        *_failed(vm.starter, code, message or "the VM process has ended"),
+        *failed(vm.starter, code, message or "the VM process has ended"),
         *_interrupt(vm),
         # As OpenBSD has it, a reboot ends the wait too.
-        *(_terminated(vm, ticket) for ticket in vm.waiters),
+        *(terminated(vm, ticket) for ticket in vm.waiters),
     ]
     if is_sent:
         replies.append(Publish(EventKind.SENT))
     vm = vm._replace(pid=None, starter=None, waiters=(), pausers=(), unpausers=(), watchers=())
-    vm = vm._replace(halt=None, stays_paused=False)
+    vm = vm._replace(halt=None, stays_paused=False, held="")
     if reason is EndReason.REBOOT and vm.phase is not Phase.STOPPING and not vm.stops_at_reboot:
         vm, is_allowed = _count_start(vm, now)
         if is_allowed:
@@ -575,26 +590,7 @@ def _interrupt(vm: VmState) -> tuple[Effect, ...]:
         *(
             effect
             for ticket in (*vm.pausers, *vm.unpausers)
-            for effect in _failed(ticket, ErrorCode.EINTR, "the VM stops")
+            for effect in failed(ticket, ErrorCode.EINTR, "the VM stops")
         ),
-        *map(_not_running, vm.watchers),
+        *map(not_running, vm.watchers),
     )
-
-
-def _terminated(vm: VmState, ticket: Ticket) -> Effect:
-    return Reply(ticket, Terminated(serial=ticket.serial, id=vm.id))
-
-
-def _done(vm: VmState, ticket: Ticket) -> Effect:
-    return Reply(ticket, Done(serial=ticket.serial, id=vm.id))
-
-
-def _failed(ticket: Ticket | None, code: ErrorCode, message: str) -> tuple[Effect, ...]:
-    if ticket is None:
-        return ()
-    return (Reply(ticket, Failed(serial=ticket.serial, code=code, message=message)),)
-
-
-def _not_running(ticket: Ticket) -> Effect:
-    failed = Failed(serial=ticket.serial, code=ErrorCode.NOT_RUNNING, message=_NOT_RUNNING)
-    return Reply(ticket, failed)

@@ -3,6 +3,8 @@
 from vmd.rules.vm_state import Effect, Reply, Ticket, VmState
 from vmd.wire.messages import Done, ErrorCode, Failed, Terminated
 
+NOT_RUNNING = "the VM is not running"
+
 
 def terminated(vm: VmState, ticket: Ticket) -> Effect:
     """Say that it has ended."""
@@ -19,3 +21,9 @@ def failed(ticket: Ticket | None, code: ErrorCode, message: str) -> tuple[Effect
     if ticket is None:
         return ()
     return (Reply(ticket, Failed(serial=ticket.serial, code=code, message=message)),)
+
+
+def not_running(ticket: Ticket) -> Effect:
+    """Say that it does not run."""
+    (reply,) = failed(ticket, ErrorCode.NOT_RUNNING, NOT_RUNNING)
+    return reply

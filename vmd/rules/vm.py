@@ -236,6 +236,10 @@ def with_states(config: VmConfig, told: VmConfig) -> VmConfig:
     )
 
 
+HELD = "held by the kernel"
+"""The reason for which a VM that was killed is still stopping."""
+
+
 def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
     """Return the description of a VM, without asking its process."""
     config, state = vm.config, vm.state
@@ -247,7 +251,7 @@ def info(vm: Vm, *, is_gone: bool = False) -> VmInfo:
         memory=config.memory or MEMORY_DEFAULT,
         pid=state.pid,
         tty=state.tty,
-        pause_reason=state.halt.reason if state.halt else "",
+        pause_reason=state.halt.reason if state.halt else HELD if state.held else "",
         uid=config.owner.uid or 0,
         gid=config.owner.gid,
         is_from_config=state.is_from_config,

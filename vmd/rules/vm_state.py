@@ -76,6 +76,8 @@ class VmState(NamedTuple):
     """Why it is paused, if no client asked for that."""
     watchers: tuple[Ticket, ...] = ()
     """Clients that get the console as soon as there is a process."""
+    held: str = ""
+    """Why it does not end, though it was killed, if that is so."""
     is_overdue: bool = False
     """Its guest did not stop in time, and it is being ended."""
     sender: Ticket | None = None
@@ -220,6 +222,12 @@ class Silent(NamedTuple):
     message: str = ""
 
 
+class Held(NamedTuple):
+    """Its processes were killed, and the kernel does not let them end; it still may."""
+
+    message: str
+
+
 class Sent(NamedTuple):
     """All of it is written, and it has gone on; for one that ends, `Exited` says so."""
 
@@ -260,6 +268,7 @@ Event = (
     | Attach
     | Enqueue
     | Overdue
+    | Held
     | Discard
     | ClientLeft
     | Launched

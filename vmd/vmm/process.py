@@ -48,6 +48,7 @@ from vmd.wire.internal import (
     VmEnding,
     VmExited,
     VmHalted,
+    VmHeld,
     VmLaunched,
     VmLaunchFailed,
     VmmToParent,
@@ -62,6 +63,7 @@ from vmd.wire.internal import (
 )
 from vmd.wire.leaving import MIGRATING_MAX, SendVm, VmMigrating, VmSent
 from vmd.wire.messages import ErrorCode
+from vmd.wire.parts import TEXT_MAX
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop, LoopTimer
 
@@ -69,6 +71,8 @@ log = Log(__name__)
 
 _DEVICE_GRACE_NS = 30_000_000_000
 """The time for a device process to write back its data, once its VM is gone."""
+_HELD_NS = 10_000_000_000
+"""The time for a process to end that was killed; it has much memory to give back."""
 _VM_HIGH_WATER = 64 << 10
 """Limit of bytes that wait for a VM process that does not read."""
 _ANSWERS: dict[type[VmCommand], type[VmReport]] = {
@@ -116,6 +120,9 @@ class _Vm:
         self.expected = Counter[type[VmReport]](_UNASKED)
         self.status: int | None = None
         self.timer: LoopTimer | None = None
+        """Kills the devices."""
+        self.held: LoopTimer | None = None
+        """Tells that what was killed does not end."""
         self._owes_look = False
 
     def command(self, command: VmCommand, fds: Fds) -> None:
@@ -248,6 +255,27 @@ class Vmm:
             vm.is_doomed = True
             return
         vm.blanks.kill(vm.pid, lambda err: self._cannot_kill(vm, vm.pid, err))
+        self._expect_end(vm)
+
+    def _expect_end(self, vm: _Vm) -> None:
+        if vm.held is None:
+            vm.held = self._loop.timer(lambda: self._tell_held(vm))
+        vm.held.arm(self._loop.monotonic_ns() + _HELD_NS)
+
+    def _tell_held(self, vm: _Vm) -> None:
+        """Say that processes of a VM do not end, unless the zygote that kills them hangs."""
+        if vm.blanks.has_orders:
+            self._expect_end(vm)
+            return
+        if vm.has_failed:
+            return
+        devices = [f"{device.name} (pid {pid})" for pid, device in vm.devices.items()]
+        found = devices if vm.status is not None else [f"its own (pid {vm.pid})", *devices]
+        text = (
+            f"it was killed, and the kernel does not let processes end: {', '.join(found)};"
+            " a file system may not answer"
+        )
+        self._tell(VmHeld(id=vm.id, message=text[:TEXT_MAX]))
 
     def _cannot_kill(self, vm: _Vm, pid: int, err: ForkError) -> None:
         """Have the parent kill a process of a VM, as the zygote does not."""
@@ -485,6 +513,8 @@ class Vmm:
 
     def _vm_ended(self, vm: _Vm, status: int) -> None:
         vm.status = status
+        if vm.held:
+            vm.held.cancel()
         if vm.channel:
             self._drain(vm.channel, vm)
             vm.channel.close()
@@ -519,12 +549,14 @@ class Vmm:
         for pid, device in vm.devices.items():
             log.warning("vm/%s/%s: its process does not end: killed", vm.name, device.name)
             vm.blanks.kill(pid, partial(self._cannot_kill, vm, pid))
+        self._expect_end(vm)
 
     def _forget(self, vm: _Vm) -> None:
         del self._vms[vm.id]
         vm.blanks.release(vm.uid)
-        if vm.timer:
-            vm.timer.cancel()
+        for timer in (vm.timer, vm.held):
+            if timer:
+                timer.cancel()
         if vm.status is not None and not vm.has_failed:
             self._tell(VmExited(id=vm.id, pid=vm.pid, status=vm.status, ending=vm.ending))
         self._end_if_useless()

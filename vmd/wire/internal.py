@@ -543,6 +543,13 @@ class VmExited(Internal, frozen=True, kw_only=True):
     """What it said last, if it could."""
 
 
+class VmHeld(Internal, frozen=True, kw_only=True):
+    """Processes of a VM were killed and do not end; `VmExited` follows if they ever do."""
+
+    id: int
+    message: Annotated[str, msgspec.Meta(max_length=TEXT_MAX)]
+
+
 class EndHung(Internal, frozen=True, kw_only=True):
     """End a VM's process, as the zygote that could hangs; a pidfd of it comes along."""
 
@@ -551,7 +558,7 @@ class EndHung(Internal, frozen=True, kw_only=True):
 
 
 ParentToVmm = LaunchVm | KillVm | ToVm | SetVerbosity
-AboutVm = VmLaunched | VmLaunchFailed | FromVm | VmExited
+AboutVm = VmLaunched | VmLaunchFailed | FromVm | VmHeld | VmExited
 VmmToParent = AboutVm | EndHung
 
 

@@ -474,7 +474,8 @@ class VmInfo(Part, frozen=True, kw_only=True, forbid_unknown_fields=False, omit_
     """Path of the console; empty if there is none."""
     pause_reason: str = ""
     """Why it paused itself: `no space` or `I/O error`, of a disk;
-    `in doubt` if it was handed over and may run elsewhere."""
+    `in doubt` if it was handed over and may run elsewhere. `held by the kernel` if it was killed,
+    and its processes wait for a file system."""
     uid: int = 0
     """Of the owner."""
     gid: int | None = None

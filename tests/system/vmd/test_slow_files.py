@@ -24,6 +24,10 @@ pytestmark = [
 
 _ANSWER_S = 30.0
 """A busy machine answers within this time; a hanging file system never does."""
+_IMPATIENT = (
+    "from vmd.vmm import process as vmm; vmm._DEVICE_GRACE_NS = vmm._HELD_NS = 1_000_000_000"
+)
+_RUN = "import runpy; runpy.run_module('vmd', run_name='__main__', alter_sys=True)"
 _OTHER = 65533
 """A third user, neither root nor the first."""
 
@@ -121,6 +125,39 @@ def test_a_file_that_is_never_closed(vmd: Daemon, fuse: FuseMount, reachable: Pa
     while _has_files(control, reachable / "mount"):
         assert time.monotonic() < deadline, "control has files of a client that has gone"
         time.sleep(0.1)
+
+
+def test_the_end_of_a_vm_that_the_kernel_holds(reachable: Path, fuse: FuseMount) -> None:
+    """Whoever waits for the end of a VM whose disk hangs is told so; it ends when it can."""
+    program = ("-c", f"{_IMPATIENT}\n{_RUN}")
+    disk = f'disk "{reachable}/mount/disk" format raw'
+    config = vm_block("one", disk, enabled=True) + vm_block("two", enabled=True)
+    with (
+        Daemon(reachable, config, is_user=False, program=program) as vmd,
+        vmd.client(_ANSWER_S) as client,
+        vmd.client(_ANSWER_S) as waiter,
+    ):
+        client.wait_for_state("one", "running")
+        waiter.send("wait", name="one")
+        try:
+            fuse.hang(Call.FLUSH, Call.WRITE, Call.RELEASE, Call.GETATTR)
+            answer = client.ask("stop", name="one", force=True, wait=True)
+            assert (answer["type"], answer["code"]) == ("failed", "EBUSY")
+            text = answer["message"]
+            assert isinstance(text, str)
+            assert "the kernel does not let processes end: disk0 (pid " in text
+            assert waiter.receive()[0]["message"] == text
+            vmd.wait_for_log(f"vm/one: {text}")
+            vm = client.vm("one")
+            assert (vm["state"], vm["pause_reason"]) == ("stopping", "held by the kernel")
+            for request in ({"kind": "wait"}, {"kind": "stop", "force": True, "wait": True}):
+                assert client.ask(name="one", **request)["message"] == text
+            assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
+            assert client.ask("start", name="two")["type"] == "started"
+        finally:
+            fuse.end()
+        client.wait_for_state("one", "stopped")
+        assert client.vm("one")["pause_reason"] == ""
 
 
 @pytest.mark.parametrize("is_passed", [True, False], ids=["passed", "named"])

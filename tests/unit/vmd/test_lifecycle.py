@@ -28,6 +28,7 @@ from vmd.rules.vm_state import (
     Event,
     Exited,
     Halted,
+    Held,
     Launched,
     LaunchFailed,
     Migrating,
@@ -79,6 +80,7 @@ EVENTS: dict[str, Event] = {
     "halted": Halted(HaltReason.NO_SPACE, "/disk.img: No space left on device"),
     "unpaused": Unpaused(),
     "silent": Silent("it does not answer"),
+    "held": Held("disk0 does not end"),
     "captured": Captured(),
     "sent": Sent(),
     "send failed": SendFailed(ErrorCode.EIO, "broken pipe"),
@@ -424,6 +426,17 @@ TABLE = {
         "sending": "running: sender=done",
         "stopping": "stopping:",
     },
+    "held": {
+        "stopped": "stopped:",
+        "waiting": "waiting:",
+        "starting": "stopping: +stopping starter!EINTR kill waiter!EBUSY",
+        "running": "stopping: +stopping kill waiter!EBUSY",
+        "pausing": "stopping: +stopping pauser!EINTR kill waiter!EBUSY",
+        "paused": "stopping: +stopping kill waiter!EBUSY",
+        "unpausing": "stopping: +stopping unpauser!EINTR kill waiter!EBUSY",
+        "sending": "stopping: +stopping cancel kill waiter!EBUSY",
+        "stopping": "stopping: waiter!EBUSY",
+    },
     "silent": {
         "stopped": "stopped:",
         "waiting": "waiting:",
@@ -733,8 +746,7 @@ def test_how_a_vm_ended_is_told() -> None:
     assert end(stopping, Exited(None, message="signal 9", status=-9)) == ("killed", -9, "signal 9")
     overdue = end(stopping, Exited(None, status=-9), is_overdue=True)
     assert overdue == ("killed", -9, "the guest did not stop in time")
-    failed = end(Phase.STARTING, LaunchFailed(ErrorCode.EIO, "no disk"))
-    assert failed == ("failed", None, "no disk")
+    assert end(Phase.STARTING, LaunchFailed(ErrorCode.EIO, "gone")) == ("failed", None, "gone")
     rebooted = end(running, Exited(EndReason.REBOOT, status=0), stops_at_reboot=True)
     assert rebooted == ("reboot", 0, "")
 
