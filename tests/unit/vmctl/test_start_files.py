@@ -10,8 +10,9 @@ import pytest
 from tests.unit.vmctl.conftest import Serve
 from vmctl.line.cli import main as vmctl
 from vmd.wire.messages import Start, Started
-from vmd.wire.parts import DiskRequest
+from vmd.wire.parts import DiskRequest, ShareRequest
 from vmm_kvm.images.create import create_qcow2
+from vmm_kvm.limits import SHARES_MAX
 
 STARTED = Started(id=7, pid=700, tty="/dev/pts/7")
 
@@ -78,3 +79,40 @@ def test_a_snapshot_is_only_read(serve: Serve, tmp_path: Path) -> None:
     assert isinstance(request, Start)
     wanted = DiskRequest(path=str(image), chain=(0,), format="raw", is_snapshot=True)
     assert request.disks == (wanted,)
+
+
+def test_start_opens_the_directories_of_shares(serve: Serve, tmp_path: Path) -> None:
+    """Each is sent open, under its real path; it is written to unless that is refused."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "link").symlink_to("src")
+    daemon = serve(lambda _: [STARTED])
+    shares = ("--share", f"{tmp_path}/link:/src:ro", "--share", f"{tmp_path}:all")
+    assert vmctl(["start", "--selftest", *shares, "web"]) == 0
+    (request,) = daemon.requests
+    assert isinstance(request, Start)
+    assert request.shares == (
+        ShareRequest(path=f"{tmp_path}/src", tag="/src", directory=0, is_read_only=True),
+        ShareRequest(path=str(tmp_path), tag="all", directory=1),
+    )
+    assert daemon.fd_counts == [3]
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        (("{0}",), "invalid share: {0}: not directory:tag"),
+        (("{0}:a", "{0}:a:ro"), "two shares have the tag a"),
+        (("{0}/none:a",), "invalid share path: {0}/none: No such file or directory"),
+        (("{0}/file:a",), "cannot open share '{0}/file': Not a directory"),
+        (("vhost-user:s:a",), "invalid share: vhost-user:s:a: only for 'vmctl run' and vm.conf"),
+        (tuple(f"{{0}}:{at}" for at in range(SHARES_MAX + 1)), "too many shares"),
+    ],
+)
+def test_start_refuses_what_cannot_be_shared(
+    shares: tuple[str, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says why; no daemon is asked."""
+    (tmp_path / "file").touch()
+    words = [word for one in shares for word in ("--share", one.format(tmp_path))]
+    assert vmctl(["start", "--selftest", *words, "web"]) == 1
+    assert capsys.readouterr().err == f"vmctl: {told.format(tmp_path)}\n"
