@@ -11,7 +11,7 @@ import pytest
 
 from tests.browser import Browser, missing_chromium
 from tests.system.vmd.conftest import missing_separation
-from tests.system.vmd.daemon import Daemon, vm_block
+from tests.system.vmd.daemon import Client, Daemon, vm_block
 from tests.system.vmd.users import USER
 from tests.web import WebServer
 
@@ -76,6 +76,26 @@ def pictures(page: Browser, name: str) -> None:
     page.resize(WIDTHS[0], 900)
 
 
+def save_snapshots(page: Browser, client: Client) -> None:
+    """Save a snapshot in a VM's details; a name that is none, or has one, is refused in words."""
+    for name, said in (
+        ("", "invalid snapshot name"),
+        ("one", "saved as one"),
+        ("one", "there is a snapshot one"),
+        ("two", "saved as two"),
+    ):
+        page.click("document.getElementById('snapshot-name')")
+        page.value("document.getElementById('snapshot-name').value = ''")
+        page.type(name)
+        page.click("document.getElementById('snapshot')")
+        page.wait_for(f"document.getElementById('details-said').textContent.includes('{said}')")
+    pictures(page, "snapshot")
+    kept = client.ask("snapshots")["snapshots"]
+    assert isinstance(kept, list)
+    assert sorted(one["name"] for one in kept) == ["one", "two"]
+    assert client.vm("web")["state"] == "running"
+
+
 def test_a_person(reachable: Path) -> None:
     """The link logs in; a VM is started, watched, typed to, paused, continued, and stopped."""
     config = vm_block("web") + vm_block("a-name-that-is-as-long-as-names-of-build-runners-are")
@@ -113,6 +133,7 @@ def test_a_person(reachable: Path) -> None:
         pictures(page, "details")
         page.click("document.getElementById('clone')")
         page.wait_for("document.getElementById('details-said').textContent === 'web-1'")
+        save_snapshots(page, client)
         page.click("document.getElementById('details-close')")
         wait_for_state(page, "web-1", "running")
 
@@ -120,8 +141,10 @@ def test_a_person(reachable: Path) -> None:
         wait_for_state(page, "web", "stopped")
         page.wait_for("document.getElementById('console-title').innerText.includes('has ended')")
         assert client.vm("web")["state"] == "stopped"
-        # Chromium counts the 401 of the page without a cookie, and of the icon that it looks for.
-        assert [one for one in page.problems if "401 (Unauthorized)" not in one] == []
+        # Chromium counts the 401 of the page without a cookie, and of the icon that it looks for,
+        # and the two snapshots that are refused.
+        problems = [one for one in page.problems if "401 (Unauthorized)" not in one]
+        assert len([one for one in problems if one.endswith("/api/snapshot")]) == len(problems) == 2
 
 
 @pytest.mark.root

@@ -31,6 +31,7 @@ function show(vm) {
     fact(`Interface ${index}`, [one.lladdr, one.switch, ...one.guest_addresses].join(" "));
     if (one.problem) fact("Problem", one.problem);
   });
+  if (vm.has_tpm) fact("TPM", "its secrets are kept by the VM's name and owner");
   if (vm.clone_of) fact("Clone of", vm.clone_of);
   if (vm.started_at !== null) fact("Running since", moment(vm.started_at));
   if (vm.last_end) {
@@ -58,12 +59,16 @@ export async function open(vm) {
 function does(button, action) {
   document.getElementById(button).addEventListener("click", async (event) => {
     const vm = shown;
+    // The details may be another VM's before it is done.
+    const say = (text) => {
+      if (shown === vm) said.textContent = text;
+    };
     event.target.disabled = true;
-    said.textContent = "…";
+    say("…");
     try {
-      said.textContent = await action(vm);
+      say(await action(vm));
     } catch (err) {
-      said.textContent = err.message;
+      say(err.message);
     }
     event.target.disabled = false;
   });
@@ -74,8 +79,9 @@ does("clone", async (vm) => {
   return vms.map((one) => (one.code ? `${one.name}: ${one.message || one.code}` : one.name)).join(", ");
 });
 does("snapshot", async (vm) => {
-  await request("snapshot", { id: vm.id, snapshot: snapshotName.value });
-  return `saved as ${snapshotName.value}`;
+  const name = snapshotName.value;
+  await request("snapshot", { id: vm.id, snapshot: name });
+  return `saved as ${name}`;
 });
 does("kill", async (vm) => {
   await request("stop", { id: vm.id, force: true, wait: true });
