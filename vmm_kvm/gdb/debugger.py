@@ -97,6 +97,11 @@ class Debugger:
         """Those that have a register, in the registers' order."""
         self._patched: dict[int, tuple[int, int]] = {}
         """Linear addresses with an INT3: the guest-physical one, and the byte that was there."""
+        self._planted: frozenset[int] = frozenset()
+        """Those that had one when the machine last went on, also once it has stopped: another vCPU
+        may have run into one just before."""
+        self._armed: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """Of each vCPU, what KVM was told to watch."""
         self.is_stopped = False
 
     @property
@@ -112,6 +117,7 @@ class Debugger:
         """
         self._machine = machine
         self._patched.clear()
+        self._planted = frozenset()
         self._software = dict.fromkeys(self._slots_of(Kind.SOFTWARE))
         machine.on_debug = self._hit
         if self._slots or self.is_stopped:
@@ -168,11 +174,13 @@ class Debugger:
         step = abi.KVM_GUESTDBG_SINGLESTEP | abi.KVM_GUESTDBG_BLOCKIRQ
         for vcpu in self._each():
             is_step = actions.get(vcpu.index) is Action.STEP
-            vcpu.set_guest_debug(control | (step if is_step else 0), registers)
+            self._armed[vcpu.index] = control | (step if is_step else 0), registers
+            vcpu.set_guest_debug(*self._armed[vcpu.index])
         for one, gpa in self._software.items():
             if one not in self._slots and gpa is not None:
                 self._patched[one.address] = gpa, self._held().memory.read(gpa, 1)[0]
                 self._held().memory.write(gpa, bytes((_INT3,)))
+        self._planted = frozenset(self._patched)
 
     def _slots_of(self, kind: Kind) -> list[Breakpoint]:
         return [one for one in self._slots if one.kind is kind]
@@ -204,7 +212,8 @@ class Debugger:
             inject = abi.KVM_GUESTDBG_INJECT_BP
             if exit_.exception == _DB:
                 inject = abi.KVM_GUESTDBG_INJECT_DB
-            vcpu.set_guest_debug(abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_USE_SW_BP | inject)
+            control, registers = self._armed[vcpu.index]  # which it would lose by being told less
+            vcpu.set_guest_debug(control | inject, registers)
             return
         machine.hold(wait=False)
         self._post(lambda: self._arrived(machine, stop))
@@ -213,7 +222,7 @@ class Debugger:
         """Return why a vCPU has left the guest, None if it is the guest's own breakpoint."""
         pc = exit_.pc & _ADDRESS
         if exit_.exception == _BP:
-            if pc not in self._patched:
+            if pc not in self._planted:
                 return None
             return Stop(vcpu.index, Breakpoint(Kind.SOFTWARE, pc, 1))
         hits = exit_.dr6 & _DR6_SLOTS
