@@ -20,6 +20,7 @@ from vmm_kvm.libc import LIBC
 
 _AT_FDCWD = -100
 _RESOLVE_NO_MAGICLINKS = 0x02
+_PRIVATE = ("/tmp/", "/var/tmp/")  # noqa: S108 - what PrivateTmp= replaces
 
 # File systems whose files are kernel interfaces, not data: reading or writing one may do anything.
 # Source: Linux include/uapi/linux/magic.h, and each file system's own source.
@@ -105,7 +106,7 @@ def open_file(path: str, *, writes: bool, allows_devices: bool) -> int:
         finally:
             os.close(found)
     except OSError as err:
-        raise FileError(err.strerror or str(err), err.errno or errno.EIO) from err
+        raise FileError(_reason(err, path), err.errno or errno.EIO) from err
     except ValueError as err:  # a null character, or one that is in no file's name
         raise FileError("not the name of a file", errno.EINVAL) from err
 
@@ -130,6 +131,17 @@ def check_open_file(fd: int, *, writes: bool, allows_devices: bool) -> None:
             raise FileError("open for direct transfers", errno.EBADF)
     except OSError as err:
         raise FileError(err.strerror or str(err), err.errno or errno.EIO) from err
+
+
+def _reason(err: OSError, path: str) -> str:
+    """Say why a file cannot be opened, and what of the service's unit may be the cause."""
+    text = err.strerror or str(err)
+    if "NOTIFY_SOCKET" in os.environ:
+        if err.errno == errno.EROFS:
+            return f"{text}: for other directories the unit of vmd needs ReadWritePaths="
+        if err.errno == errno.ENOENT and path.startswith(_PRIVATE):
+            return f"{text}: the unit of vmd has a directory of its own there"
+    return text
 
 
 def _resolve(path: str) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import select
+import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,35 @@ def test_what_others_have_opened_that_is_no_file(tmp_path: Path) -> None:
         with pytest.raises(FileError):
             check_open_file(fd, writes=False, allows_devices=False)
         os.close(fd)
+
+
+_IN_A_UNIT = """
+import sys
+from vmd.shared.files import FileError, open_file
+try:
+    open_file(sys.argv[1], writes=True, allows_devices=False)
+except FileError as err:
+    print(err)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+@pytest.mark.parametrize("is_service", [True, False])
+def test_what_the_unit_forbids_is_told(tmp_path: Path, is_service: bool) -> None:
+    """Its mounts, which a shell outside does not see, are named as the cause; elsewhere not."""
+    (tmp_path / "disk").touch()
+    mounts = f"mount --bind -o ro {tmp_path} {tmp_path}"
+    said = []
+    for path in (tmp_path / "disk", "/tmp/none", "/var/tmp/none", "/srv/none"):
+        program = shlex.join([sys.executable, "-c", _IN_A_UNIT, str(path)])
+        environ = {**os.environ, "NOTIFY_SOCKET": "/run/systemd/notify"}
+        if not is_service:
+            del environ["NOTIFY_SOCKET"]
+        command = ("unshare", "-m", "sh", "-c", f"{mounts}; exec {program}")
+        said.append(subprocess.check_output(command, env=environ, text=True).rstrip("\n"))
+    lines = ["Read-only file system", *["No such file or directory"] * 3]
+    if is_service:
+        lines[0] += ": for other directories the unit of vmd needs ReadWritePaths="
+        lines[1] += ": the unit of vmd has a directory of its own there"
+        lines[2] += ": the unit of vmd has a directory of its own there"
+    assert said == lines
