@@ -1,6 +1,8 @@
 """Exits that no device serves, which end the machine."""
 
-from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown
+from vmm_kvm.errors import KvmError
+from vmm_kvm.kvm import abi
+from vmm_kvm.kvm.exits import Exit, FailEntry, InternalError, Shutdown, SystemEvent
 from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.machine.spec import Crash, Outcome, TripleFault
 
@@ -18,13 +20,18 @@ def outcome_of(name: str, vcpu: Vcpu, reason: Exit) -> Outcome:
             )
         case FailEntry():
             return Crash(f"{name}: invalid vCPU state {reason.reason:#x}: {_registers(vcpu)}")
+        case SystemEvent(type=abi.KVM_SYSTEM_EVENT_SEV_TERM):
+            return Crash(f"{name}: the guest cannot run with SEV-ES, and has ended itself")
         case _:
             kind = type(reason).__name__
             return Crash(f"{name}: unexpected exit {kind}: {_registers(vcpu)}")
 
 
 def _registers(vcpu: Vcpu) -> str:
-    regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    try:
+        regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+    except KvmError:  # with SEV-ES they are encrypted
+        return f"vcpu{vcpu.index}, whose registers cannot be read"
     return (
         f"vcpu{vcpu.index} rip={regs.rip:#x} rsp={regs.rsp:#x} rax={regs.rax:#x} "
         f"rflags={regs.rflags:#x} cs={sregs.cs.selector:#x} cr0={sregs.cr0:#x} "
