@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.agents import wait_until
-from tests.system.vmd.daemon import ROOT, SELFTEST, TIMEOUT_S, is_alive
+from tests.system.vmd.daemon import ROOT, SELFTEST, is_alive
 
 CONFTEST = f"""
 import sys
@@ -30,6 +30,8 @@ def vm_agent(tmp_path_factory):
     with HostAgent(tmp_path_factory.mktemp("agent") / "agent", program=CLONES_AGENT) as host:
         yield lambda name: host.agent
 """
+_RUN_S = 110.0
+"""Less than pytest gives a test: many processes start, on a busy machine."""
 HEADER = f"""
 import os, subprocess, sys, time
 import pytest
@@ -74,7 +76,7 @@ class Runs:
     ) -> tuple[int, str]:
         """Run pytest with a test module; returns its exit status and its output."""
         with self.start(text, *options, through=through, **environ) as process:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
+            output, _ = process.communicate(timeout=_RUN_S)
             return process.returncode, output
 
     def processes(self, argument: bytes = b"") -> list[int]:
