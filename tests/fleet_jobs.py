@@ -36,12 +36,13 @@ def main(address: str, jobs: int, log: str) -> int:
     """Have the jobs done; returns the exit status."""
     in_vm = InVm(count, kernel=str(SELFTEST), memory=f"{MEMORY_MIB}M", cpus=CPUS)
     with Client(address, timeout=60) as client:
-        futures = client.map(
+        calls = client.map(
             in_vm, range(jobs), log=log, resources=in_vm.resources, pure=False, batch_size=jobs
         )
-        done = as_completed(futures, with_results=True)
-        for _, result in done:
+        done = as_completed(calls, with_results=True)
+        for future, result in done:
             print(*result, flush=True)
+            future.release()  # or Dask repeats the job if the worker with the result ends
     return 0
 
 
