@@ -4,13 +4,17 @@
     names/NAME               a symbolic link to one of them
     partial/sha512-HEX       one that is being pulled, locked meanwhile, or was not to its end
     overlays                 disks that were made on an image, which therefore stays
+    overlays-of-others/      in root's store: a file for each that another user has made; users can
+                             put some there, and neither list them nor take others away
 
 A file gets its place by renaming it, when it is whole and has the digest of its name.
 """
 
+import errno
 import fcntl
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +23,7 @@ from typing import NamedTuple
 from vmctl.images.sources import check_name
 from vmd.config.disks import DiskKind, DiskOption, writes_image
 from vmm_kvm.errors import ImageError, SpecError
+from vmm_kvm.text import printable
 
 PREFIX = "image:"
 """In front of a name of the store, where a disk is wanted."""
@@ -26,6 +31,12 @@ _SYSTEM = "/var/lib/vmm-kvm/images"
 _DIGEST = re.compile(r"(sha256-[0-9a-f]{64}|sha512-[0-9a-f]{128})", re.ASCII)
 _POLL_S = 0.2
 _OVERLAYS_MAX = 16 << 20
+_OTHERS = "overlays-of-others"
+_OTHERS_MODE = 0o1733
+_OTHERS_MAX = 65536
+_PATH_MAX = 4096
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
+"""What the kernel says of a path where there is nothing; after others nobody knows."""
 
 
 class Stored(NamedTuple):
@@ -213,6 +224,11 @@ class ImageStore:
             OSError: it cannot be done.
         """
         os.makedirs(self.directory, exist_ok=True)
+        if self.directory == _SYSTEM:
+            others = os.path.join(_SYSTEM, _OTHERS)
+            with suppress(FileExistsError):
+                os.mkdir(others)
+                os.chmod(others, _OTHERS_MODE)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         fd = os.open(self.directory, flags)
         try:
@@ -260,6 +276,13 @@ class ImageStore:
         for overlay in _overlays(self.directory):
             if _base_of(overlay) == path:
                 return f"{os.fsdecode(overlay)} is an overlay on it"
+        for overlay, uid in _overlays_of_others(self.directory):
+            try:
+                is_needed = _base_of_others(overlay, uid) == path
+            except OSError as err:  # such as a home on NFS, which root may not read
+                return f"{printable(os.fsdecode(overlay))} may be an overlay on it: {err.strerror}"
+            if is_needed:
+                return f"{printable(os.fsdecode(overlay))} is an overlay on it, of user {uid}"
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             lock(fd, "it", writes=True)
@@ -313,12 +336,75 @@ def note_overlay(base: str, overlay: str) -> None:
     if directory not in {_own(), _SYSTEM} or not _DIGEST.fullmatch(digest):
         return
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    with suppress(PermissionError):  # the system's store, and not root
+    path = os.fsencode(os.path.realpath(overlay))
+    try:
         fd = os.open(os.path.join(directory, "overlays"), flags, 0o644)
+    except PermissionError:  # the system's store, and not root
+        flags |= os.O_EXCL
+        note = os.path.join(directory, _OTHERS, os.urandom(16).hex())
+        with suppress(FileNotFoundError):  # nothing was pulled since there is that folder
+            fd = os.open(note, flags, 0o600)
+            _write_and_close(fd, path)
+        return
+    _write_and_close(fd, path + b"\0")
+
+
+def _write_and_close(fd: int, data: bytes) -> None:
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _overlays_of_others(directory: str) -> Iterator[tuple[bytes, int]]:
+    """Yield what other users have noted: a path of anything, and whose note it is."""
+    folder = os.path.join(directory, _OTHERS)
+    try:
+        names = os.listdir(folder)[:_OTHERS_MAX]
+    except FileNotFoundError:
+        return
+    for name in names:
+        note = os.path.join(folder, name)
         try:
-            os.write(fd, os.fsencode(os.path.realpath(overlay)) + b"\0")
+            fd = os.open(note, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # a link, or a socket
+            continue
+        try:
+            status = os.fstat(fd)
+            path = os.read(fd, _PATH_MAX) if stat.S_ISREG(status.st_mode) else b""
         finally:
             os.close(fd)
+        if not path.startswith(b"/") or b"\0" in path:
+            continue
+        if _is_gone(path):
+            os.unlink(note)
+        else:
+            yield path, status.st_uid
+
+
+def _is_gone(path: bytes) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as err:
+        return err.errno in _GONE
+    return False
+
+
+def _base_of_others(path: bytes, uid: int) -> str:
+    """Return the base that a disk of a user's names, as `_base_of` does; nothing else is opened.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != uid:
+            return ""
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        return _base_of(f"/proc/self/fd/{fd}".encode())
+    finally:
+        os.close(fd)
 
 
 def _overlays(directory: str) -> list[bytes]:
