@@ -1,8 +1,8 @@
 """Dying of a signal, after restoring changes.
 
-By default a command dies of SIGINT, SIGTERM and SIGHUP at once, silently. While a terminal is raw
-or a file half written, they raise an exception in the main thread, which cleans up as for any
-error; then the signal kills the process.
+By default a command dies of SIGINT, SIGTERM, SIGHUP and SIGQUIT at once, silently. While a
+terminal is raw or a file half written, they raise an exception in the main thread, which cleans up
+as for any error; then the signal kills the process.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class _SignalledError(BaseException):

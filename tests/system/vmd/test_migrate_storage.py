@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.filling_guest import small_file_system
-from tests.system.vmd.daemon import Daemon, vm_block
+from tests.system.vmd.daemon import Daemon, descendants, vm_block
 from tests.system.vmd.test_migrate import TIMEOUT_S, Hosts, answers, hosts
 from tests.writing_guest import make_disk, written
 from vmm_kvm.block.image import Format
@@ -159,31 +159,52 @@ def test_a_full_disk_there(tmp_path: Path) -> None:
         assert (status, f"vmctl: disk {disk}: File too large" in said) == (1, True), said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_it_is_cancelled(tmp_path: Path, number: signal.Signals) -> None:
-    """Whatever ends vmctl, nothing is left there, and the VM runs on with its own disk."""
+ENDINGS = [  # ssh, and what it starts, ignore the SIGINT of a terminal
+    ("migrate", signal.SIGINT),
+    ("receive", signal.SIGTERM),
+    ("receive", signal.SIGKILL),
+]
+
+
+def test_it_is_cancelled(tmp_path: Path) -> None:
+    """Whatever ends vmctl, here or there, nothing is left there, and the VM runs on here."""
     disk = make(tmp_path, "a.raw")
     with disk.open("r+b") as file:
         file.seek(8 << 20)
         file.write(os.urandom(32 << 20))
-    with apart(tmp_path, line(disk)) as both, both.first.client() as here:
-        lead(
-            both,
-            tmp_path / "there",
-            script='{ dd bs=64k count=99 status=none; cat > /dev/null; } | "$@"',
-        )
-        command = both.migrate(COPY)
-        deadline = time.monotonic() + TIMEOUT_S
-        with both.second.client() as there:
+    with (
+        apart(tmp_path, line(disk)) as both,
+        both.first.client() as here,
+        both.second.client() as there,
+    ):
+        # The receiver gets some of the disk, and no more.
+        some = '{ dd bs=64k count=99 status=none; cat > /dev/null; } | "$@"'
+        lead(both, tmp_path / "there", script=f"ulimit -c 0; {some}")
+        for whose, number in ENDINGS:
+            command = both.migrate(COPY)
+            deadline = time.monotonic() + TIMEOUT_S
             while not there.ask("status")["vms"]:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-        command.send_signal(number)
-        command.communicate(timeout=TIMEOUT_S)
-        here.wait_for_state("one", "running")
-        answers(here, "one")
-        deadline = time.monotonic() + TIMEOUT_S
-        while here.ask("unpause", name="one").get("code") == "EBUSY":
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    assert names(tmp_path / "there") == []
+            os.kill(command.pid if whose == "migrate" else receiver(command.pid), number)
+            said = command.communicate(timeout=TIMEOUT_S)[1].decode()
+            assert command.returncode == (-number if whose == "migrate" else 1), said
+            assert "Traceback" not in said
+            deadline = time.monotonic() + TIMEOUT_S
+            while here.ask("unpause", name="one").get("code") == "EBUSY":
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            here.wait_for_state("one", "running")
+            answers(here, "one")
+            while there.ask("status")["vms"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert names(tmp_path / "there") == []
+
+
+def receiver(pid: int) -> int:
+    """Return the process of vmctl on the other host."""
+    for each in descendants(pid):
+        if "receive" in Path(f"/proc/{each}/cmdline").read_text().split("\0"):
+            return each
+    raise AssertionError("there is none")
