@@ -6,6 +6,7 @@ KVM runs a guest that is not encrypted.
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,11 @@ from tests.unit.boot.images import (
     vmlinux,
 )
 from tests.unit.boot.packing import PACKERS
+from vmd.shared.pty import open_pty
+from vmd.vm.console import Console
+from vmd.vm.process import VmProcess
+from vmd.wire.channel import Channel
+from vmd.wire.internal import VM_AND_VMM, VmSpec
 from vmm_kvm import primitives
 from vmm_kvm.arch.x86.image import probe_image, read_firmware
 from vmm_kvm.bits import MIB
@@ -254,6 +260,34 @@ def test_guest_learns_the_c_bit(bench: Bench, kernel: Path) -> None:
     with bench.machine(Firmware(bench.sev_fd), kernel, sev=None) as machine:
         leaves = {e.function: e for e in machine.vcpu(0).get_cpuid()}
         assert 0x8000_001F not in leaves or leaves[0x8000_001F][3:] == (0, 0, 0, 0)
+
+
+def test_the_measurement_is_logged(
+    bench: Bench, kernel: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A VM process logs OpenBSD's two lines, in hexadecimal."""
+    firmware = Firmware(bench.sev_fd)
+    pty = open_pty("test", os.getuid(), None)
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    bench.sources.append(FileSource.open(str(kernel)))
+    machine = MachineSpec(
+        image=probe_image(bench.sources[-1]),
+        memory_size=64 * MIB,
+        sev=SevSpec(bench.sev_fd, call=firmware.call),
+    )
+    spec = VmSpec(id=1, name="web", memory=64 * MIB, cpus=1, boot=0, boot_path="k", tty=0, ring=0)
+    with here, Channel(there, VM_AND_VMM) as channel, caplog.at_level("INFO"):
+        console = Console(bench.loop, *(os.dup(fd) for fd in pty[1:]))
+        process = VmProcess(
+            bench.loop, channel, console, bench.vmm, machine, spec=spec, received=None, disks={}
+        )
+        process._machine.close()
+        console.close()
+    for fd in pty[1:]:
+        os.close(fd)
+    hmac = firmware.hmac(firmware.digest(), POLICY)
+    assert f"measurement 0x{hmac.hex()}" in caplog.messages
+    assert f"nonce 0x{sev_firmware.NONCE.hex()}" in caplog.messages
 
 
 # What does not go together with it
