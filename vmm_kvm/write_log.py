@@ -101,6 +101,11 @@ class SharedLog:
             raise
         self.view = memoryview(mapping)
 
+    @property
+    def address(self) -> int:
+        """Where it lies in this process, until it is closed."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.view))
+
     def close(self) -> None:
         """Close the descriptor; idempotent. The memory goes with its last view."""
         self.view = memoryview(b"")

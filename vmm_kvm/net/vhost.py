@@ -17,6 +17,8 @@ from vmm_kvm.net import abi
 
 RECEIVE, TRANSMIT = 0, 1
 """The rings of a queue pair."""
+LOG_ALL = 1 << 26
+"""The feature with which the kernel marks what it writes (VHOST_F_LOG_ALL)."""
 
 _NONE = -1
 _U64 = struct.Struct("<Q")
@@ -83,6 +85,24 @@ class VhostNet:
             for region in regions
         )
         fcntl.ioctl(self._fd, abi.VHOST_SET_MEM_TABLE, table)
+
+    def log_writes(self, features: int, log: int | None) -> None:
+        """Have the kernel mark the pages that it writes to, or no more.
+
+        It marks buffers of frames, after it has written them; not the used rings.
+
+        Args:
+            features: those of `set_up`.
+            log: address, in this process, of a bit for each page of guest-physical memory, which
+                is mapped until the kernel marks no more; None: it marks no more.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        if log is not None:
+            fcntl.ioctl(self._fd, abi.VHOST_SET_LOG_BASE, _U64.pack(log))
+            features |= LOG_ALL
+        fcntl.ioctl(self._fd, abi.VHOST_SET_FEATURES, _U64.pack(features))
 
     def start(self, index: int, ring: VhostRing, tap_fd: int) -> None:
         """Serve a ring, RECEIVE or TRANSMIT, with the frames of a tap's queue.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from vmm_kvm.errors import StateError, VirtqueueError
 from vmm_kvm.memory import Region
-from vmm_kvm.net.vhost import VhostNet, VhostRegion, VhostRing
+from vmm_kvm.net.vhost import LOG_ALL, VhostNet, VhostRegion, VhostRing
 from vmm_kvm.state import Part
 from vmm_kvm.virtio.abi import (
     VIRTIO_F_RING_RESET,
@@ -95,6 +95,8 @@ class Vhost:
         self._frontend: Frontend | None = None
         self._started: dict[int, Ring] = {}
         self._bases: dict[int, int] | None = None  # while suspended
+        self._features: int | None = None  # of the driver, once the kernel knows guest memory
+        self._log: int | None = None  # address of the log in which the kernel marks its writes
         try:
             rings = len(self.queue_sizes)
             self._events = RingEvents(rings, name)
@@ -136,8 +138,11 @@ class Vhost:
         regions = [
             VhostRegion(one.gpa, one.size, memory.hva + one.offset) for one in memory.regions
         ]
+        self._features = features & self._known | _VERSION_1
         for vhost in self._vhosts:
-            vhost.set_up(features & self._known | _VERSION_1, regions)
+            vhost.set_up(self._features, regions)
+        if self._log is not None:
+            self._log_on()
 
     def start_queue(self, index: int, ring: Ring) -> None:
         """Serve one more queue, between `start` and `stop`.
@@ -214,8 +219,29 @@ class Vhost:
         self._bases = {index: positions.get(index, 0) for index in rings}
 
     def log_writes(self, log: SharedLog | None) -> bool:
-        """Return False: the kernel is not asked to mark its writes."""
-        return log is None
+        """Have the kernel mark its writes in `log`; None: no more. False if it cannot.
+
+        Used rings are not marked.
+        """
+        if log is None:
+            self._log = None
+            self._log_on()
+            return True
+        if not all(vhost.features & LOG_ALL for vhost in self._vhosts):
+            return False
+        self._log = log.address
+        try:
+            self._log_on()
+        except OSError:
+            self.log_writes(None)
+            return False
+        return True
+
+    def _log_on(self) -> None:
+        """Tell the kernel about the log, if it knows guest memory."""
+        if self._features is not None:
+            for vhost in self._vhosts:
+                vhost.log_writes(self._features, self._log)
 
     def parts(self, name: str) -> list[Part]:  # noqa: ARG002 - there are none
         """Return nothing: the kernel keeps no state of the driver outside the rings."""
