@@ -427,7 +427,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmd.unusable",
         "vmd.daemon",
     ),
-    "vmctl": ("vmm_kvm.text", "vmm_kvm.limits", "vmd.shared"),
+    "vmctl": ("vmm_kvm.text", "vmm_kvm.limits", "vmm_kvm.record", "vmd.shared"),
     "vmctl.values": ("vmm_kvm.errors", "vmm_kvm.limits", "vmm_kvm.record", "vmd.config", "vmctl"),
     "vmctl.screen": ("vmm_kvm.text",),
     "vmctl.screen.progress": ("rich",),

@@ -15,13 +15,19 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
 
 from vmctl.ports import await_guest
 from vmd.shared.paths import client_socket
 from vmm_kvm.limits import NAME_MAX
+from vmm_kvm.record import Record
 
-Fields = dict[str, Any]  # type: ignore[explicit-any] # what JSON holds
+TYPE_CHECKING = False  # as in `vmm_kvm.record`
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+    Fields = dict[str, Any]  # type: ignore[explicit-any] # what JSON holds
+else:
+    Fields = dict
 Shape = type | None | Sequence["Shape"] | Mapping[str, "Shape"]
 """The shape of a part of an answer: a type, None, one of several, or an object of fields."""
 
@@ -138,7 +144,7 @@ class RefusedError(CommandError):
         self.detail = detail
 
 
-class Target(NamedTuple):
+class Target(Record):
     """A VM named on a command line: by its id, or if that is 0 by its name."""
 
     id: int = 0
@@ -199,7 +205,7 @@ class Client:
             lines = (f"connect: {path}: {err.strerror or err}", *advice(path, err))
             raise CommandError("\n".join(lines)) from err
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -405,7 +411,7 @@ class Client:
         return Console(opened(self)[0])
 
 
-class Vm(NamedTuple):
+class Vm(Record):
     """A VM, as `vmctl status` shows it; `Client.vms` has all of it."""
 
     id: int
@@ -423,7 +429,7 @@ class Vm(NamedTuple):
     """Path of its console; empty unless it runs."""
 
 
-class Started(NamedTuple):
+class Started(Record):
     """A VM that has been started."""
 
     id: int
@@ -441,7 +447,7 @@ class Console:
         self.shown = b""
         """All output that no `expect` has used up."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -507,11 +513,11 @@ def _named(name: int | str) -> Fields:
 
 
 def _vm(fields: Fields) -> Vm:
-    return Vm(*(fields[name] for name in Vm._fields))
+    return Vm(**{name: fields[name] for name in Vm.__annotations__})
 
 
 def _started(answer: Fields) -> Started:
-    return Started(answer["id"], answer["pid"], answer["tty"])
+    return Started(id=answer["id"], pid=answer["pid"], tty=answer["tty"])
 
 
 def opened(client: Client, expected: str = "console-opened") -> tuple[socket.socket, Fields]:

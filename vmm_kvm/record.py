@@ -5,9 +5,9 @@ whose constructor it compiles, and makes an object of it in three times the time
 fields as a dataclass's, also that nobody sets one.
 """
 
-from typing import TYPE_CHECKING, Self, dataclass_transform
-
+TYPE_CHECKING = False  # importing typing costs more than a command that does without it
 if TYPE_CHECKING:
+    from typing import Self, dataclass_transform
 
     class _Namespace:
         """SimpleNamespace with no attributes but those of its subclass: mypy refuses others."""
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 else:
     from types import SimpleNamespace as _Namespace
+
+    def dataclass_transform(**_options: object) -> object:  # noqa: D103 - typing's
+        return lambda kind: kind
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -34,6 +37,6 @@ class Record(_Namespace):
         }
         super().__init__(**{**defaults, **fields})
 
-    def but(self, **changes: object) -> Self:
+    def but(self, **changes: object) -> "Self":
         """Return a record that differs from this one in some values."""
         return type(self)(**{**vars(self), **changes})

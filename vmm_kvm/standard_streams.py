@@ -17,7 +17,10 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+
+TYPE_CHECKING = False  # as in `vmm_kvm.record`
+if TYPE_CHECKING:
+    from typing import NoReturn, TextIO
 
 _EXIT_ERROR = 1
 _NAMES = "vmm_kvm.names"
@@ -98,7 +101,7 @@ def _wait_for_room(fd: int) -> None:
     select.select((), (fd,), ())
 
 
-def run_program(name: str, body: Callable[[], int]) -> NoReturn:
+def run_program(name: str, body: Callable[[], int]) -> "NoReturn":
     """Be the program `name`: run `body`, and exit with the status that it returns.
 
     Standard output that cannot be written is status 1, and a line on standard error unless its
@@ -137,7 +140,7 @@ def _as_bytes(err: UnicodeError) -> tuple[bytes, int]:
 codecs.register_error(_NAMES, _as_bytes)
 
 
-def _replaced(stream: TextIO, *, is_result: bool) -> io.TextIOWrapper:
+def _replaced(stream: "TextIO", *, is_result: bool) -> io.TextIOWrapper:
     """Return a stream like `stream`, one of Python's own, over a `_Written`."""
     assert isinstance(stream, io.TextIOWrapper)
     return io.TextIOWrapper(

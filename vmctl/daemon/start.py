@@ -9,7 +9,6 @@ Source: section 3.6 of OpenBSD's behaviour.
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from vmctl.client import (
     Client,
@@ -28,6 +27,7 @@ from vmm_kvm.errors import SpecError
 from vmm_kvm.limits import DISKS_MAX, INTERFACES_MAX, NAME_MAX
 from vmm_kvm.record import Record
 
+TYPE_CHECKING = False  # as in `vmm_kvm.record`
 if TYPE_CHECKING:  # loaded if there is a disk
     from vmd.config.disks import DiskOption
 

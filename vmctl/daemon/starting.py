@@ -3,11 +3,11 @@
 import os
 import stat
 import sys
-from typing import TYPE_CHECKING
 
 from vmctl.client import CommandError, Fields, RefusedError, text_of
 from vmm_kvm.text import printable
 
+TYPE_CHECKING = False  # as in `vmm_kvm.record`
 if TYPE_CHECKING:  # loaded if there is a disk
     from vmd.config.disks import DiskOption
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vmctl.client import Client, CommandError, Fields, parse_target
+from vmctl.client import Client, CommandError, Fields, Target, parse_target
 from vmctl.messages import fail
 from vmctl.moment import moment, span
 from vmd.config.sizes import fmt_scaled
@@ -97,7 +97,7 @@ def _vms(
     with Client() as client:
         vms = client.vms(**wanted)
     known = [vm for vm in vms if vm["pid"] is not None or not running]
-    everything = target is None or target == (0, "")
+    everything = target is None or target == Target()
     return known, [vm for vm in known if everything or (target and target.is_named_by(vm))]
 
 

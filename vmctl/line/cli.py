@@ -10,7 +10,6 @@ Source: section 3.1 of OpenBSD's behaviour.
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from vmctl.line.options import Option
 from vmctl.line.verbs import GLOBAL_USAGE, VERBS, Verb, matches, names, usage
@@ -29,14 +28,23 @@ class UsageError(Exception):
     """An invalid command line; `str()` has the lines for standard error."""
 
 
-class Invocation(NamedTuple):
+class Invocation:
     """Settings of a command line."""
 
-    verb: Verb
-    values: Values
-    """Values of the given options, by their fields."""
-    words: list[str]
-    is_verbose: bool = False
+    __slots__ = ("is_verbose", "values", "verb", "words")
+
+    def __init__(
+        self,
+        verb: Verb,
+        values: Values,
+        words: list[str],
+        is_verbose: bool = False,
+    ) -> None:
+        self.verb = verb
+        self.values = values
+        """Values of the given options, by their fields."""
+        self.words = words
+        self.is_verbose = is_verbose
 
 
 def main(

@@ -5,7 +5,6 @@ reason.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 FILE = "<file>"
 """How a word is completed: the name of a file."""
@@ -13,22 +12,46 @@ VM = "<vm>"
 """The name of a VM."""
 
 
-class Option(NamedTuple):
-    """An option of a verb."""
+class Option:
+    """An option of a verb: a plain class, as every command defines it, and makes all of them."""
 
-    name: str
-    """As it is written: `-b` or `--json`."""
-    field: str
-    """The argument of the verb's function that has its value."""
-    help: str
-    value: str = ""
-    """How its value is called; without one it is a flag."""
-    is_repeated: bool = False
-    """Whether it may come more than once: values are then a tuple, a flag is the number."""
-    completes: tuple[str, ...] = ()
-    """Words that its value can be, FILE or VM."""
-    refused: str = ""
-    """The reason why this verb does not take it, though a similar one does."""
+    __slots__ = ("completes", "field", "help", "is_repeated", "name", "refused", "value")
+
+    def __init__(  # noqa: PLR0917 - a row of a table
+        self,
+        name: str,
+        field: str,
+        help: str,  # noqa: A002 - as the attribute
+        value: str = "",
+        is_repeated: bool = False,
+        completes: tuple[str, ...] = (),
+        refused: str = "",
+    ) -> None:
+        self.name = name
+        """As it is written: `-b` or `--json`."""
+        self.field = field
+        """The argument of the verb's function that has its value."""
+        self.help = help
+        self.value = value
+        """How its value is called; without one it is a flag."""
+        self.is_repeated = is_repeated
+        """Whether it may come more than once: values are then a tuple, a flag is the number."""
+        self.completes = completes
+        """Words that its value can be, FILE or VM."""
+        self.refused = refused
+        """The reason why this verb does not take it, though a similar one does."""
+
+    def but(self, refused: str) -> "Option":
+        """Return it as one that is refused for a reason, if there is one."""
+        return Option(
+            self.name,
+            self.field,
+            self.help,
+            self.value,
+            self.is_repeated,
+            self.completes,
+            refused,
+        )
 
 
 JSON = Option("--json", "as_json", "Print JSON.")
@@ -242,8 +265,7 @@ def _options(
 ) -> tuple[Option, ...]:
     """Return the options of a VM for one of the verbs that make one."""
     return tuple(
-        (others or {}).get(one.name, one)._replace(refused=refused.get(one.name, ""))
-        for one in _MACHINE_OPTIONS
+        (others or {}).get(one.name, one).but(refused.get(one.name, "")) for one in _MACHINE_OPTIONS
     )
 
 

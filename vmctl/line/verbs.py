@@ -10,7 +10,6 @@ Source: section 3.1 of OpenBSD's behaviour, for the usage of OpenBSD's verbs.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from vmctl.line.options import (
     CLONES,
@@ -34,30 +33,50 @@ _OPENBSD = """console create load log pause receive reload reset send show start
 unpause wait"""
 
 
-class Verb(NamedTuple):
-    """A verb: how it is written, and what does it."""
+class Verb:
+    """A verb: how it is written, and what does it; a plain class, as `Option`."""
 
-    name: str
-    """One word, or two."""
-    words: str
-    """Its operands, as its usage shows them."""
-    help: str
-    """Its purpose, in a sentence."""
-    module: str
-    """The module of vmctl that has its function."""
-    function: str
-    """It takes the words, and what the options say by their fields; returns the exit status, or
-    None if the words make no sense."""
-    options: tuple[Option, ...] = ()
-    least: int = 1
-    """How many words there are, at least and at most."""
-    most: int = 1
-    usage: str = ""
-    """Options and operands as OpenBSD shows them, in its lines; else they follow from the above."""
-    completes: tuple[str, ...] = ()
-    """As of options."""
-    behind: str = ""
-    """The field for words behind `--`, where they are no operands."""
+    __slots__ = (
+        *("behind", "completes", "function", "help", "least", "module"),
+        *("most", "name", "options", "usage", "words"),
+    )
+
+    def __init__(  # noqa: PLR0917 - a row of a table
+        self,
+        name: str,
+        words: str,
+        help: str,  # noqa: A002 - as the attribute
+        module: str,
+        function: str,
+        options: tuple[Option, ...] = (),
+        least: int = 1,
+        most: int = 1,
+        usage: str = "",
+        completes: tuple[str, ...] = (),
+        behind: str = "",
+    ) -> None:
+        self.name = name
+        """One word, or two."""
+        self.words = words
+        """Its operands, as its usage shows them."""
+        self.help = help
+        """Its purpose, in a sentence."""
+        self.module = module
+        """The module of vmctl that has its function."""
+        self.function = function
+        """It takes the words, and what the options say by their fields; returns the exit status, or
+        None if the words make no sense."""
+        self.options = options
+        self.least = least
+        """How many words there are, at least and at most."""
+        self.most = most
+        self.usage = usage
+        """Options and operands as OpenBSD shows them, in its lines; else they follow from the
+        above."""
+        self.completes = completes
+        """As of options."""
+        self.behind = behind
+        """The field for words behind `--`, where they are no operands."""
 
     @property
     def is_openbsd(self) -> bool:
@@ -97,8 +116,13 @@ _TABLE = (
         *(2, 2),
         completes=(VM,),
     ),
-    Verb("console", "id", "Attach to the console of a VM.", "daemon.attach", "console")._replace(
-        completes=(VM,)
+    Verb(
+        "console",
+        "id",
+        "Attach to the console of a VM.",
+        "daemon.attach",
+        "console",
+        completes=(VM,),
     ),
     Verb(
         "cp",
@@ -437,8 +461,15 @@ _TABLE = (
         usage=START_USAGE,
         completes=(VM,),
     ),
-    Verb("status", "[id]", "List VMs.", "daemon.status", "status", _LIST_OPTIONS, *(0, 1))._replace(
-        completes=(VM,)
+    Verb(
+        "status",
+        "[id]",
+        "List VMs.",
+        "daemon.status",
+        "status",
+        _LIST_OPTIONS,
+        *(0, 1),
+        completes=(VM,),
     ),
     Verb(
         "stop",

@@ -100,6 +100,6 @@ def test_the_page() -> None:
     for name in ("expect", "read", "write"):
         assert f"`{name}(" in page
         assert getattr(Console, name).__doc__
-    for name in Vm._fields:
+    for name in Vm.__annotations__:
         assert f"`{name}`" in page
     assert typing.get_type_hints(module.Client.start)["return"] is Started

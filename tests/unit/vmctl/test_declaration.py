@@ -48,10 +48,10 @@ def _by_typer(arguments: list[str]) -> Reading | None:
 
 def _by_us(arguments: list[str]) -> Reading | None:
     try:
-        verb, values, words, _ = read(arguments)
+        found = read(arguments)
     except UsageError:
         return None
-    return verb.name, values, words
+    return found.verb.name, found.values, found.words
 
 
 @st.composite
