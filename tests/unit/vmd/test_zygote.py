@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.vmd.far import run_until
 from vmd.vmm.blanks import SPARE_DELAY_NS, Blank, Blanks, Ended, ForkError
-from vmd.wire.blank import Preparation, Role
+from vmd.wire.blank import BLANK_IS_READY, Preparation, Role
 from vmd.wire.channel import Channel
 from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM, Fork, Forked, VmmToZygote, ZygoteToVmm
 from vmd.zygote import process as zygote
@@ -164,13 +164,27 @@ def test_one_waits_ready(blanks: Blanks, loop: EventLoop) -> None:
         assert _first_words(other) == f"{os.getpid()} none".encode()
 
 
-def test_clones_are_prepared_for(blanks: Blanks, loop: EventLoop) -> None:
+def test_clones_are_prepared_for(loop: EventLoop) -> None:
     """When clones are expected, the next process made ahead rehearses being one."""
-    for are_expected, told in ((True, "clone"), (False, "rehearsed")):
-        blanks.expect_clones(are_expected)
-        _wait_for_spares(loop)
-        with _take(blanks, loop, Role.VM).connection as ready:
-            assert _first_words(ready) == f"{os.getpid()} {told}".encode()
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    prepared = []
+    with Channel(there, ZYGOTE_AND_VMM) as far:
+        blanks = Blanks(loop, _channel(here), 0, (Role.VM,), rehearses=True)
+        for are_expected in (True, False):
+            blanks.expect_clones(are_expected)
+            _wait_for_spares(loop)
+            order, fds, _size = far.wait()
+            assert isinstance(order, Fork)
+            prepared.append(order.preparation)
+            with socket.socket(fileno=fds.take(0)) as spare:
+                spare.send(BLANK_IS_READY)
+                far.send(Forked(order=order.order))
+                run_until(loop, lambda: not blanks.has_orders)
+                taken = blanks.take(Role.VM, 0, lambda _pid: None, _fails)
+                assert taken.pid
+                taken.connection.close()
+        blanks.close()
+    assert prepared == [Preparation.CLONE, Preparation.REHEARSED]
 
 
 def test_what_a_vm_has_not_taken_ends_later(loop: EventLoop) -> None:
