@@ -55,7 +55,8 @@ def user_of(pid: int) -> int:
 def test_shares_from_start_to_end(start_vmd: Start, tmp_path: Path) -> None:
     """Each has a process, a reboot makes new ones, none is left after any end."""
     (tmp_path / "src").mkdir()
-    config = vm_block("web", f'share "{tmp_path}/src"', f'share "{tmp_path}" tag "all" rw')
+    lines = (f'share "{tmp_path}/src"', f'share "{tmp_path}" tag "all" rw')
+    config = "".join(vm_block(name, *lines) for name in ("web", "dies", "loses"))
     config += vm_block("lacks", f'share "{tmp_path}/gone"')
     with start_vmd(config) as vmd, vmd.client() as client:
         pid = client.ask("start", name="web")["pid"]
@@ -81,15 +82,15 @@ def test_shares_from_start_to_end(start_vmd: Start, tmp_path: Path) -> None:
         assert not set(first) & set(second)
         assert client.ask("stop", name="web", force=True, wait=True)["type"] == "terminated"
         wait_for_no_shares(vmd, "web")
-        pid = client.ask("start", name="web")["pid"]
+        pid = client.ask("start", name="dies")["pid"]
         assert isinstance(pid, int)
         os.kill(pid, signal.SIGKILL)
-        client.wait_for_state("web", "stopped")
-        wait_for_no_shares(vmd, "web")
+        client.wait_for_state("dies", "stopped")
+        wait_for_no_shares(vmd, "dies")
         # A guest whose share has crashed would wait for ever.
-        assert client.ask("start", name="web")["type"] == "started"
-        os.kill(shares_of(vmd, "web")[0], signal.SIGKILL)
-        end = client.wait_for_state("web", "stopped")["last_end"]
+        assert client.ask("start", name="loses")["type"] == "started"
+        os.kill(shares_of(vmd, "loses")[0], signal.SIGKILL)
+        end = client.wait_for_state("loses", "stopped")["last_end"]
         assert isinstance(end, dict)
         assert (end["reason"], end["message"]) in [
             ("crashed", f"share {tag}: its process was killed by signal 9")
@@ -97,7 +98,7 @@ def test_shares_from_start_to_end(start_vmd: Start, tmp_path: Path) -> None:
         ]
         failed = client.ask("start", name="lacks")
         assert failed["message"] == f"share {tmp_path}/gone: No such file or directory"
-        for name in ("web", "lacks"):
+        for name in ("loses", "lacks"):
             wait_for_no_shares(vmd, name)
 
 
