@@ -25,7 +25,7 @@ _INT3 = 0xCC
 _DB, _BP = 1, 3
 _SLOTS = 4
 _MOST = 1024  # breakpoints in memory: more than a person sets
-_DR6_SLOTS = 0xF
+_DR6_STEP = 1 << 14
 _DR7_EXACT = 0x600
 _LENGTHS = {1: 0, 2: 1, 4: 3, 8: 2}
 _ADDRESS = (1 << 64) - 1
@@ -212,6 +212,9 @@ class Debugger:
             inject = abi.KVM_GUESTDBG_INJECT_BP
             if exit_.exception == _DB:
                 inject = abi.KVM_GUESTDBG_INJECT_DB
+                state = vcpu.get_debugregs()  # which KVM does not tell the guest's handler
+                state.dr6 = exit_.dr6
+                vcpu.set_debugregs(state)
             control, registers = self._armed[vcpu.index]  # which it would lose by being told less
             vcpu.set_guest_debug(control | inject, registers)
             return
@@ -219,17 +222,19 @@ class Debugger:
         self._post(lambda: self._arrived(machine, stop))
 
     def _why(self, vcpu: Vcpu, exit_: Debug) -> Stop | None:
-        """Return why a vCPU has left the guest, None if it is the guest's own breakpoint."""
+        """Return why a vCPU has left the guest, None if that is an exception of the guest's own."""
         pc = exit_.pc & _ADDRESS
         if exit_.exception == _BP:
             if pc not in self._planted:
                 return None
             return Stop(vcpu.index, Breakpoint(Kind.SOFTWARE, pc, 1))
-        hits = exit_.dr6 & _DR6_SLOTS
+        # The bits of other slots have no meaning: they may be set for what is not enabled.
         for index, watched in enumerate(self._slots):
-            if hits >> index & 1:
+            if exit_.dr6 >> index & 1:
                 return Stop(vcpu.index, watched)
-        return Stop(vcpu.index)
+        control, _ = self._armed[vcpu.index]
+        is_step = control & abi.KVM_GUESTDBG_SINGLESTEP and exit_.dr6 & _DR6_STEP
+        return Stop(vcpu.index) if is_step else None
 
     def _arrived(self, machine: Machine, stop: Stop) -> None:
         if self._machine is not machine or self.is_stopped:

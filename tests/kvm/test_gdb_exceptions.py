@@ -1,6 +1,7 @@
-"""INT3 of the debugger's and of the guest's own, told apart.
+"""INT3 and debug exceptions of the debugger's and of the guest's own, told apart.
 
-No KVM at hand leaves the guest at an INT3, so these exits are made up; all else is real.
+No KVM at hand leaves the guest at an INT3, so these exits are made up, and those for debug
+exceptions of the guest's; all else is real.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.kvm
 
 DEADLINE_NS = 30_000_000_000
 INT3 = 0xCC
-_BP = 3
+_DB, _BP = 1, 3
+_DR6_FIXED, _DR6_STEP = 0xFFFF_0FF0, 1 << 14
 _HANDLER, _COUNT = 0x3F00, 0x3F80
 
 
@@ -144,3 +146,27 @@ def test_breakpoints_outlive_the_guests_own(bench: Bench) -> None:
     bench.wait()
     assert bench.stops == [Stop(0, Breakpoint(Kind.HARDWARE, guest.AFTER_COUNTING, 1))]
     assert seen == [guest.AFTER_COUNTING] * 2
+
+
+def test_debug_exceptions_of_the_guests_own(bench: Bench) -> None:
+    """One that the debugger did not ask for is the guest's, whose handler finds its cause."""
+    memory = bench.machine.memory
+    memory.write(4 * _DB, _HANDLER.to_bytes(4, "little"))
+    # mov %dr6, %eax; mov %eax, 0x3f84; incw 0x3f80; iret
+    memory.write(_HANDLER, bytes.fromhex("0f21f0 66a3843f ff06803f cf"))
+    bench.insert(Breakpoint(Kind.HARDWARE, guest.AFTER_COUNTING, 1))
+    real, seen = bench.machine.on_debug, []
+
+    def on_debug(vcpu: Vcpu, exit_: Debug) -> None:
+        """Take the first stop for a step of the guest's, by its trap flag."""
+        assert real
+        seen.append(exit_.pc)
+        own = Debug(exception=_DB, pc=exit_.pc, dr6=_DR6_STEP | _DR6_FIXED | 2)
+        real(vcpu, own if len(seen) == 1 else exit_)
+
+    bench.machine.on_debug = on_debug
+    bench.go_on()
+    bench.wait()
+    assert bench.stops == [Stop(0, Breakpoint(Kind.HARDWARE, guest.AFTER_COUNTING, 1))]
+    assert memory.read(_COUNT, 2) == b"\1\0"
+    assert int.from_bytes(memory.read(_COUNT + 4, 4), "little") & _DR6_STEP
