@@ -9,7 +9,7 @@
 The two take turns. Each time is the clock's, and that of the rig's only processor, which others on
 the machine do not change. The guest's share is the time in which the processor ran the guest.
 
-`tests/rig/rig run --cpus 1 --mem 4096 --project -- .venv/bin/python -m bench.fresh [--rounds N]`
+`tests/rig/rig run --copy-words --cpus 1 --mem 4096 --project -- .venv/bin/python -m bench.fresh`
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _BOOT_S = 300.0
 _PROMPT = "~ # "
 _SNAPSHOT = "ready"
 _AGENT_S = 5.0  # until an agent that begins with the prompt serves
-_GUEST_TIME = 43  # a field of /proc/PID/stat: proc(5)
+_FAULTS, _GUEST_TIME = 10, 43  # fields of /proc/PID/stat: proc(5)
 
 
 class Times(NamedTuple):
@@ -51,6 +51,8 @@ class Times(NamedTuple):
     processor: float
     guest: float
     """In which its vCPU ran the guest."""
+    faults: float
+    """Of its process, the guest's first touches of pages included."""
 
 
 class Guest(NamedTuple):
@@ -102,7 +104,7 @@ def _p50(times: Sequence[Times], what: str) -> float:
 def _line(name: str, times: Sequence[Times]) -> str:
     return (
         f"{name}: {_p50(times, 'clock'):.2f} s, processor {_p50(times, 'processor'):.2f} s, "
-        f"of which guest {_p50(times, 'guest'):.2f} s"
+        f"of which guest {_p50(times, 'guest'):.2f} s, {_p50(times, 'faults'):.0f} page faults"
     )
 
 
@@ -119,7 +121,8 @@ def _times(clock: float, processor: int, pid: int) -> Times:
     clock, used = time.perf_counter() - clock, processor_ns() - processor
     # The fields behind the name begin with the third.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return Times(clock, used / 1e9, int(fields[_GUEST_TIME - 3]) / os.sysconf("SC_CLK_TCK"))
+    guest = int(fields[_GUEST_TIME - 3]) / os.sysconf("SC_CLK_TCK")
+    return Times(clock, used / 1e9, guest, int(fields[_FAULTS - 3]))
 
 
 def _ours(template: Template) -> Times:
