@@ -103,13 +103,18 @@ def _client(
     program = str(ROOT / "tests" / "fleet_jobs.py")
     limit = str(_SLACK_S + jobs * _JOB_S)
     lines: list[str] = []
-    with subprocess.Popen(
-        ["timeout", limit, *host.space.prefix, sys.executable, program, address, str(jobs), log],
-        env={**os.environ, **host.environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    errors = host.directory / "log.client"
+    words = ["timeout", limit, *host.space.prefix, sys.executable, program, address, str(jobs)]
+    with (
+        errors.open("wb") as stderr,
+        subprocess.Popen(
+            [*words, log],
+            env={**os.environ, **host.environ},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout
         for line in process.stdout:
             lines.append(line)
@@ -117,7 +122,7 @@ def _client(
             if action:
                 action()
     if process.returncode:
-        raise Failure(f"the client: status {process.returncode}: {''.join(lines[-20:])}")
+        raise Failure(f"the client: status {process.returncode}: {errors.read_text()[-2000:]}")
     return lines
 
 
