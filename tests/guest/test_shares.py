@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests import artifacts
+from tests.guest.daemon_guest import PROMPT
+from tests.guest.daemon_guest import Shell as DaemonShell
 from tests.guest.linux_guest import COMMAND_LINE, Shell
-from tests.vmctl_driver import ConsoleProcess, vmctl_run
+from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.daemon import Daemon, vm_block
+from tests.vmctl_driver import BOOT_TIMEOUT_S, ConsoleProcess, vmctl_run
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -85,3 +89,48 @@ def test_a_tree_both_ways(tmp_path: Path) -> None:
     assert (target / "direct" / "large").read_bytes() == (source / "large").read_bytes()
     assert (target / "c").read_text() == "one\ntwo\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+def test_shares_of_a_vm_of_the_daemon(tmp_path: Path) -> None:
+    """A tree arrives whole, a read-only share refuses writes, and both work after a reboot."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    make_tree(source)
+    kernel = artifacts.kernel("cloud")
+    config = vm_block(
+        "linux",
+        f'initrd "{artifacts.initramfs_with(kernel, MODULES, "virtiofs")}"',
+        f'append "{COMMAND_LINE} test=shell"',
+        f'share "{source}" tag "src"',
+        f'share "{target}" tag "dst" rw',
+        boot=kernel.vmlinuz,
+        memory="256M",
+    )
+    mount = "mkdir -p /src /dst; mount -t virtiofs src /src; mount -t virtiofs dst /dst"
+    warmth = {"VMD_WARM": "off"}  # which takes a minute in the rig, and is for many VMs
+    with (
+        Daemon(tmp_path, config, is_user=False, environ=warmth) as vmd,
+        vmd.client(BOOT_TIMEOUT_S) as client,
+    ):
+        started = client.ask("start", name="linux")
+        assert started["type"] == "started", (started, vmd.log.read_text())
+        pid = started["pid"]
+        with client.console("linux") as console:
+            shell = DaemonShell(console)
+            shell.run(mount)
+            assert "Read-only" in shell.run("touch /src/new 2>&1")
+            shell.run("cp -a /src /dst/copy; sync")
+            console.type(b"reboot -f\n")
+        client.wait_for_reboot("linux", pid)
+        with client.console("linux") as console:
+            console.expect(b"init: up", 2)  # the console repeats what it has said before
+            console.expect(PROMPT, console.output.count(PROMPT) + 1)
+            shell = DaemonShell(console)
+            shell.run(mount)
+            assert "60" in shell.run("find /dst/copy -name 'file *' | wc -l")
+            shell.run("echo again >/dst/again")
+        assert client.ask("stop", name="linux", force=True, wait=True)["type"] == "terminated"
+    assert digest(target / "copy") == digest(source)
+    assert (target / "again").read_text() == "again\n"
