@@ -21,6 +21,8 @@ def _command(tag: int, code: int, body: bytes) -> bytes:
 
 
 STARTUP = _command(0x8001, 0x144, b"\0\0")
+SELF_TEST = _command(0x8001, 0x143, b"\1")
+"""Takes some time."""
 
 
 def get_random(size: int) -> bytes:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("swtpm") is None, reason="swtpm is 
 
 SECRET = b"swordfish"
 DEADLINE_S = 30.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
@@ -114,6 +116,24 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PATH", str(tmp_path))
     with ExitStack() as stack, pytest.raises(SpecError, match="swtpm is not installed"):
         start_swtpm(str(tmp_path / "tpm"), stack)
+
+
+def test_it_ends_with_a_program_that_is_killed(tmp_path: Path) -> None:
+    """Also while it executes a command, when swtpm 0.7 does not notice the end of its sockets."""
+    program = f"""
+import os, signal
+from contextlib import ExitStack
+from tests import tpm_commands as tpm
+from vmctl.foreground.tpm import start_swtpm
+found = start_swtpm({str(tmp_path / "tpm")!r}, ExitStack())
+found.power_on()
+found.execute(tpm.STARTUP)
+found._data.sendall(tpm.SELF_TEST)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    wait_until(lambda: processes(tmp_path / "tpm") == [])
 
 
 @pytest.mark.kvm

@@ -1,11 +1,14 @@
 """The TPM of `vmctl run --tpm`: a swtpm process for each VM."""
 
+import os
 import shutil
 import socket
 import subprocess
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
+from vmd.confine.sandbox import die_with
 from vmm_kvm.errors import SpecError
 from vmm_kvm.swtpm import Swtpm, arguments
 
@@ -41,6 +44,8 @@ def start_swtpm(directory: str, stack: ExitStack) -> Swtpm:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # ^C is for the VM
+            # One that executes a command when its VM is killed does not end: swtpm 0.7.
+            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - there is one thread yet
         )
     stack.callback(_end, process)
     return stack.enter_context(Swtpm(control, data))

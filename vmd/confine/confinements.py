@@ -331,9 +331,8 @@ TPM_DENIALS = (
 )
 """Calls that fail in the process that executes swtpm, and in swtpm, which denies itself others."""
 TPM_CAPABILITIES = {
-    5: "CAP_KILL: ending a swtpm, which is another user",
     CAP_SETGID: "CAP_SETGID: users of their own for each",
-    CAP_SETUID: "CAP_SETUID: the same",
+    CAP_SETUID: "CAP_SETUID: the same, and ending one as its user",
 }
 """Capabilities of that process, by number."""
 SWTPM_LIMITS = (

@@ -2,7 +2,9 @@
 
 The secrets lie in a directory by the VM's name and owner, and outlive the VM: it comes back under
 its name, after a reboot, a stop, or the daemon's end. swtpm is a user whom no other process has at
-that time, who then owns the directory.
+that time. Its directory is open to all, in one that only this process's user can enter: swtpm has
+it as its working directory, and makes itself copies. So nothing has to be given away, for which
+root would need CAP_CHOWN.
 
 Source: swtpm(8)
 """
@@ -12,6 +14,7 @@ import socket
 import stat
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 
 from vmd.parent.errors import ResourceError
@@ -20,7 +23,14 @@ from vmd.rules.policy import Users
 from vmd.rules.vm import Vm
 from vmd.wire.channel import Fds
 from vmd.wire.messages import ErrorCode
-from vmd.wire.tpm import PARENT_AND_TPM, ParentToTpm, StartTpm, TpmToParent
+from vmd.wire.tpm import (
+    DIRECTORY_MODE,
+    FILE_MODE,
+    PARENT_AND_TPM,
+    ParentToTpm,
+    StartTpm,
+    TpmToParent,
+)
 from vmm_kvm.loop import EventLoop
 
 TPMS_PER_USER = 64
@@ -80,7 +90,7 @@ class Tpms:
                 raise ResourceError(ErrorCode.EIO, text) from err
             uid = self._claim(state)
             if uid:
-                _give(directory, uid, f"{self._directory}/{state}")
+                _open_up(directory, f"{self._directory}/{state}")
             for _ in range(2):
                 one, other = socket.socketpair()
                 ours.add(one.detach())
@@ -116,10 +126,10 @@ class Tpms:
         """Return a descriptor of the directory of a TPM's secrets, made if it is missing."""
         assert self._directory is not None
         path = f"{self._directory}/{state}"
-        try:
+        os.makedirs(self._directory, _MODE, exist_ok=True)  # noqa: PTH103 - names alone
+        os.chmod(self._directory, _MODE)  # noqa: PTH101 - the same
+        with suppress(FileNotFoundError):
             return os.open(path, _OPEN | os.O_DIRECTORY)
-        except FileNotFoundError:
-            os.makedirs(self._directory, _MODE, exist_ok=True)  # noqa: PTH103 - names alone
         self._check_room(vm, ending)
         os.mkdir(path, _MODE)  # noqa: PTH102 - the same
         return os.open(path, _OPEN | os.O_DIRECTORY)
@@ -134,8 +144,8 @@ class Tpms:
             raise ResourceError(ErrorCode.EPERM, text)
 
 
-def _give(directory: int, uid: int, path: str) -> None:
-    """Make a user the owner of a directory of secrets, which another swtpm has left.
+def _open_up(directory: int, path: str) -> None:
+    """Let the next swtpm use a directory of secrets, which another one has left.
 
     Nothing is followed out of it: a swtpm that a guest has taken over may have left anything.
     """
@@ -147,8 +157,8 @@ def _give(directory: int, uid: int, path: str) -> None:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or len(names) > _FILES_MAX:
                 raise ResourceError(ErrorCode.EIO, f"tpm: {path}: not only a TPM's files")
-            if found.st_uid != uid:
-                os.chown(f"/proc/self/fd/{fd}", uid, uid)
+            if stat.S_IMODE(found.st_mode) != FILE_MODE:
+                os.chmod(f"/proc/self/fd/{fd}", FILE_MODE)  # noqa: PTH101 - a descriptor's
         finally:
             os.close(fd)
-    os.chown(own, uid, uid)
+    os.chmod(own, DIRECTORY_MODE)  # noqa: PTH101 - the same

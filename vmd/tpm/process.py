@@ -3,21 +3,23 @@
 It is forked before the parent's filter, which lets no other process of root's daemon execute a
 program. Each swtpm is a user of its own, may open no files but those of its state and what a
 program needs to start, and can make no sockets. It ends when its VM's process does, which has the
-other ends of its channels.
+other ends of its channels. One that was executing a command then may not (swtpm 0.7 turns in a loop
+for ever), so it is killed.
 
 Source: swtpm(8), landlock(7)
 """
 
 import os
 import resource
+import select
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from vmd.confine import landlock
 from vmd.confine.confinements import SWTPM_LIMITS
-from vmd.confine.sandbox import become
+from vmd.confine.sandbox import acting_as, become
 from vmd.shared import log as logging
 from vmd.shared.privsep import join_cgroup
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
@@ -38,15 +40,25 @@ END_S = 5
 _PROGRAMS = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/ssl")
 """Files that a program needs to start."""
 _SAID_MAX = 4096
+_COPY = ".copy"
 _NOT_EXECUTED = 127
 
 
-class _Swtpm(NamedTuple):
-    order: StartTpm
-    said: int
-    """Memory with its messages."""
-    timer: LoopTimer
-    """Kills it, once another waits for its state."""
+class _Swtpm:
+    """A swtpm that has not been reaped."""
+
+    __slots__ = ("channel", "has_left", "order", "said", "timer")
+
+    def __init__(self, order: StartTpm, channel: int, said: int, timer: LoopTimer) -> None:
+        self.order = order
+        self.channel = channel
+        """Its own end of the channel of control; the kernel tells by it that the VM has ended."""
+        self.said = said
+        """Memory with its messages."""
+        self.timer = timer
+        """Kills it, once it has no VM any more."""
+        self.has_left = False
+        """Whether the VM has ended."""
 
 
 class Launcher:
@@ -65,6 +77,7 @@ class Launcher:
         """Wait until each swtpm has ended, as it does when its VM has; others are killed."""
         for _, fds in self._waiting:
             fds.close()
+        self._waiting.clear()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, lambda _number, _frame: self._kill_all())
         signal.alarm(END_S)
@@ -93,35 +106,42 @@ class Launcher:
             return
         for before in self._running.values():
             if before.order.state == message.state:
-                before.timer.arm(self._loop.monotonic_ns() + END_S * NANOSECONDS)
+                self._look_if_left(before)
                 self._waiting.append((message, received.fds))
                 return
         self._start(message, received.fds)
 
     def _start(self, order: StartTpm, fds: Fds) -> None:
-        with fds:
+        with fds, Fds() as own:
             try:
                 fds.check()
-                said = make_memory(PROGRAM, _SAID_MAX)
+                said = own.add(make_memory(PROGRAM, _SAID_MAX))
+                channel = own.add(os.dup(fds.left[1]))
+                pid = os.fork()
             except (ChannelError, OSError) as err:
                 log.warning("vm/%s: no TPM: %s", order.vm, err)
                 self._tell_end(order.number)
                 return
-            try:
-                pid = os.fork()
-            except OSError as err:
-                os.close(said)
-                log.warning("vm/%s: no TPM: %s", order.vm, err.strerror)
-                self._tell_end(order.number)
-                return
             if pid == 0:
                 _be_swtpm(order, fds.take_all(), said)
+            own.take_all()
         timer = self._loop.timer(lambda: self._kill(pid))
-        self._running[pid] = _Swtpm(order, said, timer)
+        swtpm = self._running[pid] = _Swtpm(order, channel, said, timer)
+        self._loop.add_arrival_reader(channel, lambda: self._look_if_left(swtpm))
+
+    def _look_if_left(self, swtpm: _Swtpm) -> None:
+        """Have a swtpm killed that does not end, though its VM has."""
+        poll = select.poll()
+        poll.register(swtpm.channel, 0)  # an end is always told
+        if not swtpm.has_left and poll.poll(0):
+            swtpm.has_left = True
+            swtpm.timer.arm(self._loop.monotonic_ns() + END_S * NANOSECONDS)
 
     def _kill(self, pid: int) -> None:
         if pid in self._running:  # not reaped yet, so it is ours
-            os.kill(pid, signal.SIGKILL)
+            uid = self._running[pid].order.uid
+            with acting_as(uid) if uid else nullcontext():
+                os.kill(pid, signal.SIGKILL)
 
     def _kill_all(self) -> None:
         for pid in self._running:
@@ -139,11 +159,16 @@ class Launcher:
 
     def _ended(self, pid: int, status: int) -> None:
         swtpm = self._running.pop(pid)
+        self._loop.remove_reader(swtpm.channel)
+        self._look_if_left(swtpm)
         swtpm.timer.cancel()
         order = swtpm.order
-        if status:
+        if status and swtpm.has_left:
+            log.debug("vm/%s: swtpm ended after it, status %d", order.vm, status)
+        elif status:
             how = f"was killed by signal {-status}" if status < 0 else f"failed: {_text(swtpm)}"
             log.warning("vm/%s: its TPM is gone: swtpm %s", order.vm, how)
+        os.close(swtpm.channel)
         os.close(swtpm.said)
         self._tell_end(order.number)
         for at, (waiting, fds) in enumerate(self._waiting):
@@ -160,6 +185,24 @@ def _text(swtpm: _Swtpm) -> str:
     return printable(lines[-1]) if lines else "it does not say why"
 
 
+def _take_over() -> None:
+    """Make the files of the working directory this user's, by copies: another swtpm left them."""
+    names = os.listdir()  # noqa: PTH208 - names alone
+    copies = [name for name in names if name.endswith(_COPY)]
+    for name in copies:  # a process that was killed has left it
+        os.unlink(name)  # noqa: PTH108 - the same
+    for name in set(names) - set(copies):
+        if os.stat(name, follow_symlinks=False).st_uid != os.getuid():  # noqa: PTH116 - the same
+            with open(name, "rb") as file:  # noqa: PTH123 - the same
+                data = file.read()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with open(os.open(name + _COPY, flags, 0o600), "wb") as copy:  # noqa: PTH123 - the same
+                copy.write(data)
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.replace(name + _COPY, name)  # noqa: PTH105 - the same
+
+
 def _be_swtpm(order: StartTpm, fds: list[int], said: int) -> NoReturn:
     """In a process that was forked for it, become the swtpm of a VM."""
     try:
@@ -174,6 +217,8 @@ def _be_swtpm(order: StartTpm, fds: list[int], said: int) -> NoReturn:
             become(order.uid)
         os.fchdir(directory)
         landlock.restrict(subtree=landlock.Subtree(directory, is_writable=True), programs=_PROGRAMS)
+        if order.uid:
+            _take_over()
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             with suppress(OSError):  # the C library keeps some to itself
                 signal.signal(number, signal.SIG_DFL)

@@ -4,6 +4,9 @@ from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.internal import SetVerbosity
 from vmd.wire.parts import Internal
 
+DIRECTORY_MODE, FILE_MODE = 0o777, 0o666
+"""Of a TPM's secrets: whoever becomes its swtpm can use them, and nobody else can go there."""
+
 
 class StartTpm(Internal, frozen=True, kw_only=True):
     """Start a swtpm for this VM; answered by `TpmEnded` in the end, also if it cannot start.

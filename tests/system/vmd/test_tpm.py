@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests import tpm_guest
+from tests import tpm_commands, tpm_guest
 from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import Client, Daemon, descendants, process_title, vm_block, vmctl
 from tests.tpm_guest import READY, SECRET
+from vmd.children import tpm_plan
 from vmd.confine.uids import UIDS_DEFAULT
+from vmd.shared.privsep import spawn
+from vmd.wire.channel import Channel
+from vmd.wire.tpm import PARENT_AND_TPM, StartTpm, TpmEnded
+from vmm_kvm.swtpm import Swtpm
 
 pytestmark = [
     pytest.mark.kvm,
@@ -104,6 +110,30 @@ def test_without_the_process_that_starts_it(start_vmd: Start, tmp_path: Path) ->
         assert client.vm("one")["state"] == "running"
 
 
+def test_a_vm_that_ends_during_a_command(tmp_path: Path) -> None:
+    """A swtpm that does not end with its VM is killed, and the next one has its state."""
+    child = spawn(tpm_plan(None))
+    with Channel(child.connection, PARENT_AND_TPM) as channel:
+
+        def start(number: int) -> Swtpm:
+            (control, other), (data, another) = socket.socketpair(), socket.socketpair()
+            directory = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+            order = StartTpm(number=number, vm="one", state="one-0", uid=0)
+            channel.send(order, [directory, other.detach(), another.detach()])
+            return Swtpm(control, data)
+
+        with start(1) as first:
+            first.power_on()
+            first.execute(tpm_commands.STARTUP)
+            first._data.sendall(tpm_commands.SELF_TEST)
+        with start(2) as second:
+            assert channel.wait()[0] == TpmEnded(number=1)
+            second.power_on()
+            assert tpm_commands.code(second.execute(tpm_commands.STARTUP)) == 0
+        assert channel.wait()[0] == TpmEnded(number=2)
+    assert os.waitpid(child.pid, 0)[1] == 0
+
+
 @pytest.mark.skipif(bool(missing_separation()), reason=str(missing_separation()))
 def test_the_rights_of_swtpm(tmp_path: Path) -> None:
     """It is a user of its own, without capabilities, network and files but its own."""
@@ -130,8 +160,8 @@ def test_the_rights_of_swtpm(tmp_path: Path) -> None:
             state = tmp_path / "state" / "tpm" / f"{name}-0"
             assert Path(f"/proc/{pid}/cwd").readlink() == state
             files = [state, *state.iterdir()]
-            assert {(path.stat().st_uid, path.stat().st_gid) for path in files} == {(int(uid),) * 2}
-            assert {path.stat().st_mode & 0o077 for path in files if path.name != ".lock"} == {0}
+            assert {path.stat().st_uid for path in files[1:]} == {int(uid)}
+            assert (state.parent.stat().st_uid, state.parent.stat().st_mode & 0o777) == (0, 0o700)
             links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
             kinds = {link.partition(":")[0].removeprefix(str(state)) for link in links}
             assert kinds <= {"socket", "pipe", "anon_inode", "/dev/null", "/memfd", "/.lock"}

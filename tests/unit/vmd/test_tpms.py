@@ -55,7 +55,8 @@ class Rig:
             assert len(fds) == 3
             found = Path(f"/proc/self/fd/{fds.left[0]}").readlink()
             assert found == self.state / "tpm" / message.state
-            assert (found.stat().st_uid, found.stat().st_mode & 0o777) == (message.uid, 0o700)
+            assert (found.stat().st_uid, found.stat().st_mode & 0o777) == (0, 0o777)
+            assert (found.parent.stat().st_uid, found.parent.stat().st_mode & 0o777) == (0, 0o700)
         return message
 
     def end(self, started: StartTpm) -> None:
@@ -101,11 +102,12 @@ def test_who_has_which(rig: Rig) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "directory", "many"])
 def test_what_a_swtpm_may_have_left(rig: Rig, tmp_path: Path, kind: str) -> None:
-    """Only plain files of the directory are given to the next one: nothing else's owner changes."""
+    """Only plain files of the directory are opened to the next one: nothing else's mode changes."""
     rig.end(rig.start("one"))
     directory = rig.state / "tpm" / "one-0"
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"")
+    foreign.chmod(0o600)
     match kind:
         case "link":
             (directory / "x").symlink_to(foreign)
@@ -118,7 +120,7 @@ def test_what_a_swtpm_may_have_left(rig: Rig, tmp_path: Path, kind: str) -> None
                 (directory / str(number)).write_bytes(b"")
     code, text = rig.error("one")
     assert (code, text) == (ErrorCode.EIO, f"tpm: {directory}: not only a TPM's files")
-    assert foreign.stat().st_uid == 0
+    assert foreign.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_user_has_so_many(rig: Rig) -> None:
