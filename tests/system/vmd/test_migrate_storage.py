@@ -162,7 +162,6 @@ def test_a_full_disk_there(tmp_path: Path) -> None:
 ENDINGS = [  # ssh, and what it starts, ignore the SIGINT of a terminal
     ("migrate", signal.SIGINT),
     ("receive", signal.SIGTERM),
-    ("receive", signal.SIGKILL),
 ]
 
 
