@@ -154,7 +154,7 @@ class Arrival:
         self._stack = ExitStack()
         self._lock = threading.Lock()  # over what is said, and what has a name
         self._are_disks_done = threading.Event()
-        self._is_ready_said = self._is_over = False
+        self._is_ready_said = self._has_let_go = self._is_over = False
         self._problem: str | None = None
         self._passing: threading.Thread | None = None
 
@@ -163,6 +163,10 @@ class Arrival:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            if not self._has_let_go:  # a signal ends this command
+                self._say(failed("vmctl receive has ended"))
+                self._is_over = True
         self._stack.close()
 
     def choose(self, manifest: Manifest) -> Mapping[int, int]:
@@ -271,6 +275,9 @@ class Arrival:
         if word != GO:
             raise CommandError("the sender says something else than to go on")
         with self._lock:
+            if self._is_over:
+                raise CommandError("it has ended here")
+            self._has_let_go = True
             for disk in self._disks.values():
                 _of(disk.path, disk.publish)
 
