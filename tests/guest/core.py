@@ -59,6 +59,7 @@ WITHOUT: Final = {
     "test_cloud_init.py": "a cloud's image on its first boot, which takes minutes",
     "test_pytest_plugin.py": "the pytest plugin: clones in two runs, which take minutes",
     "test_run_command.py": "commands on the host's root: two guests, which take minutes in the rig",
+    "test_saved.py": "a saved guest that goes on: a guest that boots twice",
     "test_shares.py": "Linux's driver of shared directories, which takes minutes in the rig",
     "test_tpm.py": "Linux's driver of TPMs, and tools: a guest that boots twice",
     "test_tutorial.py": "the tutorial, to the letter: as long as half of the core",
