@@ -1,7 +1,6 @@
 """Common code of the processes of disks and interfaces: from blank to serving one device.
 
-One ends when the VM's process does. Its status pipe gets a byte 0 once it can serve, or else the
-reason why it cannot.
+One ends when the VM's process does, which learns by a pipe when it can serve, or why it cannot.
 """
 
 import signal
@@ -22,13 +21,9 @@ from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.device import Backend
 from vmm_kvm.virtio.vhost_user.process import serve
+from vmm_kvm.virtio.vhost_user.readiness import tell_failure, tell_ready
 
 log = Log(__name__)
-
-READY = b"\0"
-"""Written to the status pipe when the device can be used."""
-STATUS_MAX = 4096
-"""Bytes of its other messages."""
 
 # The last writes of a VM that is ended must reach the disk.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -67,16 +62,18 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
             set_title(f"{title}/{begin.vm}")
             *own, sock, status_fd = fds.take_all()
         vm = socket.socket(fileno=sock)
-        with vm, open(status_fd, "wb", buffering=0) as status:  # noqa: PTH123 - a descriptor
+        with vm:
             try:
                 if begin.has_cgroup:
                     join_cgroup(own.pop(0))
                 own = opened(own)
                 backend = make(begin, own, lambda: _is_there(vm))
             except (VmmError, OSError) as err:
-                status.write(str(err).encode()[:STATUS_MAX])
+                tell_failure(status_fd, str(err))
                 return 0  # the VM's process tells
-            status.write(READY)
+            if not tell_ready(status_fd):
+                backend.close()
+                return 0
             vm = socket.socket(fileno=vm.detach())
         serve(vm, backend, on_loop=lambda loop: listen_to_vmm(vmm, loop))
     return 0

@@ -22,7 +22,6 @@ from vmd.confine.sandbox import (
     keep_capabilities,
     set_title,
 )
-from vmd.device.process import READY, STATUS_MAX
 from vmd.shared import log as logging
 from vmd.shared.privsep import join_cgroup
 from vmd.shared.shares import ShareOrder
@@ -32,6 +31,7 @@ from vmm_kvm.fs.server import DESCRIPTORS, FuseServer
 from vmm_kvm.fs.tree import Tree, open_root
 from vmm_kvm.virtio.fs import VirtioFs
 from vmm_kvm.virtio.vhost_user.process import serve
+from vmm_kvm.virtio.vhost_user.readiness import tell_failure, tell_ready
 
 ROOT_CAPABILITIES = frozenset({1, 2, 3, 4})
 """Access to files as root has it; CAP_DAC_OVERRIDE, _DAC_READ_SEARCH, _FOWNER, _FSETID."""
@@ -53,12 +53,10 @@ def run(share: ShareOrder) -> None:
         backend = make_share(root, tag, is_writable=not option.is_read_only, identity=identity)
     except (VmmError, OSError) as err:
         why = err.strerror if isinstance(err, OSError) else str(err)
-        text = f"share {option.path}: {why or err}".encode(errors="replace")
-        os.write(share.status, text[:STATUS_MAX])
+        tell_failure(share.status, f"share {option.path}: {why or err}")
         return
-    os.write(share.status, READY)
-    os.close(share.status)
-    serve(vm, backend)
+    if tell_ready(share.status):
+        serve(vm, backend)
 
 
 def _open_root(path: str, directory: int | None) -> int:

@@ -32,13 +32,11 @@ from vmm_kvm.virtio.pmem import PmemSpec
 from vmm_kvm.virtio.scsi import ScsiCdSpec
 from vmm_kvm.virtio.vhost_user.blk import RemoteBlkSpec
 from vmm_kvm.virtio.vhost_user.fs import RemoteFsSpec
+from vmm_kvm.virtio.vhost_user.readiness import await_ready
 from vmm_kvm.virtio.vsock import VsockSpec
 
 if TYPE_CHECKING:  # loaded for the VMs that have it
     from vmm_kvm.kvm.sev import SevSpec
-
-_READY = b"\0"
-_STATUS_MAX = 4096
 
 
 def has_servers(spec: VmSpec) -> bool:
@@ -220,9 +218,7 @@ class _Connection:
         poll.register(self._status, select.POLLIN)
         if not self._is_locked and not poll.poll(LOCK_PATIENCE_S * 1000):
             raise ImageError(f"{self._path}: in use by another process")
-        with open(self._status, "rb", buffering=0) as status:  # noqa: PTH123 - a descriptor
-            told = status.read(_STATUS_MAX)
-        if told != _READY:
-            text = told.decode(errors="replace")
-            raise ImageError(text or f"{self._path}: its process has crashed")
+        reason = await_ready(self._status)
+        if reason is not None:
+            raise ImageError(reason or f"{self._path}: its process has crashed")
         return socket.socket(fileno=self._socket)

@@ -12,12 +12,13 @@ import pytest
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig
 from vmd.device import disk, nic
-from vmd.device.process import READY, Make, run
+from vmd.device.process import Make, run
 from vmd.shared import log as logging
 from vmd.shared.counters import make_counters
 from vmd.wire.channel import Channel
 from vmd.wire.device import VMM_AND_DEVICE, BeginDisk, BeginNic
 from vmd.wire.internal import DiskSpec, NicSpec, SetVerbosity
+from vmm_kvm.virtio.vhost_user.readiness import READY
 
 SIZE = 1 << 20
 INTERFACE = InterfaceConfig(lladdr="fe:e1:bb:d1:00:01")
@@ -112,6 +113,16 @@ def test_a_process_is_of_one_kind(image: Path) -> None:
     rig = Rig()
     rig.begin(_disk(image), _open(image))
     assert rig.run(nic.make) == (0, f"{image} is no interface".encode())
+
+
+@pytest.mark.parametrize("kind", [DiskKind.RAW, DiskKind.QCOW2])
+def test_a_vm_that_was_ended_meanwhile(image: Path, kind: DiskKind) -> None:
+    """A disk's process that is ready, or fails, when nobody waits any more ends without a word."""
+    rig = Rig()
+    rig.begin(_disk(image, kind), _open(image))
+    os.close(rig.status)
+    rig.vmm.close()
+    assert run("disk", rig.near, disk.make) == 0
 
 
 def test_a_process_that_nobody_needs(image: Path) -> None:

@@ -15,12 +15,12 @@ import pytest
 from tests.fs_driver import Guest
 from vmd.children import share_plan
 from vmd.config.shares import ShareOption
-from vmd.device.process import READY
 from vmd.parent.shares import Shares
 from vmd.wire.channel import Fds
 from vmd.wire.parcels import wrap
 from vmm_kvm.fs import abi
 from vmm_kvm.virtio.vhost_user.fs import RemoteFsSpec
+from vmm_kvm.virtio.vhost_user.readiness import READY
 
 USER = 65534
 VM_ID = 7

@@ -22,6 +22,7 @@ from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
 from vmm_kvm.loop import EventLoop
 from vmm_kvm.virtio.device import Backend
+from vmm_kvm.virtio.vhost_user.readiness import await_ready, tell_failure, tell_ready
 from vmm_kvm.virtio.vhost_user.server import Server
 
 log = Log(__name__)
@@ -29,8 +30,6 @@ log = Log(__name__)
 EXIT_TIMEOUT_S = 30.0
 """The time for a device process to write back its data when its connection ends."""
 
-_READY = b"\0"
-_MESSAGE_MAX = 4096
 _STANDARD_FDS = 3
 _IGNORED = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
@@ -96,31 +95,32 @@ def spawn_device_process(
     """
     assert threading.active_count() == 1, "a fork takes only one thread along"
     read_fd, write_fd = os.pipe()
-    with open(read_fd, "rb") as pipe:  # noqa: PTH123 - a descriptor
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError:
-            os.close(write_fd)
-            raise
-        # Until the child has its own handlers, it must not run ours.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            pid = os.fork()
-            if pid == 0:
-                _live(make_backend, name, theirs, write_fd, keep_fds)
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-            os.close(write_fd)
-        process = DeviceProcess(pid, name, ours)
-        told = pipe.read(_MESSAGE_MAX)
-    if told == _READY:
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError:
+        os.close(read_fd)
+        os.close(write_fd)
+        raise
+    # Until the child has its own handlers, it must not run ours.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _live(make_backend, name, theirs, write_fd, keep_fds)
+    except OSError:
+        os.close(read_fd)
+        ours.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        os.close(write_fd)
+    process = DeviceProcess(pid, name, ours)
+    reason = await_ready(read_fd)
+    if reason is None:
         return process
     process.close()
-    raise VmmError(told.decode(errors="replace") or f"{name}: its device process has crashed")
+    raise VmmError(reason or f"{name}: its device process has crashed")
 
 
 def serve(
@@ -179,11 +179,12 @@ def _live(
         try:
             backend = make_backend()
         except (VmmError, OSError) as err:
-            os.write(status_fd, str(err).encode()[:_MESSAGE_MAX])
+            tell_failure(status_fd, str(err))
         else:
-            os.write(status_fd, _READY)
-            os.close(status_fd)
-            serve(connection, backend)
+            if tell_ready(status_fd):
+                serve(connection, backend)
+            else:
+                backend.close()
         status = 0
     except BaseException:
         log.exception("%s: device process", name)
