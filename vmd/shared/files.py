@@ -20,7 +20,7 @@ from vmm_kvm.libc import LIBC
 
 _AT_FDCWD = -100
 _RESOLVE_NO_MAGICLINKS = 0x02
-_PRIVATE = ("/tmp/", "/var/tmp/")  # noqa: S108 - what PrivateTmp= replaces
+_SHARED = ("/tmp/", "/var/tmp/")  # noqa: S108 - which a unit may have for itself
 
 # File systems whose files are kernel interfaces, not data: reading or writing one may do anything.
 # Source: Linux include/uapi/linux/magic.h, and each file system's own source.
@@ -136,12 +136,22 @@ def check_open_file(fd: int, *, writes: bool, allows_devices: bool) -> None:
 def _reason(err: OSError, path: str) -> str:
     """Say why a file cannot be opened, and what of the service's unit may be the cause."""
     text = err.strerror or str(err)
-    if "NOTIFY_SOCKET" in os.environ:
-        if err.errno == errno.EROFS:
-            return f"{text}: for other directories the unit of vmd needs ReadWritePaths="
-        if err.errno == errno.ENOENT and path.startswith(_PRIVATE):
-            return f"{text}: the unit of vmd has a directory of its own there"
+    if err.errno == errno.EROFS and "NOTIFY_SOCKET" in os.environ:
+        return f"{text}: for other directories the unit of vmd needs ReadWritePaths="
+    if err.errno == errno.ENOENT and path.startswith(_SHARED) and _has_own(_SHARED):
+        return f"{text}: the unit of vmd has a directory of its own there"
     return text
+
+
+def _has_own(directories: tuple[str, ...]) -> bool:
+    """Tell whether the service manager has given this process one of these for itself.
+
+    Source: systemd.exec(5), PrivateTmp=; proc(5), "mountinfo"
+    """
+    places = [directory.rstrip("/") for directory in directories]
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:  # noqa: PTH123
+        roots = [fields[3] for fields in map(str.split, mounts) if fields[4] in places]
+    return any("/systemd-private-" in root for root in roots)
 
 
 def _resolve(path: str) -> int:
