@@ -32,6 +32,7 @@ NO_GROUP = 65534
 """The group of a user without one. Source: Linux include/linux/highuid.h, DEFAULT_OVERFLOWGID"""
 
 _PR_SET_PDEATHSIG = 1
+_PR_GET_PDEATHSIG = 2
 _PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_SET_NAME = 15
@@ -206,17 +207,18 @@ def owning(uid: int, gid: int) -> Iterator[None]:
 
     Source: setfsuid(2), capabilities(7) "Effect of user ID changes on capabilities"
     """
-    try:
-        # They report no errors: the second call of each only asks.
-        LIBC.setfsgid(gid)
-        LIBC.setfsuid(uid)
-        if (LIBC.setfsuid(-1), LIBC.setfsgid(-1)) != (uid, gid):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-        _keep_capabilities(held_capabilities())
-        yield
-    finally:
-        LIBC.setfsuid(os.geteuid())
-        LIBC.setfsgid(os.getegid())
+    with _still_dying_with_parent():
+        try:
+            # They report no errors: the second call of each only asks.
+            LIBC.setfsgid(gid)
+            LIBC.setfsuid(uid)
+            if (LIBC.setfsuid(-1), LIBC.setfsgid(-1)) != (uid, gid):
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            _keep_capabilities(held_capabilities())
+            yield
+        finally:
+            LIBC.setfsuid(os.geteuid())
+            LIBC.setfsgid(os.getegid())
 
 
 def kill_as(pid: int, users: Iterable[int]) -> None:
@@ -240,7 +242,7 @@ def kill_as(pid: int, users: Iterable[int]) -> None:
 
 @contextmanager
 def acting_as(uid: int) -> Iterator[None]:
-    """Gain the right to signal a user's processes; this undoes `die_with`.
+    """Gain the right to signal a user's processes.
 
     The kernel checks the effective user of the process that signals, and the real and the saved
     one of the process that is signalled: so that user gets no rights over us.
@@ -248,12 +250,35 @@ def acting_as(uid: int) -> Iterator[None]:
     Source: kill(2), ptrace(2)
     """
     own = os.getuid()
-    os.setresuid(own, uid, own)
+    with _still_dying_with_parent():
+        os.setresuid(own, uid, own)
+        try:
+            yield
+        finally:
+            os.setresuid(own, own, own)
+            _prctl(_PR_SET_DUMPABLE, 0)
+
+
+@contextmanager
+def _still_dying_with_parent() -> Iterator[None]:
+    """Keep the signal that the end of our parent has sent: changes of users forget it.
+
+    Whoever has started us has asked for one, or we by `die_with`. It comes afterwards if the
+    parent ends meanwhile.
+
+    Source: prctl(2), PR_SET_PDEATHSIG
+    """
+    wanted = ctypes.c_int()
+    if LIBC.prctl(_PR_GET_PDEATHSIG, ctypes.addressof(wanted), 0, 0, 0):
+        wanted.value = 0
+    parent = os.getppid()
     try:
         yield
     finally:
-        os.setresuid(own, own, own)
-        _prctl(_PR_SET_DUMPABLE, 0)
+        if wanted.value:
+            _prctl(_PR_SET_PDEATHSIG, wanted.value)
+            if os.getppid() != parent:
+                os.kill(os.getpid(), wanted.value)
 
 
 def deny(denials: Iterable[Denial]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple, NoReturn, assert_never
 
-from vmd.confine.sandbox import acting_as, become, die_with
+from vmd.confine.sandbox import acting_as, become
 from vmd.shared import log as logging
 from vmd.shared.privsep import live
 from vmd.shared.siblings import fork_sibling
@@ -111,8 +111,6 @@ def _kill(pidfd: int, uid: int) -> None:
         log.warning("uid %d: cannot be killed: %s", uid, err.strerror)
     finally:
         os.close(pidfd)
-        if uid:
-            die_with(os.getppid())
 
 
 def _fork(

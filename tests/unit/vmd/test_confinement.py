@@ -7,11 +7,14 @@ import errno
 import faulthandler
 import os
 import resource
+import select
 import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from vmd.confine.sandbox import (
     become,
     confine,
     deny,
+    die_with,
     find_identity,
     keep_capabilities,
     kill_as,
@@ -502,6 +506,31 @@ def test_files_of_others_without_cap_chown(tmp_path: Path) -> None:
             os.chown(tmp_path / "own", -1, SECOND_VM)
 
     assert _end_of(body) == 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("act", [lambda: owning(FIRST_VM, SECOND_VM), lambda: acting_as(FIRST_VM)])
+def test_acting_for_others_it_dies_with_its_parent(
+    act: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """The kernel forgets that with each change of users; it is told again."""
+    alive, end = os.pipe()
+
+    def child() -> None:
+        parent, (ready, done) = os.getpid(), os.pipe()
+        if os.fork() == 0:
+            die_with(parent)
+            with act():
+                pass
+            os.write(done, b"1")
+            time.sleep(30)
+            os._exit(0)
+        os.read(ready, 1)
+
+    assert _end_of(child) == 0
+    os.close(end)
+    assert select.select([alive], [], [], 20)[0], "it lives on"
+    os.close(alive)
 
 
 @pytest.mark.root
