@@ -49,6 +49,7 @@ CORE: Final = {
         "the RTC's alarm, processors that go and come, a process that is stopped"
     ),
     "test_other_images.py::test_memtest_starts_its_test_on_the_serial_console": "memtest86+",
+    "test_vhost_log.py::test_vhost_net_marks_its_writes": "vhost-net's log of what it writes",
     "test_vsock.py::test_both_sides_connect": "virtio-vsock",
 }
 """Each core test, by its place below tests/guest, and the capability that it covers."""

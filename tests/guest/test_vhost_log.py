@@ -34,7 +34,7 @@ from vmm_kvm.virtio import abi
 from vmm_kvm.virtio.vhost import Vhost
 from vmm_kvm.write_log import SharedLog
 
-pytestmark = [pytest.mark.root]
+pytestmark = [pytest.mark.guest, pytest.mark.root]
 
 __all__ = ["namespace"]  # a fixture
 
