@@ -271,6 +271,17 @@ class Daemon:
             assert time.monotonic() < deadline, f"no process {title}"
             time.sleep(0.02)
 
+    def wait_for_idle_child(self, title: str, parent: int | None = None) -> int:
+        """Wait for a process with this title that waits for its work; returns its pid."""
+        pid = self.wait_for_child(title, parent)
+        deadline = time.monotonic() + TIMEOUT_S
+        before = ""
+        while (now := Path(f"/proc/{pid}/status").read_text()) != before or "S (sl" not in now:
+            assert time.monotonic() < deadline, f"{title} does not wait"
+            before = now  # with the number of times for which it has waited
+            time.sleep(0.25)
+        return pid
+
     def wait_for_log(self, text: str) -> None:
         """Wait until a text is in the log."""
         deadline = time.monotonic() + TIMEOUT_S

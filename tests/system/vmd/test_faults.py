@@ -131,7 +131,7 @@ def test_the_process_that_is_ready(start_vmd: Start) -> None:
         _kill(ready)
         vmd.wait_for_log("the vm process made ahead has ended, status -9")
         assert client.ask("start", name="one")["type"] == "started"
-        ready = vmd.wait_for_child("vm", vmm)
+        ready = vmd.wait_for_idle_child("vm", vmm)
         assert client.ask("start", name="two")["pid"] == ready
         assert vmd.child("vm/two") == ready
 
@@ -141,7 +141,7 @@ def test_the_disk_process_that_is_ready(start_vmd: Start, tmp_path: Path) -> Non
     image = tmp_path / "disk"
     image.write_bytes(bytes(1 << 20))
     with start_vmd(vm_block("one", f'disk "{image}"')) as vmd, vmd.client() as client:
-        ready = vmd.wait_for_child("disk")
+        ready = vmd.wait_for_idle_child("disk")
         assert client.ask("start", name="one")["type"] == "started"
         assert vmd.child("disk/one") == ready
         _kill(vmd.wait_for_child("disk"))
