@@ -14,15 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import boot_sector
+from tests.boot_sector import BLOCK_SIZE, BLOCKS, DISK_SIZE, FIRST, sector_of
 from vmm_kvm.block.image import Format
-from vmm_kvm.images.create import create_image
 from vmm_kvm.images.opening import open_image
 
-BLOCKS = 64
-BLOCK_SIZE = 32 << 10
-DISK_SIZE = 16 << 20
 HAS_WRITTEN, WAS_REFUSED = b"=w=", b"=r="
-_FIRST = 64  # sectors
 _PACKET = 0x80  # offset in the boot sector: the parameters of INT 13h
 
 _CODE = b"".join(
@@ -66,18 +63,9 @@ _CODE = b"".join(
 )
 
 
-def _sector() -> bytes:
-    packet = b"\x10\x00\x40\x00" + (0x2000 << 16).to_bytes(4, "little")
-    packet += _FIRST.to_bytes(8, "little")
-    return (_CODE.ljust(_PACKET, b"\0") + packet).ljust(510, b"\0") + b"\x55\xaa"
-
-
 def make_disk(path: Path, disk_format: Format) -> None:
     """Make a disk whose guest fills an eighth of it."""
-    create_image(str(path), disk_format, DISK_SIZE)
-    image = open_image(str(path), disk_format, False)
-    image.writev(0, [memoryview(_sector())])
-    image.close()
+    boot_sector.make_disk(path, disk_format, sector_of(_CODE, _PACKET))
 
 
 def is_filled(path: Path, disk_format: Format) -> bool:
@@ -89,7 +77,7 @@ def is_filled(path: Path, disk_format: Format) -> bool:
     blocks = b"".join(
         number.to_bytes(2, "little") * (BLOCK_SIZE // 2) for number in range(1, BLOCKS + 1)
     )
-    expected = _sector().ljust(_FIRST * 512, b"\0") + blocks
+    expected = sector_of(_CODE, _PACKET).ljust(FIRST * 512, b"\0") + blocks
     return bytes(data) == expected.ljust(DISK_SIZE, b"\0")
 
 

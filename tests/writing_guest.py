@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests import boot_sector
+from tests.boot_sector import BLOCK_SIZE, BLOCKS, FIRST, sector_of
 from vmm_kvm.block.image import Format
-from vmm_kvm.images.create import create_image
 from vmm_kvm.images.opening import open_image
 
-BLOCKS = 64
-BLOCK_SIZE = 32 << 10
-DISK_SIZE = 16 << 20
-_FIRST = 64  # sectors
 _PACKET = 0x100  # offset in the boot sector: the parameters of INT 13h
 _LBA = 0x7C00 + _PACKET + 8
 
@@ -80,20 +77,9 @@ def _code() -> bytes:
 _SAVE_SIZE = 1  # push or pop
 
 
-def _sector() -> bytes:
-    packet = b"\x10\x00\x40\x00" + (0x2000 << 16).to_bytes(4, "little")
-    packet += _FIRST.to_bytes(8, "little")
-    code = _code()
-    assert len(code) <= _PACKET
-    return (code.ljust(_PACKET, b"\0") + packet).ljust(510, b"\0") + b"\x55\xaa"
-
-
 def make_disk(path: Path, disk_format: Format) -> None:
     """Make a disk whose guest writes to it."""
-    create_image(str(path), disk_format, DISK_SIZE)
-    image = open_image(str(path), disk_format, False)
-    image.writev(0, [memoryview(_sector())])
-    image.close()
+    boot_sector.make_disk(path, disk_format, sector_of(_code(), _PACKET))
 
 
 def written(path: Path, disk_format: Format) -> int:
@@ -103,7 +89,7 @@ def written(path: Path, disk_format: Format) -> int:
     """
     image = open_image(str(path), disk_format, True)
     data = bytearray(BLOCKS * BLOCK_SIZE)
-    image.readv(_FIRST * 512, [memoryview(data)])
+    image.readv(FIRST * 512, [memoryview(data)])
     image.close()
     numbers = []
     for at in range(0, len(data), BLOCK_SIZE):

@@ -20,43 +20,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.agents import wait_until  # noqa: E402 - found by the line above
 from tests.campaigns.daemon_campaign import Failure, main  # noqa: E402
+from tests.campaigns.fleet_figures import Figures  # noqa: E402
 from tests.fleet import SLOTS, FleetHost, Watch, two_hosts  # noqa: E402
 from tests.fleet_jobs import MEMORY_MIB  # noqa: E402
 
 _JOB_S = 3.0
 _SLACK_S = 240.0
 _DOWN_S = 1.0
-
-
-class Figures(NamedTuple):
-    """What a campaign has measured."""
-
-    jobs: int
-    results: Counter[str]
-    """By host."""
-    begun: int
-    """Calls of jobs, of which more than one may be of the same job."""
-    peaks: dict[str, int]
-    """The most machines at a time, by host, with the template."""
-    looks: int
-    seconds: float
-
-    def __str__(self) -> str:
-        most = {name: f"{peak * MEMORY_MIB} MiB" for name, peak in self.peaks.items()}
-        return (
-            f"{self.jobs} jobs, {sum(self.results.values())} results, one each "
-            f"({', '.join(f'{name} {number}' for name, number in sorted(self.results.items()))}); "
-            f"{self.begun} calls; a worker and a vmd killed; memory at most {most}, "
-            f"{SLOTS * MEMORY_MIB} MiB declared and {MEMORY_MIB} MiB of the template, in "
-            f"{self.looks} looks; 0 VMs left; {self.seconds:.1f} s"
-        )
 
 
 def run(directory: Path, jobs: int, seed: int) -> Figures:
@@ -87,7 +63,12 @@ def run(directory: Path, jobs: int, seed: int) -> Figures:
             raise Failure(f"more machines than declared: {watch.peaks}")
     calls = len(log.read_text().splitlines())
     by_host = Counter(line.split()[1] for line in lines)
-    return Figures(jobs, by_host, calls, watch.peaks, watch.looks, seconds)
+    return Figures(
+        *(jobs, by_host, calls, watch.peaks, watch.looks, seconds),
+        memory=MEMORY_MIB,
+        lost="a worker and a vmd",
+        declared=f"{SLOTS * MEMORY_MIB} MiB declared and {MEMORY_MIB} MiB of the template",
+    )
 
 
 def _restart_vmd(host: FleetHost) -> None:

@@ -17,13 +17,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.agents import wait_until  # noqa: E402 - found by the line above
 from tests.campaigns.daemon_campaign import Failure, main  # noqa: E402
+from tests.campaigns.fleet_figures import Figures  # noqa: E402
 from tests.slurm import NODES, Slurm, missing_slurm, slurm  # noqa: E402
 from tests.system.vmd.daemon import SELFTEST, is_alive  # noqa: E402
 from tests.vmctl_driver import VMCTL  # noqa: E402
@@ -33,29 +33,6 @@ MEMORY_MIB = 16
 _LOOK_S = 0.02
 _JOB_S = 5.0
 _SLACK_S = 240.0
-
-
-class Figures(NamedTuple):
-    """What a campaign has measured."""
-
-    jobs: int
-    results: Counter[str]
-    """By host."""
-    begun: int
-    peaks: dict[str, int]
-    """The most machines at a time, by host."""
-    looks: int
-    seconds: float
-
-    def __str__(self) -> str:
-        most = {name: f"{peak * MEMORY_MIB} MiB" for name, peak in self.peaks.items()}
-        told = ", ".join(f"{name} {number}" for name, number in sorted(self.results.items()))
-        return (
-            f"{self.jobs} jobs, {sum(self.results.values())} results, one each ({told}); "
-            f"{self.begun} begun; a slurmd killed; memory at most {most}, "
-            f"{SLOTS * MEMORY_MIB} MiB declared, in {self.looks} looks; 0 VMs left; "
-            f"{self.seconds:.1f} s"
-        )
 
 
 def run(directory: Path, jobs: int, seed: int, *, requeues: bool = True) -> Figures:
@@ -102,7 +79,12 @@ def run(directory: Path, jobs: int, seed: int, *, requeues: bool = True) -> Figu
     if max(peaks.values()) > SLOTS:
         raise Failure(f"more machines than declared: {peaks}")
     begun = len((directory / "begun").read_text().splitlines())
-    return Figures(jobs, Counter(line.split()[1] for line in done), begun, peaks, looks, seconds)
+    return Figures(
+        *(jobs, Counter(line.split()[1] for line in done), begun, peaks, looks, seconds),
+        memory=MEMORY_MIB,
+        lost="a slurmd",
+        declared=f"{SLOTS * MEMORY_MIB} MiB declared",
+    )
 
 
 def _script(directory: Path) -> Path:
