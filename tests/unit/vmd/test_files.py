@@ -162,14 +162,14 @@ except FileError as err:
 @pytest.mark.parametrize("is_service", [True, False])
 def test_what_the_unit_forbids_is_told(tmp_path: Path, is_service: bool) -> None:
     """Its mounts, which a shell outside does not see, are named as the cause; elsewhere not."""
-    mounts = "mount -t tmpfs disks /srv; touch /srv/disk; mount -o remount,ro /srv"
+    mounts = "mount -t tmpfs disks /mnt; touch /mnt/disk; mount -o remount,ro /mnt"
     if is_service:
         for place in ("/var/tmp", "/tmp"):
             own = tmp_path / "systemd-private-1" / place[1:]
             own.mkdir(parents=True)
             mounts += f"; mount --bind {own} {place}"
     said = []
-    for path in ("/srv/disk", "/tmp/none", "/var/tmp/none", "/srv/none"):
+    for path in ("/mnt/disk", "/tmp/none", "/var/tmp/none", "/mnt/none"):
         program = shlex.join([sys.executable, "-c", _IN_A_UNIT, path])
         environ = {**os.environ, "NOTIFY_SOCKET": "/run/systemd/notify"}
         if not is_service:
