@@ -14,6 +14,7 @@ from vmm_kvm.snapshot.ram import Ram, place, runs, runs_of
 from vmm_kvm.snapshot.stream import LiveWriter, Sink
 
 _SPEED_MIN = 1 << 20  # bytes a second: assumed before anything is sent
+_SAMPLE = 1 << 20  # bytes that are sent before the speed is known
 _STORAGE_STEP = 64 << 20  # bytes of disks, after which the limits are looked at
 _STORAGE_ROUNDS = 3
 
@@ -149,6 +150,7 @@ def copy_into(
     _copy_storage(storage, plan)
     dirty.begin_all()
     left, before, rounds, speed = dirty.find() + storage.find(), 0, 0, float(_SPEED_MIN)
+    sent, took = 0, 0.0
     while True:
         wanted = plan()
         is_stuck = 4 * left > 3 * before and not wanted.waits
@@ -159,9 +161,11 @@ def copy_into(
         began, written = time.monotonic(), writer.written + storage.written
         _copy_storage(storage, plan)
         _copy(writer, ram, dirty, is_first=rounds == 1)
-        sent, took = writer.written + storage.written - written, time.monotonic() - began
-        if sent > _SPEED_MIN and took > 0:
+        sent += writer.written + storage.written - written
+        took += time.monotonic() - began
+        if sent > _SAMPLE and took > 0:
             speed = sent / took
+            sent, took = 0, 0.0
         before, left = left, dirty.find() + storage.find()
     on_progress(Progress(rounds + 1, writer.written, left))
     state = halt()

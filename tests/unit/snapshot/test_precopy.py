@@ -96,6 +96,14 @@ def test_a_machine_that_is_not_to_be_stopped() -> None:
     assert len(copied([256], lambda: plans.pop(0))) == 41
 
 
+def test_the_speed_of_small_rounds_is_known() -> None:
+    """Rounds of less than a megabyte show how fast the way is, if each for itself cannot."""
+    plans = iter([Plan(0.2, waits=True)] * 100)
+    rounds = copied([100], lambda: next(plans))
+    assert rounds[-1].left == 100 * PAGE_SIZE
+    assert len(rounds) < 50
+
+
 def test_a_page_that_becomes_zeros() -> None:
     """A page that becomes zeros arrives as zeros."""
     buffer = Buffer()
