@@ -318,6 +318,27 @@ def _tool_environment() -> dict[str, str]:
     return {**os.environ, "LC_ALL": "C", "PATH": f"{path}:/usr/sbin:/sbin"}
 
 
+def run_tool(*command: str | Path, text: str | None = None) -> None:
+    """Run a program that makes images, `text` its input.
+
+    Raises:
+        ArtifactError: it is not installed, or it fails; the text has what it said last.
+    """
+    try:
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            input=text,
+            env=_tool_environment(),
+        )
+    except FileNotFoundError as err:
+        raise ArtifactError(f"{command[0]}: not found; run make setup as root") from err
+    except subprocess.CalledProcessError as err:
+        raise ArtifactError(f"{command[0]}: {err.stderr.strip()[-2000:]}") from err
+
+
 @contextmanager
 def _locked() -> Iterator[None]:
     with (cache_dir() / "lock").open("w") as lock:

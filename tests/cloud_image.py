@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.artifacts import ArtifactError, cache_dir
+from tests.artifacts import ArtifactError, cache_dir, run_tool
 from tests.packages.debian_tree import sources
 
 SUITE = "trixie"
@@ -83,7 +82,7 @@ def _make(scratch: Path) -> Path:
     place.mkdir()
     hook.write_text(_HOOK)
     hook.chmod(0o755)
-    _run(
+    run_tool(
         *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--quiet"),
         *("--aptopt=Acquire::Retries 3", '--aptopt=APT::Install-Recommends "false"'),
         '--aptopt=Acquire::Check-Valid-Until "false"',
@@ -94,26 +93,10 @@ def _make(scratch: Path) -> Path:
     image = place / "disk.img"
     with image.open("wb") as file:
         file.truncate(_SIZE)
-    _run("mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", root, image)
+    run_tool("mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", root, image)
     for name in ("vmlinuz", "initrd.img"):
         shutil.copy(root / name, place / name)
     return place
-
-
-def _run(*command: str | Path) -> None:
-    path = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
-    try:
-        subprocess.run(
-            command,
-            check=True,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "LC_ALL": "C", "PATH": path},
-        )
-    except FileNotFoundError as err:
-        raise ArtifactError(f"{command[0]}: not found; run make setup as root") from err
-    except subprocess.CalledProcessError as err:
-        raise ArtifactError(f"{command[0]}: {err.stderr.strip()[-2000:]}") from err
 
 
 if __name__ == "__main__":

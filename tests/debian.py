@@ -17,13 +17,12 @@ import hashlib
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.artifacts import ArtifactError, cache_dir
+from tests.artifacts import ArtifactError, cache_dir, run_tool
 
 _MIB = 1 << 20
 _SECTOR = 512
@@ -134,7 +133,7 @@ def _make(scratch: Path, *, is_server: bool) -> Path:
     place.mkdir()
     image = place / "disk.img"
     options = [f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT]
-    _run(
+    run_tool(
         *("mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--quiet"),
         *("--aptopt=Acquire::Retries 3", '--aptopt=APT::Install-Recommends "false"'),
         f"--include={','.join((*_PACKAGES, *(_SERVER_PACKAGES if is_server else ())))}",
@@ -143,8 +142,8 @@ def _make(scratch: Path, *, is_server: bool) -> Path:
     )
     with image.open("wb") as file:
         file.truncate(SIZE)
-    _run("sfdisk", "--quiet", image, text=_PARTITIONS)
-    _run(
+    run_tool("sfdisk", "--quiet", image, text=_PARTITIONS)
+    run_tool(
         *("mke2fs", "-q", "-F", "-t", "ext4", "-U", _ROOT_UUID, "-d", root),
         *("-E", f"offset={root_offset()},lazy_itable_init=1,nodiscard"),
         *(image, f"{(_ROOT_END - _ROOT_START) // 2}k"),
@@ -204,33 +203,16 @@ def _install_uefi(image: Path, scratch: Path) -> None:
     program = scratch / "BOOTX64.EFI"
     _mkimage("x86_64-efi", program)
     partition = f"{image}@@{_ESP_START * _SECTOR}"
-    _run("mformat", "-i", partition, "-T", str(_ROOT_START - _ESP_START), "::")
-    _run("mmd", "-i", partition, "::/EFI", "::/EFI/BOOT")
-    _run("mcopy", "-i", partition, program, "::/EFI/BOOT/BOOTX64.EFI")
+    run_tool("mformat", "-i", partition, "-T", str(_ROOT_START - _ESP_START), "::")
+    run_tool("mmd", "-i", partition, "::/EFI", "::/EFI/BOOT")
+    run_tool("mcopy", "-i", partition, program, "::/EFI/BOOT/BOOTX64.EFI")
 
 
 def _mkimage(target: str, output: Path, *modules: str) -> None:
-    _run(
+    run_tool(
         *("grub-mkimage", "-O", target, "-o", output, "-p", "(hd0,gpt3)/boot/grub"),
         *(*_GRUB_MODULES, *modules),
     )
-
-
-def _run(*command: str | Path, text: str | None = None) -> None:
-    path = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
-    try:
-        subprocess.run(
-            command,
-            check=True,
-            capture_output=True,
-            text=True,
-            input=text,
-            env={**os.environ, "LC_ALL": "C", "PATH": path},
-        )
-    except FileNotFoundError as err:
-        raise ArtifactError(f"{command[0]}: not found; run make setup as root") from err
-    except subprocess.CalledProcessError as err:
-        raise ArtifactError(f"{command[0]}: {err.stderr.strip()[-2000:]}") from err
 
 
 if __name__ == "__main__":

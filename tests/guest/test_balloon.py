@@ -13,7 +13,7 @@ import pytest
 from tests import artifacts
 from tests.guest.linux_guest import COMMAND_LINE, Shell
 from tests.guest.test_vsock import _type
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, vm_block, vmctl
 from tests.vmctl_driver import BOOT_TIMEOUT_S, ConsoleProcess, vmctl_run
 
@@ -81,7 +81,7 @@ def test_freed_memory_is_the_hosts_again(kind: str, tmp_path: Path) -> None:
         shell.power_off()
 
 
-@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+@needs_separation
 def test_a_clone_gives_its_own_pages_back(tmp_path: Path) -> None:
     """Under vmd: a clone fills memory, frees it, and the host has it again; `top` knows."""
     kernel = artifacts.kernel("cloud")

@@ -12,7 +12,7 @@ import pytest
 from tests import artifacts
 from tests.guest import agent_guest
 from tests.guest.linux_guest import COMMAND_LINE
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, vm_block
 from tests.vmctl_driver import BOOT_TIMEOUT_S, VMCTL
 
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.guest,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 READY_S = 300

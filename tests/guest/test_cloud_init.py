@@ -12,14 +12,14 @@ import pytest
 
 from tests.cloud_image import cloud_image
 from tests.guest.tools import missing
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon
 from tests.vmctl_driver import VMCTL
 
 PROGRAMS = ("ssh", "ssh-keygen")
 pytestmark = [
     *(pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(3600)),
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
     pytest.mark.skipif(bool(missing(PROGRAMS)), reason=missing(PROGRAMS)),
 ]
 

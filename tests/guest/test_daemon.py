@@ -11,13 +11,13 @@ import pytest
 
 from tests import artifacts
 from tests.guest.linux_guest import COMMAND_LINE
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Client, Daemon, Stream, vm_block
 from tests.vmctl_driver import BOOT_TIMEOUT_S
 
 pytestmark = [
     *(pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)),
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 PAUSE_S = 5.0

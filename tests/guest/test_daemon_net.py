@@ -14,7 +14,7 @@ import pytest
 from tests import artifacts, media
 from tests.guest.daemon_guest import without_vhost
 from tests.guest.linux_guest import COMMAND_LINE
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, Stream, vm_block
 from tests.system.vmd.netns import Namespace
 from tests.vmctl_driver import BOOT_TIMEOUT_S
@@ -22,7 +22,7 @@ from tests.webserver import Request, WebServer
 
 pytestmark = [
     *(pytest.mark.guest, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)),
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 HOST, GUEST = "100.64.1.2", "100.64.1.3"

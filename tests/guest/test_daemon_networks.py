@@ -18,7 +18,7 @@ from tests.debian import LOGIN, debian
 from tests.guest.daemon_guest import Shell, linux
 from tests.guest.linux_guest import COMMAND_LINE
 from tests.guest.tools import UNPACK, missing, tools_disk
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, vm_block
 from tests.system.vmd.netns import Namespace
 from tests.vmctl_driver import BOOT_TIMEOUT_S
@@ -27,7 +27,7 @@ PROGRAMS = ("nft", "iperf3")
 
 pytestmark = [
     *(pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)),
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
     pytest.mark.skipif(bool(missing(PROGRAMS)), reason=missing(PROGRAMS)),
 ]
 

@@ -20,7 +20,7 @@ from tests import artifacts
 from tests.guest.daemon_guest import Shell, linux, without_vhost
 from tests.guest.networks import guest, host, network
 from tests.guest.test_net import booted
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon
 from tests.system.vmd.netns import Namespace
 from tests.vmctl_driver import BOOT_TIMEOUT_S
@@ -127,7 +127,7 @@ def test_under_vmctl_run(path: str) -> None:
         assert f"bad source address {ANOTHER}".encode() in shell.console.errors
 
 
-@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+@needs_separation
 @pytest.mark.parametrize("path", ["vhost", "process"])
 def test_under_vmd(path: str, tmp_path: Path, cloud_kernel: artifacts.Kernel) -> None:
     """So do interfaces on a switch, by the host's packet filter if the kernel moves frames."""

@@ -13,7 +13,7 @@ from tests import artifacts
 from tests.guest.daemon_guest import PROMPT, Shell, linux
 from tests.guest.linux_guest import COMMAND_LINE
 from tests.guest.tools import MODULES
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon
 from tests.vmctl_driver import BOOT_TIMEOUT_S, VMCTL, ConsoleProcess, vmctl_run
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.guest,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 ASK, REPLY = b"cat /kept; echo re''ply\n", "reply"

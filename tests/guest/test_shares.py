@@ -13,7 +13,7 @@ from tests import artifacts
 from tests.guest.daemon_guest import PROMPT
 from tests.guest.daemon_guest import Shell as DaemonShell
 from tests.guest.linux_guest import COMMAND_LINE, Shell
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, vm_block
 from tests.vmctl_driver import BOOT_TIMEOUT_S, ConsoleProcess, vmctl_run
 
@@ -91,7 +91,7 @@ def test_a_tree_both_ways(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+@needs_separation
 def test_shares_of_a_vm_of_the_daemon(tmp_path: Path) -> None:
     """A tree arrives whole, a read-only share refuses writes, and both work after a reboot."""
     source, target = tmp_path / "source", tmp_path / "target"

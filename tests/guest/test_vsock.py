@@ -17,7 +17,7 @@ import pytest
 from tests import artifacts
 from tests.guest.linux_guest import COMMAND_LINE, Shell
 from tests.guest.tools import UNPACK
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, Stream, vm_block
 from tests.vmctl_driver import BOOT_TIMEOUT_S, ConsoleProcess, vmctl_run
 from vmctl.client import Client
@@ -118,7 +118,7 @@ def test_both_sides_connect(disk: Path, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+@needs_separation
 def test_under_vmd(disk: Path, tmp_path: Path) -> None:
     """The same with a confined VM process of the daemon; and after a pause."""
     data = random.Random(2).randbytes(SIZE)

@@ -27,6 +27,16 @@ def missing_separation() -> str | None:
     return None
 
 
+needs_separation = pytest.mark.skipif(
+    missing_separation() is not None, reason=str(missing_separation())
+)
+"""Marks tests, or parameters of tests, whose daemon is root's."""
+each_daemon = pytest.mark.parametrize(
+    "is_user", [True, pytest.param(False, marks=[pytest.mark.root, needs_separation])]
+)
+"""Runs a test with a daemon of its user's, and with one of root's."""
+
+
 def missing_networks() -> str | None:
     """Return why a daemon cannot have networks here."""
     if shutil.which("nft") is None:

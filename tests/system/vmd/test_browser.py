@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Browser, missing_chromium
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Client, Daemon, vm_block
 from tests.system.vmd.users import USER
 from tests.web import WebServer
@@ -148,7 +148,7 @@ def test_a_person(reachable: Path) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+@needs_separation
 def test_another_users_vm(reachable: Path) -> None:
     """Another user's VM is shown; operations on it are refused, and the page says so."""
     config = f"socket owner {USER}\n" + vm_block("web", enabled=True)

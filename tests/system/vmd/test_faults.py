@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import each_daemon
 from tests.system.vmd.daemon import (
     READY,
     SELFTEST,
@@ -162,19 +162,7 @@ def test_the_zygote(start_vmd: Start) -> None:
         assert vmd.child("vmd: vmm") != before
 
 
-@pytest.mark.parametrize(
-    "is_user",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=[
-                pytest.mark.root,
-                pytest.mark.skipif(missing_separation() is not None, reason="needs root"),
-            ],
-        ),
-    ],
-)
+@each_daemon
 def test_a_zygote_that_hangs(tmp_path: Path, *, is_user: bool) -> None:
     """If the zygote hangs, the parent kills a hanging VM process, and vmm starts again."""
     program = ("-c", f"{_IMPATIENT}\n{_RUN}")

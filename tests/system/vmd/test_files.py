@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.vhost_user_guests import BOOT_MESSAGE, boot_disk
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import TIMEOUT_S, Answer, Client, Daemon, vm_block
 from tests.system.vmd.users import USER, connection
 from vmm_kvm.images.create import create_qcow2
@@ -20,7 +20,7 @@ from vmm_kvm.images.create import create_qcow2
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.root,
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 

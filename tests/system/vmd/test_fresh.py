@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import each_daemon
 from tests.system.vmd.daemon import Daemon, children, process_title, vm_block
 
 pytestmark = pytest.mark.kvm
@@ -30,19 +30,7 @@ def _zygotes(vmd: Daemon) -> set[int]:
     return {pid for pid in children(vmm) if process_title(pid) == "vmd: zygote"}
 
 
-@pytest.mark.parametrize(
-    "is_user",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=[
-                pytest.mark.root,
-                pytest.mark.skipif(missing_separation() is not None, reason="needs root"),
-            ],
-        ),
-    ],
-)
+@each_daemon
 def test_layouts(tmp_path: Path, *, is_user: bool) -> None:
     """VMs are spread over zygotes, whose layouts differ from all others, and start and end."""
     config = "".join(vm_block(name, memory="4M") for name in _VMS)

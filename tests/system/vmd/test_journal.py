@@ -10,14 +10,14 @@ from typing import Self
 
 import pytest
 
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import READY, TIMEOUT_S, Daemon, vm_block
 from tests.system.vmd.users import USER, connection
 
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.root,
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 Entry = dict[str, str]

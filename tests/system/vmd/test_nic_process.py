@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, vm_block
 from tests.system.vmd.netns import Namespace
 
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.root,
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
     pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="there is no /dev/net/tun"),
     pytest.mark.skipif(Path("/dev/vhost-net").exists(), reason="vhost-net needs no process"),
 ]

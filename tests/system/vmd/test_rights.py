@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import (
     ROOT,
     SELFTEST,
@@ -29,7 +29,7 @@ CAP_SYS_PTRACE = 19
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.root,
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 

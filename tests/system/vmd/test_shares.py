@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import (
     READY,
     ROOT,
@@ -165,7 +165,7 @@ def test_shares_of_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+@needs_separation
 def test_shares_of_users(reachable: Path) -> None:
     """A user's share is served with the user's rights, and needs the template's permission."""
     closed = reachable / "closed"

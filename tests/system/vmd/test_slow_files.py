@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.fuse import Call, FuseMount
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import Daemon, descendants, vm_block
 from tests.system.vmd.users import USER, being, connection
 
 pytestmark = [
     pytest.mark.kvm,
     pytest.mark.root,
-    pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation())),
+    needs_separation,
 ]
 
 _ANSWER_S = 30.0

@@ -21,7 +21,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from tests.json_schema import problems
-from tests.system.vmd.conftest import missing_separation
+from tests.system.vmd.conftest import needs_separation
 from tests.system.vmd.daemon import READY, ROOT, Client, Daemon, vm_block
 from tests.system.vmd.users import USER
 from tests.web import TIMEOUT_S, WebServer
@@ -218,7 +218,7 @@ def test_the_daemon_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.skipif(missing_separation() is not None, reason=str(missing_separation()))
+@needs_separation
 def test_a_vm_of_another_user(reachable: Path) -> None:
     """The server has the rights of who runs it: another user's VM is seen, and not touched."""
     config = f"socket owner {USER}\n" + vm_block("web", enabled=True)
