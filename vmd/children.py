@@ -244,6 +244,7 @@ def _zygote_plan(kvm_fd: int, uids: Uids | None, held: Sequence[int], warmth: Wa
             partial(_live_untold, kvm, kvm_fd),
             served=connection.fileno(),
             patience_s=WARMING_PATIENCE_S,
+            uid=uids and uids.zygote,
         )
         die_with(os.getppid())  # also one that hangs
         logging.set_title(Kind.ZYGOTE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.vmd.conftest import missing_separation
 from tests.system.vmd.daemon import READY, Daemon, vm_block
 
 pytestmark = pytest.mark.kvm
@@ -103,6 +104,28 @@ def test_vms_start(tmp_path: Path, environ: dict[str, str], patch: str, line: st
         assert warnings == []
     assert "bug" not in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("patch", "line"),
+    [(_RAISES, f"{_COLD}RuntimeError: boom"), (_HANGS, f"{_COLD}not done in 1 seconds")],
+    ids=["raises", "hangs"],
+)
+@pytest.mark.root
+def test_vms_of_root_start(tmp_path: Path, patch: str, line: str) -> None:
+    """The same where the process that fails is another user's already."""
+    if reason := missing_separation():
+        pytest.skip(reason)
+    program = ("-c", f"{patch}\n{_RUN}")
+    with (
+        Daemon(tmp_path, vm_block("one"), is_user=False, program=program) as vmd,
+        vmd.client() as client,
+    ):
+        vmd.wait_for_log(line)
+        assert client.ask("start", name="one")["type"] == "started"
+        with client.console("one") as console:
+            console.expect(READY)
+        assert "Traceback" not in vmd.log.read_text()
 
 
 def test_an_unknown_warmth_is_an_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from vmd.confine.sandbox import die_with
+from vmd.confine.sandbox import acting_as, die_with
 from vmd.shared.siblings import fork_sibling
 from vmm_kvm.log import Log
 
@@ -79,10 +79,12 @@ def warm_up(
     *,
     served: int,
     patience_s: float,
+    uid: int | None = None,
 ) -> None:
     """Confine and warm up a fork of this process, or else this one; the other ends.
 
     Returns in the process that serves; both have the same parent. `be_vm` and `live` are rehearsed.
+    `uid` is the user, if any, that `confine` makes the process.
     Both end when the other end of `served`, a socket, is closed: nobody is left to serve then.
     Only for a process with one thread.
 
@@ -104,8 +106,7 @@ def warm_up(
     os.close(read_fd)
     if told == _READY:
         os._exit(0)
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(other, signal.SIGKILL)
+    _kill(other, uid)
     if told == _ALONE:
         os._exit(0)
     os.close(other)
@@ -170,6 +171,17 @@ def _try(work: Callable[[], None], fd: int) -> None:
         os.close(fd)
         if told != _READY:
             os._exit(1)
+
+
+def _kill(pidfd: int, uid: int | None) -> None:
+    with suppress(ProcessLookupError):
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except PermissionError:
+            if uid is None:
+                raise
+            with acting_as(uid):  # it is confined already
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def _listen(fd: int, served: int, patience_s: float) -> bytes | None:
