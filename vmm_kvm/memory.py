@@ -14,7 +14,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from errno import ENOMEM
 from typing import NamedTuple, Self
@@ -49,6 +49,13 @@ class Region(NamedTuple):
         return self.gpa + self.size
 
 
+class Run(NamedTuple):
+    """A range of positions in RAM, bytes."""
+
+    start: int
+    end: int
+
+
 class GuestMemory:
     """The RAM of one VM; a context manager that owns its memory and mapping.
 
@@ -61,9 +68,9 @@ class GuestMemory:
         "_attached",
         "_finalizer",
         "_low_end",
-        "_pieces",
         "_view",
         "fd",
+        "files",
         "hva",
         "is_mapped",
         "regions",
@@ -107,7 +114,8 @@ class GuestMemory:
         self._attached: list[tuple[int, memoryview]] = []
         self.is_mapped = mapped is not None
         """Whether all of it began as a file: reading what is a hole there makes a page."""
-        self._pieces: set[int] = set()  # positions in RAM that `freeze` or `adopt` has mapped
+        self.files = [Run(0, offset)] if mapped else []
+        """What of RAM is mapped from a file; runs may touch, and overlap."""
         # Nearly every access is to the region at 0, so it is checked first.
         self._low_end = regions[0].end if regions[0].gpa == 0 else 0
         self.fd = -1
@@ -144,14 +152,6 @@ class GuestMemory:
             self._finalizer = weakref.finalize(self, os.close, self.fd)
             mapping = mmap.mmap(self.fd, size)
         return mapping
-
-    def note_file(self, offset: int) -> None:
-        """Remember that a piece of RAM, at `offset`, is mapped from a file from now on."""
-        self._pieces.add(offset)
-
-    def is_file_at(self, offset: int) -> bool:
-        """Tell whether the piece of RAM at `offset` is mapped from a file."""
-        return self.is_mapped or offset in self._pieces
 
     def close(self) -> None:
         """Close the memfd and drop the mapping; idempotent."""
@@ -294,6 +294,7 @@ def freeze(memory: GuestMemory, name: str, goes_on: Callable[[], bool]) -> int |
     try:
         os.ftruncate(fd, memory.size)
         piece = _piece(memory)
+        memory.files = _merged(memory.files)
         for region in memory.regions:
             for start in range(0, region.size, piece):
                 if not goes_on():
@@ -303,6 +304,7 @@ def freeze(memory: GuestMemory, name: str, goes_on: Callable[[], bool]) -> int |
                 at = region.offset + start
                 if _copy_pages(memory.view(region.gpa + start, size), fd, at):
                     _map_piece(memory, fd, at, size)
+                    memory.files.append(Run(at, at + size))
         seal(fd, ALL_SEALS)
     except BaseException:
         os.close(fd)
@@ -320,26 +322,23 @@ def adopt(memory: GuestMemory, fd: int) -> Callable[[], None]:
     Raises:
         OSError: the kernel has no room for the mappings.
     """
-    before = _runs(memory, lambda at, _size: memory.is_file_at(at))
-    data = _Data(fd)
-    after = _runs(memory, lambda at, size: memory.is_file_at(at) or data.is_in(at, size))
+    before = _merged(memory.files)
+    after = _merged([*before, *_data(memory, fd)])
+    empty = list(_gaps(after, memory.size))
+    others = _gaps(_merged([*before, *empty]), memory.size)
     aside = _Aside(memory)
     try:
-        for run in before:
-            aside.take(run.start, run.end - run.start)
-        for start, end, is_file in after:
-            if is_file:
-                _map_piece(memory, fd, start, end - start)
-            else:  # zeros that reading has made would count as touched by the guest
-                madvise(memory.hva + start, end - start, mmap.MADV_DONTNEED)
+        for start, end in (*before, *others):
+            aside.take(start, end - start)
+        for start, end in after:
+            _map_piece(memory, fd, start, end - start)
+        for start, end in empty:
+            # Zeros that reading has made would count as touched by the guest.
+            madvise(memory.hva + start, end - start, mmap.MADV_DONTNEED)
     except BaseException:
         aside.put_back()
         raise
-    piece = _piece(memory)
-    for start, end, is_file in after:
-        if is_file:
-            for at in range(start, end, piece):
-                memory.note_file(at)
+    memory.files = after
 
     def finish() -> None:
         aside.drop()
@@ -348,49 +347,48 @@ def adopt(memory: GuestMemory, fd: int) -> Callable[[], None]:
     return finish
 
 
-class _Run(NamedTuple):
-    """A range of positions in RAM."""
-
-    start: int
-    end: int
-    is_file: bool
-    """Whether it is mapped from a file."""
-
-
 def _piece(memory: GuestMemory) -> int:
     return align_up(max(_HUGE, memory.size // _FROZEN_PIECES), _HUGE)
 
 
-def _runs(memory: GuestMemory, is_file: Callable[[int, int], bool]) -> list[_Run]:
-    """Return RAM as runs of pieces for which `is_file` says the same: one mapping is quick."""
-    runs: list[_Run] = []
+def _merged(runs: Iterable[Run]) -> list[Run]:
+    """Return the same as few runs, ascending: one mapping is quick."""
+    merged: list[Run] = []
+    for run in sorted(runs):
+        if merged and run.start <= merged[-1].end:
+            last = merged.pop()
+            merged.append(Run(last.start, max(last.end, run.end)))
+        else:
+            merged.append(run)
+    return merged
+
+
+def _gaps(runs: Sequence[Run], size: int) -> Iterator[Run]:
+    """Yield the rest of RAM."""
+    starts = (0, *(run.end for run in runs))
+    ends = (*(run.start for run in runs), size)
+    return (Run(start, end) for start, end in zip(starts, ends, strict=True) if start < end)
+
+
+def _data(memory: GuestMemory, fd: int) -> Iterator[Run]:
+    """Yield the pieces of RAM of which a file has any data."""
     piece = _piece(memory)
     for region in memory.regions:
-        for start in range(0, region.size, piece):
-            at, size = region.offset + start, min(piece, region.size - start)
-            of_file = is_file(at, size)
-            begin = runs.pop().start if runs and runs[-1].is_file == of_file else at
-            runs.append(_Run(begin, at + size, of_file))
-    return runs
+        at, end = region.offset, region.offset + region.size
+        while (found := _find_data(fd, at)) < end:
+            start = region.offset + (found - region.offset) // piece * piece
+            at = min(start + piece, end)
+            yield Run(start, at)
 
 
-class _Data:
-    """Where a file has data; asked for ascending ranges."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._next = -1
-
-    def is_in(self, offset: int, size: int) -> bool:
-        """Tell whether there is any in a range."""
-        if self._next < offset:
-            try:
-                self._next = os.lseek(self._fd, offset, os.SEEK_DATA)
-            except OSError as err:
-                if err.errno != errno.ENXIO:
-                    raise
-                self._next = sys.maxsize  # nothing but a hole follows
-        return self._next < offset + size
+def _find_data(fd: int, offset: int) -> int:
+    """Return where a file has data at an offset or behind it."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as err:
+        if err.errno != errno.ENXIO:
+            raise
+        return sys.maxsize  # nothing but a hole follows
 
 
 class _Aside:
@@ -426,7 +424,6 @@ class _Aside:
 
 def _map_piece(memory: GuestMemory, fd: int, offset: int, size: int) -> None:
     map_over(memory.hva + offset, size, fd, offset, is_private=True)
-    memory.note_file(offset)
     with suppress(OSError):  # a kernel that merges nothing
         madvise(memory.hva + offset, size, mmap.MADV_UNMERGEABLE)
 

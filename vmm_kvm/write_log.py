@@ -24,6 +24,7 @@ from vmm_kvm.memfd import make_memory
 
 _PER_BYTE = 8 * PAGE_SIZE
 _MARKED = re.compile(rb"[^\0]+")
+_CLEAN = bytes(PAGE_SIZE)
 
 
 class Place(NamedTuple):
@@ -38,6 +39,17 @@ class Place(NamedTuple):
 def log_size(end: int) -> int:
     """Return how many bytes the log of memory that ends at guest-physical address `end` has."""
     return align_up(-(-end // _PER_BYTE), PAGE_SIZE)
+
+
+def blocks_set(log: bytes | bytearray) -> Iterator[tuple[int, bytes]]:
+    """Yield the blocks of a log, or of a bitmap, that are not all zeros, and where they begin.
+
+    Looking at what is zeros takes no time to speak of, however large the memory is.
+    """
+    for at in range(0, len(log), PAGE_SIZE):
+        block = bytes(log[at : at + PAGE_SIZE])
+        if block != _CLEAN[: len(block)]:
+            yield at, block
 
 
 class WriteLog:
@@ -115,7 +127,8 @@ class SharedLog:
 
     def take(self) -> Iterator[tuple[int, int]]:
         """Clear the log; yield ranges that were marked, as guest-physical addresses from and to."""
-        for found in _MARKED.finditer(bytes(self.view)):
-            start, end = found.span()
-            self.view[start:end] = bytes(end - start)
-            yield start * _PER_BYTE, end * _PER_BYTE
+        for at, block in blocks_set(bytes(self.view)):
+            for found in _MARKED.finditer(block):
+                start, end = at + found.start(), at + found.end()
+                self.view[start:end] = bytes(end - start)
+                yield start * _PER_BYTE, end * _PER_BYTE

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -256,3 +256,39 @@ def test_what_a_device_writes_is_sent(stand: Stand) -> None:
             for number, data in enumerate(written):
                 assert arrived.arrived.read(0x68_0000 + PAGE_SIZE * number, len(data)) == data
             assert differing(arrived.memory, arrived.arrived.read(0, SIZE)) == []
+
+
+LARGE = 5 << 30
+BLOCK = 128 * MIB
+"""Of the memory that a block of a log or bitmap stands for; a device's mark is for 8 pages."""
+MARKED = 8 * PAGE_SIZE
+
+
+def test_few_changes_of_large_memory_are_found(stand: Stand) -> None:
+    """In both regions, across the borders of blocks and chunks, each once, and none besides."""
+    spec = MachineSpec(image=stand.spec.image, memory_size=LARGE, cpus=1, name="large")
+    with replace(stand, spec=spec).machine() as machine:
+        dirty, memory = machine.dirty_pages(), machine.memory
+        low, high = memory.regions
+        assert not dirty.begin()
+        try:
+            found = dirty.find()
+            assert sum(size for _, size in dirty.take()) == found
+            for gpa in (MIB, BLOCK - 1, 3 * BLOCK, low.end - 1, high.gpa, high.end - 1):
+                memory.writes.mark(gpa, 2 if gpa == BLOCK - 1 else 1)
+            assert dirty.find() == dirty.find() == 7 * MARKED
+            assert list(dirty.take()) == [
+                (MIB, MARKED),
+                (BLOCK - MARKED, MARKED),
+                (BLOCK, MARKED),
+                (3 * BLOCK, MARKED),
+                (low.end - MARKED, MARKED),
+                (high.offset, MARKED),
+                (LARGE - MARKED, MARKED),
+            ]
+            assert dirty.find() == 0
+            dirty.begin_all()
+            assert dirty.find() == LARGE
+            assert sum(size for _, size in dirty.take()) == LARGE
+        finally:
+            dirty.end()

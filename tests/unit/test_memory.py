@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vmm_kvm.bits import GIB, KIB, MIB, PAGE_SIZE
 from vmm_kvm.errors import GuestMemoryError, Refusal, RefusedError, SpecError
 from vmm_kvm.memfd import make_scratch
-from vmm_kvm.memory import GuestMemory, Region, adopt, freeze
+from vmm_kvm.memory import GuestMemory, Region, Run, adopt, freeze
 
 RANGES = ((0, 64 * KIB), (0x10_0000, 64 * KIB))
 
@@ -233,6 +233,9 @@ def test_memory_goes_on_from_a_copy_that_was_made_of_it() -> None:
                     if data.strip(b"\0"):
                         os.pwrite(fd, data, region.offset + at)
             finish = adopt(memory, fd)
+            # Pieces are of 2 MiB, from the start of each region.
+            first = Run(0 if number == 8 else 2 * MIB, 4 * MIB)
+            assert memory.files == [first, Run(5 * MIB, 7 * MIB)]
             assert memory.resident_size() <= 3 * MIB
             before = _mapped_size()
             finish()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vmm_kvm.bits import PAGE_SIZE, align_up
 from vmm_kvm.kvm import abi
-from vmm_kvm.write_log import SharedLog
+from vmm_kvm.write_log import SharedLog, blocks_set
 
 if TYPE_CHECKING:
     from vmm_kvm.kvm.vm import Vm
@@ -38,7 +38,7 @@ class DirtyPages:
         self._memory = memory
         self._devices = devices
         self._log: SharedLog | None = None
-        self._pending = [bytearray() for _ in memory.regions]  # bit n for page n of the region
+        self._pending = [_bitmap(0, region) for region in memory.regions]  # bit n for page n
         self._is_manual = False
 
     def begin(self) -> list[str]:
@@ -111,12 +111,13 @@ class DirtyPages:
             marked += [(gpa, gpa + size) for gpa, size in self._devices.used_rings()]
         total = 0
         for slot, region in enumerate(self._memory.regions):
-            found = int.from_bytes(self._pending[slot], "little")
-            found |= int.from_bytes(self._vm.get_dirty_log(slot, region.size), "little")
+            pending = self._pending[slot]
+            for at, block in blocks_set(self._vm.get_dirty_log(slot, region.size)):
+                _add(pending, at, len(block), int.from_bytes(block, "little"))
             for start, end in marked:
-                found |= _pages(region, start, end)
-            self._pending[slot] = _bitmap(found, region)
-            total += found.bit_count()
+                _add(pending, *_pages(region, start, end))
+            for _at, block in blocks_set(pending):
+                total += int.from_bytes(block, "little").bit_count()
         return total * PAGE_SIZE
 
     def take(self) -> Iterator[tuple[int, int]]:
@@ -129,10 +130,8 @@ class DirtyPages:
         """
         for slot, region in enumerate(self._memory.regions):
             pending = self._pending[slot]
-            for at in range(0, len(pending), _CHUNK_BYTES):
+            for at in _chunks(pending):
                 chunk = bytes(pending[at : at + _CHUNK_BYTES])
-                if not chunk.strip(b"\0"):
-                    continue
                 first = 8 * at
                 if self._is_manual:
                     pages = min(8 * _CHUNK_BYTES, region.size // PAGE_SIZE - first)
@@ -144,13 +143,31 @@ class DirtyPages:
                     yield region.offset + (first + start) * PAGE_SIZE, (end - start) * PAGE_SIZE
 
 
+def _chunks(bitmap: bytearray) -> Iterator[int]:
+    """Yield where chunks of a bitmap begin that are not all zeros."""
+    for start, block in blocks_set(bitmap):
+        for at in range(0, len(block), _CHUNK_BYTES):
+            if block[at : at + _CHUNK_BYTES].strip(b"\0"):
+                yield start + at
+
+
+def _add(bitmap: bytearray, at: int, size: int, bits: int) -> None:
+    """Set bits in `size` bytes of a bitmap."""
+    end = at + size
+    bits |= int.from_bytes(bitmap[at:end], "little")
+    bitmap[at:end] = bits.to_bytes(size, "little")
+
+
 def _bitmap(bits: int, region: "Region") -> bytearray:
     """Return the pages of a region as the kernel has them: in whole words of 64."""
     return bytearray(bits.to_bytes(align_up(region.size // PAGE_SIZE, _WORD) // 8, "little"))
 
 
-def _pages(region: "Region", start: int, end: int) -> int:
-    """Return the bits of a range of guest-physical addresses, as far as it is in the region."""
+def _pages(region: "Region", start: int, end: int) -> tuple[int, int, int]:
+    """Return a range of guest-physical addresses, as far as it is in the region, for `_add`."""
     first = (max(start, region.gpa) - region.gpa) // PAGE_SIZE
     last = -(-(min(end, region.end) - region.gpa) // PAGE_SIZE)
-    return (1 << last - first) - 1 << first if first < last else 0
+    if first >= last:
+        return 0, 0, 0
+    at = first // 8
+    return at, -(-last // 8) - at, (1 << last - first) - 1 << first - 8 * at
