@@ -449,6 +449,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "vmctl.screen",
         "vmctl.screen.progress",
         "vmctl.line",
+        "vmctl.guest",
+        "msgspec",
     ),
     "vmctl.guest": (
         "vmm_kvm.text",

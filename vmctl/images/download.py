@@ -10,10 +10,10 @@ main thread of a command.
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse, IncompleteRead
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import NamedTuple
 from urllib.error import URLError
 from urllib.parse import quote, urljoin, urlsplit
@@ -27,7 +27,8 @@ _PIECE = 256 << 10
 _PROGRESS = 64 << 10
 """So many bytes have to come before the time is over."""
 _MOVED = {301, 302, 303, 307, 308}
-_OK, _PARTIAL, _NOT_FOUND, _BEHIND_END = 200, 206, 404, 416
+_OK, _PARTIAL, _UNAUTHORIZED, _NOT_FOUND, _BEHIND_END = 200, 206, 401, 404, 416
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _SAFE = "%/:=&?~#+!$,;'@()*[]"
 """Characters of a redirection's address besides letters and digits; as of RFC 3986."""
 
@@ -38,6 +39,15 @@ class DownloadError(CommandError):
 
 class MissingError(DownloadError):
     """The server has no such file."""
+
+
+class UnauthorizedError(DownloadError):
+    """The server wants to know who asks."""
+
+    def __init__(self, text: str, challenge: str) -> None:
+        """Keep what the server says of how it may learn that."""
+        super().__init__(text)
+        self.challenge = challenge
 
 
 class Limits(NamedTuple):
@@ -99,27 +109,34 @@ def check_url(url: str, *, allows_http: bool) -> str:
 
 
 @contextmanager
-def opened(url: str, seconds: float, start: int = 0) -> Iterator[Body]:
+def opened(
+    url: str, seconds: float, start: int = 0, headers: Mapping[str, str] = _NO_HEADERS
+) -> Iterator[Body]:
     """Ask for a file, from byte `start` on if the server can.
 
+    A redirection to another server does not get the `Authorization` of `headers`.
+
     Raises:
+        UnauthorizedError: the server wants to know who asks.
         MissingError: the server has none.
         DownloadError: it answers anything else, or not.
     """
     opener = OpenerDirector()
     for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
         opener.add_handler(handler)
-    headers = {"User-Agent": f"vmctl/{version()}", "Accept-Encoding": "identity"}
+    sent = {"User-Agent": f"vmctl/{version()}", "Accept-Encoding": "identity", **headers}
     if start:
-        headers["Range"] = f"bytes={start}-"
+        sent["Range"] = f"bytes={start}-"
     at = url
     for _ in range(_REDIRECTIONS_MAX + 1):
         with _explained(at):
-            request = Request(at, headers=headers)  # noqa: S310 - check_url has looked at it
+            request = Request(at, headers=sent)  # noqa: S310 - check_url has looked at it
             response: HTTPResponse = opener.open(request, timeout=seconds)
         with response:
             if response.status in _MOVED:
                 at = _next(at, response.headers.get("Location", ""))
+                if urlsplit(at)[:2] != urlsplit(url)[:2]:
+                    sent.pop("Authorization", None)
                 continue
             yield _body(at, response, start)
             return
@@ -150,7 +167,10 @@ def _body(url: str, response: HTTPResponse, start: int) -> Body:
         raise DownloadError(f"{url}: the server sends another part than was asked for")
     if status == _BEHIND_END and start:
         return Body(response, start, start)
-    raise DownloadError(f"{url}: status {status} {response.reason}")
+    told = f"{url}: status {status} {response.reason}"
+    if status == _UNAUTHORIZED:
+        raise UnauthorizedError(told, response.headers.get("WWW-Authenticate", ""))
+    raise DownloadError(told)
 
 
 def _number(text: str) -> int | None:
@@ -188,15 +208,20 @@ def _reason(err: BaseException | str) -> str:
     return text or f"no HTTP ({type(err).__name__})"
 
 
-def fetch(url: str, limits: Limits) -> bytes:
-    """Return a short file.
+def fetch(url: str, limits: Limits, headers: Mapping[str, str] = _NO_HEADERS) -> bytes:
+    """Return a short file; `headers` as `opened` has them.
 
     Raises:
+        UnauthorizedError: the server wants to know who asks.
         MissingError: the server has none.
         DownloadError: it cannot be had, or is not short.
     """
     try:
-        with patience(limits.seconds), opened(url, limits.seconds) as body, _explained(url):
+        with (
+            patience(limits.seconds),
+            opened(url, limits.seconds, 0, headers) as body,
+            _explained(url),
+        ):
             data = bytearray()
             while piece := _read(url, body):
                 data += piece
@@ -236,8 +261,12 @@ class Sink(NamedTuple):
     """From this byte on, of so many, it begins."""
 
 
-def download(url: str, limits: Limits, start: int, sink: Sink) -> None:
+def download(
+    url: str, limits: Limits, start: int, sink: Sink, headers: Mapping[str, str] = _NO_HEADERS
+) -> None:
     """Get a file, from its byte `start` on if the server can; received bytes stay after a failure.
+
+    `headers` are as `opened` has them.
 
     Raises:
         MissingError: the server has none.
@@ -246,7 +275,10 @@ def download(url: str, limits: Limits, start: int, sink: Sink) -> None:
     """
     done = start
     try:
-        with patience(limits.seconds) as again, opened(url, limits.seconds, start) as body:
+        with (
+            patience(limits.seconds) as again,
+            opened(url, limits.seconds, start, headers) as body,
+        ):
             if body.start != start:
                 sink.restart()
                 done = 0

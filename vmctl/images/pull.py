@@ -1,7 +1,8 @@
 """`vmctl image pull`, `list`, `rm` and `prune`: images of distributions, kept by their digests.
 
 An image counts once its digest is the one that its distribution's list has, which comes by https,
-or the one of the command line. What a broken connection leaves is gone on with at the next pull.
+that of a registry's manifest, or the one of the command line. What a broken connection leaves is
+gone on with at the next pull.
 """
 
 import errno
@@ -9,12 +10,14 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmctl.client import CommandError
-from vmctl.images.sources import LISTS, Source, check_name, file_in, source_of
+from vmctl.images.digests import DIGITS, Digest, parse_digest
+from vmctl.images.sources import LISTS, OCI, Source, check_name, file_in, source_of
 from vmctl.images.store import PREFIX, ImageStore, Stored, remove_partial
 from vmctl.messages import fail, warn
 from vmctl.signals import cleaning_up
@@ -35,18 +38,20 @@ _LIST_MAX = 4 << 20
 _SIZE_MAX = 64 << 30
 _PATIENCE_S = 60.0
 _PIECE = 1 << 20
-_DIGITS = {"sha256": 64, "sha512": 128}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class _Digest(NamedTuple):
-    """The requirements of an image."""
+class _Order(NamedTuple):
+    """What is pulled."""
 
-    algorithm: str
-    hexadecimal: str
-
-    def __str__(self) -> str:
-        return f"{self.algorithm}-{self.hexadecimal}"
+    name: str
+    url: str
+    wanted: Digest
+    limits: "Limits"
+    headers: Mapping[str, str] = MappingProxyType({})
+    """What the server wants to hear."""
+    archive_max: int = 0
+    """Bytes in the archive that it may be, as a layer of a container's image; 0 if it is none."""
 
 
 def pull(
@@ -62,13 +67,15 @@ def pull(
 
     if digest is not None and sums is not None:
         return fail("--digest and --sums: use one")
+    if words[0].startswith(OCI) and (digest is not None or sums is not None):
+        return fail(f"{words[0]}: its digest stands behind it: @sha256:...")
     try:
         source = source_of(*words)
         limits = Limits(
             _PATIENCE_S if timeout is None else seconds_of(timeout),
             _SIZE_MAX if limit is None else _size(limit),
         )
-        said = _digest(digest) if digest is not None else None
+        said = parse_digest(digest) if digest is not None else None
         with cleaning_up():
             path = _pull(source._replace(sums=sums or source.sums), said, limits)
     except (CommandError, VmmError) as err:
@@ -95,34 +102,43 @@ def _told(err: OSError) -> str:
     return f"{name}: {text}" if name else text
 
 
-def _digest(text: str) -> _Digest:
-    algorithm, _, digits = text.partition(":")
-    digits = digits.lower()
-    is_hexadecimal = digits.isascii() and not digits.strip("0123456789abcdef")
-    if len(digits) != _DIGITS.get(algorithm) or not is_hexadecimal:
-        raise CommandError(f"invalid digest: {text}: sha256: or sha512: and its digits")
-    return _Digest(algorithm, digits)
-
-
-def _pull(source: Source, said: "_Digest | None", limits: "Limits") -> str:
-    from vmctl.images.download import check_url  # noqa: PLC0415 - see above
-
-    url = check_url(source.url, allows_http=said is not None or bool(source.sums))
-    wanted = said or _published(source, url, limits)
+def _pull(source: Source, said: Digest | None, limits: "Limits") -> str:
+    order = _order(source, said, limits)
+    wanted = str(order.wanted)
     store = ImageStore()
-    with store.partial(str(wanted), lambda: warn(f"{source.name}: another pull is on")) as fd:
+    with store.partial(wanted, lambda: warn(f"{source.name}: another pull is on")) as fd:
         if fd is None:
-            store.name(source.name, str(wanted))
+            digest = store.held(wanted) or wanted
+            store.name(source.name, digest)
             how = "is there already"
         else:
-            _Pull(store, source._replace(url=url), wanted, limits, fd).run()
+            digest = _Pull(store, order, fd).run()
             how = "pulled"
-    path = store.path(str(wanted))
+    path = store.path(digest)
     warn(f"{source.name}: {how}, {fmt_scaled(os.stat(path).st_size)}: {PREFIX}{source.name}")
     return path
 
 
-def _published(source: Source, url: str, limits: "Limits") -> _Digest:
+def _order(source: Source, said: Digest | None, limits: "Limits") -> _Order:
+    """Find out what is to be pulled, and its digest.
+
+    Raises:
+        CommandError: that is not known.
+    """
+    from vmctl.images.download import check_url  # noqa: PLC0415 - see above
+
+    if source.url.startswith(OCI):
+        from vmctl.images.oci import find_disk  # noqa: PLC0415 - only for such
+        from vmctl.images.reference import parse_reference  # noqa: PLC0415 - the same
+
+        blob = find_disk(parse_reference(source.url), limits)
+        bounds = limits._replace(size=blob.size)
+        return _Order(source.name, blob.url, blob.digest, bounds, blob.headers, limits.size)
+    url = check_url(source.url, allows_http=said is not None or bool(source.sums))
+    return _Order(source.name, url, said or _published(source, url, limits), limits)
+
+
+def _published(source: Source, url: str, limits: "Limits") -> Digest:
     """Return the digest that the distribution's list has.
 
     Raises:
@@ -151,37 +167,32 @@ def _published(source: Source, url: str, limits: "Limits") -> _Digest:
     )
 
 
-def _in_list(text: bytes, name: str) -> _Digest | None:
+def _in_list(text: bytes, name: str) -> Digest | None:
     """Return the digest of a file in the output of sha512sum or sha256sum."""
-    by_size = {size: algorithm for algorithm, size in _DIGITS.items()}
+    by_size = {size: algorithm for algorithm, size in DIGITS.items()}
     for line in text.splitlines():
         digits, _, file = line.partition(b" ")
         file = file.lstrip(b" *").removeprefix(b"./").rstrip()
         if file == os.fsencode(name) and len(digits) in by_size:
             with suppress(CommandError, UnicodeDecodeError):
-                return _digest(f"{by_size[len(digits)]}:{digits.decode()}")
+                return parse_digest(f"{by_size[len(digits)]}:{digits.decode()}")
     return None
 
 
 class _Pull:
     """One image on its way into the store."""
 
-    def __init__(
-        self, store: ImageStore, source: Source, wanted: _Digest, limits: "Limits", fd: int
-    ) -> None:
+    def __init__(self, store: ImageStore, order: _Order, fd: int) -> None:
         """Go on with the file at `fd`, which stays the caller's."""
         self._store = store
-        self._source = source
-        self._url = source.url
-        self._wanted = wanted
-        self._limits = limits
+        self._order = order
         self._fd = fd
-        self._hash = hashlib.new(wanted.algorithm)
+        self._hash = hashlib.new(order.wanted.algorithm)
         self._advance: Callable[[int], None] = lambda _: None
         self._stack = ExitStack()
 
-    def run(self) -> None:
-        """Get it, check it, and put it into the store.
+    def run(self) -> str:
+        """Get it, check it, and put it into the store; returns the digest of the image.
 
         Raises:
             CommandError: it does not come, or is another one.
@@ -193,10 +204,9 @@ class _Pull:
             start = self._read_back()
             sink = Sink(self._fd, self._restart, self._take, self._begin)
             with self._stack:
-                download(self._url, self._limits, start, sink)
+                download(self._order.url, self._order.limits, start, sink, self._order.headers)
             keeps = False
-            self._check()
-            self._store.publish(self._fd, str(self._wanted), self._source.name)
+            digest = self._publish()
             keeps = True
         except OSError as err:
             if err.errno in _FULL:
@@ -204,7 +214,8 @@ class _Pull:
             raise CommandError(f"{self._store.directory}: {err.strerror or err}") from err
         finally:
             if not keeps or not os.fstat(self._fd).st_size:
-                self._store.drop(str(self._wanted))
+                self._store.drop(str(self._order.wanted))
+        return digest
 
     def _read_back(self) -> int:
         """Take what an earlier pull has left; returns its size."""
@@ -218,7 +229,7 @@ class _Pull:
     def _restart(self) -> None:
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
-        self._hash = hashlib.new(self._wanted.algorithm)
+        self._hash = hashlib.new(self._order.wanted.algorithm)
 
     def _begin(self, start: int, size: int | None) -> None:
         from vmctl.images.download import free_space  # noqa: PLC0415 - see above
@@ -239,20 +250,65 @@ class _Pull:
         self._hash.update(data)
         self._advance(len(data))
 
-    def _check(self) -> None:
-        """Check that it is the image that was wanted, and one that names no file of this host."""
-        name = self._source.name
+    def _publish(self) -> str:
+        """Put it into its place if it is the wanted one; returns the digest of the image."""
+        url, wanted = self._order.url, self._order.wanted
         if not os.fstat(self._fd).st_size:
-            raise CommandError(f"{self._url}: an empty file")
-        if self._hash.hexdigest() != self._wanted.hexadecimal:
-            raise CommandError(f"{self._url}: wrong {self._wanted.algorithm} digest: removed")
-        first = os.pread(self._fd, SECTOR_SIZE, 0)
-        last = os.pread(self._fd, SECTOR_SIZE, max(0, os.fstat(self._fd).st_size - SECTOR_SIZE))
-        if probe(first) is Format.QCOW2:
-            if read_header(HostFile(self._fd, name, is_read_only=True)).backing:
-                raise ImageError(f"{name}: it names a base image, a file of this host: removed")
-        elif problem := foreign(name, first, last):
-            raise ImageError(problem.replace(f", or say raw:{name}", ""))
+            raise CommandError(f"{url}: an empty file")
+        if self._hash.hexdigest() != wanted.hexadecimal:
+            raise CommandError(f"{url}: wrong {wanted.algorithm} digest: removed")
+        if self._order.archive_max:
+            from vmctl.images.layer import is_archive  # noqa: PLC0415 - only for such
+
+            try:
+                if is_archive(os.pread(self._fd, SECTOR_SIZE, 0)):
+                    return self._publish_disk()
+            except CommandError as err:
+                raise CommandError(f"{url}: {err}: removed") from None
+        _check_image(self._fd, self._order.name)
+        self._store.publish(self._fd, str(wanted), self._order.name)
+        return str(wanted)
+
+    def _publish_disk(self) -> str:
+        """Put the disk in the layer into its place; returns its digest."""
+        from vmctl.images.layer import unpack, write_sparse  # noqa: PLC0415 - only for such
+        from vmctl.screen.progress import progress  # noqa: PLC0415 - see `_begin`
+
+        layer = str(self._order.wanted)
+        disk, size = hashlib.sha256(), 0
+        with self._store.unpacked(layer) as fd, self._stack:
+
+            def begin(size: int) -> None:
+                self._advance = self._stack.enter_context(progress("unpack", size))
+
+            for piece in unpack(self._fd, self._order.archive_max, begin):
+                write_sparse(fd, piece)
+                disk.update(piece)
+                size += len(piece)
+                self._advance(len(piece))
+            if not size:
+                raise CommandError("an empty disk")
+            os.ftruncate(fd, size)
+            _check_image(fd, self._order.name)
+            digest = f"sha256-{disk.hexdigest()}"
+            self._store.publish_layer(fd, layer, digest, self._order.name)
+        self._store.drop(layer)
+        return digest
+
+
+def _check_image(fd: int, name: str) -> None:
+    """Check that it can be an image, and one that names no file of this host.
+
+    Raises:
+        ImageError: it is none.
+    """
+    first = os.pread(fd, SECTOR_SIZE, 0)
+    last = os.pread(fd, SECTOR_SIZE, max(0, os.fstat(fd).st_size - SECTOR_SIZE))
+    if probe(first) is Format.QCOW2:
+        if read_header(HostFile(fd, name, is_read_only=True)).backing:
+            raise ImageError(f"{name}: it names a base image, a file of this host: removed")
+    elif problem := foreign(name, first, last):
+        raise ImageError(problem.replace(f", or say raw:{name}", ""))
 
 
 def show_list(words: Sequence[str], *, as_json: bool = False) -> int:
@@ -331,6 +387,7 @@ def prune_store() -> int:
         size = os.stat(path).st_size
         if remove_partial(path):
             freed += size
+    store.forget_layers()
     with store.locked():
         for image in store.images():
             freed += _prune(store, image)

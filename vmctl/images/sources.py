@@ -18,6 +18,8 @@ ubuntu-22.04  https://cloud-images.ubuntu.com/releases/jammy/release/ubuntu-22.0
 ubuntu-24.04  https://cloud-images.ubuntu.com/releases/noble/release/ubuntu-24.04-server-cloudimg-amd64.img  SHA256SUMS
 """  # noqa: E501 - an address is a line
 
+OCI = "oci://"
+"""In front of an address in a registry of containers."""
 LISTS = ("SHA512SUMS", "SHA256SUMS")
 """The usual names of lists of digests."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
@@ -90,6 +92,10 @@ def source_of(word: str, name: str = "") -> Source:
     """
     if name:
         check_name(name)
+    if word.startswith(OCI):
+        from vmctl.images.reference import parse_reference  # noqa: PLC0415 - only for such
+
+        return Source(name or check_name(parse_reference(word).image_name()), word)
     if "://" in word:
         return Source(name or _name_in(word), word)
     known = sources()

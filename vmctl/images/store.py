@@ -3,6 +3,8 @@
     sha512-HEX, sha256-HEX   the images, which are only read
     names/NAME               a symbolic link to one of them
     partial/sha512-HEX       one that is being pulled, locked meanwhile, or was not to its end
+    partial/sha512-HEX-disk  the disk that is being unpacked from that layer of a container's image
+    layers/sha512-HEX        a symbolic link to the image that was in such a layer
     overlays                 disks that were made on an image, which therefore stays
     overlays-of-others/      in root's store: a file for each that another user has made; users can
                              put some there, and neither list them nor take others away
@@ -29,6 +31,7 @@ PREFIX = "image:"
 """In front of a name of the store, where a disk is wanted."""
 _SYSTEM = "/var/lib/vmm-kvm/images"
 _DIGEST = re.compile(r"(sha256-[0-9a-f]{64}|sha512-[0-9a-f]{128})", re.ASCII)
+_PARTIAL = re.compile(rf"{_DIGEST.pattern}(-disk)?", re.ASCII)
 _POLL_S = 0.2
 _OVERLAYS_MAX = 16 << 20
 _OTHERS = "overlays-of-others"
@@ -103,8 +106,12 @@ def stored_disk(disk: DiskOption) -> DiskOption:
 
 def _target(directory: str, name: str) -> str:
     """Return the digest that a name stands for; empty if it is none."""
+    return _linked(directory, "names", name)
+
+
+def _linked(directory: str, folder: str, name: str) -> str:
     try:
-        target = os.readlink(os.path.join(directory, "names", name))
+        target = os.readlink(os.path.join(directory, folder, name))
     except OSError:
         return ""
     digest = target.removeprefix("../")
@@ -125,6 +132,16 @@ class ImageStore:
     def digest(self, name: str) -> str:
         """Return the digest that a name stands for; empty if there is no such name."""
         return _target(self.directory, name)
+
+    def held(self, digest: str) -> str:
+        """Return the digest of the image that a download with this digest is, or has in it.
+
+        It is empty if that image is not there.
+        """
+        for found in (digest, _linked(self.directory, "layers", digest)):
+            if found and os.path.exists(self.path(found)):
+                return found
+        return ""
 
     def images(self) -> list[Stored]:
         """Return the images, sorted by name; those without a name come last.
@@ -148,7 +165,7 @@ class ImageStore:
         return [
             os.path.join(self.directory, "partial", name)
             for name in self._listed("partial")
-            if _DIGEST.fullmatch(name)
+            if _PARTIAL.fullmatch(name)
         ]
 
     def _listed(self, folder: str) -> list[str]:
@@ -181,7 +198,7 @@ class ImageStore:
                     time.sleep(_POLL_S)
                 if not _is_at(fd, path):  # the other one has put it into its place
                     continue
-                if os.path.exists(self.path(digest)):
+                if self.held(digest):
                     os.unlink(path)
                     yield None
                 else:
@@ -200,10 +217,62 @@ class ImageStore:
         Raises:
             OSError: it cannot be done.
         """
+        self._publish(fd, digest, digest, name)
+
+    @contextmanager
+    def unpacked(self, layer: str) -> Iterator[int]:
+        """Make the file for the disk in a layer, whose download is locked by `partial`.
+
+        It is removed at the end, unless it has been published.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        path = os.path.join(self.directory, "partial", f"{layer}-disk")
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                if not _is_at(fd, path):  # prune has removed it just now
+                    continue
+                try:
+                    os.ftruncate(fd, 0)
+                    yield fd
+                finally:
+                    with suppress(FileNotFoundError):
+                        os.unlink(path)
+                return
+            finally:
+                os.close(fd)
+
+    def publish_layer(self, fd: int, layer: str, digest: str, name: str) -> None:
+        """Put the disk at `fd`, which `unpacked` has yielded, into its place.
+
+        Raises:
+            OSError: it cannot be done.
+        """
+        self._publish(fd, f"{layer}-disk", digest, name)
+        self._link("layers", layer, digest)
+
+    def forget_layers(self) -> None:
+        """Forget layers whose image is gone.
+
+        Raises:
+            OSError: it cannot be done.
+        """
+        for layer in self._listed("layers"):
+            if not self.held(layer):
+                os.unlink(os.path.join(self.directory, "layers", layer))
+
+    def _publish(self, fd: int, part: str, digest: str, name: str) -> None:
         os.fchmod(fd, 0o444)
         os.fsync(fd)
+        path = os.path.join(self.directory, "partial", part)
         with self.locked():
-            os.rename(os.path.join(self.directory, "partial", digest), self.path(digest))
+            if os.path.exists(self.path(digest)):  # from another layer, and maybe in use
+                os.unlink(path)
+            else:
+                os.rename(path, self.path(digest))
             self._name(name, digest)
 
     def name(self, name: str, digest: str) -> None:
@@ -238,7 +307,10 @@ class ImageStore:
             os.close(fd)
 
     def _name(self, name: str, digest: str) -> None:
-        folder = os.path.join(self.directory, "names")
+        self._link("names", name, digest)
+
+    def _link(self, kind: str, name: str, digest: str) -> None:
+        folder = os.path.join(self.directory, kind)
         os.makedirs(folder, exist_ok=True)
         new = os.path.join(folder, f".{name}.{os.urandom(8).hex()}")
         os.symlink(f"../{digest}", new)
