@@ -278,6 +278,7 @@ class Daemon:
         self._verbosity = verbosity
         self._uids = setting.uids
         self._find_users = partial(_users, setting)
+        self._cgroups = setting.settings.cgroups
         self._no_cgroups = setting.no_cgroups
         self._plans: Mapping[Kind, Plan] = {
             Kind.CONTROL: control_plan(setting.listener, setting.uids),
@@ -345,6 +346,8 @@ class Daemon:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # So do the zygote, and the processes that it made ready.
         wait_for(lambda: orphans(set(self._openers.pids)), self._find_users())
+        if cgroups := self._cgroups:
+            cgroups.drop_spare()
         log.info("terminating")
         return self._status
 

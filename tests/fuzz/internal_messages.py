@@ -19,7 +19,7 @@ from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, SwitchConfig
 from vmd.wire import device, files, forking, internal, local
 from vmd.wire.ancillary import FDS_MAX
-from vmd.wire.blank import Preparation, Role
+from vmd.wire.blank import JoinCgroup, Preparation, Role, SpareCgroup
 from vmd.wire.channel import (
     Channel,
     ChannelClosedError,
@@ -141,6 +141,8 @@ def _examples() -> list[object]:
         internal.VmStatistics(statistics=Statistics(disk_read=1), memory_used=7),
         internal.VmEnding(reason=internal.EndReason.FAILED, message="no"),
         internal.VmExited(id=1, pid=5, status=-9),
+        SpareCgroup(number=1),
+        JoinCgroup(number=1),
         forking.Fork(order=1, role=Role.VM, preparation=Preparation.REHEARSED),
         forking.Forked(order=1),
         device.BeginDisk(disk=disk, vm="web", verbosity=1),

@@ -3,6 +3,7 @@
 One ends when the VM's process does, which learns by a pipe when it can serve, or why it cannot.
 """
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from contextlib import contextmanager
 from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import confine, set_title
 from vmd.shared import log as logging
-from vmd.shared.privsep import join_cgroup
+from vmd.shared.privsep import join_ahead, join_cgroup
+from vmd.wire.blank import JoinCgroup
 from vmd.wire.channel import Channel, ChannelError, Received
 from vmd.wire.device import DEVICE_AND_VMM, DeviceBegin, VmmToDevice
 from vmd.wire.internal import SetVerbosity
@@ -48,8 +50,12 @@ def prepare(title: str, kind: Kind) -> None:
 def run(title: str, connection: socket.socket, make: Make) -> int:
     """Receive a device from `connection`, and serve it; returns the exit status."""
     with Channel(connection, DEVICE_AND_VMM) as vmm:
+        joined = 0
         try:
             begin, fds, _size = vmm.wait()
+            while isinstance(begin, JoinCgroup):
+                joined = join_ahead(begin, fds)
+                begin, fds, _size = vmm.wait()
         except ChannelError as err:  # this process is not needed any more
             log.debug("vmm: %s", err)
             return 0
@@ -64,8 +70,12 @@ def run(title: str, connection: socket.socket, make: Make) -> int:
         vm = socket.socket(fileno=sock)
         with vm:
             try:
-                if begin.has_cgroup:
-                    join_cgroup(own.pop(0))
+                if begin.cgroup:
+                    fd = own.pop(0)
+                    if begin.cgroup == joined:
+                        os.close(fd)
+                    else:
+                        join_cgroup(fd)
                 own = opened(own)
                 backend = make(begin, own, lambda: _is_there(vm))
             except (VmmError, OSError) as err:

@@ -2,12 +2,15 @@
 
 The daemon needs a cgroup that is its own, as a service manager delegates one: only root's daemon
 looks for it, and takes none with other processes in it. There, it moves into `vmd`, because a group
-that gives controllers to others has no processes. A VM has `vm-ID` beside that, with two groups
+that gives controllers to others has no processes. A VM has `vm-N` beside that, with two groups
 below:
 
-    vm-ID           cpu.max, pids.max
-    vm-ID/guest     memory.max; the VM's process
-    vm-ID/devices   its device processes, whose page cache does not count as the guest's memory
+    vm-N            cpu.max, pids.max
+    vm-N/guest      memory.max; the VM's process
+    vm-N/devices    its device processes, whose page cache does not count as the guest's memory
+
+N counts the groups. The next VM's exists before it starts: the processes that wait for a task are
+in it already, because the kernel takes long to move a process. It gets its limits when a VM has it.
 
 Processes join by a descriptor that they are handed, which the kernel allows because root has opened
 it. The next daemon removes empty groups that a killed one has left.
@@ -17,6 +20,7 @@ Source: cgroups(7); Linux Documentation/admin-guide/cgroup-v2.rst; systemd's CGR
 
 import os
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -28,12 +32,11 @@ log = Log(__name__)
 OURS = "vmd"
 """Name of the group of the daemon's own processes."""
 _PREFIX = "vm-"
-_BELOW = ("guest", "devices")
+_BELOW = _GUEST, _DEVICES = "guest", "devices"
 _WANTED = ("cpu", "memory", "pids")
 _PERIOD_US = 100_000
 _MARGIN = 256 << 20
 _MARGIN_SHARE = 64
-_NAMES_MAX = 100
 _PROCS = "cgroup.procs"
 _CONTROLLED = "cgroup.subtree_control"
 
@@ -47,6 +50,8 @@ class VmCgroup(NamedTuple):
 
     guest: int
     devices: int
+    number: int
+    """Of the groups."""
 
 
 def memory_max(memory: int) -> int:
@@ -71,34 +76,44 @@ class Cgroups:
         self._base = base
         self.controllers = frozenset(controllers)
         self._groups: dict[int, Path] = {}
+        self._spare: tuple[int, Path] | None = None
+        self._numbers = count(1)
         self._left = {path for path in base.iterdir() if path.name.startswith(_PREFIX)}
         self.tidy()
 
     def open(self, vm_id: int, memory: int, cpu_limit: int | None) -> VmCgroup:
-        """Make a VM's groups, with their limits; they last until `remove`.
+        """Give a VM its groups, with their limits; they last until `remove`.
 
         Raises:
             OSError: the kernel refused.
         """
-        self.tidy()
-        path = self._groups[vm_id] = self._make(vm_id)
-        if "pids" in self.controllers:
-            _write(path / "pids.max", str(TASKS_MAX))
+        number, path = self._spare or self._make()
+        self._spare = None
+        self._groups[vm_id] = path
         if "cpu" in self.controllers and cpu_limit is not None:
             _write(path / "cpu.max", cpu_max(cpu_limit))
         if "memory" in self.controllers:
-            _write(path / _CONTROLLED, "+memory")
-        for name in _BELOW:
-            (path / name).mkdir()
-        guest, devices = (path / name for name in _BELOW)
-        if "memory" in self.controllers:
-            _write(guest / "memory.max", str(memory_max(memory)))
-        first = os.open(guest / _PROCS, os.O_WRONLY | os.O_CLOEXEC)
+            _write(path / _GUEST / "memory.max", str(memory_max(memory)))
+        return _opened(number, path)
+
+    def spare(self) -> VmCgroup | None:
+        """Make the groups that the next VM gets; None if they exist, or the kernel refuses."""
+        self.tidy()
+        if self._spare is not None:
+            return None
         try:
-            return VmCgroup(first, os.open(devices / _PROCS, os.O_WRONLY | os.O_CLOEXEC))
-        except OSError:
-            os.close(first)
-            raise
+            self._spare = self._make()
+            return _opened(*self._spare)
+        except OSError as err:  # a start tries it again, and fails for that reason
+            log.debug("no control group ahead: %s", err)
+            return None
+
+    def drop_spare(self) -> None:
+        """Remove the next VM's groups, as soon as they are empty."""
+        if self._spare is not None:
+            self._left.add(self._spare[1])
+            self._spare = None
+        self.tidy()
 
     def remove(self, vm_id: int) -> None:
         """Remove a VM's groups, if any, as soon as they are empty."""
@@ -107,16 +122,25 @@ class Cgroups:
             self._left.add(path)
             self.tidy()
 
-    def _make(self, vm_id: int) -> Path:
-        """Make a group, under another name if an earlier process's is left."""
-        for number in range(_NAMES_MAX):
-            path = self._base / f"{_PREFIX}{vm_id}{f'.{number}' if number else ''}"
-            try:
-                path.mkdir()
-            except FileExistsError:
-                continue
-            return path
-        raise FileExistsError(f"{self._base}: too many groups are left")
+    def _make(self) -> tuple[int, Path]:
+        """Make groups of a new number, which no killed daemon has left."""
+        number, path = next(
+            (number, path)
+            for number in self._numbers
+            if not (path := self._base / f"{_PREFIX}{number}").exists()
+        )
+        path.mkdir()
+        try:
+            if "pids" in self.controllers:
+                _write(path / "pids.max", str(TASKS_MAX))
+            if "memory" in self.controllers:
+                _write(path / _CONTROLLED, "+memory")
+            for name in _BELOW:
+                (path / name).mkdir()
+        except OSError:
+            self._left.add(path)
+            raise
+        return number, path
 
     def tidy(self) -> None:
         """Remove groups that were not empty before, and are now."""
@@ -155,6 +179,21 @@ def find_cgroups() -> Cgroups:
         return Cgroups(base, controllers)
     except OSError as err:
         raise NoCgroupsError(f"{err.filename or 'cgroup'}: {err.strerror}") from err
+
+
+def _opened(number: int, path: Path) -> VmCgroup:
+    """Open groups for joining.
+
+    Raises:
+        OSError: somebody has removed them, or there are no descriptors left.
+    """
+    guest = os.open(path / _GUEST / _PROCS, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        devices = os.open(path / _DEVICES / _PROCS, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        os.close(guest)
+        raise
+    return VmCgroup(guest, devices, number)
 
 
 def _own() -> Path:

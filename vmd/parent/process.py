@@ -21,11 +21,12 @@ from vmd.parent.clock import SystemClock
 from vmd.parent.configuration import Settings, read_configuration
 from vmd.parent.consoles import Consoles
 from vmd.parent.effects import Effects, Means
+from vmd.parent.interfaces import Interface
 from vmd.parent.networks import Networks
 from vmd.parent.openers import Openers
 from vmd.parent.passed import open_client_files
 from vmd.parent.peer import AnyPeer, Peer
-from vmd.parent.resources import Host, open_resources
+from vmd.parent.resources import Host, Resources, open_resources
 from vmd.parent.scratches import Scratches
 from vmd.parent.shares import Shares
 from vmd.parent.snapshots import SnapshotStore
@@ -34,10 +35,13 @@ from vmd.parent.terminal_watch import TerminalWatch
 from vmd.parent.tpms import Tpms
 from vmd.rules.actions import Action, List, Operate
 from vmd.rules.registry import Registry
+from vmd.rules.vm import Vm
 from vmd.rules.vm_state import Ticket
 from vmd.shared import log as logging
 from vmd.shared.kernels import KernelStore
+from vmd.shared.pty import Pty
 from vmd.wire.agentx import VmRow
+from vmd.wire.blank import SpareCgroup
 from vmd.wire.channel import Fds
 from vmd.wire.internal import (
     PARENT_AND_VMM,
@@ -66,6 +70,7 @@ from vmd.wire.messages import (
     Status,
     Vms,
 )
+from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.log import Log as Logger
 from vmm_kvm.loop import EventLoop
 
@@ -73,6 +78,8 @@ log = Logger(__name__)
 
 ON_DEMAND = frozenset({Kind.AGENTX})
 """The peers whose processes are started when a configuration needs them."""
+_TIDY_NS = 2 * NANOSECONDS
+"""After a VM's end: processes that it did not need may still leave its control groups."""
 _SINGLE_VMS = "vm.conf.d"
 """The directory of files that have a VM each, beside the configuration."""
 STAGGER_DELAY_S = 30
@@ -120,13 +127,21 @@ class Parent:
         self._clients = Clients(loop, self._registry, users, self._run, networks.told)
         openers.keep = self._clients.keep_file
         vmm: Peer[ParentToVmm, VmmToParent] = Peer(
-            "vmm", PARENT_AND_VMM, loop, self._from_vmm, on_end=self._vmm_ended
+            *("vmm", PARENT_AND_VMM, loop, self._from_vmm),
+            on_start=lambda: self._offer_cgroup(vmm),
+            on_end=self._vmm_ended,
         )
+        tidy_timer = None if cgroups is None else loop.timer(cgroups.tidy)
 
         def close_vm(vm_id: int) -> None:
             shares.release(vm_id)
-            if cgroups:
+            if cgroups and tidy_timer:
                 cgroups.remove(vm_id)
+                tidy_timer.arm(loop.monotonic_ns() + _TIDY_NS)
+
+        def open_vm(vm: Vm, pty: Pty, found: Sequence[Interface]) -> Resources:
+            loop.call_soon(lambda: self._offer_cgroup(vmm))  # once vmm was told of this VM
+            return open_resources(vm, host, pty, found)
 
         if cgroups:
             shares.gone = cgroups.tidy
@@ -139,7 +154,7 @@ class Parent:
             kernels=self._kernels,
             snapshots=self._snapshots,
             open_client_files=lambda vm, done: open_client_files(vm, openers, done),
-            open_vm=lambda vm, pty, found: open_resources(vm, host, pty, found),
+            open_vm=open_vm,
             close_vm=close_vm,
             end_vm=self._scratches.close,
             operate=self._operate,
@@ -186,7 +201,15 @@ class Parent:
             self._end_hung(fds.left[0], message.uid)
 
     def _vmm_ended(self) -> None:
+        if self._settings.cgroups:
+            self._settings.cgroups.drop_spare()  # what its processes waited in
         self._effects.vmm_ended()
+
+    def _offer_cgroup(self, vmm: Peer[ParentToVmm, VmmToParent]) -> None:
+        """Let processes that wait at vmm join the next VM's control groups."""
+        cgroups = self._settings.cgroups
+        if cgroups and vmm.is_there and (made := cgroups.spare()):
+            vmm.send(SpareCgroup(number=made.number), [made.guest, made.devices])
 
     # Configuration
 

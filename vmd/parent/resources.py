@@ -85,7 +85,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
         # In OpenBSD's order, which decides the first complaint.
         cdrom = opener.cdrom()
         disks = tuple(opener.disk(*each) for each in enumerate(vm.config.disks))
-        cgroup, device_cgroup = opener.cgroup(host.cgroups)
+        cgroup, device_cgroup, cgroup_number = opener.cgroup(host.cgroups)
         shares = tuple(
             opener.share(place, share, device_cgroup)
             for place, share in enumerate(vm.config.shares)
@@ -113,6 +113,7 @@ def open_resources(vm: Vm, host: Host, pty: Pty, interfaces: Sequence[Interface]
             ring=ring,
             cgroup=cgroup,
             device_cgroup=device_cgroup,
+            cgroup_number=cgroup_number,
             boot_device=vm.config.boot_device,
             has_vsock=vm.config.has_vsock,
             has_balloon=vm.config.has_balloon,
@@ -225,8 +226,8 @@ class _Opener:
             return self.keep(os.dup(passed.cdrom))
         return None if path is None else self._open(FileUse.CDROM, path)[0]
 
-    def cgroup(self, cgroups: Cgroups | None) -> tuple[int | None, int | None]:
-        """Make the VM's control groups; returns descriptors for joining them, if there are any.
+    def cgroup(self, cgroups: Cgroups | None) -> tuple[int | None, int | None, int]:
+        """Give the VM control groups; returns descriptors for joining them, and their number.
 
         No VM starts without the limits that its configuration sets.
         """
@@ -235,9 +236,9 @@ class _Opener:
             text = "limit cpu: this host gives vmd no cgroup that limits processors, see vmd(8)"
             raise ResourceError(ErrorCode.EINVAL, text)
         if cgroups is None:
-            return None, None
+            return None, None, 0
         made = cgroups.open(self._vm.id, self._vm.config.memory or MEMORY_DEFAULT, limit)
-        return self.keep(made.guest), self.keep(made.devices)
+        return self.keep(made.guest), self.keep(made.devices), made.number
 
     def tpm(self, tpms: Tpms, device_cgroup: int | None) -> tuple[int, ...]:
         """Start the VM's TPM, if it has one; returns the indices of its channels."""

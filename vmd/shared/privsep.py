@@ -20,6 +20,8 @@ from typing import NamedTuple, NoReturn
 from vmd.confine.confinements import Kind
 from vmd.confine.sandbox import SandboxError, kill_as, set_title
 from vmd.shared import log as logging
+from vmd.wire.blank import JoinCgroup
+from vmd.wire.channel import ChannelError, Fds
 from vmm_kvm.clock import NANOSECONDS
 from vmm_kvm.errors import VmmError
 from vmm_kvm.log import Log
@@ -147,6 +149,20 @@ def join_cgroup(fd: int) -> None:
         os.write(fd, b"0")
     finally:
         os.close(fd)
+
+
+def join_ahead(message: JoinCgroup, fds: Fds) -> int:
+    """Move this process, which has no task yet, into a control group; returns the group's number.
+
+    The result is 0 if it could not: a task that wants the group has a descriptor of its own.
+    """
+    try:
+        with fds:
+            join_cgroup(fds.take(0))
+    except (ChannelError, OSError) as err:
+        log.debug("control group %d: %s", message.number, err)
+        return 0
+    return message.number
 
 
 class Restarts:

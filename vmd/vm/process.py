@@ -19,7 +19,7 @@ from vmd.confine.confinements import CONFINEMENTS, Kind
 from vmd.confine.sandbox import Confinement, confine, die_with, set_title
 from vmd.shared import log as logging
 from vmd.shared.counters import Counters
-from vmd.shared.privsep import join_cgroup
+from vmd.shared.privsep import join_ahead, join_cgroup
 from vmd.shared.vm_devices import Connections
 from vmd.vm.capturing import Capturing
 from vmd.vm.console import Console
@@ -30,7 +30,7 @@ from vmd.vm.rehearsing import rehearse
 from vmd.vm.sending import Sending, check_handover
 from vmd.vm.shutdown import Shutdown
 from vmd.vm.statistics import statistics_of
-from vmd.wire.blank import Preparation
+from vmd.wire.blank import JoinCgroup, Preparation
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelError, Fds, Received
 from vmd.wire.internal import (
@@ -127,7 +127,7 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         begun = _wait(channel)
         if begun is None:
             return
-        spec, fds, connections = begun
+        spec, fds, connections, joined = begun
         logging.set_title(f"vm/{spec.name}")
         set_title(f"vm/{spec.name}")
         vmm = stack.enter_context(Vmm(kvm))
@@ -139,8 +139,8 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
         stack.callback(console.close)
         received = None
         try:
-            if spec.cgroup is not None:  # before there is memory of the guest's
-                join_cgroup(fds.take(spec.cgroup))
+            if spec.cgroup is not None and spec.cgroup_number != joined:
+                join_cgroup(fds.take(spec.cgroup))  # before there is memory of the guest's
             if spec.received is not None:
                 stream, said = fds.take(spec.received.stream), spec.received.replies
                 ram = spec.received.memory
@@ -183,13 +183,18 @@ def be_vm(kvm: Kvm, channel: Channel[VmReport, VmmToVm]) -> None:
 
 def _wait(
     channel: Channel[VmReport, VmmToVm],
-) -> tuple[VmSpec, Fds, Connections] | None:
+) -> tuple[VmSpec, Fds, Connections, int] | None:
     """Return the VM's specification, its descriptors, and its connections to device processes.
 
-    None if this process is not needed any more.
+    The last is the number of the control group that this process has joined ahead. None if this
+    process is not needed any more.
     """
+    joined = 0
     try:
         message, fds, _size = channel.wait()
+        while isinstance(message, JoinCgroup):
+            joined = join_ahead(message, fds)
+            message, fds, _size = channel.wait()
     except ChannelError as err:
         log.debug("vmm: %s", err)
         return None
@@ -206,7 +211,7 @@ def _wait(
     count = len(message.places)
     named = Fds(passed[:count])
     named.spread(message.places)
-    return message.spec, named, Connections.from_fds(message.spec, passed[count:])
+    return message.spec, named, Connections.from_fds(message.spec, passed[count:]), joined
 
 
 @contextmanager
@@ -365,7 +370,7 @@ class VmProcess:
                     _tell(self._channel, statistics_of(self._machine, self._disks, self._streams))
                 case SetVerbosity(level=level):
                     logging.set_verbosity(level)
-                case Begin():
+                case Begin() | JoinCgroup():
                     log.error("told again what VM this is")
                 case _:
                     assert_never(received.message)

@@ -2,7 +2,7 @@
 
 A process is blank until it receives its task. While nothing starts, one of each kind that most VMs
 need is made ready: confined, and rehearsed. It knows no VM, and has no descriptor of one. Ready
-processes have one uid, the next VM's.
+processes have one uid, the next VM's. They may also wait in its control group.
 
 Nothing here waits for the zygote. A process can be sent its task before it exists: its end of the
 connection is on the way to it.
@@ -18,7 +18,14 @@ from itertools import count
 from typing import NamedTuple, assert_never
 
 from vmd.vmm.uid_pool import UidPool
-from vmd.wire.blank import BLANK_IS_COLD, BLANK_IS_READY, Preparation, Role
+from vmd.wire.blank import (
+    BLANK_IS_COLD,
+    BLANK_IS_READY,
+    VMM_AND_BLANK,
+    JoinCgroup,
+    Preparation,
+    Role,
+)
 from vmd.wire.channel import Channel, ChannelError, Received
 from vmd.wire.forking import (
     EndProcess,
@@ -150,6 +157,8 @@ class Blanks:
         self._spares: dict[Role, _Spare] = {}
         self._unwanted: list[socket.socket] = []
         """Connections of ready processes that are to end."""
+        self._cgroup: tuple[int, tuple[int, int]] | None = None
+        """The next VM's, by number, and descriptors for joining it; ours."""
         self._spare_uid: int | None = None
         """The uid of those made ahead; None if there is none."""
         self._timer = loop.timer(self._make_spares)
@@ -177,6 +186,7 @@ class Blanks:
         self._patience.cancel()
         self._zygote_patience.cancel()
         self._release_unwanted()
+        self.withdraw()
         for spare in tuple(self._spares.values()):
             self._forget(spare)
         self._zygote.close()
@@ -278,6 +288,34 @@ class Blanks:
 
     # Those that are made ahead
 
+    def offer(self, number: int, fds: tuple[int, int]) -> None:
+        """Have ready processes join a control group, until it is withdrawn or another one offered.
+
+        Takes over `fds`, for joining as a VM's process and as a device's.
+        """
+        self.withdraw()
+        self._cgroup = number, fds
+        for spare in self._spares.values():
+            self._join(spare)
+
+    def withdraw(self, number: int | None = None) -> None:
+        """Have no more processes join this control group, or any."""
+        if self._cgroup and number in {None, self._cgroup[0]}:
+            for fd in self._cgroup[1]:
+                os.close(fd)
+            self._cgroup = None
+
+    def _join(self, spare: _Spare) -> None:
+        if not spare.is_ready or not self._cgroup:
+            return
+        number, (guest, devices) = self._cgroup
+        data = VMM_AND_BLANK.encode(JoinCgroup(number=number))
+        fd = guest if spare.role is Role.VM else devices
+        try:
+            socket.send_fds(spare.connection, [data], [fd], socket.MSG_DONTWAIT)
+        except OSError as err:  # it has ended; or it joins when it has a task
+            log.debug("%s process: %s", spare.role, err)
+
     def _plan_spares(self) -> None:
         if self._unwanted or any(role not in self._spares for role in self._preparations):
             self._timer.arm(self._loop.monotonic_ns() + SPARE_DELAY_NS)
@@ -329,6 +367,7 @@ class Blanks:
         self._loop.remove_reader(spare.connection.fileno())
         if said in {BLANK_IS_READY, BLANK_IS_COLD}:
             spare.is_ready = True
+            self._join(spare)
         if said == BLANK_IS_COLD:
             self._preparations[spare.role] = Preparation.CONFINED
 

@@ -22,7 +22,7 @@ from vmd.shared import log as logging
 from vmd.shared.counters import make_counters
 from vmd.shared.vm_devices import DeviceConnection, flattened
 from vmd.vmm.blanks import Blank, Blanks, Ended, ForkError
-from vmd.wire.blank import Role
+from vmd.wire.blank import Role, SpareCgroup
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelError, Fds, MalformedError, OversizeError, Received
 from vmd.wire.device import VMM_AND_DEVICE, BeginDisk, BeginNic, DeviceBegin, VmmToDevice
@@ -206,6 +206,8 @@ class Vmm:
             match received.message:
                 case LaunchVm(spec=spec):
                     self._launch(spec, fds)
+                case SpareCgroup(number=number):
+                    self._offer(number, fds)
                 case KillVm(id=number, why=why):
                     if why:
                         self._note_crash(number, why)
@@ -298,6 +300,8 @@ class Vmm:
             blanks = self._choose()
             is_copy = spec.received is not None and spec.received.is_copy
             blanks.expect_clones(spec.is_template or is_copy)
+            for each in self._blanks:  # no later process may join it ahead
+                each.withdraw(spec.cgroup_number)
             vm = _Vm(spec.id, spec.name, blanks, blanks.claim())
         except ForkError as err:
             text = f"cannot start its processes: {err}"
@@ -312,6 +316,17 @@ class Vmm:
         vm.blanks.settle(vm.uid)
         vm.orders -= 1
         self._look_if_gone(vm)
+
+    def _offer(self, number: int, fds: Fds) -> None:
+        """Have processes that wait join a control group: where the next VM is likely to start."""
+        chosen = self._choose()
+        for blanks in self._blanks:
+            if blanks is not chosen:
+                blanks.withdraw()
+        try:
+            chosen.offer(number, (fds.take(0), fds.take(1)))
+        except ChannelError as err:  # they join when they have a task
+            log.debug("control group %d: %s", number, err)
 
     def _choose(self) -> Blanks:
         """Return those whose zygote has the fewest VMs, of zygotes that answer if one does."""
@@ -335,16 +350,16 @@ class Vmm:
         with ExitStack() as stack:
             connections = []
             cgroup = self._device_cgroup(spec, fds, stack)
-            level, joins = self._verbosity, bool(cgroup)
+            level, number = self._verbosity, spec.cgroup_number if cgroup else 0
             for index, disk in enumerate(spec.disks):
                 if disk.has_process:
-                    begin = BeginDisk(disk=disk, vm=spec.name, verbosity=level, has_cgroup=joins)
+                    begin = BeginDisk(disk=disk, vm=spec.name, verbosity=level, cgroup=number)
                     own = [*map(os.dup, cgroup), *map(fds.take, disk.files)]
                     name = f"disk{index}"
                     connections.append(self._start_device(vm, name, begin, own, stack))
             for index, nic in enumerate(spec.interfaces):
                 if nic.has_process:
-                    move = BeginNic(nic=nic, vm=spec.name, verbosity=level, has_cgroup=joins)
+                    move = BeginNic(nic=nic, vm=spec.name, verbosity=level, cgroup=number)
                     own = [*map(os.dup, cgroup), *map(fds.take, nic.taps)]
                     name = f"{_NIC}{index}"
                     connections.append(self._start_device(vm, name, move, own, stack))

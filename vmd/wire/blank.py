@@ -2,6 +2,9 @@
 
 from enum import StrEnum
 
+from vmd.wire.encoding import Wire, WireEncoding
+from vmd.wire.parts import Internal
+
 
 class Role(StrEnum):
     """The role of a process that the zygote forks."""
@@ -30,3 +33,24 @@ BLANK_IS_READY = b"\0"
 """The packet by which a process made ahead reports itself ready; messages follow."""
 BLANK_IS_COLD = b"\1"
 """The same from a process that could not rehearse; the next need not try."""
+
+
+class SpareCgroup(Internal, frozen=True, kw_only=True):
+    """The next VM is likely to have this control group: processes that wait may join it ahead.
+
+    For vmm, from the parent. Two descriptors for joining come along, of the VM's process and of its
+    devices'.
+    """
+
+    number: int
+    """At least 1."""
+
+
+class JoinCgroup(Internal, frozen=True, kw_only=True):
+    """Join the control group whose descriptor comes along; for a process that has no task yet."""
+
+    number: int
+
+
+VMM_AND_BLANK: Wire[JoinCgroup, None] = Wire(None, WireEncoding.MSGPACK)
+"""For all roles."""

@@ -1,5 +1,6 @@
 """Messages from vmm to a process that serves a disk or an interface, which sends none."""
 
+from vmd.wire.blank import JoinCgroup
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.internal import DiskSpec, NicSpec, SetVerbosity
 from vmd.wire.parts import Internal
@@ -8,14 +9,15 @@ from vmd.wire.parts import Internal
 class BeginDisk(Internal, frozen=True, kw_only=True):
     """Serve this disk of the VM called `vm`.
 
-    Descriptors come along: a control group's if it `has_cgroup`, the image and its bases, then
-    counters, a socket and a pipe.
+    Descriptors come along: a control group's if it has one, the image and its bases, then counters,
+    a socket and a pipe.
     """
 
     disk: DiskSpec
     vm: str
     verbosity: int
-    has_cgroup: bool = False
+    cgroup: int = 0
+    """Number of its control group; 0 for none."""
 
     @property
     def device(self) -> str:
@@ -26,14 +28,15 @@ class BeginDisk(Internal, frozen=True, kw_only=True):
 class BeginNic(Internal, frozen=True, kw_only=True):
     """Move the frames of this interface of the VM called `vm`.
 
-    Descriptors come along: a control group's if it `has_cgroup`, the tap's queues, then counters, a
+    Descriptors come along: a control group's if it has one, the tap's queues, then counters, a
     socket and a pipe.
     """
 
     nic: NicSpec
     vm: str
     verbosity: int
-    has_cgroup: bool = False
+    cgroup: int = 0
+    """Number of its control group; 0 for none."""
 
     @property
     def device(self) -> str:
@@ -42,7 +45,7 @@ class BeginNic(Internal, frozen=True, kw_only=True):
 
 
 DeviceBegin = BeginDisk | BeginNic
-VmmToDevice = DeviceBegin | SetVerbosity
+VmmToDevice = DeviceBegin | JoinCgroup | SetVerbosity
 
 VMM_AND_DEVICE: Wire[VmmToDevice, None] = Wire(None, WireEncoding.MSGPACK)
 DEVICE_AND_VMM: Wire[None, VmmToDevice] = Wire(VmmToDevice, WireEncoding.MSGPACK)

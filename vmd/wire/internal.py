@@ -19,6 +19,7 @@ import msgspec
 
 from vmd.config.disks import DiskKind, DiskOption
 from vmd.config.model import InterfaceConfig, SwitchConfig
+from vmd.wire.blank import JoinCgroup, SpareCgroup
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.encoding import Wire, WireEncoding
 from vmd.wire.leaving import CancelSendVm, SendVm, VmMigrating, VmSent
@@ -326,6 +327,8 @@ class VmSpec(Part, frozen=True, kw_only=True):
     """Index of the descriptor for joining the control group."""
     device_cgroup: int | None = None
     """Index of the same for its device processes."""
+    cgroup_number: int = 0
+    """Of the control group, which its processes may have joined ahead; 0 for none."""
     boot_device: BootDevice = BootDevice.AUTO
     has_vsock: bool = False
     has_balloon: bool = False
@@ -436,7 +439,7 @@ VmCommand = (
 )
 
 
-VmmToVm = Begin | VmCommand
+VmmToVm = Begin | JoinCgroup | VmCommand
 
 
 class VmStarted(Internal, frozen=True, kw_only=True):
@@ -557,7 +560,7 @@ class EndHung(Internal, frozen=True, kw_only=True):
     """The VM's; 0 if VMs have no users of their own."""
 
 
-ParentToVmm = LaunchVm | KillVm | ToVm | SetVerbosity
+ParentToVmm = LaunchVm | SpareCgroup | KillVm | ToVm | SetVerbosity
 AboutVm = VmLaunched | VmLaunchFailed | FromVm | VmHeld | VmExited
 VmmToParent = AboutVm | EndHung
 

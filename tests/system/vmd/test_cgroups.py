@@ -21,6 +21,7 @@ from vmd.parent.cgroups import cpu_max, memory_max
 pytestmark = [pytest.mark.kvm, pytest.mark.root]
 
 MIB = 1 << 20
+BELOW = ("guest", "devices")
 
 
 def _eventually(is_so: Callable[[], bool]) -> None:
@@ -63,6 +64,18 @@ def _procs(group: Path) -> set[int]:
     return set(map(int, (group / "cgroup.procs").read_text().split()))
 
 
+def _group_of(pid: int) -> Path:
+    """Return the control group of a VM, by the pid of its process."""
+    (line,) = Path(f"/proc/{pid}/cgroup").read_text().splitlines()[-1:]
+    found = re.search(r"^\S+ (\S+) cgroup2 ", Path("/proc/mounts").read_text(), re.MULTILINE)
+    assert found
+    return Path(found[1]) / line.removeprefix("0::/").removesuffix("/guest")
+
+
+def _groups(group: Path) -> set[str]:
+    return {path.name for path in group.iterdir() if path.is_dir()}
+
+
 def test_each_vm_has_a_group(tmp_path: Path, group: Path) -> None:
     """A VM's processes are in its group, the daemon's in another; the group goes with the VM."""
     image = tmp_path / "disk.img"
@@ -70,8 +83,11 @@ def test_each_vm_has_a_group(tmp_path: Path, group: Path) -> None:
     lines = (f'disk "{image}"', f'share "{tmp_path}" tag "t"')
     config = vm_block("one", *lines, enabled=True) + vm_block("two", enabled=True)
     with _daemon(tmp_path, group, config) as vmd, vmd.client() as client:
-        ids = {name: client.wait_for_state(name, "running")["id"] for name in ("one", "two")}
-        first, second = (group / f"vm-{ids[name]}" for name in ("one", "two"))
+        for name in ("one", "two"):
+            client.wait_for_state(name, "running")
+        first, second = (_group_of(vmd.child(f"vm/{name}")) for name in ("one", "two"))
+        assert first.parent == second.parent == group
+        assert first != second
         assert _procs(first / "guest") == {vmd.child("vm/one")}
         assert _procs(first / "devices") == {vmd.child("disk/one"), vmd.child("share/one")}
         assert _procs(second / "guest") == {vmd.child("vm/two")}
@@ -81,8 +97,57 @@ def test_each_vm_has_a_group(tmp_path: Path, group: Path) -> None:
         _eventually(lambda: not first.exists())  # the share's process may end last
         assert second.exists()
         assert client.ask("start", name="one")["type"] == "started"
-        assert _procs(first / "guest") == {vmd.child("vm/one")}
-    assert [path.name for path in group.iterdir() if path.is_dir()] == ["vmd"]
+        third = _group_of(vmd.child("vm/one"))
+        assert third not in {first, second}
+        assert _procs(third / "guest") == {vmd.child("vm/one")}
+    assert _groups(group) == {"vmd"}
+
+
+def test_processes_wait_in_the_next_group(tmp_path: Path, group: Path) -> None:
+    """Processes made ahead are in the next VM's group before there is a VM."""
+    image, missing = tmp_path / "disk.img", tmp_path / "missing.img"
+    image.write_bytes(bytes(MIB))
+    missing.write_bytes(bytes(MIB))
+    config = "".join(
+        (vm_block("one", f'disk "{image}"'), vm_block("two"), vm_block("bad", f'disk "{missing}"'))
+    )
+    with _daemon(tmp_path, group, config) as vmd, vmd.client() as client:
+        missing.unlink()
+        _eventually(lambda: len(_waiting(group)) == 2)
+        (spare,) = _groups(group) - {"vmd"}
+        waiting = _waiting(group)
+        assert client.ask("start", name="one")["type"] == "started"
+        assert _group_of(vmd.child("vm/one")) == group / spare
+        assert {vmd.child("vm/one"), vmd.child("disk/one")} == waiting
+        _eventually(lambda: len(_groups(group)) == 3 and len(_waiting(group)) == 4)
+
+        assert client.ask("start", name="bad")["type"] == "failed"
+        assert client.ask("start", name="two")["type"] == "started"
+        pids = {vmd.child(title) for title in ("vm/two", "vm/one", "disk/one")}
+        assert _procs(_group_of(vmd.child("vm/two")) / "guest") == {vmd.child("vm/two")}
+        assert client.ask("stop", name="two", force=True, wait=True)["type"] == "terminated"
+        assert client.ask("stop", name="one", force=True, wait=True)["type"] == "terminated"
+        _eventually(lambda: len(_groups(group)) == 2 and not pids & _waiting(group))
+    assert _groups(group) == {"vmd"}
+
+
+def _waiting(group: Path) -> set[int]:
+    """Return the processes of all VMs, and of the next one."""
+    folders = [path for path in group.iterdir() if path.name.startswith("vm-")]
+    return {pid for each in folders for name in BELOW for pid in _procs(each / name)}
+
+
+def test_another_vmm_has_another_group(tmp_path: Path, group: Path) -> None:
+    """When vmm is killed, what waited in a group is gone, and so is the group."""
+    with _daemon(tmp_path, group, vm_block("one")) as vmd, vmd.client() as client:
+        _eventually(lambda: len(_waiting(group)) == 2)
+        before = _groups(group)
+        os.kill(vmd.child("vmd: vmm"), signal.SIGKILL)
+        _eventually(lambda: _groups(group) != before and len(_waiting(group)) == 2)
+        assert client.ask("start", name="one")["type"] == "started"
+        assert _group_of(vmd.child("vm/one")).parent == group
+        _eventually(lambda: len(_groups(group)) == 3)
+    assert _groups(group) == {"vmd"}
 
 
 def test_what_a_killed_daemon_has_left(tmp_path: Path, group: Path) -> None:
@@ -94,9 +159,11 @@ def test_what_a_killed_daemon_has_left(tmp_path: Path, group: Path) -> None:
         os.kill(vmd.process.pid, signal.SIGKILL)
         vmd.process.wait()
         _eventually(lambda: not any(map(is_alive, below)))
-    assert (group / "vm-1").exists()
+    left = _groups(group) - {"vmd"}
+    assert left
     with _daemon(tmp_path, group / "vmd", "") as vmd:
-        assert not (group / "vm-1").exists()
+        # One exists for its first VM; a number that was free then may be the same.
+        _eventually(lambda: len(_groups(group) - {"vmd"}) == 1)
         assert vmd.process.pid in _procs(group / "vmd")
 
 
@@ -128,10 +195,10 @@ def test_limits(tmp_path: Path, group: Path) -> None:
         if "cpu" not in controllers:
             text = "limit cpu: this host gives vmd no cgroup that limits processors, see vmd(8)"
             assert (answer["type"], answer["message"]) == ("failed", text)
-            assert not (group / "vm-1").exists()
+            assert len(_groups(group) - {"vmd"}) <= 1, "one for the next VM"
             pytest.skip("no cpu controller in the cgroup2 of this host: the refusal was tested")
         assert answer["type"] == "started"
-        one = group / "vm-1"
+        one = _group_of(vmd.child("vm/one"))
         assert (one / "cpu.max").read_text() == f"{cpu_max(50)}\n"
         assert (one / "pids.max").read_text() == f"{TASKS_MAX}\n"
         assert (one / "guest" / "memory.max").read_text() == f"{memory_max(64 * MIB)}\n"
@@ -171,7 +238,7 @@ def test_limits_at_work(tmp_path: Path, group: Path) -> None:
     config = vm_block("one", "limit cpu 50%", memory="16M")
     with _daemon(tmp_path, group, config) as vmd, vmd.client() as client:
         assert client.ask("start", name="one")["type"] == "started"
-        one = group / "vm-1"
+        one = _group_of(vmd.child("vm/one"))
         begun = os.times().children_user + os.times().children_system
         assert os.waitpid(_child_in(one / "guest", _burn), 0)[1] == 0
         used = os.times().children_user + os.times().children_system - begun

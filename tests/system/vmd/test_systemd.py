@@ -101,7 +101,7 @@ def test_from_start_to_stop(host: TreeHost) -> None:
     _eventually(lambda: host.states() == {"one": "running", "two": "stopped"})
     host.run("vmctl", "start", "two")
     groups = host.run("ls", f"/sys/fs/cgroup/system.slice/{SERVICE}").split()
-    assert {"vmd", "vm-1", "vm-2"} <= set(groups)
+    assert {"vmd", "vm-1", "vm-2"} <= set(groups)  # they are counted
     host.write("/etc/vm.conf", host.configuration + block("three", enabled=True))
     host.run("systemctl", "reload", SERVICE)
     _eventually(lambda: host.states() == dict.fromkeys(("one", "two", "three"), "running"))

@@ -17,7 +17,7 @@ from vmd.vmm.blanks import Blanks
 from vmd.vmm.process import Vmm
 from vmd.wire.blank import Preparation, Role
 from vmd.wire.channel import Channel, ChannelError
-from vmd.wire.device import DEVICE_AND_VMM
+from vmd.wire.device import DEVICE_AND_VMM, DeviceBegin
 from vmd.wire.forking import VMM_AND_ZYGOTE, ZYGOTE_AND_VMM
 from vmd.wire.internal import (
     PARENT_AND_VMM,
@@ -100,7 +100,7 @@ def _be_device(connection: socket.socket) -> int:
     """Be a device's process, which ends with its VM, or as its name says."""
     with Channel(connection, DEVICE_AND_VMM) as vmm:
         begin, fds, _size = vmm.wait()
-        assert not isinstance(begin, SetVerbosity)
+        assert isinstance(begin, DeviceBegin)
         *own, sock, status = fds.take_all()
         assert len(own) >= 1
         if begin.device == CRASH:

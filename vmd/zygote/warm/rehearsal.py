@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import Self
 
 from vmd.shared.pty import open_pty
+from vmd.wire.blank import JoinCgroup
 from vmd.wire.capture import CaptureVm, VmCaptured
 from vmd.wire.channel import Channel, ChannelClosedError, channel_pair
 from vmd.wire.internal import (
@@ -102,6 +103,9 @@ class Rehearsal:
             stack.callback(self._pty.close)
             self._firmware = make_constant(_NAME, (_rom(),))
             stack.callback(os.close, self._firmware)
+            self._cgroup = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+            """In place of a control group's file: what is written stays here."""
+            stack.callback(os.close, self._cgroup)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -169,6 +173,7 @@ class Rehearsal:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with here, ours:
             fds = list(map(os.dup, (*self._pty[1:], *files)))
+            here.send(JoinCgroup(number=1), [os.dup(self._cgroup)])
             here.send(Begin(spec=spec, places=tuple(range(len(fds))), verbosity=0), fds)
             for command in (PauseVm(), UnpauseVm(), AskStatistics(), LookAtTerminal()):
                 here.send(command)
