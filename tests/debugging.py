@@ -24,6 +24,15 @@ PLAIN = {**os.environ, "TERM": "dumb", "LC_ALL": "C"}
 @contextmanager
 def debugged(tmp_path: Path, *options: str, ends: bool = False) -> Iterator[Path]:
     """Run the guest; yields its debugger's socket. Kill it at the end, or wait if it `ends`."""
+    with debugged_process(tmp_path, *options, ends=ends) as (path, _):
+        yield path
+
+
+@contextmanager
+def debugged_process(
+    tmp_path: Path, *options: str, ends: bool = False
+) -> Iterator[tuple[Path, int]]:
+    """Run the guest as `debugged` does; yields its process too."""
     image, path = tmp_path / "guest.rom", tmp_path / "gdb"
     image.write_bytes(guest.make())
     words = ("--firmware", str(image), "-m", "4M", "-p", "2", "--gdb", f"{path}{''.join(options)}")
@@ -32,7 +41,7 @@ def debugged(tmp_path: Path, *options: str, ends: bool = False) -> Iterator[Path
     )
     try:
         wait_for(path)
-        yield path
+        yield path, vm.pid
         if ends:
             _, err = vm.communicate(timeout=DEADLINE_S)
             assert (vm.returncode, err) == (guest.END_STATUS, b"")

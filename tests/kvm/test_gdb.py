@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from tests import debugged_guest as guest
-from tests.debugging import DEADLINE_S, PLAIN, Client, debugged, run_gdb, wait_for
+from tests.debugging import (
+    DEADLINE_S,
+    PLAIN,
+    Client,
+    debugged,
+    debugged_process,
+    run_gdb,
+    wait_for,
+)
 from tests.vmctl_driver import VMCTL
 from vmm_kvm.gdb.packets import framed
 
@@ -200,6 +208,20 @@ def test_a_lost_debugger_lets_go(tmp_path: Path) -> None:
                     counts.add(client.counter())
             except (OSError, ValueError):  # the first one's end has not been noticed yet
                 time.sleep(0.05)
+
+
+def test_a_debugger_that_has_gone_is_in_nobodys_way(tmp_path: Path) -> None:
+    """One that comes before the VM has noticed the last one's end is served, and not refused."""
+    with debugged_process(tmp_path) as (path, pid):
+        for last_words in (b"", framed(b"vCont;c"), framed(b"m0,4"), b"$without end"):
+            os.kill(pid, signal.SIGSTOP)  # so that it finds all of them at once
+            with Client(path) as gone:
+                gone.sock.sendall(last_words)
+            with Client(path) as client, Client(path) as refused:
+                os.kill(pid, signal.SIGCONT)
+                assert client.ask(b"?").startswith(b"T02thread:1;"), last_words
+                assert refused.answer() == b""
+                assert client.ask(b"D") == b"OK"
 
 
 _REFUSED = (

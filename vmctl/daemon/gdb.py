@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import socket
 
 _READ_SIZE = 32 << 10
+_WHY_STOPPED = b"$?#3f"
+_TIMEOUT_S = 10.0
 
 
 def gdb(words: Sequence[str], *, stdio: bool = False) -> int:
@@ -31,6 +33,8 @@ def gdb(words: Sequence[str], *, stdio: bool = False) -> int:
         if stdio:
             with cleaning_up():
                 return _relay(stream)
+        if not _is_served(stream):
+            return fail(f"{name}: another debugger is attached")
     # This was to know that gdb will be let in; the VM has gone on.
     ours = shlex.join([sys.argv[0], "gdb", "--stdio", name])
     try:
@@ -45,6 +49,21 @@ def _open(name: str) -> "socket.socket":
     with Client() as client:
         client.send("debug", parse_target(name).fields())
         return opened(client, "connected")[0]
+
+
+def _is_served(stream: "socket.socket") -> bool:
+    """Tell whether the VM answers; it ends the connection if it has a debugger already.
+
+    One that does not answer in time may still do so: gdb waits longer.
+    """
+    stream.settimeout(_TIMEOUT_S)
+    try:
+        stream.sendall(_WHY_STOPPED)
+        return bool(stream.recv(_READ_SIZE))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
 
 
 def _relay(stream: "socket.socket") -> int:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from select import POLLHUP, poll
 
 from vmm_kvm.gdb.debugger import Debugger, Stop
 from vmm_kvm.gdb.packets import (
@@ -70,6 +71,7 @@ class GdbServer:
         Raises:
             KvmError: KVM refused.
         """
+        self._lose_the_gone()
         if self._client or self._machine is None:
             client.close()
             return
@@ -90,6 +92,14 @@ class GdbServer:
         self._loop.remove_writer(self._client.fileno())
         self._client.close()
         self._client = self._session = None
+
+    def _lose_the_gone(self) -> None:
+        """Serve the rest of a debugger that has gone away, and its end.
+
+        The loop may tell of them later than of the next debugger, which is not to be refused.
+        """
+        while self._client and _is_gone(self._client):
+            self._readable()
 
     def _lose(self) -> None:
         """Go on without the debugger."""
@@ -177,6 +187,13 @@ class GdbServer:
         self._writable()
         if not self._unsent:
             self._serve()
+
+
+def _is_gone(client: socket.socket) -> bool:
+    """Tell whether the other end is closed; what it has sent before is still to be read."""
+    waiting = poll()
+    waiting.register(client, 0)
+    return any(events & POLLHUP for _, events in waiting.poll(0))
 
 
 class GdbListener:

@@ -81,6 +81,30 @@ def test_gdb_debugs_a_vm(start_vmd: Start) -> None:
         assert vmctl(vmd, "stop", "-w", "web").returncode == 0
 
 
+def test_vmctl_gdb_again_and_again(start_vmd: Start) -> None:
+    """`vmctl gdb` right after another one is served; beside another debugger it says so."""
+    with start_vmd(CONFIGURATION) as vmd, Client(str(vmd.socket)) as client:
+        _started(vmd)
+        for _ in range(3):
+            done = subprocess.run(
+                [VMCTL, "gdb", "web", "--", "-nx", "-batch", "-ex", "info threads"],
+                env={**PLAIN, "VMD_SOCKET": str(vmd.socket)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+            assert done.returncode == 0, done
+            assert "Thread 1 (vcpu0)" in done.stdout
+        with debug(client, "web") as debugger:
+            assert debugger.ask(b"?").startswith(b"T02")
+            refused = vmctl(vmd, "gdb", "web")
+            assert (refused.returncode, refused.stdout) == (1, "")
+            assert refused.stderr == "vmctl: web: another debugger is attached\n"
+            assert debugger.ask(b"?").startswith(b"T02")
+
+
 def test_who_is_refused(start_vmd: Start) -> None:
     """For a VM that is missing or stopped, vmctl prints why, and starts no gdb."""
     with start_vmd(CONFIGURATION) as vmd:
