@@ -72,6 +72,7 @@ class Firmware:
         """Bytes that the process may lock."""
         self.spoils = spoils
         self.on_running: Callable[[], None] = lambda: None
+        self.on_registers: Callable[[], None] = lambda: None
         self.guests: dict[int, Guest] = {}
         self.log: list[str] = []
         """Every command that was carried out, in order."""
@@ -177,6 +178,7 @@ class Firmware:
         if not guest.is_es:
             raise KvmError("ioctl", ENOTTY)
         self._in(guest, command, State.LUPDATE)
+        self.on_registers()
         guest.plain += [REGISTERS] * self.vcpus
         guest.has_registers = True
 

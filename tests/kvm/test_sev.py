@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.sev_firmware import Firmware, State
 from tests.unit.boot.images import (
     KERNEL_ADDRESS,
     BzImage,
+    guided_table,
     multiboot_elf,
     openbsd_kernel,
     pvh_kernel,
@@ -53,6 +55,7 @@ from vmm_kvm.virtio.pmem import PmemSpec
 pytestmark = pytest.mark.kvm
 
 GOOD = 42
+RESET_BLOCK = UUID("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
 C_BIT = 51
 PAGE_TABLES = {"openbsd-amd64": (0x1_1000, 0x1_4000)}
 POLICY = 0b11_1011
@@ -205,6 +208,35 @@ def test_order_of_a_launch(bench: Bench, image: Path, is_es: bool) -> None:
     assert all(at % 16 == 0 and size % 16 == 0 for at, size in guest.given)
 
 
+def test_all_vcpus_are_measured(bench: Bench, tmp_path: Path) -> None:
+    """With SEV-ES every vCPU's registers are encrypted; the others start where firmware says."""
+    path, at = tmp_path / "firmware", 0x0080_B004
+    image = bytearray(uefi_firmware())
+    table = guided_table((RESET_BLOCK, at.to_bytes(4, "little")))
+    image[-32 - len(table) : -32] = table
+    path.write_bytes(image)
+    firmware = Firmware(bench.sev_fd, vcpus=3)
+    seen: list[int] = []
+
+    def look() -> None:
+        (vm_id,) = (vm.id for vm in primitives.info(bench.vmm) if vm.id is not None)
+        for index in range(3):
+            vcpu = primitives.kvm_vcpu(bench.vmm, vm_id, index)
+            seen.append(vcpu.get_sregs().cs.base + vcpu.get_regs().rip)
+
+    firmware.on_registers = look
+    with bench.machine(firmware, path, is_es=True, cpus=3, command_line=None) as machine:
+        assert seen == [0xFFFF_FFF0, at, at]
+        plain = bytes(image) + sev_firmware.REGISTERS * 3
+        assert firmware.digest() == hashlib.sha256(plain).digest()
+        assert machine.measurement is not None
+        assert bench.run(machine) == DebugExitStatus(GOOD)
+    plain_sev = Firmware(bench.sev_fd)
+    bench.outcomes.clear()
+    with bench.machine(plain_sev, path, cpus=3, command_line=None) as machine:
+        assert machine.vcpu(1).get_sregs().cs.base == 0xFFFF_0000  # a SIPI will say where
+
+
 @pytest.mark.parametrize("is_es", [False, True])
 def test_measurement_is_of_the_plain_text(bench: Bench, image: Path, is_es: bool) -> None:
     """The digest is that of the ROM, or of what lies in the guest's memory, in ascending order."""
@@ -299,7 +331,7 @@ def test_the_measurement_is_logged(
         ({"is_restored": True}, "encrypted memory cannot be restored"),
         ({"shares_memory": True}, "encrypted memory cannot be cloned"),
         ({"devices": (*BASIC_DEVICES, BalloonSpec())}, "not with a balloon"),
-        ({"is_es": True, "cpus": 2}, "SEV-ES with one vCPU only"),
+        ({"is_es": True, "cpus": 2}, "SEV-ES with several vCPUs: only with UEFI firmware"),
     ],
 )
 def test_what_is_refused(bench: Bench, kernel: Path, fields: dict[str, object], text: str) -> None:

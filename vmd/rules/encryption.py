@@ -28,8 +28,6 @@ def why_not_started(
         return "not with balloon: memory that has to stay in its place cannot go back to the host"
     if any(disk.kind is DiskKind.PMEM for disk in config.disks):
         return "not with a disk of format pmem: the guest would share all of it"
-    if config.is_sev_es and (config.cpus or 1) > 1:
-        return "seves with one vCPU only: others start with registers that the host cannot set"
     if not has_image and config.boot is None and (config.firmware or BIOS) == BIOS:
         return "it needs a kernel, or firmware uefi: with SeaBIOS, disks cannot reach its memory"
     return None

@@ -7,16 +7,21 @@ have VIRTIO_F_ACCESS_PLATFORM, without which no driver does that.
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from errno import ENODEV
 from typing import TYPE_CHECKING
 
+from vmm_kvm.arch.x86.bios import FirmwareImage
 from vmm_kvm.arch.x86.cpuid import c_bit
+from vmm_kvm.arch.x86.entry import Entry
+from vmm_kvm.arch.x86.entry_state import load_entry
+from vmm_kvm.arch.x86.reset_block import other_vcpus
 from vmm_kvm.bits import align_down, align_up
 from vmm_kvm.devices.rom import Rom
 from vmm_kvm.errors import KvmError, SpecError
 from vmm_kvm.kvm.sev import BLOCK, Launch, Measurement, SevSpec
 from vmm_kvm.kvm.system import Kvm
+from vmm_kvm.kvm.vcpu import Vcpu
 from vmm_kvm.memory import GuestMemory
 
 if TYPE_CHECKING:
@@ -84,8 +89,8 @@ def plan_launch(spec: "MachineSpec", sev: SevSpec, kvm: Kvm, *, is_restored: boo
     for device in spec.devices:
         if device.kind in _IMPOSSIBLE:
             raise SpecError(f"{spec.name}: encrypted memory: not with {_IMPOSSIBLE[device.kind]}")
-    if sev.is_es and spec.cpus > 1:
-        text = "SEV-ES with one vCPU only: others start with registers that the host cannot set"
+    if sev.is_es and spec.cpus > 1 and _other_vcpus(spec) is None:
+        text = "SEV-ES with several vCPUs: only with UEFI firmware that names where they start"
         raise SpecError(f"{spec.name}: {text}")
     position = c_bit(kvm.supported_cpuid())
     if position is None:
@@ -93,16 +98,31 @@ def plan_launch(spec: "MachineSpec", sev: SevSpec, kvm: Kvm, *, is_restored: boo
     return Launch(kvm, sev, position)
 
 
-def encrypt(launch: Launch, memory: GuestMemory, rom: Rom | None) -> Measurement:
-    """Have the memory of a machine encrypted whose vCPUs have their first registers.
+def _other_vcpus(spec: "MachineSpec") -> Entry | None:
+    """Return the first registers of all vCPUs but one; None if the firmware does not know them."""
+    image = spec.image
+    return other_vcpus(image.rom) if isinstance(image, FirmwareImage) else None
+
+
+def encrypt(
+    launch: Launch,
+    spec: "MachineSpec",
+    memory: GuestMemory,
+    rom: Rom | None,
+    vcpu: Callable[[int], Vcpu],
+) -> Measurement:
+    """Have the memory of a machine encrypted whose first vCPU has its first registers.
 
     Of firmware, the image is measured alone: the launch digest is the SHA-256 of it, and with
-    SEV-ES of a page of registers behind it.
+    SEV-ES of a page of registers of each vCPU behind it.
 
     Raises:
         KvmError: KVM or the firmware refused.
     """
     assert isinstance(memory, RecordedMemory)
+    if launch.is_es and (entry := _other_vcpus(spec)):
+        for index in range(1, spec.cpus):
+            load_entry(vcpu(index), entry)
     launch.start()
     for region in memory.regions:
         launch.register(memory.hva + region.offset, region.size)

@@ -172,7 +172,7 @@ class Machine:
             else:
                 self.pci.assign_bars()
                 load_entry(first, entry)
-            self.measurement = encrypt_memory(self._launch, self.memory, self._rom)
+            self.measurement = encrypt_memory(self._launch, spec, self.memory, self._rom, self.vcpu)
             """Of the memory with which it began, if that is encrypted."""
             self._runner = Runner(
                 vmm,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # loaded for the machines that have one
     from vmm_kvm.devices.tpm_crb import Executor
     from vmm_kvm.kvm.sev import Launch, Measurement
     from vmm_kvm.kvm.system import Kvm
+    from vmm_kvm.kvm.vcpu import Vcpu
     from vmm_kvm.machine.spec import MachineSpec
     from vmm_kvm.memory import GuestMemory
 
@@ -66,9 +67,13 @@ def make_launch(spec: "MachineSpec", kvm: "Kvm", is_restored: bool) -> "Launch |
 
 
 def encrypt_memory(
-    launch: "Launch | None", memory: "GuestMemory", rom: "Rom | None"
+    launch: "Launch | None",
+    spec: "MachineSpec",
+    memory: "GuestMemory",
+    rom: "Rom | None",
+    vcpu: Callable[[int], "Vcpu"],
 ) -> "Measurement | None":
-    """Carry out a launch, if there is one; the vCPUs have their first registers.
+    """Carry out a launch, if there is one; the first vCPU has its first registers.
 
     Raises:
         KvmError: KVM or the firmware refused.
@@ -77,4 +82,4 @@ def encrypt_memory(
         return None
     from vmm_kvm.machine.encryption import encrypt  # noqa: PLC0415 - likewise
 
-    return encrypt(launch, memory, rom)
+    return encrypt(launch, spec, memory, rom, vcpu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 from vmm_kvm.bits import MIB, align_up
 
@@ -278,3 +279,12 @@ class BzImage:
             offset, form = BZIMAGE_FIELDS[name]
             struct.pack_into(form, image, offset, value)
         return bytes(image)
+
+
+def guided_table(*entries: tuple[UUID, bytes]) -> bytes:
+    """Return a table of GUIDs as OVMF has it, 32 bytes before the end of its image."""
+    body = b"".join(
+        data + struct.pack("<H16s", len(data) + 18, name.bytes_le) for name, data in entries
+    )
+    footer = UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
+    return body + struct.pack("<H16s", len(body) + 18, footer.bytes_le)
