@@ -13,6 +13,7 @@ from vmd.wire.channel import Channel, Received
 from vmd.wire.internal import UNANSWERED_MAX
 from vmd.wire.messages import AnyAnswer, AnyRequest, Console, ParentRequest
 from vmd.wire.ports import Connect, Debug
+from vmd.wire.transfers import OpenSnapshot
 
 CLIENTS_PER_USER = 256
 """Connections of an ordinary user: each costs descriptors and memory, here and in the kernel."""
@@ -30,9 +31,10 @@ UNREAD_PER_USER = 4 << 20
 """Bytes of unread answers on a user's connections; beyond them none of its requests has its
 turn."""
 STREAMS_UNREAD_PER_USER = 32
-"""Unread answers with a stream: the kernel counts descriptors in flight, and refuses more
+"""Unread answers with a stream or file: the kernel counts descriptors in flight, and refuses more
 of them to all processes of control's user."""
-_WITH_STREAM = Console | Connect | Debug
+WITH_DESCRIPTORS = (Console, Connect, Debug, OpenSnapshot)
+"""Requests whose answers have descriptors."""
 EVENTS_UNREAD_MAX = 64 << 10
 """Bytes of events that wait for one connection; beyond them it is closed, as it would miss some."""
 
@@ -108,9 +110,9 @@ class Client:
             return "your requests that wait have too many descriptors together"
         if user.unanswered >= UNANSWERED_PER_USER:
             return "too many of your requests are not answered yet"
-        has_stream = isinstance(received.message, _WITH_STREAM)
+        has_stream = isinstance(received.message, WITH_DESCRIPTORS)
         if has_stream and user.streams_unread >= STREAMS_UNREAD_PER_USER:
-            return "you have not taken the streams that you asked for"
+            return "you have not taken the streams or files that you asked for"
         return None
 
     def wait(self, received: Received[ParentRequest]) -> None:
@@ -134,7 +136,7 @@ class Client:
         self.in_work += 1
         self.unanswered += 1
         self.user.unanswered += 1
-        self._streams += isinstance(request, _WITH_STREAM)
+        self._streams += isinstance(request, WITH_DESCRIPTORS)
         self.read_on()
 
     def considered(self) -> None:

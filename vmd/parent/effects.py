@@ -205,7 +205,7 @@ class Effects:
         self._inquiries = Inquiries(loop, lambda vm_id: self.tell_vm(vm_id, AskStatistics()))
         self.starts = Starts(loop.monotonic_ns)
         """How many VMs were started, and how fast."""
-        self._sendings = Sendings(means.snapshots, self.tell_vm)
+        self._sendings = Sendings(loop, means.snapshots, self.tell_vm, self._kill)
         self._on_idle: Callable[[], None] | None = None
 
     @property
@@ -260,6 +260,9 @@ class Effects:
     def tell_vm(self, vm_id: int, command: VmCommand, fds: Sequence[int] = ()) -> None:
         """Send a message to a VM process; takes ownership of `fds`."""
         self._vmm.send(ToVm(id=vm_id, command=command), fds)
+
+    def _kill(self, vm_id: int, why: str) -> None:
+        self._vmm.send(KillVm(id=vm_id, why=why))
 
     def _happened(self, vm_id: int, event: vm_state.Event) -> None:
         self.run(self._registry.report(vm_id, event))
@@ -499,8 +502,9 @@ class Effects:
         if report.failure is None:
             event = self._sendings.end(vm_id)
         else:
-            self._sendings.forget(vm_id)
-            event = vm_state.SendFailed(report.failure, report.message)
+            ours = self._sendings.forget(vm_id)
+            code, text = (ours.code, str(ours)) if ours else (report.failure, report.message)
+            event = vm_state.SendFailed(code, text)
         vm = self._registry.find(vm_id, "")
         if vm and isinstance(event, vm_state.SendFailed):
             tell_of(vm.name, "%s: cannot be sent: %s", vm.name, event.message, is_bad=True)

@@ -47,7 +47,8 @@ class NewSnapshot:
     def __init__(self, store: "SnapshotStore", uid: int, name: str, new: NewFile) -> None:
         """Own `new`, which is open."""
         self._store = store
-        self._uid = uid
+        self.uid = uid
+        """The user whose it is."""
         self._name = name
         self._new = new
 
@@ -56,6 +57,11 @@ class NewSnapshot:
         """The file; it stays the snapshot's."""
         return self._new.fd
 
+    @property
+    def size(self) -> int:
+        """Bytes of the host's storage, by now."""
+        return os.fstat(self._new.fd).st_blocks * _BLOCK_SIZE
+
     def publish(self) -> None:
         """Give it its name: a VM's process has written it, and made it durable.
 
@@ -63,8 +69,7 @@ class NewSnapshot:
             StoreError: there is one of that name by now, it is larger than its user may have, or
                 the host does not let it be.
         """
-        size = os.fstat(self._new.fd).st_blocks * _BLOCK_SIZE
-        self._store.check_room(self._uid, size)
+        self._store.check_room(self.uid, self.size)
         try:
             self._new.publish(durable=False)
         except OSError as err:

@@ -130,13 +130,15 @@ class Clones:
         config = clone_config(source)
         if isinstance(config, Denied):
             return config
+        # First, as it costs least: a user may ask for many too many, and again and again.
+        if denied := self._table.over_limit([config] * request.count, uid):
+            return denied
         names = clone_names(
             request.clone, request.count, lambda name: self._table.find(name) is not None
         )
         if isinstance(names, Denied):
             return names
-        configs = [config._replace(name=name) for name in names]
-        return self._table.over_limit(configs, uid) or configs
+        return [config._replace(name=name) for name in names]
 
     def _ticket(self, client: int) -> Ticket:
         return Ticket(client, -next(self._numbers))

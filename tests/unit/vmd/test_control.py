@@ -29,7 +29,19 @@ from vmd.wire.internal import (
     Happened,
     ParentToControl,
 )
-from vmd.wire.messages import ConsoleOpened, Done, ErrorCode, Event, EventKind, Failed, Status
+from vmd.wire.messages import (
+    AnyAnswer,
+    ConsoleOpened,
+    Done,
+    ErrorCode,
+    Event,
+    EventKind,
+    Failed,
+    Status,
+)
+from vmd.wire.parts import tag_of
+from vmd.wire.ports import Connected
+from vmd.wire.transfers import SnapshotOpened
 from vmm_kvm.loop import EventLoop
 
 _PATIENCE_NS = 5_000_000_000
@@ -286,23 +298,29 @@ def test_what_a_user_may_have_waiting_is_limited(rig: Rig) -> None:
         assert "too large together" in refused["message"]
 
 
-def test_consoles_that_nobody_takes_are_limited(rig: Rig) -> None:
+@pytest.mark.parametrize(
+    ("ask", "answer"),
+    [
+        (b'{"type":"console","name":"one"}', ConsoleOpened(id=1, tty="")),
+        (b'{"type":"connect","name":"one","port":1}', Connected(id=1)),
+        (b'{"type":"debug","name":"one"}', Connected(id=1)),
+        (b'{"type":"open-snapshot","snapshot":"one"}', SnapshotOpened()),
+    ],
+)
+def test_descriptors_that_nobody_takes_are_limited(rig: Rig, ask: bytes, answer: AnyAnswer) -> None:
     """The kernel keeps unread descriptors: a user may have some, and more after reading."""
-    ask = b'{"type":"console","name":"one"}'
     with rig.connect() as client, rig.connect() as other:
         for at in range(32):
             client.send(ask)
             rig.consider(at)
             theirs, ours = socket.socketpair()
             ours.close()
-            opened = ClientAnswer(
-                client=rig.requests()[at].client, answer=ConsoleOpened(id=1, tty="")
-            )
+            opened = ClientAnswer(client=rig.requests()[at].client, answer=answer)
             rig.parent.send(opened, [theirs.detach()])
         other.send(ask)
         assert "streams" in json.loads(rig.packet(other))["message"]
         for _ in range(32):
-            assert json.loads(rig.packet(client))["type"] == "console-opened"
+            assert json.loads(rig.packet(client))["type"] == tag_of(type(answer).__name__)
         other.send(ask)
         rig.run_until(lambda: len(rig.requests()) == 33)
 
