@@ -1,7 +1,8 @@
 """`vmctl run --from`: a VM in the foreground, from a snapshot or a stream that `vmctl send` wrote.
 
-Its disks are those that the snapshot names, each served by a process, as the daemon's are. Only the
-daemon makes network interfaces: a VM that has some is for `vmctl receive`.
+Its disks are those that the snapshot names. They are served in this process, whatever served them
+before, so that RAM can be mapped: what the guest does not touch is not even read. Only the daemon
+makes network interfaces: a VM that has some is for `vmctl receive`.
 """
 
 import os
@@ -92,14 +93,16 @@ def _open(fd: int, name: str, kvm: Kvm, stack: ExitStack, vsock: "VsockOption | 
     found = _generations(manifest)
     devices = (*BASIC_DEVICES, *_devices(manifest, stack), *_vsock(manifest, vsock))
     is_private = not has_servers(devices)
+    mapped = source.mapped if is_private and isinstance(source, SnapshotFile) else None
     memory = stack.enter_context(
-        GuestMemory(manifest.regions, name or manifest.name, is_private=is_private)
+        GuestMemory(manifest.regions, name or manifest.name, is_private=is_private, mapped=mapped)
     )
     if isinstance(source, StreamReader):
         state = states.decode(source.read_machine(memory))
     else:
         state = states.decode(source.state)
-        source.read_ram(memory)
+        if mapped is None:
+            source.read_ram(memory)
     state, wanted = take_generations(state, len(manifest.disks))
     check_generations((disk.path for disk in manifest.disks), wanted, found)
     image = _image(manifest, state.blobs.get("rom/contents", b""))
@@ -191,6 +194,4 @@ def _disk_text(disk: "Disk") -> str:
         options.append(f"queues={disk.queues}")
     if disk.is_private:
         options.append("private")
-    if disk.kind not in {"pmem", "vhost-user"}:
-        options.append("process")
     return f"{disk.kind}:{','.join(options)}" if disk.kind else ",".join(options)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vmm_kvm.state import Json
 
 T = TypeVar("T", bound=AnyRecord)
+_BLK = "/blk"  # how the names of such parts end
 
 
 class MachineState(NamedTuple):
@@ -68,7 +69,7 @@ def restore(
         RefusedError: the machine runs.
         KvmError: the kernel or the processor does not take the state.
     """
-    parts = list(machine.parts())
+    parts = [part for part in machine.parts() if not _was_elsewhere(part.name, state)]
     vcpus = [f"vcpu{index}" for index in range(machine.spec.cpus)]
     _check_names([*(part.name for part in parts), "clock", *vcpus, "irqchip", "pit"], state)
     for part in parts:
@@ -82,6 +83,14 @@ def restore(
         ),
         policy,
     )
+
+
+def _was_elsewhere(name: str, state: MachineState) -> bool:
+    """Tell whether a part is that of a disk which another process served: no such has a part.
+
+    What a guest sees of it is in the state of its function.
+    """
+    return name.endswith(_BLK) and name not in state.parts
 
 
 def _kvm_parts(record: KvmRecord) -> Iterator[tuple[str, AnyRecord]]:

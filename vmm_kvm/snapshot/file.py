@@ -25,7 +25,7 @@ from vmm_kvm.new_file import NewFile
 from vmm_kvm.snapshot import manifest as manifests
 from vmm_kvm.snapshot.fds import check_kind
 from vmm_kvm.snapshot.manifest import MANIFEST_MAX, STATE_MAX, Manifest
-from vmm_kvm.snapshot.ram import PIECE, Ram, place, runs
+from vmm_kvm.snapshot.ram import Ram, copy_in, runs
 from vmm_kvm.snapshot.stream import check_magic
 
 MAGIC = b"VMMKVM\0F"
@@ -221,32 +221,16 @@ class SnapshotFile:
         self.close()
 
     def read_ram(self, ram: Ram) -> None:
-        """Read RAM, which is all zeros, from the file.
+        """Read RAM, a memfd that is all zeros, from the file.
 
         Raises:
             SnapshotError: the file has become shorter.
             OSError: it cannot be read.
         """
         for start, end in self._extents():
-            for at in range(start, end, PIECE):
-                offset = at - self._start
-                for region in ram.regions:
-                    self._read_piece(ram, region.offset, region.size, offset, min(PIECE, end - at))
+            copy_in(self._fd, start, ram, start - self._start, end - start)
         if os.fstat(self._fd).st_size < self._end:  # missing pages would be zeros
             raise SnapshotError("memory: the file ends too early")
-
-    def _read_piece(self, ram: Ram, first: int, room: int, offset: int, size: int) -> None:
-        """Read the part of a piece that lies in the region of `room` bytes from `first` on."""
-        start, end = max(first, offset), min(first + room, offset + size)
-        if start >= end:
-            return
-        view = place(ram, start, end - start)
-        assert view is not None
-        while view:
-            count = os.preadv(self._fd, [view], self._start + start)
-            if not count:
-                raise SnapshotError("memory: the file ends too early")
-            view, start = view[count:], start + count
 
     def _extents(self) -> Iterator[tuple[int, int]]:
         """Yield where the file has data of RAM."""

@@ -112,21 +112,32 @@ def _pieces(ram: Ram) -> Iterator[tuple[int, memoryview]]:
 
 
 def read_extents(fd: int, ram: Ram) -> None:
-    """Read RAM, which is all zeros, from a file that has it by the same offsets.
+    """Read RAM, a memfd that is all zeros, from a file that has it by the same offsets.
 
     Raises:
         SnapshotError: the file is too short.
         OSError: it cannot be read.
     """
-    for region in ram.regions:
-        for start, stop in _extents(fd, region.offset, region.offset + region.size):
-            view = ram.view(region.gpa + start - region.offset, stop - start)
-            at = start
-            while view:
-                count = os.preadv(fd, [view], at)
-                if not count:
-                    raise SnapshotError("memory: the file ends too early")
-                view, at = view[count:], at + count
+    for start, stop in _extents(fd, 0, ram.size):
+        copy_in(fd, start, ram, start, stop - start)
+
+
+def copy_in(fd: int, position: int, ram: Ram, offset: int, size: int) -> None:
+    """Copy a piece of a file from `position` on into RAM, a memfd, at `offset`.
+
+    The kernel copies without mapping the pages, which takes half the time.
+
+    Raises:
+        SnapshotError: the file is too short.
+        OSError: it cannot be read.
+    """
+    os.lseek(ram.fd, offset, os.SEEK_SET)
+    end = position + size
+    while position < end:
+        count = os.sendfile(ram.fd, fd, position, end - position)
+        if not count:
+            raise SnapshotError("memory: the file ends too early")
+        position += count
 
 
 def _extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

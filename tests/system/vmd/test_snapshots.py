@@ -100,6 +100,34 @@ def test_a_snapshot_in_a_file(start_vmd: Start, tmp_path: Path) -> None:
     assert (done.stderr, done.returncode, done.stdout[:1]) == (b"", 0, b"e")
 
 
+def test_the_foreground_maps_a_snapshot(start_vmd: Start, tmp_path: Path) -> None:
+    """`run --from` serves the VM's disk itself, so that its memory is the file's, not a copy."""
+    disk, path = tmp_path / "disk.raw", tmp_path / "file"
+    disk.write_bytes(bytes(1 << 20))
+    with start_vmd(vm_block("one", f'disk "{disk}" format raw', enabled=True)) as vmd:
+        started(vmd, "one")
+        assert vmctl(vmd, "snapshot", "--no-disks", "-o", str(path), "one")[0] == 0
+    for _ in range(2):
+        with subprocess.Popen(
+            [VMCTL, "run", "--from", path, "--timeout", "60"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as program:
+            assert program.stdin
+            assert program.stdout
+            program.stdin.write(b"e")
+            program.stdin.flush()
+            assert program.stdout.read(1) == b"e"
+            process = Path(f"/proc/{program.pid}")
+            lines = (process / "maps").read_text().splitlines()
+            (line,) = (one for one in lines if one.endswith(f" {path}"))
+            assert line.split()[1] == "rw-p"
+            assert (process / f"task/{program.pid}/children").read_text() == ""
+            program.stdin.write(b"p")
+            program.stdin.close()
+            assert program.wait(TIMEOUT_S) == 0
+
+
 def test_a_vm_goes_back_to_a_snapshot(start_vmd: Start, tmp_path: Path) -> None:
     """A stopped VM continues from a snapshot under its own name; afterwards it is as before."""
     disk = tmp_path / "disk.raw"
