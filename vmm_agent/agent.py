@@ -376,11 +376,11 @@ class Account:
                 raise RefusedError("user", f"{name}: no such user") from None
             entry = pwd.struct_passwd(("root", "x", os.getuid(), os.getgid(), "", "/", "/bin/sh"))
         self.entry = entry
-        self._is_other = entry.pw_uid != os.getuid()
+        self.is_other = entry.pw_uid != os.getuid()
 
     def become(self) -> None:
         """Give this process the user's rights."""
-        if self._is_other or os.getuid() == 0:
+        if self.is_other or os.getuid() == 0:
             os.initgroups(self.entry.pw_name, self.entry.pw_gid)
             os.setgid(self.entry.pw_gid)
             os.setuid(self.entry.pw_uid)
@@ -460,13 +460,9 @@ class Command:
     # From a request to a process
 
     def _start(self) -> None:
-        told, tells = os.pipe()  # errors of the child, until it executes the program
         theirs = self._streams()
-        pid = os.fork()
-        if not pid:
-            self._become(theirs, tells)
-        self._pid = pid
-        os.close(tells)
+        is_plain = not (self._has_terminal or self._account.is_other)
+        self._pid = self._spawn(theirs) if is_plain else self._fork(theirs)
         if self._has_terminal:
             # The terminal hangs up when its last descriptor is closed, and many commands close
             # their streams before they end: keep one open.
@@ -475,17 +471,60 @@ class Command:
             for fd in theirs:
                 os.close(fd)
         if self._report is not None:
-            os.write(self._report, _REPORT.pack(os.getpid(), pid))
+            os.write(self._report, _REPORT.pack(os.getpid(), self._pid))
+
+    def _spawn(self, theirs: list[int]) -> int:
+        """Start the program; returns its pid.
+
+        A fork would copy what this process has, page by page, before the program is there.
+        """
+        step = "user"
+        try:
+            self._account.become()
+            self._enter_home()
+            step = "directory"
+            if self._directory:
+                os.chdir(self._directory)
+            step = "exec"
+            os.environb[b"PATH"] = self._environment[b"PATH"]  # where it is looked for
+            return os.posix_spawnp(
+                self._arguments[0],
+                self._arguments,
+                self._environment,
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in enumerate(theirs)],
+                setsid=True,
+                setsigdef=signal.valid_signals(),
+            )
+        except OSError as err:
+            raise self._problem(step, err.errno or errno.EINVAL) from None
+
+    def _fork(self, theirs: list[int]) -> int:
+        """Start the program with a terminal, or as another user; returns its pid."""
+        told, tells = os.pipe()  # errors of the child, until it executes the program
+        pid = os.fork()
+        if not pid:
+            self._become(theirs, tells)
+        os.close(tells)
         with open(told, "rb") as reader:
             problem = reader.read()
         if problem:
             os.waitpid(pid, 0)
             step, number = problem.decode().split()
-            name = {"user": self._account.entry.pw_name, "directory": _shown(self._directory)}
-            raise RefusedError(
-                f"{step}:{errno.errorcode.get(int(number), number)}",
-                f"{name.get(step, _shown(self._arguments[0]))}: {os.strerror(int(number))}",
-            )
+            raise self._problem(step, int(number))
+        return pid
+
+    def _problem(self, step: str, number: int) -> RefusedError:
+        name = {"user": self._account.entry.pw_name, "directory": _shown(self._directory)}
+        return RefusedError(
+            f"{step}:{errno.errorcode.get(number, number)}",
+            f"{name.get(step, _shown(self._arguments[0]))}: {os.strerror(number)}",
+        )
+
+    def _enter_home(self) -> None:
+        try:
+            os.chdir(self._account.entry.pw_dir)
+        except OSError:
+            os.chdir("/")
 
     def _streams(self) -> list[int]:
         """Make pipes, or a terminal; returns the child's three descriptors, to be closed here."""
@@ -525,10 +564,7 @@ class Command:
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
             step = "user"
             self._account.become()
-            try:
-                os.chdir(self._account.entry.pw_dir)
-            except OSError:
-                os.chdir("/")
+            self._enter_home()
             step = "directory"
             if self._directory:
                 os.chdir(self._directory)
@@ -1188,9 +1224,16 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as err:
         print(f"vmm-agent: {kind} {value}: {err.strerror or err}", file=sys.stderr)
         return 1
+    _load_databases()
     with listener:
         Server(listener).run()
     return 0
+
+
+def _load_databases() -> None:
+    """Have the C library load what looks up users and groups: else each command's process does."""
+    entry = Account("").entry
+    os.getgrouplist(entry.pw_name, entry.pw_gid)
 
 
 if __name__ == "__main__":

@@ -119,15 +119,14 @@ class Session:
         self._stream.close()
 
     def _begin(self) -> None:
-        first = time.monotonic() + ANSWER_S
-        while self._hello is None:
-            self._await_word(first)
-        if self._hello.protocol != PROTOCOL:
-            raise AgentError("the guest's agent speaks another version of the protocol")
+        # Before the agent has said a word, which saves the guest a turn.
         data = json.dumps(self._request).encode()
         if len(data) > FRAME_MAX:
             raise CommandError("the command line is too long")
         self._queue(Kind.REQUEST, data)
+        first = time.monotonic() + ANSWER_S
+        while self._hello is None:
+            self._await_word(first)
         first = time.monotonic() + ANSWER_S
         while self._started is None and self.result is None:
             self._await_word(first)
@@ -272,6 +271,8 @@ class Session:
                 fields = fields_of(payload)
                 version = printable(text_of(fields, "version"))
                 self._hello = Hello(number_of(fields, "protocol", 1 << 16), version)
+                if self._hello.protocol != PROTOCOL:
+                    raise AgentError("the guest's agent speaks another version of the protocol")
             case Kind.FAILED:
                 fields = fields_of(payload)
                 self._refusal = AgentRefusedError(

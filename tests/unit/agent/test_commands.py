@@ -77,6 +77,21 @@ def test_user_directory_and_environment(agent: Agent, tmp_path: Path) -> None:
     assert path.startswith(b"/usr/local/sbin:")
 
 
+def test_the_path_of_a_command(agent: Agent, tmp_path: Path) -> None:
+    """A program is looked for where the client says, and is what the command's PATH finds first."""
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        program = tmp_path / str(number) / "tool"
+        program.write_text(f"#!/bin/sh\necho {number}\n")
+        program.chmod(0o755)
+    for first, second in ((0, 1), (1, 0)):
+        path = {"PATH": f"{tmp_path / str(first)}:{tmp_path / str(second)}"}
+        assert agent.run(["tool"], environment=path, timeout=60).output == f"{first}\n".encode()
+    with pytest.raises(AgentRefusedError) as caught:
+        agent.run(["tool"], timeout=60)
+    assert caught.value.code == "exec:ENOENT"
+
+
 @pytest.mark.root
 def test_another_user(agent: Agent) -> None:
     """A command runs as a user of the guest, in all of that user's groups and in none of root's."""
