@@ -119,10 +119,15 @@ def _guest(folder: Path) -> Guest:
 def _times(clock: float, processor: int, pid: int) -> Times:
     """Return what has passed since both began, and the guest's share of that process."""
     clock, used = time.perf_counter() - clock, processor_ns() - processor
+    return Times(clock, used / 1e9, *guest_share(pid))
+
+
+def guest_share(pid: int) -> tuple[float, int]:
+    """Return the seconds in which a process ran its guest, and its page faults."""
     # The fields behind the name begin with the third.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     guest = int(fields[_GUEST_TIME - 3]) / os.sysconf("SC_CLK_TCK")
-    return Times(clock, used / 1e9, guest, int(fields[_FAULTS - 3]))
+    return guest, int(fields[_FAULTS - 3])
 
 
 def _ours(template: Template) -> Times:
@@ -130,7 +135,7 @@ def _ours(template: Template) -> Times:
     machine = template.clone()
     try:
         machine.succeed("true")
-        times = _times(clock, processor, _pid(template.run, machine.name))
+        times = _times(clock, processor, process_of(template.run, machine.name))
     finally:
         machine.close()
     return times
@@ -144,7 +149,8 @@ def _theirs(words: list[str]) -> Times:
         return _times(clock, processor, guest.pid)
 
 
-def _pid(run: Run, name: str) -> int:
+def process_of(run: Run, name: str) -> int:
+    """Return the pid of a VM of a run."""
     with Client(run.daemon) as client:
         vm = client.vm(name)
         assert vm is not None
