@@ -80,6 +80,10 @@ _PROGRAMS = {
     "passt": ("networks without root", "apt install passt"),
     "nft": ("NAT, forwarded ports and locked addresses", "apt install nftables"),
 }
+_APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
+_PROFILES = Path("/etc/apparmor.d")
+_SWTPM = "usr.bin.swtpm"
+_TPM_STATE = "/var/lib/vmd/tpm"
 _DAEMON_USER = "_vmd"
 _GUEST_MEMORY = 512 << 20
 
@@ -105,6 +109,7 @@ def doctor(_words: Sequence[str] = (), *, as_json: bool = False) -> int:
     findings.append(encryption())
     findings += [_firmware(name, *what) for name, what in _FIRMWARE.items()]
     findings += [_program(name, *what) for name, what in _PROGRAMS.items()]
+    findings.append(swtpm())
     findings += [_user(), _daemon(), _memory()]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -233,6 +238,18 @@ def _program(name: str, use: str, remedy: str) -> Finding:
     if path is None:
         return Finding(name, Status.LIMITED, f"not found; needed for {use}", remedy)
     return Finding(name, Status.OK, f"{path}: {use}")
+
+
+def swtpm(enabled: Path = _APPARMOR, profiles: Path = _PROFILES) -> Finding:
+    """Tell whether VMs can have a TPM, and whether AppArmor lets vmd's swtpm at its secrets."""
+    found = _program("swtpm", "TPMs of VMs", "apt install swtpm")
+    if found.status is not Status.OK or _read(enabled).strip() != "Y":
+        return found
+    if not (profiles / _SWTPM).exists() or _TPM_STATE in _read(profiles / "local" / _SWTPM):
+        return found
+    hint = f"put 'owner {_TPM_STATE}/** rwk,' into {profiles}/local/{_SWTPM}, and reload it"
+    text = f"{found.detail}: AppArmor keeps it out of {_TPM_STATE}"
+    return Finding("swtpm", Status.LIMITED, text, hint)
 
 
 def _user() -> Finding:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.conftest import Serve
-from vmctl.doctor import Status, encryption
+from vmctl.doctor import Status, encryption, swtpm
 from vmctl.line.cli import main
 
 
@@ -75,3 +75,25 @@ def test_encryption(tmp_path: Path) -> None:
     assert (found.detail, found.hint) == (f"{missing}: No such file or directory", "modprobe ccp")
     found = encryption(cpuinfo, parameters, "/dev/null")
     assert found.detail == "/dev/null: Inappropriate ioctl for device"
+
+
+def test_swtpm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found or its package named; a profile of AppArmor has to have the line that lets it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    enabled, local = tmp_path / "enabled", tmp_path / "local" / "usr.bin.swtpm"
+    missing = swtpm(enabled, tmp_path)
+    assert (missing.status, missing.hint) == (Status.LIMITED, "apt install swtpm")
+    (tmp_path / "swtpm").write_text("#!/bin/sh\n")
+    (tmp_path / "swtpm").chmod(0o755)
+    assert swtpm(enabled, tmp_path).status is Status.OK
+    (tmp_path / "usr.bin.swtpm").touch()
+    enabled.write_text("N\n")
+    assert swtpm(enabled, tmp_path).status is Status.OK
+    enabled.write_text("Y\n")
+    kept_out = swtpm(enabled, tmp_path)
+    assert kept_out.status is Status.LIMITED
+    assert kept_out.detail.endswith("AppArmor keeps it out of /var/lib/vmd/tpm")
+    assert kept_out.hint.startswith("put 'owner /var/lib/vmd/tpm/** rwk,' into ")
+    local.parent.mkdir()
+    local.write_text("owner /var/lib/vmd/tpm/** rwk,\n")
+    assert swtpm(enabled, tmp_path).status is Status.OK
