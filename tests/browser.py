@@ -183,6 +183,15 @@ class Browser:
             self._call("Input.dispatchKeyEvent", type="keyDown", text=char, key=char)
             self._call("Input.dispatchKeyEvent", type="keyUp", key=char)
 
+    def press(
+        self, key: str, code: int, *, ctrl: bool = False, shift: bool = False, text: str = ""
+    ) -> None:
+        """Press a key that is no character, by its name and its number on a PC (key codes)."""
+        which = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 0}
+        which["modifiers"] = 2 * ctrl + 8 * shift
+        self._call("Input.dispatchKeyEvent", type="keyDown", text=text, **which)
+        self._call("Input.dispatchKeyEvent", type="keyUp", **which)
+
     def resize(self, width: int, height: int) -> None:
         """Give the page another size, in CSS pixels."""
         self._call(

@@ -61,14 +61,15 @@ def shows(text: str) -> str:
     return f"document.querySelector('#terminal .xterm-rows').innerText.includes('{text}')"
 
 
-def pictures(page: Browser, name: str) -> None:
+def pictures(page: Browser, name: str, *, has_terminal: bool = True) -> None:
     """Check that nothing is wider than the page; keep pictures if VMM_PICTURES names a folder."""
     folder = os.environ.get("VMM_PICTURES")
     for width in WIDTHS:
         page.resize(width, 900)
         page.wait_for(f"innerWidth === {width}")
         assert page.value("document.documentElement.scrollWidth <= innerWidth"), (name, width)
-        page.wait_for(FITS)
+        if has_terminal:
+            page.wait_for(FITS)
         for scheme in ("light", "dark"):
             page.prefer(scheme)
             if folder:
@@ -106,7 +107,7 @@ def test_a_person(reachable: Path) -> None:
         browser(reachable) as page,
     ):
         page.go(f"http://127.0.0.1:{server.port}/")
-        page.wait_for("document.body.innerText.includes('open the link')")
+        page.wait_for("document.body?.innerText.includes('open the link')")
         page.go(server.link)
         wait_for_state(page, "web", "stopped")
         assert page.text().startswith("vmd\n\n0 of 2 VMs running")
@@ -145,6 +146,64 @@ def test_a_person(reachable: Path) -> None:
         # and the two snapshots that are refused.
         problems = [one for one in page.problems if "401 (Unauthorized)" not in one]
         assert len([one for one in problems if one.endswith("/api/snapshot")]) == len(problems) == 2
+
+
+def test_the_keyboard_alone(reachable: Path) -> None:
+    """Keys start a VM, type to it, leave its console, and pause it; the focus is never lost."""
+    config = vm_block("web")
+    with (
+        Daemon(reachable, config) as vmd,
+        vmd.client() as client,
+        WebServer(vmd.socket) as server,
+        browser(reachable) as page,
+    ):
+        page.go(server.link)
+        wait_for_state(page, "web", "stopped")
+        focused = "document.activeElement.getAttribute('aria-label')"
+        page.press("Tab", 9)
+        assert page.value(focused) == "Start web"
+        page.press("Enter", 13, text="\r")
+        wait_for_state(page, "web", "running")
+        page.wait_for(f"{focused} === 'More web'")
+        page.press("Tab", 9, shift=True)
+        page.press("Enter", 13, text="\r")
+        page.wait_for(shows("selftest: ready"))
+        page.type("12")
+        page.wait_for(shows("12"))
+        page.press("Tab", 9)  # is the guest's
+        assert page.value("document.activeElement.closest('#terminal') !== null")
+        page.press("F6", 117, ctrl=True)
+        assert page.value("document.activeElement.id") == "console-close"
+        page.press("Enter", 13, text="\r")
+        page.wait_for("document.getElementById('console').hidden")
+        page.click(button("web", "More"))
+        page.click("document.getElementById('snapshot-name')")
+        page.type("one")
+        page.press("Enter", 13, text="\r")
+        page.wait_for("document.getElementById('details-said').textContent === 'saved as one'")
+        page.press("Escape", 27)
+        page.wait_for("!document.getElementById('details').open")
+        assert client.vm("web")["state"] == "running"
+        assert page.problems == [] or all("401" in one for one in page.problems)
+
+
+def test_without_vms_and_without_a_daemon(reachable: Path) -> None:
+    """The page says that there are no VMs, and why nothing answers; then it goes on by itself."""
+    with browser(reachable) as page, Daemon(reachable, "") as vmd:
+        with WebServer(vmd.socket) as server:
+            page.go(server.link)
+            page.wait_for("document.body?.innerText.includes('There are no VMs.')")
+            assert "None since this page was opened." in page.text()
+            pictures(page, "empty", has_terminal=False)
+            vmd.stop()
+            page.wait_for("document.getElementById('summary').textContent === 'disconnected'")
+            pictures(page, "disconnected", has_terminal=False)
+            with Daemon(reachable, vm_block("a" * 63)):
+                page.wait_for("document.body?.innerText.includes('0 of 1 VMs running')")
+                assert page.value("document.getElementById('problem').hidden")
+                pictures(page, "long", has_terminal=False)
+        page.wait_for("document.body?.innerText.includes('vmctl web does not answer')")
+        pictures(page, "gone", has_terminal=False)
 
 
 @pytest.mark.root

@@ -19,13 +19,21 @@ async function answer(response) {
   return told;
 }
 
+async function ask(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch {
+    throw new Error("vmctl web does not answer: start it again, and open the link that it prints");
+  }
+}
+
 export async function read(kind, fields = {}) {
-  return answer(await fetch(`/api/${kind}?${new URLSearchParams(fields)}`));
+  return answer(await ask(`/api/${kind}?${new URLSearchParams(fields)}`));
 }
 
 export async function request(kind, fields = {}) {
   return answer(
-    await fetch(`/api/${kind}`, {
+    await ask(`/api/${kind}`, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(fields),

@@ -21,6 +21,7 @@ const rows = new Map();
 let before = new Map();
 let lookedAt = 0;
 let timer = null;
+let isLost = false;
 
 function say(message) {
   problem.textContent = message;
@@ -32,6 +33,7 @@ function say(message) {
 class Row {
   constructor(vm) {
     this.vm = vm;
+    this.pressed = null;
     this.element = document.createElement("tr");
     this.name = this.cell("name");
     this.state = document.createElement("span");
@@ -65,6 +67,7 @@ class Row {
     button.type = "button";
     button.textContent = text;
     button.addEventListener("click", async () => {
+      this.pressed = document.activeElement === button ? button : null;
       button.disabled = true;
       say("");
       try {
@@ -73,6 +76,7 @@ class Row {
         say(`${this.vm.name}: ${err.message}`);
       }
       button.disabled = false;
+      this.keepFocus();
       look();
     });
     place.append(button);
@@ -97,6 +101,23 @@ class Row {
     this.buttons.unpause.hidden = vm.state !== "paused";
     this.buttons.stop.hidden = !runs;
     this.buttons.console.hidden = !runs;
+    for (const button of Object.values(this.buttons)) {
+      button.setAttribute("aria-label", `${button.textContent} ${vm.name}`);
+    }
+    this.keepFocus();
+  }
+
+  // A button that is hidden or disabled loses the focus, and the keyboard its place.
+  keepFocus() {
+    const now = document.activeElement;
+    if (!this.pressed || (now !== this.pressed && now !== document.body)) {
+      this.pressed = null; // the person has gone elsewhere
+    } else if (this.pressed.hidden) {
+      this.pressed = null;
+      this.buttons.more.focus();
+    } else if (!this.pressed.disabled) {
+      this.pressed.focus();
+    }
   }
 }
 
@@ -142,10 +163,14 @@ async function look() {
     const now = performance.now();
     show(vms.toSorted((one, other) => one.id - other.id), (now - lookedAt) / 1000);
     lookedAt = now;
+    if (isLost) say("");
+    isLost = false;
   } catch (err) {
     summary.textContent = err.status === 401 ? "logged out" : "disconnected";
     say(err.message);
+    isLost = true;
   }
+  document.body.classList.toggle("lost", isLost);
   isLooking = false;
   if (mustLook) {
     mustLook = false;

@@ -31,6 +31,12 @@ class Attached {
     });
     this.fit = new FitAddon();
     this.terminal.loadAddon(this.fit);
+    // All other keys are the guest's, the tabulator too.
+    this.terminal.attachCustomKeyEventHandler((event) => {
+      if (!event.ctrlKey || event.key !== "F6") return true;
+      if (event.type === "keydown") document.getElementById("console-close").focus();
+      return false;
+    });
     this.terminal.open(place);
     this.fit.fit();
     const encoder = new TextEncoder();

@@ -87,4 +87,9 @@ does("kill", async (vm) => {
   await request("stop", { id: vm.id, force: true, wait: true });
   return "the VM has ended";
 });
+for (const [input, button] of [[cloneName, "clone"], [snapshotName, "snapshot"]]) {
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") document.getElementById(button).click();
+  });
+}
 document.getElementById("details-close").addEventListener("click", () => dialog.close());
